@@ -1,0 +1,73 @@
+"""DART for LLMs: prune FFN neurons while a model generates, and trace which ones it needs.
+
+>>> from dart_llm import load, prune                        # doctest: +SKIP
+>>> model, tokenizer = load("smollm2-135m")                 # doctest: +SKIP
+>>> with prune(model, sparsity=0.5) as run:                 # doctest: +SKIP
+...     ids = model.generate(**tokenizer("Why?", return_tensors="pt"), max_new_tokens=200)
+>>> print(run.report())                                     # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dart_llm.errors import (
+    AttachError,
+    ConfigError,
+    DartError,
+    LoadError,
+    MissingExtra,
+    ResultsError,
+    UnknownName,
+    UnsupportedModel,
+)
+
+if TYPE_CHECKING:
+    from dart_llm.attach import restore
+    from dart_llm.config import PruneConfig
+    from dart_llm.load import load
+    from dart_llm.records import DriftCheck, Remask, RunReport
+    from dart_llm.session import Run, prune
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "DriftCheck": "dart_llm.records",
+    "PruneConfig": "dart_llm.config",
+    "Remask": "dart_llm.records",
+    "Run": "dart_llm.session",
+    "RunReport": "dart_llm.records",
+    "load": "dart_llm.load",
+    "prune": "dart_llm.session",
+    "restore": "dart_llm.attach",
+}
+
+__all__ = [
+    "AttachError",
+    "ConfigError",
+    "DartError",
+    "DriftCheck",
+    "LoadError",
+    "MissingExtra",
+    "PruneConfig",
+    "Remask",
+    "ResultsError",
+    "Run",
+    "RunReport",
+    "UnknownName",
+    "UnsupportedModel",
+    "load",
+    "prune",
+    "restore",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'dart_llm' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

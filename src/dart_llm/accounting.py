@@ -1,0 +1,195 @@
+"""From the lives of a run to its report (docs/method.md, "Accounting").
+
+Bytes and FLOPs are counted from the shapes and dtypes that exist.  A multiply-add is 2 FLOPs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from dart_llm.life import Life
+from dart_llm.records import LayerStat, RunReport, SequenceReport
+from dart_llm.weights import FfnWeights
+
+STATISTIC_FLOPS = 8
+"""FLOPs per neuron and observed token for scores and signed means; per hidden unit for S_l."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes and FLOPs of the FFN of all layers, per dense decode step of one row."""
+
+    layers: tuple[FfnWeights, ...]
+    total_bytes: int
+    """Bytes of all weights that one decoded token reads."""
+
+    @staticmethod
+    def per_neuron(layer: FfnWeights) -> int:
+        """Weights of one neuron: its input rows and its output column."""
+        return layer.hidden * (2 if layer.gate is None else 3)
+
+    def bytes(self, kept: Sequence[int] | None) -> int:
+        counts = [layer.width for layer in self.layers] if kept is None else kept
+        return sum(
+            count * self.per_neuron(layer) * layer.down.element_size()
+            for count, layer in zip(counts, self.layers, strict=True)
+        )
+
+    def flops(self, kept: Sequence[int] | None) -> int:
+        counts = [layer.width for layer in self.layers] if kept is None else kept
+        return 2 * sum(
+            count * self.per_neuron(layer) for count, layer in zip(counts, self.layers, strict=True)
+        )
+
+    @property
+    def observe_flops(self) -> int:
+        """Tracing one observed token in all layers."""
+        return STATISTIC_FLOPS * sum(layer.width + layer.hidden for layer in self.layers)
+
+    @property
+    def observe_bytes(self) -> int:
+        """Sums read and written, float32, for one observed token in all layers."""
+        return 16 * sum(layer.width for layer in self.layers)
+
+    def build_bytes(self, kept: Sequence[int], compact: bool, compensates: bool) -> int:
+        """One mask: the copies that compact makes, the removed columns that compensation reads."""
+        copies = 2 * self.bytes(kept) if compact else 0
+        removed = sum(
+            (layer.width - count) * layer.hidden * layer.down.element_size()
+            for count, layer in zip(kept, self.layers, strict=True)
+        )
+        return copies + (removed if compensates else 0)
+
+    def build_flops(self, kept: Sequence[int], compensates: bool) -> int:
+        """Sorting (width x log2 width comparisons) and the compensation product."""
+        sorting = sum(layer.width * layer.width.bit_length() for layer in self.layers)
+        removed = sum(
+            2 * (layer.width - count) * layer.hidden
+            for count, layer in zip(kept, self.layers, strict=True)
+        )
+        return sorting + (removed if compensates else 0)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Decoded tokens of some lives by their keep counts."""
+
+    periods: tuple[tuple[tuple[int, ...] | None, float, int, int], ...]
+    widths: tuple[int, ...]
+
+    @property
+    def decoded(self) -> float:
+        return sum(tokens for _, tokens, _, _ in self.periods)
+
+    @property
+    def dense(self) -> float:
+        return sum(tokens for kept, tokens, _, _ in self.periods if kept is None)
+
+    def sparsity(self, layer: int | None = None) -> float:
+        """Mean over decoded tokens of the fraction removed, of all layers or of one."""
+        widths = self.widths if layer is None else (self.widths[layer],)
+        if not self.decoded:
+            return 0.0
+        removed = 0.0
+        for kept, tokens, _, _ in self.periods:
+            if kept is not None:
+                counts = kept if layer is None else (kept[layer],)
+                removed += tokens * (1 - sum(counts) / sum(widths))
+        return removed / self.decoded
+
+
+def _tokens(lives: Iterable[Life], widths: tuple[int, ...]) -> _Tokens:
+    periods = [
+        (period.kept, float(period.tokens), period.forwards, period.observed)
+        for life in lives
+        for period in life.periods
+    ]
+    return _Tokens(tuple(periods), widths)
+
+
+def _while_pruned(tokens: _Tokens) -> float:
+    pruned = tokens.decoded - tokens.dense
+    return tokens.sparsity() * tokens.decoded / pruned if pruned else 0.0
+
+
+def sequence_report(life: Life) -> SequenceReport:
+    """Accounting of one life."""
+    tokens = _tokens([life], tuple(layer.width for layer in life.selector.layers))
+    return SequenceReport(
+        life.sequence,
+        life.row,
+        round(life.prompt_tokens),
+        round(tokens.decoded),
+        round(tokens.dense),
+        tokens.sparsity(),
+        _while_pruned(tokens),
+        tokens.dense / tokens.decoded if tokens.decoded else 0.0,
+        tuple(life.remasks),
+    )
+
+
+def run_report(
+    lives: Sequence[Life],
+    costs: Costs,
+    executor: str,
+    copies: int,
+    method: str,
+    asked: float | None,
+) -> RunReport:
+    """Accounting of a run; ``copies``: bytes of the compact copies."""
+    widths = tuple(layer.width for layer in costs.layers)
+    tokens = _tokens(lives, widths)
+    masks = [remask for life in lives for remask in life.remasks]
+    causes: dict[str, int] = {}
+    for remask in masks:
+        causes[remask.cause] = causes.get(remask.cause, 0) + 1
+    last = lives[-1].selection.counts if lives and lives[-1].selection else widths
+    layers = tuple(
+        LayerStat(index, width, kept, kept / width, tokens.sparsity(index))
+        for index, (width, kept) in enumerate(zip(widths, last, strict=True))
+    )
+    as_run = _shares(lives, costs, executor == "compact", executor == "compact")
+    compact = _shares(lives, costs, True, True)
+    return RunReport(
+        method=method,
+        requested_sparsity=asked,
+        achieved_sparsity=tokens.sparsity(),
+        sparsity_while_pruned=_while_pruned(tokens),
+        dense_token_share=tokens.dense / tokens.decoded if tokens.decoded else 0.0,
+        prompt_tokens=round(sum(life.prompt_tokens * life.rows for life in lives)),
+        decoded_tokens=round(tokens.decoded),
+        remasks=sum(count for cause, count in causes.items() if cause not in ("first", "given")),
+        remask_causes=causes,
+        layers=layers,
+        executor=executor,
+        ffn_flops_share=as_run[0],
+        ffn_bytes_share=as_run[1],
+        ffn_flops_share_if_compact=compact[0],
+        ffn_bytes_share_if_compact=compact[1],
+        ffn_share_of_bytes=costs.bytes(None) / max(1, costs.total_bytes),
+        extra_memory_bytes=copies + sum(life.nbytes() for life in lives),
+        sequences=tuple(sequence_report(life) for life in lives),
+    )
+
+
+def _shares(lives: Sequence[Life], costs: Costs, skips: bool, copies: bool) -> tuple[float, float]:
+    """(FLOPs, bytes) of decoding over dense decoding; ``skips``: pruned work is left out."""
+    flops = moved = forwards = tokens = 0.0
+    dense_flops, dense_bytes = costs.flops(None), costs.bytes(None)
+    for life in lives:
+        compensates = life.config.compensation
+        for period in life.periods:
+            kept = period.kept if skips else None
+            forwards += period.forwards
+            tokens += float(period.tokens)
+            flops += float(period.tokens) * costs.flops(kept)
+            moved += period.forwards * costs.bytes(kept)
+            flops += period.observed * costs.observe_flops
+            moved += period.observed * costs.observe_bytes
+        for remask in life.remasks:
+            moved += costs.build_bytes(remask.kept, copies, compensates)
+            flops += costs.build_flops(remask.kept, compensates)
+    if not forwards or not tokens:
+        return 1.0, 1.0
+    return flops / (tokens * dense_flops), moved / (forwards * dense_bytes)

@@ -1,0 +1,224 @@
+"""What a Hugging Face model is made of, and what its forwards mean.
+
+With names.py the only place that knows transformers' modules, keyword arguments and outputs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dart_llm.errors import ConfigError, UnsupportedModel
+from dart_llm.ffn import FfnBlock
+from dart_llm.names import LAYERS, LayerNames
+from dart_llm.weights import FfnWeights
+
+GENERATE = "generate"
+PREFILL = "_prefill"
+"""Methods of a model that are wrapped while attached: the token loop, and its prompt step."""
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """A causal language model as the rest of the package sees it."""
+
+    blocks: tuple[FfnBlock, ...]
+    attention_out: nn.Module
+    """Output projection of the last layer's attention: its output is v."""
+    input_embedding: Tensor | None
+    output_embedding: Tensor | None
+    parameter_bytes: int
+    """Bytes of the weights that one decoded token reads (embedding rows left out)."""
+
+    def weights(self, proxy_embedding: str, seed: int) -> tuple[FfnWeights, ...]:
+        """The FFN weights of all layers."""
+        rows = self.output_embedding if proxy_embedding == "output" else self.input_embedding
+        last = max(1, len(self.blocks) - 1)
+        return tuple(block.weights(block.index / last, rows, seed) for block in self.blocks)
+
+
+def describe(model: nn.Module) -> ModelView:
+    """Find the FFN blocks; raise ``UnsupportedModel`` that names what was found instead."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise UnsupportedModel(f"{type(model).__name__} is not a transformers model")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is an encoder-decoder; only causal language models are pruned"
+        )
+    text = config.get_text_config()
+    names = LAYERS.get(text.model_type)
+    layers = _decoder_layers(model, text.num_hidden_layers, text.model_type)
+    if names is None:
+        raise UnsupportedModel(
+            f"model type {text.model_type!r} ({_ffn_found(layers[0])}) is not supported; "
+            f"supported: {', '.join(sorted(LAYERS))}"
+        )
+    blocks = tuple(_block(index, layer, names, text) for index, layer in enumerate(layers))
+    prefix = type(model).__name__
+    for block in blocks:
+        block.check(prefix)
+    return ModelView(
+        blocks,
+        layers[-1].get_submodule(names.attention_out),
+        _weight(model.get_input_embeddings()),  # type: ignore[operator]
+        _weight(model.get_output_embeddings()),  # type: ignore[operator]
+        _bytes_read(model),
+    )
+
+
+def _decoder_layers(model: nn.Module, count: int, model_type: str) -> nn.ModuleList:
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
+    for root in (decoder, model):
+        for name, module in root.named_modules():
+            if not isinstance(module, nn.ModuleList) or len(module) != count:
+                continue
+            if name.split(".")[-1] in ("layers", "h"):
+                return module
+    raise UnsupportedModel(
+        f"{type(model).__name__} (model type {model_type!r}) has no list of {count} decoder layers"
+    )
+
+
+def _ffn_found(layer: nn.Module) -> str:
+    for name in ("mlp", "feed_forward", "block_sparse_moe", "ffn"):
+        if hasattr(layer, name):
+            return f"its FFN is {type(getattr(layer, name)).__name__}"
+    return f"its layer is {type(layer).__name__}"
+
+
+def _block(index: int, layer: nn.Module, names: LayerNames, text: Any) -> FfnBlock:
+    ffn = layer.get_submodule(names.ffn) if names.ffn else layer
+    needed = [names.up, names.down, names.act, *([names.gate] if names.gate else [])]
+    for name in needed:
+        if not hasattr(ffn, name):
+            kind = "a mixture of experts" if hasattr(ffn, "experts") else "unknown"
+            raise UnsupportedModel(
+                f"layer {index}: {type(ffn).__name__} has no {name!r} (its FFN is {kind}); only "
+                f"dense FFNs of {text.model_type} are pruned"
+            )
+    if getattr(ffn, "slow_but_exact", False):
+        raise UnsupportedModel(
+            f"layer {index}: {type(ffn).__name__} with slow_but_exact=True splits its down "
+            "projection; set slow_but_exact=False"
+        )
+    return FfnBlock(
+        index=index,
+        ffn=ffn,
+        up=getattr(ffn, names.up),
+        gate=getattr(ffn, names.gate) if names.gate else None,
+        down=getattr(ffn, names.down),
+        act=getattr(ffn, names.act),
+        fused=names.fused,
+        inline=not names.ffn,
+        adds_residual=names.adds_residual,
+        dropout=getattr(ffn, names.dropout) if names.dropout else None,
+        x_from=_x_from(layer, names),
+        post_norm=getattr(layer, names.post_norm) if names.post_norm else None,
+        width_key=names.width,
+    )
+
+
+def _x_from(layer: nn.Module, names: LayerNames) -> nn.Module | None:
+    if names.up == "fc1" and not names.ffn and not getattr(layer, "do_layer_norm_before", True):
+        return getattr(layer, names.up)  # type: ignore[no-any-return]  # OPT-350m: norm after
+    for name in names.x_from:
+        if hasattr(layer, name):
+            return getattr(layer, name)  # type: ignore[no-any-return]
+    return None
+
+
+def _weight(module: nn.Module | None) -> Tensor | None:
+    weight = getattr(module, "weight", None)
+    return weight if isinstance(weight, Tensor) else None
+
+
+def _bytes_read(model: nn.Module) -> int:
+    """All parameters once; an input embedding that is not also the head is only looked up."""
+    inputs = _weight(model.get_input_embeddings())  # type: ignore[operator]
+    head = _weight(model.get_output_embeddings())  # type: ignore[operator]
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    if inputs is not None and inputs is not head and any(inputs is p for p in model.parameters()):
+        total -= inputs.numel() * inputs.element_size()
+    return total
+
+
+@dataclass(frozen=True)
+class ForwardArgs:
+    """What a root forward was called with."""
+
+    cached: int
+    tokens: int
+    rows: int
+    input_ids: Tensor | None
+    valid: Tensor | None
+    """[B, T] float32, 0 for padding; None when nothing says that there is padding."""
+
+
+def read_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ForwardArgs:
+    """Read cache length, new tokens and padding of a call of ``model``."""
+    given = dict(kwargs)
+    if args:
+        names = [n for n in inspect.signature(model.forward).parameters if n not in ("args",)]
+        given.update(zip(names, args, strict=False))
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    tensor = ids if ids is not None else embeds
+    if tensor is None:
+        raise ConfigError("a forward of a pruned model needs input_ids or inputs_embeds")
+    cache = given.get("cache", given.get("past_key_values"))
+    cached = 0 if cache is None else int(cache.get_seq_length())
+    rows, tokens = int(tensor.shape[0]), int(tensor.shape[1])
+    return ForwardArgs(cached, tokens, rows, ids, _valid(given.get("attention_mask"), tokens))
+
+
+def _valid(mask: Any, tokens: int) -> Tensor | None:
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    part = mask[:, -tokens:]
+    return None if tokens > 1 and bool(part.all()) else part.float()
+
+
+@dataclass(frozen=True)
+class GenerateArgs:
+    """What ``generate`` was called with."""
+
+    prompt_tokens: int
+    beams: int
+
+
+def read_generate(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> GenerateArgs:
+    """Read a call of ``generate``; raise ``ConfigError`` when it would run without a cache."""
+    inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    if inputs is None:
+        inputs = kwargs.get("inputs_embeds")
+    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+
+    def setting(name: str, default: Any) -> Any:
+        for source in (kwargs.get(name), getattr(config, name, None)):
+            if source is not None:
+                return source
+        known = getattr(model.generation_config, name, None)
+        return default if known is None else known
+
+    if not setting("use_cache", True):
+        raise ConfigError(
+            "generate without a cache runs the whole text again for every token, so there is no "
+            "decode step to prune; leave use_cache on"
+        )
+    prompt = 1 if inputs is None else int(inputs.shape[1])
+    return GenerateArgs(prompt, int(setting("num_beams", 1)))
+
+
+def end_tokens(generation_config: Any, device: torch.device) -> Tensor | None:
+    """Token ids that end a row or follow its end, 1-D, or None."""
+    parts = [
+        getattr(generation_config, name, None)
+        for name in ("_eos_token_tensor", "_pad_token_tensor")
+    ]
+    found = [part.flatten().to(device) for part in parts if isinstance(part, Tensor)]
+    return torch.cat(found) if found else None

@@ -1,0 +1,157 @@
+"""Layer budgets: how many neurons each layer keeps (docs/method.md, "Budgets").
+
+A budget is one function ``(layers, keep) -> keep counts``: whole numbers that sum to ``keep``.
+Everything here runs on the host in float64, so that all executors and devices agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FLOOR = 0.1
+"""Share of its neurons that ``energy`` and ``global`` leave in every layer."""
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """What a budget may look at.  All tensors on the host, float64.
+
+    ``score``: [I]; ``sensitivity``: scalar S_l under the name the budget needs, or None;
+    ``impact``: [I], the output energy of each neuron relative to the residual stream.
+    """
+
+    width: int
+    depth: float
+    score: Tensor
+    sensitivity: float | None = None
+    impact: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An allocator and the statistics that it needs (names as in ``evidence.Statistics``)."""
+
+    function: Callable[[Sequence[LayerView], int], list[int]]
+    needs: frozenset[str]
+    source: str
+
+    def __call__(self, layers: Sequence[LayerView], keep: int) -> list[int]:
+        """Keep counts, one per layer, each in 1..width, summing to ``keep``."""
+        return self.function(layers, keep)
+
+    @property
+    def summary(self) -> str:
+        return (self.function.__doc__ or "").split("\n")[0]
+
+
+def budget(
+    source: str, needs: Sequence[str] = ()
+) -> Callable[[Callable[[Sequence[LayerView], int], list[int]]], Budget]:
+    """Turn a function into a ``Budget``."""
+
+    def wrap(function: Callable[[Sequence[LayerView], int], list[int]]) -> Budget:
+        return Budget(function, frozenset(needs), source)
+
+    return wrap
+
+
+def round_counts(wanted: Sequence[float], widths: Sequence[int], keep: int) -> list[int]:
+    """Whole counts in 1..width that sum to ``keep``, by largest remainder; ties: lower layer.
+
+    ``keep`` is clipped to what the bounds allow.
+    """
+    keep = min(max(keep, len(widths)), sum(widths))
+    clipped = [
+        min(max(want, 1.0), float(width)) for want, width in zip(wanted, widths, strict=True)
+    ]
+    counts = [int(want) for want in clipped]
+    while (missing := keep - sum(counts)) != 0:
+        sign = 1 if missing > 0 else -1
+        free = [
+            layer
+            for layer, width in enumerate(widths)
+            if (counts[layer] < width if sign > 0 else counts[layer] > 1)
+        ]
+        free.sort(key=lambda layer: (-sign * (clipped[layer] - counts[layer]), layer))
+        for layer in free[: abs(missing)]:
+            counts[layer] += sign
+    return counts
+
+
+def align_counts(counts: Sequence[int], widths: Sequence[int], multiple: int) -> list[int]:
+    """Counts moved to multiples of ``multiple`` (the full width is always allowed).
+
+    The total moves by less than one multiple per layer.
+    """
+    if multiple <= 1:
+        return list(counts)
+    units = [max(1, width // multiple) for width in widths]
+    total = round(sum(counts) / multiple)
+    wanted = [count / multiple for count in counts]
+    aligned = round_counts(wanted, units, total)
+    return [min(unit * multiple, width) for unit, width in zip(aligned, widths, strict=True)]
+
+
+def blend_counts(first: Sequence[int], second: Sequence[int], widths: Sequence[int]) -> list[int]:
+    """The mean of two allocations with the same total."""
+    wanted = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
+    return round_counts(wanted, widths, sum(first))
+
+
+@budget("GRIFFIN, arXiv 2404.01365: the same share in every layer")
+def uniform(layers: Sequence[LayerView], keep: int) -> list[int]:
+    """Every layer keeps the same share."""
+    share = keep / sum(layer.width for layer in layers)
+    return round_counts([share * layer.width for layer in layers], _widths(layers), keep)
+
+
+@budget("this project; docs/method.md")
+def energy(layers: Sequence[LayerView], keep: int) -> list[int]:
+    """One level e: each layer keeps the fewest neurons that hold the share e of its energy.
+
+    Energy is the summed squared score; at least 10 % of a layer stay.
+    """
+    reached = []
+    for layer in layers:
+        squares = layer.score.square().sort(descending=True).values
+        share = (squares.cumsum(0) - squares) / squares.sum().clamp_min(1e-300)
+        reached.append(share)
+    return _smallest(reached, keep)
+
+
+@budget("this project, after FLAP (arXiv 2312.11983); docs/method.md", needs=["squares"])
+def global_rank(layers: Sequence[LayerView], keep: int) -> list[int]:
+    """All neurons in one ranking by output energy relative to the residual stream.
+
+    At least 10 % of a layer stay.
+    """
+    ranked = []
+    for layer in layers:
+        if layer.impact is None:
+            raise RuntimeError("budget global needs the squares statistic")
+        ranked.append(-layer.impact.sort(descending=True).values)
+    return _smallest(ranked, keep)
+
+
+def _smallest(values: Sequence[Tensor], keep: int) -> list[int]:
+    """Count, per layer, the ``keep`` smallest of ascending ``values``; floors come first."""
+    total = sum(len(value) for value in values)
+    share = min(FLOOR, keep / total)
+    floors = [max(1, int(share * len(value))) for value in values]
+    flat = torch.cat(
+        [
+            torch.cat([torch.full((floor,), -torch.inf, dtype=torch.float64), value[floor:]])
+            for value, floor in zip(values, floors, strict=True)
+        ]
+    )
+    owner = torch.cat([torch.full((len(v),), i) for i, v in enumerate(values)])
+    chosen = owner[flat.sort(stable=True).indices[:keep]]
+    return torch.bincount(chosen, minlength=len(values)).tolist()
+
+
+def _widths(layers: Sequence[LayerView]) -> list[int]:
+    return [layer.width for layer in layers]

@@ -1,0 +1,209 @@
+"""Drift: has the attention output moved away from where the masks were made?
+
+``v``: output of the last layer's attention after its output projection, before the residual add.
+Means of non-overlapping windows of W tokens are compared by cosine with the centroid c of the
+observed tokens (DART, arXiv 2601.22632; docs/method.md, "Drift").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+SINKS = 4
+"""The first tokens of a sequence (attention sinks) never enter the centroid or a window."""
+
+MIN_WINDOWS = 4
+"""Windows needed for a reference; with fewer the detector arms on the first of PRUNED."""
+
+MAX_WINDOWS = 128
+"""Window means remembered for mu and sigma: the newest ones, so that memory is bounded."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """W tokens per window; a window is low under ``threshold(mu, sigma)``; trigger at ``count``.
+
+    ``window`` 0: no window is ever formed.  ``interval``: trigger after that many pruned tokens.
+    """
+
+    window: int
+    threshold: Callable[[Tensor, Tensor], Tensor] | None
+    count: int
+    interval: int = 0
+    source: str = ""
+
+
+def published() -> Rule:
+    """W = 5, theta = mu - max(0.1 sigma, 0.1), one low window (the published scripts)."""
+    return Rule(5, lambda mu, sigma: mu - (0.1 * sigma).clamp_min(0.1), 1)
+
+
+def paper() -> Rule:
+    """W = 10, theta = mu - 0.5 sigma, three low windows (a secondary account of the paper)."""
+    return Rule(10, lambda mu, sigma: mu - 0.5 * sigma, 3)
+
+
+def interval(tokens: int = 64) -> Rule:
+    """A new mask every N pruned tokens, whatever the text does."""
+    return Rule(0, None, 0, interval=tokens)
+
+
+def never() -> Rule:
+    """Masks are never rebuilt."""
+    return Rule(0, None, 0)
+
+
+def make_rule(text: str) -> Rule:
+    """The rule behind a validated ``drift.rule`` setting, e.g. ``paper`` or ``interval 64``."""
+    from dart_llm.registry import DRIFT_RULES
+
+    name, _, argument = text.partition(" ")
+    factory = DRIFT_RULES.get(name)
+    return factory(int(argument)) if argument else factory()
+
+
+@dataclass
+class Check:
+    """One completed window of every row: similarity [B] and threshold [B] (None: arming)."""
+
+    window: int
+    similarity: list[float]
+    threshold: list[float] | None
+    counter: int
+    fired: bool
+
+
+@dataclass
+class Detector:
+    """State of one mask's detector over B rows.  Make a new one for every reference.
+
+    ``observe`` collects the reference; ``watch`` takes the tokens of PRUNED.
+    """
+
+    rule: Rule
+    total: Tensor | None = None
+    """[B, D] sum of v over the reference's tokens; ``tokens``: [B] their number."""
+    tokens: Tensor | None = None
+    windows: list[Tensor] = field(default_factory=list)
+    partial: Tensor | None = None
+    filled: int = 0
+    mu: Tensor | None = None
+    sigma: Tensor | None = None
+    counter: int = 0
+    checks: int = 0
+
+    @property
+    def armed(self) -> bool:
+        return self.mu is not None
+
+    def observe(self, v: Tensor, weights: Tensor | None) -> None:
+        """Add observed tokens to the reference. v: [B, T, D]; weights: [B, T] or None."""
+        if not self.rule.window or not v.shape[1]:
+            return
+        v = v.float()
+        if weights is None:
+            part, count = v.sum(1), torch.full((len(v),), float(v.shape[1]), device=v.device)
+        else:
+            part, count = torch.einsum("bt,btd->bd", weights, v), weights.sum(1)
+        self.total = part if self.total is None else self.total + part
+        self.tokens = count if self.tokens is None else self.tokens + count
+        for mean in self._fill(_compact(v, weights)):
+            self.windows = [*self.windows[1 - MAX_WINDOWS :], mean]
+
+    def start(self) -> None:
+        """Enter PRUNED: fix the reference if there is one; window and counter start at 0."""
+        self.partial, self.filled, self.counter = None, 0, 0
+        if self.total is not None and len(self.windows) >= MIN_WINDOWS:
+            self._arm()
+        else:
+            self.total, self.tokens, self.windows = None, None, []
+
+    def watch(self, v: Tensor, live: Tensor | None) -> list[Check]:
+        """Take pruned tokens. v: [B, T, D]; live: [B] bool or None (all).  One check per window."""
+        checks = []
+        for mean in self._fill(v.float()):
+            checks.append(self._check(mean, live))
+        return checks
+
+    def cut(self, tokens: int) -> None:
+        """Forget the last ``tokens`` of a window in progress (they were rolled back)."""
+        if tokens <= 0 or not self.filled:
+            return
+        keep = max(0, self.filled - tokens)
+        assert self.partial is not None
+        self.partial = self.partial * (keep / self.filled)
+        self.filled = keep
+
+    def nbytes(self) -> int:
+        held = [self.total, self.tokens, self.partial, self.mu, self.sigma, *self.windows]
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
+
+    def _fill(self, v: Tensor) -> list[Tensor]:
+        """Cut [B, T, D] into windows, completing the one in progress; returns their means."""
+        size, means, start = self.rule.window, [], 0
+        while size and start < v.shape[1]:
+            take = min(size - self.filled, v.shape[1] - start)
+            part = v[:, start : start + take].sum(1)
+            if self.partial is not None and self.filled:
+                part = self.partial + part
+            self.partial = part
+            self.filled += take
+            start += take
+            if self.filled == size:
+                means.append(part / size)
+                self.filled = 0
+        return means
+
+    def _arm(self) -> None:
+        """Leave-one-out similarities of the windows give mu and sigma of every row."""
+        assert self.total is not None and self.tokens is not None
+        size = self.rule.window
+        stack = torch.stack(self.windows)  # [n, B, D]
+        others = (self.total - size * stack) / (self.tokens[:, None] - size).clamp_min(1)
+        similarity = cosine_similarity(stack, others, dim=-1)
+        self.mu, self.sigma = similarity.mean(0), similarity.std(0)
+        self.windows = []
+
+    def _check(self, mean: Tensor, live: Tensor | None) -> Check:
+        self.checks += 1
+        if not self.armed:
+            return self._collect(mean)
+        assert self.total is not None and self.tokens is not None and self.rule.threshold
+        assert self.mu is not None and self.sigma is not None
+        centroid = self.total / self.tokens[:, None].clamp_min(1)
+        similarity = cosine_similarity(mean, centroid, dim=-1)
+        threshold = self.rule.threshold(self.mu, self.sigma).expand_as(similarity)
+        alive = torch.ones_like(similarity) if live is None else live.to(similarity)
+        table = torch.stack([similarity, threshold, alive]).tolist()  # the step's one transfer
+        rows = list(zip(*table, strict=True))
+        low_rows = sum(1 for s, t, a in rows if a and s < t)
+        low = low_rows > sum(a for _, _, a in rows) / 2
+        self.counter = self.counter + 1 if low else max(0, self.counter - 1)
+        return Check(self.checks, table[0], table[1], self.counter, self.counter >= self.rule.count)
+
+    def _collect(self, mean: Tensor) -> Check:
+        size = self.rule.window
+        self.windows.append(mean)
+        part, count = size * mean, torch.full((len(mean),), float(size), device=mean.device)
+        self.total = part if self.total is None else self.total + part
+        self.tokens = count if self.tokens is None else self.tokens + count
+        others = self.total - part
+        similarity = cosine_similarity(mean, others, dim=-1).tolist()
+        if len(self.windows) >= MIN_WINDOWS:
+            self._arm()
+        return Check(self.checks, similarity, None, 0, False)
+
+
+def _compact(v: Tensor, weights: Tensor | None) -> Tensor:
+    """Real tokens of every row, moved to the front and cut to the shortest row: [B, T', D]."""
+    if weights is None:
+        return v
+    counts = weights.sum(1).long()
+    shortest = int(counts.min())
+    order = weights.sort(dim=1, descending=True, stable=True).indices[:, :shortest]
+    return v.gather(1, order[..., None].expand(-1, -1, v.shape[2]))

@@ -1,0 +1,61 @@
+"""Every exception that dart_llm raises on purpose.
+
+::
+
+    DartError                     anything below; the command line exits with 2
+    ├── ConfigError               a value that was asked for cannot be used
+    │   └── UnknownName           a name (method, score, model, prompt, ...) that does not exist
+    ├── UnsupportedModel          the model's FFN is not one that can be pruned
+    ├── AttachError               the model is already being pruned, or is not being pruned
+    ├── LoadError                 a checkpoint could not be found, fetched, verified or read
+    ├── MissingExtra              an optional dependency is not installed
+    └── ResultsError              a results folder cannot be written or read
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DartError(Exception):
+    """Base class of all errors that dart_llm raises on purpose."""
+
+
+class ConfigError(DartError):
+    """A setting is out of range, contradicts another one, or cannot be parsed."""
+
+
+class UnknownName(ConfigError):
+    """A name is not registered; the message lists the near ones."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        names = sorted(known)
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
+        super().__init__(f"unknown {kind} {name!r}; {hint}")
+
+
+class UnsupportedModel(DartError):
+    """The model holds a module that cannot be pruned; the message names it."""
+
+
+class AttachError(DartError):
+    """The model is already attached to a run, or is not attached where it must be."""
+
+
+class LoadError(DartError):
+    """A checkpoint could not be found, fetched, verified or read."""
+
+
+class MissingExtra(DartError):
+    """An optional dependency is missing; the message gives the pip command."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(
+            f"this needs {package}, which is not installed: pip install 'dart-llm[{extra}]'"
+        )
+
+
+class ResultsError(DartError):
+    """A results folder cannot be written, read or resumed."""

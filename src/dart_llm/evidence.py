@@ -1,0 +1,186 @@
+"""What is remembered of the observed tokens: weighted sums per layer, float32, detached.
+
+Token weights are 1 for a real token of a live row and 0 for padding and finished rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dart_llm.scores import EPS, PerToken
+
+CHUNK_ELEMENTS = 1 << 24
+"""Tokens are processed in chunks of at most this many float32 elements."""
+
+REFERENCE_TOKENS = 256
+"""Decayed evidence weighs at most as much as this many tokens before the decay."""
+
+
+@dataclass
+class Sum:
+    """A weighted sum over tokens and its weight."""
+
+    total: Tensor
+    weight: Tensor | float = 0.0
+
+    @property
+    def mean(self) -> Tensor:
+        """The weighted mean."""
+        if isinstance(self.weight, Tensor):
+            return self.total / self.weight.clamp_min(EPS)
+        return self.total / max(self.weight, EPS)
+
+
+@dataclass
+class LayerEvidence:
+    """Named sums of one layer: ``score`` [I], ``signed`` [I], ``squares`` [I] and scalars."""
+
+    sums: dict[str, Sum] = field(default_factory=dict)
+
+    def add(self, name: str, values: Tensor, weights: Tensor | None) -> None:
+        """Add per-token ``values`` [T] or [T, I]; ``weights``: [T] or None for all ones."""
+        weight: Tensor | float = float(len(values)) if weights is None else weights.sum()
+        if weights is None:
+            part = values.sum(0)
+        else:
+            part = torch.einsum("t,t...->...", weights, values)
+        known = self.sums.get(name)
+        if known is None:
+            self.sums[name] = Sum(part, weight)
+        else:
+            known.total += part
+            known.weight = known.weight + weight
+
+    def add_ema(self, values: Tensor, decay: float, weights: Tensor | None) -> None:
+        """``s <- d s + a`` over the tokens of [B, T, I] in order, rows summed."""
+        tokens = values.shape[1]
+        if weights is None:
+            later = torch.arange(tokens - 1, -1, -1, device=values.device)
+            factors = (decay ** later.float()).expand(len(values), tokens)
+            shift: Tensor | float = float(decay**tokens)
+        else:
+            alive = weights.amax(0)
+            later = alive.flip(0).cumsum(0).flip(0) - alive
+            factors = decay**later * weights
+            shift = decay ** alive.sum()
+        part, weight = torch.einsum("bt,bti->i", factors, values), factors.sum()
+        known = self.sums.get("score")
+        if known is None:
+            self.sums["score"] = Sum(part, weight)
+        else:
+            known.total = known.total * shift + part
+            known.weight = known.weight * shift + weight
+
+    def fade(self, decay: float, rows: int) -> None:
+        """Scale all sums by ``decay * min(1, 256 / n)``, n = tokens per row seen so far."""
+        for known in self.sums.values():
+            if isinstance(known.weight, float):
+                factor: Tensor | float = decay * min(
+                    1.0, REFERENCE_TOKENS * rows / max(known.weight, EPS)
+                )
+            else:
+                ratio = REFERENCE_TOKENS * rows / known.weight.clamp_min(EPS)
+                factor = decay * ratio.clamp_max(1.0)
+            known.total = known.total * factor
+            known.weight = known.weight * factor
+
+    def nbytes(self) -> int:
+        return sum(known.total.numel() * known.total.element_size() for known in self.sums.values())
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Which sums a configuration needs, and how to add one forward's tokens to them.
+
+    ``needs`` holds any of ``signed`` (compensation), ``sensitivity``, ``sensitivity-residual`` and
+    ``squares`` (budget ``global``).
+    """
+
+    per_token: PerToken | None
+    ema_decay: float | None
+    needs: frozenset[str]
+
+    @property
+    def needs_stream(self) -> bool:
+        """Whether x and r, beside u and z, must be captured."""
+        return bool(self.needs & {"sensitivity", "sensitivity-residual", "squares"})
+
+    def update(
+        self,
+        evidence: LayerEvidence,
+        u: Tensor,
+        z: Tensor,
+        x: Tensor | None,
+        r: Tensor | None,
+        weights: Tensor | None,
+    ) -> None:
+        """Add tokens. u: [B, T, I]; z, x, r: [B, T, D]; weights: [B, T] float32 or None."""
+        step = max(1, CHUNK_ELEMENTS // (u.shape[0] * u.shape[2]))
+        for start in range(0, u.shape[1], step):
+            part = slice(start, start + step)
+            w = None if weights is None else weights[:, part]
+            self._neurons(evidence, u[:, part].float(), w)
+        if self.needs_stream:
+            if x is None or r is None:
+                raise RuntimeError("x and r were not captured")
+            flat = None if weights is None else weights.flatten()
+            x, z, r = (t.flatten(0, 1).float() for t in (x, z, r))
+            self._stream(evidence, x, z, r, flat)
+
+    def _neurons(self, evidence: LayerEvidence, u: Tensor, weights: Tensor | None) -> None:
+        flat = u.flatten(0, 1)
+        w = None if weights is None else weights.flatten()
+        if self.per_token is not None and self.ema_decay is not None:
+            evidence.add_ema(self.per_token(u).sqrt(), self.ema_decay, weights)
+        elif self.per_token is not None:
+            evidence.add("score", self.per_token(flat), w)
+        if "signed" in self.needs:
+            evidence.add("signed", flat, w)
+        if "squares" in self.needs:
+            evidence.add("squares", flat.square(), w)
+
+    def _stream(
+        self, evidence: LayerEvidence, x: Tensor, z: Tensor, r: Tensor, w: Tensor | None
+    ) -> None:
+        size = x.norm(dim=-1).clamp_min(EPS)
+        if "sensitivity" in self.needs:
+            _add_sensitivity(evidence, "", x, z, z - x, size, w)
+        if "sensitivity-residual" in self.needs:
+            _add_sensitivity(evidence, "-residual", x, x + r, r, size, w)
+        if "squares" in self.needs:
+            z2, r2 = z.square().sum(-1), r.square().sum(-1)
+            evidence.add("gain", r2 / z2.clamp_min(EPS), w)
+            evidence.add("stream", size.square(), w)
+
+    def score_input(self, evidence: LayerEvidence, width: int, device: torch.device) -> Tensor:
+        """The accumulated statistic ``a`` that score functions take: [I], float32."""
+        if self.per_token is None:
+            return torch.zeros(width, device=device)
+        known = evidence.sums["score"]
+        return known.mean if self.ema_decay is not None else known.total.sqrt()
+
+
+def _add_sensitivity(
+    evidence: LayerEvidence,
+    suffix: str,
+    x: Tensor,
+    y: Tensor,
+    change: Tensor,
+    size: Tensor,
+    w: Tensor | None,
+) -> None:
+    cosine = (x * y).sum(-1) / (size * y.norm(dim=-1)).clamp_min(EPS)
+    evidence.add(f"cosine{suffix}", cosine, w)
+    evidence.add(f"change{suffix}", change.norm(dim=-1) / size, w)
+
+
+def needed(
+    parts: tuple[str, ...], compensation: bool, get: Callable[[str], frozenset[str]]
+) -> frozenset[str]:
+    """The union of what the budgets ``parts`` need, and ``signed`` for compensation."""
+    found = frozenset().union(*(get(part) for part in parts))
+    return found | {"signed"} if compensation else found

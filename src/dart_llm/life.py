@@ -1,0 +1,247 @@
+"""The life of one mask: PREFILL -> OBSERVE -> PRUNED (-> OBSERVE ...) -> RELEASED.
+
+One ``Life`` serves a whole batch that shares its masks, or one row of it.  It holds all state of
+its sequence; nothing is kept on modules or configurations.  docs/method.md, "Life of a sequence".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from torch import Tensor
+
+from dart_llm.config import PruneConfig
+from dart_llm.drift import Detector, Rule
+from dart_llm.evidence import LayerEvidence
+from dart_llm.masks import LayerMask, overlap
+from dart_llm.records import Remask
+from dart_llm.select import Selection, Selector
+
+
+class Phase(StrEnum):
+    """Where a sequence stands."""
+
+    PREFILL = "prefill"
+    OBSERVE = "observe"
+    PRUNED = "pruned"
+    RELEASED = "released"
+
+
+@dataclass
+class Period:
+    """Decoded tokens under one set of keep counts (``kept`` None: dense)."""
+
+    kept: tuple[int, ...] | None
+    tokens: Tensor | float = 0.0
+    forwards: int = 0
+    observed: int = 0
+
+
+@dataclass
+class Life:
+    """State of one sequence; see the module's docstring."""
+
+    config: PruneConfig
+    selector: Selector
+    rule: Rule
+    sequence: int
+    row: int | None
+    rows: int
+    given: tuple[LayerMask | None, ...] | None = None
+    phase: Phase = Phase.PREFILL
+    evidence: list[LayerEvidence] = field(default_factory=list)
+    detector: Detector = field(init=False)
+    selection: Selection | None = None
+    masks: tuple[LayerMask | None, ...] | None = None
+    prompt_tokens: float = 0.0
+    evidence_tokens: float = 0.0
+    decoded: int = 0
+    observed: int = 0
+    need: int = 0
+    cause: str = "first"
+    pruned_run: int = 0
+    last_trigger: int | None = None
+    spent: int = 0
+    spending: bool = False
+    periods: list[Period] = field(default_factory=list)
+    remasks: list[Remask] = field(default_factory=list)
+    version: int = 0
+
+    def __post_init__(self) -> None:
+        self.detector = Detector(self.rule)
+        self.evidence = [LayerEvidence() for _ in self.selector.layers]
+
+    @property
+    def batch_rows(self) -> slice:
+        """The batch rows that this life speaks for."""
+        return slice(None) if self.row is None else slice(self.row, self.row + 1)
+
+    def see_prompt(self, tokens: float) -> None:
+        """``tokens`` (per row) of prefill are about to be observed."""
+        self.prompt_tokens += tokens
+        if self.phase is Phase.RELEASED or self.given is not None:
+            return
+        if self.phase is Phase.PRUNED:
+            self._fade(keep=True)
+            self.cause = "prompt"
+            self.detector = Detector(self.rule)
+        if self.phase is not Phase.PREFILL:
+            self.observed, self.spending = 0, False
+        self.phase = Phase.PREFILL
+        self.evidence_tokens += tokens
+
+    def advance(self) -> Phase:
+        """The phase of the decode forward that is about to run; builds masks when it is time."""
+        released = self.config.release_step is not None and self.decoded >= self.config.release_step
+        if released:
+            self.phase, self.masks = Phase.RELEASED, None
+        elif self.selector.removes_nothing and self.given is None:
+            self.phase = Phase.RELEASED
+        if self.phase is Phase.PREFILL:
+            self.need = self._first_need()
+            self.phase, self.observed = Phase.OBSERVE, 0
+        if self.phase is Phase.OBSERVE and self.observed >= self.need:
+            self._build()
+        return self.phase
+
+    def _first_need(self) -> int:
+        if self.given is not None:
+            return 0
+        first = self.cause == "first"
+        if not self.selector.needs_evidence:
+            return self.config.masking_step if first else 0
+        short = max(0, math.ceil(self.config.min_evidence - self.evidence_tokens))
+        alone = 1 if self.evidence_tokens <= 0 else 0
+        return max(self.config.masking_step if first else 0, short, alone)
+
+    def _build(self) -> None:
+        old = self.masks or (self.selection.masks if self.selection else None)
+        cause = self.cause
+        if self.given is not None:
+            counts = tuple(
+                layer.width if mask is None else mask.kept
+                for layer, mask in zip(self.selector.layers, self.given, strict=True)
+            )
+            self.selection, cause = Selection(self.given, counts, ()), "given"
+        else:
+            fixed = self.selection is not None and self.config.budget.refresh == "first"
+            counts_before = self.selection.counts if fixed and self.selection else None
+            self.selection = self.selector.select(self.evidence, counts_before)
+        self.masks = self.selection.masks
+        self.version += 1
+        self.phase, self.pruned_run, self.spending = Phase.PRUNED, 0, False
+        self.detector.start()
+        shared = None if old is None else overlap(_ids(old), _ids(self.masks))
+        self.remasks.append(
+            Remask(
+                self.sequence,
+                self.row,
+                self.decoded,
+                cause,
+                self.evidence_tokens,
+                self.selection.counts,
+                shared,
+            )
+        )
+
+    def count(self, tokens: int, live: Tensor | float) -> None:
+        """``tokens`` per row were decoded, ``live`` of them over all rows were real."""
+        pruned = self.phase is Phase.PRUNED
+        kept = self.selection.counts if pruned and self.selection else None
+        if not self.periods or self.periods[-1].kept != kept:
+            self.periods.append(Period(kept))
+        period = self.periods[-1]
+        period.tokens = period.tokens + live
+        period.forwards += 1
+        self.decoded += tokens
+        if pruned:
+            self.pruned_run += tokens
+        if self.phase is Phase.OBSERVE:
+            period.observed += tokens
+            self.observed += tokens
+            self.evidence_tokens += tokens
+            if self.spending:
+                self.spent += tokens
+
+    def rewind(self, tokens: int, live: Tensor | float) -> None:
+        """The last ``tokens`` decoded tokens of every row were rolled back."""
+        tokens = min(tokens, self.decoded)
+        self.decoded -= tokens
+        self.pruned_run = max(0, self.pruned_run - tokens)
+        self.observed = max(0, self.observed - tokens)
+        self.detector.cut(tokens)
+        if self.periods:
+            self.periods[-1].tokens = self.periods[-1].tokens - live
+
+    def may_trigger(self) -> bool:
+        """Whether the guards allow a re-mask now (distance, cap on dense tokens)."""
+        drift = self.config.drift
+        if self.last_trigger is not None and self.decoded - self.last_trigger < drift.min_distance:
+            return False
+        if drift.max_dense_share is None:
+            return True
+        need = self._remask_need()
+        return self.spent + need <= drift.max_dense_share * (self.decoded + need)
+
+    def trigger(self, cause: str) -> None:
+        """Leave PRUNED: the next tokens run dense and are observed, for all layers at once."""
+        self.cause, self.last_trigger = cause, self.decoded
+        self._fade(keep=False)
+        self.phase, self.masks, self.spending = Phase.OBSERVE, None, True
+        self.observed, self.need = 0, self._remask_need()
+        self.detector = Detector(self.rule)
+        self.version += 1
+
+    def _remask_need(self) -> int:
+        return self.config.remask.observe_tokens or max(1, self.config.masking_step)
+
+    def _fade(self, keep: bool) -> None:
+        """Age the evidence.  ``keep``: ``fresh`` evidence survives; a further prompt adds to it."""
+        if self.config.remask.evidence == "decay":
+            n = max(self.evidence_tokens, 1e-9)
+            for layer in self.evidence:
+                layer.fade(self.config.remask.decay, self.rows)
+            self.evidence_tokens *= self.config.remask.decay * min(1.0, 256 / n)
+        elif not keep:
+            self.evidence = [LayerEvidence() for _ in self.evidence]
+            self.evidence_tokens = 0.0
+
+    def tokens_until_change(self) -> int | None:
+        """Tokens that one decode forward may hold before the state can change; None: no bound."""
+        if self.phase is Phase.RELEASED:
+            return None
+        bounds = []
+        if self.config.release_step is not None:
+            bounds.append(self.config.release_step - self.decoded)
+        dense = 0
+        if self.phase is Phase.PREFILL:
+            dense = self._first_need()
+        elif self.phase is Phase.OBSERVE:
+            dense = self.need - self.observed
+        if dense > 0:
+            bounds.append(dense)
+        else:
+            pruned = self.phase is Phase.PRUNED
+            if self.rule.window:
+                bounds.append(self.rule.window - (self.detector.filled if pruned else 0))
+            if self.rule.interval:
+                bounds.append(self.rule.interval - (self.pruned_run if pruned else 0))
+        return max(1, min(bounds)) if bounds else None
+
+    def nbytes(self) -> int:
+        """Memory held by this life beside the model."""
+        masks = self.selection.masks if self.selection else ()
+        scores = self.selection.scores if self.selection else ()
+        return (
+            sum(layer.nbytes() for layer in self.evidence)
+            + self.detector.nbytes()
+            + sum(mask.nbytes() for mask in masks if mask is not None)
+            + sum(score.numel() * score.element_size() for score in scores)
+        )
+
+
+def _ids(masks: Sequence[LayerMask | None]) -> list[Tensor | None]:
+    return [None if mask is None else mask.ids for mask in masks]

@@ -1,0 +1,106 @@
+"""Masks: which neurons each layer keeps, chosen from scores and counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dart_llm.errors import ConfigError
+
+AUTO_FLOOR = 0.1
+"""Share of its neurons that the ``auto`` strategy leaves in every layer."""
+
+
+@dataclass(frozen=True)
+class LayerMask:
+    """The neurons that one layer keeps.
+
+    ``ids``: [k] int64, ascending, on the layer's device.  ``bias``: [D] float32, added to the
+    FFN's output while the mask is in force (compensation), or None.
+    """
+
+    ids: Tensor
+    width: int
+    bias: Tensor | None = None
+
+    @property
+    def kept(self) -> int:
+        return int(self.ids.numel())
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """[I] ones and zeros."""
+        mask = torch.zeros(self.width, dtype=dtype, device=self.ids.device)
+        mask[self.ids] = 1
+        return mask
+
+    def removed(self) -> Tensor:
+        """Indices of the removed neurons, ascending, [I - k]."""
+        gone = torch.ones(self.width, dtype=torch.bool, device=self.ids.device)
+        gone[self.ids] = False
+        return gone.nonzero().flatten()
+
+    def nbytes(self) -> int:
+        bias = 0 if self.bias is None else self.bias.numel() * self.bias.element_size()
+        return self.ids.numel() * self.ids.element_size() + bias
+
+
+def top_ids(score: Tensor, keep: int) -> Tensor:
+    """Indices of the ``keep`` largest scores, ascending; ties go to the lower index.
+
+    score: [I].  Returns [keep] int64.
+    """
+    order = score.sort(descending=True, stable=True).indices
+    return order[:keep].sort().values
+
+
+def auto_count(score: Tensor) -> int:
+    """Strategy ``auto``: neurons whose score reaches the layer's mean, at least 10 % of them.
+
+    score: [I] on the host.
+    """
+    above = int((score >= score.mean()).sum())
+    return max(above, 1, int(AUTO_FLOOR * score.numel()))
+
+
+def overlap(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> float:
+    """Share of the neurons in ``second`` that ``first`` also holds, over all masked layers."""
+    same = total = 0
+    for old, new in zip(first, second, strict=True):
+        if old is None or new is None:
+            continue
+        same += int(torch.isin(new, old).sum())
+        total += new.numel()
+    return same / total if total else 1.0
+
+
+def given_masks(
+    widths: Sequence[int],
+    keep: Mapping[int, Sequence[int] | Tensor] | None,
+    remove: Mapping[int, Sequence[int] | Tensor] | None,
+) -> list[Tensor | None]:
+    """A user's own masks: neuron ids per layer to keep, or to remove; other layers stay dense.
+
+    Raises ``ConfigError`` for an unknown layer or neuron, or for a layer left with no neuron.
+    """
+    if (keep is None) == (remove is None):
+        raise ConfigError("give either masks= (neurons to keep) or remove=, not both")
+    given = keep if keep is not None else remove
+    assert given is not None
+    found: list[Tensor | None] = [None] * len(widths)
+    for layer, ids in given.items():
+        if not 0 <= int(layer) < len(widths):
+            raise ConfigError(f"layer {layer} is out of range: this model has {len(widths)} layers")
+        width = widths[int(layer)]
+        index = torch.unique(torch.as_tensor(ids, dtype=torch.int64)).cpu()
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < width:
+            raise ConfigError(f"layer {layer} has neurons 0-{width - 1}; got id {int(index.max())}")
+        mask = torch.zeros(width, dtype=torch.bool)
+        mask[index] = True
+        kept = (mask if keep is not None else ~mask).nonzero().flatten()
+        if not kept.numel():
+            raise ConfigError(f"layer {layer} would keep no neuron: keep at least one")
+        found[int(layer)] = kept
+    return found

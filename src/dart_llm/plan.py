@@ -1,0 +1,77 @@
+"""What is said of a forward (``Call``), and what is answered (``Plan``)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from torch import Tensor
+
+from dart_llm.masks import LayerMask
+
+
+class Kind(StrEnum):
+    """What a root forward is (docs/method.md)."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One root forward. ``cached`` tokens lie in the cache, [``rows``, ``tokens``] are new.
+
+    ``valid``: [B, T] float32, 0 for padding, or None.  ``live``: [B] bool, False for rows that
+    have ended, or None.  ``observable``: leading tokens of a prefill that belong to the prompt.
+    """
+
+    kind: Kind
+    cached: int
+    tokens: int
+    rows: int
+    valid: Tensor | None = None
+    live: Tensor | None = None
+    observable: int | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Leading tokens that a prefill observes."""
+        return self.tokens if self.observable is None else min(self.tokens, self.observable)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the layers do in one forward: ``masks[life][layer]``, None where dense."""
+
+    observe: bool
+    features: bool
+    masks: tuple[tuple[LayerMask | None, ...] | None, ...]
+
+    @property
+    def dense(self) -> bool:
+        return all(masks is None for masks in self.masks)
+
+
+@dataclass
+class Held:
+    """Tokens of the running (or not yet settled) forward; ``observing``: one flag per life."""
+
+    call: Call
+    observing: list[bool]
+    layers: dict[int, tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
+    feature: Tensor | None = None
+    ended: bool = False
+    """False while the forward runs, and for ever if it raised."""
+
+
+def bare(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach()
+
+
+def token_weights(call: Call, end: int) -> Tensor | None:
+    """[B, end] float32 token weights, or None when all are 1."""
+    weights = None if call.valid is None else call.valid[:, :end]
+    if call.live is None:
+        return weights
+    alive = call.live.float()[:, None].expand(-1, end)
+    return alive if weights is None else weights * alive

@@ -1,0 +1,1 @@
+"""One short file per method: a ``PruneConfig`` and where it comes from."""

@@ -1,0 +1,136 @@
+"""What flows out of a run: frozen, JSON-able records, one schema for every door.
+
+Sparsity is always the fraction of FFN neurons removed.  "Decoded tokens" are those fed in decode
+forwards; the first generated token, which comes from the prompt's logits, is not one of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Remask:
+    """Masks of all layers were built; they hold from decode step ``step`` of ``sequence`` on."""
+
+    sequence: int
+    row: int | None
+    """Batch row, or None when one mask serves the whole batch."""
+    step: int
+    """Decoded tokens before the first forward that used these masks."""
+    cause: str
+    """``first``, ``prompt`` (new prefill tokens), ``drift``, ``interval`` or ``given``."""
+    evidence_tokens: float
+    kept: tuple[int, ...]
+    """Neurons kept, per layer."""
+    overlap: float | None
+    """Share of the kept neurons that the mask before also kept; None for a first mask."""
+
+
+@dataclass(frozen=True)
+class DriftCheck:
+    """One completed window of the drift detector (one row of drift.csv)."""
+
+    sequence: int
+    row: int
+    step: int
+    layer: int
+    window: int
+    similarity: float
+    threshold: float | None
+    """None while the detector is not armed."""
+    counter: int
+    trigger: bool
+    state: str
+    """``arming``, ``armed``, or ``held`` (a trigger that the guards put off)."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generated token, for front ends that stream."""
+
+    index: int
+    token_id: int
+    text: str
+    phase: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class LayerStat:
+    """One layer at the end of a run."""
+
+    layer: int
+    width: int
+    kept: int
+    """Neurons kept by the mask in force at the end (the width when dense)."""
+    kept_share: float
+    sparsity_decoded: float
+    """Mean over decoded tokens, dense tokens counting 0."""
+
+
+@dataclass(frozen=True)
+class SequenceReport:
+    """Accounting of one sequence (one batch row, or one batch that shares its masks)."""
+
+    sequence: int
+    row: int | None
+    prompt_tokens: int
+    decoded_tokens: int
+    dense_tokens: int
+    achieved_sparsity: float
+    sparsity_while_pruned: float
+    dense_token_share: float
+    remasks: tuple[Remask, ...]
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Accounting of a run (docs/method.md, "Accounting")."""
+
+    method: str
+    requested_sparsity: float | None
+    achieved_sparsity: float
+    """Mean over decoded tokens and layers of the fraction removed; dense tokens count 0."""
+    sparsity_while_pruned: float
+    dense_token_share: float
+    prompt_tokens: int
+    decoded_tokens: int
+    remasks: int
+    """Masks built after the first of each sequence."""
+    remask_causes: dict[str, int]
+    layers: tuple[LayerStat, ...]
+    executor: str
+    ffn_flops_share: float
+    """FFN FLOPs per decoded token over dense, as executed, tracing and mask building included."""
+    ffn_bytes_share: float
+    """FFN bytes touched per decode forward over dense, as executed, likewise."""
+    ffn_flops_share_if_compact: float
+    ffn_bytes_share_if_compact: float
+    ffn_share_of_bytes: float
+    """FFN bytes over all weight bytes that one decoded token reads (embedding rows left out)."""
+    extra_memory_bytes: int
+    """Held beside the model: evidence, detector, masks, compact copies."""
+    sequences: tuple[SequenceReport, ...]
+
+    @property
+    def bytes_limit(self) -> float:
+        """Largest speed-up that the bytes read allow at the achieved sparsity."""
+        return 1.0 / max(1e-9, 1.0 - self.ffn_share_of_bytes * self.achieved_sparsity)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able data."""
+        return {**asdict(self), "bytes_limit": self.bytes_limit}
+
+    def __str__(self) -> str:
+        asked = (
+            "" if self.requested_sparsity is None else f" of {self.requested_sparsity:.0%} asked"
+        )
+        return (
+            f"{self.method}: {self.achieved_sparsity:.1%} of the FFN neurons removed{asked}, mean "
+            f"over {self.decoded_tokens} decoded tokens ({self.dense_token_share:.1%} of them "
+            f"dense; {self.sparsity_while_pruned:.1%} while pruned), {self.remasks} re-masks, "
+            f"{self.executor} executor, {self.ffn_bytes_share:.2f} of the dense FFN bytes, "
+            f"{self.extra_memory_bytes / 2**20:.1f} MiB held"
+        )

@@ -1,0 +1,88 @@
+"""Neuron scores (docs/method.md, "Scores").
+
+A score is one function ``(a, weights) -> [I]``.  ``a`` is what was accumulated over the observed
+tokens from the per-token statistic that the decorator names: ``sqrt(sum_t e_t)``, or with an
+``ema_decay`` d the average of ``sqrt(e_t)`` weighted by ``d^(T-1-t)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dart_llm.weights import FfnWeights
+
+EPS = 1e-12
+PerToken = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A scoring rule: its per-token statistic (None: weights alone decide) and its function."""
+
+    function: Callable[[Tensor, FfnWeights], Tensor]
+    per_token: PerToken | None
+    source: str
+
+    def __call__(self, a: Tensor, weights: FfnWeights) -> Tensor:
+        """a: [I] float32 accumulated statistic.  Returns [I] float32, larger is kept first."""
+        return self.function(a, weights)
+
+    @property
+    def summary(self) -> str:
+        return (self.function.__doc__ or "").split("\n")[0]
+
+
+def score(
+    per_token: PerToken | None, source: str
+) -> Callable[[Callable[[Tensor, FfnWeights], Tensor]], Score]:
+    """Turn a function into a ``Score``; ``source`` names the paper and the formula."""
+
+    def wrap(function: Callable[[Tensor, FfnWeights], Tensor]) -> Score:
+        return Score(function, per_token, source)
+
+    return wrap
+
+
+def squared(u: Tensor) -> Tensor:
+    """u_i^2 of each token.  u: [..., I] float32."""
+    return u.square()
+
+
+def squared_share(u: Tensor) -> Tensor:
+    """(u_i / ||u||_2)^2 of each token.  u: [..., I] float32."""
+    return u.square() / u.square().sum(-1, keepdim=True).clamp_min(EPS)
+
+
+@score(squared, "DART, arXiv 2601.22632, the published scripts' default")
+def magnitude(a: Tensor, weights: FfnWeights) -> Tensor:
+    """L2 norm of the neuron's activation over the observed tokens."""
+    return a
+
+
+@score(squared_share, "GRIFFIN, arXiv 2404.01365, eq. 6")
+def normalized(a: Tensor, weights: FfnWeights) -> Tensor:
+    """L2 norm of the neuron's activation after each token is scaled to unit norm."""
+    return a
+
+
+@score(squared, "Wanda's criterion (arXiv 2306.11695) for whole neurons, L2")
+def contribution(a: Tensor, weights: FfnWeights) -> Tensor:
+    """Magnitude times the norm of the neuron's column of the down projection."""
+    return a * weights.down_norm
+
+
+@score(None, "static baseline: norms of the neuron's weights")
+def weight(a: Tensor, weights: FfnWeights) -> Tensor:
+    """Product of the norms of the neuron's input rows and output column; no activations."""
+    return weights.down_norm * weights.in_norms
+
+
+@score(None, "baseline")
+def random(a: Tensor, weights: FfnWeights) -> Tensor:
+    """Uniform random numbers, fixed by the run's seed and the layer."""
+    generator = torch.Generator().manual_seed(1_000_003 * weights.seed + weights.index)
+    return torch.rand(weights.width, generator=generator).to(weights.device)

@@ -1,0 +1,159 @@
+"""From evidence to masks: scores, layer counts, kept neurons, compensation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dart_llm.budgets import LayerView, align_counts, blend_counts
+from dart_llm.compensation import compensation
+from dart_llm.config import PruneConfig
+from dart_llm.errors import ConfigError, DartError
+from dart_llm.evidence import LayerEvidence, Statistics, needed
+from dart_llm.layer_spec import AUTO, parse_layer_spec
+from dart_llm.masks import LayerMask, auto_count, top_ids
+from dart_llm.registry import BUDGETS, SCORES
+from dart_llm.weights import FfnWeights
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Masks of all layers (None: the layer stays dense), their counts and the scores behind."""
+
+    masks: tuple[LayerMask | None, ...]
+    counts: tuple[int, ...]
+    scores: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Selector:
+    """The policy of one configuration over the layers of one model; holds no run state."""
+
+    config: PruneConfig
+    layers: tuple[FfnWeights, ...]
+
+    def __post_init__(self) -> None:
+        self.targets  # noqa: B018 - raises early when the table does not fit the model
+
+    @cached_property
+    def targets(self) -> tuple[int | str | None, ...]:
+        """Per layer: a fixed count, ``auto``, or None (dense)."""
+        if self.config.budget.table is None:
+            return (AUTO,) * len(self.layers)
+        widths = [layer.width for layer in self.layers]
+        return tuple(parse_layer_spec(self.config.budget.table).resolve(widths))
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """What must be summed over the observed tokens."""
+        score = SCORES.get(self.config.score.name)
+        parts = self.config.budget.parts() if self._allocates else ()
+        needs = needed(parts, self.config.compensation, lambda name: BUDGETS.get(name).needs)
+        return Statistics(score.per_token, self.config.score.ema_decay, needs)
+
+    @property
+    def needs_evidence(self) -> bool:
+        return self.statistics.per_token is not None or bool(self.statistics.needs)
+
+    @property
+    def removes_nothing(self) -> bool:
+        """Whether no neuron can ever be removed (sparsity 0, or a table of ones)."""
+        if self.config.score.strategy == "auto":
+            return False
+        return all(
+            target is None or target == layer.width or (target == AUTO and self.config.target == 0)
+            for target, layer in zip(self.targets, self.layers, strict=True)
+        )
+
+    @property
+    def _allocates(self) -> bool:
+        return self.config.score.strategy == "topk" and AUTO in self.targets
+
+    def select(
+        self, evidence: Sequence[LayerEvidence], counts: Sequence[int] | None = None
+    ) -> Selection:
+        """Masks from evidence; ``counts``: keep these instead of allocating again.
+
+        Raises ``DartError`` when a score is not finite.
+        """
+        rule = SCORES.get(self.config.score.name)
+        scores = [
+            rule(self.statistics.score_input(known, layer.width, layer.device), layer)
+            for known, layer in zip(evidence, self.layers, strict=True)
+        ]
+        self._check_finite(scores)
+        if counts is None:
+            counts = self.counts(scores, evidence)
+        masks = [
+            self._mask(layer, score, known, count)
+            for layer, score, known, count in zip(
+                self.layers, scores, evidence, counts, strict=True
+            )
+        ]
+        return Selection(tuple(masks), tuple(counts), tuple(scores))
+
+    def counts(self, scores: Sequence[Tensor], evidence: Sequence[LayerEvidence]) -> list[int]:
+        """How many neurons each layer keeps."""
+        host = [score.cpu().double() for score in scores]
+        if self.config.score.strategy == "auto":
+            return [auto_count(score) for score in host]
+        counts = [
+            layer.width if target is None else 0 if isinstance(target, str) else target
+            for target, layer in zip(self.targets, self.layers, strict=True)
+        ]
+        automatic = [index for index, target in enumerate(self.targets) if target == AUTO]
+        if automatic:
+            views = [self._view(index, host[index], evidence[index]) for index in automatic]
+            for index, count in zip(automatic, self._allocate(views), strict=True):
+                counts[index] = count
+        return counts
+
+    def _allocate(self, views: Sequence[LayerView]) -> list[int]:
+        widths = [view.width for view in views]
+        keep = round((1 - self.config.target) * sum(widths))
+        found = [BUDGETS.get(name)(views, keep) for name in self.config.budget.parts()]
+        counts = found[0] if len(found) == 1 else blend_counts(found[0], found[1], widths)
+        return align_counts(counts, widths, self.config.budget.multiple)
+
+    def _view(self, index: int, score: Tensor, evidence: LayerEvidence) -> LayerView:
+        layer, sums = self.layers[index], evidence.sums
+        sensitivity, impact = None, None
+        for suffix in ("", "-residual"):
+            if f"cosine{suffix}" in sums:
+                change = float(sums[f"change{suffix}"].mean)
+                sensitivity = (1 - float(sums[f"cosine{suffix}"].mean)) * change
+        if "squares" in sums:
+            gain = sums["gain"].mean / sums["stream"].total.clamp_min(1e-30)
+            impact = (sums["squares"].total * layer.down_norm.square() * gain).cpu().double()
+        return LayerView(layer.width, layer.depth, score, sensitivity, impact)
+
+    def _mask(
+        self, layer: FfnWeights, score: Tensor, evidence: LayerEvidence, count: int
+    ) -> LayerMask | None:
+        if count >= layer.width:
+            return None
+        mask = LayerMask(top_ids(score, count), layer.width)
+        if not self.config.compensation:
+            return mask
+        mean = evidence.sums["signed"].mean
+        return LayerMask(mask.ids, mask.width, compensation(layer.down, mean, mask.removed()))
+
+    def _check_finite(self, scores: Sequence[Tensor]) -> None:
+        sums = torch.stack([score.sum().to(scores[0].device) for score in scores])
+        bad = (~sums.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            raise DartError(
+                f"the scores of layer {bad[0]} are not finite: the model's activations overflow "
+                f"in {self.layers[bad[0]].up.dtype}; try dtype float32"
+            )
+
+
+def check_fits(config: PruneConfig, layers: Sequence[FfnWeights]) -> Selector:
+    """A ``Selector``, or ``ConfigError`` when the configuration cannot work on this model."""
+    if not layers:
+        raise ConfigError("the model has no FFN layers")
+    return Selector(config, tuple(layers))

@@ -1,0 +1,216 @@
+"""``prune(model, ...)``: a context manager that joins policy, model and accounting."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+from dart_llm.accounting import Costs, run_report
+from dart_llm.arch import describe
+from dart_llm.attach import Attachment
+from dart_llm.config import PruneConfig
+from dart_llm.errors import AttachError
+from dart_llm.life import Life
+from dart_llm.masks import LayerMask, given_masks
+from dart_llm.records import DriftCheck, Remask, RunReport
+from dart_llm.tracer import Tracer
+
+Ids = Mapping[int, Sequence[int] | Tensor]
+
+
+class Run:
+    """A model and how it is pruned.  Use it as a context manager, or ``attach``/``detach``.
+
+    Not made directly: ``prune`` returns it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: PruneConfig,
+        masks: Ids | None = None,
+        remove: Ids | None = None,
+        on_remask: Callable[[Remask], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.on_remask = on_remask
+        self.on_selection: Callable[[Remask, Life], None] | None = None
+        self._view = describe(model)
+        self._layers = self._view.weights(config.score.proxy_embedding, config.seed)
+        self._given = self._place(masks, remove) if masks or remove else None
+        self._tracer = self._new_tracer()
+        self._attachment: Attachment | None = None
+        self._copies = 0
+
+    def _place(self, masks: Ids | None, remove: Ids | None) -> tuple[LayerMask | None, ...]:
+        found = given_masks([layer.width for layer in self._layers], masks, remove)
+        return tuple(
+            None
+            if ids is None or len(ids) == layer.width
+            else LayerMask(ids.to(layer.device), layer.width)
+            for ids, layer in zip(found, self._layers, strict=True)
+        )
+
+    def _new_tracer(self) -> Tracer:
+        return Tracer(self.config, self._layers, self._given, self._notify)
+
+    def _notify(self, remask: Remask, life: Life) -> None:
+        if self.on_remask is not None:
+            self.on_remask(remask)
+        if self.on_selection is not None:
+            self.on_selection(remask, life)
+
+    @property
+    def executor(self) -> str:
+        """``compact`` where the rows of a batch share a mask and work can be skipped."""
+        if self.config.executor != "auto":
+            return self.config.executor
+        blocked = self.config.batch == "per_row" or any(
+            block.inline or block.offloaded for block in self._view.blocks
+        )
+        return "masked" if blocked else "compact"
+
+    def attach(self) -> Run:
+        """Start pruning the model; raises ``AttachError`` when it is pruned already."""
+        if self._attachment is not None:
+            raise AttachError("this run is attached already")
+        attachment = Attachment(self.model, self._view, self._tracer, self.executor)
+        attachment.install()
+        self._attachment = attachment
+        return self
+
+    def detach(self) -> None:
+        """Stop pruning; the model is exactly what it was.  Safe to call twice."""
+        if self._attachment is not None:
+            self._tracer.settle()
+            self._copies = self._attachment.nbytes()
+            self._attachment.remove()
+            self._attachment = None
+
+    def __enter__(self) -> Run:
+        return self.attach()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+    def reset(self) -> None:
+        """Forget all sequences, masks and records; the next forward starts anew."""
+        self._tracer = self._new_tracer()
+        if self._attachment is not None:
+            self._attachment.tracer = self._tracer
+
+    @contextlib.contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Inside, every forward that continues a cache counts as decode, whatever its length."""
+        if self._attachment is None:
+            raise AttachError("decoding() needs an attached run: use it inside the with block")
+        self._attachment.forced_decode += 1
+        try:
+            yield
+        finally:
+            if self._attachment is not None:
+                self._attachment.forced_decode -= 1
+
+    def tokens_until_change(self) -> int | None:
+        """Tokens that one decode forward may hold before the masks can change; None: no bound."""
+        return self._tracer.tokens_until_change()
+
+    @property
+    def phase(self) -> str:
+        """Phase of the newest sequence: prefill, observe, pruned or released."""
+        self._tracer.settle()
+        return str(self._tracer.lives[0].phase) if self._tracer.lives else "prefill"
+
+    def masks(self) -> dict[int, Tensor]:
+        """Kept neuron ids per layer of the newest mask ([k] int64, on the host).
+
+        Layers that run dense are left out.  Raises ``AttachError`` before the first mask.
+        """
+        for life in reversed(self._tracer.all_lives()):
+            if life.selection is not None:
+                return {
+                    layer: mask.ids.cpu()
+                    for layer, mask in enumerate(life.selection.masks)
+                    if mask is not None
+                }
+        raise AttachError("no mask has been built yet: generate at least two tokens first")
+
+    @property
+    def remasks(self) -> tuple[Remask, ...]:
+        """Every mask that was built, in order."""
+        return tuple(r for life in self._tracer.all_lives() for r in life.remasks)
+
+    @property
+    def drift_checks(self) -> tuple[DriftCheck, ...]:
+        """Every window that the drift detector completed, in order."""
+        self._tracer.settle()
+        return tuple(self._tracer.checks)
+
+    def report(self) -> RunReport:
+        """Accounting so far, in total and per sequence."""
+        self._tracer.settle()
+        copies = self._copies if self._attachment is None else self._attachment.nbytes()
+        automatic = self.config.sparsity is not None or self._asks_total()
+        return run_report(
+            list(self._tracer.all_lives()),
+            Costs(self._layers, self._view.parameter_bytes),
+            self.executor,
+            copies,
+            self.config.method if self._given is None else "given masks",
+            self.config.target if automatic and self._given is None else None,
+        )
+
+    def _asks_total(self) -> bool:
+        targets = self._tracer.selector.targets
+        return self.config.score.strategy == "topk" and "auto" in targets
+
+    def export(self, folder: str | Path) -> Path:
+        """Write the newest mask as a dense, narrower checkpoint that ``from_pretrained`` loads.
+
+        Raises ``ConfigError`` unless every layer keeps the same number of neurons.
+        """
+        from dart_llm.export import export
+
+        for life in reversed(self._tracer.all_lives()):
+            if life.selection is not None:
+                return export(self.model, self._view.blocks, life.selection.masks, Path(folder))
+        raise AttachError("no mask has been built yet: generate at least two tokens first")
+
+
+def prune(
+    model: nn.Module,
+    method: str | PruneConfig = "dart",
+    *,
+    sparsity: float | None = None,
+    masks: Ids | None = None,
+    remove: Ids | None = None,
+    on_remask: Callable[[Remask], None] | None = None,
+    **settings: Any,
+) -> Run:
+    """Prune the FFN neurons of ``model`` while it decodes.
+
+    ``method``: a name (``dart-llm methods`` lists them) or a ``PruneConfig``.  ``sparsity``:
+    fraction of all FFN neurons to remove, [0, 1).  ``masks``: {layer: neuron ids to keep}, or
+    ``remove``: {layer: ids to remove}, applies the given neurons.  ``on_remask`` is called with
+    every new mask's record.  ``settings``: any field of ``PruneConfig``.
+
+    Raises ``ConfigError`` for settings that do not fit, ``UnsupportedModel`` for a model that
+    cannot be pruned.
+
+    >>> with prune(model, sparsity=0.5) as run:             # doctest: +SKIP
+    ...     model.generate(**inputs, max_new_tokens=200)
+    >>> print(run.report())                                 # doctest: +SKIP
+    """
+    config = PruneConfig.build(method, sparsity=sparsity, **settings)
+    return Run(model, config, masks, remove, on_remask)

@@ -1,0 +1,264 @@
+"""The state machine of a run: forwards in, plans out; no model, no modules.
+
+For every forward: ``begin_forward`` says what each layer shall do, ``observe`` and ``feature``
+take what the layers saw, ``end_forward`` settles it.  A decode forward of several tokens is held
+until the next forward shows how many of them stayed (assisted decoding rolls back).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dart_llm.config import PruneConfig
+from dart_llm.drift import SINKS, Check, make_rule
+from dart_llm.life import Life, Phase
+from dart_llm.masks import LayerMask
+from dart_llm.plan import Call, Held, Kind, Plan, bare, token_weights
+from dart_llm.records import DriftCheck, Remask
+from dart_llm.select import Selector, check_fits
+from dart_llm.weights import FfnWeights
+
+RemaskHook = Callable[[Remask, Life], None]
+
+
+class Tracer:
+    """Drives the lives of the sequences of one run."""
+
+    def __init__(
+        self,
+        config: PruneConfig,
+        layers: tuple[FfnWeights, ...],
+        given: tuple[LayerMask | None, ...] | None = None,
+        on_remask: RemaskHook | None = None,
+    ) -> None:
+        self.config = config
+        self.selector: Selector = check_fits(config, layers)
+        self.rule = make_rule("never" if given is not None else config.drift.rule)
+        self.given = given
+        self.on_remask = on_remask
+        self.lives: list[Life] = []
+        self.finished: list[Life] = []
+        self.checks: list[DriftCheck] = []
+        self.sequences = 0
+        self.length = 0
+        self.plan = Plan(False, False, ())
+        self._held: Held | None = None
+
+    @torch.no_grad()
+    def begin_forward(self, call: Call) -> Plan:
+        """Settle the forward before, then plan this one."""
+        self.settle(call.cached)
+        fresh = call.cached == 0 or call.cached > self.length or not self.lives
+        if fresh:
+            self._new_sequence(call)
+        elif call.cached < self.length:
+            for life in self.lives:
+                life.rewind(self.length - call.cached, float(self.length - call.cached) * life.rows)
+        self.length = call.cached
+        before = [life.version for life in self.lives]
+        if call.kind is Kind.PREFILL:
+            observing = self._prefill(call)
+        else:
+            observing = [life.advance() is Phase.OBSERVE for life in self.lives]
+        self._announce(before)
+        self._held = Held(call, observing, {})
+        self.plan = self._make_plan(call, observing)
+        return self.plan
+
+    def _new_sequence(self, call: Call) -> None:
+        self.finished += self.lives
+        per_row = self.config.batch == "per_row"
+        self.lives = [
+            Life(
+                self.config,
+                self.selector,
+                self.rule,
+                self.sequences,
+                row if per_row else None,
+                1 if per_row else call.rows,
+                self.given,
+            )
+            for row in (range(call.rows) if per_row else [0])
+        ]
+        self.sequences += 1
+        self.length = 0
+
+    def _prefill(self, call: Call) -> list[bool]:
+        tokens = call.prompt_tokens
+        counts: list[float] = [float(tokens)] * call.rows
+        if call.valid is not None:
+            counts = call.valid[:, :tokens].sum(1).tolist()
+        for life in self.lives:
+            mean = sum(counts) / len(counts) if life.row is None else counts[life.row]
+            life.see_prompt(mean)
+        wanted = self.given is None and not self.selector.removes_nothing
+        return [wanted and life.phase is Phase.PREFILL for life in self.lives]
+
+    def _make_plan(self, call: Call, observing: list[bool]) -> Plan:
+        prefill = call.kind is Kind.PREFILL
+        masks = tuple(None if prefill else life.masks for life in self.lives)
+        watched = any(observing) or any(life.phase is Phase.PRUNED for life in self.lives)
+        return Plan(
+            any(observing) and self.selector.needs_evidence,
+            bool(self.rule.window) and watched,
+            masks,
+        )
+
+    def _announce(self, before: list[int]) -> None:
+        for life, version in zip(self.lives, before, strict=True):
+            if self.on_remask and life.version != version and life.masks is not None:
+                self.on_remask(life.remasks[-1], life)
+
+    @torch.no_grad()
+    def observe(
+        self, layer: int, u: Tensor, z: Tensor, x: Tensor | None = None, r: Tensor | None = None
+    ) -> None:
+        """One layer's tokens. u: [B, T, I]; z, x, r: [B, T, D] (x and r where they are needed)."""
+        held = self._held
+        if held is None or not self.plan.observe:
+            return
+        if held.call.kind is Kind.DECODE and held.call.tokens > 1:
+            held.layers[layer] = (u.detach(), z.detach(), bare(x), bare(r))
+        else:
+            end = held.call.prompt_tokens
+            self._update(held, layer, (u.detach(), z.detach(), bare(x), bare(r)), end)
+
+    def _update(
+        self,
+        held: Held,
+        layer: int,
+        seen: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+        end: int,
+    ) -> None:
+        weights = token_weights(held.call, end)
+        with torch.inference_mode(False):
+            for life, wanted in zip(self.lives, held.observing, strict=True):
+                if not wanted:
+                    continue
+                rows = life.batch_rows
+                w = None if weights is None else weights[rows].to(seen[0].device)
+                u, z, x, r = (None if t is None else t[rows, :end] for t in seen)
+                assert u is not None
+                assert z is not None
+                self.selector.statistics.update(life.evidence[layer], u, z, x, r, w)
+
+    def feature(self, v: Tensor) -> None:
+        """The last layer's attention output of this forward: [B, T, D]."""
+        if self._held is not None and self.plan.features:
+            self._held.feature = v.detach()
+
+    @torch.no_grad()
+    def end_forward(self) -> None:
+        """The forward ran: count it and look for drift, unless it must be held."""
+        held = self._held
+        if held is None:
+            return
+        held.ended = True
+        if held.call.kind is Kind.PREFILL or held.call.tokens == 1:
+            self.settle(held.call.cached + held.call.tokens)
+        else:
+            self.length = held.call.cached + held.call.tokens
+
+    @torch.no_grad()
+    def settle(self, cached: int | None = None) -> None:
+        """Account for the forward in hand; ``cached``: tokens that stayed (None: all of them)."""
+        held, self._held = self._held, None
+        if held is None or not held.ended:
+            return
+        call = held.call
+        end = call.cached + call.tokens
+        stayed = end if cached is None or cached == 0 else min(cached, end)
+        accepted = max(0, stayed - call.cached)
+        self.length = call.cached + accepted
+        for layer, seen in held.layers.items():
+            self._update(held, layer, seen, accepted)
+        with torch.inference_mode(False):
+            if call.kind is Kind.PREFILL:
+                self._settle_prefill(held)
+            elif accepted:
+                self._settle_decode(held, accepted)
+
+    def _settle_prefill(self, held: Held) -> None:
+        call = held.call
+        end = call.prompt_tokens
+        if held.feature is not None:
+            self._reference(held, held.feature[:, :end], end)
+        if extra := call.tokens - end:
+            for life in self.lives:  # candidate tokens that rode along with the prompt ran dense
+                phase, life.phase = life.phase, Phase.RELEASED
+                life.count(extra, float(extra * life.rows))
+                life.phase = phase
+
+    def _settle_decode(self, held: Held, accepted: int) -> None:
+        call = held.call
+        weights = token_weights(call, accepted)
+        if held.feature is not None:
+            self._reference(held, held.feature[:, :accepted], accepted)
+        for life in self.lives:
+            rows = life.batch_rows
+            count = call.rows if life.row is None else 1
+            live = float(accepted * count) if weights is None else weights[rows].sum()
+            pruned = life.phase is Phase.PRUNED
+            life.count(accepted, live)
+            if pruned:
+                self._watch(life, held, accepted, rows)
+
+    def _reference(self, held: Held, v: Tensor, end: int) -> None:
+        skip = max(0, min(SINKS - held.call.cached, end))
+        weights = token_weights(held.call, end)
+        if held.call.kind is Kind.PREFILL and weights is not None:
+            position = weights.cumsum(1) - 1 + held.call.cached
+            weights, skip = weights * (position >= SINKS), 0
+        for life, wanted in zip(self.lives, held.observing, strict=True):
+            if wanted:
+                rows = life.batch_rows
+                w = None if weights is None else weights[rows, skip:].to(v.device)
+                life.detector.observe(v[rows, skip:], w)
+
+    def _watch(self, life: Life, held: Held, accepted: int, rows: slice) -> None:
+        if self.rule.interval and life.pruned_run >= self.rule.interval:
+            if life.may_trigger():
+                life.trigger("interval")
+            return
+        if held.feature is None:
+            return
+        live = held.call.live
+        v = held.feature[rows, :accepted]
+        for check in life.detector.watch(v, None if live is None else live[rows].to(v.device)):
+            allowed = check.fired and life.may_trigger()
+            self._record(life, check, allowed)
+            if allowed:
+                life.trigger("drift")
+                break
+
+    def _record(self, life: Life, check: Check, allowed: bool) -> None:
+        held = "held" if check.fired and not allowed else "armed"
+        state = "arming" if check.threshold is None else held
+        for row, similarity in enumerate(check.similarity):
+            self.checks.append(
+                DriftCheck(
+                    life.sequence,
+                    row if life.row is None else life.row,
+                    life.decoded,
+                    len(self.selector.layers) - 1,
+                    check.window,
+                    similarity,
+                    None if check.threshold is None else check.threshold[row],
+                    check.counter,
+                    allowed,
+                    state,
+                )
+            )
+
+    def tokens_until_change(self) -> int | None:
+        """Tokens that the next decode forward may hold before any state can change."""
+        self.settle()
+        bounds = [life.tokens_until_change() for life in self.lives]
+        return min((bound for bound in bounds if bound is not None), default=None)
+
+    def all_lives(self) -> list[Life]:
+        """Finished and running lives, in order."""
+        return [*self.finished, *self.lives]

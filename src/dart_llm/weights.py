@@ -1,0 +1,57 @@
+"""The FFN weights of one layer, as plain matrices whatever the module's layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FfnWeights:
+    """Views of one layer's FFN weights; I = neurons, D = hidden size.
+
+    ``up``: [I, D] (``fc`` in a plain FFN); ``gate``: [I, D] or None; ``down``: [D, I].
+    ``embedding``: [V, D] rows for forward proxies, shared by all layers.
+    """
+
+    index: int
+    depth: float
+    """Relative depth l / (L - 1), 0 to 1."""
+    up: Tensor
+    gate: Tensor | None
+    down: Tensor
+    embedding: Tensor | None = None
+    seed: int = 0
+
+    @property
+    def width(self) -> int:
+        """Number of neurons I."""
+        return int(self.down.shape[1])
+
+    @property
+    def hidden(self) -> int:
+        """Hidden size D."""
+        return int(self.down.shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        return self.down.device
+
+    @cached_property
+    def down_norm(self) -> Tensor:
+        """L2 norm of each column of the down projection, [I], float32."""
+        return _norm(self.down, 0)
+
+    @cached_property
+    def in_norms(self) -> Tensor:
+        """Product of the L2 norms of each neuron's input rows, [I], float32."""
+        norm = _norm(self.up, 1)
+        return norm if self.gate is None else norm * _norm(self.gate, 1)
+
+
+def _norm(matrix: Tensor, dim: int) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(matrix.detach(), dim=dim, dtype=torch.float32)
+    return norm
