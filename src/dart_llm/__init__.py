@@ -26,7 +26,7 @@ from dart_llm.errors import (
 if TYPE_CHECKING:
     from dart_llm.attach import restore
     from dart_llm.config import PruneConfig
-    from dart_llm.load import load
+    from dart_llm.loading import load
     from dart_llm.records import DriftCheck, Remask, RunReport
     from dart_llm.session import Run, prune
 
@@ -38,7 +38,7 @@ _LAZY = {
     "Remask": "dart_llm.records",
     "Run": "dart_llm.session",
     "RunReport": "dart_llm.records",
-    "load": "dart_llm.load",
+    "load": "dart_llm.loading",
     "prune": "dart_llm.session",
     "restore": "dart_llm.attach",
 }

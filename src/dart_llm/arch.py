@@ -44,6 +44,10 @@ class ModelView:
 
 def describe(model: nn.Module) -> ModelView:
     """Find the FFN blocks; raise ``UnsupportedModel`` that names what was found instead."""
+    if type(model).__module__.startswith("peft."):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is a PEFT model: call merge_and_unload() on it first"
+        )
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise UnsupportedModel(f"{type(model).__name__} is not a transformers model")
@@ -158,6 +162,7 @@ class ForwardArgs:
     input_ids: Tensor | None
     valid: Tensor | None
     """[B, T] float32, 0 for padding; None when nothing says that there is padding."""
+    cache: Any = None
 
 
 def read_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ForwardArgs:
@@ -170,10 +175,11 @@ def read_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     tensor = ids if ids is not None else embeds
     if tensor is None:
         raise ConfigError("a forward of a pruned model needs input_ids or inputs_embeds")
-    cache = given.get("cache", given.get("past_key_values"))
+    cache = next((given[k] for k in ("cache", "past_key_values") if given.get(k) is not None), None)
     cached = 0 if cache is None else int(cache.get_seq_length())
     rows, tokens = int(tensor.shape[0]), int(tensor.shape[1])
-    return ForwardArgs(cached, tokens, rows, ids, _valid(given.get("attention_mask"), tokens))
+    valid = _valid(given.get("attention_mask"), tokens)
+    return ForwardArgs(cached, tokens, rows, ids, valid, cache)
 
 
 def _valid(mask: Any, tokens: int) -> Tensor | None:
@@ -189,6 +195,10 @@ class GenerateArgs:
 
     prompt_tokens: int
     beams: int
+
+
+_SECOND_TEXT = {"guidance_scale": 1, "assistant_early_exit": None}
+"""Settings with which ``generate`` calls its own model for another text, and their off values."""
 
 
 def read_generate(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> GenerateArgs:
@@ -210,15 +220,40 @@ def read_generate(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
             "generate without a cache runs the whole text again for every token, so there is no "
             "decode step to prune; leave use_cache on"
         )
+    for name, neutral in _SECOND_TEXT.items():
+        if setting(name, neutral) != neutral:
+            raise ConfigError(
+                f"generate with {name} runs a second text through the model between the steps, so "
+                "the steps cannot be told apart; leave it out"
+            )
     prompt = 1 if inputs is None else int(inputs.shape[1])
     return GenerateArgs(prompt, int(setting("num_beams", 1)))
 
 
-def end_tokens(generation_config: Any, device: torch.device) -> Tensor | None:
-    """Token ids that end a row or follow its end, 1-D, or None."""
-    parts = [
-        getattr(generation_config, name, None)
-        for name in ("_eos_token_tensor", "_pad_token_tensor")
-    ]
-    found = [part.flatten().to(device) for part in parts if isinstance(part, Tensor)]
-    return torch.cat(found) if found else None
+@dataclass(frozen=True)
+class PrefillArgs:
+    """What the prompt step of ``generate`` was called with."""
+
+    ends: Tensor | None
+    """Token ids that end a row, 1-D, or None."""
+    pads: Tensor | None
+    """Token ids that only follow a row's end, 1-D, or None."""
+    mask: Tensor | None
+    """[B, cached + prompt tokens], 0 for padding, or None."""
+
+
+def read_prefill(prefill: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PrefillArgs:
+    """Read a call of ``_prefill``."""
+    given = inspect.signature(prefill).bind(*args, **kwargs).arguments
+    device = given["input_ids"].device
+
+    def ids(name: str) -> Tensor | None:
+        found = getattr(given["generation_config"], name, None)
+        return found.flatten().to(device) if isinstance(found, Tensor) else None
+
+    ends, pads = ids("_eos_token_tensor"), ids("_pad_token_tensor")
+    if ends is None or (pads is not None and bool(torch.isin(pads, ends).any())):
+        pads = None
+    mask = given["model_kwargs"].get("attention_mask")
+    is_flat = isinstance(mask, Tensor) and mask.dim() == 2
+    return PrefillArgs(ends, pads, mask if is_flat else None)

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from dart_llm import arch
 from dart_llm.errors import AttachError, ConfigError
-from dart_llm.ffn import CompactFfn, FfnBlock, run_masked
-from dart_llm.masks import LayerMask
-from dart_llm.plan import Call, Kind, Plan
+from dart_llm.layer import HostedFfn
+from dart_llm.loop import Loop, bare_call
+from dart_llm.plan import Plan
 from dart_llm.tracer import Tracer
 
-_active: weakref.WeakKeyDictionary[nn.Module, Attachment] = weakref.WeakKeyDictionary()
+_active: weakref.WeakSet[Attachment] = weakref.WeakSet()
+"""Weak: an attached model that nobody holds any more is freed with its attachment."""
 
 
 class Attachment:
@@ -32,21 +33,23 @@ class Attachment:
         self.model = model
         self.tracer = tracer
         self.executor = executor
-        self.layers = [_Layer(block, self) for block in view.blocks]
+        self.layers = [HostedFfn(block, self) for block in view.blocks]
         self.plan = Plan(False, False, ())
+        self.rows = 1
         self.forced_decode = 0
+        self.loop: Loop | None = None
         self._view = view
         self._undo: list[Callable[[], None]] = []
-        self._generate: _Generate | None = None
+        self._released = 0
 
     def install(self) -> None:
         """Attach; raises ``AttachError`` when the model already is, and leaves nothing behind."""
-        if self.model in _active:
+        if _holders(self.model):
             raise AttachError(
                 "this model is already being pruned: leave that block first, or call "
                 "dart_llm.restore(model)"
             )
-        _active[self.model] = self
+        _active.add(self)
         try:
             self._install()
         except BaseException:
@@ -71,10 +74,12 @@ class Attachment:
 
     def remove(self) -> None:
         """Put back exactly what was there; safe to call twice."""
+        self._released = self.nbytes()
         while self._undo:
             self._undo.pop()()
-        if _active.get(self.model) is self:
-            del _active[self.model]
+        _active.discard(self)
+        for layer in self.layers:
+            layer.release()
 
     def _hook(self, handle: Any) -> None:
         self._undo.append(handle.remove)
@@ -97,7 +102,13 @@ class Attachment:
         self._undo.append(undo)
 
     def _before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        self.plan = self.tracer.begin_forward(self._call(arch.read_forward(model, args, kwargs)))
+        for layer in self.layers:
+            layer.forget()
+        with torch.inference_mode(False):  # what is kept must serve later forwards of any mode
+            seen = arch.read_forward(model, args, kwargs)
+            self.rows = seen.rows
+            call = self.loop.call(seen) if self.loop else bare_call(seen, self.forced_decode > 0)
+            self.plan = self.tracer.begin_forward(call)
 
     def _after(self, model: nn.Module, args: Any, output: Any) -> None:
         self.tracer.end_forward()
@@ -105,47 +116,30 @@ class Attachment:
 
     def _feature(self, module: nn.Module, args: Any, v: Tensor) -> None:
         if self.plan.features:
-            self.tracer.feature(v.reshape(self.plan_rows, -1, v.shape[-1]))
-
-    def _call(self, seen: arch.ForwardArgs) -> Call:
-        """Say what this forward is (docs/method.md, "Life of a sequence")."""
-        loop = self._generate
-        self.plan_rows = seen.rows
-        live, observable = None, None
-        if loop is None:
-            bare_decode = seen.tokens == 1 or self.forced_decode > 0
-            kind = Kind.DECODE if seen.cached and bare_decode else Kind.PREFILL
-        elif loop.in_prefill:
-            kind = Kind.PREFILL
-        elif loop.forwards == 0:
-            kind = Kind.PREFILL
-            prompt = loop.prompt_tokens
-            observable = prompt - seen.cached if prompt > seen.cached else prompt
-        else:
-            kind, live = Kind.DECODE, loop.update_live(seen.input_ids)
-            if not seen.cached:
-                raise ConfigError("this generation runs without a cache, so nothing is decoded")
-        if loop is not None:
-            loop.forwards += 1
-        return Call(kind, seen.cached, seen.tokens, seen.rows, seen.valid, live, observable)
+            self.tracer.feature(v.reshape(self.rows, -1, v.shape[-1]))
 
     def _rungenerate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = arch.read_generate(self.model, args, kwargs)
         if given.beams > 1 and self.tracer.config.batch == "per_row":
             raise ConfigError('beam search reorders rows: use batch "shared"')
-        self._generate = _Generate(given)
+        if self.loop is not None:
+            raise ConfigError(
+                "this model is generating already: a pruned model runs one generate at a time, "
+                "and cannot be its own assistant"
+            )
+        self.loop = loop = Loop(given)
         try:
             return original(*args, **kwargs)
         finally:
-            self._generate = None
+            self.loop = None
+            if loop.cache is not None:
+                self.tracer.settle(int(loop.cache.get_seq_length()))
 
     def _runprefill(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        loop = self._generate
+        loop = self.loop
         if loop is None:
             return original(*args, **kwargs)
-        config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-        ids = args[0] if args else kwargs["input_ids"]
-        loop.ends = arch.end_tokens(config, ids.device)
+        loop.prefill = arch.read_prefill(original, args, kwargs)
         loop.in_prefill = True
         try:
             return original(*args, **kwargs)
@@ -153,142 +147,24 @@ class Attachment:
             loop.in_prefill = False
 
     def nbytes(self) -> int:
-        """Bytes of the compact copies."""
-        return sum(layer.compact.nbytes() for layer in self.layers)
+        """Bytes of the compact copies and multipliers (after ``remove``: what they were)."""
+        return self._released or sum(layer.nbytes() for layer in self.layers)
+
+    @property
+    def installed(self) -> bool:
+        """False once it was removed, by its run or by ``restore``."""
+        return self in _active
 
 
-class _Generate:
-    """State of one call of ``generate``: is it in its prompt step, and which rows have ended."""
-
-    def __init__(self, given: arch.GenerateArgs) -> None:
-        self.prompt_tokens = given.prompt_tokens
-        self.beams = given.beams
-        self.in_prefill = False
-        self.forwards = 0
-        self.ends: Tensor | None = None
-        self.live: Tensor | None = None
-
-    def update_live(self, ids: Tensor | None) -> Tensor | None:
-        """[B] bool: rows whose newest token does not end them; None when all count."""
-        if ids is None or self.ends is None or len(ids) == 1 or self.beams > 1:
-            return None
-        alive = ~torch.isin(ids, self.ends).any(1)
-        self.live = alive if self.live is None else self.live & alive
-        return self.live
-
-
-class _Layer:
-    """The replaced forward of one FFN."""
-
-    def __init__(self, block: FfnBlock, owner: Attachment) -> None:
-        self.block = block
-        self.owner = owner
-        self.compact = CompactFfn(block)
-        self.x: Tensor | None = None
-        self.waiting: tuple[Tensor, Tensor] | None = None
-        self._rows: tuple[list[LayerMask | None], Tensor, Tensor | None] | None = None
-
-    def hook_stream(self, keep: Callable[[Any], None]) -> None:
-        """Read x before the FFN's norm, and r after its post-norm."""
-        if self.block.x_from is not None:
-            keep(self.block.x_from.register_forward_pre_hook(self._take_x))
-        if self.block.post_norm is not None:
-            keep(self.block.post_norm.register_forward_hook(self._take_r))
-
-    def _take_x(self, module: nn.Module, args: Any) -> None:
-        if self.owner.plan.observe:
-            self.x = args[0]
-
-    def _take_r(self, module: nn.Module, args: Any, r: Tensor) -> None:
-        if self.waiting is not None:
-            u, z = self.waiting
-            self.waiting = None
-            self._observe(u, z, r)
-
-    def run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The forward of the FFN (of the down projection, for an inline block)."""
-        plan = self.owner.plan
-        masks = [None if life is None else life[self.block.index] for life in plan.masks]
-        masked = any(mask is not None for mask in masks)
-        if not masked and not plan.observe:
-            return original(*args, **kwargs)
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        rest = (*args, *kwargs.values())[: 2 if args else None]
-        only = masks[0] if len(masks) == 1 else None
-        if only is not None and not plan.observe and self._compacts(x):
-            self.compact.load(only)
-            return self.block.finish(self.compact.run(x)[1], rest)
-        project = original if self.block.inline else self.block.down
-        mask, bias = self._mask_tensors(masks, x) if masked else (None, None)
-        u, z = run_masked(self.block, project, x, mask, bias)
-        if plan.observe:
-            self._observed(u, z, x)
-        return self.block.finish(z, rest)
-
-    def _compacts(self, x: Tensor) -> bool:
-        if self.owner.executor != "compact" or self.block.inline or self.block.offloaded:
-            return False
-        graded = torch.is_grad_enabled() and (
-            x.requires_grad or any(p.requires_grad for p in self.block.ffn.parameters())
-        )
-        return not graded
-
-    def _mask_tensors(
-        self, masks: list[LayerMask | None], x: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        known = self._rows
-        if (
-            known is None
-            or len(known[0]) != len(masks)
-            or any(new is not old for new, old in zip(masks, known[0], strict=True))
-        ):
-            self._rows = known = (masks, *_stack(masks, x))
-        return known[1], known[2]
-
-    def _observed(self, u: Tensor, z: Tensor, x: Tensor) -> None:
-        if not self.owner.tracer.selector.statistics.needs_stream:
-            self._observe(u, z, None)
-            return
-        if self.block.x_from is None:
-            self.x = x
-        if self.block.post_norm is None:
-            self._observe(u, z, z)
-        else:
-            self.waiting = (u, z)
-
-    def _observe(self, u: Tensor, z: Tensor, r: Tensor | None) -> None:
-        rows = self.owner.plan_rows
-        x, self.x = self.x, None
-        shaped = [None if t is None else t.reshape(rows, -1, t.shape[-1]) for t in (u, z, x, r)]
-        assert shaped[0] is not None and shaped[1] is not None
-        self.owner.tracer.observe(self.block.index, shaped[0], shaped[1], shaped[2], shaped[3])
-
-
-def _stack(masks: list[LayerMask | None], x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Multipliers [I] (one life) or [B, 1, I], and compensation [D] or [B, 1, D]."""
-    some = next(mask for mask in masks if mask is not None)
-    with torch.inference_mode(False):
-        ones = torch.ones(some.width, dtype=x.dtype, device=x.device)
-        rows = [ones if mask is None else mask.dense(x.dtype).to(x.device) for mask in masks]
-        biases = None
-        sample = next((m.bias for m in masks if m is not None and m.bias is not None), None)
-        if sample is not None:
-            zero = torch.zeros_like(sample)
-            each = [zero if m is None or m.bias is None else m.bias for m in masks]
-            biases = [bias.to(x) for bias in each]
-        if len(masks) == 1:
-            return rows[0], None if biases is None else biases[0]
-        stacked = None if biases is None else torch.stack(biases)[:, None]
-        return torch.stack(rows)[:, None], stacked
-
-
-def attachment_of(model: nn.Module) -> Attachment | None:
-    """What is attached to ``model`` now, or None."""
-    return _active.get(model)
+def _holders(model: nn.Module) -> list[Attachment]:
+    """Attachments that hold an FFN of ``model``, whether through it, a part or a wrapper of it."""
+    modules = {id(module) for module in model.modules()}
+    return [
+        held for held in _active if any(id(layer.block.host) in modules for layer in held.layers)
+    ]
 
 
 def restore(model: nn.Module) -> None:
     """Detach whatever dart_llm attached to ``model``; always safe, also when nothing is."""
-    found = _active.get(model)
-    if found is not None:
-        found.remove()
+    for held in _holders(model):
+        held.remove()

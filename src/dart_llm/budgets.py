@@ -6,6 +6,7 @@ Everything here runs on the host in float64, so that all executors and devices a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,21 +14,23 @@ import torch
 from torch import Tensor
 
 FLOOR = 0.1
-"""Share of its neurons that ``energy`` and ``global`` leave in every layer."""
+"""Share of its neurons that ``energy``, ``global`` and ``auto`` leave in every layer."""
 
 
 @dataclass(frozen=True)
 class LayerView:
     """What a budget may look at.  All tensors on the host, float64.
 
-    ``score``: [I]; ``sensitivity``: scalar S_l under the name the budget needs, or None;
-    ``impact``: [I], the output energy of each neuron relative to the residual stream.
+    ``score``: [I]; ``sensitivity`` and ``residual_sensitivity``: S_l of ``depth`` and of
+    ``depth-residual``; ``impact``: [I], the output energy of each neuron relative to the residual
+    stream.  What no budget of the run needs is None.
     """
 
     width: int
     depth: float
     score: Tensor
     sensitivity: float | None = None
+    residual_sensitivity: float | None = None
     impact: Tensor | None = None
 
 
@@ -57,6 +60,11 @@ def budget(
         return Budget(function, frozenset(needs), source)
 
     return wrap
+
+
+def floor_count(width: int) -> int:
+    """The fewest neurons that are at least 10 % of a layer, for what must stay in every layer."""
+    return math.ceil(FLOOR * width - 1e-9)
 
 
 def round_counts(wanted: Sequence[float], widths: Sequence[int], keep: int) -> list[int]:
@@ -89,7 +97,7 @@ def align_counts(counts: Sequence[int], widths: Sequence[int], multiple: int) ->
     """
     if multiple <= 1:
         return list(counts)
-    units = [max(1, width // multiple) for width in widths]
+    units = [math.ceil(width / multiple) for width in widths]
     total = round(sum(counts) / multiple)
     wanted = [count / multiple for count in counts]
     aligned = round_counts(wanted, units, total)
@@ -118,8 +126,10 @@ def energy(layers: Sequence[LayerView], keep: int) -> list[int]:
     reached = []
     for layer in layers:
         squares = layer.score.square().sort(descending=True).values
-        share = (squares.cumsum(0) - squares) / squares.sum().clamp_min(1e-300)
-        reached.append(share)
+        total = squares.sum()
+        before = squares.cumsum(0) - squares
+        # no neuron is needed to hold a share of nothing: an all-zero layer keeps its floor first
+        reached.append(before / total if total > 0 else torch.ones_like(squares))
     return _smallest(reached, keep)
 
 
@@ -138,10 +148,14 @@ def global_rank(layers: Sequence[LayerView], keep: int) -> list[int]:
 
 
 def _smallest(values: Sequence[Tensor], keep: int) -> list[int]:
-    """Count, per layer, the ``keep`` smallest of ascending ``values``; floors come first."""
-    total = sum(len(value) for value in values)
-    share = min(FLOOR, keep / total)
-    floors = [max(1, int(share * len(value))) for value in values]
+    """Count, per layer, the ``keep`` smallest of ascending ``values``; floors come first.
+
+    A ``keep`` that the floors use up is spread evenly.
+    """
+    widths = [len(value) for value in values]
+    floors = [floor_count(width) for width in widths]
+    if sum(floors) >= keep:
+        return round_counts([keep * width / sum(widths) for width in widths], widths, keep)
     flat = torch.cat(
         [
             torch.cat([torch.full((floor,), -torch.inf, dtype=torch.float64), value[floor:]])

@@ -32,11 +32,12 @@ class _Part(BaseModel):
         if isinstance(data, Mapping):
             for key in data:
                 if key not in cls.model_fields:
-                    raise _unknown_key(cls, str(key))
+                    raise unknown_key(cls, str(key))
         return data
 
 
-def _unknown_key(part: type[BaseModel], key: str) -> ConfigError:
+def unknown_key(part: type[BaseModel], key: str) -> ConfigError:
+    """The error for a setting that does not exist; suggests the near one."""
     known = sorted(part.model_fields)
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f'did you mean "{near[0]}"?' if near else f"known settings: {', '.join(known)}"

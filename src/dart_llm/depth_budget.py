@@ -38,22 +38,22 @@ def depth_sparsities(
     p = [min(max(scale * one, lo), hi) for one in priority]
     for _ in range(1000):
         residue = rho * count - sum(p)
-        free = [i for i in range(count) if (p[i] < hi if residue > 0 else p[i] > lo)]
-        weight = sum(priority[i] for i in free)
+        inside = [i for i in range(count) if lo < p[i] < hi]
+        movable = [i for i in range(count) if (p[i] < hi if residue > 0 else p[i] > lo)]
+        free = inside or movable  # the bounds give way only where nothing else can
         if abs(residue) < 1e-12 or not free:
             break
+        weight = sum(priority[i] for i in free)
         for i in free:
             share = priority[i] / weight if weight > 0 else 1 / len(free)
             p[i] = min(max(p[i] + residue * share, lo), hi)
     return p
 
 
-def _allocate(layers: Sequence[LayerView], keep: int) -> list[int]:
-    sensitivity = []
-    for layer in layers:
-        if layer.sensitivity is None:
-            raise RuntimeError("budget depth needs the sensitivity statistic")
-        sensitivity.append(layer.sensitivity)
+def _allocate(layers: Sequence[LayerView], found: Sequence[float | None], keep: int) -> list[int]:
+    sensitivity = [one for one in found if one is not None]
+    if len(sensitivity) != len(layers):
+        raise RuntimeError("this budget needs the sensitivity statistic of every layer")
     widths = [layer.width for layer in layers]
     rho = 1 - keep / sum(widths)
     p = depth_sparsities(sensitivity, [layer.depth for layer in layers], rho)
@@ -63,10 +63,10 @@ def _allocate(layers: Sequence[LayerView], keep: int) -> list[int]:
 @budget(_SOURCE, needs=["sensitivity"])
 def depth(layers: Sequence[LayerView], keep: int) -> list[int]:
     """Layers whose FFN output resembles its input lose more, under a fixed depth profile."""
-    return _allocate(layers, keep)
+    return _allocate(layers, [layer.sensitivity for layer in layers], keep)
 
 
 @budget(_SOURCE + ", with the residual stream after the FFN", needs=["sensitivity-residual"])
 def depth_residual(layers: Sequence[LayerView], keep: int) -> list[int]:
     """The same with the change that the FFN makes to the residual stream."""
-    return _allocate(layers, keep)
+    return _allocate(layers, [layer.residual_sensitivity for layer in layers], keep)

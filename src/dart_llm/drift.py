@@ -69,11 +69,12 @@ def make_rule(text: str) -> Rule:
 
 @dataclass
 class Check:
-    """One completed window of every row: similarity [B] and threshold [B] (None: arming)."""
+    """One completed window of every row: similarity [B], threshold [B] (None: arming), live [B]."""
 
     window: int
     similarity: list[float]
     threshold: list[float] | None
+    live: list[bool]
     counter: int
     fired: bool
 
@@ -91,7 +92,7 @@ class Detector:
     tokens: Tensor | None = None
     windows: list[Tensor] = field(default_factory=list)
     partial: Tensor | None = None
-    filled: int = 0
+    """[B, t, D] tokens of the window in progress, t < W."""
     mu: Tensor | None = None
     sigma: Tensor | None = None
     counter: int = 0
@@ -101,8 +102,17 @@ class Detector:
     def armed(self) -> bool:
         return self.mu is not None
 
-    def observe(self, v: Tensor, weights: Tensor | None) -> None:
-        """Add observed tokens to the reference. v: [B, T, D]; weights: [B, T] or None."""
+    @property
+    def filled(self) -> int:
+        """Tokens of the window in progress."""
+        return 0 if self.partial is None else int(self.partial.shape[1])
+
+    def observe(self, v: Tensor, weights: Tensor | None, live: Tensor | None = None) -> None:
+        """Add observed tokens to the reference.
+
+        v: [B, T, D]; weights: [B, T] or None (all 1); live: [B] bool, False for rows that have
+        ended: they must not hold up the windows of the others.
+        """
         if not self.rule.window or not v.shape[1]:
             return
         v = v.float()
@@ -112,12 +122,12 @@ class Detector:
             part, count = torch.einsum("bt,btd->bd", weights, v), weights.sum(1)
         self.total = part if self.total is None else self.total + part
         self.tokens = count if self.tokens is None else self.tokens + count
-        for mean in self._fill(_compact(v, weights)):
+        for mean in self._fill(_compact(v, weights, live)):
             self.windows = [*self.windows[1 - MAX_WINDOWS :], mean]
 
     def start(self) -> None:
         """Enter PRUNED: fix the reference if there is one; window and counter start at 0."""
-        self.partial, self.filled, self.counter = None, 0, 0
+        self.partial, self.counter = None, 0
         if self.total is not None and len(self.windows) >= MIN_WINDOWS:
             self._arm()
         else:
@@ -132,12 +142,8 @@ class Detector:
 
     def cut(self, tokens: int) -> None:
         """Forget the last ``tokens`` of a window in progress (they were rolled back)."""
-        if tokens <= 0 or not self.filled:
-            return
-        keep = max(0, self.filled - tokens)
-        assert self.partial is not None
-        self.partial = self.partial * (keep / self.filled)
-        self.filled = keep
+        if self.partial is not None and tokens > 0:
+            self.partial = self.partial[:, : max(0, self.filled - tokens)]
 
     def nbytes(self) -> int:
         held = [self.total, self.tokens, self.partial, self.mu, self.sigma, *self.windows]
@@ -145,19 +151,13 @@ class Detector:
 
     def _fill(self, v: Tensor) -> list[Tensor]:
         """Cut [B, T, D] into windows, completing the one in progress; returns their means."""
-        size, means, start = self.rule.window, [], 0
-        while size and start < v.shape[1]:
-            take = min(size - self.filled, v.shape[1] - start)
-            part = v[:, start : start + take].sum(1)
-            if self.partial is not None and self.filled:
-                part = self.partial + part
-            self.partial = part
-            self.filled += take
-            start += take
-            if self.filled == size:
-                means.append(part / size)
-                self.filled = 0
-        return means
+        size = self.rule.window
+        if not size:
+            return []
+        tokens = v if self.partial is None else torch.cat([self.partial, v], 1)
+        end = tokens.shape[1] - tokens.shape[1] % size
+        self.partial = tokens[:, end:].clone()  # a view would keep all of them alive
+        return [tokens[:, start : start + size].mean(1) for start in range(0, end, size)]
 
     def _arm(self) -> None:
         """Leave-one-out similarities of the windows give mu and sigma of every row."""
@@ -172,7 +172,7 @@ class Detector:
     def _check(self, mean: Tensor, live: Tensor | None) -> Check:
         self.checks += 1
         if not self.armed:
-            return self._collect(mean)
+            return self._collect(mean, live)
         assert self.total is not None and self.tokens is not None and self.rule.threshold
         assert self.mu is not None and self.sigma is not None
         centroid = self.total / self.tokens[:, None].clamp_min(1)
@@ -184,26 +184,33 @@ class Detector:
         low_rows = sum(1 for s, t, a in rows if a and s < t)
         low = low_rows > sum(a for _, _, a in rows) / 2
         self.counter = self.counter + 1 if low else max(0, self.counter - 1)
-        return Check(self.checks, table[0], table[1], self.counter, self.counter >= self.rule.count)
+        fired = self.counter >= self.rule.count
+        return Check(
+            self.checks, table[0], table[1], [bool(a) for a in table[2]], self.counter, fired
+        )
 
-    def _collect(self, mean: Tensor) -> Check:
+    def _collect(self, mean: Tensor, live: Tensor | None) -> Check:
         size = self.rule.window
         self.windows.append(mean)
         part, count = size * mean, torch.full((len(mean),), float(size), device=mean.device)
         self.total = part if self.total is None else self.total + part
         self.tokens = count if self.tokens is None else self.tokens + count
         others = self.total - part
-        similarity = cosine_similarity(mean, others, dim=-1).tolist()
+        similarity = cosine_similarity(mean, others, dim=-1)
+        alive = torch.ones_like(similarity) if live is None else live.to(similarity)
+        similar, lives = torch.stack([similarity, alive]).tolist()
         if len(self.windows) >= MIN_WINDOWS:
             self._arm()
-        return Check(self.checks, similarity, None, 0, False)
+        return Check(self.checks, similar, None, [bool(a) for a in lives], 0, False)
 
 
-def _compact(v: Tensor, weights: Tensor | None) -> Tensor:
-    """Real tokens of every row, moved to the front and cut to the shortest row: [B, T', D]."""
+def _compact(v: Tensor, weights: Tensor | None, live: Tensor | None) -> Tensor:
+    """Real tokens of every row, moved to the front and cut to the shortest live row: [B, T', D]."""
     if weights is None:
         return v
     counts = weights.sum(1).long()
+    if live is not None:
+        counts = counts.where(live.to(counts.device), counts.max())
     shortest = int(counts.min())
     order = weights.sort(dim=1, descending=True, stable=True).indices[:, :shortest]
     return v.gather(1, order[..., None].expand(-1, -1, v.shape[2]))

@@ -35,6 +35,8 @@ def export(
     key = blocks[0].width_key
     if key is None:
         raise ConfigError(f"{type(model).__name__} fixes its FFN width, so it cannot be narrowed")
+    if any(block.offloaded for block in blocks):
+        raise ConfigError("an offloaded model cannot be exported: load it without offloading")
     narrow = _narrow_model(model, key, kept.pop(), _needs_bias(blocks, masks))
     state = model.state_dict()
     names = {id(module): name for name, module in model.named_modules()}

@@ -19,6 +19,8 @@ from dart_llm.masks import LayerMask
 from dart_llm.weights import FfnWeights
 
 _PLAIN = ("Linear", "Conv1D", "FalconLinear", "NonDynamicallyQuantizableLinear")
+_HOMES = ("torch.nn.", "transformers.")
+"""Packages whose classes of these names hold plain matrices."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,11 @@ class FfnBlock:
 
     @property
     def offloaded(self) -> bool:
-        return any(p.is_meta for p in self.ffn.parameters())
+        """Whether accelerate keeps the weights elsewhere between forwards."""
+        modules = (self.up, self.gate, self.down)
+        return any(
+            p.is_meta for module in modules if module is not None for p in module.parameters()
+        )
 
     def check(self, model: str) -> None:
         """Raise ``UnsupportedModel`` for packed, quantised or LoRA-wrapped projections."""
@@ -66,8 +72,9 @@ class FfnBlock:
                 )
             weight: Any = getattr(module, "weight", None)
             plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype.is_floating_point
-            if kind.__name__ not in _PLAIN or not plain:
-                found = f"{kind.__name__} with {type(weight).__name__} weights"
+            home = kind.__module__.startswith(_HOMES) and kind.__name__ in _PLAIN
+            if not home or not plain:
+                found = f"{kind.__module__}.{kind.__name__} with {type(weight).__name__} weights"
                 raise UnsupportedModel(
                     f"{where}: found {found}; only plain floating-point linear layers are pruned "
                     "(load without quantisation, a GGUF file with GgufConfig(dequantize=True))"
@@ -137,6 +144,7 @@ class CompactFfn:
         self.block = block
         self.mask: LayerMask | None = None
         self.rows = self.columns = self.row_bias = self.bias = None  # type: Tensor | None
+        self.own_bias = False
 
     @torch.no_grad()
     def load(self, mask: LayerMask) -> None:
@@ -162,16 +170,18 @@ class CompactFfn:
         inputs = [block.up] if block.gate is None else [block.gate, block.up]
         biases = [_bias(module) for module in inputs]
         if biases[0] is not None:
-            ids = mask.ids
-            if block.fused:
-                ids = torch.cat([ids, ids + mask.width])
-            self.row_bias = torch.cat([b.detach()[ids] for b in biases if b is not None])
+            ids = torch.cat([mask.ids, mask.ids + mask.width]) if block.fused else mask.ids
+            rows = torch.cat([b.detach()[ids] for b in biases if b is not None])
+            self.row_bias = _buffer(self.row_bias, tuple(rows.shape), rows).copy_(rows)
         down = _bias(block.down)
-        self.bias = None if down is None else down.detach()
-        if mask.bias is not None:
-            extra = mask.bias if self.bias is None else self.bias.float() + mask.bias
-            assert self.columns is not None
-            self.bias = extra.to(self.columns.dtype)
+        if mask.bias is None:
+            self.bias, self.own_bias = (None if down is None else down.detach()), False
+            return
+        assert self.columns is not None
+        total = mask.bias if down is None else down.detach().float() + mask.bias
+        known = self.bias if self.own_bias else None
+        self.bias = _buffer(known, tuple(total.shape), self.columns).copy_(total)
+        self.own_bias = True
 
     def run(self, x: Tensor) -> tuple[None, Tensor]:
         """z from the kept neurons alone."""
@@ -188,7 +198,7 @@ class CompactFfn:
         return None, F.linear(u, self.columns, self.bias)
 
     def nbytes(self) -> int:
-        held = (self.rows, self.columns, self.row_bias)
+        held = (self.rows, self.columns, self.row_bias, self.bias if self.own_bias else None)
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
 

@@ -80,11 +80,9 @@ def parse_layer_spec(text: str) -> LayerTable:
     """Parse a specification; raise ``ConfigError`` that names the offending part."""
     entries: list[Entry] = []
     pending: list[str] = []
-    for part in text.replace("\n", ",").split(","):
+    for part in text.strip().replace("\n", ",").split(","):
         part = part.strip()
         if not part:
-            if text.strip() and not pending and not entries:
-                continue
             raise ConfigError(f'empty part in the layer specification "{text}"; {_FORMS}.')
         left, colon, right = part.partition(":")
         pending.append(left.strip())
@@ -128,7 +126,9 @@ def _parse_value(value: str, text: str, whole: str) -> float | int | str:
             'nor "auto".'
         ) from None
     if ratio > 1 and ratio.is_integer():
-        raise ConfigError(f'"{text}" in "{whole}": a ratio is at most 1; write #{value} to count.')
+        raise ConfigError(
+            f'"{text}" in "{whole}": a keep ratio lies in (0, 1]; write #{int(ratio)} to count.'
+        )
     if not 0 < ratio <= 1:
         raise ConfigError(f'"{text}" in "{whole}": a keep ratio lies in (0, 1].')
     return ratio
@@ -149,7 +149,9 @@ def read_table(path: Path) -> str:
         raise ConfigError(
             f"cannot read the layer table {path}: {error.strerror or error}"
         ) from None
-    lines = (line.split(" #")[0].strip() for line in text.splitlines())
+    except UnicodeDecodeError:
+        raise ConfigError(f"cannot read the layer table {path}: it is not a text file") from None
+    lines = (re.split(r"\s#(?!\d)", line)[0].strip() for line in text.splitlines())
     spec = ",".join(line.rstrip(",") for line in lines if line and not line.startswith("#"))
     parse_layer_spec(spec)
     return spec

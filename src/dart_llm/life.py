@@ -38,6 +38,16 @@ class Period:
     tokens: Tensor | float = 0.0
     forwards: int = 0
     observed: int = 0
+    length: int = 0
+    """Tokens per row, finished rows included."""
+
+    def cut(self, tokens: int) -> int:
+        """Take back up to ``tokens`` per row; returns how many more must come from elsewhere."""
+        taken = min(tokens, self.length)
+        if taken:
+            self.tokens = self.tokens * ((self.length - taken) / self.length)
+            self.length -= taken
+        return tokens - taken
 
 
 @dataclass
@@ -66,6 +76,8 @@ class Life:
     last_trigger: int | None = None
     spent: int = 0
     spending: bool = False
+    over: bool = False
+    """Whether every row of this life is known to have ended."""
     periods: list[Period] = field(default_factory=list)
     remasks: list[Remask] = field(default_factory=list)
     version: int = 0
@@ -103,7 +115,7 @@ class Life:
         if self.phase is Phase.PREFILL:
             self.need = self._first_need()
             self.phase, self.observed = Phase.OBSERVE, 0
-        if self.phase is Phase.OBSERVE and self.observed >= self.need:
+        if self.ready:
             self._build()
         return self.phase
 
@@ -155,6 +167,7 @@ class Life:
             self.periods.append(Period(kept))
         period = self.periods[-1]
         period.tokens = period.tokens + live
+        period.length += tokens
         period.forwards += 1
         self.decoded += tokens
         if pruned:
@@ -166,15 +179,20 @@ class Life:
             if self.spending:
                 self.spent += tokens
 
-    def rewind(self, tokens: int, live: Tensor | float) -> None:
-        """The last ``tokens`` decoded tokens of every row were rolled back."""
+    def rewind(self, tokens: int) -> None:
+        """The last ``tokens`` tokens of every row were rolled back, prompt tokens included."""
         tokens = min(tokens, self.decoded)
         self.decoded -= tokens
         self.pruned_run = max(0, self.pruned_run - tokens)
-        self.observed = max(0, self.observed - tokens)
+        if self.phase is Phase.OBSERVE:
+            undone = min(tokens, self.observed)
+            self.observed -= undone
+            self.spent -= undone if self.spending else 0
+        if self.last_trigger is not None:
+            self.last_trigger = min(self.last_trigger, self.decoded)
         self.detector.cut(tokens)
-        if self.periods:
-            self.periods[-1].tokens = self.periods[-1].tokens - live
+        for period in reversed(self.periods):
+            tokens = period.cut(tokens)
 
     def may_trigger(self) -> bool:
         """Whether the guards allow a re-mask now (distance, cap on dense tokens)."""
@@ -208,6 +226,21 @@ class Life:
         elif not keep:
             self.evidence = [LayerEvidence() for _ in self.evidence]
             self.evidence_tokens = 0.0
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next decode forward builds masks."""
+        return self.phase is Phase.OBSERVE and self.observed >= self.need
+
+    def close(self) -> None:
+        """The sequence is over: keep its accounting and its newest masks, drop the rest."""
+        self.evidence, self.detector = [], Detector(self.rule)
+        if self.selection is not None:
+            self.selection = Selection(self.selection.masks, self.selection.counts, ())
+
+    def drop_masks(self) -> None:
+        """A newer sequence has ended: only the accounting is kept."""
+        self.selection = self.masks = None
 
     def tokens_until_change(self) -> int | None:
         """Tokens that one decode forward may hold before the state can change; None: no bound."""

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dart_llm.budgets import floor_count
 from dart_llm.errors import ConfigError
-
-AUTO_FLOOR = 0.1
-"""Share of its neurons that the ``auto`` strategy leaves in every layer."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def auto_count(score: Tensor) -> int:
     score: [I] on the host.
     """
     above = int((score >= score.mean()).sum())
-    return max(above, 1, int(AUTO_FLOOR * score.numel()))
+    return max(above, floor_count(score.numel()))
 
 
 def overlap(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> float:
@@ -74,6 +72,18 @@ def overlap(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> 
         same += int(torch.isin(new, old).sum())
         total += new.numel()
     return same / total if total else 1.0
+
+
+def _neuron_ids(layer: int, ids: Sequence[int] | Tensor) -> Tensor:
+    """Unique ids, ascending, int64 on the host; refuses masks of booleans and fractions."""
+    found = torch.as_tensor(ids)
+    if found.numel() and (found.dtype == torch.bool or found.is_floating_point()):
+        raise ConfigError(
+            f"layer {layer} was given {str(found.dtype).removeprefix('torch.')} values: give "
+            "neuron ids, whole numbers (mask.nonzero() makes them from a mask)"
+        )
+    unique: Tensor = torch.unique(found.long())
+    return unique.cpu()
 
 
 def given_masks(
@@ -94,9 +104,9 @@ def given_masks(
         if not 0 <= int(layer) < len(widths):
             raise ConfigError(f"layer {layer} is out of range: this model has {len(widths)} layers")
         width = widths[int(layer)]
-        index = torch.unique(torch.as_tensor(ids, dtype=torch.int64)).cpu()
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < width:
-            raise ConfigError(f"layer {layer} has neurons 0-{width - 1}; got id {int(index.max())}")
+        index = _neuron_ids(int(layer), ids)
+        if outside := [int(i) for i in index if not 0 <= i < width]:
+            raise ConfigError(f"layer {layer} has neurons 0-{width - 1}; got id {outside[0]}")
         mask = torch.zeros(width, dtype=torch.bool)
         mask[index] = True
         kept = (mask if keep is not None else ~mask).nonzero().flatten()

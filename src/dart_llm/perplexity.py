@@ -61,6 +61,18 @@ def slices(ids: Tensor, count: int | None, prompt: int, scored: int) -> list[Ten
 
 
 @torch.inference_mode()
+def score_slice(model: Any, run: Run | None, window: Tensor, prompt: int) -> list[float]:
+    """Losses (nats) of the tokens after the first ``prompt`` of one window [P + C].
+
+    ``run``: an attached run, or None for the untouched model.  Raises ``DartError`` when a loss is
+    not finite.
+    """
+    losses = _score_window(model, run, window[None].to(model.device), prompt)
+    if not bool(losses.isfinite().all()):
+        raise DartError("a loss is not finite: the model overflows; try dtype float32")
+    return [float(loss) for loss in losses.tolist()]
+
+
 def score(
     model: Any,
     run: Run | None,
@@ -68,18 +80,10 @@ def score(
     prompt: int,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Scored:
-    """Losses of the tokens after the first ``prompt`` of every window.
-
-    ``run``: an attached run, or None for the untouched model.  ``advance`` is told how many slices
-    are done.  Raises ``DartError`` when a loss is not finite.
-    """
+    """``score_slice`` over all windows; ``advance(1)`` is called after each."""
     results = []
-    for index, window in enumerate(windows):
-        ids = window[None].to(model.device)
-        losses = _score_window(model, run, ids, prompt)
-        if not bool(losses.isfinite().all()):
-            raise DartError(f"slice {index} has a loss that is not finite: try dtype float32")
-        results.append(tuple(losses.tolist()))
+    for window in windows:
+        results.append(tuple(score_slice(model, run, window, prompt)))
         advance(1)
     return Scored(tuple(results), None if run is None else run.report())
 

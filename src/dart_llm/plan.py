@@ -8,6 +8,7 @@ from enum import StrEnum
 from torch import Tensor
 
 from dart_llm.masks import LayerMask
+from dart_llm.observations import Seen
 
 
 class Kind(StrEnum):
@@ -58,7 +59,9 @@ class Held:
 
     call: Call
     observing: list[bool]
-    layers: dict[int, tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
+    layers: dict[int, Seen]
+    counts: list[float]
+    """Prompt tokens of each row in this forward, padding left out."""
     feature: Tensor | None = None
     ended: bool = False
     """False while the forward runs, and for ever if it raised."""
@@ -75,3 +78,13 @@ def token_weights(call: Call, end: int) -> Tensor | None:
         return weights
     alive = call.live.float()[:, None].expand(-1, end)
     return alive if weights is None else weights * alive
+
+
+def prompt_counts(call: Call) -> list[float]:
+    """Prompt tokens of each row in one forward, padding left out; 0 in a decode forward."""
+    if call.kind is Kind.DECODE:
+        return [0.0] * call.rows
+    if call.valid is None:
+        return [float(call.prompt_tokens)] * call.rows
+    counts: list[float] = call.valid[:, : call.prompt_tokens].sum(1).tolist()
+    return counts

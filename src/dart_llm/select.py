@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -121,15 +122,30 @@ class Selector:
 
     def _view(self, index: int, score: Tensor, evidence: LayerEvidence) -> LayerView:
         layer, sums = self.layers[index], evidence.sums
-        sensitivity, impact = None, None
-        for suffix in ("", "-residual"):
-            if f"cosine{suffix}" in sums:
-                change = float(sums[f"change{suffix}"].mean)
-                sensitivity = (1 - float(sums[f"cosine{suffix}"].mean)) * change
+        impact = None
         if "squares" in sums:
             gain = sums["gain"].mean / sums["stream"].total.clamp_min(1e-30)
             impact = (sums["squares"].total * layer.down_norm.square() * gain).cpu().double()
-        return LayerView(layer.width, layer.depth, score, sensitivity, impact)
+            if not bool(impact.isfinite().all()):
+                raise self._overflow(index, "output energies")
+        return LayerView(
+            layer.width,
+            layer.depth,
+            score,
+            self._sensitivity(index, evidence, ""),
+            self._sensitivity(index, evidence, "-residual"),
+            impact,
+        )
+
+    def _sensitivity(self, index: int, evidence: LayerEvidence, suffix: str) -> float | None:
+        """S_l = (1 - mean cosine) x mean relative change."""
+        if f"cosine{suffix}" not in evidence.sums:
+            return None
+        cosine = float(evidence.sums[f"cosine{suffix}"].mean)
+        change = float(evidence.sums[f"change{suffix}"].mean)
+        if not math.isfinite(cosine * change):
+            raise self._overflow(index, "sensitivities")
+        return (1 - cosine) * change
 
     def _mask(
         self, layer: FfnWeights, score: Tensor, evidence: LayerEvidence, count: int
@@ -146,10 +162,14 @@ class Selector:
         sums = torch.stack([score.sum().to(scores[0].device) for score in scores])
         bad = (~sums.isfinite()).nonzero().flatten().tolist()
         if bad:
-            raise DartError(
-                f"the scores of layer {bad[0]} are not finite: the model's activations overflow "
-                f"in {self.layers[bad[0]].up.dtype}; try dtype float32"
-            )
+            raise self._overflow(bad[0], "scores")
+
+    def _overflow(self, layer: int, what: str) -> DartError:
+        dtype = str(self.layers[layer].up.dtype).removeprefix("torch.")
+        return DartError(
+            f"the {what} of layer {layer} are not finite: the model's activations overflow in "
+            f"{dtype}; try dtype float32"
+        )
 
 
 def check_fits(config: PruneConfig, layers: Sequence[FfnWeights]) -> Selector:

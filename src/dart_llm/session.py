@@ -8,16 +8,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dart_llm.accounting import Costs, run_report
 from dart_llm.arch import describe
 from dart_llm.attach import Attachment
 from dart_llm.config import PruneConfig
-from dart_llm.errors import AttachError
+from dart_llm.errors import AttachError, ConfigError
 from dart_llm.life import Life
 from dart_llm.masks import LayerMask, given_masks
 from dart_llm.records import DriftCheck, Remask, RunReport
+from dart_llm.registry import SCORES
+from dart_llm.select import Selector
 from dart_llm.tracer import Tracer
 
 Ids = Mapping[int, Sequence[int] | Tensor]
@@ -43,19 +46,37 @@ class Run:
         self.on_selection: Callable[[Remask, Life], None] | None = None
         self._view = describe(model)
         self._layers = self._view.weights(config.score.proxy_embedding, config.seed)
-        self._given = self._place(masks, remove) if masks or remove else None
+        given = masks is not None or remove is not None
+        self._given = self._place(masks, remove) if given else None
         self._tracer = self._new_tracer()
         self._attachment: Attachment | None = None
         self._copies = 0
+        self._check_executor()
 
     def _place(self, masks: Ids | None, remove: Ids | None) -> tuple[LayerMask | None, ...]:
         found = given_masks([layer.width for layer in self._layers], masks, remove)
         return tuple(
             None
             if ids is None or len(ids) == layer.width
-            else LayerMask(ids.to(layer.device), layer.width)
+            else LayerMask(ids if layer.down.is_meta else ids.to(layer.device), layer.width)
             for ids, layer in zip(found, self._layers, strict=True)
         )
+
+    def _check_executor(self) -> None:
+        inline = [block.index for block in self._view.blocks if block.inline]
+        away = [block.index for block in self._view.blocks if block.offloaded]
+        if self.config.executor == "compact" and (inline or away):
+            reason = "is offloaded" if away else "has no FFN module of its own"
+            raise ConfigError(
+                f'executor "compact" cannot run {type(self.model).__name__}: layer '
+                f'{(away or inline)[0]} {reason}; use executor "masked" or "auto"'
+            )
+        prunes = self._given is None and not self._tracer.selector.removes_nothing
+        if away and prunes and _reads_weights(self._tracer.selector, away[0]):
+            raise ConfigError(
+                f"layer {away[0]} is offloaded, so its weights cannot be read between forwards; "
+                "use compensation=False and a score of activations alone (normalized, magnitude)"
+            )
 
     def _new_tracer(self) -> Tracer:
         return Tracer(self.config, self._layers, self._given, self._notify)
@@ -78,7 +99,7 @@ class Run:
 
     def attach(self) -> Run:
         """Start pruning the model; raises ``AttachError`` when it is pruned already."""
-        if self._attachment is not None:
+        if self._attachment is not None and self._attachment.installed:
             raise AttachError("this run is attached already")
         attachment = Attachment(self.model, self._view, self._tracer, self.executor)
         attachment.install()
@@ -87,11 +108,14 @@ class Run:
 
     def detach(self) -> None:
         """Stop pruning; the model is exactly what it was.  Safe to call twice."""
-        if self._attachment is not None:
-            self._tracer.settle()
-            self._copies = self._attachment.nbytes()
-            self._attachment.remove()
-            self._attachment = None
+        attachment, self._attachment = self._attachment, None
+        if attachment is None:
+            return
+        try:
+            self._tracer.flush()
+        finally:
+            attachment.remove()
+            self._copies = attachment.nbytes()
 
     def __enter__(self) -> Run:
         return self.attach()
@@ -113,7 +137,7 @@ class Run:
     @contextlib.contextmanager
     def decoding(self) -> Iterator[None]:
         """Inside, every forward that continues a cache counts as decode, whatever its length."""
-        if self._attachment is None:
+        if self._attachment is None or not self._attachment.installed:
             raise AttachError("decoding() needs an attached run: use it inside the with block")
         self._attachment.forced_decode += 1
         try:
@@ -128,22 +152,26 @@ class Run:
 
     @property
     def phase(self) -> str:
-        """Phase of the newest sequence: prefill, observe, pruned or released."""
-        self._tracer.settle()
-        return str(self._tracer.lives[0].phase) if self._tracer.lives else "prefill"
+        """Phase in which the newest forward ran: prefill, observe, pruned or released."""
+        return str(self._tracer.last_phase)
 
     def masks(self) -> dict[int, Tensor]:
         """Kept neuron ids per layer of the newest mask ([k] int64, on the host).
 
         Layers that run dense are left out.  Raises ``AttachError`` before the first mask.
         """
+        return {
+            layer: mask.ids.cpu()
+            for layer, mask in enumerate(self._newest_masks())
+            if mask is not None
+        }
+
+    def _newest_masks(self) -> tuple[LayerMask | None, ...]:
+        if self._given is not None:
+            return self._given
         for life in reversed(self._tracer.all_lives()):
             if life.selection is not None:
-                return {
-                    layer: mask.ids.cpu()
-                    for layer, mask in enumerate(life.selection.masks)
-                    if mask is not None
-                }
+                return life.selection.masks
         raise AttachError("no mask has been built yet: generate at least two tokens first")
 
     @property
@@ -159,7 +187,7 @@ class Run:
 
     def report(self) -> RunReport:
         """Accounting so far, in total and per sequence."""
-        self._tracer.settle()
+        self._tracer.flush()
         copies = self._copies if self._attachment is None else self._attachment.nbytes()
         automatic = self.config.sparsity is not None or self._asks_total()
         return run_report(
@@ -182,10 +210,18 @@ class Run:
         """
         from dart_llm.export import export
 
-        for life in reversed(self._tracer.all_lives()):
-            if life.selection is not None:
-                return export(self.model, self._view.blocks, life.selection.masks, Path(folder))
-        raise AttachError("no mask has been built yet: generate at least two tokens first")
+        return export(self.model, self._view.blocks, self._newest_masks(), Path(folder))
+
+
+def _reads_weights(selector: Selector, layer: int) -> bool:
+    """Whether masks are made from the weights of ``layer`` too, not from activations alone."""
+    if selector.config.compensation or "squares" in selector.statistics.needs:
+        return True
+    weights = selector.layers[layer]
+    try:
+        return SCORES.get(selector.config.score.name)(torch.zeros(weights.width), weights).is_meta
+    except RuntimeError:  # activations and weights that are not there do not mix
+        return True
 
 
 def prune(
@@ -212,5 +248,7 @@ def prune(
     ...     model.generate(**inputs, max_new_tokens=200)
     >>> print(run.report())                                 # doctest: +SKIP
     """
+    if sparsity is not None and (masks is not None or remove is not None):
+        raise ConfigError("masks= and remove= name the neurons themselves: drop the sparsity")
     config = PruneConfig.build(method, sparsity=sparsity, **settings)
     return Run(model, config, masks, remove, on_remask)

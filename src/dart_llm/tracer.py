@@ -16,7 +16,8 @@ from dart_llm.config import PruneConfig
 from dart_llm.drift import SINKS, Check, make_rule
 from dart_llm.life import Life, Phase
 from dart_llm.masks import LayerMask
-from dart_llm.plan import Call, Held, Kind, Plan, bare, token_weights
+from dart_llm.observations import Observations, Seen
+from dart_llm.plan import Call, Held, Kind, Plan, bare, prompt_counts, token_weights
 from dart_llm.records import DriftCheck, Remask
 from dart_llm.select import Selector, check_fits
 from dart_llm.weights import FfnWeights
@@ -45,7 +46,11 @@ class Tracer:
         self.sequences = 0
         self.length = 0
         self.plan = Plan(False, False, ())
+        self.last_phase = Phase.PREFILL
         self._held: Held | None = None
+        self._real: list[float] = []
+        """Tokens of each row before the forward in hand, padding left out."""
+        self._queue = Observations(self._update)
 
     @torch.no_grad()
     def begin_forward(self, call: Call) -> Plan:
@@ -56,19 +61,31 @@ class Tracer:
             self._new_sequence(call)
         elif call.cached < self.length:
             for life in self.lives:
-                life.rewind(self.length - call.cached, float(self.length - call.cached) * life.rows)
+                life.rewind(self.length - call.cached)
+            self._real = [max(0.0, n - (self.length - call.cached)) for n in self._real]
+        if len(self._real) != call.rows:
+            self._real = [min(self._real)] * call.rows
         self.length = call.cached
+        if call.kind is Kind.PREFILL or any(life.ready for life in self.lives):
+            self._queue.flush()
         before = [life.version for life in self.lives]
+        counts = prompt_counts(call)
         if call.kind is Kind.PREFILL:
-            observing = self._prefill(call)
+            observing = self._prefill(counts)
         else:
             observing = [life.advance() is Phase.OBSERVE for life in self.lives]
         self._announce(before)
-        self._held = Held(call, observing, {})
+        self.last_phase = Phase.PREFILL if call.kind is Kind.PREFILL else self.lives[0].phase
+        self._held = Held(call, observing, {}, counts)
         self.plan = self._make_plan(call, observing)
         return self.plan
 
     def _new_sequence(self, call: Call) -> None:
+        self._queue.flush()
+        for life in self.finished:
+            life.drop_masks()
+        for life in self.lives:
+            life.close()
         self.finished += self.lives
         per_row = self.config.batch == "per_row"
         self.lives = [
@@ -85,12 +102,9 @@ class Tracer:
         ]
         self.sequences += 1
         self.length = 0
+        self._real = [float(call.cached)] * call.rows
 
-    def _prefill(self, call: Call) -> list[bool]:
-        tokens = call.prompt_tokens
-        counts: list[float] = [float(tokens)] * call.rows
-        if call.valid is not None:
-            counts = call.valid[:, :tokens].sum(1).tolist()
+    def _prefill(self, counts: list[float]) -> list[bool]:
         for life in self.lives:
             mean = sum(counts) / len(counts) if life.row is None else counts[life.row]
             life.see_prompt(mean)
@@ -120,27 +134,25 @@ class Tracer:
         held = self._held
         if held is None or not self.plan.observe:
             return
-        if held.call.kind is Kind.DECODE and held.call.tokens > 1:
-            held.layers[layer] = (u.detach(), z.detach(), bare(x), bare(r))
-        else:
-            end = held.call.prompt_tokens
-            self._update(held, layer, (u.detach(), z.detach(), bare(x), bare(r)), end)
+        if held.call.kind is Kind.DECODE:
+            # z is cloned: some layers add to the FFN's output in place after it returned
+            held.layers[layer] = (u.detach(), z.detach().clone(), bare(x), bare(r))
+            return
+        end = held.call.prompt_tokens
+        u, z = u.detach()[:, :end], z.detach()[:, :end]
+        x, r = (None if t is None else t.detach()[:, :end] for t in (x, r))
+        self._update(held.observing, layer, (u, z, x, r), token_weights(held.call, end))
 
     def _update(
-        self,
-        held: Held,
-        layer: int,
-        seen: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-        end: int,
+        self, observing: list[bool], layer: int, seen: Seen, weights: Tensor | None
     ) -> None:
-        weights = token_weights(held.call, end)
         with torch.inference_mode(False):
-            for life, wanted in zip(self.lives, held.observing, strict=True):
+            for life, wanted in zip(self.lives, observing, strict=True):
                 if not wanted:
                     continue
                 rows = life.batch_rows
                 w = None if weights is None else weights[rows].to(seen[0].device)
-                u, z, x, r = (None if t is None else t[rows, :end] for t in seen)
+                u, z, x, r = (None if t is None else t[rows] for t in seen)
                 assert u is not None
                 assert z is not None
                 self.selector.statistics.update(life.evidence[layer], u, z, x, r, w)
@@ -173,13 +185,15 @@ class Tracer:
         stayed = end if cached is None or cached == 0 else min(cached, end)
         accepted = max(0, stayed - call.cached)
         self.length = call.cached + accepted
-        for layer, seen in held.layers.items():
-            self._update(held, layer, seen, accepted)
+        weights = token_weights(call, accepted)
+        self._queue.add(held.observing, held.layers, weights, call.rows, accepted)
         with torch.inference_mode(False):
             if call.kind is Kind.PREFILL:
                 self._settle_prefill(held)
             elif accepted:
                 self._settle_decode(held, accepted)
+        decoded = accepted if call.kind is Kind.DECODE else call.tokens - call.prompt_tokens
+        self._real = [n + new + decoded for n, new in zip(self._real, held.counts, strict=True)]
 
     def _settle_prefill(self, held: Held) -> None:
         call = held.call
@@ -207,37 +221,53 @@ class Tracer:
                 self._watch(life, held, accepted, rows)
 
     def _reference(self, held: Held, v: Tensor, end: int) -> None:
-        skip = max(0, min(SINKS - held.call.cached, end))
-        weights = token_weights(held.call, end)
-        if held.call.kind is Kind.PREFILL and weights is not None:
-            position = weights.cumsum(1) - 1 + held.call.cached
-            weights, skip = weights * (position >= SINKS), 0
+        weights, live = token_weights(held.call, end), held.call.live
+        padded = held.call.kind is Kind.PREFILL and weights is not None
+        if padded and weights is not None:
+            before = torch.tensor(self._real, device=weights.device)[:, None]
+            weights = weights * (weights.cumsum(1) - 1 + before >= SINKS)
         for life, wanted in zip(self.lives, held.observing, strict=True):
             if wanted:
-                rows = life.batch_rows
+                rows, skip = life.batch_rows, 0 if padded else self._sinks(life, end)
                 w = None if weights is None else weights[rows, skip:].to(v.device)
-                life.detector.observe(v[rows, skip:], w)
+                life.detector.observe(v[rows, skip:], w, None if live is None else live[rows])
+
+    def _sinks(self, life: Life, tokens: int) -> int:
+        """How many of the next ``tokens`` are attention sinks (of the shortest row)."""
+        before = min(self._real) if life.row is None else self._real[life.row]
+        return max(0, min(SINKS - int(before), tokens))
 
     def _watch(self, life: Life, held: Held, accepted: int, rows: slice) -> None:
         if self.rule.interval and life.pruned_run >= self.rule.interval:
-            if life.may_trigger():
+            if life.may_trigger() and not self._over(life, held):
+                self._queue.flush()
                 life.trigger("interval")
             return
         if held.feature is None:
             return
         live = held.call.live
-        v = held.feature[rows, :accepted]
+        v = held.feature[rows, self._sinks(life, accepted) : accepted]
         for check in life.detector.watch(v, None if live is None else live[rows].to(v.device)):
             allowed = check.fired and life.may_trigger()
             self._record(life, check, allowed)
             if allowed:
+                self._queue.flush()
                 life.trigger("drift")
                 break
+
+    @staticmethod
+    def _over(life: Life, held: Held) -> bool:
+        """Whether all rows of ``life`` have ended: nothing is left to re-mask for."""
+        if not life.over and held.call.live is not None:
+            life.over = not bool(held.call.live[life.batch_rows].any())
+        return life.over
 
     def _record(self, life: Life, check: Check, allowed: bool) -> None:
         held = "held" if check.fired and not allowed else "armed"
         state = "arming" if check.threshold is None else held
         for row, similarity in enumerate(check.similarity):
+            if not check.live[row]:
+                continue
             self.checks.append(
                 DriftCheck(
                     life.sequence,
@@ -258,6 +288,11 @@ class Tracer:
         self.settle()
         bounds = [life.tokens_until_change() for life in self.lives]
         return min((bound for bound in bounds if bound is not None), default=None)
+
+    def flush(self) -> None:
+        """Account for everything that was seen."""
+        self.settle()
+        self._queue.flush()
 
     def all_lives(self) -> list[Life]:
         """Finished and running lives, in order."""

@@ -1,0 +1,62 @@
+"""What the benchmark scripts share: loading, provenance, output."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from dart_llm.loading import checkpoint_facts, load
+from dart_llm.provenance import git_state, machine, versions
+from dart_llm.results import now, write_json
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def parser(doc: str, model: str = "smollm2-135m") -> argparse.ArgumentParser:
+    """Options that every script has."""
+    made = argparse.ArgumentParser(description=doc)
+    made.add_argument("--model", default=model, help="as in dart-llm run")
+    made.add_argument("--dtype", default=None, help="default: the checkpoint's")
+    made.add_argument("--out", default=None, help="name of the JSON file, without suffix")
+    return made
+
+
+def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Model and tokenizer of ``--model`` and ``--dtype``."""
+    return load(args.model, dtype=args.dtype, device="auto")
+
+
+def read_text(path: str) -> tuple[str, dict[str, str]]:
+    """A text file and what identifies it."""
+    data = Path(path).read_bytes()
+    return data.decode("utf-8"), {
+        "file": Path(path).name,
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+
+
+def save(name: str, model: Any, data: dict[str, Any]) -> Path:
+    """Write ``data`` with its provenance to benchmarks/results/NAME.json."""
+    RESULTS.mkdir(exist_ok=True)
+    facts = {} if model is None else dict(checkpoint_facts(model))
+    facts.pop("path", None)
+    arguments = [Path(a).name if "/" in a else a for a in sys.argv[1:]]
+    document = {
+        "command": f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(arguments)}".strip(),
+        "date": now().isoformat(),
+        "checkpoint": facts,
+        "versions": versions(),
+        "machine": machine(),
+        "git": git_state(Path(__file__).parent),
+        **data,
+    }
+    path = RESULTS / f"{name}.json"
+    write_json(path, document)
+    return path

@@ -1,0 +1,20 @@
+"""Entry point of ``dart-llm`` and ``python -m dart_llm``."""
+
+from __future__ import annotations
+
+import os
+
+
+def main() -> None:
+    """Set the thread policy before torch is imported, then run the command line."""
+    # Busy-waiting OpenMP threads make small operations many times slower on a shared CPU.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from dart_llm.cli import run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Which checkpoint a model holds: the facts that every number is reported with."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from dart_llm.cache import file_sha256
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+HASH_UP_TO = 20_000_000_000
+"""Bytes of weight files above which no checksum is computed: reading them takes minutes."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint before it is loaded: what it is, and how transformers is to read it."""
+
+    name: str
+    source: str
+    reference: str
+    """What ``from_pretrained`` is given: a folder or a hub id."""
+    path: Path | None = None
+    quantisation: str | None = None
+    """Of the file's weights; ``None`` means that the model's configuration says."""
+    sha256: str | None = None
+    """Of the file; ``None`` means that it is computed from ``path`` when it is asked for."""
+    revision: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Further keyword arguments for the model's ``from_pretrained``."""
+
+
+_LOADED: WeakKeyDictionary[PreTrainedModel, Checkpoint] = WeakKeyDictionary()
+
+
+def remember(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Keep what ``model`` was loaded from, for as long as the model lives; nothing is set on it."""
+    _LOADED[model] = checkpoint
+
+
+def checkpoint_facts(model: PreTrainedModel) -> dict[str, Any]:
+    """Name, source, path, revision, file quantisation, sha256, dtype and parameters of ``model``.
+
+    ``sha256`` is that of the weight file, or of the GGUF it was converted from; with several files
+    it is that of their ``sha256sum`` lines in alphabetical order.  What cannot be known is
+    ``None``: a model that ``load`` did not make has no checksum and, without a quantisation in
+    its configuration, no file quantisation.
+    """
+    known = _LOADED.get(model)
+    now = {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    stated = _stated_quantisation(model)
+    if known is None:
+        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        return {
+            "name": name,
+            "source": "not loaded by dart_llm",
+            "path": name if Path(name).is_dir() else None,
+            "revision": getattr(model.config, "_commit_hash", None),
+            "file_quantisation": stated,
+            "sha256": None,
+            **now,
+        }
+    return {
+        "name": known.name,
+        "source": known.source,
+        "path": str(known.path) if known.path else None,
+        "revision": known.revision,
+        "file_quantisation": known.quantisation or stated or "none",
+        "sha256": known.sha256 or (weights_sha256(known.path) if known.path else None),
+        **now,
+    }
+
+
+def weights_sha256(folder: Path) -> str | None:
+    """The checksum of a folder's weight files, as ``checkpoint_facts`` describes it."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not files or sum(path.stat().st_size for path in files) > HASH_UP_TO:
+        return None
+    sums = {path.name: _sha256(path) for path in files}
+    if len(sums) == 1:
+        return sums[files[0].name]
+    lines = "".join(f"{value}  {name}\n" for name, value in sums.items())
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _stated_quantisation(model: PreTrainedModel) -> str | None:
+    """The quantisation method that the model's configuration names, if it names one."""
+    settings = getattr(model.config, "quantization_config", None)
+    if settings is None:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+    return str(getattr(method, "value", method))
+
+
+def _sha256(path: Path) -> str:
+    blob = path.resolve()  # the hub's cache names large files by their sha256
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        return blob.name
+    status = blob.stat()
+    return _remembered_sha256(blob, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _remembered_sha256(path: Path, _size: int, _modified: int) -> str:
+    return file_sha256(path)

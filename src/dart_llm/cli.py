@@ -1,0 +1,166 @@
+"""The command line: thin shells over the library."""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dart_llm import __version__
+from dart_llm.errors import ConfigError, DartError
+from dart_llm.options import with_settings
+from dart_llm.settings import RunSettings, collect
+
+EPILOG = "Settings: defaults < --config FILE < DART_* environment < flags.  Docs: README.md"
+app = typer.Typer(
+    name="dart-llm",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Prune FFN neurons of language models while they generate, and trace which they need.",
+    epilog=EPILOG,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
+
+
+def run() -> None:
+    """Run the command line; an error of ours is one sentence and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        app()
+    except DartError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command resumes\n")
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"dart-llm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    return
+
+
+def _run(
+    flags: dict[str, Any],
+    config: Annotated[Path | None, typer.Option(help="Read settings from a YAML file.")] = None,
+    save_config: Annotated[
+        Path | None, typer.Option(help="Write the merged settings to a YAML file.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew, do not resume.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Prune a model while it generates from a prompt, evaluate it, and write a report.
+
+    Examples:
+
+    dart-llm run --prompt "Why is the sky blue?" --sparsity 0.5
+
+    dart-llm run --method griffin --sparsity 0.5 --perplexity --ppl-max-samples 4
+
+    dart-llm run --model Qwen/Qwen2.5-0.5B-Instruct --prompt-file question.txt --chat
+
+    dart-llm run --prompt two_topics --drift paper --generation 400
+    """
+    settings = collect(flags, config)
+    if save_config is not None:
+        _save_settings(settings, save_config)
+    if not settings.tokens and not settings.eval_perplexity:
+        raise ConfigError("nothing to do: give --prompt TEXT to generate, or --perplexity")
+    from dart_llm.job import run_job
+    from dart_llm.ui import Ui
+
+    job = run_job(settings, Ui(quiet=as_json), fresh)
+    if as_json:
+        typer.echo(json.dumps(_document(job)))
+
+
+_run.__name__ = "run"
+app.command(name="run")(with_settings(_run))
+
+
+def _save_settings(settings: RunSettings, path: Path) -> None:
+    import yaml
+
+    path.write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), "utf-8")
+
+
+def _document(job: Any) -> dict[str, Any]:
+    from dart_llm.results import finite
+
+    document: dict[str, Any] = finite(
+        {
+            "folder": str(job.path),
+            "config": job.config,
+            "generation": list(job.generations.values()),
+            "perplexity": job.perplexity,
+            "timing": job.timing,
+        }
+    )
+    return document
+
+
+@app.command()
+def demo(
+    cache_dir: Annotated[str | None, typer.Option(help="Where the model is kept.")] = None,
+    results_dir: Annotated[str, typer.Option(help="Folder for results.")] = "results",
+    as_json: Json = False,
+) -> None:
+    """The main job on the default model: dense, 20 % and 50 % side by side, and a report.
+
+    Example: dart-llm demo
+    """
+    from dart_llm.demo import run_demo
+
+    job = run_demo(cache_dir, results_dir, as_json)
+    if as_json:
+        typer.echo(json.dumps(_document(job)))
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List methods, scores, budgets and drift rules with their sources.
+
+    Example: dart-llm methods --json
+    """
+    from dart_llm.listing import listing, print_listing
+
+    if as_json:
+        typer.echo(json.dumps(listing()))
+    else:
+        print_listing()
+
+
+@app.command()
+def doctor(
+    cache_dir: Annotated[str | None, typer.Option(help="Cache to look at.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what this installation has: Python, torch, devices, cache, disk, token, extras.
+
+    Example: dart-llm doctor
+    """
+    from dart_llm.doctor import examine, print_report
+
+    found = examine(cache_dir)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        print_report(found)

@@ -1,0 +1,154 @@
+"""The replaced forward of one FFN: picks the executor, and hands on what was observed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dart_llm.ffn import CompactFfn, FfnBlock, run_masked
+from dart_llm.masks import LayerMask
+from dart_llm.plan import Plan
+from dart_llm.tracer import Tracer
+
+
+class Owner(Protocol):
+    """What a layer asks of its attachment."""
+
+    tracer: Tracer
+    executor: str
+    plan: Plan
+    rows: int
+
+
+class HostedFfn:
+    """One FFN while its model is attached."""
+
+    def __init__(self, block: FfnBlock, owner: Owner) -> None:
+        self.block = block
+        self.owner = owner
+        self.compact = CompactFfn(block)
+        self.x: Tensor | None = None
+        self.waiting: tuple[Tensor, Tensor] | None = None
+        self._stacked: tuple[list[LayerMask | None], Tensor, Tensor | None] | None = None
+
+    def hook_stream(self, keep: Callable[[Any], None]) -> None:
+        """Read x before the FFN's norm, and r after its post-norm."""
+        if self.block.x_from is not None:
+            keep(self.block.x_from.register_forward_pre_hook(self._take_x))
+        if self.block.post_norm is not None:
+            keep(self.block.post_norm.register_forward_hook(self._take_r))
+
+    def forget(self) -> None:
+        """Drop what an interrupted forward left behind."""
+        self.x = self.waiting = None
+
+    def release(self) -> None:
+        """Free the copies and the multipliers."""
+        self.forget()
+        self.compact = CompactFfn(self.block)
+        self._stacked = None
+
+    def _take_x(self, module: nn.Module, args: Any) -> None:
+        if self.owner.plan.observe:
+            self.x = args[0].detach()
+
+    def _take_r(self, module: nn.Module, args: Any, r: Tensor) -> None:
+        if self.waiting is not None:
+            u, z = self.waiting
+            self.waiting = None
+            self._observe(u, z, r)
+
+    def run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The forward of the FFN (of the down projection, for an inline block)."""
+        plan = self.owner.plan
+        masks = [None if life is None else life[self.block.index] for life in plan.masks]
+        masked = any(mask is not None for mask in masks)
+        if not masked and not plan.observe:
+            return original(*args, **kwargs)
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        rest = (*args, *kwargs.values())[: 2 if args else None]
+        only = masks[0] if len(masks) == 1 else None
+        if only is not None and not plan.observe and self._compacts(x):
+            self.compact.load(only)
+            return self.block.finish(self.compact.run(x)[1], rest)
+        z = self._run_masked(original, x, masks if masked else [])
+        return self.block.finish(z, rest)
+
+    def _compacts(self, x: Tensor) -> bool:
+        if self.owner.executor != "compact":
+            return False
+        # the copies are not parameters: gradients must go through the weights themselves
+        return not torch.is_grad_enabled() or not (
+            x.requires_grad or any(p.requires_grad for p in self.block.ffn.parameters())
+        )
+
+    def _run_masked(
+        self, original: Callable[..., Any], x: Tensor, masks: list[LayerMask | None]
+    ) -> Tensor:
+        project = original if self.block.inline else self.block.down
+        mask, bias = self._multipliers(masks, x) if masks else (None, None)
+        by_row = mask is not None and mask.dim() == 3  # then OPT's flat [B * T, D] is unfolded
+        inputs = x.reshape(self.owner.rows, -1, x.shape[-1]) if by_row else x
+        u, z = run_masked(self.block, project, inputs, mask, bias)
+        if self.owner.plan.observe:
+            self._observed(u, z, x)
+        return z.reshape(*x.shape[:-1], z.shape[-1])
+
+    def _multipliers(
+        self, masks: list[LayerMask | None], x: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        known = self._stacked
+        if (
+            known is None
+            or len(known[0]) != len(masks)
+            or any(new is not old for new, old in zip(masks, known[0], strict=True))
+            or known[1].dtype != x.dtype
+        ):
+            self._stacked = known = (masks, *_stack(masks, x))
+        return known[1], known[2]
+
+    def _observed(self, u: Tensor, z: Tensor, x: Tensor) -> None:
+        if not self.owner.tracer.selector.statistics.needs_stream:
+            self._observe(u, z, None)
+            return
+        if self.block.x_from is None:
+            self.x = x.detach()
+        if self.block.post_norm is None:
+            self._observe(u, z, z)
+        else:
+            self.waiting = (u.detach(), z.detach())
+
+    def _observe(self, u: Tensor, z: Tensor, r: Tensor | None) -> None:
+        rows = self.owner.rows
+        x, self.x = self.x, None
+        shaped = [None if t is None else t.reshape(rows, -1, t.shape[-1]) for t in (u, z, x, r)]
+        assert shaped[0] is not None and shaped[1] is not None
+        self.owner.tracer.observe(self.block.index, shaped[0], shaped[1], shaped[2], shaped[3])
+
+    def nbytes(self) -> int:
+        """Bytes of the compact copies, or of the masks as multipliers."""
+        stacked = () if self._stacked is None else self._stacked[1:]
+        return self.compact.nbytes() + sum(
+            t.numel() * t.element_size() for t in stacked if t is not None
+        )
+
+
+def _stack(masks: list[LayerMask | None], x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Multipliers [I] (one life) or [B, 1, I], and compensation [D] or [B, 1, D]."""
+    some = next(mask for mask in masks if mask is not None)
+    with torch.inference_mode(False):
+        ones = torch.ones(some.width, dtype=x.dtype, device=x.device)
+        rows = [ones if mask is None else mask.dense(x.dtype).to(x.device) for mask in masks]
+        biases = None
+        sample = next((m.bias for m in masks if m is not None and m.bias is not None), None)
+        if sample is not None:
+            zero = torch.zeros_like(sample)
+            each = [zero if m is None or m.bias is None else m.bias for m in masks]
+            biases = [bias.to(x) for bias in each]
+        if len(masks) == 1:
+            return rows[0], None if biases is None else biases[0]
+        stacked = None if biases is None else torch.stack(biases)[:, None]
+        return torch.stack(rows)[:, None], stacked

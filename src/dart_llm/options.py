@@ -1,0 +1,78 @@
+"""Command-line options made from the settings table, so that the two cannot differ."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import typer
+
+from dart_llm.settings import RunSettings
+
+ALIASES: dict[str, tuple[str, ...]] = {
+    "eval_perplexity": ("--perplexity",),
+    "generation": ("--max-new-tokens",),
+    "method": ("-m",),
+    "prompt": ("-p",),
+}
+
+
+def _plain(annotation: Any) -> Any:
+    """``X`` of ``X | None``."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next(part for part in get_args(annotation) if part is not type(None))
+    return annotation
+
+
+def parameters() -> list[inspect.Parameter]:
+    """One keyword parameter per setting; None means "not given"."""
+    found = []
+    for name, field in RunSettings.model_fields.items():
+        flag = "--" + name.replace("_", "-")
+        kind = _plain(field.annotation)
+        names = [flag, *ALIASES.get(name, ())]
+        if kind is bool:
+            names = [f"{flag}/--no-{flag[2:]}", *ALIASES.get(name, ())]
+        text = field.description or ""
+        if field.default not in (None, False):
+            text += f" [default: {field.default}]"
+        extra = field.json_schema_extra
+        panel = str(extra.get("panel", "")) if isinstance(extra, dict) else ""
+        option = typer.Option(
+            *names, help=text, rich_help_panel=panel, show_default=False, metavar=_metavar(kind)
+        )
+        found.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[kind | None, option],
+            )
+        )
+    return found
+
+
+def _metavar(kind: Any) -> str | None:
+    return {str: "TEXT", int: "N", float: "X", bool: ""}.get(kind)
+
+
+def with_settings(function: Callable[..., None]) -> Callable[..., None]:
+    """Give ``function(flags, ...)`` one option per setting; they arrive as the dict ``flags``."""
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.name != "flags"]
+
+    def command(**values: Any) -> None:
+        names = RunSettings.model_fields
+        flags = {key: value for key, value in values.items() if key in names}
+        rest = {key: value for key, value in values.items() if key not in names}
+        function(flags, **rest)
+
+    command.__doc__ = function.__doc__
+    command.__name__ = function.__name__
+    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+    every = [*parameters(), *own]
+    command.__signature__ = signature.replace(parameters=every)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in every}
+    return command

@@ -1,0 +1,84 @@
+"""The tables that end a job, each followed by one plain sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+
+def report_table(report: dict[str, Any], timing: dict[str, Any]) -> Table:
+    """Accounting of the pruned generation, with its speed beside dense."""
+    table = Table(
+        title=f"{report['method']}: accounting of the generated text", title_justify="left"
+    )
+    table.add_column("quantity")
+    table.add_column("value", justify="right")
+    asked = report["requested_sparsity"]
+    causes = ", ".join(f"{cause} {count}" for cause, count in report["remask_causes"].items())
+    rows = [
+        ("sparsity asked for", "set by the table" if asked is None else f"{asked:.1%}"),
+        ("achieved sparsity (dense tokens count 0)", f"{report['achieved_sparsity']:.1%}"),
+        ("sparsity while pruned", f"{report['sparsity_while_pruned']:.1%}"),
+        ("decoded tokens", str(report["decoded_tokens"])),
+        ("of them dense", f"{report['dense_token_share']:.1%}"),
+        ("masks built", causes or "none"),
+        ("executor", str(report["executor"])),
+        ("FFN bytes per token over dense", f"{report['ffn_bytes_share']:.3f}"),
+        ("FFN FLOPs per token over dense", f"{report['ffn_flops_share']:.3f}"),
+        ("memory held beside the model", f"{report['extra_memory_bytes'] / 2**20:.1f} MiB"),
+    ]
+    each = timing.get("seconds_per_token", {})
+    for variant in ("dense", "pruned"):
+        if each.get(variant):
+            rows.append((f"time per token, {variant}", f"{1000 * each[variant]:.1f} ms"))
+    if "speed_up" in timing:
+        rows.append(("speed-up (one run; bytes allow)", _speed(timing)))
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def _speed(timing: dict[str, Any]) -> str:
+    return f"{timing['speed_up']:.2f} x ({timing['bytes_limit']:.2f} x)"
+
+
+def perplexity_table(document: dict[str, Any]) -> Table:
+    """Perplexity of every method on the same slices."""
+    title = (
+        f"perplexity on {document['text']}: {document['slices']} slices of "
+        f"{document['prompt_tokens']} prompt + {document['scored_tokens']} scored tokens, "
+        f"protocol {document['protocol']}"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("method")
+    for name in ("asked", "achieved", "dense tokens", "re-masks", "perplexity", "x dense", "95 %"):
+        table.add_column(name, justify="right")
+    for row in document["rows"]:
+        report = row["accounting"]
+        interval = row["interval"]
+        asked = row["sparsity"]
+        table.add_row(
+            row["method"],
+            "table" if asked is None else f"{asked:.0%}",
+            f"{report['achieved_sparsity']:.1%}" if report else "0.0%",
+            f"{report['dense_token_share']:.1%}" if report else "100.0%",
+            str(report["remasks"]) if report else "0",
+            f"{row['perplexity']:.2f}",
+            f"{row['ratio_to_dense']:.2f}",
+            f"{interval[0]:.2f}-{interval[1]:.2f}" if interval else "",
+        )
+    return table
+
+
+def conclusion(accounting: dict[str, Any] | None, documents: Sequence[dict[str, Any]]) -> list[str]:
+    """One plain sentence per table."""
+    from dart_llm import sentences
+
+    found = []
+    if accounting:
+        found.append(sentences.bytes_sentence(accounting))
+    for document in documents:
+        found.append(sentences.perplexity_sentence(document))
+    return found

@@ -1,0 +1,74 @@
+"""What the terminal shows: text on stdout, everything else on stderr, nothing when asked."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dart_llm.records import Step
+
+
+class Ui:
+    """Terminal output of a job.  ``quiet``: nothing but errors (``--json``)."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        width = None if sys.stderr.isatty() else 110
+        self.err = Console(stderr=True, quiet=quiet, width=width)
+        self.log: list[str] = []
+        self.live = sys.stderr.isatty() and not quiet
+
+    def say(self, text: str) -> None:
+        """One line for people; kept for the log."""
+        self.log.append(text)
+        self.err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def table(self, table: Table) -> None:
+        """Print a table; kept for the log as plain text."""
+        plain = Console(width=100, no_color=True)
+        with plain.capture() as capture:
+            plain.print(table)
+        self.log.append(capture.get().rstrip())
+        self.err.print(table)
+
+    def token(self, step: Step) -> None:
+        """Stream one token to stdout."""
+        if not self.quiet:
+            sys.stdout.write(step.text)
+            sys.stdout.flush()
+
+    def end_text(self, text: str) -> None:
+        """A streamed text is complete."""
+        self.log.append(text)
+        if not self.quiet:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+
+    @contextlib.contextmanager
+    def status(self, text: str) -> Iterator[Callable[[str], None]]:
+        """A spinner while something runs; yields a function that changes its text."""
+        if not self.live:
+            self.say(text)
+            yield self.say
+            return
+        with self.err.status(text) as status:
+            yield lambda news: status.update(news)
+
+    @contextlib.contextmanager
+    def progress(self, text: str, total: int) -> Iterator[Callable[[int], Any]]:
+        """A progress bar with an estimate of the time left; yields ``advance(n)``."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.err, disable=not self.live, transient=True) as bar:
+            task = bar.add_task(text, total=total)
+            yield lambda count: bar.advance(task, count)
