@@ -133,7 +133,7 @@ class Attachment:
         finally:
             self.loop = None
             if loop.cache is not None:
-                self.tracer.settle(int(loop.cache.get_seq_length()))
+                self.tracer.end_generate(int(loop.cache.get_seq_length()))
 
     def _runprefill(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         loop = self.loop

@@ -13,7 +13,7 @@ from dart_llm.errors import ConfigError
 from dart_llm.layer_spec import parse_layer_spec
 from dart_llm.registry import BUDGETS, DRIFT_RULES, METHODS, SCORES
 
-DEFAULT_SPARSITY = 0.2
+DEFAULT_SPARSITY = 0.1
 """Fraction of FFN neurons that ``prune(model)`` removes when nothing is said (README: why)."""
 
 

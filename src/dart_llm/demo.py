@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dart_llm.config import PruneConfig
-from dart_llm.job import Job, run_job
+from dart_llm.job import run_job
+from dart_llm.job_state import Job
 from dart_llm.settings import RunSettings
 from dart_llm.ui import Ui
 

@@ -16,7 +16,11 @@ from dart_llm.weights import FfnWeights
 
 CHUNK = 4096
 _SOURCE = "DART, arXiv 2601.22632, the published scripts' ranking methods"
-_cache: dict[tuple[int, int], tuple[weakref.ref[Tensor], int, tuple[Tensor, Tensor]]] = {}
+
+_Source = tuple[weakref.ref[Tensor], int]
+"""A tensor and its version: in-place changes raise the version."""
+
+_cache: dict[tuple[int, int], tuple[tuple[_Source, _Source], tuple[Tensor, Tensor]]] = {}
 
 
 def proxy(weights: FfnWeights) -> tuple[Tensor, Tensor]:
@@ -34,12 +38,20 @@ def proxy(weights: FfnWeights) -> tuple[Tensor, Tensor]:
     owner = weights.down if weights.down._base is None else weights.down._base
     key = (owner.data_ptr(), rows.data_ptr())
     known = _cache.get(key)
-    if known and known[0]() is owner and known[1] == owner._version:
-        return known[2]
+    if known and all(
+        source() is tensor and version == _version(tensor)
+        for (source, version), tensor in zip(known[0], (owner, rows), strict=True)
+    ):
+        return known[1]
     result = _compute(weights.down.detach(), rows.detach())
     forget = weakref.ref(owner, lambda _: _cache.pop(key, None))
-    _cache[key] = (forget, owner._version, result)
+    sources = ((forget, _version(owner)), (weakref.ref(rows), _version(rows)))
+    _cache[key] = (sources, result)
     return result
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _compute(down: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

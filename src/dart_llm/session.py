@@ -147,7 +147,12 @@ class Run:
                 self._attachment.forced_decode -= 1
 
     def tokens_until_change(self) -> int | None:
-        """Tokens that one decode forward may hold before the masks can change; None: no bound."""
+        """Tokens that one decode forward may hold before the masks can change; None: no bound.
+
+        For forwards of your own: raises ``AttachError`` while ``generate`` runs.
+        """
+        if self._generating:
+            raise AttachError("generate is running: it decides itself how long a forward is")
         return self._tracer.tokens_until_change()
 
     @property
@@ -182,12 +187,21 @@ class Run:
     @property
     def drift_checks(self) -> tuple[DriftCheck, ...]:
         """Every window that the drift detector completed, in order."""
-        self._tracer.settle()
+        self._catch_up()
         return tuple(self._tracer.checks)
+
+    @property
+    def _generating(self) -> bool:
+        return self._attachment is not None and self._attachment.loop is not None
+
+    def _catch_up(self) -> None:
+        """Account for the newest forward, unless ``generate`` may still roll it back."""
+        if not self._generating:
+            self._tracer.flush()
 
     def report(self) -> RunReport:
         """Accounting so far, in total and per sequence."""
-        self._tracer.flush()
+        self._catch_up()
         copies = self._copies if self._attachment is None else self._attachment.nbytes()
         automatic = self.config.sparsity is not None or self._asks_total()
         return run_report(

@@ -59,10 +59,8 @@ class Tracer:
         fresh = call.cached == 0 or call.cached > self.length or not self.lives
         if fresh:
             self._new_sequence(call)
-        elif call.cached < self.length:
-            for life in self.lives:
-                life.rewind(self.length - call.cached)
-            self._real = [max(0.0, n - (self.length - call.cached)) for n in self._real]
+        else:
+            self._rewind(call.cached)
         if len(self._real) != call.rows:
             self._real = [min(self._real)] * call.rows
         self.length = call.cached
@@ -79,6 +77,21 @@ class Tracer:
         self._held = Held(call, observing, {}, counts)
         self.plan = self._make_plan(call, observing)
         return self.plan
+
+    @torch.no_grad()
+    def end_generate(self, cached: int) -> None:
+        """A token loop ended and left ``cached`` tokens: the others were rolled back."""
+        self.settle(cached)
+        if cached:
+            self._rewind(cached)
+
+    def _rewind(self, cached: int) -> None:
+        gone = self.length - cached
+        if gone > 0:
+            for life in self.lives:
+                life.rewind(gone)
+            self._real = [max(0.0, n - gone) for n in self._real]
+            self.length = cached
 
     def _new_sequence(self, call: Call) -> None:
         self._queue.flush()
