@@ -178,14 +178,14 @@ def _shares(lives: Sequence[Life], costs: Costs, skips: bool, copies: bool) -> t
     flops = moved = forwards = tokens = 0.0
     dense_flops, dense_bytes = costs.flops(None), costs.bytes(None)
     for life in lives:
-        compensates = life.config.compensation
+        compensates = life.config.compensation and life.given is None
         for period in life.periods:
             kept = period.kept if skips else None
             forwards += period.forwards
             tokens += float(period.tokens)
             flops += float(period.tokens) * costs.flops(kept)
             moved += period.forwards * costs.bytes(kept)
-            flops += period.observed * costs.observe_flops
+            flops += period.observed * life.rows * costs.observe_flops
             moved += period.observed * costs.observe_bytes
         for remask in life.remasks:
             moved += costs.build_bytes(remask.kept, copies, compensates)

@@ -98,10 +98,19 @@ def align_counts(counts: Sequence[int], widths: Sequence[int], multiple: int) ->
     if multiple <= 1:
         return list(counts)
     units = [math.ceil(width / multiple) for width in widths]
-    total = round(sum(counts) / multiple)
-    wanted = [count / multiple for count in counts]
-    aligned = round_counts(wanted, units, total)
+    wanted = [
+        _in_units(count, width, multiple) for count, width in zip(counts, widths, strict=True)
+    ]
+    aligned = round_counts(wanted, units, round(sum(wanted)))
     return [min(unit * multiple, width) for unit, width in zip(aligned, widths, strict=True)]
+
+
+def _in_units(count: int, width: int, multiple: int) -> float:
+    """``count`` in units of ``multiple``; the last unit holds what is left of the width."""
+    whole = math.ceil(width / multiple) - 1
+    if count <= whole * multiple:
+        return count / multiple
+    return whole + (count - whole * multiple) / (width - whole * multiple)
 
 
 def blend_counts(first: Sequence[int], second: Sequence[int], widths: Sequence[int]) -> list[int]:
@@ -150,11 +159,11 @@ def global_rank(layers: Sequence[LayerView], keep: int) -> list[int]:
 def _smallest(values: Sequence[Tensor], keep: int) -> list[int]:
     """Count, per layer, the ``keep`` smallest of ascending ``values``; floors come first.
 
-    A ``keep`` that the floors use up is spread evenly.
+    A ``keep`` below the sum of the floors is spread evenly.
     """
     widths = [len(value) for value in values]
     floors = [floor_count(width) for width in widths]
-    if sum(floors) >= keep:
+    if sum(floors) > keep:
         return round_counts([keep * width / sum(widths) for width in widths], widths, keep)
     flat = torch.cat(
         [

@@ -170,9 +170,9 @@ def _write_pages(job: Job) -> None:
 
     try:
         plots.write_all(job.path)
-        job.ui.say(f"report: {report.write(job.path)}")
     except MissingExtra as error:
-        job.ui.say(f"no plots and no report page: {error}")
+        job.ui.say(f"no plots: {error}")
+    job.ui.say(f"report: {report.write(job.path)}")
 
 
 def _write_logs(job: Job) -> None:

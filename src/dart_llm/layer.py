@@ -129,11 +129,15 @@ class HostedFfn:
         self.owner.tracer.observe(self.block.index, shaped[0], shaped[1], shaped[2], shaped[3])
 
     def nbytes(self) -> int:
-        """Bytes of the compact copies, or of the masks as multipliers."""
-        stacked = () if self._stacked is None else self._stacked[1:]
-        return self.compact.nbytes() + sum(
-            t.numel() * t.element_size() for t in stacked if t is not None
-        )
+        """Bytes of the compact copies and of the multipliers, beside the masks themselves."""
+        total = self.compact.nbytes()
+        if self._stacked is not None:
+            masks, *multipliers = self._stacked
+            counted = [mask.bias for mask in masks if mask is not None]
+            for t in multipliers:
+                if t is not None and not any(t is bias for bias in counted):
+                    total += t.numel() * t.element_size()
+        return total
 
 
 def _stack(masks: list[LayerMask | None], x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -94,6 +94,7 @@ class Life:
     def see_prompt(self, tokens: float) -> None:
         """``tokens`` (per row) of prefill are about to be observed."""
         self.prompt_tokens += tokens
+        self.over = False
         if self.phase is Phase.RELEASED or self.given is not None:
             return
         if self.phase is Phase.PRUNED:

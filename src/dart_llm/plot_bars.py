@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ def perplexity(view: ResultsView) -> Plot | None:
             len(shown), 1, squeeze=False, gridspec_kw={"height_ratios": [n + 1 for n in bars]}
         )[:, 0]
         for axes, (document, rows) in zip(panels, shown, strict=True):
-            _draw_perplexity(axes, palette, rows)
+            _draw_perplexity(axes, palette, rows, narrow)
             axes.set_title(_protocol(document, narrow), loc="left", fontsize=8.5, color=SOFT)
         scored = "perplexity" if narrow else "perplexity of the scored tokens"
         panels[-1].set_xlabel(f"{scored} (log axis; lower is better)")
@@ -49,7 +50,8 @@ def perplexity(view: ResultsView) -> Plot | None:
 
 
 def _protocol(document: Mapping[str, Any], narrow: bool) -> str:
-    name = f"{document.get('text', 'text')}, protocol {document.get('protocol', 'not known')}"
+    text = textwrap.shorten(str(document.get("text", "text")), 30, placeholder=" …")
+    name = f"{text}, protocol {document.get('protocol', 'not known')}"
     if narrow or not document.get("slices"):
         return name
     return (
@@ -58,45 +60,54 @@ def _protocol(document: Mapping[str, Any], narrow: bool) -> str:
     )
 
 
-def _draw_perplexity(axes: Axes, palette: Palette, rows: Sequence[Mapping[str, Any]]) -> None:
-    values = [float(row["perplexity"]) for row in rows]
+def _draw_perplexity(
+    axes: Axes, palette: Palette, rows: Sequence[Mapping[str, Any]], narrow: bool
+) -> None:
     dense = sentences.dense_row(rows)
-    floor = min(values) / 1.25
-    ceiling = max(values) * (max(values) / floor) ** 0.3
+    floor = min(float(row["perplexity"]) for row in rows) / 1.25
+    top = max(_end(row, dense) for row in rows)
+    ceiling = top * (top / floor) ** (0.8 if narrow else 0.25)  # room for the numbers
     methods = [m for m in dict.fromkeys(str(row.get("method")) for row in rows) if m != "dense"]
     for place, row in enumerate(rows):
-        value, method = values[place], str(row.get("method"))
-        index = methods.index(method) % len(HATCHES) if method in methods else None
-        axes.barh(
-            place,
-            value - floor,
-            left=floor,
-            height=0.66,
-            color=GREY if index is None else palette[COLOURS[index]],
-            hatch="" if index is None else HATCHES[index],
-            edgecolor="white",
-            linewidth=0,
-        )
+        method = str(row.get("method"))
+        look = {"color": GREY}
+        if method in methods:
+            index = methods.index(method) % len(HATCHES)
+            look = {"color": palette[COLOURS[index]], "hatch": HATCHES[index]}
+        length = row["perplexity"] - floor
+        axes.barh(place, length, 0.66, left=floor, edgecolor="white", linewidth=0, **look)
         _interval(axes, place, row, dense)
-        axes.annotate(
-            _bar_text(row, rows),
-            (_end(row, dense), place),
-            xytext=(5, 0),
-            va="center",
-            fontsize=9,
-            textcoords="offset points",
-        )
+        _write(axes, _bar_text(row, rows), _end(row, dense), place)
     if dense is not None:
         reference_line(axes, x=dense["perplexity"], label="dense")
+    _scale(axes, [sentences.row_name(row) for row in rows], floor, ceiling, 5 if narrow else 8)
+
+
+def _scale(axes: Axes, names: Sequence[str], low: float, high: float, most: int) -> None:
+    """A log axis from ``low`` to ``high`` with at most ``most`` ticks; a name for every bar."""
     axes.set_xscale("log")
-    axes.set_xlim(floor, ceiling)
-    axes.set_yticks(range(len(rows)), [sentences.row_name(row) for row in rows])
-    axes.set_ylim(len(rows) - 0.45, -0.55)
-    axes.tick_params(axis="y", length=0)
-    ticks = _log_ticks(floor, ceiling)
-    axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
+    axes.set_xlim(low, high)
+    ticks = _log_ticks(low, high, most)
+    words = [f"{tick:,g}" if tick < 1e5 else sentences.figure(tick) for tick in ticks]
+    axes.set_xticks(ticks, words)
     axes.set_xticks([], minor=True)
     axes.grid(axis="x")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.45, -0.55)
+    axes.tick_params(axis="y", length=0)
+
+
+def _write(axes: Axes, text: str, x: float, place: int) -> None:
+    """A number to the right of its bar; the axes have room for it."""
+    axes.annotate(
+        text,
+        (x, place),
+        xytext=(5, 0),
+        va="center",
+        fontsize=9,
+        textcoords="offset points",
+        in_layout=False,
+    )
 
 
 def _interval(
@@ -127,19 +138,20 @@ def _bar_text(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     ratio = sentences.ratio(row, rows)
     if row.get("method") == "dense" or ratio is None:
         return text
-    return f"{text}  (x {times(ratio)})"
+    return f"{text}  (x {ratio:.2f})" if ratio < 10 else f"{text}  (x {times(ratio)})"
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers between two perplexities, about three to seven of them."""
+def _log_ticks(low: float, high: float, most: int) -> list[float]:
+    """Round numbers between two perplexities, at least three of them where they fit."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), tuple(range(1, 10))):
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         ticks = [step * 10.0**d for d in decades for step in steps if low <= step * 10.0**d <= high]
         if len(ticks) >= 3:
-            return ticks
+            return ticks[:: math.ceil(len(ticks) / most)]
     step = 10.0 ** math.floor(math.log10((high - low) / 2))
     first = math.ceil(low / step)
-    return [step * n for n in range(first, math.floor(high / step) + 1)]
+    ticks = [step * n for n in range(first, math.floor(high / step) + 1)]
+    return ticks[:: math.ceil(len(ticks) / most)]
 
 
 def time_per_token(view: ResultsView) -> Plot | None:
@@ -155,7 +167,7 @@ def time_per_token(view: ResultsView) -> Plot | None:
 
     def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
         axes = figure.subplots()
-        _draw_times(axes, palette, times_ms, limit)
+        _draw_times(axes, palette, times_ms, limit, narrow)
         legend(axes, 1)
 
     alt = f"Bars: milliseconds per decoded token. {words}"
@@ -164,24 +176,18 @@ def time_per_token(view: ResultsView) -> Plot | None:
 
 
 def _draw_times(
-    axes: Axes, palette: Palette, times_ms: Mapping[str, float], limit: float | None
+    axes: Axes, palette: Palette, times_ms: Mapping[str, float], limit: float | None, narrow: bool
 ) -> None:
     looks = {"dense": (GREY, ""), "pruned": (palette[3], "///")}
     for place, (name, value) in enumerate(times_ms.items()):
         colour, hatch = looks[name]
         axes.barh(place, value, 0.62, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
-        axes.annotate(
-            f"{value:.1f} ms",
-            (value, place),
-            xytext=(5, 0),
-            va="center",
-            textcoords="offset points",
-        )
+        _write(axes, f"{value:.1f} ms", value, place)
     if limit and "dense" in times_ms:
         least = times_ms["dense"] / limit
-        label = f"least time that the bytes read allow: {least:.1f} ms ({limit:.2f} x)"
+        label = f"least that the bytes read allow: {least:.1f} ms"
         reference_line(axes, x=least, label=label)
-    axes.set_xlim(0, 1.17 * max(times_ms.values()))
+    axes.set_xlim(0, (1.3 if narrow else 1.14) * max(times_ms.values()))
     axes.set_yticks(range(len(times_ms)), list(times_ms))
     axes.set_ylim(len(times_ms) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)

@@ -51,7 +51,9 @@ def reference_line(
 
 
 def legend(axes: Axes, columns: int) -> None:
-    """A legend above the axes, on the left."""
+    """A legend above the axes, on the left, if anything has a label."""
+    if not axes.get_legend_handles_labels()[1]:
+        return
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(0.0, 1.0),

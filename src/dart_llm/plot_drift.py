@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MAX_NAMED = 14
+"""Masks in one panel above which they are thin lines without names."""
+
 Masks = Sequence[Mapping[str, Any]]
 
 
@@ -125,27 +128,40 @@ def _draw_masks(axes: Axes, checks: Sequence[DriftCheck], masks: Masks) -> None:
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.16 * (high - low))
     axes.set_xlim(-0.02 * end - 1, 1.03 * end + 1)
-    label, previous = "dense, observing", float("-inf")
-    for index, mask in enumerate(masks):
+    previous = float("-inf")
+    for index, (begin, stop) in enumerate(
+        _dense_stretches(checks, [int(m["step"]) for m in masks])
+    ):
+        axes.axvspan(
+            begin,
+            axes.get_xlim()[1] if stop is None else stop,
+            facecolor="none",
+            edgecolor="#b9bec5",
+            hatch="////",
+            linewidth=0,
+            zorder=1,
+            label="_" if index else "dense, observing",
+        )
+    few = len(masks) <= MAX_NAMED
+    for mask in masks:
         step = int(mask["step"])
-        triggers = [c.step for c in checks if c.trigger and c.step <= step]
-        begin = 0 if index == 0 else max(triggers, default=step)
-        if begin < step:
-            axes.axvspan(
-                begin,
-                step,
-                facecolor="none",
-                edgecolor="#b9bec5",
-                hatch="////",
-                linewidth=0,
-                zorder=1,
-                label=label,
-            )
-            label = "_"
-        axes.axvline(step, color=INK, linewidth=1.1, zorder=3)
-        if step - previous > 0.03 * end:
+        axes.axvline(step, color=INK, linewidth=1.1 if few else 0.4, zorder=3 if few else 1)
+        if few and step - previous > 0.03 * end:
             _name(axes, step, str(mask.get("cause", "")))
             previous = step
+    if not few:
+        axes.plot([], [], color=INK, linewidth=0.6, label=f"{len(masks)} masks")
+
+
+def _dense_stretches(
+    checks: Sequence[DriftCheck], starts: Sequence[int]
+) -> list[tuple[int, int | None]]:
+    """From the beginning, or a trigger, to the mask that was built; None: to the end of the run."""
+    triggers = [check.step for check in checks if check.trigger]
+    found: list[tuple[int, int | None]] = [(0, starts[0])] if starts and starts[0] > 0 else []
+    for trigger in triggers:
+        found.append((trigger, next((step for step in starts if step >= trigger), None)))
+    return found
 
 
 def _name(axes: Axes, step: int, cause: str) -> None:

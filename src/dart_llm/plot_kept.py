@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dart_llm.plot_base import Palette, Plot, legend, reference_line
+from dart_llm.plot_base import INK, Palette, Plot, legend, reference_line
 from dart_llm.results_view import ResultsView
 from dart_llm.sentences import layers_sentence, percent
 
@@ -41,20 +41,20 @@ def _draw(
     axes.bar(range(len(widths)), _shares(first, widths), 0.8, color=palette[3], label=label)
     if last != first:
         edges = [index - 0.5 for index in range(len(widths) + 1)]
-        axes.stairs(
-            _shares(last, widths),
-            edges,
-            baseline=None,
-            color=palette[4],
-            linewidth=2.2,
-            label=f"last mask ({_when(masks[-1])})",
-        )
+        for colour, width, name in (
+            (INK, 3.6, "_"),
+            (palette[4], 2.0, f"last mask ({_when(masks[-1])})"),
+        ):
+            look: dict[str, Any] = {"baseline": None, "color": colour, "linewidth": width}
+            axes.stairs(_shares(last, widths), edges, label=name, **look)
     even = sum(first) / sum(widths)
     reference_line(axes, y=100 * even, label=f"spread evenly: {percent(even)}")
     axes.set(ylim=(0, 100), xlim=(-0.8, len(widths) - 0.2))
     axes.set(xlabel="layer", ylabel="FFN neurons kept (%)")
     axes.grid(axis="y")
     axes.locator_params(axis="x", integer=True)
+    if len(widths) < 8:
+        axes.set_xticks(range(len(widths)))
 
 
 def _shares(kept: Sequence[int], widths: Sequence[int]) -> list[float]:

@@ -111,7 +111,7 @@ def perplexity(document: Record, strong: Record | None) -> Table:
         "95 % interval",
         "mean loss (nats)",
     )
-    rows = [row for row in document["rows"] if isinstance(row, Mapping)]
+    rows = document["rows"]
     protocol = (
         f"{document.get('text', 'text')}: {document.get('slices', '?')} slices of "
         f"{document.get('prompt_tokens', '?')} prompt + {document.get('scored_tokens', '?')} "
@@ -136,7 +136,7 @@ def _perplexity_row(row: Record, rows: Sequence[Record]) -> tuple[str, ...]:
         _share(counted, "achieved_sparsity"),
         _share(counted, "dense_token_share"),
         _integer(counted, "remasks"),
-        NOTHING if value is None else sentences.figure(value),
+        NOTHING if value is None else f"{value:,.2f}" if value < 1e5 else sentences.figure(value),
         NOTHING if ratio is None else f"{ratio:,.2f}",
         f"{interval[0]:,.2f} to {interval[1]:,.2f}" if interval else NOTHING,
         NOTHING if loss is None else f"{loss:.3f}",
@@ -161,7 +161,7 @@ def timing(view: ResultsView) -> Table | None:
         rows.append((label, *cells, NOTHING if gain is None else f"{gain:.2f} x"))
     limit = number(view.timing.get("bytes_limit"))
     if rows and limit is not None:
-        rows.append(("most that the bytes read allow", "1", NOTHING, f"{limit:.2f} x"))
+        rows.append(("most that the bytes read allow", NOTHING, NOTHING, f"{limit:.2f} x"))
     if not rows:
         return None
     return Table("Times of one run", ("quantity", "dense", "pruned", "gain"), tuple(rows))

@@ -81,13 +81,16 @@ def read(folder: Path) -> ResultsView:
         raise ResultsError(f"{folder} is not a results folder: give the folder that a run wrote")
     masks = mapping(_json(folder / "masks.json"))
     ppl = mapping(_json(folder / "perplexity.json"))
+    documents = _mappings(ppl["texts"]) if "texts" in ppl else (ppl,)
     return ResultsView(
         folder,
         mapping(_json(folder / "config.json")),
         _lines(folder / "generation.jsonl"),
-        _mappings(ppl["texts"]) if "texts" in ppl else ((ppl,) if ppl.get("rows") else ()),
+        tuple(_document(document) for document in documents if document.get("rows")),
         mapping(_json(folder / "timing.json")),
-        _mappings(masks.get("remasks")),
+        tuple(
+            {**mask, "kept": _counts(mask.get("kept"))} for mask in _mappings(masks.get("remasks"))
+        ),
         _mappings(masks.get("layers")),
         _checks(folder / "drift.csv"),
     )
@@ -107,6 +110,22 @@ def number(value: Any) -> float | None:
 def _mappings(value: Any) -> tuple[dict[str, Any], ...]:
     items = value if isinstance(value, list) else []
     return tuple(dict(item) for item in items if isinstance(item, Mapping))
+
+
+def _counts(value: Any) -> list[int]:
+    """Whole numbers, or nothing when one of them is not."""
+    items = value if isinstance(value, list) else []
+    return items if all(isinstance(item, int) for item in items) else []
+
+
+def _document(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A perplexity document whose rows are mappings; intervals that are not finite are dropped."""
+    rows = []
+    for row in _mappings(document["rows"]):
+        interval = row.get("interval") or ()
+        whole = len(interval) == 2 and all(number(end) is not None for end in interval)
+        rows.append({**row, "interval": interval if whole else None})
+    return {**document, "rows": rows}
 
 
 def _text(path: Path) -> str:

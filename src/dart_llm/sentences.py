@@ -28,17 +28,21 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 
 def figure(value: float | None) -> str:
-    """A perplexity or a loss to three or four digits: 1.234, 17.6, 1,234."""
+    """A perplexity to about three digits: 1.23, 17.6, 1,234, 7.0e6."""
     if value is None or not math.isfinite(value):
         return "not known"
+    if value >= 100_000:
+        return f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
     if value >= 1000:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def times(ratio: float) -> str:
-    """A ratio to three digits, without trailing zeros: 2.1, 1.08, 12.4."""
-    return f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.3g}"
+    """A ratio to about three digits: 1.0, 2.1, 1.08, 12.4, 1,234."""
+    if ratio >= 100:
+        return figure(round(ratio)).removesuffix(".0")
+    return f"{ratio:.1f}" if ratio >= 10 else f"{ratio:.2f}".removesuffix("0")
 
 
 def row_name(row: Row) -> str:
@@ -137,13 +141,15 @@ def perplexity_title(document: Row, method: str | None = None) -> str:
 
 
 def _bytes(accounting: Row) -> str:
-    asked, achieved = accounting.get("requested_sparsity"), accounting["achieved_sparsity"]
+    asked, achieved = accounting.get("requested_sparsity"), accounting.get("achieved_sparsity")
+    if achieved is None:
+        return "The share of neurons removed is not known"
     removed = f"{percent(achieved)} of the FFN neurons removed"
     if asked is not None and abs(asked - achieved) >= 0.005:
         removed = (
             f"{percent(asked)} of the FFN neurons asked for, {percent(achieved)} removed on average"
         )
-    saved = accounting.get("ffn_share_of_bytes", 0.0) * achieved
+    saved = (accounting.get("ffn_share_of_bytes") or 0.0) * achieved
     if not 0 < saved < 1:
         return removed
     less = f"{percent(saved, 0)} fewer weight bytes read per token"
@@ -233,12 +239,22 @@ def drift_sentence(checks: Sequence[DriftCheck], remasks: Sequence[Mapping[str, 
         return f"The drift detector did not arm within {count(len(checks), 'window')}."
     lows = sum(is_low(check) for check in armed)
     rebuilt = sum(remask.get("cause") == "drift" for remask in remasks)
-    held = sum(check.state == "held" for check in checks)
-    put_off = f"; the guards put off {count(held, 'trigger')}" if held else ""
-    return (
-        f"{lows} of {count(len(armed), 'window')} fell below the threshold; drift led to "
-        f"{count(rebuilt, 're-mask')}{put_off}."
-    )
+    shared = any(remask.get("row") is None for remask in remasks)  # one trigger for all rows
+    held = len({_place(check, shared) for check in checks if check.state == "held"})
+    triggers = len({_place(check, shared) for check in checks if check.trigger})
+    words = [f"{lows} of {count(len(armed), 'window')} fell below the threshold"]
+    if triggers or rebuilt:
+        late = " before the end" if rebuilt < triggers else ""
+        words.append(f"{count(triggers, 'trigger')} led to {count(rebuilt, 're-mask')}{late}")
+    else:
+        words.append("nothing was re-masked")
+    if held:
+        words.append(f"the guards put off {count(held, 'trigger')}")
+    return "; ".join(words) + "."
+
+
+def _place(check: DriftCheck, shared: bool) -> tuple[int, int, int]:
+    return check.sequence, -1 if shared else check.row, check.step
 
 
 def count(number: int, noun: str) -> str:

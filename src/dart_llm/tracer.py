@@ -71,12 +71,19 @@ class Tracer:
         if call.kind is Kind.PREFILL:
             observing = self._prefill(counts)
         else:
-            observing = [life.advance() is Phase.OBSERVE for life in self.lives]
+            observing = [self._advance(life, call) for life in self.lives]
         self._announce(before)
         self.last_phase = Phase.PREFILL if call.kind is Kind.PREFILL else self.lives[0].phase
         self._held = Held(call, observing, {}, counts)
         self.plan = self._make_plan(call, observing)
         return self.plan
+
+    def _advance(self, life: Life, call: Call) -> bool:
+        """Whether ``life`` observes the decode forward that is about to run."""
+        unmasked = life.phase in (Phase.PREFILL, Phase.OBSERVE)
+        if unmasked and life.row is not None and self._over(life, call):
+            return False  # no mask for a row that has ended
+        return life.advance() is Phase.OBSERVE
 
     @torch.no_grad()
     def end_generate(self, cached: int) -> None:
@@ -252,7 +259,7 @@ class Tracer:
 
     def _watch(self, life: Life, held: Held, accepted: int, rows: slice) -> None:
         if self.rule.interval and life.pruned_run >= self.rule.interval:
-            if life.may_trigger() and not self._over(life, held):
+            if life.may_trigger() and not self._over(life, held.call):
                 self._queue.flush()
                 life.trigger("interval")
             return
@@ -269,10 +276,10 @@ class Tracer:
                 break
 
     @staticmethod
-    def _over(life: Life, held: Held) -> bool:
+    def _over(life: Life, call: Call) -> bool:
         """Whether all rows of ``life`` have ended: nothing is left to re-mask for."""
-        if not life.over and held.call.live is not None:
-            life.over = not bool(held.call.live[life.batch_rows].any())
+        if not life.over and call.live is not None:
+            life.over = not bool(call.live[life.batch_rows].any())
         return life.over
 
     def _record(self, life: Life, check: Check, allowed: bool) -> None:

@@ -1,0 +1,48 @@
+# make PYTHON=python3.12 VENV=path chooses the interpreter and the place of the environment.
+PYTHON ?=
+VENV ?= .venv
+ARGS ?=
+SETUP = PYTHON='$(PYTHON)' VENV='$(VENV)' scripts/setup.sh
+IN = OMP_WAIT_POLICY=PASSIVE '$(VENV)/bin/python' -m
+
+.PHONY: help setup setup-dev demo test lint format-check style types docs-check clean
+
+help:
+	@echo "make demo    set up, fetch the default model (93 MB), prune it, show the result"
+	@echo "make test    set up and run the tests; ARGS='-k name' chooses"
+	@echo "make setup   create the environment in $(VENV) and install dart-llm with its extras"
+	@echo "make lint    check format, style, types and docs"
+	@echo "make clean   remove the environment and caches; results stay"
+	@echo "Variables: PYTHON=python3.12 (default: python3), VENV=path (default: .venv)"
+
+setup:
+	@$(SETUP) all
+
+setup-dev:
+	@$(SETUP) dev
+
+demo: setup
+	@'$(VENV)/bin/dart-llm' demo
+	@echo "next: . $(VENV)/bin/activate"
+
+test: setup-dev
+	@$(IN) pytest $(ARGS)
+
+format-check: setup-dev
+	@$(IN) ruff format --check .
+
+style: setup-dev
+	@$(IN) ruff check .
+
+types: setup-dev
+	@$(IN) mypy
+
+docs-check: setup-dev
+	@'$(VENV)/bin/python' scripts/check_docs.py
+
+lint: format-check style types docs-check
+
+clean:
+	@if [ -f '$(VENV)/.dart-llm-created' ]; then rm -rf '$(VENV)'; fi
+	@rm -rf build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find src tests scripts -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,206 @@
+"""Checks the documentation against the program; ``--write`` regenerates the generated parts.
+
+Usage: python scripts/check_docs.py [--write]
+
+- docs/cli.md holds the ``--help`` of every command, docs/scripts.md the table of variables.
+- Every flag of ``dart-llm run`` is in one of the two.
+- Every relative link and anchor in README.md, CONTRIBUTING.md and docs/*.md leads somewhere.
+
+Prints one sentence per problem and exits with 1 if there is one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ("", "run", "demo", "methods", "doctor")
+SCRIPTS = ("run_experiment.sh", "run_knowledge_drift.sh")
+VARIABLE = re.compile(r'^: "\$\{([A-Z_]+):=(.*)\}"', re.MULTILINE)
+WIDTH = "100"
+
+
+def plain_environment() -> None:
+    """Make help texts independent of the terminal; before typer is imported."""
+    for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TERMINAL_WIDTH"):
+        os.environ.pop(name, None)
+    os.environ.update(COLUMNS=WIDTH, NO_COLOR="1", TERM="dumb")
+
+
+def help_pages() -> str:
+    """The ``--help`` of every command, as Markdown."""
+    from typer.testing import CliRunner
+
+    from dart_llm.cli import app
+
+    pages = []
+    for command in COMMANDS:
+        arguments = [command, "--help"] if command else ["--help"]
+        result = CliRunner().invoke(app, arguments, prog_name="dart-llm")
+        if result.exit_code != 0:
+            raise SystemExit(f"dart-llm {' '.join(arguments)} failed: {result.exception}")
+        lines = [line.rstrip() for line in result.stdout.strip("\n").splitlines()]
+        text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip("\n")
+        pages.append(f"## {f'dart-llm {command}'.strip()}\n\n```text\n{text}\n```")
+    return "\n\n".join(pages)
+
+
+def script_defaults(root: Path, script: str) -> dict[str, str]:
+    """The variables that ``script`` lists, with their defaults, in order."""
+    return dict(VARIABLE.findall((root / script).read_text(encoding="utf-8")))
+
+
+def variable_table(root: Path) -> str:
+    """The table of the scripts' variables, as Markdown; defaults from the scripts."""
+    from dart_llm.settings import RunSettings
+
+    first, second = (script_defaults(root, script) for script in SCRIPTS)
+    if list(first) != list(second):
+        raise SystemExit(f"{SCRIPTS[0]} and {SCRIPTS[1]} list different variables")
+    lines = ["| variable | flag | default | meaning |", "| --- | --- | --- | --- |"]
+    for name, default in first.items():
+        if name.lower() not in RunSettings.model_fields:
+            raise SystemExit(f"{name} in {SCRIPTS[0]} is no setting of dart-llm run")
+        meaning = RunSettings.model_fields[name.lower()].description or ""
+        if default:  # the script's default, which may be another one than the flag's
+            meaning = re.sub(r" \(default: [^)]*\)", "", meaning)
+        meaning = meaning.replace("|", r"\|").replace("<", "&lt;")
+        shown = _code(default)
+        if second[name] != default:
+            shown = f"{shown}; {_code(second[name])} in `{SCRIPTS[1]}`"
+        lines.append(f"| `{name}` | `{_flag(name)}` | {shown} | {meaning} |")
+    return "\n".join(lines)
+
+
+def _code(default: str) -> str:
+    return f"`{default}`" if default else "not given"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.lower().replace("_", "-")
+
+
+def generated(root: Path) -> dict[str, tuple[Path, str]]:
+    """Block name -> the file that holds it and what belongs between its markers."""
+    return {
+        "help": (root / "docs/cli.md", help_pages()),
+        "variables": (root / "docs/scripts.md", variable_table(root)),
+    }
+
+
+def _block(name: str) -> re.Pattern[str]:
+    start, end = f"<!-- generated: {name} -->", f"<!-- end of generated: {name} -->"
+    return re.compile(f"(?<={re.escape(start)}\n)(.*?)(?={re.escape(end)})", re.DOTALL)
+
+
+def write(root: Path) -> None:
+    """Regenerate every generated block."""
+    for name, (path, content) in generated(root).items():
+        text = path.read_text(encoding="utf-8")
+        found = _block(name).search(text)
+        if found is None:
+            raise SystemExit(f"{path.name} lacks the markers around the generated part {name}")
+        new = f"{text[: found.start()]}\n{content}\n\n{text[found.end() :]}"
+        path.write_text(new, encoding="utf-8")
+
+
+def stale_blocks(root: Path) -> Iterator[str]:
+    """One sentence per generated block that no longer says what the program says."""
+    for name, (path, content) in generated(root).items():
+        found = _block(name).search(path.read_text(encoding="utf-8"))
+        if found is None or _words(found[1]) != _words(content):
+            yield (
+                f"docs/{path.name} is stale ({name}): run python scripts/check_docs.py --write "
+                "and commit the result"
+            )
+
+
+def _words(text: str) -> list[str]:
+    """The words alone: releases of typer differ in frames, column widths and value types."""
+    return re.sub(r"[─│╭╮╰╯┌┐└┘]|<[a-z]+>", " ", text).split()
+
+
+def missing_flags(root: Path) -> Iterator[str]:
+    """One sentence per flag of ``dart-llm run`` that the two pages lack."""
+    from dart_llm.settings import RunSettings
+
+    pages = "".join((root / f"docs/{page}.md").read_text("utf-8") for page in ("cli", "scripts"))
+    for name in RunSettings.model_fields:
+        if not re.search(rf"(?<![\w-]){_flag(name)}(?![\w-])", pages):
+            yield f"the flag {_flag(name)} is neither in docs/cli.md nor in docs/scripts.md"
+
+
+def pages(root: Path) -> list[Path]:
+    """The Markdown files whose links are checked."""
+    return [root / "README.md", root / "CONTRIBUTING.md", *sorted((root / "docs").glob("*.md"))]
+
+
+def prose(text: str) -> str:
+    """The text without code blocks, code spans and comments."""
+    text = re.sub(r"^( {0,3})(```+|~~~+).*?^\1\2[`~]*\s*$", "", text, flags=re.M | re.S)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.S)
+    return re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", "", text)
+
+
+def anchors(text: str) -> set[str]:
+    """What a link may name after ``#``: the headings' slugs, as GitHub makes them, and ids."""
+    code_free = re.sub(r"^( {0,3})(```+|~~~+).*?^\1\2[`~]*\s*$", "", text, flags=re.M | re.S)
+    found: set[str] = set(re.findall(r'<\w+ [^>]*\b(?:id|name)="([^"]+)"', code_free))
+    seen: dict[str, int] = {}
+    for heading in re.findall(r"^#{1,6}\s+(.+?)\s*#*\s*$", code_free, flags=re.M):
+        label = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        slug = re.sub(r"[^\w\- ]", "", label.lower()).replace(" ", "-")
+        number = seen.get(slug, 0)
+        seen[slug] = number + 1
+        found.add(f"{slug}-{number}" if number else slug)
+    return found
+
+
+def links(text: str) -> list[str]:
+    """The targets of all Markdown and HTML links and images."""
+    body = prose(text)
+    found = re.findall(r"\]\(\s*<?([^)\s>]+)>?(?:\s+[\"'][^)]*)?\)", body)
+    found += re.findall(r"^ {0,3}\[[^\]]+\]:\s*<?(\S+?)>?(?:\s|$)", body, flags=re.M)
+    return found + re.findall(r'\b(?:href|src)="([^"]+)"', body)
+
+
+def broken_links(root: Path) -> Iterator[str]:
+    """One sentence per relative link or anchor that leads nowhere."""
+    for page in pages(root):
+        where = page.relative_to(root).as_posix()
+        if not page.is_file():
+            yield f"{where} is missing"
+            continue
+        for link in links(page.read_text(encoding="utf-8")):
+            if re.match(r"[a-zA-Z][\w+.-]*:|//", link):
+                continue
+            path, _, anchor = unquote(link).partition("#")
+            target = (page.parent / path).resolve() if path else page
+            if not target.is_relative_to(root) or not target.exists():
+                yield f"{where} links to {link}, which does not exist"
+            elif anchor and target.suffix == ".md" and anchor not in anchors(target.read_text()):
+                yield f"{where} links to {link}, but {target.name} has no such heading"
+
+
+def main() -> int:
+    """Check, or write first; the number of problems decides the exit code."""
+    plain_environment()
+    if sys.argv[1:] not in ([], ["--write"]):
+        raise SystemExit(__doc__)
+    if sys.argv[1:]:
+        write(ROOT)
+    problems = [*stale_blocks(ROOT), *missing_flags(ROOT), *broken_links(ROOT)]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if not problems:
+        print(f"{len(pages(ROOT))} pages: generated parts, flags and links are up to date")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

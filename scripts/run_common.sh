@@ -1,0 +1,92 @@
+# shellcheck shell=bash
+# Sourced by run_experiment.sh and run_knowledge_drift.sh, which set the variables: turns them into
+# flags and becomes `dart-llm run`.  Keeps to bash 3.2, which macOS has.
+
+# The flag of a variable is its name in kebab case.  Both lists together are all variables.
+text_variables=(
+  METHOD MODEL CACHE_DIR DEVICE LAYER_TOPK TOTAL_PRUNE_PERCENT MASKING_STEP RELEASE_STEP EMA_DECAY
+  RANKING_METHOD PRUNE_STRATEGY PROMPT_TYPE PROMPT_SUBJECT CUSTOM_PROMPT_TEXT PROMPT_LENGTH
+  GENERATION PPL_DATASETS PPL_SUBJECTS PPL_MAX_SAMPLES MMLU_DATASETS MMLU_SHOTS MMLU_MAX_SAMPLES
+  GENERAL_NLP_DATASETS GENERAL_NLP_MAX_SAMPLES SUMMARIZATION_DATASETS SUMMARIZATION_MAX_SAMPLES
+  SUMMARIZATION_MAX_OUTPUT SEED EXPERIMENT_NAME RESULTS_DIR
+)
+switch_variables=(
+  KNOWLEDGE_DRIFT EVAL_PERPLEXITY EVAL_MMLU EVAL_GENERAL_NLP EVAL_SUMMARIZATION VERBOSE
+  SAVE_ACTIVATIONS
+)
+default_total=50
+here="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+
+say() { printf '%s: %s\n' "${0##*/}" "$1" >&2; }
+
+kebab() { printf '%s' "$1" | LC_ALL=C tr 'A-Z_' 'a-z-'; }
+
+add_text() { # NAME
+  local value="${!1-}"
+  # One word, --flag=value: a value that starts with a dash stays a value.
+  [[ -z $value ]] || arguments+=("--$(kebab "$1")=$value")
+}
+
+add_switch() { # NAME
+  local value="${!1-}"
+  case "$value" in
+    '') ;;
+    [Tt][Rr][Uu][Ee] | [Yy][Ee][Ss] | 1) arguments+=("--$(kebab "$1")") ;;
+    [Ff][Aa][Ll][Ss][Ee] | [Nn][Oo] | 0) arguments+=("--no-$(kebab "$1")") ;;
+    *)
+      say "$1=$value is neither true nor false: write true, false, yes, no, 1 or 0"
+      exit 2
+      ;;
+  esac
+}
+
+# Whether a layer specification hands layers to the allocator.  A table file that cannot be read
+# counts as yes: dart-llm then says what is wrong with it.
+holds_auto() { # SPECIFICATION
+  case "$1" in
+    @*)
+      [[ -r ${1#@} ]] || return 0
+      sed -e 's/^[[:space:]]*#.*//' -e 's/ #.*//' <"${1#@}" | grep auto >/dev/null
+      ;;
+    '' | *auto*) ;;
+    *) return 1 ;;
+  esac
+}
+
+# The default total must not contradict a setting that fixes the counts itself.  Any other total
+# was asked for: dart-llm decides.
+drop_default_total() { # ARGUMENTS...
+  [[ ${TOTAL_PRUNE_PERCENT-} == "$default_total" ]] || return 0
+  local argument why=''
+  for argument in "$@"; do
+    case "$argument" in --sparsity | --sparsity=*) why="$argument sets the amount" ;; esac
+  done
+  if [[ ${METHOD-} == dense ]]; then
+    why='METHOD=dense removes nothing'
+  elif [[ ${PRUNE_STRATEGY-} == auto ]]; then
+    why='PRUNE_STRATEGY=auto sets the counts itself'
+  elif ! holds_auto "${LAYER_TOPK-}"; then
+    why="LAYER_TOPK=$LAYER_TOPK holds no auto and fixes every count"
+  fi
+  [[ -n $why ]] || return 0
+  TOTAL_PRUNE_PERCENT=''
+  say "the default TOTAL_PRUNE_PERCENT=$default_total is left out: $why"
+}
+
+find_dart_llm() {
+  dart_llm="$(type -P dart-llm || true)"
+  [[ -n $dart_llm ]] || dart_llm="$here/.venv/bin/dart-llm"
+  [[ -x $dart_llm ]] && return
+  say "there is no dart-llm on PATH and none in $here/.venv: run \"make setup\" in $here first"
+  exit 127
+}
+
+run_dart_llm() { # ARGUMENTS...
+  local name
+  arguments=()
+  drop_default_total "$@"
+  for name in "${text_variables[@]}"; do add_text "$name"; done
+  for name in "${switch_variables[@]}"; do add_switch "$name"; done
+  find_dart_llm
+  exec "$dart_llm" run "${arguments[@]}" "$@"
+}

@@ -1,0 +1,320 @@
+"""Rows of a batch: padding and ended rows count nowhere, and rows do not reach one another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dart_llm import prune
+from dart_llm.drift import Rule
+from dart_llm.registry import DRIFT_RULES
+from steps import (
+    Forced,
+    apart,
+    decode,
+    generate,
+    new_cache,
+    same_masks,
+    selections,
+    shared_model,
+    step,
+)
+from tiny import NAMES, tokens
+
+LENGTHS = (20, 13, 8)
+"""Real tokens of each row's prompt."""
+
+CHOSEN = ([10, 11, 12, 13, 2], [20, 21, 2], [30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 2])
+"""The tokens that each row generates; 2 ends it."""
+
+NEW = max(len(row) for row in CHOSEN)
+
+
+def _batch(side: str = "left") -> tuple[Tensor, Tensor]:
+    """Prompts of different lengths padded to one: ids and mask, [3, 20]."""
+    ids, mask = torch.zeros(3, 20, dtype=torch.long), torch.zeros(3, 20, dtype=torch.long)
+    for row, length in enumerate(LENGTHS):
+        place = slice(20 - length, 20) if side == "left" else slice(0, length)
+        ids[row, place] = tokens(1, length, seed=row)[0]
+        mask[row, place] = 1
+    return ids, mask
+
+
+def _generate(model: Any, rows: list[int], ids: Tensor, mask: Tensor, **settings: Any):
+    """Run the rows together (their choices forced).  Returns run, masks, logits [B, steps, V]."""
+    chosen = [CHOSEN[row] for row in rows]
+    run = prune(model, **settings)
+    found = selections(run)
+    with run:
+        out = generate(
+            model,
+            ids,
+            NEW,
+            attention_mask=mask,
+            eos_token_id=2,
+            logits_processor=[Forced(ids.shape[1], chosen)],
+        )
+    for row, wanted in enumerate(chosen):
+        assert out.sequences[row, ids.shape[1] :].tolist()[: len(wanted)] == wanted
+    return run, found, torch.stack(out.logits, 1)
+
+
+def _alone(model: Any, row: int, **settings: Any):
+    ids = tokens(1, LENGTHS[row], seed=row)
+    return _generate(model, [row], ids, torch.ones_like(ids), **settings)
+
+
+def _sums(run: Any, life: int = 0) -> list[dict[str, tuple[Tensor, float]]]:
+    """Every sum and weight of the newest sequence, per layer."""
+    run.report()
+    lives = run._tracer.lives
+    return [
+        {name: (known.total.clone(), float(known.weight)) for name, known in layer.sums.items()}
+        for layer in lives[life].evidence
+    ]
+
+
+def _added(parts: list[list[dict[str, tuple[Tensor, float]]]]) -> list[dict[str, Any]]:
+    return [
+        {name: tuple(sum(p[name][k] for p in layer) for k in (0, 1)) for name in layer[0]}
+        for layer in zip(*parts, strict=True)
+    ]
+
+
+def _assert_sums_equal(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> None:
+    for a, b in zip(first, second, strict=True):
+        assert a.keys() == b.keys() and a
+        for name in a:
+            torch.testing.assert_close(a[name][0], b[name][0], rtol=2e-4, atol=1e-5)
+            assert a[name][1] == pytest.approx(b[name][1]), name
+
+
+ALL_NEEDS = {"budget": "blend depth global", "compensation": True, "sparsity": 0.5}
+"""Every statistic that exists is kept."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shared_statistics_are_the_sum_over_rows(name: str) -> None:
+    """Prompt and decode tokens, rows that end at different steps, left padding."""
+    model = shared_model(name)
+    settings = {"method": "griffin", **ALL_NEEDS, "masking_step": 1000}
+    ids, mask = _batch()
+    run, _, _ = _generate(model, [0, 1, 2], ids, mask, **settings)
+    alone = [_alone(model, row, **settings)[0] for row in range(3)]
+    _assert_sums_equal(_sums(run), _added([_sums(one) for one in alone]))
+    report, singles = run.report(), [one.report() for one in alone]
+    assert report.prompt_tokens == sum(LENGTHS) == sum(one.prompt_tokens for one in singles)
+    decoded = sum(len(row) - 1 for row in CHOSEN)
+    assert report.decoded_tokens == decoded == sum(one.decoded_tokens for one in singles)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "falcon", "opt"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_of_bare_forwards(name: str, side: str) -> None:
+    model = shared_model(name)
+    settings = {"method": "griffin", **ALL_NEEDS, "masking_step": 1000}
+    ids, mask = _batch(side)
+    with prune(model, **settings) as run, torch.no_grad():
+        model(ids, attention_mask=mask)
+    assert run.report().prompt_tokens == sum(LENGTHS)
+    parts = []
+    for row, length in enumerate(LENGTHS):
+        with prune(model, **settings) as one, torch.no_grad():
+            model(tokens(1, length, seed=row))
+        parts.append(_sums(one))
+    if side == "right" or name != "gpt2":  # whose positions a bare forward counts from the pad
+        _assert_sums_equal(_sums(run), _added(parts))
+    weights = {name: weight for name, (_, weight) in _sums(run)[0].items()}
+    assert set(weights.values()) == {float(sum(LENGTHS))}
+
+
+@pytest.mark.parametrize("decay", [None, 0.9])
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_their_own_equal_rows_alone(name: str, decay: float | None) -> None:
+    """per_row: masks, logits and accounting of each row are those of the row run alone."""
+    model = shared_model(name)
+    settings: dict[str, Any] = {"method": "griffin", **ALL_NEEDS, "masking_step": 3}
+    settings |= {"batch": "per_row", "score": {"name": "magnitude", "ema_decay": decay}}
+    ids, mask = _batch()
+    run, found, logits = _generate(model, [0, 1, 2], ids, mask, **settings)
+    assert run.executor == "masked"
+    for row in range(3):
+        one, alone, single = _alone(model, row, **settings)
+        mine = [(at, kept) for at, place, kept in found if place == row]
+        if len(CHOSEN[row]) > 4:
+            assert [at for at, _ in mine] == [at for at, _, _ in alone] == [3]
+            assert same_masks(mine[0][1], alone[0][2])
+        else:
+            assert alone == [], "this row ends before its first mask"
+        real = single.shape[1]
+        assert apart(logits[row, :real], single[0]) < 2e-5
+        a, b = run.report().sequences[row], one.report().sequences[0]
+        assert (a.prompt_tokens, a.decoded_tokens) == (b.prompt_tokens, b.decoded_tokens)
+        assert a.achieved_sparsity == pytest.approx(b.achieved_sparsity)
+        assert len(a.remasks) == len(b.remasks)
+    assert run.report().decoded_tokens == sum(len(row) - 1 for row in CHOSEN)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _eager() -> Iterator[None]:
+    """A drift rule that finds every window low."""
+    DRIFT_RULES.register("eager", lambda: Rule(3, lambda mu, sigma: mu + 2, 2))
+    yield
+    DRIFT_RULES.unregister("eager")
+
+
+@pytest.mark.parametrize("rule", ["published", "paper", "eager", "interval 2"])
+def test_windows_and_re_masks_of_rows_alone(rule: str) -> None:
+    """Ended rows complete no window and trigger nothing; each row drifts on its own."""
+    model, ids, length = shared_model(), tokens(3, 64, seed=3), 40
+    chosen = [
+        tokens(1, length, seed=20)[0].tolist(),
+        [*tokens(1, 21, seed=21)[0].tolist(), 2],
+        [*tokens(1, 33, seed=22)[0].tolist(), 2],
+    ]
+    settings: dict[str, Any] = {"method": "griffin", "sparsity": 0.5, "batch": "per_row"}
+    settings |= {"drift": rule, "executor": "masked"}
+
+    def run_rows(rows: list[int]) -> tuple[Any, Tensor]:
+        with prune(model, **settings) as run:
+            forced = Forced(64, [chosen[row] for row in rows])
+            text = {"eos_token_id": 2, "logits_processor": [forced]}
+            out = generate(model, ids[rows], length, **text)
+        return run, torch.stack(out.logits, 1)
+
+    run, logits = run_rows([0, 1, 2])
+    for row in range(3):
+        one, single = run_rows([row])
+        mine = [check for check in run.drift_checks if check.row == row]
+        assert [c.step for c in mine] == [c.step for c in one.drift_checks]
+        for a, b in zip(mine, one.drift_checks, strict=True):
+            assert a.similarity == pytest.approx(b.similarity, abs=1e-4)
+            assert (a.counter, a.trigger, a.state) == (b.counter, b.trigger, b.state)
+        a, b = run.report().sequences[row], one.report().sequences[0]
+        assert [(m.step, m.cause, m.kept) for m in a.remasks] == [
+            (m.step, m.cause, m.kept) for m in b.remasks
+        ]
+        assert a.dense_tokens == b.dense_tokens and a.decoded_tokens == b.decoded_tokens
+        assert apart(logits[row, : single.shape[1]], single[0]) < 2e-5
+    wanted = {
+        # 39, 21 and 33 tokens are fed; eager: masks at 7 and 26 (then 4 windows arm it anew)
+        "eager": {"first": 3, "drift": 2 + 1 + 2},
+        "interval 2": {"first": 3, "interval": 12 + 6 + 10},
+    }
+    assert run.report().remask_causes == wanted.get(rule, {"first": 3})
+
+
+@pytest.mark.parametrize("rule", ["published", "paper", "eager"])
+def test_shared_windows_leave_ended_rows_out(rule: str) -> None:
+    """A batch whose other rows have ended decides as its living row would."""
+    model, ids, length = shared_model(), tokens(3, 64, seed=3), 60
+    live = tokens(1, length, seed=20)[0].tolist()
+    chosen = [[5, 2], live, [6, 2]]
+
+    def run_rows(rows: list[int], masks: dict[int, Tensor]) -> Any:
+        with prune(model, "griffin", sparsity=0.5, drift=rule, score="weight") as run:
+            forced = Forced(64, [chosen[row] for row in rows])
+            generate(model, ids[rows], length, eos_token_id=2, logits_processor=[forced])
+        return run
+
+    both, one = run_rows([0, 1, 2], {}), run_rows([1], {})
+    mine = [(c.step, c.counter, c.trigger, c.state) for c in both.drift_checks if c.row == 1]
+    assert mine == [(c.step, c.counter, c.trigger, c.state) for c in one.drift_checks]
+    assert len(mine) > 4
+    dead = {c.row for c in both.drift_checks if c.step > 5}
+    assert dead == {1}, "ended rows complete no window"
+    assert both.report().decoded_tokens == one.report().decoded_tokens + 2
+
+
+def test_shared_masks_follow_the_living_rows() -> None:
+    """The mask of a batch is the mask of its rows' summed evidence, whatever ended before."""
+    model = shared_model()
+    ids, mask = _batch()
+    settings = {"method": "griffin", "sparsity": 0.5, "masking_step": 6}
+    _, found, _ = _generate(model, [0, 1, 2], ids, mask, **settings)
+    watch = {**settings, "masking_step": 1000}
+    parts = [_sums(_alone(model, row, **watch)[0]) for row in (0, 1)]  # both end before step 6
+    third = prune(model, **watch)
+    with third:
+        generate(model, tokens(1, LENGTHS[2], seed=2), 7, logits_processor=[Forced(8, CHOSEN[2:])])
+    total = _added([*parts, _sums(third)])
+    for kept, sums in zip(found[0][2], total, strict=True):
+        top = sums["score"][0].sqrt().argsort(descending=True)[: len(kept)].sort().values
+        assert torch.equal(kept, top)
+
+
+def test_pad_tokens_that_a_living_row_chooses_still_count() -> None:
+    model, ids = shared_model(), tokens(2, 20)
+    rows = [[7, 0, 8, 9, 10, 11], [12, 13, 14, 2]]
+    for end, decoded in ((2, 5 - 1 + 3), (None, 10)):
+        with prune(model, "griffin", sparsity=0.5) as run:
+            forced = [Forced(20, rows)]
+            generate(model, ids, 6, eos_token_id=end, pad_token_id=0, logits_processor=forced)
+        # with an end token, padding cannot be told from a chosen pad token: that one is left out
+        assert run.report().decoded_tokens == decoded
+
+
+def test_pad_token_that_is_the_end_token() -> None:
+    model, ids = shared_model(), tokens(2, 20)
+    rows = [[7, 6, 8, 9, 10, 11], [12, 13, 14, 2]]
+    with prune(model, "griffin", sparsity=0.5) as run:
+        generate(model, ids, 6, eos_token_id=2, pad_token_id=2, logits_processor=[Forced(20, rows)])
+    assert run.report().decoded_tokens == 5 + 3
+
+
+def test_several_end_tokens() -> None:
+    model, ids = shared_model(), tokens(3, 20)
+    rows = [[7, 6, 8, 9, 10, 11], [12, 13, 14, 2], [15, 5]]
+    with prune(model, "griffin", sparsity=0.5) as run:
+        forced = [Forced(20, rows)]
+        generate(model, ids, 6, eos_token_id=[2, 5], pad_token_id=0, logits_processor=forced)
+    assert run.report().decoded_tokens == 5 + 3 + 1
+
+
+@pytest.mark.parametrize("batch", ["shared", "per_row"])
+def test_all_rows_alike(batch: str) -> None:
+    """Rows with the same text get the mask and the logits of one row."""
+    model, ids = shared_model(), tokens(1, 30)
+    with prune(model, "griffin", sparsity=0.5, executor="masked") as run:
+        single = decode(model, ids, 24)
+    masks = run.masks()
+    with prune(model, "griffin", sparsity=0.5, executor="masked", batch=batch) as run:
+        rows = decode(model, ids.expand(3, -1), 24)
+    assert apart(rows, single.expand(3, -1, -1)) < 1e-5
+    assert all(torch.equal(kept, masks[layer]) for layer, kept in run.masks().items())
+    assert run.report().prompt_tokens == 72 and run.report().decoded_tokens == 18
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "gpt2", "bloom", "opt"])
+def test_rows_with_masks_of_their_own_in_multi_token_forwards(name: str) -> None:
+    model, ids = shared_model(name), tokens(3, 30)
+    with prune(model, "dart", sparsity=0.5, batch="per_row", min_evidence=0, drift="never") as run:
+        cache = new_cache(model)
+        step(model, ids[:, :20], cache)
+        with run.decoding():
+            together = step(model, ids[:, 20:], cache)
+    for row in range(3):
+        with prune(model, "dart", sparsity=0.5, executor="masked", min_evidence=0) as run:
+            single = decode(model, ids[row : row + 1], 20)[:, 20:]
+        assert apart(together[row : row + 1], single) < 2e-5
+
+
+def test_one_prompt_continued_by_many_rows() -> None:
+    """A cache that was repeated: the rows share the mask that the prompt made."""
+    model, ids = shared_model(), tokens(1, 20)
+    more = tokens(4, 5, seed=9)
+    with prune(model, "griffin", sparsity=0.5) as run:
+        cache = new_cache(model)
+        step(model, ids, cache)
+        cache.batch_repeat_interleave(4)
+        with run.decoding():
+            rows = step(model, more, cache)
+    assert run.report().decoded_tokens == 20 and run.report().achieved_sparsity == 0.5
+    for row in range(4):
+        with prune(model, "griffin", sparsity=0.5):
+            text = torch.cat([ids, more[row : row + 1]], 1)
+            assert apart(rows[row : row + 1], decode(model, text, 20)[:, 20:]) < 1e-5

@@ -1,0 +1,417 @@
+"""Layer budgets: golden values of method.md section 4, and what must hold for every input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dart_llm.budgets import LayerView, align_counts, blend_counts, floor_count, round_counts
+from dart_llm.config import PruneConfig
+from dart_llm.depth_budget import depth_profile, depth_sparsities
+from dart_llm.errors import DartError
+from dart_llm.evidence import LayerEvidence, Sum
+from dart_llm.registry import BUDGETS
+from dart_llm.select import Selector, check_fits
+from synthetic import make_layers
+
+S = (14, 1, 1.2, 0.9, 1.1, 1.3, 1, 0.8)
+GOLDEN = {
+    0.5: (0.1, 0.4042, 0.6321, 0.6709, 0.6606, 0.6504, 0.6452, 0.2366),
+    0.7: (0.1, 0.6308, 0.9, 0.9, 0.9, 0.9, 0.9, 0.3692),
+}
+
+
+def depths(count: int) -> list[float]:
+    return [layer / max(1, count - 1) for layer in range(count)]
+
+
+def views(
+    scores: Sequence[Tensor],
+    sensitivity: Sequence[float] | None = None,
+    residual: Sequence[float] | None = None,
+    impacts: Sequence[Tensor] | None = None,
+) -> list[LayerView]:
+    return [
+        LayerView(
+            len(score),
+            depth,
+            score.double(),
+            None if sensitivity is None else sensitivity[layer],
+            None if residual is None else residual[layer],
+            None if impacts is None else impacts[layer].double(),
+        )
+        for layer, (score, depth) in enumerate(zip(scores, depths(len(scores)), strict=True))
+    ]
+
+
+# the published budget
+
+
+@pytest.mark.parametrize("rho", GOLDEN)
+def test_depth_golden(rho: float) -> None:
+    found = depth_sparsities(S, depths(8), rho)
+    assert found == pytest.approx(GOLDEN[rho], abs=5e-5)
+    assert sum(found) / 8 == pytest.approx(rho, abs=1e-12)
+
+
+def test_depth_by_hand() -> None:
+    """L = 3: y = 0, 1/2, 1; D = .25, 1, .35; R = 1, 1/2, 0 (to 1e-6); P = .25, .5, 0."""
+    found = depth_sparsities((1, 2, 3), depths(3), 0.4)
+    # scaled: .4, .8, 0 -> .4, .8, .1; residue -.1 over layers 0 and 1 as 1 : 2
+    assert found == pytest.approx([0.4 - 0.1 / 3, 0.8 - 0.2 / 3, 0.1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("y", "d"),
+    [(0, 0.25), (0.15, 0.625), (0.3, 1), (0.5, 1), (0.85, 1), (0.925, 0.675), (1, 0.35)],
+)
+def test_depth_profile(y: float, d: float) -> None:
+    assert depth_profile(y) == pytest.approx(d)
+
+
+def test_depth_is_uniform_for_one_layer_and_for_nothing() -> None:
+    assert depth_sparsities([3.0], [0.0], 0.7) == [0.7]
+    assert depth_sparsities(S, depths(8), 0) == [0] * 8
+    assert depth_sparsities([2.0] * 4, [0.5] * 4, 0.3) == pytest.approx([0.3] * 4)
+
+
+def test_the_residue_passes_by_layers_at_a_bound() -> None:
+    """Scaled, layer 1 is clipped to .9 and layer 0 to .1; layers 2 and 3 alone take the rest."""
+    sensitivity, where = (1.0, 0.0, 0.9, 0.9), (0.5, 0.5, 0.5, 0.5)
+    found = depth_sparsities(sensitivity, where, 0.4)
+    assert found == pytest.approx([0.1, 0.9, 0.3, 0.3], abs=1e-5)
+
+
+def test_the_bounds_give_way_where_nothing_else_can() -> None:
+    assert depth_sparsities((0.0, 1.0), (0.5, 0.5), 0.6) == pytest.approx([0.9, 0.3])
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.lists(st.floats(0, 1e6), min_size=2, max_size=40),
+    st.floats(0.001, 0.999),
+)
+def test_depth_meets_total_and_bounds(sensitivity: list[float], rho: float) -> None:
+    found = depth_sparsities(sensitivity, depths(len(sensitivity)), rho)
+    assert sum(found) / len(found) == pytest.approx(rho, abs=1e-9)
+    assert min(found) >= min(0.1, rho) - 1e-9
+    assert max(found) <= max(0.9, rho) + 1e-9
+
+
+@pytest.mark.parametrize("percent", [0, 5, 50, 95, 99])
+def test_requests_outside_the_published_clip_are_met(percent: int) -> None:
+    """The scripts gave 10 % for 0 and 5 %, and 90 % for 95 %."""
+    layers = views([torch.rand(1000) for _ in S], [float(s) for s in S])
+    keep = round((1 - percent / 100) * 8000)
+    assert sum(BUDGETS.get("depth")(layers, keep)) == keep
+
+
+def test_layer_zero_has_its_own_budget() -> None:
+    """The scripts' loop variable gave it another layer's."""
+    scores = [torch.ones(1000)] * 8
+    first = BUDGETS.get("depth")(views(scores, [float(s) for s in S]), 4000)
+    assert first == pytest.approx([1000 * (1 - p) for p in GOLDEN[0.5]], abs=1)
+    assert first[0] == 900
+    shifted = BUDGETS.get("depth")(views(scores, [1.0, 14.0, *map(float, S[2:])]), 4000)
+    assert shifted[0] < 900
+    assert shifted[1] == 900
+
+
+def test_the_two_sensitivities_are_kept_apart() -> None:
+    scores = [torch.ones(1000)] * 8
+    both = views(scores, [float(s) for s in S], [float(s) for s in S[::-1]])
+    plain, residual = BUDGETS.get("depth")(both, 4000), BUDGETS.get("depth-residual")(both, 4000)
+    assert plain == BUDGETS.get("depth")(views(scores, [float(s) for s in S]), 4000)
+    assert residual == BUDGETS.get("depth")(views(scores, [float(s) for s in S[::-1]]), 4000)
+    assert plain != residual
+
+
+# energy and global
+
+
+def test_energy_by_hand() -> None:
+    """Shares of energy in order: .5 .25 .25 0, and .4 .3 .2 .1: each neuron is needed from the
+    share that those before it hold: 0 .5 .75 1, and 0 .4 .7 .9."""
+    first = torch.tensor([0.0, 5.0, 10.0, 5.0]) ** 0.5
+    second = torch.tensor([1.0, 4.0, 3.0, 2.0]) ** 0.5
+    energy = BUDGETS.get("energy")
+    found = [energy(views([first, second]), keep) for keep in range(2, 9)]
+    assert found == [[1, 1], [1, 2], [2, 2], [2, 3], [3, 3], [3, 4], [4, 4]]
+
+
+def test_energy_ties_go_to_the_lower_layer() -> None:
+    flat = [torch.ones(20)] * 3
+    assert BUDGETS.get("energy")(views(flat), 31) == [11, 10, 10]
+    assert BUDGETS.get("energy")(views(flat), 32) == [11, 11, 10]
+
+
+def test_energy_of_a_silent_layer_is_its_floor() -> None:
+    layers = views([torch.zeros(20), torch.arange(1.0, 21)])
+    assert BUDGETS.get("energy")(layers, 20) == [2, 18]
+    assert BUDGETS.get("energy")(views([torch.zeros(20), torch.zeros(20)]), 20) == [18, 2]
+
+
+def test_global_by_hand() -> None:
+    impacts = [torch.tensor([9.0, 1, 5, 2, 2]), torch.tensor([8.0, 7, 6, 0, 0])]
+    layers = views([torch.ones(5)] * 2, impacts=impacts)
+    found = [BUDGETS.get("global")(layers, keep) for keep in range(2, 9)]
+    assert found == [[1, 1], [1, 2], [1, 3], [2, 3], [3, 3], [4, 3], [5, 3]]
+
+
+def test_global_ranks_output_energy_against_the_stream() -> None:
+    """(sum u^2) ||w||^2 (mean ||r||^2 / ||z||^2) / sum ||x||^2, from the evidence."""
+    layers = make_layers(2, width=4)
+    config = PruneConfig(sparsity=0.5, budget="global")
+    selector = check_fits(config, layers)
+    squares = [torch.tensor([1.0, 2, 3, 4]), torch.tensor([4.0, 3, 2, 1])]
+    evidence = [
+        LayerEvidence(
+            {
+                "score": Sum(square.clone(), 5.0),
+                "squares": Sum(square, 5.0),
+                "gain": Sum(torch.tensor(10.0 * (layer + 1)), 5.0),
+                "stream": Sum(torch.tensor(50.0), 5.0),
+            }
+        )
+        for layer, square in enumerate(squares)
+    ]
+    for layer, square in enumerate(squares):
+        impact = selector._view(layer, square, evidence[layer]).impact
+        norm = layers[layer].down.square().sum(0)
+        want = square * norm * (2.0 * (layer + 1)) / 50
+        assert impact is not None
+        assert impact.tolist() == pytest.approx(want.tolist(), rel=1e-5)
+
+
+@st.composite
+def allocations(draw: st.DrawFn) -> tuple[list[LayerView], int]:
+    """Random layers of unequal widths, with silent neurons and ties, and a number to keep."""
+    seed = draw(st.integers(0, 10_000))
+    generator = torch.Generator().manual_seed(seed)
+    sizes = draw(st.lists(st.integers(1, 60), min_size=1, max_size=8))
+    kind = draw(st.sampled_from(["smooth", "ties", "silent", "spiky"]))
+    scores, impacts = [], []
+    for size in sizes:
+        score = torch.rand(size, generator=generator)
+        if kind == "ties":
+            score = (3 * score).round()
+        if kind == "silent":
+            score = score * (torch.rand(size, generator=generator) < 0.5)
+        if kind == "spiky":
+            score = score**12
+        scores.append(score)
+        impacts.append(score.square() * torch.rand(1, generator=generator))
+    sensitivity = (torch.rand(len(sizes), generator=generator) * 10).tolist()
+    rho = draw(st.floats(0, 0.999))
+    keep = round((1 - rho) * sum(sizes))
+    return views(scores, sensitivity, sensitivity[::-1], impacts), keep
+
+
+@settings(deadline=None, max_examples=150)
+@given(allocations(), st.sampled_from(BUDGETS.names()))
+def test_totals_and_bounds(case: tuple[list[LayerView], int], name: str) -> None:
+    layers, keep = case
+    found = BUDGETS.get(name)(layers, keep)
+    assert sum(found) == max(keep, len(layers))
+    assert all(1 <= count <= layer.width for count, layer in zip(found, layers, strict=True))
+    if name in ("energy", "global") and sum(floor_count(layer.width) for layer in layers) <= keep:
+        assert all(
+            count >= math.ceil(layer.width / 10) for count, layer in zip(found, layers, strict=True)
+        )
+
+
+@settings(deadline=None, max_examples=200)
+@given(allocations())
+def test_energy_is_one_level(case: tuple[list[LayerView], int]) -> None:
+    """There is a share e such that every layer keeps the fewest neurons that hold e."""
+    layers, keep = case
+    assume(sum(floor_count(layer.width) for layer in layers) <= keep)
+    held, missing = [], []
+    for count, layer in zip(BUDGETS.get("energy")(layers, keep), layers, strict=True):
+        squares = layer.score.square().sort(descending=True).values
+        if float(squares.sum()) == 0:
+            continue
+        share = squares.cumsum(0) / squares.sum()
+        if count > floor_count(layer.width):  # the last neuron kept is needed to reach e
+            held.append(float(share[count - 2]) if count > 1 else 0.0)
+        if count < layer.width:  # those kept reach e
+            missing.append(float(share[count - 1]))
+    if held and missing:
+        assert max(held) <= min(missing) + 1e-12
+
+
+@settings(deadline=None, max_examples=200)
+@given(allocations())
+def test_global_keeps_the_best_of_all_layers(case: tuple[list[LayerView], int]) -> None:
+    layers, keep = case
+    assume(sum(floor_count(layer.width) for layer in layers) <= keep)
+    kept, lost = [], []
+    for count, layer in zip(BUDGETS.get("global")(layers, keep), layers, strict=True):
+        assert layer.impact is not None
+        order = layer.impact.sort(descending=True).values.tolist()
+        if count > floor_count(layer.width):
+            kept.append(order[count - 1])
+        if count < layer.width:
+            lost.append(order[count])
+    if kept and lost:
+        assert min(kept) >= max(lost)
+
+
+def test_uniform() -> None:
+    uniform = BUDGETS.get("uniform")
+    assert uniform(views([torch.ones(10)] * 3), 15) == [5, 5, 5]
+    assert uniform(views([torch.ones(10)] * 3), 16) == [6, 5, 5]
+    assert uniform(views([torch.ones(10), torch.ones(30)]), 20) == [5, 15]
+    assert uniform(views([torch.ones(10)] * 3), 30) == [10, 10, 10]
+
+
+# whole numbers
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.tuples(st.integers(1, 500), st.floats(0, 1)), min_size=1, max_size=20),
+)
+def test_rounding_moves_no_count_by_more_than_one(pairs: list[tuple[int, float]]) -> None:
+    sizes = [size for size, _ in pairs]
+    wanted = [max(1.0, size * share) for size, share in pairs]
+    keep = round(sum(wanted))
+    found = round_counts(wanted, sizes, keep)
+    assert sum(found) == keep
+    assert all(abs(a - b) <= 1 for a, b in zip(found, wanted, strict=True))
+
+
+def test_rounding_by_largest_remainder() -> None:
+    assert round_counts([1.2, 1.7, 1.6, 2.5], [9] * 4, 7) == [1, 2, 2, 2]
+    assert round_counts([1.5, 1.5, 1.5, 1.5], [9] * 4, 6) == [2, 2, 1, 1]
+    assert round_counts([3.0, 3.0], [3, 9], 8) == [3, 5]
+    assert round_counts([5.0, 5.0], [9, 9], 0) == [1, 1]
+    assert round_counts([5.0, 5.0], [9, 9], 99) == [9, 9]
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.floats(0.01, 1)), min_size=1, max_size=12),
+    st.integers(1, 64),
+)
+def test_alignment(pairs: list[tuple[int, float]], multiple: int) -> None:
+    sizes = [size for size, _ in pairs]
+    counts = [max(1, int(size * share)) for size, share in pairs]
+    found = align_counts(counts, sizes, multiple)
+    for count, size in zip(found, sizes, strict=True):
+        assert count == size or (count % multiple == 0 and 0 < count < size)
+    assert abs(sum(found) - sum(counts)) <= multiple * len(sizes)
+
+
+def test_alignment_by_hand() -> None:
+    assert align_counts([700, 800, 900], [1536] * 3, 32) == [704, 800, 896]
+    assert align_counts([47, 48], [48, 48], 32) == [48, 48]
+    assert align_counts([33, 20], [48, 48], 32) == [32, 32]
+    assert align_counts([5, 7], [8, 8], 1) == [5, 7]
+
+
+def test_blend_is_the_mean() -> None:
+    assert blend_counts([4, 8, 6], [8, 4, 6], [10] * 3) == [6, 6, 6]
+    assert blend_counts([5, 8, 5], [8, 4, 6], [10] * 3) == [7, 6, 5]
+
+
+# through the selector: scores and evidence in, counts out
+
+
+def selector(count: int = 8, width: int = 100, **settings: object) -> Selector:
+    layers = make_layers(count, width=width)
+    return check_fits(PruneConfig.from_mapping({"sparsity": 0.5, **settings}), layers)
+
+
+def evidence(seed: int = 0, count: int = 8, width: int = 100) -> list[LayerEvidence]:
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for layer in range(count):
+        sums = {
+            "score": Sum(torch.rand(width, generator=generator) ** 3, 1.0),
+            "cosine": Sum(torch.tensor(0.0), 1.0),
+            "change": Sum(torch.tensor(float(S[layer % 8])), 1.0),
+            "cosine-residual": Sum(torch.tensor(0.5), 1.0),
+            "change-residual": Sum(torch.tensor(2.0 * S[7 - layer % 8]), 1.0),
+        }
+        found.append(LayerEvidence(sums))
+    return found
+
+
+def test_sensitivity_is_read_from_the_evidence() -> None:
+    """S = (1 - mean cosine) x mean change, each budget its own."""
+    found = selector()._view(1, torch.ones(100), evidence()[1])
+    assert found.sensitivity == pytest.approx(S[1])
+    assert found.residual_sensitivity == pytest.approx(S[6])
+
+
+@pytest.mark.parametrize("name", ["depth", "depth-residual", "energy", "uniform"])
+def test_selection_meets_the_total(name: str) -> None:
+    chosen = selector(budget=name).select(evidence())
+    assert sum(chosen.counts) == 400
+    assert [None if m is None else m.kept for m in chosen.masks] == list(chosen.counts)
+
+
+def test_selected_blend_is_the_mean_of_its_parts() -> None:
+    parts = [selector(budget=name).select(evidence()).counts for name in ("depth", "energy")]
+    blended = selector(budget="blend depth energy").select(evidence()).counts
+    assert sum(blended) == 400
+    assert all(abs(both - (a + b) / 2) <= 1 for both, a, b in zip(blended, *parts, strict=True))
+    depth = selector(budget="depth").select(evidence()).counts
+    assert depth == pytest.approx([100 * (1 - p) for p in GOLDEN[0.5]], abs=1)
+    residual = selector(budget="depth-residual").select(evidence()).counts
+    reverse = depth_sparsities(S[::-1], depths(8), 0.5)
+    assert residual == pytest.approx([100 * (1 - p) for p in reverse], abs=1)
+    both = selector(budget="blend depth depth-residual").select(evidence()).counts
+    assert both == pytest.approx([(a + b) / 2 for a, b in zip(depth, residual, strict=True)], abs=1)
+
+
+def test_alignment_is_part_of_the_budget() -> None:
+    counts = selector(budget={"name": "energy", "multiple": 8}).select(evidence()).counts
+    assert all(count % 8 == 0 or count == 100 for count in counts)
+    assert abs(sum(counts) - 400) <= 8 * 8
+
+
+def test_tables_fix_layers_and_the_total_is_of_the_others() -> None:
+    table = {"name": "uniform", "table": "0:0.6,1:#7,3-7:auto"}
+    counts = selector(budget=table).select(evidence()).counts
+    assert counts == (60, 7, 100, 50, 50, 50, 50, 50)
+    masks = selector(budget=table).select(evidence()).masks
+    assert [mask is None for mask in masks] == [False, False, True] + [False] * 5
+
+
+def test_depth_of_a_layer_does_not_change_when_others_are_fixed() -> None:
+    table = {"name": "depth", "table": "all:auto,0-1:1"}
+    counts = selector(budget=table).select(evidence()).counts
+    want = depth_sparsities(S[2:], depths(8)[2:], 0.5)
+    assert counts[:2] == (100, 100)
+    assert list(counts[2:]) == pytest.approx([100 * (1 - p) for p in want], abs=1)
+
+
+def test_a_single_layer_and_zero_sparsity() -> None:
+    for name in BUDGETS.names():
+        single = views([torch.rand(10)], [1.0], [1.0], [torch.rand(10)])
+        assert BUDGETS.get(name)(single, 6) == [6]
+        many = views([torch.rand(10)] * 4, [1.0, 2, 3, 4], [1.0, 2, 3, 4], [torch.rand(10)] * 4)
+        assert BUDGETS.get(name)(many, 40) == [10] * 4
+    assert selector(sparsity=0.0).removes_nothing
+    assert check_fits(PruneConfig(budget={"table": "all:1"}), make_layers()).removes_nothing
+    assert not selector(sparsity=0.01).removes_nothing
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_said(bad: float) -> None:
+    found = evidence()
+    found[3].sums["score"].total[5] = bad
+    with pytest.raises(DartError, match=r"scores of layer 3 are not finite.*float32"):
+        selector().select(found)
+    found = evidence()
+    found[2].sums["change"].total = torch.tensor(bad)
+    with pytest.raises(DartError, match=r"sensitivities of layer 2 are not finite.*float32"):
+        selector(budget="depth").select(found)

@@ -1,0 +1,111 @@
+"""scripts/check_docs.py: what it generates is current, and it notices what is not."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shells import ROOT, SCRIPTS
+
+PAGES = ("docs/cli.md", "docs/scripts.md")
+
+
+def check(folder: Path, *arguments: str) -> tuple[int, list[str]]:
+    """Exit code and the lines on stderr."""
+    command = [sys.executable, str(folder / "scripts/check_docs.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr.splitlines()
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A project of two generated pages and two short ones, all as they should be."""
+    for name in ("docs", "scripts"):
+        (tmp_path / name).mkdir()
+    for name in (*PAGES, *SCRIPTS, "scripts/check_docs.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "CONTRIBUTING.md").write_text("# Contributing\n\nSee [the start](README.md#top).\n")
+    (tmp_path / "README.md").write_text("# Top\n\n## Use `it`, twice!\n\n[here](#use-it-twice)\n")
+    return tmp_path
+
+
+def test_generated_parts_are_current(copy: Path) -> None:
+    assert check(copy) == (0, [])
+
+
+def test_write_regenerates_and_changes_nothing_else(copy: Path) -> None:
+    for name in PAGES:
+        text = (copy / name).read_text()
+        head, _, rest = text.partition("<!-- generated:")
+        marker, _, tail = rest.partition("-->")
+        end = tail[tail.index("<!-- end of") :]
+        (copy / name).write_text(f"{head}<!-- generated:{marker}-->\n{end}")
+    code, problems = check(copy)
+    assert code == 1
+    assert [line.split(" (")[0] for line in problems[:2]] == [f"{name} is stale" for name in PAGES]
+    assert any("--masking-step is neither in docs/cli.md nor" in line for line in problems)
+    assert check(copy, "--write") == (0, [])
+    for name in PAGES:
+        assert (copy / name).read_text() == (ROOT / name).read_text()
+
+
+def test_a_changed_default_makes_the_table_stale(copy: Path) -> None:
+    script = copy / SCRIPTS[0]
+    script.write_text(script.read_text().replace("PERCENT:=50", "PERCENT:=40"))
+    code, problems = check(copy)
+    assert code == 1 and problems == [
+        "docs/scripts.md is stale (variables): run python scripts/check_docs.py --write and commit "
+        "the result"
+    ]
+
+
+def test_scripts_with_different_variables_are_noticed(copy: Path) -> None:
+    script = copy / SCRIPTS[1]
+    script.write_text(script.read_text().replace(': "${SEED:=0}"', ""))
+    code, problems = check(copy)
+    assert code == 1
+    assert problems == ["run_experiment.sh and run_knowledge_drift.sh list different variables"]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[a](docs/none.md)", "links to docs/none.md, which does not exist"),
+        ("![a](docs/none.png 'title')", "links to docs/none.png, which does not exist"),
+        ("[a](../outside.md)", "links to ../outside.md, which does not exist"),
+        ("[a](#none)", "links to #none, but README.md has no such heading"),
+        ("[a](docs/cli.md#none)", "links to docs/cli.md#none, but cli.md has no such heading"),
+        ("[a][b]\n\n[b]: docs/none.md", "links to docs/none.md, which does not exist"),
+        ('<a href="docs/none.md">a</a>', "links to docs/none.md, which does not exist"),
+    ],
+)
+def test_broken_links_are_noticed(copy: Path, text: str, problem: str) -> None:
+    with (copy / "README.md").open("a") as file:
+        file.write(f"\n{text}\n")
+    assert check(copy) == (1, [f"README.md {problem}"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[a](docs/cli.md#dart-llm-run) [b](https://example.org/none#x) [c](mailto:a@example.org)",
+        "`[a](none.md)` and ``[a](`none.md`)``",
+        "```md\n[a](none.md)\n# Not a heading\n```",
+        "<!-- [a](none.md) -->",
+        "## Twice\n\n## Twice\n\n[a](#twice) [b](#twice-1)",
+        '<a id="mark"></a> [a](#mark) [b](docs/) [c](run_experiment.sh)',
+    ],
+)
+def test_sound_links_are_accepted(copy: Path, text: str) -> None:
+    with (copy / "README.md").open("a") as file:
+        file.write(f"\n{text}\n")
+    assert check(copy) == (0, [])
+
+
+def test_a_missing_page_is_noticed(copy: Path) -> None:
+    (copy / "CONTRIBUTING.md").unlink()
+    assert check(copy) == (1, ["CONTRIBUTING.md is missing"])

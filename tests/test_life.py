@@ -1,0 +1,517 @@
+"""The life of a sequence: when masks are made, from what, how long they hold, what they cost."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dart_llm.budgets import LayerView
+from dart_llm.config import PruneConfig
+from dart_llm.life import Life, Period, Phase
+from dart_llm.masks import LayerMask
+from dart_llm.plan import Plan
+from dart_llm.registry import BUDGETS, SCORES
+from synthetic import (
+    LAYERS,
+    WIDTH,
+    Driver,
+    Stream,
+    best,
+    energy_of,
+    ids_of,
+    make_layers,
+    top,
+)
+
+KEEP = 10
+
+
+def config(**settings: Any) -> PruneConfig:
+    """Half of the neurons by ``magnitude``, evenly, unless said otherwise."""
+    return PruneConfig.from_mapping({"sparsity": 0.5, "score": "magnitude", **settings})
+
+
+def is_dense(plan: Plan) -> bool:
+    return plan.dense and all(masks is None for masks in plan.masks)
+
+
+# the first mask
+
+
+@pytest.mark.parametrize("masking_step", [0, 1, 3])
+@pytest.mark.parametrize("prompt", [1, 2, 12])
+def test_prompt_then_observe_then_pruned(masking_step: int, prompt: int) -> None:
+    run = Driver(config(masking_step=masking_step))
+    assert is_dense(run.prefill(prompt))
+    assert run.plans[0].observe
+    assert run.tracer.last_phase is Phase.PREFILL
+    phases = run.steps(8)
+    assert phases == ["observe"] * masking_step + ["pruned"] * (8 - masking_step)
+    for plan in run.plans[1 : 1 + masking_step]:
+        assert is_dense(plan)
+        assert plan.observe
+    seen = range(prompt + masking_step)
+    for plan in run.plans[1 + masking_step :]:
+        assert not plan.observe
+        assert ids_of(plan) == best(run.stream, seen, KEEP)
+        assert plan.masks[0] is run.plans[-1].masks[0]
+    (remask,) = run.announced
+    assert (remask.cause, remask.step, remask.overlap) == ("first", masking_step, None)
+    assert remask.evidence_tokens == prompt + masking_step
+    assert remask.kept == (KEEP,) * LAYERS
+    assert run.life.remasks == [remask]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "masking_step", "wanted", "dense"),
+    [(10, 0, 16, 6), (16, 0, 16, 0), (40, 0, 16, 0), (10, 8, 16, 8), (10, 3, 16, 6), (1, 0, 4, 3)],
+)
+def test_min_evidence(prompt: int, masking_step: int, wanted: int, dense: int) -> None:
+    run = Driver(config(masking_step=masking_step, min_evidence=wanted))
+    run.prefill(prompt)
+    assert run.steps(12) == ["observe"] * dense + ["pruned"] * (12 - dense)
+    assert ids_of(run.plans[-1]) == best(run.stream, range(prompt + dense), KEEP)
+
+
+def test_a_mask_never_knows_the_token_it_is_applied_to() -> None:
+    """Other activations from the first pruned token on leave the mask as it is."""
+    masks = []
+    for seed in (1, 2):
+        layers = make_layers()
+        stream, other = Stream(layers), Stream(layers, seed=seed)
+        for u, changed in zip(stream.u, other.u, strict=True):
+            u[:, 14:] = changed[:, 14:]
+        run = Driver(config(masking_step=2), stream=stream)
+        run.prefill(12)
+        run.steps(4)
+        masks.append(ids_of(run.plans[3]))
+    assert masks[0] == masks[1]
+
+
+def test_all_layers_get_their_masks_in_the_same_forward() -> None:
+    run = Driver(config(masking_step=1, drift="interval 3", remask={"observe_tokens": 2}))
+    run.prefill(5)
+    run.steps(30)
+    for plan in run.plans:
+        masks = ids_of(plan)
+        assert masks == [None] or all(one is not None for one in masks)
+
+
+def test_scores_without_activations_need_no_evidence() -> None:
+    run = Driver(config(score="weight", min_evidence=50, masking_step=2))
+    assert not run.prefill(3).observe
+    assert run.steps(5) == ["observe", "observe", "pruned", "pruned", "pruned"]
+    assert not any(plan.observe for plan in run.plans)
+    rule = SCORES.get("weight")
+    want = [top(rule(torch.zeros(WIDTH), layer), KEEP) for layer in run.layers]
+    assert ids_of(run.plans[-1]) == want
+
+
+def test_a_sequence_that_starts_with_a_decode_step_observes_first() -> None:
+    """No prompt was seen (an empty cache was filled elsewhere): one dense token at least."""
+    run = Driver(config())
+    run.cached = 30
+    assert run.steps(3) == ["observe", "pruned", "pruned"]
+    assert ids_of(run.plans[-1]) == best(run.stream, [30], KEEP)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"sparsity": 0.0}, {"sparsity": None, "budget": {"table": "all:1"}}]
+)
+def test_nothing_to_remove_is_dense_to_the_end(settings: dict[str, Any]) -> None:
+    run = Driver(config(drift="paper", masking_step=2, **settings))
+    assert not run.prefill(8).observe
+    assert run.steps(60) == ["released"] * 60
+    assert all(is_dense(plan) for plan in run.plans)
+    assert not any(plan.observe or plan.features for plan in run.plans)
+    assert run.announced == []
+    assert run.tracer.tokens_until_change() is None
+
+
+# release
+
+
+@pytest.mark.parametrize("release", [3, 4, 7])
+def test_release_is_final(release: int) -> None:
+    run = Driver(config(masking_step=2, release_step=release, drift="interval 1"))
+    run.prefill(6)
+    phases = run.steps(12)
+    assert phases[release:] == ["released"] * (12 - release)
+    assert "released" not in phases[:release]
+    assert "pruned" in phases[:release]
+    for plan in run.plans[1 + release :]:
+        assert is_dense(plan)
+        assert not plan.observe
+    made = len(run.announced)
+    assert is_dense(run.prefill(5))
+    assert run.steps(10) == ["released"] * 10
+    assert len(run.announced) == made
+    assert run.tracer.tokens_until_change() is None
+
+
+def test_a_trigger_just_before_the_release_does_not_outlive_it() -> None:
+    run = Driver(config(release_step=6, drift="interval 4", remask={"observe_tokens": 5}))
+    run.prefill(6)
+    assert run.steps(20) == ["pruned"] * 4 + ["observe"] * 2 + ["released"] * 14
+    assert len(run.announced) == 1
+
+
+def test_drift_after_the_release_is_not_looked_at() -> None:
+    layers = make_layers()
+    stream = Stream(layers, steady=True)
+    stream.v[:, 70:] *= -1
+    run = Driver(config(release_step=3, drift="published"), stream=stream, layers=layers)
+    run.prefill(60)
+    run.steps(100)
+    assert run.tracer.checks == []
+    assert [remask.cause for remask in run.announced] == ["first"]
+
+
+# re-masks
+
+
+def test_a_remask_goes_through_observe() -> None:
+    run = Driver(config(drift="interval 5", remask={"observe_tokens": 3}))
+    run.prefill(8)
+    assert run.steps(21) == ["pruned"] * 5 + (["observe"] * 3 + ["pruned"] * 5) * 2
+    first, second, third = run.announced
+    assert [r.cause for r in run.announced] == ["first", "interval", "interval"]
+    assert [r.step for r in run.announced] == [0, 8, 16]
+    assert first.overlap is None
+    # fresh: the three dense tokens alone
+    old, new = best(run.stream, range(8), KEEP), best(run.stream, range(13, 16), KEEP)
+    assert ids_of(run.plans[5]) == old
+    assert is_dense(run.plans[6])
+    assert ids_of(run.plans[9]) == new
+    assert ids_of(run.plans[17]) == best(run.stream, range(21, 24), KEEP)
+    same = sum(len(set(a) & set(b)) for a, b in zip(old, new, strict=True))
+    assert second.overlap == pytest.approx(same / (KEEP * LAYERS))
+    assert second.evidence_tokens == third.evidence_tokens == 3
+
+
+@pytest.mark.parametrize(("masking_step", "dense"), [(0, 1), (1, 1), (4, 4)])
+def test_observe_tokens_follow_the_masking_step(masking_step: int, dense: int) -> None:
+    run = Driver(config(drift="interval 3", masking_step=masking_step))
+    run.prefill(8)
+    phases = run.steps(masking_step + 3 + dense + 1)[masking_step:]
+    assert phases == ["pruned"] * 3 + ["observe"] * dense + ["pruned"]
+
+
+def test_old_masks_hold_until_the_forward_after_the_trigger() -> None:
+    run = Driver(config(drift="interval 4"))
+    run.prefill(8)
+    run.steps(4)
+    old = run.plans[-1].masks[0]
+    assert old is not None
+    assert run.life.phase is Phase.OBSERVE  # decided between two forwards
+    assert run.plans[-1].masks[0] is old  # the plan in hand is not touched
+    assert is_dense(run.decode())
+
+
+@pytest.mark.parametrize("seen", [40, 600])
+def test_decayed_evidence(seen: int) -> None:
+    """Old sums times g min(1, 256 / n), the new tokens on top; then the same again."""
+    layers = make_layers()
+    stream = Stream(layers, length=700)
+    remask = {"evidence": "decay", "decay": 0.3, "observe_tokens": 2}
+    run = Driver(config(drift="interval 4", remask=remask), layers=layers, stream=stream)
+    run.prefill(seen)
+    run.steps(13)
+    factor = 0.3 * min(1.0, 256 / seen)
+    for layer in range(LAYERS):
+        first = energy_of(stream, layer, range(seen))
+        second = factor * first + energy_of(stream, layer, range(seen + 4, seen + 6))
+        third = 0.3 * second + energy_of(stream, layer, range(seen + 10, seen + 12))
+        assert ids_of(run.plans[4])[layer] == top(first, KEEP)
+        assert ids_of(run.plans[7])[layer] == top(second, KEEP)
+        assert ids_of(run.plans[13])[layer] == top(third, KEEP)
+    evidence = [remask.evidence_tokens for remask in run.announced]
+    two = seen * factor + 2
+    assert evidence == pytest.approx([seen, two, 0.3 * two + 2])
+
+
+@pytest.mark.parametrize("refresh", ["first", "every"])
+def test_counts_are_kept_or_made_anew(refresh: str) -> None:
+    budget = {"name": "energy", "refresh": refresh}
+    run = Driver(config(budget=budget, drift="interval 3", remask={"observe_tokens": 2}))
+    run.prefill(8)
+    run.steps(14)
+
+    def energy(positions: range) -> tuple[int, ...]:
+        scores = [energy_of(run.stream, layer, positions).sqrt() for layer in range(LAYERS)]
+        views = [LayerView(WIDTH, 0.0, score.double()) for score in scores]
+        return tuple(BUDGETS.get("energy")(views, KEEP * LAYERS))
+
+    first, second, third = (remask.kept for remask in run.announced)
+    assert first == energy(range(8))
+    if refresh == "first":
+        assert second == third == first
+    else:
+        assert second == energy(range(11, 13)) != first
+        assert third == energy(range(16, 18))
+    for remask, plan in zip(
+        run.announced, (run.plans[1], run.plans[6], run.plans[11]), strict=True
+    ):
+        masks = plan.masks[0]
+        assert masks is not None
+        assert tuple(mask.kept for mask in masks if mask is not None) == remask.kept
+
+
+def test_strategy_auto_fixes_its_counts_too() -> None:
+    score = {"name": "magnitude", "strategy": "auto"}
+    run = Driver(config(sparsity=None, score=score, drift="interval 3"))
+    run.prefill(8)
+    run.steps(12)
+    scores = [energy_of(run.stream, layer, range(8)).sqrt() for layer in range(LAYERS)]
+    counts = tuple(int((score >= score.mean()).sum()) for score in scores)
+    assert [remask.kept for remask in run.announced] == [counts] * 3
+
+
+def test_compensation_follows_the_evidence() -> None:
+    run = Driver(config(compensation=True))
+    run.prefill(9)
+    run.decode()
+    masks = run.plans[-1].masks[0]
+    assert masks is not None
+    for layer, mask in zip(run.layers, masks, strict=True):
+        assert mask is not None
+        assert mask.bias is not None
+        mean = run.stream.u[layer.index][0, :9].mean(0)
+        gone = mask.removed()
+        want = layer.down[:, gone] @ mean[gone]
+        assert mask.bias.tolist() == pytest.approx(want.tolist(), rel=1e-4, abs=1e-5)
+
+
+# guards
+
+
+def test_min_distance() -> None:
+    drift = {"rule": "interval 2", "min_distance": 12}
+    run = Driver(config(drift=drift, remask={"observe_tokens": 1}))
+    run.prefill(4)
+    phases = run.steps(60)
+    triggers = [step for step, phase in enumerate(phases) if phase == "observe"]
+    assert triggers == [2, 14, 26, 38, 50]
+
+
+def test_max_dense_share() -> None:
+    """The first 3 dense tokens fit a tenth at 30 decoded tokens, the next at 60, ..."""
+    drift = {"rule": "interval 1", "max_dense_share": 0.1}
+    run = Driver(config(drift=drift, remask={"observe_tokens": 3}))
+    run.prefill(4)
+    phases = run.steps(100)
+    assert [step for step, phase in enumerate(phases) if phase == "observe"] == [
+        *range(27, 30),
+        *range(57, 60),
+        *range(87, 90),
+    ]
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.integers(1, 12),
+    st.integers(1, 9),
+    st.integers(0, 40),
+    st.none() | st.floats(0.02, 1),
+    st.integers(0, 5),
+)
+def test_guards_hold_at_every_step(
+    every: int, observe: int, distance: int, share: float | None, masking_step: int
+) -> None:
+    """Dense tokens before the first mask are not charged; those of re-masks never pass the cap."""
+    drift = {"rule": f"interval {every}", "min_distance": distance, "max_dense_share": share}
+    settings = config(drift=drift, remask={"observe_tokens": observe}, masking_step=masking_step)
+    layers = make_layers(1, width=4, hidden=2)
+    run = Driver(settings, layers=layers, stream=Stream(layers))
+    run.prefill(3)
+    phases = run.steps(150)
+    assert phases[:masking_step] == ["observe"] * masking_step
+    spent, starts = 0, []
+    for step, phase in enumerate(phases):
+        if step >= masking_step and phase == "observe":
+            spent += 1
+            if phases[step - 1] == "pruned":
+                starts.append(step)
+        if share is not None:
+            assert spent <= share * (step + 1) + 1e-9
+    assert all(b - a >= distance for a, b in itertools.pairwise(starts))
+    assert all(phases[start : start + observe] == ["observe"] * observe for start in starts[:-1])
+    if share is None and not distance:
+        cycle = ["pruned"] * every + ["observe"] * observe
+        assert phases[masking_step:] == (cycle * 150)[: 150 - masking_step]
+
+
+# a second prompt
+
+
+def test_a_second_prompt_adds_to_the_evidence() -> None:
+    run = Driver(config())
+    run.prefill(8)
+    run.steps(5)
+    before = run.plans[-1].masks[0]
+    second = run.prefill(6)
+    assert is_dense(second)
+    assert second.observe
+    run.steps(2)
+    seen = [*range(8), *range(13, 19)]
+    assert ids_of(run.plans[-1]) == best(run.stream, seen, KEEP)
+    assert run.plans[-1].masks[0] is not before
+    assert [(r.cause, r.step, r.evidence_tokens) for r in run.announced] == [
+        ("first", 0, 8),
+        ("prompt", 5, 14),
+    ]
+    assert run.life.prompt_tokens == 14
+    assert run.life.decoded == 7
+    assert run.tracer.sequences == 1
+
+
+def test_a_chunked_prompt_is_one_prompt() -> None:
+    """The second chunk has one token; it is still no decode step."""
+    whole, parts = Driver(config(masking_step=1)), Driver(config(masking_step=1))
+    whole.prefill(9)
+    for size in (7, 1, 1):
+        parts.prefill(size)
+    assert whole.steps(3) == parts.steps(3) == ["observe", "pruned", "pruned"]
+    assert ids_of(whole.plans[-1]) == ids_of(parts.plans[-1])
+    assert parts.announced == whole.announced
+
+
+def test_a_prompt_in_the_middle_of_observing_keeps_the_cause() -> None:
+    run = Driver(config(drift="interval 2", remask={"observe_tokens": 4}))
+    run.prefill(8)
+    assert run.steps(4) == ["pruned", "pruned", "observe", "observe"]
+    run.prefill(5)
+    assert run.steps(2) == ["pruned", "pruned"]
+    assert [(r.cause, r.step) for r in run.announced] == [("first", 0), ("interval", 4)]
+    # fresh evidence: two dense tokens and the second prompt
+    assert ids_of(run.plans[-1]) == best(run.stream, range(10, 17), KEEP)
+
+
+# masks that were given
+
+
+def given_masks(layers: int = LAYERS) -> tuple[LayerMask | None, ...]:
+    masks: list[LayerMask | None] = [
+        LayerMask(torch.arange(2 * layer + 1), WIDTH) for layer in range(layers)
+    ]
+    masks[1] = None
+    return tuple(masks)
+
+
+def test_given_masks_hold_from_the_first_decode_step_to_the_end() -> None:
+    run = Driver(config(drift="interval 1", masking_step=3, min_evidence=99), given=given_masks())
+    assert is_dense(run.prefill(5))
+    assert run.steps(20) == ["pruned"] * 20
+    assert ids_of(run.plans[-1]) == [[0], None, [0, 1, 2, 3, 4]]
+    assert is_dense(run.prefill(3))
+    assert run.steps(3) == ["pruned"] * 3
+    assert not any(plan.observe or plan.features for plan in run.plans)
+    (remask,) = run.announced
+    assert (remask.cause, remask.kept) == ("given", (1, WIDTH, 5))
+    assert run.life.decoded == 23
+    assert [(period.kept, period.tokens) for period in run.life.periods] == [((1, WIDTH, 5), 23.0)]
+
+
+def test_given_masks_can_be_released() -> None:
+    run = Driver(config(release_step=2), given=given_masks())
+    run.prefill(5)
+    assert run.steps(4) == ["pruned", "pruned", "released", "released"]
+
+
+def test_given_masks_work_where_nothing_would_be_removed() -> None:
+    run = Driver(config(sparsity=0.0), given=given_masks())
+    run.prefill(5)
+    assert run.steps(2) == ["pruned", "pruned"]
+
+
+# accounting
+
+
+def periods(life: Life) -> list[tuple[tuple[int, ...] | None, float, int, int]]:
+    return [(p.kept, float(p.tokens), p.forwards, p.observed) for p in life.periods]
+
+
+def test_periods() -> None:
+    run = Driver(
+        config(masking_step=2, drift="interval 4", remask={"observe_tokens": 3}, release_step=12)
+    )
+    run.prefill(8)
+    run.steps(15)
+    kept = (KEEP,) * LAYERS
+    assert periods(run.life) == [
+        (None, 2, 2, 2),
+        (kept, 4, 4, 0),
+        (None, 3, 3, 3),
+        (kept, 3, 3, 0),
+        (None, 3, 3, 0),
+    ]
+    assert run.life.decoded == 15
+    assert run.life.spent == 3
+
+
+def test_a_period_gives_back_rolled_back_tokens() -> None:
+    period = Period(None, tokens=6.0, length=3)  # two rows of three tokens
+    assert period.cut(1) == 0
+    assert (period.tokens, period.length) == (4.0, 2)
+    assert period.cut(5) == 3
+    assert (period.tokens, period.length) == (0.0, 0)
+    assert period.cut(1) == 1
+
+
+def test_rolled_back_tokens_leave_the_accounting() -> None:
+    """A roll-back of 7 tokens: 3 pruned, 2 dense and observed, 2 pruned ones before them."""
+    run = Driver(config(drift="interval 5", remask={"observe_tokens": 2}))
+    run.prefill(8)
+    run.steps(10)
+    run.roll_back(7)
+    run.decode()
+    kept = (KEEP,) * LAYERS
+    assert [(p.kept, float(p.tokens)) for p in run.life.periods] == [
+        (kept, 3),
+        (None, 0),
+        (kept, 1),
+    ]
+    assert run.life.decoded == 4
+    assert sum(float(p.tokens) for p in run.life.periods) == 4
+
+
+def test_a_roll_back_into_the_prompt_takes_back_decoded_tokens_alone() -> None:
+    """Scoring several continuations of one context cuts the cache back below the first step."""
+    run = Driver(config())
+    run.prefill(8)
+    run.steps(3)
+    run.roll_back(5)
+    run.decode()
+    assert run.life.decoded == 1
+    assert [float(p.tokens) for p in run.life.periods] == [1]
+
+
+def test_a_roll_back_while_observing_asks_for_the_tokens_again() -> None:
+    run = Driver(config(masking_step=4))
+    run.prefill(8)
+    assert run.steps(3) == ["observe"] * 3
+    run.roll_back(2)
+    assert run.steps(5) == ["observe"] * 3 + ["pruned"] * 2
+    assert run.life.remasks[0].step == 4
+
+
+def test_a_sequence_that_is_over_holds_no_evidence() -> None:
+    run = Driver(config(compensation=True, drift="paper"))
+    for _ in range(3):
+        run.new_text()
+        run.prefill(60)
+        run.steps(3)
+    first, second, third = run.tracer.all_lives()
+    mask = 2 * KEEP * 8 // 2 + 4 * 6  # ids and bias of one layer
+    assert first.nbytes() == 0
+    assert second.nbytes() == LAYERS * mask
+    assert third.nbytes() > LAYERS * (mask + 3 * 4 * WIDTH)
+    assert [life.remasks[0].kept for life in (first, second, third)] == [(KEEP,) * LAYERS] * 3
+    assert [life.decoded for life in (first, second, third)] == [3, 3, 3]
+    assert math.isclose(first.prompt_tokens, 60)
