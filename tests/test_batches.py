@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dart_llm import prune
 from dart_llm.drift import Rule
@@ -264,6 +265,27 @@ def test_pad_token_that_is_the_end_token() -> None:
     with prune(model, "griffin", sparsity=0.5) as run:
         generate(model, ids, 6, eos_token_id=2, pad_token_id=2, logits_processor=[Forced(20, rows)])
     assert run.report().decoded_tokens == 5 + 3
+
+
+class _EndRow(StoppingCriteria):
+    """Ends row 1 once it holds 23 tokens."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        done = torch.zeros(len(input_ids), dtype=torch.bool)
+        done[1] = input_ids.shape[1] >= 23
+        return done
+
+
+@pytest.mark.parametrize("batch", ["shared", "per_row"])
+def test_rows_that_another_criterion_ends(batch: str) -> None:
+    model, ids = shared_model(), tokens(2, 20)
+    rows = [[7, 6, 8, 9, 10, 11, 12, 13], [12, 13, 14, 15, 16, 17, 18, 19]]
+    with prune(model, "griffin", sparsity=0.5, batch=batch) as run:
+        text: dict[str, Any] = {"eos_token_id": 2, "pad_token_id": 0}
+        text["stopping_criteria"] = StoppingCriteriaList([_EndRow()])
+        out = generate(model, ids, 8, logits_processor=[Forced(20, rows)], **text)
+    assert out.sequences[1, 20:].tolist() == [12, 13, 14, 0, 0, 0, 0, 0]
+    assert run.report().decoded_tokens == 7 + 3, "the last chosen token of row 1 is fed as well"
 
 
 def test_several_end_tokens() -> None:

@@ -494,6 +494,32 @@ def test_inputs_embeds(name: str) -> None:
     assert (run.report().prompt_tokens, run.report().decoded_tokens) == (24, 7)
 
 
+def test_a_decoder_without_a_head() -> None:
+    """Base models have no generate; their forwards are told apart all the same."""
+    model, ids = shared_model().model, tokens()
+    keys = list(model.__dict__)
+    with torch.no_grad(), prune(model, "griffin", sparsity=0.5) as run:
+        cache = new_cache(model)
+        model(ids, **{CACHE: cache})
+        model(ids[:, :1], **{CACHE: cache})
+    assert (run.report().prompt_tokens, run.report().decoded_tokens) == (24, 1)
+    assert run.report().achieved_sparsity == 0.5 and list(model.__dict__) == keys
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+def test_autocast(name: str) -> None:
+    model, found = shared_model(name), []
+    for executor in ("masked", "compact"):
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            prune(model, "dart", sparsity=0.5, min_evidence=0, executor=executor) as run,
+        ):
+            found.append(decode(model, tokens(1, 30), 24))
+        assert run.report().achieved_sparsity == 0.5
+    assert apart(found[0], found[1]) < 3e-2
+    assert apart(found[0], decode(model, tokens(1, 30), 24)) > 3e-2
+
+
 def test_positional_arguments() -> None:
     model, ids = shared_model(), tokens()
     with prune(model, "griffin", sparsity=0.5) as run, torch.no_grad():

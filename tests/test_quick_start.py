@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from pathlib import Path
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -17,18 +18,6 @@ SECOND = ["KNOWLEDGE_DRIFT=true", 'CUSTOM_PROMPT_TEXT="Write about artificial in
 SECOND += ["GENERATION=500"]
 # Arguments that only keep the measurement short.
 SHORT = "--ppl-max-samples 1 --ppl-prompt-tokens 64 --ppl-scored-tokens 32"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gpt2(tmp_path_factory.mktemp("model") / "gpt2")
-
-
-@pytest.fixture
-def desk(tmp_path: Path, model: Path) -> Desk:
-    desk = make_desk(tmp_path, real=True)
-    (desk.root / "gpt2").symlink_to(model)
-    return desk
 
 
 def edited(desk: Desk) -> str:
@@ -48,11 +37,32 @@ def exported(desk: Desk) -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("way", [edited, in_front, exported])
-def test_published_quick_start(desk: Desk, way: object) -> None:
-    assert callable(way)
-    done = desk.bash(way(desk))
-    assert done.returncode == 0, done.stderr
+WAYS: dict[str, Callable[[Desk], str]] = {
+    "edited": edited,
+    "in front": in_front,
+    "exported": exported,
+}
+
+
+@pytest.fixture(scope="module")
+def desks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Desk]:
+    """One desk per way, after its two scripts have run; the ways run beside each other."""
+    model = write_gpt2(tmp_path_factory.mktemp("model") / "gpt2")
+
+    def go(way: str) -> Desk:
+        desk = make_desk(tmp_path_factory.mktemp("way"), real=True)
+        (desk.root / "gpt2").symlink_to(model)
+        done = desk.bash(WAYS[way](desk), OMP_NUM_THREADS="1")
+        assert done.returncode == 0, done.stderr
+        return desk
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(WAYS, pool.map(go, WAYS), strict=True))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_published_quick_start(desks: dict[str, Desk], way: str) -> None:
+    desk = desks[way]
     first, second = desk.configs()
     published = {
         "device": "0",

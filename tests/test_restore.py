@@ -264,6 +264,97 @@ def test_restore_is_always_safe() -> None:
             dart_llm.restore(model)
 
 
+def test_error_while_a_run_ends() -> None:
+    """The last accounting may fail (out of memory, Ctrl-C): the model is restored all the same."""
+    model = shared_model()
+    run = prune(model, "griffin", sparsity=0.5)
+
+    def fail() -> None:
+        raise MemoryError
+
+    def body() -> None:
+        with run:
+            generate(model, tokens(), 4)
+            run._tracer.flush = fail  # type: ignore[method-assign]
+
+    with Same(model), pytest.raises(MemoryError):
+        body()
+    with prune(model, "griffin"):
+        pass
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_error_in_a_callback(error: type[BaseException]) -> None:
+    model = shared_model()
+
+    def fail(remask: Any) -> None:
+        raise error
+
+    def body() -> None:
+        with prune(model, "griffin", sparsity=0.5, on_remask=fail):
+            generate(model, tokens(), 4)
+
+    with Same(model), pytest.raises(error):
+        body()
+
+
+def test_overflow_is_named_and_the_model_restored() -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[3] = float("inf")
+
+    def body() -> None:
+        with prune(model, "published", sparsity=0.5):
+            generate(model, tokens(), 4)
+
+    before = snapshot(model)
+    with pytest.raises(dart_llm.DartError, match="layer 2 are not finite"):
+        body()
+    assert snapshot(model) == before
+
+
+def test_forwards_and_hooks_of_the_user_stay() -> None:
+    model = tiny()
+    mlp, calls = model.model.layers[1].mlp, []
+    plain = mlp.forward
+
+    def own(x: torch.Tensor) -> torch.Tensor:
+        calls.append(x.shape[1])
+        return plain(x)
+
+    mlp.forward = own
+    model.generate = model.generate
+    handles = [model.register_forward_hook(lambda *a: None), mlp.register_forward_hook(print_no)]
+    with Same(model):
+        with prune(model, "griffin", sparsity=0.0):
+            generate(model, tokens(), 4)
+        assert mlp.forward is own and len(calls) >= 4
+        with prune(model, "griffin", sparsity=0.5):
+            assert model.generate.__doc__ == type(model).generate.__doc__
+            generate(model, tokens(), 4)
+    for handle in handles:
+        handle.remove()
+
+
+def print_no(*args: Any) -> None:
+    """A hook that does nothing."""
+
+
+def test_a_model_that_moved_before_it_was_attached() -> None:
+    """Views of fused and transposed weights follow ``model.to``."""
+    for name in ("llama", "phi3", "gpt2"):
+        model, half = tiny(name), tiny(name, dtype=torch.bfloat16)
+        run = prune(model, "dart", sparsity=0.5, score="contribution")
+        model.to(torch.bfloat16)
+        with run:
+            got = decode(model, tokens(1, 74), 70)
+        with prune(half, "dart", sparsity=0.5, score="contribution") as other:
+            wanted = decode(half, tokens(1, 74), 70)
+        assert torch.equal(got, wanted)
+        assert run.report().ffn_bytes_share == other.report().ffn_bytes_share
+        assert run.report().extra_memory_bytes == other.report().extra_memory_bytes
+
+
 def test_attach_and_detach() -> None:
     model = shared_model()
     with prune(model, "griffin", sparsity=0.5):

@@ -6,6 +6,7 @@ x, r and v are read, and wrappers around ``generate``.  ``remove`` puts back exa
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -89,6 +90,7 @@ class Attachment:
         held = name in module.__dict__
         original = getattr(module, name)
 
+        @functools.wraps(original)
         def replacement(*args: Any, **kwargs: Any) -> Any:
             return make(original, *args, **kwargs)
 

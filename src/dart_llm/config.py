@@ -248,16 +248,27 @@ class PruneConfig(_Part):
 
     @classmethod
     def load(cls, path: str | Path) -> PruneConfig:
-        """Read what ``save`` wrote."""
-        import yaml
+        """Read what ``save`` wrote; raises ``ConfigError`` when the file cannot be read."""
+        return cls.from_mapping(read_yaml(Path(path)))
 
-        return cls.from_mapping(yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; raises ``ConfigError`` when there is none."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the settings file {path}: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"the settings file {path} must hold names and values")
+    return data
 
 
 def check_sparsity(value: float) -> float:
     """Return ``value`` when it lies in [0, 1); raise ``ConfigError`` otherwise."""
     if not 0 <= value < 1:
-        hint = f" (did you mean {value / 100:g}?)" if 1 <= value < 100 else ""
+        hint = f" (did you mean {value / 100:g}?)" if 2 <= value < 100 else ""
         raise ConfigError(f"sparsity {value:g} must lie in [0, 1): the fraction removed{hint}")
     return value
 

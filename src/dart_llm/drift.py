@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from dart_llm.records import DriftCheck
+
 SINKS = 4
 """The first tokens of a sequence (attention sinks) never enter the centroid or a window."""
 
@@ -77,6 +79,29 @@ class Check:
     live: list[bool]
     counter: int
     fired: bool
+
+    def records(
+        self, sequence: int, row: int | None, step: int, layer: int, allowed: bool
+    ) -> list[DriftCheck]:
+        """One record per live row; ``row``: the batch row of a detector of its own, or None."""
+        held = "held" if self.fired and not allowed else "armed"
+        state = "arming" if self.threshold is None else held
+        return [
+            DriftCheck(
+                sequence,
+                index if row is None else row,
+                step,
+                layer,
+                self.window,
+                similarity,
+                None if self.threshold is None else self.threshold[index],
+                self.counter,
+                allowed,
+                state,
+            )
+            for index, similarity in enumerate(self.similarity)
+            if self.live[index]
+        ]
 
 
 @dataclass

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dart_llm import job_prompt, ppl_texts
 from dart_llm.config import PruneConfig
-from dart_llm.errors import MissingExtra, ResultsError
+from dart_llm.devices import memory_failure
+from dart_llm.errors import DartError, MissingExtra, ResultsError
 from dart_llm.job_generate import generate_texts
 from dart_llm.job_state import Job
 from dart_llm.loading import checkpoint_facts, load
@@ -64,6 +65,9 @@ def run_job(
         _finish(job)
     except BaseException as error:
         _keep(job, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        memory = memory_failure(error, settings.model, settings.dtype or "the checkpoint's dtype")
+        if memory is not None and not isinstance(error, DartError):
+            raise memory from None
         raise
     return job
 

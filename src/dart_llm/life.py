@@ -91,6 +91,12 @@ class Life:
         """The batch rows that this life speaks for."""
         return slice(None) if self.row is None else slice(self.row, self.row + 1)
 
+    def ended(self, live: Tensor | None) -> bool:
+        """Whether all its rows have ended: nothing is left to mask for. live: [B] bool or None."""
+        if not self.over and live is not None:
+            self.over = not bool(live[self.batch_rows].any())
+        return self.over
+
     def see_prompt(self, tokens: float) -> None:
         """``tokens`` (per row) of prefill are about to be observed."""
         self.prompt_tokens += tokens
@@ -245,11 +251,10 @@ class Life:
 
     def tokens_until_change(self) -> int | None:
         """Tokens that one decode forward may hold before the state can change; None: no bound."""
-        if self.phase is Phase.RELEASED:
+        release = self.config.release_step
+        if self.phase is Phase.RELEASED or (release is not None and self.decoded >= release):
             return None
-        bounds = []
-        if self.config.release_step is not None:
-            bounds.append(self.config.release_step - self.decoded)
+        bounds = [] if release is None else [release - self.decoded]
         dense = 0
         if self.phase is Phase.PREFILL:
             dense = self._first_need()

@@ -36,7 +36,7 @@ class MaskRecorder:
 
 def write_masks(folder: Path, recorder: MaskRecorder, run: Run, checkpoint: str) -> None:
     """masks.json (counts and causes) and masks.safetensors (kept ids and scores)."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     report = run.report()
     write_json(
@@ -54,7 +54,7 @@ def write_masks(folder: Path, recorder: MaskRecorder, run: Run, checkpoint: str)
     }
     partial = folder / ".masks.safetensors.part"
     try:
-        save_file(recorder.tensors, partial, metadata)
+        partial.write_bytes(save(recorder.tensors, metadata))
         partial.replace(folder / "masks.safetensors")
     except OSError as error:
         raise ResultsError(f"cannot write {folder / 'masks.safetensors'}: {error}") from None

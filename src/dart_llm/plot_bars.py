@@ -70,7 +70,7 @@ def _draw_perplexity(
     methods = [m for m in dict.fromkeys(str(row.get("method")) for row in rows) if m != "dense"]
     for place, row in enumerate(rows):
         method = str(row.get("method"))
-        look = {"color": GREY}
+        look: dict[str, Any] = {"color": GREY}
         if method in methods:
             index = methods.index(method) % len(HATCHES)
             look = {"color": palette[COLOURS[index]], "hatch": HATCHES[index]}

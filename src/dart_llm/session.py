@@ -101,6 +101,9 @@ class Run:
         """Start pruning the model; raises ``AttachError`` when it is pruned already."""
         if self._attachment is not None and self._attachment.installed:
             raise AttachError("this run is attached already")
+        if not self._tracer.sequences:  # the model may have moved since this run was made
+            self._layers = self._view.weights(self.config.score.proxy_embedding, self.config.seed)
+            self._tracer = self._new_tracer()
         attachment = Attachment(self.model, self._view, self._tracer, self.executor)
         attachment.install()
         self._attachment = attachment

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dart_llm.config import PruneConfig, check_sparsity, first_problem, unknown_key
+from dart_llm.config import PruneConfig, check_sparsity, first_problem, read_yaml, unknown_key
 from dart_llm.errors import ConfigError
 from dart_llm.layer_spec import parse_layer_spec, read_table
 from dart_llm.registry import METHODS
@@ -244,16 +244,8 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> dict[str, s
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Settings of a YAML file; raises ``ConfigError`` when it cannot be read."""
-    import yaml
-
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the settings file {path}: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"the settings file {path} must hold names and values")
-    return {str(key).replace("-", "_").lower(): value for key, value in data.items()}
+    """Settings of a YAML file; names may be written as flags are."""
+    return {str(key).replace("-", "_").lower(): value for key, value in read_yaml(path).items()}
 
 
 def collect(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dart_llm.config import PruneConfig
-from dart_llm.drift import SINKS, Check, make_rule
+from dart_llm.drift import SINKS, make_rule
 from dart_llm.life import Life, Phase
 from dart_llm.masks import LayerMask
 from dart_llm.observations import Observations, Seen
@@ -81,7 +81,7 @@ class Tracer:
     def _advance(self, life: Life, call: Call) -> bool:
         """Whether ``life`` observes the decode forward that is about to run."""
         unmasked = life.phase in (Phase.PREFILL, Phase.OBSERVE)
-        if unmasked and life.row is not None and self._over(life, call):
+        if unmasked and life.row is not None and life.ended(call.live):
             return False  # no mask for a row that has ended
         return life.advance() is Phase.OBSERVE
 
@@ -156,7 +156,9 @@ class Tracer:
             return
         if held.call.kind is Kind.DECODE:
             # z is cloned: some layers add to the FFN's output in place after it returned
-            held.layers[layer] = (u.detach(), z.detach().clone(), bare(x), bare(r))
+            kept = z.detach().clone()
+            r = kept if r is not None and r.data_ptr() == z.data_ptr() else bare(r)
+            held.layers[layer] = (u.detach(), kept, bare(x), r)
             return
         end = held.call.prompt_tokens
         u, z = u.detach()[:, :end], z.detach()[:, :end]
@@ -259,7 +261,7 @@ class Tracer:
 
     def _watch(self, life: Life, held: Held, accepted: int, rows: slice) -> None:
         if self.rule.interval and life.pruned_run >= self.rule.interval:
-            if life.may_trigger() and not self._over(life, held.call):
+            if life.may_trigger() and not life.ended(held.call.live):
                 self._queue.flush()
                 life.trigger("interval")
             return
@@ -269,39 +271,12 @@ class Tracer:
         v = held.feature[rows, self._sinks(life, accepted) : accepted]
         for check in life.detector.watch(v, None if live is None else live[rows].to(v.device)):
             allowed = check.fired and life.may_trigger()
-            self._record(life, check, allowed)
+            last = len(self.selector.layers) - 1
+            self.checks += check.records(life.sequence, life.row, life.decoded, last, allowed)
             if allowed:
                 self._queue.flush()
                 life.trigger("drift")
                 break
-
-    @staticmethod
-    def _over(life: Life, call: Call) -> bool:
-        """Whether all rows of ``life`` have ended: nothing is left to re-mask for."""
-        if not life.over and call.live is not None:
-            life.over = not bool(call.live[life.batch_rows].any())
-        return life.over
-
-    def _record(self, life: Life, check: Check, allowed: bool) -> None:
-        held = "held" if check.fired and not allowed else "armed"
-        state = "arming" if check.threshold is None else held
-        for row, similarity in enumerate(check.similarity):
-            if not check.live[row]:
-                continue
-            self.checks.append(
-                DriftCheck(
-                    life.sequence,
-                    row if life.row is None else life.row,
-                    life.decoded,
-                    len(self.selector.layers) - 1,
-                    check.window,
-                    similarity,
-                    None if check.threshold is None else check.threshold[row],
-                    check.counter,
-                    allowed,
-                    state,
-                )
-            )
 
     def tokens_until_change(self) -> int | None:
         """Tokens that the next decode forward may hold before any state can change."""

@@ -1,0 +1,153 @@
+"""What is observed is what the modules saw: u, z, x, r and v against hooks of our own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from dart_llm import prune
+from dart_llm.arch import describe
+from dart_llm.drift import SINKS
+from dart_llm.names import LAYERS
+from steps import decode, shared_model
+from tiny import NAMES, tokens
+
+PARALLEL = ("gpt_neox", "falcon", "falcon-new", "phi")
+"""Blocks whose FFN reads the block's input and not the sum with the attention's output."""
+
+ATTENTION = {"gpt2": "attn", "gpt_neox": "attention", "falcon": "self_attention"}
+ATTENTION["bloom"] = "self_attention"
+
+PROMPT, LENGTH = 9, 30
+
+
+def _layers(model: Any) -> list[nn.Module]:
+    base = model.get_decoder()
+    return list(base.layers if hasattr(base, "layers") else base.h)
+
+
+def _tensor(thing: Any) -> Tensor:
+    return thing[0] if isinstance(thing, tuple) else thing
+
+
+class Recorder:
+    """Clones of every layer's input, output, u, z and of the FFN half's contribution."""
+
+    def __init__(self, model: Any) -> None:
+        self.seen: dict[tuple[int, str], list[Tensor]] = {}
+        self.handles = []
+        for index, layer in enumerate(_layers(model)):
+            block = describe(model).blocks[index]
+            self._before(layer, index, "input")
+            self._after(layer, index, "output")
+            self._before(block.down, index, "u")
+            self._after(block.down, index, "z")
+            names = LAYERS[model.config.get_text_config().model_type]
+            if names.post_norm:
+                self._after(getattr(layer, names.post_norm), index, "r")
+
+    def _keep(self, index: int, what: str, value: Tensor) -> None:
+        rows = value.detach().clone().reshape(1, -1, value.shape[-1])
+        self.seen.setdefault((index, what), []).append(rows)
+
+    def _before(self, module: nn.Module, index: int, what: str) -> None:
+        def take(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._keep(index, what, args[0] if args else kwargs["hidden_states"])
+
+        self.handles.append(module.register_forward_pre_hook(take, with_kwargs=True))
+
+    def _after(self, module: nn.Module, index: int, what: str) -> None:
+        def take(module: nn.Module, args: Any, output: Any) -> None:
+            self._keep(index, what, _tensor(output))
+
+        self.handles.append(module.register_forward_hook(take))
+
+    def get(self, index: int, what: str) -> Tensor:
+        """All tokens, [T, width], float64."""
+        if what == "r" and (index, "r") not in self.seen:
+            what = "z"
+        return torch.cat(self.seen[index, what], 1)[0].double()
+
+
+def _stream(recorder: Recorder, name: str, index: int) -> Tensor:
+    """x from the outside: the block's input, or its output without the FFN's contribution."""
+    if name in PARALLEL:
+        return recorder.get(index, "input")
+    if name == "opt-postnorm":  # out = norm(x + z): x is the input of fc1
+        return recorder.get(index, "fc1")
+    return recorder.get(index, "output") - recorder.get(index, "r")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sums(name: str) -> None:
+    """Prompt and decode tokens, in all statistics that exist."""
+    model, ids = shared_model(name), tokens(1, LENGTH, seed=6)
+    recorder = Recorder(model)
+    if name == "opt-postnorm":
+        for index, layer in enumerate(_layers(model)):
+            recorder._before(layer.fc1, index, "fc1")
+    try:
+        decode(model, ids, PROMPT)
+    finally:
+        for handle in recorder.handles:
+            handle.remove()
+    found = []
+    for budget in ("blend depth depth-residual", "global"):
+        settings = {"budget": budget, "sparsity": 0.5, "masking_step": 1000}
+        with prune(model, "griffin", score="magnitude", compensation=True, **settings) as run:
+            decode(model, ids, PROMPT)
+        run.report()
+        found.append(run._tracer.lives[0].evidence)
+    for index, layers in enumerate(zip(*found, strict=True)):
+        sums = {key: known for layer in layers for key, known in layer.sums.items()}
+        u, z, r = (recorder.get(index, what) for what in ("u", "z", "r"))
+        x = _stream(recorder, name, index)
+        size = x.norm(dim=-1)
+        wanted = {
+            "score": u.square().sum(0),
+            "signed": u.sum(0),
+            "squares": u.square().sum(0),
+            "cosine": cosine_similarity(x, z, dim=-1).sum(),
+            "change": ((z - x).norm(dim=-1) / size).sum(),
+            "cosine-residual": cosine_similarity(x, x + r, dim=-1).sum(),
+            "change-residual": (r.norm(dim=-1) / size).sum(),
+            "gain": (r.square().sum(-1) / z.square().sum(-1)).sum(),
+            "stream": size.square().sum(),
+        }
+        assert sums.keys() == wanted.keys()
+        for key, value in wanted.items():
+            torch.testing.assert_close(sums[key].total.double(), value, rtol=1e-4, atol=1e-4)
+            assert float(sums[key].weight) == LENGTH, key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_output(name: str) -> None:
+    """v is what the last layer's attention returns; sinks are left out."""
+    model, ids = shared_model(name), tokens(1, LENGTH, seed=6)
+    last = _layers(model)[-1]
+    attention = getattr(last, ATTENTION.get(name.split("-")[0], "self_attn"))
+    seen: list[Tensor] = []
+    handle = attention.register_forward_hook(lambda m, a, out: seen.append(_tensor(out).clone()))
+    residual: list[Tensor] = []
+    handle_in = last.register_forward_pre_hook(
+        lambda m, a, k: residual.append((a[0] if a else k["hidden_states"]).clone()),
+        with_kwargs=True,
+    )
+    settings = {"sparsity": 0.5, "masking_step": 1000, "drift": "published"}
+    with prune(model, "griffin", **settings) as run:
+        decode(model, ids, PROMPT)
+    handle.remove()
+    handle_in.remove()
+    v = torch.cat(seen, 1)[0].double()
+    if name == "bloom":  # its attention adds the residual itself
+        v = v - torch.cat(residual, 1)[0].double()
+    detector = run._tracer.lives[0].detector
+    torch.testing.assert_close(detector.total[0].double(), v[SINKS:].sum(0), rtol=1e-4, atol=1e-4)
+    assert float(detector.tokens[0]) == LENGTH - SINKS
+    windows = v[SINKS:].split(5)[: (LENGTH - SINKS) // 5]
+    for mine, wanted in zip(detector.windows, windows, strict=True):
+        torch.testing.assert_close(mine[0].double(), wanted.mean(0), rtol=1e-4, atol=1e-5)

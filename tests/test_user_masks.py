@@ -1,0 +1,311 @@
+"""A user's own masks, and masks written as a dense, narrower checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from dart_llm import AttachError, ConfigError, prune
+from dart_llm.arch import describe
+from steps import apart, decode, generate, shared_model
+from tiny import NAMES, tiny, tokens
+
+WIDTHS = {"bloom": 64}
+
+
+def _picked(name: str = "llama", keep: int = 20) -> dict[int, list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    width = WIDTHS.get(name, 48)
+    return {
+        layer: sorted(torch.randperm(width, generator=generator)[:keep].tolist())
+        for layer in range(4)
+    }
+
+
+def _masked_by_hand(model: Any, masks: dict[int, list[int]], ids: Tensor, prompt: int) -> Tensor:
+    """Decode with u zeroed by hooks of our own on the down projections, decode tokens only."""
+    handles = []
+    for block in describe(model).blocks:
+        if block.index not in masks:
+            continue
+        keep = torch.zeros(block.down_width, dtype=model.dtype)
+        keep[masks[block.index]] = 1
+
+        def zero(module: nn.Module, args: Any, keep: Tensor = keep) -> Any:
+            u = args[0]
+            rows = u.shape[-2] if u.dim() == 3 else len(u)
+            return (u if rows >= prompt else u * keep,)
+
+        handles.append(block.down.register_forward_pre_hook(zero))
+    try:
+        return decode(model, ids, prompt)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("executor", ["auto", "masked"])
+@pytest.mark.parametrize("name", NAMES)
+def test_given_masks_do_what_they_say(name: str, executor: str) -> None:
+    model, ids = shared_model(name), tokens(1, 16)
+    masks = {layer: ids_ for layer, ids_ in _picked(name).items() if layer != 1}
+    wanted = _masked_by_hand(model, masks, ids, 10)
+    with prune(model, masks=masks, executor=executor) as run:
+        got = decode(model, ids, 10)
+    assert apart(got, wanted) < 1e-5
+    report, width = run.report(), WIDTHS.get(name, 48)
+    assert [layer.kept for layer in report.layers] == [20, width, 20, 20]
+    assert report.achieved_sparsity == pytest.approx(3 * (width - 20) / (4 * width))
+    assert report.decoded_tokens == 6 and report.dense_token_share == 0
+    assert report.method == "given masks" and report.requested_sparsity is None
+    assert report.remask_causes == {"given": 1} and report.remasks == 0
+    assert {layer: kept.tolist() for layer, kept in run.masks().items()} == masks
+
+
+def test_remove_is_the_complement() -> None:
+    model, ids, keep = shared_model(), tokens(1, 16), _picked()
+    gone = {layer: sorted({*range(48)} - {*kept}) for layer, kept in keep.items()}
+    with prune(model, masks=keep):
+        wanted = decode(model, ids, 10)
+    with prune(model, remove=gone) as run:
+        got = decode(model, ids, 10)
+    assert torch.equal(got, wanted)
+    assert {layer: kept.tolist() for layer, kept in run.masks().items()} == keep
+    dense = decode(model, ids, 10)
+    with prune(model, remove={0: []}) as run:
+        assert torch.equal(decode(model, ids, 10), dense)
+    assert run.report().achieved_sparsity == 0
+
+
+def test_forms_of_ids() -> None:
+    model, ids = shared_model(), tokens(1, 16)
+    found = []
+    for kept in ([3, 1, 2], (1, 2, 3), torch.tensor([3, 2, 1]), [1, 1, 2, 3, 3], range(1, 4)):
+        with prune(model, masks={2: kept}) as run:
+            found.append(decode(model, ids, 10))
+        assert run.masks()[2].tolist() == [1, 2, 3]
+    assert all(torch.equal(found[0], other) for other in found)
+
+
+def test_masks_of_another_run() -> None:
+    model, ids = shared_model(), tokens(1, 76)
+    with prune(model, "griffin", sparsity=0.5) as run:
+        wanted = decode(model, ids, 70)
+    masks = run.masks()
+    with prune(model, masks=masks) as again:
+        got = decode(model, ids, 70)
+    assert torch.equal(got, wanted)
+    assert all(torch.equal(again.masks()[layer], kept) for layer, kept in masks.items())
+    with prune(model, masks=masks):  # another text: the same neurons
+        other = decode(model, tokens(1, 12, seed=5), 4)
+    assert (
+        apart(
+            other,
+            _masked_by_hand(
+                model, {k: v.tolist() for k, v in masks.items()}, tokens(1, 12, seed=5), 4
+            ),
+        )
+        < 1e-5
+    )
+
+
+def test_masks_of_a_run_that_removed_nothing() -> None:
+    """An empty mapping is a mask that keeps everything, not the default method."""
+    model, ids = shared_model(), tokens(1, 76)
+    dense = decode(model, ids, 70)
+    for given in ({"masks": {}}, {"remove": {}}, {"masks": {0: range(48)}}):
+        with prune(model, **given) as run:
+            assert torch.equal(decode(model, ids, 70), dense)
+        assert run.report().achieved_sparsity == 0 and run.report().method == "given masks"
+    with prune(model, "griffin", budget={"table": "all:1.0"}) as run:
+        assert torch.equal(decode(model, ids, 70), dense)
+
+
+def test_given_masks_stay_and_release_as_configured() -> None:
+    model, ids = shared_model(), tokens(1, 40)
+    settings = {"masks": _picked(), "drift": {"rule": "interval 3", "min_distance": 0}}
+    with prune(model, "griffin", **settings, release_step=5) as run:
+        generate(model, ids, 11)
+        generate(model, ids, 11)
+    report = run.report()
+    assert report.remask_causes == {"given": 2}
+    assert report.dense_token_share == 0.5 and report.decoded_tokens == 20
+
+
+@pytest.mark.parametrize("batch", ["shared", "per_row"])
+def test_given_masks_in_batches(batch: str) -> None:
+    model, ids, masks = shared_model(), tokens(3, 20), _picked()
+    with prune(model, masks=masks, batch=batch) as run:
+        got = decode(model, ids, 14)
+    assert apart(got, _masked_by_hand(model, masks, ids, 14)) < 1e-5
+    assert run.report().decoded_tokens == 18
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"masks": {4: [1]}}, "layer 4 is out of range: this model has 4 layers"),
+        ({"masks": {-1: [1]}}, "layer -1 is out of range"),
+        ({"masks": {0: [48]}}, "layer 0 has neurons 0-47; got id 48"),
+        ({"masks": {0: [5, -3]}}, "layer 0 has neurons 0-47; got id -3"),
+        ({"masks": {0: []}}, "layer 0 would keep no neuron"),
+        ({"remove": {1: range(48)}}, "layer 1 would keep no neuron"),
+        ({"masks": {0: [1]}, "remove": {0: [1]}}, "not both"),
+        ({"masks": {0: [1]}, "sparsity": 0.5}, "drop the sparsity"),
+        ({"masks": {0: torch.ones(48, dtype=torch.bool)}}, "ids"),
+        ({"masks": {0: [0.5, 1.5]}}, "ids"),
+    ],
+)
+def test_masks_that_cannot_be(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prune(shared_model(), **given)
+
+
+def test_there_is_no_mask_before_the_first() -> None:
+    model = shared_model()
+    with prune(model, "griffin", sparsity=0.5) as run:
+        with pytest.raises(AttachError, match="generate at least two tokens"):
+            run.masks()
+        with pytest.raises(AttachError, match="generate at least two tokens"):
+            run.export("nowhere")
+
+
+EXPORTED = tuple(name for name in NAMES if name != "bloom")
+
+
+def _zero_everywhere(model: Any, masks: dict[int, Tensor], ids: Tensor) -> tuple[Tensor, list]:
+    """Logits and FFN outputs of ``model`` with the masks applied to all positions."""
+    wanted = {layer: kept.tolist() for layer, kept in masks.items()}
+    outputs: list[Tensor] = []
+    blocks = describe(model).blocks
+    handles = [b.down.register_forward_hook(lambda m, a, z: outputs.append(z)) for b in blocks]
+    handles += [
+        b.down.register_forward_pre_hook(
+            lambda m, a, b=b: (
+                a[0] * torch.zeros(b.down_width).index_fill(0, torch.tensor(wanted[b.index]), 1),
+            )
+        )
+        for b in blocks
+    ]
+    try:
+        with torch.no_grad():
+            return model(ids).logits, outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _outputs(model: Any, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+    everything = {b.index: torch.arange(b.down_width) for b in describe(model).blocks}
+    return _zero_everywhere(model, everything, ids)
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_export(name: str, tmp_path: Path) -> None:
+    model, ids = shared_model(name), tokens(2, 20)
+    with prune(model, "griffin", sparsity=0.5) as run:
+        generate(model, tokens(), 4)
+        assert run.export(tmp_path / "narrow") == tmp_path / "narrow"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "narrow").eval()
+    assert type(loaded) is type(model)
+    assert {b.down_width for b in describe(loaded).blocks} == {24}
+    wanted, wanted_z = _zero_everywhere(model, run.masks(), ids)
+    got, got_z = _outputs(loaded, ids)
+    assert apart(got, wanted) < 1e-5
+    assert all(apart(a, b) < 1e-5 for a, b in zip(got_z, wanted_z, strict=True))
+    saved = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in loaded.parameters())
+    gated = describe(model).weights("output", 0)[0].gate is not None
+    per_neuron = 32 * (3 if gated else 2)
+    assert saved >= 4 * 24 * per_neuron
+    with prune(loaded, "griffin", sparsity=0.5) as run:  # and it can be pruned again
+        generate(loaded, tokens(), 4)
+    assert run.report().layers[0].kept == 12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_export_keeps_the_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = shared_model("llama", dtype)
+    with prune(model, "griffin", sparsity=0.5) as run:
+        generate(model, tokens(), 4)
+    run.export(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    kept = run.masks()[2]
+    down = model.model.layers[2].mlp.down_proj.weight[:, kept]
+    assert torch.equal(loaded.model.layers[2].mlp.down_proj.weight, down)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-bias", "gpt2", "gpt_neox", "phi", "opt"])
+def test_export_with_compensation(name: str, tmp_path: Path) -> None:
+    """The constant goes into the output's bias, made where the architecture has room for it."""
+    model, ids = shared_model(name), tokens(2, 20)
+    with prune(model, "griffin", sparsity=0.5, compensation=True) as run:
+        generate(model, tokens(), 4)
+    run.export(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    first, plain = _outputs(loaded, ids)[1][0], _zero_everywhere(model, run.masks(), ids)[1][0]
+    extra = run._tracer.all_lives()[-1].selection.masks[0].bias
+    assert float(extra.norm()) > 0
+    assert apart(first.reshape(-1, 32), (plain + extra).reshape(-1, 32)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "phi3", "falcon", "olmo2"])
+def test_export_without_room_for_compensation(name: str, tmp_path: Path) -> None:
+    model = shared_model(name)
+    with prune(model, "griffin", sparsity=0.5, compensation=True) as run:
+        generate(model, tokens(), 4)
+    with pytest.raises(ConfigError, match="compensation=False"):
+        run.export(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_export_refuses_what_it_cannot_write(tmp_path: Path) -> None:
+    model = shared_model()
+    with prune(model, "dart", sparsity=0.5) as run:
+        decode(model, tokens(1, 76), 70)
+    with pytest.raises(ConfigError, match=r'keeps \d+ to \d+; use budget "uniform"'):
+        run.export(tmp_path / "x")
+    with prune(model, masks={0: range(24)}) as run:
+        generate(model, tokens(), 4)
+    with pytest.raises(ConfigError, match="keeps 24 to 48"):
+        run.export(tmp_path / "x")
+    bloom = shared_model("bloom")
+    with prune(bloom, "griffin", sparsity=0.5) as run:
+        generate(bloom, tokens(), 4)
+    with pytest.raises(ConfigError, match="BloomForCausalLM fixes its FFN width"):
+        run.export(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_export_of_given_masks_needs_no_text(tmp_path: Path) -> None:
+    model, masks = shared_model(), _picked()
+    prune(model, masks=masks).export(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = tokens(1, 12)
+    given = {layer: torch.tensor(kept) for layer, kept in masks.items()}
+    assert apart(_outputs(loaded, ids)[0], _zero_everywhere(model, given, ids)[0]) < 1e-5
+
+
+def test_export_does_not_change_the_model(tmp_path: Path) -> None:
+    model, ids = tiny("gpt2"), tokens(1, 12)
+    before, config = decode(model, ids, 8), model.config.to_dict()
+    prune(model, masks=_picked(), compensation=True).export(tmp_path)
+    assert torch.equal(decode(model, ids, 8), before) and model.config.to_dict() == config
+
+
+def test_export_of_a_wrapper_and_of_tied_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = tiny("qwen2").config
+    config.tie_word_embeddings = True
+    model = AutoModelForCausalLM.from_config(config).eval()
+    prune(model, masks=_picked()).export(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    given = {layer: torch.tensor(kept) for layer, kept in _picked().items()}
+    ids = tokens(1, 12)
+    assert apart(_outputs(loaded, ids)[0], _zero_everywhere(model, given, ids)[0]) < 1e-5
