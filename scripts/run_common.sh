@@ -24,7 +24,7 @@ kebab() { printf '%s' "$1" | LC_ALL=C tr 'A-Z_' 'a-z-'; }
 add_text() { # NAME
   local value="${!1-}"
   # One word, --flag=value: a value that starts with a dash stays a value.
-  [[ -z $value ]] || arguments+=("--$(kebab "$1")=$value")
+  [[ -z $value || $1,$value == *_MAX_SAMPLES,all ]] || arguments+=("--$(kebab "$1")=$value")
 }
 
 add_switch() { # NAME

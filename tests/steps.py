@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, PreTrainedModel
 
-from tiny import tiny
+from tiny import tiny, tokens
 
 CACHE = (
     "cache"
@@ -148,3 +148,22 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 
 def _is_dict(module: nn.Module, key: str) -> bool:
     return hasattr(getattr(module, key, None), "items")
+
+
+class Same:
+    """Asserts on exit that the model is bit for bit what it was on entry."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.ids = tokens(1, 12, seed=8)
+
+    def __enter__(self) -> Same:
+        decode(self.model, self.ids, 8)
+        self.before, self.logits = snapshot(self.model), decode(self.model, self.ids, 8)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        after = snapshot(self.model)
+        for part, value in self.before.items():
+            assert after[part] == value, part
+        assert torch.equal(decode(self.model, self.ids, 8), self.logits)

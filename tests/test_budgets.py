@@ -82,10 +82,10 @@ def test_depth_is_uniform_for_one_layer_and_for_nothing() -> None:
 
 
 def test_the_residue_passes_by_layers_at_a_bound() -> None:
-    """Scaled, layer 1 is clipped to .9 and layer 0 to .1; layers 2 and 3 alone take the rest."""
-    sensitivity, where = (1.0, 0.0, 0.9, 0.9), (0.5, 0.5, 0.5, 0.5)
-    found = depth_sparsities(sensitivity, where, 0.4)
-    assert found == pytest.approx([0.1, 0.9, 0.3, 0.3], abs=1e-5)
+    """R = P = .05, 1, .4, .4, 0, scaled by 2.5 / 1.85: layers 0 and 4 are clipped to .1 and layer 1
+    to .9; layers 2 and 3 alone take what is missing of 2.5."""
+    found = depth_sparsities((0.95, 0.0, 0.6, 0.6, 1.0), [0.5] * 5, 0.5)
+    assert found == pytest.approx([0.1, 0.9, 0.7, 0.7, 0.1], abs=1e-5)
 
 
 def test_the_bounds_give_way_where_nothing_else_can() -> None:

@@ -53,6 +53,7 @@ def dart(*arguments: str, folder: Path, **environment: str) -> subprocess.Comple
         (["--prompt-type", "mmlu"], ["--prompt-subject"]),
         (["--method", "dense", "--sparsity", "0.5"], ["dense removes nothing"]),
         (["--prompt", "  "], ["the prompt is empty"]),
+        (["--prompt", "x", "--generation", "0"], ["nothing to do", "EVAL_PERPLEXITY"]),
         (["--prompt-file", "nowhere.txt"], ["nowhere.txt"]),
         (["--masks", "nowhere.safetensors"], ["nowhere.safetensors"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
@@ -181,3 +182,21 @@ def test_methods_and_doctor_speak_json(tmp_path):
     assert found["hub_token"] is True
     assert "hf_secret" not in json.dumps(found)
     assert found["machine"]["omp_wait_policy"] == "PASSIVE"
+
+
+def test_a_piped_prompt_is_read(gpt2, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "dart_llm", "run", "--model", str(gpt2), "--json"],
+        cwd=tmp_path,
+        input="a piped 'prompt' with $HOME",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["generation"][0]["prompt"] == "a piped 'prompt' with $HOME"
+
+
+def test_all_samples_is_a_word(tmp_path):
+    assert collect({}, None, {"DART_PPL_MAX_SAMPLES": "all"}).ppl_max_samples is None

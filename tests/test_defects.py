@@ -28,7 +28,7 @@ from steps import (
     shared_model,
     step,
 )
-from tiny import VOCAB, tokens
+from tiny import tiny, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -149,8 +149,6 @@ def test_defect_07_every_token_of_a_forward_counts() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_defect_08_sums_do_not_overflow(dtype: torch.dtype) -> None:
     """Sums are float32: activations of 200 over 300 tokens overflow a float16 sum."""
-    from tiny import tiny
-
     model = tiny("llama", dtype=dtype)
     with torch.no_grad():
         for layer in model.model.layers:
@@ -251,17 +249,15 @@ def test_defect_15_evaluation_keeps_the_sparsity_it_was_asked_for() -> None:
 
 def test_defect_16_released_means_released() -> None:
     ids = tokens(1, 80)
-    dense = decode(shared_model(), ids, 30)
     settings = {"drift": "eager", "masking_step": 1, "release_step": 20}
-    run, found, logits = _run(ids, 30, "published", **settings)
+    run, found, _ = _run(ids, 30, "published", **settings)
     assert found and all(at < 20 for at, _, _ in found)
     assert all(check.step <= 20 for check in run.drift_checks)
     assert run.phase == "released"
     other, later, _ = _run(ids[:, :60], 30, "published", **settings)
     assert [at for at, _, _ in later] == [at for at, _, _ in found]
-    assert other.report().decoded_tokens == 30 and logits.shape == dense.shape
-    report = run.report()
-    assert report.achieved_sparsity <= 0.5 * 20 / 50
+    assert other.report().decoded_tokens == 30
+    assert 0 < run.report().achieved_sparsity <= 0.5 * 20 / 50
     # a further prompt on the cache of a released sequence does not prune it again
     model = shared_model()
     with prune(model, "published", sparsity=0.5, **settings) as run:
@@ -297,6 +293,5 @@ def test_defect_17_achieved_sparsity_is_reported_and_true() -> None:
     assert report.achieved_sparsity == pytest.approx(sum(removed) / 39)
     assert report.dense_token_share == pytest.approx(removed.count(0) / 39)
     assert 0.1 < report.dense_token_share < 0.6
-    assert max(chosen) < VOCAB
     said = str(report)
     assert f"{report.achieved_sparsity:.1%}" in said and f"{report.dense_token_share:.1%}" in said

@@ -371,6 +371,15 @@ def test_a_second_prompt_adds_to_the_evidence() -> None:
     assert run.tracer.sequences == 1
 
 
+def test_a_second_prompt_waits_for_no_masking_step() -> None:
+    run = Driver(config(masking_step=3, min_evidence=20))
+    run.prefill(20)
+    assert run.steps(5) == ["observe"] * 3 + ["pruned"] * 2
+    run.prefill(2)
+    assert run.steps(3) == ["pruned"] * 3
+    assert ids_of(run.plans[-1]) == best(run.stream, [*range(23), 25, 26], KEEP)
+
+
 def test_a_chunked_prompt_is_one_prompt() -> None:
     """The second chunk has one token; it is still no decode step."""
     whole, parts = Driver(config(masking_step=1)), Driver(config(masking_step=1))

@@ -74,11 +74,13 @@ def test_sums_do_not_hold_the_graph() -> None:
     assert masks is not None
 
 
-def test_inference_mode_may_come_and_go() -> None:
+@pytest.mark.parametrize("early", [0, 1, 4])
+def test_inference_mode_may_come_and_go(early: int) -> None:
     """Evidence that was made under inference mode goes on outside it, and the other way round."""
     settings = config(
         budget="depth",
         compensation=True,
+        masking_step=2,
         drift="interval 3",
         remask={"evidence": "decay", "observe_tokens": 2},
     )
@@ -88,10 +90,10 @@ def test_inference_mode_may_come_and_go() -> None:
     with torch.inference_mode():
         mixed.stream = Stream(mixed.layers)
         mixed.prefill(9)
-        mixed.steps(4)
+        mixed.steps(early)
     mixed.steps(3)
     with torch.inference_mode():
-        mixed.steps(3)
+        mixed.steps(7 - early)
     assert [ids_of(plan) for plan in mixed.plans] == [ids_of(plan) for plan in plain.plans]
 
 
@@ -334,6 +336,26 @@ def test_a_roll_back_beyond_the_forward_in_hand() -> None:
     assert run.life.pruned_run == 5
     assert sum(float(period.tokens) for period in run.life.periods) == 5
     assert run.steps(6) == ["pruned"] * 5 + ["observe"]
+
+
+@pytest.mark.parametrize("gone", [1, 4])
+def test_tokens_taken_back_one_by_one_leave_the_window(gone: int) -> None:
+    """Single tokens were counted already; cutting the cache takes them out of the window."""
+    clean, cut = Driver(config(drift="paper")), Driver(config(drift="paper"))
+    for run in (clean, cut):
+        run.prefill(60)
+        run.steps(3)
+    v = cut.stream.v.clone()
+    cut.stream.v[:, 63:] *= -1
+    cut.steps(gone)
+    cut.stream.v = v
+    cut.roll_back(gone)
+    for run in (clean, cut):
+        run.steps(17)
+    assert [check.similarity for check in cut.tracer.checks] == pytest.approx(
+        [check.similarity for check in clean.tracer.checks]
+    )
+    assert [check.step for check in cut.tracer.checks] == [10, 20]
 
 
 def test_several_tokens_count_as_decode_in_any_phase() -> None:

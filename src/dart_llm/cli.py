@@ -24,7 +24,7 @@ app = typer.Typer(
     epilog=EPILOG,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
+Json = Annotated[bool, typer.Option("--json", metavar="", help="One JSON document on stdout only.")]
 
 
 def run() -> None:
@@ -52,7 +52,10 @@ def _version(value: bool) -> None:
 @app.callback()
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option(
+            "--version", metavar="", callback=_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     return
@@ -60,11 +63,15 @@ def _main(
 
 def _run(
     flags: dict[str, Any],
-    config: Annotated[Path | None, typer.Option(help="Read settings from a YAML file.")] = None,
-    save_config: Annotated[
-        Path | None, typer.Option(help="Write the merged settings to a YAML file.")
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Read settings from a YAML file.")
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew, do not resume.")] = False,
+    save_config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the merged settings to a YAML file.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", metavar="", help="Start anew, do not resume.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Prune a model while it generates from a prompt, evaluate it, and write a report.
@@ -80,10 +87,18 @@ def _run(
     dart-llm run --prompt two_topics --drift paper --generation 400
     """
     settings = collect(flags, config)
+    piped = sys.stdin is not None and not sys.stdin.isatty()
+    idle = not settings.tokens and not settings.eval_perplexity
+    if piped and idle and settings.generation is None:
+        settings = collect({**flags, "prompt_file": "-"}, config)
+        idle = False
     if save_config is not None:
         _save_settings(settings, save_config)
-    if not settings.tokens and not settings.eval_perplexity:
-        raise ConfigError("nothing to do: give --prompt TEXT to generate, or --perplexity")
+    if idle:
+        raise ConfigError(
+            "nothing to do: give --prompt TEXT and --generation N (GENERATION=N in the scripts), "
+            "or --perplexity (EVAL_PERPLEXITY=true)"
+        )
     from dart_llm.job import run_job
     from dart_llm.ui import Ui
 

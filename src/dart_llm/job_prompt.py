@@ -47,7 +47,8 @@ def _read(settings: RunSettings) -> str | None:
     given = settings.prompt if settings.prompt is not None else settings.custom_prompt_text
     if given is not None:
         return resolve_prompt(given)
-    return None if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+    piped = sys.stdin is not None and not sys.stdin.isatty()
+    return (sys.stdin.read() or None) if piped else None
 
 
 def encode(settings: RunSettings, prompt: str, model: Any, tokenizer: Any) -> tuple[str, Tensor]:

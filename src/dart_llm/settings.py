@@ -119,7 +119,7 @@ class RunSettings(BaseModel):
         for key in data:
             if key not in cls.model_fields:
                 raise unknown_key(cls, str(key))
-        return data
+        return {k: v for k, v in data.items() if not (k.endswith("_max_samples") and v == "all")}
 
     @model_validator(mode="after")
     def _check(self) -> RunSettings:
