@@ -3,6 +3,7 @@
 Usage: python scripts/check_docs.py [--write]
 
 - docs/cli.md holds the ``--help`` of every command, docs/scripts.md the table of variables.
+- docs/measurements.md and README.md hold tables made from benchmarks/results/*.json.
 - Every flag of ``dart-llm run`` is in one of the two.
 - Every relative link and anchor in README.md, CONTRIBUTING.md and docs/*.md leads somewhere.
 
@@ -17,6 +18,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
+
+sys.path.insert(0, str(Path(__file__).parent))
+import measured_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("", "run", "demo", "methods", "doctor")
@@ -90,6 +94,7 @@ def generated(root: Path) -> dict[str, tuple[Path, str]]:
     return {
         "help": (root / "docs/cli.md", help_pages()),
         "variables": (root / "docs/scripts.md", variable_table(root)),
+        **measured_tables.tables(root),
     }
 
 

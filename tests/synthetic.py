@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dart_llm.accounting import Costs, run_report
 from dart_llm.config import PruneConfig
 from dart_llm.masks import LayerMask
 from dart_llm.plan import Call, Kind, Plan
-from dart_llm.records import Remask
+from dart_llm.records import Remask, RunReport
 from dart_llm.tracer import Tracer
 from dart_llm.weights import FfnWeights
 
 HIDDEN, WIDTH, LAYERS, VOCAB = 6, 20, 3, 11
+KEEP = WIDTH // 2
+"""Neurons that a layer keeps under ``config()``."""
 
 
 def make_layers(
@@ -153,3 +156,19 @@ def energy_of(stream: Stream, layer: int, positions: Sequence[int] | range, row:
 def best(stream: Stream, positions: Sequence[int] | range, keep: int, row: int = 0) -> list[Any]:
     """The neurons that ``magnitude`` keeps in every layer after seeing ``positions``."""
     return [top(energy_of(stream, layer, positions, row), keep) for layer in range(len(stream.u))]
+
+
+def config(**settings: Any) -> PruneConfig:
+    """Half of the neurons by ``magnitude``, evenly, unless said otherwise."""
+    return PruneConfig.from_mapping({"sparsity": 0.5, "score": "magnitude", **settings})
+
+
+def is_dense(plan: Plan) -> bool:
+    """Whether no layer of no life is masked in one plan."""
+    return plan.dense and all(masks is None for masks in plan.masks)
+
+
+def report(run: Driver) -> RunReport:
+    """Accounting of a driver's run."""
+    costs = Costs(run.layers, 10_000)
+    return run_report(run.tracer.all_lives(), costs, "masked", 0, "a test", 0.5)

@@ -21,7 +21,7 @@ from dart_llm.config import (
     check_sparsity,
 )
 from dart_llm.errors import ConfigError, UnknownName
-from dart_llm.registry import BUDGETS, METHODS, SCORES
+from dart_llm.registry import BUDGETS, SCORES
 
 shares = st.floats(0, 1, exclude_min=True, exclude_max=True)
 whole = st.integers(0, 500)
@@ -235,45 +235,6 @@ def test_a_part_may_be_its_name(short: dict[str, Any], long: dict[str, Any]) -> 
     assert PruneConfig(**short) == PruneConfig(**long) == PruneConfig.from_mapping(short)
 
 
-def test_replace_changes_only_what_is_named() -> None:
-    base = PruneConfig.build("dart")
-    changed = PruneConfig.build("dart", sparsity=0.5, drift={"min_distance": 8}, remask="fresh")
-    assert changed.drift == DriftConfig(rule="paper", min_distance=8, max_dense_share=0.10)
-    assert changed.remask == RemaskConfig(evidence="fresh", decay=0.1, observe_tokens=32)
-    assert (
-        changed.replace(
-            {"sparsity": None, "drift": base.drift.model_dump(), "remask": base.remask.model_dump()}
-        )
-        == base
-    )
-    assert PruneConfig.build("griffin", sparsity=None, seed=None) == PruneConfig.build("griffin")
-
-
-def test_presets_are_what_the_method_says() -> None:
-    assert METHODS.names() == ("dart", "dense", "griffin", "published", "static")
-    dart = PruneConfig.build("dart")
-    assert dart == PruneConfig(
-        method="dart",
-        score="normalized",
-        budget="blend energy depth",
-        drift=DriftConfig(rule="paper", min_distance=64, max_dense_share=0.10),
-        remask=RemaskConfig(evidence="decay", decay=0.1, observe_tokens=32),
-        min_evidence=64,
-        compensation=True,
-    )
-    assert PruneConfig.build("griffin") == PruneConfig(method="griffin", score="normalized")
-    assert PruneConfig.build("published") == PruneConfig(
-        method="published",
-        score=ScoreConfig(name="magnitude", proxy_embedding="input"),
-        budget="depth",
-        drift="published",
-    )
-    assert PruneConfig.build("static") == PruneConfig(method="static", score="weight")
-    assert PruneConfig.build("dense") == PruneConfig(method="dense", sparsity=0.0)
-    for name in METHODS.names():
-        assert PruneConfig.build(name).method == name
-
-
 @pytest.mark.parametrize(
     ("data", "kind", "near"),
     [
@@ -289,11 +250,6 @@ def test_unknown_names_suggest_the_near_one(data: dict[str, Any], kind: str, nea
         PruneConfig.from_mapping(data)
     assert f"unknown {kind}" in str(caught.value)
     assert near in str(caught.value)
-
-
-def test_an_unknown_method_suggests_the_near_one() -> None:
-    with pytest.raises(UnknownName, match=r"unknown method 'grifin'; did you mean griffin"):
-        PruneConfig.build("grifin")
 
 
 def test_configurations_are_frozen() -> None:
@@ -313,3 +269,10 @@ def test_check_sparsity() -> None:
     with pytest.raises(ConfigError, match="sparsity 100 must") as caught:
         check_sparsity(100)
     assert "did you mean" not in str(caught.value)
+
+
+def test_strategy_auto_drops_the_presets_budget_and_refuses_one_of_its_own():
+    config = PruneConfig.build("dart", score={"strategy": "auto"})
+    assert (config.budget.name, config.score.strategy) == ("uniform", "auto")
+    with pytest.raises(ConfigError, match='drop the budget "energy"'):
+        PruneConfig.build("dart", score={"strategy": "auto"}, budget="energy")

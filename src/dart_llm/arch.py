@@ -235,9 +235,7 @@ class PrefillArgs:
     """What the prompt step of ``generate`` was called with."""
 
     ends: Tensor | None
-    """Token ids that end a row, 1-D, or None."""
-    pads: Tensor | None
-    """Token ids that only follow a row's end, 1-D, or None."""
+    """Token ids that end a row or pad it after its end, 1-D; None when nothing ends a row."""
     mask: Tensor | None
     """[B, cached + prompt tokens], 0 for padding, or None."""
 
@@ -252,8 +250,8 @@ def read_prefill(prefill: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         return found.flatten().to(device) if isinstance(found, Tensor) else None
 
     ends, pads = ids("_eos_token_tensor"), ids("_pad_token_tensor")
-    if ends is None or (pads is not None and bool(torch.isin(pads, ends).any())):
-        pads = None
+    if ends is not None and pads is not None:
+        ends = torch.cat([ends, pads])
     mask = given["model_kwargs"].get("attention_mask")
     is_flat = isinstance(mask, Tensor) and mask.dim() == 2
-    return PrefillArgs(ends, pads, mask if is_flat else None)
+    return PrefillArgs(ends, mask if is_flat else None)

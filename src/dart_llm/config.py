@@ -197,6 +197,10 @@ class PruneConfig(_Part):
             raise ConfigError('batch "per_row" has a mask per row: use executor "masked" or "auto"')
         if self.score.strategy == "auto" and self.budget.table is not None:
             raise ConfigError('strategy "auto" sets the counts itself: drop the layer table')
+        if self.score.strategy == "auto" and self.budget.name != "uniform":
+            raise ConfigError(
+                f'strategy "auto" sets the counts itself: drop the budget "{self.budget.name}"'
+            )
         return self
 
     def _check_exclusive(self) -> None:
@@ -215,8 +219,11 @@ class PruneConfig(_Part):
 
     def replace(self, changes: Mapping[str, Any]) -> PruneConfig:
         """A copy with ``changes``; a mapping for a part changes only the keys that it holds."""
-        data = self.model_dump()
-        for key, value in _expand(changes).items():
+        data, changes = self.model_dump(), _expand(changes)
+        score = changes.get("score")
+        if isinstance(score, Mapping) and score.get("strategy") == "auto":
+            data["budget"] = BudgetConfig().model_dump()  # the preset's budget has no part in it
+        for key, value in changes.items():
             nested = key in _SHORT and isinstance(value, Mapping)
             data[key] = {**data[key], **value} if nested else value
         return PruneConfig.from_mapping(data)
@@ -259,7 +266,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the settings file {path}: {error}") from None
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"cannot read the settings file {path}: {reason}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"the settings file {path} must hold names and values")
     return data

@@ -95,7 +95,7 @@ class HostedFfn:
         u, z = run_masked(self.block, project, inputs, mask, bias)
         if self.owner.plan.observe:
             self._observed(u, z, x)
-        return z.reshape(*x.shape[:-1], z.shape[-1])
+        return z if z.dim() == x.dim() else z.reshape(*x.shape[:-1], z.shape[-1])
 
     def _multipliers(
         self, masks: list[LayerMask | None], x: Tensor
@@ -124,9 +124,11 @@ class HostedFfn:
     def _observe(self, u: Tensor, z: Tensor, r: Tensor | None) -> None:
         rows = self.owner.rows
         x, self.x = self.x, None
-        shaped = [None if t is None else t.reshape(rows, -1, t.shape[-1]) for t in (u, z, x, r)]
-        assert shaped[0] is not None and shaped[1] is not None
-        self.owner.tracer.observe(self.block.index, shaped[0], shaped[1], shaped[2], shaped[3])
+        if u.dim() == 2:  # OPT flattens its tokens
+            u, z = u.reshape(rows, -1, u.shape[-1]), z.reshape(rows, -1, z.shape[-1])
+            x = None if x is None else x.reshape(rows, -1, x.shape[-1])
+            r = None if r is None else r.reshape(rows, -1, r.shape[-1])
+        self.owner.tracer.observe(self.block.index, u, z, x, r)
 
     def nbytes(self) -> int:
         """Bytes of the compact copies and of the multipliers, beside the masks themselves."""

@@ -22,7 +22,6 @@ class Loop:
         self.forwards = 0
         self.cache: Any = None
         """The cache of the newest forward: after the loop it says how many tokens stayed."""
-        self._ended: Tensor | None = None
 
     def call(self, seen: ForwardArgs) -> Call:
         """What the next forward of this loop is; raises ``ConfigError`` without a cache."""
@@ -49,16 +48,10 @@ class Loop:
 
     def _live(self, ids: Tensor | None) -> Tensor | None:
         """[B] bool: rows that have not ended; None when all count."""
-        known = self.prefill
-        if ids is None or len(ids) == 1 or self.given.beams > 1:
+        ends = None if self.prefill is None else self.prefill.ends
+        if ids is None or ends is None or len(ids) == 1 or self.given.beams > 1:
             return None
-        if known is None or known.ends is None:
-            return None
-        ended = torch.isin(ids, known.ends).any(1)
-        self._ended = ended if self._ended is None else self._ended | ended
-        live = ~self._ended
-        # rows that another stopping criterion has ended are fed padding from then on
-        return live if known.pads is None else live & ~torch.isin(ids, known.pads).any(1)
+        return ~torch.isin(ids, ends).any(1)
 
 
 def bare_call(seen: ForwardArgs, forced_decode: bool) -> Call:

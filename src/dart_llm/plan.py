@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -67,8 +68,12 @@ class Held:
     """False while the forward runs, and for ever if it raised."""
 
 
-def bare(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.detach()
+T = TypeVar("T", Tensor, Tensor | None)
+
+
+def bare(t: T) -> T:
+    """``t`` outside any graph."""
+    return t.detach() if t is not None and t.requires_grad else t
 
 
 def token_weights(call: Call, end: int) -> Tensor | None:

@@ -146,7 +146,6 @@ class Tracer:
             if self.on_remask and life.version != version and life.masks is not None:
                 self.on_remask(life.remasks[-1], life)
 
-    @torch.no_grad()
     def observe(
         self, layer: int, u: Tensor, z: Tensor, x: Tensor | None = None, r: Tensor | None = None
     ) -> None:
@@ -157,9 +156,15 @@ class Tracer:
         if held.call.kind is Kind.DECODE:
             # z is cloned: some layers add to the FFN's output in place after it returned
             kept = z.detach().clone()
-            r = kept if r is not None and r.data_ptr() == z.data_ptr() else bare(r)
-            held.layers[layer] = (u.detach(), kept, bare(x), r)
-            return
+            r = kept if r is z or (r is not None and r.data_ptr() == z.data_ptr()) else bare(r)
+            held.layers[layer] = (bare(u), kept, bare(x), r)
+        else:
+            self._observe_prompt(held, layer, u, z, x, r)
+
+    @torch.no_grad()
+    def _observe_prompt(
+        self, held: Held, layer: int, u: Tensor, z: Tensor, x: Tensor | None, r: Tensor | None
+    ) -> None:
         end = held.call.prompt_tokens
         u, z = u.detach()[:, :end], z.detach()[:, :end]
         x, r = (None if t is None else t.detach()[:, :end] for t in (x, r))

@@ -1,0 +1,72 @@
+"""Presets, and how changes are laid on top of them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import strategies as st
+
+from dart_llm.config import (
+    DriftConfig,
+    PruneConfig,
+    RemaskConfig,
+    ScoreConfig,
+)
+from dart_llm.errors import UnknownName
+from dart_llm.registry import BUDGETS, METHODS
+
+shares = st.floats(0, 1, exclude_min=True, exclude_max=True)
+whole = st.integers(0, 500)
+budget_names = st.one_of(
+    st.sampled_from(BUDGETS.names()),
+    st.tuples(st.sampled_from(BUDGETS.names()), st.sampled_from(BUDGETS.names())).map(
+        lambda pair: f"blend {pair[0]} {pair[1]}"
+    ),
+)
+rules = st.one_of(
+    st.sampled_from(["never", "published", "paper"]),
+    st.integers(1, 999).map(lambda tokens: f"interval {tokens}"),
+)
+
+
+def test_replace_changes_only_what_is_named() -> None:
+    base = PruneConfig.build("dart")
+    changed = PruneConfig.build("dart", sparsity=0.5, drift={"min_distance": 8}, remask="fresh")
+    assert changed.drift == DriftConfig(rule="paper", min_distance=8, max_dense_share=0.10)
+    assert changed.remask == RemaskConfig(evidence="fresh", decay=0.1, observe_tokens=32)
+    assert (
+        changed.replace(
+            {"sparsity": None, "drift": base.drift.model_dump(), "remask": base.remask.model_dump()}
+        )
+        == base
+    )
+    assert PruneConfig.build("griffin", sparsity=None, seed=None) == PruneConfig.build("griffin")
+
+
+def test_presets_are_what_the_method_says() -> None:
+    assert METHODS.names() == ("dart", "dense", "griffin", "published", "static")
+    dart = PruneConfig.build("dart")
+    assert dart == PruneConfig(
+        method="dart",
+        score="normalized",
+        budget="blend energy depth",
+        drift=DriftConfig(rule="paper", min_distance=64, max_dense_share=0.10),
+        remask=RemaskConfig(evidence="decay", decay=0.1, observe_tokens=32),
+        min_evidence=64,
+        compensation=True,
+    )
+    assert PruneConfig.build("griffin") == PruneConfig(method="griffin", score="normalized")
+    assert PruneConfig.build("published") == PruneConfig(
+        method="published",
+        score=ScoreConfig(name="magnitude", proxy_embedding="input"),
+        budget="depth",
+        drift="published",
+    )
+    assert PruneConfig.build("static") == PruneConfig(method="static", score="weight")
+    assert PruneConfig.build("dense") == PruneConfig(method="dense", sparsity=0.0)
+    for name in METHODS.names():
+        assert PruneConfig.build(name).method == name
+
+
+def test_an_unknown_method_suggests_the_near_one() -> None:
+    with pytest.raises(UnknownName, match=r"unknown method 'grifin'; did you mean griffin"):
+        PruneConfig.build("grifin")
