@@ -171,7 +171,7 @@ def time_per_token(view: ResultsView) -> Plot | None:
         legend(axes, 1)
 
     alt = f"Bars: milliseconds per decoded token. {words}"
-    small = f"medians of one run · {view.small_print}"
+    small = f"means of one run · {view.small_print}"
     return Plot("time_per_token", title, alt, small, 2.3, draw)
 
 

@@ -147,7 +147,7 @@ def timing(view: ResultsView) -> Table | None:
     """Seconds and tokens per second, dense beside pruned, and the ratio the bytes allow."""
     kinds = (
         ("time to the first token (ms)", "time_to_first_token_s", 1000.0, False),
-        ("time per decoded token, median (ms)", "seconds_per_token", 1000.0, False),
+        ("time per decoded token, mean (ms)", "seconds_per_token", 1000.0, False),
         ("tokens per second", "tokens_per_second", 1.0, True),
     )
     rows = []

@@ -32,7 +32,7 @@ def report_table(report: dict[str, Any], timing: dict[str, Any]) -> Table:
     each = timing.get("seconds_per_token", {})
     for variant in ("dense", "pruned"):
         if each.get(variant):
-            rows.append((f"time per token, {variant}", f"{1000 * each[variant]:.1f} ms"))
+            rows.append((f"mean time per token, {variant}", f"{1000 * each[variant]:.1f} ms"))
     if "speed_up" in timing:
         rows.append(("speed-up (one run; bytes allow)", _speed(timing)))
     for name, value in rows:
