@@ -109,3 +109,19 @@ def test_sound_links_are_accepted(copy: Path, text: str) -> None:
 def test_a_missing_page_is_noticed(copy: Path) -> None:
     (copy / "CONTRIBUTING.md").unlink()
     assert check(copy) == (1, ["CONTRIBUTING.md is missing"])
+
+
+def test_a_measured_table_that_differs_from_its_file_is_noticed(copy: Path) -> None:
+    for name in ("benchmarks/results", "scripts/measured_tables.py"):
+        source, target = ROOT / name, copy / name
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    shutil.copy(ROOT / "README.md", copy / "README.md")
+    text = (ROOT / "docs/measurements.md").read_text()
+    assert "| dense | 20.48 |" in text
+    (copy / "docs/measurements.md").write_text(
+        text.replace("| dense | 20.48 |", "| dense | 9.48 |")
+    )
+    problems = [line for line in check(copy)[1] if "stale" in line]
+    assert [line.split(":")[0] for line in problems] == [
+        "docs/measurements.md is stale (budgets-smollm2)"
+    ]

@@ -11,8 +11,10 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from dart_llm.cli import run
-
+    try:
+        from dart_llm.cli import run
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     run()
 
 

@@ -54,7 +54,9 @@ class Costs:
 
     def build_bytes(self, kept: Sequence[int], compact: bool, compensates: bool) -> int:
         """One mask: the copies that compact makes, the removed columns that compensation reads."""
-        copies = 2 * self.bytes(kept) if compact else 0
+        widths = [layer.width for layer in self.layers]
+        copied = [n if n < width else 0 for n, width in zip(kept, widths, strict=True)]
+        copies = 2 * self.bytes(copied) if compact else 0
         removed = sum(
             (layer.width - count) * layer.hidden * layer.down.element_size()
             for count, layer in zip(kept, self.layers, strict=True)

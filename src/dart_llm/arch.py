@@ -48,6 +48,11 @@ def describe(model: nn.Module) -> ModelView:
         raise UnsupportedModel(
             f"{type(model).__name__} is a PEFT model: call merge_and_unload() on it first"
         )
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModel(
+            f"{type(model).__name__} wraps a compiled model, and its generate goes past the "
+            "wrapper: prune the model inside it, prune(model._orig_mod, ...)"
+        )
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise UnsupportedModel(f"{type(model).__name__} is not a transformers model")

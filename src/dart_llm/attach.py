@@ -25,7 +25,31 @@ _active: weakref.WeakSet[Attachment] = weakref.WeakSet()
 """Weak: an attached model that nobody holds any more is freed with its attachment."""
 
 
-class Attachment:
+class _NotCopied:
+    """What hangs on an attached model: a copy would go on running the original's weights."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise AttachError(
+            "this model is being pruned, so it cannot be copied or pickled: leave the block first, "
+            "or call dart_llm.restore(model)"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.__deepcopy__({})
+
+
+class _Replacement(_NotCopied):
+    """A method of an attached module."""
+
+    def __init__(self, original: Callable[..., Any], make: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)
+        self.original, self.make = original, make
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.make(self.original, *args, **kwargs)
+
+
+class Attachment(_NotCopied):
     """One tracer attached to one model."""
 
     def __init__(
@@ -90,17 +114,13 @@ class Attachment:
         held = name in module.__dict__
         original = getattr(module, name)
 
-        @functools.wraps(original)
-        def replacement(*args: Any, **kwargs: Any) -> Any:
-            return make(original, *args, **kwargs)
-
         def undo() -> None:
             if held:
                 module.__dict__[name] = original
             else:
                 module.__dict__.pop(name, None)
 
-        module.__dict__[name] = replacement
+        module.__dict__[name] = _Replacement(original, make)
         self._undo.append(undo)
 
     def _before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
@@ -133,7 +153,7 @@ class Attachment:
         try:
             return original(*args, **kwargs)
         finally:
-            self.loop = None
+            self.loop, self.plan = None, Plan(False, False, ())
             if loop.cache is not None:
                 self.tracer.end_generate(int(loop.cache.get_seq_length()))
 

@@ -1,5 +1,6 @@
 """The command line: thin shells over the library."""
 
+import io
 import json
 import logging
 import os
@@ -24,20 +25,24 @@ app = typer.Typer(
     epilog=EPILOG,
 )
 
+INTERRUPTED = 130
 Json = Annotated[bool, typer.Option("--json", metavar="", help="One JSON document on stdout only.")]
 
 
 def run() -> None:
     """Run the command line; an error of ours is one sentence and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show all characters
     try:
         app()
+    except SystemExit as error:
+        if error.code == INTERRUPTED:  # typer turns Ctrl-C into this exit code
+            sys.stderr.write("interrupted; the same command resumes\n")
+        raise
     except DartError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command resumes\n")
-        raise SystemExit(130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
@@ -114,7 +119,13 @@ app.command(name="run")(with_settings(_run))
 def _save_settings(settings: RunSettings, path: Path) -> None:
     import yaml
 
-    path.write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), "utf-8")
+    text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write the settings file {path}: {error.strerror or error}"
+        ) from None
 
 
 def _document(job: Any) -> dict[str, Any]:

@@ -240,6 +240,8 @@ class PruneConfig(_Part):
     def build(cls, method: str | PruneConfig = "dart", /, **changes: Any) -> PruneConfig:
         """A preset's configuration (or a given one) with ``changes`` on top of it."""
         base = METHODS.get(method) if isinstance(method, str) else method
+        if not isinstance(base, PruneConfig):
+            raise ConfigError(f"method {method!r} must be a name or a PruneConfig")
         given = {key: value for key, value in changes.items() if value is not None}
         return base.replace(given) if given else base
 

@@ -72,7 +72,8 @@ def _narrow_model(model: Any, key: str, width: int, bias: bool) -> Any:
                 "use compensation=False to export"
             )
         text.mlp_bias = True
-    return type(model)(config).to(next(model.parameters()).dtype)
+    with torch.random.fork_rng():  # the initial weights are replaced: draw nothing for them
+        return type(model)(config).to(next(model.parameters()).dtype)
 
 
 def _slice(

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from dart_llm.errors import ConfigError
 from dart_llm.records import Step
 from dart_llm.session import Run
 
@@ -144,8 +145,13 @@ def _pad_id(model: Any, tokenizer: Any) -> int | None:
 
 
 def encode_prompt(tokenizer: Any, text: str, chat: bool) -> Tensor:
-    """Token ids [1, T] of a prompt, through the chat template when asked for."""
+    """Token ids [1, T] of a prompt, through the chat template when asked for.
+
+    Raises ``ConfigError`` when the tokenizer has no chat template.
+    """
     if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ConfigError("this model's tokenizer has no chat template: leave --chat off")
         messages = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids  # type: ignore[no-any-return]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import sys
 import time
@@ -15,7 +16,7 @@ from torch import Tensor
 from dart_llm import job_prompt, ppl_texts
 from dart_llm.config import PruneConfig
 from dart_llm.devices import memory_failure
-from dart_llm.errors import DartError, MissingExtra, ResultsError
+from dart_llm.errors import ConfigError, DartError, MissingExtra, ResultsError
 from dart_llm.job_generate import generate_texts
 from dart_llm.job_state import Job
 from dart_llm.loading import checkpoint_facts, load
@@ -45,10 +46,11 @@ def run_job(
     texts = ppl_texts.names(settings.ppl_datasets) if settings.eval_perplexity else []
     prompt = job_prompt.source(settings)
     masks = read_masks(settings.masks) if settings.masks else None
+    inputs = _digests(settings, prompt, texts)
     folder = open_folder(
-        Path(settings.results_dir), settings.experiment, _identity(settings, also), fresh
+        Path(settings.results_dir), settings.experiment, _identity(settings, also, inputs), fresh
     )
-    job = Job(settings, ui, folder, also)
+    job = Job(settings, ui, folder, also, inputs)
     if folder.resumed:
         ui.say(f"resuming {folder.path}")
     started = time.perf_counter()
@@ -79,9 +81,24 @@ def _keep(job: Job, status: str) -> None:
         _write_logs(job)
 
 
-def _identity(settings: RunSettings, also: Sequence[PruneConfig]) -> dict[str, Any]:
+def _digests(settings: RunSettings, prompt: str, texts: Sequence[str]) -> dict[str, str]:
+    """sha256 of what the settings only point at: files that change, and standard input."""
+    found = {"prompt": prompt.encode("utf-8", "surrogatepass")} if prompt else {}
+    if settings.masks:
+        found["masks"] = Path(settings.masks).read_bytes()
+    if settings.layer_topk and settings.layer_topk.startswith("@"):
+        found["layer_topk"] = str(settings.prune_config().budget.table).encode()
+    for name in texts:
+        if name not in ppl_texts.KNOWN:
+            found[f"text {name}"] = ppl_texts.read(name).encode()
+    return {name: hashlib.sha256(data).hexdigest() for name, data in found.items()}
+
+
+def _identity(
+    settings: RunSettings, also: Sequence[PruneConfig], inputs: dict[str, str]
+) -> dict[str, Any]:
     """What makes two runs the same run."""
-    data = settings.model_dump(mode="json")
+    data = {**settings.model_dump(mode="json"), "inputs": inputs}
     if also:
         data["also"] = [config.to_dict() for config in also]
     return data
@@ -94,7 +111,7 @@ def _write_config(job: Job, status: str) -> None:
     job.config = {
         "schema": SCHEMA,
         "status": status,
-        "settings": _identity(job.settings, job.also),
+        "settings": _identity(job.settings, job.also, job.inputs),
         "prune": job.settings.prune_config().to_dict(),
         "command": sys.argv,
         "process": os.getpid(),
@@ -138,6 +155,12 @@ def _perplexity(job: Job, text: str, masks: dict[int, Tensor] | None) -> None:
     ids = job.tokenizer(content, return_tensors="pt", verbose=False).input_ids[0]
     prompt, scored = settings.ppl_prompt_tokens, settings.ppl_scored_tokens
     windows = slices(ids, settings.ppl_max_samples, prompt, scored)
+    limit = getattr(job.model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and prompt + scored > limit:
+        raise ConfigError(
+            f"a perplexity slice of {prompt} prompt + {scored} scored tokens is longer than the "
+            f"model's context of {limit}: give fewer --ppl-prompt-tokens or --ppl-scored-tokens"
+        )
     own = settings.prune_config()
     configs: list[PruneConfig | None] = [None, *job.also]
     configs += [] if own.method == "dense" else [own]

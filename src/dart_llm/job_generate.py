@@ -69,8 +69,8 @@ def _generation_record(
     return {
         "id": "prompt-0",
         "variant": variant,
-        "method": "dense" if variant == "dense" else config.method,
-        "sparsity": 0.0 if variant == "dense" else config.target,
+        "method": report["method"] if report else "dense",
+        "sparsity": report["requested_sparsity"] if report else 0.0,
         "prompt": text,
         "text": made.text,
         **asdict(made),

@@ -61,6 +61,11 @@ def encode(settings: RunSettings, prompt: str, model: Any, tokenizer: Any) -> tu
     ids = encode_prompt(tokenizer, prompt, settings.chat)
     if settings.prompt_length and ids.shape[1] > settings.prompt_length:
         ids = ids[:, -settings.prompt_length :]
+    if limit and settings.tokens >= limit:
+        raise ConfigError(
+            f"{settings.tokens} tokens are to be generated, but the model's context is {limit}: "
+            "generate less"
+        )
     if limit and ids.shape[1] + settings.tokens > limit:
         raise ConfigError(
             f"the prompt has {ids.shape[1]} tokens and {settings.tokens} are to be generated, but "

@@ -21,6 +21,8 @@ class Job:
     ui: Ui
     folder: ResultsFolder
     also: Sequence[PruneConfig] = ()
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Digests of the prompt and of the files that the settings name."""
     model: Any = None
     tokenizer: Any = None
     config: dict[str, Any] = field(default_factory=dict)

@@ -138,7 +138,12 @@ def write_table(path: Path, counts: Sequence[int], note: str) -> None:
     """Write keep counts as a table file that ``read_table`` reads; ``note`` becomes a comment."""
     lines = [f"# {line}" for line in note.splitlines()]
     lines += [f"{layer}:#{count}" for layer, count in enumerate(counts)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    try:
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write the layer table {path}: {error.strerror or error}"
+        ) from None
 
 
 def read_table(path: Path) -> str:

@@ -76,7 +76,10 @@ def overlap(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> 
 
 def _neuron_ids(layer: int, ids: Sequence[int] | Tensor) -> Tensor:
     """Unique ids, ascending, int64 on the host; refuses masks of booleans and fractions."""
-    found = torch.as_tensor(ids)
+    try:
+        found = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"layer {layer} was given {ids!r}: give a list of neuron ids") from None
     if found.numel() and (found.dtype == torch.bool or found.is_floating_point()):
         raise ConfigError(
             f"layer {layer} was given {str(found.dtype).removeprefix('torch.')} values: give "
@@ -84,6 +87,10 @@ def _neuron_ids(layer: int, ids: Sequence[int] | Tensor) -> Tensor:
         )
     unique: Tensor = torch.unique(found.long())
     return unique.cpu()
+
+
+def _is_index(layer: object) -> bool:
+    return hasattr(layer, "__index__") and not isinstance(layer, bool)
 
 
 def given_masks(
@@ -98,7 +105,8 @@ def given_masks(
     if (keep is None) == (remove is None):
         raise ConfigError("give either masks= (neurons to keep) or remove=, not both")
     given = keep if keep is not None else remove
-    assert given is not None
+    if not isinstance(given, Mapping) or not all(_is_index(layer) for layer in given):
+        raise ConfigError("masks= and remove= take a mapping from layer numbers to neuron ids")
     found: list[Tensor | None] = [None] * len(widths)
     for layer, ids in given.items():
         if not 0 <= int(layer) < len(widths):

@@ -113,8 +113,11 @@ def _decode(model: Any, run: Run | None, ids: Tensor, cache: Any) -> Any:
 
 def ratio_interval(
     pruned: Scored, dense: Scored, samples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """95 % bootstrap interval over slices of ``perplexity(pruned) / perplexity(dense)``."""
+) -> tuple[float, float] | None:
+    """95 % bootstrap interval over slices of ``perplexity(pruned) / perplexity(dense)``.
+
+    None with fewer than two slices, which say nothing of the spread.
+    """
     import numpy as np
 
     gaps = np.array(
@@ -123,6 +126,8 @@ def ratio_interval(
             for a, b in zip(pruned.losses, dense.losses, strict=True)
         ]
     )
+    if len(gaps) < 2:
+        return None
     draws = np.random.default_rng(seed).integers(0, len(gaps), (samples, len(gaps)))
     low, high = np.quantile(gaps[draws].mean(1), [0.025, 0.975])
     return float(math.exp(low)), float(math.exp(high))

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dart_llm.config import PruneConfig
+from dart_llm.errors import ConfigError
 from dart_llm.merge import merge_reports
 from dart_llm.perplexity import Scored, ratio_interval, score_slice
 from dart_llm.results import ResultsFolder
@@ -50,8 +51,9 @@ def score_row(
     """Score all slices, keeping each as a finished part of the folder."""
     losses, reports = [], []
     run = None if config is None else Run(model, config, masks)
+    name = label(config) if masks is None else "given masks"
     for index, window in enumerate(windows):
-        key = f"ppl/{text}/{label(config)}/{index}"
+        key = f"ppl/{text}/{name}/{index}"
         part = folder.part(key)
         if part is None:
             part = _score_one(model, run, window, prompt)
@@ -61,7 +63,7 @@ def score_row(
             reports.append(part["report"])
         advance(1)
     merged = merge_reports(reports) if reports else None
-    return Row(label(config), config, Scored(tuple(losses), None), merged)
+    return Row(name, config, Scored(tuple(losses), None), merged)
 
 
 def _score_one(model: Any, run: Run | None, window: Tensor, prompt: int) -> dict[str, Any]:
@@ -70,12 +72,18 @@ def _score_one(model: Any, run: Run | None, window: Tensor, prompt: int) -> dict
     run.reset()
     with run:
         losses = score_slice(model, run, window, prompt)
-        return {"losses": losses, "report": run.report().to_dict()}
+        report = run.report()
+    if report.dense_token_share == 1 and run.asks_for_pruning:
+        raise ConfigError(
+            f"perplexity of {label(run.config)}: all {report.decoded_tokens} scored tokens of a "
+            "slice ran dense, so this would measure the untouched model; give more "
+            "--ppl-prompt-tokens or --ppl-scored-tokens, or a smaller --min-evidence or "
+            "--masking-step"
+        )
+    return {"losses": losses, "report": report.to_dict()}
 
 
-def rows_to_dict(
-    rows: Sequence[Row], text: str, prompt: int, scored: int, masks: bool = False
-) -> dict[str, Any]:
+def rows_to_dict(rows: Sequence[Row], text: str, prompt: int, scored: int) -> dict[str, Any]:
     """The document of one text in perplexity.json; the first row is dense."""
     dense = rows[0].scored
     return {
@@ -86,13 +94,13 @@ def rows_to_dict(
         "scored_tokens": scored,
         "rows": [
             {
-                "method": "dense" if row.config is None else row.config.method,
+                "method": row.report["method"] if row.report else "dense",
                 "label": row.label,
                 "sparsity": row.report["requested_sparsity"] if row.report else 0.0,
                 "perplexity": row.scored.perplexity,
                 "mean_loss": row.scored.mean_loss,
                 "ratio_to_dense": row.scored.perplexity / dense.perplexity,
-                "interval": list(ratio_interval(row.scored, dense)) if row.config else None,
+                "interval": ratio_interval(row.scored, dense) if row.config else None,
                 "accounting": row.report,
             }
             for row in rows

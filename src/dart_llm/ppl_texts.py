@@ -9,6 +9,8 @@ from dart_llm.errors import ConfigError
 from dart_llm.hub_data import HUB_TEXTS, MMLU_SUBJECTS, mmlu_questions, perplexity_text
 
 EMBEDDED = "embedded"
+KNOWN = (EMBEDDED, "mmlu", *HUB_TEXTS)
+"""Texts that are not files."""
 
 
 def read(name: str, subjects: str | None = None) -> str:
@@ -45,6 +47,6 @@ def names(settings: str) -> list[str]:
     if not found:
         raise ConfigError("no text for perplexity: use embedded, or the path of a text file")
     for name in found:
-        if name not in (EMBEDDED, "mmlu", *HUB_TEXTS):
+        if name not in KNOWN:
             _file(name)
     return found

@@ -44,10 +44,16 @@ class ResultsFolder:
     def save_part(self, key: str, value: Any) -> None:
         """Keep a finished part; it survives any interruption after this call."""
         self.parts[key] = value
-        with (self.path / PARTS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, "value": finite(value)}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        line = json.dumps({"key": key, "value": finite(value)}) + "\n"
+        try:
+            with (self.path / PARTS).open("a", encoding="utf-8") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise ResultsError(
+                f"cannot write {self.path / PARTS}: {error.strerror or error}"
+            ) from None
 
     def finish(self) -> None:
         """Drop the parts: the files proper hold everything."""

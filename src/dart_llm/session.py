@@ -206,19 +206,26 @@ class Run:
         """Accounting so far, in total and per sequence."""
         self._catch_up()
         copies = self._copies if self._attachment is None else self._attachment.nbytes()
-        automatic = self.config.sparsity is not None or self._asks_total()
         return run_report(
             list(self._tracer.all_lives()),
             Costs(self._layers, self._view.parameter_bytes),
             self.executor,
             copies,
             self.config.method if self._given is None else "given masks",
-            self.config.target if automatic and self._given is None else None,
+            self.config.target if self._asks_total() and self._given is None else None,
         )
 
+    @property
+    def asks_for_pruning(self) -> bool:
+        """False where nothing can be removed: sparsity 0, a table of ones, masks of everything."""
+        if self._given is not None:
+            return any(mask is not None for mask in self._given)
+        return not self._tracer.selector.removes_nothing
+
     def _asks_total(self) -> bool:
+        """Whether the sparsity asked for is one of the whole model, not of some layers."""
         targets = self._tracer.selector.targets
-        return self.config.score.strategy == "topk" and "auto" in targets
+        return self.config.score.strategy == "topk" and all(t == "auto" for t in targets)
 
     def export(self, folder: str | Path) -> Path:
         """Write the newest mask as a dense, narrower checkpoint that ``from_pretrained`` loads.

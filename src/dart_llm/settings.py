@@ -6,6 +6,7 @@ same name in kebab case, an upper-case variable of the two shell scripts, and ``
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,15 @@ RIVALS = (
 
 def _field(panel: str, text: str, default: Any = None) -> Any:
     return Field(default, description=text, json_schema_extra={"panel": panel})
+
+
+def _is_text(text: str) -> bool:
+    """False where the command line held bytes that are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class RunSettings(BaseModel):
@@ -138,6 +148,18 @@ class RunSettings(BaseModel):
             value = getattr(self, name)
             if value is not None and value < (0 if name == "generation" else 1):
                 raise ConfigError(f"--{name.replace('_', '-')} {value} is too small")
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"--temperature {self.temperature:g} must be 0 (greedy) or more")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"--seed {self.seed} must be a whole number from 0 to 2^63 - 1")
+        if self.masks and self.target_sparsity() is not None:
+            raise ConfigError("--masks names the neurons themselves: drop the sparsity")
+        for name in ("prompt", "custom_prompt_text"):
+            if not _is_text(getattr(self, name) or ""):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} is not valid UTF-8: put the text in a file and "
+                    "give --prompt-file"
+                )
         if self.knowledge_drift is not None and self.drift is not None:
             raise ConfigError("give --knowledge-drift or --drift, not both")
         self.prune_config()
@@ -228,7 +250,13 @@ class RunSettings(BaseModel):
             return self.experiment_name
         config = self.prune_config()
         fixed = config.budget.table is not None or config.score.strategy == "auto"
-        amount = "table" if fixed and config.sparsity is None else f"{config.target:g}"
+        amount = (
+            "masks"
+            if self.masks
+            else "table"
+            if fixed and config.sparsity is None
+            else f"{config.target:g}"
+        )
         model = Path(self.model.rstrip("/")).name.lower()
         return f"{model}-{self.method}-{amount}"
 
