@@ -76,7 +76,7 @@ def speed(root: Path, name: str) -> str:
         )
     machine = data["machine"]
     note = (
-        f"Medians of {data['repeats']} x {data['tokens']} decoded tokens after a prompt of "
+        f"Medians over groups of 16 of {data['repeats']} x {data['tokens']} decoded tokens after a prompt of "
         f"{data['prompt']}, one run, cases interleaved, {data['threads']} threads of "
         f"{machine['processor']}. {source(data, name)}"
     )
