@@ -1,8 +1,9 @@
 """Decode time per token: dense, attached at sparsity 0, observing, compact; one run, interleaved.
 
 The prompt is read once per repetition and not timed.  Medians over groups of 16 tokens, for work
-that is put off and done for several tokens at once must count; ratios of medians.  ``limit`` is 1 / (1 - f s): what the bytes allow, with f the FFN's share of the bytes that
-one token reads and s the sparsity.
+that is put off and done for several tokens at once must count; ratios of medians.  ``limit`` is
+1 / (1 - f s): what the bytes allow, with f the FFN's share of the bytes that one token reads and s
+the sparsity.
 """
 
 from __future__ import annotations

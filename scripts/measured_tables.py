@@ -76,9 +76,9 @@ def speed(root: Path, name: str) -> str:
         )
     machine = data["machine"]
     note = (
-        f"Medians over groups of 16 of {data['repeats']} x {data['tokens']} decoded tokens after a prompt of "
-        f"{data['prompt']}, one run, cases interleaved, {data['threads']} threads of "
-        f"{machine['processor']}. {source(data, name)}"
+        f"Medians over groups of 16 tokens, {data['repeats']} x {data['tokens']} decoded tokens "
+        f"after a prompt of {data['prompt']}, one run, cases interleaved, {data['threads']} "
+        f"threads of {machine['processor']}. {source(data, name)}"
     )
     return f"{_table(lines)}\n\n{note}"
 
