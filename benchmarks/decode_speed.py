@@ -1,4 +1,4 @@
-"""Decode time per token: dense, attached at sparsity 0, observing, compact; one run, interleaved.
+"""Decode time per token: dense, attached at sparsity 0, observing, compact; one run, shuffled.
 
 The prompt is read once per repetition and not timed.  Medians over groups of 16 tokens, for work
 that is put off and done for several tokens at once must count; ratios of medians.  ``limit`` is
@@ -9,6 +9,7 @@ the sparsity.
 from __future__ import annotations
 
 import contextlib
+import random
 import statistics
 import time
 from typing import Any
@@ -65,8 +66,9 @@ def main() -> None:
     ids = ids.to(model.device)
     share = Run(model, PruneConfig.build("dense")).report().ffn_share_of_bytes
     times: dict[str, list[float]] = {name: [] for name in cases()}
+    order = random.Random(0)
     for _ in range(args.repeats):
-        for name, config in cases().items():
+        for name, config in order.sample(list(cases().items()), len(cases())):
             times[name] += decode(model, ids, config, args.tokens)
     dense = statistics.median(times["dense"])
     rows = []

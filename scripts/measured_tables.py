@@ -77,8 +77,8 @@ def speed(root: Path, name: str) -> str:
     machine = data["machine"]
     note = (
         f"Medians over groups of 16 tokens, {data['repeats']} x {data['tokens']} decoded tokens "
-        f"after a prompt of {data['prompt']}, one run, cases interleaved, {data['threads']} "
-        f"threads of {machine['processor']}. {source(data, name)}"
+        f"after a prompt of {data['prompt']}, one run, cases interleaved in random order, "
+        f"{data['threads']} threads of {machine['processor']}. {source(data, name)}"
     )
     return f"{_table(lines)}\n\n{note}"
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dart_llm.ffn import CompactFfn, FfnBlock, run_masked
 from dart_llm.masks import LayerMask
-from dart_llm.plan import Plan
+from dart_llm.plan import Plan, bare
 from dart_llm.tracer import Tracer
 
 
@@ -53,7 +53,7 @@ class HostedFfn:
 
     def _take_x(self, module: nn.Module, args: Any) -> None:
         if self.owner.plan.observe:
-            self.x = args[0].detach()
+            self.x = bare(args[0])
 
     def _take_r(self, module: nn.Module, args: Any, r: Tensor) -> None:
         if self.waiting is not None:
@@ -115,11 +115,11 @@ class HostedFfn:
             self._observe(u, z, None)
             return
         if self.block.x_from is None:
-            self.x = x.detach()
+            self.x = bare(x)
         if self.block.post_norm is None:
             self._observe(u, z, z)
         else:
-            self.waiting = (u.detach(), z.detach())
+            self.waiting = (bare(u), bare(z))
 
     def _observe(self, u: Tensor, z: Tensor, r: Tensor | None) -> None:
         rows = self.owner.rows

@@ -17,6 +17,9 @@ Seen = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 LIMIT = 16
 """Tokens after which the evidence is updated."""
 
+MAX_BYTES = 4 << 20
+"""Bytes after which it is updated, however few the tokens: large models gain nothing by waiting."""
+
 Update = Callable[[list[bool], int, Seen, Tensor | None], None]
 
 
@@ -55,8 +58,14 @@ class Observations:
             self.layers.setdefault(layer, []).append((u, z, x, r))
         self.weights.append(weights)
         self.shapes.append((rows, tokens))
-        if self.tokens >= LIMIT:
+        if self.tokens >= LIMIT or self.nbytes() >= MAX_BYTES:
             self.flush()
+
+    def nbytes(self) -> int:
+        """Bytes of the queued tensors; all layers hold as much as the first."""
+        first = next(iter(self.layers.values()), [])
+        each = sum(t.numel() * t.element_size() for seen in first for t in seen if t is not None)
+        return each * len(self.layers)
 
     def flush(self) -> None:
         """Add everything queued to the evidence."""
