@@ -17,7 +17,7 @@ Seen = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 LIMIT = 16
 """Tokens after which the evidence is updated."""
 
-MAX_BYTES = 4 << 20
+MAX_BYTES = 2 << 20
 """Bytes after which it is updated, however few the tokens: large models gain nothing by waiting."""
 
 Update = Callable[[list[bool], int, Seen, Tensor | None], None]
