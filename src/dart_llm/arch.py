@@ -147,6 +147,12 @@ def _weight(module: nn.Module | None) -> Tensor | None:
     return weight if isinstance(weight, Tensor) else None
 
 
+def context_length(model: Any) -> int | None:
+    """Tokens that the model's context holds, or None when its configuration does not say."""
+    length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return length
+
+
 def _bytes_read(model: nn.Module) -> int:
     """All parameters once; an input embedding that is not also the head is only looked up."""
     inputs = _weight(model.get_input_embeddings())  # type: ignore[operator]

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from dart_llm import job_prompt, ppl_texts
+from dart_llm.arch import context_length
 from dart_llm.config import PruneConfig
 from dart_llm.devices import memory_failure
 from dart_llm.errors import ConfigError, DartError, MissingExtra, ResultsError
@@ -155,7 +156,7 @@ def _perplexity(job: Job, text: str, masks: dict[int, Tensor] | None) -> None:
     ids = job.tokenizer(content, return_tensors="pt", verbose=False).input_ids[0]
     prompt, scored = settings.ppl_prompt_tokens, settings.ppl_scored_tokens
     windows = slices(ids, settings.ppl_max_samples, prompt, scored)
-    limit = getattr(job.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(job.model)
     if limit and prompt + scored > limit:
         raise ConfigError(
             f"a perplexity slice of {prompt} prompt + {scored} scored tokens is longer than the "

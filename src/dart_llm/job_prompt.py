@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dart_llm.arch import context_length
 from dart_llm.errors import ConfigError
 from dart_llm.generate import encode_prompt
 from dart_llm.prompts import mmlu_prompt, resolve_prompt
@@ -53,7 +54,7 @@ def _read(settings: RunSettings) -> str | None:
 
 def encode(settings: RunSettings, prompt: str, model: Any, tokenizer: Any) -> tuple[str, Tensor]:
     """The final text and its ids [1, T]; ``ConfigError`` when it does not fit the context."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(model)
     if settings.prompt_type == "mmlu":
         subjects = [part.strip() for part in str(settings.prompt_subject).split(",")]
         length = settings.prompt_length or min(limit or MMLU_DEFAULT_TOKENS, MMLU_DEFAULT_TOKENS)
