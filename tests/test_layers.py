@@ -16,8 +16,8 @@ SOURCE = Path(dart_llm.__file__).parent
 LEVELS = {
     0: "errors config layer_spec records registry",
     1: "weights scores proxies evidence budgets depth_budget masks compensation drift select life "
-    "plan observations tracer accounting",
-    2: "names arch ffn layer loop attach export",
+    "plan observations reference tracer accounting",
+    2: "names arch ffn layer loop attach executor export",
 }
 """Files of each layer of the design; every other file joins, measures or is a door: level 3."""
 

@@ -180,7 +180,9 @@ def _shares(lives: Sequence[Life], costs: Costs, skips: bool, copies: bool) -> t
     flops = moved = forwards = tokens = 0.0
     dense_flops, dense_bytes = costs.flops(None), costs.bytes(None)
     for life in lives:
-        compensates = life.config.compensation and life.given is None
+        masks = life.given or ()
+        held = any(mask is not None and mask.bias is not None for mask in masks)
+        compensates = held or (life.config.compensation and life.given is None)
         for period in life.periods:
             kept = period.kept if skips else None
             forwards += period.forwards

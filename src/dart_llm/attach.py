@@ -6,6 +6,7 @@ x, r and v are read, and wrappers around ``generate``.  ``remove`` puts back exa
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import weakref
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from dart_llm import arch
 from dart_llm.errors import AttachError, ConfigError
 from dart_llm.layer import HostedFfn
 from dart_llm.loop import Loop, bare_call
-from dart_llm.plan import Plan
+from dart_llm.plan import Kind, Plan
 from dart_llm.tracer import Tracer
 
 _active: weakref.WeakSet[Attachment] = weakref.WeakSet()
@@ -62,6 +63,7 @@ class Attachment(_NotCopied):
         self.plan = Plan(False, False, ())
         self.rows = 1
         self.forced_decode = 0
+        self.forced_prompt = 0
         self.loop: Loop | None = None
         self._view = view
         self._undo: list[Callable[[], None]] = []
@@ -130,6 +132,8 @@ class Attachment(_NotCopied):
             seen = arch.read_forward(model, args, kwargs)
             self.rows = seen.rows
             call = self.loop.call(seen) if self.loop else bare_call(seen, self.forced_decode > 0)
+            if self.forced_prompt:
+                call = dataclasses.replace(call, kind=Kind.DECODE, observable=None)
             self.plan = self.tracer.begin_forward(call)
 
     def _after(self, model: nn.Module, args: Any, output: Any) -> None:

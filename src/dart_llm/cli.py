@@ -113,7 +113,7 @@ def _run(
 
 
 _run.__name__ = "run"
-app.command(name="run")(with_settings(_run))
+app.command(name="run")(with_settings(_run, RunSettings))
 
 
 def _save_settings(settings: RunSettings, path: Path) -> None:

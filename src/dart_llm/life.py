@@ -201,6 +201,11 @@ class Life:
         for period in reversed(self.periods):
             tokens = period.cut(tokens)
 
+    def keep_counts(self) -> None:
+        """``rewind`` does not take back from the accounting what was decoded so far."""
+        for period in self.periods:
+            period.length = 0
+
     def may_trigger(self) -> bool:
         """Whether the guards allow a re-mask now (distance, cap on dense tokens)."""
         drift = self.config.drift

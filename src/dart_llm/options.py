@@ -9,7 +9,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 import typer
 
-from dart_llm.settings import RunSettings
+from dart_llm.settings_base import BaseSettings
 
 ALIASES: dict[str, tuple[str, ...]] = {
     "eval_perplexity": ("--perplexity",),
@@ -26,10 +26,10 @@ def _plain(annotation: Any) -> Any:
     return annotation
 
 
-def parameters() -> list[inspect.Parameter]:
+def parameters(settings: type[BaseSettings]) -> list[inspect.Parameter]:
     """One keyword parameter per setting; None means "not given"."""
     found = []
-    for name, field in RunSettings.model_fields.items():
+    for name, field in settings.model_fields.items():
         flag = "--" + name.replace("_", "-")
         kind = _plain(field.annotation)
         names = [flag, *ALIASES.get(name, ())]
@@ -58,13 +58,15 @@ def _metavar(kind: Any) -> str | None:
     return {str: "TEXT", int: "N", float: "X", bool: ""}.get(kind)
 
 
-def with_settings(function: Callable[..., None]) -> Callable[..., None]:
+def with_settings(
+    function: Callable[..., None], settings: type[BaseSettings]
+) -> Callable[..., None]:
     """Give ``function(flags, ...)`` one option per setting; they arrive as the dict ``flags``."""
     signature = inspect.signature(function)
     own = [p for p in signature.parameters.values() if p.name != "flags"]
 
     def command(**values: Any) -> None:
-        names = RunSettings.model_fields
+        names = settings.model_fields
         flags = {key: value for key, value in values.items() if key in names}
         rest = {key: value for key, value in values.items() if key not in names}
         function(flags, **rest)
@@ -72,7 +74,7 @@ def with_settings(function: Callable[..., None]) -> Callable[..., None]:
     command.__doc__ = function.__doc__
     command.__name__ = function.__name__
     own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-    every = [*parameters(), *own]
+    every = [*parameters(settings), *own]
     command.__signature__ = signature.replace(parameters=every)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in every}
     return command

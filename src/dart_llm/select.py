@@ -13,7 +13,7 @@ from torch import Tensor
 from dart_llm.budgets import LayerView, align_counts, blend_counts
 from dart_llm.compensation import compensation
 from dart_llm.config import PruneConfig
-from dart_llm.errors import ConfigError, DartError
+from dart_llm.errors import AttachError, ConfigError, DartError
 from dart_llm.evidence import LayerEvidence, Statistics, needed
 from dart_llm.layer_spec import AUTO, parse_layer_spec
 from dart_llm.masks import LayerMask, auto_count, top_ids
@@ -96,6 +96,16 @@ class Selector:
             )
         ]
         return Selection(tuple(masks), tuple(counts), tuple(scores))
+
+    def preview(self, evidence: Sequence[LayerEvidence] | None) -> tuple[LayerMask | None, ...]:
+        """The masks of ``select``; raises ``AttachError`` where evidence is needed and missing."""
+        if self.removes_nothing:
+            return (None,) * len(self.layers)
+        if evidence is None:
+            if self.needs_evidence:
+                raise AttachError("no token has been observed yet: run a prompt first")
+            evidence = [LayerEvidence() for _ in self.layers]
+        return self.select(evidence).masks
 
     def counts(self, scores: Sequence[Tensor], evidence: Sequence[LayerEvidence]) -> list[int]:
         """How many neurons each layer keeps."""

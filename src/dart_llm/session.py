@@ -8,7 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dart_llm.accounting import Costs, run_report
@@ -16,14 +15,14 @@ from dart_llm.arch import describe
 from dart_llm.attach import Attachment
 from dart_llm.config import PruneConfig
 from dart_llm.errors import AttachError, ConfigError
+from dart_llm.executor import check_executor, choose_executor
 from dart_llm.life import Life
 from dart_llm.masks import LayerMask, given_masks
 from dart_llm.records import DriftCheck, Remask, RunReport
-from dart_llm.registry import SCORES
-from dart_llm.select import Selector
 from dart_llm.tracer import Tracer
 
 Ids = Mapping[int, Sequence[int] | Tensor]
+Masks = tuple[LayerMask | None, ...]
 
 
 class Run:
@@ -39,19 +38,23 @@ class Run:
         masks: Ids | None = None,
         remove: Ids | None = None,
         on_remask: Callable[[Remask], None] | None = None,
+        held: Masks | None = None,
     ) -> None:
+        """``held``: masks that were chosen beforehand, by calibration (``Run.select``)."""
         self.model = model
         self.config = config
         self.on_remask = on_remask
         self.on_selection: Callable[[Remask, Life], None] | None = None
+        self.on_masks: Callable[[Masks], None] | None = None
         self._view = describe(model)
         self._layers = self._view.weights(config.score.proxy_embedding, config.seed)
-        given = masks is not None or remove is not None
-        self._given = self._place(masks, remove) if given else None
+        self._by_hand = masks is not None or remove is not None
+        self._given = self._first = self._place(masks, remove) if self._by_hand else held
         self._tracer = self._new_tracer()
         self._attachment: Attachment | None = None
         self._copies = 0
-        self._check_executor()
+        chooses = self._given is None and not self._tracer.selector.removes_nothing
+        check_executor(self._view.blocks, self._tracer.selector, type(model).__name__, chooses)
 
     def _place(self, masks: Ids | None, remove: Ids | None) -> tuple[LayerMask | None, ...]:
         found = given_masks([layer.width for layer in self._layers], masks, remove)
@@ -62,22 +65,6 @@ class Run:
             for ids, layer in zip(found, self._layers, strict=True)
         )
 
-    def _check_executor(self) -> None:
-        inline = [block.index for block in self._view.blocks if block.inline]
-        away = [block.index for block in self._view.blocks if block.offloaded]
-        if self.config.executor == "compact" and (inline or away):
-            reason = "is offloaded" if away else "has no FFN module of its own"
-            raise ConfigError(
-                f'executor "compact" cannot run {type(self.model).__name__}: layer '
-                f'{(away or inline)[0]} {reason}; use executor "masked" or "auto"'
-            )
-        prunes = self._given is None and not self._tracer.selector.removes_nothing
-        if away and prunes and _reads_weights(self._tracer.selector, away[0]):
-            raise ConfigError(
-                f"layer {away[0]} is offloaded, so its weights cannot be read between forwards; "
-                "use compensation=False and a score of activations alone (normalized, magnitude)"
-            )
-
     def _new_tracer(self) -> Tracer:
         return Tracer(self.config, self._layers, self._given, self._notify)
 
@@ -86,16 +73,13 @@ class Run:
             self.on_remask(remask)
         if self.on_selection is not None:
             self.on_selection(remask, life)
+        if self.on_masks is not None and life.masks is not None:
+            self.on_masks(life.masks)
 
     @property
     def executor(self) -> str:
         """``compact`` where the rows of a batch share a mask and work can be skipped."""
-        if self.config.executor != "auto":
-            return self.config.executor
-        blocked = self.config.batch == "per_row" or any(
-            block.inline or block.offloaded for block in self._view.blocks
-        )
-        return "masked" if blocked else "compact"
+        return choose_executor(self.config, self._view.blocks)
 
     def attach(self) -> Run:
         """Start pruning the model; raises ``AttachError`` when it is pruned already."""
@@ -138,16 +122,49 @@ class Run:
             self._attachment.tracer = self._tracer
 
     @contextlib.contextmanager
-    def decoding(self) -> Iterator[None]:
-        """Inside, every forward that continues a cache counts as decode, whatever its length."""
-        if self._attachment is None or not self._attachment.installed:
+    def decoding(self, prompt: bool = False) -> Iterator[None]:
+        """Inside, every forward that continues a cache counts as decode, whatever its length.
+
+        ``prompt``: forwards that start a sequence, or that are ``generate``'s prompt step, too;
+        with held masks (``hold``) the prompt then runs pruned.
+        """
+        attachment = self._attachment
+        if attachment is None or not attachment.installed:
             raise AttachError("decoding() needs an attached run: use it inside the with block")
-        self._attachment.forced_decode += 1
+        attachment.forced_decode += 1
+        attachment.forced_prompt += prompt
         try:
             yield
         finally:
-            if self._attachment is not None:
-                self._attachment.forced_decode -= 1
+            attachment.forced_decode -= 1
+            attachment.forced_prompt -= prompt
+
+    def select(self) -> Masks:
+        """The masks that the tokens observed so far give, compensation included; None: dense.
+
+        Changes nothing.  With masks of the user's own: those.  Raises ``AttachError`` when the
+        configuration needs observed tokens and there are none.
+        """
+        masks = self._given if self._given is not None else self._tracer.select()
+        if self.on_masks is not None:
+            self.on_masks(masks)
+        return masks
+
+    def hold(self, masks: Masks | None) -> None:
+        """From now on apply ``masks`` (as of ``select``) and choose none; None: choose again.
+
+        Forgets all sequences, as ``reset`` does.
+        """
+        removing = masks is not None and any(mask is not None for mask in masks)
+        self._given = masks if removing else self._first
+        self.reset()
+
+    def branch(self) -> None:
+        """What was decoded so far stays counted when the next forward goes back in the cache.
+
+        For several continuations of one prompt; a plain shorter cache means rolled-back tokens.
+        """
+        self._tracer.branch()
 
     def tokens_until_change(self) -> int | None:
         """Tokens that one decode forward may hold before the masks can change; None: no bound.
@@ -211,8 +228,8 @@ class Run:
             Costs(self._layers, self._view.parameter_bytes),
             self.executor,
             copies,
-            self.config.method if self._given is None else "given masks",
-            self.config.target if self._asks_total() and self._given is None else None,
+            "given masks" if self._by_hand else self.config.method,
+            self.config.target if self._asks_total() and not self._by_hand else None,
         )
 
     @property
@@ -235,17 +252,6 @@ class Run:
         from dart_llm.export import export
 
         return export(self.model, self._view.blocks, self._newest_masks(), Path(folder))
-
-
-def _reads_weights(selector: Selector, layer: int) -> bool:
-    """Whether masks are made from the weights of ``layer`` too, not from activations alone."""
-    if selector.config.compensation or "squares" in selector.statistics.needs:
-        return True
-    weights = selector.layers[layer]
-    try:
-        return SCORES.get(selector.config.score.name)(torch.zeros(weights.width), weights).is_meta
-    except RuntimeError:  # activations and weights that are not there do not mix
-        return True
 
 
 def prune(

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from dart_llm.config import PruneConfig
-from dart_llm.drift import SINKS, make_rule
+from dart_llm.drift import make_rule
 from dart_llm.life import Life, Phase
 from dart_llm.masks import LayerMask
 from dart_llm.observations import Observations, Seen
 from dart_llm.plan import Call, Held, Kind, Plan, bare, prompt_counts, token_weights
 from dart_llm.records import DriftCheck, Remask
+from dart_llm.reference import add_reference, sinks_ahead
 from dart_llm.select import Selector, check_fits
 from dart_llm.weights import FfnWeights
 
@@ -226,7 +227,7 @@ class Tracer:
         call = held.call
         end = call.prompt_tokens
         if held.feature is not None:
-            self._reference(held, held.feature[:, :end], end)
+            add_reference(self.lives, held, held.feature[:, :end], self._real)
         if extra := call.tokens - end:
             for life in self.lives:  # candidate tokens that rode along with the prompt ran dense
                 phase, life.phase = life.phase, Phase.RELEASED
@@ -237,7 +238,7 @@ class Tracer:
         call = held.call
         weights = token_weights(call, accepted)
         if held.feature is not None:
-            self._reference(held, held.feature[:, :accepted], accepted)
+            add_reference(self.lives, held, held.feature[:, :accepted], self._real)
         for life in self.lives:
             rows = life.batch_rows
             count = call.rows if life.row is None else 1
@@ -246,23 +247,6 @@ class Tracer:
             life.count(accepted, live)
             if pruned:
                 self._watch(life, held, accepted, rows)
-
-    def _reference(self, held: Held, v: Tensor, end: int) -> None:
-        weights, live = token_weights(held.call, end), held.call.live
-        padded = held.call.kind is Kind.PREFILL and weights is not None
-        if padded and weights is not None:
-            before = torch.tensor(self._real, device=weights.device)[:, None]
-            weights = weights * (weights.cumsum(1) - 1 + before >= SINKS)
-        for life, wanted in zip(self.lives, held.observing, strict=True):
-            if wanted:
-                rows, skip = life.batch_rows, 0 if padded else self._sinks(life, end)
-                w = None if weights is None else weights[rows, skip:].to(v.device)
-                life.detector.observe(v[rows, skip:], w, None if live is None else live[rows])
-
-    def _sinks(self, life: Life, tokens: int) -> int:
-        """How many of the next ``tokens`` are attention sinks (of the shortest row)."""
-        before = min(self._real) if life.row is None else self._real[life.row]
-        return max(0, min(SINKS - int(before), tokens))
 
     def _watch(self, life: Life, held: Held, accepted: int, rows: slice) -> None:
         if self.rule.interval and life.pruned_run >= self.rule.interval:
@@ -273,7 +257,7 @@ class Tracer:
         if held.feature is None:
             return
         live = held.call.live
-        v = held.feature[rows, self._sinks(life, accepted) : accepted]
+        v = held.feature[rows, sinks_ahead(life, accepted, self._real) : accepted]
         for check in life.detector.watch(v, None if live is None else live[rows].to(v.device)):
             allowed = check.fired and life.may_trigger()
             last = len(self.selector.layers) - 1
@@ -282,6 +266,20 @@ class Tracer:
                 self._queue.flush()
                 life.trigger("drift")
                 break
+
+    @torch.no_grad()
+    def select(self) -> tuple[LayerMask | None, ...]:
+        """The masks that the evidence of the newest sequence gives now; None: dense."""
+        self.flush()
+        life = self.lives[-1] if self.lives else None
+        with torch.inference_mode(False):
+            return self.selector.preview(life.evidence if life and life.evidence_tokens else None)
+
+    def branch(self) -> None:
+        """Tokens decoded so far are no longer taken back by a shorter cache."""
+        self.settle()
+        for life in self.lives:
+            life.keep_counts()
 
     def tokens_until_change(self) -> int | None:
         """Tokens that the next decode forward may hold before any state can change."""

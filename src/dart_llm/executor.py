@@ -1,0 +1,54 @@
+"""Which executor runs a model, and what cannot run at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dart_llm.config import PruneConfig
+from dart_llm.errors import ConfigError
+from dart_llm.ffn import FfnBlock
+from dart_llm.registry import SCORES
+from dart_llm.select import Selector
+
+
+def choose_executor(config: PruneConfig, blocks: Sequence[FfnBlock]) -> str:
+    """``compact`` where the rows of a batch share a mask and work can be skipped."""
+    if config.executor != "auto":
+        return config.executor
+    blocked = config.batch == "per_row" or any(block.inline or block.offloaded for block in blocks)
+    return "masked" if blocked else "compact"
+
+
+def check_executor(
+    blocks: Sequence[FfnBlock], selector: Selector, model: str, chooses: bool
+) -> None:
+    """Raise ``ConfigError`` for what this model's FFNs cannot run.
+
+    ``model``: its class, for the message.  ``chooses``: whether masks are made, not given.
+    """
+    inline = [block.index for block in blocks if block.inline]
+    away = [block.index for block in blocks if block.offloaded]
+    if selector.config.executor == "compact" and (inline or away):
+        reason = "is offloaded" if away else "has no FFN module of its own"
+        raise ConfigError(
+            f'executor "compact" cannot run {model}: layer '
+            f'{(away or inline)[0]} {reason}; use executor "masked" or "auto"'
+        )
+    if away and chooses and _reads_weights(selector, away[0]):
+        raise ConfigError(
+            f"layer {away[0]} is offloaded, so its weights cannot be read between forwards; "
+            "use compensation=False and a score of activations alone (normalized, magnitude)"
+        )
+
+
+def _reads_weights(selector: Selector, layer: int) -> bool:
+    """Whether masks are made from the weights of ``layer`` too, not from activations alone."""
+    if selector.config.compensation or "squares" in selector.statistics.needs:
+        return True
+    weights = selector.layers[layer]
+    try:
+        return SCORES.get(selector.config.score.name)(torch.zeros(weights.width), weights).is_meta
+    except RuntimeError:  # activations and weights that are not there do not mix
+        return True

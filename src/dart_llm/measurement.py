@@ -1,0 +1,82 @@
+"""What every evaluation returns: one method on one task, with its items and its accounting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+PROTOCOLS: dict[str, str] = {
+    "decode": "the prompt is dense and observed; continuation tokens run pruned",
+    "full": "masks from the context only, applied to the context and the continuation",
+    "published": "masks from the whole scored text, answer included: leaks, not causal",
+}
+"""How pruning meets a task (docs/method.md, "Evaluation")."""
+
+LEAK = "published protocol: the masks have seen the answers (leaking, not causal)"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One method on one task.
+
+    ``metrics``: headline numbers by name; None where a number is not finite.  ``items``: one
+    mapping per document or slice with ``id`` and the numbers that the metrics average (paired
+    over methods by ``id``).  ``samples``: raw material per item (texts, log-probabilities).
+    ``accounting``: ``RunReport.to_dict()`` without ``sequences``; None for an untouched model.
+    ``counts``: per layer, [I] times each neuron was kept, over ``masks`` masks; may be empty.
+    """
+
+    task: str
+    protocol: str
+    metric: str
+    """Name of the metric that tables and plots show first."""
+    higher_is_better: bool
+    metrics: Mapping[str, float | None]
+    items: tuple[Mapping[str, Any], ...]
+    accounting: Mapping[str, Any] | None = None
+    samples: tuple[Mapping[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
+    counts: tuple[Any, ...] = field(default=(), compare=False)
+    masks: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able data without ``samples`` and ``counts``, which have files of their own."""
+        data = asdict(self, dict_factory=dict) if not self.counts else None
+        data = data or {name: getattr(self, name) for name in self.__dataclass_fields__}
+        for name in ("samples", "counts"):
+            data.pop(name)
+        return {
+            **data,
+            "metrics": dict(self.metrics),
+            "items": [dict(item) for item in self.items],
+            "accounting": None if self.accounting is None else dict(self.accounting),
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """How a task is measured, whatever the method; None: the task's own default.
+
+    ``limit``: items (per task), the first ones, or a random choice when ``sample_seed`` is set.
+    """
+
+    protocol: str = "decode"
+    limit: int | None = None
+    sample_seed: int | None = None
+    num_fewshot: int | None = None
+    include_path: str | None = None
+    batch_size: int = 8
+    apply_chat_template: bool | None = None
+    prompt_tokens: int = 256
+    scored_tokens: int = 256
+    window: int = 2048
+    stride: int | None = None
+    max_output: int = 256
+    seed: int = 0
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean; NaN of nothing."""
+    return sum(values) / len(values) if values else float("nan")

@@ -1,0 +1,39 @@
+"""Attention outputs on their way into a drift detector's reference; sinks are left out.
+
+The first tokens of a sequence draw attention whatever they say (docs/method.md, "Drift").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dart_llm.drift import SINKS
+from dart_llm.life import Life
+from dart_llm.plan import Held, Kind, token_weights
+
+
+def add_reference(lives: Sequence[Life], held: Held, v: Tensor, real: Sequence[float]) -> None:
+    """Hand v [B, T, D] to the detectors of the lives that observe.
+
+    ``real``: tokens of each row before this forward, padding left out.
+    """
+    end = v.shape[1]
+    weights, live = token_weights(held.call, end), held.call.live
+    padded = held.call.kind is Kind.PREFILL and weights is not None
+    if padded and weights is not None:
+        before = torch.tensor(real, device=weights.device)[:, None]
+        weights = weights * (weights.cumsum(1) - 1 + before >= SINKS)
+    for life, wanted in zip(lives, held.observing, strict=True):
+        if wanted:
+            rows, skip = life.batch_rows, 0 if padded else sinks_ahead(life, end, real)
+            w = None if weights is None else weights[rows, skip:].to(v.device)
+            life.detector.observe(v[rows, skip:], w, None if live is None else live[rows])
+
+
+def sinks_ahead(life: Life, tokens: int, real: Sequence[float]) -> int:
+    """How many of the next ``tokens`` are attention sinks (of the shortest row)."""
+    before = min(real) if life.row is None else real[life.row]
+    return max(0, min(SINKS - int(before), tokens))
