@@ -5,11 +5,12 @@ ARGS ?=
 SETUP = PYTHON='$(PYTHON)' VENV='$(VENV)' scripts/setup.sh
 IN = OMP_WAIT_POLICY=PASSIVE '$(VENV)/bin/python' -m
 
-.PHONY: help setup setup-dev demo test lint format-check style types docs-check clean
+.PHONY: help setup setup-dev demo test test-online lint format-check style types docs-check clean
 
 help:
 	@echo "make demo    set up, fetch the default model (93 MB), prune it, show the result"
 	@echo "make test    set up and run the tests; ARGS='-k name' chooses"
+	@echo "make test-online  run the tests that need the hub: data sets and a model (about 1 GB)"
 	@echo "make setup   create the environment in $(VENV) and install dart-llm with its extras"
 	@echo "make lint    check format, style, types and docs"
 	@echo "make clean   remove the environment and caches; results stay"
@@ -27,6 +28,9 @@ demo: setup
 
 test: setup-dev
 	@$(IN) pytest $(ARGS)
+
+test-online: setup-dev
+	@DART_TEST_ONLINE=1 HF_HUB_OFFLINE=0 HF_DATASETS_OFFLINE=0 $(IN) pytest tests/test_online.py $(ARGS)
 
 format-check: setup-dev
 	@$(IN) ruff format --check .

@@ -25,14 +25,14 @@
 : "${PPL_DATASETS:=embedded}"         # embedded, wikitext2, c4, mmlu, or a text file
 : "${PPL_SUBJECTS:=}"                 # MMLU subjects for PPL_DATASETS=mmlu; empty: all
 : "${PPL_MAX_SAMPLES:=}"              # slices per text; empty: all
-: "${EVAL_MMLU:=false}"               # MMLU accuracy (a later version)
+: "${EVAL_MMLU:=false}"               # MMLU accuracy, dense beside pruned
 : "${MMLU_DATASETS:=all}"             # MMLU subjects
 : "${MMLU_SHOTS:=0}"                  # examples before each question
 : "${MMLU_MAX_SAMPLES:=}"             # questions per subject; empty: all
-: "${EVAL_GENERAL_NLP:=false}"        # BoolQ, RTE, HellaSwag, ... (a later version)
+: "${EVAL_GENERAL_NLP:=false}"        # BoolQ, RTE, HellaSwag, ..., dense beside pruned
 : "${GENERAL_NLP_DATASETS:=}"         # which of the seven tasks; empty: all seven
 : "${GENERAL_NLP_MAX_SAMPLES:=}"      # items per task; empty: all
-: "${EVAL_SUMMARIZATION:=false}"      # summaries and their ROUGE (a later version)
+: "${EVAL_SUMMARIZATION:=false}"      # ROUGE of summaries, dense beside pruned
 : "${SUMMARIZATION_DATASETS:=xsum}"   # data sets to summarize
 : "${SUMMARIZATION_MAX_SAMPLES:=}"    # documents per data set; empty: all
 : "${SUMMARIZATION_MAX_OUTPUT:=256}"  # tokens per summary

@@ -4,6 +4,7 @@ Usage: python scripts/check_docs.py [--write]
 
 - docs/cli.md holds the ``--help`` of every command, docs/scripts.md the table of variables.
 - docs/measurements.md and README.md hold tables made from benchmarks/results/*.json.
+- docs/data.md holds the catalogue of data sets.
 - Every flag of ``dart-llm run`` is in one of the two.
 - Every relative link and anchor in README.md, CONTRIBUTING.md and docs/*.md leads somewhere.
 
@@ -20,7 +21,19 @@ from pathlib import Path
 from urllib.parse import unquote
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("", "run", "demo", "methods", "doctor")
+COMMANDS = (
+    "",
+    "run",
+    "eval",
+    "perplexity",
+    "summarize",
+    "compare",
+    "sweep",
+    "results",
+    "demo",
+    "methods",
+    "doctor",
+)
 SCRIPTS = ("run_experiment.sh", "run_knowledge_drift.sh")
 VARIABLE = re.compile(r'^: "\$\{([A-Z_]+):=(.*)\}"', re.MULTILINE)
 WIDTH = "100"
@@ -78,6 +91,26 @@ def variable_table(root: Path) -> str:
     return "\n".join(lines)
 
 
+def data_table() -> str:
+    """Every data set of the catalogue, and when they were last read, as Markdown."""
+    from dart_llm.catalogue import DATA_SETS, LAST_RUN, get
+
+    lines = [
+        "| name | on the hub | split | columns | used for | licence |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for data in map(get, DATA_SETS):
+        where = f"`{data.hub_id}`" + (f", `{data.config}`" if data.config else "")
+        where += f" ({data.revision})" if data.revision else ""
+        where += ", gated" if data.gated else ""
+        columns = ", ".join(f"`{name}`" for names in data.columns.values() for name in names)
+        licence = f"[{data.licence}]({data.licence_page})" if data.licence_page else data.licence
+        uses = ", ".join([*data.uses, *(f"`{task}`" for task in data.tasks[:1])])
+        lines.append(f"| `{data.name}` | {where} | {data.split} | {columns} | {uses} | {licence} |")
+    lines += ["", f"`make test-online` last passed: {LAST_RUN}."]
+    return "\n".join(lines)
+
+
 def _code(default: str) -> str:
     return f"`{default}`" if default else "not given"
 
@@ -92,6 +125,8 @@ def generated(root: Path) -> dict[str, tuple[Path, str]]:
         "help": (root / "docs/cli.md", help_pages()),
         "variables": (root / "docs/scripts.md", variable_table(root)),
     }
+    if (root / "docs/data.md").is_file():
+        blocks["data"] = (root / "docs/data.md", data_table())
     if (root / "benchmarks/results").is_dir():
         import measured_tables  # beside this file
 

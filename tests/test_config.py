@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from dart_llm.config import (
     DEFAULT_SPARSITY,
     BudgetConfig,
+    CalibrationConfig,
     DriftConfig,
     PruneConfig,
     RemaskConfig,
@@ -37,18 +38,31 @@ rules = st.one_of(
 )
 
 
+calibrations = st.builds(
+    CalibrationConfig,
+    source=st.sampled_from(["text", "self"]),
+    sequences=st.integers(1, 999),
+    length=st.integers(2, 999),
+    purpose=st.sampled_from(["masks", "prior"]),
+)
+
+
 @st.composite
 def configs(draw: st.DrawFn) -> PruneConfig:
     table = draw(st.sampled_from([None, "all:auto", "0-1:auto,2:#5", "all:0.5"]))
     fixed = table == "all:0.5"
     masking = draw(whole)
+    calibration = draw(st.none() | calibrations)
+    prior = calibration is not None and calibration.purpose == "prior"
+    sparsity = None if fixed else draw(st.none() | st.just(0.0) | shares)
     return PruneConfig(
         method=draw(st.sampled_from(["dart", "griffin", "mine"])),
-        sparsity=None if fixed else draw(st.none() | st.just(0.0) | shares),
+        sparsity=sparsity,
         score=ScoreConfig(
             name=draw(st.sampled_from(SCORES.names())),
             ema_decay=draw(st.none() | shares),
             proxy_embedding=draw(st.sampled_from(["output", "input"])),
+            prior_weight=draw(st.floats(0, 1)) if prior else None,
         ),
         budget=BudgetConfig(
             name=draw(budget_names),
@@ -64,6 +78,8 @@ def configs(draw: st.DrawFn) -> PruneConfig:
             decay=draw(shares),
             observe_tokens=draw(st.none() | st.integers(1, 99)),
         ),
+        calibration=calibration,
+        weight_bits=draw(st.sampled_from([None, 4, 8])) if sparsity == 0 else None,
         masking_step=masking,
         release_step=draw(st.none() | st.integers(masking + 1, 1000)),
         min_evidence=draw(whole),
@@ -158,6 +174,15 @@ def test_an_unknown_key_with_no_near_one_lists_all() -> None:
         ({"remask": {"decay": 0}}, ["decay 0", "(0, 1]"]),
         ({"remask": {"decay": 1.01}}, ["decay 1.01", "(0, 1]"]),
         ({"remask": {"observe_tokens": 0}}, ["observe_tokens 0", "at least 1"]),
+        ({"score": {"prior_weight": 1.5}}, ["prior_weight 1.5", "[0, 1]"]),
+        ({"score": {"prior_weight": 0.5}}, ["prior_weight", "belong together"]),
+        ({"calibration": {"purpose": "prior"}}, ["prior_weight", "belong together"]),
+        ({"calibration": {"sequences": 0}}, ["sequences 0", "at least 1"]),
+        ({"calibration": {"length": 1}}, ["length 1", "at least 2"]),
+        ({"calibration": "hub"}, ["source", "'text' or 'self'"]),
+        ({"weight_bits": 5, "sparsity": 0.0}, ["weight_bits", "4 or 8"]),
+        ({"weight_bits": 4, "sparsity": 0.5}, ["weight_bits 4", "drop the sparsity"]),
+        ({"weight_bits": 4}, ["weight_bits 4", "drop the sparsity"]),
         ({"batch": "each"}, ["batch", "'shared' or 'per_row'"]),
         ({"executor": "fast"}, ["executor", "'masked'"]),
         ({"executor": "compact", "batch": "per_row"}, ['"per_row"', '"masked" or "auto"']),
@@ -229,6 +254,7 @@ def test_what_sets_the_counts_once_is_accepted() -> None:
         ({"budget": "blend energy depth"}, {"budget": {"name": "blend energy depth"}}),
         ({"drift": "interval 8"}, {"drift": {"rule": "interval 8"}}),
         ({"remask": "decay"}, {"remask": {"evidence": "decay"}}),
+        ({"calibration": "self"}, {"calibration": {"source": "self"}}),
     ],
 )
 def test_a_part_may_be_its_name(short: dict[str, Any], long: dict[str, Any]) -> None:

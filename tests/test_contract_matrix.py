@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dart_llm import ConfigError, PruneConfig, prune
+from calibrated import ready
+from dart_llm import ConfigError, PruneConfig
 from dart_llm.registry import BUDGETS, METHODS, SCORES
 from steps import apart, decode, same_masks, selections, shared_model, widths_of
 from tiny import NAMES, tokens
@@ -23,10 +24,16 @@ TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 PROMPT, DECODED = 66, 4
 """More prompt tokens than any preset wants as evidence; too few decoded ones for a re-mask."""
 
+NO_MEMORY = ("weight", "random", "flap")
+"""Scores without activations, and one that refuses an ``ema_decay`` (tests/test_baselines.py)."""
+
 SHAPES = ("llama-bias", "phi3", "gpt2", "falcon", "opt")
 """One model per FFN shape, for the products with scores and budgets."""
 
-PRUNING = tuple(name for name in METHODS.names() if METHODS.get(name).sparsity != 0)
+RUNNABLE = tuple(name for name in METHODS.names() if METHODS.get(name).weight_bits is None)
+"""dense-8bit and dense-4bit prune nothing and are no runs: tests/test_quantise.py."""
+
+PRUNING = tuple(name for name in RUNNABLE if METHODS.get(name).sparsity != 0)
 
 
 def _masked_only(name: str) -> bool:
@@ -43,7 +50,7 @@ def _dense(name: str, dtype: torch.dtype) -> Tensor:
 
 
 def _pruned(name: str, dtype: torch.dtype, method: str | PruneConfig, **settings):
-    run = prune(shared_model(name, dtype), method, **settings)
+    run = ready(shared_model(name, dtype), method, **settings)
     found = selections(run)
     with run:
         logits = decode(run.model, _ids(), PROMPT)
@@ -61,7 +68,7 @@ def _check_pair(name: str, dtype: torch.dtype, method: str | PruneConfig, **sett
     _check_total(run, settings["sparsity"])
     if _masked_only(name):
         with pytest.raises(ConfigError, match="compact"):
-            prune(shared_model(name, dtype), method, executor="compact", **settings)
+            ready(shared_model(name, dtype), method, executor="compact", **settings)
         auto, same, again = _pruned(name, dtype, method, **settings)
         assert auto.executor == auto.report().executor == "masked"
         assert torch.equal(masked, again)
@@ -69,7 +76,7 @@ def _check_pair(name: str, dtype: torch.dtype, method: str | PruneConfig, **sett
         auto, same, compact = _pruned(name, dtype, method, executor="compact", **settings)
         assert apart(compact[:, PROMPT:], masked[:, PROMPT:]) < TOLERANCE[dtype]
         assert not torch.equal(compact[:, PROMPT:], dense[:, PROMPT:])
-        assert prune(shared_model(name, dtype), method, **settings).executor == "compact"
+        assert ready(shared_model(name, dtype), method, **settings).executor == "compact"
     assert same_masks(same[0][2], masks[0][2])
 
 
@@ -82,7 +89,7 @@ def _check_total(run, sparsity: float) -> None:
     assert report.decoded_tokens == DECODED and report.dense_token_share == 0
 
 
-@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("method", RUNNABLE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_sparsity_zero_is_bit_identical(name: str, dtype: torch.dtype, method: str) -> None:
@@ -107,7 +114,7 @@ def test_scores(name: str, score: str) -> None:
     _check_pair(name, torch.float32, "griffin", score=score, sparsity=0.4)
 
 
-@pytest.mark.parametrize("score", [n for n in SCORES.names() if n not in ("weight", "random")])
+@pytest.mark.parametrize("score", [n for n in SCORES.names() if n not in NO_MEMORY])
 def test_scores_with_memory(score: str) -> None:
     settings = {"score": {"name": score, "ema_decay": 0.9}, "sparsity": 0.4}
     _check_pair("llama-bias", torch.float32, "griffin", **settings)

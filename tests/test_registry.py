@@ -21,19 +21,41 @@ from dart_llm.weights import FfnWeights
 
 
 def test_the_names() -> None:
-    assert METHODS.names() == ("dart", "dense", "griffin", "published", "static")
+    assert METHODS.names() == (
+        "dart",
+        "dense",
+        "dense-4bit",
+        "dense-8bit",
+        "flap",
+        "glass",
+        "griffin",
+        "griffin-refresh",
+        "published",
+        "random",
+        "static",
+        "wanda",
+    )
     assert SCORES.names() == (
         "combined",
         "contribution",
+        "flap",
         "magnitude",
         "max",
         "mean",
         "normalized",
         "product",
         "random",
+        "wanda",
         "weight",
     )
-    assert BUDGETS.names() == ("depth", "depth-residual", "energy", "global", "uniform")
+    assert BUDGETS.names() == (
+        "depth",
+        "depth-residual",
+        "energy",
+        "global",
+        "standardized",
+        "uniform",
+    )
     assert DRIFT_RULES.names() == ("interval", "never", "paper", "published")
     assert {table.kind for table in ALL} == {"method", "score", "budget", "drift rule"}
 

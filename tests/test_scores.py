@@ -40,6 +40,9 @@ GOLDEN = {
         math.sqrt(0 + 0.8 + 4 / 9),
     ),
     "contribution": tuple(m * w for m, w in zip(MAGNITUDE, (5, 1, 2), strict=True)),
+    # L1 norms 7, 1, 2; variances 10/3 - (4/3)^2, 21/3 - (1/3)^2, 8/3
+    "wanda": tuple(m * w for m, w in zip(MAGNITUDE, (7, 1, 2), strict=True)),
+    "flap": (25 * 14 / 9, 1 * 62 / 9, 4 * 8 / 3),
     "max": tuple(m * w for m, w in zip(MAGNITUDE, MAX, strict=True)),
     "mean": tuple(m * w for m, w in zip(MAGNITUDE, MEAN, strict=True)),
     "combined": tuple(m * (a + b) for m, a, b in zip(MAGNITUDE, MAX, MEAN, strict=True)),
@@ -66,7 +69,7 @@ def scored(
 ) -> Tensor:
     """The score of [B, T, I] ``chunks`` that arrive one after the other."""
     rule = SCORES.get(name)
-    statistics = Statistics(rule.per_token, decay, frozenset())
+    statistics = Statistics(rule.per_token, decay, frozenset(), rule.spread)
     evidence = LayerEvidence()
     for index, chunk in enumerate(chunks):
         z = chunk.float() @ layer.down.float().T

@@ -90,11 +90,14 @@ VALUES: dict[str, tuple[str, object]] = {
     "PPL_DATASETS": ("c4", "c4"),
     "PPL_SUBJECTS": ("anatomy", "anatomy"),
     "PPL_MAX_SAMPLES": ("5", 5),
+    "EVAL_MMLU": ("true", True),
     "MMLU_DATASETS": ("anatomy", "anatomy"),
     "MMLU_SHOTS": ("2", 2),
     "MMLU_MAX_SAMPLES": ("6", 6),
+    "EVAL_GENERAL_NLP": ("true", True),
     "GENERAL_NLP_DATASETS": ("boolq", "boolq"),
     "GENERAL_NLP_MAX_SAMPLES": ("7", 7),
+    "EVAL_SUMMARIZATION": ("true", True),
     "SUMMARIZATION_DATASETS": ("govreport", "govreport"),
     "SUMMARIZATION_MAX_SAMPLES": ("8", 8),
     "SUMMARIZATION_MAX_OUTPUT": ("99", 99),
@@ -103,7 +106,7 @@ VALUES: dict[str, tuple[str, object]] = {
     "EXPERIMENT_NAME": ("mine", "mine"),
     "RESULTS_DIR": ("else where", "else where"),
 }
-LATER = ("EVAL_MMLU", "EVAL_GENERAL_NLP", "EVAL_SUMMARIZATION", "SAVE_ACTIVATIONS")
+LATER = ("SAVE_ACTIVATIONS",)
 
 
 @pytest.mark.parametrize("way", ["edited", "in front", "exported"])

@@ -139,7 +139,7 @@ def run_report(
     method: str,
     asked: float | None,
 ) -> RunReport:
-    """Accounting of a run; ``copies``: bytes of the compact copies."""
+    """Accounting of a run; ``copies``: bytes held beside the lives (compact copies, a prior)."""
     widths = tuple(layer.width for layer in costs.layers)
     tokens = _tokens(lives, widths)
     masks = [remask for life in lives for remask in life.remasks]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 FLOOR = 0.1
-"""Share of its neurons that ``energy``, ``global`` and ``auto`` leave in every layer."""
+"""Share of its neurons that rankings over all layers and ``auto`` leave in every layer."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,20 @@ def global_rank(layers: Sequence[LayerView], keep: int) -> list[int]:
         if layer.impact is None:
             raise RuntimeError("budget global needs the squares statistic")
         ranked.append(-layer.impact.sort(descending=True).values)
+    return _smallest(ranked, keep)
+
+
+@budget("FLAP, arXiv 2312.11983: standardised metrics in one ranking")
+def standardized(layers: Sequence[LayerView], keep: int) -> list[int]:
+    """All neurons in one ranking, after each layer's scores got mean 0 and deviation 1.
+
+    At least 10 % of a layer stay.
+    """
+    ranked = []
+    for layer in layers:
+        spread = layer.score.std(correction=0).clamp_min(1e-300)
+        scores = (layer.score - layer.score.mean()) / spread
+        ranked.append(-scores.sort(descending=True).values)
     return _smallest(ranked, keep)
 
 

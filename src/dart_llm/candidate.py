@@ -41,6 +41,7 @@ class Candidate:
     """What is measured.  ``config`` None: the untouched model.
 
     ``masks``: the user's own, {layer: kept ids}.  ``held``: masks chosen by calibration.
+    ``prior``: ranks that a calibration gave, [I] per layer, for scores that mix it in.
     ``notes``: what a reader of its numbers must know.  ``facts``: further numbers for tables, such
     as ``weight_bytes``.
     """
@@ -50,6 +51,7 @@ class Candidate:
     config: PruneConfig | None
     masks: Mapping[int, Sequence[int] | Tensor] | None = None
     held: Masks | None = None
+    prior: tuple[Tensor, ...] | None = None
     notes: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
@@ -75,4 +77,4 @@ class Candidate:
         if self.config is None:
             return None
         config = likelihood_config(self.config) if likelihood else self.config
-        return Run(self.model, config, self.masks, held=self.held)
+        return Run(self.model, config, self.masks, held=self.held, prior=self.prior)

@@ -10,10 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from dart_llm import __version__
+from dart_llm import __version__, cli_measure, cli_results, cli_sweep
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.options import with_settings
 from dart_llm.settings import RunSettings, collect
+from dart_llm.settings_measure import EvalSettings, PerplexitySettings, SummarizeSettings
+from dart_llm.settings_sweep import SweepFlags
 
 EPILOG = "Settings: defaults < --config FILE < DART_* environment < flags.  Docs: README.md"
 app = typer.Typer(
@@ -93,7 +95,7 @@ def _run(
     """
     settings = collect(flags, config)
     piped = sys.stdin is not None and not sys.stdin.isatty()
-    idle = not settings.tokens and not settings.eval_perplexity
+    idle = not settings.tokens and not settings.evaluates
     if piped and idle and settings.generation is None:
         settings = collect({**flags, "prompt_file": "-"}, config)
         idle = False
@@ -101,8 +103,9 @@ def _run(
         _save_settings(settings, save_config)
     if idle:
         raise ConfigError(
-            "nothing to do: give --prompt TEXT and --generation N (GENERATION=N in the scripts), "
-            "or --perplexity (EVAL_PERPLEXITY=true)"
+            "nothing to do: give --prompt TEXT and --generation N, or an evaluation: --perplexity, "
+            "--eval-mmlu, --eval-general-nlp, --eval-summarization (in the scripts GENERATION=N or "
+            "EVAL_PERPLEXITY, EVAL_MMLU, EVAL_GENERAL_NLP, EVAL_SUMMARIZATION=true)"
         )
     from dart_llm.job import run_job
     from dart_llm.ui import Ui
@@ -114,6 +117,12 @@ def _run(
 
 _run.__name__ = "run"
 app.command(name="run")(with_settings(_run, RunSettings))
+app.command(name="eval")(with_settings(cli_measure.evaluate, EvalSettings))
+app.command(name="perplexity")(with_settings(cli_measure.perplexity, PerplexitySettings))
+app.command(name="summarize")(with_settings(cli_measure.summarize, SummarizeSettings))
+app.command(name="compare")(with_settings(cli_sweep.compare, SweepFlags))
+app.command(name="sweep")(with_settings(cli_sweep.sweep, SweepFlags))
+app.command(name="results")(cli_results.results)
 
 
 def _save_settings(settings: RunSettings, path: Path) -> None:
@@ -137,6 +146,7 @@ def _document(job: Any) -> dict[str, Any]:
             "config": job.config,
             "generation": list(job.generations.values()),
             "perplexity": job.perplexity,
+            **job.evaluations,
             "timing": job.timing,
         }
     )

@@ -2,145 +2,52 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
+from dart_llm.config_parts import (
+    BudgetConfig,
+    CalibrationConfig,
+    DriftConfig,
+    Part,
+    RemaskConfig,
+    ScoreConfig,
+    first_problem,
+    unknown_key,
+)
 from dart_llm.errors import ConfigError
 from dart_llm.layer_spec import parse_layer_spec
-from dart_llm.registry import BUDGETS, DRIFT_RULES, METHODS, SCORES
+from dart_llm.registry import METHODS
+
+__all__ = [
+    "DEFAULT_SPARSITY",
+    "BudgetConfig",
+    "CalibrationConfig",
+    "DriftConfig",
+    "PruneConfig",
+    "RemaskConfig",
+    "ScoreConfig",
+    "check_prepared",
+    "check_sparsity",
+    "first_problem",
+    "read_yaml",
+    "unknown_key",
+]
 
 DEFAULT_SPARSITY = 0.1
 """Fraction of FFN neurons that ``prune(model)`` removes when nothing is said (README: why)."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    def __init__(self, **data: Any) -> None:
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            raise ConfigError(first_problem(error)) from None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, data: Any) -> Any:
-        if isinstance(data, Mapping):
-            for key in data:
-                if key not in cls.model_fields:
-                    raise unknown_key(cls, str(key))
-        return data
-
-
-def unknown_key(part: type[BaseModel], key: str) -> ConfigError:
-    """The error for a setting that does not exist; suggests the near one."""
-    known = sorted(part.model_fields)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f'did you mean "{near[0]}"?' if near else f"known settings: {', '.join(known)}"
-    return ConfigError(f'unknown setting "{key}" in {part.__name__}; {hint}')
-
-
-class ScoreConfig(_Part):
-    """How neurons are ranked (docs/method.md, "Scores")."""
-
-    name: str = "normalized"
-    ema_decay: float | None = None
-    strategy: Literal["topk", "auto"] = "topk"
-    proxy_embedding: Literal["output", "input"] = "output"
-
-    @model_validator(mode="after")
-    def _check(self) -> ScoreConfig:
-        SCORES.check(self.name)
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ConfigError(f"ema_decay {self.ema_decay} must lie strictly between 0 and 1")
-        return self
-
-
-class BudgetConfig(_Part):
-    """How many neurons each layer keeps (docs/method.md, "Budgets")."""
-
-    name: str = "uniform"
-    table: str | None = None
-    multiple: int = 1
-    refresh: Literal["first", "every"] = "first"
-
-    @model_validator(mode="after")
-    def _check(self) -> BudgetConfig:
-        self.parts()
-        if self.table is not None:
-            parse_layer_spec(self.table)
-        if self.multiple < 1:
-            raise ConfigError(f"multiple {self.multiple} must be at least 1")
-        return self
-
-    def parts(self) -> tuple[str, ...]:
-        """The budgets behind the name: one, or the two of ``blend A B``."""
-        words = self.name.split()
-        if words and words[0] == "blend":
-            if len(words) != 3:
-                raise ConfigError(
-                    f'"{self.name}" must name two budgets, as in "blend energy depth"'
-                )
-            words = words[1:]
-        elif len(words) != 1:
-            raise ConfigError(f'"{self.name}" is not a budget; write "blend A B" to mix two')
-        return tuple(BUDGETS.check(word) for word in words)
-
-
-class DriftConfig(_Part):
-    """When masks are rebuilt (docs/method.md, "Drift").
-
-    ``rule``: ``never``, ``published``, ``paper`` or ``interval N`` (tokens).
-    ``min_distance``: tokens between two triggers.  ``max_dense_share``: at most this share of the
-    decoded tokens is spent, dense, on re-masks; None: no cap.
-    """
-
-    rule: str = "never"
-    min_distance: int = 0
-    max_dense_share: float | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> DriftConfig:
-        name, _, argument = self.rule.partition(" ")
-        DRIFT_RULES.check(name)
-        if (name == "interval") != bool(argument):
-            raise ConfigError(
-                f'drift rule "{self.rule}": write "interval N" with N tokens; no other rule takes '
-                "a number"
-            )
-        if argument and (not argument.isdigit() or int(argument) < 1):
-            raise ConfigError(f'drift rule "{self.rule}": N must be a whole number of tokens >= 1')
-        if self.min_distance < 0:
-            raise ConfigError(f"min_distance {self.min_distance} must not be negative")
-        if self.max_dense_share is not None and not 0 < self.max_dense_share <= 1:
-            raise ConfigError(f"max_dense_share {self.max_dense_share} must lie in (0, 1]")
-        return self
-
-
-class RemaskConfig(_Part):
-    """What happens to the evidence on a re-mask (docs/method.md, "Evidence").
-
-    ``observe_tokens``: dense tokens observed after a trigger; None: ``max(1, masking_step)``.
-    """
-
-    evidence: Literal["fresh", "decay"] = "fresh"
-    decay: float = 0.1
-    observe_tokens: int | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> RemaskConfig:
-        if not 0 < self.decay <= 1:
-            raise ConfigError(f"decay {self.decay} must lie in (0, 1]")
-        if self.observe_tokens is not None and self.observe_tokens < 1:
-            raise ConfigError(f"observe_tokens {self.observe_tokens} must be at least 1")
-        return self
-
-
-_SHORT = {"score": "name", "budget": "name", "drift": "rule", "remask": "evidence"}
+_SHORT = {
+    "score": "name",
+    "budget": "name",
+    "drift": "rule",
+    "remask": "evidence",
+    "calibration": "source",
+}
 
 
 def _expand(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,13 +58,15 @@ def _expand(data: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-class PruneConfig(_Part):
+class PruneConfig(Part):
     """Everything that decides a run's masks.  A part may be given as its name alone.
 
     ``sparsity``: fraction of all FFN neurons to remove, [0, 1); None: ``DEFAULT_SPARSITY``, unless
     a table or the ``auto`` strategy sets the counts.  ``masking_step``: dense decode tokens before
     the first mask.  ``release_step``: decode step from which everything runs dense.
-    ``min_evidence``: tokens (prompt + observed) wanted before the first mask.
+    ``min_evidence``: tokens (prompt + observed) wanted before the first mask.  ``calibration``:
+    what ``prepare`` does before a run.  ``weight_bits``: the dense model with weights of 8 or 4
+    bits.
     """
 
     method: str = "dart"
@@ -166,6 +75,8 @@ class PruneConfig(_Part):
     budget: BudgetConfig = BudgetConfig()
     drift: DriftConfig = DriftConfig()
     remask: RemaskConfig = RemaskConfig()
+    calibration: CalibrationConfig | None = None
+    weight_bits: Literal[4, 8] | None = None
     masking_step: int = 0
     release_step: int | None = None
     min_evidence: int = 0
@@ -195,6 +106,7 @@ class PruneConfig(_Part):
             raise ConfigError(f"min_evidence {self.min_evidence} must not be negative")
         if self.executor == "compact" and self.batch == "per_row":
             raise ConfigError('batch "per_row" has a mask per row: use executor "masked" or "auto"')
+        self._check_calibration()
         if self.score.strategy == "auto" and self.budget.table is not None:
             raise ConfigError('strategy "auto" sets the counts itself: drop the layer table')
         if self.score.strategy == "auto" and self.budget.name != "uniform":
@@ -202,6 +114,18 @@ class PruneConfig(_Part):
                 f'strategy "auto" sets the counts itself: drop the budget "{self.budget.name}"'
             )
         return self
+
+    def _check_calibration(self) -> None:
+        prior = self.calibration is not None and self.calibration.purpose == "prior"
+        if prior != (self.score.prior_weight is not None):
+            raise ConfigError(
+                'prior_weight and a calibration with purpose "prior" belong together: give both '
+                "or neither"
+            )
+        if self.weight_bits is not None and self.sparsity != 0:
+            raise ConfigError(
+                f"weight_bits {self.weight_bits} stands for the dense model: drop the sparsity"
+            )
 
     def _check_exclusive(self) -> None:
         if self.score.strategy == "auto":
@@ -225,7 +149,7 @@ class PruneConfig(_Part):
             data["budget"] = BudgetConfig().model_dump()  # the preset's budget has no part in it
         for key, value in changes.items():
             nested = key in _SHORT and isinstance(value, Mapping)
-            data[key] = {**data[key], **value} if nested else value
+            data[key] = {**(data[key] or {}), **value} if nested else value
         return PruneConfig.from_mapping(data)
 
     @classmethod
@@ -275,16 +199,32 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
+def check_prepared(config: PruneConfig, chooses: bool, prior: bool) -> None:
+    """Raise ``ConfigError`` for a run of what only ``prepare`` makes ready.
+
+    ``chooses``: whether the run is to choose masks itself; ``prior``: whether it has a prior.
+    """
+    if config.weight_bits is not None:
+        why = f"rounds the weights of a copy of the model to {config.weight_bits} bits"
+        option = ""
+    elif chooses and config.calibration is not None and not prior:
+        what = "masks" if config.calibration.purpose == "masks" else "prior"
+        why, option = f"takes its {what} from calibration", ""
+        if config.calibration.source == "text":
+            option = " --calibration FILE"
+    else:
+        return
+    argument = ", calibration=FILE" if option else ""
+    raise ConfigError(
+        f'method "{config.method}" {why}, which prune does not do: use '
+        f"dart_llm.prepare.prepare(model, tokenizer, config{argument}), or "
+        f"dart-llm eval --method {config.method}{option}"
+    )
+
+
 def check_sparsity(value: float) -> float:
     """Return ``value`` when it lies in [0, 1); raise ``ConfigError`` otherwise."""
     if not 0 <= value < 1:
         hint = f" (did you mean {value / 100:g}?)" if 2 <= value < 100 else ""
         raise ConfigError(f"sparsity {value:g} must lie in [0, 1): the fraction removed{hint}")
     return value
-
-
-def first_problem(error: ValidationError) -> str:
-    """The first validation problem as one sentence."""
-    problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"])
-    return f"{where} = {problem['input']!r}: {problem['msg'].lower()}"

@@ -16,8 +16,13 @@ from dart_llm.cache import cache_folder
 from dart_llm.provenance import machine, versions
 
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "eval": ("datasets",),
+    "eval": ("datasets", "lm_eval", "rouge_score", "scipy"),
     "plots": ("matplotlib", "cmcrameri"),
+    "cluster": ("ray",),
+    "trackio": ("trackio",),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
     "dev": ("pytest", "hypothesis", "mypy", "ruff"),
 }
 

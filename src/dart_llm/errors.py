@@ -29,10 +29,17 @@ class ConfigError(DartError):
 class UnknownName(ConfigError):
     """A name is not registered; the message lists the near ones."""
 
+    LISTED = 100
+    """More names than these are not listed."""
+
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         names = sorted(known)
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
+        hint = f"known: {', '.join(names)}"
+        if near:
+            hint = f"did you mean {' or '.join(near)}?"
+        elif len(names) > self.LISTED:
+            hint = f"none of the {len(names)} known ones is like it: correct the name"
         super().__init__(f"unknown {kind} {name!r}; {hint}")
 
 

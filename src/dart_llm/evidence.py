@@ -97,12 +97,13 @@ class Statistics:
     """Which sums a configuration needs, and how to add one forward's tokens to them.
 
     ``needs`` holds any of ``signed`` (compensation), ``sensitivity``, ``sensitivity-residual`` and
-    ``squares`` (budget ``global``).
+    ``squares`` (budget ``global``).  ``spread``: scores take the standard deviation of u.
     """
 
     per_token: PerToken | None
     ema_decay: float | None
     needs: frozenset[str]
+    spread: bool = False
 
     @property
     def needs_stream(self) -> bool:
@@ -138,7 +139,7 @@ class Statistics:
             evidence.add_ema(self.per_token(u).sqrt(), self.ema_decay, weights)
         elif self.per_token is not None:
             evidence.add("score", self.per_token(flat), w)
-        if "signed" in self.needs:
+        if "signed" in self.needs or self.spread:
             evidence.add("signed", flat, w)
         if "squares" in self.needs:
             evidence.add("squares", flat.square(), w)
@@ -161,6 +162,9 @@ class Statistics:
         if self.per_token is None:
             return torch.zeros(width, device=device)
         known = evidence.sums["score"]
+        if self.spread:
+            variance = known.mean - evidence.sums["signed"].mean.square()
+            return variance.clamp_min(0).sqrt()
         return known.mean if self.ema_decay is not None else known.total.sqrt()
 
 

@@ -1,187 +1,231 @@
-"""Data sets of the hub, and the local files that stand in for them.
+"""Data sets of the hub: what ``catalogue.py`` lists, and any other by ``hub_reference.py``.
 
 The only file that imports the ``datasets`` library, and only when a hub data set is asked for.
+A data set that cannot be fetched, is empty or lacks a column is an error, never an empty result.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import contextlib
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from dart_llm import catalogue, cleaning, hub_reference, mmlu
+from dart_llm.catalogue import DataSet
 from dart_llm.errors import ConfigError, LoadError, MissingExtra, UnknownName
+from dart_llm.mmlu import LOCAL_MMLU, MMLU_SUBJECTS
 
-__all__ = ["HUB_TEXTS", "LOCAL_MMLU", "MMLU_SUBJECTS", "mmlu_questions", "perplexity_text"]
+__all__ = [
+    "HUB_TEXTS",
+    "LOCAL_MMLU",
+    "MMLU_SUBJECTS",
+    "calibration_text",
+    "documents",
+    "mmlu_questions",
+    "perplexity_text",
+    "positions",
+    "rows",
+]
 
-MMLU_SUBJECTS: tuple[str, ...] = (
-    "abstract_algebra",
-    "anatomy",
-    "astronomy",
-    "business_ethics",
-    "clinical_knowledge",
-    "college_biology",
-    "college_chemistry",
-    "college_computer_science",
-    "college_mathematics",
-    "college_medicine",
-    "college_physics",
-    "computer_security",
-    "conceptual_physics",
-    "econometrics",
-    "electrical_engineering",
-    "elementary_mathematics",
-    "formal_logic",
-    "global_facts",
-    "high_school_biology",
-    "high_school_chemistry",
-    "high_school_computer_science",
-    "high_school_european_history",
-    "high_school_geography",
-    "high_school_government_and_politics",
-    "high_school_macroeconomics",
-    "high_school_mathematics",
-    "high_school_microeconomics",
-    "high_school_physics",
-    "high_school_psychology",
-    "high_school_statistics",
-    "high_school_us_history",
-    "high_school_world_history",
-    "human_aging",
-    "human_sexuality",
-    "international_law",
-    "jurisprudence",
-    "logical_fallacies",
-    "machine_learning",
-    "management",
-    "marketing",
-    "medical_genetics",
-    "miscellaneous",
-    "moral_disputes",
-    "moral_scenarios",
-    "nutrition",
-    "philosophy",
-    "prehistory",
-    "professional_accounting",
-    "professional_law",
-    "professional_medicine",
-    "professional_psychology",
-    "public_relations",
-    "security_studies",
-    "sociology",
-    "us_foreign_policy",
-    "virology",
-    "world_religions",
-)
-
-HUB_TEXTS: tuple[str, ...] = ("c4", "wikitext2")
-LOCAL_MMLU = Path("datasets/mmlu")  # in the current folder; read instead of the hub
-SPLITS = ("dev", "validation")  # never "test": those questions are scored
+HUB_TEXTS: tuple[str, ...] = catalogue.names("perplexity")
+INSTEAD = {
+    "text": "use the embedded text or a text file of your own instead",
+    "documents": 'give a JSONL file instead, one {"document": ..., "summary": ...} a line',
+}
+"""What to do without the hub."""
 
 
-def mmlu_questions(subject: str, folder: str | Path | None = None) -> list[dict[str, Any]]:
+def mmlu_questions(
+    subject: str, folder: str | Path | None = None, *, answers: bool = False
+) -> list[dict[str, Any]]:
     """The MMLU questions of a subject that are not scored: ``dev``, then ``validation``.
 
-    Each is ``{"subject", "question", "choices"}``; the answer is dropped here, so no prompt that
-    is built from them can show it.  ``folder`` holds ``<subject>_dev.jsonl`` (and, if there is
-    one, ``<subject>_validation.jsonl``); without it ``datasets/mmlu`` in the current folder is
-    tried, and then the hub's ``cais/mmlu``.
+    Each is ``{"subject", "question", "choices"}``; the answer is dropped here unless ``answers``,
+    so no prompt that is built from them can show it.  ``folder`` holds ``<subject>_dev.jsonl``
+    (and, if there is one, ``<subject>_validation.jsonl``); without it ``datasets/mmlu`` in the
+    current folder is tried, and then the hub's ``cais/mmlu``.
 
     Raises ``UnknownName``, ``ConfigError`` (a local file is missing or malformed),
     ``MissingExtra`` (no ``datasets`` library) or ``LoadError`` (the hub cannot be reached).
     """
     if subject not in MMLU_SUBJECTS:
         raise UnknownName("MMLU subject", subject, MMLU_SUBJECTS)
-    if folder is None and (LOCAL_MMLU / f"{subject}_dev.jsonl").is_file():
+    if folder is None and subject in mmlu.local_subjects():
         folder = LOCAL_MMLU
     if folder is not None:
-        return _local_questions(subject, Path(folder))
+        return mmlu.local_questions(subject, Path(folder), answers=answers)
     instead = f"to work without it put {subject}_dev.jsonl into {LOCAL_MMLU.as_posix()}/"
-    questions = []
-    for split in SPLITS:
-        where = f"cais/mmlu ({subject}, {split})"
-        for row in _fetch("cais/mmlu", subject, split, instead):
-            questions.append(_without_answer(subject, row, where))
-    return questions
+    found = []
+    for split in mmlu.SPLITS:
+        source = replace(catalogue.get("mmlu"), config=subject, split=split)
+        found += [
+            mmlu.question(subject, row, source.where, answers=answers)
+            for row in rows(source, instead)
+        ]
+    return found
 
 
-def perplexity_text(name: str, documents: int = 1100) -> str:
-    """The text of a hub data set that perplexity is usually measured on.
+def perplexity_text(name: str, documents: int | None = None) -> str:
+    """The text of a hub data set that perplexity is measured on.
 
     ``wikitext2``: the test split of WikiText-2 (raw), lines joined by blank lines.  ``c4``: the
-    first ``documents`` documents of C4's English validation split, streamed, joined by spaces.
-    Both are the joins that the pruning literature uses.
+    first 1,100 documents of C4's English validation split, streamed, joined by spaces.  Both are
+    the joins that the pruning literature uses.  ``hub:...``: a column of any data set (syntax in
+    ``hub_reference.py``), rows joined by blank lines.  ``documents``: other than the usual number.
 
     Raises ``UnknownName``, ``ConfigError``, ``MissingExtra`` or ``LoadError``.
     """
-    if name not in HUB_TEXTS:
+    if hub_reference.is_reference(name):
+        source = hub_reference.parse(name)
+    elif name in HUB_TEXTS:
+        source = catalogue.get(name)
+    else:
         raise UnknownName("hub data set", name, HUB_TEXTS)
-    if documents < 1:
-        raise ConfigError(f"the number of documents must be 1 or more, not {documents}")
-    instead = "use the embedded text or a text file of your own instead"
-    if name == "wikitext2":
-        rows = _fetch("Salesforce/wikitext", "wikitext-2-raw-v1", "test", instead)
-        return "\n\n".join(row["text"] for row in rows)
-    rows = _fetch("allenai/c4", "en", "validation", instead, first=documents)
-    return " ".join(row["text"] for row in rows)
+    return (" " if name == "c4" else "\n\n").join(_texts(source, documents))
 
 
-def _local_questions(subject: str, folder: Path) -> list[dict[str, Any]]:
-    required, *optional = (folder / f"{subject}_{split}.jsonl" for split in SPLITS)
-    if not required.is_file():
-        raise ConfigError(
-            f"the folder {folder} holds no {required.name}: put it there, one JSON object a line "
-            'with "question" and "choices"'
+def calibration_text(documents: int = 512) -> str:
+    """The first ``documents`` documents of C4's English training split, joined by blank lines.
+
+    No evaluation scores the training split, so what it calibrates has seen no evaluated item.
+    Raises ``ConfigError``, ``MissingExtra`` or ``LoadError``.
+    """
+    return "\n\n".join(_texts(catalogue.get("c4_train"), documents))
+
+
+def documents(name: str, limit: int | None = None, seed: int | None = None) -> list[dict[str, str]]:
+    """Documents with reference summaries: ``{"id", "document", "summary"}``, in their order.
+
+    name: a data set of the catalogue that serves ``summarize``, or ``hub:...`` with the columns
+    of the document and the summary.  The first ``limit`` documents (streamed), or with ``seed`` a
+    random sample of that many; ``None`` is all.  Rows without a document or a summary are left
+    out.  The id is the data set's own, or the row's position from 0.
+
+    Raises ``UnknownName``, ``ConfigError``, ``MissingExtra`` or ``LoadError``.
+    """
+    if hub_reference.is_reference(name):
+        source = hub_reference.parse(name, ("document", "summary"))
+    else:
+        source = catalogue.get(name, "summarize")
+    _check_limit(limit)
+    stream = limit is not None and seed is None
+    found = _documents(source, rows(source, INSTEAD["documents"], stream=stream))
+    if stream:
+        chosen = list(islice(found, limit))
+    else:
+        every = list(found)
+        chosen = [every[index] for index in positions(len(every), limit, seed)]
+    if not chosen:
+        raise LoadError(
+            f"the data set {source.where} holds no row with both a document and a summary; "
+            + INSTEAD["documents"]
         )
-    questions: list[dict[str, Any]] = []
-    for path in (required, *(path for path in optional if path.is_file())):
-        questions += _read_jsonl(subject, path)
-    if not questions:
-        raise ConfigError(f"the file {required} holds no questions: add one JSON object a line")
-    return questions
+    return chosen
 
 
-def _read_jsonl(subject: str, path: Path) -> list[dict[str, Any]]:
-    questions = []
-    try:
-        # Not splitlines(): a JSON string may hold U+2028, which that takes for a line break.
-        lines = path.read_text(encoding="utf-8").split("\n")
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                row = json.loads(line)
-                questions.append(_without_answer(subject, row, f"line {number} of {path}"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the file {path} cannot be read as UTF-8 text: {error}") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"line {number} of {path} is not JSON: {error}") from error
-    return questions
+def positions(total: int, limit: int | None, seed: int | None) -> list[int]:
+    """``limit`` of ``total`` positions, ascending: the first, or with ``seed`` a random sample.
+
+    With the same seed a smaller sample is a part of a larger one.  ``None`` is all of them.
+    """
+    _check_limit(limit)
+    found = list(range(total))
+    if seed is not None:
+        random.Random(seed).shuffle(found)
+    return sorted(found[:limit])
 
 
-def _without_answer(subject: str, row: Any, where: str) -> dict[str, Any]:
-    question = row.get("question") if isinstance(row, dict) else None
-    choices = row.get("choices") if isinstance(row, dict) else None
-    if not isinstance(question, str) or not isinstance(choices, list) or not choices:
-        raise ConfigError(f'{where} needs "question" (text) and "choices" (a list): complete it')
-    return {"subject": subject, "question": question, "choices": [str(c) for c in choices]}
+def rows(source: DataSet, instead: str, *, stream: bool = False) -> Iterator[dict[str, Any]]:
+    """The rows of ``source``, which has at least one and every column that it names.
+
+    Streamed when ``stream`` or when only its first rows are wanted; otherwise the split is
+    fetched once and read from the cache afterwards.  ``instead``: what an error says to do.
+
+    Raises ``MissingExtra`` or ``LoadError``.
+    """
+    found = _fetch(source, instead, stream=stream or source.first is not None)
+    first = next(found, None)
+    if first is None:
+        raise LoadError(f"the data set {source.where} is empty; {instead}")
+    missing = [name for names in source.columns.values() for name in names if name not in first]
+    if missing:
+        raise LoadError(
+            f"the data set {source.where} has no column {' or '.join(missing)}: its columns are "
+            f"{', '.join(first)}; {instead}"
+        )
+    return _chain(first, found)
 
 
-def _fetch(
-    path: str, config: str, split: str, instead: str, first: int | None = None
-) -> list[dict[str, Any]]:
-    """The rows of a split; only the ``first`` ones, streamed, when that is given."""
+def _chain(first: dict[str, Any], rest: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    yield first
+    yield from rest
+
+
+def _texts(source: DataSet, count: int | None) -> list[str]:
+    if count is not None:
+        if count < 1:
+            raise ConfigError(f"the number of documents must be 1 or more, not {count}")
+        source = replace(source, first=count)
+    column = source.column("text")
+    found = []
+    for row in rows(source, INSTEAD["text"]):
+        if not isinstance(row[column], str):
+            raise LoadError(
+                f"the column {column} of {source.where} holds {type(row[column]).__name__}, not "
+                f"text; name another of {', '.join(row)}"
+            )
+        found.append(row[column])
+    if not any(text.strip() for text in found):
+        raise LoadError(f"the column {column} of {source.where} holds no text; {INSTEAD['text']}")
+    return found
+
+
+def _documents(source: DataSet, found: Iterable[dict[str, Any]]) -> Iterator[dict[str, str]]:
+    for position, row in enumerate(found):
+        text = str(row[source.column("document")] or "").strip()
+        summary = cleaning.reference(row[source.column("summary")])
+        if source.name == "multi_news":
+            text, summary = cleaning.multi_news(text), cleaning.multi_news_summary(summary)
+        if text and summary:
+            own = row[source.column("id")] if "id" in source.columns else position
+            yield {"id": str(own), "document": text, "summary": summary}
+
+
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise ConfigError(f"the number of documents must be 1 or more, not {limit}")
+
+
+def _fetch(source: DataSet, instead: str, *, stream: bool) -> Iterator[dict[str, Any]]:
+    """The rows of ``source``; what the library raises, first or late, becomes ``LoadError``."""
     load_dataset = _load_dataset()
+    branch = {"revision": source.revision} if source.revision else {}
     try:
-        rows = load_dataset(path, config, split=split, streaming=first is not None)
-        return list(islice(rows, first))
+        found = load_dataset(
+            source.hub_id, source.config, split=source.split, streaming=stream, **branch
+        )
+        yield from islice(found, source.first)
     # The hub's clients share no base class for "cannot be reached", and streaming fails late.
     except Exception as error:
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:200].rstrip(" .")
-        raise LoadError(
-            f"the data set {path} ({config}, {split}) could not be fetched from the hub "
-            f"({reason}); {instead}"
-        ) from error
+        raise LoadError(_sentence(source, error, instead)) from error
+
+
+def _sentence(source: DataSet, error: BaseException, instead: str) -> str:
+    from dart_llm.hub_errors import redact
+
+    if type(error).__name__ == "DatasetGenerationError" and error.__cause__:
+        error = error.__cause__  # its own message says nothing
+    reason = redact(" ".join(str(error).split()) or type(error).__name__)[:200].rstrip(" .")
+    if "OfflineModeIsEnabled" in reason:
+        reason = "it is not in the cache and HF_HUB_OFFLINE is set"
+    if source.gated:
+        instead = f"accept its conditions on the hub and set HF_TOKEN, or {instead}"
+    return f"the data set {source.where} could not be fetched from the hub ({reason}); {instead}"
 
 
 def _load_dataset() -> Callable[..., Any]:
@@ -192,3 +236,9 @@ def _load_dataset() -> Callable[..., Any]:
     except (ImportError, AttributeError) as error:
         raise MissingExtra("datasets", "eval") from error
     return load_dataset
+
+
+def no_bars() -> None:
+    """The library's own progress bars off; ours say how far a measurement is."""
+    with contextlib.suppress(ImportError, AttributeError):
+        import_module("datasets").disable_progress_bars()

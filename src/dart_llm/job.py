@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,25 +11,21 @@ from typing import Any
 
 from torch import Tensor
 
-from dart_llm import job_prompt, ppl_texts
+from dart_llm import job_eval, job_prompt, measure_rows, ppl_texts
 from dart_llm.arch import context_length
+from dart_llm.candidate import Candidate
 from dart_llm.config import PruneConfig
 from dart_llm.devices import memory_failure
 from dart_llm.errors import ConfigError, DartError, MissingExtra, ResultsError
+from dart_llm.job_common import config_document, load_model
 from dart_llm.job_generate import generate_texts
 from dart_llm.job_state import Job
-from dart_llm.loading import checkpoint_facts, load
 from dart_llm.outputs import read_masks, timing_text
 from dart_llm.perplexity import slices
 from dart_llm.ppl_rows import rows_to_dict, score_row
-from dart_llm.provenance import git_state, machine, peak_memory_bytes, versions
-from dart_llm.results import (
-    SCHEMA,
-    now,
-    open_folder,
-    write_json,
-    write_text,
-)
+from dart_llm.prepare import prepare
+from dart_llm.provenance import peak_memory_bytes
+from dart_llm.results import open_folder, write_json, write_text
 from dart_llm.settings import RunSettings
 from dart_llm.tables import conclusion, perplexity_table, report_table
 from dart_llm.ui import Ui
@@ -45,6 +39,7 @@ def run_job(
     An interruption or an error keeps what was computed and is raised again.
     """
     texts = ppl_texts.names(settings.ppl_datasets) if settings.eval_perplexity else []
+    evaluations = job_eval.asked(settings)
     prompt = job_prompt.source(settings)
     masks = read_masks(settings.masks) if settings.masks else None
     inputs = _digests(settings, prompt, texts)
@@ -59,10 +54,16 @@ def run_job(
     try:
         _load(job)
         _write_config(job, "running")
+        own = _prepare(job, masks)
         if settings.tokens:
-            generate_texts(job, prompt, masks)
+            generate_texts(job, prompt, own)
+        dense = prepare(job.model, job.tokenizer, None)
+        others = [Candidate(job.model, job.tokenizer, config) for config in also]
+        candidates = [dense, *others, *([own] if own.label != "dense" else [])]
         for text in texts:
-            _perplexity(job, text, masks)
+            _perplexity(job, text, candidates)
+        for evaluation in evaluations:
+            job_eval.evaluate(job, evaluation, candidates)
         job.timing["total_s"] = time.perf_counter() - started
         job.timing["peak_memory_bytes"] = peak_memory_bytes()
         _finish(job)
@@ -90,7 +91,7 @@ def _digests(settings: RunSettings, prompt: str, texts: Sequence[str]) -> dict[s
     if settings.layer_topk and settings.layer_topk.startswith("@"):
         found["layer_topk"] = str(settings.prune_config().budget.table).encode()
     for name in texts:
-        if name not in ppl_texts.KNOWN:
+        if ppl_texts.is_file(name):
             found[f"text {name}"] = ppl_texts.read(name).encode()
     return {name: hashlib.sha256(data).hexdigest() for name, data in found.items()}
 
@@ -106,51 +107,35 @@ def _identity(
 
 
 def _write_config(job: Job, status: str) -> None:
-    done = status in ("complete", "interrupted", "failed")
-    device = None if job.model is None else str(job.model.device)
-    previous = job.config
-    job.config = {
-        "schema": SCHEMA,
-        "status": status,
-        "settings": _identity(job.settings, job.also, job.inputs),
-        "prune": job.settings.prune_config().to_dict(),
-        "command": sys.argv,
-        "process": os.getpid(),
-        "versions": versions(),
-        "git": git_state(Path(__file__).parent),
-        "machine": machine(device),
-        "checkpoint": None if job.model is None else dict(checkpoint_facts(job.model)),
-        "seed": job.settings.seed,
-        "started": previous.get("started", now().isoformat()),
-        "finished": now().isoformat() if done else None,
-    }
+    job.config = config_document(
+        "run",
+        _identity(job.settings, job.also, job.inputs),
+        job.settings.prune_config().to_dict(),
+        job.model,
+        status,
+        job.config,
+    )
     write_json(job.path / "config.json", job.config)
 
 
 def _load(job: Job) -> None:
+    job.model, job.tokenizer, job.timing["load_s"] = load_model(job.settings, job.ui)
+
+
+def _prepare(job: Job, masks: dict[int, Tensor] | None) -> Candidate:
     settings = job.settings
-    begin = time.perf_counter()
-    with job.ui.status(f"loading {settings.model}") as news:
-        job.model, job.tokenizer = load(
-            settings.model,
-            dtype=settings.dtype,
-            device=settings.device or (None if settings.device_map else "auto"),
-            device_map=settings.device_map,
-            revision=settings.revision,
-            attn_implementation=settings.attn_implementation,
-            trust_remote_code=settings.trust_remote_code,
-            cache_dir=settings.cache_dir,
-            progress=news,
-        )
-    job.timing["load_s"] = time.perf_counter() - begin
-    facts = checkpoint_facts(job.model)
-    job.ui.say(
-        f"{facts.get('name')}: file quantisation {facts.get('file_quantisation') or 'none'}, "
-        f"dtype {facts.get('dtype')}, device {job.model.device}"
+    return prepare(
+        job.model,
+        job.tokenizer,
+        settings.prune_config(),
+        settings.calibration,
+        settings.cache_dir,
+        job.ui.say,
+        masks=masks,
     )
 
 
-def _perplexity(job: Job, text: str, masks: dict[int, Tensor] | None) -> None:
+def _perplexity(job: Job, text: str, candidates: Sequence[Candidate]) -> None:
     settings = job.settings
     content = ppl_texts.read(text, settings.ppl_subjects)
     ids = job.tokenizer(content, return_tensors="pt", verbose=False).input_ids[0]
@@ -162,16 +147,8 @@ def _perplexity(job: Job, text: str, masks: dict[int, Tensor] | None) -> None:
             f"a perplexity slice of {prompt} prompt + {scored} scored tokens is longer than the "
             f"model's context of {limit}: give fewer --ppl-prompt-tokens or --ppl-scored-tokens"
         )
-    own = settings.prune_config()
-    configs: list[PruneConfig | None] = [None, *job.also]
-    configs += [] if own.method == "dense" else [own]
-    rows = []
-    with job.ui.progress(f"perplexity on {text}", len(windows) * len(configs)) as advance:
-        for config in configs:
-            given = masks if config is own else None
-            rows.append(
-                score_row(job.model, config, windows, prompt, job.folder, text, advance, given)
-            )
+    with job.ui.progress(f"perplexity on {text}", len(windows) * len(candidates)) as advance:
+        rows = [score_row(c, windows, prompt, job.folder, text, advance) for c in candidates]
     job.perplexity.append(rows_to_dict(rows, text, prompt, scored))
     document = job.perplexity[0] if len(job.perplexity) == 1 else {"texts": job.perplexity}
     write_json(job.path / "perplexity.json", document)
@@ -184,6 +161,10 @@ def _finish(job: Job) -> None:
         job.ui.table(report_table(accounting, job.timing))
     for document in job.perplexity:
         job.ui.table(perplexity_table(document))
+    for rows in job.evaluations.values():
+        job.ui.table(measure_rows.table(rows))
+        for note in measure_rows.notes(rows):
+            job.ui.say(f"note: {note}")
     for sentence in conclusion(accounting, job.perplexity):
         job.ui.say(sentence)
     _write_config(job, "complete")

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dart_llm import job_prompt
+from dart_llm.candidate import Candidate
 from dart_llm.config import PruneConfig
 from dart_llm.generate import Generation, generate
 from dart_llm.job_state import Job
@@ -19,16 +20,15 @@ from dart_llm.results import write_lines
 from dart_llm.session import Run
 
 
-def generate_texts(job: Job, prompt: str, masks: dict[int, Tensor] | None) -> None:
-    """Generate the dense and the pruned text, each kept as a finished part."""
+def generate_texts(job: Job, prompt: str, candidate: Candidate) -> None:
+    """Generate the dense and the candidate's text, each kept as a finished part."""
     text, ids = job_prompt.encode(job.settings, prompt, job.model, job.tokenizer)
-    config = job.settings.prune_config()
-    variants = ["dense"] if config.method == "dense" else ["dense", "pruned"]
+    variants = ["dense"] if candidate.config is None else ["dense", "pruned"]
     for variant in variants:
         known = job.folder.part(f"generation/{variant}")
         has_files = variant == "dense" or (job.path / "masks.safetensors").exists()
         if known is None or not has_files:
-            known = _generate_one(job, variant, text, ids, masks)
+            known = _generate_one(job, variant, text, ids, candidate)
             job.folder.save_part(f"generation/{variant}", known)
         job.generations[variant] = known
         write_lines(job.path / "generation.jsonl", job.generations.values())
@@ -36,7 +36,7 @@ def generate_texts(job: Job, prompt: str, masks: dict[int, Tensor] | None) -> No
 
 
 def _generate_one(
-    job: Job, variant: str, text: str, ids: Tensor, masks: dict[int, Tensor] | None
+    job: Job, variant: str, text: str, ids: Tensor, candidate: Candidate
 ) -> dict[str, Any]:
     settings, config = job.settings, job.settings.prune_config()
     job.ui.say(f"--- {variant if variant == 'dense' else config.method} ---")
@@ -45,11 +45,11 @@ def _generate_one(
         "temperature": settings.temperature,
         "seed": settings.seed,
     }
-    report = None
-    if variant == "dense":
+    report, run = None, candidate.run() if variant == "pruned" else None
+    if run is None:
         made = generate(job.model, job.tokenizer, ids, settings.tokens, **options)
     else:
-        run, recorder = Run(job.model, config, masks), MaskRecorder()
+        recorder = MaskRecorder()
         run.on_selection = recorder
         with run:
             made = generate(job.model, job.tokenizer, ids, settings.tokens, run=run, **options)

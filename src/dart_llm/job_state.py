@@ -28,6 +28,8 @@ class Job:
     config: dict[str, Any] = field(default_factory=dict)
     generations: dict[str, dict[str, Any]] = field(default_factory=dict)
     perplexity: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Rows of mmlu.json, general_nlp.json and summarization.json, by name."""
     timing: dict[str, Any] = field(default_factory=dict)
 
     @property

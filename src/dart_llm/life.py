@@ -166,8 +166,11 @@ class Life:
             )
         )
 
-    def count(self, tokens: int, live: Tensor | float) -> None:
-        """``tokens`` per row were decoded, ``live`` of them over all rows were real."""
+    def count(self, tokens: int, live: Tensor | float, forwards: int = 1) -> None:
+        """``tokens`` per row were decoded, ``live`` of them over all rows were real.
+
+        ``forwards``: decode steps that they stand for.
+        """
         pruned = self.phase is Phase.PRUNED
         kept = self.selection.counts if pruned and self.selection else None
         if not self.periods or self.periods[-1].kept != kept:
@@ -175,7 +178,7 @@ class Life:
         period = self.periods[-1]
         period.tokens = period.tokens + live
         period.length += tokens
-        period.forwards += 1
+        period.forwards += forwards
         self.decoded += tokens
         if pruned:
             self.pruned_run += tokens

@@ -87,6 +87,11 @@ def _group(continuations: Sequence[Sequence[int]]) -> list[Row]:
     return [(fed, tuple(group)) for fed, group in found.items()]
 
 
+def decoded_tokens(continuations: Sequence[Sequence[int]]) -> int:
+    """Decode tokens that ``score_context`` feeds under the protocol ``decode``."""
+    return sum(1 + len(fed) for fed, _ in _group(continuations))
+
+
 @dataclass
 class _Task:
     """One context in progress: losses and argmax hits per continuation."""
@@ -175,6 +180,8 @@ def _feed(
     while start < ids.shape[1]:
         size = min(CHUNK, ids.shape[1] - start)
         if task.run is not None:
+            release = task.run.config.release_step or 0
+            size = min(size, release - start if start < release else size)
             size = min(size, task.run.tokens_until_change() or size)
         end = start + size
         mask = None if valid is None else valid[:, : cached + end]

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dart_llm.config import PruneConfig
 from dart_llm.registry import BUDGETS, DRIFT_RULES, METHODS, SCORES
 
 
@@ -34,14 +35,26 @@ def listing() -> dict[str, list[dict[str, str]]]:
 def _method(name: str) -> dict[str, str]:
     config = METHODS.get(name)
     try:
-        text = import_module(f"dart_llm.presets.{name}").__doc__
+        text = import_module(f"dart_llm.presets.{name.replace('-', '_')}").__doc__
     except ImportError:
         text = ""
-    settings = (
-        f"score {config.score.name}, budget {config.budget.name}, drift {config.drift.rule}, "
-        f"evidence {config.remask.evidence}, compensation {'on' if config.compensation else 'off'}"
-    )
-    return {"name": name, "summary": _first_line(text), "source": settings}
+    return {"name": name, "summary": _first_line(text), "source": _settings(config)}
+
+
+def _settings(config: PruneConfig) -> str:
+    if config.weight_bits is not None:
+        return f"weights of {config.weight_bits} bits, nothing removed"
+    parts = [
+        f"score {config.score.name}",
+        f"budget {config.budget.name}",
+        f"drift {config.drift.rule}",
+        f"evidence {config.remask.evidence}",
+        f"compensation {'on' if config.compensation else 'off'}",
+    ]
+    if config.calibration is not None:
+        size = f"{config.calibration.sequences} x {config.calibration.length} tokens"
+        parts.append(f"{config.calibration.purpose} from calibration on {size}")
+    return ", ".join(parts)
 
 
 def _entry(name: str, rule: Any) -> dict[str, str]:

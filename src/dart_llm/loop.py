@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ class Loop:
 def bare_call(seen: ForwardArgs, forced_decode: bool) -> Call:
     """What a forward outside ``generate`` is."""
     decode = seen.cached and (seen.tokens == 1 or forced_decode)
-    return _call(Kind.DECODE if decode else Kind.PREFILL, seen, seen.valid)
+    call = _call(Kind.DECODE if decode else Kind.PREFILL, seen, seen.valid)
+    return replace(call, forced=forced_decode)
 
 
 def _call(

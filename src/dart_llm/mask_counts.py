@@ -11,15 +11,20 @@ from dart_llm.masks import LayerMask
 
 
 class MaskCounts:
-    """Counts, per layer, how many masks kept each neuron; plug into ``run.on_masks``."""
+    """Counts, per layer, how many masks kept each neuron; plug into ``run.on_masks``.
+
+    Masks that are announced twice in a row, when chosen and when applied, count once.
+    """
 
     def __init__(self) -> None:
         self.masks = 0
+        self._last: Sequence[LayerMask | None] | None = None
         self._counts: list[Tensor] = []
 
     def __call__(self, masks: Sequence[LayerMask | None]) -> None:
-        if not any(mask is not None for mask in masks):
+        if masks is self._last or not any(mask is not None for mask in masks):
             return
+        self._last = masks
         if not self._counts:
             self._counts = [torch.zeros(0, dtype=torch.int32) for _ in masks]
         self.masks += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 PROTOCOLS: dict[str, str] = {
@@ -39,19 +39,22 @@ class Measurement:
     notes: tuple[str, ...] = ()
     counts: tuple[Any, ...] = field(default=(), compare=False)
     masks: int = 0
+    subtasks: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    """Metrics of the tasks of a group; empty for a single task."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able data without ``samples`` and ``counts``, which have files of their own."""
-        data = asdict(self, dict_factory=dict) if not self.counts else None
-        data = data or {name: getattr(self, name) for name in self.__dataclass_fields__}
-        for name in ("samples", "counts"):
-            data.pop(name)
         return {
-            **data,
+            "task": self.task,
+            "protocol": self.protocol,
+            "metric": self.metric,
+            "higher_is_better": self.higher_is_better,
             "metrics": dict(self.metrics),
+            "subtasks": {name: dict(metrics) for name, metrics in self.subtasks.items()},
             "items": [dict(item) for item in self.items],
             "accounting": None if self.accounting is None else dict(self.accounting),
             "notes": list(self.notes),
+            "masks": self.masks,
         }
 
 

@@ -55,3 +55,31 @@ def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     limit = 1 - merged["ffn_share_of_bytes"] * merged["achieved_sparsity"]
     merged["bytes_limit"] = 1 / max(1e-9, limit)
     return merged
+
+
+def slim(report: dict[str, Any]) -> dict[str, Any]:
+    """The report without its list of sequences, for keeping one per item."""
+    return {**report, "sequences": []}
+
+
+def add_dense(report: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """The report with ``tokens`` decoded tokens more that ran dense, outside any run."""
+    if not tokens:
+        return report
+    before = report["decoded_tokens"]
+    total = before + tokens
+
+    def mixed(value: float, dense: float) -> float:
+        return float((value * before + dense * tokens) / total)
+
+    merged = dict(report)
+    for key in _WEIGHTED:
+        merged[key] = mixed(report[key], 0.0 if key == "achieved_sparsity" else 1.0)
+    merged["decoded_tokens"] = total
+    merged["layers"] = [
+        {**layer, "sparsity_decoded": mixed(layer["sparsity_decoded"], 0.0)}
+        for layer in report["layers"]
+    ]
+    limit = 1 - merged["ffn_share_of_bytes"] * merged["achieved_sparsity"]
+    merged["bytes_limit"] = 1 / max(1e-9, limit)
+    return merged

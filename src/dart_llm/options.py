@@ -5,11 +5,10 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
-
-from dart_llm.settings_base import BaseSettings
+from pydantic import BaseModel
 
 ALIASES: dict[str, tuple[str, ...]] = {
     "eval_perplexity": ("--perplexity",),
@@ -26,7 +25,7 @@ def _plain(annotation: Any) -> Any:
     return annotation
 
 
-def parameters(settings: type[BaseSettings]) -> list[inspect.Parameter]:
+def parameters(settings: type[BaseModel]) -> list[inspect.Parameter]:
     """One keyword parameter per setting; None means "not given"."""
     found = []
     for name, field in settings.model_fields.items():
@@ -58,12 +57,15 @@ def _metavar(kind: Any) -> str | None:
     return {str: "TEXT", int: "N", float: "X", bool: ""}.get(kind)
 
 
-def with_settings(
-    function: Callable[..., None], settings: type[BaseSettings]
-) -> Callable[..., None]:
+def with_settings(function: Callable[..., None], settings: type[BaseModel]) -> Callable[..., None]:
     """Give ``function(flags, ...)`` one option per setting; they arrive as the dict ``flags``."""
     signature = inspect.signature(function)
-    own = [p for p in signature.parameters.values() if p.name != "flags"]
+    hints = get_type_hints(function, include_extras=True)  # names of the function's own module
+    own = [
+        p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY)
+        for p in signature.parameters.values()
+        if p.name != "flags"
+    ]
 
     def command(**values: Any) -> None:
         names = settings.model_fields
@@ -73,7 +75,6 @@ def with_settings(
 
     command.__doc__ = function.__doc__
     command.__name__ = function.__name__
-    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
     every = [*parameters(settings), *own]
     command.__signature__ = signature.replace(parameters=every)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in every}

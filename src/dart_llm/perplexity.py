@@ -1,8 +1,9 @@
-"""Perplexity under the ``decode`` protocol: every prediction is made by a decode forward.
+"""Losses of one slice or window under each protocol (docs/method.md, "Evaluation").
 
-A slice is P prompt tokens and C scored ones.  The first P - 1 tokens are the prompt (dense,
-observed); token P and the C - 1 that follow run as decode tokens through the live tracer, so all C
-predictions are pruned ones.  docs/method.md, "Evaluation".
+``decode``: the first P - 1 tokens of a slice are the prompt (dense, observed); token P and the
+C - 1 that follow run as decode tokens through the live tracer, so all C predictions are pruned.
+``full``, ``published`` and ``standard``: masks from a dense pass over the P prompt tokens, over the
+whole slice, or over the text before the window, applied to every position of it.
 """
 
 from __future__ import annotations
@@ -17,11 +18,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dart_llm.errors import ConfigError, DartError
+from dart_llm.life import Phase
+from dart_llm.likelihood import CHUNK
+from dart_llm.ppl_windows import STANDARD, Window, slice_windows
 from dart_llm.records import RunReport
 from dart_llm.session import Run
 
-CHUNK = 256
-"""Decode tokens fed in one forward at most, where no state can change in between."""
+
+@dataclass(frozen=True)
+class WindowLosses:
+    """Per scored token of one window: its loss (nats), and whether it ran pruned."""
+
+    losses: tuple[float, ...]
+    pruned: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,12 @@ class Scored:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(700.0, self.mean_loss))
+        return perplexity(self.mean_loss)
+
+
+def perplexity(mean_loss: float) -> float:
+    """exp of a mean loss in nats, cut where a float ends."""
+    return math.exp(min(700.0, mean_loss))
 
 
 def slices(ids: Tensor, count: int | None, prompt: int, scored: int) -> list[Tensor]:
@@ -46,31 +60,7 @@ def slices(ids: Tensor, count: int | None, prompt: int, scored: int) -> list[Ten
 
     ids: [T].  Raises ``ConfigError`` when the text is too short for one.
     """
-    if prompt < 2 or scored < 1:
-        raise ConfigError("a perplexity slice needs at least 2 prompt tokens and 1 scored token")
-    size = prompt + scored
-    fit = len(ids) // size
-    if not fit:
-        raise ConfigError(
-            f"the text has {len(ids)} tokens; a slice needs {prompt} prompt + {scored} scored "
-            "tokens: give a longer text or fewer tokens"
-        )
-    number = fit if count is None else min(count, fit)
-    starts = [round(i * (len(ids) - size) / max(1, number - 1)) for i in range(number)]
-    return [ids[start : start + size] for start in starts]
-
-
-@torch.inference_mode()
-def score_slice(model: Any, run: Run | None, window: Tensor, prompt: int) -> list[float]:
-    """Losses (nats) of the tokens after the first ``prompt`` of one window [P + C].
-
-    ``run``: an attached run, or None for the untouched model.  Raises ``DartError`` when a loss is
-    not finite.
-    """
-    losses = _score_window(model, run, window[None].to(model.device), prompt)
-    if not bool(losses.isfinite().all()):
-        raise DartError("a loss is not finite: the model overflows; try dtype float32")
-    return [float(loss) for loss in losses.tolist()]
+    return [window.ids for window in slice_windows(ids, count, prompt, scored)]
 
 
 def score(
@@ -80,35 +70,109 @@ def score(
     prompt: int,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> Scored:
-    """``score_slice`` over all windows; ``advance(1)`` is called after each."""
+    """The ``decode`` protocol over all ``windows`` ([P + C] each); ``advance(1)`` after each.
+
+    ``run``: an attached run, or None for the untouched model.
+    """
     results = []
-    for window in windows:
-        results.append(tuple(score_slice(model, run, window, prompt)))
+    for number, ids in enumerate(windows):
+        results.append(score_window(model, run, Window(ids, prompt, number)).losses)
         advance(1)
     return Scored(tuple(results), None if run is None else run.report())
 
 
-def _score_window(model: Any, run: Run | None, ids: Tensor, prompt: int) -> Tensor:
-    """ids: [1, P + C].  Returns C losses, float32."""
-    cache = model(ids[:, : prompt - 1], use_cache=True, logits_to_keep=1).cache
-    losses, start, end = [], prompt - 1, ids.shape[1] - 1
-    while start < end:
-        size = min(CHUNK, end - start)
+@torch.inference_mode()
+def score_window(
+    model: Any, run: Run | None, window: Window, protocol: str = "decode"
+) -> WindowLosses:
+    """Losses of the scored tokens of one window.
+
+    ``run``: an attached run, or None for the untouched model.  ``decode`` adds a sequence to it;
+    the other protocols reset it first.  Raises ``DartError``, which names slice and token, when a
+    loss is not finite.
+    """
+    try:
+        return _score(model, run, window, protocol)
+    except DartError as error:
+        if type(error) is not DartError:
+            raise
+        raise DartError(f"{window.name}: {error}") from None
+
+
+def _score(model: Any, run: Run | None, window: Window, protocol: str) -> WindowLosses:
+    ids = window.ids[None].to(model.device)
+    if protocol == "decode":
+        begin = window.first - 1
+        cache = model(ids[:, :begin], use_cache=True, logits_to_keep=1).cache
+    else:
+        begin, cache = 0, None
         if run is not None:
-            size = min(size, run.tokens_until_change() or size)
-        output = _decode(model, run, ids[:, start : start + size], cache)
-        cache = output.cache
-        targets = ids[0, start + 1 : start + size + 1]
-        losses.append(F.cross_entropy(output.logits[0].float(), targets, reduction="none"))
-        start += size
-    return torch.cat(losses)
+            _choose_masks(model, run, window, protocol)
+    losses, pruned = _feed(model, run, ids, window.first, begin, cache)
+    bad = (~losses.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise DartError(
+            f"the loss of its token {window.first + bad[0]} is the first that is not finite "
+            f"({float(losses[bad[0]])}): the model overflows; try dtype float32"
+        )
+    return WindowLosses(tuple(losses.tolist()), tuple(pruned))
 
 
-def _decode(model: Any, run: Run | None, ids: Tensor, cache: Any) -> Any:
+def _choose_masks(model: Any, run: Run, window: Window, protocol: str) -> None:
+    """Hold the masks that a dense pass over the protocol's tokens gives."""
+    run.hold(None)
+    asked = run.asks_for_pruning
+    seen = window.ids if protocol == "published" else window.ids[: window.first]
+    if protocol == STANDARD:
+        assert window.before is not None
+        seen = window.before
+    model(seen[None].to(model.device), use_cache=True, logits_to_keep=1)
+    masks = run.select()
+    if asked and all(mask is None for mask in masks):
+        raise ConfigError(
+            f"{window.name}: the masks that were chosen remove no neuron: ask for a higher sparsity"
+        )
+    run.hold(masks)
+
+
+def _feed(
+    model: Any, run: Run | None, ids: Tensor, first: int, begin: int, cache: Any
+) -> tuple[Tensor, list[bool]]:
+    """Feed ``ids`` ([1, n]) from ``begin`` on, whose past lies in ``cache``, as decode tokens.
+
+    Returns the losses of the tokens from ``first`` on, [n - first] float32, and whether each ran
+    pruned.  A chunk ends where the masks can change, and its logits are gone before the next one.
+    """
+    losses: list[Tensor] = []
+    pruned: list[bool] = []
+    end = ids.shape[1] - 1
+    while begin < end:
+        size = min(CHUNK, end - begin)
+        if run is not None:
+            bound = run.tokens_until_change() if begin else run.config.release_step
+            size = min(size, bound or size)
+        stop = begin + size
+        targets = ids[0, max(begin + 1, first) : stop + 1]
+        found, cache = _chunk(model, run, ids[:, begin:stop], cache, targets)
+        losses.append(found)
+        pruned += [run is not None and run.phase == Phase.PRUNED] * len(targets)
+        begin = stop
+    return torch.cat(losses), pruned
+
+
+def _chunk(
+    model: Any, run: Run | None, ids: Tensor, cache: Any, targets: Tensor
+) -> tuple[Tensor, Any]:
+    """One decode forward.  Losses of ``targets`` ([m]), which its last m positions predict."""
+    given: dict[str, Any] = {} if cache is None else {"cache": cache}
+    given.update(use_cache=True, logits_to_keep=max(1, len(targets)))
     if run is None:
-        return model(ids, cache=cache, use_cache=True)
-    with run.decoding():
-        return model(ids, cache=cache, use_cache=True)
+        output = model(ids, **given)
+    else:
+        with run.decoding(prompt=cache is None):
+            output = model(ids, **given)
+    logits = output.logits[0, : len(targets)].float()
+    return F.cross_entropy(logits, targets, reduction="none"), output.cache
 
 
 def ratio_interval(
@@ -116,18 +180,16 @@ def ratio_interval(
 ) -> tuple[float, float] | None:
     """95 % bootstrap interval over slices of ``perplexity(pruned) / perplexity(dense)``.
 
-    None with fewer than two slices, which say nothing of the spread.
+    Slices count by their tokens.  None with fewer than two, which say nothing of the spread.
     """
     import numpy as np
 
-    gaps = np.array(
-        [
-            sum(a) / len(a) - sum(b) / len(b)
-            for a, b in zip(pruned.losses, dense.losses, strict=True)
-        ]
-    )
-    if len(gaps) < 2:
+    pairs = list(zip(pruned.losses, dense.losses, strict=True))
+    if len(pairs) < 2:
         return None
+    gaps = np.array([sum(a) - sum(b) for a, b in pairs])
+    sizes = np.array([len(a) for a, _ in pairs])
     draws = np.random.default_rng(seed).integers(0, len(gaps), (samples, len(gaps)))
-    low, high = np.quantile(gaps[draws].mean(1), [0.025, 0.975])
-    return float(math.exp(low)), float(math.exp(high))
+    ratios = gaps[draws].sum(1) / sizes[draws].sum(1)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(math.exp(min(700.0, low))), float(math.exp(min(700.0, high)))

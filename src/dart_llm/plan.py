@@ -34,6 +34,8 @@ class Call:
     valid: Tensor | None = None
     live: Tensor | None = None
     observable: int | None = None
+    forced: bool = False
+    """Whether tokens of a known text stand for decode steps of one token each."""
 
     @property
     def prompt_tokens(self) -> int:

@@ -33,6 +33,8 @@ class Plot:
     height: float
     draw: Callable[[Figure, Palette, bool], None]
     """Called with an empty figure, the colours, and whether the figure is narrow."""
+    narrow_height: float | None = None
+    """Inches of the narrow figure where it is stacked higher; None: ``height``."""
 
 
 DASHES = (0, (5, 3))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,13 @@ def write_all(folder: Path) -> list[Path]:
 
     Raises ``MissingExtra`` without matplotlib, ``ResultsError`` when a file cannot be written.
     """
+    return save(folder, available(read(folder)))
+
+
+def save(folder: Path, wanted: Iterable[Plot]) -> list[Path]:
+    """Draw plots into ``plots/<name>.png``; raises as ``write_all``."""
     written = []
-    for plot in available(read(folder)):
+    for plot in wanted:
         path = folder / "plots" / f"{plot.name}.png"
         data = render(plot, "png")
         try:
@@ -80,7 +85,8 @@ def render(plot: Plot, kind: str, narrow: bool = False) -> bytes:
         title = textwrap.wrap(plot.title.rstrip("."), round(width * 10))
         small = textwrap.wrap(plot.small, round(width * 15))
         extra = 0.2 * (len(title) + len(small) - 2) + (0.4 if narrow else 0.0)
-        figure = Figure(figsize=(width, plot.height + extra))
+        height = plot.narrow_height if narrow and plot.narrow_height else plot.height
+        figure = Figure(figsize=(width, height + extra))
         figure.suptitle("\n".join(title), x=0.012, ha="left", fontsize=10.5, fontweight="bold")
         figure.supxlabel("\n".join(small), x=0.012, ha="left", fontsize=7, color=SOFT)
         plot.draw(figure, palette, narrow)

@@ -1,109 +1,103 @@
-"""Perplexity of several methods on the same slices, resumable slice by slice."""
+"""Perplexity of several methods on the same slices: the document in perplexity.json."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from dart_llm.candidate import Candidate, Parts
 from dart_llm.config import PruneConfig
-from dart_llm.errors import ConfigError
-from dart_llm.merge import merge_reports
-from dart_llm.perplexity import Scored, ratio_interval, score_slice
-from dart_llm.results import ResultsFolder
-from dart_llm.session import Run
+from dart_llm.measurement import Measurement
+from dart_llm.perplexity import Scored, perplexity, ratio_interval
+from dart_llm.ppl_measure import measure_windows
+from dart_llm.ppl_parts import ran_pruned, score_part
+from dart_llm.ppl_windows import Window
 
 PROTOCOL = "decode"
+
+_score_one = score_part
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method's perplexity; ``scored`` without a report, which is a plain dict here."""
+    """One method's perplexity; ``config`` None: dense."""
 
     label: str
     config: PruneConfig | None
-    scored: Scored
-    report: dict[str, Any] | None
-
-
-def label(config: PruneConfig | None) -> str:
-    """``dense``, or method and sparsity as in ``dart@0.5``."""
-    if config is None:
-        return "dense"
-    fixed = config.budget.table is not None or config.score.strategy == "auto"
-    return (
-        f"{config.method}@{'table' if fixed and config.sparsity is None else f'{config.target:g}'}"
-    )
+    measurement: Measurement
 
 
 def score_row(
-    model: Any,
-    config: PruneConfig | None,
+    candidate: Candidate,
     windows: Sequence[Tensor],
     prompt: int,
-    folder: ResultsFolder,
+    folder: Parts,
     text: str,
     advance: Callable[[int], None],
-    masks: dict[int, Tensor] | None = None,
 ) -> Row:
-    """Score all slices, keeping each as a finished part of the folder."""
-    losses, reports = [], []
-    run = None if config is None else Run(model, config, masks)
-    name = label(config) if masks is None else "given masks"
-    for index, window in enumerate(windows):
-        key = f"ppl/{text}/{name}/{index}"
-        part = folder.part(key)
-        if part is None:
-            part = _score_one(model, run, window, prompt)
-            folder.save_part(key, part)
-        losses.append(tuple(part["losses"]))
-        if part["report"]:
-            reports.append(part["report"])
-        advance(1)
-    merged = merge_reports(reports) if reports else None
-    return Row(name, config, Scored(tuple(losses), None), merged)
-
-
-def _score_one(model: Any, run: Run | None, window: Tensor, prompt: int) -> dict[str, Any]:
-    if run is None:
-        return {"losses": score_slice(model, None, window, prompt), "report": None}
-    run.reset()
-    with run:
-        losses = score_slice(model, run, window, prompt)
-        report = run.report()
-    if report.dense_token_share == 1 and run.asks_for_pruning:
-        raise ConfigError(
-            f"perplexity of {label(run.config)}: all {report.decoded_tokens} scored tokens of a "
-            "slice ran dense, so this would measure the untouched model; give more "
-            "--ppl-prompt-tokens or --ppl-scored-tokens, or a smaller --min-evidence or "
-            "--masking-step"
-        )
-    return {"losses": losses, "report": report.to_dict()}
+    """Score all slices ([P + C] each), keeping each as a finished part of the folder."""
+    cut = [Window(ids, prompt, number) for number, ids in enumerate(windows)]
+    found = measure_windows(candidate, text, cut, PROTOCOL, folder, advance, score=_score_one)
+    return Row(candidate.label, candidate.config, found)
 
 
 def rows_to_dict(rows: Sequence[Row], text: str, prompt: int, scored: int) -> dict[str, Any]:
     """The document of one text in perplexity.json; the first row is dense."""
-    dense = rows[0].scored
+    found = [(row.label, row.measurement) for row in rows]
+    return document(found, text, {"prompt_tokens": prompt, "scored_tokens": scored})
+
+
+def document(
+    rows: Sequence[tuple[str, Measurement]], text: str, shape: Mapping[str, int]
+) -> dict[str, Any]:
+    """Labelled measurements of the same windows as one document; the first is dense.
+
+    ``shape``: ``prompt_tokens`` and ``scored_tokens``, or ``window`` and ``stride``.
+    """
+    dense = rows[0][1]
     return {
-        "protocol": PROTOCOL,
+        "protocol": dense.protocol,
         "text": text,
-        "slices": len(dense.losses),
-        "prompt_tokens": prompt,
-        "scored_tokens": scored,
-        "rows": [
-            {
-                "method": row.report["method"] if row.report else "dense",
-                "label": row.label,
-                "sparsity": row.report["requested_sparsity"] if row.report else 0.0,
-                "perplexity": row.scored.perplexity,
-                "mean_loss": row.scored.mean_loss,
-                "ratio_to_dense": row.scored.perplexity / dense.perplexity,
-                "interval": ratio_interval(row.scored, dense) if row.config else None,
-                "accounting": row.report,
-            }
-            for row in rows
-        ],
-        "losses": {row.label: [list(losses) for losses in row.scored.losses] for row in rows},
+        "slices": len(dense.items),
+        **shape,
+        "rows": [_row(label, measurement, dense) for label, measurement in rows],
+        "losses": {label: [s["losses"] for s in found.samples] for label, found in rows},
     }
+
+
+def _row(label: str, found: Measurement, dense: Measurement) -> dict[str, Any]:
+    """One row; ``..._pruned_tokens`` speaks of the tokens that ran pruned, dense over the same."""
+    report, own, base = found.accounting, _scored(found), _scored(dense)
+    return {
+        "method": report["method"] if report else label,
+        "label": label,
+        "sparsity": report["requested_sparsity"] if report else 0.0,
+        "perplexity": own.perplexity,
+        "mean_loss": own.mean_loss,
+        "ratio_to_dense": own.perplexity / base.perplexity,
+        "interval": None if found is dense else ratio_interval(own, base),
+        "tokens": found.metrics["tokens"],
+        "pruned_tokens": found.metrics["pruned_tokens"],
+        "perplexity_pruned_tokens": found.metrics.get("perplexity_pruned_tokens"),
+        "dense_perplexity_pruned_tokens": dense_where_pruned(found, dense),
+        "accounting": report,
+        "notes": list(found.notes),
+    }
+
+
+def _scored(found: Measurement) -> Scored:
+    return Scored(tuple(tuple(sample["losses"]) for sample in found.samples), None)
+
+
+def dense_where_pruned(found: Measurement, dense: Measurement) -> float | None:
+    """Perplexity of ``dense`` over the tokens that ran pruned in ``found``; None of nothing."""
+    losses = [
+        loss
+        for own, base in zip(found.samples, dense.samples, strict=True)
+        for loss, pruned in zip(base["losses"], ran_pruned(own), strict=True)
+        if pruned
+    ]
+    return perplexity(sum(losses) / len(losses)) if losses else None

@@ -10,7 +10,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("dart-llm", "torch", "transformers", "accelerate", "safetensors", "gguf", "numpy")
+PACKAGES = (
+    "dart-llm",
+    "torch",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "gguf",
+    "numpy",
+    "lm-eval",
+    "datasets",
+    "rouge-score",
+    "scipy",
+)
 
 
 def versions() -> dict[str, str | None]:

@@ -82,15 +82,18 @@ METHODS: Registry[PruneConfig] = Registry(
     "method",
     "dart_llm.methods",
     {
-        name: f"dart_llm.presets.{name}:CONFIG"
-        for name in ("dense", "static", "griffin", "published", "dart")
+        name: f"dart_llm.presets.{name.replace('-', '_')}:CONFIG"
+        for name in (
+            "dense dense-8bit dense-4bit random static wanda flap griffin griffin-refresh glass "
+            "published dart"
+        ).split()
     },
 )
 SCORES: Registry[Score] = Registry(
     "score",
     "dart_llm.scores",
     {
-        **_table("dart_llm.scores", "magnitude normalized contribution weight random"),
+        **_table("dart_llm.scores", "magnitude normalized contribution wanda flap weight random"),
         **{f"{name}": f"dart_llm.proxies:{name}_proxy" for name in ("max", "mean")},
         **_table("dart_llm.proxies", "combined product"),
     },
@@ -104,6 +107,7 @@ BUDGETS: Registry[Budget] = Registry(
         "depth-residual": "dart_llm.depth_budget:depth_residual",
         "energy": "dart_llm.budgets:energy",
         "global": "dart_llm.budgets:global_rank",
+        "standardized": "dart_llm.budgets:standardized",
     },
 )
 DRIFT_RULES: Registry[Callable[..., Rule]] = Registry(

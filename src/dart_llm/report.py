@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from dart_llm import plots, report_head, report_tables, report_texts, sentences
+from dart_llm import plots, report_evaluations, report_head, report_tables, report_texts, sentences
 from dart_llm.errors import MissingExtra
 from dart_llm.plot_base import Plot
 from dart_llm.results import write_text
@@ -84,6 +84,8 @@ def _content(view: ResultsView) -> dict[str, Any]:
             )
             for document in view.perplexity
         ],
+        "evaluations": report_evaluations.tables(view),
+        "evaluation_notes": report_evaluations.notes(view),
         "timing": report_tables.timing(view),
         "timing_words": sentences.timing_sentence(view.timing),
         "other_times": report_head.other_times(view.timing),

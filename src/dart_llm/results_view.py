@@ -16,6 +16,9 @@ from typing import Any
 from dart_llm.errors import ResultsError
 from dart_llm.records import DriftCheck
 
+EVALUATIONS = ("mmlu", "general_nlp", "summarization")
+"""Files that an evaluation of ``dart-llm run`` writes, without their ending."""
+
 
 @dataclass(frozen=True)
 class ResultsView:
@@ -30,6 +33,8 @@ class ResultsView:
     remasks: tuple[dict[str, Any], ...]
     layers: tuple[dict[str, Any], ...]
     drift: tuple[DriftCheck, ...]
+    evaluations: tuple[tuple[str, tuple[dict[str, Any], ...]], ...] = ()
+    """Name of the evaluation (``mmlu``, ...) and its rows, one per method and task."""
 
     @property
     def checkpoint(self) -> dict[str, Any]:
@@ -93,7 +98,13 @@ def read(folder: Path) -> ResultsView:
         ),
         _mappings(masks.get("layers")),
         _checks(folder / "drift.csv"),
+        tuple((name, rows) for name in EVALUATIONS if (rows := _rows(folder / f"{name}.json"))),
     )
+
+
+def _rows(path: Path) -> tuple[dict[str, Any], ...]:
+    rows = _mappings(mapping(_json(path)).get("rows"))
+    return tuple(row for row in rows if mapping(row.get("measurement")))
 
 
 def mapping(value: Any) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 A score is one function ``(a, weights) -> [I]``.  ``a`` is what was accumulated over the observed
 tokens from the per-token statistic that the decorator names: ``sqrt(sum_t e_t)``, or with an
-``ema_decay`` d the average of ``sqrt(e_t)`` weighted by ``d^(T-1-t)``.
+``ema_decay`` d the average of ``sqrt(e_t)`` weighted by ``d^(T-1-t)``.  A score of ``spread`` gets
+the standard deviation of u over the observed tokens instead.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ class Score:
     function: Callable[[Tensor, FfnWeights], Tensor]
     per_token: PerToken | None
     source: str
+    spread: bool = False
+    """Whether ``a`` is the standard deviation of u; ``per_token`` is then ``squared``."""
 
     def __call__(self, a: Tensor, weights: FfnWeights) -> Tensor:
         """a: [I] float32 accumulated statistic.  Returns [I] float32, larger is kept first."""
@@ -37,12 +40,12 @@ class Score:
 
 
 def score(
-    per_token: PerToken | None, source: str
+    per_token: PerToken | None, source: str, spread: bool = False
 ) -> Callable[[Callable[[Tensor, FfnWeights], Tensor]], Score]:
     """Turn a function into a ``Score``; ``source`` names the paper and the formula."""
 
     def wrap(function: Callable[[Tensor, FfnWeights], Tensor]) -> Score:
-        return Score(function, per_token, source)
+        return Score(function, per_token, source, spread)
 
     return wrap
 
@@ -75,6 +78,18 @@ def contribution(a: Tensor, weights: FfnWeights) -> Tensor:
     return a * weights.down_norm
 
 
+@score(squared, "Wanda, arXiv 2306.11695, summed over the weights of a neuron's output column")
+def wanda(a: Tensor, weights: FfnWeights) -> Tensor:
+    """Magnitude times the L1 norm of the neuron's column of the down projection."""
+    return a * weights.down_l1
+
+
+@score(squared, "FLAP, arXiv 2312.11983, the fluctuation metric (WIFV)", spread=True)
+def flap(a: Tensor, weights: FfnWeights) -> Tensor:
+    """Variance of the activation times the squared norm of the neuron's output column."""
+    return (a * weights.down_norm).square()
+
+
 @score(None, "static baseline: norms of the neuron's weights")
 def weight(a: Tensor, weights: FfnWeights) -> Tensor:
     """Product of the norms of the neuron's input rows and output column; no activations."""
@@ -86,3 +101,22 @@ def random(a: Tensor, weights: FfnWeights) -> Tensor:
     """Uniform random numbers, fixed by the run's seed and the layer."""
     generator = torch.Generator().manual_seed(1_000_003 * weights.seed + weights.index)
     return torch.rand(weights.width, generator=generator).to(weights.device)
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """[I] float32: I - 1 for the largest score, 0 for the smallest; ties: lower index, higher rank.
+
+    The order is that of ``masks.top_ids``, so the top k of the ranks is the top k of the scores.
+    """
+    order = scores.sort(descending=True, stable=True).indices
+    places = torch.arange(len(scores) - 1, -1, -1, dtype=torch.float32, device=scores.device)
+    return torch.empty_like(places).scatter_(0, order, places)
+
+
+def mix_ranks(scores: Tensor, prior: Tensor, weight: float) -> Tensor:
+    """``(1 - weight) ranks(scores) + weight ranks(prior)``, [I] float32.
+
+    Rank aggregation of GLASS (arXiv 2508.14302) of what the text shows and of a prior.
+    """
+    own, other = ranks(scores), ranks(prior.to(scores.device))
+    return (1 - weight) * own + weight * other

@@ -18,6 +18,7 @@ from dart_llm.evidence import LayerEvidence, Statistics, needed
 from dart_llm.layer_spec import AUTO, parse_layer_spec
 from dart_llm.masks import LayerMask, auto_count, top_ids
 from dart_llm.registry import BUDGETS, SCORES
+from dart_llm.scores import mix_ranks
 from dart_llm.weights import FfnWeights
 
 
@@ -39,6 +40,11 @@ class Selector:
 
     def __post_init__(self) -> None:
         self.targets  # noqa: B018 - raises early when the table does not fit the model
+        if self.config.score.ema_decay is not None and self.statistics.spread:
+            raise ConfigError(
+                f'score "{self.config.score.name}" is a variance over all tokens alike: drop the '
+                "ema_decay"
+            )
 
     @cached_property
     def targets(self) -> tuple[int | str | None, ...]:
@@ -54,7 +60,7 @@ class Selector:
         score = SCORES.get(self.config.score.name)
         parts = self.config.budget.parts() if self._allocates else ()
         needs = needed(parts, self.config.compensation, lambda name: BUDGETS.get(name).needs)
-        return Statistics(score.per_token, self.config.score.ema_decay, needs)
+        return Statistics(score.per_token, self.config.score.ema_decay, needs, score.spread)
 
     @property
     def needs_evidence(self) -> bool:
@@ -81,12 +87,13 @@ class Selector:
 
         Raises ``DartError`` when a score is not finite.
         """
-        rule = SCORES.get(self.config.score.name)
-        scores = [
-            rule(self.statistics.score_input(known, layer.width, layer.device), layer)
-            for known, layer in zip(evidence, self.layers, strict=True)
-        ]
-        self._check_finite(scores)
+        scores = self.scores(evidence)
+        weight = self.config.score.prior_weight
+        if weight is not None:
+            scores = [
+                mix_ranks(score, self._prior(layer), weight)
+                for score, layer in zip(scores, self.layers, strict=True)
+            ]
         if counts is None:
             counts = self.counts(scores, evidence)
         masks = [
@@ -96,6 +103,22 @@ class Selector:
             )
         ]
         return Selection(tuple(masks), tuple(counts), tuple(scores))
+
+    def scores(self, evidence: Sequence[LayerEvidence]) -> list[Tensor]:
+        """What the neuron score says of each layer, [I]; raises ``DartError`` unless finite."""
+        rule = SCORES.get(self.config.score.name)
+        scores = [
+            rule(self.statistics.score_input(known, layer.width, layer.device), layer)
+            for known, layer in zip(evidence, self.layers, strict=True)
+        ]
+        self._check_finite(scores)
+        return scores
+
+    @staticmethod
+    def _prior(layer: FfnWeights) -> Tensor:
+        if layer.prior is None:
+            raise RuntimeError("a score with a prior_weight needs the layers' priors")
+        return layer.prior
 
     def preview(self, evidence: Sequence[LayerEvidence] | None) -> tuple[LayerMask | None, ...]:
         """The masks of ``select``; raises ``AttachError`` where evidence is needed and missing."""

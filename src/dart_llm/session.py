@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from dart_llm.accounting import Costs, run_report
 from dart_llm.arch import describe
 from dart_llm.attach import Attachment
-from dart_llm.config import PruneConfig
+from dart_llm.config import PruneConfig, check_prepared
 from dart_llm.errors import AttachError, ConfigError
 from dart_llm.executor import check_executor, choose_executor
 from dart_llm.life import Life
 from dart_llm.masks import LayerMask, given_masks
 from dart_llm.records import DriftCheck, Remask, RunReport
 from dart_llm.tracer import Tracer
+from dart_llm.weights import FfnWeights, with_prior
 
 Ids = Mapping[int, Sequence[int] | Tensor]
 Masks = tuple[LayerMask | None, ...]
@@ -39,22 +40,32 @@ class Run:
         remove: Ids | None = None,
         on_remask: Callable[[Remask], None] | None = None,
         held: Masks | None = None,
+        prior: Sequence[Tensor] | None = None,
     ) -> None:
-        """``held``: masks that were chosen beforehand, by calibration (``Run.select``)."""
+        """``held``: masks that were chosen beforehand, by calibration; ``prior``: [I] per layer.
+
+        Both come from ``dart_llm.prepare``.
+        """
         self.model = model
         self.config = config
         self.on_remask = on_remask
         self.on_selection: Callable[[Remask, Life], None] | None = None
         self.on_masks: Callable[[Masks], None] | None = None
         self._view = describe(model)
-        self._layers = self._view.weights(config.score.proxy_embedding, config.seed)
+        self._prior = prior
+        self._layers = self._weights()
         self._by_hand = masks is not None or remove is not None
         self._given = self._first = self._place(masks, remove) if self._by_hand else held
         self._tracer = self._new_tracer()
         self._attachment: Attachment | None = None
         self._copies = 0
         chooses = self._given is None and not self._tracer.selector.removes_nothing
+        check_prepared(config, chooses, prior is not None)
         check_executor(self._view.blocks, self._tracer.selector, type(model).__name__, chooses)
+
+    def _weights(self) -> tuple[FfnWeights, ...]:
+        layers = self._view.weights(self.config.score.proxy_embedding, self.config.seed)
+        return layers if self._prior is None else with_prior(layers, self._prior)
 
     def _place(self, masks: Ids | None, remove: Ids | None) -> tuple[LayerMask | None, ...]:
         found = given_masks([layer.width for layer in self._layers], masks, remove)
@@ -86,7 +97,7 @@ class Run:
         if self._attachment is not None and self._attachment.installed:
             raise AttachError("this run is attached already")
         if not self._tracer.sequences:  # the model may have moved since this run was made
-            self._layers = self._view.weights(self.config.score.proxy_embedding, self.config.seed)
+            self._layers = self._weights()
             self._tracer = self._new_tracer()
         attachment = Attachment(self.model, self._view, self._tracer, self.executor)
         attachment.install()
@@ -155,8 +166,8 @@ class Run:
 
         Forgets all sequences, as ``reset`` does.
         """
-        removing = masks is not None and any(mask is not None for mask in masks)
-        self._given = masks if removing else self._first
+        choose = masks is None or self._tracer.selector.removes_nothing
+        self._given = self._first if choose else masks
         self.reset()
 
     def branch(self) -> None:
@@ -223,6 +234,7 @@ class Run:
         """Accounting so far, in total and per sequence."""
         self._catch_up()
         copies = self._copies if self._attachment is None else self._attachment.nbytes()
+        copies += sum(part.numel() * part.element_size() for part in self._prior or ())
         return run_report(
             list(self._tracer.all_lives()),
             Costs(self._layers, self._view.parameter_bytes),

@@ -25,6 +25,18 @@ def _is_text(text: str) -> bool:
     return True
 
 
+POSITIVE = (
+    "generation",
+    "prompt_length",
+    "ppl_max_samples",
+    "mmlu_max_samples",
+    "general_nlp_max_samples",
+    "summarization_max_samples",
+    "summarization_max_output",
+)
+"""Whole numbers of 1 or more; ``generation`` may be 0."""
+
+
 class RunSettings(BaseSettings):
     """What one run is asked to do; None means "not given"."""
 
@@ -51,17 +63,25 @@ class RunSettings(BaseSettings):
     ppl_max_samples: int | None = setting("Evaluation", "Slices per text (default: all).")
     ppl_prompt_tokens: int = setting("Evaluation", "Prompt tokens of a slice.", 256)
     ppl_scored_tokens: int = setting("Evaluation", "Scored tokens of a slice.", 256)
-    eval_mmlu: bool = setting("Evaluation", "MMLU (a later version).", False)
-    mmlu_datasets: str = setting("Evaluation", "MMLU subjects.", "all")
+    eval_mmlu: bool = setting("Evaluation", "MMLU accuracy, dense beside pruned.", False)
+    mmlu_datasets: str = setting("Evaluation", "MMLU subjects, comma-separated.", "all")
     mmlu_shots: int = setting("Evaluation", "Examples before each question.", 0)
     mmlu_max_samples: int | None = setting("Evaluation", "Questions per subject.")
-    eval_general_nlp: bool = setting("Evaluation", "BoolQ, RTE, ... (a later version).", False)
-    general_nlp_datasets: str | None = setting("Evaluation", "Which of the seven tasks.")
+    eval_general_nlp: bool = setting("Evaluation", "BoolQ, RTE, ..., dense beside pruned.", False)
+    general_nlp_datasets: str | None = setting("Evaluation", "Which tasks (default: the seven).")
     general_nlp_max_samples: int | None = setting("Evaluation", "Items per task.")
-    eval_summarization: bool = setting("Evaluation", "Summaries (a later version).", False)
-    summarization_datasets: str = setting("Evaluation", "Data sets.", "xsum")
+    eval_summarization: bool = setting(
+        "Evaluation", "ROUGE of summaries, dense beside pruned.", False
+    )
+    summarization_datasets: str = setting(
+        "Evaluation", "xsum, cnn_dailymail, multi_news, gov_report, or JSON-lines files.", "xsum"
+    )
     summarization_max_samples: int | None = setting("Evaluation", "Documents per data set.")
     summarization_max_output: int = setting("Evaluation", "Tokens per summary.", 256)
+    include_path: str | None = setting("Evaluation", "Folder with further lm-eval task files.")
+    calibration: str | None = setting(
+        "Evaluation", "Text for methods that calibrate (default: c4 of the hub)."
+    )
     # results
     verbose: bool = setting("Results", "Log every mask and every drift window.", False)
     save_activations: bool = setting("Results", "Save activations (a later version).", False)
@@ -76,12 +96,14 @@ class RunSettings(BaseSettings):
         given = [n for n in ("prompt", "prompt_file", "custom_prompt_text") if getattr(self, n)]
         if len(given) > 1:
             raise ConfigError(f"give one prompt: {' and '.join(given)} were both given")
-        for name in ("generation", "prompt_length", "ppl_max_samples"):
+        for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and value < (0 if name == "generation" else 1):
                 raise ConfigError(f"--{name.replace('_', '-')} {value} is too small")
         if self.temperature is not None and not 0 <= self.temperature < math.inf:
             raise ConfigError(f"--temperature {self.temperature:g} must be 0 (greedy) or more")
+        if not 0 <= self.mmlu_shots <= 5:
+            raise ConfigError(f"--mmlu-shots {self.mmlu_shots} must be 0 to 5")
         for name in ("prompt", "custom_prompt_text"):
             if not _is_text(getattr(self, name) or ""):
                 raise ConfigError(
@@ -91,13 +113,21 @@ class RunSettings(BaseSettings):
         return self
 
     def _check_later_stages(self) -> None:
-        for name in ("eval_mmlu", "eval_general_nlp", "eval_summarization", "save_activations"):
-            if getattr(self, name):
-                flag = "--" + name.replace("_", "-")
-                raise ConfigError(
-                    f"{flag} is not part of this version yet; a later one brings it "
-                    "(CHANGELOG.md). Leave it off to run the rest."
-                )
+        if self.save_activations:
+            raise ConfigError(
+                "--save-activations is not part of this version yet; a later one brings it "
+                "(CHANGELOG.md). Leave it off to run the rest."
+            )
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether any evaluation is switched on."""
+        return (
+            self.eval_perplexity
+            or self.eval_mmlu
+            or self.eval_general_nlp
+            or self.eval_summarization
+        )
 
     @property
     def tokens(self) -> int:

@@ -45,15 +45,15 @@ def _speed(timing: dict[str, Any]) -> str:
 
 
 def perplexity_table(document: dict[str, Any]) -> Table:
-    """Perplexity of every method on the same slices."""
+    """Perplexity of every method on the same slices or windows."""
     title = (
-        f"perplexity on {document['text']}: {document['slices']} slices of "
-        f"{document['prompt_tokens']} prompt + {document['scored_tokens']} scored tokens, "
-        f"protocol {document['protocol']}"
+        f"perplexity on {document['text']}: {windows(document)}, protocol {document['protocol']}"
     )
     table = Table(title=title, title_justify="left")
     table.add_column("method")
-    for name in ("asked", "achieved", "dense tokens", "re-masks", "perplexity", "x dense", "95 %"):
+    partly = any(0 < row.get("pruned_tokens", 0) < row["tokens"] for row in document["rows"])
+    heads = ["asked", "achieved", "dense tokens", "re-masks", "perplexity", "x dense", "95 %"]
+    for name in (*heads, *(("pruned tokens only", "x dense there") if partly else ())):
         table.add_column(name, justify="right")
     for row in document["rows"]:
         report = row["accounting"]
@@ -68,8 +68,26 @@ def perplexity_table(document: dict[str, Any]) -> Table:
             f"{row['perplexity']:.2f}",
             f"{row['ratio_to_dense']:.2f}",
             f"{interval[0]:.2f}-{interval[1]:.2f}" if interval else "",
+            *(_where_pruned(row) if partly else ()),
         )
     return table
+
+
+def windows(document: dict[str, Any]) -> str:
+    """Which tokens of the text a perplexity document speaks of."""
+    if "window" in document:
+        stride = document["stride"]
+        return f"{document['slices']} windows of {document['window']} tokens, stride {stride}"
+    return (
+        f"{document['slices']} slices of {document['prompt_tokens']} prompt + "
+        f"{document['scored_tokens']} scored tokens"
+    )
+
+
+def _where_pruned(row: dict[str, Any]) -> tuple[str, str]:
+    """Perplexity over the tokens that ran pruned, and over dense on the same tokens."""
+    own, dense = row["perplexity_pruned_tokens"], row["dense_perplexity_pruned_tokens"]
+    return ("", "") if own is None else (f"{own:.2f}", f"{own / dense:.2f}")
 
 
 def conclusion(accounting: dict[str, Any] | None, documents: Sequence[dict[str, Any]]) -> list[str]:

@@ -244,7 +244,7 @@ class Tracer:
             count = call.rows if life.row is None else 1
             live = float(accepted * count) if weights is None else weights[rows].sum()
             pruned = life.phase is Phase.PRUNED
-            life.count(accepted, live)
+            life.count(accepted, live, accepted if call.forced else 1)
             if pruned:
                 self._watch(life, held, accepted, rows)
 

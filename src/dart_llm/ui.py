@@ -21,6 +21,7 @@ class Ui:
         self.quiet = quiet
         width = None if sys.stderr.isatty() else 110
         self.err = Console(stderr=True, quiet=quiet, width=width)
+        self.out = Console(width=None if sys.stdout.isatty() else 160)
         self.log: list[str] = []
         self.live = sys.stderr.isatty() and not quiet
 

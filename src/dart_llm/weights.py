@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -14,7 +15,8 @@ class FfnWeights:
     """Views of one layer's FFN weights; I = neurons, D = hidden size.
 
     ``up``: [I, D] (``fc`` in a plain FFN); ``gate``: [I, D] or None; ``down``: [D, I].
-    ``embedding``: [V, D] rows for forward proxies, shared by all layers.
+    ``embedding``: [V, D] rows for forward proxies, shared by all layers.  ``prior``: [I] float32,
+    what is known of the neurons before any text is seen, larger is kept first.
     """
 
     index: int
@@ -25,6 +27,7 @@ class FfnWeights:
     down: Tensor
     embedding: Tensor | None = None
     seed: int = 0
+    prior: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -46,12 +49,22 @@ class FfnWeights:
         return _norm(self.down, 0)
 
     @cached_property
+    def down_l1(self) -> Tensor:
+        """L1 norm of each column of the down projection, [I], float32."""
+        return _norm(self.down, 0, 1)
+
+    @cached_property
     def in_norms(self) -> Tensor:
         """Product of the L2 norms of each neuron's input rows, [I], float32."""
         norm = _norm(self.up, 1)
         return norm if self.gate is None else norm * _norm(self.gate, 1)
 
 
-def _norm(matrix: Tensor, dim: int) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(matrix.detach(), dim=dim, dtype=torch.float32)
+def with_prior(layers: Sequence[FfnWeights], prior: Sequence[Tensor]) -> tuple[FfnWeights, ...]:
+    """The layers, each with its part of ``prior``."""
+    return tuple(replace(layer, prior=part) for layer, part in zip(layers, prior, strict=True))
+
+
+def _norm(matrix: Tensor, dim: int, order: float = 2) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(matrix.detach(), order, dim, dtype=torch.float32)
     return norm

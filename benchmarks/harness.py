@@ -1,0 +1,104 @@
+"""Our split-context path against lm-eval's own Hugging Face model: same answers, and how fast.
+
+Equality: every item's metrics at sparsity 0, in float32 and in bfloat16.  Speed: whole evaluations,
+plain lm-eval at batch 8 against ``dart-llm eval``'s path, in random order, several rounds.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from statistics import median
+from typing import Any
+
+from common import load_model, parser, save
+
+from dart_llm import harness
+from dart_llm.candidate import Candidate, Memory
+from dart_llm.config import PruneConfig
+from dart_llm.measurement import MeasureOptions
+
+CASES = (("griffin", 0.0), ("griffin", 0.5), ("dart", 0.5))
+
+
+def plain(model: Any, tokenizer: Any, args: Any) -> dict[str, dict[str, float]]:
+    """Items of lm-eval's own model at batch 8."""
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    results = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),
+        tasks=[args.task],
+        limit=args.limit,
+        bootstrap_iters=0,
+        task_manager=TaskManager(include_path=args.include_path),
+    )
+    return {
+        f"{args.task}/{s['doc_id']}": {m: float(s[m]) for m in s["metrics"]}
+        for s in results["samples"][args.task]
+    }
+
+
+def ours(model: Any, tokenizer: Any, args: Any, method: str, sparsity: float) -> Any:
+    config = PruneConfig.build(method, sparsity=sparsity)
+    options = MeasureOptions(limit=args.limit, include_path=args.include_path)
+    candidate = Candidate(model, tokenizer, config)
+    return harness.measure(candidate, args.task, options, Memory(), lambda items: None)
+
+
+def differing(first: dict[str, dict[str, float]], second: Any) -> dict[str, int]:
+    """Items whose metric differs, by metric."""
+    other = {item["id"]: item for item in second.items}
+    assert first.keys() == other.keys()
+    names = next(iter(first.values()))
+    return {m: sum(first[i][m] != other[i][m] for i in first) for m in names}
+
+
+def mean(items: dict[str, dict[str, float]]) -> dict[str, float]:
+    names = next(iter(items.values()))
+    return {m: sum(item[m] for item in items.values()) / len(items) for m in names}
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--task", default="arc_easy_local")
+    options.add_argument("--include-path", required=True, help="folder of the task files")
+    options.add_argument("--limit", type=int, default=150)
+    options.add_argument("--rounds", type=int, default=3)
+    args = options.parse_args()
+    model, tokenizer = load_model(args)
+    seconds: dict[str, list[float]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    names = ["plain lm-eval, batch 8", *(f"{m} {s:g}" for m, s in CASES)]
+    order = random.Random(0)
+    reference: dict[str, dict[str, float]] = {}
+    for number in range(args.rounds):
+        for name in order.sample(names, len(names)) if number else names:
+            begin = time.perf_counter()
+            if name == names[0]:
+                reference = plain(model, tokenizer, args)
+                rows[name] = {"metrics": mean(reference)}
+            else:
+                method, sparsity = name.split()
+                found = ours(model, tokenizer, args, method, float(sparsity))
+                account = found.accounting
+                rows[name] = {
+                    "metrics": found.metrics,
+                    "items_differing_from_plain": differing(reference, found),
+                    "achieved_sparsity": account["achieved_sparsity"],
+                    "dense_token_share": account["dense_token_share"],
+                    "remasks": account["remasks"],
+                }
+            seconds.setdefault(name, []).append(time.perf_counter() - begin)
+            print(f"{name}: {rows[name]} {seconds[name][-1]:.1f} s")
+    base = median(seconds[names[0]])
+    for name, row in rows.items():
+        row.update(seconds=median(seconds[name]), times_plain=median(seconds[name]) / base)
+        row["all_seconds"] = seconds[name]
+    data = {"task": args.task, "items": args.limit, "rounds": args.rounds, "rows": rows}
+    print(save(args.out or f"harness_{args.dtype or 'checkpoint'}", model, data))
+
+
+if __name__ == "__main__":
+    main()

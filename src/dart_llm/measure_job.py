@@ -1,0 +1,192 @@
+"""The jobs of ``dart-llm eval``, ``perplexity`` and ``summarize``: one method, some tasks."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dart_llm import measure_rows
+from dart_llm.candidate import Candidate
+from dart_llm.devices import memory_failure
+from dart_llm.errors import DartError, MissingExtra, ResultsError
+from dart_llm.job_common import config_document, load_model
+from dart_llm.loading import checkpoint_facts
+from dart_llm.measure import check_calibration, count, measure
+from dart_llm.outputs import read_masks, timing_text
+from dart_llm.prepare import prepare
+from dart_llm.provenance import peak_memory_bytes
+from dart_llm.results import ResultsFolder, open_folder, write_json, write_lines, write_text
+from dart_llm.settings_measure import MeasureSettings
+from dart_llm.trackers import Tracker, open_tracker
+from dart_llm.ui import Ui
+
+
+@dataclass
+class MeasureJob:
+    """One job in progress; ``rows`` are lines of results.jsonl."""
+
+    settings: MeasureSettings
+    ui: Ui
+    folder: ResultsFolder
+    inputs: dict[str, str]
+    model: Any = None
+    tokenizer: Any = None
+    config: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    timing: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        return self.folder.path
+
+
+def run_measure(settings: MeasureSettings, ui: Ui, fresh: bool = False) -> MeasureJob:
+    """Measure every task; an interruption or an error keeps what was computed."""
+    tasks = settings.task_names()
+    masks = read_masks(settings.masks) if settings.masks else None
+    if masks is None:
+        check_calibration(settings.prune_config(), settings.calibration, tasks)
+    inputs = _digests(settings, tasks)
+    identity = {"kind": settings.kind, **settings.model_dump(mode="json"), "inputs": inputs}
+    folder = open_folder(Path(settings.results_dir), settings.experiment, identity, fresh)
+    job = MeasureJob(settings, ui, folder, inputs)
+    if folder.resumed:
+        ui.say(f"resuming {folder.path}")
+    started = time.perf_counter()
+    _write_config(job, identity, "running")
+    try:
+        with _tracker(job) as tracker:
+            job.model, job.tokenizer, job.timing["load_s"] = load_model(settings, ui)
+            _write_config(job, identity, "running")
+            for candidate in _candidates(job, masks):
+                for task in tasks:
+                    _measure(job, candidate, task, tracker)
+        job.timing["total_s"] = time.perf_counter() - started
+        job.timing["peak_memory_bytes"] = peak_memory_bytes()
+        _finish(job, identity)
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        with contextlib.suppress(ResultsError):
+            _write_config(job, identity, status)
+            _write_logs(job)
+        memory = memory_failure(error, settings.model, settings.dtype or "the checkpoint's dtype")
+        if memory is not None and not isinstance(error, DartError):
+            raise memory from None
+        raise
+    return job
+
+
+def _digests(settings: MeasureSettings, tasks: list[str]) -> dict[str, str]:
+    """sha256 of the files that the settings only point at."""
+    names = [settings.masks, (settings.calibration or "").partition("#")[0]]
+    names += [task.partition(":")[2] for task in tasks]
+    found = {}
+    for name in names:
+        if name and Path(name).is_file():
+            found[name] = hashlib.sha256(Path(name).read_bytes()).hexdigest()
+    return found
+
+
+def _tracker(job: MeasureJob) -> Tracker:
+    settings = job.settings
+    name = f"{settings.experiment}/{job.path.name}"
+    tracker = open_tracker(
+        settings.tracker, "dart-llm", name, job.config, Path(settings.results_dir)
+    )
+    if tracker.where:
+        job.ui.say(tracker.where)
+    return tracker
+
+
+def _candidates(job: MeasureJob, masks: Any) -> list[Candidate]:
+    settings = job.settings
+    own = settings.prune_config()
+    config = None if own.method == "dense" else own
+    candidate = prepare(
+        job.model,
+        job.tokenizer,
+        config,
+        settings.calibration,
+        settings.cache_dir,
+        job.ui.say,
+        masks=masks,
+    )
+    if candidate.config is None or not settings.dense:
+        return [candidate]
+    return [prepare(job.model, job.tokenizer, None), candidate]
+
+
+def _measure(job: MeasureJob, candidate: Candidate, task: str, tracker: Tracker) -> None:
+    options = job.settings.options()
+    begin = time.perf_counter()
+    label = f"{task}: {candidate.label}"
+    with job.ui.progress(label, count(task, options, job.tokenizer, job.model)) as advance:
+        found = measure(candidate, task, options, job.folder, advance)
+    seconds = time.perf_counter() - begin
+    job.timing.setdefault("measure_s", {})[label] = seconds
+    row = measure_rows.row(candidate, found, job.settings, dict(checkpoint_facts(job.model)))
+    job.rows.append(row)
+    if getattr(job.settings, "log_samples", True):
+        job.samples += [
+            {"task": task, "label": candidate.label, **sample} for sample in found.samples
+        ]
+    write_lines(job.path / "results.jsonl", job.rows)
+    if job.samples:
+        write_lines(job.path / "samples.jsonl", job.samples)
+    tracker.log_measurement(found.to_dict(), candidate.label)
+
+
+def _write_config(job: MeasureJob, identity: dict[str, Any], status: str) -> None:
+    prune = job.settings.prune_config().to_dict()
+    job.config = config_document(job.settings.kind, identity, prune, job.model, status, job.config)
+    write_json(job.path / "config.json", job.config)
+
+
+def _finish(job: MeasureJob, identity: dict[str, Any]) -> None:
+    write_json(job.path / "timing.json", job.timing)
+    job.ui.table(measure_rows.table(job.rows))
+    _compare(job)
+    for note in measure_rows.notes(job.rows):
+        job.ui.say(f"note: {note}")
+    _write_config(job, identity, "complete")
+    _write_page(job)
+    _write_logs(job)
+    job.folder.finish()
+    job.ui.say(f"results: {job.path}")
+
+
+def _compare(job: MeasureJob) -> None:
+    """Paired differences, where the untouched model was measured too."""
+    if len({row["label"] for row in job.rows}) < 2:
+        return
+    from dart_llm import compare, compare_tables
+
+    with contextlib.suppress(MissingExtra):
+        rows = compare.rows(job.rows)
+        for table in compare_tables.rich_tables(rows):
+            job.ui.table(table)
+        job.ui.say(compare_tables.summary(rows))
+
+
+def _write_page(job: MeasureJob) -> None:
+    from dart_llm import report_compare
+
+    try:
+        job.ui.say(f"report: {report_compare.write(job.path)}")
+    except MissingExtra as error:
+        job.ui.say(f"no report: {error}")
+
+
+def _write_logs(job: MeasureJob) -> None:
+    write_text(job.path / f"output_{job.folder.stamp}.log", "\n".join(job.ui.log) + "\n")
+    write_text(job.path / f"timing_{job.folder.stamp}.log", timing_text(job.timing))
+
+
+def document(job: MeasureJob) -> dict[str, Any]:
+    """What ``--json`` prints."""
+    return {"folder": str(job.path), **measure_rows.document(job.rows), "timing": job.timing}

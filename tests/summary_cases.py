@@ -1,0 +1,68 @@
+"""What the tests of ``summarize`` share: four documents and a tiny model to summarise them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dart_llm.candidate import Candidate, Memory
+from dart_llm.config import PruneConfig
+from dart_llm.loading import load
+from dart_llm.measurement import Measurement, MeasureOptions
+from dart_llm.summarize import measure
+from tiny_gpt2 import SPECIAL, write_gpt2
+
+DOCUMENTS = [
+    {"document": f"the {what} went to the market. " * 6, "summary": f"a {what} shops.", "id": what}
+    for what in ("cat", "dog", "duck", "pig")
+]
+OPTIONS = MeasureOptions(max_output=12)
+
+Both = tuple[Any, Any]
+"""A model and its tokenizer."""
+
+
+class Kept(Memory):
+    """Parts that go through JSON, as those in a file do."""
+
+    def save_part(self, key: str, value: Any) -> None:
+        super().save_part(key, json.loads(json.dumps(value, allow_nan=False)))
+
+
+def write_documents(path: Path) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in DOCUMENTS), encoding="utf-8")
+    return str(path)
+
+
+def load_writer(folder: Path) -> Both:
+    """With larger weights than a new GPT-2 has, so that texts differ and pruning changes them."""
+    model, tokenizer = load(write_gpt2(folder), dtype="float32")
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(3 * torch.randn(parameter.shape) / parameter.shape[-1] ** 0.5)
+        letters = model.transformer.wte.weight  # tied to the head: only letters are generated
+        letters[: len(SPECIAL)] = letters[len(tokenizer) :] = 0
+    return model, tokenizer
+
+
+def candidate(
+    both: Both, method: str | None = None, sparsity: float = 0.5, **settings
+) -> Candidate:
+    if method is None:
+        return Candidate(*both, None)
+    return Candidate(*both, PruneConfig.build(method, sparsity=sparsity, **settings))
+
+
+def run(
+    found: Candidate, data: str, options: MeasureOptions = OPTIONS, parts: Memory | None = None
+) -> Measurement:
+    return measure(found, data, options, Kept() if parts is None else parts, lambda n: None)
+
+
+def texts_of(measured: Measurement) -> list[str]:
+    return [sample["text"] for sample in measured.samples]

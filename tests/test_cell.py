@@ -1,0 +1,96 @@
+"""Cells: their keys, their digests, and the order in which they are computed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dart_llm.cell import Cell
+from dart_llm.cell_inputs import Digests
+from dart_llm.grid import expand, spec
+from dart_llm.measurement import MeasureOptions
+from dart_llm.sweep import execution_order
+from tiny_gpt2 import write_gpt2
+
+TASK = "perplexity:embedded"
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gpt2(tmp_path_factory.mktemp("gpt2") / "model")
+
+
+def cells(**data: Any) -> tuple[Cell, ...]:
+    return expand(spec({"tasks": TASK, **data}))
+
+
+def test_a_cell_travels_as_data() -> None:
+    for cell in cells(sparsities="0.3", options={"limit": 3}, overrides={"budget": "uniform"}):
+        back = Cell.from_dict(json.loads(json.dumps(cell.to_dict())))
+        assert back == cell and back.key == cell.key
+        assert isinstance(back.options, MeasureOptions)
+
+
+def test_the_key_follows_what_decides_the_result(tmp_path: Path) -> None:
+    (base,) = cells(methods="griffin", sparsities="0.5")
+    changed = [
+        {"sparsities": "0.4"},
+        {"seeds": "1"},
+        {"dtype": "float32"},
+        {"device": "cpu"},
+        {"protocols": "full"},
+        {"options": {"limit": 9}},
+        {"overrides": {"compensation": True}},
+        {"models": "some/model"},
+        {"revision": "abc"},
+    ]
+    keys = [cells(**{"methods": "griffin", "sparsities": "0.5", **c})[0].key for c in changed]
+    assert len({base.key, *keys}) == len(changed) + 1
+    (elsewhere,) = cells(methods="griffin", sparsities="0.5", cache_dir=str(tmp_path))
+    assert elsewhere.key == base.key
+    assert base.key.startswith("smollm2-135m-griffin@0.5-perplexity-embedded-decode-")
+
+
+def test_a_changed_file_is_another_cell(gpt2: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one", encoding="utf-8")
+    (tmp_path / "tasks").mkdir()
+    task = tmp_path / "tasks" / "mine.yaml"
+    task.write_text("task: mine\n", encoding="utf-8")
+    data = {
+        "models": str(gpt2),
+        "methods": "dense",
+        "tasks": f"perplexity:{text},mine",
+        "options": {"include_path": str(tmp_path / "tasks")},
+    }
+    before = cells(**data)
+    assert [sorted(c.inputs) for c in before] == [["model", "text"], ["model", "tasks"]]
+    assert [c.key for c in cells(**data)] == [c.key for c in before]
+    text.write_text("two", encoding="utf-8")
+    task.write_text("task: mine\nnum_fewshot: 1\n", encoding="utf-8")
+    assert {c.key for c in cells(**data)}.isdisjoint(c.key for c in before)
+
+
+def test_a_calibration_file_may_name_its_first_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n', encoding="utf-8")
+    digests = [
+        Digests().of(Cell("smollm2-135m", "wanda", TASK, calibration=name))["calibration"]
+        for name in (str(path), f"{path}#100")
+    ]
+    assert digests[0] == digests[1] and len(digests[0]) == 64
+
+
+def test_the_order_of_execution_loads_a_model_once() -> None:
+    found = cells(
+        models="a/a,b/b", methods="dense,griffin", sparsities="0.5", tasks="x,y", seeds="0,1"
+    )
+    order = execution_order([*found[::2], *found[1::2]])
+    assert sorted(c.key for c in order) == sorted(c.key for c in found)
+    models = [c.model for c in order]
+    assert models == sorted(models)
+    ways = [(c.model, c.label, c.seed) for c in order]
+    assert sum(a != b for a, b in zip(ways, ways[1:], strict=False)) == len(set(ways)) - 1
