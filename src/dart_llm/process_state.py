@@ -1,4 +1,4 @@
-"""State of the process that a library changes, put back afterwards; and its prints kept quiet."""
+"""Processes: whether one lives, what a library changes in ours, and its prints kept quiet."""
 
 from __future__ import annotations
 
@@ -68,3 +68,16 @@ def same_sigterm() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
+
+
+def is_alive(process: Any) -> bool:
+    """Whether this machine has a process of that number; True where that cannot be found out."""
+    if not isinstance(process, int) or isinstance(process, bool) or process <= 0:
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True

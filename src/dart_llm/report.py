@@ -1,36 +1,21 @@
-"""``report.html``: one self-contained page about a run, built from its results folder.
-
-No script, no request to anywhere: styles are inline, plots are data.  Everything that came from a
-model, a prompt or a file is escaped.
-"""
+"""``report.html``: one self-contained page about a run, built from its results folder."""
 
 from __future__ import annotations
 
-import base64
-from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from dart_llm import plots, report_evaluations, report_head, report_tables, report_texts, sentences
-from dart_llm.errors import MissingExtra
-from dart_llm.plot_base import Plot
+from dart_llm import (
+    page,
+    plots,
+    report_evaluations,
+    report_head,
+    report_tables,
+    report_texts,
+    sentences,
+)
 from dart_llm.results import write_text
 from dart_llm.results_view import ResultsView, read
-
-LARGE_SVG = 150_000
-"""Bytes above which a plot travels as PNG."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A plot as two data addresses, wide and narrow."""
-
-    name: str
-    title: str
-    alt: str
-    wide: str
-    narrow: str
 
 
 def write(folder: Path) -> Path:
@@ -46,21 +31,11 @@ def write(folder: Path) -> Path:
 
 def render(view: ResultsView) -> str:
     """The page of one folder."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    files = resources.files("dart_llm") / "templates"
-    environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
-    )
-    environment.filters["tied"] = lambda text: str(text).replace(" %", "\u00a0%")
-    template = environment.from_string((files / "report.html").read_text(encoding="utf-8"))
-    style = Markup((files / "report.css").read_text(encoding="utf-8"))
-    return template.render(style=style, **_content(view))
+    return page.render("report.html", _content(view))
 
 
 def _content(view: ResultsView) -> dict[str, Any]:
-    pictures, missing = _pictures(view)
+    pictures, missing = page.pictures(plots.available(view))
     prompts = report_texts.prompts(view)
     return {
         "title": report_head.title(view),
@@ -93,22 +68,3 @@ def _content(view: ResultsView) -> dict[str, Any]:
         "provenance": report_tables.provenance(view),
         "name": view.name,
     }
-
-
-def _pictures(view: ResultsView) -> tuple[list[Picture], str]:
-    """All plots, or none and the reason."""
-    found = []
-    try:
-        for plot in plots.available(view):
-            wide, narrow = _address(plot, False), _address(plot, True)
-            found.append(Picture(plot.name, plot.title, plot.alt, wide, narrow))
-    except MissingExtra as error:
-        return [], f"No plots: {error}"
-    return found, ""
-
-
-def _address(plot: Plot, narrow: bool) -> str:
-    data, kind = plots.render(plot, "svg", narrow), "svg+xml"
-    if len(data) > LARGE_SVG:
-        data, kind = plots.render(plot, "png", narrow), "png"
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from dart_llm import compare, compare_notes, plot_compare, plot_layers, report_head, report_tables
+from dart_llm import (
+    compare,
+    compare_notes,
+    page,
+    plot_compare,
+    plot_layers,
+    report_head,
+    report_tables,
+)
 from dart_llm.compare_row import DENSE, Row
 from dart_llm.compare_tables import failures, tables
 from dart_llm.compare_words import conclusions, leak_sentence, leaks
-from dart_llm.errors import MissingExtra
-from dart_llm.plot_base import Plot
-from dart_llm.report import Picture
-from dart_llm.report import _address as address
 from dart_llm.report_tables import Table
 from dart_llm.results import write_text
 from dart_llm.results_view import ResultsView, mapping, read
@@ -66,18 +69,7 @@ def read_cells(folder: Path) -> list[dict[str, Any]]:
 
 def render(view: ResultsView, rows: Sequence[Row]) -> str:
     """The page of one comparison."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    files = resources.files("dart_llm") / "templates"
-    environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
-    )
-    environment.filters["tied"] = lambda text: str(text).replace(" %", "\u00a0%")
-    environment.filters["stacked"] = stacked
-    template = environment.from_string((files / "compare.html").read_text(encoding="utf-8"))
-    style = Markup((files / "report.css").read_text(encoding="utf-8"))
-    return template.render(style=style, **_content(view, rows))
+    return page.render("compare.html", _content(view, rows), {"stacked": stacked})
 
 
 def stacked(cell: str) -> tuple[str, str, str]:
@@ -89,7 +81,7 @@ def stacked(cell: str) -> tuple[str, str, str]:
 
 def _content(view: ResultsView, rows: Sequence[Row]) -> dict[str, Any]:
     told = conclusions(rows)
-    pictures, missing = _pictures([*plot_compare.make(rows), *plot_layers.make(rows)])
+    pictures, missing = page.pictures([*plot_compare.make(rows), *plot_layers.make(rows)])
     return {
         "title": title(rows),
         "status": str(view.config.get("status") or "unknown"),
@@ -145,18 +137,6 @@ def _facts(view: ResultsView, rows: Sequence[Row]) -> list[tuple[str, str, bool]
     ]
     known = {"device", "date", "command"}
     return found + [fact for fact in report_head.facts(view) if fact[0] in known]
-
-
-def _pictures(plots: Sequence[Plot]) -> tuple[list[Picture], str]:
-    """All plots, or none and the reason."""
-    try:
-        found = [
-            Picture(plot.name, plot.title, plot.alt, address(plot, False), address(plot, True))
-            for plot in plots
-        ]
-    except MissingExtra as error:
-        return [], f"No plots: {error}"
-    return found, ""
 
 
 def _checkpoints(rows: Sequence[Row]) -> Table | None:

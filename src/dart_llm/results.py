@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dart_llm.errors import ResultsError
+from dart_llm.process_state import is_alive
 
 PARTS = "parts.jsonl"
 MIN_FREE_BYTES = 50 * 2**20
@@ -113,22 +114,11 @@ def _resumable(folder: Path, settings: Mapping[str, Any]) -> bool:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    if config.get("status") == "running" and _alive(config.get("process")):
+    process = config.get("process")
+    if config.get("status") == "running" and process != os.getpid() and is_alive(process):
         return False
     unfinished = config.get("status") in ("running", "interrupted", "failed")
     return unfinished and config.get("settings") == dict(settings)
-
-
-def _alive(process: Any) -> bool:
-    if not isinstance(process, int) or process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _read_parts(folder: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dart_llm.compare_row import Row
+from dart_llm.process_state import is_alive
 from dart_llm.results_rows import read_json, read_rows
 from dart_llm.results_view import mapping, number
 
@@ -158,20 +158,7 @@ def _seconds(folder: Path, config: Mapping[str, Any], problems: list[str]) -> fl
 
 def _status(config: Mapping[str, Any]) -> str:
     status = str(config.get("status") or "unknown").lower()
-    return "stopped" if status == "running" and not _alive(config.get("process")) else status
-
-
-def _alive(process: Any) -> bool:
-    """Whether this machine has such a process; True where that cannot be found out."""
-    if not isinstance(process, int) or isinstance(process, bool) or process <= 0:
-        return False
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        return True
-    return True
+    return "stopped" if status == "running" and not is_alive(config.get("process")) else status
 
 
 def seconds_of(time: datetime.datetime | None) -> float:

@@ -20,7 +20,7 @@ from dart_llm.sweep_cell import RESULT
 from dart_llm.sweep_files import CELLS, finished_before, read_timing
 from dart_llm.task_names import split
 
-FINISHED, TODO = "finished", "to do"
+FINISHED, TO_DO = "finished", "to do"
 MEASURED, ROUGH = "measured", "rough"
 _ITEMS = {"perplexity": 100, "summarize": 100, "lm-eval": 1000}
 """Items of a task without a limit, for the rough estimate."""
@@ -79,7 +79,7 @@ class Plan:
 
     def sentences(self) -> list[str]:
         """The plan's totals, one line each."""
-        todo = sum(row.status == TODO for row in self.rows)
+        todo = sum(row.status == TO_DO for row in self.rows)
         lines = [f"{len(self.rows)} cells: {len(self.rows) - todo} finished, {todo} to do"]
         for one in self.downloads:
             size = "size unknown" if one.size is None else size_text(one.size)
@@ -122,7 +122,7 @@ def plan(cells: Sequence[Cell], place: SweepPlace, workers: int = 1) -> Plan:
         for cell in cells
     )
     downloads = (*_models(sizes), *_data(todo))
-    known = [row.seconds for row in rows if row.status == TODO]
+    known = [row.seconds for row in rows if row.status == TO_DO]
     total = sum(s for s in known if s is not None) / max(1, min(workers, len(todo)))
     return Plan(
         rows=rows,
@@ -177,12 +177,12 @@ def _estimated(
     if alike:
         each = [one.seconds / one.items for one in alike]
         items = cell.options.limit or max(one.items for one in alike)
-        return _row(cell, TODO, items * sum(each) / len(each), MEASURED)
+        return _row(cell, TO_DO, items * sum(each) / len(each), MEASURED)
     weights = sizes[cell.model].weights
     if weights is None:
-        return _row(cell, TODO)
+        return _row(cell, TO_DO)
     seconds = 2.0 * weights * rough_tokens(cell) / speed + _LOADING
-    return _row(cell, TODO, seconds, ROUGH)
+    return _row(cell, TO_DO, seconds, ROUGH)
 
 
 def rough_tokens(cell: Cell) -> float:
