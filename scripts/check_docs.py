@@ -30,6 +30,9 @@ COMMANDS = (
     "compare",
     "sweep",
     "results",
+    "prompts generate",
+    "prompts list",
+    "prompts show",
     "demo",
     "methods",
     "doctor",
@@ -54,7 +57,7 @@ def help_pages() -> str:
 
     pages = []
     for command in COMMANDS:
-        arguments = [command, "--help"] if command else ["--help"]
+        arguments = [*command.split(), "--help"]
         result = CliRunner().invoke(app, arguments, prog_name="dart-llm")
         if result.exit_code != 0:
             raise SystemExit(f"dart-llm {' '.join(arguments)} failed: {result.exception}")

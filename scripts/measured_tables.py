@@ -56,7 +56,7 @@ def budgets(root: Path, name: str, methods: tuple[str, ...] | None = None) -> st
         f"protocol {data['protocol']}. Achieved sparsity is the requested one to "
         f"{worst:.2%}, dense tokens {dense:.0%}, re-masks {masks}. {source(data, name)}"
     )
-    return f"{_table(lines)}\n\n{note}"
+    return f"{table(lines)}\n\n{note}"
 
 
 def speed(root: Path, name: str) -> str:
@@ -80,7 +80,7 @@ def speed(root: Path, name: str) -> str:
         f"after a prompt of {data['prompt']}, one run, cases interleaved in random order, "
         f"{data['threads']} threads of {machine['processor']}. {source(data, name)}"
     )
-    return f"{_table(lines)}\n\n{note}"
+    return f"{table(lines)}\n\n{note}"
 
 
 def shift(root: Path, name: str) -> str:
@@ -113,7 +113,7 @@ def shift(root: Path, name: str) -> str:
         f"{data['rows'][0]['sparsity']:.0%} asked for; dense loses "
         f"{data['dense_loss_after_change']:.3f}. {source(data, name)}"
     )
-    return f"{_table(lines)}\n\n{note}"
+    return f"{table(lines)}\n\n{note}"
 
 
 def cost(root: Path, names: tuple[str, ...]) -> str:
@@ -141,10 +141,10 @@ def cost(root: Path, names: tuple[str, ...]) -> str:
         f"prompt of {files[0]['prompt_tokens']} tokens, beside the compact copies of the weights. "
         f"The paper claims under 10 MB and 0.1 % of the FLOPs. {links}"
     )
-    return f"{_table(lines)}\n\n{note}"
+    return f"{table(lines)}\n\n{note}"
 
 
-def _table(lines: list[list[str]]) -> str:
+def table(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 

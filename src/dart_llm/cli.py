@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dart_llm import __version__, cli_measure, cli_results, cli_sweep
+from dart_llm import __version__, cli_measure, cli_prompts, cli_results, cli_sweep
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.options import with_settings
 from dart_llm.settings import RunSettings, collect
@@ -123,6 +123,7 @@ app.command(name="summarize")(with_settings(cli_measure.summarize, SummarizeSett
 app.command(name="compare")(with_settings(cli_sweep.compare, SweepFlags))
 app.command(name="sweep")(with_settings(cli_sweep.sweep, SweepFlags))
 app.command(name="results")(cli_results.results)
+cli_prompts.register(app)
 
 
 def _save_settings(settings: RunSettings, path: Path) -> None:
