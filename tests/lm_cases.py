@@ -80,6 +80,13 @@ ROLLING: dict[str, Any] = {
     "doc_to_target": "{{text}}",
     "metric_list": [{"metric": "word_perplexity"}, {"metric": "byte_perplexity"}],
 }
+BYTES = {**ROLLING, "metric_list": [{"metric": "byte_perplexity"}, {"metric": "bits_per_byte"}]}
+LAST: dict[str, Any] = {
+    "output_type": "loglikelihood",
+    "doc_to_text": "q: {{question}} and what of it",
+    "doc_to_target": " {{choices[0]}}",
+    "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
+}
 GENERATE: dict[str, Any] = {
     "output_type": "generate_until",
     "doc_to_text": "q: {{question}}\na:",
@@ -94,6 +101,11 @@ LETTER = {
     "doc_to_choice": ["A", "B", "C", "D"],
     "target_delimiter": "",
     "metric_list": [{"metric": "acc"}],
+}
+GROUPS = {
+    "tiny_group": ("tiny_choice", "tiny_letters"),
+    "tiny_pages": ("tiny_roll", "tiny_scrap"),
+    "tiny_lasts": ("tiny_last", "tiny_end"),
 }
 
 
@@ -114,13 +126,17 @@ def place() -> Path:
     write_task(tasks, "tiny_short", CHOICE, SHORT)
     write_task(tasks, "tiny_roll", ROLLING, PAGES)
     write_task(tasks, "tiny_scrap", ROLLING, SCRAP)
+    write_task(tasks, "tiny_bytes", BYTES, PAGES)
+    write_task(tasks, "tiny_last", LAST, QUESTIONS)
+    write_task(tasks, "tiny_end", LAST, LETTERS)
     write_task(tasks, "tiny_write", GENERATE, WRITING)
     write_task(
         tasks, "tiny_draw", {**GENERATE, "generation_kwargs": SAMPLING, "repeats": 3}, WRITING
     )
     write_task(tasks, "tiny_lost", CHOICE, None)
-    group = {"group": "tiny_group", "task": ["tiny_choice", "tiny_letters"]}
-    (tasks / "tiny_group.yaml").write_text(yaml.safe_dump(group), encoding="utf-8")
+    for name, parts in GROUPS.items():
+        group = {"group": name, "task": list(parts)}
+        (tasks / f"{name}.yaml").write_text(yaml.safe_dump(group), encoding="utf-8")
     return root
 
 

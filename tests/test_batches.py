@@ -156,6 +156,20 @@ def test_rows_of_their_own_equal_rows_alone(name: str, decay: float | None) -> N
     assert run.report().decoded_tokens == sum(len(row) - 1 for row in CHOSEN)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bloom", "opt"])
+def test_a_row_is_observed_while_another_is_pruned(name: str) -> None:
+    """min_evidence lets the long prompt be pruned at once and the short one two tokens later."""
+    model = shared_model(name)
+    settings: dict[str, Any] = {"method": "dart", "sparsity": 0.5, "batch": "per_row"}
+    settings |= {"drift": "never", "min_evidence": 10}
+    _, found, logits = _generate(model, [0, 2], *(part[::2] for part in _batch()), **settings)
+    assert [(at, row) for at, row, _ in found] == [(0, 0), (2, 1)]
+    for row, place in ((0, 0), (2, 1)):
+        _, alone, single = _alone(model, row, **settings)
+        assert same_masks(found[place][2], alone[0][2])
+        assert apart(logits[place, : single.shape[1]], single[0]) < 2e-5
+
+
 def test_shared_masks_follow_the_living_rows() -> None:
     """The mask of a batch is the mask of its rows' summed evidence, whatever ended before."""
     model = shared_model()

@@ -15,6 +15,8 @@ from dart_llm.calibration import calibrate, observe, write_sequences
 from dart_llm.calibration_cache import fingerprint
 from dart_llm.calibration_text import check_disjoint, documents, sequences, title
 from dart_llm.candidate import Candidate
+from dart_llm.measure import check_calibration
+from dart_llm.measurement import MeasureOptions
 from dart_llm.prepare import prepare
 from steps import Same, decode, forward_lengths, same_masks, shared_model
 from tiny import LAYERS, VOCAB, WIDTH, tiny, tokens
@@ -127,14 +129,37 @@ def test_the_hub_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_evaluated_files_are_refused(tmp_path: Path, text: str) -> None:
     other = tmp_path / "other.txt"
     other.write_text("x")
-    check_disjoint(text, [str(other), "embedded"])
-    check_disjoint(None, [text])
+    check_disjoint(text, {str(other): None, "embedded": None})
+    check_disjoint(None, {text: None})
     with pytest.raises(ConfigError, match="is evaluated and cannot be the calibration text too"):
-        check_disjoint(text, [str(tmp_path / "." / "calibration.txt")])
+        check_disjoint(text, {str(tmp_path / "." / "calibration.txt"): None})
     source = rows(tmp_path / "rows.jsonl", {"text": "a"}, {"text": "b"})
-    check_disjoint(f"{source}#1", [source])
-    with pytest.raises(ConfigError):
-        check_disjoint(source, [source])
+    check_disjoint(f"{source}#1", {source: 1})
+    with pytest.raises(ConfigError, match=r"another text, or start .*: .*rows\.jsonl#2$"):
+        check_disjoint(f"{source}#1", {source: 2})
+    with pytest.raises(ConfigError, match=r"another text$"):
+        check_disjoint(f"{source}#1", {source: None})
+
+
+def test_a_text_that_perplexity_spreads_over_is_refused_from_any_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its slices lie all over the text, after that row too; so do documents without a limit."""
+    few = MeasureOptions(limit=1)
+    wanda = PruneConfig.build("wanda")
+    source = rows(tmp_path / "rows.jsonl", {"text": "a"}, {"text": "b"})
+    check_calibration(wanda, f"{source}#1", [f"summarize:{source}"], few)
+    for options in (MeasureOptions(), MeasureOptions(limit=1, sample_seed=0)):
+        with pytest.raises(ConfigError, match="is evaluated"):
+            check_calibration(wanda, f"{source}#1", [f"summarize:{source}"], options)
+    with pytest.raises(ConfigError, match=r"rows.jsonl is evaluated .*: give another text$"):
+        check_calibration(wanda, f"{source}#1", [f"perplexity:{source}"], few)
+    check_calibration(PruneConfig.build("griffin"), source, [f"perplexity:{source}"], few)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "plain.txt").write_text("x")
+    with pytest.raises(ConfigError, match="is evaluated"):
+        check_calibration(wanda, "datasets/plain.txt", ["perplexity:plain"], few)
 
 
 def test_windows_are_cut_from_the_joined_texts() -> None:

@@ -74,6 +74,41 @@ def test_a_changed_file_is_another_cell(gpt2: Path, tmp_path: Path) -> None:
     assert {c.key for c in cells(**data)}.isdisjoint(c.key for c in before)
 
 
+def test_changed_data_of_a_task_file_is_another_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "mine.yaml").write_text(
+        "task: mine\ndoc_to_text: !function utils.text\n"
+        "dataset_kwargs: {data_files: {test: questions.jsonl, dev: [a.jsonl]}}\n"
+    )
+    asked = {"methods": "dense", "tasks": "mine", "options": {"include_path": "tasks"}}
+    keys = [cells(**asked)[0].key]
+    for name, text in (("questions.jsonl", "1"), ("questions.jsonl", "2"), ("a.jsonl", "1")):
+        (tmp_path / name).write_text(text)
+        keys.append(cells(**asked)[0].key)
+    (tmp_path / "other.jsonl").write_text("not named by the task")
+    assert len(set(keys)) == 4 and cells(**asked)[0].key == keys[-1]
+
+
+def test_changed_local_mmlu_questions_are_another_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = {"methods": "dense", "tasks": "mmlu,mmlu:anatomy,perplexity:mmlu-answers,arc_easy"}
+    bare = [cell.key for cell in cells(**asked)]
+    file = tmp_path / "datasets" / "mmlu" / "anatomy_dev.jsonl"
+    file.parent.mkdir(parents=True)
+    keys = []
+    for text in ("one", "two"):
+        file.write_text(text, encoding="utf-8")
+        keys.append([cell.key for cell in cells(**asked)])
+    for one, two, without in list(zip(*keys, bare, strict=True))[:3]:
+        assert len({one, two, without}) == 3
+    assert keys[0][3] == keys[1][3] == bare[3]
+
+
 def test_a_calibration_file_may_name_its_first_row(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a"}\n', encoding="utf-8")

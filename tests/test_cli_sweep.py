@@ -164,7 +164,7 @@ def test_a_cell_that_fails_leaves_the_others(tmp_path):
     models = f"{place() / 'model'},broken"
     flags = ("--methods", "dense,griffin", "--sparsities", "0.5", "--json")
     done = call(*on_model("compare", "--models", models, *flags, results=tmp_path))
-    assert (done.code, done.out) == (2, "")
+    assert done.code == 2
     assert done.err.count("\n") == 1
     assert "2 of 4 cells failed, the others are kept" in done.err and "not finite" in done.err
     (folder,) = tmp_path.glob("*/*")
@@ -175,11 +175,30 @@ def test_a_cell_that_fails_leaves_the_others(tmp_path):
     json.dumps(rows, allow_nan=False)
     compared = read(folder / "compare.json")
     assert len(compared["failures"]) == 2
+    assert done.out.count("\n") == 1  # what was measured is told all the same
+    assert {name: done.json[name] for name in compared} == compared
+    assert (done.json["folder"], done.json["computed"]) == (str(folder), 4)
     assert [row["value"] is None for row in compared["rows"]] == [False, False, True, True]
     assert "failed" in (folder / "compare.md").read_text(encoding="utf-8").lower()
     assert (folder / "report.html").is_file()
     again = call(*on_model("compare", "--models", models, *flags, results=tmp_path))
     assert again.code == 2
+
+
+def test_a_model_that_does_not_exist_fails_every_cell(tmp_path):
+    done = call(*on_model("sweep", "--models", "no/such/folder", "--json", results=tmp_path))
+    assert done.code == 2 and done.err.count("\n") == 1 and "no/such/folder" in done.err
+    assert [row["status"] for row in done.json["rows"]] == ["failed", "failed"]
+
+
+def test_compare_always_measures_what_it_compares_against(tmp_path):
+    flags = ("--methods", "static", "--sparsities", "0.5", "--json")
+    rows = call(*on_model("compare", *flags, results=tmp_path)).json["rows"]
+    assert [row["label"] for row in rows] == ["dense", "static@0.5"]
+    ratio = rows[1]["value"] / rows[0]["value"]
+    assert rows[1]["to_dense"]["estimate"] == pytest.approx(ratio, rel=1e-6)
+    swept = call(*on_model("sweep", *flags, results=tmp_path)).json["rows"]
+    assert [row["label"] for row in swept] == ["static@0.5"]  # a grid is taken at its word
 
 
 def test_a_calibration_text_is_never_evaluated(tmp_path):
@@ -251,8 +270,10 @@ def read_table(folder: Path, *flags: object) -> dict[str, list[dict[str, str]]]:
         (["--keep", "0.5"], "layers"),
         (["--limit", "0"], "limit = 0 must be 1 or more"),
         (["--engine", "rya"], "ray"),
-        (["--models", "no/such/folder"], "no/such/folder"),
         (["--tasks", "perplexity:nowhere.txt"], "nowhere.txt"),
+        (["--tasks", "perplexity:"], 'no text ""'),
+        (["--tasks", "summarize:nowhere.jsonl"], 'no documents "nowhere.jsonl"'),
+        (["--tasks", "arc_esy"], "unknown task 'arc_esy'; did you mean arc_easy"),
         (["--tracker", "tensorbord"], "tensorboard"),
     ],
 )

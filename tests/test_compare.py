@@ -175,6 +175,22 @@ def test_without_dense_and_griffin_the_columns_are_empty() -> None:
     )
 
 
+def test_a_failed_cell_stands_in_the_table_of_its_model() -> None:
+    lost = failed("static", 0.5, ACC, "no memory left")
+    lost["checkpoint"] = {}  # it failed before its model was known
+    found = compare.rows([one("dense", 0, flags(20)), lost, one("dart", 0.5, flags(20))])
+    assert len({row.group for row in found}) == 1
+    (table,) = compare_tables.tables(found)
+    assert [row[0] for row in table.rows] == ["dense", "static@0.5", "dart@0.5"]
+
+
+def test_one_item_is_said_to_be_too_few() -> None:
+    found = compare.rows([one("dense", 0, [1.0]), one("dart", 0.5, [1.0])])
+    assert compare_words.conclusion(found) == (
+        "At 50 % dart has acc 1.000 on arc_easy_local; one item is too few to compare."
+    )
+
+
 def test_seeds_pair_with_their_own_references() -> None:
     cells = []
     for seed, good in ((1, 20), (2, 30)):

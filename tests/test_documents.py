@@ -117,6 +117,10 @@ def test_a_jsonl_file_with_each_kind_of_column(tmp_path: Path) -> None:
             '{"document": "a", "summary": "s"}\n[]\n',
             r"line 2 .* needs a JSON object, and holds a l",
         ),
+        (
+            '{"document": "a \\ud83d b", "summary": "s"}\n',
+            r"line 1 of .* half a character, .ud83d:",
+        ),
         ('{"document": \n', r"line 1 of .*d\.jsonl is not JSON"),
         (
             '{"document": "a", "summary": "s", "id": 2}\n{"document": "a", "summary": "s"}\n',
@@ -129,6 +133,12 @@ def test_a_line_that_cannot_be_used_is_named(tmp_path: Path, text: str, message:
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         read_documents(path)
+
+
+def test_a_character_written_in_two_halves_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"document": "a \\ud83d\\ude00", "summary": "\\\\ud83d"}\n', encoding="utf-8")
+    assert read_documents(path) == [Document("1", "a \U0001f600", "\\ud83d")]
 
 
 def test_load_documents_takes_names_references_and_files(hub: FakeDatasets) -> None:

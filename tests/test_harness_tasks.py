@@ -111,6 +111,7 @@ def test_mmlu_over_local_files_by_subject_and_overall(local_mmlu):
     every = [value for values in right.values() for value in values]
     assert found.metrics == {"acc": pytest.approx(sum(every) / 8)}  # over questions, not subjects
     assert found.accounting["decoded_tokens"] == 2 * 8  # " A" is two letters, shared by four
+    assert found.notes[-1] == "mmlu: 2 of its 57 subjects, those in datasets/mmlu"
 
 
 def test_mmlu_questions_are_written_as_lm_eval_writes_them(local_mmlu):
@@ -192,7 +193,7 @@ def test_the_chat_template_wraps_contexts():
     assert shots.samples[0]["arguments"][0][0] == (
         f"[user] q: {EXAMPLES[0]['question']}\na:\n[assistant] ice\n{context}"
     )
-    with pytest.raises(ConfigError, match="chat_template"):
+    with pytest.raises(ConfigError, match="no chat template"):
         measured(candidate(), "tiny_choice", options(apply_chat_template=True))
 
 
@@ -207,10 +208,24 @@ def test_a_task_that_does_not_exist_has_near_names():
 def test_data_that_cannot_be_had_names_the_task_and_the_way_out():
     with pytest.raises(LoadError) as found:
         measured(candidate(), "tiny_lost")
-    for word in ("tiny_lost", "tiny_lost.jsonl", "--include-path FOLDER", "docs/evaluation.md"):
+    for word in ("task tiny_lost ", "tiny_lost.jsonl", "correct the task file"):
         assert word in str(found.value)
     with pytest.raises(LoadError, match=r"task openbookqa .* without the hub give --include-path"):
         measured(candidate(), "openbookqa")
+    with pytest.raises(LoadError, match=r"'cais/mmlu' .* put <subject>_test.jsonl into datasets/"):
+        measured(candidate(), "mmlu:virology")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (StopIteration(), "it has no rows"),
+        (ValueError("odd node <ast.Name object at 0x7fc048fb3b80>."), "odd node <ast.Name object>"),
+        (KeyError(), "KeyError"),
+    ],
+)
+def test_the_reason_is_the_same_in_every_process(error, reason):
+    assert harness._reason(error) == reason
 
 
 def test_a_folder_of_tasks_that_does_not_exist_is_said():

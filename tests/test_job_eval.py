@@ -137,6 +137,18 @@ def test_a_calibration_text_is_never_evaluated(here):
     assert asked(RunSettings(method="flap", calibration="text.txt", eval_perplexity=True)) == []
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"eval_general_nlp": True, "general_nlp_datasets": "bolq"}, "did you mean boolq"),
+        ({"eval_summarization": True, "summarization_datasets": "xsumm"}, "did you mean xsum"),
+    ],
+)
+def test_names_are_checked_before_any_work(here, more, words):
+    with pytest.raises(ConfigError, match=words):
+        asked(RunSettings(**more))
+
+
 def test_a_run_that_fails_keeps_the_evaluations_before(here):
     done = call(
         *("run", "--model", place() / "model", *COMMON, "--eval-mmlu"),

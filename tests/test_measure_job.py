@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from dart_llm.arch import widths
 from dart_llm.candidate import Candidate
-from dart_llm.errors import ConfigError, DartError, UnknownName
+from dart_llm.errors import ConfigError, DartError, LoadError, UnknownName
 from dart_llm.measure_job import MeasureJob, document, run_measure
 from dart_llm.settings_base import merge
 from dart_llm.settings_measure import EvalSettings, PerplexitySettings, SummarizeSettings
@@ -144,6 +147,24 @@ def test_an_interrupted_job_resumes_to_the_same_bytes(tmp_path, after):
     assert another.path not in folders
 
 
+def test_other_weights_under_the_same_name_start_a_new_folder(tmp_path):
+    folder = tmp_path / "model"
+    model, tokenizer = loaded()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    asked = settings(tmp_path, "tiny_choice,tiny_roll", model=str(folder))
+    with pytest.raises(KeyboardInterrupt):
+        run_measure(asked, Stopping(2))
+    left = only_folder(tmp_path)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.5)
+    other.save_pretrained(folder)
+    again = run_measure(asked, Ui(quiet=True))
+    assert again.path != left and not again.folder.resumed
+    assert config(left)["status"] == "interrupted"  # kept for the weights that it belongs to
+
+
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory) -> Path:
     """The tiny model with NaN from the 61st position on."""
@@ -178,12 +199,57 @@ def test_nan_in_a_generated_text_is_an_error_too(method):
         measured(own, "tiny_write")
 
 
-def test_a_task_that_does_not_exist_fails_the_run(tmp_path):
+def test_a_task_that_does_not_exist_is_said_before_any_work(tmp_path):
     with pytest.raises(UnknownName, match="tiny_choice"):
         run_measure(settings(tmp_path, "tiny_letters,tiny_choyce"), Ui(quiet=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_says_where_the_finished_tasks_are(tmp_path):
+    ui = Ui(quiet=True)
+    with pytest.raises(LoadError, match="tiny_lost"):
+        run_measure(settings(tmp_path, "tiny_letters,tiny_lost"), ui)
     folder = only_folder(tmp_path)
-    assert config(folder)["status"] == "failed"
+    assert f"what was finished is kept in {folder}; the same command resumes" in ui.log
     assert len(lines(folder / "results.jsonl")) == 1
+
+
+def write_masks(path: Path, widths: list[int], keep: int) -> str:
+    tensors = {}
+    for layer, width in enumerate(widths):
+        tensors[f"remask0.layer{layer}.ids"] = torch.arange(keep, dtype=torch.int32)
+        tensors[f"remask0.layer{layer}.scores"] = torch.arange(width, 0.0, -1.0)
+    save_file(tensors, path, {"checkpoint": "some-model"})
+    return str(path)
+
+
+def test_given_masks_and_tables_are_not_called_by_a_preset_and_its_sparsity(tmp_path):
+    sizes = widths(loaded()[0])
+    masks = write_masks(tmp_path / "m.safetensors", sizes, sizes[0] // 4)
+    own = {"method": "dart", "sparsity": None, "dense": True, "limit": 3}
+    for more, label, method in (
+        ({"masks": masks}, "given masks", "given masks"),
+        ({"layer_topk": "all:0.25"}, "dart@table", "dart"),
+    ):
+        ui = Ui(quiet=True)
+        job = run_measure(settings(tmp_path, "tiny_letters", **own, **more), ui)
+        row = job.rows[-1]
+        assert (row["label"], row["cell"]["method"], row["cell"]["sparsity"]) == (
+            label,
+            method,
+            None,
+        )
+        assert row["measurement"]["accounting"]["sparsity_while_pruned"] == pytest.approx(0.75)
+        assert any(line.startswith(f"With its own counts {method} ") for line in ui.log)
+
+
+def test_masks_of_a_model_of_another_shape_are_refused(tmp_path):
+    sizes = widths(loaded()[0])
+    other = write_masks(tmp_path / "m.safetensors", [24, 24], 3)
+    wanted = settings(tmp_path, "tiny_letters", masks=other, method="dart", sparsity=None)
+    shape = f"2 layers of 24 neurons; the model at hand has {len(sizes)} layers of {sizes[0]} "
+    with pytest.raises(ConfigError, match=rf"are of some-model, which has {shape}neurons"):
+        run_measure(wanted, Ui(quiet=True))
 
 
 def own_data(folder: Path, kind: type, **more: Any) -> Any:
@@ -229,9 +295,6 @@ def test_a_calibrated_method_says_what_it_was_calibrated_on(tmp_path):
 
 
 def test_given_masks_are_measured(tmp_path):
-    import torch
-    from safetensors.torch import save_file
-
     first = run_measure(settings(tmp_path, "tiny_choice"), Ui(quiet=True))
     names = {f"remask0.layer{n}.ids": torch.arange(24) for n in range(4)}
     path = tmp_path / "masks.safetensors"

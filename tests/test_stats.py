@@ -152,6 +152,20 @@ def test_coverage_is_near_its_level() -> None:
     assert 107 <= held <= 119  # 114 +- 2.5 standard deviations
 
 
+@pytest.mark.parametrize("n", [6, 16])
+def test_few_items_have_wide_enough_intervals(n: int) -> None:
+    """Slices of a text: without widening, 14 % (n = 6) and 11 % (n = 16) exclude equality."""
+    wrong = 0
+    for seed in range(200):
+        noise = random.Random(seed)
+        a = {str(i): noise.gauss(3.0, 0.4) for i in range(n)}
+        b = {name: value + noise.gauss(0.0, 0.15) for name, value in a.items()}
+        found = paired_interval(a, b, "ratio_of_exp_mean")
+        assert found is not None
+        wrong += not found.low <= 1 <= found.high
+    assert 3 <= wrong <= 19  # at 5 %: 10 +- 3 standard deviations; BCa leaves a little at n = 6
+
+
 def test_many_items_take_the_quick_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stats, "MANY_ITEMS", 50)
     values = gaussian(51, 1.0)

@@ -42,6 +42,11 @@ class ModelView:
         return tuple(block.weights(block.index / last, rows, seed) for block in self.blocks)
 
 
+def widths(model: nn.Module) -> list[int]:
+    """Neurons of every layer's FFN; raises what ``describe`` raises."""
+    return [block.down_width for block in describe(model).blocks]
+
+
 def describe(model: nn.Module) -> ModelView:
     """Find the FFN blocks; raise ``UnsupportedModel`` that names what was found instead."""
     if type(model).__module__.startswith("peft."):

@@ -7,7 +7,7 @@ from the hub, which no evaluation uses.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,21 +72,28 @@ def title(source: str | None) -> str:
     return f"{path.name} from row {first} on" if first else path.name
 
 
-def check_disjoint(source: str | None, evaluated: Iterable[str]) -> None:
-    """Raise ``ConfigError`` when an evaluated file is the calibration text itself.
+def check_disjoint(source: str | None, evaluated: Mapping[str, int | None]) -> None:
+    """Raise ``ConfigError`` when the source reads what is evaluated.
 
-    A source that starts at a row is taken at its word.
+    ``evaluated``: texts and files, each with how many of its first rows are; None: any of them.
     """
     if source in HUB:
         return
     path, first = split(source)
-    for name in evaluated:
-        other = Path(name.partition("#")[0])
-        if not first and other.exists() and path.samefile(other):
-            raise ConfigError(
-                f"{path} is evaluated and cannot be the calibration text too: give another text "
-                "(FILE.jsonl#100 starts after the rows that are evaluated)"
-            )
+    for name, rows in evaluated.items():
+        other = next((place for place in _places(name) if place.is_file()), None)
+        if other is None or not path.samefile(other) or (rows is not None and first >= rows):
+            continue
+        way = "" if rows is None else f", or start after the evaluated rows: {path}#{rows}"
+        raise ConfigError(
+            f"{path} is evaluated and cannot be the calibration text too: give another text{way}"
+        )
+
+
+def _places(name: str) -> tuple[Path, ...]:
+    """Where a text or a file of documents is looked for, in this order."""
+    plain, local = name.partition("#")[0], Path("datasets")
+    return Path(plain), local / plain, local / f"{plain}.txt"
 
 
 def _rows(path: Path, first: int) -> Iterator[str]:

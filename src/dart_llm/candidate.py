@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dart_llm.config import PruneConfig
 from dart_llm.likelihood import likelihood_config
+from dart_llm.masks import GIVEN
 from dart_llm.session import Masks, Run
 
 
@@ -64,10 +65,25 @@ class Candidate:
         if self.config is None:
             return "dense"
         if self.masks is not None:
-            return "given masks"
+            return GIVEN
+        return f"{self.config.method}@{'table' if self.asked is None else f'{self.asked:g}'}"
+
+    @property
+    def method(self) -> str:
+        """Name of the method; of weights that were rounded, and of given masks, their label."""
+        if self.config is None or self.masks is not None:
+            return self.label
+        return self.config.method
+
+    @property
+    def asked(self) -> float | None:
+        """The sparsity that was asked for; None where a table, ``auto`` or masks set the counts."""
+        if self.config is None:
+            return 0.0
         fixed = self.config.budget.table is not None or self.config.score.strategy == "auto"
-        own = fixed and self.config.sparsity is None
-        return f"{self.config.method}@{'table' if own else f'{self.config.target:g}'}"
+        if self.masks is not None or (fixed and self.config.sparsity is None):
+            return None
+        return self.config.target
 
     def run(self, likelihood: bool = False) -> Run | None:
         """A new run, not attached; None for the untouched model.

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dart_llm import ppl_texts
+from dart_llm import documents, ppl_texts
 from dart_llm.cache import file_sha256
 from dart_llm.cell import Cell
 from dart_llm.errors import ConfigError
+from dart_llm.mmlu import LOCAL_MMLU
 from dart_llm.model_facts import model_digest
 
 TASK_FILES = (".yaml", ".yml", ".py")
 """The files of an lm-eval task folder that say what a task is."""
+
+_NAMED = ("text", "data")
+"""Inputs that a task names: an empty name is one that does not exist."""
 
 
 class Digests:
@@ -34,7 +39,13 @@ class Digests:
             asked["data"] = data
         else:
             asked["tasks"] = cell.options.include_path or ""
-        found = {name: self._digest(name, value) for name, value in asked.items() if value}
+        if kind == "mmlu" or (kind == "perplexity" and data in ppl_texts.MMLU):
+            asked["mmlu"] = LOCAL_MMLU.as_posix()
+        found = {
+            name: self._digest(name, value)
+            for name, value in asked.items()
+            if value or name in _NAMED
+        }
         return {name: digest for name, digest in found.items() if digest}
 
     def _digest(self, name: str, value: str) -> str | None:
@@ -51,9 +62,13 @@ def _read(name: str, value: str) -> str | None:
         return model_digest(value)
     if name == "tasks":
         return _folder(Path(value))
+    if name == "mmlu":  # read instead of the hub's where there are any
+        return _sums(Path(value), Path(value).glob("*.jsonl"))
     if name == "text":  # raises for a name that is nothing: a sweep says so at once
         known = not ppl_texts.is_file(value)
         return None if known else hashlib.sha256(ppl_texts.read(value).encode()).hexdigest()
+    if name == "data":
+        documents.check(value)
     if name == "calibration" and not Path(value).exists():
         value = value.rpartition("#")[0] or value  # FILE#100: from row 100
     for path in (Path(value), Path("datasets") / value, Path("datasets") / f"{value}.txt"):
@@ -65,6 +80,33 @@ def _read(name: str, value: str) -> str | None:
 def _folder(folder: Path) -> str | None:
     if not folder.is_dir():
         raise ConfigError(f"the task folder {folder} does not exist: correct include_path")
-    files = sorted(path for path in folder.rglob("*") if path.suffix in TASK_FILES)
-    lines = [f"{file_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    files = [path for path in folder.rglob("*") if path.suffix in TASK_FILES]
+    data = sorted({one for path in files if path.suffix != ".py" for one in _data_files(path)})
+    lines = [f"{file_sha256(path)}  {path.as_posix()}\n" for path in data]
+    own = _sums(folder, files)
+    return hashlib.sha256("".join([own, *lines]).encode()).hexdigest() if own and lines else own
+
+
+def _data_files(task: Path) -> Iterator[Path]:
+    """The local files under ``data_files`` of a task file, as ``datasets`` looks for them."""
+    import yaml
+
+    try:  # BaseLoader: the tags of lm-eval are of no interest here
+        waiting = [(yaml.load(task.read_text(encoding="utf-8"), yaml.BaseLoader), False)]
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return  # lm-eval says what is wrong with it
+    while waiting:
+        node, inside = waiting.pop()
+        if isinstance(node, dict):
+            waiting += [(value, inside or key == "data_files") for key, value in node.items()]
+        elif isinstance(node, list):
+            waiting += [(value, inside) for value in node]
+        elif inside and Path(node).is_file():
+            yield Path(node)
+
+
+def _sums(folder: Path, files: Iterable[Path]) -> str | None:
+    """One digest of several files and of their names within ``folder``; None of none."""
+    found = sorted(files)
+    lines = [f"{file_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in found]
     return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else None

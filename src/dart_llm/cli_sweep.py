@@ -94,9 +94,14 @@ def _run(
         given.tracker,
     )
     ui = Ui(quiet=as_json)
-    if dry_run:
-        document = compare_job.dry_run(request, ui).to_dict()
-    else:
-        document = compare_job.run(request, ui)
+    try:
+        if dry_run:
+            document = compare_job.dry_run(request, ui).to_dict()
+        else:
+            document = compare_job.run(request, ui)
+    except compare_job.CellsFailed as failed:
+        if as_json:  # what was measured is still told; the exit code says that some was not
+            typer.echo(json.dumps(finite(failed.document)))
+        raise
     if as_json:
         typer.echo(json.dumps(finite(document)))

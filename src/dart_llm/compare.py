@@ -24,7 +24,7 @@ def rows(cells: Iterable[Mapping[str, Any]], seed: int = 0) -> list[Row]:
     first, then each method by sparsity.  ``seed``: of the bootstrap; the same cells give the same
     numbers.  Missing fields are None; failed cells keep their sentence.
     """
-    found = _named(_ordered([read_row(mapping(cell)) for cell in cells]))
+    found = _named(_ordered([read_row(cell) for cell in _known(map(mapping, cells))]))
     groups: dict[Any, list[Row]] = {}
     for row in found:
         groups.setdefault(row.group, []).append(row)
@@ -33,6 +33,22 @@ def rows(cells: Iterable[Mapping[str, Any]], seed: int = 0) -> list[Row]:
     found = [groups[row.group].pop(0) for row in found]
     groups = {name: [row for row in found if row.group == name] for name in groups}
     return [_compared(row, groups[row.group], seed) for row in found]
+
+
+def _known(cells: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """A cell that failed before its model was known takes what another cell of it knew."""
+
+    def asked(cell: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(mapping(cell.get("cell")).get(key) for key in ("model", "revision", "dtype"))
+
+    found = list(cells)
+    checkpoints = {asked(cell): cell["checkpoint"] for cell in found if cell.get("checkpoint")}
+    return [
+        cell
+        if cell.get("checkpoint") or asked(cell) not in checkpoints
+        else {**cell, "checkpoint": checkpoints[asked(cell)]}
+        for cell in found
+    ]
 
 
 def _named(found: list[Row]) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dart_llm.cell import Cell
+from dart_llm.compare_row import DENSE
 from dart_llm.errors import DartError, MissingExtra
 from dart_llm.grid import GridSpec, collect, expand
-from dart_llm.measure import check_calibration
+from dart_llm.measure import check_calibration, check_task
 from dart_llm.settings_base import BaseSettings, from_environment
 from dart_llm.sweep import SweepPlace, run_sweep
 from dart_llm.sweep_plan import Plan, plan, plan_table
@@ -41,7 +43,11 @@ class SweepRequest:
 
 
 class CellsFailed(DartError):
-    """Some cells of a sweep failed; the others are kept."""
+    """Some cells of a sweep failed; ``document`` holds all of them, as ``run`` returns it."""
+
+    def __init__(self, message: str, document: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.document = document
 
 
 def grid(
@@ -63,9 +69,15 @@ def grid(
 
 def _cells(request: SweepRequest) -> tuple[Cell, ...]:
     """The cells; raises ``ConfigError`` when one would be measured on its calibration text."""
-    cells = expand(request.grid)
+    grid = request.grid
+    if request.kind == "compare" and DENSE not in grid.methods:  # what it compares against
+        grid = grid.model_copy(update={"methods": (DENSE, *grid.methods)})
+    cells = expand(grid)
+    with contextlib.suppress(MissingExtra):  # a cluster may have lm-eval where this machine has not
+        for task, options in dict.fromkeys((cell.task, cell.options) for cell in cells):
+            check_task(task, options)
     for cell in cells:
-        check_calibration(cell.config(), cell.calibration, [cell.task])
+        check_calibration(cell.config(), cell.calibration, [cell.task], cell.options)
     return cells
 
 
@@ -100,13 +112,15 @@ def run(request: SweepRequest, ui: Ui) -> dict[str, Any]:
     except MissingExtra as error:
         ui.say(f"no tables of comparison: {error}")
         document = {"cells": list(result.results)}
+    document = {"folder": str(result.path), "computed": result.computed, **document}
     if result.failed:
         first = result.failed[0]
         raise CellsFailed(
             f"{len(result.failed)} of {len(result.results)} cells failed, the others are kept in "
-            f"{result.path}; the first, {first['key']}: {first.get('error')}"
+            f"{result.path}; the first, {first['key']}: {first.get('error')}",
+            document,
         )
-    return {"folder": str(result.path), "computed": result.computed, **document}
+    return document
 
 
 def _write_pictures(folder: Path, rows: Any, ui: Ui) -> None:

@@ -155,7 +155,9 @@ def _at(rows: Sequence[Row], method: str, asked: float | None) -> str:
 def _values(own: Sequence[Row], method: str) -> str:
     """What was measured, where there is nothing to compare it with."""
     told = [f"{row.metric} {quantity(row.value, row.perplexity)} on {row.task}" for row in own]
-    return f"{method} has {_and(told)}; nothing was measured that it can be compared with"
+    if any(row.items > 1 for row in own):
+        return f"{method} has {_and(told)}; nothing was measured that it can be compared with"
+    return f"{method} has {_and(told)}; one item is too few to compare"
 
 
 def _fair(row: Row) -> bool:

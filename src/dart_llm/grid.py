@@ -95,6 +95,9 @@ class GridSpec(BaseModel):
         if not isinstance(parts, list | tuple):
             parts = [parts]
         parts = [part.strip() if isinstance(part, str) else part for part in parts]
+        for part in parts:
+            if isinstance(part, list | dict):
+                raise ConfigError(f"{info.field_name} must be a plain list, and holds {part}")
         if info.field_name == "layers":
             parts = [str(part) for part in parts]
         return tuple(dict.fromkeys(part for part in parts if part != ""))
@@ -153,6 +156,8 @@ def measure_options(data: Mapping[str, Any]) -> MeasureOptions:
             raise ConfigError(f"{name} is not an option of the sweep: write {name}s, a list")
         if name not in known:
             raise UnknownName("measuring option", str(name), known)
+        if isinstance(value, bool) and name != "apply_chat_template":
+            raise ConfigError(f"option {name} = {value} must be a number or a text")
         whole = isinstance(value, int) and not isinstance(value, bool)
         least = 0 if name in _FROM_ZERO else 1
         if whole and value < least:

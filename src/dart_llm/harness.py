@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from importlib import import_module
@@ -21,10 +22,12 @@ import torch
 
 from dart_llm import hub_data
 from dart_llm.candidate import Candidate, Parts
+from dart_llm.devices import chain
 from dart_llm.errors import ConfigError, DartError, LoadError, MissingExtra, UnknownName
 from dart_llm.harness_items import collect
 from dart_llm.harness_score import Scorer
 from dart_llm.harness_tasks import FEWSHOT, specifications
+from dart_llm.hub_errors import unreachable
 from dart_llm.measurement import Measurement, MeasureOptions
 
 Advance = Callable[[int], None]
@@ -41,6 +44,8 @@ def measure(
     _library()
     from lm_eval.evaluator import evaluate
 
+    if options.apply_chat_template and not getattr(candidate.tokenizer, "chat_template", None):
+        raise ConfigError("this model's tokenizer has no chat template: drop --apply-chat-template")
     tasks = _load(name, options)
     _configure(tasks["tasks"], name, options)
     lm = _model(candidate, options, parts, advance)
@@ -92,16 +97,20 @@ def _manager(include_path: str | None) -> Any:
     return TaskManager(include_path=include_path)
 
 
+def check(name: str, include_path: str | None) -> None:
+    """Raise ``UnknownName`` for a task that does not exist; loads neither model nor data."""
+    known = _manager(include_path).all_tasks
+    for one in specifications(name):
+        if isinstance(one, str) and one not in known:
+            raise UnknownName("task", one, known)
+
+
 @lru_cache(maxsize=8)
 def _load(name: str, options: MeasureOptions) -> Any:
     """lm-eval's tasks and groups of one name, their documents loaded."""
-    manager = _manager(options.include_path)
-    wanted = specifications(name)
-    for one in wanted:
-        if isinstance(one, str) and one not in manager.all_tasks:
-            raise UnknownName("task", one, manager.all_tasks)
+    check(name, options.include_path)
     try:
-        loaded = manager.load(wanted)
+        loaded = _manager(options.include_path).load(specifications(name))
         for task in loaded["tasks"].values():
             if not len(_documents(task)):
                 raise LoadError(f"the task {task.task_name} has no documents: check its data file")
@@ -109,12 +118,32 @@ def _load(name: str, options: MeasureOptions) -> Any:
         raise
     # Datasets, hub and YAML errors share no base class.
     except Exception as error:
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:300].rstrip(" .")
         raise LoadError(
-            f"the data of the task {name} could not be loaded ({reason}); without the hub give "
-            "--include-path FOLDER with task files over local data (docs/evaluation.md)"
+            f"the data of the task {name} could not be loaded ({_reason(error)}); "
+            f"{_way_out(name, error)}"
         ) from error
     return loaded
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong in words, the same in every process: no addresses of objects."""
+    if isinstance(error, StopIteration):
+        return "it has no rows"
+    causes = [one for one in chain(error) if type(one).__name__ != "DatasetGenerationError"]
+    text = " ".join(str(causes[0]).split()) if causes else ""
+    return re.sub(r" at 0x[0-9a-f]+", "", text)[:300].rstrip(" .") or type(error).__name__
+
+
+def _way_out(name: str, error: Exception) -> str:
+    text = " ".join(str(one) for one in chain(error)).lower()
+    if "hub" in text or any(unreachable(one) for one in chain(error)):
+        if name.partition(":")[0] == "mmlu":
+            return "without the hub put <subject>_test.jsonl into datasets/mmlu/ (docs/data.md)"
+        return (
+            "without the hub give --include-path FOLDER with task files over local data "
+            "(docs/evaluation.md)"
+        )
+    return "correct the task file, or its data: one JSON object a line with the columns it names"
 
 
 def _configure(tasks: dict[str, Any], name: str, options: MeasureOptions) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from dart_llm import job_eval, job_prompt, measure_rows, ppl_texts
-from dart_llm.arch import context_length
+from dart_llm.arch import context_length, widths
 from dart_llm.candidate import Candidate
 from dart_llm.config import PruneConfig
 from dart_llm.devices import memory_failure
@@ -20,7 +20,7 @@ from dart_llm.errors import ConfigError, DartError, MissingExtra, ResultsError
 from dart_llm.job_common import config_document, load_model
 from dart_llm.job_generate import generate_texts
 from dart_llm.job_state import Job
-from dart_llm.outputs import read_masks, timing_text
+from dart_llm.outputs import check_masks, read_masks, timing_text
 from dart_llm.perplexity import slices
 from dart_llm.ppl_rows import rows_to_dict, score_row
 from dart_llm.prepare import prepare
@@ -124,6 +124,8 @@ def _load(job: Job) -> None:
 
 def _prepare(job: Job, masks: dict[int, Tensor] | None) -> Candidate:
     settings = job.settings
+    if settings.masks:
+        check_masks(settings.masks, widths(job.model))
     return prepare(
         job.model,
         job.tokenizer,

@@ -14,7 +14,7 @@ from dart_llm.candidate import Candidate
 from dart_llm.harness_tasks import GENERAL_NLP, expand, mmlu_name
 from dart_llm.job_state import Job
 from dart_llm.loading import checkpoint_facts
-from dart_llm.measure import check_calibration, count, measure
+from dart_llm.measure import check_calibration, check_task, count, measure
 from dart_llm.measurement import MeasureOptions
 from dart_llm.results import write_json, write_lines
 from dart_llm.settings import RunSettings
@@ -55,11 +55,15 @@ def asked(settings: RunSettings) -> list[Evaluation]:
         )
         tasks = [f"summarize:{name}" for name in data]
         found.append(Evaluation("summarization", tuple(tasks), options))
+    for evaluation in found:
+        for task in evaluation.tasks:
+            check_task(task, evaluation.options)
     if not settings.masks:
         texts = settings.ppl_datasets.split(",") if settings.eval_perplexity else []
-        tasks = [f"perplexity:{text.strip()}" for text in texts]
-        tasks += [task for evaluation in found for task in evaluation.tasks]
-        check_calibration(settings.prune_config(), settings.calibration, tasks)
+        asked = [([f"perplexity:{text.strip()}" for text in texts], MeasureOptions())]
+        asked += [(list(evaluation.tasks), evaluation.options) for evaluation in found]
+        for tasks, options in asked:
+            check_calibration(settings.prune_config(), settings.calibration, tasks, options)
     return found
 
 

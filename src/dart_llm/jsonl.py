@@ -26,6 +26,13 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
+            if "\\ud" in line.lower():  # an escape may be half a character, which is no text
+                json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise ConfigError(
+                f"line {number} of {path} holds half a character, {half}: correct it"
+            ) from None
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"line {number} of {path} is not JSON: {error}") from error
         if not isinstance(row, dict):

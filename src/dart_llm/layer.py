@@ -124,10 +124,9 @@ class HostedFfn:
     def _observe(self, u: Tensor, z: Tensor, r: Tensor | None) -> None:
         rows = self.owner.rows
         x, self.x = self.x, None
-        if u.dim() == 2:  # OPT flattens its tokens
-            u, z = u.reshape(rows, -1, u.shape[-1]), z.reshape(rows, -1, z.shape[-1])
-            x = None if x is None else x.reshape(rows, -1, x.shape[-1])
-            r = None if r is None else r.reshape(rows, -1, r.shape[-1])
+        # OPT flattens its tokens; with a mask for every row u and z are unfolded already
+        u, z = u.reshape(rows, -1, u.shape[-1]), z.reshape(rows, -1, z.shape[-1])
+        x, r = (None if t is None else t.reshape(rows, -1, t.shape[-1]) for t in (x, r))
         self.owner.tracer.observe(self.block.index, u, z, x, r)
 
     def nbytes(self) -> int:

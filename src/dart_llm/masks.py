@@ -11,6 +11,9 @@ from torch import Tensor
 from dart_llm.budgets import floor_count
 from dart_llm.errors import ConfigError
 
+GIVEN = "given masks"
+"""What stands in place of a method's name where the user chose the neurons."""
+
 
 @dataclass(frozen=True)
 class LayerMask:

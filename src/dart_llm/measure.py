@@ -28,11 +28,32 @@ def measure(
     return _module(task).measure(candidate, split(task)[1], options, parts, advance)  # type: ignore[no-any-return]
 
 
-def check_calibration(config: PruneConfig, source: str | None, tasks: Iterable[str]) -> None:
+def check_calibration(
+    config: PruneConfig, source: str | None, tasks: Iterable[str], options: MeasureOptions
+) -> None:
     """Raise ``ConfigError`` when the text that ``config`` calibrates on is evaluated by a task."""
     learns = config.calibration
-    if learns is not None and learns.source == "text":
-        check_disjoint(source, (split(task)[1] for task in tasks))
+    if learns is None or learns.source != "text":
+        return
+    for kind, name in map(split, tasks):
+        first = kind == "summarize" and options.sample_seed is None  # else spread over the text
+        check_disjoint(source, {name: options.limit if first else None})
+
+
+def check_task(task: str, options: MeasureOptions) -> None:
+    """Raise ``ConfigError`` for an lm-eval task or documents that do not exist.
+
+    Loads neither model nor data.  Names of texts are checked where settings are read.
+    """
+    kind, name = split(task)
+    if kind == "summarize":
+        from dart_llm import documents
+
+        documents.check(name)
+    elif kind == "lm-eval":
+        from dart_llm import harness
+
+        harness.check(name, options.include_path)
 
 
 def count(task: str, options: MeasureOptions, tokenizer: Any, model: Any = None) -> int:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dart_llm import measure_rows
+from dart_llm.arch import widths
+from dart_llm.cache import file_sha256
 from dart_llm.candidate import Candidate
+from dart_llm.cell import Cell
+from dart_llm.cell_inputs import Digests
 from dart_llm.devices import memory_failure
 from dart_llm.errors import DartError, MissingExtra, ResultsError
 from dart_llm.job_common import config_document, load_model
 from dart_llm.loading import checkpoint_facts
-from dart_llm.measure import check_calibration, count, measure
-from dart_llm.outputs import read_masks, timing_text
+from dart_llm.measure import check_calibration, check_task, count, measure
+from dart_llm.outputs import check_masks, read_masks, timing_text
 from dart_llm.prepare import prepare
 from dart_llm.provenance import peak_memory_bytes
 from dart_llm.results import ResultsFolder, open_folder, write_json, write_lines, write_text
@@ -48,9 +51,12 @@ class MeasureJob:
 def run_measure(settings: MeasureSettings, ui: Ui, fresh: bool = False) -> MeasureJob:
     """Measure every task; an interruption or an error keeps what was computed."""
     tasks = settings.task_names()
+    for task in tasks:  # before hours of work on the tasks that stand before a wrong name
+        check_task(task, settings.options())
     masks = read_masks(settings.masks) if settings.masks else None
     if masks is None:
-        check_calibration(settings.prune_config(), settings.calibration, tasks)
+        own = settings.prune_config()
+        check_calibration(own, settings.calibration, tasks, settings.options())
     inputs = _digests(settings, tasks)
     identity = {"kind": settings.kind, **settings.model_dump(mode="json"), "inputs": inputs}
     folder = open_folder(Path(settings.results_dir), settings.experiment, identity, fresh)
@@ -73,6 +79,8 @@ def run_measure(settings: MeasureSettings, ui: Ui, fresh: bool = False) -> Measu
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         with contextlib.suppress(ResultsError):
             _write_config(job, identity, status)
+            if job.rows:
+                ui.say(f"what was finished is kept in {folder.path}; the same command resumes")
             _write_logs(job)
         memory = memory_failure(error, settings.model, settings.dtype or "the checkpoint's dtype")
         if memory is not None and not isinstance(error, DartError):
@@ -82,13 +90,14 @@ def run_measure(settings: MeasureSettings, ui: Ui, fresh: bool = False) -> Measu
 
 
 def _digests(settings: MeasureSettings, tasks: list[str]) -> dict[str, str]:
-    """sha256 of the files that the settings only point at."""
-    names = [settings.masks, (settings.calibration or "").partition("#")[0]]
-    names += [task.partition(":")[2] for task in tasks]
-    found = {}
-    for name in names:
-        if name and Path(name).is_file():
-            found[name] = hashlib.sha256(Path(name).read_bytes()).hexdigest()
+    """sha256 of what the settings only point at, as of a sweep's cells: weights, texts, data."""
+    digests, found = Digests(), {}
+    method, options = settings.prune_config().method, settings.options()
+    for task in tasks:
+        cell = Cell(settings.model, method, task, options=options, calibration=settings.calibration)
+        found.update({f"{task}: {name}": sum_ for name, sum_ in digests.of(cell).items()})
+    if settings.masks:
+        found["masks"] = file_sha256(Path(settings.masks))
     return found
 
 
@@ -107,6 +116,8 @@ def _candidates(job: MeasureJob, masks: Any) -> list[Candidate]:
     settings = job.settings
     own = settings.prune_config()
     config = None if own.method == "dense" else own
+    if settings.masks:
+        check_masks(settings.masks, widths(job.model))
     candidate = prepare(
         job.model,
         job.tokenizer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -36,13 +37,11 @@ def row(
     candidate: Candidate, found: Measurement, settings: BaseSettings, checkpoint: dict[str, Any]
 ) -> dict[str, Any]:
     """The same shape as a finished cell of a sweep."""
-    config = candidate.config
-    asked = None if config is None else config.sparsity
     cell = {
         "model": settings.model,
         "dtype": checkpoint.get("dtype"),
-        "method": candidate.label if config is None else config.method,
-        "sparsity": 0.0 if config is None else config.target if asked is None else asked,
+        "method": candidate.method,
+        "sparsity": candidate.asked,
         "task": found.task,
         "protocol": found.protocol,
         "seed": settings.seed,
@@ -140,7 +139,8 @@ def _lines(row: Row) -> Iterator[tuple[str, ...]]:
 
 
 def _interval(measurement: Mapping[str, Any], name: str) -> str:
-    """95 % interval over items; nothing without scipy, with one item, or for a plain count."""
+    """95 % interval over items; nothing without scipy, with one item, or where the metric is not
+    their mean."""
     from dart_llm import compare_items, stats
 
     try:
@@ -150,6 +150,9 @@ def _interval(measurement: Mapping[str, Any], name: str) -> str:
             items = measurement["items"]
             values = {i["id"]: i[name] for i in items if i.get(name) is not None}
             found = stats.interval(values) if len(values) > 1 else None
+            value = measurement["metrics"][name]
+            if found and (value is None or not math.isclose(found.estimate, value, rel_tol=1e-6)):
+                return ""
     except MissingExtra:
         return ""
     return f"{found.low:.3g}-{found.high:.3g}" if found else ""

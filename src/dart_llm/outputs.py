@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,34 @@ def read_masks(path: str) -> dict[int, Tensor]:
     if not found:
         raise ConfigError(f"{path} holds no masks; expected keys like remask0.layer3.ids")
     return found[max(found)]
+
+
+def check_masks(path: str, widths: Sequence[int]) -> None:
+    """Raise ``ConfigError`` when the masks in ``path`` were made for a model of another shape.
+
+    ``widths``: neurons per layer of the model at hand.  Given masks have no scores: their file
+    does not say which shape they are for.
+    """
+    from safetensors import safe_open
+
+    found: dict[int, int] = {}
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 - not a mapping
+            _, layer, kind = key.split(".")
+            if kind == "scores":
+                found[int(layer[5:])] = file.get_slice(key).get_shape()[0]
+        name = (file.metadata() or {}).get("checkpoint", "another model")
+    theirs = [found[layer] for layer in sorted(found)]
+    if theirs and theirs != list(widths):
+        raise ConfigError(
+            f"the masks in {path} are of {name}, which has {_shape(theirs)}; the model at hand has "
+            f"{_shape(widths)}: give masks that were made on it"
+        )
+
+
+def _shape(widths: Sequence[int]) -> str:
+    neurons = " or ".join(str(width) for width in sorted(set(widths)))
+    return f"{len(widths)} layers of {neurons} neurons"
 
 
 def write_drift(folder: Path, checks: tuple[DriftCheck, ...]) -> None:

@@ -40,8 +40,8 @@ def score_part(candidate: Candidate, run: Run | None, window: Window, protocol: 
     if asked and not any(ran_pruned(part)):
         raise ConfigError(
             f"perplexity of {candidate.label}: all {window.scored} scored tokens of a slice ran "
-            "dense, so this would measure the untouched model; give more --ppl-prompt-tokens or "
-            "--ppl-scored-tokens, or a smaller --min-evidence or --masking-step"
+            "dense, so this would measure the untouched model; give more prompt or scored "
+            "tokens, or a smaller --min-evidence or --masking-step"
         )
     found = {**part, "report": report, "masks": taken.packed}
     return json.loads(json.dumps(found))  # type: ignore[no-any-return]  # as a resumed run reads it

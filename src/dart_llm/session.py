@@ -17,7 +17,7 @@ from dart_llm.config import PruneConfig, check_prepared
 from dart_llm.errors import AttachError, ConfigError
 from dart_llm.executor import check_executor, choose_executor
 from dart_llm.life import Life
-from dart_llm.masks import LayerMask, given_masks
+from dart_llm.masks import GIVEN, LayerMask, given_masks
 from dart_llm.records import DriftCheck, Remask, RunReport
 from dart_llm.tracer import Tracer
 from dart_llm.weights import FfnWeights, with_prior
@@ -240,7 +240,7 @@ class Run:
             Costs(self._layers, self._view.parameter_bytes),
             self.executor,
             copies,
-            "given masks" if self._by_hand else self.config.method,
+            GIVEN if self._by_hand else self.config.method,
             self.config.target if self._asks_total() and not self._by_hand else None,
         )
 

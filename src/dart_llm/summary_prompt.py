@@ -61,7 +61,9 @@ def fit(
     """
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if chat and not has_template:
-        raise ConfigError("this model's tokenizer has no chat template: give --no-chat")
+        raise ConfigError(
+            "this model's tokenizer has no chat template: give --no-apply-chat-template"
+        )
     chat = has_template if chat is None else chat
     document = document.strip()
 
