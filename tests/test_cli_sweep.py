@@ -274,7 +274,8 @@ def read_table(folder: Path, *flags: object) -> dict[str, list[dict[str, str]]]:
         (["--tasks", "perplexity:"], 'no text ""'),
         (["--tasks", "summarize:nowhere.jsonl"], 'no documents "nowhere.jsonl"'),
         (["--tasks", "arc_esy"], "unknown task 'arc_esy'; did you mean arc_easy"),
-        (["--tracker", "tensorbord"], "tensorboard"),
+        (["--tracker", "tensorbord"], "did you mean tensorboard"),
+        (["--tracker", "tensorbord", "--dry-run"], "did you mean tensorboard"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(flags, words, tmp_path):

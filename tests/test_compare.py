@@ -186,6 +186,7 @@ def test_a_failed_cell_stands_in_the_table_of_its_model() -> None:
 
 def test_one_item_is_said_to_be_too_few() -> None:
     found = compare.rows([one("dense", 0, [1.0]), one("dart", 0.5, [1.0])])
+    assert compare_tables.tables(found)[0].caption.count("; 1 item;") == 1
     assert compare_words.conclusion(found) == (
         "At 50 % dart has acc 1.000 on arc_easy_local; one item is too few to compare."
     )

@@ -68,6 +68,8 @@ def test_files_are_plain_text_or_jsonl(hub: FakeDatasets) -> None:
     rows = write(Path("rows.jsonl"), {"text": "one"}, {"text": "two", "id": 3})
     assert ppl_texts.read("plain.txt") == "some text\n"
     assert ppl_texts.read(rows) == "one\n\ntwo"
+    Path("marked.txt").write_bytes(b"\xef\xbb\xbfsome text")  # with a byte-order mark
+    assert ppl_texts.read("marked.txt") == "some text"
     write(Path("datasets/more.txt"))
     Path("datasets/more.txt").write_text("more", encoding="utf-8")
     assert ppl_texts.read("more") == ppl_texts.read("more.txt") == "more"

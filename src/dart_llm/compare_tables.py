@@ -51,7 +51,8 @@ def _table(rows: Sequence[Row]) -> Table:
     better = "higher" if not measured or measured[0].higher_is_better else "lower"
     counts = sorted({row.items for row in measured if row.items})
     items = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1]))) if counts else ""
-    about = f"; {items} items" if items else ""
+    noun = "item" if items == "1" else "items"
+    about = f"; {items} {noun}" if items else ""
     leak = "LEAK, " if any(row.leaks for row in rows) else ""
     head: tuple[str, ...] = (
         "method",

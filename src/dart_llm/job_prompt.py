@@ -40,7 +40,7 @@ def _read(settings: RunSettings) -> str | None:
         return sys.stdin.read()
     if settings.prompt_file:
         try:
-            return Path(settings.prompt_file).read_text(encoding="utf-8")
+            return Path(settings.prompt_file).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"cannot read the prompt file {settings.prompt_file}: {error}"

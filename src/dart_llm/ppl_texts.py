@@ -82,7 +82,7 @@ def _file(name: str) -> str:
 
 def _plain(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a byte-order mark is not text
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path} as text: {error}") from None
     return text

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
+from dart_llm.errors import UnknownName
 from dart_llm.settings_base import setting
+from dart_llm.trackers import TRACKERS
 
 GRID, TASK, RUN, MODEL = "Grid", "Tasks", "Run", "Model"
 OPTIONS = (
@@ -71,6 +73,12 @@ class SweepFlags(BaseModel):
     engine: str = setting(RUN, "local, or ray: spread cells over a cluster.", "local")
     workers: int | None = setting(RUN, "Worker processes of the ray engine.")
     tracker: str | None = setting(RUN, "trackio, wandb, mlflow or tensorboard.")
+
+    @model_validator(mode="after")
+    def _check_tracker(self) -> SweepFlags:
+        if self.tracker and self.tracker not in TRACKERS:
+            raise UnknownName("tracker", self.tracker, TRACKERS)
+        return self
 
     def grid_flags(self) -> dict[str, Any]:
         """What ``grid.collect`` takes."""
