@@ -3,6 +3,8 @@
 # Set a variable here, in front of the command (MODEL=gpt2 ./run_knowledge_drift.sh), or with
 # export; an empty one is not given.  Text with quotes, $, backticks or braces goes on a line of
 # its own below the list: CUSTOM_PROMPT_TEXT='...'.  Arguments are handed on, such as --fresh.
+# With --methods, --mode, --prompts or --passages among them it is a shell over `dart-llm drift`:
+# methods side by side on many prompts or passages (docs/drift.md).
 
 : "${METHOD:=dart}"                   # preset; dart-llm methods lists them (published, dense, ...)
 : "${MODEL:=smollm2-135m}"            # hub id, folder, .gguf file, or the embedded default
@@ -45,4 +47,5 @@
 set -euo pipefail
 # shellcheck source=scripts/run_common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/scripts/run_common.sh"
+if is_study "$@"; then run_study "$@"; fi
 run_dart_llm "$@"

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by run_experiment.sh and run_knowledge_drift.sh, which set the variables: turns them into
-# flags and becomes `dart-llm run`.  Keeps to bash 3.2, which macOS has.
+# flags and becomes `dart-llm run`, or `dart-llm drift`.  Keeps to bash 3.2, which macOS has.
 
 # The flag of a variable is its name in kebab case.  Both lists together are all variables.
 text_variables=(
@@ -13,6 +13,11 @@ text_variables=(
 switch_variables=(
   KNOWLEDGE_DRIFT EVAL_PERPLEXITY EVAL_MMLU EVAL_GENERAL_NLP EVAL_SUMMARIZATION VERBOSE
   SAVE_ACTIVATIONS
+)
+# What a study takes (run_study); the others concern a single run.
+study_variables=(
+  MODEL CACHE_DIR DEVICE LAYER_TOPK TOTAL_PRUNE_PERCENT MASKING_STEP RELEASE_STEP EMA_DECAY
+  RANKING_METHOD PRUNE_STRATEGY GENERATION EXPERIMENT_NAME RESULTS_DIR
 )
 default_total=50
 here="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -89,4 +94,45 @@ run_dart_llm() { # ARGUMENTS...
   for name in "${switch_variables[@]}"; do add_switch "$name"; done
   find_dart_llm
   exec "$dart_llm" run "${arguments[@]}" "$@"
+}
+
+has_flag() { # FLAG ARGUMENTS...
+  local flag="$1" argument
+  shift
+  for argument in "$@"; do
+    case "$argument" in "$flag" | "$flag"=*) return 0 ;; esac
+  done
+  return 1
+}
+
+# Whether the arguments ask for a study of several methods or sources.
+is_study() { # ARGUMENTS...
+  local flag
+  for flag in --methods --mode --prompts --passages; do
+    if has_flag "$flag" "$@"; then return 0; fi
+  done
+  return 1
+}
+
+left_out() { # NAME
+  case "${!1-}" in
+    [Tt][Rr][Uu][Ee] | [Yy][Ee][Ss] | 1) say "$1=${!1} concerns a single run and is left out" ;;
+  esac
+}
+
+run_study() { # ARGUMENTS...
+  local name
+  arguments=()
+  drop_default_total "$@"
+  for name in "${study_variables[@]}"; do add_text "$name"; done
+  [[ -z ${SEED-} ]] || arguments+=("--seeds=$SEED")
+  case "${METHOD-}" in '' | dart) ;; *) arguments+=("--methods=dense,never,$METHOD") ;; esac
+  if [[ -n ${CUSTOM_PROMPT_TEXT-} ]] && ! has_flag --prompts "$@" && ! has_flag --passages "$@"; then
+    arguments+=("--prompt=$CUSTOM_PROMPT_TEXT")
+  fi
+  for name in "${switch_variables[@]}"; do
+    [[ $name == KNOWLEDGE_DRIFT ]] || left_out "$name" # the methods say whether masks are rebuilt
+  done
+  find_dart_llm
+  exec "$dart_llm" drift "${arguments[@]}" "$@"
 }

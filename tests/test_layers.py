@@ -16,14 +16,26 @@ SOURCE = Path(dart_llm.__file__).parent
 LEVELS = {
     0: "errors config config_parts layer_spec records registry",
     1: "weights scores proxies evidence budgets depth_budget masks compensation drift select life "
+    "signals detection "
     "plan observations reference tracer accounting",
-    2: "names arch ffn layer loop attach executor export",
+    2: "names arch read_points ffn layer loop attach executor export",
 }
 """Files of each layer of the design; every other file joins, measures or is a door: level 3."""
 
 LEVEL = {name: level for level, names in LEVELS.items() for name in names.split()}
 FILES = sorted(SOURCE.rglob("*.py"))
-HEAVY = ("torch", "transformers", "lm_eval", "fastapi", "matplotlib", "ray")
+HEAVY = (
+    "torch",
+    "transformers",
+    "lm_eval",
+    "fastapi",
+    "matplotlib",
+    "ray",
+    "sentence_transformers",
+    "bert_score",
+    "sacrebleu",
+    "plotly",
+)
 
 
 def module_of(path: Path) -> str:

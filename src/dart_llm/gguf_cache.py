@@ -150,7 +150,7 @@ def convert(
         }
         (fresh / SOURCE).write_text(json.dumps(record, indent=2) + "\n")
         folder = converted_folder(cache, sha256)
-        _publish(fresh, folder, sha256)
+        publish(fresh, folder, lambda found: is_intact(found, sha256, full=True))
     return folder
 
 
@@ -203,8 +203,11 @@ def _inventory(folder: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
-def _publish(fresh: Path, folder: Path, sha256: str) -> None:
-    """Move ``fresh`` to ``folder``, over a damaged copy but not over a complete one."""
+def publish(fresh: Path, folder: Path, intact: Callable[[Path], bool]) -> None:
+    """Move ``fresh`` to ``folder``, over a damaged copy but not over an ``intact`` one.
+
+    Raises ``LoadError`` when the folder can be neither written nor replaced.
+    """
     problem: OSError | None = None
     for _ in range(3):
         try:
@@ -212,10 +215,10 @@ def _publish(fresh: Path, folder: Path, sha256: str) -> None:
             return
         except OSError as error:
             problem = error
-        if is_intact(folder, sha256, full=True):
+        if intact(folder):
             return
         try:
             folder.rename(fresh.parent / f"damaged-{os.urandom(4).hex()}")
         except OSError as error:  # another process moved it first, or nothing may be renamed here
             problem = error
-    raise LoadError(f"the converted model could not be put into {folder}: {problem}")
+    raise LoadError(f"the model could not be put into {folder}: {problem}")

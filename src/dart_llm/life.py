@@ -14,7 +14,7 @@ from enum import StrEnum
 from torch import Tensor
 
 from dart_llm.config import PruneConfig
-from dart_llm.drift import Detector, Rule
+from dart_llm.drift import Detector, Rule, guards_allow
 from dart_llm.evidence import LayerEvidence
 from dart_llm.masks import LayerMask, overlap
 from dart_llm.records import Remask
@@ -212,12 +212,14 @@ class Life:
     def may_trigger(self) -> bool:
         """Whether the guards allow a re-mask now (distance, cap on dense tokens)."""
         drift = self.config.drift
-        if self.last_trigger is not None and self.decoded - self.last_trigger < drift.min_distance:
-            return False
-        if drift.max_dense_share is None:
-            return True
-        need = self._remask_need()
-        return self.spent + need <= drift.max_dense_share * (self.decoded + need)
+        return guards_allow(
+            self.decoded,
+            self.last_trigger,
+            self.spent,
+            self._remask_need(),
+            drift.min_distance,
+            drift.max_dense_share,
+        )
 
     def trigger(self, cause: str) -> None:
         """Leave PRUNED: the next tokens run dense and are observed, for all layers at once."""

@@ -26,9 +26,15 @@ def _plain(annotation: Any) -> Any:
 
 
 def parameters(settings: type[BaseModel]) -> list[inspect.Parameter]:
-    """One keyword parameter per setting; None means "not given"."""
+    """One keyword parameter per setting; None means "not given".
+
+    Settings that ``settings.UNUSED`` names (they come from a base class) are no flags.
+    """
     found = []
+    unused = getattr(settings, "UNUSED", ())
     for name, field in settings.model_fields.items():
+        if name in unused:
+            continue
         flag = "--" + name.replace("_", "-")
         kind = _plain(field.annotation)
         names = [flag, *ALIASES.get(name, ())]

@@ -22,6 +22,9 @@ PACKAGES = (
     "datasets",
     "rouge-score",
     "scipy",
+    "sentence-transformers",
+    "sacrebleu",
+    "bert-score",
 )
 
 

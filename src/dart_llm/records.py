@@ -20,7 +20,8 @@ class Remask:
     step: int
     """Decoded tokens before the first forward that used these masks."""
     cause: str
-    """``first``, ``prompt`` (new prefill tokens), ``drift``, ``interval`` or ``given``."""
+    """``first``, ``prompt`` (new prefill tokens), ``drift``, ``interval``, ``given``, or ``forced``
+    (at a known moment)."""
     evidence_tokens: float
     kept: tuple[int, ...]
     """Neurons kept, per layer."""

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dart_llm import drift_rows
 from dart_llm.compare_items import Scores
 from dart_llm.compare_row import Row, read_row
 from dart_llm.results_view import mapping, number
@@ -19,13 +20,16 @@ from dart_llm.results_view import mapping, number
 GENERATE = "generate"
 """The task of a generated text; its metric is the speed."""
 
+STUDIES = ("detect", "inspect")
+"""Kinds whose results are no cells of a comparison; their folders have tables of their own."""
+
 CELLS, MEASUREMENTS = "results.jsonl", "measurements.json"
 
 
 def read_rows(folder: Path, config: Mapping[str, Any], problems: list[str]) -> tuple[Row, ...]:
     """The rows of a folder in the order of its files; adds to ``problems`` what is damaged."""
     found = []
-    for cell in _cells(folder, problems):
+    for cell in _of_kind(folder, config.get("kind"), problems):
         known = mapping(cell.get("checkpoint")) or mapping(config.get("checkpoint"))
         asked = {**_model(config), **mapping(cell.get("cell"))}
         row = read_row({**cell, "checkpoint": known, "cell": asked})
@@ -74,6 +78,13 @@ def _lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
 def _model(config: Mapping[str, Any]) -> dict[str, Any]:
     settings = mapping(config.get("settings"))
     return {name: settings[name] for name in ("model", "dtype", "seed") if settings.get(name)}
+
+
+def _of_kind(folder: Path, kind: Any, problems: list[str]) -> Iterator[dict[str, Any]]:
+    if kind == "drift":
+        yield from drift_rows.cells(mapping(read_json(folder / "summary.json", problems)))
+    elif kind not in STUDIES:
+        yield from _cells(folder, problems)
 
 
 def _cells(folder: Path, problems: list[str]) -> Iterator[dict[str, Any]]:

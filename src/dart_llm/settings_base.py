@@ -179,11 +179,11 @@ class BaseSettings(BaseModel):
         return f"{model}-{self.method}-{amount}"
 
 
-S = TypeVar("S", bound=BaseSettings)
+S = TypeVar("S", bound=BaseModel)
 
 
 def from_environment(
-    kind: type[BaseSettings], environment: Mapping[str, str] = os.environ
+    kind: type[BaseModel], environment: Mapping[str, str] = os.environ
 ) -> dict[str, str]:
     """``DART_<FIELD>`` variables that ``kind`` knows.  Empty means not given."""
     found = {}

@@ -1,0 +1,78 @@
+"""Passages as tokens, with the places at which their topics change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dart_llm.drift_passages import Passage, read_passages, shipped
+from dart_llm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Text:
+    """A passage's tokens ``ids`` [N]; ``changes``: index of the first token of each new topic."""
+
+    id: str
+    ids: Tensor
+    changes: tuple[int, ...]
+    topics: tuple[str, ...]
+
+
+def passages(file: str | None, limit: int | None) -> list[Passage]:
+    """The package's passages, or those of a JSONL file; the first ``limit`` of them."""
+    found = read_passages(file) if file else shipped()
+    return found[:limit]
+
+
+def digest(found: Sequence[Passage]) -> str:
+    """sha256 of what the passages say."""
+    lines = "".join(json.dumps(one.to_dict(), sort_keys=True) + "\n" for one in found)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def tokens(passage: Passage, tokenizer: Any) -> Text:
+    """The tokens of a passage; special tokens as the tokenizer adds them.
+
+    A change is the first token that holds a character of the new topic.
+    """
+    ids, spans = _with_spans(passage.text, tokenizer)
+    found = []
+    for offset in passage.changes:
+        if spans is None:  # a tokenizer that knows no places: the length of what lies before
+            found.append(len(tokenizer(passage.text[:offset], verbose=False).input_ids))
+        else:
+            found.append(next(i for i, (_, end) in enumerate(spans) if end > offset))
+    return Text(passage.id, ids, tuple(found), tuple(topic.name for topic in passage.topics))
+
+
+def _with_spans(text: str, tokenizer: Any) -> tuple[Tensor, list[tuple[int, int]] | None]:
+    try:
+        found = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    except (NotImplementedError, TypeError):
+        return torch.tensor(tokenizer(text, verbose=False).input_ids), None
+    return torch.tensor(found.input_ids), [tuple(span) for span in found.offset_mapping]
+
+
+def check(texts: Sequence[Text], prompt: int, longest: int | None) -> None:
+    """Raise ``ConfigError`` for a text whose first change is in the prompt, or that is too long.
+
+    ``longest``: tokens of the model's context, or None.
+    """
+    for text in texts:
+        if text.changes[0] <= prompt:
+            raise ConfigError(
+                f'the first change of passage "{text.id}" is its token {text.changes[0]}, within '
+                f"the prompt of {prompt}: give a smaller --prompt-tokens or other passages"
+            )
+        if longest is not None and len(text.ids) > longest:
+            raise ConfigError(
+                f'passage "{text.id}" has {len(text.ids)} tokens, and the model\'s context holds '
+                f"{longest}: give shorter passages or another model"
+            )

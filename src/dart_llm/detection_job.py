@@ -1,0 +1,158 @@
+"""The job of ``dart-llm detect``: passages through the dense model, tables, plots; resumable."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dart_llm import detection_inputs as inputs
+from dart_llm import detection_plot, detection_summary, detection_table
+from dart_llm.arch import context_length
+from dart_llm.checkpoint import checkpoint_facts
+from dart_llm.detection_study import Study, plan, study
+from dart_llm.devices import memory_failure
+from dart_llm.errors import DartError, MissingExtra, ResultsError
+from dart_llm.job_common import config_document, load_model
+from dart_llm.model_facts import model_digest
+from dart_llm.outputs import timing_text
+from dart_llm.provenance import peak_memory_bytes
+from dart_llm.read_points import EAGER, layer_count
+from dart_llm.recording import needs_eager
+from dart_llm.results import ResultsFolder, open_folder, write_json, write_lines, write_text
+from dart_llm.settings_detect import DetectSettings, identity
+from dart_llm.ui import Ui
+
+EAGER_NOTE = (
+    "attention-scores reads the attention weights, so the model is loaded with eager attention, "
+    "for all signals"
+)
+
+
+@dataclass
+class DetectJob:
+    """One job in progress; ``rows`` are lines of results.jsonl, ``found`` is detection.json."""
+
+    settings: DetectSettings
+    ui: Ui
+    folder: ResultsFolder
+    identity: dict[str, Any]
+    model: Any = None
+    tokenizer: Any = None
+    config: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    timing: dict[str, Any] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        return self.folder.path
+
+
+def run_detect(settings: DetectSettings, ui: Ui, fresh: bool = False) -> DetectJob:
+    """Study every passage; an interruption or an error keeps the passages that were finished.
+
+    Raises ``ConfigError`` and ``UnknownName`` before the model is loaded where that is possible.
+    """
+    asked = plan(settings)
+    passages = inputs.passages(settings.passages, settings.limit)
+    sums = {"passages": inputs.digest(passages), "model": model_digest(settings.model)}
+    known = identity(settings, {name: value for name, value in sums.items() if value})
+    folder = open_folder(Path(settings.results_dir), settings.experiment, known, fresh)
+    job = DetectJob(settings, ui, folder, known)
+    if folder.resumed:
+        ui.say(f"resuming {folder.path}")
+    started = time.perf_counter()
+    _write_config(job, "running")
+    try:
+        _load(job)
+        texts = [inputs.tokens(passage, job.tokenizer) for passage in passages]
+        inputs.check(texts, asked.prompt, context_length(job.model))
+        with ui.progress("passages", len(texts)) as advance:
+            for text in texts:
+                _study(job, text, asked)
+                advance(1)
+        job.timing["total_s"] = time.perf_counter() - started
+        job.timing["peak_memory_bytes"] = peak_memory_bytes()
+        _finish(job)
+    except BaseException as error:
+        _keep(job, error)
+        memory = memory_failure(error, settings.model, settings.dtype or "the checkpoint's dtype")
+        if memory is not None and not isinstance(error, DartError):
+            raise memory from None
+        raise
+    return job
+
+
+def _load(job: DetectJob) -> None:
+    settings = job.settings
+    if needs_eager(settings.signal_names()):
+        job.ui.say(EAGER_NOTE)
+        settings = settings.model_copy(update={"attn_implementation": EAGER})
+    job.model, job.tokenizer, job.timing["load_s"] = load_model(settings, job.ui)
+    _write_config(job, "running")
+
+
+def _study(job: DetectJob, text: inputs.Text, asked: Study) -> None:
+    begin = time.perf_counter()
+    row = job.folder.part(text.id)
+    if row is None:
+        row = study(job.model, text, asked)
+        job.folder.save_part(text.id, row)
+        job.timing.setdefault("passage_s", {})[text.id] = time.perf_counter() - begin
+    job.rows.append(row)
+    write_lines(job.path / "results.jsonl", job.rows)
+
+
+def _write_config(job: DetectJob, status: str) -> None:
+    prune = job.settings.prune_config().to_dict()
+    job.config = config_document("detect", job.identity, prune, job.model, status, job.config)
+    write_json(job.path / "config.json", job.config)
+
+
+def _finish(job: DetectJob) -> None:
+    facts = dict(checkpoint_facts(job.model))
+    job.found = detection_summary.document(job.rows, job.identity, facts, layer_count(job.model))
+    if needs_eager(job.settings.signal_names()):
+        job.found["notes"] = [EAGER_NOTE]
+    write_json(job.path / "detection.json", job.found)
+    write_json(job.path / "timing.json", job.timing)
+    detection_table.write(job.path, job.found)
+    job.ui.table(detection_table.rich_table(job.found))
+    job.ui.say(detection_table.conclusion(job.found))
+    _write_plots(job)
+    _write_config(job, "complete")
+    _write_logs(job)
+    job.folder.finish()
+    job.ui.say(f"results: {job.path}")
+
+
+def _write_plots(job: DetectJob) -> None:
+    from dart_llm import plots
+
+    try:
+        for path in plots.save(job.path, detection_plot.make(job.found)):
+            job.ui.say(f"plot: {path}")
+    except MissingExtra as error:
+        job.ui.say(f"no plots: {error}")
+
+
+def _keep(job: DetectJob, error: BaseException) -> None:
+    status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    with contextlib.suppress(ResultsError):
+        _write_config(job, status)
+        if job.rows:
+            job.ui.say(f"what was finished is kept in {job.path}; the same command resumes")
+        _write_logs(job)
+
+
+def _write_logs(job: DetectJob) -> None:
+    write_text(job.path / f"output_{job.folder.stamp}.log", "\n".join(job.ui.log) + "\n")
+    write_text(job.path / f"timing_{job.folder.stamp}.log", timing_text(job.timing))
+
+
+def document(job: DetectJob) -> dict[str, Any]:
+    """What ``--json`` prints: detection.json with its folder and times."""
+    return {"folder": str(job.path), **job.found, "timing": job.timing}

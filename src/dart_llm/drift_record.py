@@ -1,0 +1,111 @@
+"""What is kept of one pruned run: windows, masks before and after every re-mask, accounting."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dart_llm.errors import ResultsError
+from dart_llm.life import Life
+from dart_llm.outputs import MaskRecorder
+from dart_llm.records import Remask
+from dart_llm.results import finite
+from dart_llm.session import Run
+
+FORMAT = "remask{i}.layer{l}.ids: kept neurons, int32; .scores: float32, larger is kept"
+
+
+class DriftRecorder(MaskRecorder):
+    """Also keeps how many dense tokens came right before each mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observed: list[int] = []
+
+    def __call__(self, remask: Remask, life: Life) -> None:
+        super().__call__(remask, life)
+        self.observed.append(life.observed)
+
+
+def record(run: Run, recorder: DriftRecorder, widths: Sequence[int]) -> dict[str, Any]:
+    """``checks``, ``remasks`` and ``accounting`` of a run of one sequence, JSON-able.
+
+    ``widths``: neurons per layer.
+    """
+    accounting = run.report().to_dict()
+    accounting.pop("sequences")
+    found = {
+        "checks": [asdict(check) for check in run.drift_checks],
+        "remasks": remasks(recorder, widths),
+        "accounting": accounting,
+    }
+    return dict(json.loads(json.dumps(finite(found))))
+
+
+def remasks(recorder: DriftRecorder, widths: Sequence[int]) -> list[dict[str, Any]]:
+    """One entry per mask; per layer the Jaccard overlap with the mask before, |A & B| / |A | B|,
+    and how many neurons left and joined.  ``observed``: dense tokens right before it."""
+    found: list[dict[str, Any]] = []
+    before: list[Tensor] | None = None
+    for number, remask in enumerate(recorder.remasks):
+        masks = [_kept(recorder, number, layer, width) for layer, width in enumerate(widths)]
+        moves = (
+            None if before is None else [_moves(*two) for two in zip(before, masks, strict=True)]
+        )
+        found.append(
+            {
+                "step": remask.step,
+                "cause": remask.cause,
+                "kept": list(remask.kept),
+                "evidence_tokens": remask.evidence_tokens,
+                "observed": recorder.observed[number],
+                "jaccard": None if moves is None else [jaccard for jaccard, _, _ in moves],
+                "left": None if moves is None else [left for _, left, _ in moves],
+                "joined": None if moves is None else [joined for _, _, joined in moves],
+            }
+        )
+        before = masks
+    return found
+
+
+def _kept(recorder: DriftRecorder, number: int, layer: int, width: int) -> Tensor:
+    """[width] bool; a layer without ids is dense."""
+    ids = recorder.tensors.get(f"remask{number}.layer{layer}.ids")
+    if ids is None:
+        return torch.ones(width, dtype=torch.bool)
+    mask = torch.zeros(width, dtype=torch.bool)
+    mask[ids.long()] = True
+    return mask
+
+
+def _moves(old: Tensor, new: Tensor) -> tuple[float, int, int]:
+    both, either = int((old & new).sum()), int((old | new).sum())
+    return both / either if either else 1.0, int(old.sum()) - both, int(new.sum()) - both
+
+
+def write_masks(path: Path, recorder: DriftRecorder, checkpoint: str, label: str) -> None:
+    """Kept ids and scores of every mask, as ``dart-llm run`` writes them.
+
+    Raises ``ResultsError`` when the disk is full or read-only.
+    """
+    from safetensors.torch import save
+
+    metadata = {
+        "checkpoint": checkpoint,
+        "method": label,
+        "remasks": str(len(recorder.remasks)),
+        "format": FORMAT,
+    }
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        partial.write_bytes(save(recorder.tensors, metadata))
+        partial.replace(path)
+    except OSError as error:
+        raise ResultsError(f"cannot write {path}: {error.strerror or error}") from None

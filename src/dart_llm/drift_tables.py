@@ -1,0 +1,186 @@
+"""The summary of a drift study as Markdown, CSV, a table for the terminal, and one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from rich.table import Table
+
+from dart_llm.drift_methods import DENSE
+from dart_llm.settings_drift import FORCED
+
+Line = Mapping[str, Any]
+Column = tuple[str, Callable[[Line], str]]
+
+SHOWN = {
+    "rougeL": "ROUGE-L",
+    "bleu": "BLEU",
+    "bertscore": "BERTScore",
+    "document_similarity": "document",
+    "sentence_coverage": "coverage",
+}
+"""Metrics in the tables and their heads; summary.json and summary.csv have all of them."""
+
+NONE = "-"
+
+
+def columns(summary: Mapping[str, Any], brief: bool = False) -> list[Column]:
+    """Heads and how each is made from a row of the summary.
+
+    ``brief``: intervals of the differences to ``never`` alone, for a terminal's width.
+    """
+    found: list[Column] = [
+        ("method", lambda line: str(line["label"])),
+        ("achieved", lambda line: f"{line['achieved_sparsity']:.1%}"),
+        ("dense tokens", lambda line: f"{line['dense_token_share']:.1%}"),
+        ("re-masks", lambda line: _number(line["remasks_per_cell"], 1)),
+    ]
+    if summary["mode"] == FORCED:
+        found += _loss_columns(summary, brief)
+    else:
+        found.append(("tokens", lambda line: _number(line.get("mean_tokens"), 0)))
+        known = {name for line in summary["rows"] for name in line["metrics"] or ()}
+        found += [(head, _metric(name, brief)) for name, head in SHOWN.items() if name in known]
+    if any(line["failed"] for line in summary["rows"]):
+        found.append(("failed", lambda line: str(line["failed"])))
+    return found
+
+
+def _loss_columns(summary: Mapping[str, Any], brief: bool) -> list[Column]:
+    moment = next((line["loss"]["from"] for line in summary["rows"] if line["loss"]), None)
+    later = "later" if moment is None else f"from token {moment}"
+    return [
+        ("before", _loss("before", brief)),
+        ("after", _loss("after", brief)),
+        *([] if brief else [("after minus dense", _loss("after_minus_dense"))]),
+        ("after minus never", _loss("after_minus_never")),
+        (later, _loss("later", brief)),
+        (f"{later} minus never", _loss("later_minus_never")),
+        ("recovered in", _recovery),
+    ]
+
+
+def _loss(name: str, brief: bool = False) -> Callable[[Line], str]:
+    other = name.partition("_minus_")[2]
+
+    def show(line: Line) -> str:
+        if line["method"] == other:
+            return NONE  # against itself
+        return _interval((line["loss"] or {}).get(name), bool(other), brief)
+
+    return show
+
+
+def _metric(name: str, brief: bool) -> Callable[[Line], str]:
+    return lambda line: _interval((line["metrics"] or {}).get(name), brief=brief)
+
+
+def _interval(value: Mapping[str, Any] | None, signed: bool = False, brief: bool = False) -> str:
+    if value is None or value["mean"] is None:
+        return NONE
+    show = "{:+.3f}" if signed else "{:.3f}"
+    text = show.format(value["mean"])
+    if value["low"] is None or brief:
+        return text
+    return f"{text} ({show.format(value['low'])} to {show.format(value['high'])})"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return NONE if value is None else f"{value:.{digits}f}"
+
+
+def _recovery(line: Line) -> str:
+    found = (line["loss"] or {}).get("recovery")
+    if line["method"] == DENSE or not found or not found["changes"]:
+        return NONE
+    count = f"{found['recovered']} of {found['changes']}"
+    mean = found["mean_tokens"]
+    return count if mean is None else f"{mean:.0f} tokens ({count})"
+
+
+def table(summary: Mapping[str, Any], title: str) -> Table:
+    """For the terminal; losses in nats."""
+    found = Table(title=title, title_justify="left")
+    shown = columns(summary, brief=True)
+    for place, (head, _) in enumerate(shown):
+        side: Literal["left", "right"] = "right" if place else "left"
+        found.add_column(head, justify=side, overflow="fold", no_wrap=not place)
+    for line in summary["rows"]:
+        found.add_row(*(make(line) for _, make in shown))
+    return found
+
+
+def markdown(summary: Mapping[str, Any], title: str) -> str:
+    """summary.md."""
+    shown = columns(summary)
+    heads, rule = [head for head, _ in shown], ["---", *("---:" for _ in shown[1:])]
+    lines = [heads, rule, *([make(line) for _, make in shown] for line in summary["rows"])]
+    body = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    notes = "".join(f"- {note}\n" for note in [sentence(summary), *summary["notes"]] if note)
+    return f"# {title}\n\n{body}\n{notes}"
+
+
+def flat(summary: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Header and rows of summary.csv: every number of summary.json, names joined by dots."""
+    rows = [dict(_flat(line)) for line in summary["rows"]]
+    header = list(dict.fromkeys(name for row in sorted(rows, key=len)[::-1] for name in row))
+    return header, [[row.get(name) for name in header] for row in rows]
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in data.items():
+        if isinstance(value, Mapping):
+            found += _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            found.append((f"{prefix}{name}", value))
+    return found
+
+
+def sentence(summary: Mapping[str, Any]) -> str:
+    """What the table says, in one plain sentence; "" where it says nothing yet."""
+    rows = [line for line in summary["rows"] if line["method"] != DENSE and line["cells"]]
+    return _of_losses(summary, rows) if summary["mode"] == FORCED else _of_texts(summary, rows)
+
+
+def _of_losses(summary: Mapping[str, Any], rows: Sequence[Line]) -> str:
+    dense = next((line["loss"] for line in summary["rows"] if line["method"] == DENSE), None)
+    known = [line for line in rows if line["loss"] and line["loss"]["after"]]
+    if not known or not dense or not dense["after"]:
+        return ""
+    best = min(known, key=lambda line: float(line["loss"]["after"]["mean"]))
+    gap = best["loss"]["after_minus_never"]
+    beside = ""
+    if gap is not None and not best["label"].startswith("never@"):
+        sure = "" if gap["significant"] else ", which its interval does not tell from none"
+        beside = f", {gap['mean']:+.3f} against never re-masking{sure}"
+    return (
+        f"After the changes of {_count(summary['sources'], 'passage')} the mean loss was "
+        f"{dense['after']['mean']:.3f} nats dense and least with {best['label']}, "
+        f"{best['loss']['after']['mean']:.3f} at {best['achieved_sparsity']:.1%} achieved "
+        f"sparsity{beside}."
+    )
+
+
+def _of_texts(summary: Mapping[str, Any], rows: Sequence[Line]) -> str:
+    name = next((n for n in ("document_similarity", "rougeL") if _any_has(rows, n)), None)
+    if name is None:
+        return ""
+    known = [line for line in rows if (line["metrics"] or {}).get(name)]
+    best = max(known, key=lambda line: float(line["metrics"][name]["mean"]))
+    what = "document similarity" if name == "document_similarity" else "ROUGE-L"
+    return (
+        f"Over {_count(summary['sources'], 'prompt')} {best['label']} wrote closest to the dense "
+        f"text ({what} {best['metrics'][name]['mean']:.3f}, at {best['achieved_sparsity']:.1%} "
+        f"achieved sparsity, {best['dense_token_share']:.1%} of the decoded tokens dense)."
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _any_has(rows: Sequence[Line], name: str) -> bool:
+    """Whether a row has a value of the metric ``name``."""
+    return any((line["metrics"] or {}).get(name) for line in rows)
