@@ -131,9 +131,11 @@ def generated(root: Path) -> dict[str, tuple[Path, str]]:
     if (root / "docs/data.md").is_file():
         blocks["data"] = (root / "docs/data.md", data_table())
     if (root / "benchmarks/results").is_dir():
-        import measured_tables  # beside this file
+        import evaluation_tables  # beside this file
+        import measured_tables
 
         blocks.update(measured_tables.tables(root))
+        blocks.update(evaluation_tables.tables(root))
     return blocks
 
 
