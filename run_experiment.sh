@@ -38,7 +38,7 @@
 : "${SUMMARIZATION_MAX_OUTPUT:=256}"  # tokens per summary
 : "${SEED:=0}"                        # seed of everything random
 : "${VERBOSE:=false}"                 # log every mask and every drift window
-: "${SAVE_ACTIVATIONS:=false}"        # save activations (a later version)
+: "${SAVE_ACTIVATIONS:=false}"        # save activations as safetensors
 : "${EXPERIMENT_NAME:=}"              # name under RESULTS_DIR; empty: <model>-<method>-<sparsity>
 : "${RESULTS_DIR:=results}"           # results go to RESULTS_DIR/EXPERIMENT_NAME/<time>/
 

@@ -49,7 +49,11 @@ def dart(*arguments: str, folder: Path, **environment: str) -> subprocess.Comple
         (["--layer-topk", "all:0.5", "--sparsity", "0.5"], ["drop the sparsity"]),
         (["--masking-step", "-1"], ["masking step"]),
         (["--masking-step", "5", "--release-step", "5"], ["release step 5"]),
-        (["--save-activations"], ["--save-activations", "not part of this version"]),
+        (
+            ["--save-activations", "--executor", "compact"],
+            ["--save-activations", "--executor masked"],
+        ),
+        (["--activation-layers", "5-2"], ["not a layer or a range"]),
         (["--eval-mmlu", "--mmlu-datasets", "anatomi"], ["'anatomi'", "did you mean anatomy"]),
         (["--eval-mmlu", "--mmlu-shots", "6"], ["--mmlu-shots 6 must be 0 to 5"]),
         (["--prompt-type", "mmlu"], ["--prompt-subject"]),

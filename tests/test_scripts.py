@@ -105,14 +105,14 @@ VALUES: dict[str, tuple[str, object]] = {
     "VERBOSE": ("true", True),
     "EXPERIMENT_NAME": ("mine", "mine"),
     "RESULTS_DIR": ("else where", "else where"),
+    "SAVE_ACTIVATIONS": ("true", True),
 }
-LATER = ("SAVE_ACTIVATIONS",)
 
 
 @pytest.mark.parametrize("way", ["edited", "in front", "exported"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_variable_arrives_in_each_way(desk: Desk, script: str, way: str) -> None:
-    assert {*VALUES, *LATER} == set(VARIABLES)
+    assert set(VALUES) == set(VARIABLES)
     values = {name: value for name, (value, _) in VALUES.items()}
     assignments = [f'{name}="{value}"' for name, value in values.items()]
     if way == "edited":
@@ -126,17 +126,6 @@ def test_every_variable_arrives_in_each_way(desk: Desk, script: str, way: str) -
     found = desk.settings().model_dump()
     expected = {name.lower(): value for name, (_, value) in VALUES.items()}
     assert {name: found[name] for name in expected} == expected
-
-
-@pytest.mark.parametrize("name", LATER)
-def test_switches_of_later_versions_are_handed_on_and_refused(desk: Desk, name: str) -> None:
-    from dart_llm.errors import ConfigError
-
-    assert desk.run(EXPERIMENT, **{name: "true"}).returncode == 0
-    flag = "--" + name.lower().replace("_", "-")
-    assert flag in desk.recorded()
-    with pytest.raises(ConfigError, match=f"{flag} is not part of this version yet"):
-        desk.settings()
 
 
 def test_prompt_arrives_unchanged(desk: Desk) -> None:

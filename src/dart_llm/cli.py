@@ -14,6 +14,7 @@ from dart_llm import (
     __version__,
     cli_detect,
     cli_drift,
+    cli_inspect,
     cli_measure,
     cli_prompts,
     cli_results,
@@ -24,6 +25,7 @@ from dart_llm.options import with_settings
 from dart_llm.settings import RunSettings, collect
 from dart_llm.settings_detect import DetectSettings
 from dart_llm.settings_drift import DriftSettings
+from dart_llm.settings_inspect import InspectSettings
 from dart_llm.settings_measure import EvalSettings, PerplexitySettings, SummarizeSettings
 from dart_llm.settings_sweep import SweepFlags
 
@@ -134,6 +136,7 @@ app.command(name="compare")(with_settings(cli_sweep.compare, SweepFlags))
 app.command(name="sweep")(with_settings(cli_sweep.sweep, SweepFlags))
 app.command(name="drift")(with_settings(cli_drift.drift, DriftSettings))
 app.command(name="detect")(with_settings(cli_detect.detect, DetectSettings))
+app.command(name="inspect")(with_settings(cli_inspect.inspect, InspectSettings))
 app.command(name="results")(cli_results.results)
 cli_prompts.register(app)
 

@@ -24,6 +24,9 @@ SHOWN = {
 
 NONE = "-"
 
+NEAR = 0.05
+"""Methods whose achieved sparsities lie so near are called comparable."""
+
 
 def columns(summary: Mapping[str, Any], brief: bool = False) -> list[Column]:
     """Heads and how each is made from a row of the summary.
@@ -149,18 +152,39 @@ def _of_losses(summary: Mapping[str, Any], rows: Sequence[Line]) -> str:
     known = [line for line in rows if line["loss"] and line["loss"]["after"]]
     if not known or not dense or not dense["after"]:
         return ""
-    best = min(known, key=lambda line: float(line["loss"]["after"]["mean"]))
+    least = min(known, key=_loss_after)
+    best = min(comparable(known), key=_loss_after)
     gap = best["loss"]["after_minus_never"]
     beside = ""
     if gap is not None and not best["label"].startswith("never@"):
         sure = "" if gap["significant"] else ", which its interval does not tell from none"
         beside = f", {gap['mean']:+.3f} against never re-masking{sure}"
+    other = ""
+    if least is not best:
+        other = (
+            f"; {least['label']} had {_loss_after(least):.3f}, and removed "
+            f"{least['achieved_sparsity']:.1%}"
+        )
     return (
         f"After the changes of {_count(summary['sources'], 'passage')} the mean loss was "
-        f"{dense['after']['mean']:.3f} nats dense and least with {best['label']}, "
-        f"{best['loss']['after']['mean']:.3f} at {best['achieved_sparsity']:.1%} achieved "
-        f"sparsity{beside}."
+        f"{dense['after']['mean']:.3f} nats dense and{_among(other)} least with {best['label']}, "
+        f"{_loss_after(best):.3f} at {best['achieved_sparsity']:.1%} achieved "
+        f"sparsity{beside}{other}."
     )
+
+
+def comparable(rows: Sequence[Line]) -> list[Line]:
+    """Those that removed about as much as the one that removed most: NEAR or less below it."""
+    most = max(float(line["achieved_sparsity"]) for line in rows)
+    return [line for line in rows if line["achieved_sparsity"] >= most - NEAR]
+
+
+def _among(other: str) -> str:
+    return f", of the methods within {NEAR * 100:.0f} points of the most removed," if other else ""
+
+
+def _loss_after(line: Line) -> float:
+    return float(line["loss"]["after"]["mean"])
 
 
 def _of_texts(summary: Mapping[str, Any], rows: Sequence[Line]) -> str:
@@ -168,7 +192,7 @@ def _of_texts(summary: Mapping[str, Any], rows: Sequence[Line]) -> str:
     if name is None:
         return ""
     known = [line for line in rows if (line["metrics"] or {}).get(name)]
-    best = max(known, key=lambda line: float(line["metrics"][name]["mean"]))
+    best = max(comparable(known), key=lambda line: float(line["metrics"][name]["mean"]))
     what = "document similarity" if name == "document_similarity" else "ROUGE-L"
     return (
         f"Over {_count(summary['sources'], 'prompt')} {best['label']} wrote closest to the dense "

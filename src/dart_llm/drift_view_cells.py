@@ -113,7 +113,7 @@ def parse(row: Mapping[str, Any], text: Mapping[str, Any], tokens: Mapping[str, 
         prompt_tokens=int(row["prompt_tokens"]),
         decoded_tokens=decoded,
         finish=str(row.get("finish") or ""),
-        checks=tuple(_check(check) for check in row.get("checks") or []),
+        checks=tuple(_check(check) for check in row.get("checks") or [] if not _lone(check)),
         remasks=tuple(_masked(mask) for mask in row.get("remasks") or []),
         accounting=mapping(row.get("accounting")) or None,
         metrics={k: number(v) for k, v in mapping(row.get("metrics")).items()} or None,
@@ -141,6 +141,11 @@ def _masked(row: Mapping[str, Any]) -> Masked:
 
 
 CHECK = tuple(field.name for field in fields(DriftCheck))
+
+
+def _lone(row: Mapping[str, Any]) -> bool:
+    """The first window of an arming detector has nothing to be compared with: it stands at 0."""
+    return bool(row["state"] == "arming" and row["similarity"] == 0)
 
 
 def _check(row: Mapping[str, Any]) -> DriftCheck:

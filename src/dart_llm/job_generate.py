@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from dart_llm import job_prompt
+from dart_llm.activations_files import Saver, saver
 from dart_llm.candidate import Candidate
 from dart_llm.config import PruneConfig
 from dart_llm.generate import Generation, generate
@@ -24,11 +26,17 @@ def generate_texts(job: Job, prompt: str, candidate: Candidate) -> None:
     """Generate the dense and the candidate's text, each kept as a finished part."""
     text, ids = job_prompt.encode(job.settings, prompt, job.model, job.tokenizer)
     variants = ["dense"] if candidate.config is None else ["dense", "pruned"]
+    fed = ids.shape[1] + job.settings.tokens - 1  # the last token is never fed
+    kept = saver(job.settings, job.model, job.path, fed)
+    if kept is not None:
+        kept.announce(len(variants), job.ui.say)
     for variant in variants:
         known = job.folder.part(f"generation/{variant}")
         has_files = variant == "dense" or (job.path / "masks.safetensors").exists()
+        if kept is not None:
+            has_files = has_files and kept.path(variant).exists()
         if known is None or not has_files:
-            known = _generate_one(job, variant, text, ids, candidate)
+            known = _generate_one(job, variant, text, ids, candidate, kept)
             job.folder.save_part(f"generation/{variant}", known)
         job.generations[variant] = known
         write_lines(job.path / "generation.jsonl", job.generations.values())
@@ -36,7 +44,7 @@ def generate_texts(job: Job, prompt: str, candidate: Candidate) -> None:
 
 
 def _generate_one(
-    job: Job, variant: str, text: str, ids: Tensor, candidate: Candidate
+    job: Job, variant: str, text: str, ids: Tensor, candidate: Candidate, kept: Saver | None
 ) -> dict[str, Any]:
     settings, config = job.settings, job.settings.prune_config()
     job.ui.say(f"--- {variant if variant == 'dense' else config.method} ---")
@@ -46,12 +54,14 @@ def _generate_one(
         "seed": settings.seed,
     }
     report, run = None, candidate.run() if variant == "pruned" else None
+    recording = contextlib.nullcontext() if kept is None else kept.recording(variant, text)
     if run is None:
-        made = generate(job.model, job.tokenizer, ids, settings.tokens, **options)
+        with recording:
+            made = generate(job.model, job.tokenizer, ids, settings.tokens, **options)
     else:
         recorder = MaskRecorder()
         run.on_selection = recorder
-        with run:
+        with run, recording:
             made = generate(job.model, job.tokenizer, ids, settings.tokens, run=run, **options)
         report = run.report().to_dict()
         write_masks(job.path, recorder, run, str(checkpoint_facts(job.model).get("name")))

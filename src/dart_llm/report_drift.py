@@ -14,6 +14,7 @@ from typing import Any
 
 from dart_llm import (
     drift_plots,
+    drift_tables,
     drift_words,
     page,
     plotly_page,
@@ -182,11 +183,15 @@ def _sections(view: DriftView, drawn: _Drawn) -> list[Section]:
 
 
 def _cards(view: DriftView) -> list[tuple[str, str, str]]:
-    """The figures that head the page, of the method that lost least."""
+    """The figures that head the page, of the method that lost least among comparable ones."""
     known = [line for line in view.lines if line["loss"] and line["loss"]["after_minus_dense"]]
     if not known:
         return []
-    best = min(known, key=lambda line: float(line["loss"]["after_minus_dense"]["mean"]))
+    alike = drift_tables.comparable(known)
+    best = min(alike, key=lambda line: float(line["loss"]["after_minus_dense"]["mean"]))
+    among = f"the least of {len(alike)} methods"
+    if len(alike) < len(known):
+        among += " that removed about as much"
     lost, recovery = best["loss"]["after_minus_dense"], best["loss"]["recovery"]
     remasks = drift_words.plural(best["remasks_per_cell"])
     mean = recovery["mean_tokens"]
@@ -194,7 +199,7 @@ def _cards(view: DriftView) -> list[tuple[str, str, str]]:
         (
             f"{lost['mean']:.2f} nats",
             f"per token over dense after the change with {best['label']}",
-            f"95 %: {drift_words.bounds(lost)}; the least of {len(known)} methods",
+            f"95 %: {drift_words.bounds(lost)}; {among}",
         ),
         (percent(best["achieved_sparsity"]), "of the FFN neurons removed", best["label"]),
         (

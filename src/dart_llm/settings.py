@@ -12,8 +12,10 @@ from typing import Any
 
 from pydantic import model_validator
 
+from dart_llm.config import PruneConfig
 from dart_llm.errors import ConfigError
-from dart_llm.settings_base import BaseSettings, merge, setting
+from dart_llm.settings_activations import ActivationSettings
+from dart_llm.settings_base import merge, setting
 
 
 def _is_text(text: str) -> bool:
@@ -37,7 +39,7 @@ POSITIVE = (
 """Whole numbers of 1 or more; ``generation`` may be 0."""
 
 
-class RunSettings(BaseSettings):
+class RunSettings(ActivationSettings):
     """What one run is asked to do; None means "not given"."""
 
     # prompt and generation
@@ -84,11 +86,10 @@ class RunSettings(BaseSettings):
     )
     # results
     verbose: bool = setting("Results", "Log every mask and every drift window.", False)
-    save_activations: bool = setting("Results", "Save activations (a later version).", False)
 
     @model_validator(mode="after")
     def _check(self) -> RunSettings:
-        self._check_later_stages()
+        self._check_recording()
         if self.prompt_type not in ("custom", "mmlu"):
             raise ConfigError(f'prompt type "{self.prompt_type}": write custom or mmlu')
         if self.prompt_type == "mmlu" and not self.prompt_subject:
@@ -112,12 +113,24 @@ class RunSettings(BaseSettings):
                 )
         return self
 
-    def _check_later_stages(self) -> None:
-        if self.save_activations:
+    def _check_recording(self) -> None:
+        if not self.save_activations:
+            return
+        if self.evaluates and not self.tokens:
             raise ConfigError(
-                "--save-activations is not part of this version yet; a later one brings it "
-                "(CHANGELOG.md). Leave it off to run the rest."
+                "--save-activations keeps those of the generated texts, and nothing is generated: "
+                "give a prompt and --generation N, or leave it off"
             )
+        if self.executor == "compact":
+            raise ConfigError(
+                "--save-activations cannot see the neurons that the compact executor skips: give "
+                "--executor masked, or leave the executor out"
+            )
+
+    def prune_config(self) -> PruneConfig:
+        """The preset with every setting on top of it; recorded runs use the masked executor."""
+        config = super().prune_config()
+        return config.replace({"executor": "masked"}) if self.save_activations else config
 
     @property
     def evaluates(self) -> bool:

@@ -1,0 +1,214 @@
+"""The job of ``dart-llm inspect``: look at a model and two texts, write a results folder."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dart_llm import inspect_ablation
+from dart_llm.activations_files import saver
+from dart_llm.cache import file_sha256
+from dart_llm.devices import memory_failure
+from dart_llm.errors import ConfigError, DartError, MissingExtra, ResultsError
+from dart_llm.inspect_neurons import neurons
+from dart_llm.inspect_overlap import overlap
+from dart_llm.inspect_space import space
+from dart_llm.inspect_study import Study
+from dart_llm.inspect_tables import sheets
+from dart_llm.inspect_texts import InspectText, inspect_texts
+from dart_llm.inspect_weights import weights
+from dart_llm.inspect_words import sentences
+from dart_llm.job_common import config_document, load_model
+from dart_llm.outputs import timing_text
+from dart_llm.provenance import peak_memory_bytes
+from dart_llm.results import ResultsFolder, open_folder, write_csv, write_json, write_text
+from dart_llm.settings_inspect import InspectSettings
+from dart_llm.ui import Ui
+
+KIND = "inspect"
+LONGEST = 40
+"""Rows that a table may have on the terminal."""
+
+
+@dataclass
+class InspectJob:
+    """One inspection in progress; ``sections`` is what inspect.json holds beside the texts."""
+
+    settings: InspectSettings
+    ui: Ui
+    folder: ResultsFolder
+    texts: Sequence[InspectText]
+    sections: dict[str, Any] = field(default_factory=dict)
+    tokens: list[int] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    timing: dict[str, Any] = field(default_factory=dict)
+    model: Any = None
+
+    @property
+    def path(self) -> Path:
+        return self.folder.path
+
+
+def run_inspect(
+    settings: InspectSettings, what: Sequence[str], ui: Ui, fresh: bool = False
+) -> InspectJob:
+    """Look at everything in ``what`` (empty: all that the texts allow).
+
+    An interruption or an error keeps the sections that were finished, and is raised again.
+    """
+    wanted = settings.chosen(what)
+    texts = inspect_texts(settings)
+    inputs = {f"text {text.label}": text.sha256 for text in texts}
+    if settings.layer_topk and settings.layer_topk.startswith("@"):
+        inputs["layer_topk"] = file_sha256(Path(settings.layer_topk[1:]))
+    identity = {"kind": KIND, **settings.model_dump(mode="json"), "what": wanted, "inputs": inputs}
+    folder = open_folder(Path(settings.results_dir), settings.experiment, identity, fresh)
+    job = InspectJob(settings, ui, folder, texts)
+    if folder.resumed:
+        ui.say(f"resuming {folder.path}")
+    started = time.perf_counter()
+    _write_config(job, identity, "running")
+    try:
+        job.model, tokenizer, job.timing["load_s"] = load_model(settings, ui)
+        _write_config(job, identity, "running")
+        _inspect(job, tokenizer, wanted, bool(what))
+        job.timing["total_s"] = time.perf_counter() - started
+        job.timing["peak_memory_bytes"] = peak_memory_bytes()
+        _finish(job, identity)
+    except BaseException as error:
+        _keep(job, identity, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        memory = memory_failure(error, settings.model, settings.dtype or "the checkpoint's dtype")
+        if memory is not None and not isinstance(error, DartError):
+            raise memory from None
+        raise
+    return job
+
+
+def _keep(job: InspectJob, identity: dict[str, Any], status: str) -> None:
+    with contextlib.suppress(ResultsError):
+        _write_config(job, identity, status)
+        if job.sections:
+            job.ui.say(f"what was finished is kept in {job.path}; the same command resumes")
+        _write_logs(job)
+
+
+def _inspect(job: InspectJob, tokenizer: Any, wanted: Sequence[str], named: bool) -> None:
+    study = Study(job.model, tokenizer, job.settings, job.texts)
+    job.tokens = [len(ids) for ids in study.ids]
+    wanted = [name for name in wanted if not _left_out(job, study, name, named)]
+    _save_activations(job, study)
+    for name in wanted:
+        found, begin = job.folder.part(name), time.perf_counter()
+        if found is None:
+            with job.ui.status(f"inspecting {name}"):
+                found = SECTIONS[name](study)
+            job.folder.save_part(name, found)
+        job.timing.setdefault("inspect_s", {})[name] = time.perf_counter() - begin
+        job.sections[name] = found
+        write_json(job.path / "inspect.json", document(job))
+
+
+def _left_out(job: InspectJob, study: Study, name: str, named: bool) -> bool:
+    """Whether a section that was not asked for by name cannot be made of these texts."""
+    try:
+        if name in ("overlap", "ablation"):
+            study.selector  # noqa: B018 - raises where the method does not choose by a text
+        if name == "ablation":
+            inspect_ablation.check(study)
+    except ConfigError as error:
+        if named:
+            raise
+        job.ui.say(f"no {name}: {error}")
+        return True
+    return False
+
+
+def _save_activations(job: InspectJob, study: Study) -> None:
+    """Read the texts at once when their activations are to be kept: other sections reuse it."""
+    keep = saver(job.settings, job.model, job.path, max(job.tokens, default=0))
+    if keep is None:
+        return
+    if not job.texts:
+        raise ConfigError("--save-activations keeps those of a text: give --prompt or --passage")
+    keep.announce(len(job.texts), job.ui.say)
+    study.saver = keep
+    for number in range(len(job.texts)):
+        study.reading(number)
+
+
+def _layers(study: Study) -> dict[str, Any]:
+    layers = [reading.impact for reading in study.reading(0)]
+    return {"text": study.texts[0].label, "layers": layers}
+
+
+def _weights(study: Study) -> dict[str, Any]:
+    read = [reading.activations for reading in study.reading(0)] if study.texts else None
+    text = study.texts[0].label if study.texts else None
+    return {"weights": weights(study.view.blocks), "text": text, "activations": read}
+
+
+SECTIONS: dict[str, Callable[[Study], dict[str, Any]]] = {
+    "layers": _layers,
+    "weights": _weights,
+    "neurons": neurons,
+    "overlap": overlap,
+    "ablation": inspect_ablation.ablation,
+    "space": space,
+}
+
+
+def document(job: InspectJob) -> dict[str, Any]:
+    """inspect.json, and with the folder and the times what ``--json`` prints."""
+    texts = [
+        {**asdict(text), "sha256": text.sha256, "tokens_read": tokens}
+        for text, tokens in zip(job.texts, job.tokens, strict=True)
+    ]
+    return {"texts": texts, "sentences": sentences(job.sections), "sections": dict(job.sections)}
+
+
+def _write_config(job: InspectJob, identity: dict[str, Any], status: str) -> None:
+    prune = job.settings.prune_config().to_dict()
+    job.config = config_document(KIND, identity, prune, job.model, status, job.config)
+    write_json(job.path / "config.json", job.config)
+
+
+def _finish(job: InspectJob, identity: dict[str, Any]) -> None:
+    write_json(job.path / "timing.json", job.timing)
+    found, told = sheets(job.sections), sentences(job.sections)
+    for sheet in found:
+        write_csv(job.path / f"{sheet.name}.csv", sheet.header, sheet.csv())
+        if len(sheet.rows) <= LONGEST:
+            job.ui.table(sheet.rich())
+        else:
+            job.ui.say(f"{sheet.caption}: {len(sheet.rows)} rows in {sheet.name}.csv")
+    parts = [f"{sentence}\n" for sentence in told.values()]
+    text = "\n".join([*parts, *(f"{sheet.markdown()}\n" for sheet in found)])
+    write_text(job.path / "inspect.md", text)
+    for sentence in told.values():
+        job.ui.say(sentence)
+    _write_config(job, identity, "complete")
+    _write_pages(job)
+    _write_logs(job)
+    job.folder.finish()
+    job.ui.say(f"results: {job.path}")
+
+
+def _write_pages(job: InspectJob) -> None:
+    from dart_llm import plot_inspect, plots, report_inspect
+    from dart_llm.results_view import read
+
+    try:
+        view = read(job.path)
+        plots.save(job.path, plot_inspect.make(document(job), view.small_print))
+    except MissingExtra as error:
+        job.ui.say(f"no plots: {error}")
+    job.ui.say(f"report: {report_inspect.write(job.path)}")
+
+
+def _write_logs(job: InspectJob) -> None:
+    write_text(job.path / f"output_{job.folder.stamp}.log", "\n".join(job.ui.log) + "\n")
+    write_text(job.path / f"timing_{job.folder.stamp}.log", timing_text(job.timing))
