@@ -21,7 +21,7 @@ from dart_llm import (
     cli_sweep,
 )
 from dart_llm.errors import ConfigError, DartError
-from dart_llm.options import with_settings
+from dart_llm.options import Config, Fresh, Json, with_settings
 from dart_llm.settings import RunSettings, collect
 from dart_llm.settings_detect import DetectSettings
 from dart_llm.settings_drift import DriftSettings
@@ -40,7 +40,6 @@ app = typer.Typer(
 )
 
 INTERRUPTED = 130
-Json = Annotated[bool, typer.Option("--json", metavar="", help="One JSON document on stdout only.")]
 
 
 def run() -> None:
@@ -82,15 +81,11 @@ def _main(
 
 def _run(
     flags: dict[str, Any],
-    config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Read settings from a YAML file.")
-    ] = None,
+    config: Config = None,
     save_config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the merged settings to a YAML file.")
     ] = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", metavar="", help="Start anew, do not resume.")
-    ] = False,
+    fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
     """Prune a model while it generates from a prompt, evaluate it, and write a report.

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from dart_llm.cli_measure import Config, Fresh, Json
+from dart_llm.options import Config, Fresh, Json
 from dart_llm.settings_base import merge
 from dart_llm.settings_detect import DetectSettings
 

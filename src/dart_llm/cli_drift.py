@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-Config = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Read settings from a YAML file.")
-]
-Fresh = Annotated[bool, typer.Option("--fresh", metavar="", help="Start anew, do not resume.")]
-Json = Annotated[bool, typer.Option("--json", metavar="", help="One JSON document on stdout only.")]
+from dart_llm.options import Config, Fresh, Json
 
 
 def drift(

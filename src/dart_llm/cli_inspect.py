@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from dart_llm.options import Config, Fresh, Json
 from dart_llm.settings_base import merge
 from dart_llm.settings_inspect import TEXTS, InspectSettings
 
@@ -17,11 +17,6 @@ What = Annotated[
         metavar=f"[{'|'.join(TEXTS)}]...", help="What to look at (default: all the texts allow)."
     ),
 ]
-Config = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Read settings from a YAML file.")
-]
-Fresh = Annotated[bool, typer.Option("--fresh", metavar="", help="Start anew, do not resume.")]
-Json = Annotated[bool, typer.Option("--json", metavar="", help="One JSON document on stdout only.")]
 
 
 def inspect(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
+from dart_llm.options import Config, Fresh, Json
 from dart_llm.settings_base import merge
 from dart_llm.settings_measure import (
     EvalSettings,
@@ -15,12 +15,6 @@ from dart_llm.settings_measure import (
     PerplexitySettings,
     SummarizeSettings,
 )
-
-Config = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Read settings from a YAML file.")
-]
-Fresh = Annotated[bool, typer.Option("--fresh", metavar="", help="Start anew, do not resume.")]
-Json = Annotated[bool, typer.Option("--json", metavar="", help="One JSON document on stdout only.")]
 
 
 def _run(settings: MeasureSettings, fresh: bool, as_json: bool) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from dart_llm.options import Json
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
 
 Record = TypeVar("Record", "DriftPrompt", "Passage")
 
-Json = Annotated[bool, typer.Option("--json", metavar="", help="One JSON document on stdout only.")]
 File = Annotated[
     Path | None, typer.Option(metavar="FILE", help="A JSONL file instead of the package's own.")
 ]

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dart_llm.options import Json
 from dart_llm.settings_sweep import SweepFlags
 
 GridFile = Annotated[
@@ -19,7 +20,6 @@ DryRun = Annotated[
     typer.Option("--dry-run", metavar="", help="Print cells, downloads, disk, time; run nothing."),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", metavar="", help="Compute every cell anew.")]
-Json = Annotated[bool, typer.Option("--json", metavar="", help="One JSON document on stdout only.")]
 
 COMPARED = {"methods": "dense,griffin,dart", "sparsities": "0.5"}
 

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import LogitsProcessorList
 
 from dart_llm.drift_grid import Source
 from dart_llm.errors import ConfigError
-from dart_llm.finite_logits import FiniteLogits
+from dart_llm.finite_logits import CheckedModel, text_ends
 from dart_llm.generate import encode_prompt, generate
 from dart_llm.session import Run
 
@@ -64,33 +63,11 @@ def write(
     ``run``: an attached run, or None for the untouched model.  The token that ends a text is one
     of its tokens, with an empty piece.  Raises ``DartError`` when a logit is not finite.
     """
-    ends = _ends(model, tokenizer)
-    checked = _Checked(model, ends, f"the text after {asking.source.id}")
+    ends = text_ends(model, tokenizer)
+    checked = CheckedModel(model, ends, f"the text after {asking.source.id}")
     made = generate(
         checked, tokenizer, asking.ids, tokens, run=run, temperature=temperature, seed=seed
     )
     ended = bool(made.token_ids) and made.token_ids[-1] in ends
     pieces = [*made.tokens[:-1], ""] if ended else made.tokens
     return Written("".join(pieces), tuple(pieces), ended)
-
-
-class _Checked:
-    """A model as ``generate`` uses it, which refuses NaN and stops at ``ends``."""
-
-    def __init__(self, model: Any, ends: frozenset[int], what: str) -> None:
-        self.model, self.device = model, model.device
-        self._settings: dict[str, Any] = {
-            "logits_processor": LogitsProcessorList([FiniteLogits(what)]),
-            "eos_token_id": sorted(ends) or None,
-        }
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model.generate(*args, **self._settings, **kwargs)
-
-
-def _ends(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end a text, for the model's generation settings or the tokenizer."""
-    found = model.generation_config.eos_token_id
-    several = found if isinstance(found, list | tuple) else [found]
-    ids = [*several, tokenizer.eos_token_id]
-    return frozenset(int(token) for token in ids if token is not None)

@@ -5,10 +5,17 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 from pydantic import BaseModel
+
+Config = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Read settings from a YAML file.")
+]
+Fresh = Annotated[bool, typer.Option("--fresh", metavar="", help="Start anew, do not resume.")]
+Json = Annotated[bool, typer.Option("--json", metavar="", help="One JSON document on stdout only.")]
 
 ALIASES: dict[str, tuple[str, ...]] = {
     "eval_perplexity": ("--perplexity",),

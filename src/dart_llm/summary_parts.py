@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
 
 from dart_llm import rouge
 from dart_llm.candidate import Candidate
 from dart_llm.checkpoint import checkpoint_facts
 from dart_llm.errors import ConfigError
-from dart_llm.finite_logits import FiniteLogits
+from dart_llm.finite_logits import CheckedModel, text_ends
 from dart_llm.generate import Generation, generate
 from dart_llm.mask_parts import Taken
 from dart_llm.measurement import MeasureOptions
@@ -45,7 +44,7 @@ class Summarizer:
     run: Run | None
 
     def __post_init__(self) -> None:
-        self.ends = _ends(self.candidate)
+        self.ends = text_ends(self.candidate.model, self.candidate.tokenizer)
         self.identity = _identity(self.candidate)
 
     def key(self, ids: Sequence[int], reference: str) -> str:
@@ -62,7 +61,7 @@ class Summarizer:
         logit is not finite.
         """
         taken = Taken()
-        model = _Checked(self.candidate.model, self.ends, f"document {document.id}")
+        model = CheckedModel(self.candidate.model, self.ends, f"document {document.id}")
         made, report = self._generate(model, torch.tensor([prompt.ids]), taken)
         ended = bool(made.token_ids) and made.token_ids[-1] in self.ends
         tokens = len(made.token_ids) - ended
@@ -85,7 +84,7 @@ class Summarizer:
         return dict(json.loads(json.dumps(finite(part))))
 
     def _generate(
-        self, model: _Checked, ids: Tensor, taken: Taken
+        self, model: CheckedModel, ids: Tensor, taken: Taken
     ) -> tuple[Generation, RunReport | None]:
         run = self.run
         if run is None:
@@ -110,7 +109,7 @@ class Summarizer:
             candidate.model(ids, use_cache=True, logits_to_keep=1)
         run.hold(run.select())
 
-    def _text(self, model: _Checked, ids: Tensor) -> Generation:
+    def _text(self, model: CheckedModel, ids: Tensor) -> Generation:
         tokenizer, options = self.candidate.tokenizer, self.options
         return generate(model, tokenizer, ids, options.max_output, run=self.run, seed=options.seed)
 
@@ -126,28 +125,6 @@ class Summarizer:
                 "--max-output, or a smaller --min-evidence or --masking-step"
             )
         return False
-
-
-class _Checked:
-    """A model as ``generate.generate`` uses it, which checks its logits and stops at ``ends``."""
-
-    def __init__(self, model: Any, ends: frozenset[int], what: str) -> None:
-        self.model, self.device = model, model.device
-        self._settings: dict[str, Any] = {
-            "logits_processor": LogitsProcessorList([FiniteLogits(what)]),
-            "eos_token_id": sorted(ends) or None,
-        }
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model.generate(*args, **self._settings, **kwargs)
-
-
-def _ends(candidate: Candidate) -> frozenset[int]:
-    """The tokens that end a sequence, for the model's generation settings or the tokenizer."""
-    found = candidate.model.generation_config.eos_token_id
-    several = found if isinstance(found, list | tuple) else [found]
-    ids = [*several, candidate.tokenizer.eos_token_id]
-    return frozenset(int(token) for token in ids if token is not None)
 
 
 def _identity(candidate: Candidate) -> str:
