@@ -134,11 +134,13 @@ def generated(root: Path) -> dict[str, tuple[Path, str]]:
     if (root / "docs/data.md").is_file():
         blocks["data"] = (root / "docs/data.md", data_table())
     if (root / "benchmarks/results").is_dir():
-        import evaluation_tables  # beside this file
+        import drift_measured  # beside this file
+        import evaluation_tables
         import measured_tables
 
         blocks.update(measured_tables.tables(root))
         blocks.update(evaluation_tables.tables(root))
+        blocks.update(drift_measured.tables(root))
     return blocks
 
 

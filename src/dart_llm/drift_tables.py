@@ -192,12 +192,16 @@ def _of_texts(summary: Mapping[str, Any], rows: Sequence[Line]) -> str:
     if name is None:
         return ""
     known = [line for line in rows if (line["metrics"] or {}).get(name)]
-    best = max(comparable(known), key=lambda line: float(line["metrics"][name]["mean"]))
+    ranked = sorted(comparable(known), key=lambda line: -float(line["metrics"][name]["mean"]))
+    best = ranked[0]
+    second = ""
+    if len(ranked) > 1:
+        second = f", before {ranked[1]['label']} with {ranked[1]['metrics'][name]['mean']:.3f}"
     what = "document similarity" if name == "document_similarity" else "ROUGE-L"
     return (
         f"Over {_count(summary['sources'], 'prompt')} {best['label']} wrote closest to the dense "
         f"text ({what} {best['metrics'][name]['mean']:.3f}, at {best['achieved_sparsity']:.1%} "
-        f"achieved sparsity, {best['dense_token_share']:.1%} of the decoded tokens dense)."
+        f"achieved sparsity, {best['dense_token_share']:.1%} of the decoded tokens dense){second}."
     )
 
 
