@@ -44,6 +44,24 @@ def test_json_is_one_document_with_the_summary(tmp_path: Path) -> None:
     assert Path(found["folder"]).parent.name == "drift-forced-model"
 
 
+def test_a_detection_table_is_taken_into_the_study(tmp_path: Path) -> None:
+    file, source = write_rows(tmp_path / "p.jsonl", [TWO]), tmp_path / "detect"
+    asked = ["--passages", file, "--methods", "dense", "--prompt-tokens", "64", "--json"]
+    code, _, error = run(tmp_path, *asked, "--detection", str(source))
+    assert code == 1 and isinstance(error, ConfigError)
+    assert str(error) == (
+        f"--detection {source} holds no detection.json: give the results folder of a finished "
+        "dart-llm detect"
+    )
+    source.mkdir()
+    (source / "detection.json").write_text('{"rows": []}', encoding="utf-8")
+    code, out, _ = run(tmp_path, *asked, "--detection", str(source))
+    folder = Path(json.loads(out)["folder"])
+    assert (folder / "detection.json").read_text(encoding="utf-8") == '{"rows": []}'
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert "detection" not in config["settings"]  # of the report alone: resuming ignores it
+
+
 def test_settings_of_a_file_and_an_error_of_ours(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text("passages: shipped\nmethods: drat\n", encoding="utf-8")
     code, _, error = run(tmp_path, "--config", str(tmp_path / "s.yaml"))

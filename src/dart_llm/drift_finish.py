@@ -8,9 +8,9 @@ from typing import Any
 
 from dart_llm import drift_summary, drift_tables
 from dart_llm.drift_files import StudyFiles
-from dart_llm.errors import DartError
+from dart_llm.errors import ConfigError, DartError
 from dart_llm.results import write_csv, write_json, write_text
-from dart_llm.settings_drift import FORCED
+from dart_llm.settings_drift import DETECTION, FORCED
 from dart_llm.ui import Ui
 
 
@@ -77,6 +77,17 @@ def times(files: StudyFiles, timing: Mapping[str, Any]) -> dict[str, Any]:
         "pictures": timing.get("pictures_s"),
     }
     return {**timing, "phases_s": phases, "methods_s": methods, "cells": cells, "metrics": metrics}
+
+
+def take_detection(source: str | None, path: Path) -> None:
+    """Copy the detection table of another run into the study's folder; None: nothing."""
+    if source is None:
+        return
+    try:
+        text = (Path(source) / DETECTION).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {Path(source) / DETECTION}: {error}") from None
+    write_text(path / DETECTION, text)
 
 
 def write_pictures(path: Path, ui: Ui) -> None:

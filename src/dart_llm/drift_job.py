@@ -91,7 +91,8 @@ def _open(settings: DriftSettings, ui: Ui, fresh: bool) -> DriftJob:
     cells = expand(settings, sources, methods)
     inputs = Digests().of(Cell(settings.model, DENSE, "drift", calibration=settings.calibration))
     inputs["sources"] = digest(sources)
-    data = {"kind": "drift", **settings.model_dump(mode="json"), "inputs": inputs}
+    asked = settings.model_dump(mode="json", exclude={"detection"})  # of the report alone
+    data = {"kind": "drift", **asked, "inputs": inputs}
     data["presets"] = {m.label: None if m.config is None else m.config.to_dict() for m in methods}
     folder = open_folder(Path(settings.results_dir), settings.experiment, data, fresh)
     if folder.resumed:
@@ -196,6 +197,7 @@ def _finish(job: DriftJob) -> None:
     status = "failed" if files.failed else "complete"
     _write_config(job, status)
     began = time.perf_counter()
+    drift_finish.take_detection(job.settings.detection, job.path)
     drift_finish.write_pictures(job.path, ui)
     job.timing["pictures_s"] = time.perf_counter() - began
     write_json(job.path / "timing.json", drift_finish.times(files, job.timing))

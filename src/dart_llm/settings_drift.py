@@ -26,6 +26,7 @@ LISTS = ("methods", "seeds")
 """Texts with commas; a YAML file may hold them as lists."""
 LEAST = {"limit": 1, "prompt_tokens": 16, "generation": 2, "remask_at_change": 1}
 """The least value of each whole number."""
+DETECTION = "detection.json"
 
 
 class DriftSettings(BaseModel):
@@ -92,6 +93,9 @@ class DriftSettings(BaseModel):
     # results
     experiment_name: str | None = setting(RESULTS, "Default: drift-<mode>-<model>.")
     results_dir: str = setting(RESULTS, "Folder for results.", "results")
+    detection: str | None = setting(
+        RESULTS, "A results folder of dart-llm detect that the report shows too."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -112,6 +116,11 @@ class DriftSettings(BaseModel):
         if self.temperature is not None and not 0 <= self.temperature < math.inf:
             raise ConfigError(f"--temperature {self.temperature:g} must be 0 (greedy) or more")
         self._check_sources()
+        if self.detection is not None and not (Path(self.detection) / DETECTION).is_file():
+            raise ConfigError(
+                f"--detection {self.detection} holds no {DETECTION}: give the results folder of a "
+                "finished dart-llm detect"
+            )
         self.seed_list()
         timed = [method.name for method in self.method_list() if method.observed is not None]
         if timed and self.kind == FREE:
