@@ -182,6 +182,7 @@ def row(
         "finish": "end" if mode == "forced" else "length",
         "checks": [asdict(check) for check in checks(source, method)] if not dense else [],
         "remasks": list(remask_rows(method, own)),
+        "dense_from": None,
         "accounting": None if dense else account(method, own, width),
         "loss": loss(source, method) if mode == "forced" else None,
         "metrics": None if dense or mode == "forced" else metrics(source, method),

@@ -12,7 +12,7 @@ from dart_llm import drift_cell, drift_finish
 from dart_llm.drift_job import CellsFailed, run_drift
 from dart_llm.errors import ConfigError, ResultsError
 from dart_llm.ui import Ui
-from drift_cases import THREE, TWO, forced, free, lines, load_json, study, write_rows
+from drift_cases import THREE, TWO, forced, free, lines, load_json, settings, study, write_rows
 from lm_cases import break_position, loaded
 
 
@@ -114,4 +114,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     rows = [{"id": "a/b", "text": "x"}, {"id": "a-b", "text": "y"}]
     with pytest.raises(ConfigError, match='ids "a/b" and "a-b" would give two cells one file'):
         study(free(tmp_path, prompts=write_rows(tmp_path / "c.jsonl", rows)))
+    for name in ("é" * 120, "a\0b"):
+        file = write_rows(tmp_path / "d.jsonl", [{**TWO, "id": name}])
+        with pytest.raises(ConfigError, match=r'no file can be named after the id "(é{40}|a\0b)'):
+            study(forced(tmp_path, passages=file))
+    with pytest.raises(ConfigError, match="the prompt is not valid UTF-8"):
+        study(settings(tmp_path, prompt="bees \udcff"))
     assert not (tmp_path / "results").exists()

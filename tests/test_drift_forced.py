@@ -211,3 +211,25 @@ def test_the_record_of_a_run_and_its_masks(tmp_path) -> None:
     assert {layer: ids.tolist() for layer, ids in newest.items()} == {
         layer: ids.tolist() for layer, ids in run.masks().items()
     }
+
+
+@pytest.mark.parametrize(
+    ("changes", "dense_from"),
+    [
+        ({"drift": {"rule": "never"}}, None),
+        ({"drift": {"rule": "never"}, "release_step": 90}, 90),
+        ({"drift": {"rule": "interval 325", "min_distance": 0, "max_dense_share": None}}, 325),
+    ],
+)
+def test_where_pruning_ended_is_kept(changes: dict[str, Any], dense_from: int | None) -> None:
+    found, recorder = reading(), DriftRecorder()
+    run = Run(loaded()[0], config(**changes))
+    run.on_selection = recorder
+    with run:
+        losses(loaded()[0], run, found)
+    kept = record(run, recorder, [48] * 4)
+    decoded = found.decoded - 1  # the last token is never fed
+    assert [mask["step"] for mask in kept["remasks"]] == [0]
+    assert kept["dense_from"] == dense_from
+    dense = 0 if dense_from is None else decoded - dense_from
+    assert kept["accounting"]["dense_token_share"] == pytest.approx(dense / decoded)

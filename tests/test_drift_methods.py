@@ -106,6 +106,7 @@ def test_timed_methods_know_when() -> None:
         ("dart@1.5", r"sparsity 1.5 must lie in \[0, 1\)"),
         ("dense@0.5", "method dense removes nothing: drop the @0.5"),
         ("dart,dart@0.5", r'"dart@0.5" was given twice'),
+        (" , ", "no method is named"),
     ],
 )
 def test_names_that_cannot_be_used(text: str, sentence: str) -> None:

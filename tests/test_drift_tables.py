@@ -42,8 +42,10 @@ def test_a_method_that_removed_much_less_does_not_win() -> None:
         "sparsity, -0.200 against never re-masking; interval:8@0.5 had 3.200, and removed 20.0%."
     )
     assert drift_tables.sentence(summary("free", *rows)) == (
-        "Over 3 prompts dart@0.5 wrote closest to the dense text (document similarity 0.700, at "
-        "46.0% achieved sparsity, 8.0% of the decoded tokens dense), before never@0.5 with 0.600."
+        "Over 3 prompts, of the methods within 5 points of the most removed, dart@0.5 wrote "
+        "closest to the dense text (document similarity 0.700, at 46.0% achieved sparsity, 8.0% of "
+        "the decoded tokens dense), before never@0.5 with 0.600; interval:8@0.5 had 0.900, and "
+        "removed 20.0%."
     )
 
 
@@ -51,4 +53,8 @@ def test_alone_among_its_like_it_is_simply_the_least() -> None:
     assert drift_tables.sentence(summary("forced", *FEW)) == (
         "After the changes of 3 passages the mean loss was 3.000 nats dense and least with "
         "dart@0.5, 3.800 at 46.0% achieved sparsity, -0.200 against never re-masking."
+    )
+    assert drift_tables.sentence(summary("free", *FEW)) == (
+        "Over 3 prompts dart@0.5 wrote closest to the dense text (document similarity 0.700, at "
+        "46.0% achieved sparsity, 8.0% of the decoded tokens dense), before never@0.5 with 0.600."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -165,6 +166,8 @@ def test_periods_and_topics_of_masks(view: DriftView) -> None:
         Period(FIRST + 48, end, 1),
     ]
     assert drift_masks.periods(cell(view, "never@0.5")) == [Period(0, end, 0)]
+    released = replace(cell(view, "never@0.5"), dense_from=100)
+    assert drift_masks.periods(released) == [Period(0, 100, 0), Period(100, end, None)]
     assert drift_masks.periods(cell(view, "dense")) == [Period(0, end, None)]
     assert drift_masks.columns(cell(view, "dart@0.5")) == [
         ("tides", 0),

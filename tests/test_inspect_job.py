@@ -263,6 +263,7 @@ def test_two_runs_and_the_two_texts_of_one() -> None:
     [
         (["overlaps"], UnknownName, "did you mean overlap"),
         (["space", "--prompt", "x"], ConfigError, r"needs 2 text\(s\)"),
+        (["layers", "--prompt", "x \udcff"], ConfigError, "is not valid UTF-8"),
         (["layers"], ConfigError, r"needs 1 text\(s\): give --prompt"),
         (["space", "--passage", "01", "--layer", 4], ConfigError, "this model has 4 layers"),
         (["overlap", "--passage", "01", "--method", "wanda"], ConfigError, "e.g. griffin"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from dart_llm.errors import ConfigError, UnknownName
-from dart_llm.prompts import mmlu_prompt, resolve_prompt
+from dart_llm.prompts import mmlu_prompt, read_prompt_file, resolve_prompt
 from dart_llm.texts import read_prompt
 
 AWKWARD = "say \"hi\" and 'bye', $HOME ${PATH} `whoami` $(date) \\n %s\r\n\tnext line\n\n* end \n"
@@ -63,6 +64,22 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def test_a_prompt_file_is_read_without_the_mark_of_its_encoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "bees.txt"
+    file.write_text("bees\n", encoding="utf-8-sig")
+    assert read_prompt_file(str(file)) == "bees\n"
+    file.write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"cannot read the prompt file .*bees\.txt"):
+        read_prompt_file(str(file))
+    for errors, problem in (("strict", "cannot read"), ("surrogateescape", "not valid UTF-8")):
+        stream = io.TextIOWrapper(io.BytesIO(b"bees \xff"), "utf-8", errors)
+        monkeypatch.setattr("sys.stdin", stream)
+        with pytest.raises(ConfigError, match=f"{problem}|from standard input"):
+            read_prompt_file("-")
 
 
 def test_a_shipped_name_gives_the_shipped_prompt(here: Path) -> None:

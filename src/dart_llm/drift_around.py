@@ -14,7 +14,6 @@ from dart_llm import stats
 from dart_llm.drift_losses import BIN
 from dart_llm.drift_view import DriftView
 from dart_llm.drift_view_cells import DriftCell
-from dart_llm.errors import MissingExtra
 from dart_llm.stats import Interval
 
 BEFORE, AFTER = 128, 256
@@ -72,8 +71,4 @@ def _bins(cell: DriftCell, dense: DriftCell | None, change: int) -> Iterator[tup
 
 def _point(start: int, by_source: Mapping[str, Sequence[float]]) -> Point:
     values = {source: fmean(own) for source, own in by_source.items()}
-    try:
-        interval = stats.interval(values)
-    except MissingExtra:
-        interval = None
-    return Point(start, fmean(values.values()), interval, len(values))
+    return Point(start, fmean(values.values()), stats.known(values), len(values))

@@ -26,7 +26,7 @@ from dart_llm.settings_drift import FORCED, DriftSettings
 
 Part = dict[str, Any]
 """``topics``, ``prompt_tokens``, ``decoded_tokens``, ``finish``, ``checks``, ``remasks``,
-``accounting``, ``text``, ``pieces``, ``losses`` and ``seconds``; JSON-able."""
+``dense_from``, ``accounting``, ``text``, ``pieces``, ``losses`` and ``seconds``; JSON-able."""
 
 
 @dataclass
@@ -99,7 +99,7 @@ def compute(cell: DriftCell, bench: Bench, masks: Path) -> Part:
             part = _read(candidate, run, source)
         else:
             part = _write(cell, bench.settings, candidate, run, source)
-    kept: Part = {"checks": [], "remasks": [], "accounting": None}
+    kept: Part = {"checks": [], "remasks": [], "dense_from": None, "accounting": None}
     if run is not None:
         kept = record(run, recorder, bench.widths)
         name = str(checkpoint_facts(bench.model).get("name"))

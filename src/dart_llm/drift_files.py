@@ -105,6 +105,7 @@ class StudyFiles:
             "finish": known.get("finish"),
             "checks": known.get("checks", []),
             "remasks": known.get("remasks", []),
+            "dense_from": known.get("dense_from"),
             "accounting": known.get("accounting"),
             "loss": None if part is None else self._loss(cell, part),
             "metrics": None if part is None else (self.metrics(cell) or {}).get("values"),

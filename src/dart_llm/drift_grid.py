@@ -14,10 +14,13 @@ from dart_llm.drift_methods import DENSE, DriftMethod
 from dart_llm.drift_passages import Passage, Topic
 from dart_llm.drift_prompts import DriftPrompt
 from dart_llm.errors import ConfigError
-from dart_llm.prompts import resolve_prompt
+from dart_llm.prompts import given_prompt
 from dart_llm.settings_drift import FORCED, DriftSettings
 
 SHIPPED = "shipped"
+
+LONGEST_FILE = 240
+"""Bytes of a file's name; most disks hold 255, and a file is written under a longer one first."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def load_sources(settings: DriftSettings) -> tuple[Source, ...]:
         )
         return tuple(map(_passage, passages[: settings.limit]))
     if settings.prompt is not None:
-        text = resolve_prompt(settings.prompt)
+        text = given_prompt(settings.prompt)
         if not text.strip():
             raise ConfigError("the prompt is empty: give at least one word")
         return (Source("prompt", text),)
@@ -112,7 +115,7 @@ def _prompt(prompt: DriftPrompt) -> Source:
 def expand(
     settings: DriftSettings, sources: Sequence[Source], methods: Sequence[DriftMethod]
 ) -> tuple[DriftCell, ...]:
-    """All cells; raises ``ConfigError`` when two would share a file."""
+    """All cells; raises ``ConfigError`` when an id names no file, or two cells would share one."""
     cells = tuple(
         DriftCell(settings.kind, source, method, seed)
         for source in sources
@@ -121,6 +124,11 @@ def expand(
     )
     files: dict[str, DriftCell] = {}
     for cell in cells:
+        if "\0" in cell.file or len(cell.file.encode()) > LONGEST_FILE:
+            raise ConfigError(
+                f'no file can be named after the id "{cell.source.id[:40]}...": give a shorter '
+                "one, without NUL"
+            )
         other = files.setdefault(cell.file.lower(), cell)
         if other is not cell:
             raise ConfigError(

@@ -139,9 +139,12 @@ def moved(masks: Masks) -> int:
 def periods(cell: DriftCell) -> list[Period]:
     """The decoded tokens cut where masks change.
 
-    Dense: before the first mask, the tokens observed for a mask, and from a trigger on.
+    Dense: before the first mask, the tokens observed for a mask, from a trigger on, and where
+    pruning ended.
     """
     cuts: dict[int, int | None] = {0: None}
+    if cell.dense_from is not None:
+        cuts[cell.dense_from] = None
     for check in cell.checks:
         if check.trigger:
             cuts[check.step] = None

@@ -88,6 +88,8 @@ def parse_methods(text: str, base: BaseSettings, moment: int) -> tuple[DriftMeth
     that does not exist (with the near one), a number that does not fit, a name that occurs twice.
     """
     words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise ConfigError("no method is named: give --methods one or more, e.g. never,dart")
     found = {DENSE: DriftMethod(DENSE, None)}
     for word in words:
         method = _parse(word, base, moment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,27 +23,41 @@ FORMAT = "remask{i}.layer{l}.ids: kept neurons, int32; .scores: float32, larger 
 
 
 class DriftRecorder(MaskRecorder):
-    """Also keeps how many dense tokens came right before each mask."""
+    """Also keeps how many dense tokens came right before each mask, and where pruning ended."""
 
     def __init__(self) -> None:
         super().__init__()
         self.observed: list[int] = []
+        self._life: Life | None = None
 
     def __call__(self, remask: Remask, life: Life) -> None:
         super().__call__(remask, life)
         self.observed.append(life.observed)
+        self._life = life
+
+    def dense_from(self) -> int | None:
+        """The decode step from which all ran dense to the end; None where the last was pruned.
+
+        Released, or the text ended while tokens were observed for masks that never came.
+        """
+        if self._life is None:
+            return None
+        ends = itertools.takewhile(lambda one: one.kept is None, reversed(self._life.periods))
+        dense = sum(one.length for one in ends)
+        return self._life.decoded - dense if dense else None
 
 
 def record(run: Run, recorder: DriftRecorder, widths: Sequence[int]) -> dict[str, Any]:
-    """``checks``, ``remasks`` and ``accounting`` of a run of one sequence, JSON-able.
+    """``checks``, ``remasks``, ``dense_from`` and ``accounting`` of a run of one sequence.
 
-    ``widths``: neurons per layer.
+    JSON-able.  ``widths``: neurons per layer.
     """
     accounting = run.report().to_dict()
     accounting.pop("sequences")
     found = {
         "checks": [asdict(check) for check in run.drift_checks],
         "remasks": remasks(recorder, widths),
+        "dense_from": recorder.dense_from(),
         "accounting": accounting,
     }
     return dict(json.loads(json.dumps(finite(found))))

@@ -14,7 +14,6 @@ from dart_llm import stats
 from dart_llm.drift_files import DONE
 from dart_llm.drift_methods import DENSE, NEVER
 from dart_llm.drift_rows import ACCOUNTING
-from dart_llm.errors import MissingExtra
 from dart_llm.measure_rows import DENSE as UNTOUCHED
 from dart_llm.merge import merge_reports
 from dart_llm.settings_drift import FORCED
@@ -148,10 +147,7 @@ def _mean(values: Sample) -> dict[str, Any] | None:
     """``mean`` with its interval over ``n`` sources; None of nothing."""
     if not values:
         return None
-    try:
-        found = stats.interval(values)
-    except MissingExtra:
-        found = None
+    found = stats.known(values)
     low, high = (None, None) if found is None else (found.low, found.high)
     return {"mean": stats.mean(values), "low": low, "high": high, "n": len(values)}
 
@@ -163,10 +159,7 @@ def _paired(own: Sample, other: Sample) -> dict[str, Any] | None:
     one, two = stats.mean(first), stats.mean(second)
     if one is None or two is None:
         return None
-    try:
-        found = stats.paired_interval(first, second)
-    except MissingExtra:
-        found = None
+    found = stats.known(first, second)
     return {
         "mean": one - two,
         "low": None if found is None else found.low,

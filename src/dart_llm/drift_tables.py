@@ -159,12 +159,7 @@ def _of_losses(summary: Mapping[str, Any], rows: Sequence[Line]) -> str:
     if gap is not None and not best["label"].startswith("never@"):
         sure = "" if gap["significant"] else ", which its interval does not tell from none"
         beside = f", {gap['mean']:+.3f} against never re-masking{sure}"
-    other = ""
-    if least is not best:
-        other = (
-            f"; {least['label']} had {_loss_after(least):.3f}, and removed "
-            f"{least['achieved_sparsity']:.1%}"
-        )
+    other = "" if least is best else _beside(least, _loss_after)
     return (
         f"After the changes of {_count(summary['sources'], 'passage')} the mean loss was "
         f"{dense['after']['mean']:.3f} nats dense and{_among(other)} least with {best['label']}, "
@@ -177,6 +172,11 @@ def comparable(rows: Sequence[Line]) -> list[Line]:
     """Those that removed about as much as the one that removed most: NEAR or less below it."""
     most = max(float(line["achieved_sparsity"]) for line in rows)
     return [line for line in rows if line["achieved_sparsity"] >= most - NEAR]
+
+
+def _beside(line: Line, value: Callable[[Line], float]) -> str:
+    """A method that removed too little to be compared."""
+    return f"; {line['label']} had {value(line):.3f}, and removed {line['achieved_sparsity']:.1%}"
 
 
 def _among(other: str) -> str:
@@ -192,16 +192,19 @@ def _of_texts(summary: Mapping[str, Any], rows: Sequence[Line]) -> str:
     if name is None:
         return ""
     known = [line for line in rows if (line["metrics"] or {}).get(name)]
-    ranked = sorted(comparable(known), key=lambda line: -float(line["metrics"][name]["mean"]))
+
+    def close(line: Line) -> float:
+        return float(line["metrics"][name]["mean"])
+
+    ranked, closest = sorted(comparable(known), key=close, reverse=True), max(known, key=close)
     best = ranked[0]
-    second = ""
-    if len(ranked) > 1:
-        second = f", before {ranked[1]['label']} with {ranked[1]['metrics'][name]['mean']:.3f}"
+    second = f", before {ranked[1]['label']} with {close(ranked[1]):.3f}" if ranked[1:] else ""
     what = "document similarity" if name == "document_similarity" else "ROUGE-L"
+    other = "" if closest is best else _beside(closest, close)
     return (
-        f"Over {_count(summary['sources'], 'prompt')} {best['label']} wrote closest to the dense "
-        f"text ({what} {best['metrics'][name]['mean']:.3f}, at {best['achieved_sparsity']:.1%} "
-        f"achieved sparsity, {best['dense_token_share']:.1%} of the decoded tokens dense){second}."
+        f"Over {_count(summary['sources'], 'prompt')}{_among(other)} {best['label']} wrote closest "
+        f"to the dense text ({what} {close(best):.3f}, at {best['achieved_sparsity']:.1%} achieved "
+        f"sparsity, {best['dense_token_share']:.1%} of the decoded tokens dense){second}{other}."
     )
 
 

@@ -61,6 +61,8 @@ class DriftCell:
     finish: str = ""
     checks: tuple[DriftCheck, ...] = ()
     remasks: tuple[Masked, ...] = ()
+    dense_from: int | None = None
+    """The decode step from which all ran dense to the end, where there is one."""
     accounting: Mapping[str, Any] | None = None
     """``RunReport.to_dict()``; None for the untouched model."""
     metrics: Mapping[str, float | None] | None = None
@@ -115,6 +117,7 @@ def parse(row: Mapping[str, Any], text: Mapping[str, Any], tokens: Mapping[str, 
         finish=str(row.get("finish") or ""),
         checks=tuple(_check(check) for check in row.get("checks") or [] if not _lone(check)),
         remasks=tuple(_masked(mask) for mask in row.get("remasks") or []),
+        dense_from=None if row.get("dense_from") is None else int(row["dense_from"]),
         accounting=mapping(row.get("accounting")) or None,
         metrics={k: number(v) for k, v in mapping(row.get("metrics")).items()} or None,
         text=str(text.get("text") or ""),

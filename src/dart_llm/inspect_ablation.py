@@ -20,7 +20,7 @@ from dart_llm.masks import top_ids
 from dart_llm.perplexity import score_window
 from dart_llm.ppl_windows import Window
 from dart_llm.session import prune
-from dart_llm.stats import Interval, Sample, interval, paired_interval
+from dart_llm.stats import Interval, Sample, known
 
 BLOCK = 16
 """Consecutive tokens that the bootstrap draws together: their losses depend on each other."""
@@ -77,7 +77,8 @@ def ablation(study: Study) -> dict[str, Any]:
 
     ``over_dense`` and ``over_random``: the loss with the arm's neurons removed minus that of the
     untouched model, and minus the mean over draws of as many random neurons (nats per token; all
-    paired by block).  An arm without neurons (two equal texts) has rows with ``neurons`` 0.
+    paired by block), None without scipy.  An arm without neurons (two equal texts) has rows with
+    ``neurons`` 0.
     """
     check(study)
     settings, selector = study.settings, study.selector
@@ -106,7 +107,7 @@ def _row(
     losses, report = _losses(study, text, ids)
     others = [_losses(study, text, other)[0] for other in drawn]
     random = [math.fsum(each) / len(each) for each in zip(*others, strict=True)]
-    sample = blocks(losses)
+    sample, seed = blocks(losses), study.settings.seed
     return {
         "arm": arm,
         "text": study.texts[text].label,
@@ -117,11 +118,11 @@ def _row(
         "remasks": report["remasks"],
         "dense_loss": _mean(dense),
         "loss": _mean(losses),
-        "loss_interval": _ends(interval(sample, seed=study.settings.seed)),
+        "loss_interval": _ends(known(sample, seed=seed)),
         "random_loss": _mean(random),
         "random_losses": [_mean(each) for each in others],
-        "over_dense": _ends(paired_interval(sample, blocks(dense), seed=study.settings.seed)),
-        "over_random": _ends(paired_interval(sample, blocks(random), seed=study.settings.seed)),
+        "over_dense": _ends(known(sample, blocks(dense), seed)),
+        "over_random": _ends(known(sample, blocks(random), seed)),
     }
 
 

@@ -23,6 +23,7 @@ from dart_llm.inspect_texts import InspectText, inspect_texts
 from dart_llm.inspect_weights import weights
 from dart_llm.inspect_words import sentences
 from dart_llm.job_common import config_document, load_model
+from dart_llm.model_facts import model_digest
 from dart_llm.outputs import timing_text
 from dart_llm.provenance import peak_memory_bytes
 from dart_llm.results import ResultsFolder, open_folder, write_csv, write_json, write_text
@@ -63,6 +64,8 @@ def run_inspect(
     wanted = settings.chosen(what)
     texts = inspect_texts(settings)
     inputs = {f"text {text.label}": text.sha256 for text in texts}
+    if digest := model_digest(settings.model):
+        inputs["model"] = digest
     if settings.layer_topk and settings.layer_topk.startswith("@"):
         inputs["layer_topk"] = file_sha256(Path(settings.layer_topk[1:]))
     identity = {"kind": KIND, **settings.model_dump(mode="json"), "what": wanted, "inputs": inputs}

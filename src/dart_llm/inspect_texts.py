@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dart_llm.errors import ConfigError
-from dart_llm.prompts import prompt_names, resolve_prompt
+from dart_llm.prompts import given_prompt, prompt_names, read_prompt_file
 from dart_llm.results_view import read
 from dart_llm.settings_inspect import InspectSettings
 
@@ -56,13 +55,8 @@ def inspect_texts(settings: InspectSettings) -> tuple[InspectText, ...]:
 def _prompt(text: str | None, file: str | None) -> tuple[str, str]:
     if text is not None:
         name = text if text in prompt_names() else " ".join(text.split())
-        return _short(name), resolve_prompt(text)
-    if file == "-":
-        return "stdin", sys.stdin.read()
-    try:
-        return Path(str(file)).name, Path(str(file)).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the prompt file {file}: {error}") from None
+        return _short(name), given_prompt(text)
+    return "stdin" if file == "-" else Path(str(file)).name, read_prompt_file(str(file))
 
 
 def _short(text: str) -> str:

@@ -69,7 +69,9 @@ def _ablation(data: Record) -> str:
         )
     a, b = (own[label]["over_dense"] for label in "AB")
     clear = "; the intervals overlap"
-    if a and b and (a["low"] > b["high"] or a["high"] < b["low"]):
+    if not a or not b:
+        clear = "; no intervals: this needs scipy (pip install 'dart-llm[drift]')"
+    elif a["low"] > b["high"] or a["high"] < b["low"]:
         clear = "; the intervals do not overlap"
     share = percent(own["A"]["achieved_sparsity"])
     return (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from dart_llm.arch import context_length
 from dart_llm.errors import ConfigError
 from dart_llm.generate import encode_prompt
-from dart_llm.prompts import mmlu_prompt, resolve_prompt
+from dart_llm.prompts import mmlu_prompt, read_prompt_file, resolve_prompt
 from dart_llm.settings import RunSettings
 
 MMLU_DEFAULT_TOKENS = 1024
@@ -36,20 +35,13 @@ def source(settings: RunSettings) -> str:
 
 
 def _read(settings: RunSettings) -> str | None:
-    if settings.prompt_file == "-":
-        return sys.stdin.read()
     if settings.prompt_file:
-        try:
-            return Path(settings.prompt_file).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"cannot read the prompt file {settings.prompt_file}: {error}"
-            ) from None
+        return read_prompt_file(settings.prompt_file)
     given = settings.prompt if settings.prompt is not None else settings.custom_prompt_text
     if given is not None:
         return resolve_prompt(given)
     piped = sys.stdin is not None and not sys.stdin.isatty()
-    return (sys.stdin.read() or None) if piped else None
+    return (read_prompt_file("-") or None) if piped else None
 
 
 def encode(settings: RunSettings, prompt: str, model: Any, tokenizer: Any) -> tuple[str, Tensor]:

@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from dart_llm import stats
-from dart_llm.errors import MissingExtra
 from dart_llm.merge import merge_reports, slim
 from dart_llm.stats import Interval
 from dart_llm.text_metrics import NAMES, NUMBERS
@@ -72,7 +71,7 @@ def _means(label: str, cells: Sequence[Mapping[str, Any]]) -> MethodMeans:
         method=label,
         texts=len(cells),
         means={name: stats.mean(sample) for name, sample in samples.items()},
-        intervals={name: _interval(sample) for name, sample in samples.items()},
+        intervals={name: stats.known(dict(sample)) for name, sample in samples.items()},
         n={name: len(sample) for name, sample in samples.items()},
         accounting=merge_reports(reports) if reports else None,
     )
@@ -86,14 +85,6 @@ def _sample(cells: Sequence[Mapping[str, Any]], name: str) -> dict[str, float]:
         if value is not None:
             values.setdefault(str(cell["cell"]["source"]), []).append(float(value))
     return {source: sum(found) / len(found) for source, found in values.items()}
-
-
-def _interval(sample: Mapping[str, float]) -> Interval | None:
-    """None without scipy too: the means are not to be lost for the want of an interval."""
-    try:
-        return stats.interval(dict(sample))
-    except MissingExtra:
-        return None
 
 
 def table(rows: Sequence[MethodMeans], title: str = "texts against dense") -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path, PurePath
@@ -11,7 +12,16 @@ from dart_llm.errors import ConfigError
 from dart_llm.hub_data import mmlu_questions
 from dart_llm.texts import prompt_names, read_prompt
 
-__all__ = ["Tokenizer", "mmlu_prompt", "prompt_names", "read_prompt", "resolve_prompt"]
+__all__ = [
+    "Tokenizer",
+    "given_prompt",
+    "is_text",
+    "mmlu_prompt",
+    "prompt_names",
+    "read_prompt",
+    "read_prompt_file",
+    "resolve_prompt",
+]
 
 LOCAL_PROMPTS = Path("datasets")  # in the current folder
 LONGEST_NAME = 200  # characters; a longer text is never looked up as a file
@@ -28,6 +38,32 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: list[int], /) -> Any:
         """The text of ``token_ids``."""
         ...
+
+
+def is_text(text: str) -> bool:
+    """False where the command line or standard input held bytes that are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def read_prompt_file(file: str) -> str:
+    """The text of a prompt file; ``-`` is standard input.
+
+    Raises ``ConfigError`` when it cannot be read as UTF-8; a mark of its encoding is no text.
+    """
+    try:
+        if file != "-":
+            return Path(file).read_text(encoding="utf-8-sig")
+        text = sys.stdin.read()
+    except (OSError, UnicodeDecodeError) as error:
+        name = "from standard input" if file == "-" else f"file {file}"
+        raise ConfigError(f"cannot read the prompt {name}: {error}") from None
+    if not is_text(text):
+        raise ConfigError("the prompt from standard input is not valid UTF-8: correct it")
+    return text
 
 
 def resolve_prompt(text_or_name: str) -> str:
@@ -48,6 +84,13 @@ def resolve_prompt(text_or_name: str) -> str:
         return path.read_bytes().decode("utf-8")  # bytes: line ends stay what they are
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the prompt file {path} cannot be read as UTF-8: {error}") from error
+
+
+def given_prompt(text_or_name: str) -> str:
+    """``resolve_prompt`` of what a command line gave; ``ConfigError`` where that is no text."""
+    if not is_text(text_or_name):
+        raise ConfigError("the prompt is not valid UTF-8: put the text in a file and give that")
+    return resolve_prompt(text_or_name)
 
 
 def _local_file(name: str) -> Path | None:

@@ -14,18 +14,9 @@ from pydantic import model_validator
 
 from dart_llm.config import PruneConfig
 from dart_llm.errors import ConfigError
+from dart_llm.prompts import is_text
 from dart_llm.settings_activations import ActivationSettings
 from dart_llm.settings_base import merge, setting
-
-
-def _is_text(text: str) -> bool:
-    """False where the command line held bytes that are no text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
 
 POSITIVE = (
     "generation",
@@ -106,7 +97,7 @@ class RunSettings(ActivationSettings):
         if not 0 <= self.mmlu_shots <= 5:
             raise ConfigError(f"--mmlu-shots {self.mmlu_shots} must be 0 to 5")
         for name in ("prompt", "custom_prompt_text"):
-            if not _is_text(getattr(self, name) or ""):
+            if not is_text(getattr(self, name) or ""):
                 raise ConfigError(
                     f"--{name.replace('_', '-')} is not valid UTF-8: put the text in a file and "
                     "give --prompt-file"

@@ -127,6 +127,19 @@ def paired_interval(
     return _bootstrap(data, ratio, seed, 1.0 if ratio else 0.0)
 
 
+def known(values: Sample, other: Sample | None = None, seed: int = 0) -> Interval | None:
+    """``interval``, or ``paired_interval`` with ``other``; None without scipy too.
+
+    For means that are not to be lost for the want of an interval.
+    """
+    try:
+        if other is None:
+            return interval(values, seed=seed)
+        return paired_interval(values, other, seed=seed)
+    except MissingExtra:
+        return None
+
+
 def mix(low: Sample, high: Sample, share: float) -> Sample:
     """Item by item ``(1 - share) * low + share * high`` over shared ids; weights of ``low``."""
     mixed: dict[str, Value] = {}
