@@ -6,6 +6,7 @@ import contextlib
 import csv
 import functools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,14 +116,14 @@ def test_changes_in_tokens() -> None:
 class Spans:
     """A tokenizer of words with a special token ahead, and blanks that belong to the next word."""
 
-    def __call__(self, text: str, verbose: bool = True, **more: Any) -> Any:
-        import re
+    is_fast = True
 
-        spans = [(0, 0), *((m.start(), m.end()) for m in re.finditer(r"\s*\S+", text))]
-        found = type("Found", (), {})()
-        found.input_ids = list(range(len(spans)))
+    def __call__(self, text: str, verbose: bool = True, **more: Any) -> Any:
+        self.spans = [(0, 0), *((m.start(), m.end()) for m in re.finditer(r"\s*\S+", text))]
+        self.text = text
+        found: dict[str, Any] = {"input_ids": list(range(len(self.spans)))}
         if more.get("return_offsets_mapping"):
-            found.offset_mapping = spans
+            found["offset_mapping"] = self.spans
         return found
 
 
@@ -132,10 +133,15 @@ def test_a_token_that_holds_the_break_too_belongs_to_the_new_topic() -> None:
 
 
 class NoSpans(Spans):
+    is_fast = False
+
     def __call__(self, text: str, verbose: bool = True, **more: Any) -> Any:
         if more.get("return_offsets_mapping"):
             raise NotImplementedError("only fast tokenizers know places")
         return super().__call__(text)
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return "".join(self.text[start:end] for start, end in (self.spans[i] for i in ids))
 
 
 def test_without_places_the_text_before_is_counted() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dart_llm.drift_passages import Passage, read_passages, shipped
 from dart_llm.errors import ConfigError
+from dart_llm.token_ends import encode, first_tokens
 
 
 @dataclass(frozen=True)
@@ -42,22 +43,9 @@ def tokens(passage: Passage, tokenizer: Any) -> Text:
 
     A change is the first token that holds a character of the new topic.
     """
-    ids, spans = _with_spans(passage.text, tokenizer)
-    found = []
-    for offset in passage.changes:
-        if spans is None:  # a tokenizer that knows no places: the length of what lies before
-            found.append(len(tokenizer(passage.text[:offset], verbose=False).input_ids))
-        else:
-            found.append(next(i for i, (_, end) in enumerate(spans) if end > offset))
-    return Text(passage.id, ids, tuple(found), tuple(topic.name for topic in passage.topics))
-
-
-def _with_spans(text: str, tokenizer: Any) -> tuple[Tensor, list[tuple[int, int]] | None]:
-    try:
-        found = tokenizer(text, return_offsets_mapping=True, verbose=False)
-    except (NotImplementedError, TypeError):
-        return torch.tensor(tokenizer(text, verbose=False).input_ids), None
-    return torch.tensor(found.input_ids), [tuple(span) for span in found.offset_mapping]
+    ids, ends = encode(tokenizer, passage.text)
+    changes = first_tokens(ends, passage.changes)
+    return Text(passage.id, torch.tensor(ids), changes, tuple(t.name for t in passage.topics))
 
 
 def check(texts: Sequence[Text], prompt: int, longest: int | None) -> None:

@@ -23,6 +23,7 @@ from dart_llm.perplexity import score_window
 from dart_llm.ppl_parts import DIGITS
 from dart_llm.ppl_windows import Window
 from dart_llm.session import Run
+from dart_llm.token_ends import encode, first_tokens
 
 FORCED_REMASK = "forced"
 """Cause of a re-mask at a known moment."""
@@ -56,7 +57,7 @@ def read(source: Source, tokenizer: Any, prompt: int, longest: int | None) -> Re
     Raises ``ConfigError`` when the first topic is too short for a prompt of ``prompt`` tokens, or
     the context for the first change.
     """
-    ids, ends = _encode(tokenizer, source.text)
+    ids, ends = encode(tokenizer, source.text)
     count = min(len(ids), longest or len(ids))
     cut = count < len(ids)
     kept = shortened(source, ends[count - 1]) if cut else source
@@ -65,7 +66,7 @@ def read(source: Source, tokenizer: Any, prompt: int, longest: int | None) -> Re
             f'the passage "{source.id}" changes its topic after the {longest} tokens of the '
             "model's context: give a model with a longer one, or shorter passages"
         )
-    firsts = [next(k for k, end in enumerate(ends) if end > change) for change in kept.changes]
+    firsts = first_tokens(ends, kept.changes)
     if firsts[0] < prompt + 2:
         raise ConfigError(
             f'the passage "{source.id}" has {firsts[0]} tokens before its first change of topic, '
@@ -76,23 +77,6 @@ def read(source: Source, tokenizer: Any, prompt: int, longest: int | None) -> Re
     pieces = [kept.text[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
     starts = (0, *(first - prompt for first in firsts))
     return Reading(kept, torch.tensor(ids[:count]), prompt, starts, tuple(pieces), cut)
-
-
-def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """Token ids, and for each the number of characters up to its end, which never falls."""
-    if getattr(tokenizer, "is_fast", False):
-        found = tokenizer(text, return_offsets_mapping=True, verbose=False)
-        ids, ends = list(found["input_ids"]), [end for _, end in found["offset_mapping"]]
-    else:  # no offsets: the lengths of the decoded beginnings
-        ids = list(tokenizer(text, verbose=False)["input_ids"])
-        decode = tokenizer.decode
-        ends = [
-            min(len(text), len(decode(ids[: k + 1], skip_special_tokens=True)))
-            for k in range(len(ids))
-        ]
-    for place in range(1, len(ends)):
-        ends[place] = max(ends[place], ends[place - 1])  # a special token is at no character
-    return ids, ends
 
 
 class TimedRun(Run):
