@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -206,3 +207,25 @@ def test_a_piped_prompt_is_read(gpt2, tmp_path):
 
 def test_all_samples_is_a_word(tmp_path):
     assert collect({}, None, {"DART_PPL_MAX_SAMPLES": "all"}).ppl_max_samples is None
+
+
+def test_a_polite_end_is_an_interruption(gpt2: Path, tmp_path: Path) -> None:
+    asked = ["--model", str(gpt2), "--method", "griffin", "--data", "embedded"]
+    slices = ["--prompt-tokens", "8", "--scored-tokens", "8"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dart_llm", "perplexity", *asked, *slices],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    end = time.monotonic() + 60
+    while not list(tmp_path.glob("results/*/*/parts.jsonl")) and time.monotonic() < end:
+        assert process.poll() is None, "it ended before it was told to"
+        time.sleep(0.005)
+    process.terminate()
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "interrupted; the same command resumes" in told
+    (config,) = tmp_path.glob("results/*/*/config.json")
+    assert json.loads(config.read_text(encoding="utf-8"))["status"] == "interrupted"

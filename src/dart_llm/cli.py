@@ -4,8 +4,10 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -47,6 +49,7 @@ def run() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show all characters
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
     except SystemExit as error:
@@ -59,6 +62,11 @@ def run() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    """A scheduler's polite end is an interruption: what is finished is kept, and said."""
+    raise KeyboardInterrupt
 
 
 def _version(value: bool) -> None:
