@@ -334,3 +334,9 @@ def test_summaries_are_measured_with_their_texts(tmp_path):
     samples = lines(job.path / "samples.jsonl")
     assert [sample["reference"] for sample in samples] == [row["summary"] for row in DOCUMENTS[:2]]
     assert found["accounting"]["decoded_tokens"] == 2 * 5
+
+
+def test_data_that_is_named_twice_is_measured_once(tmp_path):
+    file = str(write_documents(tmp_path / "d.jsonl"))
+    asked = own_data(tmp_path, SummarizeSettings, data=f"{file}, {file},")
+    assert asked.task_names() == [f"summarize:{file}"]

@@ -73,7 +73,7 @@ def test_files_are_plain_text_or_jsonl(hub: FakeDatasets) -> None:
     write(Path("datasets/more.txt"))
     Path("datasets/more.txt").write_text("more", encoding="utf-8")
     assert ppl_texts.read("more") == ppl_texts.read("more.txt") == "more"
-    assert ppl_texts.names(f"plain.txt, {rows},c4,hub:x/y:test:z") == [
+    assert ppl_texts.names(f"plain.txt, {rows},c4,plain.txt,hub:x/y:test:z") == [
         "plain.txt",
         rows,
         "c4",

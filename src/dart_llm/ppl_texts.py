@@ -55,8 +55,8 @@ def is_file(name: str) -> bool:
 
 
 def names(settings: str) -> list[str]:
-    """Comma-separated names, checked as far as possible before a model is loaded."""
-    found = [part.strip() for part in settings.split(",") if part.strip()]
+    """Comma-separated names, each once, checked as far as possible before a model is loaded."""
+    found = list(dict.fromkeys(part.strip() for part in settings.split(",") if part.strip()))
     if not found:
         raise ConfigError("no text for perplexity: use embedded, or the path of a text file")
     for name in found:

@@ -139,7 +139,8 @@ class SummarizeSettings(MeasureSettings):
     )
 
     def task_names(self) -> list[str]:
-        names = [name.strip() for name in self.data.split(",") if name.strip()]
+        given = (name.strip() for name in self.data.split(","))
+        names = [name for name in dict.fromkeys(given) if name]
         if not names:
             raise ConfigError("no data to summarize: give --data, e.g. xsum or a JSON-lines file")
         from dart_llm.documents import check
