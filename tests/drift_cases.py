@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,20 +85,3 @@ def results(job: DriftJob) -> dict[str, dict[str, Any]]:
 def load_json(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
-
-
-class Stopping(Ui):
-    """Interrupts after some cells."""
-
-    def __init__(self, after: int) -> None:
-        super().__init__(quiet=True)
-        self.left = after
-
-    @contextlib.contextmanager
-    def progress(self, text: str, total: int) -> Iterator[Any]:
-        def advance(count: int) -> None:
-            self.left -= count
-            if self.left <= 0:
-                raise KeyboardInterrupt
-
-        yield advance

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import functools
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from dart_llm.settings_base import merge
 from dart_llm.settings_detect import DetectSettings
 from dart_llm.signals import SIGNALS
 from dart_llm.ui import Ui
+from stopping import Stopping
 from tiny_gpt2 import write_gpt2
 
 BEES = "the bee flew home to the hive number {} and danced. "
@@ -78,23 +77,6 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-class Stopping(Ui):
-    """Interrupts after some passages."""
-
-    def __init__(self, after: int) -> None:
-        super().__init__(quiet=True)
-        self.left = after
-
-    @contextlib.contextmanager
-    def progress(self, text: str, total: int) -> Iterator[Any]:
-        def advance(count: int) -> None:
-            self.left -= count
-            if self.left <= 0:
-                raise KeyboardInterrupt
-
-        yield advance
 
 
 @pytest.fixture(scope="module")

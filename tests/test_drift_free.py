@@ -19,8 +19,9 @@ from dart_llm.errors import ConfigError, MissingExtra
 from dart_llm.session import Run
 from dart_llm.text_metrics import NAMES, TextMetrics
 from dart_llm.ui import Ui
-from drift_cases import PROMPTS, Stopping, free, lines, load_json, results, settings, study
+from drift_cases import PROMPTS, free, lines, load_json, results, settings, study
 from lm_cases import break_position, loaded, place
+from stopping import Stopping
 
 
 @pytest.fixture(autouse=True)

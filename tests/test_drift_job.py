@@ -25,7 +25,6 @@ from drift_cases import (
     PROMPT,
     THREE,
     TWO,
-    Stopping,
     forced,
     free,
     lines,
@@ -35,6 +34,7 @@ from drift_cases import (
     write_rows,
 )
 from lm_cases import loaded
+from stopping import Stopping
 
 METHODS = "never,interval:40,dart@0.3,fresh:4,decay:8"
 FILES = ("results.jsonl", "tokens.jsonl", "drift.csv", "summary.json", "summary.md", "summary.csv")

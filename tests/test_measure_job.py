@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from dart_llm.settings_base import merge
 from dart_llm.settings_measure import EvalSettings, PerplexitySettings, SummarizeSettings
 from dart_llm.ui import Ui
 from lm_cases import LETTERS, QUESTIONS, break_position, candidate, loaded, measured, place
+from stopping import Stopping
 from summary_cases import DOCUMENTS, write_documents
 
 WORDS = "the tide number {} comes in twice a day and goes out again by {}. "
@@ -52,23 +51,6 @@ def config(folder: Path) -> dict[str, Any]:
 def only_folder(root: Path) -> Path:
     (found,) = (root / "results").glob("*/*/config.json")
     return found.parent
-
-
-class Stopping(Ui):
-    """Interrupts after some documents."""
-
-    def __init__(self, after: int, error: type[BaseException] = KeyboardInterrupt) -> None:
-        super().__init__(quiet=True)
-        self.left, self.error = after, error
-
-    @contextlib.contextmanager
-    def progress(self, text: str, total: int) -> Iterator[Any]:
-        def advance(count: int) -> None:
-            self.left -= count
-            if self.left <= 0:
-                raise self.error
-
-        yield advance
 
 
 def test_one_method_beside_dense_on_two_tasks(tmp_path):

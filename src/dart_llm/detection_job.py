@@ -15,13 +15,12 @@ from dart_llm.checkpoint import checkpoint_facts
 from dart_llm.detection_study import Study, plan, study
 from dart_llm.devices import memory_failure
 from dart_llm.errors import DartError, MissingExtra, ResultsError
-from dart_llm.job_common import config_document, load_model
+from dart_llm.job_common import config_document, load_model, write_logs
 from dart_llm.model_facts import model_digest
-from dart_llm.outputs import timing_text
 from dart_llm.provenance import peak_memory_bytes
 from dart_llm.read_points import EAGER, layer_count
 from dart_llm.recording import needs_eager
-from dart_llm.results import ResultsFolder, open_folder, write_json, write_lines, write_text
+from dart_llm.results import ResultsFolder, open_folder, write_json, write_lines
 from dart_llm.settings_detect import DetectSettings, identity
 from dart_llm.ui import Ui
 
@@ -124,7 +123,7 @@ def _finish(job: DetectJob) -> None:
     job.ui.say(detection_table.conclusion(job.found))
     _write_plots(job)
     _write_config(job, "complete")
-    _write_logs(job)
+    write_logs(job.folder, job.ui.log, job.timing)
     job.folder.finish()
     job.ui.say(f"results: {job.path}")
 
@@ -145,12 +144,7 @@ def _keep(job: DetectJob, error: BaseException) -> None:
         _write_config(job, status)
         if job.rows:
             job.ui.say(f"what was finished is kept in {job.path}; the same command resumes")
-        _write_logs(job)
-
-
-def _write_logs(job: DetectJob) -> None:
-    write_text(job.path / f"output_{job.folder.stamp}.log", "\n".join(job.ui.log) + "\n")
-    write_text(job.path / f"timing_{job.folder.stamp}.log", timing_text(job.timing))
+        write_logs(job.folder, job.ui.log, job.timing)
 
 
 def document(job: DetectJob) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from dart_llm.results import write_csv, write_text
+from dart_llm.sentences import count
 
 HEADS = (
     "signal",
@@ -65,14 +66,10 @@ def title(document: Mapping[str, Any]) -> str:
     name = str(document["checkpoint"].get("name") or settings["model"]).rstrip("/")
     changes = sum(len(passage["changes"]) for passage in passages)
     return (
-        f"{name.rsplit('/', 1)[-1]}, dense: {_count(changes, 'change')} in "
-        f"{_count(len(passages), 'passage')}, prompt {settings['prompt_tokens']} tokens, "
+        f"{name.rsplit('/', 1)[-1]}, dense: {count(changes, 'change')} in "
+        f"{count(len(passages), 'passage')}, prompt {settings['prompt_tokens']} tokens, "
         f"horizon {settings['horizon']} tokens"
     )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def conclusion(document: Mapping[str, Any]) -> str:
@@ -82,13 +79,13 @@ def conclusion(document: Mapping[str, Any]) -> str:
     sure = [row for row in rows if row["gain_interval"] and row["gain_interval"][0] > 0]
     found = (
         f"Largest gain over a blind rule that fires as often: {_name(best)}, "
-        f"{best['detected']} of {_count(best['changes'], 'change')} against "
+        f"{best['detected']} of {count(best['changes'], 'change')} against "
         f"{best['blind_rate']:.0%}, with {best['false_alarms_per_1000']:.1f} false alarms per "
         "1,000 tokens."
     )
     if any(row["gain_interval"] for row in rows):
         found += (
-            f" {len(sure)} of {_count(len(rows), 'row')} gain with an interval above 0"
+            f" {len(sure)} of {count(len(rows), 'row')} gain with an interval above 0"
             " (of twenty rules without merit, about one would)."
         )
     known = [signal for signal in document["signals"] if signal["auc"] is not None]

@@ -19,11 +19,10 @@ from dart_llm.drift_grid import DriftCell, Source, digest, expand, load_sources
 from dart_llm.drift_methods import DENSE
 from dart_llm.drift_metrics import Judge, load_judge
 from dart_llm.errors import DartError, ResultsError
-from dart_llm.job_common import config_document, load_model
+from dart_llm.job_common import config_document, load_model, write_logs
 from dart_llm.loading import checkpoint_facts
-from dart_llm.outputs import timing_text
 from dart_llm.provenance import peak_memory_bytes
-from dart_llm.results import finite, open_folder, write_json, write_text
+from dart_llm.results import finite, open_folder, write_json
 from dart_llm.settings_drift import FORCED, DriftSettings
 from dart_llm.ui import Ui
 
@@ -224,11 +223,9 @@ def _keep(job: DriftJob, status: str) -> None:
 
 
 def _write_logs(job: DriftJob) -> None:
-    stamp = job.files.folder.stamp
     found = drift_finish.times(job.files, job.timing)
     shown = {key: value for key, value in found.items() if key not in ("cells", "metrics")}
-    write_text(job.path / f"output_{stamp}.log", "\n".join(job.ui.log) + "\n")
-    write_text(job.path / f"timing_{stamp}.log", timing_text(shown))
+    write_logs(job.files.folder, job.ui.log, shown)
 
 
 def document(job: DriftJob) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from dart_llm.drift_methods import DENSE
+from dart_llm.sentences import count
 from dart_llm.settings_drift import FORCED
 
 Line = Mapping[str, Any]
@@ -97,9 +98,9 @@ def _recovery(line: Line) -> str:
     found = (line["loss"] or {}).get("recovery")
     if line["method"] == DENSE or not found or not found["changes"]:
         return NONE
-    count = f"{found['recovered']} of {found['changes']}"
+    recovered = f"{found['recovered']} of {found['changes']}"
     mean = found["mean_tokens"]
-    return count if mean is None else f"{mean:.0f} tokens ({count})"
+    return recovered if mean is None else f"{mean:.0f} tokens ({recovered})"
 
 
 def table(summary: Mapping[str, Any], title: str) -> Table:
@@ -161,7 +162,7 @@ def _of_losses(summary: Mapping[str, Any], rows: Sequence[Line]) -> str:
         beside = f", {gap['mean']:+.3f} against never re-masking{sure}"
     other = "" if least is best else _beside(least, _loss_after)
     return (
-        f"After the changes of {_count(summary['sources'], 'passage')} the mean loss was "
+        f"After the changes of {count(summary['sources'], 'passage')} the mean loss was "
         f"{dense['after']['mean']:.3f} nats dense and{_among(other)} least with {best['label']}, "
         f"{_loss_after(best):.3f} at {best['achieved_sparsity']:.1%} achieved "
         f"sparsity{beside}{other}."
@@ -202,14 +203,10 @@ def _of_texts(summary: Mapping[str, Any], rows: Sequence[Line]) -> str:
     what = "document similarity" if name == "document_similarity" else "ROUGE-L"
     other = "" if closest is best else _beside(closest, close)
     return (
-        f"Over {_count(summary['sources'], 'prompt')}{_among(other)} {best['label']} wrote closest "
+        f"Over {count(summary['sources'], 'prompt')}{_among(other)} {best['label']} wrote closest "
         f"to the dense text ({what} {close(best):.3f}, at {best['achieved_sparsity']:.1%} achieved "
         f"sparsity, {best['dense_token_share']:.1%} of the decoded tokens dense){second}{other}."
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _any_has(rows: Sequence[Line], name: str) -> bool:

@@ -22,9 +22,8 @@ from dart_llm.inspect_tables import sheets
 from dart_llm.inspect_texts import InspectText, inspect_texts
 from dart_llm.inspect_weights import weights
 from dart_llm.inspect_words import sentences
-from dart_llm.job_common import config_document, load_model
+from dart_llm.job_common import config_document, load_model, write_logs
 from dart_llm.model_facts import model_digest
-from dart_llm.outputs import timing_text
 from dart_llm.provenance import peak_memory_bytes
 from dart_llm.results import ResultsFolder, open_folder, write_csv, write_json, write_text
 from dart_llm.settings_inspect import InspectSettings
@@ -96,7 +95,7 @@ def _keep(job: InspectJob, identity: dict[str, Any], status: str) -> None:
         _write_config(job, identity, status)
         if job.sections:
             job.ui.say(f"what was finished is kept in {job.path}; the same command resumes")
-        _write_logs(job)
+        write_logs(job.folder, job.ui.log, job.timing)
 
 
 def _inspect(job: InspectJob, tokenizer: Any, wanted: Sequence[str], named: bool) -> None:
@@ -195,7 +194,7 @@ def _finish(job: InspectJob, identity: dict[str, Any]) -> None:
         job.ui.say(sentence)
     _write_config(job, identity, "complete")
     _write_pages(job)
-    _write_logs(job)
+    write_logs(job.folder, job.ui.log, job.timing)
     job.folder.finish()
     job.ui.say(f"results: {job.path}")
 
@@ -210,8 +209,3 @@ def _write_pages(job: InspectJob) -> None:
     except MissingExtra as error:
         job.ui.say(f"no plots: {error}")
     job.ui.say(f"report: {report_inspect.write(job.path)}")
-
-
-def _write_logs(job: InspectJob) -> None:
-    write_text(job.path / f"output_{job.folder.stamp}.log", "\n".join(job.ui.log) + "\n")
-    write_text(job.path / f"timing_{job.folder.stamp}.log", timing_text(job.timing))

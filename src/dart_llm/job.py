@@ -17,15 +17,15 @@ from dart_llm.candidate import Candidate
 from dart_llm.config import PruneConfig
 from dart_llm.devices import memory_failure
 from dart_llm.errors import ConfigError, DartError, MissingExtra, ResultsError
-from dart_llm.job_common import config_document, load_model
+from dart_llm.job_common import config_document, load_model, write_logs
 from dart_llm.job_generate import generate_texts
 from dart_llm.job_state import Job
-from dart_llm.outputs import check_masks, read_masks, timing_text
+from dart_llm.outputs import check_masks, read_masks
 from dart_llm.perplexity import slices
 from dart_llm.ppl_rows import rows_to_dict, score_row
 from dart_llm.prepare import prepare
 from dart_llm.provenance import peak_memory_bytes
-from dart_llm.results import open_folder, write_json, write_text
+from dart_llm.results import open_folder, write_json
 from dart_llm.settings import RunSettings
 from dart_llm.tables import conclusion, perplexity_table, report_table
 from dart_llm.ui import Ui
@@ -80,7 +80,7 @@ def _keep(job: Job, status: str) -> None:
     """Leave what there is in order; a disk that is full must not hide the first error."""
     with contextlib.suppress(ResultsError):
         _write_config(job, status)
-        _write_logs(job)
+        write_logs(job.folder, job.ui.log, job.timing)
 
 
 def _digests(settings: RunSettings, prompt: str, texts: Sequence[str]) -> dict[str, str]:
@@ -171,7 +171,7 @@ def _finish(job: Job) -> None:
         job.ui.say(sentence)
     _write_config(job, "complete")
     _write_pages(job)
-    _write_logs(job)
+    write_logs(job.folder, job.ui.log, job.timing)
     job.folder.finish()
     job.ui.say(f"results: {job.path}")
 
@@ -184,8 +184,3 @@ def _write_pages(job: Job) -> None:
     except MissingExtra as error:
         job.ui.say(f"no plots: {error}")
     job.ui.say(f"report: {report.write(job.path)}")
-
-
-def _write_logs(job: Job) -> None:
-    write_text(job.path / f"output_{job.folder.stamp}.log", "\n".join(job.ui.log) + "\n")
-    write_text(job.path / f"timing_{job.folder.stamp}.log", timing_text(job.timing))

@@ -5,15 +5,22 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dart_llm.loading import checkpoint_facts, load
+from dart_llm.outputs import timing_text
 from dart_llm.provenance import git_state, machine, versions
-from dart_llm.results import SCHEMA, now
+from dart_llm.results import SCHEMA, ResultsFolder, now, write_text
 from dart_llm.settings_base import BaseSettings
 from dart_llm.ui import Ui
+
+
+def write_logs(folder: ResultsFolder, said: Sequence[str], timing: dict[str, Any]) -> None:
+    """output_<time>.log, what was said, and timing_<time>.log, for people."""
+    write_text(folder.path / f"output_{folder.stamp}.log", "\n".join(said) + "\n")
+    write_text(folder.path / f"timing_{folder.stamp}.log", timing_text(timing))
 
 
 def load_model(settings: BaseSettings, ui: Ui) -> tuple[Any, Any, float]:

@@ -16,13 +16,13 @@ from dart_llm.cell import Cell
 from dart_llm.cell_inputs import Digests
 from dart_llm.devices import memory_failure
 from dart_llm.errors import DartError, MissingExtra, ResultsError
-from dart_llm.job_common import config_document, load_model
+from dart_llm.job_common import config_document, load_model, write_logs
 from dart_llm.loading import checkpoint_facts
 from dart_llm.measure import check_calibration, check_task, count, measure
-from dart_llm.outputs import check_masks, read_masks, timing_text
+from dart_llm.outputs import check_masks, read_masks
 from dart_llm.prepare import prepare
 from dart_llm.provenance import peak_memory_bytes
-from dart_llm.results import ResultsFolder, open_folder, write_json, write_lines, write_text
+from dart_llm.results import ResultsFolder, open_folder, write_json, write_lines
 from dart_llm.settings_measure import MeasureSettings
 from dart_llm.trackers import Tracker, open_tracker
 from dart_llm.ui import Ui
@@ -81,7 +81,7 @@ def run_measure(settings: MeasureSettings, ui: Ui, fresh: bool = False) -> Measu
             _write_config(job, identity, status)
             if job.rows:
                 ui.say(f"what was finished is kept in {folder.path}; the same command resumes")
-            _write_logs(job)
+            write_logs(job.folder, job.ui.log, job.timing)
         memory = memory_failure(error, settings.model, settings.dtype or "the checkpoint's dtype")
         if memory is not None and not isinstance(error, DartError):
             raise memory from None
@@ -166,7 +166,7 @@ def _finish(job: MeasureJob, identity: dict[str, Any]) -> None:
         job.ui.say(f"note: {note}")
     _write_config(job, identity, "complete")
     _write_page(job)
-    _write_logs(job)
+    write_logs(job.folder, job.ui.log, job.timing)
     job.folder.finish()
     job.ui.say(f"results: {job.path}")
 
@@ -191,11 +191,6 @@ def _write_page(job: MeasureJob) -> None:
         job.ui.say(f"report: {report_compare.write(job.path)}")
     except MissingExtra as error:
         job.ui.say(f"no report: {error}")
-
-
-def _write_logs(job: MeasureJob) -> None:
-    write_text(job.path / f"output_{job.folder.stamp}.log", "\n".join(job.ui.log) + "\n")
-    write_text(job.path / f"timing_{job.folder.stamp}.log", timing_text(job.timing))
 
 
 def document(job: MeasureJob) -> dict[str, Any]:
