@@ -24,8 +24,11 @@ TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 PROMPT, DECODED = 66, 4
 """More prompt tokens than any preset wants as evidence; too few decoded ones for a re-mask."""
 
-NO_MEMORY = ("weight", "random", "flap")
-"""Scores without activations, and one that refuses an ``ema_decay`` (tests/test_baselines.py)."""
+NO_MEMORY = ("weight", "random", "flap", "fisher")
+"""Scores without activations, and those that refuse an ``ema_decay`` (tests/test_baselines.py)."""
+
+SHORT_PRIOR = {"sequences": 2, "length": 24}
+"""A prior that is learnt in no time, for scores that need one."""
 
 SHAPES = ("llama-bias", "phi3", "gpt2", "falcon", "opt")
 """One model per FFN shape, for the products with scores and budgets."""
@@ -111,7 +114,8 @@ def test_methods(name: str, dtype: torch.dtype, method: str) -> None:
 @pytest.mark.parametrize("score", SCORES.names())
 @pytest.mark.parametrize("name", SHAPES)
 def test_scores(name: str, score: str) -> None:
-    _check_pair(name, torch.float32, "griffin", score=score, sparsity=0.4)
+    more = {"prior": SHORT_PRIOR} if SCORES.get(score).learns else {}
+    _check_pair(name, torch.float32, "griffin", score=score, sparsity=0.4, **more)
 
 
 @pytest.mark.parametrize("score", [n for n in SCORES.names() if n not in NO_MEMORY])

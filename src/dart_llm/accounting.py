@@ -23,6 +23,8 @@ class Costs:
     layers: tuple[FfnWeights, ...]
     total_bytes: int
     """Bytes of all weights that one decoded token reads."""
+    low_rank: bool = False
+    """Whether masks come with low-rank compensation, where a layer has a basis for it."""
 
     @staticmethod
     def per_neuron(layer: FfnWeights) -> int:
@@ -32,25 +34,43 @@ class Costs:
     def bytes(self, kept: Sequence[int] | None) -> int:
         counts = [layer.width for layer in self.layers] if kept is None else kept
         return sum(
-            count * self.per_neuron(layer) * layer.down.element_size()
+            (count * self.per_neuron(layer) + self._linear(layer, count))
+            * layer.down.element_size()
             for count, layer in zip(counts, self.layers, strict=True)
         )
 
     def flops(self, kept: Sequence[int] | None) -> int:
         counts = [layer.width for layer in self.layers] if kept is None else kept
         return 2 * sum(
-            count * self.per_neuron(layer) for count, layer in zip(counts, self.layers, strict=True)
+            count * self.per_neuron(layer) + self._linear(layer, count)
+            for count, layer in zip(counts, self.layers, strict=True)
         )
+
+    def rank(self, layer: FfnWeights) -> int:
+        """Features that low-rank compensation reads of the layer's input; 0: none."""
+        learnt = layer.learnt
+        return len(learnt.basis) if self.low_rank and learnt and learnt.basis is not None else 0
+
+    def _linear(self, layer: FfnWeights, kept: int) -> int:
+        """Weights of low-rank compensation, which layers that keep all do without."""
+        return 2 * self.rank(layer) * layer.hidden if kept < layer.width else 0
 
     @property
     def observe_flops(self) -> int:
         """Tracing one observed token in all layers."""
-        return STATISTIC_FLOPS * sum(layer.width + layer.hidden for layer in self.layers)
+        plain = STATISTIC_FLOPS * sum(layer.width + layer.hidden for layer in self.layers)
+        return plain + 2 * sum(
+            (layer.width + layer.hidden + self.rank(layer)) * self.rank(layer)
+            for layer in self.layers
+        )
 
     @property
     def observe_bytes(self) -> int:
         """Sums read and written, float32, for one observed token in all layers."""
-        return 16 * sum(layer.width for layer in self.layers)
+        plain = 16 * sum(layer.width for layer in self.layers)
+        return plain + 8 * sum(
+            (layer.width + self.rank(layer)) * self.rank(layer) for layer in self.layers
+        )
 
     def build_bytes(self, kept: Sequence[int], compact: bool, compensates: bool) -> int:
         """One mask: the copies that compact makes, the removed columns that compensation reads."""
@@ -64,13 +84,18 @@ class Costs:
         return copies + (removed if compensates else 0)
 
     def build_flops(self, kept: Sequence[int], compensates: bool) -> int:
-        """Sorting (width x log2 width comparisons) and the compensation product."""
+        """Sorting (width x log2 width comparisons), the regression, the compensation product."""
         sorting = sum(layer.width * layer.width.bit_length() for layer in self.layers)
+        if not compensates:
+            return sorting
         removed = sum(
-            2 * (layer.width - count) * layer.hidden
+            2 * (layer.width - count) * layer.hidden * (1 + self.rank(layer))
             for count, layer in zip(kept, self.layers, strict=True)
         )
-        return sorting + (removed if compensates else 0)
+        fit = sum(
+            2 * (layer.width + self.rank(layer)) * self.rank(layer) ** 2 for layer in self.layers
+        )
+        return sorting + removed + fit
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,14 @@ class Seen:
 
     ``x``: the residual stream that enters the FFN half; ``u``: what entered the down projection (0
     where a mask removed a neuron; in OPT before the mask); ``z``: what came out of it, without
-    compensation; ``r``: what is added to the stream.
+    compensation; ``r``: what is added to the stream; ``h``: the input of the up projection.
     """
 
     u: Tensor
     x: Tensor
     z: Tensor
     r: Tensor
+    h: Tensor
 
 
 Take = Callable[[int, Seen], None]
@@ -47,11 +48,14 @@ def tap(
     layers: Sequence[int] | None = None,
     before: Callable[[ForwardArgs], None] = lambda seen: None,
     after: Callable[[], None] = lambda: None,
+    graph: bool = False,
 ) -> Iterator[None]:
     """Inside, ``take(layer, seen)`` is called in every forward, once per layer.
 
-    ``before`` and ``after`` are called around each forward of ``model``.  Neurons that the compact
-    executor skips are never computed: under it ``take`` is not called for masked layers.
+    ``before`` and ``after`` are called around each forward of ``model``.  ``graph``: the tensors
+    are those of the graph, in the model's shapes, for gradients; otherwise they are detached.
+    Neurons that the compact executor skips are never computed: under it ``take`` is not called
+    for masked layers.
     """
     taps: list[_LayerTap] = []
     handles: list[Any] = []
@@ -62,12 +66,13 @@ def tap(
         seen = read_forward(module, args, kwargs)
         rows = seen.rows
         for one in taps:
-            one.x = one.u = one.z = None
+            one.x = one.u = one.z = one.h = None
         before(seen)
 
-    def handed(layer: int, u: Tensor, x: Tensor, z: Tensor, r: Tensor) -> None:
-        each = (t.detach().reshape(rows, -1, t.shape[-1]) for t in (u, x, z, r))  # OPT is flat
-        take(layer, Seen(*each))
+    def handed(layer: int, *tensors: Tensor) -> None:
+        if not graph:
+            tensors = tuple(t.detach().reshape(rows, -1, t.shape[-1]) for t in tensors)  # OPT: flat
+        take(layer, Seen(*tensors))
 
     try:
         handles.append(model.register_forward_pre_hook(begin, with_kwargs=True))
@@ -87,13 +92,14 @@ class _LayerTap:
     def __init__(
         self,
         block: FfnBlock,
-        take: Callable[[int, Tensor, Tensor, Tensor, Tensor], None],
+        take: Callable[..., None],
         keep: Callable[[Any], None],
     ) -> None:
         self.index, self.take = block.index, take
-        self.x = self.u = self.z = None  # type: Tensor | None
+        self.x = self.u = self.z = self.h = None  # type: Tensor | None
         before_x = block.ffn if block.x_from is None else block.x_from
         keep(before_x.register_forward_pre_hook(self._take_x, with_kwargs=True))
+        keep(block.up.register_forward_pre_hook(self._take_h, with_kwargs=True))
         keep(block.down.register_forward_pre_hook(self._take_u, with_kwargs=True))
         keep(block.down.register_forward_hook(self._take_z))
         self.ends = block.post_norm is None
@@ -102,6 +108,9 @@ class _LayerTap:
 
     def _take_x(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.x = args[0] if args else next(iter(kwargs.values()))
+
+    def _take_h(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.h = args[0] if args else next(iter(kwargs.values()))
 
     def _take_u(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.u = args[0] if args else next(iter(kwargs.values()))
@@ -112,10 +121,10 @@ class _LayerTap:
             self._take_r(module, args, z)
 
     def _take_r(self, module: nn.Module, args: Any, r: Tensor) -> None:
-        u, x, z = self.u, self.x, self.z
-        self.x = self.u = self.z = None
+        u, x, z, h = self.u, self.x, self.z, self.h
+        self.x = self.u = self.z = self.h = None
         if u is not None and x is not None and z is not None:
-            self.take(self.index, u, x, z, r)
+            self.take(self.index, u, x, z, r, z if h is None else h)
 
 
 class Recording:

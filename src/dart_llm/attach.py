@@ -71,11 +71,7 @@ class Attachment(_NotCopied):
 
     def install(self) -> None:
         """Attach; raises ``AttachError`` when the model already is, and leaves nothing behind."""
-        if _holders(self.model):
-            raise AttachError(
-                "this model is already being pruned: leave that block first, or call "
-                "dart_llm.restore(model)"
-            )
+        check_free(self.model)
         _active.add(self)
         try:
             self._install()
@@ -188,6 +184,15 @@ def _holders(model: nn.Module) -> list[Attachment]:
     return [
         held for held in _active if any(id(layer.block.host) in modules for layer in held.layers)
     ]
+
+
+def check_free(model: nn.Module) -> None:
+    """Raise ``AttachError`` when ``model``, a part or a wrapper of it is being pruned."""
+    if _holders(model):
+        raise AttachError(
+            "this model is already being pruned: leave that block first, or call "
+            "dart_llm.restore(model)"
+        )
 
 
 def restore(model: nn.Module) -> None:

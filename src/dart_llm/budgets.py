@@ -156,6 +156,15 @@ def global_rank(layers: Sequence[LayerView], keep: int) -> list[int]:
     return _smallest(ranked, keep)
 
 
+@budget("this project; docs/method.md: for scores whose values compare between layers")
+def ranked(layers: Sequence[LayerView], keep: int) -> list[int]:
+    """All neurons in one ranking by the score itself, as it is.
+
+    At least 10 % of a layer stay.
+    """
+    return _smallest([-layer.score.sort(descending=True).values for layer in layers], keep)
+
+
 @budget("FLAP, arXiv 2312.11983: standardised metrics in one ranking")
 def standardized(layers: Sequence[LayerView], keep: int) -> list[int]:
     """All neurons in one ranking, after each layer's scores got mean 0 and deviation 1.

@@ -19,6 +19,7 @@ from dart_llm.attach import Attachment
 from dart_llm.config import BudgetConfig, CalibrationConfig, PruneConfig
 from dart_llm.errors import LoadError
 from dart_llm.evidence import LayerEvidence, Sum
+from dart_llm.own_text import write_sequences
 from dart_llm.select import Selector, check_fits
 from dart_llm.session import Masks
 from dart_llm.tracer import Tracer
@@ -28,9 +29,6 @@ Say = Callable[[str], None]
 
 BATCH = 8
 """Sequences of one observed forward."""
-
-WRITTEN = 64
-"""Sequences that the model writes at a time."""
 
 
 @dataclass(frozen=True)
@@ -173,37 +171,3 @@ def _own_start(tokenizer: Any) -> list[int]:
         if token is not None:
             return [int(token)]
     return []
-
-
-@torch.inference_mode()
-def write_sequences(
-    model: Any,
-    start: Sequence[int],
-    count: int,
-    length: int,
-    seed: int,
-    say: Say = lambda text: None,
-) -> Tensor:
-    """``count`` sequences of ``length`` tokens, sampled from the dense model at temperature 1.
-
-    ``start``: the token that all begin with, or nothing: then each begins with a random one.  An
-    end of sequence does not stop them.  Returns [count, length] int64 on the host.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    rows = []
-    for done in range(0, count, WRITTEN):
-        size = min(WRITTEN, count - done)
-        first = torch.randint(vocabulary, (size, 1), generator=generator)
-        ids = torch.full_like(first, start[0]) if start else first
-        cache = None
-        for step in range(1, length):
-            given: dict[str, Any] = {} if cache is None else {"cache": cache}
-            output = model(ids[:, -1:].to(model.device), use_cache=True, **given)
-            cache = output.cache
-            chances = output.logits[:, -1].float().softmax(-1).cpu()
-            ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], 1)
-            if step % 32 == 0:
-                say(f"the model writes calibration text: {step} of {length} tokens")
-        rows.append(ids)
-    return torch.cat(rows).clone()

@@ -13,6 +13,7 @@ from dart_llm.config_parts import (
     CalibrationConfig,
     DriftConfig,
     Part,
+    PriorConfig,
     RemaskConfig,
     ScoreConfig,
     first_problem,
@@ -27,6 +28,7 @@ __all__ = [
     "BudgetConfig",
     "CalibrationConfig",
     "DriftConfig",
+    "PriorConfig",
     "PruneConfig",
     "RemaskConfig",
     "ScoreConfig",
@@ -64,9 +66,12 @@ class PruneConfig(Part):
     ``sparsity``: fraction of all FFN neurons to remove, [0, 1); None: ``DEFAULT_SPARSITY``, unless
     a table or the ``auto`` strategy sets the counts.  ``masking_step``: dense decode tokens before
     the first mask.  ``release_step``: decode step from which everything runs dense.
-    ``min_evidence``: tokens (prompt + observed) wanted before the first mask.  ``calibration``:
-    what ``prepare`` does before a run.  ``weight_bits``: the dense model with weights of 8 or 4
-    bits.
+    ``min_evidence``: tokens (prompt + observed) wanted before the first mask.  ``skip_sinks``: the
+    first tokens of a sequence, which draw attention whatever they say, leave no evidence.
+    ``calibration``: what ``prepare`` does before a run.  ``prior``: what is learnt of the model
+    when it is first pruned.  ``compensation_rank``: features of the FFN's input from which
+    compensation predicts the removed neurons' output; 0: their mean alone.  ``weight_bits``: the
+    dense model with weights of 8 or 4 bits.
     """
 
     method: str = "dart"
@@ -76,11 +81,14 @@ class PruneConfig(Part):
     drift: DriftConfig = DriftConfig()
     remask: RemaskConfig = RemaskConfig()
     calibration: CalibrationConfig | None = None
+    prior: PriorConfig | None = None
     weight_bits: Literal[4, 8] | None = None
     masking_step: int = 0
     release_step: int | None = None
     min_evidence: int = 0
+    skip_sinks: bool = False
     compensation: bool = False
+    compensation_rank: int = 0
     batch: Literal["shared", "per_row"] = "shared"
     executor: Literal["auto", "masked", "compact"] = "auto"
     seed: int = 0
@@ -107,6 +115,7 @@ class PruneConfig(Part):
         if self.executor == "compact" and self.batch == "per_row":
             raise ConfigError('batch "per_row" has a mask per row: use executor "masked" or "auto"')
         self._check_calibration()
+        self._check_prior()
         if self.score.strategy == "auto" and self.budget.table is not None:
             raise ConfigError('strategy "auto" sets the counts itself: drop the layer table')
         if self.score.strategy == "auto" and self.budget.name != "uniform":
@@ -126,6 +135,19 @@ class PruneConfig(Part):
             raise ConfigError(
                 f"weight_bits {self.weight_bits} stands for the dense model: drop the sparsity"
             )
+
+    def _check_prior(self) -> None:
+        if self.compensation_rank < 0:
+            raise ConfigError(f"compensation_rank {self.compensation_rank} must not be negative")
+        if self.prior is not None:
+            return
+        wants = {
+            f"compensation_rank {self.compensation_rank}": self.compensation_rank > 0,
+            "skip_sinks": self.skip_sinks,  # a prompt of sinks alone would leave nothing at all
+        }
+        for what, wanted in wants.items():
+            if wanted:
+                raise ConfigError(f"{what} needs a prior: give prior={{}} too")
 
     def _check_exclusive(self) -> None:
         if self.score.strategy == "auto":
@@ -148,7 +170,7 @@ class PruneConfig(Part):
         if isinstance(score, Mapping) and score.get("strategy") == "auto":
             data["budget"] = BudgetConfig().model_dump()  # the preset's budget has no part in it
         for key, value in changes.items():
-            nested = key in _SHORT and isinstance(value, Mapping)
+            nested = key in (*_SHORT, "prior") and isinstance(value, Mapping)
             data[key] = {**(data[key] or {}), **value} if nested else value
         return PruneConfig.from_mapping(data)
 

@@ -165,6 +165,32 @@ class CalibrationConfig(Part):
         return self
 
 
+class PriorConfig(Part):
+    """What is learnt of a model once, from text that it writes itself (docs/method.md, "Prior").
+
+    ``sequences`` of ``length`` tokens, sampled at ``temperature`` from the likeliest tokens that
+    together have the chance ``top_p``.  ``tokens``: the prior weighs as much as so many observed
+    tokens.
+    """
+
+    sequences: int = 32
+    length: int = 128
+    temperature: float = 0.8
+    top_p: float = 0.9
+    tokens: int = 128
+
+    @model_validator(mode="after")
+    def _check(self) -> PriorConfig:
+        for name, least in (("sequences", 1), ("length", 16), ("tokens", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"prior: {name} {getattr(self, name)} must be at least {least}")
+        if not self.temperature > 0:
+            raise ConfigError(f"prior: temperature {self.temperature} must be more than 0")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"prior: top_p {self.top_p} must lie in (0, 1]")
+        return self
+
+
 def first_problem(error: ValidationError) -> str:
     """The first validation problem as one sentence."""
     problem = error.errors()[0]

@@ -5,7 +5,7 @@ Token weights are 1 for a real token of a live row and 0 for padding and finishe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -37,7 +37,10 @@ class Sum:
 
 @dataclass
 class LayerEvidence:
-    """Named sums of one layer: ``score`` [I], ``signed`` [I], ``squares`` [I] and scalars."""
+    """Named sums of one layer: ``score`` [I], ``signed`` [I], ``squares`` [I] and scalars.
+
+    For low-rank compensation also ``features`` [r], ``moments`` [r, r] and ``cross`` [I, r].
+    """
 
     sums: dict[str, Sum] = field(default_factory=dict)
 
@@ -48,12 +51,23 @@ class LayerEvidence:
             part = values.sum(0)
         else:
             part = torch.einsum("t,t...->...", weights, values)
+        self._more(name, part, weight)
+
+    def _more(self, name: str, part: Tensor, weight: Tensor | float) -> None:
         known = self.sums.get(name)
         if known is None:
             self.sums[name] = Sum(part, weight)
         else:
             known.total += part
             known.weight = known.weight + weight
+
+    def add_products(
+        self, name: str, first: Tensor, second: Tensor, weights: Tensor | None
+    ) -> None:
+        """Add ``sum_t first_t second_t^T``: first [T, n], second [T, m]; weights: [T] or None."""
+        weighted = second if weights is None else second * weights[:, None]
+        part = first.T @ weighted
+        self._more(name, part, float(len(first)) if weights is None else weights.sum())
 
     def add_ema(self, values: Tensor, decay: float, weights: Tensor | None) -> None:
         """``s <- d s + a`` over the tokens of [B, T, I] in order, rows summed."""
@@ -96,14 +110,16 @@ class LayerEvidence:
 class Statistics:
     """Which sums a configuration needs, and how to add one forward's tokens to them.
 
-    ``needs`` holds any of ``signed`` (compensation), ``sensitivity``, ``sensitivity-residual`` and
-    ``squares`` (budget ``global``).  ``spread``: scores take the standard deviation of u.
+    ``needs`` holds any of ``signed`` (compensation), ``features`` (its low-rank part),
+    ``sensitivity``, ``sensitivity-residual`` and ``squares`` (budget ``global``).  ``spread``:
+    scores take the standard deviation of u; ``average``: the mean of the per-token statistic.
     """
 
     per_token: PerToken | None
     ema_decay: float | None
     needs: frozenset[str]
     spread: bool = False
+    average: bool = False
 
     @property
     def needs_stream(self) -> bool:
@@ -118,13 +134,20 @@ class Statistics:
         x: Tensor | None,
         r: Tensor | None,
         weights: Tensor | None,
+        f: Tensor | None = None,
     ) -> None:
-        """Add tokens. u: [B, T, I]; z, x, r: [B, T, D]; weights: [B, T] float32 or None."""
+        """Add tokens.
+
+        u: [B, T, I]; z, x, r: [B, T, D]; f: [B, T, F] features of the FFN's input; weights: [B, T]
+        float32 or None.
+        """
         step = max(1, CHUNK_ELEMENTS // (u.shape[0] * u.shape[2]))
         for start in range(0, u.shape[1], step):
             part = slice(start, start + step)
             w = None if weights is None else weights[:, part]
             self._neurons(evidence, u[:, part].float(), w)
+            if f is not None and "features" in self.needs:
+                _add_features(evidence, u[:, part].float(), f[:, part].float(), w)
         if self.needs_stream:
             if x is None or r is None:
                 raise RuntimeError("x and r were not captured")
@@ -165,7 +188,17 @@ class Statistics:
         if self.spread:
             variance = known.mean - evidence.sums["signed"].mean.square()
             return variance.clamp_min(0).sqrt()
-        return known.mean if self.ema_decay is not None else known.total.sqrt()
+        if self.average or self.ema_decay is not None:
+            return known.mean
+        return known.total.sqrt()
+
+
+def _add_features(evidence: LayerEvidence, u: Tensor, f: Tensor, weights: Tensor | None) -> None:
+    u, f = u.flatten(0, 1), f.flatten(0, 1)
+    w = None if weights is None else weights.flatten()
+    evidence.add("features", f, w)
+    evidence.add_products("moments", f, f, w)
+    evidence.add_products("cross", u, f, w)
 
 
 def _add_sensitivity(
@@ -183,8 +216,7 @@ def _add_sensitivity(
 
 
 def needed(
-    parts: tuple[str, ...], compensation: bool, get: Callable[[str], frozenset[str]]
+    parts: tuple[str, ...], compensation: Sequence[str], get: Callable[[str], frozenset[str]]
 ) -> frozenset[str]:
-    """The union of what the budgets ``parts`` need, and ``signed`` for compensation."""
-    found = frozenset().union(*(get(part) for part in parts))
-    return found | {"signed"} if compensation else found
+    """The union of what the budgets ``parts`` need, and of what compensation does."""
+    return frozenset(compensation).union(*(get(part) for part in parts))

@@ -21,8 +21,14 @@ def export(
     """Write ``model`` with only the kept neurons; compensation goes into the output biases.
 
     Raises ``ConfigError`` when the layers keep different numbers of neurons, when the
-    architecture's width is fixed, or when a bias is needed that the architecture lacks.
+    architecture's width is fixed, when a bias is needed that the architecture lacks, or when the
+    masks come with low-rank compensation, which no plain checkpoint can carry.
     """
+    if any(mask is not None and mask.low_rank is not None for mask in masks):
+        raise ConfigError(
+            "low-rank compensation has no place in a plain checkpoint: use compensation_rank=0 to "
+            "export"
+        )
     kept = {
         block.down_width if mask is None else mask.kept
         for block, mask in zip(blocks, masks, strict=True)

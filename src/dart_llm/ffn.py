@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dart_llm.errors import UnsupportedModel
+from dart_llm.low_rank import LowRank
 from dart_llm.masks import LayerMask
 from dart_llm.weights import FfnWeights
 
@@ -126,12 +127,18 @@ Project = Callable[[Tensor], Tensor]
 
 
 def run_masked(
-    block: FfnBlock, project: Project, x: Tensor, mask: Tensor | None, bias: Tensor | None
+    block: FfnBlock,
+    project: Project,
+    x: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    linear: LowRank | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Dense arithmetic with u multiplied by ``mask`` ([I] or [B, 1, I]; None: all ones)."""
     u = block.hidden(x)
     z = project(u if mask is None else u * mask)
-    return u, (z if bias is None else z + bias)
+    z = z if bias is None else z + bias
+    return u, (z if linear is None else z + linear(x))
 
 
 class CompactFfn:
@@ -144,6 +151,7 @@ class CompactFfn:
         self.block = block
         self.mask: LayerMask | None = None
         self.rows = self.columns = self.row_bias = self.bias = None  # type: Tensor | None
+        self.linear: LowRank | None = None
         self.own_bias = False
 
     @torch.no_grad()
@@ -163,7 +171,17 @@ class CompactFfn:
                 )
             torch.index_select(down.detach(), 1, mask.ids, out=self.columns)
             self._load_biases(mask)
+            self._load_linear(mask)
         self.mask = mask
+
+    def _load_linear(self, mask: LayerMask) -> None:
+        new = mask.low_rank
+        if new is None:
+            self.linear = None
+            return
+        old = None if self.linear is None else self.linear.out
+        out = _buffer(old, tuple(new.out.shape), new.out).copy_(new.out)
+        self.linear = LowRank(new.basis, out)
 
     def _load_biases(self, mask: LayerMask) -> None:
         block = self.block
@@ -195,10 +213,12 @@ class CompactFfn:
             u = self.block.act(gate) * up
         else:
             u = self.block.act(hidden)
-        return None, F.linear(u, self.columns, self.bias)
+        z = F.linear(u, self.columns, self.bias)
+        return None, (z if self.linear is None else z + self.linear(x))
 
     def nbytes(self) -> int:
-        held = (self.rows, self.columns, self.row_bias, self.bias if self.own_bias else None)
+        out = None if self.linear is None else self.linear.out
+        held = (self.rows, self.columns, self.row_bias, self.bias if self.own_bias else None, out)
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dart_llm.ffn import CompactFfn, FfnBlock, run_masked
+from dart_llm.low_rank import LowRank
 from dart_llm.masks import LayerMask
 from dart_llm.plan import Plan, bare
 from dart_llm.tracer import Tracer
@@ -31,8 +33,11 @@ class HostedFfn:
         self.owner = owner
         self.compact = CompactFfn(block)
         self.x: Tensor | None = None
+        self.features: Tensor | None = None
         self.waiting: tuple[Tensor, Tensor] | None = None
-        self._stacked: tuple[list[LayerMask | None], Tensor, Tensor | None] | None = None
+        self._stacked: (
+            tuple[list[LayerMask | None], Tensor, Tensor | None, LowRank | None] | None
+        ) = None
 
     def hook_stream(self, keep: Callable[[Any], None]) -> None:
         """Read x before the FFN's norm, and r after its post-norm."""
@@ -43,7 +48,7 @@ class HostedFfn:
 
     def forget(self) -> None:
         """Drop what an interrupted forward left behind."""
-        self.x = self.waiting = None
+        self.x = self.features = self.waiting = None
 
     def release(self) -> None:
         """Free the copies and the multipliers."""
@@ -89,17 +94,17 @@ class HostedFfn:
         self, original: Callable[..., Any], x: Tensor, masks: list[LayerMask | None]
     ) -> Tensor:
         project = original if self.block.inline else self.block.down
-        mask, bias = self._multipliers(masks, x) if masks else (None, None)
+        mask, bias, linear = self._multipliers(masks, x) if masks else (None, None, None)
         by_row = mask is not None and mask.dim() == 3  # then OPT's flat [B * T, D] is unfolded
         inputs = x.reshape(self.owner.rows, -1, x.shape[-1]) if by_row else x
-        u, z = run_masked(self.block, project, inputs, mask, bias)
+        u, z = run_masked(self.block, project, inputs, mask, bias, linear)
         if self.owner.plan.observe:
             self._observed(u, z, x)
         return z if z.dim() == x.dim() else z.reshape(*x.shape[:-1], z.shape[-1])
 
     def _multipliers(
         self, masks: list[LayerMask | None], x: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, LowRank | None]:
         known = self._stacked
         if (
             known is None
@@ -108,9 +113,10 @@ class HostedFfn:
             or known[1].dtype != x.dtype
         ):
             self._stacked = known = (masks, *_stack(masks, x))
-        return known[1], known[2]
+        return known[1], known[2], known[3]
 
     def _observed(self, u: Tensor, z: Tensor, x: Tensor) -> None:
+        self.features = self._features(x)
         if not self.owner.tracer.selector.statistics.needs_stream:
             self._observe(u, z, None)
             return
@@ -121,39 +127,62 @@ class HostedFfn:
         else:
             self.waiting = (bare(u), bare(z))
 
+    def _features(self, x: Tensor) -> Tensor | None:
+        """What low-rank compensation reads of the FFN's input x; an inline block never sees it."""
+        learnt = self.owner.tracer.selector.layers[self.block.index].learnt
+        if learnt is None or learnt.basis is None or self.block.inline:
+            return None
+        return F.linear(x.detach(), learnt.basis)
+
     def _observe(self, u: Tensor, z: Tensor, r: Tensor | None) -> None:
         rows = self.owner.rows
         x, self.x = self.x, None
+        f, self.features = self.features, None
         # OPT flattens its tokens; with a mask for every row u and z are unfolded already
         u, z = u.reshape(rows, -1, u.shape[-1]), z.reshape(rows, -1, z.shape[-1])
-        x, r = (None if t is None else t.reshape(rows, -1, t.shape[-1]) for t in (x, r))
-        self.owner.tracer.observe(self.block.index, u, z, x, r)
+        x, r, f = (None if t is None else t.reshape(rows, -1, t.shape[-1]) for t in (x, r, f))
+        self.owner.tracer.observe(self.block.index, u, z, x, r, f)
 
     def nbytes(self) -> int:
         """Bytes of the compact copies and of the multipliers, beside the masks themselves."""
         total = self.compact.nbytes()
         if self._stacked is not None:
-            masks, *multipliers = self._stacked
+            masks, ones, bias, linear = self._stacked
             counted = [mask.bias for mask in masks if mask is not None]
-            for t in multipliers:
-                if t is not None and not any(t is bias for bias in counted):
+            for t in (ones, bias):
+                if t is not None and not any(t is known for known in counted):
                     total += t.numel() * t.element_size()
+            if linear is not None and len(masks) > 1:
+                total += linear.nbytes()
         return total
 
 
-def _stack(masks: list[LayerMask | None], x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Multipliers [I] (one life) or [B, 1, I], and compensation [D] or [B, 1, D]."""
+def _stack(
+    masks: list[LayerMask | None], x: Tensor
+) -> tuple[Tensor, Tensor | None, LowRank | None]:
+    """Multipliers [I] (one life) or [B, 1, I], compensation [D] or [B, 1, D], and its map."""
     some = next(mask for mask in masks if mask is not None)
     with torch.inference_mode(False):
         ones = torch.ones(some.width, dtype=x.dtype, device=x.device)
         rows = [ones if mask is None else mask.dense(x.dtype).to(x.device) for mask in masks]
-        biases = None
-        sample = next((m.bias for m in masks if m is not None and m.bias is not None), None)
-        if sample is not None:
-            zero = torch.zeros_like(sample)
-            each = [zero if m is None or m.bias is None else m.bias for m in masks]
-            biases = [bias.to(x) for bias in each]
+        biases = [None if mask is None or mask.bias is None else mask.bias.to(x) for mask in masks]
+        linear = [None if mask is None else mask.low_rank for mask in masks]
         if len(masks) == 1:
-            return rows[0], None if biases is None else biases[0]
-        stacked = None if biases is None else torch.stack(biases)[:, None]
-        return torch.stack(rows)[:, None], stacked
+            return rows[0], biases[0], linear[0]
+        bias = _stacked(biases)
+        return torch.stack(rows)[:, None], None if bias is None else bias[:, None], _maps(linear)
+
+
+def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """One tensor with zeros for what is missing; None where all are."""
+    some = next((part for part in parts if part is not None), None)
+    if some is None:
+        return None
+    return torch.stack([torch.zeros_like(some) if part is None else part for part in parts])
+
+
+def _maps(linear: Sequence[LowRank | None]) -> LowRank | None:
+    """The rows' maps as one: they share the basis; ``out`` becomes [B, D, r]."""
+    some = next((one for one in linear if one is not None), None)
+    out = _stacked([None if one is None else one.out for one in linear])
+    return None if some is None or out is None else LowRank(some.basis, out)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dart_llm.budgets import floor_count
 from dart_llm.errors import ConfigError
+from dart_llm.low_rank import LowRank
 
 GIVEN = "given masks"
 """What stands in place of a method's name where the user chose the neurons."""
@@ -20,12 +21,14 @@ class LayerMask:
     """The neurons that one layer keeps.
 
     ``ids``: [k] int64, ascending, on the layer's device.  ``bias``: [D] float32, added to the
-    FFN's output while the mask is in force (compensation), or None.
+    FFN's output while the mask is in force (compensation), or None.  ``low_rank``: what is added
+    beside it as a linear map of the FFN's input, or None.
     """
 
     ids: Tensor
     width: int
     bias: Tensor | None = None
+    low_rank: LowRank | None = None
 
     @property
     def kept(self) -> int:
@@ -45,7 +48,8 @@ class LayerMask:
 
     def nbytes(self) -> int:
         bias = 0 if self.bias is None else self.bias.numel() * self.bias.element_size()
-        return self.ids.numel() * self.ids.element_size() + bias
+        extra = 0 if self.low_rank is None else self.low_rank.nbytes()
+        return self.ids.numel() * self.ids.element_size() + bias + extra
 
 
 def top_ids(score: Tensor, keep: int) -> Tensor:

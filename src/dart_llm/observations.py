@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-Seen = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-"""u [B, T, I], z [B, T, D], and x, r [B, T, D] where they are needed."""
+Seen = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""u [B, T, I], z [B, T, D], and x, r [B, T, D] and f [B, T, F] where they are needed."""
 
 LIMIT = 16
 """Tokens after which the evidence is updated."""
@@ -52,10 +52,10 @@ class Observations:
             self.flush()
         self.observing = observing
         for layer, seen in layers.items():
-            u, z, x, r = (None if t is None else t[:, :tokens] for t in seen)
+            u, z, x, r, f = (None if t is None else t[:, :tokens] for t in seen)
             assert u is not None
             assert z is not None
-            self.layers.setdefault(layer, []).append((u, z, x, r))
+            self.layers.setdefault(layer, []).append((u, z, x, r, f))
         self.weights.append(weights)
         self.shapes.append((rows, tokens))
         if self.tokens >= LIMIT or self.nbytes() >= MAX_BYTES:
@@ -71,8 +71,9 @@ class Observations:
         """Add everything queued to the evidence."""
         weights = self._joined_weights()
         for layer, seen in self.layers.items():
-            us, zs, xs, rs = zip(*seen, strict=True)
-            joined = (torch.cat(us, 1), torch.cat(zs, 1), _join(xs), _join(rs))
+            us, zs, *others = zip(*seen, strict=True)
+            x, r, f = (_join(parts) for parts in others)
+            joined = (torch.cat(us, 1), torch.cat(zs, 1), x, r, f)
             self.update(self.observing, layer, joined, weights)
         self.layers, self.weights, self.shapes = {}, [], []
 

@@ -93,7 +93,9 @@ SCORES: Registry[Score] = Registry(
     "score",
     "dart_llm.scores",
     {
-        **_table("dart_llm.scores", "magnitude normalized contribution wanda flap weight random"),
+        **_table(
+            "dart_llm.scores", "magnitude normalized contribution fisher wanda flap weight random"
+        ),
         **{f"{name}": f"dart_llm.proxies:{name}_proxy" for name in ("max", "mean")},
         **_table("dart_llm.proxies", "combined product"),
     },
@@ -107,6 +109,7 @@ BUDGETS: Registry[Budget] = Registry(
         "depth-residual": "dart_llm.depth_budget:depth_residual",
         "energy": "dart_llm.budgets:energy",
         "global": "dart_llm.budgets:global_rank",
+        "ranked": "dart_llm.budgets:ranked",
         "standardized": "dart_llm.budgets:standardized",
     },
 )

@@ -3,7 +3,7 @@
 A score is one function ``(a, weights) -> [I]``.  ``a`` is what was accumulated over the observed
 tokens from the per-token statistic that the decorator names: ``sqrt(sum_t e_t)``, or with an
 ``ema_decay`` d the average of ``sqrt(e_t)`` weighted by ``d^(T-1-t)``.  A score of ``spread`` gets
-the standard deviation of u over the observed tokens instead.
+the standard deviation of u over the observed tokens instead, one of ``average`` the mean of e_t.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ class Score:
     source: str
     spread: bool = False
     """Whether ``a`` is the standard deviation of u; ``per_token`` is then ``squared``."""
+    average: bool = False
+    """Whether ``a`` is the mean of the per-token statistic, so that layers compare."""
+    learns: bool = False
+    """Whether the score reads the layer's prior (``FfnWeights.learnt``)."""
 
     def __call__(self, a: Tensor, weights: FfnWeights) -> Tensor:
         """a: [I] float32 accumulated statistic.  Returns [I] float32, larger is kept first."""
@@ -40,12 +44,16 @@ class Score:
 
 
 def score(
-    per_token: PerToken | None, source: str, spread: bool = False
+    per_token: PerToken | None,
+    source: str,
+    spread: bool = False,
+    average: bool = False,
+    learns: bool = False,
 ) -> Callable[[Callable[[Tensor, FfnWeights], Tensor]], Score]:
     """Turn a function into a ``Score``; ``source`` names the paper and the formula."""
 
     def wrap(function: Callable[[Tensor, FfnWeights], Tensor]) -> Score:
-        return Score(function, per_token, source, spread)
+        return Score(function, per_token, source, spread, average, learns)
 
     return wrap
 
@@ -88,6 +96,20 @@ def wanda(a: Tensor, weights: FfnWeights) -> Tensor:
 def flap(a: Tensor, weights: FfnWeights) -> Tensor:
     """Variance of the activation times the squared norm of the neuron's output column."""
     return (a * weights.down_norm).square()
+
+
+@score(
+    squared,
+    "the diagonal Fisher information of a mask on the neuron (as in arXiv 2204.09656), with the "
+    "activations of the prompt and the gradients of a prior",
+    average=True,
+    learns=True,
+)
+def fisher(a: Tensor, weights: FfnWeights) -> Tensor:
+    """Mean squared activation times the mean squared gradient of the loss by it."""
+    if weights.learnt is None:
+        raise RuntimeError("score fisher needs the layers' priors")
+    return a * weights.learnt.curvature
 
 
 @score(None, "static baseline: norms of the neuron's weights")

@@ -15,7 +15,9 @@ from dart_llm.compensation import compensation
 from dart_llm.config import PruneConfig
 from dart_llm.errors import AttachError, ConfigError, DartError
 from dart_llm.evidence import LayerEvidence, Statistics, needed
+from dart_llm.layer_prior import pooled
 from dart_llm.layer_spec import AUTO, parse_layer_spec
+from dart_llm.low_rank import low_rank
 from dart_llm.masks import LayerMask, auto_count, top_ids
 from dart_llm.registry import BUDGETS, SCORES
 from dart_llm.scores import mix_ranks
@@ -45,6 +47,16 @@ class Selector:
                 f'score "{self.config.score.name}" is a variance over all tokens alike: drop the '
                 "ema_decay"
             )
+        rule = SCORES.get(self.config.score.name)
+        if rule.learns and self.config.prior is None:
+            raise ConfigError(
+                f'score "{self.config.score.name}" needs a prior: give prior={{}} too'
+            )
+        if rule.average and self.config.score.ema_decay is not None:
+            raise ConfigError(
+                f'score "{self.config.score.name}" is a mean over all tokens alike: drop the '
+                "ema_decay"
+            )
 
     @cached_property
     def targets(self) -> tuple[int | str | None, ...]:
@@ -59,8 +71,15 @@ class Selector:
         """What must be summed over the observed tokens."""
         score = SCORES.get(self.config.score.name)
         parts = self.config.budget.parts() if self._allocates else ()
-        needs = needed(parts, self.config.compensation, lambda name: BUDGETS.get(name).needs)
-        return Statistics(score.per_token, self.config.score.ema_decay, needs, score.spread)
+        needs = needed(parts, self._compensation_needs, lambda name: BUDGETS.get(name).needs)
+        decay = self.config.score.ema_decay
+        return Statistics(score.per_token, decay, needs, score.spread, score.average)
+
+    @property
+    def _compensation_needs(self) -> tuple[str, ...]:
+        if not self.config.compensation:
+            return ()
+        return ("signed", "features") if self.config.compensation_rank else ("signed",)
 
     @property
     def needs_evidence(self) -> bool:
@@ -87,6 +106,7 @@ class Selector:
 
         Raises ``DartError`` when a score is not finite.
         """
+        evidence = self._with_prior(evidence)
         scores = self.scores(evidence)
         weight = self.config.score.prior_weight
         if weight is not None:
@@ -113,6 +133,13 @@ class Selector:
         ]
         self._check_finite(scores)
         return scores
+
+    def _with_prior(self, evidence: Sequence[LayerEvidence]) -> list[LayerEvidence]:
+        tokens = 0 if self.config.prior is None else self.config.prior.tokens
+        return [
+            pooled(known, layer.learnt, tokens)
+            for known, layer in zip(evidence, self.layers, strict=True)
+        ]
 
     @staticmethod
     def _prior(layer: FfnWeights) -> Tensor:
@@ -188,8 +215,13 @@ class Selector:
         mask = LayerMask(top_ids(score, count), layer.width)
         if not self.config.compensation:
             return mask
+        removed = mask.removed()
+        basis = None if layer.learnt is None else layer.learnt.basis
+        if "features" in evidence.sums and basis is not None:
+            bias, linear = low_rank(layer.down, evidence, basis, removed)
+            return LayerMask(mask.ids, mask.width, bias, linear)
         mean = evidence.sums["signed"].mean
-        return LayerMask(mask.ids, mask.width, compensation(layer.down, mean, mask.removed()))
+        return LayerMask(mask.ids, mask.width, compensation(layer.down, mean, removed))
 
     def _check_finite(self, scores: Sequence[Tensor]) -> None:
         sums = torch.stack([score.sum().to(scores[0].device) for score in scores])

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from dart_llm.accounting import Costs, run_report
 from dart_llm.arch import describe
-from dart_llm.attach import Attachment
+from dart_llm.attach import Attachment, check_free
 from dart_llm.config import PruneConfig, check_prepared
 from dart_llm.errors import AttachError, ConfigError
 from dart_llm.executor import check_executor, choose_executor
+from dart_llm.learn import learn
 from dart_llm.life import Life
 from dart_llm.masks import GIVEN, LayerMask, given_masks
 from dart_llm.records import DriftCheck, Remask, RunReport
@@ -98,6 +99,9 @@ class Run:
             raise AttachError("this run is attached already")
         if not self._tracer.sequences:  # the model may have moved since this run was made
             self._layers = self._weights()
+            if self._given is None and not self._tracer.selector.removes_nothing:
+                check_free(self.model)
+                self._layers = learn(self.model, self.config, self._layers)
             self._tracer = self._new_tracer()
         attachment = Attachment(self.model, self._view, self._tracer, self.executor)
         attachment.install()
@@ -235,9 +239,10 @@ class Run:
         self._catch_up()
         copies = self._copies if self._attachment is None else self._attachment.nbytes()
         copies += sum(part.numel() * part.element_size() for part in self._prior or ())
+        copies += sum(layer.learnt.nbytes() for layer in self._layers if layer.learnt is not None)
         return run_report(
             list(self._tracer.all_lives()),
-            Costs(self._layers, self._view.parameter_bytes),
+            Costs(self._layers, self._view.parameter_bytes, self.config.compensation),
             self.executor,
             copies,
             GIVEN if self._by_hand else self.config.method,

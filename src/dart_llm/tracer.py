@@ -19,7 +19,7 @@ from dart_llm.masks import LayerMask
 from dart_llm.observations import Observations, Seen
 from dart_llm.plan import Call, Held, Kind, Plan, bare, prompt_counts, token_weights
 from dart_llm.records import DriftCheck, Remask
-from dart_llm.reference import add_reference, sinks_ahead
+from dart_llm.reference import add_reference, evidence_weights, sinks_ahead
 from dart_llm.select import Selector, check_fits
 from dart_llm.weights import FfnWeights
 
@@ -148,9 +148,18 @@ class Tracer:
                 self.on_remask(life.remasks[-1], life)
 
     def observe(
-        self, layer: int, u: Tensor, z: Tensor, x: Tensor | None = None, r: Tensor | None = None
+        self,
+        layer: int,
+        u: Tensor,
+        z: Tensor,
+        x: Tensor | None = None,
+        r: Tensor | None = None,
+        f: Tensor | None = None,
     ) -> None:
-        """One layer's tokens. u: [B, T, I]; z, x, r: [B, T, D] (x and r where they are needed)."""
+        """One layer's tokens. u: [B, T, I]; z, x, r: [B, T, D]; f: [B, T, F] features of the input.
+
+        x, r and f where they are needed.
+        """
         held = self._held
         if held is None or not self.plan.observe:
             return
@@ -158,18 +167,18 @@ class Tracer:
             # z is cloned: some layers add to the FFN's output in place after it returned
             kept = z.detach().clone()
             r = kept if r is z or (r is not None and r.data_ptr() == z.data_ptr()) else bare(r)
-            held.layers[layer] = (bare(u), kept, bare(x), r)
+            held.layers[layer] = (bare(u), kept, bare(x), r, bare(f))
         else:
-            self._observe_prompt(held, layer, u, z, x, r)
+            self._observe_prompt(held, layer, (u, z, x, r, f))
 
     @torch.no_grad()
-    def _observe_prompt(
-        self, held: Held, layer: int, u: Tensor, z: Tensor, x: Tensor | None, r: Tensor | None
-    ) -> None:
+    def _observe_prompt(self, held: Held, layer: int, seen: Seen) -> None:
         end = held.call.prompt_tokens
-        u, z = u.detach()[:, :end], z.detach()[:, :end]
-        x, r = (None if t is None else t.detach()[:, :end] for t in (x, r))
-        self._update(held.observing, layer, (u, z, x, r), token_weights(held.call, end))
+        u, z, x, r, f = (None if t is None else t.detach()[:, :end] for t in seen)
+        assert u is not None
+        assert z is not None
+        weights = evidence_weights(held.call, end, self._real, self.config.skip_sinks)
+        self._update(held.observing, layer, (u, z, x, r, f), weights)
 
     def _update(
         self, observing: list[bool], layer: int, seen: Seen, weights: Tensor | None
@@ -180,10 +189,10 @@ class Tracer:
                     continue
                 rows = life.batch_rows
                 w = None if weights is None else weights[rows].to(seen[0].device)
-                u, z, x, r = (None if t is None else t[rows] for t in seen)
+                u, z, x, r, f = (None if t is None else t[rows] for t in seen)
                 assert u is not None
                 assert z is not None
-                self.selector.statistics.update(life.evidence[layer], u, z, x, r, w)
+                self.selector.statistics.update(life.evidence[layer], u, z, x, r, w, f)
 
     def feature(self, v: Tensor) -> None:
         """The last layer's attention output of this forward: [B, T, D]."""
@@ -213,7 +222,7 @@ class Tracer:
         stayed = end if cached is None or cached == 0 else min(cached, end)
         accepted = max(0, stayed - call.cached)
         self.length = call.cached + accepted
-        weights = token_weights(call, accepted)
+        weights = evidence_weights(call, accepted, self._real, self.config.skip_sinks)
         self._queue.add(held.observing, held.layers, weights, call.rows, accepted)
         with torch.inference_mode(False):
             if call.kind is Kind.PREFILL:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from dart_llm.layer_prior import LayerPrior
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,8 @@ class FfnWeights:
 
     ``up``: [I, D] (``fc`` in a plain FFN); ``gate``: [I, D] or None; ``down``: [D, I].
     ``embedding``: [V, D] rows for forward proxies, shared by all layers.  ``prior``: [I] float32,
-    what is known of the neurons before any text is seen, larger is kept first.
+    what is known of the neurons before any text is seen, larger is kept first.  ``learnt``: what
+    the model's own text taught about the layer.
     """
 
     index: int
@@ -28,6 +33,7 @@ class FfnWeights:
     embedding: Tensor | None = None
     seed: int = 0
     prior: Tensor | None = None
+    learnt: LayerPrior | None = None
 
     @property
     def width(self) -> int:
@@ -63,6 +69,13 @@ class FfnWeights:
 def with_prior(layers: Sequence[FfnWeights], prior: Sequence[Tensor]) -> tuple[FfnWeights, ...]:
     """The layers, each with its part of ``prior``."""
     return tuple(replace(layer, prior=part) for layer, part in zip(layers, prior, strict=True))
+
+
+def with_learnt(
+    layers: Sequence[FfnWeights], learnt: Sequence[LayerPrior]
+) -> tuple[FfnWeights, ...]:
+    """The layers, each with its part of what was learnt."""
+    return tuple(replace(layer, learnt=part) for layer, part in zip(layers, learnt, strict=True))
 
 
 def _norm(matrix: Tensor, dim: int, order: float = 2) -> Tensor:

@@ -1,0 +1,47 @@
+"""What is known of one layer before a prompt is seen (docs/method.md, "Prior")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dart_llm.evidence import LayerEvidence, Sum
+
+
+@dataclass(frozen=True)
+class LayerPrior:
+    """Learnt once per model from text that it wrote itself.
+
+    ``evidence``: the sums of a run, over that text.  ``curvature``: [I] float32, mean squared
+    gradient of the loss by u_i.  ``basis``: [r, D] in the model's dtype, directions of the FFN's
+    input that low-rank compensation reads; None: it has no such compensation.
+    """
+
+    evidence: LayerEvidence
+    curvature: Tensor
+    basis: Tensor | None = None
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        tensors = [self.curvature] if self.basis is None else [self.curvature, self.basis]
+        return self.evidence.nbytes() + sum(t.numel() * t.element_size() for t in tensors)
+
+
+def pooled(observed: LayerEvidence, prior: LayerPrior | None, tokens: float) -> LayerEvidence:
+    """``observed`` and the prior, which weighs as much as ``tokens`` observed tokens.
+
+    Returns new sums; a prior of None, or of no tokens, leaves what was observed.
+    """
+    if prior is None or tokens <= 0:
+        return observed
+    found = dict(observed.sums)
+    for name, known in prior.evidence.sums.items():
+        part = tokens * known.mean
+        seen = found.get(name)
+        found[name] = (
+            Sum(part, tokens)
+            if seen is None
+            else Sum(seen.total + part.to(seen.total.device), seen.weight + tokens)
+        )
+    return LayerEvidence(found)

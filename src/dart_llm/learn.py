@@ -1,0 +1,181 @@
+"""What a model teaches about itself before it is first pruned (docs/method.md, "Prior").
+
+Learnt once: kept in memory with the model, and on disk by its weights.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dart_llm import calibration_cache
+from dart_llm.activations import Seen, tap
+from dart_llm.config import PriorConfig, PruneConfig
+from dart_llm.curvature import gradients, token_shares
+from dart_llm.drift import SINKS
+from dart_llm.errors import ConfigError, DartError, LoadError
+from dart_llm.evidence import LayerEvidence, Statistics, Sum
+from dart_llm.layer_prior import LayerPrior
+from dart_llm.low_rank import find_basis
+from dart_llm.own_text import own_start, write_sequences
+from dart_llm.select import Selector
+from dart_llm.weights import FfnWeights, with_learnt
+
+logger = logging.getLogger("dart_llm")
+Say = Callable[[str], None]
+
+BASIS_TOKENS = 1024
+"""Tokens from which the basis of low-rank compensation is found."""
+
+_versions: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, tuple[LayerPrior, ...]]]] = (
+    WeakKeyDictionary()
+)
+
+
+def learn(
+    model: Any,
+    config: PruneConfig,
+    layers: Sequence[FfnWeights],
+    cache_dir: str | None = None,
+    say: Say = logger.info,
+) -> tuple[FfnWeights, ...]:
+    """The layers with what ``config.prior`` asks for; as they are when it asks for nothing.
+
+    The model must not be attached.  Raises ``ConfigError`` for an offloaded model, ``DartError``
+    where its gradients are not finite.
+    """
+    if config.prior is None:
+        return tuple(layers)
+    if any(layer.down.is_meta for layer in layers):
+        raise ConfigError(
+            f'method "{config.method}" learns from gradients, which an offloaded model has not: '
+            "load it without offloading, or use griffin"
+        )
+    wanted = _Wanted(config.prior, Selector(config, tuple(layers)).statistics, config)
+    state = [(p.data_ptr(), p._version, p.device) for p in model.parameters()]
+    known = _versions.setdefault(model, {}).get(wanted.name)
+    if known is None or known[0] != state:
+        known = state, _find(model, wanted, layers, cache_dir, say)
+        _versions[model][wanted.name] = known
+    return with_learnt(layers, known[1])
+
+
+class _Wanted:
+    """What is to be learnt, and its name."""
+
+    def __init__(self, prior: PriorConfig, statistics: Statistics, config: PruneConfig) -> None:
+        self.prior, self.statistics = prior, statistics
+        self.rank = config.compensation_rank if "features" in statistics.needs else 0
+        self.seed = config.seed
+        text = prior.model_dump(exclude={"tokens"})
+        rule = getattr(statistics.per_token, "__qualname__", None)
+        needs = sorted(statistics.needs)
+        self.name = repr([text, rule, statistics.ema_decay, needs, self.rank, self.seed])
+
+
+def _find(
+    model: Any, wanted: _Wanted, layers: Sequence[FfnWeights], cache_dir: str | None, say: Say
+) -> tuple[LayerPrior, ...]:
+    start = own_start(model)
+    key = calibration_cache.make_key(model, wanted.statistics, f"prior {start} {wanted.name}")
+    devices = [layer.device for layer in layers]
+    evidence = calibration_cache.find(model, key, cache_dir, devices)
+    if evidence is None:
+        prior = wanted.prior
+        say(
+            f"learning from {prior.sequences} x {prior.length} tokens of the model's own text, once"
+        )
+        ids = write_sequences(
+            model, start, prior.sequences, prior.length, wanted.seed, say, prior.temperature,
+            prior.top_p,
+        )  # fmt: skip
+        evidence = study(model, ids, wanted.statistics, wanted.rank, layers, say)
+        try:
+            about = {"note": "what dart_llm learnt from the model's own text"}
+            calibration_cache.keep(model, key, cache_dir, evidence, about)
+        except LoadError as error:
+            say(f"what was learnt is not kept for the next time: {error}")
+    return tuple(_as_prior(found, layer) for found, layer in zip(evidence, layers, strict=True))
+
+
+def _as_prior(found: LayerEvidence, layer: FfnWeights) -> LayerPrior:
+    sums = dict(found.sums)
+    curvature = sums.pop("curvature").mean
+    basis = sums.pop("basis").total.to(layer.down.dtype) if "basis" in sums else None
+    return LayerPrior(LayerEvidence(sums), curvature, basis)
+
+
+def study(
+    model: Any,
+    ids: Tensor,
+    statistics: Statistics,
+    rank: int,
+    layers: Sequence[FfnWeights],
+    say: Say = lambda text: None,
+) -> list[LayerEvidence]:
+    """The sums over ids [n, T] of every layer, with ``curvature`` [I] and ``basis`` [r, D] in them.
+
+    Raises ``DartError`` when the gradients are not finite.
+    """
+    found = [LayerEvidence() for _ in layers]
+    bases = find_bases(model, ids, rank, layers)
+    for evidence, basis in zip(found, bases, strict=True):
+        if basis is not None:
+            evidence.sums["basis"] = Sum(basis.float(), 1.0)
+    parts: dict[int, Tensor] = {}
+
+    def take(layer: int, seen: Seen, gradient: Tensor) -> None:
+        with torch.no_grad():
+            basis = bases[layer]
+            f = None if basis is None else F.linear(seen.h, basis)
+            statistics.update(found[layer], seen.u, seen.z, seen.x, seen.r, None, f)
+            parts[layer] = gradient.flatten(0, 1)
+            if len(parts) == len(found):
+                _add_curvature(found, parts)
+                parts.clear()
+
+    gradients(model, ids, take, say)
+    return found
+
+
+def _add_curvature(found: Sequence[LayerEvidence], parts: dict[int, Tensor]) -> None:
+    home = parts[0].device
+    sums = sum(part.float().square().sum(-1).to(home) for part in parts.values())
+    assert isinstance(sums, Tensor)
+    shares = token_shares(sums)
+    for layer, evidence in enumerate(found):
+        part, weights = parts[layer], shares.to(parts[layer].device)
+        square = torch.nan_to_num(part.float().square(), 0.0, 0.0, 0.0)
+        evidence.add("curvature", square * weights[:, None], None)
+
+
+@torch.no_grad()
+def find_bases(
+    model: Any, ids: Tensor, rank: int, layers: Sequence[FfnWeights]
+) -> list[Tensor | None]:
+    """Per layer the basis [r, D] of its FFN's input over ids [n, T], in the model's dtype."""
+    if not rank:
+        return [None] * len(layers)
+    held: dict[int, list[Tensor]] = {}
+    each = ids.shape[1] - SINKS
+    rows = min(len(ids), max(1, -(-BASIS_TOKENS // each)))
+
+    def take(layer: int, seen: Seen) -> None:
+        held.setdefault(layer, []).append(seen.h[:, SINKS:].flatten(0, 1))
+
+    with torch.inference_mode(False), tap(model, take):
+        for part in torch.split(ids[:rows].clone(), 4):
+            model(part.to(model.device), use_cache=False, logits_to_keep=1)
+    bases: list[Tensor | None] = []
+    for layer in layers:
+        basis = find_basis(torch.cat(held[layer.index]).float(), rank)
+        if not bool(basis.isfinite().all()):
+            raise DartError(f"the FFN inputs of layer {layer.index} are not finite: try float32")
+        bases.append(basis.to(layer.down.dtype))
+    return bases

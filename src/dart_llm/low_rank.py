@@ -1,0 +1,88 @@
+"""Low-rank compensation: what the removed neurons would have said, as a linear map of few features.
+
+The removed neurons' output is predicted by least squares from r features of the FFN's input,
+``f = P h``, over the observed tokens (and the prior's).  Mean compensation is r = 0.
+docs/method.md, "Compensation".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dart_llm.evidence import LayerEvidence
+
+RIDGE = 0.1
+"""Added to the features' covariance, in units of their variance over the prior's text (1)."""
+
+FLOOR = 0.01
+"""Share of the mean variance that whitening adds to every direction of h."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """``z += out (basis h)``.  ``basis``: [r, D]; ``out``: [D, r], or [B, D, r] for a batch whose
+    rows have a map each; both in the model's dtype.
+    """
+
+    basis: Tensor
+    out: Tensor
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """h: [..., D], or [B, T, D]; returns the same shape."""
+        features = functional.linear(h, self.basis)
+        if self.out.dim() == 2:
+            return functional.linear(features, self.out)
+        return features @ self.out.mT
+
+    def nbytes(self) -> int:
+        """Bytes of ``out``; the basis belongs to the prior."""
+        return self.out.numel() * self.out.element_size()
+
+
+def find_basis(h: Tensor, rank: int) -> Tensor:
+    """The ``rank`` directions in which h varies most, each scaled to variance 1.
+
+    h: [T, D] float32, T tokens.  Returns [min(rank, T - 1, D), D] float32.
+    """
+    centred = h - h.mean(0)
+    values, vectors = torch.linalg.eigh(centred @ centred.T / len(h))  # [T], [T, T]
+    rank = min(rank, len(h) - 1, h.shape[1])
+    values = values[-rank:].clamp_min(0)
+    floor = FLOOR * centred.square().sum() / (len(h) * h.shape[1])
+    # eigenvector j of the covariance is centred.T v_j / sqrt(T value_j)
+    directions = (centred.T @ vectors[:, -rank:]).T
+    unit = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    basis: Tensor = unit / (values + floor).clamp_min(1e-12).sqrt()[:, None]
+    return basis
+
+
+def slopes(evidence: LayerEvidence) -> Tensor:
+    """Ridge regression of u on the features: [I, r] float32.
+
+    From the sums ``signed`` [I], ``features`` [r], ``cross`` [I, r] and ``moments`` [r, r].
+    """
+    sums = evidence.sums
+    u, f = sums["signed"].mean, sums["features"].mean
+    cross = sums["cross"].mean - torch.outer(u, f)
+    moments = sums["moments"].mean - torch.outer(f, f)
+    ridge = RIDGE * torch.eye(len(f), device=f.device)
+    solution: Tensor = torch.linalg.solve(moments + ridge, cross.T).T
+    return solution
+
+
+def low_rank(
+    down: Tensor, evidence: LayerEvidence, basis: Tensor, removed: Tensor
+) -> tuple[Tensor, LowRank]:
+    """The constant [D] float32 and the map that stand for the removed neurons.
+
+    down: [D, I]; basis: [r, D]; removed: [n] int64.
+    """
+    columns = down.detach().index_select(1, removed).float()
+    out = columns @ slopes(evidence).index_select(0, removed)
+    mean = evidence.sums["signed"].mean.index_select(0, removed)
+    bias = columns @ mean - out @ evidence.sums["features"].mean
+    return bias, LowRank(basis, out.to(down.dtype))
