@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dart_llm import quality_gaps, quality_plot, quality_table, quality_texts
+from dart_llm import quality_plot, quality_table, quality_texts
 from dart_llm.calibration_text import check_disjoint
 from dart_llm.cell import Cell
 from dart_llm.cell_inputs import Digests
@@ -17,23 +17,14 @@ from dart_llm.devices import memory_failure
 from dart_llm.errors import DartError, MissingExtra, ResultsError
 from dart_llm.job_common import config_document, load_model, write_logs
 from dart_llm.provenance import peak_memory_bytes
-from dart_llm.quality_lines import YARDSTICKS, Lines
-from dart_llm.quality_slices import CELLS, LEAD, SHIFT, pairs
+from dart_llm.quality_slices import LEAD, SHIFT, pairs
 from dart_llm.quality_study import Plan, Study
+from dart_llm.quality_summary import summarise
 from dart_llm.quality_texts import Source
 from dart_llm.quality_variants import DENSE
-from dart_llm.results import SCHEMA, ResultsFolder, open_folder, write_json, write_lines
+from dart_llm.results import ResultsFolder, open_folder, write_json, write_lines
 from dart_llm.settings_quality import QualitySettings
 from dart_llm.ui import Ui
-
-DEFINITIONS = {
-    "gap": "mean loss minus the untouched model's on the same scored tokens, nats",
-    "gap_closed": "1 - gap / griffin_gap; null where GRIFFIN loses nothing",
-    "interval": "95 %, bootstrap over slices, the variant and GRIFFIN on the same ones",
-    **YARDSTICKS,
-    **CELLS,
-}
-"""What the words of quality.json mean."""
 
 
 @dataclass
@@ -154,7 +145,7 @@ def _write_config(job: QualityJob, status: str) -> None:
 
 
 def _finish(job: QualityJob) -> None:
-    job.found = summary(job)
+    job.found = summarise(job.lines, _asked(job))
     write_json(job.path / "quality.json", job.found)
     write_json(job.path / "timing.json", job.timing)
     quality_table.write(job.path, job.found)
@@ -169,40 +160,25 @@ def _finish(job: QualityJob) -> None:
     job.ui.say(f"results: {job.path}")
 
 
-def summary(job: QualityJob) -> dict[str, Any]:
-    """quality.json: nothing in it depends on when or how often the job ran."""
+def _asked(job: QualityJob) -> dict[str, Any]:
+    """What ``quality_summary.summarise`` is told beside the lines."""
     settings, plan = job.settings, job.plan
-    lines, labels = Lines(job.lines), [one.label for one in plan.variants]
-    cells = quality_gaps.cell_rows(lines, labels, plan.sparsities, settings.seed)
-    pooled = quality_gaps.pooled_rows(lines, labels, settings.pool_list(), settings.seed)
-    notes = []
-    if any(row["slices"] > 1 for row in cells) and not any(_interval(row) for row in cells):
-        notes.append("note: no intervals, which need scipy: pip install 'dart-llm[eval]'")
-    if not settings.pool_list():
-        notes.append("note: nothing is pooled, for no sparsity of --pool was measured")
     return {
-        "schema": SCHEMA,
         "set": settings.set,
-        "slices": job.slices,
+        "seed": settings.seed,
         "prompt_tokens": settings.prompt_tokens,
         "tokens": settings.tokens,
         "lead_tokens": LEAD,
+        "sparsities": list(plan.sparsities),
         "pool": list(settings.pool_list()),
         "texts": [
             {"label": one.label, "documents": len(one.documents), "sha256": one.digest}
             for one in job.sources
         ],
-        "cells": cells,
-        "pooled": pooled,
-        "checkpoints": job.checkpoints,
         "variants": {one.label: one.config.to_dict() for one in plan.variants},
-        "notes": notes,
-        "definitions": DEFINITIONS,
+        "slices": job.slices,
+        "checkpoints": job.checkpoints,
     }
-
-
-def _interval(row: dict[str, Any]) -> bool:
-    return any(row[name] and row[name]["interval"] for name in YARDSTICKS)
 
 
 def _write_plots(job: QualityJob) -> None:

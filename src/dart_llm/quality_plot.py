@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dart_llm.plot_base import INK, SOFT, Palette, Plot, reference_line
 from dart_llm.plot_lines import key, panels
 from dart_llm.quality_lines import EQUAL_BYTES, EQUAL_SPARSITY
-from dart_llm.quality_table import groups, sentences
+from dart_llm.quality_table import NONE, groups, sentences
 from dart_llm.sentences import count, percent
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def make(document: Row) -> list[Plot]:
         above, *places = panels(figure, len(found), narrow, 1)
         for axes, (caption, rows) in zip(places, found, strict=True):
             _draw(axes, rows, palette)
-            title = "\n".join(textwrap.wrap(caption, 52))
+            title = "\n".join(textwrap.wrap(caption, 44))
             axes.set_title(title, loc="left", fontsize=8.5, color=INK)
         key(above, places, 1 if narrow else 2)
 
@@ -91,6 +91,9 @@ def _draw(axes: Axes, rows: Sequence[Row], palette: Palette) -> None:
             linestyle="none",
             capsize=2.5,
         )
+    for at, row in enumerate(rows):
+        if not any(_known(row[column]) for column in LOOKS):
+            axes.text(0.0, at, f" {NONE}", fontsize=7.5, va="center", color=SOFT)
     reference_line(axes, x=0.0, label="_GRIFFIN")
     axes.set_yticks(range(len(rows)), [name(row) for row in rows], fontsize=7.5)
     axes.set_ylim(len(rows) - 0.4, -0.6)

@@ -96,6 +96,14 @@ def groups(document: Row) -> list[tuple[str, list[Row], list[Row]]]:
     return found
 
 
+def grid(document: Row) -> list[tuple[str, list[list[str]]]]:
+    """Per model and cell its caption and its rows under ``HEADS``, pooled ones last."""
+    return [
+        (caption, [*map(cells, rows), *map(_pooled_cells, pooled)])
+        for caption, rows, pooled in groups(document)
+    ]
+
+
 def _caption(document: Row, rows: Sequence[Row]) -> str:
     first = rows[0]
     facts = document["checkpoints"].get(first["model"], {})
@@ -143,8 +151,7 @@ def markdown(document: Row) -> str:
     """All tables, the lines, and what the columns mean."""
     lines = ["# Quality", ""]
     marks = ["---", *["---:"] * (len(HEADS) - 1)]
-    for caption, rows, pooled in groups(document):
-        body = [*(cells(row) for row in rows), *(_pooled_cells(row) for row in pooled)]
+    for caption, body in grid(document):
         lines += [f"## {_escaped(caption)}", ""]
         lines += [f"| {' | '.join(map(_escaped, row))} |" for row in (HEADS, marks, *body)]
         lines += [""]
@@ -162,11 +169,11 @@ def _escaped(text: str) -> str:
 def rich_tables(document: Row) -> list[Table]:
     """The tables without the columns that a terminal has no room for."""
     found = []
-    for caption, rows, pooled in groups(document):
+    for caption, rows in grid(document):
         table = Table(title=caption, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for place in TERMINAL:
             table.add_column(HEADS[place], justify="right" if place else "left")
-        for row in (*map(cells, rows), *map(_pooled_cells, pooled)):
+        for row in rows:
             table.add_row(*(row[place].replace(" (", "\n(") for place in TERMINAL))
         found.append(table)
     return found
