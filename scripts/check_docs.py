@@ -32,6 +32,7 @@ COMMANDS = (
     "drift",
     "detect",
     "inspect",
+    "bench quality",
     "results",
     "prompts generate",
     "prompts list",
@@ -137,10 +138,12 @@ def generated(root: Path) -> dict[str, tuple[Path, str]]:
         import drift_measured  # beside this file
         import evaluation_tables
         import measured_tables
+        import quality_measured
 
         blocks.update(measured_tables.tables(root))
         blocks.update(evaluation_tables.tables(root))
         blocks.update(drift_measured.tables(root))
+        blocks.update(quality_measured.tables(root))
     return blocks
 
 

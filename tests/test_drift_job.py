@@ -263,7 +263,7 @@ def test_json_of_a_study_is_valid(whole: Any) -> None:
 def test_progress_is_said_where_there_is_no_bar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dart_llm.drift_job.NEWS_EVERY", 0.0)
+    monkeypatch.setattr("dart_llm.news.EVERY", 0.0)
     ui = Ui(quiet=True)
     study(forced(tmp_path, methods="never", limit=1), ui)
     said = [line for line in ui.log if " cells, about " in line]

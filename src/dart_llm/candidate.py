@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -85,12 +85,13 @@ class Candidate:
             return None
         return self.config.target
 
-    def run(self, likelihood: bool = False) -> Run | None:
+    def run(self, likelihood: bool = False, make: Callable[..., Run] = Run) -> Run | None:
         """A new run, not attached; None for the untouched model.
 
         ``likelihood``: with the settings of likelihood tasks (masks at once, never a re-mask).
+        ``make``: called as ``Run`` is, for another kind of run.
         """
         if self.config is None:
             return None
         config = likelihood_config(self.config) if likelihood else self.config
-        return Run(self.model, config, self.masks, held=self.held, prior=self.prior)
+        return make(self.model, config, masks=self.masks, held=self.held, prior=self.prior)

@@ -14,6 +14,7 @@ import typer
 
 from dart_llm import (
     __version__,
+    cli_bench,
     cli_detect,
     cli_drift,
     cli_inspect,
@@ -140,6 +141,7 @@ app.command(name="sweep")(with_settings(cli_sweep.sweep, SweepFlags))
 app.command(name="drift")(with_settings(cli_drift.drift, DriftSettings))
 app.command(name="detect")(with_settings(cli_detect.detect, DetectSettings))
 app.command(name="inspect")(with_settings(cli_inspect.inspect, InspectSettings))
+cli_bench.register(app)
 app.command(name="results")(cli_results.results)
 cli_prompts.register(app)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -112,9 +113,8 @@ def _run(cell: DriftCell, candidate: Candidate, source: Reading | Asking) -> Run
     method = cell.method
     if method.observed is None or method.moment is None or not isinstance(source, Reading):
         return candidate.run()
-    assert candidate.config is not None
     due = drift_forced.triggers(source, method.observed, method.moment)
-    return TimedRun(candidate.model, candidate.config, due)
+    return candidate.run(make=functools.partial(TimedRun, triggers=due))
 
 
 def _read(candidate: Candidate, run: Run | None, reading: Reading) -> Part:

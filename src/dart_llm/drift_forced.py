@@ -82,11 +82,14 @@ def read(source: Source, tokenizer: Any, prompt: int, longest: int | None) -> Re
 class TimedRun(Run):
     """A run that makes new masks at known moments, in addition to its drift rule's.
 
-    ``triggers``: decode steps before which all layers leave PRUNED and are observed anew.
+    ``triggers``: decode steps before which all layers leave PRUNED and are observed anew.  The
+    other arguments are those of ``Run``.
     """
 
-    def __init__(self, model: Any, config: PruneConfig, triggers: Sequence[int]) -> None:
-        super().__init__(model, config)
+    def __init__(
+        self, model: Any, config: PruneConfig, triggers: Sequence[int], **settings: Any
+    ) -> None:
+        super().__init__(model, config, **settings)
         self._due = sorted(triggers)
 
     def tokens_until_change(self) -> int | None:

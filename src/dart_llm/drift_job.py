@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,11 @@ from dart_llm.drift_metrics import Judge, load_judge
 from dart_llm.errors import DartError, ResultsError
 from dart_llm.job_common import config_document, load_model, write_logs
 from dart_llm.loading import checkpoint_facts
+from dart_llm.news import News
 from dart_llm.provenance import peak_memory_bytes
 from dart_llm.results import finite, open_folder, write_json
 from dart_llm.settings_drift import FORCED, DriftSettings
 from dart_llm.ui import Ui
-
-NEWS_EVERY = 30.0
-"""Seconds between two lines on progress, where there is no bar."""
 
 
 class CellsFailed(DartError):
@@ -118,7 +115,7 @@ def _compute_all(job: DriftJob) -> None:
     todo = [cell for cell in files.cells if files.part(cell) is None]
     if len(todo) < len(files.cells):
         ui.say(f"{len(files.cells) - len(todo)} of {len(files.cells)} cells are finished")
-    news = _News(ui.say if not ui.live else lambda text: None, len(todo))
+    news = News(ui.say if not ui.live else lambda text: None, len(todo))
     with ui.progress(f"drift, mode {job.settings.kind}", len(files.cells)) as advance:
         for cell in files.cells:
             if files.part(cell) is None:
@@ -126,31 +123,6 @@ def _compute_all(job: DriftJob) -> None:
                 news.done()
             job.judge.measure(files, cell)
             advance(1)
-
-
-@dataclass
-class _News:
-    """Says now and then how far it is and how long it will take."""
-
-    say: Callable[[str], None]
-    total: int
-    finished: int = 0
-    began: float = field(default_factory=time.monotonic)
-    said: float = field(default_factory=time.monotonic)
-
-    def done(self) -> None:
-        """One more cell was computed."""
-        self.finished += 1
-        now = time.monotonic()
-        if now - self.said < NEWS_EVERY or self.finished == self.total:
-            return
-        self.said = now
-        left = (now - self.began) / self.finished * (self.total - self.finished)
-        self.say(f"{self.finished} of {self.total} cells, about {_minutes(left)} left")
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def _compute(job: DriftJob, bench: Bench, cell: DriftCell) -> None:

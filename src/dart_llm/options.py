@@ -48,8 +48,10 @@ def parameters(settings: type[BaseModel]) -> list[inspect.Parameter]:
         if kind is bool:
             names = [f"{flag}/--no-{flag[2:]}", *ALIASES.get(name, ())]
         text = field.description or ""
-        if field.default not in (None, False):
-            text += f" [default: {field.default}]"
+        default = field.default
+        if default not in (None, False):
+            shown = ",".join(map(str, default)) if isinstance(default, list) else default
+            text += f" [default: {shown}]"
         extra = field.json_schema_extra
         panel = str(extra.get("panel", "")) if isinstance(extra, dict) else ""
         option = typer.Option(
@@ -67,7 +69,7 @@ def parameters(settings: type[BaseModel]) -> list[inspect.Parameter]:
 
 
 def _metavar(kind: Any) -> str | None:
-    return {str: "TEXT", int: "N", float: "X", bool: ""}.get(kind)
+    return {str: "TEXT", list[str]: "TEXT", int: "N", float: "X", bool: ""}.get(kind)
 
 
 def with_settings(function: Callable[..., None], settings: type[BaseModel]) -> Callable[..., None]:

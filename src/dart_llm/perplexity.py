@@ -83,27 +83,29 @@ def score(
 
 @torch.inference_mode()
 def score_window(
-    model: Any, run: Run | None, window: Window, protocol: str = "decode"
+    model: Any, run: Run | None, window: Window, protocol: str = "decode", prompt: Any = None
 ) -> WindowLosses:
     """Losses of the scored tokens of one window.
 
     ``run``: an attached run, or None for the untouched model.  ``decode`` adds a sequence to it;
-    the other protocols reset it first.  Raises ``DartError``, which names slice and token, when a
-    loss is not finite.
+    the other protocols reset it first.  ``prompt``: for ``decode``, the cache of a dense pass over
+    the window's prompt, which is used up; the run must need no evidence from it.  Raises
+    ``DartError``, which names slice and token, when a loss is not finite.
     """
     try:
-        return _score(model, run, window, protocol)
+        return _score(model, run, window, protocol, prompt)
     except DartError as error:
         if type(error) is not DartError:
             raise
         raise DartError(f"{window.name}: {error}") from None
 
 
-def _score(model: Any, run: Run | None, window: Window, protocol: str) -> WindowLosses:
+def _score(model: Any, run: Run | None, window: Window, protocol: str, prompt: Any) -> WindowLosses:
     ids = window.ids[None].to(model.device)
     if protocol == "decode":
-        begin = window.first - 1
-        cache = model(ids[:, :begin], use_cache=True, logits_to_keep=1).cache
+        begin, cache = window.first - 1, prompt
+        if cache is None:
+            cache = model(ids[:, :begin], use_cache=True, logits_to_keep=1).cache
     else:
         begin, cache = 0, None
         if run is not None:

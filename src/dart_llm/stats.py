@@ -11,7 +11,7 @@ with many comparisons will hold such rows, and none of them alone is a finding.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -127,6 +127,45 @@ def paired_interval(
     return _bootstrap(data, ratio, seed, 1.0 if ratio else 0.0)
 
 
+def closed(groups: Sequence[tuple[Array, Array]]) -> float | None:
+    """``1 - sum of mean(a) / sum of mean(b)`` over groups ``(a, b)`` of [n] each.
+
+    None where the sum of the means of b is not positive: there is no gap to close.
+    """
+    gap, other = (sum(float(part.mean()) for part in parts) for parts in zip(*groups, strict=True))
+    return 1 - gap / other if other > 0 else None
+
+
+def closed_interval(groups: Sequence[tuple[Array, Array]], seed: int = 0) -> Interval | None:
+    """95 % interval of ``closed``; the items of a group are drawn together, groups for themselves.
+
+    A draw in which there is no gap to close counts as the worst.  None where ``closed`` is None,
+    with fewer than two items in a group, and where so many draws are of that kind that an end has
+    no value.
+    """
+    estimate, n = closed(groups), min(len(a) for a, _ in groups)
+    if estimate is None or n < 2 or not all(np.isfinite(group).all() for group in groups):
+        return None
+
+    def statistic(*drawn: Array, axis: int) -> Array:
+        places = [ids.astype(int) for ids in drawn]
+        gaps, others = (
+            sum((group[part][ids].mean(axis) for group, ids in zip(groups, places, strict=True)))
+            for part in (0, 1)
+        )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found: Array = np.where(others > 0, 1 - gaps / others, -np.inf)
+        return found
+
+    ids = tuple(np.arange(len(a)) for a, _ in groups)
+    differing = sum(int(np.count_nonzero(np.abs(a - b) > 1e-12)) for a, b in groups)
+    for method in ("BCa", "percentile"):
+        low, high = _scipy(ids, statistic, method, seed, n, paired=len(groups) == 1)
+        if math.isfinite(low) and math.isfinite(high):
+            return Interval(low, high, estimate, n, 0.0, differing)
+    return None
+
+
 def known(values: Sample, other: Sample | None = None, seed: int = 0) -> Interval | None:
     """``interval``, or ``paired_interval`` with ``other``; None without scipy too.
 
@@ -196,30 +235,40 @@ def _bootstrap(data: Array, exponential: bool, seed: int, null: float | None) ->
         return Interval(same, same, same, n, null, differing)
     if together:
         data = np.stack([each * data[1], data[1]])  # one column of differences: half the work
+
+    def statistic(*columns: Array, axis: int) -> Array:
+        return _statistic(*columns, axis=axis, exponential=exponential)
+
     for method in ("BCa", "percentile") if n <= MANY_ITEMS else ("percentile",):
-        low, high = _scipy(data, method, exponential, seed)
+        low, high = _scipy(tuple(data), statistic, method, seed, n)
         if math.isfinite(low) and math.isfinite(high):
             return Interval(low, high, estimate, n, null, differing)
     return None
 
 
-def _scipy(data: Array, method: str, exponential: bool, seed: int) -> tuple[float, float]:
+def _scipy(
+    data: tuple[NDArray[Any], ...],
+    statistic: Callable[..., Array],
+    method: str,
+    seed: int,
+    n: int,
+    paired: bool = True,
+) -> tuple[float, float]:
     try:
         from scipy import stats
     except ImportError:
         raise MissingExtra("scipy", "eval") from None
     import warnings
 
-    n = data.shape[1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a degenerate BCa warns, and the percentiles follow
         found = stats.bootstrap(
-            tuple(data),
-            lambda *columns, axis: _statistic(*columns, axis=axis, exponential=exponential),
+            data,
+            statistic,
             n_resamples=RESAMPLES if n <= MANY_ITEMS else MANY_RESAMPLES,
             batch=max(1, BATCH // n),
             vectorized=True,
-            paired=True,
+            paired=paired,
             confidence_level=_expanded(n, stats),
             method=method,
             rng=np.random.default_rng(seed),

@@ -1,0 +1,76 @@
+"""Keep finished runs of ``dart-llm bench quality`` as one results file.
+
+    dart-llm bench quality --text wiki.txt --text news.jsonl --experiment-name quality-smollm2
+    python benchmarks/quality.py report results/quality-smollm2/TIME
+
+Writes benchmarks/results/quality-NAME.json: quality.json, the times, and what config.json says of
+command, versions and machine.  Several folders of runs that differ in their models alone become
+one document, with pooled rows over all models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS
+
+from dart_llm.errors import ConfigError
+from dart_llm.quality_summary import merge
+from dart_llm.results import write_json
+
+KEPT = ("versions", "machine", "git", "started", "finished")
+TIMES = ("load_s", "total_s", "variants_s", "peak_memory_bytes")
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def command(words: list[str]) -> str:
+    """The command line, paths cut to file names."""
+    return shlex.join(Path(word).name if "/" in word else word for word in words)
+
+
+def run(folder: Path) -> dict[str, Any]:
+    """What is kept of one run beside its numbers; raises ``SystemExit`` when it is not complete."""
+    config = read(folder / "config.json")
+    if (config["kind"], config["status"]) != ("quality", "complete"):
+        raise SystemExit(f"{folder} is no finished run of dart-llm bench quality: finish it first")
+    times = {k: v for k, v in read(folder / "timing.json").items() if k in TIMES}
+    kept = {name: config.get(name) for name in KEPT}
+    return {"command": command(config["command"]), **kept, "times": times}
+
+
+def gather(folders: list[Path]) -> dict[str, Any]:
+    """One document over all folders."""
+    runs = [run(folder) for folder in folders]
+    lines = [
+        json.loads(line)
+        for folder in folders
+        for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    try:
+        found = merge([read(folder / "quality.json") for folder in folders], lines)
+    except ConfigError as error:
+        raise SystemExit(str(error)) from None
+    for facts in found["checkpoints"].values():
+        facts.pop("path", None)
+    return {"kind": "quality", "runs": runs, **found}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("name", help="of the results file, without quality- and suffix")
+    options.add_argument("folders", type=Path, nargs="+", help="results folders of finished runs")
+    args = options.parse_args()
+    path = RESULTS / f"quality-{args.name}.json"
+    write_json(path, gather(args.folders))
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Markdown tables of benchmarks/results/quality-*.json; used by check_docs.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from measured_tables import read, table
+
+HEADS = {
+    "variant": 0,
+    "asked": 1,
+    "achieved": 2,
+    "dense tokens": 4,
+    "re-masks per slice": 5,
+    "FFN bytes": 6,
+    "perplexity": 8,
+    "GRIFFIN, equal sparsity": 10,
+    "gap closed": 11,
+    "GRIFFIN, equal bytes": 12,
+    "gap closed ": 13,
+}
+"""Heads of the columns, and their places in ``quality_table.HEADS``."""
+
+
+def quality(root: Path, name: str) -> str:
+    """Gap closed by model, cell, sparsity and variant, and pooled."""
+    from dart_llm.quality_table import grid
+
+    data = read(root, name)
+    parts = []
+    for caption, rows in grid(data):
+        lines = [list(HEADS), ["---", *["---:"] * (len(HEADS) - 1)]]
+        lines += [[row[place] for place in HEADS.values()] for row in rows]
+        parts.append(f"**{caption}**\n\n{table(lines)}")
+    return "\n\n".join([*parts, source(data, name)])
+
+
+def source(data: dict[str, Any], name: str) -> str:
+    """The checkpoints and commands behind the tables."""
+    known = ", ".join(
+        f"{facts['name']} (file quantisation {facts['file_quantisation']}, {facts['dtype']}, "
+        f"sha256 {str(facts['sha256'])[:12]})"
+        for facts in data["checkpoints"].values()
+    )
+    commands = " and ".join(f"`{run['command']}`" for run in data["runs"])
+    return f"{known}; {commands}: [{name}.json](@benchmarks/results/{name}.json)."
+
+
+def tables(root: Path) -> dict[str, tuple[Path, str]]:
+    """The block ``quality`` with every file, in the order of their names; none without files."""
+    names = [path.stem for path in sorted((root / "benchmarks/results").glob("quality-*.json"))]
+    if not names:
+        return {}
+    text = "\n\n".join(quality(root, name) for name in names)
+    return {"quality": (root / "docs/measurements.md", text.replace("(@", "(../"))}

@@ -1,0 +1,202 @@
+"""The tables of quality.json: Markdown, CSV, the terminal's, and a line per cell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from dart_llm.quality_gaps import ALL
+from dart_llm.quality_lines import EQUAL_BYTES, EQUAL_SPARSITY, YARDSTICKS
+from dart_llm.quality_slices import SHIFT
+from dart_llm.results import write_csv, write_text
+from dart_llm.sentences import count, figure, percent, times
+
+NONE = "n/a"
+"""Stands where GRIFFIN loses nothing, so that there is no gap to close."""
+
+HEADS = (
+    "variant",
+    "asked",
+    "achieved",
+    "while pruned",
+    "dense tokens",
+    "re-masks per slice",
+    "FFN bytes",
+    "FFN FLOPs",
+    "perplexity",
+    "x dense",
+    "GRIFFIN at equal sparsity",
+    "gap closed",
+    "GRIFFIN at equal bytes",
+    "gap closed, equal bytes",
+)
+TERMINAL = (0, 1, 2, 4, 5, 8, 9, 11, 13)
+"""Columns that fit a terminal."""
+
+POOLED = "pooled"
+Row = Mapping[str, Any]
+
+
+def cells(row: Row) -> list[str]:
+    """One measured row for people, under ``HEADS``."""
+    return [
+        row["variant"],
+        percent(row["sparsity"]),
+        percent(row["achieved_sparsity"]),
+        percent(row["sparsity_while_pruned"]),
+        percent(row["dense_token_share"]),
+        f"{row['remasks_per_slice']:.1f}",
+        f"{row['ffn_bytes_share']:.3f}",
+        f"{row['ffn_flops_share']:.3f}",
+        figure(row["perplexity"]),
+        times(row["times_dense"]),
+        *_columns(row),
+    ]
+
+
+def _pooled_cells(row: Row) -> list[str]:
+    shown = [row["variant"], f"{POOLED} {_percents(row)}", *[""] * 8]
+    return [*shown, "", closed(row[EQUAL_SPARSITY]), "", closed(row[EQUAL_BYTES])]
+
+
+def _columns(row: Row) -> Iterator[str]:
+    for name in YARDSTICKS:
+        found = row[name]
+        if found is None:
+            yield from ("", "")
+            continue
+        yield f"{figure(found['perplexity'])} ({percent(found['sparsity'])})"
+        yield closed(found)
+
+
+def closed(found: Mapping[str, Any]) -> str:
+    """ "27.1 % (20 % to 33.2 %)", or n/a."""
+    if found["gap_closed"] is None:
+        return NONE
+    ends = found["interval"]
+    value = percent(found["gap_closed"])
+    return value if ends is None else f"{value} ({percent(ends[0])} to {percent(ends[1])})"
+
+
+def groups(document: Row) -> list[tuple[str, list[Row], list[Row]]]:
+    """Per model and cell its caption, rows and pooled rows; last what is pooled over all models."""
+    found = []
+    for model, cell in dict.fromkeys((row["model"], row["cell"]) for row in document["cells"]):
+        rows = [r for r in document["cells"] if (r["model"], r["cell"]) == (model, cell)]
+        pooled = [r for r in document["pooled"] if (r["model"], r["cell"]) == (model, cell)]
+        found.append((_caption(document, rows), rows, pooled))
+    for cell in dict.fromkeys(row["cell"] for row in document["pooled"]):
+        every = [r for r in document["pooled"] if (r["model"], r["cell"]) == (ALL, cell)]
+        if every:
+            found.append((f"{ALL}, {cell}", [], every))
+    return found
+
+
+def grid(document: Row) -> list[tuple[str, list[list[str]]]]:
+    """Per model and cell its caption and its rows under ``HEADS``, pooled ones last."""
+    return [
+        (caption, [*map(cells, rows), *map(_pooled_cells, pooled)])
+        for caption, rows, pooled in groups(document)
+    ]
+
+
+def _caption(document: Row, rows: Sequence[Row]) -> str:
+    first = rows[0]
+    facts = document["checkpoints"].get(first["model"], {})
+    about = f"file quantisation {facts.get('file_quantisation') or 'none'}, {facts.get('dtype')}"
+    lead = document["lead_tokens"]
+    scored = f"{document['prompt_tokens']} prompt"
+    scored += f" + {lead} of the first topic" if first["cell"] == SHIFT else ""
+    return (
+        f"{first['model']} ({about}), {first['cell']}: {count(first['slices'], 'slice')} of "
+        f"{', '.join(first['kinds'])}, set {document['set']}; {scored} + {document['tokens']} "
+        f"scored tokens; dense perplexity {figure(first['dense_perplexity'])}"
+    )
+
+
+def sentences(document: Row) -> list[str]:
+    """What every variant closes of GRIFFIN's gap: a line per cell, and per pooled row."""
+    found = []
+    for row in document["cells"]:
+        if row[EQUAL_SPARSITY] is not None:
+            where = f"{row['model']}, {row['cell']}, {percent(row['sparsity'])}"
+            found.append(f"{where}: {_line(row)}")
+    for row in document["pooled"]:
+        where = f"{row['model']}, {row['cell']}, {POOLED} over {_percents(row)}"
+        found.append(f"{where}: {_line(row)}")
+    return found
+
+
+def _percents(row: Row) -> str:
+    """Fractions as "50 + 70 %"."""
+    return " + ".join(percent(value).removesuffix(" %") for value in row["sparsities"]) + " %"
+
+
+def _line(row: Row) -> str:
+    equal, other = row[EQUAL_SPARSITY], row[EQUAL_BYTES]
+    if equal["gap_closed"] is None:
+        return f"GRIFFIN at equal sparsity loses nothing, so {row['variant']} has no gap to close"
+    lower = "" if equal["interval"] is None else f", lower end {percent(equal['interval'][0])}"
+    return (
+        f"{row['variant']} - GRIFFIN = {percent(equal['gap_closed'])} of the gap{lower}; at equal "
+        f"bytes {closed(other)}"
+    )
+
+
+def markdown(document: Row) -> str:
+    """All tables, the lines, and what the columns mean."""
+    lines = ["# Quality", ""]
+    marks = ["---", *["---:"] * (len(HEADS) - 1)]
+    for caption, body in grid(document):
+        lines += [f"## {_escaped(caption)}", ""]
+        lines += [f"| {' | '.join(map(_escaped, row))} |" for row in (HEADS, marks, *body)]
+        lines += [""]
+    lines += ["## In words", "", *(f"- {_escaped(line)}" for line in sentences(document)), ""]
+    lines += ["## What the words mean", ""]
+    lines += [f"- `{name}`: {words}" for name, words in document["definitions"].items()]
+    lines += ["", *document["notes"]]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "\\<")
+
+
+def rich_tables(document: Row) -> list[Table]:
+    """The tables without the columns that a terminal has no room for."""
+    found = []
+    for caption, rows in grid(document):
+        table = Table(title=caption, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for place in TERMINAL:
+            table.add_column(HEADS[place], justify="right" if place else "left")
+        for row in rows:
+            table.add_row(*(row[place].replace(" (", "\n(") for place in TERMINAL))
+        found.append(table)
+    return found
+
+
+def write(folder: Path, document: Row) -> None:
+    """quality.md, and quality.csv with a line per measured and per pooled row."""
+    write_text(folder / "quality.md", markdown(document))
+    rows = [_flat(row) for row in (*document["cells"], *document["pooled"])]
+    head = list(dict.fromkeys(name for row in rows for name in row))
+    write_csv(folder / "quality.csv", head, ([row.get(name) for name in head] for row in rows))
+
+
+def _flat(row: Row) -> dict[str, Any]:
+    """One level: ``equal_sparsity.gap_closed`` and so on; intervals as two columns."""
+    found: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            own = _flat({key: part for key, part in value.items() if key != "by_kind"})
+            found.update({f"{name}.{key}": part for key, part in own.items()})
+        elif name == "interval":
+            low, high = value or (None, None)
+            found.update({"interval.low": low, "interval.high": high})
+        elif name not in YARDSTICKS:
+            found[name] = ";".join(map(str, value)) if isinstance(value, list) else value
+    return found
