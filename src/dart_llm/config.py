@@ -15,6 +15,7 @@ from dart_llm.config_parts import (
     Part,
     RemaskConfig,
     ScoreConfig,
+    TokenConfig,
     first_problem,
     unknown_key,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "PruneConfig",
     "RemaskConfig",
     "ScoreConfig",
+    "TokenConfig",
     "check_prepared",
     "check_sparsity",
     "first_problem",
@@ -48,6 +50,7 @@ _SHORT = {
     "remask": "evidence",
     "calibration": "source",
 }
+_PARTS = frozenset({*_SHORT, "token"})
 
 
 def _expand(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,8 +68,8 @@ class PruneConfig(Part):
     a table or the ``auto`` strategy sets the counts.  ``masking_step``: dense decode tokens before
     the first mask.  ``release_step``: decode step from which everything runs dense.
     ``min_evidence``: tokens (prompt + observed) wanted before the first mask.  ``calibration``:
-    what ``prepare`` does before a run.  ``weight_bits``: the dense model with weights of 8 or 4
-    bits.
+    what ``prepare`` does before a run.  ``token``: every token chooses its own neurons; None: masks
+    of the sequence.  ``weight_bits``: the dense model with weights of 8 or 4 bits.
     """
 
     method: str = "dart"
@@ -76,6 +79,7 @@ class PruneConfig(Part):
     drift: DriftConfig = DriftConfig()
     remask: RemaskConfig = RemaskConfig()
     calibration: CalibrationConfig | None = None
+    token: TokenConfig | None = None
     weight_bits: Literal[4, 8] | None = None
     masking_step: int = 0
     release_step: int | None = None
@@ -107,6 +111,7 @@ class PruneConfig(Part):
         if self.executor == "compact" and self.batch == "per_row":
             raise ConfigError('batch "per_row" has a mask per row: use executor "masked" or "auto"')
         self._check_calibration()
+        self._check_candidates()
         if self.score.strategy == "auto" and self.budget.table is not None:
             raise ConfigError('strategy "auto" sets the counts itself: drop the layer table')
         if self.score.strategy == "auto" and self.budget.name != "uniform":
@@ -126,6 +131,22 @@ class PruneConfig(Part):
             raise ConfigError(
                 f"weight_bits {self.weight_bits} stands for the dense model: drop the sparsity"
             )
+
+    def _check_candidates(self) -> None:
+        share = None if self.token is None else self.token.candidates
+        if share is None or self.target == 0 or not self._keeps_one_share:
+            return
+        if share < 1 - self.target - 1e-9:
+            raise ConfigError(
+                f"token.candidates {share:g} leaves fewer neurons than sparsity {self.target:g} "
+                f"keeps: give at least {1 - self.target:g}, or None"
+            )
+
+    @property
+    def _keeps_one_share(self) -> bool:
+        """Whether every layer keeps ``1 - target`` of its neurons."""
+        alone = self.budget.name == "uniform" and self.budget.table is None
+        return alone and self.score.strategy == "topk"
 
     def _check_exclusive(self) -> None:
         if self.score.strategy == "auto":
@@ -148,7 +169,7 @@ class PruneConfig(Part):
         if isinstance(score, Mapping) and score.get("strategy") == "auto":
             data["budget"] = BudgetConfig().model_dump()  # the preset's budget has no part in it
         for key, value in changes.items():
-            nested = key in _SHORT and isinstance(value, Mapping)
+            nested = key in _PARTS and isinstance(value, Mapping)
             data[key] = {**(data[key] or {}), **value} if nested else value
         return PruneConfig.from_mapping(data)
 

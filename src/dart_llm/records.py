@@ -86,6 +86,11 @@ class SequenceReport:
     remasks: tuple[Remask, ...]
 
 
+def bytes_limit(ffn_share: float, sparsity: float, proxy_share: float = 0.0) -> float:
+    """Largest speed-up that the bytes read allow: low-bit copies are read on top."""
+    return 1.0 / max(1e-9, 1.0 - ffn_share * (sparsity - proxy_share))
+
+
 @dataclass(frozen=True)
 class RunReport:
     """Accounting of a run (docs/method.md, "Accounting")."""
@@ -109,6 +114,14 @@ class RunReport:
     """FFN bytes touched per decode forward over dense, as executed, likewise."""
     ffn_flops_share_if_compact: float
     ffn_bytes_share_if_compact: float
+    proxy_flops_share: float
+    """Part of the FFN FLOPs over dense that estimating and ranking neurons per token takes."""
+    proxy_bytes_share: float
+    """Part of the FFN bytes over dense that low-bit copies take; 0 unless tokens choose."""
+    proxy_error: float | None
+    """Relative Frobenius error of the low-bit copies; None without them."""
+    proxy_error_gaussian: float | None
+    """The same of Gaussian matrices on the same grid: much more means a file that flatters it."""
     ffn_share_of_bytes: float
     """FFN bytes over all weight bytes that one decoded token reads (embedding rows left out)."""
     extra_memory_bytes: int
@@ -118,7 +131,7 @@ class RunReport:
     @property
     def bytes_limit(self) -> float:
         """Largest speed-up that the bytes read allow at the achieved sparsity."""
-        return 1.0 / max(1e-9, 1.0 - self.ffn_share_of_bytes * self.achieved_sparsity)
+        return bytes_limit(self.ffn_share_of_bytes, self.achieved_sparsity, self.proxy_bytes_share)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able data."""

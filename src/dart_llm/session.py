@@ -19,6 +19,7 @@ from dart_llm.executor import check_executor, choose_executor
 from dart_llm.life import Life
 from dart_llm.masks import GIVEN, LayerMask, given_masks
 from dart_llm.records import DriftCheck, Remask, RunReport
+from dart_llm.token_select import plain_masks, sequence_masks
 from dart_llm.tracer import Tracer
 from dart_llm.weights import FfnWeights, with_prior
 
@@ -59,6 +60,7 @@ class Run:
         self._tracer = self._new_tracer()
         self._attachment: Attachment | None = None
         self._copies = 0
+        self._proxy_errors: tuple[float, float] | None = None
         chooses = self._given is None and not self._tracer.selector.removes_nothing
         check_prepared(config, chooses, prior is not None)
         check_executor(self._view.blocks, self._tracer.selector, type(model).__name__, chooses)
@@ -85,7 +87,7 @@ class Run:
         if self.on_selection is not None:
             self.on_selection(remask, life)
         if self.on_masks is not None and life.masks is not None:
-            self.on_masks(life.masks)
+            self.on_masks(sequence_masks(life.masks))
 
     @property
     def executor(self) -> str:
@@ -101,7 +103,7 @@ class Run:
             self._tracer = self._new_tracer()
         attachment = Attachment(self.model, self._view, self._tracer, self.executor)
         attachment.install()
-        self._attachment = attachment
+        self._attachment, self._proxy_errors = attachment, attachment.proxy_errors
         return self
 
     def detach(self) -> None:
@@ -158,7 +160,7 @@ class Run:
         """
         masks = self._given if self._given is not None else self._tracer.select()
         if self.on_masks is not None:
-            self.on_masks(masks)
+            self.on_masks(sequence_masks(masks))
         return masks
 
     def hold(self, masks: Masks | None) -> None:
@@ -192,13 +194,13 @@ class Run:
         return str(self._tracer.last_phase)
 
     def masks(self) -> dict[int, Tensor]:
-        """Kept neuron ids per layer of the newest mask ([k] int64, on the host).
+        """Kept neuron ids per layer of the newest mask, [k] int64 on the host; none where dense.
 
-        Layers that run dense are left out.  Raises ``AttachError`` before the first mask.
+        Raises ``AttachError`` before the first, ``ConfigError`` where every token chooses its own.
         """
         return {
             layer: mask.ids.cpu()
-            for layer, mask in enumerate(self._newest_masks())
+            for layer, mask in enumerate(plain_masks(self._newest_masks()))
             if mask is not None
         }
 
@@ -242,6 +244,7 @@ class Run:
             copies,
             GIVEN if self._by_hand else self.config.method,
             self.config.target if self._asks_total() and not self._by_hand else None,
+            self._proxy_errors,
         )
 
     @property
@@ -263,7 +266,8 @@ class Run:
         """
         from dart_llm.export import export
 
-        return export(self.model, self._view.blocks, self._newest_masks(), Path(folder))
+        masks = plain_masks(self._newest_masks())
+        return export(self.model, self._view.blocks, masks, Path(folder))
 
 
 def prune(
