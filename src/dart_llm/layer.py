@@ -62,7 +62,8 @@ class HostedFfn:
         self._stacked = None
 
     def _take_fed(self, module: nn.Module, args: Any) -> None:
-        self.fed = bare(args[0])
+        if not self.owner.plan.dense:
+            self.fed = bare(args[0])
 
     def _take_x(self, module: nn.Module, args: Any) -> None:
         if self.owner.plan.observe:
