@@ -31,7 +31,8 @@ SCALE_BYTES = 2
 class LowBit:
     """A matrix [N, D] in ``bits`` (4 or 8) bits per weight.
 
-    ``levels``: int8 [N, D], or uint8 [N, ceil(D / 2)], level + 8, the even input in the low half.
+    ``levels``: int8 [N, D], or uint8 [N, ceil(D / 2)] of level + 8: the first half of the inputs in
+    the low bits, the second half in the high ones.
     ``scales``: bfloat16 [N, ceil(D / group)].
     """
 
@@ -48,12 +49,18 @@ class LowBit:
     def dense(self, rows: Tensor | slice = slice(None)) -> Tensor:
         """The values that the levels stand for, float32 [n, D]; ``rows``: ids or a slice."""
         levels, scales = self.levels[rows], self.scales[rows].float()
+        half, groups = levels.shape[1], scales.shape[1]
+        stored = 2 * half if self.bits == 4 else half
+        values = scales.new_empty(len(levels), max(groups * self.group, stored))
         if self.bits == 4:
-            pairs = torch.stack((levels & 15, levels >> 4), -1).flatten(1)
-            values = pairs[:, : self.inputs].float() - 8
+            values[:, :half] = levels & 15
+            values[:, half:stored] = levels >> 4
+            values.sub_(8)
         else:
-            values = levels.float()
-        return _scaled(values, scales, self.group)
+            values[:, :half] = levels
+        whole = values[:, : groups * self.group].unflatten(1, (groups, self.group))
+        whole.mul_(scales[..., None])
+        return values[:, : self.inputs]
 
     def product(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """x W^T in float32, [..., n].  x: [..., D] of any dtype; ``rows``: ids [n], None: all."""
@@ -88,14 +95,9 @@ def _grid(w: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     levels = levels.view(len(w), -1)[:, : w.shape[1]]
     if bits == 8:
         return levels.to(torch.int8), scales
+    half = (w.shape[1] + 1) // 2
     whole = F.pad(levels + 8, (0, w.shape[1] % 2)).to(torch.uint8)
-    return whole[:, ::2] | (whole[:, 1::2] << 4), scales
-
-
-def _scaled(values: Tensor, scales: Tensor, group: int) -> Tensor:
-    rows, inputs = values.shape
-    padded = F.pad(values, (0, scales.shape[1] * group - inputs)).view(rows, -1, group)
-    return (padded * scales[..., None]).view(rows, -1)[:, :inputs]
+    return whole[:, :half] | (whole[:, half:] << 4), scales
 
 
 def _spans(rows: int, inputs: int) -> Iterator[slice]:
