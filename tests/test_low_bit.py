@@ -32,7 +32,8 @@ def by_hand(w: Tensor, bits: int, group: int) -> list[list[float]]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("bits", "group", "inputs"), [(4, 4, 12), (4, 5, 13), (4, 32, 7), (8, 4, 12), (8, 3, 10)]
+    ("bits", "group", "inputs"),
+    [(4, 4, 12), (4, 5, 13), (4, 5, 15), (4, 32, 7), (8, 4, 12), (8, 3, 10)],
 )
 def test_the_grid(bits: int, group: int, inputs: int, dtype: torch.dtype) -> None:
     w = torch.randn(6, inputs, generator=torch.Generator().manual_seed(1)).to(dtype)

@@ -11,12 +11,15 @@ import torch
 
 from dart_llm import ConfigError, prune, texts
 from dart_llm.candidate import Candidate
+from dart_llm.drift_record import DriftRecorder, record
 from dart_llm.life import Life
+from dart_llm.likelihood import score_context
 from dart_llm.listing import listing
 from dart_llm.merge import add_dense, merge_reports
 from dart_llm.outputs import MaskRecorder, read_masks, write_masks
 from dart_llm.perplexity import score, slices
 from dart_llm.sentences import bytes_sentence
+from dart_llm.tables import report_table
 from dart_llm.token_costs import TokenCosts
 from steps import decode, new_cache, shared_model, step
 from tiny import tokens
@@ -186,6 +189,51 @@ def test_a_calibrated_score_chooses_the_candidates() -> None:
     report = again.report()
     assert report.achieved_sparsity == 0.75 and report.remask_causes == {"given": 1}
     assert report.proxy_bytes_share == pytest.approx(PROXY_BYTES / DENSE_BYTES / 2)
+
+
+def test_drift_studies_record_counts_and_no_overlap() -> None:
+    model, recorder = shared_model("llama-bias"), DriftRecorder()
+    run = prune(model, "dart-token", sparsity=0.75, drift="interval 2")
+    run.on_selection = recorder
+    with run:
+        decode(model, tokens(1, 20), 12)
+    found = record(run, recorder, [I] * L)["remasks"]
+    assert len(found) == 3 and all(one["kept"] == [K] * L for one in found)
+    assert [one["jaccard"] for one in found] == [one["left"] for one in found] == [None] * 3
+
+
+@pytest.mark.parametrize("protocol", ["decode", "full", "published"])
+def test_likelihoods_under_every_protocol(protocol: str) -> None:
+    """decode: the last context token and the continuation choose their own neurons."""
+    model = shared_model("llama-bias")
+    context, after = tokens(1, 20)[0].tolist(), tokens(1, 4, seed=2)[0].tolist()
+    run = prune(model, "dart-token", sparsity=0.75)
+    with run:
+        (found,), reports = score_context(model, run, context, [after], protocol)
+    (dense,), _ = score_context(model, None, context, [after], protocol)
+    assert abs(found.logprob - dense.logprob) > 1e-3
+    assert all(report["achieved_sparsity"] == 0.75 for report in reports if report)
+    if protocol == "decode":
+        with prune(model, "dart-token", sparsity=0.75):
+            logits = decode(model, torch.tensor([context + after[:-1]]), 19)[0, 19:]
+        losses = torch.nn.functional.cross_entropy(logits, torch.tensor(after), reduction="none")
+        assert found.losses == pytest.approx(losses.tolist(), abs=1e-4)
+
+
+def test_tables_show_the_copies_apart() -> None:
+    def cells(report: dict[str, Any]) -> dict[str, str]:
+        table = report_table(report, {})
+        names, values = (list(column.cells) for column in table.columns)
+        return {str(name): str(value) for name, value in zip(names, values, strict=True)}
+
+    found = cells(_report().to_dict())
+    assert found["of the bytes, low-bit copies"] == f"{PROXY_BYTES / DENSE_BYTES:.3f}"
+    assert found["of the FLOPs, low-bit copies"] == f"{PROXY_FLOPS / DENSE_FLOPS:.3f}"
+    model = shared_model("llama-bias")
+    with prune(model, "griffin", sparsity=0.75) as run:
+        decode(model, tokens(1, 14), 12)
+    assert not any("low-bit" in name for name in cells(run.report().to_dict()))
+    assert "of it low-bit copies" in str(_report()) and "low-bit" not in str(run.report())
 
 
 @pytest.mark.smollm2

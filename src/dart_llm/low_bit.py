@@ -58,8 +58,8 @@ class LowBit:
             values.sub_(8)
         else:
             values[:, :half] = levels
-        whole = values[:, : groups * self.group].unflatten(1, (groups, self.group))
-        whole.mul_(scales[..., None])
+        for_scales = (len(levels), groups, self.group)  # the rest of the last group is never read
+        values[:, : groups * self.group].view(for_scales).mul_(scales[..., None])
         return values[:, : self.inputs]
 
     def product(self, x: Tensor, rows: Tensor | None = None) -> Tensor:

@@ -104,7 +104,7 @@ class TokenFfn:
         return gathered.run(x)[1]
 
     def nbytes(self) -> int:
-        norms = self.norms.numel() * self.norms.element_size()
+        norms: int = self.norms.numel() * self.norms.element_size()
         return norms + sum(copy.nbytes() for copy in self.copies)
 
 
