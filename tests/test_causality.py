@@ -54,7 +54,12 @@ def _traced(name: str, method: str, ids: Tensor, settings: dict[str, Any]):
 
 @pytest.mark.parametrize(
     ("method", "settings"),
-    [("dart", INTERVAL), ("griffin", {"sparsity": 0.5}), ("published", PUBLISHED)],
+    [
+        ("dart", INTERVAL),
+        ("griffin", {"sparsity": 0.5}),
+        ("published", PUBLISHED),
+        ("dart-token", {"sparsity": 0.5}),
+    ],
 )
 @pytest.mark.parametrize("executor", ["auto", "masked"])
 @pytest.mark.parametrize("name", SHAPES)
@@ -95,7 +100,7 @@ def test_masks_are_a_function_of_the_tokens_before_them(name: str) -> None:
     assert not same_masks(others[0][2], masks[0][2])
 
 
-@pytest.mark.parametrize("method", ["griffin", "dart"])
+@pytest.mark.parametrize("method", ["griffin", "dart", "dart-token"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_teacher_forced_chunks(name: str, method: str) -> None:
     """run.decoding(): one forward of many tokens is causal, and equals token by token."""

@@ -108,7 +108,9 @@ def test_sparsity_zero_is_bit_identical(name: str, dtype: torch.dtype, method: s
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_methods(name: str, dtype: torch.dtype, method: str) -> None:
-    _check_pair(name, dtype, method, sparsity=0.5)
+    # half of the neurons, chosen anew by every token, give nearly what all of them give
+    sparsity = 0.5 if METHODS.get(method).token is None else 0.75
+    _check_pair(name, dtype, method, sparsity=sparsity)
 
 
 @pytest.mark.parametrize("score", SCORES.names())

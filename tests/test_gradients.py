@@ -63,8 +63,9 @@ def _gradients(model: Any, **settings: Any) -> tuple[dict[str, torch.Tensor], to
     return found, logits
 
 
+@pytest.mark.parametrize("method", ["dart", "dart-token"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "gpt2", "falcon", "opt"])
-def test_gradients(name: str) -> None:
+def test_gradients(name: str, method: str) -> None:
     model = tiny(name)
     dense, _ = _gradients(model, method="dense")
     cache, ids = new_cache(model), tokens(1, 12)
@@ -74,7 +75,7 @@ def test_gradients(name: str) -> None:
     plain = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert dense.keys() == plain.keys()
     assert all(torch.equal(dense[n], plain[n]) for n in plain)
-    settings = {"method": "dart", "sparsity": 0.5, "min_evidence": 0}
+    settings = {"method": method, "sparsity": 0.5, "min_evidence": 0}
     pruned, logits = _gradients(model, **settings)
     assert pruned.keys() == plain.keys()
     assert all(bool(g.isfinite().all()) for g in pruned.values())

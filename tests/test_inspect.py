@@ -262,6 +262,7 @@ def test_the_same_text_twice_keeps_the_same_neurons() -> None:
     [
         ({"method": "dense", "sparsity": None}, '"dense" removes no neuron'),
         ({"method": "wanda"}, "does not choose neurons by the text alone"),
+        ({"method": "dart-token"}, "token-level selection has no sequence mask"),
         ({"ranking_method": "weight"}, "does not choose neurons by the text alone"),
     ],
 )

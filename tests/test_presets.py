@@ -11,6 +11,7 @@ from dart_llm.config import (
     PruneConfig,
     RemaskConfig,
     ScoreConfig,
+    TokenConfig,
 )
 from dart_llm.errors import UnknownName
 from dart_llm.registry import BUDGETS, METHODS
@@ -83,6 +84,9 @@ def test_presets_are_what_the_method_says() -> None:
         assert PruneConfig.build(f"dense-{bits}bit") == PruneConfig(
             method=f"dense-{bits}bit", sparsity=0.0, weight_bits=bits
         )
+    assert PruneConfig.build("dart-token") == PruneConfig(
+        method="dart-token", token=TokenConfig(bits=4, group=32, candidates=None)
+    )
     assert PruneConfig.build("static") == PruneConfig(method="static", score="weight")
     assert PruneConfig.build("dense") == PruneConfig(method="dense", sparsity=0.0)
     for name in METHODS.names():

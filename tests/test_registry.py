@@ -23,6 +23,7 @@ from dart_llm.weights import FfnWeights
 def test_the_names() -> None:
     assert METHODS.names() == (
         "dart",
+        "dart-token",
         "dense",
         "dense-4bit",
         "dense-8bit",

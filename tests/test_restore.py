@@ -16,7 +16,9 @@ from steps import Forced, Same, decode, generate, shared_model
 from tiny import NAMES, tiny, tokens
 
 
-@pytest.mark.parametrize("method", ["griffin", "dart", "published", "static", "dense"])
+@pytest.mark.parametrize(
+    "method", ["griffin", "dart", "dart-token", "published", "static", "dense"]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_normal_exit(name: str, method: str) -> None:
     model = shared_model(name)

@@ -133,7 +133,14 @@ def _storages() -> dict[int, int]:
 @pytest.mark.parametrize("executor", ["auto", "masked"])
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("llama-bias", "dart"), ("phi3", "griffin"), ("gpt2", "published"), ("opt", "dart")],
+    [
+        ("llama-bias", "dart"),
+        ("phi3", "griffin"),
+        ("gpt2", "published"),
+        ("opt", "dart"),
+        ("llama-bias", "dart-token"),
+        ("opt", "dart-token"),
+    ],
 )
 def test_extra_memory_is_what_is_held(name: str, method: str, executor: str) -> None:
     model, ids = tiny(name), tokens(1, 75)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from dart_llm.life import Life
 from dart_llm.records import LayerStat, RunReport, SequenceReport
+from dart_llm.token_costs import IF_COMPACT, TokenCosts
 from dart_llm.weights import FfnWeights
 
 STATISTIC_FLOPS = 8
@@ -163,8 +164,12 @@ def run_report(
     copies: int,
     method: str,
     asked: float | None,
+    proxy_errors: tuple[float, float] | None = None,
 ) -> RunReport:
-    """Accounting of a run; ``copies``: bytes held beside the lives (compact copies, a prior)."""
+    """Accounting of a run; ``copies``: bytes held beside the lives (compact copies, a prior).
+
+    ``proxy_errors``: of the low-bit copies, and of Gaussian matrices on their grid.
+    """
     widths = tuple(layer.width for layer in costs.layers)
     tokens = _tokens(lives, widths)
     masks = [remask for life in lives for remask in life.remasks]
@@ -176,8 +181,8 @@ def run_report(
         LayerStat(index, width, kept, kept / width, tokens.sparsity(index))
         for index, (width, kept) in enumerate(zip(widths, last, strict=True))
     )
-    as_run = _shares(lives, costs, executor == "compact", executor == "compact")
-    compact = _shares(lives, costs, True, True)
+    as_run = _shares(lives, costs, executor)
+    compact = _shares(lives, costs, IF_COMPACT)
     return RunReport(
         method=method,
         requested_sparsity=asked,
@@ -190,35 +195,61 @@ def run_report(
         remask_causes=causes,
         layers=layers,
         executor=executor,
-        ffn_flops_share=as_run[0],
-        ffn_bytes_share=as_run[1],
-        ffn_flops_share_if_compact=compact[0],
-        ffn_bytes_share_if_compact=compact[1],
+        ffn_flops_share=as_run.flops,
+        ffn_bytes_share=as_run.bytes,
+        ffn_flops_share_if_compact=compact.flops,
+        ffn_bytes_share_if_compact=compact.bytes,
+        proxy_flops_share=as_run.proxy_flops,
+        proxy_bytes_share=as_run.proxy_bytes,
+        proxy_error=None if proxy_errors is None else proxy_errors[0],
+        proxy_error_gaussian=None if proxy_errors is None else proxy_errors[1],
         ffn_share_of_bytes=costs.bytes(None) / max(1, costs.total_bytes),
         extra_memory_bytes=copies + sum(life.nbytes() for life in lives),
         sequences=tuple(sequence_report(life) for life in lives),
     )
 
 
-def _shares(lives: Sequence[Life], costs: Costs, skips: bool, copies: bool) -> tuple[float, float]:
-    """(FLOPs, bytes) of decoding over dense decoding; ``skips``: pruned work is left out."""
-    flops = moved = forwards = tokens = 0.0
-    dense_flops, dense_bytes = costs.flops(None), costs.bytes(None)
+@dataclass(frozen=True)
+class _Shares:
+    """Work of decoding over that of dense decoding; of it, what low-bit copies take."""
+
+    flops: float = 1.0
+    bytes: float = 1.0
+    proxy_flops: float = 0.0
+    proxy_bytes: float = 0.0
+
+
+def _shares(lives: Sequence[Life], costs: Costs, executor: str) -> _Shares:
+    """``executor``: ``masked``, ``compact``, or ``IF_COMPACT``."""
+    flops = moved = forwards = tokens = proxy_flops = proxy_bytes = 0.0
+    skips = executor != "masked"
     for life in lives:
         masks = life.given or ()
         held = any(mask is not None and mask.bias is not None for mask in masks)
         compensates = held or (life.config.compensation and life.given is None)
+        token = TokenCosts.of(life, costs.layers)
         for period in life.periods:
-            kept = period.kept if skips else None
-            forwards += period.forwards
-            tokens += float(period.tokens)
-            flops += float(period.tokens) * costs.flops(kept)
-            moved += period.forwards * costs.bytes(kept)
+            steps, fed = period.forwards, float(period.tokens)
+            forwards += steps
+            tokens += fed
             flops += period.observed * life.rows * costs.observe_flops
             moved += period.observed * costs.observe_bytes
+            if token is None or period.kept is None:
+                kept = period.kept if skips else None
+                flops += fed * costs.flops(kept)
+                moved += steps * costs.bytes(kept)
+                continue
+            work = token.work(period.kept, fed / max(1, steps), life.rows == 1, executor)
+            flops += fed * costs.flops(work.computed)
+            moved += steps * (costs.bytes(work.read) + 2 * costs.bytes(work.copied))
+            proxy_flops += fed * token.flops(period.kept)
+            proxy_bytes += steps * token.bytes(period.kept)
         for remask in life.remasks:
-            moved += costs.build_bytes(remask.kept, copies, compensates)
-            flops += costs.build_flops(remask.kept, compensates)
+            chosen = remask.kept if token is None else token.chosen_once(remask.kept)
+            moved += costs.build_bytes(chosen, skips, compensates)
+            flops += costs.build_flops(chosen, compensates)
     if not forwards or not tokens:
-        return 1.0, 1.0
-    return flops / (tokens * dense_flops), moved / (forwards * dense_bytes)
+        return _Shares()
+    all_flops, all_bytes = tokens * costs.flops(None), forwards * costs.bytes(None)
+    proxy = proxy_flops / all_flops, proxy_bytes / all_bytes
+    return _Shares(flops / all_flops + proxy[0], moved / all_bytes + proxy[1], *proxy)

@@ -20,6 +20,8 @@ from dart_llm.errors import AttachError, ConfigError
 from dart_llm.layer import HostedFfn
 from dart_llm.loop import Loop, bare_call
 from dart_llm.plan import Kind, Plan
+from dart_llm.token_ffn import TokenFfn, errors
+from dart_llm.token_select import TokenMask
 from dart_llm.tracer import Tracer
 
 _active: weakref.WeakSet[Attachment] = weakref.WeakSet()
@@ -65,6 +67,8 @@ class Attachment(_NotCopied):
         self.forced_decode = 0
         self.forced_prompt = 0
         self.loop: Loop | None = None
+        self.proxy_errors: tuple[float, float] | None = None
+        """Of low-bit copies and of Gaussian matrices on the same grid; None without copies."""
         self._view = view
         self._undo: list[Callable[[], None]] = []
         self._released = 0
@@ -92,8 +96,23 @@ class Attachment(_NotCopied):
             self._replace(host, name, layer.run)
             if stream:
                 layer.hook_stream(self._hook)
+        self._install_token()
         if self.tracer.rule.window:
             self._hook(self._view.attention_out.register_forward_hook(self._feature))
+
+    def _install_token(self) -> None:
+        """Make the low-bit copies by which tokens choose their own neurons."""
+        config, given = self.tracer.config.token, self.tracer.given
+        if given is None:
+            wanted = not self.tracer.selector.removes_nothing
+        else:
+            wanted = any(isinstance(mask, TokenMask) for mask in given)
+        if config is None or not wanted:
+            return
+        made = [TokenFfn(layer.block, config) for layer in self.layers]
+        for layer, token in zip(self.layers, made, strict=True):
+            layer.choose_per_token(token, self._hook)
+        self.proxy_errors = errors(made)
 
     def remove(self) -> None:
         """Put back exactly what was there; safe to call twice."""

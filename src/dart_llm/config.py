@@ -16,6 +16,7 @@ from dart_llm.config_parts import (
     PriorConfig,
     RemaskConfig,
     ScoreConfig,
+    TokenConfig,
     first_problem,
     unknown_key,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "PruneConfig",
     "RemaskConfig",
     "ScoreConfig",
+    "TokenConfig",
     "check_prepared",
     "check_sparsity",
     "first_problem",
@@ -50,6 +52,7 @@ _SHORT = {
     "remask": "evidence",
     "calibration": "source",
 }
+_PARTS = frozenset({*_SHORT, "prior", "token"})
 
 
 def _expand(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,9 +72,10 @@ class PruneConfig(Part):
     ``min_evidence``: tokens (prompt + observed) wanted before the first mask.  ``skip_sinks``: the
     first tokens of a sequence, which draw attention whatever they say, leave no evidence.
     ``calibration``: what ``prepare`` does before a run.  ``prior``: what is learnt of the model
-    when it is first pruned.  ``compensation_rank``: features of the FFN's input from which
-    compensation predicts the removed neurons' output; 0: their mean alone.  ``weight_bits``: the
-    dense model with weights of 8 or 4 bits.
+    when it is first pruned.  ``token``: every token chooses its own neurons; None: masks of the
+    sequence.  ``compensation_rank``: features of the FFN's input from which compensation predicts
+    the removed neurons' output; 0: their mean alone.  ``weight_bits``: the dense model with weights
+    of 8 or 4 bits.
     """
 
     method: str = "dart"
@@ -82,6 +86,7 @@ class PruneConfig(Part):
     remask: RemaskConfig = RemaskConfig()
     calibration: CalibrationConfig | None = None
     prior: PriorConfig | None = None
+    token: TokenConfig | None = None
     weight_bits: Literal[4, 8] | None = None
     masking_step: int = 0
     release_step: int | None = None
@@ -116,6 +121,7 @@ class PruneConfig(Part):
             raise ConfigError('batch "per_row" has a mask per row: use executor "masked" or "auto"')
         self._check_calibration()
         self._check_prior()
+        self._check_candidates()
         if self.score.strategy == "auto" and self.budget.table is not None:
             raise ConfigError('strategy "auto" sets the counts itself: drop the layer table')
         if self.score.strategy == "auto" and self.budget.name != "uniform":
@@ -139,6 +145,11 @@ class PruneConfig(Part):
     def _check_prior(self) -> None:
         if self.compensation_rank < 0:
             raise ConfigError(f"compensation_rank {self.compensation_rank} must not be negative")
+        if self.token is not None and self.compensation_rank:
+            raise ConfigError(
+                "tokens that choose their own neurons have no low-rank compensation: drop "
+                "compensation_rank"
+            )
         if self.prior is not None:
             return
         wants = {
@@ -148,6 +159,22 @@ class PruneConfig(Part):
         for what, wanted in wants.items():
             if wanted:
                 raise ConfigError(f"{what} needs a prior: give prior={{}} too")
+
+    def _check_candidates(self) -> None:
+        share = None if self.token is None else self.token.candidates
+        if share is None or self.target == 0 or not self._keeps_one_share:
+            return
+        if share < 1 - self.target - 1e-9:
+            raise ConfigError(
+                f"token.candidates {share:g} leaves fewer neurons than sparsity {self.target:g} "
+                f"keeps: give at least {1 - self.target:g}, or None"
+            )
+
+    @property
+    def _keeps_one_share(self) -> bool:
+        """Whether every layer keeps ``1 - target`` of its neurons."""
+        alone = self.budget.name == "uniform" and self.budget.table is None
+        return alone and self.score.strategy == "topk"
 
     def _check_exclusive(self) -> None:
         if self.score.strategy == "auto":
@@ -170,7 +197,7 @@ class PruneConfig(Part):
         if isinstance(score, Mapping) and score.get("strategy") == "auto":
             data["budget"] = BudgetConfig().model_dump()  # the preset's budget has no part in it
         for key, value in changes.items():
-            nested = key in (*_SHORT, "prior") and isinstance(value, Mapping)
+            nested = key in _PARTS and isinstance(value, Mapping)
             data[key] = {**(data[key] or {}), **value} if nested else value
         return PruneConfig.from_mapping(data)
 

@@ -191,6 +191,30 @@ class PriorConfig(Part):
         return self
 
 
+class TokenConfig(Part):
+    """Every token chooses its own neurons (docs/method.md, "Token-level tracing").
+
+    ``bits`` (4 or 8) per weight and ``group`` inputs per scale of the copies that rank neurons;
+    ``candidates``: fraction of each layer's neurons, by the sequence's scores, out of which tokens
+    choose, (0, 1]; None: all.
+    """
+
+    bits: Literal[4, 8] = 4
+    group: int = 32
+    candidates: float | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> TokenConfig:
+        if self.group < 1:
+            raise ConfigError(f"group {self.group} must be at least 1: inputs that share a scale")
+        if self.candidates is not None and not 0 < self.candidates <= 1:
+            raise ConfigError(
+                f"candidates {self.candidates:g} must lie in (0, 1]: the fraction of a layer's "
+                "neurons out of which every token chooses"
+            )
+        return self
+
+
 def first_problem(error: ValidationError) -> str:
     """The first validation problem as one sentence."""
     problem = error.errors()[0]

@@ -55,7 +55,7 @@ class Flow:
 
 
 def read(cell: DriftCell) -> Masks | None:
-    """The masks of ``cell``; None where it has none.
+    """The masks of ``cell``; None where it has none, as where every token chooses its own neurons.
 
     Layers without kept ids are dense: all their neurons live.  Raises ``ResultsError`` for a
     neuron beyond the layer's width.
@@ -68,6 +68,8 @@ def read(cell: DriftCell) -> Masks | None:
         names = set(file.keys())
         ids = {name: file.get_tensor(name) for name in names if name.endswith(".ids")}
         widths = {name: file.get_slice(name).get_shape()[0] for name in names - ids.keys()}
+    if not ids:
+        return None
     layers = range(len(cell.remasks[0].kept))
     live = tuple(_layer(ids, widths, layer, cell) for layer in layers)
     return Masks(tuple(mask.step for mask in cell.remasks), live) if live else None

@@ -70,9 +70,8 @@ def remasks(recorder: DriftRecorder, widths: Sequence[int]) -> list[dict[str, An
     before: list[Tensor] | None = None
     for number, remask in enumerate(recorder.remasks):
         masks = [_kept(recorder, number, layer, width) for layer, width in enumerate(widths)]
-        moves = (
-            None if before is None else [_moves(*two) for two in zip(before, masks, strict=True)]
-        )
+        alone = before is None or recorder.per_token
+        moves = None if alone else [_moves(*two) for two in zip(before or [], masks, strict=True)]
         found.append(
             {
                 "step": remask.step,

@@ -22,6 +22,7 @@ from dart_llm.inspect_texts import InspectText
 from dart_llm.inspect_weights import activations
 from dart_llm.select import Selector, check_fits
 from dart_llm.settings_inspect import InspectSettings
+from dart_llm.token_select import NO_MASK
 
 WHOLE, FIRST, SECOND = "whole", "first", "second"
 """Parts of a text that evidence is kept of: all of it, and its halves."""
@@ -136,6 +137,8 @@ def _choosing(config: PruneConfig) -> PruneConfig:
 
     if config.method == "dense" or config.weight_bits is not None:
         raise ConfigError(f'method "{config.method}" removes no neuron: give one that does')
+    if config.token is not None:
+        raise ConfigError(f'method "{config.method}": {NO_MASK}; give another, e.g. griffin')
     if config.calibration is not None or SCORES.get(config.score.name).per_token is None:
         raise ConfigError(
             f'method "{config.method}" with score "{config.score.name}" does not choose neurons by '

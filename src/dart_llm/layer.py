@@ -13,6 +13,8 @@ from dart_llm.ffn import CompactFfn, FfnBlock, run_masked
 from dart_llm.low_rank import LowRank
 from dart_llm.masks import LayerMask
 from dart_llm.plan import Plan, bare
+from dart_llm.token_ffn import TokenFfn
+from dart_llm.token_select import TokenMask
 from dart_llm.tracer import Tracer
 
 
@@ -32,8 +34,10 @@ class HostedFfn:
         self.block = block
         self.owner = owner
         self.compact = CompactFfn(block)
+        self.token: TokenFfn | None = None
         self.x: Tensor | None = None
         self.features: Tensor | None = None
+        self.fed: Tensor | None = None
         self.waiting: tuple[Tensor, Tensor] | None = None
         self._stacked: (
             tuple[list[LayerMask | None], Tensor, Tensor | None, LowRank | None] | None
@@ -46,15 +50,25 @@ class HostedFfn:
         if self.block.post_norm is not None:
             keep(self.block.post_norm.register_forward_hook(self._take_r))
 
+    def choose_per_token(self, token: TokenFfn, keep: Callable[[Any], None]) -> None:
+        """Tokens choose their own neurons by ``token`` where the plan says so."""
+        self.token = token
+        if self.block.inline:  # what the down projection is given ranks nothing: read fc1's input
+            keep(self.block.up.register_forward_pre_hook(self._take_fed))
+
     def forget(self) -> None:
         """Drop what an interrupted forward left behind."""
-        self.x = self.features = self.waiting = None
+        self.x = self.features = self.fed = self.waiting = None
 
     def release(self) -> None:
         """Free the copies and the multipliers."""
         self.forget()
-        self.compact = CompactFfn(self.block)
+        self.compact, self.token = CompactFfn(self.block), None
         self._stacked = None
+
+    def _take_fed(self, module: nn.Module, args: Any) -> None:
+        if not self.owner.plan.dense:
+            self.fed = bare(args[0])
 
     def _take_x(self, module: nn.Module, args: Any) -> None:
         if self.owner.plan.observe:
@@ -76,7 +90,12 @@ class HostedFfn:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         rest = (*args, *kwargs.values())[: 2 if args else None]
         only = masks[0] if len(masks) == 1 else None
-        if only is not None and not plan.observe and self._compacts(x):
+        if isinstance(only, TokenMask):
+            one = x.numel() == x.shape[-1]  # several tokens together would gather most neurons
+            if one and not plan.observe and self._compacts(x):
+                assert self.token is not None
+                return self.block.finish(self.token.run_gathered(x, only), rest)
+        elif only is not None and not plan.observe and self._compacts(x):
             self.compact.load(only)
             return self.block.finish(self.compact.run(x)[1], rest)
         z = self._run_masked(original, x, masks if masked else [])
@@ -94,13 +113,21 @@ class HostedFfn:
         self, original: Callable[..., Any], x: Tensor, masks: list[LayerMask | None]
     ) -> Tensor:
         project = original if self.block.inline else self.block.down
-        mask, bias, linear = self._multipliers(masks, x) if masks else (None, None, None)
-        by_row = mask is not None and mask.dim() == 3  # then OPT's flat [B * T, D] is unfolded
-        inputs = x.reshape(self.owner.rows, -1, x.shape[-1]) if by_row else x
-        u, z = run_masked(self.block, project, inputs, mask, bias, linear)
+        if any(isinstance(mask, TokenMask) for mask in masks):
+            assert self.token is not None
+            fed, self.fed = (x if self.fed is None else self.fed), None
+            u, z = self.token.run_dense(project, self._unfold(x), self._unfold(fed), masks)
+        else:
+            mask, bias, linear = self._multipliers(masks, x) if masks else (None, None, None)
+            by_row = mask is not None and mask.dim() == 3  # then OPT's flat [B * T, D] is unfolded
+            inputs = self._unfold(x) if by_row else x
+            u, z = run_masked(self.block, project, inputs, mask, bias, linear)
         if self.owner.plan.observe:
             self._observed(u, z, x)
         return z if z.dim() == x.dim() else z.reshape(*x.shape[:-1], z.shape[-1])
+
+    def _unfold(self, x: Tensor) -> Tensor:
+        return x.reshape(self.owner.rows, -1, x.shape[-1])
 
     def _multipliers(
         self, masks: list[LayerMask | None], x: Tensor
@@ -145,7 +172,7 @@ class HostedFfn:
 
     def nbytes(self) -> int:
         """Bytes of the compact copies and of the multipliers, beside the masks themselves."""
-        total = self.compact.nbytes()
+        total = self.compact.nbytes() + (0 if self.token is None else self.token.nbytes())
         if self._stacked is not None:
             masks, ones, bias, linear = self._stacked
             counted = [mask.bias for mask in masks if mask is not None]

@@ -153,7 +153,7 @@ class Life:
         self.version += 1
         self.phase, self.pruned_run, self.spending = Phase.PRUNED, 0, False
         self.detector.start()
-        shared = None if old is None else overlap(_ids(old), _ids(self.masks))
+        shared = None if old is None or self.config.token else overlap(_ids(old), _ids(self.masks))
         self.remasks.append(
             Remask(
                 self.sequence,

@@ -51,6 +51,9 @@ def _settings(config: PruneConfig) -> str:
         f"evidence {config.remask.evidence}",
         f"compensation {'on' if config.compensation else 'off'}",
     ]
+    if config.token is not None:
+        copies = f"{config.token.bits}-bit copies in groups of {config.token.group}"
+        parts.append(f"winners of every token by {copies}")
     if config.calibration is not None:
         size = f"{config.calibration.sequences} x {config.calibration.length} tokens"
         parts.append(f"{config.calibration.purpose} from calibration on {size}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from dart_llm.budgets import floor_count
 from dart_llm.errors import ConfigError
 from dart_llm.low_rank import LowRank
+
+if TYPE_CHECKING:
+    from dart_llm.weights import FfnWeights
 
 GIVEN = "given masks"
 """What stands in place of a method's name where the user chose the neurons."""
@@ -129,3 +133,18 @@ def given_masks(
             raise ConfigError(f"layer {layer} would keep no neuron: keep at least one")
         found[int(layer)] = kept
     return found
+
+
+def placed(
+    layers: Sequence[FfnWeights],
+    keep: Mapping[int, Sequence[int] | Tensor] | None,
+    remove: Mapping[int, Sequence[int] | Tensor] | None,
+) -> tuple[LayerMask | None, ...]:
+    """The masks of ``given_masks`` on the layers' devices; None where a layer keeps all."""
+    found = given_masks([layer.width for layer in layers], keep, remove)
+    return tuple(
+        None
+        if ids is None or len(ids) == layer.width
+        else LayerMask(ids if layer.down.is_meta else ids.to(layer.device), layer.width)
+        for ids, layer in zip(found, layers, strict=True)
+    )

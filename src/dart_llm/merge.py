@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dart_llm.records import bytes_limit
+
 _WEIGHTED = (
     "achieved_sparsity",
     "dense_token_share",
@@ -12,7 +14,10 @@ _WEIGHTED = (
     "ffn_bytes_share",
     "ffn_flops_share_if_compact",
     "ffn_bytes_share_if_compact",
+    "proxy_flops_share",
+    "proxy_bytes_share",
 )
+_NONE_WHEN_DENSE = ("achieved_sparsity", "proxy_flops_share", "proxy_bytes_share")
 _ADDED = ("prompt_tokens", "decoded_tokens", "remasks")
 
 
@@ -52,9 +57,13 @@ def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
         {**sequence, "sequence": number}
         for number, sequence in enumerate(s for r in reports for s in r["sequences"])
     ]
-    limit = 1 - merged["ffn_share_of_bytes"] * merged["achieved_sparsity"]
-    merged["bytes_limit"] = 1 / max(1e-9, limit)
+    merged["bytes_limit"] = _limit(merged)
     return merged
+
+
+def _limit(report: dict[str, Any]) -> float:
+    proxy = report["proxy_bytes_share"]
+    return bytes_limit(report["ffn_share_of_bytes"], report["achieved_sparsity"], proxy)
 
 
 def slim(report: dict[str, Any]) -> dict[str, Any]:
@@ -74,12 +83,11 @@ def add_dense(report: dict[str, Any], tokens: int) -> dict[str, Any]:
 
     merged = dict(report)
     for key in _WEIGHTED:
-        merged[key] = mixed(report[key], 0.0 if key == "achieved_sparsity" else 1.0)
+        merged[key] = mixed(report[key], 0.0 if key in _NONE_WHEN_DENSE else 1.0)
     merged["decoded_tokens"] = total
     merged["layers"] = [
         {**layer, "sparsity_decoded": mixed(layer["sparsity_decoded"], 0.0)}
         for layer in report["layers"]
     ]
-    limit = 1 - merged["ffn_share_of_bytes"] * merged["achieved_sparsity"]
-    merged["bytes_limit"] = 1 / max(1e-9, limit)
+    merged["bytes_limit"] = _limit(merged)
     return merged

@@ -20,6 +20,16 @@ LIMIT = 16
 MAX_BYTES = 2 << 20
 """Bytes after which it is updated, however few the tokens: large models gain nothing by waiting."""
 
+
+def outlasting(u: Tensor, z: Tensor, x: Tensor | None, r: Tensor | None, f: Tensor | None) -> Seen:
+    """What one layer saw, outside any graph and safe from what the model does later."""
+    # z is cloned: some layers add to the FFN's output in place after it returned
+    kept = z.detach().clone()
+    same = r is z or (r is not None and r.data_ptr() == z.data_ptr())
+    x, r, f = (t if t is None else t.detach() for t in (x, r, f))
+    return u.detach(), kept, x, kept if same else r, f
+
+
 Update = Callable[[list[bool], int, Seen, Tensor | None], None]
 
 

@@ -15,6 +15,7 @@ from dart_llm.life import Life
 from dart_llm.records import DriftCheck, Remask
 from dart_llm.results import write_csv, write_json
 from dart_llm.session import Run
+from dart_llm.token_select import NO_MASK, sequence_masks
 
 
 class MaskRecorder:
@@ -23,12 +24,16 @@ class MaskRecorder:
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
         self.remasks: list[Remask] = []
+        self.per_token = False
+        """Whether tokens choose their own neurons, so that there are no ids to keep."""
 
     def __call__(self, remask: Remask, life: Life) -> None:
         number = len(self.remasks)
         self.remasks.append(remask)
         assert life.selection is not None
-        for layer, mask in enumerate(life.selection.masks):
+        plain = sequence_masks(life.selection.masks)
+        self.per_token = plain is not life.selection.masks
+        for layer, mask in enumerate(plain):
             if mask is not None:
                 self.tensors[f"remask{number}.layer{layer}.ids"] = mask.ids.to("cpu", torch.int32)
         for layer, score in enumerate(life.selection.scores):
@@ -45,6 +50,7 @@ def write_masks(folder: Path, recorder: MaskRecorder, run: Run, checkpoint: str)
         {
             "remasks": [asdict(remask) for remask in recorder.remasks],
             "layers": [asdict(layer) for layer in report.layers],
+            **({"note": NO_MASK} if recorder.per_token else {}),
         },
     )
     metadata = {
@@ -79,7 +85,10 @@ def read_masks(path: str) -> dict[int, Tensor]:
     except (OSError, SafetensorError, ValueError) as error:
         raise ConfigError(f"cannot read masks from {path}: {error}") from None
     if not found:
-        raise ConfigError(f"{path} holds no masks; expected keys like remask0.layer3.ids")
+        raise ConfigError(
+            f"{path} holds no masks; expected keys like remask0.layer3.ids (a method that chooses "
+            "for every token leaves none)"
+        )
     return found[max(found)]
 
 

@@ -86,6 +86,11 @@ class SequenceReport:
     remasks: tuple[Remask, ...]
 
 
+def bytes_limit(ffn_share: float, sparsity: float, proxy_share: float = 0.0) -> float:
+    """Largest speed-up that the bytes read allow: low-bit copies are read on top."""
+    return 1.0 / max(1e-9, 1.0 - ffn_share * (sparsity - proxy_share))
+
+
 @dataclass(frozen=True)
 class RunReport:
     """Accounting of a run (docs/method.md, "Accounting")."""
@@ -112,13 +117,21 @@ class RunReport:
     ffn_share_of_bytes: float
     """FFN bytes over all weight bytes that one decoded token reads (embedding rows left out)."""
     extra_memory_bytes: int
-    """Held beside the model: evidence, detector, masks, compact copies."""
+    """Held beside the model: evidence, detector, masks, compact and low-bit copies."""
     sequences: tuple[SequenceReport, ...]
+    proxy_flops_share: float = 0.0
+    """Part of the FFN FLOPs over dense that estimating and ranking neurons per token takes."""
+    proxy_bytes_share: float = 0.0
+    """Part of the FFN bytes over dense that low-bit copies take; 0 unless tokens choose."""
+    proxy_error: float | None = None
+    """Relative Frobenius error of the low-bit copies; None without them."""
+    proxy_error_gaussian: float | None = None
+    """The same of Gaussian matrices on the same grid: much more means a file that flatters it."""
 
     @property
     def bytes_limit(self) -> float:
         """Largest speed-up that the bytes read allow at the achieved sparsity."""
-        return 1.0 / max(1e-9, 1.0 - self.ffn_share_of_bytes * self.achieved_sparsity)
+        return bytes_limit(self.ffn_share_of_bytes, self.achieved_sparsity, self.proxy_bytes_share)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able data."""
@@ -128,10 +141,15 @@ class RunReport:
         asked = (
             "" if self.requested_sparsity is None else f" of {self.requested_sparsity:.0%} asked"
         )
+        copies = (
+            f" ({self.proxy_bytes_share:.2f} of it low-bit copies)"
+            if self.proxy_bytes_share
+            else ""
+        )
         return (
             f"{self.method}: {self.achieved_sparsity:.1%} of the FFN neurons removed{asked}, mean "
             f"over {self.decoded_tokens} decoded tokens ({self.dense_token_share:.1%} of them "
             f"dense; {self.sparsity_while_pruned:.1%} while pruned), {self.remasks} re-masks, "
-            f"{self.executor} executor, {self.ffn_bytes_share:.2f} of the dense FFN bytes, "
+            f"{self.executor} executor, {self.ffn_bytes_share:.2f} of the dense FFN bytes{copies}, "
             f"{self.extra_memory_bytes / 2**20:.1f} MiB held"
         )

@@ -85,7 +85,7 @@ METHODS: Registry[PruneConfig] = Registry(
         name: f"dart_llm.presets.{name.replace('-', '_')}:CONFIG"
         for name in (
             "dense dense-8bit dense-4bit random static wanda flap griffin griffin-refresh glass "
-            "published dart"
+            "published dart dart-token"
         ).split()
     },
 )

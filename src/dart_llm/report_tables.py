@@ -81,6 +81,14 @@ ACCOUNTING: tuple[tuple[str, Callable[[Record], str]], ...] = (
     ("memory held beside the model", lambda r: bytes_text(number(r.get("extra_memory_bytes")))),
 )
 
+COPIES: tuple[tuple[str, Callable[[Record], str]], ...] = (
+    ("of the FLOPs, low-bit copies that rank neurons", lambda r: _ratio(r, "proxy_flops_share")),
+    ("of the bytes, low-bit copies", lambda r: _ratio(r, "proxy_bytes_share")),
+    ("relative error of the copies", lambda r: _ratio(r, "proxy_error")),
+    ("the same of Gaussian weights", lambda r: _ratio(r, "proxy_error_gaussian")),
+)
+"""Shown where tokens chose their own neurons."""
+
 
 def accounting(view: ResultsView) -> Table | None:
     """One column per pruned run: the generated text, then the rows of the perplexity tables."""
@@ -94,7 +102,9 @@ def accounting(view: ResultsView) -> Table | None:
                 columns.append((name, mapping(row["accounting"])))
     if not columns:
         return None
-    rows = tuple((label, *(cell(record) for _, record in columns)) for label, cell in ACCOUNTING)
+    copies = any(record.get("proxy_bytes_share") for _, record in columns)
+    shown = (*ACCOUNTING, *(COPIES if copies else ()))
+    rows = tuple((label, *(cell(record) for _, record in columns)) for label, cell in shown)
     return Table("Accounting of the decoded tokens", ("quantity", *(n for n, _ in columns)), rows)
 
 

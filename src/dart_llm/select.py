@@ -21,6 +21,7 @@ from dart_llm.low_rank import low_rank
 from dart_llm.masks import LayerMask, auto_count, top_ids
 from dart_llm.registry import BUDGETS, SCORES
 from dart_llm.scores import mix_ranks
+from dart_llm.token_select import candidate_count, token_mask
 from dart_llm.weights import FfnWeights
 
 
@@ -212,6 +213,11 @@ class Selector:
     ) -> LayerMask | None:
         if count >= layer.width:
             return None
+        if (token := self.config.token) is not None:
+            wide = candidate_count(token.candidates, layer.width, count)
+            if wide > count:
+                mean = evidence.sums["signed"].mean if self.config.compensation else None
+                return token_mask(score, wide, count, layer.down, mean)
         mask = LayerMask(top_ids(score, count), layer.width)
         if not self.config.compensation:
             return mask

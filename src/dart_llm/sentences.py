@@ -149,7 +149,8 @@ def _bytes(accounting: Row) -> str:
         removed = (
             f"{percent(asked)} of the FFN neurons asked for, {percent(achieved)} removed on average"
         )
-    saved = (accounting.get("ffn_share_of_bytes") or 0.0) * achieved
+    copies = accounting.get("proxy_bytes_share") or 0.0  # read on top, to rank the neurons
+    saved = (accounting.get("ffn_share_of_bytes") or 0.0) * (achieved - copies)
     if not 0 < saved < 1:
         return removed
     less = f"{percent(saved, 0)} fewer weight bytes read per token"

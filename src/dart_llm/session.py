@@ -18,8 +18,9 @@ from dart_llm.errors import AttachError, ConfigError
 from dart_llm.executor import check_executor, choose_executor
 from dart_llm.learn import learn
 from dart_llm.life import Life
-from dart_llm.masks import GIVEN, LayerMask, given_masks
+from dart_llm.masks import GIVEN, LayerMask, placed
 from dart_llm.records import DriftCheck, Remask, RunReport
+from dart_llm.token_select import plain_masks, sequence_masks
 from dart_llm.tracer import Tracer
 from dart_llm.weights import FfnWeights, with_prior
 
@@ -56,10 +57,11 @@ class Run:
         self._prior = prior
         self._layers = self._weights()
         self._by_hand = masks is not None or remove is not None
-        self._given = self._first = self._place(masks, remove) if self._by_hand else held
+        self._given = self._first = placed(self._layers, masks, remove) if self._by_hand else held
         self._tracer = self._new_tracer()
         self._attachment: Attachment | None = None
         self._copies = 0
+        self._proxy_errors: tuple[float, float] | None = None
         chooses = self._given is None and not self._tracer.selector.removes_nothing
         check_prepared(config, chooses, prior is not None)
         check_executor(self._view.blocks, self._tracer.selector, type(model).__name__, chooses)
@@ -67,15 +69,6 @@ class Run:
     def _weights(self) -> tuple[FfnWeights, ...]:
         layers = self._view.weights(self.config.score.proxy_embedding, self.config.seed)
         return layers if self._prior is None else with_prior(layers, self._prior)
-
-    def _place(self, masks: Ids | None, remove: Ids | None) -> tuple[LayerMask | None, ...]:
-        found = given_masks([layer.width for layer in self._layers], masks, remove)
-        return tuple(
-            None
-            if ids is None or len(ids) == layer.width
-            else LayerMask(ids if layer.down.is_meta else ids.to(layer.device), layer.width)
-            for ids, layer in zip(found, self._layers, strict=True)
-        )
 
     def _new_tracer(self) -> Tracer:
         return Tracer(self.config, self._layers, self._given, self._notify)
@@ -86,7 +79,7 @@ class Run:
         if self.on_selection is not None:
             self.on_selection(remask, life)
         if self.on_masks is not None and life.masks is not None:
-            self.on_masks(life.masks)
+            self.on_masks(sequence_masks(life.masks))
 
     @property
     def executor(self) -> str:
@@ -105,7 +98,7 @@ class Run:
             self._tracer = self._new_tracer()
         attachment = Attachment(self.model, self._view, self._tracer, self.executor)
         attachment.install()
-        self._attachment = attachment
+        self._attachment, self._proxy_errors = attachment, attachment.proxy_errors
         return self
 
     def detach(self) -> None:
@@ -162,7 +155,7 @@ class Run:
         """
         masks = self._given if self._given is not None else self._tracer.select()
         if self.on_masks is not None:
-            self.on_masks(masks)
+            self.on_masks(sequence_masks(masks))
         return masks
 
     def hold(self, masks: Masks | None) -> None:
@@ -196,13 +189,13 @@ class Run:
         return str(self._tracer.last_phase)
 
     def masks(self) -> dict[int, Tensor]:
-        """Kept neuron ids per layer of the newest mask ([k] int64, on the host).
+        """Kept neuron ids per layer of the newest mask, [k] int64 on the host; none where dense.
 
-        Layers that run dense are left out.  Raises ``AttachError`` before the first mask.
+        Raises ``AttachError`` before the first, ``ConfigError`` where every token chooses its own.
         """
         return {
             layer: mask.ids.cpu()
-            for layer, mask in enumerate(self._newest_masks())
+            for layer, mask in enumerate(plain_masks(self._newest_masks()))
             if mask is not None
         }
 
@@ -247,6 +240,7 @@ class Run:
             copies,
             GIVEN if self._by_hand else self.config.method,
             self.config.target if self._asks_total() and not self._by_hand else None,
+            self._proxy_errors,
         )
 
     @property
@@ -268,7 +262,8 @@ class Run:
         """
         from dart_llm.export import export
 
-        return export(self.model, self._view.blocks, self._newest_masks(), Path(folder))
+        masks = plain_masks(self._newest_masks())
+        return export(self.model, self._view.blocks, masks, Path(folder))
 
 
 def prune(

@@ -29,6 +29,11 @@ def report_table(report: dict[str, Any], timing: dict[str, Any]) -> Table:
         ("FFN FLOPs per token over dense", f"{report['ffn_flops_share']:.3f}"),
         ("memory held beside the model", f"{report['extra_memory_bytes'] / 2**20:.1f} MiB"),
     ]
+    if report.get("proxy_bytes_share"):
+        rows[-1:-1] = [
+            ("of the bytes, low-bit copies", f"{report['proxy_bytes_share']:.3f}"),
+            ("of the FLOPs, low-bit copies", f"{report['proxy_flops_share']:.3f}"),
+        ]
     each = timing.get("seconds_per_token", {})
     for variant in ("dense", "pruned"):
         if each.get(variant):

@@ -16,8 +16,8 @@ from dart_llm.config import PruneConfig
 from dart_llm.drift import make_rule
 from dart_llm.life import Life, Phase
 from dart_llm.masks import LayerMask
-from dart_llm.observations import Observations, Seen
-from dart_llm.plan import Call, Held, Kind, Plan, bare, prompt_counts, token_weights
+from dart_llm.observations import Observations, Seen, outlasting
+from dart_llm.plan import Call, Held, Kind, Plan, prompt_counts, token_weights
 from dart_llm.records import DriftCheck, Remask
 from dart_llm.reference import add_reference, evidence_weights, sinks_ahead
 from dart_llm.select import Selector, check_fits
@@ -156,18 +156,12 @@ class Tracer:
         r: Tensor | None = None,
         f: Tensor | None = None,
     ) -> None:
-        """One layer's tokens. u: [B, T, I]; z, x, r: [B, T, D]; f: [B, T, F] features of the input.
-
-        x, r and f where they are needed.
-        """
+        """One layer's tokens, parts as in ``observations.Seen``."""
         held = self._held
         if held is None or not self.plan.observe:
             return
         if held.call.kind is Kind.DECODE:
-            # z is cloned: some layers add to the FFN's output in place after it returned
-            kept = z.detach().clone()
-            r = kept if r is z or (r is not None and r.data_ptr() == z.data_ptr()) else bare(r)
-            held.layers[layer] = (bare(u), kept, bare(x), r, bare(f))
+            held.layers[layer] = outlasting(u, z, x, r, f)
         else:
             self._observe_prompt(held, layer, (u, z, x, r, f))
 

@@ -1,0 +1,129 @@
+"""Low-bit copies of weight matrices: cheap estimates of a product, and how far off they are.
+
+Symmetric round-to-nearest: the D inputs of a row are cut into groups, each with the scale
+``max abs(w) / m`` in bfloat16, m = 2^(bits - 1) - 1, and whole levels from -m to m.  Symmetric,
+because a file that is 4-bit already has at most 16 values per group of 32: an asymmetric grid would
+copy it almost exactly and say nothing of other weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CHUNK = 1 << 22
+"""Weights that are float32 at a time."""
+
+SAMPLE = 1 << 20
+"""Weights of the Gaussian matrix that a grid's error is compared with."""
+
+SCALE_BYTES = 2
+"""One bfloat16 scale per group."""
+
+
+@dataclass(frozen=True)
+class LowBit:
+    """A matrix [N, D] in ``bits`` (4 or 8) bits per weight.
+
+    ``levels``: int8 [N, D], or uint8 [N, ceil(D / 2)] of level + 8: the first half of the inputs in
+    the low bits, the second half in the high ones.
+    ``scales``: bfloat16 [N, ceil(D / group)].
+    """
+
+    levels: Tensor
+    scales: Tensor
+    inputs: int
+    bits: int
+    group: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return int(self.levels.shape[0]), self.inputs
+
+    def dense(self, rows: Tensor | slice = slice(None)) -> Tensor:
+        """The values that the levels stand for, float32 [n, D]; ``rows``: ids or a slice."""
+        levels, scales = self.levels[rows], self.scales[rows].float()
+        half, groups = levels.shape[1], scales.shape[1]
+        stored = 2 * half if self.bits == 4 else half
+        values = scales.new_empty(len(levels), max(groups * self.group, stored))
+        if self.bits == 4:
+            values[:, :half] = levels & 15
+            values[:, half:stored] = levels >> 4
+            values.sub_(8)
+        else:
+            values[:, :half] = levels
+        for_scales = (len(levels), groups, self.group)  # the rest of the last group is never read
+        values[:, : groups * self.group].view(for_scales).mul_(scales[..., None])
+        return values[:, : self.inputs]
+
+    def product(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """x W^T in float32, [..., n].  x: [..., D] of any dtype; ``rows``: ids [n], None: all."""
+        count = self.shape[0] if rows is None else len(rows)
+        parts = [
+            F.linear(x.float(), self.dense(span if rows is None else rows[span]))
+            for span in _spans(count, self.inputs)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def nbytes(self) -> int:
+        return self.levels.numel() + SCALE_BYTES * self.scales.numel()
+
+
+@torch.no_grad()
+def low_bit(matrix: Tensor, bits: int, group: int) -> LowBit:
+    """The copy of ``matrix`` [N, D] (any float dtype and layout), on its device."""
+    rows, inputs = matrix.shape
+    made = [_grid(matrix[span].float(), bits, group) for span in _spans(rows, inputs)]
+    levels, scales = (torch.cat(parts) for parts in zip(*made, strict=True))
+    return LowBit(levels, scales, inputs, bits, group)
+
+
+def _grid(w: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Levels and scales of a float32 chunk."""
+    most = 2 ** (bits - 1) - 1
+    groups = math.ceil(w.shape[1] / group)
+    padded = F.pad(w, (0, groups * group - w.shape[1])).view(len(w), groups, group)
+    scales = (padded.abs().amax(-1) / most).to(torch.bfloat16)
+    step = scales.float()[..., None]
+    levels = torch.where(step > 0, padded / step, 0.0).round_().clamp_(-most, most)
+    levels = levels.view(len(w), -1)[:, : w.shape[1]]
+    if bits == 8:
+        return levels.to(torch.int8), scales
+    half = (w.shape[1] + 1) // 2
+    whole = F.pad(levels + 8, (0, w.shape[1] % 2)).to(torch.uint8)
+    return whole[:, :half] | (whole[:, half:] << 4), scales
+
+
+def _spans(rows: int, inputs: int) -> Iterator[slice]:
+    step = max(1, CHUNK // inputs)
+    for start in range(0, rows, step):
+        yield slice(start, min(rows, start + step))
+
+
+@torch.no_grad()
+def squared_error(matrix: Tensor, copy: LowBit) -> tuple[float, float]:
+    """Squared Frobenius norms of (copy - matrix) and of matrix."""
+    off = whole = 0.0
+    for span in _spans(*copy.shape):
+        part = matrix[span].float()
+        off += float((copy.dense(span) - part).square().sum())
+        whole += float(part.square().sum())
+    return off, whole
+
+
+@functools.cache
+def gaussian_error(rows: int, inputs: int, bits: int, group: int) -> float:
+    """Relative Frobenius error of the same grid on a Gaussian matrix [rows, inputs].
+
+    Of at most ``SAMPLE`` weights: rows are alike.  Drawn on the host, always the same.
+    """
+    rows = min(rows, max(1, SAMPLE // inputs))
+    drawn = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(0))
+    off, whole = squared_error(drawn, low_bit(drawn, bits, group))
+    return math.sqrt(off / whole)
