@@ -29,11 +29,17 @@ class ModelView:
 
     blocks: tuple[FfnBlock, ...]
     attention_out: nn.Module
-    """Output projection of the last layer's attention: its output is v."""
+    """Output projection of the last layer's attention: its output is the signal ``attention``."""
+    decoder: nn.Module
+    """The decoder without its head: its first output is the signal ``hidden``."""
     input_embedding: Tensor | None
     output_embedding: Tensor | None
     parameter_bytes: int
     """Bytes of the weights that one decoded token reads (embedding rows left out)."""
+
+    def signal(self, name: str) -> nn.Module:
+        """The module whose output a drift detector watches."""
+        return self.decoder if name == "hidden" else self.attention_out
 
     def weights(self, proxy_embedding: str, seed: int) -> tuple[FfnWeights, ...]:
         """The FFN weights of all layers."""
@@ -66,6 +72,7 @@ def describe(model: nn.Module) -> ModelView:
     return ModelView(
         blocks,
         layers[-1].get_submodule(names.attention_out),
+        decoder_of(model),
         _weight(model.get_input_embeddings()),  # type: ignore[operator]
         _weight(model.get_output_embeddings()),  # type: ignore[operator]
         _bytes_read(model),

@@ -98,7 +98,8 @@ class Attachment(_NotCopied):
                 layer.hook_stream(self._hook)
         self._install_token()
         if self.tracer.rule.window:
-            self._hook(self._view.attention_out.register_forward_hook(self._feature))
+            source = self._view.signal(self.tracer.config.drift.signal)
+            self._hook(source.register_forward_hook(self._feature))
 
     def _install_token(self) -> None:
         """Make the low-bit copies by which tokens choose their own neurons."""
@@ -155,8 +156,9 @@ class Attachment(_NotCopied):
         self.tracer.end_forward()
         self.plan = Plan(False, False, ())
 
-    def _feature(self, module: nn.Module, args: Any, v: Tensor) -> None:
+    def _feature(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.plan.features:
+            v: Tensor = output if isinstance(output, Tensor) else output[0]
             self.tracer.feature(v.reshape(self.rows, -1, v.shape[-1]))
 
     def _rungenerate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

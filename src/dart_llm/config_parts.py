@@ -99,14 +99,17 @@ class BudgetConfig(Part):
 class DriftConfig(Part):
     """When masks are rebuilt (docs/method.md, "Drift").
 
-    ``rule``: ``never``, ``published``, ``paper`` or ``interval N`` (tokens).
+    ``rule``: ``never``, ``published``, ``paper``, ``dart`` or ``interval N`` (tokens).  ``signal``:
+    what is watched, the last layer's ``attention`` output or the last ``hidden`` state.
     ``min_distance``: tokens between two triggers.  ``max_dense_share``: at most this share of the
-    decoded tokens is spent, dense, on re-masks; None: no cap.
+    decoded tokens is spent, dense, on re-masks, and ``allowance`` tokens beside it; None: no cap.
     """
 
     rule: str = "never"
+    signal: Literal["attention", "hidden"] = "attention"
     min_distance: int = 0
     max_dense_share: float | None = None
+    allowance: int = 0
 
     @model_validator(mode="after")
     def _check(self) -> DriftConfig:
@@ -121,6 +124,8 @@ class DriftConfig(Part):
             raise ConfigError(f'drift rule "{self.rule}": N must be a whole number of tokens >= 1')
         if self.min_distance < 0:
             raise ConfigError(f"min_distance {self.min_distance} must not be negative")
+        if self.allowance < 0:
+            raise ConfigError(f"allowance {self.allowance} must not be negative")
         if self.max_dense_share is not None and not 0 < self.max_dense_share <= 1:
             raise ConfigError(f"max_dense_share {self.max_dense_share} must lie in (0, 1]")
         return self
@@ -169,21 +174,28 @@ class PriorConfig(Part):
     """What is learnt of a model once, from text that it writes itself (docs/method.md, "Prior").
 
     ``sequences`` of ``length`` tokens, sampled at ``temperature`` from the likeliest tokens that
-    together have the chance ``top_p``.  ``tokens``: the prior weighs as much as so many observed
-    tokens.
+    together have the chance ``top_p``.  Each goes on from the first ``opening`` tokens of a text
+    that is shipped for this; 0, or no tokenizer at hand: from the model's start token.
+    ``tokens``: the prior weighs as much as so many observed tokens.
     """
 
     sequences: int = 32
     length: int = 128
+    opening: int = 24
     temperature: float = 0.8
-    top_p: float = 0.9
-    tokens: int = 128
+    top_p: float = 0.95
+    tokens: int = 32
 
     @model_validator(mode="after")
     def _check(self) -> PriorConfig:
-        for name, least in (("sequences", 1), ("length", 16), ("tokens", 0)):
+        least_of = {"sequences": 1, "length": 16, "opening": 0, "tokens": 0}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"prior: {name} {getattr(self, name)} must be at least {least}")
+        if self.opening >= self.length:
+            raise ConfigError(
+                f"prior: opening {self.opening} must be less than length {self.length}"
+            )
         if not self.temperature > 0:
             raise ConfigError(f"prior: temperature {self.temperature} must be more than 0")
         if not 0 < self.top_p <= 1:

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from dart_llm.activations import Seen, tap
 from dart_llm.drift import SINKS
-from dart_llm.errors import DartError
 
 LOGITS = 1 << 26
 """Elements of the logits of one backward pass at most."""
@@ -87,18 +86,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in flags.items():
             module.training = flag
-
-
-def token_shares(sums: Tensor) -> Tensor:
-    """What each token's squared gradient is divided by.  sums: [T], of all layers together.
-
-    A token's gradient counts by its direction, so that a few surprising ones do not decide alone.
-    Raises ``DartError`` when none is finite.
-    """
-    finite = sums[sums.isfinite() & (sums > 0)]
-    if not len(finite):
-        raise DartError(
-            "the gradients of this model's own text are not finite: load it in float32 or bfloat16"
-        )
-    floor = 1e-3 * finite.median()
-    return torch.where(sums.isfinite(), 1 / sums.clamp_min(floor), 0.0)

@@ -42,15 +42,18 @@ def guards_allow(
     need: int,
     min_distance: int,
     max_dense_share: float | None,
+    allowance: int = 0,
 ) -> bool:
     """Whether the guards of a rule let a trigger through (docs/method.md, "Drift", in tokens).
 
     ``decoded`` so far; ``last``: decoded at the trigger before, or None; ``spent``: dense ones on
-    re-masks so far; ``need``: those of the coming one.
+    re-masks so far; ``need``: those of the coming one; ``allowance``: those beside the share.
     """
     if last is not None and decoded - last < min_distance:
         return False
-    return max_dense_share is None or spent + need <= max_dense_share * (decoded + need)
+    if max_dense_share is None:
+        return True
+    return spent + need <= allowance + max_dense_share * (decoded + need)
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,11 @@ def published() -> Rule:
 def paper() -> Rule:
     """W = 10, theta = mu - 0.5 sigma, three low windows (a secondary account of the paper)."""
     return Rule(10, lambda mu, sigma: mu - 0.5 * sigma, 3)
+
+
+def dart() -> Rule:
+    """W = 10, theta = mu - sigma, three low windows (this project; docs/drift.md)."""
+    return Rule(10, lambda mu, sigma: mu - sigma, 3)
 
 
 def interval(tokens: int = 64) -> Rule:

@@ -39,7 +39,8 @@ class Sum:
 class LayerEvidence:
     """Named sums of one layer: ``score`` [I], ``signed`` [I], ``squares`` [I] and scalars.
 
-    For low-rank compensation also ``features`` [r], ``moments`` [r, r] and ``cross`` [I, r].
+    ``sorted`` [I] holds each token's worth of neurons in descending order.  For low-rank
+    compensation also ``features`` [r], ``moments`` [r, r] and ``cross`` [I, r].
     """
 
     sums: dict[str, Sum] = field(default_factory=dict)
@@ -111,7 +112,8 @@ class Statistics:
     """Which sums a configuration needs, and how to add one forward's tokens to them.
 
     ``needs`` holds any of ``signed`` (compensation), ``features`` (its low-rank part),
-    ``sensitivity``, ``sensitivity-residual`` and ``squares`` (budget ``global``).  ``spread``:
+    ``sensitivity``, ``sensitivity-residual``, ``squares`` (budget ``global``) and ``sorted``
+    (budget ``by-token``).  ``spread``:
     scores take the standard deviation of u; ``average``: the mean of the per-token statistic.
     """
 
@@ -135,17 +137,18 @@ class Statistics:
         r: Tensor | None,
         weights: Tensor | None,
         f: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> None:
         """Add tokens.
 
         u: [B, T, I]; z, x, r: [B, T, D]; f: [B, T, F] features of the FFN's input; weights: [B, T]
-        float32 or None.
+        float32 or None; scale: [I], what a unit of each neuron's activation is worth.
         """
         step = max(1, CHUNK_ELEMENTS // (u.shape[0] * u.shape[2]))
         for start in range(0, u.shape[1], step):
             part = slice(start, start + step)
             w = None if weights is None else weights[:, part]
-            self._neurons(evidence, u[:, part].float(), w)
+            self._neurons(evidence, u[:, part].float(), w, scale)
             if f is not None and "features" in self.needs:
                 _add_features(evidence, u[:, part].float(), f[:, part].float(), w)
         if self.needs_stream:
@@ -155,7 +158,13 @@ class Statistics:
             x, z, r = (t.flatten(0, 1).float() for t in (x, z, r))
             self._stream(evidence, x, z, r, flat)
 
-    def _neurons(self, evidence: LayerEvidence, u: Tensor, weights: Tensor | None) -> None:
+    def _neurons(
+        self,
+        evidence: LayerEvidence,
+        u: Tensor,
+        weights: Tensor | None,
+        scale: Tensor | None,
+    ) -> None:
         flat = u.flatten(0, 1)
         w = None if weights is None else weights.flatten()
         if self.per_token is not None and self.ema_decay is not None:
@@ -166,6 +175,9 @@ class Statistics:
             evidence.add("signed", flat, w)
         if "squares" in self.needs:
             evidence.add("squares", flat.square(), w)
+        if "sorted" in self.needs and scale is not None:
+            worth = (flat * scale).square()
+            evidence.add("sorted", worth.sort(dim=-1, descending=True).values, w)
 
     def _stream(
         self, evidence: LayerEvidence, x: Tensor, z: Tensor, r: Tensor, w: Tensor | None

@@ -17,13 +17,13 @@ from torch.nn import functional as F
 from dart_llm import calibration_cache
 from dart_llm.activations import Seen, tap
 from dart_llm.config import PriorConfig, PruneConfig
-from dart_llm.curvature import gradients, token_shares
+from dart_llm.curvature import gradients
 from dart_llm.drift import SINKS
 from dart_llm.errors import ConfigError, DartError, LoadError
 from dart_llm.evidence import LayerEvidence, Statistics, Sum
 from dart_llm.layer_prior import LayerPrior
 from dart_llm.low_rank import find_basis
-from dart_llm.own_text import own_start, write_sequences
+from dart_llm.own_text import go_on, opening_ids, own_start
 from dart_llm.select import Selector
 from dart_llm.weights import FfnWeights, with_learnt
 
@@ -83,7 +83,9 @@ def _find(
     model: Any, wanted: _Wanted, layers: Sequence[FfnWeights], cache_dir: str | None, say: Say
 ) -> tuple[LayerPrior, ...]:
     start = own_start(model)
-    key = calibration_cache.make_key(model, wanted.statistics, f"prior {start} {wanted.name}")
+    opening = opening_ids(model, wanted.prior.sequences, wanted.prior.opening)
+    first = start if opening is None else calibration_cache.digest_of(opening)
+    key = calibration_cache.make_key(model, wanted.statistics, f"prior {first} {wanted.name}")
     devices = [layer.device for layer in layers]
     evidence = calibration_cache.find(model, key, cache_dir, devices)
     if evidence is None:
@@ -91,10 +93,7 @@ def _find(
         say(
             f"learning from {prior.sequences} x {prior.length} tokens of the model's own text, once"
         )
-        ids = write_sequences(
-            model, start, prior.sequences, prior.length, wanted.seed, say, prior.temperature,
-            prior.top_p,
-        )  # fmt: skip
+        ids = _write(model, opening, start, wanted, say)
         evidence = study(model, ids, wanted.statistics, wanted.rank, layers, say)
         try:
             about = {"note": "what dart_llm learnt from the model's own text"}
@@ -102,6 +101,21 @@ def _find(
         except LoadError as error:
             say(f"what was learnt is not kept for the next time: {error}")
     return tuple(_as_prior(found, layer) for found, layer in zip(evidence, layers, strict=True))
+
+
+def _write(
+    model: Any, opening: Tensor | None, start: list[int], wanted: _Wanted, say: Say
+) -> Tensor:
+    prior = wanted.prior
+    generator = torch.Generator().manual_seed(wanted.seed)
+    if opening is None:
+        say("no tokenizer is at hand: the model's own text begins with its start token")
+        vocabulary = int(model.config.get_text_config().vocab_size)
+        opening = torch.randint(vocabulary, (prior.sequences, 1), generator=generator)
+        if start:
+            opening.fill_(start[0])
+    written = go_on(model, opening, prior.length, generator, say, prior.temperature, prior.top_p)
+    return written.clone()
 
 
 def _as_prior(found: LayerEvidence, layer: FfnWeights) -> LayerPrior:
@@ -128,31 +142,20 @@ def study(
     for evidence, basis in zip(found, bases, strict=True):
         if basis is not None:
             evidence.sums["basis"] = Sum(basis.float(), 1.0)
-    parts: dict[int, Tensor] = {}
 
     def take(layer: int, seen: Seen, gradient: Tensor) -> None:
         with torch.no_grad():
             basis = bases[layer]
             f = None if basis is None else F.linear(seen.h, basis)
             statistics.update(found[layer], seen.u, seen.z, seen.x, seen.r, None, f)
-            parts[layer] = gradient.flatten(0, 1)
-            if len(parts) == len(found):
-                _add_curvature(found, parts)
-                parts.clear()
+            found[layer].add("curvature", gradient.flatten(0, 1).float().square(), None)
 
     gradients(model, ids, take, say)
+    if any(not bool(evidence.sums["curvature"].total.isfinite().all()) for evidence in found):
+        raise DartError(
+            "the gradients of this model's own text are not finite: load it in float32 or bfloat16"
+        )
     return found
-
-
-def _add_curvature(found: Sequence[LayerEvidence], parts: dict[int, Tensor]) -> None:
-    home = parts[0].device
-    sums = sum(part.float().square().sum(-1).to(home) for part in parts.values())
-    assert isinstance(sums, Tensor)
-    shares = token_shares(sums)
-    for layer, evidence in enumerate(found):
-        part, weights = parts[layer], shares.to(parts[layer].device)
-        square = torch.nan_to_num(part.float().square(), 0.0, 0.0, 0.0)
-        evidence.add("curvature", square * weights[:, None], None)
 
 
 @torch.no_grad()

@@ -219,6 +219,7 @@ class Life:
             self._remask_need(),
             drift.min_distance,
             drift.max_dense_share,
+            drift.allowance,
         )
 
     def trigger(self, cause: str) -> None:

@@ -21,6 +21,7 @@ from dart_llm.errors import ConfigError, LoadError
 from dart_llm.gguf_cache import Progress
 from dart_llm.hub_errors import INSTEAD, hub_failure, not_reached, plain
 from dart_llm.hub_size import check_download
+from dart_llm.own_text import remember_tokenizer
 from dart_llm.resolve import DEFAULT, default_checkpoint, hub_checkpoint, is_default, resolve
 
 if TYPE_CHECKING:
@@ -140,6 +141,7 @@ class _Builder:
             except Exception as error:
                 raise self._failure(error, checkpoint) from error
         remember(model, self._located(checkpoint) if on_hub else checkpoint)
+        remember_tokenizer(model, tokenizer)
         return model, tokenizer
 
     def _from_hub(self, checkpoint: Checkpoint) -> dict[str, Any]:

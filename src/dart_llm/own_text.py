@@ -2,14 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from dart_llm import texts
 
 WRITTEN = 64
 """Sequences that the model writes at a time."""
+
+
+_tokenizers: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+def remember_tokenizer(model: nn.Module, tokenizer: Any) -> None:
+    """``tokenizer`` belongs to ``model``, so that the model can be given openings to go on from."""
+    _tokenizers[model] = tokenizer
+
+
+def tokenizer_of(model: Any) -> Any:
+    """The tokenizer of ``model``: remembered, or read from where the model came from; or None."""
+    known = _tokenizers.get(model)
+    name = getattr(model, "name_or_path", "")
+    if known is None and name:
+        from transformers import AutoTokenizer
+
+        with contextlib.suppress(Exception):  # whatever is wrong there: it can do without
+            known = AutoTokenizer.from_pretrained(name, local_files_only=True)
+            remember_tokenizer(model, known)
+    return known
+
+
+def opening_ids(model: Any, count: int, length: int) -> Tensor | None:
+    """``count`` openings of ``length`` tokens, [count, length] int64, in turn; None if unreadable.
+
+    Openings of fewer tokens are left out.
+    """
+    tokenizer = tokenizer_of(model)
+    if tokenizer is None or not length:
+        return None
+    made = [tokenizer(text)["input_ids"][:length] for text in texts.openings()]
+    found = [ids for ids in made if len(ids) == length]
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    if not found or max(max(ids) for ids in found) >= vocabulary:
+        return None
+    return torch.tensor([found[row % len(found)] for row in range(count)])
 
 
 def own_start(model: Any) -> list[int]:
@@ -31,15 +72,11 @@ def write_sequences(
     length: int,
     seed: int,
     say: Callable[[str], None] = lambda text: None,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
 ) -> Tensor:
-    """``count`` sequences of ``length`` tokens, sampled from the dense model.
+    """``count`` sequences of ``length`` tokens, sampled from the dense model at temperature 1.
 
     ``start``: the token that all begin with, or nothing: then each begins with a random one.  An
-    end of sequence does not stop them.  ``temperature`` and ``top_p`` hold from the second token
-    that the model chooses on, so that the sequences begin differently.  Returns [count, length]
-    int64 on the host.
+    end of sequence does not stop them.  Returns [count, length] int64 on the host.
     """
     generator = torch.Generator().manual_seed(seed)
     vocabulary = int(model.config.get_text_config().vocab_size)
@@ -48,19 +85,36 @@ def write_sequences(
         size = min(WRITTEN, count - done)
         first = torch.randint(vocabulary, (size, 1), generator=generator)
         ids = torch.full_like(first, start[0]) if start else first
-        cache = None
-        for step in range(1, length):
-            given: dict[str, Any] = {} if cache is None else {"cache": cache}
-            output = model(ids[:, -1:].to(model.device), use_cache=True, **given)
-            cache = output.cache
-            opening = bool(start) and step == 1
-            logits = output.logits[:, -1].float().cpu()
-            chances = likeliest((logits if opening else logits / temperature).softmax(-1), top_p)
-            ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], 1)
-            if step % 32 == 0:
-                say(f"the model writes text to learn from: {step} of {length} tokens")
-        rows.append(ids)
+        rows.append(go_on(model, ids, length, generator, say))
     return torch.cat(rows).clone()
+
+
+@torch.inference_mode()
+def go_on(
+    model: Any,
+    ids: Tensor,
+    length: int,
+    generator: torch.Generator,
+    say: Callable[[str], None],
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> Tensor:
+    """ids [B, n] and what the dense model writes after them, up to ``length`` tokens in all.
+
+    ``temperature`` and ``top_p`` choose as in ``generate``.  Returns [B, length] int64.
+    """
+    cache = None
+    while ids.shape[1] < length:
+        given: dict[str, Any] = {} if cache is None else {"cache": cache}
+        new = ids if cache is None else ids[:, -1:]
+        output = model(new.to(model.device), use_cache=True, logits_to_keep=1, **given)
+        cache = output.cache
+        logits = output.logits[:, -1].float().cpu() / temperature
+        chances = likeliest(logits.softmax(-1), top_p)
+        ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], 1)
+        if ids.shape[1] % 32 == 0:
+            say(f"the model writes text to learn from: {ids.shape[1]} of {length} tokens")
+    return ids
 
 
 def likeliest(chances: Tensor, top_p: float) -> Tensor:

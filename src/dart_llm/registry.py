@@ -85,7 +85,7 @@ METHODS: Registry[PruneConfig] = Registry(
         name: f"dart_llm.presets.{name.replace('-', '_')}:CONFIG"
         for name in (
             "dense dense-8bit dense-4bit random static wanda flap griffin griffin-refresh glass "
-            "published dart dart-token"
+            "published dart dart-prompt dart-token"
         ).split()
     },
 )
@@ -110,13 +110,14 @@ BUDGETS: Registry[Budget] = Registry(
         "energy": "dart_llm.budgets:energy",
         "global": "dart_llm.budgets:global_rank",
         "ranked": "dart_llm.budgets:ranked",
+        "by-token": "dart_llm.budgets:by_token",
         "standardized": "dart_llm.budgets:standardized",
     },
 )
 DRIFT_RULES: Registry[Callable[..., Rule]] = Registry(
     "drift rule",
     "dart_llm.drift_rules",
-    _table("dart_llm.drift", "published paper interval never"),
+    _table("dart_llm.drift", "published paper dart interval never"),
 )
 
 ALL: tuple[Registry[Any], ...] = (METHODS, SCORES, BUDGETS, DRIFT_RULES)

@@ -82,6 +82,10 @@ class Selector:
             return ()
         return ("signed", "features") if self.config.compensation_rank else ("signed",)
 
+    def unit_worth(self, layer: int) -> Tensor | None:
+        """What ``Statistics.update`` needs of a layer's weights: [I], or None when nothing."""
+        return self.layers[layer].unit_worth if "sorted" in self.statistics.needs else None
+
     @property
     def needs_evidence(self) -> bool:
         return self.statistics.per_token is not None or bool(self.statistics.needs)
@@ -196,6 +200,7 @@ class Selector:
             self._sensitivity(index, evidence, ""),
             self._sensitivity(index, evidence, "-residual"),
             impact,
+            sums["sorted"].mean.cpu().double() if "sorted" in sums else None,
         )
 
     def _sensitivity(self, index: int, evidence: LayerEvidence, suffix: str) -> float | None:
@@ -217,7 +222,8 @@ class Selector:
             wide = candidate_count(token.candidates, layer.width, count)
             if wide > count:
                 mean = evidence.sums["signed"].mean if self.config.compensation else None
-                return token_mask(score, wide, count, layer.down, mean)
+                worth = None if layer.learnt is None else layer.unit_worth
+                return token_mask(score, wide, count, layer.down, mean, worth)
         mask = LayerMask(top_ids(score, count), layer.width)
         if not self.config.compensation:
             return mask

@@ -27,11 +27,13 @@ class TokenMask(LayerMask):
     """How many neurons of one layer every token keeps, and out of which.
 
     ``ids``: the candidates, ascending.  With compensation ``mean`` is m, the mean signed activation
-    [I] float32, and ``bias`` is W_down m over all neurons: winners add (u - m) to it.
+    [I] float32, and ``bias`` is W_down m over all neurons: winners add (u - m) to it.  ``worth``:
+    what a unit of activation is worth, [I] float32; None: the norm of the output column.
     """
 
     winners: int = field(kw_only=True)
     mean: Tensor | None = field(default=None, kw_only=True)
+    worth: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def kept(self) -> int:
@@ -53,26 +55,32 @@ def candidate_count(share: float | None, width: int, keep: int) -> int:
 
 
 def token_mask(
-    score: Tensor, candidates: int, keep: int, down: Tensor, mean: Tensor | None
+    score: Tensor,
+    candidates: int,
+    keep: int,
+    down: Tensor,
+    mean: Tensor | None,
+    worth: Tensor | None = None,
 ) -> TokenMask:
     """``keep`` winners per token out of the ``candidates`` best by the sequence's ``score`` [I].
 
-    down: [D, I]; mean: [I] float32, or None without compensation.
+    down: [D, I]; mean: [I] float32, or None without compensation; worth: [I] float32, or None for
+    the norms of down's columns.
     """
     width = len(score)
     every = torch.arange(width, device=score.device)
     ids = every if candidates >= width else top_ids(score, candidates)
     bias = None if mean is None else compensation(down, mean, every)
-    return TokenMask(ids, width, bias, winners=keep, mean=mean)
+    return TokenMask(ids, width, bias, winners=keep, mean=mean, worth=worth)
 
 
-def strength(estimate: Tensor, norms: Tensor, mean: Tensor | None) -> Tensor:
-    """``abs(u~ - m) * norm(w)``: what leaving a neuron out would cost, [..., n] float32.
+def strength(estimate: Tensor, worth: Tensor, mean: Tensor | None) -> Tensor:
+    """``abs(u~ - m) * worth``: what leaving a neuron out would cost, [..., n] float32.
 
-    estimate: u~ [..., n]; norms: of the down projection's columns, [n]; mean: m [n], or None for 0.
+    estimate: u~ [..., n]; worth: of a unit of activation, [n]; mean: m [n], or None for 0.
     """
     moved = estimate if mean is None else estimate - mean
-    return moved.abs() * norms
+    return moved.abs() * worth
 
 
 def winner_places(strengths: Tensor, keep: int) -> Tensor:

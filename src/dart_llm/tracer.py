@@ -162,8 +162,8 @@ class Tracer:
             return
         if held.call.kind is Kind.DECODE:
             held.layers[layer] = outlasting(u, z, x, r, f)
-        else:
-            self._observe_prompt(held, layer, (u, z, x, r, f))
+            return
+        self._observe_prompt(held, layer, (u, z, x, r, f))
 
     @torch.no_grad()
     def _observe_prompt(self, held: Held, layer: int, seen: Seen) -> None:
@@ -184,9 +184,9 @@ class Tracer:
                 rows = life.batch_rows
                 w = None if weights is None else weights[rows].to(seen[0].device)
                 u, z, x, r, f = (None if t is None else t[rows] for t in seen)
-                assert u is not None
-                assert z is not None
-                self.selector.statistics.update(life.evidence[layer], u, z, x, r, w, f)
+                assert u is not None and z is not None
+                scale = self.selector.unit_worth(layer)
+                self.selector.statistics.update(life.evidence[layer], u, z, x, r, w, f, scale)
 
     def feature(self, v: Tensor) -> None:
         """The last layer's attention output of this forward: [B, T, D]."""

@@ -55,6 +55,14 @@ class FfnWeights:
         return _norm(self.down, 0)
 
     @cached_property
+    def unit_worth(self) -> Tensor:
+        """What a unit of each neuron's activation is worth, [I] float32.
+
+        The root of its mean squared gradient where that was learnt, else ``down_norm``.
+        """
+        return self.down_norm if self.learnt is None else self.learnt.curvature.sqrt()
+
+    @cached_property
     def down_l1(self) -> Tensor:
         """L1 norm of each column of the down projection, [I], float32."""
         return _norm(self.down, 0, 1)

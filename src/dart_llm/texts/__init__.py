@@ -12,10 +12,11 @@ from importlib.resources.abc import Traversable
 
 from dart_llm.errors import ConfigError, UnknownName
 
-__all__ = ["all_text", "prompt_names", "read", "read_prompt", "subjects", "topic_shift"]
+__all__ = ["all_text", "openings", "prompt_names", "read", "read_prompt", "subjects", "topic_shift"]
 
 _TEXTS: Traversable = files(__name__)
 _PROMPTS: Traversable = _TEXTS / "prompts"
+_OPENINGS: Traversable = _TEXTS / "openings" / "openings.txt"
 
 
 def subjects() -> tuple[str, ...]:
@@ -44,6 +45,11 @@ def topic_shift(first: str, second: str) -> tuple[str, str]:
     if first == second:
         raise ConfigError(f"a topic shift needs two different subjects, not {first!r} twice")
     return read(first), read(second)
+
+
+def openings() -> tuple[str, ...]:
+    """The first sentences of texts of many kinds, for a model to go on from; none is evaluated."""
+    return tuple(_OPENINGS.read_text(encoding="utf-8").rstrip("\n").split("\n---\n"))
 
 
 def prompt_names() -> tuple[str, ...]:
