@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dart_llm.errors import ConfigError, DartError
+
 WRITTEN = 64
 """Sequences that the model writes at a time."""
 
@@ -37,9 +39,10 @@ def write_sequences(
     """``count`` sequences of ``length`` tokens, sampled from the dense model.
 
     ``start``: the token that all begin with, or nothing: then each begins with a random one.  An
-    end of sequence does not stop them.  ``temperature`` and ``top_p`` hold from the second token
-    that the model chooses on, so that the sequences begin differently.  Returns [count, length]
-    int64 on the host.
+    end of sequence does not stop them.  ``temperature`` holds from the second token that the model
+    chooses on, so that the sequences begin differently; ``top_p`` always.  Returns [count, length]
+    int64 on the host.  Raises ``ConfigError`` for a model without a head, ``DartError`` for logits
+    that are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     vocabulary = int(model.config.get_text_config().vocab_size)
@@ -54,13 +57,29 @@ def write_sequences(
             output = model(ids[:, -1:].to(model.device), use_cache=True, **given)
             cache = output.cache
             opening = bool(start) and step == 1
-            logits = output.logits[:, -1].float().cpu()
+            logits = _last_logits(model, output)
             chances = likeliest((logits if opening else logits / temperature).softmax(-1), top_p)
             ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], 1)
             if step % 32 == 0:
                 say(f"the model writes text to learn from: {step} of {length} tokens")
         rows.append(ids)
     return torch.cat(rows).clone()
+
+
+def _last_logits(model: Any, output: Any) -> Tensor:
+    """[B, V] float32 on the host."""
+    found = getattr(output, "logits", None)
+    if found is None:
+        raise ConfigError(
+            f"{type(model).__name__} has no language-model head, so it writes no text to learn "
+            "from: prune the causal language model around it, or use griffin"
+        )
+    logits: Tensor = found[:, -1].float().cpu()
+    if bool((logits.isnan() | logits.isposinf()).any()):
+        raise DartError(
+            "a logit of the model's own text is not finite: the model overflows; try dtype float32"
+        )
+    return logits
 
 
 def likeliest(chances: Tensor, top_p: float) -> Tensor:
