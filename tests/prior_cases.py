@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dart_llm import prune
 from dart_llm.arch import describe
 from dart_llm.config import PruneConfig
 from dart_llm.evidence import LayerEvidence, Statistics
@@ -59,3 +60,38 @@ def seen(
         STATISTICS.update(evidence, u[None, part], z, None, None, w, f)
         start += size
     return evidence
+
+
+ONE_BY_ONE = [1] * 23
+"""Two sequences of 24 tokens, of which the first is given."""
+
+ALL = [*ONE_BY_ONE, 24, 24]
+"""Then a forward for the bases, and one forward and backward."""
+
+
+def attached(model: Any, config: PruneConfig = CONFIG, **changes: Any) -> Callable[[], None]:
+    """Attach and leave."""
+
+    def body() -> None:
+        with prune(model, config, **changes):
+            pass
+
+    return body
+
+
+def tensors(layers: tuple[FfnWeights, ...]) -> list[Tensor]:
+    """Everything that was learnt."""
+    found: list[Tensor] = []
+    for layer in layers:
+        assert layer.learnt is not None
+        sums = layer.learnt.evidence.sums
+        found += [sums[name].mean for name in sorted(sums)]
+        found += [layer.learnt.curvature]
+        found += [] if layer.learnt.basis is None else [layer.learnt.basis]
+    return found
+
+
+def equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    return len(first) == len(second) and all(
+        torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(first, second, strict=True)
+    )
