@@ -8,8 +8,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two processes that spin s
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,20 +15,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 torch.set_num_threads(2)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def own_calibrations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What models teach is learnt anew: the user's cache may hold what older code learnt."""
+@pytest.fixture(autouse=True)
+def own_calibrations(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What tiny models teach is learnt anew: the user's cache may hold what older code learnt."""
     from dart_llm import cache, calibration_cache
 
-    outside, folder = os.environ.get("DART_CACHE"), tmp_path_factory.mktemp("calibrations")
+    if request.node.get_closest_marker("smollm2"):
+        return
+    outside, folder = os.environ.get("DART_CACHE"), tmp_path_factory.getbasetemp() / "calibrations"
 
     def chosen(cache_dir: str | None = None) -> object:
         unsaid = not cache_dir and os.environ.get("DART_CACHE") == outside
         return cache.cache_folder(folder if unsaid else cache_dir)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibration_cache, "cache_folder", chosen)
-        yield
+    monkeypatch.setattr(calibration_cache, "cache_folder", chosen)
 
 
 @pytest.fixture(scope="session")

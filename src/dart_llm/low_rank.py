@@ -67,7 +67,8 @@ def _find_basis(h: Tensor, rank: int) -> Tensor:
     unit = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-12)
     scale = (values + floor).clamp_min(1e-12).rsqrt()
     scale = scale * (values + floor > ROUNDING * h.square().mean())
-    return unit * scale[:, None]
+    basis: Tensor = unit * scale[:, None]
+    return basis
 
 
 def slopes(evidence: LayerEvidence) -> Tensor:
