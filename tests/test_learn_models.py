@@ -125,6 +125,19 @@ def test_a_rank_beyond_the_hidden_size(cache: Path) -> None:
     assert {tuple(layer.learnt.basis.shape) for layer in found} == {(HIDDEN, HIDDEN)}
 
 
+def test_another_default_dtype() -> None:
+    model, masks = tiny(), []
+    try:
+        for dtype in (torch.float64, torch.float32):
+            torch.set_default_dtype(dtype)
+            with prune(model, CONFIG) as run:
+                decode(model, IDS, 20)
+            masks.append(list(run.masks().values()))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same_masks(*masks)
+
+
 # models that cannot be learnt from
 
 

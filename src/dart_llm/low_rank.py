@@ -80,7 +80,7 @@ def slopes(evidence: LayerEvidence) -> Tensor:
     u, f = sums["signed"].mean, sums["features"].mean
     cross = sums["cross"].mean - torch.outer(u, f)
     moments = sums["moments"].mean - torch.outer(f, f)
-    ridge = RIDGE * torch.eye(len(f), device=f.device)
+    ridge = RIDGE * torch.eye(len(f), dtype=f.dtype, device=f.device)
     solution: Tensor = torch.linalg.solve(moments + ridge, cross.T).T
     return solution
 
