@@ -15,6 +15,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 torch.set_num_threads(2)
 
 
+@pytest.fixture(autouse=True)
+def own_calibrations(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What tiny models teach is learnt anew: the user's cache may hold what older code learnt."""
+    from dart_llm import cache, calibration_cache
+
+    if request.node.get_closest_marker("smollm2"):
+        return
+    outside, folder = os.environ.get("DART_CACHE"), tmp_path_factory.getbasetemp() / "calibrations"
+
+    def chosen(cache_dir: str | None = None) -> object:
+        unsaid = not cache_dir and os.environ.get("DART_CACHE") == outside
+        return cache.cache_folder(folder if unsaid else cache_dir)
+
+    monkeypatch.setattr(calibration_cache, "cache_folder", chosen)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The embedded default in float32, from the cache or fetched once; do not change it."""

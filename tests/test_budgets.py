@@ -157,6 +157,30 @@ def test_global_ranks_output_energy_against_the_stream() -> None:
         assert impact.tolist() == pytest.approx(want.tolist(), rel=1e-5)
 
 
+def test_ranked_by_hand() -> None:
+    """One order over both layers: 9 8 7 6 5 2 2 1 0 0, the lower layer first among equals."""
+    scores = [torch.tensor([2.0, 9, 1, 5, 2]), torch.tensor([0.0, 7, 8, 6, 0])]
+    found = [BUDGETS.get("ranked")(views(scores), keep) for keep in range(2, 11)]
+    wanted = [[1, 1], [1, 2], [1, 3], [2, 3], [3, 3], [4, 3], [5, 3], [5, 4], [5, 5]]
+    assert found == wanted
+
+
+def test_ranked_compares_the_scores_as_they_are() -> None:
+    """No layer is brought to the scale of another: the loud one gets all but the floor."""
+    scores = [torch.arange(1.0, 21), 1e6 * torch.arange(1.0, 21)]
+    assert BUDGETS.get("ranked")(views(scores), 20) == [2, 18]
+    assert BUDGETS.get("ranked")(views(scores[::-1]), 24) == [20, 4]
+    assert BUDGETS.get("ranked")(views([torch.zeros(20)] * 2), 20) == [18, 2]
+    assert BUDGETS.get("ranked")(views([-torch.ones(20), torch.zeros(20)]), 20) == [2, 18]
+    assert BUDGETS.get("ranked").needs == frozenset()
+
+
+def test_ranked_below_the_floors_is_even() -> None:
+    scores = [torch.arange(1.0, 21), 1e6 * torch.arange(1.0, 41)]
+    assert BUDGETS.get("ranked")(views(scores), 6) == [2, 4]
+    assert BUDGETS.get("ranked")(views(scores), 3) == [1, 2]
+
+
 @st.composite
 def allocations(draw: st.DrawFn) -> tuple[list[LayerView], int]:
     """Random layers of unequal widths, with silent neurons and ties, and a number to keep."""
@@ -188,7 +212,10 @@ def test_totals_and_bounds(case: tuple[list[LayerView], int], name: str) -> None
     found = BUDGETS.get(name)(layers, keep)
     assert sum(found) == max(keep, len(layers))
     assert all(1 <= count <= layer.width for count, layer in zip(found, layers, strict=True))
-    if name in ("energy", "global") and sum(floor_count(layer.width) for layer in layers) <= keep:
+    if (
+        name in ("energy", "global", "ranked", "standardized")
+        and sum(floor_count(layer.width) for layer in layers) <= keep
+    ):
         assert all(
             count >= math.ceil(layer.width / 10) for count, layer in zip(found, layers, strict=True)
         )
@@ -227,6 +254,20 @@ def test_global_keeps_the_best_of_all_layers(case: tuple[list[LayerView], int]) 
             kept.append(order[count - 1])
         if count < layer.width:
             lost.append(order[count])
+    if kept and lost:
+        assert min(kept) >= max(lost)
+
+
+@settings(deadline=None, max_examples=200)
+@given(allocations())
+def test_ranked_keeps_the_best_of_all_layers(case: tuple[list[LayerView], int]) -> None:
+    layers, keep = case
+    assume(sum(floor_count(layer.width) for layer in layers) <= keep)
+    kept, lost = [], []
+    for count, layer in zip(BUDGETS.get("ranked")(layers, keep), layers, strict=True):
+        order = layer.score.sort(descending=True).values.tolist()
+        kept += order[floor_count(layer.width) : count]
+        lost += order[count:]
     if kept and lost:
         assert min(kept) >= max(lost)
 

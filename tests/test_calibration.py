@@ -10,13 +10,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from dart_llm import ConfigError, LoadError, PruneConfig, calibration, calibration_text, hub_data
-from dart_llm.calibration import calibrate, observe, write_sequences
+from dart_llm import (
+    ConfigError,
+    LoadError,
+    PruneConfig,
+    calibration,
+    calibration_text,
+    hub_data,
+    own_text,
+)
+from dart_llm.calibration import calibrate, observe
 from dart_llm.calibration_cache import fingerprint
 from dart_llm.calibration_text import check_disjoint, documents, sequences, title
 from dart_llm.candidate import Candidate
 from dart_llm.measure import check_calibration
 from dart_llm.measurement import MeasureOptions
+from dart_llm.own_text import write_sequences
 from dart_llm.prepare import prepare
 from steps import Same, decode, forward_lengths, same_masks, shared_model
 from tiny import LAYERS, VOCAB, WIDTH, tiny, tokens
@@ -338,7 +347,7 @@ def test_written_sequences_are_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(write_sequences(model, [1], 5, 12, 0), first)
     assert not torch.equal(write_sequences(model, [1], 5, 12, 1), first)
     assert len({tuple(row) for row in first.tolist()}) == 5
-    monkeypatch.setattr(calibration, "WRITTEN", 2)
+    monkeypatch.setattr(own_text, "WRITTEN", 2)
     assert write_sequences(model, [1], 5, 12, 0).shape == (5, 12)
 
 

@@ -27,7 +27,7 @@ PROMPT, DECODED = 66, 4
 NO_MEMORY = ("weight", "random", "flap", "fisher")
 """Scores without activations, and those that refuse an ``ema_decay`` (tests/test_baselines.py)."""
 
-SHORT_PRIOR = {"sequences": 2, "length": 24}
+SHORT_PRIOR = {"sequences": 2, "length": 24, "opening": 0}
 """A prior that is learnt in no time, for scores that need one."""
 
 SHAPES = ("llama-bias", "phi3", "gpt2", "falcon", "opt")

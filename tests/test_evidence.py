@@ -175,13 +175,14 @@ def test_only_what_a_configuration_needs_is_summed() -> None:
     def get(name: str) -> frozenset[str]:
         return BUDGETS.get(name).needs
 
-    assert needed(("uniform",), False, get) == frozenset()
-    assert needed(("energy",), True, get) == {"signed"}
-    assert needed(("energy", "depth"), False, get) == {"sensitivity"}
-    assert needed(("depth-residual", "global"), True, get) == {
+    assert needed(("uniform",), (), get) == needed(("ranked",), (), get) == frozenset()
+    assert needed(("energy",), ("signed",), get) == {"signed"}
+    assert needed(("energy", "depth"), (), get) == {"sensitivity"}
+    assert needed(("depth-residual", "global"), ("signed", "features"), get) == {
         "sensitivity-residual",
         "squares",
         "signed",
+        "features",
     }
-    assert needed((), False, get) == frozenset()
+    assert needed((), (), get) == frozenset()
     assert budget("a test", needs=["squares"])(lambda layers, keep: []).needs == {"squares"}

@@ -12,7 +12,7 @@ from dart_llm.observations import LIMIT, Observations, Seen
 
 def token(value: float, width: int = 4) -> dict[int, Seen]:
     u = torch.full((1, 1, width), value)
-    return {layer: (u + 100 * layer, u, None, None) for layer in range(2)}
+    return {layer: (u + 100 * layer, u, None, None, None) for layer in range(2)}
 
 
 @pytest.fixture

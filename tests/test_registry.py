@@ -39,6 +39,7 @@ def test_the_names() -> None:
     assert SCORES.names() == (
         "combined",
         "contribution",
+        "fisher",
         "flap",
         "magnitude",
         "max",
@@ -54,6 +55,7 @@ def test_the_names() -> None:
         "depth-residual",
         "energy",
         "global",
+        "ranked",
         "standardized",
         "uniform",
     )

@@ -14,6 +14,7 @@ from dart_llm import evidence as evidence_module
 from dart_llm import proxies
 from dart_llm.errors import ConfigError
 from dart_llm.evidence import LayerEvidence, Statistics
+from dart_llm.layer_prior import LayerPrior
 from dart_llm.registry import SCORES
 from dart_llm.weights import FfnWeights
 from synthetic import make_layers
@@ -28,6 +29,7 @@ LAYER = FfnWeights(
     gate=torch.tensor([[2.0, 0.0], [0.0, 3.0], [-6.0, 8.0]]),  # norms 2, 3, 10
     down=torch.tensor([[3.0, 1.0, 0.0], [-4.0, 0.0, 2.0]]),  # norms 5, 1, 2
     embedding=torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, -1.0]]),
+    learnt=LayerPrior(LayerEvidence(), torch.tensor([0.5, 3.0, 0.75])),
 )
 # columns times rows: (3, -4, 7), (1, 0, 1), (0, 2, -2)
 MAX, MEAN = (7.0, 1.0, 2.0), (14 / 3, 2 / 3, 4 / 3)
@@ -42,6 +44,8 @@ GOLDEN = {
     "contribution": tuple(m * w for m, w in zip(MAGNITUDE, (5, 1, 2), strict=True)),
     # L1 norms 7, 1, 2; variances 10/3 - (4/3)^2, 21/3 - (1/3)^2, 8/3
     "wanda": tuple(m * w for m, w in zip(MAGNITUDE, (7, 1, 2), strict=True)),
+    # mean squares 10/3, 7, 8/3
+    "fisher": (5 / 3, 21, 2),
     "flap": (25 * 14 / 9, 1 * 62 / 9, 4 * 8 / 3),
     "max": tuple(m * w for m, w in zip(MAGNITUDE, MAX, strict=True)),
     "mean": tuple(m * w for m, w in zip(MAGNITUDE, MEAN, strict=True)),
@@ -69,7 +73,7 @@ def scored(
 ) -> Tensor:
     """The score of [B, T, I] ``chunks`` that arrive one after the other."""
     rule = SCORES.get(name)
-    statistics = Statistics(rule.per_token, decay, frozenset(), rule.spread)
+    statistics = Statistics(rule.per_token, decay, frozenset(), rule.spread, rule.average)
     evidence = LayerEvidence()
     for index, chunk in enumerate(chunks):
         z = chunk.float() @ layer.down.float().T

@@ -5,7 +5,7 @@ Bytes and FLOPs are counted from the shapes and dtypes that exist.  A multiply-a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dart_llm.life import Life
@@ -32,29 +32,31 @@ class Costs:
         """Weights of one neuron: its input rows and its output column."""
         return layer.hidden * (2 if layer.gate is None else 3)
 
-    def bytes(self, kept: Sequence[int] | None) -> int:
-        counts = [layer.width for layer in self.layers] if kept is None else kept
-        return sum(
-            (count * self.per_neuron(layer) + self._linear(layer, count))
-            * layer.down.element_size()
-            for count, layer in zip(counts, self.layers, strict=True)
-        )
+    def bytes(self, kept: Sequence[int] | None, skips: bool = True) -> int:
+        """Under masks that keep ``kept`` neurons per layer (None: dense).
 
-    def flops(self, kept: Sequence[int] | None) -> int:
-        counts = [layer.width for layer in self.layers] if kept is None else kept
-        return 2 * sum(
-            count * self.per_neuron(layer) + self._linear(layer, count)
-            for count, layer in zip(counts, self.layers, strict=True)
-        )
+        ``skips``: removed neurons are not read.
+        """
+        return sum(n * layer.down.element_size() for layer, n in self._weights(kept, skips))
+
+    def flops(self, kept: Sequence[int] | None, skips: bool = True) -> int:
+        """As ``bytes``, at two FLOPs per weight."""
+        return 2 * sum(n for _, n in self._weights(kept, skips))
+
+    def _weights(self, kept: Sequence[int] | None, skips: bool) -> Iterator[tuple[FfnWeights, int]]:
+        """Each layer and its weights in use, those of low-rank compensation included.
+
+        Layers that keep all do without compensation.
+        """
+        for index, layer in enumerate(self.layers):
+            count = layer.width if kept is None else kept[index]
+            linear = 2 * self.rank(layer) * layer.hidden if count < layer.width else 0
+            yield layer, (count if skips else layer.width) * self.per_neuron(layer) + linear
 
     def rank(self, layer: FfnWeights) -> int:
         """Features that low-rank compensation reads of the layer's input; 0: none."""
         learnt = layer.learnt
         return len(learnt.basis) if self.low_rank and learnt and learnt.basis is not None else 0
-
-    def _linear(self, layer: FfnWeights, kept: int) -> int:
-        """Weights of low-rank compensation, which layers that keep all do without."""
-        return 2 * self.rank(layer) * layer.hidden if kept < layer.width else 0
 
     @property
     def observe_flops(self) -> int:
@@ -75,9 +77,11 @@ class Costs:
 
     def build_bytes(self, kept: Sequence[int], compact: bool, compensates: bool) -> int:
         """One mask: the copies that compact makes, the removed columns that compensation reads."""
-        widths = [layer.width for layer in self.layers]
-        copied = [n if n < width else 0 for n, width in zip(kept, widths, strict=True)]
-        copies = 2 * self.bytes(copied) if compact else 0
+        copies = 0
+        for count, layer in zip(kept, self.layers, strict=True):
+            if compact and count < layer.width:  # read and written, compensation's map too
+                weights = count * self.per_neuron(layer) + self.rank(layer) * layer.hidden
+                copies += 2 * weights * layer.down.element_size()
         removed = sum(
             (layer.width - count) * layer.hidden * layer.down.element_size()
             for count, layer in zip(kept, self.layers, strict=True)
@@ -235,9 +239,8 @@ def _shares(lives: Sequence[Life], costs: Costs, executor: str) -> _Shares:
             flops += period.observed * life.rows * costs.observe_flops
             moved += period.observed * costs.observe_bytes
             if token is None or period.kept is None:
-                kept = period.kept if skips else None
-                flops += fed * costs.flops(kept)
-                moved += steps * costs.bytes(kept)
+                flops += fed * costs.flops(period.kept, skips)
+                moved += steps * costs.bytes(period.kept, skips)
                 continue
             work = token.work(period.kept, fed / max(1, steps), life.rows == 1, executor)
             flops += fed * costs.flops(work.computed)

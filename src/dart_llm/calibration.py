@@ -17,9 +17,10 @@ from dart_llm import calibration_cache, calibration_text
 from dart_llm.arch import describe
 from dart_llm.attach import Attachment
 from dart_llm.config import BudgetConfig, CalibrationConfig, PruneConfig
-from dart_llm.errors import LoadError
+from dart_llm.errors import ConfigError, LoadError
 from dart_llm.evidence import LayerEvidence, Sum
 from dart_llm.own_text import write_sequences
+from dart_llm.registry import SCORES
 from dart_llm.select import Selector, check_fits
 from dart_llm.session import Masks
 from dart_llm.tracer import Tracer
@@ -98,8 +99,14 @@ def _keep(
 def observing(config: PruneConfig) -> PruneConfig:
     """The configuration that observes all that ``config`` needs at any sparsity and table.
 
-    Signed means are observed for masks with and without compensation alike.
+    Signed means are observed for masks with and without compensation alike.  Raises
+    ``ConfigError`` for a score that learns from the model's own text instead.
     """
+    if SCORES.get(config.score.name).learns:
+        raise ConfigError(
+            f'score "{config.score.name}" learns from the model itself and never from a '
+            "calibration: drop the calibration"
+        )
     masks = config.calibration is not None and config.calibration.purpose == "masks"
     return PruneConfig(
         method=config.method,

@@ -34,7 +34,7 @@ def gradients(model: Any, ids: Tensor, take: Take, say: Callable[[str], None]) -
     vocabulary = int(model.config.get_text_config().vocab_size)
     rows = max(1, LOGITS // (ids.shape[1] * vocabulary))
     parts = torch.split(ids, rows)
-    with torch.inference_mode(False), torch.enable_grad(), _evaluating(model):
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
         for number, part in enumerate(parts):
             _backward(model, part.clone().to(model.device), take)
             if number % 4 == 3:
@@ -77,7 +77,7 @@ def _reaching(embedding: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, no module drops anything out; every module's flag is what it was afterwards."""
     flags = {module: module.training for module in model.modules()}
     model.eval()

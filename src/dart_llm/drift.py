@@ -81,8 +81,8 @@ def paper() -> Rule:
 
 
 def dart() -> Rule:
-    """W = 10, theta = mu - sigma, three low windows (this project; docs/drift.md)."""
-    return Rule(10, lambda mu, sigma: mu - sigma, 3)
+    """W = 10, theta = mu - 1.5 sigma, three low windows (this project; docs/drift.md)."""
+    return Rule(10, lambda mu, sigma: mu - 1.5 * sigma, 3)
 
 
 def interval(tokens: int = 64) -> Rule:

@@ -5,6 +5,7 @@ Token weights are 1 for a real token of a live row and 0 for padding and finishe
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +19,14 @@ CHUNK_ELEMENTS = 1 << 24
 
 REFERENCE_TOKENS = 256
 """Decayed evidence weighs at most as much as this many tokens before the decay."""
+
+
+def full_precision(t: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Inside, products on the device of ``t`` are not rounded by an autocast of the caller's."""
+    kind = t.device.type
+    if t.is_meta or not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 @dataclass
@@ -51,7 +60,8 @@ class LayerEvidence:
         if weights is None:
             part = values.sum(0)
         else:
-            part = torch.einsum("t,t...->...", weights, values)
+            with full_precision(values):
+                part = torch.einsum("t,t...->...", weights, values)
         self._more(name, part, weight)
 
     def _more(self, name: str, part: Tensor, weight: Tensor | float) -> None:
@@ -67,7 +77,8 @@ class LayerEvidence:
     ) -> None:
         """Add ``sum_t first_t second_t^T``: first [T, n], second [T, m]; weights: [T] or None."""
         weighted = second if weights is None else second * weights[:, None]
-        part = first.T @ weighted
+        with full_precision(first):
+            part = first.T @ weighted
         self._more(name, part, float(len(first)) if weights is None else weights.sum())
 
     def add_ema(self, values: Tensor, decay: float, weights: Tensor | None) -> None:
@@ -82,7 +93,8 @@ class LayerEvidence:
             later = alive.flip(0).cumsum(0).flip(0) - alive
             factors = decay**later * weights
             shift = decay ** alive.sum()
-        part, weight = torch.einsum("bt,bti->i", factors, values), factors.sum()
+        with full_precision(values):
+            part, weight = torch.einsum("bt,bti->i", factors, values), factors.sum()
         known = self.sums.get("score")
         if known is None:
             self.sums["score"] = Sum(part, weight)

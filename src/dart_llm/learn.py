@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from dart_llm import calibration_cache
 from dart_llm.activations import Seen, tap
+from dart_llm.arch import describe
 from dart_llm.config import PriorConfig, PruneConfig
-from dart_llm.curvature import gradients
+from dart_llm.curvature import evaluating, gradients
 from dart_llm.drift import SINKS
 from dart_llm.errors import ConfigError, DartError, LoadError
 from dart_llm.evidence import LayerEvidence, Statistics, Sum
@@ -47,23 +48,31 @@ def learn(
 ) -> tuple[FfnWeights, ...]:
     """The layers with what ``config.prior`` asks for; as they are when it asks for nothing.
 
-    The model must not be attached.  Raises ``ConfigError`` for an offloaded model, ``DartError``
-    where its gradients are not finite.
+    The model must not be attached.  Raises ``ConfigError`` for a model that is offloaded, has no
+    head or was made in inference mode, ``DartError`` where its numbers are not finite.
     """
     if config.prior is None:
         return tuple(layers)
-    if any(layer.down.is_meta for layer in layers):
-        raise ConfigError(
-            f'method "{config.method}" learns from gradients, which an offloaded model has not: '
-            "load it without offloading, or use griffin"
-        )
+    _check_learnable(model, config.method, layers)
     wanted = _Wanted(config.prior, Selector(config, tuple(layers)).statistics, config)
     state = [(p.data_ptr(), p._version, p.device) for p in model.parameters()]
     known = _versions.setdefault(model, {}).get(wanted.name)
     if known is None or known[0] != state:
-        known = state, _find(model, wanted, layers, cache_dir, say)
+        # what is kept must serve later forwards of any mode; dropout would draw random numbers
+        with torch.inference_mode(False), evaluating(model):
+            known = state, _find(model, wanted, layers, cache_dir, say)
         _versions[model][wanted.name] = known
     return with_learnt(layers, known[1])
+
+
+def _check_learnable(model: nn.Module, method: str, layers: Sequence[FfnWeights]) -> None:
+    why = ""
+    if any(layer.down.is_meta for layer in layers):
+        why = "which an offloaded model has not: load it without offloading"
+    elif any(p.is_inference() for p in model.parameters()):
+        why = "which weights made in torch.inference_mode() have not: load the model outside it"
+    if why:
+        raise ConfigError(f'method "{method}" learns from gradients, {why}, or use griffin')
 
 
 class _Wanted:
@@ -162,9 +171,13 @@ def study(
 def find_bases(
     model: Any, ids: Tensor, rank: int, layers: Sequence[FfnWeights]
 ) -> list[Tensor | None]:
-    """Per layer the basis [r, D] of its FFN's input over ids [n, T], in the model's dtype."""
+    """Per layer the basis [r, D] of its FFN's input over ids [n, T], in the model's dtype.
+
+    None where the FFN's input never reaches what is replaced while pruning: inline blocks.
+    """
     if not rank:
         return [None] * len(layers)
+    inline = {block.index for block in describe(model).blocks if block.inline}
     held: dict[int, list[Tensor]] = {}
     each = ids.shape[1] - SINKS
     rows = min(len(ids), max(1, -(-BASIS_TOKENS // each)))
@@ -177,8 +190,11 @@ def find_bases(
             model(part.to(model.device), use_cache=False, logits_to_keep=1)
     bases: list[Tensor | None] = []
     for layer in layers:
-        basis = find_basis(torch.cat(held[layer.index]).float(), rank)
-        if not bool(basis.isfinite().all()):
+        if layer.index in inline:
+            bases.append(None)
+            continue
+        h = torch.cat(held[layer.index]).float()
+        if not bool(h.isfinite().all()):
             raise DartError(f"the FFN inputs of layer {layer.index} are not finite: try float32")
-        bases.append(basis.to(layer.down.dtype))
+        bases.append(find_basis(h, rank).to(layer.down.dtype))
     return bases

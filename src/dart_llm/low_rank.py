@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dart_llm.evidence import LayerEvidence
+from dart_llm.evidence import LayerEvidence, full_precision
 
 RIDGE = 0.1
 """Added to the features' covariance, in units of their variance over the prior's text (1)."""
+
+ROUNDING = 1e-6
+"""Share of the mean square of h up to which its variance counts as rounding: nothing to read."""
 
 FLOOR = 0.01
 """Share of the mean variance that whitening adds to every direction of h."""
@@ -48,15 +51,23 @@ def find_basis(h: Tensor, rank: int) -> Tensor:
 
     h: [T, D] float32, T tokens.  Returns [min(rank, T - 1, D), D] float32.
     """
+    with full_precision(h):
+        return _find_basis(h, rank)
+
+
+def _find_basis(h: Tensor, rank: int) -> Tensor:
     centred = h - h.mean(0)
     values, vectors = torch.linalg.eigh(centred @ centred.T / len(h))  # [T], [T, T]
     rank = min(rank, len(h) - 1, h.shape[1])
-    values = values[-rank:].clamp_min(0)
+    first = len(h) - rank
+    values = values[first:].clamp_min(0)
     floor = FLOOR * centred.square().sum() / (len(h) * h.shape[1])
     # eigenvector j of the covariance is centred.T v_j / sqrt(T value_j)
-    directions = (centred.T @ vectors[:, -rank:]).T
+    directions = (centred.T @ vectors[:, first:]).T
     unit = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    basis: Tensor = unit / (values + floor).clamp_min(1e-12).sqrt()[:, None]
+    scale = (values + floor).clamp_min(1e-12).rsqrt()
+    scale = scale * (values + floor > ROUNDING * h.square().mean())
+    basis: Tensor = unit * scale[:, None]
     return basis
 
 
@@ -69,7 +80,7 @@ def slopes(evidence: LayerEvidence) -> Tensor:
     u, f = sums["signed"].mean, sums["features"].mean
     cross = sums["cross"].mean - torch.outer(u, f)
     moments = sums["moments"].mean - torch.outer(f, f)
-    ridge = RIDGE * torch.eye(len(f), device=f.device)
+    ridge = RIDGE * torch.eye(len(f), dtype=f.dtype, device=f.device)
     solution: Tensor = torch.linalg.solve(moments + ridge, cross.T).T
     return solution
 
@@ -82,7 +93,8 @@ def low_rank(
     down: [D, I]; basis: [r, D]; removed: [n] int64.
     """
     columns = down.detach().index_select(1, removed).float()
-    out = columns @ slopes(evidence).index_select(0, removed)
     mean = evidence.sums["signed"].mean.index_select(0, removed)
-    bias = columns @ mean - out @ evidence.sums["features"].mean
+    with full_precision(down):
+        out = columns @ slopes(evidence).index_select(0, removed)
+        bias = columns @ mean - out @ evidence.sums["features"].mean
     return bias, LowRank(basis, out.to(down.dtype))

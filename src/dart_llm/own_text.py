@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dart_llm import texts
+from dart_llm.errors import ConfigError, DartError
 
 WRITTEN = 64
 """Sequences that the model writes at a time."""
@@ -76,7 +77,8 @@ def write_sequences(
     """``count`` sequences of ``length`` tokens, sampled from the dense model at temperature 1.
 
     ``start``: the token that all begin with, or nothing: then each begins with a random one.  An
-    end of sequence does not stop them.  Returns [count, length] int64 on the host.
+    end of sequence does not stop them.  Returns [count, length] int64 on the host.  Raises
+    ``ConfigError`` for a model without a head, ``DartError`` for logits that are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     vocabulary = int(model.config.get_text_config().vocab_size)
@@ -109,12 +111,28 @@ def go_on(
         new = ids if cache is None else ids[:, -1:]
         output = model(new.to(model.device), use_cache=True, logits_to_keep=1, **given)
         cache = output.cache
-        logits = output.logits[:, -1].float().cpu() / temperature
+        logits = _last_logits(model, output) / temperature
         chances = likeliest(logits.softmax(-1), top_p)
         ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], 1)
         if ids.shape[1] % 32 == 0:
             say(f"the model writes text to learn from: {ids.shape[1]} of {length} tokens")
     return ids
+
+
+def _last_logits(model: Any, output: Any) -> Tensor:
+    """[B, V] float32 on the host."""
+    found = getattr(output, "logits", None)
+    if found is None:
+        raise ConfigError(
+            f"{type(model).__name__} has no language-model head, so it writes no text to learn "
+            "from: prune the causal language model around it, or use griffin"
+        )
+    logits: Tensor = found[:, -1].float().cpu()
+    if bool((logits.isnan() | logits.isposinf()).any()):
+        raise DartError(
+            "a logit of the model's own text is not finite: the model overflows; try dtype float32"
+        )
+    return logits
 
 
 def likeliest(chances: Tensor, top_p: float) -> Tensor:

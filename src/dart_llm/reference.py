@@ -55,6 +55,6 @@ def without_sinks(weights: Tensor | None, real: Sequence[float], rows: int, end:
     ``weights``: [B, end] or None for all ones; ``real``: tokens of each row before these.
     """
     if weights is None:
-        weights = torch.ones(rows, end)
+        weights = torch.ones(rows, end, dtype=torch.float32)
     before = torch.tensor(real, device=weights.device)[:, None]
     return weights * (weights.cumsum(1) - 1 + before >= SINKS)

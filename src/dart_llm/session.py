@@ -92,7 +92,8 @@ class Run:
             raise AttachError("this run is attached already")
         if not self._tracer.sequences:  # the model may have moved since this run was made
             self._layers = self._weights()
-            if self._given is None and not self._tracer.selector.removes_nothing:
+            # masks that are held now may be let go later, those given from the start never
+            if self._first is None and not self._tracer.selector.removes_nothing:
                 check_free(self.model)
                 self._layers = learn(self.model, self.config, self._layers)
             self._tracer = self._new_tracer()

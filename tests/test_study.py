@@ -1,0 +1,115 @@
+"""What is summed over a model's own text: curvature, bases, and the sums of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dart_llm import learn
+from dart_llm.activations import Seen
+from dart_llm.curvature import gradients
+from dart_llm.errors import DartError
+from dart_llm.evidence import LayerEvidence, Statistics
+from dart_llm.learn import find_bases, study
+from dart_llm.low_rank import find_basis
+from dart_llm.scores import squared
+from prior_cases import STATISTICS, layers_of
+from steps import shared_model
+from test_curvature import KEPT, LENGTH, ROWS, by_leaves
+from tiny import HIDDEN, LAYERS, tiny, tokens
+
+# what is summed
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gemma2", "bloom", "opt"])
+def test_study(name: str) -> None:
+    """Squared gradients, every token scaled to the same sum over all layers; and the other sums."""
+    model, ids, layers = (
+        shared_model(name),
+        tokens(ROWS, LENGTH, seed=5),
+        layers_of(shared_model(name)),
+    )
+    found = study(model, ids, STATISTICS, 3, layers)
+    wanted = by_leaves(model, ids)
+    squares = {
+        layer: g[:, 4:-1].reshape(ROWS * KEPT, -1).square() for layer, (_, g) in wanted.items()
+    }
+    total = sum(square.sum(1, keepdim=True) for square in squares.values())
+    for layer, evidence in enumerate(found):
+        sums = evidence.sums
+        mean = (squares[layer] / total).mean(0)
+        torch.testing.assert_close(sums["curvature"].mean, mean, rtol=1e-3, atol=1e-7)
+        u = wanted[layer][0][:, 4:-1].flatten(0, 1)
+        torch.testing.assert_close(sums["score"].total, u.square().sum(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(sums["signed"].total, u.sum(0), rtol=1e-4, atol=1e-4)
+        assert sums["score"].weight == sums["curvature"].weight == ROWS * KEPT
+        has = {"score", "signed", "curvature"}
+        if name != "opt":  # its blocks never see the FFN's input while they are pruned
+            has |= {"basis", "features", "moments", "cross"}
+        assert set(sums) == has
+    one = sum(float(e.sums["curvature"].mean.sum()) for e in found)
+    assert one == pytest.approx(1, rel=1e-4), "each token's sum over all layers is 1"
+
+
+def test_a_broken_token_counts_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradients are not finite in one layer: it is left out of all."""
+    model, ids, layers = shared_model(), tokens(1, LENGTH, seed=5), layers_of(shared_model())
+    plain = Statistics(squared, None, frozenset(), average=True)
+    whole, real = study(model, ids, plain, 0, layers), gradients
+
+    def broken(model: Any, ids: Tensor, take: Any, say: Any) -> None:
+        def spoil(layer: int, seen: Seen, gradient: Tensor) -> None:
+            if layer == 2:
+                gradient[0, 3, 5] = float("inf")
+            take(layer, seen, gradient)
+
+        real(model, ids, spoil, say)
+
+    monkeypatch.setattr("dart_llm.learn.gradients", broken)
+    found = study(model, ids, plain, 0, layers)
+    gone = sum(float(e.sums["curvature"].total.sum()) for e in whole) - sum(
+        float(e.sums["curvature"].total.sum()) for e in found
+    )
+    assert gone == pytest.approx(1, rel=1e-4)
+    assert all(bool(e.sums["curvature"].total.isfinite().all()) for e in found)
+
+
+# the basis of a model
+
+
+def test_bases_come_from_the_inputs_of_the_ffn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first sequences that hold enough tokens, without their sinks."""
+    model, ids = shared_model(), tokens(7, LENGTH, seed=5)
+    layers, inputs = layers_of(model), list[Tensor]()
+    monkeypatch.setattr(learn, "BASIS_TOKENS", 45)  # five sequences of ten
+    found = find_bases(model, ids, 6, layers)
+    handle = model.model.layers[1].mlp.up_proj.register_forward_pre_hook(
+        lambda module, args: inputs.append(args[0].detach())
+    )
+    with torch.no_grad():
+        model(ids[:5])
+    handle.remove()
+    wanted = find_basis(inputs[0][:, 4:].reshape(50, HIDDEN), 6)
+    assert found[1] is not None
+    signs = (found[1] * wanted).sum(1).sign()[:, None]
+    torch.testing.assert_close(found[1] * signs, wanted, rtol=1e-2, atol=1e-3)
+    assert find_bases(model, ids, 0, layers) == [None] * LAYERS
+
+
+def test_bases_have_the_dtype_of_the_weights_and_refuse_nan() -> None:
+    model = tiny(dtype=torch.bfloat16)
+    found = find_bases(model, tokens(2, LENGTH), 4, layers_of(model))
+    assert all(basis is not None and basis.dtype == torch.bfloat16 for basis in found)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.fill_(float("nan"))
+    with pytest.raises(DartError, match="inputs of layer 1 are not finite: try float32"):
+        find_bases(model, tokens(2, LENGTH), 4, layers_of(model))
+
+
+def test_evidence_of_no_layer_shares_a_tensor_with_another() -> None:
+    found = study(shared_model(), tokens(2, LENGTH), STATISTICS, 3, layers_of(shared_model()))
+    pointers = [s.total.data_ptr() for e in found for s in e.sums.values()]
+    assert len(set(pointers)) == len(pointers) and isinstance(found[0], LayerEvidence)
