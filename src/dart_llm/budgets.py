@@ -23,8 +23,7 @@ class LayerView:
 
     ``score``: [I]; ``sensitivity`` and ``residual_sensitivity``: S_l of ``depth`` and of
     ``depth-residual``; ``impact``: [I], the output energy of each neuron relative to the residual
-    stream; ``sorted``: [I], descending, the mean worth of a token's k-th best neuron.  What no
-    budget of the run needs is None.
+    stream.  What no budget of the run needs is None.
     """
 
     width: int
@@ -33,7 +32,6 @@ class LayerView:
     sensitivity: float | None = None
     residual_sensitivity: float | None = None
     impact: Tensor | None = None
-    sorted: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -165,20 +163,6 @@ def ranked(layers: Sequence[LayerView], keep: int) -> list[int]:
     At least 10 % of a layer stay.
     """
     return _smallest([-layer.score.sort(descending=True).values for layer in layers], keep)
-
-
-@budget("this project; docs/method.md: for tokens that choose their own neurons", needs=["sorted"])
-def by_token(layers: Sequence[LayerView], keep: int) -> list[int]:
-    """One ranking of what each layer's k-th best neuron of a token is worth, on average.
-
-    At least 10 % of a layer stay.
-    """
-    curves = []
-    for layer in layers:
-        if layer.sorted is None:
-            raise RuntimeError("budget by-token needs the sorted statistic")
-        curves.append(-layer.sorted)
-    return _smallest(curves, keep)
 
 
 @budget("FLAP, arXiv 2312.11983: standardised metrics in one ranking")

@@ -48,8 +48,9 @@ class Sum:
 class LayerEvidence:
     """Named sums of one layer: ``score`` [I], ``signed`` [I], ``squares`` [I] and scalars.
 
-    ``sorted`` [I] holds each token's worth of neurons in descending order.  For low-rank
-    compensation also ``features`` [r], ``moments`` [r, r] and ``cross`` [I, r].
+    ``lost`` [I] holds the activations of neurons where a token would not choose them, ``losses``
+    [I] how often that was.  For low-rank compensation also ``features`` [r], ``moments`` [r, r]
+    and ``cross`` [I, r].
     """
 
     sums: dict[str, Sum] = field(default_factory=dict)
@@ -115,6 +116,10 @@ class LayerEvidence:
             known.total = known.total * factor
             known.weight = known.weight * factor
 
+    def mean_when_lost(self) -> Tensor:
+        """Mean activation of each neuron over the tokens that would leave it out: [I], 0 for none."""
+        return self.sums["lost"].total / self.sums["losses"].total.clamp_min(EPS)
+
     def nbytes(self) -> int:
         return sum(known.total.numel() * known.total.element_size() for known in self.sums.values())
 
@@ -124,8 +129,8 @@ class Statistics:
     """Which sums a configuration needs, and how to add one forward's tokens to them.
 
     ``needs`` holds any of ``signed`` (compensation), ``features`` (its low-rank part),
-    ``sensitivity``, ``sensitivity-residual``, ``squares`` (budget ``global``) and ``sorted``
-    (budget ``by-token``).  ``spread``:
+    ``sensitivity``, ``sensitivity-residual``, ``squares`` (budget ``global``) and ``lost``
+    (compensation where tokens choose; ``keep``: the share that they keep).  ``spread``:
     scores take the standard deviation of u; ``average``: the mean of the per-token statistic.
     """
 
@@ -134,6 +139,7 @@ class Statistics:
     needs: frozenset[str]
     spread: bool = False
     average: bool = False
+    keep: float = 1.0
 
     @property
     def needs_stream(self) -> bool:
@@ -187,9 +193,10 @@ class Statistics:
             evidence.add("signed", flat, w)
         if "squares" in self.needs:
             evidence.add("squares", flat.square(), w)
-        if "sorted" in self.needs and scale is not None:
-            worth = (flat * scale).square()
-            evidence.add("sorted", worth.sort(dim=-1, descending=True).values, w)
+        if "lost" in self.needs and scale is not None:
+            lost = losers(flat, scale, self.keep)
+            evidence.add("lost", flat * lost, w)
+            evidence.add("losses", lost, w)
 
     def _stream(
         self, evidence: LayerEvidence, x: Tensor, z: Tensor, r: Tensor, w: Tensor | None
@@ -215,6 +222,16 @@ class Statistics:
         if self.average or self.ema_decay is not None:
             return known.mean
         return known.total.sqrt()
+
+
+def losers(u: Tensor, worth: Tensor, keep: float) -> Tensor:
+    """1 where a token would leave a neuron out, else 0: u [T, I] float32; worth [I].
+
+    A token keeps the share ``keep`` of the neurons, those of the largest ``abs(u_i) * worth_i``.
+    """
+    count = max(1, round(keep * u.shape[-1]))
+    best = (u.abs() * worth).topk(count, dim=-1).indices
+    return torch.ones_like(u).scatter_(-1, best, 0.0)
 
 
 def _add_features(evidence: LayerEvidence, u: Tensor, f: Tensor, weights: Tensor | None) -> None:

@@ -110,7 +110,6 @@ BUDGETS: Registry[Budget] = Registry(
         "energy": "dart_llm.budgets:energy",
         "global": "dart_llm.budgets:global_rank",
         "ranked": "dart_llm.budgets:ranked",
-        "by-token": "dart_llm.budgets:by_token",
         "standardized": "dart_llm.budgets:standardized",
     },
 )

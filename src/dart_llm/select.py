@@ -74,17 +74,20 @@ class Selector:
         parts = self.config.budget.parts() if self._allocates else ()
         needs = needed(parts, self._compensation_needs, lambda name: BUDGETS.get(name).needs)
         decay = self.config.score.ema_decay
-        return Statistics(score.per_token, decay, needs, score.spread, score.average)
+        keep = 1 - self.config.target
+        return Statistics(score.per_token, decay, needs, score.spread, score.average, keep)
 
     @property
     def _compensation_needs(self) -> tuple[str, ...]:
         if not self.config.compensation:
             return ()
+        if self.config.token is not None:
+            return ("signed", "lost")
         return ("signed", "features") if self.config.compensation_rank else ("signed",)
 
     def unit_worth(self, layer: int) -> Tensor | None:
         """What ``Statistics.update`` needs of a layer's weights: [I], or None when nothing."""
-        return self.layers[layer].unit_worth if "sorted" in self.statistics.needs else None
+        return self.layers[layer].unit_worth if "lost" in self.statistics.needs else None
 
     @property
     def needs_evidence(self) -> bool:
@@ -200,7 +203,6 @@ class Selector:
             self._sensitivity(index, evidence, ""),
             self._sensitivity(index, evidence, "-residual"),
             impact,
-            sums["sorted"].mean.cpu().double() if "sorted" in sums else None,
         )
 
     def _sensitivity(self, index: int, evidence: LayerEvidence, suffix: str) -> float | None:
@@ -221,7 +223,7 @@ class Selector:
         if (token := self.config.token) is not None:
             wide = candidate_count(token.candidates, layer.width, count)
             if wide > count:
-                mean = evidence.sums["signed"].mean if self.config.compensation else None
+                mean = evidence.mean_when_lost() if self.config.compensation else None
                 worth = None if layer.learnt is None else layer.unit_worth
                 return token_mask(score, wide, count, layer.down, mean, worth)
         mask = LayerMask(top_ids(score, count), layer.width)

@@ -59,10 +59,9 @@ class TokenFfn:
     def winners(self, x: Tensor, mask: TokenMask) -> Tensor:
         """Ids of the neurons that each token keeps, ascending, [..., k] int64.  x: [..., D]."""
         ids = mask.candidates
-        mean, worth = mask.mean, self.norms if mask.worth is None else mask.worth
-        if ids is not None:
-            mean, worth = None if mean is None else mean[ids], worth[ids]
-        places = winner_places(strength(self.estimate(x, ids), worth, mean), mask.winners)
+        worth = self.norms if mask.worth is None else mask.worth
+        worth = worth if ids is None else worth[ids]
+        places = winner_places(strength(self.estimate(x, ids), worth), mask.winners)
         return places if ids is None else ids[places]
 
     def run_dense(

@@ -26,8 +26,8 @@ NO_MASK = (
 class TokenMask(LayerMask):
     """How many neurons of one layer every token keeps, and out of which.
 
-    ``ids``: the candidates, ascending.  With compensation ``mean`` is m, the mean signed activation
-    [I] float32, and ``bias`` is W_down m over all neurons: winners add (u - m) to it.  ``worth``:
+    ``ids``: the candidates, ascending.  With compensation ``mean`` is m, the mean activation of each
+    neuron where tokens leave it out [I] float32, and ``bias`` is W_down m over all neurons: winners add (u - m) to it.  ``worth``:
     what a unit of activation is worth, [I] float32; None: the norm of the output column.
     """
 
@@ -74,13 +74,12 @@ def token_mask(
     return TokenMask(ids, width, bias, winners=keep, mean=mean, worth=worth)
 
 
-def strength(estimate: Tensor, worth: Tensor, mean: Tensor | None) -> Tensor:
-    """``abs(u~ - m) * worth``: what leaving a neuron out would cost, [..., n] float32.
+def strength(estimate: Tensor, worth: Tensor) -> Tensor:
+    """``abs(u~) * worth``: what leaving a neuron out would cost, [..., n] float32.
 
-    estimate: u~ [..., n]; worth: of a unit of activation, [n]; mean: m [n], or None for 0.
+    estimate: u~ [..., n]; worth: of a unit of activation, [n].
     """
-    moved = estimate if mean is None else estimate - mean
-    return moved.abs() * worth
+    return estimate.abs() * worth
 
 
 def winner_places(strengths: Tensor, keep: int) -> Tensor:
