@@ -117,7 +117,7 @@ class LayerEvidence:
             known.weight = known.weight * factor
 
     def mean_when_lost(self) -> Tensor:
-        """Mean activation of each neuron over the tokens that would leave it out: [I], 0 for none."""
+        """Mean activation of each neuron over the tokens that would leave it out, [I]."""
         return self.sums["lost"].total / self.sums["losses"].total.clamp_min(EPS)
 
     def nbytes(self) -> int:

@@ -26,9 +26,10 @@ NO_MASK = (
 class TokenMask(LayerMask):
     """How many neurons of one layer every token keeps, and out of which.
 
-    ``ids``: the candidates, ascending.  With compensation ``mean`` is m, the mean activation of each
-    neuron where tokens leave it out [I] float32, and ``bias`` is W_down m over all neurons: winners add (u - m) to it.  ``worth``:
-    what a unit of activation is worth, [I] float32; None: the norm of the output column.
+    ``ids``: the candidates, ascending.  With compensation ``mean`` is m, the mean activation of
+    each neuron where tokens leave it out, [I] float32, and ``bias`` is W_down m over all neurons:
+    winners add (u - m) to it.  ``worth``: what a unit of activation is worth, [I] float32; None:
+    the norm of the output column.
     """
 
     winners: int = field(kw_only=True)
