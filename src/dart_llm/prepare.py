@@ -9,11 +9,15 @@ from typing import Any
 from torch import Tensor
 
 from dart_llm.arch import describe
+from dart_llm.attach import check_free
 from dart_llm.calibration import calibrate
 from dart_llm.candidate import Candidate
 from dart_llm.config import PruneConfig
+from dart_llm.learn import learn
+from dart_llm.own_text import remember_tokenizer
 from dart_llm.quantise import quantise, weight_facts
 from dart_llm.select import check_fits
+from dart_llm.weights import FfnWeights
 
 logger = logging.getLogger("dart_llm")
 
@@ -30,7 +34,7 @@ def prepare(
     """Make ``config`` ready to be measured; None and the method ``dense``: the untouched model.
 
     ``calibration``: the text that static methods learn from (calibration_text.py; None: C4 from
-    the hub).  ``cache_dir``: where calibrations are kept.  ``masks``: the user's own, {layer: ids
+    the hub).  ``cache_dir``: where calibrations and priors are kept.  ``masks``: the user's own, {layer: ids
     to keep}; nothing is calibrated then.  ``say`` is called with a line whenever there is news.
 
     Raises ``ConfigError`` and ``LoadError`` for a text that cannot be used or had.
@@ -45,13 +49,34 @@ def prepare(
         return Candidate(
             found.model, tokenizer, None, notes=found.notes, facts=found.facts, name=config.method
         )
-    if config.calibration is None or _removes_nothing(model, config):
+    if _removes_nothing(model, config):
+        return Candidate(model, tokenizer, config)
+    if config.calibration is None:
+        _learn(model, tokenizer, config, cache_dir, say)
         return Candidate(model, tokenizer, config)
     ready = calibrate(model, tokenizer, config, calibration, cache_dir, say)
     notes = (ready.note,)
     return Candidate(model, tokenizer, config, held=ready.held, prior=ready.prior, notes=notes)
 
 
+def _learn(
+    model: Any,
+    tokenizer: Any,
+    config: PruneConfig,
+    cache_dir: str | None,
+    say: Callable[[str], None],
+) -> None:
+    """Learn now what attaching would learn: with the tokenizer at hand, and with news."""
+    if config.prior is None:
+        return
+    remember_tokenizer(model, tokenizer)
+    check_free(model)
+    learn(model, config, _layers(model, config), cache_dir, say)
+
+
 def _removes_nothing(model: Any, config: PruneConfig) -> bool:
-    layers = describe(model).weights(config.score.proxy_embedding, config.seed)
-    return check_fits(config, layers).removes_nothing
+    return check_fits(config, _layers(model, config)).removes_nothing
+
+
+def _layers(model: Any, config: PruneConfig) -> tuple[FfnWeights, ...]:
+    return describe(model).weights(config.score.proxy_embedding, config.seed)
