@@ -35,7 +35,8 @@ def prepare(
 
     ``calibration``: the text that static methods learn from (calibration_text.py; None: C4 from
     the hub).  ``cache_dir``: where calibrations and priors are kept.  ``masks``: the user's own,
-    {layer: ids to keep}; nothing is calibrated then.  ``say`` is called with a line whenever there is news.
+    {layer: ids to keep}; nothing is calibrated then.  ``say`` is called with a line whenever there
+    is news.
 
     Raises ``ConfigError`` and ``LoadError`` for a text that cannot be used or had.
     """
