@@ -31,6 +31,9 @@ from dart_llm.weights import FfnWeights, with_learnt
 logger = logging.getLogger("dart_llm")
 Say = Callable[[str], None]
 
+VERSION = 1
+"""Of what is learnt and how: another one finds nothing of the old in the cache."""
+
 BASIS_TOKENS = 1024
 """Tokens from which the basis of low-rank compensation is found."""
 
@@ -94,7 +97,9 @@ def _find(
     start = own_start(model)
     opening = opening_ids(model, wanted.prior.sequences, wanted.prior.opening)
     first = start if opening is None else calibration_cache.digest_of(opening)
-    key = calibration_cache.make_key(model, wanted.statistics, f"prior {first} {wanted.name}")
+    key = calibration_cache.make_key(
+        model, wanted.statistics, f"prior {VERSION} {first} {wanted.name}"
+    )
     devices = [layer.device for layer in layers]
     evidence = calibration_cache.find(model, key, cache_dir, devices)
     if evidence is None:
