@@ -29,7 +29,7 @@ def main() -> None:
     options.add_argument("--layers", type=int, default=32)
     options.add_argument("--hidden", type=int, default=4096)
     options.add_argument("--width", type=int, default=14336)
-    options.add_argument("--method", default="dart")
+    options.add_argument("--method", default="dart-prompt", help="one that learns nothing")
     options.add_argument("--prompt", type=int, default=2048)
     args = options.parse_args()
     config = PruneConfig.build(args.method, sparsity=0.5)

@@ -3,7 +3,7 @@
 Usage: python scripts/check_docs.py [--write]
 
 - docs/cli.md holds the ``--help`` of every command, docs/scripts.md the table of variables.
-- docs/measurements.md and README.md hold tables made from benchmarks/results/*.json.
+- docs/measurements.md, docs/method.md and README.md hold tables of benchmarks/results/*.json.
 - docs/data.md holds the catalogue of data sets.
 - Every flag of ``dart-llm run`` is in one of the two.
 - Every relative link and anchor in README.md, CONTRIBUTING.md and docs/*.md leads somewhere.

@@ -47,10 +47,17 @@ def source(data: dict[str, Any], name: str) -> str:
     return f"{known}; {commands}: [{name}.json](@benchmarks/results/{name}.json)."
 
 
+def page_of(root: Path, name: str) -> Path:
+    """The page with the markers of the block ``name``; docs/measurements.md where none has them."""
+    pages = [root / "docs/measurements.md", root / "docs/method.md"]
+    marker = f"<!-- generated: {name} -->"
+    having = (page for page in pages if page.is_file() and marker in page.read_text("utf-8"))
+    return next(having, pages[0])
+
+
 def tables(root: Path) -> dict[str, tuple[Path, str]]:
-    """The block ``quality`` with every file, in the order of their names; none without files."""
+    """A block per file, named like it, on the page that has its markers; none without files."""
     names = [path.stem for path in sorted((root / "benchmarks/results").glob("quality-*.json"))]
-    if not names:
-        return {}
-    text = "\n\n".join(quality(root, name) for name in names)
-    return {"quality": (root / "docs/measurements.md", text.replace("(@", "(../"))}
+    return {
+        name: (page_of(root, name), quality(root, name).replace("(@", "(../")) for name in names
+    }

@@ -276,8 +276,11 @@ def test_a_run_is_kept_and_shown(whole: QualityJob, tmp_path: Path) -> None:
     assert "path" not in kept["checkpoints"]["model"] and str(tmp_path) not in json.dumps(kept)
     (tmp_path / "benchmarks/results").mkdir(parents=True)
     write_json(tmp_path / "benchmarks/results/quality-x.json", kept)
-    ((page, text),) = measured.tables(tmp_path).values()
-    assert page == tmp_path / "docs/measurements.md"
+    ((name, (page, text)),) = measured.tables(tmp_path).items()
+    assert (name, page) == ("quality-x", tmp_path / "docs/measurements.md")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/method.md").write_text("<!-- generated: quality-x -->\n")
+    assert measured.tables(tmp_path) == {name: (tmp_path / "docs/method.md", text)}
     assert (
         text.count("| dart | 50 % | 50 % |") == 2 and text.count("| dart | pooled 50 + 70 %") == 2
     )
