@@ -116,7 +116,7 @@ def test_rows_follow_from_the_lines(whole: QualityJob) -> None:
                 compared += 1
             else:
                 assert row[column]["gap_closed"] is None
-    assert compared >= 6
+    assert compared >= 5  # of 12: griffin is no worse than dense elsewhere, or dense itself
     for row in found["pooled"]:
         cells = [
             one

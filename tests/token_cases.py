@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 
 from dart_llm.arch import describe
 from dart_llm.config import PruneConfig
+from dart_llm.token_ffn import TokenFfn
+from dart_llm.token_select import TokenMask
 from prior_cases import SMALL
 
 LEARNT = PruneConfig.build("dart-token", prior=SMALL)
@@ -44,6 +47,39 @@ def best(strengths: list[float], keep: int) -> list[int]:
     """Places of the largest, ascending; of equal ones the lower."""
     order = sorted(range(len(strengths)), key=lambda place: (-strengths[place], place))
     return sorted(order[:keep])
+
+
+Winners = dict[int, list[Tensor]]
+"""Per layer, what its tokens chose, in order."""
+
+
+@contextmanager
+def kept_winners(found: Winners) -> Iterator[None]:
+    """Collects what is chosen."""
+    choose = TokenFfn.winners
+
+    def winners(self: TokenFfn, x: Tensor, mask: TokenMask) -> Tensor:
+        ids = choose(self, x, mask)
+        found.setdefault(self.block.index, []).append(ids)
+        return ids
+
+    with mock.patch.object(TokenFfn, "winners", winners):
+        yield
+
+
+@contextmanager
+def same_winners(wanted: Winners, shares: list[float]) -> Iterator[None]:
+    """Chooses ``wanted``; collects the share of it that would have been chosen anyway."""
+    choose, left = TokenFfn.winners, {layer: iter(ids) for layer, ids in wanted.items()}
+
+    def winners(self: TokenFfn, x: Tensor, mask: TokenMask) -> Tensor:
+        own, ids = choose(self, x, mask), next(left[self.block.index])
+        shares.append(float(torch.isin(own, ids).float().mean()))
+        return ids.reshape(own.shape)
+
+    with mock.patch.object(TokenFfn, "winners", winners):
+        yield
+    assert all(next(ids, None) is None for ids in left.values()), "as many tokens chose"
 
 
 @contextmanager
