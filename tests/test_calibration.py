@@ -326,8 +326,10 @@ class Counting:
 
         get_text_config = staticmethod(lambda: Counting.config.text)
 
-    def __call__(self, ids: Tensor, use_cache: bool, cache: Any = None) -> Any:
-        assert use_cache and ids.shape[1] == 1
+    def __call__(
+        self, ids: Tensor, *, use_cache: bool, logits_to_keep: int, cache: Any = None
+    ) -> Any:
+        assert use_cache and logits_to_keep == 1 and ids.shape[1] == 1
         logits = 100 * torch.nn.functional.one_hot((ids + 1) % 7, 7).float()
         return type("Output", (), {"logits": logits, "cache": "something"})
 

@@ -5,6 +5,7 @@ A new preset, score or budget is picked up by its registration, a new shape by t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import pytest
@@ -16,6 +17,7 @@ from dart_llm import ConfigError, PruneConfig
 from dart_llm.registry import BUDGETS, METHODS, SCORES
 from steps import apart, decode, same_masks, selections, shared_model, widths_of
 from tiny import NAMES, tokens
+from token_cases import Winners, kept_winners, same_winners
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -61,9 +63,15 @@ def _pruned(name: str, dtype: torch.dtype, method: str | PruneConfig, **settings
 
 
 def _check_pair(name: str, dtype: torch.dtype, method: str | PruneConfig, **settings) -> None:
-    """Masked equals compact, both differ from dense, and remove what was asked for."""
-    dense = _dense(name, dtype)
-    run, masks, masked = _pruned(name, dtype, method, executor="masked", **settings)
+    """Masked equals compact, both differ from dense, and remove what was asked for.
+
+    Where tokens choose their own neurons, half precision rounds some choices otherwise, and one
+    neuron is much in a layer of 48: then compact is given masked's choices, close to its own.
+    """
+    dense, winners, shares = _dense(name, dtype), Winners(), [1.0]
+    chooses = PruneConfig.build(method).token is not None and dtype != torch.float32
+    with kept_winners(winners) if chooses else contextlib.nullcontext():
+        run, masks, masked = _pruned(name, dtype, method, executor="masked", **settings)
     assert run.executor == "masked"
     assert torch.equal(masked[:, :PROMPT], dense[:, :PROMPT])
     assert apart(masked[:, PROMPT:], dense[:, PROMPT:]) > 3 * TOLERANCE[dtype]
@@ -76,7 +84,9 @@ def _check_pair(name: str, dtype: torch.dtype, method: str | PruneConfig, **sett
         assert auto.executor == auto.report().executor == "masked"
         assert torch.equal(masked, again)
     else:
-        auto, same, compact = _pruned(name, dtype, method, executor="compact", **settings)
+        with same_winners(winners, shares) if chooses else contextlib.nullcontext():
+            auto, same, compact = _pruned(name, dtype, method, executor="compact", **settings)
+        assert sum(shares) / len(shares) > 0.95
         assert apart(compact[:, PROMPT:], masked[:, PROMPT:]) < TOLERANCE[dtype]
         assert not torch.equal(compact[:, PROMPT:], dense[:, PROMPT:])
         assert ready(shared_model(name, dtype), method, **settings).executor == "compact"

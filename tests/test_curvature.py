@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from dart_llm import curvature
 from dart_llm.activations import Seen
 from dart_llm.arch import describe
-from dart_llm.curvature import evaluating, gradients, token_shares
-from dart_llm.errors import DartError
+from dart_llm.curvature import evaluating, gradients
 from steps import Same, shared_model
 from tiny import LAYERS, NAMES, VOCAB, tiny, tokens
 
@@ -206,25 +205,3 @@ def test_rows_go_through_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert news == ["learning from the model's own text: 4 of 5 parts"]
     monkeypatch.setattr(curvature, "LOGITS", 1)
     assert found_by(model, ids[:2])[0][1].shape[0] == 2
-
-
-# how much each token counts
-
-
-def test_shares_are_one_over_the_sums() -> None:
-    assert token_shares(torch.tensor([1.0, 4.0, 0.5])).tolist() == [1, 0.25, 2]
-
-
-def test_tokens_without_a_gradient_and_broken_ones() -> None:
-    """Floor: a thousandth of the median of those that are finite and not 0 (here 2)."""
-    inf, nan = float("inf"), float("nan")
-    found = token_shares(torch.tensor([0.0, 1.0, 2.0, 1e-9, 8.0, inf, nan, 4.0]))
-    wanted = [500, 1, 0.5, 500, 0.125, 0, 0, 0.25]
-    assert found.tolist() == pytest.approx(wanted)
-    assert token_shares(torch.tensor([5.0])).tolist() == pytest.approx([0.2])
-
-
-@pytest.mark.parametrize("sums", [[], [float("nan")] * 3, [float("inf"), float("nan")]])
-def test_nothing_finite_is_an_error(sums: list[float]) -> None:
-    with pytest.raises(DartError, match="own text are not finite: load it in float32 or bfloat16"):
-        token_shares(torch.tensor(sums))

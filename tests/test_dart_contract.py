@@ -29,6 +29,8 @@ from test_batches import CHOSEN, LENGTHS, _alone, _batch, _generate
 from tiny import LAYERS, NAMES, tokens
 
 PROMPT, LENGTH = 30, 36
+PRIOR = 32
+"""Tokens that the prior counts as."""
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 3e-2}
 SKIPPING = tuple(name for name in NAMES if not name.startswith("opt"))
 REMASKING = {
@@ -144,7 +146,7 @@ def test_low_rank_maps_are_there_where_the_input_is_seen(name: str) -> None:
             continue
         observed = run._tracer.lives[-1].evidence[layer.index].sums["signed"]
         known = layer.learnt.evidence.sums["signed"].mean
-        mean = (observed.total + 128 * known) / (observed.weight + 128)
+        mean = (observed.total + PRIOR * known) / (observed.weight + PRIOR)
         wanted = layer.down[:, mask.removed()] @ mean[mask.removed()]
         torch.testing.assert_close(mask.bias, wanted, rtol=1e-4, atol=1e-5)
 
@@ -176,7 +178,7 @@ def test_the_map_is_the_regression_of_what_was_seen(name: str) -> None:
         prior = {k: s.mean.double() for k, s in layer.learnt.evidence.sums.items()}
 
         def pool(own: Tensor, name: str, n: int = count, prior: Any = prior) -> Tensor:
-            return (own + 128 * prior[name]) / (n + 128)
+            return (own + PRIOR * prior[name]) / (n + PRIOR)
 
         mean_u, mean_f = pool(u.sum(0), "signed"), pool(f.sum(0), "features")
         cross = pool(u.T @ f, "cross") - torch.outer(mean_u, mean_f)

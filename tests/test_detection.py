@@ -82,6 +82,16 @@ def test_guards_by_hand() -> None:
     assert not guards_allow(288, None, 1, 32, 0, 0.1)
 
 
+def test_the_allowance_lies_beside_the_share() -> None:
+    """32 of 32 tokens at once, whatever was decoded; 64 when 5 % of n + 32 are 32: n = 608."""
+    assert guards_allow(0, None, 0, 32, 64, 0.05, 32)
+    assert not guards_allow(0, None, 0, 33, 64, 0.05, 31)
+    assert not guards_allow(607, 0, 32, 32, 64, 0.05, 32)
+    assert guards_allow(608, 0, 32, 32, 64, 0.05, 32)
+    assert not guards_allow(608, 545, 32, 32, 64, 0.05, 32), "the distance holds all the same"
+    assert guards_allow(63, None, 999, 999, 64, None, 0), "no share, no cap"
+
+
 def test_distributions_are_watched_by_their_divergence() -> None:
     """Half of the weight moves to another position: similarity is known."""
     old, new = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.5, 0.0, 0.5])
@@ -116,12 +126,15 @@ def test_quiet_similarities_are_those_to_the_prompt() -> None:
 
 
 def test_rules_and_methods_by_name() -> None:
-    dart = make_watcher("dart", 7)
+    dart = make_watcher("dart-prompt", 7)
     assert (dart.rule.window, dart.rule.count, dart.observe) == (10, 3, 32)
     assert (dart.min_distance, dart.max_dense_share) == (64, 0.1)
     paper = make_watcher("paper", 7)
     assert (paper.observe, paper.min_distance, paper.max_dense_share) == (7, 0, None)
-    assert make_watcher("published", 7).observe == 7  # the rule, not the method
+    for name in ("published", "dart"):  # the rule, not the method
+        watcher = make_watcher(name, 7)
+        assert watcher.observe == 7
+        assert (watcher.min_distance, watcher.max_dense_share, watcher.allowance) == (0, None, 0)
     for name, error in (
         ("griffin", "never re-masks"),
         ("interval", "N tokens"),

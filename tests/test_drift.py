@@ -23,6 +23,10 @@ def test_the_rules() -> None:
     assert (rule.window, rule.count, rule.interval) == (10, 3, 0)
     assert rule.threshold is not None
     assert rule.threshold(mu, sigma).tolist() == pytest.approx([0.65, -0.1])
+    rule = make_rule("dart")
+    assert (rule.window, rule.count, rule.interval) == (10, 3, 0)
+    assert rule.threshold is not None
+    assert rule.threshold(mu, sigma).tolist() == pytest.approx([0.15, -2.1])
     assert make_rule("interval 48") == Rule(0, None, 0, interval=48)
     assert make_rule("never") == Rule(0, None, 0)
 
@@ -65,6 +69,20 @@ def test_one_low_window_is_enough_for_the_published_rule() -> None:
     # cos 0.4 = 0.921 is above mu - 0.1 = 0.9, cos 0.5 = 0.878 is not
     assert [check.fired for check in checks] == [False, True, False]
     assert checks[0].threshold == pytest.approx([0.9], abs=2e-3)
+
+
+def test_the_rule_dart_fires_on_the_third_window_that_is_far_away() -> None:
+    """At mu - 1.5 sigma; the paper's rule counts windows at mu - sigma too."""
+    reference = windows(*(at(angle) for angle in (0.1, -0.3, 0.2, -0.1, 0.3, -0.2)), size=10)
+    detector, paper = armed(make_rule("dart"), reference), armed(make_rule("paper"), reference)
+    assert detector.mu is not None and detector.sigma is not None
+    mu, sigma = float(detector.mu), float(detector.sigma)
+    near, far = at(math.acos(mu - sigma)), at(math.acos(mu - 1.6 * sigma))
+    checks = detector.watch(windows(near, far, near, far, far, far, size=10), None)
+    assert [check.counter for check in checks] == [0, 1, 0, 1, 2, 3]
+    assert [check.fired for check in checks] == [False] * 5 + [True]
+    assert checks[0].threshold == pytest.approx([mu - 1.5 * sigma], abs=1e-5)
+    assert [check.counter for check in paper.watch(windows(near, far, size=10), None)] == [1, 2]
 
 
 @settings(deadline=None, max_examples=60)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dart_llm.budgets import budget
-from dart_llm.evidence import LayerEvidence, Statistics, Sum, needed
+from dart_llm.evidence import LayerEvidence, Statistics, Sum, losers, needed
 from dart_llm.registry import BUDGETS
 from dart_llm.scores import squared, squared_share
 
@@ -105,6 +105,76 @@ def test_the_stream_must_be_there_where_it_is_needed() -> None:
     evidence = LayerEvidence()
     Statistics(squared, None, frozenset({"signed"})).update(evidence, U, Z, None, None, None)
     assert set(evidence.sums) == {"score", "signed"}
+
+
+# who loses where tokens choose
+
+WORTH = torch.tensor([1.0, 1.0, 5.0])
+# abs(u) * worth of the rows of U: 1, 2, 2.5; 3, 2, 2.5; 1, 4, 0
+
+
+@pytest.mark.parametrize(
+    ("keep", "wanted"),
+    [
+        (1 / 3, [[1, 1, 0], [0, 1, 1], [1, 0, 1]]),
+        (2 / 3, [[1, 0, 0], [0, 1, 0], [0, 0, 1]]),
+        (1.0, [[0, 0, 0]] * 3),
+        (0.0, [[1, 1, 0], [0, 1, 1], [1, 0, 1]]),  # one neuron always stays
+    ],
+)
+def test_losers_by_hand(keep: float, wanted: list[list[int]]) -> None:
+    found = losers(U[0], WORTH, keep)
+    assert found.tolist() == wanted and found.dtype == torch.float32
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 4), st.floats(0, 1))
+def test_a_loser_is_worth_no_more_than_any_winner(
+    seed: int, width: int, count: int, keep: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    u, worth = torch.randn(count, width, generator=generator), torch.rand(width)
+    for values, lost in zip(u.abs() * worth, losers(u, worth, keep).bool(), strict=True):
+        assert int(lost.sum()) == width - max(1, round(keep * width))
+        assert not bool(lost.any()) or values[lost].max() <= values[~lost].min()
+
+
+def lost(keep: float, weights: Tensor | None, cuts: tuple[int, ...]) -> LayerEvidence:
+    evidence, start = LayerEvidence(), 0
+    for size in cuts:
+        part = slice(start, start + size)
+        w = None if weights is None else weights[:, part]
+        statistics = Statistics(None, None, frozenset({"lost"}), keep=keep)
+        statistics.update(evidence, U[:, part], Z[:, part], None, None, w, None, WORTH)
+        start += size
+    return evidence
+
+
+@pytest.mark.parametrize("cuts", [(3,), (1, 2), (1, 1, 1)])
+def test_mean_when_lost_by_hand(cuts: tuple[int, ...]) -> None:
+    """Only the tokens that leave a neuron out count; a neuron that none leaves out stands at 0."""
+    found = lost(1 / 3, None, cuts)
+    assert set(found.sums) == {"lost", "losses"}
+    assert found.sums["lost"].total.tolist() == [0, 0, -0.5]  # 1 - 1, -2 + 2, -0.5 + 0
+    assert found.sums["losses"].total.tolist() == [2, 2, 2]
+    assert found.mean_when_lost().tolist() == [0, 0, -0.25]
+    assert lost(2 / 3, None, cuts).mean_when_lost().tolist() == [1, 2, 0]
+    assert lost(1.0, None, cuts).mean_when_lost().tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("cuts", [(3,), (2, 1)])
+def test_a_padded_token_loses_nothing(cuts: tuple[int, ...]) -> None:
+    found = lost(1 / 3, torch.tensor([[1.0, 1.0, 0.0]]), cuts)
+    assert found.sums["losses"].total.tolist() == [1, 2, 1]
+    assert found.mean_when_lost().tolist() == [1, 0, -0.5]
+    assert lost(1 / 3, torch.zeros(1, 3), cuts).mean_when_lost().tolist() == [0, 0, 0]
+
+
+def test_fading_keeps_the_mean_of_the_losers() -> None:
+    found = lost(1 / 3, None, (3,))
+    found.fade(0.1, 1)
+    assert found.sums["losses"].total.tolist() == pytest.approx([0.2] * 3)
+    assert found.mean_when_lost().tolist() == pytest.approx([0, 0, -0.25])
 
 
 def factor(decay: float, seen: float) -> float:

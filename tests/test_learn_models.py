@@ -145,7 +145,9 @@ def test_an_offloaded_model_is_refused() -> None:
     model = _on_the_host(tiny(), None)
     with pytest.raises(ConfigError, match="layer 0 is offloaded"):
         prune(model, CONFIG)
-    config = PruneConfig(method="mine", sparsity=0.5, prior={"sequences": 2, "length": 24, "opening": 0})
+    config = PruneConfig(
+        method="mine", sparsity=0.5, prior={"sequences": 2, "length": 24, "opening": 0}
+    )
     run = prune(model, config)
     with pytest.raises(ConfigError) as caught:
         run.attach()

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from dart_llm.config import (
     CalibrationConfig,
     DriftConfig,
+    PriorConfig,
     PruneConfig,
     RemaskConfig,
     ScoreConfig,
@@ -25,7 +26,7 @@ budget_names = st.one_of(
     ),
 )
 rules = st.one_of(
-    st.sampled_from(["never", "published", "paper"]),
+    st.sampled_from(["never", "published", "paper", "dart"]),
     st.integers(1, 999).map(lambda tokens: f"interval {tokens}"),
 )
 
@@ -33,7 +34,9 @@ rules = st.one_of(
 def test_replace_changes_only_what_is_named() -> None:
     base = PruneConfig.build("dart")
     changed = PruneConfig.build("dart", sparsity=0.5, drift={"min_distance": 8}, remask="fresh")
-    assert changed.drift == DriftConfig(rule="paper", min_distance=8, max_dense_share=0.10)
+    assert changed.drift == DriftConfig(
+        rule="dart", signal="hidden", min_distance=8, max_dense_share=0.05, allowance=32
+    )
     assert changed.remask == RemaskConfig(evidence="fresh", decay=0.1, observe_tokens=32)
     assert (
         changed.replace(
@@ -45,9 +48,24 @@ def test_replace_changes_only_what_is_named() -> None:
 
 
 def test_presets_are_what_the_method_says() -> None:
-    dart = PruneConfig.build("dart")
-    assert dart == PruneConfig(
+    assert PruneConfig.build("dart") == PruneConfig(
         method="dart",
+        score="fisher",
+        budget="ranked",
+        drift=DriftConfig(
+            rule="dart", signal="hidden", min_distance=64, max_dense_share=0.05, allowance=32
+        ),
+        remask=RemaskConfig(evidence="decay", decay=0.1, observe_tokens=32),
+        prior=PriorConfig(
+            sequences=32, length=128, opening=24, temperature=0.8, top_p=0.95, tokens=32
+        ),
+        min_evidence=64,
+        skip_sinks=True,
+        compensation=True,
+        compensation_rank=32,
+    )
+    assert PruneConfig.build("dart-prompt") == PruneConfig(
+        method="dart-prompt",
         score="normalized",
         budget="blend energy depth",
         drift=DriftConfig(rule="paper", min_distance=64, max_dense_share=0.10),
@@ -85,7 +103,12 @@ def test_presets_are_what_the_method_says() -> None:
             method=f"dense-{bits}bit", sparsity=0.0, weight_bits=bits
         )
     assert PruneConfig.build("dart-token") == PruneConfig(
-        method="dart-token", token=TokenConfig(bits=4, group=32, candidates=None)
+        method="dart-token",
+        score="fisher",
+        prior=PriorConfig(tokens=32),
+        skip_sinks=True,
+        compensation=True,
+        token=TokenConfig(bits=4, group=32, candidates=None),
     )
     assert PruneConfig.build("static") == PruneConfig(method="static", score="weight")
     assert PruneConfig.build("dense") == PruneConfig(method="dense", sparsity=0.0)

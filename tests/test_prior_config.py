@@ -39,6 +39,9 @@ from steps import shared_model
         ),
         ({"prior": {"sequences": 0}}, "prior: sequences 0 must be at least 1"),
         ({"prior": {"length": 15}}, "prior: length 15 must be at least 16"),
+        ({"prior": {"opening": -1}}, "prior: opening -1 must be at least 0"),
+        ({"prior": {"opening": 128}}, "prior: opening 128 must be less than length 128"),
+        ({"prior": {"length": 16}}, "prior: opening 24 must be less than length 16"),
         ({"prior": {"tokens": -1}}, "prior: tokens -1 must be at least 0"),
         ({"prior": {"temperature": 0}}, "prior: temperature 0.0 must be more than 0"),
         ({"prior": {"temperature": -2}}, "prior: temperature -2.0 must be more than 0"),
@@ -56,8 +59,8 @@ from steps import shared_model
         ),
         (
             {"prior": {"zzz": 3}},
-            'unknown setting "zzz" in PriorConfig; known settings: length, sequences, temperature, '
-            "tokens, top_p",
+            'unknown setting "zzz" in PriorConfig; known settings: length, opening, sequences, '
+            "temperature, tokens, top_p",
         ),
         ({"priors": {}}, 'unknown setting "priors" in PruneConfig; did you mean "prior"?'),
         (
@@ -105,7 +108,7 @@ def test_a_score_that_learns_without_a_prior() -> None:
 
 
 def test_the_ends_of_the_ranges_are_allowed() -> None:
-    part = PriorConfig(sequences=1, length=16, temperature=1e-3, top_p=1, tokens=0)
+    part = PriorConfig(sequences=1, length=16, opening=15, temperature=1e-3, top_p=1, tokens=0)
     assert PruneConfig(prior=part, compensation_rank=0, skip_sinks=True).prior == part
     assert PruneConfig(compensation_rank=0).prior is None
     assert PruneConfig(token={}, prior={}, skip_sinks=True).token is not None
@@ -113,8 +116,8 @@ def test_the_ends_of_the_ranges_are_allowed() -> None:
 
 def test_defaults() -> None:
     part = PriorConfig()
-    assert (part.sequences, part.length, part.tokens) == (32, 128, 128)
-    assert (part.temperature, part.top_p) == (0.8, 0.9)
+    assert (part.sequences, part.length, part.opening, part.tokens) == (32, 128, 24, 32)
+    assert (part.temperature, part.top_p) == (0.8, 0.95)
     assert PruneConfig(prior={}).prior == part
     config = PruneConfig()
     assert (config.prior, config.compensation_rank, config.skip_sinks) == (None, 0, False)
@@ -124,7 +127,7 @@ def test_partial_mappings_change_only_what_they_hold() -> None:
     found = CONFIG.replace({"prior": {"tokens": 9}})
     assert found.prior == PriorConfig(**SMALL, tokens=9)
     assert found.replace({"prior": {"length": 50}}).prior == PriorConfig(
-        sequences=2, length=50, tokens=9
+        sequences=2, length=50, opening=0, tokens=9
     )
     assert CONFIG.replace({"prior": {}}) == CONFIG
     assert PruneConfig().replace({"prior": {"tokens": 9}}).prior == PriorConfig(tokens=9)
@@ -142,7 +145,8 @@ def test_partial_mappings_change_only_what_they_hold() -> None:
 priors = st.builds(
     PriorConfig,
     sequences=st.integers(1, 999),
-    length=st.integers(16, 999),
+    length=st.integers(30, 999),
+    opening=st.integers(0, 29),
     temperature=st.floats(0.01, 9),
     top_p=st.floats(0.01, 1),
     tokens=st.integers(0, 999),

@@ -107,7 +107,8 @@ def test_rows_follow_from_the_lines(whole: QualityJob) -> None:
             at = row[column]["sparsity"]
             wanted = row["achieved_sparsity"] if column == "equal_sparsity" else (
                 1 - row["ffn_bytes_share"])  # fmt: skip
-            assert at == round(wanted, 3)
+            # low-rank maps weigh more than the FFN of this tiny model: then dense is as cheap
+            assert at == max(0.0, round(wanted, 3))
             griffin = loss(cell, "griffin" if at else "dense", at) - dense
             assert row[column]["griffin_gap"] == pytest.approx(griffin)
             if griffin > 0:
@@ -115,7 +116,7 @@ def test_rows_follow_from_the_lines(whole: QualityJob) -> None:
                 compared += 1
             else:
                 assert row[column]["gap_closed"] is None
-    assert compared >= 6
+    assert compared >= 5  # of 12: griffin is no worse than dense elsewhere, or dense itself
     for row in found["pooled"]:
         cells = [
             one

@@ -85,7 +85,7 @@ def test_published_quick_start(desks: dict[str, Desk], way: str) -> None:
         assert {name: config["settings"][name] for name in expected} == expected
         assert config["status"] == "complete"
         assert config["prune"]["sparsity"] == 0.5 and config["prune"]["masking_step"] == 10
-    assert second["prune"]["drift"]["rule"] == "paper"
+    assert second["prune"]["drift"]["rule"] == "dart"
     folders = sorted((desk.root / "results/gpt2-dart-0.5").iterdir())
     assert [(folder / "perplexity.json").is_file() for folder in folders] == [True, True]
     with (folders[1] / "drift.csv").open() as file:

@@ -23,6 +23,7 @@ from dart_llm.weights import FfnWeights
 def test_the_names() -> None:
     assert METHODS.names() == (
         "dart",
+        "dart-prompt",
         "dart-token",
         "dense",
         "dense-4bit",
@@ -59,7 +60,7 @@ def test_the_names() -> None:
         "standardized",
         "uniform",
     )
-    assert DRIFT_RULES.names() == ("interval", "never", "paper", "published")
+    assert DRIFT_RULES.names() == ("dart", "interval", "never", "paper", "published")
     assert {table.kind for table in ALL} == {"method", "score", "budget", "drift rule"}
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dart_llm import read_points
+from dart_llm import prune, read_points
 from dart_llm.drift import SINKS, cosine
 from dart_llm.errors import ConfigError, DartError, UnknownName, UnsupportedModel
 from dart_llm.recording import LEAST_PROMPT, needs_eager, record
@@ -25,7 +25,7 @@ from dart_llm.signals import (
     several,
     shannon,
 )
-from steps import Same
+from steps import Same, decode, shared_model
 from tiny import NAMES, tiny, tokens
 
 PROMPT, LENGTH = 32, 60
@@ -228,3 +228,27 @@ def test_a_signal_that_is_not_finite_is_refused() -> None:
 def test_the_least_prompt_has_keys() -> None:
     keys = keys_of(LEAST_PROMPT)
     assert keys.stop - keys.start == 4
+
+
+# what the detector of a run is shown
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_detector_sees_the_last_hidden_state(name: str) -> None:
+    """What the head of the model is given: of the prompt, dense, then of the pruned tokens."""
+    model, ids, seen = shared_model(name), tokens(1, PROMPT + 10), list[Tensor]()
+    head = model.get_output_embeddings()
+    drift = {"rule": "published", "signal": "hidden"}
+    with prune(model, "griffin", sparsity=0.5, drift=drift) as run:
+        handle = head.register_forward_pre_hook(lambda m, args: seen.append(args[0][0].detach()))
+        decode(model, ids, PROMPT)
+        handle.remove()
+    v = torch.cat(seen).float()
+    assert len(v) == PROMPT + 10
+    first, *_ = run.drift_checks
+    assert first.step == 5 and first.threshold is not None
+    centroid, window = v[SINKS:PROMPT].mean(0), v[PROMPT : PROMPT + 5].mean(0)
+    assert first.similarity == pytest.approx(float(cosine(window, centroid)), abs=1e-5)
+    with prune(model, "griffin", sparsity=0.5, drift="published") as plain:
+        decode(model, ids, PROMPT)
+    assert abs(plain.drift_checks[0].similarity - first.similarity) > 1e-3

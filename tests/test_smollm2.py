@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from dart_llm import prune, texts
+from dart_llm.config import PriorConfig
+from dart_llm.own_text import opening_ids
 from dart_llm.perplexity import Scored, score, slices
 
 pytestmark = pytest.mark.smollm2
@@ -57,6 +59,28 @@ def test_methods_at_half_sparsity(smollm2, windows, dense, method, best, worst):
     assert abs(removed - 0.5 * sum(layer.width for layer in report.layers)) <= 1
     ratio = scored.perplexity / dense.perplexity
     assert best < ratio < worst
+
+
+def test_dart_loses_less_than_griffin_on_a_slice(smollm2, windows):
+    """At the same half of all neurons, and no token of this slice decoded dense."""
+    found = {}
+    for method in ("dart", "griffin"):
+        with prune(smollm2[0], method, sparsity=0.5) as run:
+            scored = score(smollm2[0], run, windows[:1], 256)
+        report = run.report()
+        assert report.achieved_sparsity == pytest.approx(0.5, abs=1e-3)
+        assert (report.dense_token_share, report.remasks) == (0, 0)
+        found[method] = sum(scored.losses[0]) / len(scored.losses[0])
+    assert found["dart"] < found["griffin"] - 0.1
+
+
+def test_every_opening_is_as_long_as_the_prior_asks(smollm2):
+    model, tokenizer = smollm2
+    found = opening_ids(model, 32, PriorConfig().opening)
+    assert found is not None and found.shape == (32, 24)
+    assert len({tuple(row) for row in found.tolist()}) == 32
+    for row, opening in zip(found, texts.openings(), strict=True):
+        assert opening.startswith(tokenizer.decode(row))
 
 
 def test_sparsity_zero_is_bit_identical(smollm2):

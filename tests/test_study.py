@@ -26,7 +26,7 @@ from tiny import HIDDEN, LAYERS, tiny, tokens
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gemma2", "bloom", "opt"])
 def test_study(name: str) -> None:
-    """Squared gradients, every token scaled to the same sum over all layers; and the other sums."""
+    """Mean squared gradients, and the other sums."""
     model, ids, layers = (
         shared_model(name),
         tokens(ROWS, LENGTH, seed=5),
@@ -37,11 +37,10 @@ def test_study(name: str) -> None:
     squares = {
         layer: g[:, 4:-1].reshape(ROWS * KEPT, -1).square() for layer, (_, g) in wanted.items()
     }
-    total = sum(square.sum(1, keepdim=True) for square in squares.values())
     for layer, evidence in enumerate(found):
         sums = evidence.sums
-        mean = (squares[layer] / total).mean(0)
-        torch.testing.assert_close(sums["curvature"].mean, mean, rtol=1e-3, atol=1e-7)
+        mean = squares[layer].mean(0)
+        torch.testing.assert_close(sums["curvature"].mean, mean, rtol=1e-3, atol=1e-6)
         u = wanted[layer][0][:, 4:-1].flatten(0, 1)
         torch.testing.assert_close(sums["score"].total, u.square().sum(0), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(sums["signed"].total, u.sum(0), rtol=1e-4, atol=1e-4)
@@ -50,31 +49,25 @@ def test_study(name: str) -> None:
         if name != "opt":  # its blocks never see the FFN's input while they are pruned
             has |= {"basis", "features", "moments", "cross"}
         assert set(sums) == has
-    one = sum(float(e.sums["curvature"].mean.sum()) for e in found)
-    assert one == pytest.approx(1, rel=1e-4), "each token's sum over all layers is 1"
 
 
-def test_a_broken_token_counts_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its gradients are not finite in one layer: it is left out of all."""
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_gradients_that_are_not_finite(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    """One number of one token in one layer is enough."""
     model, ids, layers = shared_model(), tokens(1, LENGTH, seed=5), layers_of(shared_model())
-    plain = Statistics(squared, None, frozenset(), average=True)
-    whole, real = study(model, ids, plain, 0, layers), gradients
+    plain, real = Statistics(squared, None, frozenset(), average=True), gradients
 
     def broken(model: Any, ids: Tensor, take: Any, say: Any) -> None:
         def spoil(layer: int, seen: Seen, gradient: Tensor) -> None:
             if layer == 2:
-                gradient[0, 3, 5] = float("inf")
+                gradient[0, 3, 5] = value
             take(layer, seen, gradient)
 
         real(model, ids, spoil, say)
 
     monkeypatch.setattr("dart_llm.learn.gradients", broken)
-    found = study(model, ids, plain, 0, layers)
-    gone = sum(float(e.sums["curvature"].total.sum()) for e in whole) - sum(
-        float(e.sums["curvature"].total.sum()) for e in found
-    )
-    assert gone == pytest.approx(1, rel=1e-4)
-    assert all(bool(e.sums["curvature"].total.isfinite().all()) for e in found)
+    with pytest.raises(DartError, match="not finite: load it in float32 or bfloat16"):
+        study(model, ids, plain, 0, layers)
 
 
 # the basis of a model

@@ -9,7 +9,7 @@ from itertools import combinations
 
 import pytest
 
-from dart_llm import texts
+from dart_llm import drift_passages, drift_prompts, texts
 from dart_llm.errors import ConfigError, UnknownName
 
 SUBJECTS = ("aqueduct", "bicycle", "bread", "court", "immunity", "tides")
@@ -147,3 +147,25 @@ def test_the_loaders_need_no_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
     assert done.stdout.strip() == "[]"
+
+
+def _runs(text: str, words: int = 8) -> set[tuple[str, ...]]:
+    """All runs of so many words."""
+    found = re.findall(r"[a-z]+", text.lower())
+    return {tuple(found[at : at + words]) for at in range(len(found) - words + 1)}
+
+
+def test_the_openings_are_of_no_text_that_is_evaluated() -> None:
+    """Nor do they share eight words in a row with one."""
+    openings = texts.openings()
+    assert len(openings) == len(set(openings)) == 32
+    shipped = [texts.read(name) for name in texts.subjects()]
+    shipped += [texts.read_prompt(name) for name in texts.prompt_names()]
+    shipped += [prompt.text for prompt in drift_prompts.shipped()]
+    shipped += [passage.text for passage in drift_passages.shipped()]
+    runs = set[tuple[str, ...]]().union(*map(_runs, shipped))
+    for opening in openings:
+        assert opening == opening.strip()
+        assert 100 <= len(opening) <= 300
+        assert not any(opening in text for text in shipped)
+        assert not _runs(opening) & runs

@@ -19,7 +19,7 @@ from dart_llm.token_select import TokenMask, candidate_count, strength, token_ma
 from steps import CACHE, apart, decode, generate, new_cache, shared_model, step
 from test_low_bit import by_hand
 from tiny import tokens
-from token_cases import Exact, best, mean_u, oracle
+from token_cases import LEARNT, PLAIN, Exact, best, lost_u, oracle
 
 SHAPES = ("llama-bias", "gemma2", "phi3", "gpt2", "falcon", "bloom", "opt")
 PROMPT = 12
@@ -49,9 +49,8 @@ def test_winners_are_the_largest_and_ties_go_to_the_lower(values: list[int], dat
 
 
 def test_strength() -> None:
-    u, norms = torch.tensor([[1.0, -2.0, 0.0]]), torch.tensor([3.0, 1.0, 5.0])
-    assert strength(u, norms, None).tolist() == [[3.0, 2.0, 0.0]]
-    assert strength(u, norms, torch.tensor([1.0, 1.0, -1.0])).tolist() == [[0.0, 3.0, 5.0]]
+    u, worth = torch.tensor([[1.0, -2.0, 0.0], [0.5, 0.0, -1.0]]), torch.tensor([3.0, 1.0, 5.0])
+    assert strength(u, worth).tolist() == [[3.0, 2.0, 0.0], [1.5, 0.0, 5.0]]
 
 
 @pytest.mark.parametrize(
@@ -78,11 +77,15 @@ def _recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TokenFfn, Tensor, T
     return found
 
 
+@pytest.mark.parametrize("learns", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
-def test_winners_by_independent_computation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_winners_by_independent_computation(
+    name: str, learns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """x, the grid of tests/test_low_bit.py and the block's own modules; no code of the method."""
     model, found = shared_model(name), _recorded(monkeypatch)
-    with prune(model, "dart-token", sparsity=0.75, token={"group": 8}):
+    run = prune(model, LEARNT if learns else PLAIN, sparsity=0.75, token={"group": 8})
+    with run:
         decode(model, tokens(1, PROMPT + 2), PROMPT)
     assert len(found) == 8
     copies: dict[int, list[Tensor]] = {}
@@ -98,7 +101,10 @@ def test_winners_by_independent_computation(name: str, monkeypatch: pytest.Monke
         if biases:
             u = [a + b for a, b in zip(u, biases, strict=True)]
         estimate = block.act(u[0]) if gate is None else block.act(u[0]) * u[1]
-        strengths = estimate.abs() * down.detach().norm(dim=0)
+        learnt = run._layers[block.index].learnt
+        assert (learnt is not None) == learns
+        worth = down.detach().norm(dim=0) if learnt is None else learnt.curvature**0.5
+        strengths = estimate.abs() * worth
         assert mask.winners == round(0.25 * mask.width) == ids.shape[-1]
         assert ids.flatten().tolist() == best(strengths.tolist(), mask.winners)
 
@@ -111,49 +117,80 @@ def test_exact_copies_give_the_oracle(name: str, exact: None) -> None:
         wanted = decode(model, ids, PROMPT)
     assert apart(wanted, decode(model, ids, PROMPT)) > 1e-2
     for executor in _executors(name):
-        with prune(model, "dart-token", sparsity=0.75, executor=executor):
+        with prune(model, PLAIN, sparsity=0.75, executor=executor):
             assert apart(decode(model, ids, PROMPT), wanted) < 1e-5, executor
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_compensation_puts_the_mean_in_place_of_the_losers(name: str, exact: None) -> None:
+def test_losers_stand_at_their_mean_where_they_lose(name: str, exact: None) -> None:
     model, ids = shared_model(name), tokens(1, PROMPT + 4)
-    width = describe(model).blocks[0].down_width
-    mean: dict[int, Tensor] = {}
-    with mean_u(model, mean):
+    keep = round(0.25 * describe(model).blocks[0].down_width)
+    lost: dict[int, tuple[Tensor, Tensor]] = {}
+    with lost_u(model, keep, lost):
         step(model, ids[:, :PROMPT], new_cache(model))
-    with oracle(model, round(0.25 * width), PROMPT, mean):
+    mean = {layer: total / number.clamp_min(1) for layer, (total, number) in lost.items()}
+    with oracle(model, keep, PROMPT, mean):
         wanted = decode(model, ids, PROMPT)
     for executor in _executors(name):
-        with prune(model, "dart-token", sparsity=0.75, executor=executor, compensation=True):
+        with prune(model, PLAIN, sparsity=0.75, executor=executor, compensation=True):
             assert apart(decode(model, ids, PROMPT), wanted) < 1e-5, executor
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_preset_ranks_by_what_it_learnt(name: str, exact: None) -> None:
+    """By roots of curvatures; the first four tokens, the sinks, leave no evidence of losers."""
+    model, ids = shared_model(name), tokens(1, PROMPT + 4)
+    keep = round(0.25 * describe(model).blocks[0].down_width)
+    run = prune(model, LEARNT, sparsity=0.75)
+    with run:
+        pruned = decode(model, ids, PROMPT)
+    worth = {layer.index: layer.learnt.curvature**0.5 for layer in run._layers}
+    whole: dict[int, tuple[Tensor, Tensor]] = {}
+    sinks: dict[int, tuple[Tensor, Tensor]] = {}
+    for length, found in ((PROMPT, whole), (4, sinks)):
+        with lost_u(model, keep, found, worth):
+            step(model, ids[:, :length], new_cache(model))
+    mean = {}
+    for layer, (total, number) in whole.items():
+        number = number - sinks[layer][1]
+        mean[layer] = torch.where(number > 0, (total - sinks[layer][0]) / number, 0.0)
+    with oracle(model, keep, PROMPT, mean, worth):
+        wanted = decode(model, ids, PROMPT)
+    assert apart(pruned, wanted) < 1e-4
+    with oracle(model, keep, PROMPT, mean):
+        assert apart(pruned, decode(model, ids, PROMPT)) > 1e-2
 
 
 @pytest.mark.parametrize("batch", ["shared", "per_row"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_rows_and_chunks_equal_single_tokens(name: str, batch: str) -> None:
-    """A batch with padding on the left, decoded in one chunk, and each row alone."""
+    """A batch with padding on the left, decoded in one chunk, and each row alone.
+
+    Rows that share the count also share what the losers stand at: only without compensation are
+    they what they would be alone.
+    """
+    method = LEARNT.replace({"compensation": batch == "per_row"})
     model, ids = shared_model(name), tokens(2, PROMPT + 6)
     seen, padding = torch.ones_like(ids), 0 if name == "gpt2" else 3  # its positions would shift
     seen[1, :padding] = 0
-    with prune(model, "dart-token", sparsity=0.7, batch=batch) as run, run.decoding():
+    with prune(model, method, sparsity=0.7, batch=batch) as run, run.decoding():
         cache = new_cache(model)
         step(model, ids[:, :PROMPT], cache, seen[:, :PROMPT])
         chunk = step(model, ids[:, PROMPT:], cache, seen)
     report = run.report()
     assert report.decoded_tokens == 12 and report.dense_token_share == 0
     assert report.achieved_sparsity == pytest.approx(0.7, abs=0.01)
-    with prune(model, "dart-token", sparsity=0.7, batch=batch):
+    with prune(model, method, sparsity=0.7, batch=batch):
         assert apart(decode(model, ids, PROMPT, seen)[:, PROMPT:], chunk) < 1e-5
     for row, start in ((0, 0), (1, padding)):
-        with prune(model, "dart-token", sparsity=0.7, executor=_executors(name)[-1]):
+        with prune(model, method, sparsity=0.7, executor=_executors(name)[-1]):
             alone = decode(model, ids[row : row + 1, start:], PROMPT - start)
         assert apart(alone[:, PROMPT - start :], chunk[row : row + 1]) < 1e-5
 
 
 def test_candidates_are_the_sequences_best(monkeypatch: pytest.MonkeyPatch, exact: None) -> None:
     model, found = shared_model("llama-bias"), _recorded(monkeypatch)
-    run = prune(model, "dart-token", sparsity=0.75, token={"candidates": 0.5})
+    run = prune(model, LEARNT, sparsity=0.75, token={"candidates": 0.5})
     with run:
         masked = decode(model, tokens(1, PROMPT + 2), PROMPT)
     selection = run._tracer.lives[0].selection
@@ -162,15 +199,15 @@ def test_candidates_are_the_sequences_best(monkeypatch: pytest.MonkeyPatch, exac
         index = token.block.index
         assert mask.ids.tolist() == best(selection.scores[index].tolist(), 24)
         u = token.block.hidden(x).detach().flatten()
-        strengths = (u.abs() * token.norms)[mask.ids]
+        strengths = (u.abs() * run._layers[index].learnt.curvature ** 0.5)[mask.ids]
         assert ids.flatten().tolist() == mask.ids[best(strengths.tolist(), 12)].tolist()
-    with prune(model, "dart-token", sparsity=0.75, executor="masked", token={"candidates": 0.5}):
+    with prune(model, LEARNT, sparsity=0.75, executor="masked", token={"candidates": 0.5}):
         assert apart(decode(model, tokens(1, PROMPT + 2), PROMPT), masked) < 1e-5
 
 
 def test_as_many_candidates_as_winners_are_a_sequence_mask() -> None:
     model, ids = shared_model(), tokens(1, PROMPT + 3)
-    with prune(model, "dart-token", sparsity=0.75, token={"candidates": 0.25}) as run:
+    with prune(model, PLAIN, sparsity=0.75, token={"candidates": 0.25}) as run:
         found = decode(model, ids, PROMPT)
     with prune(model, "griffin", sparsity=0.75) as same:
         assert torch.equal(decode(model, ids, PROMPT), found)
@@ -183,19 +220,19 @@ def test_rows_of_a_batch_may_keep_different_numbers() -> None:
     """Layers of one row that stay dense, and a budget of the row's own."""
     model, ids = shared_model(), tokens(2, PROMPT + 3)
     settings: dict[str, Any] = {"budget": "energy", "sparsity": 0.5, "batch": "per_row"}
-    with prune(model, "dart-token", **settings) as run:
+    with prune(model, LEARNT, **settings) as run:
         both = decode(model, ids, PROMPT)
     kept = [remask.kept for remask in run.remasks]
     assert len(kept) == 2 and kept[0] != kept[1]
     for row in range(2):
-        with prune(model, "dart-token", budget="energy", sparsity=0.5):
+        with prune(model, LEARNT, budget="energy", sparsity=0.5):
             assert apart(decode(model, ids[row : row + 1], PROMPT), both[row : row + 1]) < 1e-5
 
 
 def test_held_masks_prune_the_prompt_too() -> None:
     """As the evaluation protocol ``full`` does: counts from the text, winners of every token."""
     model, ids = shared_model(), tokens(1, PROMPT)
-    with prune(model, "dart-token", sparsity=0.75) as run:
+    with prune(model, LEARNT, sparsity=0.75) as run:
         dense = step(model, ids, new_cache(model))
         masks = run.select()
         assert [mask.kept for mask in masks] == [12] * 4
@@ -208,7 +245,7 @@ def test_held_masks_prune_the_prompt_too() -> None:
 
 def test_a_second_prompt_and_reset() -> None:
     model = shared_model()
-    with prune(model, "dart-token", sparsity=0.5) as run:
+    with prune(model, LEARNT, sparsity=0.5) as run:
         first = generate(model, tokens(1, PROMPT), 5)
         turn = torch.cat([first.sequences, tokens(1, 8, seed=5)], 1)
         again = generate(model, turn, 5, **{CACHE: first.past_key_values})
@@ -224,12 +261,12 @@ def test_what_is_made_when() -> None:
     """Copies live while something can be pruned by tokens; given masks need none."""
     model = shared_model()
     for settings in ({"sparsity": 0.0}, {"masks": {0: [1, 2]}}):
-        with prune(model, "dart-token", **settings) as run:
+        with prune(model, LEARNT, **settings) as run:
             decode(model, tokens(1, PROMPT + 2), PROMPT)
             assert all(layer.token is None for layer in run._attachment.layers)
         assert run.report().proxy_error is None and run.report().proxy_bytes_share == 0
     assert {layer: ids.tolist() for layer, ids in run.masks().items()} == {0: [1, 2]}
-    with prune(model, "dart-token", sparsity=0.5) as run:
+    with prune(model, LEARNT, sparsity=0.5) as run:
         layers = run._attachment.layers
         assert all(layer.token is not None for layer in layers)
     assert all(layer.token is None and layer.fed is None for layer in layers)
@@ -238,7 +275,7 @@ def test_what_is_made_when() -> None:
 def test_there_is_no_sequence_mask(tmp_path: Any) -> None:
     model = shared_model()
     seen: list[Any] = []
-    with prune(model, "dart-token", sparsity=0.5) as run:
+    with prune(model, LEARNT, sparsity=0.5) as run:
         run.on_masks = seen.append
         with pytest.raises(AttachError, match="no mask has been built"):
             run.masks()

@@ -5,12 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dart_llm.arch import describe
+from dart_llm.config import PruneConfig
+from dart_llm.token_ffn import TokenFfn
+from dart_llm.token_select import TokenMask
+from prior_cases import SMALL
+
+LEARNT = PruneConfig.build("dart-token", prior=SMALL)
+"""The preset, but for a prior that is learnt in no time."""
+
+PLAIN = LEARNT.replace(
+    {"score": "normalized", "prior": None, "skip_sinks": False, "compensation": False}
+)
+"""The preset without what it learns: norms rank, the losers stand at 0."""
 
 
 class Exact:
@@ -36,31 +49,67 @@ def best(strengths: list[float], keep: int) -> list[int]:
     return sorted(order[:keep])
 
 
+Winners = dict[int, list[Tensor]]
+"""Per layer, what its tokens chose, in order."""
+
+
+@contextmanager
+def kept_winners(found: Winners) -> Iterator[None]:
+    """Collects what is chosen."""
+    choose = TokenFfn.winners
+
+    def winners(self: TokenFfn, x: Tensor, mask: TokenMask) -> Tensor:
+        ids = choose(self, x, mask)
+        found.setdefault(self.block.index, []).append(ids)
+        return ids
+
+    with mock.patch.object(TokenFfn, "winners", winners):
+        yield
+
+
+@contextmanager
+def same_winners(wanted: Winners, shares: list[float]) -> Iterator[None]:
+    """Chooses ``wanted``; collects the share of it that would have been chosen anyway."""
+    choose, left = TokenFfn.winners, {layer: iter(ids) for layer, ids in wanted.items()}
+
+    def winners(self: TokenFfn, x: Tensor, mask: TokenMask) -> Tensor:
+        own, ids = choose(self, x, mask), next(left[self.block.index])
+        shares.append(float(torch.isin(own, ids).float().mean()))
+        return ids.reshape(own.shape)
+
+    with mock.patch.object(TokenFfn, "winners", winners):
+        yield
+    assert all(next(ids, None) is None for ids in left.values()), "as many tokens chose"
+
+
 @contextmanager
 def oracle(
-    model: Any, keep: int, prompt: int, mean: dict[int, Tensor] | None = None
+    model: Any,
+    keep: int,
+    prompt: int,
+    mean: dict[int, Tensor] | None = None,
+    worth: dict[int, Tensor] | None = None,
 ) -> Iterator[None]:
-    """Every decode token keeps the ``keep`` largest ``abs(u - m) * norm(w)``; the others become m.
+    """Every decode token keeps the ``keep`` largest ``abs(u) * worth``; the others become m.
 
-    Forwards of ``prompt`` tokens and more run dense.
+    ``worth`` None: the norms of the output columns.  Forwards of ``prompt`` tokens and more run
+    dense.
     """
     handles = []
     for block in describe(model).blocks:
-        weight = block.down.weight.detach()
-        turned = type(block.down).__name__ == "Conv1D"
-        norms = weight.float().norm(dim=1 if turned else 0)
+        value = _norms(block) if worth is None else worth[block.index]
 
         def keep_best(
-            module: nn.Module, args: Any, norms: Tensor = norms, layer: int = block.index
+            module: nn.Module, args: Any, value: Tensor = value, layer: int = block.index
         ) -> Any:
             u = args[0]
             if (u.shape[-2] if u.dim() == 3 else len(u)) >= prompt:
                 return None
-            m = torch.zeros_like(norms) if mean is None else mean[layer]
+            m = torch.zeros_like(value) if mean is None else mean[layer]
             flat = u.reshape(-1, u.shape[-1])
             rows = []
             for one in flat:
-                kept = best(((one - m).abs() * norms).tolist(), keep)
+                kept = best((one.abs() * value).tolist(), keep)
                 row = m.clone()
                 row[kept] = one[kept]
                 rows.append(row)
@@ -74,14 +123,36 @@ def oracle(
             handle.remove()
 
 
+def _norms(block: Any) -> Tensor:
+    weight = block.down.weight.detach().float()
+    return weight.norm(dim=1 if type(block.down).__name__ == "Conv1D" else 0)
+
+
 @contextmanager
-def mean_u(model: Any, found: dict[int, Tensor]) -> Iterator[None]:
-    """Collects the mean u of each layer over the tokens of one forward."""
+def lost_u(
+    model: Any,
+    keep: int,
+    found: dict[int, tuple[Tensor, Tensor]],
+    worth: dict[int, Tensor] | None = None,
+) -> Iterator[None]:
+    """Collects per layer, over the tokens of one forward, the losers' u [I] and their number [I].
+
+    A token's losers: all but the ``keep`` largest ``abs(u) * worth``, as in ``oracle``.
+    """
     handles = []
     for block in describe(model).blocks:
+        value = _norms(block) if worth is None else worth[block.index]
 
-        def take(module: nn.Module, args: Any, layer: int = block.index) -> None:
-            found[layer] = args[0].detach().reshape(-1, args[0].shape[-1]).mean(0)
+        def take(
+            module: nn.Module, args: Any, value: Tensor = value, layer: int = block.index
+        ) -> None:
+            total, number = torch.zeros_like(value), torch.zeros_like(value)
+            for one in args[0].detach().reshape(-1, args[0].shape[-1]):
+                kept = best((one.abs() * value).tolist(), keep)
+                lost = [place for place in range(len(one)) if place not in kept]
+                total[lost] += one[lost]
+                number[lost] += 1
+            found[layer] = total, number
 
         handles.append(block.down.register_forward_pre_hook(take))
     try:

@@ -121,5 +121,7 @@ def _read(path: Path, devices: Sequence[torch.device]) -> list[LayerEvidence] | 
         layer, name, kind = key.split(".")
         if kind == "total":
             weight = float(tensors[f"{layer}.{name}.weight"])
-            found[int(layer)].sums[name] = Sum(total.to(devices[int(layer)]), weight)
+            # a copy: a part of the file may start anywhere, and kernels round by the address
+            total = total.to(devices[int(layer)], copy=True)
+            found[int(layer)].sums[name] = Sum(total, weight)
     return found

@@ -20,7 +20,7 @@ from dart_llm.signals import Recorded
 class Watcher:
     """A rule, what is observed after a trigger, and the guards that may hold one back.
 
-    ``observe``: tokens; ``min_distance`` and ``max_dense_share`` as in ``DriftConfig``.
+    ``observe``: tokens; the guards are those of ``DriftConfig``.
     """
 
     name: str
@@ -28,12 +28,13 @@ class Watcher:
     observe: int
     min_distance: int = 0
     max_dense_share: float | None = None
+    allowance: int = 0
 
 
 def make_watcher(name: str, observe: int) -> Watcher:
     """A drift rule without guards (``paper``, ``interval 64``), or a method's with its own.
 
-    A method (``dart``) brings its guards and the tokens that it observes; a name that is both is
+    A method (``dart-prompt``) brings its guards and the tokens that it observes; a name that is both is
     the rule.  Raises ``UnknownName``, and ``ConfigError`` for a method that never re-masks.
     """
     from dart_llm.config import DriftConfig
@@ -53,6 +54,7 @@ def make_watcher(name: str, observe: int) -> Watcher:
         config.remask.observe_tokens or max(1, config.masking_step),
         config.drift.min_distance,
         config.drift.max_dense_share,
+        config.drift.allowance,
     )
 
 
@@ -117,7 +119,13 @@ def _tokens_until_change(rule: Rule, detector: Detector, run: int) -> int:
 
 def _allowed(watcher: Watcher, decoded: int, last: int | None, spent: int) -> bool:
     return guards_allow(
-        decoded, last, spent, watcher.observe, watcher.min_distance, watcher.max_dense_share
+        decoded,
+        last,
+        spent,
+        watcher.observe,
+        watcher.min_distance,
+        watcher.max_dense_share,
+        watcher.allowance,
     )
 
 

@@ -68,7 +68,7 @@ def _find_basis(h: Tensor, rank: int) -> Tensor:
     scale = (values + floor).clamp_min(1e-12).rsqrt()
     scale = scale * (values + floor > ROUNDING * h.square().mean())
     basis: Tensor = unit * scale[:, None]
-    return basis
+    return basis.contiguous()  # as it comes from the disk: kernels round by the layout
 
 
 def slopes(evidence: LayerEvidence) -> Tensor:
