@@ -118,8 +118,10 @@ def test_sparsity_zero_is_bit_identical(name: str, dtype: torch.dtype, method: s
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_methods(name: str, dtype: torch.dtype, method: str) -> None:
-    # half of the neurons, chosen anew by every token, give nearly what all of them give
-    sparsity = 0.5 if METHODS.get(method).token is None else 0.75
+    # half of the neurons, chosen anew by every token or helped by maps of a rank that is the tiny
+    # model's whole hidden size, give nearly what all of them give
+    config = METHODS.get(method)
+    sparsity = 0.75 if config.token or config.compensation_rank else 0.5
     _check_pair(name, dtype, method, sparsity=sparsity)
 
 

@@ -176,7 +176,13 @@ def test_bad_settings_are_one_sentence(given: dict[str, Any], error: str) -> Non
 def test_defaults() -> None:
     asked = merge(DetectSettings, {}, environment={})
     assert asked.signal_names() == tuple(SIGNALS)
-    assert asked.rule_names() == ("paper", "published", "interval 64", "dart")
+    assert asked.rule_names() == (
+        "dart",
+        "paper",
+        "published",
+        "interval 64",
+        "dart-prompt",
+    )
     assert asked.experiment == "detect-smollm2-135m"
     assert len(plan(asked).sweep) == 3 * 11
     other = merge(DetectSettings, {"attn_implementation": "sdpa", "signals": "hidden"})
@@ -217,8 +223,8 @@ def test_a_line_is_the_study_of_a_passage(job: DetectJob) -> None:
     assert found[1] == json.loads(json.dumps(again))
     assert found[1]["passage"]["changes"] == list(text.changes)
     keys = [(rule["signal"], rule["rule"]) for rule in found[0]["rules"]]
-    windowed = [(s, r) for r in ("paper", "published") for s in SIGNALS]
-    assert keys == [*windowed, ("none", "interval 64"), *((s, "dart") for s in SIGNALS)]
+    windowed = [(s, r) for r in ("dart", "paper", "published") for s in SIGNALS]
+    assert keys == [*windowed, ("none", "interval 64"), *((s, "dart-prompt") for s in SIGNALS)]
 
 
 def test_detection_json_pools_the_lines(job: DetectJob) -> None:
@@ -257,7 +263,7 @@ def test_tables_show_the_rows(job: DetectJob) -> None:
     found = read(job.path / "detection.json")
     with (job.path / "detection.csv").open(encoding="utf-8", newline="") as file:
         table = list(csv.DictReader(file))
-    assert len(table) == len(found["rows"]) == 16
+    assert len(table) == len(found["rows"]) == 21
     for row, record in zip(found["rows"], table, strict=True):
         assert record["rule"] == row["rule"]
         assert float(record["rate"]) == row["rate"]
@@ -335,7 +341,7 @@ def test_without_the_scores_attention_is_as_asked(tmp_path: Path) -> None:
     )
     assert done.model.config._attn_implementation == "sdpa"
     assert "notes" not in done.found
-    assert [len(done.found[name]) for name in ("rows", "curves", "passages")] == [4, 4, 1]
+    assert [len(done.found[name]) for name in ("rows", "curves", "passages")] == [5, 4, 1]
     assert [plot.name for plot in detection_plot.make(done.found)] == ["detection", "detection-w10"]
     assert done.found["rows"][0]["rate_interval"] is None
     assert layer_count(done.model) == 4

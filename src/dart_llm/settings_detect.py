@@ -43,7 +43,7 @@ class DetectSettings(BaseSettings):
     rules: str | None = setting(
         PANEL,
         'Drift rules, or methods whose rule and guards to take, e.g. paper,dart,"interval 64" '
-        "(default: every rule, interval 64, and dart).",
+        "(default: every rule, interval 64, and dart-prompt).",
     )
     prompt_tokens: int = setting(PANEL, "Prompt: the first tokens of a passage.", 256)
     observe_tokens: int = setting(
@@ -103,7 +103,7 @@ class DetectSettings(BaseSettings):
         if self.rules is not None:
             return _list("rules", self.rules, str)
         plain = (name for name in DRIFT_RULES.names() if name not in ("interval", "never"))
-        return (*plain, "interval 64", "dart")
+        return (*plain, "interval 64", "dart-prompt")
 
     def window_list(self) -> tuple[int, ...]:
         return _list("windows", self.windows, int)
