@@ -35,7 +35,8 @@ def make_watcher(name: str, observe: int) -> Watcher:
     """A drift rule without guards (``paper``, ``interval 64``), or a method's with its own.
 
     A method (``dart-prompt``) brings its guards and the tokens that it observes; a name that is
-    both (``dart``) is the rule.  Raises ``UnknownName``, and ``ConfigError`` for a method that never re-masks.
+    both (``dart``) is the rule.  Raises ``UnknownName``, and ``ConfigError`` for a method that
+    never re-masks.
     """
     from dart_llm.config import DriftConfig
 
