@@ -269,7 +269,7 @@ def test_tables_show_the_rows(job: DetectJob) -> None:
         assert float(record["rate"]) == row["rate"]
         assert float(record["gain_interval.high"]) == row["gain_interval"][1]
     text = (job.path / "detection.md").read_text(encoding="utf-8")
-    assert text.count("\n| attention-scores | ") == 3 + 1 + 4
+    assert text.count("\n| attention-scores | ") == 4 + 1 + 4  # rules, signal, curves
     assert "3 changes in 3 passages, prompt 120 tokens, horizon 60 tokens" in text
     assert "Largest gain over a blind rule" in text
 

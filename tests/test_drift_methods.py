@@ -46,12 +46,12 @@ def test_the_default_is_six_methods_of_which_dense_is_the_first() -> None:
 @pytest.mark.parametrize(
     ("name", "drift", "remask"),
     [
-        ("never", ("never", 64, 0.1), ("decay", 32)),
-        ("interval:7", ("interval 7", 0, None), ("decay", 32)),
-        ("paper", ("paper", 0, None), ("decay", 32)),
-        ("fresh:1", ("never", 64, 0.1), ("fresh", 1)),
-        ("decay:16", ("never", 64, 0.1), ("decay", 16)),
-        ("dart", ("paper", 64, 0.1), ("decay", 32)),
+        ("never", ("never", "hidden", 64, 0.05, 32), ("decay", 32)),
+        ("interval:7", ("interval 7", "hidden", 0, None, 0), ("decay", 32)),
+        ("paper", ("paper", "attention", 0, None, 0), ("decay", 32)),
+        ("fresh:1", ("never", "hidden", 64, 0.05, 32), ("fresh", 1)),
+        ("decay:16", ("never", "hidden", 64, 0.05, 32), ("decay", 16)),
+        ("dart", ("dart", "hidden", 64, 0.05, 32), ("decay", 32)),
     ],
 )
 def test_variants_differ_from_dart_in_re_masking_alone(
@@ -60,10 +60,13 @@ def test_variants_differ_from_dart_in_re_masking_alone(
     (method,) = list(parse(name).values())[1:]
     config = method.config
     assert config is not None and config.method == name and method.name == name
-    assert (config.drift.rule, config.drift.min_distance, config.drift.max_dense_share) == drift
+    found = config.drift
+    guards = (found.min_distance, found.max_dense_share, found.allowance)
+    assert (found.rule, found.signal, *guards) == drift
     assert (config.remask.evidence, config.remask.observe_tokens) == remask
     assert config.remask.decay == 0.1
-    for part in ("score", "budget", "compensation", "min_evidence", "sparsity"):
+    shared = ("score", "budget", "prior", "skip_sinks", "compensation", "compensation_rank")
+    for part in (*shared, "min_evidence", "sparsity"):
         assert getattr(config, part) == getattr(DART, part)
 
 

@@ -34,8 +34,9 @@ def test_pruning_costs_and_decayed_evidence_helps_after_a_change(
     )
     rows = results(study(asked))
     after = {row["label"]: row["loss"]["topics"][1]["later"]["mean_loss"] for row in rows.values()}
-    assert after["dense"] < 4 < after["never@0.5"]
-    assert after["decay:32@0.5"] < after["never@0.5"] < after["fresh:1@0.5"]
+    assert after["dense"] + 0.5 < after["never@0.5"]
+    # a single fresh token beats stale masks because the prior stands behind it
+    assert after["decay:32@0.5"] < after["fresh:1@0.5"] < after["never@0.5"]
     reports = {row["label"]: row["accounting"] for row in rows.values()}
     assert reports["never@0.5"]["achieved_sparsity"] == pytest.approx(0.5, abs=0.001)
     assert reports["decay:32@0.5"]["remask_causes"] == {"first": 1, "forced": 1}

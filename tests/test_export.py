@@ -120,6 +120,10 @@ def test_export_refuses_what_it_cannot_write(tmp_path: Path) -> None:
     model = shared_model()
     with prune(model, "dart", sparsity=0.5) as run:
         decode(model, tokens(1, 76), 70)
+    with pytest.raises(ConfigError, match="no place in a plain checkpoint: use compensation_rank"):
+        run.export(tmp_path / "x")
+    with prune(model, "dart-prompt", sparsity=0.5) as run:
+        decode(model, tokens(1, 76), 70)
     with pytest.raises(ConfigError, match=r'keeps \d+ to \d+; use budget "uniform"'):
         run.export(tmp_path / "x")
     with prune(model, masks={0: range(24)}) as run:

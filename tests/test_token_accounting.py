@@ -11,6 +11,7 @@ import torch
 
 from dart_llm import ConfigError, prune, texts
 from dart_llm.candidate import Candidate
+from dart_llm.config import PruneConfig
 from dart_llm.drift_record import DriftRecorder, record
 from dart_llm.life import Life
 from dart_llm.likelihood import score_context
@@ -23,6 +24,7 @@ from dart_llm.tables import report_table
 from dart_llm.token_costs import TokenCosts
 from steps import decode, new_cache, shared_model, step
 from tiny import tokens
+from token_cases import LEARNT, PLAIN
 
 L, I, D, K = 4, 48, 32, 12  # noqa: E741 - the method's own names
 DENSE_FLOPS, DENSE_BYTES = L * I * 3 * D * 2, L * I * 3 * D * 4
@@ -34,9 +36,15 @@ SORT = L * I * 6
 """One mask is built: its scores are sorted."""
 
 
-def _report(executor: str = "auto", rows: int = 1, count: int = 5, **settings: Any):
+def _report(
+    executor: str = "auto",
+    rows: int = 1,
+    count: int = 5,
+    method: PruneConfig = PLAIN,
+    **settings: Any,
+):
     model, ids = shared_model("llama-bias"), tokens(rows, 12 + count)
-    run = prune(model, "dart-token", sparsity=0.75, executor=executor, **settings)
+    run = prune(model, method, sparsity=0.75, executor=executor, **settings)
     with run:
         decode(model, ids, 12)
     return run.report()
@@ -90,6 +98,9 @@ def test_compensation_reads_the_down_projection_once() -> None:
     plain, report = _report(), _report(compensation=True)
     more = (report.ffn_bytes_share - plain.ffn_bytes_share) * 5 * DENSE_BYTES
     assert more == pytest.approx(L * I * D * 4)
+    preset = _report(method=LEARNT)  # what it learnt costs nothing more per token
+    assert preset.ffn_bytes_share == pytest.approx(report.ffn_bytes_share)
+    assert preset.proxy_bytes_share == plain.proxy_bytes_share
 
 
 def test_plain_ffns_copy_fc_alone() -> None:
@@ -112,7 +123,7 @@ def test_tokens_of_a_known_text_count_as_steps() -> None:
         cache = new_cache(model)
         step(model, ids[:, :12], cache)
         step(model, ids[:, 12:], cache)
-    single = _report()
+    single = _report(method=PruneConfig.build("dart-token"))
     assert run.report().ffn_bytes_share == pytest.approx(single.ffn_bytes_share)
     assert run.report().proxy_bytes_share == pytest.approx(single.proxy_bytes_share)
 

@@ -125,7 +125,8 @@ def oracle(
 
 def _norms(block: Any) -> Tensor:
     weight = block.down.weight.detach().float()
-    return weight.norm(dim=1 if type(block.down).__name__ == "Conv1D" else 0)
+    norms: Tensor = weight.norm(dim=1 if type(block.down).__name__ == "Conv1D" else 0)
+    return norms
 
 
 @contextmanager

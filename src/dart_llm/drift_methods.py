@@ -4,7 +4,7 @@
 ``dense``                 the untouched model; always part of a study
 ``never``                 dart that keeps its first masks
 ``interval:N``            dart with new masks every N pruned tokens
-``paper``                 dart with the paper's rule as it is, without dart's guards
+``paper``                 dart with the paper's rule and signal as they are, without dart's guards
 ``fresh:N``, ``decay:N``  dart with new masks at a known moment after each change of topic, from N
                           tokens observed right before it: those alone, or on top of decayed
                           evidence; forced mode alone
@@ -29,12 +29,12 @@ from dart_llm.registry import METHODS
 from dart_llm.settings_base import BaseSettings
 
 DENSE, NEVER, DART = "dense", "never", "dart"
-UNGUARDED = {"min_distance": 0, "max_dense_share": None}
+UNGUARDED = {"min_distance": 0, "max_dense_share": None, "allowance": 0}
 
 Changes = Mapping[str, Any]
 VARIANTS: dict[str, Callable[[int], Changes]] = {
     NEVER: lambda n: {"drift": {"rule": "never"}},
-    "paper": lambda n: {"drift": {"rule": "paper", **UNGUARDED}},
+    "paper": lambda n: {"drift": {"rule": "paper", "signal": "attention", **UNGUARDED}},
     "interval": lambda n: {"drift": {"rule": f"interval {n}", **UNGUARDED}},
     "fresh": lambda n: {
         "drift": {"rule": "never"},
