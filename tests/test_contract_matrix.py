@@ -30,7 +30,7 @@ NO_MEMORY = ("weight", "random", "flap", "fisher")
 """Scores without activations, and those that refuse an ``ema_decay`` (tests/test_baselines.py)."""
 
 SHORT_PRIOR = {"sequences": 2, "length": 24, "opening": 0}
-"""A prior that is learnt in no time, for scores that need one."""
+"""A prior that is learnt in no time, for scores and methods that need one."""
 
 SHAPES = ("llama-bias", "phi3", "gpt2", "falcon", "opt")
 """One model per FFN shape, for the products with scores and budgets."""
@@ -122,7 +122,8 @@ def test_methods(name: str, dtype: torch.dtype, method: str) -> None:
     # model's whole hidden size, give nearly what all of them give
     config = METHODS.get(method)
     sparsity = 0.75 if config.token or config.compensation_rank else 0.5
-    _check_pair(name, dtype, method, sparsity=sparsity)
+    more = {} if config.prior is None else {"prior": SHORT_PRIOR}
+    _check_pair(name, dtype, method, sparsity=sparsity, **more)
 
 
 @pytest.mark.parametrize("score", SCORES.names())
