@@ -20,6 +20,9 @@ from dart_llm.evidence import LayerEvidence
 from dart_llm.inspect_layers import impact
 from dart_llm.inspect_texts import InspectText
 from dart_llm.inspect_weights import activations
+from dart_llm.learn import learn
+from dart_llm.own_text import remember_tokenizer
+from dart_llm.reference import without_sinks
 from dart_llm.select import Selector, check_fits
 from dart_llm.settings_inspect import InspectSettings
 from dart_llm.token_select import NO_MASK
@@ -83,7 +86,11 @@ class Study:
         """The method that chooses a text's neurons; ``ConfigError`` where none would do so."""
         config = self.settings.prune_config()
         layers = self.view.weights(config.score.proxy_embedding, config.seed)
-        return check_fits(_choosing(config), layers)
+        found = check_fits(_choosing(config), layers)
+        if found.removes_nothing:
+            return found
+        remember_tokenizer(self.model, self.tokenizer)
+        return check_fits(config, learn(self.model, config, layers))
 
     def reading(self, text: int) -> list[LayerReading]:
         """What every layer did on text 0 or 1."""
@@ -153,6 +160,9 @@ def _evidence(seen: Seen, selector: Selector) -> dict[str, LayerEvidence]:
     found = {}
     for part, span in spans.items():
         u, z, x, r = (t[:, span] for t in (seen.u, seen.z, seen.x, seen.r))
+        weights = None
+        if selector.config.skip_sinks:
+            weights = without_sinks(None, [float(span.start or 0)], 1, u.shape[1]).to(u.device)
         found[part] = LayerEvidence()
-        selector.statistics.update(found[part], u, z, x, r, None)
+        selector.statistics.update(found[part], u, z, x, r, weights)
     return found
