@@ -103,7 +103,7 @@ def test_overrides_reach_the_configuration() -> None:
     assert (config.sparsity, config.seed, config.compensation) == (0.4, 7, False)
     assert (config.budget.name, config.drift.rule, config.drift.min_distance) == (
         "uniform",
-        "paper",
+        "dart",
         9,
     )
 

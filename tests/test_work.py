@@ -53,7 +53,12 @@ def test_flops_drop_by_the_stated_ratio(name: str, sparsity: float) -> None:
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("llama-bias", "dart"), ("phi3", "griffin"), ("gpt2", "dart"), ("falcon", "published")],
+    [
+        ("llama-bias", "dart-prompt"),
+        ("phi3", "griffin"),
+        ("gpt2", "dart-prompt"),
+        ("falcon", "published"),
+    ],
 )
 def test_the_report_states_what_the_counter_sees(name: str, method: str) -> None:
     """Over a whole decode: some tokens dense, some pruned; the rest is the cost of choosing."""
@@ -95,7 +100,7 @@ def _buffers(layers: list[Any]) -> list[list[int]]:
     return [[t.data_ptr() for t in parts if t is not None] for parts in held]
 
 
-@pytest.mark.parametrize("method", ["griffin", "dart"])
+@pytest.mark.parametrize("method", ["griffin", "dart-prompt"])
 @pytest.mark.parametrize("name", ["llama-bias", "phi3", "gpt2", "falcon", "gemma2"])
 def test_buffers_are_refilled_in_place(name: str, method: str) -> None:
     model = shared_model(name)

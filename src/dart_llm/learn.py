@@ -31,7 +31,7 @@ from dart_llm.weights import FfnWeights, with_learnt
 logger = logging.getLogger("dart_llm")
 Say = Callable[[str], None]
 
-VERSION = 1
+VERSION = 2
 """Of what is learnt and how: another one finds nothing of the old in the cache."""
 
 BASIS_TOKENS = 1024
@@ -134,7 +134,7 @@ def _write(
 
 def _as_prior(found: LayerEvidence, layer: FfnWeights) -> LayerPrior:
     sums = dict(found.sums)
-    curvature = sums.pop("curvature").mean
+    curvature = sums.pop("curvature").total
     basis = sums.pop("basis").total.to(layer.down.dtype) if "basis" in sums else None
     return LayerPrior(LayerEvidence(sums), curvature, basis)
 
@@ -169,6 +169,8 @@ def study(
         raise DartError(
             "the gradients of this model's own text are not finite: load it in float32 or bfloat16"
         )
+    for evidence in found:  # the mean itself, so that it is held once
+        evidence.sums["curvature"] = Sum(evidence.sums["curvature"].mean, 1.0)
     return found
 
 

@@ -46,8 +46,8 @@ class TokenMask(LayerMask):
         return None if len(self.ids) == self.width else self.ids
 
     def nbytes(self) -> int:
-        mean = 0 if self.mean is None else self.mean.numel() * self.mean.element_size()
-        return super().nbytes() + mean
+        held = (t for t in (self.mean, self.worth) if t is not None)
+        return super().nbytes() + sum(t.numel() * t.element_size() for t in held)
 
 
 def candidate_count(share: float | None, width: int, keep: int) -> int:
