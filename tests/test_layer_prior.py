@@ -11,7 +11,7 @@ from dart_llm.errors import ConfigError
 from dart_llm.evidence import LayerEvidence, Sum
 from dart_llm.layer_prior import LayerPrior, pooled
 from dart_llm.select import Selector, check_fits
-from dart_llm.weights import FfnWeights, with_learnt
+from dart_llm.weights import FfnWeights, knowing
 from prior_cases import CONFIG
 from synthetic import make_layers
 
@@ -106,9 +106,9 @@ def _learnt(layers: tuple[FfnWeights, ...], scale: float = 1.0) -> tuple[FfnWeig
     def values(width: int) -> Tensor:
         return scale * torch.rand(width, generator=generator)
 
-    return with_learnt(
+    return knowing(
         layers,
-        [
+        learnt=[
             LayerPrior(
                 LayerEvidence(
                     {

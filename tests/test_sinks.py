@@ -14,7 +14,7 @@ from dart_llm.evidence import LayerEvidence, Sum
 from dart_llm.layer_prior import LayerPrior
 from dart_llm.plan import Call, Kind
 from dart_llm.reference import evidence_weights, without_sinks
-from dart_llm.weights import FfnWeights, with_learnt
+from dart_llm.weights import FfnWeights, knowing
 from prior_cases import CONFIG, SMALL
 from steps import decode, generate, new_cache, shared_model, step
 from synthetic import Driver, Stream, config, ids_of, make_layers
@@ -199,8 +199,8 @@ def test_a_prompt_of_sinks_alone_is_pruned_by_the_prior() -> None:
 def _layers() -> tuple[FfnWeights, ...]:
     layers = make_layers()
     flat = {"score": Sum(torch.ones(20), 1.0), "signed": Sum(torch.zeros(20), 1.0)}
-    return with_learnt(
-        layers, [LayerPrior(LayerEvidence(dict(flat)), torch.ones(20)) for _ in layers]
+    return knowing(
+        layers, learnt=[LayerPrior(LayerEvidence(dict(flat)), torch.ones(20)) for _ in layers]
     )
 
 

@@ -224,9 +224,10 @@ class _Shares:
 
 
 def _shares(lives: Sequence[Life], costs: Costs, executor: str) -> _Shares:
-    """``executor``: ``masked``, ``compact``, or ``IF_COMPACT``."""
+    """``executor``: one of the executors, or ``IF_COMPACT``."""
     flops = moved = forwards = tokens = proxy_flops = proxy_bytes = 0.0
     skips = executor != "masked"
+    copies = executor in ("compact", IF_COMPACT)
     for life in lives:
         masks = life.given or ()
         held = any(mask is not None and mask.bias is not None for mask in masks)
@@ -249,7 +250,7 @@ def _shares(lives: Sequence[Life], costs: Costs, executor: str) -> _Shares:
             proxy_bytes += steps * token.bytes(period.kept)
         for remask in life.remasks:
             chosen = remask.kept if token is None else token.chosen_once(remask.kept)
-            moved += costs.build_bytes(chosen, skips, compensates)
+            moved += costs.build_bytes(chosen, copies, compensates)
             flops += costs.build_flops(chosen, compensates)
     if not forwards or not tokens:
         return _Shares()

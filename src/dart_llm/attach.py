@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from dart_llm import arch
 from dart_llm.errors import AttachError, ConfigError
 from dart_llm.layer import HostedFfn
+from dart_llm.layout import Layout
 from dart_llm.loop import Loop, bare_call
 from dart_llm.plan import Kind, Plan
+from dart_llm.slim import SlimDecoder
+from dart_llm.slim_run import SlimRun
 from dart_llm.token_ffn import TokenFfn, errors
 from dart_llm.token_select import TokenMask
 from dart_llm.tracer import Tracer
@@ -70,6 +73,8 @@ class Attachment(_NotCopied):
         self.proxy_errors: tuple[float, float] | None = None
         """Of low-bit copies and of Gaussian matrices on the same grid; None without copies."""
         self._view = view
+        self.layout = Layout()
+        self.slim: SlimRun | None = None
         self._undo: list[Callable[[], None]] = []
         self._released = 0
 
@@ -97,6 +102,7 @@ class Attachment(_NotCopied):
             if stream:
                 layer.hook_stream(self._hook)
         self._install_token()
+        self._install_native()
         if self.tracer.rule.window:
             source = self._view.signal(self.tracer.config.drift.signal)
             self._hook(source.register_forward_hook(self._feature))
@@ -115,11 +121,24 @@ class Attachment(_NotCopied):
             layer.choose_per_token(token, self._hook)
         self.proxy_errors = errors(made)
 
+    def _install_native(self) -> None:
+        """Lay the weights out for the native kernels, and take whole decode steps over."""
+        slim = self.executor == "slim"
+        if self.executor != "native" and not slim:
+            return
+        if self.tracer.selector.removes_nothing and self.tracer.given is None and not slim:
+            return  # nothing is pruned, and nothing may differ by a bit
+        ffns = [layer.go_native(self.layout) for layer in self.layers]
+        if slim:
+            self.slim = SlimRun(SlimDecoder(self.model, ffns), lambda: self.tracer)
+            self._replace(self.model, "forward", self.slim.forward)
+
     def remove(self) -> None:
         """Put back exactly what was there; safe to call twice."""
         self._released = self.nbytes()
         while self._undo:
             self._undo.pop()()
+        self.layout.restore()
         _active.discard(self)
         for layer in self.layers:
             layer.release()

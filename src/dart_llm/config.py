@@ -95,7 +95,7 @@ class PruneConfig(Part):
     compensation: bool = False
     compensation_rank: int = 0
     batch: Literal["shared", "per_row"] = "shared"
-    executor: Literal["auto", "masked", "compact"] = "auto"
+    executor: Literal["auto", "masked", "compact", "native", "slim"] = "auto"
     seed: int = 0
 
     @model_validator(mode="before")
@@ -117,7 +117,7 @@ class PruneConfig(Part):
             )
         if self.min_evidence < 0:
             raise ConfigError(f"min_evidence {self.min_evidence} must not be negative")
-        if self.executor == "compact" and self.batch == "per_row":
+        if self.executor not in ("auto", "masked") and self.batch == "per_row":
             raise ConfigError('batch "per_row" has a mask per row: use executor "masked" or "auto"')
         self._check_calibration()
         self._check_prior()

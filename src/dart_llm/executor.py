@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from dart_llm.config import PruneConfig
 from dart_llm.errors import ConfigError
 from dart_llm.ffn import FfnBlock
+from dart_llm.native_build import why_not
+from dart_llm.native_ffn import why_not_block
 from dart_llm.registry import SCORES
 from dart_llm.select import Selector
+from dart_llm.slim_parts import why_not_slim
+
+NATIVE = ("native", "slim")
+"""Executors that run the native CPU kernels."""
 
 
 def choose_executor(config: PruneConfig, blocks: Sequence[FfnBlock]) -> str:
@@ -22,18 +29,20 @@ def choose_executor(config: PruneConfig, blocks: Sequence[FfnBlock]) -> str:
 
 
 def check_executor(
-    blocks: Sequence[FfnBlock], selector: Selector, model: str, chooses: bool
+    blocks: Sequence[FfnBlock], selector: Selector, model: Any, chooses: bool
 ) -> None:
     """Raise ``ConfigError`` for what this model's FFNs cannot run.
 
-    ``model``: its class, for the message.  ``chooses``: whether masks are made, not given.
+    ``chooses``: whether masks are made, not given.
     """
+    if selector.config.executor in NATIVE:
+        _check_native(blocks, selector.config.executor, model)
     inline = [block.index for block in blocks if block.inline]
     away = [block.index for block in blocks if block.offloaded]
     if selector.config.executor == "compact" and (inline or away):
         reason = "is offloaded" if away else "has no FFN module of its own"
         raise ConfigError(
-            f'executor "compact" cannot run {model}: layer '
+            f'executor "compact" cannot run {type(model).__name__}: layer '
             f'{(away or inline)[0]} {reason}; use executor "masked" or "auto"'
         )
     if away and chooses and _reads_weights(selector, away[0]):
@@ -41,6 +50,21 @@ def check_executor(
             f"layer {away[0]} is offloaded, so its weights cannot be read between forwards; "
             "use compensation=False and a score of activations alone (normalized, magnitude)"
         )
+
+
+def _check_native(blocks: Sequence[FfnBlock], executor: str, model: Any) -> None:
+    """Raise ``ConfigError`` where the native kernels, or whole native steps, cannot run."""
+    name = type(model).__name__
+    if executor == "slim" and (reason := why_not_slim(model)):
+        raise ConfigError(f'executor "slim" cannot run {name}, which {reason}; use "native"')
+    for block in blocks:
+        if reason := why_not_block(block):
+            raise ConfigError(
+                f'executor "{executor}" cannot run {name}: layer {block.index} {reason}; use '
+                'executor "compact" or "auto"'
+            )
+    if reason := why_not():
+        raise ConfigError(f'executor "{executor}": {reason}; use executor "compact" or "auto"')
 
 
 def _reads_weights(selector: Selector, layer: int) -> bool:

@@ -118,7 +118,8 @@ def _matrix(module: nn.Module) -> Tensor:
     return weight.t() if type(module).__name__ == "Conv1D" else weight
 
 
-def _bias(module: nn.Module | None) -> Tensor | None:
+def bias_of(module: nn.Module | None) -> Tensor | None:
+    """The bias of a projection; None where it has none."""
     bias = getattr(module, "bias", None)
     return bias if isinstance(bias, Tensor) else None
 
@@ -186,12 +187,12 @@ class CompactFfn:
     def _load_biases(self, mask: LayerMask) -> None:
         block = self.block
         inputs = [block.up] if block.gate is None else [block.gate, block.up]
-        biases = [_bias(module) for module in inputs]
+        biases = [bias_of(module) for module in inputs]
         if biases[0] is not None:
             ids = torch.cat([mask.ids, mask.ids + mask.width]) if block.fused else mask.ids
             rows = torch.cat([b.detach()[ids] for b in biases if b is not None])
             self.row_bias = _buffer(self.row_bias, tuple(rows.shape), rows).copy_(rows)
-        down = _bias(block.down)
+        down = bias_of(block.down)
         if mask.bias is None:
             self.bias, self.own_bias = (None if down is None else down.detach()), False
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from dart_llm.inspect_layers import impact
 from dart_llm.inspect_texts import InspectText
 from dart_llm.inspect_weights import activations
 from dart_llm.learn import learn
-from dart_llm.own_text import remember_tokenizer
 from dart_llm.reference import without_sinks
 from dart_llm.select import Selector, check_fits
 from dart_llm.settings_inspect import InspectSettings
@@ -81,7 +81,7 @@ class Study:
             raise ConfigError(f"text {text.title} has {len(ids)} token(s): give a longer one")
         return ids[:limit]
 
-    @property
+    @cached_property
     def selector(self) -> Selector:
         """The method that chooses a text's neurons; ``ConfigError`` where none would do so."""
         config = self.settings.prune_config()
@@ -89,8 +89,7 @@ class Study:
         found = check_fits(_choosing(config), layers)
         if found.removes_nothing:
             return found
-        remember_tokenizer(self.model, self.tokenizer)
-        return check_fits(config, learn(self.model, config, layers))
+        return check_fits(config, learn(self.model, config, layers, tokenizer=self.tokenizer))
 
     def reading(self, text: int) -> list[LayerReading]:
         """What every layer did on text 0 or 1."""

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dart_llm.ffn import CompactFfn, FfnBlock, run_masked
+from dart_llm.layout import Layout
 from dart_llm.low_rank import LowRank
 from dart_llm.masks import LayerMask
+from dart_llm.native_ffn import NativeFfn
 from dart_llm.plan import Plan, bare
 from dart_llm.token_ffn import TokenFfn
 from dart_llm.token_select import TokenMask
@@ -33,7 +35,7 @@ class HostedFfn:
     def __init__(self, block: FfnBlock, owner: Owner) -> None:
         self.block = block
         self.owner = owner
-        self.compact = CompactFfn(block)
+        self.kept: CompactFfn | NativeFfn = CompactFfn(block)
         self.token: TokenFfn | None = None
         self.x: Tensor | None = None
         self.features: Tensor | None = None
@@ -50,6 +52,11 @@ class HostedFfn:
         if self.block.post_norm is not None:
             keep(self.block.post_norm.register_forward_hook(self._take_r))
 
+    def go_native(self, layout: Layout) -> NativeFfn:
+        """Run masks by the native kernels; the weights are laid out for them."""
+        self.kept = made = NativeFfn(self.block, layout)
+        return made
+
     def choose_per_token(self, token: TokenFfn, keep: Callable[[Any], None]) -> None:
         """Tokens choose their own neurons by ``token`` where the plan says so."""
         self.token = token
@@ -63,7 +70,7 @@ class HostedFfn:
     def release(self) -> None:
         """Free the copies and the multipliers."""
         self.forget()
-        self.compact, self.token = CompactFfn(self.block), None
+        self.kept, self.token = CompactFfn(self.block), None
         self._stacked = None
 
     def _take_fed(self, module: nn.Module, args: Any) -> None:
@@ -96,13 +103,13 @@ class HostedFfn:
                 assert self.token is not None
                 return self.block.finish(self.token.run_gathered(x, only), rest)
         elif only is not None and not plan.observe and self._compacts(x):
-            self.compact.load(only)
-            return self.block.finish(self.compact.run(x)[1], rest)
+            self.kept.load(only)
+            return self.block.finish(self.kept.run(x)[1], rest)
         z = self._run_masked(original, x, masks if masked else [])
         return self.block.finish(z, rest)
 
     def _compacts(self, x: Tensor) -> bool:
-        if self.owner.executor != "compact":
+        if self.owner.executor == "masked":
             return False
         # the copies are not parameters: gradients must go through the weights themselves
         return not torch.is_grad_enabled() or not (
@@ -172,7 +179,7 @@ class HostedFfn:
 
     def nbytes(self) -> int:
         """Bytes of the compact copies and of the multipliers, beside the masks themselves."""
-        total = self.compact.nbytes() + (0 if self.token is None else self.token.nbytes())
+        total = self.kept.nbytes() + (0 if self.token is None else self.token.nbytes())
         if self._stacked is not None:
             masks, ones, bias, linear = self._stacked
             counted = [mask.bias for mask in masks if mask is not None]

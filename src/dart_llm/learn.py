@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from dart_llm import calibration_cache
 from dart_llm.activations import Seen, tap
 from dart_llm.arch import describe
+from dart_llm.attach import check_free
 from dart_llm.config import PriorConfig, PruneConfig
 from dart_llm.curvature import evaluating, gradients
 from dart_llm.drift import SINKS
@@ -24,9 +25,9 @@ from dart_llm.errors import ConfigError, DartError, LoadError
 from dart_llm.evidence import LayerEvidence, Statistics, Sum
 from dart_llm.layer_prior import LayerPrior
 from dart_llm.low_rank import find_basis
-from dart_llm.own_text import go_on, opening_ids, own_start
+from dart_llm.own_text import go_on, opening_ids, own_start, remember_tokenizer
 from dart_llm.select import Selector
-from dart_llm.weights import FfnWeights, with_learnt
+from dart_llm.weights import FfnWeights, knowing
 
 logger = logging.getLogger("dart_llm")
 Say = Callable[[str], None]
@@ -48,14 +49,20 @@ def learn(
     layers: Sequence[FfnWeights],
     cache_dir: str | None = None,
     say: Say = logger.info,
+    tokenizer: Any = None,
 ) -> tuple[FfnWeights, ...]:
     """The layers with what ``config.prior`` asks for; as they are when it asks for nothing.
 
-    The model must not be attached.  Raises ``ConfigError`` for a model that is offloaded, has no
-    head or was made in inference mode, ``DartError`` where its numbers are not finite.
+    ``tokenizer``: belongs to the model; None: the one that is known of it already, if any.
+    Raises ``AttachError`` for a model that is being pruned, ``ConfigError`` for one that is
+    offloaded, has no head or was made in inference mode, ``DartError`` where its numbers are not
+    finite.
     """
     if config.prior is None:
         return tuple(layers)
+    check_free(model)
+    if tokenizer is not None:
+        remember_tokenizer(model, tokenizer)
     _check_learnable(model, config.method, layers)
     wanted = _Wanted(config.prior, Selector(config, tuple(layers)).statistics, config)
     state = [(p.data_ptr(), p._version, p.device) for p in model.parameters()]
@@ -65,7 +72,7 @@ def learn(
         with torch.inference_mode(False), evaluating(model):
             known = state, _find(model, wanted, layers, cache_dir, say)
         _versions[model][wanted.name] = known
-    return with_learnt(layers, known[1])
+    return knowing(layers, learnt=known[1])
 
 
 def _check_learnable(model: nn.Module, method: str, layers: Sequence[FfnWeights]) -> None:
@@ -75,7 +82,9 @@ def _check_learnable(model: nn.Module, method: str, layers: Sequence[FfnWeights]
     elif any(p.is_inference() for p in model.parameters()):
         why = "which weights made in torch.inference_mode() have not: load the model outside it"
     if why:
-        raise ConfigError(f'method "{method}" learns from gradients, {why}, or use griffin')
+        raise ConfigError(
+            f'method "{method}" learns from gradients, {why}, or use dart-prompt or griffin'
+        )
 
 
 class _Wanted:

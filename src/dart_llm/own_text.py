@@ -125,7 +125,7 @@ def _last_logits(model: Any, output: Any) -> Tensor:
     if found is None:
         raise ConfigError(
             f"{type(model).__name__} has no language-model head, so it writes no text to learn "
-            "from: prune the causal language model around it, or use griffin"
+            "from: prune the causal language model around it, or use dart-prompt or griffin"
         )
     logits: Tensor = found[:, -1].float().cpu()
     if bool((logits.isnan() | logits.isposinf()).any()):

@@ -9,15 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from dart_llm.arch import describe
-from dart_llm.attach import check_free
 from dart_llm.calibration import calibrate
 from dart_llm.candidate import Candidate
 from dart_llm.config import PruneConfig
 from dart_llm.learn import learn
-from dart_llm.own_text import remember_tokenizer
 from dart_llm.quantise import quantise, weight_facts
 from dart_llm.select import check_fits
-from dart_llm.weights import FfnWeights
 
 logger = logging.getLogger("dart_llm")
 
@@ -50,34 +47,12 @@ def prepare(
         return Candidate(
             found.model, tokenizer, None, notes=found.notes, facts=found.facts, name=config.method
         )
-    if _removes_nothing(model, config):
+    layers = describe(model).weights(config.score.proxy_embedding, config.seed)
+    if check_fits(config, layers).removes_nothing:
         return Candidate(model, tokenizer, config)
-    if config.calibration is None:
-        _learn(model, tokenizer, config, cache_dir, say)
+    if config.calibration is None:  # what attaching would learn, with news and the tokenizer
+        learn(model, config, layers, cache_dir, say, tokenizer)
         return Candidate(model, tokenizer, config)
     ready = calibrate(model, tokenizer, config, calibration, cache_dir, say)
     notes = (ready.note,)
     return Candidate(model, tokenizer, config, held=ready.held, prior=ready.prior, notes=notes)
-
-
-def _learn(
-    model: Any,
-    tokenizer: Any,
-    config: PruneConfig,
-    cache_dir: str | None,
-    say: Callable[[str], None],
-) -> None:
-    """Learn now what attaching would learn: with the tokenizer at hand, and with news."""
-    if config.prior is None:
-        return
-    remember_tokenizer(model, tokenizer)
-    check_free(model)
-    learn(model, config, _layers(model, config), cache_dir, say)
-
-
-def _removes_nothing(model: Any, config: PruneConfig) -> bool:
-    return check_fits(config, _layers(model, config)).removes_nothing
-
-
-def _layers(model: Any, config: PruneConfig) -> tuple[FfnWeights, ...]:
-    return describe(model).weights(config.score.proxy_embedding, config.seed)

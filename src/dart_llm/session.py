@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dart_llm.accounting import Costs, run_report
 from dart_llm.arch import describe
-from dart_llm.attach import Attachment, check_free
+from dart_llm.attach import Attachment
 from dart_llm.config import PruneConfig, check_prepared
 from dart_llm.errors import AttachError, ConfigError
 from dart_llm.executor import check_executor, choose_executor
@@ -22,7 +22,7 @@ from dart_llm.masks import GIVEN, LayerMask, placed
 from dart_llm.records import DriftCheck, Remask, RunReport
 from dart_llm.token_select import plain_masks, sequence_masks
 from dart_llm.tracer import Tracer
-from dart_llm.weights import FfnWeights, with_prior
+from dart_llm.weights import FfnWeights, knowing
 
 Ids = Mapping[int, Sequence[int] | Tensor]
 Masks = tuple[LayerMask | None, ...]
@@ -64,11 +64,11 @@ class Run:
         self._proxy_errors: tuple[float, float] | None = None
         chooses = self._given is None and not self._tracer.selector.removes_nothing
         check_prepared(config, chooses, prior is not None)
-        check_executor(self._view.blocks, self._tracer.selector, type(model).__name__, chooses)
+        check_executor(self._view.blocks, self._tracer.selector, model, chooses)
 
     def _weights(self) -> tuple[FfnWeights, ...]:
         layers = self._view.weights(self.config.score.proxy_embedding, self.config.seed)
-        return layers if self._prior is None else with_prior(layers, self._prior)
+        return layers if self._prior is None else knowing(layers, prior=self._prior)
 
     def _new_tracer(self) -> Tracer:
         return Tracer(self.config, self._layers, self._given, self._notify)
@@ -94,7 +94,6 @@ class Run:
             self._layers = self._weights()
             # masks that are held now may be let go later, those given from the start never
             if self._first is None and not self._tracer.selector.removes_nothing:
-                check_free(self.model)
                 self._layers = learn(self.model, self.config, self._layers)
             self._tracer = self._new_tracer()
         attachment = Attachment(self.model, self._view, self._tracer, self.executor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -74,16 +74,12 @@ class FfnWeights:
         return norm if self.gate is None else norm * _norm(self.gate, 1)
 
 
-def with_prior(layers: Sequence[FfnWeights], prior: Sequence[Tensor]) -> tuple[FfnWeights, ...]:
-    """The layers, each with its part of ``prior``."""
-    return tuple(replace(layer, prior=part) for layer, part in zip(layers, prior, strict=True))
-
-
-def with_learnt(
-    layers: Sequence[FfnWeights], learnt: Sequence[LayerPrior]
-) -> tuple[FfnWeights, ...]:
-    """The layers, each with its part of what was learnt."""
-    return tuple(replace(layer, learnt=part) for layer, part in zip(layers, learnt, strict=True))
+def knowing(layers: Sequence[FfnWeights], **parts: Sequence[Any]) -> tuple[FfnWeights, ...]:
+    """The layers, each with its part of what is known: ``prior=`` or ``learnt=``, one per layer."""
+    found = tuple(layers)
+    for name, each in parts.items():
+        found = tuple(replace(one, **{name: part}) for one, part in zip(found, each, strict=True))
+    return found
 
 
 def _norm(matrix: Tensor, dim: int, order: float = 2) -> Tensor:

@@ -1,0 +1,206 @@
+#include "decode.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace dart {
+namespace {
+
+int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+const void* at(const void* base, Dtype dtype, int64_t values) {
+  return static_cast<const char*>(base) + values * bytes_of(dtype);
+}
+
+void* at(void* base, Dtype dtype, int64_t values) {
+  return static_cast<char*>(base) + values * bytes_of(dtype);
+}
+
+// One member at work: the step's parts in order, with its own share of the scratch.
+struct Member {
+  const Kernels& kernels;
+  const Decoder& decoder;
+  const Cache& cache;
+  const float *cosine, *sine;
+  Scratch& scratch;
+  Team& team;
+  int64_t member;
+  float *normed, *sums, *scores;
+  uint16_t* narrow;
+
+  Span share(int64_t n, int64_t block = 4) const { return part(n, member, team.size(), block); }
+
+  // `from` rounded to the weights' dtype, as the model's own modules hand it on.
+  Input input(const float* from, int64_t n) {
+    if (decoder.dtype == Dtype::f32) return {from, from, 1, n};
+    kernels.round(decoder.dtype, from, narrow, n);
+    kernels.widen(decoder.dtype, narrow, normed, n);
+    return {narrow, normed, 1, n};
+  }
+
+  void norm(const float* from, const void* weight, int64_t n, float* to) const {
+    float lanes[8] = {}, total = 0;
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+      for (int64_t j = 0; j < 8; ++j) lanes[j] += from[i + j] * from[i + j];
+    for (; i < n; ++i) lanes[0] += from[i] * from[i];
+    for (float lane : lanes) total += lane;
+    float factor = 1.0f / std::sqrt(total / float(n) + decoder.eps);
+    kernels.widen(decoder.dtype, weight, sums, n);
+    for (i = 0; i < n; ++i) to[i] = from[i] * factor * sums[i];
+  }
+
+  void project(const void* rows, const void* bias, const Input& x, int64_t count, float* y) const {
+    Span own = share(count);
+    kernels.matvec(decoder.dtype, rows, bias, x, own.begin, own.end, y, count);
+  }
+
+  void rotate(float* head, const void* weight) const {
+    int64_t size = decoder.size, half = size / 2;
+    if (weight) norm(head, weight, size, head);
+    for (int64_t i = 0; i < half; ++i) {
+      float a = head[i], b = head[i + half];
+      head[i] = a * cosine[i] - b * sine[i];
+      head[i + half] = b * cosine[i + half] + a * sine[i + half];
+    }
+  }
+
+  void attention(int64_t index) {
+    const Layer& layer = decoder.layers[index];
+    int64_t size = decoder.size, heads = decoder.heads, group = heads / decoder.kv_heads;
+    float* queries = scratch.qkv.data();
+    float* keys = queries + heads * size;
+    float* values = keys + decoder.kv_heads * size;
+    Span own = share(heads, 1);
+    std::vector<float> key(2 * size);
+    int64_t known = -1;
+    for (int64_t head = own.begin; head < own.end; ++head) {
+      int64_t kv = head / group;
+      int64_t place = kv * cache.capacity * size;
+      void* key_cache = at(cache.keys[index], decoder.dtype, place);
+      void* value_cache = at(cache.values[index], decoder.dtype, place);
+      if (kv != known) {
+        std::copy_n(keys + kv * size, size, key.data());
+        std::copy_n(values + kv * size, size, key.data() + size);
+        rotate(key.data(), layer.k_norm);
+        known = kv;
+      }
+      if (head % group == 0) {
+        kernels.round(decoder.dtype, key.data(),
+                      at(key_cache, decoder.dtype, cache.length * size), size);
+        kernels.round(decoder.dtype, key.data() + size,
+                      at(value_cache, decoder.dtype, cache.length * size), size);
+      }
+      float* query = queries + head * size;
+      rotate(query, layer.q_norm);
+      kernels.attend(decoder.dtype, query, key_cache, value_cache, cache.length, size, key.data(),
+                     key.data() + size, size, decoder.scale, scores,
+                     scratch.attended.data() + head * size);
+    }
+  }
+
+  void ffn(int64_t index) {
+    const Layer& layer = decoder.layers[index];
+    int64_t hidden = decoder.hidden, count = layer.ffn.kept;
+    float* x = sums + hidden;
+    norm(scratch.stream.data(), layer.ffn_norm, hidden, x);
+    Input given = input(x, hidden);
+    std::fill_n(sums, hidden, 0.0f);
+    float* u = scratch.observed ? scratch.u.data() + index * decoder.width : nullptr;
+    Span own = share(count);
+    kernels.ffn(decoder.dtype, layer.ffn, given, own.begin, own.end, sums, u, decoder.width);
+    if (layer.ffn.rank) {
+      Span features = share(layer.ffn.rank, 1);
+      kernels.low_rank(decoder.dtype, layer.ffn, given, features.begin, features.end, sums);
+    }
+    if (scratch.observed && member == 0) {
+      std::copy_n(scratch.stream.data(), hidden, scratch.x.data() + index * hidden);
+      std::copy_n(given.wide, hidden, scratch.h.data() + index * hidden);
+    }
+  }
+
+  void add_sums(int64_t index) {
+    int64_t hidden = decoder.hidden;
+    const float* bias = decoder.layers[index].bias;
+    Span own = share(hidden);
+    for (int64_t i = own.begin; i < own.end; ++i) {
+      float total = bias ? bias[i] : 0.0f;
+      for (int64_t m = 0; m < team.size(); ++m) total += scratch.sums[m * 2 * hidden + i];
+      if (scratch.observed) scratch.z[index * hidden + i] = total;
+      scratch.stream[i] += total;
+    }
+  }
+
+  void layer(int64_t index) {
+    const Layer& layer = decoder.layers[index];
+    int64_t hidden = decoder.hidden, size = decoder.size, heads = decoder.heads;
+    float* x = sums + hidden;
+    norm(scratch.stream.data(), layer.attention_norm, hidden, x);
+    Input given = input(x, hidden);
+    float* qkv = scratch.qkv.data();
+    int64_t kv = decoder.kv_heads * size;
+    project(layer.q, layer.q_bias, given, heads * size, qkv);
+    project(layer.k, layer.k_bias, given, kv, qkv + heads * size);
+    project(layer.v, layer.v_bias, given, kv, qkv + heads * size + kv);
+    team.wait();
+    attention(index);
+    team.wait();
+    project(layer.o, layer.o_bias, input(scratch.attended.data(), heads * size), hidden, qkv);
+    Span own = share(hidden);
+    for (int64_t i = own.begin; i < own.end; ++i) scratch.stream[i] += qkv[i];
+    team.wait();
+    ffn(index);
+    team.wait();
+    add_sums(index);
+    team.wait();
+  }
+
+  void run(int64_t token) {
+    int64_t hidden = decoder.hidden;
+    if (member == 0) {
+      const void* row = at(decoder.embedding, decoder.dtype, token * hidden);
+      kernels.widen(decoder.dtype, row, scratch.stream.data(), hidden);
+    }
+    team.wait();
+    for (int64_t index = 0; index < int64_t(decoder.layers.size()); ++index) layer(index);
+    float* x = sums + hidden;
+    norm(scratch.stream.data(), decoder.norm, hidden, x);
+    Input given = input(x, hidden);
+    if (member == 0) std::copy_n(given.wide, hidden, scratch.normed.data());
+    project(decoder.head, nullptr, given, decoder.vocabulary, scratch.logits.data());
+  }
+};
+
+int64_t widest(const Decoder& d) { return std::max(d.hidden, d.heads * d.size); }
+
+}  // namespace
+
+Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_)
+    : threads(threads_), positions(positions_) {
+  int64_t layers = int64_t(d.layers.size());
+  stream.resize(d.hidden);
+  qkv.resize(std::max((d.heads + 2 * d.kv_heads) * d.size, d.hidden));
+  attended.resize(d.heads * d.size);
+  logits.resize(d.vocabulary);
+  sums.resize(threads * 2 * d.hidden);
+  normed.resize(d.hidden + threads * widest(d));
+  narrow.resize(threads * widest(d));
+  scores.resize(threads * positions);
+  u.resize(layers * d.width);
+  x.resize(layers * d.hidden);
+  h.resize(layers * d.hidden);
+  z.resize(layers * d.hidden);
+}
+
+void step(const Kernels& kernels, const Decoder& decoder, const Cache& cache, int64_t token,
+          const float* cosine, const float* sine, Scratch& scratch, Team& team, int64_t member) {
+  int64_t wide = widest(decoder);
+  Member one{kernels, decoder, cache, cosine, sine, scratch, team, member,
+             scratch.normed.data() + decoder.hidden + member * wide,
+             scratch.sums.data() + member * 2 * decoder.hidden,
+             scratch.scores.data() + member * scratch.positions,
+             scratch.narrow.data() + member * wide};
+  one.run(token);
+}
+
+}  // namespace dart

@@ -1,0 +1,65 @@
+// Kernels of one CPU kind: spans of rows and of neurons, for one thread.  No torch, no allocation.
+//
+// Weights are float32 or bfloat16 rows of D values.  Inputs come twice: in the weights' dtype
+// (bfloat16 products) and as float32; sums and results are float32.
+#pragma once
+#include <cstdint>
+
+namespace dart {
+
+enum class Dtype : int { f32 = 0, bf16 = 1 };
+enum class Act : int { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3, relu2 = 4 };
+
+// M vectors of D values each, one after the other.
+struct Input {
+  const void* raw;    // in the weights' dtype
+  const float* wide;  // the same as float32
+  int64_t count;      // M
+  int64_t size;       // D
+};
+
+// One FFN; neurons are rows of D values in every matrix, in `down` too.
+struct Ffn {
+  const void* gate;  // null: a plain FFN
+  const void* up;
+  const void* down;
+  const void* gate_bias;  // [I] in the weights' dtype, or null
+  const void* up_bias;
+  const void* basis;     // [r, D], or null: features of the input ...
+  const void* features;  // [r, D]: ... and what each adds to the output
+  const int32_t* ids;    // kept neurons; null: all of them
+  int64_t kept;
+  int64_t rank;
+  Act act;
+};
+
+struct Kernels {
+  const char* name;
+  // y[m, row] = rows[row] . x[m] (+ bias[row]) for begin <= row < end; y: M rows of `stride`.
+  void (*matvec)(Dtype, const void* rows, const void* bias, const Input&, int64_t begin,
+                 int64_t end, float* y, int64_t stride);
+  // sums[m, :] += the output of kept neurons begin to end; u[m, begin..end) if not null.
+  void (*ffn)(Dtype, const Ffn&, const Input&, int64_t begin, int64_t end, float* sums, float* u,
+              int64_t u_stride);
+  // sums[m, :] += features begin to end of the low-rank part.
+  void (*low_rank)(Dtype, const Ffn&, const Input&, int64_t begin, int64_t end, float* sums);
+  // One query head over n cached positions and the new one; out: [size] float32.
+  // keys, values: n rows, `stride` values apart, in the weights' dtype; scores: n + 1 of scratch.
+  void (*attend)(Dtype, const float* query, const void* keys, const void* values, int64_t n,
+                 int64_t stride, const float* new_key, const float* new_value, int64_t size,
+                 float scale, float* scores, float* out);
+  void (*round)(Dtype, const float* from, void* to, int64_t n);
+  void (*widen)(Dtype, const void* from, float* to, int64_t n);
+};
+
+// The best that this CPU has; `name` (avx512bf16, avx512, avx2, portable): that one, or null when
+// the CPU has it not.
+const Kernels* kernels();
+const Kernels* kernels(const char* name);
+
+namespace avx512bf16 { extern const Kernels table; }
+namespace avx512 { extern const Kernels table; }
+namespace avx2 { extern const Kernels table; }
+namespace portable { extern const Kernels table; }
+
+}  // namespace dart

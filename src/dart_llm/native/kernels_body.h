@@ -1,0 +1,235 @@
+// The kernels, written once over a set of vectors `S` of one CPU kind; included by kernels_*.cpp
+// inside their namespace, after `S`.
+//
+// S: N lanes of float; V; zero, load(const float*), load(const bf16*), fma, add, sum, store, and
+// dot_bf16 where there are products of bfloat16 pairs (PAIRS).
+
+constexpr int BLOCK = 4;  // neurons at a time: their rows stay in the first cache for all inputs
+
+inline float wide(float x) { return x; }
+inline float wide(bf16 x) { return from_bits(uint32_t(x) << 16); }
+inline void narrow(float x, float* to) { *to = x; }
+inline void narrow(float x, bf16* to) {
+  uint32_t b = to_bits(x);
+  if ((b & 0x7fffffffu) > 0x7f800000u) { *to = bf16((b >> 16) | 0x40); return; }
+  *to = bf16((b + 0x7fffu + ((b >> 16) & 1)) >> 16);
+}
+
+template <class T>
+inline void fetch(const T* row, int64_t n) {
+  const char* p = reinterpret_cast<const char*>(row);
+  for (int64_t i = 0; i < n * int64_t(sizeof(T)); i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
+template <int R>
+inline void dots(const float* const* rows, const void*, const float* x, int64_t n, float* out) {
+  typename S::V a[R];
+  for (int r = 0; r < R; ++r) a[r] = S::zero();
+  int64_t i = 0;
+  for (; i + S::N <= n; i += S::N) {
+    auto v = S::load(x + i);
+    for (int r = 0; r < R; ++r) a[r] = S::fma(S::load(rows[r] + i), v, a[r]);
+  }
+  for (int r = 0; r < R; ++r) out[r] = S::sum(a[r]);
+  for (; i < n; ++i)
+    for (int r = 0; r < R; ++r) out[r] += rows[r][i] * x[i];
+}
+
+template <int R>
+inline void dots(const bf16* const* rows, const void* raw, const float* x, int64_t n, float* out) {
+  typename S::V a[R];
+  for (int r = 0; r < R; ++r) a[r] = S::zero();
+  int64_t i = 0;
+  if constexpr (S::PAIRS) {
+    const bf16* narrow_x = static_cast<const bf16*>(raw);
+    for (; i + 2 * S::N <= n; i += 2 * S::N) {
+      auto v = S::pairs(narrow_x + i);
+      for (int r = 0; r < R; ++r) a[r] = S::dot_bf16(a[r], S::pairs(rows[r] + i), v);
+    }
+  }
+  for (; i + S::N <= n; i += S::N) {
+    auto v = S::load(x + i);
+    for (int r = 0; r < R; ++r) a[r] = S::fma(S::load(rows[r] + i), v, a[r]);
+  }
+  for (int r = 0; r < R; ++r) out[r] = S::sum(a[r]);
+  for (; i < n; ++i)
+    for (int r = 0; r < R; ++r) out[r] += wide(rows[r][i]) * x[i];
+}
+
+template <class T, int R>
+inline void dots_of(const T* const* rows, const Input& x, int64_t m, float* out) {
+  const T* raw = static_cast<const T*>(x.raw) + m * x.size;
+  dots<R>(rows, raw, x.wide + m * x.size, x.size, out);
+}
+
+// sums += u[0] rows[0] + ... + u[R-1] rows[R-1]
+template <class T, int R>
+inline void add_rows(const T* const* rows, const float* u, int64_t n, float* sums) {
+  typename S::V c[R];
+  for (int r = 0; r < R; ++r) c[r] = S::all(u[r]);
+  int64_t i = 0;
+  for (; i + S::N <= n; i += S::N) {
+    auto v = S::load(sums + i);
+    for (int r = 0; r < R; ++r) v = S::fma(S::load(rows[r] + i), c[r], v);
+    S::store(sums + i, v);
+  }
+  for (; i < n; ++i)
+    for (int r = 0; r < R; ++r) sums[i] += u[r] * wide(rows[r][i]);
+}
+
+inline float activate(Act act, float x) {
+  switch (act) {
+    case Act::silu: return x / (1.0f + std::exp(-x));
+    case Act::gelu: return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f));
+    case Act::gelu_tanh:
+      return 0.5f * x * (1.0f + std::tanh(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+    case Act::relu: return x > 0 ? x : 0;
+    default: { float y = x > 0 ? x : 0; return y * y; }
+  }
+}
+
+template <class T, int R>
+void matvec_block(const T* rows, const T* bias, const Input& x, int64_t row, float* y,
+                  int64_t stride) {
+  const T* at[R];
+  for (int r = 0; r < R; ++r) at[r] = rows + (row + r) * x.size;
+  for (int64_t m = 0; m < x.count; ++m) {
+    float found[R];
+    dots_of<T, R>(at, x, m, found);
+    for (int r = 0; r < R; ++r)
+      y[m * stride + row + r] = found[r] + (bias ? wide(bias[row + r]) : 0.0f);
+  }
+}
+
+template <class T>
+void matvec_rows(const T* rows, const T* bias, const Input& x, int64_t begin, int64_t end, float* y,
+                 int64_t stride) {
+  int64_t row = begin;
+  for (; row + BLOCK <= end; row += BLOCK) matvec_block<T, BLOCK>(rows, bias, x, row, y, stride);
+  for (; row < end; ++row) matvec_block<T, 1>(rows, bias, x, row, y, stride);
+}
+
+template <class T, int R>
+void ffn_block(const Ffn& f, const Input& x, const int64_t* ids, int64_t place, float* sums,
+               float* u, int64_t u_stride) {
+  const T *gate[R], *up[R], *down[R];
+  for (int r = 0; r < R; ++r) {
+    int64_t at = ids[r] * x.size;
+    up[r] = static_cast<const T*>(f.up) + at;
+    down[r] = static_cast<const T*>(f.down) + at;
+    gate[r] = f.gate ? static_cast<const T*>(f.gate) + at : up[r];
+    fetch(down[r], x.size);
+  }
+  const T* up_bias = static_cast<const T*>(f.up_bias);
+  const T* gate_bias = static_cast<const T*>(f.gate_bias);
+  for (int64_t m = 0; m < x.count; ++m) {
+    float a[R] = {}, b[R], v[R];
+    dots_of<T, R>(up, x, m, b);
+    if (f.gate) dots_of<T, R>(gate, x, m, a);
+    for (int r = 0; r < R; ++r) {
+      if (up_bias) b[r] += wide(up_bias[ids[r]]);
+      if (f.gate && gate_bias) a[r] += wide(gate_bias[ids[r]]);
+      v[r] = f.gate ? activate(f.act, a[r]) * b[r] : activate(f.act, b[r]);
+      if (u) u[m * u_stride + place + r] = v[r];
+    }
+    add_rows<T, R>(down, v, x.size, sums + m * x.size);
+  }
+}
+
+template <class T>
+void ffn_rows(const Ffn& f, const Input& x, int64_t begin, int64_t end, float* sums, float* u,
+              int64_t u_stride) {
+  int64_t ids[2 * BLOCK];
+  auto id = [&](int64_t place) { return f.ids ? int64_t(f.ids[place]) : place; };
+  int64_t place = begin;
+  for (; place + BLOCK <= end; place += BLOCK) {
+    for (int r = 0; r < BLOCK; ++r) ids[r] = id(place + r);
+    for (int64_t next = place + BLOCK; next < place + 2 * BLOCK && next < end; ++next) {
+      fetch(static_cast<const T*>(f.up) + id(next) * x.size, x.size);
+      if (f.gate) fetch(static_cast<const T*>(f.gate) + id(next) * x.size, x.size);
+    }
+    ffn_block<T, BLOCK>(f, x, ids, place, sums, u, u_stride);
+  }
+  for (; place < end; ++place) {
+    ids[0] = id(place);
+    ffn_block<T, 1>(f, x, ids, place, sums, u, u_stride);
+  }
+}
+
+template <class T>
+void features_rows(const Ffn& f, const Input& x, int64_t begin, int64_t end, float* sums) {
+  for (int64_t row = begin; row < end; ++row) {
+    const T* basis = static_cast<const T*>(f.basis) + row * x.size;
+    const T* adds = static_cast<const T*>(f.features) + row * x.size;
+    for (int64_t m = 0; m < x.count; ++m) {
+      float found;
+      dots_of<T, 1>(&basis, x, m, &found);
+      add_rows<T, 1>(&adds, &found, x.size, sums + m * x.size);
+    }
+  }
+}
+
+template <class T>
+void attend_head(const float* query, const T* keys, const T* values, int64_t n, int64_t stride,
+                 const float* new_key, const float* new_value, int64_t size, float scale,
+                 float* scores, float* out) {
+  float most = -INFINITY, total = 0;
+  auto dot = [&](auto* row) {
+    auto sum = S::zero();
+    int64_t i = 0;
+    for (; i + S::N <= size; i += S::N) sum = S::fma(S::load(row + i), S::load(query + i), sum);
+    float found = S::sum(sum);
+    for (; i < size; ++i) found += wide(row[i]) * query[i];
+    return found * scale;
+  };
+  for (int64_t t = 0; t < n; ++t) {
+    scores[t] = dot(keys + t * stride);
+    if (scores[t] > most) most = scores[t];
+  }
+  scores[n] = dot(new_key);
+  if (scores[n] > most) most = scores[n];
+  for (int64_t t = 0; t <= n; ++t) total += scores[t] = std::exp(scores[t] - most);
+  for (int64_t i = 0; i < size; ++i) out[i] = 0;
+  for (int64_t t = 0; t < n; ++t) {
+    const T* row = values + t * stride;
+    float share = scores[t] / total;
+    add_rows<T, 1>(&row, &share, size, out);
+  }
+  float share = scores[n] / total;
+  add_rows<float, 1>(&new_value, &share, size, out);
+}
+
+#define DART_BY_DTYPE(call) \
+  if (dtype == Dtype::f32) { using T = float; call; } else { using T = bf16; call; }
+
+void matvec(Dtype dtype, const void* rows, const void* bias, const Input& x, int64_t begin,
+            int64_t end, float* y, int64_t stride) {
+  DART_BY_DTYPE(matvec_rows<T>(static_cast<const T*>(rows), static_cast<const T*>(bias), x, begin,
+                               end, y, stride))
+}
+
+void ffn(Dtype dtype, const Ffn& f, const Input& x, int64_t begin, int64_t end, float* sums,
+         float* u, int64_t u_stride) {
+  DART_BY_DTYPE(ffn_rows<T>(f, x, begin, end, sums, u, u_stride))
+}
+
+void low_rank(Dtype dtype, const Ffn& f, const Input& x, int64_t begin, int64_t end, float* sums) {
+  DART_BY_DTYPE(features_rows<T>(f, x, begin, end, sums))
+}
+
+void attend(Dtype dtype, const float* query, const void* keys, const void* values, int64_t n,
+            int64_t stride, const float* new_key, const float* new_value, int64_t size, float scale,
+            float* scores, float* out) {
+  DART_BY_DTYPE(attend_head<T>(query, static_cast<const T*>(keys), static_cast<const T*>(values), n,
+                               stride, new_key, new_value, size, scale, scores, out))
+}
+
+void round(Dtype dtype, const float* from, void* to, int64_t n) {
+  DART_BY_DTYPE(for (int64_t i = 0; i < n; ++i) narrow(from[i], static_cast<T*>(to) + i))
+}
+
+void widen(Dtype dtype, const void* from, float* to, int64_t n) {
+  DART_BY_DTYPE(for (int64_t i = 0; i < n; ++i) to[i] = wide(static_cast<const T*>(from)[i]))
+}
+
+const Kernels table = {NAME, matvec, ffn, low_rank, attend, round, widen};

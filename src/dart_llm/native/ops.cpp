@@ -1,0 +1,273 @@
+// The kernels as torch operators, on torch's threads.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <omp.h>
+#include <torch/custom_class.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "decode.h"
+
+namespace {
+
+using at::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// Calls work(team, member) once on each of torch's threads, at the same time.
+template <class Work>
+void together(const Work& work) {
+  int64_t wanted = at::in_parallel_region() ? 1 : at::get_num_threads();
+  if (wanted == 1) {
+    dart::Team alone(1);
+    work(alone, 0);
+    return;
+  }
+  std::unique_ptr<dart::Team> team;
+  std::atomic<dart::Team*> made{nullptr};
+  at::parallel_for(0, wanted, 1, [&](int64_t begin, int64_t) {
+    int64_t running = std::min<int64_t>(omp_get_num_threads(), wanted);
+    int64_t each = (wanted + running - 1) / running;
+    if (begin == 0) {
+      team = std::make_unique<dart::Team>((wanted + each - 1) / each);
+      made.store(team.get(), std::memory_order_release);
+    }
+    dart::Team* known;
+    while (!(known = made.load(std::memory_order_acquire))) std::this_thread::yield();
+    work(*known, begin / each);
+  });
+}
+
+dart::Dtype dtype_of(const Tensor& t) {
+  TORCH_CHECK(t.device().is_cpu(), "native kernels run on the CPU");
+  TORCH_CHECK(t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16,
+              "native kernels take float32 and bfloat16");
+  return t.scalar_type() == at::kFloat ? dart::Dtype::f32 : dart::Dtype::bf16;
+}
+
+const void* data(const Tensor& t, at::ScalarType type) {
+  TORCH_CHECK(t.scalar_type() == type && t.is_contiguous(), "native: dtype or layout is wrong");
+  return t.const_data_ptr();
+}
+
+const void* data(const MaybeTensor& t, at::ScalarType type) {
+  return t ? data(*t, type) : nullptr;
+}
+
+std::string chosen;
+
+const dart::Kernels& best() {
+  const dart::Kernels* found = chosen.empty() ? dart::kernels() : dart::kernels(chosen.c_str());
+  return *found;
+}
+
+bool use(const std::string& name) {
+  if (!name.empty() && !dart::kernels(name.c_str())) return false;
+  chosen = name;
+  return true;
+}
+
+std::string cpu() { return best().name; }
+
+dart::Input input(const Tensor& x, const Tensor& wide) {
+  return {x.const_data_ptr(), wide.const_data_ptr<float>(), x.size(0), x.size(1)};
+}
+
+// x [M, D], weight [N, D], bias [N]: [M, N].
+Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
+  auto type = x.scalar_type();
+  dart::Dtype dtype = dtype_of(x);
+  const void *rows = data(weight, type), *add = data(bias, type);
+  data(x, type);
+  TORCH_CHECK(x.dim() == 2 && weight.size(1) == x.size(1), "native: shapes do not fit");
+  Tensor wide = x.to(at::kFloat);
+  Tensor y = at::empty({x.size(0), weight.size(0)}, wide.options());
+  dart::Input given = input(x, wide);
+  const dart::Kernels& kernels = best();
+  float* to = y.mutable_data_ptr<float>();
+  together([&](dart::Team& team, int64_t member) {
+    dart::Span own = dart::part(weight.size(0), member, team.size());
+    kernels.matvec(dtype, rows, add, given, own.begin, own.end, to, weight.size(0));
+  });
+  return y.to(type);
+}
+
+dart::Ffn read_ffn(const MaybeTensor& gate, const Tensor& up, const Tensor& down,
+                   const MaybeTensor& gate_bias, const MaybeTensor& up_bias, const MaybeTensor& ids,
+                   const MaybeTensor& basis, const MaybeTensor& features, int64_t act) {
+  auto type = up.scalar_type();
+  TORCH_CHECK(up.dim() == 2 && down.sizes() == up.sizes(), "native: shapes do not fit");
+  TORCH_CHECK(!gate || gate->sizes() == up.sizes(), "native: shapes do not fit");
+  TORCH_CHECK(basis.has_value() == features.has_value(), "native: a map needs both its parts");
+  if (basis)
+    TORCH_CHECK(basis->sizes() == features->sizes() && basis->size(1) == up.size(1),
+                "native: shapes do not fit");
+  dart::Ffn f{};
+  f.gate = data(gate, type);
+  f.up = data(up, type);
+  f.down = data(down, type);
+  f.gate_bias = data(gate_bias, type);
+  f.up_bias = data(up_bias, type);
+  f.basis = data(basis, type);
+  f.features = data(features, type);
+  f.ids = static_cast<const int32_t*>(data(ids, at::kInt));
+  f.kept = ids ? ids->size(0) : up.size(0);
+  f.rank = basis ? basis->size(0) : 0;
+  f.act = dart::Act(act);
+  return f;
+}
+
+// x [M, D] through the kept neurons: z [M, D].  Matrices [I, D], down too; bias [D] float32.
+Tensor ffn(const Tensor& x, const MaybeTensor& gate, const Tensor& up, const Tensor& down,
+           const MaybeTensor& gate_bias, const MaybeTensor& up_bias, const MaybeTensor& ids,
+           const MaybeTensor& bias, const MaybeTensor& basis, const MaybeTensor& features,
+           int64_t act) {
+  dart::Dtype dtype = dtype_of(x);
+  auto type = x.scalar_type();
+  data(x, type);
+  TORCH_CHECK(x.dim() == 2 && up.size(1) == x.size(1) && up.scalar_type() == type,
+              "native: shapes do not fit");
+  dart::Ffn f = read_ffn(gate, up, down, gate_bias, up_bias, ids, basis, features, act);
+  const float* add = static_cast<const float*>(data(bias, at::kFloat));
+  Tensor wide = x.to(at::kFloat);
+  dart::Input given = input(x, wide);
+  int64_t size = x.numel(), hidden = x.size(1);
+  std::vector<float> sums(size * at::get_num_threads());
+  Tensor z = at::empty(x.sizes(), wide.options());
+  float* to = z.mutable_data_ptr<float>();
+  const dart::Kernels& kernels = best();
+  together([&](dart::Team& team, int64_t member) {
+    float* own = sums.data() + member * size;
+    dart::Span span = dart::part(f.kept, member, team.size());
+    kernels.ffn(dtype, f, given, span.begin, span.end, own, nullptr, 0);
+    span = dart::part(f.rank, member, team.size(), 1);
+    kernels.low_rank(dtype, f, given, span.begin, span.end, own);
+    team.wait();
+    span = dart::part(size, member, team.size());
+    for (int64_t i = span.begin; i < span.end; ++i) {
+      float total = add ? add[i % hidden] : 0.0f;
+      for (int64_t m = 0; m < team.size(); ++m) total += sums[m * size + i];
+      to[i] = total;
+    }
+  });
+  return z.to(type);
+}
+
+// A decoder whose weights stay where they are; see decode.h.
+struct Decoder : torch::CustomClassHolder {
+  dart::Decoder model;
+  std::vector<Tensor> held;  // keeps what is pointed at alive
+  std::vector<std::vector<Tensor>> masks;
+  std::unique_ptr<dart::Scratch> scratch;
+
+  // sizes: D, H, K, S, I, V; weights: embedding, norm, head, then 12 per layer, [] for none:
+  // norms (2), q k v o, their biases, q and k norms; then gate up down, biases of gate and up.
+  Decoder(std::vector<int64_t> sizes, double eps, double scale, std::vector<Tensor> weights,
+          int64_t act) {
+    model.dtype = dtype_of(weights[0]);
+    auto type = weights[0].scalar_type();
+    model.hidden = sizes[0], model.heads = sizes[1], model.kv_heads = sizes[2];
+    model.size = sizes[3], model.width = sizes[4], model.vocabulary = sizes[5];
+    model.eps = float(eps), model.scale = float(scale);
+    auto next = [&, place = size_t(0)]() mutable -> const void* {
+      const Tensor& t = weights.at(place++);
+      return t.numel() ? data(t, type) : nullptr;
+    };
+    model.embedding = next(), model.norm = next(), model.head = next();
+    TORCH_CHECK((weights.size() - 3) % EACH == 0, "native: weights are missing");
+    for (size_t index = 0; index < (weights.size() - 3) / EACH; ++index) {
+      dart::Layer layer{};
+      for (const void** slot : {&layer.attention_norm, &layer.ffn_norm, &layer.q, &layer.k, &layer.v,
+                                &layer.o, &layer.q_bias, &layer.k_bias, &layer.v_bias, &layer.o_bias,
+                                &layer.q_norm, &layer.k_norm, &layer.ffn.gate, &layer.ffn.up,
+                                &layer.ffn.down, &layer.ffn.gate_bias, &layer.ffn.up_bias})
+        *slot = next();
+      layer.ffn.act = dart::Act(act);
+      layer.ffn.kept = model.width;
+      model.layers.push_back(layer);
+    }
+    masks.resize(model.layers.size());
+    held = std::move(weights);
+  }
+  static constexpr size_t EACH = 17;
+
+  // What layer `index` runs from now on; ids: int32 [k] or None for all.
+  void set_mask(int64_t index, const MaybeTensor& ids, const MaybeTensor& bias,
+                const MaybeTensor& basis, const MaybeTensor& features) {
+    dart::Layer& layer = model.layers.at(index);
+    auto type = held[0].scalar_type();
+    layer.ffn.ids = static_cast<const int32_t*>(data(ids, at::kInt));
+    layer.ffn.kept = ids ? ids->size(0) : model.width;
+    layer.ffn.basis = data(basis, type);
+    layer.ffn.features = data(features, type);
+    layer.ffn.rank = basis ? basis->size(0) : 0;
+    layer.bias = static_cast<const float*>(data(bias, at::kFloat));
+    auto& keep = masks[index];
+    keep.clear();
+    for (const auto& t : {ids, bias, basis, features})
+      if (t) keep.push_back(*t);
+  }
+
+  // Decodes after `token`; keys and values: per layer [K, capacity, S], `length` filled, of which
+  // position `length` is written.  cosine, sine: [S] float32.  Returns logits [V], hidden [D], in
+  // the weights' dtype.
+  std::vector<Tensor> step(int64_t token, const std::vector<Tensor>& keys,
+                           const std::vector<Tensor>& values, int64_t length, const Tensor& cosine,
+                           const Tensor& sine, bool observe) {
+    auto type = held[0].scalar_type();
+    dart::Cache cache{{}, {}, length, keys.at(0).size(1)};
+    TORCH_CHECK(keys.size() == model.layers.size() && values.size() == keys.size(),
+                "native: caches are missing");
+    for (const auto* side : {&keys, &values})
+      for (const Tensor& t : *side) {
+        data(t, type);
+        TORCH_CHECK(t.dim() == 3 && t.size(0) == model.kv_heads && t.size(1) == cache.capacity &&
+                        t.size(2) == model.size && length < cache.capacity,
+                    "native: the cache has another shape");
+        (side == &keys ? cache.keys : cache.values).push_back(t.data_ptr());
+      }
+    TORCH_CHECK(token >= 0 && token < model.vocabulary, "native: no such token");
+    int64_t threads = at::get_num_threads();
+    if (!scratch || scratch->threads < threads || scratch->positions <= cache.capacity)
+      scratch = std::make_unique<dart::Scratch>(model, threads, cache.capacity + 1);
+    scratch->observed = observe;
+    const float* cos = static_cast<const float*>(data(cosine, at::kFloat));
+    const float* sin = static_cast<const float*>(data(sine, at::kFloat));
+    const dart::Kernels& kernels = best();
+    together([&](dart::Team& team, int64_t member) {
+      dart::step(kernels, model, cache, token, cos, sin, *scratch, team, member);
+    });
+    return {copy(scratch->logits, {model.vocabulary}, type),
+            copy(scratch->normed, {model.hidden}, type)};
+  }
+
+  // Of the last step, which was observed: u [L, I], x, h, z [L, D], in the weights' dtype.
+  std::vector<Tensor> observed() {
+    TORCH_CHECK(scratch && scratch->observed, "native: nothing was observed");
+    int64_t layers = int64_t(model.layers.size());
+    auto type = held[0].scalar_type();
+    return {copy(scratch->u, {layers, model.width}, type),
+            copy(scratch->x, {layers, model.hidden}, type),
+            copy(scratch->h, {layers, model.hidden}, type),
+            copy(scratch->z, {layers, model.hidden}, type)};
+  }
+
+  static Tensor copy(std::vector<float>& from, std::vector<int64_t> shape, at::ScalarType type) {
+    return at::from_blob(from.data(), shape, at::kFloat).to(type, false, true);
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY(dart_llm, library) {
+  library.def("linear", linear);
+  library.def("ffn", ffn);
+  library.def("cpu", cpu);
+  library.def("use", use);
+  library.class_<Decoder>("Decoder")
+      .def(torch::init<std::vector<int64_t>, double, double, std::vector<Tensor>, int64_t>())
+      .def("set_mask", &Decoder::set_mask)
+      .def("step", &Decoder::step)
+      .def("observed", &Decoder::observed);
+}

@@ -1,0 +1,123 @@
+"""The native CPU kernels: C++ that is compiled when it is first needed, and kept for the next time.
+
+The only file that builds or loads them.  Built through torch's extension loader into the cache
+folder, under a name that holds the sources' hash, torch's version and the kind of CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import platform
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dart_llm.cache import cache_folder
+from dart_llm.errors import DartError, LoadError
+
+logger = logging.getLogger("dart_llm")
+
+NAME = "dart_llm_native"
+FLAGS = ("-O3", "-std=c++17", "-fopenmp")
+SWITCH = "DART_NATIVE"
+"""Environment variable: ``0`` keeps the native kernels off."""
+
+
+def sources() -> dict[str, str]:
+    """The C++ files by name."""
+    folder = resources.files("dart_llm") / "native"
+    names = sorted(one.name for one in folder.iterdir() if one.name.endswith((".h", ".cpp")))
+    return {name: (folder / name).read_text(encoding="utf-8") for name in names}
+
+
+def built_name() -> str:
+    """Of the folder that holds this machine's build."""
+    found = hashlib.sha256()
+    for name, text in sources().items():
+        found.update(f"{name}\n{text}\n".encode())
+    about = (torch.__version__, platform.machine(), sys.platform, FLAGS, _compiler())
+    found.update(repr(about).encode())
+    return found.hexdigest()[:24]
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "c++")
+
+
+@functools.cache
+def why_not() -> str:
+    """Why the native kernels cannot run here: "", or a clause.  Builds them when it must."""
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH}=0 keeps the native kernels off"
+    if sys.platform != "linux":
+        return "the native kernels are built on Linux alone"
+    try:
+        folder = cache_folder() / "native" / built_name()
+        library = folder / f"{NAME}.so"
+        if not library.exists():
+            _build(folder)
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+    except (OSError, RuntimeError, LoadError) as error:
+        return f"the native kernels could not be built ({_first_line(error)})"
+    return ""
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _build(folder: Path) -> None:
+    from torch.utils import cpp_extension
+
+    logger.info("compiling the native CPU kernels, once (about a minute)")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in sources().items():
+        (folder / name).write_text(text, encoding="utf-8")
+    with _tools_of_this_environment():
+        cpp_extension.load(
+            NAME,
+            [str(folder / name) for name in sources() if name.endswith(".cpp")],
+            extra_cflags=list(FLAGS),
+            extra_ldflags=["-fopenmp"],
+            build_directory=str(folder),
+            is_python_module=False,
+        )
+
+
+@contextlib.contextmanager
+def _tools_of_this_environment() -> Any:
+    """ninja as pip installs it is found, also where the environment was not activated."""
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), before])
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
+
+
+def ops() -> Any:
+    """The operators; raises ``DartError`` with the reason where there are none."""
+    if reason := why_not():
+        raise DartError(f"{reason}: use executor compact")
+    return torch.ops.dart_llm
+
+
+def use_kernels(name: str) -> bool:
+    """Run the kernels ``name`` (avx512bf16, avx512, avx2, portable; "": the best) from now on.
+
+    False, and nothing changes, where this CPU has them not.
+    """
+    return bool(ops().use(name))
+
+
+def kernels_in_use() -> str:
+    """Name of the kernels that run."""
+    return str(ops().cpu())

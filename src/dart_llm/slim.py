@@ -1,0 +1,84 @@
+"""Decode steps with little overhead: one native call per token, for decoders of the Llama family.
+
+Norms, attention, FFN and head of a whole step run in C++ (native/decode.cpp) on the model's own
+weights, with the masks in force.  Whatever it cannot serve, the model's own forward does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dart_llm.masks import LayerMask
+from dart_llm.native_build import ops
+from dart_llm.native_ffn import Kept, NativeFfn
+from dart_llm.slim_cache import GrowingCache
+from dart_llm.slim_parts import SlimCall, angles, slim_parts
+
+POSITIONS = 256
+"""Positions whose angles are computed at a time."""
+
+
+class SlimDecoder:
+    """One attached model's steps.  ``ffns``: its blocks, laid out for the kernels."""
+
+    def __init__(self, model: Any, ffns: Sequence[NativeFfn]) -> None:
+        ops()
+        parts = slim_parts(model)
+        weights = [parts.embedding, parts.norm, parts.head]
+        for layer, ffn in zip(parts.layers, ffns, strict=True):
+            own = (ffn.gate, ffn.up, ffn.down, ffn.gate_bias, ffn.up_bias)
+            weights += [*layer, *(torch.empty(0) if t is None else t for t in own)]
+        self._ffns = list(ffns)
+        self._native = torch.classes.dart_llm.Decoder(
+            parts.sizes, parts.eps, parts.scale, weights, ffns[0].act
+        )
+        self._everything = [ffn.everything() for ffn in ffns]
+        self._loaded: list[Kept | None] = [None] * len(ffns)
+        self._rotary, self._dtype = parts.rotary, parts.head.dtype
+        self._angles: tuple[Tensor, Tensor] | None = None
+        self._cache: GrowingCache | None = None
+
+    def load(self, masks: Sequence[LayerMask | None]) -> None:
+        """Run these masks from now on; () or None in a layer's place: all of its neurons."""
+        for index, ffn in enumerate(self._ffns):
+            mask = masks[index] if masks else None
+            if mask is None:
+                kept = self._everything[index]
+            else:
+                ffn.load(mask)
+                kept = ffn.kept
+            if kept is not self._loaded[index]:
+                self._native.set_mask(index, kept.ids, kept.bias, kept.basis, kept.features)
+                self._loaded[index] = kept
+
+    @torch.no_grad()
+    def step(self, call: SlimCall, observe: bool) -> tuple[Tensor, Tensor]:
+        """Decode one token: logits [V] and the last hidden state [D]; the cache grows by one."""
+        cache = call.cache
+        if self._cache is None or self._cache.of() is not cache:
+            self._cache = GrowingCache(cache)
+        with torch.inference_mode(False):
+            keys, values, length = self._cache.buffers(cache)
+            cosine, sine = self._angle(length)
+            logits, hidden = self._native.step(
+                call.token, keys, values, length, cosine, sine, observe
+            )
+            self._cache.show(cache, length + 1)
+        return logits, hidden
+
+    def observed(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the last step: u [L, I]; x, h and z [L, D] (see observations.py)."""
+        u, x, h, z = self._native.observed()
+        return u, x, h, z
+
+    def _angle(self, position: int) -> tuple[Tensor, Tensor]:
+        known = 0 if self._angles is None else len(self._angles[0])
+        if self._angles is None or position >= known:
+            count = (position // POSITIONS + 1) * POSITIONS
+            self._angles = angles(self._rotary, 0, count, self._dtype)
+        cosine, sine = self._angles
+        return cosine[position], sine[position]

@@ -1,0 +1,161 @@
+"""What a decoder of the Llama family is made of, for decode steps that run natively as a whole.
+
+With arch.py and names.py a place that knows transformers' modules; it looks at what is there, and
+says why a model is not one of these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dart_llm.arch import decoder_layers, decoder_of
+
+TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""Model types whose decoder layer is RMS norm, rotary attention, RMS norm, gated FFN."""
+
+STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
+"""Kinds of rotary embedding whose angles depend on the position alone."""
+
+CACHE, LAYER = "DynamicCache", "DynamicLayer"
+"""Classes of the caches that a slim step can extend."""
+
+
+@dataclass(frozen=True)
+class SlimParts:
+    """Sizes and weights.  ``sizes``: D, H, K, S, I, V; ``weights``: as ops.cpp reads them."""
+
+    sizes: list[int]
+    eps: float
+    scale: float
+    embedding: Tensor
+    norm: Tensor
+    head: Tensor
+    layers: list[list[Tensor]]
+    """Per layer: norms (2), q k v o, their biases, norms of q and k; empty ones for none."""
+    rotary: nn.Module
+
+
+def why_not_slim(model: Any) -> str:
+    """Why ``model`` cannot be decoded natively as a whole: "", or a clause."""
+    layers, _, text = decoder_layers(model)
+    if text.model_type not in TYPES:
+        return f"is a {text.model_type} model, not one of {', '.join(sorted(TYPES))}"
+    if not hasattr(model, "lm_head") or getattr(model.lm_head, "bias", None) is not None:
+        return "has no plain language-model head"
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") not in STATIC_ROPE:
+        return f"has rotary embeddings of type {rope.get('rope_type')}"
+    if any(kind != "full_attention" for kind in getattr(text, "layer_types", None) or ()):
+        return "has layers of sliding attention"
+    if text.model_type == "mistral" and getattr(text, "sliding_window", None):
+        return "has a sliding window"
+    tensors = [*model.parameters()]
+    if any(p.device.type != "cpu" for p in tensors):
+        return "is not on the CPU"
+    if len({p.dtype for p in tensors}) > 1 or tensors[0].dtype not in (
+        torch.float32,
+        torch.bfloat16,
+    ):
+        return "is not float32 or bfloat16 throughout"
+    names = {type(module).__name__ for layer in layers for module in layer.modules()}
+    if odd := sorted(name for name in names if name.startswith("Lora")):
+        return f"holds {odd[0]} modules"
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return "is spread by accelerate"
+    return ""
+
+
+def slim_parts(model: Any) -> SlimParts:
+    """The parts of a model for which ``why_not_slim`` says nothing."""
+    layers, _, text = decoder_layers(model)
+    decoder: Any = decoder_of(model)
+    first: Any = layers[0]
+    attention = first.self_attn
+    size = int(attention.head_dim)
+    hidden, heads = int(text.hidden_size), int(text.num_attention_heads)
+    found = [_layer(layer) for layer in layers]
+    head = model.lm_head.weight
+    width = int(first.mlp.down_proj.in_features)
+    sizes = [hidden, heads, int(text.num_key_value_heads), size, width, int(head.shape[0])]
+    return SlimParts(
+        sizes,
+        float(decoder.norm.variance_epsilon),
+        float(attention.scaling),
+        _plain(decoder.embed_tokens.weight),
+        _plain(decoder.norm.weight),
+        _plain(head),
+        found,
+        decoder.rotary_emb,
+    )
+
+
+def _layer(layer: nn.Module) -> list[Tensor]:
+    part: Any = layer
+    attention = part.self_attn
+    projections = [getattr(attention, f"{name}_proj") for name in "qkvo"]
+    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    return [
+        _plain(part.input_layernorm.weight),
+        _plain(part.post_attention_layernorm.weight),
+        *(_plain(one.weight) for one in projections),
+        *(_plain(one.bias) for one in projections),
+        *(_plain(None if one is None else one.weight) for one in norms),
+    ]
+
+
+def _plain(tensor: Tensor | None) -> Tensor:
+    return torch.empty(0) if tensor is None else tensor.detach()
+
+
+def angles(rotary: nn.Module, start: int, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [count, S] float32 of positions, rounded as the model rounds them."""
+    positions = torch.arange(start, start + count)[None]
+    like = torch.empty(0, dtype=dtype)
+    cosine, sine = rotary(like, positions)
+    return cosine[0].float().contiguous(), sine[0].float().contiguous()
+
+
+@dataclass(frozen=True)
+class SlimCall:
+    """A forward that decodes one token after a cache.  ``cache``: transformers' own."""
+
+    token: int
+    cache: Any
+
+
+def read_call(kwargs: dict[str, Any], args: tuple[Any, ...]) -> SlimCall | None:
+    """The call of a root forward when a slim step can serve it, else None."""
+    given = {key: value for key, value in kwargs.items() if value is not None}
+    ids = given.pop("input_ids", args[0] if len(args) == 1 else None)
+    cache = given.pop("cache", None) or given.pop("past_key_values", None)
+    if len(args) > 1 or not isinstance(ids, Tensor) or ids.shape != (1, 1) or cache is None:
+        return None
+    if type(cache).__name__ != CACHE or {type(one).__name__ for one in cache.layers} != {LAYER}:
+        return None
+    length = cache.get_seq_length()
+    mask, positions = given.pop("attention_mask", None), given.pop("position_ids", None)
+    if mask is not None and not (mask.shape == (1, length + 1) and bool(mask.all())):
+        return None
+    if positions is not None and int(positions.flatten()[-1]) != length:
+        return None
+    plain = {"use_cache": True, "return_dict": True}
+    neutral = {"logits_to_keep": (0, 1), "output_attentions": (False,)}
+    neutral |= {"output_hidden_states": (False,)}
+    for key, value in given.items():
+        if key in plain and value is plain[key]:
+            continue
+        if key in neutral and not isinstance(value, Tensor) and value in neutral[key]:
+            continue
+        return None
+    return SlimCall(int(ids), cache) if length else None
+
+
+def as_output(logits: Tensor, cache: Any) -> Any:
+    """What a causal language model returns.  logits: [V]."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    return CausalLMOutputWithPast(logits=logits[None, None], cache=cache)
