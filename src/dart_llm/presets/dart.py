@@ -24,7 +24,7 @@ CONFIG = PruneConfig(
     ),
     remask=RemaskConfig(evidence="decay", decay=0.1, observe_tokens=32),
     prior=PriorConfig(tokens=32),
-    min_evidence=64,
+    min_evidence=16,
     skip_sinks=True,
     compensation=True,
     compensation_rank=32,

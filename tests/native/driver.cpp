@@ -1,0 +1,169 @@
+// The kernels without torch, for sanitizers: every kind that this CPU has against plain loops, on
+// odd sizes, in buffers of exactly the right length.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "decode.h"
+
+using namespace dart;
+
+namespace {
+
+std::mt19937 generator(7);
+const char* const KINDS[] = {"avx512bf16", "avx512", "avx2", "portable"};
+
+std::vector<float> drawn(int64_t n, float scale = 1) {
+  std::normal_distribution<float> normal(0, scale);
+  std::vector<float> values(n);
+  for (float& x : values) x = normal(generator);
+  return values;
+}
+
+// Values as a dtype holds them: the bytes, and the same as float.
+struct Held {
+  std::vector<char> bytes;
+  std::vector<float> wide;
+};
+
+Held hold(Dtype dtype, std::vector<float> values) {
+  const Kernels& plain = *kernels("portable");
+  Held held{std::vector<char>(values.size() * (dtype == Dtype::f32 ? 4 : 2)), values};
+  plain.round(dtype, values.data(), held.bytes.data(), int64_t(values.size()));
+  plain.widen(dtype, held.bytes.data(), held.wide.data(), int64_t(values.size()));
+  return held;
+}
+
+void same(const char* what, const std::vector<float>& found, const std::vector<float>& wanted) {
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    if (std::fabs(found[i] - wanted[i]) <= 2e-3f * (1 + std::fabs(wanted[i]))) continue;
+    std::printf("%s: place %zu is %g, not %g\n", what, i, double(found[i]), double(wanted[i]));
+    std::exit(1);
+  }
+}
+
+float dot(const float* a, const float* b, int64_t n) {
+  double total = 0;
+  for (int64_t i = 0; i < n; ++i) total += double(a[i]) * b[i];
+  return float(total);
+}
+
+void products(const Kernels& k, Dtype dtype, int64_t rows, int64_t size, int64_t count) {
+  Held w = hold(dtype, drawn(rows * size)), bias = hold(dtype, drawn(rows));
+  Held x = hold(dtype, drawn(count * size));
+  Input given{x.bytes.data(), x.wide.data(), count, size};
+  std::vector<float> y(count * rows), wanted(count * rows);
+  int64_t middle = rows / 3;
+  k.matvec(dtype, w.bytes.data(), bias.bytes.data(), given, 0, middle, y.data(), rows);
+  k.matvec(dtype, w.bytes.data(), bias.bytes.data(), given, middle, rows, y.data(), rows);
+  for (int64_t m = 0; m < count; ++m)
+    for (int64_t r = 0; r < rows; ++r)
+      wanted[m * rows + r] =
+          dot(&w.wide[r * size], &x.wide[m * size], size) + bias.wide[r];
+  same("matvec", y, wanted);
+}
+
+void ffns(const Kernels& k, Dtype dtype, int64_t width, int64_t size, int64_t count, bool gated) {
+  Held up = hold(dtype, drawn(width * size, 0.2f)), gate = hold(dtype, drawn(width * size, 0.2f));
+  Held down = hold(dtype, drawn(width * size)), bias = hold(dtype, drawn(width));
+  Held basis = hold(dtype, drawn(3 * size, 0.2f)), adds = hold(dtype, drawn(3 * size));
+  Held x = hold(dtype, drawn(count * size));
+  std::vector<int32_t> ids;
+  for (int64_t i = 0; i < width; i += 1 + int64_t(generator() % 3)) ids.push_back(int32_t(i));
+  Ffn f{};
+  f.gate = gated ? gate.bytes.data() : nullptr;
+  f.up = up.bytes.data(), f.down = down.bytes.data();
+  f.up_bias = bias.bytes.data();
+  f.basis = basis.bytes.data(), f.features = adds.bytes.data();
+  f.ids = ids.data(), f.kept = int64_t(ids.size()), f.rank = 3, f.act = Act::relu;
+  Input given{x.bytes.data(), x.wide.data(), count, size};
+  std::vector<float> sums(count * size), u(count * f.kept), wanted(count * size);
+  int64_t middle = f.kept / 2;
+  k.ffn(dtype, f, given, 0, middle, sums.data(), u.data(), f.kept);
+  k.ffn(dtype, f, given, middle, f.kept, sums.data(), u.data(), f.kept);
+  k.low_rank(dtype, f, given, 0, f.rank, sums.data());
+  for (int64_t m = 0; m < count; ++m) {
+    const float* in = &x.wide[m * size];
+    for (int64_t place = 0; place < f.kept; ++place) {
+      int64_t i = ids[place];
+      float v = dot(&up.wide[i * size], in, size) + bias.wide[i];
+      float first = gated ? dot(&gate.wide[i * size], in, size) : v;
+      float act = std::fmax(first, 0.0f);
+      for (int64_t d = 0; d < size; ++d)
+        wanted[m * size + d] += (gated ? act * v : act) * down.wide[i * size + d];
+    }
+    for (int64_t r = 0; r < 3; ++r)
+      for (int64_t d = 0; d < size; ++d)
+        wanted[m * size + d] += dot(&basis.wide[r * size], in, size) * adds.wide[r * size + d];
+  }
+  same(gated ? "gated FFN" : "plain FFN", sums, wanted);
+}
+
+// A decoder of two layers: several threads against one, from an empty cache on.
+void decoder(const Kernels& k, Dtype dtype, int64_t threads) {
+  const int64_t D = 20, H = 4, K = 2, S = 6, I = 17, V = 33, capacity = 5;
+  std::vector<Held> held;
+  held.reserve(64);
+  auto made = [&](int64_t n) {
+    held.push_back(hold(dtype, drawn(n, 0.3f)));
+    return static_cast<const void*>(held.back().bytes.data());
+  };
+  Decoder d{dtype, D, H, K, S, I, V, 1e-5f, 0.4f, made(V * D), made(D), made(V * D), {}};
+  for (int index = 0; index < 2; ++index) {
+    Layer layer{};
+    layer.attention_norm = made(D), layer.ffn_norm = made(D);
+    layer.q = made(H * S * D), layer.k = made(K * S * D), layer.v = made(K * S * D);
+    layer.o = made(D * H * S), layer.q_bias = made(H * S), layer.k_norm = made(S);
+    layer.ffn.gate = made(I * D), layer.ffn.up = made(I * D), layer.ffn.down = made(I * D);
+    layer.ffn.kept = I;
+    d.layers.push_back(layer);
+  }
+  std::vector<float> cosine(S, 0.8f), sine(S, 0.6f);
+  auto run = [&](int64_t members) {
+    std::vector<std::vector<char>> memory(4, std::vector<char>(K * capacity * S * 4));
+    Cache cache{{memory[0].data(), memory[1].data()}, {memory[2].data(), memory[3].data()}, 0,
+                capacity};
+    Scratch scratch(d, members, capacity + 1);
+    scratch.observed = true;
+    std::vector<float> logits;
+    for (cache.length = 0; cache.length < capacity; ++cache.length) {
+      Team team(members);
+      std::vector<std::thread> others;
+      auto work = [&](int64_t member) {
+        step(k, d, cache, 3 + cache.length, cosine.data(), sine.data(), scratch, team, member);
+      };
+      for (int64_t m = 1; m < members; ++m) others.emplace_back(work, m);
+      work(0);
+      for (std::thread& one : others) one.join();
+      logits.insert(logits.end(), scratch.logits.begin(), scratch.logits.end());
+    }
+    return logits;
+  };
+  same("threads", run(threads), run(1));
+}
+
+}  // namespace
+
+int main() {
+  int kinds = 0;
+  for (const char* kind : KINDS) {
+    const Kernels* found = kernels(kind);
+    if (!found) continue;
+    ++kinds;
+    for (Dtype dtype : {Dtype::f32, Dtype::bf16}) {
+      for (int64_t size : {1, 7, 16, 31, 64, 100}) {
+        products(*found, dtype, 13, size, 1);
+        products(*found, dtype, 4, size, 3);
+        ffns(*found, dtype, 19, size, 1, true);
+        ffns(*found, dtype, 9, size, 2, false);
+      }
+      for (int64_t threads : {2, 3}) decoder(*found, dtype, threads);
+    }
+    std::printf("%s agrees\n", kind);
+  }
+  return kinds ? 0 : 1;
+}

@@ -1,0 +1,276 @@
+"""Executors native and slim: what compact computes, from the weights where they lie."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dart_llm import ConfigError, PruneConfig, prune
+from dart_llm import native_build as build
+from dart_llm.native_ffn import ACTS, act_number
+from dart_llm.slim_parts import why_not_slim
+from steps import Same, apart, decode, generate, selections, shared_model
+from tiny import NAMES, tokens
+
+DTYPES = (torch.float32, torch.bfloat16)
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 3e-2}
+KINDS = ("", "avx512bf16", "avx512", "avx2", "portable")
+REFUSED = {"opt": "no FFN module", "opt-350m": "no FFN module", "gpt2": "by inputs"}
+"""Models whose FFN the kernels cannot run, and what the sentence says."""
+
+SLIM = tuple(name for name in NAMES if not why_not_slim(shared_model(name)))
+PROMPT, DECODED = 66, 6
+PRIOR = {"sequences": 2, "length": 24, "opening": 0}
+REMASKS = {"drift": "interval 2", "prior": PRIOR, "sparsity": 0.5}
+
+
+@contextlib.contextmanager
+def kernels(kind: str):
+    if not build.use_kernels(kind):
+        pytest.skip(f"this CPU has no {kind}")
+    yield
+    build.use_kernels("")
+
+
+def _ids() -> Tensor:
+    return tokens(1, PROMPT + DECODED, seed=3)
+
+
+def _logits(name: str, dtype: torch.dtype, method: str, **settings):
+    run = prune(shared_model(name, dtype), method, **settings)
+    masks = selections(run)
+    with run:
+        logits = decode(run.model, _ids(), PROMPT)
+    return run, masks, logits
+
+
+def _executors(name: str) -> list[str]:
+    if any(name.startswith(refused) for refused in REFUSED):
+        return []
+    return ["native", "slim"] if name in SLIM else ["native"]
+
+
+def test_the_llama_family_is_decoded_as_a_whole() -> None:
+    assert set(SLIM) == {"llama", "llama-bias", "qwen2", "qwen3"} & set(NAMES)
+
+
+# the kernels
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1, 33, 576])
+def test_products(size: int, dtype: torch.dtype, kind: str) -> None:
+    generator = torch.Generator().manual_seed(size)
+    x, weight, bias = (
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in [(3, size), (21, size), (21,)]
+    )
+    with kernels(kind):
+        found = build.ops().linear(x, weight, bias)
+    wanted = F.linear(x.double(), weight.double(), bias.double())
+    assert found.dtype == dtype and apart(found, wanted) < TOLERANCE[dtype] / 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("gated", [True, False])
+def test_ffn(gated: bool, act: int, kind: str) -> None:
+    generator = torch.Generator().manual_seed(act)
+    width, size, rank = 50, 40, 3
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    x, up, gate, down = drawn(2, size), drawn(width, size), drawn(width, size), drawn(width, size)
+    biases, bias, basis, adds = drawn(2, width), drawn(size), drawn(rank, size), drawn(rank, size)
+    ids = torch.tensor([0, 3, 4, 7, 20, 21, 22, 23, 49], dtype=torch.int32)
+    with kernels(kind):
+        found = build.ops().ffn(
+            x,
+            gate if gated else None,
+            up,
+            down,
+            biases[0] if gated else None,
+            biases[1],
+            ids,
+            bias,
+            basis,
+            adds,
+            act,
+        )
+    rows = ids.long()
+    u = F.linear(x, up[rows], biases[1][rows])
+    u = ACTS[act](F.linear(x, gate[rows], biases[0][rows])) * u if gated else ACTS[act](u)
+    wanted = u @ down[rows] + bias + F.linear(x, basis) @ adds
+    assert apart(found, wanted) < 2e-6
+
+
+def test_wrong_shapes_are_refused_and_not_read() -> None:
+    x, weight = torch.randn(1, 8), torch.randn(4, 9)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        build.ops().linear(x, weight, None)
+    with pytest.raises(RuntimeError, match="float32 and bfloat16"):
+        build.ops().linear(x.half(), weight.half(), None)
+
+
+def test_activations_are_known_by_what_they_do() -> None:
+    from transformers.activations import ACT2FN
+
+    names = {"silu": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3, "relu2": 4}
+    assert {name: act_number(ACT2FN[name]) for name in names} == names
+    assert act_number(ACT2FN["mish"]) is None and act_number(ACT2FN["quick_gelu"]) is None
+
+
+# the executors
+
+
+@pytest.mark.parametrize("method", ["griffin", "dart", "dart-prompt"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_equal_to_compact(name: str, dtype: torch.dtype, method: str) -> None:
+    settings = {"sparsity": 0.6, "prior": PRIOR} if method == "dart" else {"sparsity": 0.6}
+    if not _executors(name):
+        reason = next(why for refused, why in REFUSED.items() if name.startswith(refused))
+        with pytest.raises(ConfigError, match=reason):
+            prune(shared_model(name, dtype), method, executor="native", **settings)
+        return
+    compact, masks, wanted = _logits(name, dtype, method, executor="compact", **settings)
+    for executor in _executors(name):
+        run, same, found = _logits(name, dtype, method, executor=executor, **settings)
+        assert apart(found, wanted) < TOLERANCE[dtype]
+        assert len(same) == len(masks) == 1
+        ours, theirs = run.report(), compact.report()
+        assert ours.executor == executor
+        assert ours.achieved_sparsity == theirs.achieved_sparsity > 0.5
+        assert ours.ffn_bytes_share <= theirs.ffn_bytes_share
+        assert ours.extra_memory_bytes < theirs.extra_memory_bytes
+
+
+@pytest.mark.parametrize("executor", ["native", "slim"])
+@pytest.mark.parametrize("name", SLIM)
+def test_observed_tokens_and_new_masks(name: str, executor: str) -> None:
+    """Evidence of decoded tokens, read by the kernels, leads to compact's masks."""
+    settings = {**REMASKS, "masking_step": 3}
+    _, wanted, logits = _logits(name, torch.float32, "dart", executor="compact", **settings)
+    _, found, close = _logits(name, torch.float32, "dart", executor=executor, **settings)
+    assert apart(close, logits) < TOLERANCE[torch.float32]
+    assert [step for step, _, _ in found] == [step for step, _, _ in wanted] == [3]
+    for ours, theirs in zip(found[0][2], wanted[0][2], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if _executors(name)])
+def test_native_is_bit_identical_at_sparsity_zero(name: str) -> None:
+    for dtype in DTYPES:
+        run, masks, logits = _logits(name, dtype, "griffin", sparsity=0.0, executor="native")
+        assert torch.equal(logits, decode(run.model, _ids(), PROMPT)) and masks == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SLIM)
+def test_slim_at_sparsity_zero_is_dense_within_rounding(name: str, dtype: torch.dtype) -> None:
+    run, _, logits = _logits(name, dtype, "griffin", sparsity=0.0, executor="slim")
+    dense = decode(run.model, _ids(), PROMPT)
+    assert torch.equal(logits[:, :PROMPT], dense[:, :PROMPT])
+    assert apart(logits, dense) < TOLERANCE[dtype]
+    assert not torch.equal(logits, dense) or dtype == torch.bfloat16
+    assert run.report().decoded_tokens == DECODED
+
+
+@pytest.mark.parametrize("executor", ["native", "slim"])
+def test_nothing_is_left_behind(executor: str) -> None:
+    model = shared_model("qwen2")
+    with Same(model):
+        with (
+            contextlib.suppress(ZeroDivisionError),
+            prune(model, "dart", executor=executor, **REMASKS),
+        ):
+            generate(model, tokens(1, 70), 8)
+            raise ZeroDivisionError
+        run = prune(model, "griffin", sparsity=0.5, executor=executor)
+        for _ in range(2):
+            with run:
+                assert model.model.layers[0].mlp.down_proj.weight.stride() == (1, 32)
+                generate(model, tokens(2, 20), 4)
+            assert model.model.layers[0].mlp.down_proj.weight.stride() == (48, 1)
+
+
+@pytest.mark.parametrize("executor", ["native", "slim"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_generate(rows: int, executor: str) -> None:
+    model, found = shared_model("llama"), []
+    for one in ("compact", executor):
+        with prune(model, "griffin", sparsity=0.5, executor=one):
+            found.append(generate(model, tokens(rows, 20, seed=5), 12))
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    assert apart(found[1].logits, found[0].logits) < 1e-5
+
+
+@pytest.mark.parametrize("executor", ["native", "slim"])
+def test_many_tokens_at_once(executor: str) -> None:
+    """Above a few dozen vectors the rows are gathered: the same numbers."""
+    model, found = shared_model("qwen3"), []
+    ids = tokens(1, 120, seed=6)
+    for one in ("compact", executor):
+        run = prune(model, "griffin", sparsity=0.5, executor=one)
+        with run, torch.no_grad():
+            first = model(ids[:, :20], use_cache=True)
+            with run.decoding():
+                found.append(model(ids[:, 20:], cache=first.cache).logits)
+    assert apart(found[1], found[0]) < 1e-5
+
+
+def test_a_cropped_cache_and_a_long_one() -> None:
+    model, found = shared_model("llama"), []
+    ids = tokens(1, 400, seed=9)
+    for executor in ("compact", "slim"):
+        with prune(model, "griffin", sparsity=0.5, executor=executor), torch.no_grad():
+            output = model(ids[:, :20], use_cache=True)
+            for end in range(20, 330):
+                output = model(ids[:, end : end + 1], cache=output.cache)
+            output.cache.crop(-40)
+            for end in range(290, 300):
+                output = model(ids[:, end : end + 1], cache=output.cache)
+            assert output.cache.get_seq_length() == 300
+            found.append(output.logits)
+    assert apart(found[1], found[0]) < 1e-5
+
+
+def test_gradients_go_through_the_weights() -> None:
+    model = shared_model("llama")
+    ids = tokens(1, 24)
+    with prune(model, "griffin", sparsity=0.5, executor="slim"):
+        output = model(ids[:, :20], use_cache=True)
+        model(ids[:, 20:21], cache=output.cache).logits.sum().backward()
+    gradient = model.model.layers[0].mlp.down_proj.weight.grad
+    assert gradient is not None and float(gradient.abs().sum()) > 0
+    model.zero_grad(set_to_none=True)
+
+
+# refusals
+
+
+def test_other_dtypes_and_rows_of_their_own() -> None:
+    with pytest.raises(ConfigError, match="float16, not float32 or bfloat16"):
+        prune(shared_model("llama", torch.float16), "griffin", sparsity=0.5, executor="native")
+    with pytest.raises(ConfigError, match="a mask per row"):
+        PruneConfig.build("griffin", executor="native", batch="per_row")
+    with pytest.raises(ConfigError, match=r'which is a gemma model, not one of .*; use "native"'):
+        prune(shared_model("gemma"), "griffin", sparsity=0.5, executor="slim")
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    build.why_not.cache_clear()
+    monkeypatch.setenv(build.SWITCH, "0")
+    try:
+        with pytest.raises(
+            ConfigError, match=r'DART_NATIVE=0 keeps .* off; use executor "compact"'
+        ):
+            prune(shared_model("llama"), "griffin", sparsity=0.5, executor="native")
+    finally:
+        build.why_not.cache_clear()
