@@ -23,6 +23,7 @@ from dart_llm.quality_summary import merge
 from dart_llm.results import write_json
 
 KEPT = ("versions", "machine", "git", "started", "finished")
+PLACES = ("--experiment-name", "--results-dir")
 TIMES = ("load_s", "total_s", "variants_s", "peak_memory_bytes")
 
 
@@ -31,8 +32,13 @@ def read(path: Path) -> Any:
 
 
 def command(words: list[str]) -> str:
-    """The command line, paths cut to file names."""
-    return shlex.join(Path(word).name if "/" in word else word for word in words)
+    """The command line, paths cut to file names, without where its results went."""
+    kept, skip = [], False
+    for word in words:
+        place, skip = skip or word in PLACES, word in PLACES
+        if not place:
+            kept.append(Path(word).name if "/" in word else word)
+    return shlex.join(kept)
 
 
 def run(folder: Path) -> dict[str, Any]:

@@ -307,7 +307,7 @@ def test_remasks_refill_the_same_buffers(name: str) -> None:
 
     def take() -> None:
         for layer in run._attachment.layers:
-            held = layer.compact
+            held = layer.kept
             found = (held.rows, held.columns, held.row_bias, held.bias, held.linear.out)
             addresses.append([t.data_ptr() for t in found if t is not None])
             contents.append(held.linear.out.clone())

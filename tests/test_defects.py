@@ -189,7 +189,7 @@ def test_defect_10_matrices_get_smaller() -> None:
     dense = flops()
     with prune(model, "griffin", sparsity=0.5) as run:
         pruned = flops()
-        compact = run._attachment.layers[0].compact
+        compact = run._attachment.layers[0].kept
         assert compact.rows.shape == (48, 32) and compact.columns.shape == (32, 24)
     assert dense - pruned == 4 * 2 * 24 * 32 * 3
 

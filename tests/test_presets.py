@@ -59,7 +59,7 @@ def test_presets_are_what_the_method_says() -> None:
         prior=PriorConfig(
             sequences=32, length=128, opening=24, temperature=0.8, top_p=0.95, tokens=32
         ),
-        min_evidence=64,
+        min_evidence=16,
         skip_sinks=True,
         compensation=True,
         compensation_rank=32,

@@ -57,7 +57,7 @@ def dart(*arguments: str, folder: Path, **environment: str) -> subprocess.Comple
 
 
 def test_a_perplexity_whose_tokens_all_ran_dense_fails_the_run(gpt2, texts):
-    few = {"eval_perplexity": True, "generation": 0, "method": "dart"}
+    few = {"eval_perplexity": True, "generation": 0, "method": "dart-prompt"}
     few |= {"ppl_prompt_tokens": 16, "ppl_scored_tokens": 32}
     with pytest.raises(ConfigError, match="all 32 scored tokens of a slice ran dense"):
         run_job(settings(gpt2, texts, **few), Ui(quiet=True))

@@ -96,7 +96,7 @@ def test_opt_says_that_it_skips_nothing() -> None:
 
 def _buffers(layers: list[Any]) -> list[list[int]]:
     names = ("rows", "columns", "row_bias", "bias")
-    held = [[getattr(layer.compact, name) for name in names] for layer in layers]
+    held = [[getattr(layer.kept, name) for name in names] for layer in layers]
     return [[t.data_ptr() for t in parts if t is not None] for parts in held]
 
 
@@ -115,7 +115,7 @@ def test_buffers_are_refilled_in_place(name: str, method: str) -> None:
             step(model, ids[:, at : at + 1], cache)
             layers = run._attachment.layers
             seen.append(_buffers(layers))
-            contents.append(layers[0].compact.columns.clone())
+            contents.append(layers[0].kept.columns.clone())
     assert len(found) >= 2 and all(len(place) == len(seen[0]) for place in seen)
     assert seen == [seen[0]] * 40 and len(seen[0][0]) >= 2
     assert not torch.equal(contents[0], contents[-1])
@@ -168,8 +168,8 @@ def test_no_copy_is_alive_after_the_block(error: type[Exception] | None) -> None
         with prune(model, "dart", sparsity=0.5) as run:
             decode(model, tokens(1, 75), 70)
             layers = run._attachment.layers
-            alive.extend(weakref.ref(layer.compact.rows) for layer in layers)
-            alive.extend(weakref.ref(layer.compact.columns) for layer in layers)
+            alive.extend(weakref.ref(layer.kept.rows) for layer in layers)
+            alive.extend(weakref.ref(layer.kept.columns) for layer in layers)
             assert all(ref() is not None for ref in alive)
             layers = None
             if error is not None:

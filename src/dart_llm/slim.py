@@ -17,35 +17,55 @@ from dart_llm.native_build import ops
 from dart_llm.native_ffn import Kept, NativeFfn
 from dart_llm.slim_cache import GrowingCache
 from dart_llm.slim_parts import SlimCall, angles, slim_parts
+from dart_llm.token_ffn import TokenFfn
+from dart_llm.token_select import TokenMask
 
 POSITIONS = 256
 """Positions whose angles are computed at a time."""
 
+COPY_BITS, COPY_GROUP = 4, 32
+"""The low-bit copies that the kernels read."""
+
 
 class SlimDecoder:
-    """One attached model's steps.  ``ffns``: its blocks, laid out for the kernels."""
+    """One attached model's steps.
 
-    def __init__(self, model: Any, ffns: Sequence[NativeFfn]) -> None:
+    ``ffns``: its blocks, laid out for the kernels; ``tokens``: their copies where tokens choose.
+    """
+
+    def __init__(
+        self, model: Any, ffns: Sequence[NativeFfn], tokens: Sequence[TokenFfn | None]
+    ) -> None:
         ops()
         parts = slim_parts(model)
         weights = [parts.embedding, parts.norm, parts.head]
         for layer, ffn in zip(parts.layers, ffns, strict=True):
             own = (ffn.gate, ffn.up, ffn.down, ffn.gate_bias, ffn.up_bias)
             weights += [*layer, *(torch.empty(0) if t is None else t for t in own)]
-        self._ffns = list(ffns)
+        self._ffns, self._tokens = list(ffns), list(tokens)
         self._native = torch.classes.dart_llm.Decoder(
             parts.sizes, parts.eps, parts.scale, weights, ffns[0].act
         )
         self._everything = [ffn.everything() for ffn in ffns]
-        self._loaded: list[Kept | None] = [None] * len(ffns)
+        self._loaded: list[Kept | TokenMask | None] = [None] * len(ffns)
         self._rotary, self._dtype = parts.rotary, parts.head.dtype
         self._angles: tuple[Tensor, Tensor] | None = None
         self._cache: GrowingCache | None = None
+
+    def serves(self, masks: Sequence[LayerMask | None]) -> bool:
+        """Whether the kernels can run these masks."""
+        return all(
+            not isinstance(mask, TokenMask) or (token is not None and _readable(token, mask))
+            for mask, token in zip(masks, self._tokens, strict=True)
+        )
 
     def load(self, masks: Sequence[LayerMask | None]) -> None:
         """Run these masks from now on; () or None in a layer's place: all of its neurons."""
         for index, ffn in enumerate(self._ffns):
             mask = masks[index] if masks else None
+            if isinstance(mask, TokenMask):
+                self._choose(index, mask)
+                continue
             if mask is None:
                 kept = self._everything[index]
             else:
@@ -54,6 +74,30 @@ class SlimDecoder:
             if kept is not self._loaded[index]:
                 self._native.set_mask(index, kept.ids, kept.bias, kept.basis, kept.features)
                 self._loaded[index] = kept
+
+    def _choose(self, index: int, mask: TokenMask) -> None:
+        """From now on every token of a layer chooses its own neurons."""
+        token = self._tokens[index]
+        if mask is self._loaded[index] or token is None:
+            return
+        worth = token.norms if mask.worth is None else mask.worth
+        own = self._everything[index].bias
+        parts = [t for t in (own, mask.bias) if t is not None]
+        bias = sum(parts[1:], parts[0]).contiguous() if parts else None
+        up = token.copies[-1]
+        gate = token.copies[0] if len(token.copies) == 2 else None
+        first = (None, None) if gate is None else (gate.levels, gate.scales)
+        self._native.set_choice(
+            index,
+            *first,
+            up.levels,
+            up.scales,
+            worth.contiguous(),
+            None if mask.mean is None else mask.mean.contiguous(),
+            bias,
+            mask.winners,
+        )
+        self._loaded[index] = mask
 
     @torch.no_grad()
     def step(self, call: SlimCall, observe: bool) -> tuple[Tensor, Tensor]:
@@ -82,3 +126,14 @@ class SlimDecoder:
             self._angles = angles(self._rotary, 0, count, self._dtype)
         cosine, sine = self._angles
         return cosine[position], sine[position]
+
+
+def _readable(token: TokenFfn, mask: TokenMask) -> bool:
+    """Whether the kernels read these copies, and rank all neurons by them."""
+    hidden = token.copies[0].inputs
+    form = {(copy.bits, copy.group) for copy in token.copies}
+    return (
+        form == {(COPY_BITS, COPY_GROUP)}
+        and hidden % (2 * COPY_GROUP) == 0
+        and mask.candidates is None
+    )

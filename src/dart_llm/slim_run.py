@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from dart_llm.slim import SlimDecoder
 from dart_llm.slim_parts import as_output, read_call
-from dart_llm.token_select import TokenMask
 from dart_llm.tracer import Tracer
 
 
@@ -29,10 +27,10 @@ class SlimRun:
         plan = tracer.plan
         masks = plan.masks[0] if len(plan.masks) == 1 else None
         watched = plan.features and tracer.config.drift.signal != "hidden"
-        if len(plan.masks) > 1 or watched or torch.is_grad_enabled() or _per_token(masks or ()):
+        if len(plan.masks) > 1 or watched or torch.is_grad_enabled():
             return original(*args, **kwargs)
         call = read_call(kwargs, args)
-        if call is None:
+        if call is None or (masks and not self.decoder.serves(masks)):
             return original(*args, **kwargs)
         self.decoder.load(masks or ())
         logits, hidden = self.decoder.step(call, plan.observe)
@@ -50,7 +48,3 @@ class SlimRun:
             f = None if basis is None else F.linear(h[index], basis)[None, None]
             now = {"u": u, "z": z, "x": x, "r": z}
             tracer.observe(index, **{name: t[index][None, None] for name, t in now.items()}, f=f)
-
-
-def _per_token(masks: Sequence[Tensor | Any]) -> bool:
-    return any(isinstance(mask, TokenMask) for mask in masks)

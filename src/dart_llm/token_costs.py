@@ -94,6 +94,8 @@ class TokenCosts:
             return Work(kept, read, none)
         if executor == "masked":
             return Work(widths, widths, none)
+        if executor == "slim" and alone and tokens <= 1:
+            return Work(kept, kept, none)
         if not alone or tokens > 1:
             return Work(every, every, none)
         copied = [0 if once else k for k, once in zip(kept, self.chosen_once(kept), strict=True)]

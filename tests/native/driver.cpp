@@ -8,6 +8,7 @@
 #include <thread>
 #include <vector>
 
+#include "choose.h"
 #include "decode.h"
 
 using namespace dart;
@@ -103,6 +104,48 @@ void ffns(const Kernels& k, Dtype dtype, int64_t width, int64_t size, int64_t co
   same(gated ? "gated FFN" : "plain FFN", sums, wanted);
 }
 
+// Estimates from 4-bit copies against plain loops, and the choice against a full sort.
+void choices(const Kernels& k, Dtype dtype, int64_t width, int64_t size) {
+  std::vector<uint8_t> levels(width * size / 2);
+  for (uint8_t& byte : levels) byte = uint8_t((1 + generator() % 15) | ((1 + generator() % 15) << 4));
+  Held scales = hold(Dtype::bf16, drawn(width * size / GROUP, 0.1f));
+  Held x = hold(dtype, drawn(size));
+  std::vector<float> worth(width, 0.5f), found(width), wanted(width);
+  Copies c{};
+  c.up = levels.data();
+  c.up_scales = reinterpret_cast<const uint16_t*>(scales.bytes.data());
+  c.worth = worth.data(), c.keep = width / 3;
+  Ffn f{};
+  f.act = Act::gelu_tanh;
+  Input given{x.bytes.data(), x.wide.data(), 1, size};
+  k.estimate(dtype, c, f, given, 0, width / 2, found.data());
+  k.estimate(dtype, c, f, given, width / 2, width, found.data());
+  for (int64_t i = 0; i < width; ++i) {
+    float sum = 0;
+    for (int64_t d = 0; d < size; ++d) {
+      uint8_t byte = levels[i * (size / 2) + d % (size / 2)];
+      int level = int(d < size / 2 ? byte & 15 : byte >> 4) - 8;
+      sum += float(level) * scales.wide[i * (size / GROUP) + d / GROUP] * x.wide[d];
+    }
+    float inner = 0.79788456f * (sum + 0.044715f * sum * sum * sum);
+    wanted[i] = 0.5f * std::fabs(0.5f * sum * (1 + std::tanh(inner)));
+  }
+  same("estimate", found, wanted);
+  found[width - 1] = found[0] = found[width / 2];  // ties
+  std::vector<int32_t> places(width), order(width);
+  for (int64_t keep : {int64_t(1), c.keep, width}) {
+    strongest(found.data(), width, keep, places.data());
+    for (int64_t i = 0; i < width; ++i) order[i] = int32_t(i);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int32_t a, int32_t b) { return found[a] > found[b]; });
+    std::sort(order.begin(), order.begin() + keep);
+    if (!std::equal(order.begin(), order.begin() + keep, places.begin())) {
+      std::printf("strongest: other places\n");
+      std::exit(1);
+    }
+  }
+}
+
 // A decoder of two layers: several threads against one, from an empty cache on.
 void decoder(const Kernels& k, Dtype dtype, int64_t threads) {
   const int64_t D = 20, H = 4, K = 2, S = 6, I = 17, V = 33, capacity = 5;
@@ -161,6 +204,7 @@ int main() {
         ffns(*found, dtype, 19, size, 1, true);
         ffns(*found, dtype, 9, size, 2, false);
       }
+      for (int64_t size : {64, 192}) choices(*found, dtype, 21, size);
       for (int64_t threads : {2, 3}) decoder(*found, dtype, threads);
     }
     std::printf("%s agrees\n", kind);

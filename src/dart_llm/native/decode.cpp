@@ -1,4 +1,5 @@
 #include "decode.h"
+#include "choose.h"
 
 #include <algorithm>
 #include <cmath>
@@ -27,6 +28,7 @@ struct Member {
   int64_t member;
   float *normed, *sums, *scores;
   uint16_t* narrow;
+  int32_t* chosen;
 
   Span share(int64_t n, int64_t block = 4) const { return part(n, member, team.size(), block); }
 
@@ -99,19 +101,32 @@ struct Member {
     }
   }
 
+  // The neurons of this token: each member estimates its share, and all of them choose the same.
+  void choose(const Layer& layer, const Input& given, Ffn& ffn) {
+    Span own = share(decoder.width);
+    kernels.estimate(decoder.dtype, layer.copies, ffn, given, own.begin, own.end,
+                     scratch.strength.data());
+    team.wait();
+    strongest(scratch.strength.data(), decoder.width, layer.copies.keep, chosen);
+    ffn.ids = chosen;
+    ffn.kept = layer.copies.keep;
+  }
+
   void ffn(int64_t index) {
     const Layer& layer = decoder.layers[index];
-    int64_t hidden = decoder.hidden, count = layer.ffn.kept;
+    int64_t hidden = decoder.hidden;
     float* x = sums + hidden;
     norm(scratch.stream.data(), layer.ffn_norm, hidden, x);
     Input given = input(x, hidden);
+    Ffn ffn = layer.ffn;
+    if (layer.copies.keep) choose(layer, given, ffn);
     std::fill_n(sums, hidden, 0.0f);
     float* u = scratch.observed ? scratch.u.data() + index * decoder.width : nullptr;
-    Span own = share(count);
-    kernels.ffn(decoder.dtype, layer.ffn, given, own.begin, own.end, sums, u, decoder.width);
-    if (layer.ffn.rank) {
-      Span features = share(layer.ffn.rank, 1);
-      kernels.low_rank(decoder.dtype, layer.ffn, given, features.begin, features.end, sums);
+    Span own = share(ffn.kept);
+    kernels.ffn(decoder.dtype, ffn, given, own.begin, own.end, sums, u, decoder.width);
+    if (ffn.rank) {
+      Span features = share(ffn.rank, 1);
+      kernels.low_rank(decoder.dtype, ffn, given, features.begin, features.end, sums);
     }
     if (scratch.observed && member == 0) {
       std::copy_n(scratch.stream.data(), hidden, scratch.x.data() + index * hidden);
@@ -185,6 +200,8 @@ Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_)
   sums.resize(threads * 2 * d.hidden);
   normed.resize(d.hidden + threads * widest(d));
   narrow.resize(threads * widest(d));
+  strength.resize(d.width);
+  chosen.resize(threads * d.width);
   scores.resize(threads * positions);
   u.resize(layers * d.width);
   x.resize(layers * d.hidden);
@@ -199,7 +216,8 @@ void step(const Kernels& kernels, const Decoder& decoder, const Cache& cache, in
              scratch.normed.data() + decoder.hidden + member * wide,
              scratch.sums.data() + member * 2 * decoder.hidden,
              scratch.scores.data() + member * scratch.positions,
-             scratch.narrow.data() + member * wide};
+             scratch.narrow.data() + member * wide,
+             scratch.chosen.data() + member * decoder.width};
   one.run(token);
 }
 

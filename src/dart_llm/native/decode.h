@@ -13,6 +13,7 @@ struct Layer {
   const void *q_bias, *k_bias, *v_bias, *o_bias;        // or null
   const void *q_norm, *k_norm;                          // [S], or null
   Ffn ffn;
+  Copies copies;
   const float* bias;  // [D] float32: what is added to the FFN's output, or null
 };
 
@@ -38,6 +39,8 @@ struct Scratch {
   // FFN, its input and its output.
   std::vector<float> u, x, h, z;
   std::vector<uint16_t> narrow;
+  std::vector<float> strength;       // of a layer's neurons
+  std::vector<int32_t> chosen;       // every member's own list of the token's neurons
   int64_t threads, positions;
   bool observed = false;
 };

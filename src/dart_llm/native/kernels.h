@@ -27,11 +27,22 @@ struct Ffn {
   const void* up_bias;
   const void* basis;     // [r, D], or null: features of the input ...
   const void* features;  // [r, D]: ... and what each adds to the output
+  const float* mean;     // [I], or null: taken off each activation before `down`
   const int32_t* ids;    // kept neurons; null: all of them
   int64_t kept;
   int64_t rank;
   Act act;
 };
+
+// 4-bit copies of gate and up, by which a token chooses its neurons: byte j of a row holds level + 8
+// of input j in its low bits and of input j + D / 2 in its high ones; D is a multiple of 64.
+struct Copies {
+  const uint8_t *gate, *up;             // [I, D / 2]; gate null: a plain FFN
+  const uint16_t *gate_scales, *up_scales;  // bfloat16 [I, D / GROUP]
+  const float* worth;                   // [I]: of a unit of activation
+  int64_t keep;                         // neurons of one token; 0: no token chooses
+};
+constexpr int64_t GROUP = 32;
 
 struct Kernels {
   const char* name;
@@ -43,6 +54,9 @@ struct Kernels {
               int64_t u_stride);
   // sums[m, :] += features begin to end of the low-rank part.
   void (*low_rank)(Dtype, const Ffn&, const Input&, int64_t begin, int64_t end, float* sums);
+  // strength[i] = abs(u~_i) worth_i of neurons begin to end, u~ from the copies; x is one vector.
+  void (*estimate)(Dtype, const Copies&, const Ffn&, const Input&, int64_t begin, int64_t end,
+                   float* strength);
   // One query head over n cached positions and the new one; out: [size] float32.
   // keys, values: n rows, `stride` values apart, in the weights' dtype; scores: n + 1 of scratch.
   void (*attend)(Dtype, const float* query, const void* keys, const void* values, int64_t n,

@@ -131,6 +131,7 @@ void ffn_block(const Ffn& f, const Input& x, const int64_t* ids, int64_t place, 
       if (f.gate && gate_bias) a[r] += wide(gate_bias[ids[r]]);
       v[r] = f.gate ? activate(f.act, a[r]) * b[r] : activate(f.act, b[r]);
       if (u) u[m * u_stride + place + r] = v[r];
+      if (f.mean) v[r] -= f.mean[ids[r]];
     }
     add_rows<T, R>(down, v, x.size, sums + m * x.size);
   }
@@ -166,6 +167,57 @@ void features_rows(const Ffn& f, const Input& x, int64_t begin, int64_t end, flo
       dots_of<T, 1>(&basis, x, m, &found);
       add_rows<T, 1>(&adds, &found, x.size, sums + m * x.size);
     }
+  }
+}
+
+// One row of a 4-bit copy times x.
+template <class T, class Set = S>
+float copied(const uint8_t* levels, const uint16_t* scales, const T* raw, const float* x,
+             int64_t size) {
+  int64_t half = size / 2, groups = half / GROUP;
+  auto total = S::zero();
+  for (int64_t g = 0; g < groups; ++g) {
+    const uint8_t* bytes = levels + g * GROUP;
+    auto low = S::all(wide(bf16(scales[g]))), high = S::all(wide(bf16(scales[groups + g])));
+    if constexpr (Set::PAIRS && sizeof(T) == 2) {
+      auto levels_of = Set::unpack(bytes);
+      auto a = Set::dot_bf16(S::zero(), levels_of.low, Set::pairs(raw + g * GROUP));
+      auto b = Set::dot_bf16(S::zero(), levels_of.high, Set::pairs(raw + half + g * GROUP));
+      total = S::fma(high, b, S::fma(low, a, total));
+    } else {
+      float first[GROUP], second[GROUP];
+      for (int64_t j = 0; j < GROUP; ++j) {
+        first[j] = float(int(bytes[j] & 15) - 8);
+        second[j] = float(int(bytes[j] >> 4) - 8);
+      }
+      auto a = S::zero(), b = S::zero();
+      for (int64_t j = 0; j < GROUP; j += S::N) {
+        a = S::fma(S::load(first + j), S::load(x + g * GROUP + j), a);
+        b = S::fma(S::load(second + j), S::load(x + half + g * GROUP + j), b);
+      }
+      total = S::fma(high, b, S::fma(low, a, total));
+    }
+  }
+  return S::sum(total);
+}
+
+template <class T>
+void estimate_rows(const Copies& c, const Ffn& f, const Input& x, int64_t begin, int64_t end,
+                   float* strength) {
+  const T* raw = static_cast<const T*>(x.raw);
+  const T* up_bias = static_cast<const T*>(f.up_bias);
+  const T* gate_bias = static_cast<const T*>(f.gate_bias);
+  int64_t bytes = x.size / 2, groups = x.size / GROUP;
+  for (int64_t i = begin; i < end; ++i) {
+    float u = copied(c.up + i * bytes, c.up_scales + i * groups, raw, x.wide, x.size);
+    if (up_bias) u += wide(up_bias[i]);
+    float gate = u;
+    if (c.gate) {
+      gate = copied(c.gate + i * bytes, c.gate_scales + i * groups, raw, x.wide, x.size);
+      if (gate_bias) gate += wide(gate_bias[i]);
+    }
+    u = c.gate ? activate(f.act, gate) * u : activate(f.act, u);
+    strength[i] = std::fabs(u) * c.worth[i];
   }
 }
 
@@ -217,6 +269,11 @@ void low_rank(Dtype dtype, const Ffn& f, const Input& x, int64_t begin, int64_t 
   DART_BY_DTYPE(features_rows<T>(f, x, begin, end, sums))
 }
 
+void estimate(Dtype dtype, const Copies& c, const Ffn& f, const Input& x, int64_t begin,
+              int64_t end, float* strength) {
+  DART_BY_DTYPE(estimate_rows<T>(c, f, x, begin, end, strength))
+}
+
 void attend(Dtype dtype, const float* query, const void* keys, const void* values, int64_t n,
             int64_t stride, const float* new_key, const float* new_value, int64_t size, float scale,
             float* scores, float* out) {
@@ -232,4 +289,4 @@ void widen(Dtype dtype, const void* from, float* to, int64_t n) {
   DART_BY_DTYPE(for (int64_t i = 0; i < n; ++i) to[i] = wide(static_cast<const T*>(from)[i]))
 }
 
-const Kernels table = {NAME, matvec, ffn, low_rank, attend, round, widen};
+const Kernels table = {NAME, matvec, ffn, low_rank, estimate, attend, round, widen};

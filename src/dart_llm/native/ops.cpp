@@ -203,10 +203,34 @@ struct Decoder : torch::CustomClassHolder {
     layer.ffn.features = data(features, type);
     layer.ffn.rank = basis ? basis->size(0) : 0;
     layer.bias = static_cast<const float*>(data(bias, at::kFloat));
+    layer.ffn.mean = nullptr;
+    layer.copies = {};
     auto& keep = masks[index];
     keep.clear();
     for (const auto& t : {ids, bias, basis, features})
       if (t) keep.push_back(*t);
+  }
+
+  // From now on every token of layer `index` chooses `keep` neurons by 4-bit copies; mean: [I]
+  // float32, what the others stand at, with the bias that goes with it, or None.
+  void set_choice(int64_t index, const MaybeTensor& gate, const MaybeTensor& gate_scales,
+                  const Tensor& up, const Tensor& up_scales, const Tensor& worth,
+                  const MaybeTensor& mean, const MaybeTensor& bias, int64_t keep) {
+    TORCH_CHECK(model.hidden % (2 * dart::GROUP) == 0 && up.size(1) == model.hidden / 2 &&
+                    up_scales.size(1) == model.hidden / dart::GROUP && keep <= model.width,
+                "native: these copies have another shape");
+    set_mask(index, {}, bias, {}, {});
+    dart::Layer& layer = model.layers.at(index);
+    layer.ffn.mean = static_cast<const float*>(data(mean, at::kFloat));
+    layer.copies = {static_cast<const uint8_t*>(data(gate, at::kByte)),
+                    static_cast<const uint8_t*>(data(up, at::kByte)),
+                    static_cast<const uint16_t*>(data(gate_scales, at::kBFloat16)),
+                    static_cast<const uint16_t*>(data(up_scales, at::kBFloat16)),
+                    static_cast<const float*>(data(worth, at::kFloat)),
+                    keep};
+    for (const auto& t : {gate, gate_scales, MaybeTensor(up), MaybeTensor(up_scales),
+                          MaybeTensor(worth), mean})
+      if (t) masks[index].push_back(*t);
   }
 
   // Decodes after `token`; keys and values: per layer [K, capacity, S], `length` filled, of which
@@ -268,6 +292,7 @@ TORCH_LIBRARY(dart_llm, library) {
   library.class_<Decoder>("Decoder")
       .def(torch::init<std::vector<int64_t>, double, double, std::vector<Tensor>, int64_t>())
       .def("set_mask", &Decoder::set_mask)
+      .def("set_choice", &Decoder::set_choice)
       .def("step", &Decoder::step)
       .def("observed", &Decoder::observed);
 }
