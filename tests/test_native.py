@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from dart_llm import native_build as build
 from dart_llm.native_ffn import ACTS, act_number
 from dart_llm.slim_parts import why_not_slim
 from steps import Same, apart, decode, generate, selections, shared_model
-from tiny import NAMES, tokens
+from tiny import CONFIGS, NAMES, tiny, tokens
 
 DTYPES = (torch.float32, torch.bfloat16)
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 3e-2}
@@ -26,6 +27,15 @@ SLIM = tuple(name for name in NAMES if not why_not_slim(shared_model(name)))
 PROMPT, DECODED = 66, 6
 PRIOR = {"sequences": 2, "length": 24, "opening": 0}
 REMASKS = {"drift": "interval 2", "prior": PRIOR, "sparsity": 0.5}
+
+
+@pytest.fixture(autouse=True)
+def native(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(build.SWITCH, "1")
+    build.why_not.cache_clear()
+    assert build.why_not() == ""
+    yield
+    build.why_not.cache_clear()
 
 
 @contextlib.contextmanager
@@ -151,6 +161,22 @@ def test_equal_to_compact(name: str, dtype: torch.dtype, method: str) -> None:
         assert ours.extra_memory_bytes < theirs.extra_memory_bytes
 
 
+@pytest.mark.parametrize("share", [0.5, 0.7])
+def test_tokens_choose_natively(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    """Copies of 4 bits, winners and their mean: what gathering by torch gives."""
+    monkeypatch.setitem(CONFIGS, "wide", ("qwen2", {**CONFIGS["qwen2"][1], "hidden_size": 128}))
+    model = tiny("wide")
+    settings = {"sparsity": share, "prior": PRIOR}
+    found = []
+    for executor in ("compact", "slim"):
+        run = prune(model, "dart-token", executor=executor, **settings)
+        with run:
+            found.append(decode(model, _ids(), PROMPT))
+            taken = run._attachment.slim
+            assert taken is None or taken.steps == DECODED
+    assert apart(found[1], found[0]) < TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("executor", ["native", "slim"])
 @pytest.mark.parametrize("name", SLIM)
 def test_observed_tokens_and_new_masks(name: str, executor: str) -> None:
@@ -265,12 +291,43 @@ def test_other_dtypes_and_rows_of_their_own() -> None:
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    build.why_not.cache_clear()
     monkeypatch.setenv(build.SWITCH, "0")
-    try:
-        with pytest.raises(
-            ConfigError, match=r'DART_NATIVE=0 keeps .* off; use executor "compact"'
-        ):
-            prune(shared_model("llama"), "griffin", sparsity=0.5, executor="native")
-    finally:
-        build.why_not.cache_clear()
+    build.why_not.cache_clear()
+    with pytest.raises(ConfigError, match=r'DART_NATIVE=0 keeps .* off; use executor "compact"'):
+        prune(shared_model("llama"), "griffin", sparsity=0.5, executor="native")
+    assert prune(shared_model("llama"), "griffin", sparsity=0.5).executor == "compact"
+
+
+def test_a_build_that_fails_is_said_once_and_compact_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DART_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    build.why_not.cache_clear()
+    run = prune(shared_model("llama"), "griffin", sparsity=0.5)
+    assert run.executor == run.executor == "compact"
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "no C++ compiler" in caplog.text and "slower executor compact" in caplog.text
+    with pytest.raises(ConfigError, match='use executor "compact" or "auto"'):
+        prune(shared_model("llama"), "griffin", sparsity=0.5, executor="slim")
+
+
+def test_auto_is_the_fastest_that_can_run() -> None:
+    wanted = {"llama": "slim", "gemma": "native", "gpt2": "compact", "opt": "masked"}
+    for name, executor in wanted.items():
+        assert prune(shared_model(name), "griffin", sparsity=0.5).executor == executor
+        assert prune(shared_model(name), "griffin", sparsity=0.0).executor in ("compact", "masked")
+    half = shared_model("llama", torch.float16)
+    assert prune(half, "griffin", sparsity=0.5).executor == "compact"
+    rows = prune(shared_model("llama"), "griffin", sparsity=0.5, batch="per_row")
+    assert rows.executor == "masked"
+
+
+def test_a_compiler_that_refuses_is_quoted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DART_CACHE", str(tmp_path))
+    wrong = {**build.sources(), "kernels.cpp": '#error "not today"\n'}
+    monkeypatch.setattr(build, "sources", lambda: wrong)
+    build.why_not.cache_clear()
+    assert "not today" in build.why_not() and len(caplog.records) == 1

@@ -78,9 +78,9 @@ def _ordered(found: Sequence[Row]) -> list[Row]:
 
 
 def _with_bytes(members: Sequence[Row]) -> list[Row]:
-    """Bytes as executed where all ran compact, else what compact would have read, for all alike."""
+    """Bytes as executed where all skip work, else what compact would have read, for all alike."""
     pruned = [row for row in members if row.executor is not None]
-    executed = all(row.executor == "compact" for row in pruned)
+    executed = all(row.executor != "masked" for row in pruned)
     return [
         replace(row, bytes_share=row.bytes_executed if executed else row.bytes_if_compact)
         for row in members

@@ -118,7 +118,7 @@ def _bytes_note(done: Sequence[Row]) -> str:
     executors = {row.executor for row in done if row.executor}
     if not executors:
         return ""
-    if executors == {"compact"}:
+    if "masked" not in executors:
         return "FFN bytes: read per decoded token over dense, as executed, all overheads included."
     return (
         "FFN bytes: read per decoded token over dense, if the compact executor ran, all overheads "

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from dart_llm.config import PruneConfig
 from dart_llm.errors import ConfigError
 from dart_llm.ffn import FfnBlock
 from dart_llm.native_build import why_not
@@ -20,12 +19,20 @@ NATIVE = ("native", "slim")
 """Executors that run the native CPU kernels."""
 
 
-def choose_executor(config: PruneConfig, blocks: Sequence[FfnBlock]) -> str:
-    """``compact`` where the rows of a batch share a mask and work can be skipped."""
+def choose_executor(selector: Selector, blocks: Sequence[FfnBlock], model: Any) -> str:
+    """The fastest that can run: ``slim``, ``native``, ``compact``, ``masked``.
+
+    ``masked`` where the rows of a batch have a mask each or layers cannot be compacted; ``compact``
+    also where nothing is pruned, for then nothing may differ by a bit.
+    """
+    config = selector.config
     if config.executor != "auto":
         return config.executor
-    blocked = config.batch == "per_row" or any(block.inline or block.offloaded for block in blocks)
-    return "masked" if blocked else "compact"
+    if config.batch == "per_row" or any(block.inline or block.offloaded for block in blocks):
+        return "masked"
+    if selector.removes_nothing or any(why_not_block(block) for block in blocks) or why_not():
+        return "compact"
+    return "native" if why_not_slim(model) else "slim"
 
 
 def check_executor(

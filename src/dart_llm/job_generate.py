@@ -56,7 +56,7 @@ def _generate_one(
     report, run = None, candidate.run() if variant == "pruned" else None
     recording = contextlib.nullcontext() if kept is None else kept.recording(variant, text)
     if run is None:
-        with recording:
+        with recording, _same_path(job, candidate):
             made = generate(job.model, job.tokenizer, ids, settings.tokens, **options)
     else:
         recorder = MaskRecorder()
@@ -71,6 +71,17 @@ def _generate_one(
             _say_masks(job, run)
     job.ui.end_text(made.text)
     return _generation_record(variant, config, text, made, report)
+
+
+def _same_path(job: Job, candidate: Candidate) -> Any:
+    """Dense decoding by whole native steps where the pruned text is decoded so.
+
+    Else the speed-up would be that of the kernels, not that of pruning.
+    """
+    run = candidate.run()
+    if run is None or run.executor != "slim":
+        return contextlib.nullcontext()
+    return Run(job.model, PruneConfig.build("dense", executor="slim"))
 
 
 def _generation_record(

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import platform
+import shutil
 import sys
 from importlib import resources
 from pathlib import Path
@@ -25,7 +26,7 @@ from dart_llm.errors import DartError, LoadError
 logger = logging.getLogger("dart_llm")
 
 NAME = "dart_llm_native"
-FLAGS = ("-O3", "-std=c++17", "-fopenmp")
+FLAGS = ("-O3", "-fopenmp")
 SWITCH = "DART_NATIVE"
 """Environment variable: ``0`` keeps the native kernels off."""
 
@@ -65,19 +66,25 @@ def why_not() -> str:
             _build(folder)
         torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError, LoadError) as error:
-        return f"the native kernels could not be built ({_first_line(error)})"
+        reason = f"the native kernels could not be built ({_reason(error)})"
+        logger.warning("%s: pruned layers run by the slower executor compact", reason)
+        return reason
     return ""
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """The line that says what was wrong: a compiler's error, else the first one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    wrong = (line for line in lines if "error:" in line)
+    return next(wrong, lines[0] if lines else type(error).__name__)
 
 
 def _build(folder: Path) -> None:
+    if shutil.which(_compiler()) is None:
+        raise LoadError(f"no C++ compiler {_compiler()} is here: install g++, or set CXX to one")
     from torch.utils import cpp_extension
 
-    logger.info("compiling the native CPU kernels, once (about a minute)")
+    logger.info("compiling the native CPU kernels, once (some ten seconds)")
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in sources().items():
         (folder / name).write_text(text, encoding="utf-8")

@@ -83,8 +83,8 @@ class Run:
 
     @property
     def executor(self) -> str:
-        """``compact`` where the rows of a batch share a mask and work can be skipped."""
-        return choose_executor(self.config, self._view.blocks)
+        """What runs the pruned FFNs; ``auto`` is the fastest that can run this model here."""
+        return choose_executor(self._tracer.selector, self._view.blocks, self.model)
 
     def attach(self) -> Run:
         """Start pruning the model; raises ``AttachError`` when it is pruned already."""

@@ -112,10 +112,10 @@ class RunSettings(ActivationSettings):
                 "--save-activations keeps those of the generated texts, and nothing is generated: "
                 "give a prompt and --generation N, or leave it off"
             )
-        if self.executor == "compact":
+        if self.executor in ("compact", "native", "slim"):
             raise ConfigError(
-                "--save-activations cannot see the neurons that the compact executor skips: give "
-                "--executor masked, or leave the executor out"
+                f"--save-activations cannot see the neurons that executor {self.executor} skips: "
+                "give --executor masked, or leave the executor out"
             )
 
     def prune_config(self) -> PruneConfig:
