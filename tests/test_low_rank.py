@@ -10,7 +10,7 @@ from torch import Tensor
 from dart_llm import low_rank as low_rank_module
 from dart_llm.compensation import compensation
 from dart_llm.evidence import LayerEvidence
-from dart_llm.low_rank import FLOOR, RIDGE, LowRank, find_basis, low_rank, slopes
+from dart_llm.low_rank import FLOOR, RIDGE, LowRank, find_basis, low_rank, regression
 from prior_cases import STATISTICS, seen
 
 T, D, I, R = 80, 12, 20, 5  # noqa: E741 - the method's own names
@@ -106,6 +106,11 @@ def least_squares(u: Tensor, f: Tensor, ridge: float) -> np.ndarray:
     zeros = np.zeros((f64.shape[1], u64.shape[1]))
     found, *_ = np.linalg.lstsq(np.vstack([f64, below]), np.vstack([u64, zeros]), rcond=None)
     return found.T
+
+
+def slopes(evidence):
+    cross, inverse = regression(evidence)
+    return cross @ inverse
 
 
 @pytest.mark.parametrize("cuts", [(T,), (50, 30), (1,) * T])

@@ -71,18 +71,18 @@ def _find_basis(h: Tensor, rank: int) -> Tensor:
     return basis.contiguous()  # as it comes from the disk: kernels round by the layout
 
 
-def slopes(evidence: LayerEvidence) -> Tensor:
-    """Ridge regression of u on the features: [I, r] float32.
+def regression(evidence: LayerEvidence) -> tuple[Tensor, Tensor]:
+    """Covariances [I, r] of u with the features, and the regularised inverse [r, r] of the latter's.
 
-    From the sums ``signed`` [I], ``features`` [r], ``cross`` [I, r] and ``moments`` [r, r].
+    Their product is the ridge regression of u on the features.  From the sums ``signed`` [I],
+    ``features`` [r], ``cross`` [I, r] and ``moments`` [r, r].
     """
     sums = evidence.sums
     u, f = sums["signed"].mean, sums["features"].mean
-    cross = sums["cross"].mean - torch.outer(u, f)
-    moments = sums["moments"].mean - torch.outer(f, f)
+    cross = torch.addr(sums["cross"].mean, u, f, alpha=-1)
+    moments = torch.addr(sums["moments"].mean, f, f, alpha=-1)
     ridge = RIDGE * torch.eye(len(f), dtype=f.dtype, device=f.device)
-    solution: Tensor = torch.linalg.solve(moments + ridge, cross.T).T
-    return solution
+    return cross, torch.linalg.inv(moments + ridge)
 
 
 def low_rank(
@@ -92,9 +92,12 @@ def low_rank(
 
     down: [D, I]; basis: [r, D]; removed: [n] int64.
     """
-    columns = down.detach().index_select(1, removed).float()
+    columns = down.detach().t().index_select(0, removed).float().t()
     mean = evidence.sums["signed"].mean.index_select(0, removed)
     with full_precision(down):
-        out = columns @ slopes(evidence).index_select(0, removed)
-        bias = columns @ mean - out @ evidence.sums["features"].mean
+        cross, inverse = regression(evidence)
+        # the hidden size is smaller than the number of neurons: the inverse is applied last
+        both = columns @ torch.cat([cross.index_select(0, removed), mean[:, None]], 1)
+        out = both[:, :-1] @ inverse
+        bias = both[:, -1] - out @ evidence.sums["features"].mean
     return bias, LowRank(basis, out.to(down.dtype))
