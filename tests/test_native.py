@@ -331,3 +331,14 @@ def test_a_compiler_that_refuses_is_quoted(
     monkeypatch.setattr(build, "sources", lambda: wrong)
     build.why_not.cache_clear()
     assert "not today" in build.why_not() and len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fold(dtype: torch.dtype, kind: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(30, 70, generator=generator).to(dtype)
+    ids, factors = torch.tensor([0, 2, 3, 11, 29]), torch.randn(5, 33, generator=generator)
+    with kernels(kind):
+        found = build.ops().fold(rows, ids.int(), factors)
+    assert apart(found.t(), rows[ids].double().t() @ factors.double()) < 1e-6

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dart_llm.evidence import LayerEvidence, full_precision
+from dart_llm.native_build import ops, why_not
 
 RIDGE = 0.1
 """Added to the features' covariance, in units of their variance over the prior's text (1)."""
@@ -72,7 +73,7 @@ def _find_basis(h: Tensor, rank: int) -> Tensor:
 
 
 def regression(evidence: LayerEvidence) -> tuple[Tensor, Tensor]:
-    """Covariances [I, r] of u with the features, and the regularised inverse [r, r] of the latter's.
+    """Covariances [I, r] of u with the features; the regularised inverse [r, r] of the latter's.
 
     Their product is the ridge regression of u on the features.  From the sums ``signed`` [I],
     ``features`` [r], ``cross`` [I, r] and ``moments`` [r, r].
@@ -92,12 +93,20 @@ def low_rank(
 
     down: [D, I]; basis: [r, D]; removed: [n] int64.
     """
-    columns = down.detach().t().index_select(0, removed).float().t()
     mean = evidence.sums["signed"].mean.index_select(0, removed)
     with full_precision(down):
         cross, inverse = regression(evidence)
         # the hidden size is smaller than the number of neurons: the inverse is applied last
-        both = columns @ torch.cat([cross.index_select(0, removed), mean[:, None]], 1)
+        both = _folded(down.detach().t(), removed, torch.cat([cross[removed], mean[:, None]], 1))
         out = both[:, :-1] @ inverse
         bias = both[:, -1] - out @ evidence.sums["features"].mean
     return bias, LowRank(basis, out.to(down.dtype))
+
+
+def _folded(rows: Tensor, ids: Tensor, factors: Tensor) -> Tensor:
+    """``rows[ids].T @ factors`` in float32, [D, c].  rows: [I, D]; ids: [n]; factors: [n, c]."""
+    laid = rows.device.type == "cpu" and rows.is_contiguous()
+    if laid and rows.dtype in (torch.float32, torch.bfloat16) and not why_not():
+        found: Tensor = ops().fold(rows, ids.to(torch.int32), factors.contiguous())
+        return found.t()
+    return rows.index_select(0, ids).float().t() @ factors

@@ -104,6 +104,24 @@ void ffns(const Kernels& k, Dtype dtype, int64_t width, int64_t size, int64_t co
   same(gated ? "gated FFN" : "plain FFN", sums, wanted);
 }
 
+// Rows times factors, against plain loops.
+void folds(const Kernels& k, Dtype dtype, int64_t rows, int64_t size, int64_t count) {
+  Held held = hold(dtype, drawn(rows * size));
+  std::vector<int32_t> ids;
+  for (int64_t i = 0; i < rows; i += 2) ids.push_back(int32_t(i));
+  int64_t n = int64_t(ids.size());
+  std::vector<float> factors = drawn(n * count), found(count * size), wanted(count * size);
+  int64_t middle = size / 2;
+  for (int64_t begin : {int64_t(0), middle})
+    k.fold(dtype, held.bytes.data(), ids.data(), n, size, factors.data(), count, begin,
+           begin ? size : middle, found.data());
+  for (int64_t f = 0; f < count; ++f)
+    for (int64_t d = 0; d < size; ++d)
+      for (int64_t i = 0; i < n; ++i)
+        wanted[f * size + d] += held.wide[ids[i] * size + d] * factors[i * count + f];
+  same("fold", found, wanted);
+}
+
 // Estimates from 4-bit copies against plain loops, and the choice against a full sort.
 void choices(const Kernels& k, Dtype dtype, int64_t width, int64_t size) {
   std::vector<uint8_t> levels(width * size / 2);
@@ -204,6 +222,7 @@ int main() {
         ffns(*found, dtype, 19, size, 1, true);
         ffns(*found, dtype, 9, size, 2, false);
       }
+      for (int64_t size : {2, 33, 100}) folds(*found, dtype, 12, size, 14);
       for (int64_t size : {64, 192}) choices(*found, dtype, 21, size);
       for (int64_t threads : {2, 3}) decoder(*found, dtype, threads);
     }

@@ -57,6 +57,9 @@ struct Kernels {
   // strength[i] = abs(u~_i) worth_i of neurons begin to end, u~ from the copies; x is one vector.
   void (*estimate)(Dtype, const Copies&, const Ffn&, const Input&, int64_t begin, int64_t end,
                    float* strength);
+  // to[f, d] = sum over k of rows[ids[k], d] factors[k, f] for begin <= d < end; rows: [., size].
+  void (*fold)(Dtype, const void* rows, const int32_t* ids, int64_t n, int64_t size,
+               const float* factors, int64_t count, int64_t begin, int64_t end, float* to);
   // One query head over n cached positions and the new one; out: [size] float32.
   // keys, values: n rows, `stride` values apart, in the weights' dtype; scores: n + 1 of scratch.
   void (*attend)(Dtype, const float* query, const void* keys, const void* values, int64_t n,

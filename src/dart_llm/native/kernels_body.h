@@ -221,6 +221,54 @@ void estimate_rows(const Copies& c, const Ffn& f, const Input& x, int64_t begin,
   }
 }
 
+constexpr int64_t AHEAD = 12;  // rows that are asked for before their turn
+
+// C factors of W vectors of values, held in registers while the rows go by.
+template <class T, int C, int W>
+inline void fold_tile(const T* rows, const int32_t* ids, int64_t n, int64_t size,
+                      const float* factors, int64_t count, int64_t at, float* to) {
+  typename S::V a[C][W];
+  for (int c = 0; c < C; ++c)
+    for (int w = 0; w < W; ++w) a[c][w] = S::zero();
+  for (int64_t k = 0; k < n; ++k) {
+    const T* row = rows + int64_t(ids[k]) * size + at;
+    __builtin_prefetch(rows + int64_t(ids[k + AHEAD < n ? k + AHEAD : k]) * size + at);
+    typename S::V v[W];
+    for (int w = 0; w < W; ++w) v[w] = S::load(row + w * S::N);
+    for (int c = 0; c < C; ++c) {
+      auto factor = S::all(factors[k * count + c]);
+      for (int w = 0; w < W; ++w) a[c][w] = S::fma(v[w], factor, a[c][w]);
+    }
+  }
+  for (int c = 0; c < C; ++c)
+    for (int w = 0; w < W; ++w) S::store(to + c * size + at + w * S::N, a[c][w]);
+}
+
+template <class T>
+void fold_rows(const T* rows, const int32_t* ids, int64_t n, int64_t size, const float* factors,
+               int64_t count, int64_t begin, int64_t end, float* to) {
+  constexpr int MOST = S::N == 16 ? 11 : 4, VECTORS = 2;  // what the registers hold; 33 = 3 x 11
+  int64_t at = begin;
+  for (; at + VECTORS * S::N <= end; at += VECTORS * S::N) {
+    int64_t f = 0;
+    auto tiles = [&](auto tile) {
+      constexpr int C = decltype(tile)::value;
+      for (; f + C <= count; f += C)
+        fold_tile<T, C, VECTORS>(rows, ids, n, size, factors + f, count, at, to + f * size);
+    };
+    tiles(std::integral_constant<int, MOST>());
+    tiles(std::integral_constant<int, 4>());
+    tiles(std::integral_constant<int, 1>());
+  }
+  for (; at < end; ++at)
+    for (int64_t f = 0; f < count; ++f) {
+      float total = 0;
+      for (int64_t k = 0; k < n; ++k)
+        total += wide(rows[int64_t(ids[k]) * size + at]) * factors[k * count + f];
+      to[f * size + at] = total;
+    }
+}
+
 template <class T>
 void attend_head(const float* query, const T* keys, const T* values, int64_t n, int64_t stride,
                  const float* new_key, const float* new_value, int64_t size, float scale,
@@ -274,6 +322,12 @@ void estimate(Dtype dtype, const Copies& c, const Ffn& f, const Input& x, int64_
   DART_BY_DTYPE(estimate_rows<T>(c, f, x, begin, end, strength))
 }
 
+void fold(Dtype dtype, const void* rows, const int32_t* ids, int64_t n, int64_t size,
+          const float* factors, int64_t count, int64_t begin, int64_t end, float* to) {
+  DART_BY_DTYPE(fold_rows<T>(static_cast<const T*>(rows), ids, n, size, factors, count, begin, end,
+                             to))
+}
+
 void attend(Dtype dtype, const float* query, const void* keys, const void* values, int64_t n,
             int64_t stride, const float* new_key, const float* new_value, int64_t size, float scale,
             float* scores, float* out) {
@@ -289,4 +343,4 @@ void widen(Dtype dtype, const void* from, float* to, int64_t n) {
   DART_BY_DTYPE(for (int64_t i = 0; i < n; ++i) to[i] = wide(static_cast<const T*>(from)[i]))
 }
 
-const Kernels table = {NAME, matvec, ffn, low_rank, estimate, attend, round, widen};
+const Kernels table = {NAME, matvec, ffn, low_rank, estimate, fold, attend, round, widen};

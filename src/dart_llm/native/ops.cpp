@@ -93,6 +93,24 @@ Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   return y.to(type);
 }
 
+// rows [I, D], ids int32 [n], factors [n, c] float32: rows[ids]^T factors, transposed: [c, D].
+Tensor fold(const Tensor& rows, const Tensor& ids, const Tensor& factors) {
+  dart::Dtype dtype = dtype_of(rows);
+  const void* from = data(rows, rows.scalar_type());
+  const auto* which = static_cast<const int32_t*>(data(ids, at::kInt));
+  const auto* by = static_cast<const float*>(data(factors, at::kFloat));
+  int64_t n = ids.size(0), size = rows.size(1), count = factors.size(1);
+  TORCH_CHECK(rows.dim() == 2 && factors.size(0) == n, "native: shapes do not fit");
+  Tensor found = at::empty({count, size}, factors.options());
+  float* to = found.mutable_data_ptr<float>();
+  const dart::Kernels& kernels = best();
+  together([&](dart::Team& team, int64_t member) {
+    dart::Span own = dart::part(size, member, team.size(), 32);
+    kernels.fold(dtype, from, which, n, size, by, count, own.begin, own.end, to);
+  });
+  return found;
+}
+
 dart::Ffn read_ffn(const MaybeTensor& gate, const Tensor& up, const Tensor& down,
                    const MaybeTensor& gate_bias, const MaybeTensor& up_bias, const MaybeTensor& ids,
                    const MaybeTensor& basis, const MaybeTensor& features, int64_t act) {
@@ -287,6 +305,7 @@ struct Decoder : torch::CustomClassHolder {
 TORCH_LIBRARY(dart_llm, library) {
   library.def("linear", linear);
   library.def("ffn", ffn);
+  library.def("fold", fold);
   library.def("cpu", cpu);
   library.def("use", use);
   library.class_<Decoder>("Decoder")
