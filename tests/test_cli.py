@@ -186,6 +186,7 @@ def test_methods_and_doctor_speak_json(tmp_path):
     }
     assert all(entry["summary"] for entries in methods.values() for entry in entries)
     found = json.loads(dart("doctor", "--json", folder=tmp_path, HF_TOKEN="hf_secret").stdout)
+    assert found["native_kernels"] == "off (DART_NATIVE=0)"
     assert found["hub_token"] is True
     assert "hf_secret" not in json.dumps(found)
     assert found["machine"]["omp_wait_policy"] == "PASSIVE"

@@ -19,6 +19,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "eval": ("datasets", "lm_eval", "rouge_score", "scipy"),
     "plots": ("matplotlib", "cmcrameri", "plotly"),
     "drift": ("sentence_transformers", "sacrebleu", "bert_score", "rouge_score", "scipy"),
+    "native": ("ninja",),
     "cluster": ("ray",),
     "trackio": ("trackio",),
     "tensorboard": ("tensorboard",),
@@ -32,6 +33,8 @@ def examine(cache_dir: str | None = None) -> dict[str, Any]:
     """Everything that explains why a run works or does not; a token's value is never read out."""
     import torch
 
+    from dart_llm.native_build import state as native_state
+
     cache = cache_folder(cache_dir)
     existing = next(path for path in (cache, *cache.parents) if path.exists())
     return {
@@ -40,6 +43,7 @@ def examine(cache_dir: str | None = None) -> dict[str, Any]:
         "devices": _devices(torch),
         "dtypes": _dtypes(torch),
         "compiler": shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"),
+        "native_kernels": native_state(cache_dir),
         "cache": str(cache),
         "free_disk_gib": round(shutil.disk_usage(existing).free / 2**30, 1),
         "hub_token": _has_token(),
@@ -95,6 +99,7 @@ def print_report(found: dict[str, Any]) -> None:
     table.add_row("devices", ", ".join(found["devices"]))
     table.add_row("dtypes on the CPU", ", ".join(found["dtypes"]))
     table.add_row("C++ compiler", Path(found["compiler"]).name if found["compiler"] else "none")
+    table.add_row("native CPU kernels", found["native_kernels"])
     table.add_row("cache", found["cache"])
     table.add_row("free disk", f"{found['free_disk_gib']} GiB")
     table.add_row("hub token", "present" if found["hub_token"] else "none (public models only)")

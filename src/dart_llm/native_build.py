@@ -72,6 +72,15 @@ def why_not() -> str:
     return ""
 
 
+def state(cache_dir: str | None = None) -> str:
+    """In words, and without building anything: the kernels that run, or why none do."""
+    if os.environ.get(SWITCH) == "0":
+        return f"off ({SWITCH}=0)"
+    if (cache_folder(cache_dir) / "native" / built_name() / f"{NAME}.so").exists():
+        return why_not() or f"built: {kernels_in_use()}"
+    return "not built yet: compiled when they are first needed"
+
+
 def _reason(error: BaseException) -> str:
     """The line that says what was wrong: a compiler's error, else the first one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
