@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,6 @@ from dart_llm.errors import DartError
 from dart_llm.masks import LayerMask
 from dart_llm.news import News
 from dart_llm.prepare import prepare
-from dart_llm.results import now
 from dart_llm.session import Run
 from dart_llm.speed_cases import OWN, TRANSFORMERS, Case, Variant, cost_cases, dense_cases
 from dart_llm.speed_clock import Sample, repetition
@@ -71,7 +71,7 @@ class Study:
     """Labels by the reason why they cannot run."""
     repetitions: list[dict[str, Any]] = field(default_factory=list)
     """``samples`` by label, ``order``, ``sitting`` and ``read_bandwidth`` of each repetition."""
-    sitting: str = field(default_factory=lambda: f"{now().isoformat()} {os.getpid()}")
+    sitting: str = field(default_factory=lambda: f"{os.getpid()} {time.time_ns()}")
     """Tells the repetitions of one process from those of others."""
 
     def run(self) -> None:
