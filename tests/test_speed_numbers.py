@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dart_llm.config import PruneConfig
 from dart_llm.errors import ConfigError, UnknownName
@@ -14,6 +15,7 @@ from dart_llm.settings_speed import SpeedSettings
 from dart_llm.speed_cases import Case, cost_cases, dense_cases, parse, rebuilding
 from dart_llm.speed_costs import builds, costs, pruned_ms
 from dart_llm.speed_limit import Bytes, mean_context, percentile, spread, timed_mean
+from dart_llm.speed_machine import Growth, read_bandwidth
 from dart_llm.speed_study import shuffled
 from dart_llm.speed_summary import summarise
 from dart_llm.speed_table import number
@@ -111,7 +113,7 @@ def test_rows_by_hand() -> None:
     plain, own, row = found["rows"]
     assert (plain["tg_ms"], plain["tg_spread_ms"]) == (pytest.approx(42), pytest.approx(2))
     assert plain["times_own_dense"] == pytest.approx(0.5)
-    assert own["limit"] == 1.0 and own["share_of_limit"] == pytest.approx(1.0)
+    assert own["limit"] == 1.0 and own["share_of_limit"] is None
     assert row["tg_ms"] == pytest.approx(15) and row["pp_tokens_per_second"] == pytest.approx(160)
     assert row["times_transformers"] == pytest.approx(42 / 15)
     assert row["times_own_dense"] == pytest.approx(1.4)
@@ -229,3 +231,22 @@ def test_a_model_is_called_by_its_name() -> None:
     assert (found.name, found.experiment, found.is_random) == (
         "qwen2.5-0.5b", "speed-qwen2.5-0.5b", False)  # fmt: skip
     assert found.base().model == "Qwen/Qwen2.5-0.5B"
+
+
+# the machine
+
+
+def test_growth_sees_what_was_allocated_and_freed() -> None:
+    growth = Growth(torch.device("cpu"))
+    if growth.before is None:
+        pytest.skip("this system does not say how much memory a process held")
+    held = torch.ones(16 * 2**20)  # 64 MiB of float32
+    del held
+    assert growth.bytes is not None
+    assert 60 * 2**20 < growth.bytes < 128 * 2**20
+    assert (Growth(torch.device("cpu")).bytes or 0) < 32 * 2**20  # the peak starts anew
+
+
+def test_reading_is_measured_in_bytes_per_second() -> None:
+    found = read_bandwidth(torch.device("cpu"), mib=4, reads=3)
+    assert 1e7 < found < 1e13

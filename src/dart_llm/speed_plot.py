@@ -59,6 +59,7 @@ def _draw(axes: Axes, rows: Sequence[Row], share: float, own: str, palette: Pale
     look: dict[str, Any] = {"color": INK, "linewidth": 1.5, "linestyle": DASHES}
     axes.plot([100 * value for value in x], limits, label="byte limit 1 / (1 - f s)", **look)
     named: set[str | None] = set()
+    several = len({row["variant"] for row in rows} - {None}) > 1
     for row in rows:
         executor = row["executor"]
         colour, marker = LOOKS[executor]
@@ -75,6 +76,10 @@ def _draw(axes: Axes, rows: Sequence[Row], share: float, own: str, palette: Pale
             linestyle="none",
         )
         named.add(executor)
+        if several and row["variant"]:
+            place = (100 * row["achieved_sparsity"], row["times_own_dense"])
+            beside: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points"}
+            axes.annotate(row["variant"], place, fontsize=7, color=SOFT, va="center", **beside)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("achieved sparsity (%)", fontsize=8, color=SOFT)
     axes.set_ylabel(f"times as fast as {own}", fontsize=8, color=SOFT)

@@ -18,7 +18,7 @@ DEFINITIONS = {
     "tg ms": "mean over a repetition's timed tokens, dense tokens and mask builds among them; "
     "median over repetitions",
     "+-": "median absolute distance of the repetitions to their median",
-    "token 5-95 %": "percentiles over single tokens of all repetitions",
+    "token 5/50/95 %": "percentiles over single tokens of all repetitions, ms",
     "achieved": "fraction of FFN neurons removed, mean over the timed tokens, dense ones count 0",
     "dense tokens": "share of the timed tokens that ran dense",
     "re-masks": "masks built per repetition after the first",
@@ -110,7 +110,7 @@ def _row(
         "times_transformers": dense[TRANSFORMERS] / ms,
         "times_own_dense": dense[own] / ms,
         "limit": limit,
-        "share_of_limit": dense[own] / ms / limit,
+        "share_of_limit": None if case.variant is None else dense[own] / ms / limit,
         "bytes_per_token": moved,
         "bytes_per_second": speed,
         "share_of_read_bandwidth": speed / read,
