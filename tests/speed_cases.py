@@ -18,6 +18,7 @@ PROMPT, TOKENS = 12, 12
 def shape(root: Path, name: str = "llama") -> Path:
     """The config.json of a tiny model."""
     kind, settings = CONFIGS[name]
+    root.mkdir(parents=True, exist_ok=True)
     path = root / f"{name}.json"
     path.write_text(json.dumps({"model_type": kind, **settings}), encoding="utf-8")
     return path
