@@ -3,7 +3,7 @@
 Usage: python scripts/check_docs.py [--write]
 
 - docs/cli.md holds the ``--help`` of every command, docs/scripts.md the table of variables.
-- docs/measurements.md, docs/method.md and README.md hold tables of benchmarks/results/*.json.
+- docs/measurements.md, method.md, performance.md and README.md hold tables of benchmarks/results.
 - docs/data.md holds the catalogue of data sets.
 - Every flag of ``dart-llm run`` is in one of the two.
 - Every relative link and anchor in README.md, CONTRIBUTING.md and docs/*.md leads somewhere.
@@ -33,6 +33,7 @@ COMMANDS = (
     "detect",
     "inspect",
     "bench quality",
+    "bench speed",
     "results",
     "prompts generate",
     "prompts list",
@@ -139,11 +140,13 @@ def generated(root: Path) -> dict[str, tuple[Path, str]]:
         import evaluation_tables
         import measured_tables
         import quality_measured
+        import speed_measured
 
         blocks.update(measured_tables.tables(root))
         blocks.update(evaluation_tables.tables(root))
         blocks.update(drift_measured.tables(root))
         blocks.update(quality_measured.tables(root))
+        blocks.update(speed_measured.tables(root))
     return blocks
 
 

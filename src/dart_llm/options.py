@@ -22,6 +22,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "generation": ("--max-new-tokens",),
     "method": ("-m",),
     "prompt": ("-p",),
+    "shape": ("--model-config",),
 }
 
 

@@ -20,7 +20,7 @@ from dart_llm.results_view import mapping, number
 GENERATE = "generate"
 """The task of a generated text; its metric is the speed."""
 
-STUDIES = ("detect", "inspect", "quality")
+STUDIES = ("detect", "inspect", "quality", "speed")
 """Kinds whose results are no cells of a comparison; their folders have tables of their own."""
 
 CELLS, MEASUREMENTS = "results.jsonl", "measurements.json"

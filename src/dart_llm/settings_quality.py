@@ -83,7 +83,7 @@ class QualitySettings(BaseModel):
             if key not in cls.model_fields:
                 raise unknown_key(cls, str(key))
         found = {key: _parts(value) if key in LISTS else value for key, value in data.items()}
-        return {key: _joined(value) if key in TEXTS else value for key, value in found.items()}
+        return {key: joined(value) if key in TEXTS else value for key, value in found.items()}
 
     @model_validator(mode="after")
     def _check(self) -> QualitySettings:
@@ -109,7 +109,7 @@ class QualitySettings(BaseModel):
 
     def cell_list(self) -> tuple[str, ...]:
         """The cells in order; raises ``UnknownName``."""
-        found = tuple(dict.fromkeys(_words(self.cells)))
+        found = tuple(dict.fromkeys(words(self.cells)))
         for name in found:
             if name not in CELLS:
                 raise UnknownName("cell", name, CELLS)
@@ -119,11 +119,11 @@ class QualitySettings(BaseModel):
 
     def sparsity_list(self) -> tuple[float, ...]:
         """The sparsities, each once; raises ``ConfigError`` for what is none."""
-        return _sparsities("sparsities", self.sparsities)
+        return read_sparsities("sparsities", self.sparsities)
 
     def pool_list(self) -> tuple[float, ...]:
         """The measured sparsities whose gaps are pooled; may be empty."""
-        pool, measured = _sparsities("pool", self.pool), self.sparsity_list()
+        pool, measured = read_sparsities("pool", self.pool), self.sparsity_list()
         return tuple(value for value in measured if value in pool)
 
     def variant_list(self) -> tuple[Variant, ...]:
@@ -160,22 +160,22 @@ def _parts(value: Any) -> Any:
     given = [value] if isinstance(value, str | Path) else value
     if not isinstance(given, list | tuple):
         return value
-    return [word for item in given for word in _words(str(item))]
+    return [word for item in given for word in words(str(item))]
 
 
-def _joined(value: Any) -> Any:
+def joined(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return ",".join(map(str, value))
     return str(value) if isinstance(value, int | float) else value
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def _sparsities(name: str, text: str) -> tuple[float, ...]:
+def read_sparsities(name: str, text: str) -> tuple[float, ...]:
     try:
-        found = tuple(dict.fromkeys(float(word) for word in _words(text)))
+        found = tuple(dict.fromkeys(float(word) for word in words(text)))
     except ValueError:
         raise ConfigError(
             f'--{name} "{text}" must be numbers with commas between them, e.g. 0.5,0.7'

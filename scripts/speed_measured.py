@@ -1,0 +1,91 @@
+"""Markdown tables of benchmarks/results/speed-*.json and ffn-speed.json; used by check_docs.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from measured_tables import read, table
+
+FFN = "ffn-speed"
+HEADS = {
+    "row": 0,
+    "pp tokens/s": 1,
+    "tg ms": 3,
+    "+-": 4,
+    "achieved": 7,
+    "dense tokens": 8,
+    "re-masks": 9,
+    "x transformers": 10,
+    "x own dense": 11,
+    "limit": 12,
+    "of limit": 13,
+    "GB/s": 14,
+    "extra MiB": 17,
+}
+"""Heads of the columns, and their places in ``speed_table.HEADS``."""
+COSTS = {"cost": 0, "row": 1, "against": 2, "ms": 3, "+-": 4, "of a token of": 5, "share of it": 6}
+
+
+def speed(root: Path, name: str) -> str:
+    """Rows and costs of every run."""
+    from dart_llm.speed_table import caption, cells, cost_cells
+
+    data = read(root, name)
+    parts = []
+    for run in data["runs"]:
+        parts += [f"**{caption(run)}**", _grid(HEADS, [cells(row) for row in run["rows"]])]
+        if run["costs"]:
+            parts.append(_grid(COSTS, [cost_cells(cost) for cost in run["costs"]]))
+        parts += [f"{note}." for note in run["notes"]]
+        link = f"[{name}.json](@benchmarks/results/{name}.json)"
+        checksum = str(run["checkpoint"]["sha256"] or "none")[:12]
+        parts.append(f"sha256 {checksum}; `{run['command']}`: {link}.")
+    return "\n\n".join(parts)
+
+
+def _grid(heads: dict[str, int], rows: list[list[str]]) -> str:
+    lines = [list(heads), ["---", *["---:"] * (len(heads) - 1)]]
+    lines += [[row[place] for place in heads.values()] for row in rows]
+    return table(lines)
+
+
+def ffn(root: Path) -> str:
+    """Time and bytes per second of one FFN, by shape, dtype and share of neurons kept."""
+    data = read(root, FFN)
+    heads = ["FFN", "dtype", "path", "keep", "ms", "x torch dense", "GB/s", "of native at keep 1"]
+    lines = [heads, ["---"] * 3 + ["---:"] * 5]
+    for row in data["rows"]:
+        lines.append(
+            [
+                f"{row['hidden']} x {row['width']}",
+                row["dtype"],
+                row["path"],
+                f"{row['keep']:g}",
+                f"{row['ms']:.3f}",
+                f"{row['times_torch']:.2f}",
+                f"{row['bytes_per_second'] / 1e9:.1f}",
+                f"{row['share_of_native_dense']:.0%}",
+            ]
+        )
+    machine: dict[str, Any] = data["machine"]
+    note = (
+        f"One vector, {data['repeats']} passes over all layers of a shape, interleaved, medians; "
+        f"{data['threads']} threads of {machine['processor']}, kernels "
+        f"{data['kernels']}, read bandwidth {data['read_bandwidth'] / 1e9:.1f} GB/s."
+    )
+    link = f"[{FFN}.json](@benchmarks/results/{FFN}.json)"
+    return f"{table(lines)}\n\n{note} `{data['command']}`: {link}."
+
+
+def tables(root: Path) -> dict[str, tuple[Path, str]]:
+    """A block per file whose markers docs/performance.md has, named like the file."""
+    page, results = root / "docs/performance.md", root / "benchmarks/results"
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    names = [path.stem for path in sorted(results.glob("speed-*.json"))]
+    names += [FFN] if (results / f"{FFN}.json").is_file() else []
+    return {
+        name: (page, (ffn(root) if name == FFN else speed(root, name)).replace("(@", "(../"))
+        for name in names
+        if f"<!-- generated: {name} -->" in text
+    }

@@ -1,0 +1,137 @@
+"""The settings of ``dart-llm bench speed``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from dart_llm.config import unknown_key
+from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.settings_base import BaseSettings, setting
+from dart_llm.settings_quality import joined, read_sparsities, words
+from dart_llm.speed_cases import Case, Variant, method_cases, parse
+
+STUDY, MODEL, RESULTS = "Study", "Model", "Results"
+TEXTS = ("methods", "sparsities", "executors")
+"""Texts with commas; a YAML file may hold them as lists."""
+EXECUTORS = ("masked", "compact", "native", "slim")
+LEAST = {"prompt_tokens": 1, "tokens": 4, "repeats": 1, "rebuild_every": 1, "threads": 1}
+"""The least value of each whole number."""
+
+
+class SpeedSettings(BaseModel):
+    """What ``dart-llm bench speed`` is asked to do; None means "not given"."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    methods: str = setting(STUDY, "Methods, comma-separated; dense always runs.", "dart")
+    variants: str | None = setting(
+        STUDY, "YAML file: LABEL: {SETTING: VALUE}, changes of method (default: dart)."
+    )
+    sparsities: str = setting(
+        STUDY, "Fractions of FFN neurons to remove, comma-separated.", "0.5,0.7"
+    )
+    executors: str = setting(
+        STUDY, "Of masked, compact, native and slim, comma-separated.", "compact,native,slim"
+    )
+    rebuild_every: int | None = setting(
+        STUDY, "Rebuild masks every N pruned tokens, from one observed token; no other drift rule."
+    )
+    prompt_tokens: int = setting(STUDY, "Tokens of the prompt.", 128)
+    tokens: int = setting(STUDY, "Timed tokens of a repetition, after two that are not.", 128)
+    repeats: int = setting(STUDY, "Repetitions of every row, in shuffled order.", 5)
+    threads: int | None = setting(STUDY, "Threads (default: torch's own number).")
+    warmup: bool = setting(STUDY, "Run every row once, untimed, before the first repetition.", True)
+    costs: bool = setting(STUDY, "Measure attaching, observing, drift checks, re-masks.", True)
+    calibration: str | None = setting(STUDY, "Text for methods that calibrate.")
+    # model
+    model: str = setting(
+        MODEL, "Hub id, local folder, .gguf file, or smollm2-135m.", "smollm2-135m"
+    )
+    random_weights: bool = setting(
+        MODEL, "Only the configuration is read; weights are random: nothing is downloaded.", False
+    )
+    shape: str | None = setting(
+        MODEL, "A config.json in place of --model; weights are random, nothing else is read."
+    )
+    cache_dir: str | None = setting(MODEL, "Where weights are kept.")
+    device: str | None = setting(MODEL, "0, cuda:0, cpu or mps (default: GPU 0, else CPU).")
+    dtype: str | None = setting(MODEL, "float32, float16, bfloat16 (default: the checkpoint's).")
+    revision: str | None = setting(MODEL, "Branch, tag or commit of a hub model.")
+    attn_implementation: str | None = setting(MODEL, "Attention kernel: eager, sdpa, ...")
+    trust_remote_code: bool = setting(MODEL, "Run code that comes with the checkpoint.", False)
+    # results
+    seed: int = setting(RESULTS, "Seed of the order, and of random weights.", 0)
+    experiment_name: str | None = setting(RESULTS, "Default: speed-<model>.")
+    results_dir: str = setting(RESULTS, "Folder for results.", "results")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        for key in data:
+            if key not in cls.model_fields:
+                raise unknown_key(cls, str(key))
+        return {key: joined(value) if key in TEXTS else value for key, value in data.items()}
+
+    @model_validator(mode="after")
+    def _check(self) -> SpeedSettings:
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"--seed {self.seed} must be a whole number from 0 to 2^63 - 1")
+        if self.shape is not None and "model" in self.model_fields_set:
+            raise ConfigError("--model-config stands in place of --model: give one of them")
+        if self.shape is not None and not Path(self.shape).is_file():
+            raise ConfigError(f"--model-config {self.shape} is no file: give a model's config.json")
+        self.executor_list()
+        self.case_list()
+        return self
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the weights are random."""
+        return self.random_weights or self.shape is not None
+
+    @property
+    def name(self) -> str:
+        """What the model is called in the results, without its folders."""
+        path = Path((self.shape or self.model).rstrip("/"))
+        own = path.parent.name if path.name == "config.json" and path.parent.name else path.stem
+        return (own if self.shape else path.name).lower()
+
+    def executor_list(self) -> tuple[str, ...]:
+        """The executors, each once; raises ``UnknownName``."""
+        found = tuple(dict.fromkeys(words(self.executors)))
+        for one in found:
+            if one not in EXECUTORS:
+                raise UnknownName("executor", one, EXECUTORS)
+        if not found:
+            raise ConfigError(f"--executors is empty: give some of {', '.join(EXECUTORS)}")
+        return found
+
+    def sparsity_list(self) -> tuple[float, ...]:
+        """The sparsities, each once; raises ``ConfigError`` for what is none."""
+        return read_sparsities("sparsities", self.sparsities)
+
+    def variant_list(self) -> tuple[Variant, ...]:
+        """Methods, then variants; raises ``ConfigError`` or ``UnknownName``."""
+        return parse(self.methods, self.variants, self.rebuild_every, self.seed)
+
+    def case_list(self) -> tuple[Case, ...]:
+        """Every method at every sparsity under every executor."""
+        return method_cases(self.variant_list(), self.sparsity_list(), self.executor_list())
+
+    def base(self) -> BaseSettings:
+        """How the model is loaded."""
+        shared = BaseSettings.model_fields.keys() & type(self).model_fields.keys()
+        given = {name: getattr(self, name) for name in shared if name in self.model_fields_set}
+        return BaseSettings.model_validate(given)
+
+    @property
+    def experiment(self) -> str:
+        """Name of the experiment's folder."""
+        return self.experiment_name or f"speed-{self.name}"

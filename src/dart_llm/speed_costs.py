@@ -1,0 +1,99 @@
+"""What parts of a method cost, as differences between rows of the same repetitions."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dart_llm.life import Phase
+from dart_llm.speed_cases import FOREVER, TRANSFORMERS, Case
+from dart_llm.speed_limit import spread
+
+Sample = Mapping[str, Any]
+Samples = Mapping[str, Sequence[Sample]]
+
+ATTACHED, OBSERVING, CHECKS, REMASK = "attaching", "observing", "drift checks", "a re-mask"
+WHAT = {
+    ATTACHED: "per token of a model attached at sparsity 0, against the untouched model",
+    OBSERVING: "per observed token (no mask is ever built), against the row that is named",
+    CHECKS: "per pruned token, against the same row with the drift rule never",
+    REMASK: "of the step that builds masks, beyond the median pruned step of the same repetition",
+}
+
+
+def costs(cases: Sequence[Case], samples: Samples) -> list[dict[str, Any]]:
+    """One entry per cost that was measured: ms, its spread, and its share of a dense token."""
+    found = []
+    for case in cases:
+        if case.kind == "cost":
+            kind = kind_of(case)
+            values = _values(kind, case, samples)
+            reference = TRANSFORMERS if kind in (CHECKS, REMASK) else case.against
+            if values:
+                found.append(_entry(kind, case, values, reference, samples))
+    return found
+
+
+def kind_of(case: Case) -> str:
+    """Which of ``WHAT`` a case measures."""
+    assert case.config is not None
+    if not case.config.target:
+        return ATTACHED
+    if case.config.masking_step == FOREVER:
+        return OBSERVING
+    return CHECKS if case.against else REMASK
+
+
+def _values(kind: str, case: Case, samples: Samples) -> list[float]:
+    """The cost in ms, one value per repetition, or per mask that was built."""
+    own = samples[case.label]
+    if kind == REMASK:
+        return [value for one in own for value in builds(one)]
+    if kind == OBSERVING and not any(Phase.OBSERVE in one["phases"] for one in own):
+        return []  # a method whose masks are made beforehand observes nothing
+    pairs = list(zip(own, samples.get(case.against, ()), strict=False))
+    if kind == CHECKS:  # here the row is the one that costs more
+        each = [(pruned_ms(other), pruned_ms(one)) for one, other in pairs]
+        return [more - less for more, less in each if more is not None and less is not None]
+    return [_mean_ms(one) - _mean_ms(other) for one, other in pairs]
+
+
+def builds(sample: Sample) -> list[float]:
+    """What each step that built masks took beyond a pruned step, in ms."""
+    usual = pruned_ms(sample)
+    if usual is None:
+        return []
+    return [1000 * sample["steps_s"][at] - usual for at in sample["built"]]
+
+
+def pruned_ms(sample: Sample) -> float | None:
+    """Median time of a pruned step that builds no masks; None without such a step."""
+    steps = [
+        1000 * seconds
+        for at, (seconds, phase) in enumerate(zip(sample["steps_s"], sample["phases"], strict=True))
+        if phase == Phase.PRUNED and at not in sample["built"]
+    ]
+    return statistics.median(steps) if steps else None
+
+
+def _mean_ms(sample: Sample) -> float:
+    return 1000 * statistics.fmean(sample["steps_s"])
+
+
+def _entry(
+    kind: str, case: Case, values: Sequence[float], reference: str, samples: Samples
+) -> dict[str, Any]:
+    token = statistics.median(map(_mean_ms, samples[reference]))
+    ms = statistics.median(values)
+    return {
+        "cost": kind,
+        "row": case.label,
+        "against": case.against or case.label,
+        "ms": ms,
+        "spread_ms": spread(values),
+        "values": len(values),
+        "token_of": reference,
+        "share_of_token": ms / token,
+        "what": WHAT[kind],
+    }
