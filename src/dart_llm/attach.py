@@ -130,10 +130,8 @@ class Attachment(_NotCopied):
             return  # nothing is pruned, and nothing may differ by a bit
         ffns = [layer.go_native(self.layout) for layer in self.layers]
         if slim:
-            self.slim = SlimRun(
-                SlimDecoder(self.model, ffns, [layer.token for layer in self.layers]),
-                lambda: self.tracer,
-            )
+            decoder = SlimDecoder(self.model, ffns, [layer.token for layer in self.layers])
+            self.slim = SlimRun(self.model, decoder, lambda: self.tracer)
             self._replace(self.model, "forward", self.slim.forward)
 
     def remove(self) -> None:

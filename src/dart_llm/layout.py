@@ -26,8 +26,7 @@ class Layout:
         """
         if matrix.is_contiguous():
             return matrix
-        shared = bool(parameter.is_shared())  # type: ignore[no-untyped-call]
-        if shared or not parameter.data.is_contiguous():
+        if not can_lay_out(matrix, parameter):
             raise ConfigError(
                 "native kernels lay weights out anew, and these are shared with another process "
                 "or are views of something: use executor compact"
@@ -41,6 +40,12 @@ class Layout:
         while self._laid:
             parameter = self._laid.pop()
             _transpose(parameter, parameter.data.contiguous(), transposed=False)
+
+
+def can_lay_out(matrix: Tensor, parameter: nn.Parameter) -> bool:
+    """Whether ``neuron_rows`` takes these: neurons are rows already, or nobody else is known."""
+    shared = bool(parameter.is_shared())  # type: ignore[no-untyped-call]
+    return matrix.is_contiguous() or (parameter.data.is_contiguous() and not shared)
 
 
 @torch.no_grad()

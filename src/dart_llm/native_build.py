@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,10 @@ def why_not() -> str:
     try:
         folder = cache_folder() / "native" / built_name()
         library = folder / f"{NAME}.so"
-        if not library.exists():
-            _build(folder)
-        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+        if library.exists():
+            torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+        else:
+            _build(folder, library)
     except (OSError, RuntimeError, LoadError) as error:
         reason = f"the native kernels could not be built ({_reason(error)})"
         logger.warning("%s: pruned layers run by the slower executor compact", reason)
@@ -88,24 +90,26 @@ def _reason(error: BaseException) -> str:
     return next(wrong, lines[0] if lines else type(error).__name__)
 
 
-def _build(folder: Path) -> None:
+def _build(folder: Path, library: Path) -> None:
+    """Compile and load; whole, or not at all, and no process waits for another one's lock."""
     if shutil.which(_compiler()) is None:
         raise LoadError(f"no C++ compiler {_compiler()} is here: install g++, or set CXX to one")
     from torch.utils import cpp_extension
 
     logger.info("compiling the native CPU kernels, once (some ten seconds)")
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in sources().items():
-        (folder / name).write_text(text, encoding="utf-8")
-    with _tools_of_this_environment():
+    with tempfile.TemporaryDirectory(dir=folder) as own, _tools_of_this_environment():
+        for name, text in sources().items():
+            (Path(own) / name).write_text(text, encoding="utf-8")
         cpp_extension.load(
             NAME,
-            [str(folder / name) for name in sources() if name.endswith(".cpp")],
+            [str(Path(own) / name) for name in sources() if name.endswith(".cpp")],
             extra_cflags=list(FLAGS),
             extra_ldflags=["-fopenmp"],
-            build_directory=str(folder),
+            build_directory=own,
             is_python_module=False,
         )
+        (Path(own) / library.name).replace(library)
 
 
 @contextlib.contextmanager

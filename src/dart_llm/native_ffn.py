@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from dart_llm.errors import ConfigError
 from dart_llm.ffn import FfnBlock, bias_of
-from dart_llm.layout import Layout
+from dart_llm.layout import Layout, can_lay_out
 from dart_llm.masks import LayerMask
 from dart_llm.native_build import ops
 
@@ -68,6 +68,8 @@ def why_not_block(block: FfnBlock) -> str:
         return "is not on the CPU"
     if down.dtype not in (torch.float32, torch.bfloat16):
         return f"is {str(down.dtype).removeprefix('torch.')}, not float32 or bfloat16"
+    if not can_lay_out(block.matrices()[2].t(), _parameter(block.down)):
+        return "shares the memory of its down projection, or has a view of something there"
     if not block.matrices()[1].is_contiguous():  # Conv1D; views of it would go on reading the old
         return "stores its up projection by inputs"
     if act_number(block.act) is None:

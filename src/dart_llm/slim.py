@@ -99,13 +99,12 @@ class SlimDecoder:
         )
         self._loaded[index] = mask
 
-    @torch.no_grad()
     def step(self, call: SlimCall, observe: bool) -> tuple[Tensor, Tensor]:
         """Decode one token: logits [V] and the last hidden state [D]; the cache grows by one."""
         cache = call.cache
         if self._cache is None or self._cache.of() is not cache:
             self._cache = GrowingCache(cache)
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():  # leaving that mode turns gradients on
             keys, values, length = self._cache.buffers(cache)
             cosine, sine = self._angle(length)
             logits, hidden = self._native.step(

@@ -137,6 +137,8 @@ def read_call(kwargs: dict[str, Any], args: tuple[Any, ...]) -> SlimCall | None:
     if type(cache).__name__ != CACHE or {type(one).__name__ for one in cache.layers} != {LAYER}:
         return None
     length = cache.get_seq_length()
+    if length and len(cache.layers[0].keys) != 1:
+        return None
     mask, positions = given.pop("attention_mask", None), given.pop("position_ids", None)
     if mask is not None and not (mask.shape == (1, length + 1) and bool(mask.all())):
         return None

@@ -6,19 +6,44 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from dart_llm.slim import SlimDecoder
 from dart_llm.slim_parts import as_output, read_call
 from dart_llm.tracer import Tracer
 
+OWN = ("dart_llm.", "transformers.")
+"""Packages whose hooks are known to change nothing."""
+
+
+class Hooks:
+    """Hooks inside a model, which a slim step would pass by."""
+
+    def __init__(self, model: nn.Module) -> None:
+        inner = [module for module in model.modules() if module is not model]
+        self._held = [h for m in inner for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self._known, self._foreign = 0, False
+
+    def foreign(self) -> bool:
+        """Whether any is neither dart_llm's nor transformers' own (which only collect outputs)."""
+        if (count := sum(map(len, self._held))) != self._known:
+            owners = {
+                getattr(one, "__module__", "") for held in self._held for one in held.values()
+            }
+            self._foreign = any(not owner.startswith(OWN) for owner in owners)
+            self._known = count
+        return self._foreign
+
 
 class SlimRun:
     """Takes decode steps over from the model; ``current``: the tracer of the run."""
 
-    def __init__(self, decoder: SlimDecoder, current: Callable[[], Tracer]) -> None:
+    def __init__(self, model: nn.Module, decoder: SlimDecoder, current: Callable[[], Tracer]):
         self.decoder = decoder
         self.current = current
+        self.hooks = Hooks(model)
+        self._config: Any = model.config
         self.steps = 0
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -27,7 +52,7 @@ class SlimRun:
         plan = tracer.plan
         masks = plan.masks[0] if len(plan.masks) == 1 else None
         watched = plan.features and tracer.config.drift.signal != "hidden"
-        if len(plan.masks) > 1 or watched or torch.is_grad_enabled():
+        if len(plan.masks) > 1 or watched or self._asks_for_more():
             return original(*args, **kwargs)
         call = read_call(kwargs, args)
         if call is None or (masks and not self.decoder.serves(masks)):
@@ -40,6 +65,17 @@ class SlimRun:
         if plan.features:
             tracer.feature(hidden[None, None])
         return as_output(logits, call.cache)
+
+    def _asks_for_more(self) -> bool:
+        """Whether the model's own modules must run: for gradients, autocast, outputs or hooks."""
+        config = self._config
+        return (
+            torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or getattr(config, "output_hidden_states", False)
+            or getattr(config, "output_attentions", False)
+            or self.hooks.foreign()
+        )
 
     def _observe(self, tracer: Tracer) -> None:
         u, x, h, z = self.decoder.observed()

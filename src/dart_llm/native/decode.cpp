@@ -7,6 +7,9 @@
 namespace dart {
 namespace {
 
+// Of a member's sums: two vectors [D], or a head's norm, which may be longer.
+int64_t stride(const Decoder& d) { return std::max(2 * d.hidden, d.size); }
+
 int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 const void* at(const void* base, Dtype dtype, int64_t values) {
@@ -140,7 +143,7 @@ struct Member {
     Span own = share(hidden);
     for (int64_t i = own.begin; i < own.end; ++i) {
       float total = bias ? bias[i] : 0.0f;
-      for (int64_t m = 0; m < team.size(); ++m) total += scratch.sums[m * 2 * hidden + i];
+      for (int64_t m = 0; m < team.size(); ++m) total += scratch.sums[m * stride(decoder) + i];
       if (scratch.observed) scratch.z[index * hidden + i] = total;
       scratch.stream[i] += total;
     }
@@ -197,7 +200,7 @@ Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_)
   qkv.resize(std::max((d.heads + 2 * d.kv_heads) * d.size, d.hidden));
   attended.resize(d.heads * d.size);
   logits.resize(d.vocabulary);
-  sums.resize(threads * 2 * d.hidden);
+  sums.resize(threads * stride(d));
   normed.resize(d.hidden + threads * widest(d));
   narrow.resize(threads * widest(d));
   strength.resize(d.width);
@@ -214,7 +217,7 @@ void step(const Kernels& kernels, const Decoder& decoder, const Cache& cache, in
   int64_t wide = widest(decoder);
   Member one{kernels, decoder, cache, cosine, sine, scratch, team, member,
              scratch.normed.data() + decoder.hidden + member * wide,
-             scratch.sums.data() + member * 2 * decoder.hidden,
+             scratch.sums.data() + member * stride(decoder),
              scratch.scores.data() + member * scratch.positions,
              scratch.narrow.data() + member * wide,
              scratch.chosen.data() + member * decoder.width};

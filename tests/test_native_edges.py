@@ -1,0 +1,127 @@
+"""Executors native and slim where others have a hand in: builds, memory, hooks, gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from dart_llm import ConfigError, prune
+from dart_llm import native_build as build
+from steps import apart, decode, shared_model
+from tiny import CONFIGS, tiny, tokens
+
+CLOSE = 3e-6
+PROMPT, DECODED = 66, 6
+
+
+@pytest.fixture(autouse=True)
+def native(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(build.SWITCH, "1")
+    build.why_not.cache_clear()
+    yield
+    build.why_not.cache_clear()
+
+
+def _ids() -> Tensor:
+    return tokens(1, PROMPT + DECODED, seed=3)
+
+
+def test_what_an_interrupted_build_left_behind_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DART_CACHE", str(tmp_path))
+    folder = build.cache_folder() / "native" / build.built_name()
+    folder.mkdir(parents=True)
+    (folder / "lock").touch()
+    seen: list[Path] = []
+
+    def load(name: str, files: list[str], build_directory: str, **settings: object) -> None:
+        seen.append(Path(build_directory))
+        (seen[0] / f"{name}.so").write_text("whole", encoding="utf-8")
+        assert not (folder / f"{name}.so").exists()  # nobody loads what is half written
+
+    monkeypatch.setattr("torch.utils.cpp_extension.load", load)
+    build.why_not.cache_clear()
+    assert build.why_not() == ""
+    assert (folder / f"{build.NAME}.so").read_text(encoding="utf-8") == "whole"
+    assert seen[0] != folder and not seen[0].exists()
+
+
+def test_memory_that_others_see_is_left_to_compact() -> None:
+    model = tiny("llama")
+    model.share_memory()
+    assert prune(model, "griffin", sparsity=0.5).executor == "compact"
+    wide = tiny("llama")
+    down = wide.model.layers[0].mlp.down_proj
+    down.weight = torch.nn.Parameter(torch.randn(32, 100)[:, :48])
+    assert prune(wide, "griffin", sparsity=0.5).executor == "compact"
+    with pytest.raises(ConfigError, match="layer 0 shares the memory"):
+        prune(wide, "griffin", sparsity=0.5, executor="slim").attach()
+
+
+def _after_hooking(executor: str) -> Tensor:
+    model = tiny("llama")
+    added = torch.linspace(-1, 1, 32)
+    with prune(model, "griffin", sparsity=0.5, executor=executor):
+        handle = model.model.layers[1].register_forward_hook(lambda module, args, out: out + added)
+        steered = decode(model, _ids(), PROMPT)
+        handle.remove()
+        return torch.stack([steered, decode(model, _ids(), PROMPT)])
+
+
+def test_hooks_inside_the_model_still_run() -> None:
+    expected, found = _after_hooking("compact"), _after_hooking("slim")
+    assert apart(found[0], expected[0]) < CLOSE
+    assert apart(found[1], expected[1]) < CLOSE
+    assert apart(expected[0], expected[1]) > 0.1
+
+
+def test_heads_wider_than_the_stream_stay_in_their_memory() -> None:
+    settings = {**CONFIGS["qwen3"][1], "head_dim": 128}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["qwen3"](**settings)).eval()
+    logits = {}
+    for executor in ("compact", "slim"):
+        with prune(model, "griffin", sparsity=0.5, executor=executor):
+            logits[executor] = decode(model, _ids(), PROMPT)
+    assert apart(logits["slim"], logits["compact"]) < CLOSE
+
+
+def _gradient(executor: str) -> Tensor:
+    """Of a key projection, after a prompt with gradients and a step without."""
+    model, ids, cache = tiny("llama"), _ids(), DynamicCache()
+    with prune(model, "griffin", sparsity=0.5, executor=executor):
+        model(ids[:, :PROMPT], past_key_values=cache)
+        with torch.no_grad():
+            model(ids[:, PROMPT : PROMPT + 1], past_key_values=cache)
+        assert not cache.layers[0].keys.requires_grad
+        model(ids[:, PROMPT + 1 : PROMPT + 2], past_key_values=cache).logits.sum().backward()
+    return model.model.layers[1].self_attn.k_proj.weight.grad
+
+
+def test_a_step_without_gradients_cuts_them_off() -> None:
+    assert apart(_gradient("slim"), _gradient("compact")) < 1e-4
+
+
+def test_a_cache_of_two_rows_is_not_one_of_one() -> None:
+    model, ids, cache = shared_model("llama"), tokens(2, 20), DynamicCache()
+    with prune(model, "griffin", sparsity=0.5, executor="slim"), torch.no_grad():
+        model(ids, past_key_values=cache)
+        with pytest.raises(RuntimeError):
+            model(ids[:1, :1], past_key_values=cache)
+
+
+def test_autocast_and_outputs_asked_for_by_the_configuration() -> None:
+    model, ids, cache = tiny("llama"), _ids(), DynamicCache()
+    with prune(model, "griffin", sparsity=0.5, executor="slim") as run, torch.no_grad():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            decode(model, ids, PROMPT)
+        model.config.output_hidden_states = True
+        model(ids[:, :PROMPT], past_key_values=cache)
+        out = model(ids[:, PROMPT : PROMPT + 1], past_key_values=cache)
+    assert run.executor == "slim" and len(out.hidden_states) == 5
