@@ -75,6 +75,7 @@ def machine(device: str | None = None) -> dict[str, Any]:
         "memory_gib": memory_gib(),
         "device": device,
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
     }
 
 

@@ -47,6 +47,7 @@ class SlimDecoder:
             parts.sizes, parts.eps, parts.scale, weights, ffns[0].act
         )
         self._everything = [ffn.everything() for ffn in ffns]
+        self._masks: Sequence[LayerMask | None] | None = None
         self._loaded: list[Kept | TokenMask | None] = [None] * len(ffns)
         self._rotary, self._dtype = parts.rotary, parts.head.dtype
         self._angles: tuple[Tensor, Tensor] | None = None
@@ -61,6 +62,9 @@ class SlimDecoder:
 
     def load(self, masks: Sequence[LayerMask | None]) -> None:
         """Run these masks from now on; () or None in a layer's place: all of its neurons."""
+        if masks is self._masks:
+            return
+        self._masks = masks
         for index, ffn in enumerate(self._ffns):
             mask = masks[index] if masks else None
             if isinstance(mask, TokenMask):

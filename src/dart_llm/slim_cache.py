@@ -25,6 +25,7 @@ class GrowingCache:
         self.of = weakref.ref(cache)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self._whole: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._shown: list[Tensor] = []
 
     def buffers(self, cache: Any) -> tuple[list[Tensor], list[Tensor], int]:
@@ -37,13 +38,14 @@ class GrowingCache:
         if not known or length >= self.keys[0].shape[1]:
             self.keys = [_roomy(layer.keys, length) for layer in cache.layers]
             self.values = [_roomy(layer.values, length) for layer in cache.layers]
+            self._whole = [t[None] for t in self.keys], [t[None] for t in self.values]
         return self.keys, self.values, length
 
     def show(self, cache: Any, length: int) -> None:
         """Let the cache hold the first ``length`` positions."""
         shown = []
-        for layer, keys, values in zip(cache.layers, self.keys, self.values, strict=True):
-            layer.keys, layer.values = keys[None, :, :length], values[None, :, :length]
+        for layer, keys, values in zip(cache.layers, *self._whole, strict=True):
+            layer.keys, layer.values = keys.narrow(2, 0, length), values.narrow(2, 0, length)
             shown += [layer.keys, layer.values]
         self._shown = shown
 

@@ -15,18 +15,21 @@ inline void narrow(float x, bf16* to) {
   *to = bf16((b + 0x7fffu + ((b >> 16) & 1)) >> 16);
 }
 
-template <class T>
-inline void fetch(const T* row, int64_t n) {
-  const char* p = reinterpret_cast<const char*>(row);
-  for (int64_t i = 0; i < n * int64_t(sizeof(T)); i += 64) __builtin_prefetch(p + i, 0, 2);
+// Asks for the line of each of R rows that lies `i` values on; `next` may be null.
+template <class T, int R>
+inline void ask(const T* const* next, int64_t i) {
+  if (!next) return;
+  for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + i, 0, 2);
 }
 
 template <int R>
-inline void dots(const float* const* rows, const void*, const float* x, int64_t n, float* out) {
+inline void dots(const float* const* rows, const void*, const float* x, int64_t n, float* out,
+                 const float* const* next) {
   typename S::V a[R];
   for (int r = 0; r < R; ++r) a[r] = S::zero();
   int64_t i = 0;
   for (; i + S::N <= n; i += S::N) {
+    ask<float, R>(next, i);
     auto v = S::load(x + i);
     for (int r = 0; r < R; ++r) a[r] = S::fma(S::load(rows[r] + i), v, a[r]);
   }
@@ -36,18 +39,21 @@ inline void dots(const float* const* rows, const void*, const float* x, int64_t 
 }
 
 template <int R>
-inline void dots(const bf16* const* rows, const void* raw, const float* x, int64_t n, float* out) {
+inline void dots(const bf16* const* rows, const void* raw, const float* x, int64_t n, float* out,
+                 const bf16* const* next) {
   typename S::V a[R];
   for (int r = 0; r < R; ++r) a[r] = S::zero();
   int64_t i = 0;
   if constexpr (S::PAIRS) {
     const bf16* narrow_x = static_cast<const bf16*>(raw);
     for (; i + 2 * S::N <= n; i += 2 * S::N) {
+      ask<bf16, R>(next, i);
       auto v = S::pairs(narrow_x + i);
       for (int r = 0; r < R; ++r) a[r] = S::dot_bf16(a[r], S::pairs(rows[r] + i), v);
     }
   }
   for (; i + S::N <= n; i += S::N) {
+    ask<bf16, R>(next, i);
     auto v = S::load(x + i);
     for (int r = 0; r < R; ++r) a[r] = S::fma(S::load(rows[r] + i), v, a[r]);
   }
@@ -57,18 +63,21 @@ inline void dots(const bf16* const* rows, const void* raw, const float* x, int64
 }
 
 template <class T, int R>
-inline void dots_of(const T* const* rows, const Input& x, int64_t m, float* out) {
+inline void dots_of(const T* const* rows, const Input& x, int64_t m, float* out,
+                    const T* const* next = nullptr) {
   const T* raw = static_cast<const T*>(x.raw) + m * x.size;
-  dots<R>(rows, raw, x.wide + m * x.size, x.size, out);
+  dots<R>(rows, raw, x.wide + m * x.size, x.size, out, m ? nullptr : next);
 }
 
 // sums += u[0] rows[0] + ... + u[R-1] rows[R-1]
 template <class T, int R>
-inline void add_rows(const T* const* rows, const float* u, int64_t n, float* sums) {
+inline void add_rows(const T* const* rows, const float* u, int64_t n, float* sums,
+                     const T* const* next = nullptr) {
   typename S::V c[R];
   for (int r = 0; r < R; ++r) c[r] = S::all(u[r]);
   int64_t i = 0;
   for (; i + S::N <= n; i += S::N) {
+    if (i % (64 / int64_t(sizeof(T))) == 0) ask<T, R>(next, i);
     auto v = S::load(sums + i);
     for (int r = 0; r < R; ++r) v = S::fma(S::load(rows[r] + i), c[r], v);
     S::store(sums + i, v);
@@ -89,13 +98,16 @@ inline float activate(Act act, float x) {
 }
 
 template <class T, int R>
-void matvec_block(const T* rows, const T* bias, const Input& x, int64_t row, float* y,
+void matvec_block(const T* rows, const T* bias, const Input& x, int64_t row, int64_t end, float* y,
                   int64_t stride) {
-  const T* at[R];
-  for (int r = 0; r < R; ++r) at[r] = rows + (row + r) * x.size;
+  const T *at[R], *next[R];
+  for (int r = 0; r < R; ++r) {
+    at[r] = rows + (row + r) * x.size;
+    next[r] = row + R + r < end ? at[r] + R * x.size : at[r];
+  }
   for (int64_t m = 0; m < x.count; ++m) {
     float found[R];
-    dots_of<T, R>(at, x, m, found);
+    dots_of<T, R>(at, x, m, found, next);
     for (int r = 0; r < R; ++r)
       y[m * stride + row + r] = found[r] + (bias ? wide(bias[row + r]) : 0.0f);
   }
@@ -105,27 +117,36 @@ template <class T>
 void matvec_rows(const T* rows, const T* bias, const Input& x, int64_t begin, int64_t end, float* y,
                  int64_t stride) {
   int64_t row = begin;
-  for (; row + BLOCK <= end; row += BLOCK) matvec_block<T, BLOCK>(rows, bias, x, row, y, stride);
-  for (; row < end; ++row) matvec_block<T, 1>(rows, bias, x, row, y, stride);
+  for (; row + BLOCK <= end; row += BLOCK)
+    matvec_block<T, BLOCK>(rows, bias, x, row, end, y, stride);
+  for (; row < end; ++row) matvec_block<T, 1>(rows, bias, x, row, end, y, stride);
 }
 
+// The rows of R neurons.
 template <class T, int R>
-void ffn_block(const Ffn& f, const Input& x, const int64_t* ids, int64_t place, float* sums,
-               float* u, int64_t u_stride) {
+struct Rows {
   const T *gate[R], *up[R], *down[R];
-  for (int r = 0; r < R; ++r) {
-    int64_t at = ids[r] * x.size;
-    up[r] = static_cast<const T*>(f.up) + at;
-    down[r] = static_cast<const T*>(f.down) + at;
-    gate[r] = f.gate ? static_cast<const T*>(f.gate) + at : up[r];
-    fetch(down[r], x.size);
+  Rows(const Ffn& f, const int64_t* ids, int64_t size) {
+    for (int r = 0; r < R; ++r) {
+      int64_t at = ids[r] * size;
+      up[r] = static_cast<const T*>(f.up) + at;
+      down[r] = static_cast<const T*>(f.down) + at;
+      gate[r] = f.gate ? static_cast<const T*>(f.gate) + at : up[r];
+    }
   }
+};
+
+// R neurons at once; the rows of those at `later` are asked for meanwhile.
+template <class T, int R>
+void ffn_block(const Ffn& f, const Input& x, const int64_t* ids, const int64_t* later,
+               int64_t place, float* sums, float* u, int64_t u_stride) {
+  const Rows<T, R> now(f, ids, x.size), next(f, later, x.size);
   const T* up_bias = static_cast<const T*>(f.up_bias);
   const T* gate_bias = static_cast<const T*>(f.gate_bias);
   for (int64_t m = 0; m < x.count; ++m) {
     float a[R] = {}, b[R], v[R];
-    dots_of<T, R>(up, x, m, b);
-    if (f.gate) dots_of<T, R>(gate, x, m, a);
+    dots_of<T, R>(now.up, x, m, b, next.up);
+    if (f.gate) dots_of<T, R>(now.gate, x, m, a, next.gate);
     for (int r = 0; r < R; ++r) {
       if (up_bias) b[r] += wide(up_bias[ids[r]]);
       if (f.gate && gate_bias) a[r] += wide(gate_bias[ids[r]]);
@@ -133,27 +154,26 @@ void ffn_block(const Ffn& f, const Input& x, const int64_t* ids, int64_t place, 
       if (u) u[m * u_stride + place + r] = v[r];
       if (f.mean) v[r] -= f.mean[ids[r]];
     }
-    add_rows<T, R>(down, v, x.size, sums + m * x.size);
+    add_rows<T, R>(now.down, v, x.size, sums + m * x.size, m ? nullptr : next.down);
   }
 }
 
 template <class T>
 void ffn_rows(const Ffn& f, const Input& x, int64_t begin, int64_t end, float* sums, float* u,
               int64_t u_stride) {
-  int64_t ids[2 * BLOCK];
-  auto id = [&](int64_t place) { return f.ids ? int64_t(f.ids[place]) : place; };
+  int64_t ids[BLOCK], later[BLOCK];
+  auto id = [&](int64_t place) {
+    place = place < end ? place : end - 1;
+    return f.ids ? int64_t(f.ids[place]) : place;
+  };
   int64_t place = begin;
   for (; place + BLOCK <= end; place += BLOCK) {
-    for (int r = 0; r < BLOCK; ++r) ids[r] = id(place + r);
-    for (int64_t next = place + BLOCK; next < place + 2 * BLOCK && next < end; ++next) {
-      fetch(static_cast<const T*>(f.up) + id(next) * x.size, x.size);
-      if (f.gate) fetch(static_cast<const T*>(f.gate) + id(next) * x.size, x.size);
-    }
-    ffn_block<T, BLOCK>(f, x, ids, place, sums, u, u_stride);
+    for (int r = 0; r < BLOCK; ++r) ids[r] = id(place + r), later[r] = id(place + BLOCK + r);
+    ffn_block<T, BLOCK>(f, x, ids, later, place, sums, u, u_stride);
   }
   for (; place < end; ++place) {
-    ids[0] = id(place);
-    ffn_block<T, 1>(f, x, ids, place, sums, u, u_stride);
+    ids[0] = id(place), later[0] = id(place + 1);
+    ffn_block<T, 1>(f, x, ids, later, place, sums, u, u_stride);
   }
 }
 

@@ -39,6 +39,10 @@ void together(const Work& work) {
   });
 }
 
+// Parts of a product or an FFN that threads take as they come: one that is still asleep holds nobody up, and the
+// sums are added in one order, however many threads there are.
+constexpr int64_t GROUPS = 16;
+
 dart::Dtype dtype_of(const Tensor& t) {
   TORCH_CHECK(t.device().is_cpu(), "native kernels run on the CPU");
   TORCH_CHECK(t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16,
@@ -86,9 +90,12 @@ Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   dart::Input given = input(x, wide);
   const dart::Kernels& kernels = best();
   float* to = y.mutable_data_ptr<float>();
-  together([&](dart::Team& team, int64_t member) {
-    dart::Span own = dart::part(weight.size(0), member, team.size());
-    kernels.matvec(dtype, rows, add, given, own.begin, own.end, to, weight.size(0));
+  std::atomic<int64_t> taken{0};
+  together([&](dart::Team&, int64_t) {
+    for (int64_t group; (group = taken++) < GROUPS;) {
+      dart::Span own = dart::part(weight.size(0), group, GROUPS);
+      kernels.matvec(dtype, rows, add, given, own.begin, own.end, to, weight.size(0));
+    }
   });
   return y.to(type);
 }
@@ -151,24 +158,23 @@ Tensor ffn(const Tensor& x, const MaybeTensor& gate, const Tensor& up, const Ten
   Tensor wide = x.to(at::kFloat);
   dart::Input given = input(x, wide);
   int64_t size = x.numel(), hidden = x.size(1);
-  std::vector<float> sums(size * at::get_num_threads());
+  std::vector<float> sums(size * GROUPS);
   Tensor z = at::empty(x.sizes(), wide.options());
   float* to = z.mutable_data_ptr<float>();
   const dart::Kernels& kernels = best();
-  together([&](dart::Team& team, int64_t member) {
-    float* own = sums.data() + member * size;
-    dart::Span span = dart::part(f.kept, member, team.size());
-    kernels.ffn(dtype, f, given, span.begin, span.end, own, nullptr, 0);
-    span = dart::part(f.rank, member, team.size(), 1);
-    kernels.low_rank(dtype, f, given, span.begin, span.end, own);
-    team.wait();
-    span = dart::part(size, member, team.size());
-    for (int64_t i = span.begin; i < span.end; ++i) {
-      float total = add ? add[i % hidden] : 0.0f;
-      for (int64_t m = 0; m < team.size(); ++m) total += sums[m * size + i];
-      to[i] = total;
+  std::atomic<int64_t> taken{0};
+  together([&](dart::Team&, int64_t) {
+    for (int64_t group; (group = taken++) < GROUPS;) {
+      float* own = sums.data() + group * size;
+      dart::Span span = dart::part(f.kept, group, GROUPS);
+      kernels.ffn(dtype, f, given, span.begin, span.end, own, nullptr, 0);
+      span = dart::part(f.rank, group, GROUPS, 1);
+      kernels.low_rank(dtype, f, given, span.begin, span.end, own);
     }
   });
+  for (int64_t i = 0; i < size; ++i) to[i] = add ? add[i % hidden] : 0.0f;
+  for (int64_t group = 0; group < GROUPS; ++group)
+    for (int64_t i = 0; i < size; ++i) to[i] += sums[group * size + i];
   return z.to(type);
 }
 
