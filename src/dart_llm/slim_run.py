@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
+from dart_llm.layer_prior import LayerPrior
 from dart_llm.slim import SlimDecoder
 from dart_llm.slim_parts import as_output, read_call
 from dart_llm.tracer import Tracer
@@ -44,6 +44,8 @@ class SlimRun:
         self.current = current
         self.hooks = Hooks(model)
         self._config: Any = model.config
+        self._learnt: list[LayerPrior | None] = []
+        self._bases = torch.empty(0)
         self.steps = 0
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -78,9 +80,18 @@ class SlimRun:
         )
 
     def _observe(self, tracer: Tracer) -> None:
-        u, x, h, z = self.decoder.observed()
-        for index, layer in enumerate(tracer.selector.layers):
-            basis = None if layer.learnt is None else layer.learnt.basis
-            f = None if basis is None else F.linear(h[index], basis)[None, None]
-            now = {"u": u, "z": z, "x": x, "r": z}
-            tracer.observe(index, **{name: t[index][None, None] for name, t in now.items()}, f=f)
+        u, x, h, z = (t[:, None, None].unbind(0) for t in self.decoder.observed())
+        features = self._features(tracer, h)
+        for index, f in enumerate(features):
+            tracer.observe(index, u[index], z[index], x[index], z[index], f)
+
+    def _features(self, tracer: Tracer, h: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """What low-rank compensation reads of each layer's h [1, 1, D]: [1, 1, r], or None."""
+        learnt = [layer.learnt for layer in tracer.selector.layers]
+        if any(one is None or one.basis is None for one in learnt):
+            return [None] * len(learnt)
+        if self._learnt != learnt:
+            bases = [one.basis for one in learnt if one is not None and one.basis is not None]
+            self._learnt, self._bases = learnt, torch.stack(bases)
+        found = torch.bmm(self._bases, torch.cat(list(h)).mT)  # one product for all layers
+        return found.mT[:, None].unbind(0)
