@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from dart_llm import ConfigError, prune
+from dart_llm import AttachError, ConfigError, prune
 from dart_llm import native_build as build
 from dart_llm.slim_parts import why_not_slim
 from steps import apart, decode, shared_model
@@ -155,3 +155,22 @@ def test_dropout_is_left_to_the_model() -> None:
         with prune(model, "griffin", sparsity=0.5, executor=executor):
             found[executor] = decode(model, _ids(), PROMPT)
     assert apart(found["slim"], found["compact"]) < CLOSE
+
+
+@pytest.mark.parametrize("executor", ["native", "slim"])
+def test_weights_that_were_moved_are_not_read_where_they_lay(executor: str) -> None:
+    moves = (
+        lambda model: model.to(torch.bfloat16),
+        lambda model: model.share_memory(),
+        lambda model: model.resize_token_embeddings(130),
+        lambda model: model.load_state_dict(tiny("llama", seed=5).state_dict(), assign=True),
+    )
+    for move in moves:
+        model = tiny("llama")
+        with prune(model, "griffin", sparsity=0.5, executor=executor):
+            decode(model, _ids(), PROMPT)
+            move(model)
+            with pytest.raises(AttachError, match="replaced or moved"):
+                decode(model, _ids(), PROMPT)
+        assert model.model.layers[0].mlp.down_proj.weight.is_contiguous()
+        decode(model, _ids(), PROMPT)
