@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from dart_llm import ConfigError, prune
+from dart_llm import AttachError, ConfigError, prune
 from dart_llm import native_build as build
+from dart_llm.slim_parts import why_not_slim
 from steps import apart, decode, shared_model
 from tiny import CONFIGS, tiny, tokens
 
@@ -125,3 +126,51 @@ def test_autocast_and_outputs_asked_for_by_the_configuration() -> None:
         model(ids[:, :PROMPT], past_key_values=cache)
         out = model(ids[:, PROMPT : PROMPT + 1], past_key_values=cache)
     assert run.executor == "slim" and len(out.hidden_states) == 5
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_modules_and_forwards_of_ones_own_are_not_passed_by() -> None:
+    model = tiny("llama")
+    attention = model.model.layers[1].self_attn
+    assert why_not_slim(model) == ""
+    attention.q_proj.__class__ = Doubled
+    assert why_not_slim(model) == "has a forward of its own in a Doubled"
+    assert prune(model, "griffin", sparsity=0.5).executor == "native"
+    attention.q_proj.__class__ = torch.nn.Linear
+    attention.forward = attention.forward
+    assert why_not_slim(model) == "has a forward of its own in a LlamaAttention"
+
+
+def test_dropout_is_left_to_the_model() -> None:
+    model = tiny("llama").train()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    found = {}
+    for executor in ("compact", "slim"):
+        torch.manual_seed(0)
+        with prune(model, "griffin", sparsity=0.5, executor=executor):
+            found[executor] = decode(model, _ids(), PROMPT)
+    assert apart(found["slim"], found["compact"]) < CLOSE
+
+
+@pytest.mark.parametrize("executor", ["native", "slim"])
+def test_weights_that_were_moved_are_not_read_where_they_lay(executor: str) -> None:
+    moves = (
+        lambda model: model.to(torch.bfloat16),
+        lambda model: model.share_memory(),
+        lambda model: model.resize_token_embeddings(130),
+        lambda model: model.load_state_dict(tiny("llama", seed=5).state_dict(), assign=True),
+    )
+    for move in moves:
+        model = tiny("llama")
+        with prune(model, "griffin", sparsity=0.5, executor=executor):
+            decode(model, _ids(), PROMPT)
+            move(model)
+            with pytest.raises(AttachError, match="replaced or moved"):
+                decode(model, _ids(), PROMPT)
+        assert model.model.layers[0].mlp.down_proj.weight.is_contiguous()
+        decode(model, _ids(), PROMPT)

@@ -75,6 +75,7 @@ class Attachment(_NotCopied):
         self._view = view
         self.layout = Layout()
         self.slim: SlimRun | None = None
+        self._places: list[int] = []
         self._undo: list[Callable[[], None]] = []
         self._released = 0
 
@@ -133,6 +134,19 @@ class Attachment(_NotCopied):
             decoder = SlimDecoder(self.model, ffns, [layer.token for layer in self.layers])
             self.slim = SlimRun(self.model, decoder, lambda: self.tracer)
             self._replace(self.model, "forward", self.slim.forward)
+        self._places = self._weight_places()
+
+    def _weight_places(self) -> list[int]:
+        """Addresses of all weights: the native kernels go on reading these."""
+        return [parameter.data_ptr() for parameter in self.model.parameters()]
+
+    def _check_places(self) -> None:
+        """Raise ``AttachError`` when weights lie elsewhere than when the model was attached."""
+        if self._places and self._places != self._weight_places():
+            raise AttachError(
+                "weights were replaced or moved while this model is being pruned: leave the block "
+                "first, or call dart_llm.restore(model)"
+            )
 
     def remove(self) -> None:
         """Put back exactly what was there; safe to call twice."""
@@ -168,6 +182,8 @@ class Attachment(_NotCopied):
             seen = arch.read_forward(model, args, kwargs)
             self.rows = seen.rows
             call = self.loop.call(seen) if self.loop else bare_call(seen, self.forced_decode > 0)
+            if call.kind is Kind.PREFILL:  # not at every token: it takes as long as a layer
+                self._check_places()
             if self.forced_prompt:
                 call = dataclasses.replace(call, kind=Kind.DECODE, observable=None)
             self.plan = self.tracer.begin_forward(call)

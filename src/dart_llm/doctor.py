@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dart_llm.cache import cache_folder
@@ -107,7 +108,8 @@ def print_report(found: dict[str, Any]) -> None:
     table.add_row("OMP_WAIT_POLICY", found["machine"]["omp_wait_policy"] or "not set")
     for extra, lacking in found["extras_missing"].items():
         table.add_row(
-            f"extra {extra}", f"lacks {', '.join(lacking)}: pip install 'dart-llm[{extra}]'"
+            f"extra {extra}",
+            escape(f"lacks {', '.join(lacking)}: pip install 'dart-llm[{extra}]'"),
         )
     if not found["extras_missing"]:
         table.add_row("extras", "all present")

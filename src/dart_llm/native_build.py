@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import sys
 import tempfile
@@ -92,7 +93,7 @@ def _reason(error: BaseException) -> str:
 
 def _build(folder: Path, library: Path) -> None:
     """Compile and load; whole, or not at all, and no process waits for another one's lock."""
-    if shutil.which(_compiler()) is None:
+    if shutil.which(shlex.split(_compiler())[0]) is None:
         raise LoadError(f"no C++ compiler {_compiler()} is here: install g++, or set CXX to one")
     from torch.utils import cpp_extension
 

@@ -41,7 +41,7 @@ class SlimParts:
 
 def why_not_slim(model: Any) -> str:
     """Why ``model`` cannot be decoded natively as a whole: "", or a clause."""
-    layers, _, text = decoder_layers(model)
+    _, _, text = decoder_layers(model)
     if text.model_type not in TYPES:
         return f"is a {text.model_type} model, not one of {', '.join(sorted(TYPES))}"
     if not hasattr(model, "lm_head") or getattr(model.lm_head, "bias", None) is not None:
@@ -61,12 +61,17 @@ def why_not_slim(model: Any) -> str:
         torch.bfloat16,
     ):
         return "is not float32 or bfloat16 throughout"
-    names = {type(module).__name__ for layer in layers for module in layer.modules()}
-    if odd := sorted(name for name in names if name.startswith("Lora")):
-        return f"holds {odd[0]} modules"
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return "is spread by accelerate"
-    return ""
+    odd = next((module for module in model.modules() if not _known(module)), None)
+    return "" if odd is None else f"has a forward of its own in a {type(odd).__name__}"
+
+
+def _known(module: nn.Module) -> bool:
+    """Whether a module does what transformers' own does: its class, and its forward."""
+    patched = module.__dict__.get("forward")
+    ours = patched is None or type(patched).__module__.startswith("dart_llm.")
+    return ours and type(module).__module__.startswith(("torch.nn.", "transformers."))
 
 
 def slim_parts(model: Any) -> SlimParts:

@@ -43,7 +43,7 @@ class SlimRun:
         self.decoder = decoder
         self.current = current
         self.hooks = Hooks(model)
-        self._config: Any = model.config
+        self._model: Any = model
         self._learnt: list[LayerPrior | None] = []
         self._bases = torch.empty(0)
         self.steps = 0
@@ -69,10 +69,11 @@ class SlimRun:
         return as_output(logits, call.cache)
 
     def _asks_for_more(self) -> bool:
-        """Whether the model's own modules must run: for gradients, autocast, outputs or hooks."""
-        config = self._config
+        """Whether the model must run itself: dropout, gradients, autocast, outputs, hooks."""
+        config = self._model.config
         return (
-            torch.is_grad_enabled()
+            self._model.training
+            or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
             or getattr(config, "output_hidden_states", False)
             or getattr(config, "output_attentions", False)
