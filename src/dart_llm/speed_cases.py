@@ -148,7 +148,13 @@ def cost_cases(
     watching = config.replace({"masking_step": FOREVER, "release_step": None})
     found = [
         Case("attached, sparsity 0", "cost", griffin, against=TRANSFORMERS),
-        Case(f"{one.label} observing", "cost", watching, against=TRANSFORMERS),
+        # masked: observed tokens run through the model's own modules, as in the other row
+        Case(
+            f"{one.label} observing",
+            "cost",
+            watching.replace({"executor": "masked"}),
+            against=TRANSFORMERS,
+        ),
     ]
     if own == OWN[0]:
         slim = watching.replace({"executor": "slim"})

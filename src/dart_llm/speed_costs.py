@@ -56,7 +56,9 @@ def _values(kind: str, case: Case, samples: Samples) -> list[float]:
     if kind == CHECKS:  # here the row is the one that costs more
         each = [(pruned_ms(other), pruned_ms(one)) for one, other in pairs]
         return [more - less for more, less in each if more is not None and less is not None]
-    return [_mean_ms(one) - _mean_ms(other) for one, other in pairs]
+    # every step costs the same while attached: medians scatter less; observing has its rare steps
+    each_ms = _median_ms if kind == ATTACHED else _mean_ms
+    return [each_ms(one) - each_ms(other) for one, other in pairs]
 
 
 def builds(sample: Sample) -> list[float]:
@@ -75,6 +77,10 @@ def pruned_ms(sample: Sample) -> float | None:
         if phase == Phase.PRUNED and at not in sample["built"]
     ]
     return statistics.median(steps) if steps else None
+
+
+def _median_ms(sample: Sample) -> float:
+    return 1000 * statistics.median(sample["steps_s"])
 
 
 def _mean_ms(sample: Sample) -> float:
