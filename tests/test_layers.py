@@ -15,8 +15,8 @@ import dart_llm
 SOURCE = Path(dart_llm.__file__).parent
 LEVELS = {
     0: "errors cache config config_parts layer_spec records registry",
-    1: "native_build weights layer_prior low_rank scores proxies evidence budgets depth_budget "
-    "masks compensation drift select life signals detection "
+    1: "linear_time native_build weights layer_prior low_rank scores proxies evidence budgets "
+    "depth_budget masks compensation drift select life signals detection "
     "plan observations reference tracer accounting low_bit token_select token_costs",
     2: "names arch read_points ffn token_ffn layout native_ffn layer loop slim_parts slim_cache "
     "slim slim_run attach executor export",

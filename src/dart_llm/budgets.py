@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dart_llm.linear_time import largest
+
 FLOOR = 0.1
 """Share of its neurons that rankings over all layers and ``auto`` leave in every layer."""
 
@@ -194,9 +196,8 @@ def _smallest(values: Sequence[Tensor], keep: int) -> list[int]:
             for value, floor in zip(values, floors, strict=True)
         ]
     )
-    owner = torch.cat([torch.full((len(v),), i) for i, v in enumerate(values)])
-    chosen = owner[flat.sort(stable=True).indices[:keep]]
-    return torch.bincount(chosen, minlength=len(values)).tolist()
+    chosen = largest(-flat, keep)
+    return [int(part.sum()) for part in torch.split(chosen, widths)]
 
 
 def _widths(layers: Sequence[LayerView]) -> list[int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dart_llm.budgets import floor_count
 from dart_llm.errors import ConfigError
+from dart_llm.linear_time import largest
 from dart_llm.low_rank import LowRank
 
 if TYPE_CHECKING:
@@ -61,8 +62,7 @@ def top_ids(score: Tensor, keep: int) -> Tensor:
 
     score: [I].  Returns [keep] int64.
     """
-    order = score.sort(descending=True, stable=True).indices
-    return order[:keep].sort().values
+    return largest(score, keep).nonzero().flatten()
 
 
 def auto_count(score: Tensor) -> int:

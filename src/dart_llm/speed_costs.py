@@ -80,7 +80,8 @@ def pruned_ms(sample: Sample) -> float | None:
 
 
 def _median_ms(sample: Sample) -> float:
-    return 1000 * statistics.median(sample["steps_s"])
+    found: float = 1000 * statistics.median(sample["steps_s"])
+    return found
 
 
 def _mean_ms(sample: Sample) -> float:

@@ -7,6 +7,9 @@
 namespace dart {
 namespace {
 
+constexpr int64_t JOBS = 6;       // of a layer: q, k, v, o, the choice of neurons, the FFN
+constexpr int64_t LEAST = 32768;  // weights that are worth a part of their own
+
 // Of a member's sums: two vectors [D], or a head's norm, which may be longer.
 int64_t stride(const Decoder& d) { return std::max(2 * d.hidden, d.size); }
 
@@ -32,6 +35,17 @@ struct Member {
   float *normed, *sums, *scores;
   uint16_t* narrow;
   int32_t* chosen;
+  int64_t phase = 0;  // the jobs begun so far, the same for all members
+
+  // Calls work(part, number of parts) for the parts of a job of `values` weights that fall to this
+  // member; every member calls it.
+  template <class Work>
+  void in_parts(int64_t values, const Work& work) {
+    int64_t parts = std::min(PARTS, 1 + values / LEAST);
+    std::atomic<int64_t>& taken = scratch.taken[phase++];
+    for (int64_t one; (one = taken.fetch_add(1, std::memory_order_relaxed)) < parts;)
+      work(one, parts);
+  }
 
   Span share(int64_t n, int64_t block = 4) const { return part(n, member, team.size(), block); }
 
@@ -55,9 +69,14 @@ struct Member {
     for (i = 0; i < n; ++i) to[i] = from[i] * factor * sums[i];
   }
 
-  void project(const void* rows, const void* bias, const Input& x, int64_t count, float* y) const {
-    Span own = share(count);
-    kernels.matvec(decoder.dtype, rows, bias, x, own.begin, own.end, y, count);
+  void project(const void* rows, const void* bias, const Input& x, int64_t count, float* y,
+               float* stream = nullptr) {
+    in_parts(count * x.size, [&](int64_t one, int64_t parts) {
+      Span own = part(count, one, parts);
+      kernels.matvec(decoder.dtype, rows, bias, x, own.begin, own.end, y, count);
+      if (stream)
+        for (int64_t i = own.begin; i < own.end; ++i) stream[i] += y[i];
+    });
   }
 
   void rotate(float* head, const void* weight) const {
@@ -106,9 +125,11 @@ struct Member {
 
   // The neurons of this token: each member estimates its share, and all of them choose the same.
   void choose(const Layer& layer, const Input& given, Ffn& ffn) {
-    Span own = share(decoder.width);
-    kernels.estimate(decoder.dtype, layer.copies, ffn, given, own.begin, own.end,
-                     scratch.strength.data());
+    in_parts(PARTS * LEAST, [&](int64_t one, int64_t parts) {
+      Span own = part(decoder.width, one, parts);
+      kernels.estimate(decoder.dtype, layer.copies, ffn, given, own.begin, own.end,
+                       scratch.strength.data());
+    });
     team.wait();
     strongest(scratch.strength.data(), decoder.width, layer.copies.keep, chosen);
     ffn.ids = chosen;
@@ -123,14 +144,15 @@ struct Member {
     Input given = input(x, hidden);
     Ffn ffn = layer.ffn;
     if (layer.copies.keep) choose(layer, given, ffn);
-    std::fill_n(sums, hidden, 0.0f);
     float* u = scratch.observed ? scratch.u.data() + index * decoder.width : nullptr;
-    Span own = share(ffn.kept);
-    kernels.ffn(decoder.dtype, ffn, given, own.begin, own.end, sums, u, decoder.width);
-    if (ffn.rank) {
-      Span features = share(ffn.rank, 1);
-      kernels.low_rank(decoder.dtype, ffn, given, features.begin, features.end, sums);
-    }
+    in_parts(PARTS * LEAST, [&](int64_t one, int64_t parts) {
+      float* to = scratch.parts.data() + one * hidden;
+      std::fill_n(to, hidden, 0.0f);
+      Span own = part(ffn.kept, one, parts);
+      kernels.ffn(decoder.dtype, ffn, given, own.begin, own.end, to, u, decoder.width);
+      own = part(ffn.rank, one, parts, 1);
+      kernels.low_rank(decoder.dtype, ffn, given, own.begin, own.end, to);
+    });
     if (scratch.observed && member == 0) {
       std::copy_n(scratch.stream.data(), hidden, scratch.x.data() + index * hidden);
       std::copy_n(given.wide, hidden, scratch.h.data() + index * hidden);
@@ -143,7 +165,7 @@ struct Member {
     Span own = share(hidden);
     for (int64_t i = own.begin; i < own.end; ++i) {
       float total = bias ? bias[i] : 0.0f;
-      for (int64_t m = 0; m < team.size(); ++m) total += scratch.sums[m * stride(decoder) + i];
+      for (int64_t one = 0; one < PARTS; ++one) total += scratch.parts[one * hidden + i];
       if (scratch.observed) scratch.z[index * hidden + i] = total;
       scratch.stream[i] += total;
     }
@@ -163,9 +185,8 @@ struct Member {
     team.wait();
     attention(index);
     team.wait();
-    project(layer.o, layer.o_bias, input(scratch.attended.data(), heads * size), hidden, qkv);
-    Span own = share(hidden);
-    for (int64_t i = own.begin; i < own.end; ++i) scratch.stream[i] += qkv[i];
+    project(layer.o, layer.o_bias, input(scratch.attended.data(), heads * size), hidden, qkv,
+            scratch.stream.data());
     team.wait();
     ffn(index);
     team.wait();
@@ -176,6 +197,7 @@ struct Member {
   void run(int64_t token) {
     int64_t hidden = decoder.hidden;
     if (member == 0) {
+      for (std::atomic<int64_t>& one : scratch.taken) one.store(0, std::memory_order_relaxed);
       const void* row = at(decoder.embedding, decoder.dtype, token * hidden);
       kernels.widen(decoder.dtype, row, scratch.stream.data(), hidden);
     }
@@ -201,6 +223,8 @@ Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_)
   attended.resize(d.heads * d.size);
   logits.resize(d.vocabulary);
   sums.resize(threads * stride(d));
+  parts.resize(PARTS * d.hidden);
+  taken = std::vector<std::atomic<int64_t>>(layers * JOBS + 1);
   normed.resize(d.hidden + threads * widest(d));
   narrow.resize(threads * widest(d));
   strength.resize(d.width);

@@ -1,5 +1,6 @@
 // One token through a decoder of RMS norms, rotary attention and gated FFNs, whole.
 #pragma once
+#include <atomic>
 #include <vector>
 
 #include "kernels.h"
@@ -35,6 +36,8 @@ struct Cache {
 struct Scratch {
   Scratch(const Decoder&, int64_t threads, int64_t positions);
   std::vector<float> stream, qkv, attended, logits, sums, normed, scores;
+  std::vector<float> parts;                 // [PARTS, D]: what each part of an FFN adds
+  std::vector<std::atomic<int64_t>> taken;  // of each job: the parts that members have taken
   // Of every layer, where it is observed: activations [L, I], and [L, D] each the stream before the
   // FFN, its input and its output.
   std::vector<float> u, x, h, z;

@@ -39,10 +39,6 @@ void together(const Work& work) {
   });
 }
 
-// Parts of a product or an FFN that threads take as they come: one that is still asleep holds nobody up, and the
-// sums are added in one order, however many threads there are.
-constexpr int64_t GROUPS = 16;
-
 dart::Dtype dtype_of(const Tensor& t) {
   TORCH_CHECK(t.device().is_cpu(), "native kernels run on the CPU");
   TORCH_CHECK(t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16,
@@ -92,8 +88,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   float* to = y.mutable_data_ptr<float>();
   std::atomic<int64_t> taken{0};
   together([&](dart::Team&, int64_t) {
-    for (int64_t group; (group = taken++) < GROUPS;) {
-      dart::Span own = dart::part(weight.size(0), group, GROUPS);
+    for (int64_t group; (group = taken++) < dart::PARTS;) {
+      dart::Span own = dart::part(weight.size(0), group, dart::PARTS);
       kernels.matvec(dtype, rows, add, given, own.begin, own.end, to, weight.size(0));
     }
   });
@@ -158,22 +154,22 @@ Tensor ffn(const Tensor& x, const MaybeTensor& gate, const Tensor& up, const Ten
   Tensor wide = x.to(at::kFloat);
   dart::Input given = input(x, wide);
   int64_t size = x.numel(), hidden = x.size(1);
-  std::vector<float> sums(size * GROUPS);
+  std::vector<float> sums(size * dart::PARTS);
   Tensor z = at::empty(x.sizes(), wide.options());
   float* to = z.mutable_data_ptr<float>();
   const dart::Kernels& kernels = best();
   std::atomic<int64_t> taken{0};
   together([&](dart::Team&, int64_t) {
-    for (int64_t group; (group = taken++) < GROUPS;) {
+    for (int64_t group; (group = taken++) < dart::PARTS;) {
       float* own = sums.data() + group * size;
-      dart::Span span = dart::part(f.kept, group, GROUPS);
+      dart::Span span = dart::part(f.kept, group, dart::PARTS);
       kernels.ffn(dtype, f, given, span.begin, span.end, own, nullptr, 0);
-      span = dart::part(f.rank, group, GROUPS, 1);
+      span = dart::part(f.rank, group, dart::PARTS, 1);
       kernels.low_rank(dtype, f, given, span.begin, span.end, own);
     }
   });
   for (int64_t i = 0; i < size; ++i) to[i] = add ? add[i % hidden] : 0.0f;
-  for (int64_t group = 0; group < GROUPS; ++group)
+  for (int64_t group = 0; group < dart::PARTS; ++group)
     for (int64_t i = 0; i < size; ++i) to[i] += sums[group * size + i];
   return z.to(type);
 }

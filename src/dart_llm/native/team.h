@@ -39,6 +39,10 @@ class Team {
   alignas(64) std::atomic<int64_t> round_{0};
 };
 
+// Parts of one job that members take as they come, so that a slow one does not hold up the others.
+// The parts do not depend on the number of members, nor does the order in which sums are added.
+constexpr int64_t PARTS = 16;
+
 struct Span {
   int64_t begin, end;
 };
