@@ -5,6 +5,7 @@ With names.py the only place that knows transformers' modules, keyword arguments
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -201,12 +202,17 @@ class ForwardArgs:
     cache: Any = None
 
 
+@functools.lru_cache(maxsize=64)
+def _forward_names(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Parameters of a model class's forward, ``self`` left out."""
+    found = tuple(inspect.signature(kind.forward).parameters)
+    return tuple(name for name in found if name not in ("self", "args"))
+
+
 def read_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ForwardArgs:
     """Read cache length, new tokens and padding of a call of ``model``."""
-    given = dict(kwargs)
-    if args:
-        names = [n for n in inspect.signature(model.forward).parameters if n not in ("args",)]
-        given.update(zip(names, args, strict=False))
+    names = _forward_names(type(model)) if args else ()  # type: ignore[arg-type]
+    given = {**kwargs, **dict(zip(names, args, strict=False))}
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     tensor = ids if ids is not None else embeds
     if tensor is None:

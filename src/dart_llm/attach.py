@@ -95,6 +95,9 @@ class Attachment(_NotCopied):
         for name in (arch.GENERATE, arch.PREFILL):
             if hasattr(self.model, name):
                 self._replace(self.model, name, getattr(self, f"_run{name.strip('_')}"))
+        if self.tracer.selector.removes_nothing and self.tracer.given is None:
+            self._install_native()
+            return  # there is nothing to watch and nothing to skip, only tokens to count
         stream = self.tracer.selector.statistics.needs_stream
         for layer in self.layers:
             host = layer.block.host

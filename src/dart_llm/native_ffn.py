@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,8 @@ class NativeFfn:
                 f"executor native cannot run layer {block.index}, which {reason}: use "
                 "executor compact or masked"
             )
-        self.block, self.act, self.ops = block, number, ops()
+        self.block, self.act = block, number
+        self._run: Any = ops().ffn.default
         gate, up, down = block.matrices()
         with torch.no_grad():
             self.down = layout.neuron_rows(down.t().detach(), _parameter(block.down)).detach()
@@ -134,7 +135,7 @@ class NativeFfn:
 
     def _kernel(self, x: Tensor) -> Tensor:
         kept = self.kept
-        z: Tensor = self.ops.ffn(
+        z: Tensor = self._run(
             x.detach().contiguous(),
             self.gate,
             self.up,

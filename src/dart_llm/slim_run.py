@@ -93,6 +93,7 @@ class SlimRun:
             return [None] * len(learnt)
         if self._learnt != learnt:
             bases = [one.basis for one in learnt if one is not None and one.basis is not None]
-            self._learnt, self._bases = learnt, torch.stack(bases)
-        found = torch.bmm(self._bases, torch.cat(list(h)).mT)  # one product for all layers
+            self._learnt, self._bases = learnt, torch.stack(bases).float()
+        # one product for all layers, in float32: torch's small ones in bfloat16 take longer
+        found = torch.bmm(self._bases, torch.cat(list(h)).float().mT).to(h[0].dtype)
         return found.mT[:, None].unbind(0)
