@@ -19,6 +19,7 @@ from common import RESULTS
 
 from dart_llm.results import write_json
 
+PLACES = ("--experiment-name", "--results-dir")
 KEPT = ("git", "started", "finished")
 
 
@@ -27,8 +28,13 @@ def read(path: Path) -> Any:
 
 
 def command(words: list[str]) -> str:
-    """The command line, paths cut to file names."""
-    return shlex.join(Path(word).name if "/" in word else word for word in words)
+    """The command line, paths cut to file names, without where its results went."""
+    kept, skip = [], False
+    for word in words:
+        place, skip = skip or word in PLACES, word in PLACES
+        if not place:
+            kept.append(Path(word).name if "/" in word else word)
+    return shlex.join(kept)
 
 
 def run(folder: Path) -> dict[str, Any]:

@@ -160,7 +160,6 @@ def tables(root: Path) -> dict[str, tuple[Path, str]]:
         "speed-float32": (page, speed(root, "decode-speed-float32")),
         "tracer-cost": (page, cost(root, ("tracer-cost-dart", "tracer-cost-published"))),
         "budgets-short": (root / "README.md", budgets(root, smollm2, SHORT)),
-        "speed-short": (root / "README.md", speed(root, "decode-speed-bfloat16")),
     }
     up = {page: "../", root / "README.md": ""}
     return {

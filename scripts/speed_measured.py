@@ -7,7 +7,8 @@ from typing import Any
 
 from measured_tables import read, table
 
-FFN = "ffn-speed"
+FFN, SHORT = "ffn-speed", "speed-short"
+SHORT_FROM = "speed-smollm2"
 HEADS = {
     "row": 0,
     "pp tokens/s": 1,
@@ -24,6 +25,16 @@ HEADS = {
     "extra MiB": 17,
 }
 """Heads of the columns, and their places in ``speed_table.HEADS``."""
+SHORT_HEADS = {
+    "row": 0,
+    "ms per token": 3,
+    "achieved": 7,
+    "dense tokens": 8,
+    "re-masks": 9,
+    "x transformers": 10,
+    "x own dense": 11,
+    "bytes allow": 12,
+}
 COSTS = {"cost": 0, "row": 1, "against": 2, "ms": 3, "+-": 4, "of a token of": 5, "share of it": 6}
 
 
@@ -42,6 +53,16 @@ def speed(root: Path, name: str) -> str:
         checksum = str(run["checkpoint"]["sha256"] or "none")[:12]
         parts.append(f"sha256 {checksum}; `{run['command']}`: {link}.")
     return "\n\n".join(parts)
+
+
+def short(root: Path) -> str:
+    """The rows of the default method, for the README."""
+    from dart_llm.speed_table import caption, cells
+
+    run = read(root, SHORT_FROM)["runs"][0]
+    rows = [cells(row) for row in run["rows"] if row["variant"] in (None, "dart")]
+    link = f"[{SHORT_FROM}.json](benchmarks/results/{SHORT_FROM}.json)"
+    return f"{_grid(SHORT_HEADS, rows)}\n\n{caption(run)}. `{run['command']}`: {link}."
 
 
 def _grid(heads: dict[str, int], rows: list[list[str]]) -> str:
@@ -84,7 +105,8 @@ def tables(root: Path) -> dict[str, tuple[Path, str]]:
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
     names = [path.stem for path in sorted(results.glob("speed-*.json"))]
     names += [FFN] if (results / f"{FFN}.json").is_file() else []
-    return {
+    readme = {SHORT: (root / "README.md", short(root))} if SHORT_FROM in names else {}
+    return readme | {
         name: (page, (ffn(root) if name == FFN else speed(root, name)).replace("(@", "(../"))
         for name in names
         if f"<!-- generated: {name} -->" in text
