@@ -237,6 +237,20 @@ def test_generate(rows: int, executor: str) -> None:
     assert apart(found[1].logits, found[0].logits) < 1e-5
 
 
+def test_projections_outside_the_ffns_are_native_too() -> None:
+    model = shared_model("gemma")
+    with prune(model, "griffin", sparsity=0.5, executor="native"), torch.no_grad():
+        head = model.lm_head
+        run = head.__dict__["forward"]
+        calls = []
+        run.make.__self__._run = lambda x, w, b: calls.append(len(x)) or F.linear(x, w, b)
+        for tokens_at_once in (1, 32, 33):
+            assert head(torch.randn(1, tokens_at_once, 32)).shape == (1, tokens_at_once, 96)
+        with torch.enable_grad():
+            assert head(torch.randn(1, 1, 32)).requires_grad
+    assert calls == [1, 32] and "forward" not in head.__dict__
+
+
 @pytest.mark.parametrize("executor", ["native", "slim"])
 def test_many_tokens_at_once(executor: str) -> None:
     """Above a few dozen vectors the rows are gathered: the same numbers."""

@@ -20,6 +20,7 @@ from dart_llm.errors import AttachError, ConfigError
 from dart_llm.layer import HostedFfn
 from dart_llm.layout import Layout
 from dart_llm.loop import Loop, bare_call
+from dart_llm.native_linear import native_linears
 from dart_llm.plan import Kind, Plan
 from dart_llm.slim import SlimDecoder
 from dart_llm.slim_run import SlimRun
@@ -133,6 +134,8 @@ class Attachment(_NotCopied):
         if self.tracer.selector.removes_nothing and self.tracer.given is None and not slim:
             return  # nothing is pruned, and nothing may differ by a bit
         ffns = [layer.go_native(self.layout) for layer in self.layers]
+        for linear in native_linears(self.model, self._view.blocks):
+            self._replace(linear.module, "forward", linear.run)
         if slim:
             decoder = SlimDecoder(self.model, ffns, [layer.token for layer in self.layers])
             self.slim = SlimRun(self.model, decoder, lambda: self.tracer)
