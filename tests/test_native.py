@@ -356,3 +356,11 @@ def test_fold(dtype: torch.dtype, kind: str) -> None:
     with kernels(kind):
         found = build.ops().fold(rows, ids.int(), factors)
     assert apart(found.t(), rows[ids].double().t() @ factors.double()) < 1e-6
+
+
+def test_a_compiled_model_runs_compact() -> None:
+    model = tiny("llama")
+    model.compile()
+    assert prune(model, "griffin", sparsity=0.5).executor == "compact"
+    with pytest.raises(ConfigError, match="compiled by torch; use executor"):
+        prune(model, "griffin", sparsity=0.5, executor="slim")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from dart_llm.errors import ConfigError
 from dart_llm.ffn import FfnBlock
@@ -30,9 +31,18 @@ def choose_executor(selector: Selector, blocks: Sequence[FfnBlock], model: Any) 
         return config.executor
     if config.batch == "per_row" or any(block.inline or block.offloaded for block in blocks):
         return "masked"
-    if selector.removes_nothing or any(why_not_block(block) for block in blocks) or why_not():
+    if selector.removes_nothing or any(why_not_block(block) for block in blocks):
+        return "compact"
+    if _compiled(model) or why_not():
         return "compact"
     return "native" if why_not_slim(model) else "slim"
+
+
+def _compiled(model: nn.Module) -> bool:
+    """Whether ``model.compile()`` was called on it or a part of it: it traces no native call."""
+    return any(
+        getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()
+    )
 
 
 def check_executor(
@@ -62,6 +72,11 @@ def check_executor(
 def _check_native(blocks: Sequence[FfnBlock], executor: str, model: Any) -> None:
     """Raise ``ConfigError`` where the native kernels, or whole native steps, cannot run."""
     name = type(model).__name__
+    if _compiled(model):
+        raise ConfigError(
+            f'executor "{executor}" cannot run {name}, which was compiled by torch; use executor '
+            '"compact" or "auto"'
+        )
     if executor == "slim" and (reason := why_not_slim(model)):
         raise ConfigError(f'executor "slim" cannot run {name}, which {reason}; use "native"')
     for block in blocks:
