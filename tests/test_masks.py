@@ -198,3 +198,15 @@ def test_a_table_that_does_not_fit_is_refused_before_the_run() -> None:
         selector(budget={"table": "1:#21"})
     with pytest.raises(ConfigError, match="no FFN layers"):
         check_fits(PruneConfig(), ())
+
+
+def test_values_that_are_no_numbers_count_as_infinite_and_ties_go_to_the_lower() -> None:
+    nan, inf = torch.nan, torch.inf
+    cases = (
+        ([1.0, nan, 3.0, 2.0], 2, [1, 2]),
+        ([nan, 1.0, inf, nan], 2, [0, 2]),
+        ([0.0, -0.0, -1.0, 0.0], 2, [0, 1]),
+        ([-inf, -inf, -inf, 1.0], 2, [0, 3]),
+    )
+    for values, count, places in cases:
+        assert top_ids(torch.tensor(values), count).tolist() == places

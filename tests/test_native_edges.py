@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.prune import l1_unstructured
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -143,6 +144,72 @@ def test_modules_and_forwards_of_ones_own_are_not_passed_by() -> None:
     attention.q_proj.__class__ = torch.nn.Linear
     attention.forward = attention.forward
     assert why_not_slim(model) == "has a forward of its own in a LlamaAttention"
+
+
+def _resized(width: int):
+    """A model whose second layer has an FFN of another width."""
+    model = tiny("llama")
+    mlp, hidden = model.model.layers[1].mlp, model.config.hidden_size
+    torch.manual_seed(0)
+    mlp.gate_proj, mlp.up_proj = (torch.nn.Linear(hidden, width, bias=False) for _ in range(2))
+    mlp.down_proj = torch.nn.Linear(width, hidden, bias=False)
+    return model
+
+
+@pytest.mark.parametrize("width", [24, 96])
+def test_layers_of_different_widths_are_not_read_past_their_ends(width: int) -> None:
+    model, misfit = _resized(width), "has weights of other shapes or layouts than its kind"
+    assert model.model.layers[0].mlp.down_proj.in_features == 48
+    assert why_not_slim(model) == misfit
+    with pytest.raises(ConfigError, match=misfit):
+        prune(model, "griffin", sparsity=0, executor="slim").attach()
+    found = {}
+    for executor in ("compact", "auto"):
+        with prune(model, "griffin", sparsity=0.5, executor=executor) as run:
+            found[executor] = decode(model, _ids(), PROMPT)
+    assert run.executor == "native"
+    assert apart(found["auto"], found["compact"]) < CLOSE
+
+
+def _by_inputs(module: torch.nn.Linear) -> None:
+    """The same weight, stored the other way round."""
+    module.weight = torch.nn.Parameter(module.weight.detach().t().contiguous().t())
+
+
+@pytest.mark.parametrize(
+    ("place", "executor"),
+    [("self_attn.q_proj", "native"), ("mlp.gate_proj", "compact"), ("mlp.up_proj", "compact")],
+)
+def test_weights_that_are_stored_by_inputs(place: str, executor: str) -> None:
+    model = tiny("llama")
+    module = model.model.layers[1].get_submodule(place)
+    module.weight = torch.nn.Parameter(module.weight.detach().t().contiguous().t())
+    with prune(model, "griffin", sparsity=0.5) as run:
+        found = decode(model, _ids(), PROMPT)
+    assert run.executor == executor
+    with prune(shared_model("llama"), "griffin", sparsity=0.5, executor="compact"):
+        assert apart(found, decode(shared_model("llama"), _ids(), PROMPT)) < CLOSE
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])
+def test_weights_that_torch_computes_from_others_run_by_compact(name: str) -> None:
+    model = tiny("llama")
+    masked = getattr(model.model.layers[1].mlp, name)
+    l1_unstructured(masked, "weight", 0.3)
+    assert prune(model, "griffin", sparsity=0.5).executor == "compact"
+    with pytest.raises(ConfigError, match="layer 1 has weights that are computed from others"):
+        prune(model, "griffin", sparsity=0.5, executor="native").attach()
+
+
+def test_a_mask_for_every_kind_of_layer_is_left_to_the_model() -> None:
+    model, ids = shared_model("qwen3"), _ids()
+    with prune(model, "griffin", sparsity=0.5, executor="slim"), torch.no_grad():
+        expected = decode(model, ids[:, : PROMPT + 1], PROMPT)
+        cache = DynamicCache()
+        model(ids[:, :PROMPT], past_key_values=cache)
+        given = {"full_attention": None}
+        out = model(ids[:, PROMPT : PROMPT + 1], past_key_values=cache, attention_mask=given)
+    assert apart(out.logits, expected[:, -1:]) < CLOSE
 
 
 def test_dropout_is_left_to_the_model() -> None:

@@ -68,10 +68,16 @@ def why_not_block(block: FfnBlock) -> str:
         return "is not on the CPU"
     if down.dtype not in (torch.float32, torch.bfloat16):
         return f"is {str(down.dtype).removeprefix('torch.')}, not float32 or bfloat16"
+    used = [part for part in (block.gate, block.up, block.down) if part is not None]
+    if not all(isinstance(part.weight, nn.Parameter) for part in used):
+        return "has weights that are computed from others"
     if not can_lay_out(block.matrices()[2].t(), _parameter(block.down)):
         return "shares the memory of its down projection, or has a view of something there"
-    if not block.matrices()[1].is_contiguous():  # Conv1D; views of it would go on reading the old
+    gate, up, _ = block.matrices()
+    if not up.is_contiguous():  # Conv1D; views of it would go on reading the old
         return "stores its up projection by inputs"
+    if gate is not None and not gate.is_contiguous():
+        return "stores its gate by inputs"
     if act_number(block.act) is None:
         return "has an activation that they do not know"
     return ""

@@ -64,7 +64,9 @@ def why_not_slim(model: Any) -> str:
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return "is spread by accelerate"
     odd = next((module for module in model.modules() if not _known(module)), None)
-    return "" if odd is None else f"has a forward of its own in a {type(odd).__name__}"
+    if odd is not None:
+        return f"has a forward of its own in a {type(odd).__name__}"
+    return "" if _fits(model) else "has weights of other shapes or layouts than its kind"
 
 
 def _known(module: nn.Module) -> bool:
@@ -72,6 +74,27 @@ def _known(module: nn.Module) -> bool:
     patched = module.__dict__.get("forward")
     ours = patched is None or type(patched).__module__.startswith("dart_llm.")
     return ours and type(module).__module__.startswith(("torch.nn.", "transformers."))
+
+
+def _fits(model: Any) -> bool:
+    """Whether all weights are what ops.cpp reads: rows in one piece, in every layer the same."""
+    try:
+        parts = slim_parts(model)
+    except AttributeError:  # a part was taken out
+        return False
+    hidden, heads, kv_heads, size, width, vocabulary = parts.sizes
+    queries, keys, ffn = (heads * size, hidden), (kv_heads * size, hidden), (width, hidden)
+    expected = [(hidden,), (hidden,), queries, keys, keys, queries[::-1], ffn, ffn, ffn[::-1]]
+    layers, _, _ = decoder_layers(model)
+    for own, layer in zip(parts.layers, layers, strict=True):
+        mlp: Any = layer.mlp
+        matrices = [mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight]
+        if [tuple(t.shape) for t in (*own[:6], *matrices)] != expected:
+            return False
+        if not all(t.is_contiguous() for t in (*own, *matrices[:2])):
+            return False
+    ends = (parts.embedding, parts.head, parts.norm)
+    return len(parts.embedding) >= vocabulary and all(t.is_contiguous() for t in ends)
 
 
 def slim_parts(model: Any) -> SlimParts:
@@ -145,7 +168,9 @@ def read_call(kwargs: dict[str, Any], args: tuple[Any, ...]) -> SlimCall | None:
     if length and len(cache.layers[0].keys) != 1:
         return None
     mask, positions = given.pop("attention_mask", None), given.pop("position_ids", None)
-    if mask is not None and not (mask.shape == (1, length + 1) and bool(mask.all())):
+    if mask is not None and not (isinstance(mask, Tensor) and mask.shape == (1, length + 1)):
+        return None  # a mask for every kind of layer, or of another shape
+    if mask is not None and not bool(mask.all()):
         return None
     if positions is not None and int(positions.flatten()[-1]) != length:
         return None
