@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two processes that spin stop each other
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -34,6 +35,19 @@ def own_calibrations(
         return cache.cache_folder(folder if unsaid else cache_dir)
 
     monkeypatch.setattr(calibration_cache, "cache_folder", chosen)
+
+
+@pytest.fixture(scope="module")
+def native() -> Iterator[None]:
+    """The native kernels are on, and are there."""
+    from dart_llm import native_build as build
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(build.SWITCH, "1")
+        build.why_not.cache_clear()
+        assert build.why_not() == ""
+        yield
+    build.why_not.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from dart_llm.slim_parts import why_not_slim
 from steps import Same, apart, decode, generate, selections, shared_model
 from tiny import CONFIGS, NAMES, tiny, tokens
 
+pytestmark = pytest.mark.usefixtures("native")
+
 DTYPES = (torch.float32, torch.bfloat16)
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 3e-2}
 KINDS = ("", "avx512bf16", "avx512", "avx2", "portable")
@@ -27,15 +30,6 @@ SLIM = tuple(name for name in NAMES if not why_not_slim(shared_model(name)))
 PROMPT, DECODED = 66, 6
 PRIOR = {"sequences": 2, "length": 24, "opening": 0}
 REMASKS = {"drift": "interval 2", "prior": PRIOR, "sparsity": 0.5}
-
-
-@pytest.fixture(autouse=True)
-def native(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(build.SWITCH, "1")
-    build.why_not.cache_clear()
-    assert build.why_not() == ""
-    yield
-    build.why_not.cache_clear()
 
 
 @contextlib.contextmanager
@@ -304,6 +298,15 @@ def test_other_dtypes_and_rows_of_their_own() -> None:
         prune(shared_model("gemma"), "griffin", sparsity=0.5, executor="slim")
 
 
+@pytest.fixture
+def undone() -> Iterator[None]:
+    """What is known of the build is found out anew, before and after."""
+    build.why_not.cache_clear()
+    yield
+    build.why_not.cache_clear()
+
+
+@pytest.mark.usefixtures("undone")
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(build.SWITCH, "0")
     build.why_not.cache_clear()
@@ -312,6 +315,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert prune(shared_model("llama"), "griffin", sparsity=0.5).executor == "compact"
 
 
+@pytest.mark.usefixtures("undone")
 def test_a_build_that_fails_is_said_once_and_compact_runs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -337,6 +341,7 @@ def test_auto_is_the_fastest_that_can_run() -> None:
     assert rows.executor == "masked"
 
 
+@pytest.mark.usefixtures("undone")
 def test_a_compiler_that_refuses_is_quoted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

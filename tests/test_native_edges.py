@@ -21,12 +21,7 @@ CLOSE = 3e-6
 PROMPT, DECODED = 66, 6
 
 
-@pytest.fixture(autouse=True)
-def native(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(build.SWITCH, "1")
-    build.why_not.cache_clear()
-    yield
-    build.why_not.cache_clear()
+pytestmark = pytest.mark.usefixtures("native")
 
 
 def _ids() -> Tensor:

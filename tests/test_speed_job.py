@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dart_llm import native_build, plots, speed_plot
+from dart_llm import plots, speed_plot
 from dart_llm.errors import ConfigError, LoadError
 from dart_llm.results_info import read_info
 from dart_llm.speed_job import SpeedJob, document, run_speed
@@ -21,6 +21,8 @@ from lm_cases import call
 from speed_cases import PROMPT, TOKENS, job, settings, shape
 from stopping import Stopping
 
+pytestmark = pytest.mark.usefixtures("native")
+
 COSTS = {"attaching", "observing", "a re-mask"}
 
 
@@ -29,9 +31,7 @@ def read(path: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> SpeedJob:
-    if reason := native_build.why_not():
-        pytest.skip(reason)
+def whole(native: None, tmp_path_factory: pytest.TempPathFactory) -> SpeedJob:
     return job(tmp_path_factory.mktemp("whole"))
 
 
@@ -144,8 +144,6 @@ def test_what_cannot_run_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_plots")
 def test_the_kernels_alone_are_a_dense_path_too(tmp_path: Path) -> None:
-    if reason := native_build.why_not():
-        pytest.skip(reason)
     done = job(tmp_path, "olmo2", costs=False, repeats=1, executors="native")
     rows = {row["row"]: row for row in done.found["rows"]}
     assert list(rows) == ["transformers", "dense, native", "griffin 50 %, native"]
