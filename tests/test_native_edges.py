@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.prune import l1_unstructured
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -194,6 +196,24 @@ def test_weights_that_torch_computes_from_others_run_by_compact(name: str) -> No
     assert prune(model, "griffin", sparsity=0.5).executor == "compact"
     with pytest.raises(ConfigError, match="layer 1 has weights that are computed from others"):
         prune(model, "griffin", sparsity=0.5, executor="native").attach()
+
+
+def test_parametrized_weights_are_not_read_once_for_all() -> None:
+    model = tiny("llama")
+    weight_norm(model.model.layers[1].self_attn.q_proj)
+    assert why_not_slim(model) == "has a forward of its own in a ParametrizedLinear"
+    assert prune(model, "griffin", sparsity=0.5).executor == "native"
+
+
+def test_hooks_on_all_modules_still_run() -> None:
+    seen: list[str] = []
+    with prune(shared_model("llama"), "griffin", sparsity=0.5, executor="slim"):
+        handle = register_module_forward_hook(lambda m, args, out: seen.append(type(m).__name__))
+        try:
+            decode(shared_model("llama"), _ids(), PROMPT)
+        finally:
+            handle.remove()
+    assert seen.count("LlamaDecoderLayer") == 4 * (1 + DECODED)
 
 
 def test_a_mask_for_every_kind_of_layer_is_left_to_the_model() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from dart_llm.arch import decoder_layers, decoder_of
 
@@ -73,6 +74,7 @@ def _known(module: nn.Module) -> bool:
     """Whether a module does what transformers' own does: its class, and its forward."""
     patched = module.__dict__.get("forward")
     ours = patched is None or type(patched).__module__.startswith("dart_llm.")
+    ours = ours and not is_parametrized(module)  # its weights are computed anew at every use
     return ours and type(module).__module__.startswith(("torch.nn.", "transformers."))
 
 

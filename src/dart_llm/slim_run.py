@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as everywhere
 
 from dart_llm.layer_prior import LayerPrior
 from dart_llm.slim import SlimDecoder
@@ -27,6 +28,8 @@ class Hooks:
 
     def foreign(self) -> bool:
         """Whether any is neither dart_llm's nor transformers' own (which only collect outputs)."""
+        if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+            return True
         if (count := sum(map(len, self._held))) != self._known:
             owners = {
                 getattr(one, "__module__", "") for held in self._held for one in held.values()

@@ -164,6 +164,27 @@ void choices(const Kernels& k, Dtype dtype, int64_t width, int64_t size) {
   }
 }
 
+// Values that no token should have: of any bits, not-a-number is the largest, and ties among its own.
+void odd_choices() {
+  const float odd[] = {0.0f, -0.0f, 1.0f, 1e-44f, INFINITY, std::nanf("1"), -std::nanf("2")};
+  std::vector<float> values(97);
+  for (float& value : values) value = odd[generator() % 7];
+  auto rank = [&](int32_t i) { return std::isnan(values[i]) ? 2 : std::isinf(values[i]) ? 1 : 0; };
+  std::vector<int32_t> order(values.size()), places(values.size());
+  for (int64_t keep = 0; keep <= int64_t(values.size()); ++keep) {
+    strongest(values.data(), int64_t(values.size()), keep, places.data());
+    for (size_t i = 0; i < order.size(); ++i) order[i] = int32_t(i);
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
+      return rank(a) != rank(b) ? rank(a) > rank(b) : rank(a) == 0 && values[a] > values[b];
+    });
+    std::sort(order.begin(), order.begin() + keep);
+    if (!std::equal(order.begin(), order.begin() + keep, places.begin())) {
+      std::printf("strongest: other places of odd values\n");
+      std::exit(1);
+    }
+  }
+}
+
 // A decoder of two layers: several threads against one, from an empty cache on.
 void decoder(const Kernels& k, Dtype dtype, int64_t threads) {
   const int64_t D = 20, H = 4, K = 2, S = 6, I = 17, V = 33, capacity = 5;
@@ -210,6 +231,7 @@ void decoder(const Kernels& k, Dtype dtype, int64_t threads) {
 }  // namespace
 
 int main() {
+  odd_choices();
   int kinds = 0;
   for (const char* kind : KINDS) {
     const Kernels* found = kernels(kind);

@@ -8,11 +8,15 @@
 
 namespace dart {
 
-// Ties go to the lower place; not-a-number counts as infinite.  places: room for n.
+// Ties go to the lower place; not-a-number is the largest, as torch sorts.  places: room for n.
 inline void strongest(const float* values, int64_t n, int64_t k, int32_t* places) {
   // such floats are ordered as their bits are: count by the upper ones, sort where the cut falls
   constexpr int BITS = 12;
-  auto bits = [&](int64_t i) { uint32_t b; std::memcpy(&b, values + i, 4); return b & 0x7fffffffu; };
+  auto bits = [&](int64_t i) {
+    uint32_t b;
+    std::memcpy(&b, values + i, 4);
+    return std::min(b & 0x7fffffffu, 0x7f800001u);  // one kind of not-a-number: they tie too
+  };
   thread_local std::array<int32_t, 1 << BITS> counts;
   counts.fill(0);
   for (int64_t i = 0; i < n; ++i) ++counts[bits(i) >> (31 - BITS)];
