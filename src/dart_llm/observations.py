@@ -17,7 +17,7 @@ Seen = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 LIMIT = 16
 """Tokens after which the evidence is updated."""
 
-MAX_BYTES = 2 << 20
+MAX_BYTES = 4 << 20
 """Bytes after which it is updated, however few the tokens: large models gain nothing by waiting."""
 
 
@@ -62,10 +62,7 @@ class Observations:
             self.flush()
         self.observing = observing
         for layer, seen in layers.items():
-            u, z, x, r, f = (None if t is None else t[:, :tokens] for t in seen)
-            assert u is not None
-            assert z is not None
-            self.layers.setdefault(layer, []).append((u, z, x, r, f))
+            self.layers.setdefault(layer, []).append(_first(seen, tokens))
         self.weights.append(weights)
         self.shapes.append((rows, tokens))
         if self.tokens >= LIMIT or self.nbytes() >= MAX_BYTES:
@@ -96,6 +93,16 @@ class Observations:
             for w, shape in zip(self.weights, self.shapes, strict=True)
         ]
         return torch.cat(parts, 1)
+
+
+def _first(seen: Seen, tokens: int) -> Seen:
+    """The first ``tokens`` of what one layer saw."""
+    if seen[0].shape[1] == tokens:
+        return seen
+    u, z, x, r, f = (None if t is None else t[:, :tokens] for t in seen)
+    assert u is not None
+    assert z is not None
+    return u, z, x, r, f
 
 
 def _join(parts: tuple[Tensor | None, ...]) -> Tensor | None:

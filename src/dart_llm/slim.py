@@ -117,10 +117,14 @@ class SlimDecoder:
             self._cache.show(cache, length + 1)
         return logits, hidden
 
+    def reads(self, bases: Sequence[Tensor]) -> None:
+        """What observed steps read of every layer's FFN input: [F, D] each; () for nothing."""
+        self._native.set_features([basis.contiguous() for basis in bases])
+
     def observed(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of the last step: u [L, I]; x, h and z [L, D] (see observations.py)."""
-        u, x, h, z = self._native.observed()
-        return u, x, h, z
+        """Of the last step: u [L, I], x and z [L, D], f [L, F] (see observations.py)."""
+        u, x, z, f = self._native.observed()
+        return u, x, z, f
 
     def _angle(self, position: int) -> tuple[Tensor, Tensor]:
         known = 0 if self._angles is None else len(self._angles[0])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules import module as everywhere
 
 from dart_llm.layer_prior import LayerPrior
@@ -48,7 +48,7 @@ class SlimRun:
         self.hooks = Hooks(model)
         self._model: Any = model
         self._learnt: list[LayerPrior | None] = []
-        self._bases = torch.empty(0)
+        self._bases = False
         self.steps = 0
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -63,6 +63,8 @@ class SlimRun:
         if call is None or (masks and not self.decoder.serves(masks)):
             return original(*args, **kwargs)
         self.decoder.load(masks or ())
+        if plan.observe:
+            self._read_features(tracer)
         logits, hidden = self.decoder.step(call, plan.observe)
         self.steps += 1
         if plan.observe:
@@ -84,19 +86,17 @@ class SlimRun:
         )
 
     def _observe(self, tracer: Tracer) -> None:
-        u, x, h, z = (t[:, None, None].unbind(0) for t in self.decoder.observed())
-        features = self._features(tracer, h)
-        for index, f in enumerate(features):
-            tracer.observe(index, u[index], z[index], x[index], z[index], f)
+        u, x, z, f = (t[:, None, None].unbind(0) for t in self.decoder.observed())
+        for index in range(len(u)):
+            tracer.observe(
+                index, u[index], z[index], x[index], z[index], f[index] if self._bases else None
+            )
 
-    def _features(self, tracer: Tracer, h: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """What low-rank compensation reads of each layer's h [1, 1, D]: [1, 1, r], or None."""
+    def _read_features(self, tracer: Tracer) -> None:
+        """Let observed steps read what low-rank compensation wants of each layer's FFN input."""
         learnt = [layer.learnt for layer in tracer.selector.layers]
-        if any(one is None or one.basis is None for one in learnt):
-            return [None] * len(learnt)
-        if self._learnt != learnt:
-            bases = [one.basis for one in learnt if one is not None and one.basis is not None]
-            self._learnt, self._bases = learnt, torch.stack(bases).float()
-        # one product for all layers, in float32: torch's small ones in bfloat16 take longer
-        found = torch.bmm(self._bases, torch.cat(list(h)).float().mT).to(h[0].dtype)
-        return found.mT[:, None].unbind(0)
+        if self._learnt == learnt:
+            return
+        bases = [one.basis for one in learnt if one is not None and one.basis is not None]
+        self._learnt, self._bases = learnt, len(bases) == len(learnt)
+        self.decoder.reads(bases if self._bases else ())

@@ -155,7 +155,10 @@ struct Member {
     });
     if (scratch.observed && member == 0) {
       std::copy_n(scratch.stream.data(), hidden, scratch.x.data() + index * hidden);
-      std::copy_n(given.wide, hidden, scratch.h.data() + index * hidden);
+      float* features = scratch.f.data() + index * decoder.features;
+      if (layer.features)
+        kernels.matvec(decoder.dtype, layer.features, nullptr, given, 0, decoder.features, features,
+                       decoder.features);
     }
   }
 
@@ -232,7 +235,7 @@ Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_)
   scores.resize(threads * positions);
   u.resize(layers * d.width);
   x.resize(layers * d.hidden);
-  h.resize(layers * d.hidden);
+  f.resize(layers * d.features);
   z.resize(layers * d.hidden);
 }
 
