@@ -8,7 +8,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import hashlib
+import json
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from dart_llm.provenance import git_state, machine, versions
 from dart_llm.results import now, write_json
 
 RESULTS = Path(__file__).parent / "results"
+PLACES = ("--experiment-name", "--results-dir")
+"""Options that say where results go."""
 
 
 def parser(doc: str, model: str = "smollm2-135m") -> argparse.ArgumentParser:
@@ -40,6 +45,32 @@ def read_text(path: str) -> tuple[str, dict[str, str]]:
         "file": Path(path).name,
         "sha256": hashlib.sha256(data).hexdigest(),
     }
+
+
+def read(path: Path) -> Any:
+    """The content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def finished(folder: Path, kind: str, kept: Sequence[str]) -> dict[str, Any]:
+    """The command of a run of ``dart-llm bench KIND`` and what is ``kept`` of its config.json.
+
+    Raises ``SystemExit`` when it is not complete.
+    """
+    config = read(folder / "config.json")
+    if (config["kind"], config["status"]) != (kind, "complete"):
+        raise SystemExit(f"{folder} is no finished run of dart-llm bench {kind}: finish it first")
+    return {"command": command(config["command"]), **{name: config.get(name) for name in kept}}
+
+
+def command(words: list[str]) -> str:
+    """The command line, paths cut to file names, without where its results went."""
+    kept, skip = [], False
+    for word in words:
+        place, skip = skip or word in PLACES, word in PLACES
+        if not place:
+            kept.append(Path(word).name if "/" in word else word)
+    return shlex.join(kept)
 
 
 def save(name: str, model: Any, data: dict[str, Any]) -> Path:

@@ -12,43 +12,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS
+from common import RESULTS, finished, read
 
 from dart_llm.errors import ConfigError
 from dart_llm.quality_summary import merge
 from dart_llm.results import write_json
 
 KEPT = ("versions", "machine", "git", "started", "finished")
-PLACES = ("--experiment-name", "--results-dir")
 TIMES = ("load_s", "total_s", "variants_s", "peak_memory_bytes")
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def command(words: list[str]) -> str:
-    """The command line, paths cut to file names, without where its results went."""
-    kept, skip = [], False
-    for word in words:
-        place, skip = skip or word in PLACES, word in PLACES
-        if not place:
-            kept.append(Path(word).name if "/" in word else word)
-    return shlex.join(kept)
 
 
 def run(folder: Path) -> dict[str, Any]:
     """What is kept of one run beside its numbers; raises ``SystemExit`` when it is not complete."""
-    config = read(folder / "config.json")
-    if (config["kind"], config["status"]) != ("quality", "complete"):
-        raise SystemExit(f"{folder} is no finished run of dart-llm bench quality: finish it first")
+    kept = finished(folder, "quality", KEPT)
     times = {k: v for k, v in read(folder / "timing.json").items() if k in TIMES}
-    kept = {name: config.get(name) for name in KEPT}
-    return {"command": command(config["command"]), **kept, "times": times}
+    return {**kept, "times": times}
 
 
 def gather(folders: list[Path]) -> dict[str, Any]:

@@ -10,42 +10,21 @@ command, versions and machine.  Times of several folders stand side by side, not
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS
+from common import RESULTS, finished, read
 
 from dart_llm.results import write_json
 
-PLACES = ("--experiment-name", "--results-dir")
 KEPT = ("git", "started", "finished")
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def command(words: list[str]) -> str:
-    """The command line, paths cut to file names, without where its results went."""
-    kept, skip = [], False
-    for word in words:
-        place, skip = skip or word in PLACES, word in PLACES
-        if not place:
-            kept.append(Path(word).name if "/" in word else word)
-    return shlex.join(kept)
 
 
 def run(folder: Path) -> dict[str, Any]:
     """What is kept of one run; raises ``SystemExit`` when it is not complete."""
-    config = read(folder / "config.json")
-    if (config["kind"], config["status"]) != ("speed", "complete"):
-        raise SystemExit(f"{folder} is no finished run of dart-llm bench speed: finish it first")
-    kept = {name: config.get(name) for name in KEPT}
+    kept = finished(folder, "speed", KEPT)
     times = read(folder / "timing.json")
     return {
-        "command": command(config["command"]),
         **kept,
         "times": times,
         **read(folder / "speed.json"),

@@ -12,18 +12,7 @@
 namespace dart::avx512bf16 {
 namespace {
 struct S {
-  static constexpr int N = 16;
-  using V = __m512;
-  static V all(float v) { return _mm512_set1_ps(v); }
-  static V zero() { return _mm512_setzero_ps(); }
-  static V load(const float* p) { return _mm512_loadu_ps(p); }
-  static V load(const bf16* p) {
-    __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-  }
-  static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-  static float sum(V a) { return _mm512_reduce_add_ps(a); }
-  static void store(float* p, V a) { _mm512_storeu_ps(p, a); }
+#include "vectors_avx512.h"
   static constexpr bool PAIRS = true;
   static __m512bh pairs(const bf16* p) {
     return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
