@@ -214,10 +214,10 @@ void decoder(const Kernels& k, Dtype dtype, int64_t threads) {
     scratch.observed = true;
     std::vector<float> logits;
     for (cache.length = 0; cache.length < capacity; ++cache.length) {
-      Team team(members);
+      scratch.begin();
       std::vector<std::thread> others;
       auto work = [&](int64_t member) {
-        step(k, d, cache, 3 + cache.length, cosine.data(), sine.data(), scratch, team, member);
+        step(k, d, cache, 3 + cache.length, cosine.data(), sine.data(), scratch, member);
       };
       for (int64_t m = 1; m < members; ++m) others.emplace_back(work, m);
       work(0);

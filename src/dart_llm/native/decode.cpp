@@ -7,7 +7,8 @@
 namespace dart {
 namespace {
 
-constexpr int64_t JOBS = 6;       // of a layer: q, k, v, o, the choice of neurons, the FFN
+constexpr int64_t JOBS = 9;       // of a layer: q, k, v, attention, o, the choice (2), FFN, its sum
+constexpr int64_t SUMS = 4;       // parts of adding up what the parts of an FFN gave
 constexpr int64_t LEAST = 32768;  // weights that are worth a part of their own
 
 // Of a member's sums: two vectors [D], or a head's norm, which may be longer.
@@ -30,24 +31,35 @@ struct Member {
   const Cache& cache;
   const float *cosine, *sine;
   Scratch& scratch;
-  Team& team;
-  int64_t member;
   float *normed, *sums, *scores;
   uint16_t* narrow;
-  int32_t* chosen;
-  int64_t phase = 0;  // the jobs begun so far, the same for all members
+  int64_t begun = 0, seen = 0;  // jobs: begun, and seen to be finished; `begun` is alike for all
+  int64_t open[JOBS] = {};      // parts of the jobs between the two
 
-  // Calls work(part, number of parts) for the parts of a job of `values` weights that fall to this
-  // member; every member calls it.
+  // Calls work(part, number of parts) for the parts of a job that fall to this member; every member
+  // calls it.  A member that comes late finds nothing left, and whatever it prepared for the job
+  // from vectors that have changed since is never used.
   template <class Work>
-  void in_parts(int64_t values, const Work& work) {
-    int64_t parts = std::min(PARTS, 1 + values / LEAST);
-    std::atomic<int64_t>& taken = scratch.taken[phase++];
-    for (int64_t one; (one = taken.fetch_add(1, std::memory_order_relaxed)) < parts;)
+  void in_parts(int64_t parts, const Work& work) {
+    std::atomic<int64_t>& taken = scratch.taken[begun];
+    for (int64_t one; (one = taken.fetch_add(1, std::memory_order_relaxed)) < parts;) {
       work(one, parts);
+      scratch.done[begun].fetch_add(1, std::memory_order_release);
+    }
+    open[begun++ - seen] = parts;
   }
 
-  Span share(int64_t n, int64_t block = 4) const { return part(n, member, team.size(), block); }
+  // Returns when all jobs begun so far are finished.  Waits for parts, not for members: one that is
+  // not running, and has taken nothing, holds nobody up.
+  void finish() {
+    for (int64_t job = seen; job < begun; ++job) {
+      Patience patience;
+      while (scratch.done[job].load(std::memory_order_acquire) < open[job - seen]) patience.wait();
+    }
+    seen = begun;
+  }
+
+  static int64_t parts_of(int64_t values) { return std::min(PARTS, 1 + values / LEAST); }
 
   // `from` rounded to the weights' dtype, as the model's own modules hand it on.
   Input input(const float* from, int64_t n) {
@@ -71,7 +83,7 @@ struct Member {
 
   void project(const void* rows, const void* bias, const Input& x, int64_t count, float* y,
                float* stream = nullptr) {
-    in_parts(count * x.size, [&](int64_t one, int64_t parts) {
+    in_parts(parts_of(count * x.size), [&](int64_t one, int64_t parts) {
       Span own = part(count, one, parts);
       kernels.matvec(decoder.dtype, rows, bias, x, own.begin, own.end, y, count);
       if (stream)
@@ -89,50 +101,40 @@ struct Member {
     }
   }
 
-  void attention(int64_t index) {
+  // All query heads of one key-value head, which also writes its new position.
+  void attend(int64_t index, int64_t kv) {
     const Layer& layer = decoder.layers[index];
-    int64_t size = decoder.size, heads = decoder.heads, group = heads / decoder.kv_heads;
+    int64_t size = decoder.size, group = decoder.heads / decoder.kv_heads;
     float* queries = scratch.qkv.data();
-    float* keys = queries + heads * size;
-    float* values = keys + decoder.kv_heads * size;
-    Span own = share(heads, 1);
-    std::vector<float> key(2 * size);
-    int64_t known = -1;
-    for (int64_t head = own.begin; head < own.end; ++head) {
-      int64_t kv = head / group;
-      int64_t place = kv * cache.capacity * size;
-      void* key_cache = at(cache.keys[index], decoder.dtype, place);
-      void* value_cache = at(cache.values[index], decoder.dtype, place);
-      if (kv != known) {
-        std::copy_n(keys + kv * size, size, key.data());
-        std::copy_n(values + kv * size, size, key.data() + size);
-        rotate(key.data(), layer.k_norm);
-        known = kv;
-      }
-      if (head % group == 0) {
-        kernels.round(decoder.dtype, key.data(),
-                      at(key_cache, decoder.dtype, cache.length * size), size);
-        kernels.round(decoder.dtype, key.data() + size,
-                      at(value_cache, decoder.dtype, cache.length * size), size);
-      }
+    float* key = queries + (decoder.heads + kv) * size;
+    float* value = queries + (decoder.heads + decoder.kv_heads + kv) * size;
+    int64_t place = kv * cache.capacity * size, next = cache.length * size;
+    void* keys = at(cache.keys[index], decoder.dtype, place);
+    void* values = at(cache.values[index], decoder.dtype, place);
+    rotate(key, layer.k_norm);
+    kernels.round(decoder.dtype, key, at(keys, decoder.dtype, next), size);
+    kernels.round(decoder.dtype, value, at(values, decoder.dtype, next), size);
+    for (int64_t head = kv * group; head < (kv + 1) * group; ++head) {
       float* query = queries + head * size;
       rotate(query, layer.q_norm);
-      kernels.attend(decoder.dtype, query, key_cache, value_cache, cache.length, size, key.data(),
-                     key.data() + size, size, decoder.scale, scores,
-                     scratch.attended.data() + head * size);
+      kernels.attend(decoder.dtype, query, keys, values, cache.length, size, key, value, size,
+                     decoder.scale, scores, scratch.attended.data() + head * size);
     }
   }
 
-  // The neurons of this token: each member estimates its share, and all of them choose the same.
+  // The neurons of this token: estimates in parts, then one choice for all.
   void choose(const Layer& layer, const Input& given, Ffn& ffn) {
-    in_parts(PARTS * LEAST, [&](int64_t one, int64_t parts) {
+    in_parts(PARTS, [&](int64_t one, int64_t parts) {
       Span own = part(decoder.width, one, parts);
       kernels.estimate(decoder.dtype, layer.copies, ffn, given, own.begin, own.end,
                        scratch.strength.data());
     });
-    team.wait();
-    strongest(scratch.strength.data(), decoder.width, layer.copies.keep, chosen);
-    ffn.ids = chosen;
+    finish();
+    in_parts(1, [&](int64_t, int64_t) {
+      strongest(scratch.strength.data(), decoder.width, layer.copies.keep, scratch.chosen.data());
+    });
+    finish();
+    ffn.ids = scratch.chosen.data();
     ffn.kept = layer.copies.keep;
   }
 
@@ -145,7 +147,8 @@ struct Member {
     Ffn ffn = layer.ffn;
     if (layer.copies.keep) choose(layer, given, ffn);
     float* u = scratch.observed ? scratch.u.data() + index * decoder.width : nullptr;
-    in_parts(PARTS * LEAST, [&](int64_t one, int64_t parts) {
+    in_parts(PARTS, [&](int64_t one, int64_t parts) {
+      if (one == 0 && scratch.observed) observe(index, given);
       float* to = scratch.parts.data() + one * hidden;
       std::fill_n(to, hidden, 0.0f);
       Span own = part(ffn.kept, one, parts);
@@ -153,25 +156,29 @@ struct Member {
       own = part(ffn.rank, one, parts, 1);
       kernels.low_rank(decoder.dtype, ffn, given, own.begin, own.end, to);
     });
-    if (scratch.observed && member == 0) {
-      std::copy_n(scratch.stream.data(), hidden, scratch.x.data() + index * hidden);
-      float* features = scratch.f.data() + index * decoder.features;
-      if (layer.features)
-        kernels.matvec(decoder.dtype, layer.features, nullptr, given, 0, decoder.features, features,
-                       decoder.features);
-    }
+  }
+
+  void observe(int64_t index, const Input& given) {
+    const Layer& layer = decoder.layers[index];
+    int64_t hidden = decoder.hidden;
+    std::copy_n(scratch.stream.data(), hidden, scratch.x.data() + index * hidden);
+    if (layer.features)
+      kernels.matvec(decoder.dtype, layer.features, nullptr, given, 0, decoder.features,
+                     scratch.f.data() + index * decoder.features, decoder.features);
   }
 
   void add_sums(int64_t index) {
     int64_t hidden = decoder.hidden;
     const float* bias = decoder.layers[index].bias;
-    Span own = share(hidden);
-    for (int64_t i = own.begin; i < own.end; ++i) {
-      float total = bias ? bias[i] : 0.0f;
-      for (int64_t one = 0; one < PARTS; ++one) total += scratch.parts[one * hidden + i];
-      if (scratch.observed) scratch.z[index * hidden + i] = total;
-      scratch.stream[i] += total;
-    }
+    in_parts(SUMS, [&](int64_t one, int64_t parts) {
+      Span own = part(hidden, one, parts);
+      for (int64_t i = own.begin; i < own.end; ++i) {
+        float total = bias ? bias[i] : 0.0f;
+        for (int64_t from = 0; from < PARTS; ++from) total += scratch.parts[from * hidden + i];
+        if (scratch.observed) scratch.z[index * hidden + i] = total;
+        scratch.stream[i] += total;
+      }
+    });
   }
 
   void layer(int64_t index) {
@@ -185,31 +192,30 @@ struct Member {
     project(layer.q, layer.q_bias, given, heads * size, qkv);
     project(layer.k, layer.k_bias, given, kv, qkv + heads * size);
     project(layer.v, layer.v_bias, given, kv, qkv + heads * size + kv);
-    team.wait();
-    attention(index);
-    team.wait();
+    finish();
+    in_parts(decoder.kv_heads, [&](int64_t one, int64_t) { attend(index, one); });
+    finish();
     project(layer.o, layer.o_bias, input(scratch.attended.data(), heads * size), hidden, qkv,
             scratch.stream.data());
-    team.wait();
+    finish();
     ffn(index);
-    team.wait();
+    finish();
     add_sums(index);
-    team.wait();
+    finish();
   }
 
   void run(int64_t token) {
     int64_t hidden = decoder.hidden;
-    if (member == 0) {
-      for (std::atomic<int64_t>& one : scratch.taken) one.store(0, std::memory_order_relaxed);
+    in_parts(1, [&](int64_t, int64_t) {
       const void* row = at(decoder.embedding, decoder.dtype, token * hidden);
       kernels.widen(decoder.dtype, row, scratch.stream.data(), hidden);
-    }
-    team.wait();
+    });
+    finish();
     for (int64_t index = 0; index < int64_t(decoder.layers.size()); ++index) layer(index);
     float* x = sums + hidden;
     norm(scratch.stream.data(), decoder.norm, hidden, x);
     Input given = input(x, hidden);
-    if (member == 0) std::copy_n(given.wide, hidden, scratch.normed.data());
+    in_parts(1, [&](int64_t, int64_t) { std::copy_n(given.wide, hidden, scratch.normed.data()); });
     project(decoder.head, nullptr, given, decoder.vocabulary, scratch.logits.data());
   }
 };
@@ -227,11 +233,12 @@ Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_)
   logits.resize(d.vocabulary);
   sums.resize(threads * stride(d));
   parts.resize(PARTS * d.hidden);
-  taken = std::vector<std::atomic<int64_t>>(layers * JOBS + 1);
+  taken = std::vector<std::atomic<int64_t>>(layers * JOBS + 3);
+  done = std::vector<std::atomic<int64_t>>(layers * JOBS + 3);
   normed.resize(d.hidden + threads * widest(d));
   narrow.resize(threads * widest(d));
   strength.resize(d.width);
-  chosen.resize(threads * d.width);
+  chosen.resize(d.width);
   scores.resize(threads * positions);
   u.resize(layers * d.width);
   x.resize(layers * d.hidden);
@@ -239,15 +246,19 @@ Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_)
   z.resize(layers * d.hidden);
 }
 
+void Scratch::begin() {
+  for (auto* counts : {&taken, &done})
+    for (std::atomic<int64_t>& one : *counts) one.store(0, std::memory_order_relaxed);
+}
+
 void step(const Kernels& kernels, const Decoder& decoder, const Cache& cache, int64_t token,
-          const float* cosine, const float* sine, Scratch& scratch, Team& team, int64_t member) {
+          const float* cosine, const float* sine, Scratch& scratch, int64_t member) {
   int64_t wide = widest(decoder);
-  Member one{kernels, decoder, cache, cosine, sine, scratch, team, member,
+  Member one{kernels, decoder, cache, cosine, sine, scratch,
              scratch.normed.data() + decoder.hidden + member * wide,
              scratch.sums.data() + member * stride(decoder),
              scratch.scores.data() + member * scratch.positions,
-             scratch.narrow.data() + member * wide,
-             scratch.chosen.data() + member * decoder.width};
+             scratch.narrow.data() + member * wide};
   one.run(token);
 }
 

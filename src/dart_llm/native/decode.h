@@ -37,22 +37,24 @@ struct Cache {
 // What a step leaves behind; all float32.
 struct Scratch {
   Scratch(const Decoder&, int64_t threads, int64_t positions);
+  void begin();  // before the members of a step begin
   std::vector<float> stream, qkv, attended, logits, sums, normed, scores;
   std::vector<float> parts;                 // [PARTS, D]: what each part of an FFN adds
-  std::vector<std::atomic<int64_t>> taken;  // of each job: the parts that members have taken
+  std::vector<std::atomic<int64_t>> taken;  // of each job: the parts that members have taken ...
+  std::vector<std::atomic<int64_t>> done;   // ... and have finished
   // Of every layer, where it is observed: activations [L, I], features of the FFN's input [L, F],
   // and [L, D] each the stream before the FFN and its output.
   std::vector<float> u, x, f, z;
   std::vector<uint16_t> narrow;
   std::vector<float> strength;       // of a layer's neurons
-  std::vector<int32_t> chosen;       // every member's own list of the token's neurons
+  std::vector<int32_t> chosen;       // the token's neurons
   int64_t threads, positions;
   bool observed = false;
 };
 
-// Runs one member's share of the step that decodes after `token`; all members of `team` call it.
+// Runs one member's share of the step that decodes after `token`; all members call it at once.
 // cosine, sine: [S] of the position.  Leaves logits [V] and the normed last hidden state.
 void step(const Kernels&, const Decoder&, const Cache&, int64_t token, const float* cosine,
-          const float* sine, Scratch&, Team& team, int64_t member);
+          const float* sine, Scratch&, int64_t member);
 
 }  // namespace dart

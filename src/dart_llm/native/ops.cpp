@@ -20,7 +20,7 @@ template <class Work>
 void together(const Work& work) {
   int64_t wanted = at::in_parallel_region() ? 1 : at::get_num_threads();
   if (wanted == 1) {
-    dart::Team alone(1);
+    dart::Team alone{1};
     work(alone, 0);
     return;
   }
@@ -30,7 +30,7 @@ void together(const Work& work) {
     int64_t running = std::min<int64_t>(omp_get_num_threads(), wanted);
     int64_t each = (wanted + running - 1) / running;
     if (begin == 0) {
-      team = std::make_unique<dart::Team>((wanted + each - 1) / each);
+      team = std::make_unique<dart::Team>(dart::Team{(wanted + each - 1) / each});
       made.store(team.get(), std::memory_order_release);
     }
     dart::Team* known;
@@ -108,7 +108,7 @@ Tensor fold(const Tensor& rows, const Tensor& ids, const Tensor& factors) {
   float* to = found.mutable_data_ptr<float>();
   const dart::Kernels& kernels = best();
   together([&](dart::Team& team, int64_t member) {
-    dart::Span own = dart::part(size, member, team.size(), 32);
+    dart::Span own = dart::part(size, member, team.size, 32);
     kernels.fold(dtype, from, which, n, size, by, count, own.begin, own.end, to);
   });
   return found;
@@ -298,8 +298,9 @@ struct Decoder : torch::CustomClassHolder {
     const float* cos = static_cast<const float*>(data(cosine, at::kFloat));
     const float* sin = static_cast<const float*>(data(sine, at::kFloat));
     const dart::Kernels& kernels = best();
-    together([&](dart::Team& team, int64_t member) {
-      dart::step(kernels, model, cache, token, cos, sin, *scratch, team, member);
+    scratch->begin();
+    together([&](dart::Team&, int64_t member) {
+      dart::step(kernels, model, cache, token, cos, sin, *scratch, member);
     });
     return {copy(scratch->logits, {model.vocabulary}, type),
             copy(scratch->normed, {model.hidden}, type)};

@@ -1,4 +1,4 @@
-// Threads that work on one thing together, and wait for one another between its parts.
+// Work in parts for threads that run at the same time, and waiting for it.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -10,33 +10,24 @@
 
 namespace dart {
 
-class Team {
+// Waiting that takes microseconds if all goes well: spins first, then gives the core away, for
+// whoever is waited for may not be running at all.
+class Patience {
  public:
-  explicit Team(int64_t size) : size_(size) {}
-  int64_t size() const { return size_; }
-
-  // Returns when every member has come here.  Spins, for parts take microseconds; gives the core
-  // away after a while, for a member may not be running at all.
   void wait() {
-    if (size_ == 1) return;
-    int64_t round = round_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
-      arrived_.store(0, std::memory_order_relaxed);
-      round_.store(round + 1, std::memory_order_release);
-      return;
-    }
-    for (int64_t spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
-      if (spins > 20000) std::this_thread::yield();
+    if (++spins_ > 2000) std::this_thread::yield();
 #if defined(__x86_64__)
-      else _mm_pause();
+    else _mm_pause();
 #endif
-    }
   }
 
  private:
-  const int64_t size_;
-  alignas(64) std::atomic<int64_t> arrived_{0};
-  alignas(64) std::atomic<int64_t> round_{0};
+  int64_t spins_ = 0;
+};
+
+// Threads that work on one thing at the same time.
+struct Team {
+  int64_t size;
 };
 
 // Parts of one job that members take as they come, so that a slow one does not hold up the others.
