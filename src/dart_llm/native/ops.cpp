@@ -15,27 +15,18 @@ namespace {
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-// Calls work(team, member) once on each of torch's threads, at the same time.
+// Calls work(member) once on each of torch's threads, at the same time.
 template <class Work>
 void together(const Work& work) {
   int64_t wanted = at::in_parallel_region() ? 1 : at::get_num_threads();
   if (wanted == 1) {
-    dart::Team alone{1};
-    work(alone, 0);
+    work(0);
     return;
   }
-  std::unique_ptr<dart::Team> team;
-  std::atomic<dart::Team*> made{nullptr};
   at::parallel_for(0, wanted, 1, [&](int64_t begin, int64_t) {
-    int64_t running = std::min<int64_t>(omp_get_num_threads(), wanted);
+    int64_t running = std::min<int64_t>(omp_get_num_threads(), wanted);  // may be fewer
     int64_t each = (wanted + running - 1) / running;
-    if (begin == 0) {
-      team = std::make_unique<dart::Team>(dart::Team{(wanted + each - 1) / each});
-      made.store(team.get(), std::memory_order_release);
-    }
-    dart::Team* known;
-    while (!(known = made.load(std::memory_order_acquire))) std::this_thread::yield();
-    work(*known, begin / each);
+    work(begin / each);
   });
 }
 
@@ -87,7 +78,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   const dart::Kernels& kernels = best();
   float* to = y.mutable_data_ptr<float>();
   std::atomic<int64_t> taken{0};
-  together([&](dart::Team&, int64_t) {
+  together([&](int64_t) {
     for (int64_t group; (group = taken++) < dart::PARTS;) {
       dart::Span own = dart::part(weight.size(0), group, dart::PARTS);
       kernels.matvec(dtype, rows, add, given, own.begin, own.end, to, weight.size(0));
@@ -107,9 +98,12 @@ Tensor fold(const Tensor& rows, const Tensor& ids, const Tensor& factors) {
   Tensor found = at::empty({count, size}, factors.options());
   float* to = found.mutable_data_ptr<float>();
   const dart::Kernels& kernels = best();
-  together([&](dart::Team& team, int64_t member) {
-    dart::Span own = dart::part(size, member, team.size, 32);
-    kernels.fold(dtype, from, which, n, size, by, count, own.begin, own.end, to);
+  std::atomic<int64_t> taken{0};
+  together([&](int64_t) {
+    for (int64_t group; (group = taken++) < dart::PARTS;) {
+      dart::Span own = dart::part(size, group, dart::PARTS, 32);
+      kernels.fold(dtype, from, which, n, size, by, count, own.begin, own.end, to);
+    }
   });
   return found;
 }
@@ -159,7 +153,7 @@ Tensor ffn(const Tensor& x, const MaybeTensor& gate, const Tensor& up, const Ten
   float* to = z.mutable_data_ptr<float>();
   const dart::Kernels& kernels = best();
   std::atomic<int64_t> taken{0};
-  together([&](dart::Team&, int64_t) {
+  together([&](int64_t) {
     for (int64_t group; (group = taken++) < dart::PARTS;) {
       float* own = sums.data() + group * size;
       dart::Span span = dart::part(f.kept, group, dart::PARTS);
@@ -299,7 +293,7 @@ struct Decoder : torch::CustomClassHolder {
     const float* sin = static_cast<const float*>(data(sine, at::kFloat));
     const dart::Kernels& kernels = best();
     scratch->begin();
-    together([&](dart::Team&, int64_t member) {
+    together([&](int64_t member) {
       dart::step(kernels, model, cache, token, cos, sin, *scratch, member);
     });
     return {copy(scratch->logits, {model.vocabulary}, type),

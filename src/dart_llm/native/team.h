@@ -25,11 +25,6 @@ class Patience {
   int64_t spins_ = 0;
 };
 
-// Threads that work on one thing at the same time.
-struct Team {
-  int64_t size;
-};
-
 // Parts of one job that members take as they come, so that a slow one does not hold up the others.
 // The parts do not depend on the number of members, nor does the order in which sums are added.
 constexpr int64_t PARTS = 16;
