@@ -6,16 +6,20 @@ Token weights are 1 for a real token of a live row and 0 for padding and finishe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from dart_llm.observations import Seen
 from dart_llm.scores import EPS, PerToken
 
 CHUNK_ELEMENTS = 1 << 24
 """Tokens are processed in chunks of at most this many float32 elements."""
+
+TOGETHER = 1 << 18
+"""Layers are added together up to so many elements: what lies in between stays in the caches."""
 
 REFERENCE_TOKENS = 256
 """Decayed evidence weighs at most as much as this many tokens before the decay."""
@@ -57,30 +61,16 @@ class LayerEvidence:
 
     def add(self, name: str, values: Tensor, weights: Tensor | None) -> None:
         """Add per-token ``values`` [T] or [T, I]; ``weights``: [T] or None for all ones."""
-        weight: Tensor | float = float(len(values)) if weights is None else weights.sum()
-        if weights is None:
-            part = values.sum(0)
-        else:
-            with full_precision(values):
-                part = torch.einsum("t,t...->...", weights, values)
-        self._more(name, part, weight)
+        _add([self], name, values[None], weights)
 
-    def _more(self, name: str, part: Tensor, weight: Tensor | float) -> None:
+    def more(self, name: str, part: Tensor, weight: Tensor | float) -> None:
+        """Add a sum over tokens and its weight."""
         known = self.sums.get(name)
         if known is None:
             self.sums[name] = Sum(part, weight)
         else:
             known.total += part
             known.weight = known.weight + weight
-
-    def add_products(
-        self, name: str, first: Tensor, second: Tensor, weights: Tensor | None
-    ) -> None:
-        """Add ``sum_t first_t second_t^T``: first [T, n], second [T, m]; weights: [T] or None."""
-        weighted = second if weights is None else second * weights[:, None]
-        with full_precision(first):
-            part = first.T @ weighted
-        self._more(name, part, float(len(first)) if weights is None else weights.sum())
 
     def add_ema(self, values: Tensor, decay: float, weights: Tensor | None) -> None:
         """``s <- d s + a`` over the tokens of [B, T, I] in order, rows summed."""
@@ -124,6 +114,10 @@ class LayerEvidence:
         return sum(known.total.numel() * known.total.element_size() for known in self.sums.values())
 
 
+Layers = Sequence[LayerEvidence]
+"""What is remembered of some layers, in the order of the first dimension of what is added."""
+
+
 @dataclass(frozen=True)
 class Statistics:
     """Which sums a configuration needs, and how to add one forward's tokens to them.
@@ -157,50 +151,77 @@ class Statistics:
         f: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> None:
-        """Add tokens.
+        """Add tokens of one layer; parts as below, without their first dimension.
 
-        u: [B, T, I]; z, x, r: [B, T, D]; f: [B, T, F] features of the FFN's input; weights: [B, T]
-        float32 or None; scale: [I], what a unit of each neuron's activation is worth.
+        Raises ``RuntimeError`` when x and r are needed and missing.
         """
-        step = max(1, CHUNK_ELEMENTS // (u.shape[0] * u.shape[2]))
-        for start in range(0, u.shape[1], step):
-            part = slice(start, start + step)
-            w = None if weights is None else weights[:, part]
-            self._neurons(evidence, u[:, part].float(), w, scale)
-            if f is not None and "features" in self.needs:
-                _add_features(evidence, u[:, part].float(), f[:, part].float(), w)
-        if self.needs_stream:
-            if x is None or r is None:
-                raise RuntimeError("x and r were not captured")
+        parts = (t if t is None else t[None] for t in (u, None, z, x, r))
+        known = (t if t is None else t[None] for t in (f, scale))
+        if self.needs_stream and (x is None or r is None):
+            raise RuntimeError("x and r were not captured")
+        self.add([evidence], Seen(*parts), weights, *known)
+
+    def add(
+        self,
+        evidence: Layers,
+        seen: Seen,
+        weights: Tensor | None,
+        f: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> None:
+        """Add tokens of some layers: parts [L, B, T, ...] of ``seen`` that are there.
+
+        f: [L, B, T, F] features of the FFN's input; weights: [B, T] float32 or None; scale: [L, I],
+        what a unit of each neuron's activation is worth.
+        """
+        if (u := seen.u) is not None:
+            step = max(1, TOGETHER // max(1, u[0].numel()))
+            for start in range(0, len(u), step):
+                part = slice(start, start + step)
+                own, worth = (t if t is None else t[part] for t in (f, scale))
+                self._add_neurons(evidence[part], u[part], weights, own, worth)
+        if self.needs_stream and seen.z is not None and seen.x is not None and seen.r is not None:
             flat = None if weights is None else weights.flatten()
-            x, z, r = (t.flatten(0, 1).float() for t in (x, z, r))
+            x, z, r = (t.flatten(1, 2).float() for t in (seen.x, seen.z, seen.r))
             self._stream(evidence, x, z, r, flat)
 
-    def _neurons(
+    def _add_neurons(
         self,
-        evidence: LayerEvidence,
+        evidence: Layers,
         u: Tensor,
         weights: Tensor | None,
+        f: Tensor | None,
         scale: Tensor | None,
     ) -> None:
-        flat = u.flatten(0, 1)
+        step = max(1, CHUNK_ELEMENTS // (u.shape[0] * u.shape[1] * u.shape[3]))
+        for start in range(0, u.shape[2], step):
+            part = slice(start, start + step)
+            w = None if weights is None else weights[:, part]
+            some = u[:, :, part].float()
+            self._neurons(evidence, some, w, scale)
+            if f is not None and "features" in self.needs:
+                _add_features(evidence, some, f[:, :, part].float(), w)
+
+    def _neurons(
+        self, evidence: Layers, u: Tensor, weights: Tensor | None, scale: Tensor | None
+    ) -> None:
+        flat = u.flatten(1, 2)
         w = None if weights is None else weights.flatten()
         if self.per_token is not None and self.ema_decay is not None:
-            evidence.add_ema(self.per_token(u).sqrt(), self.ema_decay, weights)
+            for one, own in zip(evidence, self.per_token(u).sqrt(), strict=True):
+                one.add_ema(own, self.ema_decay, weights)
         elif self.per_token is not None:
-            evidence.add("score", self.per_token(flat), w)
+            _add(evidence, "score", self.per_token(flat), w)
         if "signed" in self.needs or self.spread:
-            evidence.add("signed", flat, w)
+            _add(evidence, "signed", flat, w)
         if "squares" in self.needs:
-            evidence.add("squares", flat.square(), w)
+            _add(evidence, "squares", flat.square(), w)
         if "lost" in self.needs and scale is not None:
-            lost = losers(flat, scale, self.keep)
-            evidence.add("lost", flat * lost, w)
-            evidence.add("losses", lost, w)
+            lost = losers(flat, scale[:, None], self.keep)
+            _add(evidence, "lost", flat * lost, w)
+            _add(evidence, "losses", lost, w)
 
-    def _stream(
-        self, evidence: LayerEvidence, x: Tensor, z: Tensor, r: Tensor, w: Tensor | None
-    ) -> None:
+    def _stream(self, evidence: Layers, x: Tensor, z: Tensor, r: Tensor, w: Tensor | None) -> None:
         size = x.norm(dim=-1).clamp_min(EPS)
         if "sensitivity" in self.needs:
             _add_sensitivity(evidence, "", x, z, z - x, size, w)
@@ -208,8 +229,8 @@ class Statistics:
             _add_sensitivity(evidence, "-residual", x, x + r, r, size, w)
         if "squares" in self.needs:
             z2, r2 = z.square().sum(-1), r.square().sum(-1)
-            evidence.add("gain", r2 / z2.clamp_min(EPS), w)
-            evidence.add("stream", size.square(), w)
+            _add(evidence, "gain", r2 / z2.clamp_min(EPS), w)
+            _add(evidence, "stream", size.square(), w)
 
     def score_input(self, evidence: LayerEvidence, width: int, device: torch.device) -> Tensor:
         """The accumulated statistic ``a`` that score functions take: [I], float32."""
@@ -234,16 +255,36 @@ def losers(u: Tensor, worth: Tensor, keep: float) -> Tensor:
     return torch.ones_like(u).scatter_(-1, best, 0.0)
 
 
-def _add_features(evidence: LayerEvidence, u: Tensor, f: Tensor, weights: Tensor | None) -> None:
-    u, f = u.flatten(0, 1), f.flatten(0, 1)
+def _add(evidence: Layers, name: str, values: Tensor, weights: Tensor | None) -> None:
+    """Add per-token values [L, T] or [L, T, I] of some layers; weights: [T] or None."""
+    weight: Tensor | float = float(values.shape[1]) if weights is None else weights.sum()
+    if weights is None:
+        parts = values.sum(1)
+    else:
+        with full_precision(values):
+            parts = torch.einsum("t,lt...->l...", weights, values)
+    _more(evidence, name, parts, weight)
+
+
+def _more(evidence: Layers, name: str, parts: Tensor, weight: Tensor | float) -> None:
+    for one, part in zip(evidence, parts.unbind(0), strict=True):
+        one.more(name, part, weight)
+
+
+def _add_features(evidence: Layers, u: Tensor, f: Tensor, weights: Tensor | None) -> None:
+    """Sums of f, f f^T and u f^T; u: [L, B, T, I], f: [L, B, T, F], both float32."""
+    u, f = u.flatten(1, 2), f.flatten(1, 2)
     w = None if weights is None else weights.flatten()
-    evidence.add("features", f, w)
-    evidence.add_products("moments", f, f, w)
-    evidence.add_products("cross", u, f, w)
+    _add(evidence, "features", f, w)
+    weight: Tensor | float = float(f.shape[1]) if w is None else w.sum()
+    weighted = f if w is None else f * w[:, None]
+    with full_precision(f):
+        _more(evidence, "moments", f.mT @ weighted, weight)
+        _more(evidence, "cross", u.mT @ weighted, weight)
 
 
 def _add_sensitivity(
-    evidence: LayerEvidence,
+    evidence: Layers,
     suffix: str,
     x: Tensor,
     y: Tensor,
@@ -252,12 +293,5 @@ def _add_sensitivity(
     w: Tensor | None,
 ) -> None:
     cosine = (x * y).sum(-1) / (size * y.norm(dim=-1)).clamp_min(EPS)
-    evidence.add(f"cosine{suffix}", cosine, w)
-    evidence.add(f"change{suffix}", change.norm(dim=-1) / size, w)
-
-
-def needed(
-    parts: tuple[str, ...], compensation: Sequence[str], get: Callable[[str], frozenset[str]]
-) -> frozenset[str]:
-    """The union of what the budgets ``parts`` need, and of what compensation does."""
-    return frozenset(compensation).union(*(get(part) for part in parts))
+    _add(evidence, f"cosine{suffix}", cosine, w)
+    _add(evidence, f"change{suffix}", change.norm(dim=-1) / size, w)

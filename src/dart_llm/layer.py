@@ -7,13 +7,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dart_llm.ffn import CompactFfn, FfnBlock, run_masked
 from dart_llm.layout import Layout
 from dart_llm.low_rank import LowRank
 from dart_llm.masks import LayerMask
 from dart_llm.native_ffn import NativeFfn
+from dart_llm.observations import Seen
 from dart_llm.plan import Plan, bare
 from dart_llm.token_ffn import TokenFfn
 from dart_llm.token_select import TokenMask
@@ -38,9 +38,8 @@ class HostedFfn:
         self.kept: CompactFfn | NativeFfn = CompactFfn(block)
         self.token: TokenFfn | None = None
         self.x: Tensor | None = None
-        self.features: Tensor | None = None
         self.fed: Tensor | None = None
-        self.waiting: tuple[Tensor, Tensor] | None = None
+        self.waiting: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._stacked: (
             tuple[list[LayerMask | None], Tensor, Tensor | None, LowRank | None] | None
         ) = None
@@ -65,7 +64,7 @@ class HostedFfn:
 
     def forget(self) -> None:
         """Drop what an interrupted forward left behind."""
-        self.x = self.features = self.fed = self.waiting = None
+        self.x = self.fed = self.waiting = None
 
     def release(self) -> None:
         """Free the copies and the multipliers."""
@@ -78,14 +77,14 @@ class HostedFfn:
             self.fed = bare(args[0])
 
     def _take_x(self, module: nn.Module, args: Any) -> None:
-        if self.owner.plan.observe:
+        if self.owner.plan.stream:
             self.x = bare(args[0])
 
     def _take_r(self, module: nn.Module, args: Any, r: Tensor) -> None:
         if self.waiting is not None:
-            u, z = self.waiting
+            u, z, h = self.waiting
             self.waiting = None
-            self._observe(u, z, r)
+            self._observe(u, z, r, h)
 
     def run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The forward of the FFN (of the down projection, for an inline block)."""
@@ -150,32 +149,30 @@ class HostedFfn:
         return known[1], known[2], known[3]
 
     def _observed(self, u: Tensor, z: Tensor, x: Tensor) -> None:
-        self.features = self._features(x)
-        if not self.owner.tracer.selector.statistics.needs_stream:
-            self._observe(u, z, None)
+        h = x if self._reads_input else None
+        if not self.owner.plan.stream:
+            self._observe(u, None, None, h)
             return
         if self.block.x_from is None:
             self.x = bare(x)
         if self.block.post_norm is None:
-            self._observe(u, z, z)
+            self._observe(u, z, z, h)
         else:
-            self.waiting = (bare(u), bare(z))
+            self.waiting = (bare(u), bare(z), h if h is None else bare(h))
 
-    def _features(self, x: Tensor) -> Tensor | None:
-        """What low-rank compensation reads of the FFN's input x; an inline block never sees it."""
+    @property
+    def _reads_input(self) -> bool:
+        """Whether low-rank compensation reads the FFN's input; an inline block never sees it."""
         learnt = self.owner.tracer.selector.layers[self.block.index].learnt
-        if learnt is None or learnt.basis is None or self.block.inline:
-            return None
-        return F.linear(x.detach(), learnt.basis)
+        return learnt is not None and learnt.basis is not None and not self.block.inline
 
-    def _observe(self, u: Tensor, z: Tensor, r: Tensor | None) -> None:
+    def _observe(self, u: Tensor, z: Tensor | None, r: Tensor | None, h: Tensor | None) -> None:
         rows = self.owner.rows
         x, self.x = self.x, None
-        f, self.features = self.features, None
-        # OPT flattens its tokens; with a mask for every row u and z are unfolded already
-        u, z = u.reshape(rows, -1, u.shape[-1]), z.reshape(rows, -1, z.shape[-1])
-        x, r, f = (None if t is None else t.reshape(rows, -1, t.shape[-1]) for t in (x, r, f))
-        self.owner.tracer.observe(self.block.index, u, z, x, r, f)
+        seen = Seen(u, h, z, x, r)
+        if u.dim() != 3 or len(u) != rows:  # OPT flattens its tokens
+            seen = Seen(*(t if t is None else t.reshape(rows, -1, t.shape[-1]) for t in seen))
+        self.owner.tracer.observe(self.block.index, seen)
 
     def nbytes(self) -> int:
         """Bytes of the compact copies and of the multipliers, beside the masks themselves."""

@@ -7,6 +7,7 @@ docs/method.md, "Compensation".
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional
 
 from dart_llm.evidence import LayerEvidence, full_precision
 from dart_llm.native_build import ops, why_not
+from dart_llm.weights import FfnWeights
 
 RIDGE = 0.1
 """Added to the features' covariance, in units of their variance over the prior's text (1)."""
@@ -45,6 +47,17 @@ class LowRank:
     def nbytes(self) -> int:
         """Bytes of ``out``; the basis belongs to the prior."""
         return self.out.numel() * self.out.element_size()
+
+
+def read_features(h: Tensor | None, layers: Sequence[FfnWeights]) -> Tensor | None:
+    """Features [L, B, T, r] of the layers' FFN inputs h [L, B, T, D]; None where none are read."""
+    bases = [None if layer.learnt is None else layer.learnt.basis for layer in layers]
+    found = [basis for basis in bases if basis is not None]
+    if h is None or len(found) < len(bases):
+        return None
+    with full_precision(h):
+        parts = [functional.linear(t.to(basis), basis) for t, basis in zip(h, found, strict=True)]
+    return torch.stack(parts)
 
 
 def find_basis(h: Tensor, rank: int) -> Tensor:

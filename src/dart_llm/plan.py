@@ -45,11 +45,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the layers do in one forward: ``masks[life][layer]``, None where dense."""
+    """What the layers do in one forward: ``masks[life][layer]``, None where dense.
+
+    ``observe``: hand on what is seen; ``stream``: the stream before and after the FFN too.
+    """
 
     observe: bool
     features: bool
     masks: tuple[tuple[LayerMask | None, ...] | None, ...]
+    stream: bool = False
 
     @property
     def dense(self) -> bool:

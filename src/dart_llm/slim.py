@@ -117,14 +117,12 @@ class SlimDecoder:
             self._cache.show(cache, length + 1)
         return logits, hidden
 
-    def reads(self, bases: Sequence[Tensor]) -> None:
-        """What observed steps read of every layer's FFN input: [F, D] each; () for nothing."""
-        self._native.set_features([basis.contiguous() for basis in bases])
-
-    def observed(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of the last step: u [L, I], x and z [L, D], f [L, F] (see observations.py)."""
-        u, x, z, f = self._native.observed()
-        return u, x, z, f
+    def observed(self, stream: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the last step: u [L, I], the FFNs' inputs h [L, D], their outputs and the stream
+        before them [L, D]; these two only with ``stream`` (else [0, D]).
+        """
+        u, h, z, x = self._native.observed(stream)
+        return u, h, z, x
 
     def _angle(self, position: int) -> tuple[Tensor, Tensor]:
         known = 0 if self._angles is None else len(self._angles[0])

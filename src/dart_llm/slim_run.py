@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as everywhere
 
-from dart_llm.layer_prior import LayerPrior
+from dart_llm.observations import Seen
 from dart_llm.slim import SlimDecoder
 from dart_llm.slim_parts import as_output, read_call
 from dart_llm.tracer import Tracer
@@ -47,8 +47,6 @@ class SlimRun:
         self.current = current
         self.hooks = Hooks(model)
         self._model: Any = model
-        self._learnt: list[LayerPrior | None] = []
-        self._bases = False
         self.steps = 0
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -63,8 +61,6 @@ class SlimRun:
         if call is None or (masks and not self.decoder.serves(masks)):
             return original(*args, **kwargs)
         self.decoder.load(masks or ())
-        if plan.observe:
-            self._read_features(tracer)
         logits, hidden = self.decoder.step(call, plan.observe)
         self.steps += 1
         if plan.observe:
@@ -86,17 +82,7 @@ class SlimRun:
         )
 
     def _observe(self, tracer: Tracer) -> None:
-        u, x, z, f = (t[:, None, None].unbind(0) for t in self.decoder.observed())
-        for index in range(len(u)):
-            tracer.observe(
-                index, u[index], z[index], x[index], z[index], f[index] if self._bases else None
-            )
-
-    def _read_features(self, tracer: Tracer) -> None:
-        """Let observed steps read what low-rank compensation wants of each layer's FFN input."""
-        learnt = [layer.learnt for layer in tracer.selector.layers]
-        if self._learnt == learnt:
-            return
-        bases = [one.basis for one in learnt if one is not None and one.basis is not None]
-        self._learnt, self._bases = learnt, len(bases) == len(learnt)
-        self.decoder.reads(bases if self._bases else ())
+        stream = tracer.plan.stream
+        u, h, z, x = (t[:, None, None].unbind(0) for t in self.decoder.observed(stream))
+        parts = (u, h, z, x, z) if stream else (u, h)
+        tracer.observe_step({i: Seen(*one) for i, one in enumerate(zip(*parts, strict=True))})
