@@ -17,7 +17,8 @@ LEVELS = {
     0: "errors cache config config_parts layer_spec records registry",
     1: "linear_time native_build weights layer_prior low_rank scores proxies evidence budgets "
     "depth_budget masks compensation drift select life signals detection "
-    "plan observations reference tracer accounting low_bit token_select token_costs",
+    "plan observations reference tracer accounting low_bit token_select token_costs "
+    "token_statistics",
     2: "names arch read_points ffn token_ffn layout native_ffn native_linear layer loop "
     "slim_parts slim_cache slim slim_run attach executor export",
 }

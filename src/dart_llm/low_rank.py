@@ -85,15 +85,15 @@ def _find_basis(h: Tensor, rank: int) -> Tensor:
     return basis.contiguous()  # as it comes from the disk: kernels round by the layout
 
 
-def regression(evidence: LayerEvidence) -> tuple[Tensor, Tensor]:
-    """Covariances [I, r] of u with the features; the regularised inverse [r, r] of the latter's.
+def regression(evidence: LayerEvidence, neurons: Tensor) -> tuple[Tensor, Tensor]:
+    """Covariances [n, r] of some neurons' u with the features; the inverse [r, r] of the latter's.
 
     Their product is the ridge regression of u on the features.  From the sums ``signed`` [I],
-    ``features`` [r], ``cross`` [I, r] and ``moments`` [r, r].
+    ``features`` [r], ``cross`` [I, r] and ``moments`` [r, r]; neurons: [n] int64.
     """
     sums = evidence.sums
-    u, f = sums["signed"].mean, sums["features"].mean
-    cross = torch.addr(sums["cross"].mean, u, f, alpha=-1)
+    u, f = sums["signed"].rows(neurons), sums["features"].mean
+    cross = torch.addr(sums["cross"].rows(neurons), u, f, alpha=-1)
     moments = torch.addr(sums["moments"].mean, f, f, alpha=-1)
     ridge = RIDGE * torch.eye(len(f), dtype=f.dtype, device=f.device)
     return cross, torch.linalg.inv(moments + ridge)
@@ -106,11 +106,11 @@ def low_rank(
 
     down: [D, I]; basis: [r, D]; removed: [n] int64.
     """
-    mean = evidence.sums["signed"].mean.index_select(0, removed)
+    mean = evidence.sums["signed"].rows(removed)
     with full_precision(down):
-        cross, inverse = regression(evidence)
+        cross, inverse = regression(evidence, removed)
         # the hidden size is smaller than the number of neurons: the inverse is applied last
-        both = _folded(down.detach().t(), removed, torch.cat([cross[removed], mean[:, None]], 1))
+        both = _folded(down.detach().t(), removed, torch.cat([cross, mean[:, None]], 1))
         out = both[:, :-1] @ inverse
         bias = both[:, -1] - out @ evidence.sums["features"].mean
     return bias, LowRank(basis, out.to(down.dtype))

@@ -14,7 +14,7 @@ from dart_llm.budgets import LayerView, align_counts, blend_counts
 from dart_llm.compensation import compensation
 from dart_llm.config import PruneConfig
 from dart_llm.errors import AttachError, ConfigError, DartError
-from dart_llm.evidence import LayerEvidence, Statistics
+from dart_llm.evidence import LayerEvidence
 from dart_llm.layer_prior import pooled
 from dart_llm.layer_spec import AUTO, parse_layer_spec
 from dart_llm.low_rank import low_rank
@@ -22,6 +22,7 @@ from dart_llm.masks import LayerMask, auto_count, top_ids
 from dart_llm.registry import BUDGETS, SCORES
 from dart_llm.scores import mix_ranks
 from dart_llm.token_select import candidate_count, token_mask
+from dart_llm.token_statistics import Statistics
 from dart_llm.weights import FfnWeights
 
 
