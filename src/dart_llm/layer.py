@@ -89,11 +89,18 @@ class HostedFfn:
     def run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The forward of the FFN (of the down projection, for an inline block)."""
         plan = self.owner.plan
+        if plan.dense and not plan.observe:
+            return original(*args, **kwargs)
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        if plan.dense and not plan.stream:  # short: it is what observing costs
+            u = self.block.hidden(x)
+            self._observe(u, None, None, x if plan.inputs else None)
+            z = original(u) if self.block.inline else self.block.down(u)
+            return self.block.finish(z, (*args, *kwargs.values())[: 2 if args else None])
         masks = [None if life is None else life[self.block.index] for life in plan.masks]
         masked = any(mask is not None for mask in masks)
         if not masked and not plan.observe:
             return original(*args, **kwargs)
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
         rest = (*args, *kwargs.values())[: 2 if args else None]
         only = masks[0] if len(masks) == 1 else None
         if isinstance(only, TokenMask):
@@ -149,8 +156,9 @@ class HostedFfn:
         return known[1], known[2], known[3]
 
     def _observed(self, u: Tensor, z: Tensor, x: Tensor) -> None:
-        h = x if self._reads_input else None
-        if not self.owner.plan.stream:
+        plan = self.owner.plan
+        h = x if plan.inputs else None
+        if not plan.stream:
             self._observe(u, None, None, h)
             return
         if self.block.x_from is None:
@@ -160,15 +168,11 @@ class HostedFfn:
         else:
             self.waiting = (bare(u), bare(z), h if h is None else bare(h))
 
-    @property
-    def _reads_input(self) -> bool:
-        """Whether low-rank compensation reads the FFN's input; an inline block never sees it."""
-        learnt = self.owner.tracer.selector.layers[self.block.index].learnt
-        return learnt is not None and learnt.basis is not None and not self.block.inline
-
     def _observe(self, u: Tensor, z: Tensor | None, r: Tensor | None, h: Tensor | None) -> None:
         rows = self.owner.rows
         x, self.x = self.x, None
+        if self.block.inline:
+            h = None  # it never sees the FFN's input
         seen = Seen(u, h, z, x, r)
         if u.dim() != 3 or len(u) != rows:  # OPT flattens its tokens
             seen = Seen(*(t if t is None else t.reshape(rows, -1, t.shape[-1]) for t in seen))

@@ -142,7 +142,8 @@ class Tracer:
         if stream and not prefill:
             known = [life.observed for life, one in zip(self.lives, observing, strict=True) if one]
             stream = reads_stream(known, call.tokens)
-        return Plan(observe, bool(self.rule.window) and watched, masks, stream)
+        inputs = observe and "features" in self.selector.statistics.needs
+        return Plan(observe, bool(self.rule.window) and watched, masks, stream, inputs)
 
     def _announce(self, before: list[int]) -> None:
         for life, version in zip(self.lives, before, strict=True):
