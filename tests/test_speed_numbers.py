@@ -206,7 +206,8 @@ def test_masks_are_rebuilt_as_often_as_asked() -> None:
     assert config.drift.rule == "interval 64" and config.remask.observe_tokens == 1
     assert (config.drift.min_distance, config.drift.max_dense_share) == (0, None)
     assert config.remask.evidence == "decay"  # the rest is the method's
-    assert [one.label for one in dense_cases()] == ["transformers", "dense, slim", "dense, native"]
+    dense = [one.label for one in dense_cases()]
+    assert dense == ["transformers", "dense, slim", "dense, native", "dense, graph"]
 
 
 def test_variants_come_after_methods(tmp_path: Path) -> None:

@@ -1,17 +1,17 @@
-"""The root forward of an attached model with executor slim: native steps where they can serve."""
+"""The root forward of an attached model whose decode steps run as a whole, where they can."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
 
+from dart_llm.masks import LayerMask
 from dart_llm.observations import Seen
-from dart_llm.slim import SlimDecoder
-from dart_llm.slim_parts import as_output, read_call
+from dart_llm.slim_parts import SlimCall, as_output, read_call
 from dart_llm.tracer import Tracer
 
 OWN = ("dart_llm.", "transformers.")
@@ -39,10 +39,29 @@ class Hooks:
         return self._foreign
 
 
+class StepDecoder(Protocol):
+    """Whole decode steps.  ``rows``: of the largest batch, None for any; ``device``: its type."""
+
+    rows: int | None
+    device: str
+
+    def serves(self, masks: Sequence[LayerMask | None]) -> bool:
+        """Whether it can run these masks."""
+
+    def load(self, masks: Sequence[LayerMask | None]) -> None:
+        """Run these masks from now on; () or None in a layer's place: all of its neurons."""
+
+    def step(self, call: SlimCall, observe: bool) -> tuple[Tensor, Tensor]:
+        """Decode one token of each row: logits [B, V] and the last hidden states [B, D]."""
+
+    def observed(self, stream: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the last step, per layer: u, the FFN's input, its output, the stream before it."""
+
+
 class SlimRun:
     """Takes decode steps over from the model; ``current``: the tracer of the run."""
 
-    def __init__(self, model: nn.Module, decoder: SlimDecoder, current: Callable[[], Tracer]):
+    def __init__(self, model: nn.Module, decoder: StepDecoder, current: Callable[[], Tracer]):
         self.decoder = decoder
         self.current = current
         self.hooks = Hooks(model)
@@ -57,7 +76,7 @@ class SlimRun:
         watched = plan.features and tracer.config.drift.signal != "hidden"
         if len(plan.masks) > 1 or watched or self._asks_for_more():
             return original(*args, **kwargs)
-        call = read_call(kwargs, args)
+        call = read_call(kwargs, args, self.decoder.rows)
         if call is None or (masks and not self.decoder.serves(masks)):
             return original(*args, **kwargs)
         self.decoder.load(masks or ())
@@ -66,7 +85,7 @@ class SlimRun:
         if plan.observe:
             self._observe(tracer)
         if plan.features:
-            tracer.feature(hidden[None, None])
+            tracer.feature(hidden[:, None])
         return as_output(logits, call.cache)
 
     def _asks_for_more(self) -> bool:
@@ -75,7 +94,7 @@ class SlimRun:
         return (
             self._model.training
             or torch.is_grad_enabled()
-            or torch.is_autocast_enabled("cpu")
+            or torch.is_autocast_enabled(self.decoder.device)
             or getattr(config, "output_hidden_states", False)
             or getattr(config, "output_attentions", False)
             or self.hooks.foreign()
@@ -83,6 +102,6 @@ class SlimRun:
 
     def _observe(self, tracer: Tracer) -> None:
         stream = tracer.plan.stream
-        u, h, z, x = (t[:, None, None].unbind(0) for t in self.decoder.observed(stream))
+        u, h, z, x = (t[:, :, None].unbind(0) for t in self.decoder.observed(stream))
         parts = (u, h, z, x, z) if stream else (u, h)
         tracer.observe_step({i: Seen(*one) for i, one in enumerate(zip(*parts, strict=True))})

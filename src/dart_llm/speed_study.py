@@ -135,6 +135,8 @@ class Study:
         plain, *candidates = dense_cases()
         found = [Ready(plain, lambda: None)]
         for case in candidates:
+            if case.executor == "graph" and torch.device(self.model.device).type != "cuda":
+                break  # graphs are recorded on a GPU alone
             one = self._ready(case)
             if one is not None:
                 found.append(one)
