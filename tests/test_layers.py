@@ -20,7 +20,8 @@ LEVELS = {
     "plan observations reference tracer accounting low_bit token_select token_costs "
     "token_statistics",
     2: "names arch read_points ffn token_ffn layout native_ffn native_linear layer loop "
-    "slim_parts slim_cache slim slim_run step_torch graph_decoder attach executor export",
+    "slim_parts slim_cache slim slim_run step_torch graph_decoder "
+    "replacement attach executor export",
 }
 """Files of each layer of the design; every other file joins, measures or is a door: level 3."""
 

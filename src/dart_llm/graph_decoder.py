@@ -16,6 +16,7 @@ from dart_llm.masks import LayerMask
 from dart_llm.slim_cache import GrowingCache
 from dart_llm.slim_parts import SlimCall, angles, slim_parts
 from dart_llm.step_torch import StepInput, StepOutput, run_step
+from dart_llm.token_ffn import TokenFfn
 from dart_llm.token_select import TokenMask
 
 GRAPHS = 4
@@ -56,6 +57,7 @@ class GraphDecoder:
     """One attached model's steps.  ``kept``: its layers' compact copies, refilled in place."""
 
     rows: int | None = None
+    tokens: Sequence[TokenFfn | None] = ()
 
     def __init__(
         self, model: Any, blocks: Sequence[FfnBlock], kept: Callable[[int], CompactFfn]
@@ -74,6 +76,12 @@ class GraphDecoder:
     def serves(self, masks: Sequence[LayerMask | None]) -> bool:
         """Whether a step can run these masks: neurons chosen per token change its shapes."""
         return not any(isinstance(mask, TokenMask) for mask in masks)
+
+    def unload(self) -> None:
+        """Run all neurons, and hold neither masks nor room for a cache."""
+        self.load(())
+        self._cache = self._input = None
+        self._recorded, self._observed = {}, ()
 
     def load(self, masks: Sequence[LayerMask | None]) -> None:
         """Run these masks from now on; () or None in a layer's place: all of its neurons."""

@@ -12,6 +12,7 @@ from torch.nn.modules import module as everywhere
 from dart_llm.masks import LayerMask
 from dart_llm.observations import Seen
 from dart_llm.slim_parts import SlimCall, as_output, read_call
+from dart_llm.token_ffn import TokenFfn
 from dart_llm.tracer import Tracer
 
 OWN = ("dart_llm.", "transformers.")
@@ -40,10 +41,16 @@ class Hooks:
 
 
 class StepDecoder(Protocol):
-    """Whole decode steps.  ``rows``: of the largest batch, None for any; ``device``: its type."""
+    """Whole decode steps.  ``rows``: of the largest batch, None for any; ``device``: its type;
+    ``tokens``: low-bit copies by which tokens choose, where it can.
+    """
 
     rows: int | None
     device: str
+    tokens: Sequence[TokenFfn | None]
+
+    def unload(self) -> None:
+        """Run all neurons, and hold neither masks nor room for a cache."""
 
     def serves(self, masks: Sequence[LayerMask | None]) -> bool:
         """Whether it can run these masks."""
