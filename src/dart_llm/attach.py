@@ -57,6 +57,7 @@ class Attachment(NotCopied):
         self.rows = 1
         self.forced_decode = 0
         self.forced_prompt = 0
+        self._running = False
         self.loop: Loop | OwnLoop | None = None
         self.proxy_errors: tuple[float, float] | None = None
         """Of low-bit copies and of Gaussian matrices on the same grid; None without copies."""
@@ -201,8 +202,10 @@ class Attachment(NotCopied):
         self._undo.append(undo)
 
     def _before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        for layer in self.layers:
-            layer.forget()
+        if self._running:  # the forward before was interrupted
+            for layer in self.layers:
+                layer.forget()
+        self._running = True
         with torch.inference_mode(False):  # what is kept must serve later forwards of any mode
             seen = arch.read_forward(model, args, kwargs)
             self.rows = seen.rows
@@ -214,6 +217,7 @@ class Attachment(NotCopied):
             self.plan = self.tracer.begin_forward(call)
 
     def _after(self, model: nn.Module, args: Any, output: Any) -> None:
+        self._running = False
         self.tracer.end_forward()
         self.plan = Plan(False, False, ())
 
