@@ -220,7 +220,8 @@ def test_a_calibration_text_is_never_evaluated(tmp_path):
 
 
 def test_a_sweep_stays_in_the_results_folder(tmp_path):
-    refused = call("compare", "--dry-run", "--results-dir", tmp_path, "--experiment-name", "../x")
+    place = ("--results-dir", tmp_path, "--experiment-name", "../x")
+    refused = call("sweep", "--tasks", "perplexity:embedded", "--dry-run", *place)
     assert refused.code == 2 and "../x leaves the results folder" in refused.err
 
 
