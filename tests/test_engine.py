@@ -399,6 +399,15 @@ def test_what_cannot_be_asked(engine: Engine) -> None:
     assert len(full.tokens[0]) == 3 and full.finish == ("length",)
 
 
+def test_executor_graph(wanted: dict[str, Any]) -> None:
+    """Without a GPU the same steps run call by call."""
+    with Same(shared_model()), Engine(shared_model(), tokenizer(), executor="graph") as engine:
+        for name in ("griffin", "dense", "dart", "dart-token", "griffin", "published"):
+            answer, _ = ask(engine, CONFIGS[name])
+            assert answer.tokens[0] == wanted[name][0], name
+            assert answer.report.executor == "graph"
+
+
 def test_engines_that_cannot_be() -> None:
     model = tiny()
     with pytest.raises(ConfigError, match=r"call model\.eval\(\) first"):
