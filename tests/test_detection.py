@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dart_llm.detection import Watcher, make_watcher, replay, similarities, sweep_rule
-from dart_llm.drift import Rule, guards_allow
+from dart_llm.drift import Rule
+from dart_llm.drift_guards import guards_allow
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.recording import record
 from dart_llm.session import prune

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dart_llm.drift import Check, Detector, Rule, guards_allow, make_rule
+from dart_llm.drift import Check, Detector, Rule, make_rule
+from dart_llm.drift_guards import guards_allow
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.registry import DRIFT_RULES, METHODS
 from dart_llm.signals import Recorded

@@ -35,27 +35,6 @@ def cosine(mean: Tensor, others: Tensor) -> Tensor:
     return cosine_similarity(mean, others, dim=-1)
 
 
-def guards_allow(
-    decoded: int,
-    last: int | None,
-    spent: int,
-    need: int,
-    min_distance: int,
-    max_dense_share: float | None,
-    allowance: int = 0,
-) -> bool:
-    """Whether the guards of a rule let a trigger through (docs/method.md, "Drift", in tokens).
-
-    ``decoded`` so far; ``last``: decoded at the trigger before, or None; ``spent``: dense ones on
-    re-masks so far; ``need``: those of the coming one; ``allowance``: those beside the share.
-    """
-    if last is not None and decoded - last < min_distance:
-        return False
-    if max_dense_share is None:
-        return True
-    return spent + need <= allowance + max_dense_share * (decoded + need)
-
-
 @dataclass(frozen=True)
 class Rule:
     """W tokens per window; a window is low under ``threshold(mu, sigma)``; trigger at ``count``.
@@ -154,6 +133,8 @@ class Detector:
     windows: list[Tensor] = field(default_factory=list)
     partial: list[Tensor] = field(default_factory=list)
     """[B, t, D] each: tokens of the window in progress, fewer than W in all."""
+    waiting: list[Tensor] = field(default_factory=list)
+    """[B, t, D] each: tokens of the reference that are not in ``total`` yet, fewer than W."""
     mu: Tensor | None = None
     sigma: Tensor | None = None
     counter: int = 0
@@ -177,6 +158,20 @@ class Detector:
         if not self.rule.window or not v.shape[1]:
             return
         v = v.to(torch.float32, copy=True)  # the model may go on in place
+        if weights is not None or live is not None:
+            self._absorb()
+            self._add(v, weights, live)
+            return
+        self.waiting.append(v)  # single tokens are added together: that takes as long as one
+        if sum(part.shape[1] for part in self.waiting) >= self.rule.window:
+            self._absorb()
+
+    def _absorb(self) -> None:
+        if self.waiting:
+            waiting, self.waiting = self.waiting, []
+            self._add(torch.cat(waiting, 1), None, None)
+
+    def _add(self, v: Tensor, weights: Tensor | None, live: Tensor | None) -> None:
         if weights is None:
             part, count = v.sum(1), torch.full((len(v),), float(v.shape[1]), device=v.device)
         else:
@@ -188,6 +183,7 @@ class Detector:
 
     def start(self) -> None:
         """Enter PRUNED: fix the reference if there is one; window and counter start at 0."""
+        self._absorb()
         self.partial, self.counter = [], 0
         if self.total is not None and len(self.windows) >= MIN_WINDOWS:
             self._arm()
@@ -203,13 +199,22 @@ class Detector:
 
     def cut(self, tokens: int) -> None:
         """Forget the last ``tokens`` of a window in progress (they were rolled back)."""
+        self._absorb()
         if tokens > 0 and (left := self.filled - tokens) >= 0:
             self.partial = [torch.cat(self.partial, 1)[:, :left]] if left else []
         elif tokens > 0:
             self.partial = []
 
     def nbytes(self) -> int:
-        held = [self.total, self.tokens, self.mu, self.sigma, *self.windows, *self.partial]
+        held = [
+            self.total,
+            self.tokens,
+            self.mu,
+            self.sigma,
+            *self.windows,
+            *self.partial,
+            *self.waiting,
+        ]
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
     def _fill(self, v: Tensor) -> list[Tensor]:

@@ -14,7 +14,8 @@ from enum import StrEnum
 from torch import Tensor
 
 from dart_llm.config import PruneConfig
-from dart_llm.drift import Detector, Rule, guards_allow
+from dart_llm.drift import Detector, Rule
+from dart_llm.drift_guards import guards_allow
 from dart_llm.evidence import LayerEvidence
 from dart_llm.masks import LayerMask, overlap
 from dart_llm.records import Remask
