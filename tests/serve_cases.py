@@ -175,6 +175,7 @@ def running(
     service = Service(engine, tokenizer or ByteTokenizer(), facts, merged)
     listening = bind("127.0.0.1", 0)
     server = Server(server_config(build(service), merged), service)
+    service.worker.start()
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
     until(lambda: server.started)
