@@ -14,7 +14,7 @@ from dart_llm.engine_ask import Ask, Sampling
 from dart_llm.errors import ConfigError
 from dart_llm.serve_errors import Refusal
 from dart_llm.serve_schemas import ChatBody, Common, CompletionBody, Dart, Message
-from dart_llm.settings_serve import ServeSettings
+from dart_llm.settings_serve import ServeSettings, prunes
 
 COMPLETION_TOKENS = 16
 """``max_tokens`` of ``/v1/completions`` when nothing is said, as OpenAI has it."""
@@ -146,7 +146,7 @@ class Asker:
             config = base.replace(_changes(asked))
         else:
             changes = _changes(asked)
-            if asked.method != "dense" and base.sparsity and "sparsity" not in changes:
+            if base.sparsity and "sparsity" not in changes and prunes(str(asked.method)):
                 changes["sparsity"] = base.sparsity
             config = PruneConfig.build(str(asked.method), **changes)
         if config.method == "dense" and config.target > 0:
