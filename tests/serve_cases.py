@@ -189,6 +189,16 @@ def running(
         assert not thread.is_alive(), "the server did not end"
 
 
+@contextlib.contextmanager
+def running_model(model: Any, tokenizer: Any, **settings: Any) -> Iterator[Running]:
+    """Serve a model, by a real engine, until the block ends."""
+    from dart_llm.engine import Engine
+
+    facts = ModelFacts.of(model, str(settings.get("model", "smollm2-135m")))
+    with Engine(model, tokenizer) as engine, running(engine, tokenizer, facts, **settings) as found:
+        yield found
+
+
 def until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
     """Wait until something holds; fails after ``seconds``."""
     end = time.monotonic() + seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -239,9 +240,8 @@ def test_other_methods_and_addresses(server: Running) -> None:
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match="(?s).*") as caught:
+    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
         ServeSettings.model_validate(settings)
-    assert said in str(caught.value)
     assert "a-good" not in str(caught.value)
 
 
