@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
     "",
     "run",
+    "chat",
     "eval",
     "perplexity",
     "summarize",
