@@ -35,6 +35,7 @@ COMMANDS = (
     "inspect",
     "bench quality",
     "bench speed",
+    "serve",
     "results",
     "prompts generate",
     "prompts list",

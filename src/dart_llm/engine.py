@@ -114,6 +114,7 @@ class Engine:
                 raise
             finally:
                 self._host.rest()
+                request.let_go()
             if ask.conversation is not None and kept is not None:
                 self._kept.put(ask.conversation, kept)
             emit(_done(answer))

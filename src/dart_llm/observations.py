@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -77,6 +78,18 @@ def reads_stream(observed: Sequence[int], tokens: int) -> bool:
 
 Update = Callable[[list[bool], tuple[int, ...], Seen, Tensor | None], None]
 """Flags of the lives, layers, what these saw ([L, B, T, ...] each) and weights [B, T] or None."""
+
+
+def weakly(method: Update) -> Update:
+    """``method`` without its object, which holds who calls it: a ring would keep both alive."""
+    reference = WeakMethod(method)
+
+    def call(*arguments: Any) -> None:
+        found = reference()
+        if found is not None:
+            found(*arguments)
+
+    return call
 
 
 @dataclass

@@ -17,7 +17,7 @@ from dart_llm.drift import make_rule
 from dart_llm.life import Life, Phase
 from dart_llm.low_rank import read_features
 from dart_llm.masks import LayerMask
-from dart_llm.observations import Observations, Seen, outlasting, reads_stream
+from dart_llm.observations import Observations, Seen, outlasting, reads_stream, weakly
 from dart_llm.plan import Call, Held, Kind, Plan, prompt_counts, token_weights
 from dart_llm.records import DriftCheck, Remask
 from dart_llm.reference import add_reference, evidence_weights, sinks_ahead
@@ -52,7 +52,7 @@ class Tracer:
         self._held: Held | None = None
         self._real: list[float] = []
         """Tokens of each row before the forward in hand, padding left out."""
-        self._queue = Observations(self._update)
+        self._queue = Observations(weakly(self._update))
 
     @torch.no_grad()
     def begin_forward(self, call: Call) -> Plan:
