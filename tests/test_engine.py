@@ -403,11 +403,14 @@ def test_what_cannot_be_asked(engine: Engine) -> None:
 
 def test_executor_graph(wanted: dict[str, Any]) -> None:
     """Without a GPU the same steps run call by call."""
-    with Same(shared_model()), Engine(shared_model(), tokenizer(), executor="graph") as engine:
+    model = tiny()
+    with Same(model), Engine(model, tokenizer(), executor="graph") as engine:
         for name in ("griffin", "dense", "dart", "dart-token", "griffin", "published"):
             answer, _ = ask(engine, CONFIGS[name])
             assert answer.tokens[0] == wanted[name][0], name
-            assert answer.report.executor == "graph"
+            # tokens that choose change a step's shapes; "published" watches an attention output
+            whole = name not in ("dart-token", "published")
+            assert answer.report.executor == ("graph" if whole else "compact")
 
 
 def test_engines_that_cannot_be() -> None:
