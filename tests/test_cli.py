@@ -60,6 +60,8 @@ def dart(*arguments: str, folder: Path, **environment: str) -> subprocess.Comple
         (["--prompt-type", "mmlu"], ["--prompt-subject"]),
         (["--method", "dense", "--sparsity", "0.5"], ["dense removes nothing"]),
         (["--prompt", "  "], ["the prompt is empty"]),
+        (["--prompt", "x", "--experiment-name", "../x"], ["../x leaves the results folder"]),
+        (["--prompt", "x", "--experiment-name", "/tmp/x"], ["--results-dir"]),
         (["--prompt", "x", "--generation", "0"], ["nothing to do", "--eval-mmlu", "EVAL_MMLU"]),
         (["--prompt-file", "nowhere.txt"], ["nowhere.txt"]),
         (["--masks", "nowhere.safetensors"], ["nowhere.safetensors"]),

@@ -219,6 +219,12 @@ def test_a_calibration_text_is_never_evaluated(tmp_path):
     assert works.code == 0, works.err  # griffin reads none
 
 
+def test_a_sweep_stays_in_the_results_folder(tmp_path):
+    place = ("--results-dir", tmp_path, "--experiment-name", "../x")
+    refused = call("sweep", "--tasks", "perplexity:embedded", "--dry-run", *place)
+    assert refused.code == 2 and "../x leaves the results folder" in refused.err
+
+
 def test_results_lists_filters_and_tabulates(tmp_path):
     sweep = call(
         *on_model("sweep", "--methods", "dense,griffin", "--sparsities", "0.5", "--json"),

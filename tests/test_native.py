@@ -149,7 +149,9 @@ def test_equal_to_compact(name: str, dtype: torch.dtype, method: str) -> None:
         assert apart(found, wanted) < TOLERANCE[dtype]
         assert len(same) == len(masks) == 1
         ours, theirs = run.report(), compact.report()
-        assert ours.executor == executor
+        # its drift signal is an attention output, which a whole step does not show
+        watched = executor == "slim" and method == "dart-prompt"
+        assert ours.executor == ("native" if watched else executor)
         assert ours.achieved_sparsity == theirs.achieved_sparsity > 0.5
         assert ours.ffn_bytes_share <= theirs.ffn_bytes_share
         assert ours.extra_memory_bytes < theirs.extra_memory_bytes

@@ -158,3 +158,7 @@ def test_names_are_known_without_importing_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_name_where_there_are_none() -> None:
+    assert "there is none: leave it out" in str(UnknownName("variant for --oracle", "griffin", []))

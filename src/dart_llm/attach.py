@@ -57,6 +57,7 @@ class Attachment(NotCopied):
         self.rows = 1
         self.forced_decode = 0
         self.forced_prompt = 0
+        self._running = False
         self.loop: Loop | OwnLoop | None = None
         self.proxy_errors: tuple[float, float] | None = None
         """Of low-bit copies and of Gaussian matrices on the same grid; None without copies."""
@@ -65,7 +66,7 @@ class Attachment(NotCopied):
         self.slim: SlimRun | None = None
         self._places: list[int] = []
         self._undo: list[Callable[[], None]] = []
-        self._released = 0
+        self._released = self._served = 0
         self._streams = False
         self._signals: set[str] = set()
         self._token: TokenConfig | None = None
@@ -102,6 +103,7 @@ class Attachment(NotCopied):
             layer.unload()
         if self.slim is not None:
             self.slim.decoder.unload()
+            self._served = self.slim.steps
         self.plan = Plan(False, False, ())
         self._equip(tracer)
         self.tracer = tracer
@@ -137,8 +139,7 @@ class Attachment(NotCopied):
     def _install_native(self) -> None:
         """Lay the weights out for the native kernels, and take whole decode steps over."""
         if self.executor == "graph":
-            blocks = [layer.block for layer in self.layers]
-            self._take_steps(GraphDecoder(self.model, blocks, self._copies))
+            self._take_steps(GraphDecoder(self.model, self._view.blocks, self._copies))
         slim = self.executor == "slim"
         if self.executor != "native" and not slim:
             return
@@ -201,8 +202,10 @@ class Attachment(NotCopied):
         self._undo.append(undo)
 
     def _before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        for layer in self.layers:
-            layer.forget()
+        if self._running:  # the forward before was interrupted
+            for layer in self.layers:
+                layer.forget()
+        self._running = True
         with torch.inference_mode(False):  # what is kept must serve later forwards of any mode
             seen = arch.read_forward(model, args, kwargs)
             self.rows = seen.rows
@@ -214,6 +217,7 @@ class Attachment(NotCopied):
             self.plan = self.tracer.begin_forward(call)
 
     def _after(self, model: nn.Module, args: Any, output: Any) -> None:
+        self._running = False
         self.tracer.end_forward()
         self.plan = Plan(False, False, ())
 
@@ -258,13 +262,17 @@ class Attachment(NotCopied):
         return self._released or sum(layer.nbytes() for layer in self.layers)
 
     @property
+    def steps(self) -> int:
+        """Whole decode steps that were taken over for the tracer in force."""
+        return self.slim.steps - self._served if self.slim else 0
+
+    @property
     def installed(self) -> bool:
         """False once it was removed, by its run or by ``restore``."""
         return self in _active
 
 
-def _only_counts(tracer: Tracer) -> bool:
-    """Whether a tracer masks nothing and watches nothing: its tokens are only counted."""
+def _only_counts(tracer: Tracer) -> bool:  # nothing is masked or watched
     return tracer.selector.removes_nothing and tracer.given is None
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from dart_llm.options import Json
+from dart_llm.settings_base import check_folder
 from dart_llm.settings_sweep import SweepFlags
 
 GridFile = Annotated[
@@ -87,7 +88,7 @@ def _run(
         kind,
         compare_job.grid(given.grid_flags(), None, defaults, file),
         Path(root or given.results_dir),
-        given.experiment_name or (file.stem if file else kind),
+        check_folder(given.experiment_name) or (file.stem if file else kind),
         fresh,
         given.engine,
         given.workers,

@@ -152,8 +152,8 @@ class Detector:
     """[B, D] sum of v over the reference's tokens; ``tokens``: [B] their number."""
     tokens: Tensor | None = None
     windows: list[Tensor] = field(default_factory=list)
-    partial: Tensor | None = None
-    """[B, t, D] tokens of the window in progress, t < W."""
+    partial: list[Tensor] = field(default_factory=list)
+    """[B, t, D] each: tokens of the window in progress, fewer than W in all."""
     mu: Tensor | None = None
     sigma: Tensor | None = None
     counter: int = 0
@@ -166,7 +166,7 @@ class Detector:
     @property
     def filled(self) -> int:
         """Tokens of the window in progress."""
-        return 0 if self.partial is None else int(self.partial.shape[1])
+        return sum(part.shape[1] for part in self.partial)
 
     def observe(self, v: Tensor, weights: Tensor | None, live: Tensor | None = None) -> None:
         """Add observed tokens to the reference.
@@ -176,7 +176,7 @@ class Detector:
         """
         if not self.rule.window or not v.shape[1]:
             return
-        v = v.float()
+        v = v.to(torch.float32, copy=True)  # the model may go on in place
         if weights is None:
             part, count = v.sum(1), torch.full((len(v),), float(v.shape[1]), device=v.device)
         else:
@@ -188,7 +188,7 @@ class Detector:
 
     def start(self) -> None:
         """Enter PRUNED: fix the reference if there is one; window and counter start at 0."""
-        self.partial, self.counter = None, 0
+        self.partial, self.counter = [], 0
         if self.total is not None and len(self.windows) >= MIN_WINDOWS:
             self._arm()
         else:
@@ -197,17 +197,19 @@ class Detector:
     def watch(self, v: Tensor, live: Tensor | None) -> list[Check]:
         """Take pruned tokens. v: [B, T, D]; live: [B] bool or None (all).  One check per window."""
         checks = []
-        for mean in self._fill(v.float()):
+        for mean in self._fill(v.to(torch.float32, copy=True)):
             checks.append(self._check(mean, live))
         return checks
 
     def cut(self, tokens: int) -> None:
         """Forget the last ``tokens`` of a window in progress (they were rolled back)."""
-        if self.partial is not None and tokens > 0:
-            self.partial = self.partial[:, : max(0, self.filled - tokens)]
+        if tokens > 0 and (left := self.filled - tokens) >= 0:
+            self.partial = [torch.cat(self.partial, 1)[:, :left]] if left else []
+        elif tokens > 0:
+            self.partial = []
 
     def nbytes(self) -> int:
-        held = [self.total, self.tokens, self.partial, self.mu, self.sigma, *self.windows]
+        held = [self.total, self.tokens, self.mu, self.sigma, *self.windows, *self.partial]
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
     def _fill(self, v: Tensor) -> list[Tensor]:
@@ -215,9 +217,12 @@ class Detector:
         size = self.rule.window
         if not size:
             return []
-        tokens = v if self.partial is None else torch.cat([self.partial, v], 1)
+        self.partial.append(v)
+        if self.filled < size:  # most tokens: nothing is copied
+            return []
+        tokens = torch.cat(self.partial, 1)
         end = tokens.shape[1] - tokens.shape[1] % size
-        self.partial = tokens[:, end:].clone()  # a view would keep all of them alive
+        self.partial = [tokens[:, end:].clone()]  # a view would keep all of them alive
         return [tokens[:, start : start + size].mean(1) for start in range(0, end, size)]
 
     def _arm(self) -> None:

@@ -26,6 +26,7 @@ from dart_llm.engine_records import Done, Failed, Record
 from dart_llm.engine_request import Emit, Request
 from dart_llm.engine_text import Pieces
 from dart_llm.errors import AttachError, DartError
+from dart_llm.heap import give_back
 
 __all__ = ["Answer", "Ask", "Engine", "Record", "Sampling"]
 
@@ -113,11 +114,12 @@ class Engine:
                     emit(Failed(name, str(error) if known else "the request failed"))
                 raise
             finally:
-                self._host.rest()
                 request.let_go()
+                self._host.rest()
             if ask.conversation is not None and kept is not None:
                 self._kept.put(ask.conversation, kept)
             emit(_done(answer))
+            give_back()
             return answer
 
     def _conversation(self, ask: Ask, ready: Any) -> Conversation | None:

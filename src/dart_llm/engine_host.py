@@ -23,6 +23,7 @@ from dart_llm.masks import LayerMask
 from dart_llm.prepare import prepare
 from dart_llm.records import RunReport
 from dart_llm.select import Selector, check_fits
+from dart_llm.slim_run import executor_ran
 from dart_llm.tracer import RemaskHook, Tracer
 from dart_llm.weights import FfnWeights, knowing
 
@@ -180,10 +181,11 @@ class Host:
             copies -= sum(token.nbytes() for token in tokens if token is not None)
         copies += sum(part.numel() * part.element_size() for part in ready.prior or ())
         copies += sum(layer.learnt.nbytes() for layer in ready.layers if layer.learnt is not None)
+        lives = tracer.all_lives()
         return run_report(
-            tracer.all_lives(),
+            lives,
             Costs(ready.layers, self.view.parameter_bytes, config.compensation),
-            self.executor_of(config),
+            executor_ran(self.executor_of(config), attachment.steps, lives),
             copies,
             config.method,
             ready.asked,

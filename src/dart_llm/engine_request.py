@@ -30,6 +30,7 @@ from dart_llm.engine_text import Pieces
 from dart_llm.errors import ConfigError
 from dart_llm.life import Life
 from dart_llm.masks import LayerMask
+from dart_llm.plan import Plan
 from dart_llm.records import Remask
 from dart_llm.tracer import Tracer
 
@@ -57,6 +58,8 @@ class Request:
         self._new: list[tuple[Remask, tuple[LayerMask | None, ...]]] = []
         self._masks = self._seen = self._cached = 0
         self._first = 0.0
+        self._tracer: Tracer | None = None
+        self._forwards: Forwards | None = None
 
     def run(
         self, going_on: Conversation | None, emit: Emit, cancelled: Callable[[], bool]
@@ -78,6 +81,11 @@ class Request:
         for row in self._rows:
             row.finish = row.finish or "cancelled"
         return self._answer()
+
+    @property
+    def _seen_by(self) -> Tracer:
+        assert self._tracer is not None
+        return self._tracer
 
     def _take_over(self, going_on: Conversation | None) -> Tracer:
         if going_on is None:
@@ -115,11 +123,11 @@ class Request:
     def _phase(self) -> str:
         if not self._rows[0].tokens:
             return "prefill"
-        return "dense" if self.ready.dense else str(self._tracer.last_phase)
+        return "dense" if self.ready.dense else str(self._seen_by.last_phase)
 
     def _tell_news(self) -> None:
         """What the last forward brought beside its token."""
-        tracer = self._tracer
+        tracer = self._seen_by
         for check in tracer.checks[self._seen :]:
             self._emit(Check(check))
         self._seen = len(tracer.checks)
@@ -161,24 +169,25 @@ class Request:
             tuple(row.finish or "" for row in self._rows),
             Usage(len(self.ask.ids), made, self._cached),
             Timings(read, 1e3 * (first - self._began), decoded, 1e3 * (self._clock - first)),
-            self.host.report(self.ready, self._tracer),
+            self.host.report(self.ready, self._seen_by),
         )
 
     def let_go(self) -> None:
-        """Hold nothing any more, after ``keep``.
-
-        The request and its tracer hold one another: a cache would stay until the garbage collector
-        looks for old objects, which it rarely does in a process with as many of them as this.
-        """
-        vars(self).clear()
+        """Drop what was seen and the cache now: this and its tracer refer to each other."""
+        tracer = self._tracer
+        if tracer is not None:
+            tracer.on_remask, tracer.plan = None, Plan(False, False, ())
+            tracer.lives, tracer.finished, tracer.checks = [], [], []
+        self._tracer = self._forwards = None
 
     def keep(self) -> Conversation | None:
         """What a next turn can go on from; None when not even the prompt was read."""
-        tokens = self._rows[0].tokens
-        if not tokens:
+        tokens, tracer, forwards = self._rows[0].tokens, self._tracer, self._forwards
+        if not tokens or tracer is None or forwards is None:
             return None
+        self._tracer = None
         ids = [*self.ask.ids, *tokens[:-1]]
-        self._tracer.on_remask = None
-        kept = Conversation(self.ready, self._tracer, self._forwards.cache, ids, len(self.ask.ids))
+        tracer.on_remask = None
+        kept = Conversation(self.ready, tracer, forwards.cache, ids, len(self.ask.ids))
         kept.forget_accounts()
         return kept

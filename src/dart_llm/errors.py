@@ -35,7 +35,7 @@ class UnknownName(ConfigError):
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         names = sorted(known)
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-        hint = f"known: {', '.join(names)}"
+        hint = f"known: {', '.join(names)}" if names else "there is none: leave it out"
         if near:
             hint = f"did you mean {' or '.join(near)}?"
         elif len(names) > self.LISTED:

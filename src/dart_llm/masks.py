@@ -80,7 +80,9 @@ def overlap(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> 
     for old, new in zip(first, second, strict=True):
         if old is None or new is None:
             continue
-        same += int(torch.isin(new, old).sum())
+        marks = torch.zeros(int(max(new[-1], old[-1])) + 1, dtype=torch.bool, device=new.device)
+        marks[old.to(new.device)] = True
+        same += int(marks[new].sum())
         total += new.numel()
     return same / total if total else 1.0
 

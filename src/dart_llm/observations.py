@@ -71,7 +71,7 @@ def outlasting(seen: Seen, stream: bool) -> Seen:
 def reads_stream(observed: Sequence[int], tokens: int) -> bool:
     """Whether a decode forward of ``tokens`` is one on which sensitivities are read.
 
-    ``observed``: tokens that each observing life has observed before.
+    ``observed``: tokens that each life has observed before.
     """
     return tokens > 1 or any(n < STREAM_FIRST or n % STREAM_EVERY == 0 for n in observed)
 

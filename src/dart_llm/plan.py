@@ -49,7 +49,8 @@ class Plan:
     """What the layers do in one forward: ``masks[life][layer]``, None where dense.
 
     ``observe``: hand on what is seen; ``stream``: the stream before and after the FFN too;
-    ``inputs``: the FFN's input too, where low-rank compensation reads it.
+    ``inputs``: the FFN's input too, where low-rank compensation reads it.  ``into``: where dense
+    layers put what they saw by themselves, [B, T, ...] outside any graph; None: the tracer does.
     """
 
     observe: bool
@@ -57,6 +58,7 @@ class Plan:
     masks: tuple[tuple[LayerMask | None, ...] | None, ...]
     stream: bool = False
     inputs: bool = False
+    into: dict[int, Seen] | None = None
 
     @cached_property
     def dense(self) -> bool:

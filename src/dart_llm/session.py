@@ -20,6 +20,7 @@ from dart_llm.learn import learn
 from dart_llm.life import Life
 from dart_llm.masks import GIVEN, LayerMask, placed
 from dart_llm.records import DriftCheck, Remask, RunReport
+from dart_llm.slim_run import executor_ran
 from dart_llm.token_select import plain_masks, sequence_masks
 from dart_llm.tracer import Tracer
 from dart_llm.weights import FfnWeights, knowing
@@ -60,7 +61,7 @@ class Run:
         self._given = self._first = placed(self._layers, masks, remove) if self._by_hand else held
         self._tracer = self._new_tracer()
         self._attachment: Attachment | None = None
-        self._copies = 0
+        self._copies = self._steps = 0
         self._proxy_errors: tuple[float, float] | None = None
         chooses = self._given is None and not self._tracer.selector.removes_nothing
         check_prepared(config, chooses, prior is not None)
@@ -110,7 +111,7 @@ class Run:
             self._tracer.flush()
         finally:
             attachment.remove()
-            self._copies = attachment.nbytes()
+            self._copies, self._steps = attachment.nbytes(), attachment.steps
 
     def __enter__(self) -> Run:
         return self.attach()
@@ -230,13 +231,16 @@ class Run:
     def report(self) -> RunReport:
         """Accounting so far, in total and per sequence."""
         self._catch_up()
-        copies = self._copies if self._attachment is None else self._attachment.nbytes()
+        copies, steps = self._copies, self._steps
+        if self._attachment is not None:
+            copies, steps = self._attachment.nbytes(), self._attachment.steps
         copies += sum(part.numel() * part.element_size() for part in self._prior or ())
         copies += sum(layer.learnt.nbytes() for layer in self._layers if layer.learnt is not None)
+        lives = list(self._tracer.all_lives())
         return run_report(
-            list(self._tracer.all_lives()),
+            lives,
             Costs(self._layers, self._view.parameter_bytes, self.config.compensation),
-            self.executor,
+            executor_ran(self.executor, steps, lives),
             copies,
             GIVEN if self._by_hand else self.config.method,
             self.config.target if self._tracer.selector.asks_total and not self._by_hand else None,

@@ -216,6 +216,19 @@ def merge(
         beaten = {name for group in RIVALS if given.keys() & group for name in group}
         merged = {key: value for key, value in merged.items() if key not in beaten} | given
     try:
-        return kind.model_validate(merged)
+        found = kind.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(first_problem(error)) from None
+    check_folder(getattr(found, "experiment_name", None))
+    return found
+
+
+def check_folder(name: str | None) -> str | None:
+    """``name``; raises ``ConfigError`` for an experiment outside the results folder."""
+    path = Path(name or "a")
+    if path.is_absolute() or ".." in path.parts or path == Path():
+        raise ConfigError(
+            f"--experiment-name {name} leaves the results folder: give the name of a folder in it, "
+            "and the place with --results-dir"
+        )
+    return name

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
 
+from dart_llm.life import Life
 from dart_llm.masks import LayerMask
 from dart_llm.observations import Seen
 from dart_llm.slim_parts import SlimCall, as_output, read_call
@@ -17,6 +18,17 @@ from dart_llm.tracer import Tracer
 
 OWN = ("dart_llm.", "transformers.")
 """Packages whose hooks are known to change nothing."""
+
+
+WITHOUT = {"slim": "native", "graph": "compact"}
+"""What runs where no whole step can."""
+
+
+def executor_ran(executor: str, steps: int, lives: Iterable[Life]) -> str:
+    """``executor``, or what ran in its place where tokens were decoded and none by a whole step."""
+    if steps or not any(life.decoded for life in lives):
+        return executor
+    return WITHOUT.get(executor, executor)
 
 
 class Hooks:

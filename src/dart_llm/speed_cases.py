@@ -16,6 +16,8 @@ from dart_llm.sentences import percent
 TRANSFORMERS = "transformers"
 OWN = ("dense, slim", "dense, native", "dense, graph")
 """Labels of our own dense path, the better first."""
+IDLE = "attached, sparsity 0"
+"""Label of the model that is attached and never pruned."""
 FASTEST = ("slim", "native", "graph", "compact")
 """Executors for what is measured under one of them alone, the better first."""
 FOREVER = 10**6
@@ -148,13 +150,10 @@ def cost_cases(
     config = one.config.replace({"sparsity": sparsity})
     watching = config.replace({"masking_step": FOREVER, "release_step": None})
     found = [
-        Case("attached, sparsity 0", "cost", griffin, against=TRANSFORMERS),
+        Case(IDLE, "cost", griffin, against=TRANSFORMERS),
         # masked: observed tokens run through the model's own modules, as in the other row
         Case(
-            f"{one.label} observing",
-            "cost",
-            watching.replace({"executor": "masked"}),
-            against=TRANSFORMERS,
+            f"{one.label} observing", "cost", watching.replace({"executor": "masked"}), against=IDLE
         ),
     ]
     if own == OWN[0]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dart_llm.life import Phase
-from dart_llm.speed_cases import FOREVER, TRANSFORMERS, Case
+from dart_llm.speed_cases import FOREVER, OWN, TRANSFORMERS, Case
 from dart_llm.speed_limit import spread
 
 Sample = Mapping[str, Any]
@@ -31,7 +31,7 @@ def costs(cases: Sequence[Case], samples: Samples) -> list[dict[str, Any]]:
         if case.kind == "cost":
             kind = kind_of(case)
             values = _values(kind, case, samples)
-            reference = TRANSFORMERS if kind in (CHECKS, REMASK) else case.against
+            reference = case.against if case.against in OWN else TRANSFORMERS
             if values:
                 found.append(_entry(kind, case, values, reference, samples))
     return found

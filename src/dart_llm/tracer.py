@@ -140,10 +140,11 @@ class Tracer:
         observe = any(observing) and self.selector.needs_evidence
         stream = observe and self.selector.statistics.needs_stream
         if stream and not prefill:
-            known = [life.observed for life, one in zip(self.lives, observing, strict=True) if one]
-            stream = reads_stream(known, call.tokens)
+            stream = reads_stream([life.observed for life in self.lives], call.tokens)
         inputs = observe and "features" in self.selector.statistics.needs
-        return Plan(observe, bool(self.rule.window) and watched, masks, stream, inputs)
+        alone = observe and not prefill and not stream and not any(masks)
+        into = self._held.layers if alone and self._held else None
+        return Plan(observe, bool(self.rule.window) and watched, masks, stream, inputs, into)
 
     def _announce(self, before: list[int]) -> None:
         for life, version in zip(self.lives, before, strict=True):
