@@ -1,0 +1,160 @@
+// The raster of what is alive (layers x groups of neurons) with the kept share of each layer beside it.
+
+import { alive, isDense } from "./answer.js";
+import { rampColour } from "./colour.js";
+import { byId, el } from "./dom.js";
+import { percent } from "./format.js";
+
+const LEFT = 26;
+const GAP = 14;
+const BARS = 0.24; // of the width, for the kept shares
+
+/** Draws answers on a canvas; arrow keys and the pointer read single cells. */
+export class NeuronView {
+  constructor(canvas, cell) {
+    this.canvas = canvas;
+    this.cell = cell;
+    this.at = null;
+    this.mask = null;
+    this.layers = 0;
+    canvas.addEventListener("pointermove", (event) => this.#point(event));
+    canvas.addEventListener("pointerleave", () => this.#read(null));
+    canvas.addEventListener("blur", () => this.#read(null));
+    canvas.addEventListener("keydown", (event) => this.#step(event));
+  }
+
+  /** Show what is alive in this answer now. */
+  show(answer) {
+    this.layers = answer.start?.layers ?? 0;
+    this.neurons = answer.start?.neurons ?? [];
+    this.mask = alive(answer);
+    this.draw();
+    this.canvas.setAttribute("aria-label", `What is alive: ${summary(answer, this.mask)}`);
+  }
+
+  draw() {
+    const width = this.canvas.clientWidth || 480;
+    const row = this.layers ? Math.max(3, Math.min(9, Math.floor(250 / this.layers))) : 9;
+    const height = Math.max(1, this.layers || 28) * row + 4;
+    const ratio = devicePixelRatio || 1;
+    this.canvas.style.height = `${height}px`;
+    this.canvas.width = Math.round(width * ratio);
+    this.canvas.height = Math.round(height * ratio);
+    this.place = { width, row, bars: Math.round((width - LEFT) * BARS) };
+    this.place.raster = width - LEFT - GAP - this.place.bars;
+    const pen = this.canvas.getContext("2d");
+    pen.scale(ratio, ratio);
+    pen.clearRect(0, 0, width, height);
+    for (let layer = 0; layer < this.layers; layer++) this.#layer(pen, layer);
+    this.#labels(pen);
+    if (this.at) this.#cursor(pen);
+  }
+
+  get bins() {
+    return this.mask?.raster?.[0]?.length || 96;
+  }
+
+  share(layer, bin) {
+    const row = this.mask?.raster?.[layer];
+    return row ? row[bin] / 255 : 1;
+  }
+
+  #layer(pen, layer) {
+    const { row, raster, bars } = this.place;
+    const [top, thick] = [layer * row + 2, Math.max(1, row - 1)];
+    const drawn = !this.mask || this.mask.raster;
+    for (let bin = 0; drawn && bin < this.bins; bin++) {
+      const from = Math.floor((bin * raster) / this.bins);
+      pen.fillStyle = rampColour(255 * this.share(layer, bin));
+      pen.fillRect(LEFT + from, top, Math.ceil(((bin + 1) * raster) / this.bins) - from, thick);
+    }
+    const kept = this.mask ? this.mask.kept_share[layer] : 1;
+    const left = drawn ? LEFT + raster + GAP : LEFT;
+    const room = drawn ? bars : raster + GAP + bars;
+    pen.fillStyle = colourOf("--rule");
+    pen.fillRect(left, top, room, thick);
+    pen.fillStyle = colourOf("--line");
+    pen.fillRect(left, top, room * kept, thick);
+  }
+
+  #labels(pen) {
+    pen.font = "11px system-ui, sans-serif";
+    pen.fillStyle = colourOf("--soft");
+    pen.textAlign = "right";
+    pen.textBaseline = "middle";
+    const every = Math.max(1, Math.ceil(this.layers / 6 / 5) * 5);
+    for (let layer = 0; layer < this.layers; layer += every) {
+      pen.fillText(String(layer), LEFT - 6, layer * this.place.row + this.place.row / 2 + 2);
+    }
+  }
+
+  #cursor(pen) {
+    const { row, raster } = this.place;
+    const width = raster / this.bins;
+    pen.strokeStyle = colourOf("--ink");
+    pen.lineWidth = 2;
+    pen.strokeRect(LEFT + this.at.bin * width - 1, this.at.layer * row + 1, width + 2, row + 1);
+  }
+
+  #point(event) {
+    const { row, raster } = this.place;
+    const bin = Math.floor(((event.offsetX - LEFT) / raster) * this.bins);
+    const layer = Math.floor((event.offsetY - 2) / row);
+    const inside = bin >= 0 && bin < this.bins && layer >= 0 && layer < this.layers;
+    this.#read(inside ? { layer, bin } : null);
+  }
+
+  #step(event) {
+    const move = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] }[event.key];
+    if (!move || !this.layers) return;
+    event.preventDefault();
+    const now = this.at ?? { layer: 0, bin: -move[1] };
+    const within = (value, end) => Math.min(end - 1, Math.max(0, value));
+    this.#read({ layer: within(now.layer + move[0], this.layers), bin: within(now.bin + move[1], this.bins) });
+  }
+
+  #read(at) {
+    this.at = at;
+    this.draw();
+    this.cell.textContent = "";
+    if (!at) return;
+    const width = this.neurons[at.layer] ?? 0;
+    const [from, to] = [at.bin, at.bin + 1].map((edge) => Math.round((edge * width) / this.bins));
+    const kept = percent(this.mask ? this.mask.kept_share[at.layer] : 1, 0);
+    this.cell.textContent = `layer ${at.layer} (${kept} kept), neurons ${from} to ${Math.max(from, to - 1)}: ` +
+      `${percent(this.share(at.layer, at.bin), 0)} of them kept`;
+  }
+}
+
+const colourOf = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+/** The raster in one sentence. */
+export function summary(answer, mask) {
+  if (!answer.start) return "no answer yet.";
+  if (isDense(answer)) return "a dense answer, every neuron runs.";
+  if (!mask) return answer.tokens.length > 1 ? "every neuron runs while the text is observed." : "every neuron reads the prompt.";
+  const shares = mask.kept_share;
+  const [least, most] = [Math.min(...shares), Math.max(...shares)];
+  return `mask ${mask.number + 1}, in force from token ${mask.token}; layer ${shares.indexOf(least)} keeps least ` +
+    `(${percent(least, 0)}), layer ${shares.indexOf(most)} most (${percent(most, 0)}).`;
+}
+
+/** The ramp of the scale below the raster. */
+export function drawRamp() {
+  const canvas = byId("ramp");
+  canvas.width = 256;
+  const pen = canvas.getContext("2d");
+  for (let x = 0; x < 256; x++) {
+    pen.fillStyle = rampColour(x);
+    pen.fillRect(x, 0, 1, 8);
+  }
+}
+
+/** The kept shares as a table, for those who want numbers. */
+export function fillLayers(table, mask, layers) {
+  const rows = Array.from({ length: layers }, (_, layer) => el("tr", {},
+    el("th", { scope: "row" }, String(layer)),
+    el("td", { className: "number" }, percent(mask ? mask.kept_share[layer] : 1)),
+  ));
+  table.tBodies[0].replaceChildren(...rows);
+}
