@@ -19,7 +19,7 @@ LEVELS = {
     "depth_budget masks compensation drift select life signals detection "
     "plan observations reference tracer accounting low_bit token_select token_costs",
     2: "names arch read_points ffn token_ffn layout native_ffn native_linear layer loop "
-    "slim_parts slim_cache slim slim_run attach executor export",
+    "slim_parts slim_cache slim slim_run replacement attach executor export",
 }
 """Files of each layer of the design; every other file joins, measures or is a door: level 3."""
 

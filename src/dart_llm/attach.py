@@ -7,7 +7,6 @@ x, r and v are read, and wrappers around ``generate``.  ``remove`` puts back exa
 from __future__ import annotations
 
 import dataclasses
-import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from dart_llm import arch
+from dart_llm.config import TokenConfig
 from dart_llm.errors import AttachError, ConfigError
 from dart_llm.layer import HostedFfn
 from dart_llm.layout import Layout
-from dart_llm.loop import Loop, bare_call
+from dart_llm.loop import Loop, OwnLoop, bare_call
 from dart_llm.native_linear import native_linears
 from dart_llm.plan import Kind, Plan
+from dart_llm.replacement import NotCopied, Replacement
 from dart_llm.slim import SlimDecoder
 from dart_llm.slim_run import SlimRun
 from dart_llm.token_ffn import TokenFfn, errors
@@ -32,35 +33,19 @@ _active: weakref.WeakSet[Attachment] = weakref.WeakSet()
 """Weak: an attached model that nobody holds any more is freed with its attachment."""
 
 
-class _NotCopied:
-    """What hangs on an attached model: a copy would go on running the original's weights."""
+class Attachment(NotCopied):
+    """One tracer attached to one model.
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        raise AttachError(
-            "this model is being pruned, so it cannot be copied or pickled: leave the block first, "
-            "or call dart_llm.restore(model)"
-        )
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.__deepcopy__({})
-
-
-class _Replacement(_NotCopied):
-    """A method of an attached module."""
-
-    def __init__(self, original: Callable[..., Any], make: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, original)
-        self.original, self.make = original, make
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.make(self.original, *args, **kwargs)
-
-
-class Attachment(_NotCopied):
-    """One tracer attached to one model."""
+    ``many``: others will follow it (``serve``), so that everything is made ready at once.
+    """
 
     def __init__(
-        self, model: nn.Module, view: arch.ModelView, tracer: Tracer, executor: str
+        self,
+        model: nn.Module,
+        view: arch.ModelView,
+        tracer: Tracer,
+        executor: str,
+        many: bool = False,
     ) -> None:
         self.model = model
         self.tracer = tracer
@@ -70,15 +55,18 @@ class Attachment(_NotCopied):
         self.rows = 1
         self.forced_decode = 0
         self.forced_prompt = 0
-        self.loop: Loop | None = None
+        self.loop: Loop | OwnLoop | None = None
         self.proxy_errors: tuple[float, float] | None = None
         """Of low-bit copies and of Gaussian matrices on the same grid; None without copies."""
-        self._view = view
+        self._view, self._many = view, many
         self.layout = Layout()
         self.slim: SlimRun | None = None
         self._places: list[int] = []
         self._undo: list[Callable[[], None]] = []
         self._released = 0
+        self._streams = False
+        self._signals: set[str] = set()
+        self._token: TokenConfig | None = None
 
     def install(self) -> None:
         """Attach; raises ``AttachError`` when the model already is, and leaves nothing behind."""
@@ -96,42 +84,60 @@ class Attachment(_NotCopied):
         for name in (arch.GENERATE, arch.PREFILL):
             if hasattr(self.model, name):
                 self._replace(self.model, name, getattr(self, f"_run{name.strip('_')}"))
-        if self.tracer.selector.removes_nothing and self.tracer.given is None:
+        if _only_counts(self.tracer) and not self._many:
             self._install_native()
             return  # there is nothing to watch and nothing to skip, only tokens to count
-        stream = self.tracer.selector.statistics.needs_stream
         for layer in self.layers:
             host = layer.block.host
             name = "_old_forward" if hasattr(host, "_hf_hook") else "forward"
             self._replace(host, name, layer.run)
-            if stream:
-                layer.hook_stream(self._hook)
-        self._install_token()
+        self._equip(self.tracer)
         self._install_native()
-        if self.tracer.rule.window:
-            source = self._view.signal(self.tracer.config.drift.signal)
-            self._hook(source.register_forward_hook(self._feature))
 
-    def _install_token(self) -> None:
+    def serve(self, tracer: Tracer) -> None:
+        """Run by ``tracer`` from now on; of the one before nothing stays but its own records."""
+        for layer in self.layers:
+            layer.unload()
+        if self.slim is not None:
+            self.slim.decoder.unload()
+        self.plan = Plan(False, False, ())
+        self._equip(tracer)
+        self.tracer = tracer
+
+    def _equip(self, tracer: Tracer) -> None:
+        """What ``tracer`` needs and none before it has needed: hooks, low-bit copies."""
+        if _only_counts(tracer):
+            return
+        if tracer.selector.statistics.needs_stream and not self._streams:
+            self._streams = True
+            for layer in self.layers:
+                layer.hook_stream(self._hook)
+        self._equip_tokens(tracer)
+        signal = tracer.config.drift.signal
+        if tracer.rule.window and signal not in self._signals:
+            self._signals.add(signal)
+            source = self._view.signal(signal)
+            self._hook(source.register_forward_hook(self._feature_hook(signal)))
+
+    def _equip_tokens(self, tracer: Tracer) -> None:
         """Make the low-bit copies by which tokens choose their own neurons."""
-        config, given = self.tracer.config.token, self.tracer.given
-        if given is None:
-            wanted = not self.tracer.selector.removes_nothing
-        else:
-            wanted = any(isinstance(mask, TokenMask) for mask in given)
-        if config is None or not wanted:
+        config, given = tracer.config.token, tracer.given
+        wanted = given is None or any(isinstance(mask, TokenMask) for mask in given)
+        if config is None or not wanted or config == self._token:
             return
         made = [TokenFfn(layer.block, config) for layer in self.layers]
         for layer, token in zip(self.layers, made, strict=True):
             layer.choose_per_token(token, self._hook)
-        self.proxy_errors = errors(made)
+        self.proxy_errors, self._token = errors(made), config
+        if self.slim is not None:
+            self.slim.decoder.tokens = made
 
     def _install_native(self) -> None:
         """Lay the weights out for the native kernels, and take whole decode steps over."""
         slim = self.executor == "slim"
         if self.executor != "native" and not slim:
             return
-        if self.tracer.selector.removes_nothing and self.tracer.given is None and not slim:
+        if _only_counts(self.tracer) and not slim and not self._many:
             return  # nothing is pruned, and nothing may differ by a bit
         ffns = [layer.go_native(self.layout) for layer in self.layers]
         for linear in native_linears(self.model, self._view.blocks):
@@ -178,7 +184,7 @@ class Attachment(_NotCopied):
             else:
                 module.__dict__.pop(name, None)
 
-        module.__dict__[name] = _Replacement(original, make)
+        module.__dict__[name] = Replacement(original, make)
         self._undo.append(undo)
 
     def _before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
@@ -198,10 +204,13 @@ class Attachment(_NotCopied):
         self.tracer.end_forward()
         self.plan = Plan(False, False, ())
 
-    def _feature(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.plan.features:
-            v: Tensor = output if isinstance(output, Tensor) else output[0]
-            self.tracer.feature(v.reshape(self.rows, -1, v.shape[-1]))
+    def _feature_hook(self, signal: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if self.plan.features and self.tracer.config.drift.signal == signal:
+                v: Tensor = output if isinstance(output, Tensor) else output[0]
+                self.tracer.feature(v.reshape(self.rows, -1, v.shape[-1]))
+
+        return hook
 
     def _rungenerate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = arch.read_generate(self.model, args, kwargs)
@@ -222,7 +231,7 @@ class Attachment(_NotCopied):
 
     def _runprefill(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         loop = self.loop
-        if loop is None:
+        if not isinstance(loop, Loop):
             return original(*args, **kwargs)
         loop.prefill = arch.read_prefill(original, args, kwargs)
         loop.in_prefill = True
@@ -239,6 +248,11 @@ class Attachment(_NotCopied):
     def installed(self) -> bool:
         """False once it was removed, by its run or by ``restore``."""
         return self in _active
+
+
+def _only_counts(tracer: Tracer) -> bool:
+    """Whether a tracer masks nothing and watches nothing: its tokens are only counted."""
+    return tracer.selector.removes_nothing and tracer.given is None
 
 
 def _holders(model: nn.Module) -> list[Attachment]:

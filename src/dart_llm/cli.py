@@ -21,6 +21,7 @@ from dart_llm import (
     cli_measure,
     cli_prompts,
     cli_results,
+    cli_serve,
     cli_sweep,
 )
 from dart_llm.errors import ConfigError, DartError
@@ -30,6 +31,7 @@ from dart_llm.settings_detect import DetectSettings
 from dart_llm.settings_drift import DriftSettings
 from dart_llm.settings_inspect import InspectSettings
 from dart_llm.settings_measure import EvalSettings, PerplexitySettings, SummarizeSettings
+from dart_llm.settings_serve import ServeSettings
 from dart_llm.settings_sweep import SweepFlags
 
 EPILOG = "Settings: defaults < --config FILE < DART_* environment < flags.  Docs: README.md"
@@ -142,6 +144,7 @@ app.command(name="drift")(with_settings(cli_drift.drift, DriftSettings))
 app.command(name="detect")(with_settings(cli_detect.detect, DetectSettings))
 app.command(name="inspect")(with_settings(cli_inspect.inspect, InspectSettings))
 cli_bench.register(app)
+app.command(name="serve")(with_settings(cli_serve.serve, ServeSettings))
 app.command(name="results")(cli_results.results)
 cli_prompts.register(app)
 

@@ -21,12 +21,13 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "plots": ("matplotlib", "cmcrameri", "plotly"),
     "drift": ("sentence_transformers", "sacrebleu", "bert_score", "rouge_score", "scipy"),
     "native": ("ninja",),
+    "serve": ("fastapi", "uvicorn"),
     "cluster": ("ray",),
     "trackio": ("trackio",),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),
-    "dev": ("pytest", "hypothesis", "mypy", "ruff"),
+    "dev": ("pytest", "hypothesis", "mypy", "ruff", "openai", "schemathesis", "httpx"),
 }
 
 

@@ -150,6 +150,10 @@ class CompactFfn:
 
     def __init__(self, block: FfnBlock) -> None:
         self.block = block
+        self.unload()
+
+    def unload(self) -> None:
+        """Hold no copies."""
         self.mask: LayerMask | None = None
         self.rows = self.columns = self.row_bias = self.bias = None  # type: Tensor | None
         self.linear: LowRank | None = None

@@ -59,19 +59,26 @@ class HostedFfn:
 
     def choose_per_token(self, token: TokenFfn, keep: Callable[[Any], None]) -> None:
         """Tokens choose their own neurons by ``token`` where the plan says so."""
-        self.token = token
-        if self.block.inline:  # what the down projection is given ranks nothing: read fc1's input
+        first, self.token = self.token is None, token
+        if (
+            self.block.inline and first
+        ):  # what the down projection is given ranks nothing: read fc1's input
             keep(self.block.up.register_forward_pre_hook(self._take_fed))
 
     def forget(self) -> None:
         """Drop what an interrupted forward left behind."""
         self.x = self.features = self.fed = self.waiting = None
 
-    def release(self) -> None:
-        """Free the copies and the multipliers."""
+    def unload(self) -> None:
+        """Free what masks left: their copies and the multipliers."""
         self.forget()
-        self.kept, self.token = CompactFfn(self.block), None
+        self.kept.unload()
         self._stacked = None
+
+    def release(self) -> None:
+        """Free everything beside the model."""
+        self.unload()
+        self.kept, self.token = CompactFfn(self.block), None
 
     def _take_fed(self, module: nn.Module, args: Any) -> None:
         if not self.owner.plan.dense:

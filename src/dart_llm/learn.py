@@ -64,15 +64,36 @@ def learn(
     if tokenizer is not None:
         remember_tokenizer(model, tokenizer)
     _check_learnable(model, config.method, layers)
-    wanted = _Wanted(config.prior, Selector(config, tuple(layers)).statistics, config)
-    state = [(p.data_ptr(), p._version, p.device) for p in model.parameters()]
-    known = _versions.setdefault(model, {}).get(wanted.name)
-    if known is None or known[0] != state:
+    known = recall(model, config, layers)
+    if known is None:
+        wanted = _wanted(config.prior, config, layers)
         # what is kept must serve later forwards of any mode; dropout would draw random numbers
         with torch.inference_mode(False), evaluating(model):
-            known = state, _find(model, wanted, layers, cache_dir, say)
-        _versions[model][wanted.name] = known
+            found = _find(model, wanted, layers, cache_dir, say)
+        _versions[model][wanted.name] = _state(model), found
+        known = knowing(layers, learnt=found)
+    return known
+
+
+def recall(
+    model: Any, config: PruneConfig, layers: Sequence[FfnWeights]
+) -> tuple[FfnWeights, ...] | None:
+    """As ``learn``, also while the model is being pruned; None where it would have to learn."""
+    if config.prior is None:
+        return tuple(layers)
+    wanted = _wanted(config.prior, config, layers)
+    known = _versions.setdefault(model, {}).get(wanted.name)
+    if known is None or known[0] != _state(model):
+        return None
     return knowing(layers, learnt=known[1])
+
+
+def _state(model: Any) -> list[tuple[int, int, torch.device]]:
+    return [(p.data_ptr(), p._version, p.device) for p in model.parameters()]
+
+
+def _wanted(prior: PriorConfig, config: PruneConfig, layers: Sequence[FfnWeights]) -> _Wanted:
+    return _Wanted(prior, Selector(config, tuple(layers)).statistics, config)
 
 
 def _check_learnable(model: nn.Module, method: str, layers: Sequence[FfnWeights]) -> None:

@@ -55,6 +55,26 @@ class Loop:
         return ~torch.isin(ids, ends).any(1)
 
 
+class OwnLoop:
+    """A token loop of this package, which says what each of its forwards is.
+
+    ``prompt``: whether the next forward is one of the prompt; ``live``: [B] bool, rows that have
+    not ended, or None when all count.
+    """
+
+    def __init__(self) -> None:
+        self.prompt = True
+        self.live: Tensor | None = None
+        self.cache: Any = None
+
+    def call(self, seen: ForwardArgs) -> Call:
+        """What the next forward is."""
+        self.cache = seen.cache
+        if self.prompt:
+            return _call(Kind.PREFILL, seen, seen.valid)
+        return _call(Kind.DECODE, seen, seen.valid, live=self.live)
+
+
 def bare_call(seen: ForwardArgs, forced_decode: bool) -> Call:
     """What a forward outside ``generate`` is."""
     decode = seen.cached and (seen.tokens == 1 or forced_decode)

@@ -101,6 +101,10 @@ class NativeFfn:
             self.down = layout.neuron_rows(down.t().detach(), _parameter(block.down)).detach()
         self.up, self.gate = up.detach(), None if gate is None else gate.detach()
         self.gate_bias, self.up_bias = self._biases()
+        self.unload()
+
+    def unload(self) -> None:
+        """Hold no mask."""
         self.mask: LayerMask | None = None
         self.kept = Kept()
 

@@ -104,6 +104,11 @@ class Selector:
         )
 
     @property
+    def asks_total(self) -> bool:
+        """Whether the sparsity asked for is one of the whole model, not of some layers."""
+        return self.config.score.strategy == "topk" and all(t == AUTO for t in self.targets)
+
+    @property
     def _allocates(self) -> bool:
         return self.config.score.strategy == "topk" and AUTO in self.targets
 

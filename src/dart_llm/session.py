@@ -239,7 +239,7 @@ class Run:
             self.executor,
             copies,
             GIVEN if self._by_hand else self.config.method,
-            self.config.target if self._asks_total() and not self._by_hand else None,
+            self.config.target if self._tracer.selector.asks_total and not self._by_hand else None,
             self._proxy_errors,
         )
 
@@ -249,11 +249,6 @@ class Run:
         if self._given is not None:
             return any(mask is not None for mask in self._given)
         return not self._tracer.selector.removes_nothing
-
-    def _asks_total(self) -> bool:
-        """Whether the sparsity asked for is one of the whole model, not of some layers."""
-        targets = self._tracer.selector.targets
-        return self.config.score.strategy == "topk" and all(t == "auto" for t in targets)
 
     def export(self, folder: str | Path) -> Path:
         """Write the newest mask as a dense, narrower checkpoint that ``from_pretrained`` loads.

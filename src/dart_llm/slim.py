@@ -42,7 +42,8 @@ class SlimDecoder:
         for layer, ffn in zip(parts.layers, ffns, strict=True):
             own = (ffn.gate, ffn.up, ffn.down, ffn.gate_bias, ffn.up_bias)
             weights += [*layer, *(torch.empty(0) if t is None else t for t in own)]
-        self._ffns, self._tokens = list(ffns), list(tokens)
+        self._ffns = list(ffns)
+        self.tokens: Sequence[TokenFfn | None] = tokens
         self._native = torch.classes.dart_llm.Decoder(
             parts.sizes, parts.eps, parts.scale, weights, ffns[0].act
         )
@@ -57,8 +58,13 @@ class SlimDecoder:
         """Whether the kernels can run these masks."""
         return all(
             not isinstance(mask, TokenMask) or (token is not None and _readable(token, mask))
-            for mask, token in zip(masks, self._tokens, strict=True)
+            for mask, token in zip(masks, self.tokens, strict=True)
         )
+
+    def unload(self) -> None:
+        """Run all neurons, and hold neither masks nor room for a cache."""
+        self.load(())
+        self._cache = None
 
     def load(self, masks: Sequence[LayerMask | None]) -> None:
         """Run these masks from now on; () or None in a layer's place: all of its neurons."""
@@ -81,7 +87,7 @@ class SlimDecoder:
 
     def _choose(self, index: int, mask: TokenMask) -> None:
         """From now on every token of a layer chooses its own neurons."""
-        token = self._tokens[index]
+        token = self.tokens[index]
         if mask is self._loaded[index] or token is None:
             return
         worth = token.norms if mask.worth is None else mask.worth

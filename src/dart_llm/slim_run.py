@@ -95,7 +95,8 @@ class SlimRun:
     def _read_features(self, tracer: Tracer) -> None:
         """Let observed steps read what low-rank compensation wants of each layer's FFN input."""
         learnt = [layer.learnt for layer in tracer.selector.layers]
-        if self._learnt == learnt:
+        same = len(learnt) == len(self._learnt)  # by identity: priors of two configurations differ
+        if same and all(new is old for new, old in zip(learnt, self._learnt, strict=True)):
             return
         bases = [one.basis for one in learnt if one is not None and one.basis is not None]
         self._learnt, self._bases = learnt, len(bases) == len(learnt)

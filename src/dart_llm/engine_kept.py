@@ -1,0 +1,82 @@
+"""What is kept of named conversations between their turns."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dart_llm.engine_host import Ready
+from dart_llm.tracer import Tracer
+
+
+@dataclass
+class Conversation:
+    """A cache, the tokens in it, and the tracer that saw them.
+
+    ``answer``: where the last answer begins in ``ids``; what lies before is never rolled back.
+    """
+
+    ready: Ready
+    tracer: Tracer
+    cache: Any
+    ids: list[int]
+    answer: int
+
+    def shared(self, ids: Sequence[int]) -> int:
+        """Leading tokens of ``ids`` that need not be read again; 0 where this cannot go on.
+
+        A prompt may leave out the end of the last answer (a stop string), or spell it otherwise.
+        """
+        same = 0
+        for old, new in zip(self.ids, ids, strict=False):
+            if old != new:
+                break
+            same += 1
+        same = min(same, len(ids) - 1)  # the last token's logits are wanted
+        if same < self.answer or (same < len(self.ids) and not _can_crop(self.cache)):
+            return 0
+        return same
+
+    def crop(self, length: int) -> None:
+        """Keep the first ``length`` tokens."""
+        if gone := len(self.ids) - length:
+            self.cache.crop(-gone)
+            self.ids = self.ids[:length]
+
+    def forget_accounts(self) -> None:
+        """The next turn is counted for itself."""
+        tracer = self.tracer
+        tracer.branch()
+        tracer.finished, tracer.checks = [], []
+        for life in tracer.lives:
+            life.periods, life.remasks, life.prompt_tokens = [], [], 0.0
+
+
+def _can_crop(cache: Any) -> bool:
+    return all(getattr(layer, "is_croppable", False) for layer in cache.layers)
+
+
+class Kept:
+    """The ``limit`` conversations that were used last."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held: OrderedDict[str, Conversation] = OrderedDict()
+
+    def take(self, name: str | None) -> Conversation | None:
+        """What is kept under ``name``, which is then held no more."""
+        return None if name is None else self._held.pop(name, None)
+
+    def put(self, name: str, conversation: Conversation) -> None:
+        """Keep it as the one used last."""
+        self._held[name] = conversation
+        while len(self._held) > self._limit:
+            self._held.popitem(last=False)
+
+    def clear(self) -> None:
+        self._held.clear()
+
+    def __len__(self) -> int:
+        return len(self._held)

@@ -1,0 +1,238 @@
+"""The routes, as a FastAPI application: the only file that imports it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from dart_llm import __version__, prompts, serve_runs
+from dart_llm.engine_ask import Ask
+from dart_llm.errors import MissingExtra
+from dart_llm.serve_answer import (
+    ChunkWriter,
+    Delivery,
+    RecordWriter,
+    Watch,
+    WholeWriter,
+    Writer,
+)
+from dart_llm.serve_errors import Refusal
+from dart_llm.serve_format import ChatFormat, Format, json_bytes
+from dart_llm.serve_guard import Asgi, Guard, Receive, Rules, Scope, Send, digest
+from dart_llm.serve_json import parse
+from dart_llm.serve_openapi import ROUTES, components, operation
+from dart_llm.serve_schemas import ChatBody, Common, CompletionBody, read
+from dart_llm.serve_service import Service, logger
+from dart_llm.serve_site import static_files
+from dart_llm.serve_turn import Turn
+
+try:
+    from fastapi import FastAPI, Request, Response
+except ImportError:
+    raise MissingExtra("fastapi", "serve") from None
+
+LONG_BODY = 16 << 10
+"""Bytes above which a body is read into tokens beside the event loop, not on it."""
+
+
+class Application(Response):
+    """Lets a route answer by a plain ASGI application."""
+
+    def __init__(self, answer: Asgi) -> None:
+        self.answer = answer
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.answer(scope, receive, send)
+
+
+class Routes:
+    """One method per route."""
+
+    def __init__(self, service: Service, guard: Guard) -> None:
+        self.service = service
+        self.guard = guard
+        self.site = static_files()
+        self.results = Path(service.settings.results_dir)
+
+    # OpenAI's
+
+    async def chat(self, request: Request) -> Response:
+        """A chat completion: whole, or with ``stream: true`` as server-sent chunks."""
+        body, ask = await self._read(request, ChatBody)
+        shape = ChatFormat(self._model, ask.sampling.n, _scored(ask), body.usage_wanted)
+        return self._deliver(request, body, ask, _writer(body, shape))
+
+    async def completion(self, request: Request) -> Response:
+        """A completion of a text or of token ids."""
+        body, ask = await self._read(request, CompletionBody)
+        shape = Format(self._model, ask.sampling.n, _scored(ask), body.usage_wanted)
+        return self._deliver(request, body, ask, _writer(body, shape))
+
+    async def models(self) -> Response:
+        """The model that is served."""
+        return _json({"object": "list", "data": self.service.models()})
+
+    async def model(self, name: str) -> Response:
+        """The model that is served, by its name."""
+        if name not in self.service.asker.names:
+            raise Refusal(
+                404, "there is no such model: /v1/models lists it", code="model_not_found"
+            )
+        return _json(self.service.models()[0])
+
+    # ours
+
+    async def ask_events(self, request: Request) -> Response:
+        """A chat completion as the engine's own records, one server-sent event each."""
+        body, ask = await self._read(request, ChatBody)
+        return self._deliver(request, body, ask, RecordWriter(ask.id))
+
+    async def watch_events(self) -> Response:
+        """The records of all requests while they run, without texts and tokens."""
+        return Application(Watch(self.service.live, lambda: {"model": self._model}))
+
+    async def methods(self) -> Response:
+        """Methods and drift rules that a request may name, the defaults and the limits."""
+        return _json(self.service.methods())
+
+    async def prompts(self) -> Response:
+        """The ready prompts."""
+        names = prompts.prompt_names()
+        return _json({"prompts": [{"name": n, "text": prompts.read_prompt(n)} for n in names]})
+
+    async def runs(self) -> Response:
+        """Past runs in the configured results folder."""
+        return _json({"runs": await asyncio.to_thread(serve_runs.listing, self.results)})
+
+    async def run(self, name: str) -> Response:
+        """One past run with its files' content."""
+        return _json(await asyncio.to_thread(serve_runs.opened, self.results, name))
+
+    async def health(self) -> Response:
+        """200 while requests are taken, 503 otherwise."""
+        if not self.service.worker.alive:
+            raise Refusal(503, "the server does not take requests", code="not_ready")
+        return _json({"status": "ok", "model": self._model, "version": __version__})
+
+    async def metrics(self) -> Response:
+        """Counters for Prometheus."""
+        text = self.service.metrics_text(self.guard.in_flight)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def page(self) -> Response:
+        """The window."""
+        return await self.static("index.html")
+
+    async def static(self, name: str) -> Response:
+        """A file of the page."""
+        if name not in self.site:
+            raise Refusal(404, "there is no such file", code="not_found")
+        content, kind = self.site[name]
+        return Response(content, media_type=kind)
+
+    # help
+
+    @property
+    def _model(self) -> str:
+        return self.service.facts.name
+
+    async def _read(self, request: Request, kind: type[Any]) -> tuple[Any, Ask]:
+        content = request.headers.get("content-type", "")
+        if content.partition(";")[0].strip().lower() != "application/json":
+            raise Refusal(415, "send JSON, with Content-Type: application/json")
+        raw = await request.body()
+        known = request.scope["dart"]
+
+        def understood() -> tuple[Any, Ask]:
+            body = read(kind, parse(raw))
+            asker = self.service.asker
+            of_kind = asker.completion if isinstance(body, CompletionBody) else asker.chat
+            return body, of_kind(body, known["request_id"], known["client"])
+
+        if len(raw) > LONG_BODY:
+            return await asyncio.to_thread(understood)
+        return understood()
+
+    def _deliver(self, request: Request, body: Common, ask: Ask, writer: Writer) -> Response:
+        service, known = self.service, request.scope["dart"]
+        if service.settings.log_prompts:
+            text = service.asker.tokenizer.decode(list(ask.ids))
+            logger.warning("%s asks %r", ask.id, text)
+        turn = Turn(ask, known["client"], body.user or "", ask.id)
+        limit = service.settings.request_timeout
+        return Application(Delivery(service.worker, turn, writer, limit))
+
+
+def _scored(ask: Ask) -> bool:
+    return ask.sampling.logprobs is not None
+
+
+def _writer(body: Common, shape: Format) -> Writer:
+    return ChunkWriter(shape) if body.stream else WholeWriter(shape)
+
+
+def _json(data: Any) -> Response:
+    return Response(json_bytes(data), media_type="application/json")
+
+
+def build(service: Service) -> Asgi:
+    """The whole application: routes behind the guard; starts the model's thread when it starts."""
+    settings = service.settings
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.worker.start()
+        yield
+
+    async def unknown(request: Request, error: Exception) -> Response:
+        raise Refusal(404, "there is no such address: /openapi.json lists all", code="not_found")
+
+    async def other_method(request: Request, error: Exception) -> Response:
+        raise Refusal(405, "this address takes another method: see /openapi.json")
+
+    app = FastAPI(
+        title="dart-llm",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        exception_handlers={404: unknown, 405: other_method},
+        redirect_slashes=False,
+    )
+    rules = Rules(
+        settings.hosts,
+        tuple(digest(key) for key in settings.keys),
+        settings.max_body_kib << 10,
+        loud=settings.log_prompts,
+    )
+    guard = Guard(rules, service.metrics)
+    app.add_middleware(guard.around)
+    routes = Routes(service, guard)
+    for route in ROUTES:
+        app.add_api_route(
+            route.path,
+            getattr(routes, route.handler),
+            methods=[route.method],
+            include_in_schema=route.described,
+            openapi_extra=operation(route),
+            response_class=Response,
+            response_model=None,
+        )
+    _describe(app)
+    return app
+
+
+def _describe(app: FastAPI) -> None:
+    """Put the bodies' schemas where ``$ref`` looks for them."""
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        found = plain()
+        found.setdefault("components", {}).setdefault("schemas", {}).update(components())
+        return found
+
+    app.openapi = openapi  # type: ignore[method-assign]

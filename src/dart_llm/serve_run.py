@@ -1,0 +1,113 @@
+"""``dart-llm serve``: model, engine, socket, loop.  The only file that imports uvicorn."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from typing import Any
+
+from dart_llm.errors import ConfigError, MissingExtra
+from dart_llm.job_common import load_model
+from dart_llm.serve_service import ModelFacts, Service
+from dart_llm.settings_serve import ServeSettings
+from dart_llm.ui import Ui
+
+try:
+    import uvicorn
+except ImportError:
+    raise MissingExtra("uvicorn", "serve") from None
+
+BACKLOG = 128
+KEPT_ALIVE_SECONDS = 15
+LAST_SECONDS = 5
+"""Beyond the grace period, for answers that are being sent when the server ends."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which stops the model's thread before it waits for open connections."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self.service = service
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """First our own end, in the background: it is what open connections wait for."""
+        for server in self.servers:
+            server.close()
+        ending = asyncio.create_task(asyncio.to_thread(self.service.close))
+        await super().shutdown(sockets)
+        if self.force_exit:  # a second signal: nobody waits for the running answer
+            self.service.worker.hurry()
+        await ending
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; raises ``ConfigError`` when the address cannot be had."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        found = socket.socket(family, socket.SOCK_STREAM)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+        found.listen(BACKLOG)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen at {host}, port {port}: {error.strerror or error}; "
+            "--port 0 takes a free port"
+        ) from None
+    return found
+
+
+def link(settings: ServeSettings, listening: socket.socket) -> str:
+    """The address of the page."""
+    port = listening.getsockname()[1]
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"http://{host}:{port}/"
+
+
+def serve(settings: ServeSettings, ui: Ui) -> None:
+    """Serve until SIGINT or SIGTERM; the model is detached at the end."""
+    from dart_llm.engine import Engine
+    from dart_llm.serve_app import build
+
+    listening = bind(settings.host, settings.port)
+    try:
+        model, tokenizer, _ = load_model(settings, ui)
+        engine = Engine(model, tokenizer, conversations=settings.conversations)
+        try:
+            for config in settings.configs():
+                if config.target > 0:
+                    ui.say(f"making {config.method} ready")
+                    engine.prepare(config)
+            service = Service(engine, tokenizer, ModelFacts.of(model, settings.model), settings)
+            ui.say(f"serving {service.facts.name} at {link(settings, listening)} (Ctrl-C ends)")
+            run_server(service, build(service), listening)
+        finally:
+            engine.close()
+    finally:
+        listening.close()
+    ui.say("ended")
+
+
+def server_config(application: Any, settings: ServeSettings) -> uvicorn.Config:
+    """How uvicorn serves: no log of its own, no header that names it, no trust in proxies."""
+    return uvicorn.Config(
+        application,
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        lifespan="on",
+        ws="none",
+        timeout_keep_alive=KEPT_ALIVE_SECONDS,
+        timeout_graceful_shutdown=int(settings.grace) + LAST_SECONDS,
+    )
+
+
+def run_server(service: Service, application: Any, listening: socket.socket) -> None:
+    """The event loop, until a signal ends it."""
+    server = Server(server_config(application, service.settings), service)
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes the signal on when all is done
+        server.run(sockets=[listening])

@@ -1,0 +1,96 @@
+"""Past runs for ``/api/runs``: folders below the configured one, and nothing else."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from dart_llm import results_list
+from dart_llm.errors import ConfigError
+from dart_llm.results_info import RunInfo
+from dart_llm.serve_errors import Refusal
+
+DOCUMENTS = (
+    "config.json",
+    "masks.json",
+    "timing.json",
+    "perplexity.json",
+    "mmlu.json",
+    "general_nlp.json",
+    "summarization.json",
+    "compare.json",
+    "inspect.json",
+)
+"""Files that are shown as they are, where a run has them, under their names without ``.json``."""
+LARGEST = 8 << 20
+"""Bytes of a file that is still read."""
+MOST_RUNS = 500
+"""The newest ones are listed."""
+
+
+def listing(root: Path) -> list[dict[str, Any]]:
+    """Every run below ``root`` in a few facts, the newest first; [] where there is none."""
+    return [_facts(root, run) for run in reversed(_runs(root)[-MOST_RUNS:])]
+
+
+def _runs(root: Path) -> list[RunInfo]:
+    try:
+        found = results_list.find(root)
+    except ConfigError:
+        return []
+    home = root.resolve()
+    return [run for run in found if run.path.resolve().is_relative_to(home)]
+
+
+def _facts(root: Path, run: RunInfo) -> dict[str, Any]:
+    return {
+        "name": run.path.relative_to(root).as_posix(),
+        "experiment": run.experiment,
+        "time": run.time,
+        "started": None if run.started is None else run.started.isoformat(),
+        "status": run.status,
+        "kind": run.kind,
+        "models": list(run.models),
+        "methods": list(run.methods),
+        "sparsities": list(run.sparsities),
+        "tasks": list(run.tasks),
+        "seconds": run.seconds,
+    }
+
+
+def opened(root: Path, name: str) -> dict[str, Any]:
+    """One run with what its files hold; raises ``Refusal`` (404) for every other name.
+
+    ``name`` is compared with the names that were found, and never joined to a path.
+    """
+    run = next((one for one in _runs(root) if _facts(root, one)["name"] == name), None)
+    if run is None:
+        raise Refusal(404, "there is no such run: /api/runs lists them", code="run_not_found")
+    files = {path.name: path for path in sorted(run.path.iterdir()) if path.is_file()}
+    found: dict[str, Any] = {**_facts(root, run), "files": list(files)}
+    for document in DOCUMENTS:
+        found[document.removesuffix(".json")] = _json(_text(run.path, files.get(document)))
+    lines = _text(run.path, files.get("generation.jsonl")).splitlines()
+    found["generation"] = [row for line in lines if (row := _json(line)) is not None]
+    found["drift"] = list(csv.DictReader(io.StringIO(_text(run.path, files.get("drift.csv")))))
+    return found
+
+
+def _text(folder: Path, path: Path | None) -> str:
+    """ "" for a file that is not there, leads out of its folder, is too large or is no text."""
+    try:
+        if path is None or path.resolve().parent != folder.resolve():
+            return ""
+        return path.read_text(encoding="utf-8") if path.stat().st_size <= LARGEST else ""
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text) if text else None
+    except (ValueError, RecursionError):
+        return None

@@ -1,0 +1,150 @@
+"""Everything that serves but HTTP: the model's thread, what it is asked, what is counted."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dart_llm.arch import context_length
+from dart_llm.checkpoint import checkpoint_facts
+from dart_llm.engine_records import Done, Masked, Record, Token
+from dart_llm.listing import listing
+from dart_llm.registry import METHODS
+from dart_llm.serve_ask import Asker
+from dart_llm.serve_live import Live
+from dart_llm.serve_metrics import Metrics
+from dart_llm.serve_turn import OVER, Turn
+from dart_llm.serve_worker import Runs, Worker
+from dart_llm.settings_serve import ServeSettings
+
+logger = logging.getLogger("dart_llm.serve")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the server tells of its model.  ``name``: the id under which it is asked for."""
+
+    name: str
+    aliases: tuple[str, ...]
+    context: int | None
+    vocabulary: int
+    checkpoint: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, model: Any, asked_as: str) -> ModelFacts:
+        """``asked_as``: the value of ``--model``; a path is no name."""
+        facts = dict(checkpoint_facts(model))
+        name = str(facts.get("name") or "model")
+        aliases = () if asked_as == name or asked_as.startswith(("/", ".", "~")) else (asked_as,)
+        shown = ("name", "file_quantisation", "dtype", "parameters", "revision")
+        return cls(
+            name,
+            aliases,
+            context_length(model),
+            int(model.get_input_embeddings().num_embeddings),
+            {key: facts.get(key) for key in shown},
+        )
+
+
+class Service:
+    """One model behind one queue."""
+
+    def __init__(
+        self, engine: Runs, tokenizer: Any, facts: ModelFacts, settings: ServeSettings
+    ) -> None:
+        self.settings = settings
+        self.facts = facts
+        self.metrics = Metrics()
+        self.live = Live()
+        self.asker = Asker(
+            tokenizer, settings, (facts.name, *facts.aliases), facts.context, facts.vocabulary
+        )
+        self.worker = Worker(engine, settings.max_waiting, self._note, settings.log_prompts)
+        self.created = int(time.time())
+
+    def close(self) -> None:
+        """End: see ``Worker.stop``; who watches is told."""
+        self.worker.stop(self.settings.grace)
+        self.live.close(OVER)
+
+    def _note(self, turn: Turn, record: Record) -> None:
+        """Count a record; in the model's thread, so nothing slow."""
+        self.live.publish(turn, record)
+        metrics = self.metrics
+        if isinstance(record, Token):
+            metrics.tokens.add(1, record.phase)
+            if turn.first_token is None and turn.started is not None:
+                turn.first_token = time.perf_counter()
+                metrics.queued.observe(turn.started - turn.submitted)
+                metrics.first_token.observe(turn.first_token - turn.submitted)
+        elif isinstance(record, Masked):
+            metrics.remasks.add(1, record.remask.cause)
+        elif isinstance(record, Done):
+            metrics.prompt_tokens.add(record.usage.prompt_tokens)
+            metrics.cached_tokens.add(record.usage.cached_tokens)
+            for reason in record.finish:
+                metrics.finished.add(1, record.report.method, reason)
+            metrics.busy.add(time.perf_counter() - (turn.started or turn.submitted))
+
+    def metrics_text(self, in_flight: int) -> str:
+        """What ``/metrics`` answers."""
+        running = self.worker.running is not None
+        return self.metrics.text(
+            {
+                "dart_llm_waiting_requests": ("Requests that wait.", self.worker.waiting),
+                "dart_llm_running_requests": ("Requests that the model runs.", float(running)),
+                "dart_llm_http_requests": ("Requests in flight.", in_flight),
+                "dart_llm_watchers": ("Clients that watch /api/events.", len(self.live)),
+            }
+        )
+
+    def models(self) -> list[dict[str, Any]]:
+        """The one model, as ``/v1/models`` lists it."""
+        return [
+            {
+                "id": self.facts.name,
+                "object": "model",
+                "created": self.created,
+                "owned_by": "dart-llm",
+                "aliases": list(self.facts.aliases),
+                "context_length": self.facts.context,
+                "checkpoint": dict(self.facts.checkpoint),
+            }
+        ]
+
+    def methods(self) -> dict[str, Any]:
+        """What can be asked under ``dart``, and what holds when nothing is said."""
+        config = self.asker.config(None)
+        defaults = {
+            "method": "dense" if config is None else config.method,
+            "sparsity": 0.0 if config is None else config.target,
+            "masking_step": 0 if config is None else config.masking_step,
+            "drift": "never" if config is None else config.drift.rule,
+            "temperature": self.settings.temperature,
+        }
+        limits = {
+            name: getattr(self.settings, name)
+            for name in ("max_tokens", "max_prompt_tokens", "max_choices", "max_waiting")
+        }
+        found = listing()
+        methods = [{**entry, **self._method(entry["name"])} for entry in found["methods"]]
+        return {
+            "model": self.facts.name,
+            "defaults": defaults,
+            "limits": {**limits, "context": self.facts.context},
+            "methods": methods,
+            "drift_rules": found["drift_rules"],
+        }
+
+    def _method(self, name: str) -> dict[str, Any]:
+        config = METHODS.get(name)
+        learns = config.prior is not None or config.calibration is not None
+        return {
+            "ready": config.weight_bits is None and (not learns or name in self.settings.ready),
+            "sparsity": config.target,
+            "masking_step": config.masking_step,
+            "drift": config.drift.rule,
+        }

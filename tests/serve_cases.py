@@ -1,0 +1,209 @@
+"""A server on a free port of this machine, and an engine without a model behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from dart_llm.engine_ask import Answer, Ask
+from dart_llm.engine_records import Done, Likely, Record, Start, Timings, Token, Usage
+from dart_llm.records import RunReport
+from dart_llm.serve_app import build
+from dart_llm.serve_run import Server, bind, server_config
+from dart_llm.serve_service import ModelFacts, Service
+from dart_llm.settings_serve import ServeSettings
+
+VOCAB = 256
+FACTS = ModelFacts("fake-model", ("fake",), 4096, VOCAB, {"name": "fake-model"})
+
+
+class Encoded:
+    def __init__(self, ids: list[int]) -> None:
+        self.input_ids = ids
+
+
+class ByteTokenizer:
+    """Every byte is a token; a conversation is written as ``<role>text``."""
+
+    chat_template = "there is one"
+
+    def __call__(self, text: str, **options: Any) -> Encoded:
+        return Encoded(list(text.encode()))
+
+    def decode(self, ids: list[int], **options: Any) -> str:
+        return bytes(ids).decode(errors="replace")
+
+    def apply_chat_template(self, turns: list[dict[str, str]], **options: Any) -> str:
+        return "".join(f"<{one['role']}>{one['content']}" for one in turns) + "<assistant>"
+
+
+def report(method: str, asked: float | None, tokens: int) -> RunReport:
+    share = asked or 0.0
+    return RunReport(
+        method=method,
+        requested_sparsity=asked,
+        achieved_sparsity=share,
+        sparsity_while_pruned=share,
+        dense_token_share=0.0 if share else 1.0,
+        prompt_tokens=3,
+        decoded_tokens=tokens,
+        remasks=0,
+        remask_causes={},
+        layers=(),
+        executor="masked",
+        ffn_flops_share=1 - share,
+        ffn_bytes_share=1 - share,
+        ffn_flops_share_if_compact=1 - share,
+        ffn_bytes_share_if_compact=1 - share,
+        ffn_share_of_bytes=0.5,
+        extra_memory_bytes=0,
+        sequences=(),
+    )
+
+
+@dataclass
+class FakeEngine:
+    """Answers ``w0 w1 w2 ...``; choice i writes ``w`` i times more.  ``pause``: s per token."""
+
+    pause: float = 0.0
+    fault: Exception | None = None
+    fault_at: int = 0
+    asked: list[Ask] = field(default_factory=list)
+    cancelled_at: list[int] = field(default_factory=list)
+    ended: list[float] = field(default_factory=list)
+    most_at_once: int = 0
+    _inside: int = 0
+
+    def run(
+        self,
+        ask: Ask,
+        emit: Callable[[Record], None],
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Answer:
+        self.asked.append(ask)
+        self._inside += 1
+        self.most_at_once = max(self.most_at_once, self._inside)
+        try:
+            return self._run(ask, emit, cancelled)
+        finally:
+            self._inside -= 1
+            self.ended.append(time.perf_counter())
+
+    def _run(
+        self, ask: Ask, emit: Callable[[Record], None], cancelled: Callable[[], bool]
+    ) -> Answer:
+        sampling, config = ask.sampling, ask.config
+        method = "dense" if config is None else config.method
+        share = 0.0 if config is None else config.target
+        start = Start(ask.id, "fake-model", method, share, {}, "masked", 1, (8,), ())
+        emit(start)
+        texts, finish = [""] * sampling.n, ["length"] * sampling.n
+        for index in range(sampling.max_tokens):
+            if self.fault is not None and index == self.fault_at:
+                raise self.fault
+            if cancelled():
+                self.cancelled_at.append(index)
+                finish = ["cancelled"] * sampling.n
+                break
+            if self.pause:
+                time.sleep(self.pause)
+            for choice in range(sampling.n):
+                piece = f"{'w' * (choice + 1)}{index} "
+                if finish[choice] == "stop":
+                    continue
+                if any(stop in texts[choice] + piece for stop in sampling.stop):
+                    finish[choice] = "stop"
+                    continue
+                texts[choice] += piece
+                emit(self._token(ask, choice, index, piece))
+            if all(reason == "stop" for reason in finish):
+                break
+        tokens = sum(len(text.split()) for text in texts)
+        usage = Usage(len(ask.ids), tokens, 0)
+        timings = Timings(len(ask.ids), 1.0, tokens, 2.0)
+        accounting = report(method, share, tokens)
+        emit(Done(ask.id, tuple(finish), tuple(texts), usage, timings, accounting))
+        return Answer(ask.id, tuple(texts), (), tuple(finish), usage, timings, accounting)
+
+    def _token(self, ask: Ask, choice: int, index: int, piece: str) -> Token:
+        top = None
+        if ask.sampling.logprobs is not None:
+            top = tuple(Likely(i, f"t{i}", -1.0 - i) for i in range(ask.sampling.logprobs))
+        phase = "prefill" if index == 0 else "dense" if ask.config is None else "pruned"
+        scored = None if ask.sampling.logprobs is None else -0.5
+        return Token(choice, index, index, piece, piece, phase, scored, top, self.pause)
+
+
+@dataclass
+class Running:
+    """A server in this process."""
+
+    url: str
+    service: Service
+    engine: Any
+    server: Server
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rsplit(":", 1)[1])
+
+    def client(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=30, trust_env=False, **options)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+
+
+@contextlib.contextmanager
+def running(
+    engine: Any = None,
+    tokenizer: Any = None,
+    facts: ModelFacts = FACTS,
+    **settings: Any,
+) -> Iterator[Running]:
+    """Serve ``engine`` (default: a fake one) until the block ends, at most 20 s longer."""
+    engine = engine or FakeEngine()
+    merged = ServeSettings.model_validate({"port": 0, "method": "griffin", "grace": 1, **settings})
+    service = Service(engine, tokenizer or ByteTokenizer(), facts, merged)
+    listening = bind("127.0.0.1", 0)
+    server = Server(server_config(build(service), merged), service)
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    thread.start()
+    until(lambda: server.started)
+    try:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        yield Running(url, service, engine, server)
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listening.close()
+        assert not thread.is_alive(), "the server did not end"
+
+
+def until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Wait until something holds; fails after ``seconds``."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.002)
+
+
+def events(text: str) -> list[Any]:
+    """The data of an event stream; [DONE] as None."""
+    found = []
+    for line in text.split("\n\n"):
+        if line.startswith("data: "):
+            data = line.removeprefix("data: ")
+            found.append(None if data == "[DONE]" else json.loads(data))
+    return found
+
+
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
