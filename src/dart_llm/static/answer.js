@@ -4,26 +4,43 @@
 export function newAnswer(label = "") {
   return {
     label, start: null, tokens: [], checks: [], remasks: [], masks: [], done: null, error: null,
-    others: [],
+    others: [], records: [], offset: 0,
   };
 }
 
-/** Take in one record; returns the answer. */
+/**
+ * Take in one record; returns the answer.  Steps of a conversation go on counting from answer to
+ * answer: the first mask tells how many came before, and `step` becomes this answer's own.
+ */
 export function fold(answer, record) {
+  answer.records.push(record);
   if (record.kind === "start") answer.start = record;
   else if (record.kind === "token") (record.choice ? answer.others : answer.tokens).push(record);
-  else if (record.kind === "check") answer.checks.push(record);
-  else if (record.kind === "remask") answer.remasks.push(record);
-  else if (record.kind === "mask") answer.masks.push(record);
+  else if (record.kind === "check") answer.checks.push({ ...record, step: record.step - answer.offset });
+  else if (record.kind === "remask") answer.remasks.push({ ...record, step: record.step - answer.offset });
+  else if (record.kind === "mask") newMask(answer, record);
   else if (record.kind === "done") answer.done = record;
   else if (record.kind === "error") answer.error = record.message;
   return answer;
 }
 
+function newMask(answer, mask) {
+  const made = answer.remasks.at(-1);
+  if (!answer.masks.length && made) {
+    answer.offset = made.step + 1 - mask.token;
+    made.step -= answer.offset;
+  }
+  answer.masks.push(mask);
+}
+
 export const isDense = (answer) => answer.start?.method === "dense" || answer.start?.sparsity === 0;
 export const finished = (answer) => Boolean(answer.done || answer.error);
 export const textOf = (answer) => answer.done?.texts?.[0] ?? answer.tokens.map((t) => t.text).join("");
-export const rebuilt = (answer) => answer.remasks.filter((mask) => mask.cause !== "first" && mask.cause !== "given");
+
+const OPENING = ["first", "given", "prompt"];
+
+/** The masks that were built while the text was being written. */
+export const rebuilt = (answer) => answer.remasks.filter((mask) => !OPENING.includes(mask.cause));
 
 const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
 

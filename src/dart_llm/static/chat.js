@@ -1,9 +1,9 @@
 // The conversation: sends requests one after the other and hands their records to the page.
 
 import { ask } from "./api.js";
-import { fold, finished, rebuilt, textOf } from "./answer.js";
+import { fold, finished, newAnswer, rebuilt, textOf } from "./answer.js";
 import { asDense, chosen, nameOf } from "./controls.js";
-import { announce, byId } from "./dom.js";
+import { announce, byId, calm } from "./dom.js";
 import { counted } from "./format.js";
 import { AnswerBox, sayParting, turnElement } from "./turn.js";
 
@@ -25,6 +25,7 @@ export class Chat {
   /** Forget the conversation. */
   anew() {
     this.stopper?.abort();
+    this.view.show(newAnswer("Nothing has been answered yet"));
     this.turns = [];
     this.conversation = nameNow();
     byId("turns").replaceChildren();
@@ -51,6 +52,7 @@ export class Chat {
     byId("welcome").hidden = true;
     byId("turns").append(turnElement(question, boxes));
     this.show(boxes[0]);
+    byId("turns").lastElementChild.scrollIntoView({ block: "start", behavior: calm() ? "auto" : "smooth" });
     this.#working(new AbortController());
     try {
       for (const [side, job] of jobs.entries()) await this.#answer(turn, side, job, maxTokens);
@@ -80,7 +82,7 @@ export class Chat {
   #take(box, record) {
     fold(box.answer, record);
     box.update(record);
-    if (record.kind === "remask" && rebuilt(box.answer).at(-1) === record) {
+    if (record.kind === "remask" && record.cause === rebuilt(box.answer).at(-1)?.cause) {
       announce(`Masks rebuilt at token ${record.step}.`);
     }
     if (record.kind === "done") announce(`${box.answer.label}: finished, ${counted(box.answer.tokens.length, "token")}.`);
@@ -120,7 +122,10 @@ export class Chat {
   #working(stopper) {
     this.stopper = stopper;
     byId("send").hidden = Boolean(stopper);
+    const wasThere = document.activeElement === byId("stop");
     byId("stop").hidden = !stopper;
+    if (stopper && document.activeElement === document.body) byId("stop").focus({ preventScroll: true });
+    if (!stopper && wasThere) byId("message").focus({ preventScroll: true });
     if (stopper) announce("Sent. The answer is being written.");
   }
 }

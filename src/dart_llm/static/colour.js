@@ -18,6 +18,15 @@ const TABLE = Array.from({ length: 256 }, (_, value) => `rgb(${ramp(value / 255)
 /** CSS colour of a value from 0 to 255. */
 export const rampColour = (value) => TABLE[Math.min(255, Math.max(0, Math.round(value)))];
 
+const DIVERGING = { more: [214, 120, 60], less: [38, 92, 150] };
+
+/** CSS colour of a change of share from -1 to 1: blue went dark, orange came alive. */
+export function changeColour(change, paper) {
+  const [red, green, blue] = change > 0 ? DIVERGING.more : DIVERGING.less;
+  const alpha = Math.min(1, 4 * Math.abs(change));
+  return change ? `rgb(${red} ${green} ${blue} / ${alpha})` : paper;
+}
+
 /** Phases of a token: its class, its word and what it means. */
 export const PHASES = {
   prefill: "from the prompt",
@@ -33,4 +42,4 @@ export function doubt(probability) {
   return [0.5, 0.25, 0.1].filter((bound) => probability < bound).length + 1;
 }
 
-export const DOUBTS = ["80 % and more", "50 to 80 %", "25 to 50 %", "10 to 25 %", "under 10 %"];
+export const DOUBTS = ["sure", "under 80 %", "50 %", "25 %", "10 %"];

@@ -7,24 +7,29 @@ const DENSE = "dense";
 /** Fill the selects from /api/methods and show the server's defaults. */
 export function fillControls(listing) {
   const defaults = listing.defaults ?? {};
-  const methods = listing.methods.filter((method) => method.name !== DENSE);
-  options(byId("method"), methods, defaults.method);
-  const rules = listing.drift_rules.map((rule) => ({ ...rule, value: ruleValue(rule.name) }));
-  options(byId("drift"), [{ name: "the method\u2019s own", value: "" }, ...rules], defaults.drift ?? "");
-  if (defaults.sparsity != null) byId("sparsity").value = 100 * defaults.sparsity;
-  if (defaults.masking_step != null) byId("masking-step").placeholder = String(defaults.masking_step);
+  const methods = listing.methods.filter((method) => !method.name.startsWith(DENSE));
+  byId("method").replaceChildren(...methods.map((method) => option(method.name, methodName(method), {
+    disabled: method.ready === false, selected: method.name === defaults.method, title: method.summary })));
+  const own = () => listing.methods.find((method) => method.name === byId("method").value) ?? {};
+  const rules = listing.drift_rules.map((rule) => {
+    const value = rule.name === "interval" ? "interval 64" : rule.name;
+    return option(value, value, { title: rule.summary });
+  });
+  byId("drift").replaceChildren(option("", "", {}), ...rules);
+  const showOwn = () => {
+    byId("drift").options[0].textContent = `its own: ${own().drift ?? "?"}`;
+    byId("masking-step").placeholder = `its own: ${own().masking_step ?? 0}`;
+  };
+  byId("method").addEventListener("change", showOwn);
+  showOwn();
+  if (listing.limits?.max_tokens) byId("max-tokens").max = listing.limits.max_tokens;
+  byId("sparsity").value = 100 * (defaults.sparsity ?? 0.1);
   byId("sparsity").addEventListener("input", showSparsity);
   showSparsity();
 }
 
-const ruleValue = (name) => (name === "interval" ? "interval 64" : name);
-
-function options(select, entries, chosen) {
-  select.replaceChildren(...entries.map((entry) => {
-    const value = entry.value ?? entry.name;
-    return el("option", { value, title: entry.summary ?? "", selected: value === chosen }, value || entry.name);
-  }));
-}
+const option = (value, text, settings) => el("option", { value, ...settings }, text);
+const methodName = (method) => (method.ready === false ? `${method.name} (not made ready)` : method.name);
 
 export function showSparsity() {
   byId("sparsity-value").textContent = `${byId("sparsity").value} %`;

@@ -1,6 +1,6 @@
 // The drift detector's view: similarity of windows against the threshold, re-masks, dense stretches.
 
-import { maskAt, rebuilt } from "./answer.js";
+import { rebuilt } from "./answer.js";
 import { shape } from "./dom.js";
 
 const HEIGHT = 190;
@@ -87,12 +87,18 @@ function axes(scale, width) {
   }
   parts.push(label((EDGE.left + width - EDGE.right) / 2, floor + 28, "tokens", "", "middle"));
   if (scale.empty) return parts;
-  for (const share of [0.1, 0.5, 0.9]) {
-    const value = scale.bottom + share * (scale.top - scale.bottom);
+  const [first, gap] = ticks(scale.bottom, scale.top);
+  for (let value = first; value <= scale.top; value += gap) {
     parts.push(shape("path", { d: `M${EDGE.left} ${scale.y(value)}H${width - EDGE.right}`, class: "axis" }));
     parts.push(label(EDGE.left - 6, scale.y(value) + 4, value.toFixed(2), "", "end"));
   }
   return parts;
+}
+
+/** Round values: the first inside the range, and the distance to the next. */
+function ticks(bottom, top) {
+  const gap = [0.01, 0.02, 0.05, 0.1, 0.2, 0.25].find((one) => (top - bottom) / one < 4) ?? 0.5;
+  return [Math.ceil(bottom / gap) * gap, gap];
 }
 
 /** One layer's similarities, cut where a new mask starts a new reference. */
@@ -162,7 +168,6 @@ function inWords(answer, series) {
   if (!series.length) return "No window of the drift detector is complete yet.";
   const last = series[0].at(-1);
   const against = last.threshold == null ? "the detector is not armed" : `threshold ${last.threshold.toFixed(2)}`;
-  const mask = maskAt(answer, answer.tokens.at(-1)?.index ?? 0);
   return `Similarity ${last.similarity.toFixed(2)} at token ${last.step}, ${against}; ` +
-    `${rebuilt(answer).length} re-masks${mask ? "" : ", no mask in force yet"}.`;
+    `${rebuilt(answer).length} re-masks.`;
 }

@@ -21,6 +21,14 @@ function paintBy() {
   show();
 }
 
+/** The further settings are open where there is room, and folded on a narrow screen. */
+function unfold() {
+  const wide = matchMedia("(min-width: 900px)");
+  const show = () => (byId("more").open = wide.matches);
+  wide.addEventListener("change", show);
+  show();
+}
+
 function pages(runs) {
   const open = (name) => {
     byId("page-chat").hidden = name !== "chat";
@@ -71,12 +79,13 @@ async function live() {
   const chat = new Chat(new View(), () => model);
   pages(new Runs());
   composer(chat);
+  unfold();
   try {
-    const [models, listing, ready] = await Promise.all(["/v1/models", "/api/methods", "/api/prompts"].map(get));
+    const [models, listing, ready] = await Promise.all(["/v1/models", "/api/methods", "/static/prompts.json"].map(get));
     model = models.data[0].id;
     byId("model").textContent = model;
     fillControls(listing);
-    readyPrompts(ready.prompts ?? ready, chat);
+    readyPrompts(ready, chat);
     new Tour().offer();
   } catch (error) {
     byId("model").textContent = `no connection: ${error.message}`;

@@ -1,7 +1,7 @@
 // The raster of what is alive (layers x groups of neurons) with the kept share of each layer beside it.
 
 import { alive, isDense } from "./answer.js";
-import { rampColour } from "./colour.js";
+import { changeColour, rampColour } from "./colour.js";
 import { byId, el } from "./dom.js";
 import { percent } from "./format.js";
 
@@ -16,6 +16,7 @@ export class NeuronView {
     this.cell = cell;
     this.at = null;
     this.mask = null;
+    this.before = null;
     this.layers = 0;
     canvas.addEventListener("pointermove", (event) => this.#point(event));
     canvas.addEventListener("pointerleave", () => this.#read(null));
@@ -23,11 +24,13 @@ export class NeuronView {
     canvas.addEventListener("keydown", (event) => this.#step(event));
   }
 
-  /** Show what is alive in this answer now. */
-  show(answer) {
+  /** Show what is alive in this answer now, or with `changes` what its last re-mask changed. */
+  show(answer, changes = false) {
     this.layers = answer.start?.layers ?? 0;
     this.neurons = answer.start?.neurons ?? [];
     this.mask = alive(answer);
+    this.before = changes && answer.masks.length > 1 ? answer.masks.at(-2) : null;
+    if (this.before) this.mask = answer.masks.at(-1);
     this.draw();
     this.canvas.setAttribute("aria-label", `What is alive: ${summary(answer, this.mask)}`);
   }
@@ -46,8 +49,19 @@ export class NeuronView {
     pen.scale(ratio, ratio);
     pen.clearRect(0, 0, width, height);
     for (let layer = 0; layer < this.layers; layer++) this.#layer(pen, layer);
+    if (!this.layers) this.#empty(pen);
     this.#labels(pen);
     if (this.at) this.#cursor(pen);
+  }
+
+  /** Rows without a value, before anything was answered. */
+  #empty(pen) {
+    const { row, raster, bars } = this.place;
+    pen.fillStyle = colourOf("--sunken");
+    for (let top = 2; top < 28 * row; top += row) {
+      pen.fillRect(LEFT, top, raster, row - 1);
+      pen.fillRect(LEFT + raster + GAP, top, bars, row - 1);
+    }
   }
 
   get bins() {
@@ -65,7 +79,7 @@ export class NeuronView {
     const drawn = !this.mask || this.mask.raster;
     for (let bin = 0; drawn && bin < this.bins; bin++) {
       const from = Math.floor((bin * raster) / this.bins);
-      pen.fillStyle = rampColour(255 * this.share(layer, bin));
+      pen.fillStyle = this.#colour(layer, bin);
       pen.fillRect(LEFT + from, top, Math.ceil(((bin + 1) * raster) / this.bins) - from, thick);
     }
     const kept = this.mask ? this.mask.kept_share[layer] : 1;
@@ -75,6 +89,16 @@ export class NeuronView {
     pen.fillRect(left, top, room, thick);
     pen.fillStyle = colourOf("--line");
     pen.fillRect(left, top, room * kept, thick);
+  }
+
+  #colour(layer, bin) {
+    if (!this.before) return rampColour(255 * this.share(layer, bin));
+    return changeColour(this.change(layer, bin), colourOf("--sunken"));
+  }
+
+  /** Share of a group that the last re-mask brought to life; less than 0: that it let go. */
+  change(layer, bin) {
+    return this.before ? this.share(layer, bin) - this.before.raster[layer][bin] / 255 : 0;
   }
 
   #labels(pen) {
@@ -122,7 +146,8 @@ export class NeuronView {
     const [from, to] = [at.bin, at.bin + 1].map((edge) => Math.round((edge * width) / this.bins));
     const kept = percent(this.mask ? this.mask.kept_share[at.layer] : 1, 0);
     this.cell.textContent = `layer ${at.layer} (${kept} kept), neurons ${from} to ${Math.max(from, to - 1)}: ` +
-      `${percent(this.share(at.layer, at.bin), 0)} of them kept`;
+      `${percent(this.share(at.layer, at.bin), 0)} of them kept` +
+      (this.before ? `, ${percent(this.change(at.layer, at.bin), 0)} against the mask before` : "");
   }
 }
 
@@ -130,7 +155,7 @@ const colourOf = (name) => getComputedStyle(document.documentElement).getPropert
 
 /** The raster in one sentence. */
 export function summary(answer, mask) {
-  if (!answer.start) return "no answer yet.";
+  if (!answer.start) return "layers from the input (top) to the output, groups of neighbouring neurons from left to right; beside them each layer\u2019s kept share.";
   if (isDense(answer)) return "a dense answer, every neuron runs.";
   if (!mask) return answer.tokens.length > 1 ? "every neuron runs while the text is observed." : "every neuron reads the prompt.";
   const shares = mask.kept_share;
@@ -139,15 +164,17 @@ export function summary(answer, mask) {
     `(${percent(least, 0)}), layer ${shares.indexOf(most)} most (${percent(most, 0)}).`;
 }
 
-/** The ramp of the scale below the raster. */
-export function drawRamp() {
+/** The scale below the raster: shares, or changes of them. */
+export function drawRamp(changes) {
   const canvas = byId("ramp");
   canvas.width = 256;
   const pen = canvas.getContext("2d");
   for (let x = 0; x < 256; x++) {
-    pen.fillStyle = rampColour(x);
+    pen.fillStyle = changes ? changeColour((x - 128) / 256, colourOf("--sunken")) : rampColour(x);
     pen.fillRect(x, 0, 1, 8);
   }
+  byId("scale-low").textContent = changes ? "went dark" : "0 % kept";
+  byId("scale-high").textContent = changes ? "came alive" : "100 %";
 }
 
 /** The kept shares as a table, for those who want numbers. */

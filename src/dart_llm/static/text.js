@@ -35,6 +35,7 @@ export class TextView {
       "data-token": this.spans.length,
       "aria-label": `${token.text.trim() || "white space"}: ${words(token)}`,
     }, token.text);
+    if (!token.text) return; // half of a character, or the end: what follows carries its text
     this.tokens.push(token);
     this.spans.push(span);
     this.box.append(span);
@@ -78,7 +79,7 @@ function detail(token) {
     const listed = others.map((o) => `${visible(o.text)} ${percent(Math.exp(o.logprob), 0)}`);
     parts.push(`else ${listed.join(", ")}`);
   }
-  byId("detail").replaceChildren(el("b", {}, visible(token.text)), parts.join("; "));
+  byId("detail").replaceChildren(el("b", {}, visible(token.piece ?? token.text)), parts.join("; "));
 }
 
 /** The key to the colours that are shown now. */

@@ -10,13 +10,15 @@ export class AnswerBox {
   constructor(label, onShow) {
     this.answer = newAnswer(label);
     this.state = el("span", {}, "");
-    this.look = el("button", { type: "button", className: "quiet", hidden: true }, "Show on the right");
+    this.look = el("button", { type: "button", className: "quiet", hidden: true }, "Show its neurons");
     this.look.addEventListener("click", () => onShow(this));
+    this.keep = el("button", { type: "button", className: "quiet", hidden: true }, "Save its records");
+    this.keep.addEventListener("click", () => download(this.answer));
     this.box = el("p", { className: "text", role: "group", "aria-label": `${label}: answer, token by token` });
     this.text = new TextView(this.box);
     this.foot = el("footer", {}, "");
     this.element = el("article", { className: "answer", "aria-label": label },
-      el("header", {}, el("strong", {}, label), this.state, this.look), this.box, this.foot);
+      el("header", {}, el("strong", {}, label), this.state, this.look, this.keep), this.box, this.foot);
     this.wait("queued");
   }
 
@@ -52,7 +54,8 @@ export class AnswerBox {
 
   end() {
     this.box.setAttribute("aria-busy", "false");
-    this.look.hidden = false;
+    this.look.hidden = this.element.dataset.shown === "true";
+    this.keep.hidden = document.documentElement.dataset.mode !== "live" || !this.answer.records.length;
     this.wait(ending(this.answer));
     this.foot.textContent = smallPrint(this.answer);
     if (this.answer.error) this.fail(this.answer.error);
@@ -69,6 +72,14 @@ export class AnswerBox {
     this.element.dataset.shown = String(here);
     this.look.hidden = here || !finished(this.answer);
   }
+}
+
+/** Save the records as JSON lines: what `dart-llm replay` makes a page of. */
+function download(answer) {
+  const lines = answer.records.map((record) => `${JSON.stringify(record)}\n`);
+  const url = URL.createObjectURL(new Blob(lines, { type: "application/jsonl" }));
+  el("a", { href: url, download: "records.jsonl" }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10000);
 }
 
 const ENDS = { stop: "finished", length: "cut at the limit", cancelled: "stopped" };

@@ -1,6 +1,6 @@
 // The right half: counters, drift and neurons of one answer, drawn once per frame at most.
 
-import { achieved, alive, denseShare, finished, isDense, rebuilt, speed } from "./answer.js";
+import { achieved, alive, denseShare, finished, isDense, newAnswer, rebuilt, speed } from "./answer.js";
 import { byId, el } from "./dom.js";
 import { drawDrift } from "./drift.js";
 import { causeInWords, counted, percent, plain } from "./format.js";
@@ -9,9 +9,9 @@ import { NeuronView, drawRamp, fillLayers, summary } from "./neurons.js";
 export class View {
   constructor() {
     this.neurons = new NeuronView(byId("neurons"), byId("neurons-cell"));
-    this.answer = null;
+    this.answer = newAnswer("Nothing has been answered yet");
     this.waiting = false;
-    drawRamp();
+    byId("changes").addEventListener("change", () => this.refresh());
     new ResizeObserver(() => this.refresh()).observe(byId("drift-plot"));
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.refresh());
   }
@@ -23,7 +23,7 @@ export class View {
   }
 
   refresh() {
-    if (!this.answer || this.waiting) return;
+    if (this.waiting) return;
     this.waiting = true;
     requestAnimationFrame(() => {
       this.waiting = false;
@@ -37,16 +37,32 @@ function draw(answer, neurons) {
   counters(answer);
   drawDrift(byId("drift-plot"), answer);
   byId("drift-note").textContent = driftNote(answer);
-  neurons.show(answer);
+  const changes = showsChanges(answer);
+  neurons.show(answer, changes);
+  drawRamp(changes);
   byId("neurons-note").textContent = sentence(summary(answer, alive(answer)));
   remasks(answer);
+  strip(answer);
   fillLayers(byId("layers"), alive(answer), answer.start?.layers ?? 0);
+}
+
+function showsChanges(answer) {
+  byId("changes").disabled = answer.masks.length < 2;
+  return byId("changes").checked && answer.masks.length > 1;
+}
+
+/** The counters in one line, for screens too narrow to see both halves. */
+function strip(answer) {
+  byId("strip").hidden = !answer.tokens.length;
+  byId("strip-text").textContent = [
+    `${percent(achieved(answer))} removed`, counted(rebuilt(answer).length, "re-mask"), `${plain(speed(answer))} tokens/s`,
+  ].join(" \u00b7 ");
 }
 
 const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
 function heading(answer) {
-  if (!answer.start) return answer.label || "Waiting for the first record";
+  if (!answer.start) return answer.label;
   const state = finished(answer) ? "" : ", live";
   return `${answer.label || answer.start.method}${state}: ${counted(answer.tokens.length, "token")}`;
 }
@@ -56,7 +72,7 @@ function counters(answer) {
   byId("of-sparsity").textContent = answer.start?.sparsity == null
     ? "mean over tokens" : `of ${percent(answer.start.sparsity, 0)} asked`;
   byId("count-dense").textContent = percent(denseShare(answer), 0);
-  byId("of-dense").textContent = isDense(answer) ? "nothing is pruned" : "while observing";
+  byId("of-dense").textContent = isDense(answer) ? "nothing is pruned" : "of its tokens";
   byId("count-remasks").textContent = String(rebuilt(answer).length);
   byId("count-speed").textContent = plain(speed(answer), 1);
 }
@@ -64,6 +80,7 @@ function counters(answer) {
 function driftNote(answer) {
   const last = answer.checks.at(-1);
   const rule = answer.start?.config?.drift?.rule;
+  if (!answer.start) return "Similarity of each window of tokens to where the neurons were chosen.";
   if (isDense(answer)) return "A dense answer has no detector.";
   if (!last) return rule ? `Rule ${rule}: no window is complete yet.` : "No window is complete yet.";
   if (last.threshold == null) return `Rule ${rule}: learning what this text is like.`;
