@@ -175,6 +175,7 @@ def running(
     service = Service(engine, tokenizer or ByteTokenizer(), facts, merged)
     listening = bind("127.0.0.1", 0)
     server = Server(server_config(build(service), merged), service)
+    service.worker.start()
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
     until(lambda: server.started)
@@ -186,6 +187,16 @@ def running(
         thread.join(20)
         listening.close()
         assert not thread.is_alive(), "the server did not end"
+
+
+@contextlib.contextmanager
+def running_model(model: Any, tokenizer: Any, **settings: Any) -> Iterator[Running]:
+    """Serve a model, by a real engine, until the block ends."""
+    from dart_llm.engine import Engine
+
+    facts = ModelFacts.of(model, str(settings.get("model", "smollm2-135m")))
+    with Engine(model, tokenizer) as engine, running(engine, tokenizer, facts, **settings) as found:
+        yield found
 
 
 def until(holds: Callable[[], bool], seconds: float = 10.0) -> None:

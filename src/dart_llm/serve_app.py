@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from dart_llm import __version__, prompts, serve_runs
+from dart_llm import __version__, serve_runs
 from dart_llm.engine_ask import Ask
 from dart_llm.errors import MissingExtra
 from dart_llm.serve_answer import (
@@ -26,7 +24,7 @@ from dart_llm.serve_json import parse
 from dart_llm.serve_openapi import ROUTES, components, operation
 from dart_llm.serve_schemas import ChatBody, Common, CompletionBody, read
 from dart_llm.serve_service import Service, logger
-from dart_llm.serve_site import static_files
+from dart_llm.serve_site import ready_prompts, static_files
 from dart_llm.serve_turn import Turn
 
 try:
@@ -101,8 +99,7 @@ class Routes:
 
     async def prompts(self) -> Response:
         """The ready prompts."""
-        names = prompts.prompt_names()
-        return _json({"prompts": [{"name": n, "text": prompts.read_prompt(n)} for n in names]})
+        return _json(ready_prompts(self.site))
 
     async def runs(self) -> Response:
         """Past runs in the configured results folder."""
@@ -180,13 +177,8 @@ def _json(data: Any) -> Response:
 
 
 def build(service: Service) -> Asgi:
-    """The whole application: routes behind the guard; starts the model's thread when it starts."""
+    """The whole application: the routes, behind the guard."""
     settings = service.settings
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service.worker.start()
-        yield
 
     async def unknown(request: Request, error: Exception) -> Response:
         raise Refusal(404, "there is no such address: /openapi.json lists all", code="not_found")
@@ -199,7 +191,6 @@ def build(service: Service) -> Asgi:
         version=__version__,
         docs_url=None,
         redoc_url=None,
-        lifespan=lifespan,
         exception_handlers={404: unknown, 405: other_method},
         redirect_slashes=False,
     )

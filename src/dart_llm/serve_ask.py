@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from dart_llm.engine_ask import Ask, Sampling
 from dart_llm.errors import ConfigError
 from dart_llm.serve_errors import Refusal
 from dart_llm.serve_schemas import ChatBody, Common, CompletionBody, Dart, Message
-from dart_llm.settings_serve import ServeSettings
+from dart_llm.settings_serve import ServeSettings, prunes
 
 COMPLETION_TOKENS = 16
 """``max_tokens`` of ``/v1/completions`` when nothing is said, as OpenAI has it."""
@@ -104,10 +105,8 @@ class Asker:
         top_p = 1.0 if body.top_p is None else max(SMALLEST_TOP_P, body.top_p)
         try:
             sampling = Sampling(tokens, temperature, top_p, body.seed, n, body.stops, logprobs)
-            # a name belongs to its client: nobody goes on with, or overwrites, another's
-            name = body.dart.conversation if body.dart else None
-            kept = None if name is None else f"{client}/{body.user or ''}/{name}"
-            return Ask(ids, sampling, self.config(body.dart), kept, request_id)
+            config = self.config(body.dart)
+            return Ask(ids, sampling, config, _kept_as(body, client, config), request_id)
         except ConfigError as error:
             raise Refusal(400, str(error), code="invalid_value") from None
 
@@ -147,7 +146,7 @@ class Asker:
             config = base.replace(_changes(asked))
         else:
             changes = _changes(asked)
-            if asked.method != "dense" and base.sparsity and "sparsity" not in changes:
+            if base.sparsity and "sparsity" not in changes and prunes(str(asked.method)):
                 changes["sparsity"] = base.sparsity
             config = PruneConfig.build(str(asked.method), **changes)
         if config.method == "dense" and config.target > 0:
@@ -168,6 +167,17 @@ class Asker:
                 "method_not_ready",
             )
         return config
+
+
+def _kept_as(body: Common, client: str, config: PruneConfig | None) -> str | None:
+    """The name under which the engine keeps a conversation, if it is to.
+
+    It belongs to its client: nobody goes on with, or overwrites, another's.  The dense side of a
+    conversation is kept apart, so that both sides of a comparison go on.
+    """
+    name = body.dart.conversation if body.dart else None
+    side = "dense" if config is None else "pruned"
+    return None if name is None else json.dumps([client, body.user, side, name])
 
 
 def _changes(asked: Dart) -> dict[str, Any]:

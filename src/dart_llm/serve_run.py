@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from collections.abc import Sequence
 from typing import Any
 
-from dart_llm.errors import ConfigError, MissingExtra
+from dart_llm.config import PruneConfig
+from dart_llm.engine_ask import Ask, Sampling
+from dart_llm.errors import AttachError, ConfigError, MissingExtra
 from dart_llm.job_common import load_model
 from dart_llm.serve_service import ModelFacts, Service
 from dart_llm.settings_serve import ServeSettings
+from dart_llm.texts import read, subjects
 from dart_llm.ui import Ui
 
 try:
@@ -20,6 +24,7 @@ except ImportError:
 
 BACKLOG = 128
 KEPT_ALIVE_SECONDS = 15
+WARM_CHARACTERS, WARM_TOKENS = 400, 4
 LAST_SECONDS = 5
 """Beyond the grace period, for answers that are being sent when the server ends."""
 
@@ -75,31 +80,51 @@ def serve(settings: ServeSettings, ui: Ui) -> None:
     listening = bind(settings.host, settings.port)
     try:
         model, tokenizer, _ = load_model(settings, ui)
-        engine = Engine(model, tokenizer, conversations=settings.conversations)
+        engine = Engine(
+            model,
+            tokenizer,
+            conversations=settings.conversations,
+            executor=settings.executor or "auto",
+            calibration=settings.calibration,
+            cache_dir=settings.cache_dir,
+            say=ui.say,
+        )
         try:
-            for config in settings.configs():
-                if config.target > 0:
-                    ui.say(f"making {config.method} ready")
-                    engine.prepare(config)
+            configs = [config for config in settings.configs() if config.target > 0]
+            for config in configs:
+                ui.say(f"making {config.method} ready")
+                engine.prepare(config)
             service = Service(engine, tokenizer, ModelFacts.of(model, settings.model), settings)
+            service.worker.start(lambda: warm(engine, tokenizer, configs))
             ui.say(f"serving {service.facts.name} at {link(settings, listening)} (Ctrl-C ends)")
             run_server(service, build(service), listening)
         finally:
-            engine.close()
+            with contextlib.suppress(AttachError):  # an answer that does not end keeps its model
+                engine.close()
     finally:
         listening.close()
     ui.say("ended")
+
+
+def warm(engine: Any, tokenizer: Any, configs: Sequence[PruneConfig]) -> None:
+    """A few tokens dense and by every method: what is made once is made before the first request.
+
+    In the model's own thread, whose pool of OpenMP threads begins with it.
+    """
+    ids = tuple(tokenizer(read(subjects()[0])[:WARM_CHARACTERS], verbose=False).input_ids)
+    for config in (None, *configs):
+        engine.run(Ask(ids, Sampling(max_tokens=WARM_TOKENS), config))
 
 
 def server_config(application: Any, settings: ServeSettings) -> uvicorn.Config:
     """How uvicorn serves: no log of its own, no header that names it, no trust in proxies."""
     return uvicorn.Config(
         application,
-        log_level="error",
+        log_level="critical",
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        lifespan="on",
+        lifespan="off",
         ws="none",
         timeout_keep_alive=KEPT_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(settings.grace) + LAST_SECONDS,

@@ -118,11 +118,12 @@ class Service:
     def methods(self) -> dict[str, Any]:
         """What can be asked under ``dart``, and what holds when nothing is said."""
         config = self.asker.config(None)
+        own = METHODS.get(self.settings.method)  # None: the method's own drift rule
         defaults = {
             "method": "dense" if config is None else config.method,
             "sparsity": 0.0 if config is None else config.target,
-            "masking_step": 0 if config is None else config.masking_step,
-            "drift": "never" if config is None else config.drift.rule,
+            "masking_step": None if config is None else config.masking_step,
+            "drift": None if config is None or config.drift == own.drift else config.drift.rule,
             "temperature": self.settings.temperature,
         }
         limits = {

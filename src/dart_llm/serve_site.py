@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from typing import Any
+
+from dart_llm.texts import prompt_names, read_prompt
 
 TYPES = {
     "css": "text/css; charset=utf-8",
@@ -25,7 +29,18 @@ PLACEHOLDER = b"""<!doctype html>
 """
 
 
-def static_files() -> dict[str, tuple[bytes, str]]:
+Site = dict[str, tuple[bytes, str]]
+PROMPTS = "prompts.json"
+
+
+def ready_prompts(site: Site) -> dict[str, Any]:
+    """``prompts``: those that the page opens with; ``shipped``: those of ``--prompt NAME``."""
+    shipped = [{"title": name, "text": read_prompt(name), "note": ""} for name in prompt_names()]
+    own = json.loads(site[PROMPTS][0]) if PROMPTS in site else shipped
+    return {"prompts": own, "shipped": shipped}
+
+
+def static_files() -> Site:
     """{name below ``static/``: (content, type)}; ``index.html`` is always there."""
     found = {"index.html": (PLACEHOLDER, TYPES["html"])}
     folder = files("dart_llm") / "static"
@@ -34,7 +49,7 @@ def static_files() -> dict[str, tuple[bytes, str]]:
     return found
 
 
-def _collect(folder: Traversable, prefix: str, found: dict[str, tuple[bytes, str]]) -> None:
+def _collect(folder: Traversable, prefix: str, found: Site) -> None:
     for entry in folder.iterdir():
         name = f"{prefix}{entry.name}"
         kind = TYPES.get(entry.name.rpartition(".")[2])

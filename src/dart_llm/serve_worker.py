@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 from dart_llm.engine_ask import Ask
@@ -52,11 +53,15 @@ class Worker:
         self._changed = threading.Condition()
         self._stopping = False
         self._seconds = 1.0
+        self._first: Callable[[], None] = lambda: None
+        self._ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._loop, name="model", daemon=True)
 
-    def start(self) -> None:
-        """Begin to take turns."""
+    def start(self, first: Callable[[], None] = lambda: None) -> None:
+        """Do ``first`` in the model's thread, then begin to take turns; raises what it raises."""
+        self._first = first
         self._thread.start()
+        self._ready.result()
 
     @property
     def waiting(self) -> int:
@@ -117,6 +122,12 @@ class Worker:
             running.cancel(Refusal(503, STOPPING, code="shutting_down"))
 
     def _loop(self) -> None:
+        try:
+            self._first()
+        except BaseException as error:
+            self._ready.set_exception(error)
+            return
+        self._ready.set_result(None)
         while (turn := self._next()) is not None:
             if not turn.cancelled():
                 self._serve(turn)

@@ -46,6 +46,9 @@ class ServeSettings(BaseSettings):
     methods: str | None = setting(
         SERVER, "Methods to make ready before the first request, with commas (default: --method)."
     )
+    calibration: str | None = setting(
+        SERVER, "Text for methods that calibrate (default: c4 of the hub)."
+    )
     temperature: float = setting(
         SERVER, "Temperature of requests that give none; 0 is greedy.", 0.0
     )

@@ -1,0 +1,124 @@
+"""Bodies from strangers: what is no JSON, or no request, is refused with the reason."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from dart_llm.serve_errors import Refusal
+from dart_llm.serve_json import DEEPEST, parse
+from dart_llm.serve_schemas import IGNORED, NEUTRAL, ChatBody, CompletionBody, read
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+def nested(depth: int) -> bytes:
+    """An object with lists inside one another, ``depth`` in all."""
+    return b'{"a":' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}"
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", "not JSON"),
+        (b"{", "line 1, column 2"),
+        (b"[]", "must be a JSON object"),
+        (b'"text"', "must be a JSON object"),
+        (b'{"a": NaN}', "NaN"),
+        (b'{"a": -Infinity}', "-Infinity"),
+        (b'{"a": 1e999}', "too large"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "too long"),
+        (b'{"a": 0.' + b"9" * 5000 + b"}", "too long"),
+        (b'{"a": 1, "a": 2}', 'the key "a" stands twice'),
+        (b'{"x": {"a": 1, "b": 2, "a": 2}}', 'the key "a" stands twice'),
+        (b'{"a": "\xff"}', "not UTF-8 (byte 7)"),
+        (b'{"a": "\\ud800"}', "half of a character"),
+        (b'{"\\udfff": 1}', "half of a character"),
+        (nested(DEEPEST + 1), "nests more than 32"),
+        (nested(100_000), "nests more than 32"),
+        (b'{"a": 1} {"b": 2}', "Extra data"),
+    ],
+)
+def test_what_is_not_json_is_refused(body: bytes, said: str) -> None:
+    with pytest.raises(Refusal) as caught:
+        parse(body)
+    assert caught.value.status == 400
+    assert caught.value.code == "invalid_json"
+    assert said in caught.value.message
+
+
+def test_json_is_read_as_it_is() -> None:
+    data = {"a": [1, 2.5, None, True, "\u00e9\U0001f600"], "b": {"c": -(2**62)}}
+    assert parse(json.dumps(data).encode()) == data
+    assert parse(nested(DEEPEST))["a"] == json.loads(nested(DEEPEST))["a"]
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "code"),
+    [
+        ({"messages": None}, "messages", "invalid_value"),
+        ({"messages": []}, "messages", "invalid_value"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", "invalid_value"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "invalid_value"),
+        ({"messages": [{"content": "x"}]}, "messages.0.role", "missing_required_parameter"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"max_tokens": "5"}, "max_tokens", "invalid_value"),
+        ({"max_tokens": 2.5}, "max_tokens", "invalid_value"),
+        ({"max_tokens": True}, "max_tokens", "invalid_value"),
+        ({"temperature": -0.1}, "temperature", "invalid_value"),
+        ({"temperature": 2.1}, "temperature", "invalid_value"),
+        ({"top_p": 1.5}, "top_p", "invalid_value"),
+        ({"seed": 2**63}, "seed", "invalid_value"),
+        ({"n": 0}, "n", "invalid_value"),
+        ({"stream": "yes"}, "stream", "invalid_value"),
+        ({"stop": ""}, "stop", "invalid_value"),
+        ({"stop": ["a"] * 5}, "stop", "invalid_value"),
+        ({"top_logprobs": 21}, "top_logprobs", "invalid_value"),
+        ({"dart": {"sparsity": 1}}, "dart.sparsity", "invalid_value"),
+        ({"dart": {"sparsty": 0.5}}, "dart.sparsty", "unknown_parameter"),
+        ({"dart": "dense"}, "dart", "invalid_value"),
+        ({"max_token": 5}, "max_token", "unknown_parameter"),
+        ({"top_k": 5}, "top_k", "unknown_parameter"),
+        ({"tools": [{}]}, "tools", "unsupported_parameter"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "unsupported_parameter"),
+        ({"logit_bias": {"1": 1}}, "logit_bias", "unsupported_parameter"),
+        ({"echo": True}, "echo", "unsupported_parameter"),
+        ({"best_of": True}, "best_of", "unsupported_parameter"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", None),
+    ],
+)
+def test_wrong_fields_are_named(change: dict[str, Any], param: str, code: str | None) -> None:
+    with pytest.raises(Refusal) as caught:
+        read(ChatBody, {"messages": MESSAGES, **change})
+    assert caught.value.status == 400
+    assert (caught.value.param, caught.value.code) == (param, code)
+
+
+def test_a_near_name_is_suggested() -> None:
+    with pytest.raises(Refusal, match="supplied: max_token; did you mean max_tokens"):
+        read(ChatBody, {"messages": MESSAGES, "max_token": 5})
+
+
+def test_what_cannot_change_an_answer_is_ignored() -> None:
+    given: dict[str, Any] = {name: {"any": "thing"} for name in IGNORED}
+    given |= {name: values[0] if values else None for name, values in NEUTRAL.items()}
+    body = read(
+        ChatBody, {"messages": MESSAGES, **given, "presence_penalty": 0.0, "temperature": 1}
+    )
+    assert body == read(ChatBody, {"messages": MESSAGES, "temperature": 1})
+
+
+def test_texts_may_come_in_parts() -> None:
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": None}]
+    body = read(ChatBody, {"messages": messages})
+    assert [message.text for message in body.messages] == ["one two", ""]
+
+
+def test_stops_are_one_or_several() -> None:
+    assert read(CompletionBody, {"prompt": "x", "stop": "a"}).stops == ("a",)
+    assert read(CompletionBody, {"prompt": "x", "stop": ["a", "b"]}).stops == ("a", "b")
+    assert read(CompletionBody, {"prompt": "x", "stop": None}).stops == ()
