@@ -81,11 +81,11 @@ async function live() {
   composer(chat);
   unfold();
   try {
-    const [models, listing, ready] = await Promise.all(["/v1/models", "/api/methods", "/static/prompts.json"].map(get));
+    const [models, listing, ready] = await Promise.all(["/v1/models", "/api/methods", "/api/prompts"].map(get));
     model = models.data[0].id;
     byId("model").textContent = model;
     fillControls(listing);
-    readyPrompts(ready, chat);
+    readyPrompts(ready.prompts, chat);
     new Tour().offer();
   } catch (error) {
     byId("model").textContent = `no connection: ${error.message}`;

@@ -160,7 +160,7 @@ export function summary(answer, mask) {
   if (!mask) return answer.tokens.length > 1 ? "every neuron runs while the text is observed." : "every neuron reads the prompt.";
   const shares = mask.kept_share;
   const [least, most] = [Math.min(...shares), Math.max(...shares)];
-  return `mask ${mask.number + 1}, in force from token ${mask.token}; layer ${shares.indexOf(least)} keeps least ` +
+  return `mask ${mask.number}, in force from token ${mask.token}; layer ${shares.indexOf(least)} keeps least ` +
     `(${percent(least, 0)}), layer ${shares.indexOf(most)} most (${percent(most, 0)}).`;
 }
 

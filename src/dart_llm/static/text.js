@@ -85,7 +85,7 @@ function detail(token) {
 /** The key to the colours that are shown now. */
 export function legend(paint) {
   const keys = {
-    phase: Object.entries(PHASES).filter(([name]) => !["dense", "released"].includes(name)),
+    phase: [["prefill", "prompt"], ["observe", "dense, observed"], ["pruned", "pruned"]],
     confidence: DOUBTS.map((text, step) => [step ? `doubt-${step}` : "", text]),
   }[paint] ?? [];
   byId("legend").replaceChildren(...keys.map(([name, text]) => el("span", { className: name }, text)));

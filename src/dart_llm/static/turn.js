@@ -16,9 +16,10 @@ export class AnswerBox {
     this.keep.addEventListener("click", () => download(this.answer));
     this.box = el("p", { className: "text", role: "group", "aria-label": `${label}: answer, token by token` });
     this.text = new TextView(this.box);
-    this.foot = el("footer", {}, "");
+    this.print = el("span", {}, "");
+    this.foot = el("footer", {}, this.print, " ", this.keep);
     this.element = el("article", { className: "answer", "aria-label": label },
-      el("header", {}, el("strong", {}, label), this.state, this.look, this.keep), this.box, this.foot);
+      el("header", {}, el("strong", {}, label), this.state, this.look), this.box, this.foot);
     this.wait("queued");
   }
 
@@ -48,16 +49,16 @@ export class AnswerBox {
   redraw() {
     this.text.show(this.answer.tokens, this.marks());
     this.box.setAttribute("aria-busy", String(Boolean(this.answer.start) && !finished(this.answer)));
-    this.wait(finished(this.answer) ? ending(this.answer) : this.answer.start ? "writing" : "queued");
-    this.foot.textContent = finished(this.answer) ? smallPrint(this.answer) : "";
+    this.wait(finished(this.answer) ? "" : this.answer.start ? "writing" : "queued");
+    this.print.textContent = finished(this.answer) ? smallPrint(this.answer) : "";
   }
 
   end() {
     this.box.setAttribute("aria-busy", "false");
     this.look.hidden = this.element.dataset.shown === "true";
     this.keep.hidden = document.documentElement.dataset.mode !== "live" || !this.answer.records.length;
-    this.wait(ending(this.answer));
-    this.foot.textContent = smallPrint(this.answer);
+    this.wait("");
+    this.print.textContent = smallPrint(this.answer);
     if (this.answer.error) this.fail(this.answer.error);
   }
 
@@ -65,7 +66,8 @@ export class AnswerBox {
     this.answer.error = message;
     this.box.setAttribute("aria-busy", "false");
     this.wait("failed");
-    this.foot.replaceWith((this.foot = el("footer", { className: "failure", role: "alert" }, message)));
+    this.print.textContent = message;
+    this.foot.className = "failure";
   }
 
   shown(here) {
@@ -91,7 +93,7 @@ function ending(answer) {
 }
 
 function smallPrint(answer) {
-  const parts = [counted(answer.tokens.length, "token")];
+  const parts = [`${counted(answer.tokens.length, "token")}, ${ending(answer)}`];
   if (!isDense(answer)) {
     parts.push(`${percent(achieved(answer))} removed`, counted(rebuilt(answer).length, "re-mask"));
   }
@@ -110,5 +112,5 @@ export function turnElement(question, boxes) {
 export function sayParting(first, second) {
   const at = parting(first.answer, second.answer);
   const same = at ?? Math.min(first.answer.tokens.length, second.answer.tokens.length);
-  second.foot.textContent += ` \u00b7 the same as the other for ${counted(same, "token")}`;
+  second.print.textContent += ` \u00b7 the same as the other for ${counted(same, "token")}`;
 }

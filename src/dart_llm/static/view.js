@@ -55,7 +55,7 @@ function showsChanges(answer) {
 function strip(answer) {
   byId("strip").hidden = !answer.tokens.length;
   byId("strip-text").textContent = [
-    `${percent(achieved(answer))} removed`, counted(rebuilt(answer).length, "re-mask"), `${plain(speed(answer))} tokens/s`,
+    `${percent(achieved(answer))} removed`, counted(rebuilt(answer).length, "re-mask"), `${plain(speed(answer))}/s`,
   ].join(" \u00b7 ");
 }
 
@@ -73,7 +73,7 @@ function counters(answer) {
     ? "mean over tokens" : `of ${percent(answer.start.sparsity, 0)} asked`;
   byId("count-dense").textContent = percent(denseShare(answer), 0);
   byId("of-dense").textContent = isDense(answer) ? "nothing is pruned" : "of its tokens";
-  byId("count-remasks").textContent = String(rebuilt(answer).length);
+  byId("count-remasks").textContent = answer.start ? String(rebuilt(answer).length) : plain(null);
   byId("count-speed").textContent = plain(speed(answer), 1);
 }
 
