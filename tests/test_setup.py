@@ -164,6 +164,7 @@ echo "$2" >>"$LOG"
 """
 STAGES = {
     "set-up": "setup-dev",
+    "browser": "browser",
     "format": "format-check",
     "lint": "style",
     "types": "types",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import webbrowser
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,7 +97,10 @@ def serve(settings: ServeSettings, ui: Ui) -> None:
                 engine.prepare(config)
             service = Service(engine, tokenizer, ModelFacts.of(model, settings.model), settings)
             service.worker.start(lambda: warm(engine, tokenizer, configs))
-            ui.say(f"serving {service.facts.name} at {link(settings, listening)} (Ctrl-C ends)")
+            page = link(settings, listening)
+            ui.say(f"serving {service.facts.name} at {page} (Ctrl-C ends)")
+            if settings.open:
+                webbrowser.open(page)
             run_server(service, build(service), listening)
         finally:
             with contextlib.suppress(AttachError):  # an answer that does not end keeps its model

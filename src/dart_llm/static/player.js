@@ -40,10 +40,10 @@ export class Player {
       this.boxes.set(record, box);
       const last = turns.at(-1);
       if (last?.asked === asked && last.boxes.length < 2) last.boxes.push(box);
-      else turns.push({ asked, boxes: [box] });
+      else turns.push({ asked, question: question(record.prompt), boxes: [box] });
     }
-    byId("turns").replaceChildren(...turns.map(({ asked, boxes }) => {
-      const item = turnElement(question(asked), boxes);
+    byId("turns").replaceChildren(...turns.map(({ asked, question: said, boxes }) => {
+      const item = turnElement(said, boxes);
       const whole = el("details", { className: "prompt-tokens" }, el("summary", {}, "The prompt as the model reads it"), el("p", {}, asked));
       item.firstChild.after(whole);
       return item;
