@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -197,6 +200,17 @@ def running_model(model: Any, tokenizer: Any, **settings: Any) -> Iterator[Runni
     facts = ModelFacts.of(model, str(settings.get("model", "smollm2-135m")))
     with Engine(model, tokenizer) as engine, running(engine, tokenizer, facts, **settings) as found:
         yield found
+
+
+def benchmark(name: str) -> Any:
+    """A module of benchmarks/, for what it and the tests share."""
+    if name not in sys.modules:
+        path = Path(__file__).parent.parent / "benchmarks" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec and spec.loader
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def until(holds: Callable[[], bool], seconds: float = 10.0) -> None:

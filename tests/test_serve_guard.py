@@ -208,6 +208,31 @@ def test_a_slow_body_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
         connection.close()
 
 
+def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dart_llm import serve_run
+
+    monkeypatch.setattr(serve_run, "TICKS", 1)
+    monkeypatch.setattr(serve_run, "SILENT_CHECKS", 3)
+    with running(FakeEngine(pause=0.3)) as server:
+        silent, half, used = (server.connect() for _ in range(3))
+        half.sendall(b"GET /healthz HTTP/1.1\r\nHost: local")
+        data = json.dumps({**CHAT, "max_tokens": 3}).encode()
+        head = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        used.sendall(head % URL.encode() + b"Content-Length: %d\r\n\r\n" % len(data) + data)
+        assert silent.recv(1) == b""
+        assert half.recv(1) == b""
+        assert used.recv(100).startswith(b"HTTP/1.1 200")  # it took longer, and was waited for
+        for connection in (silent, half, used):
+            connection.close()
+
+
+def test_a_head_is_bounded(server: Running) -> None:
+    connection = server.connect()
+    connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 100_000)
+    assert connection.recv(100).startswith(b"HTTP/1.1 400")
+    connection.close()
+
+
 def test_other_methods_and_addresses(server: Running) -> None:
     with server.client() as client:
         for response, status in (

@@ -25,6 +25,8 @@ except ImportError:
 
 BACKLOG = 128
 KEPT_ALIVE_SECONDS = 15
+TICKS, SILENT_CHECKS = 50, 6
+"""Every 5 s; after 30 s a connection that sends no whole head is closed."""
 WARM_CHARACTERS, WARM_TOKENS = 400, 4
 LAST_SECONDS = 5
 """Beyond the grace period, for answers that are being sent when the server ends."""
@@ -36,6 +38,18 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self.service = service
+        self._silent: dict[Any, int] = {}
+        """Connections without a request in progress, and how often each was found so."""
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second; closes connections on which no request comes to its end."""
+        if counter % TICKS == 0:
+            silent = [one for one in self.server_state.connections if not _busy(one)]
+            self._silent = {one: self._silent.get(one, 0) + 1 for one in silent}
+            for one in silent:
+                if self._silent[one] > SILENT_CHECKS and one.transport is not None:
+                    one.transport.close()
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """First our own end, in the background: it is what open connections wait for."""
@@ -46,6 +60,12 @@ class Server(uvicorn.Server):
         if self.force_exit:  # a second signal: nobody waits for the running answer
             self.service.worker.hurry()
         await ending
+
+
+def _busy(connection: Any) -> bool:
+    """Whether a request was read on ``connection`` and is not answered yet."""
+    cycle = getattr(connection, "cycle", None)
+    return cycle is not None and not getattr(cycle, "response_complete", False)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -130,6 +150,7 @@ def server_config(application: Any, settings: ServeSettings) -> uvicorn.Config:
         proxy_headers=False,
         lifespan="off",
         ws="none",
+        http="h11",  # which bounds the head of a request (64 KiB), as httptools does not
         timeout_keep_alive=KEPT_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(settings.grace) + LAST_SECONDS,
     )

@@ -1,0 +1,299 @@
+"""Malformed requests: none may make the server fail (5xx) or hang.
+
+A quarter is written by hand, from broken JSON to broken HTTP; the others are made by schemathesis
+from the server's own OpenAPI description, so that they break it field by field.
+
+Usage: python benchmarks/serve_malformed.py [--requests 1000] [--out serve-malformed]
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import itertools
+import json
+import socket
+import time
+import urllib.parse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+LONGEST = 10.0
+"""Seconds within which the server must answer or close."""
+PATIENCE = 2.0
+"""Seconds after which a request without an answer is ended by the client."""
+POSTS = ("/v1/chat/completions", "/v1/completions", "/api/events")
+USER = {"role": "user", "content": "hi"}
+LONG = "x" * 2_000_000
+NESTED = "[" * 5000 + "]" * 5000
+
+BODIES: tuple[bytes, ...] = (
+    b"",
+    b" ",
+    b"{",
+    b"[]",
+    b"null",
+    b"0",
+    b'"x"',
+    b"{}",
+    b"{]",
+    b'{"messages"}',
+    b"\x00\x01\x02",
+    b"\xff\xfe{}",
+    b"\xef\xbb\xbf{}",
+    b'{"messages": NaN}',
+    b'{"prompt": "x", "temperature": NaN}',
+    b'{"prompt": "x", "temperature": Infinity}',
+    b'{"prompt": "x", "temperature": 1e999}',
+    b'{"prompt": "x", "seed": ' + b"9" * 6000 + b"}",
+    b'{"prompt": "x", "prompt": "y"}',
+    b'{"prompt": "\\ud83d"}',
+    b'{"prompt": "\\udc00\\ud800"}',
+    b'{"prompt": "x"} trailing',
+    b"prompt=x&max_tokens=5",
+    b"<xml/>",
+    f'{{"prompt": {NESTED}}}'.encode(),
+    json.dumps({"messages": [USER], "metadata": json.loads("[" * 900 + "]" * 900)}).encode(),
+    json.dumps({"prompt": LONG}).encode(),
+    json.dumps({"prompt": [[1] * 100_000]}).encode(),
+)
+"""Sent as they are to every route that takes a body."""
+
+WRONG: tuple[dict[str, Any], ...] = (
+    {"messages": []},
+    {"messages": {}},
+    {"messages": "hi"},
+    {"messages": [[]]},
+    {"messages": [None]},
+    {"messages": [{"role": "user"}], "n": 10**30},
+    {"messages": [{"role": "tool", "content": "x"}]},
+    {"messages": [{**USER, "content": [{"type": "image_url", "image_url": "x"}]}]},
+    {"messages": [{**USER, "content": 5}]},
+    {"messages": [USER] * 5000},
+    {"messages": [USER], "stop": [""]},
+    {"messages": [USER], "stop": "x" * 5000},
+    {"messages": [USER], "stop": ["a"] * 50},
+    {"messages": [USER], "max_tokens": -1},
+    {"messages": [USER], "max_tokens": 10**18},
+    {"messages": [USER], "max_tokens": 1.5},
+    {"messages": [USER], "temperature": -1e308},
+    {"messages": [USER], "temperature": "hot"},
+    {"messages": [USER], "top_p": -0.1},
+    {"messages": [USER], "seed": 2**64},
+    {"messages": [USER], "logprobs": 5},
+    {"messages": [USER], "top_logprobs": 5},
+    {"messages": [USER], "stream": "yes"},
+    {"messages": [USER], "stream_options": {"include_usage": True}},
+    {"messages": [USER], "model": "../../etc/passwd"},
+    {"messages": [USER], "model": "\x00"},
+    {"messages": [USER], "user": "u" * 10_000},
+    {"messages": [USER], "dart": []},
+    {"messages": [USER], "dart": {"method": "wanda"}},
+    {"messages": [USER], "dart": {"method": "dense-4bit"}},
+    {"messages": [USER], "dart": {"method": "__import__('os')"}},
+    {"messages": [USER], "dart": {"sparsity": 1.0}},
+    {"messages": [USER], "dart": {"sparsity": 0.9999999999, "masking_step": 10**9}},
+    {"messages": [USER], "dart": {"drift": "interval 0"}},
+    {"messages": [USER], "dart": {"drift": "interval 9" + "9" * 200}},
+    {"messages": [USER], "dart": {"conversation": ""}},
+    {"messages": [USER], "tools": [{"type": "function"}]},
+    {"messages": [USER], "response_format": {"type": "json_schema"}},
+    {"messages": [USER], "__proto__": {"x": 1}},
+    {"prompt": [1.5]},
+    {"prompt": [-1]},
+    {"prompt": [10**9]},
+    {"prompt": [[1], ["a"]]},
+    {"prompt": [None]},
+    {"prompt": ["a", "b"]},
+    {"prompt": "x", "suffix": "y"},
+    {"prompt": "x", "echo": True, "best_of": 5},
+    {"prompt": "x", "logprobs": 99},
+)
+"""Objects that are no request, for every route that takes one."""
+
+RAW: tuple[bytes, ...] = (
+    b"\r\n\r\n",
+    b"GET\r\n\r\n",
+    b"GET /healthz\r\n\r\n",
+    b"GET /healthz HTTP/1.0\r\n\r\n",
+    b"GET /healthz HTTP/9.9\r\nHost: localhost\r\n\r\n",
+    b"GET /healthz HTTP/1.1\r\n\r\n",
+    b"GET /healthz HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+    b"GET /healthz HTTP/1.1\r\nHost: evil.example\r\n\r\n",
+    b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nOrigin: http://evil.example\r\n\r\n",
+    b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n" + b"X-A: b\r\n" * 5000 + b"\r\n",
+    b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 200_000 + b"\r\n\r\n",
+    b"GET /static/../../../etc/passwd HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET /static/%2e%2e/%2e%2e/secret HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET /api/runs/..%2f..%2fetc HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET /api/runs/%00 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET /api/runs/%ff%fe HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET /v1/models/%0d%0aX: HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET //////// HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET http://evil.example/healthz HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"CONNECT evil.example:443 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"BREW /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"DELETE /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET /api/events HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
+    b"Connection: Upgrade\r\nSec-WebSocket-Key: eA==\r\nSec-WebSocket-Version: 13\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b"Content-Length: 500\r\n\r\n{",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\n"
+    b"Content-Length: 2\r\n\r\n{}",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Encoding: gzip\r\n"
+    b"Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    bytes(range(256)) * 8,
+)
+"""Bytes that are sent to the socket."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one request; ``status``: None where the connection was closed."""
+
+    what: str
+    status: int | None
+    seconds: float
+
+    @property
+    def bad(self) -> bool:
+        return self.seconds >= LONGEST or (self.status is not None and self.status >= 500)
+
+
+def hand_written(url: str) -> Iterator[Outcome]:
+    """All of the above, each on a connection of its own."""
+    port = int(urllib.parse.urlsplit(url).port or 0)
+    for raw in RAW:
+        yield exchange(port, raw)
+    bodies = [*BODIES, *(json.dumps(body).encode() for body in WRONG)]
+    for path, body in itertools.product(POSTS, bodies):
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        yield exchange(port, head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+
+
+def exchange(port: int, data: bytes) -> Outcome:
+    """Send ``data`` and wait for a status or for the end.
+
+    What is only the beginning of a request gets no answer: then the sending side ends it.
+    """
+    began, found = time.perf_counter(), b""
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
+            with contextlib.suppress(OSError):  # refused before all was sent: it may be answered
+                connection.sendall(data)
+            try:
+                found = connection.recv(65536)
+            except TimeoutError:
+                connection.shutdown(socket.SHUT_WR)
+                connection.settimeout(LONGEST - PATIENCE)
+                found = connection.recv(65536)
+    except TimeoutError:
+        return Outcome(shown(data), None, LONGEST)
+    except OSError:
+        pass  # closed by the server
+    status = int(found[9:12]) if found.startswith(b"HTTP/1.1 ") else None
+    return Outcome(shown(data), status, time.perf_counter() - began)
+
+
+def shown(data: bytes) -> str:
+    """The beginning of a request, for people."""
+    return repr(data[:160])
+
+
+def from_schema(url: str, count: int, seed: int = 0) -> list[Outcome]:
+    """At least ``count`` requests that schemathesis makes out of ``/openapi.json``."""
+    import requests
+    import schemathesis
+    from hypothesis import HealthCheck, given, settings
+    from hypothesis import seed as seeded
+    from schemathesis import GenerationMode
+
+    session = requests.Session()
+    session.trust_env = False
+    description = session.get(f"{url}/openapi.json", timeout=LONGEST).json()
+    schema = schemathesis.openapi.from_dict(description)
+    operations = [found.ok() for found in schema.get_all_operations()]
+    operations = [one for one in operations if one.method.upper() == "POST" or "{" in one.path]
+    outcomes: list[Outcome] = []
+    quiet = settings(
+        max_examples=-(-count // len(operations)),
+        deadline=None,
+        database=None,
+        derandomize=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    for operation in operations:
+        mode = GenerationMode.NEGATIVE if operation.method.upper() == "POST" else None
+        strategy = operation.as_strategy(**({"generation_mode": mode} if mode else {}))
+
+        @seeded(seed)
+        @quiet
+        @given(case=strategy)
+        def send(case: Any) -> None:
+            began, status = time.perf_counter(), None
+            try:
+                response = case.call(base_url=url, session=session, timeout=LONGEST)
+                status = response.status_code
+            except requests.Timeout:
+                pass
+            except requests.RequestException:
+                return  # what the client's own library refuses to send
+            took = time.perf_counter() - began
+            outcomes.append(Outcome(f"{case.method} {case.path} {case.body!r:.160}", status, took))
+
+        send()
+    return outcomes
+
+
+def summary(outcomes: list[Outcome]) -> dict[str, Any]:
+    """Counts per status, the slowest, and what must not be."""
+    counts = collections.Counter(str(one.status or "closed") for one in outcomes)
+    return {
+        "requests": len(outcomes),
+        "statuses": dict(sorted(counts.items())),
+        "slowest_s": max(one.seconds for one in outcomes),
+        "bad": [vars(one) for one in outcomes if one.bad][:20],
+        "passed": not any(one.bad for one in outcomes),
+    }
+
+
+def main() -> None:
+    import common
+    import serve_process
+
+    parser = common.parser(__doc__ or "")
+    parser.add_argument("--requests", type=int, default=1000)
+    args = parser.parse_args()
+    began = time.perf_counter()
+    with serve_process.serving("--model", args.model, "--max-tokens", "4") as server:
+        outcomes = list(hand_written(server.url))
+        hand = summary(outcomes)
+        made = from_schema(server.url, max(1, args.requests - len(outcomes)))
+        alive = exchange(int(server.url.rsplit(":", 1)[1]), _HEALTH)
+    data = {
+        "hand_written": hand,
+        "from_schema": summary(made),
+        "all": summary([*outcomes, *made]),
+        "alive_after": alive.status == 200,
+        "seconds": time.perf_counter() - began,
+    }
+    print(json.dumps(data, indent=1))
+    if args.out:
+        print(common.save(args.out, None, data))
+
+
+_HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+
+if __name__ == "__main__":
+    main()
