@@ -34,6 +34,7 @@ COMMANDS = (
     "inspect",
     "bench quality",
     "bench speed",
+    "replay",
     "results",
     "prompts generate",
     "prompts list",

@@ -62,7 +62,7 @@ def test_a_recording_that_is_no_text(tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="no text in UTF-8"):
         read_records(str(file))
-    with pytest.raises(ConfigError, match="cannot read .*: No such file"):
+    with pytest.raises(ConfigError, match=r"cannot read .*: No such file"):
         read_records(str(tmp_path / "none"))
 
 

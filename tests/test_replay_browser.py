@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from browser import Window, need_browser, opened
+from browser import SWITCH, Window, need_browser, opened
 from dart_llm.replay_page import page
 from window_cases import QUESTION, READY, records
 
-TOKENS = "[...document.querySelectorAll('.text')].map((t) => t.querySelectorAll('[data-token]').length)"
+TOKENS = (
+    "[...document.querySelectorAll('.text')].map((t) => t.querySelectorAll('[data-token]').length)"
+)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Window]:
+    need_browser()
+    folder = tmp_path_factory.mktemp("replay")
+    file = folder / "replay.html"
+    file.write_text(page(records()), encoding="utf-8")
+    with opened(file.as_uri(), folder / "profile") as found:
+        yield found
 
 
 @pytest.fixture
-def window(tmp_path: Path) -> Iterator[Window]:
-    need_browser()
-    file = tmp_path / "replay.html"
-    file.write_text(page(records()), encoding="utf-8")
-    with opened(file.as_uri(), tmp_path / "profile") as found:
-        found.wait("document.querySelectorAll('.answer').length === 2")
-        yield found
-        assert found.complaints() == []
-        assert found.strangers() == []
+def window(browser: Window) -> Iterator[Window]:
+    browser.size(1280, 860)
+    browser.driver.get(browser.allowed)
+    browser.wait("document.querySelectorAll('.answer').length === 2")
+    yield browser
+    assert browser.complaints() == []
+    assert browser.strangers() == []
 
 
 def seek(window: Window, position: int) -> None:
@@ -53,7 +62,9 @@ def test_it_plays_and_pauses(window: Window) -> None:
     assert window.js(TOKENS) == [24, 24]
     assert window.text("view-of") == "Dense: 24 tokens"
     window.js("document.querySelector('.answer header button').click()")
-    window.wait("document.getElementById('view-of').textContent === 'dart, 50 % sparsity: 24 tokens'")
+    window.wait(
+        "document.getElementById('view-of').textContent === 'dart, 50 % sparsity: 24 tokens'"
+    )
     assert window.text("count-sparsity") == "41.3 %"  # 19 of 23 decoded tokens at 50 %
     assert window.text("count-dense") == "17 %"
     assert window.text("count-remasks") == "1"
@@ -98,3 +109,14 @@ def test_colours_are_told_by_more_than_colour(window: Window) -> None:
 def test_nothing_sticks_out(window: Window, width: int) -> None:
     window.size(width, 844, dark=width == 390)
     assert window.js("document.documentElement.scrollWidth") == width
+
+
+@pytest.mark.parametrize("switch", ["", "required"])
+def test_without_a_browser_a_test_is_skipped_or_fails(
+    monkeypatch: pytest.MonkeyPatch, switch: str
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv(SWITCH, switch)
+    expected = pytest.fail.Exception if switch else pytest.skip.Exception
+    with pytest.raises(expected, match="there is no chromium"):
+        need_browser()

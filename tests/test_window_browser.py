@@ -21,6 +21,7 @@ pytestmark = pytest.mark.smollm2
 
 ENDED = "document.getElementById('stop').hidden"
 ANSWERS = "document.querySelectorAll('.answer')"
+VIEW_OF = "document.getElementById('view-of').textContent"
 MARKS = "document.querySelectorAll('#drift-plot .remask-head').length"
 
 
@@ -66,13 +67,22 @@ def address(results: Path) -> Iterator[str]:
         process.wait(60)
 
 
-@pytest.fixture
-def window(address: str, tmp_path: Path) -> Iterator[Window]:
-    with opened(address, tmp_path / "profile") as found:
-        found.wait("document.querySelectorAll('#prompts button').length === 3")
+@pytest.fixture(scope="module")
+def browser(address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Window]:
+    with opened(address, tmp_path_factory.mktemp("profile")) as found:
         yield found
-        assert found.complaints() == []
-        assert found.strangers() == []
+
+
+@pytest.fixture
+def window(browser: Window) -> Iterator[Window]:
+    """The page as a reader sees it for the first time."""
+    browser.size(1280, 860)
+    browser.js("localStorage.clear()")
+    browser.driver.get(browser.allowed)
+    browser.wait("document.querySelectorAll('#prompts button').length === 3")
+    yield browser
+    assert browser.complaints() == []
+    assert browser.strangers() == []
 
 
 def shots(window: Window, name: str) -> None:
@@ -97,7 +107,8 @@ def test_a_prompt_that_re_masks_at_the_default_settings(window: Window) -> None:
     window.wait("document.querySelectorAll('.text .observe').length > 3")
     assert "live" in window.text("view-of") or window.js(ENDED)
     window.wait(ENDED)
-    assert window.text("view-of") == "dart, 10 % sparsity: 96 tokens" != before
+    window.wait(f"{VIEW_OF} === 'dart, 10 % sparsity: 96 tokens'")
+    assert before != window.text("view-of")
     assert window.js(MARKS) == 1
     assert window.js("document.querySelectorAll('.text .mark').length") == 1
     assert window.text("count-remasks") == "1"
@@ -128,6 +139,7 @@ def test_the_slider_and_the_dense_answer_beside(window: Window) -> None:
     window.wait(f"{ANSWERS}.length === 2")
     assert window.js(f"{ANSWERS}[1].querySelector('header span').textContent") == "queued"
     window.wait(ENDED)
+    window.wait(f"{VIEW_OF} === 'dart, 50 % sparsity: 24 tokens'")
     pruned, dense = window.js(f"[...{ANSWERS}].map((a) => a.querySelector('.text').textContent)")
     assert pruned and dense and pruned != dense
     removed = float(window.text("count-sparsity").removesuffix(" %"))
@@ -136,7 +148,7 @@ def test_the_slider_and_the_dense_answer_beside(window: Window) -> None:
     notes = window.js(f"[...{ANSWERS}].map((a) => a.querySelector('footer').textContent)")
     assert "50.0 % removed" in notes[0] and "the same as the other for" in notes[1]
     window.js(f"{ANSWERS}[1].querySelector('header button').click()")
-    window.wait("document.getElementById('view-of').textContent.startsWith('Dense')")
+    window.wait(f"{VIEW_OF}.startsWith('Dense')")
     assert window.text("count-sparsity") == "0.0 %"
     window.size(1280, 860, dark=True)
     shots(window, "side-by-side-1280-dark")
@@ -159,10 +171,12 @@ def test_a_second_turn_goes_on_and_stop_frees_the_model(window: Window) -> None:
     window.js("document.getElementById('max-tokens').value = 4")
     message.send_keys("Again, please.", Keys.ENTER)  # the model is free at once
     window.wait(f"{ANSWERS}.length === 3 && {ENDED}", 30)
-    assert re.match(r"[1-4] tokens?, ", window.js(f"{ANSWERS}[2].querySelector('footer').innerText"))
+    assert re.match(
+        r"[1-4] tokens?, ", window.js(f"{ANSWERS}[2].querySelector('footer').innerText")
+    )
     window.driver.find_element("id", "anew").click()
     assert window.js(f"{ANSWERS}.length") == 0
-    assert window.text("view-of") == "Nothing has been answered yet"
+    window.wait(f"{VIEW_OF} === 'Nothing has been answered yet'")
 
 
 def test_the_keyboard_alone(window: Window) -> None:
@@ -182,13 +196,13 @@ def test_the_keyboard_alone(window: Window) -> None:
     window.js("document.getElementById('message').focus()")
     window.keys("Name three colours.", Keys.ENTER)
     window.wait(f"{ANSWERS}.length === 1 && {ENDED}")
-    window.js("document.querySelector('.text [data-token]').focus()")
-    window.keys(Keys.ARROW_RIGHT)
-    assert window.js("document.activeElement.dataset.token") == "1"
+    window.js("document.querySelector('.text').focus()")
+    window.keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert window.js("document.querySelector('.text .current').dataset.token") == "1"
     assert re.search(r"token 1; pruned, probability [\d.]+ %; [\d.]+ ms", window.text("detail"))
-    assert window.js("document.querySelectorAll('.text [tabindex=\"0\"]').length") == 1
-    outline = window.js("getComputedStyle(document.activeElement).outlineStyle")
-    assert outline == "solid"
+    for shown in (".text", ".text .current"):
+        outline = f"getComputedStyle(document.querySelector('{shown}')).outlineStyle"
+        assert window.js(outline) == "solid"
     window.js("document.getElementById('neurons').focus()")
     window.keys(Keys.ARROW_DOWN, Keys.ARROW_RIGHT)
     assert re.fullmatch(
@@ -218,6 +232,7 @@ def test_a_narrow_screen(window: Window, dark: bool) -> None:
     window.js("document.getElementById('max-tokens').value = 8")
     window.js("document.querySelector('#prompts button').click()")
     window.wait(f"{ANSWERS}.length === 1 && {ENDED}")
+    window.wait(f"{VIEW_OF} === 'dart, 10 % sparsity: 8 tokens'")
     assert window.js("document.documentElement.scrollWidth") == 390
     assert re.match(r"\d+\.\d % removed . 0 re-masks . \d+/s", window.text("strip-text"))
     assert window.js("getComputedStyle(document.getElementById('strip')).display") == "block"

@@ -29,7 +29,9 @@ def ids() -> list[str]:
 
 def test_the_policy_holds_for_the_page() -> None:
     assert "script-src 'self'; style-src 'self'" in CONTENT_POLICY
-    assert not re.search(r"<style|<script(?! type=\"module\" src=\"/static/\w+\.js\"></script>)", TEXT)
+    assert not re.search(
+        r"<style|<script(?! type=\"module\" src=\"/static/\w+\.js\"></script>)", TEXT
+    )
     names = {name for _, attributes in PAGE.seen for name in attributes}
     assert "style" not in names
     assert not [name for name in names if name.startswith("on")]
@@ -110,7 +112,9 @@ def test_headings_and_landmarks() -> None:
 def test_the_ready_prompts() -> None:
     prompts = json.loads((STATIC / "prompts.json").read_text(encoding="utf-8"))
     assert len(prompts) == 3
-    assert all(set(prompt) == {"title", "text", "note"} and all(prompt.values()) for prompt in prompts)
+    assert all(
+        set(prompt) == {"title", "text", "note"} and all(prompt.values()) for prompt in prompts
+    )
 
 
 def colours() -> list[dict[str, str]]:
@@ -150,7 +154,9 @@ def test_the_ramp_grows_lighter_all_the_way() -> None:
     text = (STATIC / "colour.js").read_text(encoding="utf-8")
     table = re.search(r"STOPS = \[(.*?)\];", text, re.DOTALL)
     assert table
-    stops = [[int(part) for part in found] for found in re.findall(r"\[(\d+), (\d+), (\d+)\]", table[1])]
+    stops = [
+        [int(part) for part in found] for found in re.findall(r"\[(\d+), (\d+), (\d+)\]", table[1])
+    ]
     light = [luminance(f"#{red:02x}{green:02x}{blue:02x}") for red, green, blue in stops]
     assert len(light) == 10
     assert all(after > before for before, after in pairwise(light))

@@ -1,4 +1,4 @@
-"""A small recorded run: one pruned answer with a re-mask, and the dense one to the same question."""
+"""A small recorded run: a pruned answer with a re-mask, and the dense one to the same question."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def bundle(entry: str) -> str:
 
 
 def _visit(name: str, order: list[str], inside: tuple[str, ...]) -> None:
-    assert name not in inside, f"the page's modules import each other: {inside + (name,)}"
+    assert name not in inside, f"the page's modules import each other: {(*inside, name)}"
     if name in order:
         return
     for _, other in IMPORT.findall(_static(name)):

@@ -50,6 +50,7 @@ export class Chat {
     const turn = { question, boxes };
     this.turns.push(turn);
     byId("welcome").hidden = true;
+    document.dispatchEvent(new Event("asked"));
     byId("turns").append(turnElement(question, boxes));
     this.show(boxes[0]);
     byId("turns").lastElementChild.scrollIntoView({ block: "start", behavior: calm() ? "auto" : "smooth" });

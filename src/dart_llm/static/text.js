@@ -6,16 +6,19 @@ import { percent, plain, visible } from "./format.js";
 
 const probability = (token) => (token.logprob == null ? null : Math.exp(token.logprob));
 
-/** Shows tokens inside `box` and gives one token's numbers on hover and on focus. */
+/**
+ * Shows tokens inside `box` and gives one token's numbers: the one pointed at, or the one that the
+ * arrow keys lead to.  The box is one stop of the Tab key, and plain text for screen readers.
+ */
 export class TextView {
   constructor(box) {
     this.box = box;
-    this.tokens = [];
-    this.spans = [];
+    this.show([]);
+    box.tabIndex = 0;
     box.addEventListener("pointerover", (event) => this.#pointed(event));
-    box.addEventListener("focusin", (event) => this.#pointed(event));
-    box.addEventListener("click", (event) => event.target.closest("[data-token]")?.focus());
+    box.addEventListener("click", (event) => this.#pointed(event));
     box.addEventListener("keydown", (event) => this.#move(event));
+    box.addEventListener("blur", () => this.#choose(null));
   }
 
   /** Show these tokens; `marks` holds the token indexes at which masks were rebuilt. */
@@ -23,19 +26,14 @@ export class TextView {
     this.box.replaceChildren();
     this.tokens = [];
     this.spans = [];
+    this.at = null;
     for (const token of tokens) this.add(token, marks.has(token.index));
   }
 
   add(token, marked = false) {
     if (marked) this.box.append(el("i", { className: "mark", title: "masks rebuilt here" }, "re-mask"));
-    const span = el("span", {
-      className: classes(token),
-      tabIndex: this.spans.length ? -1 : 0,
-      role: "button",
-      "data-token": this.spans.length,
-      "aria-label": `${token.text.trim() || "white space"}: ${words(token)}`,
-    }, token.text);
     if (!token.text) return; // half of a character, or the end: what follows carries its text
+    const span = el("span", { className: classes(token), "data-token": this.spans.length }, token.text);
     this.tokens.push(token);
     this.spans.push(span);
     this.box.append(span);
@@ -43,19 +41,25 @@ export class TextView {
 
   #pointed(event) {
     const span = event.target.closest("[data-token]");
-    if (span) detail(this.tokens[Number(span.dataset.token)]);
+    if (span) this.#choose(Number(span.dataset.token));
   }
 
   #move(event) {
-    const now = Number(event.target.dataset?.token ?? -1);
     const last = this.spans.length - 1;
+    const now = this.at ?? -1;
     const to = { ArrowRight: now + 1, ArrowLeft: now - 1, Home: 0, End: last }[event.key];
-    if (now < 0 || to === undefined) return;
+    if (to === undefined || last < 0) return;
     event.preventDefault();
-    const next = this.spans[Math.min(last, Math.max(0, to))];
-    this.spans[now].tabIndex = -1;
-    next.tabIndex = 0;
-    next.focus();
+    this.#choose(Math.min(last, Math.max(0, to)));
+    this.spans[this.at].scrollIntoView({ block: "nearest" });
+  }
+
+  #choose(at) {
+    this.spans[this.at]?.classList.remove("current");
+    this.at = at;
+    if (at === null) return;
+    this.spans[at].classList.add("current");
+    detail(this.tokens[at]);
   }
 }
 
@@ -74,7 +78,7 @@ function words(token) {
 function detail(token) {
   const parts = [` token ${token.index}`, words(token)];
   if (token.seconds != null) parts.push(`${plain(1000 * token.seconds, 1)} ms`);
-  const others = (token.top ?? []).filter((other) => other.id !== token.id).slice(0, 3);
+  const others = (token.top ?? []).filter((other) => other.id !== token.id).slice(0, 2);
   if (others.length) {
     const listed = others.map((o) => `${visible(o.text)} ${percent(Math.exp(o.logprob), 0)}`);
     parts.push(`else ${listed.join(", ")}`);

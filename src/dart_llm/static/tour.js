@@ -19,6 +19,7 @@ export class Tour {
     byId("tour-close").addEventListener("click", () => this.close());
     byId("tour").addEventListener("keydown", (event) => event.key === "Escape" && this.close());
     byId("show-tour").addEventListener("click", () => this.go(0, true));
+    document.addEventListener("asked", () => byId("tour").hidden || this.step || this.go(1, false));
   }
 
   /** Open the tour for those who have not seen it; their focus stays where it is. */

@@ -14,7 +14,7 @@ export class AnswerBox {
     this.look.addEventListener("click", () => onShow(this));
     this.keep = el("button", { type: "button", className: "quiet", hidden: true }, "Save its records");
     this.keep.addEventListener("click", () => download(this.answer));
-    this.box = el("p", { className: "text", role: "group", "aria-label": `${label}: answer, token by token` });
+    this.box = el("p", { className: "text", role: "group", "aria-label": `${label}: the answer; arrow keys give one token's numbers` });
     this.text = new TextView(this.box);
     this.print = el("span", {}, "");
     this.foot = el("footer", {}, this.print, " ", this.keep);
@@ -50,7 +50,9 @@ export class AnswerBox {
     this.text.show(this.answer.tokens, this.marks());
     this.box.setAttribute("aria-busy", String(Boolean(this.answer.start) && !finished(this.answer)));
     this.wait(finished(this.answer) ? "" : this.answer.start ? "writing" : "queued");
+    this.foot.className = "";
     this.print.textContent = finished(this.answer) ? smallPrint(this.answer) : "";
+    if (this.answer.error) this.fail(this.answer.error);
   }
 
   end() {

@@ -13,6 +13,9 @@ export class View {
     this.waiting = false;
     byId("changes").addEventListener("change", () => this.refresh());
     new ResizeObserver(() => this.refresh()).observe(byId("drift-plot"));
+    new IntersectionObserver(([seen]) => (byId("strip").dataset.there = seen.isIntersecting), {
+      rootMargin: "0px 0px -40% 0px",
+    }).observe(byId("view"));
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.refresh());
   }
 
