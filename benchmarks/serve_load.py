@@ -205,22 +205,18 @@ def measure(
 
 
 def expected_texts(model: Any, tokenizer: Any, bodies: Sequence[dict[str, Any]]) -> list[str]:
-    """The greedy texts of ``bodies`` by the library alone, each with a run of its own."""
-    from contextlib import nullcontext
-
-    import torch
-
-    from dart_llm import prune
-    from dart_llm.generate import generate
+    """The greedy texts of ``bodies`` by the library alone, each with an engine of its own."""
+    from dart_llm.config import PruneConfig
+    from dart_llm.engine import Ask, Engine, Sampling
 
     found = []
     for body in bodies:
         settings = dict(body["dart"])
         method = settings.pop("method")
-        run = None if method == "dense" else prune(model, method, **settings)
-        with run or nullcontext(), torch.inference_mode():
-            ids = torch.tensor([body["prompt"]])
-            found.append(generate(model, tokenizer, ids, body["max_tokens"], run=run).text)
+        config = None if method == "dense" else PruneConfig.build(method, **settings)
+        ask = Ask(tuple(body["prompt"]), Sampling(max_tokens=body["max_tokens"]), config)
+        with Engine(model, tokenizer) as engine:
+            found.append(engine.run(ask).texts[0])
     return found
 
 

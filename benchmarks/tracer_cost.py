@@ -12,6 +12,7 @@ from common import parser, save
 
 from dart_llm.accounting import Costs
 from dart_llm.config import PruneConfig
+from dart_llm.observations import Seen
 from dart_llm.plan import Call, Kind
 from dart_llm.tracer import Tracer
 from dart_llm.weights import FfnWeights
@@ -40,7 +41,7 @@ def main() -> None:
         tracer.begin_forward(Call(Kind.PREFILL, start, 256, 1))
         for layer in range(args.layers):
             u, z = torch.randn(1, 256, args.width), torch.randn(1, 256, args.hidden)
-            tracer.observe(layer, u, z, z + 1, z)
+            tracer.observe(layer, Seen(u, None, z, z + 1, z))
         tracer.feature(torch.randn(1, 256, args.hidden))
         tracer.end_forward()
     before = sum(life.nbytes() for life in tracer.all_lives())

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
     "",
     "run",
+    "chat",
     "eval",
     "perplexity",
     "summarize",
@@ -34,6 +35,7 @@ COMMANDS = (
     "inspect",
     "bench quality",
     "bench speed",
+    "serve",
     "replay",
     "results",
     "prompts generate",

@@ -12,9 +12,10 @@ from torch import Tensor
 from dart_llm import prune
 from dart_llm.arch import describe
 from dart_llm.config import PruneConfig
-from dart_llm.evidence import LayerEvidence, Statistics
+from dart_llm.evidence import LayerEvidence
 from dart_llm.learn import learn
 from dart_llm.scores import squared
+from dart_llm.token_statistics import Statistics
 from dart_llm.weights import FfnWeights
 
 SMALL = {"sequences": 2, "length": 24, "opening": 0}

@@ -11,6 +11,7 @@ from torch import Tensor
 from dart_llm.accounting import Costs, run_report
 from dart_llm.config import PruneConfig
 from dart_llm.masks import LayerMask
+from dart_llm.observations import Seen
 from dart_llm.plan import Call, Kind, Plan
 from dart_llm.records import Remask, RunReport
 from dart_llm.tracer import Tracer
@@ -104,7 +105,7 @@ class Driver:
             for layer in range(len(self.layers)):
                 s = self.stream
                 u, z, x, r = (t[layer][:, part] for t in (s.u, s.z, s.x, s.r))
-                self.tracer.observe(layer, u, z, x, r)
+                self.tracer.observe(layer, Seen(u, None, z, x, r))
         if plan.features:
             self.tracer.feature(self.stream.v[:, part])
         self.tracer.end_forward()

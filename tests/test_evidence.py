@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dart_llm.budgets import budget
-from dart_llm.evidence import LayerEvidence, Statistics, Sum, losers, needed
+from dart_llm.evidence import LayerEvidence, Sum
 from dart_llm.registry import BUDGETS
 from dart_llm.scores import squared, squared_share
+from dart_llm.select import needed
+from dart_llm.token_statistics import Statistics, losers
 
 ALL = frozenset({"signed", "squares", "sensitivity", "sensitivity-residual"})
 U = torch.tensor([[[1.0, -2.0, 0.5], [3.0, 2.0, -0.5], [-1.0, 4.0, 0.0]]])

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dart_llm import evidence as evidence_module
-from dart_llm import proxies
+from dart_llm import proxies, token_statistics
 from dart_llm.errors import ConfigError
-from dart_llm.evidence import LayerEvidence, Statistics
+from dart_llm.evidence import LayerEvidence
 from dart_llm.layer_prior import LayerPrior
 from dart_llm.registry import SCORES
+from dart_llm.token_statistics import Statistics
 from dart_llm.weights import FfnWeights
 from synthetic import make_layers
 
@@ -188,7 +188,7 @@ def test_long_prompts_are_summed_in_chunks(
     tokens = torch.randn(2, 37, 5, generator=torch.Generator().manual_seed(1))
     weights = [(torch.arange(37) % 5 != 0).float().expand(2, -1)] if weighted else None
     whole = scored("normalized", [tokens], decay, weights, layer)
-    monkeypatch.setattr(evidence_module, "CHUNK_ELEMENTS", 2 * 5 * 4)
+    monkeypatch.setattr(token_statistics, "CHUNK_ELEMENTS", 2 * 5 * 4)
     chunked = scored("normalized", [tokens], decay, weights, layer)
     assert chunked.tolist() == pytest.approx(whole.tolist(), rel=1e-5)
 

@@ -89,8 +89,12 @@ def test_repetitions_are_interleaved_in_a_known_order(whole: SpeedJob) -> None:
     assert found["orders"] == [shuffled(labels, 0, 0), shuffled(labels, 0, 1)]
     for one in kept:
         assert list(one["samples"]) == one["order"]
-        assert all(len(s["steps_s"]) == TOKENS for s in one["samples"].values())
-        assert all(len(s["warm_s"]) == 2 for s in one["samples"].values())
+        whole_runs = [s for s in one["samples"].values() if "turns" not in s]
+        assert len(whole_runs) == len(labels) - 3  # attaching, and observing twice
+        assert all(len(s["steps_s"]) == TOKENS for s in whole_runs)
+        assert all(len(s["warm_s"]) == 2 for s in whole_runs)
+        (turn,) = one["samples"]["attached, sparsity 0"]["turns"]
+        assert [len(turn[name]["steps_s"]) for name in ("own", "base")] == [TOKENS, TOKENS]
     often = kept[0]["samples"]["griffin re-masking, slim"]
     assert often["built"] == [1, 4, 7, 10]  # two pruned tokens, one observed, a mask, and so on
     assert often["phases"] == ["observe", "pruned", "pruned"] * 4

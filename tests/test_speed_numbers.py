@@ -67,6 +67,19 @@ def test_the_step_that_builds_masks_is_told_from_the_others() -> None:
     assert builds(sample([10], "o")) == []
 
 
+def turns(*pairs: tuple[list[float], list[float]], phases: str = "o") -> dict[str, Any]:
+    """A sample of a cost: what the row and the one it is held against took, turn by turn."""
+    return {
+        "turns": [
+            {
+                name: sample(ms, phases * len(ms))
+                for name, ms in zip(("own", "base"), pair, strict=True)
+            }
+            for pair in pairs
+        ]
+    }
+
+
 def _document(**more: Any) -> dict[str, Any]:
     griffin = PruneConfig.build("griffin", sparsity=0.5)
     cases = [
@@ -83,7 +96,6 @@ def _document(**more: Any) -> dict[str, Any]:
         "transformers": [[40, 40], [44, 44]],
         "dense, slim": [[21, 21], [21, 21]],
         "griffin 50 %, slim": [[14, 16], [15, 15]],
-        "attached, sparsity 0": [[41, 41], [46, 46]],
         "griffin re-masking, slim": [[15, 18], [15, 17]],
     }
     extra = {
@@ -92,12 +104,13 @@ def _document(**more: Any) -> dict[str, Any]:
     }
     repetitions = [
         {
-            "order": list(times),
+            "order": [*times, "attached, sparsity 0"],
             "sitting": "one",
             "read_bandwidth": speed,
             "samples": {
                 label: sample(each[turn], **extra.get(label, {})) for label, each in times.items()
-            },
+            }
+            | {"attached, sparsity 0": turns(([41, 41, 90], [40, 40, 40]), ([46, 46], [44, 44]))},
         }
         for turn, speed in ((0, 50000.0), (1, 60000.0))
     ]
@@ -129,8 +142,9 @@ def test_rows_by_hand() -> None:
 
 def test_costs_by_hand() -> None:
     attached, remask = _document()["costs"]
-    # repetition by repetition: 41 - 40 and 46 - 44
+    # turn by turn, medians: 41 - 40 and 46 - 44, in both repetitions
     assert (attached["ms"], attached["spread_ms"]) == (pytest.approx(1.5), pytest.approx(0.5))
+    assert attached["values"] == 4
     assert attached["share_of_token"] == pytest.approx(1.5 / 42)
     # 18 - 15 and 17 - 15
     assert (remask["ms"], remask["values"]) == (pytest.approx(2.5), 2)
@@ -140,9 +154,23 @@ def test_a_method_that_observes_nothing_has_no_cost_of_observing() -> None:
     (first, *_) = parse("griffin", None, None, 0)
     case = cost_cases(first, 0.5, "dense, slim", ["slim"], 12)[1]
     plain = {"transformers": [sample([10.0, 10.0])]}
-    assert costs([case], {**plain, case.label: [sample([11.0, 11.0], "pp")]}) == []
-    (found,) = costs([case], {**plain, case.label: [sample([11.0, 11.0], "oo")]})
-    assert found["ms"] == pytest.approx(1.0)
+    never = turns(([11.0, 11.0], [10.0, 10.0]), phases="p")
+    assert costs([case], {**plain, case.label: [never]}) == []
+    (found,) = costs([case], {**plain, case.label: [turns(([11.0, 13.0], [10.0, 10.0]))]})
+    assert found["ms"] == pytest.approx(2.0)  # the mean: rare steps count
+
+
+def test_drift_checks_are_the_mean_of_pruned_steps_that_build_nothing() -> None:
+    (dart,) = parse("dart", None, None, 0)
+    case = cost_cases(dart, 0.5, "dense, slim", ["slim"], 60)[3]
+    assert case.label == "dart without drift checks, slim"
+    one = {
+        "own": sample([8.0, 8.0, 8.0], "ppp"),
+        "base": sample([8.0, 8.9, 30.0, 40.0], "pppo", built=(2,)),
+    }
+    plain = {"transformers": [sample([10.0])]}
+    (found,) = costs([case], {**plain, case.label: [{"turns": [one]}]})
+    assert found["ms"] == pytest.approx(0.45) and found["share_of_token"] == pytest.approx(0.045)
 
 
 def test_the_order_follows_from_the_seed() -> None:
@@ -178,7 +206,8 @@ def test_masks_are_rebuilt_as_often_as_asked() -> None:
     assert config.drift.rule == "interval 64" and config.remask.observe_tokens == 1
     assert (config.drift.min_distance, config.drift.max_dense_share) == (0, None)
     assert config.remask.evidence == "decay"  # the rest is the method's
-    assert [one.label for one in dense_cases()] == ["transformers", "dense, slim", "dense, native"]
+    dense = [one.label for one in dense_cases()]
+    assert dense == ["transformers", "dense, slim", "dense, native", "dense, graph"]
 
 
 def test_variants_come_after_methods(tmp_path: Path) -> None:

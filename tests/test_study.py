@@ -12,10 +12,11 @@ from dart_llm import learn
 from dart_llm.activations import Seen
 from dart_llm.curvature import gradients
 from dart_llm.errors import DartError
-from dart_llm.evidence import LayerEvidence, Statistics
+from dart_llm.evidence import LayerEvidence
 from dart_llm.learn import find_bases, study
 from dart_llm.low_rank import find_basis
 from dart_llm.scores import squared
+from dart_llm.token_statistics import Statistics
 from prior_cases import STATISTICS, layers_of
 from steps import shared_model
 from test_curvature import KEPT, LENGTH, ROWS, by_leaves

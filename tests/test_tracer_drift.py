@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from dart_llm.life import Phase
+from dart_llm.observations import Seen
 from dart_llm.tracer import Tracer
 from synthetic import (
     HIDDEN,
@@ -247,7 +248,7 @@ def test_no_features_are_asked_for_without_a_rule_that_needs_them() -> None:
 def test_a_lone_tracer_has_no_bound_and_no_lives() -> None:
     tracer = Tracer(config(), make_layers())
     tracer.end_forward()
-    tracer.observe(0, torch.zeros(1, 1, WIDTH), torch.zeros(1, 1, HIDDEN))
+    tracer.observe(0, Seen(torch.zeros(1, 1, WIDTH)))
     tracer.feature(torch.zeros(1, 1, HIDDEN))
     assert tracer.tokens_until_change() is None
     assert tracer.all_lives() == []

@@ -227,7 +227,7 @@ def _shares(lives: Sequence[Life], costs: Costs, executor: str) -> _Shares:
     """``executor``: one of the executors, or ``IF_COMPACT``."""
     flops = moved = forwards = tokens = proxy_flops = proxy_bytes = 0.0
     skips = executor != "masked"
-    copies = executor in ("compact", IF_COMPACT)
+    copies = executor in ("compact", "graph", IF_COMPACT)
     for life in lives:
         masks = life.given or ()
         held = any(mask is not None and mask.bias is not None for mask in masks)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from dart_llm import arch
 from dart_llm.config import TokenConfig
 from dart_llm.errors import AttachError, ConfigError
+from dart_llm.ffn import CompactFfn
+from dart_llm.graph_decoder import GraphDecoder
 from dart_llm.layer import HostedFfn
 from dart_llm.layout import Layout
 from dart_llm.loop import Loop, OwnLoop, bare_call
@@ -24,7 +26,7 @@ from dart_llm.native_linear import native_linears
 from dart_llm.plan import Kind, Plan
 from dart_llm.replacement import NotCopied, Replacement
 from dart_llm.slim import SlimDecoder
-from dart_llm.slim_run import SlimRun
+from dart_llm.slim_run import SlimRun, StepDecoder
 from dart_llm.token_ffn import TokenFfn, errors
 from dart_llm.token_select import TokenMask
 from dart_llm.tracer import Tracer
@@ -134,6 +136,9 @@ class Attachment(NotCopied):
 
     def _install_native(self) -> None:
         """Lay the weights out for the native kernels, and take whole decode steps over."""
+        if self.executor == "graph":
+            blocks = [layer.block for layer in self.layers]
+            self._take_steps(GraphDecoder(self.model, blocks, self._copies))
         slim = self.executor == "slim"
         if self.executor != "native" and not slim:
             return
@@ -143,10 +148,18 @@ class Attachment(NotCopied):
         for linear in native_linears(self.model, self._view.blocks):
             self._replace(linear.module, "forward", linear.run)
         if slim:
-            decoder = SlimDecoder(self.model, ffns, [layer.token for layer in self.layers])
-            self.slim = SlimRun(self.model, decoder, lambda: self.tracer)
-            self._replace(self.model, "forward", self.slim.forward)
+            tokens = [layer.token for layer in self.layers]
+            self._take_steps(SlimDecoder(self.model, ffns, tokens))
         self._places = self._weight_places()
+
+    def _take_steps(self, decoder: StepDecoder) -> None:
+        self.slim = SlimRun(self.model, decoder, lambda: self.tracer)
+        self._replace(self.model, "forward", self.slim.forward)
+
+    def _copies(self, index: int) -> CompactFfn:
+        kept = self.layers[index].kept
+        assert isinstance(kept, CompactFfn)
+        return kept
 
     def _weight_places(self) -> list[int]:
         """Addresses of all weights: the native kernels go on reading these."""

@@ -154,7 +154,7 @@ def global_rank(layers: Sequence[LayerView], keep: int) -> list[int]:
     for layer in layers:
         if layer.impact is None:
             raise RuntimeError("budget global needs the squares statistic")
-        ranked.append(-layer.impact.sort(descending=True).values)
+        ranked.append(-layer.impact)
     return _smallest(ranked, keep)
 
 
@@ -164,7 +164,7 @@ def ranked(layers: Sequence[LayerView], keep: int) -> list[int]:
 
     At least 10 % of a layer stay.
     """
-    return _smallest([-layer.score.sort(descending=True).values for layer in layers], keep)
+    return _smallest([-layer.score for layer in layers], keep)
 
 
 @budget("FLAP, arXiv 2312.11983: standardised metrics in one ranking")
@@ -176,13 +176,12 @@ def standardized(layers: Sequence[LayerView], keep: int) -> list[int]:
     ranked = []
     for layer in layers:
         spread = layer.score.std(correction=0).clamp_min(1e-300)
-        scores = (layer.score - layer.score.mean()) / spread
-        ranked.append(-scores.sort(descending=True).values)
+        ranked.append((layer.score.mean() - layer.score) / spread)
     return _smallest(ranked, keep)
 
 
 def _smallest(values: Sequence[Tensor], keep: int) -> list[int]:
-    """Count, per layer, the ``keep`` smallest of ascending ``values``; floors come first.
+    """Count, per layer, the ``keep`` smallest of ``values``; each layer's floor comes first.
 
     A ``keep`` below the sum of the floors is spread evenly.
     """
@@ -192,7 +191,7 @@ def _smallest(values: Sequence[Tensor], keep: int) -> list[int]:
         return round_counts([keep * width / sum(widths) for width in widths], widths, keep)
     flat = torch.cat(
         [
-            torch.cat([torch.full((floor,), -torch.inf, dtype=torch.float64), value[floor:]])
+            value.index_fill(0, value.topk(floor, largest=False).indices, -torch.inf)
             for value, floor in zip(values, floors, strict=True)
         ]
     )

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from dart_llm.cache import cache_folder, make_folder
 from dart_llm.errors import LoadError
-from dart_llm.evidence import LayerEvidence, Statistics, Sum
+from dart_llm.evidence import LayerEvidence, Sum
+from dart_llm.token_statistics import Statistics
 
 FORMAT = 1
 SAMPLES = 64

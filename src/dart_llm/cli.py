@@ -15,6 +15,7 @@ import typer
 from dart_llm import (
     __version__,
     cli_bench,
+    cli_chat,
     cli_detect,
     cli_drift,
     cli_inspect,
@@ -28,6 +29,7 @@ from dart_llm import (
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.options import Config, Fresh, Json, with_settings
 from dart_llm.settings import RunSettings, collect
+from dart_llm.settings_chat import ChatSettings
 from dart_llm.settings_detect import DetectSettings
 from dart_llm.settings_drift import DriftSettings
 from dart_llm.settings_inspect import InspectSettings
@@ -136,6 +138,7 @@ def _run(
 
 _run.__name__ = "run"
 app.command(name="run")(with_settings(_run, RunSettings))
+app.command(name="chat")(with_settings(cli_chat.chat, ChatSettings))
 app.command(name="eval")(with_settings(cli_measure.evaluate, EvalSettings))
 app.command(name="perplexity")(with_settings(cli_measure.perplexity, PerplexitySettings))
 app.command(name="summarize")(with_settings(cli_measure.summarize, SummarizeSettings))

@@ -95,7 +95,7 @@ class PruneConfig(Part):
     compensation: bool = False
     compensation_rank: int = 0
     batch: Literal["shared", "per_row"] = "shared"
-    executor: Literal["auto", "masked", "compact", "native", "slim"] = "auto"
+    executor: Literal["auto", "masked", "compact", "native", "slim", "graph"] = "auto"
     seed: int = 0
 
     @model_validator(mode="before")

@@ -77,13 +77,17 @@ class Engine:
         return self._host.executor
 
     def prepare(self, config: PruneConfig | None) -> None:
-        """Learn or calibrate what ``config`` needs, so that no request waits for it.
+        """Learn, calibrate or copy what ``config`` needs, so that no request waits for it.
 
         Raises ``ConfigError`` for what cannot run on this model, ``LoadError`` for a calibration
         text that cannot be had, ``AttachError`` while a request runs.
         """
         with self._alone():
-            self._host.ready(config)
+            ready = self._host.ready(config)
+            try:
+                self._host.serve(ready.tracer())
+            finally:
+                self._host.rest()
 
     def run(self, ask: Ask, emit: Emit = nobody, cancelled: Callable[[], bool] = never) -> Answer:
         """Answer one request.
@@ -110,6 +114,7 @@ class Engine:
                 raise
             finally:
                 self._host.rest()
+                request.let_go()
             if ask.conversation is not None and kept is not None:
                 self._kept.put(ask.conversation, kept)
             emit(_done(answer))

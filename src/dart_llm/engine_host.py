@@ -16,7 +16,7 @@ from dart_llm.arch import context_length, describe
 from dart_llm.attach import Attachment
 from dart_llm.checkpoint import checkpoint_facts
 from dart_llm.config import PruneConfig
-from dart_llm.errors import ConfigError
+from dart_llm.errors import AttachError, ConfigError
 from dart_llm.executor import check_executor, choose_executor
 from dart_llm.learn import recall
 from dart_llm.masks import LayerMask
@@ -160,7 +160,9 @@ class Host:
         return Ready(config, learnt, check_fits(config, learnt))
 
     def serve(self, tracer: Tracer) -> None:
-        """The next forwards are those of ``tracer``."""
+        """The next forwards are those of ``tracer``; raises ``AttachError`` when detached."""
+        if not self.attachment.installed:
+            raise AttachError("this model was detached by dart_llm.restore: make another engine")
         self.attachment.serve(tracer)
 
     def rest(self) -> None:

@@ -164,6 +164,14 @@ class Request:
             self.host.report(self.ready, self._tracer),
         )
 
+    def let_go(self) -> None:
+        """Hold nothing any more, after ``keep``.
+
+        The request and its tracer hold one another: a cache would stay until the garbage collector
+        looks for old objects, which it rarely does in a process with as many of them as this.
+        """
+        vars(self).clear()
+
     def keep(self) -> Conversation | None:
         """What a next turn can go on from; None when not even the prompt was read."""
         tokens = self._rows[0].tokens

@@ -6,16 +6,13 @@ Token weights are 1 for a real token of a live row and 0 for padding and finishe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from dart_llm.scores import EPS, PerToken
-
-CHUNK_ELEMENTS = 1 << 24
-"""Tokens are processed in chunks of at most this many float32 elements."""
+from dart_llm.scores import EPS
 
 REFERENCE_TOKENS = 256
 """Decayed evidence weighs at most as much as this many tokens before the decay."""
@@ -37,11 +34,19 @@ class Sum:
     weight: Tensor | float = 0.0
 
     @property
+    def divisor(self) -> Tensor | float:
+        """The weight, never 0."""
+        weight = self.weight
+        return weight.clamp_min(EPS) if isinstance(weight, Tensor) else max(weight, EPS)
+
+    @property
     def mean(self) -> Tensor:
         """The weighted mean."""
-        if isinstance(self.weight, Tensor):
-            return self.total / self.weight.clamp_min(EPS)
-        return self.total / max(self.weight, EPS)
+        return self.total / self.divisor
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The weighted means of some rows, [n, ...]; ids: [n] int64."""
+        return self.total.index_select(0, ids) / self.divisor
 
 
 @dataclass
@@ -57,30 +62,16 @@ class LayerEvidence:
 
     def add(self, name: str, values: Tensor, weights: Tensor | None) -> None:
         """Add per-token ``values`` [T] or [T, I]; ``weights``: [T] or None for all ones."""
-        weight: Tensor | float = float(len(values)) if weights is None else weights.sum()
-        if weights is None:
-            part = values.sum(0)
-        else:
-            with full_precision(values):
-                part = torch.einsum("t,t...->...", weights, values)
-        self._more(name, part, weight)
+        add_sums([self], name, values[None], weights)
 
-    def _more(self, name: str, part: Tensor, weight: Tensor | float) -> None:
+    def more(self, name: str, part: Tensor, weight: Tensor | float) -> None:
+        """Add a sum over tokens and its weight."""
         known = self.sums.get(name)
         if known is None:
             self.sums[name] = Sum(part, weight)
         else:
             known.total += part
             known.weight = known.weight + weight
-
-    def add_products(
-        self, name: str, first: Tensor, second: Tensor, weights: Tensor | None
-    ) -> None:
-        """Add ``sum_t first_t second_t^T``: first [T, n], second [T, m]; weights: [T] or None."""
-        weighted = second if weights is None else second * weights[:, None]
-        with full_precision(first):
-            part = first.T @ weighted
-        self._more(name, part, float(len(first)) if weights is None else weights.sum())
 
     def add_ema(self, values: Tensor, decay: float, weights: Tensor | None) -> None:
         """``s <- d s + a`` over the tokens of [B, T, I] in order, rows summed."""
@@ -124,140 +115,22 @@ class LayerEvidence:
         return sum(known.total.numel() * known.total.element_size() for known in self.sums.values())
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """Which sums a configuration needs, and how to add one forward's tokens to them.
-
-    ``needs`` holds any of ``signed`` (compensation), ``features`` (its low-rank part),
-    ``sensitivity``, ``sensitivity-residual``, ``squares`` (budget ``global``) and ``lost``
-    (compensation where tokens choose; ``keep``: the share that they keep).  ``spread``:
-    scores take the standard deviation of u; ``average``: the mean of the per-token statistic.
-    """
-
-    per_token: PerToken | None
-    ema_decay: float | None
-    needs: frozenset[str]
-    spread: bool = False
-    average: bool = False
-    keep: float = 1.0
-
-    @property
-    def needs_stream(self) -> bool:
-        """Whether x and r, beside u and z, must be captured."""
-        return bool(self.needs & {"sensitivity", "sensitivity-residual", "squares"})
-
-    def update(
-        self,
-        evidence: LayerEvidence,
-        u: Tensor,
-        z: Tensor,
-        x: Tensor | None,
-        r: Tensor | None,
-        weights: Tensor | None,
-        f: Tensor | None = None,
-        scale: Tensor | None = None,
-    ) -> None:
-        """Add tokens.
-
-        u: [B, T, I]; z, x, r: [B, T, D]; f: [B, T, F] features of the FFN's input; weights: [B, T]
-        float32 or None; scale: [I], what a unit of each neuron's activation is worth.
-        """
-        step = max(1, CHUNK_ELEMENTS // (u.shape[0] * u.shape[2]))
-        for start in range(0, u.shape[1], step):
-            part = slice(start, start + step)
-            w = None if weights is None else weights[:, part]
-            self._neurons(evidence, u[:, part].float(), w, scale)
-            if f is not None and "features" in self.needs:
-                _add_features(evidence, u[:, part].float(), f[:, part].float(), w)
-        if self.needs_stream:
-            if x is None or r is None:
-                raise RuntimeError("x and r were not captured")
-            flat = None if weights is None else weights.flatten()
-            x, z, r = (t.flatten(0, 1).float() for t in (x, z, r))
-            self._stream(evidence, x, z, r, flat)
-
-    def _neurons(
-        self,
-        evidence: LayerEvidence,
-        u: Tensor,
-        weights: Tensor | None,
-        scale: Tensor | None,
-    ) -> None:
-        flat = u.flatten(0, 1)
-        w = None if weights is None else weights.flatten()
-        if self.per_token is not None and self.ema_decay is not None:
-            evidence.add_ema(self.per_token(u).sqrt(), self.ema_decay, weights)
-        elif self.per_token is not None:
-            evidence.add("score", self.per_token(flat), w)
-        if "signed" in self.needs or self.spread:
-            evidence.add("signed", flat, w)
-        if "squares" in self.needs:
-            evidence.add("squares", flat.square(), w)
-        if "lost" in self.needs and scale is not None:
-            lost = losers(flat, scale, self.keep)
-            evidence.add("lost", flat * lost, w)
-            evidence.add("losses", lost, w)
-
-    def _stream(
-        self, evidence: LayerEvidence, x: Tensor, z: Tensor, r: Tensor, w: Tensor | None
-    ) -> None:
-        size = x.norm(dim=-1).clamp_min(EPS)
-        if "sensitivity" in self.needs:
-            _add_sensitivity(evidence, "", x, z, z - x, size, w)
-        if "sensitivity-residual" in self.needs:
-            _add_sensitivity(evidence, "-residual", x, x + r, r, size, w)
-        if "squares" in self.needs:
-            z2, r2 = z.square().sum(-1), r.square().sum(-1)
-            evidence.add("gain", r2 / z2.clamp_min(EPS), w)
-            evidence.add("stream", size.square(), w)
-
-    def score_input(self, evidence: LayerEvidence, width: int, device: torch.device) -> Tensor:
-        """The accumulated statistic ``a`` that score functions take: [I], float32."""
-        if self.per_token is None:
-            return torch.zeros(width, device=device)
-        known = evidence.sums["score"]
-        if self.spread:
-            variance = known.mean - evidence.sums["signed"].mean.square()
-            return variance.clamp_min(0).sqrt()
-        if self.average or self.ema_decay is not None:
-            return known.mean
-        return known.total.sqrt()
+Layers = Sequence[LayerEvidence]
+"""What is remembered of some layers, in the order of the first dimension of what is added."""
 
 
-def losers(u: Tensor, worth: Tensor, keep: float) -> Tensor:
-    """1 where a token would leave a neuron out, else 0: u [T, I] float32; worth [I].
-
-    A token keeps the share ``keep`` of the neurons, those of the largest ``abs(u_i) * worth_i``.
-    """
-    count = max(1, round(keep * u.shape[-1]))
-    best = (u.abs() * worth).topk(count, dim=-1).indices
-    return torch.ones_like(u).scatter_(-1, best, 0.0)
-
-
-def _add_features(evidence: LayerEvidence, u: Tensor, f: Tensor, weights: Tensor | None) -> None:
-    u, f = u.flatten(0, 1), f.flatten(0, 1)
-    w = None if weights is None else weights.flatten()
-    evidence.add("features", f, w)
-    evidence.add_products("moments", f, f, w)
-    evidence.add_products("cross", u, f, w)
+def add_sums(evidence: Layers, name: str, values: Tensor, weights: Tensor | None) -> None:
+    """Add per-token values [L, T] or [L, T, I] of some layers; weights: [T] or None."""
+    weight: Tensor | float = float(values.shape[1]) if weights is None else weights.sum()
+    if weights is None:
+        parts = values.sum(1)
+    else:
+        with full_precision(values):
+            parts = torch.einsum("t,lt...->l...", weights, values)
+    add_parts(evidence, name, parts, weight)
 
 
-def _add_sensitivity(
-    evidence: LayerEvidence,
-    suffix: str,
-    x: Tensor,
-    y: Tensor,
-    change: Tensor,
-    size: Tensor,
-    w: Tensor | None,
-) -> None:
-    cosine = (x * y).sum(-1) / (size * y.norm(dim=-1)).clamp_min(EPS)
-    evidence.add(f"cosine{suffix}", cosine, w)
-    evidence.add(f"change{suffix}", change.norm(dim=-1) / size, w)
-
-
-def needed(
-    parts: tuple[str, ...], compensation: Sequence[str], get: Callable[[str], frozenset[str]]
-) -> frozenset[str]:
-    """The union of what the budgets ``parts`` need, and of what compensation does."""
-    return frozenset(compensation).union(*(get(part) for part in parts))
+def add_parts(evidence: Layers, name: str, parts: Tensor, weight: Tensor | float) -> None:
+    """Add sums over tokens [L, ...] of some layers, and the tokens' weight."""
+    for one, part in zip(evidence, parts.unbind(0), strict=True):
+        one.more(name, part, weight)

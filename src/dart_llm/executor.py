@@ -14,7 +14,7 @@ from dart_llm.native_build import why_not
 from dart_llm.native_ffn import why_not_block
 from dart_llm.registry import SCORES
 from dart_llm.select import Selector
-from dart_llm.slim_parts import why_not_slim
+from dart_llm.slim_parts import why_not_slim, why_not_step
 
 NATIVE = ("native", "slim")
 """Executors that run the native CPU kernels."""
@@ -38,6 +38,11 @@ def choose_executor(selector: Selector, blocks: Sequence[FfnBlock], model: Any) 
     return "native" if why_not_slim(model) else "slim"
 
 
+def why_not_graph(model: Any) -> str:
+    """Why decode steps of ``model`` cannot be recorded: "", or a clause."""
+    return "was compiled by torch" if _compiled(model) else why_not_step(model)
+
+
 def _compiled(model: nn.Module) -> bool:
     """Whether ``model.compile()`` was called on it or a part of it: it traces no native call."""
     return any(
@@ -54,6 +59,10 @@ def check_executor(
     """
     if selector.config.executor in NATIVE:
         _check_native(blocks, selector.config.executor, model)
+    if selector.config.executor == "graph" and (reason := why_not_graph(model)):
+        raise ConfigError(
+            f'executor "graph" cannot run {type(model).__name__}, which {reason}; use "compact"'
+        )
     inline = [block.index for block in blocks if block.inline]
     away = [block.index for block in blocks if block.offloaded]
     if selector.config.executor == "compact" and (inline or away):

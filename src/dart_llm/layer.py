@@ -7,13 +7,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dart_llm.ffn import CompactFfn, FfnBlock, run_masked
 from dart_llm.layout import Layout
 from dart_llm.low_rank import LowRank
 from dart_llm.masks import LayerMask
 from dart_llm.native_ffn import NativeFfn
+from dart_llm.observations import Seen
 from dart_llm.plan import Plan, bare
 from dart_llm.token_ffn import TokenFfn
 from dart_llm.token_select import TokenMask
@@ -38,9 +38,8 @@ class HostedFfn:
         self.kept: CompactFfn | NativeFfn = CompactFfn(block)
         self.token: TokenFfn | None = None
         self.x: Tensor | None = None
-        self.features: Tensor | None = None
         self.fed: Tensor | None = None
-        self.waiting: tuple[Tensor, Tensor] | None = None
+        self.waiting: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._stacked: (
             tuple[list[LayerMask | None], Tensor, Tensor | None, LowRank | None] | None
         ) = None
@@ -67,7 +66,7 @@ class HostedFfn:
 
     def forget(self) -> None:
         """Drop what an interrupted forward left behind."""
-        self.x = self.features = self.fed = self.waiting = None
+        self.x = self.fed = self.waiting = None
 
     def unload(self) -> None:
         """Free what masks left: their copies and the multipliers."""
@@ -85,23 +84,30 @@ class HostedFfn:
             self.fed = bare(args[0])
 
     def _take_x(self, module: nn.Module, args: Any) -> None:
-        if self.owner.plan.observe:
+        if self.owner.plan.stream:
             self.x = bare(args[0])
 
     def _take_r(self, module: nn.Module, args: Any, r: Tensor) -> None:
         if self.waiting is not None:
-            u, z = self.waiting
+            u, z, h = self.waiting
             self.waiting = None
-            self._observe(u, z, r)
+            self._observe(u, z, r, h)
 
     def run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The forward of the FFN (of the down projection, for an inline block)."""
         plan = self.owner.plan
+        if plan.dense and not plan.observe:
+            return original(*args, **kwargs)
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        if plan.dense and not plan.stream:  # short: it is what observing costs
+            u = self.block.hidden(x)
+            self._observe(u, None, None, x if plan.inputs else None)
+            z = original(u) if self.block.inline else self.block.down(u)
+            return self.block.finish(z, (*args, *kwargs.values())[: 2 if args else None])
         masks = [None if life is None else life[self.block.index] for life in plan.masks]
         masked = any(mask is not None for mask in masks)
         if not masked and not plan.observe:
             return original(*args, **kwargs)
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
         rest = (*args, *kwargs.values())[: 2 if args else None]
         only = masks[0] if len(masks) == 1 else None
         if isinstance(only, TokenMask):
@@ -157,32 +163,27 @@ class HostedFfn:
         return known[1], known[2], known[3]
 
     def _observed(self, u: Tensor, z: Tensor, x: Tensor) -> None:
-        self.features = self._features(x)
-        if not self.owner.tracer.selector.statistics.needs_stream:
-            self._observe(u, z, None)
+        plan = self.owner.plan
+        h = x if plan.inputs else None
+        if not plan.stream:
+            self._observe(u, None, None, h)
             return
         if self.block.x_from is None:
             self.x = bare(x)
         if self.block.post_norm is None:
-            self._observe(u, z, z)
+            self._observe(u, z, z, h)
         else:
-            self.waiting = (bare(u), bare(z))
+            self.waiting = (bare(u), bare(z), h if h is None else bare(h))
 
-    def _features(self, x: Tensor) -> Tensor | None:
-        """What low-rank compensation reads of the FFN's input x; an inline block never sees it."""
-        learnt = self.owner.tracer.selector.layers[self.block.index].learnt
-        if learnt is None or learnt.basis is None or self.block.inline:
-            return None
-        return F.linear(x.detach(), learnt.basis)
-
-    def _observe(self, u: Tensor, z: Tensor, r: Tensor | None) -> None:
+    def _observe(self, u: Tensor, z: Tensor | None, r: Tensor | None, h: Tensor | None) -> None:
         rows = self.owner.rows
         x, self.x = self.x, None
-        f, self.features = self.features, None
-        # OPT flattens its tokens; with a mask for every row u and z are unfolded already
-        u, z = u.reshape(rows, -1, u.shape[-1]), z.reshape(rows, -1, z.shape[-1])
-        x, r, f = (None if t is None else t.reshape(rows, -1, t.shape[-1]) for t in (x, r, f))
-        self.owner.tracer.observe(self.block.index, u, z, x, r, f)
+        if self.block.inline:
+            h = None  # it never sees the FFN's input
+        seen = Seen(u, h, z, x, r)
+        if u.dim() != 3 or len(u) != rows:  # OPT flattens its tokens
+            seen = Seen(*(t if t is None else t.reshape(rows, -1, t.shape[-1]) for t in seen))
+        self.owner.tracer.observe(self.block.index, seen)
 
     def nbytes(self) -> int:
         """Bytes of the compact copies and of the multipliers, beside the masks themselves."""

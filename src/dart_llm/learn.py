@@ -22,11 +22,12 @@ from dart_llm.config import PriorConfig, PruneConfig
 from dart_llm.curvature import evaluating, gradients
 from dart_llm.drift import SINKS
 from dart_llm.errors import ConfigError, DartError, LoadError
-from dart_llm.evidence import LayerEvidence, Statistics, Sum
+from dart_llm.evidence import LayerEvidence, Sum
 from dart_llm.layer_prior import LayerPrior
 from dart_llm.low_rank import find_basis
 from dart_llm.own_text import go_on, opening_ids, own_start, remember_tokenizer
 from dart_llm.select import Selector
+from dart_llm.token_statistics import Statistics
 from dart_llm.weights import FfnWeights, knowing
 
 logger = logging.getLogger("dart_llm")

@@ -7,6 +7,7 @@ docs/method.md, "Compensation".
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional
 
 from dart_llm.evidence import LayerEvidence, full_precision
 from dart_llm.native_build import ops, why_not
+from dart_llm.weights import FfnWeights
 
 RIDGE = 0.1
 """Added to the features' covariance, in units of their variance over the prior's text (1)."""
@@ -47,6 +49,17 @@ class LowRank:
         return self.out.numel() * self.out.element_size()
 
 
+def read_features(h: Tensor | None, layers: Sequence[FfnWeights]) -> Tensor | None:
+    """Features [L, B, T, r] of the layers' FFN inputs h [L, B, T, D]; None where none are read."""
+    bases = [None if layer.learnt is None else layer.learnt.basis for layer in layers]
+    found = [basis for basis in bases if basis is not None]
+    if h is None or len(found) < len(bases):
+        return None
+    with full_precision(h):
+        parts = [functional.linear(t.to(basis), basis) for t, basis in zip(h, found, strict=True)]
+    return torch.stack(parts)
+
+
 def find_basis(h: Tensor, rank: int) -> Tensor:
     """The ``rank`` directions in which h varies most, each scaled to variance 1.
 
@@ -72,15 +85,15 @@ def _find_basis(h: Tensor, rank: int) -> Tensor:
     return basis.contiguous()  # as it comes from the disk: kernels round by the layout
 
 
-def regression(evidence: LayerEvidence) -> tuple[Tensor, Tensor]:
-    """Covariances [I, r] of u with the features; the regularised inverse [r, r] of the latter's.
+def regression(evidence: LayerEvidence, neurons: Tensor) -> tuple[Tensor, Tensor]:
+    """Covariances [n, r] of some neurons' u with the features; the inverse [r, r] of the latter's.
 
     Their product is the ridge regression of u on the features.  From the sums ``signed`` [I],
-    ``features`` [r], ``cross`` [I, r] and ``moments`` [r, r].
+    ``features`` [r], ``cross`` [I, r] and ``moments`` [r, r]; neurons: [n] int64.
     """
     sums = evidence.sums
-    u, f = sums["signed"].mean, sums["features"].mean
-    cross = torch.addr(sums["cross"].mean, u, f, alpha=-1)
+    u, f = sums["signed"].rows(neurons), sums["features"].mean
+    cross = torch.addr(sums["cross"].rows(neurons), u, f, alpha=-1)
     moments = torch.addr(sums["moments"].mean, f, f, alpha=-1)
     ridge = RIDGE * torch.eye(len(f), dtype=f.dtype, device=f.device)
     return cross, torch.linalg.inv(moments + ridge)
@@ -93,11 +106,11 @@ def low_rank(
 
     down: [D, I]; basis: [r, D]; removed: [n] int64.
     """
-    mean = evidence.sums["signed"].mean.index_select(0, removed)
+    mean = evidence.sums["signed"].rows(removed)
     with full_precision(down):
-        cross, inverse = regression(evidence)
+        cross, inverse = regression(evidence, removed)
         # the hidden size is smaller than the number of neurons: the inverse is applied last
-        both = _folded(down.detach().t(), removed, torch.cat([cross[removed], mean[:, None]], 1))
+        both = _folded(down.detach().t(), removed, torch.cat([cross, mean[:, None]], 1))
         out = both[:, :-1] @ inverse
         bias = both[:, -1] - out @ evidence.sums["features"].mean
     return bias, LowRank(basis, out.to(down.dtype))

@@ -1,45 +1,104 @@
 """Decode tokens that were seen and not yet added to the evidence.
 
-Adding sixteen tokens at once costs about as much as adding one, so observing stays cheap.
+Adding many tokens of all layers at once costs about as much as adding one of one layer, so
+observing stays cheap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
+from typing import Any, NamedTuple
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
 
-Seen = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""u [B, T, I], z [B, T, D], and x, r [B, T, D] and f [B, T, F] where they are needed."""
-
-LIMIT = 16
+LIMIT = 32
 """Tokens after which the evidence is updated."""
 
 MAX_BYTES = 4 << 20
 """Bytes after which it is updated, however few the tokens: large models gain nothing by waiting."""
 
+STREAM_FIRST, STREAM_EVERY = 8, 8
+"""Sensitivities are read on the prompt, on the first observed tokens and on every n-th after."""
 
-def outlasting(u: Tensor, z: Tensor, x: Tensor | None, r: Tensor | None, f: Tensor | None) -> Seen:
-    """What one layer saw, outside any graph and safe from what the model does later."""
+
+class Seen(NamedTuple):
+    """What one layer saw, or several of one shape with a first dimension for them; None: unneeded.
+
+    ``u``: [B, T, I] activations; ``h``: [B, T, D] the FFN's input, for low-rank compensation;
+    ``z``, ``x``, ``r``: [B, T, D] its output, the stream before it and what is added to that.
+    """
+
+    u: Tensor | None
+    h: Tensor | None = None
+    z: Tensor | None = None
+    x: Tensor | None = None
+    r: Tensor | None = None
+
+    def cut(self, tokens: slice) -> Seen:
+        """Some tokens of one layer."""
+        return Seen(*(t if t is None else t[:, tokens] for t in self))
+
+    @property
+    def shown(self) -> Tensor:
+        """One of the tensors."""
+        return next(t for t in self if t is not None)
+
+
+NEURONS, STREAM = (0, 1), (2, 3, 4)
+"""Parts of ``Seen`` by what is made of them."""
+
+
+def outlasting(seen: Seen, stream: bool) -> Seen:
+    """What one layer saw, outside any graph and safe from what the model does later.
+
+    ``stream``: whether z, x and r are wanted.
+    """
+    u, h, z, x, r = seen
+    if torch.is_grad_enabled():
+        u, h, z, x, r = (t if t is None else t.detach() for t in seen)
+    if not stream or z is None:
+        return Seen(u, h)
     # z is cloned: some layers add to the FFN's output in place after it returned
-    kept = z.detach().clone()
-    same = r is z or (r is not None and r.data_ptr() == z.data_ptr())
-    x, r, f = (t if t is None else t.detach() for t in (x, r, f))
-    return u.detach(), kept, x, kept if same else r, f
+    kept = z.clone()
+    same = r is not None and r.data_ptr() == z.data_ptr()
+    return Seen(u, h, kept, x, kept if same else r)
 
 
-Update = Callable[[list[bool], int, Seen, Tensor | None], None]
+def reads_stream(observed: Sequence[int], tokens: int) -> bool:
+    """Whether a decode forward of ``tokens`` is one on which sensitivities are read.
+
+    ``observed``: tokens that each observing life has observed before.
+    """
+    return tokens > 1 or any(n < STREAM_FIRST or n % STREAM_EVERY == 0 for n in observed)
+
+
+Update = Callable[[list[bool], tuple[int, ...], Seen, Tensor | None], None]
+"""Flags of the lives, layers, what these saw ([L, B, T, ...] each) and weights [B, T] or None."""
+
+
+def weakly(method: Update) -> Update:
+    """``method`` without its object, which holds who calls it: a ring would keep both alive."""
+    reference = WeakMethod(method)
+
+    def call(*arguments: Any) -> None:
+        found = reference()
+        if found is not None:
+            found(*arguments)
+
+    return call
 
 
 @dataclass
 class Observations:
-    """A queue of observed decode tokens of all layers; ``observing``: one flag per life."""
+    """A queue of observed decode forwards; ``observing``: one flag per life."""
 
     update: Update
     observing: list[bool] = field(default_factory=list)
-    layers: dict[int, list[Seen]] = field(default_factory=dict)
+    forwards: list[Mapping[int, Seen]] = field(default_factory=list)
     weights: list[Tensor | None] = field(default_factory=list)
     shapes: list[tuple[int, int]] = field(default_factory=list)
 
@@ -50,7 +109,7 @@ class Observations:
     def add(
         self,
         observing: list[bool],
-        layers: dict[int, Seen],
+        layers: Mapping[int, Seen],
         weights: Tensor | None,
         rows: int,
         tokens: int,
@@ -61,8 +120,9 @@ class Observations:
         if observing != self.observing or (self.shapes and self.shapes[0][0] != rows):
             self.flush()
         self.observing = observing
-        for layer, seen in layers.items():
-            self.layers.setdefault(layer, []).append(_first(seen, tokens))
+        if next(iter(layers.values())).shown.shape[1] != tokens:
+            layers = {layer: seen.cut(slice(tokens)) for layer, seen in layers.items()}
+        self.forwards.append(layers)
         self.weights.append(weights)
         self.shapes.append((rows, tokens))
         if self.tokens >= LIMIT or self.nbytes() >= MAX_BYTES:
@@ -70,41 +130,51 @@ class Observations:
 
     def nbytes(self) -> int:
         """Bytes of the queued tensors; all layers hold as much as the first."""
-        first = next(iter(self.layers.values()), [])
+        first = [next(iter(layers.values())) for layers in self.forwards]
         each = sum(t.numel() * t.element_size() for seen in first for t in seen if t is not None)
-        return each * len(self.layers)
+        return each * len(self.forwards[0]) if first else 0
 
     def flush(self) -> None:
         """Add everything queued to the evidence."""
-        weights = self._joined_weights()
-        for layer, seen in self.layers.items():
-            us, zs, *others = zip(*seen, strict=True)
-            x, r, f = (_join(parts) for parts in others)
-            joined = (torch.cat(us, 1), torch.cat(zs, 1), x, r, f)
-            self.update(self.observing, layer, joined, weights)
-        self.layers, self.weights, self.shapes = {}, [], []
-
-    def _joined_weights(self) -> Tensor | None:
-        given = next((w for w in self.weights if w is not None), None)
-        if given is None:
-            return None
-        parts = [
-            torch.ones(shape, device=given.device) if w is None else w
-            for w, shape in zip(self.weights, self.shapes, strict=True)
-        ]
-        return torch.cat(parts, 1)
+        forwards, self.forwards = self.forwards, []
+        given, self.weights = self.weights, []
+        shapes, self.shapes = self.shapes, []
+        for layers in _alike(forwards[0]) if forwards else ():
+            for parts in (NEURONS, STREAM):  # the stream is not read on all of them
+                has = [one[layers[0]][parts[0]] is not None for one in forwards]
+                if any(has):
+                    seen = _joined(list(compress(forwards, has)), layers, parts)
+                    weights = _weights(list(compress(given, has)), list(compress(shapes, has)))
+                    self.update(self.observing, layers, seen, weights)
 
 
-def _first(seen: Seen, tokens: int) -> Seen:
-    """The first ``tokens`` of what one layer saw."""
-    if seen[0].shape[1] == tokens:
-        return seen
-    u, z, x, r, f = (None if t is None else t[:, :tokens] for t in seen)
-    assert u is not None
-    assert z is not None
-    return u, z, x, r, f
+def _alike(layers: Mapping[int, Seen]) -> list[tuple[int, ...]]:
+    """The layers in groups of one shape on one device, which have the same parts."""
+    groups: dict[object, list[int]] = {}
+    for layer, seen in layers.items():
+        kind = tuple(None if t is None else (t.shape, t.dtype, t.device) for t in seen[:2])
+        groups.setdefault(kind, []).append(layer)
+    return [tuple(group) for group in groups.values()]
 
 
-def _join(parts: tuple[Tensor | None, ...]) -> Tensor | None:
-    found = [part for part in parts if part is not None]
-    return torch.cat(found, 1) if found else None
+def _joined(
+    forwards: list[Mapping[int, Seen]], layers: tuple[int, ...], parts: Sequence[int]
+) -> Seen:
+    """The tokens of some forwards, of some layers, in one tensor per part: [L, B, T, ...]."""
+    found: list[Tensor | None] = [None] * len(Seen._fields)
+    for part in parts:
+        of = [[forward[layer][part] for forward in forwards] for layer in layers]
+        rows = [torch.cat([t for t in one if t is not None], 1) for one in of if one[0] is not None]
+        found[part] = torch.stack(rows) if rows else None
+    return Seen(*found)
+
+
+def _weights(given: list[Tensor | None], shapes: list[tuple[int, int]]) -> Tensor | None:
+    some = next((w for w in given if w is not None), None)
+    if some is None:
+        return None
+    parts = [
+        torch.ones(shape, device=some.device) if w is None else w
+        for w, shape in zip(given, shapes, strict=True)
+    ]
+    return torch.cat(parts, 1)

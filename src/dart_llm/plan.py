@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import TypeVar
 
 from torch import Tensor
@@ -45,13 +46,19 @@ class Call:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the layers do in one forward: ``masks[life][layer]``, None where dense."""
+    """What the layers do in one forward: ``masks[life][layer]``, None where dense.
+
+    ``observe``: hand on what is seen; ``stream``: the stream before and after the FFN too;
+    ``inputs``: the FFN's input too, where low-rank compensation reads it.
+    """
 
     observe: bool
     features: bool
     masks: tuple[tuple[LayerMask | None, ...] | None, ...]
+    stream: bool = False
+    inputs: bool = False
 
-    @property
+    @cached_property
     def dense(self) -> bool:
         return all(masks is None for masks in self.masks)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +14,7 @@ from dart_llm.budgets import LayerView, align_counts, blend_counts
 from dart_llm.compensation import compensation
 from dart_llm.config import PruneConfig
 from dart_llm.errors import AttachError, ConfigError, DartError
-from dart_llm.evidence import LayerEvidence, Statistics, needed
+from dart_llm.evidence import LayerEvidence
 from dart_llm.layer_prior import pooled
 from dart_llm.layer_spec import AUTO, parse_layer_spec
 from dart_llm.low_rank import low_rank
@@ -22,6 +22,7 @@ from dart_llm.masks import LayerMask, auto_count, top_ids
 from dart_llm.registry import BUDGETS, SCORES
 from dart_llm.scores import mix_ranks
 from dart_llm.token_select import candidate_count, token_mask
+from dart_llm.token_statistics import Statistics
 from dart_llm.weights import FfnWeights
 
 
@@ -85,9 +86,11 @@ class Selector:
             return ("signed", "lost")
         return ("signed", "features") if self.config.compensation_rank else ("signed",)
 
-    def unit_worth(self, layer: int) -> Tensor | None:
-        """What ``Statistics.update`` needs of a layer's weights: [I], or None when nothing."""
-        return self.layers[layer].unit_worth if "lost" in self.statistics.needs else None
+    def unit_worth(self, layers: Sequence[int]) -> Tensor | None:
+        """What ``Statistics.add`` needs of some layers' weights: [L, I], or None when nothing."""
+        if "lost" not in self.statistics.needs:
+            return None
+        return torch.stack([self.layers[layer].unit_worth for layer in layers])
 
     @property
     def needs_evidence(self) -> bool:
@@ -261,3 +264,10 @@ def check_fits(config: PruneConfig, layers: Sequence[FfnWeights]) -> Selector:
     if not layers:
         raise ConfigError("the model has no FFN layers")
     return Selector(config, tuple(layers))
+
+
+def needed(
+    parts: tuple[str, ...], compensation: Sequence[str], get: Callable[[str], frozenset[str]]
+) -> frozenset[str]:
+    """The union of what the budgets ``parts`` need, and of what compensation does."""
+    return frozenset(compensation).union(*(get(part) for part in parts))

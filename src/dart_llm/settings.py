@@ -112,7 +112,7 @@ class RunSettings(ActivationSettings):
                 "--save-activations keeps those of the generated texts, and nothing is generated: "
                 "give a prompt and --generation N, or leave it off"
             )
-        if self.executor in ("compact", "native", "slim"):
+        if self.executor in ("compact", "native", "slim", "graph"):
             raise ConfigError(
                 f"--save-activations cannot see the neurons that executor {self.executor} skips: "
                 "give --executor masked, or leave the executor out"

@@ -76,7 +76,7 @@ class BaseSettings(BaseModel):
     knowledge_drift: bool | None = setting("Pruning", "Re-mask on drift by the preset's rule.")
     drift: str | None = setting("Pruning", 'Drift rule: never, published, paper, "interval 64".')
     compensation: bool | None = setting("Pruning", "Add the removed neurons' mean contribution.")
-    executor: str | None = setting("Pruning", "auto, masked, compact, native or slim.")
+    executor: str | None = setting("Pruning", "auto, masked, compact, native, slim or graph.")
     # results
     seed: int = setting("Results", "Seed of everything random.", 0)
     experiment_name: str | None = setting("Results", "Default: <model>-<method>-<sparsity>.")

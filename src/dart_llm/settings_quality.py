@@ -57,7 +57,7 @@ class QualitySettings(BaseModel):
     prompt_tokens: int = setting(STUDY, "Prompt tokens of a slice.", 256)
     tokens: int = setting(STUDY, "Scored tokens of a slice.", 256)
     calibration: str | None = setting(STUDY, "Text for methods that calibrate.")
-    executor: str | None = setting(STUDY, "auto, masked, compact, native or slim.")
+    executor: str | None = setting(STUDY, "auto, masked, compact, native, slim or graph.")
     # model
     model: list[str] = setting(
         MODEL,

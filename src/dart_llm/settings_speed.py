@@ -16,7 +16,7 @@ from dart_llm.speed_cases import Case, Variant, method_cases, parse
 STUDY, MODEL, RESULTS = "Study", "Model", "Results"
 TEXTS = ("methods", "sparsities", "executors")
 """Texts with commas; a YAML file may hold them as lists."""
-EXECUTORS = ("masked", "compact", "native", "slim")
+EXECUTORS = ("masked", "compact", "native", "slim", "graph")
 LEAST = {"prompt_tokens": 1, "tokens": 4, "repeats": 1, "rebuild_every": 1, "threads": 1}
 """The least value of each whole number."""
 
@@ -34,7 +34,7 @@ class SpeedSettings(BaseModel):
         STUDY, "Fractions of FFN neurons to remove, comma-separated.", "0.5,0.7"
     )
     executors: str = setting(
-        STUDY, "Of masked, compact, native and slim, comma-separated.", "compact,native,slim"
+        STUDY, "Of masked, compact, native, slim, graph; comma-separated.", "compact,native,slim"
     )
     rebuild_every: int | None = setting(
         STUDY, "Rebuild masks every N pruned tokens, from one observed token; no other drift rule."

@@ -33,6 +33,9 @@ class SlimDecoder:
     ``ffns``: its blocks, laid out for the kernels; ``tokens``: their copies where tokens choose.
     """
 
+    rows: int | None = 1
+    device = "cpu"
+
     def __init__(
         self, model: Any, ffns: Sequence[NativeFfn], tokens: Sequence[TokenFfn | None]
     ) -> None:
@@ -110,33 +113,31 @@ class SlimDecoder:
         self._loaded[index] = mask
 
     def step(self, call: SlimCall, observe: bool) -> tuple[Tensor, Tensor]:
-        """Decode one token: logits [V] and the last hidden state [D]; the cache grows by one."""
+        """Decode one token: logits [1, V], the last hidden state [1, D]; the cache grows by one."""
         cache = call.cache
         if self._cache is None or self._cache.of() is not cache:
             self._cache = GrowingCache(cache)
         with torch.inference_mode(False), torch.no_grad():  # leaving that mode turns gradients on
             keys, values, length = self._cache.buffers(cache)
             cosine, sine = self._angle(length)
-            logits, hidden = self._native.step(
-                call.token, keys, values, length, cosine, sine, observe
-            )
+            caches = [t[0] for t in keys], [t[0] for t in values]
+            token = int(call.ids)
+            logits, hidden = self._native.step(token, *caches, length, cosine, sine, observe)
             self._cache.show(cache, length + 1)
-        return logits, hidden
+        return logits[None], hidden[None]
 
-    def reads(self, bases: Sequence[Tensor]) -> None:
-        """What observed steps read of every layer's FFN input: [F, D] each; () for nothing."""
-        self._native.set_features([basis.contiguous() for basis in bases])
-
-    def observed(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of the last step: u [L, I], x and z [L, D], f [L, F] (see observations.py)."""
-        u, x, z, f = self._native.observed()
-        return u, x, z, f
+    def observed(self, stream: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the last step: u [L, 1, I], the FFNs' inputs h [L, 1, D], their outputs and the stream
+        before them [L, 1, D]; these two only with ``stream`` (else [0, 1, D]).
+        """
+        u, h, z, x = (t[:, None] for t in self._native.observed(stream))
+        return u, h, z, x
 
     def _angle(self, position: int) -> tuple[Tensor, Tensor]:
         known = 0 if self._angles is None else len(self._angles[0])
         if self._angles is None or position >= known:
             count = (position // POSITIONS + 1) * POSITIONS
-            self._angles = angles(self._rotary, 0, count, self._dtype)
+            self._angles = angles(self._rotary, count, self._dtype)
         cosine, sine = self._angles
         return cosine[position], sine[position]
 

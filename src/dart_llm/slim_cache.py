@@ -1,7 +1,7 @@
 """Room for keys and values to grow: the cache's own tensors become views of larger buffers.
 
 A cache of transformers copies all its keys and values for every token.  Here each layer's tensors
-[1, K, n, S] lie in buffers of a larger n, and a step writes the next position in place.  Whoever
+[B, K, n, S] lie in buffers of a larger n, and a step writes the next position in place.  Whoever
 else changes the cache (crops it, reorders it, appends to it) leaves tensors of his own, which are
 noticed and copied anew.
 """
@@ -25,35 +25,33 @@ class GrowingCache:
         self.of = weakref.ref(cache)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self._whole: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._shown: list[Tensor] = []
 
     def buffers(self, cache: Any) -> tuple[list[Tensor], list[Tensor], int]:
-        """Keys and values [K, capacity, S] per layer with room for one position, and n."""
+        """Keys and values [B, K, capacity, S] per layer with room for one position, and n."""
         length = int(cache.layers[0].keys.shape[2])
         known = len(self._shown) == 2 * len(cache.layers) and all(
             layer.keys is self._shown[2 * i] and layer.values is self._shown[2 * i + 1]
             for i, layer in enumerate(cache.layers)
         )
-        if not known or length >= self.keys[0].shape[1]:
+        if not known or length >= self.keys[0].shape[2]:
             self.keys = [_roomy(layer.keys, length) for layer in cache.layers]
             self.values = [_roomy(layer.values, length) for layer in cache.layers]
-            self._whole = [t[None] for t in self.keys], [t[None] for t in self.values]
         return self.keys, self.values, length
 
     def show(self, cache: Any, length: int) -> None:
         """Let the cache hold the first ``length`` positions."""
         shown = []
-        for layer, keys, values in zip(cache.layers, *self._whole, strict=True):
+        for layer, keys, values in zip(cache.layers, self.keys, self.values, strict=True):
             layer.keys, layer.values = keys.narrow(2, 0, length), values.narrow(2, 0, length)
             shown += [layer.keys, layer.values]
         self._shown = shown
 
 
 def _roomy(old: Tensor, length: int) -> Tensor:
-    _, heads, _, size = old.shape
+    rows, heads, _, size = old.shape
     capacity = (length // ROOM + 1) * ROOM + ROOM // 4
     with torch.inference_mode(False):
-        made = torch.zeros(heads, capacity, size, dtype=old.dtype)
-    made[:, :length] = old[0]
+        made = torch.zeros(rows, heads, capacity, size, dtype=old.dtype, device=old.device)
+    made[:, :, :length] = old
     return made

@@ -42,6 +42,18 @@ class SlimParts:
 
 def why_not_slim(model: Any) -> str:
     """Why ``model`` cannot be decoded natively as a whole: "", or a clause."""
+    if reason := why_not_step(model):
+        return reason
+    some = next(model.parameters())
+    if some.device.type != "cpu":
+        return "is not on the CPU"
+    if some.dtype not in (torch.float32, torch.bfloat16):
+        return "is not float32 or bfloat16 throughout"
+    return ""
+
+
+def why_not_step(model: Any) -> str:
+    """Why whole decode steps of ``model`` are not known: "", or a clause."""
     _, _, text = decoder_layers(model)
     if text.model_type not in TYPES:
         return f"is a {text.model_type} model, not one of {', '.join(sorted(TYPES))}"
@@ -55,13 +67,8 @@ def why_not_slim(model: Any) -> str:
     if text.model_type == "mistral" and getattr(text, "sliding_window", None):
         return "has a sliding window"
     tensors = [*model.parameters()]
-    if any(p.device.type != "cpu" for p in tensors):
-        return "is not on the CPU"
-    if len({p.dtype for p in tensors}) > 1 or tensors[0].dtype not in (
-        torch.float32,
-        torch.bfloat16,
-    ):
-        return "is not float32 or bfloat16 throughout"
+    if len({(p.device, p.dtype) for p in tensors}) > 1 or not tensors[0].is_floating_point():
+        return "is not of one floating-point dtype on one device"
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         return "is spread by accelerate"
     odd = next((module for module in model.modules() if not _known(module)), None)
@@ -141,40 +148,55 @@ def _plain(tensor: Tensor | None) -> Tensor:
     return torch.empty(0) if tensor is None else tensor.detach()
 
 
-def angles(rotary: nn.Module, start: int, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def angles(
+    rotary: nn.Module,
+    count: int,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines [count, S] float32 of positions, rounded as the model rounds them."""
-    positions = torch.arange(start, start + count)[None]
-    like = torch.empty(0, dtype=dtype)
+    positions = torch.arange(count, device=device)[None]
+    like = torch.empty(0, dtype=dtype, device=device)
     cosine, sine = rotary(like, positions)
     return cosine[0].float().contiguous(), sine[0].float().contiguous()
 
 
 @dataclass(frozen=True)
 class SlimCall:
-    """A forward that decodes one token after a cache.  ``cache``: transformers' own."""
+    """A forward that decodes one token of each row after a cache: ids [B, 1]; transformers' own
+    cache.
+    """
 
-    token: int
+    ids: Tensor
     cache: Any
 
 
-def read_call(kwargs: dict[str, Any], args: tuple[Any, ...]) -> SlimCall | None:
-    """The call of a root forward when a slim step can serve it, else None."""
+def read_call(
+    kwargs: dict[str, Any], args: tuple[Any, ...], most: int | None = 1
+) -> SlimCall | None:
+    """The call of a root forward when a whole step can serve it, else None.
+
+    ``most``: rows that a step takes; None: any number.
+    """
     given = {key: value for key, value in kwargs.items() if value is not None}
     ids = given.pop("input_ids", args[0] if len(args) == 1 else None)
     cache = given.pop("cache", None) or given.pop("past_key_values", None)
-    if len(args) > 1 or not isinstance(ids, Tensor) or ids.shape != (1, 1) or cache is None:
+    if len(args) > 1 or not isinstance(ids, Tensor) or ids.dim() != 2 or cache is None:
+        return None
+    rows = len(ids)
+    if ids.shape[1] != 1 or not rows or (most is not None and rows > most):
         return None
     if type(cache).__name__ != CACHE or {type(one).__name__ for one in cache.layers} != {LAYER}:
         return None
     length = cache.get_seq_length()
-    if length and len(cache.layers[0].keys) != 1:
+    if length and len(cache.layers[0].keys) != rows:
         return None
     mask, positions = given.pop("attention_mask", None), given.pop("position_ids", None)
-    if mask is not None and not (isinstance(mask, Tensor) and mask.shape == (1, length + 1)):
+    if mask is not None and not (isinstance(mask, Tensor) and mask.shape == (rows, length + 1)):
         return None  # a mask for every kind of layer, or of another shape
     if mask is not None and not bool(mask.all()):
         return None
-    if positions is not None and int(positions.flatten()[-1]) != length:
+    if positions is not None and not bool((positions[..., -1] == length).all()):
         return None
     plain = {"use_cache": True, "return_dict": True}
     neutral = {"logits_to_keep": (0, 1), "output_attentions": (False,)}
@@ -185,11 +207,11 @@ def read_call(kwargs: dict[str, Any], args: tuple[Any, ...]) -> SlimCall | None:
         if key in neutral and not isinstance(value, Tensor) and value in neutral[key]:
             continue
         return None
-    return SlimCall(int(ids), cache) if length else None
+    return SlimCall(ids, cache) if length else None
 
 
 def as_output(logits: Tensor, cache: Any) -> Any:
-    """What a causal language model returns.  logits: [V]."""
+    """What a causal language model returns.  logits: [B, V]."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    return CausalLMOutputWithPast(logits=logits[None, None], cache=cache)
+    return CausalLMOutputWithPast(logits=logits[:, None], cache=cache)

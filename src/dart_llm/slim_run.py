@@ -1,17 +1,18 @@
-"""The root forward of an attached model with executor slim: native steps where they can serve."""
+"""The root forward of an attached model whose decode steps run as a whole, where they can."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
 
-from dart_llm.layer_prior import LayerPrior
-from dart_llm.slim import SlimDecoder
-from dart_llm.slim_parts import as_output, read_call
+from dart_llm.masks import LayerMask
+from dart_llm.observations import Seen
+from dart_llm.slim_parts import SlimCall, as_output, read_call
+from dart_llm.token_ffn import TokenFfn
 from dart_llm.tracer import Tracer
 
 OWN = ("dart_llm.", "transformers.")
@@ -39,16 +40,39 @@ class Hooks:
         return self._foreign
 
 
+class StepDecoder(Protocol):
+    """Whole decode steps.  ``rows``: of the largest batch, None for any; ``device``: its type;
+    ``tokens``: low-bit copies by which tokens choose, where it can.
+    """
+
+    rows: int | None
+    device: str
+    tokens: Sequence[TokenFfn | None]
+
+    def unload(self) -> None:
+        """Run all neurons, and hold neither masks nor room for a cache."""
+
+    def serves(self, masks: Sequence[LayerMask | None]) -> bool:
+        """Whether it can run these masks."""
+
+    def load(self, masks: Sequence[LayerMask | None]) -> None:
+        """Run these masks from now on; () or None in a layer's place: all of its neurons."""
+
+    def step(self, call: SlimCall, observe: bool) -> tuple[Tensor, Tensor]:
+        """Decode one token of each row: logits [B, V] and the last hidden states [B, D]."""
+
+    def observed(self, stream: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the last step, per layer: u, the FFN's input, its output, the stream before it."""
+
+
 class SlimRun:
     """Takes decode steps over from the model; ``current``: the tracer of the run."""
 
-    def __init__(self, model: nn.Module, decoder: SlimDecoder, current: Callable[[], Tracer]):
+    def __init__(self, model: nn.Module, decoder: StepDecoder, current: Callable[[], Tracer]):
         self.decoder = decoder
         self.current = current
         self.hooks = Hooks(model)
         self._model: Any = model
-        self._learnt: list[LayerPrior | None] = []
-        self._bases = False
         self.steps = 0
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -59,18 +83,16 @@ class SlimRun:
         watched = plan.features and tracer.config.drift.signal != "hidden"
         if len(plan.masks) > 1 or watched or self._asks_for_more():
             return original(*args, **kwargs)
-        call = read_call(kwargs, args)
+        call = read_call(kwargs, args, self.decoder.rows)
         if call is None or (masks and not self.decoder.serves(masks)):
             return original(*args, **kwargs)
         self.decoder.load(masks or ())
-        if plan.observe:
-            self._read_features(tracer)
         logits, hidden = self.decoder.step(call, plan.observe)
         self.steps += 1
         if plan.observe:
             self._observe(tracer)
         if plan.features:
-            tracer.feature(hidden[None, None])
+            tracer.feature(hidden[:, None])
         return as_output(logits, call.cache)
 
     def _asks_for_more(self) -> bool:
@@ -79,25 +101,14 @@ class SlimRun:
         return (
             self._model.training
             or torch.is_grad_enabled()
-            or torch.is_autocast_enabled("cpu")
+            or torch.is_autocast_enabled(self.decoder.device)
             or getattr(config, "output_hidden_states", False)
             or getattr(config, "output_attentions", False)
             or self.hooks.foreign()
         )
 
     def _observe(self, tracer: Tracer) -> None:
-        u, x, z, f = (t[:, None, None].unbind(0) for t in self.decoder.observed())
-        for index in range(len(u)):
-            tracer.observe(
-                index, u[index], z[index], x[index], z[index], f[index] if self._bases else None
-            )
-
-    def _read_features(self, tracer: Tracer) -> None:
-        """Let observed steps read what low-rank compensation wants of each layer's FFN input."""
-        learnt = [layer.learnt for layer in tracer.selector.layers]
-        same = len(learnt) == len(self._learnt)  # by identity: priors of two configurations differ
-        if same and all(new is old for new, old in zip(learnt, self._learnt, strict=True)):
-            return
-        bases = [one.basis for one in learnt if one is not None and one.basis is not None]
-        self._learnt, self._bases = learnt, len(bases) == len(learnt)
-        self.decoder.reads(bases if self._bases else ())
+        stream = tracer.plan.stream
+        u, h, z, x = (t[:, :, None].unbind(0) for t in self.decoder.observed(stream))
+        parts = (u, h, z, x, z) if stream else (u, h)
+        tracer.observe_step({i: Seen(*one) for i, one in enumerate(zip(*parts, strict=True))})

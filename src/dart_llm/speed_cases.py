@@ -14,9 +14,9 @@ from dart_llm.registry import METHODS
 from dart_llm.sentences import percent
 
 TRANSFORMERS = "transformers"
-OWN = ("dense, slim", "dense, native")
+OWN = ("dense, slim", "dense, native", "dense, graph")
 """Labels of our own dense path, the better first."""
-FASTEST = ("slim", "native", "compact")
+FASTEST = ("slim", "native", "graph", "compact")
 """Executors for what is measured under one of them alone, the better first."""
 FOREVER = 10**6
 """Tokens before the first mask where only observing is measured."""
@@ -128,11 +128,12 @@ def _at(one: Variant, sparsity: float, executor: str) -> PruneConfig:
 def dense_cases() -> tuple[Case, ...]:
     """The untouched model, then candidates for our own dense path, the better first."""
     griffin = PruneConfig.build("griffin", sparsity=0.0)
-    slim, native = OWN
+    slim, native, graph = OWN
     return (
         Case(TRANSFORMERS, "dense"),
         Case(slim, "dense", griffin.replace({"executor": "slim"})),
         Case(native, "dense", griffin.replace({"executor": "native"}), whole=True),
+        Case(graph, "dense", griffin.replace({"executor": "graph"})),
     )
 
 

@@ -1,4 +1,4 @@
-"""What parts of a method cost, as differences between rows of the same repetitions."""
+"""What parts of a method cost: differences between rows that decode in turns."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ Samples = Mapping[str, Sequence[Sample]]
 
 ATTACHED, OBSERVING, CHECKS, REMASK = "attaching", "observing", "drift checks", "a re-mask"
 WHAT = {
-    ATTACHED: "per token of a model attached at sparsity 0, against the untouched model",
-    OBSERVING: "per observed token (no mask is ever built), against the row that is named",
-    CHECKS: "per pruned token, against the same row with the drift rule never",
+    ATTACHED: "per token of a model attached at sparsity 0, against the untouched model; medians "
+    "of turns",
+    OBSERVING: "per observed token (no mask is ever built), against the row that is named; means "
+    "of turns",
+    CHECKS: "per pruned token, against the same row with the drift rule never; means of turns",
     REMASK: "of the step that builds masks, beyond the median pruned step of the same repetition",
 }
 
@@ -46,19 +48,19 @@ def kind_of(case: Case) -> str:
 
 
 def _values(kind: str, case: Case, samples: Samples) -> list[float]:
-    """The cost in ms, one value per repetition, or per mask that was built."""
+    """The cost in ms, one value per turn, or per mask that was built."""
     own = samples[case.label]
     if kind == REMASK:
         return [value for one in own for value in builds(one)]
-    if kind == OBSERVING and not any(Phase.OBSERVE in one["phases"] for one in own):
+    turns = [turn for one in own for turn in one.get("turns", ())]
+    if kind == OBSERVING and not any(Phase.OBSERVE in turn["own"]["phases"] for turn in turns):
         return []  # a method whose masks are made beforehand observes nothing
-    pairs = list(zip(own, samples.get(case.against, ()), strict=False))
-    if kind == CHECKS:  # here the row is the one that costs more
-        each = [(pruned_ms(other), pruned_ms(one)) for one, other in pairs]
+    if kind == CHECKS:  # here the row that is named is the one that costs more
+        each = [(_pruned_mean(turn["base"]), _pruned_mean(turn["own"])) for turn in turns]
         return [more - less for more, less in each if more is not None and less is not None]
     # every step costs the same while attached: medians scatter less; observing has its rare steps
     each_ms = _median_ms if kind == ATTACHED else _mean_ms
-    return [each_ms(one) - each_ms(other) for one, other in pairs]
+    return [each_ms(turn["own"]) - each_ms(turn["base"]) for turn in turns]
 
 
 def builds(sample: Sample) -> list[float]:
@@ -71,12 +73,22 @@ def builds(sample: Sample) -> list[float]:
 
 def pruned_ms(sample: Sample) -> float | None:
     """Median time of a pruned step that builds no masks; None without such a step."""
-    steps = [
+    steps = _pruned(sample)
+    return statistics.median(steps) if steps else None
+
+
+def _pruned_mean(sample: Sample) -> float | None:
+    """The mean of the same steps: a check falls into few of them."""
+    steps = _pruned(sample)
+    return statistics.fmean(steps) if steps else None
+
+
+def _pruned(sample: Sample) -> list[float]:
+    return [
         1000 * seconds
         for at, (seconds, phase) in enumerate(zip(sample["steps_s"], sample["phases"], strict=True))
         if phase == Phase.PRUNED and at not in sample["built"]
     ]
-    return statistics.median(steps) if steps else None
 
 
 def _median_ms(sample: Sample) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from dart_llm.speed_cases import OWN, TRANSFORMERS, Case, Variant, cost_cases, d
 from dart_llm.speed_clock import Sample, repetition
 from dart_llm.speed_machine import read_bandwidth
 from dart_llm.speed_model import cache_bytes
+from dart_llm.speed_turns import in_turns
 from dart_llm.ui import Ui
 
 WARMUP_TOKENS = 4
@@ -112,13 +113,17 @@ class Study:
             ),
         }
         for label in order:
-            samples[label] = repetition(
-                self.model, self.ids, self.plan.tokens, by_label[label].make
-            )
+            samples[label] = self._sample(by_label[label], by_label)
             done()
         found["samples"] = samples
         self.parts.save_part(_key(number), found)
         return found
+
+    def _sample(self, one: Ready, by_label: Mapping[str, Ready]) -> Sample:
+        tokens, against = self.plan.tokens, one.case.against
+        if against in by_label:
+            return in_turns(self.model, self.ids, tokens, one.make, by_label[against].make)
+        return repetition(self.model, self.ids, tokens, one.make)
 
     @property
     def own(self) -> str:
@@ -130,6 +135,8 @@ class Study:
         plain, *candidates = dense_cases()
         found = [Ready(plain, lambda: None)]
         for case in candidates:
+            if case.executor == "graph" and torch.device(self.model.device).type != "cuda":
+                break  # graphs are recorded on a GPU alone
             one = self._ready(case)
             if one is not None:
                 found.append(one)

@@ -15,8 +15,9 @@ from torch import Tensor
 from dart_llm.config import PruneConfig
 from dart_llm.drift import make_rule
 from dart_llm.life import Life, Phase
+from dart_llm.low_rank import read_features
 from dart_llm.masks import LayerMask
-from dart_llm.observations import Observations, Seen, outlasting
+from dart_llm.observations import Observations, Seen, outlasting, reads_stream, weakly
 from dart_llm.plan import Call, Held, Kind, Plan, prompt_counts, token_weights
 from dart_llm.records import DriftCheck, Remask
 from dart_llm.reference import add_reference, evidence_weights, sinks_ahead
@@ -51,7 +52,7 @@ class Tracer:
         self._held: Held | None = None
         self._real: list[float] = []
         """Tokens of each row before the forward in hand, padding left out."""
-        self._queue = Observations(self._update)
+        self._queue = Observations(weakly(self._update))
 
     @torch.no_grad()
     def begin_forward(self, call: Call) -> Plan:
@@ -136,57 +137,55 @@ class Tracer:
         prefill = call.kind is Kind.PREFILL
         masks = tuple(None if prefill else life.masks for life in self.lives)
         watched = any(observing) or any(life.phase is Phase.PRUNED for life in self.lives)
-        return Plan(
-            any(observing) and self.selector.needs_evidence,
-            bool(self.rule.window) and watched,
-            masks,
-        )
+        observe = any(observing) and self.selector.needs_evidence
+        stream = observe and self.selector.statistics.needs_stream
+        if stream and not prefill:
+            known = [life.observed for life, one in zip(self.lives, observing, strict=True) if one]
+            stream = reads_stream(known, call.tokens)
+        inputs = observe and "features" in self.selector.statistics.needs
+        return Plan(observe, bool(self.rule.window) and watched, masks, stream, inputs)
 
     def _announce(self, before: list[int]) -> None:
         for life, version in zip(self.lives, before, strict=True):
             if self.on_remask and life.version != version and life.masks is not None:
                 self.on_remask(life.remasks[-1], life)
 
-    def observe(
-        self,
-        layer: int,
-        u: Tensor,
-        z: Tensor,
-        x: Tensor | None = None,
-        r: Tensor | None = None,
-        f: Tensor | None = None,
-    ) -> None:
-        """One layer's tokens, parts as in ``observations.Seen``."""
+    def observe(self, layer: int, seen: Seen) -> None:
+        """One layer's tokens."""
         held = self._held
         if held is None or not self.plan.observe:
             return
         if held.call.kind is Kind.DECODE:
-            held.layers[layer] = outlasting(u, z, x, r, f)
-            return
-        self._observe_prompt(held, layer, (u, z, x, r, f))
+            held.layers[layer] = outlasting(seen, self.plan.stream)
+        else:
+            self._observe_prompt(held, layer, seen)
+
+    def observe_step(self, layers: dict[int, Seen]) -> None:
+        """All layers of one decode forward, in tensors that nobody changes."""
+        if self._held is not None and self.plan.observe:
+            self._held.layers = layers
 
     @torch.no_grad()
     def _observe_prompt(self, held: Held, layer: int, seen: Seen) -> None:
         end = held.call.prompt_tokens
-        u, z, x, r, f = (None if t is None else t.detach()[:, :end] for t in seen)
-        assert u is not None
-        assert z is not None
         weights = evidence_weights(held.call, end, self._real, self.config.skip_sinks)
-        self._update(held.observing, layer, (u, z, x, r, f), weights)
+        parts = (None if t is None else t.detach()[None, :, :end] for t in seen)
+        self._update(held.observing, (layer,), Seen(*parts), weights)
 
     def _update(
-        self, observing: list[bool], layer: int, seen: Seen, weights: Tensor | None
+        self, observing: list[bool], layers: tuple[int, ...], seen: Seen, weights: Tensor | None
     ) -> None:
         with torch.inference_mode(False):
+            f = read_features(seen.h, [self.selector.layers[layer] for layer in layers])
+            scale = self.selector.unit_worth(layers)
             for life, wanted in zip(self.lives, observing, strict=True):
-                if not wanted:
-                    continue
-                rows = life.batch_rows
-                w = None if weights is None else weights[rows].to(seen[0].device)
-                u, z, x, r, f = (None if t is None else t[rows] for t in seen)
-                assert u is not None and z is not None
-                scale = self.selector.unit_worth(layer)
-                self.selector.statistics.update(life.evidence[layer], u, z, x, r, w, f, scale)
+                if wanted:
+                    rows = life.batch_rows
+                    w = None if weights is None else weights[rows].to(seen.shown.device)
+                    own = Seen(*(None if t is None else t[:, rows] for t in seen))
+                    part = None if f is None else f[:, rows]
+                    evidence = [life.evidence[layer] for layer in layers]
+                    self.selector.statistics.add(evidence, own, w, part, scale)
 
     def feature(self, v: Tensor) -> None:
         """The last layer's attention output of this forward: [B, T, D]."""

@@ -30,6 +30,11 @@ class Ui:
         self.log.append(text)
         self.err.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def aside(self, text: str) -> None:
+        """One line that matters less than the others."""
+        self.log.append(text)
+        self.err.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+
     def table(self, table: Table) -> None:
         """Print a table; kept for the log as plain text."""
         plain = Console(width=100, no_color=True)

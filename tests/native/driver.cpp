@@ -194,7 +194,7 @@ void decoder(const Kernels& k, Dtype dtype, int64_t threads) {
     held.push_back(hold(dtype, drawn(n, 0.3f)));
     return static_cast<const void*>(held.back().bytes.data());
   };
-  Decoder d{dtype, D, H, K, S, I, V, 3, 1e-5f, 0.4f, made(V * D), made(D), made(V * D), {}};
+  Decoder d{dtype, D, H, K, S, I, V, 1e-5f, 0.4f, made(V * D), made(D), made(V * D), {}};
   for (int index = 0; index < 2; ++index) {
     Layer layer{};
     layer.attention_norm = made(D), layer.ffn_norm = made(D);
@@ -202,7 +202,6 @@ void decoder(const Kernels& k, Dtype dtype, int64_t threads) {
     layer.o = made(D * H * S), layer.q_bias = made(H * S), layer.k_norm = made(S);
     layer.ffn.gate = made(I * D), layer.ffn.up = made(I * D), layer.ffn.down = made(I * D);
     layer.ffn.kept = I;
-    layer.features = made(3 * D);
     d.layers.push_back(layer);
   }
   std::vector<float> cosine(S, 0.8f), sine(S, 0.6f);

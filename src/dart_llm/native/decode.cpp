@@ -148,7 +148,7 @@ struct Member {
     if (layer.copies.keep) choose(layer, given, ffn);
     float* u = scratch.observed ? scratch.u.data() + index * decoder.width : nullptr;
     in_parts(PARTS, [&](int64_t one, int64_t parts) {
-      if (one == 0 && scratch.observed) observe(index, given);
+      if (one == 0 && scratch.observed) observe(index, x);
       float* to = scratch.parts.data() + one * hidden;
       std::fill_n(to, hidden, 0.0f);
       Span own = part(ffn.kept, one, parts);
@@ -158,13 +158,10 @@ struct Member {
     });
   }
 
-  void observe(int64_t index, const Input& given) {
-    const Layer& layer = decoder.layers[index];
+  void observe(int64_t index, const float* given) {
     int64_t hidden = decoder.hidden;
     std::copy_n(scratch.stream.data(), hidden, scratch.x.data() + index * hidden);
-    if (layer.features)
-      kernels.matvec(decoder.dtype, layer.features, nullptr, given, 0, decoder.features,
-                     scratch.f.data() + index * decoder.features, decoder.features);
+    std::copy_n(given, hidden, scratch.h.data() + index * hidden);
   }
 
   void add_sums(int64_t index) {
@@ -242,7 +239,7 @@ Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_)
   scores.resize(threads * positions);
   u.resize(layers * d.width);
   x.resize(layers * d.hidden);
-  f.resize(layers * d.features);
+  h.resize(layers * d.hidden);
   z.resize(layers * d.hidden);
 }
 

@@ -15,14 +15,12 @@ struct Layer {
   const void *q_norm, *k_norm;                          // [S], or null
   Ffn ffn;
   Copies copies;
-  const void* features;  // [F, D]: what is read of the FFN's input where it is observed, or null
   const float* bias;  // [D] float32: what is added to the FFN's output, or null
 };
 
 struct Decoder {
   Dtype dtype;
   int64_t hidden, heads, kv_heads, size, width, vocabulary;  // D, H, K, S, I, V
-  int64_t features = 0;  // F
   float eps, scale;
   const void *embedding, *norm, *head;  // [V, D], [D], [V, D]
   std::vector<Layer> layers;
@@ -42,9 +40,9 @@ struct Scratch {
   std::vector<float> parts;                 // [PARTS, D]: what each part of an FFN adds
   std::vector<std::atomic<int64_t>> taken;  // of each job: the parts that members have taken ...
   std::vector<std::atomic<int64_t>> done;   // ... and have finished
-  // Of every layer, where it is observed: activations [L, I], features of the FFN's input [L, F],
-  // and [L, D] each the stream before the FFN and its output.
-  std::vector<float> u, x, f, z;
+  // Of every layer, where it is observed: activations [L, I], and [L, D] each the FFN's input, its
+  // output and the stream before it.
+  std::vector<float> u, h, z, x;
   std::vector<uint16_t> narrow;
   std::vector<float> strength;       // of a layer's neurons
   std::vector<int32_t> chosen;       // the token's neurons

@@ -173,7 +173,6 @@ struct Decoder : torch::CustomClassHolder {
   dart::Decoder model;
   std::vector<Tensor> held;  // keeps what is pointed at alive
   std::vector<std::vector<Tensor>> masks;
-  std::vector<Tensor> features;
   std::unique_ptr<dart::Scratch> scratch;
 
   // sizes: D, H, K, S, I, V; weights: embedding, norm, head, then 12 per layer, [] for none:
@@ -248,24 +247,6 @@ struct Decoder : torch::CustomClassHolder {
       if (t) masks[index].push_back(*t);
   }
 
-  // What is read of every layer's FFN input where a step is observed: [F, D] each, or none.
-  void set_features(std::vector<Tensor> bases) {
-    TORCH_CHECK(bases.empty() || bases.size() == model.layers.size(), "native: bases are missing");
-    model.features = bases.empty() ? 0 : bases[0].size(0);
-    for (size_t index = 0; index < model.layers.size(); ++index) {
-      const void* from = nullptr;
-      if (!bases.empty()) {
-        const Tensor& basis = bases[index];
-        TORCH_CHECK(basis.size(0) == model.features && basis.size(1) == model.hidden,
-                    "native: a basis has another shape");
-        from = data(basis, held[0].scalar_type());
-      }
-      model.layers[index].features = from;
-    }
-    features = std::move(bases);
-    scratch.reset();
-  }
-
   // Decodes after `token`; keys and values: per layer [K, capacity, S], `length` filled, of which
   // position `length` is written.  cosine, sine: [S] float32.  Returns logits [V], hidden [D], in
   // the weights' dtype.
@@ -300,15 +281,16 @@ struct Decoder : torch::CustomClassHolder {
             copy(scratch->normed, {model.hidden}, type)};
   }
 
-  // Of the last step, which was observed: u [L, I], x, z [L, D], f [L, F], in the weights' dtype.
-  std::vector<Tensor> observed() {
+  // Of the last step, which was observed: u [L, I], h [L, D] and, with `stream` (else [0, D]),
+  // z and x [L, D], in the weights' dtype.
+  std::vector<Tensor> observed(bool stream) {
     TORCH_CHECK(scratch && scratch->observed, "native: nothing was observed");
-    int64_t layers = int64_t(model.layers.size());
+    int64_t layers = int64_t(model.layers.size()), read = stream ? layers : 0;
     auto type = held[0].scalar_type();
     return {copy(scratch->u, {layers, model.width}, type),
-            copy(scratch->x, {layers, model.hidden}, type),
-            copy(scratch->z, {layers, model.hidden}, type),
-            copy(scratch->f, {layers, model.features}, type)};
+            copy(scratch->h, {layers, model.hidden}, type),
+            copy(scratch->z, {read, model.hidden}, type),
+            copy(scratch->x, {read, model.hidden}, type)};
   }
 
   static Tensor copy(std::vector<float>& from, std::vector<int64_t> shape, at::ScalarType type) {
@@ -327,7 +309,6 @@ TORCH_LIBRARY(dart_llm, library) {
   library.class_<Decoder>("Decoder")
       .def(torch::init<std::vector<int64_t>, double, double, std::vector<Tensor>, int64_t>())
       .def("set_mask", &Decoder::set_mask)
-      .def("set_features", &Decoder::set_features)
       .def("set_choice", &Decoder::set_choice)
       .def("step", &Decoder::step)
       .def("observed", &Decoder::observed);

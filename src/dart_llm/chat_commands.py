@@ -1,0 +1,121 @@
+"""What a line that begins with a slash does in ``dart-llm chat``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from dart_llm.chat import Chat
+from dart_llm.chat_lines import settings_line, stats_tables
+from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.registry import METHODS
+from dart_llm.ui import Ui
+
+HELP = {
+    "/sparsity X": "remove this fraction of the FFN neurons from now on, e.g. 0.7 or 70%",
+    "/method NAME": "prune by this method, e.g. griffin; dense prunes nothing",
+    "/drift RULE": 'make masks anew by this rule, e.g. never or "interval 64"',
+    "/stats": "accounting of the last answer and of the conversation",
+    "/save FILE": "write the conversation: .json with all accounting, else Markdown",
+    "/reset": "forget the conversation",
+    "/help": "this list",
+    "/quit": "leave, as Ctrl-D does",
+}
+NOTES = (
+    "A line that ends with \\ goes on in the next one; ``` opens and closes a block of lines.",
+    "Ctrl-C stops an answer. // at the beginning of a message stands for one slash.",
+    "After a change of settings the next answer reads the whole conversation again.",
+)
+
+
+class Commands:
+    """Runs commands on a chat.  ``left``: whether to leave."""
+
+    def __init__(self, chat: Chat, ui: Ui) -> None:
+        self.chat, self.ui = chat, ui
+        self.left = False
+        self._last: float | None = None
+        """The sparsity before the method was dense."""
+        self._known: dict[str, Callable[[str], None]] = {
+            "sparsity": self._sparsity,
+            "method": self._method,
+            "drift": self._drift,
+            "stats": self._stats,
+            "save": self._save,
+            "reset": self._reset,
+            "help": self._help,
+            "quit": self._quit,
+            "exit": self._quit,
+        }
+
+    def run(self, line: str) -> None:
+        """Run ``/name value``; raises ``ConfigError`` for what cannot be done."""
+        name, _, value = line.removeprefix("/").partition(" ")
+        if name not in self._known:
+            raise UnknownName("command", f"/{name}", [f"/{one}" for one in self._known])
+        self._known[name](value.strip())
+
+    def _sparsity(self, value: str) -> None:
+        if value:
+            if self.chat.settings.served() is None:
+                raise ConfigError("method dense removes nothing: choose another one by /method")
+            self.chat.change(sparsity=_fraction(value), total_prune_percent=None)
+        self._say_settings()
+
+    def _method(self, value: str) -> None:
+        settings = self.chat.settings
+        if value and METHODS.get(value).sparsity == 0:  # dense: nothing is removed
+            self._last = settings.target_sparsity() or self._last
+            self.chat.change(method=value, sparsity=None, total_prune_percent=None)
+        elif value and settings.served() is None:
+            self.chat.change(method=value, sparsity=self._last)
+        elif value:
+            self.chat.change(method=value)
+        self._say_settings()
+
+    def _drift(self, value: str) -> None:
+        if value:
+            self.chat.change(drift=value.strip('"'), knowledge_drift=None)
+        self._say_settings()
+
+    def _say_settings(self) -> None:
+        self.ui.say(settings_line(self.chat.settings))
+
+    def _stats(self, value: str) -> None:
+        if not self.chat.turns:
+            raise ConfigError("there is no answer yet: ask something first")
+        for table in stats_tables(self.chat.turns):
+            self.ui.table(table)
+
+    def _save(self, value: str) -> None:
+        if not value:
+            raise ConfigError("name a file: /save talk.md, or /save talk.json with all accounting")
+        path = Path(value).expanduser()
+        as_json = path.suffix.lower() == ".json"
+        text = json.dumps(self.chat.to_dict(), indent=1) + "\n" if as_json else self.chat.to_text()
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
+        self.ui.say(f"saved {len(self.chat.turns)} answers to {path}")
+
+    def _reset(self, value: str) -> None:
+        self.chat.reset()
+        self.ui.say("the conversation is forgotten")
+
+    def _help(self, value: str) -> None:
+        for name, text in HELP.items():
+            self.ui.say(f"{name:14} {text}")
+        for note in NOTES:
+            self.ui.say(note)
+
+    def _quit(self, value: str) -> None:
+        self.left = True
+
+
+def _fraction(text: str) -> float:
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise ConfigError(f'sparsity "{text}" is no number: write 0.7 or 70%') from None

@@ -1,0 +1,94 @@
+"""What the tests of the engine share: a tokenizer for tiny models, answers, texts without it."""
+
+from __future__ import annotations
+
+import functools
+import string
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dart_llm import prune
+from dart_llm.config import PruneConfig
+from dart_llm.engine import Answer, Ask, Engine, Sampling
+from dart_llm.engine_records import Record
+from dart_llm.own_text import remember_tokenizer
+from dart_llm.records import RunReport
+from tiny import VOCAB, tokens
+
+HALVES = "ÃĤ©¨¼¶"
+"""Bytes that make é, è, ü, ö and others in pairs, as byte-level tokenizers spell them."""
+
+PROMPT = tuple(tokens(1, 24)[0].tolist())
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}:{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+)
+
+
+@functools.cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per letter or byte; 1 begins and 2 ends a text, as in the tiny models."""
+    letters = string.ascii_letters + string.digits + ".,:;!?'\"()-_=+/" + "Ġ" + "Ċ" + HALVES
+    names = ["<pad>", "<s>", "</s>", *letters]
+    names += [f"<unused{i}>" for i in range(VOCAB - len(names))]
+    raw = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=TEMPLATE,
+    )
+
+
+def half(method: str = "griffin", **changes: Any) -> PruneConfig:
+    """A method that removes half of the neurons."""
+    return PruneConfig.build(method, sparsity=0.5, **changes)
+
+
+def alone(
+    model: Any,
+    config: PruneConfig | None,
+    ids: tuple[int, ...] = PROMPT,
+    new: int = 40,
+    **more: Any,
+) -> tuple[tuple[int, ...], RunReport | None]:
+    """The greedy tokens of ``generate`` in a block of its own, and its accounting."""
+
+    def write() -> tuple[int, ...]:
+        given = torch.tensor([ids])
+        settings = {"attention_mask": torch.ones_like(given), "do_sample": False, **more}
+        made = model.generate(given, max_new_tokens=new, **settings)
+        return tuple(made[0, len(ids) :].tolist())
+
+    if config is None:
+        return write(), None
+    remember_tokenizer(model, tokenizer())  # what is learnt begins with its words
+    with prune(model, config) as run:
+        found = write()
+    return found, run.report()
+
+
+def ask(
+    engine: Engine,
+    config: PruneConfig | None = None,
+    ids: tuple[int, ...] = PROMPT,
+    new: int = 40,
+    conversation: str | None = None,
+    **sampling: Any,
+) -> tuple[Answer, list[Record]]:
+    """An answer and all its records."""
+    records: list[Record] = []
+    asked = Ask(ids, Sampling(max_tokens=new, **sampling), config, conversation)
+    return engine.run(asked, records.append), records
+
+
+def kinds(records: list[Record]) -> list[str]:
+    """Their kinds, tokens left out."""
+    return [record.kind for record in records if record.kind != "token"]

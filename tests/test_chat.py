@@ -1,0 +1,284 @@
+"""``dart-llm chat``: messages, commands, interruptions, what is said and saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dart_llm import ConfigError, UnknownName
+from dart_llm.chat import Chat
+from dart_llm.chat_commands import HELP, Commands
+from dart_llm.chat_input import MORE, PROMPT, read_message
+from dart_llm.chat_lines import settings_line, turn_line
+from dart_llm.chat_template import chat_ids, chat_text
+from dart_llm.chat_terminal import interruptible, talk
+from dart_llm.engine import Engine
+from dart_llm.engine_records import Token
+from dart_llm.settings_base import merge
+from dart_llm.settings_chat import ChatSettings
+from dart_llm.ui import Ui
+from engine_cases import ask, half, tokenizer
+from steps import Same, shared_model
+
+
+def settings(**changes: Any) -> ChatSettings:
+    return merge(ChatSettings, {"method": "griffin", "sparsity": 0.5, "max_tokens": 8} | changes)
+
+
+@pytest.fixture
+def chat() -> Iterator[Chat]:
+    with Same(shared_model()), Engine(shared_model(), tokenizer()) as engine:
+        yield Chat(engine, tokenizer(), settings())
+
+
+def say(chat: Chat, *lines: str, person: bool = False) -> Ui:
+    """Talk; a line that is an exception is raised while that line is read."""
+    given = iter(lines)
+
+    def read(prompt: str) -> str:
+        line = next(given, None)
+        if line is None:
+            raise EOFError
+        if line == "^C":
+            raise KeyboardInterrupt
+        return line
+
+    ui = Ui()
+    talk(chat, ui, read, person)
+    return ui
+
+
+def test_a_conversation(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
+    ui = say(chat, "Why?", "", "   ", "And now?")
+    first, second = chat.turns
+    assert capsys.readouterr().out == f"{first.answer}\n{second.answer}\n"
+    told = [
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": first.answer},
+        {"role": "user", "content": "And now?"},
+    ]
+    assert chat.messages == [*told, {"role": "assistant", "content": second.answer}]
+    ids = chat_ids(tokenizer(), told)
+    assert second.result.usage.prompt_tokens == len(ids)
+    assert second.result.usage.cached_tokens > len(chat_ids(tokenizer(), told[:1]))
+    assert ui.log[1] == turn_line(first, 8)
+    assert turn_line(first, 8).startswith("8 tokens; ")
+    assert "griffin: 50.0% removed of 50%, 0% of the tokens dense, 0 re-masks" in ui.log[1]
+    assert ui.log[1].endswith("stopped at 8 tokens (--max-tokens)")
+
+
+def test_settings_change_while_talking(chat: Chat) -> None:
+    first = ("Why?", "/sparsity 0.25", "And?", "/sparsity 75%", "And?", "/method dense", "And?")
+    say(chat, *first, "/method dart-prompt", "And?", "/drift interval 4", "And?")
+    shares = [(turn.settings["method"], turn.settings["sparsity"]) for turn in chat.turns]
+    assert shares == [
+        ("griffin", 0.5),
+        ("griffin", 0.25),
+        ("griffin", 0.75),
+        ("dense", 0.0),
+        ("dart-prompt", 0.75),
+        ("dart-prompt", 0.75),
+    ]
+    assert [turn.result.report.method for turn in chat.turns] == [method for method, _ in shares]
+    assert chat.turns[-1].settings["drift"] == "interval 4"
+    fourth = chat.turns[3]
+    assert fourth.result.usage.cached_tokens == 0  # read anew under other settings
+    ids = chat_ids(tokenizer(), [*chat.messages[:6], {"role": "user", "content": "And?"}])
+    assert ask(chat.engine, None, ids, 8)[0].tokens == fourth.result.tokens
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "words"),
+    [
+        ("/sparsty 0.5", "UnknownName", "did you mean /sparsity or"),
+        ("/sparsity much", "ConfigError", 'sparsity "much" is no number: write 0.7 or 70%'),
+        ("/sparsity 1", "ConfigError", r"must lie in [0, 1)"),
+        ("/method drat", "UnknownName", "did you mean dart"),
+        ("/method dense-4bit", "ConfigError", "weights of 4 bits"),
+        ("/drift soon", "UnknownName", "soon"),
+        ("/stats", "ConfigError", "there is no answer yet"),
+        ("/save", "ConfigError", "name a file"),
+        ("/save /nowhere/at/all.md", "ConfigError", "cannot write /nowhere/at/all.md: No such"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(chat: Chat, line: str, kind: str, words: str) -> None:
+    before = chat.settings
+    ui = say(chat, line)
+    assert len(ui.log) == 1 and ui.log[0].startswith(f"{kind}: ") and words in ui.log[0]
+    assert chat.settings == before
+    say(chat, "Why?")
+    assert len(chat.turns) == 1
+
+
+def test_dense_has_no_sparsity(chat: Chat) -> None:
+    ui = say(chat, "/method dense", "/sparsity 0.5", "/method griffin")
+    assert ui.log == [
+        "dense: nothing is removed",
+        "ConfigError: method dense removes nothing: choose another one by /method",
+        "griffin: 50% of the FFN neurons removed, drift rule never",
+    ]
+
+
+def test_help_names_every_command(chat: Chat) -> None:
+    ui = say(chat, "/help")
+    assert [line.split()[0] for line in ui.log[: len(HELP)]] == [name.split()[0] for name in HELP]
+    known = set(Commands(chat, ui)._known)
+    assert known == {name.split()[0][1:] for name in HELP} | {"exit"}
+
+
+def test_leaving(chat: Chat) -> None:
+    for word in ("/quit", "/exit"):
+        say(chat, word, "Why?")
+        assert not chat.turns
+
+
+def test_stats(chat: Chat) -> None:
+    text = "\n".join(say(chat, "Why?", "/method dense", "And?", "/stats").log)
+    assert "dense: accounting of the generated text" in text
+    assert "answers of this conversation" in text
+    rows = [line.split() for line in text.splitlines() if line.startswith("│ griffin")]
+    assert rows[0][3] == "50.0%"
+
+
+def test_save(chat: Chat, tmp_path: Path) -> None:
+    say(chat, "Why?", f"/save {tmp_path}/talk.json", f"/save {tmp_path}/talk.md")
+    turn = chat.turns[0]
+    saved = json.loads((tmp_path / "talk.json").read_text("utf-8"))
+    assert saved["messages"] == chat.messages
+    assert saved["settings"]["sparsity"] == 0.5
+    assert saved["turns"][0]["report"]["achieved_sparsity"] == 0.5
+    assert saved["turns"][0]["timings"]["predicted_n"] == 7
+    text = (tmp_path / "talk.md").read_text("utf-8")
+    assert text == f"**user**\n\nWhy?\n\n**assistant**\n\n{turn.answer}\n"
+
+
+def test_reset(chat: Chat) -> None:
+    say(chat, "Why?", "/reset", "Why?")
+    assert len(chat.turns) == 1 and chat.turns[0].result.usage.cached_tokens == 0
+
+
+def test_a_slash_can_be_said(chat: Chat) -> None:
+    say(chat, "//etc is a folder")
+    assert chat.messages[0]["content"] == "/etc is a folder"
+
+
+def test_system_message(chat: Chat) -> None:
+    spoken = Chat(chat.engine, tokenizer(), settings(system="Be short."))
+    assert spoken.messages == [{"role": "system", "content": "Be short."}]
+    say(spoken, "Why?")
+    whole = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Why?"}]
+    assert spoken.turns[0].result.usage.prompt_tokens == len(chat_ids(tokenizer(), whole))
+
+
+def test_interrupted(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
+    chat.settings = chat.settings.changed(max_tokens=400)
+    plain, told = chat.engine.run, []
+
+    def slow(asked: Any, emit: Any, cancelled: Any) -> Any:
+        def watch(record: Any) -> None:
+            told.append(record)
+            emit(record)
+            if isinstance(record, Token) and record.index == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return plain(asked, watch, cancelled)
+
+    before = signal.getsignal(signal.SIGINT)
+    chat.engine.run = slow  # type: ignore[method-assign]
+    ui = say(chat, "^C", "Why?", "^C", "And?", person=True)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert [len(turn.result.tokens[0]) for turn in chat.turns] == [6, 6]
+    assert ui.log[0] == "\n/quit or Ctrl-D leaves"
+    assert ui.log[2].endswith("; stopped")
+    cached = chat.turns[1].result.usage.cached_tokens
+    assert cached >= chat.turns[0].result.usage.prompt_tokens
+    with pytest.raises(KeyboardInterrupt):
+        say(chat, "^C")
+
+
+def test_interruptible_is_quiet_elsewhere() -> None:
+    with interruptible() as stopped:
+        assert not stopped()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopped()
+    with interruptible() as stopped:
+        assert not stopped()
+
+
+def lines(*given: str) -> list[str]:
+    """The messages that some lines are, and what was shown before every line."""
+    rest, found = iter(given), []
+
+    def read(prompt: str) -> str:
+        prompts.append(prompt)
+        try:
+            return next(rest)
+        except StopIteration:
+            raise EOFError from None
+
+    prompts: list[str] = []
+    while True:
+        try:
+            found.append(read_message(read))
+        except EOFError:
+            assert set(prompts) <= {PROMPT, MORE}
+            return found
+
+
+def test_messages_of_several_lines() -> None:
+    assert lines("a", "b") == ["a", "b"]
+    assert lines("a\\", "b\\", "c", "d") == ["a\nb\nc", "d"]
+    assert lines("```", "a\\", "", "b", "```", "c") == ["```\na\\\n\nb\n```", "c"]
+    assert lines("```python", "x", "```\\", "why?") == ["```python\nx\n```\nwhy?"]
+    assert lines("read:\\", "```", "x", "```") == ["read:\n```\nx\n```"]
+    assert lines("```", "never closed") == ["```\nnever closed"]
+    assert lines("a\\") == ["a"]
+    assert lines() == []
+
+
+def test_templates(chat: Chat) -> None:
+    text = chat_text(tokenizer(), [{"role": "user", "content": "hi"}])
+    assert text == "<s>user:hi</s><s>assistant:"
+    assert tokenizer().decode(chat_ids(tokenizer(), [{"role": "user", "content": "hi"}])) == text
+    bare = tokenizer().__class__(tokenizer_object=tokenizer().backend_tokenizer)
+    with pytest.raises(ConfigError, match="no chat template"):
+        chat_ids(bare, [])
+    bare.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ConfigError, match="refuses these messages: roles must alternate"):
+        Chat(chat.engine, bare, settings())
+
+
+def test_a_conversation_that_is_too_long(chat: Chat) -> None:
+    ui = say(chat, "Why?" * 200, "/reset", "Why?")
+    assert ui.log[0].startswith("ConfigError: the prompt has 8")
+    assert len(chat.turns) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"max_tokens": 0}, ConfigError, "max_tokens 0"),
+        ({"temperature": -1.0}, ConfigError, "temperature -1"),
+        ({"top_p": 2.0}, ConfigError, "top_p 2"),
+        ({"masks": "m.safetensors", "sparsity": None}, ConfigError, "chat chooses its own masks"),
+        ({"method": "dense"}, ConfigError, "drop the sparsity"),
+        ({"method": "grifin"}, UnknownName, "griffin"),
+    ],
+)
+def test_settings_that_cannot_be(changes: dict, error: type, words: str) -> None:
+    with pytest.raises(error, match=words):
+        settings(**changes)
+
+
+def test_settings_lines() -> None:
+    assert settings_line(settings()).startswith("griffin: 50% of the FFN neurons removed")
+    table = settings(sparsity=None, layer_topk="all:#10")
+    assert settings_line(table).startswith("griffin: as many FFN neurons removed as the method")
+    assert settings(temperature=0.5, seed=3).sampling().seed == 3
+    assert settings().changed(method="dart-prompt").served() == half("dart-prompt")
