@@ -221,6 +221,8 @@ def test_past_runs(window: Window) -> None:
         assert part in shown
     assert window.js("document.querySelectorAll('#run .similarity-dot').length") == 1
     assert window.js("document.querySelector('#run canvas').getBoundingClientRect().height") > 5
+    label = window.js("document.querySelector('#run canvas').getAttribute('aria-label')")
+    assert "layer 0 keeps least (38\u00a0%), layer 1 most (63\u00a0%)" in label
     shots(window, "runs-1280-light")
 
 

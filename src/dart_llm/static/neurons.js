@@ -7,6 +7,7 @@ import { percent } from "./format.js";
 
 const LEFT = 26;
 const GAP = 14;
+const COLOURS = ["--rule", "--line", "--sunken", "--soft", "--ink"];
 const BARS = 0.24; // of the width, for the kept shares
 
 /** Draws answers on a canvas; arrow keys and the pointer read single cells. */
@@ -24,15 +25,28 @@ export class NeuronView {
     canvas.addEventListener("keydown", (event) => this.#step(event));
   }
 
-  /** Show what is alive in this answer now, or with `changes` what its last re-mask changed. */
-  show(answer, changes = false) {
+  /**
+   * Show what is alive in this answer now, or with `changes` what its last re-mask changed.
+   * Nothing is drawn where nothing is new, unless `anew`; returns whether it was.
+   */
+  show(answer, changes = false, anew = true) {
+    const last = [this.answer, this.mask, this.before, this.layers];
+    this.answer = answer;
     this.layers = answer.start?.layers ?? 0;
     this.neurons = answer.start?.neurons ?? [];
     this.mask = alive(answer);
     this.before = changes && answer.masks.length > 1 ? answer.masks.at(-2) : null;
     if (this.before) this.mask = answer.masks.at(-1);
+    const now = [this.answer, this.mask, this.before, this.layers];
+    if (!anew && now.every((value, i) => value === last[i])) return false;
     this.draw();
-    this.canvas.setAttribute("aria-label", `What is alive: ${summary(answer, this.mask)}`);
+    return true;
+  }
+
+  /** What screen readers are told of the raster. */
+  label(text) {
+    const whole = `What is alive: ${text}`;
+    if (this.canvas.getAttribute("aria-label") !== whole) this.canvas.setAttribute("aria-label", whole);
   }
 
   draw() {
@@ -45,6 +59,7 @@ export class NeuronView {
     this.canvas.height = Math.round(height * ratio);
     this.place = { width, row, bars: Math.round((width - LEFT) * BARS) };
     this.place.raster = width - LEFT - GAP - this.place.bars;
+    this.colours = Object.fromEntries(COLOURS.map((name) => [name, colourOf(name)]));
     const pen = this.canvas.getContext("2d");
     pen.scale(ratio, ratio);
     pen.clearRect(0, 0, width, height);
@@ -57,7 +72,7 @@ export class NeuronView {
   /** Rows without a value, before anything was answered. */
   #empty(pen) {
     const { row, raster, bars } = this.place;
-    pen.fillStyle = colourOf("--sunken");
+    pen.fillStyle = this.colours["--sunken"];
     for (let top = 2; top < 28 * row; top += row) {
       pen.fillRect(LEFT, top, raster, row - 1);
       pen.fillRect(LEFT + raster + GAP, top, bars, row - 1);
@@ -85,15 +100,15 @@ export class NeuronView {
     const kept = this.mask ? this.mask.kept_share[layer] : 1;
     const left = drawn ? LEFT + raster + GAP : LEFT;
     const room = drawn ? bars : raster + GAP + bars;
-    pen.fillStyle = colourOf("--rule");
+    pen.fillStyle = this.colours["--rule"];
     pen.fillRect(left, top, room, thick);
-    pen.fillStyle = colourOf("--line");
+    pen.fillStyle = this.colours["--line"];
     pen.fillRect(left, top, room * kept, thick);
   }
 
   #colour(layer, bin) {
     if (!this.before) return rampColour(255 * this.share(layer, bin));
-    return changeColour(this.change(layer, bin), colourOf("--sunken"));
+    return changeColour(this.change(layer, bin), this.colours["--sunken"]);
   }
 
   /** Share of a group that the last re-mask brought to life; less than 0: that it let go. */
@@ -103,7 +118,7 @@ export class NeuronView {
 
   #labels(pen) {
     pen.font = "11px system-ui, sans-serif";
-    pen.fillStyle = colourOf("--soft");
+    pen.fillStyle = this.colours["--soft"];
     pen.textAlign = "right";
     pen.textBaseline = "middle";
     const every = Math.max(1, Math.ceil(this.layers / 6 / 5) * 5);
@@ -115,7 +130,7 @@ export class NeuronView {
   #cursor(pen) {
     const { row, raster } = this.place;
     const width = raster / this.bins;
-    pen.strokeStyle = colourOf("--ink");
+    pen.strokeStyle = this.colours["--ink"];
     pen.lineWidth = 2;
     pen.strokeRect(LEFT + this.at.bin * width - 1, this.at.layer * row + 1, width + 2, row + 1);
   }
@@ -161,7 +176,7 @@ export function summary(answer, mask) {
   const shares = mask.kept_share;
   const [least, most] = [Math.min(...shares), Math.max(...shares)];
   return `mask ${mask.number}, in force from token ${mask.token}; layer ${shares.indexOf(least)} keeps least ` +
-    `(${percent(least, 0)}), layer ${shares.indexOf(most)} most (${percent(most, 0)}).`;
+    `(${percent(least, 0)}), layer ${shares.indexOf(most)} most (${percent(most, 0)}).`.replaceAll(" %", "\u00a0%");
 }
 
 /** The scale below the raster: shares, or changes of them. */

@@ -4,7 +4,7 @@ import { newAnswer } from "./answer.js";
 import { el } from "./dom.js";
 import { drawDrift } from "./drift.js";
 import { percent, plain } from "./format.js";
-import { NeuronView } from "./neurons.js";
+import { NeuronView, summary } from "./neurons.js";
 import { TextView } from "./text.js";
 
 /** Show an opened run inside `box`. */
@@ -20,7 +20,9 @@ export function showRun(box, run) {
   if (answer.masks.length) {
     const canvas = el("canvas", { role: "img" });
     place(box, "Kept share per layer, last mask", el("div", { className: "plot" }, canvas));
-    new NeuronView(canvas, el("p")).show(answer);
+    const neurons = new NeuronView(canvas, el("p"));
+    neurons.show({ ...answer, tokens: [] }); // the last mask, whatever ran last
+    neurons.label(summary(answer, neurons.mask));
   }
   box.scrollTop = 0;
 }
@@ -93,7 +95,6 @@ function asAnswer(run) {
   if (layers.length && masks.length) {
     answer.start = { layers: layers.length, neurons: layers.map((layer) => layer.width) };
     answer.masks = [{ number: masks.length, token: masks.at(-1).step + 1, kept_share: layers.map((layer) => layer.kept_share) }];
-    answer.tokens = answer.tokens.map((token) => ({ ...token }));
   }
   return answer;
 }

@@ -10,13 +10,13 @@ export class View {
   constructor() {
     this.neurons = new NeuronView(byId("neurons"), byId("neurons-cell"));
     this.answer = newAnswer("Nothing has been answered yet");
-    this.waiting = false;
+    this.waiting = this.anew = false;
     byId("changes").addEventListener("change", () => this.refresh());
-    new ResizeObserver(() => this.refresh()).observe(byId("drift-plot"));
+    new ResizeObserver(() => this.refresh(true)).observe(byId("drift-plot"));
     new IntersectionObserver(([seen]) => (byId("strip").dataset.there = seen.isIntersecting), {
       rootMargin: "0px 0px -40% 0px",
     }).observe(byId("view"));
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.refresh());
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.refresh(true));
   }
 
   /** Show this answer from now on. */
@@ -25,28 +25,33 @@ export class View {
     this.refresh();
   }
 
-  refresh() {
+  /** Draw what is new; `anew`: all of it, as after a change of size or of colours. */
+  refresh(anew = false) {
+    this.anew ||= anew;
     if (this.waiting) return;
     this.waiting = true;
     requestAnimationFrame(() => {
-      this.waiting = false;
-      draw(this.answer, this.neurons);
+      draw(this.answer, this.neurons, this.anew);
+      this.waiting = this.anew = false;
     });
   }
 }
 
-function draw(answer, neurons) {
+function draw(answer, neurons, anew) {
   byId("view-of").textContent = heading(answer);
   counters(answer);
   drawDrift(byId("drift-plot"), answer);
   byId("drift-note").textContent = driftNote(answer);
   const changes = showsChanges(answer);
-  neurons.show(answer, changes);
-  drawRamp(changes);
-  byId("neurons-note").textContent = sentence(summary(answer, alive(answer)));
+  const text = summary(answer, alive(answer));
+  neurons.label(text);
+  byId("neurons-note").textContent = sentence(text);
+  if (neurons.show(answer, changes, anew)) {
+    drawRamp(changes);
+    fillLayers(byId("layers"), alive(answer), answer.start?.layers ?? 0);
+  }
   remasks(answer);
   strip(answer);
-  fillLayers(byId("layers"), alive(answer), answer.start?.layers ?? 0);
 }
 
 function showsChanges(answer) {
