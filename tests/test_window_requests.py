@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from browser import Window, need_browser, opened
-from serve_cases import FakeEngine, Running, running
+from dart_llm.replay_page import page
+from dart_llm.replay_records import read_records
+from serve_cases import FakeEngine, Running, running, until
 
 ENDED = "document.getElementById('stop').hidden"
 TEXTS = "[...document.querySelectorAll('.answer .text')].map((t) => t.textContent)"
@@ -74,6 +76,23 @@ def test_settings_and_conversation_reach_the_engine(start: Start) -> None:
     assert bytes(server.engine.asked[3].ids).decode() == "<user>three<assistant>"
     assert window.complaints() == []
     assert window.strangers() == []
+
+
+def test_the_records_can_be_saved_and_replayed(start: Start, tmp_path: Path) -> None:
+    _, window = start()
+    ready(window)
+    allowed = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    window.driver.execute_cdp_cmd("Browser.setDownloadBehavior", allowed)
+    window.js("document.getElementById('max-tokens').value = 3")
+    send(window, "one", 1)
+    window.js("document.querySelector('.answer footer button').click()")
+    file = tmp_path / "records.jsonl"
+    until(file.exists)
+    found = read_records(str(file))
+    assert [record["kind"] for record in found] == ["start", "token", "token", "token", "done"]
+    assert found[-1]["texts"] == ["w0 w1 w2 "]
+    assert "fake-model" in page(found)
+    assert window.complaints() == []
 
 
 def test_a_fault_is_said_and_the_next_answer_comes(start: Start) -> None:

@@ -73,7 +73,8 @@ export class Player {
 
   #later() {
     clearTimeout(this.timer);
-    const seconds = Math.min(LONGEST_WAIT, this.records[this.next]?.seconds ?? 0);
+    const token = this.records.slice(this.next, this.next + 16).find((record) => record.kind === "token");
+    const seconds = Math.min(LONGEST_WAIT, token?.seconds ?? 0);
     this.timer = setTimeout(() => this.#tick(), (1000 * seconds) / Number(byId("speed").value));
   }
 
