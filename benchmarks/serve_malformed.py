@@ -23,6 +23,8 @@ LONGEST = 10.0
 """Seconds within which the server must answer or close."""
 PATIENCE = 2.0
 """Seconds after which a request without an answer is ended by the client."""
+NAMES = 20
+"""Requests that schemathesis makes for a route that takes nothing but a name."""
 POSTS = ("/v1/chat/completions", "/v1/completions", "/api/events")
 USER = {"role": "user", "content": "hi"}
 LONG = "x" * 2_000_000
@@ -224,21 +226,23 @@ def from_schema(url: str, count: int, seed: int = 0) -> list[Outcome]:
     description = session.get(f"{url}/openapi.json", timeout=LONGEST).json()
     schema = schemathesis.openapi.from_dict(description)
     operations = [found.ok() for found in schema.get_all_operations()]
-    operations = [one for one in operations if one.method.upper() == "POST" or "{" in one.path]
+    named = [one for one in operations if "{" in one.path]  # only a name to get wrong
+    posts = [one for one in operations if one.method.upper() == "POST"]
+    few = min(NAMES, count // 10)
+    examples = {one.path: few for one in named}
+    examples |= {one.path: -(-(count - few * len(named)) // len(posts)) for one in posts}
     outcomes: list[Outcome] = []
-    quiet = settings(
-        max_examples=-(-count // len(operations)),
-        deadline=None,
-        database=None,
-        derandomize=False,
-        suppress_health_check=list(HealthCheck),
-    )
-    for operation in operations:
-        mode = GenerationMode.NEGATIVE if operation.method.upper() == "POST" else None
-        strategy = operation.as_strategy(**({"generation_mode": mode} if mode else {}))
+    for operation in (*named, *posts):
+        mode = GenerationMode.NEGATIVE if operation in posts else GenerationMode.POSITIVE
+        strategy = operation.as_strategy(generation_mode=mode)
 
         @seeded(seed)
-        @quiet
+        @settings(
+            max_examples=examples[operation.path],
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
         @given(case=strategy)
         def send(case: Any) -> None:
             began, status = time.perf_counter(), None

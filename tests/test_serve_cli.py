@@ -60,6 +60,20 @@ def test_an_address_of_another_machine() -> None:
     assert "a-good" not in said
 
 
+@pytest.mark.parametrize("package", ["fastapi", "uvicorn"])
+def test_an_extra_that_is_missing(package: str) -> None:
+    script = (
+        f"import sys; sys.modules[{package!r}] = None; sys.argv = ['dart-llm', 'serve', '--port', "
+        "'0']; from dart_llm.__main__ import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert f"this needs {package}, which is not installed: pip install 'dart-llm[serve]'" in line
+
+
 @pytest.fixture
 def tiny_model(tmp_path: Path) -> str:
     """A folder with a tiny model and a tokenizer of bytes."""

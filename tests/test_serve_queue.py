@@ -169,6 +169,19 @@ def test_watchers_see_no_text() -> None:
     assert "texts" not in found[-1]
 
 
+def test_a_watcher_that_sends_a_large_body_is_let_go() -> None:
+    with running(max_body_kib=1) as server:
+        connection = server.connect()
+        connection.sendall(
+            b"GET /api/events HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        read_until(connection, b"hello")
+        assert len(server.service.live) == 1
+        connection.sendall(b"1000\r\n" + b"x" * 4096 + b"\r\n")
+        until(lambda: len(server.service.live) == 0)
+        connection.close()
+
+
 def test_the_end_lets_an_answer_finish_and_sends_the_others_away() -> None:
     engine = FakeEngine(pause=0.02)
     results: list[Any] = []

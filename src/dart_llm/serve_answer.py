@@ -173,7 +173,11 @@ class Watch:
 
 
 async def until_gone(receive: Receive, then: Callable[[], None]) -> None:
-    """Wait until the client closes its connection, then call ``then``."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    """Wait until the client closes its connection, then call ``then``.
+
+    A body that comes where none belongs and is too large ends it too.
+    """
+    with contextlib.suppress(Refusal):
+        while (await receive())["type"] != "http.disconnect":
+            pass
     then()
