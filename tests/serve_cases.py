@@ -83,6 +83,8 @@ class FakeEngine:
     cancelled_at: list[int] = field(default_factory=list)
     ended: list[float] = field(default_factory=list)
     most_at_once: int = 0
+    index: int = 0
+    """Of the token in progress."""
     _inside: int = 0
 
     def run(
@@ -110,6 +112,7 @@ class FakeEngine:
         emit(start)
         texts, finish = [""] * sampling.n, ["length"] * sampling.n
         for index in range(sampling.max_tokens):
+            self.index = index
             if self.fault is not None and index == self.fault_at:
                 raise self.fault
             if cancelled():
@@ -214,11 +217,17 @@ def benchmark(name: str) -> Any:
 
 
 def until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Wait until something holds; fails after ``seconds``."""
-    end = time.monotonic() + seconds
+    """Wait until something holds; fails after ``seconds``.
+
+    Time in which this process was stopped does not count: what it waits for was stopped too.
+    """
+    waited, last = 0.0, time.monotonic()
     while not holds():
-        assert time.monotonic() < end, "it never came true"
+        assert waited < seconds, "it never came true"
         time.sleep(0.002)
+        now = time.monotonic()
+        waited += min(0.1, now - last)
+        last = now
 
 
 def events(text: str) -> list[Any]:

@@ -103,9 +103,13 @@ class Process:
         )
         self.said = ""
         threading.Thread(target=self._read, daemon=True).start()
-        until(lambda: "(Ctrl-C ends)" in self.said or self.process.poll() is not None, 120)
-        found = re.search(r"serving (\S+) at (http://127\.0\.0\.1:\d+)/", self.said)
-        assert found, self.said
+        try:
+            until(lambda: "(Ctrl-C ends)" in self.said or self.process.poll() is not None, 120)
+            found = re.search(r"serving (\S+) at (http://127\.0\.0\.1:\d+)/", self.said)
+            assert found, self.said
+        except AssertionError:
+            self.process.kill()
+            raise
         self.url = found[2]
 
     def _read(self) -> None:

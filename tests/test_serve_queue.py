@@ -45,7 +45,7 @@ def read_until(connection: socket.socket, mark: bytes) -> bytes:
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("way", ["close", "reset", "half"])
 def test_a_client_that_goes_away_frees_the_model(stream: bool, way: str) -> None:
-    engine = FakeEngine(pause=0.05)
+    engine = FakeEngine(pause=0.2)
     with running(engine) as server:
         connection = server.connect()
         connection.sendall(request_bytes({**CHAT, "max_tokens": 1000, "stream": stream}))
@@ -58,10 +58,9 @@ def test_a_client_that_goes_away_frees_the_model(stream: bool, way: str) -> None
         if way == "half":
             connection.shutdown(socket.SHUT_RDWR)
         connection.close()
-        left = time.perf_counter()
-        until(lambda: bool(engine.ended), 5)
-        assert engine.ended[0] - left < 0.05 + 0.2  # the token in progress, and a busy machine
-        assert engine.cancelled_at[0] < 100
+        left = engine.index
+        until(lambda: bool(engine.ended))
+        assert engine.cancelled_at[0] <= left + 2  # the token in progress, and a busy machine's one
         with server.client() as client:
             assert client.post(URL, json=CHAT).status_code == 200
 
