@@ -230,7 +230,7 @@ def test_past_runs(window: Window) -> None:
 def test_a_narrow_screen(window: Window, dark: bool) -> None:
     window.size(390, 844, dark=dark, reduced=True)
     window.js("document.getElementById('tour-close').click()")
-    assert not window.js("document.getElementById('more').open")
+    window.wait("!document.getElementById('more').open")
     window.js("document.getElementById('max-tokens').value = 8")
     window.js("document.querySelector('#prompts button').click()")
     window.wait(f"{ANSWERS}.length === 1 && {ENDED}")
