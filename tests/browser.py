@@ -68,7 +68,7 @@ class Window:
         return self.driver.execute_script(f"return {script}", *arguments)
 
     def wait(self, script: str, seconds: float = 60.0) -> Any:
-        """The value of an expression as soon as it is true; time in which we stood still is free."""
+        """The value of an expression once it is true; time in which we stood still is free."""
         waited, last = 0.0, time.monotonic()
         while not (found := self.js(script)):
             assert waited < seconds, f"it never came true: {script}\n{self.js(BODY)}"
