@@ -5,10 +5,12 @@ ARGS ?=
 SETUP = PYTHON='$(PYTHON)' VENV='$(VENV)' scripts/setup.sh
 IN = OMP_WAIT_POLICY=PASSIVE '$(VENV)/bin/python' -m
 
-.PHONY: help setup setup-dev demo test test-online lint format-check style types docs-check clean
+.PHONY: help setup setup-dev demo window browser test test-online lint format-check style types docs-check clean
 
 help:
 	@echo "make demo    set up, fetch the default model (93 MB), prune it, show the result"
+	@echo "make window  set up, serve the default model on a free port and print the page's link;"
+	@echo "             ARGS='--open --sparsity 0.5' passes flags of dart-llm serve"
 	@echo "make test    set up and run the tests; ARGS='-k name' chooses"
 	@echo "make test-online  run the tests that need the hub: data sets and a model (about 1 GB)"
 	@echo "make setup   create the environment in $(VENV) and install dart-llm with its extras"
@@ -25,6 +27,12 @@ setup-dev:
 demo: setup
 	@'$(VENV)/bin/dart-llm' demo
 	@echo "next: . $(VENV)/bin/activate"
+
+window: setup
+	@'$(VENV)/bin/dart-llm' serve --port 0 $(ARGS)
+
+browser:
+	@scripts/browser.sh
 
 test: setup-dev
 	@$(IN) pytest $(ARGS)

@@ -36,6 +36,7 @@ COMMANDS = (
     "bench quality",
     "bench speed",
     "serve",
+    "replay",
     "results",
     "prompts generate",
     "prompts list",

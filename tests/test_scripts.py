@@ -13,7 +13,7 @@ from dart_llm.settings import RunSettings, collect
 from shells import DRIFT, EXPERIMENT, ROOT, SCRIPTS, VARIABLES, Desk, make_desk
 
 HARD_PROMPT = "-x \"quoted\" 'single' $HOME ${MODEL} `id` $(id) \\n a=b; * é\n\nlast line"
-HELPERS = ("scripts/run_common.sh", "scripts/setup.sh", ".ci/run")
+HELPERS = ("scripts/run_common.sh", "scripts/setup.sh", "scripts/browser.sh", ".ci/run")
 
 
 @pytest.fixture

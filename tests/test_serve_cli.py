@@ -162,3 +162,22 @@ def test_it_ends_while_it_answers(process: Process) -> None:
     last = lines[-1].removeprefix("data: ")
     assert last == "[DONE]" or json.loads(last)["error"]["code"] == "shutting_down"
     assert "Traceback" not in process.said
+
+
+def test_the_page_is_opened_when_asked(
+    tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, seen = tmp_path / "browser", tmp_path / "seen"
+    program.write_text(f'#!/bin/sh\nprintf %s "$1" >{seen}.part && mv {seen}.part {seen}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("BROWSER", f"{program} %s")
+    process = Process("--model", tiny_model, "--method", "griffin", "--grace", "1", "--open")
+    try:
+        until(seen.exists)
+        assert seen.read_text() == f"{process.url}/"
+        with httpx.Client(timeout=60, trust_env=False) as client:
+            assert client.get(seen.read_text()).status_code == 200
+        assert process.end(signal.SIGTERM) == 0
+    finally:
+        if process.process.poll() is None:
+            process.process.kill()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,59 @@ def test_make_demo_sets_up_and_says_what_is_next(project: Project) -> None:
     assert done.stdout == "demo: demo\nnext: . .venv/bin/activate\n"
 
 
+def test_make_window_serves_on_a_free_port(project: Project) -> None:
+    project.call("scripts/setup.sh")
+    command = project.root / ".venv/bin/dart-llm"
+    command.write_text('#!/bin/sh\necho "ran: $*"\n')
+    command.chmod(0o755)
+    done = project.call("make", "window", "ARGS=--sparsity 0.5")
+    assert (done.returncode, done.stdout) == (0, "ran: serve --port 0 --sparsity 0.5\n")
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Callable[[str], subprocess.CompletedProcess[str]]:
+    """Runs scripts/browser.sh where only these programs exist, and some that record their calls."""
+
+    def run(names: str) -> subprocess.CompletedProcess[str]:
+        folder = tmp_path / "only"
+        folder.mkdir()
+        for name in names.split():
+            (folder / name).write_text(f'#!/bin/sh\necho "{name} $*"\n')
+            (folder / name).chmod(0o755)
+        (folder / "id").write_text("#!/bin/sh\necho 1000\n")
+        (folder / "id").chmod(0o755)
+        script = str(ROOT / "scripts/browser.sh")
+        bash = shutil.which("bash") or "bash"
+        environment = {"PATH": str(folder)}
+        return subprocess.run(
+            [bash, script], env=environment, capture_output=True, text=True, check=False
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("names", "code", "said"),
+    [
+        ("chromium chromedriver", 0, ""),
+        ("chromium", 1, "there is no chromium with chromedriver: install both"),
+        ("chromium apt-get", 1, "as root run apt-get install chromium chromium-driver"),
+        (
+            "apt-get sudo",
+            0,
+            "sudo apt-get install -y -qq --no-install-recommends chromium chromium",
+        ),
+    ],
+)
+def test_the_browser_is_installed_where_it_is_missing(
+    bare: Callable[[str], subprocess.CompletedProcess[str]], names: str, code: int, said: str
+) -> None:
+    done = bare(names)
+    assert done.returncode == code
+    assert said in done.stdout + done.stderr
+    assert bool(said) == bool(done.stdout + done.stderr)
+
+
 def test_make_clean_removes_only_an_environment_made_here(project: Project) -> None:
     other = project.root / "other"
     other.mkdir()
@@ -164,6 +218,7 @@ echo "$2" >>"$LOG"
 """
 STAGES = {
     "set-up": "setup-dev",
+    "browser": "browser",
     "format": "format-check",
     "lint": "style",
     "types": "types",

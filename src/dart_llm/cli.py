@@ -21,6 +21,7 @@ from dart_llm import (
     cli_inspect,
     cli_measure,
     cli_prompts,
+    cli_replay,
     cli_results,
     cli_serve,
     cli_sweep,
@@ -148,6 +149,7 @@ app.command(name="detect")(with_settings(cli_detect.detect, DetectSettings))
 app.command(name="inspect")(with_settings(cli_inspect.inspect, InspectSettings))
 cli_bench.register(app)
 app.command(name="serve")(with_settings(cli_serve.serve, ServeSettings))
+app.command(name="replay")(cli_replay.replay)
 app.command(name="results")(cli_results.results)
 cli_prompts.register(app)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import threading
+import webbrowser
 from collections.abc import Sequence
 from typing import Any
 
@@ -116,7 +118,10 @@ def serve(settings: ServeSettings, ui: Ui) -> None:
                 engine.prepare(config)
             service = Service(engine, tokenizer, ModelFacts.of(model, settings.model), settings)
             service.worker.start(lambda: warm(engine, tokenizer, configs))
-            ui.say(f"serving {service.facts.name} at {link(settings, listening)} (Ctrl-C ends)")
+            page = link(settings, listening)
+            ui.say(f"serving {service.facts.name} at {page} (Ctrl-C ends)")
+            if settings.open:  # some browsers return only when they are closed
+                threading.Thread(target=webbrowser.open, args=(page,), daemon=True).start()
             run_server(service, build(service), listening)
         finally:
             with contextlib.suppress(AttachError):  # an answer that does not end keeps its model

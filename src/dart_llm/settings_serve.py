@@ -43,6 +43,7 @@ class ServeSettings(BaseSettings):
     allow_host: str | None = setting(
         SERVER, "Further names by which requests may call this server, with commas."
     )
+    open: bool = setting(SERVER, "Open the page in a browser when it is there.", False)
     methods: str | None = setting(
         SERVER, "Methods to make ready before the first request, with commas (default: --method)."
     )

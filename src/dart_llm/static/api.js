@@ -1,0 +1,60 @@
+// What the page asks of its own server, and nothing else.
+
+import { byId } from "./dom.js";
+import { documents } from "./sse.js";
+
+const KEY = "dart-llm key";
+
+/** JSON of a GET; throws an Error whose message can be shown. */
+export async function get(path) {
+  return (await answered(path, {})).json();
+}
+
+/** Ask for an answer; `onRecord` gets every record as it comes.  `signal` stops it. */
+export async function ask(body, onRecord, signal) {
+  const response = await answered("/api/events", {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(body),
+    signal,
+  });
+  for await (const record of documents(response)) onRecord(record);
+}
+
+async function answered(path, options) {
+  let response = await sent(path, options);
+  if (response.status === 401 && (await keyGiven())) response = await sent(path, options);
+  if (response.ok) return response;
+  throw new Error(await reason(response));
+}
+
+function sent(path, options) {
+  const key = sessionStorage.getItem(KEY);
+  const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+  return fetch(path, { ...options, headers });
+}
+
+async function reason(response) {
+  const wait = response.headers.get("Retry-After");
+  const body = await response.json().catch(() => ({}));
+  const said = body.error?.message ?? body.message ?? body.detail;
+  const text = typeof said === "string" ? said : `the server answered ${response.status}`;
+  return wait && !text.includes("second") ? `${text} (try again in ${wait} s)` : text;
+}
+
+/** Ask the reader for the key of the server; false when there is none. */
+function keyGiven() {
+  const dialog = byId("ask-key");
+  return new Promise((resolve) => {
+    dialog.addEventListener(
+      "close",
+      () => {
+        const key = byId("key").value;
+        if (dialog.returnValue === "ok" && key) sessionStorage.setItem(KEY, key);
+        resolve(dialog.returnValue === "ok" && Boolean(key));
+      },
+      { once: true },
+    );
+    if (!dialog.open) dialog.showModal();
+  });
+}

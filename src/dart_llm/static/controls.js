@@ -1,0 +1,61 @@
+// The settings of the next answer, as the `dart` key of a request.
+
+import { byId, el } from "./dom.js";
+
+const DENSE = "dense";
+
+/** Fill the selects from /api/methods and show the server's defaults. */
+export function fillControls(listing) {
+  const defaults = listing.defaults ?? {};
+  const methods = listing.methods.filter((method) => !method.name.startsWith(DENSE));
+  byId("method").replaceChildren(...methods.map((method) => option(method.name, methodName(method), {
+    disabled: method.ready === false, selected: method.name === defaults.method, title: method.summary })));
+  const own = () => listing.methods.find((method) => method.name === byId("method").value) ?? {};
+  const rules = listing.drift_rules.map((rule) => {
+    const value = rule.name === "interval" ? "interval 64" : rule.name;
+    return option(value, value, { title: rule.summary });
+  });
+  byId("drift").replaceChildren(option("", "", {}), ...rules);
+  const showOwn = () => {
+    byId("drift").options[0].textContent = `its own: ${own().drift ?? "?"}`;
+    byId("masking-step").placeholder = `its own: ${own().masking_step ?? 0}`;
+  };
+  byId("method").addEventListener("change", showOwn);
+  showOwn();
+  if (listing.limits?.max_tokens) byId("max-tokens").max = listing.limits.max_tokens;
+  byId("sparsity").value = 100 * (defaults.sparsity ?? 0.1);
+  byId("sparsity").addEventListener("input", showSparsity);
+  showSparsity();
+}
+
+const option = (value, text, settings) => el("option", { value, ...settings }, text);
+const methodName = (method) => (method.ready === false ? `${method.name} (not made ready)` : method.name);
+
+export function showSparsity() {
+  byId("sparsity-value").textContent = `${byId("sparsity").value} %`;
+  byId("sparsity").setAttribute("aria-valuetext", `${byId("sparsity").value} percent of the neurons removed`);
+}
+
+/** What the reader chose now; fields left empty are the server's or the method's own. */
+export function chosen() {
+  const step = byId("masking-step").value;
+  const drift = byId("drift").value;
+  return {
+    dart: {
+      method: byId("method").value,
+      sparsity: Number(byId("sparsity").value) / 100,
+      ...(step === "" ? {} : { masking_step: Number(step) }),
+      ...(drift === "" ? {} : { drift }),
+    },
+    maxTokens: Number(byId("max-tokens").value) || 192,
+    compare: byId("compare").checked,
+  };
+}
+
+/** The same request, dense. */
+export const asDense = (dart) => ({ method: DENSE, sparsity: 0, conversation: dart.conversation });
+
+/** A short name for an answer. */
+export function nameOf(dart) {
+  return dart.method === DENSE || dart.sparsity === 0 ? "Dense" : `${dart.method}, ${Math.round(100 * dart.sparsity)} % sparsity`;
+}

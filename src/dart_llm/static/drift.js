@@ -1,0 +1,173 @@
+// The drift detector's view: similarity of windows against the threshold, re-masks, dense stretches.
+
+import { rebuilt } from "./answer.js";
+import { shape } from "./dom.js";
+
+const HEIGHT = 190;
+const EDGE = { left: 38, right: 66, top: 24, bottom: 30 };
+
+/** Draw the checks of an answer into `box`; also works for those of a results folder. */
+export function drawDrift(box, answer) {
+  const width = Math.max(260, Math.round(box.clientWidth || 480));
+  const series = bySeries(answer.checks);
+  const scale = scales(width, answer, series);
+  const parts = [hatch(), ...bands(answer, scale), ...axes(scale, width)];
+  for (const checks of series) parts.push(...lines(checks, scale, series.length === 1));
+  parts.push(...marks(answer, scale));
+  const plot = shape("svg", {
+    viewBox: `0 0 ${width} ${HEIGHT}`, height: HEIGHT, role: "img", "aria-label": inWords(answer, series),
+  }, ...parts.filter(Boolean));
+  box.replaceChildren(plot);
+}
+
+const usable = (check) => check.threshold != null || check.similarity > 0;
+
+function bySeries(checks) {
+  const found = new Map();
+  for (const check of checks.filter(usable)) {
+    const name = `${check.sequence} ${check.row} ${check.layer}`;
+    found.set(name, [...(found.get(name) ?? []), check]);
+  }
+  return [...found.values()].slice(0, 12);
+}
+
+function scales(width, answer, series) {
+  const all = series.flat();
+  const values = all.flatMap((check) => [check.similarity, check.threshold]).filter((v) => v != null);
+  const last = Math.max(answer.tokens.at(-1)?.index ?? 0, all.at(-1)?.step ?? 0, 1);
+  const end = Math.max(64, Math.ceil(last / 32) * 32);
+  const high = values.length ? Math.max(...values) : 1;
+  const low = values.length ? Math.min(...values) : 0.8;
+  const room = Math.max(0.01, (high - low) * 0.15);
+  const [bottom, top] = [low - room, Math.min(1.005, high + room)];
+  return {
+    end, bottom, top,
+    x: (step) => EDGE.left + (step / end) * (width - EDGE.left - EDGE.right),
+    y: (value) => HEIGHT - EDGE.bottom - ((value - bottom) / (top - bottom)) * (HEIGHT - EDGE.top - EDGE.bottom),
+    empty: !values.length,
+  };
+}
+
+/** Diagonal lines over the dense stretches: the band is not told by its colour alone. */
+function hatch() {
+  const line = shape("path", { d: "M0 6L6 0", class: "remask-line", opacity: 0.35 });
+  const pattern = { id: "hatch", width: 6, height: 6, patternUnits: "userSpaceOnUse" };
+  return shape("defs", {}, shape("pattern", pattern, line));
+}
+
+function bands(answer, { x }) {
+  const found = [];
+  for (const token of answer.tokens) {
+    if (token.phase !== "observe") continue;
+    const last = found.at(-1);
+    if (last && last.to === token.index - 1) last.to = token.index;
+    else found.push({ from: token.index, to: token.index });
+  }
+  const box = (band, extra) => shape("rect", {
+    x: x(band.from - 1), y: EDGE.top, width: x(band.to) - x(band.from - 1),
+    height: HEIGHT - EDGE.top - EDGE.bottom, ...extra,
+  });
+  return found.flatMap((band) => [
+    box(band, { class: "dense-band" }),
+    box(band, { fill: "url(#hatch)" }),
+    x(band.to) - x(band.from) > 40 &&
+      label((x(band.from) + x(band.to)) / 2, HEIGHT - EDGE.bottom - 6, "dense", "of-band", "middle"),
+  ]);
+}
+
+const label = (x, y, text, name = "", anchor = "start") =>
+  shape("text", { x, y, class: name, "text-anchor": anchor }, text);
+
+function axes(scale, width) {
+  const floor = HEIGHT - EDGE.bottom;
+  const parts = [shape("path", { d: `M${EDGE.left} ${floor}H${width - EDGE.right}`, class: "axis" })];
+  const step = scale.end > 256 ? 128 : scale.end > 128 ? 64 : 32;
+  for (let tick = 0; tick <= scale.end; tick += step) {
+    parts.push(label(scale.x(tick), floor + 15, String(tick), "", "middle"));
+  }
+  parts.push(label((EDGE.left + width - EDGE.right) / 2, floor + 28, "tokens", "", "middle"));
+  if (scale.empty) return parts;
+  const [first, gap] = ticks(scale.bottom, scale.top);
+  for (let value = first; value <= scale.top; value += gap) {
+    parts.push(shape("path", { d: `M${EDGE.left} ${scale.y(value)}H${width - EDGE.right}`, class: "axis" }));
+    parts.push(label(EDGE.left - 6, scale.y(value) + 4, value.toFixed(2), "", "end"));
+  }
+  return parts;
+}
+
+/** Round values: the first inside the range, and the distance to the next. */
+function ticks(bottom, top) {
+  const gap = [0.01, 0.02, 0.05, 0.1, 0.2, 0.25].find((one) => (top - bottom) / one < 4) ?? 0.5;
+  return [Math.ceil(bottom / gap) * gap, gap];
+}
+
+/** One layer's similarities, cut where a new mask starts a new reference. */
+function lines(checks, { x, y }, only) {
+  const runs = cut(checks);
+  const path = (run, of) => run.map((c, i) => `${i ? "L" : "M"}${x(c.step)} ${y(of(c))}`).join("");
+  const parts = [];
+  for (const run of runs) {
+    parts.push(shape("path", { d: path(run, (c) => c.similarity), class: "similarity" }));
+    const armed = run.filter((c) => c.threshold != null);
+    if (armed.length) parts.push(shape("path", { d: thresholdPath(armed, x, y), class: "threshold" }));
+    if (only) parts.push(...run.map((c) => dot(c, x, y)));
+  }
+  const last = checks.at(-1);
+  if (only && last) parts.push(...endLabels(last, x, y));
+  return parts;
+}
+
+function cut(checks) {
+  const runs = [];
+  for (const check of checks) {
+    const before = runs.at(-1)?.at(-1);
+    if (!before || check.window <= before.window) runs.push([check]);
+    else runs.at(-1).push(check);
+  }
+  return runs;
+}
+
+function thresholdPath(checks, x, y) {
+  const start = checks.length === 1 ? `M${x(checks[0].step) - 12} ${y(checks[0].threshold)}` : "";
+  return start + checks.map((c, i) => `${i || start ? "L" : "M"}${x(c.step)} ${y(c.threshold)}`).join("");
+}
+
+function dot(check, x, y) {
+  const low = check.threshold != null && check.similarity < check.threshold;
+  const said = `token ${check.step}: similarity ${check.similarity.toFixed(3)}` +
+    (check.threshold == null ? ", detector not armed" : `, threshold ${check.threshold.toFixed(3)}`) +
+    (low ? `, low window number ${check.counter}` : "") + (check.state === "held" ? ", held back" : "");
+  return shape("circle", {
+    cx: x(check.step), cy: y(check.similarity), r: low ? 4 : 3, class: `similarity-dot${low ? " low" : ""}`,
+  }, shape("title", {}, said));
+}
+
+function endLabels(last, x, y) {
+  const place = x(last.step) + 8;
+  const own = y(last.similarity);
+  const parts = [label(place, own + 4, "similarity", "of-line")];
+  if (last.threshold == null) return parts;
+  let other = y(last.threshold);
+  if (Math.abs(other - own) < 14) other = own + (other < own ? -14 : 14);
+  return [...parts, label(place, other + 4, "threshold", "of-threshold")];
+}
+
+function marks(answer, { x }) {
+  return rebuilt(answer).flatMap((mask) => {
+    const at = x(mask.step);
+    return [
+      shape("path", { d: `M${at} ${EDGE.top - 2}V${HEIGHT - EDGE.bottom}`, class: "remask-line" }),
+      shape("path", { d: `M${at - 6} ${EDGE.top - 8}h12l-6 8z`, class: "remask-head" },
+        shape("title", {}, `re-mask at token ${mask.step}: ${mask.cause}`)),
+      label(at, EDGE.top - 12, "re-mask", "of-remask", "middle"),
+    ];
+  });
+}
+
+function inWords(answer, series) {
+  if (!series.length) return "No window of the drift detector is complete yet.";
+  const last = series[0].at(-1);
+  const against = last.threshold == null ? "the detector is not armed" : `threshold ${last.threshold.toFixed(2)}`;
+  return `Similarity ${last.similarity.toFixed(2)} at token ${last.step}, ${against}; ` +
+    `${rebuilt(answer).length} re-masks.`;
+}

@@ -1,0 +1,31 @@
+// Numbers as people read them.
+
+const DASH = "\u2013";
+
+/** 0.196 as "19.6 %"; nothing known is a dash. */
+export function percent(share, digits = 1) {
+  return share == null || !Number.isFinite(share) ? DASH : `${(100 * share).toFixed(digits)} %`;
+}
+
+/** A number with few digits; nothing known is a dash. */
+export function plain(value, digits = 0) {
+  return value == null || !Number.isFinite(value) ? DASH : value.toFixed(digits);
+}
+
+/** "1 token", "2 tokens". */
+export const counted = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
+
+/** Text of a token with its white space made visible. */
+export const visible = (text) => text.replaceAll("\n", "\u21b5").replaceAll(" ", "\u00b7") || "\u2205";
+
+const CAUSES = {
+  first: "the first mask",
+  prompt: "a new prompt",
+  drift: "the text drifted",
+  interval: "the interval passed",
+  given: "masks given by hand",
+  forced: "asked for",
+};
+
+/** Why a mask was built, in words. */
+export const causeInWords = (cause) => CAUSES[cause] ?? cause;

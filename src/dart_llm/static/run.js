@@ -1,0 +1,134 @@
+// One results folder: its facts, texts, drift windows, kept shares and tables.
+
+import { newAnswer } from "./answer.js";
+import { el } from "./dom.js";
+import { drawDrift } from "./drift.js";
+import { percent, plain } from "./format.js";
+import { NeuronView, summary } from "./neurons.js";
+import { TextView } from "./text.js";
+
+/** Show an opened run inside `box`. */
+export function showRun(box, run) {
+  const parts = [heading(run), facts(run), ...texts(run), ...tables(run), files(run)];
+  box.replaceChildren(...parts.filter(Boolean));
+  const answer = asAnswer(run);
+  if (answer.checks.length) {
+    const plot = el("div", { className: "plot" });
+    place(box, "Has the text left its topic?", plot);
+    drawDrift(plot, answer);
+  }
+  if (answer.masks.length) {
+    const canvas = el("canvas", { role: "img" });
+    place(box, "Kept share per layer, last mask", el("div", { className: "plot" }, canvas));
+    const neurons = new NeuronView(canvas, el("p"));
+    neurons.show({ ...answer, tokens: [] }); // the last mask, whatever ran last
+    neurons.label(summary(answer, neurons.mask));
+  }
+  box.scrollTop = 0;
+}
+
+/** A figure before the list of files. */
+function place(box, title, content) {
+  box.lastChild.before(el("figure", {}, el("figcaption", {}, el("h3", {}, title)), content));
+}
+
+function heading(run) {
+  return el("h2", {}, `${run.experiment}, ${run.time}`);
+}
+
+function facts(run) {
+  const report = pruned(run)?.accounting;
+  const known = {
+    "what": run.kind, "status": run.status, "model": run.models.join(", "),
+    "method": run.methods.join(", "),
+    "sparsity asked": run.sparsities.map((s) => percent(s, 0)).join(", "),
+    "removed": report && percent(report.achieved_sparsity),
+    "tokens decoded dense": report && percent(report.dense_token_share),
+    "re-masks": report && String(report.remasks),
+    "took": run.seconds == null ? "" : `${plain(run.seconds, 1)} s`,
+    "version": run.config?.versions?.["dart-llm"] ?? run.config?.versions?.dart_llm,
+  };
+  const entries = Object.entries(known).filter(([, value]) => value);
+  return el("dl", { className: "facts" }, ...entries.map(([name, value]) =>
+    el("div", {}, el("dt", {}, name), el("dd", {}, value))));
+}
+
+const rows = (run) => run.generation ?? [];
+const pruned = (run) => rows(run).find((row) => row.variant !== "dense" && row.accounting);
+
+function texts(run) {
+  const shown = rows(run).slice(0, 4);
+  if (!shown.length) return [];
+  const asked = shown[0].prompt && el("p", { className: "question", "data-who": "Prompt" }, shown[0].prompt);
+  const side = el("div", { className: shown.length > 1 ? "answers two" : "answers" }, ...shown.map(oneText));
+  return [asked, side];
+}
+
+function oneText(row) {
+  const label = `${row.variant ?? row.method}: ${row.method} at ${percent(row.sparsity, 0)}`;
+  const box = el("p", { className: "text", role: "group", "aria-label": label });
+  new TextView(box).show(tokensOf(row));
+  return el("article", { className: "answer" }, el("header", {}, el("strong", {}, label)), box);
+}
+
+function tokensOf(row) {
+  const tokens = row.tokens ?? [row.text ?? ""];
+  return tokens.map((text, index) => ({
+    index, id: row.token_ids?.[index], text, phase: row.phases?.[index] ?? "dense", seconds: row.seconds?.[index],
+  }));
+}
+
+const number = (text) => (text === "" || text == null ? null : Number(text));
+
+/** The records that the live page would have had, as far as the files hold them. */
+function asAnswer(run) {
+  const answer = newAnswer();
+  const masks = run.masks?.remasks ?? [];
+  const layers = run.masks?.layers ?? [];
+  answer.tokens = tokensOf(pruned(run) ?? {}).filter((token) => token.text);
+  answer.remasks = masks;
+  answer.checks = (run.drift ?? []).map((row) => ({
+    sequence: number(row.sequence), row: number(row.row), step: number(row.step), layer: number(row.layer),
+    window: number(row.window), similarity: number(row.similarity), threshold: number(row.threshold),
+    counter: number(row.counter), state: row.state,
+  }));
+  if (layers.length && masks.length) {
+    answer.start = { layers: layers.length, neurons: layers.map((layer) => layer.width) };
+    answer.masks = [{ number: masks.length, token: masks.at(-1).step + 1, kept_share: layers.map((layer) => layer.kept_share) }];
+  }
+  return answer;
+}
+
+function tables(run) {
+  const found = [perplexity(run)];
+  for (const kind of ["mmlu", "general_nlp", "summarization"]) found.push(evaluation(kind, run[kind]?.rows));
+  return found;
+}
+
+function perplexity(run) {
+  const documents = run.perplexity?.texts ?? (run.perplexity ? [run.perplexity] : []);
+  const lines = documents.flatMap((document) => (document.rows ?? []).map((row) =>
+    [document.text, row.label ?? row.method, percent(row.sparsity, 0), plain(row.perplexity, 2), plain(row.ratio_to_dense, 2)]));
+  return table("Perplexity", ["Text", "Method", "Asked", "Perplexity", "x dense"], lines, 2);
+}
+
+function evaluation(kind, measured) {
+  const lines = (measured ?? []).map((row) => {
+    const value = row.measurement?.value ?? row.measurement?.score;
+    return [row.task, row.label ?? row.method, percent(row.sparsity ?? row.asked, 0), plain(value, 3)];
+  });
+  return table(kind.replace("_", " "), ["Task", "Method", "Asked", "Value"], lines, 2);
+}
+
+function table(title, heads, lines, numbersFrom) {
+  if (!lines.length) return null;
+  const cell = (tag, text, i) => el(tag, { className: i >= numbersFrom ? "number" : "" }, text ?? "");
+  return el("div", { className: "scroll" }, el("table", {}, el("caption", {}, title),
+    el("thead", {}, el("tr", {}, ...heads.map((head, i) => cell("th", head, i)))),
+    el("tbody", {}, ...lines.map((line) => el("tr", {}, ...line.map((text, i) => cell("td", String(text), i)))))));
+}
+
+function files(run) {
+  return el("details", {}, el("summary", {}, `${run.files?.length ?? 0} files in this folder`),
+    el("p", { className: "soft" }, (run.files ?? []).join(", ")));
+}

@@ -1,0 +1,97 @@
+// The text of an answer: one span per token, coloured by phase or by confidence.
+
+import { PHASES, DOUBTS, doubt } from "./colour.js";
+import { byId, el } from "./dom.js";
+import { percent, plain, visible } from "./format.js";
+
+const probability = (token) => (token.logprob == null ? null : Math.exp(token.logprob));
+
+/**
+ * Shows tokens inside `box` and gives one token's numbers: the one pointed at, or the one that the
+ * arrow keys lead to.  The box is one stop of the Tab key, and plain text for screen readers.
+ */
+export class TextView {
+  constructor(box) {
+    this.box = box;
+    this.show([]);
+    box.tabIndex = 0;
+    box.addEventListener("pointerover", (event) => this.#pointed(event));
+    box.addEventListener("click", (event) => this.#pointed(event));
+    box.addEventListener("keydown", (event) => this.#move(event));
+    box.addEventListener("blur", () => this.#choose(null));
+  }
+
+  /** Show these tokens; `marks` holds the token indexes at which masks were rebuilt. */
+  show(tokens, marks = new Set()) {
+    this.box.replaceChildren();
+    this.tokens = [];
+    this.spans = [];
+    this.at = null;
+    for (const token of tokens) this.add(token, marks.has(token.index));
+  }
+
+  add(token, marked = false) {
+    if (marked) this.box.append(el("i", { className: "mark", title: "masks rebuilt here" }, "re-mask"));
+    if (!token.text) return; // half of a character, or the end: what follows carries its text
+    const span = el("span", { className: classes(token), "data-token": this.spans.length }, token.text);
+    this.tokens.push(token);
+    this.spans.push(span);
+    this.box.append(span);
+  }
+
+  #pointed(event) {
+    const span = event.target.closest("[data-token]");
+    if (span) this.#choose(Number(span.dataset.token));
+  }
+
+  #move(event) {
+    const last = this.spans.length - 1;
+    const now = this.at ?? -1;
+    const to = { ArrowRight: now + 1, ArrowLeft: now - 1, Home: 0, End: last }[event.key];
+    if (to === undefined || last < 0) return;
+    event.preventDefault();
+    this.#choose(Math.min(last, Math.max(0, to)));
+    this.spans[this.at].scrollIntoView({ block: "nearest" });
+  }
+
+  #choose(at) {
+    this.spans[this.at]?.classList.remove("current");
+    this.at = at;
+    if (at === null) return;
+    this.spans[at].classList.add("current");
+    detail(this.tokens[at]);
+  }
+}
+
+function classes(token) {
+  const unsure = doubt(probability(token));
+  return unsure ? `${token.phase} doubt-${unsure}` : token.phase;
+}
+
+function words(token) {
+  const parts = [PHASES[token.phase] ?? token.phase];
+  if (token.logprob != null) parts.push(`probability ${percent(probability(token))}`);
+  return parts.join(", ");
+}
+
+/** One token's numbers in the line below the text. */
+function detail(token) {
+  const parts = [` token ${token.index}`, words(token)];
+  if (token.seconds != null) parts.push(`${plain(1000 * token.seconds, 1)} ms`);
+  const others = (token.top ?? []).filter((other) => other.id !== token.id).slice(0, 2);
+  if (others.length) {
+    const listed = others.map((o) => `${visible(o.text)} ${percent(Math.exp(o.logprob), 0)}`);
+    parts.push(`else ${listed.join(", ")}`);
+  }
+  byId("detail").replaceChildren(el("b", {}, visible(token.piece ?? token.text)), parts.join("; "));
+}
+
+/** The key to the colours that are shown now. */
+export function legend(paint) {
+  const keys = {
+    phase: [["prefill", "prompt"], ["observe", "dense, observed"], ["pruned", "pruned"]],
+    confidence: DOUBTS.map((text, step) => [step ? `doubt-${step}` : "", text]),
+  }[paint] ?? [];
+  byId("legend").replaceChildren(...keys.map(([name, text]) => el("span", { className: name }, text)));
+  byId("legend").dataset.paint = paint;
+}

@@ -1,0 +1,74 @@
+// A tour in three steps: ask, watch, remove more.
+
+import { byId } from "./dom.js";
+
+const SEEN = "dart-llm tour seen";
+const STEPS = [
+  ["1", "Ask something that changes its topic",
+    "The first ready prompt names two topics. Its text is coloured while it is written: dense and observed, or pruned."],
+  ["2", "Watch the neurons",
+    "Each row is a layer. When similarity stays below the threshold, all neurons run for a while, and new ones are chosen: a re-mask."],
+  ["3", "Remove more",
+    "Move the sparsity, and ask again with the dense answer beside it. Confidence as the colour shows where the model became unsure."],
+];
+
+export class Tour {
+  constructor() {
+    this.step = -1;
+    byId("tour-next").addEventListener("click", () => this.go(this.step + 1));
+    byId("tour-close").addEventListener("click", () => this.close());
+    byId("tour").addEventListener("keydown", (event) => event.key === "Escape" && this.close());
+    byId("show-tour").addEventListener("click", () => this.go(0, true));
+    document.addEventListener("asked", () => byId("tour").hidden || this.step || this.go(1, false));
+  }
+
+  /** Open the tour for those who have not seen it; their focus stays where it is. */
+  offer() {
+    if (!remembered()) this.go(0, false);
+  }
+
+  go(step, focus = true) {
+    this.#unpoint();
+    if (step >= STEPS.length) return this.close();
+    const [target, title, text] = STEPS[(this.step = step)];
+    byId("tour-count").textContent = `Step ${step + 1} of ${STEPS.length}`;
+    byId("tour-title").textContent = title;
+    byId("tour-text").textContent = text;
+    byId("tour-next").textContent = step + 1 < STEPS.length ? "Next" : "Done";
+    byId("tour").hidden = false;
+    const pointed = document.querySelector(`[data-tour="${target}"]`);
+    pointed?.classList.add("pointed");
+    if (!focus) return undefined;
+    byId("tour-title").focus({ preventScroll: true });
+    pointed?.scrollIntoView({ block: "nearest" });
+    return undefined;
+  }
+
+  close() {
+    this.#unpoint();
+    byId("tour").hidden = true;
+    byId("show-tour").focus();
+    remember();
+  }
+
+  #unpoint() {
+    document.querySelector(".pointed")?.classList.remove("pointed");
+  }
+}
+
+// A browser may refuse storage; the tour is then offered each time.
+function remembered() {
+  try {
+    return localStorage.getItem(SEEN) !== null;
+  } catch {
+    return false;
+  }
+}
+
+function remember() {
+  try {
+    localStorage.setItem(SEEN, "yes");
+  } catch {
+    // nothing to remember it in
+  }
+}

@@ -1,0 +1,118 @@
+// One turn of the conversation: the question and one or two answers.
+
+import { finished, isDense, newAnswer, parting, rebuilt, achieved, speed } from "./answer.js";
+import { el } from "./dom.js";
+import { counted, percent, plain } from "./format.js";
+import { TextView } from "./text.js";
+
+/** An answer on the page: its state, its text and its small print. */
+export class AnswerBox {
+  constructor(label, onShow) {
+    this.answer = newAnswer(label);
+    this.state = el("span", {}, "");
+    this.look = el("button", { type: "button", className: "quiet", hidden: true }, "Show its neurons");
+    this.look.addEventListener("click", () => onShow(this));
+    this.keep = el("button", { type: "button", className: "quiet", hidden: true }, "Save its records");
+    this.keep.addEventListener("click", () => download(this.answer));
+    this.box = el("p", { className: "text", role: "group", "aria-label": `${label}: the answer; arrow keys give one token's numbers` });
+    this.text = new TextView(this.box);
+    this.print = el("span", {}, "");
+    this.foot = el("footer", {}, this.print, " ", this.keep);
+    this.element = el("article", { className: "answer", "aria-label": label },
+      el("header", {}, el("strong", {}, label), this.state, this.look), this.box, this.foot);
+    this.wait("queued");
+  }
+
+  wait(word) {
+    this.state.textContent = word;
+  }
+
+  /** Show what a record changed; the answer holds it already. */
+  update(record) {
+    if (record.kind === "start") {
+      this.box.setAttribute("aria-busy", "true");
+      this.wait("reading the prompt");
+    }
+    if (record.kind === "token" && !record.choice) {
+      if (!record.index) this.wait("writing");
+      this.text.add(record, this.marks().has(record.index));
+    }
+    if (finished(this.answer)) this.end();
+  }
+
+  marks() {
+    const steps = new Set(rebuilt(this.answer).map((mask) => mask.step));
+    return new Set(this.answer.masks.filter((mask, i) => i && steps.has(mask.token - 1)).map((mask) => mask.token));
+  }
+
+  /** Draw everything anew, as after a jump in a replay. */
+  redraw() {
+    this.text.show(this.answer.tokens, this.marks());
+    this.box.setAttribute("aria-busy", String(Boolean(this.answer.start) && !finished(this.answer)));
+    this.wait(finished(this.answer) ? "" : this.answer.start ? "writing" : "queued");
+    this.foot.className = "";
+    this.print.textContent = finished(this.answer) ? smallPrint(this.answer) : "";
+    if (this.answer.error) this.fail(this.answer.error);
+  }
+
+  end() {
+    this.box.setAttribute("aria-busy", "false");
+    this.look.hidden = this.element.dataset.shown === "true";
+    this.keep.hidden = document.documentElement.dataset.mode !== "live" || !this.answer.records.length;
+    this.wait("");
+    this.print.textContent = smallPrint(this.answer);
+    if (this.answer.error) this.fail(this.answer.error);
+  }
+
+  fail(message) {
+    this.answer.error = message;
+    this.box.setAttribute("aria-busy", "false");
+    this.wait("failed");
+    this.print.textContent = message;
+    this.foot.className = "failure";
+  }
+
+  shown(here) {
+    this.element.dataset.shown = String(here);
+    this.look.hidden = here || !finished(this.answer);
+  }
+}
+
+/** Save the records as JSON lines: what `dart-llm replay` makes a page of. */
+function download(answer) {
+  const lines = answer.records.map((record) => `${JSON.stringify(record)}\n`);
+  const url = URL.createObjectURL(new Blob(lines, { type: "application/jsonl" }));
+  el("a", { href: url, download: "records.jsonl" }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10000);
+}
+
+const ENDS = { stop: "finished", length: "cut at the limit", cancelled: "stopped" };
+
+function ending(answer) {
+  if (answer.error) return "failed";
+  const reason = (answer.done?.finish_reasons ?? answer.done?.finish ?? [])[0];
+  return ENDS[reason] ?? "finished";
+}
+
+function smallPrint(answer) {
+  const parts = [`${counted(answer.tokens.length, "token")}, ${ending(answer)}`];
+  if (!isDense(answer)) {
+    parts.push(`${percent(achieved(answer))} removed`, counted(rebuilt(answer).length, "re-mask"));
+  }
+  if (speed(answer) != null) parts.push(`${plain(speed(answer), 1)} tokens/s`);
+  return parts.join(" \u00b7 ");
+}
+
+/** The question with its answers side by side. */
+export function turnElement(question, boxes) {
+  const asked = el("p", { className: "question", "data-who": "You" }, question);
+  const side = el("div", { className: boxes.length > 1 ? "answers two" : "answers" }, ...boxes.map((b) => b.element));
+  return el("li", {}, asked, side);
+}
+
+/** Say in the second answer where it parts from the first. */
+export function sayParting(first, second) {
+  const at = parting(first.answer, second.answer);
+  const same = at ?? Math.min(first.answer.tokens.length, second.answer.tokens.length);
+  second.print.textContent += ` \u00b7 the same as the other for ${counted(same, "token")}`;
+}

@@ -1,0 +1,147 @@
+"""The window in a real browser, in front of an engine without a model: what it asks and shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from browser import Window, need_browser, opened
+from dart_llm.replay_page import page
+from dart_llm.replay_records import read_records
+from serve_cases import FakeEngine, Running, running, until
+
+ENDED = "document.getElementById('stop').hidden"
+TEXTS = "[...document.querySelectorAll('.answer .text')].map((t) => t.textContent)"
+FEET = "[...document.querySelectorAll('.answer footer')].map((t) => t.textContent)"
+
+Start = Callable[..., tuple[Running, Window]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    need_browser()
+    with ExitStack() as stack:
+
+        def made(engine: FakeEngine | None = None, **settings: Any) -> tuple[Running, Window]:
+            server = stack.enter_context(running(engine, **settings))
+            return server, stack.enter_context(opened(f"{server.url}/", tmp_path / "profile"))
+
+        yield made
+
+
+def ready(window: Window) -> None:
+    window.wait("document.querySelectorAll('#prompts button').length === 3")
+
+
+def send(window: Window, text: str, answers: int) -> None:
+    """Ask, and wait until so many answers are there."""
+    message = window.driver.find_element("id", "message")
+    message.send_keys(text)
+    window.js("document.getElementById('composer').requestSubmit()")
+    window.wait(f"document.querySelectorAll('.answer').length === {answers} && {ENDED}")
+
+
+def test_settings_and_conversation_reach_the_engine(start: Start) -> None:
+    server, window = start()
+    ready(window)
+    window.js("document.getElementById('max-tokens').value = 3")
+    send(window, "<b>one</b>", 1)
+    window.js("document.getElementById('masking-step').value = 5")
+    window.js("document.getElementById('drift').value = 'paper'")
+    window.js("document.getElementById('method').value = 'static'")
+    window.js("document.getElementById('sparsity').value = 40")
+    window.driver.find_element("id", "compare").click()
+    send(window, "two", 3)
+    assert window.js(TEXTS) == ["w0 w1 w2 "] * 3
+    first, second, dense = server.engine.asked
+    assert (first.config.method, first.config.target) == ("griffin", 0.1)
+    assert first.config.drift.rule == "never"
+    assert (second.config.method, second.config.target) == ("static", 0.4)
+    assert (second.config.masking_step, second.config.drift.rule) == (5, "paper")
+    assert second.sampling.max_tokens == 3
+    assert second.sampling.temperature == 0
+    assert dense.config is None
+    asked = "<user><b>one</b><assistant>w0 w1 w2 <user>two<assistant>"
+    assert bytes(second.ids).decode() == bytes(dense.ids).decode() == asked
+    assert first.conversation == second.conversation != dense.conversation
+    assert window.js("document.querySelectorAll('.question b').length") == 0
+    assert "the same as the other for 3 tokens" in window.js(FEET)[2]
+    window.driver.find_element("id", "anew").click()
+    send(window, "three", 2)
+    assert server.engine.asked[3].conversation != first.conversation
+    assert bytes(server.engine.asked[3].ids).decode() == "<user>three<assistant>"
+    assert window.complaints() == []
+    assert window.strangers() == []
+
+
+def test_the_records_can_be_saved_and_replayed(start: Start, tmp_path: Path) -> None:
+    _, window = start()
+    ready(window)
+    allowed = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    window.driver.execute_cdp_cmd("Browser.setDownloadBehavior", allowed)
+    window.js("document.getElementById('max-tokens').value = 3")
+    send(window, "one", 1)
+    window.js("document.querySelector('.answer footer button').click()")
+    file = tmp_path / "records.jsonl"
+    until(file.exists)
+    found = read_records(str(file))
+    assert [record["kind"] for record in found] == ["start", "token", "token", "token", "done"]
+    assert found[-1]["texts"] == ["w0 w1 w2 "]
+    assert "fake-model" in page(found)
+    assert window.complaints() == []
+
+
+def test_a_fault_is_said_and_the_next_answer_comes(start: Start) -> None:
+    engine = FakeEngine(fault=RuntimeError("a secret path"), fault_at=2)
+    _, window = start(engine)
+    ready(window)
+    window.js("document.getElementById('max-tokens').value = 4")
+    send(window, "one", 1)
+    assert window.js(TEXTS) == ["w0 w1 "]
+    said = window.js(FEET)[0]
+    assert said and "secret" not in said
+    assert window.js("document.querySelectorAll('.answer .failure').length") == 1
+    engine.fault = None
+    send(window, "two", 2)
+    assert window.js(TEXTS)[1] == "w0 w1 w2 w3 "
+
+
+def test_a_refusal_is_shown_with_the_servers_own_words(start: Start) -> None:
+    server, window = start(max_tokens=8)
+    ready(window)
+    assert window.js("document.getElementById('max-tokens').max") == "8"
+    window.js("document.getElementById('max-tokens').value = 9")
+    send(window, "one", 1)
+    assert "max_tokens" in window.js(FEET)[0] and "8" in window.js(FEET)[0]
+    assert window.text("alert") == window.js(FEET)[0].removesuffix(" Save its records")
+    assert server.engine.asked == []
+
+
+def test_a_server_with_a_key(start: Start) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    _, window = start(api_key="a-good-long-key")
+    window.wait("document.getElementById('ask-key').open")
+    assert window.js("document.querySelectorAll('#prompts button').length") == 0
+    window.driver.find_element("id", "key").send_keys("a-good-long-key", Keys.ENTER)
+    ready(window)
+    window.js("document.getElementById('max-tokens').value = 2")
+    send(window, "one", 1)
+    assert window.js(TEXTS) == ["w0 w1 "]
+    assert "a-good" not in window.js("JSON.stringify(localStorage)")
+    complaints = window.complaints()
+    assert complaints and all("status of 401" in one for one in complaints)
+
+
+def test_a_refused_key_is_said(start: Start) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    _, window = start(api_key="a-good-long-key")
+    window.wait("document.getElementById('ask-key').open")
+    window.driver.find_element("id", "key").send_keys("another-long-key", Keys.ENTER)
+    window.wait("document.getElementById('model').textContent.startsWith('no connection: ')")
+    assert "key" in window.text("model")
