@@ -143,6 +143,7 @@ def generated(root: Path) -> dict[str, tuple[Path, str]]:
         import evaluation_tables
         import measured_tables
         import quality_measured
+        import serve_measured
         import speed_measured
 
         blocks.update(measured_tables.tables(root))
@@ -150,6 +151,7 @@ def generated(root: Path) -> dict[str, tuple[Path, str]]:
         blocks.update(drift_measured.tables(root))
         blocks.update(quality_measured.tables(root))
         blocks.update(speed_measured.tables(root))
+        blocks.update(serve_measured.tables(root))
     return blocks
 
 

@@ -1,0 +1,79 @@
+"""Markdown tables of benchmarks/results/serve-*.json for docs/server.md; used by check_docs.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from measured_tables import read, table
+
+PAGE = "docs/server.md"
+OVERHEAD, LOAD, MALFORMED = "serve-overhead", "serve-load", "serve-malformed"
+
+
+def overhead(data: dict[str, Any]) -> str:
+    """First and further tokens, by the library and through the server."""
+    heads = ["request", "first token, library", "server", "more", "further tokens, library",
+             "server", "more"]  # fmt: skip
+    lines = [heads, ["---", *["---:"] * 6]]
+    for row in data["rows"]:
+        first, each = row["first_ms"], row["token_ms"]
+        lines.append(
+            [
+                row["row"],
+                *(f"{first[side]:.1f} ms" for side in ("library", "server")),
+                f"{row['later_ms']:+.1f} ms",
+                *(f"{each[side]:.2f} ms" for side in ("library", "server")),
+                f"{row['share']:+.1%}",
+            ]
+        )
+    what = data["checkpoint"]
+    note = (
+        f"{what['name']} (file quantisation {what['file_quantisation']}, {what['dtype']}), "
+        f"{data['machine']['threads']} threads of {data['machine']['processor']}, "
+        f"{data['tokens']} tokens, in turns, medians of {data['repeats']} and of the differences of pairs."
+    )
+    return f"{table(lines)}\n\n{note} {_source(OVERHEAD, data)}"
+
+
+def load(data: dict[str, Any]) -> str:
+    """What came of many clients' requests."""
+    note = (
+        f"{data['requests']} requests of {data['clients']} clients, dense and pruned, "
+        f"{data['max_waiting']} places to wait: {data['completed']} completed, "
+        f"{data['cancelled']} cancelled by the client half-way, {len(data['errors'])} failed, "
+        f"{len(data['wrong'])} of the completed greedy answers differ from the one computed alone; "
+        f"{data['sent_away_429']} times a client was sent away with 429 and came again; memory "
+        f"{data['memory_before'] / 2**20:.0f} MiB before and "
+        f"{data['memory_after'] / 2**20:.0f} MiB after."
+    )
+    return f"{note} {_source(LOAD, data)}"
+
+
+def malformed(data: dict[str, Any]) -> str:
+    """How malformed requests were answered."""
+    heads = ["malformed requests", "number", "answers by status", "slowest", "5xx or no answer"]
+    lines = [heads, ["---", "---:", "---", "---:", "---:"]]
+    for name, key in (
+        ("written by hand", "hand_written"),
+        ("made from openapi.json", "from_schema"),
+    ):
+        part = data[key]
+        statuses = ", ".join(f"{status}: {n}" for status, n in part["statuses"].items())
+        slowest = f"{part['slowest_s']:.1f} s"
+        lines.append([name, str(part["requests"]), statuses, slowest, str(len(part["bad"]))])
+    return f"{table(lines)}\n\n{_source(MALFORMED, data)}"
+
+
+def _source(name: str, data: dict[str, Any]) -> str:
+    return f"`{data['command']}`: [{name}.json](../benchmarks/results/{name}.json)."
+
+
+def tables(root: Path) -> dict[str, tuple[Path, str]]:
+    """A block per file that is there."""
+    makers = {OVERHEAD: overhead, LOAD: load, MALFORMED: malformed}
+    return {
+        name: (root / PAGE, make(read(root, name)))
+        for name, make in makers.items()
+        if (root / f"benchmarks/results/{name}.json").is_file()
+    }
