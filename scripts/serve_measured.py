@@ -31,7 +31,8 @@ def overhead(data: dict[str, Any]) -> str:
     note = (
         f"{what['name']} (file quantisation {what['file_quantisation']}, {what['dtype']}), "
         f"{data['machine']['threads']} threads of {data['machine']['processor']}, "
-        f"{data['tokens']} tokens, in turns, medians of {data['repeats']} and of the differences of pairs."
+        f"{data['tokens']} tokens, in turns, medians of {data['repeats']} and of the differences "
+        "of pairs."
     )
     return f"{table(lines)}\n\n{note} {_source(OVERHEAD, data)}"
 
