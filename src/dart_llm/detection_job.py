@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +13,9 @@ from dart_llm.arch import context_length
 from dart_llm.checkpoint import checkpoint_facts
 from dart_llm.detection_study import Study, plan, study
 from dart_llm.devices import memory_failure
-from dart_llm.errors import DartError, MissingExtra, ResultsError
-from dart_llm.job_common import config_document, load_model, write_logs
+from dart_llm.errors import DartError
+from dart_llm.job_common import config_document, load_model
+from dart_llm.job_ending import complete, keep, write_plots
 from dart_llm.model_facts import model_digest
 from dart_llm.provenance import peak_memory_bytes
 from dart_llm.read_points import EAGER, layer_count
@@ -77,7 +77,7 @@ def run_detect(settings: DetectSettings, ui: Ui, fresh: bool = False) -> DetectJ
         job.timing["peak_memory_bytes"] = peak_memory_bytes()
         _finish(job)
     except BaseException as error:
-        _keep(job, error)
+        keep(job, error, lambda status: _write_config(job, status), bool(job.rows))
         memory = memory_failure(error, settings.model, settings.dtype or "the checkpoint's dtype")
         if memory is not None and not isinstance(error, DartError):
             raise memory from None
@@ -121,30 +121,8 @@ def _finish(job: DetectJob) -> None:
     detection_table.write(job.path, job.found)
     job.ui.table(detection_table.rich_table(job.found))
     job.ui.say(detection_table.conclusion(job.found))
-    _write_plots(job)
-    _write_config(job, "complete")
-    write_logs(job.folder, job.ui.log, job.timing)
-    job.folder.finish()
-    job.ui.say(f"results: {job.path}")
-
-
-def _write_plots(job: DetectJob) -> None:
-    from dart_llm import plots
-
-    try:
-        for path in plots.save(job.path, detection_plot.make(job.found)):
-            job.ui.say(f"plot: {path}")
-    except MissingExtra as error:
-        job.ui.say(f"no plots: {error}")
-
-
-def _keep(job: DetectJob, error: BaseException) -> None:
-    status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-    with contextlib.suppress(ResultsError):
-        _write_config(job, status)
-        if job.rows:
-            job.ui.say(f"what was finished is kept in {job.path}; the same command resumes")
-        write_logs(job.folder, job.ui.log, job.timing)
+    write_plots(job, detection_plot.make(job.found))
+    complete(job, lambda status: _write_config(job, status))
 
 
 def document(job: DetectJob) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +13,9 @@ from dart_llm.cell import Cell
 from dart_llm.cell_inputs import Digests
 from dart_llm.checkpoint import checkpoint_facts
 from dart_llm.devices import memory_failure
-from dart_llm.errors import DartError, MissingExtra, ResultsError
-from dart_llm.job_common import config_document, load_model, write_logs
+from dart_llm.errors import DartError
+from dart_llm.job_common import config_document, load_model
+from dart_llm.job_ending import complete, keep, write_plots
 from dart_llm.provenance import peak_memory_bytes
 from dart_llm.quality_slices import LEAD, SHIFT, pairs
 from dart_llm.quality_study import Plan, Study
@@ -67,7 +67,7 @@ def run_quality(settings: QualitySettings, ui: Ui, fresh: bool = False) -> Quali
         job.timing["peak_memory_bytes"] = peak_memory_bytes()
         _finish(job)
     except BaseException as error:
-        _keep(job, error)
+        keep(job, error, lambda status: _write_config(job, status), bool(job.lines))
         memory = memory_failure(
             error, ", ".join(settings.names()), settings.dtype or "the checkpoint's dtype"
         )
@@ -153,11 +153,8 @@ def _finish(job: QualityJob) -> None:
         job.ui.table(table)
     for line in (*quality_table.sentences(job.found), *job.found["notes"]):
         job.ui.say(line)
-    _write_plots(job)
-    _write_config(job, "complete")
-    write_logs(job.folder, job.ui.log, job.timing)
-    job.folder.finish()
-    job.ui.say(f"results: {job.path}")
+    write_plots(job, quality_plot.make(job.found))
+    complete(job, lambda status: _write_config(job, status))
 
 
 def _asked(job: QualityJob) -> dict[str, Any]:
@@ -179,25 +176,6 @@ def _asked(job: QualityJob) -> dict[str, Any]:
         "slices": job.slices,
         "checkpoints": job.checkpoints,
     }
-
-
-def _write_plots(job: QualityJob) -> None:
-    from dart_llm import plots
-
-    try:
-        for path in plots.save(job.path, quality_plot.make(job.found)):
-            job.ui.say(f"plot: {path}")
-    except MissingExtra as error:
-        job.ui.say(f"no plots: {error}")
-
-
-def _keep(job: QualityJob, error: BaseException) -> None:
-    status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-    with contextlib.suppress(ResultsError):
-        _write_config(job, status)
-        if job.lines:
-            job.ui.say(f"what was finished is kept in {job.path}; the same command resumes")
-        write_logs(job.folder, job.ui.log, job.timing)
 
 
 def document(job: QualityJob) -> dict[str, Any]:

@@ -20,8 +20,9 @@ from dart_llm.cell_inputs import Digests
 from dart_llm.checkpoint import checkpoint_facts
 from dart_llm.config import PruneConfig
 from dart_llm.devices import memory_failure
-from dart_llm.errors import ConfigError, DartError, MissingExtra, ResultsError
-from dart_llm.job_common import config_document, write_logs
+from dart_llm.errors import ConfigError, DartError
+from dart_llm.job_common import config_document
+from dart_llm.job_ending import complete, keep, write_plots
 from dart_llm.provenance import peak_memory_bytes
 from dart_llm.results import ResultsFolder, open_folder, write_json, write_lines
 from dart_llm.session import Run
@@ -73,7 +74,12 @@ def run_speed(
             job.timing["peak_memory_bytes"] = peak_memory_bytes()
             _finish(job)
     except BaseException as error:
-        _keep(job, error)
+        keep(
+            job,
+            error,
+            lambda status: _write_config(job, status),
+            job.study is not None and bool(job.study.repetitions),
+        )
         dtype = settings.dtype or "the checkpoint's dtype"
         memory = memory_failure(error, settings.name, dtype)
         if memory is not None and not isinstance(error, DartError):
@@ -199,30 +205,8 @@ def _finish(job: SpeedJob) -> None:
         job.ui.table(table)
     for line in (*speed_table.sentences(job.found), *job.found["notes"]):
         job.ui.say(line)
-    _write_plots(job)
-    _write_config(job, "complete")
-    write_logs(job.folder, job.ui.log, job.timing)
-    job.folder.finish()
-    job.ui.say(f"results: {job.path}")
-
-
-def _write_plots(job: SpeedJob) -> None:
-    from dart_llm import plots
-
-    try:
-        for path in plots.save(job.path, speed_plot.make(job.found)):
-            job.ui.say(f"plot: {path}")
-    except MissingExtra as error:
-        job.ui.say(f"no plots: {error}")
-
-
-def _keep(job: SpeedJob, error: BaseException) -> None:
-    status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-    with contextlib.suppress(ResultsError):
-        _write_config(job, status)
-        if job.study is not None and job.study.repetitions:
-            job.ui.say(f"what was finished is kept in {job.path}; the same command resumes")
-        write_logs(job.folder, job.ui.log, job.timing)
+    write_plots(job, speed_plot.make(job.found))
+    complete(job, lambda status: _write_config(job, status))
 
 
 BRIEF = (
