@@ -66,7 +66,8 @@ class Commands:
     def _method(self, value: str) -> None:
         settings = self.chat.settings
         if value and METHODS.get(value).sparsity == 0:  # dense: nothing is removed
-            self._last = settings.target_sparsity() or self._last
+            known = settings.target_sparsity()
+            self._last = self._last if known is None else known
             self.chat.change(method=value, sparsity=None, total_prune_percent=None)
         elif value and settings.served() is None:
             self.chat.change(method=value, sparsity=self._last)
