@@ -127,6 +127,11 @@ def test_dense_has_no_sparsity(chat: Chat) -> None:
     ]
 
 
+def test_a_sparsity_of_0_is_remembered_too(chat: Chat) -> None:
+    ui = say(chat, "/sparsity 0", "/method dense", "/method griffin")
+    assert ui.log[-1] == "griffin: 0% of the FFN neurons removed, drift rule never"
+
+
 def test_help_names_every_command(chat: Chat) -> None:
     ui = say(chat, "/help")
     assert [line.split()[0] for line in ui.log[: len(HELP)]] == [name.split()[0] for name in HELP]
