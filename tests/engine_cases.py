@@ -14,9 +14,9 @@ from dart_llm import prune
 from dart_llm.config import PruneConfig
 from dart_llm.engine import Answer, Ask, Engine, Sampling
 from dart_llm.engine_records import Record
-from dart_llm.own_text import remember_tokenizer
+from dart_llm.own_text import remember_tokenizer, tokenizer_of
 from dart_llm.records import RunReport
-from tiny import VOCAB, tokens
+from tiny import VOCAB, tiny, tokens
 
 HALVES = "ÃĤ©¨¼¶"
 """Bytes that make é, è, ü, ö and others in pairs, as byte-level tokenizers spell them."""
@@ -47,6 +47,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+@functools.cache
+def own_model(name: str = "llama") -> Any:
+    """A model of these tests alone: what others taught theirs began with other words."""
+    model = tiny(name)
+    remember_tokenizer(model, tokenizer())
+    return model
+
+
 def half(method: str = "griffin", **changes: Any) -> PruneConfig:
     """A method that removes half of the neurons."""
     return PruneConfig.build(method, sparsity=0.5, **changes)
@@ -69,7 +77,8 @@ def alone(
 
     if config is None:
         return write(), None
-    remember_tokenizer(model, tokenizer())  # what is learnt begins with its words
+    if tokenizer_of(model) is None:  # what is learnt begins with its words
+        remember_tokenizer(model, tokenizer())
     with prune(model, config) as run:
         found = write()
     return found, run.report()

@@ -23,8 +23,8 @@ from dart_llm.engine_records import Token
 from dart_llm.settings_base import merge
 from dart_llm.settings_chat import ChatSettings
 from dart_llm.ui import Ui
-from engine_cases import ask, half, tokenizer
-from steps import Same, shared_model
+from engine_cases import ask, half, own_model, tokenizer
+from steps import Same
 
 
 def settings(**changes: Any) -> ChatSettings:
@@ -33,7 +33,7 @@ def settings(**changes: Any) -> ChatSettings:
 
 @pytest.fixture
 def chat() -> Iterator[Chat]:
-    with Same(shared_model()), Engine(shared_model(), tokenizer()) as engine:
+    with Same(own_model()), Engine(own_model(), tokenizer()) as engine:
         yield Chat(engine, tokenizer(), settings())
 
 

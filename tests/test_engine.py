@@ -17,8 +17,8 @@ from dart_llm import AttachError, ConfigError, prune
 from dart_llm.config import PruneConfig
 from dart_llm.engine import Ask, Engine, Sampling
 from dart_llm.engine_records import Mask, Record, Token
-from engine_cases import PROMPT, alone, ask, half, kinds, tokenizer
-from steps import Same, shared_model
+from engine_cases import PROMPT, alone, ask, half, kinds, own_model, tokenizer
+from steps import Same
 from tiny import LAYERS, NAMES, WIDTH, tiny, tokens
 
 CONFIGS = {
@@ -38,7 +38,7 @@ CONFIGS = {
 
 @pytest.fixture(scope="module")
 def engine() -> Any:
-    with Same(shared_model()), Engine(shared_model(), tokenizer()) as engine:
+    with Same(own_model()), Engine(own_model(), tokenizer()) as engine:
         for config in CONFIGS.values():
             engine.prepare(config)
         yield engine
@@ -55,7 +55,7 @@ def wanted() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_model(name: str) -> None:
-    model = shared_model(name)
+    model = own_model(name)
     with Same(model):
         plain = alone(model, None)[0]
         pruned = alone(model, half(masking_step=4))
@@ -180,7 +180,7 @@ def test_logprobs_are_those_of_a_plain_forward(engine: Engine) -> None:
     made = [record for record in records if isinstance(record, Token)]
     whole = torch.tensor([[*PROMPT, *answer.tokens[0]]])
     with torch.no_grad():
-        logits = shared_model()(whole).logits[0, len(PROMPT) - 1 : -1]
+        logits = own_model()(whole).logits[0, len(PROMPT) - 1 : -1]
     wanted = torch.log_softmax(logits, -1)
     for one, row in zip(made, wanted, strict=True):
         assert one.logprob == pytest.approx(float(row[one.id]), abs=1e-4)
@@ -344,10 +344,10 @@ def test_one_at_a_time(engine: Engine) -> None:
 
 def test_the_model_can_still_generate_between_requests(engine: Engine) -> None:
     ask(engine, half())
-    made = shared_model().generate(torch.tensor([PROMPT]), max_new_tokens=40, do_sample=False)
+    made = own_model().generate(torch.tensor([PROMPT]), max_new_tokens=40, do_sample=False)
     assert tuple(made[0, len(PROMPT) :].tolist()) == alone(tiny(), None)[0]
     with pytest.raises(AttachError, match="already being pruned"):
-        prune(shared_model(), "griffin").attach()
+        prune(own_model(), "griffin").attach()
 
 
 def test_learning_while_serving() -> None:

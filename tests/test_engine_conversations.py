@@ -11,8 +11,8 @@ import torch
 from dart_llm import prune
 from dart_llm.engine import Answer, Ask, Engine, Sampling
 from dart_llm.engine_records import Record
-from engine_cases import PROMPT, ask, half, tokenizer
-from steps import CACHE, shared_model
+from engine_cases import PROMPT, ask, half, own_model, tokenizer
+from steps import CACHE
 from tiny import tiny, tokens
 
 NEXT = tuple(tokens(1, 12, seed=7)[0].tolist())
@@ -21,7 +21,7 @@ DECAYED = half(remask={"evidence": "decay", "decay": 0.1, "observe_tokens": 4})
 
 @pytest.fixture
 def engine() -> Iterator[Engine]:
-    with Engine(shared_model(), tokenizer(), conversations=2) as engine:
+    with Engine(own_model(), tokenizer(), conversations=2) as engine:
         yield engine
 
 
@@ -67,7 +67,7 @@ def test_turns_are_those_of_one_sequence(engine: Engine, config: Any) -> None:
             assert answer.report.achieved_sparsity == 0.5
         ids = (*ids, *made, *NEXT)
     with torch.no_grad():  # and nothing but this text is in the cache
-        whole = shared_model()(torch.tensor([ids[: -len(NEXT)]])).logits[0, -1]
+        whole = own_model()(torch.tensor([ids[: -len(NEXT)]])).logits[0, -1]
     if config is None:
         assert int(whole.argmax()) == ask(engine, None, ids[: -len(NEXT)])[0].tokens[0][0]
 
@@ -111,7 +111,7 @@ def test_names_are_apart_and_the_oldest_goes(engine: Engine) -> None:
 
 
 def test_no_conversations() -> None:
-    with Engine(shared_model(), tokenizer(), conversations=0) as engine:
+    with Engine(own_model(), tokenizer(), conversations=0) as engine:
         first, _ = turn(engine, None, PROMPT)
         again, _ = turn(engine, None, (*PROMPT, *first.tokens[0], *NEXT))
         assert again.usage.cached_tokens == 0 and len(engine._kept) == 0
@@ -152,7 +152,7 @@ def test_a_cancelled_turn_goes_on(engine: Engine) -> None:
 
 def test_sliding_windows_are_not_cut() -> None:
     """What slid out of a window is gone: a text that takes tokens back is read anew."""
-    model = shared_model("gemma3")
+    model = own_model("gemma3")
     with Engine(model, tokenizer()) as engine:
         first, _ = turn(engine, half(), PROMPT)
         ids = (*PROMPT, *first.tokens[0], *NEXT)

@@ -11,8 +11,8 @@ import torch
 
 from dart_llm.engine import Ask, Engine, Sampling
 from dart_llm.engine_records import Token
-from engine_cases import PROMPT, alone, ask, half, tokenizer
-from steps import Same, shared_model
+from engine_cases import PROMPT, alone, ask, half, own_model, tokenizer
+from steps import Same
 from tiny import tiny
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -29,7 +29,7 @@ def test_executors(name: str, executor: str) -> None:
     ]
     wanted = [alone(tiny(name), config) for config in configs]
     plain = alone(tiny(name), None)[0]
-    with Same(shared_model(name)), Engine(shared_model(name), tokenizer()) as engine:
+    with Same(own_model(name)), Engine(own_model(name), tokenizer()) as engine:
         assert engine.executor == executor
         for _ in range(2):
             for config, (tokens, report) in zip(configs, wanted, strict=True):
@@ -41,7 +41,7 @@ def test_executors(name: str, executor: str) -> None:
 
 @pytest.fixture(scope="module")
 def engine(native: None) -> Any:
-    with Same(shared_model()), Engine(shared_model(), tokenizer()) as engine:
+    with Same(own_model()), Engine(own_model(), tokenizer()) as engine:
         yield engine
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dart_llm import observations
-from dart_llm.observations import LIMIT, Observations, Seen, outlasting, reads_stream
+from dart_llm.observations import LIMIT, Observations, Seen, outlasting, read_tokens
 
 
 def token(value: float, width: int = 4, stream: bool = False) -> dict[int, Seen]:
@@ -31,9 +31,9 @@ def queue(flushed) -> Observations:
 
 def test_the_limit_of_tokens_adds_them_in_order_all_layers_at_once(queue, flushed):
     for value in range(LIMIT - 1):
-        queue.add([True], token(float(value)), None, 1, 1)
+        queue.add([True], token(float(value)), None, 1, 1, [0])
     assert flushed == []
-    queue.add([True], token(float(LIMIT - 1)), None, 1, 1)
+    queue.add([True], token(float(LIMIT - 1)), None, 1, 1, [0])
     ((layers, seen, weights),) = flushed
     assert (layers, weights) == ((0, 1), None)
     assert seen.u.shape == (2, 1, LIMIT, 4) and seen.h.shape == (2, 1, LIMIT, 4)
@@ -46,27 +46,27 @@ def test_the_limit_of_bytes_comes_first_for_wide_layers(queue, flushed, monkeypa
     monkeypatch.setattr(observations, "MAX_BYTES", 3 * 2 * 2 * 4 * 64)  # tokens, layers, u and h
     for value in range(3):
         assert flushed == []
-        queue.add([True], token(float(value), width=64), None, 1, 1)
+        queue.add([True], token(float(value), width=64), None, 1, 1, [0])
     assert flushed[0][1].u.shape == (2, 1, 3, 64)
 
 
 def test_weights_of_some_tokens_become_ones_for_the_others(queue, flushed):
-    queue.add([True], token(1.0), None, 1, 1)
-    queue.add([True], token(2.0), torch.zeros(1, 1), 1, 1)
+    queue.add([True], token(1.0), None, 1, 1, [0])
+    queue.add([True], token(2.0), torch.zeros(1, 1), 1, 1, [0])
     queue.flush()
     assert flushed[0][2].tolist() == [[1.0, 0.0]]
 
 
 def test_other_flags_flush_first(queue, flushed):
-    queue.add([True], token(1.0), None, 1, 1)
-    queue.add([False], token(2.0), None, 1, 1)
+    queue.add([True], token(1.0), None, 1, 1, [0])
+    queue.add([False], token(2.0), None, 1, 1, [0])
     assert [seen.u[0, 0, :, 0].tolist() for _, seen, _ in flushed] == [[1.0]]
 
 
 def test_the_stream_of_some_tokens_comes_with_their_weights_alone(queue, flushed):
-    queue.add([True], token(1.0, stream=True), torch.tensor([[0.5]]), 1, 1)
-    queue.add([True], token(2.0), None, 1, 1)
-    queue.add([True], token(3.0, stream=True), None, 1, 1)
+    queue.add([True], token(1.0, stream=True), torch.tensor([[0.5]]), 1, 1, [0])
+    queue.add([True], token(2.0), None, 1, 1, [0])
+    queue.add([True], token(3.0, stream=True), None, 1, 1, [0])
     queue.flush()
     (_, neurons, every), (layers, stream, some) = flushed
     assert neurons.u[0, 0, :, 0].tolist() == [1.0, 2.0, 3.0] and neurons.z is None
@@ -77,9 +77,8 @@ def test_the_stream_of_some_tokens_comes_with_their_weights_alone(queue, flushed
 
 def test_layers_of_several_widths_are_added_apart(queue, flushed):
     layers = {0: 4, 1: 6, 2: 4}
-    queue.add(
-        [True], {i: Seen(torch.full((1, 1, w), 1.0 + i)) for i, w in layers.items()}, None, 1, 1
-    )
+    seen = {i: Seen(torch.full((1, 1, w), 1.0 + i)) for i, w in layers.items()}
+    queue.add([True], seen, None, 1, 1, [0])
     queue.flush()
     assert [(layers, seen.u[:, 0, 0, -1].tolist()) for layers, seen, _ in flushed] == [
         ((0, 2), [1.0, 3.0]),
@@ -89,7 +88,7 @@ def test_layers_of_several_widths_are_added_apart(queue, flushed):
 
 def test_tokens_that_were_rolled_back_are_left_out(queue, flushed):
     seen = Seen(torch.arange(3.0)[None, :, None], torch.ones(1, 3, 2))
-    queue.add([True], {0: seen}, None, 1, 2)
+    queue.add([True], {0: seen}, None, 1, 2, [0, 1])
     queue.flush()
     assert flushed[0][1].u.flatten().tolist() == [0.0, 1.0]
     assert flushed[0][1].h.shape == (1, 1, 2, 2)
@@ -107,7 +106,19 @@ def test_what_outlasts_is_safe_from_changes_in_place():
 
 
 def test_sensitivities_are_read_on_the_first_tokens_and_every_eighth():
-    assert [n for n in range(30) if reads_stream([n], 1)] == [*range(9), 16, 24]
-    assert reads_stream([9, 16], 1)
-    assert reads_stream([9], 2)
-    assert not reads_stream([], 1)
+    assert [n for n in range(30) if read_tokens([n], 1)] == [*range(9), 16, 24]
+    assert read_tokens([9, 16], 1) == [0]
+    assert read_tokens([9], 2) == [] and read_tokens([6], 4) == [0, 1, 2]
+    assert read_tokens([], 1) == []
+
+
+def test_of_a_forward_of_several_tokens_some_are_read(queue, flushed):
+    u = torch.arange(4.0)[None, :, None]
+    queue.add([True], {0: Seen(u, None, u, u, u)}, torch.arange(4.0)[None], 1, 4, [0, 3])
+    queue.add([True], {0: Seen(u[:, :1], None)}, None, 1, 1, [])
+    queue.add([True], {0: Seen(u[:, 1:2], None, u[:, 1:2], u[:, 1:2], u[:, 1:2])}, None, 1, 1, [0])
+    queue.flush()
+    (_, neurons, every), (_, stream, some) = flushed
+    assert neurons.u.flatten().tolist() == [0.0, 1.0, 2.0, 3.0, 0.0, 1.0]
+    assert every.tolist() == [[0.0, 1.0, 2.0, 3.0, 1.0, 1.0]]
+    assert stream.x.flatten().tolist() == [0.0, 3.0, 1.0] and some.tolist() == [[0.0, 3.0, 1.0]]

@@ -60,7 +60,7 @@ def test_it_plays_and_pauses(window: Window) -> None:
     window.wait("document.querySelectorAll('.text')[1].textContent.includes('23')")
     window.wait("document.getElementById('play').textContent === 'Play'")
     assert window.js(TOKENS) == [24, 24]
-    assert window.text("view-of") == "Dense: 24 tokens"
+    window.wait("document.getElementById('view-of').textContent === 'Dense: 24 tokens'")
     window.js("document.querySelector('.answer header button').click()")
     window.wait(
         "document.getElementById('view-of').textContent === 'dart, 50 % sparsity: 24 tokens'"

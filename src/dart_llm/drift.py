@@ -159,14 +159,15 @@ class Detector:
             return
         v = v.to(torch.float32, copy=True)  # the model may go on in place
         if weights is not None or live is not None:
-            self._absorb()
+            self.catch_up()
             self._add(v, weights, live)
             return
         self.waiting.append(v)  # single tokens are added together: that takes as long as one
         if sum(part.shape[1] for part in self.waiting) >= self.rule.window:
-            self._absorb()
+            self.catch_up()
 
-    def _absorb(self) -> None:
+    def catch_up(self) -> None:
+        """Add what is waiting to the reference."""
         if self.waiting:
             waiting, self.waiting = self.waiting, []
             self._add(torch.cat(waiting, 1), None, None)
@@ -183,7 +184,7 @@ class Detector:
 
     def start(self) -> None:
         """Enter PRUNED: fix the reference if there is one; window and counter start at 0."""
-        self._absorb()
+        self.catch_up()
         self.partial, self.counter = [], 0
         if self.total is not None and len(self.windows) >= MIN_WINDOWS:
             self._arm()
@@ -199,7 +200,7 @@ class Detector:
 
     def cut(self, tokens: int) -> None:
         """Forget the last ``tokens`` of a window in progress (they were rolled back)."""
-        self._absorb()
+        self.catch_up()
         if tokens > 0 and (left := self.filled - tokens) >= 0:
             self.partial = [torch.cat(self.partial, 1)[:, :left]] if left else []
         elif tokens > 0:

@@ -42,6 +42,14 @@ class Seen(NamedTuple):
         """Some tokens of one layer."""
         return Seen(*(t if t is None else t[:, tokens] for t in self))
 
+    def reading(self, tokens: list[int]) -> Seen:
+        """The same with the stream of some tokens of one layer alone."""
+        if self.z is None:
+            return self
+        if not tokens:
+            return Seen(self.u, self.h)
+        return Seen(self.u, self.h, *(t if t is None else t[:, tokens] for t in self[2:]))
+
     @property
     def shown(self) -> Tensor:
         """One of the tensors."""
@@ -68,12 +76,16 @@ def outlasting(seen: Seen, stream: bool) -> Seen:
     return Seen(u, h, kept, x, kept if same else r)
 
 
-def reads_stream(observed: Sequence[int], tokens: int) -> bool:
-    """Whether a decode forward of ``tokens`` is one on which sensitivities are read.
+def read_tokens(observed: Sequence[int], tokens: int) -> list[int]:
+    """Which of ``tokens`` new decode tokens sensitivities are read on.
 
     ``observed``: tokens that each life has observed before.
     """
-    return tokens > 1 or any(n < STREAM_FIRST or n % STREAM_EVERY == 0 for n in observed)
+    return [
+        token
+        for token in range(tokens)
+        if any(n + token < STREAM_FIRST or (n + token) % STREAM_EVERY == 0 for n in observed)
+    ]
 
 
 Update = Callable[[list[bool], tuple[int, ...], Seen, Tensor | None], None]
@@ -101,6 +113,8 @@ class Observations:
     forwards: list[Mapping[int, Seen]] = field(default_factory=list)
     weights: list[Tensor | None] = field(default_factory=list)
     shapes: list[tuple[int, int]] = field(default_factory=list)
+    read: list[list[int]] = field(default_factory=list)
+    """Of each forward, the tokens whose stream is read."""
 
     @property
     def tokens(self) -> int:
@@ -113,8 +127,12 @@ class Observations:
         weights: Tensor | None,
         rows: int,
         tokens: int,
+        read: list[int],
     ) -> None:
-        """Queue the first ``tokens`` of one forward; ``weights``: [B, tokens] or None."""
+        """Queue the first ``tokens`` of one forward; ``weights``: [B, tokens] or None.
+
+        ``read``: the tokens whose stream is read, where it was captured.
+        """
         if not layers or not tokens:
             return
         if observing != self.observing or (self.shapes and self.shapes[0][0] != rows):
@@ -122,7 +140,11 @@ class Observations:
         self.observing = observing
         if next(iter(layers.values())).shown.shape[1] != tokens:
             layers = {layer: seen.cut(slice(tokens)) for layer, seen in layers.items()}
+        read = [token for token in read if token < tokens]  # others were rolled back
+        if len(read) != tokens:
+            layers = {layer: seen.reading(read) for layer, seen in layers.items()}
         self.forwards.append(layers)
+        self.read.append(read)
         self.weights.append(weights)
         self.shapes.append((rows, tokens))
         if self.tokens >= LIMIT or self.nbytes() >= MAX_BYTES:
@@ -139,13 +161,26 @@ class Observations:
         forwards, self.forwards = self.forwards, []
         given, self.weights = self.weights, []
         shapes, self.shapes = self.shapes, []
+        read, self.read = self.read, []
         for layers in _alike(forwards[0]) if forwards else ():
             for parts in (NEURONS, STREAM):  # the stream is not read on all of them
                 has = [one[layers[0]][parts[0]] is not None for one in forwards]
                 if any(has):
                     seen = _joined(list(compress(forwards, has)), layers, parts)
                     weights = _weights(list(compress(given, has)), list(compress(shapes, has)))
+                    if weights is not None and parts is STREAM:
+                        weights = weights[:, _places(shapes, read, has)]
                     self.update(self.observing, layers, seen, weights)
+
+
+def _places(shapes: list[tuple[int, int]], read: list[list[int]], has: Sequence[bool]) -> list[int]:
+    """Where the tokens whose stream was read stand among all tokens of these forwards."""
+    found, start = [], 0
+    for (_, tokens), own, one in zip(shapes, read, has, strict=True):
+        if one:
+            found += [start + token for token in own]
+            start += tokens
+    return found
 
 
 def _alike(layers: Mapping[int, Seen]) -> list[tuple[int, ...]]:

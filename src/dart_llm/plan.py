@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from typing import TypeVar
@@ -75,6 +75,8 @@ class Held:
     counts: list[float]
     """Prompt tokens of each row in this forward, padding left out."""
     feature: Tensor | None = None
+    read: list[int] = field(default_factory=list)
+    """Tokens of a decode forward on which sensitivities are read."""
     ended: bool = False
     """False while the forward runs, and for ever if it raised."""
 

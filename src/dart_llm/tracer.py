@@ -2,7 +2,7 @@
 
 For every forward: ``begin_forward`` says what each layer shall do, ``observe`` and ``feature``
 take what the layers saw, ``end_forward`` settles it.  A decode forward of several tokens is held
-until the next forward shows how many of them stayed (assisted decoding rolls back).
+until the next one shows how many stayed (assisted decoding rolls back).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dart_llm.drift import make_rule
 from dart_llm.life import Life, Phase
 from dart_llm.low_rank import read_features
 from dart_llm.masks import LayerMask
-from dart_llm.observations import Observations, Seen, outlasting, reads_stream, weakly
+from dart_llm.observations import Observations, Seen, outlasting, read_tokens, weakly
 from dart_llm.plan import Call, Held, Kind, Plan, prompt_counts, token_weights
 from dart_llm.records import DriftCheck, Remask
 from dart_llm.reference import add_reference, evidence_weights, sinks_ahead
@@ -58,26 +58,26 @@ class Tracer:
     def begin_forward(self, call: Call) -> Plan:
         """Settle the forward before, then plan this one."""
         self.settle(call.cached)
-        fresh = call.cached == 0 or call.cached > self.length or not self.lives
-        if fresh:
+        if call.cached == 0 or call.cached > self.length or not self.lives:  # a fresh one
             self._new_sequence(call)
         else:
             self._rewind(call.cached)
         if len(self._real) != call.rows:
             self._real = [min(self._real)] * call.rows
         self.length = call.cached
-        if call.kind is Kind.PREFILL or any(life.ready for life in self.lives):
+        prefill = call.kind is Kind.PREFILL
+        if prefill or any(life.ready for life in self.lives):
             self._queue.flush()
         before = [life.version for life in self.lives]
         counts = prompt_counts(call)
-        if call.kind is Kind.PREFILL:
+        if prefill:
             observing = self._prefill(counts)
         else:
             observing = [self._advance(life, call) for life in self.lives]
         self._announce(before)
-        self.last_phase = Phase.PREFILL if call.kind is Kind.PREFILL else self.lives[0].phase
+        self.last_phase = Phase.PREFILL if prefill else self.lives[0].phase
         self._held = Held(call, observing, {}, counts)
-        self.plan = self._make_plan(call, observing)
+        self.plan = self._make_plan(self._held)
         return self.plan
 
     def _advance(self, life: Life, call: Call) -> bool:
@@ -133,18 +133,19 @@ class Tracer:
         wanted = self.given is None and not self.selector.removes_nothing
         return [wanted and life.phase is Phase.PREFILL for life in self.lives]
 
-    def _make_plan(self, call: Call, observing: list[bool]) -> Plan:
-        prefill = call.kind is Kind.PREFILL
+    def _make_plan(self, held: Held) -> Plan:
+        prefill, observing = held.call.kind is Kind.PREFILL, held.observing
         masks = tuple(None if prefill else life.masks for life in self.lives)
         watched = any(observing) or any(life.phase is Phase.PRUNED for life in self.lives)
         observe = any(observing) and self.selector.needs_evidence
         stream = observe and self.selector.statistics.needs_stream
         if stream and not prefill:
-            stream = reads_stream([life.observed for life in self.lives], call.tokens)
+            held.read = read_tokens([life.observed for life in self.lives], held.call.tokens)
+            stream = bool(held.read)
         inputs = observe and "features" in self.selector.statistics.needs
-        alone = observe and not prefill and not stream and not any(masks)
-        into = self._held.layers if alone and self._held else None
-        return Plan(observe, bool(self.rule.window) and watched, masks, stream, inputs, into)
+        features = bool(self.rule.window) and watched
+        into = None if not observe or prefill or stream or any(masks) else held.layers
+        return Plan(observe, features, masks, stream, inputs, into)
 
     def _announce(self, before: list[int]) -> None:
         for life, version in zip(self.lives, before, strict=True):
@@ -153,8 +154,7 @@ class Tracer:
 
     def observe(self, layer: int, seen: Seen) -> None:
         """One layer's tokens."""
-        held = self._held
-        if held is None or not self.plan.observe:
+        if (held := self._held) is None or not self.plan.observe:
             return
         if held.call.kind is Kind.DECODE:
             held.layers[layer] = outlasting(seen, self.plan.stream)
@@ -217,7 +217,7 @@ class Tracer:
         accepted = max(0, stayed - call.cached)
         self.length = call.cached + accepted
         weights = evidence_weights(call, accepted, self._real, self.config.skip_sinks)
-        self._queue.add(held.observing, held.layers, weights, call.rows, accepted)
+        self._queue.add(held.observing, held.layers, weights, call.rows, accepted, held.read)
         with torch.inference_mode(False):
             if call.kind is Kind.PREFILL:
                 self._settle_prefill(held)
@@ -288,7 +288,7 @@ class Tracer:
         """Tokens that the next decode forward may hold before any state can change."""
         self.settle()
         bounds = [life.tokens_until_change() for life in self.lives]
-        return min((bound for bound in bounds if bound is not None), default=None)
+        return min(filter(None, bounds), default=None)  # a bound is at least 1
 
     def flush(self) -> None:
         """Account for everything that was seen."""
