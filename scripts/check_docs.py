@@ -3,10 +3,13 @@
 Usage: python scripts/check_docs.py [--write]
 
 - docs/cli.md holds the ``--help`` of every command, docs/scripts.md the table of variables.
-- docs/measurements.md, method.md, performance.md and README.md hold tables of benchmarks/results.
+- docs/measurements.md, method.md, performance.md, claims.md and README.md hold tables of
+  benchmarks/results.
 - docs/data.md holds the catalogue of data sets.
 - Every flag of ``dart-llm run`` is in one of the two.
-- Every relative link and anchor in README.md, CONTRIBUTING.md and docs/*.md leads somewhere.
+- Every relative link and anchor in README.md, CONTRIBUTING.md, THIRD_PARTY.md, docs/*.md and
+  benchmarks/README.md leads somewhere.
+- docs/README.md links to every other page of docs/.
 
 Prints one sentence per problem and exits with 1 if there is one.
 """
@@ -48,6 +51,8 @@ COMMANDS = (
 SCRIPTS = ("run_experiment.sh", "run_knowledge_drift.sh")
 VARIABLE = re.compile(r'^: "\$\{([A-Z_]+):=(.*)\}"', re.MULTILINE)
 WIDTH = "100"
+INDEX = "docs/README.md"
+OTHER_PAGES = ("THIRD_PARTY.md", "benchmarks/README.md")
 
 
 def plain_environment() -> None:
@@ -139,7 +144,8 @@ def generated(root: Path) -> dict[str, tuple[Path, str]]:
     if (root / "docs/data.md").is_file():
         blocks["data"] = (root / "docs/data.md", data_table())
     if (root / "benchmarks/results").is_dir():
-        import drift_measured  # beside this file
+        import claims_measured  # beside this file
+        import drift_measured
         import evaluation_tables
         import measured_tables
         import quality_measured
@@ -152,6 +158,7 @@ def generated(root: Path) -> dict[str, tuple[Path, str]]:
         blocks.update(quality_measured.tables(root))
         blocks.update(speed_measured.tables(root))
         blocks.update(serve_measured.tables(root))
+        blocks.update(claims_measured.tables(root))
     return blocks
 
 
@@ -200,7 +207,9 @@ def missing_flags(root: Path) -> Iterator[str]:
 
 def pages(root: Path) -> list[Path]:
     """The Markdown files whose links are checked."""
-    return [root / "README.md", root / "CONTRIBUTING.md", *sorted((root / "docs").glob("*.md"))]
+    needed = [root / "README.md", root / "CONTRIBUTING.md", root / INDEX]
+    others = [path for name in OTHER_PAGES if (path := root / name).is_file()]
+    return [*needed, *others, *sorted({*(root / "docs").glob("*.md")} - {root / INDEX})]
 
 
 def prose(text: str) -> str:
@@ -250,6 +259,15 @@ def broken_links(root: Path) -> Iterator[str]:
                 yield f"{where} links to {link}, but {target.name} has no such heading"
 
 
+def unlisted_pages(root: Path) -> Iterator[str]:
+    """One sentence per page of docs/ that the index does not link to."""
+    index = root / INDEX
+    listed = {link.partition("#")[0] for link in links(index.read_text("utf-8"))}
+    for page in sorted(index.parent.glob("*.md")):
+        if page != index and page.name not in listed:
+            yield f"{INDEX} does not link to {page.name}: add a line that says what it holds"
+
+
 def main() -> int:
     """Check, or write first; the number of problems decides the exit code."""
     plain_environment()
@@ -258,6 +276,7 @@ def main() -> int:
     if sys.argv[1:]:
         write(ROOT)
     problems = [*stale_blocks(ROOT), *missing_flags(ROOT), *broken_links(ROOT)]
+    problems += unlisted_pages(ROOT) if (ROOT / INDEX).is_file() else []
     for problem in problems:
         print(problem, file=sys.stderr)
     if not problems:

@@ -71,7 +71,9 @@ def _source(name: str, data: dict[str, Any]) -> str:
 
 
 def tables(root: Path) -> dict[str, tuple[Path, str]]:
-    """A block per file that is there."""
+    """A block per file that is there; none without the page."""
+    if not (root / PAGE).is_file():
+        return {}
     makers = {OVERHEAD: overhead, LOAD: load, MALFORMED: malformed}
     return {
         name: (root / PAGE, make(read(root, name)))

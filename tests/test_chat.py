@@ -105,6 +105,8 @@ def test_settings_change_while_talking(chat: Chat) -> None:
         ("/stats", "ConfigError", "there is no answer yet"),
         ("/save", "ConfigError", "name a file"),
         ("/save /nowhere/at/all.md", "ConfigError", "cannot write /nowhere/at/all.md: No such"),
+        ("/save ~no-such-user/a.md", "ConfigError", "~no-such-user/a.md: there is no such user"),
+        ("/save a\0b", "ConfigError", "cannot write 'a\\x00b': embedded null"),
     ],
 )
 def test_what_cannot_be_done_is_one_sentence(chat: Chat, line: str, kind: str, words: str) -> None:
@@ -123,6 +125,11 @@ def test_dense_has_no_sparsity(chat: Chat) -> None:
         "ConfigError: method dense removes nothing: choose another one by /method",
         "griffin: 50% of the FFN neurons removed, drift rule never",
     ]
+
+
+def test_a_sparsity_of_0_is_remembered_too(chat: Chat) -> None:
+    ui = say(chat, "/sparsity 0", "/method dense", "/method griffin")
+    assert ui.log[-1] == "griffin: 0% of the FFN neurons removed, drift rule never"
 
 
 def test_help_names_every_command(chat: Chat) -> None:
@@ -161,6 +168,13 @@ def test_save(chat: Chat, tmp_path: Path) -> None:
 def test_reset(chat: Chat) -> None:
     say(chat, "Why?", "/reset", "Why?")
     assert len(chat.turns) == 1 and chat.turns[0].result.usage.cached_tokens == 0
+
+
+def test_bytes_that_are_no_text(chat: Chat) -> None:
+    """What a locale could not read is UTF-8, or a mark in its place."""
+    bytes_of = "caf\u00e9".encode() + b" \xff?"
+    say(chat, bytes_of.decode("ascii", "surrogateescape"))
+    assert chat.turns[0].question == "caf\u00e9 \ufffd?"
 
 
 def test_a_slash_can_be_said(chat: Chat) -> None:

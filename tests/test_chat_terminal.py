@@ -37,6 +37,18 @@ def command(folder: Path, *flags: str) -> list[str]:
     return [*chat, "--method", "griffin", "--sparsity", "0.5", *flags]
 
 
+def test_no_input_at_all(folder: Path) -> None:
+    """A standard input that was closed has ended."""
+    done = subprocess.run(
+        ["sh", "-c", '"$@" <&-', "sh", *command(folder)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
 def test_piped(folder: Path, tmp_path: Path) -> None:
     """Answers alone on stdout; an error is one sentence, and the next line goes on."""
     lines = f"Why?\\\nand how?\n/sparsity 2\nAnd?\n/save {tmp_path}/talk.md\n/quit\nNo?\n"

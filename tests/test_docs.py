@@ -30,6 +30,10 @@ def copy(tmp_path: Path) -> Path:
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "CONTRIBUTING.md").write_text("# Contributing\n\nSee [the start](README.md#top).\n")
     (tmp_path / "README.md").write_text("# Top\n\n## Use `it`, twice!\n\n[here](#use-it-twice)\n")
+    index = (
+        "# Pages\n\n[cli](cli.md): every flag. [scripts](scripts.md#the-variables): variables.\n"
+    )
+    (tmp_path / "docs/README.md").write_text(index)
     return tmp_path
 
 
@@ -111,17 +115,31 @@ def test_a_missing_page_is_noticed(copy: Path) -> None:
     assert check(copy) == (1, ["CONTRIBUTING.md is missing"])
 
 
+def test_a_page_that_the_index_forgets_is_noticed(copy: Path) -> None:
+    (copy / "docs/new.md").write_text("# New\n")
+    assert check(copy) == (
+        1,
+        ["docs/README.md does not link to new.md: add a line that says what it holds"],
+    )
+
+
+def test_a_missing_index_is_noticed(copy: Path) -> None:
+    (copy / "docs/README.md").unlink()
+    assert check(copy) == (1, ["docs/README.md is missing"])
+
+
+def test_links_of_the_other_pages_are_checked(copy: Path) -> None:
+    (copy / "THIRD_PARTY.md").write_text("[a](none.md)\n")
+    assert check(copy) == (1, ["THIRD_PARTY.md links to none.md, which does not exist"])
+
+
 def test_a_measured_table_that_differs_from_its_file_is_noticed(copy: Path) -> None:
-    for name in (
-        "benchmarks/results",
-        "scripts/measured_tables.py",
-        "scripts/evaluation_tables.py",
-        "scripts/drift_measured.py",
-        "scripts/quality_measured.py",
-        "scripts/speed_measured.py",
+    shutil.copytree(ROOT / "benchmarks/results", copy / "benchmarks/results")
+    for script in (
+        *(ROOT / "scripts").glob("*_measured.py"),
+        *(ROOT / "scripts").glob("*_tables.py"),
     ):
-        source, target = ROOT / name, copy / name
-        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+        shutil.copy(script, copy / "scripts")
     for name in ("README.md", "docs/method.md"):
         shutil.copy(ROOT / name, copy / name)
     text = (ROOT / "docs/measurements.md").read_text()

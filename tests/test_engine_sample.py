@@ -71,6 +71,14 @@ def test_overflow_is_said(bad: float) -> None:
         Sampler(Sampling()).choose(logits)
 
 
+@pytest.mark.parametrize("temperature", [1e-10, 1e-45, 1e-50, 5e-324])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_almost_no_temperature_is_greedy(temperature: float, top_p: float) -> None:
+    logits = chances(4)
+    sampler = Sampler(Sampling(temperature=temperature, top_p=top_p))
+    assert sampler.choose(logits) == [int(logits.argmax())]
+
+
 def test_logprobs() -> None:
     logits = torch.cat([chances(0), chances(1)]).bfloat16()
     wanted = torch.log_softmax(logits.float(), -1)

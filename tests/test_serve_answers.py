@@ -341,3 +341,13 @@ def test_runs_are_opened_below_their_folder_alone(tmp_path: Path) -> None:
     assert opened["drift"] == [{"step": "1", "similarity": "0.5"}]
     assert opened["masks"] is None
     assert opened["config"]["kind"] == "run"
+
+
+def test_a_table_that_is_none_is_left_out(tmp_path: Path) -> None:
+    run = tmp_path / "20260101-120000"
+    run.mkdir()
+    (run / "config.json").write_text('{"status": "complete", "kind": "run"}')
+    (run / "drift.csv").write_text("step\n" + "1" * 200_000 + "\n")  # beyond csv's field limit
+    with running(results_dir=str(tmp_path)) as server, server.client() as client:
+        opened = client.get("/api/runs/20260101-120000")
+    assert (opened.status_code, opened.json()["drift"]) == (200, [])

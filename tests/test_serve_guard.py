@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import select
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +13,7 @@ import httpx
 import pytest
 
 from dart_llm.errors import ConfigError
+from dart_llm.settings_base import merge
 from dart_llm.settings_serve import ServeSettings
 from serve_cases import CHAT, FakeEngine, Running, running
 
@@ -190,7 +193,9 @@ def test_an_endless_body_is_not_waited_for(server: Running) -> None:
     connection.close()
 
 
-def test_a_slow_body_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pieces", [0, 40])
+def test_a_slow_body_is_given_up(monkeypatch: pytest.MonkeyPatch, pieces: int) -> None:
+    """Also one that goes on arriving, a byte at a time."""
     from dart_llm import serve_app
 
     def hasty(*args: Any, **options: Any) -> Any:
@@ -204,6 +209,11 @@ def test_a_slow_body_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
             b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
         )
+        with contextlib.suppress(ConnectionError):  # it is closed while we write
+            for _ in range(pieces):
+                connection.sendall(b" ")
+                if select.select([connection], [], [], 0.05)[0]:
+                    break
         assert connection.recv(65536).startswith(b"HTTP/1.1 408")
         connection.close()
 
@@ -277,3 +287,10 @@ def test_another_bind_needs_a_key_only() -> None:
     assert ServeSettings(host="::1").is_loopback
     assert ServeSettings(host="127.8.9.1").is_loopback
     assert "[::1]" in (ServeSettings(host="::1").hosts or ())
+
+
+@pytest.mark.parametrize("key", [1234567890123, ["a-secret-key"]])
+def test_a_key_is_in_no_message(key: Any) -> None:
+    """YAML reads a key of digits as a number."""
+    with pytest.raises(ConfigError, match=r"^api_key: input should be a valid string$"):
+        merge(ServeSettings, {"api_key": key})

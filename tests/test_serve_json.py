@@ -97,9 +97,26 @@ def test_wrong_fields_are_named(change: dict[str, Any], param: str, code: str | 
     assert (caught.value.param, caught.value.code) == (param, code)
 
 
-def test_a_near_name_is_suggested() -> None:
-    with pytest.raises(Refusal, match="supplied: max_token; did you mean max_tokens"):
-        read(ChatBody, {"messages": MESSAGES, "max_token": 5})
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_token": 5}, "supplied: max_token; did you mean max_tokens"),
+        ({"dart": {"sparcity": 0.5}}, r"^dart\.sparcity: is not a known field; .* mean sparsity\?"),
+        ({"dart": {"masking-step": 1}}, r"^dart\.masking-step: .* mean masking_step\?"),
+        ({"dart": {"x" * 5000: 1}}, r"^dart\.x{100}: is not a known field$"),
+        ({"stop": ["a"] * 5}, "^stop: list should have at most 4 items"),
+        ({"stop": ["a", 1]}, r"^stop\.1: input should be a valid string"),
+        ({"stop": 1}, "^stop: input should be a valid string"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            r"^messages\.0\.content\.0\.type: input should be 'text'",
+        ),
+        ({"messages": [{"role": "user", "content": 5}]}, r"^messages\.0\.content: .* valid string"),
+    ],
+)
+def test_what_is_wrong_is_said(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(Refusal, match=message):
+        read(ChatBody, {"messages": MESSAGES, **change})
 
 
 def test_what_cannot_change_an_answer_is_ignored() -> None:

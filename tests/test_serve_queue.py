@@ -126,6 +126,15 @@ def test_a_request_that_takes_too_long_is_given_up() -> None:
         until(lambda: bool(engine.ended), 2)
 
 
+def test_a_stream_that_takes_too_long_says_so_at_its_end() -> None:
+    engine = FakeEngine(pause=0.05)
+    with running(engine, request_timeout=1) as server, server.client() as client:
+        response = client.post(URL, json={**CHAT, "max_tokens": 1000, "stream": True})
+        events = [line for line in response.text.split("\n\n") if line]
+    assert response.status_code == 200 and len(events) > 2
+    assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "timeout"
+
+
 def test_a_client_that_does_not_read_does_not_hold_the_model() -> None:
     engine = FakeEngine()
     with running(engine, max_tokens=100_000, request_timeout=20) as server:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 from dart_llm.chat import Chat
+from dart_llm.chat_input import own_path
 from dart_llm.chat_lines import settings_line, stats_tables
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.registry import METHODS
@@ -66,7 +66,8 @@ class Commands:
     def _method(self, value: str) -> None:
         settings = self.chat.settings
         if value and METHODS.get(value).sparsity == 0:  # dense: nothing is removed
-            self._last = settings.target_sparsity() or self._last
+            known = settings.target_sparsity()
+            self._last = self._last if known is None else known
             self.chat.change(method=value, sparsity=None, total_prune_percent=None)
         elif value and settings.served() is None:
             self.chat.change(method=value, sparsity=self._last)
@@ -91,13 +92,15 @@ class Commands:
     def _save(self, value: str) -> None:
         if not value:
             raise ConfigError("name a file: /save talk.md, or /save talk.json with all accounting")
-        path = Path(value).expanduser()
+        path = own_path(value)
         as_json = path.suffix.lower() == ".json"
         text = json.dumps(self.chat.to_dict(), indent=1) + "\n" if as_json else self.chat.to_text()
         try:
             path.write_text(text, encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
+        except ValueError as error:  # a character that no file's name can have
+            raise ConfigError(f"cannot write {value!r}: {error}") from None
         self.ui.say(f"saved {len(self.chat.turns)} answers to {path}")
 
     def _reset(self, value: str) -> None:

@@ -46,9 +46,22 @@ def read_message(read: ReadLine) -> str:
             return "\n".join([*lines, line])
 
 
+def own_path(text: str) -> Path:
+    """``text`` as a path, ``~`` read; raises ``ConfigError`` for the home of nobody."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{text}: there is no such user, so no such folder") from None
+
+
+def readable(text: str) -> str:
+    """Bytes that the locale could not read, as UTF-8; what is none becomes a replacement mark."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def piped(prompt: str) -> str:
     """A line of standard input that nobody types; raises ``EOFError`` at the end."""
-    line = sys.stdin.readline()
+    line = sys.stdin.readline() if sys.stdin else ""  # None: it was closed before we began
     if not line:
         raise EOFError
     return line.rstrip("\r\n")
@@ -60,7 +73,7 @@ def typed(history: str | None) -> Iterator[ReadLine]:
 
     Raises ``ConfigError`` for a history that cannot be read or written.
     """
-    readline, path = _readline(), None if history is None else Path(history).expanduser()
+    readline, path = _readline(), None if history is None else own_path(history)
     if readline is None or path is None:
         yield input
         return

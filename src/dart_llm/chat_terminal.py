@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import signal
 import sys
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 
 from dart_llm.chat import Chat
 from dart_llm.chat_commands import Commands
-from dart_llm.chat_input import ReadLine, piped, read_message, typed
+from dart_llm.chat_input import ReadLine, piped, read_message, readable, typed
 from dart_llm.chat_lines import settings_line, turn_line
 from dart_llm.engine import Engine, Record
 from dart_llm.engine_records import Token
@@ -36,7 +37,9 @@ def run_chat(settings: ChatSettings, ui: Ui) -> None:
     ) as engine:
         chat = Chat(engine, tokenizer, settings)
         ui.say(settings_line(settings))
-        if not sys.stdin.isatty():
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # see readable
+        if not sys.stdin or not sys.stdin.isatty():
             talk(chat, ui, piped)
             return
         ui.say("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
@@ -52,7 +55,7 @@ def talk(chat: Chat, ui: Ui, read: ReadLine, person: bool = False) -> None:
     commands = Commands(chat, ui)
     while not commands.left:
         try:
-            message = read_message(read)
+            message = readable(read_message(read))
         except EOFError:
             if person:
                 ui.say("")

@@ -227,8 +227,13 @@ class TokenConfig(Part):
         return self
 
 
+SECRET = ("api_key",)
+"""Settings whose value no message shows."""
+
+
 def first_problem(error: ValidationError) -> str:
     """The first validation problem as one sentence."""
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"])
-    return f"{where} = {problem['input']!r}: {problem['msg'].lower()}"
+    shown = "" if where in SECRET else f" = {problem['input']!r}"
+    return f"{where}{shown}: {problem['msg'].lower()}"

@@ -14,6 +14,9 @@ from dart_llm.errors import DartError
 FEW = 64
 """Likeliest tokens that ``top_p`` looks at first; eight times as many whenever they are too few."""
 
+COLDEST = 1e-30
+"""Temperatures below it are taken as it: as float32 they would be 0, and 0 / 0 is no chance."""
+
 
 class Sampler:
     """Draws for the rows of one request; row i of seed s draws the numbers of seed (s, i)."""
@@ -34,7 +37,8 @@ class Sampler:
         if self.sampling.temperature == 0:
             ids: list[int] = best.indices.tolist()
             return ids
-        chances = torch.softmax((scores - best.values[:, None]) / self.sampling.temperature, -1)
+        heat = max(self.sampling.temperature, COLDEST)
+        chances = torch.softmax((scores - best.values[:, None]) / heat, -1)
         return [self._draw(row, draw) for row, draw in zip(chances, self._draws, strict=True)]
 
     def _draw(self, chances: Tensor, draws: random.Random) -> int:

@@ -89,6 +89,10 @@ class RecordWriter:
         return sse({"kind": "error", "message": refusal.message, "request": self.request_id})
 
 
+LAST_SECONDS = 5.0
+"""How long the last event of a stream that ran out of time may take to be sent."""
+
+
 class Delivery:
     """An ASGI application that queues one turn and sends what comes of it."""
 
@@ -107,8 +111,13 @@ class Delivery:
             async with asyncio.timeout(self.seconds):
                 await self._deliver(send)
         except TimeoutError:
+            late = Refusal(503, f"no answer within {self.seconds:g} s", code="timeout")
             if not self._begun:
-                raise Refusal(503, f"no answer within {self.seconds:g} s", code="timeout") from None
+                raise late from None
+            if self.writer.streams:
+                with contextlib.suppress(TimeoutError):  # of a client that does not read
+                    async with asyncio.timeout(LAST_SECONDS):
+                        await self._send(send, self.writer.error(late), True)
         finally:
             self.worker.leave(self.turn)
             gone.cancel()

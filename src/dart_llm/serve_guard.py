@@ -159,6 +159,7 @@ class _Exchange:
         self.id = f"req_{token_hex(12)}"
         self.status: int | None = None
         self.started = time.perf_counter()
+        self.deadline = asyncio.get_running_loop().time() + guard.rules.body_seconds
         self.received = 0
         self.body_read = False
 
@@ -182,7 +183,7 @@ class _Exchange:
         if self.body_read:
             return await self.receive()
         try:
-            async with asyncio.timeout(self.guard.rules.body_seconds):
+            async with asyncio.timeout_at(self.deadline):  # of the whole body, not of a piece
                 message = await self.receive()
         except TimeoutError:
             raise Refusal(408, "the body took too long to arrive", code="timeout") from None

@@ -75,7 +75,7 @@ def opened(root: Path, name: str) -> dict[str, Any]:
         found[document.removesuffix(".json")] = _json(_text(run.path, files.get(document)))
     lines = _text(run.path, files.get("generation.jsonl")).splitlines()
     found["generation"] = [row for line in lines if (row := _json(line)) is not None]
-    found["drift"] = list(csv.DictReader(io.StringIO(_text(run.path, files.get("drift.csv")))))
+    found["drift"] = _rows(_text(run.path, files.get("drift.csv")))
     return found
 
 
@@ -87,6 +87,14 @@ def _text(folder: Path, path: Path | None) -> str:
         return path.read_text(encoding="utf-8") if path.stat().st_size <= LARGEST else ""
     except (OSError, UnicodeDecodeError):
         return ""
+
+
+def _rows(text: str) -> list[dict[str, Any]]:
+    """[] for what is no table, such as one with a field of a megabyte."""
+    try:
+        return list(csv.DictReader(io.StringIO(text)))
+    except csv.Error:
+        return []
 
 
 def _json(text: str) -> Any:

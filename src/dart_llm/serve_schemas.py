@@ -8,10 +8,11 @@ change an answer are read and ignored.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from dart_llm.serve_errors import Refusal
 
@@ -146,11 +147,9 @@ def read(kind: type[B], data: Mapping[str, Any]) -> B:
     known = [*kind.model_fields, *IGNORED, *NEUTRAL]
     for name in data:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-            hint = f"; did you mean {near[0]}?" if near else ""
             raise Refusal(
                 400,
-                f"unrecognized request argument supplied: {name[:100]}{hint}",
+                f"unrecognized request argument supplied: {name[:100]}{_hint(name, known)}",
                 name[:100],
                 "unknown_parameter",
             )
@@ -179,19 +178,46 @@ def _check_neutral(data: Mapping[str, Any]) -> None:
             )
 
 
+def _hint(name: str, known: Iterable[str]) -> str:
+    """The near name, if one is; of a long name its beginning is compared."""
+    near = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def _refusal(error: ValidationError) -> Refusal:
     """The first problem: which field, and what is wrong with it."""
-    problem = error.errors(include_input=False, include_context=False, include_url=False)[0]
-    # a union's branches ("str", "list[...]") stand in the place of a field: they are no names
-    path = [
+    problem = _plainest(error.errors(include_input=False, include_context=False, include_url=False))
+    *outer, last = problem["loc"]
+    path = _names(outer)
+    if problem["type"] == "extra_forbidden":  # a name of the client's own making
+        name = str(last)[:100]
+        hint = _hint(name, Dart.model_fields) if path == ["dart"] else ""
+        where = ".".join([*path, name])
+        message = f"{where}: is not a known field{hint}"
+        return Refusal(400, message, where, "unknown_parameter")
+    where = ".".join([*path, *_names([last])])
+    code = "missing_required_parameter" if problem["type"] == "missing" else "invalid_value"
+    what = problem["msg"][:1].lower() + problem["msg"][1:]
+    return Refusal(400, f"{where}: {what}", where or None, code)
+
+
+def _names(loc: Iterable[str | int]) -> list[str]:
+    """Of a place in a body, without a union's branches ("str", "list[...]"): they are no names."""
+    return [
         str(part)
-        for part in problem["loc"]
+        for part in loc
         if isinstance(part, int) or (part.isidentifier() and part not in ("str", "int"))
     ]
-    where = ".".join(path)
-    code = "missing_required_parameter" if problem["type"] == "missing" else "invalid_value"
-    if problem["type"] == "extra_forbidden":
-        code, what = "unknown_parameter", "is not a known field"
-    else:
-        what = problem["msg"][:1].lower() + problem["msg"][1:]
-    return Refusal(400, f"{where}: {what}", where or None, code)
+
+
+def _plainest(problems: Sequence[ErrorDetails]) -> ErrorDetails:
+    """The first one; where a list was no text, what is wrong inside the list."""
+    first = problems[0]
+    *field, branch = first["loc"]
+    if branch in ("str", "constrained-str") and first["type"] == "string_type":
+        for one in problems[1:]:
+            same = list(one["loc"][: len(field)]) == field
+            deeper = len(one["loc"]) > len(first["loc"])
+            if same and (deeper or not one["type"].endswith("_type")):
+                return one
+    return first
