@@ -15,6 +15,7 @@ from dart_llm.gguf_cache import converted_folder, is_intact
 from dart_llm.hub_errors import hub_failure, plain
 from dart_llm.hub_size import check_download, weight_files
 from dart_llm.resolve import is_default, resolve
+from dart_llm.rough import named_weights
 
 DEFAULT_LAYERS = 30
 """Layers of the embedded default, which is pinned: no file need be fetched to know them."""
@@ -25,7 +26,8 @@ _BYTES_PER_WEIGHT = {"float32": 4, "float16": 2, "bfloat16": 2}
 class ModelSize:
     """``download``: bytes still to be fetched, None when the hub cannot be asked.
 
-    ``weights``: number of weights, roughly; None when nothing is known.
+    ``weights``: number of weights, roughly, by the model's name where that is all there is; None
+    when nothing is known.
     """
 
     download: int | None
@@ -98,7 +100,7 @@ def model_size(cell: Cell) -> ModelSize:
     if there is not None:
         return ModelSize(0, _weights(there))
     needed = check_download(cell.model, cell.revision, cache)
-    return ModelSize(needed, None if needed is None else needed // 2)
+    return ModelSize(needed, named_weights(cell.model) if needed is None else needed // 2)
 
 
 def _resolve(cell: Cell) -> Any:

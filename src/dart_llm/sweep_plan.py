@@ -15,6 +15,7 @@ from dart_llm import catalogue
 from dart_llm.cache import free_bytes, size_text
 from dart_llm.cell import Cell
 from dart_llm.model_facts import ModelSize, model_size
+from dart_llm.rough import rough_tokens
 from dart_llm.sweep import SweepPlace, duration
 from dart_llm.sweep_cell import RESULT
 from dart_llm.sweep_files import CELLS, finished_before, read_timing
@@ -22,12 +23,6 @@ from dart_llm.task_names import split
 
 FINISHED, TO_DO = "finished", "to do"
 MEASURED, ROUGH = "measured", "rough"
-_ITEMS = {"perplexity": 100, "summarize": 100, "lm-eval": 1000}
-"""Items of a task without a limit, for the rough estimate."""
-_TOKENS = 400
-"""Tokens of an lm-eval item with its choices, likewise."""
-_DECODED = 8
-"""A token that is decoded alone costs as much as so many of a prompt."""
 _LOADING = 5.0
 _CELL_BYTES = 500_000
 """Results of a cell, when none is known."""
@@ -185,17 +180,6 @@ def _estimated(
     return _row(cell, TO_DO, seconds, ROUGH)
 
 
-def rough_tokens(cell: Cell) -> float:
-    """Tokens that a cell runs, in units of what a prompt token costs."""
-    kind, options = split(cell.task)[0], cell.options
-    items = options.limit or _ITEMS[kind]
-    if kind == "perplexity":
-        return items * (options.prompt_tokens + options.scored_tokens)
-    if kind == "summarize":
-        return items * (1024 + _DECODED * options.max_output)
-    return items * _TOKENS * (1 + (options.num_fewshot or 0))
-
-
 def flops(seconds: float = 0.2) -> float:
     """Floating-point operations per second of a matrix product here, measured for ``seconds``."""
     import torch
@@ -232,7 +216,11 @@ def _models(sizes: dict[str, ModelSize]) -> list[Download]:
     found = []
     for name, size in sizes.items():
         if size.download is None:
-            found.append(Download(name, None, "the hub cannot be asked, and the cache has none"))
+            why = "the hub cannot be asked, and the cache has none"
+            if size.weights is None:
+                found.append(Download(name, None, why))
+            else:
+                found.append(Download(name, 2 * size.weights, f"by its name: {why}"))
         elif size.download:
             found.append(Download(name, size.download))
     return found
@@ -240,16 +228,16 @@ def _models(sizes: dict[str, ModelSize]) -> list[Download]:
 
 def _data(cells: Iterable[Cell]) -> list[Download]:
     """Data sets of the hub that the tasks read and that are not in its cache."""
-    wanted: dict[str, catalogue.DataSet] = {}
+    wanted: dict[tuple[str, str | None], catalogue.DataSet] = {}
     for cell in cells:
         kind, name = split(cell.task)
         for one in catalogue.DATA_SETS.values():
             asked = name in one.tasks if kind == "lm-eval" else (one.name == name)
             if asked and (kind == "lm-eval" or kind in one.uses) and not Path(name).exists():
-                wanted[one.hub_id] = one
+                wanted[one.hub_id, one.config] = one
     found = []
-    for hub_id, one in wanted.items():
-        if not _has_data(hub_id):
+    for one in wanted.values():
+        if not _has_data(one.hub_id):
             size = None if one.megabytes is None else one.megabytes * 10**6
             found.append(Download(f"data set {one.where}", size))
     return found
