@@ -149,6 +149,7 @@ def test_keys(terminal: Terminal, tmp_path: Path) -> None:
     terminal.press("\x03")  # stops the answer
     terminal.wait_for("; stopped")
     terminal.wait_for("> ")
+    time.sleep(1)  # the prompt is shown a moment before keys are read
     terminal.press("half a line\x03")  # drops the line
     terminal.wait_for("/quit or Ctrl-D leaves")
     terminal.wait_for("> ")
