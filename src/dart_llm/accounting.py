@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from dart_llm.life import Life
 from dart_llm.records import LayerStat, RunReport, SequenceReport
 from dart_llm.token_costs import IF_COMPACT, TokenCosts
@@ -101,6 +103,12 @@ class Costs:
             2 * (layer.width + self.rank(layer)) * self.rank(layer) ** 2 for layer in self.layers
         )
         return sorting + removed + fit
+
+
+def known_bytes(layers: Iterable[FfnWeights], prior: Iterable[Tensor] | None) -> int:
+    """Bytes of what was known before a run: calibrated ``prior`` [I] per layer, and learnt."""
+    calibrated = sum(part.numel() * part.element_size() for part in prior or ())
+    return calibrated + sum(one.learnt.nbytes() for one in layers if one.learnt is not None)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dart_llm.accounting import Costs, run_report
+from dart_llm.accounting import Costs, known_bytes, run_report
 from dart_llm.arch import context_length, describe
 from dart_llm.attach import Attachment
 from dart_llm.checkpoint import checkpoint_facts
@@ -179,8 +179,7 @@ class Host:
         if config.token is None:  # those of other requests
             tokens = (layer.token for layer in attachment.layers)
             copies -= sum(token.nbytes() for token in tokens if token is not None)
-        copies += sum(part.numel() * part.element_size() for part in ready.prior or ())
-        copies += sum(layer.learnt.nbytes() for layer in ready.layers if layer.learnt is not None)
+        copies += known_bytes(ready.layers, ready.prior)
         lives = tracer.all_lives()
         return run_report(
             lives,

@@ -60,9 +60,8 @@ class HostedFfn:
     def choose_per_token(self, token: TokenFfn, keep: Callable[[Any], None]) -> None:
         """Tokens choose their own neurons by ``token`` where the plan says so."""
         first, self.token = self.token is None, token
-        if (
-            self.block.inline and first
-        ):  # what the down projection is given ranks nothing: read fc1's input
+        # what the down projection is given ranks nothing: read fc1's input
+        if self.block.inline and first:
             keep(self.block.up.register_forward_pre_hook(self._take_fed))
 
     def forget(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dart_llm.accounting import Costs, run_report
+from dart_llm.accounting import Costs, known_bytes, run_report
 from dart_llm.arch import describe
 from dart_llm.attach import Attachment
 from dart_llm.config import PruneConfig, check_prepared
@@ -234,8 +234,7 @@ class Run:
         copies, steps = self._copies, self._steps
         if self._attachment is not None:
             copies, steps = self._attachment.nbytes(), self._attachment.steps
-        copies += sum(part.numel() * part.element_size() for part in self._prior or ())
-        copies += sum(layer.learnt.nbytes() for layer in self._layers if layer.learnt is not None)
+        copies += known_bytes(self._layers, self._prior)
         lives = list(self._tracer.all_lives())
         return run_report(
             lives,

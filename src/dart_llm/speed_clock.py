@@ -41,12 +41,18 @@ def repetition(
     return {**found, "peak_growth_bytes": growth.bytes, **(also or {})}
 
 
+def greedy(model: Any, ids: Tensor, **given: Any) -> tuple[Any, Tensor]:
+    """One forward of ids [1, T]: its cache and the likeliest next token [1, 1]."""
+    output = model(ids, use_cache=True, **given)
+    token = output.logits[:, -1:].argmax(-1)
+    int(token)  # no work is pending when the clock is read
+    return output.cache, token
+
+
 @torch.inference_mode()
 def _decode(model: Any, ids: Tensor, tokens: int, run: Run | None) -> Sample:
     begin = time.perf_counter()
-    output = model(ids, use_cache=True, logits_to_keep=1)
-    cache, token = output.cache, output.logits[:, -1:].argmax(-1)
-    int(token)  # no work is pending when the clock is read
+    cache, token = greedy(model, ids, logits_to_keep=1)
     found: Sample = {"first_token_s": time.perf_counter() - begin}
     seconds: list[float] = []
     phases: list[str] = []
@@ -58,9 +64,7 @@ def _decode(model: Any, ids: Tensor, tokens: int, run: Run | None) -> Sample:
         if step == WARM and run is not None:
             before = run.report()
         begin = time.perf_counter()
-        output = model(token, cache=cache, use_cache=True)
-        token = output.logits[:, -1:].argmax(-1)
-        int(token)
+        _, token = greedy(model, token, cache=cache)
         seconds.append(time.perf_counter() - begin)
         if run is not None:
             phases.append(run.phase)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dart_llm.session import Run
+from dart_llm.speed_clock import greedy
 from dart_llm.speed_limit import WARM
 
 TURN = 32
@@ -44,21 +45,16 @@ class _Row:
         seconds: list[float] = []
         phases: list[str] = []
         if self._cache is None:
-            self._forward(self._ids, logits_to_keep=1)
+            self._cache, self._token = greedy(self.model, self._ids, logits_to_keep=1)
         first = self._steps + WARM
         for _ in range(steps + WARM):
             begin = time.perf_counter()
-            self._forward(self._token, cache=self._cache)
+            _, self._token = greedy(self.model, self._token, cache=self._cache)
             seconds.append(time.perf_counter() - begin)
             phases.append("dense" if run is None else run.phase)
             self._steps += 1
         built = [at - first for at in self._built if at >= first]
         return {"steps_s": seconds[WARM:], "phases": phases[WARM:], "built": built}
-
-    def _forward(self, ids: Tensor, **given: Any) -> None:
-        output = self.model(ids, use_cache=True, **given)
-        self._cache, self._token = output.cache, output.logits[:, -1:].argmax(-1)
-        int(self._token[0, 0])  # no work is pending when the clock is read
 
 
 def in_turns(model: Any, ids: Tensor, tokens: int, make: Make, base: Make) -> dict[str, Any]:
