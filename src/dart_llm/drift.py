@@ -201,10 +201,9 @@ class Detector:
     def cut(self, tokens: int) -> None:
         """Forget the last ``tokens`` of a window in progress (they were rolled back)."""
         self.catch_up()
-        if tokens > 0 and (left := self.filled - tokens) >= 0:
+        if tokens > 0:
+            left = max(0, self.filled - tokens)
             self.partial = [torch.cat(self.partial, 1)[:, :left]] if left else []
-        elif tokens > 0:
-            self.partial = []
 
     def nbytes(self) -> int:
         held = [
