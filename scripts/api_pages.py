@@ -140,4 +140,4 @@ def _indented(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    return f"```python\n{text}\n```"
+    return f"```py\n{text}\n```"

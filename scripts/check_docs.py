@@ -5,7 +5,8 @@ Usage: python scripts/check_docs.py [--write]
 - docs/cli.md holds the ``--help`` of every command, docs/scripts.md the table of variables.
 - docs/measurements.md, method.md, performance.md, claims.md and README.md hold tables of
   benchmarks/results.
-- docs/data.md holds the catalogue of data sets, docs/api*.md the docstrings of what is public.
+- docs/data.md holds the catalogue of data sets, docs/api*.md the docstrings of what is public,
+  docs/models.md the checkpoints and model types that are tested.
 - Every flag of ``dart-llm run`` is in one of the two.
 - Every relative link and anchor in README.md, CONTRIBUTING.md, THIRD_PARTY.md, docs/*.md and
   benchmarks/README.md leads somewhere.
@@ -147,6 +148,10 @@ def generated(root: Path) -> dict[str, tuple[Path, str]]:
         import api_pages  # beside this file
 
         blocks.update(api_pages.tables(root))
+    if (root / "docs/models.md").is_file():
+        import model_pages
+
+        blocks.update(model_pages.tables(root))
     if (root / "benchmarks/results").is_dir():
         import claims_measured  # beside this file
         import drift_measured

@@ -107,7 +107,7 @@ def markdown(text: str) -> str:
     for block in cleandoc(text).split("\n\n"):
         if block.startswith(">>> "):
             lines = [re.sub(r"^(>>>|\.\.\.) |\s*# doctest:.*$", "", x) for x in block.split("\n")]
-            blocks.append("```python\n" + "\n".join(lines) + "\n```")
+            blocks.append("```py\n" + "\n".join(lines) + "\n```")
             continue
         block = re.sub(r"``(.+?)``", r"`\1`", block, flags=re.DOTALL)
         block = re.sub(r'docs/([a-z-]+)\.md(?:,\s+"([\w -]+)")?', _link, block)

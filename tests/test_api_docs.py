@@ -100,7 +100,7 @@ def test_a_changed_docstring_or_default_changes_the_page(tmp_path: Path) -> None
         source_docs.module.cache_clear()
         pages.append(api_pages.entry(package, "dart_llm", "seek"))
     assert pages[0] == (
-        "### `dart_llm.seek`\n\n```python\ndef seek(\n    a: int = 1,\n) -> None\n```\n\n"
+        "### `dart_llm.seek`\n\n```py\ndef seek(\n    a: int = 1,\n) -> None\n```\n\n"
         "Go.\n\n`a`: how far."
     )
     assert pages[1] == pages[0].replace("= 1", "= 2")
@@ -117,7 +117,7 @@ def test_a_changed_docstring_or_default_changes_the_page(tmp_path: Path) -> None
             "([method.md](method.md#token-level-tracing)).",
         ),
         ("see docs/drift.md", "see [drift.md](drift.md)"),
-        (">>> f()    # doctest: +SKIP\n... g()", "```python\nf()\ng()\n```"),
+        (">>> f()    # doctest: +SKIP\n... g()", "```py\nf()\ng()\n```"),
     ],
 )
 def test_docstrings_become_markdown(text: str, page: str) -> None:
