@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,8 @@ def measured(root: Path) -> str:
         facts = one.facts
         lines = [
             f"**{facts['name']}**: {facts['source']};",
-            f"file quantisation {facts['file_quantisation']}; {facts['parameters']:,} parameters as "
-            f"loaded; run in {' and '.join(sorted(one.dtypes))};",
+            f"file quantisation {facts['file_quantisation']}; {facts['parameters']:,} parameters "
+            f"as loaded; run in {' and '.join(sorted(one.dtypes))};",
             f"sha256 `{facts['sha256']}`.",
             "",
         ]
@@ -93,10 +94,9 @@ def _tiny(root: Path) -> Any:
     """The module tests/tiny.py."""
     sys.path.insert(0, str(root / "tests"))
     try:
-        import tiny
+        return import_module("tiny")
     finally:
         sys.path.pop(0)
-    return tiny
 
 
 def types(tiny: Any) -> str:
