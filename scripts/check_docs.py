@@ -6,7 +6,7 @@ Usage: python scripts/check_docs.py [--write]
 - docs/measurements.md, method.md, performance.md, claims.md and README.md hold tables of
   benchmarks/results.
 - docs/data.md holds the catalogue of data sets, docs/api*.md the docstrings of what is public,
-  docs/models.md the checkpoints and model types that are tested.
+  docs/models.md the checkpoints and model types that are tested, docs/errors.md the messages.
 - Every flag of ``dart-llm run`` is in one of the two.
 - Every relative link and anchor in README.md, CONTRIBUTING.md, THIRD_PARTY.md, docs/*.md and
   benchmarks/README.md leads somewhere.
@@ -152,6 +152,10 @@ def generated(root: Path) -> dict[str, tuple[Path, str]]:
         import model_pages
 
         blocks.update(model_pages.tables(root))
+    if (root / "docs/errors.md").is_file():
+        import error_pages
+
+        blocks.update(error_pages.tables(root))
     if (root / "benchmarks/results").is_dir():
         import claims_measured  # beside this file
         import drift_measured
