@@ -12,6 +12,7 @@ import pytest
 from shells import ROOT, SCRIPTS
 
 PAGES = ("docs/cli.md", "docs/scripts.md")
+CHECKER = tuple(f"scripts/{name}.py" for name in ("check_docs", "doc_links", "doc_mentions"))
 
 
 def check(folder: Path, *arguments: str) -> tuple[int, list[str]]:
@@ -26,12 +27,14 @@ def copy(tmp_path: Path) -> Path:
     """A project of two generated pages and two short ones, all as they should be."""
     for name in ("docs", "scripts"):
         (tmp_path / name).mkdir()
-    for name in (*PAGES, *SCRIPTS, "scripts/check_docs.py"):
+    for name in (*PAGES, *SCRIPTS, *CHECKER):
         shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "docs/coming-from-scripts.md").write_text("# From there to here\n")
     (tmp_path / "CONTRIBUTING.md").write_text("# Contributing\n\nSee [the start](README.md#top).\n")
     (tmp_path / "README.md").write_text("# Top\n\n## Use `it`, twice!\n\n[here](#use-it-twice)\n")
     index = (
         "# Pages\n\n[cli](cli.md): every flag. [scripts](scripts.md#the-variables): variables.\n"
+        "[elsewhere](coming-from-scripts.md): what stood there.\n"
     )
     (tmp_path / "docs/README.md").write_text(index)
     return tmp_path
