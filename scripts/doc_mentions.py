@@ -12,7 +12,7 @@ FOLDERS = "benchmarks docs examples recipes scripts src/dart_llm tests"
 """Other paths below src/ are those of the published project (docs/coming-from-scripts.md)."""
 SOURCES = (
     *("src/**/*.py", "src/**/*.js", "src/**/*.html", "src/**/*.cpp", "src/**/*.h"),
-    *("scripts/*", "benchmarks/*.py", "benchmarks/*.yaml", "recipes/*", "examples/*"),
+    *("scripts/*.sh", "benchmarks/*.py", "benchmarks/*.yaml", "recipes/*", "examples/*"),
     *("*.sh", "Makefile", "pyproject.toml", ".ci/*"),
 )
 PAGE = re.compile(r'(?<![\w/.-])docs/([\w-]+\.md)(#[\w-]+)?(?:, "([^"\n]+)")?')

@@ -1,9 +1,9 @@
 """What the docs say of results files: tables of files and of keys, parsed from the Markdown.
 
 A table ``| file | of | ... |`` lists files, the commands that write them, and by its links the
-section that holds their keys.  A table whose first column is ``key``, ``column`` or ``tensor`` lists
-what is in a file: paths with dots, ``<name>`` for a part that is not fixed.  A key that is a link has
-the keys of the section that it leads to below it.
+section that holds their keys.  A table whose first column is ``key``, ``column`` or ``tensor``
+lists what is in a file: paths with dots, ``<name>`` for a part that is not fixed.  A key that is a
+link has the keys of the section that it leads to below it.
 """
 
 from __future__ import annotations

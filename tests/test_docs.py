@@ -29,12 +29,13 @@ def copy(tmp_path: Path) -> Path:
         (tmp_path / name).mkdir()
     for name in (*PAGES, *SCRIPTS, *CHECKER):
         shutil.copy(ROOT / name, tmp_path / name)
-    (tmp_path / "docs/coming-from-scripts.md").write_text("# From there to here\n")
+    for name in ("coming-from-scripts", "drift"):
+        (tmp_path / f"docs/{name}.md").write_text("# Elsewhere\n")
     (tmp_path / "CONTRIBUTING.md").write_text("# Contributing\n\nSee [the start](README.md#top).\n")
     (tmp_path / "README.md").write_text("# Top\n\n## Use `it`, twice!\n\n[here](#use-it-twice)\n")
     index = (
         "# Pages\n\n[cli](cli.md): every flag. [scripts](scripts.md#the-variables): variables.\n"
-        "[elsewhere](coming-from-scripts.md): what stood there.\n"
+        "[scripts](coming-from-scripts.md): theirs. [drift](drift.md): studies.\n"
     )
     (tmp_path / "docs/README.md").write_text(index)
     return tmp_path

@@ -58,9 +58,9 @@ def test_what_the_docs_say(docs: Docs) -> None:
         "page.md#lines": ["id", "deep.<anything>", "next"],
     }
     found = [".".join(path) for path, _ in docs.entries("page.md#ajson")]
-    assert found == [
-        "size", "metrics.<name>", "rows", "rows.id", "rows.deep.<anything>", "rows.next"
-    ]  # fmt: skip
+    row = ["id", "deep.<anything>", "next"]  # a row may hold one of its own kind, once
+    rows = [f"rows.{name}" for name in (*row, *(f"next.{name}" for name in row))]
+    assert found == ["size", "metrics.<name>", "rows", *rows]
     assert [file.name for file in docs.of("three")] == ["a.json"]
 
 

@@ -15,6 +15,7 @@ from unittest import mock
 from dart_llm import demo
 from dart_llm.settings import RunSettings
 from drift_cases import PROMPT, PROMPTS, THREE, TWO
+from inspect_cases import A, B
 from lm_cases import break_position, call, loaded, place, write_rows
 from quality_cases import PROMPT as QUALITY_PROMPT
 from quality_cases import TOKENS as QUALITY_TOKENS
@@ -22,7 +23,6 @@ from quality_cases import write_texts
 from speed_cases import shape
 from summary_cases import write_documents
 from test_detect_job import passage
-from test_inspect import A, B
 from test_job_eval import mmlu_row
 
 SLICES = ("--prompt-tokens", 48, "--scored-tokens", 24, "--limit", 2)
@@ -111,22 +111,12 @@ def compare() -> None:
 
 
 def sweep() -> None:
-    command(
-        *("sweep", "--models", place() / "model", "--tasks", "perplexity:text.txt", *SLICES),
-        *("--methods", "griffin", "--layers", "each", "--keep", 0.5),
-    )
-    command(
-        *(
-            "sweep",
-            "--models",
-            f"{place() / 'model'},broken",
-            "--tasks",
-            "perplexity:text.txt",
-            *SLICES,
-        ),
-        *("--methods", "dense,griffin", "--sparsities", 0.5),
-        code=2,
-    )
+    """Layer by layer, by sparsity, and on a model that fails."""
+    task = ("--tasks", "perplexity:text.txt", *SLICES, "--methods", "griffin")
+    good = ("sweep", "--models", place() / "model", *task)
+    command(*good, "--layers", "each", "--keep", 0.5)
+    command(*good, "--sparsities", "0.25,0.5")
+    command("sweep", "--models", "broken", *task, "--sparsities", 0.5, code=2)
 
 
 def drift_forced() -> None:
