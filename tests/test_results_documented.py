@@ -22,6 +22,8 @@ PAGES = (
 CONFIG = "docs/results.md#configjson"
 CLI = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
 STAMP = re.compile(r"\d{8}-\d{6}(?:-\d+)?")
+MODELLESS = ("ffn-speed", "serve-malformed", "tracer-cost")
+"""Files of benchmarks for which no checkpoint is loaded."""
 UNFINISHED = "unfinished"
 
 
@@ -98,3 +100,18 @@ def test_every_setting_in_a_configuration_is_a_flag(folders: dict[str, Path], do
             assert lacking == set(), command
             seen += len(wanted)
     assert seen > 300
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda path: path.stem
+)
+def test_files_of_benchmarks_say_where_they_come_from(path: Path) -> None:
+    """What benchmarks/README.md says of each: the command, versions, machine and checkpoint."""
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    for one in [whole] if "command" in whole else whole["runs"]:
+        assert one["command"] and one["versions"]["torch"] and one["machine"]["processor"]
+        known = one.get("checkpoint") or one.get("checkpoints") or whole.get("checkpoints")
+        if path.stem.startswith("evaluation-"):
+            assert all(row["checkpoint"]["sha256"] for row in whole["rows"])
+        else:
+            assert bool(known) != path.stem.startswith(MODELLESS)
