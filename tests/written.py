@@ -206,7 +206,7 @@ def unfinished() -> None:
 COMMANDS: dict[str, tuple[str, Callable[[], None]]] = {
     "run": ("run", run),
     "demo": ("demo", run_demo),
-    "unfinished": ("unfinished", unfinished),
+    "unfinished": ("an unfinished run", unfinished),
     "eval": ("eval", evaluate),
     "perplexity": ("perplexity", perplexity),
     "summarize": ("summarize", summarize),
