@@ -18,7 +18,7 @@ BUDGETS = {
     "depth": "depth",
     "energy": "energy",
     "global": "global",
-    "dart (blend energy depth)": "blend energy depth",
+    "dart-prompt (blend energy depth)": "blend energy depth",
 }
 
 

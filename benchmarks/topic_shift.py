@@ -1,8 +1,8 @@
 """Loss after a topic change, teacher-forced: a live detector against never re-masking.
 
 Passages of two embedded texts: 320 tokens of the first (256 of them the prompt), then 640 of the
-second.  Each method is compared with ``dart`` that never re-masks, run at the sparsity that the
-method achieved over all decoded tokens, dense tokens counted in full.
+second.  Each method is compared with ``dart-prompt`` that never re-masks, run at the sparsity that
+the method achieved over all decoded tokens, dense tokens counted in full.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def main() -> None:
     dense = loss_after(score(model, None, windows, PROMPT))
     print(f"dense loss after the change {dense:.4f} ({len(windows)} passages)")
     rows = []
-    for method in ("dart", "published", "griffin"):
+    for method in ("dart-prompt", "published", "griffin"):
         with Run(model, PruneConfig.build(method, sparsity=args.sparsity)) as run:
             scored = score(model, run, windows, PROMPT)
         report = scored.report
         assert report is not None
-        never = PruneConfig.build("dart", sparsity=report.achieved_sparsity, drift="never")
+        never = PruneConfig.build("dart-prompt", sparsity=report.achieved_sparsity, drift="never")
         with Run(model, never) as run:
             same = score(model, run, windows, PROMPT)
         rows.append(
