@@ -10,6 +10,7 @@ Usage: python scripts/check_docs.py [--write]
 - Every relative link and anchor in README.md, CONTRIBUTING.md, THIRD_PARTY.md, docs/*.md and
   benchmarks/README.md leads somewhere.
 - docs/README.md links to every other page of docs/.
+- Tables with numbers are generated (scripts/hand_tables.py lists the exceptions).
 
 Prints one sentence per problem and exits with 1 if there is one.
 """
@@ -22,6 +23,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
+
+import hand_tables  # beside this file
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
@@ -277,6 +280,7 @@ def main() -> int:
         write(ROOT)
     problems = [*stale_blocks(ROOT), *missing_flags(ROOT), *broken_links(ROOT)]
     problems += unlisted_pages(ROOT) if (ROOT / INDEX).is_file() else []
+    problems += hand_tables.problems(ROOT, [page for page in pages(ROOT) if page.is_file()])
     for problem in problems:
         print(problem, file=sys.stderr)
     if not problems:

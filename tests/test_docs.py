@@ -26,7 +26,7 @@ def copy(tmp_path: Path) -> Path:
     """A project of two generated pages and two short ones, all as they should be."""
     for name in ("docs", "scripts"):
         (tmp_path / name).mkdir()
-    for name in (*PAGES, *SCRIPTS, "scripts/check_docs.py"):
+    for name in (*PAGES, *SCRIPTS, "scripts/check_docs.py", "scripts/hand_tables.py"):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "CONTRIBUTING.md").write_text("# Contributing\n\nSee [the start](README.md#top).\n")
     (tmp_path / "README.md").write_text("# Top\n\n## Use `it`, twice!\n\n[here](#use-it-twice)\n")
