@@ -146,23 +146,33 @@ def generated(root: Path) -> dict[str, tuple[Path, str]]:
     }
     if (root / "docs/data.md").is_file():
         blocks["data"] = (root / "docs/data.md", data_table())
-    if (root / "benchmarks/results").is_dir():
-        import claims_measured  # beside this file
-        import drift_measured
-        import evaluation_tables
-        import measured_tables
-        import quality_measured
-        import serve_measured
-        import speed_measured
+    return blocks | measured(root)
 
-        blocks.update(measured_tables.tables(root))
-        blocks.update(evaluation_tables.tables(root))
-        blocks.update(drift_measured.tables(root))
-        blocks.update(quality_measured.tables(root))
-        blocks.update(speed_measured.tables(root))
-        blocks.update(serve_measured.tables(root))
-        blocks.update(claims_measured.tables(root))
-    return blocks
+
+def measured(root: Path) -> dict[str, tuple[Path, str]]:
+    """The blocks that are made of benchmarks/results, by name."""
+    if not (root / "benchmarks/results").is_dir():
+        return {}
+    import claims_measured  # beside this file
+    import drift_measured
+    import evaluation_tables
+    import front_table
+    import measured_tables
+    import quality_measured
+    import serve_measured
+    import speed_measured
+
+    makers = (
+        measured_tables,
+        evaluation_tables,
+        drift_measured,
+        quality_measured,
+        speed_measured,
+        serve_measured,
+        claims_measured,
+        front_table,
+    )
+    return {name: block for maker in makers for name, block in maker.tables(root).items()}
 
 
 def _block(name: str) -> re.Pattern[str]:

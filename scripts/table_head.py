@@ -66,8 +66,9 @@ def checkpoints(data: Data) -> str:
 def _checkpoints(data: Data) -> list[Data]:
     if "checkpoints" in data:
         return list(data["checkpoints"].values())
-    facts = data.get("checkpoint_of_the_cells") or data.get("checkpoint")
-    return [facts] if facts else []
+    facts = [run["checkpoint"] for run in data.get("runs", ())]
+    facts += [data.get("checkpoint_of_the_cells") or data.get("checkpoint")]
+    return list({found["name"]: found for found in facts if found}.values())
 
 
 def checkpoint(facts: Data) -> str:

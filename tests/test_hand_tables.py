@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-from shells import ROOT
+from published import scripts
 
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from hand_tables import hand_written, problems
+with scripts():
+    from hand_tables import hand_written, problems
 
 HEAD = "# Speed\n\n| what | value |\n| --- | --- |\n"
 
