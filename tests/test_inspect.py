@@ -10,49 +10,24 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats as scipy_stats
-from torch.nn.functional import cosine_similarity, cross_entropy
+from torch.nn.functional import cosine_similarity
 
 from dart_llm import inspect_neurons as neurons_module
 from dart_llm import prune
 from dart_llm.activations import tap
 from dart_llm.arch import describe
-from dart_llm.errors import ConfigError, UnknownName
-from dart_llm.inspect_ablation import ablation, arms, blocks, check, random_ids, strongest
+from dart_llm.errors import ConfigError
+from dart_llm.inspect_ablation import check
 from dart_llm.inspect_layers import impact
 from dart_llm.inspect_neurons import concentration, neurons, top_rows
 from dart_llm.inspect_numbers import histogram, moments, quantiles
 from dart_llm.inspect_overlap import expected_jaccard, jaccard, overlap
 from dart_llm.inspect_space import compare, half_widths, space
-from dart_llm.inspect_study import Study
-from dart_llm.inspect_texts import InspectText, inspect_texts
 from dart_llm.inspect_weights import activations, weights
-from dart_llm.settings_inspect import InspectSettings
+from inspect_cases import A, B, seen, study
 from lm_cases import loaded
 from steps import Same, decode, shared_model
-from test_observed import Recorder
 from tiny import NAMES, WIDTH, tokens
-
-A = "the tide comes in twice a day because the moon pulls at the water of the sea. " * 2
-B = "11 + 22 = 33; 44 - 12 = 32; 9 * 9 = 81; 100 / 4 = 25; (3 + 4) * 5 = 35; 7 * 8 = 56! " * 2
-
-
-def study(a: str | None = A, b: str | None = B, **settings: Any) -> Study:
-    """On the tiny GPT-2, whose tokens are letters."""
-    texts = [InspectText(label, label, t) for label, t in zip("AB", (a, b), strict=True) if t]
-    given = {"method": "griffin", "sparsity": 0.5, **settings}
-    return Study(*loaded(), InspectSettings(**given), texts)
-
-
-def seen(text: str, layer: int) -> dict[str, torch.Tensor]:
-    """u, z, x of one layer by hooks of our own, [T, width] float64."""
-    model, tokenizer = loaded()
-    recorder = Recorder(model)
-    with torch.no_grad():
-        model(tokenizer(text, return_tensors="pt").input_ids)
-    for handle in recorder.handles:
-        handle.remove()
-    found = {key: recorder.get(layer, key) for key in ("u", "z", "r")}
-    return {**found, "x": recorder.get(layer, "output") - found["r"]}
 
 
 def test_numbers() -> None:
@@ -271,98 +246,6 @@ def test_methods_that_do_not_read_the_text(settings: dict[str, Any], problem: st
         overlap(study(**settings))
 
 
-def test_arms() -> None:
-    a = [torch.tensor([0, 2, 4]), torch.tensor([1])]
-    b = [torch.tensor([2, 3, 4]), torch.tensor([1])]
-    found = {k: {n: ids.tolist() for n, ids in v.items()} for k, v in arms(a, b).items()}
-    assert found == {
-        "a_only": {0: [0], 1: []},
-        "b_only": {0: [3], 1: []},
-        "a_top": {0: [0, 2, 4], 1: [1]},
-    }
-    drawn = random_ids(arms(a, b)["a_top"], [6, 9], 3)
-    assert [len(drawn[0]), len(drawn[1])] == [3, 1]
-    assert all(torch.equal(drawn[n], ids.unique()) for n, ids in drawn.items())
-    again = random_ids(arms(a, b)["a_top"], [6, 9], 3)
-    assert torch.equal(drawn[0], again[0])
-    best = strongest([torch.tensor([1.0, 9.0, 5.0, 2.0]), torch.tensor([1.0, 2.0])], 0.5)
-    assert [ids.tolist() for ids in best] == [[1, 2], [1]]
-    assert strongest([torch.tensor([1.0, 9.0])], 0.01)[0].tolist() == [1]
-
-
-def test_blocks() -> None:
-    found = blocks([float(n) for n in range(34)])
-    assert list(found.values()) == [(7.5, 16.0), (23.5, 16.0), (32.5, 2.0)]
-
-
-def test_ablation() -> None:
-    """Losses by a forward of our own in which the removed neurons are multiplied by 0."""
-    looked = study(share=0.25, ablation_seeds=2)
-    with Same(looked.model):
-        found = ablation(looked)
-    model, tokenizer = loaded()
-    texts = [tokenizer(text, return_tensors="pt").input_ids[0] for text in (A, B)]
-    best = []
-    for text, ids in zip((A, B), texts, strict=True):
-        own = []
-        for layer in range(4):
-            u = seen(text, layer)["u"][: len(ids) // 2]
-            share = (u / u.norm(dim=-1, keepdim=True)).square().sum(0)
-            own.append(set(share.topk(WIDTH // 4).indices.tolist()))
-        best.append(own)
-    removed = {
-        "a_only": [one - two for one, two in zip(*best, strict=True)],
-        "b_only": [two - one for one, two in zip(*best, strict=True)],
-        "a_top": best[0],
-    }
-    assert len(found["rows"]) == 6
-    for row in found["rows"]:
-        ids = texts["AB".index(row["text"])]
-        sets = removed[row["arm"]]
-        assert row["neurons"] == sum(map(len, sets))
-        assert row["achieved_sparsity"] == pytest.approx(row["neurons"] / (4 * WIDTH))
-        assert (row["dense_token_share"], row["remasks"]) == (0.0, 0)
-        for key, gone in (("loss", sets), ("dense_loss", [set()] * 4)):
-            losses = own_losses(model, ids, gone)
-            assert row["tokens"] == len(losses) == len(ids) - len(ids) // 2
-            assert row[key] == pytest.approx(float(losses.mean()), rel=1e-4)
-        over = row["over_dense"]
-        assert over["estimate"] == pytest.approx(row["loss"] - row["dense_loss"], abs=1e-6)
-        assert over["low"] <= over["estimate"] <= over["high"]
-        assert row["random_loss"] == pytest.approx(sum(row["random_losses"]) / 2)
-        assert row["over_random"]["estimate"] == pytest.approx(
-            row["loss"] - row["random_loss"], abs=1e-6
-        )
-        assert over["n"] == math.ceil(row["tokens"] / found["block_tokens"])
-
-
-def own_losses(model: Any, ids: torch.Tensor, gone: list[set[int]]) -> torch.Tensor:
-    """Losses of the second half; neurons are removed for the tokens fed from its start - 1 on."""
-    first, handles = len(ids) // 2, []
-    for block, sets in zip(model.transformer.h, gone, strict=True):
-        mask = torch.ones(len(ids), WIDTH)
-        for neuron in sets:
-            mask[first - 1 :, neuron] = 0
-        handles.append(
-            block.mlp.c_proj.register_forward_pre_hook(lambda m, args, k=mask: (args[0] * k,))
-        )
-    with torch.no_grad():
-        logits = model(ids[None]).logits[0]
-    for handle in handles:
-        handle.remove()
-    return cross_entropy(logits[first - 1 : -1], ids[first:], reduction="none")
-
-
-def test_ablation_of_equal_texts_has_nothing_to_remove() -> None:
-    rows = {(row["arm"], row["text"]): row for row in ablation(study(A, A))["rows"]}
-    for text in "AB":
-        row = rows["a_only", text]
-        assert row["neurons"] == 0 and row["achieved_sparsity"] == 0.0
-        assert row["loss"] == row["dense_loss"] == row["random_loss"]
-        assert (row["over_dense"]["low"], row["over_dense"]["high"]) == (0.0, 0.0)
-        assert rows["a_top", text]["neurons"] > 0
-
-
 def test_short_texts() -> None:
     with pytest.raises(ConfigError, match=r"needs 64 tokens of each text, and B \(B\) has 3"):
         check(study(A, "sea"))
@@ -419,45 +302,3 @@ def test_space_of_a_text_with_itself_and_of_a_short_one() -> None:
     short = space(study("ab", "abc"))
     assert len(short["tokens"]) == 2
     assert short["windows"][0]["tokens_a"] == 1
-
-
-def test_what_is_looked_at_follows_from_the_texts() -> None:
-    assert InspectSettings().chosen(()) == ["weights", "neurons"]
-    assert InspectSettings(prompt="x").chosen(()) == ["layers", "weights", "neurons"]
-    both = InspectSettings(prompt="x", prompt_b="y")
-    assert both.chosen(()) == ["layers", "weights", "neurons", "overlap", "ablation", "space"]
-    assert both.chosen(["space", "layers"]) == ["layers", "space"]
-    assert both.prune_config().sparsity == 0.5 and not both.prune_config().compensation
-    with pytest.raises(UnknownName, match="did you mean layers"):
-        both.chosen(["layer"])
-    with pytest.raises(ConfigError, match=r"overlap needs 2 text\(s\): give --prompt and"):
-        InspectSettings(prompt="x").chosen(["overlap"])
-
-
-@pytest.mark.parametrize(
-    ("given", "problem"),
-    [
-        ({"prompt_b": "y"}, "text B without text A"),
-        ({"prompt": "x", "prompt_file": "f"}, "not both"),
-        ({"prompt": "x", "passage": "01"}, "one of the three"),
-        ({"share": 1.0}, "--share 1 must lie between"),
-        ({"top": 0}, "--top 0 must be at least 1"),
-        ({"neuron_score": "maxx"}, "did you mean max"),
-        ({"prompt": " ", "prompt_b": "y"}, r"text A \(\) is empty"),
-        ({"prompt_file": "none.txt"}, "cannot read the prompt file none.txt"),
-        ({"passage": "99"}, "unknown prompt or passage"),
-        ({"runs": "a,b,c"}, "one results folder or two, not 3"),
-    ],
-)
-def test_bad_settings(given: dict[str, Any], problem: str) -> None:
-    with pytest.raises((ConfigError, UnknownName), match=problem):
-        inspect_texts(InspectSettings(**given))
-
-
-def test_texts_of_a_passage_and_of_prompts() -> None:
-    bees, loans = inspect_texts(InspectSettings(passage="01"))
-    assert bees.text.startswith("When a honeybee finds") and loans.text.startswith("A mortgage is")
-    assert (bees.label, loans.label) == ("A", "B") and "honeybee" not in loans.text
-    sky, own = inspect_texts(InspectSettings(prompt="sky", prompt_b="my own\nwords"))
-    assert (sky.name, own.name, own.title) == ("sky", "my own words", "B (my own words)")
-    assert sky.text != "sky" and len(own.sha256) == 64
