@@ -35,8 +35,8 @@ NOTE = (
     "256 prompt + 256 scored tokens. arc_easy: {items} questions, of whose tokens {dense} ran "
     "dense, for contexts under 16 tokens do. Time: {prompt} prompt + {tokens} timed tokens, median "
     "of {repeats}, executor slim, {threads} threads of {processor}; plain transformers takes "
-    "{plain:.1f} ms, our own dense path {own:.2f} ms. *Bytes allow* is what reading fewer bytes can "
-    "give at most over our dense path. dense-4bit is left out, for the file was 4-bit before: "
+    "{plain:.1f} ms, our own dense path {own:.2f} ms. *Bytes allow* is what reading fewer bytes "
+    "can give at most over our dense path. dense-4bit is left out, for the file was 4-bit before: "
     "rounding its weights to 4 bits again says nothing of others."
 )
 PACKED = "not measured: weights are rounded, not packed"

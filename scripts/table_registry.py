@@ -22,6 +22,7 @@ class Input:
     name: str
     sha256: str
     get: str
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,14 @@ class Registry:
 def registry(root: Path) -> Registry:
     """Read the file below ``root``."""
     data = yaml.safe_load((root / REGISTRY).read_text(encoding="utf-8"))
-    inputs = {name: Input(name, **facts) for name, facts in data["inputs"].items()}
-    tables = {name: _table(name, facts) for name, facts in data["results"].items()}
+    inputs = {name: Input(name, **_lists(facts)) for name, facts in data["inputs"].items()}
+    tables = {name: Table(name, **_lists(facts)) for name, facts in data["results"].items()}
     blocks = {name: tuple(files) for name, files in data["blocks"].items()}
     return Registry(inputs, tables, blocks)
 
 
-def _table(name: str, facts: Mapping[str, Any]) -> Table:
-    lists = {key: tuple(facts[key]) for key in ("run", "inputs") if key in facts}
-    return Table(name, **{**facts, **lists})
+def _lists(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()}
 
 
 def cut(command: str) -> str:
