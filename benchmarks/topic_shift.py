@@ -34,6 +34,12 @@ def loss_after(scored: Scored) -> float:
     return sum(map(sum, after)) / sum(map(len, after))
 
 
+def by_passage(scored: Scored) -> list[float]:
+    """The same of every passage."""
+    after = [losses[FIRST - PROMPT :] for losses in scored.losses]
+    return [sum(losses) / len(losses) for losses in after]
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--sparsity", type=float, default=0.5)
@@ -63,9 +69,18 @@ def main() -> None:
                 ],
                 "loss_after_change": loss_after(scored),
                 "never_at_equal_sparsity": loss_after(same),
+                "passage_losses": by_passage(scored),
+                "never_passage_losses": by_passage(same),
             }
         )
-        print({key: value for key, value in rows[-1].items() if key != "remask_steps"}, flush=True)
+        print(
+            {
+                key: value
+                for key, value in rows[-1].items()
+                if "passage" not in key and key != "remask_steps"
+            },
+            flush=True,
+        )
     data = {"dense_loss_after_change": dense, "passages": len(windows), "rows": rows}
     print(save(args.out or "topic-shift", model, data))
 
