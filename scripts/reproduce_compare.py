@@ -20,7 +20,7 @@ ENDED = {
     "rate": "rate_interval",
     "auc": "auc_interval",
 }
-"""Keys of a value -> the key of its interval, a pair or ``low`` and ``high``."""
+"""Keys of a value -> the key of its interval, a pair or ``low`` and ``high``; the first counts."""
 PLAIN = ("perplexity", "loss_after_change", "never_at_equal_sparsity", "acc", "acc_norm",
          "achieved_sparsity", "bytes_while_observing", "bytes_while_pruned", "tg_ms",
          "ms_per_token", "ms", "share_per_256_tokens_with_one_remask_of_32")  # fmt: skip
@@ -121,6 +121,7 @@ def _own(value: Mapping[str, Any]) -> Iterator[tuple[str, Number]]:
         if _number(value.get(key)) and ends:
             low, high = (ends["low"], ends["high"]) if isinstance(ends, dict) else ends
             yield key, Number(value[key], low, high)
+            break  # a row has one interval of a name, that of the first
     for key in PLAIN:
         if _number(value.get(key)):
             own = value[key]
