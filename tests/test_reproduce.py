@@ -24,7 +24,7 @@ with scripts():
     from table_registry import Input, Table, registry
 
     KNOWN = registry(ROOT)
-    LIST = listing(ROOT, KNOWN, lambda table: [])
+    LIST = listing(ROOT, KNOWN, lambda table: reproduce.inputs(table, ROOT / "none"))
 
 
 def of(text: str) -> str:
