@@ -19,7 +19,7 @@ help:
 	@echo "             ARGS='--open --sparsity 0.5' passes flags of dart-llm serve"
 	@echo "make test    set up and run the tests; ARGS='-k name' chooses"
 	@echo "make reproduce TABLE=name  make a published table again and compare; without TABLE: list all."
-	@echo "             TEXTS=folder (default ../shared/data), DRY=1, SHORT=1, KEEP=1: docs/reproduce.md"
+	@echo "             TEXTS=folder or hub, DRY=1, SHORT=1, KEEP=1: docs/reproduce.md"
 	@echo "make test-online  run the tests that need the hub: data sets and a model (about 1 GB)"
 	@echo "make setup   create the environment in $(VENV) and install dart-llm with its extras"
 	@echo "make lint    check format, style, types and docs"

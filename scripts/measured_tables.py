@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from table_head import above, linked, read, table, today
 
@@ -104,7 +106,7 @@ def cost(root: Path, names: tuple[str, ...]) -> str:
         ["quantity", *(today(data, data["method"]) for data in files)],
         ["---"] * (1 + len(files)),
     ]
-    rows = {
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
         "held while observing, MB": lambda d: f"{d['bytes_while_observing'] / 1e6:.1f}",
         "held while pruned, MB": lambda d: f"{d['bytes_while_pruned'] / 1e6:.1f}",
         "FLOPs of observing a token, share of a dense token": lambda d: (

@@ -1,6 +1,6 @@
 """Make a published table again, and say which of its numbers came again.
 
-Usage: python scripts/reproduce.py [NAME ...] [--texts FOLDER] [--dry-run] [--short] [--keep]
+Usage: python scripts/reproduce.py [NAME ...] [--texts FOLDER|hub] [--dry-run] [--short] [--keep]
 
 Without a name: every table with its page, time, inputs and commands.  docs/reproduce.md explains.
 Exit codes: 0 all agrees, 1 a number of quality left its interval, 2 an input is missing or is
@@ -14,9 +14,10 @@ import difflib
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from hub_texts import fetch, from_hub
 from reproduce_compare import Pair, compare
 from reproduce_inputs import Found, look
 from reproduce_list import listing, minutes
@@ -27,13 +28,15 @@ from table_registry import Table, registry
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ROOT.parent / "shared/data"
+HUB = "hub"
+"""In place of a folder: fetch the texts."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """List, show or run."""
     args = options().parse_args(words)
     known = registry(ROOT)
-    texts = (args.texts or TEXTS).resolve()
+    texts = TEXTS if args.texts in (None, HUB) else Path(args.texts).resolve()
     if not args.names:
         print(listing(ROOT, known, lambda table: inputs(table, texts)))
         return 0
@@ -43,6 +46,8 @@ def main(words: Sequence[str] | None = None) -> int:
             print(unknown(name, known.names()), file=sys.stderr)
             return 2
         tables.update({table.name: table for table in known.of_block(name)})
+    if args.texts == HUB and not args.dry_run:
+        texts = fetched(tables.values())
     codes = [one(table, texts, args) for table in tables.values()]
     return max(codes)
 
@@ -51,7 +56,7 @@ def options() -> argparse.ArgumentParser:
     """What can be asked for."""
     made = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     made.add_argument("names", nargs="*", metavar="NAME", help="of a table; none: list them")
-    made.add_argument("--texts", type=Path, help="folder of the texts (default: ../shared/data)")
+    made.add_argument("--texts", help="folder of the texts, or hub (default: ../shared/data)")
     made.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
     made.add_argument("--short", action="store_true", help="a few slices: does the way work?")
     made.add_argument("--keep", action="store_true", help="replace the committed results file")
@@ -68,7 +73,18 @@ def unknown(name: str, names: Sequence[str]) -> str:
 def inputs(table: Table, texts: Path) -> list[Found]:
     """Every input of the table, looked for."""
     known = registry(ROOT).inputs
-    return [look(known[name], texts, (ROOT,)) for name in table.inputs]
+    return [look(known[name], texts, (ROOT, ROOT / "benchmarks")) for name in table.inputs]
+
+
+def fetched(tables: Iterable[Table]) -> Path:
+    """A folder with what the hub has of the tables' inputs; what is there already stays."""
+    folder = ROOT / "results/reproduce/texts"
+    for name in dict.fromkeys(name for table in tables for name in table.inputs):
+        known = registry(ROOT).inputs[name]
+        if known.hub is not None and look(known, folder).problem:
+            print(f"fetching {name}: {known.get}", flush=True)
+            fetch(name, known.hub, ROOT, folder, from_hub)
+    return folder
 
 
 def one(table: Table, texts: Path, args: argparse.Namespace) -> int:

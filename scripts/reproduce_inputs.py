@@ -34,9 +34,10 @@ def look(known: Input, texts: Path, others: Iterable[Path] = ()) -> Found:
 
 
 def _wanted(known: Input) -> str:
+    fetched = ", or TEXTS=hub fetches it" if known.hub else ""
     return (
         f"Expected: sha256 {known.sha256}. Where to get it: {known.get}. Put it into a folder and "
-        "give that: TEXTS=folder"
+        f"give that: TEXTS=folder{fetched}"
     )
 
 

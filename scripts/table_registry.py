@@ -23,6 +23,7 @@ class Input:
     sha256: str
     get: str
     files: tuple[str, ...] = ()
+    hub: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

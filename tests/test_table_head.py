@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
 
+from dart_llm.cli import app
 from published import ROOT, scripts
 
 with scripts():
@@ -75,6 +80,26 @@ def test_the_commands_of_the_registry_are_those_of_the_files() -> None:
         if "renamed" not in data and recorded(data) != set(map(cut, table.run)):
             different.append(name)
     assert different == []
+
+
+@pytest.mark.parametrize("name", registry(ROOT).tables)
+def test_the_commands_parse(name: str) -> None:
+    """Every option exists, in the whole form and in the short one."""
+    table = registry(ROOT).tables[name]
+    for run in (*table.run, *(f"{run} {table.short or ''}" for run in table.run)):
+        program, *words = shlex.split(run)
+        if program == "dart-llm":
+            command: Any = get_command(app)
+            while isinstance(command, TyperGroup):
+                command = command.commands[words.pop(0)]
+            context = command.make_context("x", words)
+            assert context.params
+            context.close()
+        else:
+            script = (ROOT / words[0]).read_text("utf-8")
+            options = [word for word in words if word.startswith("--")]
+            known = script + (ROOT / "benchmarks/common.py").read_text("utf-8")
+            assert [option for option in options if f'"{option}"' not in known] == []
 
 
 def test_a_file_that_is_renamed_has_no_method_of_the_new_name() -> None:
