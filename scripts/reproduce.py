@@ -20,6 +20,7 @@ from pathlib import Path
 from hub_texts import fetch, from_hub
 from reproduce_compare import Pair, compare
 from reproduce_inputs import Found, look
+from reproduce_items import shared
 from reproduce_list import listing, minutes
 from reproduce_run import Job
 from rich.console import Console
@@ -123,6 +124,9 @@ def report(table: Table, job: Job) -> int:
         Console(width=140).print(grid(other))
     fewer = f", {len(pairs) - len(made)} not made by the short form" if job.short else ""
     print(f"{len(made) - len(other)} of {len(made)} numbers agree with {table.name}.json{fewer}")
+    lines = (file.with_suffix(".jsonl") for file in (table.file(ROOT), job.new))
+    if not table.speed:
+        print(shared(*lines))
     print(f"new: {job.new}")
     if table.speed:
         print("times depend on the machine: shown, not judged")

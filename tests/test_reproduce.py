@@ -19,6 +19,7 @@ with scripts():
     import reproduce
     from reproduce_compare import TOLERANCE, compare, numbers
     from reproduce_inputs import look, sha256
+    from reproduce_items import shared, values
     from reproduce_list import listing, minutes
     from reproduce_run import Job, program
     from table_registry import Input, Table, registry
@@ -113,6 +114,36 @@ def test_names_in_the_numbers_are_those_of_today() -> None:
     assert list(numbers({**data, "renamed": {"dart": "dart-prompt"}})) == [
         "dart-prompt hidden rate"
     ]
+
+
+def cell(*items: dict[str, Any]) -> dict[str, Any]:
+    return {"label": "dart@0.5", "measurement": {"task": "t", "protocol": "decode", "items": items}}
+
+
+def test_items_that_both_files_hold_are_compared(tmp_path: Path) -> None:
+    files = {
+        "old.jsonl": cell({"id": 0, "acc": 1.0, "tokens": 9}, {"id": 1, "acc": 0.0}),
+        "new.jsonl": cell({"id": 1, "acc": 0.25}, {"id": 0, "acc": 1.0}, {"id": 5, "acc": 1.0}),
+    }
+    for name, row in files.items():
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+    assert str(shared(*(tmp_path / name for name in files))) == (
+        "items: 1 of 2 values that both files hold are the same, the largest difference is 0.25"
+    )
+    assert str(shared(tmp_path / "old.jsonl", tmp_path / "none.jsonl")) == (
+        "items: none that both files hold"
+    )
+
+
+def test_losses_of_passages_are_items(tmp_path: Path) -> None:
+    topics = [{"topic": 0, "mean_loss": 3.5}, {"topic": 1, "mean_loss": None}]
+    row = {"label": "never@0.5", "source": "p", "seed": 0, "loss": {"topics": topics}}
+    text = {"label": "never@0.5", "source": "q", "seed": 0, "loss": None, "metrics": {"bleu": 0.5}}
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(text)}\n")
+    assert values(tmp_path / "a.jsonl") == {
+        ("never@0.5", "p", "0", "0"): 3.5,
+        ("never@0.5", "q", "0", "bleu"): 0.5,
+    }
 
 
 def a_job(tmp_path: Path, short: bool = False) -> Job:
