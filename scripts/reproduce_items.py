@@ -1,4 +1,4 @@
-"""The items of two results files side by side: losses and scores of the same question or passage."""
+"""The items of two results files side by side: losses and scores of the same item."""
 
 from __future__ import annotations
 
