@@ -231,7 +231,7 @@ def _checkpoint(facts: Row) -> str:
 
 
 def _sources(root: Path) -> str:
-    return f"Protocol decode. {above(root, *(f'evaluation-{name}' for name in MODELS))}"
+    return f"{above(root, *(f'evaluation-{name}' for name in MODELS))} Protocol decode."
 
 
 def tables(root: Path) -> dict[str, tuple[Path, str]]:

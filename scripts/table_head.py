@@ -41,7 +41,10 @@ def renamed(data: Data) -> Mapping[str, str]:
 def above(root: Path, *names: str) -> str:
     """The lines above a table of the results files ``names``."""
     known, files = registry(root).tables, {name: read(root, name) for name in names}
-    parts = [f"{checkpoints(data)}: {link(name)}." for name, data in files.items()]
+    links: dict[str, list[str]] = {}
+    for name, data in files.items():
+        links.setdefault(checkpoints(data), []).append(link(name))
+    parts = [f"{facts}: {' and '.join(own)}." for facts, own in links.items()]
     pairs = dict.fromkeys(pair for data in files.values() for pair in renamed(data).items())
     for old, new in pairs:
         own = [f"{name}.json" for name, data in files.items() if renamed(data).get(old) == new]

@@ -109,7 +109,7 @@ def test_the_block_has_both_commands_and_both_files(project: Path) -> None:
     head = text.partition("\n\n| method")[0]
     assert "dart-llm sweep benchmarks/evaluation_smollm2.yaml\ndart-llm bench speed " in head
     assert head.count("](benchmarks/results/") == 2
-    assert head.count("M (file quantisation Q4_1, bfloat16, sha256 abababababab)") == 2
+    assert head.count("M (file quantisation Q4_1, bfloat16, sha256 abababababab)") == 1
 
 
 def test_there_is_no_block_without_the_speed(project: Path) -> None:
