@@ -42,9 +42,9 @@ def read_lines(folders: list[Path]) -> list[dict[str, Any]]:
     ]
 
 
-def gather(folders: list[Path], lines: list[dict[str, Any]]) -> dict[str, Any]:
+def gather(folders: list[Path]) -> dict[str, Any]:
     """One document over all folders."""
-    runs = [run(folder) for folder in folders]
+    runs, lines = [run(folder) for folder in folders], read_lines(folders)
     try:
         found = merge([read(folder / "quality.json") for folder in folders], lines)
     except ConfigError as error:
@@ -59,9 +59,9 @@ def main() -> None:
     options.add_argument("name", help="of the results file, without quality- and suffix")
     options.add_argument("folders", type=Path, nargs="+", help="results folders of finished runs")
     args = options.parse_args()
-    path, lines = RESULTS / f"quality-{args.name}.json", read_lines(args.folders)
-    write_json(path, gather(args.folders, lines))
-    print(path, items.write(path.stem, items.quality(lines)))
+    path = RESULTS / f"quality-{args.name}.json"
+    write_json(path, gather(args.folders))
+    print(path, items.write(path.stem, items.quality(read_lines(args.folders))))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from table_head import above, link, linked, read, shown, table
-from table_registry import registry
+from table_head import above, entry, link, linked, read, shown, table
 
 FFN, SHORT = "ffn-speed", "speed-short"
 SHORT_FROM = "speed-smollm2"
@@ -46,7 +45,7 @@ def speed(root: Path, name: str) -> str:
     data = read(root, name)
     parts = []
     for run in data["runs"]:
-        command = registry(root).tables[name].command(run["command"])
+        command = entry(root, name, data).command(run["command"])
         checksum = str(run["checkpoint"]["sha256"] or "none")[:12]
         parts.append(f"{shown(command)}\n\n{caption(run)}; sha256 {checksum}: {link(name)}.")
         parts.append(_grid(HEADS, [cells(row) for row in run["rows"]]))

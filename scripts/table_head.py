@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from table_registry import registry
+from table_registry import Table, registry
 
 Data = Mapping[str, Any]
 
@@ -40,7 +40,8 @@ def renamed(data: Data) -> Mapping[str, str]:
 
 def above(root: Path, *names: str) -> str:
     """The lines above a table of the results files ``names``."""
-    known, files = registry(root).tables, {name: read(root, name) for name in names}
+    files = {name: read(root, name) for name in names}
+    known = {name: entry(root, name, data) for name, data in files.items()}
     links: dict[str, list[str]] = {}
     for name, data in files.items():
         links.setdefault(checkpoints(data), []).append(link(name))
@@ -53,6 +54,12 @@ def above(root: Path, *names: str) -> str:
     parts += dict.fromkeys(note for name in names if (note := known[name].note))
     commands = [run for name in names for run in known[name].run]
     return f"{shown(*commands)}\n\n{' '.join(parts)}"
+
+
+def entry(root: Path, name: str, data: Data) -> Table:
+    """The registry's entry of a results file; without one, the commands that the file names."""
+    runs = [run["command"] for run in data.get("runs", ())] or [data["command"]]
+    return registry(root).tables.get(name) or Table(name, tuple(dict.fromkeys(runs)))
 
 
 def shown(*commands: str) -> str:

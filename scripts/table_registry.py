@@ -68,7 +68,9 @@ class Registry:
 
 @cache
 def registry(root: Path) -> Registry:
-    """Read the file below ``root``."""
+    """Read the file below ``root``; without one nothing is known."""
+    if not (root / REGISTRY).is_file():
+        return Registry({}, {}, {})
     data = yaml.safe_load((root / REGISTRY).read_text(encoding="utf-8"))
     inputs = {name: Input(name, **_lists(facts)) for name, facts in data["inputs"].items()}
     tables = {name: Table(name, **_lists(facts)) for name, facts in data["results"].items()}
