@@ -122,6 +122,10 @@ def report(table: Table, job: Job) -> int:
     other = [pair for pair in made if not pair.agrees]
     if other:
         Console(width=140).print(grid(other))
+    if not pairs:
+        print("its tables are of times and counts of this machine: see the new file")
+        print(f"new: {job.new}")
+        return 0
     fewer = f", {len(pairs) - len(made)} not made by the short form" if job.short else ""
     print(f"{len(made) - len(other)} of {len(made)} numbers agree with {table.name}.json{fewer}")
     lines = (file.with_suffix(".jsonl") for file in (table.file(ROOT), job.new))

@@ -58,8 +58,8 @@ def _of(row: Mapping[str, Any]) -> Iterator[tuple[Key, float]]:
     elif row.get("loss"):  # drift-*, passages
         for topic in row["loss"]["topics"]:
             if topic["mean_loss"] is not None:
-                where = (row["label"], row["source"], str(row["seed"]), str(topic["topic"]))
-                yield where, topic["mean_loss"]
+                place = (row["label"], row["source"], str(row["seed"]), str(topic["topic"]))
+                yield place, topic["mean_loss"]
     elif row.get("metrics"):  # drift-*, prompts
         for name, value in row["metrics"].items():
             if value is not None:

@@ -240,6 +240,13 @@ def test_a_name_that_is_not_known_is_told_with_the_near_one(
     )
 
 
+def test_make_passes_its_variables() -> None:
+    command = ["make", "-n", "reproduce", "TABLE=quality-token", "TEXTS=hub", "SHORT=1", "KEEP=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    call = done.stdout.partition("scripts/reproduce.py")[2].replace("\\\n", "").split()
+    assert call == ["quality-token", "--texts", "hub", "--short", "--keep"]
+
+
 @pytest.mark.smollm2
 def test_the_short_form_makes_a_table_of_quality(tmp_path: Path) -> None:
     """From a copy, so that this clone's results stay as they are."""
