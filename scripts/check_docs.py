@@ -5,7 +5,8 @@ Usage: python scripts/check_docs.py [--write]
 - docs/cli.md holds the ``--help`` of every command, docs/scripts.md the table of variables.
 - docs/measurements.md, method.md, performance.md, claims.md and README.md hold tables of
   benchmarks/results.
-- docs/data.md holds the catalogue of data sets.
+- docs/data.md holds the catalogue of data sets, docs/api*.md the docstrings of what is public,
+  docs/models.md the checkpoints and model types that are tested, docs/errors.md the messages.
 - Every flag of ``dart-llm run`` is in one of the two.
 - Every relative link and anchor in README.md, CONTRIBUTING.md, THIRD_PARTY.md, docs/*.md and
   benchmarks/README.md leads somewhere.
@@ -146,33 +147,23 @@ def generated(root: Path) -> dict[str, tuple[Path, str]]:
     }
     if (root / "docs/data.md").is_file():
         blocks["data"] = (root / "docs/data.md", data_table())
-    return blocks | measured(root)
+    if (root / "docs/api.md").is_file():
+        import api_pages  # beside this file
 
+        blocks.update(api_pages.tables(root))
+    if (root / "docs/models.md").is_file():
+        import model_pages
 
-def measured(root: Path) -> dict[str, tuple[Path, str]]:
-    """The blocks that are made of benchmarks/results, by name."""
-    if not (root / "benchmarks/results").is_dir():
-        return {}
-    import claims_measured  # beside this file
-    import drift_measured
-    import evaluation_tables
-    import front_table
-    import measured_tables
-    import quality_measured
-    import serve_measured
-    import speed_measured
+        blocks.update(model_pages.tables(root))
+    if (root / "docs/errors.md").is_file():
+        import error_pages
 
-    makers = (
-        measured_tables,
-        evaluation_tables,
-        drift_measured,
-        quality_measured,
-        speed_measured,
-        serve_measured,
-        claims_measured,
-        front_table,
-    )
-    return {name: block for maker in makers for name, block in maker.tables(root).items()}
+        blocks.update(error_pages.tables(root))
+    if (root / "benchmarks/results").is_dir():
+        import measured_blocks
+
+        blocks.update(measured_blocks.measured(root))
+    return blocks
 
 
 def _block(name: str) -> re.Pattern[str]:

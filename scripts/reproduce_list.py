@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import check_docs  # beside this file
+from measured_blocks import measured
 from reproduce_inputs import Found
 from table_registry import Registry, Table
 
@@ -41,7 +41,7 @@ def listing(root: Path, known: Registry, inputs: Callable[[Table], Sequence[Foun
 def pages_of(root: Path, known: Registry) -> dict[str, list[str]]:
     """Results file -> the pages with tables of it."""
     found: dict[str, list[str]] = {}
-    for block, (page, _) in check_docs.measured(root).items():
+    for block, (page, _) in measured(root).items():
         for name in known.blocks.get(block, (block,)):
             pages = found.setdefault(name, [])
             where = page.relative_to(root).as_posix()

@@ -16,11 +16,11 @@ from dart_llm.cli import app
 from published import ROOT, scripts
 
 with scripts():
-    import check_docs
+    from measured_blocks import measured
     from table_head import above, today
     from table_registry import cut, registry
 
-    MEASURED = check_docs.measured(ROOT)
+    MEASURED = measured(ROOT)
 
 OLD = {"renamed": {"dart": "dart-prompt"}}
 
