@@ -66,9 +66,21 @@ def main() -> None:
         for folder in sorted(args.folders)
         for key, seconds in _seconds(Path(folder)).items()
     }
+    sweeps = [_sweep(Path(folder)) for folder in sorted(args.folders)]
     data = {"cells": len(found), **compare_files.document(rows), "seconds": times}
+    data["sweeps"] = [sweep for sweep in sweeps if sweep]
     data["checkpoint_of_the_cells"] = dict(rows[0].checkpoint)
     print(save(f"evaluation-{args.name}", None, data))
+
+
+def _sweep(folder: Path) -> dict[str, Any]:
+    """Which code ran a sweep, and when."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    names = ("git", "versions", "machine", "started", "finished")
+    return {name: found[name] for name in names if name in found}
 
 
 def _seconds(folder: Path) -> dict[str, float]:

@@ -204,6 +204,14 @@ def harness(root: Path, names: tuple[str, ...]) -> str:
     return f"{above(root, *names)}\n\n{table(lines)}\n\n{note}"
 
 
+def recipe(root: Path) -> str:
+    """The perplexities of the small recipe: every method and sparsity."""
+    name = "evaluation-recipe-small"
+    data = read(root, name)
+    (rows, *_) = _by_task(data["rows"]).values()
+    return f"{above(root, name)}\n\n{_task(rows, data)}\n\n{_INTERVALS}"
+
+
 def tables(root: Path) -> dict[str, tuple[Path, str]]:
     """Block name -> the page that holds it and its content."""
     page, readme = root / "docs/measurements.md", root / "README.md"
@@ -211,4 +219,5 @@ def tables(root: Path) -> dict[str, tuple[Path, str]]:
     blocks["harness"] = (page, harness(root, ("harness_float32", "harness_bfloat16")))
     blocks["leaks"] = (page, leaks(root))
     blocks["evaluation-short"] = (readme, short(root))
+    blocks["recipe-small"] = (root / "docs/recipes.md", recipe(root))
     return linked(blocks, root)
