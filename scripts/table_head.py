@@ -58,8 +58,11 @@ def above(root: Path, *names: str) -> str:
 
 def entry(root: Path, name: str, data: Data) -> Table:
     """The registry's entry of a results file; without one, the commands that the file names."""
+    known = registry(root).tables.get(name)
+    if known is not None:
+        return known
     runs = [run["command"] for run in data.get("runs", ())] or [data["command"]]
-    return registry(root).tables.get(name) or Table(name, tuple(dict.fromkeys(runs)))
+    return Table(name, tuple(dict.fromkeys(runs)))
 
 
 def shown(*commands: str) -> str:
