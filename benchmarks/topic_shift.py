@@ -42,7 +42,9 @@ def by_passage(scored: Scored) -> list[float]:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--sparsity", type=float, default=0.5)
+    options.add_argument(
+        "--sparsity", type=float, default=0.5, help="fraction of neurons to remove"
+    )
     args = options.parse_args()
     model, tokenizer = load_model(args)
     windows = passages(tokenizer)

@@ -8,8 +8,9 @@ Usage: python scripts/check_docs.py [--write]
 - docs/data.md holds the catalogue of data sets, docs/api*.md the docstrings of what is public,
   docs/models.md the checkpoints and model types that are tested, docs/errors.md the messages.
 - Every flag of ``dart-llm run`` is in one of the two.
-- Every relative link and anchor in README.md, CONTRIBUTING.md, THIRD_PARTY.md, docs/*.md and
-  benchmarks/README.md leads somewhere.
+- Every relative link and anchor of the Markdown pages and of the examples' notebooks leads
+  somewhere (doc_links.py), and so does every file that a page, a source file, an error message or
+  a recipe names (doc_mentions.py).
 - docs/README.md links to every other page of docs/.
 - Tables with numbers are generated (scripts/hand_tables.py lists the exceptions).
 
@@ -23,9 +24,10 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import unquote
 
 import hand_tables  # beside this file
+from doc_links import INDEX, broken_links, links, pages  # beside this file
+from doc_mentions import broken_mentions
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
@@ -55,8 +57,6 @@ COMMANDS = (
 SCRIPTS = ("run_experiment.sh", "run_knowledge_drift.sh")
 VARIABLE = re.compile(r'^: "\$\{([A-Z_]+):=(.*)\}"', re.MULTILINE)
 WIDTH = "100"
-INDEX = "docs/README.md"
-OTHER_PAGES = ("THIRD_PARTY.md", "benchmarks/README.md")
 
 
 def plain_environment() -> None:
@@ -209,60 +209,6 @@ def missing_flags(root: Path) -> Iterator[str]:
             yield f"the flag {_flag(name)} is neither in docs/cli.md nor in docs/scripts.md"
 
 
-def pages(root: Path) -> list[Path]:
-    """The Markdown files whose links are checked."""
-    needed = [root / "README.md", root / "CONTRIBUTING.md", root / INDEX]
-    others = [path for name in OTHER_PAGES if (path := root / name).is_file()]
-    return [*needed, *others, *sorted({*(root / "docs").glob("*.md")} - {root / INDEX})]
-
-
-def prose(text: str) -> str:
-    """The text without code blocks, code spans and comments."""
-    text = re.sub(r"^( {0,3})(```+|~~~+).*?^\1\2[`~]*\s*$", "", text, flags=re.M | re.S)
-    text = re.sub(r"<!--.*?-->", "", text, flags=re.S)
-    return re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", "", text)
-
-
-def anchors(text: str) -> set[str]:
-    """What a link may name after ``#``: the headings' slugs, as GitHub makes them, and ids."""
-    code_free = re.sub(r"^( {0,3})(```+|~~~+).*?^\1\2[`~]*\s*$", "", text, flags=re.M | re.S)
-    found: set[str] = set(re.findall(r'<\w+ [^>]*\b(?:id|name)="([^"]+)"', code_free))
-    seen: dict[str, int] = {}
-    for heading in re.findall(r"^#{1,6}\s+(.+?)\s*#*\s*$", code_free, flags=re.M):
-        label = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", heading)
-        slug = re.sub(r"[^\w\- ]", "", label.lower()).replace(" ", "-")
-        number = seen.get(slug, 0)
-        seen[slug] = number + 1
-        found.add(f"{slug}-{number}" if number else slug)
-    return found
-
-
-def links(text: str) -> list[str]:
-    """The targets of all Markdown and HTML links and images."""
-    body = prose(text)
-    found = re.findall(r"\]\(\s*<?([^)\s>]+)>?(?:\s+[\"'][^)]*)?\)", body)
-    found += re.findall(r"^ {0,3}\[[^\]]+\]:\s*<?(\S+?)>?(?:\s|$)", body, flags=re.M)
-    return found + re.findall(r'\b(?:href|src)="([^"]+)"', body)
-
-
-def broken_links(root: Path) -> Iterator[str]:
-    """One sentence per relative link or anchor that leads nowhere."""
-    for page in pages(root):
-        where = page.relative_to(root).as_posix()
-        if not page.is_file():
-            yield f"{where} is missing"
-            continue
-        for link in links(page.read_text(encoding="utf-8")):
-            if re.match(r"[a-zA-Z][\w+.-]*:|//", link):
-                continue
-            path, _, anchor = unquote(link).partition("#")
-            target = (page.parent / path).resolve() if path else page
-            if not target.is_relative_to(root) or not target.exists():
-                yield f"{where} links to {link}, which does not exist"
-            elif anchor and target.suffix == ".md" and anchor not in anchors(target.read_text()):
-                yield f"{where} links to {link}, but {target.name} has no such heading"
-
-
 def unlisted_pages(root: Path) -> Iterator[str]:
     """One sentence per page of docs/ that the index does not link to."""
     index = root / INDEX
@@ -280,6 +226,7 @@ def main() -> int:
     if sys.argv[1:]:
         write(ROOT)
     problems = [*stale_blocks(ROOT), *missing_flags(ROOT), *broken_links(ROOT)]
+    problems += broken_mentions(ROOT)
     problems += unlisted_pages(ROOT) if (ROOT / INDEX).is_file() else []
     problems += hand_tables.problems(ROOT, [page for page in pages(ROOT) if page.is_file()])
     for problem in problems:
