@@ -25,8 +25,12 @@ BUDGETS = {
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("text", help="a text file")
-    options.add_argument("--slices", type=int, default=8)
-    options.add_argument("--sparsities", default="0.3,0.5,0.7")
+    options.add_argument("--slices", type=int, default=8, help="slices of the text")
+    options.add_argument(
+        "--sparsities",
+        default="0.3,0.5,0.7",
+        help="fractions of neurons to remove, comma-separated",
+    )
     args = options.parse_args()
     model, tokenizer = load_model(args)
     text, source = read_text(args.text)

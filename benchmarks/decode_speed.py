@@ -55,10 +55,12 @@ def decode(model: Any, ids: torch.Tensor, config: PruneConfig | None, tokens: in
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--tokens", type=int, default=64)
-    options.add_argument("--repeats", type=int, default=6)
-    options.add_argument("--prompt", type=int, default=128)
-    options.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options.add_argument("--tokens", type=int, default=64, help="timed tokens per repetition")
+    options.add_argument("--repeats", type=int, default=6, help="repetitions, interleaved")
+    options.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
+    options.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="torch's threads"
+    )
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     model, tokenizer = load_model(args)

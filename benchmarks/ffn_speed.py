@@ -121,8 +121,10 @@ def rows(hidden: int, width: int, dtype: str, layers: int, repeats: int) -> list
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--repeats", type=int, default=50)
-    options.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options.add_argument("--repeats", type=int, default=50, help="timed passes of each row")
+    options.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="torch's threads"
+    )
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     found = []

@@ -62,10 +62,10 @@ def mean(items: dict[str, dict[str, float]]) -> dict[str, float]:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--task", default="arc_easy_local")
+    options.add_argument("--task", default="arc_easy_local", help="task of lm-eval")
     options.add_argument("--include-path", required=True, help="folder of the task files")
-    options.add_argument("--limit", type=int, default=150)
-    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--limit", type=int, default=150, help="items")
+    options.add_argument("--rounds", type=int, default=3, help="timed passes of each model")
     args = options.parse_args()
     model, tokenizer = load_model(args)
     seconds: dict[str, list[float]] = {}

@@ -227,10 +227,10 @@ def main() -> None:
     from dart_llm.texts import read, subjects
 
     parser = common.parser(__doc__ or "")
-    parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--max-waiting", type=int, default=12)
+    parser.add_argument("--requests", type=int, default=200, help="requests in all")
+    parser.add_argument("--clients", type=int, default=16, help="clients at the same time")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens per answer")
+    parser.add_argument("--max-waiting", type=int, default=12, help="the server's --max-waiting")
     args = parser.parse_args()
     model, tokenizer = common.load_model(args)
     darts = [

@@ -277,7 +277,7 @@ def main() -> None:
     import serve_process
 
     parser = common.parser(__doc__ or "")
-    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--requests", type=int, default=1000, help="malformed requests in all")
     args = parser.parse_args()
     began = time.perf_counter()
     with serve_process.serving("--model", args.model, "--max-tokens", "4") as server:

@@ -57,9 +57,14 @@ for line in sys.stdin:
 
 def main() -> None:
     parser = common.parser(__doc__ or "")
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--repeats", type=int, default=30, help="requests of each kind")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens per answer")
+    parser.add_argument(
+        "--sparsity",
+        type=float,
+        default=0.5,
+        help="fraction of neurons that the pruned requests remove",
+    )
     args = parser.parse_args()
     model, tokenizer = common.load_model(args)
     settings = ServeSettings(model=args.model, sparsity=args.sparsity, port=0)

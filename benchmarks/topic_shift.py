@@ -36,7 +36,9 @@ def loss_after(scored: Scored) -> float:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--sparsity", type=float, default=0.5)
+    options.add_argument(
+        "--sparsity", type=float, default=0.5, help="fraction of neurons to remove"
+    )
     args = options.parse_args()
     model, tokenizer = load_model(args)
     windows = passages(tokenizer)

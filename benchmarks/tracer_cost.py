@@ -27,11 +27,11 @@ def layers(count: int, hidden: int, width: int) -> tuple[FfnWeights, ...]:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--layers", type=int, default=32)
-    options.add_argument("--hidden", type=int, default=4096)
-    options.add_argument("--width", type=int, default=14336)
+    options.add_argument("--layers", type=int, default=32, help="number of layers")
+    options.add_argument("--hidden", type=int, default=4096, help="width of the residual stream")
+    options.add_argument("--width", type=int, default=14336, help="neurons per layer")
     options.add_argument("--method", default="dart-prompt", help="one that learns nothing")
-    options.add_argument("--prompt", type=int, default=2048)
+    options.add_argument("--prompt", type=int, default=2048, help="tokens of the prompt")
     args = options.parse_args()
     config = PruneConfig.build(args.method, sparsity=0.5)
     weights = layers(args.layers, args.hidden, args.width)

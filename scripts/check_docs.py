@@ -5,10 +5,12 @@ Usage: python scripts/check_docs.py [--write]
 - docs/cli.md holds the ``--help`` of every command, docs/scripts.md the table of variables.
 - docs/measurements.md, method.md, performance.md, claims.md and README.md hold tables of
   benchmarks/results.
-- docs/data.md holds the catalogue of data sets.
+- docs/data.md holds the catalogue of data sets, docs/api*.md the docstrings of what is public,
+  docs/models.md the checkpoints and model types that are tested, docs/errors.md the messages.
 - Every flag of ``dart-llm run`` is in one of the two.
-- Every relative link and anchor in README.md, CONTRIBUTING.md, THIRD_PARTY.md, docs/*.md and
-  benchmarks/README.md leads somewhere.
+- Every relative link and anchor of the Markdown pages and of the examples' notebooks leads
+  somewhere (doc_links.py), and so does every file that a page, a source file, an error message or
+  a recipe names (doc_mentions.py).
 - docs/README.md links to every other page of docs/.
 
 Prints one sentence per problem and exits with 1 if there is one.
@@ -21,7 +23,9 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import unquote
+
+from doc_links import INDEX, broken_links, links, pages  # beside this file
+from doc_mentions import broken_mentions
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
@@ -51,8 +55,6 @@ COMMANDS = (
 SCRIPTS = ("run_experiment.sh", "run_knowledge_drift.sh")
 VARIABLE = re.compile(r'^: "\$\{([A-Z_]+):=(.*)\}"', re.MULTILINE)
 WIDTH = "100"
-INDEX = "docs/README.md"
-OTHER_PAGES = ("THIRD_PARTY.md", "benchmarks/README.md")
 
 
 def plain_environment() -> None:
@@ -143,6 +145,18 @@ def generated(root: Path) -> dict[str, tuple[Path, str]]:
     }
     if (root / "docs/data.md").is_file():
         blocks["data"] = (root / "docs/data.md", data_table())
+    if (root / "docs/api.md").is_file():
+        import api_pages  # beside this file
+
+        blocks.update(api_pages.tables(root))
+    if (root / "docs/models.md").is_file():
+        import model_pages
+
+        blocks.update(model_pages.tables(root))
+    if (root / "docs/errors.md").is_file():
+        import error_pages
+
+        blocks.update(error_pages.tables(root))
     if (root / "benchmarks/results").is_dir():
         import claims_measured  # beside this file
         import drift_measured
@@ -205,60 +219,6 @@ def missing_flags(root: Path) -> Iterator[str]:
             yield f"the flag {_flag(name)} is neither in docs/cli.md nor in docs/scripts.md"
 
 
-def pages(root: Path) -> list[Path]:
-    """The Markdown files whose links are checked."""
-    needed = [root / "README.md", root / "CONTRIBUTING.md", root / INDEX]
-    others = [path for name in OTHER_PAGES if (path := root / name).is_file()]
-    return [*needed, *others, *sorted({*(root / "docs").glob("*.md")} - {root / INDEX})]
-
-
-def prose(text: str) -> str:
-    """The text without code blocks, code spans and comments."""
-    text = re.sub(r"^( {0,3})(```+|~~~+).*?^\1\2[`~]*\s*$", "", text, flags=re.M | re.S)
-    text = re.sub(r"<!--.*?-->", "", text, flags=re.S)
-    return re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", "", text)
-
-
-def anchors(text: str) -> set[str]:
-    """What a link may name after ``#``: the headings' slugs, as GitHub makes them, and ids."""
-    code_free = re.sub(r"^( {0,3})(```+|~~~+).*?^\1\2[`~]*\s*$", "", text, flags=re.M | re.S)
-    found: set[str] = set(re.findall(r'<\w+ [^>]*\b(?:id|name)="([^"]+)"', code_free))
-    seen: dict[str, int] = {}
-    for heading in re.findall(r"^#{1,6}\s+(.+?)\s*#*\s*$", code_free, flags=re.M):
-        label = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", heading)
-        slug = re.sub(r"[^\w\- ]", "", label.lower()).replace(" ", "-")
-        number = seen.get(slug, 0)
-        seen[slug] = number + 1
-        found.add(f"{slug}-{number}" if number else slug)
-    return found
-
-
-def links(text: str) -> list[str]:
-    """The targets of all Markdown and HTML links and images."""
-    body = prose(text)
-    found = re.findall(r"\]\(\s*<?([^)\s>]+)>?(?:\s+[\"'][^)]*)?\)", body)
-    found += re.findall(r"^ {0,3}\[[^\]]+\]:\s*<?(\S+?)>?(?:\s|$)", body, flags=re.M)
-    return found + re.findall(r'\b(?:href|src)="([^"]+)"', body)
-
-
-def broken_links(root: Path) -> Iterator[str]:
-    """One sentence per relative link or anchor that leads nowhere."""
-    for page in pages(root):
-        where = page.relative_to(root).as_posix()
-        if not page.is_file():
-            yield f"{where} is missing"
-            continue
-        for link in links(page.read_text(encoding="utf-8")):
-            if re.match(r"[a-zA-Z][\w+.-]*:|//", link):
-                continue
-            path, _, anchor = unquote(link).partition("#")
-            target = (page.parent / path).resolve() if path else page
-            if not target.is_relative_to(root) or not target.exists():
-                yield f"{where} links to {link}, which does not exist"
-            elif anchor and target.suffix == ".md" and anchor not in anchors(target.read_text()):
-                yield f"{where} links to {link}, but {target.name} has no such heading"
-
-
 def unlisted_pages(root: Path) -> Iterator[str]:
     """One sentence per page of docs/ that the index does not link to."""
     index = root / INDEX
@@ -276,6 +236,7 @@ def main() -> int:
     if sys.argv[1:]:
         write(ROOT)
     problems = [*stale_blocks(ROOT), *missing_flags(ROOT), *broken_links(ROOT)]
+    problems += broken_mentions(ROOT)
     problems += unlisted_pages(ROOT) if (ROOT / INDEX).is_file() else []
     for problem in problems:
         print(problem, file=sys.stderr)

@@ -54,8 +54,12 @@ def main() -> None:
     """Record, show, join, and say how large the clip is."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("records", nargs="?", help="what POST /api/events answered")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "window.webp")
-    parser.add_argument("--sparsity", type=float, default=0.15)
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "docs" / "window.webp", help="where the clip goes"
+    )
+    parser.add_argument(
+        "--sparsity", type=float, default=0.15, help="fraction of neurons to remove"
+    )
     given = parser.parse_args()
     from dart_llm.replay_records import read_records
 

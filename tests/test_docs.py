@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from scripts_of import script
 from shells import ROOT, SCRIPTS
 
 PAGES = ("docs/cli.md", "docs/scripts.md")
+CHECKER = tuple(f"scripts/{name}.py" for name in ("check_docs", "doc_links", "doc_mentions"))
 
 
 def check(folder: Path, *arguments: str) -> tuple[int, list[str]]:
@@ -21,19 +23,32 @@ def check(folder: Path, *arguments: str) -> tuple[int, list[str]]:
     return done.returncode, done.stderr.splitlines()
 
 
+def named(folder: Path) -> set[str]:
+    """What the copied pages link to or name."""
+    links, mentions = script("doc_links"), script("doc_mentions")
+    found = set()
+    for page in PAGES:
+        text = (folder / page).read_text()
+        near = {link.partition("#")[0] for link in links.links(text) if ":" not in link}
+        found |= {f"docs/{name}" for name in near if name} | set(mentions.SPAN.findall(text))
+    return found
+
+
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     """A project of two generated pages and two short ones, all as they should be."""
     for name in ("docs", "scripts"):
         (tmp_path / name).mkdir()
-    for name in (*PAGES, *SCRIPTS, "scripts/check_docs.py"):
+    for name in (*PAGES, *SCRIPTS, *CHECKER):
         shutil.copy(ROOT / name, tmp_path / name)
+    others = [name for name in named(tmp_path) if not (tmp_path / name).exists()]
+    for name in others:
+        (tmp_path / name).write_text("# Elsewhere\n")
     (tmp_path / "CONTRIBUTING.md").write_text("# Contributing\n\nSee [the start](README.md#top).\n")
     (tmp_path / "README.md").write_text("# Top\n\n## Use `it`, twice!\n\n[here](#use-it-twice)\n")
-    index = (
-        "# Pages\n\n[cli](cli.md): every flag. [scripts](scripts.md#the-variables): variables.\n"
-    )
-    (tmp_path / "docs/README.md").write_text(index)
+    index = "[cli](cli.md): every flag. [scripts](scripts.md#the-variables): variables.\n"
+    index += "".join(f"[other]({name[5:]})\n" for name in others if name[:5] == "docs/")
+    (tmp_path / "docs/README.md").write_text(f"# Pages\n\n{index}")
     return tmp_path
 
 
@@ -135,11 +150,11 @@ def test_links_of_the_other_pages_are_checked(copy: Path) -> None:
 
 def test_a_measured_table_that_differs_from_its_file_is_noticed(copy: Path) -> None:
     shutil.copytree(ROOT / "benchmarks/results", copy / "benchmarks/results")
-    for script in (
+    for path in (
         *(ROOT / "scripts").glob("*_measured.py"),
         *(ROOT / "scripts").glob("*_tables.py"),
     ):
-        shutil.copy(script, copy / "scripts")
+        shutil.copy(path, copy / "scripts")
     for name in ("README.md", "docs/method.md"):
         shutil.copy(ROOT / name, copy / name)
     text = (ROOT / "docs/measurements.md").read_text()

@@ -23,6 +23,7 @@ FLOOR = 0.1
 class LayerView:
     """What a budget may look at.  All tensors on the host, float64.
 
+    ``width``: neurons I; ``depth``: 0 for the first layer, 1 for the last.
     ``score``: [I]; ``sensitivity`` and ``residual_sensitivity``: S_l of ``depth`` and of
     ``depth-residual``; ``impact``: [I], the output energy of each neuron relative to the residual
     stream.  What no budget of the run needs is None.
@@ -38,7 +39,9 @@ class LayerView:
 
 @dataclass(frozen=True)
 class Budget:
-    """An allocator and the statistics that it needs (names as in ``evidence.Statistics``)."""
+    """An allocator and the statistics that it needs: ``sensitivity``, ``sensitivity-residual``,
+    ``squares``, or none.  ``source``: the paper and the formula.
+    """
 
     function: Callable[[Sequence[LayerView], int], list[int]]
     needs: frozenset[str]
@@ -50,13 +53,14 @@ class Budget:
 
     @property
     def summary(self) -> str:
+        """First line of the function's docstring."""
         return (self.function.__doc__ or "").split("\n")[0]
 
 
 def budget(
     source: str, needs: Sequence[str] = ()
 ) -> Callable[[Callable[[Sequence[LayerView], int], list[int]]], Budget]:
-    """Turn a function into a ``Budget``."""
+    """Turn a function ``(layers, keep) -> counts`` into a ``Budget``."""
 
     def wrap(function: Callable[[Sequence[LayerView], int], list[int]]) -> Budget:
         return Budget(function, frozenset(needs), source)

@@ -66,6 +66,8 @@ def _expand(data: Mapping[str, Any]) -> dict[str, Any]:
 class PruneConfig(Part):
     """Everything that decides a run's masks.  A part may be given as its name alone.
 
+    A bad value, an unknown key or settings that contradict each other raise ``ConfigError``.
+
     ``sparsity``: fraction of all FFN neurons to remove, [0, 1); None: ``DEFAULT_SPARSITY``, unless
     a table or the ``auto`` strategy sets the counts.  ``masking_step``: dense decode tokens before
     the first mask.  ``release_step``: decode step from which everything runs dense.
@@ -75,7 +77,9 @@ class PruneConfig(Part):
     when it is first pruned.  ``token``: every token chooses its own neurons; None: masks of the
     sequence.  ``compensation_rank``: features of the FFN's input from which compensation predicts
     the removed neurons' output; 0: their mean alone.  ``weight_bits``: the dense model with weights
-    of 8 or 4 bits.
+    of 8 or 4 bits.  ``batch``: one mask for all rows, or one each.  ``executor``: what runs pruned
+    FFNs (docs/performance.md, "Executors"); ``auto``: the fastest that can.  ``seed``: of whatever
+    is drawn by chance.
     """
 
     method: str = "dart"
@@ -191,7 +195,10 @@ class PruneConfig(Part):
         return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
 
     def replace(self, changes: Mapping[str, Any]) -> PruneConfig:
-        """A copy with ``changes``; a mapping for a part changes only the keys that it holds."""
+        """A copy with ``changes``; a mapping for a part changes only the keys that it holds.
+
+        Raises ``ConfigError`` for what does not fit.
+        """
         data, changes = self.model_dump(), _expand(changes)
         score = changes.get("score")
         if isinstance(score, Mapping) and score.get("strategy") == "auto":
@@ -211,7 +218,11 @@ class PruneConfig(Part):
 
     @classmethod
     def build(cls, method: str | PruneConfig = "dart", /, **changes: Any) -> PruneConfig:
-        """A preset's configuration (or a given one) with ``changes`` on top of it."""
+        """A preset's configuration (or a given one) with ``changes`` on top of it.
+
+        A change to None is none.  Raises ``UnknownName`` for a method that does not exist,
+        ``ConfigError`` for what does not fit.
+        """
         base = METHODS.get(method) if isinstance(method, str) else method
         if not isinstance(base, PruneConfig):
             raise ConfigError(f"method {method!r} must be a name or a PruneConfig")

@@ -45,6 +45,9 @@ def unknown_key(part: type[BaseModel], key: str) -> ConfigError:
 class ScoreConfig(Part):
     """How neurons are ranked (docs/method.md, "Scores").
 
+    ``ema_decay``: weight that an older token keeps with each new one, (0, 1); None: all count
+    alike.  ``strategy``: ``topk``, or ``auto``: neurons whose score reaches the layer's mean.
+    ``proxy_embedding``: whose rows the scores ``max`` to ``product`` read.
     ``prior_weight``: ranks by the text and by a calibrated prior are averaged, the prior with this
     weight; None: the text alone.
     """
@@ -66,7 +69,12 @@ class ScoreConfig(Part):
 
 
 class BudgetConfig(Part):
-    """How many neurons each layer keeps (docs/method.md, "Budgets")."""
+    """How many neurons each layer keeps (docs/method.md, "Budgets").
+
+    ``name``: a budget, or ``blend A B``.  ``table``: a layer table such as ``0-3:0.9,4-29:auto``.
+    ``multiple``: counts are multiples of it, or the width.  ``refresh``: whether counts stay as at
+    the ``first`` mask, or are set anew with ``every`` one.
+    """
 
     name: str = "uniform"
     table: str | None = None
@@ -134,7 +142,9 @@ class DriftConfig(Part):
 class RemaskConfig(Part):
     """What happens to the evidence on a re-mask (docs/method.md, "Evidence").
 
-    ``observe_tokens``: dense tokens observed after a trigger; None: ``max(1, masking_step)``.
+    ``evidence``: masks are made ``fresh`` from what is observed after the trigger, or older tokens
+    count too, less by ``decay``, (0, 1].  ``observe_tokens``: dense tokens observed after a
+    trigger; None: ``max(1, masking_step)``.
     """
 
     evidence: Literal["fresh", "decay"] = "fresh"

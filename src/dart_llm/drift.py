@@ -39,7 +39,9 @@ def cosine(mean: Tensor, others: Tensor) -> Tensor:
 class Rule:
     """W tokens per window; a window is low under ``threshold(mu, sigma)``; trigger at ``count``.
 
-    ``window`` 0: no window is ever formed.  ``interval``: trigger after that many pruned tokens.
+    ``threshold``: of mean and standard deviation of the reference's similarities, [B] float32 each,
+    one number per batch row.  ``window`` 0: no window is ever formed.  ``interval``: trigger after
+    that many pruned tokens.  ``source``: where the rule is from.
     """
 
     window: int

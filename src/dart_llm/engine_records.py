@@ -51,7 +51,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Likely:
-    """One of the likeliest tokens at a place."""
+    """One of the likeliest tokens at a place; ``logprob`` in nats."""
 
     id: int
     text: str
@@ -66,8 +66,8 @@ class Token:
     be beginning, more than its own text afterwards; an answer is all of them joined.  ``piece``:
     its own text.  A token that ends the text has a ``piece`` and no text of its own.
     ``phase``: ``prefill`` (the first, from the prompt's logits), ``observe``, ``pruned``,
-    ``released`` or ``dense``.  ``logprob`` and ``top`` are None unless asked for.  ``seconds``:
-    since the token before, or since the request began.
+    ``released`` or ``dense``.  ``logprob`` (nats) and ``top`` are None unless asked for.
+    ``seconds``: since the token before, or since the request began.
     """
 
     kind: ClassVar[str] = "token"
@@ -147,7 +147,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timings:
-    """How long a request took, under llama.cpp's names.
+    """How long a request took, under llama.cpp's names; ``ms`` are milliseconds.
 
     ``prompt_n`` tokens were read until the first token was there, ``predicted_n`` were decoded
     after it (over all choices); rates are None where nothing was done.
@@ -210,3 +210,4 @@ class Failed:
 
 
 Record = Start | Token | Check | Masked | Mask | Done | Failed
+"""What ``Engine.run`` hands to ``emit``."""

@@ -16,8 +16,9 @@ class LayerNames:
     fused projection when ``fused``.  ``x_from``: modules whose input is x, the residual stream
     entering the FFN half (the first that exists; none: the FFN's own input).  ``post_norm``: the
     module whose output is added to the residual stream, when that is not the FFN's output.
-    ``attention_out``: the attention's output projection.  ``width``: the configuration's key for
-    the number of neurons, None where it is not free.
+    ``adds_residual``: the FFN adds the residual itself.  ``dropout``: a module between the down
+    projection and the FFN's output.  ``attention_out``: the attention's output projection.
+    ``width``: the configuration's key for the number of neurons, None where it is not free.
     """
 
     attention_out: str
@@ -115,3 +116,4 @@ LAYERS: dict[str, LayerNames] = {
         width="ffn_dim",
     ),
 }
+"""The names of every model type that can be pruned, by the configuration's ``model_type``."""

@@ -35,18 +35,20 @@ class WindowLosses:
 
 @dataclass(frozen=True)
 class Scored:
-    """Losses of one method on all slices (nats per token), and how they came about."""
+    """Losses of one method: per slice, nats of each scored token; and how they came about."""
 
     losses: tuple[tuple[float, ...], ...]
     report: RunReport | None
 
     @property
     def mean_loss(self) -> float:
+        """Over all scored tokens, nats."""
         flat = [loss for losses in self.losses for loss in losses]
         return sum(flat) / len(flat)
 
     @property
     def perplexity(self) -> float:
+        """exp of the mean loss."""
         return perplexity(self.mean_loss)
 
 
@@ -58,7 +60,7 @@ def perplexity(mean_loss: float) -> float:
 def slices(ids: Tensor, count: int | None, prompt: int, scored: int) -> list[Tensor]:
     """``count`` evenly spaced windows of ``prompt + scored`` tokens; None: as many as fit.
 
-    ids: [T].  Raises ``ConfigError`` when the text is too short for one.
+    ids: [T] int64.  Raises ``ConfigError`` when the text is too short for one.
     """
     return [window.ids for window in slice_windows(ids, count, prompt, scored)]
 
@@ -72,7 +74,8 @@ def score(
 ) -> Scored:
     """The ``decode`` protocol over all ``windows`` ([P + C] each); ``advance(1)`` after each.
 
-    ``run``: an attached run, or None for the untouched model.
+    ``prompt``: tokens P of each window that are read dense and observed.  ``run``: an attached run,
+    or None for the untouched model.  Raises ``DartError`` when a loss is not finite.
     """
     results = []
     for number, ids in enumerate(windows):

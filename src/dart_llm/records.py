@@ -23,6 +23,7 @@ class Remask:
     """``first``, ``prompt`` (new prefill tokens), ``drift``, ``interval``, ``given``, or ``forced``
     (at a known moment)."""
     evidence_tokens: float
+    """Tokens that the masks were made from; after a decay they count less."""
     kept: tuple[int, ...]
     """Neurons kept, per layer."""
     overlap: float | None
@@ -31,7 +32,11 @@ class Remask:
 
 @dataclass(frozen=True)
 class DriftCheck:
-    """One completed window of the drift detector (one row of drift.csv)."""
+    """One completed window of the drift detector (one row of drift.csv).
+
+    ``step``: decoded tokens up to its end; ``layer``: whose output is watched; ``window``: its
+    number since the reference was made; ``counter``: the rule's, after this window.
+    """
 
     sequence: int
     row: int
@@ -39,10 +44,12 @@ class DriftCheck:
     layer: int
     window: int
     similarity: float
+    """Cosine of the window's mean and the reference, -1 to 1."""
     threshold: float | None
     """None while the detector is not armed."""
     counter: int
     trigger: bool
+    """Whether the masks are made anew after it."""
     state: str
     """``arming``, ``armed``, or ``held`` (a trigger that the guards put off)."""
 
@@ -73,7 +80,10 @@ class LayerStat:
 
 @dataclass(frozen=True)
 class SequenceReport:
-    """Accounting of one sequence (one batch row, or one batch that shares its masks)."""
+    """Accounting of one sequence (one batch row, or one batch that shares its masks).
+
+    Numbers as in ``RunReport``.
+    """
 
     sequence: int
     row: int | None
@@ -100,7 +110,9 @@ class RunReport:
     achieved_sparsity: float
     """Mean over decoded tokens and layers of the fraction removed; dense tokens count 0."""
     sparsity_while_pruned: float
+    """The same over the tokens that ran with masks."""
     dense_token_share: float
+    """Decoded tokens that ran dense, over all of them."""
     prompt_tokens: int
     decoded_tokens: int
     remasks: int

@@ -23,7 +23,10 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Names mapped to objects, or to a lazy ``"module:attribute"``."""
+    """Names mapped to objects, or to a lazy ``"module:attribute"``.
+
+    ``kind``: the word for messages; ``group``: the entry-point group of other packages.
+    """
 
     def __init__(self, kind: str, group: str, lazy: dict[str, str]) -> None:
         self.kind = kind
@@ -59,7 +62,7 @@ class Registry(Generic[T]):
         return name
 
     def get(self, name: str) -> T:
-        """The object behind ``name``, imported on first use."""
+        """The object behind ``name``, imported on first use; raises ``UnknownName``."""
         self.check(name)
         if name not in self._objects:
             module, _, attribute = self._lazy[name].partition(":")
@@ -89,6 +92,7 @@ METHODS: Registry[PruneConfig] = Registry(
         ).split()
     },
 )
+"""Methods: names of a ``PruneConfig``.  Entry-point group ``dart_llm.methods``."""
 SCORES: Registry[Score] = Registry(
     "score",
     "dart_llm.scores",
@@ -100,6 +104,7 @@ SCORES: Registry[Score] = Registry(
         **_table("dart_llm.proxies", "combined product"),
     },
 )
+"""Scores of neurons.  Entry-point group ``dart_llm.scores``."""
 BUDGETS: Registry[Budget] = Registry(
     "budget",
     "dart_llm.budgets",
@@ -113,10 +118,12 @@ BUDGETS: Registry[Budget] = Registry(
         "standardized": "dart_llm.budgets:standardized",
     },
 )
+"""Budgets of layers.  Entry-point group ``dart_llm.budgets``."""
 DRIFT_RULES: Registry[Callable[..., Rule]] = Registry(
     "drift rule",
     "dart_llm.drift_rules",
     _table("dart_llm.drift", "published paper dart interval never"),
 )
+"""Drift rules: functions that return a ``Rule``.  Entry-point group ``dart_llm.drift_rules``."""
 
 ALL: tuple[Registry[Any], ...] = (METHODS, SCORES, BUDGETS, DRIFT_RULES)

@@ -22,7 +22,10 @@ PerToken = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Score:
-    """A scoring rule: its per-token statistic (None: weights alone decide) and its function."""
+    """A scoring rule: its per-token statistic (None: weights alone decide) and its function.
+
+    ``source``: the paper and the formula.
+    """
 
     function: Callable[[Tensor, FfnWeights], Tensor]
     per_token: PerToken | None
@@ -40,6 +43,7 @@ class Score:
 
     @property
     def summary(self) -> str:
+        """First line of the function's docstring."""
         return (self.function.__doc__ or "").split("\n")[0]
 
 
@@ -50,7 +54,7 @@ def score(
     average: bool = False,
     learns: bool = False,
 ) -> Callable[[Callable[[Tensor, FfnWeights], Tensor]], Score]:
-    """Turn a function into a ``Score``; ``source`` names the paper and the formula."""
+    """Turn a function ``(a, weights) -> [I]`` into a ``Score``; the arguments are its fields."""
 
     def wrap(function: Callable[[Tensor, FfnWeights], Tensor]) -> Score:
         return Score(function, per_token, source, spread, average, learns)

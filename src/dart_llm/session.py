@@ -45,7 +45,7 @@ class Run:
         held: Masks | None = None,
         prior: Sequence[Tensor] | None = None,
     ) -> None:
-        """``held``: masks that were chosen beforehand, by calibration; ``prior``: [I] per layer.
+        """As ``prune``; ``held``: masks chosen by calibration, ``prior``: [I] per layer.
 
         Both come from ``dart_llm.prepare``.
         """
@@ -88,7 +88,10 @@ class Run:
         return choose_executor(self._tracer.selector, self._view.blocks, self.model)
 
     def attach(self) -> Run:
-        """Start pruning the model; raises ``AttachError`` when it is pruned already."""
+        """Start pruning the model, and learn first what the method wants to know of it.
+
+        Raises ``AttachError`` when it is pruned already.
+        """
         if self._attachment is not None and self._attachment.installed:
             raise AttachError("this run is attached already")
         if not self._tracer.sequences:  # the model may have moved since this run was made
@@ -135,7 +138,7 @@ class Run:
         """Inside, every forward that continues a cache counts as decode, whatever its length.
 
         ``prompt``: forwards that start a sequence, or that are ``generate``'s prompt step, too;
-        with held masks (``hold``) the prompt then runs pruned.
+        held masks (``hold``) then serve the prompt too.  Raises ``AttachError`` when detached.
         """
         attachment = self._attachment
         if attachment is None or not attachment.installed:
@@ -256,7 +259,8 @@ class Run:
     def export(self, folder: str | Path) -> Path:
         """Write the newest mask as a dense, narrower checkpoint that ``from_pretrained`` loads.
 
-        Raises ``ConfigError`` unless every layer keeps the same number of neurons.
+        Raises ``ConfigError`` unless every layer keeps the same number of neurons, and for low-rank
+        compensation, which has no place there; ``AttachError`` before the first mask.
         """
         from dart_llm.export import export
 
@@ -279,10 +283,11 @@ def prune(
     ``method``: a name (``dart-llm methods`` lists them) or a ``PruneConfig``.  ``sparsity``:
     fraction of all FFN neurons to remove, [0, 1).  ``masks``: {layer: neuron ids to keep}, or
     ``remove``: {layer: ids to remove}, applies the given neurons.  ``on_remask`` is called with
-    every new mask's record.  ``settings``: any field of ``PruneConfig``.
+    every new mask's record.  ``settings``: any field of ``PruneConfig``.  Nothing is changed before
+    the block is entered, or ``attach`` is called.
 
-    Raises ``ConfigError`` for settings that do not fit, ``UnsupportedModel`` for a model that
-    cannot be pruned.
+    Raises ``ConfigError`` for settings that do not fit (``UnknownName`` for names), and
+    ``UnsupportedModel`` for a model that cannot be pruned.
 
     >>> with prune(model, sparsity=0.5) as run:             # doctest: +SKIP
     ...     model.generate(**inputs, max_new_tokens=200)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FfnWeights:
-    """Views of one layer's FFN weights; I = neurons, D = hidden size.
+    """Views of one layer's FFN weights in the model's dtype; I = neurons, D = hidden size.
 
     ``up``: [I, D] (``fc`` in a plain FFN); ``gate``: [I, D] or None; ``down``: [D, I].
     ``embedding``: [V, D] rows for forward proxies, shared by all layers.  ``prior``: [I] float32,
@@ -47,6 +47,7 @@ class FfnWeights:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights lie."""
         return self.down.device
 
     @cached_property
