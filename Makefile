@@ -2,16 +2,24 @@
 PYTHON ?=
 VENV ?= .venv
 ARGS ?=
+# make reproduce
+TABLE ?=
+TEXTS ?=
+DRY ?=
+SHORT ?=
+KEEP ?=
 SETUP = PYTHON='$(PYTHON)' VENV='$(VENV)' scripts/setup.sh
 IN = OMP_WAIT_POLICY=PASSIVE '$(VENV)/bin/python' -m
 
-.PHONY: help setup setup-dev demo window browser test test-online lint format-check style types docs-check clean
+.PHONY: help setup setup-dev demo window reproduce browser test test-online lint format-check style types docs-check clean
 
 help:
 	@echo "make demo    set up, fetch the default model (93 MB), prune it, show the result"
 	@echo "make window  set up, serve the default model on a free port and print the page's link;"
 	@echo "             ARGS='--open --sparsity 0.5' passes flags of dart-llm serve"
 	@echo "make test    set up and run the tests; ARGS='-k name' chooses"
+	@echo "make reproduce TABLE=name  make a published table again and compare; without TABLE: list all."
+	@echo "             TEXTS=folder or hub, DRY=1, SHORT=1, KEEP=1: docs/reproduce.md"
 	@echo "make test-online  run the tests that need the hub: data sets and a model (about 1 GB)"
 	@echo "make setup   create the environment in $(VENV) and install dart-llm with its extras"
 	@echo "make lint    check format, style, types and docs"
@@ -30,6 +38,11 @@ demo: setup
 
 window: setup
 	@'$(VENV)/bin/dart-llm' serve --port 0 $(ARGS)
+
+reproduce: setup
+	@OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=10000 '$(VENV)/bin/python' scripts/reproduce.py $(TABLE) \
+	  $(if $(TEXTS),--texts '$(TEXTS)') $(if $(DRY),--dry-run) $(if $(SHORT),--short) \
+	  $(if $(KEEP),--keep)
 
 browser:
 	@scripts/browser.sh

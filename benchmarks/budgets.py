@@ -10,7 +10,7 @@ from __future__ import annotations
 from common import load_model, parser, read_text, save
 
 from dart_llm.config import PruneConfig
-from dart_llm.perplexity import ratio_interval, score, slices
+from dart_llm.perplexity import Scored, ratio_interval, score, slices
 from dart_llm.session import Run
 
 BUDGETS = {
@@ -18,8 +18,13 @@ BUDGETS = {
     "depth": "depth",
     "energy": "energy",
     "global": "global",
-    "dart (blend energy depth)": "blend energy depth",
+    "dart-prompt (blend energy depth)": "blend energy depth",
 }
+
+
+def items(scored: Scored) -> dict[str, list[float]]:
+    """The mean loss of every slice, in the order of the text."""
+    return {"slice_losses": [sum(losses) / len(losses) for losses in scored.losses]}
 
 
 def main() -> None:
@@ -38,7 +43,9 @@ def main() -> None:
     windows = slices(ids, args.slices, 256, 256)
     dense = score(model, None, windows, 256)
     print(f"dense perplexity {dense.perplexity:.2f} on {len(windows)} slices")
-    rows = [{"method": "dense", "sparsity": 0.0, "perplexity": dense.perplexity}]
+    rows = [
+        {"method": "dense", "sparsity": 0.0, "perplexity": dense.perplexity, **items(dense)},
+    ]
     for sparsity in map(float, args.sparsities.split(",")):
         gap = None
         for name, budget in BUDGETS.items():
@@ -62,6 +69,7 @@ def main() -> None:
                         "ratio_to_dense": scored.perplexity / dense.perplexity,
                         "interval": ratio_interval(scored, dense),
                         "gap_closed": 1 - (scored.mean_loss - dense.mean_loss) / gap,
+                        **items(scored),
                     }
                 )
                 row = rows[-1]

@@ -19,7 +19,8 @@ from dart_llm.loading import checkpoint_facts, load
 from dart_llm.provenance import git_state, machine, versions
 from dart_llm.results import now, write_json
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("DART_KEPT_RESULTS") or Path(__file__).parent / "results")
+"""Where results files are written; scripts/reproduce.py sets another folder."""
 PLACES = ("--experiment-name", "--results-dir")
 """Options that say where results go."""
 

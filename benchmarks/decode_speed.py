@@ -29,11 +29,13 @@ def cases() -> dict[str, PruneConfig | None]:
     return {
         "dense": None,
         "attached, sparsity 0": build("griffin", sparsity=0.0),
-        "observing (dart statistics)": build("dart", sparsity=0.5, masking_step=10**6),
+        "observing (dart-prompt statistics)": build(
+            "dart-prompt", sparsity=0.5, masking_step=10**6
+        ),
         "compact 50 %": build("griffin", sparsity=0.5, executor="compact"),
         "compact 70 %": build("griffin", sparsity=0.7, executor="compact"),
         "masked 50 %": build("griffin", sparsity=0.5, executor="masked"),
-        "dart 50 %": build("dart", sparsity=0.5, drift="never", min_evidence=0),
+        "dart-prompt 50 %": build("dart-prompt", sparsity=0.5, drift="never", min_evidence=0),
     }
 
 

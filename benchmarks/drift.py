@@ -5,27 +5,24 @@
 
 Writes benchmarks/results/NAME.json: the summary (or the detection table with its curves), the time
 by phase and method, and what the run's config.json says of command, checkpoint, versions, machine.
+NAME.jsonl holds what was measured on every passage or prompt.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS
+import items
+from common import RESULTS, command, read
 
 from dart_llm.drift_summary import losses
 from dart_llm.results import write_json
 
 KEPT = ("command", "versions", "machine", "git", "seed", "started", "finished")
 TIMES = ("load_s", "total_s", "phases_s", "methods_s", "peak_memory_bytes")
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def gather(folder: Path) -> dict[str, Any]:
@@ -38,16 +35,20 @@ def gather(folder: Path) -> dict[str, Any]:
     checkpoint = {k: v for k, v in config["checkpoint"].items() if k != "path"}
     times = {k: v for k, v in read(folder / "timing.json").items() if k in TIMES}
     kept = {name: config.get(name) for name in KEPT}
-    words = [Path(word).name if "/" in word else word for word in config["command"]]
-    kept["command"] = shlex.join(words)
+    kept["command"] = command(config["command"])
     own = {k: v for k, v in found.items() if k not in ("checkpoint", "settings", "model")}
     return {"kind": config["kind"], **kept, "checkpoint": checkpoint, "times": times, **own}
 
 
+def read_lines(folder: Path) -> list[dict[str, Any]]:
+    """The cells of a run, or its passages."""
+    lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def against(folder: Path, pair: str) -> dict[str, Any]:
     """Mean loss after the changes of the first label minus that of the second, by passage."""
-    lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if row["status"] == "done"]
+    rows = [row for row in read_lines(folder) if row["status"] == "done"]
     first, _, second = pair.rpartition(":")  # interval:64@0.5 has one of its own
     own, other = ([row for row in rows if row["label"] == name] for name in (first, second))
     if not own or not other:
@@ -66,8 +67,10 @@ def main() -> None:
     args = options.parse_args()
     path = RESULTS / f"{args.name}.json"
     pairs = [against(args.folder, pair) for pair in args.pair]
-    write_json(path, {**gather(args.folder), "pairs": pairs})
-    print(path)
+    found = gather(args.folder)
+    write_json(path, {**found, "pairs": pairs} if pairs else found)
+    shorten = items.detection if found["kind"] == "detect" else items.drift
+    print(path, items.write(path.stem, shorten(read_lines(args.folder))))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dart_llm.candidate import Candidate, Memory
 from dart_llm.config import PruneConfig
 from dart_llm.measurement import MeasureOptions
 
-CASES = (("griffin", 0.0), ("griffin", 0.5), ("dart", 0.5))
+CASES = (("griffin", 0.0), ("griffin", 0.5), ("dart-prompt", 0.5))
 
 
 def plain(model: Any, tokenizer: Any, args: Any) -> dict[str, dict[str, float]]:

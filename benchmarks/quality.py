@@ -4,8 +4,8 @@
     python benchmarks/quality.py report results/quality-smollm2/TIME
 
 Writes benchmarks/results/quality-NAME.json: quality.json, the times, and what config.json says of
-command, versions and machine.  Several folders of runs that differ in their models alone become
-one document, with pooled rows over all models.
+command, versions and machine; quality-NAME.jsonl holds the loss of every slice.  Several folders of
+runs that differ in their models alone become one document, with pooled rows over all models.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import items
 from common import RESULTS, finished, read
 
 from dart_llm.errors import ConfigError
@@ -32,14 +33,18 @@ def run(folder: Path) -> dict[str, Any]:
     return {**kept, "times": times}
 
 
-def gather(folders: list[Path]) -> dict[str, Any]:
-    """One document over all folders."""
-    runs = [run(folder) for folder in folders]
-    lines = [
+def read_lines(folders: list[Path]) -> list[dict[str, Any]]:
+    """The measured slices of all folders."""
+    return [
         json.loads(line)
         for folder in folders
         for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
     ]
+
+
+def gather(folders: list[Path]) -> dict[str, Any]:
+    """One document over all folders."""
+    runs, lines = [run(folder) for folder in folders], read_lines(folders)
     try:
         found = merge([read(folder / "quality.json") for folder in folders], lines)
     except ConfigError as error:
@@ -56,7 +61,7 @@ def main() -> None:
     args = options.parse_args()
     path = RESULTS / f"quality-{args.name}.json"
     write_json(path, gather(args.folders))
-    print(path)
+    print(path, items.write(path.stem, items.quality(read_lines(args.folders))))
 
 
 if __name__ == "__main__":

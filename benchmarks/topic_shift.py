@@ -1,8 +1,8 @@
 """Loss after a topic change, teacher-forced: a live detector against never re-masking.
 
 Passages of two embedded texts: 320 tokens of the first (256 of them the prompt), then 640 of the
-second.  Each method is compared with ``dart`` that never re-masks, run at the sparsity that the
-method achieved over all decoded tokens, dense tokens counted in full.
+second.  Each method is compared with ``dart-prompt`` that never re-masks, run at the sparsity that
+the method achieved over all decoded tokens, dense tokens counted in full.
 """
 
 from __future__ import annotations
@@ -34,6 +34,12 @@ def loss_after(scored: Scored) -> float:
     return sum(map(sum, after)) / sum(map(len, after))
 
 
+def by_passage(scored: Scored) -> list[float]:
+    """The same of every passage."""
+    after = [losses[FIRST - PROMPT :] for losses in scored.losses]
+    return [sum(losses) / len(losses) for losses in after]
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument(
@@ -45,12 +51,12 @@ def main() -> None:
     dense = loss_after(score(model, None, windows, PROMPT))
     print(f"dense loss after the change {dense:.4f} ({len(windows)} passages)")
     rows = []
-    for method in ("dart", "published", "griffin"):
+    for method in ("dart-prompt", "published", "griffin"):
         with Run(model, PruneConfig.build(method, sparsity=args.sparsity)) as run:
             scored = score(model, run, windows, PROMPT)
         report = scored.report
         assert report is not None
-        never = PruneConfig.build("dart", sparsity=report.achieved_sparsity, drift="never")
+        never = PruneConfig.build("dart-prompt", sparsity=report.achieved_sparsity, drift="never")
         with Run(model, never) as run:
             same = score(model, run, windows, PROMPT)
         rows.append(
@@ -65,9 +71,18 @@ def main() -> None:
                 ],
                 "loss_after_change": loss_after(scored),
                 "never_at_equal_sparsity": loss_after(same),
+                "passage_losses": by_passage(scored),
+                "never_passage_losses": by_passage(same),
             }
         )
-        print({key: value for key, value in rows[-1].items() if key != "remask_steps"}, flush=True)
+        print(
+            {
+                key: value
+                for key, value in rows[-1].items()
+                if "passage" not in key and key != "remask_steps"
+            },
+            flush=True,
+        )
     data = {"dense_loss_after_change": dense, "passages": len(windows), "rows": rows}
     print(save(args.out or "topic-shift", model, data))
 

@@ -12,6 +12,7 @@ Usage: python scripts/check_docs.py [--write]
   somewhere (doc_links.py), and so does every file that a page, a source file, an error message or
   a recipe names (doc_mentions.py).
 - docs/README.md links to every other page of docs/.
+- Tables with numbers are generated (scripts/hand_tables.py lists the exceptions).
 
 Prints one sentence per problem and exits with 1 if there is one.
 """
@@ -24,6 +25,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hand_tables  # beside this file
 from doc_links import INDEX, broken_links, links, pages  # beside this file
 from doc_mentions import broken_mentions
 
@@ -158,21 +160,9 @@ def generated(root: Path) -> dict[str, tuple[Path, str]]:
 
         blocks.update(error_pages.tables(root))
     if (root / "benchmarks/results").is_dir():
-        import claims_measured  # beside this file
-        import drift_measured
-        import evaluation_tables
-        import measured_tables
-        import quality_measured
-        import serve_measured
-        import speed_measured
+        import measured_blocks
 
-        blocks.update(measured_tables.tables(root))
-        blocks.update(evaluation_tables.tables(root))
-        blocks.update(drift_measured.tables(root))
-        blocks.update(quality_measured.tables(root))
-        blocks.update(speed_measured.tables(root))
-        blocks.update(serve_measured.tables(root))
-        blocks.update(claims_measured.tables(root))
+        blocks.update(measured_blocks.measured(root))
     return blocks
 
 
@@ -238,6 +228,7 @@ def main() -> int:
     problems = [*stale_blocks(ROOT), *missing_flags(ROOT), *broken_links(ROOT)]
     problems += broken_mentions(ROOT)
     problems += unlisted_pages(ROOT) if (ROOT / INDEX).is_file() else []
+    problems += hand_tables.problems(ROOT, [page for page in pages(ROOT) if page.is_file()])
     for problem in problems:
         print(problem, file=sys.stderr)
     if not problems:

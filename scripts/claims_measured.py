@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from measured_tables import read, table
+from table_head import above, linked, read, table, today
 
 Row = dict[str, Any]
 
 MODELS = ("smollm2", "qwen")
-DEFAULT_CHANGED = datetime(2026, 11, 25, 21, 37, tzinfo=UTC)
-"""Files from before that say ``dart`` for the method that is now ``dart-prompt``."""
 TEN = {
     "boolq": 0,
     "rte": 0,
@@ -27,6 +24,7 @@ TEN = {
 }
 """The published scripts' default list of benchmarks, and the examples before each question."""
 CLAIMED_SPARSITY = 0.7
+COUNTED = ("tracer-cost-published", "tracer-cost-dart-prompt")
 STATIC = ("static", "flap")
 """Methods whose neurons are the same for every prompt."""
 
@@ -50,7 +48,7 @@ def accuracy(root: Path) -> str:
         f"{len(verdicts)} comparisons with GRIFFIN at {CLAIMED_SPARSITY:.0%}: {counts} (open: the "
         "95 % interval, paired by item, holds 0, or fewer than six items differ)."
     )
-    return "\n\n".join([table(lines), note, _sources(root)])
+    return "\n\n".join([_sources(root), table(lines), note])
 
 
 def gaps(root: Path) -> str:
@@ -77,8 +75,7 @@ def gaps(root: Path) -> str:
                 closed,
             ]
         )
-    commands = " and ".join(f"`{run['command']}`" for run in data["runs"])
-    return f"{table(lines)}\n\n{commands}: {_link('quality-continuation')}."
+    return f"{above(root, 'quality-continuation')}\n\n{table(lines)}"
 
 
 def rouge(root: Path) -> str:
@@ -98,7 +95,7 @@ def rouge(root: Path) -> str:
         cut = sum("cut at" in note for row in rows for note in row["notes"])
         notes.append(f"{rows[0]['items']} documents ({cut} of {len(rows)} rows note cut summaries)")
     note = f"{_model_list(root)}: {' and '.join(notes)}, file {_rouge_task(root)}."
-    return "\n\n".join([table(lines), note, _sources(root)])
+    return "\n\n".join([_sources(root), table(lines), note])
 
 
 def remasks(root: Path) -> str:
@@ -118,28 +115,27 @@ def remasks(root: Path) -> str:
         found = row["metrics"]["rougeL"]
         lines.append(
             [
-                _name(row["method"], data["started"]),
+                today(data, row["method"]),
                 f"{row['achieved_sparsity']:.1%}",
                 f"{row['dense_token_share']:.1%}",
                 f"{row['remasks_per_cell']:.2f}",
                 f"{found['mean']:.3f} ({found['low']:.3f} to {found['high']:.3f})",
             ]
         )
-    note = f"{_checkpoint(data['checkpoint'])}, `{data['command']}`: {_link('drift-free-smollm2')}."
-    return f"{table(lines)}\n\n{note}"
+    return f"{above(root, 'drift-free-smollm2')}\n\n{table(lines)}"
 
 
 def memory(root: Path) -> str:
     """What tracing holds, counted at the 8B model's shapes and measured on small models."""
     from dart_llm.config import PruneConfig
 
-    files = [read(root, f"tracer-cost-{name}") for name in ("published", "dart")]
+    files = [read(root, name) for name in COUNTED]
     shapes = files[0]["shapes"]
     where = f"shapes of Llama-3.1-8B, prompt of {files[0]['prompt_tokens']} tokens"
     lines = [["model", "method", "held by tracing, MB", "how"], ["---", "---", "---:", "---"]]
     for data in files:
         held = max(data["bytes_while_observing"], data["bytes_while_pruned"]) / 1e6
-        lines.append([where, _name(data["method"], data["date"]), f"{held:.1f}", "counted"])
+        lines.append([where, today(data, data["method"]), f"{held:.1f}", "counted"])
     rank = PruneConfig.build("dart", sparsity=0.5).compensation_rank
     products = 2 * 4 * rank * shapes["width"] * shapes["layers"] / 1e6
     formula = "2 x 4 bytes x rank x width x layers: its products and their prior"
@@ -153,19 +149,18 @@ def memory(root: Path) -> str:
         for method in ("dart-prompt", "dart"):
             more = (rows[method]["extra_memory_bytes"] - base) / 1e6
             lines.append([_checkpoint(facts), method, f"{more:.1f}", "measured, beyond GRIFFIN's"])
-    commands = ", ".join(f"`{data['command']}`: {_link(name)}" for data, name in _costs(files))
-    return f"{table(lines)}\n\n{commands}; {_link('quality-continuation')}."
+    return f"{above(root, *COUNTED, 'quality-continuation')}\n\n{table(lines)}"
 
 
 def flops(root: Path) -> str:
     """FLOPs that tracing adds."""
-    files = [read(root, f"tracer-cost-{name}") for name in ("published", "dart")]
+    files = [read(root, name) for name in COUNTED]
     lines = [["model", "method", "added FLOPs", "of what"], ["---", "---", "---:", "---"]]
     where = "shapes of Llama-3.1-8B, counted"
     what = "a dense model's, 256 tokens, one re-mask from 32"
     for data in files:
         share = data["share_per_256_tokens_with_one_remask_of_32"]
-        lines.append([where, _name(data["method"], data["date"]), f"{share:.4%}", what])
+        lines.append([where, today(data, data["method"]), f"{share:.4%}", what])
     quality = read(root, "quality-continuation")
     for model, facts in quality["checkpoints"].items():
         for row in quality["cells"]:
@@ -174,8 +169,7 @@ def flops(root: Path) -> str:
                 added = row["ffn_flops_share"] - (1 - achieved)
                 what = f"the dense FFN's, {quality['tokens']} tokens, at {achieved:.1%}"
                 lines.append([_checkpoint(facts), row["variant"], f"{added:.3%}", what])
-    commands = ", ".join(f"`{data['command']}`: {_link(name)}" for data, name in _costs(files))
-    return f"{table(lines)}\n\n{commands}; {_link('quality-continuation')}."
+    return f"{above(root, *COUNTED, 'quality-continuation')}\n\n{table(lines)}"
 
 
 def benchmarks(root: Path) -> str:
@@ -188,7 +182,7 @@ def benchmarks(root: Path) -> str:
             found.setdefault(task, []).append(f"{count} items with {_model(data)}")
     for name, shots in TEN.items():
         lines.append([f"`{name}`", str(shots), ", ".join(found.get(name, ["no"]))])
-    return f"{table(lines)}\n\n{_sources(root)}"
+    return f"{_sources(root)}\n\n{table(lines)}"
 
 
 def _evaluations(root: Path) -> list[Row]:
@@ -199,15 +193,9 @@ def _rows(data: Row, metric: str) -> list[Row]:
     return [r for r in data["rows"] if r["status"] == "done" and r["metric"] == metric]
 
 
-def _name(method: str, date: str) -> str:
-    """The method's name today."""
-    old = datetime.fromisoformat(date) < DEFAULT_CHANGED
-    return "dart-prompt" if method == "dart" and old else method
-
-
 def _account(row: Row, data: Row) -> list[str]:
     """Method, achieved sparsity, dense share, re-masks."""
-    name = _name(row["method"], data["date"])
+    name = today(data, row["method"])
     return [name, f"{row['achieved']:.1%}", f"{row['dense_share']:.1%}", f"{row['remasks']:,}"]
 
 
@@ -243,21 +231,7 @@ def _checkpoint(facts: Row) -> str:
 
 
 def _sources(root: Path) -> str:
-    parts = []
-    for name, data in zip(MODELS, _evaluations(root), strict=True):
-        facts = data["checkpoint_of_the_cells"]
-        command = f"`dart-llm sweep benchmarks/evaluation_{name}.yaml`"
-        link = _link(f"evaluation-{name}")
-        parts.append(f"{_checkpoint(facts)}, sha256 {facts['sha256'][:12]}, {command}: {link}.")
-    return f"Protocol decode. {' '.join(parts)}"
-
-
-def _costs(files: list[Row]) -> list[tuple[Row, str]]:
-    return [(data, f"tracer-cost-{data['method']}") for data in files]
-
-
-def _link(name: str) -> str:
-    return f"[{name}.json](../benchmarks/results/{name}.json)"
+    return f"{above(root, *(f'evaluation-{name}' for name in MODELS))} Protocol decode."
 
 
 def tables(root: Path) -> dict[str, tuple[Path, str]]:
@@ -266,4 +240,4 @@ def tables(root: Path) -> dict[str, tuple[Path, str]]:
     if not page.is_file():
         return {}
     makers = (accuracy, gaps, rouge, remasks, memory, flops, benchmarks)
-    return {f"claims-{make.__name__}": (page, make(root)) for make in makers}
+    return linked({f"claims-{make.__name__}": (page, make(root)) for make in makers}, root)

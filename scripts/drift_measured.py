@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from measured_tables import read, source, table
+from table_head import above, linked, read, table, today
 
 MODELS = ("smollm2", "qwen")
 WINDOW = 10
@@ -32,7 +32,7 @@ def forced(root: Path, name: str) -> str:
         loss = row["loss"]
         lines.append(
             [
-                row["label"],
+                today(data, row["label"]),
                 *_account(row),
                 _value(loss["after"]),
                 _change(loss["after_minus_dense"]),
@@ -41,7 +41,7 @@ def forced(root: Path, name: str) -> str:
                 _recovery(loss["recovery"]),
             ]
         )
-    return f"{table(lines)}\n\n{source(data, name)}"
+    return f"{above(root, name)}\n\n{table(lines)}"
 
 
 def pairs(root: Path, name: str) -> str:
@@ -56,8 +56,9 @@ def pairs(root: Path, name: str) -> str:
             told = " worse"
         own, other = pair["label"], pair["other"]
         change = f"{_change(pair['after'])}{told}"
-        lines.append([own, achieved[own], other, achieved[other], change])
-    return table(lines)
+        names = (today(data, own), today(data, other))
+        lines.append([names[0], achieved[own], names[1], achieved[other], change])
+    return f"{above(root, name)}\n\n{table(lines)}"
 
 
 def free(root: Path, name: str) -> str:
@@ -69,10 +70,11 @@ def free(root: Path, name: str) -> str:
     for row in data["rows"]:
         own = row["metrics"] or {}
         values = [_value(own.get(metric)) for metric in METRICS]
-        lines.append([row["label"], *_account(row), *values, f"{seconds[row['label']]:.0f}"])
+        spent = f"{seconds[row['label']]:.0f}"
+        lines.append([today(data, row["label"]), *_account(row), *values, spent])
     phases = ", ".join(f"{k} {v:.0f} s" for k, v in data["times"]["phases_s"].items())
     time = f"{data['times']['total_s'] / 60:.0f} minutes in all: {phases}."
-    return f"{table(lines)}\n\n{data['sources']} prompts. {time} {source(data, name)}"
+    return f"{above(root, name)}\n\n{table(lines)}\n\n{data['sources']} prompts. {time}"
 
 
 def _account(row: Mapping[str, Any]) -> list[str]:
@@ -111,7 +113,7 @@ def rules(root: Path, name: str) -> str:
         delay = "–" if row["delay_median"] is None else _spread(row, "delay", "delay_median")
         lines.append(
             [
-                row["rule"],
+                today(data, row["rule"]),
                 row["signal"],
                 f"{row['detected']} of {row['changes']}",
                 delay,
@@ -121,7 +123,7 @@ def rules(root: Path, name: str) -> str:
                 f"{row['gain']:+.0%} ({_ends(row['gain_interval'], '+.0%')})",
             ]
         )
-    return f"{table(lines)}\n\n{source(data, name)}"
+    return f"{above(root, name)}\n\n{table(lines)}"
 
 
 def _spread(row: Mapping[str, Any], interval: str, name: str, digits: int = 0) -> str:
@@ -157,7 +159,8 @@ def signals(root: Path) -> str:
         f"as the horizon) among those with at most {ALARMS:.0f} false alarms per 1,000 tokens; "
         "chosen on these passages, so the figure flatters."
     )
-    return f"{table(lines)}\n\n{note}"
+    files = [f"detection-{model}" for model in MODELS]
+    return f"{above(root, *files)}\n\n{table(lines)}\n\n{note}"
 
 
 ALARMS = 2.0
@@ -190,4 +193,4 @@ def tables(root: Path) -> dict[str, tuple[Path, str]]:
         blocks[name] = forced(root, name)
     blocks["drift-pairs-smollm2"] = pairs(root, "drift-equal-smollm2")
     blocks["drift-free-smollm2"] = free(root, "drift-free-smollm2")
-    return {name: (page, text.replace("(@", "(../")) for name, text in blocks.items()}
+    return linked({name: (page, text) for name, text in blocks.items()}, root)

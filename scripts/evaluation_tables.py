@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from measured_tables import read, source, table
+from table_head import above, linked, read, table, today
 
 Rows = list[dict[str, Any]]
 
@@ -18,11 +18,11 @@ SPARSITY = 0.5
 def full(root: Path, name: str) -> str:
     """Every task of one model: value, difference to dense and to GRIFFIN, accounting."""
     data = read(root, f"evaluation-{name}")
-    parts = [_task(rows) for rows in _by_task(data["rows"]).values()]
-    return "\n\n".join([*parts, _note(data, name)])
+    parts = [_task(rows, data) for rows in _by_task(data["rows"]).values()]
+    return "\n\n".join([above(root, f"evaluation-{name}"), *parts, _note(data)])
 
 
-def _task(rows: Rows) -> str:
+def _task(rows: Rows, data: Mapping[str, Any]) -> str:
     first = rows[0]
     better = "higher" if first["higher_is_better"] else "lower"
     head = [
@@ -40,7 +40,7 @@ def _task(rows: Rows) -> str:
         unequal = " †" if row["unequal"] else ""
         lines.append(
             [
-                row["label"],
+                today(data, row["label"]),
                 f"{row['achieved']:.1%}{unequal}",
                 _value(row),
                 _change(row["to_dense"], ratio, row["higher_is_better"]),
@@ -54,7 +54,7 @@ def _task(rows: Rows) -> str:
 
 def short(root: Path) -> str:
     """Both models at one sparsity: methods x tasks."""
-    found, notes = [], []
+    found = []
     for name in NAMES:
         data = read(root, f"evaluation-{name}")
         tasks = _by_task(data["rows"])
@@ -68,10 +68,10 @@ def short(root: Path) -> str:
         lines = [head, ["---", *["---:"] * (len(head) - 1)]]
         methods = dict.fromkeys(row["method"] for rows in tasks.values() for row in rows)
         for method in methods:
-            lines.append(_method(method, tasks))
-        found.append(table(lines))
-        notes.append(_source(data, name))
-    return "\n\n".join([*found, f"{_INTERVALS} {_DECODE} {' '.join(notes)}"])
+            cells = _method(method, tasks)
+            lines.append([today(data, method), *cells])
+        found.append(f"{above(root, f'evaluation-{name}')}\n\n{table(lines)}")
+    return "\n\n".join([*found, f"{_INTERVALS} {_DECODE}"])
 
 
 def _method(method: str, tasks: Mapping[str, Rows]) -> list[str]:
@@ -81,7 +81,6 @@ def _method(method: str, tasks: Mapping[str, Rows]) -> list[str]:
     ]
     known = [row for row in own if row is not None]
     return [
-        method,
         *("" if row is None else _value(row) for row in own),
         _range([row["achieved"] for row in known]),
         _range([row["dense_share"] for row in known]),
@@ -142,24 +141,14 @@ _DECODE = (
 )
 
 
-def _note(data: Mapping[str, Any], name: str) -> str:
+def _note(data: Mapping[str, Any]) -> str:
     unequal = any(row["unequal"] for row in data["rows"])
-    mark = "† Achieved sparsity differs from GRIFFIN's by over a point. " if unequal else ""
-    return f"{_INTERVALS} {_DECODE} {mark}{_source(data, name)}"
+    mark = " † Achieved sparsity differs from GRIFFIN's by over a point." if unequal else ""
+    return f"{_INTERVALS} {_DECODE}{mark}"
 
 
 def _model(data: Mapping[str, Any]) -> str:
     return str(data["checkpoint_of_the_cells"]["name"])
-
-
-def _source(data: Mapping[str, Any], name: str) -> str:
-    facts = data["checkpoint_of_the_cells"]
-    file = f"evaluation-{name}.json"
-    return (
-        f"{facts['name']} (file quantisation {facts['file_quantisation']}, {facts['dtype']}, "
-        f"sha256 {facts['sha256'][:12]}), `dart-llm sweep benchmarks/evaluation_{name}.yaml`, "
-        f"{data['cells']} cells: [{file}](@benchmarks/results/{file})."
-    )
 
 
 def leaks(root: Path) -> str:
@@ -180,7 +169,7 @@ def leaks(root: Path) -> str:
         f"{_range([r['dense_share'] for r in known])}, "
         f"re-masks {sum(r['remasks'] for r in known)}."
     )
-    return f"{table(lines)}\n\n{_INTERVALS} {account} {_source(data, 'leak')}"
+    return f"{above(root, 'evaluation-leak')}\n\n{table(lines)}\n\n{_INTERVALS} {account}"
 
 
 def harness(root: Path, names: tuple[str, ...]) -> str:
@@ -196,7 +185,7 @@ def harness(root: Path, names: tuple[str, ...]) -> str:
             lines.append(
                 [
                     data["checkpoint"]["dtype"],
-                    name,
+                    today(data, name),
                     f"{found['acc']:.4f}",
                     f"{found['acc_norm']:.4f}",
                     f"{differ['acc']}, {differ['acc_norm']}" if differ else "–",
@@ -210,9 +199,9 @@ def harness(root: Path, names: tuple[str, ...]) -> str:
     first = files[0][0]
     note = (
         f"{first['items']} items of {first['task']}, median of {first['rounds']} rounds in random "
-        f"order, one run per dtype. {' '.join(source(data, name) for data, name in files)}"
+        "order, one run per dtype."
     )
-    return f"{table(lines)}\n\n{note}"
+    return f"{above(root, *names)}\n\n{table(lines)}\n\n{note}"
 
 
 def tables(root: Path) -> dict[str, tuple[Path, str]]:
@@ -222,7 +211,4 @@ def tables(root: Path) -> dict[str, tuple[Path, str]]:
     blocks["harness"] = (page, harness(root, ("harness_float32", "harness_bfloat16")))
     blocks["leaks"] = (page, leaks(root))
     blocks["evaluation-short"] = (readme, short(root))
-    up = {page: "../", readme: ""}
-    return {
-        name: (path, text.replace("(@", f"({up[path]}")) for name, (path, text) in blocks.items()
-    }
+    return linked(blocks, root)

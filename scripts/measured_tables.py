@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SHORT = ("griffin (uniform)", "depth", "dart (blend energy depth) + compensation")
+from table_head import above, linked, read, table, today
 
-
-def read(root: Path, name: str) -> dict[str, Any]:
-    """One results file."""
-    path = root / "benchmarks/results" / f"{name}.json"
-    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return data
-
-
-def source(data: dict[str, Any], name: str) -> str:
-    """Which checkpoint, file, dtype and command stand behind a table."""
-    facts = data["checkpoint"]
-    where = f"[{name}.json](@benchmarks/results/{name}.json)"
-    if not facts:
-        return f"Counted by `{data['command']}`: {where}."
-    return (
-        f"{facts['name']} (file quantisation {facts['file_quantisation']}, {facts['dtype']}, "
-        f"sha256 {facts['sha256'][:12]}), `{data['command']}`: {where}."
-    )
+SHORT = ("griffin (uniform)", "depth", "dart-prompt (blend energy depth) + compensation")
 
 
 def budgets(root: Path, name: str, methods: tuple[str, ...] | None = None) -> str:
@@ -34,7 +17,7 @@ def budgets(root: Path, name: str, methods: tuple[str, ...] | None = None) -> st
     rows = data["rows"]
     sparsities = sorted({row["sparsity"] for row in rows if row["sparsity"]})
     names = list(dict.fromkeys(row["method"] for row in rows if row["sparsity"]))
-    names = [method for method in names if methods is None or method in methods]
+    names = [name for name in names if methods is None or today(data, name) in methods]
     header = ["method", *(f"{s:.0%} removed" for s in sparsities)]
     lines = [header, ["---"] * len(header)]
     lines.append(["dense", *[f"{rows[0]['perplexity']:.2f}"] * len(sparsities)])
@@ -46,7 +29,7 @@ def budgets(root: Path, name: str, methods: tuple[str, ...] | None = None) -> st
             cells.append(
                 f"{row['perplexity']:.1f} (x {row['ratio_to_dense']:.2f}, {low:.2f}-{high:.2f})"
             )
-        lines.append([method, *cells])
+        lines.append([today(data, method), *cells])
     worst = max(abs(r["achieved_sparsity"] - r["sparsity"]) for r in rows if r["sparsity"])
     dense = max(r["dense_token_share"] for r in rows if r["sparsity"])
     masks = max(r["remasks"] for r in rows if r["sparsity"])
@@ -54,9 +37,9 @@ def budgets(root: Path, name: str, methods: tuple[str, ...] | None = None) -> st
         f"Perplexity (ratio to dense, 95 % interval over slices) on {data['text']['file']}, "
         f"{data['slices']} slices of {data['prompt']} prompt + {data['scored']} scored tokens, "
         f"protocol {data['protocol']}. Achieved sparsity is the requested one to "
-        f"{worst:.2%}, dense tokens {dense:.0%}, re-masks {masks}. {source(data, name)}"
+        f"{worst:.2%}, dense tokens {dense:.0%}, re-masks {masks}."
     )
-    return f"{table(lines)}\n\n{note}"
+    return f"{above(root, name)}\n\n{table(lines)}\n\n{note}"
 
 
 def speed(root: Path, name: str) -> str:
@@ -67,7 +50,7 @@ def speed(root: Path, name: str) -> str:
         low, high = row["p5_p95_ms"]
         lines.append(
             [
-                row["case"],
+                today(data, row["case"]),
                 f"{row['ms_per_token']:.1f}",
                 f"{low:.1f}-{high:.1f}",
                 f"{row['speed_up']:.2f}",
@@ -78,9 +61,9 @@ def speed(root: Path, name: str) -> str:
     note = (
         f"Medians over groups of 16 tokens, {data['repeats']} x {data['tokens']} decoded tokens "
         f"after a prompt of {data['prompt']}, one run, cases interleaved in random order, "
-        f"{data['threads']} threads of {machine['processor']}. {source(data, name)}"
+        f"{data['threads']} threads of {machine['processor']}."
     )
-    return f"{table(lines)}\n\n{note}"
+    return f"{above(root, name)}\n\n{table(lines)}\n\n{note}"
 
 
 def shift(root: Path, name: str) -> str:
@@ -93,14 +76,14 @@ def shift(root: Path, name: str) -> str:
             "dense tokens",
             "re-masks",
             "loss after the change",
-            "dart, never re-masked, at that sparsity",
+            today(data, "dart, never re-masked, at that sparsity"),
         ],
         ["---"] * 6,
     ]
     for row in data["rows"]:
         lines.append(
             [
-                row["method"],
+                today(data, row["method"]),
                 f"{row['achieved_sparsity']:.1%}",
                 f"{row['dense_token_share']:.1%}",
                 str(row["remasks"]),
@@ -111,16 +94,19 @@ def shift(root: Path, name: str) -> str:
     note = (
         f"Nats per token over the 640 tokens after the change, {data['passages']} passages, "
         f"{data['rows'][0]['sparsity']:.0%} asked for; dense loses "
-        f"{data['dense_loss_after_change']:.3f}. {source(data, name)}"
+        f"{data['dense_loss_after_change']:.3f}."
     )
-    return f"{table(lines)}\n\n{note}"
+    return f"{above(root, name)}\n\n{table(lines)}\n\n{note}"
 
 
 def cost(root: Path, names: tuple[str, ...]) -> str:
     """What tracing holds and computes, by method."""
     files = [read(root, name) for name in names]
-    lines = [["quantity", *(data["method"] for data in files)], ["---"] * (1 + len(files))]
-    rows = {
+    lines = [
+        ["quantity", *(today(data, data["method"]) for data in files)],
+        ["---"] * (1 + len(files)),
+    ]
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
         "held while observing, MB": lambda d: f"{d['bytes_while_observing'] / 1e6:.1f}",
         "held while pruned, MB": lambda d: f"{d['bytes_while_pruned'] / 1e6:.1f}",
         "FLOPs of observing a token, share of a dense token": lambda d: (
@@ -135,17 +121,12 @@ def cost(root: Path, names: tuple[str, ...]) -> str:
     }
     lines += [[text, *(cell(data) for data in files)] for text, cell in rows.items()]
     shapes = files[0]["shapes"]
-    links = " ".join(source(data, name) for data, name in zip(files, names, strict=True))
     note = (
         f"{shapes['layers']} layers of {shapes['hidden']} x {shapes['width']} (Llama-3.1-8B), a "
         f"prompt of {files[0]['prompt_tokens']} tokens, beside the compact copies of the weights. "
-        f"The paper claims under 10 MB and 0.1 % of the FLOPs. {links}"
+        "The paper claims under 10 MB and 0.1 % of the FLOPs."
     )
-    return f"{table(lines)}\n\n{note}"
-
-
-def table(lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return f"{above(root, *names)}\n\n{table(lines)}\n\n{note}"
 
 
 def tables(root: Path) -> dict[str, tuple[Path, str]]:
@@ -158,10 +139,7 @@ def tables(root: Path) -> dict[str, tuple[Path, str]]:
         "topic-shift": (page, shift(root, "topic-shift-smollm2")),
         "speed-bfloat16": (page, speed(root, "decode-speed-bfloat16")),
         "speed-float32": (page, speed(root, "decode-speed-float32")),
-        "tracer-cost": (page, cost(root, ("tracer-cost-dart", "tracer-cost-published"))),
+        "tracer-cost": (page, cost(root, ("tracer-cost-dart-prompt", "tracer-cost-published"))),
         "budgets-short": (root / "README.md", budgets(root, smollm2, SHORT)),
     }
-    up = {page: "../", root / "README.md": ""}
-    return {
-        name: (path, text.replace("(@", f"({up[path]}")) for name, (path, text) in blocks.items()
-    }
+    return linked(blocks, root)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from measured_tables import read, table
+from table_head import above, linked, read, table
 
 HEADS = {
     "variant": 0,
@@ -35,18 +34,7 @@ def quality(root: Path, name: str) -> str:
         lines = [list(HEADS), ["---", *["---:"] * (len(HEADS) - 1)]]
         lines += [[row[place] for place in HEADS.values()] for row in rows]
         parts.append(f"**{caption}**\n\n{table(lines)}")
-    return "\n\n".join([*parts, source(data, name)])
-
-
-def source(data: dict[str, Any], name: str) -> str:
-    """The checkpoints and commands behind the tables."""
-    known = ", ".join(
-        f"{facts['name']} (file quantisation {facts['file_quantisation']}, {facts['dtype']}, "
-        f"sha256 {str(facts['sha256'])[:12]})"
-        for facts in data["checkpoints"].values()
-    )
-    commands = " and ".join(f"`{run['command']}`" for run in data["runs"])
-    return f"{known}; {commands}: [{name}.json](@benchmarks/results/{name}.json)."
+    return "\n\n".join([above(root, name), *parts])
 
 
 def page_of(root: Path, name: str) -> Path:
@@ -60,6 +48,4 @@ def page_of(root: Path, name: str) -> Path:
 def tables(root: Path) -> dict[str, tuple[Path, str]]:
     """A block per file, named like it, on the page that has its markers; none without files."""
     names = [path.stem for path in sorted((root / "benchmarks/results").glob("quality-*.json"))]
-    return {
-        name: (page_of(root, name), quality(root, name).replace("(@", "(../")) for name in names
-    }
+    return linked({name: (page_of(root, name), quality(root, name)) for name in names}, root)

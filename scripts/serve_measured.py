@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from measured_tables import read, table
+from table_head import above, linked, read, table
 
 PAGE = "docs/server.md"
 OVERHEAD, LOAD, MALFORMED = "serve-overhead", "serve-load", "serve-malformed"
 
 
-def overhead(data: dict[str, Any]) -> str:
+def overhead(root: Path, data: dict[str, Any]) -> str:
     """First and further tokens, by the library and through the server."""
     heads = ["request", "first token, library", "server", "more", "further tokens, library",
              "server", "more"]  # fmt: skip
@@ -27,17 +27,15 @@ def overhead(data: dict[str, Any]) -> str:
                 f"{row['share']:+.1%}",
             ]
         )
-    what = data["checkpoint"]
     note = (
-        f"{what['name']} (file quantisation {what['file_quantisation']}, {what['dtype']}), "
         f"{data['machine']['threads']} threads of {data['machine']['processor']}, "
         f"{data['tokens']} tokens, in turns, medians of {data['repeats']} and of the differences "
         "of pairs."
     )
-    return f"{table(lines)}\n\n{note} {_source(OVERHEAD, data)}"
+    return f"{above(root, OVERHEAD)}\n\n{table(lines)}\n\n{note}"
 
 
-def load(data: dict[str, Any]) -> str:
+def load(root: Path, data: dict[str, Any]) -> str:
     """What came of many clients' requests."""
     note = (
         f"{data['requests']} requests of {data['clients']} clients, dense and pruned, "
@@ -48,10 +46,10 @@ def load(data: dict[str, Any]) -> str:
         f"{data['memory_before'] / 2**20:.0f} MiB before and "
         f"{data['memory_after'] / 2**20:.0f} MiB after."
     )
-    return f"{note} {_source(LOAD, data)}"
+    return f"{above(root, LOAD)}\n\n{note}"
 
 
-def malformed(data: dict[str, Any]) -> str:
+def malformed(root: Path, data: dict[str, Any]) -> str:
     """How malformed requests were answered."""
     heads = ["malformed requests", "number", "answers by status", "slowest", "5xx or no answer"]
     lines = [heads, ["---", "---:", "---", "---:", "---:"]]
@@ -63,11 +61,7 @@ def malformed(data: dict[str, Any]) -> str:
         statuses = ", ".join(f"{status}: {n}" for status, n in part["statuses"].items())
         slowest = f"{part['slowest_s']:.1f} s"
         lines.append([name, str(part["requests"]), statuses, slowest, str(len(part["bad"]))])
-    return f"{table(lines)}\n\n{_source(MALFORMED, data)}"
-
-
-def _source(name: str, data: dict[str, Any]) -> str:
-    return f"`{data['command']}`: [{name}.json](../benchmarks/results/{name}.json)."
+    return f"{above(root, MALFORMED)}\n\n{table(lines)}"
 
 
 def tables(root: Path) -> dict[str, tuple[Path, str]]:
@@ -75,8 +69,11 @@ def tables(root: Path) -> dict[str, tuple[Path, str]]:
     if not (root / PAGE).is_file():
         return {}
     makers = {OVERHEAD: overhead, LOAD: load, MALFORMED: malformed}
-    return {
-        name: (root / PAGE, make(read(root, name)))
-        for name, make in makers.items()
-        if (root / f"benchmarks/results/{name}.json").is_file()
-    }
+    return linked(
+        {
+            name: (root / PAGE, make(root, read(root, name)))
+            for name, make in makers.items()
+            if (root / f"benchmarks/results/{name}.json").is_file()
+        },
+        root,
+    )

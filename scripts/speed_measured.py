@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from measured_tables import read, table
+from table_head import above, entry, link, linked, read, shown, table
 
 FFN, SHORT = "ffn-speed", "speed-short"
 SHORT_FROM = "speed-smollm2"
@@ -45,13 +45,13 @@ def speed(root: Path, name: str) -> str:
     data = read(root, name)
     parts = []
     for run in data["runs"]:
-        parts += [f"**{caption(run)}**", _grid(HEADS, [cells(row) for row in run["rows"]])]
+        command = entry(root, name, data).command(run["command"])
+        checksum = str(run["checkpoint"]["sha256"] or "none")[:12]
+        parts.append(f"{shown(command)}\n\n{caption(run)}; sha256 {checksum}: {link(name)}.")
+        parts.append(_grid(HEADS, [cells(row) for row in run["rows"]]))
         if run["costs"]:
             parts.append(_grid(COSTS, [cost_cells(cost) for cost in run["costs"]]))
         parts += [f"{note}." for note in run["notes"]]
-        link = f"[{name}.json](@benchmarks/results/{name}.json)"
-        checksum = str(run["checkpoint"]["sha256"] or "none")[:12]
-        parts.append(f"sha256 {checksum}; `{run['command']}`: {link}.")
     return "\n\n".join(parts)
 
 
@@ -61,8 +61,8 @@ def short(root: Path) -> str:
 
     run = read(root, SHORT_FROM)["runs"][0]
     rows = [cells(row) for row in run["rows"] if row["variant"] in (None, "dart")]
-    link = f"[{SHORT_FROM}.json](benchmarks/results/{SHORT_FROM}.json)"
-    return f"{_grid(SHORT_HEADS, rows)}\n\n{caption(run)}. `{run['command']}`: {link}."
+    head = f"{shown(run['command'])}\n\n{caption(run)}: {link(SHORT_FROM)}."
+    return f"{head}\n\n{_grid(SHORT_HEADS, rows)}"
 
 
 def _grid(heads: dict[str, int], rows: list[list[str]]) -> str:
@@ -95,8 +95,7 @@ def ffn(root: Path) -> str:
         f"{data['threads']} threads of {machine['processor']}, kernels "
         f"{data['kernels']}, read bandwidth {data['read_bandwidth'] / 1e9:.1f} GB/s."
     )
-    link = f"[{FFN}.json](@benchmarks/results/{FFN}.json)"
-    return f"{table(lines)}\n\n{note} `{data['command']}`: {link}."
+    return f"{above(root, FFN)}\n\n{table(lines)}\n\n{note}"
 
 
 def tables(root: Path) -> dict[str, tuple[Path, str]]:
@@ -106,8 +105,9 @@ def tables(root: Path) -> dict[str, tuple[Path, str]]:
     names = [path.stem for path in sorted(results.glob("speed-*.json"))]
     names += [FFN] if (results / f"{FFN}.json").is_file() else []
     readme = {SHORT: (root / "README.md", short(root))} if SHORT_FROM in names else {}
-    return readme | {
-        name: (page, (ffn(root) if name == FFN else speed(root, name)).replace("(@", "(../"))
+    own = {
+        name: (page, ffn(root) if name == FFN else speed(root, name))
         for name in names
         if f"<!-- generated: {name} -->" in text
     }
+    return linked(readme | own, root)

@@ -101,7 +101,7 @@ def test_no_mask_was_renewed_before_the_texts_ended() -> None:
 
 
 def test_memory_and_flops_hold_for_two_methods_of_three(measured: Any) -> None:
-    for name in ("published", "dart"):  # the file of what is now dart-prompt
+    for name in ("published", "dart-prompt"):
         cost = results(f"tracer-cost-{name}")
         assert cost["shapes"] == {"layers": 32, "hidden": 4096, "width": 14336}
         assert max(cost["bytes_while_observing"], cost["bytes_while_pruned"]) < 10e6
@@ -109,9 +109,3 @@ def test_memory_and_flops_hold_for_two_methods_of_three(measured: Any) -> None:
     assert "| dart | over 117 |" in measured.memory(ROOT)
     rows = [r for r in results("quality-continuation")["cells"] if r["variant"] == "dart"]
     assert min(r["ffn_flops_share"] - 1 + r["achieved_sparsity"] for r in rows) > 0.001
-
-
-def test_old_files_name_the_method_of_today(measured: Any) -> None:
-    assert measured._name("dart", "2026-11-25T18:00:00+00:00") == "dart-prompt"
-    assert measured._name("dart", "2026-11-26T00:00:00+00:00") == "dart"
-    assert measured._name("griffin", "2026-11-25T18:00:00+00:00") == "griffin"

@@ -1,0 +1,133 @@
+"""The README's first table: quality and speed of the methods side by side; used by check_docs.py.
+
+Quality is evaluation-smollm2.json's, speed speed-smollm2-methods.json's: the block is left out
+until both files are there and hold every row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from table_head import above, linked, read, renamed, table
+
+Row = Mapping[str, Any]
+
+QUALITY, SPEED = "evaluation-smollm2", "speed-smollm2-methods"
+DENSE, EIGHT = "dense", "dense-8bit"
+PRUNED = ("griffin", "published", "dart", "dart-token")
+SPARSITIES = (0.3, 0.5, 0.7)
+HEADS = (
+    "method",
+    "achieved",
+    "dense tokens",
+    "re-masks",
+    "WikiText-2 perplexity (x dense, 95 %)",
+    "arc_easy accuracy (95 %)",
+    "ms per token",
+    "x transformers",
+    "x own dense",
+    "bytes allow",
+)
+NOTE = (
+    "Achieved sparsity, dense tokens and re-masks are those of the perplexity: {slices} slices of "
+    "256 prompt + 256 scored tokens. arc_easy: {items} questions, of whose tokens {dense} ran "
+    "dense, for contexts under 16 tokens do. Time: {prompt} prompt + {tokens} timed tokens, median "
+    "of {repeats}, executor slim, {threads} threads of {processor}; plain transformers takes "
+    "{plain:.1f} ms, our own dense path {own:.2f} ms. *Bytes allow* is what reading fewer bytes "
+    "can give at most over our dense path. dense-4bit is left out, for the file was 4-bit before: "
+    "rounding its weights to 4 bits again says nothing of others."
+)
+PACKED = "not measured: weights are rounded, not packed"
+
+
+def front(quality: Row, speed: Row) -> str:
+    """The table and what a reader needs beside it; raises ``LookupError`` for a row that lacks."""
+    perplexity, accuracy = _task(quality, "perplexity"), _task(quality, "arc_easy")
+    (run, *_) = speed["runs"]
+    rows = [list(HEADS), ["---", *["---:"] * (len(HEADS) - 1)]]
+    keys = [(name, 0.0) for name in (DENSE, EIGHT)]
+    keys += [(name, sparsity) for name in PRUNED for sparsity in SPARSITIES]
+    for key in keys:
+        rows.append([_label(key), *_quality(perplexity[key], accuracy[key])])
+        rows[-1] += _eight(perplexity, run) if key[0] == EIGHT else _speed(run, key)
+    dense = [row["dense_share"] for (name, _), row in accuracy.items() if name in PRUNED]
+    plain, own = (_row(run, name)["tg_ms"] for name in ("transformers", run["own_dense"]))
+    note = NOTE.format(
+        slices=perplexity[DENSE, 0.0]["items"],
+        items=accuracy[DENSE, 0.0]["items"],
+        dense=_range(dense),
+        prompt=run["prompt_tokens"],
+        tokens=run["tokens"],
+        repeats=run["repeats"],
+        threads=run["machine"]["threads"],
+        processor=run["machine"]["processor"],
+        plain=plain,
+        own=own,
+    )
+    return f"{table(rows)}\n\n{note}"
+
+
+def _task(quality: Row, task: str) -> dict[tuple[str, float], Row]:
+    """Finished rows by method and sparsity asked for."""
+    rows = [r for r in quality["rows"] if r["task"].startswith(task) and r["status"] == "done"]
+    return {(row["method"], row["asked"] or 0.0): row for row in rows}
+
+
+def _label(key: tuple[str, float]) -> str:
+    return f"{key[0]} {key[1]:.0%}" if key[1] else key[0]
+
+
+def _quality(perplexity: Row, accuracy: Row) -> list[str]:
+    ratio = perplexity["to_dense"]
+    times = f" (x {ratio['estimate']:.2f}, {_ends(ratio, '.2f')})" if ratio else ""
+    return [
+        f"{perplexity['achieved']:.1%}",
+        f"{perplexity['dense_share']:.1%}" if perplexity["asked"] else "100.0%",
+        str(perplexity["remasks"]),
+        f"{perplexity['value']:.1f}{times}",
+        f"{accuracy['value']:.3f} ({_ends(accuracy['interval'], '.3f')})",
+    ]
+
+
+def _ends(found: Row, form: str) -> str:
+    return f"{found['low']:{form}} to {found['high']:{form}}"
+
+
+def _range(shares: list[float]) -> str:
+    low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _speed(run: Row, key: tuple[str, float]) -> list[str]:
+    name, sparsity = key
+    row = _row(run, f"{name} {100 * sparsity:g} %, slim" if sparsity else run["own_dense"])
+    times = (row[name] for name in ("times_transformers", "times_own_dense", "limit"))
+    return [f"{row['tg_ms']:.2f}", *(f"{value:.2f}" for value in times)]
+
+
+def _row(run: Row, name: str) -> Row:
+    found: Row = {row["row"]: row for row in run["rows"]}[name]
+    return found
+
+
+def _eight(perplexity: Mapping[tuple[str, float], Row], run: Row) -> list[str]:
+    """Weights of 8 bits would be read in fewer bytes, were they kept so."""
+    before, after = (perplexity[name, 0.0]["weight_bytes"] for name in (DENSE, EIGHT))
+    total = run["bytes_per_dense_token"]
+    return [PACKED, "", "", f"{total / (total - before + after):.2f}"]
+
+
+def tables(root: Path) -> dict[str, tuple[Path, str]]:
+    """The block ``front`` of the README; none until both files hold what it shows."""
+    if not all((root / f"benchmarks/results/{name}.json").is_file() for name in (QUALITY, SPEED)):
+        return {}
+    quality, speed = read(root, QUALITY), read(root, SPEED)
+    if renamed(quality):  # of before today's methods
+        return {}
+    try:
+        body = front(quality, speed)
+    except LookupError:
+        return {}
+    return linked({"front": (root / "README.md", f"{above(root, QUALITY, SPEED)}\n\n{body}")}, root)
