@@ -83,5 +83,5 @@ def _write_shared(shared: Path, root: Path) -> None:
         made = re.sub("^task: .*", f"task: {name}", made)
         (shared / f"tasks/{name}.yaml").write_text(made, encoding="utf-8")
     (shared / "data").mkdir()
-    for name in ("xsum.jsonl", "wikitext2_valid.txt"):
+    for name in ("xsum.jsonl", "gsm8k.jsonl", "wikitext2_valid.txt"):
         shutil.copy(root / name, shared / "data")

@@ -8,8 +8,10 @@ _FRAME = re.compile(r"[─-╿]+")
 _STAMP = re.compile(r"\b\d{8}-\d{6}(?:-\d+)?\b")
 _NUMBER = re.compile(r"(?<![A-Za-z_])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 _ELLIPSIS = re.compile(r"\S*…")
-_REST = " ..."
+_REST = (" ...", " …")
 """The end of a shown line whose rest is left out."""
+LEFT_OUT = "…"
+"""A line that stands for others."""
 _SPEAKER = re.compile(r"--- [\w -]+ ---$")
 _PROGRESS = re.compile(r"(?:loading|learning|the model writes|fetching|converting|making) ")
 NUMBER = "#"
@@ -43,6 +45,8 @@ def differences(documented: str, printed: str, varies: str = "") -> list[str]:
     """
     if varies:
         documented, printed = (re.sub(varies, "", text) for text in (documented, printed))
+    if LEFT_OUT in documented.splitlines():
+        return [f"the page shows {one!r}" for one in missing(documented, printed)]
     expected, actual = shapes(documented), shapes(printed)
     wrong = []
     for at in range(max(len(expected), len(actual))):
@@ -54,9 +58,10 @@ def differences(documented: str, printed: str, varies: str = "") -> list[str]:
 
 
 def missing(documented: str, printed: str) -> list[str]:
-    """Lines of a conversation that were not printed in this order; what was typed is left out."""
+    """Lines that were not printed in this order; what is typed, ``> ``, is left out."""
     rest = iter(shapes(printed))
-    wanted = shapes("\n".join(row for row in documented.splitlines() if row[:2] != "> "))
+    rows = documented.splitlines()
+    wanted = shapes("\n".join(row for row in rows if row[:2] != "> " and row != LEFT_OUT))
     return [one for one in wanted if not any(_same(one, printed) for printed in rest)]
 
 

@@ -81,10 +81,7 @@ def make_place(folder: Path) -> Place:
     root.mkdir()
     for name in CLONED:
         (root / name).symlink_to(ROOT / name)
-    shutil.copytree(
-        ROOT / "benchmarks", root / "benchmarks", ignore=shutil.ignore_patterns("results")
-    )
-    (root / "benchmarks/results").mkdir()
+    shutil.copytree(ROOT / "benchmarks", root / "benchmarks")  # results are written there
     model = write_model(folder / "model")
     stand_in(folder / "cache", model)
     for name in NAMES:
@@ -142,7 +139,9 @@ def _write_venv(root: Path, programs: Path) -> None:
     """What ``make setup`` leaves behind, so that it has nothing to do."""
     venv = root / ".venv"
     (venv / "bin").mkdir(parents=True)
-    (venv / "bin/python").symlink_to(sys.executable)
+    python = f'[ "$1" != -c ] || exec {sys.executable} "$@"\nexec {programs / "python"} "$@"\n'
+    (venv / "bin/python").write_text(f"#!/bin/sh\n{python}", encoding="utf-8")
+    (venv / "bin/python").chmod(0o755)
     (venv / "bin/dart-llm").symlink_to(programs / "dart-llm")
     with (root / "pyproject.toml").open("rb") as file:
         sums = subprocess.run(["cksum"], stdin=file, capture_output=True, text=True, check=True)

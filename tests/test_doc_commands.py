@@ -220,6 +220,8 @@ def test_an_output_that_differs_is_noticed() -> None:
     assert differences("a: 1\n", "a: 2\nb: 3\n") == ["the page shows 'nothing', printed was 'b: #'"]
     assert differences("one ...\n", "another\n") == []
     assert differences("(1); this\n", "(2); that\n", r"(?<=\)); .*") == []
+    assert differences("a: 1\n…\nc: 3\n", "a: 2\nb: 3\nc: 4\n") == []
+    assert differences("a: 1\n…\nc: 3\n", "a: 2\nd: 4\n") == ["the page shows 'c: #'"]
     assert missing("> hello\nAn answer. ...\n24 tokens\n", "ready\nWell.\n3 tokens\n") == []
     assert missing("> hello\n24 tokens\nbye\n", "bye\n3 tokens\n") == ["bye"]
 
