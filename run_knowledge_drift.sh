@@ -19,7 +19,7 @@
 : "${PRUNE_STRATEGY:=topk}"           # topk, or auto: keep scores above the mean
 : "${KNOWLEDGE_DRIFT:=true}"          # true: re-mask on drift; false: never; empty: as the preset
 : "${PROMPT_TYPE:=custom}"            # custom, or mmlu: questions of PROMPT_SUBJECT, no answers
-: "${PROMPT_SUBJECT:=}"               # one or several MMLU subjects, with commas between them
+: "${PROMPT_SUBJECT:=}"               # one or several MMLU subjects, with commas or spaces
 : "${CUSTOM_PROMPT_TEXT:=}"           # the prompt, a shipped prompt's name or a text in datasets/
 : "${PROMPT_LENGTH:=}"                # cut the prompt to so many tokens; empty: model's context
 : "${GENERATION:=300}"                # tokens to generate; with 0 an evaluation needs no prompt

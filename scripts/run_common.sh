@@ -19,6 +19,10 @@ study_variables=(
   MODEL CACHE_DIR DEVICE LAYER_TOPK TOTAL_PRUNE_PERCENT MASKING_STEP RELEASE_STEP EMA_DECAY
   RANKING_METHOD PRUNE_STRATEGY GENERATION EXPERIMENT_NAME RESULTS_DIR
 )
+# Lists of names or files.
+list_variables=(
+  PROMPT_SUBJECT PPL_DATASETS PPL_SUBJECTS MMLU_DATASETS GENERAL_NLP_DATASETS SUMMARIZATION_DATASETS
+)
 default_total=50
 here="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -26,8 +30,22 @@ say() { printf '%s: %s\n' "${0##*/}" "$1" >&2; }
 
 kebab() { printf '%s' "$1" | LC_ALL=C tr 'A-Z_' 'a-z-'; }
 
+# The published scripts part a list by spaces, dart-llm by commas: both will do.  A file whose name
+# has a space, and a list that has commas already, stay as they are.
+with_commas() { # VALUE
+  local parts
+  if [[ $1 == *,* || -e $1 ]]; then
+    printf '%s' "$1"
+  else
+    IFS=$' \t\n' read -r -d '' -a parts <<<"$1" || true # 1 at the end of the text
+    local IFS=,
+    printf '%s' "${parts[*]-}"
+  fi
+}
+
 add_text() { # NAME
   local value="${!1-}"
+  case " ${list_variables[*]} " in *" $1 "*) value="$(with_commas "$value")" ;; esac
   # One word, --flag=value: a value that starts with a dash stays a value.
   [[ -z $value || $1,$value == *_MAX_SAMPLES,all ]] || arguments+=("--$(kebab "$1")=$value")
 }

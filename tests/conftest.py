@@ -16,6 +16,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 torch.set_num_threads(2)
 
+NOT_RUN = pytest.StashKey[list[str]]()
+"""Commands of the documentation that the tests do not run, with the reason."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[NOT_RUN] = []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    lines = terminalreporter.config.stash[NOT_RUN]
+    if lines:
+        terminalreporter.section("commands of the documentation that are not run here")
+        for line in lines:
+            terminalreporter.write_line(line)
+
 
 @pytest.fixture(autouse=True)
 def own_calibrations(

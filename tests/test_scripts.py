@@ -12,6 +12,8 @@ import pytest
 from dart_llm.settings import RunSettings, collect
 from shells import DRIFT, EXPERIMENT, ROOT, SCRIPTS, VARIABLES, Desk, make_desk
 
+LISTS = ("PROMPT_SUBJECT", "PPL_DATASETS", "PPL_SUBJECTS", "MMLU_DATASETS")
+LISTS += ("GENERAL_NLP_DATASETS", "SUMMARIZATION_DATASETS")
 HARD_PROMPT = "-x \"quoted\" 'single' $HOME ${MODEL} `id` $(id) \\n a=b; * é\n\nlast line"
 HELPERS = ("scripts/run_common.sh", "scripts/setup.sh", "scripts/browser.sh", ".ci/run")
 
@@ -139,6 +141,35 @@ def test_prompt_on_a_line_of_its_own_in_the_file(desk: Desk) -> None:
     path.write_text(path.read_text().replace("set -euo", line, 1))
     assert desk.run(EXPERIMENT, CUSTOM_PROMPT_TEXT="other").returncode == 0
     assert desk.settings().custom_prompt_text == '"It" costs $5, `not` {6}'
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("astronomy anatomy", "astronomy,anatomy"),
+        ("  astronomy \t anatomy\n virology ", "astronomy,anatomy,virology"),
+        ("astronomy,anatomy", "astronomy,anatomy"),
+        ("astronomy, my notes.txt", "astronomy, my notes.txt"),
+        ("my notes.txt", "my notes.txt"),
+        ("* astronomy", "*,astronomy"),
+        ("astronomy", "astronomy"),
+    ],
+)
+def test_lists_take_spaces_or_commas(desk: Desk, value: str, expected: str) -> None:
+    (desk.root / "my notes.txt").write_text("a file whose name has a space")
+    assert desk.run(EXPERIMENT, **dict.fromkeys(LISTS, value)).returncode == 0
+    found = desk.settings().model_dump()
+    assert [found[name.lower()] for name in LISTS] == [expected] * len(LISTS)
+
+
+def test_lists_of_spaces_alone_are_not_given(desk: Desk) -> None:
+    assert desk.run(EXPERIMENT, MMLU_DATASETS="  ", PPL_SUBJECTS=" ").returncode == 0
+    assert not any(part.startswith(("--mmlu-d", "--ppl-subj")) for part in desk.recorded())
+
+
+def test_a_prompt_keeps_its_spaces(desk: Desk) -> None:
+    assert desk.run(EXPERIMENT, CUSTOM_PROMPT_TEXT="two  words", GENERATION="3").returncode == 0
+    assert desk.settings().custom_prompt_text == "two  words"
 
 
 @pytest.mark.parametrize("word", ["true", "TRUE", "True", "1", "yes", "Yes"])
