@@ -11,8 +11,6 @@ from table_head import above, linked, read, table, today
 Rows = list[dict[str, Any]]
 
 NAMES = ("smollm2", "qwen")
-SPARSITY = 0.5
-"""What the short table shows."""
 
 
 def full(root: Path, name: str) -> str:
@@ -50,42 +48,6 @@ def _task(rows: Rows, data: Mapping[str, Any]) -> str:
             ]
         )
     return f"**{first['task']}**, {first['items']} items\n\n{table(lines)}"
-
-
-def short(root: Path) -> str:
-    """Both models at one sparsity: methods x tasks."""
-    found = []
-    for name in NAMES:
-        data = read(root, f"evaluation-{name}")
-        tasks = _by_task(data["rows"])
-        head = [
-            f"{_model(data)} at {SPARSITY:.0%}",
-            *(f"{task}: {rows[0]['metric']}" for task, rows in tasks.items()),
-            "achieved",
-            "dense tokens",
-            "re-masks",
-        ]
-        lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-        methods = dict.fromkeys(row["method"] for rows in tasks.values() for row in rows)
-        for method in methods:
-            cells = _method(method, tasks)
-            lines.append([today(data, method), *cells])
-        found.append(f"{above(root, f'evaluation-{name}')}\n\n{table(lines)}")
-    return "\n\n".join([*found, f"{_INTERVALS} {_DECODE}"])
-
-
-def _method(method: str, tasks: Mapping[str, Rows]) -> list[str]:
-    own = [
-        next((r for r in rows if r["method"] == method and r["asked"] in (0, SPARSITY)), None)
-        for rows in tasks.values()
-    ]
-    known = [row for row in own if row is not None]
-    return [
-        *("" if row is None else _value(row) for row in own),
-        _range([row["achieved"] for row in known]),
-        _range([row["dense_share"] for row in known]),
-        str(sum(row["remasks"] for row in known)),
-    ]
 
 
 def _range(values: list[float]) -> str:
@@ -214,10 +176,9 @@ def recipe(root: Path) -> str:
 
 def tables(root: Path) -> dict[str, tuple[Path, str]]:
     """Block name -> the page that holds it and its content."""
-    page, readme = root / "docs/measurements.md", root / "README.md"
+    page = root / "docs/measurements.md"
     blocks = {f"evaluation-{name}": (page, full(root, name)) for name in NAMES}
     blocks["harness"] = (page, harness(root, ("harness_float32", "harness_bfloat16")))
     blocks["leaks"] = (page, leaks(root))
-    blocks["evaluation-short"] = (readme, short(root))
     blocks["recipe-small"] = (root / "docs/recipes.md", recipe(root))
     return linked(blocks, root)

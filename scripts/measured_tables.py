@@ -8,16 +8,13 @@ from typing import Any
 
 from table_head import above, linked, read, table, today
 
-SHORT = ("griffin (uniform)", "depth", "dart-prompt (blend energy depth) + compensation")
 
-
-def budgets(root: Path, name: str, methods: tuple[str, ...] | None = None) -> str:
-    """Perplexity by budget and sparsity; all rows, or some."""
+def budgets(root: Path, name: str) -> str:
+    """Perplexity by budget and sparsity."""
     data = read(root, name)
     rows = data["rows"]
     sparsities = sorted({row["sparsity"] for row in rows if row["sparsity"]})
     names = list(dict.fromkeys(row["method"] for row in rows if row["sparsity"]))
-    names = [name for name in names if methods is None or today(data, name) in methods]
     header = ["method", *(f"{s:.0%} removed" for s in sparsities)]
     lines = [header, ["---"] * len(header)]
     lines.append(["dense", *[f"{rows[0]['perplexity']:.2f}"] * len(sparsities)])
@@ -140,6 +137,5 @@ def tables(root: Path) -> dict[str, tuple[Path, str]]:
         "speed-bfloat16": (page, speed(root, "decode-speed-bfloat16")),
         "speed-float32": (page, speed(root, "decode-speed-float32")),
         "tracer-cost": (page, cost(root, ("tracer-cost-dart-prompt", "tracer-cost-published"))),
-        "budgets-short": (root / "README.md", budgets(root, smollm2, SHORT)),
     }
     return linked(blocks, root)

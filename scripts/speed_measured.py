@@ -7,8 +7,7 @@ from typing import Any
 
 from table_head import above, entry, link, linked, read, shown, table
 
-FFN, SHORT = "ffn-speed", "speed-short"
-SHORT_FROM = "speed-smollm2"
+FFN = "ffn-speed"
 HEADS = {
     "row": 0,
     "pp tokens/s": 1,
@@ -25,16 +24,6 @@ HEADS = {
     "extra MiB": 17,
 }
 """Heads of the columns, and their places in ``speed_table.HEADS``."""
-SHORT_HEADS = {
-    "row": 0,
-    "ms per token": 3,
-    "achieved": 7,
-    "dense tokens": 8,
-    "re-masks": 9,
-    "x transformers": 10,
-    "x own dense": 11,
-    "bytes allow": 12,
-}
 COSTS = {"cost": 0, "row": 1, "against": 2, "ms": 3, "+-": 4, "of a token of": 5, "share of it": 6}
 
 
@@ -53,16 +42,6 @@ def speed(root: Path, name: str) -> str:
             parts.append(_grid(COSTS, [cost_cells(cost) for cost in run["costs"]]))
         parts += [f"{note}." for note in run["notes"]]
     return "\n\n".join(parts)
-
-
-def short(root: Path) -> str:
-    """The rows of the default method, for the README."""
-    from dart_llm.speed_table import caption, cells
-
-    run = read(root, SHORT_FROM)["runs"][0]
-    rows = [cells(row) for row in run["rows"] if row["variant"] in (None, "dart")]
-    head = f"{shown(run['command'])}\n\n{caption(run)}: {link(SHORT_FROM)}."
-    return f"{head}\n\n{_grid(SHORT_HEADS, rows)}"
 
 
 def _grid(heads: dict[str, int], rows: list[list[str]]) -> str:
@@ -104,10 +83,9 @@ def tables(root: Path) -> dict[str, tuple[Path, str]]:
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
     names = [path.stem for path in sorted(results.glob("speed-*.json"))]
     names += [FFN] if (results / f"{FFN}.json").is_file() else []
-    readme = {SHORT: (root / "README.md", short(root))} if SHORT_FROM in names else {}
     own = {
         name: (page, ffn(root) if name == FFN else speed(root, name))
         for name in names
         if f"<!-- generated: {name} -->" in text
     }
-    return linked(readme | own, root)
+    return linked(own, root)

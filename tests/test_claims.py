@@ -69,8 +69,17 @@ def test_the_models_are_as_large_as_it_says() -> None:
     assert [round(size) for size in sizes] == [135, 630]
 
 
-def test_accuracies_are_too_close_to_tell(measured: Any) -> None:
-    assert "0 better, 0 worse" in measured.accuracy(ROOT)
+def test_accuracies_on_arc_are_open_but_of_token_level_tracing() -> None:
+    found = {
+        (name, row["method"]): row["to_griffin"]
+        for name in ("smollm2", "qwen")
+        for row in results(f"evaluation-{name}")["rows"]
+        if row["task"] == "arc_easy_local" and row["asked"] == 0.7
+    }
+    assert not found["smollm2", "dart"]["significant"]
+    assert not found["qwen", "dart"]["significant"]
+    assert found["smollm2", "dart-token"]["significant"]
+    assert found["smollm2", "dart-token"]["low"] > 0
 
 
 def test_perplexities_are_clearly_better() -> None:
@@ -79,7 +88,7 @@ def test_perplexities_are_clearly_better() -> None:
     assert len(lows) == 4 and min(lows) > 0
 
 
-def test_rouge_is_nearly_three_times_that_of_the_weakest_static_method() -> None:
+def test_rouge_is_nearly_three_times_that_of_the_weaker_static_method() -> None:
     best = {"static": 0.0, "flap": 0.0}
     better = []
     for name in ("smollm2", "qwen"):
@@ -89,8 +98,8 @@ def test_rouge_is_nearly_three_times_that_of_the_weakest_static_method() -> None
             statics = {other: value[other, asked] for other in best}
             best = {o: max(best[o], value["dart", asked] / v) for o, v in statics.items()}
             better.append(value["dart", asked] / max(statics.values()))
-    assert 2.5 < max(best.values()) < 3
-    assert max(better) < 1.5  # not the better of the two
+    assert 2.7 < max(best.values()) < 3
+    assert 2 < max(better) < 2.5
 
 
 def test_no_mask_was_renewed_before_the_texts_ended() -> None:

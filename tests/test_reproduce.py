@@ -228,7 +228,7 @@ def test_every_name_can_be_shown_and_all_commands_exist(
 def test_missing_texts_stop_with_exit_code_2(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert reproduce.main(["budgets-short", "--texts", str(tmp_path)]) == 2
+    assert reproduce.main(["budgets-smollm2", "--texts", str(tmp_path)]) == 2
     assert "wikitext2_valid.txt is missing" in capsys.readouterr().err
 
 
