@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 import dart_llm
-from scripts_path import ROOT, script
+from scripts_of import FOLDER, script
 
+ROOT = FOLDER.parent
 api_pages, source_docs = script("api_pages"), script("source_docs")
 NAMES = tuple(api_pages.names())
 PAGES = {name: (ROOT / f"docs/{name}.md").read_text(encoding="utf-8") for name in api_pages.PAGES}

@@ -14,9 +14,10 @@ from dart_llm.engine_ask import Ask, Sampling
 from dart_llm.errors import MissingExtra
 from dart_llm.hub_errors import not_reached
 from dart_llm.settings_serve import ServeSettings
-from scripts_path import ROOT, script
+from scripts_of import FOLDER, script
 from tiny import tiny, tokens
 
+ROOT = FOLDER.parent
 error_pages, messages = script("error_pages"), script("messages")
 PACKAGE = ROOT / "src/dart_llm"
 PAGE = (ROOT / "docs/errors.md").read_text(encoding="utf-8")

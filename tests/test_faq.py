@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from scripts_path import ROOT, script
+from scripts_of import FOLDER, script
 
+ROOT = FOLDER.parent
 messages = script("messages")
 QUOTED = messages.quoted((ROOT / "docs/faq.md").read_text(encoding="utf-8"))
 STRINGS = messages.strings(ROOT / "src/dart_llm")

@@ -14,9 +14,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import tiny
 from dart_llm import ConfigError, UnsupportedModel, prune
 from dart_llm.names import LAYERS
-from scripts_path import ROOT, script
+from scripts_of import FOLDER, script
 from steps import shared_model
 
+ROOT = FOLDER.parent
 model_pages = script("model_pages")
 PAGE = (ROOT / "docs/models.md").read_text(encoding="utf-8")
 ROWS = {row[0]: row for row in re.findall(r"^\| `(\w+)` \|" + r" (.+?) \|" * 5 + "$", PAGE, re.M)}
