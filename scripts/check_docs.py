@@ -22,7 +22,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import hand_tables  # beside this file
@@ -66,6 +67,7 @@ def plain_environment() -> None:
     os.environ.update(COLUMNS=WIDTH, NO_COLOR="1", TERM="dumb")
 
 
+@cache
 def help_pages() -> str:
     """The ``--help`` of every command, as Markdown."""
     from typer.testing import CliRunner
@@ -218,23 +220,30 @@ def unlisted_pages(root: Path) -> Iterator[str]:
             yield f"{INDEX} does not link to {page.name}: add a line that says what it holds"
 
 
-def main() -> int:
+def found_problems(root: Path) -> list[str]:
+    """One sentence per problem of the project at ``root``."""
+    found = [*stale_blocks(root), *missing_flags(root), *broken_links(root)]
+    found += broken_mentions(root)
+    found += unlisted_pages(root) if (root / INDEX).is_file() else []
+    there = [page for page in pages(root) if page.is_file()]
+    return [*found, *hand_tables.problems(root, there)]
+
+
+def main(root: Path, arguments: Sequence[str]) -> int:
     """Check, or write first; the number of problems decides the exit code."""
     plain_environment()
-    if sys.argv[1:] not in ([], ["--write"]):
+    if [*arguments] not in ([], ["--write"]):
         raise SystemExit(__doc__)
-    if sys.argv[1:]:
-        write(ROOT)
-    problems = [*stale_blocks(ROOT), *missing_flags(ROOT), *broken_links(ROOT)]
-    problems += broken_mentions(ROOT)
-    problems += unlisted_pages(ROOT) if (ROOT / INDEX).is_file() else []
-    problems += hand_tables.problems(ROOT, [page for page in pages(ROOT) if page.is_file()])
+    if arguments:
+        write(root)
+        write(root)  # blocks that list which pages have which tables come second
+    problems = found_problems(root)
     for problem in problems:
         print(problem, file=sys.stderr)
     if not problems:
-        print(f"{len(pages(ROOT))} pages: generated parts, flags and links are up to date")
+        print(f"{len(pages(root))} pages: generated parts, flags and links are up to date")
     return 1 if problems else 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(ROOT, sys.argv[1:]))
