@@ -167,7 +167,7 @@ def test_a_measured_table_that_differs_from_its_file_is_noticed(copy: Path) -> N
     shutil.copy(ROOT / "benchmarks/tables.yaml", copy / "benchmarks")
     for path in (ROOT / "scripts").glob("*.py"):
         shutil.copy(path, copy / "scripts")
-    for name in ("README.md", "docs/method.md"):
+    for name in ("README.md", "docs/method.md", "docs/recipes.md"):
         shutil.copy(ROOT / name, copy / name)
     text = (ROOT / "docs/measurements.md").read_text()
     assert "| dense | 20.48 |" in text
