@@ -75,7 +75,8 @@ def test_every_environment_variable_is_documented() -> None:
 
 def test_every_documented_variable_is_known_somewhere() -> None:
     texts = [path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py")]
-    texts += [path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py")]
+    for folder in ("tests", "benchmarks"):
+        texts += [path.read_text(encoding="utf-8") for path in (ROOT / folder).glob("*.py")]
     texts += [(ROOT / name).read_text(encoding="utf-8") for name in (*SHELL, "run_experiment.sh")]
     whole = "\n".join(texts)
     names = documented(PAGE) - {"DART_<SETTING>"}
