@@ -37,7 +37,7 @@ def gradients(model: Any, ids: Tensor, take: Take, say: Callable[[str], None]) -
     with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
         for number, part in enumerate(parts):
             _backward(model, part.clone().to(model.device), take)
-            if number % 4 == 3:
+            if (number + 1) % max(2, len(parts) // 8) == 0:
                 say(f"learning from the model's own text: {number + 1} of {len(parts)} parts")
 
 

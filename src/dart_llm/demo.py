@@ -29,4 +29,4 @@ def run_demo(cache_dir: str | None, results_dir: str, quiet: bool) -> Job:
         results_dir=results_dir,
     )
     also = [PruneConfig.build("dart", sparsity=low)]
-    return run_job(settings, Ui(quiet), fresh=True, also=also)
+    return run_job(settings, Ui(quiet), also=also)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dart_llm.records import Step
+
+QUIET_S = 20.0
+"""How long a log stays without a word about work that goes on."""
+
+
+class _Lines:
+    """Progress for a log."""
+
+    def __init__(self, say: Callable[[str], None], text: str, total: int) -> None:
+        self.say, self.text, self.total = say, text, total
+        self.done, self.told = 0, time.monotonic()
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        if time.monotonic() - self.told >= QUIET_S and self.done < self.total:
+            self.told = time.monotonic()
+            self.say(f"{self.text}: {self.done} of {self.total}")
 
 
 class Ui:
@@ -68,13 +86,19 @@ class Ui:
 
     @contextlib.contextmanager
     def progress(self, text: str, total: int) -> Iterator[Callable[[int], Any]]:
-        """A progress bar with an estimate of the time left; yields ``advance(n)``."""
+        """A progress bar with an estimate of the time left; yields ``advance(n)``.
+
+        Where there is no terminal, a line every ``QUIET_S`` seconds.
+        """
+        if not self.live:
+            yield _Lines(self.say, text, total).advance
+            return
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.err, disable=not self.live, transient=True) as bar:
+        with Progress(*columns, console=self.err, transient=True) as bar:
             task = bar.add_task(text, total=total)
             yield lambda count: bar.advance(task, count)
