@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from dart_llm import PruneConfig, UnsupportedModel, prune
 from dart_llm.arch import describe
 from dart_llm.masks import top_ids
 from dart_llm.names import LAYERS
-from dart_llm.registry import ALL, BUDGETS, DRIFT_RULES, SCORES, Registry
+from dart_llm.registry import ALL, BUDGETS, DRIFT_RULES, METHODS, SCORES, Registry
 from steps import apart, decode, selections
 from tiny import CONFIGS, VOCAB, tiny, tokens
 
@@ -158,3 +159,23 @@ def test_add_an_architecture() -> None:
     assert apart(compact, masked) < 3e-6 < apart(masked, dense)
     assert dense.shape == (1, PROMPT + 4, VOCAB)
     assert torch.equal(decode(model, _ids(4), PROMPT), dense)
+
+
+def test_a_score_becomes_a_method() -> None:
+    """Both files of the package, put together as an installation would."""
+    text = _sections()["Measure it beside GRIFFIN"]
+    (module,) = re.findall(r"^```py\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    (project,) = re.findall(r"^```toml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    points = tomllib.loads(project)["project"]["entry-points"]
+    assert set(points) == {SCORES.group, METHODS.group}
+    assert points[SCORES.group] == {"reach": "my_scores:reach"}
+    (place,) = points[METHODS.group].items()
+    _run_block("Add a score", SCORES)
+    names: dict[str, Any] = {}
+    exec(module, names)
+    METHODS.register(place[0], names[place[1].partition(":")[2]])
+    run = prune(tiny("llama"), "griffin-reach", sparsity=0.5)
+    assert (run.config.method, run.config.score.name) == ("griffin-reach", "reach")
+    with run:
+        decode(run.model, tokens(1, PROMPT + 3), PROMPT)
+    assert run.report().sequences[0].achieved_sparsity == 0.5

@@ -116,7 +116,7 @@ def _compute_all(job: DriftJob) -> None:
     if len(todo) < len(files.cells):
         ui.say(f"{len(files.cells) - len(todo)} of {len(files.cells)} cells are finished")
     news = News(ui.say if not ui.live else lambda text: None, len(todo))
-    with ui.progress(f"drift, mode {job.settings.kind}", len(files.cells)) as advance:
+    with ui.progress(f"drift, mode {job.settings.kind}", len(files.cells), told=True) as advance:
         for cell in files.cells:
             if files.part(cell) is None:
                 _compute(job, bench, cell)

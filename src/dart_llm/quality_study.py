@@ -95,7 +95,7 @@ class Study:
         others = [(c, v, s) for c in cells for v in variants(c) for s in asked]
         total = (sum(map(len, griffin.values())) + len(others)) * len(self.pairs)
         news = News(self.ui.say if not self.ui.live else lambda text: None, total, "measurements")
-        with self.ui.progress(f"{self.name}, {what}", total) as advance:
+        with self.ui.progress(f"{self.name}, {what}", total, told=True) as advance:
             for pair in self.pairs:
                 for _ in self._slice(pair, griffin, others):
                     news.done()

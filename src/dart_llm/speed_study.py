@@ -84,7 +84,7 @@ class Study:
         warm = len(self.ready) if todo and self.plan.warmup else 0
         total = warm + self.plan.repeats * len(self.ready)
         news = News(self.ui.say if not self.ui.live else lambda text: None, total, "runs")
-        with self.ui.progress("decoding", total) as advance:
+        with self.ui.progress("decoding", total, told=True) as advance:
 
             def done() -> None:
                 news.done()

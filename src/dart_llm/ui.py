@@ -85,13 +85,14 @@ class Ui:
             yield lambda news: status.update(news)
 
     @contextlib.contextmanager
-    def progress(self, text: str, total: int) -> Iterator[Callable[[int], Any]]:
+    def progress(self, text: str, total: int, told: bool = False) -> Iterator[Callable[[int], Any]]:
         """A progress bar with an estimate of the time left; yields ``advance(n)``.
 
-        Where there is no terminal, a line every ``QUIET_S`` seconds.
+        Where there is no terminal, a line every ``QUIET_S`` seconds; none if the log is ``told``
+        otherwise.
         """
         if not self.live:
-            yield _Lines(self.say, text, total).advance
+            yield (lambda count: None) if told else _Lines(self.say, text, total).advance
             return
         columns = (
             TextColumn("{task.description}"),
