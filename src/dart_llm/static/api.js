@@ -10,6 +10,8 @@ export async function get(path) {
   return (await answered(path, {})).json();
 }
 
+const WORK = 8; // milliseconds of taking records in before the page gets its turn
+
 /** Ask for an answer; `onRecord` gets every record as it comes.  `signal` stops it. */
 export async function ask(body, onRecord, signal) {
   const response = await answered("/api/events", {
@@ -18,8 +20,17 @@ export async function ask(body, onRecord, signal) {
     body: JSON.stringify(body),
     signal,
   });
-  for await (const record of documents(response)) onRecord(record);
+  let since = performance.now();
+  for await (const record of documents(response)) {
+    signal.throwIfAborted();
+    onRecord(record);
+    if (performance.now() - since < WORK) continue;
+    await pause(); // clicks and drawing come before the records that wait already
+    since = performance.now();
+  }
 }
+
+const pause = () => new Promise((done) => setTimeout(done));
 
 async function answered(path, options) {
   let response = await sent(path, options);

@@ -15,6 +15,7 @@ export class Chat {
     this.model = model;
     this.boxes = [];
     this.stopper = null;
+    this.undrawn = null; // the box whose new records wait for the next frame
     this.anew();
   }
 
@@ -66,8 +67,7 @@ export class Chat {
   async #answer(turn, side, dart, maxTokens) {
     const box = turn.boxes[side];
     if (this.stopper.signal.aborted) return box.fail("stopped before it began");
-    box.wait("waiting for the model");
-    this.#follow();
+    this.#follow(() => box.wait("waiting for the model"));
     try {
       const body = { model: this.model(), messages: this.#messages(side), max_tokens: maxTokens, temperature: 0,
         stream: true, logprobs: true, top_logprobs: 4, dart };
@@ -77,23 +77,32 @@ export class Chat {
       if (this.stopper.signal.aborted) this.#stopped(box);
       else this.#failed(box, error);
     }
+    this.#draw(); // no frame comes while the tab is in the background
     return undefined;
   }
 
   #take(box, record) {
     fold(box.answer, record);
-    box.update(record);
     if (record.kind === "remask" && record.cause === rebuilt(box.answer).at(-1)?.cause) {
       announce(`Masks rebuilt at token ${record.step}.`);
     }
     if (record.kind === "done") announce(`${box.answer.label}: finished, ${counted(box.answer.tokens.length, "token")}.`);
+    if (!this.undrawn) requestAnimationFrame(() => this.#draw());
+    this.undrawn = box;
+  }
+
+  /** Show everything that arrived since the last frame, at once. */
+  #draw() {
+    const box = this.undrawn;
+    if (!box) return;
+    this.undrawn = null;
+    this.#follow(() => box.update());
     if (box.answer === this.view.answer) this.view.refresh();
-    this.#follow();
   }
 
   #stopped(box) {
     box.answer.done ??= { finish_reasons: ["cancelled"] };
-    box.end();
+    box.update();
     this.view.refresh();
     announce("Stopped.");
   }
@@ -114,10 +123,12 @@ export class Chat {
     return messages;
   }
 
-  /** Keep the newest text in sight, unless the reader scrolled up. */
-  #follow() {
+  /** Keep the newest text in sight while `change` adds to it, unless the reader scrolled up. */
+  #follow(change) {
     const box = byId("scroller");
-    if (box.scrollHeight - box.scrollTop - box.clientHeight < 160) box.scrollTop = box.scrollHeight;
+    const near = box.scrollHeight - box.scrollTop - box.clientHeight < 160;
+    change();
+    if (near) box.scrollTop = box.scrollHeight;
   }
 
   #working(stopper) {

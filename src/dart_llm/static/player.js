@@ -94,7 +94,7 @@ export class Player {
     this.next += 1;
     if (record.kind === "start") this.#show((this.box = this.boxes.get(record)));
     fold(this.box.answer, record);
-    this.box.update(record);
+    this.box.update();
     this.view.refresh();
     return record;
   }

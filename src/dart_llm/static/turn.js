@@ -16,6 +16,7 @@ export class AnswerBox {
     this.keep.addEventListener("click", () => download(this.answer));
     this.box = el("p", { className: "text", role: "group", "aria-label": `${label}: the answer; arrow keys give one token's numbers` });
     this.text = new TextView(this.box);
+    this.drawn = 0;
     this.print = el("span", {}, "");
     this.foot = el("footer", {}, this.print, " ", this.keep);
     this.element = el("article", { className: "answer", "aria-label": label },
@@ -27,17 +28,17 @@ export class AnswerBox {
     this.state.textContent = word;
   }
 
-  /** Show what a record changed; the answer holds it already. */
-  update(record) {
-    if (record.kind === "start") {
-      this.box.setAttribute("aria-busy", "true");
-      this.wait("reading the prompt");
+  /** Show what is new in the answer since it was last drawn. */
+  update() {
+    const { start, tokens } = this.answer;
+    const marks = this.marks();
+    for (; this.drawn < tokens.length; this.drawn++) {
+      this.text.add(tokens[this.drawn], marks.has(tokens[this.drawn].index));
     }
-    if (record.kind === "token" && !record.choice) {
-      if (!record.index) this.wait("writing");
-      this.text.add(record, this.marks().has(record.index));
-    }
-    if (finished(this.answer)) this.end();
+    if (finished(this.answer)) return this.end();
+    this.box.setAttribute("aria-busy", String(Boolean(start)));
+    if (start) this.wait(tokens.length ? "writing" : "reading the prompt");
+    return undefined;
   }
 
   marks() {
@@ -48,6 +49,7 @@ export class AnswerBox {
   /** Draw everything anew, as after a jump in a replay. */
   redraw() {
     this.text.show(this.answer.tokens, this.marks());
+    this.drawn = this.answer.tokens.length;
     this.box.setAttribute("aria-busy", String(Boolean(this.answer.start) && !finished(this.answer)));
     this.wait(finished(this.answer) ? "" : this.answer.start ? "writing" : "queued");
     this.foot.className = "";
