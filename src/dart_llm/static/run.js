@@ -14,7 +14,7 @@ export function showRun(box, run) {
   const answer = asAnswer(run);
   if (answer.checks.length) {
     const plot = el("div", { className: "plot" });
-    place(box, "Has the text left its topic?", plot);
+    place(box, "Does the text still look like its beginning?", plot);
     drawDrift(plot, answer);
   }
   if (answer.masks.length) {

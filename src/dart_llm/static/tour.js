@@ -4,10 +4,10 @@ import { byId } from "./dom.js";
 
 const SEEN = "dart-llm tour seen";
 const STEPS = [
-  ["1", "Ask something that changes its topic",
-    "The first ready prompt names two topics. Its text is coloured while it is written: dense and observed, or pruned."],
+  ["1", "Ask something with two parts",
+    "The first ready prompt asks for two things. Its text is coloured while it is written: dense and observed, or pruned."],
   ["2", "Watch the neurons",
-    "Each row is a layer. When similarity stays below the threshold, all neurons run for a while, and new ones are chosen: a re-mask."],
+    "Each row is a layer. When the text stays unlike its beginning (similarity below the threshold), all neurons run for a while, and new ones are chosen: a re-mask."],
   ["3", "Remove more",
     "Move the sparsity, and ask again with the dense answer beside it. Confidence as the colour shows where the model became unsure."],
 ];

@@ -88,13 +88,13 @@ function counters(answer) {
 function driftNote(answer) {
   const last = answer.checks.at(-1);
   const rule = answer.start?.config?.drift?.rule;
-  if (!answer.start) return "Similarity of each window of tokens to where the neurons were chosen.";
+  if (!answer.start) return "Similarity inside the model of each window of tokens to those that the neurons were chosen from.";
   if (isDense(answer)) return "A dense answer has no detector.";
   if (!last) return rule ? `Rule ${rule}: no window is complete yet.` : "No window is complete yet.";
-  if (last.threshold == null) return `Rule ${rule}: learning what this text is like.`;
+  if (last.threshold == null) return `Rule ${rule}: learning what the beginning is like.`;
   if (last.state === "held") return `Rule ${rule}: low, but a new mask would cost too many dense tokens.`;
   const low = last.similarity < last.threshold;
-  return `Rule ${rule}: ${low ? `${counted(last.counter, "low window")} in a row` : "on topic"}.`;
+  return `Rule ${rule}: ${low ? `unlike the beginning, ${counted(last.counter, "low window")} in a row` : "like the beginning"}.`;
 }
 
 function remasks(answer) {
