@@ -21,7 +21,7 @@ export async function ask(body, onRecord, signal) {
     signal,
   });
   let since = performance.now();
-  for await (const record of documents(response)) {
+  for await (const record of documents(response, lost)) {
     signal.throwIfAborted();
     onRecord(record);
     if (performance.now() - since < WORK) continue;
@@ -42,7 +42,14 @@ async function answered(path, options) {
 function sent(path, options) {
   const key = sessionStorage.getItem(KEY);
   const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
-  return fetch(path, { ...options, headers });
+  return fetch(path, { ...options, headers }).catch(lost);
+}
+
+const GONE = "The server does not answer: it has ended, or the connection broke. Start it again, then reload this page.";
+
+/** What a broken connection is called by browsers differs; a stopped request stays what it is. */
+function lost(error) {
+  throw error.name === "AbortError" ? error : new Error(GONE);
 }
 
 async function reason(response) {

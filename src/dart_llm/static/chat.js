@@ -7,6 +7,7 @@ import { announce, byId, calm } from "./dom.js";
 import { counted } from "./format.js";
 import { AnswerBox, sayParting, turnElement } from "./turn.js";
 
+const HINT = byId("detail").textContent; // how to get one token's numbers
 const nameNow = () => `window-${crypto.getRandomValues(new Uint32Array(2)).join("-")}`;
 
 export class Chat {
@@ -30,6 +31,7 @@ export class Chat {
     this.turns = [];
     this.conversation = nameNow();
     byId("turns").replaceChildren();
+    byId("detail").textContent = HINT;
     byId("welcome").hidden = false;
   }
 
@@ -51,10 +53,10 @@ export class Chat {
     const turn = { question, boxes };
     this.turns.push(turn);
     byId("welcome").hidden = true;
-    document.dispatchEvent(new Event("asked"));
     byId("turns").append(turnElement(question, boxes));
     this.show(boxes[0]);
     byId("turns").lastElementChild.scrollIntoView({ block: "start", behavior: calm() ? "auto" : "smooth" });
+    document.dispatchEvent(new Event("asked"));
     this.#working(new AbortController());
     try {
       for (const [side, job] of jobs.entries()) await this.#answer(turn, side, job, maxTokens);

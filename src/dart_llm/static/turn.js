@@ -5,15 +5,18 @@ import { el } from "./dom.js";
 import { counted, percent, plain } from "./format.js";
 import { TextView } from "./text.js";
 
+let made = 0; // answers on this page so far: saved recordings are named after it
+
 /** An answer on the page: its state, its text and its small print. */
 export class AnswerBox {
   constructor(label, onShow) {
     this.answer = newAnswer(label);
+    this.place = ++made;
     this.state = el("span", {}, "");
     this.look = el("button", { type: "button", className: "quiet", hidden: true }, "Show its neurons");
     this.look.addEventListener("click", () => onShow(this));
     this.keep = el("button", { type: "button", className: "quiet", hidden: true }, "Save its records");
-    this.keep.addEventListener("click", () => download(this.answer));
+    this.keep.addEventListener("click", () => download(this.answer, this.place));
     this.box = el("p", { className: "text", role: "group", "aria-label": `${label}: the answer; arrow keys give one token's numbers` });
     this.text = new TextView(this.box);
     this.drawn = 0;
@@ -81,10 +84,10 @@ export class AnswerBox {
 }
 
 /** Save the records as JSON lines: what `dart-llm replay` makes a page of. */
-function download(answer) {
+function download(answer, place) {
   const lines = answer.records.map((record) => `${JSON.stringify(record)}\n`);
   const url = URL.createObjectURL(new Blob(lines, { type: "application/jsonl" }));
-  el("a", { href: url, download: "records.jsonl" }).click();
+  el("a", { href: url, download: `answer-${place}.jsonl` }).click();
   setTimeout(() => URL.revokeObjectURL(url), 10000);
 }
 
