@@ -36,7 +36,7 @@ async function answered(path, options) {
   let response = await sent(path, options);
   if (response.status === 401 && (await keyGiven())) response = await sent(path, options);
   if (response.ok) return response;
-  throw new Error(await reason(response));
+  throw await refusal(response);
 }
 
 function sent(path, options) {
@@ -52,12 +52,14 @@ function lost(error) {
   throw error.name === "AbortError" ? error : new Error(GONE);
 }
 
-async function reason(response) {
+/** What the server said, as an Error; `param`: the field that is wrong, where it is one. */
+async function refusal(response) {
   const wait = response.headers.get("Retry-After");
   const body = await response.json().catch(() => ({}));
   const said = body.error?.message ?? body.message ?? body.detail;
   const text = typeof said === "string" ? said : `the server answered ${response.status}`;
-  return wait && !text.includes("second") ? `${text} (try again in ${wait} s)` : text;
+  const whole = wait && !text.includes("second") ? `${text} (try again in ${wait} s)` : text;
+  return Object.assign(new Error(whole), { param: body.error?.param });
 }
 
 /** Ask the reader for the key of the server; false when there is none. */

@@ -2,7 +2,7 @@
 
 import { ask } from "./api.js";
 import { fold, finished, newAnswer, rebuilt, textOf } from "./answer.js";
-import { asDense, chosen, nameOf } from "./controls.js";
+import { asDense, chosen, inLabels, nameOf } from "./controls.js";
 import { announce, byId, calm } from "./dom.js";
 import { counted } from "./format.js";
 import { AnswerBox, sayParting, turnElement } from "./turn.js";
@@ -109,18 +109,24 @@ export class Chat {
     announce("Stopped.");
   }
 
+  /** Say why; a question that got no answer at all goes back to where it was typed. */
   #failed(box, error) {
-    box.fail(error.message);
-    announce(error.message, true);
+    const said = inLabels(error.message, error.param);
+    box.fail(said);
+    announce(said, true);
+    const message = byId("message");
+    if (!box.answer.start && !message.value) message.value = this.turns.at(-1).question;
   }
 
   /** The messages so far; where a side has no answer of its own, the other side's stands in. */
   #messages(side) {
     const messages = [];
     for (const turn of this.turns) {
-      messages.push({ role: "user", content: turn.question });
       const box = turn.boxes[side] ?? turn.boxes[0];
-      if (turn !== this.turns.at(-1)) messages.push({ role: "assistant", content: textOf(box.answer) });
+      const now = turn === this.turns.at(-1);
+      if (!now && !box.answer.start) continue; // refused: the model never saw it
+      messages.push({ role: "user", content: turn.question });
+      if (!now) messages.push({ role: "assistant", content: textOf(box.answer) });
     }
     return messages;
   }

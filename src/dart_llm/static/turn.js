@@ -99,10 +99,18 @@ function ending(answer) {
   return ENDS[reason] ?? "finished";
 }
 
+/** Why nothing was removed at all. */
+function unmasked(answer) {
+  const { config } = answer.start ?? {};
+  if (answer.masks.length || !config) return "";
+  if (config.masking_step >= answer.tokens.length) return ` (its first ${config.masking_step} tokens are decoded dense)`;
+  return config.min_evidence ? ` (it observes ${config.min_evidence} tokens first, those of the prompt among them)` : "";
+}
+
 function smallPrint(answer) {
   const parts = [`${counted(answer.tokens.length, "token")}, ${ending(answer)}`];
   if (!isDense(answer)) {
-    parts.push(`${percent(achieved(answer))} removed`, counted(rebuilt(answer).length, "re-mask"));
+    parts.push(`${percent(achieved(answer))} removed${unmasked(answer)}`, counted(rebuilt(answer).length, "re-mask"));
   }
   if (speed(answer) != null) parts.push(`${plain(speed(answer), 1)} tokens/s`);
   return parts.join(" \u00b7 ");
