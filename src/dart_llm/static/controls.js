@@ -10,14 +10,14 @@ export function fillControls(listing) {
   const methods = listing.methods.filter((method) => !method.name.startsWith(DENSE));
   byId("method").replaceChildren(...methods.map((method) => option(method.name, methodName(method), {
     disabled: method.ready === false, selected: method.name === defaults.method,
-    title: method.ready === false ? `${method.summary} ${howReady(method.name)}` : method.summary })));
+    title: method.ready === false ? `${method.summary} Not made ready: ${howReady(method.name)}` : method.summary })));
   const own = () => listing.methods.find((method) => method.name === byId("method").value) ?? {};
   const rules = listing.drift_rules.map((rule) => {
     const value = rule.name === "interval" ? "interval 64" : rule.name;
     return option(value, value, { title: rule.summary });
   });
   const unready = methods.filter((method) => method.ready === false).map((method) => method.name);
-  byId("method-hint").textContent = unready.length ? `Not made ready: ${howReady(unready.join(","))}` : "";
+  byId("method-hint").textContent = unready.length ? `Methods that learn something first: ${howReady(unready.join(","))}` : "";
   byId("drift").replaceChildren(option("", "", {}), ...rules);
   const showOwn = () => {
     byId("drift").options[0].textContent = `its own: ${own().drift ?? "?"}`;
@@ -32,7 +32,7 @@ export function fillControls(listing) {
 }
 
 const option = (value, text, settings) => el("option", { value, ...settings }, text);
-const howReady = (names) => `it learns something first: start with make window ARGS='--methods ${names}'`;
+const howReady = (names) => `start with make window ARGS='--methods ${names}'`;
 const methodName = (method) => (method.ready === false ? `${method.name} (not made ready)` : method.name);
 
 export function showSparsity() {

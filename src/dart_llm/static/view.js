@@ -40,7 +40,7 @@ export class View {
 function draw(answer, neurons, anew) {
   byId("view-of").textContent = heading(answer);
   counters(answer);
-  drawDrift(byId("drift-plot"), answer);
+  if (anew || newInPlot(answer)) drawDrift(byId("drift-plot"), answer);
   byId("drift-note").textContent = driftNote(answer);
   const changes = showsChanges(answer);
   const text = summary(answer, alive(answer));
@@ -52,6 +52,17 @@ function draw(answer, neurons, anew) {
   }
   remasks(answer);
   strip(answer);
+}
+
+let plotted = [];
+
+/** Whether the plot of drift has anything to add: most tokens bring it nothing. */
+function newInPlot(answer) {
+  const observed = answer.tokens.findLastIndex((token) => token.phase === "observe");
+  const now = [answer, answer.checks.length, answer.remasks.length, observed, Math.ceil(answer.tokens.length / 32)];
+  const same = now.every((value, i) => value === plotted[i]);
+  plotted = now;
+  return !same;
 }
 
 function showsChanges(answer) {
