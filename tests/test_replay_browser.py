@@ -43,7 +43,10 @@ def seek(window: Window, position: int) -> None:
     )
 
 
-def test_it_opens_at_the_end(window: Window) -> None:
+def test_it_opens_at_the_start(window: Window) -> None:
+    assert window.js(TOKENS) == [0, 0]
+    assert window.text("position-value") == "0 tokens"
+    seek(window, len(records()))
     assert window.text("model") == "tiny"
     assert window.js("document.querySelector('.question').textContent") == QUESTION
     assert window.js("document.querySelectorAll('.question b, .text b').length") == 0

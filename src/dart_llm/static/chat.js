@@ -2,11 +2,12 @@
 
 import { ask } from "./api.js";
 import { fold, finished, newAnswer, rebuilt, textOf } from "./answer.js";
-import { asDense, chosen, nameOf } from "./controls.js";
+import { asDense, chosen, inLabels, nameOf } from "./controls.js";
 import { announce, byId, calm } from "./dom.js";
 import { counted } from "./format.js";
 import { AnswerBox, sayParting, turnElement } from "./turn.js";
 
+const HINT = byId("detail").textContent; // how to get one token's numbers
 const nameNow = () => `window-${crypto.getRandomValues(new Uint32Array(2)).join("-")}`;
 
 export class Chat {
@@ -15,6 +16,7 @@ export class Chat {
     this.model = model;
     this.boxes = [];
     this.stopper = null;
+    this.undrawn = null; // the box whose new records wait for the next frame
     this.anew();
   }
 
@@ -29,6 +31,7 @@ export class Chat {
     this.turns = [];
     this.conversation = nameNow();
     byId("turns").replaceChildren();
+    byId("detail").textContent = HINT;
     byId("welcome").hidden = false;
   }
 
@@ -50,10 +53,10 @@ export class Chat {
     const turn = { question, boxes };
     this.turns.push(turn);
     byId("welcome").hidden = true;
-    document.dispatchEvent(new Event("asked"));
     byId("turns").append(turnElement(question, boxes));
     this.show(boxes[0]);
     byId("turns").lastElementChild.scrollIntoView({ block: "start", behavior: calm() ? "auto" : "smooth" });
+    document.dispatchEvent(new Event("asked"));
     this.#working(new AbortController());
     try {
       for (const [side, job] of jobs.entries()) await this.#answer(turn, side, job, maxTokens);
@@ -66,8 +69,7 @@ export class Chat {
   async #answer(turn, side, dart, maxTokens) {
     const box = turn.boxes[side];
     if (this.stopper.signal.aborted) return box.fail("stopped before it began");
-    box.wait("waiting for the model");
-    this.#follow();
+    this.#follow(() => box.wait("waiting for the model"));
     try {
       const body = { model: this.model(), messages: this.#messages(side), max_tokens: maxTokens, temperature: 0,
         stream: true, logprobs: true, top_logprobs: 4, dart };
@@ -77,47 +79,64 @@ export class Chat {
       if (this.stopper.signal.aborted) this.#stopped(box);
       else this.#failed(box, error);
     }
+    this.#draw(); // no frame comes while the tab is in the background
     return undefined;
   }
 
   #take(box, record) {
     fold(box.answer, record);
-    box.update(record);
     if (record.kind === "remask" && record.cause === rebuilt(box.answer).at(-1)?.cause) {
       announce(`Masks rebuilt at token ${record.step}.`);
     }
     if (record.kind === "done") announce(`${box.answer.label}: finished, ${counted(box.answer.tokens.length, "token")}.`);
+    if (!this.undrawn) requestAnimationFrame(() => this.#draw());
+    this.undrawn = box;
+  }
+
+  /** Show everything that arrived since the last frame, at once. */
+  #draw() {
+    const box = this.undrawn;
+    if (!box) return;
+    this.undrawn = null;
+    this.#follow(() => box.update());
     if (box.answer === this.view.answer) this.view.refresh();
-    this.#follow();
   }
 
   #stopped(box) {
     box.answer.done ??= { finish_reasons: ["cancelled"] };
-    box.end();
+    box.update();
     this.view.refresh();
     announce("Stopped.");
   }
 
+  /** Say why; a question that got no answer at all goes back to where it was typed. */
   #failed(box, error) {
-    box.fail(error.message);
-    announce(error.message, true);
+    const said = inLabels(error.message, error.param);
+    box.fail(said);
+    announce(said, true);
+    const message = byId("message");
+    if (!box.answer.start && !message.value) message.value = this.turns.at(-1).question;
   }
 
   /** The messages so far; where a side has no answer of its own, the other side's stands in. */
   #messages(side) {
     const messages = [];
     for (const turn of this.turns) {
-      messages.push({ role: "user", content: turn.question });
       const box = turn.boxes[side] ?? turn.boxes[0];
-      if (turn !== this.turns.at(-1)) messages.push({ role: "assistant", content: textOf(box.answer) });
+      const now = turn === this.turns.at(-1);
+      if (!now && !box.answer.start) continue; // refused: the model never saw it
+      messages.push({ role: "user", content: turn.question });
+      if (!now) messages.push({ role: "assistant", content: textOf(box.answer) });
     }
     return messages;
   }
 
-  /** Keep the newest text in sight, unless the reader scrolled up. */
-  #follow() {
+  /** Keep the newest text in sight while `change` adds to it, unless the reader scrolled up. */
+  #follow(change) {
     const box = byId("scroller");
-    if (box.scrollHeight - box.scrollTop - box.clientHeight < 160) box.scrollTop = box.scrollHeight;
+    const near = box.scrollHeight - box.scrollTop - box.clientHeight < 160;
+    change();
+    if (near) box.scrollTop = box.scrollHeight;
   }
 
   #working(stopper) {

@@ -9,12 +9,15 @@ export function fillControls(listing) {
   const defaults = listing.defaults ?? {};
   const methods = listing.methods.filter((method) => !method.name.startsWith(DENSE));
   byId("method").replaceChildren(...methods.map((method) => option(method.name, methodName(method), {
-    disabled: method.ready === false, selected: method.name === defaults.method, title: method.summary })));
+    disabled: method.ready === false, selected: method.name === defaults.method,
+    title: method.ready === false ? `${method.summary} Not made ready: ${howReady(method.name)}` : method.summary })));
   const own = () => listing.methods.find((method) => method.name === byId("method").value) ?? {};
   const rules = listing.drift_rules.map((rule) => {
     const value = rule.name === "interval" ? "interval 64" : rule.name;
     return option(value, value, { title: rule.summary });
   });
+  const unready = methods.filter((method) => method.ready === false).map((method) => method.name);
+  byId("method-hint").textContent = unready.length ? `Methods that learn something first: ${howReady(unready.join(","))}` : "";
   byId("drift").replaceChildren(option("", "", {}), ...rules);
   const showOwn = () => {
     byId("drift").options[0].textContent = `its own: ${own().drift ?? "?"}`;
@@ -29,6 +32,7 @@ export function fillControls(listing) {
 }
 
 const option = (value, text, settings) => el("option", { value, ...settings }, text);
+const howReady = (names) => `start with make window ARGS='--methods ${names}'`;
 const methodName = (method) => (method.ready === false ? `${method.name} (not made ready)` : method.name);
 
 export function showSparsity() {
@@ -50,6 +54,16 @@ export function chosen() {
     maxTokens: Number(byId("max-tokens").value) || 192,
     compare: byId("compare").checked,
   };
+}
+
+const FIELDS = { max_tokens: "max-tokens", masking_step: "masking-step", sparsity: "sparsity", drift: "drift", method: "method" };
+
+/** A refusal of the server with the labels of this page in the place of its fields' names. */
+export function inLabels(message, param) {
+  const name = (param ?? "").split(".").at(-1);
+  if (!(name in FIELDS)) return message;
+  const label = document.querySelector(`label[for="${FIELDS[name]}"]`).textContent;
+  return message.replace(new RegExp(`(?:dart\\.)?\\b${name}\\b`), `\u201c${label}\u201d`);
 }
 
 /** The same request, dense. */

@@ -12,7 +12,7 @@ export function drawDrift(box, answer) {
   const series = bySeries(answer.checks);
   const scale = scales(width, answer, series);
   const parts = [hatch(), ...bands(answer, scale), ...axes(scale, width)];
-  for (const checks of series) parts.push(...lines(checks, scale, series.length === 1));
+  for (const checks of series) parts.push(...lines(checks, answer, scale, series.length === 1));
   parts.push(...marks(answer, scale));
   const plot = shape("svg", {
     viewBox: `0 0 ${width} ${HEIGHT}`, height: HEIGHT, role: "img", "aria-label": inWords(answer, series),
@@ -36,10 +36,8 @@ function scales(width, answer, series) {
   const values = all.flatMap((check) => [check.similarity, check.threshold]).filter((v) => v != null);
   const last = Math.max(answer.tokens.at(-1)?.index ?? 0, all.at(-1)?.step ?? 0, 1);
   const end = Math.max(64, Math.ceil(last / 32) * 32);
-  const high = values.length ? Math.max(...values) : 1;
-  const low = values.length ? Math.min(...values) : 0.8;
-  const room = Math.max(0.01, (high - low) * 0.15);
-  const [bottom, top] = [low - room, Math.min(1.005, high + room)];
+  const low = Math.min(0.7, ...values);
+  const [bottom, top] = [Math.floor(10 * low) / 10, 1]; // the same from answer to answer, unless one is lower still
   return {
     end, bottom, top,
     x: (step) => EDGE.left + (step / end) * (width - EDGE.left - EDGE.right),
@@ -102,14 +100,15 @@ function ticks(bottom, top) {
 }
 
 /** One layer's similarities, cut where a new mask starts a new reference. */
-function lines(checks, { x, y }, only) {
+function lines(checks, answer, scale, only) {
+  const { x, y } = scale;
   const runs = cut(checks);
   const path = (run, of) => run.map((c, i) => `${i ? "L" : "M"}${x(c.step)} ${y(of(c))}`).join("");
   const parts = [];
   for (const run of runs) {
     parts.push(shape("path", { d: path(run, (c) => c.similarity), class: "similarity" }));
     const armed = run.filter((c) => c.threshold != null);
-    if (armed.length) parts.push(shape("path", { d: thresholdPath(armed, x, y), class: "threshold" }));
+    if (armed.length) parts.push(shape("path", { d: thresholdPath(armed, scale, until(run, runs, answer, scale)), class: "threshold" }));
     if (only) parts.push(...run.map((c) => dot(c, x, y)));
   }
   const last = checks.at(-1);
@@ -127,9 +126,18 @@ function cut(checks) {
   return runs;
 }
 
-function thresholdPath(checks, x, y) {
-  const start = checks.length === 1 ? `M${x(checks[0].step) - 12} ${y(checks[0].threshold)}` : "";
-  return start + checks.map((c, i) => `${i || start ? "L" : "M"}${x(c.step)} ${y(c.threshold)}`).join("");
+/** The step up to which a run's threshold holds: to the next mask, and for the newest to the end. */
+function until(run, runs, answer, scale) {
+  const last = run.at(-1).step;
+  if (run !== runs.at(-1)) return last;
+  return rebuilt(answer).find((mask) => mask.step > last)?.step ?? scale.end;
+}
+
+/** From the beginning of the first window, so that the line is there as soon as it is known. */
+function thresholdPath(checks, { x, y }, end) {
+  const [first, last] = [checks[0], checks.at(-1)];
+  const steps = checks.map((c) => `L${x(c.step)} ${y(c.threshold)}`).join("");
+  return `M${x(Math.max(0, first.step - 10))} ${y(first.threshold)}${steps}L${x(end)} ${y(last.threshold)}`;
 }
 
 function dot(check, x, y) {

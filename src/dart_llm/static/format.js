@@ -21,7 +21,7 @@ export const visible = (text) => text.replaceAll("\n", "\u21b5").replaceAll(" ",
 const CAUSES = {
   first: "the first mask",
   prompt: "a new prompt",
-  drift: "the text drifted",
+  drift: "unlike the beginning",
   interval: "the interval passed",
   given: "masks given by hand",
   forced: "asked for",

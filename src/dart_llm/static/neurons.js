@@ -7,7 +7,7 @@ import { percent } from "./format.js";
 
 const LEFT = 26;
 const GAP = 14;
-const COLOURS = ["--rule", "--line", "--sunken", "--soft", "--ink"];
+const COLOURS = ["--sunken", "--soft", "--ink"];
 const BARS = 0.24; // of the width, for the kept shares
 
 /** Draws answers on a canvas; arrow keys and the pointer read single cells. */
@@ -100,9 +100,9 @@ export class NeuronView {
     const kept = this.mask ? this.mask.kept_share[layer] : 1;
     const left = drawn ? LEFT + raster + GAP : LEFT;
     const room = drawn ? bars : raster + GAP + bars;
-    pen.fillStyle = this.colours["--rule"];
+    pen.fillStyle = rampColour(0); // as in the raster: dark is removed, light is kept
     pen.fillRect(left, top, room, thick);
-    pen.fillStyle = this.colours["--line"];
+    pen.fillStyle = rampColour(255);
     pen.fillRect(left, top, room * kept, thick);
   }
 
@@ -170,7 +170,7 @@ const colourOf = (name) => getComputedStyle(document.documentElement).getPropert
 
 /** The raster in one sentence. */
 export function summary(answer, mask) {
-  if (!answer.start) return "layers from the input (top) to the output, groups of neighbouring neurons from left to right; beside them each layer\u2019s kept share.";
+  if (!answer.start) return "layers from the input (top) to the output, groups of neighbouring neurons from left to right; beside them each layer\u2019s kept share; light is kept, dark removed.";
   if (isDense(answer)) return "a dense answer, every neuron runs.";
   if (!mask) return answer.tokens.length > 1 ? "every neuron runs while the text is observed." : "every neuron reads the prompt.";
   const shares = mask.kept_share;

@@ -27,7 +27,7 @@ export class Player {
     byId("position").addEventListener("input", () => this.jump(Number(byId("position").value)));
     byId("speed").addEventListener("change", () => this.timer && this.play());
     this.#lay();
-    this.jump(records.length);
+    this.jump(0);
   }
 
   /** Boxes for every answer; those to one question stand side by side. */
@@ -94,7 +94,7 @@ export class Player {
     this.next += 1;
     if (record.kind === "start") this.#show((this.box = this.boxes.get(record)));
     fold(this.box.answer, record);
-    this.box.update(record);
+    this.box.update();
     this.view.refresh();
     return record;
   }

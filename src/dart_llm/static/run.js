@@ -3,7 +3,7 @@
 import { newAnswer } from "./answer.js";
 import { el } from "./dom.js";
 import { drawDrift } from "./drift.js";
-import { percent, plain } from "./format.js";
+import { counted, percent, plain } from "./format.js";
 import { NeuronView, summary } from "./neurons.js";
 import { TextView } from "./text.js";
 
@@ -14,12 +14,12 @@ export function showRun(box, run) {
   const answer = asAnswer(run);
   if (answer.checks.length) {
     const plot = el("div", { className: "plot" });
-    place(box, "Has the text left its topic?", plot);
+    place(box, "Does the text still look like its beginning?", plot);
     drawDrift(plot, answer);
   }
   if (answer.masks.length) {
     const canvas = el("canvas", { role: "img" });
-    place(box, "Kept share per layer, last mask", el("div", { className: "plot" }, canvas));
+    place(box, "Kept share per layer, last mask (light: kept, dark: removed)", el("div", { className: "plot" }, canvas));
     const neurons = new NeuronView(canvas, el("p"));
     neurons.show({ ...answer, tokens: [] }); // the last mask, whatever ran last
     neurons.label(summary(answer, neurons.mask));
@@ -65,7 +65,8 @@ function texts(run) {
 }
 
 function oneText(row) {
-  const label = `${row.variant ?? row.method}: ${row.method} at ${percent(row.sparsity, 0)}`;
+  const settings = row.method === "dense" ? "dense" : `${row.method} at ${percent(row.sparsity, 0)}`;
+  const label = [row.variant, settings].filter((part, i, all) => part && part !== all[i - 1]).join(": ");
   const box = el("p", { className: "text", role: "group", "aria-label": label });
   new TextView(box).show(tokensOf(row));
   return el("article", { className: "answer" }, el("header", {}, el("strong", {}, label)), box);
@@ -129,6 +130,6 @@ function table(title, heads, lines, numbersFrom) {
 }
 
 function files(run) {
-  return el("details", {}, el("summary", {}, `${run.files?.length ?? 0} files in this folder`),
+  return el("details", {}, el("summary", {}, `${counted(run.files?.length ?? 0, "file")} in this folder`),
     el("p", { className: "soft" }, (run.files ?? []).join(", ")));
 }

@@ -1,11 +1,11 @@
 // Server-sent events of a fetch response, one JSON document per event.
 
-/** Yields the documents of `data:` lines; `[DONE]` and comments are left out. */
-export async function* documents(response) {
+/** Yields the documents of `data:` lines; `[DONE]` and comments are left out.  `lost` gets what breaks it. */
+export async function* documents(response, lost) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch(lost);
     rest = (rest + (value ?? "")).replaceAll("\r\n", "\n");
     const events = rest.split("\n\n");
     rest = done ? "" : events.pop();

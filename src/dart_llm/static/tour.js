@@ -4,10 +4,10 @@ import { byId } from "./dom.js";
 
 const SEEN = "dart-llm tour seen";
 const STEPS = [
-  ["1", "Ask something that changes its topic",
-    "The first ready prompt names two topics. Its text is coloured while it is written: dense and observed, or pruned."],
+  ["1", "Ask something with two parts",
+    "The first ready prompt asks for two things. Next asks it. Its text is coloured while it is written: dense and observed, or pruned."],
   ["2", "Watch the neurons",
-    "Each row is a layer. When similarity stays below the threshold, all neurons run for a while, and new ones are chosen: a re-mask."],
+    "Each row is a layer. When the text stays unlike its beginning (similarity below the threshold), all neurons run for a while, and new ones are chosen: a re-mask."],
   ["3", "Remove more",
     "Move the sparsity, and ask again with the dense answer beside it. Confidence as the colour shows where the model became unsure."],
 ];
@@ -15,16 +15,25 @@ const STEPS = [
 export class Tour {
   constructor() {
     this.step = -1;
-    byId("tour-next").addEventListener("click", () => this.go(this.step + 1));
+    byId("tour-next").addEventListener("click", () => this.#next());
     byId("tour-close").addEventListener("click", () => this.close());
-    byId("tour").addEventListener("keydown", (event) => event.key === "Escape" && this.close());
+    document.addEventListener("keydown", (event) => {
+      if (event.key === "Escape" && !byId("tour").hidden && !byId("ask-key").open) this.close();
+    });
     byId("show-tour").addEventListener("click", () => this.go(0, true));
-    document.addEventListener("asked", () => byId("tour").hidden || this.step || this.go(1, false));
+    document.addEventListener("asked", () => byId("tour").hidden || this.step || this.go(1, byId("tour").contains(document.activeElement)));
   }
 
   /** Open the tour for those who have not seen it; their focus stays where it is. */
   offer() {
     if (!remembered()) this.go(0, false);
+  }
+
+  /** From the first step Next asks the prompt that is pointed at, so that there is something to watch. */
+  #next() {
+    const prompt = this.step ? null : document.querySelector('[data-tour="1"]');
+    if (prompt?.checkVisibility()) prompt.click();
+    else this.go(this.step + 1);
   }
 
   go(step, focus = true) {
@@ -46,8 +55,9 @@ export class Tour {
 
   close() {
     this.#unpoint();
+    const typing = document.activeElement !== document.body && !byId("tour").contains(document.activeElement);
     byId("tour").hidden = true;
-    byId("show-tour").focus();
+    if (!typing) byId("show-tour").focus();
     remember();
   }
 

@@ -5,17 +5,21 @@ import { el } from "./dom.js";
 import { counted, percent, plain } from "./format.js";
 import { TextView } from "./text.js";
 
+let made = 0; // answers on this page so far: saved recordings are named after it
+
 /** An answer on the page: its state, its text and its small print. */
 export class AnswerBox {
   constructor(label, onShow) {
     this.answer = newAnswer(label);
+    this.place = ++made;
     this.state = el("span", {}, "");
     this.look = el("button", { type: "button", className: "quiet", hidden: true }, "Show its neurons");
     this.look.addEventListener("click", () => onShow(this));
     this.keep = el("button", { type: "button", className: "quiet", hidden: true }, "Save its records");
-    this.keep.addEventListener("click", () => download(this.answer));
+    this.keep.addEventListener("click", () => download(this.answer, this.place));
     this.box = el("p", { className: "text", role: "group", "aria-label": `${label}: the answer; arrow keys give one token's numbers` });
     this.text = new TextView(this.box);
+    this.drawn = 0;
     this.print = el("span", {}, "");
     this.foot = el("footer", {}, this.print, " ", this.keep);
     this.element = el("article", { className: "answer", "aria-label": label },
@@ -27,17 +31,17 @@ export class AnswerBox {
     this.state.textContent = word;
   }
 
-  /** Show what a record changed; the answer holds it already. */
-  update(record) {
-    if (record.kind === "start") {
-      this.box.setAttribute("aria-busy", "true");
-      this.wait("reading the prompt");
+  /** Show what is new in the answer since it was last drawn. */
+  update() {
+    const { start, tokens } = this.answer;
+    const marks = this.marks();
+    for (; this.drawn < tokens.length; this.drawn++) {
+      this.text.add(tokens[this.drawn], marks.has(tokens[this.drawn].index));
     }
-    if (record.kind === "token" && !record.choice) {
-      if (!record.index) this.wait("writing");
-      this.text.add(record, this.marks().has(record.index));
-    }
-    if (finished(this.answer)) this.end();
+    if (finished(this.answer)) return this.end();
+    this.box.setAttribute("aria-busy", String(Boolean(start)));
+    if (start) this.wait(tokens.length ? "writing" : "reading the prompt");
+    return undefined;
   }
 
   marks() {
@@ -48,6 +52,7 @@ export class AnswerBox {
   /** Draw everything anew, as after a jump in a replay. */
   redraw() {
     this.text.show(this.answer.tokens, this.marks());
+    this.drawn = this.answer.tokens.length;
     this.box.setAttribute("aria-busy", String(Boolean(this.answer.start) && !finished(this.answer)));
     this.wait(finished(this.answer) ? "" : this.answer.start ? "writing" : "queued");
     this.foot.className = "";
@@ -79,10 +84,10 @@ export class AnswerBox {
 }
 
 /** Save the records as JSON lines: what `dart-llm replay` makes a page of. */
-function download(answer) {
+function download(answer, place) {
   const lines = answer.records.map((record) => `${JSON.stringify(record)}\n`);
   const url = URL.createObjectURL(new Blob(lines, { type: "application/jsonl" }));
-  el("a", { href: url, download: "records.jsonl" }).click();
+  el("a", { href: url, download: `answer-${place}.jsonl` }).click();
   setTimeout(() => URL.revokeObjectURL(url), 10000);
 }
 
@@ -94,10 +99,18 @@ function ending(answer) {
   return ENDS[reason] ?? "finished";
 }
 
+/** Why nothing was removed at all. */
+function unmasked(answer) {
+  const { config } = answer.start ?? {};
+  if (answer.masks.length || !config) return "";
+  if (config.masking_step >= answer.tokens.length) return ` (its first ${config.masking_step} tokens are decoded dense)`;
+  return config.min_evidence ? ` (it observes ${config.min_evidence} tokens first, those of the prompt among them)` : "";
+}
+
 function smallPrint(answer) {
   const parts = [`${counted(answer.tokens.length, "token")}, ${ending(answer)}`];
   if (!isDense(answer)) {
-    parts.push(`${percent(achieved(answer))} removed`, counted(rebuilt(answer).length, "re-mask"));
+    parts.push(`${percent(achieved(answer))} removed${unmasked(answer)}`, counted(rebuilt(answer).length, "re-mask"));
   }
   if (speed(answer) != null) parts.push(`${plain(speed(answer), 1)} tokens/s`);
   return parts.join(" \u00b7 ");

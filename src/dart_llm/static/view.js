@@ -40,7 +40,7 @@ export class View {
 function draw(answer, neurons, anew) {
   byId("view-of").textContent = heading(answer);
   counters(answer);
-  drawDrift(byId("drift-plot"), answer);
+  if (anew || newInPlot(answer)) drawDrift(byId("drift-plot"), answer);
   byId("drift-note").textContent = driftNote(answer);
   const changes = showsChanges(answer);
   const text = summary(answer, alive(answer));
@@ -52,6 +52,17 @@ function draw(answer, neurons, anew) {
   }
   remasks(answer);
   strip(answer);
+}
+
+let plotted = [];
+
+/** Whether the plot of drift has anything to add: most tokens bring it nothing. */
+function newInPlot(answer) {
+  const observed = answer.tokens.findLastIndex((token) => token.phase === "observe");
+  const now = [answer, answer.checks.length, answer.remasks.length, observed, Math.ceil(answer.tokens.length / 32)];
+  const same = now.every((value, i) => value === plotted[i]);
+  plotted = now;
+  return !same;
 }
 
 function showsChanges(answer) {
@@ -88,13 +99,13 @@ function counters(answer) {
 function driftNote(answer) {
   const last = answer.checks.at(-1);
   const rule = answer.start?.config?.drift?.rule;
-  if (!answer.start) return "Similarity of each window of tokens to where the neurons were chosen.";
+  if (!answer.start) return "Similarity inside the model of each window of tokens to those that the neurons were chosen from.";
   if (isDense(answer)) return "A dense answer has no detector.";
   if (!last) return rule ? `Rule ${rule}: no window is complete yet.` : "No window is complete yet.";
-  if (last.threshold == null) return `Rule ${rule}: learning what this text is like.`;
+  if (last.threshold == null) return `Rule ${rule}: learning what the beginning is like.`;
   if (last.state === "held") return `Rule ${rule}: low, but a new mask would cost too many dense tokens.`;
   const low = last.similarity < last.threshold;
-  return `Rule ${rule}: ${low ? `${counted(last.counter, "low window")} in a row` : "on topic"}.`;
+  return `Rule ${rule}: ${low ? `unlike the beginning, ${counted(last.counter, "low window")} in a row` : "like the beginning"}.`;
 }
 
 function remasks(answer) {
