@@ -17,7 +17,7 @@ class Stopping(Ui):
         self.left, self.error = after, error
 
     @contextlib.contextmanager
-    def progress(self, text: str, total: int) -> Iterator[Any]:
+    def progress(self, text: str, total: int, told: bool = False) -> Iterator[Any]:
         def advance(count: int) -> None:
             self.left -= count
             if self.left <= 0:

@@ -38,7 +38,7 @@ def test_every_command_that_it_points_to_exists() -> None:
 
 def test_every_file_that_it_points_to_is_documented() -> None:
     files = re.findall(r"`([a-z_/-]+\.(?:json|jsonl|csv|safetensors|html|png))`", OURS)
-    known = docs("results", "drift", "inspect")
+    known = docs("results", "results-drift", "results-inspect", "drift", "inspect")
     absent = [name for name in files if name.rpartition("/")[2] not in known]
     assert len(files) > 10
     # written as `..._samples.jsonl` there
