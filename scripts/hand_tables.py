@@ -1,7 +1,7 @@
 """Tables with numbers that nobody generated: measured ones belong into a generated block.
 
-A hand-written Markdown table with a decimal number or a percentage in its cells is a problem, but
-where its numbers are settings, definitions or other people's: those places are listed, with why.
+A hand-written Markdown table with a decimal number, a percentage, a time or a size is a problem,
+but where its numbers are settings, definitions or other people's: those places are listed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ ALLOWED = {
     ("docs/method.md", "Budgets"): "floors of budgets",
     ("docs/method.md", "Drift"): "settings of guards",
     ("docs/method.md", "Methods"): "settings of methods",
+    ("docs/performance.md", "Threads that wait: OMP_WAIT_POLICY"): "once by hand; the page says so",
     ("docs/recipes.md", "What each needs"): "sizes of downloads",
+    ("docs/server.md", "Queue, limits and the end"): "settings of limits",
     ("docs/server.md", "What this does not serve"): "arithmetic on independent masks",
     ("THIRD_PARTY.md", "Models"): "versions of packages",
 }
@@ -29,7 +31,7 @@ ALLOWED = {
 KEYS = re.compile(r"docs/results(-\w+)?\.md")
 """Pages that say what keys and columns mean: percentages of intervals, and no measurement."""
 
-NUMBER = re.compile(r"\d\.\d|\d ?%")
+NUMBER = re.compile(r"\d\.\d|\d ?%|\d ?(us|ms|s|min|h|GB|MB|GiB|MiB|KB)\b")
 GENERATED = re.compile(r"<!-- generated: (\S+) -->.*?<!-- end of generated: \1 -->", re.DOTALL)
 FENCED = re.compile(r"^( {0,3})(```+|~~~+).*?^\1\2[`~]*\s*$", re.MULTILINE | re.DOTALL)
 ASIDE = re.compile(r"(`+)(?!`).+?(?<!`)\1(?!`)|\]\([^)]*\)|(arXiv|DOI) [\w./]+")

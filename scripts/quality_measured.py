@@ -31,6 +31,8 @@ def quality(root: Path, name: str) -> str:
     alone = len(data["sparsities"]) == 1  # then pooled rows say again what the cells say
     for caption, rows in grid(data):
         rows = [row for row in rows if not (alone and row[1].startswith("pooled"))]
+        if not rows:
+            continue
         lines = [list(HEADS), ["---", *["---:"] * (len(HEADS) - 1)]]
         lines += [[row[place] for place in HEADS.values()] for row in rows]
         parts.append(f"**{caption}**\n\n{table(lines)}")

@@ -22,15 +22,22 @@ ENDED = {
 }
 """Keys of a value -> the key of its interval, a pair or ``low`` and ``high``; the first counts."""
 PLAIN = ("perplexity", "loss_after_change", "never_at_equal_sparsity", "acc", "acc_norm",
-         "achieved_sparsity", "bytes_while_observing", "bytes_while_pruned", "tg_ms",
-         "ms_per_token", "ms", "share_per_256_tokens_with_one_remask_of_32")  # fmt: skip
+         "achieved", "achieved_sparsity", "bytes_while_observing", "bytes_while_pruned", "tg_ms",
+         "ms_per_token", "ms", "share_per_256_tokens_with_one_remask_of_32", "flops_dense_token",
+         "flops_observe_token", "flops_observe_share_of_token", "flops_build_masks",
+         "flops_drift_window")  # fmt: skip
 """Keys of numbers that have no interval."""
-COUNTS = ("items_differing_from_plain",)
-"""What is counted, and may be one more or less."""
+SHARES = ("dense_share", "dense_token_share")
+"""Keys of shares, which are often near 0: off by ``TOLERANCE`` of the whole, not of themselves."""
+COUNTS = ("remasks",)
+"""What is counted: off by ``FEW`` or by ``MANY`` of itself, whichever is more."""
+NO_ROWS = ("items_differing_from_plain",)
+"""Keys under which no row stands."""
 PARTS = ("rows", "cells", "pooled", "signals", "runs")
 TOLERANCE = 0.02
 """How far a number without an interval may be off, relative to itself: rounding on other machines
 moves a perplexity less."""
+FEW, MANY = 2, 0.1
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,11 @@ class Number:
 
 @dataclass(frozen=True)
 class Pair:
-    """One number, as published and made again; ``again`` None: the new file lacks it."""
+    """One number, as published and made again; ``again`` None: the new file lacks it.
+
+    They agree when the published interval holds both: a value that left its own interval is no
+    result of that run.
+    """
 
     name: str
     published: Number
@@ -56,7 +67,8 @@ class Pair:
 
     @property
     def agrees(self) -> bool:
-        return self.again is not None and self.published.holds(self.again)
+        own = self.published
+        return self.again is not None and own.holds(self.again) and own.holds(own.value)
 
 
 def compare(published: Mapping[str, Any], again: Mapping[str, Any]) -> list[Pair]:
@@ -77,7 +89,7 @@ def numbers(data: Mapping[str, Any]) -> dict[str, Number]:
 
 def _flat(data: Mapping[str, Any]) -> dict[str, Any]:
     """A file that is one row."""
-    return {key: data[key] for key in (*NAMES, *PLAIN) if key in data}
+    return {key: data[key] for key in (*NAMES, *PLAIN, *SHARES, *COUNTS) if key in data}
 
 
 def _walk(
@@ -91,7 +103,7 @@ def _walk(
     for column, number in _own(value):
         yield " ".join((*place, column)).strip(), number
     for key, item in value.items():
-        if isinstance(item, list | dict) and key not in (*NAMES, *ENDED.values(), *COUNTS):
+        if isinstance(item, list | dict) and key not in (*NAMES, *ENDED.values(), *NO_ROWS):
             yield from _walk(item, place if key in PARTS else (*place, _today(key, names)), names)
 
 
@@ -122,10 +134,17 @@ def _own(value: Mapping[str, Any]) -> Iterator[tuple[str, Number]]:
             low, high = (ends["low"], ends["high"]) if isinstance(ends, dict) else ends
             yield key, Number(value[key], low, high)
             break  # a row has one interval of a name, that of the first
-    for key in PLAIN:
+    for key in (*PLAIN, *SHARES, *COUNTS):
         if _number(value.get(key)):
-            own = value[key]
-            yield key, Number(own, own - TOLERANCE * abs(own), own + TOLERANCE * abs(own))
+            own, off = value[key], _off(key, abs(value[key]))
+            yield key, Number(own, own - off, own + off)
+
+
+def _off(key: str, size: float) -> float:
+    """How far a number without an interval may be off."""
+    if key in COUNTS:
+        return max(FEW, MANY * size)
+    return TOLERANCE if key in SHARES else TOLERANCE * size
 
 
 def _number(value: Any) -> bool:

@@ -14,7 +14,9 @@ with scripts():
 HEAD = "# Speed\n\n| what | value |\n| --- | --- |\n"
 
 
-@pytest.mark.parametrize("cell", ["1.27 x", "about 3.5 ms", "12 %", "12%"])
+@pytest.mark.parametrize(
+    "cell", ["1.27 x", "about 3.5 ms", "12 %", "12%", "129 us", "31 s", "2 GB"]
+)
 def test_numbers_in_a_hand_written_table_are_found_once(cell: str) -> None:
     text = f"{HEAD}| a | {cell} |\n| b | {cell} |\n"
     assert list(hand_written(text)) == [("Speed", f"| a | {cell} |")]
