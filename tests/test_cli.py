@@ -39,6 +39,8 @@ def dart(*arguments: str, folder: Path, **environment: str) -> subprocess.Comple
     [
         (["--sparsity", "1.5"], ["sparsity 1.5", "[0, 1)"]),
         (["--sparsity", "50"], ["did you mean 0.5"]),
+        (["--sparsity", "50%"], ["write --sparsity 0.5: a fraction, not a percentage"]),
+        (["--sparsity", "half"], ['--sparsity "half" is no number']),
         (["--total-prune-percent", "0.5"], ["did you mean 50"]),
         (["--sparsity", "0.5", "--total-prune-percent", "50"], ["not both"]),
         (["--method", "grifin"], ["unknown method", "griffin"]),
@@ -89,6 +91,12 @@ def test_no_prompt_and_nothing_piped_says_how_to_give_one(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("ConfigError: no prompt: give --prompt TEXT, --prompt-file FILE")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_not_there_leaves_no_folder(tmp_path):
+    done = dart("run", "--prompt", "hi", "--model", "nosuch", folder=tmp_path)
+    assert done.returncode == 2 and "unknown model 'nosuch'" in done.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == ["results"]
 
 
 def test_run_writes_everything_and_prints_one_json_document(gpt2, tmp_path):
