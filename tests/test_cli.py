@@ -39,6 +39,8 @@ def dart(*arguments: str, folder: Path, **environment: str) -> subprocess.Comple
     [
         (["--sparsity", "1.5"], ["sparsity 1.5", "[0, 1)"]),
         (["--sparsity", "50"], ["did you mean 0.5"]),
+        (["--sparsity", "50%"], ["write --sparsity 0.5: a fraction, not a percentage"]),
+        (["--sparsity", "half"], ['--sparsity "half" is no number']),
         (["--total-prune-percent", "0.5"], ["did you mean 50"]),
         (["--sparsity", "0.5", "--total-prune-percent", "50"], ["not both"]),
         (["--method", "grifin"], ["unknown method", "griffin"]),
@@ -63,7 +65,10 @@ def dart(*arguments: str, folder: Path, **environment: str) -> subprocess.Comple
         (["--prompt", "x", "--experiment-name", "../x"], ["../x leaves the results folder"]),
         (["--prompt", "x", "--experiment-name", "/tmp/x"], ["--results-dir"]),
         (["--prompt", "x", "--generation", "0"], ["nothing to do", "--eval-mmlu", "EVAL_MMLU"]),
-        (["--prompt-file", "nowhere.txt"], ["nowhere.txt"]),
+        (
+            ["--prompt-file", "nowhere.txt"],
+            ["there is no prompt file nowhere.txt", "or --prompt TEXT"],
+        ),
         (["--masks", "nowhere.safetensors"], ["nowhere.safetensors"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
         (["--perplexity", "--ppl-datasets", "wikitxt"], ["wikitxt", "wikitext2"]),
@@ -79,6 +84,19 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, tmp_path):
     for word in words:
         assert word in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_no_prompt_and_nothing_piped_says_how_to_give_one(tmp_path):
+    done = dart("run", "--model", "no-such-model-is-loaded", folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("ConfigError: no prompt: give --prompt TEXT, --prompt-file FILE")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_not_there_leaves_no_folder(tmp_path):
+    done = dart("run", "--prompt", "hi", "--model", "nosuch", folder=tmp_path)
+    assert done.returncode == 2 and "unknown model 'nosuch'" in done.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == ["results"]
 
 
 def test_run_writes_everything_and_prints_one_json_document(gpt2, tmp_path):

@@ -150,9 +150,9 @@ def test_a_curve_over_layers(command, tmp_path):
 def test_a_dry_run_says_what_would_happen_and_writes_nothing(tmp_path):
     flags = ("--methods", "dense,griffin", "--sparsities", "0.3,0.5", "--dry-run")
     done = call(*on_model("sweep", *flags, results=tmp_path / "none"))
-    assert (done.code, done.out) == (0, "")
+    assert (done.code, done.err) == (0, "")
     for word in ("3 cells: 0 finished, 3 to do", "download: nothing", "disk: about", "time: about"):
-        assert word in done.err
+        assert word in done.out
     plan = call(*on_model("sweep", *flags, "--json", results=tmp_path / "none")).json
     assert [row["label"] for row in plan["rows"]] == ["dense", "griffin@0.3", "griffin@0.5"]
     assert {row["status"] for row in plan["rows"]} == {"to do"}

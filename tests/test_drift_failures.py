@@ -106,8 +106,15 @@ def test_a_passage_that_does_not_fit_is_said_before_anything_is_computed(tmp_pat
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"the file .*none\.jsonl cannot be read as UTF-8 text"):
-        study(forced(tmp_path, passages=str(tmp_path / "none.jsonl")))
+    for make, kind in ((forced, "passages"), (free, "prompts")):
+        sentence = (
+            f"--{kind} .*none: there is no such file; --{kind} shipped takes the package's own"
+        )
+        with pytest.raises(ConfigError, match=sentence):
+            study(make(tmp_path, **{kind: str(tmp_path / "none")}))
+    (tmp_path / "bytes.jsonl").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"the file .*bytes\.jsonl cannot be read as UTF-8 text"):
+        study(forced(tmp_path, passages=str(tmp_path / "bytes.jsonl")))
     (tmp_path / "bad.jsonl").write_text("{", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"line 1 of .*bad\.jsonl is not JSON"):
         study(free(tmp_path, prompts=str(tmp_path / "bad.jsonl")))

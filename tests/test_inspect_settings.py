@@ -34,7 +34,7 @@ def test_what_is_looked_at_follows_from_the_texts() -> None:
         ({"top": 0}, "--top 0 must be at least 1"),
         ({"neuron_score": "maxx"}, "did you mean max"),
         ({"prompt": " ", "prompt_b": "y"}, r"text A \(\) is empty"),
-        ({"prompt_file": "none.txt"}, "cannot read the prompt file none.txt"),
+        ({"prompt_file": "none.txt"}, "there is no prompt file none.txt: give an existing"),
         ({"passage": "99"}, "unknown prompt or passage"),
         ({"runs": "a,b,c"}, "one results folder or two, not 3"),
     ],

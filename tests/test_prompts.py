@@ -75,6 +75,8 @@ def test_a_prompt_file_is_read_without_the_mark_of_its_encoding(
     file.write_bytes(b"\xff")
     with pytest.raises(ConfigError, match=r"cannot read the prompt file .*bees\.txt"):
         read_prompt_file(str(file))
+    with pytest.raises(ConfigError, match=r"cannot read the prompt file .*: Is a directory$"):
+        read_prompt_file(str(tmp_path))
     for errors, problem in (("strict", "cannot read"), ("surrogateescape", "not valid UTF-8")):
         stream = io.TextIOWrapper(io.BytesIO(b"bees \xff"), "utf-8", errors)
         monkeypatch.setattr("sys.stdin", stream)

@@ -88,5 +88,5 @@ def test_the_dry_run_of_the_paper() -> None:
 def test_the_dry_run_of_the_small_one() -> None:
     done = CliRunner().invoke(app, ["sweep", str(SMALL), "--dry-run"])
     assert done.exit_code == 0, done.output
-    assert "58 cells: 0 finished, 58 to do" in done.output
-    assert "\ndisk: about 29 MB" in done.output and "\ntime: about " in done.output
+    assert "58 cells: 0 finished, 58 to do" in done.stdout
+    assert "\ndisk: about 29 MB" in done.stdout and "\ntime: about " in done.stdout

@@ -148,11 +148,15 @@ def test_a_terminal_that_cannot_show_a_character_does_not_end_the_run(tmp_path):
     assert (done.returncode, done.stdout) == (0, b"a?")
 
 
-def test_an_interrupted_command_says_that_it_can_be_resumed(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("demo", b"interrupted; the same command resumes\n"), ("wait", b"interrupted\n")],
+)
+def test_an_interrupted_command_says_whether_it_can_be_resumed(name, said):
     code = (
         "import time, typer; from dart_llm import cli\n"
-        "@cli.app.command()\ndef wait(): print('ready', flush=True); time.sleep(60)\n"
-        "import sys; sys.argv = ['dart-llm', 'wait']; cli.run()\n"
+        f"@cli.app.command('{name}')\ndef wait(): print('ready', flush=True); time.sleep(60)\n"
+        f"import sys; sys.argv = ['dart-llm', '{name}']; cli.run()\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -166,7 +170,7 @@ def test_an_interrupted_command_says_that_it_can_be_resumed(tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors == b"interrupted; the same command resumes\n"
+    assert errors == said
 
 
 @pytest.mark.parametrize("part", ["whole", "decoder", "ffn"])

@@ -120,5 +120,5 @@ def test_a_repeated_reference_and_a_missing_file(tmp_path: Path) -> None:
     row = {"id": "a", "text": "A"}
     with pytest.raises(ConfigError, match=r"line 2 of .* repeats the id a: keep one reference"):
         read_pairs(texts, lines(tmp_path / "r.jsonl", row, row))
-    with pytest.raises(ConfigError, match="cannot be read as UTF-8 text"):
+    with pytest.raises(ConfigError, match=r"there is no file .*none\.jsonl: give an"):
         read_pairs(tmp_path / "none.jsonl")

@@ -20,7 +20,7 @@ HELP = {
     "/save FILE": "write the conversation: .json with all accounting, else Markdown",
     "/reset": "forget the conversation",
     "/help": "this list",
-    "/quit": "leave, as Ctrl-D does",
+    "/quit": "leave, as /exit and Ctrl-D do",
 }
 NOTES = (
     "A line that ends with \\ goes on in the next one; ``` opens and closes a block of lines.",

@@ -48,6 +48,8 @@ app = typer.Typer(
 )
 
 INTERRUPTED = 130
+RESUMING = "run eval perplexity summarize compare sweep drift detect inspect bench demo".split()
+"""Commands that keep what is finished in a results folder and go on there."""
 
 
 def run() -> None:
@@ -60,7 +62,8 @@ def run() -> None:
         app()
     except SystemExit as error:
         if error.code == INTERRUPTED:  # typer turns Ctrl-C into this exit code
-            sys.stderr.write("interrupted; the same command resumes\n")
+            resumes = next(iter(sys.argv[1:]), "") in RESUMING
+            sys.stderr.write(f"interrupted{'; the same command resumes' if resumes else ''}\n")
         raise
     except DartError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")

@@ -135,7 +135,6 @@ def _write_pictures(folder: Path, rows: Any, ui: Ui) -> None:
 def dry_run(request: SweepRequest, ui: Ui) -> Plan:
     """Say what ``run`` would do; nothing is loaded or written."""
     found = plan(_cells(request), request.place, request.workers or 1)
-    ui.table(plan_table(found))
-    for sentence in found.sentences():
-        ui.say(sentence)
+    for part in (plan_table(found), *found.sentences()):
+        ui.result(part)
     return found

@@ -30,6 +30,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "dev": ("pytest", "hypothesis", "mypy", "ruff", "openai", "schemathesis", "httpx"),
 }
 
+NO_COMPILER = "none: decoding falls back to executor compact, slower"
+
 
 def examine(cache_dir: str | None = None) -> dict[str, Any]:
     """Everything that explains why a run works or does not; a token's value is never read out."""
@@ -85,7 +87,11 @@ def _has_token() -> bool:
 
 
 def _lacking(extra: str) -> list[str]:
-    return [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
+    return [
+        name
+        for name in EXTRAS[extra]
+        if importlib.util.find_spec(name) is None and not (name == "ninja" and shutil.which(name))
+    ]
 
 
 def print_report(found: dict[str, Any]) -> None:
@@ -100,7 +106,8 @@ def print_report(found: dict[str, Any]) -> None:
     table.add_row("cores, memory", f"{found['machine']['cores']}, {memory} GiB")
     table.add_row("devices", ", ".join(found["devices"]))
     table.add_row("dtypes on the CPU", ", ".join(found["dtypes"]))
-    table.add_row("C++ compiler", Path(found["compiler"]).name if found["compiler"] else "none")
+    compiler = found["compiler"]
+    table.add_row("C++ compiler", Path(compiler).name if compiler else NO_COMPILER)
     table.add_row("native CPU kernels", found["native_kernels"])
     table.add_row("cache", found["cache"])
     table.add_row("free disk", f"{found['free_disk_gib']} GiB")

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from dart_llm import drift_passages, drift_prompts
@@ -78,6 +79,12 @@ class DriftCell:
 
 def load_sources(settings: DriftSettings) -> tuple[Source, ...]:
     """What the study writes after or reads; raises ``ConfigError`` for a file that does not fit."""
+    for name in ("passages", "prompts"):
+        file = getattr(settings, name)
+        if file not in (None, SHIPPED) and not Path(file).exists():
+            raise ConfigError(
+                f"--{name} {file}: there is no such file; --{name} shipped takes the package's own"
+            )
     if settings.kind == FORCED:
         own = settings.passages not in (None, SHIPPED)
         passages = (

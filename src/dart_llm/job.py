@@ -16,7 +16,14 @@ from dart_llm.arch import context_length, widths
 from dart_llm.candidate import Candidate
 from dart_llm.config import PruneConfig
 from dart_llm.devices import memory_failure
-from dart_llm.errors import ConfigError, DartError, MissingExtra, ResultsError
+from dart_llm.errors import (
+    ConfigError,
+    DartError,
+    LoadError,
+    MissingExtra,
+    ResultsError,
+    UnknownName,
+)
 from dart_llm.job_common import config_document, load_model, write_logs
 from dart_llm.job_generate import generate_texts
 from dart_llm.job_state import Job
@@ -68,7 +75,11 @@ def run_job(
         job.timing["peak_memory_bytes"] = peak_memory_bytes()
         _finish(job)
     except BaseException as error:
-        _keep(job, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        unloadable = job.model is None and isinstance(error, UnknownName | LoadError)
+        if unloadable and not folder.resumed:
+            folder.discard()
+        else:
+            _keep(job, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
         memory = memory_failure(error, settings.model, settings.dtype or "the checkpoint's dtype")
         if memory is not None and not isinstance(error, DartError):
             raise memory from None

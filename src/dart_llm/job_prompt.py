@@ -35,6 +35,8 @@ def source(settings: RunSettings) -> str:
 
 
 def _read(settings: RunSettings) -> str | None:
+    if settings.prompt_file == "-":  # what the command takes, too, where no prompt is given
+        return read_prompt_file("-") or None
     if settings.prompt_file:
         return read_prompt_file(settings.prompt_file)
     given = settings.prompt if settings.prompt is not None else settings.custom_prompt_text

@@ -13,13 +13,17 @@ from dart_llm.errors import ConfigError
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of ``path`` with the numbers of their lines, from 1; blank lines are skipped.
 
-    Raises ``ConfigError`` for a file that cannot be read as UTF-8 text and for a line that is not
-    a JSON object.
+    Raises ``ConfigError`` for a file that is missing or cannot be read as UTF-8 text, and for a
+    line that is not a JSON object.
     """
     try:
         # Not splitlines(): a JSON string may hold U+2028, which that takes for a line break.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except FileNotFoundError:
+        raise ConfigError(f"there is no file {path}: give an existing one") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read the file {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
         raise ConfigError(f"the file {path} cannot be read as UTF-8 text: {error}") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import typer
 from pydantic import BaseModel
 
+from dart_llm.errors import ConfigError
+
 Config = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Read settings from a YAML file.")
 ]
@@ -21,6 +23,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "eval_perplexity": ("--perplexity",),
     "generation": ("--max-new-tokens",),
     "method": ("-m",),
+    "models": ("--model",),
     "prompt": ("-p",),
     "shape": ("--model-config",),
 }
@@ -56,7 +59,12 @@ def parameters(settings: type[BaseModel]) -> list[inspect.Parameter]:
         extra = field.json_schema_extra
         panel = str(extra.get("panel", "")) if isinstance(extra, dict) else ""
         option = typer.Option(
-            *names, help=text, rich_help_panel=panel, show_default=False, metavar=_metavar(kind)
+            *names,
+            help=text,
+            rich_help_panel=panel,
+            show_default=False,
+            metavar=_metavar(kind),
+            parser=_sparsity if name == "sparsity" else None,
         )
         found.append(
             inspect.Parameter(
@@ -67,6 +75,17 @@ def parameters(settings: type[BaseModel]) -> list[inspect.Parameter]:
             )
         )
     return found
+
+
+def _sparsity(text: str) -> float:
+    """A number; typer's own message for a percentage says nothing of fractions."""
+    try:
+        if text.endswith("%"):
+            share = float(text[:-1]) / 100
+            raise ConfigError(f"write --sparsity {share:g}: a fraction, not a percentage")
+        return float(text)
+    except ValueError:
+        raise ConfigError(f'--sparsity "{text}" is no number: write a fraction, e.g. 0.5') from None
 
 
 def _metavar(kind: Any) -> str | None:

@@ -58,9 +58,14 @@ def read_prompt_file(file: str) -> str:
         if file != "-":
             return Path(file).read_text(encoding="utf-8-sig")
         text = sys.stdin.read()
+    except FileNotFoundError:
+        raise ConfigError(
+            f"there is no prompt file {file}: give an existing file, or --prompt TEXT"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         name = "from standard input" if file == "-" else f"file {file}"
-        raise ConfigError(f"cannot read the prompt {name}: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read the prompt {name}: {reason}") from None
     if not is_text(text):
         raise ConfigError("the prompt from standard input is not valid UTF-8: correct it")
     return text

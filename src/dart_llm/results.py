@@ -7,6 +7,7 @@ the finished parts until the run is complete.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import math
@@ -59,6 +60,14 @@ class ResultsFolder:
     def finish(self) -> None:
         """Drop the parts: the files proper hold everything."""
         (self.path / PARTS).unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Remove a folder of this call that holds no result, and its experiment if empty."""
+        if self.resumed or self.parts:
+            return
+        shutil.rmtree(self.path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty: it holds other runs
+            self.path.parent.rmdir()
 
 
 def now() -> datetime.datetime:

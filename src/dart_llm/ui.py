@@ -61,6 +61,11 @@ class Ui:
         self.log.append(capture.get().rstrip())
         self.err.print(table)
 
+    def result(self, what: Table | str) -> None:
+        """What a command was asked for, on stdout."""
+        if not self.quiet:
+            self.out.print(what, markup=False, highlight=False, soft_wrap=isinstance(what, str))
+
     def token(self, step: Step) -> None:
         """Stream one token to stdout."""
         if not self.quiet:
