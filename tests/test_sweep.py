@@ -133,7 +133,10 @@ def test_the_tables_grow_with_every_cell(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_larger_grid_takes_over_what_is_finished(
-    base: Path, tmp_path: Path, computed: list[str], monkeypatch: pytest.MonkeyPatch
+    base: Path,
+    tmp_path: Path,
+    computed: list[str, (72 * 3600, "3 days"), (1.5e9, "17,361 days")],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     first = quiet_sweep(cells(base), tmp_path)
     larger = cells(base, sparsities=[0.25, 0.5, 0.75])

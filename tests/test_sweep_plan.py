@@ -72,7 +72,7 @@ def test_sentences_and_table(base: Path, tmp_path: Path) -> None:
     lines = found.sentences()
     assert lines[0] == "3 cells: 0 finished, 3 to do"
     assert lines[1] == "download: nothing"
-    assert lines[-1] == "time: about 15 s, a rough guess"
+    assert lines[-1] == "time: about 15 s, a rough guess for this machine as busy as it is"
     console = Console(width=120, no_color=True)
     with console.capture() as capture:
         console.print(plan_table(found))

@@ -135,6 +135,7 @@ def _write_pictures(folder: Path, rows: Any, ui: Ui) -> None:
 def dry_run(request: SweepRequest, ui: Ui) -> Plan:
     """Say what ``run`` would do; nothing is loaded or written."""
     found = plan(_cells(request), request.place, request.workers or 1)
-    for part in (plan_table(found), *found.sentences()):
-        ui.result(part)
+    ui.result(plan_table(found))
+    for sentence in found.sentences():
+        ui.result(sentence)
     return found

@@ -83,7 +83,11 @@ class Plan:
             lines.append("download: nothing")
         disk = f"disk: about {size_text(self.disk_bytes)}; {size_text(self.free_bytes)} are free"
         lines.append(disk)
-        how = "a rough guess" if self.rough else "from finished cells"
+        how = (
+            "a rough guess for this machine as busy as it is"
+            if self.rough
+            else "from finished cells"
+        )
         known = "not known" if self.seconds is None else f"about {duration(self.seconds)}, {how}"
         lines.append(f"time: {known}")
         return lines
