@@ -123,7 +123,7 @@ def test_items_of_evaluations_make_the_accuracies_of_the_table(path: Path) -> No
         (cell["label"], cell["measurement"]["task"], cell["measurement"]["protocol"]): cell
         for cell in documents(path)
     }
-    assert len(rows) > 5
+    assert len(rows) > 5 or path.stem == "evaluation-recipe-small"  # which asks no questions
     for row in rows:
         items = cells[row["label"], row["task"], row["protocol"]]["measurement"]["items"]
         assert len({item["id"] for item in items}) == len(items) == row["items"]
