@@ -192,7 +192,7 @@ def test_a_passage_of_ones_own_is_shown(tmp_path: Path) -> None:
         (["list", "--template", "leter"], UnknownName, "template 'leter'; .* letter"),
         (["list", "--limit", 0], ConfigError, "--limit 0 is too small"),
         (["list", "--passages", "--template", "letter"], ConfigError, "have no template"),
-        (["list", "--file", "none.jsonl"], ConfigError, "none.jsonl cannot be read"),
+        (["list", "--file", "none.jsonl"], ConfigError, "there is no file none.jsonl"),
         (["show", "13"], UnknownName, "unknown prompt or passage '13'"),
         (["show", ""], UnknownName, "unknown prompt or passage ''"),
         (["show", "essay"], ConfigError, '20 ids begin with "essay", such as essay-'),
