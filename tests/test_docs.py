@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import pytest
 
+from published import scripts
 from scripts_of import script
 from shells import ROOT, SCRIPTS
 
@@ -25,8 +26,7 @@ CHECKER = tuple(
 def check(folder: Path, *arguments: str) -> tuple[int, list[str]]:
     """Exit code and the lines on stderr, without a process of its own."""
     said = io.StringIO()
-    path = [str(ROOT / "scripts"), *sys.path]
-    with patch.dict(os.environ), patch.object(sys, "path", path), redirect_stderr(said):
+    with patch.dict(os.environ), scripts(), redirect_stderr(said):
         try:
             code = script("check_docs").main(folder, arguments)
         except SystemExit as end:  # as the interpreter does with a text
