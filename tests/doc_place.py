@@ -24,6 +24,8 @@ TESTS = Path(__file__).parent
 CLONED = ("README.md", "pyproject.toml", "Makefile", "run_experiment.sh", "run_knowledge_drift.sh")
 CLONED += ("scripts", "recipes", "examples", "docs", "src", ".ci")
 WARM_SECONDS = 300.0
+OF_MAKE = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+"""With these an inner make would print the folders that it enters."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def make_place(folder: Path) -> Place:
 
 
 def _environment(folder: Path, programs: Path) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k[:5] != "DART_" and k not in ("MAKEFLAGS",)}
+    kept = {k: v for k, v in os.environ.items() if k[:5] != "DART_" and k not in OF_MAKE}
     kernels = cache_folder() / "native"  # compiled once, not for every test
     kernels.mkdir(parents=True, exist_ok=True)
     for path in (kernels, embedder_folder(cache_folder())):

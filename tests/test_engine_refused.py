@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,7 +87,8 @@ def test_a_prompt_of_several_pieces(engine: Engine, monkeypatch: pytest.MonkeyPa
     assert answer.tokens == ((),) and answer.finish == ("cancelled",)
 
 
-def test_learning_while_serving() -> None:
+def test_learning_while_serving(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DART_CACHE", str(tmp_path))  # other tests have learnt from this model
     model, news = tiny(), []
     with Same(model):
         with Engine(model, tokenizer(), say=news.append) as engine:

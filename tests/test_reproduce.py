@@ -242,7 +242,8 @@ def test_a_name_that_is_not_known_is_told_with_the_near_one(
 
 
 def test_make_passes_its_variables() -> None:
-    command = ["make", "-n", "reproduce", "TABLE=quality-token", "TEXTS=hub", "SHORT=1", "KEEP=1"]
+    variables = ("TABLE=quality-token", "TEXTS=hub", "SHORT=1", "KEEP=1")
+    command = ["make", "--no-print-directory", "-n", "reproduce", *variables]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     call = shlex.split(done.stdout.partition("scripts/reproduce.py")[2].replace("\\\n", ""))
     assert call == ["quality-token", "--texts", "hub", "--short", "--keep"]
