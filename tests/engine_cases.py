@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import string
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -60,6 +62,22 @@ def half(method: str = "griffin", **changes: Any) -> PruneConfig:
     return PruneConfig.build(method, sparsity=0.5, **changes)
 
 
+CONFIGS = {
+    "dense": None,
+    "dart": half("dart"),
+    "dart-prompt": half("dart-prompt"),
+    "griffin": half(),
+    "published": half("published"),
+    "dart-token": half("dart-token"),
+    "static": half("static"),
+    "late": half("griffin", masking_step=5, release_step=20),
+    "none": half("griffin").replace({"sparsity": 0.0}),
+    "attention": half("griffin", drift={"rule": "paper", "signal": "attention"}, masking_step=2),
+    "per row": half("griffin", batch="per_row"),
+}
+"""Every way to prune that the engine must keep apart; None: dense."""
+
+
 def alone(
     model: Any,
     config: PruneConfig | None,
@@ -82,6 +100,20 @@ def alone(
     with prune(model, config) as run:
         found = write()
     return found, run.report()
+
+
+def all_alone() -> dict[str, Any]:
+    """What ``alone`` finds for each of ``CONFIGS``."""
+    return {name: alone(tiny(), config) for name, config in CONFIGS.items()}
+
+
+@contextlib.contextmanager
+def prepared() -> Iterator[Engine]:
+    """An engine on ``own_model`` that is ready for each of ``CONFIGS``."""
+    with Engine(own_model(), tokenizer()) as engine:
+        for config in CONFIGS.values():
+            engine.prepare(config)
+        yield engine
 
 
 def ask(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,30 +17,7 @@ from dart_llm.options import parameters
 from dart_llm.settings_base import merge
 from dart_llm.settings_detect import DetectSettings
 from dart_llm.signals import SIGNALS
-from tiny_gpt2 import write_gpt2
-
-BEES = "the bee flew home to the hive number {} and danced. "
-
-
-LOANS = "interest on loan {} is 7% of what you owe; pay it! "
-
-
-@functools.cache
-def folder() -> Path:
-    import tempfile
-
-    return write_gpt2(Path(tempfile.mkdtemp()) / "model")
-
-
-def passage(number: int, bees: int = 6, loans: int = 5) -> Passage:
-    first = "".join(BEES.format(n * number + n) for n in range(bees)).strip()
-    second = "".join(LOANS.format(n * number) for n in range(loans)).strip()
-    return Passage(
-        f"p{number}",
-        f"{first}\n\n{second}",
-        (Topic("bees", "zoology"), Topic("loans", "finance")),
-        (len(first) + 2,),
-    )
+from detect_cases import folder, passage
 
 
 def test_changes_in_tokens() -> None:
@@ -100,7 +75,7 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
 
 
 def test_the_packages_passages_are_the_default() -> None:
-    assert passages(None, None) == shipped()
+    assert passages(None, None) == passages("shipped", None) == shipped()
     assert [one.id for one in passages(None, 2)] == [one.id for one in shipped()[:2]]
     assert digest(shipped()) != digest(shipped()[:2])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from dart_llm.detection_inputs import tokens
 from dart_llm.detection_job import DetectJob, document, run_detect
 from dart_llm.detection_rates import outcome, rates, to_dict
 from dart_llm.detection_study import plan, study
-from dart_llm.drift_passages import Passage, Topic
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.options import with_settings
 from dart_llm.read_points import layer_count
@@ -27,29 +25,8 @@ from dart_llm.settings_base import merge
 from dart_llm.settings_detect import DetectSettings
 from dart_llm.signals import SIGNALS
 from dart_llm.ui import Ui
+from detect_cases import folder, passage
 from stopping import Stopping
-from tiny_gpt2 import write_gpt2
-
-BEES = "the bee flew home to the hive number {} and danced. "
-LOANS = "interest on loan {} is 7% of what you owe; pay it! "
-
-
-@functools.cache
-def folder() -> Path:
-    import tempfile
-
-    return write_gpt2(Path(tempfile.mkdtemp()) / "model")
-
-
-def passage(number: int, bees: int = 6, loans: int = 5) -> Passage:
-    first = "".join(BEES.format(n * number + n) for n in range(bees)).strip()
-    second = "".join(LOANS.format(n * number) for n in range(loans)).strip()
-    return Passage(
-        f"p{number}",
-        f"{first}\n\n{second}",
-        (Topic("bees", "zoology"), Topic("loans", "finance")),
-        (len(first) + 2,),
-    )
 
 
 def settings(root: Path, **more: Any) -> DetectSettings:

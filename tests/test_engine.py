@@ -15,30 +15,25 @@ import torch
 from dart_llm import AttachError, prune
 from dart_llm.engine import Ask, Engine, Sampling
 from dart_llm.engine_records import Mask, Record, Token
-from engine_cases import PROMPT, alone, ask, half, kinds, own_model, tokenizer
+from engine_cases import (
+    CONFIGS,
+    PROMPT,
+    all_alone,
+    alone,
+    ask,
+    half,
+    kinds,
+    own_model,
+    prepared,
+    tokenizer,
+)
 from steps import Same
 from tiny import LAYERS, NAMES, WIDTH, tiny
-
-CONFIGS = {
-    "dense": None,
-    "dart": half("dart"),
-    "dart-prompt": half("dart-prompt"),
-    "griffin": half(),
-    "published": half("published"),
-    "dart-token": half("dart-token"),
-    "static": half("static"),
-    "late": half("griffin", masking_step=5, release_step=20),
-    "none": half("griffin").replace({"sparsity": 0.0}),
-    "attention": half("griffin", drift={"rule": "paper", "signal": "attention"}, masking_step=2),
-    "per row": half("griffin", batch="per_row"),
-}
 
 
 @pytest.fixture(scope="module")
 def engine() -> Any:
-    with Same(own_model()), Engine(own_model(), tokenizer()) as engine:
-        for config in CONFIGS.values():
-            engine.prepare(config)
+    with Same(own_model()), prepared() as engine:
         yield engine
 
 
@@ -48,7 +43,7 @@ def without_memory(report: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def wanted() -> dict[str, Any]:
-    return {name: alone(tiny(), config) for name, config in CONFIGS.items()}
+    return all_alone()
 
 
 @pytest.mark.parametrize("name", NAMES)

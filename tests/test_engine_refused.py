@@ -12,36 +12,30 @@ from dart_llm import AttachError, ConfigError
 from dart_llm.config import PruneConfig
 from dart_llm.engine import Ask, Engine, Sampling
 from dart_llm.engine_records import Token
-from engine_cases import PROMPT, alone, ask, half, own_model, tokenizer
+from engine_cases import (
+    CONFIGS,
+    PROMPT,
+    all_alone,
+    alone,
+    ask,
+    half,
+    own_model,
+    prepared,
+    tokenizer,
+)
 from steps import Same
 from tiny import tiny, tokens
-
-CONFIGS = {
-    "dense": None,
-    "dart": half("dart"),
-    "dart-prompt": half("dart-prompt"),
-    "griffin": half(),
-    "published": half("published"),
-    "dart-token": half("dart-token"),
-    "static": half("static"),
-    "late": half("griffin", masking_step=5, release_step=20),
-    "none": half("griffin").replace({"sparsity": 0.0}),
-    "attention": half("griffin", drift={"rule": "paper", "signal": "attention"}, masking_step=2),
-    "per row": half("griffin", batch="per_row"),
-}
 
 
 @pytest.fixture(scope="module")
 def engine() -> Any:
-    with Same(own_model()), Engine(own_model(), tokenizer()) as engine:
-        for config in CONFIGS.values():
-            engine.prepare(config)
+    with Same(own_model()), prepared() as engine:
         yield engine
 
 
 @pytest.fixture(scope="module")
 def wanted() -> dict[str, Any]:
-    return {name: alone(tiny(), config) for name, config in CONFIGS.items()}
+    return all_alone()
 
 
 def test_stop_strings(engine: Engine) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dart_llm.drift_passages import Passage, read_passages, shipped
+from dart_llm import drift_passages
+from dart_llm.drift_passages import Passage
 from dart_llm.errors import ConfigError
 from dart_llm.token_ends import encode, first_tokens
 
@@ -28,8 +29,7 @@ class Text:
 
 def passages(file: str | None, limit: int | None) -> list[Passage]:
     """The package's passages, or those of a JSONL file; the first ``limit`` of them."""
-    found = read_passages(file) if file else shipped()
-    return found[:limit]
+    return drift_passages.passages(file)[:limit]
 
 
 def digest(found: Sequence[Passage]) -> str:

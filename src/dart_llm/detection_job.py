@@ -12,10 +12,8 @@ from dart_llm import detection_plot, detection_summary, detection_table
 from dart_llm.arch import context_length
 from dart_llm.checkpoint import checkpoint_facts
 from dart_llm.detection_study import Study, plan, study
-from dart_llm.devices import memory_failure
-from dart_llm.errors import DartError
 from dart_llm.job_common import config_document, load_model
-from dart_llm.job_ending import complete, keep, write_plots
+from dart_llm.job_ending import complete, kept, leave, write_plots
 from dart_llm.model_facts import model_digest
 from dart_llm.provenance import peak_memory_bytes
 from dart_llm.read_points import EAGER, layer_count
@@ -65,7 +63,7 @@ def run_detect(settings: DetectSettings, ui: Ui, fresh: bool = False) -> DetectJ
         ui.say(f"resuming {folder.path}")
     started = time.perf_counter()
     _write_config(job, "running")
-    try:
+    with kept(job, lambda status: _leave(job, status), settings.model, settings.dtype):
         _load(job)
         texts = [inputs.tokens(passage, job.tokenizer) for passage in passages]
         inputs.check(texts, asked.prompt, context_length(job.model))
@@ -76,13 +74,11 @@ def run_detect(settings: DetectSettings, ui: Ui, fresh: bool = False) -> DetectJ
         job.timing["total_s"] = time.perf_counter() - started
         job.timing["peak_memory_bytes"] = peak_memory_bytes()
         _finish(job)
-    except BaseException as error:
-        keep(job, error, lambda status: _write_config(job, status), bool(job.rows))
-        memory = memory_failure(error, settings.model, settings.dtype or "the checkpoint's dtype")
-        if memory is not None and not isinstance(error, DartError):
-            raise memory from None
-        raise
     return job
+
+
+def _leave(job: DetectJob, status: str) -> None:
+    leave(job, status, lambda status: _write_config(job, status), bool(job.rows))
 
 
 def _load(job: DetectJob) -> None:

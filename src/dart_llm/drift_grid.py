@@ -12,13 +12,11 @@ from typing import Any
 from dart_llm import drift_passages, drift_prompts
 from dart_llm.config import PruneConfig
 from dart_llm.drift_methods import DENSE, DriftMethod
-from dart_llm.drift_passages import Passage, Topic
+from dart_llm.drift_passages import SHIPPED, Passage, Topic
 from dart_llm.drift_prompts import DriftPrompt
 from dart_llm.errors import ConfigError
 from dart_llm.prompts import given_prompt
 from dart_llm.settings_drift import FORCED, DriftSettings
-
-SHIPPED = "shipped"
 
 LONGEST_FILE = 240
 """Bytes of a file's name; most disks hold 255, and a file is written under a longer one first."""
@@ -79,30 +77,26 @@ class DriftCell:
 
 def load_sources(settings: DriftSettings) -> tuple[Source, ...]:
     """What the study writes after or reads; raises ``ConfigError`` for a file that does not fit."""
-    for name in ("passages", "prompts"):
-        file = getattr(settings, name)
-        if file not in (None, SHIPPED) and not Path(file).exists():
-            raise ConfigError(
-                f"--{name} {file}: there is no such file; --{name} shipped takes the package's own"
-            )
     if settings.kind == FORCED:
-        own = settings.passages not in (None, SHIPPED)
-        passages = (
-            drift_passages.read_passages(str(settings.passages))
-            if own
-            else drift_passages.shipped()
-        )
+        passages = drift_passages.passages(settings.passages)
         return tuple(map(_passage, passages[: settings.limit]))
     if settings.prompt is not None:
         text = given_prompt(settings.prompt)
         if not text.strip():
             raise ConfigError("the prompt is empty: give at least one word")
         return (Source("prompt", text),)
-    shipped = settings.prompts == SHIPPED
-    prompts = (
-        drift_prompts.shipped() if shipped else drift_prompts.read_prompts(str(settings.prompts))
-    )
-    return tuple(map(_prompt, prompts[: settings.limit]))
+    return tuple(map(_prompt, _prompts(settings.prompts)[: settings.limit]))
+
+
+def _prompts(source: str | None) -> Sequence[DriftPrompt]:
+    if source == SHIPPED:
+        return drift_prompts.shipped()
+    if not Path(str(source)).exists():
+        raise ConfigError(
+            f"--prompts {source}: there is no such file; --prompts {SHIPPED} takes the package's "
+            "own"
+        )
+    return drift_prompts.read_prompts(str(source))
 
 
 def _passage(passage: Passage) -> Source:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +18,11 @@ from dart_llm.drift_methods import DENSE
 from dart_llm.drift_metrics import Judge, load_judge
 from dart_llm.errors import DartError, ResultsError
 from dart_llm.job_common import config_document, load_model, write_logs
+from dart_llm.job_ending import kept
 from dart_llm.loading import checkpoint_facts
 from dart_llm.news import News
 from dart_llm.provenance import peak_memory_bytes
-from dart_llm.results import finite, open_folder, write_json
+from dart_llm.results import ResultsFolder, finite, open_folder, write_json
 from dart_llm.settings_drift import FORCED, DriftSettings
 from dart_llm.ui import Ui
 
@@ -52,6 +52,10 @@ class DriftJob:
     summary: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def folder(self) -> ResultsFolder:
+        return self.files.folder
+
+    @property
     def path(self) -> Path:
         return self.files.path
 
@@ -65,20 +69,14 @@ def run_drift(settings: DriftSettings, ui: Ui, fresh: bool = False) -> DriftJob:
     job = _open(settings, ui, fresh)
     started = time.perf_counter()
     _write_config(job, "running")
-    try:
+    with kept(job, lambda status: _leave(job, status), settings.model, settings.dtype):
         _load(job)
         _write_config(job, "running")
         _compute_all(job)
         job.timing["total_s"] = time.perf_counter() - started
         job.timing["peak_memory_bytes"] = peak_memory_bytes()
         _finish(job)
-    except BaseException as error:
-        if not isinstance(error, CellsFailed):
-            _keep(job, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-        memory = memory_failure(error, settings.model, settings.dtype or "the checkpoint's dtype")
-        if memory is not None and not isinstance(error, DartError):
-            raise memory from None
-        raise
+    _check(job)
     return job
 
 
@@ -174,24 +172,26 @@ def _finish(job: DriftJob) -> None:
     write_json(job.path / "timing.json", drift_finish.times(files, job.timing))
     _write_logs(job)
     ui.say(f"results: {job.path}")
-    if files.failed:  # the parts stay: the same command tries the failed cells again
-        key, sentence = next(iter(files.failed.items()))
+    if not files.failed:  # else the parts stay: the same command tries the failed cells again
+        files.folder.finish()
+
+
+def _check(job: DriftJob) -> None:
+    if job.files.failed:
+        key, sentence = next(iter(job.files.failed.items()))
         raise CellsFailed(
-            f"{len(files.failed)} of {len(files.cells)} cells failed, the others are kept in "
-            f"{job.path}; the first, {key}: {sentence}",
+            f"{len(job.files.failed)} of {len(job.files.cells)} cells failed, the others are kept "
+            f"in {job.path}; the first, {key}: {sentence}",
             document(job),
         )
-    files.folder.finish()
 
 
-def _keep(job: DriftJob, status: str) -> None:
-    """Leave what there is in order; a disk that is full must not hide the first error."""
-    with contextlib.suppress(ResultsError):
-        if job.files.write():
-            job.ui.say(f"what was finished is kept in {job.path}; the same command resumes")
-        write_json(job.path / "timing.json", drift_finish.times(job.files, job.timing))
-        _write_config(job, status)
-        _write_logs(job)
+def _leave(job: DriftJob, status: str) -> None:
+    if job.files.write():
+        job.ui.say(f"what was finished is kept in {job.path}; the same command resumes")
+    write_json(job.path / "timing.json", drift_finish.times(job.files, job.timing))
+    _write_config(job, status)
+    _write_logs(job)
 
 
 def _write_logs(job: DriftJob) -> None:

@@ -17,6 +17,9 @@ from typing import Any
 from dart_llm.errors import ConfigError
 from dart_llm.jsonl import read_rows
 
+SHIPPED = "shipped"
+"""Where a file could stand: the package's own."""
+
 BREAK = "\n\n"
 """What stands between two paragraphs."""
 
@@ -107,6 +110,21 @@ def shipped() -> list[Passage]:
             )
             for number, row in read_rows(folder / "index.jsonl")
         ]
+
+
+def passages(source: str | None) -> list[Passage]:
+    """Those of a JSONL file, or the package's (None, ``SHIPPED``).
+
+    Raises ``ConfigError`` where there is no such file, or as ``read_passages``.
+    """
+    if source in (None, SHIPPED):
+        return shipped()
+    if not Path(str(source)).exists():
+        raise ConfigError(
+            f"--passages {source}: there is no such file; --passages {SHIPPED} takes the package's "
+            "own"
+        )
+    return read_passages(str(source))
 
 
 def read_passages(path: str | Path) -> list[Passage]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,8 +11,7 @@ from typing import Any
 from dart_llm import inspect_ablation
 from dart_llm.activations_files import saver
 from dart_llm.cache import file_sha256
-from dart_llm.devices import memory_failure
-from dart_llm.errors import ConfigError, DartError, MissingExtra, ResultsError
+from dart_llm.errors import ConfigError, MissingExtra
 from dart_llm.inspect_neurons import neurons
 from dart_llm.inspect_overlap import overlap
 from dart_llm.inspect_space import space
@@ -23,6 +21,7 @@ from dart_llm.inspect_texts import InspectText, inspect_texts
 from dart_llm.inspect_weights import weights
 from dart_llm.inspect_words import sentences
 from dart_llm.job_common import config_document, load_model, write_logs
+from dart_llm.job_ending import kept, leave
 from dart_llm.model_facts import model_digest
 from dart_llm.provenance import peak_memory_bytes
 from dart_llm.results import ResultsFolder, open_folder, write_csv, write_json, write_text
@@ -74,28 +73,18 @@ def run_inspect(
         ui.say(f"resuming {folder.path}")
     started = time.perf_counter()
     _write_config(job, identity, "running")
-    try:
+    with kept(job, lambda status: _leave(job, identity, status), settings.model, settings.dtype):
         job.model, tokenizer, job.timing["load_s"] = load_model(settings, ui)
         _write_config(job, identity, "running")
         _inspect(job, tokenizer, wanted, bool(what))
         job.timing["total_s"] = time.perf_counter() - started
         job.timing["peak_memory_bytes"] = peak_memory_bytes()
         _finish(job, identity)
-    except BaseException as error:
-        _keep(job, identity, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-        memory = memory_failure(error, settings.model, settings.dtype or "the checkpoint's dtype")
-        if memory is not None and not isinstance(error, DartError):
-            raise memory from None
-        raise
     return job
 
 
-def _keep(job: InspectJob, identity: dict[str, Any], status: str) -> None:
-    with contextlib.suppress(ResultsError):
-        _write_config(job, identity, status)
-        if job.sections:
-            job.ui.say(f"what was finished is kept in {job.path}; the same command resumes")
-        write_logs(job.folder, job.ui.log, job.timing)
+def _leave(job: InspectJob, identity: dict[str, Any], status: str) -> None:
+    leave(job, status, lambda status: _write_config(job, identity, status), bool(job.sections))
 
 
 def _inspect(job: InspectJob, tokenizer: Any, wanted: Sequence[str], named: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import time
 from collections.abc import Sequence
@@ -15,16 +14,9 @@ from dart_llm import job_eval, job_prompt, measure_rows, ppl_texts
 from dart_llm.arch import context_length, widths
 from dart_llm.candidate import Candidate
 from dart_llm.config import PruneConfig
-from dart_llm.devices import memory_failure
-from dart_llm.errors import (
-    ConfigError,
-    DartError,
-    LoadError,
-    MissingExtra,
-    ResultsError,
-    UnknownName,
-)
+from dart_llm.errors import ConfigError, MissingExtra
 from dart_llm.job_common import config_document, load_model, write_logs
+from dart_llm.job_ending import kept
 from dart_llm.job_generate import generate_texts
 from dart_llm.job_state import Job
 from dart_llm.outputs import check_masks, read_masks
@@ -58,7 +50,7 @@ def run_job(
         ui.say(f"resuming {folder.path}")
     started = time.perf_counter()
     _write_config(job, "running")
-    try:
+    with kept(job, lambda status: _leave(job, status), settings.model, settings.dtype):
         _load(job)
         _write_config(job, "running")
         own = _prepare(job, masks)
@@ -74,24 +66,12 @@ def run_job(
         job.timing["total_s"] = time.perf_counter() - started
         job.timing["peak_memory_bytes"] = peak_memory_bytes()
         _finish(job)
-    except BaseException as error:
-        unloadable = job.model is None and isinstance(error, UnknownName | LoadError)
-        if unloadable and not folder.resumed:
-            folder.discard()
-        else:
-            _keep(job, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-        memory = memory_failure(error, settings.model, settings.dtype or "the checkpoint's dtype")
-        if memory is not None and not isinstance(error, DartError):
-            raise memory from None
-        raise
     return job
 
 
-def _keep(job: Job, status: str) -> None:
-    """Leave what there is in order; a disk that is full must not hide the first error."""
-    with contextlib.suppress(ResultsError):
-        _write_config(job, status)
-        write_logs(job.folder, job.ui.log, job.timing)
+def _leave(job: Job, status: str) -> None:
+    _write_config(job, status)
+    write_logs(job.folder, job.ui.log, job.timing)
 
 
 def _digests(settings: RunSettings, prompt: str, texts: Sequence[str]) -> dict[str, str]:

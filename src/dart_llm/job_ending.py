@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from dart_llm.errors import MissingExtra, ResultsError
+from dart_llm.devices import memory_failure
+from dart_llm.errors import DartError, LoadError, MissingExtra, ResultsError, UnknownName
 from dart_llm.job_common import write_logs
 from dart_llm.results import ResultsFolder
 from dart_llm.ui import Ui
 
 
 class Ending(Protocol):
-    """What is asked of a job."""
+    """What is asked of a job; ``model`` is None until it is loaded."""
 
     ui: Ui
-    folder: ResultsFolder
     timing: dict[str, Any]
+    model: Any
+
+    @property
+    def folder(self) -> ResultsFolder:
+        """Its results folder."""
 
     @property
     def path(self) -> Path:
-        """Its results folder."""
+        """The path of that."""
 
 
 def write_plots(job: Ending, plots: Iterable[Any]) -> None:
@@ -36,15 +41,40 @@ def write_plots(job: Ending, plots: Iterable[Any]) -> None:
         job.ui.say(f"no plots: {error}")
 
 
-def keep(
-    job: Ending, error: BaseException, write_config: Callable[[str], None], finished: bool
-) -> None:
-    """Keep what a job that broke off has; ``finished``: whether that is worth resuming."""
-    with contextlib.suppress(ResultsError):
-        write_config("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-        if finished:
-            job.ui.say(f"what was finished is kept in {job.path}; the same command resumes")
-        write_logs(job.folder, job.ui.log, job.timing)
+@contextlib.contextmanager
+def kept(
+    job: Ending, leave: Callable[[str], None], model: str, dtype: str | None
+) -> Iterator[None]:
+    """The work of a job: when it breaks off, ``leave(status)`` puts in order what there is.
+
+    A new folder goes away again where the model could not be loaded.  Raises what stopped the work,
+    and ``LoadError`` with next steps where memory ran out.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if _never_began(job, error):
+            job.folder.discard()
+        else:
+            with contextlib.suppress(ResultsError):  # a full disk must not hide the first error
+                leave("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        memory = memory_failure(error, model, dtype or "the checkpoint's dtype")
+        if memory is not None and not isinstance(error, DartError):
+            raise memory from None
+        raise
+
+
+def _never_began(job: Ending, error: BaseException) -> bool:
+    empty = not job.folder.resumed and not job.folder.parts
+    return empty and job.model is None and isinstance(error, UnknownName | LoadError)
+
+
+def leave(job: Ending, status: str, write_config: Callable[[str], None], finished: bool) -> None:
+    """What a job that broke off leaves behind; ``finished``: whether that is worth resuming."""
+    write_config(status)
+    if finished:
+        job.ui.say(f"what was finished is kept in {job.path}; the same command resumes")
+    write_logs(job.folder, job.ui.log, job.timing)
 
 
 def complete(job: Ending, write_config: Callable[[str], None]) -> None:

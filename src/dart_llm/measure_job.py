@@ -14,9 +14,9 @@ from dart_llm.cache import file_sha256
 from dart_llm.candidate import Candidate
 from dart_llm.cell import Cell
 from dart_llm.cell_inputs import Digests
-from dart_llm.devices import memory_failure
-from dart_llm.errors import DartError, MissingExtra, ResultsError
+from dart_llm.errors import MissingExtra
 from dart_llm.job_common import config_document, load_model, write_logs
+from dart_llm.job_ending import kept, leave
 from dart_llm.loading import checkpoint_facts
 from dart_llm.measure import check_calibration, check_task, count, measure
 from dart_llm.outputs import check_masks, read_masks
@@ -65,7 +65,7 @@ def run_measure(settings: MeasureSettings, ui: Ui, fresh: bool = False) -> Measu
         ui.say(f"resuming {folder.path}")
     started = time.perf_counter()
     _write_config(job, identity, "running")
-    try:
+    with kept(job, lambda status: _leave(job, identity, status), settings.model, settings.dtype):
         with _tracker(job) as tracker:
             job.model, job.tokenizer, job.timing["load_s"] = load_model(settings, ui)
             _write_config(job, identity, "running")
@@ -75,18 +75,11 @@ def run_measure(settings: MeasureSettings, ui: Ui, fresh: bool = False) -> Measu
         job.timing["total_s"] = time.perf_counter() - started
         job.timing["peak_memory_bytes"] = peak_memory_bytes()
         _finish(job, identity)
-    except BaseException as error:
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        with contextlib.suppress(ResultsError):
-            _write_config(job, identity, status)
-            if job.rows:
-                ui.say(f"what was finished is kept in {folder.path}; the same command resumes")
-            write_logs(job.folder, job.ui.log, job.timing)
-        memory = memory_failure(error, settings.model, settings.dtype or "the checkpoint's dtype")
-        if memory is not None and not isinstance(error, DartError):
-            raise memory from None
-        raise
     return job
+
+
+def _leave(job: MeasureJob, identity: dict[str, Any], status: str) -> None:
+    leave(job, status, lambda status: _write_config(job, identity, status), bool(job.rows))
 
 
 def _digests(settings: MeasureSettings, tasks: list[str]) -> dict[str, str]:

@@ -12,10 +12,8 @@ from dart_llm.calibration_text import check_disjoint
 from dart_llm.cell import Cell
 from dart_llm.cell_inputs import Digests
 from dart_llm.checkpoint import checkpoint_facts
-from dart_llm.devices import memory_failure
-from dart_llm.errors import DartError
 from dart_llm.job_common import config_document, load_model
-from dart_llm.job_ending import complete, keep, write_plots
+from dart_llm.job_ending import complete, kept, leave, write_plots
 from dart_llm.provenance import peak_memory_bytes
 from dart_llm.quality_slices import LEAD, SHIFT, pairs
 from dart_llm.quality_study import Plan, Study
@@ -60,21 +58,18 @@ def run_quality(settings: QualitySettings, ui: Ui, fresh: bool = False) -> Quali
         ui.say(f"resuming {job.path}")
     started = time.perf_counter()
     _write_config(job, "running")
-    try:
+    models = ", ".join(settings.names())
+    with kept(job, lambda status: _leave(job, status), models, settings.dtype):
         for name, model in settings.names().items():
             _study(job, name, model)
         job.timing["total_s"] = time.perf_counter() - started
         job.timing["peak_memory_bytes"] = peak_memory_bytes()
         _finish(job)
-    except BaseException as error:
-        keep(job, error, lambda status: _write_config(job, status), bool(job.lines))
-        memory = memory_failure(
-            error, ", ".join(settings.names()), settings.dtype or "the checkpoint's dtype"
-        )
-        if memory is not None and not isinstance(error, DartError):
-            raise memory from None
-        raise
     return job
+
+
+def _leave(job: QualityJob, status: str) -> None:
+    leave(job, status, lambda status: _write_config(job, status), bool(job.lines))
 
 
 def _open(settings: QualitySettings, ui: Ui, fresh: bool) -> QualityJob:

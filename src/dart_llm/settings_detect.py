@@ -32,7 +32,7 @@ class DetectSettings(BaseSettings):
 
     method: str = setting("Pruning", "The model runs dense.", "dense")
     passages: str | None = setting(
-        PANEL, "JSONL file of passages with known changes (default: the package's 12)."
+        PANEL, "shipped, or a JSONL file of passages with known changes (default: shipped)."
     )
     limit: int | None = setting(PANEL, "The first N passages (default: all).")
     signals: str = setting(

@@ -19,10 +19,9 @@ from dart_llm.cell import Cell
 from dart_llm.cell_inputs import Digests
 from dart_llm.checkpoint import checkpoint_facts
 from dart_llm.config import PruneConfig
-from dart_llm.devices import memory_failure
-from dart_llm.errors import ConfigError, DartError
+from dart_llm.errors import ConfigError
 from dart_llm.job_common import config_document
-from dart_llm.job_ending import complete, keep, write_plots
+from dart_llm.job_ending import complete, kept, leave, write_plots
 from dart_llm.provenance import peak_memory_bytes
 from dart_llm.results import ResultsFolder, open_folder, write_json, write_lines
 from dart_llm.session import Run
@@ -67,25 +66,18 @@ def run_speed(
         ui.say(f"resuming {job.path}")
     started = time.perf_counter()
     _write_config(job, "running")
-    try:
-        with _threads(settings.threads):
-            _measure(job)
-            job.timing["total_s"] = time.perf_counter() - started
-            job.timing["peak_memory_bytes"] = peak_memory_bytes()
-            _finish(job)
-    except BaseException as error:
-        keep(
-            job,
-            error,
-            lambda status: _write_config(job, status),
-            job.study is not None and bool(job.study.repetitions),
-        )
-        dtype = settings.dtype or "the checkpoint's dtype"
-        memory = memory_failure(error, settings.name, dtype)
-        if memory is not None and not isinstance(error, DartError):
-            raise memory from None
-        raise
+    breaks = kept(job, lambda status: _leave(job, status), settings.name, settings.dtype)
+    with breaks, _threads(settings.threads):
+        _measure(job)
+        job.timing["total_s"] = time.perf_counter() - started
+        job.timing["peak_memory_bytes"] = peak_memory_bytes()
+        _finish(job)
     return job
+
+
+def _leave(job: SpeedJob, status: str) -> None:
+    finished = job.study is not None and bool(job.study.repetitions)
+    leave(job, status, lambda status: _write_config(job, status), finished)
 
 
 @contextlib.contextmanager
