@@ -13,6 +13,7 @@ import torch
 from dart_llm import plots, speed_plot
 from dart_llm.errors import ConfigError, LoadError
 from dart_llm.results_info import read_info
+from dart_llm.settings_speed import EXECUTORS
 from dart_llm.speed_job import SpeedJob, document, run_speed
 from dart_llm.speed_study import shuffled
 from dart_llm.speed_table import markdown
@@ -130,6 +131,15 @@ def test_the_plot_has_the_limit_as_a_line(whole: SpeedJob) -> None:
     assert heights == pytest.approx([row["times_own_dense"] for row in whole.found["rows"]])
     dense = [row for row in whole.found["rows"] if not row["variant"]]
     assert speed_plot.make({**whole.found, "rows": dense}) == []
+
+
+def test_every_executor_has_its_look_in_the_plot(whole: SpeedJob, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert set(speed_plot.LOOKS) == {None, *EXECUTORS}
+    assert len(set(speed_plot.LOOKS.values())) == len(speed_plot.LOOKS)
+    rows = [{**row, "executor": "graph"} for row in whole.found["rows"]]
+    (path, *_) = plots.save(tmp_path, speed_plot.make({**whole.found, "rows": rows}))
+    assert path.stat().st_size > 10_000
 
 
 @pytest.mark.usefixtures("no_plots")

@@ -20,6 +20,7 @@ LOOKS: dict[str | None, tuple[int, str]] = {
     "compact": (4, "s"),
     "native": (3, "^"),
     "slim": (0, "o"),
+    "graph": (2, "D"),
 }
 """Colour and marker by executor; None is plain transformers."""
 POINTS = 60
