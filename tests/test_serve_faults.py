@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,8 +67,6 @@ def test_prompts_are_logged_only_when_asked(caplog: pytest.LogCaptureFixture) ->
 
 
 def test_runs_are_opened_below_their_folder_alone(tmp_path: Path) -> None:
-    import json
-
     root = tmp_path / "results"
     run = root / "sky/20260101-120000"
     run.mkdir(parents=True)
@@ -89,6 +88,52 @@ def test_runs_are_opened_below_their_folder_alone(tmp_path: Path) -> None:
     assert opened["drift"] == [{"step": "1", "similarity": "0.5"}]
     assert opened["masks"] is None
     assert opened["config"]["kind"] == "run"
+
+
+def test_what_a_run_measured_is_told_whatever_its_kind(tmp_path: Path) -> None:
+    line = {
+        "label": "griffin@0.5",
+        "status": "done",
+        "cell": {"model": "m", "method": "griffin", "sparsity": 0.5, "task": "arc_easy"},
+        "measurement": {
+            "task": "arc_easy",
+            "protocol": "decode",
+            "metric": "acc",
+            "metrics": {"acc": 0.25},
+            "accounting": {"achieved_sparsity": 0.48, "dense_token_share": 0.04, "remasks": 3},
+        },
+    }
+    mean = {"label": "dart", "method": "dart", "cells": 2, "loss": {"after": {"mean": 4.5}}}
+    summary = {"mode": "forced", "rows": [{**mean, "achieved_sparsity": 0.4, "remasks": 1}]}
+    written: dict[str, dict[str, str]] = {
+        "run": {"general_nlp.json": json.dumps({"rows": [line]})},
+        "eval": {"results.jsonl": json.dumps(line)},
+        "sweep": {"results.jsonl": json.dumps(line), "compare.md": "# Comparison"},
+        "drift": {"summary.json": json.dumps(summary), "summary.md": "# Drift"},
+        "detect": {"results.jsonl": "{}", "detection.md": "# Detection"},
+        "inspect": {"inspect.json": "{}", "inspect.md": "# Inspection"},
+        "quality": {"results.jsonl": "{}", "quality.md": "# Quality"},
+        "speed": {"results.jsonl": "{}", "speed.md": "# Speed"},
+    }
+    for kind, files in written.items():
+        folder = tmp_path / f"{kind}/20260101-120000"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"status": "complete", "kind": kind}))
+        for name, text in files.items():
+            (folder / name).write_text(text)
+    with running(results_dir=str(tmp_path)) as server, server.client() as client:
+        found = {kind: client.get(f"/api/runs/{kind}/20260101-120000").json() for kind in written}
+    measured = {"label": "griffin@0.5", "asked": 0.5, "task": "arc_easy", "protocol": "decode"}
+    measured |= {"model": "m", "status": "done", "metric": "acc", "value": 0.25, "items": 0}
+    measured |= {"achieved": 0.48, "dense_share": 0.04, "remasks": 3}
+    for kind in ("run", "eval", "sweep"):
+        assert found[kind]["rows"] == [measured]
+    (drift,) = found["drift"]["rows"]
+    assert (drift["label"], drift["value"], drift["achieved"]) == ("dart", 4.5, 0.4)
+    for kind, files in written.items():
+        page = next((text for name, text in files.items() if name.endswith(".md")), "")
+        assert found[kind]["tables"] == page
+    assert found["detect"]["rows"] == []
 
 
 def test_a_table_that_is_none_is_left_out(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -145,3 +146,32 @@ def test_a_refused_key_is_said(start: Start) -> None:
     window.driver.find_element("id", "key").send_keys("another-long-key", Keys.ENTER)
     window.wait("document.getElementById('model').textContent.startsWith('no connection: ')")
     assert "key" in window.text("model")
+
+
+def test_past_runs_of_other_kinds_show_what_they_measured(start: Start, tmp_path: Path) -> None:
+    study = tmp_path / "results/tides/20260102-030405"
+    study.mkdir(parents=True)
+    row = {"method": "dart", "label": "dart", "sparsity": 0.5, "cells": 2, "remasks": 7}
+    row |= {"achieved_sparsity": 0.473, "dense_token_share": 0.053}
+    row["loss"] = {"after": {"mean": 4.5678}}
+    (study / "config.json").write_text(json.dumps({"kind": "drift", "status": "complete"}))
+    (study / "summary.json").write_text(json.dumps({"mode": "forced", "rows": [row]}))
+    (study / "summary.md").write_text(f"# Methods <b>side by side</b>\n{'wide ' * 80}")
+    (study / "drift.csv").write_text(
+        "key,sequence,row,step,layer,window,similarity,threshold,counter,trigger,state\n"
+        "a,0,0,10,1,1,0.8,0.7,0,0,armed\n"
+    )
+    _, window = start(results_dir=str(tmp_path / "results"))
+    ready(window)
+    window.size(390, 844)
+    window.js("document.getElementById('show-runs').click()")
+    window.wait("document.querySelectorAll('#runs-list button').length === 1")
+    window.js("document.querySelector('#runs-list button').click()")
+    window.wait("document.querySelector('#run table')")
+    cells = window.js("[...document.querySelectorAll('#run tbody td')].map((c) => c.textContent)")
+    assert cells == ["drift:forced", "dart", "loss_after", "4.568", "47.3 %", "5.3 %", "7"]
+    assert window.js("document.querySelectorAll('#run .similarity-dot').length") == 0
+    window.js("document.querySelectorAll('#run details').forEach((d) => { d.open = true; })")
+    assert "<b>side by side</b>" in window.js("document.querySelector('#run pre').textContent")
+    assert window.js("document.documentElement.scrollWidth") == 390
+    assert window.complaints() == []

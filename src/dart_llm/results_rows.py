@@ -24,6 +24,8 @@ STUDIES = ("detect", "inspect", "quality", "speed")
 """Kinds whose results are no cells of a comparison; their folders have tables of their own."""
 
 CELLS, MEASUREMENTS = "results.jsonl", "measurements.json"
+EVALUATIONS = ("mmlu.json", "general_nlp.json", "summarization.json")
+"""Of ``dart-llm run``: lines of results.jsonl, as ``rows``."""
 
 
 def read_rows(folder: Path, config: Mapping[str, Any], problems: list[str]) -> tuple[Row, ...]:
@@ -99,6 +101,9 @@ def _cells(folder: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
         yield {"cell": cell, "label": entry.get("label"), "measurement": entry}
     if not measured:
         yield from _perplexities(folder, problems)
+    for name in EVALUATIONS:
+        rows = mapping(read_json(folder / name, problems)).get("rows")
+        yield from (dict(mapping(row)) for row in (rows if isinstance(rows, list) else ()))
 
 
 def _perplexities(folder: Path, problems: list[str]) -> Iterator[dict[str, Any]]:

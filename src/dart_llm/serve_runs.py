@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dart_llm import results_list
+from dart_llm.compare_row import Row
 from dart_llm.errors import ConfigError
 from dart_llm.results_info import RunInfo
+from dart_llm.results_rows import GENERATE
 from dart_llm.serve_errors import Refusal
 
 DOCUMENTS = (
@@ -25,6 +27,21 @@ DOCUMENTS = (
     "inspect.json",
 )
 """Files that are shown as they are, where a run has them, under their names without ``.json``."""
+TABLES = {
+    "compare": "compare.md",
+    "sweep": "compare.md",
+    "drift": "summary.md",
+    "detect": "detection.md",
+    "inspect": "inspect.md",
+    "quality": "quality.md",
+    "speed": "speed.md",
+}
+"""The file with all tables, by kind of run."""
+MEASURED = (
+    *("model", "label", "asked", "task", "protocol", "status", "metric", "value", "items"),
+    *("achieved", "dense_share", "remasks"),
+)
+"""What is told of a measured row, under its names in compare.csv."""
 LARGEST = 8 << 20
 """Bytes of a file that is still read."""
 MOST_RUNS = 500
@@ -76,7 +93,13 @@ def opened(root: Path, name: str) -> dict[str, Any]:
     lines = _text(run.path, files.get("generation.jsonl")).splitlines()
     found["generation"] = [row for line in lines if (row := _json(line)) is not None]
     found["drift"] = _rows(_text(run.path, files.get("drift.csv")))
+    found["rows"] = [_measured(row) for row in run.rows if row.task != GENERATE]
+    found["tables"] = _text(run.path, files.get(TABLES.get(run.kind, "")))
     return found
+
+
+def _measured(row: Row) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in MEASURED}
 
 
 def _text(folder: Path, path: Path | None) -> str:

@@ -88,7 +88,8 @@ function asAnswer(run) {
   const layers = run.masks?.layers ?? [];
   answer.tokens = tokensOf(pruned(run) ?? {}).filter((token) => token.text);
   answer.remasks = masks;
-  answer.checks = (run.drift ?? []).map((row) => ({
+  const windows = (run.drift ?? []).filter((row) => row.key == null); // a study has those of many texts
+  answer.checks = windows.map((row) => ({
     sequence: number(row.sequence), row: number(row.row), step: number(row.step), layer: number(row.layer),
     window: number(row.window), similarity: number(row.similarity), threshold: number(row.threshold),
     counter: number(row.counter), state: row.state,
@@ -101,24 +102,22 @@ function asAnswer(run) {
 }
 
 function tables(run) {
-  const found = [perplexity(run)];
-  for (const kind of ["mmlu", "general_nlp", "summarization"]) found.push(evaluation(kind, run[kind]?.rows));
-  return found;
+  return [results(run), allTables(run)];
 }
 
-function perplexity(run) {
-  const documents = run.perplexity?.texts ?? (run.perplexity ? [run.perplexity] : []);
-  const lines = documents.flatMap((document) => (document.rows ?? []).map((row) =>
-    [document.text, row.label ?? row.method, percent(row.sparsity, 0), plain(row.perplexity, 2), plain(row.ratio_to_dense, 2)]));
-  return table("Perplexity", ["Text", "Method", "Asked", "Perplexity", "x dense"], lines, 2);
+/** Every number beside what was removed to get it. */
+function results(run) {
+  const heads = ["Task", "Method", "Metric", "Value", "Removed", "Decoded dense", "Re-masks"];
+  const lines = (run.rows ?? []).map((row) => [
+    row.task, row.label, row.metric, row.status === "failed" ? "failed" : plain(row.value, Math.abs(row.value) < 10 ? 3 : 1),
+    percent(row.achieved), percent(row.dense_share), plain(row.remasks),
+  ]);
+  return table("Results", heads, lines, 3);
 }
 
-function evaluation(kind, measured) {
-  const lines = (measured ?? []).map((row) => {
-    const value = row.measurement?.value ?? row.measurement?.score;
-    return [row.task, row.label ?? row.method, percent(row.sparsity ?? row.asked, 0), plain(value, 3)];
-  });
-  return table(kind.replace("_", " "), ["Task", "Method", "Asked", "Value"], lines, 2);
+function allTables(run) {
+  if (!run.tables) return null;
+  return el("details", {}, el("summary", {}, "All its tables"), el("pre", { className: "scroll" }, run.tables));
 }
 
 function table(title, heads, lines, numbersFrom) {
