@@ -11,6 +11,7 @@ FFN = "ffn-speed"
 HEADS = {
     "row": 0,
     "pp tokens/s": 1,
+    "first token ms": 2,
     "tg ms": 3,
     "+-": 4,
     "achieved": 7,
@@ -22,8 +23,14 @@ HEADS = {
     "of limit": 13,
     "GB/s": 14,
     "extra MiB": 17,
+    "all ms": 19,
+    "all x transformers": 20,
+    "all x own dense": 21,
 }
-"""Heads of the columns, and their places in ``speed_table.HEADS``."""
+"""Heads of the columns, and their places in ``speed_table.HEADS``.
+
+Those of which a file holds nothing, for it was measured before they were there, are left out.
+"""
 COSTS = {"cost": 0, "row": 1, "against": 2, "ms": 3, "+-": 4, "of a token of": 5, "share of it": 6}
 
 
@@ -45,8 +52,9 @@ def speed(root: Path, name: str) -> str:
 
 
 def _grid(heads: dict[str, int], rows: list[list[str]]) -> str:
-    lines = [list(heads), ["---", *["---:"] * (len(heads) - 1)]]
-    lines += [[row[place] for place in heads.values()] for row in rows]
+    places = {head: place for head, place in heads.items() if any(row[place] for row in rows)}
+    lines = [list(places), ["---", *["---:"] * (len(places) - 1)]]
+    lines += [[row[place] for place in places.values()] for row in rows]
     return table(lines)
 
 

@@ -49,7 +49,8 @@ def sample(
 ) -> dict[str, Any]:
     """A sample as the clock gives it; ``phases``: a letter per step, o observe, p pruned."""
     names = {"o": "observe", "p": "pruned"}
-    found = {"first_token_s": 0.1, "steps_s": [ms / 1000 for ms in steps_ms], **more}
+    found = {"first_token_s": 0.1, "warm_s": [0.03, 0.002]}
+    found |= {"steps_s": [ms / 1000 for ms in steps_ms], **more}
     if phases:
         found |= {"phases": [names[letter] for letter in phases], "built": list(built)}
     return found

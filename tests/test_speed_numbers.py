@@ -138,6 +138,10 @@ def test_rows_by_hand() -> None:
     assert row["share_of_read_bandwidth"] == pytest.approx(700 / 0.015 / 55000)
     assert (row["achieved_sparsity"], row["dense_token_share"], row["remasks"]) == (0.5, 0.25, 1)
     assert row["attach_ms"] == pytest.approx(20) and row["extra_memory_bytes"] == 3 * 2**20
+    # 100 for the prompt, 32 for two untimed tokens, and the timed ones: 30 and 30
+    assert row["all_ms"] == pytest.approx(162)
+    assert row["all_times_transformers"] == pytest.approx((132 + 84) / 162)
+    assert row["all_times_own_dense"] == pytest.approx((132 + 42) / 162)
     assert plain["attach_ms"] is None and plain["peak_growth_bytes"] is None
 
 

@@ -32,6 +32,9 @@ DEFINITIONS = {
     "attach ms": "from a configuration to an attached model, what is learnt once left out; median",
     "extra MiB": "held beside the model while attached",
     "peak MiB": "largest growth of resident memory in a repetition, cache and activations included",
+    "all ms": "the prompt, the untimed tokens with the first masks, and the timed ones; median",
+    "all x transformers": "all ms of the untouched model over this row's",
+    "all x own dense": "all ms of our own dense path over this row's",
 }
 
 
@@ -52,6 +55,7 @@ def summarise(
     dense = {label: token_ms(samples[label]) for label in (TRANSFORMERS, own)}
     rows = [
         _row(case, samples[case.label], sizes, about["prompt_tokens"], read, dense, own)
+        | _whole(samples, case.label, own)
         for case in shown
     ]
     return {
@@ -72,6 +76,18 @@ def summarise(
 def token_ms(samples: Sequence[Sample]) -> float:
     """Median over repetitions of the mean time of a timed token, in ms."""
     return statistics.median(1000 * statistics.fmean(one["steps_s"]) for one in samples)
+
+
+def all_ms(samples: Sequence[Sample]) -> float:
+    """Median over repetitions of what prompt and tokens took, untimed tokens too, in ms."""
+    parts = ([one["first_token_s"], *one["warm_s"], *one["steps_s"]] for one in samples)
+    found: float = statistics.median(1000 * sum(part) for part in parts)
+    return found
+
+
+def _whole(samples: Mapping[str, Sequence[Sample]], label: str, own: str) -> dict[str, float]:
+    ms, plain, dense = (all_ms(samples[name]) for name in (label, TRANSFORMERS, own))
+    return {"all_ms": ms, "all_times_transformers": plain / ms, "all_times_own_dense": dense / ms}
 
 
 def _row(

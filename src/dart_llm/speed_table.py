@@ -34,6 +34,9 @@ HEADS = (
     "attach ms",
     "extra MiB",
     "peak MiB",
+    "all ms",
+    "all x transformers",
+    "all x own dense",
 )
 TERMINAL = (0, 1, 3, 4, 7, 10, 11, 12, 13, 14)
 """Columns that fit a terminal."""
@@ -64,6 +67,9 @@ def cells(row: Row) -> list[str]:
         number(row["attach_ms"]),
         _mib(row["extra_memory_bytes"]),
         _mib(row["peak_growth_bytes"]),
+        number(row.get("all_ms")),
+        _times(row.get("all_times_transformers")),
+        _times(row.get("all_times_own_dense")),
     ]
 
 
@@ -88,6 +94,10 @@ def number(value: float | None) -> str:
     digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
     text = f"{value:.{digits}f}"
     return text.removeprefix("-") if float(text) == 0 else text
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _mib(value: int | None) -> str:
