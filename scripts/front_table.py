@@ -44,7 +44,8 @@ NOTE = (
     "Time: {prompt} prompt + {tokens} timed tokens, median of {repeats}, {threads} threads of "
     "{processor}; *x plain* is over plain transformers, {plain:.1f} ms, *x own dense* over our own "
     "dense path, {own:.2f} ms. *Bytes allow* is what reading fewer bytes can give at most over our "
-    "dense path{timed}. dense-8bit has no time: its weights are rounded, not packed. dense-4bit is "
+    "dense path{timed}. All read the prompt dense, and some observe it: until the first token "
+    "{first}. dense-8bit has no time: its weights are rounded, not packed. dense-4bit is "
     "left out: the file was 4-bit before.\n\n"
     "dart-token finds each token's neurons by 4-bit copies on a grid of its own. That the file was "
     "4-bit does not help them: their error is {error:.3f}, that of Gaussian weights {gaussian:.3f}."
@@ -79,6 +80,7 @@ def front(quality: Row, speed: Row, proxies: Mapping[str, float]) -> str:
         plain=plain,
         own=own,
         timed=_timed(run),
+        first=_first(run),
         arc=" / ".join(f"{accuracy['dart', s]['achieved']:.0%}" for s in SPARSITIES),
         **proxies,
     )
@@ -154,6 +156,18 @@ def _timed(run: Row) -> str:
         if row["asked"] - row["achieved_sparsity"] > APART
     ]
     return f", at what was achieved in the timed text: {'; '.join(found)}" if found else ""
+
+
+def _first(run: Row) -> str:
+    """How long the first token took, by method."""
+    names = {"plain transformers": ["transformers"], "our dense path": [run["own_dense"]]}
+    names |= {name: [f"{name} {100 * s:g} %, slim" for s in SPARSITIES] for name in PRUNED}
+    found = []
+    for name, labels in names.items():
+        times = [f"{_row(run, label)['first_token_ms']:.0f}" for label in labels]
+        low, high = min(times, key=int), max(times, key=int)
+        found.append(f"{name} {low if low == high else f'{low} to {high}'}")
+    return f"{', '.join(found)} ms"
 
 
 def _row(run: Row, name: str) -> Row:
