@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,15 @@ def test_what_an_interrupted_build_left_behind_is_not_waited_for(
     assert build.why_not() == ""
     assert (folder / f"{build.NAME}.so").read_text(encoding="utf-8") == "whole"
     assert seen[0] != folder and not seen[0].exists()
+
+
+def test_what_torch_says_of_cuda_is_not_passed_on(caplog: pytest.LogCaptureFixture) -> None:
+    theirs = logging.getLogger("torch.utils.cpp_extension")
+    with build._silent_about_cuda():
+        theirs.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/usr/local")
+        theirs.warning("the compiler is old")
+    theirs.warning("CUDA again")
+    assert [one.getMessage() for one in caplog.records] == ["the compiler is old", "CUDA again"]
 
 
 def test_memory_that_others_see_is_left_to_compact() -> None:

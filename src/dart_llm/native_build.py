@@ -16,6 +16,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -91,11 +92,27 @@ def _reason(error: BaseException) -> str:
     return next(wrong, lines[0] if lines else type(error).__name__)
 
 
+@contextlib.contextmanager
+def _silent_about_cuda() -> Iterator[None]:
+    """A PyTorch made for CUDA warns where it finds none, which is no matter of CPU kernels."""
+    theirs = logging.getLogger("torch.utils.cpp_extension")
+    theirs.addFilter(_not_about_cuda)
+    try:
+        yield
+    finally:
+        theirs.removeFilter(_not_about_cuda)
+
+
+def _not_about_cuda(record: logging.LogRecord) -> bool:
+    return "CUDA" not in record.getMessage()
+
+
 def _build(folder: Path, library: Path) -> None:
     """Compile and load; whole, or not at all, and no process waits for another one's lock."""
     if shutil.which(shlex.split(_compiler())[0]) is None:
         raise LoadError(f"no C++ compiler {_compiler()} is here: install g++, or set CXX to one")
-    from torch.utils import cpp_extension
+    with _silent_about_cuda():
+        from torch.utils import cpp_extension
 
     logger.info("compiling the native CPU kernels, once (some ten seconds)")
     folder.mkdir(parents=True, exist_ok=True)

@@ -158,10 +158,11 @@ class RunReport:
             if self.proxy_bytes_share
             else ""
         )
+        remasks = f"{self.remasks} re-mask{'' if self.remasks == 1 else 's'}"
         return (
             f"{self.method}: {self.achieved_sparsity:.1%} of the FFN neurons removed{asked}, mean "
             f"over {self.decoded_tokens} decoded tokens ({self.dense_token_share:.1%} of them "
-            f"dense; {self.sparsity_while_pruned:.1%} while pruned), {self.remasks} re-masks, "
+            f"dense; {self.sparsity_while_pruned:.1%} while pruned), {remasks}, "
             f"{self.executor} executor, {self.ffn_bytes_share:.2f} of the dense FFN bytes{copies}, "
             f"{self.extra_memory_bytes / 2**20:.1f} MiB held"
         )

@@ -2,6 +2,7 @@
 
 import { rebuilt } from "./answer.js";
 import { shape } from "./dom.js";
+import { counted } from "./format.js";
 
 const HEIGHT = 190;
 const EDGE = { left: 38, right: 66, top: 24, bottom: 30 };
@@ -177,5 +178,5 @@ function inWords(answer, series) {
   const last = series[0].at(-1);
   const against = last.threshold == null ? "the detector is not armed" : `threshold ${last.threshold.toFixed(2)}`;
   return `Similarity ${last.similarity.toFixed(2)} at token ${last.step}, ${against}; ` +
-    `${rebuilt(answer).length} re-masks.`;
+    `${counted(rebuilt(answer).length, "re-mask")}.`;
 }
