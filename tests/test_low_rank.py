@@ -10,7 +10,7 @@ from torch import Tensor
 from dart_llm import low_rank as low_rank_module
 from dart_llm.compensation import compensation
 from dart_llm.evidence import LayerEvidence
-from dart_llm.low_rank import FLOOR, RIDGE, LowRank, find_basis, low_rank, regression
+from dart_llm.low_rank import FLOOR, RIDGE, Gone, LowRank, find_basis, inverses, low_rank
 from prior_cases import STATISTICS, seen
 
 T, D, I, R = 80, 12, 20, 5  # noqa: E741 - the method's own names
@@ -19,6 +19,13 @@ SPREAD = torch.tensor([9.0, 6, 4, 3, 2, 1, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05])
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def one_map(
+    down: Tensor, evidence: LayerEvidence, basis: Tensor, removed: Tensor
+) -> tuple[Tensor, LowRank]:
+    (found,) = low_rank([Gone(down, evidence, basis, removed)])
+    return found
 
 
 def inputs(seed: int = 0, tokens: int = T) -> Tensor:
@@ -80,7 +87,7 @@ def test_constant_inputs_have_nothing_to_read(value: float) -> None:
     basis = find_basis(h, R)
     assert basis.tolist() == torch.zeros(R, D).tolist()
     u, down, removed = noise(T, I), noise(D, I, seed=1), torch.tensor([0, 7, 9])
-    bias, linear = low_rank(down, seen(u, h, basis), basis, removed)
+    bias, linear = one_map(down, seen(u, h, basis), basis, removed)
     assert linear.out.tolist() == torch.zeros(D, R).tolist()
     torch.testing.assert_close(bias, compensation(down, u.mean(0), removed))
 
@@ -109,8 +116,9 @@ def least_squares(u: Tensor, f: Tensor, ridge: float) -> np.ndarray:
 
 
 def slopes(evidence):
-    cross, inverse = regression(evidence, torch.arange(I))
-    return cross @ inverse
+    one = Gone(noise(D, I), evidence, noise(R, D), torch.arange(I))
+    (inverse,) = inverses([one], evidence.sums["features"].mean[None])
+    return one.covariances()[:, :-1] @ inverse
 
 
 @pytest.mark.parametrize("cuts", [(T,), (50, 30), (1,) * T])
@@ -154,7 +162,7 @@ def test_what_is_linear_in_the_input_is_reproduced(monkeypatch: pytest.MonkeyPat
     wanted = (new @ weights + noise(I, seed=7))[:, removed] @ down[:, removed].T
 
     def missing() -> float:
-        bias, linear = low_rank(down, seen(u, h, basis), basis, removed)
+        bias, linear = one_map(down, seen(u, h, basis), basis, removed)
         assert bias.shape == (D,) and linear.out.shape == (D, D) and linear.basis is basis
         found = bias + linear(new)
         return float((found - wanted).norm() / (wanted - wanted.mean(0)).norm())
@@ -169,7 +177,7 @@ def test_rank_zero_is_mean_compensation() -> None:
     h, u, down = inputs(), noise(T, I), noise(D, I, seed=8)
     removed, basis = torch.tensor([0, 3, 4]), find_basis(h, 0)
     assert basis.shape == (0, D)
-    bias, linear = low_rank(down, seen(u, h, basis), basis, removed)
+    bias, linear = one_map(down, seen(u, h, basis), basis, removed)
     torch.testing.assert_close(bias, compensation(down, u.mean(0), removed))
     assert linear.out.shape == (D, 0) and linear.nbytes() == 0
     assert float(linear(h).abs().sum()) == 0
@@ -180,7 +188,7 @@ def test_at_the_mean_input_only_the_mean_is_added() -> None:
     h = inputs()
     u, down = (h @ noise(D, I, seed=4)).relu(), noise(D, I, seed=8)
     removed, basis = torch.arange(4, 12), find_basis(h, R)
-    bias, linear = low_rank(down, seen(u, h, basis), basis, removed)
+    bias, linear = one_map(down, seen(u, h, basis), basis, removed)
     wanted = compensation(down, u.mean(0), removed)
     torch.testing.assert_close(bias + linear(h.mean(0)), wanted, rtol=1e-3, atol=1e-3)
     better = (h @ noise(D, I, seed=4)).relu()[:, removed] @ down[:, removed].T
@@ -193,9 +201,9 @@ def test_the_map_has_the_dtype_of_the_weights(dtype: torch.dtype) -> None:
     h = inputs()
     u, down = h @ noise(D, I, seed=4), noise(D, I, seed=8)
     removed, basis = torch.arange(8), find_basis(h, R).to(dtype)
-    bias, linear = low_rank(down.to(dtype), seen(u, h, basis.float()), basis, removed)
+    bias, linear = one_map(down.to(dtype), seen(u, h, basis.float()), basis, removed)
     assert (bias.dtype, linear.out.dtype) == (torch.float32, dtype)
-    _, exact = low_rank(down, seen(u, h, basis.float()), basis.float(), removed)
+    _, exact = one_map(down, seen(u, h, basis.float()), basis.float(), removed)
     torch.testing.assert_close(linear.out.float(), exact.out, rtol=2e-2, atol=0.1)
     assert linear.nbytes() == 2 * D * R
 
@@ -222,6 +230,22 @@ def test_a_map_for_every_row() -> None:
     assert linear.nbytes() == 2 * 4 * D * R
 
 
+def test_layers_at_once_are_each_layer_alone() -> None:
+    """Also where one has fewer features."""
+    h, layers = inputs(), []
+    for number, rank in enumerate((R, 3, R, R)):
+        basis, removed = find_basis(h, rank), torch.arange(number, I, 3)
+        u = (h @ noise(D, I, seed=4 + number)).relu()
+        layers.append(Gone(noise(D, I, seed=number), seen(u, h, basis), basis, removed))
+    together = low_rank(layers)
+    for one, (bias, linear) in zip(layers, together, strict=True):
+        alone_bias, alone = one_map(one.down, one.evidence, one.basis, one.removed)
+        torch.testing.assert_close(bias, alone_bias)
+        torch.testing.assert_close(linear.out, alone.out)
+        assert linear.basis is one.basis
+    assert low_rank([]) == []
+
+
 # an autocast of the caller's
 
 
@@ -235,7 +259,7 @@ def test_an_autocast_rounds_no_sum_and_no_solution() -> None:
         evidence, z = LayerEvidence(), torch.zeros(1, T, 1)
         f = (h.double() @ basis.double().T).float()
         STATISTICS.update(evidence, u[None], z, None, None, weights[None], f[None])
-        bias, linear = low_rank(down, evidence, basis, removed)
+        bias, linear = one_map(down, evidence, basis, removed)
         return [basis, *(known.total for known in evidence.sums.values()), bias, linear.out]
 
     plain = everything()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dart_llm.evidence import LayerEvidence, Sum
@@ -37,11 +38,10 @@ def pooled(observed: LayerEvidence, prior: LayerPrior | None, tokens: float) -> 
         return observed
     found = dict(observed.sums)
     for name, known in prior.evidence.sums.items():
-        part = tokens * known.mean
-        seen = found.get(name)
-        found[name] = (
-            Sum(part, tokens)
-            if seen is None
-            else Sum(seen.total + part.to(seen.total.device), seen.weight + tokens)
-        )
+        share, seen = tokens / float(known.divisor), found.get(name)
+        if seen is None:
+            found[name] = Sum(share * known.total, tokens)
+        else:
+            there = known.total.to(seen.total.device)
+            found[name] = Sum(torch.add(seen.total, there, alpha=share), seen.weight + tokens)
     return LayerEvidence(found)

@@ -85,35 +85,65 @@ def _find_basis(h: Tensor, rank: int) -> Tensor:
     return basis.contiguous()  # as it comes from the disk: kernels round by the layout
 
 
-def regression(evidence: LayerEvidence, neurons: Tensor) -> tuple[Tensor, Tensor]:
-    """Covariances [n, r] of some neurons' u with the features; the inverse [r, r] of the latter's.
+@dataclass(frozen=True)
+class Gone:
+    """What a layer's map is found from.
 
-    Their product is the ridge regression of u on the features.  From the sums ``signed`` [I],
-    ``features`` [r], ``cross`` [I, r] and ``moments`` [r, r]; neurons: [n] int64.
+    ``down``: [D, I]; ``evidence``: the sums ``signed`` [I], ``features`` [r], ``cross`` [I, r] and
+    ``moments`` [r, r]; ``basis``: [r, D]; ``removed``: the neurons that the map stands for, [n]
+    int64.
     """
-    sums = evidence.sums
-    u, f = sums["signed"].rows(neurons), sums["features"].mean
-    cross = torch.addr(sums["cross"].rows(neurons), u, f, alpha=-1)
-    moments = torch.addr(sums["moments"].mean, f, f, alpha=-1)
-    ridge = RIDGE * torch.eye(len(f), dtype=f.dtype, device=f.device)
-    return cross, torch.linalg.inv(moments + ridge)
+
+    down: Tensor
+    evidence: LayerEvidence
+    basis: Tensor
+    removed: Tensor
+
+    def covariances(self) -> Tensor:
+        """Of the removed neurons' u with the features, and beside them the mean u: [n, r + 1]."""
+        sums = self.evidence.sums
+        mean, f = sums["signed"].rows(self.removed), sums["features"].mean
+        cross = torch.addr(sums["cross"].rows(self.removed), mean, f, alpha=-1)
+        return torch.cat([cross, mean[:, None]], 1)
 
 
-def low_rank(
-    down: Tensor, evidence: LayerEvidence, basis: Tensor, removed: Tensor
-) -> tuple[Tensor, LowRank]:
-    """The constant [D] float32 and the map that stand for the removed neurons.
+def low_rank(layers: Sequence[Gone]) -> list[tuple[Tensor, LowRank]]:
+    """The constant [D] float32 and the map that stand for each layer's removed neurons."""
+    alike = dict[tuple[torch.device, torch.Size], list[int]]()
+    for place, one in enumerate(layers):
+        alike.setdefault((one.basis.device, one.basis.shape), []).append(place)
+    found = dict[int, tuple[Tensor, LowRank]]()
+    for places in alike.values():
+        found.update(zip(places, _low_rank([layers[i] for i in places]), strict=True))
+    return [found[place] for place in range(len(layers))]
 
-    down: [D, I]; basis: [r, D]; removed: [n] int64.
-    """
-    mean = evidence.sums["signed"].rows(removed)
-    with full_precision(down):
-        cross, inverse = regression(evidence, removed)
+
+def _low_rank(layers: Sequence[Gone]) -> list[tuple[Tensor, LowRank]]:
+    """For layers of one device and rank: a few operations on all of them cost as one on each."""
+    with full_precision(layers[0].down):
+        f = torch.stack([one.evidence.sums["features"].mean for one in layers])
         # the hidden size is smaller than the number of neurons: the inverse is applied last
-        both = _folded(down.detach().t(), removed, torch.cat([cross, mean[:, None]], 1))
-        out = both[:, :-1] @ inverse
-        bias = both[:, -1] - out @ evidence.sums["features"].mean
-    return bias, LowRank(basis, out.to(down.dtype))
+        both = torch.stack(
+            [_folded(one.down.detach().t(), one.removed, one.covariances()) for one in layers]
+        )
+        out = both[..., :-1] @ inverses(layers, f)
+        bias = both[..., -1] - (out @ f[..., None])[..., 0]
+        maps = out.to(layers[0].down.dtype).unbind(0)
+    return [
+        (constant, LowRank(one.basis, linear))
+        for constant, linear, one in zip(bias.unbind(0), maps, layers, strict=True)
+    ]
+
+
+def inverses(layers: Sequence[Gone], f: Tensor) -> Tensor:
+    """Inverses of the features' covariances and the ridge, [L, r, r]; f: the mean features [L, r].
+
+    ``covariances() @ inverse`` is the ridge regression of the removed neurons' u on the features.
+    """
+    moments = torch.stack([one.evidence.sums["moments"].mean for one in layers])
+    ridge = RIDGE * torch.eye(f.shape[1], dtype=f.dtype, device=f.device)
+    found: Tensor = torch.linalg.inv(moments - f[:, :, None] * f[:, None, :] + ridge)
+    return found
 
 
 def _folded(rows: Tensor, ids: Tensor, factors: Tensor) -> Tensor:

@@ -65,6 +65,12 @@ def top_ids(score: Tensor, keep: int) -> Tensor:
     return largest(score, keep).nonzero().flatten()
 
 
+def split(score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """``top_ids`` and the ids of the others, both ascending."""
+    marks = largest(score, keep)
+    return marks.nonzero().flatten(), (~marks).nonzero().flatten()
+
+
 def auto_count(score: Tensor) -> int:
     """Strategy ``auto``: neurons whose score reaches the layer's mean, at least 10 % of them.
 

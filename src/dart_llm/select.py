@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -17,8 +17,8 @@ from dart_llm.errors import AttachError, ConfigError, DartError
 from dart_llm.evidence import LayerEvidence
 from dart_llm.layer_prior import pooled
 from dart_llm.layer_spec import AUTO, parse_layer_spec
-from dart_llm.low_rank import low_rank
-from dart_llm.masks import LayerMask, auto_count, top_ids
+from dart_llm.low_rank import Gone, low_rank
+from dart_llm.masks import LayerMask, auto_count, split
 from dart_llm.registry import BUDGETS, SCORES
 from dart_llm.scores import mix_ranks
 from dart_llm.token_select import candidate_count, token_mask
@@ -132,13 +132,8 @@ class Selector:
             ]
         if counts is None:
             counts = self.counts(scores, evidence)
-        masks = [
-            self._mask(layer, score, known, count)
-            for layer, score, known, count in zip(
-                self.layers, scores, evidence, counts, strict=True
-            )
-        ]
-        return Selection(tuple(masks), tuple(counts), tuple(scores))
+        masks = self._masks(scores, evidence, counts)
+        return Selection(masks, tuple(counts), tuple(scores))
 
     def scores(self, evidence: Sequence[LayerEvidence]) -> list[Tensor]:
         """What the neuron score says of each layer, [I]; raises ``DartError`` unless finite."""
@@ -223,27 +218,48 @@ class Selector:
             raise self._overflow(index, "sensitivities")
         return (1 - cosine) * change
 
-    def _mask(
+    def _masks(
+        self,
+        scores: Sequence[Tensor],
+        evidence: Sequence[LayerEvidence],
+        counts: Sequence[int],
+    ) -> tuple[LayerMask | None, ...]:
+        masks = list[LayerMask | None]()
+        gone = dict[int, Gone]()
+        for index, (layer, score, count) in enumerate(
+            zip(self.layers, scores, counts, strict=True)
+        ):
+            known = evidence[index]
+            basis = None if layer.learnt is None else layer.learnt.basis
+            if count >= layer.width:
+                masks.append(None)
+            elif (mask := self._token_mask(layer, score, known, count)) is not None:
+                masks.append(mask)
+            else:
+                kept, removed = split(score, count)
+                bias = None
+                if self.config.compensation and "features" in known.sums and basis is not None:
+                    gone[index] = Gone(layer.down, known, basis, removed)
+                elif self.config.compensation:
+                    bias = compensation(layer.down, known.sums["signed"].mean, removed)
+                masks.append(LayerMask(kept, layer.width, bias))
+        for index, (bias, linear) in zip(gone, low_rank(list(gone.values())), strict=True):
+            mask = masks[index]
+            masks[index] = None if mask is None else replace(mask, bias=bias, low_rank=linear)
+        return tuple(masks)
+
+    def _token_mask(
         self, layer: FfnWeights, score: Tensor, evidence: LayerEvidence, count: int
     ) -> LayerMask | None:
-        if count >= layer.width:
+        """Candidates among which each token chooses; None where tokens choose nothing."""
+        if (token := self.config.token) is None:
             return None
-        if (token := self.config.token) is not None:
-            wide = candidate_count(token.candidates, layer.width, count)
-            if wide > count:
-                mean = evidence.mean_when_lost() if self.config.compensation else None
-                worth = None if layer.learnt is None else layer.unit_worth
-                return token_mask(score, wide, count, layer.down, mean, worth)
-        mask = LayerMask(top_ids(score, count), layer.width)
-        if not self.config.compensation:
-            return mask
-        removed = mask.removed()
-        basis = None if layer.learnt is None else layer.learnt.basis
-        if "features" in evidence.sums and basis is not None:
-            bias, linear = low_rank(layer.down, evidence, basis, removed)
-            return LayerMask(mask.ids, mask.width, bias, linear)
-        mean = evidence.sums["signed"].mean
-        return LayerMask(mask.ids, mask.width, compensation(layer.down, mean, removed))
+        wide = candidate_count(token.candidates, layer.width, count)
+        if wide <= count:
+            return None
+        mean = evidence.mean_when_lost() if self.config.compensation else None
+        worth = None if layer.learnt is None else layer.unit_worth
+        return token_mask(score, wide, count, layer.down, mean, worth)
 
     def _check_finite(self, scores: Sequence[Tensor]) -> None:
         sums = torch.stack([score.sum().to(scores[0].device) for score in scores])
