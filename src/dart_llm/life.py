@@ -106,7 +106,7 @@ class Life:
             return
         if self.phase is Phase.PRUNED:
             self._fade(keep=True)
-            self.cause = "prompt"
+            self.cause, self.masks = "prompt", None  # tokens observed before the next are dense
             self.detector = Detector(self.rule)
         if self.phase is not Phase.PREFILL:
             self.observed, self.spending = 0, False
