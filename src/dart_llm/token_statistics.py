@@ -36,6 +36,11 @@ class Statistics:
     keep: float = 1.0
 
     @property
+    def beside_score(self) -> frozenset[str]:
+        """What is summed beside the score's statistic: ``needs``, and the means for ``spread``."""
+        return self.needs | ({"signed"} if self.spread else set())
+
+    @property
     def needs_stream(self) -> bool:
         """Whether x and r, beside u and z, must be captured."""
         return bool(self.needs & {"sensitivity", "sensitivity-residual", "squares"})
