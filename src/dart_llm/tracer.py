@@ -178,7 +178,7 @@ class Tracer:
     ) -> None:
         with torch.inference_mode(False):
             f = read_features(seen.h, [self.selector.layers[layer] for layer in layers])
-            scale = self.selector.unit_worth(layers)
+            choice = self.selector.choice(layers)
             for life, wanted in zip(self.lives, observing, strict=True):
                 if wanted:
                     rows = life.batch_rows
@@ -186,7 +186,7 @@ class Tracer:
                     own = Seen(*(None if t is None else t[:, rows] for t in seen))
                     part = None if f is None else f[:, rows]
                     evidence = [life.evidence[layer] for layer in layers]
-                    self.selector.statistics.add(evidence, own, w, part, scale)
+                    self.selector.statistics.add(evidence, own, w, part, choice)
 
     def feature(self, v: Tensor) -> None:
         """The last layer's attention output of this forward: [B, T, D]."""
