@@ -156,11 +156,12 @@ def test_rows_of_their_own_equal_rows_alone(name: str, decay: float | None) -> N
     assert run.report().decoded_tokens == sum(len(row) - 1 for row in CHOSEN)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "bloom", "opt"])
-def test_a_row_is_observed_while_another_is_pruned(name: str) -> None:
+@pytest.mark.parametrize("method", [{"method": "dart"}, {"method": "griffin", **ALL_NEEDS}])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bloom", "opt", "opt-postnorm"])
+def test_a_row_is_observed_while_another_is_pruned(name: str, method: dict[str, Any]) -> None:
     """min_evidence lets the long prompt be pruned at once and the short one two tokens later."""
     model = shared_model(name)
-    settings: dict[str, Any] = {"method": "dart", "sparsity": 0.5, "batch": "per_row"}
+    settings: dict[str, Any] = {**method, "sparsity": 0.5, "batch": "per_row"}
     settings |= {"drift": "never", "min_evidence": 10}
     _, found, logits = _generate(model, [0, 2], *(part[::2] for part in _batch()), **settings)
     assert [(at, row) for at, row, _ in found] == [(0, 0), (2, 1)]
