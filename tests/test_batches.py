@@ -171,6 +171,30 @@ def test_a_row_is_observed_while_another_is_pruned(name: str, method: dict[str, 
         assert apart(logits[place, : single.shape[1]], single[0]) < 2e-5
 
 
+def test_sensitivities_of_a_row_are_read_where_they_are_alone() -> None:
+    """On its first 8 observed tokens and the 9th; a row that is pruned at once reads none."""
+    model = shared_model()
+    settings: dict[str, Any] = {"method": "griffin", **ALL_NEEDS, "batch": "per_row"}
+    settings["min_evidence"] = 20
+    ids, mask = _batch()
+    chosen = [tokens(1, 30, seed=40 + row)[0].tolist() for row in range(3)]
+
+    def run_rows(rows: list[int], text: Tensor, seen: Tensor) -> Any:
+        with prune(model, **settings) as run:
+            forced = [Forced(text.shape[1], [chosen[row] for row in rows])]
+            generate(model, text, 16, attention_mask=seen, logits_processor=forced)
+        return run
+
+    run = run_rows([0, 1, 2], ids, mask)
+    observed = [remask.step for remask in run.remasks]
+    assert sorted(observed) == [0, 7, 12]
+    for row, (length, reads) in enumerate(zip(LENGTHS, (0, 7, 9), strict=True)):
+        text = tokens(1, length, seed=row)
+        sums = _sums(run, row)
+        assert sums[0]["cosine"][1] == length + reads and sums[0]["score"][1] == 20
+        _assert_sums_equal(sums, _sums(run_rows([row], text, torch.ones_like(text))))
+
+
 def test_shared_masks_follow_the_living_rows() -> None:
     """The mask of a batch is the mask of its rows' summed evidence, whatever ended before."""
     model = shared_model()
