@@ -230,6 +230,18 @@ def test_decay_does_not_depend_on_the_length_of_the_prompt() -> None:
         assert evidence.sums["score"].total.tolist() == pytest.approx([2.56, 3.2])
 
 
+@pytest.mark.parametrize("cuts", [(5,), (2, 3), (1, 1, 1, 1, 1)])
+def test_averages_age_by_the_positions_of_the_batch(cuts: tuple[int, ...]) -> None:
+    """Weights of a row that is padded on the left, and of one that is padded on the right."""
+    weights = torch.tensor([[0.0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
+    evidence, start = LayerEvidence(), 0
+    for size in cuts:
+        part = weights[:, start : start + size]
+        evidence.add_ema(torch.ones(2, size, 1), 0.5, part)
+        start += size
+    assert float(evidence.sums["score"].weight) == (1 + 1 / 2 + 1 / 4) + (1 + 1 / 2 + 1 / 4) / 4
+
+
 def test_faded_averages_go_on_as_averages() -> None:
     """EMA: sum and weight fade alike, so only the balance of old and new changes."""
     statistics = Statistics(squared, 0.5, frozenset())
