@@ -156,11 +156,12 @@ def test_rows_of_their_own_equal_rows_alone(name: str, decay: float | None) -> N
     assert run.report().decoded_tokens == sum(len(row) - 1 for row in CHOSEN)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "bloom", "opt"])
-def test_a_row_is_observed_while_another_is_pruned(name: str) -> None:
+@pytest.mark.parametrize("method", [{"method": "dart"}, {"method": "griffin", **ALL_NEEDS}])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bloom", "opt", "opt-postnorm"])
+def test_a_row_is_observed_while_another_is_pruned(name: str, method: dict[str, Any]) -> None:
     """min_evidence lets the long prompt be pruned at once and the short one two tokens later."""
     model = shared_model(name)
-    settings: dict[str, Any] = {"method": "dart", "sparsity": 0.5, "batch": "per_row"}
+    settings: dict[str, Any] = {**method, "sparsity": 0.5, "batch": "per_row"}
     settings |= {"drift": "never", "min_evidence": 10}
     _, found, logits = _generate(model, [0, 2], *(part[::2] for part in _batch()), **settings)
     assert [(at, row) for at, row, _ in found] == [(0, 0), (2, 1)]
@@ -168,6 +169,30 @@ def test_a_row_is_observed_while_another_is_pruned(name: str) -> None:
         _, alone, single = _alone(model, row, **settings)
         assert same_masks(found[place][2], alone[0][2])
         assert apart(logits[place, : single.shape[1]], single[0]) < 2e-5
+
+
+def test_sensitivities_of_a_row_are_read_where_they_are_alone() -> None:
+    """On its first 8 observed tokens and the 9th; a row that is pruned at once reads none."""
+    model = shared_model()
+    settings: dict[str, Any] = {"method": "griffin", **ALL_NEEDS, "batch": "per_row"}
+    settings["min_evidence"] = 20
+    ids, mask = _batch()
+    chosen = [tokens(1, 30, seed=40 + row)[0].tolist() for row in range(3)]
+
+    def run_rows(rows: list[int], text: Tensor, seen: Tensor) -> Any:
+        with prune(model, **settings) as run:
+            forced = [Forced(text.shape[1], [chosen[row] for row in rows])]
+            generate(model, text, 16, attention_mask=seen, logits_processor=forced)
+        return run
+
+    run = run_rows([0, 1, 2], ids, mask)
+    observed = [remask.step for remask in run.remasks]
+    assert sorted(observed) == [0, 7, 12]
+    for row, (length, reads) in enumerate(zip(LENGTHS, (0, 7, 9), strict=True)):
+        text = tokens(1, length, seed=row)
+        sums = _sums(run, row)
+        assert sums[0]["cosine"][1] == length + reads and sums[0]["score"][1] == 20
+        _assert_sums_equal(sums, _sums(run_rows([row], text, torch.ones_like(text))))
 
 
 def test_shared_masks_follow_the_living_rows() -> None:

@@ -79,6 +79,15 @@ def test_layers_that_keep_everything_cost_no_map() -> None:
     assert report.ffn_bytes_share == pytest.approx((steps * used + once) / (steps * 4 * whole))
 
 
+@pytest.mark.parametrize("method", ["static", "random"])
+def test_dense_tokens_that_nobody_observes_cost_what_dense_tokens_cost(method: str) -> None:
+    """``masking_step`` of a score that needs no activations."""
+    with prune(shared_model(), method, sparsity=0.5, masking_step=4, executor="masked") as run:
+        decode(run.model, tokens(1, 20), 12)
+    report = run.report()
+    assert (report.dense_token_share, report.ffn_bytes_share) == (0.5, 1.0)
+
+
 def test_observed_tokens_are_charged_for_the_features() -> None:
     """Two dense tokens are observed: 8 FLOPs per neuron and hidden unit, and the products."""
     model, steps, dense = shared_model(), LENGTH - PROMPT, LAYERS * WIDTH * 3 * HIDDEN

@@ -15,7 +15,7 @@ from dart_llm.evidence import LayerEvidence, Sum
 from dart_llm.registry import BUDGETS
 from dart_llm.scores import squared, squared_share
 from dart_llm.select import needed
-from dart_llm.token_statistics import Statistics, losers
+from dart_llm.token_statistics import Choice, Statistics, losers
 
 ALL = frozenset({"signed", "squares", "sensitivity", "sensitivity-residual"})
 U = torch.tensor([[[1.0, -2.0, 0.5], [3.0, 2.0, -0.5], [-1.0, 4.0, 0.0]]])
@@ -141,13 +141,23 @@ def test_a_loser_is_worth_no_more_than_any_winner(
         assert not bool(lost.any()) or values[lost].max() <= values[~lost].min()
 
 
+def test_every_layer_has_losers_of_its_own() -> None:
+    """Two layers that saw the same and keep one and two of three neurons."""
+    both = Choice(WORTH.expand(2, -1), (1 / 3, 2 / 3))
+    found = both.losers(U.expand(2, -1, -1))
+    assert torch.equal(found[0], losers(U[0], WORTH, 1 / 3))
+    assert torch.equal(found[1], losers(U[0], WORTH, 2 / 3))
+    assert torch.equal(both.of(slice(1, 2)).losers(U), found[1:])
+
+
 def lost(keep: float, weights: Tensor | None, cuts: tuple[int, ...]) -> LayerEvidence:
     evidence, start = LayerEvidence(), 0
     for size in cuts:
         part = slice(start, start + size)
         w = None if weights is None else weights[:, part]
-        statistics = Statistics(None, None, frozenset({"lost"}), keep=keep)
-        statistics.update(evidence, U[:, part], Z[:, part], None, None, w, None, WORTH)
+        statistics = Statistics(None, None, frozenset({"lost"}))
+        choice = Choice(WORTH[None], (keep,))
+        statistics.update(evidence, U[:, part], Z[:, part], None, None, w, None, choice)
         start += size
     return evidence
 
@@ -218,6 +228,18 @@ def test_decay_does_not_depend_on_the_length_of_the_prompt() -> None:
         assert evidence.sums["signed"].mean.tolist() == pytest.approx([25.6 / 57.6, 32 / 57.6])
         evidence.fade(0.1, 1)
         assert evidence.sums["score"].total.tolist() == pytest.approx([2.56, 3.2])
+
+
+@pytest.mark.parametrize("cuts", [(5,), (2, 3), (1, 1, 1, 1, 1)])
+def test_averages_age_by_the_positions_of_the_batch(cuts: tuple[int, ...]) -> None:
+    """Weights of a row that is padded on the left, and of one that is padded on the right."""
+    weights = torch.tensor([[0.0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
+    evidence, start = LayerEvidence(), 0
+    for size in cuts:
+        part = weights[:, start : start + size]
+        evidence.add_ema(torch.ones(2, size, 1), 0.5, part)
+        start += size
+    assert float(evidence.sums["score"].weight) == (1 + 1 / 2 + 1 / 4) + (1 + 1 / 2 + 1 / 4) / 4
 
 
 def test_faded_averages_go_on_as_averages() -> None:

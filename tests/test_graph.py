@@ -72,6 +72,19 @@ def test_dense_steps_at_sparsity_zero(name: str) -> None:
     assert apart(logits, dense) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_dense_steps_leave_no_graph_of_gradients(mode: Any) -> None:
+    """They run on the model's own parameters; a graph would hold every step's tensors."""
+    model = shared_model("llama")
+    with prune(model, "griffin", sparsity=0.5, masking_step=9, executor="graph") as run, mode():
+        output = model(tokens(1, 20), use_cache=True)
+        for at in range(3):
+            output = model(tokens(1, 1, seed=at), cache=output.cache)
+        assert run.phase == "observe" and run._attachment.steps == 3
+    held = [t for layer in output.cache.layers for t in (layer.keys, layer.values)]
+    assert not any(t.requires_grad for t in (output.logits, *held))
+
+
 @pytest.mark.parametrize("rows", [1, 4])
 def test_generate_leaves_the_model_as_it_was(rows: int) -> None:
     model, found = shared_model("qwen2"), []

@@ -90,6 +90,15 @@ def test_without_low_rank_compensation_no_basis_is_looked_for(cache: Path) -> No
     assert set(first.learnt.evidence.sums) == {"score"}
 
 
+def test_a_variance_has_its_means_whatever_was_learnt_before(cache: Path) -> None:
+    """``flap`` sums the squares that ``magnitude`` sums, and the values themselves."""
+    model = tiny()
+    plain = CONFIG.replace({"budget": "uniform", "compensation": False, "compensation_rank": 0})
+    for score, sums in (("magnitude", {"score"}), ("flap", {"score", "signed"})):
+        (first, *_) = learnt(model, cache, plain.replace({"score": score}))
+        assert set(first.learnt.evidence.sums) == sums
+
+
 def test_the_disk_gives_the_same_to_another_object(cache: Path) -> None:
     first, again = tiny(), tiny()
     wanted = tensors(learnt(first, cache))

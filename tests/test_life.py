@@ -139,6 +139,28 @@ def test_release_is_final(release: int) -> None:
     assert run.tracer.tokens_until_change() is None
 
 
+@pytest.mark.parametrize("masking_step", [0, 2, 6])
+def test_a_roll_back_to_before_the_release_takes_it_back(masking_step: int) -> None:
+    """Another continuation of the same prompt is pruned up to there too, by the masks it finds."""
+    settings = {"release_step": 7, "drift": "never", "masking_step": masking_step}
+    run = Driver(config(**settings))
+    run.prefill(6)
+    first = run.steps(9)
+    run.roll_back(9)
+    pruned = ["pruned"] * (7 - masking_step)
+    assert first == ["observe"] * masking_step + pruned + ["released"] * 2
+    assert run.steps(9) == ["pruned"] * 7 + ["released"] * 2
+    assert len(run.announced) == 1
+
+
+def test_a_roll_back_to_before_a_release_without_masks() -> None:
+    run = Driver(config(release_step=3, min_evidence=20))
+    run.prefill(6)
+    assert run.steps(5) == ["observe"] * 3 + ["released"] * 2
+    run.roll_back(5)
+    assert run.steps(5) == ["observe"] * 3 + ["released"] * 2
+
+
 def test_a_trigger_just_before_the_release_does_not_outlive_it() -> None:
     run = Driver(config(release_step=6, drift="interval 4", remask={"observe_tokens": 5}))
     run.prefill(6)

@@ -120,6 +120,17 @@ def test_batches_change_nothing(protocol, method):
         assert reports[0]["remasks"] == 0
 
 
+@pytest.mark.parametrize("protocol", ["decode", "full"])
+def test_batches_release_every_answer_at_the_same_step(protocol):
+    settings = {"sparsity": 0.5, "release_step": 3 if protocol == "decode" else 33}
+    alone, *others = [score("griffin", ANSWERS, protocol, n, **settings) for n in (1, 2, 8)]
+    for found, reports in others:
+        wanted = [one.logprob for one in alone[0]]
+        assert [one.logprob for one in found] == pytest.approx(wanted, abs=1e-4)
+        for key in ("decoded_tokens", "dense_token_share", "achieved_sparsity"):
+            assert reports[0][key] == pytest.approx(alone[1][0][key])
+
+
 def test_one_prompt_pass_and_batches_of_answers():
     with Forwards(model("llama")) as ran:
         score("griffin", sparsity=0.5, size=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,16 @@ from torch.nn import functional as F
 from dart_llm import ConfigError, PruneConfig, prune
 from dart_llm import native_build as build
 from dart_llm.slim_parts import why_not_slim
-from steps import Same, apart, decode, generate, selections, shared_model
+from steps import (
+    Same,
+    apart,
+    decode,
+    generate,
+    new_cache,
+    selections,
+    shared_model,
+    step,
+)
 from tiny import CONFIGS, NAMES, tiny, tokens
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -197,6 +207,33 @@ def test_a_cropped_cache_and_a_long_one() -> None:
             assert output.cache.get_seq_length() == 300
             found.append(output.logits)
     assert apart(found[1], found[0]) < 1e-5
+
+
+@pytest.mark.parametrize("executor", ["masked", "compact", "native", "slim", "graph"])
+def test_tokens_observed_after_a_second_prompt_are_those_of_the_untouched_model(
+    executor: str,
+) -> None:
+    """Logits, evidence and accounting: the masks of the turn before have no part in them."""
+    model, text = shared_model(), tokens(1, 40)
+    settings = {"sparsity": 0.5, "min_evidence": 8, "remask": "decay", "executor": executor}
+    with prune(model, "griffin", **settings) as run:
+        cache = new_cache(model)
+        step(model, text[:, :20], cache)
+        step(model, text[:, 20:21], cache)
+        step(model, text[:, 21:24], cache)
+        before = copy.deepcopy(cache)
+        found = [step(model, text[:, at : at + 1], cache) for at in (24, 25, 26)]
+        phase, early = run.phase, run.report()
+        sums = [layer.sums["score"].total.clone() for layer in run._tracer.lives[0].evidence]
+        step(model, text[:, 27:28], cache)
+    assert (phase, run.phase) == ("observe", "pruned")
+    dense = [step(model, text[:, at : at + 1], before) for at in (24, 25, 26)]
+    assert apart(torch.cat(found), torch.cat(dense)) < 1e-5
+    report = run.report()
+    assert (early.dense_token_share, report.dense_token_share) == (3 / 4, 3 / 5)
+    assert report.achieved_sparsity == 0.5 * 2 / 5
+    # GRIFFIN's statistic sums to 1 over each token's neurons
+    assert [float(total.sum()) for total in sums] == pytest.approx([2 + 3 + 3] * 4, rel=1e-4)
 
 
 def test_gradients_go_through_the_weights() -> None:

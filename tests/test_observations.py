@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dart_llm import observations
-from dart_llm.observations import LIMIT, Observations, Seen, outlasting, read_tokens
+from dart_llm.observations import LIMIT, Observations, Seen, outlasting, own_reads, read_tokens
 
 
 def token(value: float, width: int = 4, stream: bool = False) -> dict[int, Seen]:
@@ -110,6 +110,23 @@ def test_sensitivities_are_read_on_the_first_tokens_and_every_eighth():
     assert read_tokens([9, 16], 1) == [0]
     assert read_tokens([9], 2) == [] and read_tokens([6], 4) == [0, 1, 2]
     assert read_tokens([], 1) == []
+
+
+def test_a_life_reads_what_it_would_read_alone(queue, flushed):
+    """Three rows: at their ninth token, their tenth, and their second to last forward's."""
+    assert own_reads([3], [0]) is None and own_reads([0, 8, 16], [0]) is None
+    assert own_reads([8, 9, 20], [0, 1, 4]).tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 1]]
+    u = torch.arange(6.0).reshape(3, 2, 1)
+    seen = {0: Seen(u, None, u, u, u)}
+    queue.add([True] * 3, seen, None, 3, 2, [0, 1], torch.tensor([[1.0, 0], [0, 1], [1, 1]]))
+    queue.add([True] * 3, seen, torch.full((3, 2), 0.5), 3, 2, [0, 1], None)
+    half = {0: seen[0].cut(slice(1))}
+    queue.add([True] * 3, half, None, 3, 1, [0], torch.tensor([[0.0, 1], [1, 1], [1, 1]]))
+    queue.flush()
+    (_, _, every), (_, stream, some) = flushed
+    assert every.tolist() == [[1, 1, 0.5, 0.5, 1]] * 3
+    assert stream.x.shape == (1, 3, 5, 1)
+    assert some.tolist() == [[1, 0, 0.5, 0.5, 0], [0, 1, 0.5, 0.5, 1], [1, 1, 0.5, 0.5, 1]]
 
 
 def test_of_a_forward_of_several_tokens_some_are_read(queue, flushed):

@@ -233,6 +233,18 @@ def test_a_second_prompt_waits_for_no_masking_step() -> None:
     assert ids_of(run.plans[-1]) == best(run.stream, [*range(23), 25, 26], KEEP)
 
 
+def test_tokens_observed_after_a_second_prompt_run_dense() -> None:
+    """Aged evidence (0.1 x 20) and a short prompt are too little: three tokens are wanted first."""
+    run = Driver(config(min_evidence=8, remask={"evidence": "decay"}))
+    run.prefill(20)
+    assert run.steps(2) == ["pruned"] * 2
+    run.prefill(3)
+    assert run.steps(4) == ["observe"] * 3 + ["pruned"]
+    assert all(is_dense(plan) and plan.observe for plan in run.plans[-4:-1])
+    assert [(r.cause, r.step) for r in run.announced] == [("first", 0), ("prompt", 5)]
+    assert run.announced[1].overlap is not None
+
+
 def test_a_chunked_prompt_is_one_prompt() -> None:
     """The second chunk has one token; it is still no decode step."""
     whole, parts = Driver(config(masking_step=1)), Driver(config(masking_step=1))

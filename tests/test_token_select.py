@@ -136,6 +136,24 @@ def test_losers_stand_at_their_mean_where_they_lose(name: str, exact: None) -> N
             assert apart(decode(model, ids, PROMPT), wanted) < 1e-5, executor
 
 
+def test_losers_of_a_layer_table_are_those_of_its_counts(exact: None) -> None:
+    """What they stand at is their mean where so many lose, not where the default would remove."""
+    model, ids = shared_model("llama"), tokens(1, PROMPT + 4)
+    means = {}
+    for share in (0.25, 0.5):
+        lost: dict[int, tuple[Tensor, Tensor]] = {}
+        with lost_u(model, round(share * 48), lost):
+            step(model, ids[:, :PROMPT], new_cache(model))
+        means[share] = {k: total / n.clamp_min(1) for k, (total, n) in lost.items()}
+    table = {"budget": {"table": "0:0.25,1:#24,2:0.5"}, "compensation": True}
+    with prune(model, PLAIN, **table) as run:
+        decode(model, ids, PROMPT)
+    masks = run._tracer.lives[0].selection.masks
+    assert [None if mask is None else mask.winners for mask in masks] == [12, 24, 24, None]
+    for layer, share in ((0, 0.25), (1, 0.5), (2, 0.5)):
+        torch.testing.assert_close(masks[layer].mean, means[share][layer], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_preset_ranks_by_what_it_learnt(name: str, exact: None) -> None:
     """By roots of curvatures; the first four tokens, the sinks, leave no evidence of losers."""

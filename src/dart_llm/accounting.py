@@ -245,8 +245,9 @@ def _shares(lives: Sequence[Life], costs: Costs, executor: str) -> _Shares:
             steps, fed = period.forwards, float(period.tokens)
             forwards += steps
             tokens += fed
-            flops += period.observed * life.rows * costs.observe_flops
-            moved += period.observed * costs.observe_bytes
+            seen = period.observed if life.selector.needs_evidence else 0
+            flops += seen * life.rows * costs.observe_flops
+            moved += seen * costs.observe_bytes
             if token is None or period.kept is None:
                 flops += fed * costs.flops(period.kept, skips)
                 moved += steps * costs.bytes(period.kept, skips)

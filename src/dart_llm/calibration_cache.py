@@ -30,7 +30,7 @@ def make_key(model: nn.Module, statistics: Statistics, tokens: str) -> str:
     """The name of an entry; ``tokens``: what they are, or a digest of their ids."""
     rule = statistics.per_token
     name = "none" if rule is None else f"{rule.__module__}.{getattr(rule, '__qualname__', rule)}"
-    needs = sorted(statistics.needs | ({"signed"} if statistics.spread else set()))
+    needs = sorted(statistics.beside_score)
     parts = [FORMAT, fingerprint(model), name, statistics.ema_decay, needs, tokens]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 

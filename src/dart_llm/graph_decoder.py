@@ -96,13 +96,12 @@ class GraphDecoder:
                 kept.load(mask)
                 self._ffns[index] = kept
 
-    @torch.no_grad()
     def step(self, call: SlimCall, observe: bool) -> tuple[Tensor, Tensor]:
         """Decode one token of each row: logits [B, V] and the last hidden states [B, D]."""
         cache = call.cache
         if self._cache is None or self._cache.of() is not cache:
             self._cache = GrowingCache(cache)
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():  # leaving that mode turns gradients on
             keys, values, length = self._cache.buffers(cache)
             given = self._given(call.ids, keys, values)
             given.token.copy_(call.ids[:, 0])

@@ -181,7 +181,8 @@ class HostedFfn:
         if self.block.inline:
             h = None  # it never sees the FFN's input
         seen = Seen(u, h, z, x, r)
-        if u.dim() != 3 or len(u) != rows:  # OPT flattens its tokens
+        if any(t is not None and (t.dim() != 3 or len(t) != rows) for t in seen):
+            # OPT flattens its tokens: x and r, and u and z unless rows have masks of their own
             seen = Seen(*(t if t is None else t.reshape(rows, -1, t.shape[-1]) for t in seen))
         self.owner.tracer.observe(self.block.index, seen)
 

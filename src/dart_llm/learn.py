@@ -118,7 +118,7 @@ class _Wanted:
         self.seed = config.seed
         text = prior.model_dump(exclude={"tokens"})
         rule = getattr(statistics.per_token, "__qualname__", None)
-        needs = sorted(statistics.needs)
+        needs = sorted(statistics.beside_score)
         self.name = repr([text, rule, statistics.ema_decay, needs, self.rank, self.seed])
 
 

@@ -106,7 +106,7 @@ class Life:
             return
         if self.phase is Phase.PRUNED:
             self._fade(keep=True)
-            self.cause = "prompt"
+            self.cause, self.masks = "prompt", None  # tokens observed before the next are dense
             self.detector = Detector(self.rule)
         if self.phase is not Phase.PREFILL:
             self.observed, self.spending = 0, False
@@ -155,17 +155,8 @@ class Life:
         self.phase, self.pruned_run, self.spending = Phase.PRUNED, 0, False
         self.detector.start()
         shared = None if old is None or self.config.token else overlap(_ids(old), _ids(self.masks))
-        self.remasks.append(
-            Remask(
-                self.sequence,
-                self.row,
-                self.decoded,
-                cause,
-                self.evidence_tokens,
-                self.selection.counts,
-                shared,
-            )
-        )
+        where, counts = (self.sequence, self.row, self.decoded), self.selection.counts
+        self.remasks.append(Remask(*where, cause, self.evidence_tokens, counts, shared))
 
     def count(self, tokens: int, live: Tensor | float, forwards: int = 1) -> None:
         """``tokens`` per row were decoded, ``live`` of them over all rows were real.
@@ -201,6 +192,9 @@ class Life:
             self.spent -= undone if self.spending else 0
         if self.last_trigger is not None:
             self.last_trigger = min(self.last_trigger, self.decoded)
+        if self.phase is Phase.RELEASED and self.decoded < (self.config.release_step or 0):
+            self.phase = Phase.PREFILL if self.selection is None else Phase.PRUNED
+            self.masks = None if self.selection is None else self.selection.masks
         self.detector.cut(tokens)
         for period in reversed(self.periods):
             tokens = period.cut(tokens)

@@ -81,11 +81,21 @@ def read_tokens(observed: Sequence[int], tokens: int) -> list[int]:
 
     ``observed``: tokens that each life has observed before.
     """
-    return [
-        token
-        for token in range(tokens)
-        if any(n + token < STREAM_FIRST or (n + token) % STREAM_EVERY == 0 for n in observed)
-    ]
+    return [token for token in range(tokens) if any(_is_read(n + token) for n in observed)]
+
+
+def own_reads(observed: Sequence[int], read: Sequence[int]) -> Tensor | None:
+    """Which of the tokens ``read`` every life reads itself, [lives, n] of 0 and 1; None: all.
+
+    What a life reads must not depend on the lives beside it.
+    """
+    marks = [[float(_is_read(n + token)) for token in read] for n in observed]
+    return None if all(map(all, marks)) else torch.tensor(marks)
+
+
+def _is_read(number: int) -> bool:
+    """Whether a life reads the stream of the observed token ``number``, counted from 0."""
+    return number < STREAM_FIRST or number % STREAM_EVERY == 0
 
 
 Update = Callable[[list[bool], tuple[int, ...], Seen, Tensor | None], None]
@@ -115,6 +125,8 @@ class Observations:
     shapes: list[tuple[int, int]] = field(default_factory=list)
     read: list[list[int]] = field(default_factory=list)
     """Of each forward, the tokens whose stream is read."""
+    own: list[Tensor | None] = field(default_factory=list)
+    """Of each forward, which of these every life reads itself."""
 
     @property
     def tokens(self) -> int:
@@ -128,10 +140,12 @@ class Observations:
         rows: int,
         tokens: int,
         read: list[int],
+        own: Tensor | None = None,
     ) -> None:
         """Queue the first ``tokens`` of one forward; ``weights``: [B, tokens] or None.
 
-        ``read``: the tokens whose stream is read, where it was captured.
+        ``read``: the tokens whose stream is read, where it was captured; ``own``: as of
+        ``own_reads``, where every row has a life of its own.
         """
         if not layers or not tokens:
             return
@@ -145,6 +159,7 @@ class Observations:
             layers = {layer: seen.reading(read) for layer, seen in layers.items()}
         self.forwards.append(layers)
         self.read.append(read)
+        self.own.append(None if own is None else own[:, : len(read)])
         self.weights.append(weights)
         self.shapes.append((rows, tokens))
         if self.tokens >= LIMIT or self.nbytes() >= MAX_BYTES:
@@ -162,15 +177,33 @@ class Observations:
         given, self.weights = self.weights, []
         shapes, self.shapes = self.shapes, []
         read, self.read = self.read, []
+        own, self.own = self.own, []
         for layers in _alike(forwards[0]) if forwards else ():
             for parts in (NEURONS, STREAM):  # the stream is not read on all of them
                 has = [one[layers[0]][parts[0]] is not None for one in forwards]
                 if any(has):
                     seen = _joined(list(compress(forwards, has)), layers, parts)
                     weights = _weights(list(compress(given, has)), list(compress(shapes, has)))
-                    if weights is not None and parts is STREAM:
-                        weights = weights[:, _places(shapes, read, has)]
+                    if parts is STREAM:
+                        weights = _of_stream(weights, shapes, read, own, has)
                     self.update(self.observing, layers, seen, weights)
+
+
+def _of_stream(
+    weights: Tensor | None,
+    shapes: list[tuple[int, int]],
+    read: list[list[int]],
+    own: list[Tensor | None],
+    has: Sequence[bool],
+) -> Tensor | None:
+    """The weights of the tokens whose stream was read, 0 where a life does not read one."""
+    if weights is not None:
+        weights = weights[:, _places(shapes, read, has)]
+    sizes = [(rows, len(tokens)) for (rows, _), tokens in zip(shapes, read, strict=True)]
+    marks = _weights(list(compress(own, has)), list(compress(sizes, has)))
+    if weights is None or marks is None:
+        return weights if marks is None else marks
+    return weights * marks.to(weights.device)
 
 
 def _places(shapes: list[tuple[int, int]], read: list[list[int]], has: Sequence[bool]) -> list[int]:

@@ -77,6 +77,8 @@ class Held:
     feature: Tensor | None = None
     read: list[int] = field(default_factory=list)
     """Tokens of a decode forward on which sensitivities are read."""
+    own: Tensor | None = None
+    """Which of these each life reads itself, [lives, n]; None: all."""
     ended: bool = False
     """False while the forward runs, and for ever if it raised."""
 

@@ -22,7 +22,7 @@ from dart_llm.masks import LayerMask, auto_count, split
 from dart_llm.registry import BUDGETS, SCORES
 from dart_llm.scores import mix_ranks
 from dart_llm.token_select import candidate_count, token_mask
-from dart_llm.token_statistics import Statistics
+from dart_llm.token_statistics import Choice, Statistics
 from dart_llm.weights import FfnWeights
 
 
@@ -75,8 +75,7 @@ class Selector:
         parts = self.config.budget.parts() if self._allocates else ()
         needs = needed(parts, self._compensation_needs, lambda name: BUDGETS.get(name).needs)
         decay = self.config.score.ema_decay
-        keep = 1 - self.config.target
-        return Statistics(score.per_token, decay, needs, score.spread, score.average, keep)
+        return Statistics(score.per_token, decay, needs, score.spread, score.average)
 
     @property
     def _compensation_needs(self) -> tuple[str, ...]:
@@ -86,11 +85,19 @@ class Selector:
             return ("signed", "lost")
         return ("signed", "features") if self.config.compensation_rank else ("signed",)
 
-    def unit_worth(self, layers: Sequence[int]) -> Tensor | None:
-        """What ``Statistics.add`` needs of some layers' weights: [L, I], or None when nothing."""
+    def choice(self, layers: Sequence[int]) -> Choice | None:
+        """How the tokens of some layers choose, for ``Statistics.add``; None where they do not."""
         if "lost" not in self.statistics.needs:
             return None
-        return torch.stack([self.layers[layer].unit_worth for layer in layers])
+        worth = torch.stack([self.layers[layer].unit_worth for layer in layers])
+        return Choice(worth, tuple(self._keeps(layer) for layer in layers))
+
+    def _keeps(self, layer: int) -> float:
+        """Share of a layer's neurons that is kept, before a budget is asked."""
+        target = self.targets[layer]
+        if isinstance(target, int):
+            return target / self.layers[layer].width
+        return 1.0 if target is None else 1 - self.config.target
 
     @property
     def needs_evidence(self) -> bool:

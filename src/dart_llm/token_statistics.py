@@ -19,13 +19,34 @@ TOGETHER = 1 << 18
 
 
 @dataclass(frozen=True)
+class Choice:
+    """How tokens of some layers choose, if they choose for themselves.
+
+    ``worth``: [L, I], what a unit of each neuron's activation is worth; ``keeps``: the share of its
+    neurons that a token keeps, per layer.
+    """
+
+    worth: Tensor
+    keeps: tuple[float, ...]
+
+    def of(self, layers: slice) -> Choice:
+        """That of some of the layers."""
+        return Choice(self.worth[layers], self.keeps[layers])
+
+    def losers(self, u: Tensor) -> Tensor:
+        """``losers`` of every layer; u: [L, T, I]."""
+        each = zip(u, self.worth, self.keeps, strict=True)
+        return torch.stack([losers(one, worth, keep) for one, worth, keep in each])
+
+
+@dataclass(frozen=True)
 class Statistics:
     """Which sums a configuration needs, and how to add one forward's tokens to them.
 
     ``needs`` holds any of ``signed`` (compensation), ``features`` (its low-rank part),
     ``sensitivity``, ``sensitivity-residual``, ``squares`` (budget ``global``) and ``lost``
-    (compensation where tokens choose; ``keep``: the share that they keep).  ``spread``:
-    scores take the standard deviation of u; ``average``: the mean of the per-token statistic.
+    (compensation where tokens choose).  ``spread``: scores take the standard deviation of u;
+    ``average``: the mean of the per-token statistic.
     """
 
     per_token: PerToken | None
@@ -33,7 +54,11 @@ class Statistics:
     needs: frozenset[str]
     spread: bool = False
     average: bool = False
-    keep: float = 1.0
+
+    @property
+    def beside_score(self) -> frozenset[str]:
+        """What is summed beside the score's statistic: ``needs``, and the means for ``spread``."""
+        return self.needs | ({"signed"} if self.spread else set())
 
     @property
     def needs_stream(self) -> bool:
@@ -49,17 +74,16 @@ class Statistics:
         r: Tensor | None,
         weights: Tensor | None,
         f: Tensor | None = None,
-        scale: Tensor | None = None,
+        choice: Choice | None = None,
     ) -> None:
-        """Add tokens of one layer; parts as below, without their first dimension.
+        """Add tokens of one layer; parts as below, tensors without their first dimension.
 
         Raises ``RuntimeError`` when x and r are needed and missing.
         """
         parts = (t if t is None else t[None] for t in (u, None, z, x, r))
-        known = (t if t is None else t[None] for t in (f, scale))
         if self.needs_stream and (x is None or r is None):
             raise RuntimeError("x and r were not captured")
-        self.add([evidence], Seen(*parts), weights, *known)
+        self.add([evidence], Seen(*parts), weights, None if f is None else f[None], choice)
 
     def add(
         self,
@@ -67,19 +91,20 @@ class Statistics:
         seen: Seen,
         weights: Tensor | None,
         f: Tensor | None = None,
-        scale: Tensor | None = None,
+        choice: Choice | None = None,
     ) -> None:
         """Add tokens of some layers: parts [L, B, T, ...] of ``seen`` that are there.
 
-        f: [L, B, T, F] features of the FFN's input; weights: [B, T] float32 or None; scale: [L, I],
-        what a unit of each neuron's activation is worth.
+        f: [L, B, T, F] features of the FFN's input; weights: [B, T] float32 or None; ``choice``:
+        needed for ``lost``.
         """
         if (u := seen.u) is not None:
             step = max(1, TOGETHER // max(1, u[0].numel()))
             for start in range(0, len(u), step):
                 part = slice(start, start + step)
-                own, worth = (t if t is None else t[part] for t in (f, scale))
-                self._add_neurons(evidence[part], u[part], weights, own, worth)
+                own = None if f is None else f[part]
+                chosen = None if choice is None else choice.of(part)
+                self._add_neurons(evidence[part], u[part], weights, own, chosen)
         if self.needs_stream and seen.z is not None and seen.x is not None and seen.r is not None:
             flat = None if weights is None else weights.flatten()
             x, z, r = (t.flatten(1, 2).float() for t in (seen.x, seen.z, seen.r))
@@ -91,19 +116,19 @@ class Statistics:
         u: Tensor,
         weights: Tensor | None,
         f: Tensor | None,
-        scale: Tensor | None,
+        choice: Choice | None,
     ) -> None:
         step = max(1, CHUNK_ELEMENTS // (u.shape[0] * u.shape[1] * u.shape[3]))
         for start in range(0, u.shape[2], step):
             part = slice(start, start + step)
             w = None if weights is None else weights[:, part]
             some = u[:, :, part].float()
-            self._neurons(evidence, some, w, scale)
+            self._neurons(evidence, some, w, choice)
             if f is not None and "features" in self.needs:
                 _add_features(evidence, some, f[:, :, part].float(), w)
 
     def _neurons(
-        self, evidence: Layers, u: Tensor, weights: Tensor | None, scale: Tensor | None
+        self, evidence: Layers, u: Tensor, weights: Tensor | None, choice: Choice | None
     ) -> None:
         flat = u.flatten(1, 2)
         w = None if weights is None else weights.flatten()
@@ -116,8 +141,8 @@ class Statistics:
             add_sums(evidence, "signed", flat, w)
         if "squares" in self.needs:
             add_sums(evidence, "squares", flat.square(), w)
-        if "lost" in self.needs and scale is not None:
-            lost = losers(flat, scale[:, None], self.keep)
+        if "lost" in self.needs and choice is not None:
+            lost = choice.losers(flat)
             add_sums(evidence, "lost", flat * lost, w)
             add_sums(evidence, "losses", lost, w)
 

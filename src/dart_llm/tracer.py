@@ -8,6 +8,7 @@ until the next one shows how many stayed (assisted decoding rolls back).
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from dart_llm.drift import make_rule
 from dart_llm.life import Life, Phase
 from dart_llm.low_rank import read_features
 from dart_llm.masks import LayerMask
-from dart_llm.observations import Observations, Seen, outlasting, read_tokens, weakly
+from dart_llm.observations import Observations, Seen, outlasting, own_reads, read_tokens, weakly
 from dart_llm.plan import Call, Held, Kind, Plan, prompt_counts, token_weights
 from dart_llm.records import DriftCheck, Remask
 from dart_llm.reference import add_reference, evidence_weights, sinks_ahead
@@ -110,17 +111,10 @@ class Tracer:
             life.close()
         self.finished += self.lives
         per_row = self.config.batch == "per_row"
+        alone: list[tuple[int | None, int]] = [(row, 1) for row in range(call.rows)]
         self.lives = [
-            Life(
-                self.config,
-                self.selector,
-                self.rule,
-                self.sequences,
-                row if per_row else None,
-                1 if per_row else call.rows,
-                self.given,
-            )
-            for row in (range(call.rows) if per_row else [0])
+            Life(self.config, self.selector, self.rule, self.sequences, row, rows, self.given)
+            for row, rows in (alone if per_row else [(None, call.rows)])
         ]
         self.sequences += 1
         self.length = 0
@@ -140,8 +134,9 @@ class Tracer:
         observe = any(observing) and self.selector.needs_evidence
         stream = observe and self.selector.statistics.needs_stream
         if stream and not prefill:
-            held.read = read_tokens([life.observed for life in self.lives], held.call.tokens)
-            stream = bool(held.read)
+            seen = [life.observed for life in self.lives]
+            held.read = read_tokens(list(compress(seen, observing)), held.call.tokens)
+            stream, held.own = bool(held.read), own_reads(seen, held.read)
         inputs = observe and "features" in self.selector.statistics.needs
         features = bool(self.rule.window) and watched
         into = None if not observe or prefill or stream or any(masks) else held.layers
@@ -178,7 +173,7 @@ class Tracer:
     ) -> None:
         with torch.inference_mode(False):
             f = read_features(seen.h, [self.selector.layers[layer] for layer in layers])
-            scale = self.selector.unit_worth(layers)
+            choice = self.selector.choice(layers)
             for life, wanted in zip(self.lives, observing, strict=True):
                 if wanted:
                     rows = life.batch_rows
@@ -186,7 +181,7 @@ class Tracer:
                     own = Seen(*(None if t is None else t[:, rows] for t in seen))
                     part = None if f is None else f[:, rows]
                     evidence = [life.evidence[layer] for layer in layers]
-                    self.selector.statistics.add(evidence, own, w, part, scale)
+                    self.selector.statistics.add(evidence, own, w, part, choice)
 
     def feature(self, v: Tensor) -> None:
         """The last layer's attention output of this forward: [B, T, D]."""
@@ -217,7 +212,8 @@ class Tracer:
         accepted = max(0, stayed - call.cached)
         self.length = call.cached + accepted
         weights = evidence_weights(call, accepted, self._real, self.config.skip_sinks)
-        self._queue.add(held.observing, held.layers, weights, call.rows, accepted, held.read)
+        seen = held.observing, held.layers
+        self._queue.add(*seen, weights, call.rows, accepted, held.read, held.own)
         with torch.inference_mode(False):
             if call.kind is Kind.PREFILL:
                 self._settle_prefill(held)
