@@ -146,6 +146,17 @@ def test_other_weights_texts_and_damaged_files_are_calibrated_anew(
     assert run_calibration(tiny(), config(), text, tmp_path)[1] == []
 
 
+def test_the_fingerprint_tells_what_is_computed_with_the_same_weights() -> None:
+    model = tiny()
+    before = fingerprint(model)
+    model.config.use_cache, model.config.transformers_version = False, "6"
+    assert fingerprint(model) == before
+    for name, value in (("hidden_act", "relu"), ("rope_parameters", {"rope_theta": 5.0})):
+        other = tiny()
+        setattr(other.config, name, value)
+        assert fingerprint(other) != before, name
+
+
 def test_a_swap_of_neurons_changes_the_fingerprint() -> None:
     model = tiny()
     before = fingerprint(model)

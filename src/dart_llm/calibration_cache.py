@@ -7,6 +7,7 @@ table and compensation do not enter, so one calibration serves them all.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,12 @@ from dart_llm.token_statistics import Statistics
 
 FORMAT = 1
 SAMPLES = 64
+ASIDE = (
+    *("transformers_version", "architectures", "dtype", "torch_dtype", "initializer_range"),
+    *("use_cache", "return_dict", "output_hidden_states", "output_attentions", "problem_type"),
+    *("id2label", "label2id", "chunk_size_feed_forward", "pretraining_tp", "quantization_config"),
+)
+"""Entries of a configuration that do not change what a causal model computes from its weights."""
 _memory: WeakKeyDictionary[nn.Module, dict[str, list[LayerEvidence]]] = WeakKeyDictionary()
 
 
@@ -36,8 +43,12 @@ def make_key(model: nn.Module, statistics: Statistics, tokens: str) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A digest of all weights: per parameter an exact sum of its bits, and some of its values."""
-    digest = hashlib.sha256()
+    """A digest of what the model computes with.
+
+    Of all weights, per parameter an exact sum of its bits and some of its values; and of the
+    configuration, which says what is computed with them (activation, rotary embedding, ...).
+    """
+    digest = hashlib.sha256(_settings(model).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if parameter.is_meta:  # offloaded: only its name and shape are known here
@@ -50,6 +61,15 @@ def fingerprint(model: nn.Module) -> str:
         sample = bits[:: max(1, len(bits) // SAMPLES)].tolist()
         digest.update(f"{int(bits.sum(dtype=torch.int64))} {sample}".encode())
     return digest.hexdigest()
+
+
+def _settings(model: nn.Module) -> str:
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return ""
+    known = config.get_text_config().to_dict()
+    kept = {name: value for name, value in known.items() if name not in ASIDE and name[0] != "_"}
+    return json.dumps(kept, sort_keys=True, default=str)
 
 
 def digest_of(ids: Tensor) -> str:
