@@ -10,9 +10,6 @@ from measured_blocks import measured
 from reproduce_inputs import Found
 from table_registry import Registry, Table
 
-STATES = {True: "MISSING", False: "ANOTHER FILE"}
-"""Of an input that cannot be used: whether it is nowhere."""
-
 
 def listing(root: Path, known: Registry, inputs: Callable[[Table], Sequence[Found]]) -> str:
     """A paragraph per results file."""

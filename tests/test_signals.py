@@ -15,7 +15,8 @@ from torch.nn.functional import normalize
 from dart_llm import prune, read_points
 from dart_llm.drift import SINKS, cosine
 from dart_llm.errors import ConfigError, DartError, UnknownName, UnsupportedModel
-from dart_llm.recording import LEAST_PROMPT, needs_eager, record
+from dart_llm.recording import needs_eager, record
+from dart_llm.settings_detect import LEAST
 from dart_llm.signals import (
     SIGNALS,
     check_signal,
@@ -226,7 +227,7 @@ def test_a_signal_that_is_not_finite_is_refused() -> None:
 
 
 def test_the_least_prompt_has_keys() -> None:
-    keys = keys_of(LEAST_PROMPT)
+    keys = keys_of(LEAST["prompt_tokens"])
     assert keys.stop - keys.start == 4
 
 

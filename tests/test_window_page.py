@@ -17,7 +17,6 @@ from html_page import Page
 
 STATIC = Path(dart_llm.__file__).parent / "static"
 SCRIPTS = sorted(STATIC.glob("*.js"))
-STYLES = sorted(STATIC.glob("*.css"))
 TEXT = (STATIC / "index.html").read_text(encoding="utf-8")
 PAGE = Page(TEXT)
 CONTROLS = ("button", "input", "select", "textarea")

@@ -131,13 +131,13 @@ def generate(
         max_new_tokens=tokens,
         streamer=collector,
         stopping_criteria=criteria,
-        pad_token_id=_pad_id(model, tokenizer),
+        pad_token_id=_pad_id(tokenizer),
         **sampling,
     )
     return collector.result
 
 
-def _pad_id(model: Any, tokenizer: Any) -> int | None:
+def _pad_id(tokenizer: Any) -> int | None:
     for known in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if known is not None:
             return int(known)

@@ -12,12 +12,12 @@ from dart_llm.inspect_overlap import jaccard
 from dart_llm.inspect_study import Study
 from dart_llm.scores import EPS
 
-MEASURES = ("cosine", "distance", "norm_ratio", "jaccard")
-"""cos(a, b); ||a - b||; ||b|| / ||a||; Jaccard of the dimensions with the largest magnitudes."""
-
 
 def compare(a: Tensor, b: Tensor, dims: int) -> dict[str, float]:
-    """``MEASURES`` of two vectors [D]; ``dims``: how many dimensions count as largest."""
+    """Two vectors [D] beside each other; ``dims``: how many dimensions count as largest.
+
+    cos(a, b); ||a - b||; ||b|| / ||a||; Jaccard of the dimensions with the largest magnitudes.
+    """
     a, b = a.float(), b.float()
     size_a, size_b = a.norm(), b.norm()
     top = [t.abs().topk(min(dims, len(t))).indices for t in (a, b)]

@@ -70,7 +70,7 @@ def _generate_one(
         if settings.verbose:
             _say_masks(job, run)
     job.ui.end_text(made.text)
-    return _generation_record(variant, config, text, made, report)
+    return _generation_record(variant, text, made, report)
 
 
 def _same_path(job: Job, candidate: Candidate) -> Any:
@@ -85,7 +85,7 @@ def _same_path(job: Job, candidate: Candidate) -> Any:
 
 
 def _generation_record(
-    variant: str, config: PruneConfig, text: str, made: Generation, report: dict[str, Any] | None
+    variant: str, text: str, made: Generation, report: dict[str, Any] | None
 ) -> dict[str, Any]:
     return {
         "id": "prompt-0",

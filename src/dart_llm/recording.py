@@ -11,10 +11,8 @@ from torch import Tensor
 
 from dart_llm import read_points
 from dart_llm.arch import context_length
-from dart_llm.drift import SINKS
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.signals import (
-    FEWEST_KEYS,
     SCORES,
     Recorded,
     distribution,
@@ -23,9 +21,6 @@ from dart_llm.signals import (
     several,
     shannon,
 )
-
-LEAST_PROMPT = 2 * (SINKS + FEWEST_KEYS)
-"""Tokens of a prompt over which an attention distribution can be taken."""
 
 
 def needs_eager(signals: Sequence[str]) -> bool:

@@ -28,9 +28,6 @@ SIGNALS = {
 }
 """Names, with what they are in one line."""
 
-FEWEST_KEYS = 4
-"""Prompt positions that an attention distribution must have."""
-
 
 @dataclass(frozen=True)
 class Recorded:
