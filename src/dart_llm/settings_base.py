@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from dart_llm.config import PruneConfig, check_sparsity, first_problem, read_yaml, unknown_key
+from dart_llm.config import PruneConfig, check_sparsity, first_problem, read_yaml
 from dart_llm.errors import ConfigError
 from dart_llm.layer_spec import parse_layer_spec, read_table
 from dart_llm.registry import METHODS
+from dart_llm.settings_checks import Settings, check_seed
 
 RIVALS = (
     {"sparsity", "total_prune_percent"},
@@ -31,10 +32,8 @@ def setting(panel: str, text: str, default: Any = None) -> Any:
     return Field(default, description=text, json_schema_extra={"panel": panel})
 
 
-class BaseSettings(BaseModel):
+class BaseSettings(Settings):
     """What every command is asked: which model, how it is pruned, where results go."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     # model
     model: str = setting(
@@ -82,21 +81,17 @@ class BaseSettings(BaseModel):
     experiment_name: str | None = setting("Results", "Default: <model>-<method>-<sparsity>.")
     results_dir: str = setting("Results", "Folder for results.", "results")
 
-    @model_validator(mode="before")
     @classmethod
-    def _known(cls, data: Any) -> Any:
-        for key in data:
-            if key not in cls.model_fields:
-                raise unknown_key(cls, str(key))
-        return {k: v for k, v in data.items() if not (k.endswith("_max_samples") and v == "all")}
+    def read(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        every = {k for k, v in data.items() if k.endswith("_max_samples") and v == "all"}
+        return super().read({k: v for k, v in data.items() if k not in every})
 
     @model_validator(mode="after")
     def _check_shared(self) -> BaseSettings:
         METHODS.check(self.method)
         if self.sparsity is not None and self.total_prune_percent is not None:
             raise ConfigError("give --sparsity or --total-prune-percent, not both")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"--seed {self.seed} must be a whole number from 0 to 2^63 - 1")
+        check_seed(self.seed)
         if self.masks and self.target_sparsity() is not None:
             raise ConfigError("--masks names the neurons themselves: drop the sparsity")
         if self.knowledge_drift is not None and self.drift is not None:
@@ -177,6 +172,12 @@ class BaseSettings(BaseModel):
         )
         model = Path(self.model.rstrip("/")).name.lower()
         return f"{model}-{self.method}-{amount}"
+
+
+def given_of(settings: BaseModel) -> dict[str, Any]:
+    """What ``settings`` of another kind were given for fields that ``BaseSettings`` has too."""
+    shared = BaseSettings.model_fields.keys() & type(settings).model_fields.keys()
+    return {name: getattr(settings, name) for name in shared & settings.model_fields_set}
 
 
 S = TypeVar("S", bound=BaseModel)

@@ -10,6 +10,7 @@ from pydantic import model_validator
 
 from dart_llm.errors import ConfigError
 from dart_llm.settings_base import BaseSettings, setting
+from dart_llm.settings_checks import check_least, words
 
 PANEL = "Detection"
 T = TypeVar("T")
@@ -69,10 +70,7 @@ class DetectSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _check_detect(self) -> DetectSettings:
-        for name, least in LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        check_least(self, LEAST)
         self._check_kernel()
         for least, values in ((2, self.window_list()), (1, self.count_list())):
             if min(values) < least:
@@ -126,7 +124,7 @@ class DetectSettings(BaseSettings):
 
 def _list(name: str, text: str, kind: Callable[[str], T]) -> tuple[T, ...]:
     """The parts of a comma-separated list, without repetitions."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
+    parts = words(text)
     if not parts:
         raise ConfigError(f"--{name} is empty: give at least one")
     try:

@@ -6,14 +6,14 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 
-from dart_llm.config import unknown_key
 from dart_llm.drift_methods import DriftMethod, parse_methods
 from dart_llm.errors import ConfigError, UnknownName
-from dart_llm.settings_base import BaseSettings, merge, setting
+from dart_llm.settings_base import BaseSettings, given_of, merge, setting
+from dart_llm.settings_checks import Settings, check_least, words
 
 FREE, FORCED = "free", "forced"
 MODES = {
@@ -22,17 +22,15 @@ MODES = {
 }
 METHODS = "dense,never,interval:64,published,paper,dart"
 STUDY, PRUNING, METRICS, MODEL, RESULTS = "Study", "Pruning", "Metrics", "Model", "Results"
-LISTS = ("methods", "seeds")
-"""Texts with commas; a YAML file may hold them as lists."""
 LEAST = {"limit": 1, "prompt_tokens": 16, "generation": 2, "remask_at_change": 1}
 """The least value of each whole number."""
 DETECTION = "detection.json"
 
 
-class DriftSettings(BaseModel):
+class DriftSettings(Settings):
     """What a drift study is asked to do; None means "not given"."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    COMMAS: ClassVar = ("methods", "seeds")
 
     mode: str | None = setting(
         STUDY, "free: write after prompts; forced: read passages (default: by the source)."
@@ -97,22 +95,11 @@ class DriftSettings(BaseModel):
         RESULTS, "A results folder of dart-llm detect that the report shows too."
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _known(cls, data: Any) -> Any:
-        for key in data:
-            if key not in cls.model_fields:
-                raise unknown_key(cls, str(key))
-        return {key: _text(value) if key in LISTS else value for key, value in data.items()}
-
     @model_validator(mode="after")
     def _check(self) -> DriftSettings:
         if self.mode is not None and self.mode not in MODES:
             raise UnknownName("mode", self.mode, MODES)
-        for name, least in LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        check_least(self, LEAST)
         if self.temperature is not None and not 0 <= self.temperature < math.inf:
             raise ConfigError(f"--temperature {self.temperature:g} must be 0 (greedy) or more")
         self._check_sources()
@@ -170,13 +157,13 @@ class DriftSettings(BaseModel):
 
     def seed_list(self) -> tuple[int, ...]:
         """The seeds, each once; raises ``ConfigError`` for what is none."""
-        words = [word.strip() for word in self.seeds.split(",") if word.strip()]
-        if not words or not all(word.isdecimal() and int(word) < 2**63 for word in words):
+        seeds = words(self.seeds)
+        if not seeds or not all(seed.isdecimal() and int(seed) < 2**63 for seed in seeds):
             raise ConfigError(
                 f'--seeds "{self.seeds}" must be whole numbers from 0 to 2^63 - 1 with commas '
                 "between them, e.g. 0,1,2"
             )
-        return tuple(dict.fromkeys(map(int, words)))
+        return tuple(dict.fromkeys(map(int, seeds)))
 
     def method_list(self) -> tuple[DriftMethod, ...]:
         """The methods in order, dense first; raises ``ConfigError`` or ``UnknownName``."""
@@ -184,8 +171,7 @@ class DriftSettings(BaseModel):
 
     def base(self) -> BaseSettings:
         """What dart and its variants start from, and how the model is loaded."""
-        shared = BaseSettings.model_fields.keys() & type(self).model_fields.keys()
-        given = {name: getattr(self, name) for name in shared if name in self.model_fields_set}
+        given = given_of(self)
         if self.sparsity is None and self.total_prune_percent is None and not self._fixed:
             given["sparsity"] = 0.5
         return BaseSettings.model_validate(given)
@@ -195,12 +181,6 @@ class DriftSettings(BaseModel):
         """Whether something else than a sparsity sets the counts."""
         table = self.layer_topk or "auto"
         return self.prune_strategy == "auto" or ("auto" not in table and table[:1] != "@")
-
-
-def _text(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return ",".join(map(str, value))
-    return str(value) if isinstance(value, int) else value
 
 
 def collect(

@@ -12,6 +12,7 @@ from dart_llm.config import PruneConfig
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.settings_activations import ActivationSettings
 from dart_llm.settings_base import setting
+from dart_llm.settings_checks import check_least
 
 PANEL = "Texts"
 WHAT = "Inspection"
@@ -54,10 +55,7 @@ class InspectSettings(ActivationSettings):
 
     @model_validator(mode="after")
     def _check_inspect(self) -> InspectSettings:
-        for name, least in LEAST.items():
-            if getattr(self, name) < least:
-                flag = name.replace("_", "-")
-                raise ConfigError(f"--{flag} {getattr(self, name)} must be at least {least}")
+        check_least(self, LEAST)
         if not 0 < self.share < 1:
             raise ConfigError(f"--share {self.share:g} must lie between 0 and 1, as in 0.1")
         if self.neuron_score not in PROXIES:

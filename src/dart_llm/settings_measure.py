@@ -10,6 +10,7 @@ from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.harness_tasks import expand
 from dart_llm.measurement import MeasureOptions
 from dart_llm.settings_base import BaseSettings, setting
+from dart_llm.settings_checks import check_least
 from dart_llm.task_names import protocols
 from dart_llm.trackers import TRACKERS
 
@@ -37,10 +38,8 @@ class MeasureSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _check_measure(self) -> MeasureSettings:
-        for name, least in LEAST.items():
-            value = getattr(self, name, None)
-            if value is not None and value < least:
-                raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        own = type(self).model_fields
+        check_least(self, {name: least for name, least in LEAST.items() if name in own})
         if self.tracker and self.tracker not in TRACKERS:
             raise UnknownName("tracker", self.tracker, TRACKERS)
         for task in self.task_names():

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 
-from dart_llm.config import unknown_key
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.quality_slices import CELLS, Shape
 from dart_llm.quality_texts import REPORT, SETS
 from dart_llm.quality_variants import Variant, parse
-from dart_llm.settings_base import BaseSettings, setting
+from dart_llm.settings_base import BaseSettings, given_of, setting
+from dart_llm.settings_checks import Settings, check_least, check_seed, read_sparsities, words
 
 STUDY, MODEL, RESULTS = "Study", "Model", "Results"
 LISTS = ("model", "text")
 """Options that may be repeated; commas do as well."""
-TEXTS = ("methods", "oracle", "sparsities", "pool", "cells")
-"""Texts with commas; a YAML file may hold them as lists."""
 LEAST = {"slices": 1, "prompt_tokens": 16, "tokens": 1}
 """The least value of each whole number."""
 
 
-class QualitySettings(BaseModel):
+class QualitySettings(Settings):
     """What ``dart-llm bench quality`` is asked to do; None means "not given"."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    COMMAS: ClassVar = ("methods", "oracle", "sparsities", "pool", "cells")
 
     methods: str = setting(
         STUDY, "Methods, comma-separated; griffin, the yardstick, always runs.", "griffin,dart"
@@ -76,27 +75,18 @@ class QualitySettings(BaseModel):
     experiment_name: str | None = setting(RESULTS, "Default: quality-<set>-<model>.")
     results_dir: str = setting(RESULTS, "Folder for results.", "results")
 
-    @model_validator(mode="before")
     @classmethod
-    def _known(cls, data: Any) -> Any:
-        for key in data:
-            if key not in cls.model_fields:
-                raise unknown_key(cls, str(key))
-        found = {key: _parts(value) if key in LISTS else value for key, value in data.items()}
-        return {key: joined(value) if key in TEXTS else value for key, value in found.items()}
+    def read(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        return super().read({k: _parts(v) if k in LISTS else v for k, v in data.items()})
 
     @model_validator(mode="after")
     def _check(self) -> QualitySettings:
-        for name, least in LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        check_least(self, LEAST)
         if self.set not in SETS:
             raise UnknownName("set", self.set, SETS)
         if not self.model:
             raise ConfigError("no model is named: give --model one, or leave it out")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"--seed {self.seed} must be a whole number from 0 to 2^63 - 1")
+        check_seed(self.seed)
         self.cell_list()
         self.pool_list()
         self.variant_list()
@@ -145,9 +135,7 @@ class QualitySettings(BaseModel):
 
     def base(self, model: str) -> BaseSettings:
         """How one of the models is loaded."""
-        shared = BaseSettings.model_fields.keys() & type(self).model_fields.keys()
-        given = {name: getattr(self, name) for name in shared if name in self.model_fields_set}
-        return BaseSettings.model_validate({**given, "model": model})
+        return BaseSettings.model_validate({**given_of(self), "model": model})
 
     @property
     def experiment(self) -> str:
@@ -161,30 +149,3 @@ def _parts(value: Any) -> Any:
     if not isinstance(given, list | tuple):
         return value
     return [word for item in given for word in words(str(item))]
-
-
-def joined(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return ",".join(map(str, value))
-    return str(value) if isinstance(value, int | float) else value
-
-
-def words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def read_sparsities(name: str, text: str) -> tuple[float, ...]:
-    try:
-        found = tuple(dict.fromkeys(float(word) for word in words(text)))
-    except ValueError:
-        raise ConfigError(
-            f'--{name} "{text}" must be numbers with commas between them, e.g. 0.5,0.7'
-        ) from None
-    if not found and name == "sparsities":
-        raise ConfigError("--sparsities is empty: give at least one, e.g. 0.5")
-    for value in found:
-        if not 0 < value < 1:
-            raise ConfigError(
-                f"--{name} {value:g} must lie between 0 and 1: the fraction of neurons to remove"
-            )
-    return found

@@ -12,6 +12,7 @@ from dart_llm.config import PruneConfig
 from dart_llm.errors import ConfigError
 from dart_llm.registry import METHODS
 from dart_llm.settings_base import BaseSettings, setting
+from dart_llm.settings_checks import words
 
 SERVER, LIMITS, LOG = "Server", "Limits", "Log"
 LEAST: dict[str, float] = {
@@ -109,7 +110,7 @@ class ServeSettings(BaseSettings):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return words(self.api_key)
+        return tuple(words(self.api_key))
 
     @property
     def hosts(self) -> frozenset[str] | None:
@@ -139,8 +140,3 @@ def prunes(method: str) -> bool:
     """Whether a method removes neurons, so that a sparsity can be asked of it."""
     config = METHODS.get(method)
     return config.weight_bits is None and config.sparsity != 0
-
-
-def words(text: str | None) -> tuple[str, ...]:
-    """The parts between commas."""
-    return tuple(part.strip() for part in (text or "").split(",") if part.strip())

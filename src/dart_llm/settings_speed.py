@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 
-from dart_llm.config import unknown_key
 from dart_llm.errors import ConfigError, UnknownName
-from dart_llm.settings_base import BaseSettings, setting
-from dart_llm.settings_quality import joined, read_sparsities, words
+from dart_llm.settings_base import BaseSettings, given_of, setting
+from dart_llm.settings_checks import Settings, check_least, check_seed, read_sparsities, words
 from dart_llm.speed_cases import Case, Variant, method_cases, parse
 
 STUDY, MODEL, RESULTS = "Study", "Model", "Results"
-TEXTS = ("methods", "sparsities", "executors")
-"""Texts with commas; a YAML file may hold them as lists."""
 EXECUTORS = ("masked", "compact", "native", "slim", "graph")
 LEAST = {"prompt_tokens": 1, "tokens": 4, "repeats": 1, "rebuild_every": 1, "threads": 1}
 """The least value of each whole number."""
 
 
-class SpeedSettings(BaseModel):
+class SpeedSettings(Settings):
     """What ``dart-llm bench speed`` is asked to do; None means "not given"."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    COMMAS: ClassVar = ("methods", "sparsities", "executors")
 
     methods: str = setting(STUDY, "Methods, comma-separated; dense always runs.", "dart")
     variants: str | None = setting(
@@ -67,22 +64,10 @@ class SpeedSettings(BaseModel):
     experiment_name: str | None = setting(RESULTS, "Default: speed-<model>.")
     results_dir: str = setting(RESULTS, "Folder for results.", "results")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _known(cls, data: Any) -> Any:
-        for key in data:
-            if key not in cls.model_fields:
-                raise unknown_key(cls, str(key))
-        return {key: joined(value) if key in TEXTS else value for key, value in data.items()}
-
     @model_validator(mode="after")
     def _check(self) -> SpeedSettings:
-        for name, least in LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least {least}")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"--seed {self.seed} must be a whole number from 0 to 2^63 - 1")
+        check_least(self, LEAST)
+        check_seed(self.seed)
         if self.shape is not None and "model" in self.model_fields_set:
             raise ConfigError("--model-config stands in place of --model: give one of them")
         if self.shape is not None and not Path(self.shape).is_file():
@@ -127,9 +112,7 @@ class SpeedSettings(BaseModel):
 
     def base(self) -> BaseSettings:
         """How the model is loaded."""
-        shared = BaseSettings.model_fields.keys() & type(self).model_fields.keys()
-        given = {name: getattr(self, name) for name in shared if name in self.model_fields_set}
-        return BaseSettings.model_validate(given)
+        return BaseSettings.model_validate(given_of(self))
 
     @property
     def experiment(self) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 
 from dart_llm.errors import UnknownName
 from dart_llm.settings_base import setting
+from dart_llm.settings_checks import Settings
 from dart_llm.trackers import TRACKERS
 
 GRID, TASK, RUN, MODEL = "Grid", "Tasks", "Run", "Model"
@@ -30,10 +31,8 @@ PLACE = ("experiment_name", "results_dir", "engine", "workers", "tracker")
 """Fields that say where and how the cells run."""
 
 
-class SweepFlags(BaseModel):
+class SweepFlags(Settings):
     """Every flag; None means "not given".  Lists are written with commas."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     models: str | None = setting(GRID, "Models (default: smollm2-135m).")
     methods: str | None = setting(GRID, "Methods; dart-llm methods lists them.")
