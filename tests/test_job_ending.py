@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,20 @@ def test_a_full_disk_hides_no_error(work: Work) -> None:
 
     with pytest.raises(ValueError, match="the first"), kept(work, full, "tiny", None):
         raise ValueError("the first")
+
+
+def test_what_the_work_took_is_noted_when_it_is_done(work: Work) -> None:
+    with kept(work, [].append, "tiny", None) as took:
+        assert work.timing == {}
+        took()
+    assert work.timing["total_s"] >= 0 and work.timing["peak_memory_bytes"] > 2**20
+    assert work.ui.log == []
+
+
+def test_a_job_that_goes_on_says_so(work: Work) -> None:
+    work.folder = replace(work.folder, resumed=True)
+    with kept(work, [].append, "tiny", None):
+        assert work.ui.log == [f"resuming {work.path}"]
 
 
 @pytest.mark.parametrize("finished", [True, False])

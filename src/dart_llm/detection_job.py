@@ -15,7 +15,6 @@ from dart_llm.detection_study import Study, plan, study
 from dart_llm.job_common import config_document, load_model
 from dart_llm.job_ending import complete, kept, leave, write_plots
 from dart_llm.model_facts import model_digest
-from dart_llm.provenance import peak_memory_bytes
 from dart_llm.read_points import EAGER, layer_count
 from dart_llm.recording import needs_eager
 from dart_llm.results import ResultsFolder, open_folder, write_json, write_lines
@@ -59,11 +58,8 @@ def run_detect(settings: DetectSettings, ui: Ui, fresh: bool = False) -> DetectJ
     known = identity(settings, {name: value for name, value in sums.items() if value})
     folder = open_folder(Path(settings.results_dir), settings.experiment, known, fresh)
     job = DetectJob(settings, ui, folder, known)
-    if folder.resumed:
-        ui.say(f"resuming {folder.path}")
-    started = time.perf_counter()
-    _write_config(job, "running")
-    with kept(job, lambda status: _leave(job, status), settings.model, settings.dtype):
+    with kept(job, lambda status: _leave(job, status), settings.model, settings.dtype) as took:
+        _write_config(job, "running")
         _load(job)
         texts = [inputs.tokens(passage, job.tokenizer) for passage in passages]
         inputs.check(texts, asked.prompt, context_length(job.model))
@@ -71,8 +67,7 @@ def run_detect(settings: DetectSettings, ui: Ui, fresh: bool = False) -> DetectJ
             for text in texts:
                 _study(job, text, asked)
                 advance(1)
-        job.timing["total_s"] = time.perf_counter() - started
-        job.timing["peak_memory_bytes"] = peak_memory_bytes()
+        took()
         _finish(job)
     return job
 

@@ -21,7 +21,6 @@ from dart_llm.job_common import config_document, load_model, write_logs
 from dart_llm.job_ending import kept
 from dart_llm.loading import checkpoint_facts
 from dart_llm.news import News
-from dart_llm.provenance import peak_memory_bytes
 from dart_llm.results import ResultsFolder, finite, open_folder, write_json
 from dart_llm.settings_drift import FORCED, DriftSettings
 from dart_llm.ui import Ui
@@ -67,14 +66,12 @@ def run_drift(settings: DriftSettings, ui: Ui, fresh: bool = False) -> DriftJob:
     interruption or any other error keeps what was computed.
     """
     job = _open(settings, ui, fresh)
-    started = time.perf_counter()
-    _write_config(job, "running")
-    with kept(job, lambda status: _leave(job, status), settings.model, settings.dtype):
+    with kept(job, lambda status: _leave(job, status), settings.model, settings.dtype) as took:
+        _write_config(job, "running")
         _load(job)
         _write_config(job, "running")
         _compute_all(job)
-        job.timing["total_s"] = time.perf_counter() - started
-        job.timing["peak_memory_bytes"] = peak_memory_bytes()
+        took()
         _finish(job)
     _check(job)
     return job
@@ -89,8 +86,6 @@ def _open(settings: DriftSettings, ui: Ui, fresh: bool) -> DriftJob:
     data = {"kind": "drift", **asked, "inputs": inputs}
     data["presets"] = {m.label: None if m.config is None else m.config.to_dict() for m in methods}
     folder = open_folder(Path(settings.results_dir), settings.experiment, data, fresh)
-    if folder.resumed:
-        ui.say(f"resuming {folder.path}")
     files = StudyFiles(folder, cells, settings.model, settings.moment)
     return DriftJob(settings, ui, files, sources, data)
 

@@ -20,10 +20,9 @@ from dart_llm.inspect_tables import sheets
 from dart_llm.inspect_texts import InspectText, inspect_texts
 from dart_llm.inspect_weights import weights
 from dart_llm.inspect_words import sentences
-from dart_llm.job_common import config_document, load_model, write_logs
-from dart_llm.job_ending import kept, leave
+from dart_llm.job_common import config_document, load_model
+from dart_llm.job_ending import complete, kept, leave
 from dart_llm.model_facts import model_digest
-from dart_llm.provenance import peak_memory_bytes
 from dart_llm.results import ResultsFolder, open_folder, write_csv, write_json, write_text
 from dart_llm.settings_inspect import InspectSettings
 from dart_llm.ui import Ui
@@ -41,6 +40,7 @@ class InspectJob:
     ui: Ui
     folder: ResultsFolder
     texts: Sequence[InspectText]
+    identity: dict[str, Any]
     sections: dict[str, Any] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
@@ -68,23 +68,19 @@ def run_inspect(
         inputs["layer_topk"] = file_sha256(Path(settings.layer_topk[1:]))
     identity = {"kind": KIND, **settings.model_dump(mode="json"), "what": wanted, "inputs": inputs}
     folder = open_folder(Path(settings.results_dir), settings.experiment, identity, fresh)
-    job = InspectJob(settings, ui, folder, texts)
-    if folder.resumed:
-        ui.say(f"resuming {folder.path}")
-    started = time.perf_counter()
-    _write_config(job, identity, "running")
-    with kept(job, lambda status: _leave(job, identity, status), settings.model, settings.dtype):
+    job = InspectJob(settings, ui, folder, texts, identity)
+    with kept(job, lambda status: _leave(job, status), settings.model, settings.dtype) as took:
+        _write_config(job, "running")
         job.model, tokenizer, job.timing["load_s"] = load_model(settings, ui)
-        _write_config(job, identity, "running")
+        _write_config(job, "running")
         _inspect(job, tokenizer, wanted, bool(what))
-        job.timing["total_s"] = time.perf_counter() - started
-        job.timing["peak_memory_bytes"] = peak_memory_bytes()
-        _finish(job, identity)
+        took()
+        _finish(job)
     return job
 
 
-def _leave(job: InspectJob, identity: dict[str, Any], status: str) -> None:
-    leave(job, status, lambda status: _write_config(job, identity, status), bool(job.sections))
+def _leave(job: InspectJob, status: str) -> None:
+    leave(job, status, lambda status: _write_config(job, status), bool(job.sections))
 
 
 def _inspect(job: InspectJob, tokenizer: Any, wanted: Sequence[str], named: bool) -> None:
@@ -161,13 +157,13 @@ def document(job: InspectJob) -> dict[str, Any]:
     return {"texts": texts, "sentences": sentences(job.sections), "sections": dict(job.sections)}
 
 
-def _write_config(job: InspectJob, identity: dict[str, Any], status: str) -> None:
+def _write_config(job: InspectJob, status: str) -> None:
     prune = job.settings.prune_config().to_dict()
-    job.config = config_document(KIND, identity, prune, job.model, status, job.config)
+    job.config = config_document(KIND, job.identity, prune, job.model, status, job.config)
     write_json(job.path / "config.json", job.config)
 
 
-def _finish(job: InspectJob, identity: dict[str, Any]) -> None:
+def _finish(job: InspectJob) -> None:
     write_json(job.path / "timing.json", job.timing)
     found, told = sheets(job.sections), sentences(job.sections)
     for sheet in found:
@@ -181,11 +177,7 @@ def _finish(job: InspectJob, identity: dict[str, Any]) -> None:
     write_text(job.path / "inspect.md", text)
     for sentence in told.values():
         job.ui.say(sentence)
-    _write_config(job, identity, "complete")
-    _write_pages(job)
-    write_logs(job.folder, job.ui.log, job.timing)
-    job.folder.finish()
-    job.ui.say(f"results: {job.path}")
+    complete(job, lambda status: _write_config(job, status), lambda: _write_pages(job))
 
 
 def _write_pages(job: InspectJob) -> None:

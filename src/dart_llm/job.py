@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,13 @@ from dart_llm.candidate import Candidate
 from dart_llm.config import PruneConfig
 from dart_llm.errors import ConfigError, MissingExtra
 from dart_llm.job_common import config_document, load_model, write_logs
-from dart_llm.job_ending import kept
+from dart_llm.job_ending import complete, kept
 from dart_llm.job_generate import generate_texts
 from dart_llm.job_state import Job
 from dart_llm.outputs import check_masks, read_masks
 from dart_llm.perplexity import slices
 from dart_llm.ppl_rows import rows_to_dict, score_row
 from dart_llm.prepare import prepare
-from dart_llm.provenance import peak_memory_bytes
 from dart_llm.results import open_folder, write_json
 from dart_llm.settings import RunSettings
 from dart_llm.tables import conclusion, perplexity_table, report_table
@@ -46,11 +44,8 @@ def run_job(
         Path(settings.results_dir), settings.experiment, _identity(settings, also, inputs), fresh
     )
     job = Job(settings, ui, folder, also, inputs)
-    if folder.resumed:
-        ui.say(f"resuming {folder.path}")
-    started = time.perf_counter()
-    _write_config(job, "running")
-    with kept(job, lambda status: _leave(job, status), settings.model, settings.dtype):
+    with kept(job, lambda status: _leave(job, status), settings.model, settings.dtype) as took:
+        _write_config(job, "running")
         _load(job)
         _write_config(job, "running")
         own = _prepare(job, masks)
@@ -63,8 +58,7 @@ def run_job(
             _perplexity(job, text, candidates)
         for evaluation in evaluations:
             job_eval.evaluate(job, evaluation, candidates)
-        job.timing["total_s"] = time.perf_counter() - started
-        job.timing["peak_memory_bytes"] = peak_memory_bytes()
+        took()
         _finish(job)
     return job
 
@@ -160,11 +154,7 @@ def _finish(job: Job) -> None:
             job.ui.say(f"note: {note}")
     for sentence in conclusion(accounting, job.perplexity):
         job.ui.say(sentence)
-    _write_config(job, "complete")
-    _write_pages(job)
-    write_logs(job.folder, job.ui.log, job.timing)
-    job.folder.finish()
-    job.ui.say(f"results: {job.path}")
+    complete(job, lambda status: _write_config(job, status), lambda: _write_pages(job))
 
 
 def _write_pages(job: Job) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 from dart_llm.devices import memory_failure
 from dart_llm.errors import DartError, LoadError, MissingExtra, ResultsError, UnknownName
 from dart_llm.job_common import write_logs
+from dart_llm.provenance import peak_memory_bytes
 from dart_llm.results import ResultsFolder
 from dart_llm.ui import Ui
 
@@ -44,14 +46,24 @@ def write_plots(job: Ending, plots: Iterable[Any]) -> None:
 @contextlib.contextmanager
 def kept(
     job: Ending, leave: Callable[[str], None], model: str, dtype: str | None
-) -> Iterator[None]:
+) -> Iterator[Callable[[], None]]:
     """The work of a job: when it breaks off, ``leave(status)`` puts in order what there is.
+
+    What it gives is called when the work is done, and notes in ``timing`` what that took.
 
     A new folder goes away again where the model could not be loaded.  Raises what stopped the work,
     and ``LoadError`` with next steps where memory ran out.
     """
+    if job.folder.resumed:
+        job.ui.say(f"resuming {job.path}")
+    started = time.perf_counter()
+
+    def took() -> None:
+        job.timing["total_s"] = time.perf_counter() - started
+        job.timing["peak_memory_bytes"] = peak_memory_bytes()
+
     try:
-        yield
+        yield took
     except BaseException as error:
         if _never_began(job, error):
             job.folder.discard()
@@ -77,9 +89,12 @@ def leave(job: Ending, status: str, write_config: Callable[[str], None], finishe
     write_logs(job.folder, job.ui.log, job.timing)
 
 
-def complete(job: Ending, write_config: Callable[[str], None]) -> None:
-    """The last steps of a job that has everything."""
+def complete(
+    job: Ending, write_config: Callable[[str], None], write_pages: Callable[[], None] = lambda: None
+) -> None:
+    """The last steps of a job that has everything; pages are made from its finished files."""
     write_config("complete")
+    write_pages()
     write_logs(job.folder, job.ui.log, job.timing)
     job.folder.finish()
     job.ui.say(f"results: {job.path}")

@@ -15,13 +15,12 @@ from dart_llm.candidate import Candidate
 from dart_llm.cell import Cell
 from dart_llm.cell_inputs import Digests
 from dart_llm.errors import MissingExtra
-from dart_llm.job_common import config_document, load_model, write_logs
-from dart_llm.job_ending import kept, leave
+from dart_llm.job_common import config_document, load_model
+from dart_llm.job_ending import complete, kept, leave
 from dart_llm.loading import checkpoint_facts
 from dart_llm.measure import check_calibration, check_task, count, measure
 from dart_llm.outputs import check_masks, read_masks
 from dart_llm.prepare import prepare
-from dart_llm.provenance import peak_memory_bytes
 from dart_llm.results import ResultsFolder, open_folder, write_json, write_lines
 from dart_llm.settings_measure import MeasureSettings
 from dart_llm.trackers import Tracker, open_tracker
@@ -35,7 +34,7 @@ class MeasureJob:
     settings: MeasureSettings
     ui: Ui
     folder: ResultsFolder
-    inputs: dict[str, str]
+    identity: dict[str, Any]
     model: Any = None
     tokenizer: Any = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -60,26 +59,22 @@ def run_measure(settings: MeasureSettings, ui: Ui, fresh: bool = False) -> Measu
     inputs = _digests(settings, tasks)
     identity = {"kind": settings.kind, **settings.model_dump(mode="json"), "inputs": inputs}
     folder = open_folder(Path(settings.results_dir), settings.experiment, identity, fresh)
-    job = MeasureJob(settings, ui, folder, inputs)
-    if folder.resumed:
-        ui.say(f"resuming {folder.path}")
-    started = time.perf_counter()
-    _write_config(job, identity, "running")
-    with kept(job, lambda status: _leave(job, identity, status), settings.model, settings.dtype):
+    job = MeasureJob(settings, ui, folder, identity)
+    with kept(job, lambda status: _leave(job, status), settings.model, settings.dtype) as took:
+        _write_config(job, "running")
         with _tracker(job) as tracker:
             job.model, job.tokenizer, job.timing["load_s"] = load_model(settings, ui)
-            _write_config(job, identity, "running")
+            _write_config(job, "running")
             for candidate in _candidates(job, masks):
                 for task in tasks:
                     _measure(job, candidate, task, tracker)
-        job.timing["total_s"] = time.perf_counter() - started
-        job.timing["peak_memory_bytes"] = peak_memory_bytes()
-        _finish(job, identity)
+        took()
+        _finish(job)
     return job
 
 
-def _leave(job: MeasureJob, identity: dict[str, Any], status: str) -> None:
-    leave(job, status, lambda status: _write_config(job, identity, status), bool(job.rows))
+def _leave(job: MeasureJob, status: str) -> None:
+    leave(job, status, lambda status: _write_config(job, status), bool(job.rows))
 
 
 def _digests(settings: MeasureSettings, tasks: list[str]) -> dict[str, str]:
@@ -145,23 +140,21 @@ def _measure(job: MeasureJob, candidate: Candidate, task: str, tracker: Tracker)
     tracker.log_measurement(found.to_dict(), candidate.label)
 
 
-def _write_config(job: MeasureJob, identity: dict[str, Any], status: str) -> None:
+def _write_config(job: MeasureJob, status: str) -> None:
     prune = job.settings.prune_config().to_dict()
-    job.config = config_document(job.settings.kind, identity, prune, job.model, status, job.config)
+    job.config = config_document(
+        job.settings.kind, job.identity, prune, job.model, status, job.config
+    )
     write_json(job.path / "config.json", job.config)
 
 
-def _finish(job: MeasureJob, identity: dict[str, Any]) -> None:
+def _finish(job: MeasureJob) -> None:
     write_json(job.path / "timing.json", job.timing)
     job.ui.table(measure_rows.table(job.rows))
     _compare(job)
     for note in measure_rows.notes(job.rows):
         job.ui.say(f"note: {note}")
-    _write_config(job, identity, "complete")
-    _write_page(job)
-    write_logs(job.folder, job.ui.log, job.timing)
-    job.folder.finish()
-    job.ui.say(f"results: {job.path}")
+    complete(job, lambda status: _write_config(job, status), lambda: _write_page(job))
 
 
 def _compare(job: MeasureJob) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from dart_llm.cell_inputs import Digests
 from dart_llm.checkpoint import checkpoint_facts
 from dart_llm.job_common import config_document, load_model
 from dart_llm.job_ending import complete, kept, leave, write_plots
-from dart_llm.provenance import peak_memory_bytes
 from dart_llm.quality_slices import LEAD, SHIFT, pairs
 from dart_llm.quality_study import Plan, Study
 from dart_llm.quality_summary import summarise
@@ -54,16 +52,12 @@ def run_quality(settings: QualitySettings, ui: Ui, fresh: bool = False) -> Quali
     Raises ``ConfigError`` and ``UnknownName`` before a model is loaded where that is possible.
     """
     job = _open(settings, ui, fresh)
-    if job.folder.resumed:
-        ui.say(f"resuming {job.path}")
-    started = time.perf_counter()
-    _write_config(job, "running")
     models = ", ".join(settings.names())
-    with kept(job, lambda status: _leave(job, status), models, settings.dtype):
+    with kept(job, lambda status: _leave(job, status), models, settings.dtype) as took:
+        _write_config(job, "running")
         for name, model in settings.names().items():
             _study(job, name, model)
-        job.timing["total_s"] = time.perf_counter() - started
-        job.timing["peak_memory_bytes"] = peak_memory_bytes()
+        took()
         _finish(job)
     return job
 

@@ -22,7 +22,6 @@ from dart_llm.config import PruneConfig
 from dart_llm.errors import ConfigError
 from dart_llm.job_common import config_document
 from dart_llm.job_ending import complete, kept, leave, write_plots
-from dart_llm.provenance import peak_memory_bytes
 from dart_llm.results import ResultsFolder, open_folder, write_json, write_lines
 from dart_llm.session import Run
 from dart_llm.settings_speed import SpeedSettings
@@ -62,15 +61,11 @@ def run_speed(
     ``ConfigError`` and ``UnknownName`` before the model is loaded where that is possible.
     """
     job = _open(settings, ui, fresh, bandwidth_mib)
-    if job.folder.resumed:
-        ui.say(f"resuming {job.path}")
-    started = time.perf_counter()
-    _write_config(job, "running")
-    breaks = kept(job, lambda status: _leave(job, status), settings.name, settings.dtype)
-    with breaks, _threads(settings.threads):
+    keeping = kept(job, lambda status: _leave(job, status), settings.name, settings.dtype)
+    with keeping as took, _threads(settings.threads):
+        _write_config(job, "running")
         _measure(job)
-        job.timing["total_s"] = time.perf_counter() - started
-        job.timing["peak_memory_bytes"] = peak_memory_bytes()
+        took()
         _finish(job)
     return job
 
