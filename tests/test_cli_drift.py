@@ -10,8 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from dart_llm import cli_drift, drift_finish
-from dart_llm.drift_job import CellsFailed
-from dart_llm.errors import ConfigError
+from dart_llm.errors import CellsFailed, ConfigError
 from dart_llm.options import with_settings
 from dart_llm.settings_drift import DriftSettings
 from drift_cases import TWO, write_rows

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from dart_llm import drift_cell, drift_finish
-from dart_llm.drift_job import CellsFailed, run_drift
-from dart_llm.errors import ConfigError, ResultsError
+from dart_llm.drift_job import run_drift
+from dart_llm.errors import CellsFailed, ConfigError, ResultsError
 from dart_llm.ui import Ui
 from drift_cases import THREE, TWO, forced, free, lines, load_json, settings, study, write_rows
 from lm_cases import break_position, loaded

@@ -14,8 +14,8 @@ from dart_llm import drift_finish, drift_metrics
 from dart_llm.config import PruneConfig
 from dart_llm.drift_free import ask, write
 from dart_llm.drift_grid import Source
-from dart_llm.drift_job import CellsFailed, run_drift
-from dart_llm.errors import ConfigError, MissingExtra
+from dart_llm.drift_job import run_drift
+from dart_llm.errors import CellsFailed, ConfigError, MissingExtra
 from dart_llm.session import Run
 from dart_llm.text_metrics import NAMES, TextMetrics
 from dart_llm.ui import Ui

@@ -225,7 +225,7 @@ def test_without_scipy_the_intervals_are_empty_and_it_says_so(
 
     monkeypatch.setattr("dart_llm.stats.interval", missing)
     monkeypatch.setattr("dart_llm.stats.paired_interval", missing)
-    monkeypatch.setattr("dart_llm.drift_summary._has_scipy", lambda: False)
+    monkeypatch.setattr("dart_llm.stats.available", lambda: False)
     job = study(forced(tmp_path, methods="never"))
     summary = load_json(job.path / "summary.json")
     assert any("no intervals: this needs scipy" in note for note in summary["notes"])

@@ -28,7 +28,8 @@ def drift(
 
     dart-llm drift --passages shipped --methods never,fresh:1,fresh:16,decay:32 --json
     """
-    from dart_llm.drift_job import CellsFailed, document, run_drift
+    from dart_llm.drift_job import document, run_drift
+    from dart_llm.errors import CellsFailed
     from dart_llm.results import finite
     from dart_llm.settings_drift import collect
     from dart_llm.ui import Ui

@@ -79,6 +79,7 @@ def _run(
     as_json: bool,
 ) -> None:
     from dart_llm import compare_job
+    from dart_llm.errors import CellsFailed
     from dart_llm.results import finite
     from dart_llm.ui import Ui
 
@@ -100,7 +101,7 @@ def _run(
             document = compare_job.dry_run(request, ui).to_dict()
         else:
             document = compare_job.run(request, ui)
-    except compare_job.CellsFailed as failed:
+    except CellsFailed as failed:
         if as_json:  # what was measured is still told; the exit code says that some was not
             typer.echo(json.dumps(finite(failed.document)))
         raise

@@ -11,7 +11,7 @@ from typing import Any
 
 from dart_llm.cell import Cell
 from dart_llm.compare_row import DENSE
-from dart_llm.errors import DartError, MissingExtra
+from dart_llm.errors import CellsFailed, MissingExtra
 from dart_llm.grid import GridSpec, collect, expand
 from dart_llm.measure import check_calibration, check_task
 from dart_llm.settings_base import BaseSettings, from_environment
@@ -40,14 +40,6 @@ class SweepRequest:
     @property
     def place(self) -> SweepPlace:
         return SweepPlace(self.root, self.experiment, {"kind": self.kind}, self.fresh)
-
-
-class CellsFailed(DartError):
-    """Some cells of a sweep failed; ``document`` holds all of them, as ``run`` returns it."""
-
-    def __init__(self, message: str, document: dict[str, Any]) -> None:
-        super().__init__(message)
-        self.document = document
 
 
 def grid(

@@ -16,7 +16,7 @@ from dart_llm.drift_files import StudyFiles
 from dart_llm.drift_grid import DriftCell, Source, digest, expand, load_sources
 from dart_llm.drift_methods import DENSE
 from dart_llm.drift_metrics import Judge, load_judge
-from dart_llm.errors import DartError, ResultsError
+from dart_llm.errors import CellsFailed, DartError, ResultsError
 from dart_llm.job_common import config_document, load_model, write_logs
 from dart_llm.job_ending import kept
 from dart_llm.loading import checkpoint_facts
@@ -24,14 +24,6 @@ from dart_llm.news import News
 from dart_llm.results import ResultsFolder, finite, open_folder, write_json
 from dart_llm.settings_drift import FORCED, DriftSettings
 from dart_llm.ui import Ui
-
-
-class CellsFailed(DartError):
-    """Some cells of a study failed; ``document`` holds what ``--json`` prints."""
-
-    def __init__(self, message: str, document: dict[str, Any]) -> None:
-        super().__init__(message)
-        self.document = document
 
 
 @dataclass

@@ -56,7 +56,9 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         lines.append(line)
     sources = {row["cell"]["source"] for row in rows}
     notes = (
-        [] if _has_scipy() else ["no intervals: this needs scipy (pip install 'dart-llm[drift]')"]
+        []
+        if stats.available()
+        else ["no intervals: this needs scipy (pip install 'dart-llm[drift]')"]
     )
     return {
         "mode": rows[0]["cell"]["mode"] if rows else None,
@@ -167,9 +169,3 @@ def _paired(own: Sample, other: Sample) -> dict[str, Any] | None:
         "n": len(shared),
         "significant": None if found is None else found.significant,
     }
-
-
-def _has_scipy() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("scipy") is not None

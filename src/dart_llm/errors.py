@@ -9,13 +9,15 @@
     ├── AttachError               the model is already being pruned, or is not being pruned
     ├── LoadError                 a checkpoint could not be found, fetched, verified or read
     ├── MissingExtra              an optional dependency is not installed
-    └── ResultsError              a results folder cannot be written or read
+    ├── ResultsError              a results folder cannot be written or read
+    └── CellsFailed               some cells of a sweep or a study failed, the others are kept
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class DartError(Exception):
@@ -66,3 +68,11 @@ class MissingExtra(DartError):
 
 class ResultsError(DartError):
     """A results folder cannot be written, read or resumed."""
+
+
+class CellsFailed(DartError):
+    """Some cells of a sweep or a study failed; ``document`` holds what ``--json`` prints."""
+
+    def __init__(self, message: str, document: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.document = document

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.util import find_spec
 from typing import Any
 
+from dart_llm import stats
 from dart_llm.errors import ConfigError
 from dart_llm.quality_gaps import cell_rows, pooled_rows
 from dart_llm.quality_lines import YARDSTICKS, Line, Lines
@@ -48,7 +48,7 @@ def summarise(lines: Iterable[Line], asked: Mapping[str, Any]) -> dict[str, Any]
 
 def _notes(asked: Mapping[str, Any]) -> list[str]:
     notes = []
-    if find_spec("scipy") is None:
+    if not stats.available():
         notes.append("note: no intervals, which need scipy: pip install 'dart-llm[eval]'")
     if not asked["pool"]:
         notes.append("note: nothing is pooled, for no sparsity of --pool was measured")

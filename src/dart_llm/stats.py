@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
@@ -244,6 +245,11 @@ def _bootstrap(data: Array, exponential: bool, seed: int, null: float | None) ->
         if math.isfinite(low) and math.isfinite(high):
             return Interval(low, high, estimate, n, null, differing)
     return None
+
+
+def available() -> bool:
+    """Whether scipy is installed, which intervals need."""
+    return find_spec("scipy") is not None
 
 
 def _scipy(
