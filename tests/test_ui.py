@@ -1,8 +1,9 @@
-"""What a log says of work that takes long, where there is no terminal."""
+"""What the terminal and a log say: long work, and names with square brackets."""
 
 from __future__ import annotations
 
 import pytest
+from rich.table import Table
 
 from dart_llm import ui
 from dart_llm.ui import Ui
@@ -17,3 +18,18 @@ def test_a_log_hears_of_long_work_now_and_then(monkeypatch: pytest.MonkeyPatch) 
         for count in (1, 2, 3, 4):
             advance(count)
     assert out.log == ["slices: 3 of 10"]  # after 25 s; the end speaks for itself
+
+
+def test_square_brackets_are_text() -> None:
+    out = Ui()
+    table = Table(title="model[v2].gguf")
+    table.add_column("variant [a]")
+    table.add_row("griffin [/b]")  # rich's markup, which ends nothing
+    with out.out.capture() as found:
+        out.result(table)
+    out.table(table)
+    for text in (found.get(), *out.log):
+        assert all(name in text for name in ("model[v2].gguf", "variant [a]", "griffin [/b]"))
+    out.live = True
+    with out.status("loading a[/b]") as news, out.progress("c[/d]", 1):
+        news("still a[/b]")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from dart_llm.cache import cache_folder
@@ -117,8 +116,8 @@ def print_report(found: dict[str, Any]) -> None:
     for extra, lacking in found["extras_missing"].items():
         table.add_row(
             f"extra {extra}",
-            escape(f"lacks {', '.join(lacking)}: pip install 'dart-llm[{extra}]'"),
+            f"lacks {', '.join(lacking)}: pip install 'dart-llm[{extra}]'",
         )
     if not found["extras_missing"]:
         table.add_row("extras", "all present")
-    Console().print(table)
+    Console(markup=False).print(table)

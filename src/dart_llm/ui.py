@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from dart_llm.records import Step
 
@@ -38,24 +39,25 @@ class Ui:
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         width = None if sys.stderr.isatty() else 110
-        self.err = Console(stderr=True, quiet=quiet, width=width)
-        self.out = Console(width=None if sys.stdout.isatty() else 160)
+        # no markup: names of models and variants may hold the square brackets that rich would read
+        self.err = Console(stderr=True, quiet=quiet, width=width, markup=False)
+        self.out = Console(width=None if sys.stdout.isatty() else 160, markup=False)
         self.log: list[str] = []
         self.live = sys.stderr.isatty() and not quiet
 
     def say(self, text: str) -> None:
         """One line for people; kept for the log."""
         self.log.append(text)
-        self.err.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.err.print(text, highlight=False, soft_wrap=True)
 
     def aside(self, text: str) -> None:
         """One line that matters less than the others."""
         self.log.append(text)
-        self.err.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+        self.err.print(text, style="dim", highlight=False, soft_wrap=True)
 
     def table(self, table: Table) -> None:
         """Print a table; kept for the log as plain text."""
-        plain = Console(width=100, no_color=True)
+        plain = Console(width=100, no_color=True, markup=False)
         with plain.capture() as capture:
             plain.print(table)
         self.log.append(capture.get().rstrip())
@@ -64,7 +66,7 @@ class Ui:
     def result(self, what: Table | str) -> None:
         """What a command was asked for, on stdout."""
         if not self.quiet:
-            self.out.print(what, markup=False, highlight=False, soft_wrap=isinstance(what, str))
+            self.out.print(what, highlight=False, soft_wrap=isinstance(what, str))
 
     def token(self, step: Step) -> None:
         """Stream one token to stdout."""
@@ -86,8 +88,8 @@ class Ui:
             self.say(text)
             yield self.say
             return
-        with self.err.status(text) as status:
-            yield lambda news: status.update(news)
+        with self.err.status(Text(text)) as status:
+            yield lambda news: status.update(Text(news))
 
     @contextlib.contextmanager
     def progress(self, text: str, total: int, told: bool = False) -> Iterator[Callable[[int], Any]]:
@@ -100,7 +102,7 @@ class Ui:
             yield (lambda count: None) if told else _Lines(self.say, text, total).advance
             return
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
