@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dart_llm.errors import ResultsError
 from dart_llm.life import Life
 from dart_llm.outputs import MaskRecorder
 from dart_llm.records import Remask
-from dart_llm.results import finite
+from dart_llm.results import finite, write_bytes
 from dart_llm.session import Run
 
 FORMAT = "remask{i}.layer{l}.ids: kept neurons, int32; .scores: float32, larger is kept"
@@ -116,10 +115,4 @@ def write_masks(path: Path, recorder: DriftRecorder, checkpoint: str, label: str
         "remasks": str(len(recorder.remasks)),
         "format": FORMAT,
     }
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        partial.write_bytes(save(recorder.tensors, metadata))
-        partial.replace(path)
-    except OSError as error:
-        raise ResultsError(f"cannot write {path}: {error.strerror or error}") from None
+    write_bytes(path, save(recorder.tensors, metadata), make_folder=True)

@@ -18,6 +18,7 @@ from dart_llm import plots
 from dart_llm.errors import MissingExtra
 from dart_llm.plot_base import FAINT, INK
 from dart_llm.plot_topics import Drawing, Kit
+from dart_llm.results import page_json
 
 MOST_BYTES = 300_000
 """Of the figures of one kind: with plotly's script the page stays well under 8 MB."""
@@ -97,7 +98,7 @@ def figures(
 
 
 def to_json(drawing: Drawing, tools: Kit) -> str:
-    """``{"data", "layout", "narrow"}``; no ``<`` in it, so it cannot end its script block.
+    """``{"data", "layout", "narrow"}`` as ``page_json``.
 
     ``narrow``: what differs on a phone, by path into the layout.
     """
@@ -108,8 +109,7 @@ def to_json(drawing: Drawing, tools: Kit) -> str:
     data = json.loads(figure.to_json())
     data["layout"].pop("template", None)
     data["narrow"] = _narrow(drawing)
-    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.replace("<", "\\u003c")
+    return page_json(data)
 
 
 def _narrow(drawing: Drawing) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from dart_llm import plot_bars, plot_drift, plot_kept
-from dart_llm.errors import MissingExtra, ResultsError
+from dart_llm.errors import MissingExtra
 from dart_llm.plot_base import FAINT, INK, SOFT, Palette, Plot
+from dart_llm.results import write_bytes
 from dart_llm.results_view import ResultsView, read
 
 WIDE, NARROW = 8.0, 4.1
@@ -66,12 +67,7 @@ def save(folder: Path, wanted: Iterable[Plot]) -> list[Path]:
     written = []
     for plot in wanted:
         path = folder / "plots" / f"{plot.name}.png"
-        data = render(plot, "png")
-        try:
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(data)
-        except OSError as error:
-            raise ResultsError(f"cannot write {path}: {error.strerror or error}") from None
+        write_bytes(path, render(plot, "png"), make_folder=True)
         written.append(path)
     return written
 

@@ -17,12 +17,12 @@ T - 1 with it; the mean loss is over all of them.
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.hub_data import positions
 from dart_llm.measurement import PROTOCOLS, MeasureOptions
 
 STANDARD = "standard"
@@ -172,7 +172,4 @@ def choose(total: int, limit: int | None, seed: int | None) -> list[int]:
     """The first ``limit`` of ``total`` positions, or a random choice that grows with ``limit``."""
     if limit is not None and limit < 1:
         raise ConfigError(f"a limit of {limit} leaves nothing to measure: give at least 1")
-    order = list(range(total))
-    if seed is not None:
-        random.Random(seed).shuffle(order)
-    return sorted(order[:limit])
+    return positions(total, limit, seed)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import json
 import re
 from collections.abc import Sequence
 from importlib.resources import files
 
 from dart_llm.replay_records import Record
+from dart_llm.results import page_json
 
 ENTRY = "main.js"
 IMPORT = re.compile(r'^import \{ ([^}]*) \} from "\./(\w+\.js)";\n', re.MULTILINE)
@@ -33,7 +33,7 @@ def page(records: Sequence[Record]) -> str:
     text = text.replace("<title>DART for LLMs</title>", f"<title>DART for LLMs: {model}</title>")
     policy = _policy(script, style)
     text = text.replace("</head>\n", f"{policy}<style>{style}</style>\n</head>\n")
-    data = _data(records)
+    data = page_json(list(records))
     return text.replace(
         "</body>\n",
         f'<script type="application/json" id="records">{data}</script>\n'
@@ -73,12 +73,6 @@ def _variable(name: str) -> str:
 
 def _static(name: str) -> str:
     return (files("dart_llm") / "static" / name).read_text(encoding="utf-8")
-
-
-def _data(records: Sequence[Record]) -> str:
-    """JSON in which nothing can end the element that it stands in."""
-    text = json.dumps(list(records), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c")
 
 
 def _policy(script: str, style: str) -> str:

@@ -120,19 +120,16 @@ def title(rows: Sequence[Row]) -> str:
 def _facts(view: ResultsView, rows: Sequence[Row]) -> list[tuple[str, str, bool]]:
     """Name, value, and whether the value is to be set as code."""
 
-    def named(values: Sequence[Any]) -> str:
-        return ", ".join(dict.fromkeys(str(v) for v in values if v is not None)) or "not known"
-
     done = sum(row.status == "done" for row in rows)
     asked = sorted({row.asked for row in rows if row.asked})
     found = [
-        ("models", named([row.model for row in rows]), False),
-        ("dtype", named([row.dtype for row in rows]), False),
-        ("methods", named([row.method for row in rows]), False),
+        ("models", report_head.named([row.model for row in rows]), False),
+        ("dtype", report_head.named([row.dtype for row in rows]), False),
+        ("methods", report_head.named([row.method for row in rows]), False),
         ("sparsities asked for", ", ".join(map(percent, asked)) or "none", False),
-        ("tasks", named([row.task for row in rows]), False),
-        ("protocols", named([row.protocol for row in rows]), False),
-        ("seeds", named([row.seed for row in rows]), False),
+        ("tasks", report_head.named([row.task for row in rows]), False),
+        ("protocols", report_head.named([row.protocol for row in rows]), False),
+        ("seeds", report_head.named([row.seed for row in rows]), False),
         ("cells", f"{done} done, {len(rows) - done or 'none'} failed", False),
     ]
     known = {"device", "date", "command"}

@@ -218,17 +218,14 @@ def _cards(view: DriftView) -> list[tuple[str, str, str]]:
 def _facts(view: DriftView) -> list[tuple[str, str, bool]]:
     """Name, value, and whether the value is to be set as code."""
 
-    def named(values: Any) -> str:
-        return ", ".join(dict.fromkeys(str(v) for v in values if v is not None)) or "not known"
-
     done = len(view.done)
     found = [
-        ("mode", named(cell.mode for cell in view.cells), False),
-        ("methods", named(view.labels), False),
+        ("mode", report_head.named(cell.mode for cell in view.cells), False),
+        ("methods", report_head.named(view.labels), False),
         ("sources", str(len({cell.source for cell in view.done})), False),
-        ("seeds", named(cell.seed for cell in view.cells), False),
+        ("seeds", report_head.named(cell.seed for cell in view.cells), False),
         ("cells", f"{done} done, {len(view.cells) - done or 'none'} failed", False),
-        ("dtype", named(cell.dtype for cell in view.cells), False),
+        ("dtype", report_head.named(cell.dtype for cell in view.cells), False),
     ]
     known = {"checkpoint", "file quantisation", "device", "date", "sha256", "command"}
     return found + [fact for fact in report_head.facts(view.results) if fact[0] in known]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dart_llm import drift_words
 from dart_llm.drift_view import DriftView
 from dart_llm.drift_view_cells import DriftCell
+from dart_llm.results import page_json
 
 MOST_BYTES = 800_000
 """Of all free texts, and of all passages' tokens and losses, on one page."""
@@ -105,10 +105,9 @@ def _passage(cells: Sequence[DriftCell]) -> PassageTokens:
         for cell in cells
         if cell.accounting
     )
-    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return PassageTokens(
         drift_words.place(first),
         methods or (("dense", "dense"),),
         "".join(first.pieces),
-        text.replace("<", "\\u003c"),
+        page_json(data),
     )

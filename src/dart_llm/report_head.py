@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,11 @@ def _accounting(view: ResultsView) -> dict[str, Any]:
     """Of the generated text, or else of the perplexity row that the page speaks of."""
     row = sentences.headline(view.perplexity[0]["rows"], view.method) if view.perplexity else None
     return view.generated or mapping(mapping(row).get("accounting"))
+
+
+def named(values: Iterable[Any]) -> str:
+    """Each value once."""
+    return ", ".join(dict.fromkeys(str(v) for v in values if v is not None)) or "not known"
 
 
 def facts(view: ResultsView) -> list[tuple[str, str, bool]]:

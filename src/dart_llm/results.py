@@ -158,9 +158,16 @@ def finite(value: Any) -> Any:
 
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` whole; raises ``ResultsError`` when the disk is full or read-only."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes, make_folder: bool = False) -> None:
+    """The same for data; ``make_folder``: also the folder that it lies in."""
     partial = path.with_name(f".{path.name}.part")
     try:
-        partial.write_text(text, encoding="utf-8")
+        if make_folder:
+            path.parent.mkdir(exist_ok=True)
+        partial.write_bytes(data)
         partial.replace(path)
     except OSError as error:
         raise ResultsError(f"cannot write {path}: {error.strerror or error}") from None
@@ -169,6 +176,12 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, data: Any) -> None:
     """Write as valid JSON, whole."""
     write_text(path, json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
+
+
+def page_json(data: Any) -> str:
+    """JSON for a page: no ``<`` in it, so nothing can end the element that it stands in."""
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.replace("<", "\\u003c")
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> None:

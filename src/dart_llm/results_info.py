@@ -34,7 +34,7 @@ class RunInfo:
     started: datetime.datetime | None
     status: str
     kind: str
-    """``run``, ``eval``, ``perplexity``, ``summarize``, ``compare`` or ``sweep``."""
+    """The command that wrote it, as config.json names it: ``run``, ``sweep``, ``quality``, ..."""
     models: tuple[str, ...] = ()
     quantisations: tuple[str, ...] = ()
     """Of the weight files; ``none`` when they are not quantised."""

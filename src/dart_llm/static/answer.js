@@ -51,7 +51,7 @@ function removedBy(mask, widths) {
 }
 
 /** The newest mask in force at this token, or null. */
-export function maskAt(answer, index) {
+function maskAt(answer, index) {
   return answer.masks.findLast((mask) => mask.token <= index) ?? null;
 }
 

@@ -7,7 +7,7 @@ const STOPS = [
 ];
 
 /** [red, green, blue] of a share from 0 to 1. */
-export function ramp(share) {
+function ramp(share) {
   const place = Math.min(1, Math.max(0, share)) * (STOPS.length - 1);
   const low = Math.min(STOPS.length - 2, Math.floor(place));
   return STOPS[low].map((value, i) => Math.round(value + (STOPS[low + 1][i] - value) * (place - low)));

@@ -35,7 +35,7 @@ const option = (value, text, settings) => el("option", { value, ...settings }, t
 const howReady = (names) => `start with make window ARGS='--methods ${names}'`;
 const methodName = (method) => (method.ready === false ? `${method.name} (not made ready)` : method.name);
 
-export function showSparsity() {
+function showSparsity() {
   byId("sparsity-value").textContent = `${byId("sparsity").value} %`;
   byId("sparsity").setAttribute("aria-valuetext", `${byId("sparsity").value} percent of the neurons removed`);
 }
