@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from dart_llm.markdown import table_lines
 from dart_llm.results import write_csv, write_text
 from dart_llm.sentences import count
 
@@ -105,21 +106,16 @@ def _name(row: Mapping[str, Any]) -> str:
 def markdown(document: Mapping[str, Any]) -> str:
     """The tables, what their columns mean, and the conclusion."""
     lines = ["# Detection quality", "", title(document) + ".", ""]
-    lines += _grid(HEADS, [cells(row) for row in document["rows"]], left=2)
+    lines += table_lines(HEADS, [cells(row) for row in document["rows"]], left=2)
     lines += ["", conclusion(document), "", "## Signals", ""]
     heads: tuple[str, ...] = ("signal", "layers", "window", "AUC of one window")
-    lines += _grid(heads, [_signal_cells(row) for row in document["signals"]], left=2)
+    lines += table_lines(heads, [_signal_cells(row) for row in document["signals"]], left=2)
     lines += ["", "## Curves", ""]
     heads = ("signal", "W", "n0", "k", "rate", "delay, median", "delay with misses", "f.a. / 1,000")
-    lines += _grid(heads, [_point_cells(*point) for point in points(document)], left=1)
+    lines += table_lines(heads, [_point_cells(*point) for point in points(document)], left=1)
     lines += ["", "## What the columns mean", ""]
     lines += [f"- `{name}`: {words}" for name, words in document["definitions"].items()]
     return "\n".join([*lines, ""])
-
-
-def _grid(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[str]:
-    marks = ["---"] * left + ["---:"] * (len(heads) - left)
-    return [f"| {' | '.join(row)} |" for row in (heads, marks, *rows)]
 
 
 def _signal_cells(row: Mapping[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from dart_llm.drift_methods import DENSE
+from dart_llm.markdown import table_lines
 from dart_llm.sentences import count
 from dart_llm.settings_drift import FORCED
 
@@ -118,11 +119,10 @@ def table(summary: Mapping[str, Any], title: str) -> Table:
 def markdown(summary: Mapping[str, Any], title: str) -> str:
     """summary.md."""
     shown = columns(summary)
-    heads, rule = [head for head, _ in shown], ["---", *("---:" for _ in shown[1:])]
-    lines = [heads, rule, *([make(line) for _, make in shown] for line in summary["rows"])]
-    body = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    rows = ([make(line) for _, make in shown] for line in summary["rows"])
+    body = "\n".join(table_lines([head for head, _ in shown], rows))
     notes = "".join(f"- {note}\n" for note in [sentence(summary), *summary["notes"]] if note)
-    return f"# {title}\n\n{body}\n{notes}"
+    return f"# {title}\n\n{body}\n\n{notes}"
 
 
 def flat(summary: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:

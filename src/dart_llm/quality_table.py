@@ -9,6 +9,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from dart_llm.markdown import escaped, table_lines
 from dart_llm.quality_gaps import ALL
 from dart_llm.quality_lines import EQUAL_BYTES, EQUAL_SPARSITY, YARDSTICKS
 from dart_llm.quality_slices import SHIFT
@@ -150,20 +151,13 @@ def _line(row: Row) -> str:
 def markdown(document: Row) -> str:
     """All tables, the lines, and what the columns mean."""
     lines = ["# Quality", ""]
-    marks = ["---", *["---:"] * (len(HEADS) - 1)]
     for caption, body in grid(document):
-        lines += [f"## {_escaped(caption)}", ""]
-        lines += [f"| {' | '.join(map(_escaped, row))} |" for row in (HEADS, marks, *body)]
-        lines += [""]
-    lines += ["## In words", "", *(f"- {_escaped(line)}" for line in sentences(document)), ""]
+        lines += [f"## {escaped(caption)}", "", *table_lines(HEADS, body), ""]
+    lines += ["## In words", "", *(f"- {escaped(line)}" for line in sentences(document)), ""]
     lines += ["## What the words mean", ""]
     lines += [f"- `{name}`: {words}" for name, words in document["definitions"].items()]
     lines += ["", *document["notes"]]
     return "\n".join(lines).rstrip("\n") + "\n"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "\\<")
 
 
 def rich_tables(document: Row) -> list[Table]:

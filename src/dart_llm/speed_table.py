@@ -9,6 +9,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from dart_llm.markdown import escaped, table_lines
 from dart_llm.results import write_csv, write_text
 from dart_llm.sentences import percent
 
@@ -133,13 +134,6 @@ def sentences(document: Row) -> list[str]:
     ]
 
 
-def grid(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table; the first row is its head."""
-    head, *body = rows
-    marks = ["---", *["---:"] * (len(head) - 1)]
-    return [f"| {' | '.join(map(escaped, row))} |" for row in (head, marks, *body)]
-
-
 def tables(document: Row) -> tuple[list[list[str]], list[list[str]]]:
     """Rows and costs with their heads; costs may be the head alone."""
     rows = [list(HEADS), *map(cells, document["rows"])]
@@ -149,9 +143,9 @@ def tables(document: Row) -> tuple[list[list[str]], list[list[str]]]:
 def markdown(document: Row) -> str:
     """All tables, the notes, and what the columns mean."""
     rows, costs = tables(document)
-    lines = ["# Speed", "", escaped(caption(document)), "", *grid(rows), ""]
+    lines = ["# Speed", "", escaped(caption(document)), "", *table_lines(rows[0], rows[1:]), ""]
     if len(costs) > 1:
-        lines += ["## Costs", "", *grid(costs), ""]
+        lines += ["## Costs", "", *table_lines(costs[0], costs[1:]), ""]
         what = {cost["cost"]: cost["what"] for cost in document["costs"]}
         lines += [*(f"- {name}: {words}" for name, words in what.items()), ""]
     lines += ["## In words", "", *(f"- {escaped(line)}" for line in sentences(document)), ""]
@@ -160,10 +154,6 @@ def markdown(document: Row) -> str:
     lines += ["## What the columns mean", ""]
     lines += [f"- `{name}`: {words}" for name, words in document["definitions"].items()]
     return "\n".join(lines) + "\n"
-
-
-def escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "\\<")
 
 
 def rich_tables(document: Row) -> list[Table]:
