@@ -176,3 +176,12 @@ def write_comparison(folder: Path, cells: Sequence[Mapping[str, Any]], **changes
     write_json(folder / "config.json", {**config(), "settings": {"seed": 0}, **changes})
     write_lines(folder / "results.jsonl", cells)
     return folder
+
+
+def flags(good: int, total: int = 40) -> list[float]:
+    return [float(place < good) for place in range(total)]
+
+
+def one(method: str, sparsity: float, values: list[float], achieved: float | None = None) -> Any:
+    result = accuracy(ACC, values, report=report(method, sparsity, achieved))
+    return cell(method, sparsity, ACC, result)

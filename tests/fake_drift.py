@@ -74,6 +74,13 @@ def build(
     return folder
 
 
+def with_detection(folder: Path) -> Path:
+    """A finished study beside what ``dart-llm detect`` found."""
+    found = build(folder)
+    write_json(found / "detection.json", detection())
+    return found
+
+
 def label(method: str) -> str:
     return method if method == "dense" else f"{method}@0.5"
 

@@ -29,7 +29,7 @@ from dart_llm.config import PruneConfig
 from dart_llm.loading import load
 from dart_llm.measurement import Measurement, MeasureOptions
 from summary_cases import Kept
-from tiny_gpt2 import SPECIAL, write_gpt2
+from tiny_gpt2 import make_talk, write_gpt2
 
 CHAT = (
     "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
@@ -169,15 +169,8 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 
 def _write_models(root: Path) -> None:
-    """With larger weights than a new GPT-2 has, so that texts differ and pruning changes them."""
     model, tokenizer = load(write_gpt2(root / "model"), dtype="float32")
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.copy_(3 * torch.randn(parameter.shape) / parameter.shape[-1] ** 0.5)
-        letters = model.transformer.wte.weight  # tied to the head: only letters are generated
-        letters[: len(SPECIAL)] = letters[len(tokenizer) :] = 0
+    make_talk(model, tokenizer)
     model.save_pretrained(root / "model")
     shutil.copytree(root / "model", root / "chatty")
     tokenizer.chat_template = CHAT

@@ -36,6 +36,10 @@ STATISTICS = Statistics(squared, None, frozenset({"signed", "features"}), averag
 """What ``CONFIG`` sums."""
 
 
+def files(cache: Path) -> list[Path]:
+    return sorted((cache / "dart-llm" / "calibration").glob("*"))
+
+
 def layers_of(model: Any) -> tuple[FfnWeights, ...]:
     return describe(model).weights("output", 0)
 

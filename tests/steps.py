@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, PreTrainedModel
 
-from tiny import tiny, tokens
+from tiny import LAYERS, WIDTH, tiny, tokens
 
 CACHE = (
     "cache"
@@ -19,6 +19,9 @@ CACHE = (
     else ("past_key_values")
 )
 """The keyword under which this version of transformers takes a cache."""
+
+EVIDENCE = {"masking_step": 1000, "sparsity": 0.5}
+"""Everything is observed and nothing pruned: what was counted can be compared."""
 
 
 @functools.cache
@@ -99,6 +102,30 @@ def same_masks(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) 
         (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
         for a, b in zip(first, second, strict=True)
     )
+
+
+def sums_of(run: Any) -> list[Tensor]:
+    """The summed scores of the newest sequence, per layer (after a report, which flushes)."""
+    run.report()
+    return [layer.sums["score"].total.clone() for layer in run._tracer.lives[0].evidence]
+
+
+def same_sums(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(torch.allclose(a, b, rtol=1e-4) for a, b in zip(first, second, strict=True))
+
+
+WIDTHS = {"bloom": 64}
+"""Where it is not that of ``tiny``."""
+
+
+def picked(name: str = "llama", keep: int = 20) -> dict[int, list[int]]:
+    """Neurons of every layer of ``tiny(name)``, chosen by lot."""
+    generator = torch.Generator().manual_seed(3)
+    width = WIDTHS.get(name, WIDTH)
+    return {
+        layer: sorted(torch.randperm(width, generator=generator)[:keep].tolist())
+        for layer in range(LAYERS)
+    }
 
 
 def widths_of(run: Any) -> list[int]:

@@ -6,14 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dart_llm.candidate import Candidate, Memory
 from dart_llm.config import PruneConfig
 from dart_llm.loading import load
 from dart_llm.measurement import Measurement, MeasureOptions
 from dart_llm.summarize import measure
-from tiny_gpt2 import SPECIAL, write_gpt2
+from tiny_gpt2 import make_talk, write_gpt2
 
 DOCUMENTS = [
     {"document": f"the {what} went to the market. " * 6, "summary": f"a {what} shops.", "id": what}
@@ -38,15 +36,8 @@ def write_documents(path: Path) -> str:
 
 
 def load_writer(folder: Path) -> Both:
-    """With larger weights than a new GPT-2 has, so that texts differ and pruning changes them."""
     model, tokenizer = load(write_gpt2(folder), dtype="float32")
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.copy_(3 * torch.randn(parameter.shape) / parameter.shape[-1] ** 0.5)
-        letters = model.transformer.wte.weight  # tied to the head: only letters are generated
-        letters[: len(SPECIAL)] = letters[len(tokenizer) :] = 0
+    make_talk(model, tokenizer)
     return model, tokenizer
 
 

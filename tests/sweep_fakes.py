@@ -15,11 +15,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dart_llm import sweep_cell
+import pytest
+
+from dart_llm import measure, sweep_cell
 from dart_llm.cell import Cell
 from dart_llm.grid import expand, spec
+from dart_llm.measurement import Measurement
 from dart_llm.sweep import SweepPlace, SweepResult, run_sweep
 from dart_llm.ui import Ui
+from tiny_gpt2 import write_gpt2
 
 SLOW = "SWEEP_TEST_SECONDS"
 """Seconds that every cell takes longer, so that a kill finds it at work."""
@@ -33,6 +37,31 @@ def write_text(folder: Path) -> Path:
     words = [f"line {n}: the {n * n % 97} birds of winter {n * 31 % 89}.\n" for n in range(24)]
     path.write_text("".join(words), encoding="utf-8")
     return path
+
+
+def place(folder: Path) -> Path:
+    """``folder`` with the model and the text."""
+    write_gpt2(folder / "model")
+    write_text(folder)
+    return folder
+
+
+def watch(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Labels of the cells that are measured from now on."""
+    seen: list[str] = []
+    real = measure.measure
+
+    def watched(candidate: Any, task: str, *rest: Any) -> Measurement:
+        seen.append(f"{candidate.label} {Path(task).name}")
+        return real(candidate, task, *rest)
+
+    monkeypatch.setattr(measure, "measure", watched)
+    return seen
+
+
+def config(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return found
 
 
 def cells(folder: Path, **changes: Any) -> tuple[Cell, ...]:

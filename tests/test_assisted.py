@@ -9,21 +9,8 @@ import torch
 from torch import Tensor
 
 from dart_llm import AttachError, ConfigError, prune
-from steps import Forced, forward_lengths, generate, shared_model
+from steps import EVIDENCE, Forced, forward_lengths, generate, same_sums, shared_model, sums_of
 from tiny import tiny, tokens
-
-EVIDENCE = {"masking_step": 1000, "sparsity": 0.5}
-"""Everything is observed and nothing pruned: what was counted can be compared."""
-
-
-def _sums(run: Any) -> list[Tensor]:
-    """The summed scores of the newest sequence, per layer (after a report, which flushes)."""
-    run.report()
-    return [layer.sums["score"].total.clone() for layer in run._tracer.lives[0].evidence]
-
-
-def _same_sums(first: list[Tensor], second: list[Tensor]) -> bool:
-    return all(torch.allclose(a, b, rtol=1e-4) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
@@ -95,13 +82,13 @@ def test_refused_candidates_never_enter_the_evidence(new: int) -> None:
     model, ids = shared_model(), torch.arange(3, 40)[None]
     with prune(model, "griffin", **EVIDENCE) as run:
         wanted = generate(model, ids, new)
-    sums, tokens_seen = _sums(run), run._tracer.lives[0].evidence_tokens
+    sums, tokens_seen = sums_of(run), run._tracer.lives[0].evidence_tokens
     with prune(model, "griffin", **EVIDENCE) as run:
         out = generate(model, ids, new, prompt_lookup_num_tokens=3)
     assert torch.equal(out.sequences, wanted.sequences)
     assert run.report().decoded_tokens == new - 1
     assert run._tracer.lives[0].evidence_tokens == tokens_seen == 37 + new - 1
-    assert _same_sums(_sums(run), sums)
+    assert same_sums(sums_of(run), sums)
 
 
 @pytest.mark.parametrize("end", [0, 1, 2, 5, 9])
@@ -144,9 +131,9 @@ def test_reports_between_the_forwards_of_an_assisted_generation() -> None:
     for streamer in (None, Look()):
         with prune(model, "griffin", **EVIDENCE) as run:
             generate(model, ids, 30, prompt_lookup_num_tokens=3, streamer=streamer)
-        found.append((run.report().decoded_tokens, _sums(run)))
+        found.append((run.report().decoded_tokens, sums_of(run)))
     assert found[0][0] == found[1][0] == 29 and len(seen) > 10
-    assert _same_sums(found[0][1], found[1][1])
+    assert same_sums(found[0][1], found[1][1])
 
 
 def test_a_model_cannot_assist_itself() -> None:

@@ -19,7 +19,9 @@ from fake_cells import (
     accuracy,
     cell,
     failed,
+    flags,
     grid,
+    one,
     perplexity,
     report,
 )
@@ -35,15 +37,6 @@ def rows() -> list[Row]:
 def find(rows: list[Row], label: str, task: str = ACC) -> Row:
     (found,) = [row for row in rows if row.label == label and row.task == task]
     return found
-
-
-def flags(good: int, total: int = 40) -> list[float]:
-    return [float(place < good) for place in range(total)]
-
-
-def one(method: str, sparsity: float, values: list[float], achieved: float | None = None) -> Any:
-    result = accuracy(ACC, values, report=report(method, sparsity, achieved))
-    return cell(method, sparsity, ACC, result)
 
 
 def test_rows_come_by_task_dense_first(rows: list[Row]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,10 +19,12 @@ from fake_cells import (
     ROUGE,
     accuracy,
     cell,
+    flags,
     grid,
     layer_curve,
     measured,
     measurement,
+    one,
     report,
 )
 
@@ -33,15 +34,6 @@ pytest.importorskip("scipy")
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
     return compare.rows(grid())
-
-
-def flags(good: int, total: int = 40) -> list[float]:
-    return [float(place < good) for place in range(total)]
-
-
-def one(method: str, sparsity: float, values: list[float], achieved: float | None = None) -> Any:
-    result = accuracy(ACC, values, report=report(method, sparsity, achieved))
-    return cell(method, sparsity, ACC, result)
 
 
 def test_an_aggregate_that_is_no_mean_is_marked() -> None:

@@ -39,9 +39,7 @@ NAMES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = fake_drift.build(tmp_path_factory.mktemp("drift") / "run")
-    write_json(found / "detection.json", fake_drift.detection())
-    return found
+    return fake_drift.with_detection(tmp_path_factory.mktemp("drift") / "run")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from tiny import tiny, tokens
 
 ROOT = FOLDER.parent
 error_pages, messages = script("error_pages"), script("messages")
-PACKAGE = ROOT / "src/dart_llm"
 PAGE = (ROOT / "docs/errors.md").read_text(encoding="utf-8")
 LISTS = dict(re.findall(r"^## (\w+)\n\n.+\n\n((?:- .+\n)+)", PAGE, re.MULTILINE))
 FAQ = (ROOT / "docs/faq.md").read_text(encoding="utf-8")

@@ -12,20 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from dart_llm import ConfigError, prune
 from dart_llm.arch import describe
-from steps import apart, decode, generate, shared_model
+from steps import apart, decode, generate, picked, shared_model
 from tiny import NAMES, tiny, tokens
-
-WIDTHS = {"bloom": 64}
-
-
-def _picked(name: str = "llama", keep: int = 20) -> dict[int, list[int]]:
-    generator = torch.Generator().manual_seed(3)
-    width = WIDTHS.get(name, 48)
-    return {
-        layer: sorted(torch.randperm(width, generator=generator)[:keep].tolist())
-        for layer in range(4)
-    }
-
 
 EXPORTED = tuple(name for name in NAMES if name != "bloom")
 
@@ -139,7 +127,7 @@ def test_export_refuses_what_it_cannot_write(tmp_path: Path) -> None:
 
 
 def test_export_of_given_masks_needs_no_text(tmp_path: Path) -> None:
-    model, masks = shared_model(), _picked()
+    model, masks = shared_model(), picked()
     prune(model, masks=masks).export(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     ids = tokens(1, 12)
@@ -150,7 +138,7 @@ def test_export_of_given_masks_needs_no_text(tmp_path: Path) -> None:
 def test_export_does_not_change_the_model(tmp_path: Path) -> None:
     model, ids = tiny("gpt2"), tokens(1, 12)
     before, config = decode(model, ids, 8), model.config.to_dict()
-    prune(model, masks=_picked(), compensation=True).export(tmp_path)
+    prune(model, masks=picked(), compensation=True).export(tmp_path)
     assert torch.equal(decode(model, ids, 8), before) and model.config.to_dict() == config
 
 
@@ -159,9 +147,9 @@ def test_export_of_a_wrapper_and_of_tied_weights(tmp_path: Path) -> None:
     config = tiny("qwen2").config
     config.tie_word_embeddings = True
     model = AutoModelForCausalLM.from_config(config).eval()
-    prune(model, masks=_picked()).export(tmp_path)
+    prune(model, masks=picked()).export(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    given = {layer: torch.tensor(kept) for layer, kept in _picked().items()}
+    given = {layer: torch.tensor(kept) for layer, kept in picked().items()}
     ids = tokens(1, 12)
     assert apart(_outputs(loaded, ids)[0], _zero_everywhere(model, given, ids)[0]) < 1e-5

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from dart_llm import ConfigError, prune
 from steps import (
     CACHE,
+    EVIDENCE,
     apart,
     decode,
     forward_lengths,
@@ -22,19 +22,6 @@ from steps import (
     step,
 )
 from tiny import tokens
-
-EVIDENCE = {"masking_step": 1000, "sparsity": 0.5}
-"""Everything is observed and nothing pruned: what was counted can be compared."""
-
-
-def _sums(run: Any) -> list[Tensor]:
-    """The summed scores of the newest sequence, per layer (after a report, which flushes)."""
-    run.report()
-    return [layer.sums["score"].total.clone() for layer in run._tracer.lives[0].evidence]
-
-
-def _same_sums(first: list[Tensor], second: list[Tensor]) -> bool:
-    return all(torch.allclose(a, b, rtol=1e-4) for a, b in zip(first, second, strict=True))
 
 
 def test_one_token_prompt() -> None:

@@ -12,21 +12,8 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dart_llm import ConfigError, prune
-from steps import Forced, apart, generate, shared_model
+from steps import EVIDENCE, Forced, apart, generate, same_sums, shared_model, sums_of
 from tiny import VOCAB, tiny, tokens
-
-EVIDENCE = {"masking_step": 1000, "sparsity": 0.5}
-"""Everything is observed and nothing pruned: what was counted can be compared."""
-
-
-def _sums(run: Any) -> list[Tensor]:
-    """The summed scores of the newest sequence, per layer (after a report, which flushes)."""
-    run.report()
-    return [layer.sums["score"].total.clone() for layer in run._tracer.lives[0].evidence]
-
-
-def _same_sums(first: list[Tensor], second: list[Tensor]) -> bool:
-    return all(torch.allclose(a, b, rtol=1e-4) for a, b in zip(first, second, strict=True))
 
 
 def test_guidance_is_refused() -> None:
@@ -104,8 +91,8 @@ def test_static_cache_knows_its_padding() -> None:
             with prune(model, "griffin", **EVIDENCE) as run:
                 generate(model, ids, 4, attention_mask=mask, prefill_chunk_size=chunk, **settings)
             assert run.report().prompt_tokens == 8 + 14
-            found.append(_sums(run))
-    assert all(_same_sums(found[0], other) for other in found[1:])
+            found.append(sums_of(run))
+    assert all(same_sums(found[0], other) for other in found[1:])
 
 
 class _Pipe:

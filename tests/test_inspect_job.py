@@ -31,7 +31,6 @@ FILES = {
     *("layers", "weights", "activations", "concentration", "neurons", "overlap", "ablation"),
     *("space_layers", "space_windows", "space_tokens"),
 }
-Call = Callable[..., Any]
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import torch
 from dart_llm import PruneConfig, prune
 from dart_llm.learn import learn
 from dart_llm.weights import FfnWeights
-from prior_cases import ALL, CONFIG, ONE_BY_ONE, attached, equal, layers_of, learnt, tensors
+from prior_cases import ALL, CONFIG, ONE_BY_ONE, attached, equal, files, layers_of, learnt, tensors
 from steps import decode, forward_lengths, new_cache, same_masks, step
 from tiny import HIDDEN, LAYERS, WIDTH, tiny, tokens
 
@@ -24,10 +24,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, which ``prune`` finds too."""
     monkeypatch.setenv("DART_CACHE", str(tmp_path))
     return tmp_path
-
-
-def files(cache: Path) -> list[Path]:
-    return sorted((cache / "dart-llm" / "calibration").glob("*"))
 
 
 # once

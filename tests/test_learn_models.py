@@ -11,7 +11,7 @@ import torch
 
 from dart_llm import AttachError, ConfigError, DartError, PruneConfig, prune
 from dart_llm.calibration import observing
-from prior_cases import ALL, CONFIG, attached, equal, learnt, tensors
+from prior_cases import ALL, CONFIG, attached, equal, files, learnt, tensors
 from steps import CACHE, Same, decode, forward_lengths, new_cache, same_masks, shared_model
 from test_accelerate import _dispatched, _on_the_host
 from tiny import HIDDEN, tiny, tokens
@@ -24,10 +24,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, which ``prune`` finds too."""
     monkeypatch.setenv("DART_CACHE", str(tmp_path))
     return tmp_path
-
-
-def files(cache: Path) -> list[Path]:
-    return sorted((cache / "dart-llm" / "calibration").glob("*"))
 
 
 # whatever state the model and the caller are in

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import strategies as st
 
 from dart_llm.config import (
     CalibrationConfig,
@@ -15,20 +14,7 @@ from dart_llm.config import (
     TokenConfig,
 )
 from dart_llm.errors import UnknownName
-from dart_llm.registry import BUDGETS, METHODS
-
-shares = st.floats(0, 1, exclude_min=True, exclude_max=True)
-whole = st.integers(0, 500)
-budget_names = st.one_of(
-    st.sampled_from(BUDGETS.names()),
-    st.tuples(st.sampled_from(BUDGETS.names()), st.sampled_from(BUDGETS.names())).map(
-        lambda pair: f"blend {pair[0]} {pair[1]}"
-    ),
-)
-rules = st.one_of(
-    st.sampled_from(["never", "published", "paper", "dart"]),
-    st.integers(1, 999).map(lambda tokens: f"interval {tokens}"),
-)
+from dart_llm.registry import METHODS
 
 
 def test_replace_changes_only_what_is_named() -> None:

@@ -20,7 +20,6 @@ from dart_llm import (
     report_drift,
     report_drift_texts,
 )
-from dart_llm.results import write_json
 from html_page import Page
 
 pytest.importorskip("scipy")
@@ -34,9 +33,7 @@ BLOCK = re.compile(r'<script type="application/json"[^>]*>(.*?)</script>', re.DO
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = fake_drift.build(tmp_path_factory.mktemp("drift") / "run")
-    write_json(found / "detection.json", fake_drift.detection())
-    return found
+    return fake_drift.with_detection(tmp_path_factory.mktemp("drift") / "run")
 
 
 @pytest.fixture(scope="module")

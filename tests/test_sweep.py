@@ -17,41 +17,24 @@ from dart_llm import loading, measure, prepare, sweep_files
 from dart_llm.candidate import Memory
 from dart_llm.cell import Cell
 from dart_llm.errors import ConfigError, ResultsError, UnknownName
-from dart_llm.measurement import Measurement, MeasureOptions
+from dart_llm.measurement import MeasureOptions
 from dart_llm.sweep import Clock, SweepPlace, duration, read_results, run_sweep
 from dart_llm.sweep_files import write_cell
 from dart_llm.ui import Ui
-from sweep_fakes import cells, quiet_sweep
+from sweep_fakes import cells, config, quiet_sweep
 from tiny import LAYERS, WIDTH
-from tiny_gpt2 import write_gpt2
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the model and the text."""
-    folder = tmp_path_factory.mktemp("sweep")
-    write_gpt2(folder / "model")
-    sweep_fakes.write_text(folder)
-    return folder
+    return sweep_fakes.place(tmp_path_factory.mktemp("sweep"))
 
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Labels of the cells that were measured."""
-    seen: list[str] = []
-    real = measure.measure
-
-    def watched(candidate: Any, task: str, *rest: Any) -> Measurement:
-        seen.append(f"{candidate.label} {Path(task).name}")
-        return real(candidate, task, *rest)
-
-    monkeypatch.setattr(measure, "measure", watched)
-    return seen
-
-
-def config(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    return found
+    return sweep_fakes.watch(monkeypatch)
 
 
 def test_results_are_those_of_a_direct_measurement(base: Path, tmp_path: Path) -> None:

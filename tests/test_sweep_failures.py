@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -17,32 +16,20 @@ from dart_llm.errors import MissingExtra
 from dart_llm.measurement import Measurement
 from dart_llm.sweep import SweepPlace, read_results, run_sweep
 from dart_llm.ui import Ui
-from sweep_fakes import cells, quiet_sweep
+from sweep_fakes import cells, config, quiet_sweep
 from tiny import LAYERS
-from tiny_gpt2 import write_gpt2
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the model and the text."""
-    folder = tmp_path_factory.mktemp("sweep")
-    write_gpt2(folder / "model")
-    sweep_fakes.write_text(folder)
-    return folder
+    return sweep_fakes.place(tmp_path_factory.mktemp("sweep"))
 
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Labels of the cells that were measured."""
-    seen: list[str] = []
-    real = measure.measure
-
-    def watched(candidate: Any, task: str, *rest: Any) -> Measurement:
-        seen.append(f"{candidate.label} {Path(task).name}")
-        return real(candidate, task, *rest)
-
-    monkeypatch.setattr(measure, "measure", watched)
-    return seen
+    return sweep_fakes.watch(monkeypatch)
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
@@ -51,11 +38,6 @@ def fake(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     monkeypatch.setattr(
         measure, "measure", lambda candidate, *rest: change(candidate, real(candidate, *rest))
     )
-
-
-def config(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    return found
 
 
 def test_a_failed_cell_does_not_stop_the_others(

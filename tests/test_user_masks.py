@@ -1,4 +1,4 @@
-"""A user's own masks, and masks written as a dense, narrower checkpoint."""
+"""A user's own masks: what they keep and compute, and which are refused."""
 
 from __future__ import annotations
 
@@ -10,19 +10,8 @@ from torch import Tensor, nn
 
 from dart_llm import AttachError, ConfigError, prune
 from dart_llm.arch import describe
-from steps import apart, decode, generate, shared_model
+from steps import WIDTHS, apart, decode, generate, picked, shared_model
 from tiny import NAMES, tokens
-
-WIDTHS = {"bloom": 64}
-
-
-def _picked(name: str = "llama", keep: int = 20) -> dict[int, list[int]]:
-    generator = torch.Generator().manual_seed(3)
-    width = WIDTHS.get(name, 48)
-    return {
-        layer: sorted(torch.randperm(width, generator=generator)[:keep].tolist())
-        for layer in range(4)
-    }
 
 
 def _masked_by_hand(model: Any, masks: dict[int, list[int]], ids: Tensor, prompt: int) -> Tensor:
@@ -51,7 +40,7 @@ def _masked_by_hand(model: Any, masks: dict[int, list[int]], ids: Tensor, prompt
 @pytest.mark.parametrize("name", NAMES)
 def test_given_masks_do_what_they_say(name: str, executor: str) -> None:
     model, ids = shared_model(name), tokens(1, 16)
-    masks = {layer: ids_ for layer, ids_ in _picked(name).items() if layer != 1}
+    masks = {layer: ids_ for layer, ids_ in picked(name).items() if layer != 1}
     wanted = _masked_by_hand(model, masks, ids, 10)
     with prune(model, masks=masks, executor=executor) as run:
         got = decode(model, ids, 10)
@@ -66,7 +55,7 @@ def test_given_masks_do_what_they_say(name: str, executor: str) -> None:
 
 
 def test_remove_is_the_complement() -> None:
-    model, ids, keep = shared_model(), tokens(1, 16), _picked()
+    model, ids, keep = shared_model(), tokens(1, 16), picked()
     gone = {layer: sorted({*range(48)} - {*kept}) for layer, kept in keep.items()}
     with prune(model, masks=keep):
         wanted = decode(model, ids, 10)
@@ -126,7 +115,7 @@ def test_masks_of_a_run_that_removed_nothing() -> None:
 
 def test_given_masks_stay_and_release_as_configured() -> None:
     model, ids = shared_model(), tokens(1, 40)
-    settings = {"masks": _picked(), "drift": {"rule": "interval 3", "min_distance": 0}}
+    settings = {"masks": picked(), "drift": {"rule": "interval 3", "min_distance": 0}}
     with prune(model, "griffin", **settings, release_step=5) as run:
         generate(model, ids, 11)
         generate(model, ids, 11)
@@ -137,7 +126,7 @@ def test_given_masks_stay_and_release_as_configured() -> None:
 
 @pytest.mark.parametrize("batch", ["shared", "per_row"])
 def test_given_masks_in_batches(batch: str) -> None:
-    model, ids, masks = shared_model(), tokens(3, 20), _picked()
+    model, ids, masks = shared_model(), tokens(3, 20), picked()
     with prune(model, masks=masks, batch=batch) as run:
         got = decode(model, ids, 14)
     assert apart(got, _masked_by_hand(model, masks, ids, 14)) < 1e-5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers
@@ -28,3 +29,14 @@ def write_gpt2(folder: Path, seed: int = 0) -> Path:
     tokenizer.decoder = decoders.Fuse()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL).save_pretrained(folder)
     return folder
+
+
+def make_talk(model: Any, tokenizer: Any) -> None:
+    """Larger weights than a new GPT-2 has, so that texts differ and pruning changes them."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(3 * torch.randn(parameter.shape) / parameter.shape[-1] ** 0.5)
+        letters = model.transformer.wte.weight  # tied to the head: only letters are generated
+        letters[: len(SPECIAL)] = letters[len(tokenizer) :] = 0
