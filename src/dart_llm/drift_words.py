@@ -19,16 +19,16 @@ MODES = {"forced": "passage", "free": "prompt"}
 """What a source is called in each mode."""
 
 
-def ends(interval: Interval | None, digits: int = 2) -> str:
+def ends(interval: Interval | None) -> str:
     """ "0.61 to 1.07", or nothing where there is no interval."""
-    return "" if interval is None else f"{interval.low:.{digits}f} to {interval.high:.{digits}f}"
+    return "" if interval is None else f"{interval.low:.2f} to {interval.high:.2f}"
 
 
-def bounds(estimate: Estimate, digits: int = 2) -> str:
+def bounds(estimate: Estimate) -> str:
     """The same of a number of the summary."""
     if estimate["low"] is None:
         return "no interval"
-    return f"{estimate['low']:.{digits}f} to {estimate['high']:.{digits}f}"
+    return f"{estimate['low']:.2f} to {estimate['high']:.2f}"
 
 
 def accounted(record: Mapping[str, Any]) -> str:

@@ -73,9 +73,9 @@ SPLITS = ("dev", "validation")  # never "test": those questions are scored
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def local_subjects(folder: Path = LOCAL_MMLU) -> tuple[str, ...]:
-    """The subjects whose ``<subject>_dev.jsonl`` lies in ``folder``, in the usual order."""
-    return tuple(s for s in MMLU_SUBJECTS if (folder / f"{s}_dev.jsonl").is_file())
+def local_subjects() -> tuple[str, ...]:
+    """The subjects whose ``<subject>_dev.jsonl`` lies in ``LOCAL_MMLU``, in the usual order."""
+    return tuple(s for s in MMLU_SUBJECTS if (LOCAL_MMLU / f"{s}_dev.jsonl").is_file())
 
 
 def local_questions(subject: str, folder: Path, *, answers: bool = False) -> list[dict[str, Any]]:

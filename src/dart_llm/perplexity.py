@@ -24,6 +24,9 @@ from dart_llm.ppl_windows import STANDARD, Window, slice_windows
 from dart_llm.records import RunReport
 from dart_llm.session import Run
 
+DRAWS = 2000
+"""Bootstrap samples of an interval."""
+
 
 @dataclass(frozen=True)
 class WindowLosses:
@@ -180,9 +183,7 @@ def _chunk(
     return F.cross_entropy(logits, targets, reduction="none"), output.cache
 
 
-def ratio_interval(
-    pruned: Scored, dense: Scored, samples: int = 2000, seed: int = 0
-) -> tuple[float, float] | None:
+def ratio_interval(pruned: Scored, dense: Scored) -> tuple[float, float] | None:
     """95 % bootstrap interval over slices of ``perplexity(pruned) / perplexity(dense)``.
 
     Slices count by their tokens.  None with fewer than two, which say nothing of the spread.
@@ -194,7 +195,7 @@ def ratio_interval(
         return None
     gaps = np.array([sum(a) - sum(b) for a, b in pairs])
     sizes = np.array([len(a) for a, _ in pairs])
-    draws = np.random.default_rng(seed).integers(0, len(gaps), (samples, len(gaps)))
+    draws = np.random.default_rng(0).integers(0, len(gaps), (DRAWS, len(gaps)))
     ratios = gaps[draws].sum(1) / sizes[draws].sum(1)
     low, high = np.quantile(ratios, [0.025, 0.975])
     return float(math.exp(min(700.0, low))), float(math.exp(min(700.0, high)))

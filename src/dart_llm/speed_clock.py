@@ -18,9 +18,7 @@ Sample = dict[str, Any]
 """JSON-able, see ``repetition``."""
 
 
-def repetition(
-    model: Any, ids: Tensor, tokens: int, make: Callable[[], Run | None], also: Sample | None = None
-) -> Sample:
+def repetition(model: Any, ids: Tensor, tokens: int, make: Callable[[], Run | None]) -> Sample:
     """Times in seconds, counts and bytes of one repetition; ``make``: its run, not attached.
 
     ``first_token_s``: prompt ids [1, P] read and the first token chosen.  ``steps_s``: each of the
@@ -38,7 +36,7 @@ def repetition(
             attach = time.perf_counter() - begin
             found = _decode(model, ids, tokens, run)
             found["attach_s"] = attach
-    return {**found, "peak_growth_bytes": growth.bytes, **(also or {})}
+    return {**found, "peak_growth_bytes": growth.bytes}
 
 
 def greedy(model: Any, ids: Tensor, **given: Any) -> tuple[Any, Tensor]:

@@ -111,7 +111,6 @@ def load_tools(
     bertscore: str | None = None,
     bertscore_layers: int | None = None,
     threshold: float = sentence_match.THRESHOLD,
-    device: str | None = "cpu",
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> TextTools:
@@ -129,7 +128,7 @@ def load_tools(
     except MissingExtra as error:
         raise MissingExtra("rouge-score", "drift") from error
     bleu.scorer()
-    where: dict[str, Any] = {"device": device, "cache_dir": cache_dir, "progress": progress}
+    where: dict[str, Any] = {"device": "cpu", "cache_dir": cache_dir, "progress": progress}
     bert = load_bertscore(bertscore, bertscore_layers, **where)
     return TextTools(load_embedder(embedder, **where), bert, threshold)
 
