@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from table_head import above, linked, read, table, today
+from table_head import above, linked, read, span, table, today
 
 Rows = list[dict[str, Any]]
 
@@ -48,11 +48,6 @@ def _task(rows: Rows, data: Mapping[str, Any]) -> str:
             ]
         )
     return f"**{first['task']}**, {first['items']} items\n\n{table(lines)}"
-
-
-def _range(values: list[float]) -> str:
-    low, high = f"{min(values):.0%}", f"{max(values):.0%}"
-    return low if low == high else f"{low} to {high}"
 
 
 def _by_task(rows: Rows) -> dict[str, Rows]:
@@ -109,10 +104,6 @@ def _note(data: Mapping[str, Any]) -> str:
     return f"{_INTERVALS} {_DECODE}{mark}"
 
 
-def _model(data: Mapping[str, Any]) -> str:
-    return str(data["checkpoint_of_the_cells"]["name"])
-
-
 def leaks(root: Path) -> str:
     """The same masks' protocols side by side: how much having seen the answers flatters."""
     data = read(root, "evaluation-leak")
@@ -127,8 +118,8 @@ def leaks(root: Path) -> str:
         lines.append([leak["label"], f"{leak['task']}: {row['metric']}", *values, change])
     known = [row for row in data["rows"] if row["method"] != "dense"]
     account = (
-        f"Achieved sparsity {_range([r['achieved'] for r in known])}, dense tokens "
-        f"{_range([r['dense_share'] for r in known])}, "
+        f"Achieved sparsity {span([r['achieved'] for r in known])}, dense tokens "
+        f"{span([r['dense_share'] for r in known])}, "
         f"re-masks {sum(r['remasks'] for r in known)}."
     )
     return f"{above(root, 'evaluation-leak')}\n\n{table(lines)}\n\n{_INTERVALS} {account}"

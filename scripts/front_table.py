@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from table_head import above, linked, read, renamed, table
+from table_head import above, linked, read, renamed, span, table
 
 Row = Mapping[str, Any]
 
@@ -70,7 +70,7 @@ def front(quality: Row, speed: Row, proxies: Mapping[str, float]) -> str:
     note = NOTE.format(
         slices=perplexity[DENSE, 0.0]["items"],
         items=accuracy[DENSE, 0.0]["items"],
-        dense=_range(dense),
+        dense=span(dense),
         half=_half({key: accuracy[key] for key in keys}),
         prompt=run["prompt_tokens"],
         tokens=run["tokens"],
@@ -122,11 +122,6 @@ def _half(accuracy: Mapping[tuple[str, float], Row]) -> float:
     """Half the width of the widest interval of an accuracy."""
     ends = [row["interval"] for row in accuracy.values()]
     return max((end["high"] - end["low"]) / 2 for end in ends)
-
-
-def _range(shares: list[float]) -> str:
-    low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
-    return low if low == high else f"{low} to {high}"
 
 
 def _speed(run: Row, key: tuple[str, float]) -> list[str]:

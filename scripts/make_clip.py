@@ -24,7 +24,6 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 WIDTH, HEIGHT = 1200, 850
 PER_SECOND = 12
-SECONDS = 20.0
 WRITING = 14.0
 """Seconds in which the answer is written; the rest shows what else there is to see."""
 TOKENS = 150

@@ -25,6 +25,12 @@ def table(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def span(shares: list[float]) -> str:
+    """ "30% to 70%", or one of them where both ends are the same."""
+    low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
+    return low if low == high else f"{low} to {high}"
+
+
 def today(data: Data, label: str) -> str:
     """A label of a results file with the names that methods have today."""
     for old, new in renamed(data).items():

@@ -9,7 +9,6 @@ configuration says bfloat16, so that the default load is bfloat16 and float32 is
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -26,8 +25,6 @@ from dart_llm.cache import file_sha256, make_folder, require_space
 from dart_llm.devices import memory_failure
 from dart_llm.errors import LoadError
 from dart_llm.hub_errors import plain
-
-logger = logging.getLogger("dart_llm")
 
 Progress = Callable[[str], None]
 FORMAT = 1
