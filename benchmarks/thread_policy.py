@@ -1,4 +1,4 @@
-"""How long one small operation takes under three ways in which OpenMP's threads may wait.
+"""How long one small operation takes under several ways in which OpenMP's threads may wait.
 
 OpenMP reads its variables once, so every policy is a process of its own; policies take turns,
 alone and beside processes that only count.  Medians over rounds of each round's median and mean.
@@ -20,6 +20,7 @@ from common import parser, save
 
 POLICIES = {
     "PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "PASSIVE, spin count 1000": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"},
     "PASSIVE, spin count 10000": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"},
     "neither": {},
 }
