@@ -20,7 +20,6 @@ ALLOWED = {
     ("docs/method.md", "Budgets"): "floors of budgets",
     ("docs/method.md", "Drift"): "settings of guards",
     ("docs/method.md", "Methods"): "settings of methods",
-    ("docs/performance.md", "Threads that wait: OMP_WAIT_POLICY"): "once by hand; the page says so",
     ("docs/recipes.md", "What each needs"): "sizes of downloads",
     ("docs/server.md", "Queue, limits and the end"): "settings of limits",
     ("docs/server.md", "What this does not serve"): "arithmetic on independent masks",

@@ -1,4 +1,7 @@
-"""Markdown tables of benchmarks/results/speed-*.json and ffn-speed.json; used by check_docs.py."""
+"""Markdown tables of benchmarks/results/speed-*.json, ffn-speed.json and thread-policy.json.
+
+Used by check_docs.py.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 
 from table_head import above, entry, link, linked, read, shown, table
 
-FFN = "ffn-speed"
+FFN, POLICY = "ffn-speed", "thread-policy"
 HEADS = {
     "row": 0,
     "pp tokens/s": 1,
@@ -85,14 +88,34 @@ def ffn(root: Path) -> str:
     return f"{above(root, FFN)}\n\n{table(lines)}\n\n{note}"
 
 
+def policy(root: Path) -> str:
+    """Medians and means of small operations, by how threads wait."""
+    data = read(root, POLICY)
+    columns = list(dict.fromkeys((row["path"], row["row"]) for row in data["rows"]))
+    lines = [["threads wait", *(f"{path}, {where}" for path, where in columns)]]
+    lines.append(["---", *["---:"] * len(columns)])
+    for case in dict.fromkeys(row["case"] for row in data["rows"]):
+        own = {(row["path"], row["row"]): row for row in data["rows"] if row["case"] == case}
+        times = ((1000 * own[at]["ms"], 1000 * own[at]["mean_ms"]) for at in columns)
+        lines.append([case, *(f"{middle:.0f} us, mean {mean:.0f}" for middle, mean in times)])
+    note = (
+        f"{data['calls']} calls of a process, {data['rounds']} processes in turns, medians of "
+        f"their medians and of their means; {data['threads']} threads of "
+        f"{data['machine']['processor']} with {data['machine']['cores']} cores, load average "
+        f"before {data['load_average_before']:.1f}."
+    )
+    return f"{above(root, POLICY)}\n\n{table(lines)}\n\n{note}"
+
+
 def tables(root: Path) -> dict[str, tuple[Path, str]]:
     """A block per file whose markers docs/performance.md has, named like the file."""
     page, results = root / "docs/performance.md", root / "benchmarks/results"
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
     names = [path.stem for path in sorted(results.glob("speed-*.json"))]
-    names += [FFN] if (results / f"{FFN}.json").is_file() else []
+    others = {FFN: ffn, POLICY: policy}
+    names += [name for name in others if (results / f"{name}.json").is_file()]
     own = {
-        name: (page, ffn(root) if name == FFN else speed(root, name))
+        name: (page, others[name](root) if name in others else speed(root, name))
         for name in names
         if f"<!-- generated: {name} -->" in text
     }

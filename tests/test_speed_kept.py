@@ -76,6 +76,28 @@ def test_the_table_of_single_ffns(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "read bandwidth 30.0 GB/s" in text
 
 
+def test_the_table_of_ways_to_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    measured = importlib.import_module("speed_measured")
+    rows = [
+        {"path": path, "row": where, "case": case, "ms": ms, "mean_ms": 2 * ms}
+        for path, where, ms in (("FFN", "alone", 0.045), ("linear", "alone", 0.064))
+        for case in ("PASSIVE", "neither")
+    ]
+    about = {"calls": 20, "rounds": 3, "threads": 2, "machine": {"processor": "CPU", "cores": 4},
+             "load_average_before": 0.25, "command": "python thread_policy.py"}  # fmt: skip
+    results = tmp_path / "benchmarks/results"
+    results.mkdir(parents=True)
+    write_json(results / "thread-policy.json", {**about, "rows": rows})
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs/performance.md"
+    page.write_text("<!-- generated: thread-policy -->\n", encoding="utf-8")
+    text = measured.tables(tmp_path)["thread-policy"][1]
+    assert "| threads wait | FFN, alone | linear, alone |" in text
+    assert "| neither | 45 us, mean 90 | 64 us, mean 128 |" in text
+    assert "2 threads of CPU with 4 cores, load average before 0.2." in text
+
+
 # random weights
 
 
