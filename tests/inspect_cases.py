@@ -10,7 +10,7 @@ from dart_llm.inspect_study import Study
 from dart_llm.inspect_texts import InspectText
 from dart_llm.settings_inspect import InspectSettings
 from lm_cases import loaded
-from test_observed import Recorder
+from observed_cases import Recorder
 
 A = "the tide comes in twice a day because the moon pulls at the water of the sea. " * 2
 

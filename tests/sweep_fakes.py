@@ -22,6 +22,7 @@ from dart_llm.cell import Cell
 from dart_llm.grid import expand, spec
 from dart_llm.measurement import Measurement
 from dart_llm.sweep import SweepPlace, SweepResult, run_sweep
+from dart_llm.sweep_model import HeldModel
 from dart_llm.ui import Ui
 from tiny_gpt2 import write_gpt2
 
@@ -82,10 +83,10 @@ def quiet_sweep(where: tuple[Cell, ...], root: Path, **arguments: Any) -> SweepR
     return run_sweep(where, SweepPlace(root, "sweep"), Ui(quiet=True), **arguments)
 
 
-def compute(data: Mapping[str, Any], ui: Ui | None = None) -> dict[str, bytes]:
+def compute(data: Mapping[str, Any], held: HeldModel, ui: Ui | None = None) -> dict[str, bytes]:
     """``sweep_cell.compute``, slow and mortal where the environment says so."""
     time.sleep(float(os.environ.get(SLOW, "0")) / 2)
-    files = sweep_cell.compute(data, ui)
+    files = sweep_cell.compute(data, held, ui)
     time.sleep(float(os.environ.get(SLOW, "0")) / 2)
     marker = os.environ.get(KILL)
     if marker and Path(marker).exists():
@@ -94,7 +95,7 @@ def compute(data: Mapping[str, Any], ui: Ui | None = None) -> dict[str, bytes]:
     return files
 
 
-def without_model(data: Mapping[str, Any]) -> dict[str, bytes]:
+def without_model(data: Mapping[str, Any], held: HeldModel) -> dict[str, bytes]:
     """A cell that fails at once, so that no model is loaded; its worker may die instead."""
     if data["seed"] == 1:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -9,31 +9,14 @@ import pytest
 import torch
 
 import dart_llm
+from accelerate_cases import dispatched, on_disk, on_the_host
 from dart_llm import prune
 from steps import apart, generate, shared_model
 from tiny import tiny, tokens
 
 
-def _dispatched(model: Any, folder: Any) -> Any:
-    from accelerate import dispatch_model
-
-    return dispatch_model(model, {"": "cpu"}, force_hooks=True)
-
-
-def _on_the_host(model: Any, folder: Any) -> Any:
-    from accelerate import cpu_offload
-
-    return cpu_offload(model, execution_device=torch.device("cpu"))
-
-
-def _on_disk(model: Any, folder: Any) -> Any:
-    from accelerate import disk_offload
-
-    return disk_offload(model, str(folder), execution_device=torch.device("cpu"))
-
-
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "gpt2", "opt"])
-@pytest.mark.parametrize("place", [_dispatched, _on_the_host, _on_disk])
+@pytest.mark.parametrize("place", [dispatched, on_the_host, on_disk])
 def test_accelerate_hooks_stay(place: Callable[..., Any], name: str, tmp_path: Any) -> None:
     with prune(shared_model(name), "griffin", sparsity=0.5, executor="masked") as run:
         wanted = generate(run.model, tokens(1, 40), 6)
@@ -46,7 +29,7 @@ def test_accelerate_hooks_stay(place: Callable[..., Any], name: str, tmp_path: A
     with prune(model, "griffin", sparsity=0.5) as run:
         got = generate(model, tokens(1, 40), 6)
     inline = name == "opt"
-    assert run.executor == ("compact" if place is _dispatched and not inline else "masked")
+    assert run.executor == ("compact" if place is dispatched and not inline else "masked")
     assert apart(got.logits, wanted.logits) < 1e-5
     assert apart(got.logits, dense.logits) > 1e-2
     assert sorted(n for n, m in model.named_modules() if hasattr(m, "_hf_hook")) == hooked
@@ -56,7 +39,7 @@ def test_accelerate_hooks_stay(place: Callable[..., Any], name: str, tmp_path: A
     assert all(torch.equal(a, b) for a, b in zip(after.logits, dense.logits, strict=True))
 
 
-@pytest.mark.parametrize("place", [_on_the_host, _on_disk])
+@pytest.mark.parametrize("place", [on_the_host, on_disk])
 def test_offloaded_weights_are_not_read(place: Callable[..., Any], tmp_path: Any) -> None:
     model = place(tiny(), tmp_path)
     for method in ("dart", "static"):

@@ -23,8 +23,8 @@ from dart_llm.errors import ConfigError, DartError, ResultsError
 from dart_llm.settings import RunSettings
 from dart_llm.settings_activations import Wanted, parse_layers, parse_tensors, parse_tokens
 from lm_cases import call, place
+from observed_cases import Recorder, decoder_layers, stream
 from steps import Same, decode, new_cache, shared_model, step
-from test_observed import Recorder, _layers, _stream
 from tiny import HIDDEN, LAYERS, NAMES, WIDTH, tokens
 
 EVERY = ("u", "x", "z", "r")
@@ -43,7 +43,7 @@ def test_kept_values_are_those_of_direct_hooks(name: str) -> None:
     model, ids = shared_model(name), tokens(1, LENGTH, seed=6)
     outside = Recorder(model)
     if name == "opt-postnorm":
-        for index, layer in enumerate(_layers(model)):
+        for index, layer in enumerate(decoder_layers(model)):
             outside._before(layer.fc1, index, "fc1")
     try:
         found = record(model, ids, Wanted((1, 3), 4, 20, EVERY))
@@ -56,7 +56,7 @@ def test_kept_values_are_those_of_direct_hooks(name: str) -> None:
         wanted = {key: outside.get(layer, key) for key in ("u", "z", "r")}
         for key, value in wanted.items():
             assert torch.equal(found[f"layer{layer}.{key}"].double(), value[4:20]), key
-        x = _stream(outside, name, layer)[4:20]
+        x = stream(outside, name, layer)[4:20]
         torch.testing.assert_close(found[f"layer{layer}.x"].double(), x, rtol=1e-4, atol=1e-5)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from batch_cases import CHOSEN, LENGTHS, evidence_sums, padded, run_alone, run_batch
 from dart_llm import prune
 from steps import (
     Forced,
@@ -16,63 +17,10 @@ from steps import (
     generate,
     new_cache,
     same_masks,
-    selections,
     shared_model,
     step,
 )
 from tiny import NAMES, tokens
-
-LENGTHS = (20, 13, 8)
-"""Real tokens of each row's prompt."""
-
-CHOSEN = ([10, 11, 12, 13, 2], [20, 21, 2], [30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 2])
-"""The tokens that each row generates; 2 ends it."""
-
-NEW = max(len(row) for row in CHOSEN)
-
-
-def _batch(side: str = "left") -> tuple[Tensor, Tensor]:
-    """Prompts of different lengths padded to one: ids and mask, [3, 20]."""
-    ids, mask = torch.zeros(3, 20, dtype=torch.long), torch.zeros(3, 20, dtype=torch.long)
-    for row, length in enumerate(LENGTHS):
-        place = slice(20 - length, 20) if side == "left" else slice(0, length)
-        ids[row, place] = tokens(1, length, seed=row)[0]
-        mask[row, place] = 1
-    return ids, mask
-
-
-def _generate(model: Any, rows: list[int], ids: Tensor, mask: Tensor, **settings: Any):
-    """Run the rows together (their choices forced).  Returns run, masks, logits [B, steps, V]."""
-    chosen = [CHOSEN[row] for row in rows]
-    run = prune(model, **settings)
-    found = selections(run)
-    with run:
-        out = generate(
-            model,
-            ids,
-            NEW,
-            attention_mask=mask,
-            eos_token_id=2,
-            logits_processor=[Forced(ids.shape[1], chosen)],
-        )
-    for row, wanted in enumerate(chosen):
-        assert out.sequences[row, ids.shape[1] :].tolist()[: len(wanted)] == wanted
-    return run, found, torch.stack(out.logits, 1)
-
-
-def _alone(model: Any, row: int, **settings: Any):
-    ids = tokens(1, LENGTHS[row], seed=row)
-    return _generate(model, [row], ids, torch.ones_like(ids), **settings)
-
-
-def _sums(run: Any, life: int = 0) -> list[dict[str, tuple[Tensor, float]]]:
-    """Every sum and weight of the newest sequence, per layer."""
-    run.report()
-    lives = run._tracer.lives
-    return [
-        {name: (known.total.clone(), float(known.weight)) for name, known in layer.sums.items()}
-        for layer in lives[life].evidence
-    ]
 
 
 def _added(parts: list[list[dict[str, tuple[Tensor, float]]]]) -> list[dict[str, Any]]:
@@ -99,10 +47,10 @@ def test_shared_statistics_are_the_sum_over_rows(name: str) -> None:
     """Prompt and decode tokens, rows that end at different steps, left padding."""
     model = shared_model(name)
     settings = {"method": "griffin", **ALL_NEEDS, "masking_step": 1000}
-    ids, mask = _batch()
-    run, _, _ = _generate(model, [0, 1, 2], ids, mask, **settings)
-    alone = [_alone(model, row, **settings)[0] for row in range(3)]
-    _assert_sums_equal(_sums(run), _added([_sums(one) for one in alone]))
+    ids, mask = padded()
+    run, _, _ = run_batch(model, [0, 1, 2], ids, mask, **settings)
+    alone = [run_alone(model, row, **settings)[0] for row in range(3)]
+    _assert_sums_equal(evidence_sums(run), _added([evidence_sums(one) for one in alone]))
     report, singles = run.report(), [one.report() for one in alone]
     assert report.prompt_tokens == sum(LENGTHS) == sum(one.prompt_tokens for one in singles)
     decoded = sum(len(row) - 1 for row in CHOSEN)
@@ -114,7 +62,7 @@ def test_shared_statistics_are_the_sum_over_rows(name: str) -> None:
 def test_padding_of_bare_forwards(name: str, side: str) -> None:
     model = shared_model(name)
     settings = {"method": "griffin", **ALL_NEEDS, "masking_step": 1000}
-    ids, mask = _batch(side)
+    ids, mask = padded(side)
     with prune(model, **settings) as run, torch.no_grad():
         model(ids, attention_mask=mask)
     assert run.report().prompt_tokens == sum(LENGTHS)
@@ -122,10 +70,10 @@ def test_padding_of_bare_forwards(name: str, side: str) -> None:
     for row, length in enumerate(LENGTHS):
         with prune(model, **settings) as one, torch.no_grad():
             model(tokens(1, length, seed=row))
-        parts.append(_sums(one))
+        parts.append(evidence_sums(one))
     if side == "right" or name != "gpt2":  # whose positions a bare forward counts from the pad
-        _assert_sums_equal(_sums(run), _added(parts))
-    weights = {name: weight for name, (_, weight) in _sums(run)[0].items()}
+        _assert_sums_equal(evidence_sums(run), _added(parts))
+    weights = {name: weight for name, (_, weight) in evidence_sums(run)[0].items()}
     assert set(weights.values()) == {float(sum(LENGTHS))}
 
 
@@ -136,11 +84,11 @@ def test_rows_of_their_own_equal_rows_alone(name: str, decay: float | None) -> N
     model = shared_model(name)
     settings: dict[str, Any] = {"method": "griffin", **ALL_NEEDS, "masking_step": 3}
     settings |= {"batch": "per_row", "score": {"name": "magnitude", "ema_decay": decay}}
-    ids, mask = _batch()
-    run, found, logits = _generate(model, [0, 1, 2], ids, mask, **settings)
+    ids, mask = padded()
+    run, found, logits = run_batch(model, [0, 1, 2], ids, mask, **settings)
     assert run.executor == "masked"
     for row in range(3):
-        one, alone, single = _alone(model, row, **settings)
+        one, alone, single = run_alone(model, row, **settings)
         mine = [(at, kept) for at, place, kept in found if place == row]
         if len(CHOSEN[row]) > 4:
             assert [at for at, _ in mine] == [at for at, _, _ in alone] == [3]
@@ -163,10 +111,10 @@ def test_a_row_is_observed_while_another_is_pruned(name: str, method: dict[str, 
     model = shared_model(name)
     settings: dict[str, Any] = {**method, "sparsity": 0.5, "batch": "per_row"}
     settings |= {"drift": "never", "min_evidence": 10}
-    _, found, logits = _generate(model, [0, 2], *(part[::2] for part in _batch()), **settings)
+    _, found, logits = run_batch(model, [0, 2], *(part[::2] for part in padded()), **settings)
     assert [(at, row) for at, row, _ in found] == [(0, 0), (2, 1)]
     for row, place in ((0, 0), (2, 1)):
-        _, alone, single = _alone(model, row, **settings)
+        _, alone, single = run_alone(model, row, **settings)
         assert same_masks(found[place][2], alone[0][2])
         assert apart(logits[place, : single.shape[1]], single[0]) < 2e-5
 
@@ -176,7 +124,7 @@ def test_sensitivities_of_a_row_are_read_where_they_are_alone() -> None:
     model = shared_model()
     settings: dict[str, Any] = {"method": "griffin", **ALL_NEEDS, "batch": "per_row"}
     settings["min_evidence"] = 20
-    ids, mask = _batch()
+    ids, mask = padded()
     chosen = [tokens(1, 30, seed=40 + row)[0].tolist() for row in range(3)]
 
     def run_rows(rows: list[int], text: Tensor, seen: Tensor) -> Any:
@@ -190,23 +138,24 @@ def test_sensitivities_of_a_row_are_read_where_they_are_alone() -> None:
     assert sorted(observed) == [0, 7, 12]
     for row, (length, reads) in enumerate(zip(LENGTHS, (0, 7, 9), strict=True)):
         text = tokens(1, length, seed=row)
-        sums = _sums(run, row)
+        sums = evidence_sums(run, row)
         assert sums[0]["cosine"][1] == length + reads and sums[0]["score"][1] == 20
-        _assert_sums_equal(sums, _sums(run_rows([row], text, torch.ones_like(text))))
+        _assert_sums_equal(sums, evidence_sums(run_rows([row], text, torch.ones_like(text))))
 
 
 def test_shared_masks_follow_the_living_rows() -> None:
     """The mask of a batch is the mask of its rows' summed evidence, whatever ended before."""
     model = shared_model()
-    ids, mask = _batch()
+    ids, mask = padded()
     settings = {"method": "griffin", "sparsity": 0.5, "masking_step": 6}
-    _, found, _ = _generate(model, [0, 1, 2], ids, mask, **settings)
+    _, found, _ = run_batch(model, [0, 1, 2], ids, mask, **settings)
     watch = {**settings, "masking_step": 1000}
-    parts = [_sums(_alone(model, row, **watch)[0]) for row in (0, 1)]  # both end before step 6
+    ended = [run_alone(model, row, **watch)[0] for row in (0, 1)]  # both end before step 6
+    parts = [evidence_sums(run) for run in ended]
     third = prune(model, **watch)
     with third:
         generate(model, tokens(1, LENGTHS[2], seed=2), 7, logits_processor=[Forced(8, CHOSEN[2:])])
-    total = _added([*parts, _sums(third)])
+    total = _added([*parts, evidence_sums(third)])
     for kept, sums in zip(found[0][2], total, strict=True):
         top = sums["score"][0].sqrt().argsort(descending=True)[: len(kept)].sort().values
         assert torch.equal(kept, top)

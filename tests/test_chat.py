@@ -11,47 +11,24 @@ from typing import Any
 
 import pytest
 
+from chat_cases import say, settings
 from dart_llm import ConfigError, UnknownName
 from dart_llm.chat import Chat
 from dart_llm.chat_commands import HELP, Commands
 from dart_llm.chat_input import MORE, PROMPT, read_message
 from dart_llm.chat_lines import settings_line, turn_line
 from dart_llm.chat_template import chat_ids, chat_text
-from dart_llm.chat_terminal import interruptible, talk
+from dart_llm.chat_terminal import interruptible
 from dart_llm.engine import Engine
 from dart_llm.engine_records import Token
-from dart_llm.settings_base import merge
-from dart_llm.settings_chat import ChatSettings
-from dart_llm.ui import Ui
 from engine_cases import ask, half, own_model, tokenizer
 from steps import Same
-
-
-def settings(**changes: Any) -> ChatSettings:
-    return merge(ChatSettings, {"method": "griffin", "sparsity": 0.5, "max_tokens": 8} | changes)
 
 
 @pytest.fixture
 def chat() -> Iterator[Chat]:
     with Same(own_model()), Engine(own_model(), tokenizer()) as engine:
         yield Chat(engine, tokenizer(), settings())
-
-
-def say(chat: Chat, *lines: str, person: bool = False) -> Ui:
-    """Talk; a line that is an exception is raised while that line is read."""
-    given = iter(lines)
-
-    def read(prompt: str) -> str:
-        line = next(given, None)
-        if line is None:
-            raise EOFError
-        if line == "^C":
-            raise KeyboardInterrupt
-        return line
-
-    ui = Ui()
-    talk(chat, ui, read, person)
-    return ui
 
 
 def test_a_conversation(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from dart_llm import sweep_cell
 from dart_llm.compare_format import quantity
 from lm_cases import break_position, call, loaded, place
 from summary_cases import write_documents
@@ -39,8 +38,6 @@ def desk(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def _here(desk, monkeypatch):
     monkeypatch.chdir(desk)
-    yield
-    sweep_cell.forget()
 
 
 def on_model(command: str, *flags: object, results: object = "results") -> list[object]:

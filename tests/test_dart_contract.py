@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from batch_cases import CHOSEN, LENGTHS, padded, run_alone, run_batch
 from dart_llm import ConfigError, prune
 from dart_llm.arch import describe
 from dart_llm.masks import LayerMask
@@ -25,7 +26,6 @@ from steps import (
     shared_model,
     step,
 )
-from test_batches import CHOSEN, LENGTHS, _alone, _batch, _generate
 from tiny import LAYERS, NAMES, tokens
 
 PROMPT, LENGTH = 30, 36
@@ -247,12 +247,12 @@ def test_later_tokens_do_not_change_earlier_logits(name: str, executor: str) -> 
 def test_rows_of_their_own_equal_rows_alone(name: str) -> None:
     """per_row: the rows' masks, biases and maps are stacked; each is what the row has alone."""
     model = shared_model(name)
-    given, mask = _batch()
+    given, mask = padded()
     settings = {"method": CONFIG, "batch": "per_row", "masking_step": 1}
-    run, found, logits = _generate(model, [0, 1, 2], given, mask, **settings)
+    run, found, logits = run_batch(model, [0, 1, 2], given, mask, **settings)
     assert run.executor == "masked"
     for row in range(3):
-        one, alone, single = _alone(model, row, **settings)
+        one, alone, single = run_alone(model, row, **settings)
         mine = [kept for _, place, kept in found if place == row]
         assert len(mine) == len(alone) == 1 and same_masks(mine[0], alone[0][2])
         assert apart(logits[row, : single.shape[1]], single[0]) < 3e-5
@@ -266,10 +266,10 @@ def test_a_row_without_a_mask_gets_no_compensation(name: str) -> None:
     """While another row is pruned, one that waits for evidence runs as if alone and dense."""
     model = shared_model(name)
     settings = {"method": CONFIG, "batch": "per_row", "min_evidence": 10}
-    _, found, logits = _generate(model, [0, 2], *(part[::2] for part in _batch()), **settings)
+    _, found, logits = run_batch(model, [0, 2], *(part[::2] for part in padded()), **settings)
     assert [(at, row) for at, row, _ in found] == [(0, 0), (2, 1)]
     for row, place in ((0, 0), (2, 1)):
-        _, alone, single = _alone(model, row, **settings)
+        _, alone, single = run_alone(model, row, **settings)
         assert same_masks(found[place][2], alone[0][2])
         assert apart(logits[place, : single.shape[1]], single[0]) < 3e-5
 

@@ -23,8 +23,8 @@ from dart_llm.plot_inspect import make
 from dart_llm.settings_inspect import TEXTS, InspectSettings
 from dart_llm.ui import Ui
 from html_page import Page
+from inspect_cases import A, B
 from lm_cases import place
-from test_inspect import A, B
 from tiny import LAYERS, WIDTH
 
 FILES = {

@@ -16,8 +16,8 @@ from dart_llm.errors import MissingExtra
 from dart_llm.inspect_job import run_inspect
 from dart_llm.settings_inspect import InspectSettings
 from dart_llm.ui import Ui
+from inspect_cases import A, B
 from lm_cases import place
-from test_inspect import A, B
 
 
 def test_other_weights_in_the_same_folder_are_another_inspection(

@@ -20,15 +20,11 @@ from lm_cases import (
     place,
     write_rows,
 )
+from mmlu_cases import mmlu_row
 from shells import EXPERIMENT, make_desk
 from summary_cases import write_documents
 
 FILES = ("mmlu.json", "general_nlp.json", "summarization.json")
-
-
-def mmlu_row(number: int) -> dict[str, object]:
-    choices = [f"{letter} {number}" for letter in "pqrs"]
-    return {"question": f"what is {number} of the body", "choices": choices, "answer": number % 4}
 
 
 def prepare_folder(folder: Path) -> None:

@@ -70,6 +70,15 @@ def level_of(module: str) -> int:
     return LEVEL.get(module, 3)
 
 
+def test_no_test_imports_another() -> None:
+    """What tests share stands in files of its own, so that no test module is loaded twice."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    assert Path(__file__) in files
+    found = {path.name: set(imports(ast.parse(path.read_text("utf-8")))) for path in files}
+    tests = {path.stem for path in files if path.name.startswith("test_")}
+    assert {name: taken & tests for name, taken in found.items() if taken & tests} == {}
+
+
 def test_the_layers_name_files_that_exist() -> None:
     found = {module_of(path) for path in FILES}
     assert set(LEVEL) <= found

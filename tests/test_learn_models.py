@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from accelerate_cases import dispatched, on_the_host
 from dart_llm import AttachError, ConfigError, DartError, PruneConfig, prune
 from dart_llm.calibration import observing
 from prior_cases import ALL, CONFIG, attached, equal, files, learnt, tensors
 from steps import CACHE, Same, decode, forward_lengths, new_cache, same_masks, shared_model
-from test_accelerate import _dispatched, _on_the_host
 from tiny import HIDDEN, tiny, tokens
 
 IDS = tokens(1, 30, seed=3)
@@ -107,7 +107,7 @@ def test_nested_blocks_are_refused_before_anything_is_learnt(cache: Path) -> Non
 
 
 def test_models_that_accelerate_has_hooked() -> None:
-    model = _dispatched(tiny(), None)
+    model = dispatched(tiny(), None)
     with prune(model, CONFIG) as run:
         decode(model, IDS, 20)
     plain = tiny()
@@ -138,7 +138,7 @@ def test_another_default_dtype() -> None:
 
 
 def test_an_offloaded_model_is_refused() -> None:
-    model = _on_the_host(tiny(), None)
+    model = on_the_host(tiny(), None)
     with pytest.raises(ConfigError, match="layer 0 is offloaded"):
         prune(model, CONFIG)
     config = PruneConfig(

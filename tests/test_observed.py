@@ -2,85 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from dart_llm import prune
-from dart_llm.arch import describe
 from dart_llm.drift import SINKS
-from dart_llm.names import LAYERS
 from dart_llm.observations import read_tokens
+from observed_cases import Recorder, _tensor, decoder_layers, stream
 from steps import decode, shared_model
 from tiny import NAMES, tokens
-
-PARALLEL = ("gpt_neox", "falcon", "falcon-new", "phi")
-"""Blocks whose FFN reads the block's input and not the sum with the attention's output."""
 
 ATTENTION = {"gpt2": "attn", "gpt_neox": "attention", "falcon": "self_attention"}
 ATTENTION["bloom"] = "self_attention"
 
 PROMPT, LENGTH = 9, 30
-
-
-def _layers(model: Any) -> list[nn.Module]:
-    base = model.get_decoder()
-    return list(base.layers if hasattr(base, "layers") else base.h)
-
-
-def _tensor(thing: Any) -> Tensor:
-    return thing[0] if isinstance(thing, tuple) else thing
-
-
-class Recorder:
-    """Clones of every layer's input, output, u, z and of the FFN half's contribution."""
-
-    def __init__(self, model: Any) -> None:
-        self.seen: dict[tuple[int, str], list[Tensor]] = {}
-        self.handles = []
-        for index, layer in enumerate(_layers(model)):
-            block = describe(model).blocks[index]
-            self._before(layer, index, "input")
-            self._after(layer, index, "output")
-            self._before(block.down, index, "u")
-            self._after(block.down, index, "z")
-            names = LAYERS[model.config.get_text_config().model_type]
-            if names.post_norm:
-                self._after(getattr(layer, names.post_norm), index, "r")
-
-    def _keep(self, index: int, what: str, value: Tensor) -> None:
-        rows = value.detach().clone().reshape(1, -1, value.shape[-1])
-        self.seen.setdefault((index, what), []).append(rows)
-
-    def _before(self, module: nn.Module, index: int, what: str) -> None:
-        def take(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._keep(index, what, args[0] if args else kwargs["hidden_states"])
-
-        self.handles.append(module.register_forward_pre_hook(take, with_kwargs=True))
-
-    def _after(self, module: nn.Module, index: int, what: str) -> None:
-        def take(module: nn.Module, args: Any, output: Any) -> None:
-            self._keep(index, what, _tensor(output))
-
-        self.handles.append(module.register_forward_hook(take))
-
-    def get(self, index: int, what: str) -> Tensor:
-        """All tokens, [T, width], float64."""
-        if what == "r" and (index, "r") not in self.seen:
-            what = "z"
-        return torch.cat(self.seen[index, what], 1)[0].double()
-
-
-def _stream(recorder: Recorder, name: str, index: int) -> Tensor:
-    """x from the outside: the block's input, or its output without the FFN's contribution."""
-    if name in PARALLEL:
-        return recorder.get(index, "input")
-    if name == "opt-postnorm":  # out = norm(x + z): x is the input of fc1
-        return recorder.get(index, "fc1")
-    return recorder.get(index, "output") - recorder.get(index, "r")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -89,7 +26,7 @@ def test_sums(name: str) -> None:
     model, ids = shared_model(name), tokens(1, LENGTH, seed=6)
     recorder = Recorder(model)
     if name == "opt-postnorm":
-        for index, layer in enumerate(_layers(model)):
+        for index, layer in enumerate(decoder_layers(model)):
             recorder._before(layer.fc1, index, "fc1")
     try:
         decode(model, ids, PROMPT)
@@ -106,7 +43,7 @@ def test_sums(name: str) -> None:
     for index, layers in enumerate(zip(*found, strict=True)):
         sums = {key: known for layer in layers for key, known in layer.sums.items()}
         u, z, r = (recorder.get(index, what) for what in ("u", "z", "r"))
-        x = _stream(recorder, name, index)
+        x = stream(recorder, name, index)
         size = x.norm(dim=-1)
         wanted = {
             "score": u.square().sum(0),
@@ -134,7 +71,7 @@ def test_sums(name: str) -> None:
 def test_attention_output(name: str) -> None:
     """v is what the last layer's attention returns; sinks are left out."""
     model, ids = shared_model(name), tokens(1, LENGTH, seed=6)
-    last = _layers(model)[-1]
+    last = decoder_layers(model)[-1]
     attention = getattr(last, ATTENTION.get(name.split("-")[0], "self_attn"))
     seen: list[Tensor] = []
     handle = attention.register_forward_hook(lambda m, a, out: seen.append(_tensor(out).clone()))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from batch_cases import CHOSEN, LENGTHS, evidence_sums, padded, run_batch
 from dart_llm import prune
 from dart_llm.arch import describe
 from dart_llm.evidence import LayerEvidence, Sum
@@ -18,7 +19,6 @@ from dart_llm.weights import FfnWeights, knowing
 from prior_cases import CONFIG, SMALL
 from steps import decode, generate, new_cache, shared_model, step
 from synthetic import Driver, Stream, config, ids_of, make_layers
-from test_batches import CHOSEN, LENGTHS, _batch, _generate, _sums
 from tiny import LAYERS, WIDTH, tokens
 
 # the weights of tokens
@@ -93,7 +93,7 @@ def observed(model: Any, ids: Tensor) -> list[Tensor]:
 
 def check(run: Any, us: list[list[Tensor]]) -> None:
     """``run``'s newest sums are those over ``us[row][layer]`` [T, I] from token 4 on."""
-    for layer, sums in enumerate(_sums(run)):
+    for layer, sums in enumerate(evidence_sums(run)):
         rows = [row[layer][4:] for row in us]
         every = torch.cat(rows)
         for name, wanted in (("score", every.square().sum(0)), ("signed", every.sum(0))):
@@ -149,8 +149,8 @@ def test_a_new_text_after_a_short_one() -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt"])
 def test_left_padding_and_rows_that_end(name: str) -> None:
     model = shared_model(name)
-    ids, mask = _batch()
-    run, _, _ = _generate(model, [0, 1, 2], ids, mask, method=NO_MASK)
+    ids, mask = padded()
+    run, _, _ = run_batch(model, [0, 1, 2], ids, mask, method=NO_MASK)
     rows = []
     for row, length in enumerate(LENGTHS):
         text = tokens(1, length, seed=row)[0].tolist() + CHOSEN[row][:-1]

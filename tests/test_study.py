@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from curvature_cases import KEPT, LENGTH, ROWS, by_leaves
 from dart_llm import learn
 from dart_llm.activations import Seen
 from dart_llm.curvature import gradients
@@ -19,7 +20,6 @@ from dart_llm.scores import squared
 from dart_llm.token_statistics import Statistics
 from prior_cases import STATISTICS, layers_of
 from steps import shared_model
-from test_curvature import KEPT, LENGTH, ROWS, by_leaves
 from tiny import HIDDEN, LAYERS, tiny, tokens
 
 # what is summed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,30 @@ def test_a_model_is_loaded_once_and_a_method_prepared_once(
     assert [one.sparsity for one in prepared] == [0.0, 0.25, 0.5]
     times = [sweep_files.read_timing(result.path / "cells" / c.key)["load_s"] for c in wanted]
     assert [seconds > 0 for seconds in times] == [True] + 5 * [False]
+
+
+def test_a_model_does_not_outlive_its_sweep(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, load = [], loading.load
+
+    def watched(*args: Any, **more: Any) -> Any:
+        model, tokenizer = load(*args, **more)
+        models.append(weakref.ref(model))
+        return model, tokenizer
+
+    monkeypatch.setattr(loading, "load", watched)
+    alive = []
+    quiet_sweep(cells(base), tmp_path, on_cell=lambda row: alive.append(models[0]() is not None))
+    assert alive == 3 * [True]
+    assert [model() for model in models] == [None]
+
+    def stop(document: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        quiet_sweep(cells(base), tmp_path / "stopped", on_cell=stop)
+    assert stopped.tb is not None and [model() for model in models] == [None, None]
 
 
 def test_the_tables_grow_with_every_cell(base: Path, tmp_path: Path) -> None:

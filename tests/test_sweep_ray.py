@@ -15,6 +15,7 @@ import sweep_fakes
 from dart_llm import engine_ray
 from dart_llm.errors import LoadError, MissingExtra
 from dart_llm.sweep_files import read_timing
+from dart_llm.sweep_model import HeldModel
 from sweep_fakes import KILL, SLOW, cells, compute, quiet_sweep, without_model
 from tiny_gpt2 import write_gpt2
 
@@ -27,7 +28,8 @@ BESIDE = "results.jsonl", "masks.safetensors", "cells.csv"
 @pytest.fixture
 def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # for the workers
+    path = [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))  # for the workers
     write_gpt2(tmp_path / "model")
     sweep_fakes.write_text(tmp_path)
     return tmp_path
@@ -80,7 +82,9 @@ def test_a_worker_that_is_killed_changes_nothing(
     assert opened and not outside(opened)
     for name in BESIDE:
         assert (result.path / name).read_bytes() == (alone.path / name).read_bytes()
-    processes = {read_timing(result.path / "cells" / cell.key)["process"] for cell in wanted}
+    times = [read_timing(result.path / "cells" / cell.key) for cell in wanted]
+    processes = {time["process"] for time in times}
+    assert sum(time["load_s"] > 0 for time in times) == len(processes)
     assert 2 <= len(processes) <= 3 and os.getpid() not in processes
     assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
 
@@ -137,6 +141,19 @@ def test_a_cluster_that_is_not_there(base: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ray, "init", refuse)
     with pytest.raises(LoadError, match=r"ray://there:9 could not be reached .nobody answers."):
         quiet_sweep(cells(base), base / "ray", engine="ray")
+
+
+def test_a_worker_holds_one_model_through_a_sweep_and_no_longer() -> None:
+    seen: list[HeldModel] = []
+
+    def look(data: dict[str, Any], held: HeldModel) -> dict[str, bytes]:
+        seen.append(held)
+        return {"name": data["name"]}
+
+    for sweep in ("first", "first", "second", "first"):
+        assert engine_ray._task(look, {"name": b"x"}, sweep) == {"name": b"x"}
+    assert seen[0] is seen[1]
+    assert len({id(held) for held in seen}) == 3
 
 
 def test_what_a_worker_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

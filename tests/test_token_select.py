@@ -16,8 +16,8 @@ from dart_llm.config import TokenConfig
 from dart_llm.masks import LayerMask, top_ids
 from dart_llm.token_ffn import TokenFfn
 from dart_llm.token_select import TokenMask, candidate_count, strength, token_mask, winner_places
+from low_bit_cases import by_hand
 from steps import CACHE, apart, decode, generate, new_cache, shared_model, step
-from test_low_bit import by_hand
 from tiny import tokens
 from token_cases import LEARNT, PLAIN, Exact, best, lost_u, oracle
 

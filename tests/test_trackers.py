@@ -13,13 +13,7 @@ import pytest
 from dart_llm import trackers
 from dart_llm.errors import ConfigError, MissingExtra, UnknownName
 from dart_llm.trackers import Tracker, measurement_numbers, open_tracker
-
-CONFIG = {"model": "gpt2", "prune": {"method": "dart", "sparsity": 0.5, "masks": None}}
-MEASUREMENT = {
-    "task": "arc_easy",
-    "metrics": {"acc": 0.5, "acc_norm": None, "loss": float("nan")},
-    "accounting": {"achieved_sparsity": 0.25, "remasks": 3, "layers": [1], "executor": "masked"},
-}
+from tracker_cases import CONFIG, MEASUREMENT
 
 
 class Recorder:

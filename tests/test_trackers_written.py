@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dart_llm.trackers import open_tracker
-from test_trackers import CONFIG, MEASUREMENT
+from tracker_cases import CONFIG, MEASUREMENT
 
 
 def test_tensorboard_files_read_back(tmp_path):

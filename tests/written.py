@@ -14,16 +14,16 @@ from unittest import mock
 
 from dart_llm import demo
 from dart_llm.settings import RunSettings
+from detect_cases import passage
 from drift_cases import PROMPT, PROMPTS, THREE, TWO
 from inspect_cases import A, B
 from lm_cases import break_position, call, loaded, place, write_rows
+from mmlu_cases import mmlu_row
 from quality_cases import PROMPT as QUALITY_PROMPT
 from quality_cases import TOKENS as QUALITY_TOKENS
 from quality_cases import write_texts
 from speed_cases import shape
 from summary_cases import write_documents
-from test_detect_job import passage
-from test_job_eval import mmlu_row
 
 SLICES = ("--prompt-tokens", 48, "--scored-tokens", 24, "--limit", 2)
 HALF = ("--sparsity", 0.5)

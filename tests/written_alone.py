@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from chat_cases import say, settings
 from dart_llm.chat import Chat
 from dart_llm.engine import Engine
 from engine_cases import ask, half, own_model, tokenizer
 from lm_cases import call, write_rows
 from serve_cases import CHAT, FakeEngine, events, running
-from test_chat import say, settings
 from written import perplexity
 
 

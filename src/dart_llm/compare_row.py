@@ -18,9 +18,6 @@ FEW = "few differ"
 TOLERANCE = 0.01
 """Achieved sparsities, or byte shares, this close count as equal: one point."""
 
-UNTOUCHED = {"achieved_sparsity": 0.0, "dense_token_share": 1.0, "remasks": 0}
-"""Accounting of a model that is not pruned."""
-
 
 @dataclass(frozen=True)
 class Equal:
@@ -121,17 +118,12 @@ def read_row(cell: Mapping[str, Any]) -> Row:
     failed = cell.get("status") == "failed" or not measured or value is None
     counted = mapping(measured.get("accounting"))
     untouched = not counted and method.startswith(DENSE) and not failed
-    counted = counted or (UNTOUCHED if untouched else {})
     sample = compare_items.scores(measured)
     layers, keep = _layers(asked)
     sparsity = number(asked.get("sparsity"))
     if sparsity is None and layers is None:
         sparsity = number(counted.get("requested_sparsity"))
-    executed, compact = (
-        number(counted.get(name)) for name in ("ffn_bytes_share", "ffn_bytes_share_if_compact")
-    )
-    if untouched:
-        executed = compact = 1.0 if method == DENSE else number(facts.get("ffn_bytes_share"))
+    numbers = _of_untouched(method, facts) if untouched else _of_pruned(counted)
     return Row(
         model=_short(known.get("name") or asked.get("model")),
         dtype=_text(known.get("dtype") or asked.get("dtype")),
@@ -152,19 +144,33 @@ def read_row(cell: Mapping[str, Any]) -> Row:
         higher_is_better=bool(measured.get("higher_is_better", True)),
         value=None if failed else value,
         items=len(sample.sample),
-        achieved=number(counted.get("achieved_sparsity")),
-        while_pruned=number(counted.get("sparsity_while_pruned")),
-        dense_share=number(counted.get("dense_token_share")),
-        remasks=_whole(counted.get("remasks")),
-        decoded=_whole(counted.get("decoded_tokens")),
-        executor=_text(counted.get("executor")),
-        bytes_executed=executed,
-        bytes_if_compact=compact,
         weight_bytes=number(facts.get("weight_bytes")),
         notes=_notes(measured.get("notes")),
         checkpoint=known,
         scores=sample,
+        **numbers,
     )
+
+
+def _of_pruned(counted: Mapping[str, Any]) -> dict[str, Any]:
+    """What an accounting says; nothing is known where there is none."""
+    return {
+        "achieved": number(counted.get("achieved_sparsity")),
+        "while_pruned": number(counted.get("sparsity_while_pruned")),
+        "dense_share": number(counted.get("dense_token_share")),
+        "remasks": _whole(counted.get("remasks")),
+        "decoded": _whole(counted.get("decoded_tokens")),
+        "executor": _text(counted.get("executor")),
+        "bytes_executed": number(counted.get("ffn_bytes_share")),
+        "bytes_if_compact": number(counted.get("ffn_bytes_share_if_compact")),
+    }
+
+
+def _of_untouched(method: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A model that is not pruned; rounded weights have fewer bytes all the same."""
+    share = 1.0 if method == DENSE else number(facts.get("ffn_bytes_share"))
+    known = {"achieved": 0.0, "dense_share": 1.0, "remasks": 0}
+    return {**known, "bytes_executed": share, "bytes_if_compact": share}
 
 
 def _method(given: Any, label: str) -> str:

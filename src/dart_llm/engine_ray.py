@@ -8,10 +8,12 @@ written by workers.  A worker that dies loses its own cell, which is run again.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import socket
 import sys
+import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,7 @@ from dart_llm.devices import chain
 from dart_llm.errors import DartError, LoadError, MissingExtra
 from dart_llm.process_state import environment, keep_off_stdout, same_sigterm, silent
 from dart_llm.sweep_cell import document_files
+from dart_llm.sweep_model import HeldModel
 
 RETRIES = 3
 """Further attempts for a cell whose worker died."""
@@ -71,13 +74,14 @@ def results(
             max_retries=RETRIES,
             runtime_env={"env_vars": worker_environment(pool.threads)},
         )(_task)
+        sweep = uuid.uuid4().hex
         waiting = list(reversed(cells))
         running: dict[Any, Cell] = {}
         try:
             while waiting or running:
                 while waiting and len(running) < pool.slots:
                     cell = waiting.pop()
-                    running[task.remote(compute, cell.to_dict())] = cell
+                    running[task.remote(compute, cell.to_dict(), sweep)] = cell
                 for reference in _ready(pool.ray, list(running), say):
                     cell = running.pop(reference)
                     yield cell, _files(pool.ray, reference, cell)
@@ -87,8 +91,19 @@ def results(
                     pool.ray.cancel(reference, force=True)
 
 
-def _task(compute: Callable[..., dict[str, bytes]], data: dict[str, Any]) -> dict[str, bytes]:
-    return compute(data)
+def _task(
+    compute: Callable[..., dict[str, bytes]], data: dict[str, Any], sweep: str
+) -> dict[str, bytes]:
+    return compute(data, _held(sweep))
+
+
+@functools.lru_cache(maxsize=1)
+def _held(sweep: str) -> HeldModel:
+    """What this worker holds between the cells of ``sweep``, and drops at the next sweep's first.
+
+    A cache, for Ray hands a task no object of its worker.
+    """
+    return HeldModel()
 
 
 def _ready(ray: Any, references: list[Any], say: Callable[[str], None]) -> list[Any]:

@@ -237,13 +237,8 @@ def _model(candidate: Candidate, options: MeasureOptions, parts: Parts, advance:
             return lambda: str(HFLM.generate_until(self, [request], disable_tqdm=True)[0])
 
         def _model_generate(self, context: Any, max_length: int, stop: Any, **more: Any) -> Any:
-            run = self._run
             more["logits_processor"] = self._finite
-            if run is None or options.protocol == "decode":
-                return super()._model_generate(context, max_length, stop, **more)
-            candidate.model(context, use_cache=True, logits_to_keep=1)
-            run.hold(run.select())
-            with run.decoding(prompt=True):
+            with self.scorer.generating(self._run, context):
                 return super()._model_generate(context, max_length, stop, **more)
 
     return PrunedLM()

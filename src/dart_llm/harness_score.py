@@ -223,6 +223,20 @@ class Scorer:
         self.add(part)
         return str(part["text"])
 
+    @contextlib.contextmanager
+    def generating(self, run: Run | None, context: torch.Tensor) -> Iterator[None]:
+        """While a text is generated: its masks are chosen as the protocol says.
+
+        ``published``: on ``context``, ids [1, T], before it is read, and held; else as it is read.
+        """
+        if run is None or self.options.protocol == "decode":
+            yield
+            return
+        self.candidate.model(context, use_cache=True, logits_to_keep=1)
+        run.hold(run.select())
+        with run.decoding(prompt=True):
+            yield
+
     def key(self, kind: str, *content: Any) -> str:
         """Names a part by everything that decides its value, the run's settings aside."""
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]

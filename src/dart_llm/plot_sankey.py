@@ -143,13 +143,43 @@ def _column(axes: Axes, place: int, live: float, name: str, narrow: bool) -> Non
 
 
 def _web(kit: Kit, names: Sequence[str], flows: Sequence[Flow]) -> Any:
-    """Two nodes per column; links in the order of ``KINDS``."""
-    labels, colours, ends, links = [], [], [], []
+    """The interactive figure."""
+    sankey = kit.go.Sankey(
+        arrangement="snap",
+        domain={"y": [0.14, 1]},
+        node=_nodes(names),
+        link=_links(flows),
+    )
+    figure = kit.go.Figure(sankey)
+    _legend(kit, figure, flows)
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    return figure
+
+
+def _nodes(names: Sequence[str]) -> dict[str, Any]:
+    """Two per column: live above, pruned below."""
+    labels, colours, ends = [], [], []
     for place, name in enumerate(names):
         short = textwrap.shorten(name, 22, placeholder="…")
         labels += [f"{short}: live", "pruned"]
         colours += [INK, SOFT]
-        ends += [(place / len(flows), 0.0), (place / len(flows), 1.0)]
+        ends += [(place / (len(names) - 1), 0.0), (place / (len(names) - 1), 1.0)]
+    return {
+        "label": labels,
+        "color": colours,
+        "pad": 26,
+        "thickness": 14,
+        "line": {"width": 0},
+        "x": [min(0.999, max(0.001, x)) for x, _ in ends],
+        "y": [min(0.999, max(0.001, 0.2 + 0.6 * y)) for _, y in ends],
+        "hovertemplate": "%{label}: %{value:,.0f} neurons<extra></extra>",
+    }
+
+
+def _links(flows: Sequence[Flow]) -> dict[str, Any]:
+    """Those that hold neurons, in the order of ``KINDS``, between the nodes of ``_nodes``."""
+    links: list[tuple[int, int, int, str]] = []
     for place, flow in enumerate(flows):
         live, pruned, new_live, new_pruned = range(2 * place, 2 * place + 4)
         pairs = {
@@ -160,42 +190,32 @@ def _web(kit: Kit, names: Sequence[str], flows: Sequence[Flow]) -> Any:
         }
         links += [(*pairs[kind], getattr(flow, kind), kind) for kind in KINDS]
     links = [link for link in links if link[2]]
-    total = _total(flows[0])
-    figure = kit.go.Figure(
-        kit.go.Sankey(
-            arrangement="snap",
-            domain={"y": [0.14, 1]},
-            node={
-                "label": labels,
-                "color": colours,
-                "pad": 26,
-                "thickness": 14,
-                "line": {"width": 0},
-                "x": [min(0.999, max(0.001, x)) for x, _ in ends],
-                "y": [min(0.999, max(0.001, 0.2 + 0.6 * y)) for _, y in ends],
-                "hovertemplate": "%{label}: %{value:,.0f} neurons<extra></extra>",
-            },
-            link={
-                "source": [link[0] for link in links],
-                "target": [link[1] for link in links],
-                "value": [link[2] for link in links],
-                "color": [PALE if link[3] == "kept" else COLOURS[link[3]] for link in links],
-                "label": [link[3].replace("out", "pruned in both") for link in links],
-                "customdata": [percent(link[2] / total) for link in links],
-                "hovertemplate": "%{label}: %{value:,.0f} neurons (%{customdata} of all)"
-                "<extra></extra>",
-            },
-        )
-    )
-    for kind in KINDS:  # Sankeys have no legend of their own
-        colour = PALE if kind == "kept" else COLOURS[kind]
-        marker = {"symbol": "square", "size": 11, "color": colour}
-        word = "pruned in both" if kind == "out" else kind
+    return {
+        "source": [link[0] for link in links],
+        "target": [link[1] for link in links],
+        "value": [link[2] for link in links],
+        "color": [_web_colour(link[3]) for link in links],
+        "label": [_web_word(link[3]) for link in links],
+        "customdata": [percent(link[2] / _total(flows[0])) for link in links],
+        "hovertemplate": "%{label}: %{value:,.0f} neurons (%{customdata} of all)<extra></extra>",
+    }
+
+
+def _legend(kit: Kit, figure: Any, flows: Sequence[Flow]) -> None:
+    """Points that are nowhere: Sankeys have no legend of their own."""
+    for kind in KINDS:
+        marker = {"symbol": "square", "size": 11, "color": _web_colour(kind)}
+        word = _web_word(kind)
         if len(flows) == 1:
-            word += f" {percent(getattr(flows[0], kind) / total, 0)}"
+            word += f" {percent(getattr(flows[0], kind) / _total(flows[0]), 0)}"
         figure.add_trace(
             kit.go.Scatter(x=[None], y=[None], mode="markers", name=word, marker=marker)
         )
-    figure.update_xaxes(visible=False)
-    figure.update_yaxes(visible=False)
-    return figure
+
+
+def _web_colour(kind: str) -> str:
+    return PALE if kind == "kept" else COLOURS[kind]
+
+
+def _web_word(kind: str) -> str:
+    return "pruned in both" if kind == "out" else kind

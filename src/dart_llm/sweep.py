@@ -19,6 +19,7 @@ from dart_llm.errors import ConfigError, ResultsError, UnknownName
 from dart_llm.results import write_text
 from dart_llm.sweep_cell import DONE
 from dart_llm.sweep_files import SweepFolder, adopt, open_sweep, read_results, read_timing
+from dart_llm.sweep_model import HeldModel
 from dart_llm.ui import Ui
 
 __all__ = ["ENGINES", "SweepPlace", "SweepResult", "read_results", "run_sweep"]
@@ -85,17 +86,17 @@ def run_sweep(
     _greet(sweep, ui, place.fresh)
     sweep.write_config("running", engine)
     todo = execution_order(sweep.todo)
+    held = HeldModel()
     try:
         sweep.write_tables()
-        sweep_cell.forget()
-        with contextlib.closing(_results(todo, ui, engine, workers, compute)) as results:
+        with contextlib.closing(_results(todo, held, ui, engine, workers, compute)) as results:
             _collect(sweep, results, todo, ui, on_cell)
         _finish(sweep, ui, engine, time.perf_counter() - began)
     except BaseException as error:
         _keep(sweep, ui, engine, error, time.perf_counter() - began)
         raise
     finally:
-        sweep_cell.forget()
+        held.forget()
     return SweepResult(
         sweep.path, tuple(sweep.rows()), len(todo), seconds=time.perf_counter() - began
     )
@@ -128,16 +129,21 @@ def _greet(sweep: SweepFolder, ui: Ui, fresh: bool) -> None:
 
 
 def _results(
-    todo: Sequence[Cell], ui: Ui, engine: str, workers: int | None, compute: Compute
+    todo: Sequence[Cell],
+    held: HeldModel,
+    ui: Ui,
+    engine: str,
+    workers: int | None,
+    compute: Compute,
 ) -> Generator[tuple[Cell, dict[str, bytes]]]:
-    """Cells with their files, as they finish."""
+    """Cells with their files, as they finish; those of this process use ``held``."""
     if engine == "ray" and todo:
         from dart_llm import engine_ray
 
         yield from engine_ray.results(todo, compute, workers, ui.say)
         return
     for cell in todo:
-        yield cell, compute(cell.to_dict(), ui)
+        yield cell, compute(cell.to_dict(), held, ui)
 
 
 def _collect(
