@@ -113,18 +113,18 @@ def shipped() -> list[Passage]:
 
 
 def passages(source: str | None) -> list[Passage]:
-    """Those of a JSONL file, or the package's (None, ``SHIPPED``).
+    """Those of a JSONL file, or the package's (``SHIPPED``, no name).
 
     Raises ``ConfigError`` where there is no such file, or as ``read_passages``.
     """
-    if source in (None, SHIPPED):
+    if not source or source == SHIPPED:  # "" is how a script says that nothing is given
         return shipped()
-    if not Path(str(source)).exists():
+    if not Path(source).exists():
         raise ConfigError(
             f"--passages {source}: there is no such file; --passages {SHIPPED} takes the package's "
             "own"
         )
-    return read_passages(str(source))
+    return read_passages(source)
 
 
 def read_passages(path: str | Path) -> list[Passage]:
