@@ -247,6 +247,7 @@ def test_variants_come_after_methods(tmp_path: Path) -> None:
         ({"prompt_tokens": 0}, "--prompt-tokens 0 must be at least 1"),
         ({"repeats": 0}, "--repeats 0 must be at least 1"),
         ({"threads": 0}, "--threads 0 must be at least 1"),
+        ({"threads": 4097}, "--threads 4097 must be at most 4096"),
         ({"rebuild_every": 0}, "--rebuild-every 0 must be at least 1"),
         ({"seed": -1}, "--seed -1 must be a whole number"),
         ({"shape": "none.json"}, "--model-config none.json is no file"),

@@ -15,6 +15,8 @@ from dart_llm.speed_cases import Case, Variant, method_cases, parse
 STUDY, MODEL, RESULTS = "Study", "Model", "Results"
 EXECUTORS = ("masked", "compact", "native", "slim", "graph")
 LEAST = {"prompt_tokens": 1, "tokens": 4, "repeats": 1, "rebuild_every": 1, "threads": 1}
+MOST_THREADS = 4096
+"""More than any machine has; far more of them cannot be started."""
 """The least value of each whole number."""
 
 
@@ -68,6 +70,8 @@ class SpeedSettings(Settings):
     def _check(self) -> SpeedSettings:
         check_least(self, LEAST)
         check_seed(self.seed)
+        if (self.threads or 1) > MOST_THREADS:
+            raise ConfigError(f"--threads {self.threads} must be at most {MOST_THREADS}")
         if self.shape is not None and "model" in self.model_fields_set:
             raise ConfigError("--model-config stands in place of --model: give one of them")
         if self.shape is not None and not Path(self.shape).is_file():
