@@ -40,7 +40,7 @@ window: setup
 	@'$(VENV)/bin/dart-llm' serve --port 0 $(ARGS)
 
 reproduce: setup
-	@OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=1000 '$(VENV)/bin/python' scripts/reproduce.py $(TABLE) \
+	@OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=2000 '$(VENV)/bin/python' scripts/reproduce.py $(TABLE) \
 	  $(if $(TEXTS),--texts '$(TEXTS)') $(if $(DRY),--dry-run) $(if $(SHORT),--short) \
 	  $(if $(KEEP),--keep)
 

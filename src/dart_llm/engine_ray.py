@@ -150,7 +150,7 @@ def worker_environment(threads: int) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",
-        "GOMP_SPINCOUNT": "1000",
+        "GOMP_SPINCOUNT": "2000",
         "TOKENIZERS_PARALLELISM": "false",
         **passed,
     }
