@@ -57,28 +57,31 @@ def test_a_run_is_kept_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         gatherer.gather([whole.path / "unfinished"])
 
 
-def test_the_table_of_single_ffns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def rendered(root: Path, monkeypatch: pytest.MonkeyPatch, name: str, data: dict[str, Any]) -> str:
+    """The block of performance.md that is made of the results file ``name``."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     measured = importlib.import_module("speed_measured")
+    (root / "benchmarks/results").mkdir(parents=True)
+    write_json(root / f"benchmarks/results/{name}.json", data)
+    (root / "docs").mkdir()
+    page = root / "docs/performance.md"
+    page.write_text(f"<!-- generated: {name} -->\n", encoding="utf-8")
+    text: str = measured.tables(root)[name][1]
+    return text
+
+
+def test_the_table_of_single_ffns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"hidden": 576, "width": 1536, "dtype": "bfloat16", "path": "native", "keep": 0.5,
            "ms": 0.1234, "times_torch": 1.5, "bytes_per_second": 2.1e10,
            "share_of_native_dense": 0.8}  # fmt: skip
     about = {"repeats": 5, "threads": 2, "machine": {"processor": "CPU"}, "kernels": "avx2",
              "read_bandwidth": 3e10, "command": "python ffn_speed.py"}  # fmt: skip
-    results = tmp_path / "benchmarks/results"
-    results.mkdir(parents=True)
-    write_json(results / "ffn-speed.json", {**about, "rows": [row]})
-    (tmp_path / "docs").mkdir()
-    page = tmp_path / "docs/performance.md"
-    page.write_text("<!-- generated: ffn-speed -->\n", encoding="utf-8")
-    text = measured.tables(tmp_path)["ffn-speed"][1]
+    text = rendered(tmp_path, monkeypatch, "ffn-speed", {**about, "rows": [row]})
     assert "| 576 x 1536 | bfloat16 | native | 0.5 | 0.123 | 1.50 | 21.0 | 80% |" in text
     assert "read bandwidth 30.0 GB/s" in text
 
 
 def test_the_table_of_ways_to_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    measured = importlib.import_module("speed_measured")
     rows = [
         {"path": path, "row": where, "case": case, "ms": ms, "mean_ms": 2 * ms}
         for path, where, ms in (("FFN", "alone", 0.045), ("linear", "alone", 0.064))
@@ -86,13 +89,7 @@ def test_the_table_of_ways_to_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ]
     about = {"calls": 20, "rounds": 3, "threads": 2, "machine": {"processor": "CPU", "cores": 4},
              "load_average_before": 0.25, "command": "python thread_policy.py"}  # fmt: skip
-    results = tmp_path / "benchmarks/results"
-    results.mkdir(parents=True)
-    write_json(results / "thread-policy.json", {**about, "rows": rows})
-    (tmp_path / "docs").mkdir()
-    page = tmp_path / "docs/performance.md"
-    page.write_text("<!-- generated: thread-policy -->\n", encoding="utf-8")
-    text = measured.tables(tmp_path)["thread-policy"][1]
+    text = rendered(tmp_path, monkeypatch, "thread-policy", {**about, "rows": rows})
     assert "| threads wait | FFN, alone | linear, alone |" in text
     assert "| neither | 45 us, mean 90 | 64 us, mean 128 |" in text
     assert "2 threads of CPU with 4 cores, load average before 0.2." in text

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from dart_llm import drift_passages, drift_prompts
@@ -91,12 +90,7 @@ def load_sources(settings: DriftSettings) -> tuple[Source, ...]:
 def _prompts(source: str | None) -> Sequence[DriftPrompt]:
     if source == SHIPPED:
         return drift_prompts.shipped()
-    if not Path(str(source)).exists():
-        raise ConfigError(
-            f"--prompts {source}: there is no such file; --prompts {SHIPPED} takes the package's "
-            "own"
-        )
-    return drift_prompts.read_prompts(str(source))
+    return drift_prompts.read_prompts(drift_passages.existing("prompts", str(source)))
 
 
 def _passage(passage: Passage) -> Source:

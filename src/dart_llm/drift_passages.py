@@ -119,12 +119,18 @@ def passages(source: str | None) -> list[Passage]:
     """
     if not source or source == SHIPPED:  # "" is how a script says that nothing is given
         return shipped()
-    if not Path(source).exists():
+    return read_passages(existing("passages", source))
+
+
+def existing(option: str, source: str) -> Path:
+    """The file of ``--passages`` or ``--prompts``; raises ``ConfigError`` where there is none."""
+    path = Path(source)
+    if not path.exists():
         raise ConfigError(
-            f"--passages {source}: there is no such file; --passages {SHIPPED} takes the package's "
+            f"--{option} {source}: there is no such file; --{option} {SHIPPED} takes the package's "
             "own"
         )
-    return read_passages(source)
+    return path
 
 
 def read_passages(path: str | Path) -> list[Passage]:
