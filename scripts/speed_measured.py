@@ -1,4 +1,5 @@
-"""Markdown tables of benchmarks/results/speed-*.json, ffn-speed.json and thread-policy.json.
+"""Markdown tables of benchmarks/results/speed-*.json, llama-cpp.json, ffn-speed.json and
+thread-policy.json.
 
 Used by check_docs.py.
 """
@@ -10,7 +11,7 @@ from typing import Any
 
 from table_head import above, entry, link, linked, read, shown, table
 
-FFN, POLICY = "ffn-speed", "thread-policy"
+FFN, POLICY, LLAMA = "ffn-speed", "thread-policy", "llama-cpp"
 HEADS = {
     "row": 0,
     "pp tokens/s": 1,
@@ -107,16 +108,56 @@ def policy(root: Path) -> str:
     return f"{above(root, POLICY)}\n\n{table(lines)}\n\n{note}"
 
 
+def llama(root: Path) -> str:
+    """Our rows and llama.cpp's, the fastest last."""
+    data = read(root, LLAMA)
+    heads = [
+        "row",
+        "achieved",
+        "dense tokens",
+        "re-masks",
+        "ms",
+        "+-",
+        "x own dense",
+        "bytes allow",
+    ]
+    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
+    for row in sorted(data["rows"], key=lambda row: -float(row["ms"])):
+        pruned = [""] * 3
+        if row.get("asked"):
+            pruned = [
+                f"{row['achieved_sparsity']:.0%}",
+                f"{row['dense_token_share']:.0%}",
+                f"{row['remasks']:.1f}",
+            ]
+        size = f", {row['file_bytes'] / 1e6:.0f} MB" if "file_bytes" in row else ""
+        limit = f"{row['limit']:.2f}" if "limit" in row and row["row"] != "transformers" else ""
+        times = [f"{row['ms']:.2f}", f"{row['spread_ms']:.2f}", f"{row['times_own_dense']:.2f}"]
+        lines.append([f"{row['row']}{size}", *pruned, *times, limit])
+    machine = data["machine"]
+    build = next(row["build"] for row in data["rows"] if "build" in row)
+    note = (
+        f"{data['prompt']} prompt + {data['tokens']} timed tokens, medians of {data['repeats']} "
+        f"turns in shuffled order; {data['threads']} threads of {machine['processor']}, which reads "
+        f"{data['read_bandwidth'] / 1e9:.1f} GB/s; llama.cpp {build}. *Bytes allow*: over our own "
+        f"dense path, at what was achieved."
+    )
+    return f"{above(root, LLAMA)}\n\n{table(lines)}\n\n{note}"
+
+
 def tables(root: Path) -> dict[str, tuple[Path, str]]:
     """A block per file whose markers docs/performance.md has, named like the file."""
     page, results = root / "docs/performance.md", root / "benchmarks/results"
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
     names = [path.stem for path in sorted(results.glob("speed-*.json"))]
-    others = {FFN: ffn, POLICY: policy}
+    others = {FFN: ffn, POLICY: policy, LLAMA: llama}
     names += [name for name in others if (results / f"{name}.json").is_file()]
     own = {
         name: (page, others[name](root) if name in others else speed(root, name))
         for name in names
         if f"<!-- generated: {name} -->" in text
     }
+    front = root / "README.md"
+    if LLAMA in own and f"<!-- generated: {LLAMA}-front -->" in front.read_text(encoding="utf-8"):
+        own[f"{LLAMA}-front"] = (front, own[LLAMA][1])
     return linked(own, root)
