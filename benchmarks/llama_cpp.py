@@ -69,6 +69,7 @@ def theirs(bench: str, file: Path, args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--bench", default=os.getenv("LLAMA_BENCH"), help="path of llama-bench")
+    options.add_argument("--build", default="", help="which llama.cpp this is, for the table")
     options.add_argument("--gguf", type=Path, action="append", required=True, help="for llama.cpp")
     options.add_argument("--tokens", type=int, default=128, help="timed tokens of a turn")
     options.add_argument("--prompt", type=int, default=128, help="tokens before them")
@@ -104,6 +105,7 @@ def main() -> None:
         row["times_own_dense"] = dense / row["ms"]
         print(f"{row['row']:48} {row['ms']:7.2f} +- {row['spread_ms']:.2f} ms")
     data = {
+        "build": args.build,
         "tokens": args.tokens,
         "prompt": args.prompt,
         "repeats": args.repeats,
@@ -142,7 +144,6 @@ def _their_row(name: str, found: list[dict[str, Any]]) -> dict[str, Any]:
         "row": f"llama.cpp {name}",
         "type": first["model_type"],
         "file_bytes": first["model_size"],
-        "build": f"{first['build_commit']} ({first['build_number']})",
         **_times([1000 / report["avg_ts"] for report in found]),
     }
 

@@ -135,12 +135,11 @@ def llama(root: Path) -> str:
         times = [f"{row['ms']:.2f}", f"{row['spread_ms']:.2f}", f"{row['times_own_dense']:.2f}"]
         lines.append([f"{row['row']}{size}", *pruned, *times, limit])
     machine = data["machine"]
-    build = next(row["build"] for row in data["rows"] if "build" in row)
     note = (
         f"{data['prompt']} prompt + {data['tokens']} timed tokens, medians of {data['repeats']} "
-        f"turns in shuffled order; {data['threads']} threads of {machine['processor']}, which reads "
-        f"{data['read_bandwidth'] / 1e9:.1f} GB/s; llama.cpp {build}. *Bytes allow*: over our own "
-        f"dense path, at what was achieved."
+        f"turns in shuffled order; {data['threads']} threads of {machine['processor']}, which "
+        f"reads {data['read_bandwidth'] / 1e9:.1f} GB/s; llama.cpp {data['build']}. *Bytes "
+        "allow*: over our own dense path, at what was achieved."
     )
     return f"{above(root, LLAMA)}\n\n{table(lines)}\n\n{note}"
 
