@@ -4,7 +4,7 @@
 # export; an empty one is not given.  Text with quotes, $, backticks or braces goes on a line of
 # its own below the list: CUSTOM_PROMPT_TEXT='...'.  Arguments are handed on, such as --fresh.
 
-: "${METHOD:=dart}"                   # preset; dart-llm methods lists them (published, dense, ...)
+: "${METHOD:=}"                       # preset (published, dense, ...); empty: dart, if it can
 : "${MODEL:=smollm2-135m}"            # hub id, folder, .gguf file, or the embedded default
 : "${CACHE_DIR:=}"                    # where weights are kept; empty: the hub's own cache
 : "${DEVICE:=}"                       # 0, 0,1, cuda:0, cpu, mps; empty: GPU 0 if any, else CPU

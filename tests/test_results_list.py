@@ -10,6 +10,7 @@ import pytest
 
 from dart_llm import results_list
 from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.folder_lock import take
 from dart_llm.job import run_job
 from dart_llm.results import write_json
 from dart_llm.results_records import results
@@ -148,11 +149,14 @@ def test_no_folder_and_no_runs(tmp_path):
 
 
 def test_a_run_that_was_killed_is_not_running(tmp_path):
-    for name, process in (("a", os.getpid()), ("b", 2**22 + 7), ("c", None)):
+    for name, process in (("a", None), ("b", os.getpid()), ("c", 2**22 + 7)):
         folder = made(tmp_path / name / "20260101-000000")
         write_json(folder / "config.json", {"status": "running", "process": process})
+    lock = take(tmp_path / "a" / "20260101-000000")
+    assert lock is not None
     found = {run.experiment: run.status for run in results_list.find(tmp_path)}
     assert found == {"a": "running", "b": "stopped", "c": "stopped"}
+    lock.release()
 
 
 def test_old_and_damaged_folders_are_listed_with_what_is_known(tmp_path):

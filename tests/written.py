@@ -10,10 +10,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from dart_llm import demo
-from dart_llm.settings import RunSettings
+from dart_llm.ui import Ui
 from detect_cases import passage
 from drift_cases import PROMPT, PROMPTS, THREE, TWO
 from inspect_cases import A, B
@@ -183,14 +182,9 @@ def speed() -> None:
 
 def run_demo() -> None:
     """The demo's own job on a model that takes a moment."""
-    small = {"model": str(place() / "chatty"), "prompt": "sky", "device": "cpu", "generation": 80}
-    text = {"ppl_prompt_tokens": 48, "ppl_scored_tokens": 24, "ppl_max_samples": 2}
-
-    def settings(**given: Any) -> RunSettings:
-        return RunSettings(**{**given, **small, **text})
-
-    with mock.patch.object(demo, "RunSettings", settings):
-        demo.run_demo(None, "results", quiet=True)
+    small = {"generation": 80, "ppl_prompt_tokens": 48, "ppl_scored_tokens": 24}
+    model = {"model": str(place() / "chatty"), "device": "cpu", "results_dir": "results"}
+    demo.run_demo(Ui(quiet=True), **model, **small, ppl_max_samples=2)
 
 
 def unfinished() -> None:

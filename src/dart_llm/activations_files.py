@@ -19,6 +19,7 @@ from dart_llm.errors import ConfigError, ResultsError
 from dart_llm.report_tables import bytes_text
 from dart_llm.results import MIN_FREE_BYTES
 from dart_llm.settings_activations import ActivationSettings, Wanted
+from dart_llm.tensor_file import write_tensors
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,6 @@ class Saver:
         self._write(name, text, recording.tensors())
 
     def _write(self, name: str, text: str, tensors: dict[str, Tensor]) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         facts, path = checkpoint_facts(self.model), self.path(name)
         kept = max((len(tensor) for tensor in tensors.values()), default=0)
         metadata = {
@@ -92,12 +90,7 @@ class Saver:
             "text_sha256": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
             "format": "layer{l}.{tensor}: [tokens, width]; token_ids: int32 [tokens]",
         }
-        partial = path.with_name(f".{path.name}.part")
-        try:
-            save_file(tensors, partial, metadata)
-            partial.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise ResultsError(f"cannot write {path}: {error}") from None
+        write_tensors(path, tensors, metadata)
 
 
 def saver(settings: ActivationSettings, model: Any, folder: Path, tokens: int) -> Saver | None:

@@ -1,17 +1,21 @@
-"""Digests of the files that a cell only points at: a changed file makes another cell."""
+"""Digests of the files that a cell or a run only points at: a changed file makes it another one."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dart_llm import documents, ppl_texts
 from dart_llm.cache import file_sha256
 from dart_llm.cell import Cell
 from dart_llm.errors import ConfigError
+from dart_llm.measurement import MeasureOptions
 from dart_llm.mmlu import LOCAL_MMLU
-from dart_llm.model_facts import model_digest
+from dart_llm.model_facts import model_digests
 
 TASK_FILES = (".yaml", ".yml", ".py")
 """The files of an lm-eval task folder that say what a task is."""
@@ -25,6 +29,7 @@ class Digests:
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, str], str | None] = {}
+        self._models: dict[str, dict[str, str]] = {}
 
     def of(self, cell: Cell) -> dict[str, str]:
         """By name of the input; what is no local file has no entry.
@@ -32,7 +37,7 @@ class Digests:
         Raises ``ConfigError`` when a file cannot be read.
         """
         kind, _, data = cell.task.partition(":")
-        asked = {"model": cell.model, "calibration": cell.calibration or ""}
+        asked = {"calibration": cell.calibration or ""}
         if kind == "perplexity":
             asked["text"] = data
         elif kind == "summarize":
@@ -46,20 +51,49 @@ class Digests:
             for name, value in asked.items()
             if value or name in _NAMED
         }
-        return {name: digest for name, digest in found.items() if digest}
+        return {**self.of_model(cell.model), **{k: digest for k, digest in found.items() if digest}}
+
+    def of_model(self, model: str) -> dict[str, str]:
+        """Weights, configuration and tokenizer of a local model."""
+        if model not in self._models:
+            with _readable(model):
+                self._models[model] = model_digests(model)
+        return self._models[model]
+
+    def of_settings(
+        self, settings: Any, tasks: Iterable[tuple[str, MeasureOptions]] = ()
+    ) -> dict[str, Any]:
+        """What a run of ``settings`` reads: the model, given masks and table, each task's files."""
+        calibration = getattr(settings, "calibration", None)
+        cell = Cell(settings.model, settings.method, "", calibration=calibration)
+        found: dict[str, Any] = {**self.of(cell)}
+        for task, options in tasks:
+            every = self.of(replace(cell, task=task, options=options))
+            found[task] = {name: digest for name, digest in every.items() if name not in found}
+        table = settings.layer_topk or ""
+        files = {"masks": settings.masks, "layer_topk": table[1:] if table[:1] == "@" else None}
+        for name, path in files.items():
+            if path:
+                with _readable(path):
+                    found[name] = file_sha256(Path(path))
+        return found
 
     def _digest(self, name: str, value: str) -> str | None:
         if (name, value) not in self._known:
-            try:
+            with _readable(value):
                 self._known[name, value] = _read(name, value)
-            except OSError as error:
-                raise ConfigError(f"cannot read {value}: {error.strerror or error}") from None
         return self._known[name, value]
 
 
+@contextlib.contextmanager
+def _readable(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"cannot read {what}: {error.strerror or error}") from None
+
+
 def _read(name: str, value: str) -> str | None:
-    if name == "model":
-        return model_digest(value)
     if name == "tasks":
         return _folder(Path(value))
     if name == "mmlu":  # read instead of the hub's where there are any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 HASH_UP_TO = 20_000_000_000
 """Bytes of weight files above which no checksum is computed: reading them takes minutes."""
+READ = ("*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt")
+"""Files of a checkpoint beside its weights that are read: configuration, tokenizer, code."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +86,35 @@ def checkpoint_facts(model: PreTrainedModel) -> dict[str, Any]:
 
 def weights_sha256(folder: Path) -> str | None:
     """The checksum of a folder's weight files, as ``checkpoint_facts`` describes it."""
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    if not files or sum(path.stat().st_size for path in files) > HASH_UP_TO:
+    files = _weight_files(folder)
+    if sum(path.stat().st_size for path in files) > HASH_UP_TO:
         return None
+    return _sums(files)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Digests of what a folder loads: ``model``, its weights, and ``model_files``, all the rest.
+
+    Weights of more than ``HASH_UP_TO`` bytes are known by the sizes and times of their files.
+    """
+    weights, files = _weight_files(folder), sorted(p for n in READ for p in folder.glob(n))
+    states = [(path.name, *_state(path)) for path in weights]
+    found = {
+        "model": weights_sha256(folder) or (f"states of files {states}" if states else None),
+        "model_files": _sums([path for path in files if path.is_file()]),
+    }
+    return {name: digest for name, digest in found.items() if digest}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+
+
+def _sums(files: Sequence[Path]) -> str | None:
+    """The sha256 of one file, or of the ``sha256sum`` lines of several; None of none."""
     sums = {path.name: _sha256(path) for path in files}
-    if len(sums) == 1:
-        return sums[files[0].name]
+    if len(sums) < 2:
+        return next(iter(sums.values()), None)
     lines = "".join(f"{value}  {name}\n" for name, value in sums.items())
     return hashlib.sha256(lines.encode()).hexdigest()
 
@@ -106,10 +132,15 @@ def _sha256(path: Path) -> str:
     blob = path.resolve()  # the hub's cache names large files by their sha256
     if re.fullmatch(r"[0-9a-f]{64}", blob.name):
         return blob.name
-    status = blob.stat()
-    return _remembered_sha256(blob, status.st_size, status.st_mtime_ns)
+    return _remembered_sha256(blob, _state(blob))
 
 
 @lru_cache(maxsize=256)
-def _remembered_sha256(path: Path, _size: int, _modified: int) -> str:
+def _remembered_sha256(path: Path, _state: tuple[int, ...]) -> str:
     return file_sha256(path)
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What changes with a file's contents; the time of change is the one nobody can set back."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino

@@ -187,17 +187,36 @@ def _document(job: Any) -> dict[str, Any]:
 
 @app.command()
 def demo(
+    model: Annotated[
+        str, typer.Option(help="Hub id, local folder, .gguf file, or smollm2-135m.")
+    ] = "smollm2-135m",
+    method: Annotated[str, typer.Option("--method", "-m", help="Preset.")] = "dart",
+    device: Annotated[
+        str | None, typer.Option(help="0, 0,1, cuda:0, cpu or mps (default: GPU 0, else CPU).")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16, bfloat16 (default: the checkpoint's).")
+    ] = None,
     cache_dir: Annotated[str | None, typer.Option(help="Where the model is kept.")] = None,
     results_dir: Annotated[str, typer.Option(help="Folder for results.")] = "results",
     as_json: Json = False,
 ) -> None:
-    """The main job on the default model: dense, 20 % and 50 % side by side, and a report.
+    """The main job on one model: dense, 20 % and 50 % side by side, and a report.
 
     Example: dart-llm demo
     """
     from dart_llm.demo import run_demo
+    from dart_llm.ui import Ui
 
-    job = run_demo(cache_dir, results_dir, as_json)
+    job = run_demo(
+        Ui(quiet=as_json),
+        model=model,
+        method=method,
+        device=device,
+        dtype=dtype,
+        cache_dir=cache_dir,
+        results_dir=results_dir,
+    )
     if as_json:
         typer.echo(json.dumps(_document(job)))
 

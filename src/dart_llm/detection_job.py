@@ -10,11 +10,11 @@ from typing import Any
 from dart_llm import detection_inputs as inputs
 from dart_llm import detection_plot, detection_summary, detection_table
 from dart_llm.arch import context_length
+from dart_llm.cell_inputs import Digests
 from dart_llm.checkpoint import checkpoint_facts
 from dart_llm.detection_study import Study, plan, study
 from dart_llm.job_common import config_document, load_model
 from dart_llm.job_ending import complete, kept, leave, write_plots
-from dart_llm.model_facts import model_digest
 from dart_llm.read_points import EAGER, layer_count
 from dart_llm.recording import needs_eager
 from dart_llm.results import ResultsFolder, open_folder, write_json, write_lines
@@ -54,8 +54,8 @@ def run_detect(settings: DetectSettings, ui: Ui, fresh: bool = False) -> DetectJ
     """
     asked = plan(settings)
     passages = inputs.passages(settings.passages, settings.limit)
-    sums = {"passages": inputs.digest(passages), "model": model_digest(settings.model)}
-    known = identity(settings, {name: value for name, value in sums.items() if value})
+    sums = {"passages": inputs.digest(passages), **Digests().of_model(settings.model)}
+    known = identity(settings, sums)
     folder = open_folder(Path(settings.results_dir), settings.experiment, known, fresh)
     job = DetectJob(settings, ui, folder, known)
     with kept(job, lambda status: _leave(job, status), settings.model, settings.dtype) as took:

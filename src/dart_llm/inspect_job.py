@@ -10,7 +10,7 @@ from typing import Any
 
 from dart_llm import inspect_ablation
 from dart_llm.activations_files import saver
-from dart_llm.cache import file_sha256
+from dart_llm.cell_inputs import Digests
 from dart_llm.errors import ConfigError, MissingExtra
 from dart_llm.inspect_neurons import neurons
 from dart_llm.inspect_overlap import overlap
@@ -22,7 +22,6 @@ from dart_llm.inspect_weights import weights
 from dart_llm.inspect_words import sentences
 from dart_llm.job_common import config_document, load_model
 from dart_llm.job_ending import complete, kept, leave
-from dart_llm.model_facts import model_digest
 from dart_llm.results import ResultsFolder, open_folder, write_csv, write_json, write_text
 from dart_llm.settings_inspect import InspectSettings
 from dart_llm.ui import Ui
@@ -61,11 +60,8 @@ def run_inspect(
     """
     wanted = settings.chosen(what)
     texts = inspect_texts(settings)
-    inputs = {f"text {text.label}": text.sha256 for text in texts}
-    if digest := model_digest(settings.model):
-        inputs["model"] = digest
-    if settings.layer_topk and settings.layer_topk.startswith("@"):
-        inputs["layer_topk"] = file_sha256(Path(settings.layer_topk[1:]))
+    inputs = Digests().of_settings(settings)
+    inputs |= {f"text {text.label}": text.sha256 for text in texts}
     identity = {"kind": KIND, **settings.model_dump(mode="json"), "what": wanted, "inputs": inputs}
     folder = open_folder(Path(settings.results_dir), settings.experiment, identity, fresh)
     job = InspectJob(settings, ui, folder, texts, identity)

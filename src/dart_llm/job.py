@@ -12,12 +12,14 @@ from torch import Tensor
 from dart_llm import job_eval, job_prompt, measure_rows, ppl_texts
 from dart_llm.arch import context_length, widths
 from dart_llm.candidate import Candidate
+from dart_llm.cell_inputs import Digests
 from dart_llm.config import PruneConfig
 from dart_llm.errors import ConfigError, MissingExtra
 from dart_llm.job_common import config_document, load_model, write_logs
 from dart_llm.job_ending import complete, kept
 from dart_llm.job_generate import generate_texts
 from dart_llm.job_state import Job
+from dart_llm.measurement import MeasureOptions
 from dart_llm.outputs import check_masks, read_masks
 from dart_llm.perplexity import slices
 from dart_llm.ppl_rows import rows_to_dict, score_row
@@ -35,11 +37,11 @@ def run_job(
 
     An interruption or an error keeps what was computed and is raised again.
     """
-    texts = ppl_texts.names(settings.ppl_datasets) if settings.eval_perplexity else []
+    texts = _texts(settings)
     evaluations = job_eval.asked(settings)
     prompt = job_prompt.source(settings)
     masks = read_masks(settings.masks) if settings.masks else None
-    inputs = _digests(settings, prompt, texts)
+    inputs = _inputs(settings, prompt, evaluations)
     folder = open_folder(
         Path(settings.results_dir), settings.experiment, _identity(settings, also, inputs), fresh
     )
@@ -68,21 +70,25 @@ def _leave(job: Job, status: str) -> None:
     write_logs(job.folder, job.ui.log, job.timing)
 
 
-def _digests(settings: RunSettings, prompt: str, texts: Sequence[str]) -> dict[str, str]:
-    """sha256 of what the settings only point at: files that change, and standard input."""
-    found = {"prompt": prompt.encode("utf-8", "surrogatepass")} if prompt else {}
-    if settings.masks:
-        found["masks"] = Path(settings.masks).read_bytes()
-    if settings.layer_topk and settings.layer_topk.startswith("@"):
-        found["layer_topk"] = str(settings.prune_config().budget.table).encode()
-    for name in texts:
-        if ppl_texts.is_file(name):
-            found[f"text {name}"] = ppl_texts.read(name).encode()
-    return {name: hashlib.sha256(data).hexdigest() for name, data in found.items()}
+def _inputs(
+    settings: RunSettings, prompt: str, evaluations: Sequence[job_eval.Evaluation]
+) -> dict[str, Any]:
+    """Digests of what the settings only point at: files that change, and standard input."""
+    tasks = [(f"perplexity:{text}", MeasureOptions()) for text in _texts(settings)]
+    tasks += [(task, one.options) for one in evaluations for task in one.tasks]
+    found = Digests().of_settings(settings, tasks)
+    if prompt:
+        data = prompt.encode("utf-8", "surrogatepass")
+        found["prompt"] = hashlib.sha256(data).hexdigest()
+    return found
+
+
+def _texts(settings: RunSettings) -> list[str]:
+    return ppl_texts.names(settings.ppl_datasets) if settings.eval_perplexity else []
 
 
 def _identity(
-    settings: RunSettings, also: Sequence[PruneConfig], inputs: dict[str, str]
+    settings: RunSettings, also: Sequence[PruneConfig], inputs: dict[str, Any]
 ) -> dict[str, Any]:
     """What makes two runs the same run."""
     data = {**settings.model_dump(mode="json"), "inputs": inputs}

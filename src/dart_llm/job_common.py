@@ -25,6 +25,8 @@ def write_logs(folder: ResultsFolder, said: Sequence[str], timing: dict[str, Any
 
 def load_model(settings: BaseSettings, ui: Ui) -> tuple[Any, Any, float]:
     """Model, tokenizer and the seconds it took."""
+    for note in settings.notes:
+        ui.say(note)
     begin = time.perf_counter()
     with ui.status(f"loading {settings.model}") as news:
         model, tokenizer = load(

@@ -54,8 +54,8 @@ def kept(
     A new folder goes away again where the model could not be loaded.  Raises what stopped the work,
     and ``LoadError`` with next steps where memory ran out.
     """
-    if job.folder.resumed:
-        job.ui.say(f"resuming {job.path}")
+    if job.folder.resumed or job.folder.note:
+        job.ui.say(f"resuming {job.path}" if job.folder.resumed else job.folder.note)
     started = time.perf_counter()
 
     def took() -> None:
@@ -65,6 +65,7 @@ def kept(
     try:
         yield took
     except BaseException as error:
+        job.ui.end_line()
         if _never_began(job, error):
             job.folder.discard()
         else:
@@ -74,6 +75,8 @@ def kept(
         if memory is not None and not isinstance(error, DartError):
             raise memory from None
         raise
+    finally:
+        job.folder.release()
 
 
 def _never_began(job: Ending, error: BaseException) -> bool:

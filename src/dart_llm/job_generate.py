@@ -58,18 +58,19 @@ def _generate_one(
     if run is None:
         with recording, _same_path(job, candidate):
             made = generate(job.model, job.tokenizer, ids, settings.tokens, **options)
+        job.ui.end_text(made.text)
     else:
         recorder = MaskRecorder()
         run.on_selection = recorder
         with run, recording:
             made = generate(job.model, job.tokenizer, ids, settings.tokens, run=run, **options)
+        job.ui.end_text(made.text)
         report = run.report().to_dict()
         write_masks(job.path, recorder, run, str(checkpoint_facts(job.model).get("name")))
         write_drift(job.path, run.drift_checks)
         _save_layer_table(job, run)
         if settings.verbose:
             _say_masks(job, run)
-    job.ui.end_text(made.text)
     return _generation_record(variant, text, made, report)
 
 

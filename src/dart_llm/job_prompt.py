@@ -53,7 +53,8 @@ def encode(settings: RunSettings, prompt: str, model: Any, tokenizer: Any) -> tu
         subjects = [part.strip() for part in str(settings.prompt_subject).split(",")]
         length = settings.prompt_length or min(limit or MMLU_DEFAULT_TOKENS, MMLU_DEFAULT_TOKENS)
         prompt = mmlu_prompt(subjects, tokenizer, length)
-    ids = encode_prompt(tokenizer, prompt, settings.chat)
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    ids = encode_prompt(tokenizer, prompt, has_template if settings.chat is None else settings.chat)
     if settings.prompt_length and ids.shape[1] > settings.prompt_length:
         ids = ids[:, -settings.prompt_length :]
     if limit and settings.tokens >= limit:

@@ -21,7 +21,7 @@ class Job:
     ui: Ui
     folder: ResultsFolder
     also: Sequence[PruneConfig] = ()
-    inputs: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
     """Digests of the prompt and of the files that the settings name."""
     model: Any = None
     tokenizer: Any = None

@@ -1,13 +1,17 @@
-"""Reading JSONL files: one JSON object a line, with errors that name the line."""
+"""JSONL files, one JSON object a line: reading them with errors that name the line, and adding."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dart_llm.errors import ConfigError
+
+BLOCK = 2**16
+"""Bytes that are read at once to find the last line break."""
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -45,3 +49,45 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 "write {...}"
             )
         yield number, row
+
+
+def append_row(path: Path, row: Any) -> None:
+    """Add one document as a line that survives whatever happens after this call.
+
+    A line without its line break, which a full disk or a kill left, is cut off first: it would
+    swallow this one.  Raises ``OSError``, and ``ValueError`` for numbers that JSON has not.
+    """
+    line = json.dumps(row, allow_nan=False) + "\n"
+    with path.open("a+b") as file:
+        cut_torn_line(file)
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def cut_torn_line(file: BinaryIO) -> None:
+    """Cut an open file to its last line break."""
+    end = size = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - BLOCK)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            end = start + found + 1
+            break
+        end = start
+    if end < size:
+        file.truncate(end)
+
+
+def whole_rows(path: Path) -> Iterator[Any]:
+    """The documents of a file that ``append_row`` made; what is torn or damaged is left out."""
+    try:
+        *lines, _torn = path.read_bytes().split(b"\n")
+    except OSError:
+        return
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except ValueError:  # a power cut may leave other bytes
+            continue

@@ -10,9 +10,7 @@ from typing import Any
 
 from dart_llm import measure_rows
 from dart_llm.arch import widths
-from dart_llm.cache import file_sha256
 from dart_llm.candidate import Candidate
-from dart_llm.cell import Cell
 from dart_llm.cell_inputs import Digests
 from dart_llm.errors import MissingExtra
 from dart_llm.job_common import config_document, load_model
@@ -56,7 +54,8 @@ def run_measure(settings: MeasureSettings, ui: Ui, fresh: bool = False) -> Measu
     if masks is None:
         own = settings.prune_config()
         check_calibration(own, settings.calibration, tasks, settings.options())
-    inputs = _digests(settings, tasks)
+    options = settings.options()
+    inputs = Digests().of_settings(settings, [(task, options) for task in tasks])
     identity = {"kind": settings.kind, **settings.model_dump(mode="json"), "inputs": inputs}
     folder = open_folder(Path(settings.results_dir), settings.experiment, identity, fresh)
     job = MeasureJob(settings, ui, folder, identity)
@@ -75,18 +74,6 @@ def run_measure(settings: MeasureSettings, ui: Ui, fresh: bool = False) -> Measu
 
 def _leave(job: MeasureJob, status: str) -> None:
     leave(job, status, lambda status: _write_config(job, status), bool(job.rows))
-
-
-def _digests(settings: MeasureSettings, tasks: list[str]) -> dict[str, str]:
-    """sha256 of what the settings only point at, as of a sweep's cells: weights, texts, data."""
-    digests, found = Digests(), {}
-    method, options = settings.prune_config().method, settings.options()
-    for task in tasks:
-        cell = Cell(settings.model, method, task, options=options, calibration=settings.calibration)
-        found.update({f"{task}: {name}": sum_ for name, sum_ in digests.of(cell).items()})
-    if settings.masks:
-        found["masks"] = file_sha256(Path(settings.masks))
-    return found
 
 
 def _tracker(job: MeasureJob) -> Tracker:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dart_llm.cache import cache_folder, file_sha256, hub_cache
 from dart_llm.cell import Cell
-from dart_llm.checkpoint import weights_sha256
+from dart_llm.checkpoint import contents
 from dart_llm.default_model import SHA256, WHEEL_BYTES
 from dart_llm.errors import LoadError
 from dart_llm.gguf_cache import converted_folder, is_intact
@@ -72,12 +72,15 @@ def _gguf_layers(path: Path) -> int:
         raise LoadError(f"{path} does not say how many layers it has: {plain(error)}") from error
 
 
-def model_digest(model: str) -> str | None:
-    """The sha256 of a local model's weights; None for a model of the hub or the default."""
+def model_digests(model: str) -> dict[str, str]:
+    """Digests of a local model: ``model``, its weights, and ``model_files``, what else is loaded.
+
+    None of either for a model of the hub, which id and revision name, or for the default.
+    """
     path = Path(model).expanduser()
     if is_default(model) or not path.exists():
-        return None
-    return file_sha256(path) if path.is_file() else weights_sha256(path)
+        return {}
+    return {"model": file_sha256(path)} if path.is_file() else contents(path)
 
 
 def model_size(cell: Cell) -> ModelSize:

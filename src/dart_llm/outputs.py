@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dart_llm.errors import ConfigError, ResultsError
+from dart_llm.errors import ConfigError
 from dart_llm.life import Life
 from dart_llm.records import DriftCheck, Remask
 from dart_llm.results import write_csv, write_json
 from dart_llm.session import Run
+from dart_llm.tensor_file import write_tensors
 from dart_llm.token_select import NO_MASK, sequence_masks
 
 
@@ -42,8 +43,6 @@ class MaskRecorder:
 
 def write_masks(folder: Path, recorder: MaskRecorder, run: Run, checkpoint: str) -> None:
     """masks.json (counts and causes) and masks.safetensors (kept ids and scores)."""
-    from safetensors.torch import save
-
     report = run.report()
     write_json(
         folder / "masks.json",
@@ -59,12 +58,7 @@ def write_masks(folder: Path, recorder: MaskRecorder, run: Run, checkpoint: str)
         "remasks": str(len(recorder.remasks)),
         "format": "remask{i}.layer{l}.ids: kept neurons, int32; .scores: float32, larger is kept",
     }
-    partial = folder / ".masks.safetensors.part"
-    try:
-        partial.write_bytes(save(recorder.tensors, metadata))
-        partial.replace(folder / "masks.safetensors")
-    except OSError as error:
-        raise ResultsError(f"cannot write {folder / 'masks.safetensors'}: {error}") from None
+    write_tensors(folder / "masks.safetensors", recorder.tensors, metadata)
 
 
 def read_masks(path: str) -> dict[int, Tensor]:

@@ -2,7 +2,7 @@
 
 ``config.json`` is written first and says how far the run came.  Every file is replaced whole, so a
 reader never sees half of one, and what is finished survives an interruption: ``parts.jsonl`` keeps
-the finished parts until the run is complete.
+the finished parts until everything else is written.  While a run lives it holds the folder's lock.
 """
 
 from __future__ import annotations
@@ -13,15 +13,25 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dart_llm.errors import ResultsError
-from dart_llm.process_state import is_alive
+from dart_llm.folder_lock import FolderLock, is_taken, take
+from dart_llm.jsonl import append_row, whole_rows
 
 PARTS = "parts.jsonl"
+INPUTS = "inputs"
+"""Of a run's settings: digests of what they only point at (cell_inputs.py)."""
+_NAMED = {
+    "model": "the model's weights",
+    "model_files": "the model's configuration or tokenizer",
+    "sources": "the prompts or passages",
+    "layer_topk": "the layer table",
+}
+"""Inputs whose name says too little."""
 MIN_FREE_BYTES = 50 * 2**20
 SCHEMA = 1
 
@@ -33,6 +43,9 @@ class ResultsFolder:
     path: Path
     parts: dict[str, Any]
     resumed: bool
+    lock: FolderLock | None = None
+    note: str = ""
+    """Why an unfinished folder with equal settings was not resumed."""
 
     @property
     def stamp(self) -> str:
@@ -46,12 +59,8 @@ class ResultsFolder:
     def save_part(self, key: str, value: Any) -> None:
         """Keep a finished part; it survives any interruption after this call."""
         self.parts[key] = value
-        line = json.dumps({"key": key, "value": finite(value)}) + "\n"
         try:
-            with (self.path / PARTS).open("a", encoding="utf-8") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+            append_row(self.path / PARTS, {"key": key, "value": finite(value)})
         except OSError as error:
             raise ResultsError(
                 f"cannot write {self.path / PARTS}: {error.strerror or error}"
@@ -61,10 +70,16 @@ class ResultsFolder:
         """Drop the parts: the files proper hold everything."""
         (self.path / PARTS).unlink(missing_ok=True)
 
+    def release(self) -> None:
+        """This run writes no more: another may go on here."""
+        if self.lock is not None:
+            self.lock.release()
+
     def discard(self) -> None:
         """Remove a folder of this call that holds no result, and its experiment if empty."""
         if self.resumed or self.parts:
             return
+        self.release()
         shutil.rmtree(self.path, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty: it holds other runs
             self.path.parent.rmdir()
@@ -99,11 +114,32 @@ def open_folder(
             f"only {free / 2**20:.0f} MiB are free where results go ({base}): make room, or choose "
             "another folder with --results-dir"
         )
-    if not fresh:
-        for folder in sorted(base.iterdir(), reverse=True):
-            if _resumable(folder, settings):
-                return ResultsFolder(folder, _read_parts(folder), True)
-    return ResultsFolder(_new_folder(base), {}, False)
+    try:
+        found = None if fresh else _resume(base, settings)
+        if isinstance(found, ResultsFolder):
+            return found
+        folder = _new_folder(base)
+        return ResultsFolder(folder, {}, False, take(folder), found or "")
+    except OSError as error:
+        raise ResultsError(f"cannot write to {base}: {error.strerror or error}") from None
+
+
+def _resume(base: Path, settings: Mapping[str, Any]) -> ResultsFolder | str | None:
+    """The newest unfinished folder that no run holds, or why one is not taken."""
+    why = None
+    for folder in sorted(base.iterdir(), reverse=True):
+        changed = _changes(folder, settings)
+        if changed is None or is_taken(folder):
+            continue
+        if changed:
+            why = why or f"{folder} is not resumed: {' and '.join(changed)} changed since it began"
+            continue
+        lock = take(folder)
+        if lock is not None and _changes(folder, settings) == []:  # it may have ended meanwhile
+            return ResultsFolder(folder, _read_parts(folder), True, lock)
+        if lock is not None:
+            lock.release()
+    return why
 
 
 def _new_folder(base: Path) -> Path:
@@ -118,31 +154,37 @@ def _new_folder(base: Path) -> Path:
     raise ResultsError(f"too many results folders of the same second in {base}")
 
 
-def _resumable(folder: Path, settings: Mapping[str, Any]) -> bool:
+def _changes(folder: Path, settings: Mapping[str, Any]) -> list[str] | None:
+    """What was read by an unfinished run with equal settings and is another now.
+
+    None for a folder that is finished, or of other settings.
+    """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    process = config.get("process")
-    if config.get("status") == "running" and process != os.getpid() and is_alive(process):
-        return False
+        theirs = dict(config["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
     unfinished = config.get("status") in ("running", "interrupted", "failed")
-    return unfinished and config.get("settings") == dict(settings)
+    if not unfinished and not (folder / PARTS).exists():  # else it was killed at its very end
+        return None
+    mine = dict(settings)
+    before, now = (dict(_leaves(one.pop(INPUTS, {}))) for one in (theirs, mine))
+    if theirs != mine:
+        return None
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return list(dict.fromkeys(_NAMED.get(name[-1], name[-1]) for name in changed))
+
+
+def _leaves(data: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(data, Mapping):
+        for key, value in data.items():
+            yield from _leaves(value, (*path, str(key)))
+    else:
+        yield path, data
 
 
 def _read_parts(folder: Path) -> dict[str, Any]:
-    parts: dict[str, Any] = {}
-    try:
-        lines = (folder / PARTS).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return parts
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue  # the line that was being written when the run stopped
-        parts[entry["key"]] = entry["value"]
-    return parts
+    return {row["key"]: row["value"] for row in whole_rows(folder / PARTS)}
 
 
 def finite(value: Any) -> Any:

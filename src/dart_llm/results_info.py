@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dart_llm.compare_row import Row
-from dart_llm.process_state import is_alive
+from dart_llm.folder_lock import is_taken
 from dart_llm.results_rows import read_json, read_rows
 from dart_llm.results_view import mapping, number
 
@@ -82,7 +82,7 @@ def _read(run: RunInfo) -> RunInfo:
     return replace(
         run,
         started=_time(config.get("started")) or run.started,
-        status=_status(config),
+        status=_status(run.path, config),
         kind=str(config.get("kind") or "run"),
         models=_texts(row.model for row in rows)
         or _texts([_short(model)] if model else [_short(cell.get("model")) for cell in asked]),
@@ -156,9 +156,9 @@ def _seconds(folder: Path, config: Mapping[str, Any], problems: list[str]) -> fl
     return total
 
 
-def _status(config: Mapping[str, Any]) -> str:
+def _status(folder: Path, config: Mapping[str, Any]) -> str:
     status = str(config.get("status") or "unknown").lower()
-    return "stopped" if status == "running" and not is_alive(config.get("process")) else status
+    return "stopped" if status == "running" and not is_taken(folder) else status
 
 
 def seconds_of(time: datetime.datetime | None) -> float:

@@ -42,6 +42,14 @@ class Score:
         return self.function(a, weights)
 
     @property
+    def undecayed(self) -> str:
+        """Why no ``ema_decay`` applies; "" where one does."""
+        if self.per_token is None:
+            return "reads no activations"
+        kind = "variance" if self.spread else "mean"
+        return f"is a {kind} over all tokens alike" if self.spread or self.average else ""
+
+    @property
     def summary(self) -> str:
         """First line of the function's docstring."""
         return (self.function.__doc__ or "").split("\n")[0]

@@ -44,21 +44,12 @@ class Selector:
 
     def __post_init__(self) -> None:
         self.targets  # noqa: B018 - raises early when the table does not fit the model
-        if self.config.score.ema_decay is not None and self.statistics.spread:
-            raise ConfigError(
-                f'score "{self.config.score.name}" is a variance over all tokens alike: drop the '
-                "ema_decay"
-            )
-        rule = SCORES.get(self.config.score.name)
+        score = self.config.score
+        rule = SCORES.get(score.name)
+        if score.ema_decay is not None and rule.undecayed and not self.removes_nothing:
+            raise ConfigError(f'score "{score.name}" {rule.undecayed}: drop the ema_decay')
         if rule.learns and self.config.prior is None:
-            raise ConfigError(
-                f'score "{self.config.score.name}" needs a prior: give prior={{}} too'
-            )
-        if rule.average and self.config.score.ema_decay is not None:
-            raise ConfigError(
-                f'score "{self.config.score.name}" is a mean over all tokens alike: drop the '
-                "ema_decay"
-            )
+            raise ConfigError(f'score "{score.name}" needs a prior: give prior={{}} too')
 
     @cached_property
     def targets(self) -> tuple[int | str | None, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import model_validator
 
+from dart_llm import settings_fit
 from dart_llm.config import PruneConfig
 from dart_llm.errors import ConfigError
 from dart_llm.prompts import is_text
@@ -44,7 +45,8 @@ class RunSettings(ActivationSettings):
     prompt_length: int | None = setting(
         "Prompt", "Tokens of the prompt (default: model's context)."
     )
-    chat: bool = setting("Prompt", "Wrap the prompt in the model's chat template.", False)
+    chat: bool | None = setting("Prompt", "Wrap the prompt in the model's chat template.", False)
+    """None: where it has one."""
     generation: int | None = setting("Prompt", "Tokens to generate (default: 200 with a prompt).")
     temperature: float | None = setting("Prompt", "Sample at this temperature (default: greedy).")
     # evaluation
@@ -117,6 +119,10 @@ class RunSettings(ActivationSettings):
                 f"--save-activations cannot see the neurons that executor {self.executor} skips: "
                 "give --executor masked, or leave the executor out"
             )
+
+    def fitted(self) -> RunSettings:
+        changes, notes = settings_fit.values_for(self)
+        return super().fitted().noted(changes, *notes)
 
     def prune_config(self) -> PruneConfig:
         """The preset with every setting on top of it; recorded runs use the masked executor."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
+from dart_llm import settings_fit
 from dart_llm.config import PruneConfig, check_sparsity, first_problem, read_yaml
 from dart_llm.errors import ConfigError
 from dart_llm.layer_spec import parse_layer_spec, read_table
@@ -35,6 +36,7 @@ def setting(panel: str, text: str, default: Any = None) -> Any:
 class BaseSettings(Settings):
     """What every command is asked: which model, how it is pruned, where results go."""
 
+    _notes: tuple[str, ...] = PrivateAttr(())
     # model
     model: str = setting(
         "Model", "Hub id, local folder, .gguf file, or smollm2-135m.", "smollm2-135m"
@@ -99,6 +101,27 @@ class BaseSettings(Settings):
         self.prune_config()
         return self
 
+    def fitted(self) -> Self:
+        """The same with what its settings ask of others; ``notes`` says what was taken.
+
+        Raises ``ConfigError`` where the method that was named cannot honour them.
+        """
+        method, note = settings_fit.method_for(self)
+        if not note:
+            return self
+        return self.noted({"method": method}, note)
+
+    def noted(self, changes: Mapping[str, Any], *notes: str) -> Self:
+        """A copy with ``changes`` that says why."""
+        found = self.model_copy(update=dict(changes))
+        found._notes = (*self._notes, *notes)
+        return found
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the log says of the settings."""
+        return self._notes
+
     def target_sparsity(self) -> float | None:
         """The sparsity that was asked for, as a fraction; None when nothing was said."""
         percent = self.total_prune_percent
@@ -110,7 +133,10 @@ class BaseSettings(Settings):
                 f"{100 * percent:g}? (--sparsity takes fractions)"
             )
         if not 0 <= percent < 100:
-            raise ConfigError(f"--total-prune-percent {percent:g} must lie in [0, 100)")
+            raise ConfigError(
+                f"--total-prune-percent {percent:g} must lie in [0, 100): every layer keeps a "
+                "neuron or more"
+            )
         return percent / 100
 
     def prune_config(self) -> PruneConfig:
@@ -221,7 +247,7 @@ def merge(
     except ValidationError as error:
         raise ConfigError(first_problem(error)) from None
     check_folder(getattr(found, "experiment_name", None))
-    return found
+    return found.fitted() if isinstance(found, BaseSettings) else found
 
 
 def check_folder(name: str | None) -> str | None:

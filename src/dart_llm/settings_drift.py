@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from pydantic import model_validator
 
+from dart_llm import settings_fit
 from dart_llm.drift_methods import DriftMethod, parse_methods
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.settings_base import BaseSettings, given_of, merge, setting
@@ -109,6 +110,9 @@ class DriftSettings(Settings):
                 "finished dart-llm detect"
             )
         self.seed_list()
+        for config in (method.config for method in self.method_list()):
+            if config is not None:
+                settings_fit.check(config)
         timed = [method.name for method in self.method_list() if method.observed is not None]
         if timed and self.kind == FREE:
             raise ConfigError(

@@ -97,6 +97,7 @@ def run_sweep(
         raise
     finally:
         held.forget()
+        sweep.folder.release()
     return SweepResult(
         sweep.path, tuple(sweep.rows()), len(todo), seconds=time.perf_counter() - began
     )
@@ -123,6 +124,8 @@ def _greet(sweep: SweepFolder, ui: Ui, fresh: bool) -> None:
     if sweep.folder.resumed:
         ui.say(f"resuming {sweep.path}: {total - len(sweep.todo)} of {total} cells are finished")
         return
+    if sweep.folder.note:
+        ui.say(sweep.folder.note)
     taken = 0 if fresh else adopt(sweep)
     if taken:
         ui.say(f"{taken} of {total} cells are finished in earlier sweeps of {sweep.path.parent}")

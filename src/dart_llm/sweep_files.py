@@ -13,14 +13,14 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dart_llm.cell import Cell
 from dart_llm.errors import ResultsError
 from dart_llm.provenance import git_state, machine, versions
-from dart_llm.results import SCHEMA, ResultsFolder, now, open_folder, write_csv, write_json
+from dart_llm.results import INPUTS, SCHEMA, ResultsFolder, now, open_folder, write_csv, write_json
 from dart_llm.results import write_text as write_whole
 from dart_llm.sweep_cell import DONE, MASKS, RESULT, TIMING
 
@@ -80,21 +80,16 @@ class SweepFolder:
 
     def write_masks(self) -> None:
         """``masks.safetensors``: how often each neuron was kept, ``<key>.layer<l>.kept``."""
-        from safetensors.torch import load_file, save_file
+        from safetensors.torch import load_file
+
+        from dart_llm.tensor_file import write_tensors
 
         found = {}
         for row in self.rows():
             path = self.path / CELLS / row["key"] / MASKS
             if path.exists():
                 found.update({f"{row['key']}.{n}": t for n, t in load_file(path).items()})
-        partial = self.path / f".{MASKS}.part"
-        try:
-            save_file(found, partial)
-            # safetensors writes 0600; a shared folder needs what the other files have
-            partial.chmod((self.path / TABLE).stat().st_mode & 0o666)
-            partial.replace(self.path / MASKS)
-        except OSError as error:
-            raise ResultsError(f"cannot write {partial}: {error.strerror or error}") from None
+        write_tensors(self.path / MASKS, found)
 
     def write_config(self, status: str, engine: str, device: str | None = None) -> None:
         """``config.json``: what the sweep is, how far it came, and where it ran."""
@@ -136,7 +131,8 @@ def open_sweep(
     that an earlier sweep of the experiment finished under the same versions are taken over.
     Raises ``ResultsError``.
     """
-    identity = {**(settings or {}), "sweep": [cell.key for cell in cells]}
+    plain = {replace(cell, inputs={}).key: dict(cell.inputs) for cell in cells}
+    identity = {**(settings or {}), "sweep": list(plain), INPUTS: plain}
     folder = open_folder(root, experiment, identity, fresh)
     sweep = SweepFolder(folder, tuple(cells), identity)
     try:

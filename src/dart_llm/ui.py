@@ -44,6 +44,7 @@ class Ui:
         self.out = Console(width=None if sys.stdout.isatty() else 160, markup=False)
         self.log: list[str] = []
         self.live = sys.stderr.isatty() and not quiet
+        self._streaming = False
 
     def say(self, text: str) -> None:
         """One line for people; kept for the log."""
@@ -71,13 +72,20 @@ class Ui:
     def token(self, step: Step) -> None:
         """Stream one token to stdout."""
         if not self.quiet:
+            self._streaming = True
             sys.stdout.write(step.text)
             sys.stdout.flush()
 
     def end_text(self, text: str) -> None:
         """A streamed text is complete."""
         self.log.append(text)
-        if not self.quiet:
+        self._streaming = not self.quiet
+        self.end_line()
+
+    def end_line(self) -> None:
+        """End the line of a text that is being streamed, so that what follows has its own."""
+        if self._streaming:
+            self._streaming = False
             sys.stdout.write("\n")
             sys.stdout.flush()
 
