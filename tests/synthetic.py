@@ -32,7 +32,7 @@ def make_layers(
         FfnWeights(
             index=index,
             depth=index / max(1, count - 1),
-            up=torch.randn(width, hidden, generator=generator),
+            stored_up=torch.randn(width, hidden, generator=generator),
             gate=torch.randn(width, hidden, generator=generator),
             down=torch.randn(hidden, width, generator=generator),
             embedding=rows,

@@ -133,8 +133,6 @@ class Attachment(NotCopied):
         for layer, token in zip(self.layers, made, strict=True):
             layer.choose_per_token(token, self._hook)
         self.proxy_errors, self._token = errors(made), config
-        if self.slim is not None:
-            self.slim.decoder.tokens = made
 
     def _install_native(self) -> None:
         """Lay the weights out for the native kernels, and take whole decode steps over."""
@@ -149,8 +147,7 @@ class Attachment(NotCopied):
         for linear in native_linears(self.model, self._view.blocks):
             self._replace(linear.module, "forward", linear.run)
         if slim:
-            tokens = [layer.token for layer in self.layers]
-            self._take_steps(SlimDecoder(self.model, ffns, tokens))
+            self._take_steps(SlimDecoder(self.model, ffns))
         self._places = self._weight_places()
 
     def _take_steps(self, decoder: StepDecoder) -> None:

@@ -53,6 +53,11 @@ class FfnBlock:
         return int(_matrix(self.down).shape[1])
 
     @property
+    def by_inputs(self) -> bool:
+        """Whether ``up`` stores its weights [D, I]."""
+        return type(self.up).__name__ == "Conv1D"
+
+    @property
     def offloaded(self) -> bool:
         """Whether accelerate keeps the weights elsewhere between forwards."""
         modules = (self.up, self.gate, self.down)
@@ -109,7 +114,11 @@ class FfnBlock:
 
     def weights(self, depth: float, embedding: Tensor | None, seed: int) -> FfnWeights:
         gate, up, down = self.matrices()
-        return FfnWeights(self.index, depth, up, gate, down, embedding, seed)
+        stored = self.up.weight if self.by_inputs else up
+        assert isinstance(stored, Tensor)
+        return FfnWeights(
+            self.index, depth, stored, gate, down, embedding, seed, by_inputs=self.by_inputs
+        )
 
 
 def _matrix(module: nn.Module) -> Tensor:

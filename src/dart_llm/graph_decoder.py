@@ -16,7 +16,6 @@ from dart_llm.masks import LayerMask
 from dart_llm.slim_cache import GrowingCache
 from dart_llm.slim_parts import SlimCall, angles, slim_parts
 from dart_llm.step_torch import StepInput, StepOutput, run_step
-from dart_llm.token_ffn import TokenFfn
 from dart_llm.token_select import TokenMask
 
 GRAPHS = 4
@@ -57,7 +56,6 @@ class GraphDecoder:
     """One attached model's steps.  ``kept``: its layers' compact copies, refilled in place."""
 
     rows: int | None = None
-    tokens: Sequence[TokenFfn | None] = ()
 
     def __init__(
         self, model: Any, blocks: Sequence[FfnBlock], kept: Callable[[int], CompactFfn]

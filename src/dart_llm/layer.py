@@ -55,11 +55,14 @@ class HostedFfn:
     def go_native(self, layout: Layout) -> NativeFfn:
         """Run masks by the native kernels; the weights are laid out for them."""
         self.kept = made = NativeFfn(self.block, layout)
+        made.token = self.token
         return made
 
     def choose_per_token(self, token: TokenFfn, keep: Callable[[Any], None]) -> None:
         """Tokens choose their own neurons by ``token`` where the plan says so."""
         first, self.token = self.token is None, token
+        if isinstance(self.kept, NativeFfn):
+            self.kept.token = token
         # what the down projection is given ranks nothing: read fc1's input
         if self.block.inline and first:
             keep(self.block.up.register_forward_pre_hook(self._take_fed))
@@ -110,20 +113,23 @@ class HostedFfn:
             return original(*args, **kwargs)
         rest = (*args, *kwargs.values())[: 2 if args else None]
         only = masks[0] if len(masks) == 1 else None
-        if isinstance(only, TokenMask):
-            one = x.numel() == x.shape[-1]  # several tokens together would gather most neurons
-            if one and not plan.observe and self._compacts(x):
-                assert self.token is not None
-                return self.block.finish(self.token.run_gathered(x, only), rest)
-        elif only is not None and not plan.observe and self._compacts(x):
-            self.kept.load(only)
-            return self.block.finish(self.kept.run(x)[1], rest)
+        if only is not None and not plan.observe and self._compacts(x, only):
+            return self.block.finish(self._run_kept(x, only), rest)
         z = self._run_masked(original, x, masks if masked else [])
         return self.block.finish(z, rest)
 
-    def _compacts(self, x: Tensor) -> bool:
+    def _run_kept(self, x: Tensor, mask: LayerMask) -> Tensor:
+        if isinstance(mask, TokenMask) and not isinstance(self.kept, NativeFfn):
+            assert self.token is not None
+            return self.token.run_gathered(x, mask)
+        self.kept.load(mask)
+        return self.kept.run(x)[1]
+
+    def _compacts(self, x: Tensor, mask: LayerMask) -> bool:
         if self.owner.executor == "masked":
             return False
+        if isinstance(mask, TokenMask) and x.numel() > x.shape[-1]:
+            return False  # several tokens together would gather most neurons
         # the copies are not parameters: gradients must go through the weights themselves
         return not torch.is_grad_enabled() or not (
             x.requires_grad or any(p.requires_grad for p in self.block.ffn.parameters())

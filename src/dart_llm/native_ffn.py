@@ -15,6 +15,8 @@ from dart_llm.ffn import FfnBlock, bias_of
 from dart_llm.layout import Layout, can_lay_out
 from dart_llm.masks import LayerMask
 from dart_llm.native_build import ops
+from dart_llm.token_ffn import TokenFfn
+from dart_llm.token_select import TokenMask
 
 FEW = 32
 """Vectors up to which the kernel is used; more are a matrix product on rows that are gathered."""
@@ -33,13 +35,15 @@ ACTS: Mapping[int, Callable[[Tensor], Tensor]] = {
 class Kept:
     """What the kernels run for one mask.
 
-    ``ids``: [k] int32, None for all; ``bias``: [D] float32; ``basis``, ``features``: [r, D].
+    ``ids``: [k] int32, None for all; ``bias``: [D] float32; ``basis``, ``features``: [r, D];
+    ``choice``: by what each token chooses out of ``ids``, None where it runs them all.
     """
 
     ids: Tensor | None = None
     bias: Tensor | None = None
     basis: Tensor | None = None
     features: Tensor | None = None
+    choice: Any = None
 
     def nbytes(self) -> int:
         held = (self.ids, self.bias, self.features)
@@ -71,11 +75,11 @@ def why_not_block(block: FfnBlock) -> str:
     used = [part for part in (block.gate, block.up, block.down) if part is not None]
     if not all(isinstance(part.weight, nn.Parameter) for part in used):
         return "has weights that are computed from others"
-    if not can_lay_out(block.matrices()[2].t(), _parameter(block.down)):
+    gate, up, down = block.matrices()
+    if not can_lay_out(down.t(), _parameter(block.down)):
         return "shares the memory of its down projection, or has a view of something there"
-    gate, up, _ = block.matrices()
-    if not up.is_contiguous():  # Conv1D; views of it would go on reading the old
-        return "stores its up projection by inputs"
+    if not up.is_contiguous() and not (block.by_inputs and can_lay_out(up, _parameter(block.up))):
+        return "shares the memory of its up projection, or has a view of something there"
     if gate is not None and not gate.is_contiguous():
         return "stores its gate by inputs"
     if act_number(block.act) is None:
@@ -99,8 +103,12 @@ class NativeFfn:
         gate, up, down = block.matrices()
         with torch.no_grad():
             self.down = layout.neuron_rows(down.t().detach(), _parameter(block.down)).detach()
-        self.up, self.gate = up.detach(), None if gate is None else gate.detach()
+            self.up = up.detach()
+            if block.by_inputs:
+                self.up = layout.neuron_rows(self.up, _parameter(block.up)).detach()
+        self.gate = None if gate is None else gate.detach()
         self.gate_bias, self.up_bias = self._biases()
+        self.token: TokenFfn | None = None
         self.unload()
 
     def unload(self) -> None:
@@ -130,15 +138,32 @@ class NativeFfn:
             own, linear = bias_of(self.block.down), mask.low_rank
             parts = [t.detach().float() for t in (own, mask.bias) if t is not None]
             bias = sum(parts[1:], parts[0]).contiguous() if parts else None
-            ids = None if mask.kept == mask.width else mask.ids.to(torch.int32)
+            ids = None if len(mask.ids) == mask.width else mask.ids.to(torch.int32)
             basis = features = None
             if linear is not None:
                 basis, features = linear.basis.contiguous(), linear.out.t().contiguous()
-            self.kept = Kept(ids, bias, basis, features)
+            choice = self._choice(mask) if isinstance(mask, TokenMask) else None
+            self.kept = Kept(ids, bias, basis, features, choice)
         self.mask = mask
 
+    def _choice(self, mask: TokenMask) -> Any:
+        """What the kernels read to choose ``mask.winners`` neurons by the low-bit copies."""
+        assert self.token is not None
+        copies, mean = self.token.copies, mask.mean
+        up, gate = copies[-1], copies[0] if len(copies) == 2 else None
+        worth = self.token.norms if mask.worth is None else mask.worth
+        return torch.classes.dart_llm.Choice(
+            None if gate is None else gate.levels,
+            None if gate is None else gate.scales,
+            up.levels,
+            up.scales,
+            worth.float().contiguous(),
+            None if mean is None else mean.float().contiguous(),
+            [up.inputs, up.bits, up.group, mask.winners],
+        )
+
     def run(self, x: Tensor) -> tuple[None, Tensor]:
-        """z from the kept neurons alone.  x: [..., D]."""
+        """z from the kept neurons alone.  x: [..., D]; of one token where tokens choose."""
         flat = x.reshape(-1, x.shape[-1])
         z = self._product(flat) if len(flat) > FEW else self._kernel(flat)
         return None, z.reshape(x.shape)
@@ -156,6 +181,7 @@ class NativeFfn:
             kept.bias,
             kept.basis,
             kept.features,
+            kept.choice,
             self.act,
         )
         return z

@@ -17,28 +17,21 @@ from dart_llm.native_build import ops
 from dart_llm.native_ffn import Kept, NativeFfn
 from dart_llm.slim_cache import GrowingCache
 from dart_llm.slim_parts import SlimCall, angles, slim_parts
-from dart_llm.token_ffn import TokenFfn
-from dart_llm.token_select import TokenMask
 
 POSITIONS = 256
 """Positions whose angles are computed at a time."""
-
-COPY_BITS, COPY_GROUP = 4, 32
-"""The low-bit copies that the kernels read."""
 
 
 class SlimDecoder:
     """One attached model's steps.
 
-    ``ffns``: its blocks, laid out for the kernels; ``tokens``: their copies where tokens choose.
+    ``ffns``: its blocks, laid out for the kernels.
     """
 
     rows: int | None = 1
     device = "cpu"
 
-    def __init__(
-        self, model: Any, ffns: Sequence[NativeFfn], tokens: Sequence[TokenFfn | None]
-    ) -> None:
+    def __init__(self, model: Any, ffns: Sequence[NativeFfn]) -> None:
         ops()
         parts = slim_parts(model)
         weights = [parts.embedding, parts.norm, parts.head]
@@ -46,23 +39,19 @@ class SlimDecoder:
             own = (ffn.gate, ffn.up, ffn.down, ffn.gate_bias, ffn.up_bias)
             weights += [*layer, *(torch.empty(0) if t is None else t for t in own)]
         self._ffns = list(ffns)
-        self.tokens: Sequence[TokenFfn | None] = tokens
         self._native = torch.classes.dart_llm.Decoder(
             parts.sizes, parts.eps, parts.scale, weights, ffns[0].act
         )
         self._everything = [ffn.everything() for ffn in ffns]
         self._masks: Sequence[LayerMask | None] | None = None
-        self._loaded: list[Kept | TokenMask | None] = [None] * len(ffns)
+        self._loaded: list[Kept | None] = [None] * len(ffns)
         self._rotary, self._dtype = parts.rotary, parts.head.dtype
         self._angles: tuple[Tensor, Tensor] | None = None
         self._cache: GrowingCache | None = None
 
     def serves(self, masks: Sequence[LayerMask | None]) -> bool:
-        """Whether the kernels can run these masks."""
-        return all(
-            not isinstance(mask, TokenMask) or (token is not None and _readable(token, mask))
-            for mask, token in zip(masks, self.tokens, strict=True)
-        )
+        """Whether the kernels can run these masks: all that there are."""
+        return True
 
     def unload(self) -> None:
         """Run all neurons, and hold neither masks nor room for a cache."""
@@ -76,41 +65,16 @@ class SlimDecoder:
         self._masks = masks
         for index, ffn in enumerate(self._ffns):
             mask = masks[index] if masks else None
-            if isinstance(mask, TokenMask):
-                self._choose(index, mask)
-                continue
             if mask is None:
                 kept = self._everything[index]
             else:
                 ffn.load(mask)
                 kept = ffn.kept
             if kept is not self._loaded[index]:
-                self._native.set_mask(index, kept.ids, kept.bias, kept.basis, kept.features)
+                self._native.set_mask(
+                    index, kept.ids, kept.bias, kept.basis, kept.features, kept.choice
+                )
                 self._loaded[index] = kept
-
-    def _choose(self, index: int, mask: TokenMask) -> None:
-        """From now on every token of a layer chooses its own neurons."""
-        token = self.tokens[index]
-        if mask is self._loaded[index] or token is None:
-            return
-        worth = token.norms if mask.worth is None else mask.worth
-        own = self._everything[index].bias
-        parts = [t for t in (own, mask.bias) if t is not None]
-        bias = sum(parts[1:], parts[0]).contiguous() if parts else None
-        up = token.copies[-1]
-        gate = token.copies[0] if len(token.copies) == 2 else None
-        first = (None, None) if gate is None else (gate.levels, gate.scales)
-        self._native.set_choice(
-            index,
-            *first,
-            up.levels,
-            up.scales,
-            worth.contiguous(),
-            None if mask.mean is None else mask.mean.contiguous(),
-            bias,
-            mask.winners,
-        )
-        self._loaded[index] = mask
 
     def step(self, call: SlimCall, observe: bool) -> tuple[Tensor, Tensor]:
         """Decode one token: logits [1, V], the last hidden state [1, D]; the cache grows by one."""
@@ -140,14 +104,3 @@ class SlimDecoder:
             self._angles = angles(self._rotary, count, self._dtype)
         cosine, sine = self._angles
         return cosine[position], sine[position]
-
-
-def _readable(token: TokenFfn, mask: TokenMask) -> bool:
-    """Whether the kernels read these copies, and rank all neurons by them."""
-    hidden = token.copies[0].inputs
-    form = {(copy.bits, copy.group) for copy in token.copies}
-    return (
-        form == {(COPY_BITS, COPY_GROUP)}
-        and hidden % (2 * COPY_GROUP) == 0
-        and mask.candidates is None
-    )

@@ -13,7 +13,6 @@ from dart_llm.life import Life
 from dart_llm.masks import LayerMask
 from dart_llm.observations import Seen
 from dart_llm.slim_parts import SlimCall, as_output, read_call
-from dart_llm.token_ffn import TokenFfn
 from dart_llm.tracer import Tracer
 
 OWN = ("dart_llm.", "transformers.")
@@ -53,13 +52,10 @@ class Hooks:
 
 
 class StepDecoder(Protocol):
-    """Whole decode steps.  ``rows``: of the largest batch, None for any; ``device``: its type;
-    ``tokens``: low-bit copies by which tokens choose, where it can.
-    """
+    """Whole decode steps.  ``rows``: of the largest batch, None for any; ``device``: its type."""
 
     rows: int | None
     device: str
-    tokens: Sequence[TokenFfn | None]
 
     def unload(self) -> None:
         """Run all neurons, and hold neither masks nor room for a cache."""

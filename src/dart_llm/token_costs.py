@@ -81,7 +81,8 @@ class TokenCosts:
     def work(self, kept: Sequence[int], tokens: float, alone: bool, executor: str) -> Work:
         """The exact part of a period.  ``tokens``: per forward; ``alone``: of a single row.
 
-        ``compact`` gathers the winners of a forward of one token, and does the others densely.
+        A forward of one token reads its winners: the native kernels where they lie, ``compact``
+        after gathering them.  Forwards of several tokens are dense.
         """
         widths = [layer.width for layer in self.layers]
         none = [0] * len(widths)
@@ -94,10 +95,10 @@ class TokenCosts:
             return Work(kept, read, none)
         if executor == "masked":
             return Work(widths, widths, none)
-        if executor == "slim" and alone and tokens <= 1:
-            return Work(kept, kept, none)
         if not alone or tokens > 1:
             return Work(every, every, none)
+        if executor in ("native", "slim"):
+            return Work(kept, kept, none)
         copied = [0 if once else k for k, once in zip(kept, self.chosen_once(kept), strict=True)]
         return Work(kept, kept, copied)
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class FfnWeights:
     """Views of one layer's FFN weights in the model's dtype; I = neurons, D = hidden size.
 
-    ``up``: [I, D] (``fc`` in a plain FFN); ``gate``: [I, D] or None; ``down``: [D, I].
+    ``stored_up``: ``up``, or its transpose where it lies ``by_inputs``; ``gate``: [I, D] or None;
+    ``down``: [D, I].
     ``embedding``: [V, D] rows for forward proxies, shared by all layers.  ``prior``: [I] float32,
     what is known of the neurons before any text is seen, larger is kept first.  ``learnt``: what
     the model's own text taught about the layer.
@@ -27,13 +28,22 @@ class FfnWeights:
     index: int
     depth: float
     """Relative depth l / (L - 1), 0 to 1."""
-    up: Tensor
+    stored_up: Tensor
     gate: Tensor | None
     down: Tensor
     embedding: Tensor | None = None
     seed: int = 0
     prior: Tensor | None = None
     learnt: LayerPrior | None = None
+    by_inputs: bool = False
+
+    @property
+    def up(self) -> Tensor:
+        """[I, D] (``fc`` in a plain FFN).
+
+        Taken anew, for a view does not notice that an executor lays its parameter out transposed.
+        """
+        return self.stored_up.t() if self.by_inputs else self.stored_up
 
     @property
     def width(self) -> int:

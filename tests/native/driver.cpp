@@ -122,36 +122,100 @@ void folds(const Kernels& k, Dtype dtype, int64_t rows, int64_t size, int64_t co
   same("fold", found, wanted);
 }
 
-// Estimates from 4-bit copies against plain loops, and the choice against a full sort.
-void choices(const Kernels& k, Dtype dtype, int64_t width, int64_t size) {
-  std::vector<uint8_t> levels(width * size / 2);
-  for (uint8_t& byte : levels) byte = uint8_t((1 + generator() % 15) | ((1 + generator() % 15) << 4));
-  Held scales = hold(Dtype::bf16, drawn(width * size / GROUP, 0.1f));
-  Held x = hold(dtype, drawn(size));
-  std::vector<float> worth(width, 0.5f), found(width), wanted(width);
-  Copies c{};
-  c.up = levels.data();
-  c.up_scales = reinterpret_cast<const uint16_t*>(scales.bytes.data());
-  c.worth = worth.data(), c.keep = width / 3;
-  Ffn f{};
-  f.act = Act::gelu_tanh;
-  Input given{x.bytes.data(), x.wide.data(), 1, size};
-  k.estimate(dtype, c, f, given, 0, width / 2, found.data());
-  k.estimate(dtype, c, f, given, width / 2, width, found.data());
-  for (int64_t i = 0; i < width; ++i) {
-    float sum = 0;
+// A low-bit copy [width, size] as `Copies` has it, and the values that it stands for.
+struct Copy {
+  std::vector<uint8_t> levels;
+  Held scales;
+  std::vector<float> wide;
+  const uint16_t* by() const { return reinterpret_cast<const uint16_t*>(scales.bytes.data()); }
+};
+
+Copy copied(int64_t width, int64_t size, int64_t bits, int64_t group) {
+  int64_t bytes = bits == 8 ? size : (size + 1) / 2, groups = (size + group - 1) / group;
+  Copy made{std::vector<uint8_t>(width * bytes), hold(Dtype::bf16, drawn(width * groups, 0.1f)),
+            std::vector<float>(width * size)};
+  for (int64_t i = 0; i < width; ++i)
     for (int64_t d = 0; d < size; ++d) {
-      uint8_t byte = levels[i * (size / 2) + d % (size / 2)];
-      int level = int(d < size / 2 ? byte & 15 : byte >> 4) - 8;
-      sum += float(level) * scales.wide[i * (size / GROUP) + d / GROUP] * x.wide[d];
+      int level = int(generator() % 15) - 7;
+      uint8_t& byte = made.levels[i * bytes + (bits == 8 ? d : d % bytes)];
+      if (bits == 8) byte = uint8_t(int8_t(level));
+      else byte |= uint8_t(d < bytes ? level + 8 : (level + 8) << 4);
+      made.wide[i * size + d] = float(level) * made.scales.wide[i * groups + d / group];
     }
-    float inner = 0.79788456f * (sum + 0.044715f * sum * sum * sum);
-    wanted[i] = 0.5f * std::fabs(0.5f * sum * (1 + std::tanh(inner)));
+  return made;
+}
+
+// A token that chooses out of some neurons of a gated FFN, by several threads: estimates against
+// plain loops, the choice against a full sort, the output against that of the chosen.
+void choices(const Kernels& k, Dtype dtype, int64_t width, int64_t size, int64_t bits,
+             int64_t group, int64_t threads) {
+  Copy up_copy = copied(width, size, bits, group), gate_copy = copied(width, size, bits, group);
+  Held x = hold(dtype, drawn(size)), up = hold(dtype, drawn(width * size, 0.2f));
+  Held down = hold(dtype, drawn(width * size)), bias = hold(dtype, drawn(width));
+  std::vector<float> worth = drawn(width), mean = drawn(width);
+  std::vector<int32_t> ids;
+  for (float& one : worth) one = std::fabs(one);
+  for (int64_t i = 0; i < width; i += 1 + int64_t(generator() % 2)) ids.push_back(int32_t(i));
+  int64_t count = int64_t(ids.size()), keep = (count + 2) / 3;
+  Copies c{gate_copy.levels.data(), up_copy.levels.data(), gate_copy.by(), up_copy.by(),
+           worth.data(), bits, group, keep};
+  Ffn f{};
+  f.gate = f.up = up.bytes.data(), f.down = down.bytes.data(), f.mean = mean.data();
+  f.gate_bias = bias.bytes.data(), f.up_bias = bias.bytes.data();
+  f.ids = ids.data(), f.kept = count, f.act = Act::gelu_tanh;
+  Input given{x.bytes.data(), x.wide.data(), 1, size};
+  std::vector<float> strength(count), wanted(count), sums(PARTS * size), z(size), plain(size);
+  std::vector<int32_t> places(count), order(count);
+  Jobs jobs(3);
+  auto member = [&] {
+    Worker team(jobs);
+    Ffn own = f;
+    choose(team, k, dtype, c, given, own, strength.data(), places.data());
+    team.in_parts(PARTS, [&](int64_t one, int64_t parts) {
+      Span span = part(own.kept, one, parts);
+      k.ffn(dtype, own, given, span.begin, span.end, sums.data() + one * size, nullptr, 0);
+    });
+  };
+  std::vector<std::thread> others;
+  for (int64_t m = 1; m < threads; ++m) others.emplace_back(member);
+  member();
+  for (std::thread& one : others) one.join();
+  auto act = [](float v) {
+    return 0.5f * v * (1 + std::tanh(0.79788456f * (v + 0.044715f * v * v * v)));
+  };
+  for (int64_t j = 0; j < count; ++j) {
+    int64_t at = ids[j] * size;
+    float b = bias.wide[ids[j]], first = dot(&gate_copy.wide[at], x.wide.data(), size) + b;
+    wanted[j] = std::fabs(act(first) * (dot(&up_copy.wide[at], x.wide.data(), size) + b)) *
+                worth[ids[j]];
+    order[j] = int32_t(j);
   }
-  same("estimate", found, wanted);
-  found[width - 1] = found[0] = found[width / 2];  // ties
+  same("estimate", strength, wanted);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int32_t a, int32_t b) { return strength[a] > strength[b]; });
+  std::sort(order.begin(), order.begin() + keep);
+  for (int64_t j = 0; j < keep; ++j) {
+    int64_t i = ids[order[j]];
+    if (places[j] != i) {
+      std::printf("choose: other neurons\n");
+      std::exit(1);
+    }
+    float u = dot(&up.wide[i * size], x.wide.data(), size) + bias.wide[i];
+    u = act(u) * u - mean[i];
+    for (int64_t d = 0; d < size; ++d) plain[d] += u * down.wide[i * size + d];
+  }
+  for (int64_t one = 0; one < PARTS; ++one)
+    for (int64_t d = 0; d < size; ++d) z[d] += sums[one * size + d];
+  same("chosen FFN", z, plain);
+}
+
+// The k largest against a full sort, with ties.
+void largest(int64_t width) {
+  std::vector<float> found = drawn(width);
+  for (float& one : found) one = std::fabs(one);
+  found[width - 1] = found[0] = found[width / 2];
   std::vector<int32_t> places(width), order(width);
-  for (int64_t keep : {int64_t(1), c.keep, width}) {
+  for (int64_t keep : {int64_t(1), width / 3, width}) {
     strongest(found.data(), width, keep, places.data());
     for (int64_t i = 0; i < width; ++i) order[i] = int32_t(i);
     std::stable_sort(order.begin(), order.end(),
@@ -213,7 +277,7 @@ void decoder(const Kernels& k, Dtype dtype, int64_t threads) {
     scratch.observed = true;
     std::vector<float> logits;
     for (cache.length = 0; cache.length < capacity; ++cache.length) {
-      scratch.begin();
+      scratch.jobs.begin();
       std::vector<std::thread> others;
       auto work = [&](int64_t member) {
         step(k, d, cache, 3 + cache.length, cosine.data(), sine.data(), scratch, member);
@@ -232,6 +296,7 @@ void decoder(const Kernels& k, Dtype dtype, int64_t threads) {
 
 int main() {
   odd_choices();
+  largest(21);
   int kinds = 0;
   for (const char* kind : KINDS) {
     const Kernels* found = kernels(kind);
@@ -245,7 +310,10 @@ int main() {
         ffns(*found, dtype, 9, size, 2, false);
       }
       for (int64_t size : {2, 33, 100}) folds(*found, dtype, 12, size, 14);
-      for (int64_t size : {64, 192}) choices(*found, dtype, 21, size);
+      for (int64_t size : {64, 192}) choices(*found, dtype, 21, size, 4, 32, 2);
+      for (int64_t size : {1, 31, 96, 100})
+        for (int64_t bits : {4, 8}) choices(*found, dtype, 33, size, bits, 12, 3);
+      choices(*found, dtype, 5, 200, 8, 200, 1);
       for (int64_t threads : {2, 3}) decoder(*found, dtype, threads);
     }
     std::printf("%s agrees\n", kind);

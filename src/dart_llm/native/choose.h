@@ -1,4 +1,4 @@
-// The k largest of n values that are not negative, as ascending places.
+// The neurons of one token: the k strongest of those that it may choose.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -6,8 +6,12 @@
 #include <cstring>
 #include <vector>
 
+#include "kernels.h"
+#include "team.h"
+
 namespace dart {
 
+// The k largest of n values that are not negative, as ascending places.
 // Ties go to the lower place; not-a-number is the largest, as torch sorts.  places: room for n.
 inline void strongest(const float* values, int64_t n, int64_t k, int32_t* places) {
   // such floats are ordered as their bits are: count by the upper ones, sort where the cut falls
@@ -39,6 +43,24 @@ inline void strongest(const float* values, int64_t n, int64_t k, int32_t* places
     next += cut;
     if (at > bin || cut) places[count++] = int32_t(i);
   }
+}
+
+// From now on `ffn` keeps what one token chooses out of its neurons: estimates in parts, then one
+// choice for all.  Every member calls it, with its own `ffn`; strength, chosen: room for all.
+inline void choose(Worker& team, const Kernels& kernels, Dtype dtype, const Copies& copies,
+                   const Input& x, Ffn& ffn, float* strength, int32_t* chosen) {
+  team.in_parts(PARTS, [&](int64_t one, int64_t parts) {
+    Span own = part(ffn.kept, one, parts);
+    kernels.estimate(dtype, copies, ffn, x, own.begin, own.end, strength);
+  });
+  team.finish();
+  team.in_parts(1, [&](int64_t, int64_t) {
+    strongest(strength, ffn.kept, copies.keep, chosen);
+    for (int64_t i = 0; ffn.ids && i < copies.keep; ++i) chosen[i] = ffn.ids[chosen[i]];
+  });
+  team.finish();
+  ffn.ids = chosen;
+  ffn.kept = copies.keep;
 }
 
 }  // namespace dart

@@ -25,7 +25,7 @@ void* at(void* base, Dtype dtype, int64_t values) {
 }
 
 // One member at work: the step's parts in order, with its own share of the scratch.
-struct Member {
+struct Member : Worker {
   const Kernels& kernels;
   const Decoder& decoder;
   const Cache& cache;
@@ -33,31 +33,6 @@ struct Member {
   Scratch& scratch;
   float *normed, *sums, *scores;
   uint16_t* narrow;
-  int64_t begun = 0, seen = 0;  // jobs: begun, and seen to be finished; `begun` is alike for all
-  int64_t open[JOBS] = {};      // parts of the jobs between the two
-
-  // Calls work(part, number of parts) for the parts of a job that fall to this member; every member
-  // calls it.  A member that comes late finds nothing left, and whatever it prepared for the job
-  // from vectors that have changed since is never used.
-  template <class Work>
-  void in_parts(int64_t parts, const Work& work) {
-    std::atomic<int64_t>& taken = scratch.taken[begun];
-    for (int64_t one; (one = taken.fetch_add(1, std::memory_order_relaxed)) < parts;) {
-      work(one, parts);
-      scratch.done[begun].fetch_add(1, std::memory_order_release);
-    }
-    open[begun++ - seen] = parts;
-  }
-
-  // Returns when all jobs begun so far are finished.  Waits for parts, not for members: one that is
-  // not running, and has taken nothing, holds nobody up.
-  void finish() {
-    for (int64_t job = seen; job < begun; ++job) {
-      Patience patience;
-      while (scratch.done[job].load(std::memory_order_acquire) < open[job - seen]) patience.wait();
-    }
-    seen = begun;
-  }
 
   static int64_t parts_of(int64_t values) { return std::min(PARTS, 1 + values / LEAST); }
 
@@ -122,22 +97,6 @@ struct Member {
     }
   }
 
-  // The neurons of this token: estimates in parts, then one choice for all.
-  void choose(const Layer& layer, const Input& given, Ffn& ffn) {
-    in_parts(PARTS, [&](int64_t one, int64_t parts) {
-      Span own = part(decoder.width, one, parts);
-      kernels.estimate(decoder.dtype, layer.copies, ffn, given, own.begin, own.end,
-                       scratch.strength.data());
-    });
-    finish();
-    in_parts(1, [&](int64_t, int64_t) {
-      strongest(scratch.strength.data(), decoder.width, layer.copies.keep, scratch.chosen.data());
-    });
-    finish();
-    ffn.ids = scratch.chosen.data();
-    ffn.kept = layer.copies.keep;
-  }
-
   void ffn(int64_t index) {
     const Layer& layer = decoder.layers[index];
     int64_t hidden = decoder.hidden;
@@ -145,7 +104,9 @@ struct Member {
     norm(scratch.stream.data(), layer.ffn_norm, hidden, x);
     Input given = input(x, hidden);
     Ffn ffn = layer.ffn;
-    if (layer.copies.keep) choose(layer, given, ffn);
+    if (layer.copies.keep)
+      choose(*this, kernels, decoder.dtype, layer.copies, given, ffn, scratch.strength.data(),
+             scratch.chosen.data());
     float* u = scratch.observed ? scratch.u.data() + index * decoder.width : nullptr;
     in_parts(PARTS, [&](int64_t one, int64_t parts) {
       if (one == 0 && scratch.observed) observe(index, x);
@@ -222,7 +183,7 @@ int64_t widest(const Decoder& d) { return std::max(d.hidden, d.heads * d.size); 
 }  // namespace
 
 Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_)
-    : threads(threads_), positions(positions_) {
+    : jobs(int64_t(d.layers.size()) * JOBS + 3), threads(threads_), positions(positions_) {
   int64_t layers = int64_t(d.layers.size());
   stream.resize(d.hidden);
   qkv.resize(std::max((d.heads + 2 * d.kv_heads) * d.size, d.hidden));
@@ -230,8 +191,6 @@ Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_)
   logits.resize(d.vocabulary);
   sums.resize(threads * stride(d));
   parts.resize(PARTS * d.hidden);
-  taken = std::vector<std::atomic<int64_t>>(layers * JOBS + 3);
-  done = std::vector<std::atomic<int64_t>>(layers * JOBS + 3);
   normed.resize(d.hidden + threads * widest(d));
   narrow.resize(threads * widest(d));
   strength.resize(d.width);
@@ -243,15 +202,10 @@ Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_)
   z.resize(layers * d.hidden);
 }
 
-void Scratch::begin() {
-  for (auto* counts : {&taken, &done})
-    for (std::atomic<int64_t>& one : *counts) one.store(0, std::memory_order_relaxed);
-}
-
 void step(const Kernels& kernels, const Decoder& decoder, const Cache& cache, int64_t token,
           const float* cosine, const float* sine, Scratch& scratch, int64_t member) {
   int64_t wide = widest(decoder);
-  Member one{kernels, decoder, cache, cosine, sine, scratch,
+  Member one{Worker(scratch.jobs), kernels, decoder, cache, cosine, sine, scratch,
              scratch.normed.data() + decoder.hidden + member * wide,
              scratch.sums.data() + member * stride(decoder),
              scratch.scores.data() + member * scratch.positions,

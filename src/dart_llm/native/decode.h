@@ -1,6 +1,5 @@
 // One token through a decoder of RMS norms, rotary attention and gated FFNs, whole.
 #pragma once
-#include <atomic>
 #include <vector>
 
 #include "kernels.h"
@@ -35,11 +34,9 @@ struct Cache {
 // What a step leaves behind; all float32.
 struct Scratch {
   Scratch(const Decoder&, int64_t threads, int64_t positions);
-  void begin();  // before the members of a step begin
+  Jobs jobs;  // begin() them before the members of a step begin
   std::vector<float> stream, qkv, attended, logits, sums, normed, scores;
-  std::vector<float> parts;                 // [PARTS, D]: what each part of an FFN adds
-  std::vector<std::atomic<int64_t>> taken;  // of each job: the parts that members have taken ...
-  std::vector<std::atomic<int64_t>> done;   // ... and have finished
+  std::vector<float> parts;  // [PARTS, D]: what each part of an FFN adds
   // Of every layer, where it is observed: activations [L, I], and [L, D] each the FFN's input, its
   // output and the stream before it.
   std::vector<float> u, h, z, x;

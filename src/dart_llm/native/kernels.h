@@ -34,15 +34,16 @@ struct Ffn {
   Act act;
 };
 
-// 4-bit copies of gate and up, by which a token chooses its neurons: byte j of a row holds level + 8
-// of input j in its low bits and of input j + D / 2 in its high ones; D is a multiple of 64.
+// Low-bit copies of gate and up, by which a token chooses its neurons.  Of 4 bits: byte j of a row
+// holds level + 8 of input j in its low bits and of input j + (D + 1) / 2 in its high ones; of 8:
+// levels as int8.
 struct Copies {
-  const uint8_t *gate, *up;             // [I, D / 2]; gate null: a plain FFN
-  const uint16_t *gate_scales, *up_scales;  // bfloat16 [I, D / GROUP]
-  const float* worth;                   // [I]: of a unit of activation
-  int64_t keep;                         // neurons of one token; 0: no token chooses
+  const uint8_t *gate, *up;                 // [I, (D + 1) / 2 or D]; gate null: a plain FFN
+  const uint16_t *gate_scales, *up_scales;  // bfloat16 [I, D / group, rounded up]
+  const float* worth;                       // [I]: of a unit of activation
+  int64_t bits, group;
+  int64_t keep;  // neurons of one token; 0: no token chooses
 };
-constexpr int64_t GROUP = 32;
 
 struct Kernels {
   const char* name;
@@ -54,7 +55,8 @@ struct Kernels {
               int64_t u_stride);
   // sums[m, :] += features begin to end of the low-rank part.
   void (*low_rank)(Dtype, const Ffn&, const Input&, int64_t begin, int64_t end, float* sums);
-  // strength[i] = abs(u~_i) worth_i of neurons begin to end, u~ from the copies; x is one vector.
+  // strength[j] = abs(u~_i) worth_i of kept neurons i, the j-th for begin <= j < end, u~ from the
+  // copies; x is one vector.
   void (*estimate)(Dtype, const Copies&, const Ffn&, const Input&, int64_t begin, int64_t end,
                    float* strength);
   // to[f, d] = sum over k of rows[ids[k], d] factors[k, f] for begin <= d < end; rows: [., size].

@@ -190,7 +190,9 @@ void features_rows(const Ffn& f, const Input& x, int64_t begin, int64_t end, flo
   }
 }
 
-// One row of a 4-bit copy times x.
+constexpr int64_t GROUP = 32;  // of the 4-bit copies that have a way of their own
+
+// One row of a 4-bit copy in such groups times x; D is a multiple of 2 GROUP.
 template <class T, class Set = S>
 float copied(const uint8_t* levels, const uint16_t* scales, const T* raw, const float* x,
              int64_t size) {
@@ -221,23 +223,46 @@ float copied(const uint8_t* levels, const uint16_t* scales, const T* raw, const 
   return S::sum(total);
 }
 
+// One row of any copy times x.
+inline float copied_any(const Copies& c, const uint8_t* levels, const uint16_t* scales,
+                        const float* x, int64_t size) {
+  constexpr int64_t MOST = 64;  // values at a time
+  int64_t half = (size + 1) / 2;
+  float total = 0, values[MOST];
+  for (int64_t d = 0, end; d < size; d = end) {
+    end = std::min({size, (d / c.group + 1) * c.group, d + MOST});
+    for (int64_t j = d; j < end; ++j)
+      values[j - d] = float(c.bits == 8 ? int(int8_t(levels[j]))
+                                        : (j < half ? levels[j] & 15 : levels[j - half] >> 4) - 8);
+    const float* row = values;
+    float found;
+    dots<1>(&row, nullptr, x + d, end - d, &found, nullptr);
+    total += wide(bf16(scales[d / c.group])) * found;
+  }
+  return total;
+}
+
 template <class T>
 void estimate_rows(const Copies& c, const Ffn& f, const Input& x, int64_t begin, int64_t end,
                    float* strength) {
   const T* raw = static_cast<const T*>(x.raw);
   const T* up_bias = static_cast<const T*>(f.up_bias);
   const T* gate_bias = static_cast<const T*>(f.gate_bias);
-  int64_t bytes = x.size / 2, groups = x.size / GROUP;
-  for (int64_t i = begin; i < end; ++i) {
-    float u = copied(c.up + i * bytes, c.up_scales + i * groups, raw, x.wide, x.size);
-    if (up_bias) u += wide(up_bias[i]);
-    float gate = u;
-    if (c.gate) {
-      gate = copied(c.gate + i * bytes, c.gate_scales + i * groups, raw, x.wide, x.size);
-      if (gate_bias) gate += wide(gate_bias[i]);
-    }
-    u = c.gate ? activate(f.act, gate) * u : activate(f.act, u);
-    strength[i] = std::fabs(u) * c.worth[i];
+  int64_t bytes = c.bits == 8 ? x.size : (x.size + 1) / 2;
+  int64_t groups = (x.size + c.group - 1) / c.group;
+  bool usual = c.bits == 4 && c.group == GROUP && x.size % (2 * GROUP) == 0;
+  auto product = [&](const uint8_t* levels, const uint16_t* scales, int64_t i, const T* bias) {
+    const uint8_t* row = levels + i * bytes;
+    const uint16_t* by = scales + i * groups;
+    float found = usual ? copied(row, by, raw, x.wide, x.size) : copied_any(c, row, by, x.wide, x.size);
+    return bias ? found + wide(bias[i]) : found;
+  };
+  for (int64_t place = begin; place < end; ++place) {
+    int64_t i = f.ids ? f.ids[place] : place;
+    float up = product(c.up, c.up_scales, i, up_bias);
+    float u = c.gate ? activate(f.act, product(c.gate, c.gate_scales, i, gate_bias)) * up
+                     : activate(f.act, up);
+    strength[place] = std::fabs(u) * c.worth[i];
   }
 }
 

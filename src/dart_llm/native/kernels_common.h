@@ -1,5 +1,6 @@
 // What every kernels_*.cpp needs, included before its target is chosen.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "choose.h"
 #include "decode.h"
 
 namespace {
@@ -133,34 +134,97 @@ dart::Ffn read_ffn(const MaybeTensor& gate, const Tensor& up, const Tensor& down
   return f;
 }
 
+// By what the tokens of one FFN choose `keep` of its neurons: see Copies in kernels.h.
+struct Choice : torch::CustomClassHolder {
+  dart::Copies copies{};
+  const float* mean;  // [I], or null: what the others stand at
+  int64_t width, inputs;
+  std::vector<Tensor> held;  // keeps what is pointed at alive
+
+  // numbers: D, bits, group, keep; gate, gate_scales: None in a plain FFN.
+  Choice(const MaybeTensor& gate, const MaybeTensor& gate_scales, const Tensor& up,
+         const Tensor& up_scales, const Tensor& worth, const MaybeTensor& mean_,
+         std::vector<int64_t> numbers)
+      : mean(static_cast<const float*>(data(mean_, at::kFloat))),
+        width(up.size(0)),
+        inputs(numbers.at(0)) {
+    int64_t bits = numbers.at(1), group = numbers.at(2), keep = numbers.at(3);
+    auto type = bits == 8 ? at::kChar : at::kByte;
+    TORCH_CHECK((bits == 4 || bits == 8) && group > 0 && keep > 0 && keep <= width &&
+                    gate.has_value() == gate_scales.has_value() && worth.numel() == width &&
+                    (!mean_ || mean_->numel() == width),
+                "native: these copies have another shape");
+    for (const auto* levels : {gate ? &*gate : &up, &up})
+      TORCH_CHECK(levels->dim() == 2 && levels->size(0) == width &&
+                      levels->size(1) == (bits == 8 ? inputs : (inputs + 1) / 2),
+                  "native: these copies have another shape");
+    for (const auto* scales : {gate ? &*gate_scales : &up_scales, &up_scales})
+      TORCH_CHECK(scales->dim() == 2 && scales->size(0) == width &&
+                      scales->size(1) == (inputs + group - 1) / group,
+                  "native: these copies have another shape");
+    copies = {static_cast<const uint8_t*>(data(gate, type)),
+              static_cast<const uint8_t*>(data(up, type)),
+              static_cast<const uint16_t*>(data(gate_scales, at::kBFloat16)),
+              static_cast<const uint16_t*>(data(up_scales, at::kBFloat16)),
+              static_cast<const float*>(data(worth, at::kFloat)),
+              bits,
+              group,
+              keep};
+    for (const auto& t : {gate, gate_scales, MaybeTensor(up), MaybeTensor(up_scales),
+                          MaybeTensor(worth), mean_})
+      if (t) held.push_back(*t);
+  }
+
+  // The copies of an FFN of I neurons of D inputs, whose tokens choose out of f.kept.
+  const dart::Copies& of(const dart::Ffn& f, int64_t neurons, int64_t hidden) const {
+    TORCH_CHECK(width == neurons && inputs == hidden && copies.keep <= f.kept &&
+                    (copies.gate == nullptr) == (f.gate == nullptr),
+                "native: these copies are of another FFN");
+    return copies;
+  }
+};
+using MaybeChoice = std::optional<c10::intrusive_ptr<Choice>>;
+
 // x [M, D] through the kept neurons: z [M, D].  Matrices [I, D], down too; bias [D] float32.
+// With a choice M is 1, and the token chooses out of the kept neurons.
 Tensor ffn(const Tensor& x, const MaybeTensor& gate, const Tensor& up, const Tensor& down,
            const MaybeTensor& gate_bias, const MaybeTensor& up_bias, const MaybeTensor& ids,
            const MaybeTensor& bias, const MaybeTensor& basis, const MaybeTensor& features,
-           int64_t act) {
+           const MaybeChoice& choice, int64_t act) {
   dart::Dtype dtype = dtype_of(x);
   auto type = x.scalar_type();
   data(x, type);
   TORCH_CHECK(x.dim() == 2 && up.size(1) == x.size(1) && up.scalar_type() == type,
               "native: shapes do not fit");
   dart::Ffn f = read_ffn(gate, up, down, gate_bias, up_bias, ids, basis, features, act);
+  dart::Copies copies{};
+  if (choice) {
+    TORCH_CHECK(x.size(0) == 1, "native: tokens choose one at a time");
+    copies = (*choice)->of(f, up.size(0), x.size(1));
+    f.mean = (*choice)->mean;
+  }
   const float* add = static_cast<const float*>(data(bias, at::kFloat));
   Tensor wide = x.to(at::kFloat);
   dart::Input given = input(x, wide);
   int64_t size = x.numel(), hidden = x.size(1);
-  std::vector<float> sums(size * dart::PARTS);
+  std::vector<float> sums(size * dart::PARTS), strength(choice ? f.kept : 0);
+  std::vector<int32_t> chosen(strength.size());
   Tensor z = at::empty(x.sizes(), wide.options());
   float* to = z.mutable_data_ptr<float>();
   const dart::Kernels& kernels = best();
-  std::atomic<int64_t> taken{0};
+  dart::Jobs jobs(3);
   together([&](int64_t) {
-    for (int64_t group; (group = taken++) < dart::PARTS;) {
-      float* own = sums.data() + group * size;
-      dart::Span span = dart::part(f.kept, group, dart::PARTS);
-      kernels.ffn(dtype, f, given, span.begin, span.end, own, nullptr, 0);
-      span = dart::part(f.rank, group, dart::PARTS, 1);
-      kernels.low_rank(dtype, f, given, span.begin, span.end, own);
-    }
+    dart::Worker team(jobs);
+    dart::Ffn own = f;
+    if (choice)
+      dart::choose(team, kernels, dtype, copies, given, own, strength.data(), chosen.data());
+    team.in_parts(dart::PARTS, [&](int64_t one, int64_t parts) {
+      float* sum = sums.data() + one * size;
+      dart::Span span = dart::part(own.kept, one, parts);
+      kernels.ffn(dtype, own, given, span.begin, span.end, sum, nullptr, 0);
+      span = dart::part(own.rank, one, parts, 1);
+      kernels.low_rank(dtype, own, given, span.begin, span.end, sum);
+    });
   });
   for (int64_t i = 0; i < size; ++i) to[i] = add ? add[i % hidden] : 0.0f;
   for (int64_t group = 0; group < dart::PARTS; ++group)
@@ -172,7 +236,11 @@ Tensor ffn(const Tensor& x, const MaybeTensor& gate, const Tensor& up, const Ten
 struct Decoder : torch::CustomClassHolder {
   dart::Decoder model;
   std::vector<Tensor> held;  // keeps what is pointed at alive
-  std::vector<std::vector<Tensor>> masks;
+  struct Mask {
+    MaybeChoice choice;
+    std::vector<Tensor> parts;
+  };
+  std::vector<Mask> masks;
   std::unique_ptr<dart::Scratch> scratch;
 
   // sizes: D, H, K, S, I, V; weights: embedding, norm, head, then 12 per layer, [] for none:
@@ -206,9 +274,10 @@ struct Decoder : torch::CustomClassHolder {
   }
   static constexpr size_t EACH = 17;
 
-  // What layer `index` runs from now on; ids: int32 [k] or None for all.
+  // What layer `index` runs from now on; ids: int32 [k] or None for all; with a choice every token
+  // chooses out of these.
   void set_mask(int64_t index, const MaybeTensor& ids, const MaybeTensor& bias,
-                const MaybeTensor& basis, const MaybeTensor& features) {
+                const MaybeTensor& basis, const MaybeTensor& features, const MaybeChoice& choice) {
     dart::Layer& layer = model.layers.at(index);
     auto type = held[0].scalar_type();
     layer.ffn.ids = static_cast<const int32_t*>(data(ids, at::kInt));
@@ -217,34 +286,11 @@ struct Decoder : torch::CustomClassHolder {
     layer.ffn.features = data(features, type);
     layer.ffn.rank = basis ? basis->size(0) : 0;
     layer.bias = static_cast<const float*>(data(bias, at::kFloat));
-    layer.ffn.mean = nullptr;
-    layer.copies = {};
-    auto& keep = masks[index];
-    keep.clear();
+    layer.ffn.mean = choice ? (*choice)->mean : nullptr;
+    layer.copies = choice ? (*choice)->of(layer.ffn, model.width, model.hidden) : dart::Copies{};
+    masks[index] = {choice, {}};
     for (const auto& t : {ids, bias, basis, features})
-      if (t) keep.push_back(*t);
-  }
-
-  // From now on every token of layer `index` chooses `keep` neurons by 4-bit copies; mean: [I]
-  // float32, what the others stand at, with the bias that goes with it, or None.
-  void set_choice(int64_t index, const MaybeTensor& gate, const MaybeTensor& gate_scales,
-                  const Tensor& up, const Tensor& up_scales, const Tensor& worth,
-                  const MaybeTensor& mean, const MaybeTensor& bias, int64_t keep) {
-    TORCH_CHECK(model.hidden % (2 * dart::GROUP) == 0 && up.size(1) == model.hidden / 2 &&
-                    up_scales.size(1) == model.hidden / dart::GROUP && keep <= model.width,
-                "native: these copies have another shape");
-    set_mask(index, {}, bias, {}, {});
-    dart::Layer& layer = model.layers.at(index);
-    layer.ffn.mean = static_cast<const float*>(data(mean, at::kFloat));
-    layer.copies = {static_cast<const uint8_t*>(data(gate, at::kByte)),
-                    static_cast<const uint8_t*>(data(up, at::kByte)),
-                    static_cast<const uint16_t*>(data(gate_scales, at::kBFloat16)),
-                    static_cast<const uint16_t*>(data(up_scales, at::kBFloat16)),
-                    static_cast<const float*>(data(worth, at::kFloat)),
-                    keep};
-    for (const auto& t : {gate, gate_scales, MaybeTensor(up), MaybeTensor(up_scales),
-                          MaybeTensor(worth), mean})
-      if (t) masks[index].push_back(*t);
+      if (t) masks[index].parts.push_back(*t);
   }
 
   // Decodes after `token`; keys and values: per layer [K, capacity, S], `length` filled, of which
@@ -273,7 +319,7 @@ struct Decoder : torch::CustomClassHolder {
     const float* cos = static_cast<const float*>(data(cosine, at::kFloat));
     const float* sin = static_cast<const float*>(data(sine, at::kFloat));
     const dart::Kernels& kernels = best();
-    scratch->begin();
+    scratch->jobs.begin();
     together([&](int64_t member) {
       dart::step(kernels, model, cache, token, cos, sin, *scratch, member);
     });
@@ -301,6 +347,9 @@ struct Decoder : torch::CustomClassHolder {
 }  // namespace
 
 TORCH_LIBRARY(dart_llm, library) {
+  library.class_<Choice>("Choice")
+      .def(torch::init<const MaybeTensor&, const MaybeTensor&, const Tensor&, const Tensor&,
+                       const Tensor&, const MaybeTensor&, std::vector<int64_t>>());
   library.def("linear", linear);
   library.def("ffn", ffn);
   library.def("fold", fold);
@@ -309,7 +358,6 @@ TORCH_LIBRARY(dart_llm, library) {
   library.class_<Decoder>("Decoder")
       .def(torch::init<std::vector<int64_t>, double, double, std::vector<Tensor>, int64_t>())
       .def("set_mask", &Decoder::set_mask)
-      .def("set_choice", &Decoder::set_choice)
       .def("step", &Decoder::step)
       .def("observed", &Decoder::observed);
 }

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdint>
 #include <thread>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -39,5 +40,52 @@ inline Span part(int64_t n, int64_t member, int64_t size, int64_t step = 4) {
   auto at = [&](int64_t m) { int64_t x = blocks * m / size * step; return x < n ? x : n; };
   return {at(member), at(member + 1)};
 }
+
+// Jobs that members do together, one after the other: the parts of each that they have taken, and
+// have finished.
+struct Jobs {
+  explicit Jobs(int64_t count) : taken(count), done(count) {}
+  void begin() {  // before the members begin
+    for (auto* counts : {&taken, &done})
+      for (std::atomic<int64_t>& one : *counts) one.store(0, std::memory_order_relaxed);
+  }
+  std::vector<std::atomic<int64_t>> taken, done;
+};
+
+// One member at its jobs; all members go through the same ones.
+class Worker {
+ public:
+  static constexpr int64_t MOST = 8;  // jobs that may be open at once
+
+  explicit Worker(Jobs& jobs) : jobs_(jobs) {}
+
+  // Calls work(part, number of parts) for the parts of a job that fall to this member; every member
+  // calls it.  A member that comes late finds nothing left, and whatever it prepared for the job
+  // from vectors that have changed since is never used.
+  template <class Work>
+  void in_parts(int64_t parts, const Work& work) {
+    std::atomic<int64_t>& taken = jobs_.taken[begun_];
+    for (int64_t one; (one = taken.fetch_add(1, std::memory_order_relaxed)) < parts;) {
+      work(one, parts);
+      jobs_.done[begun_].fetch_add(1, std::memory_order_release);
+    }
+    open_[begun_++ - seen_] = parts;
+  }
+
+  // Returns when all jobs begun so far are finished.  Waits for parts, not for members: one that is
+  // not running, and has taken nothing, holds nobody up.
+  void finish() {
+    for (int64_t job = seen_; job < begun_; ++job) {
+      Patience patience;
+      while (jobs_.done[job].load(std::memory_order_acquire) < open_[job - seen_]) patience.wait();
+    }
+    seen_ = begun_;
+  }
+
+ private:
+  Jobs& jobs_;
+  int64_t begun_ = 0, seen_ = 0;  // jobs: begun, and seen to be finished; `begun_` is alike for all
+  int64_t open_[MOST] = {};       // parts of the jobs between the two
+};
 
 }  // namespace dart
