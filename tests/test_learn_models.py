@@ -85,7 +85,7 @@ def test_an_interrupted_lesson_leaves_nothing(monkeypatch: pytest.MonkeyPatch, c
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("dart_llm.learn.gradients", stop)
+        patch.setattr("dart_llm.own_study.gradients", stop)
         with pytest.raises(KeyboardInterrupt):
             prune(model, CONFIG).attach()
     assert all(module.training for module in model.modules()) and files(cache) == []

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from curvature_cases import KEPT, LENGTH, ROWS, by_leaves
-from dart_llm import learn
+from dart_llm import own_study
 from dart_llm.activations import Seen
 from dart_llm.curvature import gradients
 from dart_llm.errors import DartError
 from dart_llm.evidence import LayerEvidence
-from dart_llm.learn import find_bases, study
+from dart_llm.own_study import find_bases, study
 from dart_llm.low_rank import find_basis
 from dart_llm.scores import squared
 from dart_llm.token_statistics import Statistics
@@ -66,7 +66,7 @@ def test_gradients_that_are_not_finite(monkeypatch: pytest.MonkeyPatch, value: f
 
         real(model, ids, spoil, say)
 
-    monkeypatch.setattr("dart_llm.learn.gradients", broken)
+    monkeypatch.setattr("dart_llm.own_study.gradients", broken)
     with pytest.raises(DartError, match="not finite: load it in float32 or bfloat16"):
         study(model, ids, plain, 0, layers)
 
@@ -78,7 +78,7 @@ def test_bases_come_from_the_inputs_of_the_ffn(monkeypatch: pytest.MonkeyPatch) 
     """The first sequences that hold enough tokens, without their sinks."""
     model, ids = shared_model(), tokens(7, LENGTH, seed=5)
     layers, inputs = layers_of(model), list[Tensor]()
-    monkeypatch.setattr(learn, "BASIS_TOKENS", 45)  # five sequences of ten
+    monkeypatch.setattr(own_study, "BASIS_TOKENS", 45)  # five sequences of ten
     found = find_bases(model, ids, 6, layers)
     handle = model.model.layers[1].mlp.up_proj.register_forward_pre_hook(
         lambda module, args: inputs.append(args[0].detach())

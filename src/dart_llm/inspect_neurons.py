@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from dart_llm.inspect_study import Study
-from dart_llm.proxies import CHUNK
 from dart_llm.registry import SCORES
-from dart_llm.weights import FfnWeights
+from dart_llm.weights import REACH_CHUNK, FfnWeights
 
 TOKENS = 5
 """Vocabulary entries listed for a strong neuron."""
@@ -92,10 +91,10 @@ def top_rows(rows: Tensor, columns: Tensor, count: int) -> Tensor:
     Returns [n, count].  In chunks of V: the products of a large vocabulary are never held together.
     """
     values = ids = None  # type: Tensor | None
-    for number, chunk in enumerate(torch.split(rows, CHUNK)):
+    for number, chunk in enumerate(torch.split(rows, REACH_CHUNK)):
         reach = chunk.float() @ columns
         own = torch.arange(len(chunk), device=rows.device)[:, None].expand_as(reach)
-        own = own + number * CHUNK
+        own = own + number * REACH_CHUNK
         if values is not None and ids is not None:
             reach, own = torch.cat([values, reach]), torch.cat([ids, own])
         values, places = reach.topk(min(count, len(reach)), 0)
