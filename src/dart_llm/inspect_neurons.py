@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dart_llm.config import PruneConfig, ScoreConfig
 from dart_llm.inspect_study import Study
 from dart_llm.registry import SCORES
 from dart_llm.weights import REACH_CHUNK, FfnWeights
@@ -30,7 +31,8 @@ def neurons(study: Study) -> dict[str, Any]:
     config, top = study.settings.prune_config(), study.settings.top
     rule = SCORES.get(study.settings.neuron_score)
     layers = []
-    for weights in study.view.weights("output", config.seed):
+    own = PruneConfig(score=ScoreConfig(name=study.settings.neuron_score), seed=config.seed)
+    for weights in study.knowing(own, study.view.weights("output", config.seed)):
         a, signed = _statistics(study, weights)
         scores = rule(a, weights).detach().float()
         order = scores.sort(descending=True, stable=True).indices

@@ -88,7 +88,7 @@ def write(folder: Path, key: str, suffix: str, data: bytes) -> Path:
         if path.is_dir():
             _remove(path)
         scratch.replace(path)
-        sync_folder(folder)
+        sync(folder)
     except OSError as error:
         raise LoadError(f"cannot write into {folder}: {error.strerror or error}") from None
     finally:
@@ -101,10 +101,10 @@ def _name(key: str, data: bytes, suffix: str) -> str:
     return f"{key}-{digest_of(data)}{suffix}"
 
 
-def sync_folder(folder: Path) -> None:
-    """Names in ``folder`` are on the disk after this call, where the system can promise it."""
+def sync(path: Path) -> None:
+    """A file, or a folder's names, are on the disk after this call, where that can be promised."""
     with contextlib.suppress(OSError):  # some systems do not open folders
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:

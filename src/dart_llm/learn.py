@@ -107,13 +107,12 @@ def _can_reach(layers: Sequence[FfnWeights]) -> bool:
 def _check_learnable(
     model: nn.Module, method: str, layers: Sequence[FfnWeights], backward: bool
 ) -> None:
-    why = ""
+    source, why = "gradients", ""
     if any(layer.down.is_meta for layer in layers):
-        why = "which an offloaded model has not: load it without offloading"
+        source, why = "its own text", "which an offloaded model does not write: load it whole"
     elif backward and any(p.is_inference() for p in model.parameters()):
         why = "which weights made in torch.inference_mode() have not: load the model outside it"
     if why:
-        source = "gradients" if backward else "activations"
         raise ConfigError(
             f'method "{method}" learns from {source}, {why}, or use dart-prompt or griffin'
         )

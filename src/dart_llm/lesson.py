@@ -59,6 +59,7 @@ class Lesson:
         self.statistics = Selector(self.config, self.layers).statistics
         self.digest = fingerprint(self.model)
         self.devices = [layer.device for layer in self.layers]
+        self.unkept = False
         self.opening: Tensor | None = None
         if (prior := self.config.prior) is not None:
             self.start = own_start(self.model)
@@ -139,7 +140,9 @@ class Lesson:
         try:
             calibration_cache.keep(self.model, self._key(name), self.cache_dir, part, about)
         except LoadError as error:
-            self.say(f"what was learnt is not kept for the next time: {error}")
+            if not self.unkept:  # one sentence is enough for all parts
+                self.say(f"what was learnt is not kept for the next time: {error}")
+            self.unkept = True
         return part
 
     def _key(self, name: str) -> str:
