@@ -18,7 +18,7 @@ from dart_llm import calibration_cache
 from dart_llm.config import PriorConfig, PruneConfig
 from dart_llm.errors import LoadError
 from dart_llm.evidence import LayerEvidence, Sum
-from dart_llm.fingerprint import fingerprint
+from dart_llm.fingerprint import digest_of, fingerprint
 from dart_llm.own_study import find_bases, study
 from dart_llm.own_text import go_on, opening_ids, own_start
 from dart_llm.select import Selector
@@ -61,17 +61,20 @@ class Lesson:
         self.devices = [layer.device for layer in self.layers]
         self.unkept = False
         self.opening: Tensor | None = None
+        self.text: Tensor | None = None
         if (prior := self.config.prior) is not None:
             self.start = own_start(self.model)
             self.opening = opening_ids(self.model, prior.sequences, prior.opening)
 
     def find(self, names: Sequence[str]) -> dict[str, Part]:
-        """The parts of ``names`` that are known already."""
-        found = {}
+        """The parts of ``names`` that are known already: those of the text that is known."""
+        found = dict[str, Part]()
+        if any(name != REACH for name in names):
+            self._recall_text()
         for name in names:
-            part = calibration_cache.find(self.model, self._key(name), self.cache_dir, self.devices)
-            if part is not None:
-                found[name] = part
+            if name == REACH or self.text is not None:
+                part = self._find(name, self.devices, found)
+                found |= {} if part is None else {name: part}
         return found
 
     def learn(self, names: Sequence[str], known: dict[str, Part]) -> dict[str, Part]:
@@ -82,7 +85,14 @@ class Lesson:
             f"learning {_in_words(names)} from {prior.sequences} x {prior.length} tokens of the "
             "model's own text, once"
         )
-        ids = self._text(prior)
+        if self.text is None:
+            self._write_text(prior)
+            found = self.find(names)  # of this very text: it alone was lost
+            known, names = known | found, [name for name in names if name not in found]
+            if not names:
+                return known
+        ids = self.text
+        assert ids is not None
         bases: list[Tensor | None] = [None] * len(self.layers)
         if BASIS in known:
             bases = [basis_of(known, place, one) for place, one in enumerate(self.layers)]
@@ -91,7 +101,10 @@ class Lesson:
         evidence = study(
             self.model, ids, self._missing(names), bases, self.layers, self.say, CURVATURE in names
         )
-        return {name: self._keep(name, _part_of(evidence, name)) for name in names}
+        made = {name: _part_of(evidence, name) for name in names}
+        for name, part in made.items():
+            self._keep(name, part, known | made)
+        return known | made
 
     def reach(self) -> Part:
         """``FfnWeights.reach`` of every layer."""
@@ -103,7 +116,8 @@ class Lesson:
             found.append(LayerEvidence({"max": Sum(high, 1.0), "mean": Sum(mean, 1.0)}))
             if (number + 1) % max(2, len(self.layers) // 4) == 0:
                 self.say(f"reach towards the vocabulary: {number + 1} of {len(self.layers)} layers")
-        return self._keep(REACH, found)
+        self._keep(REACH, found, {})
+        return found
 
     def _missing(self, names: Sequence[str]) -> Statistics:
         """The statistics of ``names`` alone."""
@@ -112,17 +126,16 @@ class Lesson:
             self.statistics, per_token=per_token, needs=frozenset(names) & SUMS.keys(), spread=False
         )
 
-    def _text(self, prior: PriorConfig) -> Tensor:
-        """The model's own text [n, T], int64 on the host: found, or written now."""
-        host = [torch.device("cpu")]
-        key = self._key("text")
-        known = calibration_cache.find(self.model, key, self.cache_dir, host)
-        if known is None:
-            ids = self._write(prior)
-            known = self._keep("text", [LayerEvidence({"ids": Sum(ids, 1.0)})])
-        return known[0].sums["ids"].total
+    def _recall_text(self) -> None:
+        found = self._find("text", [torch.device("cpu")], {})
+        self.text = None if found is None else found[0].sums["ids"].total
 
-    def _write(self, prior: PriorConfig) -> Tensor:
+    def _write_text(self, prior: PriorConfig) -> None:
+        self.text = self._written(prior)
+        self._keep("text", [LayerEvidence({"ids": Sum(self.text, 1.0)})], {})
+
+    def _written(self, prior: PriorConfig) -> Tensor:
+        """What the model writes by itself, [n, T] int64 on the host."""
         generator, opening = torch.Generator().manual_seed(self.config.seed), self.opening
         if opening is None:
             self.say("no tokenizer is at hand: the model's own text begins with its start token")
@@ -135,32 +148,48 @@ class Lesson:
         )
         return written.clone()
 
-    def _keep(self, name: str, part: Part) -> Part:
-        about = {"note": f"what dart_llm learnt of a model: {name}"}
+    def _find(
+        self, name: str, devices: Sequence[torch.device], known: dict[str, Part]
+    ) -> Part | None:
+        key = self._key(name, known)
+        return calibration_cache.find(self.model, key, self.cache_dir, devices)
+
+    def _keep(self, name: str, part: Part, known: dict[str, Part]) -> None:
+        about, key = {"note": f"what dart_llm learnt of a model: {name}"}, self._key(name, known)
         try:
-            calibration_cache.keep(self.model, self._key(name), self.cache_dir, part, about)
+            calibration_cache.keep(self.model, key, self.cache_dir, part, about)
         except LoadError as error:
             if not self.unkept:  # one sentence is enough for all parts
                 self.say(f"what was learnt is not kept for the next time: {error}")
             self.unkept = True
-        return part
 
-    def _key(self, name: str) -> str:
-        return calibration_cache.part_key(self.digest, VERSION, name, *self._decides(name))
+    def _key(self, name: str, known: dict[str, Part]) -> str:
+        decides = self._decides(name, known)
+        return calibration_cache.part_key(self.digest, VERSION, name, *decides)
 
-    def _decides(self, name: str) -> list[object]:
-        """What decides a part beside the model."""
+    def _decides(self, name: str, known: dict[str, Part]) -> list[object]:
+        """What decides a part beside the model.
+
+        Of the text and the basis what is in them, not what was asked for: another machine rounds,
+        and so writes, otherwise, and parts of two texts would not fit together.
+        """
         if name == REACH:
             return [self.config.score.proxy_embedding]
-        prior = self.config.prior
-        assert prior is not None
-        first = self.start if self.opening is None else calibration_cache.digest_of(self.opening)
-        text: list[object] = [first, prior.model_dump(exclude={"tokens"}), self.config.seed]
-        if name in (BASIS, "features"):
-            return [*text, self.config.compensation_rank]
+        if name == "text":
+            prior = self.config.prior
+            assert prior is not None
+            first = self.start if self.opening is None else digest_of(self.opening)
+            return [first, prior.model_dump(exclude={"tokens"}), self.config.seed]
+        assert self.text is not None
+        text = digest_of(self.text)
+        if name == BASIS:
+            return [text, self.config.compensation_rank]
+        if name == "features":
+            each = [one.sums[BASIS].total for one in known.get(BASIS, []) if BASIS in one.sums]
+            return [text, *map(digest_of, each)]
         if name == SCORE:
-            return [*text, calibration_cache.rule_of(self.statistics), self.statistics.ema_decay]
-        return text
+            return [text, calibration_cache.rule_of(self.statistics), self.statistics.ema_decay]
+        return [text]
 
 
 def _in_words(names: Sequence[str]) -> str:
