@@ -67,6 +67,9 @@ def seen(
     return evidence
 
 
+PARTS = 6
+"""Files of what ``CONFIG`` learns: text, gradients, basis, score, signed means, features."""
+
 ONE_BY_ONE = [1] * 23
 """Two sequences of 24 tokens, of which the first is given."""
 

@@ -24,8 +24,8 @@ from dart_llm.gguf_cache import (
     read_header,
     read_source,
     scratch_folder,
-    sweep,
 )
+from dart_llm.kept import sweep
 from dart_llm.loading import checkpoint_facts, load
 
 

@@ -14,7 +14,7 @@ import dart_llm
 
 SOURCE = Path(dart_llm.__file__).parent
 LEVELS = {
-    0: "errors cache config config_parts layer_spec records registry",
+    0: "errors cache kept config config_parts layer_spec records registry",
     1: "linear_time native_build weights layer_prior low_rank scores proxies evidence budgets "
     "depth_budget masks compensation drift select life signals detection "
     "plan observations reference tracer accounting low_bit token_select token_costs "

@@ -12,7 +12,7 @@ import torch
 from accelerate_cases import dispatched, on_the_host
 from dart_llm import AttachError, ConfigError, DartError, PruneConfig, prune
 from dart_llm.calibration import observing
-from prior_cases import ALL, CONFIG, attached, equal, files, learnt, tensors
+from prior_cases import CONFIG, PARTS, attached, equal, files, learnt, tensors
 from steps import CACHE, Same, decode, forward_lengths, new_cache, same_masks, shared_model
 from tiny import HIDDEN, tiny, tokens
 
@@ -45,7 +45,7 @@ def test_modes_of_the_caller(cache: Path, mode: Callable[[], Any]) -> None:
             model(IDS[:, :20], **{CACHE: cache_of})
             model(IDS[:, 20:21], **{CACHE: cache_of}).logits.sum().backward()
         assert all(p.grad is not None for p in model.model.layers[0].mlp.parameters())
-    assert len(files(cache)) == 1
+    assert len(files(cache)) == PARTS
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bloom"])
@@ -78,20 +78,23 @@ def test_the_model_is_left_as_it_was(name: str) -> None:
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-def test_an_interrupted_lesson_leaves_nothing(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def test_an_interrupted_lesson_leaves_its_text_alone(
+    monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
     model = tiny("gpt2").train()
 
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("dart_llm.learn.gradients", stop)
+        patch.setattr("dart_llm.own_study.gradients", stop)
         with pytest.raises(KeyboardInterrupt):
             prune(model, CONFIG).attach()
-    assert all(module.training for module in model.modules()) and files(cache) == []
+    assert all(module.training for module in model.modules())
+    assert len(files(cache)) == 1, "the text is written, and is not written again"
     model.eval()
     with Same(model):
-        assert forward_lengths(model, attached(model)) == ALL
+        assert forward_lengths(model, attached(model)) == [24, 24]
 
 
 def test_nested_blocks_are_refused_before_anything_is_learnt(cache: Path) -> None:
@@ -148,8 +151,8 @@ def test_an_offloaded_model_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         run.attach()
     assert str(caught.value) == (
-        'method "mine" learns from gradients, which an offloaded model has not: load it without '
-        "offloading, or use dart-prompt or griffin"
+        'method "mine" learns from its own text, which an offloaded model does not write: load it '
+        "whole, or use dart-prompt or griffin"
     )
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from curvature_cases import KEPT, LENGTH, ROWS, by_leaves
-from dart_llm import learn
+from dart_llm import own_study
 from dart_llm.activations import Seen
 from dart_llm.curvature import gradients
 from dart_llm.errors import DartError
 from dart_llm.evidence import LayerEvidence
-from dart_llm.learn import find_bases, study
 from dart_llm.low_rank import find_basis
+from dart_llm.own_study import find_bases, study
 from dart_llm.scores import squared
 from dart_llm.token_statistics import Statistics
 from prior_cases import STATISTICS, layers_of
@@ -33,7 +33,7 @@ def test_study(name: str) -> None:
         tokens(ROWS, LENGTH, seed=5),
         layers_of(shared_model(name)),
     )
-    found = study(model, ids, STATISTICS, 3, layers)
+    found = study(model, ids, STATISTICS, find_bases(model, ids, 3, layers), layers)
     wanted = by_leaves(model, ids)
     squares = {
         layer: g[:, 4:-1].reshape(ROWS * KEPT, -1).square() for layer, (_, g) in wanted.items()
@@ -58,17 +58,17 @@ def test_gradients_that_are_not_finite(monkeypatch: pytest.MonkeyPatch, value: f
     model, ids, layers = shared_model(), tokens(1, LENGTH, seed=5), layers_of(shared_model())
     plain, real = Statistics(squared, None, frozenset(), average=True), gradients
 
-    def broken(model: Any, ids: Tensor, take: Any, say: Any) -> None:
+    def broken(model: Any, ids: Tensor, take: Any, say: Any, backward: bool) -> None:
         def spoil(layer: int, seen: Seen, gradient: Tensor) -> None:
             if layer == 2:
                 gradient[0, 3, 5] = value
             take(layer, seen, gradient)
 
-        real(model, ids, spoil, say)
+        real(model, ids, spoil, say, backward)
 
-    monkeypatch.setattr("dart_llm.learn.gradients", broken)
+    monkeypatch.setattr("dart_llm.own_study.gradients", broken)
     with pytest.raises(DartError, match="not finite: load it in float32 or bfloat16"):
-        study(model, ids, plain, 0, layers)
+        study(model, ids, plain, [None] * LAYERS, layers)
 
 
 # the basis of a model
@@ -78,7 +78,7 @@ def test_bases_come_from_the_inputs_of_the_ffn(monkeypatch: pytest.MonkeyPatch) 
     """The first sequences that hold enough tokens, without their sinks."""
     model, ids = shared_model(), tokens(7, LENGTH, seed=5)
     layers, inputs = layers_of(model), list[Tensor]()
-    monkeypatch.setattr(learn, "BASIS_TOKENS", 45)  # five sequences of ten
+    monkeypatch.setattr(own_study, "BASIS_TOKENS", 45)  # five sequences of ten
     found = find_bases(model, ids, 6, layers)
     handle = model.model.layers[1].mlp.up_proj.register_forward_pre_hook(
         lambda module, args: inputs.append(args[0].detach())
@@ -104,6 +104,7 @@ def test_bases_have_the_dtype_of_the_weights_and_refuse_nan() -> None:
 
 
 def test_evidence_of_no_layer_shares_a_tensor_with_another() -> None:
-    found = study(shared_model(), tokens(2, LENGTH), STATISTICS, 3, layers_of(shared_model()))
+    model, ids, layers = shared_model(), tokens(2, LENGTH), layers_of(shared_model())
+    found = study(model, ids, STATISTICS, find_bases(model, ids, 3, layers), layers)
     pointers = [s.total.data_ptr() for e in found for s in e.sums.values()]
     assert len(set(pointers)) == len(pointers) and isinstance(found[0], LayerEvidence)

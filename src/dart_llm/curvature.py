@@ -21,11 +21,15 @@ from dart_llm.drift import SINKS
 LOGITS = 1 << 26
 """Elements of the logits of one backward pass at most."""
 
-Take = Callable[[int, Seen, Tensor], None]
+Take = Callable[[int, Seen, Tensor | None], None]
 
 
-def gradients(model: Any, ids: Tensor, take: Take, say: Callable[[str], None]) -> None:
+def gradients(
+    model: Any, ids: Tensor, take: Take, say: Callable[[str], None], backward: bool = True
+) -> None:
     """Run ids [n, T] forward and backward through the dense model, some rows at a time.
+
+    Without ``backward`` the same forwards alone: g is None.
 
     ``take(layer, seen, g)`` gets a layer's tensors, [B, T', .] without the sinks and the last
     token, and g = dL/du, [B, T', I]; L: the summed loss of the next tokens.  Parameters get no
@@ -34,9 +38,10 @@ def gradients(model: Any, ids: Tensor, take: Take, say: Callable[[str], None]) -
     vocabulary = int(model.config.get_text_config().vocab_size)
     rows = max(1, LOGITS // (ids.shape[1] * vocabulary))
     parts = torch.split(ids, rows)
-    with torch.inference_mode(False), torch.enable_grad(), evaluating(model):
+    run = _backward if backward else _forward
+    with torch.inference_mode(False), torch.set_grad_enabled(backward), evaluating(model):
         for number, part in enumerate(parts):
-            _backward(model, part.clone().to(model.device), take)
+            run(model, part.clone().to(model.device), take)
             if (number + 1) % max(2, len(parts) // 8) == 0:
                 say(f"learning from the model's own text: {number + 1} of {len(parts)} parts")
 
@@ -52,14 +57,25 @@ def _backward(model: Any, ids: Tensor, take: Take) -> None:
     )
     layers = sorted(held)
     found = torch.autograd.grad(loss, [held[layer].u for layer in layers])
-    rows, keep = ids.shape[0], slice(SINKS, ids.shape[1] - 1)
     for layer, gradient in zip(layers, found, strict=True):
-        seen = held[layer]
-        cut = [
-            t.detach().reshape(rows, -1, t.shape[-1])[:, keep]
-            for t in (seen.u, seen.x, seen.z, seen.r, seen.h, gradient)
-        ]
-        take(layer, Seen(*cut[:-1]), cut[-1])
+        take(layer, _cut(held[layer], ids), _kept(gradient, ids))
+
+
+def _forward(model: Any, ids: Tensor, take: Take) -> None:
+    held: dict[int, Seen] = {}
+    with tap(model, held.__setitem__, graph=True):
+        model(ids, use_cache=False, logits_to_keep=1)
+    for layer in sorted(held):
+        take(layer, _cut(held[layer], ids), None)
+
+
+def _cut(seen: Seen, ids: Tensor) -> Seen:
+    return Seen(*(_kept(t, ids) for t in (seen.u, seen.x, seen.z, seen.r, seen.h)))
+
+
+def _kept(t: Tensor, ids: Tensor) -> Tensor:
+    """t of the tokens that are learnt from, [B, T', .]."""
+    return t.detach().reshape(len(ids), -1, t.shape[-1])[:, SINKS : ids.shape[1] - 1]
 
 
 @contextlib.contextmanager

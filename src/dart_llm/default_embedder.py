@@ -11,7 +11,8 @@ from pathlib import Path
 
 from dart_llm import pip_file
 from dart_llm.cache import file_sha256, make_folder, require_space
-from dart_llm.gguf_cache import publish, scratch_folder, sweep
+from dart_llm.gguf_cache import publish, scratch_folder
+from dart_llm.kept import sweep
 from dart_llm.pip_file import Progress
 
 logger = logging.getLogger("dart_llm")

@@ -18,8 +18,8 @@ from dart_llm.gguf_cache import (
     is_intact,
     read_header,
     scratch_folder,
-    sweep,
 )
+from dart_llm.kept import sweep
 
 logger = logging.getLogger("dart_llm")
 

@@ -18,7 +18,7 @@ from dart_llm.checkpoint import checkpoint_facts
 from dart_llm.config import PruneConfig
 from dart_llm.errors import AttachError, ConfigError
 from dart_llm.executor import check_executor, choose_executor
-from dart_llm.learn import recall
+from dart_llm.learn import learn, recall
 from dart_llm.masks import LayerMask
 from dart_llm.prepare import prepare
 from dart_llm.records import RunReport
@@ -152,12 +152,10 @@ class Host:
             if made.prior is not None:
                 layers = knowing(layers, prior=made.prior)
             return Ready(config, layers, check_fits(config, layers), made.held, made.prior)
-        learnt = recall(self.model, config, layers)
+        learnt = recall(self.model, config, layers, self.cache_dir)
         if learnt is None:
             with self._detached():
-                prepare(self.model, self.tokenizer, config, None, self.cache_dir, self.say)
-            learnt = recall(self.model, config, layers)
-            assert learnt is not None
+                learnt = learn(self.model, config, layers, self.cache_dir, self.say, self.tokenizer)
         return Ready(config, learnt, check_fits(config, learnt))
 
     def serve(self, tracer: Tracer) -> None:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,13 +23,11 @@ from dart_llm.cache import file_sha256, make_folder, require_space
 from dart_llm.devices import memory_failure
 from dart_llm.errors import LoadError
 from dart_llm.hub_errors import plain
+from dart_llm.kept import SCRATCH, sweep, sync
 
 Progress = Callable[[str], None]
 FORMAT = 1
 SOURCE = "source.json"
-SCRATCH = ".tmp-"
-STALE_AFTER = 24 * 3600.0
-"""Seconds after which another process's scratch folder is taken to be left over from a crash."""
 
 
 def converted_folder(cache: Path, sha256: str) -> Path:
@@ -46,7 +42,12 @@ def read_source(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     keys = {"format", "sha256", "quantisation", "files"}
-    return record if isinstance(record, dict) and keys <= record.keys() else None
+    if not isinstance(record, dict) or not keys <= record.keys():
+        return None
+    files = record["files"]
+    each = files.values() if isinstance(files, dict) else [None]
+    whole = all(isinstance(one, dict) and {"size", "sha256"} <= one.keys() for one in each)
+    return record if whole else None
 
 
 def is_intact(folder: Path, sha256: str, *, full: bool = False) -> bool:
@@ -165,13 +166,6 @@ def scratch_folder(cache: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def sweep(cache: Path) -> None:
-    """Remove scratch folders that a process left behind when it was killed."""
-    for path in cache.glob(f"{SCRATCH}*"):
-        if time.time() - path.stat().st_mtime > STALE_AFTER:
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def _write_dense(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -206,9 +200,12 @@ def publish(fresh: Path, folder: Path, intact: Callable[[Path], bool]) -> None:
     Raises ``LoadError`` when the folder can be neither written nor replaced.
     """
     problem: OSError | None = None
+    for path in (*fresh.rglob("*"), fresh):  # or a power cut leaves names without content
+        sync(path)
     for _ in range(3):
         try:
             fresh.rename(folder)
+            sync(folder.parent)
             return
         except OSError as error:
             problem = error

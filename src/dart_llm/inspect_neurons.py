@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dart_llm.config import PruneConfig, ScoreConfig
 from dart_llm.inspect_study import Study
-from dart_llm.proxies import CHUNK
 from dart_llm.registry import SCORES
-from dart_llm.weights import FfnWeights
+from dart_llm.weights import REACH_CHUNK, FfnWeights
 
 TOKENS = 5
 """Vocabulary entries listed for a strong neuron."""
@@ -31,7 +31,8 @@ def neurons(study: Study) -> dict[str, Any]:
     config, top = study.settings.prune_config(), study.settings.top
     rule = SCORES.get(study.settings.neuron_score)
     layers = []
-    for weights in study.view.weights("output", config.seed):
+    own = PruneConfig(score=ScoreConfig(name=study.settings.neuron_score), seed=config.seed)
+    for weights in study.knowing(own, study.view.weights("output", config.seed)):
         a, signed = _statistics(study, weights)
         scores = rule(a, weights).detach().float()
         order = scores.sort(descending=True, stable=True).indices
@@ -92,10 +93,10 @@ def top_rows(rows: Tensor, columns: Tensor, count: int) -> Tensor:
     Returns [n, count].  In chunks of V: the products of a large vocabulary are never held together.
     """
     values = ids = None  # type: Tensor | None
-    for number, chunk in enumerate(torch.split(rows, CHUNK)):
+    for number, chunk in enumerate(torch.split(rows, REACH_CHUNK)):
         reach = chunk.float() @ columns
         own = torch.arange(len(chunk), device=rows.device)[:, None].expand_as(reach)
-        own = own + number * CHUNK
+        own = own + number * REACH_CHUNK
         if values is not None and ids is not None:
             reach, own = torch.cat([values, reach]), torch.cat([ids, own])
         values, places = reach.topk(min(count, len(reach)), 0)

@@ -26,6 +26,7 @@ from dart_llm.reference import without_sinks
 from dart_llm.select import Selector, check_fits
 from dart_llm.settings_inspect import InspectSettings
 from dart_llm.token_select import NO_MASK
+from dart_llm.weights import FfnWeights
 
 WHOLE, FIRST, SECOND = "whole", "first", "second"
 """Parts of a text that evidence is kept of: all of it, and its halves."""
@@ -89,7 +90,12 @@ class Study:
         found = check_fits(_choosing(config), layers)
         if found.removes_nothing:
             return found
-        return check_fits(config, learn(self.model, config, layers, tokenizer=self.tokenizer))
+        return check_fits(config, self.knowing(config, layers))
+
+    def knowing(self, config: PruneConfig, layers: Sequence[FfnWeights]) -> tuple[FfnWeights, ...]:
+        """The layers with what ``config`` reads of the model: found, or learnt and kept."""
+        cache_dir = self.settings.cache_dir
+        return learn(self.model, config, layers, cache_dir, tokenizer=self.tokenizer)
 
     def reading(self, text: int) -> list[LayerReading]:
         """What every layer did on text 0 or 1."""

@@ -15,18 +15,19 @@ class LayerPrior:
     """Learnt once per model from text that it wrote itself.
 
     ``evidence``: the sums of a run, over that text.  ``curvature``: [I] float32, mean squared
-    gradient of the loss by u_i.  ``basis``: [r, D] in the model's dtype, directions of the FFN's
-    input that low-rank compensation reads; None: it has no such compensation.
+    gradient of the loss by u_i; None where the run does not read it.  ``basis``: [r, D] in the
+    model's dtype, directions of the FFN's input that low-rank compensation reads; None: it has no
+    such compensation.
     """
 
     evidence: LayerEvidence
-    curvature: Tensor
+    curvature: Tensor | None = None
     basis: Tensor | None = None
 
     def nbytes(self) -> int:
         """Bytes held."""
-        tensors = [self.curvature] if self.basis is None else [self.curvature, self.basis]
-        return self.evidence.nbytes() + sum(t.numel() * t.element_size() for t in tensors)
+        held = [t for t in (self.curvature, self.basis) if t is not None]
+        return self.evidence.nbytes() + sum(t.numel() * t.element_size() for t in held)
 
 
 def pooled(observed: LayerEvidence, prior: LayerPrior | None, tokens: float) -> LayerEvidence:

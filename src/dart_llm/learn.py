@@ -1,47 +1,30 @@
 """What a model teaches about itself before it is first pruned (docs/method.md, "Prior").
 
-Learnt once: kept in memory with the model, and on disk by its weights.
+A configuration learns the parts that it reads, once, and finds those that another one has learnt.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from dart_llm import calibration_cache
-from dart_llm.activations import Seen, tap
-from dart_llm.arch import describe
 from dart_llm.attach import check_free
-from dart_llm.config import PriorConfig, PruneConfig
-from dart_llm.curvature import evaluating, gradients
-from dart_llm.drift import SINKS
-from dart_llm.errors import ConfigError, DartError, LoadError
-from dart_llm.evidence import LayerEvidence, Sum
+from dart_llm.config import PruneConfig
+from dart_llm.curvature import evaluating
+from dart_llm.errors import ConfigError
+from dart_llm.evidence import LayerEvidence
 from dart_llm.layer_prior import LayerPrior
-from dart_llm.low_rank import find_basis
-from dart_llm.own_text import go_on, opening_ids, own_start, remember_tokenizer
+from dart_llm.lesson import BASIS, CURVATURE, REACH, SCORE, SUMS, Lesson, Part, Say, basis_of
+from dart_llm.own_text import remember_tokenizer
+from dart_llm.registry import SCORES
 from dart_llm.select import Selector
-from dart_llm.token_statistics import Statistics
 from dart_llm.weights import FfnWeights, knowing
 
 logger = logging.getLogger("dart_llm")
-Say = Callable[[str], None]
-
-VERSION = 2
-"""Of what is learnt and how: another one finds nothing of the old in the cache."""
-
-BASIS_TOKENS = 1024
-"""Tokens from which the basis of low-rank compensation is found."""
-
-_versions: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, tuple[LayerPrior, ...]]]] = (
-    WeakKeyDictionary()
-)
 
 
 def learn(
@@ -52,187 +35,111 @@ def learn(
     say: Say = logger.info,
     tokenizer: Any = None,
 ) -> tuple[FfnWeights, ...]:
-    """The layers with what ``config.prior`` asks for; as they are when it asks for nothing.
+    """The layers with what ``config`` reads of the model; as they are when it reads nothing.
 
     ``tokenizer``: belongs to the model; None: the one that is known of it already, if any.
     Raises ``AttachError`` for a model that is being pruned, ``ConfigError`` for one that is
-    offloaded, has no head or was made in inference mode, ``DartError`` where its numbers are not
-    finite.
+    offloaded, has no head or was made in inference mode where gradients are to be learnt,
+    ``DartError`` where its numbers are not finite.
     """
-    if config.prior is None:
-        return tuple(layers)
+    names = wanted(config, layers)
+    if not names:
+        return _knowing(config, layers, {})
     check_free(model)
     if tokenizer is not None:
         remember_tokenizer(model, tokenizer)
-    _check_learnable(model, config.method, layers)
-    known = recall(model, config, layers)
-    if known is None:
-        wanted = _wanted(config.prior, config, layers)
-        # what is kept must serve later forwards of any mode; dropout would draw random numbers
-        with torch.inference_mode(False), evaluating(model):
-            found = _find(model, wanted, layers, cache_dir, say)
-        _versions[model][wanted.name] = _state(model), found
-        known = knowing(layers, learnt=found)
-    return known
+    _check_learnable(model, config.method, layers, CURVATURE in names)
+    # what is kept must serve later forwards of any mode; dropout would draw random numbers
+    with torch.inference_mode(False), evaluating(model):
+        lesson = Lesson(model, config, tuple(layers), cache_dir, say)
+        found = lesson.find(names)
+        if REACH in names and REACH not in found:
+            found[REACH] = lesson.reach()
+        if missing := [name for name in names if name not in found]:
+            found |= lesson.learn(missing, found)
+    return _knowing(config, layers, found)
 
 
 def recall(
-    model: Any, config: PruneConfig, layers: Sequence[FfnWeights]
+    model: Any, config: PruneConfig, layers: Sequence[FfnWeights], cache_dir: str | None = None
 ) -> tuple[FfnWeights, ...] | None:
     """As ``learn``, also while the model is being pruned; None where it would have to learn."""
+    names = wanted(config, layers)
+    if not names:
+        return _knowing(config, layers, {})
+    with torch.inference_mode(False):
+        found = Lesson(model, config, tuple(layers), cache_dir, logger.info).find(names)
+    return None if len(found) < len(names) else _knowing(config, layers, found)
+
+
+def wanted(config: PruneConfig, layers: Sequence[FfnWeights]) -> list[str]:
+    """Names of the parts that ``config`` reads.
+
+    The gradients are read by scores that learn and where tokens choose, the basis by low-rank
+    compensation, and sums where the prior weighs anything beside what is observed.
+    """
+    rule = SCORES.get(config.score.name)
+    names = [REACH] if rule.reach and _can_reach(layers) else []
     if config.prior is None:
-        return tuple(layers)
-    wanted = _wanted(config.prior, config, layers)
-    known = _versions.setdefault(model, {}).get(wanted.name)
-    if known is None or known[0] != _state(model):
-        return None
-    return knowing(layers, learnt=known[1])
+        return names
+    statistics = Selector(config, tuple(layers)).statistics
+    if rule.learns or config.token is not None:
+        names.append(CURVATURE)
+    if "features" in statistics.needs:
+        names.append(BASIS)
+    if config.prior.tokens:
+        names += [SCORE] if statistics.per_token is not None else []
+        names += [name for name in SUMS if name in statistics.beside_score]
+    return names
 
 
-def _state(model: Any) -> list[tuple[int, int, torch.device]]:
-    return [(p.data_ptr(), p._version, p.device) for p in model.parameters()]
+def _can_reach(layers: Sequence[FfnWeights]) -> bool:
+    """Whether the weights are at hand and fit; where not, the score says what is wrong."""
+    return all(
+        one.embedding is not None
+        and one.embedding.shape[1] == one.hidden
+        and not one.down.is_meta
+        and not one.embedding.is_meta
+        for one in layers
+    )
 
 
-def _wanted(prior: PriorConfig, config: PruneConfig, layers: Sequence[FfnWeights]) -> _Wanted:
-    return _Wanted(prior, Selector(config, tuple(layers)).statistics, config)
-
-
-def _check_learnable(model: nn.Module, method: str, layers: Sequence[FfnWeights]) -> None:
-    why = ""
+def _check_learnable(
+    model: nn.Module, method: str, layers: Sequence[FfnWeights], backward: bool
+) -> None:
+    source, why = "gradients", ""
     if any(layer.down.is_meta for layer in layers):
-        why = "which an offloaded model has not: load it without offloading"
-    elif any(p.is_inference() for p in model.parameters()):
+        source, why = "its own text", "which an offloaded model does not write: load it whole"
+    elif backward and any(p.is_inference() for p in model.parameters()):
         why = "which weights made in torch.inference_mode() have not: load the model outside it"
     if why:
         raise ConfigError(
-            f'method "{method}" learns from gradients, {why}, or use dart-prompt or griffin'
+            f'method "{method}" learns from {source}, {why}, or use dart-prompt or griffin'
         )
 
 
-class _Wanted:
-    """What is to be learnt, and its name."""
-
-    def __init__(self, prior: PriorConfig, statistics: Statistics, config: PruneConfig) -> None:
-        self.prior, self.statistics = prior, statistics
-        self.rank = config.compensation_rank if "features" in statistics.needs else 0
-        self.seed = config.seed
-        text = prior.model_dump(exclude={"tokens"})
-        rule = getattr(statistics.per_token, "__qualname__", None)
-        needs = sorted(statistics.beside_score)
-        self.name = repr([text, rule, statistics.ema_decay, needs, self.rank, self.seed])
-
-
-def _find(
-    model: Any, wanted: _Wanted, layers: Sequence[FfnWeights], cache_dir: str | None, say: Say
-) -> tuple[LayerPrior, ...]:
-    start = own_start(model)
-    opening = opening_ids(model, wanted.prior.sequences, wanted.prior.opening)
-    first = start if opening is None else calibration_cache.digest_of(opening)
-    key = calibration_cache.make_key(
-        model, wanted.statistics, f"prior {VERSION} {first} {wanted.name}"
-    )
-    devices = [layer.device for layer in layers]
-    evidence = calibration_cache.find(model, key, cache_dir, devices)
-    if evidence is None:
-        prior = wanted.prior
-        say(
-            f"learning from {prior.sequences} x {prior.length} tokens of the model's own text, once"
-        )
-        ids = _write(model, opening, start, wanted, say)
-        evidence = study(model, ids, wanted.statistics, wanted.rank, layers, say)
-        try:
-            about = {"note": "what dart_llm learnt from the model's own text"}
-            calibration_cache.keep(model, key, cache_dir, evidence, about)
-        except LoadError as error:
-            say(f"what was learnt is not kept for the next time: {error}")
-    return tuple(_as_prior(found, layer) for found, layer in zip(evidence, layers, strict=True))
+def _knowing(
+    config: PruneConfig, layers: Sequence[FfnWeights], found: dict[str, Part]
+) -> tuple[FfnWeights, ...]:
+    """The layers with the parts ``found``; those of a prior without parts have an empty one."""
+    known = tuple(layers)
+    if REACH in found:
+        known = knowing(known, known_reach=[_reach(one) for one in found[REACH]])
+    if config.prior is None:
+        return known
+    return knowing(known, learnt=[_prior(found, place, layer) for place, layer in enumerate(known)])
 
 
-def _write(
-    model: Any, opening: Tensor | None, start: list[int], wanted: _Wanted, say: Say
-) -> Tensor:
-    prior = wanted.prior
-    generator = torch.Generator().manual_seed(wanted.seed)
-    if opening is None:
-        say("no tokenizer is at hand: the model's own text begins with its start token")
-        vocabulary = int(model.config.get_text_config().vocab_size)
-        opening = torch.randint(vocabulary, (prior.sequences, 1), generator=generator)
-        if start:
-            opening.fill_(start[0])
-    written = go_on(model, opening, prior.length, generator, say, prior.temperature, prior.top_p)
-    return written.clone()
+def _reach(found: LayerEvidence) -> tuple[Tensor, Tensor]:
+    return found.sums["max"].total, found.sums["mean"].total
 
 
-def _as_prior(found: LayerEvidence, layer: FfnWeights) -> LayerPrior:
-    sums = dict(found.sums)
-    curvature = sums.pop("curvature").total
-    basis = sums.pop("basis").total.to(layer.down.dtype) if "basis" in sums else None
-    return LayerPrior(LayerEvidence(sums), curvature, basis)
-
-
-def study(
-    model: Any,
-    ids: Tensor,
-    statistics: Statistics,
-    rank: int,
-    layers: Sequence[FfnWeights],
-    say: Say = lambda text: None,
-) -> list[LayerEvidence]:
-    """The sums over ids [n, T] of every layer, with ``curvature`` [I] and ``basis`` [r, D] in them.
-
-    Raises ``DartError`` when the gradients are not finite.
-    """
-    found = [LayerEvidence() for _ in layers]
-    bases = find_bases(model, ids, rank, layers)
-    for evidence, basis in zip(found, bases, strict=True):
-        if basis is not None:
-            evidence.sums["basis"] = Sum(basis.float(), 1.0)
-
-    def take(layer: int, seen: Seen, gradient: Tensor) -> None:
-        with torch.no_grad():
-            basis = bases[layer]
-            f = None if basis is None else F.linear(seen.h, basis)
-            statistics.update(found[layer], seen.u, seen.z, seen.x, seen.r, None, f)
-            found[layer].add("curvature", gradient.flatten(0, 1).float().square(), None)
-
-    gradients(model, ids, take, say)
-    if any(not bool(evidence.sums["curvature"].total.isfinite().all()) for evidence in found):
-        raise DartError(
-            "the gradients of this model's own text are not finite: load it in float32 or bfloat16"
-        )
-    for evidence in found:  # the mean itself, so that it is held once
-        evidence.sums["curvature"] = Sum(evidence.sums["curvature"].mean, 1.0)
-    return found
-
-
-@torch.no_grad()
-def find_bases(
-    model: Any, ids: Tensor, rank: int, layers: Sequence[FfnWeights]
-) -> list[Tensor | None]:
-    """Per layer the basis [r, D] of its FFN's input over ids [n, T], in the model's dtype.
-
-    None where the FFN's input never reaches what is replaced while pruning: inline blocks.
-    """
-    if not rank:
-        return [None] * len(layers)
-    inline = {block.index for block in describe(model).blocks if block.inline}
-    held: dict[int, list[Tensor]] = {}
-    each = ids.shape[1] - SINKS
-    rows = min(len(ids), max(1, -(-BASIS_TOKENS // each)))
-
-    def take(layer: int, seen: Seen) -> None:
-        held.setdefault(layer, []).append(seen.h[:, SINKS:].flatten(0, 1))
-
-    with torch.inference_mode(False), tap(model, take):
-        for part in torch.split(ids[:rows].clone(), 4):
-            model(part.to(model.device), use_cache=False, logits_to_keep=1)
-    bases: list[Tensor | None] = []
-    for layer in layers:
-        if layer.index in inline:
-            bases.append(None)
-            continue
-        h = torch.cat(held[layer.index]).float()
-        if not bool(h.isfinite().all()):
-            raise DartError(f"the FFN inputs of layer {layer.index} are not finite: try float32")
-        bases.append(find_basis(h, rank).to(layer.down.dtype))
-    return bases
+def _prior(found: dict[str, Part], place: int, layer: FfnWeights) -> LayerPrior:
+    sums = {
+        name: total
+        for part, each in found.items()
+        if part not in (REACH, CURVATURE, BASIS)
+        for name, total in each[place].sums.items()
+    }
+    curvature = found[CURVATURE][place].sums[CURVATURE].total if CURVATURE in found else None
+    return LayerPrior(LayerEvidence(sums), curvature, basis_of(found, place, layer))

@@ -1,7 +1,8 @@
 """The native CPU kernels: C++ that is compiled when it is first needed, and kept for the next time.
 
 The only file that builds or loads them.  Built through torch's extension loader into the cache
-folder, under a name that holds the sources' hash, torch's version and the kind of CPU.
+folder, under a name that holds the sources' hash, torch's version and the kind of CPU, and its own
+digest: a damaged library is never loaded, but built again.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from typing import Any
 
 import torch
 
-from dart_llm.cache import cache_folder
+from dart_llm import kept
+from dart_llm.cache import cache_folder, make_folder
 from dart_llm.errors import DartError, LoadError
 
 logger = logging.getLogger("dart_llm")
 
 NAME = "dart_llm_native"
+SUFFIX = ".so"
 FLAGS = ("-O3", "-fopenmp")
 SWITCH = "DART_NATIVE"
 """Environment variable: ``0`` keeps the native kernels off."""
@@ -42,7 +45,7 @@ def sources() -> dict[str, str]:
 
 
 def built_name() -> str:
-    """Of the folder that holds this machine's build."""
+    """The key of this machine's build (kept.py)."""
     found = hashlib.sha256()
     for name, text in sources().items():
         found.update(f"{name}\n{text}\n".encode())
@@ -63,12 +66,10 @@ def why_not() -> str:
     if sys.platform != "linux":
         return "the native kernels are built on Linux alone"
     try:
-        folder = cache_folder() / "native" / built_name()
-        library = folder / f"{NAME}.so"
-        if library.exists():
-            torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
-        else:
-            _build(folder, library)
+        folder = cache_folder() / "native"
+        library = kept.find(folder, built_name(), SUFFIX)
+        if library is None or not _loads(library):
+            _build(folder)
     except (OSError, RuntimeError, LoadError) as error:
         reason = f"the native kernels could not be built ({_reason(error)})"
         logger.warning("%s: pruned layers run by the slower executor compact", reason)
@@ -80,9 +81,20 @@ def state(cache_dir: str | None = None) -> str:
     """In words, and without building anything: the kernels that run, or why none do."""
     if os.environ.get(SWITCH) == "0":
         return f"off ({SWITCH}=0)"
-    if (cache_folder(cache_dir) / "native" / built_name() / f"{NAME}.so").exists():
+    if kept.find(cache_folder(cache_dir) / "native", built_name(), SUFFIX) is not None:
         return why_not() or f"built: {kernels_in_use()}"
     return "not built yet: compiled when they are first needed"
+
+
+def _loads(library: Path) -> bool:
+    """Load a library that is what was built; False, and it is gone, where this system cannot."""
+    try:
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        logger.warning("the native kernels do not load and are built again: %s", _reason(error))
+        library.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def _reason(error: BaseException) -> str:
@@ -107,7 +119,7 @@ def _not_about_cuda(record: logging.LogRecord) -> bool:
     return "CUDA" not in record.getMessage()
 
 
-def _build(folder: Path, library: Path) -> None:
+def _build(folder: Path) -> None:
     """Compile and load; whole, or not at all, and no process waits for another one's lock."""
     if shutil.which(shlex.split(_compiler())[0]) is None:
         raise LoadError(f"no C++ compiler {_compiler()} is here: install g++, or set CXX to one")
@@ -115,8 +127,11 @@ def _build(folder: Path, library: Path) -> None:
         from torch.utils import cpp_extension
 
     logger.info("compiling the native CPU kernels, once (some ten seconds)")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as own, _tools_of_this_environment():
+    make_folder(folder)
+    with (
+        tempfile.TemporaryDirectory(dir=folder, prefix=kept.SCRATCH) as own,
+        _tools_of_this_environment(),
+    ):
         for name, text in sources().items():
             (Path(own) / name).write_text(text, encoding="utf-8")
         cpp_extension.load(
@@ -127,7 +142,7 @@ def _build(folder: Path, library: Path) -> None:
             build_directory=own,
             is_python_module=False,
         )
-        (Path(own) / library.name).replace(library)
+        kept.write(folder, built_name(), SUFFIX, (Path(own) / f"{NAME}.so").read_bytes())
 
 
 @contextlib.contextmanager

@@ -35,7 +35,9 @@ class Score:
     average: bool = False
     """Whether ``a`` is the mean of the per-token statistic, so that layers compare."""
     learns: bool = False
-    """Whether the score reads the layer's prior (``FfnWeights.learnt``)."""
+    """Whether the score reads the gradients of the layer's prior (``FfnWeights.learnt``)."""
+    reach: bool = False
+    """Whether the score reads ``FfnWeights.reach``, which is worth keeping."""
 
     def __call__(self, a: Tensor, weights: FfnWeights) -> Tensor:
         """a: [I] float32 accumulated statistic.  Returns [I] float32, larger is kept first."""
@@ -61,11 +63,12 @@ def score(
     spread: bool = False,
     average: bool = False,
     learns: bool = False,
+    reach: bool = False,
 ) -> Callable[[Callable[[Tensor, FfnWeights], Tensor]], Score]:
     """Turn a function ``(a, weights) -> [I]`` into a ``Score``; the arguments are its fields."""
 
     def wrap(function: Callable[[Tensor, FfnWeights], Tensor]) -> Score:
-        return Score(function, per_token, source, spread, average, learns)
+        return Score(function, per_token, source, spread, average, learns, reach)
 
     return wrap
 
@@ -119,7 +122,7 @@ def flap(a: Tensor, weights: FfnWeights) -> Tensor:
 )
 def fisher(a: Tensor, weights: FfnWeights) -> Tensor:
     """Mean squared activation times the mean squared gradient of the loss by it."""
-    if weights.learnt is None:
+    if weights.learnt is None or weights.learnt.curvature is None:
         raise RuntimeError("score fisher needs the layers' priors")
     return a * weights.learnt.curvature
 

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+REACH_CHUNK = 4096
+"""Rows of an embedding that are multiplied at a time."""
+
 if TYPE_CHECKING:
     from dart_llm.layer_prior import LayerPrior
 
@@ -22,7 +25,7 @@ class FfnWeights:
     ``down``: [D, I].
     ``embedding``: [V, D] rows for forward proxies, shared by all layers.  ``prior``: [I] float32,
     what is known of the neurons before any text is seen, larger is kept first.  ``learnt``: what
-    the model's own text taught about the layer.
+    the model's own text taught about the layer.  ``known_reach``: ``reach``, where it is kept.
     """
 
     index: int
@@ -35,6 +38,7 @@ class FfnWeights:
     seed: int = 0
     prior: Tensor | None = None
     learnt: LayerPrior | None = None
+    known_reach: tuple[Tensor, Tensor] | None = None
     by_inputs: bool = False
 
     @property
@@ -71,12 +75,25 @@ class FfnWeights:
 
         The root of its mean squared gradient where that was learnt, else ``down_norm``.
         """
-        return self.down_norm if self.learnt is None else self.learnt.curvature.sqrt()
+        curvature = None if self.learnt is None else self.learnt.curvature
+        return self.down_norm if curvature is None else curvature.sqrt()
 
     @cached_property
     def down_l1(self) -> Tensor:
         """L1 norm of each column of the down projection, [I], float32."""
         return _norm(self.down, 0, 1)
+
+    @cached_property
+    def reach(self) -> tuple[Tensor, Tensor]:
+        """``max_v |w_i . e_v|`` and ``mean_v |w_i . e_v|``, each [I], float32.
+
+        ``w_i``: column i of the down projection; ``e_v``: row v of ``embedding``, which must be
+        there.
+        """
+        if self.known_reach is not None:
+            return self.known_reach
+        assert self.embedding is not None
+        return reach_of(self.down.detach(), self.embedding.detach())
 
     @cached_property
     def in_norms(self) -> Tensor:
@@ -86,11 +103,23 @@ class FfnWeights:
 
 
 def knowing(layers: Sequence[FfnWeights], **parts: Sequence[Any]) -> tuple[FfnWeights, ...]:
-    """The layers, each with its part of what is known: ``prior=`` or ``learnt=``, one per layer."""
+    """The layers, each with its part of what is known: ``prior=``, ``learnt=``, one per layer."""
     found = tuple(layers)
     for name, each in parts.items():
         found = tuple(replace(one, **{name: part}) for one, part in zip(found, each, strict=True))
     return found
+
+
+def reach_of(down: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """``FfnWeights.reach`` of down [D, I] and rows [V, D]: V x D x I products, in chunks of V."""
+    high = torch.zeros(down.shape[1], device=down.device)
+    total = torch.zeros(down.shape[1], device=down.device)
+    columns = down.float()
+    for chunk in torch.split(rows, REACH_CHUNK):
+        found = (chunk.to(down.device).float() @ columns).abs_()
+        high = torch.maximum(high, found.amax(0))
+        total += found.sum(0)
+    return high, total / len(rows)
 
 
 def _norm(matrix: Tensor, dim: int, order: float = 2) -> Tensor:

@@ -1,0 +1,149 @@
+"""Kept files: whole or absent, checked when read, and nothing left over from killed writers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from damage import DAMAGES
+from dart_llm import kept
+from dart_llm.errors import LoadError
+
+DATA = bytes(range(256)) * 64
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    key = kept.key_of("a", 1, [2.5, None])
+    assert kept.read(tmp_path / "new", key, ".bin") is None
+    path = kept.write(tmp_path / "new", key, ".bin", DATA)
+    assert path.name == f"{key}-{kept.digest_of(DATA)}.bin"
+    assert kept.read(tmp_path / "new", key, ".bin") == DATA
+    assert kept.find(tmp_path / "new", key, ".bin") == path
+    assert kept.read(tmp_path / "new", key, ".other") is None
+    assert [one.name for one in path.parent.iterdir()] == [path.name]
+
+
+def test_keys_tell_their_parts_apart() -> None:
+    parts = [("a",), ("a", 1), ("a", "1"), ("a", 1.0), (("a", 1),), ("a", None), ()]
+    assert len({kept.key_of(*one) for one in parts}) == len(parts)
+    assert kept.key_of("a", 1) == kept.key_of("a", 1)
+    assert all(len(kept.key_of(*one)) == kept.DIGITS for one in parts)
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damage_is_noticed_said_and_mended(
+    tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    other = kept.write(tmp_path, kept.key_of("other"), ".bin", DATA)
+    path = kept.write(tmp_path, kept.key_of("this"), ".bin", DATA)
+    damage(path)
+    assert kept.read(tmp_path, kept.key_of("this"), ".bin") is None
+    assert [one.getMessage() for one in caplog.records] == [
+        f"a damaged file in {tmp_path} is not used: what it held is made anew"
+    ]
+    assert [one.name for one in tmp_path.iterdir()] == [other.name]
+    assert kept.write(tmp_path, kept.key_of("this"), ".bin", DATA) == path
+    assert kept.read(tmp_path, kept.key_of("this"), ".bin") == DATA
+    assert len(caplog.records) == 1
+
+
+def test_a_file_that_may_not_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = kept.write(tmp_path, "key", ".bin", DATA)
+
+    def refuse(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", refuse)
+        assert kept.read(tmp_path, "key", ".bin") is None
+    assert len(caplog.records) == 1
+    kept.write(tmp_path, "key", ".bin", DATA)
+    assert kept.find(tmp_path, "key", ".bin") == path
+
+
+def test_one_damaged_file_beside_a_whole_one(tmp_path: Path) -> None:
+    """Two processes that kept different content under one key: either will do."""
+    first = kept.write(tmp_path, "key", ".bin", DATA)
+    second = kept.write(tmp_path, "key", ".bin", DATA[1:])
+    DAMAGES["flip"](min(first, second))
+    assert kept.find(tmp_path, "key", ".bin") == max(first, second)
+
+
+def test_a_folder_stands_where_the_file_should(tmp_path: Path) -> None:
+    path = kept.write(tmp_path, "key", ".bin", DATA)
+    DAMAGES["folder"](path)
+    assert kept.write(tmp_path, "key", ".bin", DATA) == path and path.read_bytes() == DATA
+
+
+def test_what_killed_writers_left_is_removed_after_a_day(tmp_path: Path) -> None:
+    old, folder, new = (tmp_path / f".tmp-{name}" for name in ("old", "folder", "new"))
+    folder.mkdir()
+    for path in (old, folder / "part", new):
+        path.touch()
+    for path in (old, folder):
+        os.utime(path, (0, 0))
+    assert kept.read(tmp_path, "key", ".bin") is None
+    assert [one.name for one in tmp_path.iterdir()] == [new.name]
+
+
+def test_a_disk_that_is_full_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(LoadError, match=r"cannot write into .*: No space left on device"):
+        kept.write(tmp_path, "key", ".bin", DATA)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_content_is_on_the_disk_before_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """File, rename, folder: in this order, or a power cut leaves a name without its content."""
+    done: list[str] = []
+    sync, replace = os.fsync, Path.replace
+
+    def synced(handle: int) -> None:
+        done.append("folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "file")
+        sync(handle)
+
+    def replaced(self: Path, target: Path) -> Path:
+        done.append("rename")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", replaced)
+    kept.write(tmp_path, "key", ".bin", DATA)
+    assert done == ["file", "rename", "folder"]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from dart_llm import kept
+folder, who = Path(sys.argv[1]), sys.argv[2]
+for turn in range(60):
+    kept.write(folder, "key", ".bin", (who * 5000 + str(turn % 3)).encode())
+    found = kept.read(folder, "key", ".bin")
+    assert found is not None and len(found) == 5001 and len(set(found[:-1])) == 1, found
+"""
+
+
+def test_two_processes_at_once(tmp_path: Path) -> None:
+    both = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), who], stderr=subprocess.PIPE)
+        for who in "ab"
+    ]
+    for one in both:
+        _, wrong = one.communicate(timeout=60)
+        assert (one.returncode, wrong) == (0, b"")
+    assert not list(tmp_path.glob(".tmp-*"))
