@@ -84,10 +84,11 @@ def test_json_is_read_as_it_is() -> None:
         ({"tools": [{}]}, "tools", "unsupported_parameter"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "unsupported_parameter"),
         ({"logit_bias": {"1": 1}}, "logit_bias", "unsupported_parameter"),
-        ({"echo": True}, "echo", "unsupported_parameter"),
+        ({"max_completion_tokens": -2}, "max_completion_tokens", "invalid_value"),
+        ({"suffix": "x"}, "suffix", "unsupported_parameter"),
         ({"best_of": True}, "best_of", "unsupported_parameter"),
         ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
-        ({"stream_options": {"include_usage": True}}, "stream_options", None),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
     ],
 )
 def test_wrong_fields_are_named(change: dict[str, Any], param: str, code: str | None) -> None:
