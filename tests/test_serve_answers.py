@@ -231,6 +231,63 @@ def test_what_cannot_be_answered_is_explained(
     assert len(server.engine.asked) == before
 
 
+@pytest.mark.parametrize(
+    ("url", "body", "tokens"),
+    [
+        (CHAT_URL, {**CHAT, "max_tokens": 51}, 50),
+        (CHAT_URL, {**CHAT, "max_tokens": 4096}, 50),
+        (CHAT_URL, {**CHAT, "max_tokens": 10**18}, 50),
+        (CHAT_URL, {**CHAT, "max_tokens": -1}, 50),
+        (CHAT_URL, {**CHAT, "max_completion_tokens": -1}, 50),
+        (CHAT_URL, {**CHAT, "max_completion_tokens": 7}, 7),
+        (CHAT_URL, {**CHAT, "top_logprobs": 0}, 4),
+        (TEXT_URL, {"prompt": "a", "max_tokens": -1}, 50),
+        (TEXT_URL, {"prompt": "a" * 4090, "max_tokens": 40}, 6),
+        (TEXT_URL, {"prompt": "a" * 4095}, 1),
+    ],
+)
+def test_answers_end_where_the_room_does(
+    server: Running, url: str, body: dict[str, Any], tokens: int
+) -> None:
+    assert asked(server, url, **body).sampling.max_tokens == tokens
+
+
+@pytest.mark.parametrize(
+    ("url", "body", "param", "code"),
+    [
+        (CHAT_URL, {**CHAT, "n": 5}, "n", "invalid_value"),
+        (CHAT_URL, {**CHAT, "max_tokens": 0}, "max_tokens", "invalid_value"),
+        (CHAT_URL, {**CHAT, "max_completion_tokens": 0}, "max_completion_tokens", "invalid_value"),
+        (CHAT_URL, {**CHAT, "top_logprobs": 1}, "top_logprobs", "invalid_value"),
+        (CHAT_URL, {**CHAT, "stream_options": {}}, "stream_options", "invalid_value"),
+        (CHAT_URL, {**CHAT, "dart": {"method": "nix"}}, "dart.method", "invalid_value"),
+        (CHAT_URL, {**CHAT, "dart": {"method": "dense-8bit"}}, "dart.method", "invalid_value"),
+        (CHAT_URL, {**CHAT, "dart": {"drift": "nix"}}, "dart.drift", "invalid_value"),
+        (
+            CHAT_URL,
+            {**CHAT, "dart": {"method": "dart", "sparsity": 0.2, "drift": "interval 0"}},
+            "dart.drift",
+            "invalid_value",
+        ),
+        (
+            CHAT_URL,
+            {**CHAT, "dart": {"method": "dense", "sparsity": 0.5}},
+            "dart.sparsity",
+            "invalid_value",
+        ),
+        (CHAT_URL, {**CHAT, "dart": {"method": "glass"}}, "dart.method", "method_not_ready"),
+        (TEXT_URL, {"prompt": ["a"] * 65}, "prompt", "invalid_value"),
+        (TEXT_URL, {"prompt": [256]}, "prompt", "invalid_value"),
+        (TEXT_URL, {"prompt": "a", "max_tokens": 0}, "max_tokens", "invalid_value"),
+    ],
+)
+def test_refusals_name_field_and_code(
+    server: Running, url: str, body: dict[str, Any], param: str, code: str
+) -> None:
+    error = refused(server, url, **body)
+    assert (error["param"], error["code"]) == (param, code)
+
+
 def test_all_records_of_a_request(server: Running) -> None:
     with server.client() as client:
         found = events(client.post("/api/events", json=CHAT).text)
