@@ -17,7 +17,17 @@ from typing import Any
 import httpx
 
 from dart_llm.engine_ask import Answer, Ask
-from dart_llm.engine_records import Done, Likely, Record, Start, Timings, Token, Usage
+from dart_llm.engine_records import (
+    Done,
+    Likely,
+    PromptToken,
+    Record,
+    Scores,
+    Start,
+    Timings,
+    Token,
+    Usage,
+)
 from dart_llm.records import RunReport
 from dart_llm.serve_app import build
 from dart_llm.serve_run import Server, bind, server_config
@@ -108,8 +118,10 @@ class FakeEngine:
         sampling, config = ask.sampling, ask.config
         method = "dense" if config is None else config.method
         share = 0.0 if config is None else config.target
-        start = Start(ask.id, "fake-model", method, share, {}, "masked", 1, (8,), ())
-        emit(start)
+        prompt = tuple(PromptToken(one, chr(one)) for one in ask.ids)
+        emit(Start(ask.id, "fake-model", method, share, {}, "masked", 1, (8,), prompt))
+        if sampling.prompt_logprobs:
+            emit(self._scores(ask))
         texts, finish = [""] * sampling.n, ["length"] * sampling.n
         for index in range(sampling.max_tokens):
             self.index = index
@@ -138,6 +150,12 @@ class FakeEngine:
         accounting = report(method, share, tokens)
         emit(Done(ask.id, tuple(finish), tuple(texts), usage, timings, accounting))
         return Answer(ask.id, tuple(texts), (), tuple(finish), usage, timings, accounting)
+
+    def _scores(self, ask: Ask) -> Scores:
+        """Every token after the first has -1 / its id, beside the likeliest, ``t0`` with -0.001."""
+        top = tuple(Likely(i, f"t{i}", -0.001 - i) for i in range(ask.sampling.logprobs or 0))
+        later = ask.ids[1:]
+        return Scores((None, *(-1 / one for one in later)), ((), *(top for _ in later)))
 
     def _token(self, ask: Ask, choice: int, index: int, piece: str) -> Token:
         top = None

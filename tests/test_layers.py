@@ -32,6 +32,7 @@ HEAVY = (
     "transformers",
     "lm_eval",
     "fastapi",
+    "prometheus_client",
     "matplotlib",
     "ray",
     "sentence_transformers",

@@ -198,7 +198,6 @@ def test_conversations_belong_to_their_user(server: Running) -> None:
     ("url", "body", "status", "said"),
     [
         (CHAT_URL, {**CHAT, "model": "gpt"}, 404, "the model 'gpt' is not served here"),
-        (CHAT_URL, {**CHAT, "max_tokens": 51}, 400, "max_tokens 51 is too large"),
         (CHAT_URL, {**CHAT, "n": 5}, 400, "n 5 is too large: at most 4"),
         (CHAT_URL, {**CHAT, "top_logprobs": 1}, 400, "top_logprobs goes with logprobs"),
         (CHAT_URL, {**CHAT, "dart": {"method": "nix"}}, 400, "unknown method 'nix'"),
@@ -209,10 +208,16 @@ def test_conversations_belong_to_their_user(server: Running) -> None:
         (CHAT_URL, {**CHAT, "n": 2, "dart": {"conversation": "c"}}, 400, "ask for n 1"),
         (TEXT_URL, {"prompt": ""}, 400, "the prompt is empty"),
         (TEXT_URL, {"prompt": []}, 400, "the prompt is empty"),
-        (TEXT_URL, {"prompt": ["a", "b"]}, 400, "one prompt per request"),
+        (TEXT_URL, {"prompt": ["a"] * 65}, 400, "65 prompts are too many: at most 64"),
+        (TEXT_URL, {"prompt": ["a", ""]}, 400, "the prompt is empty"),
+        (TEXT_URL, {"prompt": ["a", "b"], "dart": {"conversation": "c"}}, 400, "give one"),
+        (TEXT_URL, {"prompt": "a", "max_tokens": 0}, 400, "max_tokens 0 asks for no answer"),
+        (TEXT_URL, {"prompt": "a", "max_tokens": 0, "echo": True}, 400, "echo with logprobs"),
+        (TEXT_URL, {"prompt": "a", "echo": True, "logprobs": 1}, 400, 'ask for method "dense"'),
         (TEXT_URL, {"prompt": [1, 256]}, 400, "token ids lie in 0 to 255"),
         (TEXT_URL, {"prompt": [-1]}, 400, "token ids lie in 0 to 255"),
-        (TEXT_URL, {"prompt": "a" * 4096}, 400, "the model's context is 4096"),
+        (TEXT_URL, {"prompt": "a" * 4096}, 400, "has 4096, which leaves no room for an answer"),
+        (TEXT_URL, {"prompt": "a" * 4097}, 400, "context length is 4096 tokens, but the prompt"),
         (TEXT_URL, {}, 400, "prompt: field required"),
     ],
 )
@@ -224,6 +229,63 @@ def test_what_cannot_be_answered_is_explained(
     assert error["status"] == status
     assert said in error["message"]
     assert len(server.engine.asked) == before
+
+
+@pytest.mark.parametrize(
+    ("url", "body", "tokens"),
+    [
+        (CHAT_URL, {**CHAT, "max_tokens": 51}, 50),
+        (CHAT_URL, {**CHAT, "max_tokens": 4096}, 50),
+        (CHAT_URL, {**CHAT, "max_tokens": 10**18}, 50),
+        (CHAT_URL, {**CHAT, "max_tokens": -1}, 50),
+        (CHAT_URL, {**CHAT, "max_completion_tokens": -1}, 50),
+        (CHAT_URL, {**CHAT, "max_completion_tokens": 7}, 7),
+        (CHAT_URL, {**CHAT, "top_logprobs": 0}, 4),
+        (TEXT_URL, {"prompt": "a", "max_tokens": -1}, 50),
+        (TEXT_URL, {"prompt": "a" * 4090, "max_tokens": 40}, 6),
+        (TEXT_URL, {"prompt": "a" * 4095}, 1),
+    ],
+)
+def test_answers_end_where_the_room_does(
+    server: Running, url: str, body: dict[str, Any], tokens: int
+) -> None:
+    assert asked(server, url, **body).sampling.max_tokens == tokens
+
+
+@pytest.mark.parametrize(
+    ("url", "body", "param", "code"),
+    [
+        (CHAT_URL, {**CHAT, "n": 5}, "n", "invalid_value"),
+        (CHAT_URL, {**CHAT, "max_tokens": 0}, "max_tokens", "invalid_value"),
+        (CHAT_URL, {**CHAT, "max_completion_tokens": 0}, "max_completion_tokens", "invalid_value"),
+        (CHAT_URL, {**CHAT, "top_logprobs": 1}, "top_logprobs", "invalid_value"),
+        (CHAT_URL, {**CHAT, "stream_options": {}}, "stream_options", "invalid_value"),
+        (CHAT_URL, {**CHAT, "dart": {"method": "nix"}}, "dart.method", "invalid_value"),
+        (CHAT_URL, {**CHAT, "dart": {"method": "dense-8bit"}}, "dart.method", "invalid_value"),
+        (CHAT_URL, {**CHAT, "dart": {"drift": "nix"}}, "dart.drift", "invalid_value"),
+        (
+            CHAT_URL,
+            {**CHAT, "dart": {"method": "dart", "sparsity": 0.2, "drift": "interval 0"}},
+            "dart.drift",
+            "invalid_value",
+        ),
+        (
+            CHAT_URL,
+            {**CHAT, "dart": {"method": "dense", "sparsity": 0.5}},
+            "dart.sparsity",
+            "invalid_value",
+        ),
+        (CHAT_URL, {**CHAT, "dart": {"method": "glass"}}, "dart.method", "method_not_ready"),
+        (TEXT_URL, {"prompt": ["a"] * 65}, "prompt", "invalid_value"),
+        (TEXT_URL, {"prompt": [256]}, "prompt", "invalid_value"),
+        (TEXT_URL, {"prompt": "a", "max_tokens": 0}, "max_tokens", "invalid_value"),
+    ],
+)
+def test_refusals_name_field_and_code(
+    server: Running, url: str, body: dict[str, Any], param: str, code: str
+) -> None:
+    error = refused(server, url, **body)
+    assert (error["param"], error["code"]) == (param, code)
 
 
 def test_all_records_of_a_request(server: Running) -> None:
@@ -262,9 +324,10 @@ def test_metrics_count(server: Running) -> None:
     assert float(values['dart_llm_requests_total{route="/v1/chat/completions",status="200"}']) >= 1
     assert float(values['dart_llm_generated_tokens_total{phase="pruned"}']) >= 3
     assert float(values['dart_llm_finished_total{method="griffin",reason="length"}']) >= 1
-    assert values["dart_llm_running_requests"] == "0"
+    assert float(values["dart_llm_running_requests"]) == 0
     count = float(values["dart_llm_first_token_seconds_count"])
     assert count == float(values['dart_llm_first_token_seconds_bucket{le="+Inf"}']) >= 1
     named = set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))
     lines = re.findall(r"^(dart_llm\w+?)(?:_bucket|_sum|_count)?[ {]", text, re.MULTILINE)
+    assert len(named) >= 13
     assert set(lines) <= named

@@ -60,7 +60,7 @@ def test_an_address_of_another_machine() -> None:
     assert "a-good" not in said
 
 
-@pytest.mark.parametrize("package", ["fastapi", "uvicorn"])
+@pytest.mark.parametrize("package", ["fastapi", "prometheus_client", "uvicorn"])
 def test_an_extra_that_is_missing(package: str) -> None:
     script = (
         f"import sys; sys.modules[{package!r}] = None; sys.argv = ['dart-llm', 'serve', '--port', "

@@ -13,7 +13,6 @@ from dart_llm.engine_records import Timings
 from dart_llm.serve_errors import TYPES
 from dart_llm.serve_format import ACCOUNTING
 from dart_llm.serve_live import SHOWN
-from dart_llm.serve_metrics import Metrics
 from dart_llm.serve_openapi import ROUTES
 from dart_llm.serve_schemas import (
     IGNORED,
@@ -26,6 +25,7 @@ from dart_llm.serve_schemas import (
     TextPart,
 )
 from dart_llm.settings_serve import LEAST
+from serve_cases import running
 
 SOURCE = Path(dart_llm.__file__).parent
 TEXT = (Path(__file__).parent.parent / "docs/server.md").read_text(encoding="utf-8")
@@ -77,17 +77,24 @@ def test_every_error() -> None:
 
 
 def test_every_metric_and_limit() -> None:
-    assert {metric.name for metric in vars(Metrics()).values()} <= NAMED
-    service = (SOURCE / "serve_service.py").read_text(encoding="utf-8")
-    gauges = set(re.findall(r'"(dart_llm_\w+)": \(', service))
-    assert len(gauges) == 4
-    assert gauges <= NAMED
+    with running() as server:
+        families = list(server.service.metrics.registry.collect())
+    names = {one.name + "_total" * (one.type == "counter") for one in families}
+    assert len(names) == 13
+    assert names <= NAMED
     flags = {f"--{name.replace('_', '-')}" for name in LEAST}
     flags |= {"--host", "--api-key", "--allow-host", "--methods", "--verbose", "--log-prompts"}
     assert flags <= set(re.findall(r"--[\w-]+", TEXT))
 
 
-@pytest.mark.parametrize(("package", "file"), [("fastapi", "serve_app"), ("uvicorn", "serve_run")])
+@pytest.mark.parametrize(
+    ("package", "file"),
+    [
+        ("fastapi", "serve_app"),
+        ("uvicorn", "serve_run"),
+        ("prometheus_client", "serve_metrics"),
+    ],
+)
 def test_optional_packages_are_imported_in_one_file(package: str, file: str) -> None:
     importing = set()
     for path in SOURCE.rglob("*.py"):

@@ -12,6 +12,7 @@ from dart_llm.serve_json import DEEPEST, parse
 from dart_llm.serve_schemas import IGNORED, NEUTRAL, ChatBody, CompletionBody, read
 
 MESSAGES = [{"role": "user", "content": "hi"}]
+ASSISTANT = {"role": "assistant", "content": "yes"}
 
 
 def nested(depth: int) -> bytes:
@@ -84,10 +85,22 @@ def test_json_is_read_as_it_is() -> None:
         ({"tools": [{}]}, "tools", "unsupported_parameter"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "unsupported_parameter"),
         ({"logit_bias": {"1": 1}}, "logit_bias", "unsupported_parameter"),
-        ({"echo": True}, "echo", "unsupported_parameter"),
+        ({"max_completion_tokens": -2}, "max_completion_tokens", "invalid_value"),
+        ({"suffix": "x"}, "suffix", "unsupported_parameter"),
         ({"best_of": True}, "best_of", "unsupported_parameter"),
         ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
-        ({"stream_options": {"include_usage": True}}, "stream_options", None),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
+        ({"messages": [{"role": "user"}]}, "messages.0", "missing_required_parameter"),
+        (
+            {"messages": [{"role": "system", "content": None}]},
+            "messages.0",
+            "missing_required_parameter",
+        ),
+        (
+            {"messages": [{**ASSISTANT, "tool_calls": [{}]}]},
+            "messages.0.tool_calls",
+            "invalid_value",
+        ),
     ],
 )
 def test_wrong_fields_are_named(change: dict[str, Any], param: str, code: str | None) -> None:
@@ -126,6 +139,13 @@ def test_what_cannot_change_an_answer_is_ignored() -> None:
         ChatBody, {"messages": MESSAGES, **given, "presence_penalty": 0.0, "temperature": 1}
     )
     assert body == read(ChatBody, {"messages": MESSAGES, "temperature": 1})
+
+
+def test_what_asks_for_nothing_is_taken() -> None:
+    spoken = {**ASSISTANT, "tool_calls": [], "reasoning_content": "so I think", "refusal": None}
+    messages = [*MESSAGES, spoken, {"role": "assistant"}]
+    body = read(ChatBody, {"messages": messages, "tools": [], "top_logprobs": 0})
+    assert [one.text for one in body.messages[1:]] == ["yes", ""]
 
 
 def test_texts_may_come_in_parts() -> None:

@@ -82,14 +82,15 @@ def test_who_leaves_while_waiting_never_runs() -> None:
 
 
 def test_requests_run_one_at_a_time_and_users_in_turn() -> None:
-    engine = FakeEngine(pause=0.01)
+    engine = FakeEngine(pause=0.5)  # until all wait
     with running(engine) as server:
         results: list[Any] = []
-        threads = [post_beside(server, results, max_tokens=20)]
+        threads = [post_beside(server, results, max_tokens=40)]
         until(lambda: bool(engine.asked))
         for number, user in enumerate(["greedy"] * 4 + ["other"] * 2):
             threads.append(post_beside(server, results, user=user, seed=number))
             until(lambda expected=number + 1: server.service.worker.waiting == expected)
+        engine.pause = 0.0
         for thread in threads:
             thread.join(20)
     assert [response.status_code for response in results] == [200] * 7

@@ -20,7 +20,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "plots": ("matplotlib", "cmcrameri", "plotly"),
     "drift": ("sentence_transformers", "sacrebleu", "bert_score", "rouge_score", "scipy"),
     "native": ("ninja",),
-    "serve": ("fastapi", "uvicorn"),
+    "serve": ("fastapi", "prometheus_client", "uvicorn"),
     "cluster": ("ray",),
     "trackio": ("trackio",),
     "tensorboard": ("tensorboard",),

@@ -45,7 +45,8 @@ def never() -> bool:
 class Engine:
     """Answers requests on one model, one at a time; use it as a context manager, or ``close`` it.
 
-    ``conversations``: how many named ones are kept, those used last.  ``executor``: what runs the
+    ``conversations``: how many named ones are kept, those used last, shared fairly between the
+    owners that requests name.  ``executor``: what runs the
     pruned FFNs of all requests, as in ``PruneConfig``.  ``calibration``: the text that static
     methods learn from.  ``cache_dir``: where what is learnt is kept.  ``say`` is called with a line
     while something is learnt.
@@ -117,7 +118,7 @@ class Engine:
                 request.let_go()
                 self._host.rest()
             if ask.conversation is not None and kept is not None:
-                self._kept.put(ask.conversation, kept)
+                self._kept.put(ask.conversation, kept, ask.owner)
             emit(_done(answer))
             give_back()
             return answer

@@ -22,7 +22,8 @@ class Sampling:
     probability.  ``seed``: the same one gives the same answer; None: another at every request.
     ``n``: answers, decoded as one batch that shares its masks.  ``stop``: strings that end an
     answer and are no part of it.  ``logprobs``: None for none; k for those of the chosen token and
-    of the k likeliest, of the model's own distribution, before temperature.
+    of the k likeliest, of the model's own distribution, before temperature.  ``prompt_logprobs``:
+    those of the prompt's tokens too; ``max_tokens`` may then be 0.
     """
 
     max_tokens: int = 256
@@ -32,9 +33,12 @@ class Sampling:
     n: int = 1
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
+        if self.prompt_logprobs and self.logprobs is None:
+            raise ConfigError("prompt_logprobs goes with logprobs: give their number, 0 or more")
+        if self.max_tokens < (0 if self.prompt_logprobs else 1):
             raise ConfigError(f"max_tokens {self.max_tokens} must be 1 or more")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ConfigError(f"temperature {self.temperature:g} must be 0 (greedy) or more")
@@ -57,8 +61,9 @@ class Ask:
     """One request.
 
     ``ids``: the prompt's tokens.  ``config``: None is dense.  ``conversation``: a name; what is
-    kept under it goes on where this prompt extends it.  ``id``: what the records call the request;
-    "": a new one.
+    kept under it goes on where this prompt extends it.  ``owner``: whose it is: where places are
+    short, the owner with the most conversations loses one.  ``id``: what the records call the
+    request; "": a new one.
     """
 
     ids: tuple[int, ...]
@@ -66,12 +71,22 @@ class Ask:
     config: PruneConfig | None = None
     conversation: str | None = None
     id: str = ""
+    owner: str = ""
 
     def __post_init__(self) -> None:
         if not self.ids:
             raise ConfigError("the prompt holds no token")
         if self.conversation is not None and self.sampling.n > 1:
             raise ConfigError("a conversation goes on from one answer: ask for n 1")
+        if self.sampling.prompt_logprobs and self.config is not None:
+            raise ConfigError(
+                "a prompt is read by the dense model, so its log-probabilities are those of the "
+                'dense model: ask for method "dense"; dart-llm eval scores pruned models'
+            )
+        if self.sampling.prompt_logprobs and self.conversation is not None:
+            raise ConfigError(
+                "prompt_logprobs needs the whole prompt read: leave the conversation out"
+            )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,21 +59,26 @@ def _can_crop(cache: Any) -> bool:
 
 
 class Kept:
-    """The ``limit`` conversations that were used last."""
+    """At most ``limit`` conversations, those used last.
+
+    Who has the most of them loses one first: nobody who comes with many drops those of others.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._held: OrderedDict[str, Conversation] = OrderedDict()
+        self._held: OrderedDict[str, tuple[str, Conversation]] = OrderedDict()
 
     def take(self, name: str | None) -> Conversation | None:
         """What is kept under ``name``, which is then held no more."""
-        return None if name is None else self._held.pop(name, None)
+        return None if name is None else self._held.pop(name, ("", None))[1]
 
-    def put(self, name: str, conversation: Conversation) -> None:
+    def put(self, name: str, conversation: Conversation, owner: str = "") -> None:
         """Keep it as the one used last."""
-        self._held[name] = conversation
+        self._held[name] = (owner, conversation)
         while len(self._held) > self._limit:
-            self._held.popitem(last=False)
+            counts = Counter(owner for owner, _ in self._held.values())
+            most = max(counts.values())
+            del self._held[next(n for n, (own, _) in self._held.items() if counts[own] == most)]
 
     def clear(self) -> None:
         self._held.clear()

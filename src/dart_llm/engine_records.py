@@ -1,7 +1,8 @@
 """What an engine tells of a request while it runs, one frozen record at a time.
 
-Every request gives one ``start``, then ``token``, ``check``, ``remask`` and ``mask`` records as
-things happen, and one ``done`` or ``error``.  ``to_dict`` gives JSON-able data with a ``kind``.
+Every request gives one ``start``, then ``scores``, ``token``, ``check``, ``remask`` and ``mask``
+records as things happen, and one ``done`` or ``error``.  ``to_dict`` gives JSON-able data with a
+``kind``.
 """
 
 from __future__ import annotations
@@ -90,15 +91,38 @@ class Token:
 
 
 @dataclass(frozen=True)
+class Scores:
+    """What the model gave each token of the prompt, where that was asked for.
+
+    ``logprobs``: nats, given all tokens before it; None for the first one.  ``top``: the likeliest
+    tokens at its place; nothing for the first one.
+    """
+
+    kind: ClassVar[str] = "scores"
+    logprobs: tuple[float | None, ...]
+    top: tuple[tuple[Likely, ...], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able data."""
+        top = [[asdict(one) for one in place] for place in self.top]
+        return {**_flat(self), "logprobs": list(self.logprobs), "top": top}
+
+
+@dataclass(frozen=True)
 class Check:
-    """The drift detector completed a window."""
+    """The drift detector completed a window.
+
+    The first window of a rule that is arming has nothing to compare with: ``similarity`` is None.
+    """
 
     kind: ClassVar[str] = "check"
     check: DriftCheck
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of ``DriftCheck``."""
-        return {"kind": self.kind, **asdict(self.check)}
+        found = {"kind": self.kind, **asdict(self.check)}
+        alone = self.check.state == "arming" and self.check.similarity == 0
+        return {**found, "similarity": None} if alone else found
 
 
 @dataclass(frozen=True)
@@ -209,5 +233,5 @@ class Failed:
         return _flat(self)
 
 
-Record = Start | Token | Check | Masked | Mask | Done | Failed
+Record = Start | Scores | Token | Check | Masked | Mask | Done | Failed
 """What ``Engine.run`` hands to ``emit``."""

@@ -19,6 +19,7 @@ from dart_llm.engine_records import (
     Masked,
     PromptToken,
     Record,
+    Scores,
     Start,
     Timings,
     Token,
@@ -74,13 +75,35 @@ class Request:
         cache = None if going_on is None else going_on.cache
         forwards = self._forwards = Forwards(self.host.model, self.host.attachment, rows, cache)
         with torch.no_grad():
-            logits = forwards.read(self.ask.ids[self._cached :], cancelled)
+            logits = self._read(forwards, cancelled)
             while logits is not None and not self._step(logits):
                 last = [row.tokens[-1] for row in self._rows]
                 logits = forwards.decode(last, [row.finish is None for row in self._rows])
         for row in self._rows:
             row.finish = row.finish or "cancelled"
         return self._answer()
+
+    def _read(self, forwards: Forwards, cancelled: Callable[[], bool]) -> Tensor | None:
+        """The prompt; logits [rows, V] of the first token, None where none is to come."""
+        sampling, ids = self.ask.sampling, self.ask.ids
+        if not sampling.prompt_logprobs:
+            return forwards.read(ids[self._cached :], cancelled)
+        known: list[list[tuple[int, float]]] = []
+
+        def score(logits: Tensor) -> None:
+            following = ids[len(known) + 1 :][: len(logits)]
+            known.extend(logprobs(logits[: len(following)], following, sampling.logprobs or 0))
+
+        logits = forwards.read(ids, cancelled, score)
+        if logits is None:
+            return None
+        told = [self._likely(one) for one in known]
+        self._emit(Scores((None, *(one for one, _ in told)), ((), *(top for _, top in told))))
+        if sampling.max_tokens:
+            return logits
+        for row in self._rows:
+            row.finish = "length"
+        return None
 
     @property
     def _seen_by(self) -> Tracer:

@@ -154,18 +154,19 @@ class Delivery:
 
 
 class Watch:
-    """An ASGI application: the records of all requests, until the client leaves or we end."""
+    """An ASGI application: the records of running requests, until the client leaves or we end."""
 
-    def __init__(self, live: Live, model: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self, live: Live, client: str, model: str) -> None:
         self.live = live
+        self.client = client
         self.model = model
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        box = self.live.watch()
+        box = self.live.watch(self.client)
         gone = asyncio.create_task(until_gone(receive, lambda: box.put(OVER)))
         try:
             await send({"type": "http.response.start", "status": 200, "headers": list(STREAM)})
-            data = sse({"kind": "hello", **self.model()})
+            data = sse({"kind": "hello", "model": self.model})
             while True:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
                 items: list[Any] = []

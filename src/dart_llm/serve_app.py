@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dart_llm import __version__, serve_runs
-from dart_llm.engine_ask import Ask
+from dart_llm.engine_ask import Ask, Sampling
 from dart_llm.errors import MissingExtra
+from dart_llm.heap import give_back
 from dart_llm.serve_answer import (
     ChunkWriter,
     Delivery,
@@ -34,6 +35,11 @@ except ImportError:
 
 LONG_BODY = 16 << 10
 """Bytes above which a body is read into tokens beside the event loop, not on it."""
+ELSEWHERE = {
+    "/v1/responses": "this server has no /v1/responses: use /v1/chat/completions (with "
+    "@ai-sdk/openai: openai.chat(model) in place of openai(model))"
+}
+"""What is said of addresses that OpenAI has and this server has not."""
 
 
 class Application(Response):
@@ -60,15 +66,19 @@ class Routes:
 
     async def chat(self, request: Request) -> Response:
         """A chat completion: whole, or with ``stream: true`` as server-sent chunks."""
-        body, ask = await self._read(request, ChatBody)
-        shape = ChatFormat(self._model, ask.sampling.n, _scored(ask), body.usage_wanted)
-        return self._deliver(request, body, ask, _writer(body, shape))
+        body, asks = await self._read(request, ChatBody)
+        sampling = asks[0].sampling
+        shape = ChatFormat(self._model, sampling.n, _scored(sampling), body.usage_wanted)
+        return self._deliver(request, body, asks, _writer(body, shape))
 
     async def completion(self, request: Request) -> Response:
-        """A completion of a text or of token ids."""
-        body, ask = await self._read(request, CompletionBody)
-        shape = Format(self._model, ask.sampling.n, _scored(ask), body.usage_wanted)
-        return self._deliver(request, body, ask, _writer(body, shape))
+        """A completion of texts or of token ids."""
+        body, asks = await self._read(request, CompletionBody)
+        sampling, echo = asks[0].sampling, bool(body.echo)
+        shape = Format(
+            self._model, sampling.n, _scored(sampling), body.usage_wanted, len(asks), echo
+        )
+        return self._deliver(request, body, asks, _writer(body, shape))
 
     async def models(self) -> Response:
         """The model that is served."""
@@ -86,12 +96,12 @@ class Routes:
 
     async def ask_events(self, request: Request) -> Response:
         """A chat completion as the engine's own records, one server-sent event each."""
-        body, ask = await self._read(request, ChatBody)
-        return self._deliver(request, body, ask, RecordWriter(ask.id))
+        body, asks = await self._read(request, ChatBody)
+        return self._deliver(request, body, asks, RecordWriter(asks[0].id))
 
-    async def watch_events(self) -> Response:
-        """The records of all requests while they run, without texts and tokens."""
-        return Application(Watch(self.service.live, lambda: {"model": self._model}))
+    async def watch_events(self, request: Request) -> Response:
+        """The records of requests while they run, without texts and tokens."""
+        return Application(Watch(self.service.live, request.scope["dart"]["client"], self._model))
 
     async def methods(self) -> Response:
         """Methods and drift rules that a request may name, the defaults and the limits."""
@@ -103,21 +113,24 @@ class Routes:
 
     async def runs(self) -> Response:
         """Past runs in the configured results folder."""
+        self._check_runs()
         return _json({"runs": await asyncio.to_thread(serve_runs.listing, self.results)})
 
     async def run(self, name: str) -> Response:
         """One past run with its files' content."""
+        self._check_runs()
         return _json(await asyncio.to_thread(serve_runs.opened, self.results, name))
 
     async def health(self) -> Response:
         """200 while requests are taken, 503 otherwise."""
         if not self.service.worker.alive:
             raise Refusal(503, "the server does not take requests", code="not_ready")
-        return _json({"status": "ok", "model": self._model, "version": __version__})
+        model = {} if self.service.settings.keys else {"model": self._model}
+        return _json({"status": "ok", **model, "version": __version__})
 
     async def metrics(self) -> Response:
         """Counters for Prometheus."""
-        text = self.service.metrics_text(self.guard.in_flight)
+        text = self.service.metrics.text()
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def page(self) -> Response:
@@ -137,35 +150,55 @@ class Routes:
     def _model(self) -> str:
         return self.service.facts.name
 
-    async def _read(self, request: Request, kind: type[Any]) -> tuple[Any, Ask]:
+    def _check_runs(self) -> None:
+        if not self.service.settings.shows_runs:
+            raise Refusal(
+                403,
+                "past runs hold prompts, and this server has several keys: start it with "
+                "--share-runs to show them to every key",
+                code="runs_not_shared",
+            )
+
+    async def _read(self, request: Request, kind: type[Any]) -> tuple[Any, tuple[Ask, ...]]:
         content = request.headers.get("content-type", "")
         if content.partition(";")[0].strip().lower() != "application/json":
             raise Refusal(415, "send JSON, with Content-Type: application/json")
         raw = await request.body()
         known = request.scope["dart"]
 
-        def understood() -> tuple[Any, Ask]:
+        def understood() -> tuple[Any, tuple[Ask, ...]]:
             body = read(kind, parse(raw))
             asker = self.service.asker
             of_kind = asker.completion if isinstance(body, CompletionBody) else asker.chat
             return body, of_kind(body, known["request_id"], known["client"])
 
-        if len(raw) > LONG_BODY:
-            return await asyncio.to_thread(understood)
-        return understood()
+        def understood_long() -> tuple[Any, tuple[Ask, ...]]:
+            try:
+                return understood()
+            finally:
+                give_back()
 
-    def _deliver(self, request: Request, body: Common, ask: Ask, writer: Writer) -> Response:
+        if len(raw) <= LONG_BODY:
+            return understood()
+        return await asyncio.get_running_loop().run_in_executor(
+            self.service.bodies, understood_long
+        )
+
+    def _deliver(
+        self, request: Request, body: Common, asks: tuple[Ask, ...], writer: Writer
+    ) -> Response:
         service, known = self.service, request.scope["dart"]
         if service.settings.log_prompts:
-            text = service.asker.tokenizer.decode(list(ask.ids))
-            logger.warning("%s asks %r", ask.id, text)
-        turn = Turn(ask, known["client"], body.user or "", ask.id)
+            for ask in asks:
+                text = service.asker.tokenizer.decode(list(ask.ids))
+                logger.warning("%s asks %r", ask.id, text)
+        turn = Turn(asks, known["client"], body.user or "", known["request_id"])
         limit = service.settings.request_timeout
         return Application(Delivery(service.worker, turn, writer, limit))
 
 
-def _scored(ask: Ask) -> bool:
-    return ask.sampling.logprobs is not None
+def _scored(sampling: Sampling) -> bool:
+    return sampling.logprobs is not None
 
 
 def _writer(body: Common, shape: Format) -> Writer:
@@ -181,10 +214,14 @@ def build(service: Service) -> Asgi:
     settings = service.settings
 
     async def unknown(request: Request, error: Exception) -> Response:
-        raise Refusal(404, "there is no such address: /openapi.json lists all", code="not_found")
+        path = request.url.path.rstrip("/")
+        message = ELSEWHERE.get(path, "there is no such address: /openapi.json lists all")
+        raise Refusal(404, message, code="not_found")
 
     async def other_method(request: Request, error: Exception) -> Response:
-        raise Refusal(405, "this address takes another method: see /openapi.json")
+        pattern = request.scope["route"].path
+        allow = [route.method for route in ROUTES if route.path == pattern]
+        raise Refusal(405, f"this address takes {' and '.join(allow)} alone", allow=sorted(allow))
 
     app = FastAPI(
         title="dart-llm",
@@ -201,6 +238,7 @@ def build(service: Service) -> Asgi:
         loud=settings.log_prompts,
     )
     guard = Guard(rules, service.metrics)
+    service.metrics.watch("http_requests", "Requests in flight.", lambda: guard.in_flight)
     app.add_middleware(guard.around)
     routes = Routes(service, guard)
     for route in ROUTES:

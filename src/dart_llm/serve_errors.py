@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 TYPES = {
@@ -24,7 +25,8 @@ TYPES = {
 class Refusal(Exception):
     """A request that gets no answer: an HTTP status and one sentence for the client.
 
-    ``param``: the field that is wrong; ``code``: a word for programs; ``retry_after``: seconds.
+    ``param``: the field that is wrong; ``code``: a word for programs, of a 400 ``invalid_value``
+    unless another is given; ``retry_after``: seconds; ``allow``: the methods that an address takes.
     """
 
     def __init__(
@@ -34,13 +36,15 @@ class Refusal(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        allow: Sequence[str] = (),
     ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
-        self.code = code
+        self.code = code or ("invalid_value" if status == 400 else None)
         self.retry_after = retry_after
+        self.allow = allow
 
     def to_dict(self) -> dict[str, Any]:
         """``{"error": {message, type, param, code}}``."""
@@ -62,6 +66,8 @@ class Refusal(Exception):
         found = []
         if self.retry_after is not None:
             found.append((b"retry-after", str(self.retry_after).encode()))
+        if self.allow:
+            found.append((b"allow", ", ".join(self.allow).encode()))
         if self.status == 401:
             found.append((b"www-authenticate", b"Bearer"))
         if self.status in (408, 413):  # the rest of the body is not read

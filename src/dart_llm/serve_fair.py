@@ -11,7 +11,12 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 LARGEST_SHARE = 0.75
-"""Of the waiting places one client may take at most this share, so that others find one."""
+"""Of some places one client may take at most this share, so that others find one."""
+
+
+def largest_share(places: int) -> int:
+    """How many of ``places`` one client may take."""
+    return max(1, int(places * LARGEST_SHARE))
 
 
 class Full(Exception):
@@ -28,18 +33,21 @@ class FairQueue(Generic[T]):
 
     def __init__(self, places: int) -> None:
         self.places = places
-        self.own_places = max(1, int(places * LARGEST_SHARE))
+        self.own_places = largest_share(places)
         self._clients: OrderedDict[str, OrderedDict[str, deque[T]]] = OrderedDict()
         self._length = 0
 
     def __len__(self) -> int:
         return self._length
 
-    def put(self, client: str, user: str, item: T) -> None:
-        """Add ``item`` behind those of the same client and user; raises ``Full``."""
+    def put(self, client: str, user: str, item: T, again: bool = False) -> None:
+        """Add ``item`` behind those of the same client and user; raises ``Full``.
+
+        ``again``: it has had a turn and is not done; it keeps a place whoever waits.
+        """
         users = self._clients.get(client, OrderedDict())
         own = sum(map(len, users.values()))
-        if self._length >= self.places or own >= self.own_places:
+        if not again and (self._length >= self.places or own >= self.own_places):
             raise Full(self._length, self._length < self.places)
         self._clients.setdefault(client, users).setdefault(user, deque()).append(item)
         self._length += 1

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import Any
 
-from dart_llm.engine_records import Done, Record, Start, Token
+from dart_llm.engine_records import Done, Likely, Record, Scores, Start, Token
 from dart_llm.results import finite
 from dart_llm.serve_errors import Refusal
 from dart_llm.serve_logprobs import Scored, chat_logprobs, text_logprobs
@@ -49,8 +49,12 @@ def sse(data: Any) -> bytes:
 
 @dataclass
 class Choice:
-    """One of the n texts: what of it was said, and the tokens whose text is still held back."""
+    """One of the texts: what of it was said, and the tokens whose text is still held back.
 
+    ``echo``: the prompt, where it stands before the answer.
+    """
+
+    echo: str = ""
     said: str = ""
     scored: list[Scored] = field(default_factory=list)
     """Tokens since the text was last said."""
@@ -58,7 +62,12 @@ class Choice:
 
 
 class Format:
-    """One answer in the making.  ``scored``: whether log-probabilities were asked for."""
+    """One answer in the making.
+
+    ``model``: what answers.  ``choices``: per prompt; with several ``prompts`` those of one come
+    after those of the other.  ``scored``: whether log-probabilities were asked for, ``echo``:
+    whether the prompt stands before the answer.
+    """
 
     kind = "text_completion"
     chunk_kind = "text_completion"
@@ -70,11 +79,16 @@ class Format:
         choices: int,
         scored: bool = False,
         usage_wanted: bool = False,
+        prompts: int = 1,
+        echo: bool = False,
     ) -> None:
         self.scored = scored
         self.usage_wanted = usage_wanted
-        self.choices = [Choice() for _ in range(choices)]
-        self.done: Done | None = None
+        self.choices = [Choice() for _ in range(choices * prompts)]
+        self.each, self.prompts, self.echo = choices, prompts, echo
+        self.done: list[Done] = []
+        """Of each prompt that was answered."""
+        self._prompt: list[str] = []
         self._head = {
             "id": f"{self.prefix}-{token_hex(12)}",
             "created": int(time.time()),
@@ -97,13 +111,45 @@ class Format:
 
     # records
 
-    def _heard(self, token: Token) -> Choice:
-        """The token's choice, with the token among those whose text is to be said."""
-        choice = self.choices[token.choice]
-        if self.scored:
-            top = tuple((one.text, one.logprob) for one in token.top or ())
-            choice.scored.append(Scored(token.piece, token.logprob, top))
-        return choice
+    def _own(self) -> range:
+        """The choices of the prompt that is being answered."""
+        first = self.each * len(self.done)
+        return range(first, first + self.each)
+
+    def _heard(self, record: Record) -> list[tuple[int, str]]:
+        """Take in a record; which choices have something to say now, and what."""
+        if isinstance(record, Token):
+            place = self._own()[record.choice]
+            if self.scored:
+                self.choices[place].scored.append(
+                    Scored(record.piece, record.logprob, _top(record.top or ()))
+                )
+            return [(place, record.text)] if record.text else []
+        if isinstance(record, Start):
+            self._prompt = [one.text for one in record.prompt]
+            return [] if self.scored else self._echoed([])
+        if isinstance(record, Scores):
+            places = zip(self._prompt, record.logprobs, record.top, strict=True)
+            return self._echoed([Scored(text, value, _top(top)) for text, value, top in places])
+        if isinstance(record, Done):
+            rests = []
+            for place, text in zip(self._own(), record.texts, strict=True):
+                choice = self.choices[place]
+                rest = (choice.echo + text)[len(choice.said) :]
+                # who asked for the prompt's scores counts tokens: the one that ends a text too
+                if rest or (self.echo and choice.scored):
+                    rests.append((place, rest))
+            return rests
+        return []
+
+    def _echoed(self, scored: list[Scored]) -> list[tuple[int, str]]:
+        """The prompt is said by each of its choices, if that is wanted."""
+        if not self.echo:
+            return []
+        for place in self._own():
+            self.choices[place].echo = "".join(self._prompt)
+            self.choices[place].scored += scored
+        return [(place, self.choices[place].echo) for place in self._own()]
 
     def _say(self, choice: Choice, text: str) -> tuple[list[Scored], int]:
         """``text`` is said: the tokens behind it, and the characters before it."""
@@ -117,35 +163,31 @@ class Format:
 
     def chunks(self, record: Record) -> bytes:
         """The events that a record gives, maybe none."""
-        if isinstance(record, Token):
-            choice = self._heard(record)
-            return self._said(record.choice, choice, record.text) if record.text else b""
+        found = []
         if isinstance(record, Start) and (opening := self._opening()) is not None:
-            return b"".join(self._chunk(i, opening) for i in range(len(self.choices)))
+            found += [self._chunk(place, opening) for place in self._own()]
+        found += [self._said(place, text) for place, text in self._heard(record)]
         if isinstance(record, Done):
-            self.done = record
-            return self._last(record)
-        return b""
-
-    def _said(self, index: int, choice: Choice, text: str) -> bytes:
-        tokens, before = self._say(choice, text)
-        logprobs = self._logprobs(tokens, before) if self.scored else None
-        return self._chunk(index, self._text(text, True), logprobs)
-
-    def _last(self, record: Done) -> bytes:
-        found, count = [], len(self.choices)
-        for index, choice in enumerate(self.choices):
-            rest = record.texts[index][len(choice.said) :]
-            if rest:
-                found.append(self._said(index, choice, rest))
-            more = self._extras(record) if index == count - 1 else {}
-            reason = record.finish[index]
-            found.append(self._chunk(index, self._closing(), None, reason, more))
-        if self.usage_wanted:
-            whole = {**self._envelope(self.chunk_kind), "choices": []}
-            found.append(sse({**whole, "usage": usage(record), **self._extras(record)}))
-        found.append(b"data: [DONE]\n\n")
+            found += self._last(record)
         return b"".join(found)
+
+    def _said(self, place: int, text: str) -> bytes:
+        tokens, before = self._say(self.choices[place], text)
+        logprobs = self._logprobs(tokens, before) if self.scored else None
+        return self._chunk(place, self._text(text, True), logprobs)
+
+    def _last(self, record: Done) -> list[bytes]:
+        """What ends the choices of a prompt, and after the last prompt the stream."""
+        found, own = [], self._own()
+        self.done.append(record)
+        ended = len(self.done) == self.prompts
+        for place, reason in zip(own, record.finish, strict=True):
+            more = self._extras() if ended and place == own[-1] else {}
+            found.append(self._chunk(place, self._closing(), None, reason, more))
+        if ended and self.usage_wanted:
+            whole = {**self._envelope(self.chunk_kind), "choices": []}
+            found.append(sse({**whole, "usage": usage(self.done), **self._extras()}))
+        return [*found, b"data: [DONE]\n\n"] if ended else found
 
     def _chunk(
         self,
@@ -165,48 +207,54 @@ class Format:
 
     def keep(self, record: Record) -> None:
         """Take in a record of an answer that is sent as a whole."""
-        if isinstance(record, Token):
-            choice = self._heard(record)
-            if record.text:
-                self._say(choice, record.text)
-        elif isinstance(record, Done):
-            self.done = record
+        for place, text in self._heard(record):
+            self._say(self.choices[place], text)
+        if isinstance(record, Done):
+            self.done.append(record)
 
     def whole(self) -> bytes:
-        """The answer, once ``done`` was kept."""
-        if self.done is None:
+        """The answer, once every prompt's ``done`` was kept."""
+        if len(self.done) != self.prompts:
             raise RuntimeError("the engine ended an answer without saying so")
-        choices = []
-        for index, (choice, text) in enumerate(zip(self.choices, self.done.texts, strict=True)):
-            if len(text) > len(choice.said):
-                self._say(choice, text[len(choice.said) :])
-            choices.append(
-                {
-                    "index": index,
-                    **self._text(text, False),
-                    "logprobs": self._logprobs(choice.every, 0) if self.scored else None,
-                    "finish_reason": self.done.finish[index],
-                }
-            )
+        finish = [reason for done in self.done for reason in done.finish]
+        choices = [
+            {
+                "index": index,
+                **self._text(choice.said, False),
+                "logprobs": self._logprobs(choice.every, 0) if self.scored else None,
+                "finish_reason": finish[index],
+            }
+            for index, choice in enumerate(self.choices)
+        ]
         answer = {**self._envelope(self.kind), "choices": choices, "usage": usage(self.done)}
-        return json_bytes({**answer, **self._extras(self.done)})
+        return json_bytes({**answer, **self._extras()})
 
     def _envelope(self, kind: str) -> Json:
         return {**self._head, "object": kind}
 
-    @staticmethod
-    def _extras(done: Done) -> Json:
-        return {"timings": done.timings.to_dict(), "dart": accounting(done)}
+    def _extras(self) -> Json:
+        """Of one prompt as it is; of several a list, one for each."""
+        timings = [done.timings.to_dict() for done in self.done]
+        accounts = [accounting(done) for done in self.done]
+        if self.prompts == 1:
+            return {"timings": timings[0], "dart": accounts[0]}
+        return {"timings": timings, "dart": accounts}
 
 
-def usage(done: Done) -> Json:
-    """``usage`` in OpenAI's names."""
-    prompt, completion = done.usage.prompt_tokens, done.usage.completion_tokens
+def _top(likely: Sequence[Likely]) -> tuple[tuple[str, float], ...]:
+    return tuple((one.text, one.logprob) for one in likely)
+
+
+def usage(answered: Sequence[Done]) -> Json:
+    """``usage`` of all prompts, in OpenAI's names."""
+    prompt = sum(done.usage.prompt_tokens for done in answered)
+    completion = sum(done.usage.completion_tokens for done in answered)
+    cached = sum(done.usage.cached_tokens for done in answered)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": done.usage.cached_tokens},
+        "prompt_tokens_details": {"cached_tokens": cached},
     }
 
 

@@ -6,16 +6,20 @@ A plain ASGI application around another one; it imports no framework.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import logging
+import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from secrets import token_hex
 from typing import Any
 
 from dart_llm.serve_errors import Refusal, internal
+from dart_llm.serve_fair import largest_share
 from dart_llm.serve_metrics import Metrics
 from dart_llm.serve_worker import log_fault
 
@@ -45,6 +49,12 @@ SAFETY = (
 OPEN = ("/", "/healthz", "/favicon.ico")
 """Paths that need no key, beside ``/static/``: they hold nothing of the model or of a user."""
 
+ALIVE = "/healthz"
+"""Never refused for lack of places: who asks it restarts a server that does not answer."""
+
+STREAMS = ("/api/events",)
+"""Paths whose GET does not end by itself, so that there is no HEAD of it."""
+
 PROGRAMS = ("/api/", "/v1/", "/metrics")
 """Paths that no page of another site has business with."""
 
@@ -53,13 +63,15 @@ PROGRAMS = ("/api/", "/v1/", "/metrics")
 class Rules:
     """``hosts``: names by which the server may be called, None: any.  ``keys``: sha256 of each.
 
-    ``body_bytes``: the largest body; ``body_seconds``: how long it may take to arrive;
-    ``at_once``: requests in flight; ``loud``: the log may quote texts.
+    ``head_bytes``: the largest head of a request; ``body_bytes``: the largest body;
+    ``body_seconds``: how long it may take to arrive; ``at_once``: requests in flight, of one client
+    at most three quarters of them; ``loud``: the log may quote texts.
     """
 
     hosts: frozenset[str] | None
     keys: tuple[bytes, ...] = ()
     body_bytes: int = 1 << 20
+    head_bytes: int = 64 << 10
     body_seconds: float = 30.0
     at_once: int = 512
     loud: bool = False
@@ -76,8 +88,13 @@ class Guard:
     def __init__(self, rules: Rules, metrics: Metrics) -> None:
         self.rules = rules
         self.metrics = metrics
-        self.in_flight = 0
+        self.clients: Counter[str] = Counter()
+        """Requests in flight of each client."""
         self.app: Asgi = _nothing
+
+    @property
+    def in_flight(self) -> int:
+        return self.clients.total()
 
     def around(self, app: Asgi) -> Guard:
         """Stand in front of ``app``."""
@@ -91,19 +108,18 @@ class Guard:
         if scope["type"] != "http":  # no other kind is served
             await send({"type": "websocket.close", "code": 1008})
             return
-        self.in_flight += 1
-        try:
-            await _Exchange(self, scope, receive, send).run()
-        finally:
-            self.in_flight -= 1
+        await _Exchange(self, scope, receive, send).run()
 
     def check(self, scope: Scope) -> str:
         """The client's name for the queue; raises ``Refusal``."""
         headers = _headers(scope)
+        if _head_bytes(scope) > self.rules.head_bytes:
+            raise Refusal(
+                400, f"the head of the request is larger than {self.rules.head_bytes} bytes",
+                code="head_too_large",
+            )  # fmt: skip
         self._check_host(headers)
         self._check_origin(scope["path"], headers)
-        if self.in_flight > self.rules.at_once:
-            raise Refusal(429, "too many connections", code="rate_limit_exceeded", retry_after=1)
         key = self._check_key(scope["path"], headers)
         length = headers.get("content-length", ["0"])[0]
         if length.isdigit() and int(length) > self.rules.body_bytes:
@@ -111,12 +127,27 @@ class Guard:
         address = (scope.get("client") or ("unknown",))[0]
         return key or str(address)
 
+    @contextlib.contextmanager
+    def place(self, client: str, path: str) -> Iterator[None]:
+        """One of the places for requests in flight; raises ``Refusal`` when none is left."""
+        most = self.rules.at_once
+        full = self.in_flight >= most or self.clients[client] >= largest_share(most)
+        if full and path != ALIVE:
+            raise Refusal(429, "too many connections", code="rate_limit_exceeded", retry_after=1)
+        self.clients[client] += 1
+        try:
+            yield
+        finally:
+            self.clients[client] -= 1
+            if not self.clients[client]:
+                del self.clients[client]
+
     def _check_host(self, headers: Headers) -> None:
         """DNS rebinding: a page of another name whose address is ours has that name as host."""
         if self.rules.hosts is None:
             return
         names = headers.get("host", [])
-        if len(names) != 1 or _host(names[0]) not in self.rules.hosts:
+        if len(names) != 1 or host_name(names[0]) not in self.rules.hosts:
             raise Refusal(
                 403,
                 "this server is not called that: use localhost, or name the host with --allow-host",
@@ -153,7 +184,9 @@ class _Exchange:
 
     def __init__(self, guard: Guard, scope: Scope, receive: Receive, send: Send) -> None:
         self.guard = guard
-        self.scope = scope
+        # HEAD is GET without the body, which is left out where the answer is written
+        head = scope["method"] == "HEAD" and scope["path"] not in STREAMS
+        self.scope = {**scope, "method": "GET"} if head else scope
         self.receive = receive
         self.send = send
         self.id = f"req_{token_hex(12)}"
@@ -168,7 +201,8 @@ class _Exchange:
         try:
             client = self.guard.check(self.scope)
             self.scope["dart"] = {"request_id": self.id, "client": client}
-            await self.guard.app(self.scope, self._receive, self._send)
+            with self.guard.place(client, self.scope["path"]):
+                await self.guard.app(self.scope, self._receive, self._send)
         except Refusal as refusal:
             await self._refuse(refusal)
         except Exception as error:
@@ -220,7 +254,7 @@ class _Exchange:
         route = self.scope.get("route")
         path = getattr(route, "path", "other")  # the pattern: what a client makes up is no label
         status = str(self.status or "none")  # none: the client went away before its answer
-        self.guard.metrics.requests.add(1, path, status)
+        self.guard.metrics.requests.labels(path, status).inc()
         took = time.perf_counter() - self.started
         logger.info("%s %s %s %s %.3f s", self.id, self.scope["method"], path, status, took)
 
@@ -243,9 +277,17 @@ def _headers(scope: Scope) -> Headers:
     return found
 
 
-def _host(value: str) -> str:
-    """The name in a Host header, without its port."""
-    value = value.strip().lower()
-    if value.startswith("["):
-        return value.partition("]")[0] + "]"
-    return value.partition(":")[0]
+def _head_bytes(scope: Scope) -> int:
+    """About what was sent before the body."""
+    lines = sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+    return lines + len(scope.get("raw_path") or b"") + len(scope.get("query_string", b""))
+
+
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+?)\.?(?::[0-9]{1,5})?")
+"""A name or an address, maybe with the dot that ends a full name, and a port."""
+
+
+def host_name(value: str) -> str:
+    """The name in a Host header, without its port; "" for what is none."""
+    found = HOST.fullmatch(value.strip().lower())
+    return found[1] if found else ""

@@ -8,6 +8,7 @@ from typing import Any
 
 from dart_llm.engine_records import Record
 from dart_llm.serve_errors import Refusal
+from dart_llm.serve_fair import largest_share
 from dart_llm.serve_format import sse
 from dart_llm.serve_turn import Mailbox, Turn
 
@@ -34,6 +35,7 @@ SHOWN: Mapping[str, tuple[str, ...]] = {
 """Fields of each kind of record that everybody may see; all others stay with their request."""
 
 WATCHERS = 16
+"""At most; of one client at most three quarters of them."""
 BEHIND = 2000
 """Records that a watcher may lag behind; the ones after that are left out for it."""
 
@@ -46,37 +48,52 @@ def public(record: Mapping[str, Any], request_id: str) -> dict[str, Any]:
 
 
 class Live:
-    """Hands the records of running requests to those who watch ``/api/events``."""
+    """Hands the records of running requests to those who watch ``/api/events``.
 
-    def __init__(self) -> None:
-        self._boxes: list[Mailbox] = []
+    ``private``: everybody sees the requests of their own client alone.  What a mask keeps and how
+    a text drifts tells much of the text: who can guess a prompt can find out that it was asked.
+    """
+
+    def __init__(self, private: bool) -> None:
+        self.private = private
+        self._boxes: list[tuple[str, Mailbox]] = []
 
     def __len__(self) -> int:
         return len(self._boxes)
 
     def publish(self, turn: Turn, record: Record) -> None:
         """From the model's thread; costs nothing while nobody watches."""
-        boxes = [box for box in self._boxes if len(box) < BEHIND]
-        if boxes:
+        boxes = [
+            box
+            for client, box in self._boxes
+            if len(box) < BEHIND and (client == turn.client or not self.private)
+        ]
+        if boxes and record.kind in SHOWN:
             line = sse(public(record.to_dict(), turn.request_id))
             for box in boxes:
                 box.put(line)
 
-    def watch(self) -> Mailbox:
+    def watch(self, client: str) -> Mailbox:
         """A box that every further record is put into; raises ``Refusal`` when too many watch."""
-        if len(self._boxes) >= WATCHERS:
+        own = sum(one == client for one, _ in self._boxes)
+        if len(self._boxes) >= WATCHERS or own >= largest_share(WATCHERS):
+            whose = "of yours " if len(self._boxes) < WATCHERS else ""
             raise Refusal(
-                429, f"{WATCHERS} watch already", code="rate_limit_exceeded", retry_after=10
+                429,
+                f"too many {whose}watch already: end one, or try again later",
+                code="rate_limit_exceeded",
+                retry_after=10,
             )
         box = Mailbox(asyncio.get_running_loop())
-        self._boxes = [*self._boxes, box]  # a new list: the model's thread may be at the old one
+        # a new list: the model's thread may be at the old one
+        self._boxes = [*self._boxes, (client, box)]
         return box
 
     def leave(self, box: Mailbox) -> None:
         """``box`` gets no more records."""
-        self._boxes = [one for one in self._boxes if one is not box]
+        self._boxes = [one for one in self._boxes if one[1] is not box]
 
     def close(self, end: Any) -> None:
         """Tell everybody who watches that this is the end."""
-        for box in self._boxes:
+        for _, box in self._boxes:
             box.put(end)

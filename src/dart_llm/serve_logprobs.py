@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One generated token with its log-probability and the best of the model's own choice.
+    """One token with its log-probability and the best of the model's own choice.
 
-    ``piece``: the token's text alone.  ``top``: (text, log-probability), the best first.
+    ``piece``: the token's text alone.  ``logprob``: None for a prompt's first token, which nothing
+    predicts.  ``top``: (text, log-probability), the best first.
     """
 
     piece: str
@@ -44,7 +45,8 @@ def text_logprobs(tokens: Sequence[Scored], offset: int) -> dict[str, Any]:
     for token in tokens:
         offsets.append(offset)
         offset += len(token.piece)
-    tops: list[Mapping[str, float]] = [dict(token.top) for token in tokens]
+    # of two tokens with one text, such as halves of characters, the likelier one stays
+    tops = [None if one.logprob is None else dict(reversed(one.top)) for one in tokens]
     return {
         "tokens": [token.piece for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],

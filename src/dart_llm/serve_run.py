@@ -8,6 +8,7 @@ import socket
 import threading
 import webbrowser
 from collections.abc import Sequence
+from socket import SO_ERROR, SOL_SOCKET
 from typing import Any
 
 from dart_llm.config import PruneConfig
@@ -21,14 +22,21 @@ from dart_llm.ui import Ui
 
 try:
     import uvicorn
+    from h11 import InformationalResponse
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError:
     raise MissingExtra("uvicorn", "serve") from None
 
 BACKLOG = 128
+INTERIM = InformationalResponse(status_code=100, headers=[], reason="Continue")
+PROBE_SECONDS = 0.1
+"""Between two looks at a client that ended its side."""
 KEPT_ALIVE_SECONDS = 15
 TICKS, SILENT_CHECKS = 50, 6
 """Every 5 s; after 30 s a connection that sends no whole head is closed."""
 WARM_CHARACTERS, WARM_TOKENS = 400, 4
+EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""Addresses that are none to connect to, and one that is."""
 LAST_SECONDS = 5
 """Beyond the grace period, for answers that are being sent when the server ends."""
 
@@ -69,6 +77,33 @@ def _busy(connection: Any) -> bool:
     return cycle is not None and not getattr(cycle, "response_complete", False)
 
 
+class Connection(H11Protocol):
+    """uvicorn's connection, on which a client may end its side and still get its answer.
+
+    Whether it ended its side or went away cannot be seen but by sending: an interim answer
+    ("100 Continue", which every client passes over) makes the system of one that went away refuse.
+    """
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep the connection where a request came whole and is not answered yet."""
+        cycle = self.cycle
+        if cycle is None or cycle.more_body or cycle.response_complete:
+            return False
+        cycle.keep_alive = False
+        self._probe()
+        return True
+
+    def _probe(self) -> None:
+        if self.transport.is_closing() or self.cycle.response_complete:
+            return
+        if self.transport.get_extra_info("socket").getsockopt(SOL_SOCKET, SO_ERROR):
+            self.transport.abort()
+            return
+        if not self.cycle.response_started:
+            self.transport.write(self.conn.send(INTERIM))
+        self.loop.call_later(PROBE_SECONDS, self._probe)
+
+
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket; raises ``ConfigError`` when the address cannot be had."""
     try:
@@ -88,9 +123,10 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def link(settings: ServeSettings, listening: socket.socket) -> str:
-    """The address of the page."""
+    """The address of the page; of a server that listens at every address, this machine's own."""
     port = listening.getsockname()[1]
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    host = EVERYWHERE.get(settings.host, settings.host)
+    host = f"[{host}]" if ":" in host else host
     return f"http://{host}:{port}/"
 
 
@@ -151,7 +187,7 @@ def server_config(application: Any, settings: ServeSettings) -> uvicorn.Config:
         proxy_headers=False,
         lifespan="off",
         ws="none",
-        http="h11",  # which bounds the head of a request (64 KiB), as httptools does not
+        http=Connection,  # by h11, which bounds the head of a request, as httptools does not
         timeout_keep_alive=KEPT_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(settings.grace) + LAST_SECONDS,
     )

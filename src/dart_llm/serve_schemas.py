@@ -11,14 +11,36 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from dart_llm.serve_errors import Refusal
 
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Stops = Annotated[list[Stop], Field(max_length=4)]
 Name = Annotated[str, Field(max_length=256)]
+Ids = Annotated[list[int], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+"""Of a long list the first fault is told, not all."""
+
+
+def _some(value: int) -> int:
+    if value == 0:
+        raise PydanticCustomError("tokens", "input should be 1 or more, or -1 for what fits")
+    return value
+
+
+TokensOrNone = Annotated[int, Field(ge=-1)]
+Tokens = Annotated[TokensOrNone, AfterValidator(_some)]
+"""A number of tokens; -1 is what llama.cpp's clients call "as many as fit"."""
 
 IGNORED = (
     "metadata",
@@ -36,7 +58,6 @@ IGNORED = (
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
-    "echo": (False,),
     "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
@@ -79,17 +100,32 @@ class TextPart(Body):
     text: str
 
 
+def _nothing(value: Any) -> Any:
+    """An empty list asks for nothing, as null does."""
+    return None if value == [] else value
+
+
+Nothing = Annotated[None, BeforeValidator(_nothing)]
+
+
 class Message(Body):
-    """``content`` may be left out by an assistant alone."""
+    """``content`` may be left out by an assistant alone; ``reasoning_content`` is not read."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: Name | None = None
+    reasoning_content: str | None = None
     refusal: None = None
-    tool_calls: None = None
+    tool_calls: Nothing = None
     function_call: None = None
     audio: None = None
     annotations: list[Any] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError("missing", "role {role} needs a content", {"role": self.role})
+        return self
 
     @property
     def text(self) -> str:
@@ -105,7 +141,7 @@ class Common(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: Stop | Stops | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: TokensOrNone | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
@@ -126,17 +162,29 @@ class Common(Body):
 class ChatBody(Common):
     """Body of ``POST /v1/chat/completions`` and ``POST /api/events``."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    max_tokens: Tokens | None = None
+    max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
 
 class CompletionBody(Common):
-    """Body of ``POST /v1/completions``; ``prompt``: a text or token ids, or a list of one."""
+    """Body of ``POST /v1/completions``; ``prompt``: a text or token ids, or a list of these.
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    ``echo``: the prompt stands before the answer, in ``logprobs`` too.
+    """
+
+    prompt: str | Ids | Texts | Annotated[list[Ids], Field(fail_fast=True)]
+    echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    @property
+    def prompts(self) -> Sequence[str | list[int]]:
+        """Each of them."""
+        prompt: Any = self.prompt
+        one = isinstance(prompt, str) or all(isinstance(part, int) for part in prompt)
+        return [prompt] if one else prompt
 
 
 B = TypeVar("B", bound=Common)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,9 @@ from dart_llm.serve_worker import Runs, Worker
 from dart_llm.settings_serve import ServeSettings
 
 logger = logging.getLogger("dart_llm.serve")
+
+LIMITS = ("max_tokens", "max_prompt_tokens", "max_prompts", "max_choices", "max_waiting")
+"""Settings that ``/api/methods`` tells."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +62,24 @@ class Service:
         self.settings = settings
         self.facts = facts
         self.metrics = Metrics()
-        self.live = Live()
+        self.live = Live(private=bool(settings.keys))
         self.asker = Asker(
             tokenizer, settings, (facts.name, *facts.aliases), facts.context, facts.vocabulary
         )
         self.worker = Worker(engine, settings.max_waiting, self._note, settings.log_prompts)
         self.created = int(time.time())
+        self.bodies = ThreadPoolExecutor(1, "bodies")
+        """Reads long bodies: one at a time, so that many cost no more memory than one."""
+        watch, worker = self.metrics.watch, self.worker
+        watch("waiting_requests", "Requests that wait.", lambda: worker.waiting)
+        watch(
+            "running_requests", "Requests that the model runs.", lambda: worker.running is not None
+        )
+        watch("watchers", "Clients that watch /api/events.", lambda: len(self.live))
 
     def close(self) -> None:
         """End: see ``Worker.stop``; who watches is told."""
+        self.bodies.shutdown(wait=False, cancel_futures=True)
         self.worker.stop(self.settings.grace)
         self.live.close(OVER)
 
@@ -75,31 +88,19 @@ class Service:
         self.live.publish(turn, record)
         metrics = self.metrics
         if isinstance(record, Token):
-            metrics.tokens.add(1, record.phase)
+            metrics.tokens.labels(record.phase).inc()
             if turn.first_token is None and turn.started is not None:
                 turn.first_token = time.perf_counter()
                 metrics.queued.observe(turn.started - turn.submitted)
                 metrics.first_token.observe(turn.first_token - turn.submitted)
         elif isinstance(record, Masked):
-            metrics.remasks.add(1, record.remask.cause)
+            metrics.remasks.labels(record.remask.cause).inc()
         elif isinstance(record, Done):
-            metrics.prompt_tokens.add(record.usage.prompt_tokens)
-            metrics.cached_tokens.add(record.usage.cached_tokens)
+            metrics.prompt_tokens.inc(record.usage.prompt_tokens)
+            metrics.cached_tokens.inc(record.usage.cached_tokens)
             for reason in record.finish:
-                metrics.finished.add(1, record.report.method, reason)
-            metrics.busy.add(time.perf_counter() - (turn.started or turn.submitted))
-
-    def metrics_text(self, in_flight: int) -> str:
-        """What ``/metrics`` answers."""
-        running = self.worker.running is not None
-        return self.metrics.text(
-            {
-                "dart_llm_waiting_requests": ("Requests that wait.", self.worker.waiting),
-                "dart_llm_running_requests": ("Requests that the model runs.", float(running)),
-                "dart_llm_http_requests": ("Requests in flight.", in_flight),
-                "dart_llm_watchers": ("Clients that watch /api/events.", len(self.live)),
-            }
-        )
+                metrics.finished.labels(record.report.method, reason).inc()
+            metrics.busy.inc(time.perf_counter() - (turn.started or turn.submitted))
 
     def models(self) -> list[dict[str, Any]]:
         """The one model, as ``/v1/models`` lists it."""
@@ -126,10 +127,7 @@ class Service:
             "drift": None if config is None or config.drift == own.drift else config.drift.rule,
             "temperature": self.settings.temperature,
         }
-        limits = {
-            name: getattr(self.settings, name)
-            for name in ("max_tokens", "max_prompt_tokens", "max_choices", "max_waiting")
-        }
+        limits = {name: getattr(self.settings, name) for name in LIMITS}
         found = listing()
         methods = [{**entry, **self._method(entry["name"])} for entry in found["methods"]]
         return {

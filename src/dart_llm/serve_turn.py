@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from dart_llm.engine_ask import Ask
@@ -58,11 +59,12 @@ class Mailbox:
 class Turn:
     """One request's place in the queue, and later on the model.
 
-    ``ask``: what the engine is given.  ``client`` and ``user`` decide whose turn it is.
+    ``asks``: what the engine is given, one after the other.  ``client`` and ``user`` decide whose
+    turn it is.
     """
 
-    def __init__(self, ask: Ask, client: str, user: str, request_id: str) -> None:
-        self.ask = ask
+    def __init__(self, asks: Sequence[Ask], client: str, user: str, request_id: str) -> None:
+        self.left = deque(asks)
         self.client = client
         self.user = user
         self.request_id = request_id

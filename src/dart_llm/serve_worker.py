@@ -132,6 +132,8 @@ class Worker:
             if not turn.cancelled():
                 self._serve(turn)
             self.running = None
+            if turn.left:
+                self._again(turn)
             del turn  # its records are not kept until the next one comes
 
     def _next(self) -> Turn | None:
@@ -142,7 +144,16 @@ class Worker:
             self.running = self._queue.take()
             return self.running
 
+    def _again(self, turn: Turn) -> None:
+        """What is left of a turn waits behind the others, unless nobody wants it any more."""
+        with self._changed:
+            if self._stopping:
+                turn.cancel(Refusal(503, STOPPING, code="shutting_down"))
+            if not turn.cancelled():
+                self._queue.put(turn.client, turn.user, turn, again=True)
+
     def _serve(self, turn: Turn) -> None:
+        """Answer the next of the turn's asks; a fault ends the turn."""
         turn.started = time.perf_counter()
 
         def emit(record: Record) -> None:
@@ -151,13 +162,14 @@ class Worker:
             self.on_record(turn, record)
 
         try:
-            self.engine.run(turn.ask, emit, turn.cancelled)
-            turn.mail.put(OVER)
+            self.engine.run(turn.left.popleft(), emit, turn.cancelled)
+            if not turn.left or turn.cancelled():
+                turn.mail.put(OVER)
         except ConfigError as error:
-            turn.mail.put(Refusal(400, str(error), code="invalid_value"))
+            turn.cancel(Refusal(400, str(error), code="invalid_value"))
         except Exception as error:
             log_fault(turn.request_id, error, self.loud)
-            turn.mail.put(internal(turn.request_id))
+            turn.cancel(internal(turn.request_id))
         self._seconds += 0.2 * (time.perf_counter() - turn.started - self._seconds)
 
 

@@ -21,6 +21,7 @@ LEAST: dict[str, float] = {
     "max_tokens": 1,
     "max_prompt_tokens": 1,
     "max_choices": 1,
+    "max_prompts": 1,
     "max_body_kib": 1,
     "request_timeout": 1,
     "grace": 0,
@@ -44,6 +45,9 @@ class ServeSettings(BaseSettings):
     allow_host: str | None = setting(
         SERVER, "Further names by which requests may call this server, with commas."
     )
+    share_runs: bool = setting(
+        SERVER, "Show past runs to every key, where there are several.", False
+    )
     open: bool = setting(SERVER, "Open the page in a browser when it is there.", False)
     methods: str | None = setting(
         SERVER, "Methods to make ready before the first request, with commas (default: --method)."
@@ -56,11 +60,12 @@ class ServeSettings(BaseSettings):
     )
     conversations: int = setting(SERVER, "Conversations whose cache is kept.", 4)
     max_waiting: int = setting(LIMITS, "Requests that may wait; the next one gets 429.", 64)
-    max_tokens: int = setting(LIMITS, "Tokens that one request may have per choice.", 2048)
+    max_tokens: int = setting(LIMITS, "Tokens that one answer may have; it ends there.", 2048)
     max_prompt_tokens: int | None = setting(
         LIMITS, "Tokens of the longest prompt (default: the model's context)."
     )
     max_choices: int = setting(LIMITS, "Largest n.", 4)
+    max_prompts: int = setting(LIMITS, "Prompts of one request to /v1/completions.", 64)
     max_body_kib: int = setting(LIMITS, "Largest body of a request, KiB.", 1024)
     request_timeout: float = setting(
         LIMITS, "Seconds that a request may take, its waiting included.", 600.0
@@ -111,6 +116,11 @@ class ServeSettings(BaseSettings):
     @property
     def keys(self) -> tuple[str, ...]:
         return tuple(words(self.api_key))
+
+    @property
+    def shows_runs(self) -> bool:
+        """Whether past runs can be read: they hold prompts, which are not every key's affair."""
+        return self.share_runs or len(self.keys) < 2
 
     @property
     def hosts(self) -> frozenset[str] | None:
