@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 
 from dart_llm.chat import Chat
 from dart_llm.chat_input import own_path
-from dart_llm.chat_lines import settings_line, stats_tables
+from dart_llm.chat_lines import last_table, settings_line, turn_line
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.registry import METHODS
 from dart_llm.ui import Ui
@@ -86,8 +87,10 @@ class Commands:
     def _stats(self, value: str) -> None:
         if not self.chat.turns:
             raise ConfigError("there is no answer yet: ask something first")
-        for table in stats_tables(self.chat.turns):
-            self.ui.table(table)
+        self.ui.table(last_table(self.chat.turns))
+        self.ui.say("answers of this conversation:")
+        for number, turn in enumerate(self.chat.turns, 1):  # lines: a table needs a wide screen
+            self.ui.say(f"{number}. {turn_line(turn, self.chat.settings.max_tokens)}")
 
     def _save(self, value: str) -> None:
         if not value:
@@ -96,7 +99,8 @@ class Commands:
         as_json = path.suffix.lower() == ".json"
         text = json.dumps(self.chat.to_dict(), indent=1) + "\n" if as_json else self.chat.to_text()
         try:
-            path.write_text(text, encoding="utf-8")
+            with open(path, "w", encoding="utf-8", opener=_own) as file:
+                file.write(text)
         except OSError as error:
             raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
         except ValueError as error:  # a character that no file's name can have
@@ -115,6 +119,11 @@ class Commands:
 
     def _quit(self, value: str) -> None:
         self.left = True
+
+
+def _own(path: str, flags: int) -> int:
+    """Opens a new file for its owner alone: what was said may be private."""
+    return os.open(path, flags, 0o600)
 
 
 def _fraction(text: str) -> float:

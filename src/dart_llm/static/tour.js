@@ -1,5 +1,6 @@
 // A tour in three steps: ask, watch, remove more.
 
+import { choose } from "./controls.js";
 import { byId } from "./dom.js";
 
 const SEEN = "dart-llm tour seen";
@@ -20,7 +21,10 @@ export class Tour {
     document.addEventListener("keydown", (event) => {
       if (event.key === "Escape" && !byId("tour").hidden && !byId("ask-key").open) this.close();
     });
-    byId("show-tour").addEventListener("click", () => this.go(0, true));
+    byId("show-tour").addEventListener("click", () => {
+      byId("show-chat").click();
+      this.go(0, true);
+    });
     document.addEventListener("asked", () => byId("tour").hidden || this.step || this.go(1, byId("tour").contains(document.activeElement)));
   }
 
@@ -29,11 +33,13 @@ export class Tour {
     if (!remembered()) this.go(0, false);
   }
 
-  /** From the first step Next asks the prompt that is pointed at, so that there is something to watch. */
+  /** From the first step Next asks the prompt that is pointed at, with the settings that it was measured with. */
   #next() {
     const prompt = this.step ? null : document.querySelector('[data-tour="1"]');
-    if (prompt?.checkVisibility()) prompt.click();
-    else this.go(this.step + 1);
+    if (prompt?.checkVisibility()) {
+      choose(JSON.parse(prompt.dataset.dart));
+      prompt.click();
+    } else this.go(this.step + 1);
   }
 
   go(step, focus = true) {
