@@ -26,8 +26,8 @@ from dart_llm.chat_template import chat_ids, chat_text
 from dart_llm.chat_terminal import interruptible
 from dart_llm.engine import Engine
 from dart_llm.engine_records import Token
-from engine_cases import ask, half, own_model, tokenizer
 from dart_llm.ui import Ui
+from engine_cases import ask, half, own_model, tokenizer
 from steps import Same
 
 

@@ -57,14 +57,14 @@ SHORT_LOOP, LONGEST_PERIOD = 48, 64
 def loop_line(turn: Turn) -> str:
     """What to do about an answer that went round in circles to its end; "" for any other."""
     tokens = turn.result.tokens[0]
-    if turn.finish != "length" or not _loops(tokens):
+    if turn.finish != "length" or not loops(tokens):
         return ""
     asked = turn.result.report.requested_sparsity
     less = f" at {asked:.0%} sparsity: try a lower /sparsity, or" if asked else ": try"
     return f"the answer repeats itself{less} sampling (--temperature 0.7)"
 
 
-def _loops(tokens: Sequence[int]) -> bool:
+def loops(tokens: Sequence[int]) -> bool:
     """Whether the end is one round of up to ``LONGEST_PERIOD`` tokens, three times or more."""
     return any(
         len(tokens) >= length and tokens[-length:-period] == tokens[-length + period :]

@@ -28,10 +28,7 @@ export function fillControls(listing) {
   showOwn();
   if (listing.limits?.max_tokens) atMost(byId("max-tokens"), listing.limits.max_tokens);
   slideTo(defaults.sparsity ?? 0.1);
-  byId("sparsity").addEventListener("input", () => {
-    delete byId("sparsity").dataset.exact;
-    showSparsity();
-  });
+  byId("sparsity").addEventListener("input", showSparsity);
 }
 
 function atMost(field, limit) {
@@ -39,16 +36,21 @@ function atMost(field, limit) {
   field.value = Math.min(field.value, limit);
 }
 
-/** Show a sparsity, one that no step of the slider meets included: it is sent as it is. */
+let exact = { place: "", sparsity: 0 }; // what stands where the slider was put last
+
+/** Show a sparsity, one between two steps of the slider included: it is sent as it is. */
 function slideTo(sparsity) {
   const slider = byId("sparsity");
   slider.max = Math.max(slider.max, Math.ceil(100 * sparsity));
   slider.value = 100 * sparsity;
-  slider.dataset.exact = sparsity;
+  exact = { place: slider.value, sparsity };
   showSparsity();
 }
 
-const sparsityNow = () => Number(byId("sparsity").dataset.exact ?? byId("sparsity").value / 100);
+function sparsityNow() {
+  const place = byId("sparsity").value;
+  return place === exact.place ? exact.sparsity : Number(place) / 100;
+}
 
 /** Set what a demonstration was measured with; what this server lacks stays as it is. */
 export function choose({ method, drift, sparsity }) {

@@ -6,9 +6,9 @@ import { byId } from "./dom.js";
 const SEEN = "dart-llm tour seen";
 const STEPS = [
   ["1", "Ask something with two parts",
-    "The first ready prompt asks for two things. Next asks it. Its text is coloured while it is written: dense and observed, or pruned."],
+    "The first ready prompt asks for two things. Next asks it at 10 % sparsity. Its text is coloured while it is written: pruned, or dense and observed."],
   ["2", "Watch the neurons",
-    "Each row is a layer. When the text stays unlike its beginning (similarity below the threshold), all neurons run for a while, and new ones are chosen: a re-mask."],
+    "Each row is a layer. Once the recipe has begun, three windows of ten tokens fall below the threshold: they are unlike the beginning of the answer. All neurons run for 32 tokens, and new ones are chosen: a re-mask. Other models and settings may take another course."],
   ["3", "Remove more",
     "Move the sparsity, and ask again with the dense answer beside it. Confidence as the colour shows where the model became unsure."],
 ];

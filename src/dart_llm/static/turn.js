@@ -24,7 +24,7 @@ export class AnswerBox {
     this.text = new TextView(this.box);
     this.drawn = 0;
     this.print = el("span", {}, "");
-    this.foot = el("footer", {}, this.print, " ", this.again, " ", this.keep);
+    this.foot = el("footer", {}, this.print, " ", this.keep, " ", this.again);
     this.element = el("article", { className: "answer", "aria-label": label },
       el("header", {}, el("strong", {}, label), this.state, this.look), this.box, this.foot);
     this.wait("queued");
