@@ -62,7 +62,7 @@ export function choose({ method, drift, sparsity }) {
 }
 
 const option = (value, text, settings) => el("option", { value, ...settings }, text);
-const howReady = (names) => `start with make window ARGS='--methods ${names}'`;
+const howReady = (names) => `start the server with --methods ${names}`;
 const methodName = (method) => (method.ready === false ? `${method.name} (not made ready)` : method.name);
 
 function showSparsity() {
