@@ -16,7 +16,8 @@ import pytest
 from rich.console import Console
 
 from chat_cases import say, settings
-from dart_llm import ConfigError, UnknownName
+from dart_llm import ConfigError, UnknownName, chat_commands
+from dart_llm import chat as chat_module
 from dart_llm.chat import Chat
 from dart_llm.chat_commands import HELP, Commands
 from dart_llm.chat_input import MORE, PROMPT, read_message
@@ -26,6 +27,7 @@ from dart_llm.chat_template import chat_ids, chat_text
 from dart_llm.chat_terminal import interruptible
 from dart_llm.engine import Engine
 from dart_llm.engine_records import Token
+from dart_llm.registry import METHODS
 from dart_llm.ui import Ui
 from engine_cases import ask, half, own_model, tokenizer
 from steps import Same
@@ -344,3 +346,21 @@ def test_an_answer_that_goes_round_in_circles(chat: Chat) -> None:
     assert hint(round_ * 10, "stop") == ""
     assert hint(tuple(range(64)) * 2) == ""  # twice is no circle
     assert hint((*round_ * 10, 1)) == ""
+
+
+def test_a_method_that_learns_for_long_says_so_first(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_commands, "LONG", 1e-9)
+    assert chat.seconds_to_learn("static") == 0
+    part = METHODS.get("glass").calibration
+    assert part is not None
+    seconds = chat.seconds_to_learn("glass")
+    tokens = part.sequences * part.length * chat_module.OWN_TEXT
+    assert 1e-6 < seconds / tokens < 1  # a token of a tiny model
+    assert not chat.turns  # it was no answer of the conversation
+    ui = say(chat, "/method glass", "/method griffin", "/method glass")
+    told = [line for line in ui.log if line.startswith("glass learns first")]
+    assert len(told) == 1 and ui.log.index(told[0]) == 0
+    assert "Ctrl-C stops it" in told[0]
+    assert [line for line in ui.log if line.startswith("glass: 50% of")] != []

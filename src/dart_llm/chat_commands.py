@@ -30,6 +30,10 @@ NOTES = (
 )
 
 
+LONG = 5.0
+"""Seconds of learning that are worth a word."""
+
+
 class Commands:
     """Runs commands on a chat.  ``left``: whether to leave."""
 
@@ -66,6 +70,11 @@ class Commands:
 
     def _method(self, value: str) -> None:
         settings = self.chat.settings
+        if value and (seconds := self.chat.seconds_to_learn(value)) >= LONG:
+            self.ui.say(
+                f"{value} learns first, unless an earlier time kept what it needs: about "
+                f"{_duration(seconds)} on this machine; Ctrl-C stops it"
+            )
         if value and METHODS.get(value).sparsity == 0:  # dense: nothing is removed
             known = settings.target_sparsity()
             self._last = self._last if known is None else known
@@ -119,6 +128,10 @@ class Commands:
 
     def _quit(self, value: str) -> None:
         self.left = True
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
 
 
 def _own(path: str, flags: int) -> int:
