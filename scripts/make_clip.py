@@ -1,6 +1,6 @@
 """Makes the clip at the top of README.md: 20 seconds of the window, from a recording.
 
-Usage: python scripts/make_clip.py [RECORDS.jsonl] [--out docs/window.webp] [--sparsity 0.15]
+Usage: python scripts/make_clip.py [RECORDS.jsonl] [--out docs/window.webp] [--sparsity 0.1]
 
 Without RECORDS it records the first ready prompt with the default model.  The recording becomes the
 page of ``dart-llm replay``, Chromium shows it at one place after another, and Pillow joins the
@@ -26,7 +26,7 @@ WIDTH, HEIGHT = 1200, 850
 PER_SECOND = 12
 WRITING = 14.0
 """Seconds in which the answer is written; the rest shows what else there is to see."""
-TOKENS = 150
+TOKENS = 192
 LARGEST = 3_000_000
 """Bytes that the clip may have."""
 
@@ -57,7 +57,7 @@ def main() -> None:
         "--out", type=Path, default=ROOT / "docs" / "window.webp", help="where the clip goes"
     )
     parser.add_argument(
-        "--sparsity", type=float, default=0.15, help="fraction of neurons to remove"
+        "--sparsity", type=float, default=0.1, help="fraction of neurons to remove"
     )
     given = parser.parse_args()
     from dart_llm.replay_records import read_records

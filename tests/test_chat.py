@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from chat_cases import say, settings
-from dart_llm import ConfigError, UnknownName
+from dart_llm import ConfigError, UnknownName, chat_commands
+from dart_llm import chat as chat_module
 from dart_llm.chat import Chat
 from dart_llm.chat_commands import HELP, Commands
 from dart_llm.chat_input import MORE, PROMPT, read_message
-from dart_llm.chat_lines import settings_line, turn_line
+from dart_llm.chat_lines import loop_line, settings_line, turn_line
+from dart_llm.chat_stream import Wrapped
 from dart_llm.chat_template import chat_ids, chat_text
 from dart_llm.chat_terminal import interruptible
 from dart_llm.engine import Engine
 from dart_llm.engine_records import Token
+from dart_llm.registry import METHODS
+from dart_llm.ui import Ui
 from engine_cases import ask, half, own_model, tokenizer
 from steps import Same
 
@@ -126,8 +134,21 @@ def test_stats(chat: Chat) -> None:
     text = "\n".join(say(chat, "Why?", "/method dense", "And?", "/stats").log)
     assert "dense: accounting of the generated text" in text
     assert "answers of this conversation" in text
-    rows = [line.split() for line in text.splitlines() if line.startswith("│ griffin")]
-    assert rows[0][3] == "50.0%"
+    rows = [line for line in text.splitlines() if re.match(r"\d\. ", line)]
+    assert [row[:3] for row in rows] == ["1. ", "2. "]
+    assert "griffin: 50.0% removed of 50%" in rows[0] and "; dense" in rows[1]
+
+
+def test_stats_on_a_narrow_screen(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "46")
+    ui = Ui()
+    ui.err = Console(file=io.StringIO(), width=46)
+    commands = Commands(chat, ui)
+    say(chat, "Why?")
+    commands.run("/stats")
+    shown = ui.err.file.getvalue()
+    assert "\u2026" not in shown  # nothing was cut
+    assert "1. 8 tokens; " in shown
 
 
 def test_save(chat: Chat, tmp_path: Path) -> None:
@@ -140,6 +161,8 @@ def test_save(chat: Chat, tmp_path: Path) -> None:
     assert saved["turns"][0]["timings"]["predicted_n"] == 7
     text = (tmp_path / "talk.md").read_text("utf-8")
     assert text == f"**user**\n\nWhy?\n\n**assistant**\n\n{turn.answer}\n"
+    for name in ("talk.json", "talk.md"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o600
 
 
 def test_reset(chat: Chat) -> None:
@@ -273,3 +296,71 @@ def test_settings_lines() -> None:
     assert settings_line(table).startswith("griffin: as many FFN neurons removed as the method")
     assert settings(temperature=0.5, seed=3).sampling().seed == 3
     assert settings().changed(method="dart-prompt").served() == half("dart-prompt")
+
+
+@pytest.mark.parametrize(
+    ("pieces", "shown"),
+    [
+        (["one two thr", "ee four"], "one two\nthree\nfour"),
+        (["a", "bcd", "efgh", "ij kl"], "abcdefgh\nij kl"),  # as long as a line: not awaited
+        (["x = 1\n", "    y\n\n", "don\u2019t b"], "x = 1\n    y\n\ndon\u2019t b"),
+        (
+            ["\u4f60\u597d\u4f60\u597d\u4f60"],
+            "\u4f60\u597d\u4f60\u597d\n\u4f60",
+        ),  # two columns each
+        (["12345678", " 9"], "12345678\n9"),
+    ],
+)
+def test_lines_end_between_words(pieces: list[str], shown: str) -> None:
+    seen: list[str] = []
+    text = Wrapped(seen.append, lambda: 8)
+    for piece in pieces:
+        text.add(piece)
+    text.end()
+    assert "".join(seen) == shown
+
+
+def test_a_word_is_written_when_it_has_ended() -> None:
+    seen: list[str] = []
+    text = Wrapped(seen.append, lambda: 80)
+    text.add("dens")
+    assert seen == []
+    text.add("e, and")
+    assert seen == ["dense,"]
+
+
+def test_an_answer_that_goes_round_in_circles(chat: Chat) -> None:
+    chat.change(max_tokens=64)
+    say(chat, "Why?")
+    (turn,) = chat.turns
+    round_ = (5, 6, 7, 8, 9)
+
+    def hint(tokens: tuple[int, ...], finish: str = "length") -> str:
+        return loop_line(
+            replace(turn, result=replace(turn.result, tokens=(tokens,), finish=(finish,)))
+        )
+
+    told = "the answer repeats itself at 50% sparsity: try a lower /sparsity, or sampling"
+    assert hint(tuple(range(20)) + round_ * 10).startswith(told)
+    assert hint(round_ * 9) == ""  # 45 tokens may still be a list
+    assert hint(round_ * 10, "stop") == ""
+    assert hint(tuple(range(64)) * 2) == ""  # twice is no circle
+    assert hint((*round_ * 10, 1)) == ""
+
+
+def test_a_method_that_learns_for_long_says_so_first(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_commands, "LONG", 1e-9)
+    assert chat.seconds_to_learn("static") == 0
+    part = METHODS.get("glass").calibration
+    assert part is not None
+    seconds = chat.seconds_to_learn("glass")
+    tokens = part.sequences * part.length * chat_module.OWN_TEXT
+    assert 1e-6 < seconds / tokens < 1  # a token of a tiny model
+    assert not chat.turns  # it was no answer of the conversation
+    ui = say(chat, "/method glass", "/method griffin", "/method glass")
+    told = [line for line in ui.log if line.startswith("glass learns first")]
+    assert len(told) == 1 and ui.log.index(told[0]) == 0
+    assert "Ctrl-C stops it" in told[0]
+    assert [line for line in ui.log if line.startswith("glass: 50% of")] != []

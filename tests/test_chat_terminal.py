@@ -101,8 +101,8 @@ class Terminal:
     def press(self, keys: str) -> None:
         os.write(self.file, keys.encode())
 
-    def wait_for(self, text: str, looks: int = 240) -> None:
-        """Read until ``text`` is there, in so many seconds in which nothing comes."""
+    def wait_for(self, text: str, looks: int = 240) -> str:
+        """What comes before ``text``; waits for so many seconds in which nothing comes."""
         while text not in self.seen:
             if select.select([self.file], [], [], 1)[0]:
                 try:
@@ -112,7 +112,8 @@ class Terminal:
                 continue
             looks -= 1  # a clock would also count the time in which nobody runs
             assert looks, f"no {text!r} in {self.seen[-2000:]!r}"
-        self.seen = self.seen.partition(text)[2]
+        before, _, self.seen = self.seen.partition(text)
+        return before
 
     def end(self) -> int:
         """How the program ended, -1 when it had to be stopped."""
@@ -162,6 +163,23 @@ def test_keys(terminal: Terminal, tmp_path: Path) -> None:
     if kept.read_text("utf-8"):  # a Python without readline keeps none
         assert "first question\n" in kept.read_text("utf-8")
     assert kept.stat().st_mode & 0o077 == 0
+
+
+def test_what_is_typed_during_an_answer_is_not_shown_in_it(terminal: Terminal) -> None:
+    terminal.wait_for("Ctrl-C stops an answer")
+    terminal.wait_for("> ")
+    terminal.press("first question\n")
+    terminal.wait_for("first question")
+    time.sleep(1)
+    terminal.press("typed meanwhile")
+    time.sleep(1)
+    terminal.press("\x03")
+    assert "typed meanwhile" not in terminal.wait_for("; stopped")
+    terminal.wait_for("> ")
+    time.sleep(1)
+    terminal.press("/sparsity 0.25\n")  # shown again
+    terminal.wait_for("/sparsity 0.25")
+    terminal.wait_for("griffin: 25% of the FFN neurons removed")
 
 
 def test_a_polite_end(terminal: Terminal) -> None:

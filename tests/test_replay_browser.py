@@ -43,7 +43,13 @@ def seek(window: Window, position: int) -> None:
     )
 
 
-def test_it_opens_at_the_start(window: Window) -> None:
+def test_it_opens_at_its_end_with_all_there_is_to_see(window: Window) -> None:
+    assert window.js(TOKENS) == [24, 24]
+    assert window.text("position-value") == "48 tokens"
+    window.wait("document.getElementById('view-of').textContent.startsWith('dart')")
+    assert window.text("count-remasks") == "1"
+    assert window.js("document.querySelectorAll('#drift-plot .similarity-dot').length") == 3
+    seek(window, 0)
     assert window.js(TOKENS) == [0, 0]
     assert window.text("position-value") == "0 tokens"
     seek(window, len(records()))

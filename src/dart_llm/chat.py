@@ -8,11 +8,16 @@ from typing import Any
 
 from dart_llm.chat_template import chat_ids
 from dart_llm.config import PruneConfig
-from dart_llm.engine import Answer, Ask, Engine, Record
+from dart_llm.engine import Answer, Ask, Engine, Record, Sampling
+from dart_llm.registry import METHODS
 from dart_llm.settings_chat import ChatSettings
 
 NAME = "chat"
 """The conversation's name in the engine."""
+PROBE = 128
+"""Tokens that are read to see how fast this machine is."""
+OWN_TEXT = 5
+"""What a token of the model's own text costs to write and to learn from, in tokens read."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class Chat:
         self.engine, self.settings = engine, settings
         self.turns: list[Turn] = []
         self._tokenizer = tokenizer
+        self._learnt = {settings.method}
         self._ids([{"role": "user", "content": "?"}])  # no template is said now, not later
         engine.prepare(settings.served())
 
@@ -88,7 +94,24 @@ class Chat:
         """
         settings = self.settings.changed(**changes)
         self.engine.prepare(settings.served())
+        self._learnt.add(settings.method)
         self.settings = settings
+
+    def seconds_to_learn(self, method: str) -> float:
+        """About how long ``method`` learns before its first answer; 0 where it learns nothing.
+
+        Measured on this machine now; what an earlier time kept makes it faster.
+        """
+        config = METHODS.get(method)
+        part = config.prior or config.calibration
+        if part is None or method in self._learnt:
+            return 0.0
+        each = 1 if getattr(part, "source", "self") == "text" else OWN_TEXT
+        ids = (self._ids([{"role": "user", "content": "?"}]) * PROBE)[:PROBE]
+        for _ in range(2):  # the first one also warms up
+            timings = self.engine.run(Ask(ids, Sampling(max_tokens=1))).timings.to_dict()
+        read = float(timings["prompt_ms"]) / float(timings["prompt_n"]) / 1e3
+        return each * part.sequences * part.length * read
 
     def reset(self) -> None:
         """Forget all messages."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 
 from dart_llm.chat import Chat
 from dart_llm.chat_input import own_path
-from dart_llm.chat_lines import settings_line, stats_tables
+from dart_llm.chat_lines import last_table, settings_line, turn_line
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.registry import METHODS
 from dart_llm.ui import Ui
@@ -27,6 +28,10 @@ NOTES = (
     "Ctrl-C stops an answer. // at the beginning of a message stands for one slash.",
     "After a change of settings the next answer reads the whole conversation again.",
 )
+
+
+LONG = 5.0
+"""Seconds of learning that are worth a word."""
 
 
 class Commands:
@@ -65,6 +70,11 @@ class Commands:
 
     def _method(self, value: str) -> None:
         settings = self.chat.settings
+        if value and (seconds := self.chat.seconds_to_learn(value)) >= LONG:
+            self.ui.say(
+                f"{value} learns first, unless an earlier time kept what it needs: about "
+                f"{_duration(seconds)} on this machine; Ctrl-C stops it"
+            )
         if value and METHODS.get(value).sparsity == 0:  # dense: nothing is removed
             known = settings.target_sparsity()
             self._last = self._last if known is None else known
@@ -86,8 +96,10 @@ class Commands:
     def _stats(self, value: str) -> None:
         if not self.chat.turns:
             raise ConfigError("there is no answer yet: ask something first")
-        for table in stats_tables(self.chat.turns):
-            self.ui.table(table)
+        self.ui.table(last_table(self.chat.turns))
+        self.ui.say("answers of this conversation:")
+        for number, turn in enumerate(self.chat.turns, 1):  # lines: a table needs a wide screen
+            self.ui.say(f"{number}. {turn_line(turn, self.chat.settings.max_tokens)}")
 
     def _save(self, value: str) -> None:
         if not value:
@@ -96,7 +108,8 @@ class Commands:
         as_json = path.suffix.lower() == ".json"
         text = json.dumps(self.chat.to_dict(), indent=1) + "\n" if as_json else self.chat.to_text()
         try:
-            path.write_text(text, encoding="utf-8")
+            with open(path, "w", encoding="utf-8", opener=_own) as file:
+                file.write(text)
         except OSError as error:
             raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
         except ValueError as error:  # a character that no file's name can have
@@ -115,6 +128,15 @@ class Commands:
 
     def _quit(self, value: str) -> None:
         self.left = True
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+
+
+def _own(path: str, flags: int) -> int:
+    """Opens a new file for its owner alone: what was said may be private."""
+    return os.open(path, flags, 0o600)
 
 
 def _fraction(text: str) -> float:

@@ -91,6 +91,26 @@ def typed(history: str | None) -> Iterator[ReadLine]:
             readline.write_history_file(path)
 
 
+@contextlib.contextmanager
+def unseen() -> Iterator[None]:
+    """What is typed inside is not shown; it waits, and is the beginning of the next line."""
+    try:
+        import termios
+
+        file = sys.stdin.fileno()
+        before = termios.tcgetattr(file)
+    except Exception:  # no termios here, or a standard input that is no terminal
+        yield
+        return
+    flags = list(before)
+    flags[3] &= ~termios.ECHO
+    termios.tcsetattr(file, termios.TCSADRAIN, flags)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(file, termios.TCSADRAIN, before)
+
+
 def _readline() -> ModuleType | None:
     """Line editing, where this Python has it."""
     try:

@@ -50,12 +50,35 @@ def turn_line(turn: Turn, max_tokens: int) -> str:
     return "; ".join(parts)
 
 
+SHORT_LOOP, LONGEST_PERIOD = 48, 64
+"""Tokens that must repeat before an answer is called a loop, and those of one round."""
+
+
+def loop_line(turn: Turn) -> str:
+    """What to do about an answer that went round in circles to its end; "" for any other."""
+    tokens = turn.result.tokens[0]
+    if turn.finish != "length" or not loops(tokens):
+        return ""
+    asked = turn.result.report.requested_sparsity
+    less = f" at {asked:.0%} sparsity: try a lower /sparsity, or" if asked else ": try"
+    return f"the answer repeats itself{less} sampling (--temperature 0.7)"
+
+
+def loops(tokens: Sequence[int]) -> bool:
+    """Whether the end is one round of up to ``LONGEST_PERIOD`` tokens, three times or more."""
+    return any(
+        len(tokens) >= length and tokens[-length:-period] == tokens[-length + period :]
+        for period in range(1, LONGEST_PERIOD + 1)
+        for length in [max(SHORT_LOOP, 3 * period)]
+    )
+
+
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def stats_tables(turns: Sequence[Turn]) -> list[Table]:
-    """The last answer's accounting, and the answers of the conversation."""
+def last_table(turns: Sequence[Turn]) -> Table:
+    """The last answer's accounting."""
     last = turns[-1].result
     each = last.timings.to_dict()["predicted_per_token_ms"]
     timing: dict[str, Any] = {}
@@ -63,26 +86,4 @@ def stats_tables(turns: Sequence[Turn]) -> list[Table]:
         name = "dense" if last.report.method == "dense" else "pruned"
         timing["seconds_per_token"] = {name: each / 1e3}
     report = replace(last.report, sequences=())
-    return [report_table(report.to_dict(), timing), _answers(turns)]
-
-
-def _answers(turns: Sequence[Turn]) -> Table:
-    table = Table(title="answers of this conversation", title_justify="left")
-    table.add_column("method")
-    for name in ("achieved", "dense tokens", "re-masks", "tokens", "ms per token", "read", "ms"):
-        table.add_column(name, justify="right")
-    for turn in turns:
-        result, report = turn.result, turn.result.report
-        timings = result.timings.to_dict()
-        each = timings["predicted_per_token_ms"]
-        table.add_row(
-            str(report.method),
-            f"{report.achieved_sparsity:.1%}",
-            f"{report.dense_token_share:.1%}",
-            str(report.remasks),
-            str(result.usage.completion_tokens),
-            f"{each:.1f}" if each else "",
-            str(timings["prompt_n"]),
-            f"{timings['prompt_ms']:.0f}",
-        )
-    return table
+    return report_table(report.to_dict(), timing)

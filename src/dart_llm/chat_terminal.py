@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 import signal
 import sys
 import threading
@@ -13,8 +14,9 @@ from typing import Any
 
 from dart_llm.chat import Chat
 from dart_llm.chat_commands import Commands
-from dart_llm.chat_input import ReadLine, piped, read_message, readable, typed
-from dart_llm.chat_lines import settings_line, turn_line
+from dart_llm.chat_input import ReadLine, piped, read_message, readable, typed, unseen
+from dart_llm.chat_lines import loop_line, settings_line, turn_line
+from dart_llm.chat_stream import Wrapped
 from dart_llm.engine import Engine, Record
 from dart_llm.engine_records import Token
 from dart_llm.errors import DartError
@@ -66,7 +68,8 @@ def talk(chat: Chat, ui: Ui, read: ReadLine, person: bool = False) -> None:
             ui.say("\n/quit or Ctrl-D leaves")
             continue
         try:
-            _answer(chat, ui, commands, message)
+            with unseen():
+                _answer(chat, ui, commands, message)
         except DartError as error:
             ui.say(f"{type(error).__name__}: {error}")
         except KeyboardInterrupt:  # while something was learnt
@@ -83,15 +86,31 @@ def _answer(chat: Chat, ui: Ui, commands: Commands, message: str) -> None:
     if not message.strip():
         return
 
+    text = Wrapped(_write, _columns)
+
     def show(record: Record) -> None:
         if isinstance(record, Token) and record.text:
-            sys.stdout.write(record.text)
-            sys.stdout.flush()
+            text.add(record.text)
 
-    with interruptible() as stopped:
-        turn = chat.ask(message, show, stopped)
+    try:
+        with interruptible() as stopped:
+            turn = chat.ask(message, show, stopped)
+    finally:
+        text.end()
     ui.end_text(turn.answer)
     ui.aside(turn_line(turn, chat.settings.max_tokens))
+    if hint := loop_line(turn):
+        ui.aside(hint)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _columns() -> int:
+    """Of the terminal; lines that go elsewhere are as long as they are."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
 
 
 @contextlib.contextmanager

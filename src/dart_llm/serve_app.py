@@ -33,6 +33,13 @@ try:
 except ImportError:
     raise MissingExtra("fastapi", "serve") from None
 
+ALONE = {
+    "content-security-policy": "sandbox allow-scripts; default-src 'none'; img-src data:; "
+    "style-src 'unsafe-inline'; script-src 'unsafe-inline'; frame-ancestors 'none'",
+    "cross-origin-opener-policy": "unsafe-none",  # browsers refuse a sandbox with any other
+}
+"""Headers of a report: a page of no origin, whose scripts can ask this server nothing."""
+
 LONG_BODY = 16 << 10
 """Bytes above which a body is read into tokens beside the event loop, not on it."""
 ELSEWHERE = {
@@ -114,11 +121,15 @@ class Routes:
     async def runs(self) -> Response:
         """Past runs in the configured results folder."""
         self._check_runs()
-        return _json({"runs": await asyncio.to_thread(serve_runs.listing, self.results)})
+        return _json(await asyncio.to_thread(serve_runs.listing, self.results))
 
     async def run(self, name: str) -> Response:
-        """One past run with its files' content."""
+        """One past run with its files' content; below its name, its report."""
         self._check_runs()
+        run, _, file = name.rpartition("/")
+        if file == serve_runs.REPORT:
+            text = await asyncio.to_thread(serve_runs.report, self.results, run)
+            return Response(text, media_type="text/html", headers=ALONE)
         return _json(await asyncio.to_thread(serve_runs.opened, self.results, name))
 
     async def health(self) -> Response:

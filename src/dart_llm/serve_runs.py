@@ -48,9 +48,15 @@ MOST_RUNS = 500
 """The newest ones are listed."""
 
 
-def listing(root: Path) -> list[dict[str, Any]]:
-    """Every run below ``root`` in a few facts, the newest first; [] where there is none."""
-    return [_facts(root, run) for run in reversed(_runs(root)[-MOST_RUNS:])]
+REPORT = "report.html"
+"""A run's own page."""
+
+
+def listing(root: Path) -> dict[str, Any]:
+    """``runs``: those below ``root`` in a few facts, the newest first; ``total``: how many."""
+    found = _runs(root)
+    runs = [_facts(root, run) for run in reversed(found[-MOST_RUNS:])]
+    return {"runs": runs, "total": len(found)}
 
 
 def _runs(root: Path) -> list[RunInfo]:
@@ -83,9 +89,7 @@ def opened(root: Path, name: str) -> dict[str, Any]:
 
     ``name`` is compared with the names that were found, and never joined to a path.
     """
-    run = next((one for one in _runs(root) if _facts(root, one)["name"] == name), None)
-    if run is None:
-        raise Refusal(404, "there is no such run: /api/runs lists them", code="run_not_found")
+    run = _named(root, name)
     files = {path.name: path for path in sorted(run.path.iterdir()) if path.is_file()}
     found: dict[str, Any] = {**_facts(root, run), "files": list(files)}
     for document in DOCUMENTS:
@@ -96,6 +100,22 @@ def opened(root: Path, name: str) -> dict[str, Any]:
     found["rows"] = [_measured(row) for row in run.rows if row.task != GENERATE]
     found["tables"] = _text(run.path, files.get(TABLES.get(run.kind, "")))
     return found
+
+
+def _named(root: Path, name: str) -> RunInfo:
+    run = next((one for one in _runs(root) if _facts(root, one)["name"] == name), None)
+    if run is None:
+        raise Refusal(404, "there is no such run: /api/runs lists them", code="run_not_found")
+    return run
+
+
+def report(root: Path, name: str) -> str:
+    """The page of one run; raises ``Refusal`` (404) where there is none, as ``opened`` does."""
+    folder = _named(root, name).path
+    text = _text(folder, folder / REPORT)
+    if not text:
+        raise Refusal(404, f"this run has no {REPORT} that can be shown", code="report_not_found")
+    return text
 
 
 def _measured(row: Row) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 // What the page asks of its own server, and nothing else.
 
-import { byId } from "./dom.js";
+import { byId, el } from "./dom.js";
 import { documents } from "./sse.js";
 
 const KEY = "dart-llm key";
@@ -8,6 +8,16 @@ const KEY = "dart-llm key";
 /** JSON of a GET; throws an Error whose message can be shown. */
 export async function get(path) {
   return (await answered(path, {})).json();
+}
+
+/** The name of a run inside an address. */
+export const inAddress = (name) => name.split("/").map(encodeURIComponent).join("/");
+
+/** Give the reader a file of the server under this name. */
+export async function download(path, name) {
+  const url = URL.createObjectURL(await (await answered(path, {})).blob());
+  el("a", { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10000);
 }
 
 const WORK = 8; // milliseconds of taking records in before the page gets its turn
@@ -34,18 +44,17 @@ const pause = () => new Promise((done) => setTimeout(done));
 
 async function answered(path, options) {
   let response = await sent(path, options);
-  if (response.status === 401 && (await keyGiven())) response = await sent(path, options);
+  while (response.status === 401 && (await keyGiven())) response = await sent(path, options);
   if (response.ok) return response;
   throw await refusal(response);
 }
 
-function sent(path, options) {
-  const key = sessionStorage.getItem(KEY);
+function sent(path, options, key = sessionStorage.getItem(KEY)) {
   const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
   return fetch(path, { ...options, headers }).catch(lost);
 }
 
-const GONE = "The server does not answer: it has ended, or the connection broke. Start it again, then reload this page.";
+const GONE = "The server does not answer: it has ended, or the connection broke. Start it again, then try again here.";
 
 /** What a broken connection is called by browsers differs; a stopped request stays what it is. */
 function lost(error) {
@@ -58,23 +67,51 @@ async function refusal(response) {
   const body = await response.json().catch(() => ({}));
   const said = body.error?.message ?? body.message ?? body.detail;
   const text = typeof said === "string" ? said : `the server answered ${response.status}`;
-  const whole = wait && !text.includes("second") ? `${text} (try again in ${wait} s)` : text;
+  const whole = wait && !text.includes("try again") ? `${text} (try again in ${wait} s)` : text;
   return Object.assign(new Error(whole), { param: body.error?.param });
 }
 
+/** Whether requests carry a key: an address alone, as of a link, is then refused. */
+export const hasKey = () => Boolean(sessionStorage.getItem(KEY));
+
+let asking = null; // one question for all the requests that wait for a key
+
 /** Ask the reader for the key of the server; false when there is none. */
 function keyGiven() {
+  asking ??= askForKey().finally(() => (asking = null));
+  return asking;
+}
+
+/** The dialog stays until a key is accepted or the reader gives up. */
+function askForKey() {
   const dialog = byId("ask-key");
+  const said = (text) => (byId("key-said").textContent = text);
+  dialog.returnValue = "";
+  said(hasKey() ? NOT_ACCEPTED : "");
+  dialog.querySelector("form").onsubmit = async (event) => {
+    if (event.submitter?.value === "cancel") return;
+    event.preventDefault();
+    const key = byId("key").value;
+    const wrong = await refused(key);
+    said(wrong);
+    if (wrong) return byId("key").select();
+    sessionStorage.setItem(KEY, key);
+    return dialog.close("ok");
+  };
+  dialog.showModal();
   return new Promise((resolve) => {
-    dialog.addEventListener(
-      "close",
-      () => {
-        const key = byId("key").value;
-        if (dialog.returnValue === "ok" && key) sessionStorage.setItem(KEY, key);
-        resolve(dialog.returnValue === "ok" && Boolean(key));
-      },
-      { once: true },
-    );
-    if (!dialog.open) dialog.showModal();
+    dialog.addEventListener("close", () => resolve(dialog.returnValue === "ok"), { once: true });
   });
+}
+
+const NOT_ACCEPTED = "That key is not accepted.";
+
+/** Why this key cannot be used; "" where it can. */
+async function refused(key) {
+  try {
+    const response = await sent("/v1/models", {}, key);
+    return response.status === 401 ? NOT_ACCEPTED : "";
+  } catch (error) {
+    return error.message;
+  }
 }

@@ -5,6 +5,7 @@ import { fold, finished, newAnswer, rebuilt, textOf } from "./answer.js";
 import { asDense, chosen, inLabels, nameOf } from "./controls.js";
 import { announce, byId, calm } from "./dom.js";
 import { counted } from "./format.js";
+import { forget, keep, kept } from "./kept.js";
 import { AnswerBox, sayParting, turnElement } from "./turn.js";
 
 const HINT = byId("detail").textContent; // how to get one token's numbers
@@ -17,7 +18,9 @@ export class Chat {
     this.boxes = [];
     this.stopper = null;
     this.undrawn = null; // the box whose new records wait for the next frame
-    this.anew();
+    this.#clear();
+    const before = kept();
+    if (before) this.#restore(before);
   }
 
   get busy() {
@@ -27,12 +30,54 @@ export class Chat {
   /** Forget the conversation. */
   anew() {
     this.stopper?.abort();
+    forget();
+    this.#clear();
+  }
+
+  #clear() {
     this.view.show(newAnswer("Nothing has been answered yet"));
     this.turns = [];
     this.conversation = nameNow();
     byId("turns").replaceChildren();
     byId("detail").textContent = HINT;
     byId("welcome").hidden = false;
+  }
+
+  /** Go on with a conversation that this tab kept. */
+  #restore({ conversation, turns }) {
+    this.conversation = conversation;
+    for (const { question, answers } of turns) {
+      const turn = this.#turn(question, answers.map((answer) => answer.label));
+      for (const [i, box] of turn.boxes.entries()) {
+        box.answer = answers[i];
+        box.redraw();
+        box.end();
+      }
+      if (answers.length > 1 && !answers.some((answer) => answer.error)) sayParting(...turn.boxes);
+    }
+    if (!this.turns.length) return;
+    this.show(this.turns.at(-1).boxes[0]);
+    byId("scroller").scrollTop = byId("scroller").scrollHeight;
+  }
+
+  /** A new turn at the end of the page, with an empty box per label. */
+  #turn(question, labels) {
+    const turn = { question };
+    turn.boxes = labels.map((label) => new AnswerBox(label, (box) => this.show(box), () => this.#retry(turn)));
+    turn.element = turnElement(question, turn.boxes);
+    this.turns.push(turn);
+    byId("welcome").hidden = true;
+    byId("turns").append(turn.element);
+    return turn;
+  }
+
+  /** Ask a failed turn's question once more, in its place. */
+  #retry(turn) {
+    if (this.busy) return;
+    this.turns = this.turns.filter((other) => other !== turn);
+    turn.element.remove();
+    if (byId("message").value === turn.question) byId("message").value = "";
+    this.send(turn.question);
   }
 
   show(box) {
@@ -49,13 +94,11 @@ export class Chat {
     const { dart, maxTokens, compare } = chosen();
     const jobs = [{ ...dart, conversation: this.conversation }];
     if (compare && nameOf(dart) !== "Dense") jobs.push(asDense({ conversation: `${this.conversation}-dense` }));
-    const boxes = jobs.map((job) => new AnswerBox(nameOf(job), (box) => this.show(box)));
-    const turn = { question, boxes };
-    this.turns.push(turn);
-    byId("welcome").hidden = true;
-    byId("turns").append(turnElement(question, boxes));
+    const turn = this.#turn(question, jobs.map(nameOf));
+    const { boxes } = turn;
+    keep(this.conversation, this.turns);
     this.show(boxes[0]);
-    byId("turns").lastElementChild.scrollIntoView({ block: "start", behavior: calm() ? "auto" : "smooth" });
+    turn.element.scrollIntoView({ block: "start", behavior: calm() ? "auto" : "smooth" });
     document.dispatchEvent(new Event("asked"));
     this.#working(new AbortController());
     try {
@@ -63,6 +106,7 @@ export class Chat {
       if (boxes.length > 1 && boxes.every((box) => box.answer.done)) sayParting(boxes[0], boxes[1]);
     } finally {
       this.#working(null);
+      if (this.turns.includes(turn)) keep(this.conversation, this.turns);
     }
   }
 
@@ -74,7 +118,8 @@ export class Chat {
       const body = { model: this.model(), messages: this.#messages(side), max_tokens: maxTokens, temperature: 0,
         stream: true, logprobs: true, top_logprobs: 4, dart };
       await ask(body, (record) => this.#take(box, record), this.stopper.signal);
-      if (!finished(box.answer)) box.fail("the connection ended before the answer did");
+      if (!finished(box.answer)) throw new Error("the connection ended before the answer did");
+      if (box.answer.error) throw new Error(box.answer.error);
     } catch (error) {
       if (this.stopper.signal.aborted) this.#stopped(box);
       else this.#failed(box, error);
@@ -103,19 +148,19 @@ export class Chat {
   }
 
   #stopped(box) {
-    box.answer.done ??= { finish_reasons: ["cancelled"] };
+    if (!box.answer.done) fold(box.answer, { kind: "done", finish_reasons: ["cancelled"] });
     box.update();
     this.view.refresh();
     announce("Stopped.");
   }
 
-  /** Say why; a question that got no answer at all goes back to where it was typed. */
+  /** Say why; the question goes back to where it was typed. */
   #failed(box, error) {
     const said = inLabels(error.message, error.param);
     box.fail(said);
     announce(said, true);
     const message = byId("message");
-    if (!box.answer.start && !message.value) message.value = this.turns.at(-1).question;
+    if (!message.value) message.value = this.turns.at(-1).question;
   }
 
   /** The messages so far; where a side has no answer of its own, the other side's stands in. */
@@ -124,7 +169,7 @@ export class Chat {
     for (const turn of this.turns) {
       const box = turn.boxes[side] ?? turn.boxes[0];
       const now = turn === this.turns.at(-1);
-      if (!now && !box.answer.start) continue; // refused: the model never saw it
+      if (!now && (!box.answer.start || box.answer.error)) continue; // it got no whole answer
       messages.push({ role: "user", content: turn.question });
       if (!now) messages.push({ role: "assistant", content: textOf(box.answer) });
     }

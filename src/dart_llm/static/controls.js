@@ -1,6 +1,7 @@
 // The settings of the next answer, as the `dart` key of a request.
 
 import { byId, el } from "./dom.js";
+import { exactly } from "./format.js";
 
 const DENSE = "dense";
 
@@ -25,19 +26,49 @@ export function fillControls(listing) {
   };
   byId("method").addEventListener("change", showOwn);
   showOwn();
-  if (listing.limits?.max_tokens) byId("max-tokens").max = listing.limits.max_tokens;
-  byId("sparsity").value = 100 * (defaults.sparsity ?? 0.1);
+  if (listing.limits?.max_tokens) atMost(byId("max-tokens"), listing.limits.max_tokens);
+  slideTo(defaults.sparsity ?? 0.1);
   byId("sparsity").addEventListener("input", showSparsity);
+}
+
+function atMost(field, limit) {
+  field.max = limit;
+  field.value = Math.min(field.value, limit);
+}
+
+let exact = { place: "", sparsity: 0 }; // what stands where the slider was put last
+
+/** Show a sparsity, one between two steps of the slider included: it is sent as it is. */
+function slideTo(sparsity) {
+  const slider = byId("sparsity");
+  slider.max = Math.max(slider.max, Math.ceil(100 * sparsity));
+  slider.value = 100 * sparsity;
+  exact = { place: slider.value, sparsity };
   showSparsity();
 }
 
+function sparsityNow() {
+  const place = byId("sparsity").value;
+  return place === exact.place ? exact.sparsity : Number(place) / 100;
+}
+
+/** Set what a demonstration was measured with; what this server lacks stays as it is. */
+export function choose({ method, drift, sparsity }) {
+  for (const [name, value] of Object.entries({ method, drift })) {
+    if ([...byId(name).options].some((one) => one.value === value && !one.disabled)) byId(name).value = value;
+  }
+  byId("method").dispatchEvent(new Event("change"));
+  slideTo(sparsity);
+}
+
 const option = (value, text, settings) => el("option", { value, ...settings }, text);
-const howReady = (names) => `start with make window ARGS='--methods ${names}'`;
+const howReady = (names) => `start the server with --methods ${names}`;
 const methodName = (method) => (method.ready === false ? `${method.name} (not made ready)` : method.name);
 
 function showSparsity() {
-  byId("sparsity-value").textContent = `${byId("sparsity").value} %`;
-  byId("sparsity").setAttribute("aria-valuetext", `${byId("sparsity").value} percent of the neurons removed`);
+  const shown = exactly(sparsityNow());
+  byId("sparsity-value").textContent = shown;
+  byId("sparsity").setAttribute("aria-valuetext", `${shown} of the neurons removed`);
 }
 
 /** What the reader chose now; fields left empty are the server's or the method's own. */
@@ -47,7 +78,7 @@ export function chosen() {
   return {
     dart: {
       method: byId("method").value,
-      sparsity: Number(byId("sparsity").value) / 100,
+      sparsity: sparsityNow(),
       ...(step === "" ? {} : { masking_step: Number(step) }),
       ...(drift === "" ? {} : { drift }),
     },
@@ -71,5 +102,5 @@ export const asDense = (dart) => ({ method: DENSE, sparsity: 0, conversation: da
 
 /** A short name for an answer. */
 export function nameOf(dart) {
-  return dart.method === DENSE || dart.sparsity === 0 ? "Dense" : `${dart.method}, ${Math.round(100 * dart.sparsity)} % sparsity`;
+  return dart.method === DENSE || dart.sparsity === 0 ? "Dense" : `${dart.method}, ${exactly(dart.sparsity)} sparsity`;
 }

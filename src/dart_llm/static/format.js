@@ -7,6 +7,9 @@ export function percent(share, digits = 1) {
   return share == null || !Number.isFinite(share) ? DASH : `${(100 * share).toFixed(digits)} %`;
 }
 
+/** A share as it was asked for: 0.333 as "33.3 %", 0.1 as "10 %". */
+export const exactly = (share) => `${Number((100 * share).toFixed(2))} %`;
+
 /** A number with few digits; nothing known is a dash. */
 export function plain(value, digits = 0) {
   return value == null || !Number.isFinite(value) ? DASH : value.toFixed(digits);

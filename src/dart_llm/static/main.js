@@ -29,16 +29,31 @@ function unfold() {
   show();
 }
 
+/** Every view has an address: #runs, #runs/NAME, and all others are the conversation. */
 function pages(runs) {
-  const open = (name) => {
-    byId("page-chat").hidden = name !== "chat";
-    byId("page-runs").hidden = name !== "runs";
-    for (const page of ["chat", "runs"]) byId(`show-${page}`).removeAttribute("aria-current");
-    byId(`show-${name}`).setAttribute("aria-current", "page");
-    if (name === "runs") runs.open();
+  const open = () => {
+    const [page, ...name] = location.hash.slice(1).split("/");
+    const shown = page === "runs" ? "runs" : "chat";
+    for (const one of ["chat", "runs"]) {
+      byId(`page-${one}`).hidden = one !== shown;
+      byId(`show-${one}`).removeAttribute("aria-current");
+    }
+    byId(`show-${shown}`).setAttribute("aria-current", "page");
+    if (shown === "runs") runs.open(name.map(decoded).join("/"));
   };
-  byId("show-chat").addEventListener("click", () => open("chat"));
-  byId("show-runs").addEventListener("click", () => open("runs"));
+  const go = (name) => (location.hash === `#${name}` ? open() : (location.hash = name));
+  addEventListener("hashchange", open);
+  byId("show-chat").addEventListener("click", () => go("chat"));
+  byId("show-runs").addEventListener("click", () => go("runs"));
+  open();
+}
+
+function decoded(part) {
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    return part; // typed by hand
+  }
 }
 
 function composer(chat) {
@@ -68,27 +83,37 @@ function readyPrompts(prompts, chat) {
     const button = el("button", { type: "button" },
       el("strong", {}, prompt.title), el("q", {}, prompt.text), el("small", {}, prompt.note ?? ""));
     if (!i) button.dataset.tour = "1";
+    if (prompt.dart) button.dataset.dart = JSON.stringify(prompt.dart);
     button.addEventListener("click", () => chat.busy || chat.send(prompt.text));
     return el("li", {}, button);
   });
   byId("prompts").replaceChildren(...items);
 }
 
-async function live() {
+function live() {
   let model = "";
   const chat = new Chat(new View(), () => model);
+  const tour = new Tour();
   pages(new Runs());
   composer(chat);
   unfold();
+  byId("reconnect").addEventListener("click", () => connect(chat, tour, (name) => (model = name)));
+  byId("reconnect").click();
+}
+
+/** Learn what the server has; where it does not answer, a button asks again. */
+async function connect(chat, tour, named) {
+  byId("reconnect").hidden = true;
+  byId("model").textContent = "connecting";
   try {
     const [models, listing, ready] = await Promise.all(["/v1/models", "/api/methods", "/api/prompts"].map(get));
-    model = models.data[0].id;
-    byId("model").textContent = model;
+    named((byId("model").textContent = models.data[0].id));
     fillControls(listing);
     readyPrompts(ready.prompts, chat);
-    new Tour().offer();
+    tour.offer();
   } catch (error) {
     byId("model").textContent = `no connection: ${error.message}`;
+    byId("reconnect").hidden = false;
     announce(error.message, true);
   }
 }

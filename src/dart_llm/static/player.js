@@ -27,7 +27,8 @@ export class Player {
     byId("position").addEventListener("input", () => this.jump(Number(byId("position").value)));
     byId("speed").addEventListener("change", () => this.timer && this.play());
     this.#lay();
-    this.jump(0);
+    this.jump(records.length); // something to see before it plays
+    this.#show(this.boxes.values().next().value);
   }
 
   /** Boxes for every answer; those to one question stand side by side. */
@@ -44,7 +45,8 @@ export class Player {
     }
     byId("turns").replaceChildren(...turns.map(({ asked, question: said, boxes }) => {
       const item = turnElement(said, boxes);
-      const whole = el("details", { className: "prompt-tokens" }, el("summary", {}, "The prompt as the model reads it"), el("p", {}, asked));
+      const whole = el("details", { className: "prompt-tokens" }, el("summary", {}, "The prompt as the model reads it"),
+        el("p", { tabIndex: 0, role: "region", "aria-label": "The prompt as the model reads it" }, asked));
       item.firstChild.after(whole);
       return item;
     }));

@@ -1,15 +1,16 @@
 // One results folder: its facts, texts, drift windows, kept shares and tables.
 
 import { newAnswer } from "./answer.js";
+import { download, hasKey, inAddress } from "./api.js";
 import { el } from "./dom.js";
 import { drawDrift } from "./drift.js";
-import { counted, percent, plain } from "./format.js";
+import { counted, exactly, percent, plain } from "./format.js";
 import { NeuronView, summary } from "./neurons.js";
 import { TextView } from "./text.js";
 
 /** Show an opened run inside `box`. */
 export function showRun(box, run) {
-  const parts = [heading(run), facts(run), ...texts(run), ...tables(run), files(run)];
+  const parts = [heading(run), report(run), facts(run), ...texts(run), ...tables(run), files(run)];
   box.replaceChildren(...parts.filter(Boolean));
   const answer = asAnswer(run);
   if (answer.checks.length) {
@@ -36,12 +37,27 @@ function heading(run) {
   return el("h2", {}, `${run.experiment}, ${run.time}`);
 }
 
+const REPORT = "report.html";
+
+/** A link to the run's own page; a key is no part of an address, so with one it is saved instead. */
+function report(run) {
+  if (!run.files?.includes(REPORT)) return null;
+  const path = `/api/runs/${inAddress(run.name)}/${REPORT}`;
+  const link = el("a", { href: path, target: "_blank", rel: "noopener" }, hasKey() ? "Save its report" : "Open its report");
+  link.addEventListener("click", (event) => {
+    if (!hasKey()) return;
+    event.preventDefault();
+    download(path, `${run.name.replaceAll("/", "-")}.html`).catch((error) => link.after(` ${error.message}`));
+  });
+  return el("p", {}, link, " (all its tables, texts and pictures on one page)");
+}
+
 function facts(run) {
   const report = pruned(run)?.accounting;
   const known = {
     "what": run.kind, "status": run.status, "model": run.models.join(", "),
     "method": run.methods.join(", "),
-    "sparsity asked": run.sparsities.map((s) => percent(s, 0)).join(", "),
+    "sparsity asked": run.sparsities.map(exactly).join(", "),
     "removed": report && percent(report.achieved_sparsity),
     "tokens decoded dense": report && percent(report.dense_token_share),
     "re-masks": report && String(report.remasks),
@@ -65,7 +81,7 @@ function texts(run) {
 }
 
 function oneText(row) {
-  const settings = row.method === "dense" ? "dense" : `${row.method} at ${percent(row.sparsity, 0)}`;
+  const settings = row.method === "dense" ? "dense" : `${row.method} at ${exactly(row.sparsity)}`;
   const label = [row.variant, settings].filter((part, i, all) => part && part !== all[i - 1]).join(": ");
   const box = el("p", { className: "text", role: "group", "aria-label": label });
   new TextView(box).show(tokensOf(row));
@@ -115,15 +131,19 @@ function results(run) {
   return table("Results", heads, lines, 3);
 }
 
+const SCROLLS = { className: "scroll", tabIndex: 0, role: "region" }; // wide, and scrolled by the keyboard too
+
 function allTables(run) {
   if (!run.tables) return null;
-  return el("details", {}, el("summary", {}, "All its tables"), el("pre", { className: "scroll" }, run.tables));
+  const nothingElse = !rows(run).length && !run.rows?.length;
+  return el("details", { open: nothingElse }, el("summary", {}, "All its tables"),
+    el("pre", { ...SCROLLS, "aria-label": "All tables" }, run.tables));
 }
 
 function table(title, heads, lines, numbersFrom) {
   if (!lines.length) return null;
   const cell = (tag, text, i) => el(tag, { className: i >= numbersFrom ? "number" : "" }, text ?? "");
-  return el("div", { className: "scroll" }, el("table", {}, el("caption", {}, title),
+  return el("div", { ...SCROLLS, "aria-label": title }, el("table", {}, el("caption", {}, title),
     el("thead", {}, el("tr", {}, ...heads.map((head, i) => cell("th", head, i)))),
     el("tbody", {}, ...lines.map((line) => el("tr", {}, ...line.map((text, i) => cell("td", String(text), i)))))));
 }

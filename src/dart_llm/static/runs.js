@@ -1,22 +1,32 @@
 // Past runs: the list of results folders, filtered while you type.
 
-import { get } from "./api.js";
+import { get, inAddress } from "./api.js";
 import { byId, el } from "./dom.js";
-import { percent } from "./format.js";
+import { exactly } from "./format.js";
 import { showRun } from "./run.js";
 
 export class Runs {
   constructor() {
     this.runs = [];
+    this.total = 0;
+    this.shown = ""; // name of the run that is open
     byId("runs-filter").addEventListener("input", () => this.#fill());
   }
 
-  /** Ask the server for its runs and show them. */
-  async open() {
+  /** Show the list, and the run of this name; without one the first run. */
+  async open(name) {
+    if (!name || !this.runs.length) await this.#list();
+    const first = name || this.runs[0]?.name;
+    if (first) await this.#show(first);
+    else byId("run").replaceChildren();
+  }
+
+  async #list() {
     byId("runs-title").focus();
     try {
       const found = await get("/api/runs");
-      this.runs = found.runs ?? found;
+      this.runs = found.runs;
+      this.total = found.total ?? found.runs.length;
       this.#fill();
     } catch (error) {
       byId("runs-note").textContent = `The runs cannot be listed: ${error.message}`;
@@ -24,38 +34,54 @@ export class Runs {
   }
 
   #fill() {
-    const wanted = byId("runs-filter").value.trim().toLowerCase();
-    const found = this.runs.filter((run) => JSON.stringify(Object.values(run)).toLowerCase().includes(wanted));
+    const wanted = byId("runs-filter").value.trim();
+    const found = this.runs.filter((run) => JSON.stringify(Object.values(run)).toLowerCase().includes(wanted.toLowerCase()));
     byId("runs-list").replaceChildren(...found.map((run) => this.#item(run)));
-    if (!this.runs.length) byId("runs-note").textContent = "No results folder yet: dart-llm run makes one.";
-    else byId("runs-note").textContent = `${found.length} of ${this.runs.length} results folders, newest first.`;
+    byId("runs-note").textContent = note(found.length, this.runs.length, this.total, wanted);
+    this.#mark();
   }
 
   #item(run) {
-    const asked = run.sparsities.map((sparsity) => percent(sparsity, 0)).join(", ");
+    const asked = run.sparsities.map(exactly).join(", ");
     const button = el("button", { type: "button" },
       el("strong", {}, `${run.experiment} \u00b7 ${run.kind}`),
       el("span", {}, [run.methods.join(", "), asked].filter(Boolean).join(" at ")),
-      el("small", {}, [run.models.join(", "), when(run), run.status].filter(Boolean).join(" \u00b7 ")));
-    button.addEventListener("click", () => this.#open(run, button));
+      el("small", {}, [run.models.join(", "), when(run), run.status].filter(Boolean).join(" \u00b7 ")),
+      el("small", {}, run.name)); // tells runs of one experiment and one minute apart
+    button.dataset.name = run.name;
+    button.addEventListener("click", () => (location.hash = `runs/${inAddress(run.name)}`));
     return el("li", {}, button);
   }
 
-  async #open(run, button) {
-    for (const other of byId("runs-list").querySelectorAll("[aria-current]")) other.removeAttribute("aria-current");
-    button.setAttribute("aria-current", "true");
+  #mark() {
+    for (const button of byId("runs-list").querySelectorAll("button")) {
+      if (button.dataset.name === this.shown) button.setAttribute("aria-current", "true");
+      else button.removeAttribute("aria-current");
+    }
+  }
+
+  async #show(name) {
+    this.shown = name;
+    this.#mark();
     const box = byId("run");
     box.replaceChildren(el("p", { className: "soft" }, "Reading the folder."));
     try {
-      const name = run.name.split("/").map(encodeURIComponent).join("/");
-      showRun(box, await get(`/api/runs/${name}`));
+      const run = await get(`/api/runs/${inAddress(name)}`);
+      if (this.shown === name) showRun(box, run);
     } catch (error) {
       box.replaceChildren(el("p", { className: "failure" }, `The run cannot be opened: ${error.message}`));
     }
   }
 }
 
+function note(found, listed, total, wanted) {
+  if (!total) return "No results folder yet: dart-llm run, compare, drift and the other jobs make them.";
+  if (!found) return `None of these results folders has \u201c${wanted}\u201d in its name, kind, method, model or task: clear the field to see them.`;
+  const rest = listed < total ? `; the older ones of ${total} are left out` : "";
+  return `${found} of ${listed === total ? total : `the ${listed} newest`} results folders, newest first${rest}.`;
+}
+
 function when(run) {
   const time = run.started ? new Date(run.started) : null;
-  return time ? time.toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" }) : run.time;
+  return time ? time.toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "medium" }) : run.time;
 }

@@ -1,13 +1,14 @@
 // A tour in three steps: ask, watch, remove more.
 
+import { choose } from "./controls.js";
 import { byId } from "./dom.js";
 
 const SEEN = "dart-llm tour seen";
 const STEPS = [
   ["1", "Ask something with two parts",
-    "The first ready prompt asks for two things. Next asks it. Its text is coloured while it is written: dense and observed, or pruned."],
+    "The first ready prompt asks for two things. Next asks it at 10 % sparsity. Its text is coloured while it is written: pruned, or dense and observed."],
   ["2", "Watch the neurons",
-    "Each row is a layer. When the text stays unlike its beginning (similarity below the threshold), all neurons run for a while, and new ones are chosen: a re-mask."],
+    "Each row is a layer. Once the recipe has begun, three windows of ten tokens fall below the threshold: they are unlike the beginning of the answer. All neurons run for 32 tokens, and new ones are chosen: a re-mask. Other models and settings may take another course."],
   ["3", "Remove more",
     "Move the sparsity, and ask again with the dense answer beside it. Confidence as the colour shows where the model became unsure."],
 ];
@@ -20,7 +21,10 @@ export class Tour {
     document.addEventListener("keydown", (event) => {
       if (event.key === "Escape" && !byId("tour").hidden && !byId("ask-key").open) this.close();
     });
-    byId("show-tour").addEventListener("click", () => this.go(0, true));
+    byId("show-tour").addEventListener("click", () => {
+      byId("show-chat").click();
+      this.go(0, true);
+    });
     document.addEventListener("asked", () => byId("tour").hidden || this.step || this.go(1, byId("tour").contains(document.activeElement)));
   }
 
@@ -29,11 +33,13 @@ export class Tour {
     if (!remembered()) this.go(0, false);
   }
 
-  /** From the first step Next asks the prompt that is pointed at, so that there is something to watch. */
+  /** From the first step Next asks the prompt that is pointed at, with the settings that it was measured with. */
   #next() {
     const prompt = this.step ? null : document.querySelector('[data-tour="1"]');
-    if (prompt?.checkVisibility()) prompt.click();
-    else this.go(this.step + 1);
+    if (prompt?.checkVisibility()) {
+      choose(JSON.parse(prompt.dataset.dart));
+      prompt.click();
+    } else this.go(this.step + 1);
   }
 
   go(step, focus = true) {

@@ -9,7 +9,7 @@ let made = 0; // answers on this page so far: saved recordings are named after i
 
 /** An answer on the page: its state, its text and its small print. */
 export class AnswerBox {
-  constructor(label, onShow) {
+  constructor(label, onShow, onRetry = null) {
     this.answer = newAnswer(label);
     this.place = ++made;
     this.state = el("span", {}, "");
@@ -17,11 +17,14 @@ export class AnswerBox {
     this.look.addEventListener("click", () => onShow(this));
     this.keep = el("button", { type: "button", className: "quiet", hidden: true }, "Save its records");
     this.keep.addEventListener("click", () => download(this.answer, this.place));
+    this.again = el("button", { type: "button", className: "quiet", hidden: true }, "Retry");
+    this.again.addEventListener("click", () => onRetry());
+    this.canRetry = Boolean(onRetry);
     this.box = el("p", { className: "text", role: "group", "aria-label": `${label}: the answer; arrow keys give one token's numbers` });
     this.text = new TextView(this.box);
     this.drawn = 0;
     this.print = el("span", {}, "");
-    this.foot = el("footer", {}, this.print, " ", this.keep);
+    this.foot = el("footer", {}, this.print, " ", this.keep, " ", this.again);
     this.element = el("article", { className: "answer", "aria-label": label },
       el("header", {}, el("strong", {}, label), this.state, this.look), this.box, this.foot);
     this.wait("queued");
@@ -49,7 +52,7 @@ export class AnswerBox {
     return new Set(this.answer.masks.filter((mask, i) => i && steps.has(mask.token - 1)).map((mask) => mask.token));
   }
 
-  /** Draw everything anew, as after a jump in a replay. */
+  /** Draw everything anew, as after a jump in a replay or a reload. */
   redraw() {
     this.text.show(this.answer.tokens, this.marks());
     this.drawn = this.answer.tokens.length;
@@ -75,6 +78,7 @@ export class AnswerBox {
     this.wait("failed");
     this.print.textContent = message;
     this.foot.className = "failure";
+    this.again.hidden = !this.canRetry;
   }
 
   shown(here) {

@@ -3,7 +3,7 @@
 import { achieved, alive, denseShare, finished, isDense, newAnswer, rebuilt, speed } from "./answer.js";
 import { byId, el } from "./dom.js";
 import { drawDrift } from "./drift.js";
-import { causeInWords, counted, percent, plain } from "./format.js";
+import { causeInWords, counted, exactly, percent, plain } from "./format.js";
 import { NeuronView, drawRamp, fillLayers, summary } from "./neurons.js";
 
 export class View {
@@ -89,7 +89,7 @@ function heading(answer) {
 function counters(answer) {
   byId("count-sparsity").textContent = percent(achieved(answer));
   byId("of-sparsity").textContent = answer.start?.sparsity == null
-    ? "mean over tokens" : `of ${percent(answer.start.sparsity, 0)} asked`;
+    ? "mean over tokens" : `of ${exactly(answer.start.sparsity)} asked`;
   byId("count-dense").textContent = percent(denseShare(answer), 0);
   byId("of-dense").textContent = isDense(answer) ? "nothing is pruned" : "of its tokens";
   byId("count-remasks").textContent = answer.start ? String(rebuilt(answer).length) : plain(null);
