@@ -5,25 +5,24 @@ plain torch and float64.  Both are fed the same tokens: a prompt of one text, th
 that drift fires.  The kept neurons of every mask and the logits of every token are compared, in
 float32.
 
-Usage: python benchmarks/agreement.py [MODEL ...]   (beside smollm2-135m)
+Usage: python benchmarks/agreement.py [--model MODEL] [--out agreement-NAME]
 
 Exits with 1 unless all agree: the same masks at the same tokens, logits within 3e-4.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import save
+from common import load_model, parser, save
 
 from dart_llm import texts
 from dart_llm.errors import ConfigError
-from dart_llm.loading import checkpoint_facts, load
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
@@ -54,7 +53,7 @@ FIRST = (
     Case("dart", 0.7, 6, 120, SLOW_AND_FAST),  # fewer tokens than a mask wants
     Case("dart", 0.95, 2, 60, SLOW_AND_FAST),  # floors, and sinks alone
 )
-"""The default model is asked more, and others whether a window of attention that slides matters."""
+"""The default model is asked more; others whether attention's sliding window matters."""
 FURTHER = (*BOTH, Case("griffin", 0.5, 900, 40, ("masked", "native")))
 
 
@@ -65,7 +64,9 @@ def token_ids(tokenizer: Any, case: Case) -> torch.Tensor:
     return torch.tensor(ids + tokenizer(last).input_ids[: case.tokens])
 
 
-def rows(name: str, model: Any, tokenizer: Any, cases: tuple[Case, ...], sequences: int) -> Any:
+def rows(
+    model: Any, tokenizer: Any, cases: tuple[Case, ...], sequences: int
+) -> Iterator[dict[str, Any]]:
     """A row per case and executor that can run the model."""
     prior = {"sequences": sequences, "length": LENGTH, "opening": OPENING}
     known = learn(model, own_text(model, **prior))
@@ -81,37 +82,24 @@ def rows(name: str, model: Any, tokenizer: Any, cases: tuple[Case, ...], sequenc
                     model, ids, case.prompt, case.method, case.sparsity, wanted, executor, **changes
                 )
             except ConfigError as error:  # this executor is not for this family
-                print(f"{name}: {error}")
+                print(error)
                 continue
-            row = {"model": name, **case._asdict(), **dataclasses.asdict(found)}
+            row = {**case._asdict(), **dataclasses.asdict(found), "holds": found.holds}
             del row["executors"]
-            print({**row, "holds": found.holds}, flush=True)
-            yield {**row, "holds": found.holds}
+            print(row, flush=True)
+            yield row
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    options.add_argument("models", nargs="*", help="models beside smollm2-135m")
+    options = parser(__doc__.partition("\n\n")[0])
+    options.set_defaults(dtype="float32")
     options.add_argument("--sequences", type=int, default=32, help="of the model's own text")
-    options.add_argument("--out", default="agreement", help="name of the JSON file, without suffix")
     args = options.parse_args()
-    checkpoints, found = {}, []
-    for place, given in enumerate(["smollm2-135m", *args.models]):
-        model, tokenizer = load(given, dtype="float32", device="cpu")
-        facts = dict(checkpoint_facts(model))
-        facts.pop("path", None)
-        checkpoints[facts["name"]] = facts
-        cases = FURTHER if place else FIRST
-        found += rows(facts["name"], model, tokenizer, cases, args.sequences)
-        data = {
-            "checkpoints": checkpoints,
-            "sequences": args.sequences,
-            "most_apart": LOGITS,
-            "rows": found,
-        }
-        path = save(args.out, None, data)  # after every model: what is done is kept
-        del model
-    print(path)
+    model, tokenizer = load_model(args)
+    cases = FIRST if args.model == options.get_default("model") else FURTHER
+    found = list(rows(model.cpu(), tokenizer, cases, args.sequences))
+    data = {"sequences": args.sequences, "most_apart": LOGITS, "rows": found}
+    print(save(args.out or f"agreement-{Path(args.model).stem}", model, data))
     raise SystemExit(0 if all(row["holds"] for row in found) else 1)
 
 
