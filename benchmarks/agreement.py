@@ -31,7 +31,8 @@ from reference_compare import LOGITS, compare
 from reference_model import own_text
 
 EXECUTORS = ("masked", "compact", "native", "slim")
-LENGTH, OPENING = 128, 24
+OWN_TEXT = {"sequences": 32, "length": 128, "opening": 24}
+LITTLE_TEXT = {"sequences": 4, "length": 40, "opening": 24}
 
 
 class Case(NamedTuple):
@@ -55,6 +56,7 @@ FIRST = (
 )
 """The default model is asked more; others whether attention's sliding window matters."""
 FURTHER = (*BOTH, Case("griffin", 0.5, 900, 40, ("masked", "native")))
+SHORT = (Case("griffin", 0.5, 120, 20), Case("dart", 0.5, 120, 70))
 
 
 def token_ids(tokenizer: Any, case: Case) -> torch.Tensor:
@@ -65,10 +67,9 @@ def token_ids(tokenizer: Any, case: Case) -> torch.Tensor:
 
 
 def rows(
-    model: Any, tokenizer: Any, cases: tuple[Case, ...], sequences: int
+    model: Any, tokenizer: Any, cases: tuple[Case, ...], prior: dict[str, int]
 ) -> Iterator[dict[str, Any]]:
     """A row per case and executor that can run the model."""
-    prior = {"sequences": sequences, "length": LENGTH, "opening": OPENING}
     known = learn(model, own_text(model, **prior))
     for case in cases:
         dart = case.method == "dart"
@@ -93,12 +94,13 @@ def rows(
 def main() -> None:
     options = parser(__doc__.partition("\n\n")[0])
     options.set_defaults(dtype="float32")
-    options.add_argument("--sequences", type=int, default=32, help="of the model's own text")
+    options.add_argument("--short", action="store_true", help="few tokens, little own text")
     args = options.parse_args()
     model, tokenizer = load_model(args)
     cases = FIRST if args.model == options.get_default("model") else FURTHER
-    found = list(rows(model.cpu(), tokenizer, cases, args.sequences))
-    data = {"sequences": args.sequences, "most_apart": LOGITS, "rows": found}
+    cases, prior = (SHORT, LITTLE_TEXT) if args.short else (cases, OWN_TEXT)
+    found = list(rows(model.cpu(), tokenizer, cases, prior))
+    data = {"own_text": prior, "most_apart": LOGITS, "rows": found}
     print(save(args.out or f"agreement-{Path(args.model).stem}", model, data))
     raise SystemExit(0 if all(row["holds"] for row in found) else 1)
 
