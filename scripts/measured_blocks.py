@@ -10,6 +10,7 @@ import evaluation_tables
 import front_table
 import measured_tables
 import quality_measured
+import reliability_measured
 import serve_measured
 import speed_measured
 
@@ -20,6 +21,7 @@ MAKERS = (
     quality_measured,
     speed_measured,
     serve_measured,
+    reliability_measured,
     claims_measured,
     front_table,
 )

@@ -1,43 +1,19 @@
 // The kernels without torch, for sanitizers: every kind that this CPU has against plain loops, on
 // odd sizes, in buffers of exactly the right length.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <functional>
-#include <random>
 #include <thread>
 #include <vector>
 
 #include "choose.h"
 #include "decode.h"
+#include "held.h"
 
 using namespace dart;
 
 namespace {
-
-std::mt19937 generator(7);
-const char* const KINDS[] = {"avx512bf16", "avx512", "avx2", "portable"};
-
-std::vector<float> drawn(int64_t n, float scale = 1) {
-  std::normal_distribution<float> normal(0, scale);
-  std::vector<float> values(n);
-  for (float& x : values) x = normal(generator);
-  return values;
-}
-
-// Values as a dtype holds them: the bytes, and the same as float.
-struct Held {
-  std::vector<char> bytes;
-  std::vector<float> wide;
-};
-
-Held hold(Dtype dtype, std::vector<float> values) {
-  const Kernels& plain = *kernels("portable");
-  Held held{std::vector<char>(values.size() * (dtype == Dtype::f32 ? 4 : 2)), values};
-  plain.round(dtype, values.data(), held.bytes.data(), int64_t(values.size()));
-  plain.widen(dtype, held.bytes.data(), held.wide.data(), int64_t(values.size()));
-  return held;
-}
 
 void same(const char* what, const std::vector<float>& found, const std::vector<float>& wanted) {
   for (size_t i = 0; i < wanted.size(); ++i) {

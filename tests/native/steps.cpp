@@ -1,0 +1,481 @@
+// Random whole decode steps without torch, for sanitizers: decoders of any small size and shape, in
+// buffers of exactly the right length, against the same step in plain loops.
+//
+// Usage: steps SEED FIRST STEPS: sequences FIRST, FIRST + 1, ... until STEPS steps were made.  Every
+// sequence depends on SEED and its number alone; one that fails is named.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <string>
+#include <sanitizer/common_interface_defs.h>
+#include <thread>
+
+#include "decode.h"
+#include "held.h"
+
+using namespace dart;
+
+namespace {
+
+using Values = std::vector<float>;
+
+int64_t any(int64_t low, int64_t high) {  // both ends included
+  return std::uniform_int_distribution<int64_t>(low, high)(generator);
+}
+
+bool chance(double share) { return std::bernoulli_distribution(share)(generator); }
+
+// Weights, which may lie at any multiple of their own size; empty: none.
+struct Weights {
+  Held held;
+  int64_t before = 0;  // bytes in front of them
+  const void* data() const { return held.wide.empty() ? nullptr : held.bytes.data() + before; }
+};
+
+Weights made(Dtype dtype, int64_t n, float scale) {
+  Weights w{hold(dtype, drawn(n, scale)), 0};
+  w.before = n && chance(0.5) ? int64_t(w.held.bytes.size()) / n : 0;
+  w.held.bytes.insert(w.held.bytes.begin(), size_t(w.before), 0);
+  w.held.bytes.shrink_to_fit();  // so that the end of the values is the end of the memory
+  return w;
+}
+
+// 4-bit copies of one matrix.
+struct Levels {
+  std::vector<uint8_t> bytes;
+  Weights scales;
+  const uint16_t* at() const { return static_cast<const uint16_t*>(scales.data()); }
+};
+
+struct LayerCase {
+  Weights attention_norm, ffn_norm, q, k, v, o, q_bias, k_bias, v_bias, o_bias, q_norm, k_norm;
+  Weights gate, up, down, gate_bias, up_bias, basis, features;
+  Levels gate_copy, up_copy;
+  Values bias, mean, worth;
+  std::vector<int32_t> ids;
+  bool all = true;  // no mask
+  int64_t rank = 0, keep = 0;
+};
+
+struct Case {
+  const Kernels* kernels;
+  Dtype dtype;
+  Act act;
+  int64_t D, H, K, S, I, V, capacity, threads;
+  bool gated, wild = false;  // wild: values that no model should have
+  float scale;
+  Weights embedding, norm, head;
+  std::vector<LayerCase> layers;
+};
+
+constexpr float EPS = 1e-5f;
+
+// a drawn decoder
+
+void spoil(Dtype dtype, Weights& w) {
+  const float odd[] = {NAN, INFINITY, -INFINITY, 1e38f, 1e-42f, -0.0f};
+  Values values = w.held.wide;
+  for (float& x : values)
+    if (chance(0.01)) x = odd[any(0, 5)];
+  kernels("portable")->round(dtype, values.data(), w.held.bytes.data() + w.before,
+                             int64_t(values.size()));
+  w.held.wide = values;
+}
+
+Levels levels(int64_t rows, int64_t size) {
+  Levels made_of{std::vector<uint8_t>(rows * size / 2),
+                 made(Dtype::bf16, rows * size / GROUP, 0.3f / std::sqrt(float(size)))};
+  for (uint8_t& byte : made_of.bytes) byte = uint8_t(any(1, 15) | (any(1, 15) << 4));
+  return made_of;
+}
+
+LayerCase layer_case(const Case& c) {
+  LayerCase l;
+  auto rows = [&](int64_t n, int64_t size) { return made(c.dtype, n * size, 1 / std::sqrt(float(size))); };
+  auto maybe = [&](int64_t n) { return made(c.dtype, chance(0.4) ? n : 0, 0.3f); };
+  int64_t q = c.H * c.S, kv = c.K * c.S;
+  l.attention_norm = made(c.dtype, c.D, 1), l.ffn_norm = made(c.dtype, c.D, 1);
+  l.q = rows(q, c.D), l.k = rows(kv, c.D), l.v = rows(kv, c.D), l.o = rows(c.D, q);
+  l.q_bias = maybe(q), l.k_bias = maybe(kv), l.v_bias = maybe(kv), l.o_bias = maybe(c.D);
+  l.q_norm = maybe(c.S), l.k_norm = maybe(c.S);
+  if (c.gated) l.gate = rows(c.I, c.D), l.gate_bias = maybe(c.I);
+  l.up = rows(c.I, c.D), l.up_bias = maybe(c.I);
+  l.down = made(c.dtype, c.I * c.D, 1 / std::sqrt(float(c.I)));
+  return l;
+}
+
+// What may change between two steps: mask, compensation, or that tokens choose.
+void mask(const Case& c, LayerCase& l) {
+  l.rank = l.keep = 0;
+  l.all = chance(0.2);
+  l.ids.clear(), l.mean.clear(), l.bias.clear();
+  if (chance(0.5)) l.bias = drawn(c.D, 0.3f);
+  if (c.D % (2 * GROUP) == 0 && chance(0.5)) {  // every token for itself
+    l.all = true, l.keep = any(1, c.I);
+    l.up_copy = levels(c.I, c.D);
+    if (c.gated) l.gate_copy = levels(c.I, c.D);
+    l.worth = drawn(c.I);
+    for (float& x : l.worth) x = std::fabs(x);
+    if (chance(0.5)) l.mean = drawn(c.I, 0.3f);
+    return;
+  }
+  const int64_t sizes[] = {0, 1, any(0, c.I), any(0, c.I), c.I};
+  if (!l.all) {
+    l.ids.resize(c.I);
+    for (int64_t i = 0; i < c.I; ++i) l.ids[i] = int32_t(i);
+    std::shuffle(l.ids.begin(), l.ids.end(), generator);
+    l.ids.resize(sizes[any(0, 4)]);
+    std::sort(l.ids.begin(), l.ids.end());
+    l.ids.shrink_to_fit();
+  }
+  if (chance(0.5)) {
+    l.rank = any(1, 20);
+    l.basis = made(c.dtype, l.rank * c.D, 1 / std::sqrt(float(c.D)));
+    l.features = made(c.dtype, l.rank * c.D, 0.1f);
+  }
+}
+
+Case drawn_case() {
+  Case c{};
+  std::vector<const Kernels*> kinds;
+  for (const char* kind : KINDS)
+    if (const Kernels* one = kernels(kind)) kinds.push_back(one);
+  c.kernels = kinds[any(0, int64_t(kinds.size()) - 1)];
+  c.dtype = chance(0.5) ? Dtype::f32 : Dtype::bf16;
+  c.act = Act(any(0, 4)), c.gated = chance(0.7), c.threads = any(1, 2);
+  c.D = chance(0.4) ? 64 * any(1, 2) : any(1, 70);
+  c.K = any(1, 3), c.H = c.K * any(1, 3), c.S = 2 * any(1, 20);
+  c.I = any(1, 70), c.V = chance(0.05) ? any(600, 1200) : any(1, 90);  // many: several parts
+  c.capacity = any(1, 12), c.scale = 1 / std::sqrt(float(c.S));
+  c.embedding = made(c.dtype, c.V * c.D, 1), c.norm = made(c.dtype, c.D, 1);
+  c.head = made(c.dtype, c.V * c.D, 1 / std::sqrt(float(c.D)));
+  for (int64_t n = any(1, 3); n > 0; --n) {
+    c.layers.push_back(layer_case(c));
+    mask(c, c.layers.back());
+  }
+  if ((c.wild = chance(0.1)))
+    for (LayerCase& l : c.layers)
+      for (Weights* w : {&l.q, &l.v, &l.gate, &l.up, &l.down, &l.up_bias}) spoil(c.dtype, *w);
+  return c;
+}
+
+Decoder decoder_of(const Case& c) {
+  Decoder d{c.dtype, c.D, c.H, c.K, c.S, c.I, c.V, EPS, c.scale,
+            c.embedding.data(), c.norm.data(), c.head.data(), {}};
+  for (const LayerCase& l : c.layers) {
+    Layer made_of{};
+    made_of.attention_norm = l.attention_norm.data(), made_of.ffn_norm = l.ffn_norm.data();
+    made_of.q = l.q.data(), made_of.k = l.k.data(), made_of.v = l.v.data(), made_of.o = l.o.data();
+    made_of.q_bias = l.q_bias.data(), made_of.k_bias = l.k_bias.data();
+    made_of.v_bias = l.v_bias.data(), made_of.o_bias = l.o_bias.data();
+    made_of.q_norm = l.q_norm.data(), made_of.k_norm = l.k_norm.data();
+    Ffn& f = made_of.ffn;
+    f.gate = l.gate.data(), f.up = l.up.data(), f.down = l.down.data();
+    f.gate_bias = l.gate_bias.data(), f.up_bias = l.up_bias.data(), f.act = c.act;
+    f.ids = l.all ? nullptr : l.ids.data(), f.kept = l.all ? c.I : int64_t(l.ids.size());
+    f.rank = l.rank;
+    if (l.rank) f.basis = l.basis.data(), f.features = l.features.data();
+    f.mean = l.mean.empty() ? nullptr : l.mean.data();
+    made_of.bias = l.bias.empty() ? nullptr : l.bias.data();
+    if (l.keep)
+      made_of.copies = {c.gated ? l.gate_copy.bytes.data() : nullptr, l.up_copy.bytes.data(),
+                        c.gated ? l.gate_copy.at() : nullptr, l.up_copy.at(), l.worth.data(), l.keep};
+    d.layers.push_back(made_of);
+  }
+  return d;
+}
+
+// the same step in plain loops
+
+struct Plain {
+  const Case& c;
+  std::vector<std::vector<Values>> keys, values;  // per layer and position: [K S]
+  Values cosine = Values(), sine = Values();
+  Values u = Values(), h = Values(), z = Values(), x = Values(), logits = Values();
+  bool sure = true;  // no token's choice hung on rounding
+
+  Values rounded(const Values& from) const { return hold(c.dtype, from).wide; }
+
+  static float dot(const float* a, const float* b, int64_t n) {
+    double total = 0;
+    for (int64_t i = 0; i < n; ++i) total += double(a[i]) * b[i];
+    return float(total);
+  }
+
+  static Values product(const Weights& rows, const Weights& bias, const Values& in, int64_t n) {
+    Values out(n);
+    for (int64_t r = 0; r < n; ++r)
+      out[r] = dot(&rows.held.wide[r * in.size()], in.data(), int64_t(in.size())) +
+               (bias.data() ? bias.held.wide[r] : 0.0f);
+    return out;
+  }
+
+  static void norm(float* values, const Weights& weight, int64_t n) {
+    double factor = 1 / std::sqrt(double(dot(values, values, n)) / double(n) + EPS);
+    for (int64_t i = 0; i < n; ++i) values[i] = float(values[i] * factor * weight.held.wide[i]);
+  }
+
+  Values normed(Values values, const Weights& weight) const {
+    norm(values.data(), weight, c.D);
+    return values;
+  }
+
+  void rotate(float* head, const Weights& weight) const {
+    if (weight.data()) norm(head, weight, c.S);
+    for (int64_t i = 0, half = c.S / 2; i < half; ++i) {
+      float a = head[i], b = head[i + half];
+      head[i] = a * cosine[i] - b * sine[i];
+      head[i + half] = b * cosine[i + half] + a * sine[i + half];
+    }
+  }
+
+  Values attention(size_t index, const Values& in) {
+    const LayerCase& l = c.layers[index];
+    const Weights none;
+    Values q = product(l.q, l.q_bias, in, c.H * c.S), k = product(l.k, l.k_bias, in, c.K * c.S);
+    Values v = product(l.v, l.v_bias, in, c.K * c.S), out(c.H * c.S);
+    for (int64_t head = 0; head < c.K; ++head) rotate(&k[head * c.S], l.k_norm);
+    for (int64_t head = 0; head < c.H; ++head) {
+      rotate(&q[head * c.S], l.q_norm);
+      int64_t at = head / (c.H / c.K) * c.S;
+      auto all_keys = keys[index], all_values = values[index];
+      all_keys.push_back(k), all_values.push_back(v);
+      Values shares;
+      for (const Values& key : all_keys)
+        shares.push_back(dot(&q[head * c.S], &key[at], c.S) * c.scale);
+      float most = *std::max_element(shares.begin(), shares.end()), total = 0;
+      for (float& one : shares) total += one = std::exp(one - most);
+      for (size_t t = 0; t < shares.size(); ++t)
+        for (int64_t i = 0; i < c.S; ++i)
+          out[head * c.S + i] += shares[t] / total * all_values[t][at + i];
+    }
+    keys[index].push_back(rounded(k)), values[index].push_back(rounded(v));
+    return product(l.o, l.o_bias, rounded(out), c.D);
+  }
+
+  static float activated(Act act, float v) {
+    switch (act) {
+      case Act::silu: return v / (1 + std::exp(-v));
+      case Act::gelu: return 0.5f * v * std::erfc(-v * 0.70710678f);
+      case Act::gelu_tanh: return 0.5f * v * (1 + std::tanh(0.79788456f * (v + 0.044715f * v * v * v)));
+      case Act::relu: return std::fmax(v, 0.0f);
+      default: return std::fmax(v, 0.0f) * std::fmax(v, 0.0f);
+    }
+  }
+
+  float activation(const LayerCase& l, int64_t i, float gate, float up) const {
+    if (l.up_bias.data()) up += l.up_bias.held.wide[i];
+    if (l.gate_bias.data()) gate += l.gate_bias.held.wide[i];
+    return c.gated ? activated(c.act, gate) * up : activated(c.act, up);
+  }
+
+  float copied(const Levels& from, int64_t row, const Values& in) const {
+    float total = 0;
+    for (int64_t d = 0; d < c.D; ++d) {
+      uint8_t byte = from.bytes[row * (c.D / 2) + d % (c.D / 2)];
+      int level = int(d < c.D / 2 ? byte & 15 : byte >> 4) - 8;
+      total += float(level) * from.scales.held.wide[row * (c.D / GROUP) + d / GROUP] * in[d];
+    }
+    return total;
+  }
+
+  std::vector<int32_t> neurons(const LayerCase& l, const Values& in) {
+    std::vector<int32_t> ids = l.ids;
+    if (!l.all) return ids;
+    ids.resize(c.I);
+    for (int64_t i = 0; i < c.I; ++i) ids[i] = int32_t(i);
+    if (!l.keep || l.keep == c.I) return ids;
+    Values strength(c.I);
+    for (int64_t i = 0; i < c.I; ++i) {
+      float gate = c.gated ? copied(l.gate_copy, i, in) : 0.0f;
+      strength[i] = std::fabs(activation(l, i, gate, copied(l.up_copy, i, in))) * l.worth[i];
+    }
+    std::stable_sort(ids.begin(), ids.end(),
+                     [&](int32_t a, int32_t b) { return strength[a] > strength[b]; });
+    float last = strength[ids[l.keep - 1]], next = strength[ids[l.keep]];
+    sure = sure && (last - next > 0.02f * (last + 0.05f) || (last == 0 && next == 0));
+    ids.resize(l.keep);
+    std::sort(ids.begin(), ids.end());
+    return ids;
+  }
+
+  Values ffn(const LayerCase& l, const Values& in) {
+    Values out(c.D);
+    if (!l.bias.empty()) out = l.bias;
+    u.resize(u.size() + c.I);
+    float* seen = &u[u.size() - size_t(c.I)];
+    for (int32_t i : neurons(l, in)) {
+      const float* at = in.data();
+      float gate = c.gated ? dot(&l.gate.held.wide[i * c.D], at, c.D) : 0.0f;
+      float v = *seen++ = activation(l, i, gate, dot(&l.up.held.wide[i * c.D], at, c.D));
+      if (!l.mean.empty()) v -= l.mean[i];
+      for (int64_t d = 0; d < c.D; ++d) out[d] += v * l.down.held.wide[i * c.D + d];
+    }
+    for (int64_t r = 0; r < l.rank; ++r) {
+      float feature = dot(&l.basis.held.wide[r * c.D], in.data(), c.D);
+      for (int64_t d = 0; d < c.D; ++d) out[d] += feature * l.features.held.wide[r * c.D + d];
+    }
+    return out;
+  }
+
+  static void add(Values& to, const Values& from) {
+    for (size_t i = 0; i < to.size(); ++i) to[i] += from[i];
+  }
+
+  void step(int64_t token) {
+    const float* row = &c.embedding.held.wide[token * c.D];
+    Values stream(row, row + c.D);
+    auto note = [](Values& to, const Values& from) { to.insert(to.end(), from.begin(), from.end()); };
+    u.clear(), h.clear(), z.clear(), x.clear();
+    for (size_t index = 0; index < c.layers.size(); ++index) {
+      const LayerCase& l = c.layers[index];
+      add(stream, attention(index, rounded(normed(stream, l.attention_norm))));
+      Values given = normed(stream, l.ffn_norm);
+      note(x, stream), note(h, given);
+      Values own = ffn(l, rounded(given));
+      note(z, own);
+      add(stream, own);
+    }
+    logits = product(c.head, Weights(), rounded(normed(stream, c.norm)), c.V);
+  }
+};
+
+// a sequence
+
+int64_t seed, number;
+
+// Also when a sanitizer ends the program.
+void name_it() {
+  std::fprintf(stderr, "in sequence %lld of seed %lld\n", static_cast<long long>(number),
+               static_cast<long long>(seed));
+}
+
+[[noreturn]] void fail() {
+  name_it();
+  std::exit(1);
+}
+
+void close(const Case& c, const char* what, const Values& found, const Values& wanted) {
+  float allowed = c.dtype == Dtype::f32 ? 1e-3f : 6e-2f, size = 1;
+  for (float one : wanted) size = std::max(size, std::fabs(one));
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    if (std::fabs(found[i] - wanted[i]) <= allowed * size) continue;
+    std::printf("%s: place %zu is %g, not %g\n", what, i, double(found[i]), double(wanted[i]));
+    fail();
+  }
+}
+
+std::map<std::string, int64_t> counts;
+
+// The caches as torch would hold them: one allocation per layer and side.
+struct Memory {
+  std::vector<std::vector<char>> blocks;
+  Cache cache;
+  explicit Memory(const Case& c) : blocks(2 * c.layers.size()), cache{{}, {}, 0, c.capacity} {
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      blocks[i].resize(c.K * c.capacity * c.S * (c.dtype == Dtype::f32 ? 4 : 2));
+      (i % 2 ? cache.values : cache.keys).push_back(blocks[i].data());
+    }
+  }
+};
+
+void run(const Case& c, const Decoder& d, Memory& memory, Scratch& scratch, int64_t token,
+         const Plain& at, int64_t threads) {
+  scratch.begin();
+  auto work = [&](int64_t member) {
+    step(*c.kernels, d, memory.cache, token, at.cosine.data(), at.sine.data(), scratch, member);
+  };
+  std::vector<std::thread> others;
+  for (int64_t m = 1; m < threads; ++m) others.emplace_back(work, m);
+  work(0);
+  for (std::thread& one : others) one.join();
+}
+
+void count(const Case& c, const Scratch& scratch) {
+  auto add = [&](const char* name, bool yes) { counts[name] += yes; };
+  add("steps", true), add(c.dtype == Dtype::f32 ? "float32" : "bfloat16", true);
+  add("two_threads", c.threads == 2), add("observed", scratch.observed), add("odd_values", c.wild);
+  add("grouped_heads", c.H > c.K), add("plain_ffn", !c.gated), add("odd_lengths", c.D % 2 == 1);
+  auto some = [&](auto what) { return std::any_of(c.layers.begin(), c.layers.end(), what); };
+  add("token_choice", some([](const LayerCase& l) { return l.keep > 0; }));
+  add("low_rank", some([](const LayerCase& l) { return l.rank > 0; }));
+  add("one_neuron", some([](const LayerCase& l) { return !l.all && l.ids.size() == 1; }));
+  add("no_neuron", some([](const LayerCase& l) { return !l.all && l.ids.empty(); }));
+  add("biases", some([](const LayerCase& l) { return l.q_bias.data() || l.up_bias.data(); }));
+  add("head_norms", some([](const LayerCase& l) { return l.q_norm.data() || l.k_norm.data(); }));
+  add(c.kernels->name, true);
+}
+
+void check(const Case& c, const Plain& plain, const Scratch& scratch) {
+  close(c, "logits", scratch.logits, plain.logits);
+  if (!scratch.observed) return;
+  close(c, "z", scratch.z, plain.z);
+  close(c, "h", scratch.h, plain.h);
+  close(c, "x", scratch.x, plain.x);
+  for (size_t index = 0; index < c.layers.size(); ++index) {
+    const LayerCase& l = c.layers[index];
+    int64_t begin = int64_t(index) * c.I;
+    int64_t kept = l.keep ? l.keep : l.all ? c.I : int64_t(l.ids.size());
+    auto part = [&](const Values& from) {
+      return Values(from.begin() + begin, from.begin() + begin + kept);
+    };
+    close(c, "u", part(scratch.u), part(plain.u));
+  }
+}
+
+void sequence() {
+  Case c = drawn_case();
+  Memory memory(c), alone(c);
+  Plain plain{c, std::vector<std::vector<Values>>(c.layers.size()),
+              std::vector<std::vector<Values>>(c.layers.size())};
+  Scratch scratch(decoder_of(c), c.threads, c.capacity + 1);
+  Scratch single(decoder_of(c), 1, c.capacity + 1);
+  for (int64_t length = 0; length < c.capacity; ++length) {
+    if (chance(0.3)) mask(c, c.layers[size_t(any(0, int64_t(c.layers.size()) - 1))]);
+    Decoder d = decoder_of(c);
+    plain.cosine = drawn(c.S), plain.sine = drawn(c.S);
+    for (int64_t i = 0; i < c.S; ++i) {
+      float angle = plain.cosine[i];
+      plain.cosine[i] = std::cos(angle), plain.sine[i] = std::sin(angle);
+    }
+    memory.cache.length = alone.cache.length = length;
+    scratch.observed = single.observed = chance(0.4);
+    int64_t token = any(0, c.V - 1);
+    run(c, d, memory, scratch, token, plain, c.threads);
+    count(c, scratch);
+    if (c.threads > 1) {  // the number of threads changes no bit
+      run(c, d, alone, single, token, plain, 1);
+      bool alike = !std::memcmp(scratch.logits.data(), single.logits.data(), c.V * 4);
+      alike = alike && memory.blocks == alone.blocks;
+      if (!alike) {
+        std::printf("two threads give another result than one\n");
+        fail();
+      }
+    }
+    if (c.wild) continue;
+    plain.step(token);
+    if (!plain.sure) return;  // a choice by a hair may fall either way; what follows differs
+    check(c, plain, scratch);
+    ++counts["compared"];
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 4) return 2;
+  seed = std::atoll(argv[1]), number = std::atoll(argv[2]);
+  int64_t steps = std::atoll(argv[3]);
+  __sanitizer_set_death_callback(name_it);
+  for (; counts["steps"] < steps; ++number) {
+    std::seed_seq both{seed, number};
+    generator.seed(both);
+    sequence();
+    ++counts["sequences"];
+  }
+  for (const auto& [name, n] : counts)
+    std::printf("%s %lld\n", name.c_str(), static_cast<long long>(n));
+}

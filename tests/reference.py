@@ -1,0 +1,267 @@
+"""`griffin` and `dart` a second time: docs/method.md in plain torch and float64.
+
+Shares no scoring, budget, drift, evidence or mask code with dart_llm.  One sequence, whose tokens
+are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from reference_drift import Detector
+from reference_model import Hooked, Part, Seen
+from steps import new_cache
+
+SINKS = 4
+PSEUDO_TOKENS = 32
+MIN_EVIDENCE = 16
+OBSERVE = 32
+DECAY = 0.1
+BASIS_TOKENS = 1024
+
+
+@dataclass
+class Trace:
+    """What decoding gave: logits [T, V], and (decode step, kept ids per layer) of every mask."""
+
+    logits: Tensor
+    masks: list[tuple[int, list[Tensor]]]
+
+
+class Method(Protocol):
+    """What ``decode`` asks of a method."""
+
+    wait: int
+
+    def observe(self, seen: Sequence[Seen], last: Tensor) -> None: ...
+    def choose(self) -> list[Part]: ...
+    def watch(self, last: Tensor, decoded: int) -> bool: ...
+
+
+@torch.no_grad()
+def decode(model: Any, ids: Tensor, prompt: int, method: Method) -> Trace:
+    """Prefill the first tokens of ids [T], then feed the others one by one."""
+    cache, masks = new_cache(model), []
+    with Hooked(model) as hooked:
+        found = [hooked.forward(ids[None, :prompt], cache)[0]]
+        method.observe(hooked.seen, hooked.last)
+        dense = max(0, method.wait - prompt)
+        for step, token in enumerate(ids[prompt:]):
+            if hooked.parts is None and dense == 0:
+                hooked.parts = method.choose()
+                masks.append((step, [part.keep.nonzero().flatten() for part in hooked.parts]))
+            found.append(hooked.forward(token[None, None], cache)[0])
+            if hooked.parts is None:
+                method.observe(hooked.seen, hooked.last)
+                dense -= 1
+            elif method.watch(hooked.last, step + 1):
+                hooked.parts, dense = None, OBSERVE
+    return Trace(torch.cat(found), masks)
+
+
+def kept(scores: Tensor, count: int) -> Tensor:
+    """Ones for the largest ``count`` of scores [I], ties to the lower index; else zeros."""
+    order = scores.sort(descending=True, stable=True).indices
+    return torch.zeros(len(scores)).index_fill(0, order[:count], 1.0)
+
+
+# griffin
+
+
+class Griffin:
+    """Norms of each token's share, the same share of every layer, one mask."""
+
+    wait = 0
+
+    def __init__(self, sparsity: float) -> None:
+        self.sparsity = sparsity
+        self.sums: list[Tensor] = []
+
+    def observe(self, seen: Sequence[Seen], last: Tensor) -> None:
+        self.sums = [F.normalize(one.u[0].double(), dim=-1).square().sum(0) for one in seen]
+
+    def choose(self) -> list[Part]:
+        counts = even([len(s) for s in self.sums], self.sparsity)
+        return [Part(kept(s.sqrt(), n)) for s, n in zip(self.sums, counts, strict=True)]
+
+    def watch(self, last: Tensor, decoded: int) -> bool:
+        return False
+
+
+def even(widths: Sequence[int], sparsity: float) -> list[int]:
+    """The same share of every layer: largest remainder, ties by the lower layer."""
+    exact = [(1 - sparsity) * width for width in widths]
+    counts = [int(share) for share in exact]
+    order = sorted(range(len(widths)), key=lambda layer: counts[layer] - exact[layer])
+    for layer in order[: round((1 - sparsity) * sum(widths)) - sum(counts)]:
+        counts[layer] += 1
+    return counts
+
+
+# dart
+
+
+@dataclass
+class Sums:
+    """Sums over weighted tokens of one layer: u^2, u, f, u f, f f; ``n`` is their weight."""
+
+    n: float = 0.0
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, u: Tensor, f: Tensor) -> None:
+        """Tokens u [T, I] with features f [T, r]."""
+        new = {
+            "uu": u.square().sum(0),
+            "u": u.sum(0),
+            "f": f.sum(0),
+            "uf": u.T @ f,
+            "ff": f.T @ f,
+        }
+        self.values = {name: self.values.get(name, 0.0) + value for name, value in new.items()}
+        self.n += len(u)
+
+    def age(self) -> None:
+        """What is known before new evidence comes; a long past counts as 256 tokens."""
+        factor = DECAY * min(1.0, 256 / self.n) if self.n else 0.0
+        self.values = {name: value * factor for name, value in self.values.items()}
+        self.n *= factor
+
+    def pooled(self, prior: Sums) -> dict[str, Tensor]:
+        """Means, with the prior's as so many pseudo-tokens beside them."""
+        weight = PSEUDO_TOKENS / prior.n
+        return {
+            name: (self.values.get(name, 0.0) + weight * value) / (self.n + PSEUDO_TOKENS)
+            for name, value in prior.values.items()
+        }
+
+
+@dataclass
+class Prior:
+    """What the model's own text taught of one layer."""
+
+    basis: Tensor  # [r, D], in the model's dtype
+    sums: Sums = field(default_factory=Sums)
+    squares: Tensor | float = 0.0  # [I]: summed squared gradients
+
+    @property
+    def curvature(self) -> Tensor:
+        return torch.as_tensor(self.squares / self.sums.n)
+
+
+def learn(model: Any, ids: Tensor, rank: int = 32) -> list[Prior]:
+    """The priors of all layers from the model's own text ids [n, T]."""
+    length = ids.shape[1]
+    priors = [Prior(basis) for basis in bases(model, ids, rank)]
+    wants = [p.requires_grad for p in model.parameters()]
+    model.requires_grad_(False)
+    lift = model.get_input_embeddings().register_forward_hook(lambda _, a, x: x.requires_grad_())
+    with Hooked(model) as hooked, torch.enable_grad():
+        for part in ids.split(4):
+            logits = hooked.forward(part)
+            loss = F.cross_entropy(
+                logits[:, :-1].flatten(0, 1).double(), part[:, 1:].flatten(), reduction="sum"
+            )
+            gradients = torch.autograd.grad(loss, [one.u for one in hooked.seen])
+            for prior, seen, g in zip(priors, hooked.seen, gradients, strict=True):
+                inside = slice(SINKS, length - 1)
+                u, h = (x.detach()[:, inside].flatten(0, 1).double() for x in (seen.u, seen.h))
+                prior.sums.add(u, h @ prior.basis.double().T)
+                prior.squares += g[:, inside].flatten(0, 1).double().square().sum(0)
+    lift.remove()
+    for parameter, wanted in zip(model.parameters(), wants, strict=True):
+        parameter.requires_grad_(wanted)
+    return priors
+
+
+@torch.no_grad()
+def bases(model: Any, ids: Tensor, rank: int) -> list[Tensor]:
+    """Per layer the directions [r, D] in which h varies most, each over its deviation."""
+    rows = -(-BASIS_TOKENS // (ids.shape[1] - SINKS))
+    with Hooked(model) as hooked:
+        hooked.forward(ids[:rows])
+        found = []
+        for seen in hooked.seen:
+            h = seen.h[:, SINKS:].flatten(0, 1).double()
+            variances, directions = torch.linalg.eigh(h.T.cov(correction=0))
+            floor = 0.01 * variances.mean()
+            largest = variances.argsort(descending=True)[:rank]
+            scaled = directions[:, largest] / (variances[largest] + floor).sqrt()
+            found.append(scaled.T.to(seen.h.dtype))
+    return found
+
+
+class Dart:
+    """Fisher scores ranked over all layers, re-masks by drift, low-rank compensation."""
+
+    wait = MIN_EVIDENCE
+
+    def __init__(self, model: Any, sparsity: float, priors: Sequence[Prior]) -> None:
+        self.sparsity, self.priors = sparsity, priors
+        self.columns = Hooked(model).columns()
+        self.sums = [Sums() for _ in priors]
+        self.detector = Detector()
+        self.counts: list[int] = []
+        self.tokens = 0
+
+    def observe(self, seen: Sequence[Seen], last: Tensor) -> None:
+        sinks = max(0, SINKS - self.tokens)
+        for sums, prior, one in zip(self.sums, self.priors, seen, strict=True):
+            u, h = one.u[0, sinks:].double(), one.h[0, sinks:].double()
+            sums.add(u, h @ prior.basis.double().T)
+        self.detector.observe(last[0, sinks:].double())
+        self.tokens += last.shape[1]
+
+    def choose(self) -> list[Part]:
+        means = [own.pooled(p.sums) for own, p in zip(self.sums, self.priors, strict=True)]
+        scores = [m["uu"] * p.curvature for m, p in zip(means, self.priors, strict=True)]
+        self.counts = self.counts or ranked(scores, self.sparsity)
+        self.detector.arm()
+        return [
+            compensated(kept(score, count), column, prior.basis, mean)
+            for score, count, column, prior, mean in zip(
+                scores, self.counts, self.columns, self.priors, means, strict=True
+            )
+        ]
+
+    def watch(self, last: Tensor, decoded: int) -> bool:
+        self.tokens += 1
+        drifted = self.detector.watch(last[0, 0].double(), decoded)
+        if drifted:
+            for sums in self.sums:
+                sums.age()
+        return drifted
+
+
+def ranked(scores: Sequence[Tensor], sparsity: float) -> list[int]:
+    """Counts of one ranking over all layers in which 10 % of every layer stay."""
+    widths = [len(s) for s in scores]
+    floors = [-(-width // 10) for width in widths]
+    total = round((1 - sparsity) * sum(widths))
+    if sum(floors) > total:
+        return even(widths, sparsity)
+    own = [s.sort(descending=True).values for s in scores]
+    free = torch.cat([s[floor:] for s, floor in zip(own, floors, strict=True)])
+    layer = torch.cat(
+        [torch.full((w - f,), i) for i, (w, f) in enumerate(zip(widths, floors, strict=True))]
+    )
+    best = free.sort(descending=True, stable=True).indices[: total - sum(floors)]
+    extra = layer[best].bincount(minlength=len(widths))
+    return [floor + int(more) for floor, more in zip(floors, extra, strict=True)]
+
+
+def compensated(keep: Tensor, column: Tensor, basis: Tensor, mean: dict[str, Tensor]) -> Part:
+    """A layer that says for its removed neurons what the FFN's input tells of them."""
+    covariance = mean["ff"] - mean["f"].outer(mean["f"])
+    shared = mean["uf"] - mean["u"].outer(mean["f"])
+    ridge = covariance + 0.1 * torch.eye(len(covariance), dtype=torch.float64)
+    slopes = torch.linalg.solve(ridge, shared.T).T  # [I, r]
+    removed = keep == 0
+    adds = column[:, removed] @ slopes[removed]
+    constant = column[:, removed] @ mean["u"][removed] - adds @ mean["f"]
+    return Part(keep, constant.to(basis.dtype), basis, adds.to(basis.dtype))
