@@ -38,6 +38,8 @@ class HostedFfn:
         self._short = not block.inline  # those flatten their tokens
         self.kept: CompactFfn | NativeFfn = CompactFfn(block)
         self.token: TokenFfn | None = None
+        self.by_weights = True
+        """Whether its weights may stand for its projections: else it runs as by ``masked``."""
         self.x: Tensor | None = None
         self.fed: Tensor | None = None
         self.waiting: tuple[Tensor, Tensor, Tensor | None] | None = None
@@ -122,7 +124,7 @@ class HostedFfn:
         return self.block.finish(z, rest)
 
     def _compacts(self, x: Tensor) -> bool:
-        if self.owner.executor == "masked":
+        if self.owner.executor == "masked" or not self.by_weights:
             return False
         # the copies are not parameters: gradients must go through the weights themselves
         return not torch.is_grad_enabled() or not (
