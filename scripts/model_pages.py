@@ -148,14 +148,14 @@ def _shape(block: Any) -> str:
 
 
 def _executors(model: Any, block: Any) -> list[str]:
-    from dart_llm.executor import why_not_graph
+    from dart_llm.executor import why_no_steps
     from dart_llm.native_ffn import why_not_block
     from dart_llm.slim_parts import why_not_slim
 
     refused = {
         "slim": why_not_slim(model) or why_not_block(block),
         "native": why_not_block(block),
-        "graph": why_not_graph(model),
+        "graph": why_no_steps("graph", model),
         "compact": "inline" if block.inline else "",
     }
     return [name for name in EXECUTORS if not refused.get(name)]

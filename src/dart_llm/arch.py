@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dart_llm.agreement import check_ffns
 from dart_llm.errors import ConfigError, UnsupportedModel
 from dart_llm.ffn import FfnBlock
 from dart_llm.names import LAYERS, LayerNames
@@ -70,6 +71,7 @@ def describe(model: nn.Module) -> ModelView:
     prefix = type(model).__name__
     for block in blocks:
         block.check(prefix)
+    check_ffns(prefix, blocks)
     return ModelView(
         blocks,
         layers[-1].get_submodule(names.attention_out),
@@ -203,7 +205,7 @@ class ForwardArgs:
 
 
 @functools.lru_cache(maxsize=64)
-def _forward_names(kind: type[nn.Module]) -> tuple[str, ...]:
+def forward_names(kind: type[nn.Module]) -> tuple[str, ...]:
     """Parameters of a model class's forward, ``self`` left out."""
     found = tuple(inspect.signature(kind.forward).parameters)
     return tuple(name for name in found if name not in ("self", "args"))
@@ -211,7 +213,7 @@ def _forward_names(kind: type[nn.Module]) -> tuple[str, ...]:
 
 def read_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ForwardArgs:
     """Read cache length, new tokens and padding of a call of ``model``."""
-    names = _forward_names(type(model)) if args else ()  # type: ignore[arg-type]
+    names = forward_names(type(model)) if args else ()  # type: ignore[arg-type]
     given = {**kwargs, **dict(zip(names, args, strict=False))}
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     tensor = ids if ids is not None else embeds

@@ -30,6 +30,7 @@ from dart_llm.slim_run import SlimRun, StepDecoder
 from dart_llm.token_ffn import TokenFfn, errors
 from dart_llm.token_select import TokenMask
 from dart_llm.tracer import Tracer
+from dart_llm.watch import Turn, Watch
 
 _active: weakref.WeakSet[Attachment] = weakref.WeakSet()
 """Weak: an attached model that nobody holds any more is freed with its attachment."""
@@ -57,14 +58,14 @@ class Attachment(NotCopied):
         self.rows = 1
         self.forced_decode = 0
         self.forced_prompt = 0
-        self._running = False
+        self._turn = Turn(model)
         self.loop: Loop | OwnLoop | None = None
         self.proxy_errors: tuple[float, float] | None = None
         """Of low-bit copies and of Gaussian matrices on the same grid; None without copies."""
         self._view, self._many = view, many
         self.layout = Layout()
         self.slim: SlimRun | None = None
-        self._places: list[int] = []
+        self._watch = Watch(model, self.layers, executor)
         self._undo: list[Callable[[], None]] = []
         self._released = self._served = 0
         self._streams = False
@@ -89,13 +90,16 @@ class Attachment(NotCopied):
                 self._replace(self.model, name, getattr(self, f"_run{name.strip('_')}"))
         if _only_counts(self.tracer) and not self._many:
             self._install_native()
+            self._watch.look()
             return  # there is nothing to watch and nothing to skip, only tokens to count
         for layer in self.layers:
             host = layer.block.host
             name = "_old_forward" if hasattr(host, "_hf_hook") else "forward"
             self._replace(host, name, layer.run)
+            self._watch.hosts.append((host, name))
         self._equip(self.tracer)
         self._install_native()
+        self._watch.look()
 
     def serve(self, tracer: Tracer) -> None:
         """Run by ``tracer`` from now on; of the one before nothing stays but its own records."""
@@ -148,28 +152,22 @@ class Attachment(NotCopied):
             self._replace(linear.module, "forward", linear.run)
         if slim:
             self._take_steps(SlimDecoder(self.model, ffns))
-        self._places = self._weight_places()
+        self._watch.remember_places()
 
     def _take_steps(self, decoder: StepDecoder) -> None:
         self.slim = SlimRun(self.model, decoder, lambda: self.tracer)
-        self._replace(self.model, "forward", self.slim.forward)
+        self._replace(self.model, "forward", self._run_forward)
+
+    def _run_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        assert self.slim is not None
+        if not self._watch.steps or torch.compiler.is_compiling():  # which traces no native call
+            return original(*args, **kwargs)
+        return self.slim.forward(original, *args, **kwargs)
 
     def _copies(self, index: int) -> CompactFfn:
         kept = self.layers[index].kept
         assert isinstance(kept, CompactFfn)
         return kept
-
-    def _weight_places(self) -> list[int]:
-        """Addresses of all weights: the native kernels go on reading these."""
-        return [parameter.data_ptr() for parameter in self.model.parameters()]
-
-    def _check_places(self) -> None:
-        """Raise ``AttachError`` when weights lie elsewhere than when the model was attached."""
-        if self._places and self._places != self._weight_places():
-            raise AttachError(
-                "weights were replaced or moved while this model is being pruned: leave the block "
-                "first, or call dart_llm.restore(model)"
-            )
 
     def remove(self) -> None:
         """Put back exactly what was there; safe to call twice."""
@@ -199,22 +197,21 @@ class Attachment(NotCopied):
         self._undo.append(undo)
 
     def _before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._running:  # the forward before was interrupted
+        if self._turn.take():  # the forward before was interrupted
             for layer in self.layers:
                 layer.forget()
-        self._running = True
         with torch.inference_mode(False):  # what is kept must serve later forwards of any mode
             seen = arch.read_forward(model, args, kwargs)
             self.rows = seen.rows
             call = self.loop.call(seen) if self.loop else bare_call(seen, self.forced_decode > 0)
             if call.kind is Kind.PREFILL:  # not at every token: it takes as long as a layer
-                self._check_places()
+                self._watch.look()
             if self.forced_prompt:
                 call = dataclasses.replace(call, kind=Kind.DECODE, observable=None)
             self.plan = self.tracer.begin_forward(call)
 
     def _after(self, model: nn.Module, args: Any, output: Any) -> None:
-        self._running = False
+        self._turn.end()
         self.tracer.end_forward()
         self.plan = Plan(False, False, ())
 
@@ -236,10 +233,12 @@ class Attachment(NotCopied):
                 "and cannot be its own assistant"
             )
         self.loop = loop = Loop(given)
+        self._turn.reserve()
         try:
             return original(*args, **kwargs)
         finally:
             self.loop, self.plan = None, Plan(False, False, ())
+            self._turn.free()
             if loop.cache is not None:
                 self.tracer.end_generate(int(loop.cache.get_seq_length()))
 

@@ -38,6 +38,8 @@ class HostedFfn:
         self._short = not block.inline  # those flatten their tokens
         self.kept: CompactFfn | NativeFfn = CompactFfn(block)
         self.token: TokenFfn | None = None
+        self.by_weights = True
+        """Whether its weights may stand for its projections: else it runs as by ``masked``."""
         self.x: Tensor | None = None
         self.fed: Tensor | None = None
         self.waiting: tuple[Tensor, Tensor, Tensor | None] | None = None
@@ -126,7 +128,7 @@ class HostedFfn:
         return self.kept.run(x)[1]
 
     def _compacts(self, x: Tensor, mask: LayerMask) -> bool:
-        if self.owner.executor == "masked":
+        if self.owner.executor == "masked" or not self.by_weights:
             return False
         if isinstance(mask, TokenMask) and x.numel() > x.shape[-1]:
             return False  # several tokens together would gather most neurons

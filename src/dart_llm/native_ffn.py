@@ -165,7 +165,8 @@ class NativeFfn:
     def run(self, x: Tensor) -> tuple[None, Tensor]:
         """z from the kept neurons alone.  x: [..., D]; of one token where tokens choose."""
         flat = x.reshape(-1, x.shape[-1])
-        z = self._product(flat) if len(flat) > FEW else self._kernel(flat)
+        many = len(flat) > FEW or torch.compiler.is_compiling()  # which traces no native call
+        z = self._product(flat) if many else self._kernel(flat)
         return None, z.reshape(x.shape)
 
     def _kernel(self, x: Tensor) -> Tensor:

@@ -11,9 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dart_llm.bare import forward_of
 from dart_llm.ffn import FfnBlock
 from dart_llm.native_build import ops
 from dart_llm.native_ffn import FEW
+
+PLAIN = "torch.nn.modules.linear"
+"""Where the forward is that the kernel stands for."""
 
 
 class NativeLinear:
@@ -27,6 +31,8 @@ class NativeLinear:
         """Its forward; what the kernel does not serve, the module's own one does."""
         weight, size = self.module.weight, x.shape[-1]
         few = 0 < x.numel() <= FEW * size and x.dtype == weight.dtype and size == weight.shape[1]
+        if torch.compiler.is_compiling():  # it traces no native call
+            return original(x)  # type: ignore[no-any-return]
         if not few or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return original(x)  # type: ignore[no-any-return]
         bias = self.module.bias
@@ -41,7 +47,8 @@ def native_linears(model: nn.Module, blocks: tuple[FfnBlock, ...]) -> Iterator[N
     for module in model.modules():
         if type(module) is not nn.Linear or id(module) in taken:
             continue
-        if not hasattr(module, "_hf_hook") and _readable(module.weight):
+        plain = "forward" not in module.__dict__ and forward_of(module)[0].__module__ == PLAIN
+        if plain and not hasattr(module, "_hf_hook") and _readable(module.weight):
             yield NativeLinear(module)
 
 

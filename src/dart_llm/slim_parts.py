@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from dart_llm.arch import decoder_layers, decoder_of
+from dart_llm.bare import HOMES, forward_of, parts_of
+from dart_llm.replacement import Replacement
 
 TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Model types whose decoder layer is RMS norm, rotary attention, RMS norm, gated FFN."""
@@ -67,22 +68,29 @@ def why_not_step(model: Any) -> str:
     if text.model_type == "mistral" and getattr(text, "sliding_window", None):
         return "has a sliding window"
     tensors = [*model.parameters()]
+    if any(type(t) not in (Tensor, nn.Parameter) for t in (*tensors, *model.buffers())):
+        return "has weights of a tensor class of its own"
     if len({(p.device, p.dtype) for p in tensors}) > 1 or not tensors[0].is_floating_point():
         return "is not of one floating-point dtype on one device"
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+    modules = parts_of(model)
+    if any("_hf_hook" in module.__dict__ for module in modules):
         return "is spread by accelerate"
-    odd = next((module for module in model.modules() if not _known(module)), None)
+    odd = next((module for module in modules if not _known(module)), None)
     if odd is not None:
         return f"has a forward of its own in a {type(odd).__name__}"
+    for name in ("variance_epsilon", "scaling"):
+        if len({m.__dict__[name] for m in modules if name in m.__dict__}) > 1:
+            return f"has layers that differ in their {name}"
     return "" if _fits(model) else "has weights of other shapes or layouts than its kind"
 
 
 def _known(module: nn.Module) -> bool:
     """Whether a module does what transformers' own does: its class, and its forward."""
     patched = module.__dict__.get("forward")
-    ours = patched is None or type(patched).__module__.startswith("dart_llm.")
-    ours = ours and not is_parametrized(module)  # its weights are computed anew at every use
-    return ours and type(module).__module__.startswith(("torch.nn.", "transformers."))
+    ours = patched is None or isinstance(patched, Replacement)
+    ours = ours and "parametrizations" not in module._modules  # weights computed at every use
+    names = type(module).__module__, forward_of(module)[0].__module__
+    return ours and all(name.startswith(HOMES) for name in names)
 
 
 def _fits(model: Any) -> bool:

@@ -56,8 +56,8 @@ def run_step(
     visible = torch.arange(capacity, device=x.device) <= given.position
     seen = []
     for index, (weights, ffn) in enumerate(zip(parts.layers, ffns, strict=True)):
-        x = x + _attention(parts, weights, _norm(x, weights[0], parts.eps), given, index, visible)
-        h = _norm(x, weights[1], parts.eps)
+        x = x + attention(parts, weights, rms_norm(x, weights[0], parts.eps), given, index, visible)
+        h = rms_norm(x, weights[1], parts.eps)
         if isinstance(ffn, FfnBlock):
             u = ffn.hidden(h)
             z = ffn.down(u)
@@ -66,11 +66,11 @@ def run_step(
         else:
             z = ffn.run(h)[1]
         x = x + z
-    hidden = _norm(x, parts.norm, parts.eps)
+    hidden = rms_norm(x, parts.norm, parts.eps)
     return StepOutput(F.linear(hidden, parts.head), hidden, tuple(seen))
 
 
-def _attention(
+def attention(
     parts: SlimParts,
     weights: Sequence[Tensor],
     h: Tensor,
@@ -86,7 +86,7 @@ def _attention(
         for w, b in ((wq, bq), (wk, bk), (wv, bv))
     )
     if len(q_norm):
-        q, k = _norm(q, q_norm, parts.eps), _norm(k, k_norm, parts.eps)
+        q, k = rms_norm(q, q_norm, parts.eps), rms_norm(k, k_norm, parts.eps)
     cosine, sine = (t.index_select(0, given.position) for t in (given.cosine, given.sine))
     q, k = (t * cosine + _half_turn(t) * sine for t in (q, k))
     keys, values = given.keys[index], given.values[index]
@@ -103,7 +103,7 @@ def _attention(
     return F.linear(mixed.reshape(rows, -1), wo, bo if len(bo) else None)
 
 
-def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm over the last dimension, in float32 and rounded as the model's own rounds."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
