@@ -17,7 +17,7 @@ from dart_llm.errors import ConfigError
 from dart_llm.settings import RunSettings, collect
 from dart_llm.settings_drift import collect as collect_study
 from dart_llm.settings_measure import EvalSettings
-from shells import EXPERIMENT, VARIABLES, Desk, make_desk
+from shells import DRIFT, EXPERIMENT, VARIABLES, Desk, make_desk
 from tiny_gpt2 import write_gpt2
 
 DECAY = (
