@@ -60,6 +60,8 @@ def same(found: Any, expected: Tensor) -> bool:
 
 def check_ffns(model: str, blocks: Sequence[FfnBlock]) -> None:
     """Raise ``UnsupportedModel`` for FFNs that are not what their parts make, or are one module."""
+    for block in blocks:
+        block.check(model)
     owner: dict[int, int] = {}
     for block in blocks:
         kind = type(block.ffn).__name__

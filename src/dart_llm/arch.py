@@ -68,10 +68,7 @@ def describe(model: nn.Module) -> ModelView:
         )
     layers, names, text = decoder_layers(model)
     blocks = tuple(_block(index, layer, names, text) for index, layer in enumerate(layers))
-    prefix = type(model).__name__
-    for block in blocks:
-        block.check(prefix)
-    check_ffns(prefix, blocks)
+    check_ffns(type(model).__name__, blocks)
     return ModelView(
         blocks,
         layers[-1].get_submodule(names.attention_out),
