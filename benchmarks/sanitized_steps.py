@@ -3,7 +3,7 @@
 Builds tests/native/steps.cpp, which draws small decoders of every shape that whole steps know, and
 compares each step with plain loops.  A sequence depends on the seed and its number alone.
 
-Usage: python benchmarks/sanitized_steps.py [--steps 20000] [--seed 1]
+Usage: python benchmarks/sanitized_steps.py [--steps 12000] [--seed 1]
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sanitized import COMPILER, FLAGS, driver, kernel_objects, random_steps
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    options.add_argument("--steps", type=int, default=20000, help="steps to make at least")
+    options.add_argument("--steps", type=int, default=12000, help="steps to make at least")
     options.add_argument("--seed", type=int, default=1, help="another one draws other decoders")
     options.add_argument("--first", type=int, default=0, help="number of the first sequence")
     options.add_argument("--out", default="sanitized-steps", help="name of the JSON file")
