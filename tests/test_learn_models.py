@@ -149,7 +149,7 @@ def test_an_offloaded_model_is_refused() -> None:
         run.attach()
     assert str(caught.value) == (
         'method "mine" learns from gradients, which an offloaded model has not: load it without '
-        "offloading, or use dart-prompt or griffin"
+        "offloading, or use griffin"
     )
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from dart_llm.errors import ConfigError
 from dart_llm.ffn import FfnBlock
+from dart_llm.layout import why_not_in_place
 from dart_llm.native_build import why_not
 from dart_llm.native_ffn import why_not_block
 from dart_llm.registry import SCORES
@@ -33,7 +34,7 @@ def choose_executor(selector: Selector, blocks: Sequence[FfnBlock], model: Any) 
         return "masked"
     if selector.removes_nothing or any(why_not_block(block) for block in blocks):
         return "compact"
-    if _compiled(model) or why_not():
+    if _compiled(model) or why_not() or why_not_in_place(model, blocks):
         return "compact"
     return "native" if why_not_slim(model) else "slim"
 
@@ -96,6 +97,10 @@ def _check_native(blocks: Sequence[FfnBlock], executor: str, model: Any) -> None
             )
     if reason := why_not():
         raise ConfigError(f'executor "{executor}": {reason}; use executor "compact" or "auto"')
+    if reason := why_not_in_place(model, blocks):
+        raise ConfigError(
+            f'executor "{executor}" cannot run {name}: {reason}; use executor "compact" or "auto"'
+        )
 
 
 def _reads_weights(selector: Selector, layer: int) -> bool:

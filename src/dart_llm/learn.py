@@ -98,15 +98,13 @@ def _wanted(prior: PriorConfig, config: PruneConfig, layers: Sequence[FfnWeights
 
 
 def _check_learnable(model: nn.Module, method: str, layers: Sequence[FfnWeights]) -> None:
-    why = ""
+    why, other = "", "dart-prompt or griffin"
     if any(layer.down.is_meta for layer in layers):
-        why = "which an offloaded model has not: load it without offloading"
+        why, other = "which an offloaded model has not: load it without offloading", "griffin"
     elif any(p.is_inference() for p in model.parameters()):
         why = "which weights made in torch.inference_mode() have not: load the model outside it"
     if why:
-        raise ConfigError(
-            f'method "{method}" learns from gradients, {why}, or use dart-prompt or griffin'
-        )
+        raise ConfigError(f'method "{method}" learns from gradients, {why}, or use {other}')
 
 
 class _Wanted:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from dart_llm.errors import ConfigError
 from dart_llm.ffn import FfnBlock, bias_of
-from dart_llm.layout import Layout, can_lay_out
+from dart_llm.layout import Layout
 from dart_llm.masks import LayerMask
 from dart_llm.native_build import ops
 
@@ -71,8 +71,6 @@ def why_not_block(block: FfnBlock) -> str:
     used = [part for part in (block.gate, block.up, block.down) if part is not None]
     if not all(isinstance(part.weight, nn.Parameter) for part in used):
         return "has weights that are computed from others"
-    if not can_lay_out(block.matrices()[2].t(), _parameter(block.down)):
-        return "shares the memory of its down projection, or has a view of something there"
     gate, up, _ = block.matrices()
     if not up.is_contiguous():  # Conv1D; views of it would go on reading the old
         return "stores its up projection by inputs"
