@@ -168,9 +168,14 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
             for name, module in modules.items()
         },
         "state": {
-            name: (value.data_ptr(), value._version) for name, value in model.state_dict().items()
+            name: (value.data_ptr(), value.stride(), hash(_bytes(value)))
+            for name, value in model.state_dict().items()
         },
     }
+
+
+def _bytes(value: Tensor) -> bytes:
+    return value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _is_dict(module: nn.Module, key: str) -> bool:

@@ -18,11 +18,11 @@ LEVELS = {
     1: "linear_time native_build weights layer_prior low_rank scores proxies evidence budgets "
     "depth_budget masks compensation drift select life signals detection "
     "plan observations reference tracer accounting low_bit token_select token_costs "
-    "token_statistics drift_guards",
+    "token_statistics drift_guards newest_masks",
     2: "bare agreement step_agreement names arch read_points ffn token_ffn layout native_ffn "
     "native_linear layer loop "
     "slim_parts slim_cache slim slim_run step_torch graph_decoder "
-    "replacement watch attach executor export",
+    "replacement changes watch attach executor export",
 }
 """Files of each layer of the design; every other file joins, measures or is a door: level 3."""
 

@@ -152,7 +152,7 @@ def test_an_offloaded_model_is_refused() -> None:
         run.attach()
     assert str(caught.value) == (
         'method "mine" learns from its own text, which an offloaded model does not write: load it '
-        "whole, or use dart-prompt or griffin"
+        "whole, or use griffin"
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dart_llm import arch
+from dart_llm.changes import Changes
 from dart_llm.config import TokenConfig
 from dart_llm.errors import AttachError, ConfigError
 from dart_llm.ffn import CompactFfn
@@ -24,7 +25,7 @@ from dart_llm.layout import Layout
 from dart_llm.loop import Loop, OwnLoop, bare_call
 from dart_llm.native_linear import native_linears
 from dart_llm.plan import Kind, Plan
-from dart_llm.replacement import NotCopied, Replacement
+from dart_llm.replacement import NotCopied
 from dart_llm.slim import SlimDecoder
 from dart_llm.slim_run import SlimRun, StepDecoder
 from dart_llm.token_ffn import TokenFfn, errors
@@ -66,7 +67,7 @@ class Attachment(NotCopied):
         self.layout = Layout()
         self.slim: SlimRun | None = None
         self._watch = Watch(model, self.layers, executor)
-        self._undo: list[Callable[[], None]] = []
+        self._changes = Changes()
         self._released = self._served = 0
         self._streams = False
         self._signals: set[str] = set()
@@ -83,11 +84,11 @@ class Attachment(NotCopied):
             raise
 
     def _install(self) -> None:
-        self._hook(self.model.register_forward_pre_hook(self._before, with_kwargs=True))
-        self._hook(self.model.register_forward_hook(self._after))
+        self._changes.hook(self.model, self._before, before=True, with_kwargs=True)
+        self._changes.hook(self.model, self._after)
         for name in (arch.GENERATE, arch.PREFILL):
             if hasattr(self.model, name):
-                self._replace(self.model, name, getattr(self, f"_run{name.strip('_')}"))
+                self._changes.replace(self.model, name, getattr(self, f"_run{name.strip('_')}"))
         if _only_counts(self.tracer) and not self._many:
             self._install_native()
             self._watch.look()
@@ -95,7 +96,7 @@ class Attachment(NotCopied):
         for layer in self.layers:
             host = layer.block.host
             name = "_old_forward" if hasattr(host, "_hf_hook") else "forward"
-            self._replace(host, name, layer.run)
+            self._changes.replace(host, name, layer.run)
             self._watch.hosts.append((host, name))
         self._equip(self.tracer)
         self._install_native()
@@ -119,13 +120,13 @@ class Attachment(NotCopied):
         if tracer.selector.statistics.needs_stream and not self._streams:
             self._streams = True
             for layer in self.layers:
-                layer.hook_stream(self._hook)
+                layer.hook_stream(self._changes)
         self._equip_tokens(tracer)
         signal = tracer.config.drift.signal
         if tracer.rule.window and signal not in self._signals:
             self._signals.add(signal)
             source = self._view.signal(signal)
-            self._hook(source.register_forward_hook(self._feature_hook(signal)))
+            self._changes.hook(source, self._feature_hook(signal))
 
     def _equip_tokens(self, tracer: Tracer) -> None:
         """Make the low-bit copies by which tokens choose their own neurons."""
@@ -135,7 +136,7 @@ class Attachment(NotCopied):
             return
         made = [TokenFfn(layer.block, config) for layer in self.layers]
         for layer, token in zip(self.layers, made, strict=True):
-            layer.choose_per_token(token, self._hook)
+            layer.choose_per_token(token, self._changes)
         self.proxy_errors, self._token = errors(made), config
 
     def _install_native(self) -> None:
@@ -149,14 +150,14 @@ class Attachment(NotCopied):
             return  # nothing is pruned, and nothing may differ by a bit
         ffns = [layer.go_native(self.layout) for layer in self.layers]
         for linear in native_linears(self.model, self._view.blocks):
-            self._replace(linear.module, "forward", linear.run)
+            self._changes.replace(linear.module, "forward", linear.run)
         if slim:
             self._take_steps(SlimDecoder(self.model, ffns))
         self._watch.remember_places()
 
     def _take_steps(self, decoder: StepDecoder) -> None:
         self.slim = SlimRun(self.model, decoder, lambda: self.tracer)
-        self._replace(self.model, "forward", self._run_forward)
+        self._changes.replace(self.model, "forward", self._run_forward)
 
     def _run_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         assert self.slim is not None
@@ -170,31 +171,24 @@ class Attachment(NotCopied):
         return kept
 
     def remove(self) -> None:
-        """Put back exactly what was there; safe to call twice."""
+        """Put back exactly what was there; safe to call twice.
+
+        An interrupt is raised when all is done; after a second one the rest is ``restore``'s.
+        """
+        try:
+            self._remove()
+        except BaseException:
+            self._remove()
+            raise
+
+    def _remove(self) -> None:
         self._released = self.nbytes()
-        while self._undo:
-            self._undo.pop()()
-        self.layout.restore()
-        _active.discard(self)
+        self._changes.end()
+        self.layout.restore()  # while hooks on the model still hold what knows of it
+        self._changes.undo()
         for layer in self.layers:
             layer.release()
-
-    def _hook(self, handle: Any) -> None:
-        self._undo.append(handle.remove)
-
-    def _replace(self, module: nn.Module, name: str, make: Callable[..., Any]) -> None:
-        """Set an instance attribute that calls ``make(original, *args, **kwargs)``."""
-        held = name in module.__dict__
-        original = getattr(module, name)
-
-        def undo() -> None:
-            if held:
-                module.__dict__[name] = original
-            else:
-                module.__dict__.pop(name, None)
-
-        module.__dict__[name] = Replacement(original, make)
-        self._undo.append(undo)
+        _active.discard(self)
 
     def _before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if self._turn.take():  # the forward before was interrupted
@@ -254,8 +248,9 @@ class Attachment(NotCopied):
             loop.in_prefill = False
 
     def nbytes(self) -> int:
-        """Bytes of the compact copies and multipliers (after ``remove``: what they were)."""
-        return self._released or sum(layer.nbytes() for layer in self.layers)
+        """Bytes beside model, cache and lives (after ``remove``: what they were)."""
+        steps = 0 if self.slim is None else self.slim.decoder.nbytes()
+        return self._released or steps + sum(layer.nbytes() for layer in self.layers)
 
     @property
     def steps(self) -> int:

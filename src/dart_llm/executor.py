@@ -12,6 +12,7 @@ from dart_llm.agreement import why_not_weights
 from dart_llm.bare import is_compiled
 from dart_llm.errors import ConfigError
 from dart_llm.ffn import FfnBlock
+from dart_llm.layout import why_not_in_place
 from dart_llm.native_build import why_not
 from dart_llm.native_ffn import why_not_block
 from dart_llm.registry import SCORES
@@ -46,7 +47,9 @@ def choose_executor(selector: Selector, blocks: Sequence[FfnBlock], model: Any) 
     odd = [bool(why_not_weights(block)) for block in blocks]
     if any(odd):
         return "masked" if all(odd) else "compact"
-    if is_compiled(model) or why_not() or any(why_not_block(block) for block in blocks):
+    if is_compiled(model) or any(why_not_block(block) for block in blocks):
+        return "compact"
+    if why_not() or why_not_in_place(model, blocks):
         return "compact"
     return "native" if why_no_steps("slim", model) else "slim"
 
@@ -118,6 +121,10 @@ def _check_native(blocks: Sequence[FfnBlock], executor: str, model: Any) -> None
             )
     if reason := why_not():
         raise ConfigError(f'executor "{executor}": {reason}; use executor "compact" or "auto"')
+    if reason := why_not_in_place(model, blocks):
+        raise ConfigError(
+            f'executor "{executor}" cannot run {name}: {reason}; use executor "compact" or "auto"'
+        )
 
 
 def _check_weights(blocks: Sequence[FfnBlock], executor: str, name: str) -> None:

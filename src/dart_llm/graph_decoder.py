@@ -61,7 +61,7 @@ class GraphDecoder:
         self, model: Any, blocks: Sequence[FfnBlock], kept: Callable[[int], CompactFfn]
     ) -> None:
         self._parts = slim_parts(model)
-        self.device = self._parts.head.device.type
+        self.device, self.dtype = self._parts.head.device.type, self._parts.head.dtype
         self._blocks, self._kept = list(blocks), kept
         self._ffns: list[FfnBlock | CompactFfn] = list(blocks)
         self._masks: Sequence[LayerMask | None] = ()
@@ -80,6 +80,11 @@ class GraphDecoder:
         self.load(())
         self._cache = self._input = None
         self._recorded, self._observed = {}, ()
+
+    def nbytes(self) -> int:
+        """Bytes of room for keys and values and of angles; what graphs hold is CUDA's to say."""
+        held = 0 if self._cache is None else self._cache.nbytes()
+        return held + sum(t.nbytes for t in self._angles or ())
 
     def load(self, masks: Sequence[LayerMask | None]) -> None:
         """Run these masks from now on; () or None in a layer's place: all of its neurons."""
@@ -125,9 +130,8 @@ class GraphDecoder:
         self._recorded = {}
         capacity, device = keys[0].shape[2], ids.device
         if self._angles is None or len(self._angles[0]) < capacity:
-            dtype = self._parts.head.dtype
-            both = angles(self._parts.rotary, capacity, dtype, device)
-            self._angles = both[0].to(dtype), both[1].to(dtype)
+            both = angles(self._parts.rotary, capacity, self.dtype, device)
+            self._angles = both[0].to(self.dtype), both[1].to(self.dtype)
         self._input = StepInput(
             torch.zeros(len(ids), dtype=torch.int64, device=device),
             torch.zeros(1, dtype=torch.int64, device=device),

@@ -12,6 +12,7 @@ from dart_llm.errors import ConfigError
 from dart_llm.ffn import FfnBlock
 from dart_llm.inspect_numbers import distribution, histogram, quantiles
 from dart_llm.scores import EPS
+from dart_llm.weights import norms_of
 
 NEAR = (0.01, 0.1)
 """An activation counts as near zero below these shares of its token's root mean square."""
@@ -54,11 +55,7 @@ def _norms(block: FfnBlock) -> dict[str, Tensor]:
     gate, up, down = (None if m is None else m.detach() for m in block.matrices())
     assert up is not None and down is not None
     parts = (("gate", gate, 1), ("up", up, 1), ("down", down, 0))
-    return {
-        name: torch.linalg.vector_norm(matrix, 2, dim, dtype=torch.float32)
-        for name, matrix, dim in parts
-        if matrix is not None
-    }
+    return {name: norms_of(matrix, dim) for name, matrix, dim in parts if matrix is not None}
 
 
 def activations(u: Tensor) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dart_llm.changes import Changes
 from dart_llm.ffn import CompactFfn, FfnBlock, run_masked
 from dart_llm.layout import Layout
 from dart_llm.low_rank import LowRank
@@ -47,12 +48,12 @@ class HostedFfn:
             tuple[list[LayerMask | None], Tensor, Tensor | None, LowRank | None] | None
         ) = None
 
-    def hook_stream(self, keep: Callable[[Any], None]) -> None:
+    def hook_stream(self, changes: Changes) -> None:
         """Read x before the FFN's norm, and r after its post-norm."""
         if self.block.x_from is not None:
-            keep(self.block.x_from.register_forward_pre_hook(self._take_x))
+            changes.hook(self.block.x_from, self._take_x, before=True)
         if self.block.post_norm is not None:
-            keep(self.block.post_norm.register_forward_hook(self._take_r))
+            changes.hook(self.block.post_norm, self._take_r)
 
     def go_native(self, layout: Layout) -> NativeFfn:
         """Run masks by the native kernels; the weights are laid out for them."""
@@ -60,14 +61,14 @@ class HostedFfn:
         made.token = self.token
         return made
 
-    def choose_per_token(self, token: TokenFfn, keep: Callable[[Any], None]) -> None:
+    def choose_per_token(self, token: TokenFfn, changes: Changes) -> None:
         """Tokens choose their own neurons by ``token`` where the plan says so."""
         first, self.token = self.token is None, token
         if isinstance(self.kept, NativeFfn):
             self.kept.token = token
         # what the down projection is given ranks nothing: read fc1's input
         if self.block.inline and first:
-            keep(self.block.up.register_forward_pre_hook(self._take_fed))
+            changes.hook(self.block.up, self._take_fed, before=True)
 
     def forget(self) -> None:
         """Drop what an interrupted forward left behind."""

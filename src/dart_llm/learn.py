@@ -107,15 +107,14 @@ def _can_reach(layers: Sequence[FfnWeights]) -> bool:
 def _check_learnable(
     model: nn.Module, method: str, layers: Sequence[FfnWeights], backward: bool
 ) -> None:
-    source, why = "gradients", ""
+    source, why, other = "gradients", "", "dart-prompt or griffin"
     if any(layer.down.is_meta for layer in layers):
         source, why = "its own text", "which an offloaded model does not write: load it whole"
+        other = "griffin"
     elif backward and any(p.is_inference() for p in model.parameters()):
         why = "which weights made in torch.inference_mode() have not: load the model outside it"
     if why:
-        raise ConfigError(
-            f'method "{method}" learns from {source}, {why}, or use dart-prompt or griffin'
-        )
+        raise ConfigError(f'method "{method}" learns from {source}, {why}, or use {other}')
 
 
 def _knowing(

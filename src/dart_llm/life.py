@@ -255,17 +255,20 @@ class Life:
         """A newer sequence has ended: only the accounting is kept."""
         self.selection = self.masks = None
 
+    @property
+    def tokens_to_mask(self) -> int:
+        """Decode tokens that are still observed before the next mask; 0 where one may be built."""
+        if self.phase is Phase.PREFILL:
+            return self._first_need()
+        return self.need - self.observed if self.phase is Phase.OBSERVE else 0
+
     def tokens_until_change(self) -> int | None:
         """Tokens that one decode forward may hold before the state can change; None: no bound."""
         release = self.config.release_step
         if self.phase is Phase.RELEASED or (release is not None and self.decoded >= release):
             return None
         bounds = [] if release is None else [release - self.decoded]
-        dense = 0
-        if self.phase is Phase.PREFILL:
-            dense = self._first_need()
-        elif self.phase is Phase.OBSERVE:
-            dense = self.need - self.observed
+        dense = self.tokens_to_mask
         if dense > 0:
             bounds.append(dense)
         else:

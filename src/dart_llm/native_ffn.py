@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from dart_llm.errors import ConfigError
 from dart_llm.ffn import FfnBlock, bias_of
-from dart_llm.layout import Layout, can_lay_out
+from dart_llm.layout import Layout
 from dart_llm.masks import LayerMask
 from dart_llm.native_build import ops
 from dart_llm.token_ffn import TokenFfn
@@ -75,11 +75,9 @@ def why_not_block(block: FfnBlock) -> str:
     used = [part for part in (block.gate, block.up, block.down) if part is not None]
     if not all(isinstance(part.weight, nn.Parameter) for part in used):
         return "has weights that are computed from others"
-    gate, up, down = block.matrices()
-    if not can_lay_out(down.t(), _parameter(block.down)):
-        return "shares the memory of its down projection, or has a view of something there"
-    if not up.is_contiguous() and not (block.by_inputs and can_lay_out(up, _parameter(block.up))):
-        return "shares the memory of its up projection, or has a view of something there"
+    gate, up, _ = block.matrices()
+    if not up.is_contiguous() and not block.by_inputs:
+        return "stores its up projection by inputs"
     if gate is not None and not gate.is_contiguous():
         return "stores its gate by inputs"
     if act_number(block.act) is None:

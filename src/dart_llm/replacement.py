@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,7 @@ class NotCopied:
 
 
 class Replacement(NotCopied):
-    """A method of an attached module."""
+    """A method of an attached module; once ``end`` was called, the method that it stood for."""
 
     def __init__(self, original: Callable[..., Any], make: Callable[..., Any]) -> None:
         functools.update_wrapper(self, original)
@@ -31,3 +32,25 @@ class Replacement(NotCopied):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.make(self.original, *args, **kwargs)
+
+    def end(self) -> None:
+        """Whoever kept this (tools that wrap a forward, shallow copies) calls the original now."""
+        self.make = _plain
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self.make is not _plain:
+            return super().__deepcopy__(memo)
+        return copy.deepcopy(self.original, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.make is not _plain:
+            return super().__reduce_ex__(protocol)
+        return _itself, (self.original,)
+
+
+def _plain(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return original(*args, **kwargs)
+
+
+def _itself(original: Any) -> Any:
+    return original

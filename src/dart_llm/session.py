@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from dart_llm.executor import check_executor, choose_executor
 from dart_llm.learn import learn
 from dart_llm.life import Life
 from dart_llm.masks import GIVEN, LayerMask, placed
+from dart_llm.newest_masks import newest_masks
 from dart_llm.records import DriftCheck, Remask, RunReport
 from dart_llm.slim_run import executor_ran
 from dart_llm.token_select import plain_masks, sequence_masks
@@ -101,13 +101,14 @@ class Run:
                 self._layers = learn(self.model, self.config, self._layers)
             self._tracer = self._new_tracer()
         attachment = Attachment(self.model, self._view, self._tracer, self.executor)
+        self._attachment = attachment  # first, so that ``detach`` knows of it however this ends
         attachment.install()
-        self._attachment, self._proxy_errors = attachment, attachment.proxy_errors
+        self._proxy_errors = attachment.proxy_errors
         return self
 
     def detach(self) -> None:
         """Stop pruning; the model is exactly what it was.  Safe to call twice."""
-        attachment, self._attachment = self._attachment, None
+        attachment = self._attachment
         if attachment is None:
             return
         try:
@@ -115,16 +116,18 @@ class Run:
         finally:
             attachment.remove()
             self._copies, self._steps = attachment.nbytes(), attachment.steps
+            self._attachment = None
 
     def __enter__(self) -> Run:
-        return self.attach()
+        before = self._attachment
+        try:
+            return self.attach()
+        except BaseException:
+            if self._attachment is not before:  # interrupted when all was done: no block is entered
+                self.detach()
+            raise
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.detach()
 
     def reset(self) -> None:
@@ -206,10 +209,7 @@ class Run:
     def _newest_masks(self) -> tuple[LayerMask | None, ...]:
         if self._given is not None:
             return self._given
-        for life in reversed(self._tracer.all_lives()):
-            if life.selection is not None:
-                return life.selection.masks
-        raise AttachError("no mask has been built yet: generate at least two tokens first")
+        return newest_masks(self._tracer.all_lives(), self._tracer.selector)
 
     @property
     def remasks(self) -> tuple[Remask, ...]:

@@ -45,7 +45,7 @@ class SlimDecoder:
         self._everything = [ffn.everything() for ffn in ffns]
         self._masks: Sequence[LayerMask | None] | None = None
         self._loaded: list[Kept | None] = [None] * len(ffns)
-        self._rotary, self._dtype = parts.rotary, parts.head.dtype
+        self._rotary, self.dtype = parts.rotary, parts.head.dtype
         self._angles: tuple[Tensor, Tensor] | None = None
         self._cache: GrowingCache | None = None
 
@@ -57,6 +57,11 @@ class SlimDecoder:
         """Run all neurons, and hold neither masks nor room for a cache."""
         self.load(())
         self._cache = None
+
+    def nbytes(self) -> int:
+        """Bytes of room for keys and values, of angles and of scratch memory."""
+        held = 0 if self._cache is None else self._cache.nbytes()
+        return held + sum(t.nbytes for t in self._angles or ()) + int(self._native.nbytes())
 
     def load(self, masks: Sequence[LayerMask | None]) -> None:
         """Run these masks from now on; () or None in a layer's place: all of its neurons."""
@@ -101,6 +106,6 @@ class SlimDecoder:
         known = 0 if self._angles is None else len(self._angles[0])
         if self._angles is None or position >= known:
             count = (position // POSITIONS + 1) * POSITIONS
-            self._angles = angles(self._rotary, count, self._dtype)
+            self._angles = angles(self._rotary, count, self.dtype)
         cosine, sine = self._angles
         return cosine[position], sine[position]

@@ -8,6 +8,7 @@ noticed and copied anew.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import Any
 
@@ -19,10 +20,10 @@ ROOM = 256
 
 
 class GrowingCache:
-    """The buffers of one cache."""
+    """The buffers of one cache; they go when it goes."""
 
     def __init__(self, cache: Any) -> None:
-        self.of = weakref.ref(cache)
+        self.of = weakref.ref(cache, functools.partial(_free, weakref.ref(self)))
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self._shown: list[Tensor] = []
@@ -46,6 +47,16 @@ class GrowingCache:
             layer.keys, layer.values = keys.narrow(2, 0, length), values.narrow(2, 0, length)
             shown += [layer.keys, layer.values]
         self._shown = shown
+
+    def nbytes(self) -> int:
+        """Bytes beside what the cache itself shows."""
+        held, shown = [*self.keys, *self.values], self._shown
+        return sum(t.nbytes for t in held) - sum(t.nbytes for t in shown)
+
+
+def _free(owner: weakref.ref[GrowingCache], gone: object) -> None:
+    if (growing := owner()) is not None:
+        growing.keys, growing.values, growing._shown = [], [], []
 
 
 def _roomy(old: Tensor, length: int) -> Tensor:

@@ -180,11 +180,11 @@ class SlimCall:
 
 
 def read_call(
-    kwargs: dict[str, Any], args: tuple[Any, ...], most: int | None = 1
+    kwargs: dict[str, Any], args: tuple[Any, ...], dtype: torch.dtype, most: int | None = 1
 ) -> SlimCall | None:
     """The call of a root forward when a whole step can serve it, else None.
 
-    ``most``: rows that a step takes; None: any number.
+    ``dtype``: of the weights; ``most``: rows that a step takes, None: any number.
     """
     given = {key: value for key, value in kwargs.items() if value is not None}
     ids = given.pop("input_ids", args[0] if len(args) == 1 else None)
@@ -197,8 +197,10 @@ def read_call(
     if type(cache).__name__ != CACHE or {type(one).__name__ for one in cache.layers} != {LAYER}:
         return None
     length = cache.get_seq_length()
-    if length and len(cache.layers[0].keys) != rows:
+    if not length or len(cache.layers[0].keys) != rows:
         return None
+    if any(t.dtype != dtype for one in cache.layers for t in (one.keys, one.values)):
+        return None  # filled under autocast: the model's own forward says what comes of it
     mask, positions = given.pop("attention_mask", None), given.pop("position_ids", None)
     if mask is not None and not (isinstance(mask, Tensor) and mask.shape == (rows, length + 1)):
         return None  # a mask for every kind of layer, or of another shape
@@ -215,7 +217,7 @@ def read_call(
         if key in neutral and not isinstance(value, Tensor) and value in neutral[key]:
             continue
         return None
-    return SlimCall(ids, cache) if length else None
+    return SlimCall(ids, cache)
 
 
 def as_output(logits: Tensor, cache: Any) -> Any:

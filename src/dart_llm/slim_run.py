@@ -52,13 +52,19 @@ class Hooks:
 
 
 class StepDecoder(Protocol):
-    """Whole decode steps.  ``rows``: of the largest batch, None for any; ``device``: its type."""
+    """Whole decode steps.  ``rows``: of the largest batch, None for any; ``device``: its type;
+    ``dtype``: of weights and cache.
+    """
 
     rows: int | None
     device: str
+    dtype: torch.dtype
 
     def unload(self) -> None:
         """Run all neurons, and hold neither masks nor room for a cache."""
+
+    def nbytes(self) -> int:
+        """Bytes held beside the model, its masks and its cache."""
 
     def serves(self, masks: Sequence[LayerMask | None]) -> bool:
         """Whether it can run these masks."""
@@ -91,7 +97,7 @@ class SlimRun:
         watched = plan.features and tracer.config.drift.signal != "hidden"
         if len(plan.masks) > 1 or watched or self._asks_for_more():
             return original(*args, **kwargs)
-        call = read_call(kwargs, args, self.decoder.rows)
+        call = read_call(kwargs, args, self.decoder.dtype, self.decoder.rows)
         if call is None or (masks and not self.decoder.serves(masks)):
             return original(*args, **kwargs)
         self.decoder.load(masks or ())

@@ -13,6 +13,7 @@ from dart_llm.ffn import CompactFfn, FfnBlock, Project
 from dart_llm.low_bit import LowBit, gaussian_error, low_bit, squared_error
 from dart_llm.masks import LayerMask
 from dart_llm.token_select import TokenMask, strength, winner_places
+from dart_llm.weights import norms_of
 
 
 class TokenFfn:
@@ -34,7 +35,7 @@ class TokenFfn:
                 low_bit(part, config.bits, config.group) for part in parts
             )
             down = block.matrices()[2].detach()
-            self.norms = torch.linalg.vector_norm(down, 2, 0, dtype=torch.float32)
+            self.norms = norms_of(down, 0)
         self.error = [
             squared_error(part, copy) for part, copy in zip(parts, self.copies, strict=True)
         ]

@@ -67,7 +67,7 @@ class FfnWeights:
     @cached_property
     def down_norm(self) -> Tensor:
         """L2 norm of each column of the down projection, [I], float32."""
-        return _norm(self.down, 0)
+        return norms_of(self.down, 0)
 
     @cached_property
     def unit_worth(self) -> Tensor:
@@ -81,7 +81,7 @@ class FfnWeights:
     @cached_property
     def down_l1(self) -> Tensor:
         """L1 norm of each column of the down projection, [I], float32."""
-        return _norm(self.down, 0, 1)
+        return norms_of(self.down, 0, 1)
 
     @cached_property
     def reach(self) -> tuple[Tensor, Tensor]:
@@ -98,8 +98,8 @@ class FfnWeights:
     @cached_property
     def in_norms(self) -> Tensor:
         """Product of the L2 norms of each neuron's input rows, [I], float32."""
-        norm = _norm(self.up, 1)
-        return norm if self.gate is None else norm * _norm(self.gate, 1)
+        norm = norms_of(self.up, 1)
+        return norm if self.gate is None else norm * norms_of(self.gate, 1)
 
 
 def knowing(layers: Sequence[FfnWeights], **parts: Sequence[Any]) -> tuple[FfnWeights, ...]:
@@ -122,6 +122,8 @@ def reach_of(down: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return high, total / len(rows)
 
 
-def _norm(matrix: Tensor, dim: int, order: float = 2) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(matrix.detach(), order, dim, dtype=torch.float32)
-    return norm
+def norms_of(matrix: Tensor, dim: int, order: float = 2) -> Tensor:
+    """Norms of a matrix's columns (``dim`` 0) or rows (1), float32, from sums at least as wide."""
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(matrix.detach(), order, dim, dtype=wide)
+    return norm.float()

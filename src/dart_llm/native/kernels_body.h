@@ -92,8 +92,8 @@ inline float activate(Act act, float x) {
     case Act::gelu: return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f));
     case Act::gelu_tanh:
       return 0.5f * x * (1.0f + std::tanh(0.79788456080286536f * (x + 0.044715f * x * x * x)));
-    case Act::relu: return x > 0 ? x : 0;
-    default: { float y = x > 0 ? x : 0; return y * y; }
+    case Act::relu: return x < 0 ? 0 : x;  // not-a-number stays what it is
+    default: { float y = x < 0 ? 0 : x; return y * y; }
   }
 }
 

@@ -66,6 +66,29 @@ dart::Input input(const Tensor& x, const Tensor& wide) {
   return {x.const_data_ptr(), wide.const_data_ptr<float>(), x.size(0), x.size(1)};
 }
 
+// Whether torch's own allocator made the memory of `t`: it is not a map of a file nor another
+// library's array.
+bool allocated(const Tensor& t) {
+  return t.storage().data_ptr().get_deleter() == c10::GetAllocator(c10::kCPU)->raw_deleter();
+}
+
+// Lays the values of `parameter` [N, M] out by columns, or by rows again, in its own memory: shape,
+// values and address stay.  One call, so that no signal finds the values written and the strides
+// not; the version says to autograd that what it saved lies in another order now.
+void lay_out(const Tensor& parameter, bool columns) {
+  c10::InferenceMode mode(parameter.is_inference());
+  at::NoGradGuard no_graph;
+  TORCH_CHECK(parameter.dim() == 2, "native: shapes do not fit");
+  int64_t n = parameter.size(0), m = parameter.size(1);
+  Tensor memory = parameter.variable_data();
+  Tensor values = (columns ? memory.t() : memory).clone(at::MemoryFormat::Contiguous);
+  std::vector<int64_t> strides = columns ? std::vector<int64_t>{1, n} : std::vector<int64_t>{m, 1};
+  Tensor place = memory.as_strided({n, m}, strides, memory.storage_offset());
+  (columns ? place.t() : place).copy_(values);
+  parameter.set_data(place);
+  if (!parameter.is_inference()) parameter.unsafeGetTensorImpl()->bump_version();
+}
+
 // x [M, D], weight [N, D], bias [N]: [M, N].
 Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   auto type = x.scalar_type();
@@ -311,7 +334,9 @@ struct Decoder : torch::CustomClassHolder {
                     "native: the cache has another shape");
         (side == &keys ? cache.keys : cache.values).push_back(t.data_ptr());
       }
-    TORCH_CHECK(token >= 0 && token < model.vocabulary, "native: no such token");
+    TORCH_CHECK_INDEX(token >= 0 && token < held[0].size(0), "token id ", token,
+                      " is outside the vocabulary of ", held[0].size(0),
+                      " tokens: encode the text with the tokenizer of this model");
     int64_t threads = at::get_num_threads();
     if (!scratch || scratch->threads < threads || scratch->positions <= cache.capacity)
       scratch = std::make_unique<dart::Scratch>(model, threads, cache.capacity + 1);
@@ -339,6 +364,18 @@ struct Decoder : torch::CustomClassHolder {
             copy(scratch->x, {read, model.hidden}, type)};
   }
 
+  // Bytes of scratch memory beside the weights and the masks.
+  int64_t nbytes() const {
+    if (!scratch) return 0;
+    const dart::Scratch& s = *scratch;
+    size_t numbers = 0;
+    for (const auto* floats : {&s.stream, &s.qkv, &s.attended, &s.logits, &s.sums, &s.normed,
+                               &s.scores, &s.parts, &s.u, &s.h, &s.z, &s.x, &s.strength})
+      numbers += floats->size();
+    return int64_t(4 * (numbers + s.chosen.size()) + 2 * s.narrow.size() +
+                   8 * (s.taken.size() + s.done.size()));
+  }
+
   static Tensor copy(std::vector<float>& from, std::vector<int64_t> shape, at::ScalarType type) {
     return at::from_blob(from.data(), shape, at::kFloat).to(type, false, true);
   }
@@ -353,11 +390,14 @@ TORCH_LIBRARY(dart_llm, library) {
   library.def("linear", linear);
   library.def("ffn", ffn);
   library.def("fold", fold);
+  library.def("allocated", allocated);
+  library.def("lay_out", lay_out);
   library.def("cpu", cpu);
   library.def("use", use);
   library.class_<Decoder>("Decoder")
       .def(torch::init<std::vector<int64_t>, double, double, std::vector<Tensor>, int64_t>())
       .def("set_mask", &Decoder::set_mask)
       .def("step", &Decoder::step)
+      .def("nbytes", &Decoder::nbytes)
       .def("observed", &Decoder::observed);
 }
