@@ -21,11 +21,11 @@ from common import save
 
 EXECUTORS, ACTS = ("slim", "native"), ("attach", "detach")
 SHAPE = {
-    "hidden_size": 512,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 128,
 }
 SENDER = """
 import os, signal, sys, time
@@ -73,7 +73,7 @@ class Sender:
 
 
 def make_model() -> Any:
-    """A small decoder whose down projections take most of the time of attaching."""
+    """A small decoder with wide FFNs, whose down projections are laid out anew."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
