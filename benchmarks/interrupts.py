@@ -8,7 +8,6 @@ compared with what they were.  An interrupt counts when it was raised out of the
 from __future__ import annotations
 
 import argparse
-import contextlib
 import random
 import signal
 import statistics
@@ -21,11 +20,11 @@ from common import save
 
 EXECUTORS, ACTS = ("slim", "native"), ("attach", "detach")
 SHAPE = {
-    "hidden_size": 512,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 128,
 }
 SENDER = """
 import os, signal, sys, time
@@ -61,9 +60,11 @@ class Sender:
     def wait(self) -> None:
         """Until it came."""
         end = time.monotonic() + PATIENCE
-        while not self.came and time.monotonic() < end:
-            with contextlib.suppress(KeyboardInterrupt):
+        try:
+            while not self.came and time.monotonic() < end:
                 time.sleep(0.0005)
+        except KeyboardInterrupt:
+            return
         if not self.came:
             raise SystemExit("no signal came: the process that sends them has ended")
 
@@ -73,7 +74,7 @@ class Sender:
 
 
 def make_model() -> Any:
-    """A small decoder whose down projections take most of the time of attaching."""
+    """A small decoder with wide FFNs, whose down projections are laid out anew."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
