@@ -164,7 +164,7 @@ def test_top_rows_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, columns = (torch.randn(n, 8, generator=generator) for n in (50, 3))
     wanted = (rows @ columns.T).topk(4, 0).indices.T
     for chunk in (1, 3, 7, 50, 99):
-        monkeypatch.setattr(neurons_module, "CHUNK", chunk)
+        monkeypatch.setattr(neurons_module, "REACH_CHUNK", chunk)
         assert torch.equal(top_rows(rows, columns.T, 4), wanted)
     assert top_rows(rows[:2], columns.T, 4).shape == (3, 2)
     assert concentration(torch.tensor([0.0, 6.0, 3.0, 1.0]), 0.5) == pytest.approx(0.9)
