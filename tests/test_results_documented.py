@@ -22,7 +22,7 @@ PAGES = (
 CONFIG = "docs/results.md#configjson"
 CLI = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
 STAMP = re.compile(r"\d{8}-\d{6}(?:-\d+)?")
-MODELLESS = ("ffn-speed", "thread-policy", "serve-malformed", "tracer-cost")
+MODELLESS = ("ffn-speed", "kills", "thread-policy", "serve-malformed", "tracer-cost")
 """Files of benchmarks for which no checkpoint is loaded."""
 UNFINISHED = "an unfinished run"
 
