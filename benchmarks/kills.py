@@ -47,7 +47,7 @@ VOLATILE = {"seconds", "phases", "timing", "started", "finished", "date", "speed
 LEFT_OUT = ("config.json", "timing.json", ".lock")
 LONGEST = 300.0
 """Seconds after which a run hangs."""
-MOST = 5
+MOST = 10
 """Kills of one run before it may end."""
 SHARES = {"run": 25, "eval": 15, "sweep": 20, "compare": 10, "drift": 20, "serve": 10}
 """Kills of each command, per hundred."""
@@ -123,9 +123,10 @@ def complete(results: Path) -> bool:
 
 
 def outcome(results: Path) -> dict[str, Any]:
-    """The files of the one finished folder, without times."""
-    (folder,) = results.glob("*/*")
-    status = json.loads((folder / "config.json").read_text())["status"]
+    """The files of the one folder of a run that began, without times."""
+    (config,) = results.glob("*/*/config.json")
+    folder = config.parent
+    status = json.loads(config.read_text())["status"]
     assert status == "complete", f"{folder} is {status}"
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):

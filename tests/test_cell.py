@@ -67,7 +67,8 @@ def test_a_changed_file_is_another_cell(gpt2: Path, tmp_path: Path) -> None:
         "options": {"include_path": str(tmp_path / "tasks")},
     }
     before = cells(**data)
-    assert [sorted(c.inputs) for c in before] == [["model", "text"], ["model", "tasks"]]
+    model = ["model", "model_files"]
+    assert [sorted(c.inputs) for c in before] == [[*model, "text"], [*model, "tasks"]]
     assert [c.key for c in cells(**data)] == [c.key for c in before]
     text.write_text("two", encoding="utf-8")
     task.write_text("task: mine\nnum_fewshot: 1\n", encoding="utf-8")
