@@ -24,6 +24,8 @@ MEMORY = 0.05
 """Share by which memory may have grown."""
 SECONDS = 60.0
 """That one request may take, its waiting included."""
+SHORTEST = 30
+"""Tokens of the shortest prompt; every further one has a token more."""
 TRIES = 200
 """Of a request that is sent away with 429."""
 
@@ -228,6 +230,7 @@ def main() -> None:
 
     parser = common.parser(__doc__ or "")
     parser.add_argument("--requests", type=int, default=200, help="requests in all")
+    parser.add_argument("--lengths", type=int, default=60, help="lengths of the prompts")
     parser.add_argument("--clients", type=int, default=16, help="clients at the same time")
     parser.add_argument("--tokens", type=int, default=32, help="tokens per answer")
     parser.add_argument("--max-waiting", type=int, default=12, help="the server's --max-waiting")
@@ -239,21 +242,21 @@ def main() -> None:
         {"method": "griffin", "sparsity": 0.5},
         {"method": "dart", "sparsity": 0.7, "drift": "never"},
     ]
+    texts = [tokenizer(read(subject), verbose=False).input_ids for subject in subjects()[:3]]
     bodies = [
         {
-            "prompt": tokenizer(read(subject)[:300], verbose=False).input_ids,
+            "prompt": texts[number % len(texts)][: SHORTEST + number],
             "max_tokens": args.tokens,
             "temperature": 0,
-            "dart": dart,
+            "dart": darts[number % len(darts)],
         }
-        for subject in subjects()[:3]
-        for dart in darts
+        for number in range(args.lengths)
     ]
     expected = expected_texts(model, tokenizer, bodies)
     waiting = str(args.max_waiting)
     with serve_process.serving("--model", args.model, "--max-waiting", waiting) as server:
         data = measure(server.url, server.rss, bodies, expected, args.requests, args.clients)
-    data["max_waiting"] = args.max_waiting
+    data |= {"max_waiting": args.max_waiting, "lengths": args.lengths}
     print(json.dumps(data, indent=1))
     if args.out:
         print(common.save(args.out, model, data))

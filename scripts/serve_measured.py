@@ -9,6 +9,7 @@ from table_head import above, linked, read, table
 
 PAGE = "docs/server.md"
 OVERHEAD, LOAD, MALFORMED = "serve-overhead", "serve-load", "serve-malformed"
+MEMORY = "serve-memory"
 
 
 def overhead(root: Path, data: dict[str, Any]) -> str:
@@ -49,6 +50,27 @@ def load(root: Path, data: dict[str, Any]) -> str:
     return f"{above(root, LOAD)}\n\n{note}"
 
 
+def memory(root: Path, data: dict[str, Any]) -> str:
+    """What lengths and bodies cost."""
+    lengths, bodies = data["lengths"], data["bodies"]
+    taken = ", ".join(
+        f"{held / 2**20:.0f} MiB {'before' if name == 'before' else f'after {name}'}"
+        for name, held in lengths["memory"].items()
+    )
+    others = ", ".join(
+        f"`{route}` {1e3 * found['median']:.0f} ms (slowest {found['slowest']:.1f} s)"
+        for route, found in bodies["other_routes_s"].items()
+    )
+    extra = f"{bodies['extra'] / 2**20:.0f} MiB"
+    note = (
+        f"{lengths['requests']} requests of {lengths['lengths']} lengths, dense and pruned: "
+        f"{taken}. {bodies['bodies']} bodies of {bodies['bytes_each']:,} bytes at the same time, "
+        f"all refused within {bodies['seconds']:.1f} s: at most {extra} more; "
+        f"meanwhile, from another process on the same cores, {others}."
+    )
+    return f"{above(root, MEMORY)}\n\n{note}"
+
+
 def malformed(root: Path, data: dict[str, Any]) -> str:
     """How malformed requests were answered."""
     heads = ["malformed requests", "number", "answers by status", "slowest", "5xx or no answer"]
@@ -68,7 +90,7 @@ def tables(root: Path) -> dict[str, tuple[Path, str]]:
     """A block per file that is there; none without the page."""
     if not (root / PAGE).is_file():
         return {}
-    makers = {OVERHEAD: overhead, LOAD: load, MALFORMED: malformed}
+    makers = {OVERHEAD: overhead, LOAD: load, MEMORY: memory, MALFORMED: malformed}
     return linked(
         {
             name: (root / PAGE, make(root, read(root, name)))
