@@ -56,9 +56,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "docs" / "window.webp", help="where the clip goes"
     )
-    parser.add_argument(
-        "--sparsity", type=float, default=0.1, help="fraction of neurons to remove"
-    )
+    parser.add_argument("--sparsity", type=float, default=0.1, help="fraction of neurons to remove")
     given = parser.parse_args()
     from dart_llm.replay_records import read_records
 
