@@ -104,7 +104,7 @@ def test_the_tours_prompt_re_masks_after_the_change_of_topic(window: Window) -> 
 
     assert window.text("count-sparsity") == "\u2013"
     assert window.text("sparsity-value") == "10 %"
-    slide(window, Keys.PAGE_UP, 2)
+    slide(window, Keys.ARROW_RIGHT, 20)
     assert window.text("sparsity-value") == "30 %"
     window.driver.find_element("id", "tour-next").click()  # sets what it was measured with
     assert window.text("sparsity-value") == "10 %"
@@ -138,7 +138,7 @@ def test_the_tours_prompt_re_masks_after_the_change_of_topic(window: Window) -> 
 def test_the_slider_and_the_dense_answer_beside(window: Window) -> None:
     from selenium.webdriver.common.keys import Keys
 
-    slide(window, Keys.PAGE_UP, 4)
+    slide(window, Keys.ARROW_RIGHT, 40)
     assert window.text("sparsity-value") == "50 %"
     window.driver.find_element("id", "compare").click()
     window.js("document.getElementById('max-tokens').value = 24")
