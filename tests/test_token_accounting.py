@@ -50,11 +50,12 @@ def _report(
     return run.report()
 
 
-def test_compact_gathers_for_one_token() -> None:
-    """The winners' rows are read, written and read again."""
-    report, n = _report(), 5
-    flops, moved = DENSE_FLOPS * K / I + PROXY_FLOPS, 3 * DENSE_BYTES * K / I + PROXY_BYTES
-    assert report.executor == "compact" and report.achieved_sparsity == 0.75
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("executor", ["native", "slim"])
+def test_the_native_kernels_read_a_tokens_winners_where_they_lie(executor: str) -> None:
+    report, n = _report(executor), 5
+    flops, moved = DENSE_FLOPS * K / I + PROXY_FLOPS, DENSE_BYTES * K / I + PROXY_BYTES
+    assert report.executor == executor and report.achieved_sparsity == 0.75
     assert report.ffn_flops_share == pytest.approx((n * flops + SORT) / (n * DENSE_FLOPS))
     assert report.ffn_bytes_share == pytest.approx(moved / DENSE_BYTES)
     assert report.proxy_flops_share == pytest.approx(PROXY_FLOPS / DENSE_FLOPS)
@@ -67,8 +68,10 @@ def test_compact_gathers_for_one_token() -> None:
     assert f"at most {limit:.2f} x faster" in bytes_sentence(report.to_dict())
 
 
-def test_masked_computes_all_and_the_copies_on_top() -> None:
-    report, n = _report("masked"), 5
+@pytest.mark.parametrize("executor", ["masked", "compact"])
+def test_the_others_compute_all_and_the_copies_on_top(executor: str) -> None:
+    report, n = _report(executor), 5
+    assert report.executor == executor
     assert report.ffn_bytes_share == pytest.approx(1 + PROXY_BYTES / DENSE_BYTES)
     wanted = 1 + PROXY_FLOPS / DENSE_FLOPS + SORT / (n * DENSE_FLOPS)
     assert report.ffn_flops_share == pytest.approx(wanted)
@@ -160,6 +163,17 @@ def test_merged_reports_weigh_the_copies() -> None:
     assert more["proxy_bytes_share"] == pytest.approx(share / 2)
     saved = more["achieved_sparsity"] - more["proxy_bytes_share"]
     assert more["bytes_limit"] == pytest.approx(1 / (1 - more["ffn_share_of_bytes"] * saved))
+
+
+@pytest.mark.usefixtures("native")
+def test_what_a_native_token_holds() -> None:
+    """Copies, norms, and a bias per layer; masks count for themselves (test_token_select.py)."""
+    model = shared_model("llama-bias")
+    with prune(model, LEARNT, sparsity=0.75, executor="native") as run:
+        decode(model, tokens(1, 14), 12)
+        assert run._attachment is not None
+        held = run._attachment.nbytes()
+    assert held == PROXY_BYTES + L * D * 4
 
 
 # doors

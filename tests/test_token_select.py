@@ -18,7 +18,7 @@ from dart_llm.token_ffn import TokenFfn
 from dart_llm.token_select import TokenMask, candidate_count, strength, token_mask, winner_places
 from low_bit_cases import by_hand
 from steps import CACHE, apart, decode, generate, new_cache, shared_model, step
-from tiny import tokens
+from tiny import tiny, tokens
 from token_cases import LEARNT, PLAIN, Exact, best, lost_u, oracle
 
 SHAPES = ("llama-bias", "gemma2", "phi3", "gpt2", "falcon", "bloom", "opt")
@@ -330,6 +330,33 @@ def test_settings_of_a_part_change_alone() -> None:
     assert PruneConfig.build("griffin", token={"group": 16}).token == TokenConfig(group=16)
     assert PruneConfig.build("dart-token").replace({"token": None}).token is None
     assert PruneConfig.from_mapping(config.to_dict()) == config
+
+
+def test_where_it_is_slower_one_sentence_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """Once per process and place, before anything is generated."""
+    token_ffn.say_slower.cache_clear()
+    model = shared_model()
+    for _ in range(2):
+        with prune(model, LEARNT, sparsity=0.5, executor="compact"):
+            said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1
+    assert said[0].startswith("dart-token is slower than the unpruned model under executor compact")
+    with prune(model, LEARNT, sparsity=0.0), prune(tiny(), "dart", sparsity=0.5):
+        pass
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.usefixtures("native")
+def test_batches_are_slower_where_one_sequence_is_not(caplog: pytest.LogCaptureFixture) -> None:
+    token_ffn.say_slower.cache_clear()
+    model = shared_model()
+    with prune(model, LEARNT, sparsity=0.5, executor="native"):
+        decode(model, tokens(1, 14), 12)
+        assert not caplog.records
+        decode(model, tokens(2, 14), 12)
+        decode(model, tokens(2, 14), 12)
+    (said,) = caplog.records
+    assert "slower than the unpruned model in a batch of several rows" in said.getMessage()
 
 
 def test_offloaded_layers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -254,7 +254,7 @@ def _shares(lives: Sequence[Life], costs: Costs, executor: str) -> _Shares:
                 continue
             work = token.work(period.kept, fed / max(1, steps), life.rows == 1, executor)
             flops += fed * costs.flops(work.computed)
-            moved += steps * (costs.bytes(work.read) + 2 * costs.bytes(work.copied))
+            moved += steps * costs.bytes(work.read)
             proxy_flops += fed * token.flops(period.kept)
             proxy_bytes += steps * token.bytes(period.kept)
         for remask in life.remasks:

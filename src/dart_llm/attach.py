@@ -18,6 +18,7 @@ from dart_llm import arch
 from dart_llm.changes import Changes
 from dart_llm.config import TokenConfig
 from dart_llm.errors import AttachError, ConfigError
+from dart_llm.executor import NATIVE
 from dart_llm.ffn import CompactFfn
 from dart_llm.graph_decoder import GraphDecoder
 from dart_llm.layer import HostedFfn
@@ -28,7 +29,7 @@ from dart_llm.plan import Kind, Plan
 from dart_llm.replacement import NotCopied
 from dart_llm.slim import SlimDecoder
 from dart_llm.slim_run import SlimRun, StepDecoder
-from dart_llm.token_ffn import TokenFfn, errors
+from dart_llm.token_ffn import TokenFfn, errors, say_slower
 from dart_llm.token_select import TokenMask
 from dart_llm.tracer import Tracer
 from dart_llm.watch import Turn, Watch
@@ -134,6 +135,8 @@ class Attachment(NotCopied):
         wanted = given is None or any(isinstance(mask, TokenMask) for mask in given)
         if config is None or not wanted or config == self._token:
             return
+        if self.executor not in NATIVE:
+            say_slower(tracer.config.method, f"under executor {self.executor}")
         made = [TokenFfn(layer.block, config) for layer in self.layers]
         for layer, token in zip(self.layers, made, strict=True):
             layer.choose_per_token(token, self._changes)
@@ -200,6 +203,8 @@ class Attachment(NotCopied):
             call = self.loop.call(seen) if self.loop else bare_call(seen, self.forced_decode > 0)
             if call.kind is Kind.PREFILL:  # not at every token: it takes as long as a layer
                 self._watch.look()
+                if self.rows > 1 and self.tracer.config.token and self._token:
+                    say_slower(self.tracer.config.method, "in a batch of several rows")
             if self.forced_prompt:
                 call = dataclasses.replace(call, kind=Kind.DECODE, observable=None)
             self.plan = self.tracer.begin_forward(call)

@@ -117,22 +117,17 @@ class HostedFfn:
         rest = (*args, *kwargs.values())[: 2 if args else None]
         only = masks[0] if len(masks) == 1 else None
         if only is not None and not plan.observe and self._compacts(x, only):
-            return self.block.finish(self._run_kept(x, only), rest)
+            self.kept.load(only)
+            return self.block.finish(self.kept.run(x)[1], rest)
         z = self._run_masked(original, x, masks if masked else [])
         return self.block.finish(z, rest)
-
-    def _run_kept(self, x: Tensor, mask: LayerMask) -> Tensor:
-        if isinstance(mask, TokenMask) and not isinstance(self.kept, NativeFfn):
-            assert self.token is not None
-            return self.token.run_gathered(x, mask)
-        self.kept.load(mask)
-        return self.kept.run(x)[1]
 
     def _compacts(self, x: Tensor, mask: LayerMask) -> bool:
         if self.owner.executor == "masked" or not self.by_weights:
             return False
-        if isinstance(mask, TokenMask) and x.numel() > x.shape[-1]:
-            return False  # several tokens together would gather most neurons
+        several = x.numel() > x.shape[-1]  # tokens, which together would read most neurons
+        if isinstance(mask, TokenMask) and (several or not isinstance(self.kept, NativeFfn)):
+            return False
         # the copies are not parameters: gradients must go through the weights themselves
         return not torch.is_grad_enabled() or not (
             x.requires_grad or any(p.requires_grad for p in self.block.ffn.parameters())

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK = 1 << 22
-"""Weights that are float32 at a time."""
+CHUNK, CACHED = 1 << 22, 1 << 18
+"""Weights that are float32 at a time, and on the CPU, whose cache then holds them."""
 
 SAMPLE = 1 << 20
 """Weights of the Gaussian matrix that a grid's error is compared with."""
@@ -67,7 +67,7 @@ class LowBit:
         count = self.shape[0] if rows is None else len(rows)
         parts = [
             F.linear(x.float(), self.dense(span if rows is None else rows[span]))
-            for span in _spans(count, self.inputs)
+            for span in _spans(count, self.inputs, self.scales.is_cpu)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
@@ -79,7 +79,9 @@ class LowBit:
 def low_bit(matrix: Tensor, bits: int, group: int) -> LowBit:
     """The copy of ``matrix`` [N, D] (any float dtype and layout), on its device."""
     rows, inputs = matrix.shape
-    made = [_grid(matrix[span].float(), bits, group) for span in _spans(rows, inputs)]
+    made = [
+        _grid(matrix[span].float(), bits, group) for span in _spans(rows, inputs, matrix.is_cpu)
+    ]
     levels, scales = (torch.cat(parts) for parts in zip(*made, strict=True))
     return LowBit(levels, scales, inputs, bits, group)
 
@@ -100,8 +102,8 @@ def _grid(w: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     return whole[:, :half] | (whole[:, half:] << 4), scales
 
 
-def _spans(rows: int, inputs: int) -> Iterator[slice]:
-    step = max(1, CHUNK // inputs)
+def _spans(rows: int, inputs: int, on_cpu: bool) -> Iterator[slice]:
+    step = max(1, (CACHED if on_cpu else CHUNK) // inputs)
     for start in range(0, rows, step):
         yield slice(start, min(rows, start + step))
 
@@ -110,7 +112,7 @@ def _spans(rows: int, inputs: int) -> Iterator[slice]:
 def squared_error(matrix: Tensor, copy: LowBit) -> tuple[float, float]:
     """Squared Frobenius norms of (copy - matrix) and of matrix."""
     off = whole = 0.0
-    for span in _spans(*copy.shape):
+    for span in _spans(*copy.shape, matrix.is_cpu):
         part = matrix[span].float()
         off += float((copy.dense(span) - part).square().sum())
         whole += float(part.square().sum())

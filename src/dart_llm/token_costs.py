@@ -25,11 +25,10 @@ NORM_BYTES = 4
 
 @dataclass(frozen=True)
 class Work:
-    """Neurons per layer: ``computed`` per token; ``read`` and ``copied`` per forward."""
+    """Neurons per layer: ``computed`` per token, ``read`` per forward."""
 
     computed: Sequence[int]
     read: Sequence[int]
-    copied: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -81,26 +80,23 @@ class TokenCosts:
     def work(self, kept: Sequence[int], tokens: float, alone: bool, executor: str) -> Work:
         """The exact part of a period.  ``tokens``: per forward; ``alone``: of a single row.
 
-        A forward of one token reads its winners: the native kernels where they lie, ``compact``
-        after gathering them.  Forwards of several tokens are dense.
+        The native kernels read the winners of a forward of one token, where they lie; all else is
+        dense.
         """
         widths = [layer.width for layer in self.layers]
-        none = [0] * len(widths)
-        every = [k or width for k, width in zip(self.chosen_once(kept), widths, strict=True)]
+        once = self.chosen_once(kept)
         if executor == IF_COMPACT:
             read = [
-                k if once else min(width, math.ceil(k * tokens))
-                for k, once, width in zip(kept, self.chosen_once(kept), widths, strict=True)
+                k if one else min(width, math.ceil(k * tokens))
+                for k, one, width in zip(kept, once, widths, strict=True)
             ]
-            return Work(kept, read, none)
+            return Work(kept, read)
         if executor == "masked":
-            return Work(widths, widths, none)
-        if not alone or tokens > 1:
-            return Work(every, every, none)
-        if executor in ("native", "slim"):
-            return Work(kept, kept, none)
-        copied = [0 if once else k for k, once in zip(kept, self.chosen_once(kept), strict=True)]
-        return Work(kept, kept, copied)
+            return Work(widths, widths)
+        if executor in ("native", "slim") and alone and tokens <= 1:
+            return Work(kept, kept)
+        every = [k or width for k, width in zip(once, widths, strict=True)]
+        return Work(every, every)
 
 
 def _matrices(layer: FfnWeights) -> int:

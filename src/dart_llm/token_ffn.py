@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -9,11 +11,24 @@ from torch import Tensor
 
 from dart_llm.config import TokenConfig
 from dart_llm.errors import ConfigError
-from dart_llm.ffn import CompactFfn, FfnBlock, Project
+from dart_llm.ffn import FfnBlock, Project
 from dart_llm.low_bit import LowBit, gaussian_error, low_bit, squared_error
 from dart_llm.masks import LayerMask
 from dart_llm.token_select import TokenMask, strength, winner_places
 from dart_llm.weights import norms_of
+
+logger = logging.getLogger("dart_llm")
+
+
+@functools.cache
+def say_slower(method: str, where: str) -> None:
+    """Say once that tokens choose their neurons ``where`` that takes longer than all of them."""
+    logger.warning(
+        "%s is slower than the unpruned model %s: all neurons are computed, and estimated first; "
+        "executors native and slim run the chosen ones alone, of one sequence at a time",
+        method,
+        where,
+    )
 
 
 class TokenFfn:
@@ -91,17 +106,6 @@ class TokenFfn:
             return mask.dense(torch.bool).to(x.device).expand(shape)
         none = torch.zeros(shape, dtype=torch.bool, device=x.device)
         return none.scatter_(-1, self.winners(x, mask), True)
-
-    def run_gathered(self, x: Tensor, mask: TokenMask) -> Tensor:
-        """z of one token, x: [..., D], from its winners' rows and columns alone."""
-        ids = self.winners(x, mask).flatten()
-        bias = mask.bias
-        if bias is not None and mask.mean is not None:
-            down = self.block.matrices()[2].detach()
-            bias = bias - down.index_select(1, ids).float() @ mask.mean[ids]
-        gathered = CompactFfn(self.block)
-        gathered.load(LayerMask(ids, mask.width, bias))
-        return gathered.run(x)[1]
 
     def nbytes(self) -> int:
         norms: int = self.norms.numel() * self.norms.element_size()

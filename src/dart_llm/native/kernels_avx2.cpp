@@ -29,6 +29,14 @@ struct S {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
   }
   static void store(float* p, V a) { _mm256_storeu_ps(p, a); }
+  struct Levels { V low, high; };
+  static Levels levels(const uint8_t* bytes) {
+    __m256i both = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+    __m256i low = _mm256_and_si256(both, _mm256_set1_epi32(15));
+    const V eight = all(8);
+    return {_mm256_sub_ps(_mm256_cvtepi32_ps(low), eight),
+            _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_srli_epi32(both, 4)), eight)};
+  }
   static V pairs(const bf16*) { return zero(); }
   static V dot_bf16(V a, V, V) { return a; }
 };

@@ -1,8 +1,9 @@
 // The kernels, written once over a set of vectors `S` of one CPU kind; included by kernels_*.cpp
 // inside their namespace, after `S`.
 //
-// S: N lanes of float; V; zero, load(const float*), load(const bf16*), fma, add, sum, store, and
-// dot_bf16 where there are products of bfloat16 pairs (PAIRS).
+// S: N lanes of float; V; all, zero, load(const float*), load(const bf16*), fma, sum, store; levels:
+// N bytes of two levels + 8 each, as whole numbers; pairs, dot_bf16 and unpack where there are
+// products of bfloat16 pairs (PAIRS).
 
 constexpr int BLOCK = 4;  // neurons at a time: their rows stay in the first cache for all inputs
 
@@ -207,15 +208,11 @@ float copied(const uint8_t* levels, const uint16_t* scales, const T* raw, const 
       auto b = Set::dot_bf16(S::zero(), levels_of.high, Set::pairs(raw + half + g * GROUP));
       total = S::fma(high, b, S::fma(low, a, total));
     } else {
-      float first[GROUP], second[GROUP];
-      for (int64_t j = 0; j < GROUP; ++j) {
-        first[j] = float(int(bytes[j] & 15) - 8);
-        second[j] = float(int(bytes[j] >> 4) - 8);
-      }
       auto a = S::zero(), b = S::zero();
       for (int64_t j = 0; j < GROUP; j += S::N) {
-        a = S::fma(S::load(first + j), S::load(x + g * GROUP + j), a);
-        b = S::fma(S::load(second + j), S::load(x + half + g * GROUP + j), b);
+        auto levels_of = S::levels(bytes + j);
+        a = S::fma(levels_of.low, S::load(x + g * GROUP + j), a);
+        b = S::fma(levels_of.high, S::load(x + half + g * GROUP + j), b);
       }
       total = S::fma(high, b, S::fma(low, a, total));
     }

@@ -18,6 +18,15 @@ struct S {
   static V fma(V a, V b, V c) { for (int i = 0; i < N; ++i) c.x[i] += a.x[i] * b.x[i]; return c; }
   static float sum(V a) { float s = 0; for (int i = 0; i < N; ++i) s += a.x[i]; return s; }
   static void store(float* p, V a) { for (int i = 0; i < N; ++i) p[i] = a.x[i]; }
+  struct Levels { V low, high; };
+  static Levels levels(const uint8_t* bytes) {
+    Levels r;
+    for (int i = 0; i < N; ++i) {
+      r.low.x[i] = float(int(bytes[i] & 15) - 8);
+      r.high.x[i] = float(int(bytes[i] >> 4) - 8);
+    }
+    return r;
+  }
   static V pairs(const bf16*) { return zero(); }
   static V dot_bf16(V a, V, V) { return a; }
 };
