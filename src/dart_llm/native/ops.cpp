@@ -373,7 +373,7 @@ struct Decoder : torch::CustomClassHolder {
                                &s.scores, &s.parts, &s.u, &s.h, &s.z, &s.x, &s.strength})
       numbers += floats->size();
     return int64_t(4 * (numbers + s.chosen.size()) + 2 * s.narrow.size() +
-                   8 * (s.taken.size() + s.done.size()));
+                   8 * (s.jobs.taken.size() + s.jobs.done.size()));
   }
 
   static Tensor copy(std::vector<float>& from, std::vector<int64_t> shape, at::ScalarType type) {
