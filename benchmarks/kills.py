@@ -186,7 +186,9 @@ class Campaign:
         seen: dict[str, Any] = {}
         for _ in range(most):
             child = self.start()
+            began = time.monotonic()
             if wait(child, self.chance.uniform(0, 0.9 * self.seconds)) is not None:
+                self.seconds = min(self.seconds, time.monotonic() - began)  # else kills come late
                 break
             kill(child)
             self.tally.kills += 1

@@ -15,8 +15,9 @@ from torch import Tensor
 from dart_llm.life import Life
 from dart_llm.outputs import MaskRecorder
 from dart_llm.records import Remask
-from dart_llm.results import finite, write_bytes
+from dart_llm.results import finite
 from dart_llm.session import Run
+from dart_llm.tensor_file import write_tensors
 
 FORMAT = "remask{i}.layer{l}.ids: kept neurons, int32; .scores: float32, larger is kept"
 
@@ -107,12 +108,10 @@ def write_masks(path: Path, recorder: DriftRecorder, checkpoint: str, label: str
 
     Raises ``ResultsError`` when the disk is full or read-only.
     """
-    from safetensors.torch import save
-
     metadata = {
         "checkpoint": checkpoint,
         "method": label,
         "remasks": str(len(recorder.remasks)),
         "format": FORMAT,
     }
-    write_bytes(path, save(recorder.tensors, metadata), make_folder=True)
+    write_tensors(path, recorder.tensors, metadata)

@@ -20,6 +20,7 @@ def write_tensors(
 
     partial = path.with_name(f".{path.name}.part")
     try:
+        path.parent.mkdir(exist_ok=True)
         partial.unlink(missing_ok=True)
         partial.touch()
         mode = partial.stat().st_mode & 0o777  # safetensors writes 0600
