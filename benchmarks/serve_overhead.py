@@ -19,10 +19,9 @@ from typing import Any
 
 import common
 
-from dart_llm.engine import Ask, Engine, Sampling
+from dart_llm.engine import Engine
 from dart_llm.engine_records import Record, Token
 from dart_llm.serve_app import build
-from dart_llm.serve_ask import chat_ids
 from dart_llm.serve_run import Server, bind, server_config, warm
 from dart_llm.serve_schemas import ChatBody, read
 from dart_llm.serve_service import ModelFacts, Service
@@ -131,7 +130,6 @@ class _Client:
 
 def _library(service: Service, engine: Engine, body: dict[str, Any]) -> list[float]:
     """Seconds until each token that has a text, template and tokenizer included."""
-    config = service.asker.config(read(ChatBody, body).dart)
     times: list[float] = []
     began = time.perf_counter()
 
@@ -139,8 +137,8 @@ def _library(service: Service, engine: Engine, body: dict[str, Any]) -> list[flo
         if isinstance(record, Token) and record.text:
             times.append(time.perf_counter() - began)
 
-    ids = chat_ids(service.asker.tokenizer, read(ChatBody, body).messages)
-    engine.run(Ask(ids, Sampling(max_tokens=body["max_tokens"]), config), emit)
+    (ask,) = service.asker.chat(read(ChatBody, body), "", "")
+    engine.run(ask, emit)
     return times
 
 

@@ -59,6 +59,9 @@ PROGRAMS = ("/api/", "/v1/", "/metrics")
 """Paths that no page of another site has business with."""
 
 
+HEAD_BYTES = 64 << 10
+
+
 @dataclass(frozen=True)
 class Rules:
     """``hosts``: names by which the server may be called, None: any.  ``keys``: sha256 of each.
@@ -71,7 +74,7 @@ class Rules:
     hosts: frozenset[str] | None
     keys: tuple[bytes, ...] = ()
     body_bytes: int = 1 << 20
-    head_bytes: int = 64 << 10
+    head_bytes: int = HEAD_BYTES
     body_seconds: float = 30.0
     at_once: int = 512
     loud: bool = False

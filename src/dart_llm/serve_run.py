@@ -15,6 +15,7 @@ from dart_llm.config import PruneConfig
 from dart_llm.engine_ask import Ask, Sampling
 from dart_llm.errors import AttachError, ConfigError, MissingExtra
 from dart_llm.job_common import load_model
+from dart_llm.serve_guard import HEAD_BYTES
 from dart_llm.serve_service import ModelFacts, Service
 from dart_llm.settings_serve import ServeSettings
 from dart_llm.texts import read, subjects
@@ -188,6 +189,7 @@ def server_config(application: Any, settings: ServeSettings) -> uvicorn.Config:
         lifespan="off",
         ws="none",
         http=Connection,  # by h11, which bounds the head of a request, as httptools does not
+        h11_max_incomplete_event_size=HEAD_BYTES,
         timeout_keep_alive=KEPT_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(settings.grace) + LAST_SECONDS,
     )
