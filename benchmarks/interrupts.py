@@ -40,37 +40,24 @@ class Sender:
     """A process that interrupts this one after the seconds that it is told."""
 
     def __init__(self) -> None:
-        self.came = True
-        signal.signal(signal.SIGINT, self._raise)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         self.process = subprocess.Popen(
             [sys.executable, "-c", SENDER], stdin=subprocess.PIPE, text=True, start_new_session=True
         )
 
-    def _raise(self, number: int, frame: object) -> None:
-        self.came = True
-        raise KeyboardInterrupt
-
     def ask(self, seconds: float) -> None:
         """Returns before the signal comes."""
         assert self.process.stdin is not None
-        self.came = False
         self.process.stdin.write(f"{seconds}\n")
         self.process.stdin.flush()
 
     def wait(self) -> None:
-        """Until it came."""
-        end = time.monotonic() + PATIENCE
-        try:
-            while not self.came and time.monotonic() < end:
-                time.sleep(0.0005)
-        except KeyboardInterrupt:
-            return
-        if not self.came:
-            raise SystemExit("no signal came: the process that sends them has ended")
+        """Until it comes, as ``KeyboardInterrupt``."""
+        time.sleep(PATIENCE)
+        raise SystemExit("no signal came: the process that sends them has ended")
 
     def close(self) -> None:
         self.process.communicate()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def make_model() -> Any:
@@ -137,14 +124,15 @@ def stress(model: Any, executor: str, act: str, count: int, seconds: float) -> d
     row |= {"interrupted": 0, "out_of_order": 0, "not_as_before": 0}
     end = time.monotonic() + seconds
     while row["interrupted"] < count and time.monotonic() < end:
-        run = begin()
+        run, inside = begin(), True
         try:
             sender.ask(draw.uniform(0, 1.2 * takes))
             getattr(run, act)()
+            inside = False
+            sender.wait()
         except KeyboardInterrupt:
-            row["interrupted"] += 1
+            row["interrupted"] += inside
         row["sent"] += 1
-        sender.wait()
         run.detach()
         restore(model)
         row["out_of_order"] += kept.out_of_order() > 0
