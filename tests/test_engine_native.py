@@ -17,7 +17,7 @@ from tiny import tiny
 
 pytestmark = pytest.mark.usefixtures("native")
 
-NAMES = {"llama": "slim", "gemma": "native", "gpt2": "compact", "opt": "masked"}
+NAMES = {"llama": "slim", "gemma": "native", "gpt2": "native", "opt": "masked"}
 
 
 @pytest.mark.parametrize(("name", "executor"), NAMES.items())

@@ -18,7 +18,6 @@ from dart_llm import arch
 from dart_llm.changes import Changes
 from dart_llm.config import TokenConfig
 from dart_llm.errors import AttachError, ConfigError
-from dart_llm.executor import NATIVE
 from dart_llm.ffn import CompactFfn
 from dart_llm.graph_decoder import GraphDecoder
 from dart_llm.layer import HostedFfn
@@ -135,8 +134,6 @@ class Attachment(NotCopied):
         wanted = given is None or any(isinstance(mask, TokenMask) for mask in given)
         if config is None or not wanted or config == self._token:
             return
-        if self.executor not in NATIVE:
-            say_slower(tracer.config.method, f"under executor {self.executor}")
         made = [TokenFfn(layer.block, config) for layer in self.layers]
         for layer, token in zip(self.layers, made, strict=True):
             layer.choose_per_token(token, self._changes)
@@ -203,8 +200,8 @@ class Attachment(NotCopied):
             call = self.loop.call(seen) if self.loop else bare_call(seen, self.forced_decode > 0)
             if call.kind is Kind.PREFILL:  # not at every token: it takes as long as a layer
                 self._watch.look()
-                if self.rows > 1 and self.tracer.config.token and self._token:
-                    say_slower(self.tracer.config.method, "in a batch of several rows")
+                if self.tracer.config.token and self._token:
+                    say_slower(self.tracer.config.method, self.executor, self.rows)
             if self.forced_prompt:
                 call = dataclasses.replace(call, kind=Kind.DECODE, observable=None)
             self.plan = self.tracer.begin_forward(call)

@@ -113,7 +113,7 @@ def squared_error(matrix: Tensor, copy: LowBit) -> tuple[float, float]:
     """Squared Frobenius norms of (copy - matrix) and of matrix."""
     off = whole = 0.0
     for span in _spans(*copy.shape, matrix.is_cpu):
-        part = matrix[span].float()
+        part = matrix[span].float().contiguous()  # sums round alike, however it lies
         off += float((copy.dense(span) - part).square().sum())
         whole += float(part.square().sum())
     return off, whole

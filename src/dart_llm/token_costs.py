@@ -20,6 +20,9 @@ from dart_llm.weights import FfnWeights
 IF_COMPACT = "if compact"
 """Stands for an executor that reads each forward's winners once, from where they lie."""
 
+READ_WINNERS = ("native", "slim")
+"""Executors that read a single token's winners alone; the others compute all neurons."""
+
 NORM_BYTES = 4
 
 
@@ -93,7 +96,7 @@ class TokenCosts:
             return Work(kept, read)
         if executor == "masked":
             return Work(widths, widths)
-        if executor in ("native", "slim") and alone and tokens <= 1:
+        if executor in READ_WINNERS and alone and tokens <= 1:
             return Work(kept, kept)
         every = [k or width for k, width in zip(once, widths, strict=True)]
         return Work(every, every)

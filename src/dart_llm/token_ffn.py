@@ -14,15 +14,23 @@ from dart_llm.errors import ConfigError
 from dart_llm.ffn import FfnBlock, Project
 from dart_llm.low_bit import LowBit, gaussian_error, low_bit, squared_error
 from dart_llm.masks import LayerMask
+from dart_llm.token_costs import READ_WINNERS
 from dart_llm.token_select import TokenMask, strength, winner_places
 from dart_llm.weights import norms_of
 
 logger = logging.getLogger("dart_llm")
 
 
+def say_slower(method: str, executor: str, rows: int) -> None:
+    """Say once where tokens that choose their neurons take longer than all neurons would."""
+    if executor not in READ_WINNERS:
+        _say_slower(method, f"under executor {executor}")
+    elif rows > 1:
+        _say_slower(method, "in a batch of several rows")
+
+
 @functools.cache
-def say_slower(method: str, where: str) -> None:
-    """Say once that tokens choose their neurons ``where`` that takes longer than all of them."""
+def _say_slower(method: str, where: str) -> None:
     logger.warning(
         "%s is slower than the unpruned model %s: all neurons are computed, and estimated first; "
         "executors native and slim run the chosen ones alone, of one sequence at a time",
