@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from dart_llm.agreement import check_ffns, why_not_weights
@@ -47,6 +48,8 @@ class Watch:
         A layer whose projections have hooks or forwards of their own runs as by ``masked``, a model
         whose steps would differ runs its own.
         """
+        if torch.compiler.is_compiling():  # torch cannot trace this, nor any native call
+            return
         if self._places and self._places != self._weight_places():
             raise AttachError(f"weights were replaced or moved {LEAVE}")
         for layer in self._layers:
