@@ -365,17 +365,6 @@ def test_a_model_that_torch_compiled_runs_compact(change: Change) -> None:
         prune(model, masks=picked(), executor="slim")
 
 
-@pytest.mark.parametrize("change", [_whole, _forward, _layer])
-def test_compiling_while_attached_is_no_crash(change: Change) -> None:
-    torch._dynamo.reset()
-    model, ids = tiny(), tokens(1, PROMPT + 6)
-    expected, _ = _decoded(model, "masked")
-    with prune(model, masks=picked(), executor="slim"):
-        assert apart(decode(model, ids, PROMPT), expected) < CLOSE
-        change(model)
-        assert apart(decode(model, ids, PROMPT), expected) < CLOSE
-
-
 # Changes while attached
 
 
