@@ -97,7 +97,7 @@ class Attachment(NotCopied):
             host = layer.block.host
             name = "_old_forward" if hasattr(host, "_hf_hook") else "forward"
             self._changes.replace(host, name, layer.run)
-            self._watch.hosts.append((host, name))
+            self._watch.remember_host(host, name)
         self._equip(self.tracer)
         self._install_native()
         self._watch.look()

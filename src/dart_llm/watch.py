@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from dart_llm.agreement import check_ffns, why_not_weights
@@ -23,16 +24,19 @@ LEAVE = "while this model is being pruned: leave the block first, or call dart_l
 class Watch:
     """One attached model, and what was found of it last.
 
-    ``hosts``: modules and attributes whose forwards were replaced; ``steps``: whether a whole
-    decode step may stand for the model's own.
+    ``steps``: whether a whole decode step may stand for the model's own.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[HostedFfn], executor: str) -> None:
-        self.hosts: list[tuple[nn.Module, str]] = []
+        self._hosts: list[tuple[nn.Module, str, Any]] = []
         self.steps = True
         self._model, self._layers, self._executor = model, layers, executor
         self._places: list[int] = []
         self._mark: tuple[Any, ...] = ()
+
+    def remember_host(self, host: nn.Module, name: str) -> None:
+        """The forward of ``host``, under ``name``, was replaced."""
+        self._hosts.append((host, name, type(host).forward))
 
     def remember_places(self) -> None:
         """The native kernels go on reading the weights where they lie now."""
@@ -44,16 +48,19 @@ class Watch:
         A layer whose projections have hooks or forwards of their own runs as by ``masked``, a model
         whose steps would differ runs its own.
         """
+        if torch.compiler.is_compiling():  # torch cannot trace this, nor any native call
+            return
         if self._places and self._places != self._weight_places():
             raise AttachError(f"weights were replaced or moved {LEAVE}")
         for layer in self._layers:
             layer.by_weights = not why_not_weights(layer.block)
+        for host, name, forward in self._hosts:
+            ours = isinstance(host.__dict__.get(name), Replacement)
+            if not ours or type(host).forward is not forward:
+                raise AttachError(f"the forward of a {type(host).__name__} was changed {LEAVE}")
         mark = fingerprint(self._model)
         if mark == self._mark:
             return
-        for host, name in self.hosts:
-            if not isinstance(host.__dict__.get(name), Replacement):
-                raise AttachError(f"the forward of a {type(host).__name__} was changed {LEAVE}")
         try:
             check_ffns(type(self._model).__name__, [layer.block for layer in self._layers])
         except UnsupportedModel as error:
