@@ -35,6 +35,7 @@ from dart_llm.serve_service import ModelFacts, Service
 from dart_llm.settings_serve import ServeSettings
 
 VOCAB = 256
+CHAT_URL = "/v1/chat/completions"
 FACTS = ModelFacts("fake-model", ("fake",), 4096, VOCAB, {"name": "fake-model"})
 
 
@@ -259,3 +260,40 @@ def events(text: str) -> list[Any]:
 
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+
+
+class Watched(ByteTokenizer):
+    """Counts the texts in work; none is done before ``free`` is set.  A token: ``width`` bytes."""
+
+    def __init__(self, width: int = 1, held: bool = False) -> None:
+        self.width = width
+        self.free = threading.Event()
+        self.lengths: list[int] = []
+        self.inside = self.most = 0
+        if not held:
+            self.free.set()
+
+    def __call__(self, text: str, **options: Any) -> Encoded:
+        self.lengths.append(len(text))
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        self.free.wait(20)
+        self.inside -= 1
+        return Encoded(list(text.encode())[:: self.width])
+
+
+def request_bytes(body: dict[str, Any], url: str = CHAT_URL) -> bytes:
+    """A POST as it goes over the wire."""
+    data = json.dumps(body).encode()
+    head = f"POST {url} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return head.encode() + b"Content-Length: %d\r\n\r\n" % len(data) + data
+
+
+def read_until(connection: socket.socket, mark: bytes) -> bytes:
+    """What arrives up to and with ``mark``."""
+    found = b""
+    while mark not in found:
+        data = connection.recv(65536)
+        assert data, found
+        found += data
+    return found

@@ -10,30 +10,10 @@ import pytest
 from pydantic import ValidationError
 
 from dart_llm.serve_schemas import ChatBody, CompletionBody
-from serve_cases import FACTS, ByteTokenizer, Encoded, FakeEngine, running, until
+from serve_cases import FACTS, FakeEngine, Watched, running, until
 
 CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
 CONTEXT = FACTS.context or 0
-
-
-class Watched(ByteTokenizer):
-    """Counts the texts in work; none is done before ``free`` is set.  A token: ``width`` bytes."""
-
-    def __init__(self, width: int = 1, held: bool = False) -> None:
-        self.width = width
-        self.free = threading.Event()
-        self.lengths: list[int] = []
-        self.inside = self.most = 0
-        if not held:
-            self.free.set()
-
-    def __call__(self, text: str, **options: Any) -> Encoded:
-        self.lengths.append(len(text))
-        self.inside += 1
-        self.most = max(self.most, self.inside)
-        self.free.wait(20)
-        self.inside -= 1
-        return Encoded(list(text.encode())[:: self.width])
 
 
 @pytest.mark.parametrize("url", [CHAT_URL, TEXT_URL])

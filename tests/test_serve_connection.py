@@ -13,8 +13,7 @@ import pytest
 from dart_llm.serve_guard import host_name
 from dart_llm.serve_run import bind, link
 from dart_llm.settings_serve import ServeSettings
-from serve_cases import CHAT, FakeEngine, Running, running, until
-from test_serve_queue import request_bytes
+from serve_cases import CHAT, FakeEngine, Running, request_bytes, running, until
 
 URL = "/v1/chat/completions"
 END = b"\r\n0\r\n\r\n"

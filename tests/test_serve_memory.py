@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from dart_llm import __main__ as entry
-from serve_cases import benchmark, running
-from test_serve_bodies import Watched
+from serve_cases import Watched, benchmark, running
 
 MEMORY = benchmark("serve_memory")
 

@@ -12,8 +12,7 @@ import pytest
 from dart_llm.engine_records import Likely, PromptToken, Scores, Start, Token
 from dart_llm.serve_format import Format
 from engine_cases import tokenizer
-from serve_cases import FakeEngine, events, running, running_model, until
-from test_serve_queue import read_until, request_bytes
+from serve_cases import FakeEngine, events, read_until, request_bytes, running, running_model, until
 from tiny import tiny
 
 URL = "/v1/completions"

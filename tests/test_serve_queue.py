@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 
-from serve_cases import CHAT, FakeEngine, Running, events, running, until
+from serve_cases import (
+    CHAT,
+    FakeEngine,
+    Running,
+    events,
+    read_until,
+    request_bytes,
+    running,
+    until,
+)
 
 URL = "/v1/chat/completions"
-
-
-def request_bytes(body: dict[str, Any], url: str = URL) -> bytes:
-    data = json.dumps(body).encode()
-    head = f"POST {url} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    return head.encode() + b"Content-Length: %d\r\n\r\n" % len(data) + data
 
 
 def post_beside(server: Running, results: list[Any], **body: Any) -> threading.Thread:
@@ -31,15 +34,6 @@ def post_beside(server: Running, results: list[Any], **body: Any) -> threading.T
     thread = threading.Thread(target=post, daemon=True)
     thread.start()
     return thread
-
-
-def read_until(connection: socket.socket, mark: bytes) -> bytes:
-    found = b""
-    while mark not in found:
-        data = connection.recv(65536)
-        assert data, found
-        found += data
-    return found
 
 
 @pytest.mark.parametrize("stream", [True, False])

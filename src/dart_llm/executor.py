@@ -18,7 +18,7 @@ from dart_llm.native_ffn import why_not_block
 from dart_llm.registry import SCORES
 from dart_llm.select import Selector
 from dart_llm.slim_parts import why_not_slim, why_not_step
-from dart_llm.step_agreement import fingerprint, why_not_alike
+from dart_llm.step_agreement import model_signature, why_not_alike
 
 NATIVE = ("native", "slim")
 """Executors that run the native CPU kernels."""
@@ -27,7 +27,7 @@ BY_WEIGHTS = (*NATIVE, "graph", "compact")
 """Executors that run the weights of FFNs, not their modules."""
 
 _steps: weakref.WeakKeyDictionary[Any, dict[str, tuple[Any, str]]] = weakref.WeakKeyDictionary()
-"""What was found of a model's whole steps, per executor, and under which fingerprint."""
+"""What was found of a model's whole steps, per executor, and under which signature."""
 
 
 def choose_executor(selector: Selector, blocks: Sequence[FfnBlock], model: Any) -> str:
@@ -57,9 +57,9 @@ def choose_executor(selector: Selector, blocks: Sequence[FfnBlock], model: Any) 
 def why_no_steps(executor: str, model: Any, mark: tuple[Any, ...] = ()) -> str:
     """Why ``slim`` or ``graph`` cannot decode ``model`` by whole steps: "", or a clause.
 
-    ``mark``: the model's fingerprint, where it is known.  What was found holds until it changes.
+    ``mark``: the model's signature, where it is known.  What was found holds until it changes.
     """
-    mark = mark or fingerprint(model)
+    mark = mark or model_signature(model)
     known = _steps.setdefault(model, {}).get(executor)
     if known is None or known[0] != mark:
         known = _steps[model][executor] = mark, _why_no_steps(executor, model)

@@ -28,7 +28,7 @@ WORDS = 256
 """Rows of the output head that are compared."""
 
 
-def fingerprint(model: nn.Module) -> tuple[Any, ...]:
+def model_signature(model: nn.Module) -> tuple[Any, ...]:
     """What decides what a model computes beside the values of its weights; equal while unchanged.
 
     Hooks are no part of it.

@@ -16,7 +16,7 @@ from dart_llm.executor import why_no_steps
 from dart_llm.layer import HostedFfn
 from dart_llm.replacement import Replacement
 from dart_llm.slim_run import WITHOUT
-from dart_llm.step_agreement import fingerprint
+from dart_llm.step_agreement import model_signature
 
 LEAVE = "while this model is being pruned: leave the block first, or call dart_llm.restore(model)"
 
@@ -58,7 +58,7 @@ class Watch:
             ours = isinstance(host.__dict__.get(name), Replacement)
             if not ours or type(host).forward is not forward:
                 raise AttachError(f"the forward of a {type(host).__name__} was changed {LEAVE}")
-        mark = fingerprint(self._model)
+        mark = model_signature(self._model)
         if mark == self._mark:
             return
         try:
