@@ -74,7 +74,7 @@ def main() -> None:
     options.add_argument("--tokens", type=int, default=128, help="timed tokens of a turn")
     options.add_argument("--prompt", type=int, default=128, help="tokens before them")
     options.add_argument("--repeats", type=int, default=9, help="turns of each row")
-    options.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of both")
     args = options.parse_args()
     if not args.bench:
         raise SystemExit("give --bench, the path of llama-bench, or set LLAMA_BENCH")

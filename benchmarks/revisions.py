@@ -91,11 +91,11 @@ class Worker:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--old", required=True, help="the revision to compare with")
-    options.add_argument("--model", default="smollm2-135m")
+    options.add_argument("--model", default="smollm2-135m", help="as in dart-llm run")
     options.add_argument("--tokens", type=int, default=96, help="timed tokens of a turn")
-    options.add_argument("--prompt", type=int, default=128)
-    options.add_argument("--rounds", type=int, default=15)
-    options.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    options.add_argument("--prompt", type=int, default=128, help="tokens before them")
+    options.add_argument("--rounds", type=int, default=15, help="turns of each row")
+    options.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch")
     args = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         pack = subprocess.run(

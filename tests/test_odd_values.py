@@ -27,7 +27,7 @@ def test_what_is_not_a_number_stays_so(kind: str, act: int) -> None:
         pytest.skip(f"this CPU has no {kind}")
     x = torch.tensor([[1.0, -2.0, float("nan"), 3.0]]).T.contiguous()
     one = torch.ones(1, 1)
-    found = build.ops().ffn(x, None, one, one, None, None, None, None, None, None, act)
+    found = build.ops().ffn(x, None, one, one, None, None, None, None, None, None, None, act)
     build.use_kernels("")
     assert found.isnan().flatten().tolist() == [False, False, True, False]
     assert ACTS[act](x).isnan().flatten().tolist() == [False, False, True, False]
