@@ -57,15 +57,24 @@ def digest_of(ids: Tensor) -> str:
 
 
 def find(
-    model: nn.Module, key: str, cache_dir: str | None, devices: Sequence[torch.device]
+    model: nn.Module,
+    key: str,
+    cache_dir: str | None,
+    devices: Sequence[torch.device],
+    hold: bool = True,
 ) -> list[LayerEvidence] | None:
-    """The evidence under ``key``, one per layer and on its device; None when there is none."""
+    """The evidence under ``key``, one per layer and on its device; None when there is none.
+
+    ``hold``: in memory too, as long as the model is there.
+    """
     known = _known(model, key)
     if key not in known:
         data = kept.read(cache_folder(cache_dir) / "calibration", key, SUFFIX)
         found = None if data is None else _unpacked(data, devices)
         if found is None:
             return None
+        if not hold:
+            return found
         known[key] = found
     return known[key]
 
@@ -76,15 +85,19 @@ def keep(
     cache_dir: str | None,
     evidence: list[LayerEvidence],
     about: Mapping[str, str],
+    hold: bool = True,
 ) -> None:
-    """Keep evidence; ``about``: words for whoever looks into the file.
+    """Keep evidence; ``about``: words for whoever looks into the file; ``hold``: as of ``find``.
 
     Raises ``LoadError`` when the disk does not take it; it is in memory then.
     """
-    _known(model, key)[key] = evidence
+    known = _known(model, key)
+    known[key] = evidence
     if not any(parameter.is_meta for parameter in model.parameters()):
         folder = cache_folder(cache_dir) / "calibration"
         kept.write(folder, key, SUFFIX, _packed(evidence, about))
+        if not hold:
+            del known[key]
 
 
 def _known(model: nn.Module, key: str) -> dict[str, list[LayerEvidence]]:

@@ -30,8 +30,11 @@ Say = Callable[[str], None]
 VERSION = 3
 """Of what is learnt and how: another one finds nothing of the old in the cache."""
 
-REACH, CURVATURE, BASIS, SCORE = "reach", "curvature", "basis", "score"
-"""Parts that are no sums over tokens under a name of their own (``SUMS``), and a score's sum."""
+TEXT, REACH, CURVATURE, BASIS, SCORE = "text", "reach", "curvature", "basis", "score"
+"""Parts that are no sums over tokens under a name of their own (``SUMS``), and a score's sum.
+
+The text is read from the disk where it is needed, and not held.
+"""
 
 SUMS = {
     "signed": ("signed",),
@@ -69,7 +72,7 @@ class Lesson:
     def find(self, names: Sequence[str]) -> dict[str, Part]:
         """The parts of ``names`` that are known already: those of the text that is known."""
         found = dict[str, Part]()
-        if any(name != REACH for name in names):
+        if self.text is None and any(name != REACH for name in names):
             self._recall_text()
         for name in names:
             if name == REACH or self.text is not None:
@@ -127,12 +130,12 @@ class Lesson:
         )
 
     def _recall_text(self) -> None:
-        found = self._find("text", [torch.device("cpu")], {})
+        found = self._find(TEXT, [torch.device("cpu")], {})
         self.text = None if found is None else found[0].sums["ids"].total
 
     def _write_text(self, prior: PriorConfig) -> None:
         self.text = self._written(prior)
-        self._keep("text", [LayerEvidence({"ids": Sum(self.text, 1.0)})], {})
+        self._keep(TEXT, [LayerEvidence({"ids": Sum(self.text, 1.0)})], {})
 
     def _written(self, prior: PriorConfig) -> Tensor:
         """What the model writes by itself, [n, T] int64 on the host."""
@@ -152,12 +155,12 @@ class Lesson:
         self, name: str, devices: Sequence[torch.device], known: dict[str, Part]
     ) -> Part | None:
         key = self._key(name, known)
-        return calibration_cache.find(self.model, key, self.cache_dir, devices)
+        return calibration_cache.find(self.model, key, self.cache_dir, devices, name != TEXT)
 
     def _keep(self, name: str, part: Part, known: dict[str, Part]) -> None:
         about, key = {"note": f"what dart_llm learnt of a model: {name}"}, self._key(name, known)
         try:
-            calibration_cache.keep(self.model, key, self.cache_dir, part, about)
+            calibration_cache.keep(self.model, key, self.cache_dir, part, about, name != TEXT)
         except LoadError as error:
             if not self.unkept:  # one sentence is enough for all parts
                 self.say(f"what was learnt is not kept for the next time: {error}")
@@ -175,7 +178,7 @@ class Lesson:
         """
         if name == REACH:
             return [self.config.score.proxy_embedding]
-        if name == "text":
+        if name == TEXT:
             prior = self.config.prior
             assert prior is not None
             first = self.start if self.opening is None else digest_of(self.opening)
