@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -199,3 +200,14 @@ class Same:
         for part, value in self.before.items():
             assert after[part] == value, part
         assert torch.equal(decode(self.model, self.ids, 8), self.logits)
+
+
+def storages() -> dict[int, int]:
+    """Memory that tensors hold: bytes by address."""
+    gc.collect()
+    found = {}
+    for thing in gc.get_objects():
+        if type(thing) in (Tensor, nn.Parameter) and not thing.is_meta:
+            storage = thing.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found

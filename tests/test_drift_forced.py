@@ -158,7 +158,8 @@ def test_a_moment_before_the_first_masks_changes_nothing() -> None:
     with TimedRun(model, own, [5, 10]) as run:
         fast = losses(model, run, found)
     with Run(model, own) as run:
-        assert losses(model, run, found)[1:] == pytest.approx(fast[1:], abs=1e-5)
+        # processors multiply float32 in different orders
+        assert losses(model, run, found)[1:] == pytest.approx(fast[1:], abs=3e-5)
     assert [(r.step, r.cause) for r in run.remasks] == [(20, "first")]
 
 

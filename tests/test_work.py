@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dart_llm import prune
 from dart_llm.fingerprint import digest_of
-from steps import decode, new_cache, selections, shared_model, step
+from steps import decode, new_cache, selections, shared_model, step, storages
 from tiny import NAMES, tiny, tokens
 
 SKIPPING = tuple(name for name in NAMES if not name.startswith("opt"))
@@ -126,16 +125,6 @@ def test_buffers_are_refilled_in_place(name: str, method: str) -> None:
         assert torch.equal(contents[-1], down.down_proj.weight[:, kept])
 
 
-def _storages() -> dict[int, int]:
-    gc.collect()
-    found = {}
-    for thing in gc.get_objects():
-        if type(thing) in (Tensor, torch.nn.Parameter) and not thing.is_meta:
-            storage = thing.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-    return found
-
-
 @pytest.mark.parametrize("executor", ["auto", "masked"])
 @pytest.mark.parametrize(
     ("name", "method"),
@@ -152,10 +141,10 @@ def test_extra_memory_is_what_is_held(name: str, method: str, executor: str) -> 
     model, ids = tiny(name), tokens(1, 75)
     decode(model, ids, 70)
     digest_of(torch.zeros(2048))  # whose factors stay, once per process
-    before = _storages()
+    before = storages()
     with prune(model, method, sparsity=0.5, executor=executor) as run:
         decode(model, ids, 70)
-        held = sum(size for place, size in _storages().items() if place not in before)
+        held = sum(size for place, size in storages().items() if place not in before)
         said = run.report().extra_memory_bytes
     assert held == pytest.approx(said, rel=0.02)
     assert said > 1000
