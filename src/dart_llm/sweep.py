@@ -73,7 +73,7 @@ def run_sweep(
 
     ``workers``: processes of the ray engine; None lets it choose.  ``on_cell`` gets every
     document as it is computed; the folder's tables hold it by then.  ``on_end`` gets the result and
-    may write further files; only after it is the folder finished, and what it raises leaves a folder
+    may write further files; the folder is finished after it alone, and what it raises leaves one
     that the same cells resume.  An interruption keeps what was computed and is raised again.
     Raises ``ConfigError`` for no cells or an unknown engine, ``MissingExtra`` when ray is not
     installed, ``ResultsError`` when the folder cannot be written.
