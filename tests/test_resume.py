@@ -54,6 +54,17 @@ assert lock
 print("held", flush=True)
 sys.stdin.read()
 """
+START = """\
+import os, signal, sys, time
+from pathlib import Path
+from dart_llm.folder_lock import take
+lock = take(Path(sys.argv[1]))
+assert lock
+if os.fork():
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(0.3)
+os._exit(0)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +150,16 @@ def test_a_folder_that_another_process_writes_is_left_alone(
         process.wait()
         assert not is_taken(left)
         assert open_folder(tmp_path, "x", {}).path == left
+
+
+def test_what_a_killed_run_was_starting_does_not_keep_its_folder(tmp_path: Path) -> None:
+    """Until a new process begins its own program, it holds the locks of the one that starts it."""
+    left = unfinished(tmp_path)
+    done = subprocess.run([sys.executable, "-c", START, str(left)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    with (left / ".lock").open() as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    assert open_folder(tmp_path, "x", {}).path == left
 
 
 def test_a_number_that_was_given_again_does_not_keep_a_folder(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def _remove_empty(base: Path) -> None:
         with contextlib.suppress(OSError):  # a run that begins in one meanwhile keeps it
             if not _STAMP.fullmatch(folder.name) or not _names(folder) <= _FIRST:
                 continue
-            lock = take(folder)
+            lock = None if is_taken(folder) else take(folder)
             if lock is not None:
                 if _names(folder) <= _FIRST:
                     (folder / _CONFIG_PART).unlink(missing_ok=True)
