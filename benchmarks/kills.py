@@ -4,7 +4,8 @@ Each command runs once to its end, undisturbed.  Then it is killed with SIGKILL 
 again and again, and started anew until it ends.  After every kill the parts and cells that were
 finished must be the ones of the next look; at the end there must be one folder, with every file of
 the undisturbed run and the same contents.  Left out are times and the process's number; of logs and
-pages, which hold times, it is only asked whether they are there.  Moments are spread over the whole
+pages, which hold times, it is only asked whether they are there.  Of a run killed after all was
+written the file of its lock may stay, which no longer locks anything.  Moments are spread over the whole
 life of a command.  A part of the runs meets a full disk on a small file system first (mounting one
 needs root; without it a limit on the size of files stands for it).
 
@@ -44,13 +45,15 @@ import torch
 from common import parser, save
 from kills_place import COMMANDS, OPTIONS, SERVE, write_place
 
+from dart_llm.folder_lock import LOCK
+
 VOLATILE = {"seconds", "phases", "timing", "started", "finished", "date", "speed_up", "process"}
 """Keys of results whose values are times, or a process's number."""
 THERE = {".log", ".html"}
 """Endings of files that hold times between words: these must be there."""
 LONGEST = 300.0
 """Seconds after which a run hangs."""
-MOST = 10
+MOST = 4
 """Kills of one run before it may end."""
 SHARES = {"run": 25, "eval": 15, "sweep": 20, "compare": 10, "drift": 20, "serve": 10}
 """Kills of each command, per hundred."""
@@ -139,7 +142,7 @@ def outcome(results: Path) -> dict[str, Any]:
         elif path.suffix in (".json", ".jsonl"):
             texts = path.read_text().split("\n") if path.suffix == ".jsonl" else [path.read_text()]
             found[name] = [still(json.loads(text)) for text in texts if text]
-        elif path.is_file():
+        elif path.is_file() and path.name != LOCK:
             found[name] = path.read_bytes().hex()
     return found
 

@@ -24,7 +24,7 @@ LOCK = ".lock"
 _TRIES = 5
 """A folder that is merely looked at is locked for an instant."""
 _ORPHANS = 100
-"""Looks at a lock whose writer is dead: a process that it was starting may hold it for an instant."""
+"""Looks at a lock whose writer is dead: what that was starting holds it until it is begun."""
 _TAKEN = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 
 
