@@ -5,9 +5,9 @@ again and again, and started anew until it ends.  After every kill the parts and
 finished must be the ones of the next look; at the end there must be one folder, with every file of
 the undisturbed run and the same contents.  Left out are times and the process's number; of logs and
 pages, which hold times, it is only asked whether they are there.  Of a run killed after all was
-written the file of its lock may stay, which no longer locks anything.  Moments are spread over the whole
-life of a command.  A part of the runs meets a full disk on a small file system first (mounting one
-needs root; without it a limit on the size of files stands for it).
+written the file of its lock may stay, which no longer locks anything.  Moments are spread over the
+whole life of a command.  A part of the runs meets a full disk on a small file system first
+(mounting one needs root; without it a limit on the size of files stands for it).
 
 Commands are forked from one process that has imported everything, so that kills hit work.
 
