@@ -2,8 +2,11 @@
 
 Each command runs once to its end, undisturbed.  Then it is killed with SIGKILL at a random moment,
 again and again, and started anew until it ends.  After every kill the parts and cells that were
-finished must be the ones of the next look; at the end the results must equal those of the
-undisturbed run, times aside.  A part of the runs meets a full disk on a small file system first
+finished must be the ones of the next look; at the end there must be one folder, with every file of
+the undisturbed run and the same contents.  Left out are times and the process's number; of logs and
+pages, which hold times, it is only asked whether they are there.  Of a run killed after all was
+written the file of its lock may stay, which no longer locks anything.  Moments are spread over the
+whole life of a command.  A part of the runs meets a full disk on a small file system first
 (mounting one needs root; without it a limit on the size of files stands for it).
 
 Commands are forked from one process that has imported everything, so that kills hit work.
@@ -42,12 +45,15 @@ import torch
 from common import parser, save
 from kills_place import COMMANDS, OPTIONS, SERVE, write_place
 
-VOLATILE = {"seconds", "phases", "timing", "started", "finished", "date", "speed_up"}
-"""Keys of results whose values are times."""
-LEFT_OUT = ("config.json", "timing.json", ".lock")
+from dart_llm.folder_lock import LOCK
+
+VOLATILE = {"seconds", "phases", "timing", "started", "finished", "date", "speed_up", "process"}
+"""Keys of results whose values are times, or a process's number."""
+THERE = {".log", ".html"}
+"""Endings of files that hold times between words: these must be there."""
 LONGEST = 300.0
 """Seconds after which a run hangs."""
-MOST = 10
+MOST = 4
 """Kills of one run before it may end."""
 SHARES = {"run": 25, "eval": 15, "sweep": 20, "compare": 10, "drift": 20, "serve": 10}
 """Kills of each command, per hundred."""
@@ -123,20 +129,20 @@ def complete(results: Path) -> bool:
 
 
 def outcome(results: Path) -> dict[str, Any]:
-    """The files of the one folder of a run that began, without times."""
-    (config,) = results.glob("*/*/config.json")
-    folder = config.parent
-    status = json.loads(config.read_text())["status"]
+    """The files of the one folder, without times."""
+    folder, *more = sorted(results.glob("*/*"))
+    assert not more, f"more than one folder or file: {[folder, *more]}"
+    status = json.loads((folder / "config.json").read_text())["status"]
     assert status == "complete", f"{folder} is {status}"
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if not path.is_file() or path.name in LEFT_OUT or path.suffix in (".log", ".html", ".png"):
-            continue
-        if path.suffix in (".json", ".jsonl"):
+        name = path.relative_to(folder).as_posix().replace(folder.name, "TIME")
+        if path.suffix in THERE or path.name == "timing.json":
+            found[name] = path.stat().st_size > 0
+        elif path.suffix in (".json", ".jsonl"):
             texts = path.read_text().split("\n") if path.suffix == ".jsonl" else [path.read_text()]
             found[name] = [still(json.loads(text)) for text in texts if text]
-        elif path.suffix not in (".svg", ".pdf", ".md"):
+        elif path.is_file() and path.name != LOCK:
             found[name] = path.read_bytes().hex()
     return found
 
@@ -157,6 +163,8 @@ class Tally:
     runs_to_the_end: int = 0
     kept: int = 0
     """Finished parts and cells that were looked for again after a kill or a full disk."""
+    moments: list[float] = field(default_factory=list)
+    """When kills came, as shares of the time that the command takes undisturbed."""
     lost: list[str] = field(default_factory=list)
     differ: list[str] = field(default_factory=list)
 
@@ -166,12 +174,21 @@ class Campaign:
 
     def __init__(self, name: str, place: Path, chance: random.Random) -> None:
         self.name, self.chance, self.tally = name, chance, Tally()
-        self.results, self.log = place / f"results-{name}", place / f"{name}.log"
+        self.disk, self.log, self.moments = place / name, place / f"{name}.log", spread(chance)
+        self.results = self.disk / "results"
+        self.disk.mkdir()
+        self.expected, _ = self.undisturbed()
+        again, self.seconds = self.undisturbed()  # the first one waits for files and caches
+        assert again == self.expected, f"two undisturbed runs of {name} differ"
+
+    def undisturbed(self) -> tuple[dict[str, Any], float]:
+        """What a run of its own leaves, and how many seconds it takes."""
         began = time.monotonic()
         self.to_the_end()
-        self.seconds = time.monotonic() - began
-        self.expected = outcome(self.results)
+        seconds = time.monotonic() - began
+        found = outcome(self.results)
         shutil.rmtree(self.results)
+        return found, seconds
 
     def start(self, limit: int | None = None) -> int:
         place = ["--results-dir", str(self.results), *OPTIONS]
@@ -185,33 +202,30 @@ class Campaign:
         """Kill up to ``most`` times, then let it end."""
         seen: dict[str, Any] = {}
         for _ in range(most):
-            child = self.start()
-            began = time.monotonic()
-            if wait(child, self.chance.uniform(0, 0.9 * self.seconds)) is not None:
-                self.seconds = min(self.seconds, time.monotonic() - began)  # else kills come late
+            child, moment = self.start(), next(self.moments)
+            if wait(child, moment * self.seconds) is not None:
                 break
             kill(child)
             self.tally.kills += 1
+            self.tally.moments.append(round(moment, 3))
             if complete(self.results):
                 break
             seen = self.look(seen)
         self.end(seen)
 
-    def fill(self) -> None:
-        """Let the disk be full at a random moment; make room and go on."""
-        home = self.results
-        with small_disk(home.with_name(f"disk-{self.name}")) as (disk, mounted):
-            self.results = disk / "results"
+    def fill(self) -> bool:
+        """Let the disk be full at a random moment, make room and go on; whether the run met it."""
+        with small_disk(self.disk) as mounted:
             child = self.start(None if mounted else self.chance.randint(200, 20_000))
-            code = wait(child, self.chance.uniform(0.1, 0.9) * self.seconds)
-            filler = disk / "filler"
+            code = wait(child, next(self.moments) * self.seconds)
+            filler = self.disk / "filler"
             if mounted:
                 fill_up(filler)
             code = wait(child, LONGEST) if code is None else code
             filler.unlink(missing_ok=True)
             self.tally.full_disks += code != 0
             self.end(self.look({}))
-        self.results = home
+        return code != 0
 
     def look(self, seen: dict[str, Any]) -> dict[str, Any]:
         """What is finished now; what was at the last look must be among it, unchanged."""
@@ -236,7 +250,7 @@ class Serving:
     """``dart-llm serve``: killed while it starts or answers, then asked again."""
 
     def __init__(self, place: Path, chance: random.Random) -> None:
-        self.chance, self.tally, self.log = chance, Tally(), place / "serve.log"
+        self.moments, self.tally, self.log = spread(chance), Tally(), place / "serve.log"
         began = time.monotonic()
         child, port = self.start()
         self.expected = ask(port)
@@ -251,17 +265,26 @@ class Serving:
         """Kill it up to ``most`` times, the last time after its answer was compared."""
         for _ in range(most - 1):
             child, port = self.start()
-            moment = time.monotonic() + self.chance.uniform(0, self.seconds)
+            share = next(self.moments)
+            moment = time.monotonic() + share * self.seconds
             with contextlib.suppress(OSError):
                 ask(port, moment)
             wait(child, max(0.0, moment - time.monotonic()))
             kill(child)
             self.tally.kills += 1
+            self.tally.moments.append(round(share, 3))
         child, port = self.start()
         self.tally.differ += [] if ask(port) == self.expected else ["answer"]
         self.tally.runs_to_the_end += 1
         kill(child)
         self.tally.kills += 1
+        self.tally.moments.append(1.0)
+
+
+def spread(chance: random.Random) -> Iterator[float]:
+    """Random shares of a life: of every ten, one in each tenth."""
+    while True:
+        yield from ((tenth + chance.random()) / 10 for tenth in chance.sample(range(10), 10))
 
 
 def ask(port: int, until: float | None = None) -> str:
@@ -298,17 +321,15 @@ def fill_up(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[tuple[Path, bool]]:
-    """A file system of 64 MiB at ``folder``; the folder and False where none can be mounted."""
-    folder.mkdir(exist_ok=True)
+def small_disk(folder: Path) -> Iterator[bool]:
+    """A file system of 64 MiB at ``folder``; False where none can be mounted."""
     command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
     mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
     try:
-        yield folder, mounted
+        yield mounted
     finally:
         if mounted:
             subprocess.run(["umount", str(folder)], check=True)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def campaign(place: Path, names: Sequence[str], args: argparse.Namespace) -> dict[str, Tally]:
@@ -327,7 +348,7 @@ def campaign(place: Path, names: Sequence[str], args: argparse.Namespace) -> dic
     while waiting and time.monotonic() < end:
         one, wanted = waiting.pop(0)
         if wanted < 0 and isinstance(one, Campaign):
-            one.fill()
+            waiting += [] if one.fill() else [(one, wanted)]
         elif one.tally.kills < wanted:
             one.kill(min(MOST, wanted - one.tally.kills))
             waiting.append((one, wanted))
@@ -338,8 +359,11 @@ def campaign(place: Path, names: Sequence[str], args: argparse.Namespace) -> dic
 def import_everything() -> None:
     """What commands import, once, before they are forked; pictures are left out."""
     sys.modules["matplotlib"] = None  # type: ignore[assignment]  # they would take most of the time
-    for module in ("cli job measure_job compare_job drift_job serve_app report").split():
+    jobs = "cli job measure_job compare_job drift_job serve_app"
+    ends = "stats compare_files report report_compare report_drift drift_plots"
+    for module in (*jobs.split(), *ends.split()):
         importlib.import_module(f"dart_llm.{module}")
+    importlib.import_module("scipy.stats")
     torch.set_num_threads(1)
 
 

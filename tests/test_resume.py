@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dart_llm import (
+    compare_files,
     detection_job,
     drift_job,
     folder_lock,
@@ -51,6 +53,17 @@ lock = take(Path(sys.argv[1]))
 assert lock
 print("held", flush=True)
 sys.stdin.read()
+"""
+START = """\
+import os, signal, sys, time
+from pathlib import Path
+from dart_llm.folder_lock import take
+lock = take(Path(sys.argv[1]))
+assert lock
+if os.fork():
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(0.3)
+os._exit(0)
 """
 
 
@@ -139,6 +152,16 @@ def test_a_folder_that_another_process_writes_is_left_alone(
         assert open_folder(tmp_path, "x", {}).path == left
 
 
+def test_what_a_killed_run_was_starting_does_not_keep_its_folder(tmp_path: Path) -> None:
+    """Until a new process begins its own program, it holds the locks of the one that starts it."""
+    left = unfinished(tmp_path)
+    done = subprocess.run([sys.executable, "-c", START, str(left)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    with (left / ".lock").open() as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    assert open_folder(tmp_path, "x", {}).path == left
+
+
 def test_a_number_that_was_given_again_does_not_keep_a_folder(tmp_path: Path) -> None:
     left = unfinished(tmp_path, process=os.getppid())
     (left / ".lock").write_text(json.dumps({**folder_lock._writer(), "process": os.getppid()}))
@@ -198,6 +221,74 @@ def test_a_run_killed_at_its_very_end_is_finished_by_the_next(
     assert second.generations == json.loads(json.dumps(first.generations))
     assert len((first.path / "report.html").read_bytes()) == pytest.approx(len(report), rel=0.01)
     assert run_job(wanted, Ui(quiet=True)).path != first.path
+
+
+def test_a_folder_that_a_kill_left_empty_goes_with_the_next_run(tmp_path: Path) -> None:
+    base = tmp_path / "x"
+    empty, begun, held, kept = (base / f"20260101-00000{n}" for n in range(4))
+    for folder in (empty, begun, held, kept, base / "notes"):
+        folder.mkdir(parents=True)
+    for name in (".lock", ".config.json.part"):
+        (begun / name).touch()
+    (kept / "notes.txt").touch()
+    with held_elsewhere(held):
+        new = open_folder(tmp_path, "x", {}).path
+    assert set(base.iterdir()) == {held, kept, base / "notes", new}
+    assert [path.name for path in kept.iterdir()] == ["notes.txt"]
+
+
+def test_a_new_folder_that_another_removes_as_empty_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed = []
+
+    def slow(folder: Path) -> Any:
+        if not removed:
+            removed.append(folder.rmdir())
+        return take(folder)
+
+    monkeypatch.setattr(results, "take", slow)
+    folder = open_folder(tmp_path, "x", {})
+    assert removed and folder.path.name.endswith("-1") and is_taken(folder.path)
+
+
+def test_a_disk_that_takes_no_byte_is_said_and_nothing_stays(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(ResultsError, match="cannot write results to"):
+            open_folder(tmp_path, "x", {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "x").iterdir()) == []
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError(errno.ENOSPC, "no space left")])
+def test_a_sweep_is_finished_when_its_comparison_is_written(
+    stop: Any, gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill at the same place leaves what config.json says then: running."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("the birds of winter. " * 400)
+    command = [*COMMANDS["sweep"], "--model", str(gpt2), "--sparsities", "0.5", "--limit", "1"]
+    command += ["--prompt-tokens", "32", "--scored-tokens", "16"]
+    seen = []
+
+    def stops(*arguments: Any) -> None:
+        (config,) = Path("results").rglob("config.json")
+        seen.append(json.loads(config.read_text())["status"])
+        raise stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare_files, "write_all", stops)
+        assert CliRunner().invoke(app, command).exit_code != 0
+    (left,) = Path("results/sweep").iterdir()
+    assert seen == ["running"] and not (left / "compare.json").exists()
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0 and f"resuming {left}: 1 of 1 cells are finished" in done.stderr
+    assert json.loads((left / "config.json").read_text())["status"] == "complete"
+    assert len(json.loads((left / "compare.json").read_text())["rows"]) == 1
+    assert ", took " in (left / "report.html").read_text()
 
 
 # --- the identity -------------------------------------------------------------------------------

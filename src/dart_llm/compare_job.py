@@ -15,7 +15,7 @@ from dart_llm.errors import CellsFailed, MissingExtra
 from dart_llm.grid import GridSpec, collect, expand
 from dart_llm.measure import check_calibration, check_task
 from dart_llm.settings_base import BaseSettings, from_environment
-from dart_llm.sweep import SweepPlace, run_sweep
+from dart_llm.sweep import SweepPlace, SweepResult, run_sweep
 from dart_llm.sweep_plan import Plan, plan, plan_table
 from dart_llm.trackers import open_tracker
 from dart_llm.ui import Ui
@@ -78,11 +78,10 @@ def run(request: SweepRequest, ui: Ui) -> dict[str, Any]:
 
     Raises ``CellsFailed`` after everything is written when a cell failed.
     """
-    from dart_llm import compare, compare_files, compare_tables, report_compare
-
     cells = _cells(request)
     config = request.grid.model_dump(mode="json")
     name = f"{request.experiment}"
+    documents: list[dict[str, Any]] = []
     with open_tracker(request.tracker, "dart-llm", name, config, request.root) as tracker:
         if tracker.where:
             ui.say(tracker.where)
@@ -91,20 +90,16 @@ def run(request: SweepRequest, ui: Ui) -> dict[str, Any]:
             if row.get("measurement"):
                 tracker.log_measurement(row["measurement"], str(row.get("label")))
 
-        result = run_sweep(cells, request.place, ui, request.engine, request.workers, track)
-    try:
-        rows = compare.rows(result.results)
-        compare_files.write_all(result.path, rows)
-        for table in compare_tables.rich_tables(rows):
-            ui.table(table)
-        ui.say(compare_tables.summary(rows))
-        _write_pictures(result.path, rows, ui)
-        ui.say(f"report: {report_compare.write(result.path, rows)}")
-        document = compare_files.document(rows)
-    except MissingExtra as error:
-        ui.say(f"no tables of comparison: {error}")
-        document = {"cells": list(result.results)}
-    document = {"folder": str(result.path), "computed": result.computed, **document}
+        result = run_sweep(
+            cells,
+            request.place,
+            ui,
+            request.engine,
+            request.workers,
+            track,
+            on_end=lambda result: documents.append(_write_comparison(result, ui)),
+        )
+    document = {"folder": str(result.path), "computed": result.computed, **documents[0]}
     if result.failed:
         first = result.failed[0]
         raise CellsFailed(
@@ -113,6 +108,24 @@ def run(request: SweepRequest, ui: Ui) -> dict[str, Any]:
             document,
         )
     return document
+
+
+def _write_comparison(result: SweepResult, ui: Ui) -> dict[str, Any]:
+    """Tables, plots and the report of all cells; the comparison as data."""
+    from dart_llm import compare, compare_files, compare_tables, report_compare
+
+    try:
+        rows = compare.rows(result.results)
+        compare_files.write_all(result.path, rows)
+        for table in compare_tables.rich_tables(rows):
+            ui.table(table)
+        ui.say(compare_tables.summary(rows))
+        _write_pictures(result.path, rows, ui)
+        ui.say(f"report: {report_compare.write(result.path, rows)}")
+        return compare_files.document(rows)
+    except MissingExtra as error:
+        ui.say(f"no tables of comparison: {error}")
+        return {"cells": list(result.results)}
 
 
 def _write_pictures(folder: Path, rows: Any, ui: Ui) -> None:

@@ -23,6 +23,8 @@ from dart_llm.process_state import is_alive
 LOCK = ".lock"
 _TRIES = 5
 """A folder that is merely looked at is locked for an instant."""
+_ORPHANS = 100
+"""Looks at a lock whose writer is dead: what that was starting holds it until it is begun."""
 _TAKEN = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 
 
@@ -73,7 +75,13 @@ def is_taken(folder: Path) -> bool:
     except OSError:
         return False
     try:
-        return not _lock(handle, folder / LOCK, shared=True)
+        for _ in range(_ORPHANS):
+            if _lock(handle, folder / LOCK, shared=True):
+                return False
+            if _lives(_read(folder / LOCK)):
+                return True
+            time.sleep(0.01)
+        return True
     finally:
         os.close(handle)
 

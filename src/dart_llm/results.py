@@ -11,15 +11,16 @@ import contextlib
 import datetime
 import json
 import math
-import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dart_llm.errors import ResultsError
-from dart_llm.folder_lock import FolderLock, is_taken, take
+from dart_llm.folder_lock import LOCK, FolderLock, is_taken, take
 from dart_llm.jsonl import append_row, whole_rows
 
 PARTS = "parts.jsonl"
@@ -32,6 +33,10 @@ _NAMED = {
     "layer_topk": "the layer table",
 }
 """Inputs whose name says too little."""
+_STAMP = re.compile(r"\d{8}-\d{6}(-\d+)?")
+_CONFIG_PART = ".config.json.part"
+_FIRST = {LOCK, _CONFIG_PART}
+"""All that a run writes before its folder says what it is."""
 MIN_FREE_BYTES = 50 * 2**20
 SCHEMA = 1
 
@@ -100,9 +105,8 @@ def open_folder(
     base = root / experiment
     try:
         base.mkdir(parents=True, exist_ok=True)
-        probe = base / f".write-test-{os.getpid()}"
-        probe.write_text("x", encoding="utf-8")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=base, buffering=0) as probe:  # nothing of it stays
+            probe.write(b"x")
         free = shutil.disk_usage(base).free
     except OSError as error:
         raise ResultsError(
@@ -115,11 +119,12 @@ def open_folder(
             "another folder with --results-dir"
         )
     try:
+        _remove_empty(base)
         found = None if fresh else _resume(base, settings)
         if isinstance(found, ResultsFolder):
             return found
-        folder = _new_folder(base)
-        return ResultsFolder(folder, {}, False, take(folder), found or "")
+        folder, lock = _new_folder(base)
+        return ResultsFolder(folder, {}, False, lock, found or "")
     except OSError as error:
         raise ResultsError(f"cannot write to {base}: {error.strerror or error}") from None
 
@@ -142,15 +147,31 @@ def _resume(base: Path, settings: Mapping[str, Any]) -> ResultsFolder | str | No
     return why
 
 
-def _new_folder(base: Path) -> Path:
+def _remove_empty(base: Path) -> None:
+    """Remove folders of runs that were killed before they wrote their first file."""
+    for folder in base.iterdir():
+        with contextlib.suppress(OSError):  # a run that begins in one meanwhile keeps it
+            if not _STAMP.fullmatch(folder.name) or not _names(folder) <= _FIRST:
+                continue
+            lock = None if is_taken(folder) else take(folder)
+            if lock is not None:
+                if _names(folder) <= _FIRST:
+                    (folder / _CONFIG_PART).unlink(missing_ok=True)
+                lock.release()
+                folder.rmdir()
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def _new_folder(base: Path) -> tuple[Path, FolderLock | None]:
     stamp = now().strftime("%Y%m%d-%H%M%S")
     for number in range(1000):
         folder = base / (stamp if number == 0 else f"{stamp}-{number}")
-        try:
+        with contextlib.suppress(FileExistsError, FileNotFoundError):  # removed as an empty one
             folder.mkdir()
-        except FileExistsError:
-            continue
-        return folder
+            return folder, take(folder)
     raise ResultsError(f"too many results folders of the same second in {base}")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from dart_llm import sweep_cell
 from dart_llm.cell import Cell
 from dart_llm.errors import ConfigError, ResultsError, UnknownName
-from dart_llm.results import write_text
+from dart_llm.results import now, write_text
 from dart_llm.sweep_cell import DONE
 from dart_llm.sweep_files import SweepFolder, adopt, open_sweep, read_results, read_timing
 from dart_llm.sweep_model import HeldModel
@@ -67,13 +67,16 @@ def run_sweep(
     workers: int | None = None,
     on_cell: Callable[[dict[str, Any]], None] | None = None,
     compute: Compute = sweep_cell.compute,
+    on_end: Callable[[SweepResult], None] = lambda result: None,
 ) -> SweepResult:
     """Compute the cells that have no result yet, and write the folder's tables.
 
     ``workers``: processes of the ray engine; None lets it choose.  ``on_cell`` gets every
-    document as it is computed; the folder's tables hold it by then.  An interruption keeps what
-    was computed and is raised again.  Raises ``ConfigError`` for no cells or an unknown engine,
-    ``MissingExtra`` when ray is not installed, ``ResultsError`` when the folder cannot be written.
+    document as it is computed; the folder's tables hold it by then.  ``on_end`` gets the result and
+    may write further files; the folder is finished after it alone, and what it raises leaves one
+    that the same cells resume.  An interruption keeps what was computed and is raised again.
+    Raises ``ConfigError`` for no cells or an unknown engine, ``MissingExtra`` when ray is not
+    installed, ``ResultsError`` when the folder cannot be written.
     """
     if not cells:
         raise ConfigError("the sweep has no cells: name at least one model, method and task")
@@ -83,24 +86,28 @@ def run_sweep(
         raise ConfigError(f"workers {workers} must be 1 or more")
     began = time.perf_counter()
     sweep = open_sweep(place.root, place.experiment, cells, place.settings, place.fresh)
-    _greet(sweep, ui, place.fresh)
-    sweep.write_config("running", engine)
-    todo = execution_order(sweep.todo)
     held = HeldModel()
     try:
+        sweep.write_config("running", engine)
+        _greet(sweep, ui, place.fresh)
+        todo = execution_order(sweep.todo)
         sweep.write_tables()
         with contextlib.closing(_results(todo, held, ui, engine, workers, compute)) as results:
             _collect(sweep, results, todo, ui, on_cell)
-        _finish(sweep, ui, engine, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        result = SweepResult(sweep.path, tuple(sweep.rows()), len(todo), seconds)
+        _write_all(sweep, ui, engine, seconds)
+        on_end(result)
+        _write_log(sweep, ui)
+        status = "failed" if result.failed else "complete"
+        sweep.write_config(status, engine, _device(sweep))  # the last file: nothing is missing
     except BaseException as error:
         _keep(sweep, ui, engine, error, time.perf_counter() - began)
         raise
     finally:
         held.forget()
         sweep.folder.release()
-    return SweepResult(
-        sweep.path, tuple(sweep.rows()), len(todo), seconds=time.perf_counter() - began
-    )
+    return result
 
 
 def execution_order(cells: Sequence[Cell]) -> list[Cell]:
@@ -227,7 +234,9 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _finish(sweep: SweepFolder, ui: Ui, engine: str, seconds: float) -> None:
+def _write_all(sweep: SweepFolder, ui: Ui, engine: str, seconds: float) -> None:
+    """What is made of all cells, and ``config.json`` with what a page says of device and time."""
+    sweep.finished = now().isoformat()
     sweep.write_tables()
     sweep.write_masks()
     sweep.write_timing(seconds)
@@ -237,8 +246,7 @@ def _finish(sweep: SweepFolder, ui: Ui, engine: str, seconds: float) -> None:
             f"{len(failed)} of {len(sweep.cells)} cells failed; the same command tries them again"
         )
     ui.say(f"results: {sweep.path}")
-    _write_log(sweep, ui)
-    sweep.write_config("failed" if failed else "complete", engine, _device(sweep))
+    sweep.write_config("running", engine, _device(sweep))
 
 
 def _keep(sweep: SweepFolder, ui: Ui, engine: str, error: BaseException, seconds: float) -> None:

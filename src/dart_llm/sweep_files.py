@@ -35,12 +35,16 @@ _ACCOUNTING = ("achieved_sparsity", "sparsity_while_pruned", "dense_token_share"
 
 @dataclass
 class SweepFolder:
-    """A results folder with one folder per cell.  ``documents``: finished and failed cells."""
+    """A results folder with one folder per cell.
+
+    ``finished``: when all cells were there.  ``documents``: finished and failed cells.
+    """
 
     folder: ResultsFolder
     cells: tuple[Cell, ...]
     settings: Mapping[str, Any]
     started: str = field(default_factory=lambda: now().isoformat())
+    finished: str | None = None
     documents: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -93,7 +97,8 @@ class SweepFolder:
 
     def write_config(self, status: str, engine: str, device: str | None = None) -> None:
         """``config.json``: what the sweep is, how far it came, and where it ran."""
-        over = status != "running"
+        if status != "running" and self.finished is None:
+            self.finished = now().isoformat()
         document = {
             "schema": SCHEMA,
             "status": status,
@@ -107,7 +112,7 @@ class SweepFolder:
             "git": git_state(Path(__file__).parent),
             "machine": machine(device),
             "started": self.started,
-            "finished": now().isoformat() if over else None,
+            "finished": self.finished,
         }
         write_json(self.path / "config.json", document)
 
@@ -135,12 +140,8 @@ def open_sweep(
     identity = {**(settings or {}), "sweep": list(plain), INPUTS: plain}
     folder = open_folder(root, experiment, identity, fresh)
     sweep = SweepFolder(folder, tuple(cells), identity)
-    try:
-        (folder.path / CELLS).mkdir(exist_ok=True)
-        for left in (folder.path / CELLS).glob(f"{_PARTIAL}*"):
-            shutil.rmtree(left, ignore_errors=True)  # what was being written when a run stopped
-    except OSError as error:
-        raise ResultsError(f"cannot write to {folder.path}: {error.strerror or error}") from None
+    for left in (folder.path / CELLS).glob(f"{_PARTIAL}*"):
+        shutil.rmtree(left, ignore_errors=True)  # what was being written when a run stopped
     for cell in sweep.cells:
         document = read_document(folder.path / CELLS / cell.key, cell.key)
         if document is not None:
@@ -181,7 +182,7 @@ def write_cell(cells: Path, key: str, files: Mapping[str, bytes]) -> None:
     old = cells / f"{_PARTIAL}{os.getpid()}-old-{key}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        partial.mkdir(parents=True)
         for name, data in files.items():
             with (partial / name).open("wb") as file:
                 file.write(data)
