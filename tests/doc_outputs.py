@@ -13,7 +13,9 @@ _REST = (" ...", " …")
 LEFT_OUT = "…"
 """A line that stands for others."""
 _SPEAKER = re.compile(r"--- [\w -]+ ---$")
-_PROGRESS = re.compile(r"(?:loading|learning|the model writes|fetching|converting|making) ")
+_PROGRESS = re.compile(
+    r"(?:loading|learning|the model writes|fetching|converting|making) |perplexity on \S+: # of #$"
+)
 NUMBER = "#"
 
 
