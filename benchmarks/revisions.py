@@ -92,6 +92,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--old", required=True, help="the revision to compare with")
     options.add_argument("--model", default="smollm2-135m", help="as in dart-llm run")
+    options.add_argument("--rows", default="", help="only rows whose names hold one of these words")
     options.add_argument("--tokens", type=int, default=96, help="timed tokens of a turn")
     options.add_argument("--prompt", type=int, default=128, help="tokens before them")
     options.add_argument("--rounds", type=int, default=15, help="turns of each row")
@@ -112,10 +113,12 @@ def main() -> None:
 def _measure(
     workers: dict[str, Worker], args: argparse.Namespace
 ) -> dict[str, dict[str, list[float]]]:
-    turns: dict[str, dict[str, list[float]]] = {name: {"old": [], "new": []} for name in ROWS}
+    words = args.rows.split(",")
+    rows = [name for name in ROWS if any(word in name for word in words)]
+    turns: dict[str, dict[str, list[float]]] = {name: {"old": [], "new": []} for name in rows}
     order = random.Random(0)
     for number in range(args.rounds + 1):
-        for name in order.sample(list(ROWS), len(ROWS)):
+        for name in order.sample(rows, len(rows)):
             for which in order.sample(list(workers), 2):
                 found = workers[which].turn(ROWS[name], args.tokens)
                 turns[name][which] += [found] if number else []  # the first round warms up

@@ -85,6 +85,8 @@ void spoil(Dtype dtype, Weights& w) {
   w.held.wide = values;
 }
 
+constexpr int64_t BITS = 4, GROUP = 32;  // of the copies by which tokens choose
+
 Levels levels(int64_t rows, int64_t size) {
   Levels made_of{std::vector<uint8_t>(rows * size / 2),
                  made(Dtype::bf16, rows * size / GROUP, 0.3f / std::sqrt(float(size)))};
@@ -182,7 +184,8 @@ Decoder decoder_of(const Case& c) {
     made_of.bias = l.bias.empty() ? nullptr : l.bias.data();
     if (l.keep)
       made_of.copies = {c.gated ? l.gate_copy.bytes.data() : nullptr, l.up_copy.bytes.data(),
-                        c.gated ? l.gate_copy.at() : nullptr, l.up_copy.at(), l.worth.data(), l.keep};
+                        c.gated ? l.gate_copy.at() : nullptr, l.up_copy.at(), l.worth.data(),
+                        BITS, GROUP, l.keep};
     d.layers.push_back(made_of);
   }
   return d;
@@ -384,7 +387,7 @@ struct Memory {
 
 void run(const Case& c, const Decoder& d, Memory& memory, Scratch& scratch, int64_t token,
          const Plain& at, int64_t threads) {
-  scratch.begin();
+  scratch.jobs.begin();
   auto work = [&](int64_t member) {
     step(*c.kernels, d, memory.cache, token, at.cosine.data(), at.sine.data(), scratch, member);
   };
