@@ -111,6 +111,21 @@ def _eps(model: Any) -> None:
     model.model.layers[1].input_layernorm.variance_epsilon = 0.5
 
 
+def _scaling_everywhere(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 0.7
+
+
+def _eps_everywhere(model: Any) -> None:
+    for part in model.modules():
+        if hasattr(part, "variance_epsilon"):
+            part.variance_epsilon = 0.5
+
+
+def _angles(model: Any) -> None:
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+
+
 def _activation(model: Any) -> None:
     model.model.layers[1].mlp.act_fn = nn.GELU()
 
@@ -377,6 +392,9 @@ def test_a_model_that_torch_compiled_runs_compact(change: Change) -> None:
         _rotary,
         _scaling,
         _eps,
+        _scaling_everywhere,
+        _eps_everywhere,
+        _angles,
         _instance("self_attn"),
         *ODD.values(),
     ],
@@ -403,6 +421,45 @@ def test_an_ffn_that_is_changed_while_attached_is_noticed(change: Change, execut
         change(model)
         with pytest.raises(AttachError, match=r"was changed while this model is being pruned"):
             decode(model, ids, PROMPT)
+
+
+@pytest.mark.parametrize("executor", ["slim", "native"])
+def test_a_linear_that_becomes_another_class_is_noticed(executor: str) -> None:
+    model, ids = tiny(), tokens(1, PROMPT + 6)
+    kind = type("Louder", (nn.Linear,), {"forward": lambda self, x: 2 * nn.Linear.forward(self, x)})
+    with prune(model, masks=picked(), executor=executor):
+        decode(model, ids, PROMPT)
+        model.lm_head.__class__ = kind
+        with pytest.raises(AttachError, match="a linear layer was made a Louder while"):
+            decode(model, ids, PROMPT)
+
+
+@pytest.mark.parametrize("executor", ["slim", "native"])
+def test_weights_that_another_run_put_back_are_noticed(executor: str) -> None:
+    """Two models on the same weights: the order is put back when the first run ends."""
+    model, ids = tiny(), tokens(1, PROMPT + 6)
+    other = type(model)(model.config).eval()
+    for name, parameter in model.named_parameters():
+        owner, _, last = name.rpartition(".")
+        setattr(other.get_submodule(owner), last, parameter)
+    first = prune(model, masks=picked(), executor=executor).attach()
+    with prune(other, masks=picked(), executor=executor):
+        decode(other, ids, PROMPT)
+        first.detach()
+        with pytest.raises(AttachError, match="weights were replaced or moved"):
+            decode(other, ids, PROMPT)
+
+
+def test_an_embedding_that_changes_itself_is_left_alone() -> None:
+    model, ids = tiny(), tokens(1, PROMPT + 6)
+    model.model.embed_tokens.max_norm = 0.5
+    before = model.model.embed_tokens.weight.detach().clone()
+    with prune(model, masks=picked()) as run:
+        assert torch.equal(model.model.embed_tokens.weight, before)
+        found = decode(model, ids, PROMPT)
+        assert run.report().executor == "native"
+    expected, _ = _decoded(model, "masked")
+    assert apart(found, expected) < CLOSE
 
 
 # Who watches

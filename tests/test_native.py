@@ -346,3 +346,20 @@ def test_a_compiled_model_runs_compact() -> None:
     assert prune(model, "griffin", sparsity=0.5).executor == "compact"
     with pytest.raises(ConfigError, match="compiled by torch; use executor"):
         prune(model, "griffin", sparsity=0.5, executor="slim")
+
+
+@pytest.mark.parametrize("method", ["griffin", "dart-token"])
+@pytest.mark.parametrize("executor", ["masked", "native", "slim"])
+def test_a_piece_of_one_token_is_evidence_too(executor: str, method: str) -> None:
+    """A text that goes on after its cache, and a prompt in pieces: masks see every token."""
+    model, ids = tiny("llama"), tokens(1, 16)
+    options: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    found = []
+    for way in (executor, "masked"):
+        with prune(model, method, sparsity=0.5, executor=way):
+            first = model.generate(ids, prefill_chunk_size=5, **options)
+            cache = {"past_key_values": first.past_key_values}
+            second = model.generate(first.sequences, **cache, **options)
+        found.append(torch.stack([*first.logits, *second.logits]))
+    assert apart(*found) < 1e-4

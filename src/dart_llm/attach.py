@@ -151,6 +151,7 @@ class Attachment(NotCopied):
         ffns = [layer.go_native(self.layout) for layer in self.layers]
         for linear in native_linears(self.model, self._view.blocks):
             self._changes.replace(linear.module, "forward", linear.run)
+            self._watch.remember_linear(linear.module)
         if slim:
             self._take_steps(SlimDecoder(self.model, ffns))
         self._watch.remember_places()

@@ -154,7 +154,7 @@ def serve(settings: ServeSettings, ui: Ui) -> None:
                 ui.say(f"making {config.method} ready")
                 engine.prepare(config)
             service = Service(engine, tokenizer, ModelFacts.of(model, settings.model), settings)
-            service.worker.start(lambda: warm(engine, tokenizer, configs))
+            service.worker.start(lambda: warm(engine, tokenizer, configs, service.facts.context))
             page = link(settings, listening)
             ui.say(f"serving {service.facts.name} at {page} (Ctrl-C ends)")
             if settings.open:  # some browsers return only when they are closed
@@ -168,12 +168,16 @@ def serve(settings: ServeSettings, ui: Ui) -> None:
     ui.say("ended")
 
 
-def warm(engine: Any, tokenizer: Any, configs: Sequence[PruneConfig]) -> None:
+def warm(
+    engine: Any, tokenizer: Any, configs: Sequence[PruneConfig], context: int | None = None
+) -> None:
     """A few tokens dense and by every method: what is made once is made before the first request.
 
     In the model's own thread, whose pool of OpenMP threads begins with it.
     """
     ids = tuple(tokenizer(read(subjects()[0])[:WARM_CHARACTERS], verbose=False).input_ids)
+    if context is not None:
+        ids = ids[: max(1, context - WARM_TOKENS)]
     for config in (None, *configs):
         engine.run(Ask(ids, Sampling(max_tokens=WARM_TOKENS), config))
 

@@ -60,6 +60,9 @@ def why_not_step(model: Any) -> str:
         return f"is a {text.model_type} model, not one of {', '.join(sorted(TYPES))}"
     if not hasattr(model, "lm_head") or getattr(model.lm_head, "bias", None) is not None:
         return "has no plain language-model head"
+    decoder: Any = decoder_of(model)
+    if getattr(decoder.embed_tokens, "max_norm", None) is not None:
+        return "changes its embedding whenever it reads it"
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") not in STATIC_ROPE:
         return f"has rotary embeddings of type {rope.get('rope_type')}"
@@ -136,6 +139,15 @@ def slim_parts(model: Any) -> SlimParts:
         found,
         decoder.rotary_emb,
     )
+
+
+def step_numbers(model: Any) -> tuple[Any, ...]:
+    """What whole steps of a model read once: eps, scale, and what the angles are made of."""
+    decoder: Any = decoder_of(model)
+    first: Any = decoder_layers(model)[0][0]
+    rotary = decoder.rotary_emb
+    scaling = first.self_attn.scaling, getattr(rotary, "attention_scaling", None)
+    return decoder.norm.variance_epsilon, scaling, rotary.inv_freq.tolist()
 
 
 def _layer(layer: nn.Module) -> list[Tensor]:

@@ -149,17 +149,21 @@ class Tracer:
 
     def observe(self, layer: int, seen: Seen) -> None:
         """One layer's tokens."""
+        if (held := self._held) is not None and self.plan.observe:
+            if held.call.kind is Kind.DECODE:
+                held.layers[layer] = outlasting(seen, self.plan.stream)
+            else:
+                self._observe_prompt(held, layer, seen)
+
+    def observe_step(self, layers: dict[int, Seen]) -> None:
+        """All layers of one forward of one token, in tensors that nobody changes."""
         if (held := self._held) is None or not self.plan.observe:
             return
         if held.call.kind is Kind.DECODE:
-            held.layers[layer] = outlasting(seen, self.plan.stream)
-        else:
+            held.layers = layers
+            return
+        for layer, seen in layers.items():  # a piece of a prompt, of one token
             self._observe_prompt(held, layer, seen)
-
-    def observe_step(self, layers: dict[int, Seen]) -> None:
-        """All layers of one decode forward, in tensors that nobody changes."""
-        if self._held is not None and self.plan.observe:
-            self._held.layers = layers
 
     @torch.no_grad()
     def _observe_prompt(self, held: Held, layer: int, seen: Seen) -> None:

@@ -15,6 +15,7 @@ from dart_llm.errors import AttachError, ConfigError, UnsupportedModel
 from dart_llm.executor import why_no_steps
 from dart_llm.layer import HostedFfn
 from dart_llm.replacement import Replacement
+from dart_llm.slim_parts import step_numbers
 from dart_llm.slim_run import WITHOUT
 from dart_llm.step_agreement import model_signature
 
@@ -29,10 +30,16 @@ class Watch:
 
     def __init__(self, model: nn.Module, layers: Sequence[HostedFfn], executor: str) -> None:
         self._hosts: list[tuple[nn.Module, str, Any]] = []
-        self.steps = True
+        self._linears: list[nn.Linear] = []
+        self.steps = self._alike = True
+        self._numbers: tuple[Any, ...] = ()
         self._model, self._layers, self._executor = model, layers, executor
-        self._places: list[int] = []
+        self._places: list[tuple[int, tuple[int, ...]]] = []
         self._mark: tuple[Any, ...] = ()
+
+    def remember_linear(self, linear: nn.Linear) -> None:
+        """The forward of ``linear`` was replaced by a product with its weights."""
+        self._linears.append(linear)
 
     def remember_host(self, host: nn.Module, name: str) -> None:
         """The forward of ``host``, under ``name``, was replaced."""
@@ -58,6 +65,16 @@ class Watch:
             ours = isinstance(host.__dict__.get(name), Replacement)
             if not ours or type(host).forward is not forward:
                 raise AttachError(f"the forward of a {type(host).__name__} was changed {LEAVE}")
+        odd = next((type(one).__name__ for one in self._linears if type(one) is not nn.Linear), "")
+        if odd:
+            raise AttachError(f"a linear layer was made a {odd} {LEAVE}")
+        self._look_at_modules()
+        if self._executor in WITHOUT:
+            numbers = step_numbers(self._model)
+            self._numbers = self._numbers or numbers
+            self.steps = self._alike and numbers == self._numbers
+
+    def _look_at_modules(self) -> None:
         mark = model_signature(self._model)
         if mark == self._mark:
             return
@@ -66,11 +83,11 @@ class Watch:
         except UnsupportedModel as error:
             raise AttachError(f"an FFN was changed {LEAVE} ({error})") from error
         if self._executor in WITHOUT:
-            self.steps = not why_no_steps(self._executor, self._model, mark)
+            self._alike = not why_no_steps(self._executor, self._model, mark)
         self._mark = mark
 
-    def _weight_places(self) -> list[int]:
-        return [parameter.data_ptr() for parameter in self._model.parameters()]
+    def _weight_places(self) -> list[tuple[int, tuple[int, ...]]]:
+        return [(one.data_ptr(), one.stride()) for one in self._model.parameters()]
 
 
 class Turn:
