@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dart_llm import texts
+from dart_llm.cache import file_sha256
 from dart_llm.default_model import SHA256
 from dart_llm.gguf_cache import FORMAT, SOURCE, converted_folder
 
@@ -63,7 +64,10 @@ def stand_in(cache: Path, model: Path) -> None:
     folder = converted_folder(cache / "dart-llm", SHA256)
     folder.parent.mkdir(parents=True)
     model.rename(folder)
-    files = {path.name: {"size": path.stat().st_size} for path in folder.iterdir()}
+    files = {
+        path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in folder.iterdir()
+    }
     record = {"format": FORMAT, "sha256": SHA256, "quantisation": "Q4_1", "files": files}
     (folder / SOURCE).write_text(json.dumps(record), encoding="utf-8")
     model.symlink_to(folder, target_is_directory=True)
