@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from dart_llm.engine_ask import Ask
+from dart_llm.serve_run import warm
 from dart_llm.serve_schemas import ChatBody, CompletionBody
-from serve_cases import FACTS, FakeEngine, Watched, running, until
+from serve_cases import FACTS, ByteTokenizer, FakeEngine, Watched, running, until
 
 CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
 CONTEXT = FACTS.context or 0
@@ -88,3 +91,11 @@ def test_of_many_faults_few_are_collected(kind: Any, body: dict[str, Any]) -> No
     with pytest.raises(ValidationError) as caught:
         kind.model_validate(body)
     assert caught.value.error_count() <= 5
+
+
+@pytest.mark.parametrize(("context", "most"), [(None, 400), (128, 124), (3, 1)])
+def test_the_first_texts_fit_a_short_context(context: int | None, most: int) -> None:
+    asked: list[Ask] = []
+    engine = SimpleNamespace(run=asked.append)
+    warm(engine, ByteTokenizer(), [], context)
+    assert [len(one.ids) for one in asked] == [most]
