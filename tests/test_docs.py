@@ -54,6 +54,7 @@ def copy(tmp_path: Path) -> Path:
         shutil.copy(ROOT / name, tmp_path / name)
     others = [name for name in named(tmp_path) if not (tmp_path / name).exists()]
     for name in others:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("# Elsewhere\n")
     (tmp_path / "CONTRIBUTING.md").write_text("# Contributing\n\nSee [the start](README.md#top).\n")
     (tmp_path / "README.md").write_text("# Top\n\n## Use `it`, twice!\n\n[here](#use-it-twice)\n")

@@ -39,7 +39,7 @@ def records() -> None:
     """Records of a request with a re-mask, of one that scores its prompt, and of one that fails."""
     with Engine(own_model(), tokenizer()) as engine:
         _, made = ask(engine, half("dart-prompt", drift="paper"), new=80, logprobs=2)
-        _, scored = ask(engine, new=1, prompt_logprobs=1)
+        _, scored = ask(engine, new=1, logprobs=1, prompt_logprobs=True)
     found: list[dict[str, Any]] = [record.to_dict() for record in (*made, *scored)]
     broken = FakeEngine(fault=RuntimeError("a fault"), fault_at=1)
     with running(broken) as server, server.client() as client:
