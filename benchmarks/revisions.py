@@ -2,9 +2,12 @@
 
     python benchmarks/revisions.py --old bc50a2c
 
-A process per revision loads the model once; each round every row runs once in both, one directly
-after the other, in shuffled order.  Only the public interface is used, so that revisions far apart
-can be compared.  ``new`` is the working tree.  Writes benchmarks/results/revisions.json.
+A process per revision loads the model; each round every row runs once in all, one directly after
+the other, in shuffled order.  ``again`` is the old revision in another process: how far it is from
+``old`` is what two processes of the same code differ by.  Where the memory of a process happens to
+lie moves its times by a percent, so that every few rounds the processes start anew.  Only the
+public interface is used, so that revisions far apart can be compared.  ``new`` is the working tree.
+Writes benchmarks/results/revisions.json.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+Turns = dict[str, list[float]]
+"""Milliseconds per token of each revision."""
 ROWS: dict[str, dict[str, Any]] = {
     "transformers": {},
     "dense, slim": {"method": "griffin", "sparsity": 0.0, "executor": "slim"},
@@ -96,6 +101,7 @@ def main() -> None:
     options.add_argument("--tokens", type=int, default=96, help="timed tokens of a turn")
     options.add_argument("--prompt", type=int, default=128, help="tokens before them")
     options.add_argument("--rounds", type=int, default=15, help="turns of each row")
+    options.add_argument("--starts", type=int, default=3, help="processes of each, in turn")
     options.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch")
     args = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -103,41 +109,49 @@ def main() -> None:
             ["git", "archive", args.old, "src"], cwd=ROOT, check=True, capture_output=True
         )
         subprocess.run(["tar", "-x", "-C", folder], input=pack.stdout, check=True)
-        workers = {"old": Worker(Path(folder) / "src", args), "new": Worker(ROOT / "src", args)}
-        turns = _measure(workers, args)
-        for worker in workers.values():
-            worker.process.communicate(timeout=60)
+        sources = {name: Path(folder) / "src" for name in ("old", "again")}
+        turns = _measure({**sources, "new": ROOT / "src"}, args)
     _keep(args, [_row(name, own) for name, own in turns.items()])
 
 
-def _measure(
-    workers: dict[str, Worker], args: argparse.Namespace
-) -> dict[str, dict[str, list[float]]]:
+def _measure(sources: dict[str, Path], args: argparse.Namespace) -> dict[str, Turns]:
     words = args.rows.split(",")
     rows = [name for name in ROWS if any(word in name for word in words)]
-    turns: dict[str, dict[str, list[float]]] = {name: {"old": [], "new": []} for name in rows}
+    turns: dict[str, Turns] = {name: {which: [] for which in sources} for name in rows}
     order = random.Random(0)
-    for number in range(args.rounds + 1):
-        for name in order.sample(rows, len(rows)):
-            for which in order.sample(list(workers), 2):
-                found = workers[which].turn(ROWS[name], args.tokens)
-                turns[name][which] += [found] if number else []  # the first round warms up
-        print(f"round {number} of {args.rounds}", flush=True)
+    for start in range(args.starts):
+        workers = {which: Worker(source, args) for which, source in sources.items()}
+        for name in rows:  # what is compiled or learnt on the first use
+            for worker in workers.values():
+                worker.turn(ROWS[name], 4)
+        for number in range(start, args.rounds, args.starts):
+            for name in order.sample(rows, len(rows)):
+                for which in order.sample(list(workers), len(workers)):
+                    turns[name][which].append(workers[which].turn(ROWS[name], args.tokens))
+            print(f"round {number + 1} of {args.rounds}", flush=True)
+        for worker in workers.values():
+            worker.process.communicate(timeout=60)
     return turns
 
 
-def _row(name: str, turns: dict[str, list[float]]) -> dict[str, Any]:
-    ratios = sorted(new / old for old, new in zip(turns["old"], turns["new"], strict=True))
-    row = {
-        "row": name,
-        "old_ms": statistics.median(turns["old"]),
-        "new_ms": statistics.median(turns["new"]),
-        "new_over_old": statistics.median(ratios),
-        "quarters": [ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]],
-        "turns_ms": turns,
-    }
-    print(f"{name:24} {row['old_ms']:7.2f} {row['new_ms']:7.2f} ms  x {row['new_over_old']:.3f}")
-    return row
+def _ratios(turns: Turns, which: str) -> list[float]:
+    """Of a revision to the old one, turn by turn, sorted."""
+    return sorted(new / old for old, new in zip(turns["old"], turns[which], strict=True))
+
+
+def _row(name: str, turns: Turns) -> dict[str, Any]:
+    row: dict[str, Any] = {"row": name}
+    for which in turns:
+        row[f"{which}_ms"] = statistics.median(turns[which])
+    for which in ("again", "new"):
+        ratios = _ratios(turns, which)
+        row[f"{which}_over_old"] = statistics.median(ratios)
+        row[f"{which}_quarters"] = [ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]]
+    print(
+        f"{name:24} {row['old_ms']:7.2f} {row['new_ms']:7.2f} ms  x {row['new_over_old']:.3f}"
+        f"  (the same code x {row['again_over_old']:.3f})"
+    )
+    return {**row, "turns_ms": turns}
 
 
 def _keep(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
@@ -146,7 +160,8 @@ def _keep(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     model, _ = load_model(argparse.Namespace(model=args.model, dtype="bfloat16"))
     commit = ["git", "rev-parse", "--short", args.old]
     old = subprocess.run(commit, cwd=ROOT, check=True, capture_output=True, text=True)
-    settings = {name: getattr(args, name) for name in ("tokens", "prompt", "rounds", "threads")}
+    names = ("tokens", "prompt", "rounds", "starts", "threads")
+    settings = {name: getattr(args, name) for name in names}
     print(save("revisions", model, {"old": old.stdout.strip(), **settings, "rows": rows}))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import dart_llm
 from dart_llm import AttachError, ConfigError
@@ -15,7 +16,6 @@ from dart_llm.engine_records import Token
 from engine_cases import (
     CONFIGS,
     PROMPT,
-    all_alone,
     alone,
     ask,
     half,
@@ -31,11 +31,6 @@ from tiny import tiny, tokens
 def engine() -> Any:
     with Same(own_model()), prepared() as engine:
         yield engine
-
-
-@pytest.fixture(scope="module")
-def wanted() -> dict[str, Any]:
-    return all_alone()
 
 
 def test_stop_strings(engine: Engine) -> None:
@@ -133,13 +128,13 @@ def test_what_cannot_be_asked(engine: Engine) -> None:
     assert len(full.tokens[0]) == 3 and full.finish == ("length",)
 
 
-def test_executor_graph(wanted: dict[str, Any]) -> None:
-    """Without a GPU the same steps run call by call."""
-    model = tiny()
+def test_executor_graph() -> None:
+    """Without a GPU the same steps run call by call; in float64, where rounding decides no tie."""
+    model = tiny(dtype=torch.float64)
     with Same(model), Engine(model, tokenizer(), executor="graph") as engine:
         for name in ("griffin", "dense", "dart", "dart-token", "griffin", "published"):
             answer, _ = ask(engine, CONFIGS[name])
-            assert answer.tokens[0] == wanted[name][0], name
+            assert answer.tokens[0] == alone(tiny(dtype=torch.float64), CONFIGS[name])[0], name
             # tokens that choose change a step's shapes; "published" watches an attention output
             whole = name not in ("dart-token", "published")
             assert answer.report.executor == ("graph" if whole else "compact")

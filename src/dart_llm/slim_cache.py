@@ -36,8 +36,9 @@ class GrowingCache:
             for i, layer in enumerate(cache.layers)
         )
         if not known or length >= self.keys[0].shape[2]:
-            self.keys = [_roomy(layer.keys, length) for layer in cache.layers]
-            self.values = [_roomy(layer.values, length) for layer in cache.layers]
+            dtype = cache.layers[0].keys.dtype  # a step reads all in one dtype
+            self.keys = [_roomy(layer.keys, length, dtype) for layer in cache.layers]
+            self.values = [_roomy(layer.values, length, dtype) for layer in cache.layers]
         return self.keys, self.values, length
 
     def show(self, cache: Any, length: int) -> None:
@@ -59,10 +60,10 @@ def _free(owner: weakref.ref[GrowingCache], gone: object) -> None:
         growing.keys, growing.values, growing._shown = [], [], []
 
 
-def _roomy(old: Tensor, length: int) -> Tensor:
+def _roomy(old: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     rows, heads, _, size = old.shape
     capacity = (length // ROOM + 1) * ROOM + ROOM // 4
     with torch.inference_mode(False):
-        made = torch.zeros(rows, heads, capacity, size, dtype=old.dtype, device=old.device)
+        made = torch.zeros(rows, heads, capacity, size, dtype=dtype, device=old.device)
     made[:, :, :length] = old
     return made
