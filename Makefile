@@ -51,13 +51,14 @@ test: setup-dev
 	@$(IN) pytest $(ARGS)
 
 test-online: setup-dev
-	@DART_TEST_ONLINE=1 HF_HUB_OFFLINE=0 HF_DATASETS_OFFLINE=0 $(IN) pytest tests/test_online.py $(ARGS)
+	@DART_TEST_ONLINE=1 HF_HUB_OFFLINE=0 HF_DATASETS_OFFLINE=0 $(IN) pytest tests/models/test_online.py $(ARGS)
 
 format-check: setup-dev
 	@$(IN) ruff format --check .
 
 style: setup-dev
 	@$(IN) ruff check .
+	@'$(VENV)/bin/lint-imports'
 
 types: setup-dev
 	@$(IN) mypy

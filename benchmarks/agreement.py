@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from common import load_model, parser, save
 
-from dart_llm import texts
+from dart_llm.data import texts
 from dart_llm.errors import ConfigError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from common import load_model, parser, read_text, save
 
-from dart_llm.config import PruneConfig
-from dart_llm.perplexity import Scored, ratio_interval, score, slices
-from dart_llm.session import Run
+from dart_llm.evaluation.perplexity import Scored, ratio_interval, score, slices
+from dart_llm.pruning.config import PruneConfig
+from dart_llm.session.run import Run
 
 BUDGETS = {
     "griffin (uniform)": "uniform",

@@ -16,9 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dart_llm.loading import checkpoint_facts, load
-from dart_llm.provenance import git_state, machine, versions
-from dart_llm.results import now, write_json
+from dart_llm.experiments.provenance import git_state, machine, versions
+from dart_llm.experiments.store import now
+from dart_llm.files import write_json
+from dart_llm.models.checkpoint import checkpoint_facts
+from dart_llm.models.loading import load
 
 RESULTS = Path(os.environ.get("DART_KEPT_RESULTS") or Path(__file__).parent / "results")
 """Where results files are written; scripts/reproduce.py sets another folder."""

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from common import load_model, parser, save
 
-from dart_llm import texts
-from dart_llm.config import PruneConfig
-from dart_llm.session import Run
+from dart_llm.data import texts
+from dart_llm.pruning.config import PruneConfig
+from dart_llm.session.run import Run
 
 GROUP = 16
 

@@ -18,8 +18,8 @@ from typing import Any
 import items
 from common import RESULTS, command, read
 
-from dart_llm.drift_summary import losses
-from dart_llm.results import write_json
+from dart_llm.files import write_json
+from dart_llm.studies.drift.summary import losses
 
 KEPT = ("command", "versions", "machine", "git", "seed", "started", "finished")
 TIMES = ("load_s", "total_s", "phases_s", "methods_s", "peak_memory_bytes")

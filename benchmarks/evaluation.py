@@ -16,10 +16,11 @@ from typing import Any
 
 from common import RESULTS, save
 
-from dart_llm import compare, compare_files
-from dart_llm.results import write_lines
-from dart_llm.sweep import read_results
-from dart_llm.task_names import short
+from dart_llm.evaluation.task_names import short
+from dart_llm.experiments import comparison as compare
+from dart_llm.experiments import comparison_report as compare_files
+from dart_llm.files import write_lines
+from dart_llm.studies.sweep.cells import read_results
 
 
 def cells(folders: list[str]) -> list[dict[str, Any]]:

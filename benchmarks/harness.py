@@ -13,10 +13,11 @@ from typing import Any
 
 from common import load_model, parser, save
 
-from dart_llm import harness
-from dart_llm.candidate import Candidate, Memory
-from dart_llm.config import PruneConfig
-from dart_llm.measurement import MeasureOptions
+from dart_llm.evaluation import lm_eval as harness
+from dart_llm.evaluation.measurement import MeasureOptions
+from dart_llm.pruning.config import PruneConfig
+from dart_llm.session.prepare import MemoryStore as Memory
+from dart_llm.session.prepare import PreparedMethod as Candidate
 
 CASES = (("griffin", 0.0), ("griffin", 0.5), ("dart-prompt", 0.5))
 

@@ -103,7 +103,8 @@ class Kept:
 
 def stress(model: Any, executor: str, act: str, count: int, seconds: float) -> dict[str, Any]:
     """Interrupt ``act`` until ``count`` interrupts came, ``seconds`` at most."""
-    from dart_llm import prune, restore
+    from dart_llm.patching.patch import restore
+    from dart_llm.session.run import prune
 
     def begin() -> Any:
         run = prune(model, "griffin", sparsity=0.5, executor=executor)

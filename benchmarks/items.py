@@ -11,7 +11,7 @@ from typing import Any
 
 from common import RESULTS
 
-from dart_llm.results import write_lines
+from dart_llm.files import write_lines
 
 Row = Mapping[str, Any]
 

@@ -45,7 +45,7 @@ import torch
 from common import parser, save
 from kills_place import COMMANDS, OPTIONS, SERVE, write_place
 
-from dart_llm.folder_lock import LOCK
+from dart_llm.experiments.folder_lock import LOCK
 
 VOLATILE = {"seconds", "phases", "timing", "started", "finished", "date", "speed_up", "process"}
 """Keys of results whose values are times, or a process's number."""
@@ -77,7 +77,7 @@ def start(arguments: list[str], log: Path, limit: int | None = None) -> int:
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         sys.argv = ["dart-llm", *arguments]
-        from dart_llm.cli import run
+        from dart_llm.cli.app import run
 
         run()
         code = 0

@@ -23,13 +23,12 @@ from typing import Any
 import torch
 from common import load_model, parser, save
 
-from dart_llm import texts
-from dart_llm.config import PruneConfig
-from dart_llm.prepare import prepare
-from dart_llm.records import bytes_limit
-from dart_llm.session import Run
-from dart_llm.speed_clock import Sample, repetition
-from dart_llm.speed_machine import read_bandwidth
+from dart_llm.data import texts
+from dart_llm.pruning.config import PruneConfig
+from dart_llm.pruning.records import bytes_limit
+from dart_llm.session.prepare import prepare
+from dart_llm.session.run import Run
+from dart_llm.studies.speed.timing import Sample, read_bandwidth, repetition
 
 METHODS = (("griffin", 0.5), ("griffin", 0.7), ("dart", 0.5), ("dart-token", 0.5))
 DENSE = "dart-llm dense"

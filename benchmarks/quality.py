@@ -19,8 +19,8 @@ import items
 from common import RESULTS, finished, read
 
 from dart_llm.errors import ConfigError
-from dart_llm.quality_summary import merge
-from dart_llm.results import write_json
+from dart_llm.files import write_json
+from dart_llm.studies.quality.gaps import merge
 
 KEPT = ("versions", "machine", "git", "started", "finished")
 TIMES = ("load_s", "total_s", "variants_s", "peak_memory_bytes")

@@ -208,8 +208,10 @@ def measure(
 
 def expected_texts(model: Any, tokenizer: Any, bodies: Sequence[dict[str, Any]]) -> list[str]:
     """The greedy texts of ``bodies`` by the library alone, each with an engine of its own."""
-    from dart_llm.config import PruneConfig
-    from dart_llm.engine import Ask, Engine, Sampling
+    from dart_llm.engine.engine import Engine
+    from dart_llm.engine.requests import GenerationRequest as Ask
+    from dart_llm.engine.requests import Sampling
+    from dart_llm.pruning.config import PruneConfig
 
     found = []
     for body in bodies:
@@ -226,7 +228,7 @@ def main() -> None:
     import common
     import serve_process
 
-    from dart_llm.texts import read, subjects
+    from dart_llm.data.texts import read, subjects
 
     parser = common.parser(__doc__ or "")
     parser.add_argument("--requests", type=int, default=200, help="requests in all")

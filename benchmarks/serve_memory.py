@@ -154,7 +154,7 @@ def main() -> None:
     import common
     import serve_process
 
-    from dart_llm.texts import read, subjects
+    from dart_llm.data.texts import read, subjects
 
     parser = common.parser(__doc__ or "")
     parser.add_argument("--requests", type=int, default=600, help="requests of the first part")

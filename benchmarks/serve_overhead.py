@@ -19,15 +19,15 @@ from typing import Any
 
 import common
 
-from dart_llm.engine import Engine
-from dart_llm.engine_records import Record, Token
-from dart_llm.serve_app import build
-from dart_llm.serve_run import Server, bind, server_config, warm
-from dart_llm.serve_schemas import ChatBody, read
-from dart_llm.serve_service import ModelFacts, Service
-from dart_llm.settings_serve import ServeSettings
-from dart_llm.texts import read as read_text
-from dart_llm.texts import subjects
+from dart_llm.data.texts import read as read_text
+from dart_llm.data.texts import subjects
+from dart_llm.engine.engine import Engine
+from dart_llm.engine.events import Record, Token
+from dart_llm.server.app import build
+from dart_llm.server.run import Server, bind, server_config, warm
+from dart_llm.server.schemas import ChatBody, read
+from dart_llm.server.service import ModelFacts, Service
+from dart_llm.server.settings import ServeSettings
 
 FIRST_MS, SHARE = 5.0, 0.02
 """What the server may add: to the first token, and of a token to every further one."""

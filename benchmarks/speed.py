@@ -15,7 +15,7 @@ from typing import Any
 
 from common import RESULTS, finished, read
 
-from dart_llm.results import write_json
+from dart_llm.files import write_json
 
 KEPT = ("git", "started", "finished")
 

@@ -34,9 +34,8 @@ def operations() -> dict[str, Callable[[], Any]]:
     import torch
     from ffn_speed import blocks
 
-    from dart_llm.layout import Layout
-    from dart_llm.masks import LayerMask
-    from dart_llm.native_ffn import NativeFfn
+    from dart_llm.patching.executors.native_ffn import Layout, NativeFfn
+    from dart_llm.pruning.masks import LayerMask
 
     dtype = torch.bfloat16
     x = torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -10,10 +10,10 @@ from __future__ import annotations
 from common import load_model, parser, save
 from torch import Tensor, cat
 
-from dart_llm import texts
-from dart_llm.config import PruneConfig
-from dart_llm.perplexity import Scored, score
-from dart_llm.session import Run
+from dart_llm.data import texts
+from dart_llm.evaluation.perplexity import Scored, score
+from dart_llm.pruning.config import PruneConfig
+from dart_llm.session.run import Run
 
 PROMPT, FIRST, SECOND = 256, 320, 640
 

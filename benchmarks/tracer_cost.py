@@ -10,12 +10,13 @@ from __future__ import annotations
 import torch
 from common import parser, save
 
-from dart_llm.accounting import Costs
-from dart_llm.config import PruneConfig
-from dart_llm.observations import Seen
-from dart_llm.plan import Call, Kind
-from dart_llm.tracer import Tracer
-from dart_llm.weights import FfnWeights
+from dart_llm.pruning.accounting import Costs
+from dart_llm.pruning.config import PruneConfig
+from dart_llm.pruning.controller import PruningController as Tracer
+from dart_llm.pruning.forward import ForwardCall as Call
+from dart_llm.pruning.forward import Kind
+from dart_llm.pruning.observations import LayerObservation as Seen
+from dart_llm.pruning.weights import FfnWeights
 
 
 def layers(count: int, hidden: int, width: int) -> tuple[FfnWeights, ...]:

@@ -2,12 +2,14 @@
 
 from torch import Tensor
 
-from dart_llm import load, prune, texts
-from dart_llm.perplexity import score as measure
-from dart_llm.perplexity import slices
-from dart_llm.registry import SCORES
-from dart_llm.scores import score, squared
-from dart_llm.weights import FfnWeights
+from dart_llm.data import texts
+from dart_llm.evaluation.perplexity import score as measure
+from dart_llm.evaluation.perplexity import slices
+from dart_llm.models.loading import load
+from dart_llm.pruning.registry import SCORES
+from dart_llm.pruning.scores import score, squared
+from dart_llm.pruning.weights import FfnWeights
+from dart_llm.session.run import prune
 
 
 @score(squared, "an example")

@@ -20,12 +20,12 @@ PAGES: dict[str, dict[str, Names]] = {
         "run": {"dart_llm": "Run"},
         "records": {
             "dart_llm": "RunReport Remask DriftCheck",
-            "dart_llm.records": "SequenceReport LayerStat",
+            "dart_llm.pruning.records": "SequenceReport LayerStat",
         },
         "settings": {
             "dart_llm": "PruneConfig",
-            "dart_llm.config": "ScoreConfig BudgetConfig DriftConfig RemaskConfig PriorConfig "
-            "CalibrationConfig TokenConfig DEFAULT_SPARSITY",
+            "dart_llm.pruning.config": "ScoreConfig BudgetConfig DriftConfig RemaskConfig "
+            "PriorConfig CalibrationConfig TokenConfig DEFAULT_SPARSITY",
         },
         "errors": {
             "dart_llm": "DartError ConfigError UnknownName UnsupportedModel AttachError LoadError "
@@ -35,41 +35,40 @@ PAGES: dict[str, dict[str, Names]] = {
     "api-engine": {
         "engine": {"dart_llm.engine": "Engine Sampling Ask Answer"},
         "told": {
-            "dart_llm.engine": "Record",
-            "dart_llm.engine_records": "Usage Timings Start PromptToken Token Likely Check Masked "
+            "dart_llm.engine.engine": "Record",
+            "dart_llm.engine.events": "Usage Timings Start PromptToken Token Likely Check Masked "
             "Mask Done Failed",
         },
     },
     "api-measure": {
         "ready": {
-            "dart_llm.prepare": "prepare",
-            "dart_llm.candidate": "Candidate",
-            "dart_llm.own_text": "remember_tokenizer",
+            "dart_llm.session.prepare": "prepare PreparedMethod",
+            "dart_llm.calibration.self_text": "remember_tokenizer",
         },
-        "perplexity": {"dart_llm.perplexity": "slices score Scored"},
+        "perplexity": {"dart_llm.evaluation.perplexity": "slices score Scored"},
         "texts": {
-            "dart_llm.texts": "subjects read all_text topic_shift prompt_names read_prompt openings"
+            "dart_llm.data.texts": "subjects read all_text topic_shift prompt_names read_prompt "
+            "openings"
         },
         "activations": {
-            "dart_llm.activations": "Recording",
-            "dart_llm.settings_activations": "Wanted",
+            "dart_llm.models.capture": "Recording",
+            "dart_llm.settings": "Wanted",
         },
         "drift": {
-            "dart_llm.drift_plots": "write_all",
-            "dart_llm.report_drift": "write",
-            "dart_llm.drift_view": "read",
+            "dart_llm.studies.drift.report": "write_all write",
+            "dart_llm.studies.drift.view": "read",
         },
     },
     "api-extend": {
-        "registry": {"dart_llm.registry": "Registry METHODS SCORES BUDGETS DRIFT_RULES"},
+        "registry": {"dart_llm.pruning.registry": "Registry METHODS SCORES BUDGETS DRIFT_RULES"},
         "scores": {
-            "dart_llm.scores": "score Score squared squared_share",
-            "dart_llm.weights": "FfnWeights",
-            "dart_llm.layer_prior": "LayerPrior",
+            "dart_llm.pruning.scores": "score Score squared squared_share",
+            "dart_llm.pruning.weights": "FfnWeights",
+            "dart_llm.pruning.statistics": "LayerPrior",
         },
-        "budgets": {"dart_llm.budgets": "budget Budget LayerView round_counts"},
-        "rules": {"dart_llm.drift": "Rule"},
-        "architectures": {"dart_llm.names": "LayerNames LAYERS"},
+        "budgets": {"dart_llm.pruning.budgets": "budget Budget LayerView round_counts"},
+        "rules": {"dart_llm.pruning.drift": "Rule"},
+        "architectures": {"dart_llm.models.architectures": "LayerNames LAYERS"},
     },
 }
 """Page of docs/ -> block -> module by which users import -> names."""

@@ -72,7 +72,7 @@ def help_pages() -> str:
     """The ``--help`` of every command, as Markdown."""
     from typer.testing import CliRunner
 
-    from dart_llm.cli import app
+    from dart_llm.cli.app import app
 
     pages = []
     for command in COMMANDS:
@@ -93,7 +93,7 @@ def script_defaults(root: Path, script: str) -> dict[str, str]:
 
 def variable_table(root: Path) -> str:
     """The table of the scripts' variables, as Markdown; defaults from the scripts."""
-    from dart_llm.settings import RunSettings
+    from dart_llm.studies.generate.settings import RunSettings
 
     first, second = (script_defaults(root, script) for script in SCRIPTS)
     if list(first) != list(second):
@@ -115,7 +115,7 @@ def variable_table(root: Path) -> str:
 
 def data_table() -> str:
     """Every data set of the catalogue, and when they were last read, as Markdown."""
-    from dart_llm.catalogue import DATA_SETS, LAST_RUN, get
+    from dart_llm.data.datasets import DATA_SETS, LAST_RUN, get
 
     lines = [
         "| name | on the hub | split | columns | used for | licence |",
@@ -203,7 +203,7 @@ def _words(text: str) -> list[str]:
 
 def missing_flags(root: Path) -> Iterator[str]:
     """One sentence per flag of ``dart-llm run`` that the two pages lack."""
-    from dart_llm.settings import RunSettings
+    from dart_llm.studies.generate.settings import RunSettings
 
     pages = "".join((root / f"docs/{page}.md").read_text("utf-8") for page in ("cli", "scripts"))
     for name in RunSettings.model_fields:

@@ -127,7 +127,7 @@ def remasks(root: Path) -> str:
 
 def memory(root: Path) -> str:
     """What tracing holds, counted at the 8B model's shapes and measured on small models."""
-    from dart_llm.config import PruneConfig
+    from dart_llm.pruning.config import PruneConfig
 
     files = [read(root, name) for name in COUNTED]
     shapes = files[0]["shapes"]

@@ -58,7 +58,7 @@ def main() -> None:
     )
     parser.add_argument("--sparsity", type=float, default=0.1, help="fraction of neurons to remove")
     given = parser.parse_args()
-    from dart_llm.replay_records import read_records
+    from dart_llm.server.window import read_records
 
     found = read_records(given.records) if given.records else record(given.sparsity)
     with tempfile.TemporaryDirectory() as folder:
@@ -73,11 +73,12 @@ def main() -> None:
 
 def record(sparsity: float) -> list[dict[str, Any]]:
     """The records of the first ready prompt's answer by the default model."""
-    from dart_llm import load
-    from dart_llm.config import PruneConfig
-    from dart_llm.engine import Engine
-    from dart_llm.engine_ask import Ask, Sampling
-    from dart_llm.generate import encode_prompt
+    from dart_llm.data.prompts import encode_prompt
+    from dart_llm.engine.engine import Engine
+    from dart_llm.engine.requests import GenerationRequest as Ask
+    from dart_llm.engine.requests import Sampling
+    from dart_llm.models.loading import load
+    from dart_llm.pruning.config import PruneConfig
 
     prompts = json.loads((files("dart_llm") / "static" / "prompts.json").read_text("utf-8"))
     model, tokenizer = load("smollm2-135m")
@@ -94,7 +95,7 @@ def record(sparsity: float) -> list[dict[str, Any]]:
 def shown(records: list[dict[str, Any]], folder: Path) -> Iterator[tuple[bytes, float]]:
     """PNG pictures and the seconds that each is shown."""
     from browser import opened
-    from dart_llm.replay_page import page
+    from dart_llm.server.window import page
 
     file = folder / "replay.html"
     file.write_text(page(records), encoding="utf-8")

@@ -101,7 +101,7 @@ def _tiny(root: Path) -> Any:
 
 def types(tiny: Any) -> str:
     """One row per model type of the package."""
-    from dart_llm.names import LAYERS
+    from dart_llm.models.architectures import LAYER_NAMES as LAYERS
 
     lines = [["model type", "FFN", "biases", "activation", "executors", "tested as"]]
     lines.append(["---"] * len(lines[0]))
@@ -118,8 +118,8 @@ def types(tiny: Any) -> str:
 
 def _row(model: Any) -> list[str]:
     """FFN, biases, activation and executors of one model."""
-    from dart_llm.arch import describe
-    from dart_llm.native_ffn import act_number
+    from dart_llm.models.describe import describe
+    from dart_llm.patching.executors.native_ffn import act_number
 
     block = describe(model).blocks[0]
     number = act_number(block.act)
@@ -148,9 +148,9 @@ def _shape(block: Any) -> str:
 
 
 def _executors(model: Any, block: Any) -> list[str]:
-    from dart_llm.executor import why_no_steps
-    from dart_llm.native_ffn import why_not_block
-    from dart_llm.slim_parts import why_not_slim
+    from dart_llm.models.llama import slim_unsupported_reason as why_not_slim
+    from dart_llm.patching.executors import no_steps_reason as why_no_steps
+    from dart_llm.patching.executors.native_ffn import native_unsupported_reason as why_not_block
 
     refused = {
         "slim": why_not_slim(model) or why_not_block(block),

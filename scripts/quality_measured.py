@@ -24,7 +24,7 @@ HEADS = {
 
 def quality(root: Path, name: str) -> str:
     """Gap closed by model, cell, sparsity and variant, and pooled."""
-    from dart_llm.quality_table import grid
+    from dart_llm.studies.quality.report import grid
 
     data = read(root, name)
     parts = []

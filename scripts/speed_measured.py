@@ -40,7 +40,7 @@ COSTS = {"cost": 0, "row": 1, "against": 2, "ms": 3, "+-": 4, "of a token of": 5
 
 def speed(root: Path, name: str) -> str:
     """Rows and costs of every run."""
-    from dart_llm.speed_table import caption, cells, cost_cells
+    from dart_llm.studies.speed.summary import caption, cells, cost_cells
 
     data = read(root, name)
     parts = []

@@ -39,7 +39,8 @@ def own_calibrations(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What tiny models teach is learnt anew: the user's cache may hold what older code learnt."""
-    from dart_llm import cache, calibration_cache
+    from dart_llm import cache
+    from dart_llm.calibration import cache as calibration_cache
 
     if request.node.get_closest_marker("smollm2"):
         return
@@ -55,7 +56,7 @@ def own_calibrations(
 @pytest.fixture(scope="module")
 def native() -> Iterator[None]:
     """The native kernels are on, and are there."""
-    from dart_llm import native_build as build
+    from dart_llm.native import build
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(build.SWITCH, "1")
@@ -68,6 +69,6 @@ def native() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The embedded default in float32, from the cache or fetched once; do not change it."""
-    from dart_llm.loading import load
+    from dart_llm.models.loading import load
 
     return load("smollm2-135m", dtype="float32")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from damage import DAMAGES
-from dart_llm import kept
+from dart_llm import cache as kept
 from dart_llm.errors import LoadError
 
 DATA = bytes(range(256)) * 64
@@ -129,7 +129,7 @@ def test_content_is_on_the_disk_before_its_name(
 WRITER = """
 import sys
 from pathlib import Path
-from dart_llm import kept
+from dart_llm import cache as kept
 folder, who = Path(sys.argv[1]), sys.argv[2]
 for turn in range(60):
     kept.write(folder, "key", ".bin", (who * 5000 + str(turn % 3)).encode())

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from dart_llm import job, mmlu
-from dart_llm.cli import app
+from dart_llm.cli.app import app
+from dart_llm.data import datasets as mmlu
 from dart_llm.errors import ConfigError
-from dart_llm.settings import RunSettings, collect
-from dart_llm.settings_drift import collect as collect_study
-from dart_llm.settings_measure import EvalSettings
+from dart_llm.studies.drift.settings import collect as collect_study
+from dart_llm.studies.evaluate.settings import EvalSettings
+from dart_llm.studies.generate import study as job
+from dart_llm.studies.generate.settings import RunSettings, collect
 from shells import DRIFT, EXPERIMENT, VARIABLES, Desk, make_desk
 from tiny_gpt2 import write_gpt2
 
@@ -78,7 +79,7 @@ def test_what_was_named_and_cannot_is_an_error(flags: dict[str, Any], sentence: 
 
 
 def test_other_commands_and_the_environment_alike() -> None:
-    from dart_llm.settings_base import merge
+    from dart_llm.settings import merge
 
     found = merge(EvalSettings, {"tasks": "perplexity:embedded"}, None, {"DART_EMA_DECAY": "0.9"})
     assert (found.method, found.notes) == ("dart-prompt", (DECAY,))

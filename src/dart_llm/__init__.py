@@ -24,23 +24,23 @@ from dart_llm.errors import (
 )
 
 if TYPE_CHECKING:
-    from dart_llm.attach import restore
-    from dart_llm.config import PruneConfig
-    from dart_llm.loading import load
-    from dart_llm.records import DriftCheck, Remask, RunReport
-    from dart_llm.session import Run, prune
+    from dart_llm.models.loading import load
+    from dart_llm.patching.patch import restore
+    from dart_llm.pruning.config import PruneConfig
+    from dart_llm.pruning.records import DriftCheck, Remask, RunReport
+    from dart_llm.session.run import Run, prune
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "DriftCheck": "dart_llm.records",
-    "PruneConfig": "dart_llm.config",
-    "Remask": "dart_llm.records",
-    "Run": "dart_llm.session",
-    "RunReport": "dart_llm.records",
-    "load": "dart_llm.loading",
-    "prune": "dart_llm.session",
-    "restore": "dart_llm.attach",
+    "DriftCheck": "dart_llm.pruning.records",
+    "PruneConfig": "dart_llm.pruning.config",
+    "Remask": "dart_llm.pruning.records",
+    "Run": "dart_llm.session.run",
+    "RunReport": "dart_llm.pruning.records",
+    "load": "dart_llm.models.loading",
+    "prune": "dart_llm.session.run",
+    "restore": "dart_llm.patching.patch",
 }
 
 __all__ = [

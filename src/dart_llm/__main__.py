@@ -25,7 +25,7 @@ def main() -> None:
     """Run the command line."""
     set_environment()
     try:
-        from dart_llm.cli import run
+        from dart_llm.cli.app import run
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     run()

@@ -1,13 +1,28 @@
-"""Where checkpoints are kept on this machine, and whether there is room for them."""
+"""Folders for what is kept; files named by all that decides them, whole or absent, checked when
+read.
+
+Files kept for the next time: named by all that decides them, whole or absent, checked when read.
+
+A kept file is ``<key>-<digest><suffix>``: ``key`` says what was asked for, ``digest`` what is in
+it.  One rename puts content and digest in place together, and the file stays what its suffix says.
+What does not fit its own digest is removed, said in one sentence, and made anew by whoever asked.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import os
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from dart_llm.errors import LoadError
+from dart_llm.files import size_text
+
+# Where checkpoints are kept on this machine, and whether there is room for them.
 
 
 def chosen_cache(cache_dir: str | Path | None = None) -> Path | None:
@@ -61,14 +76,114 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def size_text(count: int) -> str:
-    """Bytes for people: ``0.4 MB``, ``812 MB``, ``16.1 GB``."""
-    if count >= 1e9:
-        return f"{count / 1e9:.1f} GB"
-    return f"{count / 1e6:.0f} MB" if count >= 1e7 else f"{count / 1e6:.1f} MB"
+logger = logging.getLogger("dart_llm")
+
+SCRATCH = ".tmp-"
+"""What the names of unfinished files and folders begin with."""
+
+STALE_AFTER = 24 * 3600.0
+"""Seconds after which an unfinished file is taken to be left over from a killed process."""
+
+DIGITS = 32
+"""Hexadecimal digits of keys and digests: 128 bits."""
 
 
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file, as 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def key_of(*parts: object) -> str:
+    """The name of what ``parts`` decide: 32 hexadecimal digits.
+
+    Parts are told apart by their ``repr``: give plain values, in an order that does not change.
+    """
+    return digest_of(repr(parts).encode())
+
+
+def digest_of(data: bytes) -> str:
+    """A digest of content: 32 hexadecimal digits of its sha256."""
+    return hashlib.sha256(data).hexdigest()[:DIGITS]
+
+
+def read(folder: Path, key: str, suffix: str) -> bytes | None:
+    """What is kept under ``key``; None where nothing is, or nothing that is whole."""
+    found = _find(folder, key, suffix)
+    return None if found is None else found[1]
+
+
+def find(folder: Path, key: str, suffix: str) -> Path | None:
+    """The verified file that is kept under ``key``, for readers that want a path; or None."""
+    found = _find(folder, key, suffix)
+    return None if found is None else found[0]
+
+
+def _find(folder: Path, key: str, suffix: str) -> tuple[Path, bytes] | None:
+    sweep(folder)
+    damaged = False
+    for path in sorted(folder.glob(f"{key}-*{suffix}")):
+        with contextlib.suppress(OSError):  # a directory, or not ours to read
+            data = path.read_bytes()
+            if path.name == _name(key, data, suffix):
+                return path, data
+        damaged = True
+        _remove(path)
+    if damaged:
+        logger.warning("a damaged file in %s is not used: what it held is made anew", folder)
+    return None
+
+
+def write(folder: Path, key: str, suffix: str, data: bytes) -> Path:
+    """Keep ``data`` under ``key``; any number of processes may do so at once.
+
+    It is on the disk, not only on its way there, when this returns.  Raises ``LoadError`` when the
+    folder cannot be written or the disk is full; nothing is left behind then.
+    """
+    make_folder(folder)
+    path = folder / _name(key, data, suffix)
+    scratch = folder / f"{SCRATCH}{key}-{os.getpid()}-{os.urandom(4).hex()}"
+    try:
+        with scratch.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.is_dir():
+            _remove(path)
+        scratch.replace(path)
+        sync(folder)
+    except OSError as error:
+        raise LoadError(f"cannot write into {folder}: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+    return path
+
+
+def _name(key: str, data: bytes, suffix: str) -> str:
+    return f"{key}-{digest_of(data)}{suffix}"
+
+
+def sync(path: Path) -> None:
+    """A file, or a folder's names, are on the disk after this call, where that can be promised."""
+    with contextlib.suppress(OSError):  # some systems do not open folders
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sweep(folder: Path) -> None:
+    """Remove unfinished files and folders that a process left behind when it was killed."""
+    for path in _scratch(folder):
+        with contextlib.suppress(OSError):  # another process removed it first
+            if time.time() - path.lstat().st_mtime > STALE_AFTER:
+                _remove(path)
+
+
+def _scratch(folder: Path) -> Iterator[Path]:
+    with contextlib.suppress(OSError):
+        yield from list(folder.glob(f"{SCRATCH}*"))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)

@@ -1,4 +1,6 @@
-"""Every exception that dart_llm raises on purpose.
+"""The exception tree; causes of an error.
+
+Every exception that dart_llm raises on purpose.
 
 ::
 
@@ -16,7 +18,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -76,3 +78,16 @@ class CellsFailed(DartError):
     def __init__(self, message: str, document: dict[str, Any]) -> None:
         super().__init__(message)
         self.document = document
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """``error`` and everything that caused it, outermost first."""
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        current = pending.pop(0)
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        pending += [current.__cause__, current.__context__]

@@ -1,161 +1,473 @@
-"""The settings of ``dart-llm run``: one table for flags, YAML files, environment and scripts.
+"""Option mixins shared by all studies and commands (model, pruning, study, task); merge of
+defaults < file < DART_* < flags.
 
-Every field is also an upper-case variable of the two shell scripts.
+The settings that every command shares: model, pruning, results; and how sources are merged.
+
+Order of precedence: defaults < file < ``DART_*`` environment < flags.  Every field is a flag of the
+same name in kebab case and ``DART_<FIELD>``.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self, TypeVar
 
-from pydantic import model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from dart_llm import settings_fit
-from dart_llm.config import PruneConfig
 from dart_llm.errors import ConfigError
-from dart_llm.prompts import is_text
-from dart_llm.settings_activations import ActivationSettings
-from dart_llm.settings_base import merge, setting
+from dart_llm.files import read_yaml
+from dart_llm.models.capture_spec import PANEL, Wanted, parse_layers, parse_tensors, parse_tokens
+from dart_llm.pruning.config import PruneConfig, check_sparsity, first_problem, unknown_key
+from dart_llm.pruning.layer_table import parse_layer_spec, read_table
+from dart_llm.pruning.registry import METHODS, SCORES
 
-POSITIVE = (
-    "generation",
-    "prompt_length",
-    "ppl_max_samples",
-    "mmlu_max_samples",
-    "general_nlp_max_samples",
-    "summarization_max_samples",
-    "summarization_max_output",
+# What the settings of every command have in common, whatever they set.
+
+
+class Settings(BaseModel):
+    """Frozen settings; a name that is none of them is an error that suggests the near one."""
+
+    COMMAS: ClassVar[tuple[str, ...]] = ()
+    """Texts with commas, which a YAML file may hold as lists."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        for name in data:
+            if name not in cls.model_fields:
+                raise unknown_key(cls, str(name))
+        return cls.read(data)
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        """The given values as the fields take them."""
+        return {name: joined(v) if name in cls.COMMAS else v for name, v in data.items()}
+
+
+def words(text: str | None) -> list[str]:
+    """The parts between commas."""
+    return [word.strip() for word in (text or "").split(",") if word.strip()]
+
+
+def joined(value: Any) -> Any:
+    """A text with commas, also from a list of a YAML file."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return str(value) if isinstance(value, int | float) else value
+
+
+def check_least(settings: BaseModel, least: Mapping[str, int]) -> None:
+    """Raises ``ConfigError`` for a number below its least value; None is not given."""
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if value is not None and value < bound:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least {bound}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises ``ConfigError`` for what no generator of random numbers takes."""
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"--seed {seed} must be a whole number from 0 to 2^63 - 1")
+
+
+def read_sparsities(name: str, text: str) -> tuple[float, ...]:
+    """The sparsities of ``--name``, each once; raises ``ConfigError`` for what is none."""
+    try:
+        found = tuple(dict.fromkeys(float(word) for word in words(text)))
+    except ValueError:
+        raise ConfigError(
+            f'--{name} "{text}" must be numbers with commas between them, e.g. 0.5,0.7'
+        ) from None
+    if not found and name == "sparsities":
+        raise ConfigError("--sparsities is empty: give at least one, e.g. 0.5")
+    for value in found:
+        if not 0 < value < 1:
+            raise ConfigError(
+                f"--{name} {value:g} must lie between 0 and 1: the fraction of neurons to remove"
+            )
+    return found
+
+
+# What a setting needs of others: a method that can honour it, or a switch that asks for it.
+#
+# A setting that is given alone works under the defaults: where the default method cannot honour
+# it, the first of ``METHODS`` that can is taken, and the log says so.  A method that was named is
+# never replaced: then a setting that does not fit is an error.
+
+
+FITTING_METHODS = ("dart", "dart-prompt", "griffin", "published")
+"""In the order in which they are tried."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """``problem``: why a configuration cannot honour the setting, "" when it can."""
+
+    setting: str
+    problem: Callable[[PruneConfig], str]
+
+
+def _decay(config: PruneConfig) -> str:
+    if config.score.ema_decay is None or config.target == 0:
+        return ""
+    why = SCORES.get(config.score.name).undecayed
+    return f'score "{config.score.name}" {why}: drop the ema_decay' if why else ""
+
+
+NEEDS = (Need("ema_decay", _decay),)
+"""What a method must be able to do.  Everything else that is set overrides its part of any."""
+
+IMPLIED: Mapping[str, tuple[str, str]] = {
+    "ppl_subjects": ("ppl_datasets", "mmlu"),
+    "prompt_subject": ("prompt_type", "mmlu"),
+}
+"""Setting -> the setting that it concerns, and the value of that which it asks for."""
+
+SWITCHES: Mapping[str, str] = {
+    "ppl_": "eval_perplexity",
+    "mmlu_": "eval_mmlu",
+    "general_nlp_": "eval_general_nlp",
+    "summarization_": "eval_summarization",
+}
+"""What names begin with that have no effect unless a switch is on."""
+
+
+def problem(config: PruneConfig) -> str:
+    """Why a configuration cannot honour all that it asks for, as one sentence; "" when it can."""
+    return next((found for need in NEEDS if (found := need.problem(config))), "")
+
+
+def check(config: PruneConfig) -> None:
+    """Raise ``ConfigError`` for a configuration that asks for what it cannot honour."""
+    if found := problem(config):
+        raise ConfigError(f"{found}, or give another --ranking-method")
+
+
+def method_for(settings: Any) -> tuple[str, str]:
+    """The method that honours ``settings``, and what the log says where it is not their own.
+
+    Raises ``ConfigError`` where the one that was named, or every one, cannot.
+    """
+    own = settings.prune_config()
+    found = problem(own)
+    if not found:
+        return settings.method, ""
+    able = next((config for config in _candidates(settings) if not problem(config)), None)
+    if able is None:
+        raise ConfigError(found)
+    if "method" in settings.model_fields_set:
+        raise ConfigError(f"{found}, or leave the method out: {able.method} can")
+    flags = " and ".join(_flag(need.setting) for need in NEEDS if need.problem(own))
+    return able.method, (
+        f"{flags} is honoured by method {able.method} with score {able.score.name}: taken instead "
+        f"of {own.method}, whose {found.partition(':')[0]}"
+    )
+
+
+def _candidates(settings: Any) -> Iterator[PruneConfig]:
+    for method in FITTING_METHODS:
+        with contextlib.suppress(ConfigError):  # other settings do not fit this one
+            yield settings.model_copy(update={"method": method}).prune_config()
+
+
+def values_for(settings: Any) -> tuple[dict[str, Any], list[str]]:
+    """Values that a run's settings imply, and what the log says of them and of idle settings.
+
+    A setting counts as given where it differs from its default: the scripts hand on every default.
+    """
+    fields = type(settings).model_fields
+    given = [name for name in fields if getattr(settings, name) != fields[name].default]
+    changes: dict[str, Any] = {}
+    notes = []
+    for name in given:
+        switch = next((s for start, s in SWITCHES.items() if name.startswith(start)), "")
+        other, value = IMPLIED.get(name, ("", ""))
+        rival = other in given or (name == "prompt_subject" and settings.has_prompt)
+        if switch and not getattr(settings, switch):
+            notes.append(f"{_flag(name)} has no effect without {_flag(switch)}")
+        elif other and not rival:
+            changes[other] = value
+            notes.append(f"{_flag(name)} asks for {_flag(other)} {value}: taken")
+        elif other and value not in str(getattr(settings, other)):
+            notes.append(f"{_flag(name)} has no effect without {_flag(other)} {value}")
+    return changes, notes
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+RIVALS = (
+    {"sparsity", "total_prune_percent"},
+    {"knowledge_drift", "drift"},
+    {"prompt", "prompt_file", "custom_prompt_text"},
 )
-"""Whole numbers of 1 or more; ``generation`` may be 0."""
+"""Settings of which one source may give only one."""
 
 
-class RunSettings(ActivationSettings):
-    """What one run is asked to do; None means "not given"."""
+def setting(panel: str, text: str, default: Any = None) -> Any:
+    """One setting: the help panel that it belongs to, its help text, its default."""
+    return Field(default, description=text, json_schema_extra={"panel": panel})
 
-    # prompt and generation
-    prompt: str | None = setting("Prompt", "The prompt, or a shipped prompt's name.")
-    prompt_file: str | None = setting("Prompt", "Read the prompt from this file; - is stdin.")
-    custom_prompt_text: str | None = setting(
-        "Prompt", "The prompt, a shipped prompt's name or a text in datasets/."
+
+class BaseSettings(Settings):
+    """What every command is asked: which model, how it is pruned, where results go."""
+
+    _notes: tuple[str, ...] = PrivateAttr(())
+    # model
+    model: str = setting(
+        "Model", "Hub id, local folder, .gguf file, or smollm2-135m.", "smollm2-135m"
     )
-    prompt_type: str = setting("Prompt", "custom, or mmlu: questions without answers.", "custom")
-    prompt_subject: str | None = setting("Prompt", "MMLU subjects, comma-separated.")
-    prompt_length: int | None = setting(
-        "Prompt", "Tokens of the prompt (default: model's context)."
+    cache_dir: str | None = setting(
+        "Model", "Where weights are kept (default: the hub's own cache)."
     )
-    chat: bool | None = setting("Prompt", "Wrap the prompt in the model's chat template.", False)
-    """None: where it has one."""
-    generation: int | None = setting("Prompt", "Tokens to generate (default: 200 with a prompt).")
-    temperature: float | None = setting("Prompt", "Sample at this temperature (default: greedy).")
-    # evaluation
-    eval_perplexity: bool = setting("Evaluation", "Perplexity, dense beside pruned.", False)
-    ppl_datasets: str = setting(
-        "Evaluation", "embedded, wikitext2, c4, mmlu, or text files.", "embedded"
+    device: str | None = setting("Model", "0, 0,1, cuda:0, cpu or mps (default: GPU 0, else CPU).")
+    device_map: str | None = setting("Model", "How layers are spread over devices, e.g. auto.")
+    dtype: str | None = setting("Model", "float32, float16, bfloat16 (default: the checkpoint's).")
+    revision: str | None = setting("Model", "Branch, tag or commit of a hub model.")
+    attn_implementation: str | None = setting("Model", "Attention kernel: eager, sdpa, ...")
+    trust_remote_code: bool = setting("Model", "Run code that comes with the checkpoint.", False)
+    # pruning
+    method: str = setting("Pruning", "Preset; dart-llm methods lists them.", "dart")
+    sparsity: float | None = setting("Pruning", "Fraction of FFN neurons to remove, e.g. 0.5.")
+    total_prune_percent: float | None = setting(
+        "Pruning", "Percent of FFN neurons to remove, 0 to 100."
     )
-    ppl_subjects: str | None = setting("Evaluation", "MMLU subjects for perplexity.")
-    ppl_max_samples: int | None = setting("Evaluation", "Slices per text (default: all).")
-    ppl_prompt_tokens: int = setting("Evaluation", "Prompt tokens of a slice.", 256)
-    ppl_scored_tokens: int = setting("Evaluation", "Scored tokens of a slice.", 256)
-    eval_mmlu: bool = setting("Evaluation", "MMLU accuracy, dense beside pruned.", False)
-    mmlu_datasets: str = setting("Evaluation", "MMLU subjects, comma-separated.", "all")
-    mmlu_shots: int = setting("Evaluation", "Examples before each question.", 0)
-    mmlu_max_samples: int | None = setting("Evaluation", "Questions per subject.")
-    eval_general_nlp: bool = setting("Evaluation", "BoolQ, RTE, ..., dense beside pruned.", False)
-    general_nlp_datasets: str | None = setting("Evaluation", "Which tasks (default: the seven).")
-    general_nlp_max_samples: int | None = setting("Evaluation", "Items per task.")
-    eval_summarization: bool = setting(
-        "Evaluation", "ROUGE of summaries, dense beside pruned.", False
+    layer_topk: str | None = setting(
+        "Pruning", "Keep ratios per layer: all:auto, 0-5:0.6,6-11:0.8, 3:#512, or @FILE."
     )
-    summarization_datasets: str = setting(
-        "Evaluation", "xsum, cnn_dailymail, multi_news, gov_report, or JSON-lines files.", "xsum"
+    save_layer_topk: str | None = setting(
+        "Pruning", "Write the keep counts of the run to this file."
     )
-    summarization_max_samples: int | None = setting("Evaluation", "Documents per data set.")
-    summarization_max_output: int = setting("Evaluation", "Tokens per summary.", 256)
-    include_path: str | None = setting("Evaluation", "Folder with further lm-eval task files.")
-    calibration: str | None = setting(
-        "Evaluation", "Text for methods that calibrate (default: c4 of the hub)."
+    masks: str | None = setting(
+        "Pruning", "A masks.safetensors: use its newest masks, choose none."
     )
+    masking_step: int | None = setting("Pruning", "Dense decode tokens before the first mask.")
+    release_step: int | None = setting("Pruning", "Decode step from which all runs dense.")
+    min_evidence: int | None = setting("Pruning", "Tokens to observe before the first mask.")
+    ranking_method: str | None = setting("Pruning", "Neuron score; dart-llm methods lists them.")
+    ema_decay: float | None = setting("Pruning", "Decay of averaged activations (default: sums).")
+    prune_strategy: str | None = setting("Pruning", "topk, or auto: keep scores above the mean.")
+    budget: str | None = setting(
+        "Pruning", 'Allocator over layers, e.g. uniform, "blend energy depth".'
+    )
+    knowledge_drift: bool | None = setting("Pruning", "Re-mask on drift by the preset's rule.")
+    drift: str | None = setting("Pruning", 'Drift rule: never, published, paper, "interval 64".')
+    compensation: bool | None = setting("Pruning", "Add the removed neurons' mean contribution.")
+    executor: str | None = setting("Pruning", "auto, masked, compact, native, slim or graph.")
     # results
-    verbose: bool = setting("Results", "Log every mask and every drift window.", False)
+    seed: int = setting("Results", "Seed of everything random.", 0)
+    experiment_name: str | None = setting("Results", "Default: <model>-<method>-<sparsity>.")
+    results_dir: str = setting("Results", "Folder for results.", "results")
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        every = {k for k, v in data.items() if k.endswith("_max_samples") and v == "all"}
+        return super().read({k: v for k, v in data.items() if k not in every})
 
     @model_validator(mode="after")
-    def _check(self) -> RunSettings:
-        self._check_recording()
-        if self.prompt_type not in ("custom", "mmlu"):
-            raise ConfigError(f'prompt type "{self.prompt_type}": write custom or mmlu')
-        if self.prompt_type == "mmlu" and not self.prompt_subject:
-            raise ConfigError("--prompt-type mmlu needs --prompt-subject, e.g. astronomy")
-        given = [n for n in ("prompt", "prompt_file", "custom_prompt_text") if getattr(self, n)]
-        if len(given) > 1:
-            raise ConfigError(f"give one prompt: {' and '.join(given)} were both given")
-        for name in POSITIVE:
-            value = getattr(self, name)
-            if value is not None and value < (0 if name == "generation" else 1):
-                raise ConfigError(f"--{name.replace('_', '-')} {value} is too small")
-        if self.temperature is not None and not 0 <= self.temperature < math.inf:
-            raise ConfigError(f"--temperature {self.temperature:g} must be 0 (greedy) or more")
-        if not 0 <= self.mmlu_shots <= 5:
-            raise ConfigError(f"--mmlu-shots {self.mmlu_shots} must be 0 to 5")
-        for name in ("prompt", "custom_prompt_text"):
-            if not is_text(getattr(self, name) or ""):
-                raise ConfigError(
-                    f"--{name.replace('_', '-')} is not valid UTF-8: put the text in a file and "
-                    "give --prompt-file"
-                )
+    def _check_shared(self) -> BaseSettings:
+        METHODS.check(self.method)
+        if self.sparsity is not None and self.total_prune_percent is not None:
+            raise ConfigError("give --sparsity or --total-prune-percent, not both")
+        check_seed(self.seed)
+        if self.masks and self.target_sparsity() is not None:
+            raise ConfigError("--masks names the neurons themselves: drop the sparsity")
+        if self.knowledge_drift is not None and self.drift is not None:
+            raise ConfigError("give --knowledge-drift or --drift, not both")
+        self.prune_config()
         return self
 
-    def _check_recording(self) -> None:
-        if not self.save_activations:
-            return
-        if self.evaluates and not self.tokens:
-            raise ConfigError(
-                "--save-activations keeps those of the generated texts, and nothing is generated: "
-                "give a prompt and --generation N, or leave it off"
-            )
-        if self.executor in ("compact", "native", "slim", "graph"):
-            raise ConfigError(
-                f"--save-activations cannot see the neurons that executor {self.executor} skips: "
-                "give --executor masked, or leave the executor out"
-            )
+    def fitted(self) -> Self:
+        """The same with what its settings ask of others; ``notes`` says what was taken.
 
-    def fitted(self) -> RunSettings:
-        changes, notes = settings_fit.values_for(self)
-        return super().fitted().noted(changes, *notes)
+        Raises ``ConfigError`` where the method that was named cannot honour them.
+        """
+        method, note = method_for(self)
+        if not note:
+            return self
+        return self.noted({"method": method}, note)
+
+    def noted(self, changes: Mapping[str, Any], *notes: str) -> Self:
+        """A copy with ``changes`` that says why."""
+        found = self.model_copy(update=dict(changes))
+        found._notes = (*self._notes, *notes)
+        return found
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the log says of the settings."""
+        return self._notes
+
+    def target_sparsity(self) -> float | None:
+        """The sparsity that was asked for, as a fraction; None when nothing was said."""
+        percent = self.total_prune_percent
+        if percent is None:
+            return None if self.sparsity is None else check_sparsity(self.sparsity)
+        if 0 < percent < 1:
+            raise ConfigError(
+                f"--total-prune-percent {percent:g} is a percentage: did you mean "
+                f"{100 * percent:g}? (--sparsity takes fractions)"
+            )
+        if not 0 <= percent < 100:
+            raise ConfigError(
+                f"--total-prune-percent {percent:g} must lie in [0, 100): every layer keeps a "
+                "neuron or more"
+            )
+        return percent / 100
 
     def prune_config(self) -> PruneConfig:
-        """The preset with every setting on top of it; recorded runs use the masked executor."""
-        config = super().prune_config()
-        return config.replace({"executor": "masked"}) if self.save_activations else config
+        """The preset with every setting that was given on top of it."""
+        changes: dict[str, Any] = {
+            "sparsity": self.target_sparsity(),
+            "masking_step": self.masking_step,
+            "release_step": self.release_step,
+            "min_evidence": self.min_evidence,
+            "compensation": self.compensation,
+            "executor": self.executor,
+            "seed": self.seed,
+        }
+        parts: dict[str, dict[str, Any]] = {
+            "score": {
+                "name": self.ranking_method,
+                "ema_decay": self.ema_decay,
+                "strategy": self.prune_strategy,
+            },
+            "budget": {"name": self.budget, "table": self._table()},
+            "drift": {"rule": self._drift_rule()},
+        }
+        for part, values in parts.items():
+            given = {key: value for key, value in values.items() if value is not None}
+            changes[part] = given or None
+        if self.method == "dense" and changes["sparsity"]:
+            raise ConfigError("method dense removes nothing: drop the sparsity")
+        return PruneConfig.build(self.method, **changes)
+
+    def _table(self) -> str | None:
+        spec = self.layer_topk
+        if spec is None or spec.strip() in ("", "all:auto"):
+            return None
+        if spec.startswith("@"):
+            return read_table(Path(spec[1:]))
+        return str(parse_layer_spec(spec))
+
+    def _drift_rule(self) -> str | None:
+        if self.knowledge_drift is None:
+            return self.drift
+        rule = METHODS.get(self.method).drift.rule
+        if not self.knowledge_drift:
+            return "never"
+        return "paper" if rule == "never" else rule
 
     @property
-    def evaluates(self) -> bool:
-        """Whether any evaluation is switched on."""
-        return (
-            self.eval_perplexity
-            or self.eval_mmlu
-            or self.eval_general_nlp
-            or self.eval_summarization
+    def experiment(self) -> str:
+        """Name of the experiment's folder."""
+        if self.experiment_name:
+            return self.experiment_name
+        config = self.prune_config()
+        fixed = config.budget.table is not None or config.score.strategy == "auto"
+        amount = (
+            "masks"
+            if self.masks
+            else "table"
+            if fixed and config.sparsity is None
+            else f"{config.target:g}"
         )
-
-    @property
-    def tokens(self) -> int:
-        """Tokens to generate."""
-        if self.generation is not None:
-            return self.generation
-        return 200 if self.has_prompt else 0
-
-    @property
-    def has_prompt(self) -> bool:
-        found = (self.prompt, self.prompt_file, self.custom_prompt_text)
-        return self.prompt_type == "mmlu" or any(part is not None for part in found)
+        model = Path(self.model.rstrip("/")).name.lower()
+        return f"{model}-{self.method}-{amount}"
 
 
-def collect(
+def given_of(settings: BaseModel) -> dict[str, Any]:
+    """What ``settings`` of another kind were given for fields that ``BaseSettings`` has too."""
+    shared = BaseSettings.model_fields.keys() & type(settings).model_fields.keys()
+    return {name: getattr(settings, name) for name in shared & settings.model_fields_set}
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def from_environment(
+    kind: type[BaseModel], environment: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """``DART_<FIELD>`` variables that ``kind`` knows.  Empty means not given."""
+    found = {}
+    for field in kind.model_fields:
+        value = environment.get(f"DART_{field.upper()}", "")
+        if value:
+            found[field] = value
+    return found
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Settings of a YAML file; names may be written as flags are."""
+    return {str(key).replace("-", "_").lower(): value for key, value in read_yaml(path).items()}
+
+
+def merge(
+    kind: type[S],
     flags: Mapping[str, Any],
     file: Path | None = None,
     environment: Mapping[str, str] | None = None,
-) -> RunSettings:
-    """The settings of ``dart-llm run``, merged from all sources."""
-    return merge(RunSettings, flags, file, environment)
+) -> S:
+    """Merge the sources into settings of one kind; ``flags`` holds None for what was not given.
+
+    A setting also replaces its rivals of weaker sources: --sparsity beats DART_TOTAL_PRUNE_PERCENT.
+    """
+    variables = from_environment(kind, os.environ if environment is None else environment)
+    merged: dict[str, Any] = {}
+    for source in (read_file(file) if file else {}, variables, flags):
+        given = {key: value for key, value in source.items() if value is not None}
+        beaten = {name for group in RIVALS if given.keys() & group for name in group}
+        merged = {key: value for key, value in merged.items() if key not in beaten} | given
+    try:
+        found = kind.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(first_problem(error)) from None
+    check_folder(getattr(found, "experiment_name", None))
+    return found.fitted() if isinstance(found, BaseSettings) else found
+
+
+def check_folder(name: str | None) -> str | None:
+    """``name``; raises ``ConfigError`` for an experiment outside the results folder."""
+    path = Path(name or "a")
+    if path.is_absolute() or ".." in path.parts or path == Path():
+        raise ConfigError(
+            f"--experiment-name {name} leaves the results folder: give the name of a folder in it, "
+            "and the place with --results-dir"
+        )
+    return name
+
+
+# Which activations ``--save-activations`` keeps: layers, tokens and tensors.  Needs no torch.
+
+
+class ActivationSettings(BaseSettings):
+    """The settings of commands that can keep activations."""
+
+    save_activations: bool = setting(
+        PANEL, "Save activations as safetensors (says the size first).", False
+    )
+    activation_layers: str = setting(PANEL, "Their layers: all, 0-5 or 0,3,7-9.", "all")
+    activation_tokens: str = setting(PANEL, "Their tokens: 0:256, or 128: to the end.", "0:256")
+    activation_tensors: str = setting(
+        PANEL, "Which: u (neurons), x (stream before), z, r (FFN output); as in u,x.", "u"
+    )
+
+    @model_validator(mode="after")
+    def _check_activations(self) -> ActivationSettings:
+        parse_layers(self.activation_layers)
+        parse_tokens(self.activation_tokens)
+        parse_tensors(self.activation_tensors)
+        return self
+
+    def wanted(self, layers: int) -> Wanted:
+        """What is kept of a model with this many layers."""
+        start, end = parse_tokens(self.activation_tokens)
+        chosen = parse_layers(self.activation_layers, layers) or ()
+        return Wanted(chosen, start, end, parse_tensors(self.activation_tensors))

@@ -1,0 +1,188 @@
+"""Calibration: what a method learns from the dense model before any prompt is seen.
+
+Static methods (``wanda``, ``flap``) take their masks from a text, ``glass`` a prior from what the
+model writes by itself (docs/method.md, "Calibration").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dart_llm.calibration import cache
+from dart_llm.calibration.self_text import sample_sequences
+from dart_llm.data import documents
+from dart_llm.errors import ConfigError, LoadError
+from dart_llm.models.describe import describe
+from dart_llm.patching.patch import ModelPatch
+from dart_llm.pruning.config import BudgetConfig, CalibrationConfig, PruneConfig
+from dart_llm.pruning.controller import PruningController
+from dart_llm.pruning.masks import Masks
+from dart_llm.pruning.registry import SCORES
+from dart_llm.pruning.selection import MaskSelector, check_fits
+from dart_llm.pruning.statistics import LayerStatistics, Sum
+from dart_llm.pruning.weights import FfnWeights
+
+Say = Callable[[str], None]
+
+BATCH = 8
+"""Sequences of one observed forward."""
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Masks, or a prior [I] per layer, and where they came from."""
+
+    held: Masks | None
+    prior: tuple[Tensor, ...] | None
+    note: str
+
+
+def calibrate(
+    model: Any,
+    tokenizer: Any,
+    config: PruneConfig,
+    source: str | None,
+    cache_dir: str | None,
+    say: Say,
+) -> Calibrated:
+    """What ``config.calibration`` asks for; ``source`` as in calibration_text.py.
+
+    Raises ``ConfigError`` and ``LoadError`` for a text that cannot be used or had.
+    """
+    part = config.calibration
+    assert part is not None
+    selector = check_fits(observing(config), _layers(model, config))
+    ids = None
+    if part.source == "text":
+        texts = documents.documents(source)
+        ids = documents.sequences(tokenizer, texts, part.sequences, part.length)
+        tokens = cache.digest_of(ids)
+    else:
+        start = documents.start_token(tokenizer) or _own_start(tokenizer)
+        tokens = f"self {part.sequences} {part.length} {start} {config.seed}"
+    key = cache.make_key(model, selector.statistics, tokens)
+    devices = [layer.device for layer in selector.layers]
+    evidence = cache.find(model, key, cache_dir, devices)
+    note = _note(part, source, part.sequences if ids is None else len(ids))
+    if evidence is None:
+        say(f"calibrating {config.method} ({note}); the result is kept in the cache")
+        if ids is None:
+            ids = sample_sequences(model, start, part.sequences, part.length, config.seed, say)
+        evidence = observe(model, config, ids, say)
+        _keep(model, key, cache_dir, evidence, note, say)
+    held, prior = choose(model, config, evidence)
+    return Calibrated(held, prior, note)
+
+
+def _note(part: CalibrationConfig, source: str | None, found: int) -> str:
+    words = "the model's own text"
+    if part.source == "text":
+        words = documents.title(source)
+    short = "" if found == part.sequences else f" of {part.sequences}"
+    size = f"{found}{short} sequences of {part.length} tokens ({found * part.length:,} tokens)"
+    return f"calibration: {size} of {words}"
+
+
+def _keep(
+    model: Any,
+    key: str,
+    cache_dir: str | None,
+    evidence: list[LayerStatistics],
+    note: str,
+    say: Say,
+) -> None:
+    try:
+        cache.keep(model, key, cache_dir, evidence, {"note": note})
+    except LoadError as error:
+        say(f"the calibration is not kept for the next time: {error}")
+
+
+def observing(config: PruneConfig) -> PruneConfig:
+    """The configuration that observes all that ``config`` needs at any sparsity and table.
+
+    Signed means are observed for masks with and without compensation alike.  Raises
+    ``ConfigError`` for a score that learns from the model's own text instead.
+    """
+    if SCORES.get(config.score.name).learns:
+        raise ConfigError(
+            f'score "{config.score.name}" learns from the model itself and never from a '
+            "calibration: drop the calibration"
+        )
+    masks = config.calibration is not None and config.calibration.purpose == "masks"
+    return PruneConfig(
+        method=config.method,
+        sparsity=0.5,
+        score=config.score.model_copy(update={"strategy": "topk", "prior_weight": None}),
+        budget=BudgetConfig(name=config.budget.name if masks else "uniform"),
+        compensation=masks,
+        seed=config.seed,
+    )
+
+
+@torch.no_grad()
+def observe(
+    model: Any, config: PruneConfig, ids: Tensor, say: Say = lambda text: None
+) -> list[LayerStatistics]:
+    """Run ids [n, T] through the dense model; the evidence of every layer over all tokens.
+
+    Raises ``AttachError`` when the model is being pruned.
+    """
+    layers = _layers(model, config)
+    tracer = PruningController(observing(config), layers)
+    attachment = ModelPatch(model, describe(model), tracer, "masked")
+    totals: list[dict[str, tuple[Tensor, float]]] = [{} for _ in layers]
+    batches = torch.split(ids, BATCH)
+    attachment.install()
+    try:
+        for number, batch in enumerate(batches):
+            model(batch.to(model.device), use_cache=False, logits_to_keep=1)
+            for total, found in zip(totals, tracer.lives[0].evidence, strict=True):
+                _add(total, found)
+            if (number + 1) % 4 == 0:
+                say(f"calibrating {config.method}: {number + 1} of {len(batches)} batches")
+    finally:
+        attachment.remove()
+    return [
+        LayerStatistics(
+            {name: Sum(t.float().to(layer.device), w) for name, (t, w) in total.items()}
+        )
+        for total, layer in zip(totals, layers, strict=True)
+    ]
+
+
+def _add(total: dict[str, tuple[Tensor, float]], found: LayerStatistics) -> None:
+    """Add the sums of one batch, in float64 on the host: thousands of tokens come together."""
+    for name, known in found.sums.items():
+        part, weight = known.total.cpu().double(), float(known.weight)
+        old = total.get(name)
+        total[name] = (part, weight) if old is None else (old[0] + part, old[1] + weight)
+
+
+@torch.no_grad()
+def choose(
+    model: Any, config: PruneConfig, evidence: Sequence[LayerStatistics]
+) -> tuple[Masks | None, tuple[Tensor, ...] | None]:
+    """(masks, None) or (None, prior), by the calibration's purpose."""
+    part, layers = config.calibration, _layers(model, config)
+    assert part is not None
+    with torch.inference_mode(False):
+        if part.purpose == "masks":
+            return check_fits(config, layers).select(evidence).masks, None
+        return None, tuple(MaskSelector(observing(config), layers).scores(evidence))
+
+
+def _layers(model: Any, config: PruneConfig) -> tuple[FfnWeights, ...]:
+    return describe(model).weights(config.score.proxy_embedding, config.seed)
+
+
+def _own_start(tokenizer: Any) -> list[int]:
+    """A token to start from where the tokenizer adds none: its start or end token, or nothing."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return [int(token)]
+    return []

@@ -1,0 +1,193 @@
+"""What a text shows: sums over its tokens, squared gradients, bases for compensation.
+
+What a model's own text shows: sums over its tokens, gradients, and bases for compensation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dart_llm.errors import DartError
+from dart_llm.models.capture import LayerActivations, capture_activations
+from dart_llm.models.describe import describe
+from dart_llm.pruning.compensation import find_basis
+from dart_llm.pruning.drift import SINKS
+from dart_llm.pruning.statistics import LayerStatistics, Statistics, Sum
+from dart_llm.pruning.weights import FfnWeights
+
+# How much each neuron matters to the loss: squared gradients over a model's own text.
+#
+# For text that the model sampled itself, the gradient of its log-likelihood is the score function,
+# so the mean of g^2 is the diagonal of the Fisher information of the neuron's activation.
+# docs/method.md, "Prior".
+
+
+LOGITS = 1 << 26
+"""Elements of the logits of one backward pass at most."""
+
+Take = Callable[[int, LayerActivations, Tensor | None], None]
+
+
+def gradients(
+    model: Any, ids: Tensor, take: Take, say: Callable[[str], None], backward: bool = True
+) -> None:
+    """Run ids [n, T] forward and backward through the dense model, some rows at a time.
+
+    Without ``backward`` the same forwards alone: g is None.
+
+    ``take(layer, seen, g)`` gets a layer's tensors, [B, T', .] without the sinks and the last
+    token, and g = dL/du, [B, T', I]; L: the summed loss of the next tokens.  Parameters get no
+    gradients, and every flag is what it was afterwards.
+    """
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    rows = max(1, LOGITS // (ids.shape[1] * vocabulary))
+    parts = torch.split(ids, rows)
+    run = _backward if backward else _forward
+    with torch.inference_mode(False), torch.set_grad_enabled(backward), evaluating(model):
+        for number, part in enumerate(parts):
+            run(model, part.clone().to(model.device), take)
+            if (number + 1) % max(2, len(parts) // 8) == 0:
+                say(f"learning from the model's own text: {number + 1} of {len(parts)} parts")
+
+
+def _backward(model: Any, ids: Tensor, take: Take) -> None:
+    held: dict[int, LayerActivations] = {}
+    with (
+        capture_activations(model, held.__setitem__, graph=True),
+        _reaching(model.get_input_embeddings()),
+    ):
+        logits = model(ids, use_cache=False).logits
+    loss = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(),
+        ids[:, 1:].flatten().to(logits.device),
+        reduction="sum",
+    )
+    layers = sorted(held)
+    found = torch.autograd.grad(loss, [held[layer].u for layer in layers])
+    for layer, gradient in zip(layers, found, strict=True):
+        take(layer, _cut(held[layer], ids), _kept(gradient, ids))
+
+
+def _forward(model: Any, ids: Tensor, take: Take) -> None:
+    held: dict[int, LayerActivations] = {}
+    with capture_activations(model, held.__setitem__, graph=True):
+        model(ids, use_cache=False, logits_to_keep=1)
+    for layer in sorted(held):
+        take(layer, _cut(held[layer], ids), None)
+
+
+def _cut(seen: LayerActivations, ids: Tensor) -> LayerActivations:
+    return LayerActivations(*(_kept(t, ids) for t in (seen.u, seen.x, seen.z, seen.r, seen.h)))
+
+
+def _kept(t: Tensor, ids: Tensor) -> Tensor:
+    """t of the tokens that are learnt from, [B, T', .]."""
+    return t.detach().reshape(len(ids), -1, t.shape[-1])[:, SINKS : ids.shape[1] - 1]
+
+
+@contextlib.contextmanager
+def _reaching(embedding: nn.Module) -> Iterator[None]:
+    """Inside, what the embedding gives out is part of the graph, also of frozen weights."""
+
+    def reach(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output if output.requires_grad else output.detach().requires_grad_()
+
+    handle = embedding.register_forward_hook(reach)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, no module drops anything out; every module's flag is what it was afterwards."""
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+BASIS_TOKENS = 1024
+"""Tokens from which the basis of low-rank compensation is found."""
+
+
+def collect_statistics(
+    model: Any,
+    ids: Tensor,
+    statistics: Statistics,
+    bases: Sequence[Tensor | None],
+    layers: Sequence[FfnWeights],
+    say: Callable[[str], None] = lambda text: None,
+    backward: bool = True,
+) -> list[LayerStatistics]:
+    """The sums over ids [n, T] of every layer, and in them ``basis`` [r, D] where it has one.
+
+    ``backward``: ``curvature`` [I] too, which costs a backward pass.  Raises ``DartError`` when the
+    gradients are not finite.
+    """
+    found = [LayerStatistics() for _ in layers]
+    for evidence, basis in zip(found, bases, strict=True):
+        if basis is not None:
+            evidence.sums["basis"] = Sum(basis.float(), 1.0)
+
+    def take(layer: int, seen: LayerActivations, gradient: Tensor | None) -> None:
+        with torch.no_grad():
+            basis = bases[layer]
+            f = None if basis is None else F.linear(seen.h, basis)
+            statistics.update(found[layer], seen.u, seen.z, seen.x, seen.r, None, f)
+            if gradient is not None:
+                found[layer].add("curvature", gradient.flatten(0, 1).float().square(), None)
+
+    gradients(model, ids, take, say, backward)
+    for evidence in found if backward else ():
+        if not bool(evidence.sums["curvature"].total.isfinite().all()):
+            raise DartError(
+                "the gradients of this model's own text are not finite: load it in float32 or "
+                "bfloat16"
+            )
+        # the mean itself, so that it is held once
+        evidence.sums["curvature"] = Sum(evidence.sums["curvature"].mean, 1.0)
+    return found
+
+
+@torch.no_grad()
+def find_bases(
+    model: Any, ids: Tensor, rank: int, layers: Sequence[FfnWeights]
+) -> list[Tensor | None]:
+    """Per layer the basis [r, D] of its FFN's input over ids [n, T], in the model's dtype.
+
+    None where the FFN's input never reaches what is replaced while pruning: inline blocks.
+    """
+    if not rank:
+        return [None] * len(layers)
+    inline = {block.index for block in describe(model).blocks if block.inline}
+    held: dict[int, list[Tensor]] = {}
+    each = ids.shape[1] - SINKS
+    rows = min(len(ids), max(1, -(-BASIS_TOKENS // each)))
+
+    def take(layer: int, seen: LayerActivations) -> None:
+        held.setdefault(layer, []).append(seen.h[:, SINKS:].flatten(0, 1))
+
+    with torch.inference_mode(False), capture_activations(model, take):
+        for part in torch.split(ids[:rows].clone(), 4):
+            model(part.to(model.device), use_cache=False, logits_to_keep=1)
+    bases: list[Tensor | None] = []
+    for layer in layers:
+        if layer.index in inline:
+            bases.append(None)
+            continue
+        h = torch.cat(held[layer.index]).float()
+        if not bool(h.isfinite().all()):
+            raise DartError(f"the FFN inputs of layer {layer.index} are not finite: try float32")
+        bases.append(find_basis(h, rank).to(layer.down.dtype))
+    return bases

@@ -1,0 +1,349 @@
+"""What a model teaches about itself before it is first pruned.
+
+The parts that are learnt of a model: where each is kept, what decides it, how it is made.
+
+A part is one thing that scores, budgets or compensation read: the gradients, the basis of
+compensation, a sum over the tokens of the model's own text, or the reach towards the vocabulary.
+Each is kept under a key of what decides it alone, so that configurations share what they can.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dart_llm.calibration import cache
+from dart_llm.calibration.collect import collect_statistics, evaluating, find_bases
+from dart_llm.calibration.self_text import opening_ids, own_start, sample_continuations
+from dart_llm.errors import ConfigError, LoadError
+from dart_llm.models.checkpoint import remember_tokenizer
+from dart_llm.models.fingerprint import digest_of, fingerprint
+from dart_llm.patching.patch import check_free
+from dart_llm.pruning.config import PriorConfig, PruneConfig
+from dart_llm.pruning.registry import SCORES
+from dart_llm.pruning.selection import MaskSelector
+from dart_llm.pruning.statistics import LayerPrior, LayerStatistics, Statistics, Sum
+from dart_llm.pruning.weights import FfnWeights, reach_of, with_prior
+
+Say = Callable[[str], None]
+
+VERSION = 3
+"""Of what is learnt and how: another one finds nothing of the old in the cache."""
+
+TEXT, REACH, CURVATURE, BASIS, SCORE = "text", "reach", "curvature", "basis", "score"
+"""Parts that are no sums over tokens under a name of their own (``SUMS``), and a score's sum.
+
+The text is read from the disk where it is needed, and not held.
+"""
+
+SUMS = {
+    "signed": ("signed",),
+    "features": ("features", "moments", "cross"),
+    "squares": ("squares", "gain", "stream"),
+    "sensitivity": ("cosine", "change"),
+    "sensitivity-residual": ("cosine-residual", "change-residual"),
+}
+"""Parts that are sums: what a configuration needs (``Statistics.needs``), and its sums' names."""
+
+Part = list[LayerStatistics]
+
+
+@dataclass
+class Lesson:
+    """The parts that one configuration reads of one model: where each is kept, how it is made."""
+
+    model: Any
+    config: PruneConfig
+    layers: tuple[FfnWeights, ...]
+    cache_dir: str | None
+    say: Say
+
+    def __post_init__(self) -> None:
+        self.statistics = MaskSelector(self.config, self.layers).statistics
+        self.digest = fingerprint(self.model)
+        self.devices = [layer.device for layer in self.layers]
+        self.unkept = False
+        self.opening: Tensor | None = None
+        self.text: Tensor | None = None
+        if (prior := self.config.prior) is not None:
+            self.start = own_start(self.model)
+            self.opening = opening_ids(self.model, prior.sequences, prior.opening)
+
+    def find(self, names: Sequence[str]) -> dict[str, Part]:
+        """The parts of ``names`` that are known already: those of the text that is known."""
+        found = dict[str, Part]()
+        if self.text is None and any(name != REACH for name in names):
+            self._recall_text()
+        for name in names:
+            if name == REACH or self.text is not None:
+                part = self._find(name, self.devices, found)
+                found |= {} if part is None else {name: part}
+        return found
+
+    def learn(self, names: Sequence[str], known: dict[str, Part]) -> dict[str, Part]:
+        """The parts of ``names``, made from the model's own text; ``known``: those that are."""
+        prior = self.config.prior
+        assert prior is not None
+        self.say(
+            f"learning {_in_words(names)} from {prior.sequences} x {prior.length} tokens of the "
+            "model's own text, once"
+        )
+        if self.text is None:
+            self._write_text(prior)
+            found = self.find(names)  # of this very text: it alone was lost
+            known, names = known | found, [name for name in names if name not in found]
+            if not names:
+                return known
+        ids = self.text
+        assert ids is not None
+        bases: list[Tensor | None] = [None] * len(self.layers)
+        if BASIS in known:
+            bases = [basis_of(known, place, one) for place, one in enumerate(self.layers)]
+        elif BASIS in names:
+            bases = find_bases(self.model, ids, self.config.compensation_rank, self.layers)
+        evidence = collect_statistics(
+            self.model, ids, self._missing(names), bases, self.layers, self.say, CURVATURE in names
+        )
+        made = {name: _part_of(evidence, name) for name in names}
+        for name, part in made.items():
+            self._keep(name, part, known | made)
+        return known | made
+
+    def reach(self) -> Part:
+        """``FfnWeights.reach`` of every layer."""
+        self.say("computing once how far every neuron reaches towards the vocabulary")
+        found = []
+        for number, layer in enumerate(self.layers):
+            assert layer.embedding is not None
+            high, mean = reach_of(layer.down.detach(), layer.embedding.detach())
+            found.append(LayerStatistics({"max": Sum(high, 1.0), "mean": Sum(mean, 1.0)}))
+            if (number + 1) % max(2, len(self.layers) // 4) == 0:
+                self.say(f"reach towards the vocabulary: {number + 1} of {len(self.layers)} layers")
+        self._keep(REACH, found, {})
+        return found
+
+    def _missing(self, names: Sequence[str]) -> Statistics:
+        """The statistics of ``names`` alone."""
+        per_token = self.statistics.per_token if SCORE in names else None
+        return replace(
+            self.statistics, per_token=per_token, needs=frozenset(names) & SUMS.keys(), spread=False
+        )
+
+    def _recall_text(self) -> None:
+        found = self._find(TEXT, [torch.device("cpu")], {})
+        self.text = None if found is None else found[0].sums["ids"].total
+
+    def _write_text(self, prior: PriorConfig) -> None:
+        self.text = self._written(prior)
+        self._keep(TEXT, [LayerStatistics({"ids": Sum(self.text, 1.0)})], {})
+
+    def _written(self, prior: PriorConfig) -> Tensor:
+        """What the model writes by itself, [n, T] int64 on the host."""
+        generator, opening = torch.Generator().manual_seed(self.config.seed), self.opening
+        if opening is None:
+            self.say("no tokenizer is at hand: the model's own text begins with its start token")
+            vocabulary = int(self.model.config.get_text_config().vocab_size)
+            opening = torch.randint(vocabulary, (prior.sequences, 1), generator=generator)
+            if self.start:
+                opening.fill_(self.start[0])
+        written = sample_continuations(
+            self.model, opening, prior.length, generator, self.say, prior.temperature, prior.top_p
+        )
+        return written.clone()
+
+    def _find(
+        self, name: str, devices: Sequence[torch.device], known: dict[str, Part]
+    ) -> Part | None:
+        key = self._key(name, known)
+        return cache.find(self.model, key, self.cache_dir, devices, name != TEXT)
+
+    def _keep(self, name: str, part: Part, known: dict[str, Part]) -> None:
+        about, key = {"note": f"what dart_llm learnt of a model: {name}"}, self._key(name, known)
+        try:
+            cache.keep(self.model, key, self.cache_dir, part, about, name != TEXT)
+        except LoadError as error:
+            if not self.unkept:  # one sentence is enough for all parts
+                self.say(f"what was learnt is not kept for the next time: {error}")
+            self.unkept = True
+
+    def _key(self, name: str, known: dict[str, Part]) -> str:
+        decides = self._decides(name, known)
+        return cache.part_key(self.digest, VERSION, name, *decides)
+
+    def _decides(self, name: str, known: dict[str, Part]) -> list[object]:
+        """What decides a part beside the model.
+
+        Of the text and the basis what is in them, not what was asked for: another machine rounds,
+        and so writes, otherwise, and parts of two texts would not fit together.
+        """
+        if name == REACH:
+            return [self.config.score.proxy_embedding]
+        if name == TEXT:
+            prior = self.config.prior
+            assert prior is not None
+            first = self.start if self.opening is None else digest_of(self.opening)
+            return [first, prior.model_dump(exclude={"tokens"}), self.config.seed]
+        assert self.text is not None
+        text = digest_of(self.text)
+        if name == BASIS:
+            return [text, self.config.compensation_rank]
+        if name == "features":
+            each = [one.sums[BASIS].total for one in known.get(BASIS, []) if BASIS in one.sums]
+            return [text, *map(digest_of, each)]
+        if name == SCORE:
+            return [text, cache.rule_of(self.statistics), self.statistics.ema_decay]
+        return [text]
+
+
+def _in_words(names: Sequence[str]) -> str:
+    """What parts are to people: ``gradients, features of compensation and mean activations``."""
+    words = {CURVATURE: "gradients", BASIS: "features of compensation"}
+    told = list(dict.fromkeys(words.get(name, "mean activations") for name in names))
+    return " and ".join([", ".join(told[:-1]), told[-1]]) if len(told) > 1 else told[0]
+
+
+def _part_of(evidence: Sequence[LayerStatistics], name: str) -> Part:
+    wanted = SUMS.get(name, (name,))
+    return [
+        LayerStatistics({one: found.sums[one] for one in wanted if one in found.sums})
+        for found in evidence
+    ]
+
+
+def basis_of(found: dict[str, Part], place: int, layer: FfnWeights) -> Tensor | None:
+    """The basis [r, D] of one layer, in its dtype; None where it has none."""
+    held = found[BASIS][place].sums if BASIS in found else {}
+    return held[BASIS].total.to(layer.down.dtype) if BASIS in held else None
+
+
+# What a model teaches about itself before it is first pruned (docs/method.md, "Prior").
+#
+# A configuration learns the parts that it reads, once, and finds those that another one has
+# learnt.
+
+
+logger = logging.getLogger("dart_llm")
+
+
+def self_calibrate(
+    model: Any,
+    config: PruneConfig,
+    layers: Sequence[FfnWeights],
+    cache_dir: str | None = None,
+    say: Say = logger.info,
+    tokenizer: Any = None,
+) -> tuple[FfnWeights, ...]:
+    """The layers with what ``config`` reads of the model; as they are when it reads nothing.
+
+    ``tokenizer``: belongs to the model; None: the one that is known of it already, if any.
+    Raises ``AttachError`` for a model that is being pruned, ``ConfigError`` for one that is
+    offloaded, has no head or was made in inference mode where gradients are to be learnt,
+    ``DartError`` where its numbers are not finite.
+    """
+    names = wanted(config, layers)
+    if not names:
+        return _knowing(config, layers, {})
+    check_free(model)
+    if tokenizer is not None:
+        remember_tokenizer(model, tokenizer)
+    _check_learnable(model, config.method, layers, CURVATURE in names)
+    # what is kept must serve later forwards of any mode; dropout would draw random numbers
+    with torch.inference_mode(False), evaluating(model):
+        lesson = Lesson(model, config, tuple(layers), cache_dir, say)
+        found = lesson.find(names)
+        if REACH in names and REACH not in found:
+            found[REACH] = lesson.reach()
+        if missing := [name for name in names if name not in found]:
+            found |= lesson.learn(missing, found)
+    return _knowing(config, layers, found)
+
+
+def cached_calibration(
+    model: Any, config: PruneConfig, layers: Sequence[FfnWeights], cache_dir: str | None = None
+) -> tuple[FfnWeights, ...] | None:
+    """As ``learn``, also while the model is being pruned; None where it would have to learn."""
+    names = wanted(config, layers)
+    if not names:
+        return _knowing(config, layers, {})
+    with torch.inference_mode(False):
+        found = Lesson(model, config, tuple(layers), cache_dir, logger.info).find(names)
+    return None if len(found) < len(names) else _knowing(config, layers, found)
+
+
+def wanted(config: PruneConfig, layers: Sequence[FfnWeights]) -> list[str]:
+    """Names of the parts that ``config`` reads.
+
+    The gradients are read by scores that learn and where tokens choose, the basis by low-rank
+    compensation, and sums where the prior weighs anything beside what is observed.
+    """
+    rule = SCORES.get(config.score.name)
+    names = [REACH] if rule.reach and _can_reach(layers) else []
+    if config.prior is None:
+        return names
+    statistics = MaskSelector(config, tuple(layers)).statistics
+    if rule.learns or config.token is not None:
+        names.append(CURVATURE)
+    if "features" in statistics.needs:
+        names.append(BASIS)
+    if config.prior.tokens:
+        names += [SCORE] if statistics.per_token is not None else []
+        names += [name for name in SUMS if name in statistics.beside_score]
+    return names
+
+
+def _can_reach(layers: Sequence[FfnWeights]) -> bool:
+    """Whether the weights are at hand and fit; where not, the score says what is wrong."""
+    return all(
+        one.embedding is not None
+        and one.embedding.shape[1] == one.hidden
+        and not one.down.is_meta
+        and not one.embedding.is_meta
+        for one in layers
+    )
+
+
+def _check_learnable(
+    model: nn.Module, method: str, layers: Sequence[FfnWeights], backward: bool
+) -> None:
+    source, why, other = "gradients", "", "dart-prompt or griffin"
+    if any(layer.down.is_meta for layer in layers):
+        source, why = "its own text", "which an offloaded model does not write: load it whole"
+        other = "griffin"
+    elif backward and any(p.is_inference() for p in model.parameters()):
+        why = "which weights made in torch.inference_mode() have not: load the model outside it"
+    if why:
+        raise ConfigError(f'method "{method}" learns from {source}, {why}, or use {other}')
+
+
+def _knowing(
+    config: PruneConfig, layers: Sequence[FfnWeights], found: dict[str, Part]
+) -> tuple[FfnWeights, ...]:
+    """The layers with the parts ``found``; those of a prior without parts have an empty one."""
+    known = tuple(layers)
+    if REACH in found:
+        known = with_prior(known, known_reach=[_reach(one) for one in found[REACH]])
+    if config.prior is None:
+        return known
+    return with_prior(
+        known, learnt=[_prior(found, place, layer) for place, layer in enumerate(known)]
+    )
+
+
+def _reach(found: LayerStatistics) -> tuple[Tensor, Tensor]:
+    return found.sums["max"].total, found.sums["mean"].total
+
+
+def _prior(found: dict[str, Part], place: int, layer: FfnWeights) -> LayerPrior:
+    sums = {
+        name: total
+        for part, each in found.items()
+        if part not in (REACH, CURVATURE, BASIS)
+        for name, total in each[place].sums.items()
+    }
+    curvature = found[CURVATURE][place].sums[CURVATURE].total if CURVATURE in found else None
+    return LayerPrior(LayerStatistics(sums), curvature, basis_of(found, place, layer))

@@ -1,0 +1,122 @@
+"""Text that a model writes by itself: what priors are learnt from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dart_llm.data import texts
+from dart_llm.errors import ConfigError, DartError
+from dart_llm.models.checkpoint import tokenizer_of
+
+WRITTEN = 64
+"""Sequences that the model writes at a time."""
+
+
+def opening_ids(model: Any, count: int, length: int) -> Tensor | None:
+    """``count`` openings of ``length`` tokens, [count, length] int64, in turn; None if unreadable.
+
+    Openings of fewer tokens are left out.
+    """
+    tokenizer = tokenizer_of(model)
+    if tokenizer is None or not length:
+        return None
+    made = [tokenizer(text)["input_ids"][:length] for text in texts.openings()]
+    found = [ids for ids in made if len(ids) == length]
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    if not found or max(max(ids) for ids in found) >= vocabulary:
+        return None
+    return torch.tensor([found[row % len(found)] for row in range(count)])
+
+
+def own_start(model: Any) -> list[int]:
+    """The token that a text of ``model`` starts with: its start or end token, or nothing."""
+    for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
+        for name in ("bos_token_id", "eos_token_id"):
+            token = getattr(config, name, None)
+            token = token[0] if isinstance(token, list) and token else token
+            if isinstance(token, int):
+                return [token]
+    return []
+
+
+@torch.inference_mode()
+def sample_sequences(
+    model: Any,
+    start: Sequence[int],
+    count: int,
+    length: int,
+    seed: int,
+    say: Callable[[str], None] = lambda text: None,
+) -> Tensor:
+    """``count`` sequences of ``length`` tokens, sampled from the dense model at temperature 1.
+
+    ``start``: the token that all begin with, or nothing: then each begins with a random one.  An
+    end of sequence does not stop them.  Returns [count, length] int64 on the host.  Raises
+    ``ConfigError`` for a model without a head, ``DartError`` for logits that are not finite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    rows = []
+    for done in range(0, count, WRITTEN):
+        size = min(WRITTEN, count - done)
+        first = torch.randint(vocabulary, (size, 1), generator=generator)
+        ids = torch.full_like(first, start[0]) if start else first
+        rows.append(sample_continuations(model, ids, length, generator, say))
+    return torch.cat(rows).clone()
+
+
+@torch.inference_mode()
+def sample_continuations(
+    model: Any,
+    ids: Tensor,
+    length: int,
+    generator: torch.Generator,
+    say: Callable[[str], None],
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> Tensor:
+    """ids [B, n] and what the dense model writes after them, up to ``length`` tokens in all.
+
+    ``temperature`` and ``top_p`` choose as in ``generate``.  Returns [B, length] int64.
+    """
+    cache = None
+    while ids.shape[1] < length:
+        given: dict[str, Any] = {} if cache is None else {"cache": cache}
+        new = ids if cache is None else ids[:, -1:]
+        output = model(new.to(model.device), use_cache=True, logits_to_keep=1, **given)
+        cache = output.cache
+        logits = _last_logits(model, output) / temperature
+        chances = likeliest(logits.softmax(-1), top_p)
+        ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], 1)
+        if ids.shape[1] % 32 == 0:
+            say(f"the model writes text to learn from: {ids.shape[1]} of {length} tokens")
+    return ids
+
+
+def _last_logits(model: Any, output: Any) -> Tensor:
+    """[B, V] float32 on the host."""
+    found = getattr(output, "logits", None)
+    if found is None:
+        raise ConfigError(
+            f"{type(model).__name__} has no language-model head, so it writes no text to learn "
+            "from: prune the causal language model around it, or use dart-prompt or griffin"
+        )
+    logits: Tensor = found[:, -1].float().cpu()
+    if bool((logits.isnan() | logits.isposinf()).any()):
+        raise DartError(
+            "a logit of the model's own text is not finite: the model overflows; try dtype float32"
+        )
+    return logits
+
+
+def likeliest(chances: Tensor, top_p: float) -> Tensor:
+    """Chances [B, V] with 0 for tokens after the likeliest ones that reach ``top_p`` together."""
+    if top_p >= 1:
+        return chances
+    ordered, tokens = chances.sort(descending=True)
+    ordered[ordered.cumsum(-1) - ordered > top_p] = 0
+    return torch.zeros_like(chances).scatter(1, tokens, ordered)

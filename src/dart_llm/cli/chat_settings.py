@@ -1,0 +1,59 @@
+"""The settings of ``dart-llm chat``."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import ValidationError, model_validator
+
+from dart_llm.engine.requests import Sampling
+from dart_llm.errors import ConfigError
+from dart_llm.pruning.config import PruneConfig, first_problem
+from dart_llm.settings import BaseSettings, setting
+
+PANEL = "Chat"
+
+
+class ChatSettings(BaseSettings):
+    """``dart-llm chat``: the model, how it is pruned, and how it answers."""
+
+    UNUSED: ClassVar[frozenset[str]] = frozenset(
+        {"masks", "save_layer_topk", "experiment_name", "results_dir"}
+    )
+
+    system: str | None = setting(PANEL, "System message (default: the chat template's own).")
+    max_tokens: int = setting(PANEL, "Tokens of an answer, at most.", 512)
+    temperature: float = setting(PANEL, "Sample at this temperature; 0: the likeliest token.", 0.0)
+    top_p: float = setting(
+        PANEL, "Sample from the likeliest tokens that together have this probability.", 1.0
+    )
+    history: str | None = setting(
+        PANEL, "File that keeps what you typed, for the next time (default: none)."
+    )
+    calibration: str | None = setting(
+        PANEL, "Text for methods that calibrate (default: c4 of the hub)."
+    )
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> ChatSettings:
+        if self.masks is not None:
+            raise ConfigError("chat chooses its own masks: leave masks out")
+        self.sampling()
+        return self
+
+    def sampling(self) -> Sampling:
+        """How every answer is sampled; the same prompt and seed give the same answer."""
+        return Sampling(self.max_tokens, self.temperature, self.top_p, self.seed)
+
+    def served(self) -> PruneConfig | None:
+        """What prunes the answers; None: nothing."""
+        config = self.prune_config()
+        return None if config.method == "dense" else config
+
+    def changed(self, **changes: Any) -> ChatSettings:
+        """A copy with ``changes``, checked as a whole; raises ``ConfigError``."""
+        given = {name: getattr(self, name) for name in self.model_fields_set} | changes
+        try:
+            return type(self).model_validate(given)
+        except ValidationError as error:
+            raise ConfigError(first_problem(error)) from None

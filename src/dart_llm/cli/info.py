@@ -1,0 +1,392 @@
+"""Doctor, methods, prompts.
+
+``dart-llm prompts``: two-topic prompts and passages.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from importlib.metadata import metadata
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dart_llm.cache import cache_folder
+from dart_llm.cli.options import Json
+from dart_llm.data.passages import Passage
+from dart_llm.data.topic_prompts import DriftPrompt
+from dart_llm.experiments.provenance import machine, versions
+from dart_llm.pruning.methods import listing
+
+Record = TypeVar("Record", "DriftPrompt", "Passage")
+
+File = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A JSONL file instead of the package's own.")
+]
+
+ROWS = 20
+"""Rows of a table without ``--limit``."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add ``prompts`` with its commands to the application."""
+    group = typer.Typer(
+        no_args_is_help=True, help="Two-topic prompts and passages: make, list, show."
+    )
+    group.command(name="generate")(generate)
+    group.command(name="list")(list_)
+    group.command(name="show")(show)
+    app.add_typer(group, name="prompts")
+
+
+def generate(
+    count: Annotated[int, typer.Argument(metavar="COUNT", help="How many prompts to make.")],
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the choice.")] = 0,
+    ontology: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="YAML file with domains of your own (docs/drift.md)."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write JSONL here (default: to stdout).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make prompts that change from one topic to another of a different domain.
+
+    The same count, seed and ontology give the same prompts everywhere; fewer are the first of more.
+
+    Examples:
+
+    dart-llm prompts generate 40 --seed 1 --out prompts.jsonl
+
+    dart-llm prompts generate 50 --ontology my_domains.yaml --json
+    """
+    from dart_llm.data.topic_prompts import generate as make
+    from dart_llm.data.topic_prompts import load_ontology, maximum
+    from dart_llm.files import write_lines
+    from dart_llm.reporting.console import Ui
+
+    source = load_ontology(ontology)
+    rows = [prompt.to_dict() for prompt in make(count, seed, source)]
+    if out is not None:
+        write_lines(out, rows)
+        Ui(quiet=as_json).say(f"wrote {count} of {maximum(source):,} possible prompts to {out}")
+    if as_json:
+        facts = {"seed": seed, "ontology": _text(ontology), "file": _text(out)}
+        typer.echo(json.dumps({**facts, "possible": maximum(source), "prompts": rows}))
+    elif out is None:
+        for row in rows:
+            typer.echo(json.dumps(row))
+
+
+def list_(
+    domain: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With this domain on either side.")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Prompts made from this template.")
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(metavar="N", help=f"The first N (default: {ROWS} in a table, all in JSON)."),
+    ] = None,
+    passages: Annotated[
+        bool, typer.Option("--passages", metavar="", help="The long passages instead.")
+    ] = False,
+    file: File = None,
+    as_json: Json = False,
+) -> None:
+    """List the package's two-topic prompts, or its passages.
+
+    Examples:
+
+    dart-llm prompts list --domain astronomy --template letter
+
+    dart-llm prompts list --passages
+
+    dart-llm prompts list --file prompts.jsonl --limit 5 --json
+    """
+    from dart_llm.data import passages as listing
+    from dart_llm.errors import ConfigError
+
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit {limit} is too small: give 1 or more, or leave it out")
+    if passages and template is not None:
+        raise ConfigError("passages have no template: leave out --template or --passages")
+    if passages:
+        long = listing.in_domain(listing.listed_passages(file), domain)
+        _print_list("passages", long, passage_table, limit, as_json)
+    else:
+        short = listing.choose(listing.listed_prompts(file), domain, template)
+        _print_list("prompts", short, prompt_table, limit, as_json)
+
+
+def _print_list(
+    kind: str,
+    records: Sequence[Record],
+    table: Callable[[Sequence[Record]], Table],
+    limit: int | None,
+    as_json: bool,
+) -> None:
+    from dart_llm.reporting.console import Ui
+
+    if as_json:
+        rows = [record.to_dict() for record in records[:limit]]
+        typer.echo(json.dumps({"total": len(records), kind: rows}))
+        return
+    if not records:
+        typer.echo(f"no {kind} match")
+        return
+    ui, shown = Ui(), records[: limit or ROWS]
+    ui.out.print(table(shown))
+    if len(shown) < len(records):
+        ui.say(f"{len(shown)} of {len(records)} {kind}; --limit {len(records)} shows all")
+
+
+def show(
+    name: Annotated[
+        str,
+        typer.Argument(metavar="ID", help="A prompt or a passage; the beginning of an id will do."),
+    ],
+    file: File = None,
+    as_json: Json = False,
+) -> None:
+    """Show one prompt with its slots, or one passage with its topics marked.
+
+    Examples:
+
+    dart-llm prompts show 01-bees-to-mortgages
+
+    dart-llm prompts show letter-608b476da0 --json
+    """
+    from dart_llm.data import passages as listing
+    from dart_llm.data.topic_prompts import DriftPrompt
+    from dart_llm.reporting.console import Ui
+
+    record = listing.find(listing.everything(file), name)
+    if as_json:
+        typer.echo(json.dumps(record.to_dict()))
+    elif isinstance(record, DriftPrompt):
+        print_prompt(record, Ui().out)
+    else:
+        print_passage(record, Ui().out)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+# ``dart-llm doctor``: what this installation has and lacks.
+
+
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "eval": ("datasets", "lm_eval", "rouge_score", "scipy"),
+    "plots": ("matplotlib", "cmcrameri", "plotly"),
+    "drift": ("sentence_transformers", "sacrebleu", "bert_score", "rouge_score", "scipy"),
+    "native": ("ninja",),
+    "serve": ("fastapi", "prometheus_client", "uvicorn"),
+    "cluster": ("ray",),
+    "trackio": ("trackio",),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+    "dev": ("pytest", "hypothesis", "mypy", "ruff", "openai", "schemathesis", "httpx"),
+}
+
+NO_COMPILER = "none: decoding falls back to executor compact, slower"
+
+
+def examine(cache_dir: str | None = None) -> dict[str, Any]:
+    """Everything that explains why a run works or does not; a token's value is never read out."""
+    import torch
+
+    from dart_llm.native.build import state as native_state
+
+    cache = cache_folder(cache_dir)
+    existing = next(path for path in (cache, *cache.parents) if path.exists())
+    return {
+        "versions": versions(),
+        "machine": machine(),
+        "devices": _devices(torch),
+        "dtypes": _dtypes(torch),
+        "compiler": shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"),
+        "native_kernels": native_state(cache_dir),
+        "cache": str(cache),
+        "free_disk_gib": round(shutil.disk_usage(existing).free / 2**30, 1),
+        "hub_token": _has_token(),
+        "hub_offline": os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"),
+        "extras_missing": {extra: lacking for extra in EXTRAS if (lacking := _lacking(extra))},
+        "summary": metadata("dart-llm")["Summary"],
+    }
+
+
+def _devices(torch: Any) -> list[str]:
+    found = ["cpu"]
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        found += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(count)]
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return found
+
+
+def _dtypes(torch: Any) -> list[str]:
+    """Dtypes in which a small matrix product works on the CPU."""
+    found = []
+    for name in ("float32", "float16", "bfloat16"):
+        try:
+            a = torch.ones(2, 2, dtype=getattr(torch, name))
+            (a @ a).sum().item()
+        except RuntimeError:
+            continue
+        found.append(name)
+    return found
+
+
+def _has_token() -> bool:
+    from huggingface_hub import get_token
+
+    return get_token() is not None
+
+
+def _lacking(extra: str) -> list[str]:
+    return [
+        name
+        for name in EXTRAS[extra]
+        if importlib.util.find_spec(name) is None and not (name == "ninja" and shutil.which(name))
+    ]
+
+
+def print_report(found: dict[str, Any]) -> None:
+    """The findings as a table on stdout."""
+    table = Table(title="dart-llm doctor", title_justify="left", show_header=False)
+    table.add_column("what")
+    table.add_column("found")
+    for name, value in found["versions"].items():
+        table.add_row(name, str(value or "missing"))
+    table.add_row("system", f"{found['machine']['system']}, {found['machine']['processor']}")
+    memory = found["machine"]["memory_gib"]
+    table.add_row("cores, memory", f"{found['machine']['cores']}, {memory} GiB")
+    table.add_row("devices", ", ".join(found["devices"]))
+    table.add_row("dtypes on the CPU", ", ".join(found["dtypes"]))
+    compiler = found["compiler"]
+    table.add_row("C++ compiler", Path(compiler).name if compiler else NO_COMPILER)
+    table.add_row("native CPU kernels", found["native_kernels"])
+    table.add_row("cache", found["cache"])
+    table.add_row("free disk", f"{found['free_disk_gib']} GiB")
+    table.add_row("hub token", "present" if found["hub_token"] else "none (public models only)")
+    table.add_row("hub", "offline (HF_HUB_OFFLINE)" if found["hub_offline"] else "online")
+    table.add_row("OMP_WAIT_POLICY", found["machine"]["omp_wait_policy"] or "not set")
+    for extra, lacking in found["extras_missing"].items():
+        table.add_row(
+            f"extra {extra}",
+            f"lacks {', '.join(lacking)}: pip install 'dart-llm[{extra}]'",
+        )
+    if not found["extras_missing"]:
+        table.add_row("extras", "all present")
+    Console(markup=False).print(table)
+
+
+# Prompts and passages for the terminal: which to show, as tables, and one in full.
+
+
+ARROW = " -> "
+
+
+def prompt_table(prompts: Sequence[DriftPrompt]) -> Table:
+    """A row per prompt."""
+    table = _table("id", "template", "domains", "first topic", "second topic")
+    for prompt in prompts:
+        topics = [prompt.slots.get(f"topic_{side}", "") for side in ("a", "b")]
+        cells = (prompt.id, prompt.template, ARROW.join(prompt.domains), *topics)
+        table.add_row(*map(Text, cells))  # Text: an ontology may hold rich's square brackets
+    return table
+
+
+def passage_table(passages: Sequence[Passage]) -> Table:
+    """A row per topic of each passage, with its words and the character at which it begins."""
+    table = _table("id", "domain", "topic")
+    for name in ("words", "from character"):
+        table.add_column(name, justify="right")
+    for passage in passages:
+        last = passage.segments()[-1]
+        for segment in passage.segments():
+            first = segment.start == 0
+            table.add_row(
+                Text(passage.id if first else ""),
+                Text(segment.topic.domain),
+                Text(segment.topic.name),
+                f"{words(segment.text):,}",
+                f"{segment.start:,}",
+                end_section=segment is last,
+            )
+    return table
+
+
+def print_prompt(prompt: DriftPrompt, out: Console) -> None:
+    """Where the prompt comes from, and its text."""
+    facts = {
+        "id": prompt.id,
+        "template": prompt.template,
+        "domains": ARROW.join(prompt.domains),
+        "seed": "" if prompt.seed is None else str(prompt.seed),
+        **{f"slot {name}": value for name, value in prompt.slots.items()},
+    }
+    table = Table(show_header=False)
+    for name, value in facts.items():
+        if value:
+            table.add_row(Text(name), Text(value))
+    out.print(table)
+    _print_text(prompt.text, out)
+
+
+def print_passage(passage: Passage, out: Console) -> None:
+    """The text, with a line before each topic that says what and where it is."""
+    _print_text(passage.id, out)
+    for number, segment in enumerate(passage.segments(), start=1):
+        line = (
+            f"--- topic {number} of {len(passage.topics)}: {segment.topic.name} "
+            f"({segment.topic.domain}), characters {segment.start:,} to {segment.end:,}, "
+            f"{words(segment.text):,} words ---"
+        )
+        out.print(Text(f"\n{line}\n", style="bold"), soft_wrap=not out.is_terminal)
+        _print_text(segment.text, out)
+
+
+def words(text: str) -> int:
+    """Words between spaces."""
+    return len(text.split())
+
+
+def _print_text(text: str, out: Console) -> None:
+    # Lines are broken for a reader, and left whole for a program or a file.
+    out.print(Text(text), soft_wrap=not out.is_terminal)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    return table
+
+
+def print_listing() -> None:
+    """The listing as tables on stdout."""
+    console = Console()
+    for kind, entries in listing().items():
+        second = "settings" if kind == "methods" else "source"
+        table = Table(title=kind.replace("_", " "), title_justify="left")
+        for column in ("name", "what it does", second):
+            table.add_column(column)
+        for entry in entries:
+            table.add_row(entry["name"], entry["summary"], entry["source"])
+        console.print(table)

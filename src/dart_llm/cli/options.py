@@ -1,0 +1,118 @@
+"""Command-line options made from the settings table, so that the two cannot differ."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+import typer
+from pydantic import BaseModel
+
+from dart_llm.errors import ConfigError
+
+Config = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Read settings from a YAML file.")
+]
+
+Fresh = Annotated[bool, typer.Option("--fresh", metavar="", help="Start anew, do not resume.")]
+
+Json = Annotated[bool, typer.Option("--json", metavar="", help="One JSON document on stdout only.")]
+
+ALIASES: dict[str, tuple[str, ...]] = {
+    "eval_perplexity": ("--perplexity",),
+    "generation": ("--max-new-tokens",),
+    "method": ("-m",),
+    "models": ("--model",),
+    "prompt": ("-p",),
+    "shape": ("--model-config",),
+}
+
+
+def _plain(annotation: Any) -> Any:
+    """``X`` of ``X | None``."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next(part for part in get_args(annotation) if part is not type(None))
+    return annotation
+
+
+def parameters(settings: type[BaseModel]) -> list[inspect.Parameter]:
+    """One keyword parameter per setting; None means "not given".
+
+    Settings that ``settings.UNUSED`` names (they come from a base class) are no flags.
+    """
+    found = []
+    unused = getattr(settings, "UNUSED", ())
+    for name, field in settings.model_fields.items():
+        if name in unused:
+            continue
+        flag = "--" + name.replace("_", "-")
+        kind = _plain(field.annotation)
+        names = [flag, *ALIASES.get(name, ())]
+        if kind is bool:
+            names = [f"{flag}/--no-{flag[2:]}", *ALIASES.get(name, ())]
+        text = field.description or ""
+        default = field.default
+        if default not in (None, False):
+            shown = ",".join(map(str, default)) if isinstance(default, list) else default
+            text += f" [default: {shown}]"
+        extra = field.json_schema_extra
+        panel = str(extra.get("panel", "")) if isinstance(extra, dict) else ""
+        option = typer.Option(
+            *names,
+            help=text,
+            rich_help_panel=panel,
+            show_default=False,
+            metavar=_metavar(kind),
+            parser=_sparsity if name == "sparsity" else None,
+        )
+        found.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[kind | None, option],
+            )
+        )
+    return found
+
+
+def _sparsity(text: str) -> float:
+    """A number; typer's own message for a percentage says nothing of fractions."""
+    try:
+        if text.endswith("%"):
+            share = float(text[:-1]) / 100
+            raise ConfigError(f"write --sparsity {share:g}: a fraction, not a percentage")
+        return float(text)
+    except ValueError:
+        raise ConfigError(f'--sparsity "{text}" is no number: write a fraction, e.g. 0.5') from None
+
+
+def _metavar(kind: Any) -> str | None:
+    return {str: "TEXT", list[str]: "TEXT", int: "N", float: "X", bool: ""}.get(kind)
+
+
+def with_settings(function: Callable[..., None], settings: type[BaseModel]) -> Callable[..., None]:
+    """Give ``function(flags, ...)`` one option per setting; they arrive as the dict ``flags``."""
+    signature = inspect.signature(function)
+    hints = get_type_hints(function, include_extras=True)  # names of the function's own module
+    own = [
+        p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY)
+        for p in signature.parameters.values()
+        if p.name != "flags"
+    ]
+
+    def command(**values: Any) -> None:
+        names = settings.model_fields
+        flags = {key: value for key, value in values.items() if key in names}
+        rest = {key: value for key, value in values.items() if key not in names}
+        function(flags, **rest)
+
+    command.__doc__ = function.__doc__
+    command.__name__ = function.__name__
+    every = [*parameters(settings), *own]
+    command.__signature__ = signature.replace(parameters=every)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in every}
+    return command

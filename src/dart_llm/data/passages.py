@@ -1,0 +1,332 @@
+"""Passages with known topic changes, and where these fall in tokens.
+
+Long passages whose topic changes at known places, for study with a given text.
+
+The package's own are under ``texts/drift/passages``: one text file each, and ``index.jsonl`` with
+topics and changes.  In a JSONL file of one's own a line holds ``id``, ``text``, ``topics`` (a list
+of ``{"name", "domain"}``) and ``changes`` (see ``Passage``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from dart_llm.data import topic_prompts
+from dart_llm.data.topic_prompts import DriftPrompt
+from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.files import read_rows
+
+SHIPPED = "shipped"
+"""Where a file could stand: the package's own."""
+
+BREAK = "\n\n"
+"""What stands between two paragraphs."""
+
+
+@dataclass(frozen=True)
+class Topic:
+    """What a part of a passage is about, and the domain that this belongs to."""
+
+    name: str
+    domain: str
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The characters ``start`` to ``end`` (not included) of a passage, about one topic.
+
+    ``text`` ends before the blank line that separates it from the next segment.
+    """
+
+    topic: Topic
+    start: int
+    end: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Paragraphs joined by blank lines, with two topics or more.
+
+    ``changes``: for every topic but the first, the offset in characters at which its first
+    paragraph begins.  Raises ``ConfigError`` for an offset that begins no paragraph, for offsets
+    that do not rise or do not match the topics, and for neighboring topics of one domain.
+    """
+
+    id: str
+    text: str
+    topics: tuple[Topic, ...]
+    changes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        what = f'the passage "{self.id}"'
+        if len(self.topics) < 2 or len(self.changes) != len(self.topics) - 1:
+            raise ConfigError(
+                f"{what} has {len(self.topics)} topic(s) and {len(self.changes)} change(s): it "
+                "needs two topics or more, and one change less"
+            )
+        if list(self.changes) != sorted(set(self.changes)):
+            raise ConfigError(f"the changes {list(self.changes)} of {what} must rise")
+        for offset in self.changes:
+            starts = 0 < offset < len(self.text) and not self.text[offset].isspace()
+            if not starts or self.text[:offset][-len(BREAK) :] != BREAK:
+                raise ConfigError(
+                    f"the change at character {offset} of {what} begins no paragraph: give the "
+                    "offset of the first character after a blank line"
+                )
+        for one, other in pairwise(self.topics):
+            if one.domain == other.domain:
+                raise ConfigError(
+                    f'{what} goes from "{one.name}" to "{other.name}", both of the domain '
+                    f"{one.domain}: give them different domains"
+                )
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domains of the topics, in order."""
+        return tuple(topic.domain for topic in self.topics)
+
+    def segments(self) -> list[Segment]:
+        """The parts about one topic each; with the breaks between them they make up the text."""
+        bounds = [0, *self.changes, len(self.text)]
+        return [
+            Segment(topic, start, end, self.text[start:end].removesuffix(BREAK))
+            for topic, (start, end) in zip(self.topics, pairwise(bounds), strict=True)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able data; ``read_passages`` reads it back from a line."""
+        topics = [asdict(topic) for topic in self.topics]
+        return {"id": self.id, "text": self.text, "topics": topics, "changes": list(self.changes)}
+
+
+def shipped() -> list[Passage]:
+    """The passages in the package, in the order of their ids."""
+    with resources.as_file(
+        resources.files("dart_llm.data") / "shipped" / "drift" / "passages"
+    ) as folder:
+        return [
+            _passage(
+                {**row, "text": _text(folder / f"{row['id']}.txt")}, f"line {number} of index.jsonl"
+            )
+            for number, row in read_rows(folder / "index.jsonl")
+        ]
+
+
+def passages(source: str | None) -> list[Passage]:
+    """Those of a JSONL file, or the package's (``SHIPPED``, no name).
+
+    Raises ``ConfigError`` where there is no such file, or as ``read_passages``.
+    """
+    if not source or source == SHIPPED:  # "" is how a script says that nothing is given
+        return shipped()
+    return read_passages(existing("passages", source))
+
+
+def existing(option: str, source: str) -> Path:
+    """The file of ``--passages`` or ``--prompts``; raises ``ConfigError`` where there is none."""
+    path = Path(source)
+    if not path.exists():
+        raise ConfigError(
+            f"--{option} {source}: there is no such file; --{option} {SHIPPED} takes the package's "
+            "own"
+        )
+    return path
+
+
+def read_passages(path: str | Path) -> list[Passage]:
+    """The passages in a JSONL file; the module's docstring describes its lines.
+
+    Raises ``ConfigError``, with the line's number, for a line that does not fit, and for an id
+    that occurs twice or a file without passages.
+    """
+    found = dict[str, Passage]()
+    for number, row in read_rows(Path(path)):
+        passage = _passage(row, f"line {number} of {path}")
+        if passage.id in found:
+            raise ConfigError(
+                f'the id "{passage.id}" in line {number} of {path} is taken: give each passage '
+                "its own"
+            )
+        found[passage.id] = passage
+    if not found:
+        raise ConfigError(f"the file {path} holds no passages")
+    return list(found.values())
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8").removesuffix("\n")
+
+
+def _passage(row: dict[str, Any], where: str) -> Passage:
+    name, text, topics, changes = (row.get(key) for key in ("id", "text", "topics", "changes"))
+    if not (isinstance(name, str) and isinstance(text, str) and name and text):
+        raise ConfigError(f"{where} needs an id and a text")
+    if not isinstance(topics, list) or not all(map(_is_topic, topics)):
+        raise ConfigError(
+            f'{where} needs topics: write [{{"name": "bees", "domain": "zoology"}}, ...]'
+        )
+    if not isinstance(changes, list) or not all(type(offset) is int for offset in changes):
+        raise ConfigError(f"{where} needs changes: a list of offsets in characters")
+    return Passage(name, text, _topics(topics), tuple(changes))
+
+
+def _topics(rows: Sequence[dict[str, str]]) -> tuple[Topic, ...]:
+    return tuple(Topic(row["name"], row["domain"]) for row in rows)
+
+
+def _is_topic(row: Any) -> bool:
+    keys = ("name", "domain")
+    return isinstance(row, dict) and all(isinstance(row.get(key), str) for key in keys)
+
+
+Record = TypeVar("Record", DriftPrompt, Passage)
+
+
+def listed_prompts(file: Path | None = None) -> list[DriftPrompt]:
+    """The package's prompts, or those in a JSONL file."""
+    return topic_prompts.shipped() if file is None else topic_prompts.read_prompts(file)
+
+
+def listed_passages(file: Path | None = None) -> list[Passage]:
+    """The package's passages, or those in a JSONL file."""
+    return shipped() if file is None else read_passages(file)
+
+
+def everything(file: Path | None = None) -> Sequence[DriftPrompt | Passage]:
+    """The package's prompts and passages, or what a JSONL file holds: passages have ``changes``."""
+    if file is None:
+        return [*listed_passages(), *listed_prompts()]
+    has_changes = any("changes" in row for _, row in read_rows(file))
+    return listed_passages(file) if has_changes else listed_prompts(file)
+
+
+def in_domain(records: Sequence[Record], domain: str | None) -> list[Record]:
+    """Those of which a topic belongs to the domain; raises ``UnknownName`` when no topic does."""
+    _check("domain", domain, {name for record in records for name in record.domains})
+    return [record for record in records if domain is None or domain in record.domains]
+
+
+def choose(
+    prompts: Sequence[DriftPrompt], domain: str | None, template: str | None
+) -> list[DriftPrompt]:
+    """Those with the domain on either side and made from the template; None is any.
+
+    Raises ``UnknownName`` for a domain or a template that none of the prompts has.
+    """
+    _check("template", template, {prompt.template for prompt in prompts})
+    return [one for one in in_domain(prompts, domain) if template in (None, one.template)]
+
+
+def _check(kind: str, name: str | None, known: set[str]) -> None:
+    known = known - {""}
+    if name is not None and not known:
+        raise ConfigError(f"this file names no {kind}: leave out --{kind}")
+    if name is not None and name not in known:
+        raise UnknownName(kind, name, known)
+
+
+def find(records: Sequence[DriftPrompt | Passage], name: str) -> DriftPrompt | Passage:
+    """The record with this id, or the only one whose id begins so.
+
+    Raises ``UnknownName``, and ``ConfigError`` when several ids begin so.
+    """
+    for record in records:
+        if record.id == name:
+            return record
+    close = [record for record in records if name and record.id.startswith(name)]
+    if len(close) > 1:
+        raise ConfigError(
+            f'{len(close)} ids begin with "{name}", such as {close[0].id} and {close[1].id}: '
+            "write more of the one you mean"
+        )
+    if not close:
+        raise UnknownName("prompt or passage", name, (record.id for record in records))
+    return close[0]
+
+
+# Where the tokens of a text end in it, so that a place in the text becomes a token.
+
+
+def encode(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """Token ids, and for each the number of characters up to its end, which never falls."""
+    if getattr(tokenizer, "is_fast", False):
+        found = tokenizer(text, return_offsets_mapping=True, verbose=False)
+        ids, ends = list(found["input_ids"]), [end for _, end in found["offset_mapping"]]
+    else:  # no offsets: the lengths of the decoded beginnings
+        ids = list(tokenizer(text, verbose=False)["input_ids"])
+        decode = tokenizer.decode
+        ends = [
+            min(len(text), len(decode(ids[: k + 1], skip_special_tokens=True)))
+            for k in range(len(ids))
+        ]
+    for place in range(1, len(ends)):
+        ends[place] = max(ends[place], ends[place - 1])  # a special token is at no character
+    return ids, ends
+
+
+def first_tokens(ends: Sequence[int], offsets: Sequence[int]) -> tuple[int, ...]:
+    """For each offset in characters the first token that holds something from there on."""
+    return tuple(next(k for k, end in enumerate(ends) if end > offset) for offset in offsets)
+
+
+# Passages as tokens, with the places at which their topics change.
+
+
+@dataclass(frozen=True)
+class Text:
+    """A passage's tokens ``ids`` [N]; ``changes``: index of the first token of each new topic."""
+
+    id: str
+    ids: Tensor
+    changes: tuple[int, ...]
+    topics: tuple[str, ...]
+
+
+def tokenised_passages(file: str | None, limit: int | None) -> list[Passage]:
+    """The package's passages, or those of a JSONL file; the first ``limit`` of them."""
+    return passages(file)[:limit]
+
+
+def digest(found: Sequence[Passage]) -> str:
+    """sha256 of what the passages say."""
+    lines = "".join(json.dumps(one.to_dict(), sort_keys=True) + "\n" for one in found)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def tokens(passage: Passage, tokenizer: Any) -> Text:
+    """The tokens of a passage; special tokens as the tokenizer adds them.
+
+    A change is the first token that holds a character of the new topic.
+    """
+    ids, ends = encode(tokenizer, passage.text)
+    changes = first_tokens(ends, passage.changes)
+    return Text(passage.id, torch.tensor(ids), changes, tuple(t.name for t in passage.topics))
+
+
+def check(texts: Sequence[Text], prompt: int, longest: int | None) -> None:
+    """Raise ``ConfigError`` for a text whose first change is in the prompt, or that is too long.
+
+    ``longest``: tokens of the model's context, or None.
+    """
+    for text in texts:
+        if text.changes[0] <= prompt:
+            raise ConfigError(
+                f'the first change of passage "{text.id}" is its token {text.changes[0]}, within '
+                f"the prompt of {prompt}: give a smaller --prompt-tokens or other passages"
+            )
+        if longest is not None and len(text.ids) > longest:
+            raise ConfigError(
+                f'passage "{text.id}" has {len(text.ids)} tokens, and the model\'s context holds '
+                f"{longest}: give shorter passages or another model"
+            )

@@ -1,0 +1,232 @@
+"""Shipped texts and prompts; by name, file, stdin; MMLU-style; chat template.
+
+Prompts: from a name, a file or the text itself, and the MMLU-style prompt builder.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dart_llm.data.datasets import mmlu_questions
+from dart_llm.data.texts import prompt_names, read_prompt
+from dart_llm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+# Messages of a conversation as the tokens of a prompt.
+
+
+def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    """The prompt of ``messages`` (``role``, ``content``), up to where the answer begins.
+
+    Raises ``ConfigError`` without a chat template, and for messages that it refuses.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            "this model's tokenizer has no chat template: use a model that was tuned for chats"
+        )
+    from jinja2 import TemplateError
+
+    try:
+        text: str = tokenizer.apply_chat_template(
+            [dict(one) for one in messages], tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError as error:
+        raise ConfigError(f"the model's chat template refuses these messages: {error}") from None
+    return text
+
+
+def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+    """``chat_text`` as token ids; the template writes special tokens itself."""
+    found = tokenizer(chat_text(tokenizer, messages), add_special_tokens=False, verbose=False)
+    return tuple(found["input_ids"])
+
+
+def encode_prompt(tokenizer: Any, text: str, chat: bool) -> Tensor:
+    """Token ids [1, T] of a prompt, through the chat template when asked for.
+
+    Raises ``ConfigError`` when the tokenizer has no chat template.
+    """
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ConfigError("this model's tokenizer has no chat template: leave --chat off")
+        messages = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids  # type: ignore[no-any-return]
+    return tokenizer(text, return_tensors="pt").input_ids  # type: ignore[no-any-return]
+
+
+LOCAL_PROMPTS = Path("datasets")  # in the current folder
+
+LONGEST_NAME = 200  # characters; a longer text is never looked up as a file
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+class Tokenizer(Protocol):
+    """What the prompt builder needs of a tokenizer; those of transformers have it."""
+
+    def encode(self, text: str, /, *, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of ``text``."""
+        ...
+
+    def decode(self, token_ids: list[int], /) -> Any:
+        """The text of ``token_ids``."""
+        ...
+
+
+def is_text(text: str) -> bool:
+    """False where the command line or standard input held bytes that are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def read_prompt_file(file: str) -> str:
+    """The text of a prompt file; ``-`` is standard input.
+
+    Raises ``ConfigError`` when it cannot be read as UTF-8; a mark of its encoding is no text.
+    """
+    try:
+        if file != "-":
+            return Path(file).read_text(encoding="utf-8-sig")
+        text = sys.stdin.read()
+    except FileNotFoundError:
+        raise ConfigError(
+            f"there is no prompt file {file}: give an existing file, or --prompt TEXT"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        name = "from standard input" if file == "-" else f"file {file}"
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read the prompt {name}: {reason}") from None
+    if not is_text(text):
+        raise ConfigError("the prompt from standard input is not valid UTF-8: correct it")
+    return text
+
+
+def resolve_prompt(text_or_name: str) -> str:
+    """The prompt that a user means.
+
+    A shipped prompt's name gives that prompt; the name of a file under ``datasets/`` in the
+    current folder (with or without ``.txt``) gives that file's text as it is; anything else is
+    the prompt itself and comes back unchanged.
+
+    Raises ``ConfigError`` when such a file cannot be read as UTF-8.
+    """
+    if text_or_name in prompt_names():
+        return read_prompt(text_or_name)
+    path = _local_file(text_or_name)
+    if path is None:
+        return text_or_name
+    try:
+        return path.read_bytes().decode("utf-8")  # bytes: line ends stay what they are
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the prompt file {path} cannot be read as UTF-8: {error}") from error
+
+
+def given_prompt(text_or_name: str) -> str:
+    """``resolve_prompt`` of what a command line gave; ``ConfigError`` where that is no text."""
+    if not is_text(text_or_name):
+        raise ConfigError("the prompt is not valid UTF-8: put the text in a file and give that")
+    return resolve_prompt(text_or_name)
+
+
+def _local_file(name: str) -> Path | None:
+    """The file under ``datasets/`` that ``name`` means, or None; never one outside of it."""
+    if not name or len(name) > LONGEST_NAME or "\n" in name:
+        return None
+    pure = PurePath(name)
+    if pure.anchor or ".." in pure.parts:
+        return None
+    if pure.parts[:1] == (LOCAL_PROMPTS.name,):  # "datasets/NAME" was written out
+        pure = pure.relative_to(LOCAL_PROMPTS)
+    for path in (LOCAL_PROMPTS / f"{pure}.txt", LOCAL_PROMPTS / pure):
+        try:
+            if path.is_file():
+                return path
+        except (OSError, ValueError):  # a name that no file can have, such as one with a NUL
+            continue
+    return None
+
+
+def mmlu_prompt(
+    subjects: Sequence[str] | str,
+    tokenizer: Tokenizer,
+    length: int,
+    questions: Callable[[str], Iterable[Mapping[str, Any]]] | None = None,
+) -> str:
+    """A prompt of MMLU questions with their choices and without answers.
+
+    subjects: one or several names; each gets the same share of the ``length`` tokens, special
+    tokens included.  A share ends at the last question that fits; a first question that is too
+    long alone is cut at the token limit.  ``questions(subject)`` yields mappings with
+    ``question`` and ``choices`` and defaults to ``hub_data.mmlu_questions``, which never gives
+    test questions; other keys, such as an answer, are not looked at.
+
+    Raises ``ConfigError`` (no subject, no room, no questions) and what ``questions`` raises.
+    """
+    names = [subjects] if isinstance(subjects, str) else list(dict.fromkeys(subjects))
+    if not names:
+        raise ConfigError("an MMLU prompt needs one subject or more: name one, such as astronomy")
+    room = length - len(tokenizer.encode(""))
+    # A blank line may take one token more between two texts than it takes alone.
+    joints = (len(names) - 1) * (_count("\n\n", tokenizer) + 1)
+    share = (room - joints) // len(names)
+    if share < 1:
+        raise ConfigError(
+            f"a prompt of {length} tokens has no room for {len(names)} MMLU subject(s): "
+            "raise the prompt length or name fewer subjects"
+        )
+    source = questions or mmlu_questions
+    blocks = [_block(name, [*source(name)], tokenizer, share) for name in names]
+    return _cut("\n\n".join(blocks), tokenizer, room)
+
+
+def _block(
+    subject: str, questions: list[Mapping[str, Any]], tokenizer: Tokenizer, share: int
+) -> str:
+    """A heading and as many questions as fit in ``share`` tokens, at least one."""
+    if not questions:
+        raise ConfigError(f"there are no MMLU questions for {subject!r}: name another subject")
+    heading = f"The following are multiple choice questions about {subject.replace('_', ' ')}."
+    texts = [_format(question) for question in questions]
+    # Single counts leave the blank lines out, so they choose a few too many; the loop is exact.
+    single = accumulate(_count(text, tokenizer) for text in texts)
+    chosen = texts[: sum(total <= share for total in single)]
+    while chosen:
+        block = "\n\n".join([heading, *chosen])
+        if _count(block, tokenizer) <= share:
+            return block
+        chosen.pop()
+    return _cut(texts[0], tokenizer, share)
+
+
+def _format(question: Mapping[str, Any]) -> str:
+    choices = zip(LETTERS, question["choices"], strict=False)
+    lines = [str(question["question"]).strip()]
+    return "\n".join([*lines, *(f"{letter}. {str(text).strip()}" for letter, text in choices)])
+
+
+def _count(text: str, tokenizer: Tokenizer) -> int:
+    return len(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _cut(text: str, tokenizer: Tokenizer, limit: int) -> str:
+    """The first ``limit`` tokens of ``text``, as text that has no more tokens than that."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) <= limit:
+        return text
+    for end in range(limit, 0, -1):
+        # A cut inside a multi-byte character decodes to a replacement character: drop it.
+        piece = str(tokenizer.decode(ids[:end])).rstrip("\ufffd")
+        if piece and _count(piece, tokenizer) <= limit:
+            return piece
+    raise ConfigError(f"no text fits in {limit} token(s): raise the prompt length")

@@ -1,0 +1,311 @@
+"""One patched model and what its configurations need; named conversations.
+
+A model that stays attached while requests come and go, and what their configurations need.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import logging
+import sys
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dart_llm.calibration.learn import cached_calibration, self_calibrate
+from dart_llm.errors import AttachError, ConfigError
+from dart_llm.models.checkpoint import checkpoint_facts
+from dart_llm.models.describe import context_length, describe
+from dart_llm.patching.executors import check_executor, choose_executor
+from dart_llm.patching.executors.whole_step import effective_executor
+from dart_llm.patching.patch import ModelPatch
+from dart_llm.pruning.accounting import Costs, known_bytes, run_report
+from dart_llm.pruning.config import PruneConfig
+from dart_llm.pruning.controller import PruningController, RemaskHook
+from dart_llm.pruning.masks import LayerMask
+from dart_llm.pruning.records import RunReport
+from dart_llm.pruning.selection import MaskSelector, check_fits
+from dart_llm.pruning.weights import FfnWeights, with_prior
+from dart_llm.session.prepare import prepare
+
+logger = logging.getLogger("dart_llm")
+
+DENSE = PruneConfig.build("dense")
+
+KNOWN = 32
+"""Configurations that stay ready."""
+
+
+@dataclass(frozen=True)
+class ReadyMethod:
+    """A configuration and what it knows of this model."""
+
+    config: PruneConfig
+    layers: tuple[FfnWeights, ...]
+    selector: MaskSelector
+    held: tuple[LayerMask | None, ...] | None = None
+    prior: tuple[Tensor, ...] | None = None
+
+    @property
+    def dense(self) -> bool:
+        """Whether it can remove nothing."""
+        if self.held is not None:
+            return all(mask is None for mask in self.held)
+        return self.selector.removes_nothing
+
+    @property
+    def asked(self) -> float | None:
+        """The sparsity asked for; None where it is not one of the whole model."""
+        return self.config.target if self.selector.asks_total else None
+
+    def tracer(self, on_remask: RemaskHook | None = None) -> PruningController:
+        """One that has seen nothing."""
+        return PruningController(self.config, self.layers, self.held, on_remask)
+
+
+class PatchHost:
+    """Keeps the model attached; not for several threads at a time.
+
+    ``executor``: what runs the pruned FFNs, as in ``PruneConfig``; it is chosen once.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        executor: str = "auto",
+        calibration: str | None = None,
+        cache_dir: str | None = None,
+        say: Callable[[str], None] = logger.info,
+    ) -> None:
+        if model.training:
+            raise ConfigError("this model is in training mode: call model.eval() first")
+        self.model, self.tokenizer = model, tokenizer
+        self.calibration, self.cache_dir, self.say = calibration, cache_dir, say
+        self.view = describe(model)
+        probe = PruneConfig.build("griffin", sparsity=0.5, executor=executor)
+        selector = check_fits(probe, self._weights(probe))
+        check_executor(self.view.blocks, selector, model, chooses=True)
+        self.executor = choose_executor(selector, self.view.blocks, model)
+        self.context = context_length(model)
+        self.name = str(checkpoint_facts(model).get("name") or type(model).__name__)
+        self._ready: OrderedDict[str, ReadyMethod] = OrderedDict()
+        self.idle = self._make(DENSE)
+        self._attach()
+
+    def _weights(self, config: PruneConfig) -> tuple[FfnWeights, ...]:
+        return self.view.weights(config.score.proxy_embedding, config.seed)
+
+    def _attach(self) -> None:
+        self.attachment = ModelPatch(
+            self.model, self.view, self.idle.tracer(), self.executor, many=True
+        )
+        self.attachment.install()
+
+    @contextlib.contextmanager
+    def _detached(self) -> Iterator[None]:
+        """The model as it was, for learning: gradients and texts of its own go through it."""
+        self.attachment.remove()
+        try:
+            yield
+        finally:
+            self._attach()
+
+    def ready(self, config: PruneConfig | None) -> ReadyMethod:
+        """What ``config`` (None: dense) needs, learnt or calibrated where it is not known yet.
+
+        Raises ``ConfigError`` for what cannot run here, and what ``prepare.prepare`` raises.
+        """
+        if config is None:
+            return self.idle
+        key = config.model_dump_json()
+        known = self._ready.pop(key, None) or self._make(config)
+        self._ready[key] = known
+        while len(self._ready) > KNOWN:
+            self._ready.popitem(last=False)
+        return known
+
+    def _make(self, config: PruneConfig) -> ReadyMethod:
+        if config.executor not in ("auto", self.executor):
+            raise ConfigError(
+                f'this model is served by executor "{self.executor}", so no request can have '
+                f'"{config.executor}": leave it out'
+            )
+        if config.weight_bits is not None:
+            raise ConfigError(
+                f'method "{config.method}" is another model, with weights of {config.weight_bits} '
+                "bits: it cannot be served beside this one"
+            )
+        layers = self._weights(config)
+        selector = check_fits(config, layers)
+        if selector.removes_nothing:
+            return ReadyMethod(config, layers, selector)
+        found = self._known(config, layers)
+        check_executor(self.view.blocks, found.selector, self.model, found.held is None)
+        return found
+
+    def _known(self, config: PruneConfig, layers: tuple[FfnWeights, ...]) -> ReadyMethod:
+        """``config`` with what the model teaches, found or learnt."""
+        if config.calibration is not None:
+            with self._detached():
+                made = prepare(
+                    self.model, self.tokenizer, config, self.calibration, self.cache_dir, self.say
+                )
+            if made.prior is not None:
+                layers = with_prior(layers, prior=made.prior)
+            return ReadyMethod(config, layers, check_fits(config, layers), made.held, made.prior)
+        learnt = cached_calibration(self.model, config, layers, self.cache_dir)
+        if learnt is None:
+            with self._detached():
+                learnt = self_calibrate(
+                    self.model, config, layers, self.cache_dir, self.say, self.tokenizer
+                )
+        return ReadyMethod(config, learnt, check_fits(config, learnt))
+
+    def serve(self, tracer: PruningController) -> None:
+        """The next forwards are those of ``tracer``; raises ``AttachError`` when detached."""
+        if not self.attachment.installed:
+            raise AttachError("this model was detached by dart_llm.restore: make another engine")
+        self.attachment.serve(tracer)
+
+    def rest(self) -> None:
+        """No request runs: the model is dense, and nothing of the last one is held."""
+        self.attachment.loop = None
+        self.attachment.serve(self.idle.tracer())
+
+    def report(self, ready: ReadyMethod, tracer: PruningController) -> RunReport:
+        """Accounting of what ``tracer`` counted; while it is served."""
+        tracer.flush()
+        attachment, config = self.attachment, ready.config
+        copies = attachment.nbytes()
+        if config.token is None:  # those of other requests
+            tokens = (layer.token for layer in attachment.layers)
+            copies -= sum(token.nbytes() for token in tokens if token is not None)
+        copies += known_bytes(ready.layers, ready.prior)
+        lives = tracer.all_lives()
+        return run_report(
+            lives,
+            Costs(ready.layers, self.view.parameter_bytes, config.compensation),
+            effective_executor(self.executor_of(config), attachment.steps, lives),
+            copies,
+            config.method,
+            ready.asked,
+            None if config.token is None else attachment.proxy_errors,
+        )
+
+    def executor_of(self, config: PruneConfig) -> str:
+        """What runs the FFNs of a request: rows with masks of their own are multiplied by 0."""
+        return "masked" if config.batch == "per_row" else self.executor
+
+    def close(self) -> None:
+        """Detach: the model is exactly what it was."""
+        self.attachment.remove()
+
+
+# What is kept of named conversations between their turns.
+
+
+@dataclass
+class Conversation:
+    """A cache, the tokens in it, and the tracer that saw them.
+
+    ``answer``: where the last answer begins in ``ids``; what lies before is never rolled back.
+    """
+
+    ready: ReadyMethod
+    tracer: PruningController
+    cache: Any
+    ids: list[int]
+    answer: int
+
+    def shared(self, ids: Sequence[int]) -> int:
+        """Leading tokens of ``ids`` that need not be read again; 0 where this cannot go on.
+
+        A prompt may leave out the end of the last answer (a stop string), or spell it otherwise.
+        """
+        same = 0
+        for old, new in zip(self.ids, ids, strict=False):
+            if old != new:
+                break
+            same += 1
+        same = min(same, len(ids) - 1)  # the last token's logits are wanted
+        if same < self.answer or (same < len(self.ids) and not _can_crop(self.cache)):
+            return 0
+        return same
+
+    def crop(self, length: int) -> None:
+        """Keep the first ``length`` tokens."""
+        if gone := len(self.ids) - length:
+            self.cache.crop(-gone)
+            self.ids = self.ids[:length]
+
+    def forget_accounts(self) -> None:
+        """The next turn is counted for itself."""
+        tracer = self.tracer
+        tracer.branch()
+        tracer.finished, tracer.checks = [], []
+        for life in tracer.lives:
+            life.periods, life.remasks, life.prompt_tokens = [], [], 0.0
+
+
+def _can_crop(cache: Any) -> bool:
+    return all(getattr(layer, "is_croppable", False) for layer in cache.layers)
+
+
+class ConversationCache:
+    """At most ``limit`` conversations, those used last.
+
+    Who has the most of them loses one first: nobody who comes with many drops those of others.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held: OrderedDict[str, tuple[str, Conversation]] = OrderedDict()
+
+    def take(self, name: str | None) -> Conversation | None:
+        """What is kept under ``name``, which is then held no more."""
+        return None if name is None else self._held.pop(name, ("", None))[1]
+
+    def put(self, name: str, conversation: Conversation, owner: str = "") -> None:
+        """Keep it as the one used last."""
+        self._held[name] = (owner, conversation)
+        while len(self._held) > self._limit:
+            counts = Counter(owner for owner, _ in self._held.values())
+            most = max(counts.values())
+            del self._held[next(n for n, (own, _) in self._held.items() if counts[own] == most)]
+
+    def clear(self) -> None:
+        self._held.clear()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+# Memory that was freed, given back to the system.
+
+
+@functools.cache
+def _trim() -> Callable[[int], Any] | None:
+    """glibc's ``malloc_trim``; None elsewhere."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        found: Callable[[int], Any] = ctypes.CDLL("libc.so.6").malloc_trim
+    except (OSError, AttributeError):
+        return None
+    return found
+
+
+def trim_heap() -> None:
+    """Return free pages, where the C library can.
+
+    Between the many small blocks of a request glibc keeps what its large ones have left: a program
+    that frees everything after every request grows all the same.
+    """
+    if (trim := _trim()) is not None:
+        trim(0)

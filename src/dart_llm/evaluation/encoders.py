@@ -1,0 +1,371 @@
+"""Sentence-transformers encoders; long texts in windows.
+
+What the name of an encoder means: the default embedder, a folder or a hub id.
+
+An encoder turns a text into vectors; it is never a model that is pruned.  Whatever it is, it is
+brought to a folder here, so that the libraries which read it need no network and no cache of
+their own.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dart_llm.cache import cache_folder, hub_cache
+from dart_llm.errors import ConfigError, LoadError, MissingExtra
+from dart_llm.files import size_text
+from dart_llm.hub import bars, check_download, hub_failure, not_reached, plain
+from dart_llm.models import bundled
+from dart_llm.models.bundled import FetchProgress
+from dart_llm.models.checkpoint import weights_sha256
+from dart_llm.models.devices import memory_failure, parse_device
+
+logger = logging.getLogger("dart_llm")
+
+DEFAULT = bundled.ENCODER_NAME
+
+OWNER = "sentence-transformers"
+"""Whose model a bare name is, as sentence-transformers itself reads it."""
+
+INSTEAD = f"give a local folder or {DEFAULT}"
+
+SMALL = ["*.json", "*.txt", "*.model", "*.jinja", "[0-9]_*/*.bin"]
+"""Configurations, vocabularies, and the modules that follow the transformer."""
+
+
+@dataclass(frozen=True)
+class EncoderSource:
+    """An encoder's files.  ``origin`` says where they came from, ``revision`` is a hub commit."""
+
+    name: str
+    folder: Path
+    origin: str
+    sha256: str | None
+    revision: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Name, origin and the start of revision and checksum, for notes beside numbers."""
+        parts = [self.origin]
+        parts += [f"revision {self.revision[:12]}"] if self.revision else []
+        parts += [f"sha256 {self.sha256[:12]}"] if self.sha256 else []
+        return f"{self.name} ({', '.join(parts)})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able facts, for provenance."""
+        return {
+            "name": self.name,
+            "source": self.origin,
+            "path": str(self.folder),
+            "revision": self.revision,
+            "sha256": self.sha256,
+        }
+
+
+def find_encoder(
+    name: str | None = None,
+    *,
+    owner: str | None = OWNER,
+    cache_dir: str | Path | None = None,
+    progress: FetchProgress | None = None,
+) -> EncoderSource:
+    """The files of the encoder ``name``: ``all-MiniLM-L6-v2`` (if None), a folder or a hub id.
+
+    The default comes from the cache, else through pip, else from the hub.  ``owner``: whose model
+    a bare name is; None leaves it bare, as some of the hub's oldest names are.  Raises
+    ``LoadError``, one sentence, when the files cannot be had.
+    """
+    say = progress or logger.info
+    text = str(name or DEFAULT)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return _folder(path)
+    if text.lower() in (DEFAULT.lower(), bundled.ENCODER_HUB_ID.lower()):
+        return _default(cache_dir, say)
+    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text, re.ASCII):
+        raise LoadError(
+            f"there is no folder {text}; give a hub id (owner/name), a folder that "
+            f"sentence-transformers wrote, or {DEFAULT}"
+        )
+    hub_id = f"{owner}/{text}" if owner and "/" not in text else text
+    return _hub(hub_id, cache_dir, say, INSTEAD)
+
+
+def _default(cache_dir: str | Path | None, say: FetchProgress) -> EncoderSource:
+    try:
+        folder = bundled.embedder_folder(cache_folder(cache_dir), progress=say)
+    except LoadError as first:
+        return _default_from_hub(cache_dir, say, first)
+    return EncoderSource(
+        name=DEFAULT,
+        folder=folder,
+        origin=f"pip package {bundled.ENCODER_PACKAGE} {bundled.ENCODER_VERSION}",
+        sha256=bundled.FILES[bundled.WEIGHTS],
+    )
+
+
+def _default_from_hub(
+    cache_dir: str | Path | None, say: FetchProgress, first: LoadError
+) -> EncoderSource:
+    """The hub's copy of the default, when the cache and pip did not give the pinned one."""
+    hub_id = bundled.ENCODER_HUB_ID
+    say(f"{first}; trying {hub_id} on the hub")
+    try:
+        found = _hub(hub_id, cache_dir, say, "give a local folder as --embedder")
+    except LoadError as second:
+        raise LoadError(
+            f"{DEFAULT} is not in the cache and could not be fetched: {first}; {second}"
+        ) from first
+    logger.warning("%s: read from the hub's %s instead (%s)", DEFAULT, hub_id, first)
+    return found
+
+
+def _folder(path: Path) -> EncoderSource:
+    path = path.resolve()
+    if not any((path / name).is_file() for name in ("modules.json", "config.json")):
+        raise LoadError(
+            f"{path} is no encoder, for it has neither modules.json nor config.json; give the "
+            "folder that save_pretrained wrote"
+        )
+    return EncoderSource(name=path.name, folder=path, origin="folder", sha256=weights_sha256(path))
+
+
+def _hub(
+    hub_id: str, cache_dir: str | Path | None, say: FetchProgress, instead: str
+) -> EncoderSource:
+    """Fetch a repository's configurations and weights (safetensors, else .bin) into the cache."""
+    cache = hub_cache(cache_dir)
+    needed = check_download(hub_id, None, cache)
+    if needed:
+        say(f"downloading {hub_id}: {size_text(needed)}")
+    try:
+        folder = _snapshot(hub_id, cache, needed is None)
+    except Exception as error:
+        if needed is None and isinstance(error, OSError):
+            raise LoadError(not_reached(hub_id, instead)) from error
+        raise hub_failure(error, hub_id, None, instead) or LoadError(
+            f"{hub_id} could not be fetched: {plain(error)}"
+        ) from error
+    return EncoderSource(
+        name=hub_id,
+        folder=folder,
+        origin="hub",
+        sha256=weights_sha256(folder),
+        revision=folder.name,
+    )
+
+
+def _snapshot(hub_id: str, cache: Path | None, cache_only: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    folder = Path()
+    for weights in ("*.safetensors", "*.bin"):
+        folder = Path(
+            snapshot_download(
+                hub_id,
+                cache_dir=cache,
+                local_files_only=cache_only,
+                allow_patterns=[*SMALL, weights],
+                ignore_patterns=["onnx/*", "openvino/*", "*training_args.bin"],
+            )
+        )
+        if any(folder.rglob(weights)):
+            break
+    return folder
+
+
+_END = re.compile(r"[.!?][\"'”’)\]]*\s+(?=[\"'“‘(\[]*[A-Z0-9])")
+
+_ABBREVIATION = re.compile(
+    r"(?<![A-Za-z0-9.])(?:[A-Z]|[A-Za-z](?:\.[A-Za-z])+|Mr|Mrs|Ms|Dr|Prof|Rev|St|Jr|Sr|Sen|Rep|Gov"
+    r"|Gen|Col|Lt|Sgt|Capt|Hon|vs|cf|al|approx|Jan|Feb|Mar|Apr|Aug|Sept|Sep|Oct|Nov|Dec)$"
+)
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of ``text``, stripped, none of them empty.
+
+    A line break ends a sentence, and so does ``.``, ``!`` or ``?`` (closing quotes and brackets
+    may follow) before white space and a capital or a digit, but not after an initial ("J. Smith"),
+    dotted letters ("U.S. Army") or a common abbreviation ("Dr. Brown").
+    """
+    return [part for line in text.splitlines() for part in _split(line) if part]
+
+
+def _split(line: str) -> list[str]:
+    found, start = [], 0
+    for match in _END.finditer(line):
+        stop = match.group()[0] == "."
+        if stop and _ABBREVIATION.search(line, start, match.start()):
+            continue
+        found.append(line[start : match.end()].strip())
+        start = match.end()
+    return [*found, line[start:].strip()]
+
+
+# Texts that are longer than an encoder's window, cut into pieces that fit.
+#
+# Encoders drop what is beyond their window without a word.  Here whole sentences are packed into
+# windows in their order; a sentence that fits none is halved at a word until its parts do.
+
+
+Count = Callable[[str], int]
+"""How many of a window's tokens a text takes."""
+
+
+def windows(text: str, count: Count, limit: int | None) -> list[str]:
+    """``text`` in consecutive pieces of at most ``limit`` tokens each; together they hold it all.
+
+    A text that fits is returned as it is, without the white space around it; without a limit
+    every text fits.  Empty text gives no window.  Where the text is cut, white space between
+    sentences becomes one blank.  Raises ``ConfigError`` for a limit below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"a window needs room for at least 1 token, not {limit}")
+    text = text.strip()
+    if not text:
+        return []
+    if limit is None or count(text) <= limit:
+        return [text]
+    found: list[str] = []
+    for piece in (part for one in sentences(text) for part in _fitting(one, count, limit)):
+        joined = f"{found[-1]} {piece}" if found else piece
+        if found and count(joined) <= limit:
+            found[-1] = joined
+        else:
+            found.append(piece)
+    return found
+
+
+def _fitting(piece: str, count: Count, limit: int) -> list[str]:
+    """The piece itself if it fits or is one character, else its halves, cut further as needed."""
+    if len(piece) < 2 or count(piece) <= limit:
+        return [piece]
+    words = piece.split()
+    if len(words) > 1:
+        half = len(words) // 2
+        parts = (" ".join(words[:half]), " ".join(words[half:]))
+    else:
+        half = len(piece) // 2
+        parts = (piece[:half], piece[half:])
+    return [fitting for part in parts for fitting in _fitting(part, count, limit)]
+
+
+# Texts as vectors; the only file that imports ``sentence_transformers``.
+#
+# Any sentence-transformers model will do.  A text that is longer than the model's window is cut
+# into windows (``text_windows``), and its vector is the mean of theirs, weighted by their tokens.
+
+
+Array = NDArray[np.float64]
+
+BATCH = 32
+"""Windows that are encoded together."""
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """A loaded model.  ``window``: text tokens that fit it at once; None without a limit."""
+
+    model: Any
+    source: EncoderSource
+    window: int | None
+
+    def embed(self, texts: Sequence[str]) -> Array:
+        """One row per text: [texts, dimensions], float64; the row of an empty text is zero."""
+        pieces = [windows(text, self.count, self.window) for text in texts]
+        flat = [piece for of_text in pieces for piece in of_text]
+        rows = np.zeros((len(texts), self.dimensions), dtype=np.float64)
+        if not flat:
+            return rows
+        encoded = iter(self._encode(flat))
+        for row, of_text in zip(rows, pieces, strict=True):
+            vectors = [next(encoded) for _ in of_text]
+            if len(vectors) > 1:
+                weights = [max(1, self.count(piece)) for piece in of_text]
+                row[:] = np.average(vectors, axis=0, weights=weights)
+            elif vectors:
+                row[:] = vectors[0]
+        return rows
+
+    def count(self, text: str) -> int:
+        """Tokens of ``text``, without those that the model adds at its ends."""
+        found = self.model.tokenizer(
+            text, add_special_tokens=False, truncation=False, padding=False, verbose=False
+        )
+        return len(found["input_ids"])
+
+    @property
+    def dimensions(self) -> int:
+        """Length of a vector."""
+        return int(self.model.get_embedding_dimension())
+
+    def _encode(self, texts: list[str]) -> Array:
+        found = self.model.encode(
+            texts, batch_size=BATCH, show_progress_bar=False, convert_to_numpy=True
+        )
+        return np.asarray(found, dtype=np.float64)
+
+
+def load_embedder(
+    name: str | None = None,
+    *,
+    device: str | None = "cpu",
+    cache_dir: str | Path | None = None,
+    progress: FetchProgress | None = None,
+) -> Embedder:
+    """Load ``name``: all-MiniLM-L6-v2 (if None), a folder or a hub id.
+
+    Raises ``MissingExtra`` without sentence-transformers, ``LoadError`` when the model cannot be
+    had or read.
+    """
+    library = _library()
+    source = find_encoder(name, cache_dir=cache_dir, progress=progress)
+    try:
+        with bars(shown=False):
+            model = library.SentenceTransformer(
+                str(source.folder), device=parse_device(device).first, local_files_only=True
+            )
+        window = _window(model)
+    except Exception as error:
+        raise memory_failure(error, source.name, "float32") or LoadError(
+            f"{source.name} could not be read as a sentence-transformers model: {plain(error)}"
+        ) from error
+    return Embedder(model, source, window)
+
+
+def unit(rows: Array) -> Array:
+    """Rows [n, dimensions] scaled to length 1; a zero row stays zero."""
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    scaled: Array = rows / np.where(lengths > 0, lengths, 1.0)
+    return scaled
+
+
+def cosine(a: Array, b: Array) -> float:
+    """Cosine of two vectors [dimensions], in [-1, 1]; 0 if one of them is zero."""
+    first, second = unit(np.stack([a, b]))
+    return float(np.clip(first @ second, -1.0, 1.0))
+
+
+def _library() -> Any:
+    try:
+        return import_module("sentence_transformers")
+    except ImportError as error:
+        raise MissingExtra("sentence-transformers", "drift") from error
+
+
+def _window(model: Any) -> int | None:
+    """Text tokens that the model reads at once: its window without the tokens that it adds."""
+    longest = model.max_seq_length
+    if longest is None or longest > 1_000_000:  # "no limit" is written as 1e30 or infinity
+        return None
+    return max(1, int(longest) - int(model.tokenizer.num_special_tokens_to_add()))

@@ -1,0 +1,377 @@
+"""Summaries and their ROUGE; prompts cut to fit.
+
+One document becomes one finished part: the summary, its scores and its accounting.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.evaluation import text_metrics
+from dart_llm.evaluation.masks_seen import MaskCounts, Taken, unpack
+from dart_llm.evaluation.measurement import PROTOCOLS, Measurement, MeasureOptions, mean
+from dart_llm.files import finite
+from dart_llm.models.checkpoint import checkpoint_facts
+from dart_llm.models.describe import context_length
+from dart_llm.pruning.records import RunReport, merge_reports, slim
+from dart_llm.session.generation import CheckedModel, Generation, generate, text_ends
+from dart_llm.session.prepare import PreparedMethod, UnitStore
+from dart_llm.session.run import Run
+
+if TYPE_CHECKING:
+    from dart_llm.data.documents import Document
+
+
+# The prompt that asks for a summary, made to fit the model's context.
+#
+# Only the document is ever shortened, from its end: the instruction before it, the cue after it
+# and the chat template around all of it stay whole.
+
+
+INSTRUCTION = "Summarize the following text in one or two sentences."
+
+CUE = "Summary:"
+
+_SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*(?=\s)|[^\s](?=\n)")
+
+_WORD_END = re.compile(r"\S(?=\s)")
+
+_NEAR = 0.8
+"""A boundary in the last fifth of what fits is worth the text that it costs."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """``ids``: the token ids; ``document``: as it stands in the prompt; ``chat``: as a message."""
+
+    ids: list[int]
+    document: str
+    shortened: bool
+    chat: bool
+
+
+def build(
+    tokenizer: Any,
+    document: str,
+    context_length: int | None,
+    max_output: int,
+    chat: bool | None = None,
+) -> list[int]:
+    """The token ids of ``fit``."""
+    return fit(tokenizer, document, context_length, max_output, chat).ids
+
+
+def fit(
+    tokenizer: Any,
+    document: str,
+    context_length: int | None,
+    max_output: int,
+    chat: bool | None = None,
+) -> Prompt:
+    """A prompt that leaves room for ``max_output`` tokens in a context of ``context_length``.
+
+    ``context_length`` None: no bound is known and nothing is shortened.  ``chat``: through the
+    chat template, or not; None: where the tokenizer has one.  The document ends with a sentence
+    where one ends near the limit, else with a word.
+
+    Raises ``ConfigError`` when no word of the document fits beside the instruction, and when
+    ``chat`` is asked for without a template.
+    """
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if chat and not has_template:
+        raise ConfigError(
+            "this model's tokenizer has no chat template: give --no-apply-chat-template"
+        )
+    chat = has_template if chat is None else chat
+    document = document.strip()
+
+    def encode(text: str) -> list[int]:
+        return _encode(tokenizer, text, chat)
+
+    ids = encode(document)
+    if context_length is None or len(ids) + max_output <= context_length:
+        return Prompt(ids, document, False, chat)
+    room = context_length - max_output
+    kept = _shortened(document, lambda text: len(encode(text)) <= room)
+    if not kept:
+        raise ConfigError(
+            f"the instruction alone has {len(encode(''))} tokens and {max_output} are to be "
+            f"generated, so a context of {context_length} leaves no room for the document: give a "
+            "smaller --max-output or a model with a longer context"
+        )
+    return Prompt(encode(kept), kept, True, chat)
+
+
+def _encode(tokenizer: Any, document: str, chat: bool) -> list[int]:
+    text = f"{INSTRUCTION}\n\n{document}\n\n{CUE}"
+    if chat:
+        message = {"role": "user", "content": text}
+        text = tokenizer.apply_chat_template(
+            [message],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,  # read by templates of models that would reason aloud first
+        )
+    ids = tokenizer(text, add_special_tokens=not chat, verbose=False).input_ids
+    return [int(token) for token in ids]
+
+
+def _shortened(document: str, fits: Callable[[str], bool]) -> str:
+    """The longest start of ``document`` that fits, back to a boundary; "" when nothing does."""
+    low, high = 0, len(document)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(document[:middle]) else (low, middle)
+    kept = document[: _boundary(document, low)]
+    while kept and not fits(kept):  # fewer characters can be more tokens
+        kept = kept[:-1].rstrip()
+    return kept
+
+
+def _boundary(text: str, length: int) -> int:
+    """The end of the last sentence within ``length`` characters, or word; where none, ``length``"""
+    for pattern in (_SENTENCE_END, _WORD_END):
+        ends = [match.end() for match in pattern.finditer(text, 0, length + 1)]
+        if ends and ends[-1] >= _NEAR * length:
+            return ends[-1]
+    return length
+
+
+Part = Mapping[str, Any]
+"""``scores``, ``sample``, ``report``, ``unpruned`` and ``masks`` (packed); all JSON-able.
+
+Text and number of tokens leave out the token that ends the sequence.
+"""
+
+
+@dataclass
+class Summarizer:
+    """One candidate at work; ``run``: its run, not attached, or None for the untouched model."""
+
+    candidate: PreparedMethod
+    options: MeasureOptions
+    run: Run | None
+
+    def __post_init__(self) -> None:
+        self.ends = text_ends(self.candidate.model, self.candidate.tokenizer)
+        self.identity = _identity(self.candidate)
+
+    def key(self, ids: Sequence[int], reference: str) -> str:
+        """Names a part by everything that decides its value."""
+        options = self.options
+        content = json.dumps([self.identity, options.seed, list(ids), reference])
+        digest = hashlib.sha256(content.encode()).hexdigest()[:24]
+        return f"summarize/{self.candidate.label}/{options.protocol}/{options.max_output}/{digest}"
+
+    def summarize(self, document: Document, prompt: Prompt) -> Part:
+        """The part of one document, as it would be read back from a file.
+
+        Raises ``ConfigError`` when it should have been pruned and ran dense, ``DartError`` when a
+        logit is not finite.
+        """
+        taken = Taken()
+        model = CheckedModel(self.candidate.model, self.ends, f"document {document.id}")
+        made, report = self._generate(model, torch.tensor([prompt.ids]), taken)
+        ended = bool(made.token_ids) and made.token_ids[-1] in self.ends
+        tokens = len(made.token_ids) - ended
+        text = "".join(made.tokens[:tokens])
+        part = {
+            "scores": {**text_metrics.rouge_scores(text, document.summary), "tokens": tokens},
+            "sample": {
+                "prompt_tokens": len(prompt.ids),
+                "chat": prompt.chat,
+                "shortened": prompt.shortened,
+                "document": prompt.document,
+                "reference": document.summary,
+                "text": text,
+                "finish": "stop" if ended else "length",
+            },
+            "report": None if report is None else slim(report.to_dict()),
+            "unpruned": report is not None and self._unpruned(report),
+            "masks": taken.packed,
+        }
+        return dict(json.loads(json.dumps(finite(part))))
+
+    def _generate(
+        self, model: CheckedModel, ids: Tensor, taken: Taken
+    ) -> tuple[Generation, RunReport | None]:
+        run = self.run
+        if run is None:
+            return self._text(model, ids), None
+        run.on_masks = taken
+        run.hold(None)
+        with run:  # attached anew for each document: nothing of the one before is left
+            if self.options.protocol == "decode":
+                made = self._text(model, ids)
+            else:
+                self._hold_masks(run, ids)
+                with run.decoding(prompt=True):
+                    made = self._text(model, ids)
+            return made, run.report()
+
+    @torch.inference_mode()
+    def _hold_masks(self, run: Run, ids: Tensor) -> None:
+        """From now on apply the masks that a dense pass over the prompt gives."""
+        candidate = self.candidate
+        if candidate.masks is None and candidate.held is None:
+            ids = ids.to(candidate.model.device)
+            candidate.model(ids, use_cache=True, logits_to_keep=1)
+        run.hold(run.select())
+
+    def _text(self, model: CheckedModel, ids: Tensor) -> Generation:
+        tokenizer, options = self.candidate.tokenizer, self.options
+        return generate(model, tokenizer, ids, options.max_output, run=self.run, seed=options.seed)
+
+    def _unpruned(self, report: RunReport) -> bool:
+        """Whether the summary ended before there was a token to prune."""
+        assert self.run is not None
+        if not self.run.asks_for_pruning or report.decoded_tokens < 2:
+            return self.run.asks_for_pruning and report.achieved_sparsity == 0
+        if report.dense_token_share == 1:
+            raise ConfigError(
+                f"summaries of {self.candidate.label}: all {report.decoded_tokens} decoded tokens "
+                "of a summary ran dense, so this would measure the untouched model; give a larger "
+                "--max-output, or a smaller --min-evidence or --masking-step"
+            )
+        return False
+
+
+def _identity(candidate: PreparedMethod) -> str:
+    """A checksum of the model's name and dtype and of how it is pruned, masks included."""
+    facts = checkpoint_facts(candidate.model)
+    config = None if candidate.config is None else candidate.config.to_dict()
+    content = [facts.get("name"), facts.get("dtype"), config]
+    total = hashlib.sha256(json.dumps(content, default=str).encode())
+    for layer, ids in sorted((candidate.masks or {}).items()):
+        total.update(f"{int(layer)}:{torch.as_tensor(ids).tolist()}".encode())
+    for held in candidate.held or ():
+        total.update(b"dense" if held is None else f"{held.ids.tolist()}".encode())
+        if held is not None and held.bias is not None:
+            total.update(f"{held.bias.tolist()}".encode())
+    return total.hexdigest()
+
+
+# Summaries of documents and their ROUGE (docs/method.md, "Evaluation").
+#
+# One document at a time, greedy, to the end of the sequence or ``max_output`` tokens.  Under
+# ``decode`` the prompt is dense and observed and the summary runs pruned; under ``full`` the masks
+# come from a dense pass over the prompt and are then applied to the prompt too.
+
+
+HEADLINE = "rougeL"
+
+
+def count(name: str, options: MeasureOptions) -> int:
+    """Documents that ``measure`` will summarise."""
+    return len(_documents(name, options))
+
+
+def measure(
+    candidate: PreparedMethod,
+    name: str,
+    options: MeasureOptions,
+    parts: UnitStore,
+    advance: Callable[[int], None],
+) -> Measurement:
+    """Summarise the documents ``name``, each kept as a finished part.
+
+    ``advance(1)`` is called after each document.  Raises ``MissingExtra`` without rouge-score,
+    ``ConfigError`` when a prompt does not fit the context or an item that should have been pruned
+    ran dense, ``DartError`` for logits that are not finite.
+    """
+    text_metrics.rouge_scorer()
+    if options.protocol not in PROTOCOLS:
+        raise UnknownName("protocol", options.protocol, PROTOCOLS)
+    if options.max_output < 1:
+        raise ConfigError("a summary needs at least 1 token: give --max-output 1 or more")
+    documents = _documents(name, options)
+    summarizer = Summarizer(candidate, options, candidate.run())
+    found = []
+    for document in documents:
+        found.append(_part(summarizer, document, parts))
+        advance(1)
+    return _measurement(candidate, f"summarize:{name}", options, documents, found)
+
+
+def _documents(name: str, options: MeasureOptions) -> list[Document]:
+    from dart_llm.data.documents import load_documents
+
+    return load_documents(name, options.limit, options.sample_seed)
+
+
+def _part(summarizer: Summarizer, document: Document, parts: UnitStore) -> Part:
+    """The document's finished part, or a new one, which is then kept."""
+    model, options = summarizer.candidate.model, summarizer.options
+    prompt = fit(
+        summarizer.candidate.tokenizer,
+        document.document,
+        context_length(model),
+        options.max_output,
+        options.apply_chat_template,
+    )
+    key = summarizer.key(prompt.ids, document.summary)
+    part: Part | None = parts.part(key)
+    if part is None:
+        part = summarizer.summarize(document, prompt)
+        parts.save_part(key, part)
+    return part
+
+
+def _measurement(
+    candidate: PreparedMethod,
+    task: str,
+    options: MeasureOptions,
+    documents: Sequence[Document],
+    parts: Sequence[Part],
+) -> Measurement:
+    pairs = list(zip(documents, parts, strict=True))
+    items = tuple({"id": document.id, **part["scores"]} for document, part in pairs)
+    reports = [part["report"] for part in parts if part["report"]]
+    accounting = merge_reports(reports) if reports else None
+    if accounting:
+        accounting.pop("sequences")
+    counts = MaskCounts()
+    for part in parts:
+        for packed in part["masks"]:
+            counts(unpack(packed))
+    return Measurement(
+        task=task,
+        protocol=options.protocol,
+        metric=HEADLINE,
+        higher_is_better=True,
+        metrics={name: mean([item[name] for item in items]) for name in text_metrics.METRICS},
+        items=items,
+        accounting=accounting,
+        samples=tuple({"id": document.id, **part["sample"]} for document, part in pairs),
+        notes=(*candidate.notes, *_notes(options, parts)),
+        counts=counts.counts,
+        masks=counts.masks,
+    )
+
+
+def _notes(options: MeasureOptions, parts: Sequence[Part]) -> Iterator[str]:
+    """What a reader of the numbers must know; the same whether or not the run was resumed."""
+    pruned = any(part["report"] for part in parts)
+    if pruned and options.protocol == "published":
+        yield "published protocol: a summary has no answer for the masks to see, so it equals full"
+    if pruned and options.protocol != "decode":
+        yield "the masks come from the prompt, prune the prompt too, and hold for the whole summary"
+    samples = [part["sample"] for part in parts]
+    tokens = options.max_output
+    for text, found in (
+        ("the document was shortened to fit the context", [s["shortened"] for s in samples]),
+        (f"the summary was cut at {tokens} tokens", [s["finish"] == "length" for s in samples]),
+        ("the summary is empty and scores 0", [not s["text"].strip() for s in samples]),
+        ("the summary ended before a token ran pruned", [part["unpruned"] for part in parts]),
+    ):
+        if any(found):
+            yield f"{text} in {sum(found)} of {len(parts)} documents"

@@ -1,0 +1,511 @@
+"""ROUGE, BLEU, BERTScore, sentence coverage of a text against a reference.
+
+BERTScore of a text against a reference; the only file that imports ``bert_score``.
+
+Every token of one text is matched with the most similar token of the other, by the cosine of their
+contextual embeddings (Zhang et al., "BERTScore: Evaluating Text Generation with BERT", 2020).
+Tokens weigh the same: there is no IDF, so the score of a pair depends on that pair alone.  There is
+no rescaling either: unrelated texts are far above 0, and only differences between methods speak.
+
+A text beyond the encoder's window is embedded window by window (``text_windows``), and the tokens
+of all windows together are then matched with all tokens of the other text: no window is compared
+with whichever window happens to have its number.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dart_llm.errors import ConfigError, LoadError, MissingExtra
+from dart_llm.evaluation.encoders import (
+    Array,
+    Embedder,
+    EncoderSource,
+    cosine,
+    find_encoder,
+    load_embedder,
+    sentences,
+    unit,
+    windows,
+)
+from dart_llm.hub import bars, plain
+from dart_llm.models import bundled
+from dart_llm.models.bundled import FetchProgress
+from dart_llm.models.devices import memory_failure, parse_device
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+LAYERS = {bundled.ENCODER_NAME: 5, bundled.ENCODER_HUB_ID: 5}
+"""Layers below the embeddings used, for encoders that bert-score has no number for.  MiniLM: 5 of
+its 6, the share of the depth that bert-score uses for the encoders that were trained on sentence
+similarity (sup-simcse-bert-base: 10 of 12)."""
+
+BATCH = 16
+"""Windows that are embedded together."""
+
+
+@dataclass(frozen=True)
+class BertScore:
+    """Mean cosine of the candidate's tokens, of the reference's tokens, and their harmonic mean."""
+
+    precision: float
+    recall: float
+    f1: float
+
+
+@dataclass(frozen=True)
+class BertScorer:
+    """A loaded encoder, cut off after ``layers`` layers.  ``window``: text tokens that fit it."""
+
+    model: nn.Module
+    tokenizer: Any
+    source: EncoderSource
+    layers: int
+    window: int
+
+    @property
+    def label(self) -> str:
+        """Encoder, layer and settings, for notes beside numbers."""
+        return f"{self.source.label}, layer {self.layers}, no IDF, not rescaled"
+
+    def score(self, candidate: str, reference: str) -> BertScore:
+        """BERTScore, each number at most 1; all 0 when a text holds no token.
+
+        Raises ``MissingExtra`` without the bert-score package.
+        """
+        if not (self.count(candidate) and self.count(reference)):
+            return BertScore(0.0, 0.0, 0.0)
+        found = _library().greedy_cos_idf(*self._embed(reference), *self._embed(candidate))
+        precision, recall, f1 = (min(1.0, float(value)) for value in found)
+        return BertScore(precision, recall, f1)
+
+    def count(self, text: str) -> int:
+        """Tokens of ``text``, without those that the model adds at its ends."""
+        found = self.tokenizer(
+            text, add_special_tokens=False, truncation=False, padding=False, verbose=False
+        )
+        return len(found["input_ids"])
+
+    def _embed(self, text: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings [1, tokens, D], mask [1, tokens] and weights [1, tokens] of all windows."""
+        weights: defaultdict[int | None, float] = defaultdict(lambda: 1.0)
+        weights[self.tokenizer.cls_token_id] = weights[self.tokenizer.sep_token_id] = 0.0
+        embeddings, mask, weight = _library().get_bert_embedding(
+            windows(text, self.count, self.window),
+            self.model,
+            self.tokenizer,
+            weights,
+            batch_size=BATCH,
+            device=next(self.model.parameters()).device,
+        )
+        real = mask.bool().cpu()
+        joined: Tensor = embeddings.float().cpu()[real]
+        return joined[None], real[real][None], weight.cpu()[real][None]
+
+
+def load_bertscore(
+    name: str | None = None,
+    layers: int | None = None,
+    *,
+    device: str | None = "cpu",
+    cache_dir: str | Path | None = None,
+    progress: FetchProgress | None = None,
+) -> BertScorer:
+    """Load the encoder ``name``: all-MiniLM-L6-v2 (if None), a folder, or a hub id.
+
+    ``layers``: how many of its layers are used; None takes bert-score's number for it.  Raises
+    ``MissingExtra`` without bert-score, ``LoadError`` when the encoder cannot be had, read or cut,
+    ``ConfigError`` for a number of layers that is missing or out of range.
+    """
+    known: Mapping[str, int] = {**_library().model2layers, **LAYERS}
+    source = find_encoder(name, owner=None, cache_dir=cache_dir, progress=progress)
+    chosen = layers if layers is not None else known.get(source.name)
+    if chosen is None:
+        raise ConfigError(
+            f"bert-score knows no best layer of {source.name}: say how many layers to use "
+            "(about five sixths of them is usual)"
+        )
+    try:
+        model, tokenizer = _read(source, parse_device(device).first)
+    except Exception as error:
+        raise memory_failure(error, source.name, "float32") or LoadError(
+            f"{source.name} could not be read as an encoder: {plain(error)}"
+        ) from error
+    _cut(model, chosen, source.name)
+    window = _window(model, tokenizer)
+    return BertScorer(model, tokenizer, source, chosen, window)
+
+
+def _library() -> Any:
+    try:
+        return import_module("bert_score.utils")
+    except ImportError as error:
+        raise MissingExtra("bert-score", "drift") from error
+
+
+def _read(source: EncoderSource, device: str) -> tuple[nn.Module, Any]:
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    with bars(shown=False):
+        tokenizer = AutoTokenizer.from_pretrained(str(source.folder), local_files_only=True)
+        model = AutoModel.from_pretrained(
+            str(source.folder), dtype=torch.float32, local_files_only=True
+        )
+    model.to(device)
+    model.train(False)
+    return model, tokenizer
+
+
+def _cut(model: nn.Module, layers: int, name: str) -> None:
+    """Drop the layers above the first ``layers``: the output is then theirs."""
+    from torch import nn
+
+    for part in (getattr(model, "encoder", None), getattr(model, "transformer", None)):
+        stack = getattr(part, "layer", None)
+        if part is None or not isinstance(stack, nn.ModuleList):
+            continue
+        if not 1 <= layers <= len(stack):
+            raise ConfigError(
+                f"{name} has {len(stack)} layers: give BERTScore 1 to {len(stack)} of them, "
+                f"not {layers}"
+            )
+        part.layer = stack[:layers]
+        return
+    raise LoadError(
+        f"{name} ({type(model).__name__}) is no encoder that BERTScore can use here: give one of "
+        "the kind of BERT, RoBERTa, DeBERTa, MPNet or DistilBERT"
+    )
+
+
+def _window(model: nn.Module, tokenizer: Any) -> int:
+    """Text tokens that fit the encoder; its tokenizer is told the limit where it knows none."""
+    positions = int(getattr(model.config, "max_position_embeddings", 512))
+    stated = int(tokenizer.model_max_length)
+    tokenizer.model_max_length = min(stated, positions) if stated < 1_000_000 else positions - 2
+    return int(tokenizer.model_max_length) - int(tokenizer.num_special_tokens_to_add())
+
+
+# BLEU of a text against a reference; the only file that imports ``sacrebleu``.
+#
+# sacrebleu's score of one segment (Post, "A Call for Clarity in Reporting BLEU Scores", 2018),
+# divided by 100, so that it stands on the same scale as every other number here: 1 for equal
+# texts. The whole text is one segment, for the sentences of two generated texts do not correspond.
+# Orders of n-grams that the text is too short for are left out ("effective order").
+
+
+def bleu_score(candidate: str, reference: str) -> float:
+    """BLEU in [0, 1]; 0 for an empty candidate or reference.
+
+    White space is not compared.  Raises ``MissingExtra`` without the sacrebleu package.
+    """
+    found = bleu_scorer().sentence_score(_one_line(candidate), [_one_line(reference)])
+    return min(1.0, float(found.score) / 100)  # equal texts: 100.00000000000004
+
+
+@cache
+def bleu_scorer() -> Any:
+    """The package's scorer; call it before a long run, for it raises ``MissingExtra``."""
+    try:
+        module = import_module("sacrebleu.metrics")
+    except ImportError as error:
+        raise MissingExtra("sacrebleu", "drift") from error
+    return module.BLEU(effective_order=True)
+
+
+def signature() -> str:
+    """sacrebleu's own description of the settings, with its version."""
+    bleu = bleu_scorer()
+    bleu.sentence_score("a", ["a"])  # the signature wants to know the number of references
+    return str(bleu.get_signature())
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+# ROUGE of a summary against its reference; the only file that imports ``rouge_score``.
+#
+# F-measures with Porter stemming, as published tables give them.  ROUGE-L takes a text as one
+# sequence; ROUGE-Lsum compares sentence by sentence, so both texts are split into sentences here,
+# by rules that need no download (``sentences``).  The package's tokenizer keeps the letters a-z
+# and digits only: texts in other alphabets score 0.
+
+
+METRICS: tuple[str, ...] = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+
+
+def rouge_scores(prediction: str, reference: str) -> dict[str, float]:
+    """F-measures in [0, 1] under the names of ``METRICS``; an empty prediction scores 0.
+
+    Raises ``MissingExtra`` without the rouge-score package.
+    """
+    found = rouge_scorer().score(as_lines(reference), as_lines(prediction))
+    return {name: float(found[name].fmeasure) for name in METRICS}
+
+
+@cache
+def rouge_scorer() -> Any:
+    """The package's scorer; call it before a long run, for it raises ``MissingExtra``."""
+    try:
+        module = import_module("rouge_score.rouge_scorer")
+    except ImportError as error:
+        raise MissingExtra("rouge-score", "eval") from error
+    return module.RougeScorer(list(METRICS), use_stemmer=True)
+
+
+def as_lines(text: str) -> str:
+    """The text with one sentence a line, which is what ROUGE-Lsum reads."""
+    return "\n".join(sentences(text))
+
+
+# Which sentences of a reference a text holds, and in which order, by sentence embeddings.
+#
+# Sentences are split by the package's own rules (``rouge.sentences``).  With S the matrix of
+# cosines between the sentences of the reference (rows) and of the candidate (columns):
+#
+# - *similarity*: the mean of the rows' largest and the columns' largest cosines, averaged over both
+#   directions, so that what is missing and what was added count alike;
+# - *coverage*: the share of reference sentences whose largest cosine is at least the threshold;
+# - *order*: sentences are matched one to one, the most similar pairs first, down to the threshold;
+#   of all pairs of matched sentences, the share that stands in the same order in both texts, which
+#   is (1 + Kendall's tau) / 2.  Fewer than two matched sentences have no order: None.
+
+
+THRESHOLD = 0.65
+"""Cosine from which two sentences count as saying the same.  For all-MiniLM-L6-v2 it lies between
+six pairs of paraphrases (0.70 to 0.91) and six pairs that share a topic and say something else
+(0.15 to 0.61); tests/test_sentence_match.py holds them.  Another embedder may want another."""
+
+DIGITS = 6
+"""Cosines that agree to as many digits are equal: then the nearer places are matched."""
+
+
+@dataclass(frozen=True)
+class SentenceMatch:
+    """Numbers in [0, 1] (similarity: [-1, 1]).  ``order`` is None with fewer than two matches.
+
+    ``pairs``: places of the matched sentences in reference and candidate, in reference order.
+    """
+
+    similarity: float
+    coverage: float
+    order: float | None
+    pairs: tuple[tuple[int, int], ...]
+
+
+def match(
+    candidate: str, reference: str, embedder: Embedder, threshold: float = THRESHOLD
+) -> SentenceMatch:
+    """Compare the sentences of two texts; a text without sentences gives 0, 0 and no order."""
+    wanted, written = sentences(reference), sentences(candidate)
+    if not wanted or not written:
+        return SentenceMatch(0.0, 0.0, None, ())
+    rows = unit(embedder.embed([*wanted, *written]))
+    return match_cosines(rows[: len(wanted)] @ rows[len(wanted) :].T, threshold)
+
+
+def match_cosines(cosines: Array, threshold: float = THRESHOLD) -> SentenceMatch:
+    """The numbers from cosines [reference sentences, candidate sentences], neither of them 0."""
+    cosines = np.clip(np.round(cosines, DIGITS), -1.0, 1.0)
+    best = cosines.max(axis=1)
+    pairs = matched_pairs(cosines, threshold)
+    return SentenceMatch(
+        similarity=float((best.mean() + cosines.max(axis=0).mean()) / 2),
+        coverage=float((best >= threshold).mean()),
+        order=ordered_share([place for _, place in pairs]),
+        pairs=tuple(pairs),
+    )
+
+
+def matched_pairs(cosines: Array, threshold: float) -> list[tuple[int, int]]:
+    """One-to-one matches (row, column) by falling cosine; of equal ones, the nearest places first.
+
+    Nearness is measured in shares of each text, so that repeated sentences meet their own copy.
+    """
+    count_rows, count_columns = cosines.shape
+    found: list[tuple[float, float, int, int]] = []
+    for row, column in np.argwhere(cosines >= threshold).tolist():
+        distance = abs((row + 0.5) / count_rows - (column + 0.5) / count_columns)
+        found.append((-float(cosines[row, column]), distance, row, column))
+    rows: set[int] = set()
+    columns: set[int] = set()
+    pairs = []
+    for _, _, row, column in sorted(found):
+        if row not in rows and column not in columns:
+            rows.add(row)
+            columns.add(column)
+            pairs.append((row, column))
+    return sorted(pairs)
+
+
+def ordered_share(places: list[int]) -> float | None:
+    """Of all pairs of ``places``, which differ, the share that rises; None with fewer than two."""
+    if len(places) < 2:
+        return None
+    one = np.array(places)
+    above = np.triu(one[None, :] > one[:, None], k=1).sum()
+    return float(above / (len(places) * (len(places) - 1) / 2))
+
+
+# A text against a reference in numbers: ROUGE, BLEU, BERTScore, embeddings, sentences.
+#
+# Every number is on the same scale: 1 for equal texts, larger is closer.  Degenerate texts have
+# defined values.  Where one text is empty (white space alone) and the other is not, every number
+# is 0, for nothing of the reference is there; where both are empty, every number is None, for
+# there is nothing to compare.  ``sentence_order`` is None with fewer than two matched sentences,
+# and a ROUGE is None when the reference has no such n-gram (ROUGE-2 of one word, a text without a
+# letter a-z).
+
+
+@dataclass(frozen=True)
+class Number:
+    """One column: its name in files, its title in tables, what it says, which way is better."""
+
+    name: str
+    title: str
+    meaning: str
+    higher_is_better: bool = True
+
+
+NUMBERS: tuple[Number, ...] = (
+    Number("rouge1", "ROUGE-1", "F-measure of shared words"),
+    Number("rouge2", "ROUGE-2", "F-measure of shared word pairs"),
+    Number("rougeL", "ROUGE-L", "F-measure of the longest common subsequence of words"),
+    Number("rougeLsum", "ROUGE-Lsum", "ROUGE-L sentence by sentence"),
+    Number("bleu", "BLEU", "shared n-grams of 1 to 4 words, 0 to 1 (sacrebleu's score / 100)"),
+    Number("bertscore", "BERTScore F1", "tokens matched by contextual embedding, not rescaled"),
+    Number("document_similarity", "document", "cosine of the embeddings of the whole texts"),
+    Number("sentence_similarity", "sentences", "mean best cosine of sentences, both directions"),
+    Number("sentence_coverage", "coverage", "share of reference sentences that have a match"),
+    Number("sentence_order", "order", "share of pairs of matched sentences in the same order"),
+)
+"""Every number, in the order of tables."""
+
+NAMES: tuple[str, ...] = tuple(number.name for number in NUMBERS)
+
+
+@dataclass(frozen=True)
+class TextMetrics:
+    """The numbers of one pair of texts; None where a number is not defined."""
+
+    rouge1: float | None
+    rouge2: float | None
+    rougeL: float | None
+    rougeLsum: float | None
+    bleu: float | None
+    bertscore: float | None
+    document_similarity: float | None
+    sentence_similarity: float | None
+    sentence_coverage: float | None
+    sentence_order: float | None
+
+    def to_dict(self) -> dict[str, float | None]:
+        """The numbers under the names of ``NUMBERS``, in that order."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class TextTools:
+    """Loaded models and settings.  ``threshold``: cosine from which two sentences match."""
+
+    embedder: Embedder
+    bert: BertScorer
+    threshold: float
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What made the numbers, one sentence each, for the foot of a table."""
+        window = self.embedder.window
+        cut = f"; longer texts: mean over windows of {window} tokens" if window else ""
+        return (
+            "ROUGE: F-measures with Porter stemming, over the letters a-z and digits",
+            f"BLEU: sacrebleu / 100, each text one segment, {signature()}",
+            f"BERTScore: F1 with {self.bert.label}",
+            f"document and sentences: {self.embedder.source.label}{cut}",
+            f"coverage and order: sentences match from a cosine of {self.threshold:g}",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able facts, for the configuration of a run."""
+        return {
+            "embedder": {**self.embedder.source.to_dict(), "window": self.embedder.window},
+            "bertscore": {
+                **self.bert.source.to_dict(),
+                "window": self.bert.window,
+                "layers": self.bert.layers,
+                "idf": False,
+                "rescaled": False,
+            },
+            "bleu": signature(),
+            "sentence_threshold": self.threshold,
+        }
+
+
+def load_tools(
+    embedder: str | None = None,
+    *,
+    bertscore: str | None = None,
+    bertscore_layers: int | None = None,
+    threshold: float = THRESHOLD,
+    cache_dir: str | Path | None = None,
+    progress: FetchProgress | None = None,
+) -> TextTools:
+    """Everything that ``compare`` needs, loaded once, before anything long is computed.
+
+    ``embedder``, ``bertscore``: all-MiniLM-L6-v2 (if None), a folder or a hub id.
+    ``bertscore_layers``: layers of the BERTScore encoder that are used, where bert-score has no
+    number for it.  Raises ``MissingExtra`` when a package of the extra ``drift`` is missing,
+    ``LoadError`` when a model cannot be had, ``ConfigError`` for settings out of range.
+    """
+    if not 0 < threshold <= 1:
+        raise ConfigError(f"sentences match from a cosine in (0, 1], not from {threshold:g}")
+    try:
+        rouge_scorer()
+    except MissingExtra as error:
+        raise MissingExtra("rouge-score", "drift") from error
+    bleu_scorer()
+    where: dict[str, Any] = {"device": "cpu", "cache_dir": cache_dir, "progress": progress}
+    bert = load_bertscore(bertscore, bertscore_layers, **where)
+    return TextTools(load_embedder(embedder, **where), bert, threshold)
+
+
+def compare(candidate: str, reference: str, tools: TextTools) -> TextMetrics:
+    """The numbers of ``candidate`` against ``reference``; see the module for degenerate texts."""
+    if not candidate.strip() or not reference.strip():
+        return _empty(both=not (candidate.strip() or reference.strip()))
+    first, second = tools.embedder.embed([candidate, reference])
+    found = match(candidate, reference, tools.embedder, tools.threshold)
+    return TextMetrics(
+        **_rouge(candidate, reference),
+        bleu=bleu_score(candidate, reference),
+        bertscore=tools.bert.score(candidate, reference).f1,
+        document_similarity=cosine(first, second),
+        sentence_similarity=found.similarity,
+        sentence_coverage=found.coverage,
+        sentence_order=found.order,
+    )
+
+
+def _empty(*, both: bool) -> TextMetrics:
+    value = None if both else 0.0
+    return TextMetrics(**{**dict.fromkeys(NAMES, value), "sentence_order": None})
+
+
+def _rouge(candidate: str, reference: str) -> dict[str, float | None]:
+    """ROUGE, without the numbers that need more words than the reference has."""
+    words = len(re.findall(r"[a-z0-9]+", reference.lower()))
+    needed = {name: 2 if name == "rouge2" else 1 for name in METRICS}
+    found = rouge_scores(candidate, reference)
+    return {name: found[name] if words >= needed[name] else None for name in METRICS}

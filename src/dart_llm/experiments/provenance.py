@@ -1,0 +1,341 @@
+"""Where a result comes from: versions, git, machine, digests of weights, texts and data.
+
+Digests of the files that a cell or a run only points at: a changed file makes it another one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from dart_llm.data import documents
+from dart_llm.data.datasets import LOCAL_MMLU
+from dart_llm.errors import ConfigError
+from dart_llm.evaluation.measurement import MeasureOptions
+from dart_llm.experiments.cell import Cell
+from dart_llm.experiments.model_facts import model_digests
+from dart_llm.files import file_sha256
+
+TASK_FILES = (".yaml", ".yml", ".py")
+"""The files of an lm-eval task folder that say what a task is."""
+
+_NAMED = ("text", "data")
+"""Inputs that a task names: an empty name is one that does not exist."""
+
+
+class Digests:
+    """sha256 of local models, texts, data and task folders, each read once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], str | None] = {}
+        self._models: dict[str, dict[str, str]] = {}
+
+    def of(self, cell: Cell) -> dict[str, str]:
+        """By name of the input; what is no local file has no entry.
+
+        Raises ``ConfigError`` when a file cannot be read.
+        """
+        kind, _, data = cell.task.partition(":")
+        asked = {"calibration": cell.calibration or ""}
+        if kind == "perplexity":
+            asked["text"] = data
+        elif kind == "summarize":
+            asked["data"] = data
+        else:
+            asked["tasks"] = cell.options.include_path or ""
+        if kind == "mmlu" or (kind == "perplexity" and data in documents.MMLU):
+            asked["mmlu"] = LOCAL_MMLU.as_posix()
+        found = {
+            name: self._digest(name, value)
+            for name, value in asked.items()
+            if value or name in _NAMED
+        }
+        return {**self.of_model(cell.model), **{k: digest for k, digest in found.items() if digest}}
+
+    def of_model(self, model: str) -> dict[str, str]:
+        """Weights, configuration and tokenizer of a local model."""
+        if model not in self._models:
+            with _readable(model):
+                self._models[model] = model_digests(model)
+        return self._models[model]
+
+    def of_settings(
+        self, settings: Any, tasks: Iterable[tuple[str, MeasureOptions]] = ()
+    ) -> dict[str, Any]:
+        """What a run of ``settings`` reads: the model, given masks and table, each task's files."""
+        calibration = getattr(settings, "calibration", None)
+        cell = Cell(settings.model, settings.method, "", calibration=calibration)
+        found: dict[str, Any] = {**self.of(cell)}
+        for task, options in tasks:
+            every = self.of(replace(cell, task=task, options=options))
+            found[task] = {name: digest for name, digest in every.items() if name not in found}
+        table = settings.layer_topk or ""
+        files = {"masks": settings.masks, "layer_topk": table[1:] if table[:1] == "@" else None}
+        for name, path in files.items():
+            if path:
+                with _readable(path):
+                    found[name] = file_sha256(Path(path))
+        return found
+
+    def _digest(self, name: str, value: str) -> str | None:
+        if (name, value) not in self._known:
+            with _readable(value):
+                self._known[name, value] = _read(name, value)
+        return self._known[name, value]
+
+
+@contextlib.contextmanager
+def _readable(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"cannot read {what}: {error.strerror or error}") from None
+
+
+def _read(name: str, value: str) -> str | None:
+    if name == "tasks":
+        return _folder(Path(value))
+    if name == "mmlu":  # read instead of the hub's where there are any
+        return _sums(Path(value), Path(value).glob("*.jsonl"))
+    if name == "text":  # raises for a name that is nothing: a sweep says so at once
+        known = not documents.is_file(value)
+        return None if known else hashlib.sha256(documents.read(value).encode()).hexdigest()
+    if name == "data":
+        documents.check(value)
+    if name == "calibration" and not Path(value).exists():
+        value = value.rpartition("#")[0] or value  # FILE#100: from row 100
+    for path in (Path(value), Path("datasets") / value, Path("datasets") / f"{value}.txt"):
+        if path.is_file():
+            return file_sha256(path)
+    return None
+
+
+def _folder(folder: Path) -> str | None:
+    if not folder.is_dir():
+        raise ConfigError(f"the task folder {folder} does not exist: correct include_path")
+    files = [path for path in folder.rglob("*") if path.suffix in TASK_FILES]
+    data = sorted({one for path in files if path.suffix != ".py" for one in _data_files(path)})
+    lines = [f"{file_sha256(path)}  {path.as_posix()}\n" for path in data]
+    own = _sums(folder, files)
+    return hashlib.sha256("".join([own, *lines]).encode()).hexdigest() if own and lines else own
+
+
+def _data_files(task: Path) -> Iterator[Path]:
+    """The local files under ``data_files`` of a task file, as ``datasets`` looks for them."""
+    import yaml
+
+    try:  # BaseLoader: the tags of lm-eval are of no interest here
+        waiting = [(yaml.load(task.read_text(encoding="utf-8"), yaml.BaseLoader), False)]
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return  # lm-eval says what is wrong with it
+    while waiting:
+        node, inside = waiting.pop()
+        if isinstance(node, dict):
+            waiting += [(value, inside or key == "data_files") for key, value in node.items()]
+        elif isinstance(node, list):
+            waiting += [(value, inside) for value in node]
+        elif inside and Path(node).is_file():
+            yield Path(node)
+
+
+def _sums(folder: Path, files: Iterable[Path]) -> str | None:
+    """One digest of several files and of their names within ``folder``; None of none."""
+    found = sorted(files)
+    lines = [f"{file_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in found]
+    return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else None
+
+
+# Processes: whether one lives, what a library changes in ours, and its prints kept quiet.
+
+
+logger = logging.getLogger("dart_llm")
+
+
+class _Stdout:
+    """A stream that logs what threads print whose names begin with ``prefix``."""
+
+    def __init__(self, inner: Any, prefix: str) -> None:
+        self._inner = inner
+        self._prefix = prefix
+
+    def write(self, text: str) -> int:
+        if threading.current_thread().name.startswith(self._prefix):
+            if text.strip():
+                logger.debug("%s", text.strip())
+            return len(text)
+        return int(self._inner.write(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+@contextlib.contextmanager
+def keep_off_stdout(prefix: str) -> Iterator[None]:
+    """Send what threads called ``prefix...`` print to the log; others print as ever."""
+    with contextlib.redirect_stdout(_Stdout(sys.stdout, prefix)):
+        yield
+
+
+def silent() -> contextlib.AbstractContextManager[None]:
+    """Send what any thread prints to the log."""
+    return keep_off_stdout("")
+
+
+@contextlib.contextmanager
+def environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """Variables for the processes that are started inside; as before afterwards."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def same_sigterm() -> Iterator[None]:
+    """The handler of SIGTERM as it was; only the main thread can set it."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
+def is_alive(process: Any) -> bool:
+    """Whether this machine has a process of that number; True where that cannot be found out."""
+    if not isinstance(process, int) or isinstance(process, bool) or process <= 0:
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+# Where a result came from: versions, git state, machine.
+
+
+PACKAGES = (
+    "dart-llm",
+    "torch",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "gguf",
+    "numpy",
+    "lm-eval",
+    "datasets",
+    "rouge-score",
+    "scipy",
+    "sentence-transformers",
+    "sacrebleu",
+    "bert-score",
+)
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that decide a result."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit, branch and whether there are changes; None outside a repository."""
+
+    def ask(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(folder), *arguments],
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = ask("rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return {
+        "commit": commit,
+        "branch": ask("rev-parse", "--abbrev-ref", "HEAD"),
+        "dirty": bool(ask("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def machine(device: str | None = None) -> dict[str, Any]:
+    """System, processor, cores and memory of this machine, and the device that was used."""
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": _threads(),
+        "memory_gib": memory_gib(),
+        "device": device,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
+    }
+
+
+def memory_gib() -> float | None:
+    """Physical memory in GiB, or None where the system does not say."""
+    try:
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+    return round(size / 2**30, 1)
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _threads() -> int | None:
+    torch = sys.modules.get("torch")
+    return None if torch is None else int(torch.get_num_threads())
+
+
+def peak_memory_bytes() -> int | None:
+    """Largest resident size of this process so far, or of the GPU's allocator when one is used."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        import resource
+    except ImportError:
+        return None
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(size if sys.platform == "darwin" else size * 1024)

@@ -1,0 +1,161 @@
+"""Rows of results.jsonl: one method on one task; their table, notes and JSON document."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from dart_llm.errors import MissingExtra
+from dart_llm.evaluation.measurement import Measurement
+from dart_llm.evaluation.task_names import short
+from dart_llm.files import finite
+from dart_llm.pruning.records import merge_reports
+from dart_llm.session.prepare import PreparedMethod
+from dart_llm.settings import BaseSettings
+
+DENSE: dict[str, Any] = {
+    "method": "dense",
+    "requested_sparsity": 0.0,
+    "achieved_sparsity": 0.0,
+    "sparsity_while_pruned": 0.0,
+    "dense_token_share": 1.0,
+    "remasks": 0,
+    "ffn_bytes_share": 1.0,
+}
+"""The accounting of an untouched model."""
+
+Row = Mapping[str, Any]
+
+COUNTS = ("tokens", "pruned_tokens", "mean_loss", "mean_loss_pruned_tokens")
+"""Metrics that stand in the JSON documents alone."""
+
+
+def row(
+    candidate: PreparedMethod,
+    found: Measurement,
+    settings: BaseSettings,
+    checkpoint: dict[str, Any],
+) -> dict[str, Any]:
+    """The same shape as a finished cell of a sweep."""
+    cell = {
+        "model": settings.model,
+        "dtype": checkpoint.get("dtype"),
+        "method": candidate.method,
+        "sparsity": candidate.asked,
+        "task": found.task,
+        "protocol": found.protocol,
+        "seed": settings.seed,
+    }
+    return finite(  # type: ignore[no-any-return]
+        {
+            "key": f"{candidate.label}/{found.task}",
+            "status": "done",
+            "cell": cell,
+            "label": candidate.label,
+            "measurement": found.to_dict(),
+            "checkpoint": checkpoint,
+            "facts": dict(candidate.facts),
+        }
+    )
+
+
+def document(rows: Sequence[Row]) -> dict[str, Any]:
+    """``results`` by task and ``accounting`` of the method; the untouched model under ``dense``."""
+    own = [r for r in rows if r["label"] == rows[-1]["label"]]
+    others = [r for r in rows if r["label"] != rows[-1]["label"]]
+    reports = {_task(r): r["measurement"]["accounting"] or DENSE for r in own}
+    found: dict[str, Any] = {
+        "results": {_task(r): r["measurement"]["metrics"] for r in own},
+        "accounting": {**_merged(list(reports.values())), "tasks": reports},
+        "notes": notes(own),
+    }
+    if groups := {_task(r): r["measurement"]["subtasks"] for r in own if _subtasks(r)}:
+        found["subtasks"] = groups
+    if others:
+        found["dense"] = {_task(r): r["measurement"]["metrics"] for r in others}
+    return found
+
+
+def _merged(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    if any("layers" not in report for report in reports):
+        return dict(reports[0])
+    merged = merge_reports([{**report, "sequences": []} for report in reports])
+    merged.pop("sequences")
+    return merged
+
+
+def _task(row: Row) -> str:
+    return str(row["measurement"]["task"])
+
+
+def _subtasks(row: Row) -> bool:
+    return bool(row["measurement"]["subtasks"])
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What a reader of the numbers must know, each once."""
+    found = [f"{short(_task(r))}: {note}" for r in rows for note in r["measurement"]["notes"]]
+    return list(dict.fromkeys(found))
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Every metric with its interval beside what was really removed."""
+    protocols = sorted({str(r["measurement"]["protocol"]) for r in rows})
+    first = rows[0]["checkpoint"]
+    title = (
+        f"{first.get('name')} (file {first.get('file_quantisation') or 'not quantised'}, "
+        f"{first.get('dtype')}), protocol {', '.join(protocols)}"
+    )
+    table = Table(title=title, title_justify="left")
+    for name in ("task", "method", "metric"):
+        table.add_column(name, overflow="fold")
+    for name in ("value", "95 %", "n", "achieved", "dense tokens", "re-masks"):
+        table.add_column(name, justify="right")
+    for one in rows:
+        for line in _lines(one):
+            table.add_row(*line)
+    return table
+
+
+def _lines(row: Row) -> Iterator[tuple[str, ...]]:
+    measurement = row["measurement"]
+    account = measurement["accounting"] or DENSE
+    common = (
+        f"{account['achieved_sparsity']:.1%}",
+        f"{account['dense_token_share']:.1%}",
+        str(account["remasks"]),
+    )
+    shown = {n: v for n, v in measurement["metrics"].items() if n not in COUNTS}
+    for number, (name, value) in enumerate(shown.items()):
+        yield (
+            "" if number else short(_task(row)),
+            "" if number else str(row["label"]),
+            name,
+            "not finite" if value is None else f"{value:.4g}",
+            _interval(measurement, name),
+            str(len(measurement["items"])),
+            *common,
+        )
+
+
+def _interval(measurement: Mapping[str, Any], name: str) -> str:
+    """95 % interval over items; nothing without scipy, with one item, or where the metric is not
+    their mean."""
+    from dart_llm.experiments import comparison, stats
+
+    try:
+        if name == measurement["metric"]:
+            found = comparison.scores(measurement).interval(0)
+        else:
+            items = measurement["items"]
+            values = {i["id"]: i[name] for i in items if i.get(name) is not None}
+            found = stats.interval(values) if len(values) > 1 else None
+            value = measurement["metrics"][name]
+            if found and (value is None or not math.isclose(found.estimate, value, rel_tol=1e-6)):
+                return ""
+    except MissingExtra:
+        return ""
+    return f"{found.low:.3g}-{found.high:.3g}" if found else ""

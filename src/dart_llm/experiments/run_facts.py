@@ -1,0 +1,178 @@
+"""What a page says of its run: head, settings, provenance.
+
+The head of the report page: title, conclusion, figures and facts of the run.
+"""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dart_llm.experiments.store import ResultsView, mapping, number
+from dart_llm.reporting import words as sentences
+from dart_llm.reporting.table import PageTable, Record, bytes_text
+
+
+def settings(view: ResultsView) -> list[PageTable]:
+    """The run's settings and the configuration of its masks; what was not given is left out."""
+    found = []
+    for caption, key in (
+        ("Settings of the run", "settings"),
+        ("Configuration of the masks", "prune"),
+    ):
+        flat = _flat(mapping(view.config.get(key)))
+        if flat:
+            found.append(PageTable(caption, ("setting", "value"), flat, numeric=False))
+    return found
+
+
+def provenance(view: ResultsView) -> list[PageTable]:
+    """Versions, machine, git state and the checkpoint's facts."""
+    sources = (
+        ("Versions", "versions"),
+        ("Machine", "machine"),
+        ("Source code", "git"),
+        ("Checkpoint", "checkpoint"),
+    )
+    found = []
+    for caption, key in sources:
+        flat = _flat(mapping(view.config.get(key)))
+        if flat:
+            found.append(PageTable(caption, ("what", "value"), flat, numeric=False))
+    return found
+
+
+def _flat(data: Record, prefix: str = "") -> tuple[tuple[str, ...], ...]:
+    rows: list[tuple[str, ...]] = []
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            rows.append((f"{prefix}{key}", _plain(value)))
+    return tuple(rows)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def title(view: ResultsView) -> str:
+    if view.method == "dense":
+        return f"Dense on {view.name}"
+    amount = "" if view.asked is None else f" at {sentences.percent(view.asked)}"
+    return f"{view.method}{amount} on {view.name}"
+
+
+def conclusion(view: ResultsView) -> str:
+    rows = view.perplexity[0]["rows"] if view.perplexity else []
+    return sentences.conclusion(rows, accounting=view.generated, method=view.method)
+
+
+def _accounting(view: ResultsView) -> dict[str, Any]:
+    """Of the generated text, or else of the perplexity row that the page speaks of."""
+    row = sentences.headline(view.perplexity[0]["rows"], view.method) if view.perplexity else None
+    return view.generated or mapping(mapping(row).get("accounting"))
+
+
+def named(values: Iterable[Any]) -> str:
+    """Each value once."""
+    return ", ".join(dict.fromkeys(str(v) for v in values if v is not None)) or "not known"
+
+
+def facts(view: ResultsView) -> list[tuple[str, str, bool]]:
+    """Name, value, and whether the value is to be set as code."""
+    known, counted = view.checkpoint, _accounting(view)
+    where = "generated text" if view.generated else "perplexity slices"
+    achieved = number(counted.get("achieved_sparsity"))
+    found: list[tuple[str, Any, bool]] = [
+        ("method", view.method, False),
+        (
+            "sparsity asked for",
+            None if view.asked is None else sentences.percent(view.asked),
+            False,
+        ),
+        (
+            "achieved sparsity",
+            None if achieved is None else f"{sentences.percent(achieved)} ({where})",
+            False,
+        ),
+        ("checkpoint", known.get("name"), False),
+        ("file quantisation", known.get("file_quantisation"), False),
+        ("dtype", known.get("dtype"), False),
+        ("device", mapping(view.config.get("machine")).get("device"), False),
+        ("date", _date(view.config), False),
+        ("sha256", known.get("sha256"), True),
+        ("revision", known.get("revision"), True),
+        ("command", _command(view.config.get("command")), True),
+    ]
+    return [(name, str(value), code) for name, value, code in found if value is not None]
+
+
+def _date(config: Mapping[str, Any]) -> str | None:
+    try:
+        started = datetime.datetime.fromisoformat(str(config.get("started")))
+    except ValueError:
+        return None
+    text = started.strftime("%Y-%m-%d %H:%M:%S %z").replace("+0000", "UTC").strip()
+    try:
+        seconds = (
+            datetime.datetime.fromisoformat(str(config["finished"])) - started
+        ).total_seconds()
+    except (KeyError, TypeError, ValueError):
+        return text
+    return f"{text}, took {seconds:,.0f} s"
+
+
+def _command(command: Any) -> str | None:
+    if not isinstance(command, Sequence) or isinstance(command, str) or not command:
+        return None
+    words = [str(word) for word in command]
+    return shlex.join([Path(words[0]).name, *words[1:]])
+
+
+def cards(view: ResultsView) -> list[tuple[str, str, str]]:
+    """The figures that head the page: value, what it is, and a note."""
+    found, counted = [], _accounting(view)
+    achieved, dense = (
+        number(counted.get("achieved_sparsity")),
+        number(counted.get("dense_token_share")),
+    )
+    if achieved is not None:
+        note = "in the generated text" if view.generated else "in the perplexity slices"
+        note += "" if view.asked is None else f"; {sentences.percent(view.asked)} asked for"
+        found.append((sentences.percent(achieved), "of the FFN neurons removed", note))
+    rows = view.perplexity[0]["rows"] if view.perplexity else []
+    row = sentences.headline(rows, view.method)
+    over = None if row is None else sentences.ratio(row, rows)
+    if row is not None and over is not None:
+        note = f"{sentences.row_name(row)}, text {view.perplexity[0].get('text', 'not known')}"
+        found.append((f"x {sentences.times(over)}", "perplexity over dense", note))
+    speed, limit = number(view.timing.get("speed_up")), number(view.timing.get("bytes_limit"))
+    if speed is not None:
+        note = "one run" if limit is None else f"one run; the bytes read allow {limit:.2f} x"
+        found.append((f"{speed:.2f} x", "speed of decoding over dense", note))
+    if dense is not None:
+        count = sentences.count(int(counted.get("remasks") or 0), "re-mask")
+        found.append((sentences.percent(dense), "of the decoded tokens ran dense", count))
+    return found
+
+
+def other_times(timing: Mapping[str, Any]) -> str:
+    parts = []
+    load, total = number(timing.get("load_s")), number(timing.get("total_s"))
+    peak = number(timing.get("peak_memory_bytes"))
+    if load is not None:
+        parts.append(f"loading took {load:,.1f} s")
+    if total is not None:
+        parts.append(f"the whole run {total:,.1f} s")
+    if peak is not None:
+        parts.append(f"peak memory {bytes_text(peak)}")
+    text = ", ".join(parts)
+    return f"{text[0].upper()}{text[1:]}." if text else ""

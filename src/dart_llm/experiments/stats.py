@@ -1,0 +1,296 @@
+"""Bootstrap intervals over items; the only file that imports scipy.
+
+Items of two methods are paired by their id: both answered the same question, so what varies over
+items cancels and small differences become visible.
+
+An interval speaks of the items that were drawn, not of other tasks or models.  **Of twenty
+comparisons whose true difference is zero, about one has an interval that excludes zero**: a table
+with many comparisons will hold such rows, and none of them alone is a finding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dart_llm.errors import MissingExtra
+
+LEVEL = 0.95
+
+RESAMPLES = 5000
+
+MANY_ITEMS, MANY_RESAMPLES = 4000, 2000
+"""With more than ``MANY_ITEMS`` items fewer resamples do, and BCa's correction is negligible."""
+
+BATCH = 2_000_000
+"""Numbers that one batch of resamples holds."""
+
+MIN_DISCORDANT = 6
+"""Items that must differ before a difference can be called significant: with five even a sign test
+in which all agree has a two-sided probability of 1/16."""
+
+LARGEST = 700.0
+"""Exponents are cut here: exp does not overflow."""
+
+Value = float | tuple[float, float]
+"""An item's number, or its number and weight (a slice's mean loss and its tokens)."""
+
+Sample = Mapping[str, Value]
+"""Items by id."""
+
+Kind = Literal["difference", "ratio_of_exp_mean"]
+
+Mean = Literal["mean", "exp_mean"]
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A 95 % interval around an estimate over ``n`` items.
+
+    ``null``: the value that means "no difference" (0, or 1 for ratios); None for a single mean.
+    ``differing``: pairs that are not equal.
+    """
+
+    low: float
+    high: float
+    estimate: float
+    n: int
+    null: float | None = None
+    differing: int = 0
+
+    @property
+    def significant(self) -> bool:
+        """Whether the interval excludes "no difference", with at least ``FEWEST`` unequal pairs.
+
+        Read the module's warning about many comparisons before you count these.
+        """
+        if self.null is None or self.differing < MIN_DISCORDANT:
+            return False
+        return not self.low <= self.null <= self.high
+
+    @property
+    def few(self) -> bool:
+        """Whether only the number of unequal pairs keeps the difference from being significant."""
+        if self.null is None or self.differing >= MIN_DISCORDANT:
+            return False
+        return not self.low <= self.null <= self.high
+
+    @property
+    def sign(self) -> int:
+        """1 above "no difference", -1 below it, 0 where the interval does not exclude it."""
+        if self.null is None or not self.significant:
+            return 0
+        return 1 if self.estimate > self.null else -1
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able data; ``significant`` only where there is a difference to speak of."""
+        data: dict[str, Any] = {
+            "low": self.low,
+            "high": self.high,
+            "estimate": self.estimate,
+            "n": self.n,
+        }
+        if self.null is not None:
+            data.update(differing=self.differing, significant=self.significant)
+        return data
+
+
+def interval(
+    values: Sample | Sequence[Value], kind: Mean = "mean", seed: int = 0
+) -> Interval | None:
+    """95 % interval of the weighted mean of ``values``, or of its exponential (perplexity).
+
+    All equal: ``[x, x]``, which says that these items do not vary, not that others would not.
+    None with fewer than two items.
+    """
+    if not isinstance(values, Mapping):
+        values = {f"{place:09d}": value for place, value in enumerate(values)}
+    data = _columns(values, sorted(values))
+    return _bootstrap(data, kind == "exp_mean", seed, None)
+
+
+def paired_interval(
+    a: Sample, b: Sample, kind: Kind = "difference", seed: int = 0
+) -> Interval | None:
+    """95 % interval of mean(a) - mean(b), or of exp(mean(a) - mean(b)), over shared ids.
+
+    Pairs are drawn together.  All differences equal: ``[x, x]``.  None with fewer than two pairs.
+    The same arguments give the same interval, whatever the order of the items.
+    """
+    shared = sorted(a.keys() & b.keys())
+    data = np.concatenate([_columns(a, shared), _columns(b, shared)])
+    ratio = kind == "ratio_of_exp_mean"
+    return _bootstrap(data, ratio, seed, 1.0 if ratio else 0.0)
+
+
+def gap_closed(groups: Sequence[tuple[Array, Array]]) -> float | None:
+    """``1 - sum of mean(a) / sum of mean(b)`` over groups ``(a, b)`` of [n] each.
+
+    None where the sum of the means of b is not positive: there is no gap to close.
+    """
+    gap, other = (sum(float(part.mean()) for part in parts) for parts in zip(*groups, strict=True))
+    return 1 - gap / other if other > 0 else None
+
+
+def gap_closed_interval(groups: Sequence[tuple[Array, Array]], seed: int = 0) -> Interval | None:
+    """95 % interval of ``closed``; the items of a group are drawn together, groups for themselves.
+
+    A draw in which there is no gap to close counts as the worst.  None where ``closed`` is None,
+    with fewer than two items in a group, and where so many draws are of that kind that an end has
+    no value.
+    """
+    estimate, n = gap_closed(groups), min(len(a) for a, _ in groups)
+    if estimate is None or n < 2 or not all(np.isfinite(group).all() for group in groups):
+        return None
+
+    def statistic(*drawn: Array, axis: int) -> Array:
+        places = [ids.astype(int) for ids in drawn]
+        gaps, others = (
+            sum((group[part][ids].mean(axis) for group, ids in zip(groups, places, strict=True)))
+            for part in (0, 1)
+        )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found: Array = np.where(others > 0, 1 - gaps / others, -np.inf)
+        return found
+
+    ids = tuple(np.arange(len(a)) for a, _ in groups)
+    differing = sum(int(np.count_nonzero(np.abs(a - b) > 1e-12)) for a, b in groups)
+    for method in ("BCa", "percentile"):
+        low, high = _scipy(ids, statistic, method, seed, n, paired=len(groups) == 1)
+        if math.isfinite(low) and math.isfinite(high):
+            return Interval(low, high, estimate, n, 0.0, differing)
+    return None
+
+
+def known(values: Sample, other: Sample | None = None, seed: int = 0) -> Interval | None:
+    """``interval``, or ``paired_interval`` with ``other``; None without scipy too.
+
+    For means that are not to be lost for the want of an interval.
+    """
+    try:
+        if other is None:
+            return interval(values, seed=seed)
+        return paired_interval(values, other, seed=seed)
+    except MissingExtra:
+        return None
+
+
+def mix(low: Sample, high: Sample, share: float) -> Sample:
+    """Item by item ``(1 - share) * low + share * high`` over shared ids; weights of ``low``."""
+    mixed: dict[str, Value] = {}
+    for name in low.keys() & high.keys():
+        (value, weight), (other, _) = _pair(low[name]), _pair(high[name])
+        mixed[name] = ((1 - share) * value + share * other, weight)
+    return mixed
+
+
+def mean(values: Sample, kind: Mean = "mean") -> float | None:
+    """The weighted mean, or its exponential; None of nothing."""
+    if not values:
+        return None
+    found = _statistic(*_columns(values, sorted(values)), exponential=kind == "exp_mean")
+    return float(found)
+
+
+def _pair(value: Value) -> tuple[float, float]:
+    return value if isinstance(value, tuple) else (float(value), 1.0)
+
+
+def _columns(values: Sample, ids: list[str]) -> Array:
+    """[2, n]: weighted values and weights."""
+    pairs = [_pair(values[name]) for name in ids]
+    columns = np.array([(value * weight, weight) for value, weight in pairs], dtype=np.float64)
+    return columns.reshape(-1, 2).T
+
+
+def _statistic(*columns: Array, axis: int = -1, exponential: bool = False) -> Array:
+    """Weighted mean of the first pair of columns, minus that of the second where there is one."""
+    found: Array = columns[0].sum(axis) / columns[1].sum(axis)
+    if len(columns) == 4:
+        found = found - columns[2].sum(axis) / columns[3].sum(axis)
+    return _exp(found) if exponential else found
+
+
+def _exp(values: Array) -> Array:
+    exponentials: Array = np.exp(np.minimum(values, LARGEST))
+    return exponentials
+
+
+def _bootstrap(data: Array, exponential: bool, seed: int, null: float | None) -> Interval | None:
+    """data: [2 or 4, n], finite.  BCa, or percentiles where BCa is not defined."""
+    n = data.shape[1]
+    if n < 2 or not np.isfinite(data).all() or not (data[1::2] > 0).all():
+        return None
+    each = data[0] / data[1] - (data[2] / data[3] if len(data) == 4 else 0.0)
+    differing = int(np.count_nonzero(np.abs(each) > 1e-12)) if null is not None else 0
+    estimate = float(_statistic(*data, exponential=exponential))
+    level = _exp(each) if exponential else each
+    together = bool((data[1::2] == data[1]).all())
+    if together and np.ptp(each) <= 1e-12 * max(1.0, float(np.abs(each).max())):
+        same = float(level[0])
+        return Interval(same, same, same, n, null, differing)
+    if together:
+        data = np.stack([each * data[1], data[1]])  # one column of differences: half the work
+
+    def statistic(*columns: Array, axis: int) -> Array:
+        return _statistic(*columns, axis=axis, exponential=exponential)
+
+    for method in ("BCa", "percentile") if n <= MANY_ITEMS else ("percentile",):
+        low, high = _scipy(tuple(data), statistic, method, seed, n)
+        if math.isfinite(low) and math.isfinite(high):
+            return Interval(low, high, estimate, n, null, differing)
+    return None
+
+
+def available() -> bool:
+    """Whether scipy is installed, which intervals need."""
+    return find_spec("scipy") is not None
+
+
+def _scipy(
+    data: tuple[NDArray[Any], ...],
+    statistic: Callable[..., Array],
+    method: str,
+    seed: int,
+    n: int,
+    paired: bool = True,
+) -> tuple[float, float]:
+    try:
+        from scipy import stats
+    except ImportError:
+        raise MissingExtra("scipy", "eval") from None
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a degenerate BCa warns, and the percentiles follow
+        found = stats.bootstrap(
+            data,
+            statistic,
+            n_resamples=RESAMPLES if n <= MANY_ITEMS else MANY_RESAMPLES,
+            batch=max(1, BATCH // n),
+            vectorized=True,
+            paired=paired,
+            confidence_level=_expanded(n, stats),
+            method=method,
+            rng=np.random.default_rng(seed),
+        )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def _expanded(n: int, stats: Any) -> float:
+    """The level to ask for, so that intervals over few items are wide enough.
+
+    The bootstrap of a mean is too narrow by sqrt((n - 1) / n), and takes the normal distribution's
+    tails where Student's belong; the level makes up for both (Hesterberg, "What Teachers Should
+    Know About the Bootstrap", The American Statistician 69, 2015, section 5.2).
+    """
+    tail = stats.t.ppf(0.5 + LEVEL / 2, n - 1) * math.sqrt(n / (n - 1))
+    return float(stats.norm.cdf(tail) - stats.norm.cdf(-tail))

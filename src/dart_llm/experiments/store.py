@@ -1,0 +1,413 @@
+"""Results folder: atomic, status, finished units, resuming; read back.
+
+A run's results folder: ``<results>/<experiment>/<time>/``.
+
+``config.json`` is written first and says how far the run came.  Every file is replaced whole, so a
+reader never sees half of one, and what is finished survives an interruption: ``parts.jsonl`` keeps
+the finished parts until everything else is written.  While a run lives it holds the folder's lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import datetime
+import json
+import math
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dart_llm.errors import ResultsError
+from dart_llm.experiments.folder_lock import LOCK, FolderLock, is_taken, take
+from dart_llm.files import append_row, finite, whole_rows
+from dart_llm.pruning.records import DriftCheck
+
+PARTS = "parts.jsonl"
+
+INPUTS = "inputs"
+"""Of a run's settings: digests of what they only point at (cell_inputs.py)."""
+
+_NAMED = {
+    "model": "the model's weights",
+    "model_files": "the model's configuration or tokenizer",
+    "sources": "the prompts or passages",
+    "layer_topk": "the layer table",
+}
+"""Inputs whose name says too little."""
+
+_STAMP = re.compile(r"\d{8}-\d{6}(-\d+)?")
+
+_CONFIG_PART = ".config.json.part"
+
+_FIRST = {LOCK, _CONFIG_PART}
+"""All that a run writes before its folder says what it is."""
+
+MIN_FREE_BYTES = 50 * 2**20
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class ResultsFolder:
+    """One run's folder; ``parts`` are the finished parts that a resumed run starts from."""
+
+    path: Path
+    parts: dict[str, Any]
+    resumed: bool
+    lock: FolderLock | None = None
+    note: str = ""
+    """Why an unfinished folder with equal settings was not resumed."""
+
+    @property
+    def stamp(self) -> str:
+        """The run's time, as it stands in the log names."""
+        return self.path.name[:15]
+
+    def part(self, key: str) -> Any:
+        """What ``save_part`` kept under ``key``, or None."""
+        return self.parts.get(key)
+
+    def save_part(self, key: str, value: Any) -> None:
+        """Keep a finished part; it survives any interruption after this call."""
+        self.parts[key] = value
+        try:
+            append_row(self.path / PARTS, {"key": key, "value": finite(value)})
+        except OSError as error:
+            raise ResultsError(
+                f"cannot write {self.path / PARTS}: {error.strerror or error}"
+            ) from None
+
+    def finish(self) -> None:
+        """Drop the parts: the files proper hold everything."""
+        (self.path / PARTS).unlink(missing_ok=True)
+
+    def release(self) -> None:
+        """This run writes no more: another may go on here."""
+        if self.lock is not None:
+            self.lock.release()
+
+    def discard(self) -> None:
+        """Remove a folder of this call that holds no result, and its experiment if empty."""
+        if self.resumed or self.parts:
+            return
+        self.release()
+        shutil.rmtree(self.path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty: it holds other runs
+            self.path.parent.rmdir()
+
+
+def now() -> datetime.datetime:
+    """The local time, to the second."""
+    return datetime.datetime.now().astimezone().replace(microsecond=0)
+
+
+def open_folder(
+    root: Path, experiment: str, settings: Mapping[str, Any], fresh: bool = False
+) -> ResultsFolder:
+    """The newest unfinished folder with equal settings, or a new one.
+
+    Raises ``ResultsError`` when the folder cannot be written or the disk is full.
+    """
+    base = root / experiment
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=base, buffering=0) as probe:  # nothing of it stays
+            probe.write(b"x")
+        free = shutil.disk_usage(base).free
+    except OSError as error:
+        raise ResultsError(
+            f"cannot write results to {base}: {error.strerror or error}; choose another folder "
+            "with --results-dir"
+        ) from None
+    if free < MIN_FREE_BYTES:
+        raise ResultsError(
+            f"only {free / 2**20:.0f} MiB are free where results go ({base}): make room, or choose "
+            "another folder with --results-dir"
+        )
+    try:
+        _remove_empty(base)
+        found = None if fresh else _resume(base, settings)
+        if isinstance(found, ResultsFolder):
+            return found
+        folder, lock = _new_folder(base)
+        return ResultsFolder(folder, {}, False, lock, found or "")
+    except OSError as error:
+        raise ResultsError(f"cannot write to {base}: {error.strerror or error}") from None
+
+
+def _resume(base: Path, settings: Mapping[str, Any]) -> ResultsFolder | str | None:
+    """The newest unfinished folder that no run holds, or why one is not taken."""
+    why = None
+    for folder in sorted(base.iterdir(), reverse=True):
+        changed = _changes(folder, settings)
+        if changed is None or is_taken(folder):
+            continue
+        if changed:
+            why = why or f"{folder} is not resumed: {' and '.join(changed)} changed since it began"
+            continue
+        lock = take(folder)
+        if lock is not None and _changes(folder, settings) == []:  # it may have ended meanwhile
+            return ResultsFolder(folder, _read_parts(folder), True, lock)
+        if lock is not None:
+            lock.release()
+    return why
+
+
+def _remove_empty(base: Path) -> None:
+    """Remove folders of runs that were killed before they wrote their first file."""
+    for folder in base.iterdir():
+        with contextlib.suppress(OSError):  # a run that begins in one meanwhile keeps it
+            if not _STAMP.fullmatch(folder.name) or not _names(folder) <= _FIRST:
+                continue
+            lock = None if is_taken(folder) else take(folder)
+            if lock is not None:
+                if _names(folder) <= _FIRST:
+                    (folder / _CONFIG_PART).unlink(missing_ok=True)
+                lock.release()
+                folder.rmdir()
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def _new_folder(base: Path) -> tuple[Path, FolderLock | None]:
+    stamp = now().strftime("%Y%m%d-%H%M%S")
+    for number in range(1000):
+        folder = base / (stamp if number == 0 else f"{stamp}-{number}")
+        with contextlib.suppress(FileExistsError, FileNotFoundError):  # removed as an empty one
+            folder.mkdir()
+            return folder, take(folder)
+    raise ResultsError(f"too many results folders of the same second in {base}")
+
+
+def _changes(folder: Path, settings: Mapping[str, Any]) -> list[str] | None:
+    """What was read by an unfinished run with equal settings and is another now.
+
+    None for a folder that is finished, or of other settings.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        theirs = dict(config["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    unfinished = config.get("status") in ("running", "interrupted", "failed")
+    if not unfinished and not (folder / PARTS).exists():  # else it was killed at its very end
+        return None
+    mine = dict(settings)
+    before, now = (dict(_leaves(one.pop(INPUTS, {}))) for one in (theirs, mine))
+    if theirs != mine:
+        return None
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return list(dict.fromkeys(_NAMED.get(name[-1], name[-1]) for name in changed))
+
+
+def _leaves(data: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(data, Mapping):
+        for key, value in data.items():
+            yield from _leaves(value, (*path, str(key)))
+    else:
+        yield path, data
+
+
+def _read_parts(folder: Path) -> dict[str, Any]:
+    return {row["key"]: row["value"] for row in whole_rows(folder / PARTS)}
+
+
+def timing_text(timing: dict[str, Any]) -> str:
+    """timing_<time>.log: the numbers of timing.json for people."""
+    lines = []
+    for key, value in timing.items():
+        if isinstance(value, dict):
+            parts = (f"{name} {number:.4g}" for name, number in value.items() if number is not None)
+            lines.append(f"{key}: {', '.join(parts)}")
+        elif isinstance(value, float):
+            lines.append(f"{key}: {value:.4g}")
+        else:
+            lines.append(f"{key}: {value}")
+    return "\n".join(lines) + "\n"
+
+
+# A results folder as read back: what is missing or damaged is empty, never an error.
+#
+# Plots, the report page and later comparisons read runs through this one file.
+
+
+EVALUATIONS = ("mmlu", "general_nlp", "summarization")
+"""Files that an evaluation of ``dart-llm run`` writes, without their ending."""
+
+
+@dataclass(frozen=True)
+class ResultsView:
+    """The files of one folder, parsed; every field may be empty."""
+
+    folder: Path
+    config: dict[str, Any]
+    generations: tuple[dict[str, Any], ...]
+    perplexity: tuple[dict[str, Any], ...]
+    """One document per text, each with ``rows``."""
+    timing: dict[str, Any]
+    remasks: tuple[dict[str, Any], ...]
+    layers: tuple[dict[str, Any], ...]
+    drift: tuple[DriftCheck, ...]
+    evaluations: tuple[tuple[str, tuple[dict[str, Any], ...]], ...] = ()
+    """Name of the evaluation (``mmlu``, ...) and its rows, one per method and task."""
+
+    @property
+    def checkpoint(self) -> dict[str, Any]:
+        return mapping(self.config.get("checkpoint"))
+
+    @property
+    def generated(self) -> dict[str, Any] | None:
+        """Accounting of the pruned generation, if there is one."""
+        for record in self.generations:
+            if record.get("variant") != "dense" and record.get("accounting"):
+                return mapping(record["accounting"])
+        return None
+
+    @property
+    def method(self) -> str:
+        """The method of the run, or "unknown"."""
+        own = self.generated or mapping(self.config.get("prune"))
+        return str(own.get("method") or "unknown")
+
+    @property
+    def asked(self) -> float | None:
+        """The sparsity that was asked for; None when the run did not say."""
+        found = (self.generated or {}).get("requested_sparsity")
+        return number(mapping(self.config.get("prune")).get("sparsity") if found is None else found)
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's short name."""
+        known = self.checkpoint.get("name") or mapping(self.config.get("settings")).get("model")
+        return str(known or "unknown model").rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def small_print(self) -> str:
+        """The checkpoint in one line: name, file quantisation, dtype, start of the checksum."""
+        facts = self.checkpoint
+        parts = [self.name]
+        if facts.get("file_quantisation"):
+            parts.append(f"file quantisation {facts['file_quantisation']}")
+        if facts.get("dtype"):
+            parts.append(str(facts["dtype"]))
+        if facts.get("sha256"):
+            parts.append(f"sha256 {str(facts['sha256'])[:12]}")
+        return " · ".join(parts)
+
+
+def read(folder: Path) -> ResultsView:
+    """Read what is there; raises ``ResultsError`` when there is no such folder."""
+    if not folder.is_dir():
+        raise ResultsError(f"{folder} is not a results folder: give the folder that a run wrote")
+    masks = mapping(_json(folder / "masks.json"))
+    ppl = mapping(_json(folder / "perplexity.json"))
+    documents = _mappings(ppl["texts"]) if "texts" in ppl else (ppl,)
+    return ResultsView(
+        folder,
+        mapping(_json(folder / "config.json")),
+        _lines(folder / "generation.jsonl"),
+        tuple(_document(document) for document in documents if document.get("rows")),
+        mapping(_json(folder / "timing.json")),
+        tuple(
+            {**mask, "kept": _counts(mask.get("kept"))} for mask in _mappings(masks.get("remasks"))
+        ),
+        _mappings(masks.get("layers")),
+        _checks(folder / "drift.csv"),
+        tuple((name, rows) for name in EVALUATIONS if (rows := _rows(folder / f"{name}.json"))),
+    )
+
+
+def _rows(path: Path) -> tuple[dict[str, Any], ...]:
+    rows = _mappings(mapping(_json(path)).get("rows"))
+    return tuple(row for row in rows if mapping(row.get("measurement")))
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """``value`` when it is a mapping, else an empty one."""
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def number(value: Any) -> float | None:
+    """``value`` as a float when it is a number, else None."""
+    usable = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if usable else None
+
+
+def _mappings(value: Any) -> tuple[dict[str, Any], ...]:
+    items = value if isinstance(value, list) else []
+    return tuple(dict(item) for item in items if isinstance(item, Mapping))
+
+
+def _counts(value: Any) -> list[int]:
+    """Whole numbers, or nothing when one of them is not."""
+    items = value if isinstance(value, list) else []
+    return items if all(isinstance(item, int) for item in items) else []
+
+
+def _document(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A perplexity document whose rows are mappings; intervals that are not finite are dropped."""
+    rows = []
+    for row in _mappings(document["rows"]):
+        interval = row.get("interval") or ()
+        whole = len(interval) == 2 and all(number(end) is not None for end in interval)
+        rows.append({**row, "interval": interval if whole else None})
+    return {**document, "rows": rows}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(_text(path))
+    except ValueError:
+        return None
+
+
+def _lines(path: Path) -> tuple[dict[str, Any], ...]:
+    found = []
+    for line in _text(path).split("\n"):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return _mappings(found)
+
+
+def _checks(path: Path) -> tuple[DriftCheck, ...]:
+    checks = []
+    for row in csv.DictReader(_text(path).splitlines()):
+        try:
+            check = _check(row)
+        except (KeyError, TypeError, ValueError):
+            continue
+        if math.isfinite(check.similarity):
+            checks.append(check)
+    return tuple(checks)
+
+
+def _check(row: Mapping[str, str]) -> DriftCheck:
+    threshold = row["threshold"]
+    return DriftCheck(
+        sequence=int(row["sequence"]),
+        row=int(row["row"]),
+        step=int(row["step"]),
+        layer=int(row["layer"]),
+        window=int(row["window"]),
+        similarity=float(row["similarity"]),
+        threshold=float(threshold) if threshold else None,
+        counter=int(row["counter"]),
+        trigger=row["trigger"] in ("1", "True", "true"),
+        state=row["state"],
+    )

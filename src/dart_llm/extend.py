@@ -1,0 +1,28 @@
+"""One import for people who add scores, budgets, drift rules, methods or architectures.
+
+from dart_llm.extend import SCORES, score
+"""
+
+from __future__ import annotations
+
+from dart_llm.models.architectures import LayerNames
+from dart_llm.pruning.budgets import LayerView, budget
+from dart_llm.pruning.config import PruneConfig
+from dart_llm.pruning.drift import Rule
+from dart_llm.pruning.registry import BUDGETS, DRIFT_RULES, METHODS, SCORES
+from dart_llm.pruning.scores import score
+from dart_llm.pruning.weights import FfnWeights
+
+__all__ = [
+    "BUDGETS",
+    "DRIFT_RULES",
+    "METHODS",
+    "SCORES",
+    "FfnWeights",
+    "LayerNames",
+    "LayerView",
+    "PruneConfig",
+    "Rule",
+    "budget",
+    "score",
+]

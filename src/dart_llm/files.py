@@ -1,0 +1,182 @@
+"""Atomic writes; JSON, JSONL, CSV; numbers that JSON has not.
+
+JSONL files, one JSON object a line: reading them with errors that name the line, and adding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dart_llm.errors import ConfigError, ResultsError
+
+
+def size_text(count: int) -> str:
+    """Bytes for people: ``0.4 MB``, ``812 MB``, ``16.1 GB``."""
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} GB"
+    return f"{count / 1e6:.0f} MB" if count >= 1e7 else f"{count / 1e6:.1f} MB"
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; raises ``ConfigError`` when there is none."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"cannot read the settings file {path}: {reason}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"the settings file {path} must hold names and values")
+    return data
+
+
+BLOCK = 2**16
+"""Bytes that are read at once to find the last line break."""
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of ``path`` with the numbers of their lines, from 1; blank lines are skipped.
+
+    Raises ``ConfigError`` for a file that is missing or cannot be read as UTF-8 text, and for a
+    line that is not a JSON object.
+    """
+    try:
+        # Not splitlines(): a JSON string may hold U+2028, which that takes for a line break.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError:
+        raise ConfigError(f"there is no file {path}: give an existing one") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read the file {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the file {path} cannot be read as UTF-8 text: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if "\\ud" in line.lower():  # an escape may be half a character, which is no text
+                json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise ConfigError(
+                f"line {number} of {path} holds half a character, {half}: correct it"
+            ) from None
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"line {number} of {path} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ConfigError(
+                f"line {number} of {path} needs a JSON object, and holds a {type(row).__name__}: "
+                "write {...}"
+            )
+        yield number, row
+
+
+def append_row(path: Path, row: Any) -> None:
+    """Add one document as a line that survives whatever happens after this call.
+
+    A line without its line break, which a full disk or a kill left, is cut off first: it would
+    swallow this one.  Raises ``OSError``, and ``ValueError`` for numbers that JSON has not.
+    """
+    line = json.dumps(row, allow_nan=False) + "\n"
+    with path.open("a+b") as file:
+        cut_torn_line(file)
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def cut_torn_line(file: BinaryIO) -> None:
+    """Cut an open file to its last line break."""
+    end = size = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - BLOCK)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            end = start + found + 1
+            break
+        end = start
+    if end < size:
+        file.truncate(end)
+
+
+def whole_rows(path: Path) -> Iterator[Any]:
+    """The documents of a file that ``append_row`` made; what is torn or damaged is left out."""
+    try:
+        *lines, _torn = path.read_bytes().split(b"\n")
+    except OSError:
+        return
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except ValueError:  # a power cut may leave other bytes
+            continue
+
+
+def finite(value: Any) -> Any:
+    """The same data with numbers that are not finite replaced by None (JSON has none)."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace ``path`` whole; raises ``ResultsError`` when the disk is full or read-only."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes, make_folder: bool = False) -> None:
+    """The same for data; ``make_folder``: also the folder that it lies in."""
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        if make_folder:
+            path.parent.mkdir(exist_ok=True)
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        raise ResultsError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write as valid JSON, whole."""
+    write_text(path, json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
+
+
+def page_json(data: Any) -> str:
+    """JSON for a page: no ``<`` in it, so nothing can end the element that it stands in."""
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.replace("<", "\\u003c")
+
+
+def write_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Write one JSON document per line, whole."""
+    write_text(path, "".join(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows))
+
+
+def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Write a CSV file, whole; None is an empty cell."""
+    import csv
+    import io
+
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([["" if cell is None else cell for cell in row] for row in rows])
+    write_text(path, buffer.getvalue())

@@ -1,0 +1,243 @@
+"""Folders for what is fetched; free space; one sentence per hub failure; progress bars.
+
+What the model hub's failures mean, in one sentence each, without any token.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+from dart_llm.cache import require_space
+from dart_llm.errors import LoadError, chain
+
+# transformers' own progress bars: on a terminal only, and only when they are wanted.
+
+
+@contextmanager
+def bars(*, shown: bool) -> Iterator[None]:
+    """Silence transformers' bars in the block, unless ``shown`` and stderr is a terminal."""
+    from transformers.utils import logging
+
+    switch: Any = logging
+    if (shown and sys.stderr.isatty()) or not switch.is_progress_bar_enabled():
+        yield
+        return
+    switch.disable_progress_bar()
+    try:
+        yield
+    finally:
+        switch.enable_progress_bar()
+
+
+@contextmanager
+def no_stray_bars() -> Iterator[None]:
+    """Inside a silent ``bars`` block: hide also the bars that transformers cannot switch.
+
+    Its GGUF reader has one.  Log records still come through, for their handlers know their stream.
+    """
+    from transformers.utils import logging
+
+    switch: Any = logging
+    if switch.is_progress_bar_enabled():
+        yield
+        return
+    with redirect_stderr(io.StringIO()):
+        yield
+
+
+INSTEAD = "give a local folder, a .gguf file or smollm2-135m"
+
+UNREACHABLE = {
+    "ConnectError",
+    "ConnectTimeout",
+    "ConnectionError",
+    "LocalEntryNotFoundError",
+    "NameResolutionError",
+    "PoolTimeout",
+    "ProxyError",
+    "SSLError",
+}
+
+_CUT = {"ChunkedEncodingError", "ReadError", "ReadTimeout", "RemoteProtocolError"}
+
+
+def hub_failure(
+    error: BaseException, model: str, revision: str | None, instead: str = INSTEAD
+) -> LoadError | None:
+    """The sentence for ``error``, which loading ``model`` from the hub raised.
+
+    ``instead`` is the way out that is named when the hub cannot be reached.  Returns ``None`` when
+    the chain of causes holds nothing that the hub or the network did.
+    """
+    causes = list(chain(error))
+    names = {base.__name__ for cause in causes for base in type(cause).__mro__}
+    sentence = (
+        _refused(names, causes, model, revision)
+        or _status(causes, model, instead)
+        or _transfer(names, causes, model, instead)
+    )
+    return LoadError(sentence) if sentence else None
+
+
+def not_reached(model: str, instead: str = INSTEAD) -> str:
+    """The sentence for a model that is not in the cache while the hub cannot be asked."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return (
+            f"{model} is not in the hub's cache and HF_HUB_OFFLINE is set; unset it to download, "
+            f"or {instead}"
+        )
+    return (
+        f"the hub at {constants.ENDPOINT} could not be reached to load {model}; check the "
+        f"network, or {instead}"
+    )
+
+
+def unreachable(error: BaseException) -> bool:
+    """Whether ``error`` says that there is no way to the hub, rather than that it refused."""
+    return any(base.__name__ in UNREACHABLE for base in type(error).__mro__)
+
+
+def plain(error: BaseException) -> str:
+    """The first sentence of an error's message, with secrets removed, for use inside another."""
+    text = str(error).strip() or type(error).__name__
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return redact(first).rstrip(".")
+
+
+def redact(text: str) -> str:
+    """``text`` without access tokens and without credentials inside addresses."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if secret := os.environ.get(name):
+            text = text.replace(secret, "***")
+    text = re.sub(r"\bhf_[A-Za-z0-9]{6,}", "***", text)
+    return re.sub(r"(\w+://)[^/\s@]+@", r"\1***@", text)
+
+
+def _refused(
+    names: set[str], causes: Iterable[BaseException], model: str, revision: str | None
+) -> str | None:
+    from huggingface_hub import constants
+
+    text = " ".join(str(cause) for cause in causes)
+    if "Invalid credentials in Authorization header" in text:
+        return (
+            f"the hub refused the access token while loading {model}; run `hf auth login` again "
+            "or correct HF_TOKEN"
+        )
+    if "GatedRepoError" in names or _http_status(causes) == 403:
+        return (
+            f"{model} is gated: accept the licence on {constants.ENDPOINT}/{model}, then run "
+            "`hf auth login` or set HF_TOKEN"
+        )
+    if "RevisionNotFoundError" in names:
+        return f"{model} has no revision {revision!r} on the hub; check --revision"
+    if "RepositoryNotFoundError" in names or _http_status(causes) == 401:
+        return (
+            f"the hub has no model {model!r} that you may read; check the name, and if it is "
+            "private run `hf auth login` or set HF_TOKEN"
+        )
+    return None
+
+
+def _transfer(
+    names: set[str], causes: Iterable[BaseException], model: str, instead: str
+) -> str | None:
+    text = " ".join(str(cause) for cause in causes)
+    if names & _CUT or "Consistency check failed" in text:
+        return (
+            f"the download of {model} was cut off; run the same command again, it continues "
+            "where it stopped"
+        )
+    if names & UNREACHABLE or "couldn't connect to" in text.lower():
+        return not_reached(model, instead)
+    return None
+
+
+def _status(causes: Iterable[BaseException], model: str, instead: str) -> str | None:
+    status = _http_status(causes)
+    if status == 429:
+        return f"the hub limits how often {model} may be asked for; wait a few minutes and retry"
+    if status is not None and status >= 500:
+        return f"the hub answered {status} while loading {model}; try again later, or {instead}"
+    return None
+
+
+def _http_status(causes: Iterable[BaseException]) -> int | None:
+    for cause in causes:
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+    return None
+
+
+# The size of a hub download against the free disk, before the download starts.
+
+
+logger = logging.getLogger("dart_llm")
+
+TIMEOUT = 10.0
+"""Seconds that the hub may take to name the sizes; without an answer the check is left out."""
+
+_KINDS = (
+    r"model\.safetensors",
+    r"model-\d+-of-\d+\.safetensors",
+    r"pytorch_model\.bin",
+    r"pytorch_model-\d+-of-\d+\.bin",
+)
+
+
+def weight_files(names: Iterable[str]) -> list[str]:
+    """The files among ``names`` that transformers fetches: the first kind that is there."""
+    listed = list(names)
+    for kind in _KINDS:
+        found = [name for name in listed if re.fullmatch(kind, name)]
+        if found:
+            return found
+    return []
+
+
+def check_download(model: str, revision: str | None, cache: Path | None) -> int | None:
+    """Bytes of weights of ``model`` that are still to be downloaded.
+
+    Raises ``LoadError`` when the disk has less room than that, or the repository holds nothing
+    that transformers loads.  ``None`` means that the hub cannot be asked, so that only the cache
+    can help.  Any other failure returns 0: loading reports it.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        info = HfApi().model_info(model, revision=revision, files_metadata=True, timeout=TIMEOUT)
+    except Exception as error:
+        logger.debug("no sizes for %s: %s", model, type(error).__name__)
+        return None if unreachable(error) else 0
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    if "config.json" not in sizes:
+        raise LoadError(
+            f"{model} holds no transformers checkpoint (no config.json); if it holds a .gguf file, "
+            "download that and give its path"
+        )
+    missing = [name for name in weight_files(sizes) if not _cached(model, name, info.sha, cache)]
+    needed = sum(sizes[name] for name in missing)
+    if needed:
+        where = cache or Path(constants.HF_HUB_CACHE)
+        require_space(needed, where, f"the download of {model}")
+    return needed
+
+
+def _cached(model: str, name: str, revision: str | None, cache: Path | None) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(model, name, cache_dir=cache, revision=revision), str)

@@ -1,0 +1,271 @@
+"""What a forward or generate call means: prefill, decode, padding, ended rows.
+
+What a root forward is: prompt or decode (docs/method.md, "Life of a sequence").
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dart_llm.errors import ConfigError
+from dart_llm.models.llama import CACHE, LAYER
+from dart_llm.pruning.forward import ForwardCall, Kind
+
+GENERATE = "generate"
+
+PREFILL = "_prefill"
+"""Methods of a model that are wrapped while attached: the token loop, and its prompt step."""
+
+
+@dataclass(frozen=True)
+class ForwardArgs:
+    """What a root forward was called with."""
+
+    cached: int
+    tokens: int
+    rows: int
+    input_ids: Tensor | None
+    valid: Tensor | None
+    """[B, T] float32, 0 for padding; None when nothing says that there is padding."""
+    cache: Any = None
+
+
+@functools.lru_cache(maxsize=64)
+def forward_names(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Parameters of a model class's forward, ``self`` left out."""
+    found = tuple(inspect.signature(kind.forward).parameters)
+    return tuple(name for name in found if name not in ("self", "args"))
+
+
+def read_forward(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ForwardArgs:
+    """Read cache length, new tokens and padding of a call of ``model``."""
+    names = forward_names(type(model)) if args else ()  # type: ignore[arg-type]
+    given = {**kwargs, **dict(zip(names, args, strict=False))}
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    tensor = ids if ids is not None else embeds
+    if tensor is None:
+        raise ConfigError("a forward of a pruned model needs input_ids or inputs_embeds")
+    cache = next((given[k] for k in ("cache", "past_key_values") if given.get(k) is not None), None)
+    cached = 0 if cache is None else int(cache.get_seq_length())
+    rows, tokens = int(tensor.shape[0]), int(tensor.shape[1])
+    valid = _valid(given.get("attention_mask"), tokens)
+    return ForwardArgs(cached, tokens, rows, ids, valid, cache)
+
+
+def _valid(mask: Any, tokens: int) -> Tensor | None:
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    part = mask[:, -tokens:]
+    return None if tokens > 1 and bool(part.all()) else part.float()
+
+
+@dataclass(frozen=True)
+class GenerateArgs:
+    """What ``generate`` was called with."""
+
+    prompt_tokens: int
+    beams: int
+
+
+_SECOND_TEXT = {"guidance_scale": 1, "assistant_early_exit": None}
+"""Settings with which ``generate`` calls its own model for another text, and their off values."""
+
+
+def read_generate(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> GenerateArgs:
+    """Read a call of ``generate``; raise ``ConfigError`` when it would run without a cache."""
+    inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    if inputs is None:
+        inputs = kwargs.get("inputs_embeds")
+    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+
+    def setting(name: str, default: Any) -> Any:
+        for source in (kwargs.get(name), getattr(config, name, None)):
+            if source is not None:
+                return source
+        known = getattr(model.generation_config, name, None)
+        return default if known is None else known
+
+    if not setting("use_cache", True):
+        raise ConfigError(
+            "generate without a cache runs the whole text again for every token, so there is no "
+            "decode step to prune; leave use_cache on"
+        )
+    for name, neutral in _SECOND_TEXT.items():
+        if setting(name, neutral) != neutral:
+            raise ConfigError(
+                f"generate with {name} runs a second text through the model between the steps, so "
+                "the steps cannot be told apart; leave it out"
+            )
+    prompt = 1 if inputs is None else int(inputs.shape[1])
+    return GenerateArgs(prompt, int(setting("num_beams", 1)))
+
+
+@dataclass(frozen=True)
+class PrefillArgs:
+    """What the prompt step of ``generate`` was called with."""
+
+    ends: Tensor | None
+    """Token ids that end a row or pad it after its end, 1-D; None when nothing ends a row."""
+    mask: Tensor | None
+    """[B, cached + prompt tokens], 0 for padding, or None."""
+
+
+def read_prefill(prefill: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PrefillArgs:
+    """Read a call of ``_prefill``."""
+    given = inspect.signature(prefill).bind(*args, **kwargs).arguments
+    device = given["input_ids"].device
+
+    def ids(name: str) -> Tensor | None:
+        found = getattr(given["generation_config"], name, None)
+        return found.flatten().to(device) if isinstance(found, Tensor) else None
+
+    ends, pads = ids("_eos_token_tensor"), ids("_pad_token_tensor")
+    if ends is not None and pads is not None:
+        ends = torch.cat([ends, pads])
+    mask = given["model_kwargs"].get("attention_mask")
+    is_flat = isinstance(mask, Tensor) and mask.dim() == 2
+    return PrefillArgs(ends, mask if is_flat else None)
+
+
+class Loop:
+    """One running call of ``generate``: is it in its prompt step, and which rows have ended."""
+
+    def __init__(self, given: GenerateArgs) -> None:
+        self.given = given
+        self.prefill: PrefillArgs | None = None
+        self.in_prefill = False
+        self.forwards = 0
+        self.cache: Any = None
+        """The cache of the newest forward: after the loop it says how many tokens stayed."""
+
+    def call(self, seen: ForwardArgs) -> ForwardCall:
+        """What the next forward of this loop is; raises ``ConfigError`` without a cache."""
+        first, self.forwards, self.cache = self.forwards == 0, self.forwards + 1, seen.cache
+        if self.in_prefill:
+            return _call(Kind.PREFILL, seen, valid=self._prompt_part(seen))
+        if first:  # assisted decoding has no prompt step: candidates ride along with the prompt
+            prompt = self.given.prompt_tokens
+            sliced = prompt > seen.tokens
+            return _call(
+                Kind.PREFILL, seen, seen.valid, observable=prompt - seen.cached * int(sliced)
+            )
+        if not seen.cached:
+            raise ConfigError("this generation runs without a cache, so nothing is decoded")
+        return _call(Kind.DECODE, seen, seen.valid, live=self._live(seen.input_ids))
+
+    def _prompt_part(self, seen: ForwardArgs) -> Tensor | None:
+        """The prompt's padding, also where the forward itself got a 4-D mask (static caches)."""
+        mask = None if self.prefill is None else self.prefill.mask
+        if seen.valid is not None or mask is None:
+            return seen.valid
+        part = mask[:, seen.cached : seen.cached + seen.tokens]
+        return None if bool(part.all()) else part.float()
+
+    def _live(self, ids: Tensor | None) -> Tensor | None:
+        """[B] bool: rows that have not ended; None when all count."""
+        ends = None if self.prefill is None else self.prefill.ends
+        if ids is None or ends is None or len(ids) == 1 or self.given.beams > 1:
+            return None
+        return ~torch.isin(ids, ends).any(1)
+
+
+class OwnLoop:
+    """A token loop of this package, which says what each of its forwards is.
+
+    ``prompt``: whether the next forward is one of the prompt; ``live``: [B] bool, rows that have
+    not ended, or None when all count.
+    """
+
+    def __init__(self) -> None:
+        self.prompt = True
+        self.live: Tensor | None = None
+        self.cache: Any = None
+
+    def call(self, seen: ForwardArgs) -> ForwardCall:
+        """What the next forward is."""
+        self.cache = seen.cache
+        if self.prompt:
+            return _call(Kind.PREFILL, seen, seen.valid)
+        return _call(Kind.DECODE, seen, seen.valid, live=self.live)
+
+
+def bare_call(seen: ForwardArgs, forced_decode: bool) -> ForwardCall:
+    """What a forward outside ``generate`` is."""
+    decode = seen.cached and (seen.tokens == 1 or forced_decode)
+    call = _call(Kind.DECODE if decode else Kind.PREFILL, seen, seen.valid)
+    return replace(call, forced=forced_decode)
+
+
+def _call(
+    kind: Kind,
+    seen: ForwardArgs,
+    valid: Tensor | None,
+    live: Tensor | None = None,
+    observable: int | None = None,
+) -> ForwardCall:
+    return ForwardCall(kind, seen.cached, seen.tokens, seen.rows, valid, live, observable)
+
+
+@dataclass(frozen=True)
+class SlimCall:
+    """A forward that decodes one token of each row after a cache: ids [B, 1]; transformers' own
+    cache.
+    """
+
+    ids: Tensor
+    cache: Any
+
+
+def read_call(
+    kwargs: dict[str, Any], args: tuple[Any, ...], dtype: torch.dtype, most: int | None = 1
+) -> SlimCall | None:
+    """The call of a root forward when a whole step can serve it, else None.
+
+    ``dtype``: of the weights; ``most``: rows that a step takes, None: any number.
+    """
+    given = {key: value for key, value in kwargs.items() if value is not None}
+    ids = given.pop("input_ids", args[0] if len(args) == 1 else None)
+    cache = given.pop("cache", None) or given.pop("past_key_values", None)
+    if len(args) > 1 or not isinstance(ids, Tensor) or ids.dim() != 2 or cache is None:
+        return None
+    rows = len(ids)
+    if ids.shape[1] != 1 or not rows or (most is not None and rows > most):
+        return None
+    if type(cache).__name__ != CACHE or {type(one).__name__ for one in cache.layers} != {LAYER}:
+        return None
+    length = cache.get_seq_length()
+    if not length or len(cache.layers[0].keys) != rows:
+        return None
+    if cache.layers[0].keys.dtype != dtype:
+        return None  # filled under autocast: the model's own forward says what comes of it
+    mask, positions = given.pop("attention_mask", None), given.pop("position_ids", None)
+    if mask is not None and not (isinstance(mask, Tensor) and mask.shape == (rows, length + 1)):
+        return None  # a mask for every kind of layer, or of another shape
+    if mask is not None and not bool(mask.all()):
+        return None
+    if positions is not None and not bool((positions[..., -1] == length).all()):
+        return None
+    plain = {"use_cache": True, "return_dict": True}
+    neutral = {"logits_to_keep": (0, 1), "output_attentions": (False,)}
+    neutral |= {"output_hidden_states": (False,)}
+    for key, value in given.items():
+        if key in plain and value is plain[key]:
+            continue
+        if key in neutral and not isinstance(value, Tensor) and value in neutral[key]:
+            continue
+        return None
+    return SlimCall(ids, cache)
+
+
+def as_output(logits: Tensor, cache: Any) -> Any:
+    """What a causal language model returns.  logits: [B, V]."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    return CausalLMOutputWithPast(logits=logits[:, None], cache=cache)

@@ -1,0 +1,295 @@
+"""Read-only hooks: FFN tensors, attention outputs and weights, last hidden state.
+
+Reading u, x, z and r of chosen layers and tokens while a model runs (docs/method.md has them).
+
+Hooks only read: outputs are what they would be without them, and every hook is gone after the
+block.  ``tap`` hands each layer's tensors on; ``Recording`` keeps those of one sequence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dart_llm.errors import ConfigError, UnsupportedModel
+from dart_llm.models.calls import ForwardArgs, read_forward
+from dart_llm.models.capture_spec import Wanted
+from dart_llm.models.describe import decoder_layers, decoder_of, describe
+from dart_llm.models.ffn import FfnBlock
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """What one layer's FFN did in one forward.  ``u``: [B, T, I]; the others: [B, T, D].
+
+    Copy what is to outlive the call: some models change z in place later in the forward.
+
+    ``x``: the residual stream that enters the FFN half; ``u``: what entered the down projection (0
+    where a mask removed a neuron; in OPT before the mask); ``z``: what came out of it, without
+    compensation; ``r``: what is added to the stream; ``h``: the input of the up projection.
+    """
+
+    u: Tensor
+    x: Tensor
+    z: Tensor
+    r: Tensor
+    h: Tensor
+
+
+OnCapture = Callable[[int, LayerActivations], None]
+
+
+@contextlib.contextmanager
+def capture_activations(
+    model: nn.Module,
+    take: OnCapture,
+    layers: Sequence[int] | None = None,
+    before: Callable[[ForwardArgs], None] = lambda seen: None,
+    after: Callable[[], None] = lambda: None,
+    graph: bool = False,
+) -> Iterator[None]:
+    """Inside, ``take(layer, seen)`` is called in every forward, once per layer.
+
+    ``before`` and ``after`` are called around each forward of ``model``.  ``graph``: the tensors
+    are those of the graph, in the model's shapes, for gradients; otherwise they are detached.
+    Neurons that the compact executor skips are never computed: under it ``take`` is not called
+    for masked layers.
+    """
+    taps: list[_LayerTap] = []
+    handles: list[Any] = []
+    rows = 1
+
+    def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+        nonlocal rows
+        seen = read_forward(module, args, kwargs)
+        rows = seen.rows
+        for one in taps:
+            one.x = one.u = one.z = one.h = None
+        before(seen)
+
+    def handed(layer: int, *tensors: Tensor) -> None:
+        if not graph:
+            tensors = tuple(t.detach().reshape(rows, -1, t.shape[-1]) for t in tensors)  # OPT: flat
+        take(layer, LayerActivations(*tensors))
+
+    try:
+        handles.append(model.register_forward_pre_hook(begin, with_kwargs=True))
+        handles.append(model.register_forward_hook(lambda *_: after()))
+        for block in describe(model).blocks:
+            if layers is None or block.index in layers:
+                taps.append(_LayerTap(block, handed, handles.append))
+        yield
+    finally:
+        for handle in reversed(handles):
+            handle.remove()
+
+
+class _LayerTap:
+    """The hooks of one layer: x, u and z wait until r, the last, is there."""
+
+    def __init__(
+        self,
+        block: FfnBlock,
+        take: Callable[..., None],
+        keep: Callable[[Any], None],
+    ) -> None:
+        self.index, self.take = block.index, take
+        self.x = self.u = self.z = self.h = None  # type: Tensor | None
+        before_x = block.ffn if block.x_from is None else block.x_from
+        keep(before_x.register_forward_pre_hook(self._take_x, with_kwargs=True))
+        keep(block.up.register_forward_pre_hook(self._take_h, with_kwargs=True))
+        keep(block.down.register_forward_pre_hook(self._take_u, with_kwargs=True))
+        keep(block.down.register_forward_hook(self._take_z))
+        self.ends = block.post_norm is None
+        if block.post_norm is not None:
+            keep(block.post_norm.register_forward_hook(self._take_r))
+
+    def _take_x(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.x = args[0] if args else next(iter(kwargs.values()))
+
+    def _take_h(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.h = args[0] if args else next(iter(kwargs.values()))
+
+    def _take_u(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.u = args[0] if args else next(iter(kwargs.values()))
+
+    def _take_z(self, module: nn.Module, args: Any, z: Tensor) -> None:
+        self.z = z
+        if self.ends:
+            self._take_r(module, args, z)
+
+    def _take_r(self, module: nn.Module, args: Any, r: Tensor) -> None:
+        u, x, z, h = self.u, self.x, self.z, self.h
+        self.x = self.u = self.z = self.h = None
+        if u is not None and x is not None and z is not None:
+            self.take(self.index, u, x, z, r, z if h is None else h)
+
+
+class Recording:
+    """A context manager that keeps what ``wanted`` names of one sequence, on the host.
+
+    A forward without a cache starts anew; tokens that were rolled back are forgotten.  Raises
+    ``ConfigError`` for more than one row, and where an executor never computes what is wanted.
+    """
+
+    def __init__(self, model: nn.Module, wanted: Wanted) -> None:
+        self.model = model
+        self.wanted = wanted
+        self._kept: dict[str, list[Tensor]] = {}
+        self._ids: list[Tensor | None] = []
+        self._fed = 0
+        self._span = slice(0, 0)
+        self._taken: set[int] = set()
+        self._tap: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+
+    def __enter__(self) -> Recording:
+        self._tap = capture_activations(
+            self.model, self._take, self.wanted.layers, self._before, self._after
+        )
+        self._tap.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._tap.__exit__(None, None, None)
+
+    def _before(self, seen: ForwardArgs) -> None:
+        if seen.rows != 1:
+            raise ConfigError(f"activations are kept of one row at a time, not of {seen.rows}")
+        if seen.cached < self._fed:
+            self._cut(seen.cached)
+        start, end = self.wanted.start - seen.cached, seen.tokens
+        if self.wanted.end is not None:
+            end = min(end, self.wanted.end - seen.cached)
+        self._span = slice(max(0, start), max(0, start, end))
+        self._fed = seen.cached + seen.tokens
+        self._taken = set()
+        ids = seen.input_ids
+        if self._span.start < self._span.stop:
+            self._ids.append(None if ids is None else ids[0, self._span].to("cpu", torch.int32))
+
+    def _take(self, layer: int, seen: LayerActivations) -> None:
+        self._taken.add(layer)
+        if self._span.start >= self._span.stop:
+            return
+        for name in self.wanted.tensors:
+            part = getattr(seen, name)[0, self._span].to("cpu", copy=True)
+            self._kept.setdefault(f"layer{layer}.{name}", []).append(part)
+
+    def _after(self) -> None:
+        missing = [layer for layer in self.wanted.layers if layer not in self._taken]
+        if missing and self._span.start < self._span.stop:
+            raise ConfigError(
+                f"the activations of layer {missing[0]} were not computed: the compact executor "
+                "skips them; use the masked one"
+            )
+
+    def _cut(self, fed: int) -> None:
+        keep = max(0, fed - self.wanted.start)
+        self._kept = {name: [torch.cat(parts)[:keep]] for name, parts in self._kept.items()}
+        known = [ids for ids in self._ids if ids is not None]
+        whole = known and len(known) == len(self._ids)
+        self._ids = [torch.cat(known)[:keep]] if whole else self._ids
+
+    def tensors(self) -> dict[str, Tensor]:
+        """``layer{l}.{name}``: [tokens, I or D] in the model's dtype; ``token_ids``: int32 [tokens]
+        unless a forward was given embeddings.
+        """
+        found = {name: torch.cat(parts) for name, parts in self._kept.items()}
+        known = [ids for ids in self._ids if ids is not None]
+        if known and len(known) == len(self._ids):
+            found["token_ids"] = torch.cat(known)
+        return found
+
+
+# Where a model is read without being changed: attention outputs, attention weights, last state.
+#
+# Everything is removed when the block ends; nothing is left on the model.
+
+
+EAGER = "eager"
+"""The attention kernel that gives its weights."""
+
+Take = Callable[[int, Tensor], None]
+"""Called with a layer and what was read there."""
+
+_SUM_TOLERANCE = 0.05
+"""How far the weights of one token may sum from 1 (bfloat16 has 8 bits)."""
+
+
+def layer_count(model: nn.Module) -> int:
+    """Decoder layers; raises ``UnsupportedModel`` where there are none that we know."""
+    return len(decoder_layers(model)[0])
+
+
+@contextlib.contextmanager
+def attention_outputs(model: nn.Module, layers: Sequence[int], take: Take) -> Iterator[None]:
+    """Inside, every forward hands out v of ``layers``: [T, D], in the model's dtype.
+
+    v: output of the attention's output projection, before the residual add and before any norm.
+    One row per forward.
+    """
+    found, names, _ = decoder_layers(model)
+
+    def hook(layer: int) -> Callable[..., None]:
+        return lambda module, args, v: take(layer, v.reshape(-1, v.shape[-1]))
+
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            part = found[layer].get_submodule(names.attention_out)
+            stack.callback(part.register_forward_hook(hook(layer)).remove)
+        yield
+
+
+@contextlib.contextmanager
+def attention_weights(model: nn.Module, layers: Sequence[int], take: Take) -> Iterator[None]:
+    """Inside, every forward hands out the attention weights of ``layers``: [H, T, S].
+
+    H heads, T queries, S keys; each row sums to 1.  Only eager attention has them.  Raises
+    ``UnsupportedModel``, from the forward, where none are given.
+    """
+    found, names, _ = decoder_layers(model)
+    path = names.attention_out.rpartition(".")[0]
+
+    def hook(layer: int) -> Callable[..., None]:
+        return lambda module, args, output: take(layer, _weights(module, output))
+
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            part = found[layer].get_submodule(path)
+            stack.callback(part.register_forward_hook(hook(layer)).remove)
+        yield
+
+
+@contextlib.contextmanager
+def last_hidden(model: nn.Module, take: Callable[[Tensor], None]) -> Iterator[None]:
+    """Inside, every forward hands out the decoder's last hidden state: [T, D].
+
+    It is what the language-model head reads: after the last norm.  One row per forward.
+    """
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        state = output[0]
+        take(state.reshape(-1, state.shape[-1]))
+
+    handle = decoder_of(model).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _weights(module: nn.Module, output: Any) -> Tensor:
+    given = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+    if isinstance(given, Tensor) and given.dim() == 4 and len(given) == 1:
+        total = given[0].float().sum(-1)
+        if bool(((total - 1).abs() < _SUM_TOLERANCE).all()):
+            return given[0]
+    raise UnsupportedModel(
+        f"{type(module).__name__} does not give the attention weights of one text (attention must "
+        "run eager): leave the signal attention-scores out"
+    )

@@ -1,0 +1,180 @@
+"""What a Hugging Face model is made of, and what its forwards mean.
+
+With names.py the only place that knows transformers' modules, keyword arguments and outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from dart_llm.errors import UnsupportedModel
+from dart_llm.models.agreement import check_ffns
+from dart_llm.models.architectures import LAYER_NAMES, LayerNames
+from dart_llm.models.ffn import FfnBlock
+from dart_llm.pruning.weights import FfnWeights
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """A causal language model as the rest of the package sees it."""
+
+    blocks: tuple[FfnBlock, ...]
+    attention_out: nn.Module
+    """Output projection of the last layer's attention: its output is the signal ``attention``."""
+    decoder: nn.Module
+    """The decoder without its head: its first output is the signal ``hidden``."""
+    input_embedding: Tensor | None
+    output_embedding: Tensor | None
+    parameter_bytes: int
+    """Bytes of the weights that one decoded token reads (embedding rows left out)."""
+
+    def signal(self, name: str) -> nn.Module:
+        """The module whose output a drift detector watches."""
+        return self.decoder if name == "hidden" else self.attention_out
+
+    def weights(self, proxy_embedding: str, seed: int) -> tuple[FfnWeights, ...]:
+        """The FFN weights of all layers."""
+        rows = self.output_embedding if proxy_embedding == "output" else self.input_embedding
+        last = max(1, len(self.blocks) - 1)
+        return tuple(block.weights(block.index / last, rows, seed) for block in self.blocks)
+
+
+def widths(model: nn.Module) -> list[int]:
+    """Neurons of every layer's FFN; raises what ``describe`` raises."""
+    return [block.down_width for block in describe(model).blocks]
+
+
+def describe(model: nn.Module) -> ModelView:
+    """Find the FFN blocks; raise ``UnsupportedModel`` that names what was found instead."""
+    if type(model).__module__.startswith("peft."):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is a PEFT model: call merge_and_unload() on it first"
+        )
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModel(
+            f"{type(model).__name__} wraps a compiled model, and its generate goes past the "
+            "wrapper: prune the model inside it, prune(model._orig_mod, ...)"
+        )
+    layers, names, text = decoder_layers(model)
+    blocks = tuple(_block(index, layer, names, text) for index, layer in enumerate(layers))
+    check_ffns(type(model).__name__, blocks)
+    return ModelView(
+        blocks,
+        layers[-1].get_submodule(names.attention_out),
+        decoder_of(model),
+        _weight(model.get_input_embeddings()),  # type: ignore[operator]
+        _weight(model.get_output_embeddings()),  # type: ignore[operator]
+        _bytes_read(model),
+    )
+
+
+def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, LayerNames, Any]:
+    """The decoder's layers, the names of their parts, and the text model's configuration.
+
+    Raises ``UnsupportedModel``, which names what was found instead.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise UnsupportedModel(f"{type(model).__name__} is not a transformers model")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is an encoder-decoder; only causal language models are pruned"
+        )
+    text = config.get_text_config()
+    names = LAYER_NAMES.get(text.model_type)
+    layers = _layer_list(model, text.num_hidden_layers, text.model_type)
+    if names is None:
+        raise UnsupportedModel(
+            f"model type {text.model_type!r} ({_ffn_found(layers[0])}) is not supported; "
+            f"supported: {', '.join(sorted(LAYER_NAMES))}"
+        )
+    return layers, names, text
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The decoder, whose first output is the last hidden state, after the last norm."""
+    return model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
+
+
+def _layer_list(model: nn.Module, count: int, model_type: str) -> nn.ModuleList:
+    for root in (decoder_of(model), model):
+        for name, module in root.named_modules():
+            if not isinstance(module, nn.ModuleList) or len(module) != count:
+                continue
+            if name.split(".")[-1] in ("layers", "h"):
+                return module
+    raise UnsupportedModel(
+        f"{type(model).__name__} (model type {model_type!r}) has no list of {count} decoder layers"
+    )
+
+
+def _ffn_found(layer: nn.Module) -> str:
+    for name in ("mlp", "feed_forward", "block_sparse_moe", "ffn"):
+        if hasattr(layer, name):
+            return f"its FFN is {type(getattr(layer, name)).__name__}"
+    return f"its layer is {type(layer).__name__}"
+
+
+def _block(index: int, layer: nn.Module, names: LayerNames, text: Any) -> FfnBlock:
+    ffn = layer.get_submodule(names.ffn) if names.ffn else layer
+    needed = [names.up, names.down, names.act, *([names.gate] if names.gate else [])]
+    for name in needed:
+        if not hasattr(ffn, name):
+            kind = "a mixture of experts" if hasattr(ffn, "experts") else "unknown"
+            raise UnsupportedModel(
+                f"layer {index}: {type(ffn).__name__} has no {name!r} (its FFN is {kind}); only "
+                f"dense FFNs of {text.model_type} are pruned"
+            )
+    if getattr(ffn, "slow_but_exact", False):
+        raise UnsupportedModel(
+            f"layer {index}: {type(ffn).__name__} with slow_but_exact=True splits its down "
+            "projection; set slow_but_exact=False"
+        )
+    return FfnBlock(
+        index=index,
+        ffn=ffn,
+        up=getattr(ffn, names.up),
+        gate=getattr(ffn, names.gate) if names.gate else None,
+        down=getattr(ffn, names.down),
+        act=getattr(ffn, names.act),
+        fused=names.fused,
+        inline=not names.ffn,
+        adds_residual=names.adds_residual,
+        dropout=getattr(ffn, names.dropout) if names.dropout else None,
+        x_from=_x_from(layer, names),
+        post_norm=getattr(layer, names.post_norm) if names.post_norm else None,
+        width_key=names.width,
+    )
+
+
+def _x_from(layer: nn.Module, names: LayerNames) -> nn.Module | None:
+    if names.up == "fc1" and not names.ffn and not getattr(layer, "do_layer_norm_before", True):
+        return getattr(layer, names.up)  # type: ignore[no-any-return]  # OPT-350m: norm after
+    for name in names.x_from:
+        if hasattr(layer, name):
+            return getattr(layer, name)  # type: ignore[no-any-return]
+    return None
+
+
+def _weight(module: nn.Module | None) -> Tensor | None:
+    weight = getattr(module, "weight", None)
+    return weight if isinstance(weight, Tensor) else None
+
+
+def context_length(model: Any) -> int | None:
+    """Tokens that the model's context holds, or None when its configuration does not say."""
+    length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return length
+
+
+def _bytes_read(model: nn.Module) -> int:
+    """All parameters once; an input embedding that is not also the head is only looked up."""
+    inputs = _weight(model.get_input_embeddings())  # type: ignore[operator]
+    head = _weight(model.get_output_embeddings())  # type: ignore[operator]
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    if inputs is not None and inputs is not head and any(inputs is p for p in model.parameters()):
+        total -= inputs.numel() * inputs.element_size()
+    return total

@@ -1,0 +1,131 @@
+"""One FFN block, and the ways to run it: dense, observed, masked, compact.
+
+Every executor takes the block's input x [..., D] and returns ``(u, z)``: the down projection's
+input [..., I] (None where it is not complete) and its output [..., D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dart_llm.errors import UnsupportedModel
+from dart_llm.pruning.weights import FfnWeights
+
+_PLAIN = ("Linear", "Conv1D", "FalconLinear", "NonDynamicallyQuantizableLinear")
+
+_HOMES = ("torch.nn.", "transformers.")
+"""Packages whose classes of these names hold plain matrices."""
+
+
+@dataclass(frozen=True)
+class FfnBlock:
+    """The parts of one layer's FFN.  ``inline``: the layer holds the projections (OPT)."""
+
+    index: int
+    ffn: nn.Module
+    up: nn.Module
+    gate: nn.Module | None
+    down: nn.Module
+    act: Callable[[Tensor], Tensor]
+    fused: bool
+    inline: bool
+    adds_residual: bool
+    dropout: nn.Module | None
+    x_from: nn.Module | None
+    post_norm: nn.Module | None
+    width_key: str | None
+
+    @property
+    def host(self) -> nn.Module:
+        """The module whose forward is replaced: the FFN, or the down projection when inline."""
+        return self.down if self.inline else self.ffn
+
+    @property
+    def down_width(self) -> int:
+        """Number of neurons I."""
+        return int(_matrix(self.down).shape[1])
+
+    @property
+    def by_inputs(self) -> bool:
+        """Whether ``up`` stores its weights [D, I]."""
+        return type(self.up).__name__ == "Conv1D"
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether accelerate keeps the weights elsewhere between forwards."""
+        modules = (self.up, self.gate, self.down)
+        return any(
+            p.is_meta for module in modules if module is not None for p in module.parameters()
+        )
+
+    def check(self, model: str) -> None:
+        """Raise ``UnsupportedModel`` for packed, quantised or LoRA-wrapped projections."""
+        for role, module in (("up", self.up), ("gate", self.gate), ("down", self.down)):
+            if module is None:
+                continue
+            kind, where = type(module), f"{model}, layer {self.index}, {role} projection"
+            if kind.__module__.startswith("peft."):
+                raise UnsupportedModel(
+                    f"{where}: found {kind.__module__}.{kind.__name__}; call merge_and_unload() "
+                    "on the PEFT model first"
+                )
+            weight: Any = getattr(module, "weight", None)
+            plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype.is_floating_point
+            home = kind.__module__.startswith(_HOMES) and kind.__name__ in _PLAIN
+            if not home or not plain:
+                found = f"{kind.__module__}.{kind.__name__} with {type(weight).__name__} weights"
+                raise UnsupportedModel(
+                    f"{where}: found {found}; only plain floating-point linear layers are pruned "
+                    "(load without quantisation, a GGUF file with GgufConfig(dequantize=True))"
+                )
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """u: the down projection's input."""
+        if self.inline:
+            return x
+        if self.fused:
+            gate, up = self.up(x).chunk(2, dim=-1)
+            return up * self.act(gate)  # type: ignore[no-any-return]
+        if self.gate is not None:
+            return self.act(self.gate(x)) * self.up(x)  # type: ignore[no-any-return]
+        return self.act(self.up(x))
+
+    def finish(self, z: Tensor, args: tuple[Any, ...]) -> Tensor:
+        """What the FFN's forward returns for the down projection's output z."""
+        if self.adds_residual:
+            rate = getattr(self.ffn, "hidden_dropout", 0.0)
+            return args[1] + F.dropout(z, p=rate, training=self.ffn.training)  # type: ignore[no-any-return]
+        return z if self.dropout is None else self.dropout(z)
+
+    def matrices(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        """gate [I, D] or None, up [I, D], down [D, I]; views, whatever the layout."""
+        up, down = _matrix(self.up), _matrix(self.down)
+        if self.fused:
+            half = up.shape[0] // 2
+            return up[:half], up[half:], down
+        return (None if self.gate is None else _matrix(self.gate)), up, down
+
+    def weights(self, depth: float, embedding: Tensor | None, seed: int) -> FfnWeights:
+        gate, up, down = self.matrices()
+        stored = self.up.weight if self.by_inputs else up
+        assert isinstance(stored, Tensor)
+        return FfnWeights(
+            self.index, depth, stored, gate, down, embedding, seed, by_inputs=self.by_inputs
+        )
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    """[out, in] weights of a Linear, or of a Conv1D, which stores them transposed."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.t() if type(module).__name__ == "Conv1D" else weight
+
+
+def bias_of(module: nn.Module | None) -> Tensor | None:
+    """The bias of a projection; None where it has none."""
+    bias = getattr(module, "bias", None)
+    return bias if isinstance(bias, Tensor) else None

@@ -1,0 +1,219 @@
+"""GGUF files turned once into dense safetensors folders, kept by the checksum of the GGUF.
+
+A folder ``gguf-<sha256>`` is complete or absent: it is written beside its place and renamed.
+``source.json``, written last, names where the file came from, its quantisation and every file of
+the folder with size and sha256.  Weights are stored as float32, the exact dequantised values; the
+configuration says bfloat16, so that the default load is bfloat16 and float32 is exact.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dart_llm.cache import SCRATCH, make_folder, require_space, sweep, sync
+from dart_llm.errors import LoadError
+from dart_llm.files import file_sha256
+from dart_llm.hub import no_stray_bars, plain
+from dart_llm.models.devices import memory_failure
+
+Progress = Callable[[str], None]
+
+FORMAT = 1
+
+SOURCE = "source.json"
+
+
+def converted_folder(cache: Path, sha256: str) -> Path:
+    """Where the dense copy of the GGUF with this checksum lies, or will lie."""
+    return cache / f"gguf-{sha256}"
+
+
+def read_source(folder: Path) -> dict[str, Any] | None:
+    """The record of a converted folder; ``None`` for any other folder or a damaged record."""
+    try:
+        record = json.loads((folder / SOURCE).read_text())
+    except (OSError, ValueError):
+        return None
+    keys = {"format", "sha256", "quantisation", "files"}
+    if not isinstance(record, dict) or not keys <= record.keys():
+        return None
+    files = record["files"]
+    each = files.values() if isinstance(files, dict) else [None]
+    whole = all(isinstance(one, dict) and {"size", "sha256"} <= one.keys() for one in each)
+    return record if whole else None
+
+
+def is_intact(folder: Path, sha256: str, *, full: bool = False) -> bool:
+    """Whether ``folder`` is complete: sizes always, checksums of all files if ``full``."""
+    record = read_source(folder)
+    if record is None or record["format"] != FORMAT or record["sha256"] != sha256:
+        return False
+    for name, expected in record["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != expected["size"]:
+            return False
+        if full and file_sha256(path) != expected["sha256"]:
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """What a GGUF file stores."""
+
+    types: dict[str, int]
+    """Number of weights of each storage type, such as ``{"Q4_1": 106168320, "F32": 35136}``."""
+    quantisation: str
+    """The file's quantisation in words: ``Q4_1``, or ``Q4_K, Q6_K mix``."""
+
+    @property
+    def float32_bytes(self) -> int:
+        """Size of the weights once they are dense."""
+        return 4 * sum(self.types.values())
+
+
+def read_header(gguf: Path) -> GgufHeader:
+    """Storage types of a GGUF file; raises ``LoadError`` when it is cut off or no GGUF file."""
+    from gguf import GGUFReader
+
+    types: Counter[str] = Counter()
+    try:
+        reader = GGUFReader(gguf)
+        for tensor in reader.tensors:
+            types[tensor.tensor_type.name] += int(tensor.n_elements)
+        field = reader.get_field("general.file_type")
+        named = file_type_name(int(field.contents())) if field else ""
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise LoadError(
+            f"{gguf.name} is not a complete GGUF file; fetch it again and compare its size"
+        ) from error
+    return GgufHeader(dict(types), quantisation_name(types, named))
+
+
+def file_type_name(number: int) -> str:
+    """The name behind ``general.file_type``: ``Q4_1`` for 3; empty when it is not known."""
+    from gguf import LlamaFileType
+
+    try:
+        return LlamaFileType(number).name.removeprefix("MOSTLY_")
+    except ValueError:
+        return ""
+
+
+def quantisation_name(types: Mapping[str, int], named: str) -> str:
+    """The file type's name where a storage type has that name, else the storage types."""
+    low_bit = sorted(name for name in types if name not in ("F32", "F16", "BF16"))
+    if not low_bit:
+        return max(types, key=lambda name: types[name])
+    if named in low_bit or len(low_bit) == 1:
+        return named if named in low_bit else low_bit[0]
+    return f"{', '.join(low_bit)} mix"
+
+
+def convert(
+    gguf: Path, sha256: str, cache: Path, origin: Mapping[str, str], header: GgufHeader
+) -> Path:
+    """Write the dense copy of ``gguf`` and return its folder.
+
+    ``origin`` is added to ``source.json``.  Another process may do the same at the same time:
+    the first one wins, and both return a complete folder.  Raises ``LoadError`` when the file
+    cannot be read, or when disk or cache folder do not allow it.
+    """
+    sweep(make_folder(cache))
+    require_space(header.float32_bytes, cache, f"the converted copy of {gguf.name}")
+    with scratch_folder(cache) as scratch:
+        fresh = scratch / "model"
+        fresh.mkdir()
+        try:
+            with no_stray_bars():
+                _write_dense(gguf, fresh)
+        except Exception as error:
+            raise memory_failure(error, gguf.name, "float32") or LoadError(
+                f"{gguf.name} could not be converted: {plain(error)}"
+            ) from error
+        record = {
+            "format": FORMAT,
+            **origin,
+            "sha256": sha256,
+            "quantisation": header.quantisation,
+            "tensor_types": header.types,
+            "files": _inventory(fresh),
+        }
+        (fresh / SOURCE).write_text(json.dumps(record, indent=2) + "\n")
+        folder = converted_folder(cache, sha256)
+        publish(fresh, folder, lambda found: is_intact(found, sha256, full=True))
+    return folder
+
+
+def gguf_arguments(gguf: Path) -> dict[str, Any]:
+    """Keyword arguments that make ``from_pretrained`` read ``gguf`` as a dense model."""
+    from transformers import GgufConfig
+
+    return {"gguf_file": gguf.name, "quantization_config": GgufConfig(dequantize=True)}
+
+
+@contextmanager
+def scratch_folder(cache: Path) -> Iterator[Path]:
+    """A folder inside ``cache`` that is gone after the block."""
+    with tempfile.TemporaryDirectory(dir=cache, prefix=SCRATCH, ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+def _write_dense(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(
+        str(gguf.parent), dtype=torch.float32, **gguf_arguments(gguf)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("_model_name_or_path", None)
+    config["dtype"] = "bfloat16"
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _inventory(folder: Path) -> dict[str, dict[str, Any]]:
+    mode = folder.stat().st_mode & 0o666  # safetensors writes 0600; a shared cache needs the umask
+    files = {}
+    for path in sorted(folder.iterdir()):
+        path.chmod(mode)
+        files[path.name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+    return files
+
+
+def publish(fresh: Path, folder: Path, intact: Callable[[Path], bool]) -> None:
+    """Move ``fresh`` to ``folder``, over a damaged copy but not over an ``intact`` one.
+
+    Raises ``LoadError`` when the folder can be neither written nor replaced.
+    """
+    problem: OSError | None = None
+    for path in (*fresh.rglob("*"), fresh):  # or a power cut leaves names without content
+        sync(path)
+    for _ in range(3):
+        try:
+            fresh.rename(folder)
+            sync(folder.parent)
+            return
+        except OSError as error:
+            problem = error
+        if intact(folder):
+            return
+        try:
+            folder.rename(fresh.parent / f"damaged-{os.urandom(4).hex()}")
+        except OSError as error:  # another process moved it first, or nothing may be renamed here
+            problem = error
+    raise LoadError(f"the model could not be put into {folder}: {problem}")

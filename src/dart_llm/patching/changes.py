@@ -1,0 +1,75 @@
+"""What is changed on a model's modules, and put back: hooks and replaced methods.
+
+An exception of a signal (Ctrl-C) may come between any two instructions.  So what undoes a change
+is noted before the change is made and forgotten after it was undone, and undoing twice is undoing
+once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from dart_llm.models.agreement import Replacement
+
+
+class Changes:
+    """The changes of one attachment, in order."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+        self._replaced: list[Replacement] = []
+
+    def hook(
+        self,
+        module: nn.Module,
+        hook: Callable[..., Any],
+        before: bool = False,
+        with_kwargs: bool = False,
+    ) -> None:
+        """Register a forward hook, or with ``before`` a pre-hook."""
+        self._undo.append(functools.partial(_unhook, module, hook))
+        register = module.register_forward_pre_hook if before else module.register_forward_hook
+        register(hook, with_kwargs=with_kwargs)
+
+    def replace(self, module: nn.Module, name: str, make: Callable[..., Any]) -> None:
+        """Set an instance attribute that calls ``make(original, *args, **kwargs)``."""
+        held = name in module.__dict__
+        original = getattr(module, name)
+        replacement = Replacement(original, make)
+
+        def undo() -> None:
+            if held:
+                module.__dict__[name] = original
+            else:
+                module.__dict__.pop(name, None)
+
+        self._replaced.append(replacement)
+        self._undo.append(undo)
+        module.__dict__[name] = replacement
+
+    def end(self) -> None:
+        """Every replaced method runs as the original from now on, whoever calls it."""
+        for one in self._replaced:
+            one.end()
+
+    def undo(self) -> None:
+        """Put everything back; safe to call again, wherever it was interrupted."""
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
+
+
+def _unhook(module: nn.Module, hook: Callable[..., Any]) -> None:
+    """Take ``hook`` off ``module``, where it is still there."""
+    sides = (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    )
+    for hooks, with_kwargs in sides:
+        for key in [key for key, known in hooks.items() if known is hook]:
+            with_kwargs.pop(key, None)
+            hooks.pop(key, None)

@@ -1,0 +1,150 @@
+"""Which executor runs a model, and what cannot run at all."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dart_llm.errors import ConfigError
+from dart_llm.models.agreement import is_compiled, weights_unsupported_reason
+from dart_llm.models.ffn import FfnBlock
+from dart_llm.models.llama import slim_unsupported_reason, step_unsupported_reason
+from dart_llm.native.build import why_not
+from dart_llm.patching.executors.native_ffn import native_unsupported_reason, not_in_place_reason
+from dart_llm.patching.executors.step_agreement import disagreement_reason, model_signature
+from dart_llm.pruning.registry import SCORES
+from dart_llm.pruning.selection import MaskSelector
+
+NATIVE = ("native", "slim")
+"""Executors that run the native CPU kernels."""
+
+BY_WEIGHTS = (*NATIVE, "graph", "compact")
+"""Executors that run the weights of FFNs, not their modules."""
+
+_steps: weakref.WeakKeyDictionary[Any, dict[str, tuple[Any, str]]] = weakref.WeakKeyDictionary()
+"""What was found of a model's whole steps, per executor, and under which signature."""
+
+
+def choose_executor(selector: MaskSelector, blocks: Sequence[FfnBlock], model: Any) -> str:
+    """The fastest that can run: ``slim``, ``native``, ``compact``, ``masked``.
+
+    ``masked`` where the rows of a batch have a mask each or layers cannot be compacted; ``compact``
+    also where nothing is pruned, for then nothing may differ by a bit.  Under ``compact`` a layer
+    whose weights do not say what its projections compute is run as by ``masked``.
+    """
+    config = selector.config
+    if config.executor != "auto":
+        return config.executor
+    if config.batch == "per_row" or any(block.inline or block.offloaded for block in blocks):
+        return "masked"
+    if selector.removes_nothing:
+        return "compact"
+    odd = [bool(weights_unsupported_reason(block)) for block in blocks]
+    if any(odd):
+        return "masked" if all(odd) else "compact"
+    if is_compiled(model) or any(native_unsupported_reason(block) for block in blocks):
+        return "compact"
+    if why_not() or not_in_place_reason(model, blocks):
+        return "compact"
+    return "native" if no_steps_reason("slim", model) else "slim"
+
+
+def no_steps_reason(executor: str, model: Any, mark: tuple[Any, ...] = ()) -> str:
+    """Why ``slim`` or ``graph`` cannot decode ``model`` by whole steps: "", or a clause.
+
+    ``mark``: the model's signature, where it is known.  What was found holds until it changes.
+    """
+    mark = mark or model_signature(model)
+    known = _steps.setdefault(model, {}).get(executor)
+    if known is None or known[0] != mark:
+        known = _steps[model][executor] = mark, _no_steps_reason(executor, model)
+    return known[1]
+
+
+def _no_steps_reason(executor: str, model: Any) -> str:
+    if is_compiled(model):
+        return "was compiled by torch"
+    reason = (
+        slim_unsupported_reason(model) if executor == "slim" else step_unsupported_reason(model)
+    )
+    return reason or disagreement_reason(
+        model
+    )  # what it is made of comes first: then a step can run
+
+
+def check_executor(
+    blocks: Sequence[FfnBlock], selector: MaskSelector, model: Any, chooses: bool
+) -> None:
+    """Raise ``ConfigError`` for what this model's FFNs cannot run.
+
+    ``chooses``: whether masks are made, not given.
+    """
+    if selector.config.executor in BY_WEIGHTS:
+        _check_weights(blocks, selector.config.executor, type(model).__name__)
+    if selector.config.executor in NATIVE:
+        _check_native(blocks, selector.config.executor, model)
+    if selector.config.executor == "graph" and (reason := no_steps_reason("graph", model)):
+        raise ConfigError(
+            f'executor "graph" cannot run {type(model).__name__}, which {reason}; use "compact"'
+        )
+    inline = [block.index for block in blocks if block.inline]
+    away = [block.index for block in blocks if block.offloaded]
+    if selector.config.executor == "compact" and (inline or away):
+        reason = "is offloaded" if away else "has no FFN module of its own"
+        raise ConfigError(
+            f'executor "compact" cannot run {type(model).__name__}: layer '
+            f'{(away or inline)[0]} {reason}; use executor "masked" or "auto"'
+        )
+    if away and chooses and _reads_weights(selector, away[0]):
+        raise ConfigError(
+            f"layer {away[0]} is offloaded, so its weights cannot be read between forwards; "
+            "use compensation=False and a score of activations alone (normalized, magnitude)"
+        )
+
+
+def _check_native(blocks: Sequence[FfnBlock], executor: str, model: Any) -> None:
+    """Raise ``ConfigError`` where the native kernels, or whole native steps, cannot run."""
+    name = type(model).__name__
+    if is_compiled(model):
+        raise ConfigError(
+            f'executor "{executor}" cannot run {name}, which was compiled by torch; use executor '
+            '"compact" or "auto"'
+        )
+    if executor == "slim" and (reason := no_steps_reason("slim", model)):
+        raise ConfigError(f'executor "slim" cannot run {name}, which {reason}; use "native"')
+    for block in blocks:
+        if reason := native_unsupported_reason(block):
+            raise ConfigError(
+                f'executor "{executor}" cannot run {name}: layer {block.index} {reason}; use '
+                'executor "compact" or "auto"'
+            )
+    if reason := why_not():
+        raise ConfigError(f'executor "{executor}": {reason}; use executor "compact" or "auto"')
+    if reason := not_in_place_reason(model, blocks):
+        raise ConfigError(
+            f'executor "{executor}" cannot run {name}: {reason}; use executor "compact" or "auto"'
+        )
+
+
+def _check_weights(blocks: Sequence[FfnBlock], executor: str, name: str) -> None:
+    """Raise ``ConfigError`` where an FFN's modules compute something else than its weights say."""
+    for block in blocks:
+        if reason := weights_unsupported_reason(block):
+            raise ConfigError(
+                f'executor "{executor}" cannot run {name}: layer {block.index} {reason}; use '
+                'executor "masked" or "auto"'
+            )
+
+
+def _reads_weights(selector: MaskSelector, layer: int) -> bool:
+    """Whether masks are made from the weights of ``layer`` too, not from activations alone."""
+    if selector.config.compensation or "squares" in selector.statistics.needs:
+        return True
+    weights = selector.layers[layer]
+    try:
+        return SCORES.get(selector.config.score.name)(torch.zeros(weights.width), weights).is_meta
+    except RuntimeError:  # activations and weights that are not there do not mix
+        return True

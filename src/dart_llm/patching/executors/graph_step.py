@@ -1,0 +1,272 @@
+"""Graph: the same step in torch, replayed as CUDA graphs.
+
+Decode steps as CUDA graphs: recorded once per set of buffers, then replayed as one launch.
+
+Without a GPU the same step runs call by call, so that what a graph would record can be tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dart_llm.models.calls import SlimCall
+from dart_llm.models.ffn import FfnBlock
+from dart_llm.models.llama import PreallocatedKVCache, SlimParts, angles, slim_parts
+from dart_llm.patching.executors.torch_ffn import CompactFfn
+from dart_llm.pruning.masks import LayerMask
+from dart_llm.pruning.token_level import TokenMask
+
+# One decode step of a Llama-like model as plain torch calls on tensors that stay where they are.
+#
+# What a CUDA graph can record: no shape and no address depends on the token or the position.
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """What a step reads and writes.
+
+    ``token``: [B] int64; ``position``: [1] int64, the cache's length before the step; ``cosine``,
+    ``sine``: [capacity, S] in the model's dtype; ``keys``, ``values``: [B, K, capacity, S] per
+    layer, written at ``position``.
+    """
+
+    token: Tensor
+    position: Tensor
+    cosine: Tensor
+    sine: Tensor
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """``logits``: [B, V]; ``hidden``: [B, D], the last state after its norm; ``observed``: of each
+    layer u [B, I], the FFN's input, its output and the stream before it [B, D], or nothing.
+    """
+
+    logits: Tensor
+    hidden: Tensor
+    observed: tuple[tuple[Tensor, Tensor, Tensor, Tensor], ...]
+
+
+def run_step(
+    parts: SlimParts,
+    ffns: Sequence[FfnBlock | CompactFfn],
+    given: StepInput,
+    observe: bool,
+) -> StepOutput:
+    """Decode one token of every row.  ``ffns``: a layer's block where it is dense."""
+    x = F.embedding(given.token, parts.embedding)
+    capacity = given.keys[0].shape[2]
+    visible = torch.arange(capacity, device=x.device) <= given.position
+    seen = []
+    for index, (weights, ffn) in enumerate(zip(parts.layers, ffns, strict=True)):
+        x = x + attention(parts, weights, rms_norm(x, weights[0], parts.eps), given, index, visible)
+        h = rms_norm(x, weights[1], parts.eps)
+        if isinstance(ffn, FfnBlock):
+            u = ffn.hidden(h)
+            z = ffn.down(u)
+            if observe:
+                seen.append((u, h, z, x))
+        else:
+            z = ffn.run(h)[1]
+        x = x + z
+    hidden = rms_norm(x, parts.norm, parts.eps)
+    return StepOutput(F.linear(hidden, parts.head), hidden, tuple(seen))
+
+
+def attention(
+    parts: SlimParts,
+    weights: Sequence[Tensor],
+    h: Tensor,
+    given: StepInput,
+    index: int,
+    visible: Tensor,
+) -> Tensor:
+    """What the attention of layer ``index`` adds to the stream, [B, D]."""
+    _, _, wq, wk, wv, wo, bq, bk, bv, bo, q_norm, k_norm = weights
+    size, rows = parts.sizes[3], len(h)
+    q, k, v = (
+        F.linear(h, w, b if len(b) else None).view(rows, -1, size)
+        for w, b in ((wq, bq), (wk, bk), (wv, bv))
+    )
+    if len(q_norm):
+        q, k = rms_norm(q, q_norm, parts.eps), rms_norm(k, k_norm, parts.eps)
+    cosine, sine = (t.index_select(0, given.position) for t in (given.cosine, given.sine))
+    q, k = (t * cosine + _half_turn(t) * sine for t in (q, k))
+    keys, values = given.keys[index], given.values[index]
+    keys.index_copy_(2, given.position, k[:, :, None])
+    values.index_copy_(2, given.position, v[:, :, None])
+    mixed = F.scaled_dot_product_attention(
+        q[:, :, None],
+        keys,
+        values,
+        attn_mask=visible[None, None, None],
+        scale=parts.scale,
+        enable_gqa=q.shape[1] != keys.shape[1],
+    )
+    return F.linear(mixed.reshape(rows, -1), wo, bo if len(bo) else None)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm over the last dimension, in float32 and rounded as the model's own rounds."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def _half_turn(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+GRAPHS = 4
+"""Recorded steps that are kept: dense, observing, pruned, and one to spare."""
+
+WARM_UPS = 3
+"""Steps that run before a recording, as CUDA asks for."""
+
+
+class Recorded:
+    """A step on fixed tensors; on a GPU recorded as a graph.
+
+    ``work`` may run several times before it counts: it writes the same to the same place.
+    """
+
+    def __init__(self, work: Callable[[], StepOutput], device: torch.device) -> None:
+        self._work = work
+        self._graph: Any = None
+        if device.type == "cuda":
+            side: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    work()
+            torch.cuda.current_stream(device).wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._output = work()
+
+    def __call__(self) -> StepOutput:
+        if self._graph is None:
+            return self._work()
+        self._graph.replay()
+        return self._output
+
+
+class GraphDecoder:
+    """One attached model's steps.  ``kept``: its layers' compact copies, refilled in place."""
+
+    rows: int | None = None
+
+    def __init__(
+        self, model: Any, blocks: Sequence[FfnBlock], kept: Callable[[int], CompactFfn]
+    ) -> None:
+        self._parts = slim_parts(model)
+        self.device, self.dtype = self._parts.head.device.type, self._parts.head.dtype
+        self._blocks, self._kept = list(blocks), kept
+        self._ffns: list[FfnBlock | CompactFfn] = list(blocks)
+        self._masks: Sequence[LayerMask | None] = ()
+        self._cache: PreallocatedKVCache | None = None
+        self._angles: tuple[Tensor, Tensor] | None = None
+        self._input: StepInput | None = None
+        self._recorded: dict[Any, Recorded] = {}
+        self._observed: tuple[tuple[Tensor, Tensor, Tensor, Tensor], ...] = ()
+
+    def serves(self, masks: Sequence[LayerMask | None]) -> bool:
+        """Whether a step can run these masks: neurons chosen per token change its shapes."""
+        return not any(isinstance(mask, TokenMask) for mask in masks)
+
+    def unload(self) -> None:
+        """Run all neurons, and hold neither masks nor room for a cache."""
+        self.load(())
+        self._cache = self._input = None
+        self._recorded, self._observed = {}, ()
+
+    def nbytes(self) -> int:
+        """Bytes of room for keys and values and of angles; what graphs hold is CUDA's to say."""
+        held = 0 if self._cache is None else self._cache.nbytes()
+        return held + sum(t.nbytes for t in self._angles or ())
+
+    def load(self, masks: Sequence[LayerMask | None]) -> None:
+        """Run these masks from now on; () or None in a layer's place: all of its neurons."""
+        if masks is self._masks:
+            return
+        self._masks = masks
+        for index, block in enumerate(self._blocks):
+            mask = masks[index] if masks else None
+            self._ffns[index] = block
+            if mask is not None:
+                kept = self._kept(index)
+                kept.load(mask)
+                self._ffns[index] = kept
+
+    def step(self, call: SlimCall, observe: bool) -> tuple[Tensor, Tensor]:
+        """Decode one token of each row: logits [B, V] and the last hidden states [B, D]."""
+        cache = call.cache
+        if self._cache is None or self._cache.of() is not cache:
+            self._cache = PreallocatedKVCache(cache)
+        with torch.inference_mode(False), torch.no_grad():  # leaving that mode turns gradients on
+            keys, values, length = self._cache.buffers(cache)
+            given = self._given(call.ids, keys, values)
+            given.token.copy_(call.ids[:, 0])
+            given.position.fill_(length)
+            output = self._step_of(given, observe)()
+            self._cache.show(cache, length + 1)
+            self._observed = output.observed
+            # the graph's own tensors are written again by the next step
+            return output.logits.clone(), output.hidden.clone()
+
+    def observed(self, stream: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the last step: u [L, B, I], the FFNs' inputs, their outputs and the stream before
+        them [L, B, D]; these two only with ``stream``.
+        """
+        u, h, z, x = zip(*self._observed, strict=True)
+        rest = (torch.stack(z), torch.stack(x)) if stream else (u[0][:0], u[0][:0])
+        return torch.stack(u), torch.stack(h), *rest
+
+    def _given(self, ids: Tensor, keys: list[Tensor], values: list[Tensor]) -> StepInput:
+        known = self._input
+        if known is not None and known.keys[0] is keys[0] and len(known.token) == len(ids):
+            return known
+        self._recorded = {}
+        capacity, device = keys[0].shape[2], ids.device
+        if self._angles is None or len(self._angles[0]) < capacity:
+            both = angles(self._parts.rotary, capacity, self.dtype, device)
+            self._angles = both[0].to(self.dtype), both[1].to(self.dtype)
+        self._input = StepInput(
+            torch.zeros(len(ids), dtype=torch.int64, device=device),
+            torch.zeros(1, dtype=torch.int64, device=device),
+            *self._angles,
+            keys,
+            values,
+        )
+        return self._input
+
+    def _step_of(self, given: StepInput, observe: bool) -> Recorded:
+        """The step for the tensors that it would read now."""
+        key = (observe, *(_places(ffn) for ffn in self._ffns))
+        known = self._recorded.get(key)
+        if known is None:
+            while len(self._recorded) >= GRAPHS:
+                del self._recorded[next(iter(self._recorded))]
+            ffns = list(self._ffns)
+            device = given.token.device
+            known = Recorded(lambda: run_step(self._parts, ffns, given, observe), device)
+            self._recorded[key] = known
+        return known
+
+
+def _places(ffn: FfnBlock | CompactFfn) -> tuple[int, ...]:
+    """What a recorded step would read of one layer: shapes and addresses."""
+    if isinstance(ffn, FfnBlock):
+        return ()
+    out = None if ffn.linear is None else ffn.linear.out
+    held = (ffn.rows, ffn.columns, ffn.row_bias, ffn.bias, out)
+    return tuple(part for t in held if t is not None for part in (t.data_ptr(), len(t)))

@@ -1,0 +1,393 @@
+"""FFN and other projections by the kernels; neuron-row layout.
+
+One FFN block by the native kernels: kept neurons are read where they lie, by an index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dart_llm.errors import ConfigError
+from dart_llm.models.agreement import forward_of
+from dart_llm.models.ffn import FfnBlock, bias_of
+from dart_llm.native.build import ops
+from dart_llm.patching.executors.token_ffn import TokenFfn
+from dart_llm.pruning.masks import LayerMask
+from dart_llm.pruning.token_level import TokenMask
+
+# Weight matrices whose neurons lie one after the other, without a second copy.
+#
+# A down projection [D, I] holds a neuron as a column.  While a model is attached its values lie
+# transposed in the same memory, so that a neuron is a row that can be read alone; shape, values,
+# name and address of the parameter stay what they are.  ``restore`` puts the order back.
+#
+# Only memory of the parameter's own is written: what PyTorch allocated, or mapped for this process
+# alone, and nothing else of the model lies on.
+
+
+MAPS = Path("/proc/self/maps")
+"""What lies where in this process: one line per range of addresses."""
+
+Span = tuple[int, int]
+"""The first address of something, and the one after its last."""
+
+
+class Layout:
+    """Parameters that were laid out transposed, and where they lie."""
+
+    def __init__(self) -> None:
+        self._laid: list[tuple[nn.Parameter, int]] = []
+
+    def neuron_rows(self, matrix: Tensor, parameter: nn.Parameter) -> Tensor:
+        """``matrix`` [I, D], a view of ``parameter`` or of its transpose, as contiguous rows.
+
+        Ask ``why_not_in_place`` first.  Raises ``ConfigError`` for a parameter not in one piece.
+        """
+        if matrix.is_contiguous():
+            return matrix
+        if not parameter.is_contiguous():
+            raise ConfigError(
+                "native kernels lay weights out anew, and these do not lie in one piece: use "
+                "executor compact"
+            )
+        # noted first: an interrupt may come between any two steps, and none divides lay_out
+        self._laid.append((parameter, parameter.data_ptr()))
+        ops().lay_out(parameter, True)
+        return parameter.data.t()
+
+    def restore(self) -> None:
+        """Every parameter lies as it did; safe to call again, wherever it was interrupted."""
+        while self._laid:
+            parameter, address = self._laid[-1]
+            if not parameter.is_contiguous():
+                if parameter.data_ptr() == address:
+                    ops().lay_out(parameter, False)
+                else:  # replaced or moved meanwhile, strides and all
+                    parameter.data = parameter.data.contiguous()
+            self._laid.pop()
+
+
+def not_in_place_reason(model: nn.Module, blocks: Sequence[FfnBlock]) -> str:
+    """Why the projections that must be cannot be laid out where they are: "", or a clause.
+
+    Needs the native kernels.
+    """
+    wanted = [found for block in blocks for found in _not_in_rows(block)]
+    held = list(_held(model)) if wanted else []
+    private: list[Span] | None = None
+    for weight, place in wanted:
+        start, end = _span(weight)
+        if bool(weight.is_shared()):  # type: ignore[no-untyped-call]
+            return f"{place} shares its memory with another process"
+        if not weight.is_contiguous() or weight.untyped_storage().nbytes() != end - start:
+            return f"{place} is a view of something larger"
+        on_it = [name for (low, high), name in held if low < end and start < high]
+        if len(on_it) > 1:
+            return f"{' and '.join(on_it)} lie on the same memory"
+        if not ops().allocated(weight):
+            private = list(_private_maps()) if private is None else private
+            if not any(low <= start and end <= high for low, high in private):
+                return f"{place} lies in memory that PyTorch did not allocate"
+    return ""
+
+
+def _not_in_rows(block: FfnBlock) -> Iterator[tuple[nn.Parameter, str]]:
+    """The projections whose neurons are columns, and what they are called."""
+    _, up, down = block.matrices()
+    for role, module, rows in (("up", block.up, up), ("down", block.down, down.t())):
+        if not rows.is_contiguous() and (role == "down" or block.by_inputs):
+            weight = module.weight
+            assert isinstance(weight, nn.Parameter)
+            yield weight, f"the {role} projection of layer {block.index}"
+
+
+def _held(model: nn.Module) -> Iterator[tuple[Span, str]]:
+    """Where the parameters and buffers lie, by each of their names."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    for name, one in chain(parameters, model.named_buffers(remove_duplicate=False)):
+        if type(one) in (Tensor, nn.Parameter) and one.device.type == "cpu":
+            yield _span(one), name
+
+
+def _span(tensor: Tensor) -> Span:
+    reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    start = tensor.data_ptr()
+    return start, start + (reach * tensor.element_size() if tensor.numel() else 0)
+
+
+def _private_maps() -> Iterator[Span]:
+    """Maps of files that this process alone writes to, as safetensors makes them; joined."""
+    start = end = 0
+    lines = MAPS.read_text("utf-8", "replace").splitlines() if MAPS.is_file() else []
+    for line in lines:
+        where, rights, _, _, inode, *_ = line.split(maxsplit=5)
+        if not rights.startswith("rw") or not rights.endswith("p") or inode == "0":
+            continue
+        low, high = (int(address, 16) for address in where.split("-"))
+        if low != end:
+            if end:
+                yield start, end
+            start = low
+        end = high
+    if end:
+        yield start, end
+
+
+FEW = 32
+"""Vectors up to which the kernel is used; more are a matrix product on rows that are gathered."""
+
+ACTS: Mapping[int, Callable[[Tensor], Tensor]] = {
+    0: F.silu,
+    1: F.gelu,
+    2: lambda x: F.gelu(x, approximate="tanh"),
+    3: F.relu,
+    4: lambda x: F.relu(x).square(),
+}
+"""Activations that the kernels know, by number; kernels.h has the same."""
+
+
+@dataclass(frozen=True)
+class KernelMask:
+    """What the kernels run for one mask.
+
+    ``ids``: [k] int32, None for all; ``bias``: [D] float32; ``basis``, ``features``: [r, D];
+    ``choice``: by what each token chooses out of ``ids``, None where it runs them all.
+    """
+
+    ids: Tensor | None = None
+    bias: Tensor | None = None
+    basis: Tensor | None = None
+    features: Tensor | None = None
+    choice: Any = None
+
+    def nbytes(self) -> int:
+        held = (self.ids, self.bias, self.features)
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
+
+
+def act_number(act: Callable[[Tensor], Tensor]) -> int | None:
+    """Which of ``ACTS`` an activation is, found by what it does; None where it is another."""
+    grid = torch.linspace(-6, 6, 193)
+    try:
+        found = act(grid)
+    except (RuntimeError, TypeError):
+        return None
+    same = (n for n, known in ACTS.items() if torch.allclose(found, known(grid), atol=1e-5))
+    return next(same, None)
+
+
+def native_unsupported_reason(block: FfnBlock) -> str:
+    """Why the kernels cannot run ``block``: "", or a clause."""
+    if block.inline:
+        return "has no FFN module of its own"
+    if block.offloaded:
+        return "is offloaded"
+    down = block.down.weight
+    if not isinstance(down, Tensor) or down.device.type != "cpu":
+        return "is not on the CPU"
+    if down.dtype not in (torch.float32, torch.bfloat16):
+        return f"is {str(down.dtype).removeprefix('torch.')}, not float32 or bfloat16"
+    used = [part for part in (block.gate, block.up, block.down) if part is not None]
+    if not all(isinstance(part.weight, nn.Parameter) for part in used):
+        return "has weights that are computed from others"
+    gate, up, _ = block.matrices()
+    if not up.is_contiguous() and not block.by_inputs:
+        return "stores its up projection by inputs"
+    if gate is not None and not gate.is_contiguous():
+        return "stores its gate by inputs"
+    if act_number(block.act) is None:
+        return "has an activation that they do not know"
+    return ""
+
+
+class NativeFfn:
+    """The kept neurons of one block; a new mask is a new index."""
+
+    def __init__(self, block: FfnBlock, layout: Layout) -> None:
+        reason = native_unsupported_reason(block)
+        number = act_number(block.act)
+        if reason or number is None:
+            raise ConfigError(
+                f"executor native cannot run layer {block.index}, which {reason}: use "
+                "executor compact or masked"
+            )
+        self.block, self.act = block, number
+        self._run: Any = ops().ffn.default
+        gate, up, down = block.matrices()
+        with torch.no_grad():
+            self.down = layout.neuron_rows(down.t().detach(), _parameter(block.down)).detach()
+            self.up = up.detach()
+            if block.by_inputs:
+                self.up = layout.neuron_rows(self.up, _parameter(block.up)).detach()
+        self.gate = None if gate is None else gate.detach()
+        self.gate_bias, self.up_bias = self._biases()
+        self.token: TokenFfn | None = None
+        self.unload()
+
+    def unload(self) -> None:
+        """Hold no mask."""
+        self.mask: LayerMask | None = None
+        self.kept = KernelMask()
+
+    def _biases(self) -> tuple[Tensor | None, Tensor | None]:
+        up = bias_of(self.block.up)
+        if up is not None and self.block.fused:
+            first, second = up.detach().chunk(2)
+            return first, second
+        gate = bias_of(self.block.gate)
+        return (None if gate is None else gate.detach()), None if up is None else up.detach()
+
+    def everything(self) -> KernelMask:
+        """All neurons."""
+        bias = bias_of(self.block.down)
+        return KernelMask(bias=None if bias is None else bias.detach().float())
+
+    @torch.no_grad()
+    def load(self, mask: LayerMask) -> None:
+        """Take over a mask; a no-op when it is in force already."""
+        if mask is self.mask:
+            return
+        with torch.inference_mode(False):
+            own, linear = bias_of(self.block.down), mask.low_rank
+            parts = [t.detach().float() for t in (own, mask.bias) if t is not None]
+            bias = sum(parts[1:], parts[0]).contiguous() if parts else None
+            ids = None if len(mask.ids) == mask.width else mask.ids.to(torch.int32)
+            basis = features = None
+            if linear is not None:
+                basis, features = linear.basis.contiguous(), linear.out.t().contiguous()
+            choice = self._choice(mask) if isinstance(mask, TokenMask) else None
+            self.kept = KernelMask(ids, bias, basis, features, choice)
+        self.mask = mask
+
+    def _choice(self, mask: TokenMask) -> Any:
+        """What the kernels read to choose ``mask.winners`` neurons by the low-bit copies."""
+        assert self.token is not None
+        copies, mean = self.token.copies, mask.mean
+        up, gate = copies[-1], copies[0] if len(copies) == 2 else None
+        worth = self.token.norms if mask.worth is None else mask.worth
+        return torch.classes.dart_llm.Choice(
+            None if gate is None else gate.levels,
+            None if gate is None else gate.scales,
+            up.levels,
+            up.scales,
+            worth.float().contiguous(),
+            None if mean is None else mean.float().contiguous(),
+            [up.inputs, up.bits, up.group, mask.winners],
+        )
+
+    def run(self, x: Tensor) -> tuple[None, Tensor]:
+        """z from the kept neurons alone.  x: [..., D]; of one token where tokens choose."""
+        flat = x.reshape(-1, x.shape[-1])
+        many = len(flat) > FEW or torch.compiler.is_compiling()  # which traces no native call
+        z = self._product(flat) if many else self._kernel(flat)
+        return None, z.reshape(x.shape)
+
+    def _kernel(self, x: Tensor) -> Tensor:
+        kept = self.kept
+        z: Tensor = self._run(
+            x.detach().contiguous(),
+            self.gate,
+            self.up,
+            self.down,
+            self.gate_bias,
+            self.up_bias,
+            kept.ids,
+            kept.bias,
+            kept.basis,
+            kept.features,
+            kept.choice,
+            self.act,
+        )
+        return z
+
+    def _product(self, x: Tensor) -> Tensor:
+        """As ``_kernel``, for many vectors: their products are worth a copy of the rows."""
+        kept, ids = self.kept, self.kept.ids
+        up = F.linear(x, _rows(self.up, ids), _rows(self.up_bias, ids))
+        if self.gate is not None:
+            gate = F.linear(x, _rows(self.gate, ids), _rows(self.gate_bias, ids))
+            u = ACTS[self.act](gate) * up
+        else:
+            u = ACTS[self.act](up)
+        z: Tensor = u @ _rows(self.down, ids)
+        if kept.bias is not None:
+            z = z + kept.bias.to(z.dtype)
+        if kept.basis is not None and kept.features is not None:
+            z = z + F.linear(x, kept.basis) @ kept.features
+        return z
+
+    def nbytes(self) -> int:
+        """Bytes held for the mask in force, beside the mask itself."""
+        return self.kept.nbytes()
+
+
+@overload
+def _rows(matrix: Tensor, ids: Tensor | None) -> Tensor: ...
+
+
+@overload
+def _rows(matrix: Tensor | None, ids: Tensor | None) -> Tensor | None: ...
+
+
+def _rows(matrix: Tensor | None, ids: Tensor | None) -> Tensor | None:
+    return matrix if matrix is None or ids is None else matrix[ids]
+
+
+def _parameter(module: nn.Module) -> nn.Parameter:
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+# The projections outside the FFNs by the native kernels, for the few vectors of a decode step.
+#
+# torch's products of one vector with a small matrix take several times what their bytes allow.
+
+
+PLAIN = "torch.nn.modules.linear"
+"""Where the forward is that the kernel stands for."""
+
+
+class NativeLinear:
+    """One linear layer while its model is attached."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        self.module = module
+        self._run: Any = ops().linear.default
+
+    def run(self, original: Callable[..., Any], x: Tensor) -> Tensor:
+        """Its forward; what the kernel does not serve, the module's own one does."""
+        weight, size = self.module.weight, x.shape[-1]
+        few = 0 < x.numel() <= FEW * size and x.dtype == weight.dtype and size == weight.shape[1]
+        if torch.compiler.is_compiling():  # it traces no native call
+            return original(x)  # type: ignore[no-any-return]
+        if not few or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return original(x)  # type: ignore[no-any-return]
+        bias = self.module.bias
+        y: Tensor = self._run(x.reshape(-1, size).contiguous(), weight, bias)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def native_linears(model: nn.Module, blocks: tuple[FfnBlock, ...]) -> Iterator[NativeLinear]:
+    """The linear layers of ``model`` that the kernel can run, those of its FFNs left out."""
+    used = [part for block in blocks for part in (block.up, block.gate, block.down)]
+    taken = {id(part) for part in used}
+    for module in model.modules():
+        if type(module) is not nn.Linear or id(module) in taken:
+            continue
+        plain = "forward" not in module.__dict__ and forward_of(module)[0].__module__ == PLAIN
+        if plain and not hasattr(module, "_hf_hook") and _readable(module.weight):
+            yield NativeLinear(module)
+
+
+def _readable(weight: Any) -> bool:
+    known = weight.dtype in (torch.float32, torch.bfloat16) and weight.device.type == "cpu"
+    return known and type(weight) is nn.Parameter and weight.is_contiguous()

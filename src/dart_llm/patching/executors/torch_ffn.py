@@ -1,0 +1,125 @@
+"""One FFN block, and the ways to run it: dense, observed, masked, compact.
+
+Every executor takes the block's input x [..., D] and returns ``(u, z)``: the down projection's
+input [..., I] (None where it is not complete) and its output [..., D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dart_llm.models.ffn import FfnBlock, bias_of
+from dart_llm.pruning.compensation import LowRank
+from dart_llm.pruning.masks import LayerMask
+
+Project = Callable[[Tensor], Tensor]
+
+
+def run_masked(
+    block: FfnBlock,
+    project: Project,
+    x: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    linear: LowRank | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Dense arithmetic with u multiplied by ``mask`` ([I] or [B, 1, I]; None: all ones)."""
+    u = block.hidden(x)
+    z = project(u if mask is None else u * mask)
+    z = z if bias is None else z + bias
+    return u, (z if linear is None else z + linear(x))
+
+
+class CompactFfn:
+    """Copies of one block's kept rows and columns, refilled in place on every re-mask.
+
+    ``rows``: [k or 2k, D], gate above up; ``columns``: [D, k].
+    """
+
+    def __init__(self, block: FfnBlock) -> None:
+        self.block = block
+        self.unload()
+
+    def unload(self) -> None:
+        """Hold no copies."""
+        self.mask: LayerMask | None = None
+        self.rows = self.columns = self.row_bias = self.bias = None  # type: Tensor | None
+        self.linear: LowRank | None = None
+        self.own_bias = False
+
+    @torch.no_grad()
+    def load(self, mask: LayerMask) -> None:
+        """Copy the neurons that ``mask`` keeps; a no-op when they are loaded already."""
+        if mask is self.mask:
+            return
+        gate, up, down = self.block.matrices()
+        parts = [up] if gate is None else [gate, up]
+        k, hidden = mask.kept, down.shape[0]
+        with torch.inference_mode(False):
+            self.rows = _buffer(self.rows, (len(parts) * k, up.shape[1]), up)
+            self.columns = _buffer(self.columns, (hidden, k), down)
+            for index, part in enumerate(parts):
+                torch.index_select(
+                    part.detach(), 0, mask.ids, out=self.rows[index * k : (index + 1) * k]
+                )
+            torch.index_select(down.detach(), 1, mask.ids, out=self.columns)
+            self._load_biases(mask)
+            self._load_linear(mask)
+        self.mask = mask
+
+    def _load_linear(self, mask: LayerMask) -> None:
+        new = mask.low_rank
+        if new is None:
+            self.linear = None
+            return
+        old = None if self.linear is None else self.linear.out
+        out = _buffer(old, tuple(new.out.shape), new.out).copy_(new.out)
+        self.linear = LowRank(new.basis, out)
+
+    def _load_biases(self, mask: LayerMask) -> None:
+        block = self.block
+        inputs = [block.up] if block.gate is None else [block.gate, block.up]
+        biases = [bias_of(module) for module in inputs]
+        if biases[0] is not None:
+            ids = torch.cat([mask.ids, mask.ids + mask.width]) if block.fused else mask.ids
+            rows = torch.cat([b.detach()[ids] for b in biases if b is not None])
+            self.row_bias = _buffer(self.row_bias, tuple(rows.shape), rows).copy_(rows)
+        down = bias_of(block.down)
+        if mask.bias is None:
+            self.bias, self.own_bias = (None if down is None else down.detach()), False
+            return
+        assert self.columns is not None
+        total = mask.bias if down is None else down.detach().float() + mask.bias
+        known = self.bias if self.own_bias else None
+        self.bias = _buffer(known, tuple(total.shape), self.columns).copy_(total)
+        self.own_bias = True
+
+    def run(self, x: Tensor) -> tuple[None, Tensor]:
+        """z from the kept neurons alone."""
+        assert self.rows is not None and self.columns is not None
+        hidden = F.linear(x, self.rows, self.row_bias)
+        if self.block.fused:
+            gate, up = hidden.chunk(2, dim=-1)
+            u = up * self.block.act(gate)
+        elif self.block.gate is not None:
+            gate, up = hidden.chunk(2, dim=-1)
+            u = self.block.act(gate) * up
+        else:
+            u = self.block.act(hidden)
+        z = F.linear(u, self.columns, self.bias)
+        return None, (z if self.linear is None else z + self.linear(x))
+
+    def nbytes(self) -> int:
+        out = None if self.linear is None else self.linear.out
+        held = (self.rows, self.columns, self.row_bias, self.bias if self.own_bias else None, out)
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
+
+
+def _buffer(old: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    if old is not None and old.shape == shape and old.dtype == like.dtype:
+        return old
+    return torch.empty(shape, dtype=like.dtype, device=like.device)

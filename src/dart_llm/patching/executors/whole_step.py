@@ -1,0 +1,131 @@
+"""The root forward of an attached model whose decode steps run as a whole, where they can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as everywhere
+
+from dart_llm.models.calls import SlimCall, as_output, read_call
+from dart_llm.pruning.controller import PruningController
+from dart_llm.pruning.masks import LayerMask
+from dart_llm.pruning.observations import LayerObservation
+from dart_llm.pruning.sequence import SequenceState
+
+OWN = ("dart_llm.", "transformers.")
+"""Packages whose hooks are known to change nothing."""
+
+WITHOUT = {"slim": "native", "graph": "compact"}
+"""What runs where no whole step can."""
+
+
+def effective_executor(executor: str, steps: int, lives: Iterable[SequenceState]) -> str:
+    """``executor``, or what ran in its place where tokens were decoded and none by a whole step."""
+    if steps or not any(life.decoded for life in lives):
+        return executor
+    return WITHOUT.get(executor, executor)
+
+
+class Hooks:
+    """Hooks inside a model, which a slim step would pass by."""
+
+    def __init__(self, model: nn.Module) -> None:
+        inner = [module for module in model.modules() if module is not model]
+        self._held = [h for m in inner for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self._known, self._foreign = 0, False
+
+    def foreign(self) -> bool:
+        """Whether any is neither dart_llm's nor transformers' own (which only collect outputs)."""
+        if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+            return True
+        if (count := sum(map(len, self._held))) != self._known:
+            owners = {
+                getattr(one, "__module__", "") for held in self._held for one in held.values()
+            }
+            self._foreign = any(not owner.startswith(OWN) for owner in owners)
+            self._known = count
+        return self._foreign
+
+
+class StepDecoder(Protocol):
+    """Whole decode steps.  ``rows``: of the largest batch, None for any; ``device``: its type;
+    ``dtype``: of weights and cache.
+    """
+
+    rows: int | None
+    device: str
+    dtype: torch.dtype
+
+    def unload(self) -> None:
+        """Run all neurons, and hold neither masks nor room for a cache."""
+
+    def nbytes(self) -> int:
+        """Bytes held beside the model, its masks and its cache."""
+
+    def serves(self, masks: Sequence[LayerMask | None]) -> bool:
+        """Whether it can run these masks."""
+
+    def load(self, masks: Sequence[LayerMask | None]) -> None:
+        """Run these masks from now on; () or None in a layer's place: all of its neurons."""
+
+    def step(self, call: SlimCall, observe: bool) -> tuple[Tensor, Tensor]:
+        """Decode one token of each row: logits [B, V] and the last hidden states [B, D]."""
+
+    def observed(self, stream: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the last step, per layer: u, the FFN's input, its output, the stream before it."""
+
+
+class WholeStepForward:
+    """Takes decode steps over from the model; ``current``: the tracer of the run."""
+
+    def __init__(
+        self, model: nn.Module, decoder: StepDecoder, current: Callable[[], PruningController]
+    ):
+        self.decoder = decoder
+        self.current = current
+        self.hooks = Hooks(model)
+        self._model: Any = model
+        self.steps = 0
+
+    def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The root's forward."""
+        tracer = self.current()
+        plan = tracer.plan
+        masks = plan.masks[0] if len(plan.masks) == 1 else None
+        watched = plan.features and tracer.config.drift.signal != "hidden"
+        if len(plan.masks) > 1 or watched or self._asks_for_more():
+            return original(*args, **kwargs)
+        call = read_call(kwargs, args, self.decoder.dtype, self.decoder.rows)
+        if call is None or (masks and not self.decoder.serves(masks)):
+            return original(*args, **kwargs)
+        self.decoder.load(masks or ())
+        logits, hidden = self.decoder.step(call, plan.observe)
+        self.steps += 1
+        if plan.observe:
+            self._observe(tracer)
+        if plan.features:
+            tracer.feature(hidden[:, None])
+        return as_output(logits, call.cache)
+
+    def _asks_for_more(self) -> bool:
+        """Whether the model must run itself: dropout, gradients, autocast, outputs, hooks."""
+        config = self._model.config
+        return (
+            self._model.training
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled(self.decoder.device)
+            or getattr(config, "output_hidden_states", False)
+            or getattr(config, "output_attentions", False)
+            or self.hooks.foreign()
+        )
+
+    def _observe(self, tracer: PruningController) -> None:
+        stream = tracer.plan.stream
+        u, h, z, x = (t[:, :, None].unbind(0) for t in self.decoder.observed(stream))
+        parts = (u, h, z, x, z) if stream else (u, h)
+        tracer.observe_step(
+            {i: LayerObservation(*one) for i, one in enumerate(zip(*parts, strict=True))}
+        )

@@ -1,0 +1,292 @@
+"""The only file that installs anything on a model, or removes it.
+
+While attached: a pre- and a post-hook on the root, a replaced ``forward`` on each FFN, hooks where
+x, r and v are read, and wrappers around ``generate``.  ``remove`` puts back exactly what was there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dart_llm.errors import AttachError, ConfigError
+from dart_llm.models import calls, describe
+from dart_llm.models.agreement import NotCopied
+from dart_llm.models.calls import Loop, OwnLoop, bare_call
+from dart_llm.patching.changes import Changes
+from dart_llm.patching.executors.graph_step import GraphDecoder
+from dart_llm.patching.executors.native_ffn import Layout, native_linears
+from dart_llm.patching.executors.native_step import SlimDecoder
+from dart_llm.patching.executors.token_ffn import TokenFfn, errors, say_slower
+from dart_llm.patching.executors.torch_ffn import CompactFfn
+from dart_llm.patching.executors.whole_step import StepDecoder, WholeStepForward
+from dart_llm.patching.patched_ffn import PatchedFFN
+from dart_llm.patching.watch import Turn, Watch
+from dart_llm.pruning.config import TokenConfig
+from dart_llm.pruning.controller import PruningController
+from dart_llm.pruning.forward import ForwardPlan, Kind
+from dart_llm.pruning.token_level import TokenMask
+
+_active: weakref.WeakSet[ModelPatch] = weakref.WeakSet()
+"""Weak: an attached model that nobody holds any more is freed with its attachment."""
+
+
+class ModelPatch(NotCopied):
+    """One tracer attached to one model.
+
+    ``many``: others will follow it (``serve``), so that everything is made ready at once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        view: describe.ModelView,
+        tracer: PruningController,
+        executor: str,
+        many: bool = False,
+    ) -> None:
+        self.model = model
+        self.tracer = tracer
+        self.executor = executor
+        self.layers = [PatchedFFN(block, self) for block in view.blocks]
+        self.plan = ForwardPlan(False, False, ())
+        self.rows = 1
+        self.forced_decode = 0
+        self.forced_prompt = 0
+        self._turn = Turn(model)
+        self.loop: Loop | OwnLoop | None = None
+        self.proxy_errors: tuple[float, float] | None = None
+        """Of low-bit copies and of Gaussian matrices on the same grid; None without copies."""
+        self._view, self._many = view, many
+        self.layout = Layout()
+        self.slim: WholeStepForward | None = None
+        self._watch = Watch(model, self.layers, executor)
+        self._changes = Changes()
+        self._released = self._served = 0
+        self._streams = False
+        self._signals: set[str] = set()
+        self._token: TokenConfig | None = None
+
+    def install(self) -> None:
+        """Attach; raises ``AttachError`` when the model already is, and leaves nothing behind."""
+        check_free(self.model)
+        _active.add(self)
+        try:
+            self._install()
+        except BaseException:
+            self.remove()
+            raise
+
+    def _install(self) -> None:
+        self._changes.hook(self.model, self._before, before=True, with_kwargs=True)
+        self._changes.hook(self.model, self._after)
+        for name in (calls.GENERATE, calls.PREFILL):
+            if hasattr(self.model, name):
+                self._changes.replace(self.model, name, getattr(self, f"_run{name.strip('_')}"))
+        if _only_counts(self.tracer) and not self._many:
+            self._install_native()
+            self._watch.look()
+            return  # there is nothing to watch and nothing to skip, only tokens to count
+        for layer in self.layers:
+            host = layer.block.host
+            name = "_old_forward" if hasattr(host, "_hf_hook") else "forward"
+            self._changes.replace(host, name, layer.run)
+            self._watch.remember_host(host, name)
+        self._equip(self.tracer)
+        self._install_native()
+        self._watch.look()
+
+    def serve(self, tracer: PruningController) -> None:
+        """Run by ``tracer`` from now on; of the one before nothing stays but its own records."""
+        for layer in self.layers:
+            layer.unload()
+        if self.slim is not None:
+            self.slim.decoder.unload()
+            self._served = self.slim.steps
+        self.plan = ForwardPlan(False, False, ())
+        self._equip(tracer)
+        self.tracer = tracer
+
+    def _equip(self, tracer: PruningController) -> None:
+        """What ``tracer`` needs and none before it has needed: hooks, low-bit copies."""
+        if _only_counts(tracer):
+            return
+        if tracer.selector.statistics.needs_stream and not self._streams:
+            self._streams = True
+            for layer in self.layers:
+                layer.hook_stream(self._changes)
+        self._equip_tokens(tracer)
+        signal = tracer.config.drift.signal
+        if tracer.rule.window and signal not in self._signals:
+            self._signals.add(signal)
+            source = self._view.signal(signal)
+            self._changes.hook(source, self._feature_hook(signal))
+
+    def _equip_tokens(self, tracer: PruningController) -> None:
+        """Make the low-bit copies by which tokens choose their own neurons."""
+        config, given = tracer.config.token, tracer.given
+        wanted = given is None or any(isinstance(mask, TokenMask) for mask in given)
+        if config is None or not wanted or config == self._token:
+            return
+        made = [TokenFfn(layer.block, config) for layer in self.layers]
+        for layer, token in zip(self.layers, made, strict=True):
+            layer.choose_per_token(token, self._changes)
+        self.proxy_errors, self._token = errors(made), config
+
+    def _install_native(self) -> None:
+        """Lay the weights out for the native kernels, and take whole decode steps over."""
+        if self.executor == "graph":
+            self._take_steps(GraphDecoder(self.model, self._view.blocks, self._copies))
+        slim = self.executor == "slim"
+        if self.executor != "native" and not slim:
+            return
+        if _only_counts(self.tracer) and not slim and not self._many:
+            return  # nothing is pruned, and nothing may differ by a bit
+        ffns = [layer.go_native(self.layout) for layer in self.layers]
+        for linear in native_linears(self.model, self._view.blocks):
+            self._changes.replace(linear.module, "forward", linear.run)
+            self._watch.remember_linear(linear.module)
+        if slim:
+            self._take_steps(SlimDecoder(self.model, ffns))
+        self._watch.remember_places()
+
+    def _take_steps(self, decoder: StepDecoder) -> None:
+        self.slim = WholeStepForward(self.model, decoder, lambda: self.tracer)
+        self._changes.replace(self.model, "forward", self._run_forward)
+
+    def _run_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        assert self.slim is not None
+        if not self._watch.steps or torch.compiler.is_compiling():  # which traces no native call
+            return original(*args, **kwargs)
+        return self.slim.forward(original, *args, **kwargs)
+
+    def _copies(self, index: int) -> CompactFfn:
+        kept = self.layers[index].kept
+        assert isinstance(kept, CompactFfn)
+        return kept
+
+    def remove(self) -> None:
+        """Put back exactly what was there; safe to call twice.
+
+        An interrupt is raised when all is done; after a second one the rest is ``restore``'s.
+        """
+        try:
+            self._remove()
+        except BaseException:
+            self._remove()
+            raise
+
+    def _remove(self) -> None:
+        self._released = self.nbytes()
+        self._changes.end()
+        self.layout.restore()  # while hooks on the model still hold what knows of it
+        self._changes.undo()
+        for layer in self.layers:
+            layer.release()
+        _active.discard(self)
+
+    def _before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._turn.take():  # the forward before was interrupted
+            for layer in self.layers:
+                layer.forget()
+        with torch.inference_mode(False):  # what is kept must serve later forwards of any mode
+            seen = calls.read_forward(model, args, kwargs)
+            self.rows = seen.rows
+            call = self.loop.call(seen) if self.loop else bare_call(seen, self.forced_decode > 0)
+            if call.kind is Kind.PREFILL:  # not at every token: it takes as long as a layer
+                self._watch.look()
+                if self.tracer.config.token and self._token:
+                    say_slower(self.tracer.config.method, self.executor, self.rows)
+            if self.forced_prompt:
+                call = dataclasses.replace(call, kind=Kind.DECODE, observable=None)
+            self.plan = self.tracer.begin_forward(call)
+
+    def _after(self, model: nn.Module, args: Any, output: Any) -> None:
+        self._turn.end()
+        self.tracer.end_forward()
+        self.plan = ForwardPlan(False, False, ())
+
+    def _feature_hook(self, signal: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if self.plan.features and self.tracer.config.drift.signal == signal:
+                v: Tensor = output if isinstance(output, Tensor) else output[0]
+                self.tracer.feature(v.reshape(self.rows, -1, v.shape[-1]))
+
+        return hook
+
+    def _rungenerate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = calls.read_generate(self.model, args, kwargs)
+        if given.beams > 1 and self.tracer.config.batch == "per_row":
+            raise ConfigError('beam search reorders rows: use batch "shared"')
+        if self.loop is not None:
+            raise ConfigError(
+                "this model is generating already: a pruned model runs one generate at a time, "
+                "and cannot be its own assistant"
+            )
+        self.loop = loop = Loop(given)
+        self._turn.reserve()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self.loop, self.plan = None, ForwardPlan(False, False, ())
+            self._turn.free()
+            if loop.cache is not None:
+                self.tracer.end_generate(int(loop.cache.get_seq_length()))
+
+    def _runprefill(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        loop = self.loop
+        if not isinstance(loop, Loop):
+            return original(*args, **kwargs)
+        loop.prefill = calls.read_prefill(original, args, kwargs)
+        loop.in_prefill = True
+        try:
+            return original(*args, **kwargs)
+        finally:
+            loop.in_prefill = False
+
+    def nbytes(self) -> int:
+        """Bytes beside model, cache and lives (after ``remove``: what they were)."""
+        steps = 0 if self.slim is None else self.slim.decoder.nbytes()
+        return self._released or steps + sum(layer.nbytes() for layer in self.layers)
+
+    @property
+    def steps(self) -> int:
+        """Whole decode steps that were taken over for the tracer in force."""
+        return self.slim.steps - self._served if self.slim else 0
+
+    @property
+    def installed(self) -> bool:
+        """False once it was removed, by its run or by ``restore``."""
+        return self in _active
+
+
+def _only_counts(tracer: PruningController) -> bool:  # nothing is masked or watched
+    return tracer.selector.removes_nothing and tracer.given is None
+
+
+def _holders(model: nn.Module) -> list[ModelPatch]:
+    """Attachments that hold an FFN of ``model``, whether through it, a part or a wrapper of it."""
+    modules = {id(module) for module in model.modules()}
+    return [
+        held for held in _active if any(id(layer.block.host) in modules for layer in held.layers)
+    ]
+
+
+def check_free(model: nn.Module) -> None:
+    """Raise ``AttachError`` when ``model``, a part or a wrapper of it is being pruned."""
+    if _holders(model):
+        raise AttachError(
+            "this model is already being pruned: leave that block first, or call "
+            "dart_llm.restore(model)"
+        )
+
+
+def restore(model: nn.Module) -> None:
+    """Detach whatever dart_llm attached to ``model``; always safe, also when nothing is."""
+    for held in _holders(model):
+        held.remove()

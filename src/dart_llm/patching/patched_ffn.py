@@ -1,0 +1,237 @@
+"""The replaced forward of one FFN: picks the executor, and hands on what was observed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dart_llm.models.ffn import FfnBlock
+from dart_llm.patching.changes import Changes
+from dart_llm.patching.executors.native_ffn import Layout, NativeFfn
+from dart_llm.patching.executors.token_ffn import TokenFfn
+from dart_llm.patching.executors.torch_ffn import CompactFfn, run_masked
+from dart_llm.pruning.compensation import LowRank
+from dart_llm.pruning.controller import PruningController
+from dart_llm.pruning.forward import ForwardPlan, bare
+from dart_llm.pruning.masks import LayerMask
+from dart_llm.pruning.observations import LayerObservation
+from dart_llm.pruning.token_level import TokenMask
+
+
+class PatchContext(Protocol):
+    """What a layer asks of its attachment."""
+
+    tracer: PruningController
+    executor: str
+    plan: ForwardPlan
+    rows: int
+
+
+class PatchedFFN:
+    """One FFN while its model is attached."""
+
+    def __init__(self, block: FfnBlock, owner: PatchContext) -> None:
+        self.block = block
+        self.owner = owner
+        self._short = not block.inline  # those flatten their tokens
+        self.kept: CompactFfn | NativeFfn = CompactFfn(block)
+        self.token: TokenFfn | None = None
+        self.by_weights = True
+        """Whether its weights may stand for its projections: else it runs as by ``masked``."""
+        self.x: Tensor | None = None
+        self.fed: Tensor | None = None
+        self.waiting: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._stacked: (
+            tuple[list[LayerMask | None], Tensor, Tensor | None, LowRank | None] | None
+        ) = None
+
+    def hook_stream(self, changes: Changes) -> None:
+        """Read x before the FFN's norm, and r after its post-norm."""
+        if self.block.x_from is not None:
+            changes.hook(self.block.x_from, self._take_x, before=True)
+        if self.block.post_norm is not None:
+            changes.hook(self.block.post_norm, self._take_r)
+
+    def go_native(self, layout: Layout) -> NativeFfn:
+        """Run masks by the native kernels; the weights are laid out for them."""
+        self.kept = made = NativeFfn(self.block, layout)
+        made.token = self.token
+        return made
+
+    def choose_per_token(self, token: TokenFfn, changes: Changes) -> None:
+        """Tokens choose their own neurons by ``token`` where the plan says so."""
+        first, self.token = self.token is None, token
+        if isinstance(self.kept, NativeFfn):
+            self.kept.token = token
+        # what the down projection is given ranks nothing: read fc1's input
+        if self.block.inline and first:
+            changes.hook(self.block.up, self._take_fed, before=True)
+
+    def forget(self) -> None:
+        """Drop what an interrupted forward left behind."""
+        self.x = self.fed = self.waiting = None
+
+    def unload(self) -> None:
+        """Free what masks left: their copies and the multipliers."""
+        self.forget()
+        self.kept.unload()
+        self._stacked = None
+
+    def release(self) -> None:
+        """Free everything beside the model."""
+        self.unload()
+        self.kept, self.token = CompactFfn(self.block), None
+
+    def _take_fed(self, module: nn.Module, args: Any) -> None:
+        if not self.owner.plan.dense:
+            self.fed = bare(args[0])
+
+    def _take_x(self, module: nn.Module, args: Any) -> None:
+        if self.owner.plan.stream:
+            self.x = bare(args[0])
+
+    def _take_r(self, module: nn.Module, args: Any, r: Tensor) -> None:
+        if self.waiting is not None:
+            u, z, h = self.waiting
+            self.waiting = None
+            self._observe(u, z, r, h)
+
+    def run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The forward of the FFN (of the down projection, for an inline block)."""
+        plan = self.owner.plan
+        if plan.dense and not plan.observe:
+            return original(*args, **kwargs)
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        if self._short and plan.into is not None and not torch.is_grad_enabled():
+            u = self.block.hidden(x)  # a short way, for this is what observing costs
+            plan.into[self.block.index] = LayerObservation(u, x if plan.inputs else None)
+            rest = (*args, *kwargs.values())[: 2 if args else None]
+            return self.block.finish(self.block.down(u), rest)
+        masks = [None if life is None else life[self.block.index] for life in plan.masks]
+        masked = any(mask is not None for mask in masks)
+        if not masked and not plan.observe:
+            return original(*args, **kwargs)
+        rest = (*args, *kwargs.values())[: 2 if args else None]
+        only = masks[0] if len(masks) == 1 else None
+        if only is not None and not plan.observe and self._compacts(x, only):
+            self.kept.load(only)
+            return self.block.finish(self.kept.run(x)[1], rest)
+        z = self._run_masked(original, x, masks if masked else [])
+        return self.block.finish(z, rest)
+
+    def _compacts(self, x: Tensor, mask: LayerMask) -> bool:
+        if self.owner.executor == "masked" or not self.by_weights:
+            return False
+        several = x.numel() > x.shape[-1]  # tokens, which together would read most neurons
+        if isinstance(mask, TokenMask) and (several or not isinstance(self.kept, NativeFfn)):
+            return False
+        # the copies are not parameters: gradients must go through the weights themselves
+        return not torch.is_grad_enabled() or not (
+            x.requires_grad or any(p.requires_grad for p in self.block.ffn.parameters())
+        )
+
+    def _run_masked(
+        self, original: Callable[..., Any], x: Tensor, masks: list[LayerMask | None]
+    ) -> Tensor:
+        project = original if self.block.inline else self.block.down
+        if any(isinstance(mask, TokenMask) for mask in masks):
+            assert self.token is not None
+            fed, self.fed = (x if self.fed is None else self.fed), None
+            u, z = self.token.run_dense(project, self._unfold(x), self._unfold(fed), masks)
+        else:
+            mask, bias, linear = self._multipliers(masks, x) if masks else (None, None, None)
+            by_row = mask is not None and mask.dim() == 3  # then OPT's flat [B * T, D] is unfolded
+            inputs = self._unfold(x) if by_row else x
+            u, z = run_masked(self.block, project, inputs, mask, bias, linear)
+        if self.owner.plan.observe:
+            self._observed(u, z, x)
+        return z if z.dim() == x.dim() else z.reshape(*x.shape[:-1], z.shape[-1])
+
+    def _unfold(self, x: Tensor) -> Tensor:
+        return x.reshape(self.owner.rows, -1, x.shape[-1])
+
+    def _multipliers(
+        self, masks: list[LayerMask | None], x: Tensor
+    ) -> tuple[Tensor, Tensor | None, LowRank | None]:
+        known = self._stacked
+        if (
+            known is None
+            or len(known[0]) != len(masks)
+            or any(new is not old for new, old in zip(masks, known[0], strict=True))
+            or known[1].dtype != x.dtype
+        ):
+            self._stacked = known = (masks, *_stack(masks, x))
+        return known[1], known[2], known[3]
+
+    def _observed(self, u: Tensor, z: Tensor, x: Tensor) -> None:
+        plan = self.owner.plan
+        h = x if plan.inputs else None
+        if not plan.stream:
+            self._observe(u, None, None, h)
+            return
+        if self.block.x_from is None:
+            self.x = bare(x)
+        if self.block.post_norm is None:
+            self._observe(u, z, z, h)
+        else:
+            self.waiting = (bare(u), bare(z), h if h is None else bare(h))
+
+    def _observe(self, u: Tensor, z: Tensor | None, r: Tensor | None, h: Tensor | None) -> None:
+        rows = self.owner.rows
+        x, self.x = self.x, None
+        if self.block.inline:
+            h = None  # it never sees the FFN's input
+        seen = LayerObservation(u, h, z, x, r)
+        if any(t is not None and (t.dim() != 3 or len(t) != rows) for t in seen):
+            # OPT flattens its tokens: x and r, and u and z unless rows have masks of their own
+            seen = LayerObservation(
+                *(t if t is None else t.reshape(rows, -1, t.shape[-1]) for t in seen)
+            )
+        self.owner.tracer.observe(self.block.index, seen)
+
+    def nbytes(self) -> int:
+        """Bytes of the compact copies and of the multipliers, beside the masks themselves."""
+        total = self.kept.nbytes() + (0 if self.token is None else self.token.nbytes())
+        if self._stacked is not None:
+            masks, ones, bias, linear = self._stacked
+            counted = [mask.bias for mask in masks if mask is not None]
+            for t in (ones, bias):
+                if t is not None and not any(t is known for known in counted):
+                    total += t.numel() * t.element_size()
+            if linear is not None and len(masks) > 1:
+                total += linear.nbytes()
+        return total
+
+
+def _stack(
+    masks: list[LayerMask | None], x: Tensor
+) -> tuple[Tensor, Tensor | None, LowRank | None]:
+    """Multipliers [I] (one life) or [B, 1, I], compensation [D] or [B, 1, D], and its map."""
+    some = next(mask for mask in masks if mask is not None)
+    with torch.inference_mode(False):
+        ones = torch.ones(some.width, dtype=x.dtype, device=x.device)
+        rows = [ones if mask is None else mask.dense(x.dtype).to(x.device) for mask in masks]
+        biases = [None if mask is None or mask.bias is None else mask.bias.to(x) for mask in masks]
+        linear = [None if mask is None else mask.low_rank for mask in masks]
+        if len(masks) == 1:
+            return rows[0], biases[0], linear[0]
+        bias = _stacked(biases)
+        return torch.stack(rows)[:, None], None if bias is None else bias[:, None], _maps(linear)
+
+
+def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """One tensor with zeros for what is missing; None where all are."""
+    some = next((part for part in parts if part is not None), None)
+    if some is None:
+        return None
+    return torch.stack([torch.zeros_like(some) if part is None else part for part in parts])
+
+
+def _maps(linear: Sequence[LowRank | None]) -> LowRank | None:
+    """The rows' maps as one: they share the basis; ``out`` becomes [B, D, r]."""
+    some = next((one for one in linear if one is not None), None)
+    out = _stacked([None if one is None else one.out for one in linear])
+    return None if some is None or out is None else LowRank(some.basis, out)

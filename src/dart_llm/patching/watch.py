@@ -1,0 +1,133 @@
+"""Whether an attached model still computes what runs in its place: asked at every prompt."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dart_llm.errors import AttachError, ConfigError, UnsupportedModel
+from dart_llm.models.agreement import Replacement, check_ffns, weights_unsupported_reason
+from dart_llm.models.llama import step_numbers
+from dart_llm.patching.executors import no_steps_reason
+from dart_llm.patching.executors.step_agreement import model_signature
+from dart_llm.patching.executors.whole_step import WITHOUT
+from dart_llm.patching.patched_ffn import PatchedFFN
+
+LEAVE = "while this model is being pruned: leave the block first, or call dart_llm.restore(model)"
+
+
+class Watch:
+    """One attached model, and what was found of it last.
+
+    ``steps``: whether a whole decode step may stand for the model's own.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[PatchedFFN], executor: str) -> None:
+        self._hosts: list[tuple[nn.Module, str, Any]] = []
+        self._linears: list[nn.Linear] = []
+        self.steps = self._alike = True
+        self._numbers: tuple[Any, ...] = ()
+        self._model, self._layers, self._executor = model, layers, executor
+        self._places: list[tuple[int, tuple[int, ...]]] = []
+        self._mark: tuple[Any, ...] = ()
+
+    def remember_linear(self, linear: nn.Linear) -> None:
+        """The forward of ``linear`` was replaced by a product with its weights."""
+        self._linears.append(linear)
+
+    def remember_host(self, host: nn.Module, name: str) -> None:
+        """The forward of ``host``, under ``name``, was replaced."""
+        self._hosts.append((host, name, type(host).forward))
+
+    def remember_places(self) -> None:
+        """The native kernels go on reading the weights where they lie now."""
+        self._places = self._weight_places()
+
+    def look(self) -> None:
+        """Fall back where that is right; raise ``AttachError`` for what changed and cannot be.
+
+        A layer whose projections have hooks or forwards of their own runs as by ``masked``, a model
+        whose steps would differ runs its own.
+        """
+        if torch.compiler.is_compiling():  # torch cannot trace this, nor any native call
+            return
+        if self._places and self._places != self._weight_places():
+            raise AttachError(f"weights were replaced or moved {LEAVE}")
+        for layer in self._layers:
+            layer.by_weights = not weights_unsupported_reason(layer.block)
+        for host, name, forward in self._hosts:
+            ours = isinstance(host.__dict__.get(name), Replacement)
+            if not ours or type(host).forward is not forward:
+                raise AttachError(f"the forward of a {type(host).__name__} was changed {LEAVE}")
+        odd = next((type(one).__name__ for one in self._linears if type(one) is not nn.Linear), "")
+        if odd:
+            raise AttachError(f"a linear layer was made a {odd} {LEAVE}")
+        self._look_at_modules()
+        if self._executor in WITHOUT:
+            numbers = step_numbers(self._model)
+            self._numbers = self._numbers or numbers
+            self.steps = self._alike and numbers == self._numbers
+
+    def _look_at_modules(self) -> None:
+        mark = model_signature(self._model)
+        if mark == self._mark:
+            return
+        try:
+            check_ffns(type(self._model).__name__, [layer.block for layer in self._layers])
+        except UnsupportedModel as error:
+            raise AttachError(f"an FFN was changed {LEAVE} ({error})") from error
+        if self._executor in WITHOUT:
+            self._alike = not no_steps_reason(self._executor, self._model, mark)
+        self._mark = mark
+
+    def _weight_places(self) -> list[tuple[int, tuple[int, ...]]]:
+        return [(one.data_ptr(), one.stride()) for one in self._model.parameters()]
+
+
+class Turn:
+    """Which thread runs an attached model: what its hooks see must be one text."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._runs = self._generates = 0
+
+    def take(self) -> bool:
+        """A forward begins: whether the one before it was left unfinished.
+
+        Raises ``ConfigError`` while another thread runs the model.
+        """
+        own, before = threading.get_ident(), self._runs
+        others = {self._generates, before if self._is_inside(before) else 0} - {0, own}
+        if others:
+            raise ConfigError(
+                "another thread is running this model: a pruned model runs one forward at a time"
+            )
+        self._runs = own
+        return before != 0
+
+    def end(self) -> None:
+        """The forward is done."""
+        self._runs = 0
+
+    def reserve(self) -> None:
+        """``generate`` begins: until ``free`` no other thread's forward comes between."""
+        self._generates = threading.get_ident()
+
+    def free(self) -> None:
+        """``generate`` is done."""
+        self._generates = 0
+
+    def _is_inside(self, thread: int) -> bool:
+        """Whether ``thread`` is in a call of the model now; an interrupted call has been left."""
+        frame = sys._current_frames().get(thread) if thread else None
+        while frame is not None:
+            called = frame.f_code is nn.Module._call_impl.__code__
+            if called and frame.f_locals["self"] is self._model:
+                return True
+            frame = frame.f_back
+        return False

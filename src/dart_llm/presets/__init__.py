@@ -1,1 +1,0 @@
-"""One short file per method: a ``PruneConfig`` and where it comes from."""

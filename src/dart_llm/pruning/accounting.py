@@ -1,0 +1,369 @@
+"""Bytes, FLOPs, achieved sparsity: from sequence states to a RunReport.
+
+From the lives of a run to its report (docs/method.md, "Accounting").
+
+Bytes and FLOPs are counted from the shapes and dtypes that exist.  A multiply-add is 2 FLOPs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dart_llm.pruning.config import TokenConfig
+from dart_llm.pruning.records import LayerStat, RunReport, SequenceReport
+from dart_llm.pruning.sequence import SequenceState
+from dart_llm.pruning.token_level import SCALE_BYTES, TokenMask, candidate_count
+from dart_llm.pruning.weights import FfnWeights
+
+# What token-level selection costs: the low-bit copies, the ranking, the winners' rows.
+#
+# Per token and layer with C candidates (docs/method.md, "Token-level tracing"): the product with
+# the copies counts like one with the dense gate and up, and the ranking C log2 C; of bytes, the
+# copies' rows with their scales, and 4 per candidate for norm(w).
+
+
+IF_COMPACT = "if compact"
+"""Stands for an executor that reads each forward's winners once, from where they lie."""
+
+READ_WINNERS = ("native", "slim")
+"""Executors that read a single token's winners alone; the others compute all neurons."""
+
+NORM_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Work:
+    """Neurons per layer: ``computed`` per token, ``read`` per forward."""
+
+    computed: Sequence[int]
+    read: Sequence[int]
+
+
+@dataclass(frozen=True)
+class TokenCosts:
+    """Costs of one configuration on one model."""
+
+    config: TokenConfig
+    layers: tuple[FfnWeights, ...]
+
+    @classmethod
+    def of(cls, life: SequenceState, layers: tuple[FfnWeights, ...]) -> TokenCosts | None:
+        """None where the tokens of ``life`` do not choose for themselves."""
+        given = life.given
+        by_hand = given is not None and not any(isinstance(mask, TokenMask) for mask in given)
+        return None if life.config.token is None or by_hand else cls(life.config.token, layers)
+
+    def _candidates(self, kept: Sequence[int]) -> list[int]:
+        """Neurons that are ranked for each token; 0 where there is nothing to choose."""
+        share = self.config.candidates
+        counts = [
+            candidate_count(share, layer.width, keep)
+            for layer, keep in zip(self.layers, kept, strict=True)
+        ]
+        return [n if n > keep else 0 for n, keep in zip(counts, kept, strict=True)]
+
+    def chosen_once(self, kept: Sequence[int]) -> list[int]:
+        """Neurons per layer that the sequence's mask keeps; 0 where every token chooses."""
+        ranked = self._candidates(kept)
+        return [0 if n else keep for n, keep in zip(ranked, kept, strict=True)]
+
+    def flops(self, kept: Sequence[int]) -> int:
+        """Of estimates and ranking, per token."""
+        return sum(
+            count * (2 * layer.hidden * _matrices(layer) + count.bit_length())
+            for count, layer in zip(self._candidates(kept), self.layers, strict=True)
+        )
+
+    def bytes(self, kept: Sequence[int]) -> int:
+        """Of copies and norms, per forward."""
+        return sum(
+            count * (_matrices(layer) * self._row_bytes(layer.up.shape[1]) + NORM_BYTES)
+            for count, layer in zip(self._candidates(kept), self.layers, strict=True)
+        )
+
+    def _row_bytes(self, inputs: int) -> int:
+        groups = math.ceil(inputs / self.config.group)
+        return math.ceil(inputs * self.config.bits / 8) + SCALE_BYTES * groups
+
+    def work(self, kept: Sequence[int], tokens: float, alone: bool, executor: str) -> Work:
+        """The exact part of a period.  ``tokens``: per forward; ``alone``: of a single row.
+
+        The native kernels read the winners of a forward of one token, where they lie; all else is
+        dense.
+        """
+        widths = [layer.width for layer in self.layers]
+        once = self.chosen_once(kept)
+        if executor == IF_COMPACT:
+            read = [
+                k if one else min(width, math.ceil(k * tokens))
+                for k, one, width in zip(kept, once, widths, strict=True)
+            ]
+            return Work(kept, read)
+        if executor == "masked":
+            return Work(widths, widths)
+        if executor in READ_WINNERS and alone and tokens <= 1:
+            return Work(kept, kept)
+        every = [k or width for k, width in zip(once, widths, strict=True)]
+        return Work(every, every)
+
+
+def _matrices(layer: FfnWeights) -> int:
+    """Matrices that are copied: gate and up, or fc."""
+    return 1 if layer.gate is None else 2
+
+
+STATISTIC_FLOPS = 8
+"""FLOPs per neuron and observed token for scores and signed means; per hidden unit for S_l."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes and FLOPs of the FFN of all layers, per dense decode step of one row."""
+
+    layers: tuple[FfnWeights, ...]
+    total_bytes: int
+    """Bytes of all weights that one decoded token reads."""
+    low_rank: bool = False
+    """Whether masks come with low-rank compensation, where a layer has a basis for it."""
+
+    @staticmethod
+    def per_neuron(layer: FfnWeights) -> int:
+        """Weights of one neuron: its input rows and its output column."""
+        return layer.hidden * (2 if layer.gate is None else 3)
+
+    def bytes(self, kept: Sequence[int] | None, skips: bool = True) -> int:
+        """Under masks that keep ``kept`` neurons per layer (None: dense).
+
+        ``skips``: removed neurons are not read.
+        """
+        return sum(n * layer.down.element_size() for layer, n in self._weights(kept, skips))
+
+    def flops(self, kept: Sequence[int] | None, skips: bool = True) -> int:
+        """As ``bytes``, at two FLOPs per weight."""
+        return 2 * sum(n for _, n in self._weights(kept, skips))
+
+    def _weights(self, kept: Sequence[int] | None, skips: bool) -> Iterator[tuple[FfnWeights, int]]:
+        """Each layer and its weights in use, those of low-rank compensation included.
+
+        Layers that keep all do without compensation.
+        """
+        for index, layer in enumerate(self.layers):
+            count = layer.width if kept is None else kept[index]
+            linear = 2 * self.rank(layer) * layer.hidden if count < layer.width else 0
+            yield layer, (count if skips else layer.width) * self.per_neuron(layer) + linear
+
+    def rank(self, layer: FfnWeights) -> int:
+        """Features that low-rank compensation reads of the layer's input; 0: none."""
+        learnt = layer.learnt
+        return len(learnt.basis) if self.low_rank and learnt and learnt.basis is not None else 0
+
+    @property
+    def observe_flops(self) -> int:
+        """Tracing one observed token in all layers."""
+        plain = STATISTIC_FLOPS * sum(layer.width + layer.hidden for layer in self.layers)
+        return plain + 2 * sum(
+            (layer.width + layer.hidden + self.rank(layer)) * self.rank(layer)
+            for layer in self.layers
+        )
+
+    @property
+    def observe_bytes(self) -> int:
+        """Sums read and written, float32, for one observed token in all layers."""
+        plain = 16 * sum(layer.width for layer in self.layers)
+        return plain + 8 * sum(
+            (layer.width + self.rank(layer)) * self.rank(layer) for layer in self.layers
+        )
+
+    def build_bytes(self, kept: Sequence[int], compact: bool, compensates: bool) -> int:
+        """One mask: the copies that compact makes, the removed columns that compensation reads."""
+        copies = 0
+        for count, layer in zip(kept, self.layers, strict=True):
+            if compact and count < layer.width:  # read and written, compensation's map too
+                weights = count * self.per_neuron(layer) + self.rank(layer) * layer.hidden
+                copies += 2 * weights * layer.down.element_size()
+        removed = sum(
+            (layer.width - count) * layer.hidden * layer.down.element_size()
+            for count, layer in zip(kept, self.layers, strict=True)
+        )
+        return copies + (removed if compensates else 0)
+
+    def build_flops(self, kept: Sequence[int], compensates: bool) -> int:
+        """Sorting (width x log2 width comparisons), the regression, the compensation product."""
+        sorting = sum(layer.width * layer.width.bit_length() for layer in self.layers)
+        if not compensates:
+            return sorting
+        removed = sum(
+            2 * (layer.width - count) * layer.hidden * (1 + self.rank(layer))
+            for count, layer in zip(kept, self.layers, strict=True)
+        )
+        fit = sum(
+            2 * (layer.width + self.rank(layer)) * self.rank(layer) ** 2 for layer in self.layers
+        )
+        return sorting + removed + fit
+
+
+def known_bytes(layers: Iterable[FfnWeights], prior: Iterable[Tensor] | None) -> int:
+    """Bytes of what was known before a run: calibrated ``prior`` [I] per layer, and learnt."""
+    calibrated = sum(part.numel() * part.element_size() for part in prior or ())
+    return calibrated + sum(one.learnt.nbytes() for one in layers if one.learnt is not None)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Decoded tokens of some lives by their keep counts."""
+
+    periods: tuple[tuple[tuple[int, ...] | None, float, int, int], ...]
+    widths: tuple[int, ...]
+
+    @property
+    def decoded(self) -> float:
+        return sum(tokens for _, tokens, _, _ in self.periods)
+
+    @property
+    def dense(self) -> float:
+        return sum(tokens for kept, tokens, _, _ in self.periods if kept is None)
+
+    def sparsity(self, layer: int | None = None) -> float:
+        """Mean over decoded tokens of the fraction removed, of all layers or of one."""
+        widths = self.widths if layer is None else (self.widths[layer],)
+        if not self.decoded:
+            return 0.0
+        removed = 0.0
+        for kept, tokens, _, _ in self.periods:
+            if kept is not None:
+                counts = kept if layer is None else (kept[layer],)
+                removed += tokens * (1 - sum(counts) / sum(widths))
+        return removed / self.decoded
+
+
+def _tokens(lives: Iterable[SequenceState], widths: tuple[int, ...]) -> _Tokens:
+    periods = [
+        (period.kept, float(period.tokens), period.forwards, period.observed)
+        for life in lives
+        for period in life.periods
+    ]
+    return _Tokens(tuple(periods), widths)
+
+
+def _while_pruned(tokens: _Tokens) -> float:
+    pruned = tokens.decoded - tokens.dense
+    return tokens.sparsity() * tokens.decoded / pruned if pruned else 0.0
+
+
+def sequence_report(life: SequenceState) -> SequenceReport:
+    """Accounting of one life."""
+    tokens = _tokens([life], tuple(layer.width for layer in life.selector.layers))
+    return SequenceReport(
+        life.sequence,
+        life.row,
+        round(life.prompt_tokens),
+        round(tokens.decoded),
+        round(tokens.dense),
+        tokens.sparsity(),
+        _while_pruned(tokens),
+        tokens.dense / tokens.decoded if tokens.decoded else 0.0,
+        tuple(life.remasks),
+    )
+
+
+def run_report(
+    lives: Sequence[SequenceState],
+    costs: Costs,
+    executor: str,
+    copies: int,
+    method: str,
+    asked: float | None,
+    proxy_errors: tuple[float, float] | None = None,
+) -> RunReport:
+    """Accounting of a run; ``copies``: bytes held beside the lives (compact copies, a prior).
+
+    ``proxy_errors``: of the low-bit copies, and of Gaussian matrices on their grid.
+    """
+    widths = tuple(layer.width for layer in costs.layers)
+    tokens = _tokens(lives, widths)
+    masks = [remask for life in lives for remask in life.remasks]
+    causes: dict[str, int] = {}
+    for remask in masks:
+        causes[remask.cause] = causes.get(remask.cause, 0) + 1
+    last = lives[-1].selection.counts if lives and lives[-1].selection else widths
+    layers = tuple(
+        LayerStat(index, width, kept, kept / width, tokens.sparsity(index))
+        for index, (width, kept) in enumerate(zip(widths, last, strict=True))
+    )
+    as_run = _shares(lives, costs, executor)
+    compact = _shares(lives, costs, IF_COMPACT)
+    return RunReport(
+        method=method,
+        requested_sparsity=asked,
+        achieved_sparsity=tokens.sparsity(),
+        sparsity_while_pruned=_while_pruned(tokens),
+        dense_token_share=tokens.dense / tokens.decoded if tokens.decoded else 0.0,
+        prompt_tokens=round(sum(life.prompt_tokens * life.rows for life in lives)),
+        decoded_tokens=round(tokens.decoded),
+        remasks=sum(count for cause, count in causes.items() if cause not in ("first", "given")),
+        remask_causes=causes,
+        layers=layers,
+        executor=executor,
+        ffn_flops_share=as_run.flops,
+        ffn_bytes_share=as_run.bytes,
+        ffn_flops_share_if_compact=compact.flops,
+        ffn_bytes_share_if_compact=compact.bytes,
+        proxy_flops_share=as_run.proxy_flops,
+        proxy_bytes_share=as_run.proxy_bytes,
+        proxy_error=None if proxy_errors is None else proxy_errors[0],
+        proxy_error_gaussian=None if proxy_errors is None else proxy_errors[1],
+        ffn_share_of_bytes=costs.bytes(None) / max(1, costs.total_bytes),
+        extra_memory_bytes=copies + sum(life.nbytes() for life in lives),
+        sequences=tuple(sequence_report(life) for life in lives),
+    )
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """Work of decoding over that of dense decoding; of it, what low-bit copies take."""
+
+    flops: float = 1.0
+    bytes: float = 1.0
+    proxy_flops: float = 0.0
+    proxy_bytes: float = 0.0
+
+
+def _shares(lives: Sequence[SequenceState], costs: Costs, executor: str) -> _Shares:
+    """``executor``: one of the executors, or ``IF_COMPACT``."""
+    flops = moved = forwards = tokens = proxy_flops = proxy_bytes = 0.0
+    skips = executor != "masked"
+    copies = executor in ("compact", "graph", IF_COMPACT)
+    for life in lives:
+        masks = life.given or ()
+        held = any(mask is not None and mask.bias is not None for mask in masks)
+        compensates = held or (life.config.compensation and life.given is None)
+        token = TokenCosts.of(life, costs.layers)
+        for period in life.periods:
+            steps, fed = period.forwards, float(period.tokens)
+            forwards += steps
+            tokens += fed
+            seen = period.observed if life.selector.needs_evidence else 0
+            flops += seen * life.rows * costs.observe_flops
+            moved += seen * costs.observe_bytes
+            if token is None or period.kept is None:
+                flops += fed * costs.flops(period.kept, skips)
+                moved += steps * costs.bytes(period.kept, skips)
+                continue
+            work = token.work(period.kept, fed / max(1, steps), life.rows == 1, executor)
+            flops += fed * costs.flops(work.computed)
+            moved += steps * costs.bytes(work.read)
+            proxy_flops += fed * token.flops(period.kept)
+            proxy_bytes += steps * token.bytes(period.kept)
+        for remask in life.remasks:
+            chosen = remask.kept if token is None else token.chosen_once(remask.kept)
+            moved += costs.build_bytes(chosen, copies, compensates)
+            flops += costs.build_flops(chosen, compensates)
+    if not forwards or not tokens:
+        return _Shares()
+    all_flops, all_bytes = tokens * costs.flops(None), forwards * costs.bytes(None)
+    proxy = proxy_flops / all_flops, proxy_bytes / all_bytes
+    return _Shares(flops / all_flops + proxy[0], moved / all_bytes + proxy[1], *proxy)

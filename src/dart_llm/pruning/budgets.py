@@ -1,0 +1,270 @@
+"""Layer budgets: uniform, energy, global, ranked, standardized, depth, depth-residual.
+
+Layer budgets: how many neurons each layer keeps (docs/method.md, "Budgets").
+
+A budget is one function ``(layers, keep) -> keep counts``: whole numbers that sum to ``keep``.
+Everything here runs on the host in float64, so that all executors and devices agree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dart_llm.pruning.masks import floor_count, largest
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """What a budget may look at.  All tensors on the host, float64.
+
+    ``width``: neurons I; ``depth``: 0 for the first layer, 1 for the last.
+    ``score``: [I]; ``sensitivity`` and ``residual_sensitivity``: S_l of ``depth`` and of
+    ``depth-residual``; ``impact``: [I], the output energy of each neuron relative to the residual
+    stream.  What no budget of the run needs is None.
+    """
+
+    width: int
+    depth: float
+    score: Tensor
+    sensitivity: float | None = None
+    residual_sensitivity: float | None = None
+    impact: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An allocator and the statistics that it needs: ``sensitivity``, ``sensitivity-residual``,
+    ``squares``, or none.  ``source``: the paper and the formula.
+    """
+
+    function: Callable[[Sequence[LayerView], int], list[int]]
+    needs: frozenset[str]
+    source: str
+
+    def __call__(self, layers: Sequence[LayerView], keep: int) -> list[int]:
+        """Keep counts, one per layer, each in 1..width, summing to ``keep``."""
+        return self.function(layers, keep)
+
+    @property
+    def summary(self) -> str:
+        """First line of the function's docstring."""
+        return (self.function.__doc__ or "").split("\n")[0]
+
+
+def budget(
+    source: str, needs: Sequence[str] = ()
+) -> Callable[[Callable[[Sequence[LayerView], int], list[int]]], Budget]:
+    """Turn a function ``(layers, keep) -> counts`` into a ``Budget``."""
+
+    def wrap(function: Callable[[Sequence[LayerView], int], list[int]]) -> Budget:
+        return Budget(function, frozenset(needs), source)
+
+    return wrap
+
+
+def round_counts(wanted: Sequence[float], widths: Sequence[int], keep: int) -> list[int]:
+    """Whole counts in 1..width that sum to ``keep``, by largest remainder; ties: lower layer.
+
+    ``keep`` is clipped to what the bounds allow.
+    """
+    keep = min(max(keep, len(widths)), sum(widths))
+    clipped = [
+        min(max(want, 1.0), float(width)) for want, width in zip(wanted, widths, strict=True)
+    ]
+    counts = [int(want) for want in clipped]
+    while (missing := keep - sum(counts)) != 0:
+        sign = 1 if missing > 0 else -1
+        free = [
+            layer
+            for layer, width in enumerate(widths)
+            if (counts[layer] < width if sign > 0 else counts[layer] > 1)
+        ]
+        free.sort(key=lambda layer: (-sign * (clipped[layer] - counts[layer]), layer))
+        for layer in free[: abs(missing)]:
+            counts[layer] += sign
+    return counts
+
+
+def align_counts(counts: Sequence[int], widths: Sequence[int], multiple: int) -> list[int]:
+    """Counts moved to multiples of ``multiple`` (the full width is always allowed).
+
+    The total moves by less than one multiple per layer.
+    """
+    if multiple <= 1:
+        return list(counts)
+    units = [math.ceil(width / multiple) for width in widths]
+    wanted = [
+        _in_units(count, width, multiple) for count, width in zip(counts, widths, strict=True)
+    ]
+    aligned = round_counts(wanted, units, round(sum(wanted)))
+    return [min(unit * multiple, width) for unit, width in zip(aligned, widths, strict=True)]
+
+
+def _in_units(count: int, width: int, multiple: int) -> float:
+    """``count`` in units of ``multiple``; the last unit holds what is left of the width."""
+    whole = math.ceil(width / multiple) - 1
+    if count <= whole * multiple:
+        return count / multiple
+    return whole + (count - whole * multiple) / (width - whole * multiple)
+
+
+def blend_counts(first: Sequence[int], second: Sequence[int], widths: Sequence[int]) -> list[int]:
+    """The mean of two allocations with the same total."""
+    wanted = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
+    return round_counts(wanted, widths, sum(first))
+
+
+@budget("GRIFFIN, arXiv 2404.01365: the same share in every layer")
+def uniform(layers: Sequence[LayerView], keep: int) -> list[int]:
+    """Every layer keeps the same share."""
+    share = keep / sum(layer.width for layer in layers)
+    return round_counts([share * layer.width for layer in layers], _widths(layers), keep)
+
+
+@budget("this project; docs/method.md")
+def energy(layers: Sequence[LayerView], keep: int) -> list[int]:
+    """One level e: each layer keeps the fewest neurons that hold the share e of its energy.
+
+    Energy is the summed squared score; at least 10 % of a layer stay.
+    """
+    reached = []
+    for layer in layers:
+        squares = layer.score.square().sort(descending=True).values
+        total = squares.sum()
+        before = squares.cumsum(0) - squares
+        # no neuron is needed to hold a share of nothing: an all-zero layer keeps its floor first
+        reached.append(before / total if total > 0 else torch.ones_like(squares))
+    return _smallest(reached, keep)
+
+
+@budget("this project, after FLAP (arXiv 2312.11983); docs/method.md", needs=["squares"])
+def global_rank(layers: Sequence[LayerView], keep: int) -> list[int]:
+    """All neurons in one ranking by output energy relative to the residual stream.
+
+    At least 10 % of a layer stay.
+    """
+    ranked = []
+    for layer in layers:
+        if layer.impact is None:
+            raise RuntimeError("budget global needs the squares statistic")
+        ranked.append(-layer.impact)
+    return _smallest(ranked, keep)
+
+
+@budget("this project; docs/method.md: for scores whose values compare between layers")
+def ranked(layers: Sequence[LayerView], keep: int) -> list[int]:
+    """All neurons in one ranking by the score itself, as it is.
+
+    At least 10 % of a layer stay.
+    """
+    return _smallest([-layer.score for layer in layers], keep)
+
+
+@budget("FLAP, arXiv 2312.11983: standardised metrics in one ranking")
+def standardized(layers: Sequence[LayerView], keep: int) -> list[int]:
+    """All neurons in one ranking, after each layer's scores got mean 0 and deviation 1.
+
+    At least 10 % of a layer stay.
+    """
+    ranked = []
+    for layer in layers:
+        spread = layer.score.std(correction=0).clamp_min(1e-300)
+        ranked.append((layer.score.mean() - layer.score) / spread)
+    return _smallest(ranked, keep)
+
+
+def _smallest(values: Sequence[Tensor], keep: int) -> list[int]:
+    """Count, per layer, the ``keep`` smallest of ``values``; each layer's floor comes first.
+
+    A ``keep`` below the sum of the floors is spread evenly.
+    """
+    widths = [len(value) for value in values]
+    floors = [floor_count(width) for width in widths]
+    if sum(floors) > keep:
+        return round_counts([keep * width / sum(widths) for width in widths], widths, keep)
+    flat = torch.cat(
+        [
+            value.index_fill(0, value.topk(floor, largest=False).indices, -torch.inf)
+            for value, floor in zip(values, floors, strict=True)
+        ]
+    )
+    chosen = largest(-flat, keep)
+    return [int(part.sum()) for part in torch.split(chosen, widths)]
+
+
+def _widths(layers: Sequence[LayerView]) -> list[int]:
+    return [layer.width for layer in layers]
+
+
+# The published budget: sensitivity times a fixed profile over depth.
+
+
+_SOURCE = "DART, arXiv 2601.22632, the published scripts' allocator"
+
+
+def depth_profile(y: float) -> float:
+    """D_l for relative depth ``y`` = l / (L - 1): low in the first 30 % and the last 15 %."""
+    if y < 0.3:
+        return 0.25 + 0.75 * y / 0.3
+    if y > 0.85:
+        return 0.35 + 0.65 * (1 - y) / 0.15
+    return 1.0
+
+
+def depth_sparsities(
+    sensitivity: Sequence[float], depths: Sequence[float], rho: float
+) -> list[float]:
+    """Sparsity of each layer for a mean of ``rho``.
+
+    ``R = 1 - (S - min S) / (max S - min S + 1e-6)``, ``P = R * D``,
+    ``p = clip(rho L P / sum P, lo, hi)``; the residue is spread over the layers that are not at a
+    bound in proportion to P until the mean is exact.
+    """
+    count = len(sensitivity)
+    if count == 1 or rho == 0:
+        return [rho] * count
+    low, high = min(sensitivity), max(sensitivity)
+    robust = [1 - (s - low) / (high - low + 1e-6) for s in sensitivity]
+    priority = [r * depth_profile(y) for r, y in zip(robust, depths, strict=True)]
+    lo, hi = min(0.1, rho), max(0.9, rho)
+    scale = rho * count / max(sum(priority), 1e-300)
+    p = [min(max(scale * one, lo), hi) for one in priority]
+    for _ in range(1000):
+        residue = rho * count - sum(p)
+        inside = [i for i in range(count) if lo < p[i] < hi]
+        movable = [i for i in range(count) if (p[i] < hi if residue > 0 else p[i] > lo)]
+        free = inside or movable  # the bounds give way only where nothing else can
+        if abs(residue) < 1e-12 or not free:
+            break
+        weight = sum(priority[i] for i in free)
+        for i in free:
+            share = priority[i] / weight if weight > 0 else 1 / len(free)
+            p[i] = min(max(p[i] + residue * share, lo), hi)
+    return p
+
+
+def _allocate(layers: Sequence[LayerView], found: Sequence[float | None], keep: int) -> list[int]:
+    sensitivity = [one for one in found if one is not None]
+    if len(sensitivity) != len(layers):
+        raise RuntimeError("this budget needs the sensitivity statistic of every layer")
+    widths = [layer.width for layer in layers]
+    rho = 1 - keep / sum(widths)
+    p = depth_sparsities(sensitivity, [layer.depth for layer in layers], rho)
+    return round_counts([(1 - s) * w for s, w in zip(p, widths, strict=True)], widths, keep)
+
+
+@budget(_SOURCE, needs=["sensitivity"])
+def depth(layers: Sequence[LayerView], keep: int) -> list[int]:
+    """Layers whose FFN output resembles its input lose more, under a fixed depth profile."""
+    return _allocate(layers, [layer.sensitivity for layer in layers], keep)
+
+
+@budget(_SOURCE + ", with the residual stream after the FFN", needs=["sensitivity-residual"])
+def depth_residual(layers: Sequence[LayerView], keep: int) -> list[int]:
+    """The same with the change that the FFN makes to the residual stream."""
+    return _allocate(layers, [layer.residual_sensitivity for layer in layers], keep)

@@ -1,0 +1,171 @@
+"""Mean and low-rank compensation of removed neurons.
+
+Low-rank compensation: what the removed neurons would have said, as a linear map of few features.
+
+The removed neurons' output is predicted by least squares from r features of the FFN's input,
+``f = P h``, over the observed tokens (and the prior's).  Mean compensation is r = 0.
+docs/method.md, "Compensation".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dart_llm.native.build import ops, why_not
+from dart_llm.pruning.statistics import LayerStatistics, full_precision
+from dart_llm.pruning.weights import FfnWeights
+
+# Compensation: the mean contribution of the removed neurons, as a constant.
+#
+# After FLAP (arXiv 2312.11983), which does so for static pruning.
+
+
+def compensation(down: Tensor, mean: Tensor, removed: Tensor) -> Tensor:
+    """``b = W_down[:, removed] m[removed]``.
+
+    down: [D, I]; mean: [I] float32, mean signed activation over the observed tokens; removed:
+    [r] int64.  Returns [D] float32.
+    """
+    return down.detach().index_select(1, removed).float() @ mean.index_select(0, removed)
+
+
+RIDGE = 0.1
+"""Added to the features' covariance, in units of their variance over the prior's text (1)."""
+
+ROUNDING = 1e-6
+"""Share of the mean square of h up to which its variance counts as rounding: nothing to read."""
+
+FLOOR = 0.01
+"""Share of the mean variance that whitening adds to every direction of h."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """``z += out (basis h)``.  ``basis``: [r, D]; ``out``: [D, r], or [B, D, r] for a batch whose
+    rows have a map each; both in the model's dtype.
+    """
+
+    basis: Tensor
+    out: Tensor
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """h: [..., D], or [B, T, D]; returns the same shape."""
+        features = functional.linear(h, self.basis)
+        if self.out.dim() == 2:
+            return functional.linear(features, self.out)
+        return features @ self.out.mT
+
+    def nbytes(self) -> int:
+        """Bytes of ``out``; the basis belongs to the prior."""
+        return self.out.numel() * self.out.element_size()
+
+
+def read_features(h: Tensor | None, layers: Sequence[FfnWeights]) -> Tensor | None:
+    """Features [L, B, T, r] of the layers' FFN inputs h [L, B, T, D]; None where none are read."""
+    bases = [None if layer.learnt is None else layer.learnt.basis for layer in layers]
+    found = [basis for basis in bases if basis is not None]
+    if h is None or len(found) < len(bases):
+        return None
+    with full_precision(h):
+        parts = [functional.linear(t.to(basis), basis) for t, basis in zip(h, found, strict=True)]
+    return torch.stack(parts)
+
+
+def find_basis(h: Tensor, rank: int) -> Tensor:
+    """The ``rank`` directions in which h varies most, each scaled to variance 1.
+
+    h: [T, D] float32, T tokens.  Returns [min(rank, T - 1, D), D] float32.
+    """
+    with full_precision(h):
+        return _find_basis(h, rank)
+
+
+def _find_basis(h: Tensor, rank: int) -> Tensor:
+    centred = h - h.mean(0)
+    values, vectors = torch.linalg.eigh(centred @ centred.T / len(h))  # [T], [T, T]
+    rank = min(rank, len(h) - 1, h.shape[1])
+    first = len(h) - rank
+    values = values[first:].clamp_min(0)
+    floor = FLOOR * centred.square().sum() / (len(h) * h.shape[1])
+    # eigenvector j of the covariance is centred.T v_j / sqrt(T value_j)
+    directions = (centred.T @ vectors[:, first:]).T
+    unit = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    scale = (values + floor).clamp_min(1e-12).rsqrt()
+    scale = scale * (values + floor > ROUNDING * h.square().mean())
+    basis: Tensor = unit * scale[:, None]
+    return basis.contiguous()  # as it comes from the disk: kernels round by the layout
+
+
+@dataclass(frozen=True)
+class CompensationInputs:
+    """What a layer's map is found from.
+
+    ``down``: [D, I]; ``evidence``: the sums ``signed`` [I], ``features`` [r], ``cross`` [I, r] and
+    ``moments`` [r, r]; ``basis``: [r, D]; ``removed``: the neurons that the map stands for, [n]
+    int64.
+    """
+
+    down: Tensor
+    evidence: LayerStatistics
+    basis: Tensor
+    removed: Tensor
+
+    def covariances(self) -> Tensor:
+        """Of the removed neurons' u with the features, and beside them the mean u: [n, r + 1]."""
+        sums = self.evidence.sums
+        mean, f = sums["signed"].rows(self.removed), sums["features"].mean
+        cross = torch.addr(sums["cross"].rows(self.removed), mean, f, alpha=-1)
+        return torch.cat([cross, mean[:, None]], 1)
+
+
+def low_rank(layers: Sequence[CompensationInputs]) -> list[tuple[Tensor, LowRank]]:
+    """The constant [D] float32 and the map that stand for each layer's removed neurons."""
+    alike = dict[tuple[torch.device, torch.Size], list[int]]()
+    for place, one in enumerate(layers):
+        alike.setdefault((one.basis.device, one.basis.shape), []).append(place)
+    found = dict[int, tuple[Tensor, LowRank]]()
+    for places in alike.values():
+        found.update(zip(places, _low_rank([layers[i] for i in places]), strict=True))
+    return [found[place] for place in range(len(layers))]
+
+
+def _low_rank(layers: Sequence[CompensationInputs]) -> list[tuple[Tensor, LowRank]]:
+    """For layers of one device and rank: a few operations on all of them cost as one on each."""
+    with full_precision(layers[0].down):
+        f = torch.stack([one.evidence.sums["features"].mean for one in layers])
+        # the hidden size is smaller than the number of neurons: the inverse is applied last
+        both = torch.stack(
+            [_folded(one.down.detach().t(), one.removed, one.covariances()) for one in layers]
+        )
+        out = both[..., :-1] @ inverses(layers, f)
+        bias = both[..., -1] - (out @ f[..., None])[..., 0]
+        maps = out.to(layers[0].down.dtype).unbind(0)
+    return [
+        (constant, LowRank(one.basis, linear))
+        for constant, linear, one in zip(bias.unbind(0), maps, layers, strict=True)
+    ]
+
+
+def inverses(layers: Sequence[CompensationInputs], f: Tensor) -> Tensor:
+    """Inverses of the features' covariances and the ridge, [L, r, r]; f: the mean features [L, r].
+
+    ``covariances() @ inverse`` is the ridge regression of the removed neurons' u on the features.
+    """
+    moments = torch.stack([one.evidence.sums["moments"].mean for one in layers])
+    ridge = RIDGE * torch.eye(f.shape[1], dtype=f.dtype, device=f.device)
+    found: Tensor = torch.linalg.inv(moments - f[:, :, None] * f[:, None, :] + ridge)
+    return found
+
+
+def _folded(rows: Tensor, ids: Tensor, factors: Tensor) -> Tensor:
+    """``rows[ids].T @ factors`` in float32, [D, c].  rows: [I, D]; ids: [n]; factors: [n, c]."""
+    laid = rows.device.type == "cpu" and rows.is_contiguous()
+    if laid and rows.dtype in (torch.float32, torch.bfloat16) and not why_not():
+        found: Tensor = ops().fold(rows, ids.to(torch.int32), factors.contiguous())
+        return found.t()
+    return rows.index_select(0, ids).float().t() @ factors

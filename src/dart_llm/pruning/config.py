@@ -1,0 +1,491 @@
+"""PruneConfig and its parts: frozen pydantic, constraints as Field(ge=...).
+
+What a run is asked to do: one frozen ``PruneConfig`` with its parts, validated on creation.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from dart_llm.errors import ConfigError
+from dart_llm.files import read_yaml
+from dart_llm.pruning.layer_table import parse_layer_spec
+from dart_llm.pruning.registry import BUDGETS, DRIFT_RULES, METHODS, SCORES
+
+# The parts of a ``PruneConfig``, each validated on creation.
+
+
+class Part(BaseModel):
+    """A frozen group of settings; a bad value or an unknown key raises ``ConfigError``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise ConfigError(first_problem(error)) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            for key in data:
+                if key not in cls.model_fields:
+                    raise unknown_key(cls, str(key))
+        return data
+
+
+def unknown_key(part: type[BaseModel], key: str) -> ConfigError:
+    """The error for a setting that does not exist; suggests the near one."""
+    known = sorted(part.model_fields)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f'did you mean "{near[0]}"?' if near else f"known settings: {', '.join(known)}"
+    return ConfigError(f'unknown setting "{key}" in {part.__name__}; {hint}')
+
+
+class ScoreConfig(Part):
+    """How neurons are ranked (docs/method.md, "Scores").
+
+    ``ema_decay``: weight that an older token keeps with each new one, (0, 1); None: all count
+    alike.  ``strategy``: ``topk``, or ``auto``: neurons whose score reaches the layer's mean.
+    ``proxy_embedding``: whose rows the scores ``max`` to ``product`` read.
+    ``prior_weight``: ranks by the text and by a calibrated prior are averaged, the prior with this
+    weight; None: the text alone.
+    """
+
+    name: str = "normalized"
+    ema_decay: float | None = None
+    strategy: Literal["topk", "auto"] = "topk"
+    proxy_embedding: Literal["output", "input"] = "output"
+    prior_weight: float | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ScoreConfig:
+        SCORES.check(self.name)
+        if self.prior_weight is not None and not 0 <= self.prior_weight <= 1:
+            raise ConfigError(f"prior_weight {self.prior_weight} must lie in [0, 1]")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ConfigError(f"ema_decay {self.ema_decay} must lie strictly between 0 and 1")
+        return self
+
+
+class BudgetConfig(Part):
+    """How many neurons each layer keeps (docs/method.md, "Budgets").
+
+    ``name``: a budget, or ``blend A B``.  ``table``: a layer table such as ``0-3:0.9,4-29:auto``.
+    ``multiple``: counts are multiples of it, or the width.  ``refresh``: whether counts stay as at
+    the ``first`` mask, or are set anew with ``every`` one.
+    """
+
+    name: str = "uniform"
+    table: str | None = None
+    multiple: int = 1
+    refresh: Literal["first", "every"] = "first"
+
+    @model_validator(mode="after")
+    def _check(self) -> BudgetConfig:
+        self.parts()
+        if self.table is not None:
+            parse_layer_spec(self.table)
+        if self.multiple < 1:
+            raise ConfigError(f"multiple {self.multiple} must be at least 1")
+        return self
+
+    def parts(self) -> tuple[str, ...]:
+        """The budgets behind the name: one, or the two of ``blend A B``."""
+        words = self.name.split()
+        if words and words[0] == "blend":
+            if len(words) != 3:
+                raise ConfigError(
+                    f'"{self.name}" must name two budgets, as in "blend energy depth"'
+                )
+            words = words[1:]
+        elif len(words) != 1:
+            raise ConfigError(f'"{self.name}" is not a budget; write "blend A B" to mix two')
+        return tuple(BUDGETS.check(word) for word in words)
+
+
+class DriftConfig(Part):
+    """When masks are rebuilt (docs/method.md, "Drift").
+
+    ``rule``: ``never``, ``published``, ``paper``, ``dart`` or ``interval N`` (tokens).  ``signal``:
+    what is watched, the last layer's ``attention`` output or the last ``hidden`` state.
+    ``min_distance``: tokens between two triggers.  ``max_dense_share``: at most this share of the
+    decoded tokens is spent, dense, on re-masks, and ``allowance`` tokens beside it; None: no cap.
+    """
+
+    rule: str = "never"
+    signal: Literal["attention", "hidden"] = "attention"
+    min_distance: int = 0
+    max_dense_share: float | None = None
+    allowance: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> DriftConfig:
+        name, _, argument = self.rule.partition(" ")
+        DRIFT_RULES.check(name)
+        if (name == "interval") != bool(argument):
+            raise ConfigError(
+                f'drift rule "{self.rule}": write "interval N" with N tokens; no other rule takes '
+                "a number"
+            )
+        if argument and (not argument.isdigit() or int(argument) < 1):
+            raise ConfigError(f'drift rule "{self.rule}": N must be a whole number of tokens >= 1')
+        if self.min_distance < 0:
+            raise ConfigError(f"min_distance {self.min_distance} must not be negative")
+        if self.allowance < 0:
+            raise ConfigError(f"allowance {self.allowance} must not be negative")
+        if self.max_dense_share is not None and not 0 < self.max_dense_share <= 1:
+            raise ConfigError(f"max_dense_share {self.max_dense_share} must lie in (0, 1]")
+        return self
+
+
+class RemaskConfig(Part):
+    """What happens to the evidence on a re-mask (docs/method.md, "Evidence").
+
+    ``evidence``: masks are made ``fresh`` from what is observed after the trigger, or older tokens
+    count too, less by ``decay``, (0, 1].  ``observe_tokens``: dense tokens observed after a
+    trigger; None: ``max(1, masking_step)``.
+    """
+
+    evidence: Literal["fresh", "decay"] = "fresh"
+    decay: float = 0.1
+    observe_tokens: int | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> RemaskConfig:
+        if not 0 < self.decay <= 1:
+            raise ConfigError(f"decay {self.decay} must lie in (0, 1]")
+        if self.observe_tokens is not None and self.observe_tokens < 1:
+            raise ConfigError(f"observe_tokens {self.observe_tokens} must be at least 1")
+        return self
+
+
+class CalibrationConfig(Part):
+    """What is learnt from tokens that are no part of a prompt (docs/method.md, "Calibration").
+
+    ``source``: a ``text``, or what the model writes by ``self``.  ``sequences`` of ``length``
+    tokens are run dense and observed.  ``purpose``: static ``masks``, or a ``prior`` of the score.
+    """
+
+    source: Literal["text", "self"] = "text"
+    sequences: int = 128
+    length: int = 256
+    purpose: Literal["masks", "prior"] = "masks"
+
+    @model_validator(mode="after")
+    def _check(self) -> CalibrationConfig:
+        for name, least in (("sequences", 1), ("length", 2)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} {getattr(self, name)} must be at least {least}")
+        return self
+
+
+class PriorConfig(Part):
+    """What is learnt of a model once, from text that it writes itself (docs/method.md, "Prior").
+
+    ``sequences`` of ``length`` tokens, sampled at ``temperature`` from the likeliest tokens that
+    together have the chance ``top_p``.  Each goes on from the first ``opening`` tokens of a text
+    that is shipped for this; 0, or no tokenizer at hand: from the model's start token.
+    ``tokens``: the prior weighs as much as so many observed tokens.
+    """
+
+    sequences: int = 32
+    length: int = 128
+    opening: int = 24
+    temperature: float = 0.8
+    top_p: float = 0.95
+    tokens: int = 32
+
+    @model_validator(mode="after")
+    def _check(self) -> PriorConfig:
+        least_of = {"sequences": 1, "length": 16, "opening": 0, "tokens": 0}
+        for name, least in least_of.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"prior: {name} {getattr(self, name)} must be at least {least}")
+        if self.opening >= self.length:
+            raise ConfigError(
+                f"prior: opening {self.opening} must be less than length {self.length}"
+            )
+        if not self.temperature > 0:
+            raise ConfigError(f"prior: temperature {self.temperature} must be more than 0")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"prior: top_p {self.top_p} must lie in (0, 1]")
+        return self
+
+
+class TokenConfig(Part):
+    """Every token chooses its own neurons (docs/method.md, "Token-level tracing").
+
+    ``bits`` (4 or 8) per weight and ``group`` inputs per scale of the copies that rank neurons;
+    ``candidates``: fraction of each layer's neurons, by the sequence's scores, out of which tokens
+    choose, (0, 1]; None: all.
+    """
+
+    bits: Literal[4, 8] = 4
+    group: int = 32
+    candidates: float | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> TokenConfig:
+        if self.group < 1:
+            raise ConfigError(f"group {self.group} must be at least 1: inputs that share a scale")
+        if self.candidates is not None and not 0 < self.candidates <= 1:
+            raise ConfigError(
+                f"candidates {self.candidates:g} must lie in (0, 1]: the fraction of a layer's "
+                "neurons out of which every token chooses"
+            )
+        return self
+
+
+SECRET = ("api_key",)
+"""Settings whose value no message shows."""
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first validation problem as one sentence."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    shown = "" if where in SECRET else f" = {problem['input']!r}"
+    return f"{where}{shown}: {problem['msg'].lower()}"
+
+
+DEFAULT_SPARSITY = 0.1
+"""Fraction of FFN neurons that ``prune(model)`` removes when nothing is said (README: why)."""
+
+_SHORT = {
+    "score": "name",
+    "budget": "name",
+    "drift": "rule",
+    "remask": "evidence",
+    "calibration": "source",
+}
+
+_PARTS = frozenset({*_SHORT, "prior", "token"})
+
+
+def _expand(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Parts that are given as their name alone become mappings."""
+    return {
+        key: {_SHORT[key]: value} if key in _SHORT and isinstance(value, str) else value
+        for key, value in data.items()
+    }
+
+
+class PruneConfig(Part):
+    """Everything that decides a run's masks.  A part may be given as its name alone.
+
+    A bad value, an unknown key or settings that contradict each other raise ``ConfigError``.
+
+    ``sparsity``: fraction of all FFN neurons to remove, [0, 1); None: ``DEFAULT_SPARSITY``, unless
+    a table or the ``auto`` strategy sets the counts.  ``masking_step``: dense decode tokens before
+    the first mask.  ``release_step``: decode step from which everything runs dense.
+    ``min_evidence``: tokens (prompt + observed) wanted before the first mask.  ``skip_sinks``: the
+    first tokens of a sequence, which draw attention whatever they say, leave no evidence.
+    ``calibration``: what ``prepare`` does before a run.  ``prior``: what is learnt of the model
+    when it is first pruned.  ``token``: every token chooses its own neurons; None: masks of the
+    sequence.  ``compensation_rank``: features of the FFN's input from which compensation predicts
+    the removed neurons' output; 0: their mean alone.  ``weight_bits``: the dense model with weights
+    of 8 or 4 bits.  ``batch``: one mask for all rows, or one each.  ``executor``: what runs pruned
+    FFNs (docs/performance.md, "Executors"); ``auto``: the fastest that can.  ``seed``: of whatever
+    is drawn by chance.
+    """
+
+    method: str = "dart"
+    sparsity: float | None = None
+    score: ScoreConfig = ScoreConfig()
+    budget: BudgetConfig = BudgetConfig()
+    drift: DriftConfig = DriftConfig()
+    remask: RemaskConfig = RemaskConfig()
+    calibration: CalibrationConfig | None = None
+    prior: PriorConfig | None = None
+    token: TokenConfig | None = None
+    weight_bits: Literal[4, 8] | None = None
+    masking_step: int = 0
+    release_step: int | None = None
+    min_evidence: int = 0
+    skip_sinks: bool = False
+    compensation: bool = False
+    compensation_rank: int = 0
+    batch: Literal["shared", "per_row"] = "shared"
+    executor: Literal["auto", "masked", "compact", "native", "slim", "graph"] = "auto"
+    seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, data: Any) -> Any:
+        return _expand(data) if isinstance(data, Mapping) else data
+
+    @model_validator(mode="after")
+    def _check(self) -> PruneConfig:
+        if self.sparsity is not None:
+            check_sparsity(self.sparsity)
+            self._check_exclusive()
+        if self.masking_step < 0:
+            raise ConfigError(f"masking step {self.masking_step} must not be negative")
+        if self.release_step is not None and self.release_step <= self.masking_step:
+            raise ConfigError(
+                f"release step {self.release_step} must come after masking step "
+                f"{self.masking_step}: nothing would ever be pruned"
+            )
+        if self.min_evidence < 0:
+            raise ConfigError(f"min_evidence {self.min_evidence} must not be negative")
+        if self.executor not in ("auto", "masked") and self.batch == "per_row":
+            raise ConfigError('batch "per_row" has a mask per row: use executor "masked" or "auto"')
+        self._check_calibration()
+        self._check_prior()
+        self._check_candidates()
+        if self.score.strategy == "auto" and self.budget.table is not None:
+            raise ConfigError('strategy "auto" sets the counts itself: drop the layer table')
+        if self.score.strategy == "auto" and self.budget.name != "uniform":
+            raise ConfigError(
+                f'strategy "auto" sets the counts itself: drop the budget "{self.budget.name}"'
+            )
+        return self
+
+    def _check_calibration(self) -> None:
+        prior = self.calibration is not None and self.calibration.purpose == "prior"
+        if prior != (self.score.prior_weight is not None):
+            raise ConfigError(
+                'prior_weight and a calibration with purpose "prior" belong together: give both '
+                "or neither"
+            )
+        if self.weight_bits is not None and self.sparsity != 0:
+            raise ConfigError(
+                f"weight_bits {self.weight_bits} stands for the dense model: drop the sparsity"
+            )
+
+    def _check_prior(self) -> None:
+        if self.compensation_rank < 0:
+            raise ConfigError(f"compensation_rank {self.compensation_rank} must not be negative")
+        if self.token is not None and self.compensation_rank:
+            raise ConfigError(
+                "tokens that choose their own neurons have no low-rank compensation: drop "
+                "compensation_rank"
+            )
+        if self.prior is not None:
+            return
+        wants = {
+            f"compensation_rank {self.compensation_rank}": self.compensation_rank > 0,
+            "skip_sinks": self.skip_sinks,  # a prompt of sinks alone would leave nothing at all
+        }
+        for what, wanted in wants.items():
+            if wanted:
+                raise ConfigError(f"{what} needs a prior: give prior={{}} too")
+
+    def _check_candidates(self) -> None:
+        share = None if self.token is None else self.token.candidates
+        if share is None or self.target == 0 or not self._keeps_one_share:
+            return
+        if share < 1 - self.target - 1e-9:
+            raise ConfigError(
+                f"token.candidates {share:g} leaves fewer neurons than sparsity {self.target:g} "
+                f"keeps: give at least {1 - self.target:g}, or None"
+            )
+
+    @property
+    def _keeps_one_share(self) -> bool:
+        """Whether every layer keeps ``1 - target`` of its neurons."""
+        alone = self.budget.name == "uniform" and self.budget.table is None
+        return alone and self.score.strategy == "topk"
+
+    def _check_exclusive(self) -> None:
+        if self.score.strategy == "auto":
+            raise ConfigError('strategy "auto" sets the counts itself: drop the sparsity')
+        if self.budget.table is not None and not parse_layer_spec(self.budget.table).has_auto:
+            raise ConfigError(
+                f'the layer table "{self.budget.table}" fixes every count: drop the sparsity, or '
+                'hand layers to the allocator with "auto"'
+            )
+
+    @property
+    def target(self) -> float:
+        """The sparsity in force: what was asked for, or the default."""
+        return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+
+    def replace(self, changes: Mapping[str, Any]) -> PruneConfig:
+        """A copy with ``changes``; a mapping for a part changes only the keys that it holds.
+
+        Raises ``ConfigError`` for what does not fit.
+        """
+        data, changes = self.model_dump(), _expand(changes)
+        score = changes.get("score")
+        if isinstance(score, Mapping) and score.get("strategy") == "auto":
+            data["budget"] = BudgetConfig().model_dump()  # the preset's budget has no part in it
+        for key, value in changes.items():
+            nested = key in _PARTS and isinstance(value, Mapping)
+            data[key] = {**(data[key] or {}), **value} if nested else value
+        return PruneConfig.from_mapping(data)
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any]) -> PruneConfig:
+        """Build from plain data; raises ``ConfigError`` (an unknown key suggests the near one)."""
+        try:
+            return cls.model_validate(dict(data))
+        except ValidationError as error:
+            raise ConfigError(first_problem(error)) from None
+
+    @classmethod
+    def build(cls, method: str | PruneConfig = "dart", /, **changes: Any) -> PruneConfig:
+        """A preset's configuration (or a given one) with ``changes`` on top of it.
+
+        A change to None is none.  Raises ``UnknownName`` for a method that does not exist,
+        ``ConfigError`` for what does not fit.
+        """
+        base = METHODS.get(method) if isinstance(method, str) else method
+        if not isinstance(base, PruneConfig):
+            raise ConfigError(f"method {method!r} must be a name or a PruneConfig")
+        given = {key: value for key, value in changes.items() if value is not None}
+        return base.replace(given) if given else base
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able data; ``from_mapping`` reads it back."""
+        return self.model_dump(mode="json")
+
+    def save(self, path: str | Path) -> None:
+        """Write as YAML."""
+        import yaml
+
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> PruneConfig:
+        """Read what ``save`` wrote; raises ``ConfigError`` when the file cannot be read."""
+        return cls.from_mapping(read_yaml(Path(path)))
+
+
+def check_prepared(config: PruneConfig, chooses: bool, prior: bool) -> None:
+    """Raise ``ConfigError`` for a run of what only ``prepare`` makes ready.
+
+    ``chooses``: whether the run is to choose masks itself; ``prior``: whether it has a prior.
+    """
+    if config.weight_bits is not None:
+        why = f"rounds the weights of a copy of the model to {config.weight_bits} bits"
+        option = ""
+    elif chooses and config.calibration is not None and not prior:
+        what = "masks" if config.calibration.purpose == "masks" else "prior"
+        why, option = f"takes its {what} from calibration", ""
+        if config.calibration.source == "text":
+            option = " --calibration FILE"
+    else:
+        return
+    argument = ", calibration=FILE" if option else ""
+    raise ConfigError(
+        f'method "{config.method}" {why}, which prune does not do: use '
+        f"dart_llm.session.prepare.prepare(model, tokenizer, config{argument}), or "
+        f"dart-llm eval --method {config.method}{option}"
+    )
+
+
+def check_sparsity(value: float) -> float:
+    """Return ``value`` when it lies in [0, 1); raise ``ConfigError`` otherwise."""
+    if not 0 <= value < 1:
+        hint = f" (did you mean {value / 100:g}?)" if 2 <= value < 100 else ""
+        raise ConfigError(f"sparsity {value:g} must lie in [0, 1): the fraction removed{hint}")
+    return value

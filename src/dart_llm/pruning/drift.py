@@ -1,0 +1,314 @@
+"""Drift rules as data, the detector, guards on re-masking.
+
+Drift: has the attention output moved away from where the masks were made?
+
+``v``: output of the last layer's attention after its output projection, before the residual add.
+Means of non-overlapping windows of W tokens are compared by cosine with the centroid c of the
+observed tokens (DART, arXiv 2601.22632; docs/method.md, "Drift").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from dart_llm.pruning.records import DriftCheck
+
+SINKS = 4
+"""The first tokens of a sequence (attention sinks) never enter the centroid or a window."""
+
+MIN_WINDOWS = 4
+"""Windows needed for a reference; with fewer the detector arms on the first of PRUNED."""
+
+MAX_WINDOWS = 128
+"""Window means remembered for mu and sigma: the newest ones, so that memory is bounded."""
+
+Compare = Callable[[Tensor, Tensor], Tensor]
+"""Similarity of two means [..., D] over D: [...]; 1 for equal ones, 0 where one of them is zero."""
+
+
+def cosine(mean: Tensor, others: Tensor) -> Tensor:
+    """The rules' similarity."""
+    return cosine_similarity(mean, others, dim=-1)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """W tokens per window; a window is low under ``threshold(mu, sigma)``; trigger at ``count``.
+
+    ``threshold``: of mean and standard deviation of the reference's similarities, [B] float32 each,
+    one number per batch row.  ``window`` 0: no window is ever formed.  ``interval``: trigger after
+    that many pruned tokens.  ``source``: where the rule is from.
+    """
+
+    window: int
+    threshold: Callable[[Tensor, Tensor], Tensor] | None
+    count: int
+    interval: int = 0
+    source: str = ""
+
+
+def published() -> Rule:
+    """W = 5, theta = mu - max(0.1 sigma, 0.1), one low window (the published scripts)."""
+    return Rule(5, lambda mu, sigma: mu - (0.1 * sigma).clamp_min(0.1), 1)
+
+
+def paper() -> Rule:
+    """W = 10, theta = mu - 0.5 sigma, three low windows (a secondary account of the paper)."""
+    return Rule(10, lambda mu, sigma: mu - 0.5 * sigma, 3)
+
+
+def dart() -> Rule:
+    """W = 10, theta = mu - 1.5 sigma, three low windows (this project; docs/drift.md)."""
+    return Rule(10, lambda mu, sigma: mu - 1.5 * sigma, 3)
+
+
+def interval(tokens: int = 64) -> Rule:
+    """A new mask every N pruned tokens, whatever the text does."""
+    return Rule(0, None, 0, interval=tokens)
+
+
+def never() -> Rule:
+    """Masks are never rebuilt."""
+    return Rule(0, None, 0)
+
+
+def make_rule(text: str) -> Rule:
+    """The rule behind a validated ``drift.rule`` setting, e.g. ``paper`` or ``interval 64``."""
+    from dart_llm.pruning.registry import DRIFT_RULES
+
+    name, _, argument = text.partition(" ")
+    factory = DRIFT_RULES.get(name)
+    return factory(int(argument)) if argument else factory()
+
+
+@dataclass
+class Check:
+    """One completed window of every row: similarity [B], threshold [B] (None: arming), live [B]."""
+
+    window: int
+    similarity: list[float]
+    threshold: list[float] | None
+    live: list[bool]
+    counter: int
+    fired: bool
+
+    def records(
+        self, sequence: int, row: int | None, step: int, layer: int, allowed: bool
+    ) -> list[DriftCheck]:
+        """One record per live row; ``row``: the batch row of a detector of its own, or None."""
+        held = "held" if self.fired and not allowed else "armed"
+        state = "arming" if self.threshold is None else held
+        return [
+            DriftCheck(
+                sequence,
+                index if row is None else row,
+                step,
+                layer,
+                self.window,
+                similarity,
+                None if self.threshold is None else self.threshold[index],
+                self.counter,
+                allowed,
+                state,
+            )
+            for index, similarity in enumerate(self.similarity)
+            if self.live[index]
+        ]
+
+
+@dataclass
+class Detector:
+    """State of one mask's detector over B rows.  Make a new one for every reference.
+
+    ``observe`` collects the reference; ``watch`` takes the tokens of PRUNED.
+    """
+
+    rule: Rule
+    compare: Compare = cosine
+    total: Tensor | None = None
+    """[B, D] sum of v over the reference's tokens; ``tokens``: [B] their number."""
+    tokens: Tensor | None = None
+    windows: list[Tensor] = field(default_factory=list)
+    partial: list[Tensor] = field(default_factory=list)
+    """[B, t, D] each: tokens of the window in progress, fewer than W in all."""
+    waiting: list[Tensor] = field(default_factory=list)
+    """[B, t, D] each: tokens of the reference that are not in ``total`` yet, fewer than W."""
+    mu: Tensor | None = None
+    sigma: Tensor | None = None
+    counter: int = 0
+    checks: int = 0
+
+    @property
+    def armed(self) -> bool:
+        return self.mu is not None
+
+    @property
+    def filled(self) -> int:
+        """Tokens of the window in progress."""
+        return sum(part.shape[1] for part in self.partial)
+
+    def observe(self, v: Tensor, weights: Tensor | None, live: Tensor | None = None) -> None:
+        """Add observed tokens to the reference.
+
+        v: [B, T, D]; weights: [B, T] or None (all 1); live: [B] bool, False for rows that have
+        ended: they must not hold up the windows of the others.
+        """
+        if not self.rule.window or not v.shape[1]:
+            return
+        v = v.to(torch.float32, copy=True)  # the model may go on in place
+        if weights is not None or live is not None:
+            self.catch_up()
+            self._add(v, weights, live)
+            return
+        self.waiting.append(v)  # single tokens are added together: that takes as long as one
+        if sum(part.shape[1] for part in self.waiting) >= self.rule.window:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Add what is waiting to the reference."""
+        if self.waiting:
+            waiting, self.waiting = self.waiting, []
+            self._add(torch.cat(waiting, 1), None, None)
+
+    def _add(self, v: Tensor, weights: Tensor | None, live: Tensor | None) -> None:
+        if weights is None:
+            part, count = v.sum(1), torch.full((len(v),), float(v.shape[1]), device=v.device)
+        else:
+            part, count = torch.einsum("bt,btd->bd", weights, v), weights.sum(1)
+        self.total = part if self.total is None else self.total + part
+        self.tokens = count if self.tokens is None else self.tokens + count
+        for mean in self._fill(_compact(v, weights, live)):
+            self.windows = [*self.windows[1 - MAX_WINDOWS :], mean]
+
+    def start(self) -> None:
+        """Enter PRUNED: fix the reference if there is one; window and counter start at 0."""
+        self.catch_up()
+        self.partial, self.counter = [], 0
+        if self.total is not None and len(self.windows) >= MIN_WINDOWS:
+            self._arm()
+        else:
+            self.total, self.tokens, self.windows = None, None, []
+
+    def watch(self, v: Tensor, live: Tensor | None) -> list[Check]:
+        """Take pruned tokens. v: [B, T, D]; live: [B] bool or None (all).  One check per window."""
+        checks = []
+        for mean in self._fill(v.to(torch.float32, copy=True)):
+            checks.append(self._check(mean, live))
+        return checks
+
+    def cut(self, tokens: int) -> None:
+        """Forget the last ``tokens`` of a window in progress (they were rolled back)."""
+        self.catch_up()
+        if tokens > 0:
+            left = max(0, self.filled - tokens)
+            self.partial = [torch.cat(self.partial, 1)[:, :left]] if left else []
+
+    def nbytes(self) -> int:
+        held = [
+            self.total,
+            self.tokens,
+            self.mu,
+            self.sigma,
+            *self.windows,
+            *self.partial,
+            *self.waiting,
+        ]
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
+
+    def _fill(self, v: Tensor) -> list[Tensor]:
+        """Cut [B, T, D] into windows, completing the one in progress; returns their means."""
+        size = self.rule.window
+        if not size:
+            return []
+        self.partial.append(v)
+        if self.filled < size:  # most tokens: nothing is copied
+            return []
+        tokens = torch.cat(self.partial, 1)
+        end = tokens.shape[1] - tokens.shape[1] % size
+        self.partial = [tokens[:, end:].clone()]  # a view would keep all of them alive
+        return [tokens[:, start : start + size].mean(1) for start in range(0, end, size)]
+
+    def _arm(self) -> None:
+        """Leave-one-out similarities of the windows give mu and sigma of every row."""
+        assert self.total is not None and self.tokens is not None
+        size = self.rule.window
+        stack = torch.stack(self.windows)  # [n, B, D]
+        others = (self.total - size * stack) / (self.tokens[:, None] - size).clamp_min(1)
+        similarity = self.compare(stack, others)
+        self.mu, self.sigma = similarity.mean(0), similarity.std(0)
+        self.windows = []
+
+    def _check(self, mean: Tensor, live: Tensor | None) -> Check:
+        self.checks += 1
+        if not self.armed:
+            return self._collect(mean, live)
+        assert self.total is not None and self.tokens is not None and self.rule.threshold
+        assert self.mu is not None and self.sigma is not None
+        centroid = self.total / self.tokens[:, None].clamp_min(1)
+        similarity = self.compare(mean, centroid)
+        threshold = self.rule.threshold(self.mu, self.sigma).expand_as(similarity)
+        alive = torch.ones_like(similarity) if live is None else live.to(similarity)
+        table = torch.stack([similarity, threshold, alive]).tolist()  # the step's one transfer
+        rows = list(zip(*table, strict=True))
+        low_rows = sum(1 for s, t, a in rows if a and s < t)
+        low = low_rows > sum(a for _, _, a in rows) / 2
+        self.counter = self.counter + 1 if low else max(0, self.counter - 1)
+        fired = self.counter >= self.rule.count
+        return Check(
+            self.checks, table[0], table[1], [bool(a) for a in table[2]], self.counter, fired
+        )
+
+    def _collect(self, mean: Tensor, live: Tensor | None) -> Check:
+        size = self.rule.window
+        self.windows.append(mean)
+        part, count = size * mean, torch.full((len(mean),), float(size), device=mean.device)
+        self.total = part if self.total is None else self.total + part
+        self.tokens = count if self.tokens is None else self.tokens + count
+        others = self.total - part
+        similarity = self.compare(mean, others)
+        alive = torch.ones_like(similarity) if live is None else live.to(similarity)
+        similar, lives = torch.stack([similarity, alive]).tolist()
+        if len(self.windows) >= MIN_WINDOWS:
+            self._arm()
+        return Check(self.checks, similar, None, [bool(a) for a in lives], 0, False)
+
+
+def _compact(v: Tensor, weights: Tensor | None, live: Tensor | None) -> Tensor:
+    """Real tokens of every row, moved to the front and cut to the shortest live row: [B, T', D]."""
+    if weights is None:
+        return v
+    counts = weights.sum(1).long()
+    if live is not None:
+        counts = counts.where(live.to(counts.device), counts.max())
+    shortest = int(counts.min())
+    order = weights.sort(dim=1, descending=True, stable=True).indices[:, :shortest]
+    return v.gather(1, order[..., None].expand(-1, -1, v.shape[2]))
+
+
+# Guards on re-masking: a distance between triggers, and a cap on dense tokens.
+
+
+def guards_allow(
+    decoded: int,
+    last: int | None,
+    spent: int,
+    need: int,
+    min_distance: int,
+    max_dense_share: float | None,
+    allowance: int = 0,
+) -> bool:
+    """Whether the guards of a rule let a trigger through (docs/method.md, "Drift", in tokens).
+
+    ``decoded`` so far; ``last``: decoded at the trigger before, or None; ``spent``: dense ones on
+    re-masks so far; ``need``: those of the coming one; ``allowance``: those beside the share.
+    """
+    if last is not None and decoded - last < min_distance:
+        return False
+    if max_dense_share is None:
+        return True
+    return spent + need <= allowance + max_dense_share * (decoded + need)

@@ -1,0 +1,171 @@
+"""ForwardCall in, ForwardPlan out; which tokens count (sinks, padding, ended rows).
+
+What is said of a forward (``Call``), and what is answered (``Plan``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from dart_llm.pruning.drift import SINKS
+from dart_llm.pruning.masks import LayerMask
+from dart_llm.pruning.observations import LayerObservation
+from dart_llm.pruning.sequence import SequenceState
+
+
+class Kind(StrEnum):
+    """What a root forward is (docs/method.md)."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True)
+class ForwardCall:
+    """One root forward. ``cached`` tokens lie in the cache, [``rows``, ``tokens``] are new.
+
+    ``valid``: [B, T] float32, 0 for padding, or None.  ``live``: [B] bool, False for rows that
+    have ended, or None.  ``observable``: leading tokens of a prefill that belong to the prompt.
+    """
+
+    kind: Kind
+    cached: int
+    tokens: int
+    rows: int
+    valid: Tensor | None = None
+    live: Tensor | None = None
+    observable: int | None = None
+    forced: bool = False
+    """Whether tokens of a known text stand for decode steps of one token each."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Leading tokens that a prefill observes."""
+        return self.tokens if self.observable is None else min(self.tokens, self.observable)
+
+
+@dataclass(frozen=True)
+class ForwardPlan:
+    """What the layers do in one forward: ``masks[life][layer]``, None where dense.
+
+    ``observe``: hand on what is seen; ``stream``: the stream before and after the FFN too;
+    ``inputs``: the FFN's input too, where low-rank compensation reads it.  ``into``: where dense
+    layers put what they saw by themselves, [B, T, ...] outside any graph; None: the tracer does.
+    """
+
+    observe: bool
+    features: bool
+    masks: tuple[tuple[LayerMask | None, ...] | None, ...]
+    stream: bool = False
+    inputs: bool = False
+    into: dict[int, LayerObservation] | None = None
+
+    @cached_property
+    def dense(self) -> bool:
+        return all(masks is None for masks in self.masks)
+
+
+@dataclass
+class PendingForward:
+    """Tokens of the running (or not yet settled) forward; ``observing``: one flag per life."""
+
+    call: ForwardCall
+    observing: list[bool]
+    layers: dict[int, LayerObservation]
+    counts: list[float]
+    """Prompt tokens of each row in this forward, padding left out."""
+    feature: Tensor | None = None
+    read: list[int] = field(default_factory=list)
+    """Tokens of a decode forward on which sensitivities are read."""
+    own: Tensor | None = None
+    """Which of these each life reads itself, [lives, n]; None: all."""
+    ended: bool = False
+    """False while the forward runs, and for ever if it raised."""
+
+
+T = TypeVar("T", Tensor, Tensor | None)
+
+
+def bare(t: T) -> T:
+    """``t`` outside any graph."""
+    return t.detach() if t is not None and t.requires_grad else t
+
+
+def token_weights(call: ForwardCall, end: int) -> Tensor | None:
+    """[B, end] float32 token weights, or None when all are 1."""
+    weights = None if call.valid is None else call.valid[:, :end]
+    if call.live is None:
+        return weights
+    alive = call.live.float()[:, None].expand(-1, end)
+    return alive if weights is None else weights * alive
+
+
+def prompt_counts(call: ForwardCall) -> list[float]:
+    """Prompt tokens of each row in one forward, padding left out; 0 in a decode forward."""
+    if call.kind is Kind.DECODE:
+        return [0.0] * call.rows
+    if call.valid is None:
+        return [float(call.prompt_tokens)] * call.rows
+    counts: list[float] = call.valid[:, : call.prompt_tokens].sum(1).tolist()
+    return counts
+
+
+# Which tokens count as evidence, and for a drift detector's reference; sinks are left out.
+#
+# The first tokens of a sequence draw attention whatever they say (docs/method.md, "Drift").
+
+
+def add_reference(
+    lives: Sequence[SequenceState], held: PendingForward, v: Tensor, real: Sequence[float]
+) -> None:
+    """Hand v [B, T, D] to the detectors of the lives that observe.
+
+    ``real``: tokens of each row before this forward, padding left out.
+    """
+    end = v.shape[1]
+    weights, live = token_weights(held.call, end), held.call.live
+    padded = held.call.kind is Kind.PREFILL and weights is not None
+    if padded:
+        weights = without_sinks(weights, real, held.call.rows, end)
+    for life, wanted in zip(lives, held.observing, strict=True):
+        if wanted:
+            rows, skip = life.batch_rows, 0 if padded else sinks_ahead(life, end, real)
+            w = None if weights is None else weights[rows, skip:].to(v.device)
+            life.detector.observe(v[rows, skip:], w, None if live is None else live[rows])
+
+
+def sinks_ahead(life: SequenceState, tokens: int, real: Sequence[float]) -> int:
+    """How many of the next ``tokens`` are attention sinks (of the shortest row)."""
+    before = min(real) if life.row is None else real[life.row]
+    return max(0, min(SINKS - int(before), tokens))
+
+
+def evidence_weights(
+    call: ForwardCall, end: int, real: Sequence[float], skip: bool
+) -> Tensor | None:
+    """Weights of a forward's first ``end`` tokens in the evidence: [B, end], or None for all ones.
+
+    ``real``: tokens of each row before them; ``skip``: sinks weigh nothing.
+    """
+    weights = token_weights(call, end)
+    if not skip or min(real) >= SINKS:
+        return weights
+    return without_sinks(weights, real, call.rows, end)
+
+
+def without_sinks(weights: Tensor | None, real: Sequence[float], rows: int, end: int) -> Tensor:
+    """Token weights [B, end] with 0 where a token is one of the first of its row.
+
+    ``weights``: [B, end] or None for all ones; ``real``: tokens of each row before these.
+    """
+    if weights is None:
+        weights = torch.ones(rows, end, dtype=torch.float32)
+    before = torch.tensor(real, device=weights.device)[:, None]
+    return weights * (weights.cumsum(1) - 1 + before >= SINKS)

@@ -1,0 +1,194 @@
+"""LayerMask, top-k in linear time, masks given by the user, overlap.
+
+Masks: which neurons each layer keeps, chosen from scores and counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dart_llm.errors import ConfigError
+from dart_llm.pruning.compensation import LowRank
+
+if TYPE_CHECKING:
+    from dart_llm.pruning.weights import FfnWeights
+
+
+# The largest of many values without sorting them.
+
+
+def largest(values: Tensor, count: int) -> Tensor:
+    """Marks of the ``count`` largest of values [n], bool [n]; ties go to the lower index.
+
+    Not-a-number counts as infinite.  In linear time: sorting takes longer than all else that a mask
+    needs.
+    """
+    if count >= len(values):
+        return torch.ones_like(values, dtype=torch.bool)
+    if count <= 0:
+        return torch.zeros_like(values, dtype=torch.bool)
+    values = values.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    edge = values.kthvalue(len(values) - count + 1).values
+    marks = values > edge
+    ties = (values == edge).nonzero().flatten()
+    marks[ties[: count - int(marks.sum())]] = True
+    return marks
+
+
+FLOOR = 0.1
+"""Share of its neurons that rankings over all layers and ``auto`` leave in every layer."""
+
+
+def floor_count(width: int) -> int:
+    """The fewest neurons that are at least 10 % of a layer, for what must stay in every layer."""
+    return math.ceil(FLOOR * width - 1e-9)
+
+
+USER_MASKS = "given masks"
+"""What stands in place of a method's name where the user chose the neurons."""
+
+
+@dataclass(frozen=True)
+class LayerMask:
+    """The neurons that one layer keeps.
+
+    ``ids``: [k] int64, ascending, on the layer's device.  ``bias``: [D] float32, added to the
+    FFN's output while the mask is in force (compensation), or None.  ``low_rank``: what is added
+    beside it as a linear map of the FFN's input, or None.
+    """
+
+    ids: Tensor
+    width: int
+    bias: Tensor | None = None
+    low_rank: LowRank | None = None
+
+    @property
+    def kept(self) -> int:
+        return int(self.ids.numel())
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """[I] ones and zeros."""
+        mask = torch.zeros(self.width, dtype=dtype, device=self.ids.device)
+        mask[self.ids] = 1
+        return mask
+
+    def removed(self) -> Tensor:
+        """Indices of the removed neurons, ascending, [I - k]."""
+        gone = torch.ones(self.width, dtype=torch.bool, device=self.ids.device)
+        gone[self.ids] = False
+        return gone.nonzero().flatten()
+
+    def nbytes(self) -> int:
+        bias = 0 if self.bias is None else self.bias.numel() * self.bias.element_size()
+        extra = 0 if self.low_rank is None else self.low_rank.nbytes()
+        return self.ids.numel() * self.ids.element_size() + bias + extra
+
+
+def top_ids(score: Tensor, keep: int) -> Tensor:
+    """Indices of the ``keep`` largest scores, ascending; ties go to the lower index.
+
+    score: [I].  Returns [keep] int64.
+    """
+    return largest(score, keep).nonzero().flatten()
+
+
+def split(score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """``top_ids`` and the ids of the others, both ascending."""
+    marks = largest(score, keep)
+    return marks.nonzero().flatten(), (~marks).nonzero().flatten()
+
+
+def auto_count(score: Tensor) -> int:
+    """Strategy ``auto``: neurons whose score reaches the layer's mean, at least 10 % of them.
+
+    score: [I] on the host.
+    """
+    above = int((score >= score.mean()).sum())
+    return max(above, floor_count(score.numel()))
+
+
+def overlap(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> float:
+    """Share of the neurons in ``second`` that ``first`` also holds, over all masked layers."""
+    same = total = 0
+    for old, new in zip(first, second, strict=True):
+        if old is None or new is None:
+            continue
+        marks = torch.zeros(int(max(new[-1], old[-1])) + 1, dtype=torch.bool, device=new.device)
+        marks[old.to(new.device)] = True
+        same += int(marks[new].sum())
+        total += new.numel()
+    return same / total if total else 1.0
+
+
+def _neuron_ids(layer: int, ids: Sequence[int] | Tensor) -> Tensor:
+    """Unique ids, ascending, int64 on the host; refuses masks of booleans and fractions."""
+    try:
+        found = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"layer {layer} was given {ids!r}: give a list of neuron ids") from None
+    if found.numel() and (found.dtype == torch.bool or found.is_floating_point()):
+        raise ConfigError(
+            f"layer {layer} was given {str(found.dtype).removeprefix('torch.')} values: give "
+            "neuron ids, whole numbers (mask.nonzero() makes them from a mask)"
+        )
+    unique: Tensor = torch.unique(found.long())
+    return unique.cpu()
+
+
+def _is_index(layer: object) -> bool:
+    return hasattr(layer, "__index__") and not isinstance(layer, bool)
+
+
+def user_masks(
+    widths: Sequence[int],
+    keep: Mapping[int, Sequence[int] | Tensor] | None,
+    remove: Mapping[int, Sequence[int] | Tensor] | None,
+) -> list[Tensor | None]:
+    """A user's own masks: neuron ids per layer to keep, or to remove; other layers stay dense.
+
+    Raises ``ConfigError`` for an unknown layer or neuron, or for a layer left with no neuron.
+    """
+    if (keep is None) == (remove is None):
+        raise ConfigError("give either masks= (neurons to keep) or remove=, not both")
+    given = keep if keep is not None else remove
+    if not isinstance(given, Mapping) or not all(_is_index(layer) for layer in given):
+        raise ConfigError("masks= and remove= take a mapping from layer numbers to neuron ids")
+    found: list[Tensor | None] = [None] * len(widths)
+    for layer, ids in given.items():
+        if not 0 <= int(layer) < len(widths):
+            raise ConfigError(f"layer {layer} is out of range: this model has {len(widths)} layers")
+        width = widths[int(layer)]
+        index = _neuron_ids(int(layer), ids)
+        if outside := [int(i) for i in index if not 0 <= i < width]:
+            raise ConfigError(f"layer {layer} has neurons 0-{width - 1}; got id {outside[0]}")
+        mask = torch.zeros(width, dtype=torch.bool)
+        mask[index] = True
+        kept = (mask if keep is not None else ~mask).nonzero().flatten()
+        if not kept.numel():
+            raise ConfigError(f"layer {layer} would keep no neuron: keep at least one")
+        found[int(layer)] = kept
+    return found
+
+
+def masks_on_devices(
+    layers: Sequence[FfnWeights],
+    keep: Mapping[int, Sequence[int] | Tensor] | None,
+    remove: Mapping[int, Sequence[int] | Tensor] | None,
+) -> tuple[LayerMask | None, ...]:
+    """The masks of ``given_masks`` on the layers' devices; None where a layer keeps all."""
+    found = user_masks([layer.width for layer in layers], keep, remove)
+    return tuple(
+        None
+        if ids is None or len(ids) == layer.width
+        else LayerMask(ids if layer.down.is_meta else ids.to(layer.device), layer.width)
+        for ids, layer in zip(found, layers, strict=True)
+    )
+
+
+Masks = tuple[LayerMask | None, ...]

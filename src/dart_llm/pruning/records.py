@@ -1,0 +1,251 @@
+"""What flows out: Remask, DriftCheck, RunReport; how reports are added up.
+
+What flows out of a run: frozen, JSON-able records, one schema for every door.
+
+Sparsity is always the fraction of FFN neurons removed.  "Decoded tokens" are those fed in decode
+forwards; the first generated token, which comes from the prompt's logits, is not one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Remask:
+    """Masks of all layers were built; they hold from decode step ``step`` of ``sequence`` on."""
+
+    sequence: int
+    row: int | None
+    """Batch row, or None when one mask serves the whole batch."""
+    step: int
+    """Decoded tokens before the first forward that used these masks."""
+    cause: str
+    """``first``, ``prompt`` (new prefill tokens), ``drift``, ``interval``, ``given``, or ``forced``
+    (at a known moment)."""
+    evidence_tokens: float
+    """Tokens that the masks were made from; after a decay they count less."""
+    kept: tuple[int, ...]
+    """Neurons kept, per layer."""
+    overlap: float | None
+    """Share of the kept neurons that the mask before also kept; None for a first mask."""
+
+
+@dataclass(frozen=True)
+class DriftCheck:
+    """One completed window of the drift detector (one row of drift.csv).
+
+    ``step``: decoded tokens up to its end; ``layer``: whose output is watched; ``window``: its
+    number since the reference was made; ``counter``: the rule's, after this window.
+    """
+
+    sequence: int
+    row: int
+    step: int
+    layer: int
+    window: int
+    similarity: float
+    """Cosine of the window's mean and the reference, -1 to 1."""
+    threshold: float | None
+    """None while the detector is not armed."""
+    counter: int
+    trigger: bool
+    """Whether the masks are made anew after it."""
+    state: str
+    """``arming``, ``armed``, or ``held`` (a trigger that the guards put off)."""
+
+
+@dataclass(frozen=True)
+class LayerStat:
+    """One layer at the end of a run."""
+
+    layer: int
+    width: int
+    kept: int
+    """Neurons kept by the mask in force at the end (the width when dense)."""
+    kept_share: float
+    sparsity_decoded: float
+    """Mean over decoded tokens, dense tokens counting 0."""
+
+
+@dataclass(frozen=True)
+class SequenceReport:
+    """Accounting of one sequence (one batch row, or one batch that shares its masks).
+
+    Numbers as in ``RunReport``.
+    """
+
+    sequence: int
+    row: int | None
+    prompt_tokens: int
+    decoded_tokens: int
+    dense_tokens: int
+    achieved_sparsity: float
+    sparsity_while_pruned: float
+    dense_token_share: float
+    remasks: tuple[Remask, ...]
+
+
+def bytes_limit(ffn_share: float, sparsity: float, proxy_share: float = 0.0) -> float:
+    """Largest speed-up that the bytes read allow: low-bit copies are read on top."""
+    return 1.0 / max(1e-9, 1.0 - ffn_share * (sparsity - proxy_share))
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Accounting of a run (docs/method.md, "Accounting")."""
+
+    method: str
+    requested_sparsity: float | None
+    achieved_sparsity: float
+    """Mean over decoded tokens and layers of the fraction removed; dense tokens count 0."""
+    sparsity_while_pruned: float
+    """The same over the tokens that ran with masks."""
+    dense_token_share: float
+    """Decoded tokens that ran dense, over all of them."""
+    prompt_tokens: int
+    decoded_tokens: int
+    remasks: int
+    """Masks built after the first of each sequence."""
+    remask_causes: dict[str, int]
+    layers: tuple[LayerStat, ...]
+    executor: str
+    ffn_flops_share: float
+    """FFN FLOPs per decoded token over dense, as executed, tracing and mask building included."""
+    ffn_bytes_share: float
+    """FFN bytes touched per decode forward over dense, as executed, likewise."""
+    ffn_flops_share_if_compact: float
+    ffn_bytes_share_if_compact: float
+    ffn_share_of_bytes: float
+    """FFN bytes over all weight bytes that one decoded token reads (embedding rows left out)."""
+    extra_memory_bytes: int
+    """Held beside the model: evidence, detector, masks, compact and low-bit copies."""
+    sequences: tuple[SequenceReport, ...]
+    proxy_flops_share: float = 0.0
+    """Part of the FFN FLOPs over dense that estimating and ranking neurons per token takes."""
+    proxy_bytes_share: float = 0.0
+    """Part of the FFN bytes over dense that low-bit copies take; 0 unless tokens choose."""
+    proxy_error: float | None = None
+    """Relative Frobenius error of the low-bit copies; None without them."""
+    proxy_error_gaussian: float | None = None
+    """The same of Gaussian matrices on the same grid: much more means a file that flatters it."""
+
+    @property
+    def bytes_limit(self) -> float:
+        """Largest speed-up that the bytes read allow at the achieved sparsity."""
+        return bytes_limit(self.ffn_share_of_bytes, self.achieved_sparsity, self.proxy_bytes_share)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able data."""
+        return {**asdict(self), "bytes_limit": self.bytes_limit}
+
+    def __str__(self) -> str:
+        asked = (
+            "" if self.requested_sparsity is None else f" of {self.requested_sparsity:.0%} asked"
+        )
+        copies = (
+            f" ({self.proxy_bytes_share:.2f} of it low-bit copies)"
+            if self.proxy_bytes_share
+            else ""
+        )
+        remasks = f"{self.remasks} re-mask{'' if self.remasks == 1 else 's'}"
+        return (
+            f"{self.method}: {self.achieved_sparsity:.1%} of the FFN neurons removed{asked}, mean "
+            f"over {self.decoded_tokens} decoded tokens ({self.dense_token_share:.1%} of them "
+            f"dense; {self.sparsity_while_pruned:.1%} while pruned), {remasks}, "
+            f"{self.executor} executor, {self.ffn_bytes_share:.2f} of the dense FFN bytes{copies}, "
+            f"{self.extra_memory_bytes / 2**20:.1f} MiB held"
+        )
+
+
+# Adding up the reports of several runs of the same configuration.
+
+
+_WEIGHTED = (
+    "achieved_sparsity",
+    "dense_token_share",
+    "ffn_flops_share",
+    "ffn_bytes_share",
+    "ffn_flops_share_if_compact",
+    "ffn_bytes_share_if_compact",
+    "proxy_flops_share",
+    "proxy_bytes_share",
+)
+
+_NONE_WHEN_DENSE = ("achieved_sparsity", "proxy_flops_share", "proxy_bytes_share")
+
+_ADDED = ("prompt_tokens", "decoded_tokens", "remasks")
+
+
+def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One report (as ``RunReport.to_dict``) over all; means are weighted by decoded tokens.
+
+    ``layers`` keeps the last run's counts with the mean sparsity; ``sequences`` are joined.
+    """
+    total = sum(report["decoded_tokens"] for report in reports)
+    merged = dict(reports[-1])
+
+    def mean(key: str) -> float:
+        return float(sum(r[key] * r["decoded_tokens"] for r in reports) / max(1, total))
+
+    merged.update({key: mean(key) for key in _WEIGHTED})
+    merged.update({key: sum(report[key] for report in reports) for key in _ADDED})
+    pruned = 1 - merged["dense_token_share"]
+    merged["sparsity_while_pruned"] = merged["achieved_sparsity"] / pruned if pruned else 0.0
+    merged["extra_memory_bytes"] = max(report["extra_memory_bytes"] for report in reports)
+    causes: dict[str, int] = {}
+    for report in reports:
+        for cause, count in report["remask_causes"].items():
+            causes[cause] = causes.get(cause, 0) + count
+    merged["remask_causes"] = causes
+    merged["layers"] = [
+        {
+            **layer,
+            "sparsity_decoded": sum(
+                report["layers"][index]["sparsity_decoded"] * report["decoded_tokens"]
+                for report in reports
+            )
+            / max(1, total),
+        }
+        for index, layer in enumerate(reports[-1]["layers"])
+    ]
+    merged["sequences"] = [
+        {**sequence, "sequence": number}
+        for number, sequence in enumerate(s for r in reports for s in r["sequences"])
+    ]
+    merged["bytes_limit"] = _limit(merged)
+    return merged
+
+
+def _limit(report: dict[str, Any]) -> float:
+    proxy = report["proxy_bytes_share"]
+    return bytes_limit(report["ffn_share_of_bytes"], report["achieved_sparsity"], proxy)
+
+
+def slim(report: dict[str, Any]) -> dict[str, Any]:
+    """The report without its list of sequences, for keeping one per item."""
+    return {**report, "sequences": []}
+
+
+def add_dense(report: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """The report with ``tokens`` decoded tokens more that ran dense, outside any run."""
+    if not tokens:
+        return report
+    before = report["decoded_tokens"]
+    total = before + tokens
+
+    def mixed(value: float, dense: float) -> float:
+        return float((value * before + dense * tokens) / total)
+
+    merged = dict(report)
+    for key in _WEIGHTED:
+        merged[key] = mixed(report[key], 0.0 if key in _NONE_WHEN_DENSE else 1.0)
+    merged["decoded_tokens"] = total
+    merged["layers"] = [
+        {**layer, "sparsity_decoded": mixed(layer["sparsity_decoded"], 0.0)}
+        for layer in report["layers"]
+    ]
+    merged["bytes_limit"] = _limit(merged)
+    return merged

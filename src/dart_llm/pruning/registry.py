@@ -1,0 +1,134 @@
+"""The one place that lists everything that can be chosen by name.
+
+A built-in is one line in a table below, imported only when it is asked for.  Outsiders register
+with ``SCORES.register("name")`` or through the entry-point group that the registry names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from dart_llm.errors import ConfigError, UnknownName
+
+if TYPE_CHECKING:
+    from dart_llm.pruning.budgets import Budget
+    from dart_llm.pruning.config import PruneConfig
+    from dart_llm.pruning.drift import Rule
+    from dart_llm.pruning.scores import Score
+
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Names mapped to objects, or to a lazy ``"module:attribute"``.
+
+    ``kind``: the word for messages; ``group``: the entry-point group of other packages.
+    """
+
+    def __init__(self, kind: str, group: str, lazy: dict[str, str]) -> None:
+        self.kind = kind
+        self.group = group
+        self._lazy = dict(lazy)
+        self._objects: dict[str, T] = {}
+        self._scanned = False
+
+    def register(self, name: str, value: T) -> T:
+        """Add ``value`` under ``name``; a name that is taken raises ``ConfigError``."""
+        if name in self._lazy or name in self._objects:
+            raise ConfigError(f"{self.kind} {name!r} is already registered")
+        self._objects[name] = value
+        return value
+
+    def unregister(self, name: str) -> None:
+        """Take back what ``register`` added."""
+        self._objects.pop(name, None)
+
+    def names(self) -> tuple[str, ...]:
+        """All known names, sorted."""
+        self._scan()
+        return tuple(sorted({*self._lazy, *self._objects}))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names()
+
+    def check(self, name: str) -> str:
+        """Return ``name`` when it is known; raise ``UnknownName`` with the near names otherwise."""
+        known = self.names()
+        if name not in known:
+            raise UnknownName(self.kind, name, known)
+        return name
+
+    def get(self, name: str) -> T:
+        """The object behind ``name``, imported on first use; raises ``UnknownName``."""
+        self.check(name)
+        if name not in self._objects:
+            module, _, attribute = self._lazy[name].partition(":")
+            self._objects[name] = getattr(import_module(module), attribute)
+        return self._objects[name]
+
+    def _scan(self) -> None:
+        if self._scanned:
+            return
+        self._scanned = True
+        for point in entry_points(group=self.group):
+            self._lazy.setdefault(point.name, point.value)
+
+
+def _table(module: str, names: str) -> dict[str, str]:
+    return {name: f"{module}:{name.replace('-', '_')}" for name in names.split()}
+
+
+METHODS: Registry[PruneConfig] = Registry(
+    "method",
+    "dart_llm.methods",
+    {
+        name: f"dart_llm.pruning.methods:{name.replace('-', '_').upper()}"
+        for name in (
+            "dense dense-8bit dense-4bit random static wanda flap griffin griffin-refresh glass "
+            "published dart dart-prompt dart-token"
+        ).split()
+    },
+)
+"""Methods: names of a ``PruneConfig``.  Entry-point group ``dart_llm.methods``."""
+
+SCORES: Registry[Score] = Registry(
+    "score",
+    "dart_llm.pruning.scores",
+    {
+        **_table(
+            "dart_llm.pruning.scores",
+            "magnitude normalized contribution fisher wanda flap weight random",
+        ),
+        **{f"{name}": f"dart_llm.pruning.scores:{name}_proxy" for name in ("max", "mean")},
+        **_table("dart_llm.pruning.scores", "combined product"),
+    },
+)
+"""Scores of neurons.  Entry-point group ``dart_llm.pruning.scores``."""
+
+BUDGETS: Registry[Budget] = Registry(
+    "budget",
+    "dart_llm.pruning.budgets",
+    {
+        "uniform": "dart_llm.pruning.budgets:uniform",
+        "depth": "dart_llm.pruning.budgets:depth",
+        "depth-residual": "dart_llm.pruning.budgets:depth_residual",
+        "energy": "dart_llm.pruning.budgets:energy",
+        "global": "dart_llm.pruning.budgets:global_rank",
+        "ranked": "dart_llm.pruning.budgets:ranked",
+        "standardized": "dart_llm.pruning.budgets:standardized",
+    },
+)
+"""Budgets of layers.  Entry-point group ``dart_llm.pruning.budgets``."""
+
+DRIFT_RULES: Registry[Callable[..., Rule]] = Registry(
+    "drift rule",
+    "dart_llm.drift_rules",
+    _table("dart_llm.pruning.drift", "published paper dart interval never"),
+)
+"""Drift rules: functions that return a ``Rule``.  Entry-point group ``dart_llm.drift_rules``."""
+
+ALL: tuple[Registry[Any], ...] = (METHODS, SCORES, BUDGETS, DRIFT_RULES)

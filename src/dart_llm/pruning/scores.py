@@ -1,0 +1,209 @@
+"""Neuron scores, one decorated function each; forward-proxy scores too.
+
+Neuron scores (docs/method.md, "Scores").
+
+A score is one function ``(a, weights) -> [I]``.  ``a`` is what was accumulated over the observed
+tokens from the per-token statistic that the decorator names: ``sqrt(sum_t e_t)``, or with an
+``ema_decay`` d the average of ``sqrt(e_t)`` weighted by ``d^(T-1-t)``.  A score of ``spread`` gets
+the standard deviation of u over the observed tokens instead, one of ``average`` the mean of e_t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dart_llm.errors import ConfigError
+from dart_llm.pruning.weights import FfnWeights
+
+EPS = 1e-12
+
+PerToken = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A scoring rule: its per-token statistic (None: weights alone decide) and its function.
+
+    ``source``: the paper and the formula.
+    """
+
+    function: Callable[[Tensor, FfnWeights], Tensor]
+    per_token: PerToken | None
+    source: str
+    spread: bool = False
+    """Whether ``a`` is the standard deviation of u; ``per_token`` is then ``squared``."""
+    average: bool = False
+    """Whether ``a`` is the mean of the per-token statistic, so that layers compare."""
+    learns: bool = False
+    """Whether the score reads the gradients of the layer's prior (``FfnWeights.learnt``)."""
+    reach: bool = False
+    """Whether the score reads ``FfnWeights.reach``, which is worth keeping."""
+
+    def __call__(self, a: Tensor, weights: FfnWeights) -> Tensor:
+        """a: [I] float32 accumulated statistic.  Returns [I] float32, larger is kept first."""
+        return self.function(a, weights)
+
+    @property
+    def undecayed(self) -> str:
+        """Why no ``ema_decay`` applies; "" where one does."""
+        if self.per_token is None:
+            return "reads no activations"
+        kind = "variance" if self.spread else "mean"
+        return f"is a {kind} over all tokens alike" if self.spread or self.average else ""
+
+    @property
+    def summary(self) -> str:
+        """First line of the function's docstring."""
+        return (self.function.__doc__ or "").split("\n")[0]
+
+
+def score(
+    per_token: PerToken | None,
+    source: str,
+    spread: bool = False,
+    average: bool = False,
+    learns: bool = False,
+    reach: bool = False,
+) -> Callable[[Callable[[Tensor, FfnWeights], Tensor]], Score]:
+    """Turn a function ``(a, weights) -> [I]`` into a ``Score``; the arguments are its fields."""
+
+    def wrap(function: Callable[[Tensor, FfnWeights], Tensor]) -> Score:
+        return Score(function, per_token, source, spread, average, learns, reach)
+
+    return wrap
+
+
+def squared(u: Tensor) -> Tensor:
+    """u_i^2 of each token.  u: [..., I] float32."""
+    return u.square()
+
+
+def squared_share(u: Tensor) -> Tensor:
+    """(u_i / ||u||_2)^2 of each token.  u: [..., I] float32."""
+    return u.square() / u.square().sum(-1, keepdim=True).clamp_min(EPS)
+
+
+@score(squared, "DART, arXiv 2601.22632, the published scripts' default")
+def magnitude(a: Tensor, weights: FfnWeights) -> Tensor:
+    """L2 norm of the neuron's activation over the observed tokens."""
+    return a
+
+
+@score(squared_share, "GRIFFIN, arXiv 2404.01365, eq. 6")
+def normalized(a: Tensor, weights: FfnWeights) -> Tensor:
+    """L2 norm of the neuron's activation after each token is scaled to unit norm."""
+    return a
+
+
+@score(squared, "Wanda's criterion (arXiv 2306.11695) for whole neurons, L2")
+def contribution(a: Tensor, weights: FfnWeights) -> Tensor:
+    """Magnitude times the norm of the neuron's column of the down projection."""
+    return a * weights.down_norm
+
+
+@score(squared, "Wanda, arXiv 2306.11695, summed over the weights of a neuron's output column")
+def wanda(a: Tensor, weights: FfnWeights) -> Tensor:
+    """Magnitude times the L1 norm of the neuron's column of the down projection."""
+    return a * weights.down_l1
+
+
+@score(squared, "FLAP, arXiv 2312.11983, the fluctuation metric (WIFV)", spread=True)
+def flap(a: Tensor, weights: FfnWeights) -> Tensor:
+    """Variance of the activation times the squared norm of the neuron's output column."""
+    return (a * weights.down_norm).square()
+
+
+@score(
+    squared,
+    "the diagonal Fisher information of a mask on the neuron (as in arXiv 2204.09656), with the "
+    "activations of the prompt and the gradients of a prior",
+    average=True,
+    learns=True,
+)
+def fisher(a: Tensor, weights: FfnWeights) -> Tensor:
+    """Mean squared activation times the mean squared gradient of the loss by it."""
+    if weights.learnt is None or weights.learnt.curvature is None:
+        raise RuntimeError("score fisher needs the layers' priors")
+    return a * weights.learnt.curvature
+
+
+@score(None, "static baseline: norms of the neuron's weights")
+def weight(a: Tensor, weights: FfnWeights) -> Tensor:
+    """Product of the norms of the neuron's input rows and output column; no activations."""
+    return weights.down_norm * weights.in_norms
+
+
+@score(None, "baseline")
+def random(a: Tensor, weights: FfnWeights) -> Tensor:
+    """Uniform random numbers, fixed by the run's seed and the layer."""
+    generator = torch.Generator().manual_seed(1_000_003 * weights.seed + weights.index)
+    return torch.rand(weights.width, generator=generator).to(weights.device)
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """[I] float32: I - 1 for the largest score, 0 for the smallest; ties: lower index, higher rank.
+
+    The order is that of ``masks.top_ids``, so the top k of the ranks is the top k of the scores.
+    """
+    order = scores.sort(descending=True, stable=True).indices
+    places = torch.arange(len(scores) - 1, -1, -1, dtype=torch.float32, device=scores.device)
+    return torch.empty_like(places).scatter_(0, order, places)
+
+
+def mix_ranks(scores: Tensor, prior: Tensor, weight: float) -> Tensor:
+    """``(1 - weight) ranks(scores) + weight ranks(prior)``, [I] float32.
+
+    Rank aggregation of GLASS (arXiv 2508.14302) of what the text shows and of a prior.
+    """
+    own, other = ranks(scores), ranks(prior.to(scores.device))
+    return (1 - weight) * own + weight * other
+
+
+# Forward proxies: how far a neuron's output column reaches towards the vocabulary.
+#
+# Static per layer: computed once per model and kept (learn.py).
+
+
+_SOURCE = "DART, arXiv 2601.22632, the published scripts' ranking methods"
+
+
+def proxy(weights: FfnWeights) -> tuple[Tensor, Tensor]:
+    """``FfnWeights.reach``: the largest and the mean, each [I], float32.
+
+    Raises ``ConfigError`` when the model's embedding has another width than the FFN's output.
+    """
+    rows = weights.embedding
+    if rows is None or rows.shape[1] != weights.hidden:
+        raise ConfigError(
+            "forward-proxy scores (max, mean, combined, product) need an embedding as wide as the "
+            "FFN's output, which this model lacks; use another score, e.g. contribution"
+        )
+    return weights.reach
+
+
+@score(squared, _SOURCE, reach=True)
+def max_proxy(a: Tensor, weights: FfnWeights) -> Tensor:
+    """Magnitude times the neuron's largest reach towards a vocabulary row."""
+    return a * proxy(weights)[0]
+
+
+@score(squared, _SOURCE, reach=True)
+def mean_proxy(a: Tensor, weights: FfnWeights) -> Tensor:
+    """Magnitude times the neuron's mean reach towards the vocabulary rows."""
+    return a * proxy(weights)[1]
+
+
+@score(squared, _SOURCE, reach=True)
+def combined(a: Tensor, weights: FfnWeights) -> Tensor:
+    """Sum of the ``max`` and the ``mean`` score."""
+    return max_proxy(a, weights) + mean_proxy(a, weights)
+
+
+@score(squared, _SOURCE, reach=True)
+def product(a: Tensor, weights: FfnWeights) -> Tensor:
+    """Product of the ``max`` and the ``mean`` score."""
+    return max_proxy(a, weights) * mean_proxy(a, weights)

@@ -1,0 +1,294 @@
+"""The life of one mask: PREFILL -> OBSERVE -> PRUNED (-> OBSERVE ...) -> RELEASED.
+
+One ``Life`` serves a whole batch that shares its masks, or one row of it.  It holds all state of
+its sequence; nothing is kept on modules or configurations.  docs/method.md, "Life of a sequence".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from torch import Tensor
+
+from dart_llm.pruning.config import PruneConfig
+from dart_llm.pruning.drift import Detector, Rule, guards_allow
+from dart_llm.pruning.masks import LayerMask, overlap
+from dart_llm.pruning.records import Remask
+from dart_llm.pruning.selection import MaskSelection, MaskSelector
+from dart_llm.pruning.statistics import LayerStatistics
+
+
+class Phase(StrEnum):
+    """Where a sequence stands."""
+
+    PREFILL = "prefill"
+    OBSERVE = "observe"
+    PRUNED = "pruned"
+    RELEASED = "released"
+
+
+@dataclass
+class MaskSpan:
+    """Decoded tokens under one set of keep counts (``kept`` None: dense)."""
+
+    kept: tuple[int, ...] | None
+    tokens: Tensor | float = 0.0
+    forwards: int = 0
+    observed: int = 0
+    length: int = 0
+    """Tokens per row, finished rows included."""
+
+    def cut(self, tokens: int) -> int:
+        """Take back up to ``tokens`` per row; returns how many more must come from elsewhere."""
+        taken = min(tokens, self.length)
+        if taken:
+            self.tokens = self.tokens * ((self.length - taken) / self.length)
+            self.length -= taken
+        return tokens - taken
+
+
+@dataclass
+class SequenceState:
+    """State of one sequence; see the module's docstring."""
+
+    config: PruneConfig
+    selector: MaskSelector
+    rule: Rule
+    sequence: int
+    row: int | None
+    rows: int
+    given: tuple[LayerMask | None, ...] | None = None
+    phase: Phase = Phase.PREFILL
+    evidence: list[LayerStatistics] = field(default_factory=list)
+    detector: Detector = field(init=False)
+    selection: MaskSelection | None = None
+    masks: tuple[LayerMask | None, ...] | None = None
+    prompt_tokens: float = 0.0
+    evidence_tokens: float = 0.0
+    decoded: int = 0
+    observed: int = 0
+    need: int = 0
+    cause: str = "first"
+    pruned_run: int = 0
+    last_trigger: int | None = None
+    spent: int = 0
+    spending: bool = False
+    over: bool = False
+    """Whether every row of this life is known to have ended."""
+    periods: list[MaskSpan] = field(default_factory=list)
+    remasks: list[Remask] = field(default_factory=list)
+    version: int = 0
+
+    def __post_init__(self) -> None:
+        self.detector = Detector(self.rule)
+        self.evidence = [LayerStatistics() for _ in self.selector.layers]
+
+    @property
+    def batch_rows(self) -> slice:
+        """The batch rows that this life speaks for."""
+        return slice(None) if self.row is None else slice(self.row, self.row + 1)
+
+    def ended(self, live: Tensor | None) -> bool:
+        """Whether all its rows have ended: nothing is left to mask for. live: [B] bool or None."""
+        if not self.over and live is not None:
+            self.over = not bool(live[self.batch_rows].any())
+        return self.over
+
+    def see_prompt(self, tokens: float) -> None:
+        """``tokens`` (per row) of prefill are about to be observed."""
+        self.prompt_tokens += tokens
+        self.over = False
+        if self.phase is Phase.RELEASED or self.given is not None:
+            return
+        if self.phase is Phase.PRUNED:
+            self._fade(keep=True)
+            self.cause, self.masks = "prompt", None  # tokens observed before the next are dense
+            self.detector = Detector(self.rule)
+        if self.phase is not Phase.PREFILL:
+            self.observed, self.spending = 0, False
+        self.phase = Phase.PREFILL
+        self.evidence_tokens += tokens
+
+    def advance(self) -> Phase:
+        """The phase of the decode forward that is about to run; builds masks when it is time."""
+        released = self.config.release_step is not None and self.decoded >= self.config.release_step
+        if released:
+            self.phase, self.masks = Phase.RELEASED, None
+        elif self.selector.removes_nothing and self.given is None:
+            self.phase = Phase.RELEASED
+        if self.phase is Phase.PREFILL:
+            self.need = self._first_need()
+            self.phase, self.observed = Phase.OBSERVE, 0
+        if self.ready:
+            self._build()
+        return self.phase
+
+    def _first_need(self) -> int:
+        if self.given is not None:
+            return 0
+        first = self.cause == "first"
+        if not self.selector.needs_evidence:
+            return self.config.masking_step if first else 0
+        short = max(0, math.ceil(self.config.min_evidence - self.evidence_tokens))
+        alone = 1 if self.evidence_tokens <= 0 else 0
+        return max(self.config.masking_step if first else 0, short, alone)
+
+    def _build(self) -> None:
+        old = self.masks or (self.selection.masks if self.selection else None)
+        cause = self.cause
+        if self.given is not None:
+            counts = tuple(
+                layer.width if mask is None else mask.kept
+                for layer, mask in zip(self.selector.layers, self.given, strict=True)
+            )
+            self.selection, cause = MaskSelection(self.given, counts, ()), "given"
+        else:
+            fixed = self.selection is not None and self.config.budget.refresh == "first"
+            counts_before = self.selection.counts if fixed and self.selection else None
+            self.selection = self.selector.select(self.evidence, counts_before)
+        self.masks = self.selection.masks
+        self.version += 1
+        self.phase, self.pruned_run, self.spending = Phase.PRUNED, 0, False
+        self.detector.start()
+        shared = None if old is None or self.config.token else overlap(_ids(old), _ids(self.masks))
+        where, counts = (self.sequence, self.row, self.decoded), self.selection.counts
+        self.remasks.append(Remask(*where, cause, self.evidence_tokens, counts, shared))
+
+    def count(self, tokens: int, live: Tensor | float, forwards: int = 1) -> None:
+        """``tokens`` per row were decoded, ``live`` of them over all rows were real.
+
+        ``forwards``: decode steps that they stand for.
+        """
+        pruned = self.phase is Phase.PRUNED
+        kept = self.selection.counts if pruned and self.selection else None
+        if not self.periods or self.periods[-1].kept != kept:
+            self.periods.append(MaskSpan(kept))
+        period = self.periods[-1]
+        period.tokens = period.tokens + live
+        period.length += tokens
+        period.forwards += forwards
+        self.decoded += tokens
+        if pruned:
+            self.pruned_run += tokens
+        if self.phase is Phase.OBSERVE:
+            period.observed += tokens
+            self.observed += tokens
+            self.evidence_tokens += tokens
+            if self.spending:
+                self.spent += tokens
+
+    def rewind(self, tokens: int) -> None:
+        """The last ``tokens`` tokens of every row were rolled back, prompt tokens included."""
+        tokens = min(tokens, self.decoded)
+        self.decoded -= tokens
+        self.pruned_run = max(0, self.pruned_run - tokens)
+        if self.phase is Phase.OBSERVE:
+            undone = min(tokens, self.observed)
+            self.observed -= undone
+            self.spent -= undone if self.spending else 0
+        if self.last_trigger is not None:
+            self.last_trigger = min(self.last_trigger, self.decoded)
+        if self.phase is Phase.RELEASED and self.decoded < (self.config.release_step or 0):
+            self.phase = Phase.PREFILL if self.selection is None else Phase.PRUNED
+            self.masks = None if self.selection is None else self.selection.masks
+        self.detector.cut(tokens)
+        for period in reversed(self.periods):
+            tokens = period.cut(tokens)
+
+    def keep_counts(self) -> None:
+        """``rewind`` does not take back from the accounting what was decoded so far."""
+        for period in self.periods:
+            period.length = 0
+
+    def may_trigger(self) -> bool:
+        """Whether the guards allow a re-mask now (distance, cap on dense tokens)."""
+        drift = self.config.drift
+        return guards_allow(
+            self.decoded,
+            self.last_trigger,
+            self.spent,
+            self._remask_need(),
+            drift.min_distance,
+            drift.max_dense_share,
+            drift.allowance,
+        )
+
+    def trigger(self, cause: str) -> None:
+        """Leave PRUNED: the next tokens run dense and are observed, for all layers at once."""
+        self.cause, self.last_trigger = cause, self.decoded
+        self._fade(keep=False)
+        self.phase, self.masks, self.spending = Phase.OBSERVE, None, True
+        self.observed, self.need = 0, self._remask_need()
+        self.detector = Detector(self.rule)
+        self.version += 1
+
+    def _remask_need(self) -> int:
+        return self.config.remask.observe_tokens or max(1, self.config.masking_step)
+
+    def _fade(self, keep: bool) -> None:
+        """Age the evidence.  ``keep``: ``fresh`` evidence survives; a further prompt adds to it."""
+        if self.config.remask.evidence == "decay":
+            n = max(self.evidence_tokens, 1e-9)
+            for layer in self.evidence:
+                layer.fade(self.config.remask.decay, self.rows)
+            self.evidence_tokens *= self.config.remask.decay * min(1.0, 256 / n)
+        elif not keep:
+            self.evidence = [LayerStatistics() for _ in self.evidence]
+            self.evidence_tokens = 0.0
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next decode forward builds masks."""
+        return self.phase is Phase.OBSERVE and self.observed >= self.need
+
+    def close(self) -> None:
+        """The sequence is over: keep its accounting and its newest masks, drop the rest."""
+        self.evidence, self.detector = [], Detector(self.rule)
+        if self.selection is not None:
+            self.selection = MaskSelection(self.selection.masks, self.selection.counts, ())
+
+    def drop_masks(self) -> None:
+        """A newer sequence has ended: only the accounting is kept."""
+        self.selection = self.masks = None
+
+    @property
+    def tokens_to_mask(self) -> int:
+        """Decode tokens that are still observed before the next mask; 0 where one may be built."""
+        if self.phase is Phase.PREFILL:
+            return self._first_need()
+        return self.need - self.observed if self.phase is Phase.OBSERVE else 0
+
+    def tokens_until_change(self) -> int | None:
+        """Tokens that one decode forward may hold before the state can change; None: no bound."""
+        release = self.config.release_step
+        if self.phase is Phase.RELEASED or (release is not None and self.decoded >= release):
+            return None
+        bounds = [] if release is None else [release - self.decoded]
+        dense = self.tokens_to_mask
+        if dense > 0:
+            bounds.append(dense)
+        else:
+            pruned = self.phase is Phase.PRUNED
+            if self.rule.window:
+                bounds.append(self.rule.window - (self.detector.filled if pruned else 0))
+            if self.rule.interval:
+                bounds.append(self.rule.interval - (self.pruned_run if pruned else 0))
+        return max(1, min(bounds)) if bounds else None
+
+    def nbytes(self) -> int:
+        """Memory held by this life beside the model."""
+        masks = self.selection.masks if self.selection else ()
+        scores = self.selection.scores if self.selection else ()
+        return (
+            sum(layer.nbytes() for layer in self.evidence)
+            + self.detector.nbytes()
+            + sum(mask.nbytes() for mask in masks if mask is not None)
+            + sum(score.numel() * score.element_size() for score in scores)
+        )
+
+
+def _ids(masks: Sequence[LayerMask | None]) -> list[Tensor | None]:
+    return [None if mask is None else mask.ids for mask in masks]

@@ -1,0 +1,237 @@
+"""TokenMask, per-token winners, low-bit estimates.
+
+Low-bit copies of weight matrices: cheap estimates of a product, and how far off they are.
+
+Symmetric round-to-nearest: the D inputs of a row are cut into groups, each with the scale
+``max abs(w) / m`` in bfloat16, m = 2^(bits - 1) - 1, and whole levels from -m to m.  Symmetric,
+because a file that is 4-bit already has at most 16 values per group of 32: an asymmetric grid would
+copy it almost exactly and say nothing of other weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dart_llm.errors import ConfigError
+from dart_llm.pruning.compensation import compensation
+from dart_llm.pruning.masks import LayerMask, top_ids
+
+CHUNK, CACHED = 1 << 22, 1 << 18
+"""Weights that are float32 at a time, and on the CPU, whose cache then holds them."""
+
+SAMPLE = 1 << 20
+"""Weights of the Gaussian matrix that a grid's error is compared with."""
+
+SCALE_BYTES = 2
+"""One bfloat16 scale per group."""
+
+
+@dataclass(frozen=True)
+class QuantizedProxy:
+    """A matrix [N, D] in ``bits`` (4 or 8) bits per weight.
+
+    ``levels``: int8 [N, D], or uint8 [N, ceil(D / 2)] of level + 8: the first half of the inputs in
+    the low bits, the second half in the high ones.
+    ``scales``: bfloat16 [N, ceil(D / group)].
+    """
+
+    levels: Tensor
+    scales: Tensor
+    inputs: int
+    bits: int
+    group: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return int(self.levels.shape[0]), self.inputs
+
+    def dense(self, rows: Tensor | slice = slice(None)) -> Tensor:
+        """The values that the levels stand for, float32 [n, D]; ``rows``: ids or a slice."""
+        levels, scales = self.levels[rows], self.scales[rows].float()
+        half, groups = levels.shape[1], scales.shape[1]
+        stored = 2 * half if self.bits == 4 else half
+        values = scales.new_empty(len(levels), max(groups * self.group, stored))
+        if self.bits == 4:
+            values[:, :half] = levels & 15
+            values[:, half:stored] = levels >> 4
+            values.sub_(8)
+        else:
+            values[:, :half] = levels
+        for_scales = (len(levels), groups, self.group)  # the rest of the last group is never read
+        values[:, : groups * self.group].view(for_scales).mul_(scales[..., None])
+        return values[:, : self.inputs]
+
+    def product(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """x W^T in float32, [..., n].  x: [..., D] of any dtype; ``rows``: ids [n], None: all."""
+        count = self.shape[0] if rows is None else len(rows)
+        parts = [
+            F.linear(x.float(), self.dense(span if rows is None else rows[span]))
+            for span in _spans(count, self.inputs, self.scales.is_cpu)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def nbytes(self) -> int:
+        return self.levels.numel() + SCALE_BYTES * self.scales.numel()
+
+
+@torch.no_grad()
+def low_bit(matrix: Tensor, bits: int, group: int) -> QuantizedProxy:
+    """The copy of ``matrix`` [N, D] (any float dtype and layout), on its device."""
+    rows, inputs = matrix.shape
+    made = [
+        _grid(matrix[span].float(), bits, group) for span in _spans(rows, inputs, matrix.is_cpu)
+    ]
+    levels, scales = (torch.cat(parts) for parts in zip(*made, strict=True))
+    return QuantizedProxy(levels, scales, inputs, bits, group)
+
+
+def _grid(w: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Levels and scales of a float32 chunk."""
+    most = 2 ** (bits - 1) - 1
+    groups = math.ceil(w.shape[1] / group)
+    padded = F.pad(w, (0, groups * group - w.shape[1])).view(len(w), groups, group)
+    scales = (padded.abs().amax(-1) / most).to(torch.bfloat16)
+    step = scales.float()[..., None]
+    levels = torch.where(step > 0, padded / step, 0.0).round_().clamp_(-most, most)
+    levels = levels.view(len(w), -1)[:, : w.shape[1]]
+    if bits == 8:
+        return levels.to(torch.int8), scales
+    half = (w.shape[1] + 1) // 2
+    whole = F.pad(levels + 8, (0, w.shape[1] % 2)).to(torch.uint8)
+    return whole[:, :half] | (whole[:, half:] << 4), scales
+
+
+def _spans(rows: int, inputs: int, on_cpu: bool) -> Iterator[slice]:
+    step = max(1, (CACHED if on_cpu else CHUNK) // inputs)
+    for start in range(0, rows, step):
+        yield slice(start, min(rows, start + step))
+
+
+@torch.no_grad()
+def squared_error(matrix: Tensor, copy: QuantizedProxy) -> tuple[float, float]:
+    """Squared Frobenius norms of (copy - matrix) and of matrix."""
+    off = whole = 0.0
+    for span in _spans(*copy.shape, matrix.is_cpu):
+        part = matrix[span].float().contiguous()  # sums round alike, however it lies
+        off += float((copy.dense(span) - part).square().sum())
+        whole += float(part.square().sum())
+    return off, whole
+
+
+@functools.cache
+def gaussian_error(rows: int, inputs: int, bits: int, group: int) -> float:
+    """Relative Frobenius error of the same grid on a Gaussian matrix [rows, inputs].
+
+    Of at most ``SAMPLE`` weights: rows are alike.  Drawn on the host, always the same.
+    """
+    rows = min(rows, max(1, SAMPLE // inputs))
+    drawn = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(0))
+    off, whole = squared_error(drawn, low_bit(drawn, bits, group))
+    return math.sqrt(off / whole)
+
+
+# Token-level selection: every token's own winners, from cheap estimates of its neurons.
+#
+# The idea is that of Prox (arXiv 2607.27591) and WINA (arXiv 2505.19427); docs/method.md has the
+# formulas.
+
+
+NO_MASK = (
+    "token-level selection has no sequence mask: every token chooses its own neurons, and only "
+    "their number per layer is kept"
+)
+"""What is said where kept neurons are asked for."""
+
+
+@dataclass(frozen=True)
+class TokenMask(LayerMask):
+    """How many neurons of one layer every token keeps, and out of which.
+
+    ``ids``: the candidates, ascending.  With compensation ``mean`` is m, the mean activation of
+    each neuron where tokens leave it out, [I] float32, and ``bias`` is W_down m over all neurons:
+    winners add (u - m) to it.  ``worth``: what a unit of activation is worth, [I] float32; None:
+    the norm of the output column.
+    """
+
+    winners: int = field(kw_only=True)
+    mean: Tensor | None = field(default=None, kw_only=True)
+    worth: Tensor | None = field(default=None, kw_only=True)
+
+    @property
+    def kept(self) -> int:
+        return self.winners
+
+    @property
+    def candidates(self) -> Tensor | None:
+        """The candidates' ids, or None when all neurons are."""
+        return None if len(self.ids) == self.width else self.ids
+
+    def nbytes(self) -> int:
+        held = (t for t in (self.mean, self.worth) if t is not None)
+        return super().nbytes() + sum(t.numel() * t.element_size() for t in held)
+
+
+def candidate_count(share: float | None, width: int, keep: int) -> int:
+    """Candidates of a layer: ``share`` of its neurons, never fewer than it keeps; None: all."""
+    return width if share is None else max(keep, min(width, round(share * width)))
+
+
+def token_mask(
+    score: Tensor,
+    candidates: int,
+    keep: int,
+    down: Tensor,
+    mean: Tensor | None,
+    worth: Tensor | None = None,
+) -> TokenMask:
+    """``keep`` winners per token out of the ``candidates`` best by the sequence's ``score`` [I].
+
+    down: [D, I]; mean: [I] float32, or None without compensation; worth: [I] float32, or None for
+    the norms of down's columns.
+    """
+    width = len(score)
+    every = torch.arange(width, device=score.device)
+    ids = every if candidates >= width else top_ids(score, candidates)
+    bias = None if mean is None else compensation(down, mean, every)
+    return TokenMask(ids, width, bias, winners=keep, mean=mean, worth=worth)
+
+
+def contribution_estimate(estimate: Tensor, worth: Tensor) -> Tensor:
+    """``abs(u~) * worth``: what leaving a neuron out would cost, [..., n] float32.
+
+    estimate: u~ [..., n]; worth: of a unit of activation, [n].
+    """
+    return estimate.abs() * worth
+
+
+def winner_places(strengths: Tensor, keep: int) -> Tensor:
+    """Places of the ``keep`` largest of every token, ascending; ties go to the lower place.
+
+    strengths: [..., n].  Returns [..., keep] int64.
+    """
+    order = strengths.sort(dim=-1, descending=True, stable=True).indices
+    return order[..., :keep].sort(dim=-1).values
+
+
+Masks = tuple[LayerMask | None, ...]
+
+
+def sequence_masks(masks: Masks) -> Masks:
+    """``masks`` without those of layers whose tokens choose for themselves."""
+    if not any(isinstance(mask, TokenMask) for mask in masks):
+        return masks
+    return tuple(None if isinstance(mask, TokenMask) else mask for mask in masks)
+
+
+def plain_masks(masks: Masks) -> Masks:
+    """``masks``; raises ``ConfigError`` where a layer's tokens choose for themselves."""
+    if any(isinstance(mask, TokenMask) for mask in masks):
+        raise ConfigError(f"{NO_MASK}: use a method with masks of the sequence, e.g. dart")
+    return masks

@@ -1,0 +1,156 @@
+"""Stdout, stderr, progress, time left.
+
+What the terminal shows: text on stdout, everything else on stderr, nothing when asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+# How far a long computation is, now and then, where there is no progress bar.
+
+
+EVERY = 30.0
+"""Seconds between two lines."""
+
+
+@dataclass
+class ProgressLog:
+    """Says how many of ``total`` things are done and how long the others will take."""
+
+    say: Callable[[str], None]
+    total: int
+    noun: str = "cells"
+    finished: int = 0
+    began: float = field(default_factory=time.monotonic)
+    said: float = field(default_factory=time.monotonic)
+
+    def done(self) -> None:
+        """One more was computed."""
+        self.finished += 1
+        now = time.monotonic()
+        if now - self.said < EVERY or self.finished == self.total:
+            return
+        self.said = now
+        left = (now - self.began) / self.finished * (self.total - self.finished)
+        self.say(f"{self.finished} of {self.total} {self.noun}, about {minutes(left)} left")
+
+
+def minutes(seconds: float) -> str:
+    """ "42 s", "3 min"."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+QUIET_S = 20.0
+"""How long a log stays without a word about work that goes on."""
+
+
+class _Lines:
+    """Progress for a log."""
+
+    def __init__(self, say: Callable[[str], None], text: str, total: int) -> None:
+        self.say, self.text, self.total = say, text, total
+        self.done, self.told = 0, time.monotonic()
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        if time.monotonic() - self.told >= QUIET_S and self.done < self.total:
+            self.told = time.monotonic()
+            self.say(f"{self.text}: {self.done} of {self.total}")
+
+
+class Ui:
+    """Terminal output of a job.  ``quiet``: nothing but errors (``--json``)."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        width = None if sys.stderr.isatty() else 110
+        # no markup: names of models and variants may hold the square brackets that rich would read
+        self.err = Console(stderr=True, quiet=quiet, width=width, markup=False)
+        self.out = Console(width=None if sys.stdout.isatty() else 160, markup=False)
+        self.log: list[str] = []
+        self.live = sys.stderr.isatty() and not quiet
+        self._streaming = False
+
+    def say(self, text: str) -> None:
+        """One line for people; kept for the log."""
+        self.log.append(text)
+        self.err.print(text, highlight=False, soft_wrap=True)
+
+    def aside(self, text: str) -> None:
+        """One line that matters less than the others."""
+        self.log.append(text)
+        self.err.print(text, style="dim", highlight=False, soft_wrap=True)
+
+    def table(self, table: Table) -> None:
+        """Print a table; kept for the log as plain text."""
+        plain = Console(width=100, no_color=True, markup=False)
+        with plain.capture() as capture:
+            plain.print(table)
+        self.log.append(capture.get().rstrip())
+        self.err.print(table)
+
+    def result(self, what: Table | str) -> None:
+        """What a command was asked for, on stdout."""
+        if not self.quiet:
+            self.out.print(what, highlight=False, soft_wrap=isinstance(what, str))
+
+    def token(self, text: str) -> None:
+        """Stream one token to stdout."""
+        if not self.quiet:
+            self._streaming = True
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def end_text(self, text: str) -> None:
+        """A streamed text is complete."""
+        self.log.append(text)
+        self._streaming = not self.quiet
+        self.end_line()
+
+    def end_line(self) -> None:
+        """End the line of a text that is being streamed, so that what follows has its own."""
+        if self._streaming:
+            self._streaming = False
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+
+    @contextlib.contextmanager
+    def status(self, text: str) -> Iterator[Callable[[str], None]]:
+        """A spinner while something runs; yields a function that changes its text."""
+        if not self.live:
+            self.say(text)
+            yield self.say
+            return
+        with self.err.status(Text(text)) as status:
+            yield lambda news: status.update(Text(news))
+
+    @contextlib.contextmanager
+    def progress(self, text: str, total: int, told: bool = False) -> Iterator[Callable[[int], Any]]:
+        """A progress bar with an estimate of the time left; yields ``advance(n)``.
+
+        Where there is no terminal, a line every ``QUIET_S`` seconds; none if the log is ``told``
+        otherwise.
+        """
+        if not self.live:
+            yield (lambda count: None) if told else _Lines(self.say, text, total).advance
+            return
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.err, transient=True) as bar:
+            task = bar.add_task(text, total=total)
+            yield lambda count: bar.advance(task, count)

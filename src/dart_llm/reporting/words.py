@@ -1,0 +1,242 @@
+"""Numbers, bytes, durations and counts as words; conclusions of perplexity and time.
+
+Results as plain sentences: what ends a table, heads a report and titles a plot.
+
+Everything said is computed from the rows and records that are passed in; what was not measured is
+not spoken of.  Rows are those of perplexity.json, accounting is ``RunReport.to_dict()``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+CLOSE = 1.1
+"""A perplexity below this multiple of dense counts as close to dense."""
+
+Row = Mapping[str, Any]
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """0.4375 -> "43.8 %", 0.5 -> "50 %"; None -> "not known"."""
+    if share is None:
+        return "not known"
+    text = f"{100 * share:.{digits}f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return f"{'0' if text == '-0' else text} %"
+
+
+def figure(value: float | None) -> str:
+    """A perplexity to about three digits: 1.23, 17.6, 1,234, 7.0e6."""
+    if value is None or not math.isfinite(value):
+        return "not known"
+    if value >= 100_000:
+        return f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def times(ratio: float) -> str:
+    """A ratio to about three digits: 1.0, 2.1, 1.08, 12.4, 1,234."""
+    if ratio >= 100:
+        return figure(round(ratio)).removesuffix(".0")
+    return f"{ratio:.1f}" if ratio >= 10 else f"{ratio:.2f}".removesuffix("0")
+
+
+def row_name(row: Row) -> str:
+    """ "dense", "dart 50 %", or "dart, own counts" where no sparsity was asked for."""
+    method = str(row.get("method", "unknown"))
+    if method == "dense":
+        return "dense"
+    asked = row.get("sparsity")
+    return f"{method}, own counts" if asked is None else f"{method} {percent(asked)}"
+
+
+def measured(rows: Sequence[Row]) -> list[Row]:
+    """The rows that hold a finite perplexity."""
+    return [row for row in rows if isinstance(row.get("perplexity"), int | float)]
+
+
+def dense_row(rows: Sequence[Row]) -> Row | None:
+    """The dense row, if it was measured."""
+    return next((row for row in measured(rows) if row.get("method") == "dense"), None)
+
+
+def headline(rows: Sequence[Row], method: str | None = None) -> Row | None:
+    """The row to speak of: the largest sparsity of ``method``, or of all methods."""
+    pruned = [row for row in measured(rows) if row.get("method") != "dense"]
+    chosen = [row for row in pruned if row.get("method") == method] or pruned
+    return max(chosen, key=_removed, default=None)
+
+
+def _removed(row: Row) -> float:
+    """The sparsity asked for, or what was achieved where the method set the counts itself."""
+    asked = row.get("sparsity")
+    if asked is None:
+        asked = (row.get("accounting") or {}).get("achieved_sparsity")
+    return float(asked or 0.0)
+
+
+def ratio(row: Row, rows: Sequence[Row]) -> float | None:
+    """A row's perplexity over dense; None when dense was not measured."""
+    known, dense = row.get("ratio_to_dense"), dense_row(rows)
+    if isinstance(known, int | float):
+        return float(known)
+    return row["perplexity"] / dense["perplexity"] if dense else None
+
+
+def conclusion(
+    rows: Sequence[Row],
+    ffn_share_of_bytes: float | None = None,
+    *,
+    accounting: Row | None = None,
+    method: str | None = None,
+) -> str:
+    """What was removed, what that saves, what it costs, and where to start: one sentence.
+
+    ``ffn_share_of_bytes``: FFN bytes over all weight bytes that a decoded token reads (default:
+    the accounting's).  ``accounting``: of the run, where no row has one.
+    """
+    row = headline(rows, method)
+    counted = (row or {}).get("accounting") or accounting
+    parts = []
+    if counted:
+        share = ffn_share_of_bytes
+        parts.append(
+            _bytes({**counted, **({} if share is None else {"ffn_share_of_bytes": share})})
+        )
+    elif row is not None:
+        parts.append(f"{percent(_removed(row))} of the FFN neurons removed")
+    if row is not None:
+        parts += _quality(row, rows)
+    text = "; ".join(parts)
+    return f"{text}." if text else "Nothing was measured."
+
+
+def bytes_sentence(accounting: Row) -> str:
+    """How many neurons went, and what that saves of the bytes read per token."""
+    return _bytes(accounting) + "."
+
+
+def perplexity_sentence(document: Row) -> str:
+    """What the largest sparsity of a perplexity document costs, and where to start."""
+    rows = document.get("rows") or []
+    row = headline(rows)
+    if row is None:
+        return f"Only dense was measured on {document.get('text', 'this text')}."
+    quality = "; ".join(_quality(row, rows))
+    return f"{row_name(row)} on {document.get('text', 'this text')}: {quality}."
+
+
+def perplexity_title(document: Row, method: str | None = None) -> str:
+    """What a plot of a perplexity document shows, in a few words."""
+    rows = document.get("rows") or []
+    row = headline(rows, method)
+    over = None if row is None else ratio(row, rows)
+    if row is None or over is None:
+        return f"Perplexity on {document.get('text', 'this text')}."
+    return f"{row_name(row)}: {times(over)} x the perplexity of dense."
+
+
+def _bytes(accounting: Row) -> str:
+    asked, achieved = accounting.get("requested_sparsity"), accounting.get("achieved_sparsity")
+    if achieved is None:
+        return "The share of neurons removed is not known"
+    removed = f"{percent(achieved)} of the FFN neurons removed"
+    if asked is not None and abs(asked - achieved) >= 0.005:
+        removed = (
+            f"{percent(asked)} of the FFN neurons asked for, {percent(achieved)} removed on average"
+        )
+    copies = accounting.get("proxy_bytes_share") or 0.0  # read on top, to rank the neurons
+    saved = (accounting.get("ffn_share_of_bytes") or 0.0) * (achieved - copies)
+    if not 0 < saved < 1:
+        return removed
+    less = f"{percent(saved, 0)} fewer weight bytes read per token"
+    limit = f"at most {1 / (1 - saved):.2f} x faster"
+    if accounting.get("executor") == "masked":
+        return f"{removed}, by masking, which skips no work (compact would allow {less}: {limit})"
+    return f"{removed} = {less} ({limit})"
+
+
+def _quality(row: Row, rows: Sequence[Row]) -> list[str]:
+    dense, over = dense_row(rows), ratio(row, rows)
+    if dense is None or over is None:
+        return [f"perplexity {figure(row['perplexity'])} (dense was not measured)"]
+    change = f"({figure(dense['perplexity'])} to {figure(row['perplexity'])})"
+    return [f"perplexity x {times(over)} {change}", advice(rows, row.get("method"))]
+
+
+def advice(rows: Sequence[Row], method: str | None = None) -> str:
+    """Where to start, from the measured rows of ``method`` that stay close to dense."""
+    own = [row for row in measured(rows) if row.get("method") == method] if method else []
+    tried = own or [row for row in measured(rows) if row.get("method") != "dense"]
+    near = {_removed(row) for row in tried if (ratio(row, rows) or CLOSE) < CLOSE}
+    close = sorted(near - {0.0})
+    if not close:
+        limit = percent(CLOSE - 1, 0)
+        return f"try lower sparsities: nothing measured here stays within {limit} of dense"
+    if len(close) == 1:
+        return f"for this model start at up to {percent(close[0])}"
+    return f"for this model start at {percent(close[0])[:-2]} to {percent(close[-1])}"
+
+
+def timing_sentence(timing: Mapping[str, Any]) -> str:
+    """Milliseconds per token, dense and pruned, beside what the bytes allow."""
+    dense, pruned = _seconds(timing)
+    if not dense or not pruned:
+        known = dense or pruned
+        return f"{1000 * known:.1f} ms per token." if known else "No time was measured."
+    words = f"Pruned {1000 * pruned:.1f} ms per token, dense {1000 * dense:.1f}"
+    return f"{words}: {_pace(dense / pruned)}{_allowed(timing)}."
+
+
+def timing_title(timing: Mapping[str, Any]) -> str:
+    """What a plot of the times shows: how much faster, and what the bytes allow."""
+    dense, pruned = _seconds(timing)
+    if not dense or not pruned:
+        return "Milliseconds per decoded token."
+    return f"Pruned decoding is {_pace(dense / pruned)}{_allowed(timing)}."
+
+
+def _seconds(timing: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    each = timing.get("seconds_per_token") or {}
+    return each.get("dense"), each.get("pruned")
+
+
+def _pace(speed_up: float) -> str:
+    if speed_up >= 1:
+        return f"{times(speed_up)} x as fast as dense"
+    return f"{times(1 / speed_up)} x slower than dense"
+
+
+def _allowed(timing: Mapping[str, Any]) -> str:
+    limit = timing.get("bytes_limit")
+    return f"; the bytes read allow {limit:.2f} x" if limit else ""
+
+
+def layers_sentence(kept: Sequence[int], widths: Sequence[int]) -> str:
+    """Which layer keeps most of its neurons, and which the least."""
+    shares = [count / width for count, width in zip(kept, widths, strict=True)]
+    high, low = max(shares), min(shares)
+    if high - low < 0.005:
+        return f"Every layer keeps {percent(sum(kept) / sum(widths))} of its neurons."
+    return (
+        f"Layer {shares.index(high)} keeps the most neurons ({percent(high, 0)}), "
+        f"layer {shares.index(low)} the fewest ({percent(low, 0)})."
+    )
+
+
+def count(number: int, noun: str) -> str:
+    """ "no windows", "1 window", "2 windows"."""
+    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
+
+
+def quantity(value: float | None, perplexity: bool) -> str:
+    """A metric's value: perplexities to three digits, the rest to three decimals."""
+    if value is None:
+        return ""
+    if perplexity:
+        return figure(value)
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"

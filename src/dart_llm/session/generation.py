@@ -1,0 +1,205 @@
+"""Text token by token through model.generate; finite-logits check.
+
+Text from a model, token by token, through the model's own ``generate``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from dart_llm.errors import DartError
+from dart_llm.session.run import Run
+
+# Generation refuses logits that are NaN or infinite: argmax would hide them.
+
+
+class FiniteLogits(LogitsProcessor):
+    """Raises ``DartError``; ``what``: whose logits they are, e.g. ``document 3``."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        if bool((scores.isnan() | scores.isposinf()).any()):
+            raise DartError(
+                f"a logit of {self.what} is not finite: the model overflows; try dtype float32"
+            )
+        return scores
+
+
+class CheckedModel:
+    """A model as ``generate.generate`` uses it, which checks its logits and stops at ``ends``.
+
+    ``what``: whose logits they are, as of ``FiniteLogits``.
+    """
+
+    def __init__(self, model: Any, ends: frozenset[int], what: str) -> None:
+        self.model, self.device = model, model.device
+        self._settings: dict[str, Any] = {
+            "logits_processor": LogitsProcessorList([FiniteLogits(what)]),
+            "eos_token_id": sorted(ends) or None,
+        }
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own ``generate``."""
+        return self.model.generate(*args, **self._settings, **kwargs)
+
+
+def text_ends(model: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a text, for the model's generation settings or the tokenizer."""
+    found = model.generation_config.eos_token_id
+    several = found if isinstance(found, list | tuple) else [found]
+    ids = [*several, tokenizer.eos_token_id]
+    return frozenset(int(token) for token in ids if token is not None)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One generated token, for front ends that stream."""
+
+    index: int
+    token_id: int
+    text: str
+    phase: str
+    seconds: float
+
+
+OnStep = Callable[[Step], None]
+
+
+@dataclass
+class Generation:
+    """A generated text and its tokens; ``seconds``: time since the token before."""
+
+    token_ids: list[int] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)
+    phases: list[str] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.tokens)
+
+    @property
+    def first_token_seconds(self) -> float | None:
+        return self.seconds[0] if self.seconds else None
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """Mean over the decoded tokens (the first token comes from the prompt).
+
+        The mean, for the sparsity of a text is a mean too: dense tokens and masks are in it.
+        """
+        rest = self.seconds[1:]
+        return sum(rest) / len(rest) if rest else None
+
+
+class _Collector(BaseStreamer):
+    """Receives tokens from ``generate``; decodes them incrementally."""
+
+    def __init__(self, tokenizer: Any, run: Run | None, on_step: OnStep | None) -> None:
+        self.tokenizer = tokenizer
+        self.run = run
+        self.on_step = on_step
+        self.result = Generation()
+        self._prompt_seen = False
+        self._pending: list[int] = []
+        self._context: list[int] = []
+        self._clock = time.perf_counter()
+
+    def put(self, value: Tensor) -> None:
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        for token in value.flatten().tolist():
+            self._add(int(token))
+
+    def _add(self, token: int) -> None:
+        now = time.perf_counter()
+        result, index = self.result, len(self.result.token_ids)
+        self._pending.append(token)
+        text = self._decoded()
+        result.token_ids.append(token)
+        result.tokens.append(text)
+        result.phases.append("prefill" if index == 0 else self.run.phase if self.run else "dense")
+        result.seconds.append(now - self._clock)
+        self._clock = now
+        if self.on_step is not None:
+            self.on_step(Step(index, token, text, result.phases[-1], result.seconds[-1]))
+
+    def _decoded(self) -> str:
+        """Text of the pending tokens, once it is complete (no half of a character)."""
+        decode = self.tokenizer.decode
+        before = decode(self._context, skip_special_tokens=True)
+        after = decode(self._context + self._pending, skip_special_tokens=True)
+        if after.endswith("\ufffd"):
+            return ""
+        self._context = (self._context + self._pending)[-8:]
+        self._pending = []
+        return str(after[len(before) :])
+
+    def end(self) -> None:
+        return
+
+
+class _Stop(StoppingCriteria):
+    def __init__(self, asked: Callable[[], bool]) -> None:
+        self.asked = asked
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.asked(), device=input_ids.device)
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    ids: Tensor,
+    tokens: int,
+    *,
+    run: Run | None = None,
+    on_step: OnStep | None = None,
+    temperature: float | None = None,
+    seed: int = 0,
+    stop: Callable[[], bool] | None = None,
+) -> Generation:
+    """Generate up to ``tokens`` tokens after ``ids`` [1, T]; greedy unless ``temperature``.
+
+    ``run``: the attached run, for the phase of each token.  ``on_step`` is called with every
+    token; ``stop`` is asked after every token.
+    """
+    collector = _Collector(tokenizer, run, on_step)
+    torch.manual_seed(seed)
+    sampling = (
+        {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    )
+    criteria = StoppingCriteriaList([_Stop(stop)] if stop else [])
+    model.generate(
+        ids.to(model.device),
+        attention_mask=torch.ones_like(ids, device=model.device),
+        max_new_tokens=tokens,
+        streamer=collector,
+        stopping_criteria=criteria,
+        pad_token_id=_pad_id(tokenizer),
+        **sampling,
+    )
+    return collector.result
+
+
+def _pad_id(tokenizer: Any) -> int | None:
+    for known in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if known is not None:
+            return int(known)
+    return None

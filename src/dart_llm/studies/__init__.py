@@ -1,0 +1,4 @@
+"""One folder or file for each command that keeps a results folder.
+
+Start with ``evaluate.py``, the shortest; studies do not import each other.
+"""

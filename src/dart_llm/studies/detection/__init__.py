@@ -1,0 +1,4 @@
+"""``detect``: how well drift rules notice known changes of topic.
+
+Start with ``study.py``; ``replay.py`` has the rates.
+"""

@@ -1,0 +1,373 @@
+"""A detector replayed over a signal; rates, delays, false alarms.
+
+How well triggers meet known changes: rates, delays, false alarms, intervals over texts.
+
+A decoded token is *stationary* while the reference is of its topic: before the first change, and
+from the first trigger after a change up to the next change.  A trigger there is a false alarm.  The
+first trigger after a change detects it when it comes within the horizon, and is late afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.pruning.drift import Check, Detector, Rule, guards_allow, make_rule
+from dart_llm.pruning.registry import DRIFT_RULES, METHODS
+from dart_llm.studies.detection.signals import Recorded
+
+# Replay a drift detector over a recorded text, as the tracer would run it (tracer.py, life.py).
+#
+# Nothing is pruned here: the signals are those of the dense model, so every rule sees the same
+# text.
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """A rule, what is observed after a trigger, and the guards that may hold one back.
+
+    ``observe``: tokens; the guards are those of ``DriftConfig``.
+    """
+
+    name: str
+    rule: Rule
+    observe: int
+    min_distance: int = 0
+    max_dense_share: float | None = None
+    allowance: int = 0
+
+
+def make_watcher(name: str, observe: int) -> Watcher:
+    """A drift rule without guards (``paper``, ``interval 64``), or a method's with its own.
+
+    A method (``dart-prompt``) brings its guards and the tokens that it observes; a name that is
+    both (``dart``) is the rule.  Raises ``UnknownName``, and ``ConfigError`` for a method that
+    never re-masks.
+    """
+    from dart_llm.pruning.config import DriftConfig
+
+    name = name.replace(":", " ")  # as a drift study writes an interval
+    base = name.partition(" ")[0]
+    if base in DRIFT_RULES:
+        return Watcher(name, make_rule(DriftConfig(rule=name).rule), observe)
+    if name not in METHODS:
+        raise UnknownName("drift rule", name, {*DRIFT_RULES.names(), *METHODS.names()})
+    config = METHODS.get(name)
+    if config.drift.rule == "never":
+        raise ConfigError(f"the method {name} never re-masks, so it has no drift rule to study")
+    return Watcher(
+        name,
+        make_rule(config.drift.rule),
+        config.remask.observe_tokens or max(1, config.masking_step),
+        config.drift.min_distance,
+        config.drift.max_dense_share,
+        config.drift.allowance,
+    )
+
+
+def sweep_rule(window: int, k: float, count: int) -> Rule:
+    """theta = mu - k sigma, a trigger at ``count``."""
+    return Rule(window, lambda mu, sigma: mu - k * sigma, count)
+
+
+@dataclass
+class Replay:
+    """What a watcher did on one text.
+
+    ``triggers``: for each, the tokens of the text seen by then, prompt included.  ``checks``: the
+    completed windows, each with the tokens seen.
+    """
+
+    triggers: list[int] = field(default_factory=list)
+    checks: list[tuple[int, Check]] = field(default_factory=list)
+
+
+@torch.no_grad()
+def replay(signal: Recorded, prompt: int, watcher: Watcher) -> Replay:
+    """Watch the tokens after ``prompt`` one after the other; the prompt is the reference.
+
+    After a trigger the next ``watcher.observe`` tokens are observed and become the new reference,
+    and the detector, its window and its counter start anew.
+    """
+    found, rule, v = Replay(), watcher.rule, signal.values[None]
+    detector = _armed(signal, rule, v[:, signal.first : prompt])
+    at, end, run, spent, last = prompt, v.shape[1], 0, 0, None
+    while at < end and (rule.window or rule.interval):
+        step = min(end - at, _tokens_until_change(rule, detector, run))
+        part = v[:, at : at + step]
+        at, run = at + step, run + step
+        fired = bool(rule.interval) and run >= rule.interval
+        if not fired and rule.window:
+            checks = detector.watch(part, None)
+            found.checks += [(at, check) for check in checks]
+            fired = any(check.fired for check in checks)
+        if fired and _allowed(watcher, at - prompt, last, spent):
+            found.triggers.append(at)
+            last, run = at - prompt, 0
+            detector = _armed(signal, rule, v[:, at : at + watcher.observe])
+            spent, at = spent + watcher.observe, at + watcher.observe
+    return found
+
+
+def _armed(signal: Recorded, rule: Rule, observed: Tensor) -> Detector:
+    detector = Detector(rule, signal.compare)
+    detector.observe(observed, None)
+    detector.start()
+    return detector
+
+
+def _tokens_until_change(rule: Rule, detector: Detector, run: int) -> int:
+    """At most one window is completed, or the interval, at the last of these tokens."""
+    bounds = [rule.window - detector.filled] if rule.window else []
+    if rule.interval:
+        bounds.append(rule.interval - run)
+    return max(1, min(bounds))
+
+
+def _allowed(watcher: Watcher, decoded: int, last: int | None, spent: int) -> bool:
+    return guards_allow(
+        decoded,
+        last,
+        spent,
+        watcher.observe,
+        watcher.min_distance,
+        watcher.max_dense_share,
+        watcher.allowance,
+    )
+
+
+def similarities(signal: Recorded, prompt: int, window: int) -> list[tuple[int, float]]:
+    """Similarity of every window to the prompt, with the tokens seen by its end; no trigger."""
+    quiet = Rule(window, lambda mu, sigma: torch.full_like(mu, -torch.inf), 1)
+    found = replay(signal, prompt, Watcher("quiet", quiet, 0))
+    return [(at, check.similarity[0]) for at, check in found.checks]
+
+
+RESAMPLES = 2000
+
+LEVEL = 0.95
+
+Array = NDArray[np.float64]
+
+Ends = tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one rule did on one text.
+
+    ``reach``: for every change, the tokens within which it could be detected.  ``delays``: for
+    every change, tokens of the new topic that were read at its detection, or None.
+    ``stationary``: tokens, see the module's docstring.
+    """
+
+    reach: tuple[int, ...]
+    delays: tuple[int | None, ...]
+    false_alarms: int
+    late: int
+    alarms: int
+    stationary: int
+    decoded: int
+
+
+def outcome(
+    triggers: Sequence[int], changes: Sequence[int], prompt: int, end: int, horizon: int
+) -> Outcome:
+    """Sort the triggers of one text.
+
+    triggers: tokens seen at each; changes: index of the first token of each new topic; both rise.
+    ``end``: tokens of the text, of which ``prompt`` are the prompt.
+    """
+    fired, begins = set(triggers), {change: number for number, change in enumerate(changes)}
+    delays: list[int | None] = [None] * len(changes)
+    pending: int | None = None
+    false_alarms = late = stationary = 0
+    for token in range(prompt, end):
+        pending = begins.get(token, pending)
+        stationary += pending is None
+        if token + 1 not in fired:
+            continue
+        delay = 0 if pending is None else token + 1 - changes[pending]
+        if pending is None:
+            false_alarms += 1
+        elif delay <= horizon:
+            delays[pending] = delay
+        else:
+            late += 1
+        pending = None
+    reach = tuple(
+        min(horizon, after - change)
+        for change, after in zip(changes, [*changes[1:], end], strict=True)
+    )
+    counts = (false_alarms, late, len(fired), stationary, end - prompt)
+    return Outcome(reach, tuple(delays), *counts)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """One rule over all texts.
+
+    ``delay_median``: over detected changes.  ``delay_with_misses``: mean over all changes, a miss
+    counting as its whole reach.  ``alarms_per_1000``: of all decoded tokens.  ``blind_rate``: what
+    a rule that fires at equal distances, as often, detects: where a change lies between two alarms
+    is left to chance, so an alarm falls within its reach with min(1, reach x alarms per token).
+    Intervals: 95 %, None below two texts.
+    """
+
+    changes: int
+    detected: int
+    rate: float
+    rate_interval: Ends
+    delay_median: float | None
+    delay_interval: Ends
+    delay_with_misses: float
+    delay_with_misses_interval: Ends
+    false_alarms: int
+    false_alarms_per_1000: float
+    fa_interval: Ends
+    tokens: int
+    late: int
+    alarms: int
+    decoded: int
+    alarms_per_1000: float
+    blind_rate: float
+    gain: float
+    gain_interval: Ends
+
+
+def rates(outcomes: Sequence[Outcome], seed: int = 0, intervals: bool = True) -> Rates:
+    """Pool the texts; intervals by resampling whole texts."""
+    once = _statistics(outcomes, np.ones((1, len(outcomes))))
+    point = {name: float(values[0]) for name, values in once.items()}
+    ends: dict[str, Ends] = {}
+    if intervals and len(outcomes) > 1:
+        ends = bootstrap(lambda weights: _statistics(outcomes, weights), len(outcomes), seed)
+    alarms, decoded = (sum(getattr(o, n) for o in outcomes) for n in ("alarms", "decoded"))
+    return Rates(
+        changes=sum(len(o.delays) for o in outcomes),
+        detected=sum(delay is not None for o in outcomes for delay in o.delays),
+        rate=point["rate"],
+        rate_interval=ends.get("rate"),
+        delay_median=None if math.isnan(point["median"]) else point["median"],
+        delay_interval=ends.get("median"),
+        delay_with_misses=point["delay"],
+        delay_with_misses_interval=ends.get("delay"),
+        false_alarms=sum(o.false_alarms for o in outcomes),
+        false_alarms_per_1000=point["false"],
+        fa_interval=ends.get("false"),
+        tokens=sum(o.stationary for o in outcomes),
+        late=sum(o.late for o in outcomes),
+        alarms=alarms,
+        decoded=decoded,
+        alarms_per_1000=1000 * alarms / max(1, decoded),
+        blind_rate=point["blind"],
+        gain=point["gain"],
+        gain_interval=ends.get("gain"),
+    )
+
+
+def _statistics(outcomes: Sequence[Outcome], weights: Array) -> dict[str, Array]:
+    """weights: [B, n], how often each text counts.  Each statistic is [B]; nan: no median."""
+
+    def total(value: Callable[[Outcome], int]) -> Array:
+        found: Array = weights @ np.array([float(value(o)) for o in outcomes])
+        return found
+
+    changes = np.maximum(total(lambda o: len(o.delays)), 1)
+    rate = total(lambda o: sum(delay is not None for delay in o.delays)) / changes
+    per_token = total(lambda o: o.alarms) / np.maximum(total(lambda o: o.decoded), 1)
+    blind = np.zeros_like(rate)
+    for tokens in {tokens for o in outcomes for tokens in o.reach}:
+        share = total(lambda o, tokens=tokens: o.reach.count(tokens)) / changes  # type: ignore[misc]
+        blind += share * np.minimum(1.0, tokens * per_token)
+    stationary = np.maximum(total(lambda o: o.stationary), 1)
+    return {
+        "rate": rate,
+        "median": _medians(outcomes, weights),
+        "delay": total(_waited) / changes,
+        "false": 1000 * total(lambda o: o.false_alarms) / stationary,
+        "blind": blind,
+        "gain": rate - blind,
+    }
+
+
+def _waited(one: Outcome) -> int:
+    """Delays, a miss counting as its reach."""
+    return sum(r if d is None else d for d, r in zip(one.delays, one.reach, strict=True))
+
+
+def _medians(outcomes: Sequence[Outcome], weights: Array) -> Array:
+    """Median of the pooled delays under each row of weights: [B], nan where there are none."""
+    pairs = [(delay, place) for place, o in enumerate(outcomes) for delay in o.delays]
+    known = sorted((delay, place) for delay, place in pairs if delay is not None)
+    if not known:
+        return np.full(len(weights), math.nan)
+    delays: Array = np.array([float(delay) for delay, _ in known])
+    counts = weights[:, [place for _, place in known]].cumsum(1)
+    whole = counts[:, -1:]
+    ranks = ((whole + 1) // 2, whole // 2 + 1)  # the two in the middle, or twice the one
+    low, high = (delays[(counts >= np.maximum(rank, 1)).argmax(1)] for rank in ranks)
+    medians: Array = np.where(whole[:, 0] > 0, (low + high) / 2, math.nan)
+    return medians
+
+
+def bootstrap(
+    statistics: Callable[[Array], dict[str, Array]], n: int, seed: int
+) -> dict[str, Ends]:
+    """Percentile intervals of named statistics of ``n`` texts, drawn with replacement.
+
+    ``statistics`` takes [B, n], how often each text was drawn, and gives [B] by name.  The
+    percentiles lie further out than 2.5 and 97.5, so that intervals over few texts are wide enough
+    (Hesterberg, "What Teachers Should Know About the Bootstrap", The American Statistician 69,
+    2015, section 5.2).  Draws in which a statistic is nan are left out of its interval.
+    """
+    draws = np.random.default_rng(seed).multinomial(n, [1 / n] * n, size=RESAMPLES)
+    tail = NormalDist().cdf(-_student(0.5 + LEVEL / 2, n - 1) * math.sqrt(n / (n - 1)))
+    ends: dict[str, Ends] = {}
+    for name, found in statistics(draws.astype(np.float64)).items():
+        values = found[~np.isnan(found)]
+        low, high = np.quantile(values, [tail, 1 - tail]) if len(values) else (math.nan, math.nan)
+        ends[name] = None if math.isnan(low) else (float(low), float(high))
+    return ends
+
+
+def _student(p: float, degrees: int) -> float:
+    """Quantile of Student's t: exact for 1 and 2 degrees, else Abramowitz and Stegun 26.7.5."""
+    if degrees == 1:
+        return math.tan(math.pi * (p - 0.5))
+    if degrees == 2:
+        return (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))
+    z = NormalDist().inv_cdf(p)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + math.fsum(term / degrees ** (power + 1) for power, term in enumerate(terms))
+
+
+def auc(same: Sequence[float], other: Sequence[float]) -> float | None:
+    """Chance that a value of ``same`` is above one of ``other``, ties counting half; None: empty.
+
+    The area under the curve of the test that calls low values a change (Mann and Whitney, 1947).
+    """
+    if not same or not other:
+        return None
+    a, b = np.asarray(same)[:, None], np.asarray(other)[None]
+    return float(((a > b) + 0.5 * (a == b)).mean())
+
+
+def to_dict(found: Rates) -> dict[str, Any]:
+    """JSON-able data."""
+    data = dict(vars(found))
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in data.items()}

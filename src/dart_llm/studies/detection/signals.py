@@ -1,0 +1,197 @@
+"""Signals of a text, recorded in one dense forward.
+
+The signals of a text that a drift rule can watch: what they are, and how two means compare.
+
+A signal is one vector per token, [T, D] float32.  The detector compares means of windows with the
+mean of the reference, by cosine; means of attention distributions by the Jensen-Shannon divergence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from dart_llm.errors import ConfigError, DartError, UnknownName
+from dart_llm.models import capture
+from dart_llm.models.describe import context_length
+from dart_llm.pruning.drift import SINKS, Compare, cosine
+
+SCORES = "attention-scores"
+
+SIGNALS = {
+    "attention": "last layer's attention output, as published",
+    "attention-80": "attention output of the layer at 80 % of the depth",
+    "attention-several": "attention outputs of the upper half of the layers, each of unit length",
+    "hidden": "last hidden state, after the last norm",
+    SCORES: "last layer's attention distribution over the first half of the prompt",
+}
+"""Names, with what they are in one line."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One signal of one text.
+
+    ``values``: [T, D] float32, on the host.  ``first``: the token with which the prompt's reference
+    begins.  ``compare``: similarity of two means.
+    """
+
+    name: str
+    values: Tensor
+    first: int = SINKS
+    compare: Compare = cosine
+
+
+def check_signal(name: str) -> str:
+    """Return ``name`` when there is such a signal; raises ``UnknownName``."""
+    if name not in SIGNALS:
+        raise UnknownName("signal", name, SIGNALS)
+    return name
+
+
+def layers_of(name: str, count: int) -> tuple[int, ...]:
+    """The layers, of ``count``, that a signal reads; none for the hidden state.
+
+    The depth of layer l is l / (count - 1), as everywhere in docs/method.md.
+    """
+    last = count - 1
+    if name == "attention-80":
+        return (round(0.8 * last),)
+    if name == "attention-several":
+        return tuple(range(math.ceil(last / 2), count))
+    return () if name == "hidden" else (last,)
+
+
+def keys_of(prompt: int) -> slice:
+    """Positions over which attention distributions are taken: first half of the prompt, no sinks.
+
+    A token of the first half does not see all of them, one of the second half or later does: every
+    distribution from there on has the same support.
+    """
+    return slice(SINKS, prompt // 2)
+
+
+def first_query(prompt: int) -> int:
+    """The token from which distributions are the prompt's reference.
+
+    A sixteenth of the prompt after the last key: tokens attend to what stands right before them,
+    and just after the keys that would be the keys themselves.
+    """
+    return prompt // 2 + prompt // 16
+
+
+def several(outputs: Mapping[int, Tensor], layers: Sequence[int]) -> Tensor:
+    """Outputs [T, D] of ``layers``, each token's scaled to unit length, side by side: [T, n D]."""
+    return torch.cat([normalize(outputs[layer].float(), dim=-1) for layer in layers], -1)
+
+
+def distribution(weights: Tensor, prompt: int) -> Tensor:
+    """Attention weights [H, T, S] as distributions over ``keys_of(prompt)``: [T, K] float32.
+
+    The mean over heads, restricted to the keys and scaled to sum 1; zeros where a token sees none
+    of them, or gives them no weight.
+    """
+    mean = weights[:, :, keys_of(prompt)].float().mean(0)
+    total = mean.sum(-1, keepdim=True)
+    return torch.where(total > 0, mean / total.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+
+
+def shannon(mean: Tensor, others: Tensor) -> Tensor:
+    """1 - Jensen-Shannon divergence (base 2) of two non-negative vectors [..., K]: [...].
+
+    Both are scaled to sum 1 first.  1 for equal distributions, 0 for those that share nothing and
+    where one is zero.  J. Lin, "Divergence measures based on the Shannon entropy", IEEE
+    Transactions on Information Theory 37, 1991.
+    """
+    sums = mean.sum(-1), others.sum(-1)
+    p, q = (x / s[..., None].clamp_min(1e-30) for x, s in zip((mean, others), sums, strict=True))
+    middle = (p + q) / 2
+    entropy = [-torch.xlogy(x, x).sum(-1) / math.log(2) for x in (middle, p, q)]
+    similarity = (1 - entropy[0] + (entropy[1] + entropy[2]) / 2).clamp(0, 1)
+    return torch.where((sums[0] > 0) & (sums[1] > 0), similarity, 0.0)
+
+
+# One dense pass over a known text that records every signal of every token.
+
+
+def needs_eager(signals: Sequence[str]) -> bool:
+    """Whether one of the signals is read from the attention weights."""
+    return SCORES in signals
+
+
+@torch.no_grad()
+def record(model: Any, ids: Tensor, prompt: int, signals: Sequence[str]) -> dict[str, Recorded]:
+    """All ``signals`` of one text, by name, in one forward of the untouched model.
+
+    ids: [N], of which the first ``prompt`` are the prompt.  Values are float32 and on the host.
+    Raises ``ConfigError`` when the text does not fit the model's context, ``UnsupportedModel``
+    where the attention gives no weights, ``DartError`` where a signal is not finite.
+    """
+    longest = context_length(model)
+    if longest is not None and len(ids) > longest:
+        raise ConfigError(
+            f"a text of {len(ids)} tokens does not fit the model's context of {longest}: give "
+            "shorter passages"
+        )
+    taken = _Taken(prompt)
+    count = capture.layer_count(model)
+    with contextlib.ExitStack() as stack:
+        outputs = sorted({layer for name in signals for layer in _output_layers(name, count)})
+        stack.enter_context(capture.attention_outputs(model, outputs, taken.output))
+        if "hidden" in signals:
+            stack.enter_context(capture.last_hidden(model, taken.state))
+        if SCORES in signals:
+            last = layers_of(SCORES, count)
+            stack.enter_context(capture.attention_weights(model, last, taken.weights))
+        model(ids[None].to(model.device), use_cache=False, logits_to_keep=1)
+    found = {name: _signal(name, taken, count) for name in signals}
+    for name, signal in found.items():
+        if not bool(signal.values.isfinite().all()):
+            raise DartError(
+                f"the signal {name} is not finite: the model overflows; try dtype float32"
+            )
+    return found
+
+
+def _output_layers(name: str, count: int) -> tuple[int, ...]:
+    return () if name == SCORES else layers_of(name, count)
+
+
+class _Taken:
+    """What the hooks of one forward gave, float32 on the host."""
+
+    def __init__(self, prompt: int) -> None:
+        self.prompt = prompt
+        self.outputs: dict[int, Tensor] = {}
+        self.hidden = self.scores = torch.empty(0)
+
+    def output(self, layer: int, v: Tensor) -> None:
+        self.outputs[layer] = _host(v)
+
+    def state(self, v: Tensor) -> None:
+        self.hidden = _host(v)
+
+    def weights(self, layer: int, weights: Tensor) -> None:
+        self.scores = _host(distribution(weights, self.prompt))
+
+
+def _host(v: Tensor) -> Tensor:
+    return v.detach().to("cpu", torch.float32, copy=True)
+
+
+def _signal(name: str, taken: _Taken, count: int) -> Recorded:
+    if name == SCORES:
+        return Recorded(name, taken.scores, first_query(taken.prompt), shannon)
+    if name == "hidden":
+        return Recorded(name, taken.hidden)
+    layers = layers_of(name, count)
+    if name == "attention-several":
+        return Recorded(name, several(taken.outputs, layers))
+    return Recorded(name, taken.outputs[layers[0]])

@@ -1,0 +1,287 @@
+"""What is kept of one cell: losses, windows, masks; files that grow.
+
+The files of a drift study that hold its cells; what is finished survives any interruption.
+
+A finished cell is a part of the folder (``results.save_part``) beside its file of masks.  The
+files below are made from the parts alone: the same cells give the same bytes, however often the
+study was interrupted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dart_llm.experiments.artifacts import MaskRecorder
+from dart_llm.experiments.store import ResultsFolder
+from dart_llm.experiments.tensor_file import write_tensors
+from dart_llm.files import finite, write_csv, write_lines
+from dart_llm.pruning.records import DriftCheck, Remask
+from dart_llm.pruning.sequence import SequenceState
+from dart_llm.session.run import Run
+from dart_llm.studies.drift import losses as drift_losses
+from dart_llm.studies.drift.cells import DriftCell
+from dart_llm.studies.drift.settings import FORCED
+
+# What is kept of one pruned run: windows, masks before and after every re-mask, accounting.
+
+
+FORMAT = "remask{i}.layer{l}.ids: kept neurons, int32; .scores: float32, larger is kept"
+
+
+class DriftRecorder(MaskRecorder):
+    """Also keeps how many dense tokens came right before each mask, and where pruning ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observed: list[int] = []
+        self._life: SequenceState | None = None
+
+    def __call__(self, remask: Remask, life: SequenceState) -> None:
+        super().__call__(remask, life)
+        self.observed.append(life.observed)
+        self._life = life
+
+    def dense_from(self) -> int | None:
+        """The decode step from which all ran dense to the end; None where the last was pruned.
+
+        Released, or the text ended while tokens were observed for masks that never came.
+        """
+        if self._life is None:
+            return None
+        ends = itertools.takewhile(lambda one: one.kept is None, reversed(self._life.periods))
+        dense = sum(one.length for one in ends)
+        return self._life.decoded - dense if dense else None
+
+
+def record(run: Run, recorder: DriftRecorder, widths: Sequence[int]) -> dict[str, Any]:
+    """``checks``, ``remasks``, ``dense_from`` and ``accounting`` of a run of one sequence.
+
+    JSON-able.  ``widths``: neurons per layer.
+    """
+    accounting = run.report().to_dict()
+    accounting.pop("sequences")
+    found = {
+        "checks": [asdict(check) for check in run.drift_checks],
+        "remasks": remasks(recorder, widths),
+        "dense_from": recorder.dense_from(),
+        "accounting": accounting,
+    }
+    return dict(json.loads(json.dumps(finite(found))))
+
+
+def remasks(recorder: DriftRecorder, widths: Sequence[int]) -> list[dict[str, Any]]:
+    """One entry per mask; per layer the Jaccard overlap with the mask before, |A & B| / |A | B|,
+    and how many neurons left and joined.  ``observed``: dense tokens right before it."""
+    found: list[dict[str, Any]] = []
+    before: list[Tensor] | None = None
+    for number, remask in enumerate(recorder.remasks):
+        masks = [_kept(recorder, number, layer, width) for layer, width in enumerate(widths)]
+        alone = before is None or recorder.per_token
+        moves = None if alone else [_moves(*two) for two in zip(before or [], masks, strict=True)]
+        found.append(
+            {
+                "step": remask.step,
+                "cause": remask.cause,
+                "kept": list(remask.kept),
+                "evidence_tokens": remask.evidence_tokens,
+                "observed": recorder.observed[number],
+                "jaccard": None if moves is None else [jaccard for jaccard, _, _ in moves],
+                "left": None if moves is None else [left for _, left, _ in moves],
+                "joined": None if moves is None else [joined for _, _, joined in moves],
+            }
+        )
+        before = masks
+    return found
+
+
+def _kept(recorder: DriftRecorder, number: int, layer: int, width: int) -> Tensor:
+    """[width] bool; a layer without ids is dense."""
+    ids = recorder.tensors.get(f"remask{number}.layer{layer}.ids")
+    if ids is None:
+        return torch.ones(width, dtype=torch.bool)
+    mask = torch.zeros(width, dtype=torch.bool)
+    mask[ids.long()] = True
+    return mask
+
+
+def _moves(old: Tensor, new: Tensor) -> tuple[float, int, int]:
+    both, either = int((old & new).sum()), int((old | new).sum())
+    return both / either if either else 1.0, int(old.sum()) - both, int(new.sum()) - both
+
+
+def write_masks(path: Path, recorder: DriftRecorder, checkpoint: str, label: str) -> None:
+    """Kept ids and scores of every mask, as ``dart-llm run`` writes them.
+
+    Raises ``ResultsError`` when the disk is full or read-only.
+    """
+    metadata = {
+        "checkpoint": checkpoint,
+        "method": label,
+        "remasks": str(len(recorder.remasks)),
+        "format": FORMAT,
+    }
+    write_tensors(path, recorder.tensors, metadata)
+
+
+Part = dict[str, Any]
+"""``topics``, ``prompt_tokens``, ``decoded_tokens``, ``finish``, ``checks``, ``remasks``,
+``dense_from``, ``accounting``, ``text``, ``pieces``, ``losses`` and ``seconds``; JSON-able."""
+
+
+DONE, FAILED = "done", "failed"
+
+MASKS = "masks"
+
+EVERY = 20.0
+"""Seconds between two times that the growing files are written: each is written whole."""
+
+_CHECK = tuple(column.name for column in fields(DriftCheck))
+
+
+@dataclass
+class StudyFiles:
+    """The cells of a study in a results folder.  ``failed``: sentences, by key.
+
+    ``moment``: tokens after a change from which ``later`` means are taken.
+    """
+
+    folder: ResultsFolder
+    cells: Sequence[DriftCell]
+    model: str
+    moment: int
+    dtype: str | None = None
+    failed: dict[str, str] = field(default_factory=dict)
+    written: float = 0.0
+
+    @property
+    def path(self) -> Path:
+        return self.folder.path
+
+    @property
+    def masks(self) -> Path:
+        return self.path / MASKS
+
+    def part(self, cell: DriftCell) -> Part | None:
+        """What was computed of ``cell``, masks included; None otherwise."""
+        found: Part | None = self.folder.part(cell.key)
+        whole = found is not None and (
+            found["accounting"] is None or (self.masks / cell.file).exists()
+        )
+        return found if whole else None
+
+    def save(self, cell: DriftCell, part: Part) -> None:
+        """Keep a finished cell; raises ``ResultsError`` when the disk is full or read-only."""
+        self.failed.pop(cell.key, None)
+        self.folder.save_part(cell.key, part)
+        self.grow()
+
+    def fail(self, cell: DriftCell, sentence: str) -> None:
+        """Mark a cell whose computation failed; the next run tries it again."""
+        self.failed[cell.key] = sentence
+        self.grow()
+
+    def metrics(self, cell: DriftCell) -> dict[str, Any] | None:
+        """``values`` and ``seconds`` of the comparison of a cell's text with the dense one."""
+        found: dict[str, Any] | None = self.folder.part(f"metrics/{cell.key}")
+        return found
+
+    def save_metrics(
+        self, cell: DriftCell, values: Mapping[str, float | None], seconds: float
+    ) -> None:
+        """Keep a comparison."""
+        part = {"values": finite(dict(values)), "seconds": seconds}
+        self.folder.save_part(f"metrics/{cell.key}", part)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Lines of results.jsonl: the finished and the failed cells, in grid order."""
+        rows = []
+        for cell in self.cells:
+            part = self.part(cell)
+            if part is not None or cell.key in self.failed:
+                rows.append(self._row(cell, part))
+        return rows
+
+    def _row(self, cell: DriftCell, part: Part | None) -> dict[str, Any]:
+        known = part or {}
+        return {
+            "key": cell.key,
+            "status": FAILED if part is None else DONE,
+            "error": self.failed[cell.key] if part is None else None,
+            "label": cell.method.label,
+            "cell": cell.facts(self.model, self.dtype),
+            "topics": known.get("topics", []),
+            "prompt_tokens": known.get("prompt_tokens"),
+            "decoded_tokens": known.get("decoded_tokens"),
+            "finish": known.get("finish"),
+            "checks": known.get("checks", []),
+            "remasks": known.get("remasks", []),
+            "dense_from": known.get("dense_from"),
+            "accounting": known.get("accounting"),
+            "loss": None if part is None else self._loss(cell, part),
+            "metrics": None if part is None else (self.metrics(cell) or {}).get("values"),
+        }
+
+    def _loss(self, cell: DriftCell, part: Part) -> dict[str, Any] | None:
+        if cell.mode != FORCED:
+            return None
+        starts, losses = [topic["start"] for topic in part["topics"]], part["losses"]
+        dense = self.folder.part(cell.dense_key)
+        return {
+            "topics": drift_losses.topics(losses, starts, self.moment),
+            "recovery": None
+            if dense is None
+            else drift_losses.recovery(losses, dense["losses"], starts),
+        }
+
+    def grow(self) -> None:
+        """Write the files when the last time is a while ago."""
+        if time.monotonic() - self.written >= EVERY:
+            self.write()
+
+    def write(self) -> list[dict[str, Any]]:
+        """results.jsonl, texts.jsonl, tokens.jsonl and drift.csv; returns the rows."""
+        rows = self.rows()
+        write_lines(self.path / "results.jsonl", rows)
+        write_lines(self.path / "tokens.jsonl", self._tokens())
+        if any(cell.mode != FORCED for cell in self.cells):
+            write_lines(self.path / "texts.jsonl", self._texts())
+        write_csv(self.path / "drift.csv", ("key", *_CHECK), _checks(rows))
+        self.written = time.monotonic()
+        return rows
+
+    def _parts(self) -> Iterator[tuple[DriftCell, Part]]:
+        for cell in self.cells:
+            part = self.part(cell)
+            if part is not None:
+                yield cell, part
+
+    def _texts(self) -> Iterator[dict[str, Any]]:
+        for cell, part in self._parts():
+            yield {
+                "key": cell.key,
+                "id": cell.source.id,
+                "method": cell.method.label,
+                "seed": cell.seed,
+                "text": part["text"],
+            }
+
+    def _tokens(self) -> Iterator[dict[str, Any]]:
+        for cell, part in self._parts():
+            losses = {} if part["losses"] is None else {"losses": part["losses"]}
+            yield {"key": cell.key, "pieces": part["pieces"], **losses}
+
+
+def _checks(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[Any]]:
+    for row in rows:
+        for check in row["checks"]:
+            values = (check[name] for name in _CHECK)
+            yield [row["key"], *(int(v) if isinstance(v, bool) else v for v in values)]

@@ -1,0 +1,149 @@
+"""The settings of ``dart-llm eval``, ``perplexity`` and ``summarize``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import model_validator
+
+from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.evaluation.measurement import MeasureOptions
+from dart_llm.evaluation.task_names import expand, protocols
+from dart_llm.experiments.trackers import TRACKERS
+from dart_llm.settings import BaseSettings, check_least, setting
+
+PANEL = "Evaluation"
+
+_FROM_ONE = ("limit", "max_output", "batch_size", "window", "stride", "prompt_tokens")
+
+LEAST = {**dict.fromkeys((*_FROM_ONE, "scored_tokens"), 1), "num_fewshot": 0, "sample_seed": 0}
+"""The least value of each number."""
+
+
+class MeasureSettings(BaseSettings):
+    """What the three commands share."""
+
+    protocol: str = setting(PANEL, "decode, full, or published (leaks answers).", "decode")
+    limit: int | None = setting(PANEL, "Items per task (default: all).")
+    sample_seed: int | None = setting(
+        PANEL, "Choose the --limit items at random with this seed, not the first ones."
+    )
+    dense: bool = setting(PANEL, "Measure the untouched model on the same items too.", False)
+    calibration: str | None = setting(
+        PANEL,
+        "Text for methods that calibrate: a text or JSON-lines file (FILE#100: from row 100)"
+        " (default: c4 of the hub).",
+    )
+    tracker: str | None = setting("Results", "trackio, wandb, mlflow or tensorboard.")
+
+    @model_validator(mode="after")
+    def _check_measure(self) -> MeasureSettings:
+        own = type(self).model_fields
+        check_least(self, {name: least for name, least in LEAST.items() if name in own})
+        if self.tracker and self.tracker not in TRACKERS:
+            raise UnknownName("tracker", self.tracker, TRACKERS)
+        for task in self.task_names():
+            if self.protocol not in protocols(task):
+                raise UnknownName("protocol", self.protocol, protocols(task))
+        return self
+
+    @property
+    def kind(self) -> str:
+        """Name of the command."""
+        return type(self).__name__.removesuffix("Settings").lower()
+
+    def task_names(self) -> list[str]:
+        """Tasks as ``measure`` takes them."""
+        raise NotImplementedError
+
+    def options(self) -> MeasureOptions:
+        """How the tasks are measured."""
+        known = MeasureOptions.__dataclass_fields__
+        given: dict[str, Any] = {
+            name: value
+            for name in type(self).model_fields
+            if name in known and (value := getattr(self, name)) is not None
+        }
+        return MeasureOptions(**given)
+
+    @property
+    def experiment(self) -> str:
+        """Name of the experiment's folder."""
+        if self.experiment_name:
+            return self.experiment_name
+        return f"{self.kind}-{super().experiment}"
+
+
+class EvalSettings(MeasureSettings):
+    """``dart-llm eval``."""
+
+    tasks: str = setting(
+        PANEL,
+        "lm-eval tasks or groups, comma-separated; also mmlu, general-nlp, gpqa, medmcqa.",
+        "",
+    )
+    num_fewshot: int | None = setting(PANEL, "Examples before each item (default: the task's).")
+    include_path: str | None = setting(PANEL, "Folder with further lm-eval task files.")
+    batch_size: int = setting(PANEL, "Continuations of one context in one forward, at most.", 8)
+    apply_chat_template: bool = setting(PANEL, "Wrap contexts in the model's template.", False)
+    log_samples: bool = setting(PANEL, "Keep every request and answer in samples.jsonl.", True)
+    prompt_tokens: int = setting(PANEL, "Left context of a rolling window.", 256)
+    scored_tokens: int = setting(PANEL, "Scored tokens of a rolling window.", 256)
+
+    def task_names(self) -> list[str]:
+        return expand(self.tasks)
+
+
+class PerplexitySettings(MeasureSettings):
+    """``dart-llm perplexity``."""
+
+    protocol: str = setting(
+        PANEL,
+        "decode, full, published (leaks), or standard: whole text in windows.",
+        "decode",
+    )
+    limit: int | None = setting(PANEL, "Slices per text (default: all).")
+    dense: bool = setting(PANEL, "Measure the untouched model on the same tokens too.", True)
+    data: str = setting(
+        PANEL,
+        "embedded, wikitext2, c4, mmlu, mmlu-answers, text files, or "
+        "hub:owner/name/config:split:column; comma-separated.",
+        "embedded",
+    )
+    prompt_tokens: int = setting(PANEL, "Prompt tokens of a slice.", 256)
+    scored_tokens: int = setting(PANEL, "Scored tokens of a slice.", 256)
+    window: int = setting(PANEL, "Tokens of a window (protocol standard).", 2048)
+    stride: int | None = setting(
+        PANEL, "Tokens that windows move on (protocol standard; default: the window)."
+    )
+
+    def task_names(self) -> list[str]:
+        from dart_llm.data.documents import names
+
+        return [f"perplexity:{name}" for name in names(self.data)]
+
+
+class SummarizeSettings(MeasureSettings):
+    """``dart-llm summarize``."""
+
+    data: str = setting(
+        PANEL,
+        "xsum, cnn_dailymail, multi_news, gov_report, a JSON-lines file of document/summary, or "
+        "hub:owner/name/config:split:document:summary.",
+        "xsum",
+    )
+    max_output: int = setting(PANEL, "Tokens per summary, at most.", 256)
+    apply_chat_template: bool | None = setting(
+        PANEL, "Use the model's chat template (default: if it has one)."
+    )
+
+    def task_names(self) -> list[str]:
+        given = (name.strip() for name in self.data.split(","))
+        names = [name for name in dict.fromkeys(given) if name]
+        if not names:
+            raise ConfigError("no data to summarize: give --data, e.g. xsum or a JSON-lines file")
+        from dart_llm.data.documents import check
+
+        for name in names:
+            check(name)
+        return [f"summarize:{name}" for name in names]

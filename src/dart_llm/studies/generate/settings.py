@@ -1,0 +1,160 @@
+"""The settings of ``dart-llm run``: one table for flags, YAML files, environment and scripts.
+
+Every field is also an upper-case variable of the two shell scripts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import model_validator
+
+from dart_llm import settings
+from dart_llm.data.prompts import is_text
+from dart_llm.errors import ConfigError
+from dart_llm.pruning.config import PruneConfig
+from dart_llm.settings import ActivationSettings, merge, setting
+
+POSITIVE = (
+    "generation",
+    "prompt_length",
+    "ppl_max_samples",
+    "mmlu_max_samples",
+    "general_nlp_max_samples",
+    "summarization_max_samples",
+    "summarization_max_output",
+)
+"""Whole numbers of 1 or more; ``generation`` may be 0."""
+
+
+class RunSettings(ActivationSettings):
+    """What one run is asked to do; None means "not given"."""
+
+    # prompt and generation
+    prompt: str | None = setting("Prompt", "The prompt, or a shipped prompt's name.")
+    prompt_file: str | None = setting("Prompt", "Read the prompt from this file; - is stdin.")
+    custom_prompt_text: str | None = setting(
+        "Prompt", "The prompt, a shipped prompt's name or a text in datasets/."
+    )
+    prompt_type: str = setting("Prompt", "custom, or mmlu: questions without answers.", "custom")
+    prompt_subject: str | None = setting("Prompt", "MMLU subjects, comma-separated.")
+    prompt_length: int | None = setting(
+        "Prompt", "Tokens of the prompt (default: model's context)."
+    )
+    chat: bool | None = setting("Prompt", "Wrap the prompt in the model's chat template.", False)
+    """None: where it has one."""
+    generation: int | None = setting("Prompt", "Tokens to generate (default: 200 with a prompt).")
+    temperature: float | None = setting("Prompt", "Sample at this temperature (default: greedy).")
+    # evaluation
+    eval_perplexity: bool = setting("Evaluation", "Perplexity, dense beside pruned.", False)
+    ppl_datasets: str = setting(
+        "Evaluation", "embedded, wikitext2, c4, mmlu, or text files.", "embedded"
+    )
+    ppl_subjects: str | None = setting("Evaluation", "MMLU subjects for perplexity.")
+    ppl_max_samples: int | None = setting("Evaluation", "Slices per text (default: all).")
+    ppl_prompt_tokens: int = setting("Evaluation", "Prompt tokens of a slice.", 256)
+    ppl_scored_tokens: int = setting("Evaluation", "Scored tokens of a slice.", 256)
+    eval_mmlu: bool = setting("Evaluation", "MMLU accuracy, dense beside pruned.", False)
+    mmlu_datasets: str = setting("Evaluation", "MMLU subjects, comma-separated.", "all")
+    mmlu_shots: int = setting("Evaluation", "Examples before each question.", 0)
+    mmlu_max_samples: int | None = setting("Evaluation", "Questions per subject.")
+    eval_general_nlp: bool = setting("Evaluation", "BoolQ, RTE, ..., dense beside pruned.", False)
+    general_nlp_datasets: str | None = setting("Evaluation", "Which tasks (default: the seven).")
+    general_nlp_max_samples: int | None = setting("Evaluation", "Items per task.")
+    eval_summarization: bool = setting(
+        "Evaluation", "ROUGE of summaries, dense beside pruned.", False
+    )
+    summarization_datasets: str = setting(
+        "Evaluation", "xsum, cnn_dailymail, multi_news, gov_report, or JSON-lines files.", "xsum"
+    )
+    summarization_max_samples: int | None = setting("Evaluation", "Documents per data set.")
+    summarization_max_output: int = setting("Evaluation", "Tokens per summary.", 256)
+    include_path: str | None = setting("Evaluation", "Folder with further lm-eval task files.")
+    calibration: str | None = setting(
+        "Evaluation", "Text for methods that calibrate (default: c4 of the hub)."
+    )
+    # results
+    verbose: bool = setting("Results", "Log every mask and every drift window.", False)
+
+    @model_validator(mode="after")
+    def _check(self) -> RunSettings:
+        self._check_recording()
+        if self.prompt_type not in ("custom", "mmlu"):
+            raise ConfigError(f'prompt type "{self.prompt_type}": write custom or mmlu')
+        if self.prompt_type == "mmlu" and not self.prompt_subject:
+            raise ConfigError("--prompt-type mmlu needs --prompt-subject, e.g. astronomy")
+        given = [n for n in ("prompt", "prompt_file", "custom_prompt_text") if getattr(self, n)]
+        if len(given) > 1:
+            raise ConfigError(f"give one prompt: {' and '.join(given)} were both given")
+        for name in POSITIVE:
+            value = getattr(self, name)
+            if value is not None and value < (0 if name == "generation" else 1):
+                raise ConfigError(f"--{name.replace('_', '-')} {value} is too small")
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"--temperature {self.temperature:g} must be 0 (greedy) or more")
+        if not 0 <= self.mmlu_shots <= 5:
+            raise ConfigError(f"--mmlu-shots {self.mmlu_shots} must be 0 to 5")
+        for name in ("prompt", "custom_prompt_text"):
+            if not is_text(getattr(self, name) or ""):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} is not valid UTF-8: put the text in a file and "
+                    "give --prompt-file"
+                )
+        return self
+
+    def _check_recording(self) -> None:
+        if not self.save_activations:
+            return
+        if self.evaluates and not self.tokens:
+            raise ConfigError(
+                "--save-activations keeps those of the generated texts, and nothing is generated: "
+                "give a prompt and --generation N, or leave it off"
+            )
+        if self.executor in ("compact", "native", "slim", "graph"):
+            raise ConfigError(
+                f"--save-activations cannot see the neurons that executor {self.executor} skips: "
+                "give --executor masked, or leave the executor out"
+            )
+
+    def fitted(self) -> RunSettings:
+        changes, notes = settings.values_for(self)
+        return super().fitted().noted(changes, *notes)
+
+    def prune_config(self) -> PruneConfig:
+        """The preset with every setting on top of it; recorded runs use the masked executor."""
+        config = super().prune_config()
+        return config.replace({"executor": "masked"}) if self.save_activations else config
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether any evaluation is switched on."""
+        return (
+            self.eval_perplexity
+            or self.eval_mmlu
+            or self.eval_general_nlp
+            or self.eval_summarization
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to generate."""
+        if self.generation is not None:
+            return self.generation
+        return 200 if self.has_prompt else 0
+
+    @property
+    def has_prompt(self) -> bool:
+        found = (self.prompt, self.prompt_file, self.custom_prompt_text)
+        return self.prompt_type == "mmlu" or any(part is not None for part in found)
+
+
+def collect(
+    flags: Mapping[str, Any],
+    file: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> RunSettings:
+    """The settings of ``dart-llm run``, merged from all sources."""
+    return merge(RunSettings, flags, file, environment)

@@ -1,0 +1,328 @@
+"""One dense pass per text: impact, distributions, statistics.
+
+One pass of a text through the dense model, and what is kept of it per layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dart_llm.calibration.learn import self_calibrate
+from dart_llm.errors import ConfigError
+from dart_llm.experiments.artifacts import Saver
+from dart_llm.models.capture import LayerActivations, capture_activations
+from dart_llm.models.describe import ModelView, context_length, describe
+from dart_llm.models.ffn import FfnBlock
+from dart_llm.pruning.config import PruneConfig
+from dart_llm.pruning.drift import SINKS
+from dart_llm.pruning.forward import without_sinks
+from dart_llm.pruning.scores import EPS
+from dart_llm.pruning.selection import MaskSelector, check_fits
+from dart_llm.pruning.statistics import LayerStatistics
+from dart_llm.pruning.token_level import NO_MASK
+from dart_llm.pruning.weights import FfnWeights, norms_of
+from dart_llm.studies.inspection.settings import InspectSettings
+from dart_llm.studies.inspection.texts import InspectText
+
+# Quantiles, moments and histograms of many numbers, as JSON-able data.
+
+
+LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+"""Quantiles that are kept, by their names in ``quantiles``."""
+
+NAMES = ("min", "q05", "q25", "median", "q75", "q95", "max")
+
+
+def quantiles(values: Tensor) -> dict[str, float]:
+    """``NAMES`` of all entries, linear between the two nearest; any shape, not empty."""
+    flat = values.detach().float().cpu().numpy().reshape(-1)
+    found = np.quantile(flat, LEVELS)
+    return {name: float(value) for name, value in zip(NAMES, found, strict=True)}
+
+
+def moments(values: Tensor) -> dict[str, float | None]:
+    """``mean``, ``std`` (of the population), ``skewness``, ``kurtosis`` (excess; normal: 0).
+
+    The last two are None where all values are equal.
+    """
+    flat = values.detach().double().flatten()
+    mean = flat.mean()
+    centred = flat - mean
+    variance = centred.square().mean()
+    std = variance.sqrt()
+    found: dict[str, float | None] = {"mean": float(mean), "std": float(std)}
+    flat_enough = float(std) <= 1e-9 * max(1e-30, float(flat.abs().max()))
+    third, fourth = centred.pow(3).mean(), centred.pow(4).mean()
+    found["skewness"] = None if flat_enough else float(third / std**3)
+    found["kurtosis"] = None if flat_enough else float(fourth / variance.square() - 3)
+    return found
+
+
+def distribution(values: Tensor) -> dict[str, Any]:
+    """``quantiles`` and ``moments``."""
+    return {**quantiles(values), **moments(values)}
+
+
+def histogram(values: Tensor, low: float, high: float, bins: int = 40) -> list[int]:
+    """Counts in equal bins from ``low`` to ``high``; the end bins hold what lies beyond."""
+    place = (values.detach().float().cpu() - low) / max(high - low, 1e-30) * bins
+    found = torch.bincount(place.clamp(0, bins - 1).long().flatten(), minlength=bins)
+    return [int(count) for count in found]
+
+
+# How much each FFN changes the residual stream (docs/method.md, "Budgets": the sensitivities).
+
+
+VARIANTS = ("residual", "output")
+"""``residual``: the stream before and after, x and x + r.  ``output``: x and the FFN's output z."""
+
+
+def impact(seen: LayerActivations) -> dict[str, Any]:
+    """Of every variant: ``cosine``, ``change`` (mean, median, 5 % and 95 % over tokens) and ``s``.
+
+    ``residual``: cos(x, x + r) and ||r|| / ||x||.  ``output``: cos(x, z) and ||z - x|| / ||x||.
+    ``s`` = (1 - mean cosine) x mean change is what the budgets ``depth-residual`` and ``depth``
+    weigh layers by.  One row; all tokens count.
+    """
+    x, z, r = (t[0].float() for t in (seen.x, seen.z, seen.r))
+    found = {}
+    for name, y, change in zip(VARIANTS, (x + r, z), (r, z - x), strict=True):
+        size = x.norm(dim=-1).clamp_min(EPS)
+        cosine = (x * y).sum(-1) / (size * y.norm(dim=-1)).clamp_min(EPS)
+        relative = change.norm(dim=-1) / size
+        found[name] = {
+            "cosine": _spread(cosine),
+            "change": _spread(relative),
+            "s": float((1 - cosine.mean()) * relative.mean()),
+        }
+    return found
+
+
+def _spread(values: Tensor) -> dict[str, float]:
+    kept = quantiles(values)
+    return {"mean": float(values.mean()), **{n: kept[n] for n in ("median", "q05", "q95")}}
+
+
+# Distributions: norms of the neurons' weights, and the activations on a text, per layer.
+
+
+NEAR = (0.01, 0.1)
+"""An activation counts as near zero below these shares of its token's root mean square."""
+
+HELD = 0.9
+"""The share of a token's squared activations whose fewest neurons are counted."""
+
+
+def weights(blocks: Sequence[FfnBlock]) -> dict[str, Any]:
+    """Per layer and matrix the distribution over neurons of the L2 norms of their weights.
+
+    A neuron's weights are its row of gate and up and its column of down.  ``histogram`` counts the
+    norms in equal bins over ``range[matrix]``, the same for all layers: from the lowest 0.5 % to
+    the highest 99.5 % quantile of any layer; the end bins hold the few beyond.  Raises
+    ``ConfigError`` when a layer is offloaded.
+    """
+    norms = [_norms(block) for block in blocks]
+    ranges = {name: _range([layer[name] for layer in norms]) for name in norms[0]}
+    layers = [
+        {
+            name: {**distribution(values), "histogram": histogram(values, *ranges[name])}
+            for name, values in layer.items()
+        }
+        for layer in norms
+    ]
+    return {"range": ranges, "layers": layers}
+
+
+def _range(layers: Sequence[Tensor]) -> tuple[float, float]:
+    ends = [torch.quantile(norms, torch.tensor([0.005, 0.995]).to(norms)) for norms in layers]
+    return float(min(low for low, _ in ends)), float(max(high for _, high in ends))
+
+
+def _norms(block: FfnBlock) -> dict[str, Tensor]:
+    if block.offloaded:
+        raise ConfigError(
+            f"layer {block.index} is offloaded, so its weights cannot be read: load the model "
+            "without offloading, or leave weights and neurons out"
+        )
+    gate, up, down = (None if m is None else m.detach() for m in block.matrices())
+    assert up is not None and down is not None
+    parts = (("gate", gate, 1), ("up", up, 1), ("down", down, 0))
+    return {name: norms_of(matrix, dim) for name, matrix, dim in parts if matrix is not None}
+
+
+def activations(u: Tensor) -> dict[str, Any]:
+    """Of u [T, I]: quantiles of its absolute values, moments of u itself, and how sparse it is.
+
+    ``zero``: share of exact zeros; ``near``: shares below ``NEAR`` of the token's root mean
+    square; ``holds``: the smallest share of neurons that holds ``HELD`` of a token's squared
+    activations, mean over tokens.
+    """
+    u = u.float()
+    size, rms = u.abs(), u.square().mean(-1, keepdim=True).sqrt().clamp_min(EPS)
+    energy = u.square().sort(-1, descending=True).values.cumsum(-1)
+    fewest = (energy < HELD * energy[:, -1:]).sum(-1) + 1
+    return {
+        "absolute": quantiles(size),
+        "moments": {k: v for k, v in distribution(u).items() if k in _MOMENTS},
+        "zero": float((u == 0).float().mean()),
+        "near": {f"{level:g}": float((size < level * rms).float().mean()) for level in NEAR},
+        "holds": float(fewest.float().mean()) / u.shape[-1],
+    }
+
+
+_MOMENTS = ("mean", "std", "skewness", "kurtosis")
+
+
+WHOLE, FIRST, SECOND = "whole", "first", "second"
+"""Parts of a text that evidence is kept of: all of it, and its halves."""
+
+
+@dataclass(frozen=True)
+class LayerReading:
+    """One layer on one text of T tokens.
+
+    ``squares``: sum over tokens of u^2, [I]; ``signed``: mean of u, [I]; ``evidence`` by part of
+    the text; ``centre``: mean of x without the first tokens (sinks), [D]; ``stream``: x, [T, D], of
+    the chosen layer alone.  float32 on the host, evidence on the layer's device.
+    """
+
+    impact: dict[str, Any]
+    activations: dict[str, Any]
+    squares: Tensor
+    signed: Tensor
+    evidence: dict[str, LayerStatistics]
+    centre: Tensor
+    stream: Tensor | None
+
+
+@dataclass
+class Study:
+    """A model and the texts that are looked at; each text is read once, when it is needed."""
+
+    model: Any
+    tokenizer: Any
+    settings: InspectSettings
+    texts: Sequence[InspectText] = ()
+    saver: Saver | None = None
+    _read: dict[int, list[LayerReading]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.view: ModelView = describe(self.model)
+        self.layer = self._layer()
+        self.ids = [self._ids(text) for text in self.texts]
+
+    def _layer(self) -> int:
+        count, asked = len(self.view.blocks), self.settings.layer
+        if asked is None:
+            return count - 1
+        if not 0 <= asked < count:
+            raise ConfigError(f"--layer {asked} is out of range: this model has {count} layers")
+        return asked
+
+    def _ids(self, text: InspectText) -> Tensor:
+        """[T]; special tokens as the tokenizer adds them."""
+        ids: Tensor = self.tokenizer(text.text, return_tensors="pt", verbose=False).input_ids[0]
+        limit = min(self.settings.max_tokens, context_length(self.model) or len(ids))
+        if len(ids) < 2:
+            raise ConfigError(f"text {text.title} has {len(ids)} token(s): give a longer one")
+        return ids[:limit]
+
+    @cached_property
+    def selector(self) -> MaskSelector:
+        """The method that chooses a text's neurons; ``ConfigError`` where none would do so."""
+        config = self.settings.prune_config()
+        layers = self.view.weights(config.score.proxy_embedding, config.seed)
+        found = check_fits(_choosing(config), layers)
+        if found.removes_nothing:
+            return found
+        return check_fits(config, self.knowing(config, layers))
+
+    def knowing(self, config: PruneConfig, layers: Sequence[FfnWeights]) -> tuple[FfnWeights, ...]:
+        """The layers with what ``config`` reads of the model: found, or learnt and kept."""
+        cache_dir = self.settings.cache_dir
+        return self_calibrate(self.model, config, layers, cache_dir, tokenizer=self.tokenizer)
+
+    def reading(self, text: int) -> list[LayerReading]:
+        """What every layer did on text 0 or 1."""
+        if text not in self._read:
+            self._read[text] = self._pass(text)
+        return self._read[text]
+
+    @torch.inference_mode()
+    def _pass(self, text: int) -> list[LayerReading]:
+        found: dict[int, LayerReading] = {}
+        selector = self._may_select()
+
+        def take(layer: int, seen: LayerActivations) -> None:
+            found[layer] = self._layer_reading(layer, seen, selector)
+
+        given, saver = self.texts[text], self.saver
+        name = given.label.lower()
+        keep = contextlib.nullcontext() if saver is None else saver.recording(name, given.text)
+        with capture_activations(self.model, take), keep:
+            self.model(self.ids[text][None].to(self.model.device), logits_to_keep=1)
+        return [found[index] for index in range(len(self.view.blocks))]
+
+    def _may_select(self) -> MaskSelector | None:
+        try:
+            return self.selector
+        except ConfigError:  # said where masks are asked for: other sections need none
+            return None
+
+    def _layer_reading(
+        self, layer: int, seen: LayerActivations, selector: MaskSelector | None
+    ) -> LayerReading:
+        u, x = seen.u[0].float(), seen.x[0].float()
+        evidence = {} if selector is None else _evidence(seen, selector)
+        return LayerReading(
+            impact(seen),
+            activations(u),
+            u.square().sum(0).cpu(),
+            u.mean(0).cpu(),
+            evidence,
+            (x[SINKS:] if len(x) > SINKS else x).mean(0).cpu(),
+            x.cpu() if layer == self.layer else None,
+        )
+
+    def evidence(self, text: int, part: str = WHOLE) -> list[LayerStatistics]:
+        """What ``selector`` needs to know of a part of a text, per layer."""
+        self.selector  # noqa: B018 - raises where there is none
+        return [layer.evidence[part] for layer in self.reading(text)]
+
+
+def _choosing(config: PruneConfig) -> PruneConfig:
+    """``config`` when it chooses neurons by a text."""
+    from dart_llm.pruning.registry import SCORES
+
+    if config.method == "dense" or config.weight_bits is not None:
+        raise ConfigError(f'method "{config.method}" removes no neuron: give one that does')
+    if config.token is not None:
+        raise ConfigError(f'method "{config.method}": {NO_MASK}; give another, e.g. griffin')
+    if config.calibration is not None or SCORES.get(config.score.name).per_token is None:
+        raise ConfigError(
+            f'method "{config.method}" with score "{config.score.name}" does not choose neurons by '
+            "the text alone: give one that does, e.g. griffin"
+        )
+    return config
+
+
+def _evidence(seen: LayerActivations, selector: MaskSelector) -> dict[str, LayerStatistics]:
+    middle = seen.u.shape[1] // 2
+    spans = {WHOLE: slice(None), FIRST: slice(0, middle), SECOND: slice(middle, None)}
+    found = {}
+    for part, span in spans.items():
+        u, z, x, r = (t[:, span] for t in (seen.u, seen.z, seen.x, seen.r))
+        weights = None
+        if selector.config.skip_sinks:
+            weights = without_sinks(None, [float(span.start or 0)], 1, u.shape[1]).to(u.device)
+        found[part] = LayerStatistics()
+        selector.statistics.update(found[part], u, z, x, r, weights)
+    return found

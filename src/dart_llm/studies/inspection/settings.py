@@ -1,0 +1,114 @@
+"""The settings of ``dart-llm inspect``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import model_validator
+
+from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.pruning.config import PruneConfig
+from dart_llm.settings import ActivationSettings, check_least, setting
+
+PANEL = "Texts"
+
+WHAT = "Inspection"
+
+TEXTS = {"layers": 1, "weights": 0, "neurons": 0, "overlap": 2, "ablation": 2, "space": 2}
+"""What can be looked at, in the order of the report, and how many texts it needs."""
+
+PROXIES = ("combined", "max", "mean", "product")
+
+SPARSITY = 0.5
+"""Fraction removed by the masks that are compared, unless given."""
+
+LEAST = {"max_tokens": 2, "top": 1, "top_dims": 1, "ablation_seeds": 1}
+
+
+class InspectSettings(ActivationSettings):
+    """What is looked at, and on which texts; None means "not given"."""
+
+    UNUSED: ClassVar = (
+        *("masks", "save_layer_topk", "masking_step", "release_step", "min_evidence"),
+        *("knowledge_drift", "drift", "compensation", "executor"),
+    )
+
+    prompt: str | None = setting(PANEL, "Text A, or a shipped prompt's name.")
+    prompt_file: str | None = setting(PANEL, "Read text A from this file; - is stdin.")
+    prompt_b: str | None = setting(PANEL, "Text B, or a shipped prompt's name.")
+    prompt_b_file: str | None = setting(PANEL, "Read text B from this file.")
+    passage: str | None = setting(
+        PANEL, "A shipped passage (prompts list --passages): its first two topics are A and B."
+    )
+    runs: str | None = setting(
+        PANEL, "One results folder (its dense and pruned text), or two, comma-separated."
+    )
+    max_tokens: int = setting(PANEL, "Tokens of each text that are read, at most.", 512)
+    top: int = setting(WHAT, "Strongest and weakest neurons listed per layer.", 5)
+    neuron_score: str = setting(WHAT, "Forward proxy: combined, max, mean, product.", "combined")
+    share: float = setting(WHAT, "Ablation: the share of a layer's neurons that is A's own.", 0.1)
+    ablation_seeds: int = setting(WHAT, "Ablation: draws of random neurons.", 3)
+    layer: int | None = setting(WHAT, "Space: layer of the per-token table (default: last).")
+    top_dims: int = setting(WHAT, "Space: largest dimensions whose overlap is counted.", 32)
+
+    @model_validator(mode="after")
+    def _check_inspect(self) -> InspectSettings:
+        check_least(self, LEAST)
+        if not 0 < self.share < 1:
+            raise ConfigError(f"--share {self.share:g} must lie between 0 and 1, as in 0.1")
+        if self.neuron_score not in PROXIES:
+            raise UnknownName("forward proxy", self.neuron_score, PROXIES)
+        self._check_texts()
+        return self
+
+    def _check_texts(self) -> None:
+        pairs = (("prompt", "prompt_file"), ("prompt_b", "prompt_b_file"))
+        a, b = ([name for name in pair if getattr(self, name) is not None] for pair in pairs)
+        for given in (a, b):
+            if len(given) > 1:
+                raise ConfigError(f"give {given[0]} or {given[1]}, not both")
+        ways = [way for way in (bool(a or b), self.passage, self.runs) if way]
+        if len(ways) > 1:
+            raise ConfigError("give prompts, --passage or --runs: one of the three")
+        if b and not a:
+            raise ConfigError("text B without text A: give --prompt or --prompt-file too")
+
+    @property
+    def texts(self) -> int:
+        """How many texts are given."""
+        if self.passage or self.runs or self.prompt_b is not None or self.prompt_b_file:
+            return 2
+        return int(self.prompt is not None or self.prompt_file is not None)
+
+    def chosen(self, what: Sequence[str]) -> list[str]:
+        """What to look at; nothing named: all that the texts allow.
+
+        Raises ``UnknownName``, and ``ConfigError`` where a text is missing.
+        """
+        for name in what:
+            if name not in TEXTS:
+                raise UnknownName("thing to inspect", name, TEXTS)
+            if TEXTS[name] > self.texts:
+                ways = "--prompt, --prompt-file, --passage or --runs"
+                if TEXTS[name] == 2:
+                    ways = "--prompt and --prompt-b, --passage, or --runs"
+                raise ConfigError(f"inspect {name} needs {TEXTS[name]} text(s): give {ways}")
+        return [
+            name for name, need in TEXTS.items() if need <= self.texts and name in (what or TEXTS)
+        ]
+
+    def prune_config(self) -> PruneConfig:
+        """The method that chooses the neurons of a text; no compensation, which none is read of."""
+        config = super().prune_config()
+        free = config.sparsity is None and config.budget.table is None
+        if free and config.score.strategy == "topk" and config.weight_bits is None:
+            config = config.replace({"sparsity": SPARSITY}) if config.method != "dense" else config
+        return config.replace({"compensation": False}) if config.compensation else config
+
+    @property
+    def experiment(self) -> str:
+        """Name of the experiment's folder."""
+        model = Path(self.model.rstrip("/")).name.lower()
+        return self.experiment_name or f"inspect-{model}"

@@ -1,0 +1,297 @@
+"""Tables and plot of bench quality.
+
+The tables of quality.json: Markdown, CSV, the terminal's, and a line per cell.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from dart_llm.files import write_csv, write_text
+from dart_llm.reporting.figures import INK, SOFT, Palette, Plot, key, panels, reference_line
+from dart_llm.reporting.table import escaped, table_lines
+from dart_llm.reporting.words import count, figure, percent, times
+from dart_llm.studies.quality.gaps import ALL, EQUAL_BYTES, EQUAL_SPARSITY, YARDSTICKS
+from dart_llm.studies.quality.slices import SHIFT
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+NONE = "n/a"
+"""Stands where GRIFFIN loses nothing, so that there is no gap to close."""
+
+HEADS = (
+    "variant",
+    "asked",
+    "achieved",
+    "while pruned",
+    "dense tokens",
+    "re-masks per slice",
+    "FFN bytes",
+    "FFN FLOPs",
+    "perplexity",
+    "x dense",
+    "GRIFFIN at equal sparsity",
+    "gap closed",
+    "GRIFFIN at equal bytes",
+    "gap closed, equal bytes",
+)
+
+TERMINAL = (0, 1, 2, 4, 5, 8, 9, 11, 13)
+"""Columns that fit a terminal."""
+
+POOLED = "pooled"
+
+Row = Mapping[str, Any]
+
+
+def cells(row: Row) -> list[str]:
+    """One measured row for people, under ``HEADS``."""
+    return [
+        row["variant"],
+        percent(row["sparsity"]),
+        percent(row["achieved_sparsity"]),
+        percent(row["sparsity_while_pruned"]),
+        percent(row["dense_token_share"]),
+        f"{row['remasks_per_slice']:.1f}",
+        f"{row['ffn_bytes_share']:.3f}",
+        f"{row['ffn_flops_share']:.3f}",
+        figure(row["perplexity"]),
+        times(row["times_dense"]),
+        *_columns(row),
+    ]
+
+
+def _pooled_cells(row: Row) -> list[str]:
+    shown = [row["variant"], f"{POOLED} {_percents(row)}", *[""] * 8]
+    return [*shown, "", closed(row[EQUAL_SPARSITY]), "", closed(row[EQUAL_BYTES])]
+
+
+def _columns(row: Row) -> Iterator[str]:
+    for name in YARDSTICKS:
+        found = row[name]
+        if found is None:
+            yield from ("", "")
+            continue
+        yield f"{figure(found['perplexity'])} ({percent(found['sparsity'])})"
+        yield closed(found)
+
+
+def closed(found: Mapping[str, Any]) -> str:
+    """ "27.1 % (20 % to 33.2 %)", or n/a."""
+    if found["gap_closed"] is None:
+        return NONE
+    ends = found["interval"]
+    value = percent(found["gap_closed"])
+    return value if ends is None else f"{value} ({percent(ends[0])} to {percent(ends[1])})"
+
+
+def groups(document: Row) -> list[tuple[str, list[Row], list[Row]]]:
+    """Per model and cell its caption, rows and pooled rows; last what is pooled over all models."""
+    found = []
+    for model, cell in dict.fromkeys((row["model"], row["cell"]) for row in document["cells"]):
+        rows = [r for r in document["cells"] if (r["model"], r["cell"]) == (model, cell)]
+        pooled = [r for r in document["pooled"] if (r["model"], r["cell"]) == (model, cell)]
+        found.append((_caption(document, rows), rows, pooled))
+    for cell in dict.fromkeys(row["cell"] for row in document["pooled"]):
+        every = [r for r in document["pooled"] if (r["model"], r["cell"]) == (ALL, cell)]
+        if every:
+            found.append((f"{ALL}, {cell}", [], every))
+    return found
+
+
+def grid(document: Row) -> list[tuple[str, list[list[str]]]]:
+    """Per model and cell its caption and its rows under ``HEADS``, pooled ones last."""
+    return [
+        (caption, [*map(cells, rows), *map(_pooled_cells, pooled)])
+        for caption, rows, pooled in groups(document)
+    ]
+
+
+def _caption(document: Row, rows: Sequence[Row]) -> str:
+    first = rows[0]
+    facts = document["checkpoints"].get(first["model"], {})
+    about = f"file quantisation {facts.get('file_quantisation') or 'none'}, {facts.get('dtype')}"
+    lead = document["lead_tokens"]
+    scored = f"{document['prompt_tokens']} prompt"
+    scored += f" + {lead} of the first topic" if first["cell"] == SHIFT else ""
+    return (
+        f"{first['model']} ({about}), {first['cell']}: {count(first['slices'], 'slice')} of "
+        f"{', '.join(first['kinds'])}, set {document['set']}; {scored} + {document['tokens']} "
+        f"scored tokens; dense perplexity {figure(first['dense_perplexity'])}"
+    )
+
+
+def sentences(document: Row) -> list[str]:
+    """What every variant closes of GRIFFIN's gap: a line per cell, and per pooled row."""
+    found = []
+    for row in document["cells"]:
+        if row[EQUAL_SPARSITY] is not None:
+            where = f"{row['model']}, {row['cell']}, {percent(row['sparsity'])}"
+            found.append(f"{where}: {_line(row)}")
+    for row in document["pooled"]:
+        where = f"{row['model']}, {row['cell']}, {POOLED} over {_percents(row)}"
+        found.append(f"{where}: {_line(row)}")
+    return found
+
+
+def _percents(row: Row) -> str:
+    """Fractions as "50 + 70 %"."""
+    return " + ".join(percent(value).removesuffix(" %") for value in row["sparsities"]) + " %"
+
+
+def _line(row: Row) -> str:
+    equal, other = row[EQUAL_SPARSITY], row[EQUAL_BYTES]
+    if equal["gap_closed"] is None:
+        return f"GRIFFIN at equal sparsity loses nothing, so {row['variant']} has no gap to close"
+    lower = "" if equal["interval"] is None else f", lower end {percent(equal['interval'][0])}"
+    return (
+        f"{row['variant']} - GRIFFIN = {percent(equal['gap_closed'])} of the gap{lower}; at equal "
+        f"bytes {closed(other)}"
+    )
+
+
+def markdown(document: Row) -> str:
+    """All tables, the lines, and what the columns mean."""
+    lines = ["# Quality", ""]
+    for caption, body in grid(document):
+        lines += [f"## {escaped(caption)}", "", *table_lines(HEADS, body), ""]
+    lines += ["## In words", "", *(f"- {escaped(line)}" for line in sentences(document)), ""]
+    lines += ["## What the words mean", ""]
+    lines += [f"- `{name}`: {words}" for name, words in document["definitions"].items()]
+    lines += ["", *document["notes"]]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def rich_tables(document: Row) -> list[Table]:
+    """The tables without the columns that a terminal has no room for."""
+    found = []
+    for caption, rows in grid(document):
+        table = Table(title=caption, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for place in TERMINAL:
+            table.add_column(HEADS[place], justify="right" if place else "left")
+        for row in rows:
+            table.add_row(*(row[place].replace(" (", "\n(") for place in TERMINAL))
+        found.append(table)
+    return found
+
+
+def write(folder: Path, document: Row) -> None:
+    """quality.md, and quality.csv with a line per measured and per pooled row."""
+    write_text(folder / "quality.md", markdown(document))
+    rows = [_flat(row) for row in (*document["cells"], *document["pooled"])]
+    head = list(dict.fromkeys(name for row in rows for name in row))
+    write_csv(folder / "quality.csv", head, ([row.get(name) for name in head] for row in rows))
+
+
+def _flat(row: Row) -> dict[str, Any]:
+    """One level: ``equal_sparsity.gap_closed`` and so on; intervals as two columns."""
+    found: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            own = _flat({key: part for key, part in value.items() if key != "by_kind"})
+            found.update({f"{name}.{key}": part for key, part in own.items()})
+        elif name == "interval":
+            low, high = value or (None, None)
+            found.update({"interval.low": low, "interval.high": high})
+        elif name not in YARDSTICKS:
+            found[name] = ";".join(map(str, value)) if isinstance(value, list) else value
+    return found
+
+
+# The plot of quality.json: gap closed per cell with its interval, in both columns.
+
+
+LOOKS: dict[str, tuple[str, int, str, float]] = {
+    EQUAL_SPARSITY: ("at equal achieved sparsity", 0, "o", 0.14),
+    EQUAL_BYTES: ("at equal FFN bytes", 4, "s", -0.14),
+}
+"""Per column its words, colour, marker and place beside the row."""
+
+
+def make(document: Row) -> list[Plot]:
+    """One plot with a panel per model and cell; none where nothing is compared with GRIFFIN."""
+    found = [
+        (caption.partition(":")[0], [row for row in (*rows, *pooled) if row[EQUAL_SPARSITY]])
+        for caption, rows, pooled in groups(document)
+    ]
+    found = [(caption, rows) for caption, rows in found if rows]
+    if not found:
+        return []
+
+    def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
+        above, *places = panels(figure, len(found), narrow, 1)
+        for axes, (caption, rows) in zip(places, found, strict=True):
+            _draw(axes, rows, palette)
+            title = "\n".join(textwrap.wrap(caption, 44))
+            axes.set_title(title, loc="left", fontsize=8.5, color=INK)
+        key(above, places, 1 if narrow else 2)
+
+    most = max(len(rows) for _, rows in found)
+    high = 0.9 + 0.24 * most
+    cell = document["cells"][0]
+    small = (
+        f"{count(cell['slices'], 'slice')} of {', '.join(cell['kinds'])}, set {document['set']}, "
+        f"{document['prompt_tokens']} prompt + {document['tokens']} scored tokens · bars: 95 % "
+        "intervals, paired over slices"
+    )
+    return [
+        Plot(
+            "quality",
+            "Share of GRIFFIN's log-perplexity gap to dense that is closed",
+            "Points with intervals per sparsity and variant. " + " ".join(sentences(document)),
+            small,
+            0.9 + high * -(-len(found) // (1 if len(found) == 1 else 2)),
+            draw,
+            0.9 + high * len(found),
+        )
+    ]
+
+
+def name(row: Row) -> str:
+    """What is written beside a row."""
+    pooled = row.get("sparsities")
+    amount = percent(row["sparsity"]) if pooled is None else "pooled"
+    return f"{row['variant']}, {amount}"
+
+
+def _draw(axes: Axes, rows: Sequence[Row], palette: Palette) -> None:
+    for column, (words, colour, marker, aside) in LOOKS.items():
+        known = [(at, row[column]) for at, row in enumerate(rows) if _known(row[column])]
+        x = [100 * found["gap_closed"] for _, found in known]
+        ends = [found["interval"] or [found["gap_closed"]] * 2 for _, found in known]
+        below = [max(0.0, value - 100 * low) for value, (low, _) in zip(x, ends, strict=True)]
+        beyond = [max(0.0, 100 * high - value) for value, (_, high) in zip(x, ends, strict=True)]
+        axes.errorbar(
+            x,
+            [at - aside for at, _ in known],
+            xerr=[below, beyond],
+            label=words,
+            color=palette[colour],
+            marker=marker,
+            markersize=5,
+            markeredgecolor=INK,
+            markeredgewidth=0.6,
+            linestyle="none",
+            capsize=2.5,
+        )
+    for at, row in enumerate(rows):
+        if not any(_known(row[column]) for column in LOOKS):
+            axes.text(0.0, at, f" {NONE}", fontsize=7.5, va="center", color=SOFT)
+    reference_line(axes, x=0.0, label="_GRIFFIN")
+    axes.set_yticks(range(len(rows)), [name(row) for row in rows], fontsize=7.5)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel("gap closed (%), 0 = GRIFFIN, 100 = dense", fontsize=8, color=SOFT)
+    axes.grid(axis="x")
+
+
+def _known(found: Mapping[str, Any] | None) -> bool:
+    return found is not None and found["gap_closed"] is not None

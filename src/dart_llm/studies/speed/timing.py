@@ -1,0 +1,227 @@
+"""One timed repetition, paired turns, read bandwidth, memory growth.
+
+One repetition of one row: attach, prompt, a bare greedy decode loop, with a clock beside it.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dart_llm.pruning.records import RunReport
+from dart_llm.session.run import Run
+from dart_llm.studies.speed.summary import WARM, timed_mean
+
+# What the machine can do, measured in the run: read bandwidth, and how far memory grew.
+
+
+MIB = 2**20
+
+BUFFER_MIB = 512
+"""Of the buffer that is read: no cache holds it."""
+
+READS = 5
+
+STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def read_bandwidth(device: torch.device, mib: int = BUFFER_MIB, reads: int = READS) -> float:
+    """Bytes per second at which this process, with its threads, reads a buffer of ``mib`` MiB.
+
+    The better of a sum and of a dot product of its halves, medians of ``reads``.
+    """
+    buffer = torch.ones(mib * MIB // 4, device=device)
+    half = len(buffer) // 2
+    first, second = buffer[:half], buffer[half:]
+    ways: tuple[Callable[[], Any], ...] = (
+        lambda: buffer.sum().item(),
+        lambda: torch.dot(first, second).item(),
+    )
+    return max(buffer.nbytes / _median_seconds(way, reads) for way in ways)
+
+
+def _median_seconds(way: Callable[[], Any], reads: int) -> float:
+    way()
+    found = []
+    for _ in range(reads):
+        begin = time.perf_counter()
+        way()
+        found.append(time.perf_counter() - begin)
+    return statistics.median(found)
+
+
+class Growth:
+    """How many bytes the process held at most since this was made, beyond what it held then.
+
+    Of the GPU's allocator for a model on a GPU.  ``bytes`` is None where the system does not say.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before: int | None = torch.cuda.memory_allocated(device)
+            return
+        try:
+            FORGET.write_text("5", encoding="ascii")  # the peak starts anew
+        except OSError:
+            self.before = None
+        else:
+            self.before = _status("VmRSS")
+
+    @property
+    def bytes(self) -> int | None:
+        if self.before is None:
+            return None
+        peak = int(torch.cuda.max_memory_allocated()) if self.cuda else _status("VmHWM")
+        return None if peak is None else max(0, peak - self.before)
+
+
+def _status(name: str) -> int | None:
+    try:
+        text = STATUS.read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
+    return None if found is None else int(found[1]) * 1024
+
+
+Sample = dict[str, Any]
+"""JSON-able, see ``repetition``."""
+
+
+def repetition(model: Any, ids: Tensor, tokens: int, make: Callable[[], Run | None]) -> Sample:
+    """Times in seconds, counts and bytes of one repetition; ``make``: its run, not attached.
+
+    ``first_token_s``: prompt ids [1, P] read and the first token chosen.  ``steps_s``: each of the
+    ``tokens`` timed decode steps, the choice of the next token in it; ``WARM`` steps before them
+    are ``warm_s``.  ``phases``: by step, ``built``: steps in which masks were built.  ``attach_s``
+    and what follows are absent of the untouched model.
+    """
+    growth = Growth(torch.device(model.device))
+    begin = time.perf_counter()
+    run = make()
+    if run is None:
+        found = _decode(model, ids, tokens, None)
+    else:
+        with run:
+            attach = time.perf_counter() - begin
+            found = _decode(model, ids, tokens, run)
+            found["attach_s"] = attach
+    return {**found, "peak_growth_bytes": growth.bytes}
+
+
+def greedy(model: Any, ids: Tensor, **given: Any) -> tuple[Any, Tensor]:
+    """One forward of ids [1, T]: its cache and the likeliest next token [1, 1]."""
+    output = model(ids, use_cache=True, **given)
+    token = output.logits[:, -1:].argmax(-1)
+    int(token)  # no work is pending when the clock is read
+    return output.cache, token
+
+
+@torch.inference_mode()
+def _decode(model: Any, ids: Tensor, tokens: int, run: Run | None) -> Sample:
+    begin = time.perf_counter()
+    cache, token = greedy(model, ids, logits_to_keep=1)
+    found: Sample = {"first_token_s": time.perf_counter() - begin}
+    seconds: list[float] = []
+    phases: list[str] = []
+    built: list[int] = []
+    before: RunReport | None = None
+    if run is not None:
+        run.on_remask = lambda remask: built.append(len(seconds))
+    for step in range(tokens + WARM):
+        if step == WARM and run is not None:
+            before = run.report()
+        begin = time.perf_counter()
+        _, token = greedy(model, token, cache=cache)
+        seconds.append(time.perf_counter() - begin)
+        if run is not None:
+            phases.append(run.phase)
+    found |= {"warm_s": seconds[:WARM], "steps_s": seconds[WARM:]}
+    if run is not None and before is not None:
+        found |= {"phases": phases[WARM:], "built": [at - WARM for at in built if at >= WARM]}
+        found |= _counted(before, run.report())
+    return found
+
+
+def _counted(warm: RunReport, end: RunReport) -> Sample:
+    """Accounting of the timed tokens alone."""
+    counts = end.decoded_tokens, warm.decoded_tokens
+    means = ("achieved_sparsity", "dense_token_share", "ffn_bytes_share", "proxy_bytes_share")
+    found: Sample = {
+        name: timed_mean(getattr(end, name), counts[0], getattr(warm, name), counts[1])
+        for name in means
+    }
+    return {
+        **found,
+        "remasks": end.remasks - warm.remasks,
+        "extra_memory_bytes": end.extra_memory_bytes,
+    }
+
+
+# Two rows that decode in turns, so that what drifts in the machine meets both alike.
+#
+# Costs of a few hundredths of a token drown in the differences between whole repetitions.
+
+
+TURN = 32
+"""Timed steps of a turn: observed tokens are added up that often at the latest."""
+
+Make = Callable[[], Run | None]
+
+
+class _Row:
+    """One row and its sequence; attached only in its turns."""
+
+    def __init__(self, model: Any, ids: Tensor, make: Make) -> None:
+        self.model, self.run, self._ids = model, make(), ids
+        self._cache: Any = None
+        self._token = ids[:, -1:]
+        self._built: list[int] = []
+        self._steps = 0
+
+    def turn(self, steps: int) -> dict[str, Any]:
+        """``steps_s``, ``phases`` and ``built`` of some timed steps, after ``WARM`` others."""
+        if self.run is None:
+            return self._timed(steps, None)
+        with self.run as run:
+            run.on_remask = lambda remask: self._built.append(self._steps)
+            return self._timed(steps, run)
+
+    @torch.inference_mode()
+    def _timed(self, steps: int, run: Run | None) -> dict[str, Any]:
+        seconds: list[float] = []
+        phases: list[str] = []
+        if self._cache is None:
+            self._cache, self._token = greedy(self.model, self._ids, logits_to_keep=1)
+        first = self._steps + WARM
+        for _ in range(steps + WARM):
+            begin = time.perf_counter()
+            _, self._token = greedy(self.model, self._token, cache=self._cache)
+            seconds.append(time.perf_counter() - begin)
+            phases.append("dense" if run is None else run.phase)
+            self._steps += 1
+        built = [at - first for at in self._built if at >= first]
+        return {"steps_s": seconds[WARM:], "phases": phases[WARM:], "built": built}
+
+
+def paired_timing(model: Any, ids: Tensor, tokens: int, make: Make, base: Make) -> dict[str, Any]:
+    """``turns``: pairs of what ``make`` and ``base`` took, ``tokens`` timed steps of each in all.
+
+    Steps as in ``speed_clock.repetition``; ids: [1, P], the prompt of both.
+    """
+    rows = {"own": _Row(model, ids, make), "base": _Row(model, ids, base)}
+    turns = []
+    for number in range(max(1, tokens // TURN)):
+        names = list(rows) if number % 2 else list(rows)[::-1]
+        found = {name: rows[name].turn(min(TURN, tokens)) for name in names}
+        turns.append({name: found[name] for name in rows})
+    return {"turns": turns}

@@ -1,0 +1,263 @@
+"""Cell: everything that decides one measurement; its stable key and its files.
+
+The files of a sweep: ``cells/<key>/...``, and the tables that grow with every cell.
+
+A cell's folder is written beside its place and renamed, so that it is there whole or not at all.
+Tables are made from the cells alone: the same cells give the same bytes, however often the sweep
+was interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dart_llm.errors import ResultsError
+from dart_llm.experiments.cell import Cell
+from dart_llm.experiments.provenance import git_state, machine, versions
+from dart_llm.experiments.store import INPUTS, SCHEMA, ResultsFolder, now, open_folder
+from dart_llm.files import write_csv, write_json
+from dart_llm.files import write_text as write_whole
+
+RESULT, SAMPLES, MASKS, TIMING = "result.json", "samples.jsonl", "masks.safetensors", "timing.json"
+
+DONE, FAILED = "done", "failed"
+
+
+CELLS = "cells"
+
+TABLE = "results.jsonl"
+
+_PARTIAL = ".partial-"
+
+_SAME = ("dart-llm", "torch", "transformers", "python")
+"""Packages whose versions must agree before a cell of an earlier sweep is taken over."""
+
+_COLUMNS = "key status model method sparsity layers keep task protocol seed metric value"
+
+_ACCOUNTING = ("achieved_sparsity", "sparsity_while_pruned", "dense_token_share", "remasks")
+
+
+@dataclass
+class SweepFolder:
+    """A results folder with one folder per cell.
+
+    ``finished``: when all cells were there.  ``documents``: finished and failed cells.
+    """
+
+    folder: ResultsFolder
+    cells: tuple[Cell, ...]
+    settings: Mapping[str, Any]
+    started: str = field(default_factory=lambda: now().isoformat())
+    finished: str | None = None
+    documents: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        return self.folder.path
+
+    @property
+    def todo(self) -> list[Cell]:
+        """The cells that have no result yet; those that failed are tried again."""
+        return [cell for cell in self.cells if not self.is_done(cell.key)]
+
+    def is_done(self, key: str) -> bool:
+        return self.documents.get(key, {}).get("status") == DONE
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The documents in table order."""
+        return [self.documents[cell.key] for cell in self.cells if cell.key in self.documents]
+
+    def save(self, cell: Cell, files: Mapping[str, bytes]) -> dict[str, Any]:
+        """Keep a computed cell and write the tables; returns its document.
+
+        Raises ``ResultsError`` when the disk is full or read-only.
+        """
+        write_cell(self.path / CELLS, cell.key, files)
+        document: dict[str, Any] = json.loads(files[RESULT])
+        self.documents[cell.key] = document
+        self.write_tables()
+        return document
+
+    def write_tables(self) -> None:
+        """``results.jsonl`` and ``cells.csv``, over all cells so far."""
+        rows = self.rows()
+        lines = (json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows)
+        write_whole(self.path / TABLE, "".join(lines))
+        header = (*_COLUMNS.split(), *_ACCOUNTING)
+        write_csv(self.path / "cells.csv", header, map(_csv_row, rows))
+
+    def write_masks(self) -> None:
+        """``masks.safetensors``: how often each neuron was kept, ``<key>.layer<l>.kept``."""
+        from safetensors.torch import load_file
+
+        from dart_llm.experiments.tensor_file import write_tensors
+
+        found = {}
+        for row in self.rows():
+            path = self.path / CELLS / row["key"] / MASKS
+            if path.exists():
+                found.update({f"{row['key']}.{n}": t for n, t in load_file(path).items()})
+        write_tensors(self.path / MASKS, found)
+
+    def write_config(self, status: str, engine: str, device: str | None = None) -> None:
+        """``config.json``: what the sweep is, how far it came, and where it ran."""
+        if status != "running" and self.finished is None:
+            self.finished = now().isoformat()
+        document = {
+            "schema": SCHEMA,
+            "status": status,
+            "kind": str(self.settings.get("kind", "sweep")),
+            "settings": dict(self.settings),
+            "cells": [cell.to_dict() for cell in self.cells],
+            "engine": engine,
+            "command": sys.argv,
+            "process": os.getpid(),
+            "versions": versions(),
+            "git": git_state(Path(__file__).parent),
+            "machine": machine(device),
+            "started": self.started,
+            "finished": self.finished,
+        }
+        write_json(self.path / "config.json", document)
+
+    def write_timing(self, seconds: float) -> None:
+        """``timing.json``: seconds of this run, and of every cell."""
+        times = {cell.key: read_timing(self.path / CELLS / cell.key) for cell in self.cells}
+        cells = {key: found.get("seconds") for key, found in times.items() if found}
+        write_json(self.path / TIMING, {"total_s": seconds, "cells": cells})
+
+
+def open_sweep(
+    root: Path,
+    experiment: str,
+    cells: Sequence[Cell],
+    settings: Mapping[str, Any] | None = None,
+    fresh: bool = False,
+) -> SweepFolder:
+    """The unfinished folder of the same cells, or a new one; with what is finished already.
+
+    ``settings``: further JSON-able facts that make two sweeps the same.  Unless ``fresh``, cells
+    that an earlier sweep of the experiment finished under the same versions are taken over.
+    Raises ``ResultsError``.
+    """
+    plain = {replace(cell, inputs={}).key: dict(cell.inputs) for cell in cells}
+    identity = {**(settings or {}), "sweep": list(plain), INPUTS: plain}
+    folder = open_folder(root, experiment, identity, fresh)
+    sweep = SweepFolder(folder, tuple(cells), identity)
+    for left in (folder.path / CELLS).glob(f"{_PARTIAL}*"):
+        shutil.rmtree(left, ignore_errors=True)  # what was being written when a run stopped
+    for cell in sweep.cells:
+        document = read_document(folder.path / CELLS / cell.key, cell.key)
+        if document is not None:
+            sweep.documents[cell.key] = document
+    return sweep
+
+
+def adopt(sweep: SweepFolder) -> int:
+    """Copy finished cells of earlier sweeps of the same experiment; returns how many."""
+    taken = 0
+    for cell in sweep.todo:
+        source = finished_before(sweep.path.parent, cell.key)
+        if source is None:
+            continue
+        files = {p.name: p.read_bytes() for p in sorted(source.iterdir()) if p.is_file()}
+        write_cell(sweep.path / CELLS, cell.key, files)
+        sweep.documents[cell.key] = json.loads(files[RESULT])
+        taken += 1
+    return taken
+
+
+def finished_before(experiment: Path, key: str) -> Path | None:
+    """The newest folder of a finished cell that was computed under the versions of now."""
+    mine = versions()
+    for folder in sorted(experiment.glob(f"*/{CELLS}/{key}"), reverse=True):
+        document = read_document(folder, key)
+        if document is None or document["status"] != DONE:
+            continue
+        theirs = read_timing(folder).get("versions") or {}
+        if all(theirs.get(name) == mine.get(name) for name in _SAME):
+            return folder
+    return None
+
+
+def write_cell(cells: Path, key: str, files: Mapping[str, bytes]) -> None:
+    """Put ``files`` into ``cells/<key>``, all at once; raises ``ResultsError``."""
+    partial, place = cells / f"{_PARTIAL}{os.getpid()}-{key}", cells / key
+    old = cells / f"{_PARTIAL}{os.getpid()}-old-{key}"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for name, data in files.items():
+            with (partial / name).open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        _sync(partial)
+        if place.exists():  # it failed before
+            place.rename(old)
+        partial.rename(place)
+        _sync(cells)
+    except OSError as error:
+        raise ResultsError(f"cannot write {place}: {error.strerror or error}") from None
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_document(folder: Path, key: str) -> dict[str, Any] | None:
+    """The result of a cell; None when there is none, or it is another cell's."""
+    try:
+        document = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return document if isinstance(document, dict) and document.get("key") == key else None
+
+
+def read_timing(folder: Path) -> dict[str, Any]:
+    """Times and provenance of a cell; empty when there are none."""
+    try:
+        found = json.loads((folder / TIMING).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_results(folder: str | Path) -> list[dict[str, Any]]:
+    """The documents of a sweep, in table order; raises ``ResultsError`` when there are none."""
+    path = Path(folder) / TABLE
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines if line]
+    except OSError as error:
+        raise ResultsError(
+            f"{folder} holds no sweep: {path} cannot be read ({error.strerror or error})"
+        ) from None
+    except ValueError:
+        raise ResultsError(f"{path} is damaged: a line of it is not JSON") from None
+
+
+def _csv_row(row: Mapping[str, Any]) -> list[Any]:
+    cell, measured = row["cell"], row["measurement"] or {}
+    accounting = measured.get("accounting") or {}
+    metric = measured.get("metric")
+    known = {**cell, "key": row["key"], "status": row["status"], "metric": metric}
+    known["value"] = (measured.get("metrics") or {}).get(metric)
+    return [known.get(name) for name in _COLUMNS.split()] + [
+        accounting.get(name) for name in _ACCOUNTING
+    ]
+
+
+def _sync(folder: Path) -> None:
+    """Make renames in ``folder`` last; a system that cannot sync folders does without."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,291 @@
+"""From the specification of a sweep (flags or a YAML file) to its cells, in table order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.evaluation.measurement import PROTOCOLS, MeasureOptions
+from dart_llm.evaluation.task_names import SHORTCUTS
+from dart_llm.experiments.cell import Cell, removes_nothing, with_inputs
+from dart_llm.experiments.provenance import Digests
+from dart_llm.pruning.config import check_sparsity, first_problem, unknown_key
+from dart_llm.pruning.layer_table import parse_layer_spec
+from dart_llm.pruning.registry import METHODS
+from dart_llm.settings import read_file
+
+EACH = "each"
+
+OF_SOME_TASKS = ("standard",)
+"""Protocols that not every task has."""
+
+_PLURAL = {
+    "model": "models",
+    "method": "methods",
+    "sparsity": "sparsities",
+    "task": "tasks",
+    "seed": "seeds",
+    "protocol": "protocols",
+}
+
+_LISTS = (*_PLURAL.values(), "layers", "keep")
+
+_FROM_ZERO = ("sample_seed", "num_fewshot", "seed")
+
+
+class GridSpec(BaseModel):
+    """What a sweep runs over.  Lists may be written as one text with commas.
+
+    ``layers``: ``each``, or groups such as ``0-3,4-7``; every group is pruned to ``keep`` by
+    itself, while the other layers stay dense or are pruned to ``base_keep``.  ``options``: fields
+    of ``MeasureOptions``; ``task_options``: more of them for single tasks.  ``overrides``: changes
+    to every preset, as in a run's settings.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    models: tuple[str, ...] = ("smollm2-135m",)
+    methods: tuple[str, ...] = ("dense", "dart")
+    sparsities: tuple[float, ...] = ()
+    tasks: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    protocols: tuple[str, ...] = ("decode",)
+    layers: tuple[str, ...] = ()
+    keep: tuple[float, ...] = ()
+    base_keep: float | None = None
+    options: dict[str, Any] = {}
+    task_options: dict[str, dict[str, Any]] = {}
+    overrides: dict[str, Any] = {}
+    calibration: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    device_map: str | None = None
+    revision: str | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    cache_dir: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        found: dict[str, Any] = {}
+        for name, value in dict(data).items():
+            full = _PLURAL.get(name, name)
+            if full not in cls.model_fields:
+                raise unknown_key(cls, str(name))
+            if full in found:
+                raise ConfigError(f"the sweep gives {full} twice: write one list")
+            if value is not None:
+                found[full] = value
+        return found
+
+    @field_validator(*_LISTS, mode="before")
+    @classmethod
+    def _as_list(cls, value: Any, info: ValidationInfo) -> Any:
+        parts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple):
+            parts = [parts]
+        parts = [part.strip() if isinstance(part, str) else part for part in parts]
+        for part in parts:
+            if isinstance(part, list | dict):
+                raise ConfigError(f"{info.field_name} must be a plain list, and holds {part}")
+        if info.field_name == "layers":
+            parts = [str(part) for part in parts]
+        return tuple(dict.fromkeys(part for part in parts if part != ""))
+
+    @model_validator(mode="after")
+    def _check(self) -> GridSpec:
+        for name in ("models", "methods", "tasks", "seeds", "protocols"):
+            if not getattr(self, name):
+                raise ConfigError(f"the sweep names no {name}: give at least one")
+        for method in self.methods:
+            METHODS.check(method)
+        for protocol in self.protocols:
+            if protocol not in (*PROTOCOLS, *OF_SOME_TASKS):
+                raise UnknownName("protocol", protocol, (*PROTOCOLS, *OF_SOME_TASKS))
+        for sparsity in self.sparsities:
+            check_sparsity(sparsity)
+        for seed in self.seeds:
+            if not 0 <= seed < 2**63:
+                raise ConfigError(f"seed {seed} must be a whole number from 0 to 2^63 - 1")
+        self._check_layers()
+        measure_options(self.options)
+        for task, options in self.task_options.items():
+            if task not in self.tasks:
+                raise UnknownName("task in task_options", task, self.tasks)
+            measure_options({**self.options, **options})
+        return self
+
+    def _check_layers(self) -> None:
+        if not self.layers:
+            if self.keep or self.base_keep is not None:
+                raise ConfigError(
+                    "keep and base_keep belong to layers: add layers (each, or ranges such as "
+                    "0-3,4-7), or give sparsities"
+                )
+            return
+        if not self.keep:
+            raise ConfigError("layers needs keep, the fraction that a layer keeps, e.g. 0.5")
+        if self.sparsities:
+            raise ConfigError("layers and keep set the counts themselves: drop the sparsities")
+        if EACH in self.layers and len(self.layers) > 1:
+            raise ConfigError("layers is either each or a list of ranges, not both")
+        for group in self.layers:
+            if ":" in group:
+                raise ConfigError(f'"{group}" in layers: write the range alone, the value in keep')
+            for keep in self.keep:
+                parse_layer_spec(_table("0" if group == EACH else group, keep, self.base_keep))
+        if all(removes_nothing(method) for method in self.methods):
+            raise ConfigError("layers needs a method that prunes, such as griffin")
+
+
+def measure_options(data: Mapping[str, Any]) -> MeasureOptions:
+    """Options from plain data; raises ``ConfigError`` for unknown names and useless values."""
+    known = [one.name for one in fields(MeasureOptions)]
+    for name, value in data.items():
+        if name in ("protocol", "seed"):
+            raise ConfigError(f"{name} is not an option of the sweep: write {name}s, a list")
+        if name not in known:
+            raise UnknownName("measuring option", str(name), known)
+        if isinstance(value, bool) and name != "apply_chat_template":
+            raise ConfigError(f"option {name} = {value} must be a number or a text")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        least = 0 if name in _FROM_ZERO else 1
+        if whole and value < least:
+            raise ConfigError(f"option {name} = {value} must be {least} or more")
+    try:
+        return TypeAdapter(MeasureOptions).validate_python(dict(data))
+    except ValidationError as error:
+        raise ConfigError(f"option {first_problem(error)}") from None
+
+
+def collect(flags: Mapping[str, Any], file: Path | None = None) -> GridSpec:
+    """The specification of a sweep; ``flags`` (None: not given) win over the YAML ``file``.
+
+    ``options`` and ``overrides`` are merged name by name.
+    """
+    base = read_file(file) if file else {}
+    given = {_PLURAL.get(k, k): v for k, v in flags.items() if v is not None}
+    merged = {k: v for k, v in base.items() if _PLURAL.get(k, k) not in given}
+    for name in ("options", "overrides"):
+        if isinstance(base.get(name), Mapping) and isinstance(given.get(name), Mapping):
+            given[name] = {**base[name], **given[name]}
+    return spec({**merged, **given})
+
+
+def spec(data: Mapping[str, Any]) -> GridSpec:
+    """A specification from plain data; raises ``ConfigError``, one sentence."""
+    try:
+        return GridSpec.model_validate(dict(data))
+    except ValidationError as error:
+        raise ConfigError(first_problem(error)) from None
+
+
+def expand(grid: GridSpec) -> tuple[Cell, ...]:
+    """All cells in table order: model, task, protocol, seed, method, then sparsity or layers.
+
+    A form of the dense model is one cell per (model, task, protocol, seed).  Reads the files that
+    cells point at, for their digests; with ``layers: each`` also the models' configurations.
+    Raises ``ConfigError`` or ``LoadError``.
+    """
+    digests = Digests()
+    found: dict[str, Cell] = {}
+    tasks = [(one, task) for task in grid.tasks for one in SHORTCUTS.get(task, (task,))]
+    for model in grid.models:
+        base = _base(grid, model)
+        groups = _groups(grid, base)
+        for task, name in tasks:
+            options = measure_options({**grid.options, **grid.task_options.get(name, {})})
+            for protocol in grid.protocols:
+                _check_protocol(task, protocol)
+                for seed in grid.seeds:
+                    here = replace(options, protocol=protocol, seed=seed)
+                    one = replace(base, task=task, seed=seed, options=here)
+                    for cell in _methods(grid, one, groups):
+                        complete = with_inputs(cell, digests.of(cell))
+                        found.setdefault(complete.key, complete)
+    return tuple(found.values())
+
+
+def _check_protocol(task: str, protocol: str) -> None:
+    if protocol in OF_SOME_TASKS:
+        from dart_llm.evaluation.task_names import protocols
+
+        if protocol not in protocols(task):
+            raise ConfigError(f'task {task} has no protocol "{protocol}": drop one of them')
+
+
+def _base(grid: GridSpec, model: str) -> Cell:
+    same = ("dtype", "device", "device_map", "revision", "attn_implementation")
+    shared: dict[str, Any] = {name: getattr(grid, name) for name in same}
+    return Cell(
+        model=model,
+        method="dense",
+        task="",
+        trust_remote_code=grid.trust_remote_code,
+        cache_dir=grid.cache_dir,
+        **shared,
+    )
+
+
+def _groups(grid: GridSpec, base: Cell) -> Sequence[str]:
+    if EACH not in grid.layers:
+        return grid.layers
+    from dart_llm.experiments.model_facts import layer_count
+
+    return [str(layer) for layer in range(layer_count(base))]
+
+
+def _methods(grid: GridSpec, base: Cell, groups: Sequence[str]) -> Iterator[Cell]:
+    for method in _with_dense(grid):
+        cell = replace(base, method=method)
+        if removes_nothing(method):
+            yield cell
+            continue
+        cell = replace(cell, overrides=grid.overrides)
+        for one in _amounts(grid, cell, groups):
+            learns = one.config().calibration  # raises before anything is loaded
+            reads = learns is not None and learns.source == "text"
+            yield replace(one, calibration=grid.calibration) if reads else one
+
+
+def _with_dense(grid: GridSpec) -> Iterable[str]:
+    """The methods; a curve over layers has the dense line."""
+    if grid.layers and "dense" not in grid.methods:
+        return ("dense", *grid.methods)
+    return grid.methods
+
+
+def _amounts(grid: GridSpec, cell: Cell, groups: Sequence[str]) -> Iterator[Cell]:
+    if not groups:
+        for sparsity in grid.sparsities or (None,):
+            yield replace(cell, sparsity=sparsity)
+        return
+    for keep in grid.keep:
+        for group in groups:
+            budget = cell.overrides.get("budget", {})
+            budget = {"name": budget} if isinstance(budget, str) else dict(budget)
+            table = _table(group, keep, grid.base_keep)
+            overrides = {**cell.overrides, "budget": {**budget, "table": table}}
+            yield replace(
+                cell, layers=group, keep=keep, base_keep=grid.base_keep, overrides=overrides
+            )
+
+
+def _table(group: str, keep: float, base: float | None) -> str:
+    """A layer table; layers outside ``group`` stay dense, or keep ``base`` of their neurons."""
+    own = f"{group}:{keep:.12g}"
+    return own if base is None else f"all:{base:.12g},{own}"

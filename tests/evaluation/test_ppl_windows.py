@@ -1,0 +1,118 @@
+"""Which tokens perplexity scores: slices, and the windows of the standard protocol."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.evaluation.measurement import MeasureOptions
+from dart_llm.evaluation.windows import choose, cut, shape, slice_windows, standard_windows
+
+
+def spans(windows):
+    """(begin, end, first scored token) of every window, in tokens of the text."""
+    return [(w.start, w.start + len(w.ids), w.start + w.first) for w in windows]
+
+
+def test_windows_without_overlap_predict_all_but_their_first_token():
+    windows = standard_windows(torch.arange(25), 10)
+    assert spans(windows) == [(0, 10, 1), (10, 20, 11), (20, 25, 21)]
+    assert [w.scored for w in windows] == [9, 9, 4]
+    assert [w.before.tolist() for w in windows] == [[], list(range(10)), list(range(10, 20))]
+    assert [w.ids.tolist() for w in windows][2] == [20, 21, 22, 23, 24]
+
+
+def test_a_smaller_stride_scores_only_what_no_window_scored_yet():
+    windows = standard_windows(torch.arange(25), 10, 4)
+    assert spans(windows) == [(0, 10, 1), (4, 14, 10), (8, 18, 14), (12, 22, 18), (16, 25, 22)]
+    assert [w.scored for w in windows] == [9, 4, 4, 4, 3]
+    assert [len(w.before) for w in windows] == [0, 4, 8, 10, 10], "at most one window's worth"
+
+
+@pytest.mark.parametrize("length", [10, 11, 12, 19, 20, 21, 40])
+@pytest.mark.parametrize("stride", [1, 3, 5, 9, 10])
+def test_every_token_is_scored_once_or_never(length, stride):
+    windows = standard_windows(torch.arange(length), 10, stride)
+    scored = [t for w in windows for t in w.ids[w.first :].tolist()]
+    skipped = set(range(0, length, 10)) if stride == 10 else {0}
+    assert scored == [token for token in range(length) if token not in skipped]
+    assert len(scored) == (length - math.ceil(length / 10) if stride == 10 else length - 1)
+    assert all(w.first >= 1 and w.scored >= 1 for w in windows)
+
+
+def test_the_usual_loop_gives_the_same_windows():
+    """The loop of the transformers guide on perplexity of fixed-length models."""
+    length, size, stride = 57, 16, 6
+    expected, previous = [], 0
+    for begin in range(0, length, stride):
+        end = min(begin + size, length)
+        expected.append((begin, end, max(previous, begin + 1)))
+        previous = end
+        if end == length:
+            break
+    assert spans(standard_windows(torch.arange(length), size, stride)) == expected
+
+
+def test_a_text_shorter_than_a_window_is_an_error():
+    with pytest.raises(ConfigError, match=r"9 tokens, fewer than one window of 10: give a longer"):
+        standard_windows(torch.arange(9), 10)
+
+
+@pytest.mark.parametrize(("size", "stride"), [(1, None), (10, 0), (10, 11)])
+def test_windows_that_score_nothing_or_leave_gaps_are_errors(size, stride):
+    with pytest.raises(ConfigError, match="at least 2 tokens and a stride from 1 to the window"):
+        standard_windows(torch.arange(30), size, stride)
+
+
+def test_slices_are_evenly_spaced():
+    windows = slice_windows(torch.arange(100), 3, 6, 4)
+    assert spans(windows) == [(0, 10, 6), (45, 55, 51), (90, 100, 96)]
+    assert len(slice_windows(torch.arange(109), None, 6, 4)) == 10
+
+
+def test_a_random_choice_of_slices_is_seeded_and_grows():
+    few = {w.id for w in slice_windows(torch.arange(200), 3, 6, 4, seed=1)}
+    more = {w.id for w in slice_windows(torch.arange(200), 8, 6, 4, seed=1)}
+    other = {w.id for w in slice_windows(torch.arange(200), 8, 6, 4, seed=2)}
+    assert len(few) == 3 and few < more and more != other
+    assert all(start % 10 == 0 for start in more)
+
+
+@pytest.mark.parametrize(
+    ("length", "prompt", "scored", "words"),
+    [(9, 6, 4, "9 tokens; a slice needs 6 prompt"), (99, 1, 4, "at least 2 prompt tokens")],
+)
+def test_slices_that_cannot_be_cut_are_errors(length, prompt, scored, words):
+    with pytest.raises(ConfigError, match=words):
+        slice_windows(torch.arange(length), 2, prompt, scored)
+
+
+def test_choose_takes_the_first_or_a_seeded_choice():
+    assert choose(5, 3, None) == [0, 1, 2]
+    assert choose(5, None, 7) == [0, 1, 2, 3, 4]
+    assert len(choose(50, 9, 7)) == 9 and choose(50, 9, 7) != list(range(9))
+    with pytest.raises(ConfigError, match="limit of 0 leaves nothing"):
+        choose(5, 0, None)
+
+
+def test_the_model_s_context_bounds_the_window_with_a_note():
+    options = MeasureOptions(protocol="standard", window=2048)
+    windows, notes = cut(torch.arange(300), options, 128)
+    assert [len(w.ids) for w in windows] == [128, 128, 44]
+    assert len(notes) == 1 and "windows of 128 tokens" in notes[0] and "2048" in notes[0]
+    assert cut(torch.arange(4096), options, 8192)[1] == ()
+    assert shape(MeasureOptions(window=2048, stride=512), 128) == (128, 128)
+    assert shape(MeasureOptions(window=2048, stride=64), None) == (2048, 64)
+
+
+def test_bad_options_are_named():
+    text = torch.arange(300)
+    with pytest.raises(ConfigError, match="stride 300 is larger than the window of 100"):
+        cut(text, MeasureOptions(protocol="standard", window=100, stride=300), None)
+    with pytest.raises(UnknownName, match="did you mean standard"):
+        cut(text, MeasureOptions(protocol="standart"), None)
+    with pytest.raises(ConfigError, match="longer than the model's context of 200"):
+        cut(text, MeasureOptions(prompt_tokens=150, scored_tokens=100), 200)

@@ -1,0 +1,221 @@
+"""The list of runs: what is found and chosen, also where files are old or damaged."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from pathlib import Path
+
+import pytest
+
+from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.experiments import index as results_list
+from dart_llm.experiments.folder_lock import take
+from dart_llm.experiments.index import results
+from dart_llm.files import write_json
+from dart_llm.reporting.console import Ui
+from dart_llm.studies.generate.settings import RunSettings
+from dart_llm.studies.generate.study import run_job
+from fake_lists import made, write_root, write_sweep
+from tiny_gpt2 import write_gpt2
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    return write_root(tmp_path / "results")
+
+
+def test_runs_of_every_kind_are_found_in_order(root):
+    runs = results_list.find(root)
+    assert [(run.experiment, run.time, run.kind, run.status) for run in runs] == [
+        ("main", "20260304-050607", "run", "complete"),
+        ("eval-qwen-griffin-0.5", "20260401-120000", "eval", "complete"),
+        ("grids/first", "20260501-100000", "sweep", "interrupted"),
+    ]
+    assert [run.problems for run in runs] == [(), (), ()]
+    assert results_list.find(root / "grids" / "first")[0].experiment == "first"
+    one = results_list.find(root / "main" / "20260304-050607")
+    assert [(run.experiment, run.time) for run in one] == [("main", "20260304-050607")]
+
+
+def test_a_run_has_its_text_and_its_perplexities(root):
+    run = results_list.find(root)[0]
+    assert (run.models, run.quantisations, run.dtypes) == (
+        ("SmolLM2-135M-Instruct",),
+        ("Q4_K_M",),
+        ("bfloat16",),
+    )
+    assert (run.methods, run.sparsities) == (("dart",), (0.2, 0.5))
+    assert run.seconds == 132.0
+    assert run.started == datetime.datetime(2026, 3, 4, 5, 6, 7, tzinfo=datetime.UTC)
+    found = [(row.task, row.label, row.achieved, row.dense_share, row.remasks) for row in run.rows]
+    assert found == [
+        ("generate", "dense", 0.0, 1.0, 0),
+        ("generate", "dart@0.5", 0.4375, 0.125, 2),
+        ("perplexity:embedded", "dense", 0.0, 1.0, 0),
+        ("perplexity:embedded", "dart@0.2", 0.2, 0.0, 0),
+        ("perplexity:embedded", "dart@0.5", 0.5, 0.0, 0),
+        ("perplexity:embedded", "griffin@0.5", 0.5, 0.0, 0),
+    ]
+    assert run.rows[1].value == pytest.approx(1 / 0.0445)
+    assert [row.value for row in run.rows[2:4]] == [17.62, pytest.approx(17.62 * 1.08)]
+    assert results(run) == [
+        "dart@0.5 generate 22.47 tokens/s",
+        "dart@0.2 perplexity:embedded 19.03",
+        "dart@0.5 perplexity:embedded 37",
+        "griffin@0.5 perplexity:embedded 44.4",
+    ]
+
+
+def test_an_evaluation_has_its_measurements(root):
+    run = results_list.find(root)[1]
+    assert (run.models, run.dtypes, run.tasks) == (("Qwen2.5-0.5B",), ("float32",), ("arc_easy",))
+    (row,) = run.rows
+    assert (row.metric, row.value, row.items, row.protocol) == ("acc", 0.5, 2, "decode")
+    assert (row.asked, row.achieved, row.dense_share, row.remasks) == (0.5, 0.48, 0.125, 2)
+    assert results(run) == ["arc_easy acc 0.5"]
+
+
+def test_a_sweep_has_its_cells_and_says_what_is_missing(root):
+    run = results_list.find(root)[2]
+    assert (run.methods, run.sparsities) == (("dense", "dart", "griffin"), (0.3, 0.5, 0.7))
+    assert run.tasks == ("arc_easy", "mmlu")
+    assert run.seconds == 90.0
+    assert [(row.label, row.status, row.value) for row in run.rows] == [
+        ("dense", "done", 0.6),
+        ("dart@0.3", "done", 0.55),
+        ("dart@0.5", "done", 0.45),
+        ("griffin@0.5", "done", 0.25),
+        ("griffin@0.7", "failed", None),
+    ]
+    assert results(run) == [
+        "dart@0.3 arc_easy acc 0.55",
+        "dart@0.5 arc_easy acc 0.45",
+        "griffin@0.5 arc_easy acc 0.25",
+        "griffin@0.7 mmlu failed: the loss is NaN at item 3",
+        "5 of 6 cells",
+        "1 failed",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"main": 6, "eval-qwen-griffin-0.5": 1, "grids/first": 5}),
+        ({"model": "qwen"}, {"eval-qwen-griffin-0.5": 1, "grids/first": 5}),
+        ({"method": "GRIFFIN"}, {"main": 1, "eval-qwen-griffin-0.5": 1, "grids/first": 2}),
+        ({"method": "dart", "task": "arc"}, {"grids/first": 2}),
+        ({"task": "mmlu", "status": "complete"}, {}),
+        ({"task": "perplexity"}, {"main": 4}),
+        ({"status": "Interrupted"}, {"grids/first": 5}),
+        ({"experiment": "FIRST"}, {"grids/first": 5}),
+        ({"since": "2026-04-01"}, {"eval-qwen-griffin-0.5": 1, "grids/first": 5}),
+        ({"since": "2026-05-01T10:00:01+00:00"}, {}),
+        ({"model": "nothing"}, {}),
+    ],
+)
+def test_runs_and_their_rows_are_chosen(root, given, expected):
+    found = results_list.filter(results_list.find(root), **given)
+    assert {run.experiment: len(run.rows) for run in found} == expected
+
+
+def test_an_unfinished_run_is_found_by_what_it_was_asked(tmp_path):
+    folder = made(tmp_path / "x" / "20260101-000000")
+    settings = {"model": "org/Llama", "method": "dart", "tasks": "boolq, rte"}
+    write_json(folder / "config.json", {"status": "failed", "settings": settings})
+    runs = results_list.find(tmp_path)
+    assert (runs[0].models, runs[0].methods, runs[0].tasks) == (
+        ("Llama",),
+        ("dart",),
+        ("boolq", "rte"),
+    )
+    assert len(results_list.filter(runs, model="llama", method="dart", task="rte")) == 1
+    assert results_list.filter(runs, method="griffin") == []
+
+
+def test_what_cannot_be_chosen(root):
+    runs = results_list.find(root)
+    with pytest.raises(UnknownName, match=r"unknown status 'compleet'; did you mean complete\?"):
+        results_list.filter(runs, status="compleet")
+    with pytest.raises(ConfigError, match='--since "yesterday" is not a date: write 2026-03-04'):
+        results_list.filter(runs, since="yesterday")
+
+
+def test_no_folder_and_no_runs(tmp_path):
+    with pytest.raises(ConfigError, match=r"there is no results folder .*: give the folder"):
+        results_list.find(tmp_path / "none")
+    with pytest.raises(ConfigError, match="holds no runs"):
+        results_list.find(tmp_path)
+
+
+def test_a_run_that_was_killed_is_not_running(tmp_path):
+    for name, process in (("a", None), ("b", os.getpid()), ("c", 2**22 + 7)):
+        folder = made(tmp_path / name / "20260101-000000")
+        write_json(folder / "config.json", {"status": "running", "process": process})
+    lock = take(tmp_path / "a" / "20260101-000000")
+    assert lock is not None
+    found = {run.experiment: run.status for run in results_list.find(tmp_path)}
+    assert found == {"a": "running", "b": "stopped", "c": "stopped"}
+    lock.release()
+
+
+def test_old_and_damaged_folders_are_listed_with_what_is_known(tmp_path):
+    old = made(tmp_path / "old" / "20250101-000000")
+    write_json(old / "config.json", {"status": "complete", "settings": {"model": "gpt2"}})
+    made(tmp_path / "empty" / "20250102-000000-1")
+    half = made(tmp_path / "half" / "20250103-000000")
+    (half / "config.json").write_text('{"status": "compl', encoding="utf-8")
+    (half / "perplexity.json").write_bytes(b"\xff\xfe\xff")
+    table_ = write_sweep(tmp_path / "table" / "20250104-000000", started=None)
+    with (table_ / "results.jsonl").open("a") as file:
+        file.write('{"key": "half')
+    found = {run.experiment: run for run in results_list.find(tmp_path)}
+    assert [*found] == ["old", "empty", "half", "table"]
+    assert {name: (run.status, run.problems) for name, run in found.items()} == {
+        "old": ("complete", ()),
+        "empty": ("unknown", ("config.json is missing or empty",)),
+        "half": ("unknown", ("config.json is damaged", "perplexity.json cannot be read")),
+        "table": ("interrupted", ("results.jsonl is damaged",)),
+    }
+    assert (found["old"].kind, found["old"].models) == ("run", ("gpt2",))
+    assert found["empty"].started == datetime.datetime(2025, 1, 2)
+    assert len(found["table"].rows) == 5
+
+
+def test_one_folder_that_breaks_the_reader_does_not_hide_the_others(root):
+    (root / "main" / "20260304-050607" / "timing.json").write_text(f'{{"total_s": {10**400}}}')
+    runs = {run.experiment: run for run in results_list.find(root)}
+    assert len(runs) == 3
+    assert runs["main"].status == "unknown"
+    assert runs["main"].problems[0].startswith("cannot be read (OverflowError: ")
+
+
+def test_a_folder_that_a_real_job_wrote(tmp_path):
+    model = tmp_path / "gpt2"
+    model.mkdir()
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 4, encoding="utf-8")
+    settings = RunSettings(
+        model=str(write_gpt2(model)),
+        prompt="hello",
+        generation=4,
+        sparsity=0.5,
+        method="griffin",
+        eval_perplexity=True,
+        ppl_datasets=str(text),
+        ppl_prompt_tokens=32,
+        ppl_scored_tokens=16,
+        results_dir=str(tmp_path / "results"),
+    )
+    job = run_job(settings, Ui(quiet=True))
+    (run,) = results_list.find(tmp_path / "results")
+    assert (run.path, run.status, run.kind, run.problems) == (job.path, "complete", "run", ())
+    assert (run.models, run.methods, run.sparsities) == (("gpt2",), ("griffin",), (0.5,))
+    rows = {(row.task, row.method): row for row in run.rows}
+    written = job.perplexity[0]["rows"][1]
+    found = rows[f"perplexity:{text}", "griffin"]
+    assert (found.value, found.achieved) == (written["perplexity"], 0.5)
+    accounting = job.generations["pruned"]["accounting"]
+    assert rows["generate", "griffin"].achieved == accounting["achieved_sparsity"]
+    assert rows["generate", "griffin"].value == job.timing["tokens_per_second"]["pruned"]
+    assert results(run)[1] == f"perplexity:text.txt {written['perplexity']:.4g}"

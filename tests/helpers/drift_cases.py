@@ -1,0 +1,87 @@
+"""What the tests of drift studies share: passages and prompts of letters for the tiny GPT-2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dart_llm.reporting.console import Ui
+from dart_llm.studies.drift.settings import DriftSettings, collect
+from dart_llm.studies.drift.study import DriftJob, run_drift
+from lm_cases import place
+
+FIRST = "the bees fly from flower to flower and carry what they find home. "
+SECOND = "a loan of 900 at 4% is paid back in 12 parts; the bank adds 3 each. "
+THIRD = "granite cools slowly deep below; basalt quickly, near the top! "
+PROMPT = 64
+
+
+def passage(name: str, *parts: tuple[str, int]) -> dict[str, Any]:
+    """A passage of paragraphs (sentence, times), one topic each."""
+    texts = [(sentence * times).strip() for sentence, times in parts]
+    text = "\n\n".join(texts)
+    changes, at = [], 0
+    for one in texts[:-1]:
+        at += len(one) + 2
+        changes.append(at)
+    topics = [{"name": f"{name} {k}", "domain": f"domain {k}"} for k in range(len(texts))]
+    return {"id": name, "text": text, "topics": topics, "changes": changes}
+
+
+TWO = passage("two", (FIRST, 3), (SECOND, 3))
+THREE = passage("three", (SECOND, 3), (THIRD, 3), (FIRST, 2))
+PROMPTS = [
+    {
+        "id": "one",
+        "text": "write about bees and then about loans",
+        "domains": ["zoology", "finance"],
+        "slots": {"topic_a": "bees"},
+    },
+    {"id": "another", "text": "tell me of granite, and of tea"},
+]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def settings(folder: Path, **more: Any) -> DriftSettings:
+    """A study on the tiny model, without metrics; a source must be among ``more``."""
+    given = {
+        "model": str(place() / "model"),
+        "results_dir": str(folder / "results"),
+        "device": "cpu",
+        "metrics": False,
+    }
+    return collect({**given, **more}, environment={})
+
+
+def forced(folder: Path, **more: Any) -> DriftSettings:
+    """On the two passages; dart's guards and evidence are small enough for them."""
+    file = write_rows(folder / "passages.jsonl", [TWO, THREE])
+    return settings(folder, **{"passages": file, "prompt_tokens": PROMPT, **more})
+
+
+def free(folder: Path, **more: Any) -> DriftSettings:
+    file = write_rows(folder / "prompts.jsonl", PROMPTS)
+    return settings(folder, **{"prompts": file, "generation": 40, "min_evidence": 0, **more})
+
+
+def study(asked: DriftSettings, ui: Ui | None = None) -> DriftJob:
+    return run_drift(asked, ui or Ui(quiet=True))
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def results(job: DriftJob) -> dict[str, dict[str, Any]]:
+    """Rows of results.jsonl by key."""
+    return {row["key"]: row for row in lines(job.path / "results.jsonl")}
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found

@@ -1,0 +1,284 @@
+"""lm-eval tasks over local files, a tiny GPT-2 with letters for tokens, and ways to measure both.
+
+Everything lies in one temporary folder per process, since lm-eval takes seconds to index its tasks
+for every ``--include-path``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import io
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import yaml
+
+from dart_llm.cli import app as cli
+from dart_llm.evaluation import lm_eval as harness
+from dart_llm.evaluation.measurement import Measurement, MeasureOptions
+from dart_llm.models.loading import load
+from dart_llm.pruning.config import PruneConfig
+from dart_llm.session.prepare import MemoryStore as Memory
+from dart_llm.session.prepare import PreparedMethod as Candidate
+from summary_cases import Kept
+from tiny_gpt2 import make_talk, write_gpt2
+
+CHAT = (
+    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+QUESTIONS = [
+    {"question": "which of these animals can fly", "choices": ["a duck", "dog", "a small pig"]},
+    {"question": "what do people drink at breakfast", "choices": ["tea", "stone", "two chairs"]},
+    {"question": "where does the sun rise", "choices": ["in the east", "west", "nowhere"]},
+    {"question": "how many legs has a spider", "choices": ["eight", "three", "none at all"]},
+]
+for _number, _row in enumerate(QUESTIONS):
+    _row["answer"] = _number % 3
+LETTERS = [
+    {"question": f"the {word} is how large", "choices": ["1", "22", "333", "4444"], "answer": n % 4}
+    for n, word in enumerate(("moon", "tide", "lake", "hill", "road"))
+]
+EXAMPLES = [
+    {"question": "an example of what is cold", "choices": ["ice", "fire", "tea"], "answer": 0},
+    {"question": "an example of what is red", "choices": ["sea", "blood", "ice"], "answer": 1},
+]
+SHORT = [
+    {"question": "fly", "choices": ["duck", "dog"], "answer": 0},
+    QUESTIONS[1],
+]
+PAGES = [
+    {
+        "text": "".join(
+            f"{what} number {n * n} comes before {n * 7 + 3}. " for n in range(1, 1 + size)
+        )
+    }
+    for what, size in (("tide", 4), ("moon", 7))
+]
+SCRAP = [{"text": "only a short line"}]
+WRITING = [{"question": f"tell me about the {w}", "answer": w} for w in ("sea", "moon", "hill")]
+
+CHOICE: dict[str, Any] = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "q: {{question}}\na:",
+    "doc_to_choice": "choices",
+    "doc_to_target": "answer",
+    "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+}
+FEWSHOT = {"fewshot_split": "dev", "fewshot_config": {"sampler": "first_n"}}
+ROLLING: dict[str, Any] = {
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "{{text}}",
+    "metric_list": [{"metric": "word_perplexity"}, {"metric": "byte_perplexity"}],
+}
+BYTES = {**ROLLING, "metric_list": [{"metric": "byte_perplexity"}, {"metric": "bits_per_byte"}]}
+LAST: dict[str, Any] = {
+    "output_type": "loglikelihood",
+    "doc_to_text": "q: {{question}} and what of it",
+    "doc_to_target": " {{choices[0]}}",
+    "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
+}
+GENERATE: dict[str, Any] = {
+    "output_type": "generate_until",
+    "doc_to_text": "q: {{question}}\na:",
+    "doc_to_target": "{{answer}}",
+    "generation_kwargs": {"until": ["\n"], "max_gen_toks": 10, "do_sample": False},
+    "metric_list": [{"metric": "exact_match"}],
+}
+SAMPLING = {"until": ["\n"], "max_gen_toks": 10, "do_sample": True, "temperature": 1.0}
+LETTER = {
+    **CHOICE,
+    "doc_to_text": "{{question}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nAnswer:",
+    "doc_to_choice": ["A", "B", "C", "D"],
+    "target_delimiter": "",
+    "metric_list": [{"metric": "acc"}],
+}
+GROUPS = {
+    "tiny_group": ("tiny_choice", "tiny_letters"),
+    "tiny_pages": ("tiny_roll", "tiny_scrap"),
+    "tiny_lasts": ("tiny_last", "tiny_end"),
+}
+
+
+@functools.cache
+def place() -> Path:
+    """The folder: ``model``, ``chatty`` (with a chat template), ``tasks`` and ``data``."""
+    import datasets
+
+    root = Path(tempfile.mkdtemp(prefix="dart-lm-cases-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    datasets.config.HF_DATASETS_CACHE = root / "cache"
+    _write_models(root)
+    tasks = root / "tasks"
+    tasks.mkdir()
+    (root / "data").mkdir()
+    write_task(tasks, "tiny_choice", {**CHOICE, **FEWSHOT}, QUESTIONS, EXAMPLES)
+    write_task(tasks, "tiny_letters", LETTER, LETTERS)
+    write_task(tasks, "tiny_short", CHOICE, SHORT)
+    write_task(tasks, "tiny_roll", ROLLING, PAGES)
+    write_task(tasks, "tiny_scrap", ROLLING, SCRAP)
+    write_task(tasks, "tiny_bytes", BYTES, PAGES)
+    write_task(tasks, "tiny_last", LAST, QUESTIONS)
+    write_task(tasks, "tiny_end", LAST, LETTERS)
+    write_task(tasks, "tiny_write", GENERATE, WRITING)
+    write_task(
+        tasks, "tiny_draw", {**GENERATE, "generation_kwargs": SAMPLING, "repeats": 3}, WRITING
+    )
+    write_task(tasks, "tiny_lost", CHOICE, None)
+    for name, parts in GROUPS.items():
+        group = {"group": name, "task": list(parts)}
+        (tasks / f"{name}.yaml").write_text(yaml.safe_dump(group), encoding="utf-8")
+    return root
+
+
+def write_task(
+    folder: Path,
+    name: str,
+    task: dict[str, Any],
+    rows: Sequence[dict[str, Any]] | None,
+    examples: Sequence[dict[str, Any]] = (),
+) -> None:
+    """A task file and its data beside it; ``rows`` None: the data file is missing."""
+    data = folder.parent / "data"
+    files = {"test": str(write_rows(data / f"{name}.jsonl", rows or ()))}
+    if rows is None:
+        (data / f"{name}.jsonl").unlink()
+    if examples:
+        files["dev"] = str(write_rows(data / f"{name}_dev.jsonl", examples))
+    head = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": files},
+        "test_split": "test",
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump({**head, **task}), encoding="utf-8")
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _write_models(root: Path) -> None:
+    model, tokenizer = load(write_gpt2(root / "model"), dtype="float32")
+    make_talk(model, tokenizer)
+    model.save_pretrained(root / "model")
+    shutil.copytree(root / "model", root / "chatty")
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(root / "chatty")
+
+
+@functools.cache
+def loaded(name: str = "model") -> tuple[Any, Any]:
+    """Model and tokenizer; do not change them."""
+    return load(place() / name, dtype="float32", device="cpu")
+
+
+def candidate(method: str | None = None, sparsity: float = 0.5, **settings: Any) -> Candidate:
+    """A method on the tiny model; None: untouched."""
+    config = None
+    if method is not None:
+        config = PruneConfig.build(method, sparsity=sparsity, **settings)
+    return Candidate(*loaded(), config)
+
+
+def options(**changes: Any) -> MeasureOptions:
+    return MeasureOptions(include_path=str(place() / "tasks"), **changes)
+
+
+def measured(
+    found: Candidate,
+    task: str,
+    how: MeasureOptions | None = None,
+    parts: Memory | None = None,
+    advance: Callable[[int], None] = lambda documents: None,
+) -> Measurement:
+    """The harness on one task; parts go through JSON, as those in a file do."""
+    kept = Kept() if parts is None else parts
+    return harness.measure(found, task, options() if how is None else how, kept, advance)
+
+
+def logprobs(found: Measurement) -> list[float]:
+    """Every log-likelihood of a measurement, in order."""
+    return [answer[0][0] for sample in found.samples for answer in sample["answers"]]
+
+
+class Forwards:
+    """Shapes of the forwards that a model ran inside the block."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.shapes = model, list[tuple[int, int]]()
+
+    def __enter__(self) -> Forwards:
+        def note(module: Any, args: Any, kwargs: Any) -> None:
+            ids = args[0] if args else kwargs["input_ids"]
+            self.shapes.append((ids.shape[0], ids.shape[1]))
+
+        self._handle = self.model.register_forward_pre_hook(note, with_kwargs=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._handle.remove()
+
+
+@dataclass(frozen=True)
+class Called:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Its one JSON document on stdout."""
+        return json.loads(self.out)
+
+
+def call(*arguments: object) -> Called:
+    """``dart-llm ARGUMENTS`` in this process, through the code that the real command runs."""
+    words = ["dart-llm", *map(str, arguments)]
+    code = 0
+    with (
+        mock.patch.object(sys, "argv", words),
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+    ):
+        try:
+            cli.run()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    return Called(code, out.getvalue(), err.getvalue())
+
+
+def eval_command(*arguments: object, model: str = "model") -> list[object]:
+    """``eval`` on the tiny model with the tasks of this file."""
+    root = place()
+    return [
+        "eval",
+        "--model",
+        root / model,
+        "--include-path",
+        root / "tasks",
+        "--device",
+        "cpu",
+        *arguments,
+    ]
+
+
+def break_position(model: Any, position: int) -> Any:
+    """Makes everything after ``position`` tokens NaN."""
+    with torch.no_grad():
+        model.transformer.wpe.weight[position] = float("nan")
+    return model

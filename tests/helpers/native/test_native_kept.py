@@ -1,0 +1,106 @@
+"""The native kernels' library: verified before it is loaded, built again where damaged."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from damage import DAMAGES
+from dart_llm import cache as kept
+from dart_llm.native import build
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="native kernels are Linux's")
+
+LIBRARY = b"a library" * 1000
+
+
+@pytest.fixture(autouse=True)
+def loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[bytes]]:
+    """What is loaded instead of a library; builds write ``LIBRARY``."""
+    monkeypatch.setenv("DART_CACHE", str(tmp_path))
+    monkeypatch.setenv(build.SWITCH, "1")
+    found: list[bytes] = []
+
+    def load(name: str, files: list[str], build_directory: str, **settings: object) -> None:
+        (Path(build_directory) / f"{name}.so").write_bytes(LIBRARY)
+
+    monkeypatch.setattr("torch.utils.cpp_extension.load", load)
+    monkeypatch.setattr(
+        "torch.ops.load_library", lambda path: found.append(Path(path).read_bytes())
+    )
+    yield found
+    build.why_not.cache_clear()
+
+
+def _why_not() -> str:
+    build.why_not.cache_clear()
+    return build.why_not()
+
+
+def test_a_library_is_built_once(loaded: list[bytes]) -> None:
+    assert _why_not() == "" and loaded == []
+    assert _why_not() == "" and loaded == [LIBRARY]
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_library_is_never_loaded(
+    loaded: list[bytes], damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert _why_not() == ""
+    (path,) = (build.cache_folder() / "native").iterdir()
+    damage(path)
+    assert _why_not() == "" and loaded == []
+    assert len(caplog.records) == 1 and "a damaged file" in caplog.text
+    assert _why_not() == "" and loaded == [LIBRARY] and len(caplog.records) == 1
+
+
+def test_a_damaged_library_that_cannot_be_built_again(
+    loaded: list[bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert _why_not() == ""
+    (path,) = (build.cache_folder() / "native").iterdir()
+    DAMAGES["cut"](path)
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    monkeypatch.setattr(build, "built_name", lambda: path.name[:24])
+    assert "could not be built (no C++ compiler" in _why_not() and loaded == []
+
+
+def test_a_library_that_does_not_load_is_built_again(
+    loaded: list[bytes], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = build.cache_folder() / "native"
+    other = kept.write(folder, build.built_name(), ".so", b"of another system")
+
+    def load(path: str) -> None:
+        if Path(path) == other:
+            raise OSError(f"{path}: cannot open shared object file")
+        loaded.append(Path(path).read_bytes())
+
+    monkeypatch.setattr("torch.ops.load_library", load)
+    assert _why_not() == ""
+    assert "do not load and are built again" in caplog.text and len(caplog.records) == 1
+    assert not other.exists()
+    assert _why_not() == "" and loaded == [LIBRARY] and len(caplog.records) == 1
+
+
+LOAD = """
+import torch
+from pathlib import Path
+from dart_llm import cache as kept
+from dart_llm.native import build
+library = kept.find(build.cache_folder() / "native", build.built_name(), ".so")
+assert library is None
+"""
+
+
+def test_a_cut_library_does_not_kill_the_process(tmp_path: Path) -> None:
+    """Mapped memory beyond the end of a file is a SIGBUS when it is read."""
+    path = kept.write(build.cache_folder() / "native", build.built_name(), ".so", LIBRARY)
+    DAMAGES["cut"](path)
+    done = subprocess.run([sys.executable, "-c", LOAD], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "a damaged file in" in done.stderr and len(done.stderr.splitlines()) == 1

@@ -1,0 +1,105 @@
+"""The configuration with a prior that the tests use, and what is learnt under it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dart_llm.calibration.learn import self_calibrate as learn
+from dart_llm.models.describe import describe
+from dart_llm.pruning.config import PruneConfig
+from dart_llm.pruning.scores import squared
+from dart_llm.pruning.statistics import LayerStatistics as LayerEvidence
+from dart_llm.pruning.statistics import Statistics
+from dart_llm.pruning.weights import FfnWeights
+from dart_llm.session.run import prune
+
+SMALL = {"sequences": 2, "length": 24, "opening": 0}
+"""A prior that is learnt in no time."""
+
+CONFIG = PruneConfig(
+    method="x",
+    sparsity=0.5,
+    score={"name": "fisher"},
+    budget={"name": "ranked"},
+    compensation=True,
+    compensation_rank=8,
+    skip_sinks=True,
+    prior=SMALL,
+)
+
+STATISTICS = Statistics(squared, None, frozenset({"signed", "features"}), average=True)
+"""What ``CONFIG`` sums."""
+
+
+def files(cache: Path) -> list[Path]:
+    return sorted((cache / "dart-llm" / "calibration").glob("*"))
+
+
+def layers_of(model: Any) -> tuple[FfnWeights, ...]:
+    return describe(model).weights("output", 0)
+
+
+def learnt(
+    model: Any, cache: Path, config: PruneConfig = CONFIG, news: list[str] | None = None
+) -> tuple[FfnWeights, ...]:
+    """The model's layers with what it taught."""
+    say = (lambda text: None) if news is None else news.append
+    return learn(model, config, layers_of(model), str(cache), say)
+
+
+def seen(
+    u: Tensor, h: Tensor, basis: Tensor, weights: Tensor | None = None, cuts: Sequence[int] = ()
+) -> LayerEvidence:
+    """The sums over tokens u [T, I] with FFN inputs h [T, D], in pieces of ``cuts``."""
+    evidence, start = LayerEvidence(), 0
+    for size in cuts or (len(u),):
+        part = slice(start, start + size)
+        z = torch.zeros(1, size, 1)
+        w = None if weights is None else weights[None, part]
+        f = h[None, part] @ basis.T
+        STATISTICS.update(evidence, u[None, part], z, None, None, w, f)
+        start += size
+    return evidence
+
+
+PARTS = 6
+"""Files of what ``CONFIG`` learns: text, gradients, basis, score, signed means, features."""
+
+ONE_BY_ONE = [1] * 23
+"""Two sequences of 24 tokens, of which the first is given."""
+
+ALL = [*ONE_BY_ONE, 24, 24]
+"""Then a forward for the bases, and one forward and backward."""
+
+
+def attached(model: Any, config: PruneConfig = CONFIG, **changes: Any) -> Callable[[], None]:
+    """Attach and leave."""
+
+    def body() -> None:
+        with prune(model, config, **changes):
+            pass
+
+    return body
+
+
+def tensors(layers: tuple[FfnWeights, ...]) -> list[Tensor]:
+    """Everything that was learnt."""
+    found: list[Tensor] = []
+    for layer in layers:
+        assert layer.learnt is not None
+        sums = layer.learnt.evidence.sums
+        found += [sums[name].mean for name in sorted(sums)]
+        found += [layer.learnt.curvature]
+        found += [] if layer.learnt.basis is None else [layer.learnt.basis]
+    return found
+
+
+def equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    return len(first) == len(second) and all(
+        torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(first, second, strict=True)
+    )

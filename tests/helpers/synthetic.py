@@ -1,0 +1,177 @@
+"""Made-up FFN weights and activations that drive the tracer without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dart_llm.pruning.accounting import Costs, run_report
+from dart_llm.pruning.config import PruneConfig
+from dart_llm.pruning.controller import PruningController as Tracer
+from dart_llm.pruning.forward import ForwardCall as Call
+from dart_llm.pruning.forward import ForwardPlan as Plan
+from dart_llm.pruning.forward import Kind
+from dart_llm.pruning.masks import LayerMask
+from dart_llm.pruning.observations import LayerObservation as Seen
+from dart_llm.pruning.records import Remask, RunReport
+from dart_llm.pruning.weights import FfnWeights
+
+HIDDEN, WIDTH, LAYERS, VOCAB = 6, 20, 3, 11
+KEEP = WIDTH // 2
+"""Neurons that a layer keeps under ``config()``."""
+
+
+def make_layers(
+    count: int = LAYERS, width: int = WIDTH, hidden: int = HIDDEN, seed: int = 0
+) -> tuple[FfnWeights, ...]:
+    """Random gated FFNs."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(VOCAB, hidden, generator=generator)
+    return tuple(
+        FfnWeights(
+            index=index,
+            depth=index / max(1, count - 1),
+            stored_up=torch.randn(width, hidden, generator=generator),
+            gate=torch.randn(width, hidden, generator=generator),
+            down=torch.randn(hidden, width, generator=generator),
+            embedding=rows,
+        )
+        for index in range(count)
+    )
+
+
+class Stream:
+    """What each layer sees at every position of a text: u, z, x, r, and v of the last layer."""
+
+    def __init__(
+        self,
+        layers: Sequence[FfnWeights],
+        rows: int = 1,
+        length: int = 256,
+        seed: int = 0,
+        steady: bool = False,
+    ) -> None:
+        generator = torch.Generator().manual_seed(100 + seed)
+
+        def noise(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        self.u, self.z, self.x, self.r = [], [], [], []
+        for layer in layers:
+            profile = noise(layer.width).exp()
+            u = noise(rows, length, layer.width) * profile
+            self.u.append(u)
+            self.z.append(u @ layer.down.T)
+            self.x.append(noise(rows, length, layer.hidden))
+            self.r.append(0.5 * self.z[-1])
+        hidden = layers[0].hidden
+        self.v = noise(rows, length, hidden) * (0.05 if steady else 1.0) + noise(hidden)
+
+
+class Driver:
+    """Feeds positions of a ``Stream`` to a tracer, as the hooks of a model would."""
+
+    def __init__(
+        self,
+        config: PruneConfig,
+        rows: int = 1,
+        layers: tuple[FfnWeights, ...] | None = None,
+        stream: Stream | None = None,
+        given: tuple[LayerMask | None, ...] | None = None,
+    ) -> None:
+        self.layers = make_layers() if layers is None else layers
+        self.stream = Stream(self.layers, rows) if stream is None else stream
+        self.announced: list[Remask] = []
+        self.tracer = Tracer(
+            config, self.layers, given, lambda remask, life: self.announced.append(remask)
+        )
+        self.rows = rows
+        self.cached = 0
+        self.plans: list[Plan] = []
+
+    @property
+    def life(self) -> Any:
+        """The only life that runs."""
+        (life,) = self.tracer.lives
+        return life
+
+    def forward(self, kind: Kind, tokens: int, **settings: Any) -> Plan:
+        """One forward of the next ``tokens`` positions."""
+        call = Call(kind, self.cached, tokens, self.rows, **settings)
+        plan = self.tracer.begin_forward(call)
+        part = slice(self.cached, self.cached + tokens)
+        if plan.observe:
+            for layer in range(len(self.layers)):
+                s = self.stream
+                u, z, x, r = (t[layer][:, part] for t in (s.u, s.z, s.x, s.r))
+                self.tracer.observe(layer, Seen(u, None, z, x, r))
+        if plan.features:
+            self.tracer.feature(self.stream.v[:, part])
+        self.tracer.end_forward()
+        self.cached += tokens
+        self.plans.append(plan)
+        return plan
+
+    def prefill(self, tokens: int, **settings: Any) -> Plan:
+        return self.forward(Kind.PREFILL, tokens, **settings)
+
+    def decode(self, tokens: int = 1, **settings: Any) -> Plan:
+        return self.forward(Kind.DECODE, tokens, **settings)
+
+    def steps(self, count: int, **settings: Any) -> list[str]:
+        """``count`` decode forwards of one token; the phase that each ran in (of life 0)."""
+        phases = []
+        for _ in range(count):
+            self.decode(**settings)
+            phases.append(str(self.tracer.last_phase))
+        return phases
+
+    def new_text(self) -> None:
+        """The next forward starts an empty cache."""
+        self.cached = 0
+
+    def roll_back(self, tokens: int) -> None:
+        """The cache is cut by ``tokens`` before the next forward."""
+        self.cached -= tokens
+
+
+def ids_of(plan: Plan, life: int = 0) -> list[list[int] | None]:
+    """Kept neurons of every layer in one plan; None where dense."""
+    masks = plan.masks[life]
+    if masks is None:
+        return [None]
+    return [None if mask is None else mask.ids.tolist() for mask in masks]
+
+
+def top(score: Tensor, keep: int) -> list[int]:
+    """Indices of the ``keep`` largest values, ascending."""
+    return sorted(sorted(range(len(score)), key=lambda i: (-float(score[i]), i))[:keep])
+
+
+def energy_of(stream: Stream, layer: int, positions: Sequence[int] | range, row: int = 0) -> Tensor:
+    """Summed squared activations of one layer at ``positions`` of one row: [I]."""
+    return stream.u[layer][row, list(positions)].square().sum(0)
+
+
+def best(stream: Stream, positions: Sequence[int] | range, keep: int, row: int = 0) -> list[Any]:
+    """The neurons that ``magnitude`` keeps in every layer after seeing ``positions``."""
+    return [top(energy_of(stream, layer, positions, row), keep) for layer in range(len(stream.u))]
+
+
+def config(**settings: Any) -> PruneConfig:
+    """Half of the neurons by ``magnitude``, evenly, unless said otherwise."""
+    return PruneConfig.from_mapping({"sparsity": 0.5, "score": "magnitude", **settings})
+
+
+def is_dense(plan: Plan) -> bool:
+    """Whether no layer of no life is masked in one plan."""
+    return plan.dense and all(masks is None for masks in plan.masks)
+
+
+def report(run: Driver) -> RunReport:
+    """Accounting of a driver's run."""
+    costs = Costs(run.layers, 10_000)
+    return run_report(run.tracer.all_lives(), costs, "masked", 0, "a test", 0.5)

@@ -1,0 +1,216 @@
+"""What a model's name may be, which dtype it is loaded in, and every sentence when it cannot be."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from checkpoints import write_folder, write_gguf
+from dart_llm.cache import cache_folder, hub_cache
+from dart_llm.errors import ConfigError, LoadError, UnknownName
+from dart_llm.files import size_text
+from dart_llm.hub import plain, redact, weight_files
+from dart_llm.models.loading import load, parse_dtype
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("tiny-llama"))
+
+
+def sentence(error: type[Exception], *arguments: Any, **keywords: Any) -> str:
+    """The message that ``load`` raises."""
+    with pytest.raises(error) as caught:
+        load(*arguments, **keywords)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_package_gives_the_function_not_a_module() -> None:
+    import dart_llm
+
+    assert dart_llm.load is load
+
+
+def test_a_folder_loads_in_its_own_dtype_and_in_others(folder: Path) -> None:
+    model, tokenizer = load(folder)
+    assert model.dtype == torch.bfloat16
+    assert not model.training
+    ids = tokenizer("hi", return_tensors="pt")["input_ids"]
+    reference = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    exact, _ = load(str(folder), dtype="fp32", attn_implementation="eager")
+    assert exact.config._attn_implementation == "eager"
+    with torch.no_grad():
+        assert torch.allclose(exact(ids).logits, reference(ids).logits, atol=1e-6)
+    assert load(folder, dtype=torch.float16, device="cpu")[0].dtype == torch.float16
+
+
+@pytest.mark.parametrize("name", ["smollm2-13m", "SmolLM2-135", "smolm2"])
+def test_an_unknown_short_name_lists_the_near_ones(name: str) -> None:
+    text = sentence(UnknownName, name)
+    assert text.startswith(f"unknown model {name!r}; did you mean smollm2")
+    assert text.endswith(", or a hub id (owner/name), a folder or a .gguf file?")
+
+
+def test_an_unknown_name_without_near_ones_lists_all() -> None:
+    assert sentence(UnknownName, "zzz") == (
+        "unknown model 'zzz'; known: distilgpt2, gpt2, gpt2-large, gpt2-medium, gpt2-xl, "
+        "openai-gpt, smollm2, smollm2-135m, or a hub id (owner/name), a folder or a .gguf file"
+    )
+
+
+@pytest.mark.parametrize("name", ["./nothing", "~/nothing", "a/b/c", "gone.gguf", "/nothing"])
+def test_a_path_that_does_not_exist(name: str) -> None:
+    assert sentence(LoadError, name) == (
+        f"there is no file or folder {name}; give a hub id (owner/name), a folder, a .gguf file "
+        "or smollm2-135m"
+    )
+
+
+def test_a_folder_without_config(tmp_path: Path) -> None:
+    start = f"{tmp_path} is no checkpoint, for it has no config.json; "
+    assert sentence(LoadError, tmp_path) == start + "give the folder that save_pretrained wrote"
+    file = write_gguf(tmp_path / "inside.gguf")
+    assert sentence(LoadError, tmp_path) == start + f"it holds inside.gguf: give {file}"
+
+
+def test_a_revision_is_for_hub_models(folder: Path) -> None:
+    assert sentence(ConfigError, folder, revision="main") == (
+        f"revision 'main' applies to hub models only; {folder} is a path"
+    )
+    assert sentence(ConfigError, "SmolLM2", revision="v1") == (
+        "revision 'v1' applies to hub models only; smollm2-135m is pinned"
+    )
+
+
+@pytest.mark.parametrize("name", ["owner/name", "gpt2"])
+def test_offline_a_hub_model_that_is_not_cached(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert sentence(LoadError, name, cache_dir=tmp_path) == (
+        f"{name} is not in the hub's cache and HF_HUB_OFFLINE is set; unset it to download, or "
+        "give a local folder, a .gguf file or smollm2-135m"
+    )
+
+
+def test_missing_weights_are_never_made_up(folder: Path, tmp_path: Path) -> None:
+    copy = write_folder(tmp_path / "copy")
+    weights = load_file(copy / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert sentence(LoadError, copy) == (
+        "copy lacks 1 of the model's weights, such as model.layers.1.mlp.up_proj.weight; it is "
+        "incomplete, or not a causal language model"
+    )
+
+
+def test_a_folder_without_tokenizer_and_one_with_broken_weights(tmp_path: Path) -> None:
+    copy = write_folder(tmp_path / "copy")
+    (copy / "model.safetensors").write_bytes(b"not a safetensors file")
+    assert sentence(LoadError, copy).startswith("copy could not be loaded: ")
+    for path in copy.glob("tokenizer*"):
+        path.unlink()
+    assert sentence(LoadError, copy) == (
+        f"{copy} holds no tokenizer that can be read; copy the tokenizer files of the original "
+        "model into it"
+    )
+
+
+def test_code_of_a_checkpoint_is_not_run_unless_it_is_trusted(tmp_path: Path) -> None:
+    copy = write_folder(tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "own.py").write_text("raise SystemExit('this code ran')\n")
+    assert sentence(LoadError, copy) == (
+        "copy brings its own Python code; read that code, then allow it with --trust-remote-code"
+    )
+
+
+def test_out_of_memory_while_loading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_arguments: Any, **_keywords: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    text = sentence(LoadError, folder, dtype="float32")
+    assert text.startswith(f"{folder.name} does not fit in memory as float32; try --dtype bfloat16")
+    assert "as it is stored" in sentence(LoadError, folder)
+
+
+def test_an_attention_that_does_not_exist(folder: Path) -> None:
+    assert sentence(LoadError, folder, attn_implementation="quick").startswith(
+        f"{folder.name} could not be loaded: "
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, "auto"),
+        ("auto", "auto"),
+        ("fp32", torch.float32),
+        ("Float32", torch.float32),
+        ("half", torch.float16),
+        ("fp16", torch.float16),
+        ("bf16", torch.bfloat16),
+        ("torch.bfloat16", torch.bfloat16),
+        (torch.float16, torch.float16),
+    ],
+)
+def test_dtypes(value: str | torch.dtype | None, expected: torch.dtype | str) -> None:
+    assert parse_dtype(value) == expected
+
+
+@pytest.mark.parametrize("value", ["int8", "double", torch.float64, torch.int8])
+def test_unknown_dtypes(value: str | torch.dtype) -> None:
+    with pytest.raises(ConfigError, match="; write float32, float16, bfloat16 or auto"):
+        parse_dtype(value)
+
+
+def test_cache_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DART_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert (cache_folder(), hub_cache()) == (tmp_path / "dart-llm", None)
+    monkeypatch.setenv("DART_CACHE", str(tmp_path / "env"))
+    assert (cache_folder(), hub_cache()) == (tmp_path / "env" / "dart-llm", tmp_path / "env")
+    chosen = tmp_path / "argument"
+    assert (cache_folder(chosen), hub_cache(chosen)) == (chosen / "dart-llm", chosen)
+
+
+def test_secrets_are_removed_and_messages_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "letmein-42")
+    assert redact("sent letmein-42 and hf_AbCdEf123") == "sent *** and ***"
+    assert redact("see https://me:secret@index.test/simple") == "see https://***@index.test/simple"
+    assert plain(OSError("It broke:\n hf_AbCdEf123 is wrong.\nLong story.")) == (
+        "It broke: *** is wrong"
+    )
+    assert plain(KeyError()) == "KeyError"
+
+
+def test_sizes_and_the_weight_files_that_are_fetched() -> None:
+    assert [size_text(n) for n in (400_000, 92_871_040, 16_060_000_000)] == [
+        "0.4 MB",
+        "93 MB",
+        "16.1 GB",
+    ]
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    both = ["pytorch_model.bin", *shards, "consolidated.safetensors", "onnx/model.safetensors"]
+    assert weight_files(both) == shards
+    assert weight_files(["pytorch_model.bin", "tf_model.h5"]) == ["pytorch_model.bin"]
+    assert weight_files(["model.gguf"]) == []
+
+
+def test_without_a_callback_the_progress_goes_to_the_log(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="dart_llm"):
+        load(folder)
+    assert caplog.messages == [f"loading {folder.name}"]

@@ -1,0 +1,222 @@
+"""Replayed detectors: by hand on made-up signals, and equal to the live tracer on the same text."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.pruning.drift import Rule, guards_allow
+from dart_llm.session.run import prune
+from dart_llm.studies.detection.replay import (
+    Watcher,
+    make_watcher,
+    replay,
+    similarities,
+    sweep_rule,
+)
+from dart_llm.studies.detection.signals import Recorded, record, shannon
+from steps import new_cache, step
+from synthetic import HIDDEN, Driver, Stream, config, make_layers
+from tiny import tiny, tokens
+
+PROMPT = 84
+
+
+def shifting(*at: int, length: int = 600, noise: float = 0.3, seed: int = 7) -> Tensor:
+    """[T, D]: a direction with noise; the next direction from each of ``at`` on."""
+    generator = torch.Generator().manual_seed(seed)
+    axis = torch.bucketize(torch.arange(length), torch.tensor(at), right=True)
+    return torch.eye(HIDDEN)[axis] + noise * torch.randn(length, HIDDEN, generator=generator)
+
+
+def watcher(name: str, observe: int = 50, **guards: Any) -> Watcher:
+    plain = make_watcher(name, observe)
+    return Watcher(name, plain.rule, observe, **guards)
+
+
+def test_a_change_is_noticed_after_three_windows_and_the_reference_is_renewed() -> None:
+    """Reference: 80 tokens after the sinks.  Windows end at 94, 104, ..., the third low at 234."""
+    signal = Recorded("made up", shifting(204, 454))
+    steady = Rule(10, lambda mu, sigma: mu - 6 * sigma, 3)
+    found = replay(signal, PROMPT, Watcher("steady", steady, 50))
+    # after the first: 50 tokens observed, windows from 284 on: 464 holds the change at 454 alone
+    assert found.triggers == [234, 484]
+    seen = [at for at, _ in found.checks]
+    assert seen == [*range(94, 235, 10), *range(294, 485, 10), *range(544, 601, 10)]
+    assert [check.window for _, check in found.checks][:15] == list(range(1, 16))
+    assert found.checks[15][1].window == 1
+
+
+def test_sinks_and_the_tokens_before_first_enter_nothing() -> None:
+    values = shifting()
+    values[:4] = 1e6
+    found = replay(Recorded("made up", values), PROMPT, watcher("paper"))
+    clean = values.clone()
+    clean[:4] = -3.0
+    assert found == replay(Recorded("made up", clean), PROMPT, watcher("paper"))
+    late = Recorded("made up", values, first=42)
+    values[4:42] = 1e6
+    assert replay(late, PROMPT, watcher("paper")).checks[0][1].similarity[0] > 0.8
+
+
+def test_intervals_by_hand() -> None:
+    signal = Recorded("made up", shifting(length=400))
+    assert replay(signal, 100, watcher("interval 50", 20)).triggers == [150, 220, 290, 360]
+    assert replay(signal, 100, watcher("interval:50", 1)).triggers == [150, 201, 252, 303, 354]
+    assert replay(signal, 100, watcher("interval 400")).triggers == []
+    assert replay(signal, 100, watcher("never")).triggers == []
+    # distance 90: held from 220 to 240; spent 20 of 240 - 100 + 20
+    far = watcher("interval 50", 20, min_distance=90)
+    assert replay(signal, 100, far).triggers == [150, 240, 330]
+    # share 0.1: 20 <= 0.1 (n + 20) from n = 180 on
+    capped = watcher("interval 50", 20, max_dense_share=0.1)
+    assert replay(signal, 100, capped).triggers == [280]
+
+
+def test_guards_by_hand() -> None:
+    assert guards_allow(5, None, 0, 99, 64, None)
+    assert not guards_allow(73, 10, 0, 1, 64, None)
+    assert guards_allow(74, 10, 0, 1, 64, None)
+    assert not guards_allow(287, None, 0, 32, 0, 0.1)
+    assert guards_allow(288, None, 0, 32, 0, 0.1)
+    assert not guards_allow(288, None, 1, 32, 0, 0.1)
+
+
+def test_the_allowance_lies_beside_the_share() -> None:
+    """32 of 32 tokens at once, whatever was decoded; 64 when 5 % of n + 32 are 32: n = 608."""
+    assert guards_allow(0, None, 0, 32, 64, 0.05, 32)
+    assert not guards_allow(0, None, 0, 33, 64, 0.05, 31)
+    assert not guards_allow(607, 0, 32, 32, 64, 0.05, 32)
+    assert guards_allow(608, 0, 32, 32, 64, 0.05, 32)
+    assert not guards_allow(608, 545, 32, 32, 64, 0.05, 32), "the distance holds all the same"
+    assert guards_allow(63, None, 999, 999, 64, None, 0), "no share, no cap"
+
+
+def test_distributions_are_watched_by_their_divergence() -> None:
+    """Half of the weight moves to another position: similarity is known."""
+    old, new = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.5, 0.0, 0.5])
+    values = torch.where(torch.arange(200)[:, None] < 120, old, new)
+    signal = Recorded("made up", values, 40, shannon)
+    found = replay(signal, 80, watcher("published", 30))
+    assert found.triggers == [125]
+    (at, check) = found.checks[8]
+    assert at == 125
+    assert check.similarity == pytest.approx([0.5], abs=1e-6)  # half of the weight is shared
+    assert check.threshold == pytest.approx([0.9], abs=1e-5)
+    assert found.checks[7][1].similarity == pytest.approx([1.0], abs=1e-6)
+
+
+def test_thresholds_of_the_sweep() -> None:
+    rule = sweep_rule(10, 1.5, 2)
+    assert (rule.window, rule.count, rule.interval) == (10, 2, 0)
+    assert rule.threshold is not None
+    mu, sigma = torch.tensor([0.9]), torch.tensor([0.1])
+    assert rule.threshold(mu, sigma).tolist() == pytest.approx([0.75])
+
+
+def test_quiet_similarities_are_those_to_the_prompt() -> None:
+    values = shifting(204)
+    found = similarities(Recorded("made up", values), PROMPT, 20)
+    assert [at for at, _ in found] == list(range(104, 601, 20))
+    centre = values[4:PROMPT].mean(0)
+    for at, value in found:
+        window = values[at - 20 : at].mean(0)
+        want = torch.cosine_similarity(window, centre, dim=0)
+        assert value == pytest.approx(float(want), abs=1e-5)
+
+
+def test_rules_and_methods_by_name() -> None:
+    dart = make_watcher("dart-prompt", 7)
+    assert (dart.rule.window, dart.rule.count, dart.observe) == (10, 3, 32)
+    assert (dart.min_distance, dart.max_dense_share) == (64, 0.1)
+    paper = make_watcher("paper", 7)
+    assert (paper.observe, paper.min_distance, paper.max_dense_share) == (7, 0, None)
+    for name in ("published", "dart"):  # the rule, not the method
+        watcher = make_watcher(name, 7)
+        assert watcher.observe == 7
+        assert (watcher.min_distance, watcher.max_dense_share, watcher.allowance) == (0, None, 0)
+    for name, error in (
+        ("griffin", "never re-masks"),
+        ("interval", "N tokens"),
+        ("interval 0", "N must be"),
+        ("paper 3", "no other rule takes"),
+    ):
+        with pytest.raises(ConfigError, match=error):
+            make_watcher(name, 7)
+    with pytest.raises(UnknownName, match="did you mean paper"):
+        make_watcher("papr", 7)
+
+
+# the tracer itself
+
+
+@pytest.mark.parametrize("rule", ["published", "paper", "interval 40"])
+@pytest.mark.parametrize(
+    "guards", [{}, {"min_distance": 64, "max_dense_share": 0.1}, {"min_distance": 90}]
+)
+@pytest.mark.parametrize("observe", [1, 32, 50])
+def test_equal_to_the_tracer_on_the_same_values(
+    rule: str, guards: dict[str, Any], observe: int
+) -> None:
+    layers = make_layers()
+    stream = Stream(layers, 1, 600)
+    stream.v = shifting(204, 454)[None]
+    drift = {"rule": rule, **guards}
+    live = Driver(
+        config(drift=drift, remask={"observe_tokens": observe}), layers=layers, stream=stream
+    )
+    live.prefill(PROMPT)
+    live.steps(600 - PROMPT)
+    found = replay(Recorded("made up", stream.v[0]), PROMPT, watcher(rule, observe, **guards))
+    triggers = [check.step + PROMPT for check in live.tracer.checks if check.trigger]
+    if rule.startswith("interval"):
+        # a mask is built observe tokens after each trigger
+        triggers = [remask.step + PROMPT - observe for remask in live.announced[1:]]
+        found.triggers = [at for at in found.triggers if at + observe < 600]
+    assert found.triggers == triggers
+    assert len(triggers) >= 1
+    checks = [(check.step + PROMPT, check.window, check.counter) for check in live.tracer.checks]
+    assert [(at, check.window, check.counter) for at, check in found.checks] == checks
+    for (_, one), other in zip(found.checks, live.tracer.checks, strict=True):
+        assert one.similarity == pytest.approx([other.similarity], abs=1e-5)
+        assert (one.threshold is None) == (other.threshold is None)
+        if other.threshold is not None:
+            assert one.threshold == pytest.approx([other.threshold], abs=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["published", "paper"])
+def test_equal_to_a_live_run_of_a_model(rule: str) -> None:
+    """The live run removes one neuron per layer that adds nothing: it computes what dense does."""
+    model: Any = tiny("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight[:, 5] = 0
+    ids = tokens(1, 240, seed=11)
+    signal = record(model, ids[0], 80, ("attention",))["attention"]
+    run = prune(
+        model,
+        "griffin",
+        sparsity=1 / 48,
+        score="contribution",
+        drift=rule,
+        remask={"observe_tokens": 24},
+    )
+    with run:
+        cache = new_cache(model)
+        step(model, ids[:, :80], cache)
+        for at in range(80, 240):
+            step(model, ids[:, at : at + 1], cache)
+        live = run.drift_checks
+    assert run.report().layers[0].kept == 47
+    found = replay(signal, 80, watcher(rule, 24))
+    want = [(c.step + 80, c.window, c.counter) for c in live]
+    assert [(at, check.window, check.counter) for at, check in found.checks] == want
+    assert found.triggers == [check.step + 80 for check in live if check.trigger]
+    assert len(found.triggers) >= 1
+    for (_, one), other in zip(found.checks, live, strict=True):
+        assert one.similarity == pytest.approx([asdict(other)["similarity"]], abs=1e-4)

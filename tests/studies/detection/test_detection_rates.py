@@ -1,0 +1,183 @@
+"""Rates of triggers against known changes: by hand, and for a rule that fires blindly."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+
+import numpy as np
+import pytest
+
+from dart_llm.studies.detection.replay import (
+    Outcome,
+    _student,
+    auc,
+    bootstrap,
+    outcome,
+    rates,
+    to_dict,
+)
+
+
+def test_triggers_sorted_by_hand() -> None:
+    """600 tokens, prompt 100, changes at 200 and 400, horizon 128."""
+    found = outcome([150, 230, 300, 401], [200, 400], 100, 600, 128)
+    assert found == Outcome(
+        reach=(128, 128),
+        delays=(30, 1),
+        false_alarms=2,  # 150 and 300
+        late=0,
+        alarms=4,
+        stationary=100 + (400 - 230) + (600 - 401),
+        decoded=500,
+    )
+
+
+@pytest.mark.parametrize(
+    ("triggers", "delays", "false_alarms", "late", "stationary"),
+    [
+        ([], (None, None), 0, 0, 100),
+        ([200], (None, None), 1, 0, 100),  # of the old topic alone
+        ([201], (1, None), 0, 0, 100 + 199),
+        ([328], (128, None), 0, 0, 100 + 72),
+        ([329], (None, None), 0, 1, 100 + 71),  # late, and stationary from then on
+        ([329, 350], (None, None), 1, 1, 100 + 71),
+        ([450], (None, 50), 0, 0, 100 + 150),  # the first change was missed
+        ([400], (None, None), 0, 1, 100),  # 200 late; the second change comes at once
+        ([600], (None, None), 0, 1, 100),
+    ],
+)
+def test_where_a_trigger_belongs(triggers, delays, false_alarms, late, stationary) -> None:
+    found = outcome(triggers, [200, 400], 100, 600, 128)
+    assert (found.delays, found.false_alarms, found.late, found.stationary) == (
+        delays,
+        false_alarms,
+        late,
+        stationary,
+    )
+
+
+def test_reach_ends_with_the_topic_and_with_the_text() -> None:
+    assert outcome([], [200, 250, 560], 100, 600, 128).reach == (50, 128, 40)
+    # a trigger just after the next change belongs to that one
+    assert outcome([251], [200, 250], 100, 600, 128).delays == (None, 1)
+    assert outcome([250], [200, 250], 100, 600, 128).delays == (50, None)
+
+
+def test_pooled_rates_by_hand() -> None:
+    one = Outcome((128, 128), (30, None), 2, 1, 4, 1000, 1500)
+    two = Outcome((128,), (50,), 1, 0, 2, 500, 500)
+    found = rates([one, two])
+    assert (found.changes, found.detected, found.rate) == (3, 2, pytest.approx(2 / 3))
+    assert found.delay_median == 40
+    assert found.delay_with_misses == pytest.approx((30 + 128 + 50) / 3)
+    assert (found.false_alarms, found.false_alarms_per_1000) == (3, 2.0)
+    assert (found.tokens, found.late, found.alarms, found.decoded) == (1500, 1, 6, 2000)
+    assert found.alarms_per_1000 == 3.0
+    assert found.blind_rate == pytest.approx(128 * 0.003)
+    assert found.gain == pytest.approx(2 / 3 - 0.384)
+    for ends in (found.rate_interval, found.fa_interval, found.gain_interval):
+        assert ends is not None and ends[0] <= ends[1]
+    assert found.rate_interval == (0.5, 1.0)
+    assert to_dict(found)["rate_interval"] == [0.5, 1.0]
+    assert found == rates([one, two])  # the same seed, the same intervals
+
+
+def test_nothing_detected_and_one_text_have_defined_values() -> None:
+    silent = outcome([], [200], 100, 400, 128)
+    found = rates([silent])
+    assert (found.rate, found.delay_median, found.delay_with_misses) == (0.0, None, 128.0)
+    assert (found.false_alarms_per_1000, found.blind_rate, found.gain) == (0.0, 0.0, 0.0)
+    assert (found.rate_interval, found.delay_interval, found.fa_interval) == (None, None, None)
+    both = rates([silent, silent])
+    assert (both.rate_interval, both.delay_interval) == ((0.0, 0.0), None)
+
+
+def test_a_rule_that_always_fires_gains_nothing() -> None:
+    always = [outcome(list(range(101, 601)), [250], 100, 600, 128) for _ in range(3)]
+    found = rates(always)
+    assert (found.rate, found.blind_rate, found.gain) == (1.0, 1.0, 0.0)
+    assert found.false_alarms_per_1000 == pytest.approx(1000, rel=0.01)
+
+
+@pytest.mark.parametrize("period", [40, 100, 300, 900])
+def test_a_blind_rule_detects_what_its_rate_says(period: int) -> None:
+    """Alarms at equal distances from a random first one: gain 0 within three standard errors."""
+    drawn = random.Random(period)
+    texts = []
+    for _ in range(400):
+        first = 100 + drawn.randrange(1, period + 1)
+        change = drawn.randrange(400, 700)
+        texts.append(outcome(list(range(first, 1901, period)), [change], 100, 1900, 128))
+    found = rates(texts, intervals=False)
+    want = min(1.0, 128 / period)
+    assert found.blind_rate == pytest.approx(want, rel=0.02)
+    error = math.sqrt(want * (1 - want) / 400)
+    assert abs(found.rate - want) <= 3 * error
+    if period < 900:  # a text too short for two alarms after its change has fewer
+        assert found.false_alarms_per_1000 == pytest.approx(1000 / period, rel=0.1)
+
+
+def test_blind_rate_by_hand() -> None:
+    texts = [
+        Outcome((128, 64), (None, None), 0, 0, 3, 500, 500),
+        Outcome((64,), (1,), 0, 0, 4, 500, 500),
+    ]
+    assert rates(texts[:1]).blind_rate == pytest.approx((128 * 0.006 + 64 * 0.006) / 2)
+    # 7 alarms in 1,000 tokens: 0.896, 0.448, 0.448
+    assert rates(texts).blind_rate == pytest.approx(0.007 * 256 / 3)
+    often = Outcome((128, 64), (None, None), 0, 0, 6, 500, 500)
+    assert rates([often]).blind_rate == pytest.approx((1 + 64 * 0.012) / 2)
+
+
+def test_intervals_are_those_of_a_plain_bootstrap() -> None:
+    """The same draws, text by text: the statistics recomputed one draw at a time."""
+    drawn = random.Random(5)
+    texts = [
+        outcome(sorted(drawn.sample(range(120, 900), 6)), [300, 600], 100, 900, 128)
+        for _ in range(7)
+    ]
+    rows = np.random.default_rng(4).multinomial(7, [1 / 7] * 7, size=2000)
+    found: dict[str, list[float]] = {"rate": [], "delay": [], "fa": [], "gain": []}
+    for row in rows.tolist():
+        chosen = [text for text, times in zip(texts, row, strict=True) for _ in range(times)]
+        one = rates(chosen, intervals=False)
+        delays = [d for text in chosen for d in text.delays if d is not None]
+        assert one.delay_median == (statistics.median(delays) if delays else None)
+        found["rate"].append(one.rate)
+        found["gain"].append(one.gain)
+        found["fa"].append(one.false_alarms_per_1000)
+        if one.delay_median is not None:
+            found["delay"].append(one.delay_median)
+    tail = statistics.NormalDist().cdf(-2.4469 * math.sqrt(7 / 6))  # Student's t, 6 degrees
+    whole = rates(texts, seed=4)
+    for name, values in found.items():
+        want = np.quantile(values, [tail, 1 - tail]).tolist()
+        assert getattr(whole, f"{name}_interval") == pytest.approx(want, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "want"),
+    [(1, 12.706), (2, 4.303), (3, 3.182), (5, 2.571), (11, 2.201), (30, 2.042), (1000, 1.962)],
+)
+def test_students_quantiles_against_the_table(degrees: int, want: float) -> None:
+    assert _student(0.975, degrees) == pytest.approx(want, rel=0.004)
+
+
+def test_intervals_of_a_mean_cover_it() -> None:
+    """60 samples of 12 normal numbers: 95 % intervals hold the mean as often as they say."""
+    drawn, covered = random.Random(3), 0
+    for number in range(60):
+        values = np.array([drawn.gauss(0, 1) for _ in range(12)])
+        (ends,) = bootstrap(lambda w, v=values: {"m": w @ v / 12}, 12, number).values()
+        assert ends is not None
+        covered += ends[0] <= 0 <= ends[1]
+    assert 53 <= covered <= 60  # 57 expected, standard error 1.7
+
+
+def test_auc_by_hand() -> None:
+    assert auc([3, 4], [1, 2]) == 1.0
+    assert auc([1, 2], [3, 4]) == 0.0
+    assert auc([1, 3], [2, 3]) == pytest.approx((0 + 0 + 1 + 0.5) / 4)
+    assert auc([], [1]) is None and auc([1], []) is None

@@ -1,0 +1,257 @@
+"""Signals: what is recorded equals what the model computes, and how distributions compare."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from dart_llm.errors import ConfigError, DartError, UnknownName, UnsupportedModel
+from dart_llm.models import capture as read_points
+from dart_llm.pruning.drift import SINKS, cosine
+from dart_llm.session.run import prune
+from dart_llm.studies.detection.settings import LEAST
+from dart_llm.studies.detection.signals import (
+    SIGNALS,
+    check_signal,
+    distribution,
+    keys_of,
+    layers_of,
+    needs_eager,
+    record,
+    several,
+    shannon,
+)
+from steps import Same, decode, shared_model
+from tiny import NAMES, tiny, tokens
+
+PROMPT, LENGTH = 32, 60
+
+
+def js(p: list[float], q: list[float]) -> float:
+    """1 - Jensen-Shannon divergence by the definition, with Kullback-Leibler divergences."""
+    middle = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
+
+    def kl(a: list[float]) -> float:
+        return sum(x * math.log2(x / m) for x, m in zip(a, middle, strict=True) if x > 0)
+
+    return 1 - (kl(p) + kl(q)) / 2
+
+
+@pytest.mark.parametrize(
+    ("p", "q", "want"),
+    [
+        ([0.5, 0.5], [0.5, 0.5], 1.0),
+        ([1.0, 0.0], [0.0, 1.0], 0.0),
+        # middle (3/4, 1/4): KL = log2(4/3) and (log2(2/3) + log2 2) / 2
+        ([1.0, 0.0], [0.5, 0.5], 1 - (math.log2(4 / 3) + (math.log2(2 / 3) + 1) / 2) / 2),
+        ([2.0, 2.0], [0.1, 0.1], 1.0),  # only the shape counts
+        ([0.0, 0.0], [0.5, 0.5], 0.0),
+        ([0.0, 0.0], [0.0, 0.0], 0.0),
+    ],
+)
+def test_similarity_of_distributions_by_hand(p: list[float], q: list[float], want: float) -> None:
+    assert float(shannon(torch.tensor(p), torch.tensor(q))) == pytest.approx(want, abs=1e-6)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 10_000), st.integers(2, 200))
+def test_similarity_of_random_distributions(seed: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    p, q = torch.rand(2, size, generator=generator).double()
+    p, q = p / p.sum(), q / q.sum()
+    found = float(shannon(p, q))
+    assert found == pytest.approx(js(p.tolist(), q.tolist()), abs=1e-9)
+    assert found == pytest.approx(float(shannon(3 * q, 0.2 * p)), abs=1e-9)
+    assert 0 <= found <= 1
+
+
+def test_similarities_of_a_stack_against_a_stack() -> None:
+    """Shapes as the detector gives them: [n, B, K] with [n, B, K], and [B, K] with [B, K]."""
+    a, b = torch.rand(2, 5, 3, 7)
+    found = shannon(a, b)
+    assert found.shape == (5, 3)
+    assert float(found[2, 1]) == pytest.approx(float(shannon(a[2, 1], b[2, 1])), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "want"),
+    [
+        ("attention", 30, (29,)),
+        ("attention-80", 30, (23,)),
+        ("attention-80", 24, (18,)),
+        ("attention-80", 1, (0,)),
+        ("attention-several", 30, tuple(range(15, 30))),
+        ("attention-several", 4, (2, 3)),
+        ("attention-several", 1, (0,)),
+        ("attention-scores", 30, (29,)),
+        ("hidden", 30, ()),
+    ],
+)
+def test_layers_of_a_signal(name: str, count: int, want: tuple[int, ...]) -> None:
+    assert layers_of(name, count) == want
+
+
+def test_several_layers_have_the_mean_cosine_of_unit_vectors() -> None:
+    a, b = torch.randn(2, 2, 6)
+    one, two = (several({3: t[:1] * 40, 5: t[1:] * 0.01}, (3, 5)) for t in (a, b))
+    layers = torch.cosine_similarity(a, b, dim=-1)
+    assert float(cosine(one, two)) == pytest.approx(float(layers.mean()), abs=1e-6)
+
+
+def test_distributions_by_hand() -> None:
+    """Prompt of 16: the keys are positions 4 to 7."""
+    assert keys_of(16) == slice(4, 8)
+    weights = torch.zeros(2, 3, 20)
+    weights[0, 0, 4:8] = torch.tensor([0.1, 0.0, 0.0, 0.1])
+    weights[1, 0, 4:8] = torch.tensor([0.1, 0.0, 0.1, 0.0])
+    weights[:, 1, 19] = 1.0  # sees the keys, and gives them nothing
+    weights[0, 2, 5] = 1e-6
+    found = distribution(weights, 16)
+    want = [[0.5, 0.0, 0.25, 0.25], [0.0] * 4, [0.0, 1.0, 0.0, 0.0]]
+    assert found.dtype == torch.float32
+    for row, expected in zip(found.tolist(), want, strict=True):
+        assert row == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_unknown_signal_suggests_the_near_one() -> None:
+    with pytest.raises(UnknownName, match="did you mean attention-scores"):
+        check_signal("attention-score")
+    assert [check_signal(name) for name in SIGNALS] == list(SIGNALS)
+
+
+# recording
+
+
+def eager(name: str = "llama") -> Any:
+    model = tiny(name)
+    if "falcon" in name:  # chooses when it is loaded, or by its configuration
+        model.config._attn_implementation = "eager"
+    else:
+        model.set_attn_implementation("eager")
+    return model
+
+
+def direct(model: Any, ids: Tensor, layer: int) -> Tensor:
+    """v of one layer by a hook of our own on the projection that ends the attention."""
+    found: list[Tensor] = []
+    ends = ("o_proj", "dense", "out_proj", "c_proj")
+    modules = [
+        (name, module)
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in ends and f".{layer}." in name and "mlp" not in name
+    ]
+    ((_, module),) = modules
+    handle = module.register_forward_hook(lambda m, a, output: found.append(output.clone()))
+    with torch.no_grad():
+        model(ids)
+    handle.remove()
+    return found[0].reshape(ids.shape[1], -1).float()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recorded_signals_are_what_the_model_computes(name: str) -> None:
+    model, ids = eager(name), tokens(1, LENGTH, seed=3)
+    found = record(model, ids[0], PROMPT, tuple(SIGNALS))
+    assert list(found) == list(SIGNALS)
+    with torch.no_grad():
+        output = model(ids, output_attentions=True, output_hidden_states=True)
+        logits = model.get_output_embeddings()(found["hidden"].values)
+    last = direct(model, ids, 3)
+    assert torch.allclose(found["attention"].values, last, atol=1e-5)
+    upper = direct(model, ids, 2)
+    assert torch.allclose(found["attention-80"].values, upper, atol=1e-5)  # round(0.8 * 3) = 2
+    both = torch.cat([normalize(upper, dim=-1), normalize(last, dim=-1)], -1)
+    assert torch.allclose(found["attention-several"].values, both, atol=1e-5)
+    if name != "opt-postnorm":
+        assert torch.allclose(found["hidden"].values, output.hidden_states[-1][0], atol=1e-5)
+    if name not in ("gemma2", "gemma3"):  # these bend the logits afterwards
+        assert torch.allclose(logits, output.logits[0], atol=1e-4)
+    weights = output.attentions[-1][0].mean(0)[:, SINKS : PROMPT // 2]
+    scores = found["attention-scores"]
+    late = weights[PROMPT // 2 :]
+    assert torch.allclose(scores.values[PROMPT // 2 :], late / late.sum(-1, True), atol=1e-5)
+    assert scores.values.shape == (LENGTH, PROMPT // 2 - SINKS)
+    assert (scores.first, scores.compare) == (18, shannon)  # 32 / 2 + 32 / 16
+    assert not scores.values[:SINKS].any()  # the first tokens see no key
+    for other in list(SIGNALS)[:4]:
+        assert (found[other].first, found[other].compare) == (SINKS, cosine)
+        assert found[other].values.dtype == torch.float32
+
+
+def test_recording_leaves_the_model_as_it_was() -> None:
+    model = eager()
+    with Same(model):
+        record(model, tokens(1, LENGTH)[0], PROMPT, tuple(SIGNALS))
+    reading = read_points.attention_outputs(model, [0], lambda layer, v: _stop())
+    with Same(model), pytest.raises(RuntimeError, match="stop"), reading:
+        model(tokens(1, 8))
+
+
+def _stop() -> None:
+    raise RuntimeError("stop")
+
+
+def test_half_precision_is_recorded_in_float32() -> None:
+    model = tiny("llama", dtype=torch.bfloat16)
+    found = record(model, tokens(1, LENGTH)[0], PROMPT, ("attention", "hidden"))
+    want = direct(model, tokens(1, LENGTH), 3)
+    assert torch.equal(found["attention"].values, want)
+    assert {signal.values.dtype for signal in found.values()} == {torch.float32}
+
+
+def test_without_eager_attention_only_the_scores_are_refused() -> None:
+    model = tiny("llama")
+    model.set_attn_implementation("sdpa")
+    record(model, tokens(1, LENGTH)[0], PROMPT, ("attention", "hidden"))
+    with pytest.raises(UnsupportedModel, match="leave the signal attention-scores out"):
+        record(model, tokens(1, LENGTH)[0], PROMPT, ("attention-scores",))
+    assert needs_eager(("hidden", "attention-scores")) and not needs_eager(("attention",))
+
+
+def test_a_text_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ConfigError, match="600 tokens does not fit the model's context of 512"):
+        record(tiny("llama"), tokens(1, 600)[0], PROMPT, ("attention",))
+
+
+def test_a_signal_that_is_not_finite_is_refused() -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[3].self_attn.o_proj.weight[0, 0] = torch.inf
+    with pytest.raises(DartError, match="the signal attention is not finite"):
+        record(model, tokens(1, LENGTH)[0], PROMPT, ("attention",))
+
+
+def test_the_least_prompt_has_keys() -> None:
+    keys = keys_of(LEAST["prompt_tokens"])
+    assert keys.stop - keys.start == 4
+
+
+# what the detector of a run is shown
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_detector_sees_the_last_hidden_state(name: str) -> None:
+    """What the head of the model is given: of the prompt, dense, then of the pruned tokens."""
+    model, ids, seen = shared_model(name), tokens(1, PROMPT + 10), list[Tensor]()
+    head = model.get_output_embeddings()
+    drift = {"rule": "published", "signal": "hidden"}
+    with prune(model, "griffin", sparsity=0.5, drift=drift) as run:
+        handle = head.register_forward_pre_hook(lambda m, args: seen.append(args[0][0].detach()))
+        decode(model, ids, PROMPT)
+        handle.remove()
+    v = torch.cat(seen).float()
+    assert len(v) == PROMPT + 10
+    first, *_ = run.drift_checks
+    assert first.step == 5 and first.threshold is not None
+    centroid, window = v[SINKS:PROMPT].mean(0), v[PROMPT : PROMPT + 5].mean(0)
+    assert first.similarity == pytest.approx(float(cosine(window, centroid)), abs=1e-5)
+    with prune(model, "griffin", sparsity=0.5, drift="published") as plain:
+        decode(model, ids, PROMPT)
+    assert abs(plain.drift_checks[0].similarity - first.similarity) > 1e-3

@@ -1,0 +1,110 @@
+"""What is summed over a model's own text: curvature, bases, and the sums of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from curvature_cases import KEPT, LENGTH, ROWS, by_leaves
+from dart_llm.calibration import collect as own_study
+from dart_llm.calibration.collect import collect_statistics as study
+from dart_llm.calibration.collect import find_bases, gradients
+from dart_llm.errors import DartError
+from dart_llm.models.capture import LayerActivations as Seen
+from dart_llm.pruning.compensation import find_basis
+from dart_llm.pruning.scores import squared
+from dart_llm.pruning.statistics import LayerStatistics as LayerEvidence
+from dart_llm.pruning.statistics import Statistics
+from prior_cases import STATISTICS, layers_of
+from steps import shared_model
+from tiny import HIDDEN, LAYERS, tiny, tokens
+
+# what is summed
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gemma2", "bloom", "opt"])
+def test_study(name: str) -> None:
+    """Mean squared gradients, and the other sums."""
+    model, ids, layers = (
+        shared_model(name),
+        tokens(ROWS, LENGTH, seed=5),
+        layers_of(shared_model(name)),
+    )
+    found = study(model, ids, STATISTICS, find_bases(model, ids, 3, layers), layers)
+    wanted = by_leaves(model, ids)
+    squares = {
+        layer: g[:, 4:-1].reshape(ROWS * KEPT, -1).square() for layer, (_, g) in wanted.items()
+    }
+    for layer, evidence in enumerate(found):
+        sums = evidence.sums
+        mean = squares[layer].mean(0)
+        torch.testing.assert_close(sums["curvature"].mean, mean, rtol=1e-3, atol=1e-6)
+        u = wanted[layer][0][:, 4:-1].flatten(0, 1)
+        torch.testing.assert_close(sums["score"].total, u.square().sum(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(sums["signed"].total, u.sum(0), rtol=1e-4, atol=1e-4)
+        assert (sums["score"].weight, sums["curvature"].weight) == (ROWS * KEPT, 1)
+        has = {"score", "signed", "curvature"}
+        if name != "opt":  # its blocks never see the FFN's input while they are pruned
+            has |= {"basis", "features", "moments", "cross"}
+        assert set(sums) == has
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_gradients_that_are_not_finite(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    """One number of one token in one layer is enough."""
+    model, ids, layers = shared_model(), tokens(1, LENGTH, seed=5), layers_of(shared_model())
+    plain, real = Statistics(squared, None, frozenset(), average=True), gradients
+
+    def broken(model: Any, ids: Tensor, take: Any, say: Any, backward: bool) -> None:
+        def spoil(layer: int, seen: Seen, gradient: Tensor) -> None:
+            if layer == 2:
+                gradient[0, 3, 5] = value
+            take(layer, seen, gradient)
+
+        real(model, ids, spoil, say, backward)
+
+    monkeypatch.setattr("dart_llm.calibration.collect.gradients", broken)
+    with pytest.raises(DartError, match="not finite: load it in float32 or bfloat16"):
+        study(model, ids, plain, [None] * LAYERS, layers)
+
+
+# the basis of a model
+
+
+def test_bases_come_from_the_inputs_of_the_ffn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first sequences that hold enough tokens, without their sinks."""
+    model, ids = shared_model(), tokens(7, LENGTH, seed=5)
+    layers, inputs = layers_of(model), list[Tensor]()
+    monkeypatch.setattr(own_study, "BASIS_TOKENS", 45)  # five sequences of ten
+    found = find_bases(model, ids, 6, layers)
+    handle = model.model.layers[1].mlp.up_proj.register_forward_pre_hook(
+        lambda module, args: inputs.append(args[0].detach())
+    )
+    with torch.no_grad():
+        model(ids[:5])
+    handle.remove()
+    wanted = find_basis(inputs[0][:, 4:].reshape(50, HIDDEN), 6)
+    assert found[1] is not None
+    signs = (found[1] * wanted).sum(1).sign()[:, None]
+    torch.testing.assert_close(found[1] * signs, wanted, rtol=1e-2, atol=1e-3)
+    assert find_bases(model, ids, 0, layers) == [None] * LAYERS
+
+
+def test_bases_have_the_dtype_of_the_weights_and_refuse_nan() -> None:
+    model = tiny(dtype=torch.bfloat16)
+    found = find_bases(model, tokens(2, LENGTH), 4, layers_of(model))
+    assert all(basis is not None and basis.dtype == torch.bfloat16 for basis in found)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.fill_(float("nan"))
+    with pytest.raises(DartError, match="inputs of layer 1 are not finite: try float32"):
+        find_bases(model, tokens(2, LENGTH), 4, layers_of(model))
+
+
+def test_evidence_of_no_layer_shares_a_tensor_with_another() -> None:
+    model, ids, layers = shared_model(), tokens(2, LENGTH), layers_of(shared_model())
+    found = study(model, ids, STATISTICS, find_bases(model, ids, 3, layers), layers)
+    pointers = [s.total.data_ptr() for e in found for s in e.sums.values()]
+    assert len(set(pointers)) == len(pointers) and isinstance(found[0], LayerEvidence)
