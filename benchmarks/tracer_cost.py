@@ -39,14 +39,14 @@ def main() -> None:
     tracer = Tracer(config, weights)
     torch.manual_seed(0)
     for start in range(0, args.prompt, 256):
-        tracer.begin_forward(Call(Kind.PREFILL, start, 256, 1))
+        tracer.before_forward(Call(Kind.PREFILL, start, 256, 1))
         for layer in range(args.layers):
             u, z = torch.randn(1, 256, args.width), torch.randn(1, 256, args.hidden)
             tracer.observe(layer, Seen(u, None, z, z + 1, z))
-        tracer.feature(torch.randn(1, 256, args.hidden))
-        tracer.end_forward()
+        tracer.observe_signal(torch.randn(1, 256, args.hidden))
+        tracer.after_forward()
     before = sum(life.nbytes() for life in tracer.all_lives())
-    tracer.begin_forward(Call(Kind.DECODE, args.prompt, 1, 1))
+    tracer.before_forward(Call(Kind.DECODE, args.prompt, 1, 1))
     after = sum(life.nbytes() for life in tracer.all_lives())
     costs = Costs(weights, costs_total(args))
     token = costs.flops(None) + 2 * (costs_total(args) // 2 - costs.bytes(None) // 2)

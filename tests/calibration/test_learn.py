@@ -135,7 +135,7 @@ def test_a_run_is_the_same_to_the_bit_whether_learnt_or_read(cache: Path) -> Non
         model = tiny()
         with prune(model, CONFIG) as run:
             logits.append(decode(model, IDS, 20))
-        for tensor in tensors(run._layers):
+        for tensor in tensors(run.layers):
             assert tensor.is_contiguous() and tensor.data_ptr() % 64 == 0
     assert all(torch.equal(one, logits[0]) for one in logits)
 

@@ -40,8 +40,8 @@ def test_modes_of_the_caller(cache: Path, mode: Callable[[], Any]) -> None:
         with mode(), prune(model, CONFIG) as run:
             decode(model, IDS, 20)
             assert run.report().achieved_sparsity == pytest.approx(0.5)
-        assert equal(tensors(run._layers), wanted)
-        assert not any(t.is_inference() for t in tensors(run._layers))
+        assert equal(tensors(run.layers), wanted)
+        assert not any(t.is_inference() for t in tensors(run.layers))
         with torch.enable_grad(), prune(model, CONFIG, executor="masked"):
             cache_of = new_cache(model)
             model(IDS[:, :20], **{CACHE: cache_of})

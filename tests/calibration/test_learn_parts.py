@@ -133,7 +133,7 @@ def test_configurations_share_what_they_can(
         with prune(alone, CONFIG, **second) as wanted:
             decode(alone, IDS, 20)
     assert same_masks(list(run.masks().values()), list(wanted.masks().values()))
-    assert equal(_held(run._layers), _held(wanted._layers))
+    assert equal(_held(run.layers), _held(wanted.layers))
 
 
 def _held(layers: tuple[weights.FfnWeights, ...]) -> list[torch.Tensor]:

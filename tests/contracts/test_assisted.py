@@ -83,12 +83,12 @@ def test_refused_candidates_never_enter_the_evidence(new: int) -> None:
     model, ids = shared_model(), torch.arange(3, 40)[None]
     with prune(model, "griffin", **EVIDENCE) as run:
         wanted = generate(model, ids, new)
-    sums, tokens_seen = sums_of(run), run._tracer.lives[0].evidence_tokens
+    sums, tokens_seen = sums_of(run), run.controller.lives[0].evidence_tokens
     with prune(model, "griffin", **EVIDENCE) as run:
         out = generate(model, ids, new, prompt_lookup_num_tokens=3)
     assert torch.equal(out.sequences, wanted.sequences)
     assert run.report().decoded_tokens == new - 1
-    assert run._tracer.lives[0].evidence_tokens == tokens_seen == 37 + new - 1
+    assert run.controller.lives[0].evidence_tokens == tokens_seen == 37 + new - 1
     assert same_sums(sums_of(run), sums)
 
 

@@ -138,14 +138,14 @@ def test_low_rank_maps_are_there_where_the_input_is_seen(name: str) -> None:
     """OPT's layers hold the projections: there only the mean stands for the removed neurons."""
     run, _, _ = pruned(name)
     rank = 0 if name.startswith("opt") else 8
-    for mask, layer in zip(newest(run), run._layers, strict=True):
+    for mask, layer in zip(newest(run), run.layers, strict=True):
         assert (mask.low_rank is not None) == bool(rank)
         assert (layer.learnt.basis is not None) == bool(rank)
         if rank:
             assert mask.low_rank.basis is layer.learnt.basis
             assert mask.low_rank.out.shape == (layer.hidden, 8)
             continue
-        observed = run._tracer.lives[-1].evidence[layer.index].sums["signed"]
+        observed = run.controller.lives[-1].evidence[layer.index].sums["signed"]
         known = layer.learnt.evidence.sums["signed"].mean
         mean = (observed.total + PRIOR * known) / (observed.weight + PRIOR)
         wanted = layer.down[:, mask.removed()] @ mean[mask.removed()]
@@ -172,7 +172,7 @@ def test_the_map_is_the_regression_of_what_was_seen(name: str) -> None:
         model(ids()[:, :PROMPT])
     for handle in handles:
         handle.remove()
-    for mask, layer in zip(newest(run), run._layers, strict=True):
+    for mask, layer in zip(newest(run), run.layers, strict=True):
         u, basis = us[layer.index], layer.learnt.basis.double()
         f = hs[layer.index] @ basis.T
         count = len(u)
@@ -307,13 +307,13 @@ def test_remasks_refill_the_same_buffers(name: str) -> None:
     addresses, contents = [], []
 
     def take() -> None:
-        for layer in run._attachment.layers:
+        for layer in run.patch.layers:
             held = layer.kept
             found = (held.rows, held.columns, held.row_bias, held.bias, held.linear.out)
             addresses.append([t.data_ptr() for t in found if t is not None])
             contents.append(held.linear.out.clone())
             assert torch.equal(held.linear.out, held.mask.low_rank.out)
-            assert held.linear.basis is run._layers[layer.block.index].learnt.basis
+            assert held.linear.basis is run.layers[layer.block.index].learnt.basis
 
     with run:
         cache = new_cache(model)

@@ -143,7 +143,7 @@ def test_defect_07_every_token_of_a_forward_counts() -> None:
                 step(model, ids[:, at : at + size], cache)
                 at += size
         run.report()
-        layer = run._tracer.lives[0].evidence[2].sums["score"]
+        layer = run.controller.lives[0].evidence[2].sums["score"]
         weights.append(layer.weight)
         totals.append(layer.total)
     assert weights == [32, 32]
@@ -160,7 +160,7 @@ def test_defect_08_sums_do_not_overflow(dtype: torch.dtype) -> None:
             layer.mlp.down_proj.weight /= 300
     with prune(model, "published", sparsity=0.5) as run:
         decode(model, tokens(1, 305), 300)
-    scores = run._tracer.lives[0].selection.scores
+    scores = run.controller.lives[0].selection.scores
     assert run.report().achieved_sparsity == 0.5
     assert all(score.dtype == torch.float32 and bool(score.isfinite().all()) for score in scores)
     assert max(float(score.square().max()) for score in scores) > torch.finfo(torch.float16).max
@@ -174,7 +174,7 @@ def test_defect_09_every_row_decides_and_padding_does_not() -> None:
     for rows, part in (([0, 1], slice(None)), ([0], slice(None)), ([1], slice(8, None))):
         with prune(model, "griffin", sparsity=0.5) as run:
             generate(model, ids[rows][:, part], 3, attention_mask=mask[rows][:, part])
-        totals.append(run._tracer.lives[0].evidence[1].sums["score"].total)
+        totals.append(run.controller.lives[0].evidence[1].sums["score"].total)
     torch.testing.assert_close(totals[0], totals[1] + totals[2], rtol=1e-4, atol=1e-5)
     assert float(totals[0].sum()) == pytest.approx(20 + 12, rel=1e-4), "unit norm per real token"
 
@@ -193,7 +193,7 @@ def test_defect_10_matrices_get_smaller() -> None:
     dense = flops()
     with prune(model, "griffin", sparsity=0.5) as run:
         pruned = flops()
-        compact = run._attachment.layers[0].kept
+        compact = run.patch.layers[0].kept
         assert compact.rows.shape == (48, 32) and compact.columns.shape == (32, 24)
     assert dense - pruned == 4 * 2 * 24 * 32 * 3
 
@@ -283,7 +283,7 @@ def test_defect_17_achieved_sparsity_is_reported_and_true() -> None:
     run = prune(model, "published", sparsity=0.5, **settings)
 
     def count(module: Any, args: Any, kwargs: Any) -> None:
-        masks = run._attachment.plan.masks[0]
+        masks = run.patch.plan.masks[0]
         if kwargs["input_ids"].shape[1] == 1:
             kept = [48] * 4 if masks is None else [m.kept if m else 48 for m in masks]
             removed.append(1 - sum(kept) / (4 * 48))

@@ -55,7 +55,7 @@ def _gradients(model: Any, **settings: Any) -> tuple[dict[str, torch.Tensor], to
             out.append(model(ids[:, position : position + 1], **{CACHE: cache}).logits)
         logits = torch.cat(out, 1)
         logits.log_softmax(-1)[..., 5].sum().backward()
-        for life in run._tracer.all_lives():
+        for life in run.controller.all_lives():
             for layer in life.evidence:
                 assert all(not known.total.requires_grad for known in layer.sums.values())
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

@@ -39,7 +39,7 @@ def test_sums(name: str) -> None:
         with prune(model, "griffin", score="magnitude", compensation=True, **settings) as run:
             decode(model, ids, PROMPT)
         run.report()
-        found.append(run._tracer.lives[0].evidence)
+        found.append(run.controller.lives[0].evidence)
     for index, layers in enumerate(zip(*found, strict=True)):
         sums = {key: known for layer in layers for key, known in layer.sums.items()}
         u, z, r = (recorder.get(index, what) for what in ("u", "z", "r"))
@@ -88,7 +88,7 @@ def test_attention_output(name: str) -> None:
     v = torch.cat(seen, 1)[0].double()
     if name == "bloom":  # its attention adds the residual itself
         v = v - torch.cat(residual, 1)[0].double()
-    detector = run._tracer.lives[0].detector
+    detector = run.controller.lives[0].detector
     detector.catch_up()
     torch.testing.assert_close(detector.total[0].double(), v[SINKS:].sum(0), rtol=1e-4, atol=1e-4)
     assert float(detector.tokens[0]) == LENGTH - SINKS

@@ -44,7 +44,7 @@ def _after_autocast(executor: str) -> Tensor:
             model(ids[:, :24], **cache)
         found = [model(ids[:, at : at + 1], **cache).logits for at in range(24, 30)]
         if executor == "slim":
-            assert run._attachment.slim.steps == 5, "the first step widens the cache"
+            assert run.patch.slim.steps == 5, "the first step widens the cache"
     return torch.cat(found)
 
 
@@ -96,7 +96,7 @@ def test_room_for_a_cache_is_counted_and_goes_with_it() -> None:
         cache = {CACHE: new_cache(model)}
         model(ids[:, :38], **cache)
         model(ids[:, 38:39], **cache)
-        growing = run._attachment.slim.decoder._cache
+        growing = run.patch.slim.decoder._cache
         room, held = growing.keys[0].shape[2], growing.keys[0].nbytes
         assert growing.nbytes() == 2 * LAYERS * held * (room - 39) // room > 0
         counted = run.report().extra_memory_bytes

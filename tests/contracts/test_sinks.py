@@ -187,7 +187,7 @@ def test_a_prompt_of_sinks_alone_is_pruned_by_the_prior() -> None:
         assert run.report().dense_token_share == 0
         masks.append(run.masks())
     assert all(torch.equal(masks[0][layer], masks[1][layer]) for layer in range(LAYERS))
-    learnt = [layer.learnt for layer in run._layers]
+    learnt = [layer.learnt for layer in run.layers]
     scores = [one.evidence.sums["score"].mean * one.curvature for one in learnt]
     floors = [score.index_fill(0, score.topk(5).indices, torch.inf) for score in scores]
     kept = torch.cat([masks[0][layer] + WIDTH * layer for layer in range(LAYERS)])

@@ -149,10 +149,12 @@ def test_errors_stand_beside_a_gaussians() -> None:
 def test_only_lives_whose_tokens_choose_pay() -> None:
     model = shared_model("llama-bias")
     run = prune(model, "dart-token", masks={0: [1]})
-    life = Life(run.config, run._tracer.selector, run._tracer.rule, 0, None, 1, run._given)
-    assert TokenCosts.of(life, run._layers) is None
+    life = Life(
+        run.config, run.controller.selector, run.controller.rule, 0, None, 1, run.fixed_masks
+    )
+    assert TokenCosts.of(life, run.layers) is None
     life.given = None
-    assert TokenCosts.of(life, run._layers) is not None
+    assert TokenCosts.of(life, run.layers) is not None
 
 
 def test_merged_reports_weigh_the_copies() -> None:
@@ -173,8 +175,8 @@ def test_what_a_native_token_holds() -> None:
     model = shared_model("llama-bias")
     with prune(model, LEARNT, sparsity=0.75, executor="native") as run:
         decode(model, tokens(1, 14), 12)
-        assert run._attachment is not None
-        held = run._attachment.nbytes()
+        assert run.patch is not None
+        held = run.patch.nbytes()
     assert held == PROXY_BYTES + L * D * 4
 
 

@@ -113,7 +113,7 @@ def test_buffers_are_refilled_in_place(name: str, method: str) -> None:
         seen, contents = [], []
         for at in range(30, 70):
             step(model, ids[:, at : at + 1], cache)
-            layers = run._attachment.layers
+            layers = run.patch.layers
             seen.append(_buffers(layers))
             contents.append(layers[0].kept.columns.clone())
     assert len(found) >= 2 and all(len(place) == len(seen[0]) for place in seen)
@@ -158,7 +158,7 @@ def test_no_copy_is_alive_after_the_block(error: type[Exception] | None) -> None
     def body() -> None:
         with prune(model, "dart", sparsity=0.5) as run:
             decode(model, tokens(1, 75), 70)
-            layers = run._attachment.layers
+            layers = run.patch.layers
             alive.extend(weakref.ref(layer.kept.rows) for layer in layers)
             alive.extend(weakref.ref(layer.kept.columns) for layer in layers)
             assert all(ref() is not None for ref in alive)
@@ -179,7 +179,7 @@ def test_nothing_of_an_attachment_is_left() -> None:
     run = prune(model, "dart", sparsity=0.5)
     with run:
         decode(model, tokens(1, 75), 70)
-        kind = weakref.ref(run._attachment)
+        kind = weakref.ref(run.patch)
     gc.collect()
     assert kind() is None
     assert run.report().extra_memory_bytes > 40_000, "the report still says what was held"

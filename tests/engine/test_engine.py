@@ -245,7 +245,7 @@ def test_an_error_leaves_nothing(engine: Engine, wanted: dict[str, Any]) -> None
         "id": records[0].id,
         "message": "the request failed",
     }
-    assert not engine._host.attachment.tracer.lives and engine._host.attachment.loop is None
+    assert not engine._host.patch.controller.lives and engine._host.patch.loop is None
     assert ask(engine, conversation="a")[0].usage.cached_tokens == 0
     assert ask(engine, half())[0].tokens[0] == wanted["griffin"][0]
 
@@ -254,11 +254,11 @@ def test_what_a_request_held_is_freed(engine: Engine) -> None:
     held: list[weakref.ref] = []
 
     def emit(record: Record) -> None:
-        attachment = engine._host.attachment
-        tracer = attachment.tracer
+        patch = engine._host.patch
+        tracer = patch.controller
         held.extend(weakref.ref(life) for life in tracer.lives)
-        if attachment.loop is not None and attachment.loop.cache is not None:
-            cache = attachment.loop.cache
+        if patch.loop is not None and patch.loop.cache is not None:
+            cache = patch.loop.cache
             held.extend([weakref.ref(cache), weakref.ref(cache.layers[0].keys)])
 
     gc.disable()  # at once, not when somebody looks for what refers to itself
@@ -271,8 +271,8 @@ def test_what_a_request_held_is_freed(engine: Engine) -> None:
     finally:
         gc.enable()
     assert len(held) > 200
-    token = sum(layer.token.nbytes() for layer in engine._host.attachment.layers)
-    assert engine._host.attachment.nbytes() == token
+    token = sum(layer.token.nbytes() for layer in engine._host.patch.layers)
+    assert engine._host.patch.nbytes() == token
 
 
 def test_one_at_a_time(engine: Engine) -> None:

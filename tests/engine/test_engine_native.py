@@ -51,7 +51,7 @@ def engine(native: None) -> Any:
 
 def test_steps_run_natively(engine: Engine) -> None:
     engine.prepare(half("dart"))  # learning attaches anew
-    slim = engine._host.attachment.slim
+    slim = engine._host.patch.slim
     assert slim is not None
     # the attention signal is one of the model's own forwards
     for config, steps in ((None, 19), (half(), 19), (half("dart"), 19), (half("published"), 0)):

@@ -57,7 +57,7 @@ def run_alone(model: Any, row: int, **settings: Any):
 def evidence_sums(run: Any, life: int = 0) -> list[dict[str, tuple[Tensor, float]]]:
     """Every sum and weight of the newest sequence, per layer."""
     run.report()
-    lives = run._tracer.lives
+    lives = run.controller.lives
     return [
         {name: (known.total.clone(), float(known.weight)) for name, known in layer.sums.items()}
         for layer in lives[life].evidence

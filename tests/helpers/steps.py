@@ -108,7 +108,7 @@ def same_masks(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) 
 def sums_of(run: Any) -> list[Tensor]:
     """The summed scores of the newest sequence, per layer (after a report, which flushes)."""
     run.report()
-    return [layer.sums["score"].total.clone() for layer in run._tracer.lives[0].evidence]
+    return [layer.sums["score"].total.clone() for layer in run.controller.lives[0].evidence]
 
 
 def same_sums(first: list[Tensor], second: list[Tensor]) -> bool:

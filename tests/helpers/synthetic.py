@@ -101,16 +101,16 @@ class Driver:
     def forward(self, kind: Kind, tokens: int, **settings: Any) -> Plan:
         """One forward of the next ``tokens`` positions."""
         call = Call(kind, self.cached, tokens, self.rows, **settings)
-        plan = self.tracer.begin_forward(call)
+        plan = self.tracer.before_forward(call)
         part = slice(self.cached, self.cached + tokens)
         if plan.observe:
             for layer in range(len(self.layers)):
                 s = self.stream
                 u, z, x, r = (t[layer][:, part] for t in (s.u, s.z, s.x, s.r))
                 self.tracer.observe(layer, Seen(u, None, z, x, r))
-        if plan.features:
-            self.tracer.feature(self.stream.v[:, part])
-        self.tracer.end_forward()
+        if plan.signal:
+            self.tracer.observe_signal(self.stream.v[:, part])
+        self.tracer.after_forward()
         self.cached += tokens
         self.plans.append(plan)
         return plan

@@ -29,7 +29,7 @@ def _logits(name: str, dtype: torch.dtype, method: str, **settings: Any) -> Any:
     masks = selections(run)
     with run:
         logits = decode(run.model, tokens(1, PROMPT + DECODED, seed=3), PROMPT)
-        taken = run._attachment.slim
+        taken = run.patch.slim
         assert (taken.steps if taken else 0) == (DECODED if run.executor == "graph" else 0)
     return run, masks, logits
 
@@ -82,7 +82,7 @@ def test_dense_steps_leave_no_graph_of_gradients(mode: Any) -> None:
         output = model(tokens(1, 20), use_cache=True)
         for at in range(3):
             output = model(tokens(1, 1, seed=at), cache=output.cache)
-        assert run.phase == "observe" and run._attachment.steps == 3
+        assert run.phase == "observe" and run.patch.steps == 3
     held = [t for layer in output.cache.layers for t in (layer.keys, layer.values)]
     assert not any(t.requires_grad for t in (output.logits, *held))
 
@@ -106,7 +106,7 @@ def test_padding_is_left_to_the_model() -> None:
     for one in ("compact", "graph"):
         with prune(model, "griffin", sparsity=0.5, executor=one) as run:
             found.append(generate(model, tokens(2, 20, seed=5), 6, attention_mask=mask))
-    assert run._attachment is None and torch.equal(found[0].sequences, found[1].sequences)
+    assert run.patch is None and torch.equal(found[0].sequences, found[1].sequences)
 
 
 def test_transformers_own_compiling_of_a_static_cache_stays_correct() -> None:

@@ -107,13 +107,13 @@ def test_an_up_projection_by_inputs_is_read_as_it_lies() -> None:
     with Same(model):
         for _ in range(2):
             run = prune(model, "griffin", score="weight", sparsity=0.5, executor="native")
-            assert torch.equal(run._layers[1].up, up)
+            assert torch.equal(run.layers[1].up, up)
             with run:
                 assert weight.stride() == (1, 32) and torch.equal(weight.t(), up)
-                assert torch.equal(run._layers[1].up, up)
-                torch.testing.assert_close(run._layers[1].in_norms, up.norm(dim=1))
+                assert torch.equal(run.layers[1].up, up)
+                torch.testing.assert_close(run.layers[1].in_norms, up.norm(dim=1))
                 decode(model, _ids(), PROMPT)
-            assert weight.stride() == (48, 1) and torch.equal(run._layers[1].up, up)
+            assert weight.stride() == (48, 1) and torch.equal(run.layers[1].up, up)
 
 
 @pytest.mark.parametrize("settings", CHOICES, ids=str)
@@ -125,7 +125,7 @@ def test_tokens_choose_natively(name: str, settings: dict[str, Any]) -> None:
         run = prune(model, "dart-token", executor=executor, prior=PRIOR, **settings)
         with run:
             found[executor] = decode(model, _ids(), PROMPT)
-            taken = run._attachment.slim
+            taken = run.patch.slim
             assert taken is None or taken.steps == DECODED
         report = run.report()
         assert report.executor == executor and report.achieved_sparsity > 0.45
@@ -253,7 +253,7 @@ def test_tokens_observed_after_a_second_prompt_are_those_of_the_untouched_model(
         before = copy.deepcopy(cache)
         found = [step(model, text[:, at : at + 1], cache) for at in (24, 25, 26)]
         phase, early = run.phase, run.report()
-        sums = [layer.sums["score"].total.clone() for layer in run._tracer.lives[0].evidence]
+        sums = [layer.sums["score"].total.clone() for layer in run.controller.lives[0].evidence]
         step(model, text[:, 27:28], cache)
     assert (phase, run.phase) == ("observe", "pruned")
     dense = [step(model, text[:, at : at + 1], before) for at in (24, 25, 26)]

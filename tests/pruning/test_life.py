@@ -115,7 +115,7 @@ def test_nothing_to_remove_is_dense_to_the_end(settings: dict[str, Any]) -> None
     assert not run.prefill(8).observe
     assert run.steps(60) == ["released"] * 60
     assert all(is_dense(plan) for plan in run.plans)
-    assert not any(plan.observe or plan.features for plan in run.plans)
+    assert not any(plan.observe or plan.signal for plan in run.plans)
     assert run.announced == []
     assert run.tracer.tokens_until_change() is None
 
@@ -199,7 +199,7 @@ def test_given_masks_hold_from_the_first_decode_step_to_the_end() -> None:
     assert ids_of(run.plans[-1]) == [[0], None, [0, 1, 2, 3, 4]]
     assert is_dense(run.prefill(3))
     assert run.steps(3) == ["pruned"] * 3
-    assert not any(plan.observe or plan.features for plan in run.plans)
+    assert not any(plan.observe or plan.signal for plan in run.plans)
     (remask,) = run.announced
     assert (remask.cause, remask.kept) == ("given", (1, WIDTH, 5))
     assert run.life.decoded == 23

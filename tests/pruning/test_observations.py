@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dart_llm.pruning import observations
-from dart_llm.pruning.observations import LIMIT, Observations
+from dart_llm.pruning.observations import LIMIT, Observations, ObservedForward
 from dart_llm.pruning.observations import LayerObservation as Seen
 from dart_llm.pruning.observations import detached_copy as outlasting
 from dart_llm.pruning.observations import sampled_per_sequence as own_reads
@@ -33,44 +33,57 @@ def queue(flushed) -> Observations:
     return Observations(lambda flags, layers, seen, w: flushed.append((layers, seen, w)))
 
 
+def add(
+    queue: Observations,
+    observing: list[bool],
+    layers: dict[int, Seen],
+    weights: torch.Tensor | None,
+    rows: int,
+    tokens: int,
+    sampled: list[int],
+    by: torch.Tensor | None = None,
+) -> None:
+    queue.add(observing, ObservedForward.accepted(layers, rows, tokens, weights, sampled, by))
+
+
 def test_the_limit_of_tokens_adds_them_in_order_all_layers_at_once(queue, flushed):
     for value in range(LIMIT - 1):
-        queue.add([True], token(float(value)), None, 1, 1, [0])
+        add(queue, [True], token(float(value)), None, 1, 1, [0])
     assert flushed == []
-    queue.add([True], token(float(LIMIT - 1)), None, 1, 1, [0])
+    add(queue, [True], token(float(LIMIT - 1)), None, 1, 1, [0])
     ((layers, seen, weights),) = flushed
     assert (layers, weights) == ((0, 1), None)
     assert seen.u.shape == (2, 1, LIMIT, 4) and seen.h.shape == (2, 1, LIMIT, 4)
     assert seen.u[:, 0, :, 0].tolist() == [[k + float(v) for v in range(LIMIT)] for k in (0, 100)]
     assert (seen.z, seen.x, seen.r) == (None, None, None)
-    assert queue.nbytes() == 0
+    assert queue.forwards == []
 
 
 def test_the_limit_of_bytes_comes_first_for_wide_layers(queue, flushed, monkeypatch):
     monkeypatch.setattr(observations, "MAX_BYTES", 3 * 2 * 2 * 4 * 64)  # tokens, layers, u and h
     for value in range(3):
         assert flushed == []
-        queue.add([True], token(float(value), width=64), None, 1, 1, [0])
+        add(queue, [True], token(float(value), width=64), None, 1, 1, [0])
     assert flushed[0][1].u.shape == (2, 1, 3, 64)
 
 
 def test_weights_of_some_tokens_become_ones_for_the_others(queue, flushed):
-    queue.add([True], token(1.0), None, 1, 1, [0])
-    queue.add([True], token(2.0), torch.zeros(1, 1), 1, 1, [0])
+    add(queue, [True], token(1.0), None, 1, 1, [0])
+    add(queue, [True], token(2.0), torch.zeros(1, 1), 1, 1, [0])
     queue.flush()
     assert flushed[0][2].tolist() == [[1.0, 0.0]]
 
 
 def test_other_flags_flush_first(queue, flushed):
-    queue.add([True], token(1.0), None, 1, 1, [0])
-    queue.add([False], token(2.0), None, 1, 1, [0])
+    add(queue, [True], token(1.0), None, 1, 1, [0])
+    add(queue, [False], token(2.0), None, 1, 1, [0])
     assert [seen.u[0, 0, :, 0].tolist() for _, seen, _ in flushed] == [[1.0]]
 
 
 def test_the_stream_of_some_tokens_comes_with_their_weights_alone(queue, flushed):
-    queue.add([True], token(1.0, stream=True), torch.tensor([[0.5]]), 1, 1, [0])
-    queue.add([True], token(2.0), None, 1, 1, [0])
-    queue.add([True], token(3.0, stream=True), None, 1, 1, [0])
+    add(queue, [True], token(1.0, stream=True), torch.tensor([[0.5]]), 1, 1, [0])
+    add(queue, [True], token(2.0), None, 1, 1, [0])
+    add(queue, [True], token(3.0, stream=True), None, 1, 1, [0])
     queue.flush()
     (_, neurons, every), (layers, stream, some) = flushed
     assert neurons.u[0, 0, :, 0].tolist() == [1.0, 2.0, 3.0] and neurons.z is None
@@ -82,7 +95,7 @@ def test_the_stream_of_some_tokens_comes_with_their_weights_alone(queue, flushed
 def test_layers_of_several_widths_are_added_apart(queue, flushed):
     layers = {0: 4, 1: 6, 2: 4}
     seen = {i: Seen(torch.full((1, 1, w), 1.0 + i)) for i, w in layers.items()}
-    queue.add([True], seen, None, 1, 1, [0])
+    add(queue, [True], seen, None, 1, 1, [0])
     queue.flush()
     assert [(layers, seen.u[:, 0, 0, -1].tolist()) for layers, seen, _ in flushed] == [
         ((0, 2), [1.0, 3.0]),
@@ -92,7 +105,7 @@ def test_layers_of_several_widths_are_added_apart(queue, flushed):
 
 def test_tokens_that_were_rolled_back_are_left_out(queue, flushed):
     seen = Seen(torch.arange(3.0)[None, :, None], torch.ones(1, 3, 2))
-    queue.add([True], {0: seen}, None, 1, 2, [0, 1])
+    add(queue, [True], {0: seen}, None, 1, 2, [0, 1])
     queue.flush()
     assert flushed[0][1].u.flatten().tolist() == [0.0, 1.0]
     assert flushed[0][1].h.shape == (1, 1, 2, 2)
@@ -122,10 +135,10 @@ def test_a_life_reads_what_it_would_read_alone(queue, flushed):
     assert own_reads([8, 9, 20], [0, 1, 4]).tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 1]]
     u = torch.arange(6.0).reshape(3, 2, 1)
     seen = {0: Seen(u, None, u, u, u)}
-    queue.add([True] * 3, seen, None, 3, 2, [0, 1], torch.tensor([[1.0, 0], [0, 1], [1, 1]]))
-    queue.add([True] * 3, seen, torch.full((3, 2), 0.5), 3, 2, [0, 1], None)
+    add(queue, [True] * 3, seen, None, 3, 2, [0, 1], torch.tensor([[1.0, 0], [0, 1], [1, 1]]))
+    add(queue, [True] * 3, seen, torch.full((3, 2), 0.5), 3, 2, [0, 1], None)
     half = {0: seen[0].cut(slice(1))}
-    queue.add([True] * 3, half, None, 3, 1, [0], torch.tensor([[0.0, 1], [1, 1], [1, 1]]))
+    add(queue, [True] * 3, half, None, 3, 1, [0], torch.tensor([[0.0, 1], [1, 1], [1, 1]]))
     queue.flush()
     (_, _, every), (_, stream, some) = flushed
     assert every.tolist() == [[1, 1, 0.5, 0.5, 1]] * 3
@@ -135,9 +148,9 @@ def test_a_life_reads_what_it_would_read_alone(queue, flushed):
 
 def test_of_a_forward_of_several_tokens_some_are_read(queue, flushed):
     u = torch.arange(4.0)[None, :, None]
-    queue.add([True], {0: Seen(u, None, u, u, u)}, torch.arange(4.0)[None], 1, 4, [0, 3])
-    queue.add([True], {0: Seen(u[:, :1], None)}, None, 1, 1, [])
-    queue.add([True], {0: Seen(u[:, 1:2], None, u[:, 1:2], u[:, 1:2], u[:, 1:2])}, None, 1, 1, [0])
+    add(queue, [True], {0: Seen(u, None, u, u, u)}, torch.arange(4.0)[None], 1, 4, [0, 3])
+    add(queue, [True], {0: Seen(u[:, :1], None)}, None, 1, 1, [])
+    add(queue, [True], {0: Seen(u[:, 1:2], None, u[:, 1:2], u[:, 1:2], u[:, 1:2])}, None, 1, 1, [0])
     queue.flush()
     (_, neurons, every), (_, stream, some) = flushed
     assert neurons.u.flatten().tolist() == [0.0, 1.0, 2.0, 3.0, 0.0, 1.0]

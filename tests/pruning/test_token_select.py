@@ -104,7 +104,7 @@ def test_winners_by_independent_computation(
         if biases:
             u = [a + b for a, b in zip(u, biases, strict=True)]
         estimate = block.act(u[0]) if gate is None else block.act(u[0]) * u[1]
-        learnt = run._layers[block.index].learnt
+        learnt = run.layers[block.index].learnt
         assert (learnt is not None) == learns
         worth = down.detach().norm(dim=0) if learnt is None else learnt.curvature**0.5
         strengths = estimate.abs() * worth
@@ -151,7 +151,7 @@ def test_losers_of_a_layer_table_are_those_of_its_counts(exact: None) -> None:
     table = {"budget": {"table": "0:0.25,1:#24,2:0.5"}, "compensation": True}
     with prune(model, PLAIN, **table) as run:
         decode(model, ids, PROMPT)
-    masks = run._tracer.lives[0].selection.masks
+    masks = run.controller.lives[0].selection.masks
     assert [None if mask is None else mask.winners for mask in masks] == [12, 24, 24, None]
     for layer, share in ((0, 0.25), (1, 0.5), (2, 0.5)):
         torch.testing.assert_close(masks[layer].mean, means[share][layer], rtol=1e-4, atol=1e-5)
@@ -165,7 +165,7 @@ def test_the_preset_ranks_by_what_it_learnt(name: str, exact: None) -> None:
     run = prune(model, LEARNT, sparsity=0.75)
     with run:
         pruned = decode(model, ids, PROMPT)
-    worth = {layer.index: layer.learnt.curvature**0.5 for layer in run._layers}
+    worth = {layer.index: layer.learnt.curvature**0.5 for layer in run.layers}
     whole: dict[int, tuple[Tensor, Tensor]] = {}
     sinks: dict[int, tuple[Tensor, Tensor]] = {}
     for length, found in ((PROMPT, whole), (4, sinks)):
@@ -214,13 +214,13 @@ def test_candidates_are_the_sequences_best(monkeypatch: pytest.MonkeyPatch, exac
     run = prune(model, LEARNT, sparsity=0.75, token={"candidates": 0.5})
     with run:
         masked = decode(model, tokens(1, PROMPT + 2), PROMPT)
-    selection = run._tracer.lives[0].selection
+    selection = run.controller.lives[0].selection
     assert selection.counts == (12, 12, 12, 12)
     for token, x, mask, ids in found:
         index = token.block.index
         assert mask.ids.tolist() == best(selection.scores[index].tolist(), 24)
         u = token.block.hidden(x).detach().flatten()
-        strengths = (u.abs() * run._layers[index].learnt.curvature ** 0.5)[mask.ids]
+        strengths = (u.abs() * run.layers[index].learnt.curvature ** 0.5)[mask.ids]
         assert ids.flatten().tolist() == mask.ids[best(strengths.tolist(), 12)].tolist()
     with prune(model, LEARNT, sparsity=0.75, executor="masked", token={"candidates": 0.5}):
         assert apart(decode(model, tokens(1, PROMPT + 2), PROMPT), masked) < 1e-5
@@ -284,13 +284,13 @@ def test_what_is_made_when() -> None:
     for settings in ({"sparsity": 0.0}, {"masks": {0: [1, 2]}}):
         with prune(model, LEARNT, **settings) as run:
             decode(model, tokens(1, PROMPT + 2), PROMPT)
-            assert all(layer.token is None for layer in run._attachment.layers)
+            assert all(layer.token is None for layer in run.patch.layers)
         assert run.report().proxy_error is None and run.report().proxy_bytes_share == 0
     assert {layer: ids.tolist() for layer, ids in run.masks().items()} == {0: [1, 2]}
     with prune(model, LEARNT, sparsity=0.5) as run:
-        layers = run._attachment.layers
+        layers = run.patch.layers
         assert all(layer.token is not None for layer in layers)
-    assert all(layer.token is None and layer.fed is None for layer in layers)
+    assert all(layer.token is None and layer._captured.fed is None for layer in layers)
 
 
 def test_there_is_no_sequence_mask(tmp_path: Any) -> None:

@@ -85,7 +85,7 @@ def test_a_forward_that_raised_leaves_no_trace_in_the_counters() -> None:
     run = Driver(config())
     run.prefill(8)
     run.steps(2)
-    run.tracer.begin_forward(Call(Kind.DECODE, run.cached, 1, 1))  # and no end_forward
+    run.tracer.before_forward(Call(Kind.DECODE, run.cached, 1, 1))  # and no after_forward
     run.steps(2)
     assert run.life.decoded == 4
     assert report(run).decoded_tokens == 4

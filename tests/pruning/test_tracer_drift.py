@@ -242,14 +242,14 @@ def test_no_features_are_asked_for_without_a_rule_that_needs_them() -> None:
         run = Driver(config(drift=rule))
         run.prefill(8)
         run.steps(3)
-        assert [plan.features for plan in run.plans] == [wanted] * 4
+        assert [plan.signal for plan in run.plans] == [wanted] * 4
 
 
 def test_a_lone_tracer_has_no_bound_and_no_lives() -> None:
     tracer = Tracer(config(), make_layers())
-    tracer.end_forward()
+    tracer.after_forward()
     tracer.observe(0, Seen(torch.zeros(1, 1, WIDTH)))
-    tracer.feature(torch.zeros(1, 1, HIDDEN))
+    tracer.observe_signal(torch.zeros(1, 1, HIDDEN))
     assert tracer.tokens_until_change() is None
     assert tracer.all_lives() == []
 

@@ -90,7 +90,7 @@ def test_export_with_compensation(name: str, tmp_path: Path) -> None:
     run.export(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     first, plain = _outputs(loaded, ids)[1][0], _zero_everywhere(model, run.masks(), ids)[1][0]
-    extra = run._tracer.all_lives()[-1].selection.masks[0].bias
+    extra = run.controller.all_lives()[-1].selection.masks[0].bias
     assert float(extra.norm()) > 0
     assert apart(first.reshape(-1, 32), (plain + extra).reshape(-1, 32)) < 1e-5
 

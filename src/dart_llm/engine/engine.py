@@ -83,7 +83,7 @@ class Engine:
         with self._alone():
             ready = self._host.ready(config)
             try:
-                self._host.serve(ready.tracer())
+                self._host.serve(ready.controller())
             finally:
                 self._host.rest()
 

@@ -1,7 +1,4 @@
-"""One patched model and what its configurations need; named conversations.
-
-A model that stays attached while requests come and go, and what their configurations need.
-"""
+"""A model that stays patched while requests come and go; what is kept of named conversations."""
 
 from __future__ import annotations
 
@@ -15,22 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from dart_llm.calibration.learn import cached_calibration, self_calibrate
 from dart_llm.errors import AttachError, ConfigError
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.describe import context_length, describe
 from dart_llm.patching.executors import check_executor, choose_executor
-from dart_llm.patching.executors.whole_step import effective_executor
 from dart_llm.patching.patch import ModelPatch
-from dart_llm.pruning.accounting import Costs, known_bytes, run_report
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.pruning.controller import PruningController, RemaskHook
-from dart_llm.pruning.masks import LayerMask
+from dart_llm.pruning.controller import PruningController
 from dart_llm.pruning.records import RunReport
-from dart_llm.pruning.selection import MaskSelector, check_fits
-from dart_llm.pruning.weights import FfnWeights, with_prior
+from dart_llm.session.method import MethodOnModel, PatchCosts
 from dart_llm.session.prepare import prepare
 
 logger = logging.getLogger("dart_llm")
@@ -39,33 +30,6 @@ DENSE = PruneConfig.build("dense")
 
 KNOWN = 32
 """Configurations that stay ready."""
-
-
-@dataclass(frozen=True)
-class ReadyMethod:
-    """A configuration and what it knows of this model."""
-
-    config: PruneConfig
-    layers: tuple[FfnWeights, ...]
-    selector: MaskSelector
-    held: tuple[LayerMask | None, ...] | None = None
-    prior: tuple[Tensor, ...] | None = None
-
-    @property
-    def dense(self) -> bool:
-        """Whether it can remove nothing."""
-        if self.held is not None:
-            return all(mask is None for mask in self.held)
-        return self.selector.removes_nothing
-
-    @property
-    def asked(self) -> float | None:
-        """The sparsity asked for; None where it is not one of the whole model."""
-        return self.config.target if self.selector.asks_total else None
-
-    def tracer(self, on_remask: RemaskHook | None = None) -> PruningController:
-        """One that has seen nothing."""
-        return PruningController(self.config, self.layers, self.held, on_remask)
 
 
 class PatchHost:
@@ -89,34 +53,31 @@ class PatchHost:
         self.calibration, self.cache_dir, self.say = calibration, cache_dir, say
         self.view = describe(model)
         probe = PruneConfig.build("griffin", sparsity=0.5, executor=executor)
-        selector = check_fits(probe, self._weights(probe))
+        selector = MethodOnModel.of(self.view, probe).selector
         check_executor(self.view.blocks, selector, model, chooses=True)
         self.executor = choose_executor(selector, self.view.blocks, model)
         self.context = context_length(model)
         self.name = str(checkpoint_facts(model).get("name") or type(model).__name__)
-        self._ready: OrderedDict[str, ReadyMethod] = OrderedDict()
+        self._ready: OrderedDict[str, MethodOnModel] = OrderedDict()
         self.idle = self._make(DENSE)
         self._attach()
 
-    def _weights(self, config: PruneConfig) -> tuple[FfnWeights, ...]:
-        return self.view.weights(config.score.proxy_embedding, config.seed)
-
     def _attach(self) -> None:
-        self.attachment = ModelPatch(
-            self.model, self.view, self.idle.tracer(), self.executor, many=True
+        self.patch = ModelPatch(
+            self.model, self.view, self.idle.controller(), self.executor, many=True
         )
-        self.attachment.install()
+        self.patch.install()
 
     @contextlib.contextmanager
     def _detached(self) -> Iterator[None]:
         """The model as it was, for learning: gradients and texts of its own go through it."""
-        self.attachment.remove()
+        self.patch.remove()
         try:
             yield
         finally:
             self._attach()
 
-    def ready(self, config: PruneConfig | None) -> ReadyMethod:
+    def ready(self, config: PruneConfig | None) -> MethodOnModel:
         """What ``config`` (None: dense) needs, learnt or calibrated where it is not known yet.
 
         Raises ``ConfigError`` for what cannot run here, and what ``prepare.prepare`` raises.
@@ -130,7 +91,7 @@ class PatchHost:
             self._ready.popitem(last=False)
         return known
 
-    def _make(self, config: PruneConfig) -> ReadyMethod:
+    def _make(self, config: PruneConfig) -> MethodOnModel:
         if config.executor not in ("auto", self.executor):
             raise ConfigError(
                 f'this model is served by executor "{self.executor}", so no request can have '
@@ -141,62 +102,53 @@ class PatchHost:
                 f'method "{config.method}" is another model, with weights of {config.weight_bits} '
                 "bits: it cannot be served beside this one"
             )
-        layers = self._weights(config)
-        selector = check_fits(config, layers)
-        if selector.removes_nothing:
-            return ReadyMethod(config, layers, selector)
-        found = self._known(config, layers)
-        check_executor(self.view.blocks, found.selector, self.model, found.held is None)
-        return found
+        method = MethodOnModel.of(self.view, config)
+        if method.selector.removes_nothing:
+            return method
+        method = self._known(method)
+        chooses = method.fixed_masks is None
+        check_executor(self.view.blocks, method.selector, self.model, chooses)
+        return method
 
-    def _known(self, config: PruneConfig, layers: tuple[FfnWeights, ...]) -> ReadyMethod:
-        """``config`` with what the model teaches, found or learnt."""
+    def _known(self, method: MethodOnModel) -> MethodOnModel:
+        """``method`` with what the model teaches, found or learnt."""
+        config = method.config
         if config.calibration is not None:
             with self._detached():
                 made = prepare(
                     self.model, self.tokenizer, config, self.calibration, self.cache_dir, self.say
                 )
-            if made.prior is not None:
-                layers = with_prior(layers, prior=made.prior)
-            return ReadyMethod(config, layers, check_fits(config, layers), made.held, made.prior)
-        learnt = cached_calibration(self.model, config, layers, self.cache_dir)
+            return MethodOnModel.of(self.view, config, made.held, made.prior, method.layers)
+        learnt = cached_calibration(self.model, config, method.layers, self.cache_dir)
         if learnt is None:
             with self._detached():
                 learnt = self_calibrate(
-                    self.model, config, layers, self.cache_dir, self.say, self.tokenizer
+                    self.model, config, method.layers, self.cache_dir, self.say, self.tokenizer
                 )
-        return ReadyMethod(config, learnt, check_fits(config, learnt))
+        return MethodOnModel.of(self.view, config, layers=learnt)
 
-    def serve(self, tracer: PruningController) -> None:
-        """The next forwards are those of ``tracer``; raises ``AttachError`` when detached."""
-        if not self.attachment.installed:
+    def serve(self, controller: PruningController) -> None:
+        """The next forwards are those of ``controller``; raises ``AttachError`` when detached."""
+        if not self.patch.installed:
             raise AttachError("this model was detached by dart_llm.restore: make another engine")
-        self.attachment.serve(tracer)
+        self.patch.serve(controller)
 
     def rest(self) -> None:
         """No request runs: the model is dense, and nothing of the last one is held."""
-        self.attachment.loop = None
-        self.attachment.serve(self.idle.tracer())
+        self.patch.loop = None
+        self.patch.serve(self.idle.controller())
 
-    def report(self, ready: ReadyMethod, tracer: PruningController) -> RunReport:
-        """Accounting of what ``tracer`` counted; while it is served."""
-        tracer.flush()
-        attachment, config = self.attachment, ready.config
-        copies = attachment.nbytes()
-        if config.token is None:  # those of other requests
-            tokens = (layer.token for layer in attachment.layers)
-            copies -= sum(token.nbytes() for token in tokens if token is not None)
-        copies += known_bytes(ready.layers, ready.prior)
-        lives = tracer.all_lives()
-        return run_report(
-            lives,
-            Costs(ready.layers, self.view.parameter_bytes, config.compensation),
-            effective_executor(self.executor_of(config), attachment.steps, lives),
-            copies,
-            config.method,
-            ready.asked,
-            None if config.token is None else attachment.proxy_errors,
-        )
+    def report(self, method: MethodOnModel, controller: PruningController) -> RunReport:
+        """Accounting of what ``controller`` counted; while it is served."""
+        controller.flush()
+        patch, held = self.patch, self.patch.nbytes()
+        by_token = method.config.token is not None
+        if not by_token:  # the low-bit copies are those of other requests
+            copies = (layer.token for layer in patch.layers)
+            held -= sum(copy.nbytes() for copy in copies if copy is not None)
+        errors = patch.proxy_errors if by_token else None
+        costs = PatchCosts(held, patch.steps, errors)
+        return method.report(self.view, controller, self.executor_of(method.config), costs)
 
     def executor_of(self, config: PruneConfig) -> str:
         """What runs the FFNs of a request: rows with masks of their own are multiplied by 0."""
@@ -204,7 +156,7 @@ class PatchHost:
 
     def close(self) -> None:
         """Detach: the model is exactly what it was."""
-        self.attachment.remove()
+        self.patch.remove()
 
 
 # What is kept of named conversations between their turns.
@@ -212,13 +164,13 @@ class PatchHost:
 
 @dataclass
 class Conversation:
-    """A cache, the tokens in it, and the tracer that saw them.
+    """A cache, the tokens in it, and the controller that saw them.
 
     ``answer``: where the last answer begins in ``ids``; what lies before is never rolled back.
     """
 
-    ready: ReadyMethod
-    tracer: PruningController
+    ready: MethodOnModel
+    controller: PruningController
     cache: Any
     ids: list[int]
     answer: int
@@ -246,10 +198,10 @@ class Conversation:
 
     def forget_accounts(self) -> None:
         """The next turn is counted for itself."""
-        tracer = self.tracer
-        tracer.branch()
-        tracer.finished, tracer.checks = [], []
-        for life in tracer.lives:
+        controller = self.controller
+        controller.branch()
+        controller.finished, controller.checks = [], []
+        for life in controller.lives:
             life.periods, life.remasks, life.prompt_tokens = [], [], 0.0
 
 

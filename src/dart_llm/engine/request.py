@@ -27,7 +27,7 @@ from dart_llm.engine.events import (
     Token,
     Usage,
 )
-from dart_llm.engine.host import Conversation, PatchHost, ReadyMethod
+from dart_llm.engine.host import Conversation, PatchHost
 from dart_llm.engine.requests import GenerationRequest, GenerationResult
 from dart_llm.errors import ConfigError
 from dart_llm.models.calls import OwnLoop
@@ -37,6 +37,7 @@ from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.records import Remask
 from dart_llm.pruning.sequence import SequenceState
 from dart_llm.pruning.token_level import TokenMask
+from dart_llm.session.method import MethodOnModel
 
 # The forwards of one request: its prompt in pieces, then token by token.
 
@@ -51,10 +52,10 @@ SCORED_PIECE = 64
 class Forwards:
     """Runs the attached model for ``rows`` rows of one request.  ``cache``: None: an empty one."""
 
-    def __init__(self, model: Any, attachment: Any, rows: int, cache: Any = None) -> None:
+    def __init__(self, model: Any, patch: Any, rows: int, cache: Any = None) -> None:
         self.cache = cache
         self._model, self._rows, self._device = model, rows, model.device
-        self._loop = attachment.loop = OwnLoop()
+        self._loop = patch.loop = OwnLoop()
 
     def read(
         self,
@@ -175,7 +176,7 @@ class Request:
     def __init__(
         self,
         host: PatchHost,
-        ready: ReadyMethod,
+        ready: MethodOnModel,
         ask: GenerationRequest,
         pieces: Pieces,
         name: str,
@@ -196,7 +197,7 @@ class Request:
         self._new: list[tuple[Remask, tuple[LayerMask | None, ...]]] = []
         self._masks = self._seen = self._cached = 0
         self._first = 0.0
-        self._tracer: PruningController | None = None
+        self.controller: PruningController | None = None
         self._forwards: Forwards | None = None
 
     def run(
@@ -206,11 +207,11 @@ class Request:
         self._emit, self._cancelled = emit, cancelled
         self._began = self._clock = time.perf_counter()
         emit(self._start())
-        tracer = self._tracer = self._take_over(going_on)
-        self.host.serve(tracer)
+        controller = self.controller = self._take_over(going_on)
+        self.host.serve(controller)
         rows = len(self._rows)
         cache = None if going_on is None else going_on.cache
-        forwards = self._forwards = Forwards(self.host.model, self.host.attachment, rows, cache)
+        forwards = self._forwards = Forwards(self.host.model, self.host.patch, rows, cache)
         with torch.no_grad():
             logits = self._read(forwards, cancelled)
             while logits is not None and not self._step(logits):
@@ -244,16 +245,16 @@ class Request:
 
     @property
     def _seen_by(self) -> PruningController:
-        assert self._tracer is not None
-        return self._tracer
+        assert self.controller is not None
+        return self.controller
 
     def _take_over(self, going_on: Conversation | None) -> PruningController:
         if going_on is None:
-            return self.ready.tracer(self._remasked)
+            return self.ready.controller(self._remasked)
         self._cached = going_on.shared(self.ask.ids)
         going_on.crop(self._cached)
-        going_on.tracer.on_remask = self._remasked
-        return going_on.tracer
+        going_on.controller.on_remask = self._remasked
+        return going_on.controller
 
     def _remasked(self, remask: Remask, life: SequenceState) -> None:
         self._new.append((remask, life.masks or ()))
@@ -287,10 +288,10 @@ class Request:
 
     def _tell_news(self) -> None:
         """What the last forward brought beside its token."""
-        tracer = self._seen_by
-        for check in tracer.checks[self._seen :]:
+        controller = self._seen_by
+        for check in controller.checks[self._seen :]:
             self._emit(Check(check))
-        self._seen = len(tracer.checks)
+        self._seen = len(controller.checks)
         if not self._new:
             return
         new, self._new = self._new, []
@@ -333,21 +334,21 @@ class Request:
         )
 
     def let_go(self) -> None:
-        """Drop what was seen and the cache now: this and its tracer refer to each other."""
-        tracer = self._tracer
-        if tracer is not None:
-            tracer.on_remask, tracer.plan = None, ForwardPlan(False, False, ())
-            tracer.lives, tracer.finished, tracer.checks = [], [], []
-        self._tracer = self._forwards = None
+        """Drop what was seen and the cache now: this and its controller refer to each other."""
+        controller = self.controller
+        if controller is not None:
+            controller.on_remask, controller.plan = None, ForwardPlan(False, False, ())
+            controller.lives, controller.finished, controller.checks = [], [], []
+        self.controller = self._forwards = None
 
     def keep(self) -> Conversation | None:
         """What a next turn can go on from; None when not even the prompt was read."""
-        tokens, tracer, forwards = self._rows[0].tokens, self._tracer, self._forwards
-        if not tokens or tracer is None or forwards is None:
+        tokens, controller, forwards = self._rows[0].tokens, self.controller, self._forwards
+        if not tokens or controller is None or forwards is None:
             return None
-        self._tracer = None
+        self.controller = None
         ids = [*self.ask.ids, *tokens[:-1]]
-        tracer.on_remask = None
-        kept = Conversation(self.ready, tracer, forwards.cache, ids, len(self.ask.ids))
+        controller.on_remask = None
+        kept = Conversation(self.ready, controller, forwards.cache, ids, len(self.ask.ids))
         kept.forget_accounts()
         return kept

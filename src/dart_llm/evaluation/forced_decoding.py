@@ -38,15 +38,15 @@ class TimedRun(Run):
         """As of a run; acts on a moment that is due, and no forward goes past one."""
         self._force()
         bound = super().tokens_until_change()
-        if not self._due or not self._tracer.lives:
+        if not self._due or not self.controller.lives:
             return bound
-        left = self._due[0] - self._tracer.lives[-1].decoded
+        left = self._due[0] - self.controller.lives[-1].decoded
         return left if bound is None else min(bound, left)
 
     def _force(self) -> None:
         """Trigger when it is time; a sequence that has no masks yet goes on observing."""
-        self._tracer.flush()
-        for life in self._tracer.lives[-1:]:
+        self.controller.flush()
+        for life in self.controller.lives[-1:]:
             while self._due and life.decoded >= self._due[0]:
                 self._due.pop(0)
                 if life.phase is Phase.PRUNED:

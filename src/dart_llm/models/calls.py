@@ -243,7 +243,8 @@ def read_call(
     length = cache.get_seq_length()
     if not length or len(cache.layers[0].keys) != rows:
         return None
-    if cache.layers[0].keys.dtype != dtype:
+    first = cache.layers[0]
+    if first.keys.dtype != dtype or first.values.dtype != dtype:
         return None  # filled under autocast: the model's own forward says what comes of it
     mask, positions = given.pop("attention_mask", None), given.pop("position_ids", None)
     if mask is not None and not (isinstance(mask, Tensor) and mask.shape == (rows, length + 1)):

@@ -143,8 +143,14 @@ def plain(value: object, depth: int = 4) -> object:
 def _function(function: FunctionType, depth: int) -> object:
     cells = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
     held = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *cells]
-    name = f"{function.__module__}.{function.__qualname__}"
+    name = f"{_home(function.__module__)}.{function.__qualname__}"
     return [name, _code(function.__code__), [plain(one, depth) for one in held]]
+
+
+def _home(module: str) -> str:
+    """The module's name; of this package its file alone, so that no move makes it another."""
+    package, _, path = module.partition(".")
+    return f"{package}.{path.rpartition('.')[2]}" if package == "dart_llm" else module
 
 
 def _filled(cell: Any) -> bool:

@@ -20,7 +20,7 @@ from dart_llm.models.agreement import NotCopied
 from dart_llm.models.calls import Loop, OwnLoop, bare_call
 from dart_llm.patching.changes import Changes
 from dart_llm.patching.executors.graph_step import GraphDecoder
-from dart_llm.patching.executors.native_ffn import Layout, native_linears
+from dart_llm.patching.executors.native_ffn import Layout, NativeFfn, native_linears
 from dart_llm.patching.executors.native_step import SlimDecoder
 from dart_llm.patching.executors.token_ffn import TokenFfn, errors, say_slower
 from dart_llm.patching.executors.torch_ffn import CompactFfn
@@ -33,11 +33,11 @@ from dart_llm.pruning.forward import ForwardPlan, Kind
 from dart_llm.pruning.token_level import TokenMask
 
 _active: weakref.WeakSet[ModelPatch] = weakref.WeakSet()
-"""Weak: an attached model that nobody holds any more is freed with its attachment."""
+"""Weak: an attached model that nobody holds any more is freed with its patch."""
 
 
 class ModelPatch(NotCopied):
-    """One tracer attached to one model.
+    """One controller on one model.
 
     ``many``: others will follow it (``serve``), so that everything is made ready at once.
     """
@@ -46,12 +46,12 @@ class ModelPatch(NotCopied):
         self,
         model: nn.Module,
         view: describe.ModelView,
-        tracer: PruningController,
+        controller: PruningController,
         executor: str,
         many: bool = False,
     ) -> None:
         self.model = model
-        self.tracer = tracer
+        self.controller = controller
         self.executor = executor
         self.layers = [PatchedFFN(block, self) for block in view.blocks]
         self.plan = ForwardPlan(False, False, ())
@@ -64,6 +64,7 @@ class ModelPatch(NotCopied):
         """Of low-bit copies and of Gaussian matrices on the same grid; None without copies."""
         self._view, self._many = view, many
         self.layout = Layout()
+        self._native: list[NativeFfn] = []
         self.slim: WholeStepForward | None = None
         self._watch = Watch(model, self.layers, executor)
         self._changes = Changes()
@@ -83,53 +84,89 @@ class ModelPatch(NotCopied):
             raise
 
     def _install(self) -> None:
+        for wanted, step in self._install_steps():
+            if wanted:
+                step()
+
+    def _install_steps(self) -> list[tuple[bool, Callable[[], None]]]:
+        """What is installed, in order: later steps replace or lay out what earlier ones hooked."""
+        whole = self.executor in ("graph", "slim")
+        prunes = self._many or not _only_counts(self.controller)  # else only tokens are counted
+        native = self.executor == "slim" or (self.executor == "native" and prunes)
+        return [
+            (True, self._hook_root),
+            (True, self._wrap_generate),
+            (prunes, self._replace_ffns),
+            (prunes, lambda: self._equip(self.controller)),
+            (native, self._lay_out_weights),
+            (whole, self._replace_steps),
+            (native, self._watch.remember_places),
+            (True, self._watch.look),
+        ]
+
+    def _hook_root(self) -> None:
         self._changes.hook(self.model, self._before, before=True, with_kwargs=True)
         self._changes.hook(self.model, self._after)
-        for name in (calls.GENERATE, calls.PREFILL):
+
+    def _wrap_generate(self) -> None:
+        runs = {calls.GENERATE: self._run_generate, calls.PREFILL: self._run_prefill}
+        for name, run in runs.items():
             if hasattr(self.model, name):
-                self._changes.replace(self.model, name, getattr(self, f"_run{name.strip('_')}"))
-        if _only_counts(self.tracer) and not self._many:
-            self._install_native()
-            self._watch.look()
-            return  # there is nothing to watch and nothing to skip, only tokens to count
+                self._changes.replace(self.model, name, run)
+
+    def _replace_ffns(self) -> None:
         for layer in self.layers:
             host = layer.block.host
             name = "_old_forward" if hasattr(host, "_hf_hook") else "forward"
             self._changes.replace(host, name, layer.run)
             self._watch.remember_host(host, name)
-        self._equip(self.tracer)
-        self._install_native()
-        self._watch.look()
 
-    def serve(self, tracer: PruningController) -> None:
-        """Run by ``tracer`` from now on; of the one before nothing stays but its own records."""
+    def _lay_out_weights(self) -> None:
+        """Lay the weights out for the native kernels; other projections run by them too."""
+        self._native = [layer.go_native(self.layout) for layer in self.layers]
+        for linear in native_linears(self.model, self._view.blocks):
+            self._changes.replace(linear.module, "forward", linear.run)
+            self._watch.remember_linear(linear.module)
+
+    def _replace_steps(self) -> None:
+        """Take whole decode steps over."""
+        decoder: StepDecoder
+        if self.executor == "slim":
+            decoder = SlimDecoder(self.model, self._native)
+        else:
+            decoder = GraphDecoder(self.model, self._view.blocks, self._copies)
+        self.slim = WholeStepForward(self.model, decoder, lambda: self.controller)
+        self._changes.replace(self.model, "forward", self._run_forward)
+
+    def serve(self, controller: PruningController) -> None:
+        """Run by ``controller`` from now on; of the one before only its own records stay."""
         for layer in self.layers:
             layer.unload()
         if self.slim is not None:
             self.slim.decoder.unload()
             self._served = self.slim.steps
         self.plan = ForwardPlan(False, False, ())
-        self._equip(tracer)
-        self.tracer = tracer
+        self._equip(controller)
+        self.controller = controller
 
-    def _equip(self, tracer: PruningController) -> None:
-        """What ``tracer`` needs and none before it has needed: hooks, low-bit copies."""
-        if _only_counts(tracer):
+    def _equip(self, controller: PruningController) -> None:
+        """What ``controller`` needs and none before it has needed: hooks, low-bit copies."""
+        if _only_counts(controller):
             return
-        if tracer.selector.statistics.needs_stream and not self._streams:
+        if controller.selector.statistics.needs_stream and not self._streams:
             self._streams = True
             for layer in self.layers:
                 layer.hook_stream(self._changes)
-        self._equip_tokens(tracer)
-        signal = tracer.config.drift.signal
-        if tracer.rule.window and signal not in self._signals:
+        self._equip_tokens(controller)
+        signal = controller.config.drift.signal
+        if controller.rule.window and signal not in self._signals:
             self._signals.add(signal)
             source = self._view.signal(signal)
-            self._changes.hook(source, self._feature_hook(signal))
+            self._changes.hook(source, self._signal_hook(signal))
 
-    def _equip_tokens(self, tracer: PruningController) -> None:
+    def _equip_tokens(self, controller: PruningController) -> None:
         """Make the low-bit copies by which tokens choose their own neurons."""
-        config, given = tracer.config.token, tracer.given
+        config, given = controller.config.token, controller.given
         wanted = given is None or any(isinstance(mask, TokenMask) for mask in given)
         if config is None or not wanted or config == self._token:
             return
@@ -137,27 +174,6 @@ class ModelPatch(NotCopied):
         for layer, token in zip(self.layers, made, strict=True):
             layer.choose_per_token(token, self._changes)
         self.proxy_errors, self._token = errors(made), config
-
-    def _install_native(self) -> None:
-        """Lay the weights out for the native kernels, and take whole decode steps over."""
-        if self.executor == "graph":
-            self._take_steps(GraphDecoder(self.model, self._view.blocks, self._copies))
-        slim = self.executor == "slim"
-        if self.executor != "native" and not slim:
-            return
-        if _only_counts(self.tracer) and not slim and not self._many:
-            return  # nothing is pruned, and nothing may differ by a bit
-        ffns = [layer.go_native(self.layout) for layer in self.layers]
-        for linear in native_linears(self.model, self._view.blocks):
-            self._changes.replace(linear.module, "forward", linear.run)
-            self._watch.remember_linear(linear.module)
-        if slim:
-            self._take_steps(SlimDecoder(self.model, ffns))
-        self._watch.remember_places()
-
-    def _take_steps(self, decoder: StepDecoder) -> None:
-        self.slim = WholeStepForward(self.model, decoder, lambda: self.tracer)
-        self._changes.replace(self.model, "forward", self._run_forward)
 
     def _run_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         assert self.slim is not None
@@ -200,28 +216,28 @@ class ModelPatch(NotCopied):
             call = self.loop.call(seen) if self.loop else bare_call(seen, self.forced_decode > 0)
             if call.kind is Kind.PREFILL:  # not at every token: it takes as long as a layer
                 self._watch.look()
-                if self.tracer.config.token and self._token:
-                    say_slower(self.tracer.config.method, self.executor, self.rows)
+                if self.controller.config.token and self._token:
+                    say_slower(self.controller.config.method, self.executor, self.rows)
             if self.forced_prompt:
                 call = dataclasses.replace(call, kind=Kind.DECODE, observable=None)
-            self.plan = self.tracer.begin_forward(call)
+            self.plan = self.controller.before_forward(call)
 
     def _after(self, model: nn.Module, args: Any, output: Any) -> None:
         self._turn.end()
-        self.tracer.end_forward()
+        self.controller.after_forward()
         self.plan = ForwardPlan(False, False, ())
 
-    def _feature_hook(self, signal: str) -> Callable[[nn.Module, Any, Any], None]:
+    def _signal_hook(self, signal: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if self.plan.features and self.tracer.config.drift.signal == signal:
+            if self.plan.signal and self.controller.config.drift.signal == signal:
                 v: Tensor = output if isinstance(output, Tensor) else output[0]
-                self.tracer.feature(v.reshape(self.rows, -1, v.shape[-1]))
+                self.controller.observe_signal(v.reshape(self.rows, -1, v.shape[-1]))
 
         return hook
 
-    def _rungenerate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _run_generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = calls.read_generate(self.model, args, kwargs)
-        if given.beams > 1 and self.tracer.config.batch == "per_row":
+        if given.beams > 1 and self.controller.config.batch == "per_row":
             raise ConfigError('beam search reorders rows: use batch "shared"')
         if self.loop is not None:
             raise ConfigError(
@@ -236,9 +252,9 @@ class ModelPatch(NotCopied):
             self.loop, self.plan = None, ForwardPlan(False, False, ())
             self._turn.free()
             if loop.cache is not None:
-                self.tracer.end_generate(int(loop.cache.get_seq_length()))
+                self.controller.end_generate(int(loop.cache.get_seq_length()))
 
-    def _runprefill(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _run_prefill(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         loop = self.loop
         if not isinstance(loop, Loop):
             return original(*args, **kwargs)
@@ -256,7 +272,7 @@ class ModelPatch(NotCopied):
 
     @property
     def steps(self) -> int:
-        """Whole decode steps that were taken over for the tracer in force."""
+        """Whole decode steps that were taken over for the controller in force."""
         return self.slim.steps - self._served if self.slim else 0
 
     @property
@@ -265,12 +281,12 @@ class ModelPatch(NotCopied):
         return self in _active
 
 
-def _only_counts(tracer: PruningController) -> bool:  # nothing is masked or watched
-    return tracer.selector.removes_nothing and tracer.given is None
+def _only_counts(controller: PruningController) -> bool:  # nothing is masked or watched
+    return controller.selector.removes_nothing and controller.given is None
 
 
 def _holders(model: nn.Module) -> list[ModelPatch]:
-    """Attachments that hold an FFN of ``model``, whether through it, a part or a wrapper of it."""
+    """Patches that hold an FFN of ``model``, whether through it, a part or a wrapper of it."""
     modules = {id(module) for module in model.modules()}
     return [
         held for held in _active if any(id(layer.block.host) in modules for layer in held.layers)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Protocol
 
 import torch
@@ -22,28 +24,49 @@ from dart_llm.pruning.token_level import TokenMask
 
 
 class PatchContext(Protocol):
-    """What a layer asks of its attachment."""
+    """What a layer asks of its patch."""
 
-    tracer: PruningController
+    controller: PruningController
     executor: str
     plan: ForwardPlan
     rows: int
 
 
-class PatchedFFN:
-    """One FFN while its model is attached."""
+class Way(Enum):
+    """How one forward of an FFN runs."""
 
-    def __init__(self, block: FfnBlock, owner: PatchContext) -> None:
+    DENSE = "the model's own forward"
+    OBSERVED = "dense, its activations put straight into the plan"
+    COMPACT = "the kept neurons of one mask, or of one token, alone"
+    MASKED = "all neurons, multiplied by masks; also where more than activations is observed"
+
+
+@dataclass
+class CapturedInputs:
+    """What hooks of other modules hand to an FFN during a forward, in the order of a layer.
+
+    1. ``x``: the stream, before the FFN's norm
+    2. ``fed``: the input of fc1, where only the down projection is replaced
+    3. the FFN runs, and takes both
+    4. ``waiting``: its activations, output and input, until the post-norm has made r
+    """
+
+    x: Tensor | None = None
+    fed: Tensor | None = None
+    waiting: tuple[Tensor, Tensor, Tensor | None] | None = None
+
+
+class PatchedFFN:
+    """One FFN while its model is patched."""
+
+    def __init__(self, block: FfnBlock, context: PatchContext) -> None:
         self.block = block
-        self.owner = owner
-        self._short = not block.inline  # those flatten their tokens
+        self.context = context
         self.kept: CompactFfn | NativeFfn = CompactFfn(block)
         self.token: TokenFfn | None = None
         self.by_weights = True
         """Whether its weights may stand for its projections: else it runs as by ``masked``."""
-        self.x: Tensor | None = None
-        self.fed: Tensor | None = None
-        self.waiting: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._captured = CapturedInputs()
         self._stacked: (
             tuple[list[LayerMask | None], Tensor, Tensor | None, LowRank | None] | None
         ) = None
@@ -72,7 +95,7 @@ class PatchedFFN:
 
     def forget(self) -> None:
         """Drop what an interrupted forward left behind."""
-        self.x = self.fed = self.waiting = None
+        self._captured = CapturedInputs()
 
     def unload(self) -> None:
         """Free what masks left: their copies and the multipliers."""
@@ -85,45 +108,62 @@ class PatchedFFN:
         self.unload()
         self.kept, self.token = CompactFfn(self.block), None
 
-    def _take_fed(self, module: nn.Module, args: Any) -> None:
-        if not self.owner.plan.dense:
-            self.fed = bare(args[0])
-
     def _take_x(self, module: nn.Module, args: Any) -> None:
-        if self.owner.plan.stream:
-            self.x = bare(args[0])
+        if self.context.plan.stream:
+            self._captured.x = bare(args[0])
+
+    def _take_fed(self, module: nn.Module, args: Any) -> None:
+        if not self.context.plan.dense:
+            self._captured.fed = bare(args[0])
 
     def _take_r(self, module: nn.Module, args: Any, r: Tensor) -> None:
-        if self.waiting is not None:
-            u, z, h = self.waiting
-            self.waiting = None
+        if self._captured.waiting is not None:
+            u, z, h = self._captured.waiting
+            self._captured.waiting = None
             self._observe(u, z, r, h)
 
     def run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The forward of the FFN (of the down projection, for an inline block)."""
-        plan = self.owner.plan
+        plan = self.context.plan
         if plan.dense and not plan.observe:
             return original(*args, **kwargs)
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        if self._short and plan.into is not None and not torch.is_grad_enabled():
-            u = self.block.hidden(x)  # a short way, for this is what observing costs
-            plan.into[self.block.index] = LayerObservation(u, x if plan.inputs else None)
-            rest = (*args, *kwargs.values())[: 2 if args else None]
-            return self.block.finish(self.block.down(u), rest)
-        masks = [None if life is None else life[self.block.index] for life in plan.masks]
-        masked = any(mask is not None for mask in masks)
-        if not masked and not plan.observe:
-            return original(*args, **kwargs)
-        rest = (*args, *kwargs.values())[: 2 if args else None]
+        masks = [None if layers is None else layers[self.block.index] for layers in plan.masks]
+        match self._way(plan, masks, x):
+            case Way.OBSERVED:
+                z = self._run_observed(plan, x)
+            case Way.COMPACT:
+                z = self._run_compact(masks[0], x)
+            case Way.MASKED:
+                z = self._run_masked(original, x, masks)
+            case _:
+                return original(*args, **kwargs)
+        return self.block.finish(z, (*args, *kwargs.values())[: 2 if args else None])
+
+    def _way(self, plan: ForwardPlan, masks: list[LayerMask | None], x: Tensor) -> Way:
+        if plan.into is not None and not self.block.inline and not torch.is_grad_enabled():
+            return Way.OBSERVED  # inline blocks flatten their tokens
+        if plan.observe:
+            return Way.MASKED
+        if all(mask is None for mask in masks):
+            return Way.DENSE
         only = masks[0] if len(masks) == 1 else None
-        if only is not None and not plan.observe and self._compacts(x, only):
-            self.kept.load(only)
-            return self.block.finish(self.kept.run(x)[1], rest)
-        z = self._run_masked(original, x, masks if masked else [])
-        return self.block.finish(z, rest)
+        return Way.COMPACT if only is not None and self._compacts(x, only) else Way.MASKED
+
+    def _run_observed(self, plan: ForwardPlan, x: Tensor) -> Tensor:
+        assert plan.into is not None
+        u = self.block.hidden(x)
+        plan.into[self.block.index] = LayerObservation(u, x if plan.inputs else None)
+        z: Tensor = self.block.down(u)
+        return z
+
+    def _run_compact(self, mask: LayerMask | None, x: Tensor) -> Tensor:
+        assert mask is not None
+        self.kept.load(mask)
+        return self.kept.run(x)[1]
 
     def _compacts(self, x: Tensor, mask: LayerMask) -> bool:
-        if self.owner.executor == "masked" or not self.by_weights:
+        if self.context.executor == "masked" or not self.by_weights:
             return False
         several = x.numel() > x.shape[-1]  # tokens, which together would read most neurons
         if isinstance(mask, TokenMask) and (several or not isinstance(self.kept, NativeFfn)):
@@ -139,19 +179,21 @@ class PatchedFFN:
         project = original if self.block.inline else self.block.down
         if any(isinstance(mask, TokenMask) for mask in masks):
             assert self.token is not None
-            fed, self.fed = (x if self.fed is None else self.fed), None
+            fed = x if self._captured.fed is None else self._captured.fed
+            self._captured.fed = None
             u, z = self.token.run_dense(project, self._unfold(x), self._unfold(fed), masks)
         else:
-            mask, bias, linear = self._multipliers(masks, x) if masks else (None, None, None)
+            masked = any(mask is not None for mask in masks)
+            mask, bias, linear = self._multipliers(masks, x) if masked else (None, None, None)
             by_row = mask is not None and mask.dim() == 3  # then OPT's flat [B * T, D] is unfolded
             inputs = self._unfold(x) if by_row else x
             u, z = run_masked(self.block, project, inputs, mask, bias, linear)
-        if self.owner.plan.observe:
+        if self.context.plan.observe:
             self._observed(u, z, x)
         return z if z.dim() == x.dim() else z.reshape(*x.shape[:-1], z.shape[-1])
 
     def _unfold(self, x: Tensor) -> Tensor:
-        return x.reshape(self.owner.rows, -1, x.shape[-1])
+        return x.reshape(self.context.rows, -1, x.shape[-1])
 
     def _multipliers(
         self, masks: list[LayerMask | None], x: Tensor
@@ -167,21 +209,21 @@ class PatchedFFN:
         return known[1], known[2], known[3]
 
     def _observed(self, u: Tensor, z: Tensor, x: Tensor) -> None:
-        plan = self.owner.plan
+        plan = self.context.plan
         h = x if plan.inputs else None
         if not plan.stream:
             self._observe(u, None, None, h)
             return
         if self.block.x_from is None:
-            self.x = bare(x)
+            self._captured.x = bare(x)
         if self.block.post_norm is None:
             self._observe(u, z, z, h)
         else:
-            self.waiting = (bare(u), bare(z), h if h is None else bare(h))
+            self._captured.waiting = (bare(u), bare(z), h if h is None else bare(h))
 
     def _observe(self, u: Tensor, z: Tensor | None, r: Tensor | None, h: Tensor | None) -> None:
-        rows = self.owner.rows
-        x, self.x = self.x, None
+        rows = self.context.rows
+        x, self._captured.x = self._captured.x, None
         if self.block.inline:
             h = None  # it never sees the FFN's input
         seen = LayerObservation(u, h, z, x, r)
@@ -190,7 +232,7 @@ class PatchedFFN:
             seen = LayerObservation(
                 *(t if t is None else t.reshape(rows, -1, t.shape[-1]) for t in seen)
             )
-        self.owner.tracer.observe(self.block.index, seen)
+        self.context.controller.observe(self.block.index, seen)
 
     def nbytes(self) -> int:
         """Bytes of the compact copies and of the multipliers, beside the masks themselves."""

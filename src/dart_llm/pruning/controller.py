@@ -1,8 +1,16 @@
 """The state machine of a run: forwards in, plans out; no model, no modules.
 
-For every forward: ``begin_forward`` says what each layer shall do, ``observe`` and ``feature``
-take what the layers saw, ``end_forward`` settles it.  A decode forward of several tokens is held
-until the next one shows how many stayed (assisted decoding rolls back).
+The whole contract with what runs the model is one object and two calls: ``before_forward`` says
+what each layer shall do, ``after_forward`` accounts for it.  Between them ``observe`` and
+``observe_signal`` take what the layers saw.  All of one forward lies in one ``PendingForward``, and
+``settle`` closes it:
+
+=================  =======================================================================
+prefill            at its end: prompt tokens, reference of the drift detector
+one decode token   at its end: counted, checked for drift
+several tokens     by the next forward, which shows how many stayed (assisted decoding takes
+                   candidates back), or by ``flush`` where all of them stayed
+=================  =======================================================================
 """
 
 from __future__ import annotations
@@ -31,6 +39,7 @@ from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.observations import (
     LayerObservation,
     Observations,
+    ObservedForward,
     detached_copy,
     sampled_per_sequence,
     sampled_tokens,
@@ -45,7 +54,7 @@ RemaskHook = Callable[[Remask, SequenceState], None]
 
 
 class PruningController:
-    """Drives the lives of the sequences of one run."""
+    """Drives the states of the sequences of one run."""
 
     def __init__(
         self,
@@ -66,13 +75,13 @@ class PruningController:
         self.length = 0
         self.plan = ForwardPlan(False, False, ())
         self.last_phase = Phase.PREFILL
-        self._held: PendingForward | None = None
+        self._pending: PendingForward | None = None
         self._real: list[float] = []
         """Tokens of each row before the forward in hand, padding left out."""
         self._queue = Observations(weak_callback(self._update))
 
     @torch.no_grad()
-    def begin_forward(self, call: ForwardCall) -> ForwardPlan:
+    def before_forward(self, call: ForwardCall) -> ForwardPlan:
         """Settle the forward before, then plan this one."""
         self.settle(call.cached)
         if call.cached == 0 or call.cached > self.length or not self.lives:  # a fresh one
@@ -93,8 +102,8 @@ class PruningController:
             observing = [self._advance(life, call) for life in self.lives]
         self._announce(before)
         self.last_phase = Phase.PREFILL if prefill else self.lives[0].phase
-        self._held = PendingForward(call, observing, {}, counts)
-        self.plan = self._make_plan(self._held)
+        self._pending = pending = self._make_pending(call, observing, counts)
+        self.plan = pending.plan
         return self.plan
 
     def _advance(self, life: SequenceState, call: ForwardCall) -> bool:
@@ -145,20 +154,26 @@ class PruningController:
         wanted = self.given is None and not self.selector.removes_nothing
         return [wanted and life.phase is Phase.PREFILL for life in self.lives]
 
-    def _make_plan(self, held: PendingForward) -> ForwardPlan:
-        prefill, observing = held.call.kind is Kind.PREFILL, held.observing
+    def _make_pending(
+        self, call: ForwardCall, observing: list[bool], counts: list[float]
+    ) -> PendingForward:
+        prefill = call.kind is Kind.PREFILL
         masks = tuple(None if prefill else life.masks for life in self.lives)
         watched = any(observing) or any(life.phase is Phase.PRUNED for life in self.lives)
         observe = any(observing) and self.selector.needs_evidence
         stream = observe and self.selector.statistics.needs_stream
+        sampled: list[int] = []
+        sampled_by: Tensor | None = None
         if stream and not prefill:
-            seen = [life.observed for life in self.lives]
-            held.read = sampled_tokens(list(compress(seen, observing)), held.call.tokens)
-            stream, held.own = bool(held.read), sampled_per_sequence(seen, held.read)
+            observed = [life.observed for life in self.lives]
+            sampled = sampled_tokens(list(compress(observed, observing)), call.tokens)
+            stream, sampled_by = bool(sampled), sampled_per_sequence(observed, sampled)
         inputs = observe and "features" in self.selector.statistics.needs
-        features = bool(self.rule.window) and watched
-        into = None if not observe or prefill or stream or any(masks) else held.layers
-        return ForwardPlan(observe, features, masks, stream, inputs, into)
+        signal = bool(self.rule.window) and watched
+        layers: dict[int, LayerObservation] = {}
+        into = None if not observe or prefill or stream or any(masks) else layers
+        plan = ForwardPlan(observe, signal, masks, stream, inputs, into)
+        return PendingForward(call, plan, observing, counts, layers, sampled, sampled_by)
 
     def _announce(self, before: list[int]) -> None:
         for life, version in zip(self.lives, before, strict=True):
@@ -167,28 +182,31 @@ class PruningController:
 
     def observe(self, layer: int, seen: LayerObservation) -> None:
         """One layer's tokens."""
-        if (held := self._held) is not None and self.plan.observe:
-            if held.call.kind is Kind.DECODE:
-                held.layers[layer] = detached_copy(seen, self.plan.stream)
-            else:
-                self._observe_prompt(held, layer, seen)
+        pending = self._pending
+        if pending is None or not pending.plan.observe:
+            return
+        if pending.call.kind is Kind.DECODE:
+            pending.layers[layer] = detached_copy(seen, pending.plan.stream)
+        else:
+            self._observe_prompt(pending, layer, seen)
 
     def observe_step(self, layers: dict[int, LayerObservation]) -> None:
         """All layers of one forward of one token, in tensors that nobody changes."""
-        if (held := self._held) is None or not self.plan.observe:
+        pending = self._pending
+        if pending is None or not pending.plan.observe:
             return
-        if held.call.kind is Kind.DECODE:
-            held.layers = layers
+        if pending.call.kind is Kind.DECODE:
+            pending.layers = layers
             return
         for layer, seen in layers.items():  # a piece of a prompt, of one token
-            self._observe_prompt(held, layer, seen)
+            self._observe_prompt(pending, layer, seen)
 
     @torch.no_grad()
-    def _observe_prompt(self, held: PendingForward, layer: int, seen: LayerObservation) -> None:
-        end = held.call.prompt_tokens
-        weights = evidence_weights(held.call, end, self._real, self.config.skip_sinks)
+    def _observe_prompt(self, pending: PendingForward, layer: int, seen: LayerObservation) -> None:
+        end = pending.call.prompt_tokens
+        weights = evidence_weights(pending.call, end, self._real, self.config.skip_sinks)
         parts = (None if t is None else t.detach()[None, :, :end] for t in seen)
-        self._update(held.observing, (layer,), LayerObservation(*parts), weights)
+        self._update(pending.observing, (layer,), LayerObservation(*parts), weights)
 
     def _update(
         self,
@@ -209,61 +227,64 @@ class PruningController:
                     evidence = [life.evidence[layer] for layer in layers]
                     self.selector.statistics.add(evidence, own, w, part, choice)
 
-    def feature(self, v: Tensor) -> None:
-        """The last layer's attention output of this forward: [B, T, D]."""
-        if self._held is not None and self.plan.features:
-            self._held.feature = v.detach()
+    def observe_signal(self, v: Tensor) -> None:
+        """What drift watches of this forward, [B, T, D]: the last layer's attention output, say."""
+        if self._pending is not None and self._pending.plan.signal:
+            self._pending.signal = v.detach()
 
     @torch.no_grad()
-    def end_forward(self) -> None:
-        """The forward ran: count it and look for drift, unless it must be held."""
-        held = self._held
-        if held is None:
+    def after_forward(self) -> None:
+        """The forward ran: settle it, unless it must wait for the next one."""
+        pending = self._pending
+        if pending is None:
             return
-        held.ended = True
-        if held.call.kind is Kind.PREFILL or held.call.tokens == 1:
-            self.settle(held.call.cached + held.call.tokens)
+        pending.ended = True
+        if pending.call.kind is Kind.PREFILL or pending.call.tokens == 1:
+            self.settle(pending.call.cached + pending.call.tokens)
         else:
-            self.length = held.call.cached + held.call.tokens
+            self.length = pending.call.cached + pending.call.tokens
 
     @torch.no_grad()
     def settle(self, cached: int | None = None) -> None:
         """Account for the forward in hand; ``cached``: tokens that stayed (None: all of them)."""
-        held, self._held = self._held, None
-        if held is None or not held.ended:
+        pending, self._pending = self._pending, None
+        if pending is None or not pending.ended:
             return
-        call = held.call
+        call = pending.call
         end = call.cached + call.tokens
         stayed = end if cached is None or cached == 0 else min(cached, end)
         accepted = max(0, stayed - call.cached)
         self.length = call.cached + accepted
-        weights = evidence_weights(call, accepted, self._real, self.config.skip_sinks)
-        seen = held.observing, held.layers
-        self._queue.add(*seen, weights, call.rows, accepted, held.read, held.own)
+        if pending.layers and accepted:
+            weights = evidence_weights(call, accepted, self._real, self.config.skip_sinks)
+            sampled = pending.sampled, pending.sampled_by
+            self._queue.add(
+                pending.observing,
+                ObservedForward.accepted(pending.layers, call.rows, accepted, weights, *sampled),
+            )
         with torch.inference_mode(False):
             if call.kind is Kind.PREFILL:
-                self._settle_prefill(held)
+                self._settle_prefill(pending)
             elif accepted:
-                self._settle_decode(held, accepted)
+                self._settle_decode(pending, accepted)
         decoded = accepted if call.kind is Kind.DECODE else call.tokens - call.prompt_tokens
-        self._real = [n + new + decoded for n, new in zip(self._real, held.counts, strict=True)]
+        counts = zip(self._real, pending.counts, strict=True)
+        self._real = [n + new + decoded for n, new in counts]
 
-    def _settle_prefill(self, held: PendingForward) -> None:
-        call = held.call
+    def _settle_prefill(self, pending: PendingForward) -> None:
+        call = pending.call
         end = call.prompt_tokens
-        if held.feature is not None:
-            add_reference(self.lives, held, held.feature[:, :end], self._real)
+        if pending.signal is not None:
+            add_reference(self.lives, pending, pending.signal[:, :end], self._real)
         if extra := call.tokens - end:
             for life in self.lives:  # candidate tokens that rode along with the prompt ran dense
-                phase, life.phase = life.phase, Phase.RELEASED
-                life.count(extra, float(extra * life.rows))
-                life.phase = phase
+                life.count_dense(extra, float(extra * life.rows))
 
-    def _settle_decode(self, held: PendingForward, accepted: int) -> None:
-        call = held.call
+    def _settle_decode(self, pending: PendingForward, accepted: int) -> None:
+        call = pending.call
         weights = token_weights(call, accepted)
-        if held.feature is not None:
-            add_reference(self.lives, held, held.feature[:, :accepted], self._real)
+        if pending.signal is not None:
+            add_reference(self.lives, pending, pending.signal[:, :accepted], self._real)
         for life in self.lives:
             rows = life.batch_rows
             count = call.rows if life.row is None else 1
@@ -271,18 +292,20 @@ class PruningController:
             pruned = life.phase is Phase.PRUNED
             life.count(accepted, live, accepted if call.forced else 1)
             if pruned:
-                self._watch(life, held, accepted, rows)
+                self._watch(life, pending, accepted, rows)
 
-    def _watch(self, life: SequenceState, held: PendingForward, accepted: int, rows: slice) -> None:
+    def _watch(
+        self, life: SequenceState, pending: PendingForward, accepted: int, rows: slice
+    ) -> None:
         if self.rule.interval and life.pruned_run >= self.rule.interval:
-            if life.may_trigger() and not life.ended(held.call.live):
+            if life.may_trigger() and not life.ended(pending.call.live):
                 self._queue.flush()
                 life.trigger("interval")
             return
-        if held.feature is None:
+        if pending.signal is None:
             return
-        live = held.call.live
-        v = held.feature[rows, sinks_ahead(life, accepted, self._real) : accepted]
+        live = pending.call.live
+        v = pending.signal[rows, sinks_ahead(life, accepted, self._real) : accepted]
         for check in life.detector.watch(v, None if live is None else live[rows].to(v.device)):
             allowed = check.fired and life.may_trigger()
             last = len(self.selector.layers) - 1

@@ -1,6 +1,6 @@
 """ForwardCall in, ForwardPlan out; which tokens count (sinks, padding, ended rows).
 
-What is said of a forward (``Call``), and what is answered (``Plan``).
+``PendingForward`` is private to ``controller.py``.
 """
 
 from __future__ import annotations
@@ -53,15 +53,16 @@ class ForwardCall:
 
 @dataclass(frozen=True)
 class ForwardPlan:
-    """What the layers do in one forward: ``masks[life][layer]``, None where dense.
+    """What the layers do in one forward: ``masks[sequence][layer]``, None where dense.
 
-    ``observe``: hand on what is seen; ``stream``: the stream before and after the FFN too;
-    ``inputs``: the FFN's input too, where low-rank compensation reads it.  ``into``: where dense
-    layers put what they saw by themselves, [B, T, ...] outside any graph; None: the tracer does.
+    ``observe``: hand on what is seen; ``signal``: hand on what drift watches; ``stream``: the
+    stream before and after the FFN too; ``inputs``: the FFN's input too, where low-rank
+    compensation reads it.  ``into``: where dense layers put what they saw by themselves,
+    [B, T, ...] outside any graph; None: the controller does.
     """
 
     observe: bool
-    features: bool
+    signal: bool
     masks: tuple[tuple[LayerMask | None, ...] | None, ...]
     stream: bool = False
     inputs: bool = False
@@ -74,18 +75,21 @@ class ForwardPlan:
 
 @dataclass
 class PendingForward:
-    """Tokens of the running (or not yet settled) forward; ``observing``: one flag per life."""
+    """A forward that runs, or ran and is not settled: its plan, what was captured, its counts.
+
+    ``observing``: one flag per sequence.  ``counts``: prompt tokens of each row, padding left out.
+    ``sampled``: tokens of a decode forward on which sensitivities are read; ``sampled_by``: which
+    of these each sequence reads itself, [sequences, n]; None: all.
+    """
 
     call: ForwardCall
+    plan: ForwardPlan
     observing: list[bool]
-    layers: dict[int, LayerObservation]
     counts: list[float]
-    """Prompt tokens of each row in this forward, padding left out."""
-    feature: Tensor | None = None
-    read: list[int] = field(default_factory=list)
-    """Tokens of a decode forward on which sensitivities are read."""
-    own: Tensor | None = None
-    """Which of these each life reads itself, [lives, n]; None: all."""
+    layers: dict[int, LayerObservation]
+    sampled: list[int] = field(default_factory=list)
+    sampled_by: Tensor | None = None
+    signal: Tensor | None = None
     ended: bool = False
     """False while the forward runs, and for ever if it raised."""
 
@@ -123,18 +127,18 @@ def prompt_counts(call: ForwardCall) -> list[float]:
 
 
 def add_reference(
-    lives: Sequence[SequenceState], held: PendingForward, v: Tensor, real: Sequence[float]
+    lives: Sequence[SequenceState], pending: PendingForward, v: Tensor, real: Sequence[float]
 ) -> None:
     """Hand v [B, T, D] to the detectors of the lives that observe.
 
     ``real``: tokens of each row before this forward, padding left out.
     """
     end = v.shape[1]
-    weights, live = token_weights(held.call, end), held.call.live
-    padded = held.call.kind is Kind.PREFILL and weights is not None
+    weights, live = token_weights(pending.call, end), pending.call.live
+    padded = pending.call.kind is Kind.PREFILL and weights is not None
     if padded:
-        weights = without_sinks(weights, real, held.call.rows, end)
-    for life, wanted in zip(lives, held.observing, strict=True):
+        weights = without_sinks(weights, real, pending.call.rows, end)
+    for life, wanted in zip(lives, pending.observing, strict=True):
         if wanted:
             rows, skip = life.batch_rows, 0 if padded else sinks_ahead(life, end, real)
             w = None if weights is None else weights[rows, skip:].to(v.device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import compress
 from typing import Any, NamedTuple
 from weakref import WeakMethod
 
@@ -59,7 +58,7 @@ class LayerObservation(NamedTuple):
 
 
 NEURONS, STREAM = (0, 1), (2, 3, 4)
-"""Parts of ``Seen`` by what is made of them."""
+"""Parts of a ``LayerObservation`` by what is made of them."""
 
 
 def detached_copy(seen: LayerObservation, stream: bool) -> LayerObservation:
@@ -81,27 +80,27 @@ def detached_copy(seen: LayerObservation, stream: bool) -> LayerObservation:
 def sampled_tokens(observed: Sequence[int], tokens: int) -> list[int]:
     """Which of ``tokens`` new decode tokens sensitivities are read on.
 
-    ``observed``: tokens that each life has observed before.
+    ``observed``: tokens that each sequence has observed before.
     """
     return [token for token in range(tokens) if any(_is_read(n + token) for n in observed)]
 
 
 def sampled_per_sequence(observed: Sequence[int], read: Sequence[int]) -> Tensor | None:
-    """Which of the tokens ``read`` every life reads itself, [lives, n] of 0 and 1; None: all.
+    """Which of the tokens ``read`` every sequence reads itself, [sequences, n] of 0 and 1.
 
-    What a life reads must not depend on the lives beside it.
+    None: all.  What a sequence reads must not depend on those beside it.
     """
     marks = [[float(_is_read(n + token)) for token in read] for n in observed]
     return None if all(map(all, marks)) else torch.tensor(marks)
 
 
 def _is_read(number: int) -> bool:
-    """Whether a life reads the stream of the observed token ``number``, counted from 0."""
+    """Whether a sequence reads the stream of the observed token ``number``, counted from 0."""
     return number < STREAM_FIRST or number % STREAM_EVERY == 0
 
 
 Update = Callable[[list[bool], tuple[int, ...], LayerObservation, Tensor | None], None]
-"""Flags of the lives, layers, what these saw ([L, B, T, ...] each) and weights [B, T] or None."""
+"""Flags of the sequences, layers, what these saw ([L, B, T, ...] each), weights [B, T] or None."""
 
 
 def weak_callback(method: Update) -> Update:
@@ -116,106 +115,102 @@ def weak_callback(method: Update) -> Update:
     return call
 
 
+@dataclass(frozen=True)
+class ObservedForward:
+    """One observed decode forward of ``rows`` x ``tokens`` tokens.
+
+    ``weights``: [rows, tokens] or None for all ones.  ``sampled``: the tokens whose stream is read;
+    ``sampled_by``: [sequences, len(sampled)] of 0 and 1, which of these every sequence reads
+    itself; None: all.
+    """
+
+    layers: Mapping[int, LayerObservation]
+    rows: int
+    tokens: int
+    weights: Tensor | None = None
+    sampled: tuple[int, ...] = ()
+    sampled_by: Tensor | None = None
+
+    @classmethod
+    def accepted(
+        cls,
+        layers: Mapping[int, LayerObservation],
+        rows: int,
+        tokens: int,
+        weights: Tensor | None,
+        sampled: Sequence[int],
+        sampled_by: Tensor | None = None,
+    ) -> ObservedForward:
+        """The first ``tokens`` of what the layers saw: later ones were rolled back."""
+        if next(iter(layers.values())).shown.shape[1] != tokens:
+            layers = {layer: seen.cut(slice(tokens)) for layer, seen in layers.items()}
+        read = [token for token in sampled if token < tokens]
+        if len(read) != tokens:
+            layers = {layer: seen.reading(read) for layer, seen in layers.items()}
+        by = None if sampled_by is None else sampled_by[:, : len(read)]
+        return cls(layers, rows, tokens, weights, tuple(read), by)
+
+    def nbytes(self) -> int:
+        """Bytes of the tensors; all layers hold as much as the first."""
+        first = next(iter(self.layers.values()))
+        each = sum(t.numel() * t.element_size() for t in first if t is not None)
+        return each * len(self.layers)
+
+
 @dataclass
 class Observations:
-    """A queue of observed decode forwards; ``observing``: one flag per life."""
+    """A queue of observed decode forwards; ``observing``: one flag per sequence."""
 
     update: Update
     observing: list[bool] = field(default_factory=list)
-    forwards: list[Mapping[int, LayerObservation]] = field(default_factory=list)
-    weights: list[Tensor | None] = field(default_factory=list)
-    shapes: list[tuple[int, int]] = field(default_factory=list)
-    read: list[list[int]] = field(default_factory=list)
-    """Of each forward, the tokens whose stream is read."""
-    own: list[Tensor | None] = field(default_factory=list)
-    """Of each forward, which of these every life reads itself."""
+    forwards: list[ObservedForward] = field(default_factory=list)
 
-    @property
-    def tokens(self) -> int:
-        return sum(tokens for _, tokens in self.shapes)
-
-    def add(
-        self,
-        observing: list[bool],
-        layers: Mapping[int, LayerObservation],
-        weights: Tensor | None,
-        rows: int,
-        tokens: int,
-        read: list[int],
-        own: Tensor | None = None,
-    ) -> None:
-        """Queue the first ``tokens`` of one forward; ``weights``: [B, tokens] or None.
-
-        ``read``: the tokens whose stream is read, where it was captured; ``own``: as of
-        ``own_reads``, where every row has a life of its own.
-        """
-        if not layers or not tokens:
-            return
-        if observing != self.observing or (self.shapes and self.shapes[0][0] != rows):
+    def add(self, observing: list[bool], forward: ObservedForward) -> None:
+        """Queue one forward; the statistics are updated when enough tokens wait."""
+        queue = self.forwards
+        if observing != self.observing or (queue and queue[0].rows != forward.rows):
             self.flush()
         self.observing = observing
-        if next(iter(layers.values())).shown.shape[1] != tokens:
-            layers = {layer: seen.cut(slice(tokens)) for layer, seen in layers.items()}
-        read = [token for token in read if token < tokens]  # others were rolled back
-        if len(read) != tokens:
-            layers = {layer: seen.reading(read) for layer, seen in layers.items()}
-        self.forwards.append(layers)
-        self.read.append(read)
-        self.own.append(None if own is None else own[:, : len(read)])
-        self.weights.append(weights)
-        self.shapes.append((rows, tokens))
-        if self.tokens >= LIMIT or self.nbytes() >= MAX_BYTES:
+        self.forwards.append(forward)
+        tokens = sum(one.tokens for one in self.forwards)
+        if tokens >= LIMIT or sum(one.nbytes() for one in self.forwards) >= MAX_BYTES:
             self.flush()
 
-    def nbytes(self) -> int:
-        """Bytes of the queued tensors; all layers hold as much as the first."""
-        first = [next(iter(layers.values())) for layers in self.forwards]
-        each = sum(t.numel() * t.element_size() for seen in first for t in seen if t is not None)
-        return each * len(self.forwards[0]) if first else 0
-
     def flush(self) -> None:
-        """Add everything queued to the evidence."""
+        """Add everything queued to the statistics."""
         forwards, self.forwards = self.forwards, []
-        given, self.weights = self.weights, []
-        shapes, self.shapes = self.shapes, []
-        read, self.read = self.read, []
-        own, self.own = self.own, []
-        for layers in _alike(forwards[0]) if forwards else ():
+        for layers in _alike(forwards[0].layers) if forwards else ():
             for parts in (NEURONS, STREAM):  # the stream is not read on all of them
-                has = [one[layers[0]][parts[0]] is not None for one in forwards]
-                if any(has):
-                    seen = _joined(list(compress(forwards, has)), layers, parts)
-                    weights = _weights(list(compress(given, has)), list(compress(shapes, has)))
+                some = [one for one in forwards if one.layers[layers[0]][parts[0]] is not None]
+                if some:
+                    weights = _weights([one.weights for one in some], [_shape(one) for one in some])
                     if parts is STREAM:
-                        weights = _of_stream(weights, shapes, read, own, has)
-                    self.update(self.observing, layers, seen, weights)
+                        weights = _of_stream(weights, some)
+                    self.update(self.observing, layers, _joined(some, layers, parts), weights)
 
 
-def _of_stream(
-    weights: Tensor | None,
-    shapes: list[tuple[int, int]],
-    read: list[list[int]],
-    own: list[Tensor | None],
-    has: Sequence[bool],
-) -> Tensor | None:
-    """The weights of the tokens whose stream was read, 0 where a life does not read one."""
+def _shape(forward: ObservedForward) -> tuple[int, int]:
+    return forward.rows, forward.tokens
+
+
+def _of_stream(weights: Tensor | None, forwards: Sequence[ObservedForward]) -> Tensor | None:
+    """The weights of the tokens whose stream was read, 0 where a sequence does not read one."""
     if weights is not None:
-        weights = weights[:, _places(shapes, read, has)]
-    sizes = [(rows, len(tokens)) for (rows, _), tokens in zip(shapes, read, strict=True)]
-    marks = _weights(list(compress(own, has)), list(compress(sizes, has)))
+        weights = weights[:, _sampled_places(forwards)]
+    sizes = [(one.rows, len(one.sampled)) for one in forwards]
+    marks = _weights([one.sampled_by for one in forwards], sizes)
     if weights is None or marks is None:
         return weights if marks is None else marks
     return weights * marks.to(weights.device)
 
 
-def _places(shapes: list[tuple[int, int]], read: list[list[int]], has: Sequence[bool]) -> list[int]:
+def _sampled_places(forwards: Sequence[ObservedForward]) -> list[int]:
     """Where the tokens whose stream was read stand among all tokens of these forwards."""
-    found, start = [], 0
-    for (_, tokens), own, one in zip(shapes, read, has, strict=True):
-        if one:
-            found += [start + token for token in own]
-            start += tokens
-    return found
+    places, start = [], 0
+    for forward in forwards:
+        places += [start + token for token in forward.sampled]
+        start += forward.tokens
+    return places
 
 
 def _alike(layers: Mapping[int, LayerObservation]) -> list[tuple[int, ...]]:
@@ -228,12 +223,12 @@ def _alike(layers: Mapping[int, LayerObservation]) -> list[tuple[int, ...]]:
 
 
 def _joined(
-    forwards: list[Mapping[int, LayerObservation]], layers: tuple[int, ...], parts: Sequence[int]
+    forwards: Sequence[ObservedForward], layers: tuple[int, ...], parts: Sequence[int]
 ) -> LayerObservation:
     """The tokens of some forwards, of some layers, in one tensor per part: [L, B, T, ...]."""
     found: list[Tensor | None] = [None] * len(LayerObservation._fields)
     for part in parts:
-        of = [[forward[layer][part] for forward in forwards] for layer in layers]
+        of = [[forward.layers[layer][part] for forward in forwards] for layer in layers]
         rows = [torch.cat([t for t in one if t is not None], 1) for one in of if one[0] is not None]
         found[part] = torch.stack(rows) if rows else None
     return LayerObservation(*found)

@@ -1,7 +1,7 @@
-"""The life of one mask: PREFILL -> OBSERVE -> PRUNED (-> OBSERVE ...) -> RELEASED.
+"""The state of one sequence: PREFILL -> OBSERVE -> PRUNED (-> OBSERVE ...) -> RELEASED.
 
-One ``Life`` serves a whole batch that shares its masks, or one row of it.  It holds all state of
-its sequence; nothing is kept on modules or configurations.  docs/method.md, "Life of a sequence".
+One ``SequenceState`` serves a whole batch that shares its masks, or one row of it.  Nothing is kept
+on modules or configurations.  docs/method.md, "Life of a sequence".
 """
 
 from __future__ import annotations
@@ -163,22 +163,31 @@ class SequenceState:
         ``forwards``: decode steps that they stand for.
         """
         pruned = self.phase is Phase.PRUNED
-        kept = self.selection.counts if pruned and self.selection else None
-        if not self.periods or self.periods[-1].kept != kept:
-            self.periods.append(MaskSpan(kept))
-        period = self.periods[-1]
-        period.tokens = period.tokens + live
-        period.length += tokens
-        period.forwards += forwards
-        self.decoded += tokens
+        span = self._span(self.selection.counts if pruned and self.selection else None)
+        self._add(span, tokens, live, forwards)
         if pruned:
             self.pruned_run += tokens
         if self.phase is Phase.OBSERVE:
-            period.observed += tokens
+            span.observed += tokens
             self.observed += tokens
             self.evidence_tokens += tokens
             if self.spending:
                 self.spent += tokens
+
+    def count_dense(self, tokens: int, live: float) -> None:
+        """``tokens`` per row ran dense beside the prompt and were not observed."""
+        self._add(self._span(None), tokens, live, 1)
+
+    def _span(self, kept: tuple[int, ...] | None) -> MaskSpan:
+        if not self.periods or self.periods[-1].kept != kept:
+            self.periods.append(MaskSpan(kept))
+        return self.periods[-1]
+
+    def _add(self, span: MaskSpan, tokens: int, live: Tensor | float, forwards: int) -> None:
+        span.tokens = span.tokens + live
+        span.length += tokens
+        span.forwards += forwards
+        self.decoded += tokens
 
     def rewind(self, tokens: int) -> None:
         """The last ``tokens`` tokens of every row were rolled back, prompt tokens included."""

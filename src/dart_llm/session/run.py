@@ -1,12 +1,10 @@
-"""Prune() and Run: attach, detach, masks, report.
-
-``prune(model, ...)``: a context manager that joins policy, model and accounting.
-"""
+"""``prune(model, ...)`` and ``Run``: a context manager that joins policy, model and accounting."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +14,15 @@ from dart_llm.calibration.learn import self_calibrate
 from dart_llm.errors import AttachError, ConfigError
 from dart_llm.models.describe import describe
 from dart_llm.patching.executors import check_executor, choose_executor
-from dart_llm.patching.executors.whole_step import effective_executor
 from dart_llm.patching.patch import ModelPatch
-from dart_llm.pruning.accounting import Costs, known_bytes, run_report
 from dart_llm.pruning.config import PruneConfig, check_prepared
-from dart_llm.pruning.controller import PruningController
-from dart_llm.pruning.masks import USER_MASKS, LayerMask, Masks, masks_on_devices
+from dart_llm.pruning.masks import LayerMask, Masks, masks_on_devices
 from dart_llm.pruning.records import DriftCheck, Remask, RunReport
-from dart_llm.pruning.selection import MaskSelector
+from dart_llm.pruning.selection import MaskSelector, check_fits
 from dart_llm.pruning.sequence import SequenceState
 from dart_llm.pruning.token_level import plain_masks, sequence_masks
-from dart_llm.pruning.weights import FfnWeights, with_prior
+from dart_llm.pruning.weights import FfnWeights
+from dart_llm.session.method import MethodOnModel, PatchCosts
 
 # The newest mask that a run's sequences hold, or how far they are from the first.
 
@@ -55,7 +51,8 @@ Ids = Mapping[int, Sequence[int] | Tensor]
 class Run:
     """A model and how it is pruned.  Use it as a context manager, or ``attach``/``detach``.
 
-    Not made directly: ``prune`` returns it.
+    Not made directly: ``prune`` returns it.  ``controller`` and ``patch`` (None while detached)
+    are there to be looked at, not changed.
     """
 
     def __init__(
@@ -78,26 +75,27 @@ class Run:
         self.on_selection: Callable[[Remask, SequenceState], None] | None = None
         self.on_masks: Callable[[Masks], None] | None = None
         self._view = describe(model)
-        self._prior = prior
-        self._layers = self._weights()
-        self._by_hand = masks is not None or remove is not None
-        self._given = self._first = (
-            masks_on_devices(self._layers, masks, remove) if self._by_hand else held
-        )
-        self._tracer = self._new_tracer()
-        self._attachment: ModelPatch | None = None
-        self._copies = self._steps = 0
-        self._proxy_errors: tuple[float, float] | None = None
-        chooses = self._given is None and not self._tracer.selector.removes_nothing
-        check_prepared(config, chooses, prior is not None)
-        check_executor(self._view.blocks, self._tracer.selector, model, chooses)
+        by_hand = masks is not None or remove is not None
+        method = MethodOnModel.of(self._view, config, held, prior, by_hand=by_hand)
+        if by_hand:
+            method = replace(method, fixed_masks=masks_on_devices(method.layers, masks, remove))
+        self._method = method
+        self._first_masks = method.fixed_masks
+        self.controller = method.controller(self._notify)
+        self.patch: ModelPatch | None = None
+        self._costs = PatchCosts()
+        check_prepared(config, method.chooses, prior is not None)
+        check_executor(self._view.blocks, method.selector, model, method.chooses)
 
-    def _weights(self) -> tuple[FfnWeights, ...]:
-        layers = self._view.weights(self.config.score.proxy_embedding, self.config.seed)
-        return layers if self._prior is None else with_prior(layers, prior=self._prior)
+    @property
+    def layers(self) -> tuple[FfnWeights, ...]:
+        """The weights of every FFN, with what was learnt of them."""
+        return self._method.layers
 
-    def _new_tracer(self) -> PruningController:
-        return PruningController(self.config, self._layers, self._given, self._notify)
+    @property
+    def fixed_masks(self) -> Masks | None:
+        """Masks that are given or held, one per layer; None where they are chosen."""
+        return self._method.fixed_masks
 
     def _notify(self, remask: Remask, life: SequenceState) -> None:
         if self.on_remask is not None:
@@ -110,45 +108,53 @@ class Run:
     @property
     def executor(self) -> str:
         """What runs the pruned FFNs; ``auto`` is the fastest that can run this model here."""
-        return choose_executor(self._tracer.selector, self._view.blocks, self.model)
+        return choose_executor(self._method.selector, self._view.blocks, self.model)
 
     def attach(self) -> Run:
         """Start pruning the model, and learn first what the method wants to know of it.
 
         Raises ``AttachError`` when it is pruned already.
         """
-        if self._attachment is not None and self._attachment.installed:
+        if self.patch is not None and self.patch.installed:
             raise AttachError("this run is attached already")
-        if not self._tracer.sequences:  # the model may have moved since this run was made
-            self._layers = self._weights()
-            # masks that are held now may be let go later, those given from the start never
-            if self._first is None and not self._tracer.selector.removes_nothing:
-                self._layers = self_calibrate(self.model, self.config, self._layers)
-            self._tracer = self._new_tracer()
-        attachment = ModelPatch(self.model, self._view, self._tracer, self.executor)
-        self._attachment = attachment  # first, so that ``detach`` knows of it however this ends
-        attachment.install()
-        self._proxy_errors = attachment.proxy_errors
+        if not self.controller.sequences:  # the model may have moved since this run was made
+            self._method = self._learnt()
+            self.controller = self._method.controller(self._notify)
+        patch = ModelPatch(self.model, self._view, self.controller, self.executor)
+        self.patch = patch  # first, so that ``detach`` knows of it however this ends
+        patch.install()
         return self
+
+    def _learnt(self) -> MethodOnModel:
+        """The method with what it wants to know of the model."""
+        old = self._method
+        method = MethodOnModel.of(
+            self._view, self.config, old.fixed_masks, old.prior, by_hand=old.by_hand
+        )
+        # masks that are held now may be let go later, those given from the start never
+        if self._first_masks is not None or method.selector.removes_nothing:
+            return method
+        layers = self_calibrate(self.model, self.config, method.layers)
+        return replace(method, layers=layers, selector=check_fits(self.config, layers))
 
     def detach(self) -> None:
         """Stop pruning; the model is exactly what it was.  Safe to call twice."""
-        attachment = self._attachment
-        if attachment is None:
+        patch = self.patch
+        if patch is None:
             return
         try:
-            self._tracer.flush()
+            self.controller.flush()
         finally:
-            attachment.remove()
-            self._copies, self._steps = attachment.nbytes(), attachment.steps
-            self._attachment = None
+            patch.remove()
+            self._costs = _costs_of(patch)
+            self.patch = None
 
     def __enter__(self) -> Run:
-        before = self._attachment
+        before = self.patch
         try:
             return self.attach()
         except BaseException:
-            if self._attachment is not before:  # interrupted when all was done: no block is entered
+            if self.patch is not before:  # interrupted when all was done: no block is entered
                 self.detach()
             raise
 
@@ -157,9 +163,9 @@ class Run:
 
     def reset(self) -> None:
         """Forget all sequences, masks and records; the next forward starts anew."""
-        self._tracer = self._new_tracer()
-        if self._attachment is not None:
-            self._attachment.tracer = self._tracer
+        self.controller = self._method.controller(self._notify)
+        if self.patch is not None:
+            self.patch.controller = self.controller
 
     @contextlib.contextmanager
     def decoding(self, prompt: bool = False) -> Iterator[None]:
@@ -168,16 +174,16 @@ class Run:
         ``prompt``: forwards that start a sequence, or that are ``generate``'s prompt step, too;
         held masks (``hold``) then serve the prompt too.  Raises ``AttachError`` when detached.
         """
-        attachment = self._attachment
-        if attachment is None or not attachment.installed:
+        patch = self.patch
+        if patch is None or not patch.installed:
             raise AttachError("decoding() needs an attached run: use it inside the with block")
-        attachment.forced_decode += 1
-        attachment.forced_prompt += prompt
+        patch.forced_decode += 1
+        patch.forced_prompt += prompt
         try:
             yield
         finally:
-            attachment.forced_decode -= 1
-            attachment.forced_prompt -= prompt
+            patch.forced_decode -= 1
+            patch.forced_prompt -= prompt
 
     def select(self) -> Masks:
         """The masks that the tokens observed so far give, compensation included; None: dense.
@@ -185,7 +191,8 @@ class Run:
         Changes nothing.  With masks of the user's own: those.  Raises ``AttachError`` when the
         configuration needs observed tokens and there are none.
         """
-        masks = self._given if self._given is not None else self._tracer.select()
+        fixed = self._method.fixed_masks
+        masks = fixed if fixed is not None else self.controller.select()
         if self.on_masks is not None:
             self.on_masks(sequence_masks(masks))
         return masks
@@ -195,8 +202,9 @@ class Run:
 
         Forgets all sequences, as ``reset`` does.
         """
-        choose = masks is None or self._tracer.selector.removes_nothing
-        self._given = self._first if choose else masks
+        choose = masks is None or self._method.selector.removes_nothing
+        masks = self._first_masks if choose else masks
+        self._method = replace(self._method, fixed_masks=masks)
         self.reset()
 
     def branch(self) -> None:
@@ -204,7 +212,7 @@ class Run:
 
         For several continuations of one prompt; a plain shorter cache means rolled-back tokens.
         """
-        self._tracer.branch()
+        self.controller.branch()
 
     def tokens_until_change(self) -> int | None:
         """Tokens that one decode forward may hold before the masks can change; None: no bound.
@@ -213,12 +221,12 @@ class Run:
         """
         if self._generating:
             raise AttachError("generate is running: it decides itself how long a forward is")
-        return self._tracer.tokens_until_change()
+        return self.controller.tokens_until_change()
 
     @property
     def phase(self) -> str:
         """Phase in which the newest forward ran: prefill, observe, pruned or released."""
-        return str(self._tracer.last_phase)
+        return str(self.controller.last_phase)
 
     def masks(self) -> dict[int, Tensor]:
         """Kept neuron ids per layer of the newest mask, [k] int64 on the host; none where dense.
@@ -232,54 +240,40 @@ class Run:
         }
 
     def _newest_masks(self) -> tuple[LayerMask | None, ...]:
-        if self._given is not None:
-            return self._given
-        return newest_masks(self._tracer.all_lives(), self._tracer.selector)
+        if self._method.fixed_masks is not None:
+            return self._method.fixed_masks
+        return newest_masks(self.controller.all_lives(), self.controller.selector)
 
     @property
     def remasks(self) -> tuple[Remask, ...]:
         """Every mask that was built, in order."""
-        return tuple(r for life in self._tracer.all_lives() for r in life.remasks)
+        return tuple(r for life in self.controller.all_lives() for r in life.remasks)
 
     @property
     def drift_checks(self) -> tuple[DriftCheck, ...]:
         """Every window that the drift detector completed, in order."""
         self._catch_up()
-        return tuple(self._tracer.checks)
+        return tuple(self.controller.checks)
 
     @property
     def _generating(self) -> bool:
-        return self._attachment is not None and self._attachment.loop is not None
+        return self.patch is not None and self.patch.loop is not None
 
     def _catch_up(self) -> None:
         """Account for the newest forward, unless ``generate`` may still roll it back."""
         if not self._generating:
-            self._tracer.flush()
+            self.controller.flush()
 
     def report(self) -> RunReport:
         """Accounting so far, in total and per sequence."""
         self._catch_up()
-        copies, steps = self._copies, self._steps
-        if self._attachment is not None:
-            copies, steps = self._attachment.nbytes(), self._attachment.steps
-        copies += known_bytes(self._layers, self._prior)
-        lives = list(self._tracer.all_lives())
-        return run_report(
-            lives,
-            Costs(self._layers, self._view.parameter_bytes, self.config.compensation),
-            effective_executor(self.executor, steps, lives),
-            copies,
-            USER_MASKS if self._by_hand else self.config.method,
-            self.config.target if self._tracer.selector.asks_total and not self._by_hand else None,
-            self._proxy_errors,
-        )
+        costs = self._costs if self.patch is None else _costs_of(self.patch)
+        return self._method.report(self._view, self.controller, self.executor, costs)
 
     @property
     def asks_for_pruning(self) -> bool:
         """False where nothing can be removed: sparsity 0, a table of ones, masks of everything."""
-        if self._given is not None:
-            return any(mask is not None for mask in self._given)
-        return not self._tracer.selector.removes_nothing
+        return not self._method.dense
 
     def export(self, folder: str | Path) -> Path:
         """Write the newest mask as a dense, narrower checkpoint that ``from_pretrained`` loads.
@@ -291,6 +285,10 @@ class Run:
 
         masks = plain_masks(self._newest_masks())
         return export(self.model, self._view.blocks, masks, Path(folder))
+
+
+def _costs_of(patch: ModelPatch) -> PatchCosts:
+    return PatchCosts(patch.nbytes(), patch.steps, patch.proxy_errors)
 
 
 def prune(

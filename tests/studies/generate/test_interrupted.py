@@ -201,7 +201,7 @@ def test_error_while_a_run_ends() -> None:
     def body() -> None:
         with run:
             generate(model, tokens(), 4)
-            run._tracer.flush = fail  # type: ignore[method-assign]
+            run.controller.flush = fail  # type: ignore[method-assign]
 
     with Same(model), pytest.raises(MemoryError):
         body()

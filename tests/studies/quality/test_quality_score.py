@@ -115,9 +115,9 @@ def test_told_the_moment_the_new_topic_begins_dense() -> None:
             kept = []
             for place in range(PROMPT - 1, len(ids) - 1):
                 if place == first:
-                    run._tracer.flush()
+                    run.controller.flush()
                     with torch.inference_mode(False):
-                        run._tracer.lives[-1].trigger("forced")
+                        run.controller.lives[-1].trigger("forced")
                 with run.decoding():
                     output = model(ids[None, place : place + 1], cache=output.cache)
                 kept.append(float(cross_entropy(output.logits[0, -1:], ids[None, place + 1])))

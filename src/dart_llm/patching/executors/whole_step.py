@@ -79,7 +79,7 @@ class StepDecoder(Protocol):
 
 
 class WholeStepForward:
-    """Takes decode steps over from the model; ``current``: the tracer of the run."""
+    """Takes decode steps over from the model; ``current``: the controller of the run."""
 
     def __init__(
         self, model: nn.Module, decoder: StepDecoder, current: Callable[[], PruningController]
@@ -92,10 +92,10 @@ class WholeStepForward:
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The root's forward."""
-        tracer = self.current()
-        plan = tracer.plan
+        controller = self.current()
+        plan = controller.plan
         masks = plan.masks[0] if len(plan.masks) == 1 else None
-        watched = plan.features and tracer.config.drift.signal != "hidden"
+        watched = plan.signal and controller.config.drift.signal != "hidden"
         if len(plan.masks) > 1 or watched or self._asks_for_more():
             return original(*args, **kwargs)
         call = read_call(kwargs, args, self.decoder.dtype, self.decoder.rows)
@@ -105,9 +105,9 @@ class WholeStepForward:
         logits, hidden = self.decoder.step(call, plan.observe)
         self.steps += 1
         if plan.observe:
-            self._observe(tracer)
-        if plan.features:
-            tracer.feature(hidden[:, None])
+            self._observe(controller)
+        if plan.signal:
+            controller.observe_signal(hidden[:, None])
         return as_output(logits, call.cache)
 
     def _asks_for_more(self) -> bool:
@@ -122,10 +122,10 @@ class WholeStepForward:
             or self.hooks.foreign()
         )
 
-    def _observe(self, tracer: PruningController) -> None:
-        stream = tracer.plan.stream
+    def _observe(self, controller: PruningController) -> None:
+        stream = controller.plan.stream
         u, h, z, x = (t[:, :, None].unbind(0) for t in self.decoder.observed(stream))
         parts = (u, h, z, x, z) if stream else (u, h)
-        tracer.observe_step(
+        controller.observe_step(
             {i: LayerObservation(*one) for i, one in enumerate(zip(*parts, strict=True))}
         )

@@ -232,10 +232,10 @@ class PromptRun(Run):
 
     def masks_at(self, config: PruneConfig) -> Masks:
         """The masks that ``config`` gives by what this run has observed."""
-        self._tracer.flush()
+        self.controller.flush()
         with torch.inference_mode(False):
-            evidence = self._tracer.lives[-1].evidence
-            return check_fits(config, self._layers).preview(evidence)
+            evidence = self.controller.lives[-1].evidence
+            return check_fits(config, self.layers).preview(evidence)
 
 
 @torch.inference_mode()
