@@ -11,18 +11,21 @@ KEEP ?=
 SETUP = PYTHON='$(PYTHON)' VENV='$(VENV)' scripts/setup.sh
 IN = OMP_WAIT_POLICY=PASSIVE '$(VENV)/bin/python' -m
 
-.PHONY: help setup setup-dev demo window reproduce browser test test-online lint format-check style types docs-check clean
+.PHONY: help setup setup-dev demo window reproduce browser test test-online lint format-check style types docs build clean
 
 help:
 	@echo "make demo    set up, fetch the default model (93 MB), prune it, show the result"
 	@echo "make window  set up, serve the default model on a free port and print the page's link;"
 	@echo "             ARGS='--open --sparsity 0.5' passes flags of dart-llm serve"
-	@echo "make test    set up and run the tests; ARGS='-k name' chooses"
+	@echo "make test    set up and run the tests, two at a time; ARGS='-k name' chooses, ARGS='-m full'"
+	@echo "             runs the whole product of methods, shapes and dtypes"
+	@echo "make docs    build the site into build/site, strictly; ARGS=serve shows it while you write"
+	@echo "make build   make a wheel and an sdist in build/dist, and try them in a clean environment"
 	@echo "make reproduce TABLE=name  make a published table again and compare; without TABLE: list all."
-	@echo "             TEXTS=folder or hub, DRY=1, SHORT=1, KEEP=1: docs/reproduce.md"
+	@echo "             TEXTS=folder or hub, DRY=1, SHORT=1, KEEP=1: docs/measurements.md"
 	@echo "make test-online  run the tests that need the hub: data sets and a model (about 1 GB)"
 	@echo "make setup   create the environment in $(VENV) and install dart-llm with its extras"
-	@echo "make lint    check format, style, types and docs"
+	@echo "make lint    check format, style and types"
 	@echo "make clean   remove the environment and caches; results stay"
 	@echo "Variables: PYTHON=python3.12 (default: python3), VENV=path (default: .venv)"
 
@@ -40,7 +43,7 @@ window: setup
 	@'$(VENV)/bin/dart-llm' serve --port 0 $(ARGS)
 
 reproduce: setup
-	@OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=2000 '$(VENV)/bin/python' scripts/reproduce.py $(TABLE) \
+	@OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=2000 '$(VENV)/bin/python' benchmarks/reproduce.py $(TABLE) \
 	  $(if $(TEXTS),--texts '$(TEXTS)') $(if $(DRY),--dry-run) $(if $(SHORT),--short) \
 	  $(if $(KEEP),--keep)
 
@@ -48,7 +51,7 @@ browser:
 	@scripts/browser.sh
 
 test: setup-dev
-	@$(IN) pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(IN) pytest -n 2 --dist loadfile $(ARGS)
 
 test-online: setup-dev
 	@DART_TEST_ONLINE=1 HF_HUB_OFFLINE=0 HF_DATASETS_OFFLINE=0 $(IN) pytest tests/models/test_online.py $(ARGS)
@@ -63,10 +66,14 @@ style: setup-dev
 types: setup-dev
 	@$(IN) mypy
 
-docs-check: setup-dev
-	@'$(VENV)/bin/python' scripts/check_docs.py
+docs: setup-dev
+	@'$(VENV)/bin/python' benchmarks/readme.py --check
+	@NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true '$(VENV)/bin/mkdocs' $(or $(ARGS),build) --strict
 
-lint: format-check style types docs-check
+build: setup-dev
+	@scripts/try_build.sh '$(VENV)/bin/python'
+
+lint: format-check style types
 
 clean:
 	@if [ -f '$(VENV)/.dart-llm-created' ]; then rm -rf '$(VENV)'; fi

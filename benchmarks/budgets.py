@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from common import load_model, parser, read_text, save
 
-from dart_llm.evaluation.perplexity import Scored, ratio_interval, score, slices
+from dart_llm.evaluation.perplexity import Scored, score, slices
+from dart_llm.experiments.stats import ratio_interval
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.session.run import Run
 
@@ -67,7 +68,7 @@ def main() -> None:
                         "remasks": report.remasks,
                         "perplexity": scored.perplexity,
                         "ratio_to_dense": scored.perplexity / dense.perplexity,
-                        "interval": ratio_interval(scored, dense),
+                        "interval": ratio_interval(scored.losses, dense.losses),
                         "gap_closed": 1 - (scored.mean_loss - dense.mean_loss) / gap,
                         **items(scored),
                     }

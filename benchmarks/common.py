@@ -12,7 +12,6 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.loading import load
 
 RESULTS = Path(os.environ.get("DART_KEPT_RESULTS") or Path(__file__).parent / "results")
-"""Where results files are written; scripts/reproduce.py sets another folder."""
+"""Where results files are written; reproduce.py sets another folder."""
 PLACES = ("--experiment-name", "--results-dir")
 """Options that say where results go."""
 
@@ -54,17 +53,6 @@ def read_text(path: str) -> tuple[str, dict[str, str]]:
 def read(path: Path) -> Any:
     """The content of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def finished(folder: Path, kind: str, kept: Sequence[str]) -> dict[str, Any]:
-    """The command of a run of ``dart-llm bench KIND`` and what is ``kept`` of its config.json.
-
-    Raises ``SystemExit`` when it is not complete.
-    """
-    config = read(folder / "config.json")
-    if (config["kind"], config["status"]) != (kind, "complete"):
-        raise SystemExit(f"{folder} is no finished run of dart-llm bench {kind}: finish it first")
-    return {"command": command(config["command"]), **{name: config.get(name) for name in kept}}
 
 
 def command(words: list[str]) -> str:

@@ -359,9 +359,9 @@ def campaign(place: Path, names: Sequence[str], args: argparse.Namespace) -> dic
 def import_everything() -> None:
     """What commands import, once, before they are forked; pictures are left out."""
     sys.modules["matplotlib"] = None  # type: ignore[assignment]  # they would take most of the time
-    jobs = "cli job measure_job compare_job drift_job serve_app"
-    ends = "stats compare_files report report_compare report_drift drift_plots"
-    for module in (*jobs.split(), *ends.split()):
+    studies = "generate.study evaluate.study sweep.study drift.study generate.report drift.report"
+    others = "cli.app server.app experiments.stats experiments.comparison_report"
+    for module in (*(f"studies.{name}" for name in studies.split()), *others.split()):
         importlib.import_module(f"dart_llm.{module}")
     importlib.import_module("scipy.stats")
     torch.set_num_threads(1)

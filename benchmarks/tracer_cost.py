@@ -45,12 +45,12 @@ def main() -> None:
             tracer.observe(layer, Seen(u, None, z, z + 1, z))
         tracer.observe_signal(torch.randn(1, 256, args.hidden))
         tracer.after_forward()
-    before = sum(life.nbytes() for life in tracer.all_lives())
+    before = sum(life.nbytes() for life in tracer.all_sequences())
     tracer.before_forward(Call(Kind.DECODE, args.prompt, 1, 1))
-    after = sum(life.nbytes() for life in tracer.all_lives())
+    after = sum(life.nbytes() for life in tracer.all_sequences())
     costs = Costs(weights, costs_total(args))
     token = costs.flops(None) + 2 * (costs_total(args) // 2 - costs.bytes(None) // 2)
-    kept = tracer.lives[0].remasks[0].kept
+    kept = tracer.sequences[0].remasks[0].kept
     compensates = config.compensation
     data = {
         "shapes": {"layers": args.layers, "hidden": args.hidden, "width": args.width},

@@ -1,7 +1,6 @@
 """Several prompts at once: they share one mask, or each row has its own."""
 
-from dart_llm.models.loading import load
-from dart_llm.session.run import prune
+from dart_llm import load, prune
 
 PROMPTS = [
     "Tides rise and fall because the moon",

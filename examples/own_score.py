@@ -2,14 +2,12 @@
 
 from torch import Tensor
 
+from dart_llm import load, prune
 from dart_llm.data import texts
 from dart_llm.evaluation.perplexity import score as measure
 from dart_llm.evaluation.perplexity import slices
-from dart_llm.models.loading import load
-from dart_llm.pruning.registry import SCORES
-from dart_llm.pruning.scores import score, squared
-from dart_llm.pruning.weights import FfnWeights
-from dart_llm.session.run import prune
+from dart_llm.extend import SCORES, FfnWeights, score
+from dart_llm.pruning.scores import squared
 
 
 @score(squared, "an example")

@@ -1,7 +1,6 @@
 """Prune a model while it generates, and say what was achieved."""
 
-from dart_llm.models.loading import load
-from dart_llm.session.run import prune
+from dart_llm import load, prune
 
 model, tokenizer = load("smollm2-135m")
 inputs = tokenizer("The sky is blue because", return_tensors="pt")

@@ -1,8 +1,6 @@
 """Watch masks change: a callback is called with every mask that is built."""
 
-from dart_llm.models.loading import load
-from dart_llm.pruning.records import Remask
-from dart_llm.session.run import prune
+from dart_llm import Remask, load, prune
 
 
 def show(remask: Remask) -> None:

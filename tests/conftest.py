@@ -1,9 +1,12 @@
-"""Settings that must precede the import of torch, and the real default model."""
+"""Settings that must precede torch, the list of promises, and the real default model."""
 
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two processes that spin stop each other
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,7 +17,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+HERE = Path(__file__).parent
+LISTED = (HERE / "contracts/README.md").read_text("utf-8")
+CONTRACTS = re.findall(r"^\* \*\*(.+?)\*\*", LISTED, re.M)
+"""The promises of contracts/README.md: none may be without a test."""
+
+COUNTED = pytest.StashKey[Counter[str]]()
+"""How many tests of each promise ran."""
 
 NOT_RUN = pytest.StashKey[list[str]]()
 """Commands of the documentation that the tests do not run, with the reason."""
@@ -22,10 +33,55 @@ NOT_RUN = pytest.StashKey[list[str]]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[NOT_RUN] = []
+    config.stash[COUNTED] = Counter()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The whole products run with ``-m full`` alone; reports carry the promises, xdist's too."""
+    if not config.option.markexpr:
+        whole = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=whole)
+        items[:] = [item for item in items if item not in set(whole)]
+    for item in items:
+        item.user_properties += [("contract", m.args[0]) for m in item.iter_markers("contract")]
+
+
+def _whole(config: pytest.Config) -> bool:
+    """Whether every test was asked for."""
+    everything = all(Path(arg).resolve() in (HERE, HERE.parent) for arg in config.args)
+    options = config.option
+    return everything and not (options.keyword or options.markexpr or options.maxfail)
+
+
+def _broken(config: pytest.Config) -> list[str]:
+    counted = config.stash[COUNTED] if _whole(config) else dict.fromkeys(CONTRACTS)
+    return [f"contract({name}): no test" for name in CONTRACTS if name not in counted]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """On the process that reports: a promise without a test fails the run."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or session.config.option.collectonly:
+        return
+    for report in reporter.stats.get("passed", []):
+        if report.when == "call":
+            names = {name for key, name in report.user_properties if key == "contract"}
+            session.config.stash[COUNTED].update(names)
+    if exitstatus == pytest.ExitCode.OK and _broken(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    lines = terminalreporter.config.stash[NOT_RUN]
+    config = terminalreporter.config
+    counted, broken = config.stash[COUNTED], _broken(config)
+    if counted or broken:
+        terminalreporter.section("contracts")
+        for name in sorted(counted):
+            terminalreporter.write_line(f"contract({name}): {counted[name]} tests")
+        for line in broken:
+            terminalreporter.write_line(line, red=True)
+    lines = config.stash[NOT_RUN]
     if lines:
         terminalreporter.section("commands of the documentation that are not run here")
         for line in lines:

@@ -244,7 +244,8 @@ def run_as(desk: Desk, script: str, variables: dict[str, str], place: Path) -> d
     assert done.returncode == 0, done.stderr
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        patch.setattr(job, "_write_pages", lambda job: None)
+        patch.setattr(job.RunStudy, "figures", lambda self: ())
+        patch.setattr(job.RunStudy, "write_page", lambda self: None)
         asked = desk.settings().model_dump(mode="json")
         run = CliRunner().invoke(app, ["run", *desk.recorded(), *SHORT, "--fresh", "--json"])
     assert run.exit_code == 0, run.exception

@@ -1,7 +1,4 @@
-"""Folders for what is kept; files named by all that decides them, whole or absent, checked when
-read.
-
-Files kept for the next time: named by all that decides them, whole or absent, checked when read.
+"""Folders for what is kept; files named by all that decides them, whole or absent.
 
 A kept file is ``<key>-<digest><suffix>``: ``key`` says what was asked for, ``digest`` what is in
 it.  One rename puts content and digest in place together, and the file stays what its suffix says.

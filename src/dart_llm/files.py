@@ -1,7 +1,4 @@
-"""Atomic writes; JSON, JSONL, CSV; numbers that JSON has not.
-
-JSONL files, one JSON object a line: reading them with errors that name the line, and adding.
-"""
+"""Files: whole or not at all; JSON, JSONL with errors that name the line, CSV, YAML."""
 
 from __future__ import annotations
 

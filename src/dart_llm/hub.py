@@ -1,7 +1,4 @@
-"""Folders for what is fetched; free space; one sentence per hub failure; progress bars.
-
-What the model hub's failures mean, in one sentence each, without any token.
-"""
+"""The model hub: one sentence per failure, without any token; sizes of downloads; progress bars."""
 
 from __future__ import annotations
 
@@ -181,8 +178,7 @@ def _http_status(causes: Iterable[BaseException]) -> int | None:
     return None
 
 
-# The size of a hub download against the free disk, before the download starts.
-
+# The size of a download against the free disk, before the download starts.
 
 logger = logging.getLogger("dart_llm")
 

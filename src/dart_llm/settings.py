@@ -1,22 +1,27 @@
-"""Option mixins shared by all studies and commands (model, pruning, study, task); merge of
-defaults < file < DART_* < flags.
-
-The settings that every command shares: model, pruning, results; and how sources are merged.
+"""Option mixins of all commands (model, pruning, study, task), and how their sources are merged.
 
 Order of precedence: defaults < file < ``DART_*`` environment < flags.  Every field is a flag of the
-same name in kebab case and ``DART_<FIELD>``.
+same name in kebab case and ``DART_<FIELD>``.  Where a class has several mixins, their fields come
+in the reversed order of the bases, as pydantic collects them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from dart_llm.errors import ConfigError
 from dart_llm.files import read_yaml
@@ -25,8 +30,6 @@ from dart_llm.pruning.config import PruneConfig, check_sparsity, first_problem, 
 from dart_llm.pruning.layer_table import parse_layer_spec, read_table
 from dart_llm.pruning.registry import METHODS, SCORES
 
-# What the settings of every command have in common, whatever they set.
-
 
 class Settings(BaseModel):
     """Frozen settings; a name that is none of them is an error that suggests the near one."""
@@ -34,7 +37,18 @@ class Settings(BaseModel):
     COMMAS: ClassVar[tuple[str, ...]] = ()
     """Texts with commas, which a YAML file may hold as lists."""
 
+    _notes: tuple[str, ...] = PrivateAttr(())
+
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _validated(cls, data: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        """Raises ``ConfigError`` for the first problem, as one sentence."""
+        try:
+            return validate(data)
+        except ValidationError as error:
+            raise ConfigError(_problem_text(error)) from None
 
     @model_validator(mode="before")
     @classmethod
@@ -49,6 +63,38 @@ class Settings(BaseModel):
         """The given values as the fields take them."""
         return {name: joined(v) if name in cls.COMMAS else v for name, v in data.items()}
 
+    def noted(self, changes: Mapping[str, Any], *notes: str) -> Self:
+        """A copy with ``changes`` that says why."""
+        copy = self.model_copy(update=dict(changes))
+        copy._notes = (*self._notes, *notes)
+        return copy
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the log says of the settings."""
+        return self._notes
+
+
+def setting(panel: str, text: str, default: Any = None, **bounds: Any) -> Any:
+    """One setting: the help panel that it belongs to, its help text, its default.
+
+    ``bounds``: of a number, as pydantic's ``Field`` takes them: ``ge=1``, ``lt=1``.
+    """
+    return Field(default, description=text, json_schema_extra={"panel": panel}, **bounds)
+
+
+_BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+
+
+def _problem_text(error: ValidationError) -> str:
+    """The first problem; a number out of bounds is named as the flag that sets it."""
+    problem = error.errors()[0]
+    for bound, words in _BOUNDS.items():
+        if bound in problem.get("ctx", {}):
+            value, limit = problem["input"], problem["ctx"][bound]
+            return f"{_flag(str(problem['loc'][0]))} {value} must be {words} {limit}"
+    return first_problem(error)
+
 
 def words(text: str | None) -> list[str]:
     """The parts between commas."""
@@ -60,14 +106,6 @@ def joined(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return ",".join(map(str, value))
     return str(value) if isinstance(value, int | float) else value
-
-
-def check_least(settings: BaseModel, least: Mapping[str, int]) -> None:
-    """Raises ``ConfigError`` for a number below its least value; None is not given."""
-    for name, bound in least.items():
-        value = getattr(settings, name)
-        if value is not None and value < bound:
-            raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least {bound}")
 
 
 def check_seed(seed: int) -> None:
@@ -94,34 +132,15 @@ def read_sparsities(name: str, text: str) -> tuple[float, ...]:
     return found
 
 
-# What a setting needs of others: a method that can honour it, or a switch that asks for it.
+# What a setting asks of others: a method that can honour it, or a switch.
 #
 # A setting that is given alone works under the defaults: where the default method cannot honour
-# it, the first of ``METHODS`` that can is taken, and the log says so.  A method that was named is
-# never replaced: then a setting that does not fit is an error.
+# it, the first of ``FITTING_METHODS`` that can is taken, and the log says so.  A method that was
+# named is never replaced: then a setting that does not fit is an error.
 
 
 FITTING_METHODS = ("dart", "dart-prompt", "griffin", "published")
 """In the order in which they are tried."""
-
-
-@dataclass(frozen=True)
-class Need:
-    """``problem``: why a configuration cannot honour the setting, "" when it can."""
-
-    setting: str
-    problem: Callable[[PruneConfig], str]
-
-
-def _decay(config: PruneConfig) -> str:
-    if config.score.ema_decay is None or config.target == 0:
-        return ""
-    why = SCORES.get(config.score.name).undecayed
-    return f'score "{config.score.name}" {why}: drop the ema_decay' if why else ""
-
-
-NEEDS = (Need("ema_decay", _decay),)
-"""What a method must be able to do.  Everything else that is set overrides its part of any."""
 
 IMPLIED: Mapping[str, tuple[str, str]] = {
     "ppl_subjects": ("ppl_datasets", "mmlu"),
@@ -139,38 +158,43 @@ SWITCHES: Mapping[str, str] = {
 
 
 def problem(config: PruneConfig) -> str:
-    """Why a configuration cannot honour all that it asks for, as one sentence; "" when it can."""
-    return next((found for need in NEEDS if (found := need.problem(config))), "")
+    """Why a configuration cannot honour its ema_decay, as one sentence; "" when it can.
+
+    Everything else that is set overrides its part of any method.
+    """
+    if config.score.ema_decay is None or config.target == 0:
+        return ""
+    why = SCORES.get(config.score.name).undecayed
+    return f'score "{config.score.name}" {why}: drop the ema_decay' if why else ""
 
 
 def check(config: PruneConfig) -> None:
     """Raise ``ConfigError`` for a configuration that asks for what it cannot honour."""
-    if found := problem(config):
-        raise ConfigError(f"{found}, or give another --ranking-method")
+    if sentence := problem(config):
+        raise ConfigError(f"{sentence}, or give another --ranking-method")
 
 
-def method_for(settings: Any) -> tuple[str, str]:
+def method_for(settings: PruningOptions) -> tuple[str, str]:
     """The method that honours ``settings``, and what the log says where it is not their own.
 
     Raises ``ConfigError`` where the one that was named, or every one, cannot.
     """
     own = settings.prune_config()
-    found = problem(own)
-    if not found:
+    sentence = problem(own)
+    if not sentence:
         return settings.method, ""
     able = next((config for config in _candidates(settings) if not problem(config)), None)
     if able is None:
-        raise ConfigError(found)
+        raise ConfigError(sentence)
     if "method" in settings.model_fields_set:
-        raise ConfigError(f"{found}, or leave the method out: {able.method} can")
-    flags = " and ".join(_flag(need.setting) for need in NEEDS if need.problem(own))
+        raise ConfigError(f"{sentence}, or leave the method out: {able.method} can")
     return able.method, (
-        f"{flags} is honoured by method {able.method} with score {able.score.name}: taken instead "
-        f"of {own.method}, whose {found.partition(':')[0]}"
+        f"--ema-decay is honoured by method {able.method} with score {able.score.name}: taken "
+        f"instead of {own.method}, whose {sentence.partition(':')[0]}"
     )
 
 
-def _candidates(settings: Any) -> Iterator[PruneConfig]:
+def _candidates(settings: PruningOptions) -> Iterator[PruneConfig]:
     for method in FITTING_METHODS:
         with contextlib.suppress(ConfigError):  # other settings do not fit this one
             yield settings.model_copy(update={"method": method}).prune_config()
@@ -211,16 +235,9 @@ RIVALS = (
 """Settings of which one source may give only one."""
 
 
-def setting(panel: str, text: str, default: Any = None) -> Any:
-    """One setting: the help panel that it belongs to, its help text, its default."""
-    return Field(default, description=text, json_schema_extra={"panel": panel})
+class ModelOptions(Settings):
+    """Which model, and how it is loaded."""
 
-
-class BaseSettings(Settings):
-    """What every command is asked: which model, how it is pruned, where results go."""
-
-    _notes: tuple[str, ...] = PrivateAttr(())
-    # model
     model: str = setting(
         "Model", "Hub id, local folder, .gguf file, or smollm2-135m.", "smollm2-135m"
     )
@@ -233,7 +250,11 @@ class BaseSettings(Settings):
     revision: str | None = setting("Model", "Branch, tag or commit of a hub model.")
     attn_implementation: str | None = setting("Model", "Attention kernel: eager, sdpa, ...")
     trust_remote_code: bool = setting("Model", "Run code that comes with the checkpoint.", False)
-    # pruning
+
+
+class PruningOptions(Settings):
+    """How the model is pruned."""
+
     method: str = setting("Pruning", "Preset; dart-llm methods lists them.", "dart")
     sparsity: float | None = setting("Pruning", "Fraction of FFN neurons to remove, e.g. 0.5.")
     total_prune_percent: float | None = setting(
@@ -261,22 +282,12 @@ class BaseSettings(Settings):
     drift: str | None = setting("Pruning", 'Drift rule: never, published, paper, "interval 64".')
     compensation: bool | None = setting("Pruning", "Add the removed neurons' mean contribution.")
     executor: str | None = setting("Pruning", "auto, masked, compact, native, slim or graph.")
-    # results
-    seed: int = setting("Results", "Seed of everything random.", 0)
-    experiment_name: str | None = setting("Results", "Default: <model>-<method>-<sparsity>.")
-    results_dir: str = setting("Results", "Folder for results.", "results")
-
-    @classmethod
-    def read(cls, data: Mapping[str, Any]) -> dict[str, Any]:
-        every = {k for k, v in data.items() if k.endswith("_max_samples") and v == "all"}
-        return super().read({k: v for k, v in data.items() if k not in every})
 
     @model_validator(mode="after")
-    def _check_shared(self) -> BaseSettings:
+    def _check_pruning(self) -> Self:
         METHODS.check(self.method)
         if self.sparsity is not None and self.total_prune_percent is not None:
             raise ConfigError("give --sparsity or --total-prune-percent, not both")
-        check_seed(self.seed)
         if self.masks and self.target_sparsity() is not None:
             raise ConfigError("--masks names the neurons themselves: drop the sparsity")
         if self.knowledge_drift is not None and self.drift is not None:
@@ -293,17 +304,6 @@ class BaseSettings(Settings):
         if not note:
             return self
         return self.noted({"method": method}, note)
-
-    def noted(self, changes: Mapping[str, Any], *notes: str) -> Self:
-        """A copy with ``changes`` that says why."""
-        found = self.model_copy(update=dict(changes))
-        found._notes = (*self._notes, *notes)
-        return found
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What the log says of the settings."""
-        return self._notes
 
     def target_sparsity(self) -> float | None:
         """The sparsity that was asked for, as a fraction; None when nothing was said."""
@@ -331,7 +331,7 @@ class BaseSettings(Settings):
             "min_evidence": self.min_evidence,
             "compensation": self.compensation,
             "executor": self.executor,
-            "seed": self.seed,
+            "seed": getattr(self, "seed", None),
         }
         parts: dict[str, dict[str, Any]] = {
             "score": {
@@ -364,6 +364,48 @@ class BaseSettings(Settings):
         if not self.knowledge_drift:
             return "never"
         return "paper" if rule == "never" else rule
+
+
+class StudyOptions(Settings):
+    """Where results go, and the seed of what is random in them."""
+
+    seed: int = setting("Results", "Seed of everything random.", 0)
+    experiment_name: str | None = setting("Results", "Default: <model>-<method>-<sparsity>.")
+    results_dir: str = setting("Results", "Folder for results.", "results")
+
+    @model_validator(mode="after")
+    def _check_seed(self) -> Self:
+        check_seed(self.seed)
+        return self
+
+    @property
+    def experiment(self) -> str:
+        """Name of the experiment's folder."""
+        raise NotImplementedError
+
+
+class TaskOptions(Settings):
+    """Which items of a task are measured, what methods calibrate on, who watches."""
+
+    limit: int | None = setting("Evaluation", "Items per task (default: all).", ge=1)
+    sample_seed: int | None = setting(
+        "Evaluation", "Choose the --limit items at random with this seed, not the first ones.", ge=0
+    )
+    calibration: str | None = setting(
+        "Evaluation",
+        "Text for methods that calibrate: a text or JSON-lines file (FILE#100: from row 100)"
+        " (default: c4 of the hub).",
+    )
+    tracker: str | None = setting("Results", "trackio, wandb, mlflow or tensorboard.")
+
+
+class BaseSettings(StudyOptions, PruningOptions, ModelOptions):
+    """Which model, how it is pruned, where results go; fields come in the order of that."""
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        every = {k for k, v in data.items() if k.endswith("_max_samples") and v == "all"}
+        return super().read({k: v for k, v in data.items() if k not in every})
 
     @property
     def experiment(self) -> str:
@@ -425,12 +467,9 @@ def merge(
         given = {key: value for key, value in source.items() if value is not None}
         beaten = {name for group in RIVALS if given.keys() & group for name in group}
         merged = {key: value for key, value in merged.items() if key not in beaten} | given
-    try:
-        found = kind.model_validate(merged)
-    except ValidationError as error:
-        raise ConfigError(first_problem(error)) from None
-    check_folder(getattr(found, "experiment_name", None))
-    return found.fitted() if isinstance(found, BaseSettings) else found
+    settings = kind.model_validate(merged)
+    check_folder(getattr(settings, "experiment_name", None))
+    return settings.fitted() if isinstance(settings, PruningOptions) else settings
 
 
 def check_folder(name: str | None) -> str | None:

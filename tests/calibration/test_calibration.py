@@ -11,15 +11,13 @@ from torch import Tensor
 
 from calibration_cases import WORDS, Letters
 from dart_llm.calibration import calibrate as calibration
-from dart_llm.calibration import self_text as own_text
 from dart_llm.calibration.calibrate import calibrate, observe
 from dart_llm.calibration.self_text import sample_sequences as write_sequences
-from dart_llm.models.fingerprint import fingerprint
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.session.prepare import PreparedMethod as Candidate
 from dart_llm.session.prepare import prepare
 from steps import Same, decode, forward_lengths, same_masks, shared_model
-from tiny import LAYERS, VOCAB, WIDTH, tiny, tokens
+from tiny import LAYERS, WIDTH, tiny, tokens
 
 SMALL = {"sequences": 10, "length": 16}
 
@@ -144,37 +142,6 @@ def test_other_weights_texts_and_damaged_files_are_calibrated_anew(
     assert run_calibration(tiny(), config(), text, tmp_path)[1] == []
 
 
-def test_the_fingerprint_tells_what_is_computed_with_the_same_weights() -> None:
-    model = tiny()
-    before = fingerprint(model)
-    model.config.use_cache, model.config.transformers_version = False, "6"
-    assert fingerprint(model) == before
-    for name, value in (("hidden_act", "relu"), ("rope_parameters", {"rope_theta": 5.0})):
-        other = tiny()
-        setattr(other.config, name, value)
-        assert fingerprint(other) != before, name
-
-
-def test_a_swap_of_neurons_changes_the_fingerprint() -> None:
-    model = tiny()
-    before = fingerprint(model)
-    assert fingerprint(tiny()) == before
-    assert fingerprint(tiny(dtype=torch.bfloat16)) != before
-    weight = model.model.layers[0].mlp.up_proj.weight
-    with torch.no_grad():
-        weight[[0, 1]] = weight[[1, 0]].clone()
-    assert fingerprint(model) != before
-
-
-def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, text: str) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    news: list[str] = []
-    found = calibrate(tiny(), Letters(), config(), text, str(blocked), news.append)
-    assert found.held is not None
-    assert any("not kept for the next time" in line for line in news)
-
-
 # what the model writes
 
 
@@ -202,18 +169,6 @@ def test_written_sequences_follow_the_model() -> None:
     free = write_sequences(Counting(), [], 50, 3, 0)
     assert set(free[:, 0].tolist()) == set(range(7))
     assert torch.equal(free[:, 1], (free[:, 0] + 1) % 7)
-
-
-def test_written_sequences_are_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = shared_model()
-    first = write_sequences(model, [1], 5, 12, 0)
-    assert first.shape == (5, 12) and bool((first[:, 0] == 1).all()) and int(first.max()) < VOCAB
-    torch.manual_seed(99)
-    assert torch.equal(write_sequences(model, [1], 5, 12, 0), first)
-    assert not torch.equal(write_sequences(model, [1], 5, 12, 1), first)
-    assert len({tuple(row) for row in first.tolist()}) == 5
-    monkeypatch.setattr(own_text, "WRITTEN", 2)
-    assert write_sequences(model, [1], 5, 12, 0).shape == (5, 12)
 
 
 # prepare
@@ -284,10 +239,3 @@ def test_glass_candidates_have_a_prior(tmp_path: Path) -> None:
         decode(plain.model, tokens(1, 40, seed=2), 36)
     held = 4 * LAYERS * WIDTH
     assert run.report().extra_memory_bytes == plain.report().extra_memory_bytes + held
-
-
-def test_quantised_candidates_are_dense_runs_of_a_copy(tmp_path: Path) -> None:
-    found = quiet(shared_model(), PruneConfig.build("dense-4bit"), None, tmp_path)
-    assert found.config is None and found.run() is None and found.label == "dense-4bit"
-    assert found.model is not shared_model() and found.facts["weight_bits"] == 4
-    assert "Q4_1" in found.notes[0]

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from dart_llm.calibration.learn import self_calibrate as learn
-from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.weights import FfnWeights
 from dart_llm.session.run import prune
 from prior_cases import (
@@ -20,12 +18,11 @@ from prior_cases import (
     attached,
     equal,
     files,
-    layers_of,
     learnt,
     tensors,
 )
 from steps import decode, forward_lengths, new_cache, same_masks, step
-from tiny import HIDDEN, LAYERS, WIDTH, tiny, tokens
+from tiny import tiny, tokens
 
 IDS = tokens(1, 30, seed=3)
 NO_TOKENIZER = "no tokenizer is at hand: the model's own text begins with its start token"
@@ -53,23 +50,6 @@ def test_a_model_learns_once(cache: Path) -> None:
     assert {path.suffix for path in files(cache)} == {".safetensors"}
     run = prune(model, CONFIG)
     assert forward_lengths(model, lambda: [run.attach().detach() for _ in range(2)]) == []
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"sparsity": 0.7},
-        {"prior": {"tokens": 5}},
-        {"skip_sinks": False},
-        {"budget": "uniform"},
-        {"drift": "interval 5"},
-        {"executor": "masked", "masking_step": 3},
-    ],
-)
-def test_what_does_not_change_what_is_learnt(changes: dict[str, Any]) -> None:
-    model = tiny()
-    attached(model)()
-    assert forward_lengths(model, attached(model, **changes)) == []
 
 
 @pytest.mark.parametrize(
@@ -140,42 +120,6 @@ def test_a_run_is_the_same_to_the_bit_whether_learnt_or_read(cache: Path) -> Non
     assert all(torch.equal(one, logits[0]) for one in logits)
 
 
-def test_a_damaged_file_is_learnt_anew(cache: Path) -> None:
-    attached(tiny())()
-    for path in files(cache):
-        path.write_bytes(path.read_bytes()[:-3])
-    model, again = tiny(), tiny()
-    assert forward_lengths(model, attached(model)) == ALL
-    assert forward_lengths(again, attached(again)) == []
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_dtype_is_part_of_the_weights(cache: Path, dtype: torch.dtype) -> None:
-    attached(tiny())()
-    model, again = tiny(dtype=dtype), tiny(dtype=dtype)
-    assert forward_lengths(model, attached(model)) == ALL
-    wanted = learnt(model, cache)
-    assert wanted[0].learnt.basis.dtype == dtype
-    assert wanted[0].learnt.curvature.dtype == torch.float32
-    assert equal(tensors(learnt(again, cache)), tensors(wanted))
-
-
-def test_other_weights_are_learnt_anew(cache: Path) -> None:
-    model = tiny()
-    first = tensors(learnt(model, cache))
-    with torch.no_grad():
-        before = float(model.model.layers[2].mlp.up_proj.weight[7, 3])
-        model.model.layers[2].mlp.up_proj.weight[7, 3] = 0.5
-    found: list[tuple[FfnWeights, ...]] = []
-    assert forward_lengths(model, lambda: found.append(learnt(model, cache))) == ALL
-    assert not equal(tensors(found[0]), first)
-    assert forward_lengths(model, lambda: learnt(model, cache)) == []
-    with torch.no_grad():
-        model.model.layers[2].mlp.up_proj.weight[7, 3] = before
-    assert forward_lengths(model, lambda: found.append(learnt(model, cache))) == []
-    assert equal(tensors(found[1]), first), "these weights were known"
-
-
 def test_a_run_made_before_the_weights_changed_learns_from_what_is_there() -> None:
     model, other = tiny(), tiny(seed=4)
     attached(model)()
@@ -200,18 +144,6 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     assert forward_lengths(model, lambda: learnt(model, blocked)) == []
 
 
-def test_what_is_told() -> None:
-    news: list[str] = []
-    config = CONFIG.replace({"prior": {"length": 40}})
-    learn(tiny(), config, layers_of(tiny()), None, news.append)
-    assert news == [
-        WHAT.format(40),
-        NO_TOKENIZER,
-        "the model writes text to learn from: 32 of 40 tokens",
-    ]
-    assert learn(tiny(), config, layers_of(tiny()), None, news.append) and len(news) == 3
-
-
 # nothing where nothing is needed
 
 
@@ -229,13 +161,6 @@ def test_nothing_is_learnt_where_nothing_is_chosen(cache: Path, settings: dict[s
     model, config = tiny(), CONFIG.replace({"sparsity": None})
     assert forward_lengths(model, attached(model, config, **settings)) == []
     assert files(cache) == []
-
-
-def test_without_a_prior_the_layers_are_passed_on(cache: Path) -> None:
-    model = tiny()
-    layers = layers_of(model)
-    assert learn(model, PruneConfig(sparsity=0.5), layers) == layers
-    assert forward_lengths(model, attached(model, PruneConfig(sparsity=0.5))) == []
 
 
 def test_masks_that_are_held_and_let_go() -> None:
@@ -258,13 +183,3 @@ def test_masks_that_are_held_and_let_go() -> None:
 
 
 # what it holds
-
-
-def test_bytes_of_what_was_learnt(cache: Path) -> None:
-    """The five sums and the curvature are float32, the basis is as the weights."""
-    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
-        found = learnt(tiny(dtype=dtype), cache)
-        floats = 3 * WIDTH + 8 + 8 * 8 + WIDTH * 8
-        assert [layer.learnt.nbytes() for layer in found] == [
-            4 * floats + size * 8 * HIDDEN
-        ] * LAYERS

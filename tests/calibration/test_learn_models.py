@@ -15,8 +15,8 @@ from dart_llm.errors import AttachError, ConfigError, DartError
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.session.run import prune
 from prior_cases import CONFIG, PARTS, attached, equal, files, learnt, tensors
-from steps import CACHE, Same, decode, forward_lengths, new_cache, same_masks, shared_model
-from tiny import HIDDEN, tiny, tokens
+from steps import CACHE, Same, decode, forward_lengths, new_cache, same_masks
+from tiny import tiny, tokens
 
 IDS = tokens(1, 30, seed=3)
 
@@ -50,7 +50,7 @@ def test_modes_of_the_caller(cache: Path, mode: Callable[[], Any]) -> None:
     assert len(files(cache)) == PARTS
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bloom"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
 def test_a_training_model_goes_on_training(name: str) -> None:
     """Dropout neither draws from the user's random numbers nor enters what is learnt."""
     model, calm = tiny(name).train(), tiny(name)
@@ -63,16 +63,8 @@ def test_a_training_model_goes_on_training(name: str) -> None:
     assert forward_lengths(calm, attached(calm)) == [], "the same was learnt as by a calm model"
 
 
-def test_random_numbers_of_the_user_are_not_drawn() -> None:
-    model = tiny("gpt2")
-    torch.manual_seed(5)
-    wanted = torch.rand(3)
-    torch.manual_seed(5)
-    attached(model)()
-    assert torch.equal(torch.rand(3), wanted)
-
-
-@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "falcon", "opt"])
+@pytest.mark.contract("exact restore")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
 def test_the_model_is_left_as_it_was(name: str) -> None:
     model = tiny(name)
     with Same(model):
@@ -121,11 +113,6 @@ def test_models_that_accelerate_has_hooked() -> None:
     assert same_masks(list(run.masks().values()), list(wanted.masks().values()))
 
 
-def test_a_rank_beyond_the_hidden_size(cache: Path) -> None:
-    found = learnt(tiny(), cache, CONFIG.replace({"compensation_rank": 1000}))
-    assert {tuple(layer.learnt.basis.shape) for layer in found} == {(HIDDEN, HIDDEN)}
-
-
 def test_another_default_dtype() -> None:
     model, masks = tiny(), []
     try:
@@ -167,11 +154,6 @@ def test_weights_made_in_inference_mode_are_refused() -> None:
         prune(model, CONFIG).attach()
     with prune(model, "griffin", sparsity=0.5):
         decode(model, IDS, 20)
-
-
-def test_a_decoder_without_a_head_is_refused() -> None:
-    with pytest.raises(ConfigError, match="LlamaModel has no language-model head"):
-        prune(shared_model().model, CONFIG).attach()
 
 
 @pytest.mark.parametrize("where", ["lm_head", "model.layers.1.mlp.down_proj"])

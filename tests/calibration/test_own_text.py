@@ -16,7 +16,6 @@ from dart_llm.calibration.self_text import sample_sequences as write_sequences
 from dart_llm.data import texts
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.models.checkpoint import remember_tokenizer, tokenizer_of
-from dart_llm.models.loading import load
 from steps import shared_model
 from tiny import VOCAB, tiny
 from tiny_gpt2 import write_gpt2
@@ -73,14 +72,6 @@ def test_temperature_sharpens_the_chances() -> None:
 def test_top_p_always_holds() -> None:
     found = _gone_on(Fixed(0.4, 0.3, 0.2, 0.1), 3, 4000, 3, top_p=0.6)
     assert _shares(found[:, 1:]) == pytest.approx([4 / 7, 3 / 7, 0, 0], abs=0.02)
-
-
-def test_what_is_given_stays_and_what_is_long_enough_is_the_answer() -> None:
-    model, ids = Fixed(0.4, 0.3, 0.2, 0.1), torch.tensor([[1, 2, 3], [3, 0, 0]])
-    generator = torch.Generator().manual_seed(0)
-    found = go_on(model, ids, 6, generator, lambda text: None)
-    assert found.shape == (2, 6) and torch.equal(found[:, :3], ids)
-    assert torch.equal(go_on(model, ids, 3, generator, lambda text: None), ids)
 
 
 def test_sequences_begin_with_the_start_or_with_any_token() -> None:
@@ -192,15 +183,6 @@ def test_no_openings() -> None:
     assert opening_ids(_with_tokenizer(beyond), 1, 10) is None, "an id that the model has not"
 
 
-def test_the_tokenizer_of_a_model() -> None:
-    """Remembered for that model alone, or read from the folder that the model was read from."""
-    model, tokenizer = tiny(), Letters()
-    assert tokenizer_of(model) is None
-    remember_tokenizer(model, tokenizer)
-    assert tokenizer_of(model) is tokenizer
-    assert tokenizer_of(tiny()) is None
-
-
 def test_a_tokenizer_is_read_from_where_the_model_came_from(tmp_path: Path) -> None:
     folder = write_gpt2(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -212,8 +194,3 @@ def test_a_tokenizer_is_read_from_where_the_model_came_from(tmp_path: Path) -> N
     other = AutoModelForCausalLM.from_pretrained(folder)
     other.name_or_path = str(tmp_path / "elsewhere")
     assert tokenizer_of(other) is None
-
-
-def test_loading_a_model_remembers_its_tokenizer(tmp_path: Path) -> None:
-    model, tokenizer = load(write_gpt2(tmp_path / "model"), dtype="float32", device="cpu")
-    assert tokenizer_of(model) is tokenizer

@@ -16,8 +16,6 @@ import pytest
 from rich.console import Console
 
 from chat_cases import say, settings
-from dart_llm.cli import chat as chat_commands
-from dart_llm.cli import chat as chat_module
 from dart_llm.cli.chat import (
     HELP,
     MORE,
@@ -35,7 +33,6 @@ from dart_llm.data.prompts import chat_ids, chat_text
 from dart_llm.engine.engine import Engine
 from dart_llm.engine.events import Token
 from dart_llm.errors import ConfigError, UnknownName
-from dart_llm.pruning.registry import METHODS
 from dart_llm.reporting.console import Ui
 from engine_cases import ask, half, own_model, tokenizer
 from steps import Same
@@ -68,7 +65,7 @@ def test_a_conversation(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_settings_change_while_talking(chat: Chat) -> None:
     first = ("Why?", "/sparsity 0.25", "And?", "/sparsity 75%", "And?", "/method dense", "And?")
-    say(chat, *first, "/method dart-prompt", "And?", "/drift interval 4", "And?")
+    say(chat, *first, "/method dart-prompt", "And?")
     shares = [(turn.settings["method"], turn.settings["sparsity"]) for turn in chat.turns]
     assert shares == [
         ("griffin", 0.5),
@@ -76,10 +73,8 @@ def test_settings_change_while_talking(chat: Chat) -> None:
         ("griffin", 0.75),
         ("dense", 0.0),
         ("dart-prompt", 0.75),
-        ("dart-prompt", 0.75),
     ]
     assert [turn.result.report.method for turn in chat.turns] == [method for method, _ in shares]
-    assert chat.turns[-1].settings["drift"] == "interval 4"
     fourth = chat.turns[3]
     assert fourth.result.usage.cached_tokens == 0  # read anew under other settings
     ids = chat_ids(tokenizer(), [*chat.messages[:6], {"role": "user", "content": "And?"}])
@@ -94,7 +89,7 @@ def test_settings_change_while_talking(chat: Chat) -> None:
         ("/sparsity 1", "ConfigError", r"must lie in [0, 1)"),
         ("/method drat", "UnknownName", "did you mean dart"),
         ("/method dense-4bit", "ConfigError", "weights of 4 bits"),
-        ("/drift soon", "UnknownName", "soon"),
+        ("/drift never", "UnknownName", "unknown command '/drift'"),
         ("/stats", "ConfigError", "there is no answer yet"),
         ("/save", "ConfigError", "name a file"),
         ("/save /nowhere/at/all.md", "ConfigError", "cannot write /nowhere/at/all.md: No such"),
@@ -111,31 +106,22 @@ def test_what_cannot_be_done_is_one_sentence(chat: Chat, line: str, kind: str, w
     assert len(chat.turns) == 1
 
 
-def test_dense_has_no_sparsity(chat: Chat) -> None:
+def test_the_sparsity_is_remembered_while_the_method_is_dense(chat: Chat) -> None:
     ui = say(chat, "/method dense", "/sparsity 0.5", "/method griffin")
     assert ui.log == [
         "dense: nothing is removed",
         "ConfigError: method dense removes nothing: choose another one by /method",
         "griffin: 50% of the FFN neurons removed, drift rule never",
     ]
-
-
-def test_a_sparsity_of_0_is_remembered_too(chat: Chat) -> None:
     ui = say(chat, "/sparsity 0", "/method dense", "/method griffin")
     assert ui.log[-1] == "griffin: 0% of the FFN neurons removed, drift rule never"
 
 
-def test_help_names_every_command(chat: Chat) -> None:
-    ui = say(chat, "/help")
-    assert [line.split()[0] for line in ui.log[: len(HELP)]] == [name.split()[0] for name in HELP]
-    known = set(Commands(chat, ui)._known)
-    assert known == {name.split()[0][1:] for name in HELP} | {"exit"}
-
-
-def test_leaving(chat: Chat) -> None:
-    for word in ("/quit", "/exit"):
-        say(chat, word, "Why?")
-        assert not chat.turns
+def test_help_and_leaving(chat: Chat) -> None:
+    told = say(chat, "/help", "/quit", "Why?").log
+    names = ["/sparsity", "/method", "/stats", "/save", "/reset", "/help", "/quit"]
+    assert [line.split()[0] for line in told[: len(HELP)]] == names
+    assert not chat.turns
 
 
 def test_stats(chat: Chat) -> None:
@@ -356,19 +342,11 @@ def test_an_answer_that_goes_round_in_circles(chat: Chat) -> None:
     assert hint((*round_ * 10, 1)) == ""
 
 
-def test_a_method_that_learns_for_long_says_so_first(
-    chat: Chat, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(chat_commands, "LONG", 1e-9)
-    assert chat.seconds_to_learn("static") == 0
-    part = METHODS.get("glass").calibration
-    assert part is not None
-    seconds = chat.seconds_to_learn("glass")
-    tokens = part.sequences * part.length * chat_module.OWN_TEXT
-    assert 1e-6 < seconds / tokens < 1  # a token of a tiny model
-    assert not chat.turns  # it was no answer of the conversation
-    ui = say(chat, "/method glass", "/method griffin", "/method glass")
-    told = [line for line in ui.log if line.startswith("glass learns first")]
-    assert len(told) == 1 and ui.log.index(told[0]) == 0
-    assert "Ctrl-C stops it" in told[0]
+def test_a_method_that_learns_says_so_the_first_time(chat: Chat) -> None:
+    ui = say(chat, "/method glass", "/method griffin", "/method glass", "/method")
+    told = [line for line in ui.log if "learns first" in line]
+    assert told == [
+        "glass learns first, unless an earlier time kept what it needs; Ctrl-C stops it"
+    ]
+    assert ui.log.index(told[0]) == 0
     assert [line for line in ui.log if line.startswith("glass: 50% of")] != []

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,22 +80,17 @@ def test_the_leak_is_said():
     assert rows(done.json)[0]["measurement"]["protocol"] == "published"
 
 
-def test_limit_takes_the_first_items_and_sample_seed_draws_them():
-    def chosen(*flags: object) -> list[str]:
+def test_which_items_and_examples():
+    def asked(*flags: object) -> Any:
         command = eval_command("--tasks", "tiny_choice", *GRIFFIN, *flags, "--json", "--fresh")
-        return ids(call(*command).json)
+        return call(*command).json
 
-    assert chosen("--limit", 2) == ["tiny_choice/0", "tiny_choice/1"]
-    drawn = [chosen("--limit", 2, "--sample-seed", seed) for seed in (0, 1, 2, 3, 1)]
+    assert ids(asked("--limit", 2)) == ["tiny_choice/0", "tiny_choice/1"]
+    drawn = [ids(asked("--limit", 2, "--sample-seed", seed)) for seed in (0, 1, 2, 3, 1)]
     assert drawn[1] == drawn[4]
     assert len({tuple(one) for one in drawn}) > 1
-    assert len(chosen()) == len(QUESTIONS)
-
-
-def test_num_fewshot():
-    found = call(
-        *eval_command("--tasks", "tiny_choice", *GRIFFIN, "--num-fewshot", 1, "--json")
-    ).json
+    assert len(ids(asked())) == len(QUESTIONS)
+    found = asked("--num-fewshot", 1)
     context = samples(found)[0]["arguments"][0][0]
     assert context.startswith(f"q: {EXAMPLES[0]['question']}\na: ice\n\n")
     direct = measured(candidate("griffin"), "tiny_choice", options(num_fewshot=1))
@@ -111,11 +103,6 @@ def test_apply_chat_template():
     assert samples(found)[0]["arguments"][0][0].startswith("[user] q: ")
     other = call(*command, "--no-apply-chat-template").json
     assert samples(other)[0]["arguments"][0][0].startswith("q: ")
-    refused = call(*eval_command("--tasks", "tiny_choice", "--apply-chat-template"))
-    assert (refused.code, refused.err.splitlines()[-1]) == (
-        2,
-        "ConfigError: this model's tokenizer has no chat template: drop --apply-chat-template",
-    )
 
 
 def test_log_samples_can_be_switched_off():
@@ -167,6 +154,10 @@ def test_summarize(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (
+            ["--tasks", "tiny_choice", "--apply-chat-template"],
+            ["this model's tokenizer has no chat template: drop --apply-chat-template"],
+        ),
         (["--tasks", "tiny_choise"], ["unknown task 'tiny_choise'", "tiny_choice"]),
         (["--tasks", "tiny_lost"], ["tiny_lost.jsonl", "correct the task file"]),
         (["--tasks", "openbookqa"], ["openbookqa", "--include-path"]),
@@ -185,30 +176,11 @@ def test_bad_input_is_one_sentence_and_exit_code_2(flags, words):
         assert word in done.err
 
 
-def test_the_real_command(tmp_path):
-    def real(*arguments: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "dart_llm", *map(str, arguments)],
-            env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            timeout=300,
-            check=False,
-        )
-
-    done = real(*eval_command("--tasks", "tiny_letters,tiny_lost", *GRIFFIN, "--json"))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("LoadError: ")
-    assert "tiny_lost.jsonl" in done.stderr
+def test_what_was_measured_before_a_failure_is_kept(tmp_path):
+    done = call(*eval_command("--tasks", "tiny_letters,tiny_lost", *GRIFFIN, "--json"))
+    assert (done.code, done.out) == (2, "")
+    assert done.err.count("\n") == 1 and done.err.startswith("LoadError: ")
     (folder,) = (tmp_path / "results").glob("*/*")
     assert json.loads((folder / "config.json").read_text())["status"] == "failed"
     kept = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     assert [row["measurement"]["task"] for row in kept] == ["tiny_letters"]
-    works = real(*eval_command("--tasks", "tiny_letters,tiny_write", *GRIFFIN, "--json"))
-    assert (works.returncode, works.stderr) == (0, "")
-    found = json.loads(works.stdout)
-    assert found["results"] == {
-        "tiny_letters": kept[0]["measurement"]["metrics"],
-        "tiny_write": {"exact_match": 0.0},
-    }

@@ -1,24 +1,22 @@
-"""``dart-llm prompts``: generate, list and show, on an application that holds nothing else."""
+"""``dart-llm prompts``: generate, list and show."""
 
 from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
-from dart_llm.cli import app as cli
-from dart_llm.cli import info as cli_prompts
+from dart_llm.cli.app import app
+from dart_llm.cli.commands import COMMANDS
 from dart_llm.data import passages as drift_passages
 from dart_llm.data import topic_prompts as drift_prompts
 from dart_llm.errors import ConfigError, DartError, ResultsError, UnknownName
+from lm_cases import call
 
 ONTOLOGY = """\
 domains:
@@ -29,15 +27,8 @@ templates:
 """
 
 
-def application() -> typer.Typer:
-    app = typer.Typer()
-    app.callback()(lambda: None)
-    cli_prompts.register(app)
-    return app
-
-
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(application(), ["prompts", *map(str, arguments)])
+    return CliRunner().invoke(app, ["prompts", *map(str, arguments)])
 
 
 def done(*arguments: object) -> Result:
@@ -207,20 +198,15 @@ def test_errors(
     problem: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     result = run(*arguments)
     assert type(result.exception) is kind
     assert re.search(problem, str(result.exception))
     # The same through the real entry point: one sentence on stderr and exit code 2.
-    monkeypatch.setattr(cli, "app", application())
-    monkeypatch.setattr(sys, "argv", ["dart-llm", "prompts", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        cli.run()
-    assert end.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err == f"{kind.__name__}: {result.exception}\n"
+    end = call("prompts", *arguments)
+    assert (end.code, end.out) == (2, "")
+    assert end.err == f"{kind.__name__}: {result.exception}\n"
 
 
 @pytest.mark.parametrize("command", ["generate", "list", "show"])
@@ -232,12 +218,8 @@ def test_examples_in_the_help_work(
         ONTOLOGY.partition("templates")[0].replace("singular: [the", "singular: [a, b, the")
     )
     done("generate", 5, "--out", "prompts.jsonl")
-    functions: dict[str, Callable[..., None]] = {
-        "generate": cli_prompts.generate,
-        "list": cli_prompts.list_,
-        "show": cli_prompts.show,
-    }
-    examples = re.findall(r"^ *dart-llm prompts (.+)$", functions[command].__doc__ or "", re.M)
+    (entry,) = [one for one in COMMANDS if one.name == f"prompts {command}"]
+    examples = [example.removeprefix("dart-llm prompts ") for example in entry.examples]
     assert len(examples) >= 2
     text = done(command, "--help").stdout
     for example in examples:

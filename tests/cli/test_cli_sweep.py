@@ -131,10 +131,9 @@ def test_a_sweep_from_a_file_with_flags_on_top(tmp_path):
     assert results(folder)[0]["cell"]["options"]["prompt_tokens"] == 48
 
 
-@pytest.mark.parametrize("command", ["sweep", "compare"])
-def test_a_curve_over_layers(command, tmp_path):
+def test_a_curve_over_layers(tmp_path):
     flags = ("--methods", "griffin", "--layers", "each", "--keep", "0.5", "--json")
-    done = call(*on_model(command, *flags, results=tmp_path))
+    done = call(*on_model("sweep", *flags, results=tmp_path))
     assert (done.code, done.err) == (0, "")
     rows = results(Path(done.json["folder"]))
     assert [row["cell"]["layers"] for row in rows] == ["", "0", "1", "2", "3"]
@@ -148,12 +147,11 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(tmp_path):
     flags = ("--methods", "dense,griffin", "--sparsities", "0.3,0.5", "--dry-run")
     done = call(*on_model("sweep", *flags, results=tmp_path / "none"))
     assert (done.code, done.err) == (0, "")
-    for word in ("3 cells: 0 finished, 3 to do", "download: nothing", "disk: about", "time: about"):
+    for word in ("3 cells: 0 finished, 3 to do", "download: nothing", "disk: about"):
         assert word in done.out
     plan = call(*on_model("sweep", *flags, "--json", results=tmp_path / "none")).json
     assert [row["label"] for row in plan["rows"]] == ["dense", "griffin@0.3", "griffin@0.5"]
     assert {row["status"] for row in plan["rows"]} == {"to do"}
-    assert plan["seconds"] > 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -182,12 +180,6 @@ def test_a_cell_that_fails_leaves_the_others(tmp_path):
     assert again.code == 2
 
 
-def test_a_model_that_does_not_exist_fails_every_cell(tmp_path):
-    done = call(*on_model("sweep", "--models", "no/such/folder", "--json", results=tmp_path))
-    assert done.code == 2 and done.err.count("\n") == 1 and "no/such/folder" in done.err
-    assert [row["status"] for row in done.json["rows"]] == ["failed", "failed"]
-
-
 def test_compare_always_measures_what_it_compares_against(tmp_path):
     flags = ("--methods", "static", "--sparsities", "0.5", "--json")
     rows = call(*on_model("compare", *flags, results=tmp_path)).json["rows"]
@@ -214,12 +206,6 @@ def test_a_calibration_text_is_never_evaluated(tmp_path):
     assert not list(tmp_path.glob("*/*/results.jsonl"))
     works = compared("--methods", "griffin", "--calibration", "text.txt")
     assert works.code == 0, works.err  # griffin reads none
-
-
-def test_a_sweep_stays_in_the_results_folder(tmp_path):
-    place = ("--results-dir", tmp_path, "--experiment-name", "../x")
-    refused = call("sweep", "--tasks", "perplexity:embedded", "--dry-run", *place)
-    assert refused.code == 2 and "../x leaves the results folder" in refused.err
 
 
 def test_results_lists_filters_and_tabulates(tmp_path):
@@ -273,6 +259,7 @@ def read_table(folder: Path, *flags: object) -> dict[str, list[dict[str, str]]]:
         (["--keep", "0.5"], "layers"),
         (["--limit", "0"], "limit = 0 must be 1 or more"),
         (["--engine", "rya"], "ray"),
+        (["--experiment-name", "../x"], "../x leaves the results folder"),
         (["--tasks", "perplexity:nowhere.txt"], "nowhere.txt"),
         (["--tasks", "perplexity:"], 'no text ""'),
         (["--tasks", "summarize:nowhere.jsonl"], 'no documents "nowhere.jsonl"'),

@@ -111,8 +111,10 @@ VALUES: dict[str, tuple[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("way", ["edited", "in front", "exported"])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("script", "way"),
+    [(EXPERIMENT, "edited"), (DRIFT, "in front"), (EXPERIMENT, "exported"), (DRIFT, "edited")],
+)
 def test_every_variable_arrives_in_each_way(desk: Desk, script: str, way: str) -> None:
     assert set(VALUES) == set(VARIABLES)
     values = {name: value for name, (value, _) in VALUES.items()}
@@ -130,12 +132,13 @@ def test_every_variable_arrives_in_each_way(desk: Desk, script: str, way: str) -
     assert {name: found[name] for name in expected} == expected
 
 
-def test_prompt_arrives_unchanged(desk: Desk) -> None:
-    assert desk.run(DRIFT, CUSTOM_PROMPT_TEXT=HARD_PROMPT).returncode == 0
-    assert desk.settings().custom_prompt_text == HARD_PROMPT
+@pytest.mark.parametrize("prompt", [HARD_PROMPT, "two  words"])
+def test_a_prompt_arrives_unchanged(desk: Desk, prompt: str) -> None:
+    assert desk.run(DRIFT, CUSTOM_PROMPT_TEXT=prompt).returncode == 0
+    assert desk.settings().custom_prompt_text == prompt
 
 
-def test_prompt_on_a_line_of_its_own_in_the_file(desk: Desk) -> None:
+def test_a_prompt_on_a_line_of_its_own_in_the_file(desk: Desk) -> None:
     path = desk.script(EXPERIMENT)
     line = "CUSTOM_PROMPT_TEXT='\"It\" costs $5, `not` {6}'\nset -euo"
     path.write_text(path.read_text().replace("set -euo", line, 1))
@@ -162,28 +165,17 @@ def test_lists_take_spaces_or_commas(desk: Desk, value: str, expected: str) -> N
     assert [found[name.lower()] for name in LISTS] == [expected] * len(LISTS)
 
 
-def test_lists_of_spaces_alone_are_not_given(desk: Desk) -> None:
-    assert desk.run(EXPERIMENT, MMLU_DATASETS="  ", PPL_SUBJECTS=" ").returncode == 0
-    assert not any(part.startswith(("--mmlu-d", "--ppl-subj")) for part in desk.recorded())
-
-
-def test_a_prompt_keeps_its_spaces(desk: Desk) -> None:
-    assert desk.run(EXPERIMENT, CUSTOM_PROMPT_TEXT="two  words", GENERATION="3").returncode == 0
-    assert desk.settings().custom_prompt_text == "two  words"
-
-
-@pytest.mark.parametrize("word", ["true", "TRUE", "True", "1", "yes", "Yes"])
-def test_words_for_true(desk: Desk, word: str) -> None:
-    assert desk.run(EXPERIMENT, EVAL_PERPLEXITY=word, VERBOSE=word).returncode == 0
-    found = desk.settings()
-    assert found.eval_perplexity is True and found.verbose is True
-
-
-@pytest.mark.parametrize("word", ["false", "FALSE", "False", "0", "no", "No"])
-def test_words_for_false(desk: Desk, word: str) -> None:
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        *[(word, True) for word in ("true", "TRUE", "True", "1", "yes", "Yes")],
+        *[(word, False) for word in ("false", "FALSE", "False", "0", "no", "No")],
+    ],
+)
+def test_words_for_true_and_false(desk: Desk, word: str, value: bool) -> None:
     assert desk.run(DRIFT, KNOWLEDGE_DRIFT=word, EVAL_PERPLEXITY=word).returncode == 0
     found = desk.settings()
-    assert found.knowledge_drift is False and found.eval_perplexity is False
+    assert found.knowledge_drift is value and found.eval_perplexity is value
 
 
 @pytest.mark.parametrize("word", ["maybe", "on", "2", " true", "$(id)"])
@@ -204,17 +196,15 @@ def test_an_empty_variable_is_one_that_is_not_given(desk: Desk, script: str) -> 
     assert desk.run(script, **dict.fromkeys(VARIABLES, "")).returncode == 0
     assert desk.recorded() == expected
     assert not any(part.endswith("=") for part in expected)
-
-
-def test_a_variable_that_is_edited_out_is_not_given(desk: Desk) -> None:
-    path = desk.script(DRIFT)
+    assert desk.run(script, MMLU_DATASETS="  ", PPL_SUBJECTS=" ").returncode == 0
+    assert not any(part.startswith(("--mmlu-d", "--ppl-subj")) for part in desk.recorded())
+    path = desk.script(script)
     path.write_text(re.sub(r"^: .*\n", "", path.read_text(), flags=re.MULTILINE))
-    assert desk.run(DRIFT).returncode == 0
+    assert desk.run(script).returncode == 0
     assert desk.recorded() == []
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 130])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(("script", "code"), [(EXPERIMENT, 2), (DRIFT, 130), (DRIFT, 0)])
 def test_exit_code_is_that_of_dart_llm(desk: Desk, script: str, code: int) -> None:
     assert desk.run(script, STUB_EXIT=str(code)).returncode == code
 

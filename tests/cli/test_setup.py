@@ -139,21 +139,14 @@ def test_another_python_than_the_environment_has_is_refused(project: Project) ->
     )
 
 
-def test_make_demo_sets_up_and_says_what_is_next(project: Project) -> None:
-    project.call("scripts/setup.sh")
-    command = project.root / ".venv/bin/dart-llm"
-    command.write_text('#!/bin/sh\necho "demo: $*"\n')
-    command.chmod(0o755)
-    done = project.call("make", "demo")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "demo: demo\nnext: . .venv/bin/activate\n"
-
-
-def test_make_window_serves_on_a_free_port(project: Project) -> None:
+def test_make_runs_the_program_of_the_environment(project: Project) -> None:
     project.call("scripts/setup.sh")
     command = project.root / ".venv/bin/dart-llm"
     command.write_text('#!/bin/sh\necho "ran: $*"\n')
     command.chmod(0o755)
+    done = project.call("make", "demo")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "ran: demo\nnext: . .venv/bin/activate\n"
     done = project.call("make", "window", "ARGS=--sparsity 0.5")
     assert (done.returncode, done.stdout) == (0, "ran: serve --port 0 --sparsity 0.5\n")
 
@@ -223,11 +216,12 @@ STAGES = {
     "lint": "style",
     "types": "types",
     "tests": "test",
-    "docs": "docs-check",
+    "docs": "docs",
+    "build": "build",
 }
 
 
-@pytest.mark.parametrize("failing", [None, *STAGES])
+@pytest.mark.parametrize("failing", [None, "set-up", "types", "docs"])
 def test_ci_stops_at_the_first_failure(project: Project, failing: str | None) -> None:
     project.program("make", FAKE_MAKE)
     done = project.call("bash", ".ci/run", FAILS=STAGES.get(failing or "", ""))
@@ -245,4 +239,4 @@ def test_every_ci_stage_is_a_target_of_the_makefile(project: Project) -> None:
     for target in STAGES.values():
         assert project.call("make", "-n", target).returncode == 0
     planned = project.call("make", "-n", "test", "ARGS=-k name").stdout
-    assert "-m pytest -k name" in planned and "|" not in planned
+    assert "-m pytest -n 2 --dist loadfile -k name" in planned and "|" not in planned

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -85,11 +84,3 @@ def test_signals_arrive_and_a_command_ends_with_its_client(
     client.send_signal(number)
     assert client.wait(60) == code
     until(lambda: not Path(f"/proc/{child}").exists(), 60)
-
-
-def test_a_server_that_is_not_there(tmp_path: Path) -> None:
-    command = [sys.executable, "-S", WARM, "run", str(tmp_path / "none"), "python", "x.py"]
-    began = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 1 and "FileNotFoundError" in done.stderr
-    assert time.monotonic() - began < 60

@@ -10,12 +10,23 @@ from torch import Tensor
 
 from dart_llm.errors import AttachError, ConfigError
 from dart_llm.session.run import prune
-from steps import EVIDENCE, Forced, forward_lengths, generate, same_sums, shared_model, sums_of
+from steps import (
+    EVIDENCE,
+    Forced,
+    forward_lengths,
+    generate,
+    same_sums,
+    shared_model,
+    state_of,
+    sums_of,
+)
 from tiny import tiny, tokens
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
-@pytest.mark.parametrize("executor", ["auto", "masked"])
+@pytest.mark.contract("same report whatever the batch")
+@pytest.mark.parametrize(
+    ("name", "executor"), [("llama", "auto"), ("gemma2", "masked"), ("gpt2", "auto")]
+)
 def test_prompt_lookup_equals_greedy(name: str, executor: str) -> None:
     """All draft tokens, kept or not, run under the same masks: the text must not change."""
     model = shared_model(name)
@@ -49,8 +60,7 @@ def _assistant(model: Any, noise: float) -> Any:
     return other
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.02, 0.08])
-@pytest.mark.parametrize("new", [20, 21, 22, 23])
+@pytest.mark.parametrize(("noise", "new"), [(0.0, 20), (0.02, 21), (0.02, 22), (0.08, 23)])
 def test_assistant_model_equals_greedy(noise: float, new: int) -> None:
     """Static masks do not depend on what was seen, so the text can be compared exactly.
 
@@ -78,21 +88,21 @@ def test_assistant_model_equals_greedy(noise: float, new: int) -> None:
     assert reference.report().achieved_sparsity == pytest.approx(report.achieved_sparsity)
 
 
-@pytest.mark.parametrize("new", [1, 2, 3, 30])
+@pytest.mark.parametrize("new", [1, 3, 30])
 def test_refused_candidates_never_enter_the_evidence(new: int) -> None:
     model, ids = shared_model(), torch.arange(3, 40)[None]
     with prune(model, "griffin", **EVIDENCE) as run:
         wanted = generate(model, ids, new)
-    sums, tokens_seen = sums_of(run), run.controller.lives[0].evidence_tokens
+    sums, tokens_seen = sums_of(run), state_of(run).evidence_tokens
     with prune(model, "griffin", **EVIDENCE) as run:
         out = generate(model, ids, new, prompt_lookup_num_tokens=3)
     assert torch.equal(out.sequences, wanted.sequences)
     assert run.report().decoded_tokens == new - 1
-    assert run.controller.lives[0].evidence_tokens == tokens_seen == 37 + new - 1
+    assert state_of(run).evidence_tokens == tokens_seen == 37 + new - 1
     assert same_sums(sums_of(run), sums)
 
 
-@pytest.mark.parametrize("end", [0, 1, 2, 5, 9])
+@pytest.mark.parametrize("end", [0, 1, 5])
 def test_generation_that_ends_with_refused_candidates(end: int) -> None:
     """No forward follows to show that the candidates went, least of all after the prompt."""
     model, ids = shared_model(), tokens(1, 12, seed=6).repeat(1, 3)

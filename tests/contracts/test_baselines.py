@@ -72,6 +72,7 @@ def test_mixed_ranks_by_hand(weight: float, mixed: list[float]) -> None:
     assert mix_ranks(scores, prior, weight).tolist() == mixed
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.data())
 def test_ranks_keep_the_same_neurons(values: list[int], data: st.DataObject) -> None:
     scores = torch.tensor(values, dtype=torch.float32)

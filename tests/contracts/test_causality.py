@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from dart_llm.evaluation.likelihood import score_context
 from dart_llm.session.run import prune
+from prior_cases import SMALL
+from products import cases
 from steps import (
     Forced,
     apart,
@@ -28,6 +32,7 @@ PROMPT, LENGTH, CHANGED = 12, 48, 35
 
 INTERVAL: dict[str, Any] = {
     "sparsity": 0.5,
+    "prior": SMALL,
     "min_evidence": 0,
     "drift": {"rule": "interval 8", "min_distance": 0, "max_dense_share": 1.0},
     "remask": {"observe_tokens": 3},
@@ -52,21 +57,31 @@ def _traced(name: str, method: str, ids: Tensor, settings: dict[str, Any]):
     return logits, found, run
 
 
+METHODS = {
+    "dart": INTERVAL,
+    "griffin": {"sparsity": 0.5},
+    "published": PUBLISHED,
+    "dart-token": {"sparsity": 0.5, "prior": SMALL},
+}
+EXECUTORS = ("auto", "masked")
+
+
+@pytest.mark.contract("causality")
 @pytest.mark.parametrize(
-    ("method", "settings"),
-    [
-        ("dart", INTERVAL),
-        ("griffin", {"sparsity": 0.5}),
-        ("published", PUBLISHED),
-        ("dart-token", {"sparsity": 0.5}),
-    ],
+    ("name", "executor", "method"),
+    cases(
+        [
+            *product(SHAPES, EXECUTORS[:1], ["dart"]),
+            *product(SHAPES[:1], EXECUTORS, METHODS),
+            *product(["gpt2", "opt"], EXECUTORS[:1], METHODS),
+        ],
+        SHAPES,
+        EXECUTORS,
+        METHODS,
+    ),
 )
-@pytest.mark.parametrize("executor", ["auto", "masked"])
-@pytest.mark.parametrize("name", SHAPES)
-def test_later_tokens_do_not_change_earlier_logits(
-    name: str, executor: str, method: str, settings: dict[str, Any]
-) -> None:
-    texts = _two_texts()
+def test_later_tokens_do_not_change_earlier_logits(name: str, executor: str, method: str) -> None:
+    texts, settings = _two_texts(), METHODS[method]
     (first, masks_a, run), (second, masks_b, _) = (
         _traced(name, method, ids, {**settings, "executor": executor}) for ids in texts
     )
@@ -83,7 +98,8 @@ def test_later_tokens_do_not_change_earlier_logits(
         assert any(check.threshold is not None for check in run.drift_checks)
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.contract("causality")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
 def test_masks_are_a_function_of_the_tokens_before_them(name: str) -> None:
     """Every mask is the same when the text ends right before its first use."""
     ids = tokens(1, LENGTH, seed=1)
@@ -100,13 +116,21 @@ def test_masks_are_a_function_of_the_tokens_before_them(name: str) -> None:
     assert not same_masks(others[0][2], masks[0][2])
 
 
-@pytest.mark.parametrize("method", ["griffin", "dart", "dart-token"])
-@pytest.mark.parametrize("name", SHAPES)
+CHUNKED = ("dart", "griffin", "dart-token")
+
+
+@pytest.mark.contract("causality")
+@pytest.mark.parametrize(
+    ("name", "method"),
+    cases([*product(SHAPES, CHUNKED[:1]), *product(["llama", "opt"], CHUNKED)], SHAPES, CHUNKED),
+)
 def test_teacher_forced_chunks(name: str, method: str) -> None:
     """run.decoding(): one forward of many tokens is causal, and equals token by token."""
     model, found = shared_model(name), []
+    settings = {"sparsity": 0.5, "min_evidence": 0, "drift": "never"}
+    settings |= {} if method == "griffin" else {"prior": SMALL}
     for ids in _two_texts():
-        with prune(model, method, sparsity=0.5, min_evidence=0, drift="never") as run:
+        with prune(model, method, **settings) as run:
             cache = new_cache(model)
             prompt = step(model, ids[:, :PROMPT], cache)
             assert run.tokens_until_change() is None
@@ -115,7 +139,6 @@ def test_teacher_forced_chunks(name: str, method: str) -> None:
         assert run.report().decoded_tokens == LENGTH - PROMPT
         assert run.report().achieved_sparsity == 0.5
     assert torch.equal(found[0][:, :CHANGED], found[1][:, :CHANGED])
-    settings = {"sparsity": 0.5, "min_evidence": 0, "drift": "never"}
     single, _, _ = _traced(name, method, _two_texts()[0], settings)
     assert apart(found[0], single) < 1e-5
 
@@ -142,7 +165,8 @@ def test_chunks_bounded_by_the_next_change_equal_single_tokens() -> None:
     assert a.dense_token_share == b.dense_token_share == pytest.approx(9 / 36)
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.contract("causality")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
 def test_generate(name: str) -> None:
     """The same through generate, whose choices are forced."""
     found = []
@@ -165,6 +189,24 @@ def test_generate(name: str) -> None:
     assert all(same_masks(a[2], b[2]) for a, b in zip(masks_a, masks, strict=True))
 
 
+@pytest.mark.contract("answer tokens never in masks")
+@pytest.mark.parametrize("method", ["griffin", "dart"])
+def test_an_answer_that_is_scored_changes_no_mask(method: str) -> None:
+    """Nor does it change what the tokens before it say: only the prompt chooses."""
+    model, context, found = shared_model(), tokens(1, 30)[0].tolist(), []
+    settings = {} if method == "griffin" else {"prior": SMALL}
+    for seed in (1, 2):
+        answer = tokens(1, 6, seed=seed)[0].tolist()
+        run = prune(model, method, sparsity=0.5, **settings)
+        masks = selections(run)
+        with run:
+            (scored,), _ = score_context(model, run, context, [answer], "decode")
+        found.append(masks)
+        assert len(scored.losses) == 6 and len(masks) == 1
+    assert same_masks(found[0][0][2], found[1][0][2])
+
+
+@pytest.mark.contract("causality")
 def test_the_first_mask_comes_from_the_prompt_alone() -> None:
     """Masking step 0: the prompt runs dense, and the mask is applied from the next token on."""
     model, ids = shared_model(), tokens(1, 30)

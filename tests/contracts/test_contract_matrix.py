@@ -1,12 +1,14 @@
 """Every method on every FFN shape, dtype and executor: the promises that hold everywhere.
 
-A new preset, score or budget is picked up by its registration, a new shape by tests/tiny.py.
+A new preset, score or budget is picked up by its registration, an architecture by tests/tiny.py.
+Of each product a pairwise part runs; the whole product runs with ``-m full``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+from itertools import product
 
 import pytest
 import torch
@@ -16,11 +18,11 @@ from calibrated import ready
 from dart_llm.errors import ConfigError
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import BUDGETS, METHODS, SCORES
+from products import SHAPES, cases, in_turn, method_cases
 from steps import apart, decode, same_masks, selections, shared_model, widths_of
-from tiny import NAMES, tokens
+from tiny import tokens
 from token_cases import Winners, kept_winners, same_winners
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Largest difference of the executors' logits, relative to the largest logit."""
 
@@ -32,9 +34,6 @@ NO_MEMORY = ("weight", "random", "flap", "fisher")
 
 SHORT_PRIOR = {"sequences": 2, "length": 24, "opening": 0}
 """A prior that is learnt in no time, for scores and methods that need one."""
-
-SHAPES = ("llama-bias", "phi3", "gpt2", "falcon", "opt")
-"""One model per FFN shape, for the products with scores and budgets."""
 
 RUNNABLE = tuple(name for name in METHODS.names() if METHODS.get(name).weight_bits is None)
 """dense-8bit and dense-4bit prune nothing and are no runs: tests/test_quantise.py."""
@@ -103,10 +102,9 @@ def _check_total(run, sparsity: float) -> None:
     assert report.decoded_tokens == DECODED and report.dense_token_share == 0
 
 
-@pytest.mark.parametrize("method", RUNNABLE)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", NAMES)
-def test_sparsity_zero_is_bit_identical(name: str, dtype: torch.dtype, method: str) -> None:
+@pytest.mark.contract("sparsity 0 is bit-identical")
+@pytest.mark.parametrize(("name", "method", "dtype"), method_cases(RUNNABLE), ids=str)
+def test_sparsity_zero_is_bit_identical(name: str, method: str, dtype: torch.dtype) -> None:
     run, masks, logits = _pruned(name, dtype, method, sparsity=0.0)
     assert torch.equal(logits, _dense(name, dtype))
     assert masks == []
@@ -115,10 +113,9 @@ def test_sparsity_zero_is_bit_identical(name: str, dtype: torch.dtype, method: s
     assert report.ffn_flops_share == report.ffn_bytes_share == 1
 
 
-@pytest.mark.parametrize("method", PRUNING)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", NAMES)
-def test_methods(name: str, dtype: torch.dtype, method: str) -> None:
+@pytest.mark.contract("masked equals compact")
+@pytest.mark.parametrize(("name", "method", "dtype"), method_cases(PRUNING), ids=str)
+def test_methods(name: str, method: str, dtype: torch.dtype) -> None:
     # half of the neurons, chosen anew by every token or helped by maps of a rank that is the tiny
     # model's whole hidden size, give nearly what all of them give
     config = METHODS.get(method)
@@ -127,8 +124,19 @@ def test_methods(name: str, dtype: torch.dtype, method: str) -> None:
     _check_pair(name, dtype, method, sparsity=sparsity, **more)
 
 
-@pytest.mark.parametrize("score", SCORES.names())
-@pytest.mark.parametrize("name", SHAPES)
+OF_WEIGHTS = ("contribution", "fisher", "max", "weight")
+"""Scores that read weights as each shape stores them, or learn."""
+
+
+@pytest.mark.contract("masked equals compact")
+@pytest.mark.parametrize(
+    ("name", "score"),
+    cases(
+        [*product(SHAPES[:1], SCORES.names()), *product(SHAPES, OF_WEIGHTS)],
+        SHAPES,
+        SCORES.names(),
+    ),
+)
 def test_scores(name: str, score: str) -> None:
     more = {"prior": SHORT_PRIOR} if SCORES.get(score).learns else {}
     _check_pair(name, torch.float32, "griffin", score=score, sparsity=0.4, **more)
@@ -140,9 +148,20 @@ def test_scores_with_memory(score: str) -> None:
     _check_pair("llama-bias", torch.float32, "griffin", **settings)
 
 
-@pytest.mark.parametrize("sparsity", [0.05, 0.3, 0.75, 0.85])
-@pytest.mark.parametrize("budget", [*BUDGETS.names(), "blend uniform global"])
-@pytest.mark.parametrize("name", SHAPES)
+SPARSITIES = (0.05, 0.3, 0.75, 0.85)
+EACH = tuple(product([*BUDGETS.names(), "blend uniform global"], SPARSITIES))
+
+
+@pytest.mark.contract("allocation sums to the budget")
+@pytest.mark.parametrize(
+    ("name", "budget", "sparsity"),
+    cases(
+        [(name, *each) for each, name in in_turn(EACH, SHAPES)],
+        SHAPES,
+        dict.fromkeys(budget for budget, _ in EACH),
+        SPARSITIES,
+    ),
+)
 def test_budgets(name: str, budget: str, sparsity: float) -> None:
     run, masks, logits = _pruned(
         name, torch.float32, "griffin", budget=budget, sparsity=sparsity, compensation=True
@@ -161,14 +180,20 @@ def test_budgets(name: str, budget: str, sparsity: float) -> None:
     )
 
 
-@pytest.mark.parametrize("budget", [*BUDGETS.names(), "blend energy depth"])
-@pytest.mark.parametrize("name", [n for n in SHAPES if not _masked_only(n)])
+BLENDED = (*BUDGETS.names(), "blend energy depth")
+
+
+@pytest.mark.contract("masked equals compact")
+@pytest.mark.parametrize(
+    ("budget", "name"),
+    cases(in_turn(BLENDED, SHAPES[:4]), BLENDED, SHAPES[:4]),
+)
 def test_budgets_agree_between_executors(name: str, budget: str) -> None:
     settings = {"budget": budget, "sparsity": 0.5, "compensation": True}
     _check_pair(name, torch.float32, "griffin", **settings)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SHAPES)
 def test_auto_strategy_sets_its_own_counts(name: str) -> None:
     settings = {"score": {"name": "magnitude", "strategy": "auto"}}
     run, masks, masked = _pruned(name, torch.float32, "griffin", executor="masked", **settings)
@@ -181,7 +206,8 @@ def test_auto_strategy_sets_its_own_counts(name: str) -> None:
         assert apart(compact, masked) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.contract("allocation sums to the budget")
+@pytest.mark.parametrize("name", SHAPES)
 def test_tables_name_layers(name: str) -> None:
     table = "0:#5,2:0.5"
     run, masks, _ = _pruned(name, torch.float32, "griffin", budget={"table": table})

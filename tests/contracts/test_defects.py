@@ -27,9 +27,12 @@ from steps import (
     same_masks,
     selections,
     shared_model,
+    state_of,
     step,
 )
 from tiny import tiny, tokens
+
+pytestmark = pytest.mark.contract("defects of the published scripts stay fixed")
 
 
 @pytest.fixture(autouse=True)
@@ -142,8 +145,7 @@ def test_defect_07_every_token_of_a_forward_counts() -> None:
             for size in sizes:
                 step(model, ids[:, at : at + size], cache)
                 at += size
-        run.report()
-        layer = run.controller.lives[0].evidence[2].sums["score"]
+        layer = state_of(run).evidence[2].sums["score"]
         weights.append(layer.weight)
         totals.append(layer.total)
     assert weights == [32, 32]
@@ -160,7 +162,7 @@ def test_defect_08_sums_do_not_overflow(dtype: torch.dtype) -> None:
             layer.mlp.down_proj.weight /= 300
     with prune(model, "published", sparsity=0.5) as run:
         decode(model, tokens(1, 305), 300)
-    scores = run.controller.lives[0].selection.scores
+    scores = state_of(run).selection.scores
     assert run.report().achieved_sparsity == 0.5
     assert all(score.dtype == torch.float32 and bool(score.isfinite().all()) for score in scores)
     assert max(float(score.square().max()) for score in scores) > torch.finfo(torch.float16).max
@@ -174,7 +176,7 @@ def test_defect_09_every_row_decides_and_padding_does_not() -> None:
     for rows, part in (([0, 1], slice(None)), ([0], slice(None)), ([1], slice(8, None))):
         with prune(model, "griffin", sparsity=0.5) as run:
             generate(model, ids[rows][:, part], 3, attention_mask=mask[rows][:, part])
-        totals.append(run.controller.lives[0].evidence[1].sums["score"].total)
+        totals.append(state_of(run).evidence[1].sums["score"].total)
     torch.testing.assert_close(totals[0], totals[1] + totals[2], rtol=1e-4, atol=1e-5)
     assert float(totals[0].sum()) == pytest.approx(20 + 12, rel=1e-4), "unit norm per real token"
 
@@ -214,7 +216,7 @@ def test_defect_11_a_trigger_takes_all_layers_together() -> None:
 
 
 def test_defect_12_the_baseline_after_a_trigger_is_never_one_token() -> None:
-    """One observed token: the detector arms on its first windows, and lives to trigger again."""
+    """One observed token: the detector arms on its first windows, and states to trigger again."""
     run, _, _ = _run(tokens(1, 110), 30, "published", drift="eager")
     assert run.report().remask_causes["drift"] >= 2
     armed = [check for check in run.drift_checks if check.threshold is not None]

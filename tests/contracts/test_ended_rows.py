@@ -25,7 +25,8 @@ def _eager() -> Iterator[None]:
     DRIFT_RULES.unregister("eager")
 
 
-@pytest.mark.parametrize("rule", ["published", "paper", "eager", "interval 2"])
+@pytest.mark.contract("same report whatever the batch")
+@pytest.mark.parametrize("rule", ["published", "eager", "interval 2"])
 def test_windows_and_re_masks_of_rows_alone(rule: str) -> None:
     """Ended rows complete no window and trigger nothing; each row drifts on its own."""
     model, ids, length = shared_model(), tokens(3, 64, seed=3), 40

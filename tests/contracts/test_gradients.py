@@ -11,16 +11,19 @@ import pytest
 import torch
 
 from dart_llm.session.run import prune
-from steps import CACHE, Same, generate, new_cache, shared_model
+from prior_cases import CONFIG, SMALL
+from steps import CACHE, Same, generate, new_cache, shared_model, state_of
 from tiny import tiny, tokens
 
 
+@pytest.mark.contract("exact restore")
 @pytest.mark.parametrize("executor", ["masked", "compact"])
 def test_inference_mode_and_others_in_one_block(executor: str) -> None:
     model, extra = shared_model(), tokens(1, 8, seed=5)
     settings = {
         "sparsity": 0.5,
         "executor": executor,
+        "prior": SMALL,
         "min_evidence": 0,
         "drift": {"rule": "interval 3", "min_distance": 0, "max_dense_share": 1.0},
         "remask": {"observe_tokens": 2},
@@ -55,16 +58,20 @@ def _gradients(model: Any, **settings: Any) -> tuple[dict[str, torch.Tensor], to
             out.append(model(ids[:, position : position + 1], **{CACHE: cache}).logits)
         logits = torch.cat(out, 1)
         logits.log_softmax(-1)[..., 5].sum().backward()
-        for life in run.controller.all_lives():
-            for layer in life.evidence:
-                assert all(not known.total.requires_grad for known in layer.sums.values())
+        for layer in state_of(run).evidence:
+            assert all(not known.total.requires_grad for known in layer.sums.values())
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return found, logits
 
 
-@pytest.mark.parametrize("method", ["dart", "dart-token"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "gpt2", "falcon", "opt"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *[(name, "dart") for name in ("llama", "gemma2", "phi3", "gpt2", "falcon", "opt")],
+        *[(name, "dart-token") for name in ("llama", "gpt2")],
+    ],
+)
 def test_gradients(name: str, method: str) -> None:
     model = tiny(name)
     dense, _ = _gradients(model, method="dense")
@@ -75,7 +82,7 @@ def test_gradients(name: str, method: str) -> None:
     plain = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert dense.keys() == plain.keys()
     assert all(torch.equal(dense[n], plain[n]) for n in plain)
-    settings = {"method": method, "sparsity": 0.5, "min_evidence": 0}
+    settings = {"method": method, "sparsity": 0.5, "min_evidence": 0, "prior": SMALL}
     pruned, logits = _gradients(model, **settings)
     assert pruned.keys() == plain.keys()
     assert all(bool(g.isfinite().all()) for g in pruned.values())
@@ -90,7 +97,7 @@ def test_gradients(name: str, method: str) -> None:
 
 def test_no_graph_is_kept() -> None:
     model, ids = tiny("gemma2"), tokens(1, 12)
-    with prune(model, "dart", sparsity=0.5, min_evidence=0, masking_step=3) as run:
+    with prune(model, CONFIG, min_evidence=0, masking_step=3) as run:
         cache = new_cache(model)
         alive: list[Any] = []
         watch = model.model.layers[1].mlp.register_forward_hook(

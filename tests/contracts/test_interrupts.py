@@ -20,7 +20,7 @@ from dart_llm.session.run import Run, prune
 from interrupts import Kept, end, interrupted_at
 from tiny import CONFIGS
 
-pytestmark = pytest.mark.usefixtures("native")
+pytestmark = [pytest.mark.usefixtures("native"), pytest.mark.contract("exact restore")]
 
 HOOKED, PLAIN = ("native", "dart-prompt"), ("slim", "griffin")
 """Executor and method: with hooks on every layer and a signal that is watched, and with neither."""
@@ -75,7 +75,7 @@ def _interrupting(monkeypatch: pytest.MonkeyPatch, moments: Iterator[int]) -> No
     monkeypatch.setattr(Attachment, "_remove", interrupted)
 
 
-@pytest.mark.parametrize("first", [1, 60, 150, 300])
+@pytest.mark.parametrize("first", [1, 150])
 def test_one_interrupt_while_a_block_is_left_is_raised_when_all_is_done(
     monkeypatch: pytest.MonkeyPatch, first: int
 ) -> None:
@@ -87,7 +87,7 @@ def test_one_interrupt_while_a_block_is_left_is_raised_when_all_is_done(
     assert not kept.changed() and run.executor == "slim"
 
 
-@pytest.mark.parametrize("second", [1, 60, 150, 300])
+@pytest.mark.parametrize("second", [60, 300])
 def test_restore_finds_what_several_interrupts_left(
     monkeypatch: pytest.MonkeyPatch, second: int
 ) -> None:
@@ -110,7 +110,7 @@ def test_restore_finds_what_several_interrupts_left(
 
 def test_signals_at_random_moments(tmp_path: Path) -> None:
     """The short form of the stress run: real SIGINTs."""
-    command = [sys.executable, str(STRESS), "--count", "6", "--seconds", "20", "--out", "short"]
+    command = [sys.executable, str(STRESS), "--count", "4", "--seconds", "10", "--out", "short"]
     subprocess.run(
         command, check=True, timeout=120, env={**os.environ, "DART_KEPT_RESULTS": str(tmp_path)}
     )

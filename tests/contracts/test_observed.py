@@ -11,7 +11,7 @@ from dart_llm.pruning.drift import SINKS
 from dart_llm.pruning.observations import sampled_tokens as read_tokens
 from dart_llm.session.run import prune
 from observed_cases import Recorder, _tensor, decoder_layers, stream
-from steps import decode, shared_model
+from steps import decode, shared_model, state_of
 from tiny import NAMES, tokens
 
 ATTENTION = {"gpt2": "attn", "gpt_neox": "attention", "falcon": "self_attention"}
@@ -38,8 +38,7 @@ def test_sums(name: str) -> None:
         settings = {"budget": budget, "sparsity": 0.5, "masking_step": 1000}
         with prune(model, "griffin", score="magnitude", compensation=True, **settings) as run:
             decode(model, ids, PROMPT)
-        run.report()
-        found.append(run.controller.lives[0].evidence)
+        found.append(state_of(run).evidence)
     for index, layers in enumerate(zip(*found, strict=True)):
         sums = {key: known for layer in layers for key, known in layer.sums.items()}
         u, z, r = (recorder.get(index, what) for what in ("u", "z", "r"))
@@ -88,7 +87,7 @@ def test_attention_output(name: str) -> None:
     v = torch.cat(seen, 1)[0].double()
     if name == "bloom":  # its attention adds the residual itself
         v = v - torch.cat(residual, 1)[0].double()
-    detector = run.controller.lives[0].detector
+    detector = state_of(run).detector
     detector.catch_up()
     torch.testing.assert_close(detector.total[0].double(), v[SINKS:].sum(0), rtol=1e-4, atol=1e-4)
     assert float(detector.tokens[0]) == LENGTH - SINKS

@@ -44,7 +44,7 @@ def _after_autocast(executor: str) -> Tensor:
             model(ids[:, :24], **cache)
         found = [model(ids[:, at : at + 1], **cache).logits for at in range(24, 30)]
         if executor == "slim":
-            assert run.patch.slim.steps == 5, "the first step widens the cache"
+            assert run.patch.slim.steps >= 5, "the first step may widen the cache"
     return torch.cat(found)
 
 

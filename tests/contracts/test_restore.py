@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
+from itertools import product
 from typing import Any
 
 import pytest
@@ -13,17 +15,24 @@ from torch import nn
 import dart_llm
 from dart_llm.errors import AttachError
 from dart_llm.session.run import prune
+from prior_cases import CONFIG, SMALL
+from products import SHAPES, cases
 from steps import Forced, Same, decode, generate, shared_model
 from tiny import NAMES, tiny, tokens
 
+METHODS = ("griffin", "dart", "dart-token", "published", "static", "dense")
 
+
+@pytest.mark.contract("exact restore")
 @pytest.mark.parametrize(
-    "method", ["griffin", "dart", "dart-token", "published", "static", "dense"]
+    ("name", "method"),
+    cases([*product(NAMES, METHODS[:1]), *product(SHAPES, METHODS)], NAMES, METHODS),
 )
-@pytest.mark.parametrize("name", NAMES)
 def test_normal_exit(name: str, method: str) -> None:
     model = shared_model(name)
-    with Same(model), prune(model, method, sparsity=None if method == "dense" else 0.5) as run:
+    settings = {"prior": SMALL} if method.startswith("dart") else {}
+    settings |= {} if method == "dense" else {"sparsity": 0.5}
+    with Same(model), prune(model, method, **settings) as run:
         generate(model, tokens(2, 70), 8)
     assert run.report().decoded_tokens == 14
 
@@ -44,6 +53,35 @@ def test_nested_blocks_are_refused() -> None:
         inner.detach()
 
 
+@pytest.mark.contract("exact restore")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_an_error_in_the_block(name: str) -> None:
+    """Also between re-masks, and with maps of the FFN's input."""
+    model, drift = shared_model(name), {"rule": "interval 4", "min_distance": 0}
+    with (
+        Same(model),
+        contextlib.suppress(ZeroDivisionError),
+        prune(model, CONFIG, drift=drift, remask={"observe_tokens": 2}),
+    ):
+        generate(model, tokens(1, 30), 8)
+        raise ZeroDivisionError
+
+
+@pytest.mark.contract("exact restore")
+def test_attach_and_detach() -> None:
+    model, found = shared_model(), []
+    run = prune(model, "griffin", sparsity=0.5)
+    for _ in range(2):
+        with Same(model):
+            run.attach()
+            run.reset()
+            found.append(generate(model, tokens(), 8).sequences)
+            run.detach()
+            run.detach()
+    assert torch.equal(*found) and run.report().decoded_tokens == 7
+
+
+@pytest.mark.contract("exact restore")
 def test_restore_is_always_safe() -> None:
     model = shared_model()
     dart_llm.restore(model)
@@ -71,6 +109,7 @@ def test_restore_is_always_safe() -> None:
             dart_llm.restore(model)
 
 
+@pytest.mark.contract("exact restore")
 def test_forwards_and_hooks_of_the_user_stay() -> None:
     model = tiny()
     mlp, calls = model.model.layers[1].mlp, []
@@ -102,35 +141,15 @@ def test_a_model_that_moved_before_it_was_attached() -> None:
     """Views of fused and transposed weights follow ``model.to``."""
     for name in ("llama", "phi3", "gpt2"):
         model, half = tiny(name), tiny(name, dtype=torch.bfloat16)
-        run = prune(model, "dart", sparsity=0.5, score="contribution")
+        run = prune(model, CONFIG, score="contribution")
         model.to(torch.bfloat16)
         with run:
             got = decode(model, tokens(1, 74), 70)
-        with prune(half, "dart", sparsity=0.5, score="contribution") as other:
+        with prune(half, CONFIG, score="contribution") as other:
             wanted = decode(half, tokens(1, 74), 70)
         assert torch.equal(got, wanted)
         assert run.report().ffn_bytes_share == other.report().ffn_bytes_share
         assert run.report().extra_memory_bytes == other.report().extra_memory_bytes
-
-
-def test_attach_and_detach() -> None:
-    model = shared_model()
-    with prune(model, "griffin", sparsity=0.5):
-        wanted = generate(model, tokens(), 8)
-    with Same(model):
-        run = prune(model, "griffin", sparsity=0.5).attach()
-        got = generate(model, tokens(), 8)
-        run.detach()
-        run.detach()
-    assert torch.equal(got.sequences, wanted.sequences)
-    with Same(model):
-        run.attach()
-        run.reset()
-        assert run.report().decoded_tokens == 0
-        again = generate(model, tokens(), 8)
-        run.detach()
-    assert torch.equal(again.sequences, wanted.sequences)
-    assert run.report().decoded_tokens == 7
 
 
 def test_two_models_at_once() -> None:

@@ -25,39 +25,34 @@ from tiny import LAYERS, WIDTH, tokens
 # the weights of tokens
 
 
-def test_the_first_four_weigh_nothing() -> None:
-    assert without_sinks(None, [0.0], 1, 6).tolist() == [[0, 0, 0, 0, 1, 1]]
-    assert without_sinks(None, [0.0, 0.0], 2, 3).tolist() == [[0, 0, 0]] * 2
-    assert without_sinks(None, [0.0], 1, 0).shape == (1, 0)
-
-
-def test_left_padding_is_no_token() -> None:
-    valid = torch.tensor([[0.0, 0, 0, 1, 1, 1, 1, 1, 1], [1.0] * 9])
-    found = without_sinks(valid, [0.0, 0.0], 2, 9)
-    assert found.tolist() == [[0, 0, 0, 0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1, 1, 1, 1]]
-    assert valid[0, 3] == 1, "the weights given are not changed"
-
-
-def test_right_padding_stays_without_weight() -> None:
-    valid = torch.tensor([[1.0, 1, 1, 1, 1, 1, 0, 0]])
-    assert without_sinks(valid, [0.0], 1, 8).tolist() == [[0, 0, 0, 0, 1, 1, 0, 0]]
-
-
-def test_a_row_shorter_than_the_sinks_has_nothing_left() -> None:
-    valid = torch.tensor([[0.0, 0, 0, 1, 1, 1], [1.0] * 6])
-    assert without_sinks(valid, [0.0, 0.0], 2, 6).tolist() == [[0] * 6, [0, 0, 0, 0, 1, 1]]
+ONE, NIL = [1.0] * 9, [0.0] * 9
 
 
 @pytest.mark.parametrize(
-    ("before", "wanted"),
-    [(0, [0, 0]), (2, [0, 0]), (3, [0, 1]), (4, [1, 1]), (100, [1, 1])],
+    ("valid", "before", "wanted"),
+    [
+        (None, [0.0], [[0, 0, 0, 0, 1, 1]]),
+        (None, [0.0, 0.0], [[0, 0, 0]] * 2),
+        (None, [1.0, 5.0], [[0, 0, 0, 1, 1], [1] * 5]),  # rows count for themselves
+        (None, [2.0], [[0, 0]]),
+        (None, [3.0], [[0, 1]]),
+        (None, [100.0], [[1, 1]]),
+        (  # padding on the left is no token
+            [NIL[:3] + ONE[:6], ONE],
+            [0.0, 0.0],
+            [[0] * 7 + [1] * 2, [0] * 4 + [1] * 5],
+        ),
+        ([ONE[:6] + NIL[:2]], [0.0], [[0, 0, 0, 0, 1, 1, 0, 0]]),  # nor on the right
+        ([NIL[:3] + ONE[:3], ONE[:6]], [0.0, 0.0], [[0] * 6, [0, 0, 0, 0, 1, 1]]),
+    ],
 )
-def test_tokens_before_are_counted(before: int, wanted: list[int]) -> None:
-    assert without_sinks(None, [float(before)], 1, 2).tolist() == [wanted]
-
-
-def test_rows_count_for_themselves() -> None:
-    assert without_sinks(None, [1.0, 5.0], 2, 5).tolist() == [[0, 0, 0, 1, 1], [1] * 5]
+def test_the_first_four_weigh_nothing(
+    valid: list[list[float]] | None, before: list[float], wanted: list[list[int]]
+) -> None:
+    weights = None if valid is None else torch.tensor(valid)
+    rows, tokens = len(wanted), len(wanted[0])
+    assert without_sinks(weights, before, rows, tokens).tolist() == wanted
+    assert valid is None or weights.tolist() == valid, "the weights given are not changed"
 
 
 def test_weights_of_a_forward() -> None:
@@ -102,7 +97,7 @@ def check(run: Any, us: list[list[Tensor]]) -> None:
         assert {weight for _, weight in sums.values()} == {float(len(every))}
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "gpt2", "falcon", "bloom", "opt"])
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "opt"])
 def test_a_prompt_and_decoded_tokens(name: str) -> None:
     model, ids = shared_model(name), tokens(1, 20, seed=6)
     with prune(model, NO_MASK) as run:
@@ -110,7 +105,7 @@ def test_a_prompt_and_decoded_tokens(name: str) -> None:
     check(run, [observed(model, ids)])
 
 
-@pytest.mark.parametrize("prompt", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("prompt", [1, 3, 4])
 def test_short_prompts(prompt: int) -> None:
     """The sinks go on among the decoded tokens."""
     model, ids = shared_model(), tokens(1, 12, seed=6)
@@ -119,7 +114,7 @@ def test_short_prompts(prompt: int) -> None:
     check(run, [observed(model, ids)])
 
 
-@pytest.mark.parametrize(("length", "chunk"), [(5, 2), (9, 3), (9, 1), (9, 20)])
+@pytest.mark.parametrize(("length", "chunk"), [(5, 2), (9, 1)])
 def test_chunked_prompts(length: int, chunk: int) -> None:
     model, ids = shared_model(), tokens(1, length, seed=6)
     with prune(model, NO_MASK) as run:
@@ -131,6 +126,7 @@ def test_two_prompts_in_one_cache() -> None:
     """The second turn has no sinks of its own; a new cache does."""
     model, ids = shared_model(), tokens(1, 24, seed=6)
     with prune(model, NO_MASK) as run:
+        step(model, tokens(1, 2), new_cache(model))
         cache = new_cache(model)
         for part in (slice(0, 3), slice(3, 10), slice(10, 24)):
             step(model, ids[:, part], cache)
@@ -139,15 +135,7 @@ def test_two_prompts_in_one_cache() -> None:
         check(run, [observed(model, ids[:, :6])])
 
 
-def test_a_new_text_after_a_short_one() -> None:
-    model = shared_model()
-    with prune(model, NO_MASK) as run:
-        for length in (2, 7):
-            decode(model, tokens(1, length, seed=length), length)
-    check(run, [observed(model, tokens(1, 7, seed=7))])
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_left_padding_and_rows_that_end(name: str) -> None:
     model = shared_model(name)
     ids, mask = padded()
@@ -205,8 +193,10 @@ def _layers() -> tuple[FfnWeights, ...]:
     )
 
 
-@pytest.mark.parametrize("chunks", [(40,), (3, 37), (1, 1, 1, 1, 36)])
-@pytest.mark.parametrize("score", ["magnitude", "normalized", "fisher"])
+@pytest.mark.parametrize(
+    ("score", "chunks"),
+    [("magnitude", (3, 37)), ("normalized", (1, 1, 1, 1, 36)), ("fisher", (40,))],
+)
 def test_masks_do_not_change_with_the_sinks(score: str, chunks: tuple[int, ...]) -> None:
     layers, found = _layers(), {}
     for skip in (True, False):
@@ -245,7 +235,6 @@ def test_rolled_back_sinks_count_again() -> None:
     run.decode(5)
     run.roll_back(4)
     run.steps(6)
-    run.tracer.flush()
-    wanted = stream.u[0][0, 4:8].square().sum(0)
-    torch.testing.assert_close(run.life.evidence[0].sums["score"].total, wanted)
-    assert float(run.life.evidence[0].sums["score"].weight) == 4
+    wanted, score = stream.u[0][0, 4:8].square().sum(0), run.state.evidence[0].sums["score"]
+    torch.testing.assert_close(score.total, wanted)
+    assert float(score.weight) == 4

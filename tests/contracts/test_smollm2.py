@@ -84,6 +84,7 @@ def test_every_opening_is_as_long_as_the_prior_asks(smollm2):
         assert opening.startswith(tokenizer.decode(row))
 
 
+@pytest.mark.contract("sparsity 0 is bit-identical")
 def test_sparsity_zero_is_bit_identical(smollm2):
     model, tokenizer = smollm2
     inputs = tokenizer("The capital of France is", return_tensors="pt")
@@ -100,6 +101,7 @@ def test_sparsity_zero_is_bit_identical(smollm2):
     assert all(torch.equal(a, b) for a, b in zip(plain.logits, pruned.logits, strict=True))
 
 
+@pytest.mark.contract("masked equals compact")
 def test_masked_and_compact_choose_the_same_text(smollm2):
     model, tokenizer = smollm2
     ids = ids_of(tokenizer, texts.read("tides"))[None, :200]

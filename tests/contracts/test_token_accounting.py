@@ -14,11 +14,8 @@ from dart_llm.errors import ConfigError
 from dart_llm.evaluation.likelihood import score_context
 from dart_llm.evaluation.perplexity import score, slices
 from dart_llm.experiments.artifacts import MaskRecorder, read_masks, write_masks
-from dart_llm.pruning.accounting import TokenCosts
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.pruning.methods import listing
 from dart_llm.pruning.records import add_dense, merge_reports
-from dart_llm.pruning.sequence import SequenceState as Life
 from dart_llm.reporting.words import bytes_sentence
 from dart_llm.session.prepare import PreparedMethod as Candidate
 from dart_llm.session.run import prune
@@ -110,7 +107,7 @@ def test_compensation_reads_the_down_projection_once() -> None:
 
 def test_plain_ffns_copy_fc_alone() -> None:
     model, ids = shared_model("gpt2"), tokens(1, 15)
-    with prune(model, "dart-token", sparsity=0.75) as run:
+    with prune(model, LEARNT, sparsity=0.75) as run:
         decode(model, ids, 12)
     dense = L * I * 2 * D * 4
     assert run.report().proxy_bytes_share == pytest.approx(L * I * (D // 2 + 2 + 4) / dense)
@@ -124,11 +121,11 @@ def test_dense_tokens_have_no_copies_to_read() -> None:
 
 def test_tokens_of_a_known_text_count_as_steps() -> None:
     model, ids = shared_model("llama-bias"), tokens(1, 17)
-    with prune(model, "dart-token", sparsity=0.75) as run, run.decoding():
+    with prune(model, LEARNT, sparsity=0.75) as run, run.decoding():
         cache = new_cache(model)
         step(model, ids[:, :12], cache)
         step(model, ids[:, 12:], cache)
-    single = _report(method=PruneConfig.build("dart-token"))
+    single = _report(method=LEARNT)
     assert run.report().ffn_bytes_share == pytest.approx(single.ffn_bytes_share)
     assert run.report().proxy_bytes_share == pytest.approx(single.proxy_bytes_share)
 
@@ -144,17 +141,6 @@ def test_errors_stand_beside_a_gaussians() -> None:
     plain = run.report()
     assert plain.proxy_error is None and plain.proxy_error_gaussian is None
     assert plain.proxy_flops_share == plain.proxy_bytes_share == 0
-
-
-def test_only_lives_whose_tokens_choose_pay() -> None:
-    model = shared_model("llama-bias")
-    run = prune(model, "dart-token", masks={0: [1]})
-    life = Life(
-        run.config, run.controller.selector, run.controller.rule, 0, None, 1, run.fixed_masks
-    )
-    assert TokenCosts.of(life, run.layers) is None
-    life.given = None
-    assert TokenCosts.of(life, run.layers) is not None
 
 
 def test_merged_reports_weigh_the_copies() -> None:
@@ -185,7 +171,7 @@ def test_what_a_native_token_holds() -> None:
 
 def test_files_of_a_run_hold_counts_and_scores_and_say_why(tmp_path: Any) -> None:
     model, recorder = shared_model("llama-bias"), MaskRecorder()
-    run = prune(model, "dart-token", sparsity=0.75)
+    run = prune(model, LEARNT, sparsity=0.75)
     run.on_selection = recorder
     with run:
         decode(model, tokens(1, 14), 12)
@@ -198,16 +184,10 @@ def test_files_of_a_run_hold_counts_and_scores_and_say_why(tmp_path: Any) -> Non
         read_masks(str(tmp_path / "masks.safetensors"))
 
 
-def test_the_listing_names_the_copies() -> None:
-    found = next(one for one in listing()["methods"] if one["name"] == "dart-token")
-    assert found["summary"].startswith("Token-level tracing")
-    assert found["source"].endswith("winners of every token by 4-bit copies in groups of 32")
-
-
 def test_a_calibrated_score_chooses_the_candidates() -> None:
     """Held masks, as a calibrating method has them, carry candidates and counts."""
     model = shared_model("llama-bias")
-    with prune(model, "dart-token", sparsity=0.75, token={"candidates": 0.5}) as run:
+    with prune(model, LEARNT, sparsity=0.75, token={"candidates": 0.5}) as run:
         step(model, tokens(1, 20, seed=4), new_cache(model))
         held = run.select()
     candidate = Candidate(model, None, run.config, held=held)
@@ -222,7 +202,7 @@ def test_a_calibrated_score_chooses_the_candidates() -> None:
 
 def test_drift_studies_record_counts_and_no_overlap() -> None:
     model, recorder = shared_model("llama-bias"), DriftRecorder()
-    run = prune(model, "dart-token", sparsity=0.75, drift="interval 2")
+    run = prune(model, LEARNT, sparsity=0.75, drift="interval 2")
     run.on_selection = recorder
     with run:
         decode(model, tokens(1, 20), 12)
@@ -236,14 +216,14 @@ def test_likelihoods_under_every_protocol(protocol: str) -> None:
     """decode: the last context token and the continuation choose their own neurons."""
     model = shared_model("llama-bias")
     context, after = tokens(1, 20)[0].tolist(), tokens(1, 4, seed=2)[0].tolist()
-    run = prune(model, "dart-token", sparsity=0.75)
+    run = prune(model, LEARNT, sparsity=0.75)
     with run:
         (found,), reports = score_context(model, run, context, [after], protocol)
     (dense,), _ = score_context(model, None, context, [after], protocol)
     assert abs(found.logprob - dense.logprob) > 1e-3
     assert all(report["achieved_sparsity"] == 0.75 for report in reports if report)
     if protocol == "decode":
-        with prune(model, "dart-token", sparsity=0.75):
+        with prune(model, LEARNT, sparsity=0.75):
             logits = decode(model, torch.tensor([context + after[:-1]]), 19)[0, 19:]
         losses = torch.nn.functional.cross_entropy(logits, torch.tensor(after), reduction="none")
         assert found.losses == pytest.approx(losses.tolist(), abs=1e-4)
@@ -257,7 +237,10 @@ def test_tables_show_the_copies_apart() -> None:
 
     found = cells(_report().to_dict())
     assert found["of the bytes, low-bit copies"] == f"{PROXY_BYTES / DENSE_BYTES:.3f}"
-    assert found["of the FLOPs, low-bit copies"] == f"{PROXY_FLOPS / DENSE_FLOPS:.3f}"
+    assert (
+        found["of the FLOPs, low-bit copies that rank neurons"]
+        == f"{PROXY_FLOPS / DENSE_FLOPS:.3f}"
+    )
     model = shared_model("llama-bias")
     with prune(model, "griffin", sparsity=0.75) as run:
         decode(model, tokens(1, 14), 12)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dart_llm.models.fingerprint import digest_of
 from dart_llm.session.run import prune
+from prior_cases import CONFIG, SMALL
+from products import cases
 from steps import decode, new_cache, selections, shared_model, step, storages
 from tiny import NAMES, tiny, tokens
 
@@ -35,8 +38,16 @@ def _one_decode_step(model: Any) -> Callable[[], Any]:
     return lambda: step(model, tokens(1, 1), cache)
 
 
-@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])
-@pytest.mark.parametrize("name", SKIPPING)
+SPARSITIES = (0.25, 0.5, 0.75)
+
+
+@pytest.mark.contract("accounting equals a count by hooks")
+@pytest.mark.parametrize(
+    ("name", "sparsity"),
+    cases(
+        [*product(SKIPPING, [0.5]), *product(["llama", "gpt2"], SPARSITIES)], SKIPPING, SPARSITIES
+    ),
+)
 def test_flops_drop_by_the_stated_ratio(name: str, sparsity: float) -> None:
     model = shared_model(name)
     dense, dense_ffn = _flops(model, _one_decode_step(model))
@@ -51,6 +62,7 @@ def test_flops_drop_by_the_stated_ratio(name: str, sparsity: float) -> None:
         assert _flops(model, _one_decode_step(model)) == (dense, dense_ffn)
 
 
+@pytest.mark.contract("accounting equals a count by hooks")
 @pytest.mark.parametrize(
     ("name", "method"),
     [
@@ -100,8 +112,15 @@ def _buffers(layers: list[Any]) -> list[list[int]]:
     return [[t.data_ptr() for t in parts if t is not None] for parts in held]
 
 
-@pytest.mark.parametrize("method", ["griffin", "dart-prompt"])
-@pytest.mark.parametrize("name", ["llama-bias", "phi3", "gpt2", "falcon", "gemma2"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("llama-bias", "griffin"),
+        ("phi3", "dart-prompt"),
+        ("gpt2", "dart-prompt"),
+        ("falcon", "griffin"),
+    ],
+)
 def test_buffers_are_refilled_in_place(name: str, method: str) -> None:
     model = shared_model(name)
     drift = {"rule": "interval 4", "min_distance": 0, "max_dense_share": 1.0}
@@ -125,16 +144,17 @@ def test_buffers_are_refilled_in_place(name: str, method: str) -> None:
         assert torch.equal(contents[-1], down.down_proj.weight[:, kept])
 
 
-@pytest.mark.parametrize("executor", ["auto", "masked"])
+@pytest.mark.contract("accounting equals a count by hooks")
 @pytest.mark.parametrize(
-    ("name", "method"),
+    ("name", "method", "executor"),
     [
-        ("llama-bias", "dart"),
-        ("phi3", "griffin"),
-        ("gpt2", "published"),
-        ("opt", "dart"),
-        ("llama-bias", "dart-token"),
-        ("opt", "dart-token"),
+        ("llama-bias", "dart", "auto"),
+        ("llama-bias", "dart", "masked"),
+        ("phi3", "griffin", "auto"),
+        ("gpt2", "published", "masked"),
+        ("opt", "dart", "auto"),
+        ("llama-bias", "dart-token", "auto"),
+        ("opt", "dart-token", "masked"),
     ],
 )
 def test_extra_memory_is_what_is_held(name: str, method: str, executor: str) -> None:
@@ -142,7 +162,8 @@ def test_extra_memory_is_what_is_held(name: str, method: str, executor: str) -> 
     decode(model, ids, 70)
     digest_of(torch.zeros(2048))  # whose factors stay, once per process
     before = storages()
-    with prune(model, method, sparsity=0.5, executor=executor) as run:
+    settings = {"prior": SMALL} if method.startswith("dart") else {}
+    with prune(model, method, sparsity=0.5, executor=executor, **settings) as run:
         decode(model, ids, 70)
         held = sum(size for place, size in storages().items() if place not in before)
         said = run.report().extra_memory_bytes
@@ -156,7 +177,7 @@ def test_no_copy_is_alive_after_the_block(error: type[Exception] | None) -> None
     alive: list[weakref.ref[Any]] = []
 
     def body() -> None:
-        with prune(model, "dart", sparsity=0.5) as run:
+        with prune(model, CONFIG) as run:
             decode(model, tokens(1, 75), 70)
             layers = run.patch.layers
             alive.extend(weakref.ref(layer.kept.rows) for layer in layers)
@@ -176,7 +197,7 @@ def test_no_copy_is_alive_after_the_block(error: type[Exception] | None) -> None
 
 def test_nothing_of_an_attachment_is_left() -> None:
     model = tiny()
-    run = prune(model, "dart", sparsity=0.5)
+    run = prune(model, CONFIG)
     with run:
         decode(model, tokens(1, 75), 70)
         kind = weakref.ref(run.patch)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from dart_llm.data.topic_prompts import Domain, Item, generate, load_ontology, maximum
-from dart_llm.errors import ConfigError, DartError, UnknownName
+from dart_llm.data.topic_prompts import Item, generate, load_ontology, maximum
+from dart_llm.errors import ConfigError
 
 DOMAINS: dict[str, Any] = {
     "law": {
@@ -38,14 +37,12 @@ def write(folder: Path, data: Any) -> Path:
     return path
 
 
-def changed(*changes: tuple[str, Any]) -> dict[str, Any]:
-    """A sound ontology with changes such as ``("law.plural", [])``; None removes."""
+def changed(place: str = "", value: Any = None) -> dict[str, Any]:
+    """A sound ontology with a change such as ("law.plural", []); None removes."""
     data: dict[str, Any] = {"domains": copy.deepcopy(DOMAINS)}
-    for place, value in changes:
+    if place:
         *path, last = place.split(".")
-        target = data["domains"]
-        for name in path:
-            target = target[name]
+        target = data["domains"][path[0]] if path else data["domains"]
         target[last] = value
         if value is None:
             del target[last]
@@ -54,38 +51,21 @@ def changed(*changes: tuple[str, Any]) -> dict[str, Any]:
 
 def test_domains_of_ones_own_with_the_templates_of_the_package(tmp_path: Path) -> None:
     ontology = load_ontology(write(tmp_path, changed()))
-    assert ontology.domains == (
-        Domain(
-            "law",
-            "law",
-            "a judge",
-            "a court",
-            (Item("a trial", False), Item("patents", True), Item("wills", True)),
-        ),
-        Domain("sea", "seafaring", "an admiral", "a port", (Item("the compass", False),)),
-    )
+    law, sea = ontology.domains.values()
+    assert (law.field, law.expert, law.place) == ("law", "a judge", "a court")
+    assert law.items == (Item("a trial", False), Item("patents", True), Item("wills", True))
+    assert sea.items == (Item("the compass", False),)
     assert ontology.templates == load_ontology().templates
     assert maximum(ontology) == 24 * 6
-    assert {prompt.domains for prompt in generate(144, 0, ontology)} == {
-        ("law", "sea"),
-        ("sea", "law"),
-    }
+    pairs = {prompt.domains for prompt in generate(144, 0, ontology)}
+    assert pairs == {("law", "sea"), ("sea", "law")}
 
 
 def test_templates_of_ones_own(tmp_path: Path) -> None:
     data = {**changed(), "templates": {"plain": PLAIN}, "choices": {"word": ["so"]}}
     ontology = load_ontology(write(tmp_path, data))
-    assert ontology.templates[0].slots == (
-        "expert_a",
-        "is_a",
-        "it_a",
-        "place_b",
-        "them_b",
-        "topic_a",
-        "topic_b",
-        "word",
-    )
-    assert {prompt.text for prompt in generate(6, 0, ontology)} == {
+    prompts = generate(6, 0, ontology)
+    assert {prompt.text for prompt in prompts} == {
         "A trial is for a judge: why it? A port, it, the compass, so.",
         "Patents are for a judge: why they? A port, it, the compass, so.",
         "Wills are for a judge: why they? A port, it, the compass, so.",
@@ -93,9 +73,9 @@ def test_templates_of_ones_own(tmp_path: Path) -> None:
         "The compass is for an admiral: why it? A court, them, patents, so.",
         "The compass is for an admiral: why it? A court, them, wills, so.",
     }
-    first = generate(6, 0, ontology)[0]
-    assert set(first.slots) == set(ontology.templates[0].slots)
-    assert first.slots["word"] == "so"
+    slots = "expert_a is_a it_a place_b them_b topic_a topic_b word".split()
+    assert list(prompts[0].slots) == ontology.slots(ontology.templates["plain"]) == slots
+    assert prompts[0].slots["word"] == "so"
 
 
 def test_choices_of_ones_own_for_the_templates_of_the_package(tmp_path: Path) -> None:
@@ -104,92 +84,72 @@ def test_choices_of_ones_own_for_the_templates_of_the_package(tmp_path: Path) ->
     essays = [prompt for prompt in made if prompt.template == "essay"]
     assert len(essays) == 6
     assert all("to a judge. The" in prompt.text for prompt in essays)
-    assert {prompt.slots["words"] for prompt in made if "words" in prompt.slots} == {
-        "150",
-        "200",
-        "250",
-        "300",
-    }
+    words = {prompt.slots["words"] for prompt in made if "words" in prompt.slots}
+    assert words == {"150", "200", "250", "300"}
 
 
-@pytest.mark.parametrize(
-    ("data", "problem"),
-    [
-        ("domains: [", "cannot read the ontology file .*own.yaml: while parsing"),
-        ("- law", 'own.yaml needs "domains:" with names'),
-        ("", 'own.yaml needs "domains:" with names'),
-        ({"domain": DOMAINS}, "unknown key in .*own.yaml: 'domain'; did you mean domains"),
-        ({"domains": ["law"]}, 'own.yaml needs "domains:" with names and values'),
-        ({"domains": {"law": DOMAINS["law"]}}, r"own.yaml has 1 domain\(s\): .* two or more"),
-        (changed(("sea", "water")), "the domain sea in .*own.yaml needs names and values"),
-        (changed(("law.expert", None)), "the expert of the domain law in .*own.yaml is missing"),
-        (changed(("law.field", " ")), "the field of the domain law in .* is empty"),
-        (changed(("law.experts", "a")), "unknown key in the domain law .*; did you mean expert"),
-        (changed(("law.plural", "wills")), '"plural" of the domain law .* must be a list'),
-        (changed(("sea.singular", [])), "the domain sea in .* has no items"),
-        (changed(("sea.singular", [1984])), "item under singular of the domain sea .* is 1984,"),
-        (changed(("sea.singular", [False])), "is False, which is not text: .* in quotes"),
-        (changed(("sea.singular", [""])), "item under singular of the domain sea .* is empty"),
-        (
-            changed(("sea.singular", ["The  Trial"])),
-            'the item "The Trial" of the domain sea in .* is also in the domain law: keep it in',
-        ),
-        (changed(("law.plural", ["wills", "Wills"])), 'law in .* has the item "Wills" twice'),
-        ("domains:\n  law: {}\n  law: {}\n", 'the name "law" in line 3 of .* is given twice'),
-        ("domains:\n  1: {}\n  2: {}\n", "the name under domains of .* is 1, which is not text"),
-    ],
-)
+def template(text: Any) -> dict[str, Any]:
+    return {**changed(), "templates": {"mine": text}}
+
+
+def choices(given: Any) -> dict[str, Any]:
+    return {**template("{topic_a} {topic_b}"), "choices": given}
+
+
+REFUSED: list[tuple[Any, str]] = [
+    ("domains: [", "cannot read the ontology file .*own.yaml: while parsing"),
+    ("- law", 'own.yaml needs "domains:" with names'),
+    ("", 'own.yaml needs "domains:" with names'),
+    ("domains:\n  law: {}\n  law: {}\n", 'the name "law" is given twice.* line 3'),
+    (
+        "domains:\n  1: {}\n  2: {}\n",
+        "own.yaml, domains.1.*: is 1, which is not text: write a phrase",
+    ),
+    ({"domain": DOMAINS}, "own.yaml, domains: is missing"),
+    ({"domains": DOMAINS, "template": {}}, "unknown key in .*'template'; did you mean templates"),
+    ({"domains": ["law"]}, "own.yaml, domains: needs names and values"),
+    ({"domains": {"law": DOMAINS["law"]}}, "domains: a change of topic needs two domains or more"),
+    (changed("sea", "water"), "domains.sea: needs names and values"),
+    (changed("law.expert"), "domains.law.expert: is missing"),
+    (changed("law.field", " "), "domains.law.field: is empty: write a phrase"),
+    (changed("law.experts", "a"), "unknown key in .*, domains.law.experts: .* did you mean expert"),
+    (changed("law.plural", "wills"), "domains.law.plural: must be a list"),
+    (changed("sea.singular", []), "domains.sea: has no items"),
+    (
+        changed("sea.singular", [1984]),
+        "domains.sea.singular.0: is 1984, which is not text: write a phrase",
+    ),
+    (changed("sea.singular", [False]), "domains.sea.singular.0: is False, .* in quotes if need be"),
+    (changed("sea.singular", [""]), "domains.sea.singular.0: is empty"),
+    (changed("sea.singular", ["The  Trial"]), 'item "The Trial" of sea is also in law: keep it in'),
+    (changed("law.plural", ["wills", "Wills"]), "domains: law has an item twice: drop one"),
+    (template("About {topic_a}."), r'"mine" lacks the slot \{topic_b\}: it needs both topics'),
+    (template("{topic_b} before {field_a}"), r'"mine" lacks the slot \{topic_a\}'),
+    (template("{topic_a} {topic_b} {topics_a}"), "\"mine\": .*'topics_a'; did you mean topic_a"),
+    (template("{topic_a} {topic_b} {}"), '"mine": unknown slot'),
+    (template("{topic_a} {topic_b} {TOPIC_A}"), '"mine": unknown slot'),
+    (template("{topic_a.name} {topic_b}"), '"mine": unknown slot'),
+    (template("{topic_a} {topic_b} for {reader}"), "\"mine\": unknown slot 'reader'"),
+    (template("{topic_a} {topic_b"), "\"mine\": expected '}'"),
+    (template("{topic_a} {topic_b!r}"), '"mine": has a format in the slot "topic_b"'),
+    (template("{topic_a:>9} {topic_b}"), '"mine": has a format in the slot "topic_a"'),
+    (template(""), "templates.mine: is empty: write a phrase"),
+    (template(7), "templates.mine: is 7, which is not text"),
+    ({**changed(), "templates": {}}, "templates: is empty: list at least one"),
+    (choices({"word": []}), "choices.word: is empty: list at least one"),
+    (choices({"word": "so"}), "choices.word: must be a list"),
+    (choices({"word": [3]}), "choices.word.0: is 3, which is not text"),
+    (choices({"topic_a": ["so"]}), 'choices: "topic_a" cannot be a slot'),
+    (choices({"Word": ["so"]}), 'choices: "Word" cannot be a slot'),
+    (choices({"a word": ["so"]}), 'choices: "a word" cannot be a slot'),
+]
+
+
+@pytest.mark.parametrize(("data", "problem"), REFUSED)
 def test_a_malformed_ontology(tmp_path: Path, data: Any, problem: str) -> None:
     with pytest.raises(ConfigError, match=problem) as caught:
         load_ontology(write(tmp_path, data))
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("template", "problem"),
-    [
-        ("About {topic_a}.", r"lacks the slot \{topic_b\}: it needs both topics"),
-        ("{topic_b} before {field_a}", r"lacks the slot \{topic_a\}"),
-        ("{topic_a} {topic_b} {topics_a}", "unknown slot in .* 'topics_a'; did you mean topic_a"),
-        ("{topic_a} {topic_b} {}", "unknown slot in the template"),
-        ("{topic_a} {topic_b} {TOPIC_A}", "unknown slot in the template"),
-        ("{topic_a} {topic_b", "has braces that do not match"),
-        ("{topic_a} {topic_b!r}", 'has a format in the slot "topic_b"'),
-        ("{topic_a:>9} {topic_b}", 'has a format in the slot "topic_a"'),
-        ("{topic_a.name} {topic_b}", "unknown slot in the template"),
-        ("", "is empty: write a phrase"),
-        (7, "is 7, which is not text"),
-    ],
-)
-def test_a_malformed_template(tmp_path: Path, template: Any, problem: str) -> None:
-    data = {**changed(), "templates": {"mine": template}}
-    with pytest.raises(DartError, match=problem) as caught:
-        load_ontology(write(tmp_path, data))
-    assert re.search(r'"mine" (in|of) .*own\.yaml', str(caught.value))
-
-
-@pytest.mark.parametrize(
-    ("choices", "problem"),
-    [
-        ({}, 'needs "choices:" with names'),
-        ({"word": []}, 'the choice "word" in .* is empty'),
-        ({"word": "so"}, '"word" of .* must be a list'),
-        ({"word": [3]}, 'entry of the choice "word" .* is 3, which is not text'),
-        ({"topic_a": ["so"]}, 'the choice "topic_a" .* cannot be a slot'),
-        ({"Word": ["so"]}, 'the choice "Word" .* cannot be a slot'),
-        ({"a word": ["so"]}, 'the choice "a word" .* cannot be a slot'),
-    ],
-)
-def test_malformed_choices(tmp_path: Path, choices: Any, problem: str) -> None:
-    data = {**changed(), "templates": {"mine": "{topic_a} {topic_b}"}, "choices": choices}
-    with pytest.raises(ConfigError, match=problem):
-        load_ontology(write(tmp_path, data))
-
-
-def test_a_template_needs_its_choices(tmp_path: Path) -> None:
-    data = {**changed(), "templates": {"mine": "{topic_a} {topic_b} for {reader}"}}
-    with pytest.raises(UnknownName, match=r"unknown slot in .*: 'reader'"):
-        load_ontology(write(tmp_path, data))
+    assert "\n" not in str(caught.value) and "own.yaml" in str(caught.value)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -21,36 +21,22 @@ from dart_llm.files import write_lines
 PASSAGES = shipped()
 SEGMENTS = [segment for passage in PASSAGES for segment in passage.segments()]
 FOLDER = resources.files("dart_llm.data") / "shipped" / "drift" / "passages"
-FIRST_WORDS = {
-    "01-bees-to-mortgages": ["When a honeybee finds", "A mortgage is a"],
-    "02-organs-to-cataracts": ["A pipe organ is", "The lens of the"],
-    "03-cheese-to-version-control": ["Cheese is milk from", "Anyone who has saved"],
-    "04-canal-to-tomatoes": ["The isthmus of Panama", "Tomatoes come from warm"],
-    "05-mountain-walk-to-copyright": ["We left the last", "Copyright gives the author"],
-    "06-stars-to-basketball": ["A star is a", "Basketball is one of"],
-    "07-watercolor-to-plague": ["Watercolor is the most", "In October 1347 a"],
-    "08-keys-to-penguins": ["For most of its", "The emperor penguin is"],
-    "09-earthquakes-to-marathons-to-ledgers": [
-        "The ground under our",
-        "The marathon owes its",
-        "Double-entry bookkeeping is a",
-    ],
-    "10-elevators-to-sleep-to-compost": [
-        "Before there were safe",
-        "Sleep looks like nothing",
-        "A compost heap turns",
-    ],
-    "11-stage-to-eclipses-to-chocolate": [
-        "Ruth unlocked the stage",
-        "A total eclipse of",
-        "Chocolate begins with a",
-    ],
-    "12-printing-to-jazz-to-salt-flats": [
-        "Johannes Gutenberg did not",
-        "A jazz musician who",
-        "At seven in the",
-    ],
-}
+FIRST_WORDS = dict(
+    line.split(": ")
+    for line in """\
+01-bees-to-mortgages: When a / A mortgage
+02-organs-to-cataracts: A pipe / The lens
+03-cheese-to-version-control: Cheese is / Anyone who
+04-canal-to-tomatoes: The isthmus / Tomatoes come
+05-mountain-walk-to-copyright: We left / Copyright gives
+06-stars-to-basketball: A star / Basketball is
+07-watercolor-to-plague: Watercolor is / In October
+08-keys-to-penguins: For most / The emperor
+09-earthquakes-to-marathons-to-ledgers: The ground / The marathon / Double-entry bookkeeping
+10-elevators-to-sleep-to-compost: Before there / Sleep looks / A compost
+11-stage-to-eclipses-to-chocolate: Ruth unlocked / A total / Chocolate begins
+12-printing-to-jazz-to-salt-flats: Johannes Gutenberg / A jazz / At seven""".splitlines()
+)
 """The words that a reader finds where a topic begins."""
 PLAIN = {
     "id": "own",
@@ -94,8 +80,8 @@ def test_parts_are_long_enough_and_begin_where_the_index_says(passage: Passage) 
     assert min(sizes[:-1]) >= 460
     assert sizes[-1] >= 320
     assert max(sizes) <= 600
-    starts = [" ".join(passage.text[part.start :].split()[:4]) for part in parts]
-    assert starts == FIRST_WORDS[passage.id]
+    starts = [" ".join(passage.text[part.start :].split()[:2]) for part in parts]
+    assert " / ".join(starts) == FIRST_WORDS[passage.id]
     assert [part.start for part in parts] == [0, *passage.changes]
     assert all(passage.text[offset - 2 : offset] == "\n\n" for offset in passage.changes)
     assert "\n\n".join(part.text for part in parts) == passage.text
@@ -130,7 +116,7 @@ def test_no_phrase_of_eight_words_occurs_twice() -> None:
 
 
 def test_topics_are_all_different_and_cover_every_domain() -> None:
-    domains = {domain.name for domain in load_ontology().domains}
+    domains = set(load_ontology().domains)
     assert len(SEGMENTS) == 28 == len({segment.topic.name for segment in SEGMENTS})
     assert {segment.topic.domain for segment in SEGMENTS} == domains
     for passage in PASSAGES:
@@ -159,34 +145,31 @@ def test_passages_are_written_and_read_back(tmp_path: Path) -> None:
     assert read_passages(tmp_path / "own.jsonl") == PASSAGES
 
 
-@pytest.mark.parametrize(
-    ("changes", "problem"),
-    [
-        ({"id": None}, "line 1 of .* needs an id and a text"),
-        ({"id": ""}, "line 1 of .* needs an id and a text"),
-        ({"text": 3}, "line 1 of .* needs an id and a text"),
-        ({"topics": [{"name": "bees"}]}, "line 1 of .* needs topics: write"),
-        ({"topics": "bees"}, "line 1 of .* needs topics: write"),
-        ({"changes": None}, "line 1 of .* needs changes: a list of offsets"),
-        ({"changes": [24.0]}, "line 1 of .* needs changes: a list of offsets"),
-        ({"changes": [True]}, "line 1 of .* needs changes: a list of offsets"),
-        ({"changes": []}, r"has 2 topic\(s\) and 0 change\(s\): .* one change less"),
-        ({"changes": [], "topics": PLAIN["topics"][:1]}, r"1 topic\(s\) and 0 change\(s\)"),
-        ({"changes": [0]}, "the change at character 0 of .* begins no paragraph"),
-        ({"changes": [23]}, "the change at character 23 of .* begins no paragraph"),
-        ({"changes": [25]}, "the change at character 25 of .* begins no paragraph"),
-        ({"changes": [41]}, "the change at character 41 of .* begins no paragraph"),
-        ({"changes": [-17]}, "the change at character -17 of .* begins no paragraph"),
-        (
-            {"changes": [24, 13], "topics": [*PLAIN["topics"], PLAIN["topics"][0]]},
-            r"the changes \[24, 13\] of .* must rise",
-        ),
-        (
-            {"topics": [PLAIN["topics"][0], {"name": "wasps", "domain": "zoology"}]},
-            'goes from "bees" to "wasps", both of the domain zoology: give them different',
-        ),
-    ],
-)
+THREE_TOPICS = [*PLAIN["topics"], PLAIN["topics"][0]]
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"id": None}, "line 1 of .*, id: is None, which is not text"),
+    ({"id": ""}, "line 1 of .*, id: "),
+    ({"text": 3}, "line 1 of .*, text: is 3"),
+    ({"topics": [{"name": "bees"}]}, "line 1 of .*, topics.0.domain: is missing"),
+    ({"topics": "bees"}, "line 1 of .*, topics: must be a list"),
+    ({"changes": None}, "line 1 of .*, changes: must be a list"),
+    ({"changes": [24.0]}, "line 1 of .*, changes.0: .* integer"),
+    ({"changes": [True]}, "line 1 of .*, changes.0: .* integer"),
+    ({"changes": []}, r"has 2 topic\(s\) and 0 change\(s\): .* one change less"),
+    ({"changes": [], "topics": PLAIN["topics"][:1]}, r"1 topic\(s\) and 0 change\(s\)"),
+    *(
+        ({"changes": [at]}, f"the change at character {at} of .* begins no paragraph")
+        for at in (0, 23, 25, 41, -17)
+    ),
+    ({"changes": [24, 13], "topics": THREE_TOPICS}, r"the changes \[24, 13\] of .* must rise"),
+    (
+        {"topics": [PLAIN["topics"][0], {"name": "wasps", "domain": "zoology"}]},
+        'goes from "bees" to "wasps", both of the domain zoology: give them different',
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "problem"), REFUSED)
 def test_a_malformed_passage(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
     write_lines(tmp_path / "own.jsonl", [{**PLAIN, **changes}])
     with pytest.raises(ConfigError, match=problem):
@@ -196,7 +179,7 @@ def test_a_malformed_passage(tmp_path: Path, changes: dict[str, Any], problem: s
 def test_a_file_without_passages_or_with_one_id_twice(tmp_path: Path) -> None:
     path = tmp_path / "own.jsonl"
     write_lines(path, [])
-    with pytest.raises(ConfigError, match="holds no passages"):
+    with pytest.raises(ConfigError, match="is empty: it holds no"):
         read_passages(path)
     write_lines(path, [PLAIN, PLAIN])
     with pytest.raises(ConfigError, match=r'the id "own" in line 2 of .* is taken'):

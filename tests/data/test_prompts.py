@@ -84,33 +84,15 @@ def test_a_prompt_file_is_read_without_the_mark_of_its_encoding(
             read_prompt_file("-")
 
 
-def test_a_shipped_name_gives_the_shipped_prompt(here: Path) -> None:
-    assert resolve_prompt("sky") == "Why is the sky blue?"
-    assert resolve_prompt("two_topics") == read_prompt("two_topics")
+ORDINARY = [AWKWARD, "", " ", "sky ", "Sky", "no such file", ".", "..", "datasets"]
+ORDINARY += ["a\0b", "a/" * 90, "x" * 10_000, "\ud800", "日本語の文章"]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        AWKWARD,
-        "",
-        " ",
-        "sky ",
-        "Sky",
-        "no such file",
-        ".",
-        "..",
-        "datasets",
-        "a\0b",
-        "a/" * 90,
-        "x" * 10_000,
-        "\ud800",
-        "日本語の文章",
-    ],
-)
+@pytest.mark.parametrize("text", ORDINARY)
 def test_any_other_text_comes_back_unchanged(here: Path, text: str) -> None:
     (here / "datasets").mkdir()
     assert resolve_prompt(text) == text
+    assert resolve_prompt("two_topics") == read_prompt("two_topics")
 
 
 @pytest.mark.parametrize("name", ["mine", "mine.txt", "datasets/mine", "datasets/mine.txt"])
@@ -134,10 +116,6 @@ def test_nothing_outside_datasets_is_read(here: Path) -> None:
     (here / "secret.txt").write_text("secret")
     for name in ("../secret", "../secret.txt", "secret", str(here / "secret.txt")):
         assert resolve_prompt(name) == name
-
-
-def test_a_file_that_is_not_text_is_refused(here: Path) -> None:
-    (here / "datasets").mkdir()
     (here / "datasets" / "bad.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=r"the prompt file datasets.bad\.txt cannot be read"):
         resolve_prompt("bad")
@@ -158,11 +136,8 @@ def test_answers_and_other_keys_are_never_shown() -> None:
     prompt = mmlu_prompt(["law", "art"], WordTokenizer(), 900, many_questions)
     assert "SECRET" not in prompt
     assert "nswer" not in prompt
-    numbered = [dict(question, answer=3) for question in many_questions("law")]
-    without = [{k: q[k] for k in ("question", "choices")} for q in numbered]
-    assert mmlu_prompt("law", WordTokenizer(), 300, lambda _: numbered) == mmlu_prompt(
-        "law", WordTokenizer(), 300, lambda _: without
-    )
+    once = mmlu_prompt("law", WordTokenizer(), 200, many_questions)
+    assert mmlu_prompt(["law", "law"], WordTokenizer(), 200, many_questions) == once
 
 
 @pytest.mark.parametrize("length", [120, 200, 333, 700])
@@ -206,12 +181,6 @@ def test_a_cut_never_splits_a_character() -> None:
     assert prompt == "é" * 15
 
 
-def test_a_repeated_subject_counts_once() -> None:
-    once = mmlu_prompt(["law"], WordTokenizer(), 200, many_questions)
-    assert mmlu_prompt(["law", "law"], WordTokenizer(), 200, many_questions) == once
-    assert mmlu_prompt("law", WordTokenizer(), 200, many_questions) == once
-
-
 def test_what_cannot_be_built_is_said() -> None:
     with pytest.raises(ConfigError, match="needs one subject or more"):
         mmlu_prompt([], WordTokenizer(), 100, many_questions)
@@ -233,8 +202,5 @@ def test_the_default_source_is_local_first_and_never_the_test_split(here: Path) 
         "The following are multiple choice questions about astronomy.\n\n"
         "what is near?\nA. the Moon\nB. the Sun"
     )
-
-
-def test_the_default_source_names_the_near_subject(here: Path) -> None:
     with pytest.raises(UnknownName, match="unknown MMLU subject 'astronmy'; did you mean astro"):
         mmlu_prompt(["astronmy"], WordTokenizer(), 100)

@@ -15,16 +15,7 @@ from dart_llm.data import topic_prompts as drift_prompts
 from dart_llm.errors import ConfigError, UnknownName
 
 SUBJECTS = ("aqueduct", "bicycle", "bread", "court", "immunity", "tides")
-PROMPTS = (
-    "arithmetic",
-    "code",
-    "continue",
-    "letter",
-    "sky",
-    "story",
-    "summary",
-    "two_topics",
-)
+PROMPTS = tuple("arithmetic code continue letter sky story summary two_topics".split())
 COMMON = set(
     """
     about after again also although always because been before begin begins between both called
@@ -43,10 +34,6 @@ def content_words(text: str) -> set[str]:
     return set(re.findall(r"[a-z]{4,}", text.lower())) - COMMON
 
 
-def test_there_are_six_subjects() -> None:
-    assert texts.subjects() == SUBJECTS
-
-
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_a_text_is_800_to_900_words_of_plain_paragraphs(subject: str) -> None:
     text = texts.read(subject)
@@ -62,10 +49,10 @@ def test_a_text_is_800_to_900_words_of_plain_paragraphs(subject: str) -> None:
         assert 40 <= len(paragraph.split()) <= 160
 
 
-@pytest.mark.parametrize("pair", [*combinations(SUBJECTS, 2)], ids="-".join)
-def test_two_subjects_share_few_words(pair: tuple[str, str]) -> None:
-    first, second = (content_words(texts.read(subject)) for subject in pair)
-    assert len(first & second) / len(first | second) < 0.15
+def test_two_subjects_share_few_words() -> None:
+    words = {subject: content_words(texts.read(subject)) for subject in SUBJECTS}
+    for first, second in combinations(words.values(), 2):
+        assert len(first & second) / len(first | second) < 0.15
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
@@ -78,47 +65,24 @@ def test_the_halves_of_a_text_share_more_than_two_subjects_do(subject: str) -> N
         assert len(first & strange) / len(first | strange) < within / 1.5
 
 
-@pytest.mark.parametrize(
-    ("subject", "word"),
-    [
-        ("aqueduct", "aqueduct"),
-        ("bicycle", "chain"),
-        ("bread", "dough"),
-        ("court", "judge"),
-        ("immunity", "cells"),
-        ("tides", "tide"),
-    ],
-)
-def test_a_text_is_about_its_subject(subject: str, word: str) -> None:
-    counts = {name: texts.read(name).lower().count(word) for name in SUBJECTS}
-    assert counts[subject] >= 5
-    assert all(counts[name] <= 1 for name in SUBJECTS if name != subject)
-
-
 def test_all_text_is_every_text_in_order() -> None:
+    assert texts.subjects() == SUBJECTS
     whole = texts.all_text()
     assert whole == "\n\n".join(texts.read(subject) for subject in SUBJECTS)
     assert 5000 <= len(whole.split()) <= 5400
 
 
-def test_topic_shift_gives_the_two_texts() -> None:
+def test_topic_shift_and_names() -> None:
     assert texts.topic_shift("tides", "court") == (texts.read("tides"), texts.read("court"))
-
-
-def test_topic_shift_refuses_one_subject_twice() -> None:
     with pytest.raises(ConfigError, match="two different subjects, not 'tides' twice"):
         texts.topic_shift("tides", "tides")
-
-
-def test_an_unknown_subject_names_the_near_one() -> None:
     with pytest.raises(UnknownName, match="unknown embedded text 'tide'; did you mean tides"):
         texts.read("tide")
-
-
-@pytest.mark.parametrize("name", ["", "prompts/sky", "../errors", "tides.txt"])
-def test_a_name_is_not_a_path(name: str) -> None:
-    with pytest.raises(UnknownName):
-        texts.read(name)
+    with pytest.raises(UnknownName, match="unknown prompt 'storry'; did you mean story"):
+        texts.read_prompt("storry")
+    for name in ("", "prompts/sky", "../errors", "tides.txt"):  # a name is not a path
+        with pytest.raises(UnknownName):
+            texts.read(name)
 
 
 def test_the_shipped_prompts() -> None:
@@ -133,16 +97,11 @@ def test_the_shipped_prompts() -> None:
         assert 5 <= len(prompt.split()) <= 280
 
 
-def test_an_unknown_prompt_names_the_near_one() -> None:
-    with pytest.raises(UnknownName, match="unknown prompt 'storry'; did you mean story"):
-        texts.read_prompt("storry")
-
-
 def test_the_loaders_need_no_torch() -> None:
     # What the package itself imports is another test's matter: only what these add counts here.
     code = (
         "import sys, dart_llm; before = set(sys.modules); "
-        "import dart_llm.data.texts, dart_llm.data.prompts;"
+        "import dart_llm.data.texts, dart_llm.data.prompts, dart_llm.data.documents;"
         "new = {m.split('.')[0] for m in set(sys.modules) - before};"
         "print(sorted(new & {'torch', 'transformers', 'datasets', 'numpy'}))"
     )

@@ -16,7 +16,7 @@ from dart_llm.pruning.registry import SCORES
 FOLDER = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py"))
 NOTEBOOK = FOLDER / "first_look.ipynb"
-PAGE = FOLDER.parent / "docs/examples.md"
+PAGE = FOLDER.parent / "docs/quickstart.md"
 LONGEST = 40
 
 

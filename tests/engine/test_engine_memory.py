@@ -32,8 +32,10 @@ def tensors() -> int:
         return sum(isinstance(one, torch.Tensor) for one in gc.get_objects())
 
 
-@pytest.mark.parametrize("config", [None, half(), half(drift="interval 4")])
-@pytest.mark.parametrize("asked", [99, 4, 0])
+@pytest.mark.parametrize(
+    ("config", "asked"),
+    [(None, 99), (None, 4), (half(), 99), (half(), 0), (half(drift="interval 4"), 4)],
+)
 def test_no_tensor_stays(no_collector: None, config: PruneConfig | None, asked: int) -> None:
     """``asked``: how often the request may go on before it is cancelled."""
     with Engine(tiny(), tokenizer()) as engine:

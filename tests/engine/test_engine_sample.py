@@ -24,7 +24,7 @@ def drawn(logits: torch.Tensor, count: int, **settings: object) -> torch.Tensor:
 def test_tokens_come_as_often_as_they_should(temperature: float) -> None:
     logits = chances(0, 8)
     wanted = torch.softmax(logits[0] / temperature, 0)
-    assert torch.allclose(drawn(logits, 20000, temperature=temperature), wanted, atol=0.015)
+    assert torch.allclose(drawn(logits, 10000, temperature=temperature), wanted, atol=0.02)
 
 
 @pytest.mark.parametrize(("top_p", "seed"), [(0.05, 0), (0.3, 1), (0.9, 2), (0.9999, 3)])
@@ -44,8 +44,9 @@ def test_greedy_and_almost_greedy() -> None:
     logits = torch.cat([chances(seed) for seed in range(3)])
     best = logits.argmax(-1).tolist()
     assert Sampler(Sampling(n=3)).choose(logits) == best
-    assert Sampler(Sampling(n=3, temperature=1e-9, seed=0)).choose(logits) == best
-    assert Sampler(Sampling(n=3, temperature=1.0, top_p=1e-9, seed=0)).choose(logits) == best
+    for temperature, top_p in ((1.0, 1e-9), (1e-9, 1.0), (1e-45, 0.9), (5e-324, 1.0)):
+        sampler = Sampler(Sampling(n=3, temperature=temperature, top_p=top_p, seed=0))
+        assert sampler.choose(logits) == best
 
 
 def test_seeds() -> None:
@@ -69,14 +70,6 @@ def test_overflow_is_said(bad: float) -> None:
     logits[0, 7] = bad
     with pytest.raises(DartError, match="not finite"):
         Sampler(Sampling()).choose(logits)
-
-
-@pytest.mark.parametrize("temperature", [1e-10, 1e-45, 1e-50, 5e-324])
-@pytest.mark.parametrize("top_p", [1.0, 0.9])
-def test_almost_no_temperature_is_greedy(temperature: float, top_p: float) -> None:
-    logits = chances(4)
-    sampler = Sampler(Sampling(temperature=temperature, top_p=top_p))
-    assert sampler.choose(logits) == [int(logits.argmax())]
 
 
 def test_logprobs() -> None:

@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from dart_llm.data.prompts import chat_ids
 from dart_llm.engine.engine import Engine
-from dart_llm.engine.events import Token
 from dart_llm.engine.requests import GenerationRequest as Ask
 from dart_llm.engine.requests import Sampling
 from dart_llm.pruning.config import PruneConfig
@@ -58,7 +56,7 @@ def engine(smollm2: Any, wanted: Any) -> Iterator[Engine]:
 def test_interleaved_requests_are_those_alone(smollm2: Any, engine: Engine, wanted: Any) -> None:
     """Dense in float32: plain transformers' own greedy answer, though slim steps decode it."""
     assert engine.executor == "slim"
-    order = [(name, text) for name in CONFIGS for text in TEXTS] * 2
+    order = [(name, text) for name in CONFIGS for text in TEXTS]
     random.Random(2).shuffle(order)
     names = list(CONFIGS)
     for place, (name, text) in enumerate(order):
@@ -70,35 +68,6 @@ def test_interleaved_requests_are_those_alone(smollm2: Any, engine: Engine, want
             assert gone.finish == ("cancelled",) and len(gone.tokens[0]) == max(0, place % 5)
         answer, _ = ask(engine, CONFIGS[name], prompt(smollm2[1], text), NEW)
         assert answer.tokens[0] == wanted[name, text], (name, text)
-
-
-def test_stop_strings_and_seeds(smollm2: Any, engine: Engine) -> None:
-    ids = prompt(smollm2[1], TEXTS[0])
-    whole = ask(engine, CONFIGS["griffin"], ids, NEW)[0]
-    text = whole.texts[0]
-    stop = text[20:32]  # several tokens
-    answer, records = ask(engine, CONFIGS["griffin"], ids, NEW, stop=(stop,))
-    assert answer.texts[0] == text[: text.index(stop)] and answer.finish == ("stop",)
-    shown = "".join(record.text for record in records if isinstance(record, Token))
-    assert shown == answer.texts[0]
-    settings = {"temperature": 0.9, "top_p": 0.9, "n": 2, "new": 12}
-    first = ask(engine, CONFIGS["dart"], ids, seed=5, **settings)[0]
-    again = ask(engine, CONFIGS["dart"], ids, seed=5, **settings)[0]
-    other = ask(engine, CONFIGS["dart"], ids, seed=6, **settings)[0]
-    assert first.tokens == again.tokens != other.tokens
-    assert first.tokens[0] != first.tokens[1]
-
-
-def test_logprobs_are_those_of_a_plain_forward(smollm2: Any, engine: Engine) -> None:
-    model, tokenizer = smollm2
-    ids = prompt(tokenizer, TEXTS[1])
-    answer, records = ask(engine, None, ids, 12, logprobs=4)
-    made = [record for record in records if isinstance(record, Token)]
-    with torch.no_grad():
-        logits = model(torch.tensor([[*ids, *answer.tokens[0]]])).logits[0, len(ids) - 1 : -1]
-    for one, row in zip(made, torch.log_softmax(logits.float(), -1), strict=True):
-        assert one.logprob == pytest.approx(float(row[one.id]), abs=2e-3)
-        assert [top.id for top in one.top] == row.topk(4).indices.tolist()
 
 
 def test_turns_of_a_chat(smollm2: Any, engine: Engine) -> None:

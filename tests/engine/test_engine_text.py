@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dart_llm.engine.decoding import HALF, Pieces, StopFinder, TextStream
@@ -26,6 +26,7 @@ def first_end(text: str, stops: list[str]) -> tuple[int, int] | None:
     return min(found, default=None)
 
 
+@settings(deadline=None)
 @given(TEXTS, STOPS, st.data())
 def test_stop_strings_do_not_depend_on_how_a_text_is_cut(text, stops, data) -> None:
     finder, shown, rest = StopFinder(stops), "", text
@@ -50,12 +51,14 @@ def test_stop_strings_do_not_depend_on_how_a_text_is_cut(text, stops, data) -> N
         assert shown == text[: end[1]] and finder.end() == ""
 
 
+@settings(deadline=None)
 @given(TEXTS)
 def test_without_stop_strings_nothing_is_held_back(text) -> None:
     finder = StopFinder(())
     assert finder.add(text) == text and finder.end() == "" and not finder.found
 
 
+@settings(deadline=None)
 @given(IDS)
 def test_streamed_text_is_the_decoded_one(ids) -> None:
     stream = TextStream(tokenizer())
@@ -83,6 +86,7 @@ def test_pieces_of_a_prompt() -> None:
     assert pieces.of(ids[:2]) == ["<s>", HALF]
 
 
+@settings(deadline=None)
 @given(IDS)
 def test_pieces_are_the_whole_text(ids) -> None:
     pieces = Pieces(tokenizer()).of(ids)

@@ -187,14 +187,6 @@ def test_pruned_scores_differ_from_dense_and_sparsity_0_does_not(protocol):
     assert dense.notes == ()
 
 
-def test_masks_that_see_the_answer_score_otherwise_than_those_that_do_not():
-    full, leaking = (
-        logprobs(measured(candidate("griffin"), "tiny_choice", options(protocol=protocol)))
-        for protocol in ("full", "published")
-    )
-    assert sum(abs(a - b) > 1e-4 for a, b in zip(full, leaking, strict=True)) > 6
-
-
 def test_one_prompt_pass_per_context_and_one_batch_of_answers():
     size = [len(f"q: {row['question']}\na:") for row in QUESTIONS]
     widest = [max(len(choice) for choice in row["choices"]) + 1 for row in QUESTIONS]

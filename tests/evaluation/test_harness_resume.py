@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dart_llm.evaluation.masks_seen import MaskCounts, Taken
+from dart_llm.evaluation.masks_seen import TakenMasks
 from dart_llm.evaluation.measurement import Measurement
 from dart_llm.session.prepare import PreparedMethod as Candidate
 from dart_llm.session.prepare import prepare
@@ -51,6 +51,7 @@ def resumed(
         return measured(found, task, options(**how), parts), ran.shapes
 
 
+@pytest.mark.contract("resume gives the same bytes")
 @pytest.mark.parametrize(
     ("task", "method", "how"),
     [
@@ -113,11 +114,10 @@ def test_parts_of_one_method_or_protocol_are_not_those_of_another():
     assert len(parts.parts) == size
 
 
-@pytest.mark.parametrize("kind", [Taken, MaskCounts])
-def test_masks_that_are_announced_twice_count_once(kind):
+def test_masks_that_are_announced_twice_count_once():
     model = loaded()[0]
     config = candidate("griffin").config
-    counter = kind()
+    counter = TakenMasks()
     with Run(model, config) as run, torch.no_grad():
         run.on_masks = counter
         for text in (range(3, 33), range(20, 50)):
@@ -126,4 +126,4 @@ def test_masks_that_are_announced_twice_count_once(kind):
             run.hold(run.select())  # announced when chosen ...
             with run.decoding(prompt=True):
                 model(torch.tensor([list(text)]))  # ... and when applied
-    assert (len(counter.take()) if kind is Taken else counter.masks) == 2
+    assert len(counter.take()) == 2

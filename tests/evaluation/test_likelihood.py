@@ -90,6 +90,7 @@ def test_a_context_of_one_token_has_no_prompt_pass():
     assert found[0].logprob == pytest.approx(float(direct(ANSWERS[1], CONTEXT[:1]).sum()), abs=1e-4)
 
 
+@pytest.mark.contract("sparsity 0 is bit-identical")
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_nothing_removed_is_dense(protocol):
     dense, pruned = score(None)[0], score("griffin", protocol=protocol, sparsity=0.0)[0]
@@ -106,6 +107,7 @@ def test_half_the_neurons_change_every_score(protocol):
     assert all(abs(a - b) > 1e-3 for a, b in zip(dense, pruned, strict=True))
 
 
+@pytest.mark.contract("same report whatever the batch")
 @pytest.mark.parametrize("protocol", ["decode", "full"])
 @pytest.mark.parametrize("method", ["griffin", "dart"])
 def test_batches_change_nothing(protocol, method):
@@ -154,6 +156,7 @@ def test_answers_that_differ_in_their_last_token_are_one_row():
     assert score("griffin", single, sparsity=0.5)[1][0]["decoded_tokens"] == 1
 
 
+@pytest.mark.contract("accounting equals a count")
 def test_decoded_tokens_are_counted_exactly():
     # padding counts for nothing; the last context token is fed with each row
     assert score("griffin", sparsity=0.5)[1][0]["decoded_tokens"] == 1 + 4 + 7 + 3 + 5
@@ -181,6 +184,7 @@ def test_published_masks_have_seen_the_answer():
     assert sum(abs(a - b) > 1e-4 for a, b in zip(full, leaking, strict=True)) >= 4
 
 
+@pytest.mark.contract("answer tokens never in masks under decode")
 def test_in_decode_the_masks_do_not_see_the_context_last_token():
     kept = []
     for last in (20, 60):
@@ -298,10 +302,10 @@ def test_a_loss_that_is_not_finite_is_an_error(method):
         score_context(broken, run, CONTEXT, [ANSWERS[1]])
 
 
-@pytest.mark.parametrize(("context", "answers"), [((), [(4,)]), (CONTEXT, [(4,), ()])])
-def test_nothing_to_score_is_refused(context, answers):
-    with pytest.raises(ConfigError, match="at least one context and one continuation token"):
-        score_context(model("llama"), None, context, answers)
+def test_nothing_to_score_is_refused():
+    for context, answers in (((), [(4,)]), (CONTEXT, [(4,), ()])):
+        with pytest.raises(ConfigError, match="at least one context and one continuation token"):
+            score_context(model("llama"), None, context, answers)
 
 
 def test_hold_select_and_branch_of_a_run():

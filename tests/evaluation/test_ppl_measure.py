@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from dart_llm.errors import ConfigError, DartError
-from dart_llm.evaluation.likelihood import CHUNK, score_context
+from dart_llm.evaluation.forced_decoding import CHUNK
+from dart_llm.evaluation.likelihood import score_context
 from dart_llm.evaluation.measurement import LEAK
 from dart_llm.evaluation.perplexity import count, measure, measure_text, score_window
 from dart_llm.evaluation.windows import slice_windows
@@ -45,6 +46,7 @@ def direct(model: Any, begin: int, end: int, first: int) -> list[float]:
     return found[first - begin - 1 :].tolist()
 
 
+@pytest.mark.contract("sparsity 0 is dense")
 @pytest.mark.parametrize("model", ["llama", "gpt2", "gemma3", "falcon"])
 @pytest.mark.parametrize("sparsity", [None, 0.0])
 def test_decode_slices_equal_a_plain_forward(model, sparsity):
@@ -121,6 +123,7 @@ def test_standard_takes_the_masks_of_a_window_from_the_text_before_it():
     assert len(found.notes) == 1 and found.notes[0].startswith("299 tokens ran dense")
 
 
+@pytest.mark.contract("accounting equals a count")
 def test_decode_says_which_tokens_ran_pruned():
     found = measured("griffin", sparsity=0.5, **INTERVAL)
     assert flags(found)[:30] == [True] * 8 + [False] * 3 + [True] * 8 + [False] * 3 + [True] * 8
@@ -150,6 +153,7 @@ def changed_texts() -> tuple[str, str]:
     return TEXT[:70], TEXT[:60] + TEXT[500:510]
 
 
+@pytest.mark.contract("causality")
 @pytest.mark.parametrize(
     ("protocol", "method", "settings"),
     [
@@ -259,6 +263,20 @@ def test_measure_reads_the_text_by_name_and_count_agrees(tmp_path):
         assert found.task == f"perplexity:{path}" and found.protocol == options.protocol
         assert found.metric == "perplexity" and not found.higher_is_better
         assert sum(done) == len(found.items) == count(str(path), options, tokenizer, 512)
+
+
+def test_a_text_that_is_counted_and_measured_is_tokenised_once(tmp_path):
+    path, read = tmp_path / "text.txt", []
+    path.write_text(TEXT[:200], encoding="utf-8")
+
+    def counting(text: str, **options: Any) -> Any:
+        read.append(text)
+        return tokenizer(text, **options)
+
+    own = Candidate(shared("llama"), counting, None)
+    assert count(str(path), SLICES, counting, 512) == 2
+    measure(own, str(path), SLICES, Memory(), lambda n: None)
+    assert read == [TEXT[:200]]
 
 
 def test_score_window_adds_sequences_to_a_run_under_decode():

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from dart_llm.evaluation.masks_seen import pack, unpack
+from dart_llm.evaluation.masks_seen import count_masks, kept_flags, pack
 from dart_llm.evaluation.perplexity import dense_where_pruned, document, measure_text
+from dart_llm.experiments.stats import ratio_interval
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.session.prepare import MemoryStore as Memory
 from dart_llm.session.prepare import PreparedMethod as Candidate
-from dart_llm.studies.generate.report import perplexity_table
 from ppl_cases import INTERVAL, SLICES, STANDARD, TEXT, candidate, losses, measured
 from ppl_cases import tokenizer as letters
 
@@ -41,6 +41,7 @@ def stop_after(windows: int) -> Any:
     return advance
 
 
+@pytest.mark.contract("resume gives the same bytes")
 @pytest.mark.parametrize(
     ("method", "protocol", "settings"),
     [
@@ -108,17 +109,20 @@ def test_held_masks_are_used_and_counted_once_per_slice():
 
 def test_masks_survive_packing():
     masks = (LayerMask(torch.tensor([0, 3, 8, 18]), 19), None, LayerMask(torch.tensor([7]), 8))
-    first, second, third = unpack(json.loads(json.dumps(pack(masks))))
-    assert second is None
-    assert (first.ids.tolist(), first.width) == ([0, 3, 8, 18], 19)
-    assert (third.ids.tolist(), third.width) == ([7], 8)
+    packed = json.loads(json.dumps(pack(masks)))
+    assert packed[1] is None
+    assert kept_flags(packed[0]).nonzero().flatten().tolist() == [0, 3, 8, 18]
+    counts, total = count_masks([{"masks": [packed, packed]}, {"masks": [pack((masks[0], None))]}])
+    assert total == 3
+    assert [len(layer) for layer in counts] == [19, 0, 8]
+    assert counts[0][[0, 1, 18]].tolist() == [3, 0, 3] and counts[2].tolist() == 7 * [0] + [2]
+    assert count_masks([]) == ((), 0)
 
 
 def test_a_document_compares_on_all_tokens_and_on_those_that_ran_pruned():
     dense, pruned = measured(None, STANDARD), measured("griffin", STANDARD, sparsity=0.5)
-    found = document(
-        [("dense", dense), ("griffin@0.5", pruned)], "a text", {"window": 100, "stride": 100}
-    )
+    rows = [("dense", dense), ("griffin@0.5", pruned)]
+    found = document(rows, "a text", {"window": 100, "stride": 100}, ratio_interval)
     first, second = found["rows"]
     assert (found["protocol"], found["slices"], found["window"]) == ("standard", 10, 100)
     assert (first["method"], first["ratio_to_dense"], first["interval"]) == ("dense", 1.0, None)
@@ -134,34 +138,6 @@ def test_a_document_compares_on_all_tokens_and_on_those_that_ran_pruned():
     )
     assert dense_where_pruned(dense, dense) is None
     assert found["losses"]["griffin@0.5"][3] == pruned.samples[3]["losses"]
-
-
-def test_the_table_names_the_windows_and_both_perplexities():
-    dense, pruned = measured(None, STANDARD), measured("griffin", STANDARD, sparsity=0.5)
-    rows = [("dense", dense), ("griffin@0.5", pruned)]
-    table = perplexity_table(document(rows, "a text", {"window": 100, "stride": 50}))
-    assert "10 windows of 100 tokens, stride 50, protocol standard" in str(table.title)
-    heads = [str(column.header) for column in table.columns]
-    assert heads[-2:] == ["pruned tokens only", "x dense there"]
-    last = [list(column.cells)[1] for column in table.columns[-2:]]
-    assert last[0] == f"{pruned.metrics['perplexity_pruned_tokens']:.2f}"
-    over = pruned.metrics["perplexity_pruned_tokens"] / dense_where_pruned(pruned, dense)
-    assert last[1] == f"{over:.2f}"
-    whole = measured("griffin", sparsity=0.5)
-    plain = document([("dense", measured(None)), ("g", whole)], "t", {"prompt_tokens": 40,
-                     "scored_tokens": 30})  # fmt: skip
-    assert "pruned tokens only" not in [str(c.header) for c in perplexity_table(plain).columns]
-
-
-def test_interval_counts_slices_by_their_tokens():
-    from dart_llm.evaluation.perplexity import Scored, ratio_interval
-
-    one = Scored(((1.0,), (2.0, 2.0, 2.0)), None)
-    assert ratio_interval(one, one) == (1.0, 1.0)
-    other = Scored(((0.0,), (2.0, 2.0, 2.0)), None)
-    low, high = ratio_interval(one, other)
-    assert low == pytest.approx(1.0)
-    assert high == pytest.approx(torch.tensor(1.0).exp().item())
 
 
 def test_losses_are_kept_to_six_decimals_and_metrics_follow_from_them():

@@ -13,7 +13,7 @@ from dart_llm.data import texts
 from dart_llm.errors import ConfigError, DartError, UnknownName
 from dart_llm.evaluation import text_metrics as rouge
 from dart_llm.evaluation.measurement import MeasureOptions
-from dart_llm.evaluation.summarization import build, count
+from dart_llm.evaluation.summarization import count, fit
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.session.prepare import PreparedMethod as Candidate
 from dart_llm.session.run import prune
@@ -64,7 +64,7 @@ def test_dense_end_to_end(loaded, data):
     assert measured.higher_is_better and measured.accounting is None and measured.masks == 0
     assert [item["id"] for item in measured.items] == ["cat", "dog", "duck", "pig"]
     for row, item, sample in zip(DOCUMENTS, measured.items, measured.samples, strict=True):
-        prompt = build(loaded[1], row["document"], 1024, 12)
+        prompt = fit(loaded[1], row["document"], 1024, 12).ids
         assert sample["prompt_tokens"] == len(prompt)
         assert sample["text"] == greedy(loaded, prompt)
         assert sample["reference"] == row["summary"]
@@ -91,7 +91,7 @@ def test_pruned_summaries_are_those_of_prune(loaded, data):
         measured = run(candidate(loaded, "griffin"), data)
     for row, text in zip(DOCUMENTS, texts_of(measured), strict=True):
         with prune(model, "griffin", sparsity=0.5):
-            assert text == greedy(loaded, build(tokenizer, row["document"], 1024, 12))
+            assert text == greedy(loaded, fit(tokenizer, row["document"], 1024, 12).ids)
     assert texts_of(measured) != texts_of(run(candidate(loaded), data))
     assert measured.accounting is not None
     assert "sequences" not in measured.accounting
@@ -118,7 +118,7 @@ def test_full_prunes_the_prompt_with_masks_of_its_dense_pass(loaded, data):
     model, tokenizer = loaded
     full = run(candidate(loaded, "griffin"), data, MeasureOptions(max_output=12, protocol="full"))
     for row, text in zip(DOCUMENTS, texts_of(full), strict=True):
-        prompt = build(tokenizer, row["document"], 1024, 12)
+        prompt = fit(tokenizer, row["document"], 1024, 12).ids
         with prune(model, "griffin", sparsity=0.5) as chooser, torch.inference_mode():
             model(torch.tensor([prompt]))
             kept = {i: mask.ids for i, mask in enumerate(chooser.select()) if mask is not None}

@@ -57,6 +57,7 @@ def test_a_finished_measurement_computes_nothing_again(loaded, data, calls, meth
     assert all(map(torch.equal, again.counts, first.counts))
 
 
+@pytest.mark.contract("resume gives the same bytes")
 @pytest.mark.parametrize("method", [None, "griffin", "dart"])
 def test_a_resumed_measurement_equals_an_uninterrupted_one(loaded, data, calls, method):
     parts, done = Kept(), []

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from dart_llm.errors import ConfigError
-from dart_llm.evaluation.summarization import CUE, INSTRUCTION, build, fit
+from dart_llm.evaluation.summarization import CUE, INSTRUCTION, fit
 from tiny_gpt2 import write_gpt2
 
 TEMPLATE = (
@@ -46,7 +46,7 @@ def test_a_document_that_fits_is_left_alone(base):
     prompt = fit(base, " A short one.\n", 1024, 100)
     assert base.decode(prompt.ids) == frame("a short one.")
     assert not prompt.shortened and not prompt.chat
-    assert build(base, "A short one.", 1024, 100) == prompt.ids
+    assert fit(base, "A short one.", 1024, 100).ids == prompt.ids
 
 
 def test_without_a_known_context_nothing_is_shortened(base):
@@ -90,19 +90,19 @@ def test_the_chat_template_is_used_where_there_is_one_and_survives(chat):
 
 
 def test_the_chat_template_can_be_left_out(chat, base):
-    assert build(chat, DOCUMENT, 400, 40, chat=False) == build(base, DOCUMENT, 400, 40)
-    assert build(chat, DOCUMENT, 400, 40, chat=True) == build(chat, DOCUMENT, 400, 40)
+    assert fit(chat, DOCUMENT, 400, 40, chat=False).ids == fit(base, DOCUMENT, 400, 40).ids
+    assert fit(chat, DOCUMENT, 400, 40, chat=True).ids == fit(chat, DOCUMENT, 400, 40).ids
 
 
 def test_a_chat_template_that_is_missing_cannot_be_asked_for(base):
     with pytest.raises(ConfigError, match="no chat template"):
-        build(base, DOCUMENT, 1024, 40, chat=True)
+        fit(base, DOCUMENT, 1024, 40, chat=True)
 
 
 @pytest.mark.parametrize("context", [8, 41, 40 + len(frame(""))])
 def test_a_context_without_room_for_the_document_is_refused(base, context):
     with pytest.raises(ConfigError, match=f"context of {context} leaves no room"):
-        build(base, DOCUMENT, context, 40)
+        fit(base, DOCUMENT, context, 40)
 
 
 def test_one_word_is_enough_room(base):
@@ -113,9 +113,9 @@ def test_one_word_is_enough_room(base):
 def test_tokens_that_are_not_characters(byte_pairs):
     """Byte-pair tokens: a cut can make two tokens of one, and the prompt still fits."""
     text = "Überraschend 🙂 viele Wörter; antidisestablishmentarianism — 東京 " * 20
-    base = len(build(byte_pairs, "", None, 1, chat=False))
+    base = len(fit(byte_pairs, "", None, 1, chat=False).ids)
     for room in range(base + 12, base + 60, 3):
-        ids = build(byte_pairs, text, room + 16, 16, chat=False)
+        ids = fit(byte_pairs, text, room + 16, 16, chat=False).ids
         assert room - 24 < len(ids) <= room
         assert byte_pairs.decode(ids).endswith(f"\n\n{CUE}")
 

@@ -10,11 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from dart_llm.errors import MissingExtra
 from dart_llm.experiments import stats
 from dart_llm.experiments.stats import Interval, Sample, interval, paired_interval
-
-pytest.importorskip("scipy")
 
 
 def gaussian(n: int, mean: float = 0.0, sigma: float = 1.0, seed: int = 0) -> dict[str, float]:
@@ -194,10 +191,41 @@ def test_the_warning_about_many_comparisons_is_written_down() -> None:
     assert stats.__doc__ is not None and "Of twenty" in stats.__doc__
 
 
-def test_scipy_missing_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(MissingExtra, match=r"needs scipy.*'dart-llm\[eval\]'"):
-        interval([1.0, 2.0])
+def test_intervals_over_texts_are_those_of_their_means() -> None:
+    """The same draws, counted: the mean of a number per text, and what is undefined in some."""
+    values = np.array(list(gaussian(12, 1.0).values()))
+
+    def statistics(counts: np.ndarray) -> dict[str, np.ndarray]:
+        means = counts @ values / counts.sum(1)
+        some = np.where(counts[:, 0] > 0, means, np.nan)
+        return {"mean": means, "some": some, "none": means * np.nan}
+
+    found = stats.text_intervals(statistics, 12, seed=3)
+    whole = interval(list(values), seed=3)
+    assert whole is not None and found["mean"] == pytest.approx((whole.low, whole.high))
+    assert found["some"] is not None and found["some"][0] < found["some"][1]
+    assert found["none"] is None
+    assert stats.text_intervals(statistics, 1) == {}
+
+
+def test_intervals_of_a_mean_of_texts_cover_it() -> None:
+    """60 samples of 12 normal numbers: 95 % intervals hold the mean as often as they say."""
+    drawn, covered = random.Random(3), 0
+    for number in range(60):
+        values = np.array([drawn.gauss(0, 1) for _ in range(12)])
+        (ends,) = stats.text_intervals(
+            lambda counts, v=values: {"m": counts @ v / counts.sum(1)}, 12, number
+        ).values()
+        assert ends is not None
+        covered += ends[0] <= 0 <= ends[1]
+    assert 53 <= covered <= 60  # 57 expected, standard error 1.7
+
+
+def test_a_ratio_of_perplexities_counts_slices_by_their_tokens() -> None:
+    one = [[1.0], [2.0, 2.0, 2.0]]
+    assert stats.ratio_interval(one, one) == (1.0, 1.0)
+    assert stats.ratio_interval(one, [[0.0], [2.0, 2.0, 2.0]]) == pytest.approx((1.0, math.e))
+    assert stats.ratio_interval([[1.0]], [[2.0]]) is None
 
 
 def test_importing_is_lean() -> None:

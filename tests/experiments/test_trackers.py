@@ -1,11 +1,16 @@
-"""Trackers: names, offline defaults, and what is really written."""
+"""Trackers: names, offline defaults, and what is really written, read back."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
+import sqlite3
+import subprocess
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,18 +18,23 @@ import pytest
 from dart_llm.errors import ConfigError, MissingExtra, UnknownName
 from dart_llm.experiments import trackers
 from dart_llm.experiments.trackers import Tracker, measurement_numbers, open_tracker
-from tracker_cases import CONFIG, MEASUREMENT
+
+CONFIG = {"model": "gpt2", "prune": {"method": "dart", "sparsity": 0.5, "masks": None}}
+
+MEASUREMENT = {
+    "task": "arc_easy",
+    "metrics": {"acc": 0.5, "acc_norm": None, "loss": float("nan")},
+    "accounting": {"achieved_sparsity": 0.25, "remasks": 3, "layers": [1], "executor": "masked"},
+}
 
 
 class Recorder:
     """A backend that keeps what it is given, or fails."""
 
-    where = "here"
-
     def __init__(self, failing: bool = False) -> None:
         self.failing = failing
         self.logged: list[tuple[dict[str, float], int]] = []
-        self.closed: list[bool] = []
+        self.closed = 0
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         print("noise on stdout")
@@ -32,8 +42,8 @@ class Recorder:
             raise OSError("disk full\nand more")
         self.logged.append((dict(metrics), step))
 
-    def close(self, failed: bool) -> None:
-        self.closed.append(failed)
+    def finish(self) -> None:
+        self.closed += 1
         if self.failing:
             raise ValueError("cannot close")
 
@@ -48,23 +58,15 @@ def environment(monkeypatch) -> dict[str, str]:
 
 
 def test_numbers_are_named_by_task_label_and_metric():
-    numbers = measurement_numbers(MEASUREMENT)
-    assert list(numbers) == [
+    assert list(measurement_numbers(MEASUREMENT)) == [
         *("arc_easy/acc", "arc_easy/acc_norm", "arc_easy/loss"),
         *("arc_easy/achieved_sparsity", "arc_easy/remasks"),
     ]
-    labelled = measurement_numbers(MEASUREMENT, "dart@0.5")
-    assert labelled["arc_easy/dart@0.5/acc"] == 0.5
-    assert labelled["arc_easy/dart@0.5/achieved_sparsity"] == 0.25
-
-
-def test_a_dense_measurement_says_that_nothing_was_removed():
+    assert measurement_numbers(MEASUREMENT, "dart@0.5")["arc_easy/dart@0.5/acc"] == 0.5
     dense = {"task": "xsum", "metrics": {"rouge1": 0.2}, "accounting": None}
+    untouched = {"achieved_sparsity": 0.0, "dense_token_share": 1.0, "remasks": 0.0}
     assert measurement_numbers(dense) == {
-        "xsum/rouge1": 0.2,
-        "xsum/achieved_sparsity": 0.0,
-        "xsum/dense_token_share": 1.0,
-        "xsum/remasks": 0.0,
+        f"xsum/{name}": value for name, value in {"rouge1": 0.2, **untouched}.items()
     }
 
 
@@ -80,7 +82,7 @@ def test_only_finite_numbers_are_logged_and_steps_go_on(capsys):
         ({"a": 1.0}, 7),
         ({"a": 2.0}, 8),
     ]
-    assert backend.closed == [False]
+    assert backend.closed == 1
     assert capsys.readouterr().out == ""  # stdout belongs to the results
 
 
@@ -93,87 +95,68 @@ def test_a_failing_tracker_warns_once_and_the_run_goes_on(caplog):
         "the tracker test failed while logging (OSError: disk full): the results are not "
         "affected, and further failures are not reported"
     ]
-    assert backend.closed == [False]
+    assert backend.closed == 1
     tracker.close()
-    assert backend.closed == [False]  # closed once
-
-
-def test_an_error_of_the_run_is_passed_on_and_told_to_the_tracker():
-    backend = Recorder(failing=True)
+    assert backend.closed == 1  # closed once
     with pytest.raises(KeyboardInterrupt), Tracker("test", backend):
         raise KeyboardInterrupt
-    assert backend.closed == [True]
+    assert backend.closed == 2
 
 
-def test_off_by_default(tmp_path):
+def test_off_by_default_and_a_name_that_does_not_exist(tmp_path):
     before = set(sys.modules)
     with open_tracker(None, "p", "r", CONFIG, tmp_path) as tracker:
-        tracker.log({"a": 1.0})
         tracker.log_measurement(MEASUREMENT, "dart")
     assert tracker.where == ""
     assert not {name.split(".")[0] for name in set(sys.modules) - before} & set(trackers.TRACKERS)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_name_that_does_not_exist(tmp_path):
     with pytest.raises(UnknownName, match=r"unknown tracker 'mlflo'; did you mean mlflow\?"):
         open_tracker("mlflo", "p", "r", {}, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "module"),
-    [
-        ("trackio", "trackio"),
-        ("wandb", "wandb"),
-        ("mlflow", "mlflow"),
-        ("tensorboard", "torch.utils.tensorboard"),
-    ],
-)
-def test_a_package_that_is_not_installed(name, module, tmp_path, monkeypatch, environment):
-    monkeypatch.setitem(sys.modules, module, None)
+@pytest.mark.parametrize("name", trackers.TRACKERS)
+def test_a_package_that_is_not_installed(name, tmp_path, monkeypatch, environment):
+    modules = [
+        name,
+        *(["torch.utils.tensorboard", "tensorboardX"] if name == "tensorboard" else []),
+    ]
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtra, match=rf"this needs {name}, .*'dart-llm\[{name}\]'"):
         open_tracker(name, "p", "r", {}, tmp_path)
 
 
-def test_wandb_is_called_offline(monkeypatch, tmp_path, environment):
+NUMBERS = {"acc": 0.5, "achieved_sparsity": 0.25, "remasks": 3.0}
+
+
+@pytest.mark.parametrize("mode", ["", "online"])
+def test_wandb_is_offline_unless_its_user_says_otherwise(mode, monkeypatch, tmp_path, environment):
+    environment["WANDB_MODE"] = mode
     calls = _fake_wandb(monkeypatch)
-    with open_tracker("wandb", "proj", "run-1", CONFIG, tmp_path / "new") as tracker:
-        tracker.log_measurement(MEASUREMENT, "dart@0.5")
     folder = tmp_path / "new"
-    assert calls[0] == (
-        "init",
-        {
-            "project": "proj",
-            "name": "run-1",
-            "config": CONFIG,
-            "dir": str(folder),
-            "mode": "offline",
-            "settings": {"console": "off", "quiet": True},
-        },
-    )
-    numbers = {"acc": 0.5, "achieved_sparsity": 0.25, "remasks": 3.0}
-    named = {f"arc_easy/dart@0.5/{key}": value for key, value in numbers.items()}
-    assert calls[1:] == [("log", named, 0), ("finish", 0)]
+    opened = open_tracker("wandb", "proj", "run-1", CONFIG, folder)
+    with contextlib.suppress(RuntimeError), opened as tracker:
+        tracker.log_measurement(MEASUREMENT, "dart@0.5")
+        if mode:
+            raise RuntimeError
+    settings = {"console": "off", "quiet": True}
+    given = {"project": "proj", "name": "run-1", "config": CONFIG, "dir": str(folder)}
+    named = {f"arc_easy/dart@0.5/{key}": value for key, value in NUMBERS.items()}
+    assert calls == [
+        ("init", {**given, "mode": mode or "offline", "settings": settings}),
+        ("log", named, 0),
+        ("finish", int(bool(mode))),
+    ]
     assert folder.is_dir()  # wandb falls back to a temporary folder when there is none
-    assert environment["WANDB_ERROR_REPORTING"] == "false"
-
-
-def test_wandb_follows_the_users_mode(monkeypatch, tmp_path, environment):
-    environment["WANDB_MODE"] = "online"
-    calls = _fake_wandb(monkeypatch)
-    with pytest.raises(RuntimeError), open_tracker("wandb", "proj", "r", {}, tmp_path):
-        raise RuntimeError
-    assert calls[0][1]["mode"] == "online"
-    assert calls[-1] == ("finish", 1)
-    assert "WANDB_ERROR_REPORTING" not in environment
+    assert environment.get("WANDB_ERROR_REPORTING") == (None if mode else "false")
 
 
 def test_a_tracker_that_cannot_start_says_so_before_anything_is_computed(
     monkeypatch, tmp_path, environment
 ):
-    module = types.ModuleType("wandb")
-    module.init = lambda **_: (_ for _ in ()).throw(PermissionError("api key not valid\nmore"))
-    monkeypatch.setitem(sys.modules, "wandb", module)
+    _fake_wandb(monkeypatch)
+    refuse = lambda **_: (_ for _ in ()).throw(PermissionError("api key not valid\nmore"))  # noqa: E731
+    monkeypatch.setattr(sys.modules["wandb"], "init", refuse)
     text = r"the tracker wandb cannot start \(PermissionError: api key not valid\): correct its"
     with pytest.raises(ConfigError, match=text):
         open_tracker("wandb", "p", "r", {}, tmp_path)
@@ -191,43 +174,28 @@ def _fake_wandb(monkeypatch) -> list[Any]:
     return calls
 
 
-class FakeMlflow:
-    """The part of ``MlflowClient`` that is used, writing down every call."""
-
-    def __init__(self, known: dict[str, str]) -> None:
-        self.known, self.calls = known, []
-
-    def client(self, tracking_uri: str) -> FakeMlflow:
-        self.calls.append(("client", tracking_uri))
-        return self
-
-    def get_experiment_by_name(self, name: str) -> Any:
-        found = self.known.get(name)
-        return None if found is None else types.SimpleNamespace(experiment_id=found)
-
-    def create_experiment(self, name: str, **more: str) -> str:
-        self.calls.append(("create_experiment", name, more))
-        return "1"
-
-    def create_run(self, experiment: str, run_name: str) -> Any:
-        self.calls.append(("create_run", experiment, run_name))
-        return types.SimpleNamespace(info=types.SimpleNamespace(run_id="id"))
-
-    def log_batch(self, run_id: str, metrics: Any = (), params: Any = ()) -> None:
-        self.calls.append(("log_batch", run_id, [(m[0], m[1], m[3]) for m in metrics], params))
-
-    def set_terminated(self, run_id: str, status: str) -> None:
-        self.calls.append(("set_terminated", run_id, status))
-
-
 def _fake_mlflow(monkeypatch, known: dict[str, str]) -> list[Any]:
-    fake = FakeMlflow(known)
-    module, entities = types.ModuleType("mlflow"), types.ModuleType("mlflow.entities")
-    module.MlflowClient = fake.client
-    entities.Param = entities.Metric = lambda *values: values
+    """The functions of mlflow that accelerate calls, writing down every call."""
+    calls: list[Any] = []
+
+    def written(name: str, answer: Any = None) -> Any:
+        return lambda *given, **more: calls.append((name, *given, *more.values())) or answer
+
+    limits = types.SimpleNamespace(MAX_PARAM_VAL_LENGTH=6000, MAX_PARAMS_TAGS_PER_BATCH=100)
+    experiments = [types.SimpleNamespace(experiment_id=number) for number in known.values()]
+    module = types.ModuleType("mlflow")
+    module.utils = types.SimpleNamespace(validation=limits)
+    module.set_tracking_uri = written("set_tracking_uri")
+    module.search_experiments = lambda filter_string: experiments
+    module.create_experiment = written("create_experiment", "1")
+    module.start_run = lambda **given: calls.append(
+        ("start_run", given["experiment_id"], given["run_name"])
+    )
+    module.log_params = written("log_params")
+    module.log_metrics = written("log_metrics")
+    module.end_run = written("end_run")
     monkeypatch.setitem(sys.modules, "mlflow", module)
-    monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
-    return fake.calls
+    return calls
 
 
 def test_mlflow_writes_a_local_database(monkeypatch, tmp_path, environment):
@@ -235,20 +203,15 @@ def test_mlflow_writes_a_local_database(monkeypatch, tmp_path, environment):
     with open_tracker("mlflow", "proj", "run-1", CONFIG, tmp_path) as tracker:
         tracker.log_measurement(MEASUREMENT, "dart@0.5")
     data = tmp_path / "mlflow"
-    assert calls[:3] == [
-        ("client", f"sqlite:///{data}/mlflow.db"),
-        ("create_experiment", "proj", {"artifact_location": f"file://{data}/artifacts"}),
-        ("create_run", "1", "run-1"),
+    assert calls == [
+        ("set_tracking_uri", f"sqlite:///{data}/mlflow.db"),
+        ("create_experiment", "proj", f"file://{data}/artifacts", None),
+        ("start_run", "1", "run-1"),
+        ("log_params", {"model": "gpt2", "prune.method": "dart", "prune.sparsity": "0.5"}),
+        ("log_metrics", {f"arc_easy/dart_0.5/{key}": v for key, v in NUMBERS.items()}, 0),
+        ("end_run", "FINISHED"),
     ]
-    parameters = [("model", "gpt2"), ("prune.method", "dart"), ("prune.sparsity", "0.5")]
-    names = ("acc", 0.5, 0), ("achieved_sparsity", 0.25, 0), ("remasks", 3.0, 0)
-    metrics = [(f"arc_easy/dart_0.5/{name}", value, step) for name, value, step in names]
-    assert calls[3:] == [
-        ("log_batch", "id", [], parameters),
-        ("log_batch", "id", metrics, ()),
-        ("set_terminated", "id", "FINISHED"),
-    ]
-    assert data.is_dir()
+    assert data.is_dir() and "MLFLOW_TRACKING_URI" not in environment
     assert environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
 
 
@@ -261,9 +224,88 @@ def test_mlflow_follows_the_users_address(monkeypatch, tmp_path, environment):
         open_tracker("mlflow", "proj", "r", many, tmp_path),
     ):
         raise ValueError("stop")
-    assert calls[:2] == [("client", "http://127.0.0.1:5000"), ("create_run", "9", "r")]
-    assert [len(call[3]) for call in calls[2:4]] == [100, 50]
-    assert calls[2][3][0] == ("key000", "x" * 500)
-    assert calls[4] == ("set_terminated", "id", "FAILED")
+    assert calls[:2] == [("set_tracking_uri", "http://127.0.0.1:5000"), ("start_run", "9", "r")]
+    assert [len(call[1]) for call in calls[2:4]] == [100, 50]
+    assert calls[2][1]["key000"] == "x" * 500
+    assert calls[4] == ("end_run", "FAILED")
     assert list(tmp_path.iterdir()) == []
     assert "MLFLOW_DISABLE_TELEMETRY" not in environment
+
+
+def test_tensorboard_files_read_back(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with open_tracker("tensorboard", "proj", "run-1", CONFIG, tmp_path) as tracker:
+        tracker.log_measurement(MEASUREMENT)
+        tracker.log({"speed": 2.5})
+        tracker.log({"speed": 3.5})
+    written = EventAccumulator(str(tmp_path / "tensorboard" / "proj" / "run-1"))
+    written.Reload()
+    assert written.Tags()["scalars"] == [
+        *("arc_easy/acc", "arc_easy/achieved_sparsity", "arc_easy/remasks", "speed"),
+    ]
+    assert [(e.step, e.value) for e in written.Scalars("arc_easy/acc")] == [(0, 0.5)]
+    assert [(e.step, e.value) for e in written.Scalars("speed")] == [(1, 2.5), (2, 3.5)]
+    (text,) = written.Tensors("settings/text_summary")
+    assert json.loads(text.tensor_proto.string_val[0]) == CONFIG
+
+
+PROGRAM = """
+import sys
+network = []
+sys.addaudithook(lambda name, args: network.append(name) if name.startswith("socket.") else None)
+from pathlib import Path
+from dart_llm.experiments.trackers import open_tracker
+
+config = {"model": "gpt2", "sparsity": 0.5, "_own": 1}
+for value in (0.5, 0.75):
+    with open_tracker("trackio", "proj", "run-1", config, Path(sys.argv[1])) as tracker:
+        tracker.log({"arc_easy/acc": value, "arc_easy/achieved_sparsity": 0.25})
+        tracker.log({"arc_easy/acc": value}, 7)
+        where = tracker.where
+print(where)
+print(network)
+"""
+
+
+def _trackio(folder: Path, **variables: str) -> list[str]:
+    """Run trackio in a process of its own, as a user with a hub token; the lines on stdout."""
+    environment = {key: v for key, v in os.environ.items() if not key.startswith("TRACKIO")}
+    environment |= {"HF_TOKEN": "hf_" + "a" * 34, "HF_HUB_OFFLINE": "0", **variables}
+    command = [sys.executable, "-c", PROGRAM, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def _read_trackio(file: Path) -> list[tuple[str, int, dict[str, float]]]:
+    with sqlite3.connect(file) as data:
+        rows = data.execute("select run_name, step, metrics from metrics order by id").fetchall()
+    return [(name, step, json.loads(metrics)) for name, step, metrics in rows]
+
+
+def test_trackio_writes_a_local_file_and_opens_no_connection(tmp_path):
+    pytest.importorskip("trackio")
+    where, network = _trackio(tmp_path)  # nothing else on stdout, not even at exit
+    folder = tmp_path / "trackio"
+    assert where == f"tracking to {folder}; TRACKIO_DIR={folder} trackio show --project proj"
+    assert network == "[]"
+    assert _read_trackio(folder / "proj.db") == [
+        ("run-1", 0, {"arc_easy/acc": 0.5, "arc_easy/achieved_sparsity": 0.25}),
+        ("run-1", 7, {"arc_easy/acc": 0.5}),
+        ("run-1", 0, {"arc_easy/acc": 0.75, "arc_easy/achieved_sparsity": 0.25}),
+        ("run-1", 7, {"arc_easy/acc": 0.75}),
+    ]
+    with sqlite3.connect(folder / "proj.db") as data:
+        settings = [json.loads(row[0]) for row in data.execute("select config from configs")]
+    assert len(settings) == 1  # the second time continued the run of that name
+    assert settings[0]["model"] == "gpt2" and settings[0]["sparsity"] == 0.5
+
+
+def test_trackio_writes_to_the_users_folder(tmp_path):
+    pytest.importorskip("trackio")
+    own = tmp_path / "my own"
+    where = _trackio(tmp_path / "results", TRACKIO_DIR=str(own))[0]
+    assert where == f"tracking to '{own}'; TRACKIO_DIR='{own}' trackio show --project proj"
+    assert (own / "proj.db").exists()
+    assert not (tmp_path / "results").exists()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dart_llm.session.run import prune
-from steps import Forced, generate, selections
+from steps import Forced, generate, selections, state_of
 from tiny import tokens
 
 LENGTHS = (20, 13, 8)
@@ -54,11 +54,9 @@ def run_alone(model: Any, row: int, **settings: Any):
     return run_batch(model, [row], ids, torch.ones_like(ids), **settings)
 
 
-def evidence_sums(run: Any, life: int = 0) -> list[dict[str, tuple[Tensor, float]]]:
+def evidence_sums(run: Any, row: int = 0) -> list[dict[str, tuple[Tensor, float]]]:
     """Every sum and weight of the newest sequence, per layer."""
-    run.report()
-    lives = run.controller.lives
     return [
         {name: (known.total.clone(), float(known.weight)) for name, known in layer.sums.items()}
-        for layer in lives[life].evidence
+        for layer in state_of(run, row).evidence
     ]

@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from dart_llm.experiments.study import run_study
 from dart_llm.reporting.console import Ui
 from dart_llm.studies.drift.settings import DriftSettings, collect
-from dart_llm.studies.drift.study import DriftJob, run_drift
+from dart_llm.studies.drift.study import DriftStudy
 from lm_cases import place
 
 FIRST = "the bees fly from flower to flower and carry what they find home. "
@@ -69,15 +72,21 @@ def free(folder: Path, **more: Any) -> DriftSettings:
     return settings(folder, **{"prompts": file, "generation": 40, "min_evidence": 0, **more})
 
 
-def study(asked: DriftSettings, ui: Ui | None = None) -> DriftJob:
-    return run_drift(asked, ui or Ui(quiet=True))
+def study(asked: DriftSettings, ui: Ui | None = None) -> DriftStudy:
+    return run_study(DriftStudy(asked, ui or Ui(quiet=True)))
+
+
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Pictures and pages have tests of their own."""
+    patch.setattr(DriftStudy, "figures", lambda self: ())
+    patch.setattr(DriftStudy, "write_page", lambda self: None)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def results(job: DriftJob) -> dict[str, dict[str, Any]]:
+def results(job: DriftStudy) -> dict[str, dict[str, Any]]:
     """Rows of results.jsonl by key."""
     return {row["key"]: row for row in lines(job.path / "results.jsonl")}
 

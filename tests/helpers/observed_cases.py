@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dart_llm.models.architectures import LAYER_NAMES as LAYERS
 from dart_llm.models.describe import describe
 
-PARALLEL = ("gpt_neox", "falcon", "falcon-new", "phi")
+PARALLEL = ("gpt_neox", "falcon", "falcon-new", "phi", "stablelm-parallel")
 """Blocks whose FFN reads the block's input and not the sum with the attention's output."""
 
 

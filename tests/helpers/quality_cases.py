@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from dart_llm.data.documents import Source
+from dart_llm.experiments.study import run_study
 from dart_llm.reporting.console import Ui
 from dart_llm.settings import merge
 from dart_llm.studies.quality.settings import QualitySettings
 from dart_llm.studies.quality.slices import Pair, Shape, pairs
-from dart_llm.studies.quality.study import QualityJob, run_quality
+from dart_llm.studies.quality.study import QualityStudy
 from lm_cases import loaded, place
 
 BEES = "the bee flew home to the hive number {} and danced. "
@@ -61,5 +62,5 @@ def settings(root: Path, **more: Any) -> QualitySettings:
     return merge(QualitySettings, {**given, **more}, environment={})
 
 
-def job(root: Path, ui: Ui | None = None, **more: Any) -> QualityJob:
-    return run_quality(settings(root, **more), ui or Ui(quiet=True))
+def job(root: Path, ui: Ui | None = None, **more: Any) -> QualityStudy:
+    return run_study(QualityStudy(settings(root, **more), ui or Ui(quiet=True)))

@@ -22,7 +22,7 @@ class Detector:
         self.window: list[Tensor] = []
         self.centroid: Tensor | None = None
         self.threshold = 0.0
-        self.low = self.spent = 0
+        self.low = self.refresh_tokens = 0
         self.last: int | None = None  # decoded tokens at the newest trigger
 
     def observe(self, v: Tensor) -> None:
@@ -65,10 +65,10 @@ class Detector:
         self.low = self.low + 1 if low else max(0, self.low - 1)
         if not low or self.low < LOW_WINDOWS or not self._allowed(decoded):
             return False
-        self.spent, self.last = self.spent + NEED, decoded
+        self.refresh_tokens, self.last = self.refresh_tokens + NEED, decoded
         return True
 
     def _allowed(self, decoded: int) -> bool:
         near = self.last is not None and decoded - self.last < MIN_DISTANCE
         most = ALLOWANCE + DENSE_SHARE * (decoded + NEED)
-        return not near and self.spent + NEED <= most
+        return not near and self.refresh_tokens + NEED <= most

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dart_llm.experiments.study import run_study
 from dart_llm.reporting.console import Ui
 from dart_llm.settings import merge
 from dart_llm.studies.speed.settings import SpeedSettings
-from dart_llm.studies.speed.study import SpeedJob, run_speed
+from dart_llm.studies.speed.study import SpeedStudy
 from tiny import CONFIGS
 
 PROMPT, TOKENS = 12, 12
@@ -40,8 +41,10 @@ def settings(root: Path, name: str = "llama", **more: Any) -> SpeedSettings:
     return merge(SpeedSettings, {**given, **more}, environment={})
 
 
-def job(root: Path, name: str = "llama", ui: Ui | None = None, **more: Any) -> SpeedJob:
-    return run_speed(settings(root, name, **more), ui or Ui(quiet=True), bandwidth_mib=1)
+def job(root: Path, name: str = "llama", ui: Ui | None = None, **more: Any) -> SpeedStudy:
+    return run_study(
+        SpeedStudy(settings(root, name, **more), ui or Ui(quiet=True), bandwidth_mib=1)
+    )
 
 
 def sample(

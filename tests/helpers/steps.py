@@ -89,8 +89,8 @@ def selections(run: Any) -> list[tuple[int, int | None, list[Tensor | None]]]:
     """A list that fills with (decode step, row, kept ids per layer) of every mask of ``run``."""
     found: list[tuple[int, int | None, list[Tensor | None]]] = []
 
-    def take(remask: Any, life: Any) -> None:
-        ids = [None if mask is None else mask.ids.clone() for mask in life.selection.masks]
+    def take(remask: Any, state: Any) -> None:
+        ids = [None if mask is None else mask.ids.clone() for mask in state.selection.masks]
         found.append((remask.step, remask.row, ids))
 
     run.on_selection = take
@@ -105,10 +105,15 @@ def same_masks(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) 
     )
 
 
-def sums_of(run: Any) -> list[Tensor]:
-    """The summed scores of the newest sequence, per layer (after a report, which flushes)."""
+def state_of(run: Any, row: int = 0) -> Any:
+    """The newest sequence of a run, up to date: the one place that knows where it is kept."""
     run.report()
-    return [layer.sums["score"].total.clone() for layer in run.controller.lives[0].evidence]
+    return run.controller.sequences[row]
+
+
+def sums_of(run: Any) -> list[Tensor]:
+    """The summed scores of the newest sequence, per layer."""
+    return [layer.sums["score"].total.clone() for layer in state_of(run).evidence]
 
 
 def same_sums(first: list[Tensor], second: list[Tensor]) -> bool:

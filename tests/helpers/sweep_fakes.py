@@ -21,10 +21,11 @@ from dart_llm.evaluation import tasks as measure
 from dart_llm.evaluation.measurement import Measurement
 from dart_llm.experiments.cell import Cell
 from dart_llm.reporting.console import Ui
-from dart_llm.studies.sweep import study as sweep_cell
-from dart_llm.studies.sweep.grid import expand, spec
-from dart_llm.studies.sweep.study import LoadedModelCache as HeldModel
-from dart_llm.studies.sweep.study import SweepPlace, SweepResult, run_sweep
+from dart_llm.studies.sweep import compute as sweep_compute
+from dart_llm.studies.sweep.cells import SweepPlace
+from dart_llm.studies.sweep.compute import LoadedModelCache
+from dart_llm.studies.sweep.grid import collect, expand
+from dart_llm.studies.sweep.study import SweepResult, run_sweep
 from tiny_gpt2 import write_gpt2
 
 SLOW = "SWEEP_TEST_SECONDS"
@@ -76,7 +77,7 @@ def cells(folder: Path, **changes: Any) -> tuple[Cell, ...]:
         "options": {"limit": 2, "prompt_tokens": 48, "scored_tokens": 24},
         "device": "cpu",
     }
-    return expand(spec({**grid, **changes}))
+    return expand(collect({**grid, **changes}))
 
 
 def quiet_sweep(where: tuple[Cell, ...], root: Path, **arguments: Any) -> SweepResult:
@@ -84,10 +85,12 @@ def quiet_sweep(where: tuple[Cell, ...], root: Path, **arguments: Any) -> SweepR
     return run_sweep(where, SweepPlace(root, "sweep"), Ui(quiet=True), **arguments)
 
 
-def compute(data: Mapping[str, Any], held: HeldModel, ui: Ui | None = None) -> dict[str, bytes]:
-    """``sweep_cell.compute``, slow and mortal where the environment says so."""
+def compute(
+    data: Mapping[str, Any], held: LoadedModelCache, ui: Ui | None = None
+) -> dict[str, bytes]:
+    """``compute.compute``, slow and mortal where the environment says so."""
     time.sleep(float(os.environ.get(SLOW, "0")) / 2)
-    files = sweep_cell.compute(data, held, ui)
+    files = sweep_compute.compute(data, held, ui)
     time.sleep(float(os.environ.get(SLOW, "0")) / 2)
     marker = os.environ.get(KILL)
     if marker and Path(marker).exists():
@@ -96,13 +99,13 @@ def compute(data: Mapping[str, Any], held: HeldModel, ui: Ui | None = None) -> d
     return files
 
 
-def without_model(data: Mapping[str, Any], held: HeldModel) -> dict[str, bytes]:
+def without_model(data: Mapping[str, Any], held: LoadedModelCache) -> dict[str, bytes]:
     """A cell that fails at once, so that no model is loaded; its worker may die instead."""
     if data["seed"] == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     if data["seed"] == 2:
         raise ValueError("no\nresult")
-    return sweep_cell.document_files(Cell.from_dict(data), None, "failed by hand")
+    return sweep_compute.document_files(Cell.from_dict(data), None, "failed by hand")
 
 
 def write_cells(folder: Path, wanted: tuple[Cell, ...]) -> None:

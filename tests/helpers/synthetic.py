@@ -1,4 +1,4 @@
-"""Made-up FFN weights and activations that drive the tracer without a model."""
+"""Made-up FFN weights and activations that drive the controller without a model."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from torch import Tensor
 
 from dart_llm.pruning.accounting import Costs, run_report
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.pruning.controller import PruningController as Tracer
-from dart_llm.pruning.forward import ForwardCall as Call
-from dart_llm.pruning.forward import ForwardPlan as Plan
-from dart_llm.pruning.forward import Kind
+from dart_llm.pruning.controller import PruningController
+from dart_llm.pruning.forward import ForwardCall, ForwardPlan, Kind
 from dart_llm.pruning.masks import LayerMask
-from dart_llm.pruning.observations import LayerObservation as Seen
-from dart_llm.pruning.records import Remask, RunReport
+from dart_llm.pruning.observations import LayerObservation
+from dart_llm.pruning.records import DriftCheck, Remask, RunReport
 from dart_llm.pruning.weights import FfnWeights
 
 HIDDEN, WIDTH, LAYERS, VOCAB = 6, 20, 3, 11
@@ -72,7 +70,10 @@ class Stream:
 
 
 class Driver:
-    """Feeds positions of a ``Stream`` to a tracer, as the hooks of a model would."""
+    """Feeds positions of a ``Stream`` to a controller, as the hooks of a model would.
+
+    Tests look at plans, phases, records and reports: names inside the controller stand here alone.
+    """
 
     def __init__(
         self,
@@ -85,29 +86,52 @@ class Driver:
         self.layers = make_layers() if layers is None else layers
         self.stream = Stream(self.layers, rows) if stream is None else stream
         self.announced: list[Remask] = []
-        self.tracer = Tracer(
-            config, self.layers, given, lambda remask, life: self.announced.append(remask)
+        self.tracer = PruningController(
+            config, self.layers, given, lambda remask, state: self.announced.append(remask)
         )
         self.rows = rows
         self.cached = 0
-        self.plans: list[Plan] = []
+        self.plans: list[ForwardPlan] = []
 
     @property
-    def life(self) -> Any:
-        """The only life that runs."""
-        (life,) = self.tracer.lives
-        return life
+    def checks(self) -> list[DriftCheck]:
+        """Of the drift detectors, so far."""
+        return list(self.tracer.checks)
 
-    def forward(self, kind: Kind, tokens: int, **settings: Any) -> Plan:
+    @property
+    def states(self) -> list[Any]:
+        """Of all sequences, the oldest first; their evidence may not be up to date."""
+        return list(self.tracer.all_sequences())
+
+    @property
+    def state(self) -> Any:
+        """Of the only sequence that runs, up to date."""
+        self.tracer.flush()
+        (state,) = self.tracer.sequences
+        return state
+
+    def tokens_until_change(self) -> int | None:
+        return self.tracer.tokens_until_change()
+
+    def interrupted(self) -> None:
+        """A forward of one token that raised before it ended."""
+        self.tracer.before_forward(ForwardCall(Kind.DECODE, self.cached, 1, self.rows))
+
+    def report(self) -> RunReport:
+        self.tracer.flush()
+        costs = Costs(self.layers, 10_000)
+        return run_report(self.tracer.all_sequences(), costs, "masked", 0, "a test", 0.5)
+
+    def forward(self, kind: Kind, tokens: int, **settings: Any) -> ForwardPlan:
         """One forward of the next ``tokens`` positions."""
-        call = Call(kind, self.cached, tokens, self.rows, **settings)
+        call = ForwardCall(kind, self.cached, tokens, self.rows, **settings)
         plan = self.tracer.before_forward(call)
         part = slice(self.cached, self.cached + tokens)
         if plan.observe:
             for layer in range(len(self.layers)):
                 s = self.stream
                 u, z, x, r = (t[layer][:, part] for t in (s.u, s.z, s.x, s.r))
-                self.tracer.observe(layer, Seen(u, None, z, x, r))
+                self.tracer.observe(layer, LayerObservation(u, None, z, x, r))
         if plan.signal:
             self.tracer.observe_signal(self.stream.v[:, part])
         self.tracer.after_forward()
@@ -115,14 +139,14 @@ class Driver:
         self.plans.append(plan)
         return plan
 
-    def prefill(self, tokens: int, **settings: Any) -> Plan:
+    def prefill(self, tokens: int, **settings: Any) -> ForwardPlan:
         return self.forward(Kind.PREFILL, tokens, **settings)
 
-    def decode(self, tokens: int = 1, **settings: Any) -> Plan:
+    def decode(self, tokens: int = 1, **settings: Any) -> ForwardPlan:
         return self.forward(Kind.DECODE, tokens, **settings)
 
     def steps(self, count: int, **settings: Any) -> list[str]:
-        """``count`` decode forwards of one token; the phase that each ran in (of life 0)."""
+        """``count`` decode forwards of one token; the phase that each ran in (of row 0)."""
         phases = []
         for _ in range(count):
             self.decode(**settings)
@@ -138,9 +162,9 @@ class Driver:
         self.cached -= tokens
 
 
-def ids_of(plan: Plan, life: int = 0) -> list[list[int] | None]:
+def ids_of(plan: ForwardPlan, row: int = 0) -> list[list[int] | None]:
     """Kept neurons of every layer in one plan; None where dense."""
-    masks = plan.masks[life]
+    masks = plan.masks[row]
     if masks is None:
         return [None]
     return [None if mask is None else mask.ids.tolist() for mask in masks]
@@ -166,12 +190,6 @@ def config(**settings: Any) -> PruneConfig:
     return PruneConfig.from_mapping({"sparsity": 0.5, "score": "magnitude", **settings})
 
 
-def is_dense(plan: Plan) -> bool:
-    """Whether no layer of no life is masked in one plan."""
+def is_dense(plan: ForwardPlan) -> bool:
+    """Whether no layer of no row is masked in one plan."""
     return plan.dense and all(masks is None for masks in plan.masks)
-
-
-def report(run: Driver) -> RunReport:
-    """Accounting of a driver's run."""
-    costs = Costs(run.layers, 10_000)
-    return run_report(run.tracer.all_lives(), costs, "masked", 0, "a test", 0.5)

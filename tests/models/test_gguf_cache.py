@@ -191,22 +191,19 @@ def test_a_full_disk_and_an_unusable_cache(
     )
 
 
-@pytest.mark.parametrize(
-    ("types", "named", "expected"),
-    [
-        ("Q4_1 Q8_0 F32", "Q4_1", "Q4_1"),
-        ("Q5_0 Q4_K Q6_K Q8_0 F32", "Q4_K_M", "Q4_K, Q5_0, Q6_K, Q8_0 mix"),
-        ("Q8_0 F32", "", "Q8_0"),
-        ("Q4_0 F16", "Q4_K_M", "Q4_0"),
-        ("F16", "F16", "F16"),
-    ],
-)
-def test_names_of_quantisations(types: str, named: str, expected: str) -> None:
-    counts = {name: 10 + place for place, name in enumerate(types.split())}
-    assert quantisation_name(counts, named) == expected
+QUANTISATIONS = [
+    ("Q4_1 Q8_0 F32", "Q4_1", "Q4_1"),
+    ("Q5_0 Q4_K Q6_K Q8_0 F32", "Q4_K_M", "Q4_K, Q5_0, Q6_K, Q8_0 mix"),
+    ("Q8_0 F32", "", "Q8_0"),
+    ("Q4_0 F16", "Q4_K_M", "Q4_0"),
+    ("F16", "F16", "F16"),
+]
 
 
-def test_file_type_names() -> None:
+def test_names_of_quantisations() -> None:
+    for types, named, expected in QUANTISATIONS:
+        counts = {name: 10 + place for place, name in enumerate(types.split())}
+        assert quantisation_name(counts, named) == expected
     assert [file_type_name(n) for n in (1, 3, 15, 9999)] == ["F16", "Q4_1", "Q4_K_M", ""]
 
 

@@ -19,10 +19,9 @@ from dart_llm.data import texts
 from dart_llm.data.datasets import (
     DATA_SETS,
     DataSet,
-    calibration_text,
     documents,
+    hub_text,
     mmlu_questions,
-    perplexity_text,
     rows,
 )
 from dart_llm.models.loading import load
@@ -62,12 +61,10 @@ def test_five_rows_of_every_data_set(source: DataSet) -> None:
 
 
 def test_texts_and_questions() -> None:
-    assert "Robert Boulter" in perplexity_text("wikitext2", 20)
-    assert len(perplexity_text("c4", 5)) > 500
-    assert perplexity_text("hub:allenai/c4/en:validation[:5]:text").split() == (
-        perplexity_text("c4", 5).split()
-    )
-    assert calibration_text(5) != perplexity_text("c4", 5)
+    assert "Robert Boulter" in hub_text("wikitext2", 20)
+    assert len(hub_text("c4", 5)) > 500
+    assert hub_text("hub:allenai/c4/en:validation[:5]:text").split() == (hub_text("c4", 5).split())
+    assert hub_text("c4_train", 5) != hub_text("c4", 5)
     assert len(mmlu_questions("astronomy")) == 5 + 16
     assert {row["answer"] for row in mmlu_questions("anatomy", answers=True)} <= {0, 1, 2, 3}
 

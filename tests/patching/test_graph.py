@@ -38,8 +38,12 @@ def test_the_family() -> None:
     assert {"llama", "qwen2", "qwen3"} <= {name.split("-")[0] for name in FAMILY}
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.contract("masked equals compact")
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in FAMILY), ("llama", torch.bfloat16)],
+    ids=str,
+)
 def test_what_compact_computes(name: str, dtype: torch.dtype) -> None:
     often = {"rule": "interval 2", "min_distance": 0, "max_dense_share": None}
     settings = {**REMASKS, "drift": often, "remask": {"observe_tokens": 1}}
@@ -55,7 +59,7 @@ def test_what_compact_computes(name: str, dtype: torch.dtype) -> None:
     assert run.report().executor == "graph"
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_observed_tokens_and_sensitivities(name: str) -> None:
     settings = {"masking_step": 3, "sparsity": 0.5, "drift": "interval 2"}
     _, wanted, logits = _logits(name, torch.float32, "published", executor="compact", **settings)
@@ -66,7 +70,7 @@ def test_observed_tokens_and_sensitivities(name: str) -> None:
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_dense_steps_at_sparsity_zero(name: str) -> None:
     run, _, logits = _logits(name, torch.float32, "griffin", sparsity=0.0, executor="graph")
     dense = decode(run.model, tokens(1, PROMPT + DECODED, seed=3), PROMPT)
@@ -87,15 +91,16 @@ def test_dense_steps_leave_no_graph_of_gradients(mode: Any) -> None:
     assert not any(t.requires_grad for t in (output.logits, *held))
 
 
+@pytest.mark.contract("exact restore")
 @pytest.mark.parametrize("rows", [1, 4])
 def test_generate_leaves_the_model_as_it_was(rows: int) -> None:
     model, found = shared_model("qwen2"), []
     with Same(model):
         for one in ("compact", "graph"):
             with prune(model, "griffin", sparsity=0.5, executor=one) as run:
-                found.append(generate(model, tokens(rows, 20, seed=5), 300))
+                found.append(generate(model, tokens(rows, 20, seed=5), 100))
         assert torch.equal(found[0].sequences, found[1].sequences)
-        assert run.report().decoded_tokens == rows * 299
+        assert run.report().decoded_tokens == rows * 99
 
 
 def test_padding_is_left_to_the_model() -> None:
@@ -112,13 +117,14 @@ def test_padding_is_left_to_the_model() -> None:
 def test_transformers_own_compiling_of_a_static_cache_stays_correct() -> None:
     """``generate`` compiles the forward of an attached model on its own where there is a GPU."""
     model, ids = tiny("llama"), tokens(1, 20, seed=5)
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
     compiling = CompileConfig(backend="eager", mode=None)
     compiling._compile_all_devices = True
     found = []
     for more in ({}, {"cache_implementation": "static", "compile_config": compiling}):
         with prune(model, "griffin", sparsity=0.5, executor="compact") as run:
-            found.append(generate(model, ids, 8, **more).sequences)
-        assert run.report().achieved_sparsity == 0.5 and run.report().decoded_tokens == 7
+            found.append(generate(model, ids, 5, **more).sequences)
+        assert run.report().achieved_sparsity == 0.5 and run.report().decoded_tokens == 4
     assert torch.equal(found[0], found[1])
 
 

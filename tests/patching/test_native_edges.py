@@ -66,18 +66,6 @@ def test_what_torch_says_of_cuda_is_not_passed_on(caplog: pytest.LogCaptureFixtu
     assert [one.getMessage() for one in caplog.records] == ["the compiler is old", "CUDA again"]
 
 
-def test_memory_that_others_see_is_left_to_compact() -> None:
-    model = tiny("llama")
-    model.share_memory()
-    assert prune(model, "griffin", sparsity=0.5).executor == "compact"
-    wide = tiny("llama")
-    down = wide.model.layers[0].mlp.down_proj
-    down.weight = torch.nn.Parameter(torch.randn(32, 100)[:, :48])
-    assert prune(wide, "griffin", sparsity=0.5).executor == "compact"
-    with pytest.raises(ConfigError, match="layer 0 is a view of something larger"):
-        prune(wide, "griffin", sparsity=0.5, executor="slim").attach()
-
-
 def _after_hooking(executor: str) -> Tensor:
     model = tiny("llama")
     added = torch.linspace(-1, 1, 32)
@@ -139,23 +127,6 @@ def test_autocast_and_outputs_asked_for_by_the_configuration() -> None:
         model(ids[:, :PROMPT], past_key_values=cache)
         out = model(ids[:, PROMPT : PROMPT + 1], past_key_values=cache)
     assert run.executor == "slim" and len(out.hidden_states) == 5
-
-
-class Doubled(torch.nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-def test_modules_and_forwards_of_ones_own_are_not_passed_by() -> None:
-    model = tiny("llama")
-    attention = model.model.layers[1].self_attn
-    assert why_not_slim(model) == ""
-    attention.q_proj.__class__ = Doubled
-    assert why_not_slim(model) == "has a forward of its own in a Doubled"
-    assert prune(model, "griffin", sparsity=0.5).executor == "native"
-    attention.q_proj.__class__ = torch.nn.Linear
-    attention.forward = attention.forward
-    assert why_not_slim(model) == "has a forward of its own in a LlamaAttention"
 
 
 def _resized(width: int):

@@ -17,7 +17,7 @@ NORMAL = NormalDist()
 
 # error rates, at the level of similarities
 
-SERIES, HORIZON, CENTRE, SPREAD = 200, 120, 0.8, 0.05
+SERIES, HORIZON, CENTRE, SPREAD = 100, 120, 0.8, 0.05
 
 
 def window_of(similarity: float, axis: int, size: int, dims: int) -> Tensor:
@@ -92,7 +92,7 @@ def test_paper_gives_a_false_trigger_every_forty_windows() -> None:
 
 @pytest.mark.parametrize("name", ["published", "paper"])
 def test_false_alarms_come_at_the_analytic_rate(name: str) -> None:
-    """200 noisy stationary series; the interval is 3 standard errors over the series."""
+    """100 noisy stationary series; the interval is 3 standard errors over the series."""
     rule = make_rule(name)
     counts, detector = [], stationary(rule)
     for seed in range(SERIES):
@@ -109,7 +109,7 @@ def test_false_alarms_come_at_the_analytic_rate(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["published", "paper"])
 def test_a_step_of_four_sigma_fires_at_once(name: str) -> None:
-    """Within n0 + 1 windows, in each of 200 series."""
+    """Within n0 + 1 windows, in each of 100 series."""
     rule = make_rule(name)
     detector = stationary(rule)
     for seed in range(SERIES):

@@ -183,13 +183,6 @@ def test_a_padded_token_loses_nothing(cuts: tuple[int, ...]) -> None:
     assert lost(1 / 3, torch.zeros(1, 3), cuts).mean_when_lost().tolist() == [0, 0, 0]
 
 
-def test_fading_keeps_the_mean_of_the_losers() -> None:
-    found = lost(1 / 3, None, (3,))
-    found.fade(0.1, 1)
-    assert found.sums["losses"].total.tolist() == pytest.approx([0.2] * 3)
-    assert found.mean_when_lost().tolist() == pytest.approx([0, 0, -0.25])
-
-
 def factor(decay: float, seen: float) -> float:
     """``g * min(1, 256 / n_old)``."""
     return decay * min(1.0, 256 / seen)
@@ -206,29 +199,13 @@ def test_fading(decay: float, seen: int, rows: int, as_tensor: bool) -> None:
             torch.full((size,), 6.0), torch.tensor(weight) if as_tensor else weight
         )
     means = {name: known.mean.clone() for name, known in evidence.sums.items()}
-    evidence.fade(decay, rows)
+    evidence.decay(decay, rows)
     for name, known in evidence.sums.items():
         assert known.total.tolist() == pytest.approx(
             [6 * factor(decay, seen)] * len(known.total), rel=1e-5
         )
         assert float(known.weight) == pytest.approx(seen * rows * factor(decay, seen), rel=1e-5)
         assert known.mean.tolist() == pytest.approx(means[name].tolist(), rel=1e-5)
-
-
-def test_decay_does_not_depend_on_the_length_of_the_prompt() -> None:
-    """After a decay of 0.1, 32 new tokens face 25.6 old ones, be the prompt 256 or 4,096 long."""
-    old, new = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-    for length in (256, 1024, 4096):
-        evidence = LayerEvidence()
-        statistics = Statistics(squared, None, frozenset({"signed"}))
-        empty = torch.zeros(1, 1, 1)
-        statistics.update(evidence, old.expand(1, length, 2), empty, None, None, None)
-        evidence.fade(0.1, 1)
-        statistics.update(evidence, new.expand(1, 32, 2), empty, None, None, None)
-        assert evidence.sums["score"].total.tolist() == pytest.approx([25.6, 32])
-        assert evidence.sums["signed"].mean.tolist() == pytest.approx([25.6 / 57.6, 32 / 57.6])
-        evidence.fade(0.1, 1)
-        assert evidence.sums["score"].total.tolist() == pytest.approx([2.56, 3.2])
 
 
 @pytest.mark.parametrize("cuts", [(5,), (2, 3), (1, 1, 1, 1, 1)])
@@ -254,16 +231,10 @@ def test_faded_averages_go_on_as_averages() -> None:
         return float(statistics.score_input(evidence, 1, u.device))
 
     assert see(4.0, 40) == pytest.approx(4)
-    evidence.fade(0.1, 1)
+    evidence.decay(0.1, 1)
     assert float(evidence.sums["score"].mean) == pytest.approx(4)
     # the old weight 2 x 0.1, decayed by 0.5, beside the new token's 1
     assert see(2.0, 1) == pytest.approx((4 * 0.1 + 2) / (0.1 + 1))
-
-
-def test_bytes_are_those_that_exist() -> None:
-    sums = summed()
-    assert sums.nbytes() == 4 * (3 * 3 + 6)
-    assert LayerEvidence().nbytes() == 0
 
 
 def test_only_what_a_configuration_needs_is_summed() -> None:

@@ -53,6 +53,7 @@ def expected(parts: Entries, sizes: list[int]) -> list[int | str | None]:
     return found
 
 
+@pytest.mark.contract("every parser round-trips")
 @settings(deadline=None, max_examples=200)
 @given(entries, widths, blanks)
 def test_every_form_means_what_it_says_and_round_trips(

@@ -74,24 +74,6 @@ def test_weights_of_some_tokens_become_ones_for_the_others(queue, flushed):
     assert flushed[0][2].tolist() == [[1.0, 0.0]]
 
 
-def test_other_flags_flush_first(queue, flushed):
-    add(queue, [True], token(1.0), None, 1, 1, [0])
-    add(queue, [False], token(2.0), None, 1, 1, [0])
-    assert [seen.u[0, 0, :, 0].tolist() for _, seen, _ in flushed] == [[1.0]]
-
-
-def test_the_stream_of_some_tokens_comes_with_their_weights_alone(queue, flushed):
-    add(queue, [True], token(1.0, stream=True), torch.tensor([[0.5]]), 1, 1, [0])
-    add(queue, [True], token(2.0), None, 1, 1, [0])
-    add(queue, [True], token(3.0, stream=True), None, 1, 1, [0])
-    queue.flush()
-    (_, neurons, every), (layers, stream, some) = flushed
-    assert neurons.u[0, 0, :, 0].tolist() == [1.0, 2.0, 3.0] and neurons.z is None
-    assert every.tolist() == [[0.5, 1.0, 1.0]]
-    assert stream.u is None and stream.x[1, 0, :, 0].tolist() == [1.0, 3.0]
-    assert layers == (0, 1) and some.tolist() == [[0.5, 1.0]]
-
-
 def test_layers_of_several_widths_are_added_apart(queue, flushed):
     layers = {0: 4, 1: 6, 2: 4}
     seen = {i: Seen(torch.full((1, 1, w), 1.0 + i)) for i, w in layers.items()}
@@ -144,15 +126,3 @@ def test_a_life_reads_what_it_would_read_alone(queue, flushed):
     assert every.tolist() == [[1, 1, 0.5, 0.5, 1]] * 3
     assert stream.x.shape == (1, 3, 5, 1)
     assert some.tolist() == [[1, 0, 0.5, 0.5, 0], [0, 1, 0.5, 0.5, 1], [1, 1, 0.5, 0.5, 1]]
-
-
-def test_of_a_forward_of_several_tokens_some_are_read(queue, flushed):
-    u = torch.arange(4.0)[None, :, None]
-    add(queue, [True], {0: Seen(u, None, u, u, u)}, torch.arange(4.0)[None], 1, 4, [0, 3])
-    add(queue, [True], {0: Seen(u[:, :1], None)}, None, 1, 1, [])
-    add(queue, [True], {0: Seen(u[:, 1:2], None, u[:, 1:2], u[:, 1:2], u[:, 1:2])}, None, 1, 1, [0])
-    queue.flush()
-    (_, neurons, every), (_, stream, some) = flushed
-    assert neurons.u.flatten().tolist() == [0.0, 1.0, 2.0, 3.0, 0.0, 1.0]
-    assert every.tolist() == [[0.0, 1.0, 2.0, 3.0, 1.0, 1.0]]
-    assert stream.x.flatten().tolist() == [0.0, 3.0, 1.0] and some.tolist() == [[0.0, 3.0, 1.0]]

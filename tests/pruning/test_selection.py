@@ -48,13 +48,6 @@ def test_sensitivity_is_read_from_the_evidence() -> None:
     assert found.residual_sensitivity == pytest.approx(S[6])
 
 
-@pytest.mark.parametrize("name", ["depth", "depth-residual", "energy", "uniform"])
-def test_selection_meets_the_total(name: str) -> None:
-    chosen = selector(budget=name).select(evidence())
-    assert sum(chosen.counts) == 400
-    assert [None if m is None else m.kept for m in chosen.masks] == list(chosen.counts)
-
-
 def test_selected_blend_is_the_mean_of_its_parts() -> None:
     parts = [selector(budget=name).select(evidence()).counts for name in ("depth", "energy")]
     blended = selector(budget="blend depth energy").select(evidence()).counts

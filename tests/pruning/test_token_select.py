@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -14,17 +15,15 @@ from dart_llm.errors import AttachError, ConfigError
 from dart_llm.models.describe import describe
 from dart_llm.patching.executors import token_ffn
 from dart_llm.patching.executors.token_ffn import TokenFfn
-from dart_llm.pruning.config import PruneConfig, TokenConfig
-from dart_llm.pruning.masks import LayerMask, top_ids
-from dart_llm.pruning.token_level import TokenMask, candidate_count, token_mask, winner_places
+from dart_llm.pruning.token_level import TokenMask, candidate_count, winner_places
 from dart_llm.pruning.token_level import contribution_estimate as strength
 from dart_llm.session.run import prune
 from low_bit_cases import by_hand
-from steps import CACHE, apart, decode, generate, new_cache, shared_model, step
+from products import SHAPES
+from steps import CACHE, apart, decode, generate, new_cache, shared_model, state_of, step
 from tiny import tokens
 from token_cases import LEARNT, PLAIN, Exact, best, lost_u, oracle
 
-SHAPES = ("llama-bias", "gemma2", "phi3", "gpt2", "falcon", "bloom", "opt")
 PROMPT = 12
 
 
@@ -42,6 +41,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
 # pure functions
 
 
+@hypothesis_settings(deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.data())
 def test_winners_are_the_largest_and_ties_go_to_the_lower(values: list[int], data: Any) -> None:
     keep = data.draw(st.integers(1, len(values)))
@@ -151,7 +151,7 @@ def test_losers_of_a_layer_table_are_those_of_its_counts(exact: None) -> None:
     table = {"budget": {"table": "0:0.25,1:#24,2:0.5"}, "compensation": True}
     with prune(model, PLAIN, **table) as run:
         decode(model, ids, PROMPT)
-    masks = run.controller.lives[0].selection.masks
+    masks = state_of(run).selection.masks
     assert [None if mask is None else mask.winners for mask in masks] == [12, 24, 24, None]
     for layer, share in ((0, 0.25), (1, 0.5), (2, 0.5)):
         torch.testing.assert_close(masks[layer].mean, means[share][layer], rtol=1e-4, atol=1e-5)
@@ -214,7 +214,7 @@ def test_candidates_are_the_sequences_best(monkeypatch: pytest.MonkeyPatch, exac
     run = prune(model, LEARNT, sparsity=0.75, token={"candidates": 0.5})
     with run:
         masked = decode(model, tokens(1, PROMPT + 2), PROMPT)
-    selection = run.controller.lives[0].selection
+    selection = state_of(run).selection
     assert selection.counts == (12, 12, 12, 12)
     for token, x, mask, ids in found:
         index = token.block.index
@@ -307,34 +307,6 @@ def test_there_is_no_sequence_mask(tmp_path: Any) -> None:
     assert seen == [(None,) * 4]
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"token": {"bits": 5}}, "bits = 5"),
-        ({"token": {"group": 0}}, "group 0 must be at least 1"),
-        ({"token": {"candidates": 0.0}}, r"candidates 0 must lie in \(0, 1\]"),
-        ({"token": {"candidates": 1.5}}, r"candidates 1.5 must lie in \(0, 1\]"),
-        ({"token": {"candidates": 0.2}, "sparsity": 0.7}, "at least 0.3, or None"),
-        ({"token": {"candidates": 0.5}}, "sparsity 0.1 keeps: give at least 0.9"),
-        ({"token": {"candidate": 0.5}}, 'did you mean "candidates"'),
-    ],
-)
-def test_bad_input(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        PruneConfig.build("dart-token", **settings)
-
-
-def test_settings_of_a_part_change_alone() -> None:
-    config = PruneConfig.build("dart-token", sparsity=0.7, token={"bits": 8})
-    assert config.token == TokenConfig(bits=8, group=32)
-    assert config.replace({"token": {"candidates": 0.5}}).token == TokenConfig(
-        bits=8, group=32, candidates=0.5
-    )
-    assert PruneConfig.build("griffin", token={"group": 16}).token == TokenConfig(group=16)
-    assert PruneConfig.build("dart-token").replace({"token": None}).token is None
-    assert PruneConfig.from_mapping(config.to_dict()) == config
-
-
 def test_where_it_is_slower_one_sentence_says_so(caplog: pytest.LogCaptureFixture) -> None:
     """Once per process and place, when a prompt is read."""
     token_ffn._say_slower.cache_clear()
@@ -374,13 +346,3 @@ def test_offloaded_layers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     with run:
         pass
-
-
-def test_masks_count_what_they_hold() -> None:
-    score, down = torch.arange(6.0), torch.ones(3, 6)
-    plain = LayerMask(top_ids(score, 2), 6)
-    mask = token_mask(score, 4, 2, down, torch.ones(6))
-    assert (mask.kept, mask.ids.tolist(), plain.kept) == (2, [2, 3, 4, 5], 2)
-    assert mask.bias is not None and mask.bias.tolist() == [6.0] * 3
-    assert mask.nbytes() == 4 * 8 + 3 * 4 + 6 * 4
-    assert token_mask(score, 6, 2, down, None).candidates is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
@@ -18,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from lm_cases import call
 from serve_cases import until
 
 
@@ -25,39 +25,26 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "dart_llm", "serve", *arguments]
 
 
-def refused(*arguments: str, **environment: str) -> str:
+def refused(*arguments: object) -> str:
     """What is said of a server that cannot start: one line, and exit code 2."""
-    done = subprocess.run(
-        command(*arguments),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, **environment},
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
+    done = call("serve", *arguments)
+    assert (done.code, done.out) == (2, ""), done.err
+    (line,) = done.err.splitlines()
     return line
 
 
-def test_a_port_that_is_taken() -> None:
+def test_an_address_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
+        port = taken.getsockname()[1]
         said = refused("--port", port)
     assert f"cannot listen at 127.0.0.1, port {port}: Address already in use" in said
     assert "--port 0 takes a free port" in said
-
-
-def test_an_open_bind_without_a_key() -> None:
-    assert "give --api-key too" in refused("--host", "0.0.0.0", "--port", "0")
-    said = refused("--port", "0", DART_API_KEY="short")
-    assert "8 or more plain characters" in said
-
-
-def test_an_address_of_another_machine() -> None:
-    said = refused("--host", "203.0.113.7", "--api-key", "a-good-long-key", "--port", "0")
+    said = refused("--host", "203.0.113.7", "--api-key", "a-good-long-key", "--port", 0)
     assert "cannot listen at 203.0.113.7" in said
     assert "a-good" not in said
+    assert "give --api-key too" in refused("--host", "0.0.0.0", "--port", 0)
+    monkeypatch.setenv("DART_API_KEY", "short")
+    assert "8 or more plain characters" in refused("--port", 0)
 
 
 @pytest.mark.parametrize("package", ["fastapi", "prometheus_client", "uvicorn"])

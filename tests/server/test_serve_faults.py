@@ -20,6 +20,7 @@ def server() -> Iterator[Running]:
         yield found
 
 
+@pytest.mark.contract("no text in logs unless asked")
 def test_a_fault_is_told_without_its_insides(caplog: pytest.LogCaptureFixture) -> None:
     engine = FakeEngine(fault=ValueError("secret prompt"), fault_at=0)
     with running(engine) as server, server.client() as client:
@@ -52,6 +53,7 @@ def test_what_the_engine_refuses_is_told() -> None:
     assert response.json()["error"]["message"] == "this does not fit: drop it"
 
 
+@pytest.mark.contract("no text in logs unless asked")
 def test_prompts_are_logged_only_when_asked(caplog: pytest.LogCaptureFixture) -> None:
     body = {"messages": [{"role": "user", "content": "my secret"}], "max_tokens": 1}
     caplog.set_level("INFO", "dart_llm.serve")

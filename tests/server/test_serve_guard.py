@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import select
@@ -13,9 +14,10 @@ import httpx
 import pytest
 
 from dart_llm.errors import ConfigError
+from dart_llm.server import app as serve_app
 from dart_llm.server.settings import ServeSettings
 from dart_llm.settings import merge
-from serve_cases import CHAT, FakeEngine, Running, running
+from serve_cases import CHAT, FakeEngine, Running, request_bytes, running
 
 URL = "/v1/chat/completions"
 KEY, OTHER = "a-long-secret-key", "another-secret-key"
@@ -51,18 +53,21 @@ def test_every_answer_is_guarded(server: Running, path: str) -> None:
     assert "server" not in found
 
 
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "LOCALHOST:99", "[::1]:8000"])
-def test_the_server_has_these_names(server: Running, host: str) -> None:
-    with server.client() as client:
-        assert client.get("/healthz", headers={"Host": host}).status_code == 200
-
-
-@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "127.0.0.1.nip.io", ""])
-def test_other_names_are_refused(server: Running, host: str) -> None:
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        *[(host, 200) for host in ("localhost", "127.0.0.1", "LOCALHOST:99", "[::1]:8000")],
+        *[(host, 403) for host in ("evil.example", "localhost.evil.example", "127.0.0.1.nip.io")],
+        *[(host, 403) for host in ("", "127.0.0.1:8111@evil.com", "localhost:80:evil")],
+        ("localhost.", 200),
+    ],
+)
+def test_the_server_answers_to_its_own_names(server: Running, host: str, status: int) -> None:
     with server.client() as client:
         response = client.get("/healthz", headers={"Host": host})
-    assert response.status_code == 403
-    assert response.json()["error"]["code"] == "host_not_allowed"
+    assert response.status_code == status
+    if status == 403:
+        assert response.json()["error"]["code"] == "host_not_allowed"
 
 
 def test_names_can_be_added() -> None:
@@ -196,13 +201,7 @@ def test_an_endless_body_is_not_waited_for(server: Running) -> None:
 @pytest.mark.parametrize("pieces", [0, 40])
 def test_a_slow_body_is_given_up(monkeypatch: pytest.MonkeyPatch, pieces: int) -> None:
     """Also one that goes on arriving, a byte at a time."""
-    from dart_llm.server import app as serve_app
-
-    def hasty(*args: Any, **options: Any) -> Any:
-        return serve_app_rules(*args, **options, body_seconds=0.2)
-
-    serve_app_rules = serve_app.Rules
-    monkeypatch.setattr(serve_app, "Rules", hasty)
+    monkeypatch.setattr(serve_app, "Rules", functools.partial(serve_app.Rules, body_seconds=0.2))
     with running() as server:
         connection = server.connect()
         connection.sendall(
@@ -226,21 +225,12 @@ def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     with running(FakeEngine(pause=0.3)) as server:
         silent, half, used = (server.connect() for _ in range(3))
         half.sendall(b"GET /healthz HTTP/1.1\r\nHost: local")
-        data = json.dumps({**CHAT, "max_tokens": 3}).encode()
-        head = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        used.sendall(head % URL.encode() + b"Content-Length: %d\r\n\r\n" % len(data) + data)
+        used.sendall(request_bytes({**CHAT, "max_tokens": 3}))
         assert silent.recv(1) == b""
         assert half.recv(1) == b""
         assert used.recv(100).startswith(b"HTTP/1.1 200")  # it took longer, and was waited for
         for connection in (silent, half, used):
             connection.close()
-
-
-def test_a_head_is_bounded(server: Running) -> None:
-    connection = server.connect()
-    connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 100_000)
-    assert connection.recv(100).startswith(b"HTTP/1.1 400")
-    connection.close()
 
 
 def test_other_methods_and_addresses(server: Running) -> None:
@@ -267,9 +257,9 @@ def test_other_methods_and_addresses(server: Running) -> None:
         ({"api_key": "short"}, "8 or more plain characters"),
         ({"api_key": "a-good-long-key,\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9"}, "plain"),
         ({"port": 65536}, "at most 65535"),
-        ({"port": -1}, "must be 0 or more"),
-        ({"max_waiting": 0}, "must be 1 or more"),
-        ({"grace": float("inf")}, "--grace inf"),
+        ({"port": -1}, "must be at least 0"),
+        ({"max_waiting": 0}, "must be at least 1"),
+        ({"grace": float("inf")}, "grace = inf: input should be a finite number"),
         ({"temperature": 3.0}, "at most 2"),
         ({"methods": "dart,nix"}, "unknown method 'nix'"),
     ],

@@ -10,9 +10,6 @@ from pathlib import Path
 import pytest
 
 from dart_llm import __main__ as entry
-from serve_cases import Watched, benchmark, running
-
-MEMORY = benchmark("serve_memory")
 
 LENGTHS = """
 import re, sys
@@ -20,7 +17,8 @@ from pathlib import Path
 from dart_llm.__main__ import set_environment
 set_environment()
 import torch
-from dart_llm.engine import Ask, Engine, Sampling
+from dart_llm.engine.engine import Engine
+from dart_llm.engine.requests import GenerationRequest as Ask, Sampling
 from engine_cases import tokenizer
 from tiny import tiny
 
@@ -65,27 +63,3 @@ def test_the_command_line_bounds_what_is_kept_for_lengths(monkeypatch: pytest.Mo
     monkeypatch.setenv(names[0], "7")
     entry.set_environment()
     assert os.environ[names[0]] == "7"
-
-
-def test_the_measure_of_lengths_sees_growth() -> None:
-    held = iter([100, 200, 211])
-    with running() as server:
-        found = MEMORY.many_lengths(
-            server.url, lambda: next(held), list(range(100)), [{"method": "dense"}], 30, 10, 10
-        )
-    assert found["memory"] == {"before": 100, "10": 200, "30": 211}
-    assert found["grown"] == pytest.approx(0.055) and not found["passed"]
-    lengths = sorted(len(ask.ids) for ask in server.engine.asked)
-    assert lengths == sorted([8 + i for i in range(10)] * 3)
-
-
-@pytest.mark.parametrize(("more", "passed"), [(100 << 20, True), ((100 << 20) + 1, False)])
-def test_the_measure_of_bodies_sees_their_cost(more: int, passed: bool) -> None:
-    words = Watched()
-    with running(tokenizer=words) as server:
-        found = MEMORY.large_bodies(
-            server.url, lambda: 5 if not words.lengths else 5 + more, 3, 1_020_000
-        )
-    assert (found["refused"], found["extra"], found["passed"]) == (3, more, passed)
-    assert 1_019_990 < found["bytes_each"] <= 1_020_000
-    assert set(found["other_routes_s"]) == {"/healthz", "/api/runs"}

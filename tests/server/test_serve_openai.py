@@ -93,50 +93,14 @@ def test_a_stream_says_the_same(client: openai.OpenAI, dart: Any) -> None:
     assert reasons == [whole.choices[0].finish_reason]
 
 
-def test_stop_strings(client: openai.OpenAI) -> None:
-    whole = chat(client, extra_body=DENSE).choices[0].message.content
-    word = whole.split()[3]
-    for stop in (word, [word, "never said"], f" {word}"):
-        found = chat(client, stop=stop, extra_body=DENSE).choices[0]
-        mark = stop if isinstance(stop, str) else word
-        assert found.message.content == whole[: whole.index(mark)]
-        assert found.finish_reason == "stop"
-        streamed = chat(client, stop=stop, stream=True, extra_body=DENSE)
-        assert "".join(c.choices[0].delta.content or "" for c in streamed) == found.message.content
-
-
-def test_limits_of_length(client: openai.OpenAI) -> None:
-    for field in ("max_tokens", "max_completion_tokens"):
-        asked: dict[str, Any] = {"max_tokens": openai.omit, field: 2}
-        found = chat(client, **asked, extra_body=DENSE)
-        assert found.usage.completion_tokens == 2
-        assert found.choices[0].finish_reason == "length"
-    text = client.completions.create(model=MODEL, prompt="One two three", temperature=0)
-    assert text.usage.completion_tokens <= 16
-
-
-def test_sampling(client: openai.OpenAI) -> None:
-    def text(**options: Any) -> str:
-        found = chat(client, temperature=1.5, extra_body=DENSE, **options)
-        return str(found.choices[0].message.content)
-
-    assert text(seed=1) == text(seed=1)
-    assert len({text(seed=seed) for seed in range(4)}) > 1
-    greedy = str(chat(client, extra_body=DENSE).choices[0].message.content)
-    assert text(seed=3, top_p=0) == greedy
-
-
 def test_several_choices(client: openai.OpenAI) -> None:
     found = chat(client, n=3, temperature=1, seed=5, extra_body=GRIFFIN)
     assert [choice.index for choice in found.choices] == [0, 1, 2]
     assert len({choice.message.content for choice in found.choices}) > 1
     assert found.dart["remask_causes"] == {"first": 1}  # one batch, one mask
     greedy = chat(client, n=2, extra_body=GRIFFIN)
-    assert greedy.choices[0].message.content == greedy.choices[1].message.content
-    assert (
-        greedy.choices[0].message.content
-        == chat(client, extra_body=GRIFFIN).choices[0].message.content
-    )
+    alone = chat(client, extra_body=GRIFFIN).choices[0].message.content
+    assert [choice.message.content for choice in greedy.choices] == [alone, alone]
     chunks = list(chat(client, n=2, stream=True, extra_body=GRIFFIN))
     for index in range(2):
         own = [c for chunk in chunks for c in chunk.choices if c.index == index]
@@ -165,17 +129,6 @@ def test_log_probabilities(client: openai.OpenAI, smollm2: Any) -> None:
     assert scored.token_logprobs == [max(scored.top_logprobs[0].values())]
     assert len(scored.top_logprobs[0]) == 2
     assert scored.text_offset == [0]
-
-
-def test_a_completion_of_tokens_is_that_of_its_text(client: openai.OpenAI, smollm2: Any) -> None:
-    _, tokenizer = smollm2
-    prompt = "The sky is blue because"
-    asked: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 5}
-    of_text = client.completions.create(prompt=prompt, **asked)
-    of_tokens = client.completions.create(prompt=tokenizer(prompt).input_ids, **asked)
-    streamed = client.completions.create(prompt=prompt, stream=True, **asked)
-    assert of_text.choices[0].text == of_tokens.choices[0].text
-    assert "".join(c.choices[0].text for c in streamed) == of_text.choices[0].text
 
 
 def test_a_conversation_reads_only_what_is_new(client: openai.OpenAI) -> None:

@@ -128,7 +128,7 @@ def test_conversations_of_one_key_do_not_drop_anothers() -> None:
 
 @pytest.mark.parametrize("keys", [(), KEYS])
 def test_a_flood_of_unfinished_bodies(monkeypatch: pytest.MonkeyPatch, keys: Any) -> None:
-    """Who asks whether the server lives gets an answer, and so does another key."""
+    """Who asks whether the server states gets an answer, and so does another key."""
     from dart_llm.server import app as serve_app
 
     rules = serve_app.Rules

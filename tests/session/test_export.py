@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from dart_llm.errors import ConfigError
 from dart_llm.models.describe import describe
 from dart_llm.session.run import prune
-from steps import apart, decode, generate, picked, shared_model
+from steps import apart, decode, generate, picked, shared_model, state_of
 from tiny import NAMES, tiny, tokens
 
 EXPORTED = tuple(name for name in NAMES if name != "bloom")
@@ -90,7 +90,7 @@ def test_export_with_compensation(name: str, tmp_path: Path) -> None:
     run.export(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     first, plain = _outputs(loaded, ids)[1][0], _zero_everywhere(model, run.masks(), ids)[1][0]
-    extra = run.controller.all_lives()[-1].selection.masks[0].bias
+    extra = state_of(run).selection.masks[0].bias
     assert float(extra.norm()) > 0
     assert apart(first.reshape(-1, 32), (plain + extra).reshape(-1, 32)) < 1e-5
 

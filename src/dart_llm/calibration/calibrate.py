@@ -50,7 +50,7 @@ def calibrate(
     cache_dir: str | None,
     say: Say,
 ) -> Calibrated:
-    """What ``config.calibration`` asks for; ``source`` as in calibration_text.py.
+    """What ``config.calibration`` asks for; ``source`` as in data/documents.py.
 
     Raises ``ConfigError`` and ``LoadError`` for a text that cannot be used or had.
     """
@@ -59,7 +59,7 @@ def calibrate(
     selector = check_fits(observing(config), _layers(model, config))
     ids = None
     if part.source == "text":
-        texts = documents.documents(source)
+        texts = documents.calibration_texts(source)
         ids = documents.sequences(tokenizer, texts, part.sequences, part.length)
         tokens = cache.digest_of(ids)
     else:
@@ -82,7 +82,7 @@ def calibrate(
 def _note(part: CalibrationConfig, source: str | None, found: int) -> str:
     words = "the model's own text"
     if part.source == "text":
-        words = documents.title(source)
+        words = documents.calibration_source(source).title()
     short = "" if found == part.sequences else f" of {part.sequences}"
     size = f"{found}{short} sequences of {part.length} tokens ({found * part.length:,} tokens)"
     return f"calibration: {size} of {words}"
@@ -141,7 +141,7 @@ def observe(
     try:
         for number, batch in enumerate(batches):
             model(batch.to(model.device), use_cache=False, logits_to_keep=1)
-            for total, found in zip(totals, tracer.lives[0].evidence, strict=True):
+            for total, found in zip(totals, tracer.sequences[0].evidence, strict=True):
                 _add(total, found)
             if (number + 1) % 4 == 0:
                 say(f"calibrating {config.method}: {number + 1} of {len(batches)} batches")

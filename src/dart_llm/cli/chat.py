@@ -1,7 +1,4 @@
-"""`chat`: conversation, commands, terminal.
-
-What a line that begins with a slash does in ``dart-llm chat``.
-"""
+"""``dart-llm chat``: the conversation, its commands, and its terminal or pipe."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ from dart_llm.cli.chat_settings import ChatSettings
 from dart_llm.data.prompts import chat_ids
 from dart_llm.engine.engine import Engine
 from dart_llm.engine.events import Record, Token
-from dart_llm.engine.requests import GenerationRequest, GenerationResult, Sampling
+from dart_llm.engine.requests import GenerationRequest, GenerationResult
 from dart_llm.errors import ConfigError, DartError, UnknownName
 from dart_llm.experiments.study import load_model
 from dart_llm.pruning.config import PruneConfig
@@ -35,17 +32,11 @@ from dart_llm.pruning.registry import METHODS
 from dart_llm.reporting.console import Ui
 from dart_llm.studies.generate.report import report_table
 
-# A conversation with a model that stays loaded: its messages, its settings, its turns.
+# the conversation: its messages, its settings, its answers
 
 
 NAME = "chat"
 """The conversation's name in the engine."""
-
-PROBE = 128
-"""Tokens that are read to see how fast this machine is."""
-
-OWN_TEXT = 5
-"""What a token of the model's own text costs to write and to learn from, in tokens read."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +73,8 @@ class Chat:
         self.engine, self.settings = engine, settings
         self.turns: list[Exchange] = []
         self._tokenizer = tokenizer
-        self._learnt = {settings.method}
+        self.prepared = {settings.method}
+        """Methods that have learnt what they need."""
         self._ids([{"role": "user", "content": "?"}])  # no template is said now, not later
         engine.prepare(settings.served())
 
@@ -122,26 +114,8 @@ class Chat:
         """
         settings = self.settings.changed(**changes)
         self.engine.prepare(settings.served())
-        self._learnt.add(settings.method)
+        self.prepared.add(settings.method)
         self.settings = settings
-
-    def seconds_to_learn(self, method: str) -> float:
-        """About how long ``method`` learns before its first answer; 0 where it learns nothing.
-
-        Measured on this machine now; what an earlier time kept makes it faster.
-        """
-        config = METHODS.get(method)
-        part = config.prior or config.calibration
-        if part is None or method in self._learnt:
-            return 0.0
-        each = 1 if getattr(part, "source", "self") == "text" else OWN_TEXT
-        ids = (self._ids([{"role": "user", "content": "?"}]) * PROBE)[:PROBE]
-        for _ in range(2):  # the first one also warms up
-            timings = self.engine.run(
-                GenerationRequest(ids, Sampling(max_tokens=1))
-            ).timings.to_dict()
-        read = float(timings["prompt_ms"]) / float(timings["prompt_n"]) / 1e3
-        return each * part.sequences * part.length * read
 
     def reset(self) -> None:
         """Forget all messages."""
@@ -170,7 +144,7 @@ def _shown(settings: ChatSettings) -> dict[str, Any]:
     return {"method": config.method, "sparsity": config.target, "drift": config.drift.rule}
 
 
-# Messages from a terminal or a pipe: lines that go on, blocks, what was typed before.
+# messages: lines that go on, blocks, what was typed before
 
 
 FENCE = "```"
@@ -284,7 +258,7 @@ def _readline() -> ModuleType | None:
     return readline
 
 
-# What ``dart-llm chat`` says of its settings and of its answers.
+# what is said of settings and answers
 
 
 def settings_line(settings: ChatSettings) -> str:
@@ -366,12 +340,11 @@ def last_table(turns: Sequence[Exchange]) -> Table:
 HELP = {
     "/sparsity X": "remove this fraction of the FFN neurons from now on, e.g. 0.7 or 70%",
     "/method NAME": "prune by this method, e.g. griffin; dense prunes nothing",
-    "/drift RULE": 'make masks anew by this rule, e.g. never or "interval 64"',
     "/stats": "accounting of the last answer and of the conversation",
     "/save FILE": "write the conversation: .json with all accounting, else Markdown",
     "/reset": "forget the conversation",
     "/help": "this list",
-    "/quit": "leave, as /exit and Ctrl-D do",
+    "/quit": "leave, as Ctrl-D does",
 }
 
 NOTES = (
@@ -379,9 +352,6 @@ NOTES = (
     "Ctrl-C stops an answer. // at the beginning of a message stands for one slash.",
     "After a change of settings the next answer reads the whole conversation again.",
 )
-
-LONG = 5.0
-"""Seconds of learning that are worth a word."""
 
 
 class Commands:
@@ -395,13 +365,11 @@ class Commands:
         self._known: dict[str, Callable[[str], None]] = {
             "sparsity": self._sparsity,
             "method": self._method,
-            "drift": self._drift,
             "stats": self._stats,
             "save": self._save,
             "reset": self._reset,
             "help": self._help,
             "quit": self._quit,
-            "exit": self._quit,
         }
 
     def run(self, line: str) -> None:
@@ -420,12 +388,13 @@ class Commands:
 
     def _method(self, value: str) -> None:
         settings = self.chat.settings
-        if value and (seconds := self.chat.seconds_to_learn(value)) >= LONG:
+        config = METHODS.get(value or settings.method)
+        learns = config.prior is not None or config.calibration is not None
+        if value and learns and value not in self.chat.prepared:
             self.ui.say(
-                f"{value} learns first, unless an earlier time kept what it needs: about "
-                f"{_duration(seconds)} on this machine; Ctrl-C stops it"
+                f"{value} learns first, unless an earlier time kept what it needs; Ctrl-C stops it"
             )
-        if value and METHODS.get(value).sparsity == 0:  # dense: nothing is removed
+        if value and config.sparsity == 0:  # dense: nothing is removed
             known = settings.target_sparsity()
             self._last = self._last if known is None else known
             self.chat.change(method=value, sparsity=None, total_prune_percent=None)
@@ -433,11 +402,6 @@ class Commands:
             self.chat.change(method=value, sparsity=self._last)
         elif value:
             self.chat.change(method=value)
-        self._say_settings()
-
-    def _drift(self, value: str) -> None:
-        if value:
-            self.chat.change(drift=value.strip('"'), knowledge_drift=None)
         self._say_settings()
 
     def _say_settings(self) -> None:
@@ -480,10 +444,6 @@ class Commands:
         self.left = True
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
-
-
 def _own(path: str, flags: int) -> int:
     """Opens a new file for its owner alone: what was said may be private."""
     return os.open(path, flags, 0o600)
@@ -496,7 +456,7 @@ def _fraction(text: str) -> float:
         raise ConfigError(f'sparsity "{text}" is no number: write 0.7 or 70%') from None
 
 
-# An answer on a terminal while it is written: lines end between words.
+# an answer while it is written
 
 
 PIECES = re.compile(r"\n|\s|[^\s\u2e80-\uffef\U00020000-\U0003ffff]+|.")
@@ -554,7 +514,7 @@ class Wrapped:
         self._gap = ""
 
 
-# ``dart-llm chat`` in a terminal, or in a pipe: reads messages, streams answers.
+# the program
 
 
 TERMINATED = 143

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pydantic import ValidationError, model_validator
+from pydantic import model_validator
 
 from dart_llm.engine.requests import Sampling
 from dart_llm.errors import ConfigError
-from dart_llm.pruning.config import PruneConfig, first_problem
+from dart_llm.pruning.config import PruneConfig
 from dart_llm.settings import BaseSettings, setting
 
 PANEL = "Chat"
@@ -53,7 +53,4 @@ class ChatSettings(BaseSettings):
     def changed(self, **changes: Any) -> ChatSettings:
         """A copy with ``changes``, checked as a whole; raises ``ConfigError``."""
         given = {name: getattr(self, name) for name in self.model_fields_set} | changes
-        try:
-            return type(self).model_validate(given)
-        except ValidationError as error:
-            raise ConfigError(first_problem(error)) from None
+        return type(self).model_validate(given)

@@ -1,7 +1,4 @@
-"""Doctor, methods, prompts.
-
-``dart-llm prompts``: two-topic prompts and passages.
-"""
+"""``dart-llm prompts``, ``methods`` and ``doctor``: what there is, for the terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from importlib.metadata import metadata
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -20,12 +17,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dart_llm.cache import cache_folder
 from dart_llm.cli.options import Json
-from dart_llm.data.passages import Passage
-from dart_llm.data.topic_prompts import DriftPrompt
-from dart_llm.experiments.provenance import machine, versions
-from dart_llm.pruning.methods import listing
+from dart_llm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dart_llm.data.passages import Passage
+    from dart_llm.data.topic_prompts import DriftPrompt
 
 Record = TypeVar("Record", "DriftPrompt", "Passage")
 
@@ -37,18 +34,7 @@ ROWS = 20
 """Rows of a table without ``--limit``."""
 
 
-def register(app: typer.Typer) -> None:
-    """Add ``prompts`` with its commands to the application."""
-    group = typer.Typer(
-        no_args_is_help=True, help="Two-topic prompts and passages: make, list, show."
-    )
-    group.command(name="generate")(generate)
-    group.command(name="list")(list_)
-    group.command(name="show")(show)
-    app.add_typer(group, name="prompts")
-
-
-def generate(
+def generate_prompts(
     count: Annotated[int, typer.Argument(metavar="COUNT", help="How many prompts to make.")],
     seed: Annotated[int, typer.Option(metavar="N", help="Seed of the choice.")] = 0,
     ontology: Annotated[
@@ -60,16 +46,7 @@ def generate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make prompts that change from one topic to another of a different domain.
-
-    The same count, seed and ontology give the same prompts everywhere; fewer are the first of more.
-
-    Examples:
-
-    dart-llm prompts generate 40 --seed 1 --out prompts.jsonl
-
-    dart-llm prompts generate 50 --ontology my_domains.yaml --json
-    """
+    """``dart-llm prompts generate``."""
     from dart_llm.data.topic_prompts import generate as make
     from dart_llm.data.topic_prompts import load_ontology, maximum
     from dart_llm.files import write_lines
@@ -88,7 +65,7 @@ def generate(
             typer.echo(json.dumps(row))
 
 
-def list_(
+def list_prompts(
     domain: Annotated[
         str | None, typer.Option(metavar="NAME", help="With this domain on either side.")
     ] = None,
@@ -105,18 +82,8 @@ def list_(
     file: File = None,
     as_json: Json = False,
 ) -> None:
-    """List the package's two-topic prompts, or its passages.
-
-    Examples:
-
-    dart-llm prompts list --domain astronomy --template letter
-
-    dart-llm prompts list --passages
-
-    dart-llm prompts list --file prompts.jsonl --limit 5 --json
-    """
+    """``dart-llm prompts list``."""
     from dart_llm.data import passages as listing
-    from dart_llm.errors import ConfigError
 
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit {limit} is too small: give 1 or more, or leave it out")
@@ -152,7 +119,7 @@ def _print_list(
         ui.say(f"{len(shown)} of {len(records)} {kind}; --limit {len(records)} shows all")
 
 
-def show(
+def show_prompt(
     name: Annotated[
         str,
         typer.Argument(metavar="ID", help="A prompt or a passage; the beginning of an id will do."),
@@ -160,14 +127,7 @@ def show(
     file: File = None,
     as_json: Json = False,
 ) -> None:
-    """Show one prompt with its slots, or one passage with its topics marked.
-
-    Examples:
-
-    dart-llm prompts show 01-bees-to-mortgages
-
-    dart-llm prompts show letter-608b476da0 --json
-    """
+    """``dart-llm prompts show``."""
     from dart_llm.data import passages as listing
     from dart_llm.data.topic_prompts import DriftPrompt
     from dart_llm.reporting.console import Ui
@@ -185,13 +145,13 @@ def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
-# ``dart-llm doctor``: what this installation has and lacks.
+# doctor
 
 
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "eval": ("datasets", "lm_eval", "rouge_score", "scipy"),
+    "eval": ("datasets", "lm_eval", "rouge_score"),
     "plots": ("matplotlib", "cmcrameri", "plotly"),
-    "drift": ("sentence_transformers", "sacrebleu", "bert_score", "rouge_score", "scipy"),
+    "drift": ("sentence_transformers", "sacrebleu", "bert_score", "rouge_score"),
     "native": ("ninja",),
     "serve": ("fastapi", "prometheus_client", "uvicorn"),
     "cluster": ("ray",),
@@ -209,6 +169,8 @@ def examine(cache_dir: str | None = None) -> dict[str, Any]:
     """Everything that explains why a run works or does not; a token's value is never read out."""
     import torch
 
+    from dart_llm.cache import cache_folder
+    from dart_llm.experiments.provenance import machine, versions
     from dart_llm.native.build import state as native_state
 
     cache = cache_folder(cache_dir)
@@ -296,7 +258,7 @@ def print_report(found: dict[str, Any]) -> None:
     Console(markup=False).print(table)
 
 
-# Prompts and passages for the terminal: which to show, as tables, and one in full.
+# prompts and passages as tables, and one in full
 
 
 ARROW = " -> "
@@ -379,8 +341,13 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def print_listing() -> None:
-    """The listing as tables on stdout."""
+def show_methods(as_json: Json = False) -> None:
+    """``dart-llm methods``."""
+    from dart_llm.pruning.methods import listing
+
+    if as_json:
+        typer.echo(json.dumps(listing()))
+        return
     console = Console()
     for kind, entries in listing().items():
         second = "settings" if kind == "methods" else "source"
@@ -390,3 +357,15 @@ def print_listing() -> None:
         for entry in entries:
             table.add_row(entry["name"], entry["summary"], entry["source"])
         console.print(table)
+
+
+def show_installation(
+    cache_dir: Annotated[str | None, typer.Option(help="Cache to look at.")] = None,
+    as_json: Json = False,
+) -> None:
+    """``dart-llm doctor``."""
+    found = examine(cache_dir)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        print_report(found)

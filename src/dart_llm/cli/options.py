@@ -59,11 +59,12 @@ def parameters(settings: type[BaseModel]) -> list[inspect.Parameter]:
             shown = ",".join(map(str, default)) if isinstance(default, list) else default
             text += f" [default: {shown}]"
         extra = field.json_schema_extra
-        panel = str(extra.get("panel", "")) if isinstance(extra, dict) else ""
+        extra = extra if isinstance(extra, dict) else {}
         option = typer.Option(
             *names,
             help=text,
-            rich_help_panel=panel,
+            rich_help_panel=str(extra.get("panel", "")),
+            hidden=bool(extra.get("hidden")),
             show_default=False,
             metavar=_metavar(kind),
             parser=_sparsity if name == "sparsity" else None,
@@ -106,7 +107,7 @@ def with_settings(function: Callable[..., None], settings: type[BaseModel]) -> C
 
     def command(**values: Any) -> None:
         names = settings.model_fields
-        flags = {key: value for key, value in values.items() if key in names}
+        flags = {k: None if v == [] else v for k, v in values.items() if k in names}
         rest = {key: value for key, value in values.items() if key not in names}
         function(flags, **rest)
 

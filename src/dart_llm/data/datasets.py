@@ -1,11 +1,7 @@
-"""Hub data sets: catalogue.yaml, hub: references, MMLU.
+"""Data sets of the hub: ``catalogue.yaml``, ``hub:`` references, MMLU.
 
-Every data set that the project can fetch from the hub, in one table.
-
-No entry needs a loading script: the current ``datasets`` library runs none.  The question sets
-are those that lm-eval's tasks load (a test compares them with the installed tasks).
-``make test-online`` loads five rows of every entry and checks its columns; ``LAST_RUN`` says when
-it last did.
+The only file that imports the ``datasets`` library, and only when a data set is asked for.  A data
+set that cannot be fetched, is empty or lacks a column is an error, never an empty result.
 """
 
 from __future__ import annotations
@@ -15,12 +11,16 @@ import contextlib
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from importlib import import_module
-from itertools import islice
+from dataclasses import replace
+from importlib import import_module, resources
+from itertools import chain, islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator, BeforeValidator, TypeAdapter
+from pydantic.dataclasses import dataclass
 
 from dart_llm.errors import ConfigError, LoadError, MissingExtra, UnknownName
 from dart_llm.files import read_rows
@@ -39,24 +39,30 @@ USES: Mapping[str, str] = MappingProxyType(
 )
 """What a data set is used for."""
 
+Column = Annotated[
+    tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class DataSet:
     """One split of one data set of the hub.
 
     ``columns``: by role (text, document, summary, question, choices, answer, id, ...), the
-    columns that hold it.  ``revision``: a branch other than the main one.  ``first``: only so
-    many rows are read, streamed.  ``tasks``: the lm-eval tasks that score it.  ``megabytes``:
-    about what is downloaded, which is all splits of the configuration unless rows are streamed.
-    ``licence_page``: the data set's card on the hub, unless its makers have a page of their own.
-    ``verified``: when ``make test-online`` last read it.
+    columns that hold it.  ``separator``: stands between the rows of a text.  ``revision``: a
+    branch other than the main one.  ``first``: only so many rows are read, streamed.  ``tasks``:
+    the lm-eval tasks that score it.  ``megabytes``: about what is downloaded, which is all splits
+    of the configuration unless rows are streamed.  ``licence_page``: the data set's card on the
+    hub, unless its makers have a page of their own.  ``verified``: when ``make test-online`` last
+    read it.
     """
 
     name: str
     hub_id: str
-    config: str | None
+    config: str | None = None
     split: str
-    columns: Mapping[str, tuple[str, ...]]
+    columns: Annotated[Mapping[str, Column], AfterValidator(MappingProxyType)]
+    separator: str = "\n\n"
     uses: tuple[str, ...] = ("eval",)
     licence: str = "unknown"
     licence_page: str = ""
@@ -82,236 +88,87 @@ class DataSet:
         return f"{self.hub_id} ({', '.join(part for part in (self.config, self.split) if part)})"
 
 
-def columns(**roles: str | tuple[str, ...]) -> Mapping[str, tuple[str, ...]]:
-    """A read-only mapping of roles to their columns."""
-    found = {role: (name,) if isinstance(name, str) else name for role, name in roles.items()}
-    return MappingProxyType(found)
+_CATALOGUE: dict[str, Any] = yaml.safe_load(
+    (resources.files("dart_llm.data") / "catalogue.yaml").read_text(encoding="utf-8")
+)
+
+DATA_SETS: Mapping[str, DataSet] = MappingProxyType(
+    {
+        name: TypeAdapter(DataSet).validate_python({"name": name, **fields})
+        for name, fields in _CATALOGUE["data_sets"].items()
+    }
+)
+
+MMLU_SUBJECTS: tuple[str, ...] = tuple(_CATALOGUE["mmlu_subjects"])
 
 
 def names(use: str | None = None) -> tuple[str, ...]:
     """The data sets that are used for ``use`` (a key of ``USES``), sorted; all without it."""
     if use is not None and use not in USES:
         raise UnknownName("use of data sets", use, USES)
-    return tuple(sorted(n for n, found in DATA_SETS.items() if use is None or use in found.uses))
+    return tuple(sorted(n for n, data in DATA_SETS.items() if use is None or use in data.uses))
 
 
-def get(name: str, use: str | None = None) -> DataSet:
-    """The data set called ``name``; ``UnknownName`` unless it is one that serves ``use``."""
-    known = names(use)
+def get(name: str, *uses: str) -> DataSet:
+    """The data set called ``name``; ``UnknownName`` unless it serves one of ``uses``, if any."""
+    known = [known for use in uses or (None,) for known in names(use)]
     if name not in known:
         raise UnknownName("data set", name, known)
     return DATA_SETS[name]
 
 
-_ARC = columns(question="question", choices="choices", answer="answerKey")
+# References to any data set of the hub: ``hub:owner/name[/configuration]:split[[:N]]:columns``.
 
-_MMLU = columns(question="question", choices="choices", answer="answer")
+PREFIX = "hub:"
 
-_TABLE = (
-    DataSet(
-        "wikitext2",
-        "Salesforce/wikitext",
-        "wikitext-2-raw-v1",
-        "test",
-        columns(text="text"),
-        uses=("perplexity",),
-        licence="CC-BY-SA-3.0, GFDL",
-        megabytes=8,
-        note="lines joined by blank lines, as in published tables",
-    ),
-    DataSet(
-        "c4",
-        "allenai/c4",
-        "en",
-        "validation",
-        columns(text="text"),
-        uses=("perplexity",),
-        licence="ODC-BY",
-        megabytes=41,
-        first=1100,
-        note="the first 1,100 documents of en/c4-validation.00000-of-00008, joined by spaces",
-    ),
-    DataSet(
-        "c4_train",
-        "allenai/c4",
-        "en",
-        "train",
-        columns(text="text"),
-        uses=("calibration",),
-        licence="ODC-BY",
-        megabytes=319,
-        first=512,
-        note="the first documents of en/c4-train.00000-of-01024, joined by blank lines",
-    ),
-    DataSet(
-        "mmlu",
-        "cais/mmlu",
-        "astronomy",
-        "dev",
-        _MMLU,
-        uses=("prompts",),
-        licence="MIT",
-        megabytes=1,
-        note="one configuration for each of the 57 subjects; dev, then validation; never test",
-    ),
-    DataSet(
-        "xsum",
-        "EdinburghNLP/xsum",
-        None,
-        "test",
-        columns(document="document", summary="summary", id="id"),
-        uses=("summarize",),
-        megabytes=338,
-        revision="refs/convert/parquet",
-        note="the hub's own parquet copy: it is there whether or not the main branch is a script",
-    ),
-    DataSet(
-        "cnn_dailymail",
-        "abisee/cnn_dailymail",
-        "3.0.0",
-        "test",
-        columns(document="article", summary="highlights", id="id"),
-        uses=("summarize",),
-        licence="Apache-2.0",
-        megabytes=837,
-    ),
-    DataSet(
-        "multi_news",
-        "Awesome075/multi_news_parquet",
-        None,
-        "test",
-        columns(document="document", summary="summary"),
-        uses=("summarize",),
-        licence="non-commercial research and education",
-        licence_page="https://github.com/Alex-Fabbri/Multi-News/blob/master/LICENSE.txt",
-        megabytes=390,
-        note="a parquet copy of alexfabbri/multi_news, which needs a script",
-    ),
-    DataSet(
-        "gov_report",
-        "ccdv/govreport-summarization",
-        "document",
-        "test",
-        columns(document="report", summary="summary"),
-        uses=("summarize",),
-        megabytes=507,
-    ),
-    DataSet(
-        "mmlu_test",
-        "cais/mmlu",
-        "astronomy",
-        "test",
-        _MMLU,
-        licence="MIT",
-        megabytes=1,
-        tasks=("mmlu",),
-        note="one configuration for each of the 57 subjects; few-shot examples come from dev",
-    ),
-    DataSet(
-        "boolq",
-        "aps/super_glue",
-        "boolq",
-        "validation",
-        columns(text="passage", question="question", answer="label"),
-        licence="CC-BY-SA-3.0",
-        licence_page="https://github.com/google-research-datasets/boolean-questions",
-        megabytes=7,
-        tasks=("boolq",),
-    ),
-    DataSet(
-        "rte",
-        "nyu-mll/glue",
-        "rte",
-        "validation",
-        columns(text="sentence1", question="sentence2", answer="label"),
-        licence="other: see its card",
-        megabytes=2,
-        tasks=("rte",),
-    ),
-    DataSet(
-        "hellaswag",
-        "Rowan/hellaswag",
-        None,
-        "validation",
-        columns(question=("ctx_a", "ctx_b", "activity_label"), choices="endings", answer="label"),
-        licence="MIT",
-        licence_page="https://github.com/rowanz/hellaswag/blob/master/LICENSE",
-        megabytes=37,
-        tasks=("hellaswag",),
-    ),
-    DataSet(
-        "winogrande",
-        "allenai/winogrande",
-        "winogrande_xl",
-        "validation",
-        columns(question="sentence", choices=("option1", "option2"), answer="answer"),
-        licence="CC-BY",
-        licence_page="https://github.com/allenai/winogrande#license",
-        megabytes=3,
-        tasks=("winogrande",),
-    ),
-    DataSet(
-        "arc_easy",
-        "allenai/ai2_arc",
-        "ARC-Easy",
-        "test",
-        _ARC,
-        licence="CC-BY-SA-4.0",
-        megabytes=1,
-        tasks=("arc_easy",),
-    ),
-    DataSet(
-        "arc_challenge",
-        "allenai/ai2_arc",
-        "ARC-Challenge",
-        "test",
-        _ARC,
-        licence="CC-BY-SA-4.0",
-        megabytes=1,
-        tasks=("arc_challenge",),
-    ),
-    DataSet(
-        "openbookqa",
-        "allenai/openbookqa",
-        "main",
-        "test",
-        columns(question="question_stem", choices="choices", answer="answerKey"),
-        megabytes=1,
-        tasks=("openbookqa",),
-    ),
-    DataSet(
-        "gpqa",
-        "Idavidrein/gpqa",
-        "gpqa_main",
-        "train",
-        columns(
-            question="Question",
-            choices=("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"),
-            answer="Correct Answer",
-        ),
-        licence="CC-BY-4.0",
-        megabytes=4,
-        tasks=("gpqa_main_n_shot",),
-        gated=True,
-        note="CSV; its conditions must be accepted on the hub, and HF_TOKEN set",
-    ),
-    DataSet(
-        "medmcqa",
-        "openlifescienceai/medmcqa",
-        None,
-        "validation",
-        columns(question="question", choices=("opa", "opb", "opc", "opd"), answer="cop"),
-        licence="Apache-2.0",
-        megabytes=88,
-        tasks=("medmcqa",),
-    ),
+EXAMPLES = {
+    ("text",): "hub:Salesforce/wikitext/wikitext-2-raw-v1:test:text",
+    ("document", "summary"): "hub:EdinburghNLP/xsum:test:document:summary",
+}
+"""By the roles that the columns of a reference have."""
+
+_PART = r"[^/:\[\]\s]+"
+
+_PATTERN = re.compile(
+    rf"hub:(?P<id>{_PART}/{_PART})(?:/(?P<config>[^:]+))?"
+    rf":(?P<split>{_PART})(?:\[:(?P<first>\d+)\])?(?P<columns>(?::[^:]+)+)"
 )
 
-DATA_SETS: Mapping[str, DataSet] = MappingProxyType({found.name: found for found in _TABLE})
+
+def is_reference(name: str) -> bool:
+    """Whether ``name`` means a data set of the hub rather than a name or a path."""
+    return name.startswith(PREFIX)
+
+
+def parse(name: str, roles: tuple[str, ...] = ("text",)) -> DataSet:
+    """The data set that ``name`` refers to, with one column for each of ``roles``.
+
+    ``hub:owner/name:test:text`` is the text column of the test split,
+    ``hub:owner/name/en:validation[:500]:text`` the first 500 rows of the configuration en.
+    Nothing is guessed: the split and the columns are always written out.  Raises ``ConfigError``,
+    with an example, for anything else.
+    """
+    match = _PATTERN.fullmatch(name)
+    columns = match["columns"][1:].split(":") if match else []
+    if not match or len(columns) != len(roles) or match["first"] == "0":
+        wanted = " and one for the ".join(roles)
+        raise ConfigError(
+            f'"{name}" is not a data set of the hub with a column for the {wanted}: write '
+            f"hub:owner/name[/configuration]:split:{':'.join(f'{role}-column' for role in roles)}, "
+            f"e.g. {EXAMPLES.get(roles, EXAMPLES['text',])}"
+        )
+    return DataSet(
+        name=name,
+        hub_id=match["id"],
+        config=match["config"],
+        split=match["split"],
+        columns=dict(zip(roles, columns, strict=True)),  # type: ignore[arg-type]
+        uses=(),
+        first=int(match["first"]) if match["first"] else None,
+    )
 
 
 # Documents and reference summaries as plain text, whatever form a data set keeps them in.
-
 
 SEPARATOR = "|||||"
 """Multi-News writes this between (and after) the articles of one document."""
@@ -358,125 +215,7 @@ def _printed_list(text: str) -> list[str] | None:
     return value if strings else None
 
 
-# The syntax that names any data set of the hub: ``hub:owner/name/configuration:split:column``.
-#
-# ::
-#
-#     hub:owner/name:test:text                    the text column of the test split, all rows
-#     hub:owner/name/en:validation[:500]:text     configuration en, the first 500 rows, streamed
-#     hub:owner/name:test:article:abstract        documents and their summaries (summarize)
-#
-# Nothing is guessed: the split and the column are always written out.
-
-
-PREFIX = "hub:"
-
-EXAMPLES = {
-    ("text",): "hub:Salesforce/wikitext/wikitext-2-raw-v1:test:text",
-    ("document", "summary"): "hub:EdinburghNLP/xsum:test:document:summary",
-}
-"""By the roles that the columns of a reference have."""
-
-_PART = r"[^/:\[\]\s]+"
-
-_PATTERN = re.compile(
-    rf"hub:(?P<id>{_PART}/{_PART})(?:/(?P<config>[^:]+))?"
-    rf":(?P<split>{_PART})(?:\[:(?P<first>\d+)\])?(?P<columns>(?::[^:]+)+)"
-)
-
-
-def is_reference(name: str) -> bool:
-    """Whether ``name`` means a data set of the hub rather than a name or a path."""
-    return name.startswith(PREFIX)
-
-
-def parse(name: str, roles: tuple[str, ...] = ("text",)) -> DataSet:
-    """The data set that ``name`` refers to, with one column for each of ``roles``.
-
-    Raises ``ConfigError``, with an example, for anything but the syntax above.
-    """
-    found = _PATTERN.fullmatch(name)
-    given = found["columns"][1:].split(":") if found else []
-    if not found or len(given) != len(roles) or found["first"] == "0":
-        wanted = " and one for the ".join(roles)
-        raise ConfigError(
-            f'"{name}" is not a data set of the hub with a column for the {wanted}: write '
-            f"hub:owner/name[/configuration]:split:{':'.join(f'{role}-column' for role in roles)}, "
-            f"e.g. {EXAMPLES.get(roles, EXAMPLES['text',])}"
-        )
-    return DataSet(
-        name,
-        found["id"],
-        found["config"],
-        found["split"],
-        columns(**dict(zip(roles, given, strict=True))),
-        uses=(),
-        first=int(found["first"]) if found["first"] else None,
-    )
-
-
-# MMLU: its subjects, and the questions that are not scored, from local files.
-
-
-MMLU_SUBJECTS: tuple[str, ...] = (
-    "abstract_algebra",
-    "anatomy",
-    "astronomy",
-    "business_ethics",
-    "clinical_knowledge",
-    "college_biology",
-    "college_chemistry",
-    "college_computer_science",
-    "college_mathematics",
-    "college_medicine",
-    "college_physics",
-    "computer_security",
-    "conceptual_physics",
-    "econometrics",
-    "electrical_engineering",
-    "elementary_mathematics",
-    "formal_logic",
-    "global_facts",
-    "high_school_biology",
-    "high_school_chemistry",
-    "high_school_computer_science",
-    "high_school_european_history",
-    "high_school_geography",
-    "high_school_government_and_politics",
-    "high_school_macroeconomics",
-    "high_school_mathematics",
-    "high_school_microeconomics",
-    "high_school_physics",
-    "high_school_psychology",
-    "high_school_statistics",
-    "high_school_us_history",
-    "high_school_world_history",
-    "human_aging",
-    "human_sexuality",
-    "international_law",
-    "jurisprudence",
-    "logical_fallacies",
-    "machine_learning",
-    "management",
-    "marketing",
-    "medical_genetics",
-    "miscellaneous",
-    "moral_disputes",
-    "moral_scenarios",
-    "nutrition",
-    "philosophy",
-    "prehistory",
-    "professional_accounting",
-    "professional_law",
-    "professional_medicine",
-    "professional_psychology",
-    "public_relations",
-    "security_studies",
-    "sociology",
-    "us_foreign_policy",
-    "virology",
-    "world_religions",
-)
+# MMLU: the questions that are not scored.
 
 LOCAL_MMLU = Path("datasets/mmlu")  # in the current folder; read instead of the hub
 
@@ -485,92 +224,15 @@ SPLITS = ("dev", "validation")  # never "test": those questions are scored
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def local_subjects() -> tuple[str, ...]:
-    """The subjects whose ``<subject>_dev.jsonl`` lies in ``LOCAL_MMLU``, in the usual order."""
-    return tuple(s for s in MMLU_SUBJECTS if (LOCAL_MMLU / f"{s}_dev.jsonl").is_file())
-
-
-def local_questions(subject: str, folder: Path, *, answers: bool = False) -> list[dict[str, Any]]:
-    """The questions in ``<subject>_dev.jsonl`` and, if it is there, ``<subject>_validation.jsonl``.
-
-    Each is what ``question`` returns.  Raises ``ConfigError`` for a missing or malformed file.
-    """
-    required, *optional = (folder / f"{subject}_{split}.jsonl" for split in SPLITS)
-    if not required.is_file():
-        raise ConfigError(
-            f"the folder {folder} holds no {required.name}: put it there, one JSON object a line "
-            'with "question" and "choices"'
-        )
-    paths = [required, *(path for path in optional if path.is_file())]
-    found = [
-        question(subject, row, f"line {number} of {path}", answers=answers)
-        for path in paths
-        for number, row in read_rows(path)
-    ]
-    if not found:
-        raise ConfigError(f"the file {required} holds no questions: add one JSON object a line")
-    return found
-
-
-def question(subject: str, row: Any, where: str, *, answers: bool = False) -> dict[str, Any]:
-    """``{"subject", "question", "choices"}`` of a row, with ``"answer"`` only if ``answers``.
-
-    The answer is a position in ``choices``.  ``where`` names the row in the ``ConfigError`` for a
-    row that lacks something.
-    """
-    text = row.get("question") if isinstance(row, dict) else None
-    choices = row.get("choices") if isinstance(row, dict) else None
-    if not isinstance(text, str) or not isinstance(choices, list) or not choices:
-        raise ConfigError(f'{where} needs "question" (text) and "choices" (a list): complete it')
-    found = {"subject": subject, "question": text, "choices": [str(c) for c in choices]}
-    return {**found, "answer": _answer(row, len(choices), where)} if answers else found
-
-
-def text(row: dict[str, Any]) -> str:
-    """A question as perplexity reads it: alone, or with its choices and answer if it has one."""
-    if "answer" not in row:
-        return str(row["question"])
-    choices = [f"{LETTERS[i]}. {choice}" for i, choice in enumerate(row["choices"])]
-    return "\n".join([row["question"].strip(), *choices, f"Answer: {LETTERS[row['answer']]}"])
-
-
-def _answer(row: dict[str, Any], choices: int, where: str) -> int:
-    answer = row.get("answer")
-    if isinstance(answer, str) and len(answer) == 1 and answer in LETTERS:
-        answer = LETTERS.index(answer)
-    if (
-        isinstance(answer, bool)
-        or not isinstance(answer, int)
-        or not 0 <= answer < min(choices, len(LETTERS))
-    ):
-        raise ConfigError(f'{where} needs "answer", the position of a choice from 0: complete it')
-    return answer
-
-
-# Data sets of the hub: what ``catalogue.py`` lists, and any other by ``hub_reference.py``.
-#
-# The only file that imports the ``datasets`` library, and only when a hub data set is asked for.
-# A data set that cannot be fetched, is empty or lacks a column is an error, never an empty result.
-
-
-HUB_TEXTS: tuple[str, ...] = names("perplexity")
-
-INSTEAD = {
-    "text": "use the embedded text or a text file of your own instead",
-    "documents": 'give a JSONL file instead, one {"document": ..., "summary": ...} a line',
-}
-"""What to do without the hub."""
-
-
 def mmlu_questions(
     subject: str, folder: str | Path | None = None, *, answers: bool = False
 ) -> list[dict[str, Any]]:
     """The MMLU questions of a subject that are not scored: ``dev``, then ``validation``.
 
-    Each is ``{"subject", "question", "choices"}``; the answer is dropped here unless ``answers``,
-    so no prompt that is built from them can show it.  ``folder`` holds ``<subject>_dev.jsonl``
-    (and, if there is one, ``<subject>_validation.jsonl``); without it ``datasets/mmlu`` in the
-    current folder is tried, and then the hub's ``cais/mmlu``.
+    Each is ``{"subject", "question", "choices"}``; the answer, a position in the choices, is
+    dropped here unless ``answers``, so no prompt that is built from them can show it.  ``folder``
+    holds ``<subject>_dev.jsonl`` (and, if there is one, ``<subject>_validation.jsonl``); without
+    it ``datasets/mmlu`` in the current folder is tried, and then the hub's ``cais/mmlu``.
 
     Raises ``UnknownName``, ``ConfigError`` (a local file is missing or malformed),
     ``MissingExtra`` (no ``datasets`` library) or ``LoadError`` (the hub cannot be reached).
@@ -579,44 +241,111 @@ def mmlu_questions(
         raise UnknownName("MMLU subject", subject, MMLU_SUBJECTS)
     if folder is None and subject in local_subjects():
         folder = LOCAL_MMLU
-    if folder is not None:
-        return local_questions(subject, Path(folder), answers=answers)
+    found = _hub_questions(subject) if folder is None else _local_questions(subject, Path(folder))
+    return [_question(subject, row, where, answers) for where, row in found]
+
+
+def local_subjects() -> tuple[str, ...]:
+    """The subjects whose ``<subject>_dev.jsonl`` lies in ``LOCAL_MMLU``, in the usual order."""
+    return tuple(s for s in MMLU_SUBJECTS if (LOCAL_MMLU / f"{s}_dev.jsonl").is_file())
+
+
+def question_text(row: Mapping[str, Any]) -> str:
+    """A question as perplexity reads it: alone, or with its choices and answer if it has one."""
+    if "answer" not in row:
+        return str(row["question"])
+    return f"{with_choices(row)}\nAnswer: {LETTERS[row['answer']]}"
+
+
+def with_choices(row: Mapping[str, Any]) -> str:
+    """A question and its choices, one a line under letters, without the answer."""
+    choices = zip(LETTERS, row["choices"], strict=False)
+    lines = [f"{letter}. {str(choice).strip()}" for letter, choice in choices]
+    return "\n".join([str(row["question"]).strip(), *lines])
+
+
+Located = Iterable[tuple[str, Any]]
+"""Rows, each with the words that name its place."""
+
+
+def _hub_questions(subject: str) -> Located:
     instead = f"to work without it put {subject}_dev.jsonl into {LOCAL_MMLU.as_posix()}/"
-    found = []
     for split in SPLITS:
         source = replace(get("mmlu"), config=subject, split=split)
-        found += [
-            question(subject, row, source.where, answers=answers) for row in rows(source, instead)
-        ]
-    return found
+        for row in rows(source, instead):
+            yield source.where, row
 
 
-def perplexity_text(name: str, documents: int | None = None) -> str:
-    """The text of a hub data set that perplexity is measured on.
+def _local_questions(subject: str, folder: Path) -> Located:
+    required, *optional = (folder / f"{subject}_{split}.jsonl" for split in SPLITS)
+    if not required.is_file():
+        raise ConfigError(
+            f"the folder {folder} holds no {required.name}: put it there, one JSON object a line "
+            'with "question" and "choices"'
+        )
+    located = [
+        (f"line {number} of {path}", row)
+        for path in (required, *(path for path in optional if path.is_file()))
+        for number, row in read_rows(path)
+    ]
+    if not located:
+        raise ConfigError(f"the file {required} holds no questions: add one JSON object a line")
+    return located
+
+
+def _question(subject: str, row: Any, where: str, answers: bool) -> dict[str, Any]:
+    text = row.get("question") if isinstance(row, dict) else None
+    choices = row.get("choices") if isinstance(row, dict) else None
+    if not isinstance(text, str) or not isinstance(choices, list) or not choices:
+        raise ConfigError(f'{where} needs "question" (text) and "choices" (a list): complete it')
+    question = {"subject": subject, "question": text, "choices": [str(c) for c in choices]}
+    return {**question, "answer": _answer(row, len(choices), where)} if answers else question
+
+
+def _answer(row: dict[str, Any], choices: int, where: str) -> int:
+    answer = row.get("answer")
+    if isinstance(answer, str) and len(answer) == 1 and answer in LETTERS:
+        answer = LETTERS.index(answer)
+    if type(answer) is not int or not 0 <= answer < min(choices, len(LETTERS)):
+        raise ConfigError(f'{where} needs "answer", the position of a choice from 0: complete it')
+    return answer
+
+
+# Texts and documents of the hub.
+
+INSTEAD = {
+    "text": "use the embedded text or a text file of your own instead",
+    "documents": 'give a JSONL file instead, one {"document": ..., "summary": ...} a line',
+}
+"""What to do without the hub."""
+
+
+def hub_text(name: str, documents: int | None = None) -> str:
+    """The text of a data set of the catalogue, or of a reference: its rows, joined.
 
     ``wikitext2``: the test split of WikiText-2 (raw), lines joined by blank lines.  ``c4``: the
     first 1,100 documents of C4's English validation split, streamed, joined by spaces.  Both are
-    the joins that the pruning literature uses.  ``hub:...``: a column of any data set (syntax in
-    ``hub_reference.py``), rows joined by blank lines.  ``documents``: other than the usual number.
+    the joins that the pruning literature uses.  ``c4_train``: the first 512 documents of the
+    training split, which no evaluation scores.  ``documents``: other than the usual number.
 
     Raises ``UnknownName``, ``ConfigError``, ``MissingExtra`` or ``LoadError``.
     """
-    if is_reference(name):
-        source = parse(name)
-    elif name in HUB_TEXTS:
-        source = get(name)
-    else:
-        raise UnknownName("hub data set", name, HUB_TEXTS)
-    return (" " if name == "c4" else "\n\n").join(_texts(source, documents))
-
-
-def calibration_text(documents: int = 512) -> str:
-    """The first ``documents`` documents of C4's English training split, joined by blank lines.
-
-    No evaluation scores the training split, so what it calibrates has seen no evaluated item.
-    Raises ``ConfigError``, ``MissingExtra`` or ``LoadError``.
-    """
-    return "\n\n".join(_texts(get("c4_train"), documents))
+    source = parse(name) if is_reference(name) else get(name, "perplexity", "calibration")
+    if documents is not None:
+        _check_limit(documents)
+        source = replace(source, first=documents)
+    column = source.column("text")
+    texts = []
+    for row in rows(source, INSTEAD["text"]):
+        if not isinstance(row[column], str):
+            raise LoadError(
+                f"the column {column} of {source.where} holds {type(row[column]).__name__}, not "
+                f"text; name another of {', '.join(row)}"
+            )
+        texts.append(row[column])
+    if not any(text.strip() for text in texts):
+        raise LoadError(f"the column {column} of {source.where} holds no text; {INSTEAD['text']}")
+    return source.separator.join(texts)
 
 
 def documents(name: str, limit: int | None = None, seed: int | None = None) -> list[dict[str, str]]:
@@ -629,18 +358,13 @@ def documents(name: str, limit: int | None = None, seed: int | None = None) -> l
 
     Raises ``UnknownName``, ``ConfigError``, ``MissingExtra`` or ``LoadError``.
     """
-    if is_reference(name):
-        source = parse(name, ("document", "summary"))
-    else:
-        source = get(name, "summarize")
+    roles = ("document", "summary")
+    source = parse(name, roles) if is_reference(name) else get(name, "summarize")
     _check_limit(limit)
     stream = limit is not None and seed is None
-    found = _documents(source, rows(source, INSTEAD["documents"], stream=stream))
-    if stream:
-        chosen = list(islice(found, limit))
-    else:
-        every = list(found)
-        chosen = [every[index] for index in positions(len(every), limit, seed)]
+    every = _documents(source, stream)
+    chosen = list(islice(every, limit) if stream else every)
+    chosen = chosen if stream else [chosen[index] for index in positions(len(chosen), limit, seed)]
     if not chosen:
         raise LoadError(
             f"the data set {source.where} holds no row with both a document and a summary; "
@@ -649,16 +373,32 @@ def documents(name: str, limit: int | None = None, seed: int | None = None) -> l
     return chosen
 
 
+def _documents(source: DataSet, stream: bool) -> Iterator[dict[str, str]]:
+    for position, row in enumerate(rows(source, INSTEAD["documents"], stream=stream)):
+        text = str(row[source.column("document")] or "").strip()
+        summary = reference(row[source.column("summary")])
+        if source.name == "multi_news":
+            text, summary = multi_news(text), multi_news_summary(summary)
+        if text and summary:
+            identity = row[source.column("id")] if "id" in source.columns else position
+            yield {"id": str(identity), "document": text, "summary": summary}
+
+
 def positions(total: int, limit: int | None, seed: int | None) -> list[int]:
     """``limit`` of ``total`` positions, ascending: the first, or with ``seed`` a random sample.
 
     With the same seed a smaller sample is a part of a larger one.  ``None`` is all of them.
     """
     _check_limit(limit)
-    found = list(range(total))
+    order = list(range(total))
     if seed is not None:
-        random.Random(seed).shuffle(found)
-    return sorted(found[:limit])
+        random.Random(seed).shuffle(order)
+    return sorted(order[:limit])
+
+
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise ConfigError(f"the number of documents must be 1 or more, not {limit}")
 
 
 def rows(source: DataSet, instead: str, *, stream: bool = False) -> Iterator[dict[str, Any]]:
@@ -669,8 +409,8 @@ def rows(source: DataSet, instead: str, *, stream: bool = False) -> Iterator[dic
 
     Raises ``MissingExtra`` or ``LoadError``.
     """
-    found = _fetch(source, instead, stream=stream or source.first is not None)
-    first = next(found, None)
+    fetched = _fetch(source, instead, stream=stream or source.first is not None)
+    first = next(fetched, None)
     if first is None:
         raise LoadError(f"the data set {source.where} is empty; {instead}")
     missing = [name for names in source.columns.values() for name in names if name not in first]
@@ -679,47 +419,7 @@ def rows(source: DataSet, instead: str, *, stream: bool = False) -> Iterator[dic
             f"the data set {source.where} has no column {' or '.join(missing)}: its columns are "
             f"{', '.join(first)}; {instead}"
         )
-    return _chain(first, found)
-
-
-def _chain(first: dict[str, Any], rest: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    yield first
-    yield from rest
-
-
-def _texts(source: DataSet, count: int | None) -> list[str]:
-    if count is not None:
-        if count < 1:
-            raise ConfigError(f"the number of documents must be 1 or more, not {count}")
-        source = replace(source, first=count)
-    column = source.column("text")
-    found = []
-    for row in rows(source, INSTEAD["text"]):
-        if not isinstance(row[column], str):
-            raise LoadError(
-                f"the column {column} of {source.where} holds {type(row[column]).__name__}, not "
-                f"text; name another of {', '.join(row)}"
-            )
-        found.append(row[column])
-    if not any(text.strip() for text in found):
-        raise LoadError(f"the column {column} of {source.where} holds no text; {INSTEAD['text']}")
-    return found
-
-
-def _documents(source: DataSet, found: Iterable[dict[str, Any]]) -> Iterator[dict[str, str]]:
-    for position, row in enumerate(found):
-        text = str(row[source.column("document")] or "").strip()
-        summary = reference(row[source.column("summary")])
-        if source.name == "multi_news":
-            text, summary = multi_news(text), multi_news_summary(summary)
-        if text and summary:
-            own = row[source.column("id")] if "id" in source.columns else position
-            yield {"id": str(own), "document": text, "summary": summary}
-
-
-def _check_limit(limit: int | None) -> None:
-    if limit is not None and limit < 1:
-        raise ConfigError(f"the number of documents must be 1 or more, not {limit}")
+    return chain((first,), fetched)
 
 
 def _fetch(source: DataSet, instead: str, *, stream: bool) -> Iterator[dict[str, Any]]:
@@ -727,10 +427,10 @@ def _fetch(source: DataSet, instead: str, *, stream: bool) -> Iterator[dict[str,
     load_dataset = _load_dataset()
     branch = {"revision": source.revision} if source.revision else {}
     try:
-        found = load_dataset(
+        data = load_dataset(
             source.hub_id, source.config, split=source.split, streaming=stream, **branch
         )
-        yield from islice(found, source.first)
+        yield from islice(data, source.first)
     # The hub's clients share no base class for "cannot be reached", and streaming fails late.
     except Exception as error:
         raise LoadError(_sentence(source, error, instead)) from error

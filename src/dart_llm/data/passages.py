@@ -1,8 +1,6 @@
-"""Passages with known topic changes, and where these fall in tokens.
+"""Long passages whose topics change at known places, and where these fall in tokens.
 
-Long passages whose topic changes at known places, for study with a given text.
-
-The package's own are under ``texts/drift/passages``: one text file each, and ``index.jsonl`` with
+The package's own are under ``shipped/drift/passages``: one text file each, and ``index.jsonl`` with
 topics and changes.  In a JSONL file of one's own a line holds ``id``, ``text``, ``topics`` (a list
 of ``{"name", "domain"}``) and ``changes`` (see ``Passage``).
 """
@@ -12,17 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
+from pydantic import Field, StrictInt
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from dart_llm.data import topic_prompts
-from dart_llm.data.topic_prompts import DriftPrompt
+from dart_llm.data.topic_prompts import DriftPrompt, read_records
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.files import read_rows
 
@@ -41,8 +41,7 @@ class Topic:
     domain: str
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """The characters ``start`` to ``end`` (not included) of a passage, about one topic.
 
     ``text`` ends before the blank line that separates it from the next segment.
@@ -63,10 +62,10 @@ class Passage:
     that do not rise or do not match the topics, and for neighboring topics of one domain.
     """
 
-    id: str
-    text: str
+    id: Annotated[str, Field(min_length=1)]
+    text: Annotated[str, Field(min_length=1)]
     topics: tuple[Topic, ...]
-    changes: tuple[int, ...]
+    changes: tuple[StrictInt, ...]
 
     def __post_init__(self) -> None:
         what = f'the passage "{self.id}"'
@@ -112,15 +111,15 @@ class Passage:
 
 def shipped() -> list[Passage]:
     """The passages in the package, in the order of their ids."""
-    with resources.as_file(
-        resources.files("dart_llm.data") / "shipped" / "drift" / "passages"
-    ) as folder:
-        return [
-            _passage(
-                {**row, "text": _text(folder / f"{row['id']}.txt")}, f"line {number} of index.jsonl"
-            )
-            for number, row in read_rows(folder / "index.jsonl")
-        ]
+    data = resources.files("dart_llm.data") / "shipped" / "drift" / "passages"
+    with resources.as_file(data) as folder:
+        index = folder / "index.jsonl"
+        rows = [(number, {**row, "text": _text(folder, row)}) for number, row in read_rows(index)]
+        return read_records(Passage, index, rows)
+
+
+def _text(folder: Path, row: dict[str, Any]) -> str:
+    return (folder / f"{row['id']}.txt").read_text(encoding="utf-8").removesuffix("\n")
 
 
 def passages(source: str | None) -> list[Passage]:
@@ -150,44 +149,7 @@ def read_passages(path: str | Path) -> list[Passage]:
     Raises ``ConfigError``, with the line's number, for a line that does not fit, and for an id
     that occurs twice or a file without passages.
     """
-    found = dict[str, Passage]()
-    for number, row in read_rows(Path(path)):
-        passage = _passage(row, f"line {number} of {path}")
-        if passage.id in found:
-            raise ConfigError(
-                f'the id "{passage.id}" in line {number} of {path} is taken: give each passage '
-                "its own"
-            )
-        found[passage.id] = passage
-    if not found:
-        raise ConfigError(f"the file {path} holds no passages")
-    return list(found.values())
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8").removesuffix("\n")
-
-
-def _passage(row: dict[str, Any], where: str) -> Passage:
-    name, text, topics, changes = (row.get(key) for key in ("id", "text", "topics", "changes"))
-    if not (isinstance(name, str) and isinstance(text, str) and name and text):
-        raise ConfigError(f"{where} needs an id and a text")
-    if not isinstance(topics, list) or not all(map(_is_topic, topics)):
-        raise ConfigError(
-            f'{where} needs topics: write [{{"name": "bees", "domain": "zoology"}}, ...]'
-        )
-    if not isinstance(changes, list) or not all(type(offset) is int for offset in changes):
-        raise ConfigError(f"{where} needs changes: a list of offsets in characters")
-    return Passage(name, text, _topics(topics), tuple(changes))
-
-
-def _topics(rows: Sequence[dict[str, str]]) -> tuple[Topic, ...]:
-    return tuple(Topic(row["name"], row["domain"]) for row in rows)
-
-
-def _is_topic(row: Any) -> bool:
-    keys = ("name", "domain")
-    return isinstance(row, dict) and all(isinstance(row.get(key), str) for key in keys)
+    return read_records(Passage, path, read_rows(Path(path)))
 
 
 Record = TypeVar("Record", DriftPrompt, Passage)
@@ -255,9 +217,6 @@ def find(records: Sequence[DriftPrompt | Passage], name: str) -> DriftPrompt | P
     return close[0]
 
 
-# Where the tokens of a text end in it, so that a place in the text becomes a token.
-
-
 def encode(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
     """Token ids, and for each the number of characters up to its end, which never falls."""
     if getattr(tokenizer, "is_fast", False):
@@ -280,11 +239,7 @@ def first_tokens(ends: Sequence[int], offsets: Sequence[int]) -> tuple[int, ...]
     return tuple(next(k for k, end in enumerate(ends) if end > offset) for offset in offsets)
 
 
-# Passages as tokens, with the places at which their topics change.
-
-
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """A passage's tokens ``ids`` [N]; ``changes``: index of the first token of each new topic."""
 
     id: str

@@ -1,7 +1,4 @@
-"""Shipped texts and prompts; by name, file, stdin; MMLU-style; chat template.
-
-Prompts: from a name, a file or the text itself, and the MMLU-style prompt builder.
-"""
+"""Prompts: by name, from a file or standard input, through a chat template, made of MMLU."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from itertools import accumulate
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dart_llm.data.datasets import mmlu_questions
+from dart_llm.data.datasets import mmlu_questions, with_choices
 from dart_llm.data.texts import prompt_names, read_prompt
 from dart_llm.errors import ConfigError
 
@@ -19,33 +16,42 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# Messages of a conversation as the tokens of a prompt.
-
-
-def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+def chat_text(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, str]],
+    instead: str = "use a model that was tuned for chats",
+    **options: Any,
+) -> str:
     """The prompt of ``messages`` (``role``, ``content``), up to where the answer begins.
 
-    Raises ``ConfigError`` without a chat template, and for messages that it refuses.
+    Raises ``ConfigError`` without a chat template (``instead``: what to do then), and for messages
+    that it refuses.  ``options`` are the template's own.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise ConfigError(
-            "this model's tokenizer has no chat template: use a model that was tuned for chats"
-        )
+    check_chat_template(tokenizer, instead)
     from jinja2 import TemplateError
 
     try:
         text: str = tokenizer.apply_chat_template(
-            [dict(one) for one in messages], tokenize=False, add_generation_prompt=True
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=True,
+            **options,
         )
     except TemplateError as error:
         raise ConfigError(f"the model's chat template refuses these messages: {error}") from None
     return text
 
 
+def check_chat_template(tokenizer: Any, instead: str) -> None:
+    """Raise ``ConfigError``, which says what to do ``instead``, without a chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(f"this model's tokenizer has no chat template: {instead}")
+
+
 def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
     """``chat_text`` as token ids; the template writes special tokens itself."""
-    found = tokenizer(chat_text(tokenizer, messages), add_special_tokens=False, verbose=False)
-    return tuple(found["input_ids"])
+    text = chat_text(tokenizer, messages)
+    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def encode_prompt(tokenizer: Any, text: str, chat: bool) -> Tensor:
@@ -54,19 +60,15 @@ def encode_prompt(tokenizer: Any, text: str, chat: bool) -> Tensor:
     Raises ``ConfigError`` when the tokenizer has no chat template.
     """
     if chat:
-        if not getattr(tokenizer, "chat_template", None):
-            raise ConfigError("this model's tokenizer has no chat template: leave --chat off")
         messages = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids  # type: ignore[no-any-return]
-    return tokenizer(text, return_tensors="pt").input_ids  # type: ignore[no-any-return]
+        text = chat_text(tokenizer, messages, "leave --chat off")
+    ids: Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).input_ids
+    return ids
 
 
 LOCAL_PROMPTS = Path("datasets")  # in the current folder
 
 LONGEST_NAME = 200  # characters; a longer text is never looked up as a file
-
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 class Tokenizer(Protocol):
@@ -168,7 +170,7 @@ def mmlu_prompt(
     subjects: one or several names; each gets the same share of the ``length`` tokens, special
     tokens included.  A share ends at the last question that fits; a first question that is too
     long alone is cut at the token limit.  ``questions(subject)`` yields mappings with
-    ``question`` and ``choices`` and defaults to ``hub_data.mmlu_questions``, which never gives
+    ``question`` and ``choices`` and defaults to ``datasets.mmlu_questions``, which never gives
     test questions; other keys, such as an answer, are not looked at.
 
     Raises ``ConfigError`` (no subject, no room, no questions) and what ``questions`` raises.
@@ -197,7 +199,7 @@ def _block(
     if not questions:
         raise ConfigError(f"there are no MMLU questions for {subject!r}: name another subject")
     heading = f"The following are multiple choice questions about {subject.replace('_', ' ')}."
-    texts = [_format(question) for question in questions]
+    texts = [with_choices(question) for question in questions]
     # Single counts leave the blank lines out, so they choose a few too many; the loop is exact.
     single = accumulate(_count(text, tokenizer) for text in texts)
     chosen = texts[: sum(total <= share for total in single)]
@@ -207,12 +209,6 @@ def _block(
             return block
         chosen.pop()
     return _cut(texts[0], tokenizer, share)
-
-
-def _format(question: Mapping[str, Any]) -> str:
-    choices = zip(LETTERS, question["choices"], strict=False)
-    lines = [str(question["question"]).strip()]
-    return "\n".join([*lines, *(f"{letter}. {str(text).strip()}" for letter, text in choices)])
 
 
 def _count(text: str, tokenizer: Tokenizer) -> int:

@@ -1,10 +1,13 @@
-"""Two-topic prompts: ontology (pydantic), templates, generator.
+"""Two-topic prompts: each asks a model to write about one topic, then about one of another domain.
 
-What two-topic prompts are made of: domains with their items, and templates.
+``generate`` makes them from an ontology; ``shipped`` are ``generate(SHIPPED, 0)`` of the package's
+own, kept as package data.
 
-The package's own are ``texts/drift/ontology.yaml`` and ``templates.yaml``.  A file of one's own is
-YAML with ``domains`` as there, with ``choices`` that differ from the package's, and with
-``templates`` if the package's are not wanted.  All data are checked when they are read.
+An ontology is YAML: ``domains`` (see ``Domain``), ``templates`` (texts with slots) and ``choices``
+(what may stand in a slot that no topic fills).  The package's own are ``ontology.yaml`` and
+``templates.yaml`` in ``shipped/drift``; a file of one's own may leave out the templates, and gives
+the choices that differ.  As JSONL, a prompt's line holds ``id``, ``text``, ``template``, ``slots``,
+``domains`` and ``seed``; only ``text`` is required in a file of one's own.
 """
 
 from __future__ import annotations
@@ -13,17 +16,34 @@ import hashlib
 import random
 import string
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
 
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.files import read_rows
 
-# Templates of two-topic prompts: texts with named slots, checked before any is filled.
+T = TypeVar("T")
 
+Record = TypeVar("Record", bound=Any)
+
+SHIPPED = 480
+"""Prompts in the package: every template 20 times and every ordered pair of domains twice."""
 
 SIDES = ("a", "b")
 
@@ -31,165 +51,154 @@ SIDE_SLOTS = ("topic", "field", "expert", "place", "is", "it", "them")
 """Slots that exist for both topics: ``{topic_a}``, ``{topic_b}``, ...; ``{Topic_a}`` starts a
 sentence."""
 
-
-@dataclass(frozen=True)
-class Template:
-    """A prompt with slots.  ``slots``: the names in it without capitals, sorted; ``choices``: those
-    of them that are drawn and not given by the topics."""
-
-    id: str
-    text: str
-    slots: tuple[str, ...]
-    choices: tuple[str, ...]
-
-    @classmethod
-    def parse(cls, name: str, text: str, choices: Mapping[str, object], where: str) -> Template:
-        """Check a template; ``where`` names its file in errors.
-
-        Raises ``UnknownName`` for a slot that does not exist, and ``ConfigError`` for braces that
-        do not match, a format after a slot, and a template that leaves out one of its two topics.
-        """
-        what = f'the template "{name}" in {where}'
-        try:
-            parts = list(string.Formatter().parse(text))
-        except ValueError as error:
-            raise ConfigError(
-                f"{what} has braces that do not match ({error}): write slots as {{topic_a}}, and "
-                "a brace as {{ or }}"
-            ) from None
-        found = set[str]()
-        for _, slot, form, conversion in parts:
-            if slot is None:
-                continue
-            if form or conversion:
-                raise ConfigError(f'{what} has a format in the slot "{slot}": write its name alone')
-            found.add(_known(slot, choices, what))
-        for topic in (f"topic_{side}" for side in SIDES):
-            if topic not in found:
-                raise ConfigError(f"{what} lacks the slot {{{topic}}}: it needs both topics")
-        drawn = tuple(sorted(found & set(choices)))
-        return cls(name, text, tuple(sorted(found)), drawn)
-
-    def fill(self, slots: Mapping[str, str]) -> str:
-        """The text with ``slots`` in it; a slot that starts with a capital gets one."""
-        capitals = {_capital(name): _capital(value) for name, value in slots.items()}
-        return self.text.format_map({**capitals, **slots})
-
-
-def slot_names() -> tuple[str, ...]:
-    """All slots that the two topics give."""
-    return tuple(f"{name}_{side}" for side in SIDES for name in SIDE_SLOTS)
-
-
-def _known(slot: str, choices: Mapping[str, object], what: str) -> str:
-    known = {*slot_names(), *choices}
-    for name in (slot, slot[:1].lower() + slot[1:]):
-        if name in known:
-            return name
-    raise UnknownName(f"slot in {what}:", slot, known)
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-EXAMPLE = "astronomy: {field: astronomy, expert: an astronomer, place: an observatory, singular: \
-[dark matter], plural: [black holes]}"
-
-PHRASES = ("field", "expert", "place")
-
-NUMBERS = ("singular", "plural")
+SLOTS = tuple(f"{name}_{side}" for side in SIDES for name in SIDE_SLOTS)
 
 ARTICLES = ("the ", "a ", "an ")
 
 
-@dataclass(frozen=True)
-class Item:
+REASONS = {
+    "missing": "is missing",
+    "string_type": "is VALUE, which is not text: write a phrase, in quotes if need be",
+    "tuple_type": "must be a list",
+    "dict_type": "needs names and values",
+    "model_type": "needs names and values",
+    "too_short": "is empty: list at least one",
+}
+"""What is wrong, in the words of a file, by pydantic's name of the problem."""
+
+
+def validated(kind: Any, data: object, where: str) -> Any:
+    """``data`` as a record of ``kind``; raises ``ConfigError`` with the place in ``where``."""
+    try:
+        return TypeAdapter(kind).validate_python(data)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ", ".join([where, ".".join(map(str, problem["loc"]))]).removesuffix(", ")
+        if problem["type"] == "extra_forbidden":
+            raise UnknownName(f"key in {place}:", str(problem["loc"][-1]), KEYS) from None
+        reason = REASONS.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+        raise ConfigError(f"{place}: {reason.replace('VALUE', repr(problem['input']))}") from None
+
+
+def _one_line(text: str) -> str:
+    text = " ".join(text.split())
+    if not text:
+        raise ValueError("is empty: write a phrase")
+    return text
+
+
+Phrase = Annotated[str, AfterValidator(_one_line)]
+"""One line of text with single spaces."""
+
+Phrases = Annotated[tuple[Phrase, ...], BeforeValidator(lambda value: value or ())]
+
+
+class Item(NamedTuple):
     """A topic: a noun phrase that can follow "about", and whether it takes a plural verb."""
 
     name: str
     plural: bool
 
-    def slots(self) -> dict[str, str]:
-        """The words that depend on the item."""
-        if self.plural:
-            return {"topic": self.name, "is": "are", "it": "they", "them": "them"}
-        return {"topic": self.name, "is": "is", "it": "it", "them": "it"}
 
+class Domain(BaseModel, frozen=True, extra="forbid"):
+    """Items that belong together.
 
-@dataclass(frozen=True)
-class Domain:
-    """Items that belong together.  ``field``: what they belong to; ``expert``, ``place``: with
-    their articles."""
+    ``field``: what they belong to; ``expert``, ``place``: with their articles; ``singular``,
+    ``plural``: the items, by the verb that they take.
+    """
 
-    name: str
-    field: str
-    expert: str
-    place: str
-    items: tuple[Item, ...]
+    field: Phrase
+    expert: Phrase
+    place: Phrase
+    singular: Phrases = ()
+    plural: Phrases = ()
+
+    @model_validator(mode="after")
+    def _has_items(self) -> Domain:
+        if not self.items:
+            raise ValueError("has no items: list some under singular or plural")
+        return self
+
+    @cached_property
+    def items(self) -> tuple[Item, ...]:
+        """All items, those of the singular first."""
+        return tuple(Item(name, False) for name in self.singular) + tuple(
+            Item(name, True) for name in self.plural
+        )
 
     def slots(self, item: Item, side: str) -> dict[str, str]:
         """What the slots that end in ``_<side>`` become for one of the items."""
-        words = {"field": self.field, "expert": self.expert, "place": self.place, **item.slots()}
-        return {f"{name}_{side}": text for name, text in words.items()}
+        verb, pronoun, them = ("are", "they", "them") if item.plural else ("is", "it", "it")
+        texts = (item.name, self.field, self.expert, self.place, verb, pronoun, them)
+        return {f"{name}_{side}": text for name, text in zip(SIDE_SLOTS, texts, strict=True)}
 
 
-@dataclass(frozen=True)
-class Ontology:
-    """At least two domains, at least one template; ``choices``: slot -> what may stand in it."""
+class Ontology(BaseModel, frozen=True, extra="forbid"):
+    """Domains, templates, and what may stand in the slots that no topic fills."""
 
-    domains: tuple[Domain, ...]
-    templates: tuple[Template, ...]
-    choices: Mapping[str, tuple[str, ...]]
+    choices: dict[Phrase, Annotated[tuple[Phrase, ...], Field(min_length=1)]] = {}
+    domains: dict[Phrase, Domain]
+    templates: Annotated[dict[Phrase, Phrase], Field(min_length=1)]
 
-
-def load_ontology(path: str | Path | None = None) -> Ontology:
-    """The package's ontology, or the one in a YAML file; the module's docstring describes it.
-
-    Raises ``ConfigError`` with the place in the file for anything missing, empty, unknown or of
-    another kind, and for an item that occurs twice, in one domain or in two.
-    """
-    with resources.as_file(resources.files("dart_llm.data") / "shipped" / "drift") as folder:
-        own = _read(folder / "templates.yaml")
-        data = _read(folder / "ontology.yaml" if path is None else Path(path))
-    where = "the ontology of the package" if path is None else str(path)
-    _check_keys(data, ("domains", "templates", "choices"), where)
-    choices = _choices(data, where)
-    if "templates" not in data:  # the package's need the package's choices
-        choices = {**_choices(own, "the package"), **choices}
-    found = _mapping(data if "templates" in data else own, "templates", where)
-    return Ontology(
-        _domains(data, where),
-        tuple(
-            Template.parse(name, _phrase(text, f'template "{name}"', where), choices, where)
-            for name, text in found.items()
-        ),
-        choices,
-    )
-
-
-def _domains(data: Mapping[str, Any], where: str) -> tuple[Domain, ...]:
-    found = _mapping(data, "domains", where)
-    if len(found) < 2:
-        raise ConfigError(
-            f"{where} has {len(found)} domain(s): a change of topic needs two or more, such as "
-            + EXAMPLE
-        )
-    domains = tuple(_domain(name, entry, where) for name, entry in found.items())
-    owners = dict[str, str]()
-    for domain in domains:
-        for item in domain.items:
-            key = _bare(item.name)
-            if key in owners:
-                raise ConfigError(
-                    f'the item "{item.name}" of the domain {domain.name} in {where} is also in '
-                    f"the domain {owners[key]}: keep it in one of them"
-                    if owners[key] != domain.name
-                    else f'the domain {domain.name} in {where} has the item "{item.name}" twice: '
-                    "drop one"
+    @field_validator("choices")
+    @classmethod
+    def _are_slots(cls, choices: dict[str, Any]) -> dict[str, Any]:
+        for name in choices:
+            if name in SLOTS or not name.isidentifier() or not name.islower():
+                raise ValueError(
+                    f'"{name}" cannot be a slot: use small letters, and no slot of a topic'
                 )
-            owners[key] = domain.name
-    return domains
+        return choices
+
+    @field_validator("domains")
+    @classmethod
+    def _are_apart(cls, domains: dict[str, Domain]) -> dict[str, Domain]:
+        if len(domains) < 2:
+            raise ValueError("a change of topic needs two domains or more")
+        owners = dict[str, str]()
+        for name, domain in domains.items():
+            for item in domain.items:
+                owner = owners.setdefault(_bare(item.name), name)
+                if owner != name:
+                    raise ValueError(
+                        f'the item "{item.name}" of {name} is also in {owner}: keep it in one'
+                    )
+            if len({_bare(item.name) for item in domain.items}) < len(domain.items):
+                raise ValueError(f"{name} has an item twice: drop one")
+        return domains
+
+    @model_validator(mode="after")
+    def _templates_fit(self) -> Ontology:
+        for name, text in self.templates.items():
+            try:
+                missing = {f"topic_{side}" for side in SIDES} - {*self.slots(text)}
+            except ValueError as error:
+                raise ValueError(f'the template "{name}": {error}') from None
+            if missing:
+                raise ValueError(
+                    f'the template "{name}" lacks the slot {{{min(missing)}}}: it needs both topics'
+                )
+        return self
+
+    def slots(self, template: str) -> list[str]:
+        """The names in a template without capitals, sorted.
+
+        Raises ``ValueError`` for braces that do not match, a format after a slot, and a slot that
+        does not exist.
+        """
+        known, names = {*SLOTS, *self.choices}, set[str]()
+        for _, slot, form, conversion in string.Formatter().parse(template):
+            if form or conversion:
+                raise ValueError(f'has a format in the slot "{slot}": write its name alone')
+            if slot is not None:
+                name = slot if slot in known else slot[:1].lower() + slot[1:]
+                if name not in known:
+                    raise ValueError(str(UnknownName("slot", slot, known)))
+                names.add(name)
+        return sorted(names)
+
+
+KEYS = (*Ontology.model_fields, *Domain.model_fields)
 
 
 def _bare(name: str) -> str:
@@ -198,116 +207,58 @@ def _bare(name: str) -> str:
     return next((text.removeprefix(a) for a in ARTICLES if text.startswith(a)), text)
 
 
-def _domain(name: str, entry: Any, where: str) -> Domain:
-    place = f"the domain {name} in {where}"
-    if not isinstance(entry, dict):
-        raise ConfigError(f"{place} needs names and values, such as {EXAMPLE}")
-    _check_keys(entry, (*PHRASES, *NUMBERS), place)
-    phrases = {key: _phrase(entry.get(key), key, place) for key in PHRASES}
-    items = [
-        Item(_phrase(text, f"item under {number}", place), number == "plural")
-        for number in NUMBERS
-        for text in _list(entry.get(number) or [], number, place)
-    ]
-    if not items:
-        raise ConfigError(f"{place} has no items: list some under singular or plural")
-    return Domain(name, **phrases, items=tuple(items))
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
-def _choices(data: Mapping[str, Any], where: str) -> dict[str, tuple[str, ...]]:
-    found = _mapping(data, "choices", where) if "choices" in data else {}
-    for name, texts in found.items():
-        if name in slot_names() or not name.isidentifier() or not name.islower():
-            raise ConfigError(
-                f'the choice "{name}" in {where} cannot be a slot: use small letters, and no slot '
-                "of a topic"
-            )
-        if not _list(texts, name, where):
-            raise ConfigError(f'the choice "{name}" in {where} is empty: list what may stand in it')
-    return {
-        name: tuple(_phrase(text, f'entry of the choice "{name}"', where) for text in texts)
-        for name, texts in found.items()
-    }
+def fill(template: str, slots: Mapping[str, str]) -> str:
+    """The text with ``slots`` in it; a slot that starts with a capital gets one."""
+    capitals = {_capital(name): _capital(value) for name, value in slots.items()}
+    return template.format_map({**capitals, **slots})
 
 
-def _mapping(data: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
-    found = data.get(key)
-    if not isinstance(found, dict) or not found:
-        raise ConfigError(f'{where} needs "{key}:" with names and values below it')
-    for name in found:
-        _phrase(name, f"name under {key}", where)
+def load_ontology(path: str | Path | None = None) -> Ontology:
+    """The package's ontology, or the one in a YAML file; the module's docstring describes it.
+
+    Raises ``ConfigError`` with the place in the file for anything missing, empty, unknown or of
+    another kind, and for an item that occurs twice, in one domain or in two.
+    """
+    with resources.as_file(_data()) as folder:
+        data = _read(folder / "templates.yaml")
+        own = _read(folder / "ontology.yaml" if path is None else Path(path))
+    if "templates" not in own and isinstance(own.get("choices", {}), dict):
+        own["choices"] = {**data["choices"], **own.get("choices", {})}
+        own["templates"] = data["templates"]
+    found: Ontology = validated(Ontology, own, "the package" if path is None else str(path))
     return found
 
 
-def _list(value: Any, name: str, where: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise ConfigError(f'"{name}" of {where} must be a list')
-    return value
-
-
-def _phrase(value: Any, name: str, where: str) -> str:
-    """One line of text with single spaces; YAML makes other things of ``no`` and ``1984``."""
-    if not isinstance(value, str):
-        shown = "is missing" if value is None else f"is {value!r}, which is not text"
-        raise ConfigError(f"the {name} of {where} {shown}: write a phrase, in quotes if need be")
-    text = " ".join(value.split())
-    if not text:
-        raise ConfigError(f"the {name} of {where} is empty: write a phrase")
-    return text
-
-
-def _check_keys(data: Mapping[Any, Any], known: tuple[str, ...], where: str) -> None:
-    for key in data:
-        if key not in known:
-            raise UnknownName(f"key in {where}:", str(key), known)
+def _data() -> Any:
+    return resources.files("dart_llm.data") / "shipped" / "drift"
 
 
 def _read(path: Path) -> dict[str, Any]:
     """A YAML mapping; a name that is given twice is an error, where YAML would keep the last."""
     import yaml
 
+    class UniqueKeyLoader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            names = set[str]()
+            for key, _ in node.value:
+                if key.value in names:
+                    problem = f'the name "{key.value}" is given twice: drop one'
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                names.update([key.value] if isinstance(key.value, str) else [])
+            return super().construct_mapping(node, deep)
+
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        node = yaml.compose(text, yaml.SafeLoader)
-        data = yaml.safe_load(text)
+        data = yaml.load(path.read_text(encoding="utf-8-sig"), UniqueKeyLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"cannot read the ontology file {path}: {reason}") from None
     if not isinstance(data, dict):
         raise ConfigError(f'the ontology file {path} needs "domains:" with names and values below')
-    for name, line in _twice(node):
-        raise ConfigError(f'the name "{name}" in line {line} of {path} is given twice: drop one')
     return data
-
-
-def _twice(node: Any) -> Iterator[tuple[str, int]]:
-    """Names that a mapping holds for the second time, with their lines, from 1."""
-    import yaml
-
-    if isinstance(node, yaml.SequenceNode):
-        for child in node.value:
-            yield from _twice(child)
-    if isinstance(node, yaml.MappingNode):
-        seen = set[str]()
-        for key, value in node.value:
-            if key.value in seen:
-                yield key.value, key.start_mark.line + 1
-            seen.update([key.value] if isinstance(key.value, str) else [])
-            yield from _twice(value)
-
-
-# Two-topic prompts: each asks a model to write about one topic and then about another one of
-# another domain.
-#
-# ``generate`` makes them from an ontology; ``shipped`` are ``generate(SHIPPED, 0)`` of the
-# package's own, kept as package data.  As JSONL, a line holds ``id``, ``text``, ``template``,
-# ``slots``, ``domains`` and ``seed``; only ``text`` is required in a file of one's own.
-
-
-SHIPPED = 480
-"""Prompts in the package: every template 20 times and every ordered pair of domains twice."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -322,7 +273,7 @@ class DriftPrompt:
     id: str
     text: str
     template: str = ""
-    slots: Mapping[str, str] = field(default_factory=dict)
+    slots: Mapping[str, str] = Field(default_factory=dict)
     domains: tuple[str, ...] = ()
     seed: int | None = None
 
@@ -342,7 +293,7 @@ class DriftPrompt:
 
 def maximum(ontology: Ontology) -> int:
     """How many prompts there are: ordered pairs of items of two domains, times templates."""
-    sizes = [len(domain.items) for domain in ontology.domains]
+    sizes = [len(domain.items) for domain in ontology.domains.values()]
     return len(ontology.templates) * (sum(sizes) ** 2 - sum(size**2 for size in sizes))
 
 
@@ -364,73 +315,60 @@ def generate(count: int, seed: int = 0, ontology: Ontology | None = None) -> lis
     if seed < 0:
         raise ConfigError(f"the seed {seed} is negative: give 0 or more")
     rng = random.Random(seed)
-    cells = _cells(source, rng)
+    draws = _draws(source, rng)
     uses = Counter[str]()
-    found = dict[str, DriftPrompt]()
+    prompts = dict[str, DriftPrompt]()
     while True:
-        for cell in cells:
-            prompt = cell.draw(source.choices, uses, rng, seed)
-            if prompt.text in found:
+        for draw in draws:
+            prompt = draw.prompt(uses, rng, seed)
+            if prompt.text in prompts:
                 raise ConfigError(
                     f'two combinations of topics give the same prompt, "{prompt.text}": rename '
                     f"{prompt.slots['topic_a']} or {prompt.slots['topic_b']}"
                 )
-            found[prompt.text] = prompt
-            if len(found) == count:
-                return list(found.values())
-        cells = [cell for cell in cells if cell.pairs]
+            prompts[prompt.text] = prompt
+            if len(prompts) == count:
+                return list(prompts.values())
+        draws = [draw for draw in draws if draw.pairs]
 
 
-@dataclass
-class _Cell:
+class _Draw:
     """A template with an ordered pair of domains, and the pairs of items not yet used in it."""
 
-    template: Template
-    first: Domain
-    second: Domain
-    pairs: list[tuple[Item, Item]] | None = None  # made when needed: cells are many
+    def __init__(self, ontology: Ontology, template: str, domains: tuple[str, str]) -> None:
+        self.ontology, self.template, self.domains = ontology, template, domains
+        self.pairs: list[tuple[Item, Item]] | None = None  # made when needed: draws are many
 
-    def draw(
-        self,
-        choices: Mapping[str, Sequence[str]],
-        uses: Counter[str],
-        rng: random.Random,
-        seed: int,
-    ) -> DriftPrompt:
+    def prompt(self, uses: Counter[str], rng: random.Random, seed: int) -> DriftPrompt:
         """The next prompt, about a pair of items that were used least; it is not drawn again."""
+        first, second = (self.ontology.domains[name] for name in self.domains)
         if self.pairs is None:
-            self.pairs = [(one, other) for one in self.first.items for other in self.second.items]
+            self.pairs = [(one, other) for one in first.items for other in second.items]
         rarity = [uses[one.name] + uses[other.name] for one, other in self.pairs]
         least = min(rarity)
         rarest = [number for number, use in enumerate(rarity) if use == least]
         one, other = self.pairs.pop(_pick(rarest, rng))
         uses.update((one.name, other.name))
-        known = {**self.first.slots(one, "a"), **self.second.slots(other, "b")}
-        known |= {name: _pick(choices[name], rng) for name in self.template.choices}
-        text = self.template.fill(known)
+        template, choices = self.ontology.templates[self.template], self.ontology.choices
+        names = self.ontology.slots(template)
+        values = {**first.slots(one, "a"), **second.slots(other, "b")}
+        values |= {name: _pick(choices[name], rng) for name in names if name in choices}
+        text = fill(template, values)
         digest = hashlib.sha256(text.encode("utf-8")).hexdigest()[:10]
-        return DriftPrompt(
-            f"{self.template.id}-{digest}",
-            text,
-            self.template.id,
-            {name: known[name] for name in self.template.slots},
-            (self.first.name, self.second.name),
-            seed,
-        )
+        slots = {name: values[name] for name in names}
+        name = f"{self.template}-{digest}"
+        return DriftPrompt(name, text, self.template, slots, self.domains, seed)
 
 
-def _cells(ontology: Ontology, rng: random.Random) -> list[_Cell]:
-    """All cells, along diagonals: the next one has another template and another pair of domains."""
+def _draws(ontology: Ontology, rng: random.Random) -> list[_Draw]:
+    """All, along diagonals: the next one has another template and another pair of domains."""
     templates = _shuffled(ontology.templates, rng)
-    pairs = _shuffled(
-        [(a, b) for a in ontology.domains for b in ontology.domains if a is not b], rng
-    )
-    found = []
-    for shift in range(len(templates)):
-        for number, (first, second) in enumerate(pairs):
-            template = templates[(number + shift) % len(templates)]
-            found.append(_Cell(template, first, second))
-    return found
+    pairs = _shuffled([(a, b) for a in ontology.domains for b in ontology.domains if a != b], rng)
+    return [
+        _Draw(ontology, templates[(number + shift) % len(templates)], pair)
+        for shift in range(len(templates))
+        for number, pair in enumerate(pairs)
+    ]
 
 
 # Of all methods of Random, only random() is promised to give the same numbers in later Pythons.
@@ -439,18 +377,16 @@ def _pick(values: Sequence[T], rng: random.Random) -> T:
 
 
 def _shuffled(values: Iterable[T], rng: random.Random) -> list[T]:
-    found = list(values)
-    for last in range(len(found) - 1, 0, -1):
+    shuffled = list(values)
+    for last in range(len(shuffled) - 1, 0, -1):
         other = int(rng.random() * (last + 1))
-        found[last], found[other] = found[other], found[last]
-    return found
+        shuffled[last], shuffled[other] = shuffled[other], shuffled[last]
+    return shuffled
 
 
 def shipped() -> list[DriftPrompt]:
     """The prompts in the package."""
-    with resources.as_file(
-        resources.files("dart_llm.data") / "shipped" / "drift" / "prompts.jsonl"
-    ) as path:
+    with resources.as_file(_data() / "prompts.jsonl") as path:
         return read_prompts(path)
 
 
@@ -460,34 +396,25 @@ def read_prompts(path: str | Path) -> list[DriftPrompt]:
     Raises ``ConfigError``, with the line's number, for a line that is no JSON object, lacks a text
     or holds something of another kind, and for an id that occurs twice or a file without prompts.
     """
-    lines = dict[str, int]()
-    found = []
-    for number, row in read_rows(Path(path)):
-        prompt = _prompt(row, number, f"line {number} of {path}")
-        if prompt.id in lines:
+    rows = (
+        (number, {**row, "id": str(number if row.get("id") is None else row["id"])})
+        for number, row in read_rows(Path(path))
+    )
+    return read_records(DriftPrompt, path, rows)
+
+
+def read_records(
+    kind: type[Record], path: str | Path, rows: Iterable[tuple[int, dict[str, Any]]]
+) -> list[Record]:
+    """The lines of a file, each with its number, as records with different ids."""
+    records = dict[str, Record]()
+    for number, row in rows:
+        record = validated(kind, row, f"line {number} of {path}")
+        if record.id in records:
             raise ConfigError(
-                f"lines {lines[prompt.id]} and {number} of {path} have the same id "
-                f'"{prompt.id}": give each prompt its own'
+                f'the id "{record.id}" in line {number} of {path} is taken: give each line its own'
             )
-        lines[prompt.id] = number
-        found.append(prompt)
-    if not found:
-        raise ConfigError(f'the file {path} holds no prompts: add lines such as {{"text": "..."}}')
-    return found
-
-
-def _prompt(row: dict[str, Any], number: int, where: str) -> DriftPrompt:
-    own = row.get("id")
-    name = str(number if own is None else own)
-    values = {
-        key: row[key] for key in ("text", "template", "slots", "domains", "seed") if key in row
-    }
-    kinds = {"text": str, "template": str, "slots": dict, "domains": list, "seed": int | None}
-    for key, kind in kinds.items():
-        if key in values and not isinstance(values[key], kind):
-            raise ConfigError(f"the {key} in {where} is of another kind: {values[key]!r}")
-    if "text" not in values:
-        raise ConfigError(f'{where} has no text: write {{"text": "..."}}')
-    if "domains" in values:
-        values["domains"] = tuple(map(str, values["domains"]))
-    return DriftPrompt(name, **values)
+        records[record.id] = record
+    if not records:
+        raise ConfigError(f"the file {path} is empty: it holds no prompts or passages")
+    return list(records.values())

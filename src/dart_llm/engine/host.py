@@ -201,8 +201,8 @@ class Conversation:
         controller = self.controller
         controller.branch()
         controller.finished, controller.checks = [], []
-        for life in controller.lives:
-            life.periods, life.remasks, life.prompt_tokens = [], [], 0.0
+        for state in controller.sequences:
+            state.mask_spans, state.remasks, state.prompt_tokens = [], [], 0.0
 
 
 def _can_crop(cache: Any) -> bool:

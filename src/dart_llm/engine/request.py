@@ -256,12 +256,12 @@ class Request:
         going_on.controller.on_remask = self._remasked
         return going_on.controller
 
-    def _remasked(self, remask: Remask, life: SequenceState) -> None:
-        self._new.append((remask, life.masks or ()))
+    def _remasked(self, remask: Remask, state: SequenceState) -> None:
+        self._new.append((remask, state.masks or ()))
 
     def _step(self, logits: Tensor) -> bool:
         """Choose a token for every row that goes on; whether none does, or nobody listens."""
-        self._tell_news()
+        self._emit_events()
         tokens = self._sampler.choose(logits)
         count = self.ask.sampling.logprobs
         known = None if count is None else logprobs(logits, tokens, count)
@@ -286,7 +286,7 @@ class Request:
             return "prefill"
         return "dense" if self.ready.dense else str(self._seen_by.last_phase)
 
-    def _tell_news(self) -> None:
+    def _emit_events(self) -> None:
         """What the last forward brought beside its token."""
         controller = self._seen_by
         for check in controller.checks[self._seen :]:
@@ -338,7 +338,7 @@ class Request:
         controller = self.controller
         if controller is not None:
             controller.on_remask, controller.plan = None, ForwardPlan(False, False, ())
-            controller.lives, controller.finished, controller.checks = [], [], []
+            controller.sequences, controller.finished, controller.checks = [], [], []
         self.controller = self._forwards = None
 
     def keep(self) -> Conversation | None:

@@ -1,10 +1,8 @@
-"""Sentence-transformers encoders; long texts in windows.
-
-What the name of an encoder means: the default embedder, a folder or a hub id.
+"""Encoders: what their names mean, texts as vectors, and long texts in windows that fit.
 
 An encoder turns a text into vectors; it is never a model that is pruned.  Whatever it is, it is
 brought to a folder here, so that the libraries which read it need no network and no cache of
-their own.
+their own.  The only file that imports ``sentence_transformers``.
 """
 
 from __future__ import annotations
@@ -101,32 +99,26 @@ def find_encoder(
 
 
 def _default(cache_dir: str | Path | None, say: FetchProgress) -> EncoderSource:
+    """The pinned default, or the hub's copy of it when neither the cache nor pip gives that."""
+    hub_id = bundled.ENCODER_HUB_ID
     try:
         folder = bundled.embedder_folder(cache_folder(cache_dir), progress=say)
     except LoadError as first:
-        return _default_from_hub(cache_dir, say, first)
+        say(f"{first}; trying {hub_id} on the hub")
+        try:
+            source = _hub(hub_id, cache_dir, say, "give a local folder as --embedder")
+        except LoadError as second:
+            raise LoadError(
+                f"{DEFAULT} is not in the cache and could not be fetched: {first}; {second}"
+            ) from first
+        logger.warning("%s: read from the hub's %s instead (%s)", DEFAULT, hub_id, first)
+        return source
     return EncoderSource(
         name=DEFAULT,
         folder=folder,
         origin=f"pip package {bundled.ENCODER_PACKAGE} {bundled.ENCODER_VERSION}",
         sha256=bundled.FILES[bundled.WEIGHTS],
     )
-
-
-def _default_from_hub(
-    cache_dir: str | Path | None, say: FetchProgress, first: LoadError
-) -> EncoderSource:
-    """The hub's copy of the default, when the cache and pip did not give the pinned one."""
-    hub_id = bundled.ENCODER_HUB_ID
-    say(f"{first}; trying {hub_id} on the hub")
-    try:
-        found = _hub(hub_id, cache_dir, say, "give a local folder as --embedder")
-    except LoadError as second:
-        raise LoadError(
-            f"{DEFAULT} is not in the cache and could not be fetched: {first}; {second}"
-        ) from first
-    logger.warning("%s: read from the hub's %s instead (%s)", DEFAULT, hub_id, first)
-    return found
 
 
 def _folder(path: Path) -> EncoderSource:
@@ -212,11 +204,8 @@ def _split(line: str) -> list[str]:
     return [*found, line[start:].strip()]
 
 
-# Texts that are longer than an encoder's window, cut into pieces that fit.
-#
 # Encoders drop what is beyond their window without a word.  Here whole sentences are packed into
 # windows in their order; a sentence that fits none is halved at a word until its parts do.
-
 
 Count = Callable[[str], int]
 """How many of a window's tokens a text takes."""
@@ -260,11 +249,8 @@ def _fitting(piece: str, count: Count, limit: int) -> list[str]:
     return [fitting for part in parts for fitting in _fitting(part, count, limit)]
 
 
-# Texts as vectors; the only file that imports ``sentence_transformers``.
-#
-# Any sentence-transformers model will do.  A text that is longer than the model's window is cut
-# into windows (``text_windows``), and its vector is the mean of theirs, weighted by their tokens.
-
+# Texts as vectors: the vector of a text that is longer than the model's window is the mean of
+# those of its windows, weighted by their tokens.
 
 Array = NDArray[np.float64]
 
@@ -299,10 +285,7 @@ class Embedder:
 
     def count(self, text: str) -> int:
         """Tokens of ``text``, without those that the model adds at its ends."""
-        found = self.model.tokenizer(
-            text, add_special_tokens=False, truncation=False, padding=False, verbose=False
-        )
-        return len(found["input_ids"])
+        return count_tokens(self.model.tokenizer, text)
 
     @property
     def dimensions(self) -> int:
@@ -310,10 +293,18 @@ class Embedder:
         return int(self.model.get_embedding_dimension())
 
     def _encode(self, texts: list[str]) -> Array:
-        found = self.model.encode(
+        vectors = self.model.encode(
             texts, batch_size=BATCH, show_progress_bar=False, convert_to_numpy=True
         )
-        return np.asarray(found, dtype=np.float64)
+        return np.asarray(vectors, dtype=np.float64)
+
+
+def count_tokens(tokenizer: Any, text: str) -> int:
+    """Tokens of ``text``, without those that are added at its ends."""
+    encoded = tokenizer(
+        text, add_special_tokens=False, truncation=False, padding=False, verbose=False
+    )
+    return len(encoded["input_ids"])
 
 
 def load_embedder(

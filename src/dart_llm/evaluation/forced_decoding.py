@@ -1,27 +1,75 @@
-"""Forced mode: a passage is read with its first tokens as the prompt; every next token's loss.
-
-The first P tokens are prefilled dense and observed; the others run as decode tokens through the
-live tracer (perplexity.py steps through them).  Token k after the prompt is fed in decode step k,
-so the loss of token k + 1 is the first that step k decides: token 0, which the dense prompt
-predicts, has none, and the last token is never fed.
-"""
+"""Known tokens fed as decode tokens, in one loop; runs with new masks at known moments."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.sequence import Phase
 from dart_llm.session.run import Run
 
+CHUNK = 256
+"""Decode tokens fed in one forward at most: bounds the logits' memory."""
+
 FORCED_REMASK = "forced"
 """Cause of a re-mask at a known moment."""
 
 
-class TimedRun(Run):
+def feed(
+    model: Any,
+    run: Run | None,
+    ids: Tensor,
+    cache: Any,
+    take: Callable[[int, Tensor], None],
+    *,
+    first: int = 0,
+    cached: int = 0,
+    mask: Tensor | None = None,
+) -> None:
+    """Feed ``ids`` ([B, n]) as decode tokens, in chunks within which no mask can change.
+
+    ``cache``: their past, of ``cached`` tokens, or None.  ``mask``: attention mask
+    [B, cached + n].  ``take(start, logits)`` gets what the tokens from ``first`` on predict, chunk
+    by chunk: ``logits`` [B, m, V] are those of ``ids[:, start : start + m]``, and they are gone
+    before the next chunk.  ``run``: attached, or None for the untouched model.
+    """
+    start = 0
+    while start < ids.shape[1]:
+        size = min(CHUNK, ids.shape[1] - start)
+        if run is not None:
+            left = (run.config.release_step or 0) - start  # padded rows reach it at other times
+            size = min(size, left) if left > 0 else size
+            if cached + start:
+                size = min(size, run.tokens_until_change() or size)
+        end = start + size
+        wanted = max(0, end - max(start, first))
+        given = {} if mask is None else {"attention_mask": mask[:, : cached + end]}
+        output = _decode(model, run, ids[:, start:end], cache, max(1, wanted), given)
+        cache = output.cache
+        if wanted:
+            take(end - wanted, output.logits)
+        del output
+        start = end
+
+
+def _decode(
+    model: Any, run: Run | None, ids: Tensor, cache: Any, keep: int, given: dict[str, Any]
+) -> Any:
+    """One decode forward, the first of a sequence where there is no cache."""
+    given = {**given, "use_cache": True, "logits_to_keep": keep}
+    if cache is not None:
+        given["cache"] = cache
+    if run is None:
+        return model(ids, **given)
+    with run.decoding(prompt=cache is None):
+        return model(ids, **given)
+
+
+class ScheduledRun(Run):
     """A run that makes new masks at known moments, in addition to its drift rule's.
 
     ``triggers``: decode steps before which all layers leave PRUNED and are observed anew.  The
@@ -36,19 +84,19 @@ class TimedRun(Run):
 
     def tokens_until_change(self) -> int | None:
         """As of a run; acts on a moment that is due, and no forward goes past one."""
-        self._force()
+        self._trigger_due()
         bound = super().tokens_until_change()
-        if not self._due or not self.controller.lives:
+        if not self._due or not self.controller.sequences:
             return bound
-        left = self._due[0] - self.controller.lives[-1].decoded
+        left = self._due[0] - self.controller.sequences[-1].decoded
         return left if bound is None else min(bound, left)
 
-    def _force(self) -> None:
+    def _trigger_due(self) -> None:
         """Trigger when it is time; a sequence that has no masks yet goes on observing."""
         self.controller.flush()
-        for life in self.controller.lives[-1:]:
-            while self._due and life.decoded >= self._due[0]:
+        for sequence in self.controller.sequences[-1:]:
+            while self._due and sequence.decoded >= self._due[0]:
                 self._due.pop(0)
-                if life.phase is Phase.PRUNED:
+                if sequence.phase is Phase.PRUNED:
                     with torch.inference_mode(False):  # the evidence outlives this forward
-                        life.trigger(FORCED_REMASK)
+                        sequence.trigger(FORCED_REMASK)

@@ -17,10 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dart_llm.errors import ConfigError, DartError
+from dart_llm.evaluation.forced_decoding import feed
 from dart_llm.session.run import Run
-
-CHUNK = 256
-"""Decode tokens fed in one forward at most: bounds the logits' memory."""
 
 SHORT = 16
 """Contexts of fewer tokens are scored dense: too little to choose masks from."""
@@ -164,39 +162,19 @@ def _feed(
     cached: int,
     first: int,
 ) -> None:
-    """Feed right-padded rows, in chunks within which no mask can change.
+    """Feed right-padded rows after ``cached`` tokens, which lie in ``cache``.
 
-    ``cached``: tokens in ``cache``.  The logits of fed token ``first`` predict the first
-    continuation token.
+    The logits of fed token ``first`` predict the first continuation token.
     """
-    ids, valid = _ids(task.model, fed), _valid(task.model, fed, cached)
-    start = 0
-    while start < ids.shape[1]:
-        size = min(CHUNK, ids.shape[1] - start)
-        if task.run is not None:
-            release = task.run.config.release_step or 0
-            size = min(size, release - start if start < release else size)
-            size = min(size, task.run.tokens_until_change() or size)
-        end = start + size
-        mask = None if valid is None else valid[:, : cached + end]
-        wanted = end - max(start, first)
-        output = _forward(task, ids[:, start:end], mask, cache, max(1, wanted))
-        cache = output.cache
+
+    def take(start: int, logits: Tensor) -> None:
         for index, (_, group) in enumerate(rows):
-            for continuation in group if wanted > 0 else ():
-                done = end - wanted - first
-                if done < len(continuation):
-                    task.add(output.logits[index, -wanted:], continuation, done)
-        start = end
+            for continuation in group:
+                if start - first < len(continuation):
+                    task.add(logits[index], continuation, start - first)
 
-
-def _forward(task: _Task, ids: Tensor, mask: Tensor | None, cache: Any, keep: int) -> Any:
-    given: dict[str, Any] = {} if cache is None else {"cache": cache}
-    given.update(attention_mask=mask, use_cache=True, logits_to_keep=keep)
-    if task.run is None:
-        return task.model(ids, **given)
-    with task.run.decoding(prompt=True):
-        return task.model(ids, **given)
+    ids, valid = _ids(task.model, fed), _valid(task.model, fed, cached)
+    feed(task.model, task.run, ids, cache, take, first=first, cached=cached, mask=valid)
 
 
 def _ids(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:

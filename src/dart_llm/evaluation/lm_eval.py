@@ -1,6 +1,4 @@
-"""Any lm-eval task, pruned: our model class, its requests, its results.
-
-Any lm-eval task, pruned; the only file that imports lm_eval.
+"""Any lm-eval task, pruned; the only file that imports lm_eval.
 
 lm-eval builds the requests and computes the metrics.  What runs the model is ours: context and
 continuation arrive as tokens in ``_loglikelihood_tokens``, so the prompt can be told from what is
@@ -25,17 +23,19 @@ import torch
 
 from dart_llm.data import datasets
 from dart_llm.data.datasets import LOCAL_MMLU, MMLU_SUBJECTS
+from dart_llm.data.prompts import check_chat_template
 from dart_llm.errors import ConfigError, DartError, LoadError, MissingExtra, UnknownName, chain
 from dart_llm.evaluation.likelihood import SHORT
 from dart_llm.evaluation.lm_eval_scoring import Scorer
+from dart_llm.evaluation.masks_seen import count_masks
 from dart_llm.evaluation.measurement import LEAK, Measurement, MeasureOptions, mean
 from dart_llm.evaluation.perplexity import perplexity
 from dart_llm.evaluation.task_names import FEWSHOT, specifications
 from dart_llm.hub import unreachable
+from dart_llm.session.generation import FiniteLogits
 from dart_llm.session.prepare import PreparedMethod, UnitStore
 
-# From lm-eval's results to a ``Measurement``.
-
+# From lm-eval's results to a measurement.
 
 PERPLEXITIES = ("word_perplexity", "byte_perplexity")
 """Metrics of a log-likelihood and a weight per document; items hold the first that all have."""
@@ -51,6 +51,7 @@ def collect(
 ) -> Measurement:
     """One measurement of a task, or of a group with its tasks as ``subtasks``."""
     leaves = list(results["samples"])
+    counts, masks = count_masks(scorer.finished)
     known = [set(sample["metrics"]) for leaf in leaves for sample in results["samples"][leaf]]
     weighed = next((m for m in PERPLEXITIES if all(m in metrics for metrics in known)), "")
     items = {leaf: _items(leaf, results["samples"][leaf], weighed) for leaf in leaves}
@@ -71,8 +72,8 @@ def collect(
         accounting=scorer.accounting(),
         samples=tuple(s for leaf in leaves for s in _samples(leaf, results["samples"][leaf])),
         notes=(*_notes(scorer, options), *_subjects(name, len(leaves))),
-        counts=scorer.counts.counts,
-        masks=scorer.counts.masks,
+        counts=counts,
+        masks=masks,
         subtasks=subtasks,
     )
 
@@ -199,8 +200,8 @@ def measure(
     _library()
     from lm_eval.evaluator import evaluate
 
-    if options.apply_chat_template and not getattr(candidate.tokenizer, "chat_template", None):
-        raise ConfigError("this model's tokenizer has no chat template: drop --apply-chat-template")
+    if options.apply_chat_template:
+        check_chat_template(candidate.tokenizer, "drop --apply-chat-template")
     tasks = _load(name, options)
     _configure(tasks["tasks"], name, options)
     lm = _model(candidate, options, parts, advance)
@@ -226,7 +227,7 @@ def measure(
 def count(name: str, options: MeasureOptions) -> int:
     """Documents that ``measure`` will score."""
     tasks = _load(name, options)["tasks"].values()
-    sizes = [len(_documents(task)) for task in tasks]
+    sizes = [len(task.eval_docs) for task in tasks]
     return sum(size if options.limit is None else min(size, options.limit) for size in sizes)
 
 
@@ -267,7 +268,7 @@ def _load(name: str, options: MeasureOptions) -> Any:
     try:
         loaded = _manager(options.include_path).load(specifications(name))
         for task in loaded["tasks"].values():
-            if not len(_documents(task)):
+            if not len(task.eval_docs):
                 raise LoadError(f"the task {task.task_name} has no documents: check its data file")
     except DartError:
         raise
@@ -293,7 +294,9 @@ def _way_out(name: str, error: Exception) -> str:
     text = " ".join(str(one) for one in chain(error)).lower()
     if "hub" in text or any(unreachable(one) for one in chain(error)):
         if name.partition(":")[0] == "mmlu":
-            return "without the hub put <subject>_test.jsonl into datasets/mmlu/ (docs/data.md)"
+            return (
+                "without the hub put <subject>_test.jsonl into datasets/mmlu/ (docs/evaluation.md)"
+            )
         return (
             "without the hub give --include-path FOLDER with task files over local data "
             "(docs/evaluation.md)"
@@ -329,76 +332,94 @@ def _no_bars() -> Iterator[None]:
         task.tqdm = known
 
 
-def _documents(task: Any) -> Any:
-    return task.eval_docs
-
-
 def _chosen(tasks: dict[str, Any], options: MeasureOptions) -> dict[str, list[int]] | None:
     """A seeded random choice of ``limit`` documents per task; None: the first ones."""
     if options.sample_seed is None or options.limit is None:
         return None
-    found = {}
+    chosen = {}
     for name, task in tasks.items():
-        size = len(_documents(task))
+        size = len(task.eval_docs)
         chooser = random.Random(f"{options.sample_seed}/{name}")
-        found[name] = sorted(chooser.sample(range(size), min(size, options.limit)))
-    return found
+        chosen[name] = sorted(chooser.sample(range(size), min(size, options.limit)))
+    return chosen
+
+
+class PrunedRequests:
+    """Answers lm-eval's requests with our likelihoods and runs, on top of its Hugging Face model.
+
+    Likelihoods go through ``Scorer``; texts are generated one document at a time inside a run.
+    """
+
+    tok_encode: Callable[[str], list[int]]
+    prefix_token_id: int
+    max_length: int
+
+    def __init__(
+        self,
+        candidate: PreparedMethod,
+        options: MeasureOptions,
+        parts: UnitStore,
+        advance: Advance,
+    ) -> None:
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        super().__init__(  # type: ignore[call-arg]
+            pretrained=candidate.model, tokenizer=candidate.tokenizer, batch_size=1
+        )
+        self.scorer = Scorer(candidate, options, parts, self.max_length)
+        self._advance = advance
+        self._run: Any = None
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+        """lm-eval turns requests into tokens, and hands them to ``_loglikelihood_tokens``."""
+        self._steps = _Steps(self._advance, requests)
+        self._names = _names(requests)
+        return super().loglikelihood(requests, disable_tqdm=True)  # type: ignore[misc]
+
+    def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
+        pairs = [(tuple(context), tuple(more)) for _, context, more in requests]
+        return self.scorer.likelihoods(pairs, self._steps, self._names)
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
+        """The log-likelihood of whole texts."""
+        texts = [self.tok_encode(request.args[0]) for request in requests]
+        first = self.prefix_token_id
+        windows = sum(len(self.scorer.windows(text, first)) for text in texts)
+        steps = _Steps(self._advance, requests, windows)
+        return self.scorer.rolling(texts, first, steps, _names(requests))
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
+        """One text per request, each up to its own stop strings."""
+        from transformers import LogitsProcessorList
+
+        texts = []
+        with self.scorer.attached(likelihood=False) as self._run:
+            for request, name in zip(requests, _names(requests), strict=True):
+                self._finite = LogitsProcessorList([FiniteLogits(f"document {name}")])
+                make = partial(self._generate, request)
+                texts.append(self.scorer.generate(self._run, request.args, make))
+                self._advance(1)
+        return texts
+
+    def _generate(self, request: Any) -> str:
+        return str(super().generate_until([request], disable_tqdm=True)[0])  # type: ignore[misc]
+
+    def _model_generate(self, context: Any, max_length: int, stop: Any, **more: Any) -> Any:
+        more["logits_processor"] = self._finite
+        with self.scorer.generating(self._run, context):
+            return super()._model_generate(  # type: ignore[misc]
+                context, max_length, stop, **more
+            )
 
 
 def _model(
     candidate: PreparedMethod, options: MeasureOptions, parts: UnitStore, advance: Advance
 ) -> Any:
-    """lm-eval's Hugging Face model with our likelihoods and our runs."""
     from lm_eval.models.huggingface import HFLM
-    from transformers import LogitsProcessorList
 
-    from dart_llm.session.generation import FiniteLogits
+    class PrunedLM(PrunedRequests, HFLM):  # type: ignore[misc]
+        """lm-eval's Hugging Face model, pruned."""
 
-    class PrunedLM(HFLM):  # type: ignore[misc]
-        """Scores through ``Scorer``; generates one document at a time inside a run."""
-
-        def __init__(self) -> None:
-            logging.getLogger("lm_eval").setLevel(logging.ERROR)
-            super().__init__(
-                pretrained=candidate.model, tokenizer=candidate.tokenizer, batch_size=1
-            )
-            self.scorer = Scorer(candidate, options, parts, self.max_length)
-            self._run: Any = None
-
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            self._steps = _Steps(advance, requests)
-            self._names = _names(requests)
-            return super().loglikelihood(requests, disable_tqdm=True)
-
-        def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
-            pairs = [(tuple(context), tuple(more)) for _, context, more in requests]
-            return self.scorer.likelihoods(pairs, self._steps, self._names)
-
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            texts = [self.tok_encode(request.args[0]) for request in requests]
-            first = self.prefix_token_id
-            windows = sum(len(self.scorer.windows(text, first)) for text in texts)
-            steps = _Steps(advance, requests, windows)
-            return self.scorer.rolling(texts, first, steps, _names(requests))
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
-            found = []
-            with self.scorer.attached(likelihood=False) as self._run:
-                for request, name in zip(requests, _names(requests), strict=True):
-                    self._finite = LogitsProcessorList([FiniteLogits(f"document {name}")])
-                    found.append(self.scorer.generate(self._run, request.args, self._text(request)))
-                    advance(1)
-            return found
-
-        def _text(self, request: Any) -> Callable[[], str]:
-            return lambda: str(HFLM.generate_until(self, [request], disable_tqdm=True)[0])
-
-        def _model_generate(self, context: Any, max_length: int, stop: Any, **more: Any) -> Any:
-            more["logits_processor"] = self._finite
-            with self.scorer.generating(self._run, context):
-                return super()._model_generate(context, max_length, stop, **more)
-
-    return PrunedLM()
+    return PrunedLM(candidate, options, parts, advance)
 
 
 def _names(requests: Sequence[Any]) -> list[str]:

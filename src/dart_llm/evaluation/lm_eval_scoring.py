@@ -7,15 +7,16 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.evaluation.likelihood import SHORT, decoded_tokens, score_context
-from dart_llm.evaluation.masks_seen import MaskCounts, Taken, unpack
+from dart_llm.evaluation.masks_seen import Part, TakenMasks, finished_part, merge_accounting
 from dart_llm.evaluation.measurement import MeasureOptions
-from dart_llm.pruning.records import add_dense, merge_reports, slim
+from dart_llm.pruning.records import merge_reports, slim
 from dart_llm.session.prepare import PreparedMethod, UnitStore
 from dart_llm.session.run import Run
 
@@ -55,10 +56,8 @@ class Scorer:
         self.options = options
         self.parts = parts
         self.max_length = max_length
-        self.counts = MaskCounts()
-        self.taken = Taken()
-        self.reports: list[dict[str, Any]] = []
-        self.dense_tokens = 0
+        self.taken = TakenMasks()
+        self.finished: list[Part] = []
         self.short = 0
         self.at_once = False
         self._asked = Counter[str]()
@@ -70,7 +69,7 @@ class Scorer:
         if run is None:
             yield None
             return
-        self.taken = run.on_masks = Taken()
+        self.taken = run.on_masks = TakenMasks()
         with run:
             yield run
 
@@ -99,8 +98,10 @@ class Scorer:
             for context in contexts:
                 indices = groups[context]
                 wanted = [cut[index][1] for index in indices]
-                part = self._part(run, kind, context, wanted, names[indices[0]])
-                self.add(part)
+                key = self.key(kind, self.options.batch_size, context, wanted)
+                make = partial(self._score, run, context, wanted, names[indices[0]])
+                part = finished_part(self.parts, key, make)
+                self.finished.append(part)
                 for index, (logprob, greedy) in zip(indices, part["answers"], strict=True):
                     answers[index] = (logprob, greedy)
                 advance(len(indices))
@@ -131,35 +132,26 @@ class Scorer:
             )
         return context[-room:], continuation
 
-    def _part(
+    def _score(
         self,
         run: Run | None,
-        kind: str,
         context: tuple[int, ...],
         continuations: Sequence[tuple[int, ...]],
         name: str,
-    ) -> dict[str, Any]:
-        protocol, size = self.options.protocol, self.options.batch_size
-        key = self.key(kind, size, context, continuations)
-        part = self.parts.part(key)
-        if part is not None:
-            return dict(part)
-        model = self.candidate.model
+    ) -> Part:
+        model, protocol, size = self.candidate.model, self.options.protocol, self.options.batch_size
         try:
-            found, reports = score_context(model, run, context, continuations, protocol, size)
+            scored, reports = score_context(model, run, context, continuations, protocol, size)
         except DartError as error:
             raise type(error)(f"{self.candidate.label}, document {name}: {error}") from error
         if run is not None:
             self._check_pruned(run, reports, len(context))
-        dense = decoded_tokens(continuations) if run is None else 0
-        part = {
-            "answers": [[one.logprob, one.greedy] for one in found],
+        return {
+            "answers": [[one.logprob, one.greedy] for one in scored],
             "report": slim(merge_reports(reports)) if reports else None,
-            "dense_tokens": dense,
+            "dense_tokens": decoded_tokens(continuations) if run is None else 0,
             "masks": self.taken.take(),
         }
-        self.parts.save_part(key, part)
-        return part
 
     def _check_pruned(self, run: Run, reports: Sequence[dict[str, Any]], context: int) -> None:
         decoded = sum(report["decoded_tokens"] for report in reports)
@@ -206,21 +198,21 @@ class Scorer:
         number = self._asked[same]
         self._asked[same] += 1
         key = self.key("generate", number, *content)
-        part = self.parts.part(key)
-        if part is None:
-            if run is not None:
-                run.hold(None)
-            torch.manual_seed(_seed(self.options.seed, number, same))
-            text, report = make(), None
-            if run is not None:
-                report = slim(run.report().to_dict())
-                if report["decoded_tokens"] > 1:
-                    self._check_pruned(run, [report], report["prompt_tokens"])
-            masks = self.taken.take()
-            part = {"text": text, "report": report, "dense_tokens": 0, "masks": masks}
-            self.parts.save_part(key, part)
-        self.add(part)
+        seed = _seed(self.options.seed, number, same)
+        part = finished_part(self.parts, key, partial(self._generate, run, seed, make))
+        self.finished.append(part)
         return str(part["text"])
+
+    def _generate(self, run: Run | None, seed: int, make: Callable[[], str]) -> Part:
+        if run is not None:
+            run.hold(None)
+        torch.manual_seed(seed)
+        text, report = make(), None
+        if run is not None:
+            report = slim(run.report().to_dict())
+            if report["decoded_tokens"] > 1:
+                self._check_pruned(run, [report], report["prompt_tokens"])
+        return {"text": text, "report": report, "dense_tokens": 0, "masks": self.taken.take()}
 
     @contextlib.contextmanager
     def generating(self, run: Run | None, context: torch.Tensor) -> Iterator[None]:
@@ -241,23 +233,9 @@ class Scorer:
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
         return f"lm/{self.candidate.label}/{self.options.protocol}/{kind}/{digest}"
 
-    def add(self, part: dict[str, Any]) -> None:
-        """Count a finished part."""
-        if part["report"]:
-            self.reports.append(part["report"])
-        self.dense_tokens += part["dense_tokens"]
-        for packed in part["masks"]:
-            self.counts(unpack(packed))
-
     def accounting(self) -> dict[str, Any] | None:
         """Everything scored so far in one report; None for the untouched model."""
-        run = self.candidate.run(likelihood=True)
-        if run is None:
-            return None
-        merged = merge_reports(self.reports) if self.reports else run.report().to_dict()
-        merged = add_dense(merged, self.dense_tokens)
-        merged.pop("sequences")
-        return merged
+        return merge_accounting(self.candidate.run(likelihood=True), self.finished)
 
 
 def _seed(*content: Any) -> int:

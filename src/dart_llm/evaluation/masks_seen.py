@@ -1,63 +1,32 @@
-"""The masks that held while a task was measured: counted, and kept as parts.
+"""Finished parts of a measurement: the masks that held, what they add up to, how they are kept.
 
-Masks as short JSON-able text, so that a resumed measurement counts the same ones.
+A part is JSON-able data with at least ``report`` (``RunReport.to_dict()`` or None), ``masks``
+(packed) and, where tokens ran outside any run, ``dense_tokens``.  A resumed measurement reads its
+parts back, and counts and merges the same ones.
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dart_llm.pruning.masks import LayerMask, Masks
+from dart_llm.pruning.records import add_dense, merge_reports
+from dart_llm.session.prepare import UnitStore
+from dart_llm.session.run import Run
 
-# How often each neuron was kept: what is remembered of the masks of an evaluation.
-
-
-class MaskCounts:
-    """Counts, per layer, how many masks kept each neuron; plug into ``run.on_masks``.
-
-    Masks that are announced twice in a row, when chosen and when applied, count once.
-    """
-
-    def __init__(self) -> None:
-        self.masks = 0
-        self._last: Sequence[LayerMask | None] | None = None
-        self._counts: list[Tensor] = []
-
-    def __call__(self, masks: Sequence[LayerMask | None]) -> None:
-        if masks is self._last or not any(mask is not None for mask in masks):
-            return
-        self._last = masks
-        if not self._counts:
-            self._counts = [torch.zeros(0, dtype=torch.int32) for _ in masks]
-        self.masks += 1
-        for layer, mask in enumerate(masks):
-            if mask is None:
-                continue
-            if not len(self._counts[layer]):
-                self._counts[layer] = torch.zeros(mask.width, dtype=torch.int32)
-            self._counts[layer][mask.ids.cpu()] += 1
-
-    @property
-    def counts(self) -> tuple[Tensor, ...]:
-        """[I] int32 per layer; empty for a layer that was never masked."""
-        return tuple(self._counts)
-
-
-def tensors(counts: Sequence[Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """Named for a safetensors file: ``<prefix>layer<l>.kept``."""
-    return {f"{prefix}layer{i}.kept": c for i, c in enumerate(counts) if len(c)}
-
+Part = Mapping[str, Any]
 
 Packed = list[list[int | str] | None]
 """Per layer: its width and which neurons are kept, one bit each in base64; None: dense."""
 
 
-class Taken:
+class TakenMasks:
     """Collects the masks that a run announces, each once; plug into ``run.on_masks``."""
 
     def __init__(self) -> None:
@@ -76,8 +45,8 @@ class Taken:
         Masks that go on counting are collected again: a part must not depend on whether the one
         before it was computed in the same process.
         """
-        found, self.packed, self._last = self.packed, [], None
-        return found
+        packed, self.packed, self._last = self.packed, [], None
+        return packed
 
 
 def pack(masks: Sequence[LayerMask | None]) -> Packed:
@@ -93,14 +62,49 @@ def pack(masks: Sequence[LayerMask | None]) -> Packed:
     ]
 
 
-def unpack(packed: Packed) -> Masks:
-    """The masks that ``pack`` wrote, on the host."""
-    found: list[LayerMask | None] = []
-    for layer in packed:
-        if layer is None:
-            found.append(None)
-            continue
-        width, text = int(layer[0]), base64.b64decode(str(layer[1]))
-        bits = np.unpackbits(np.frombuffer(text, dtype=np.uint8), count=width)
-        found.append(LayerMask(torch.from_numpy(bits.copy()).nonzero().flatten(), width))
-    return tuple(found)
+def kept_flags(layer: list[int | str]) -> Tensor:
+    """Which neurons of a packed layer are kept, [I] bool."""
+    width, text = int(layer[0]), base64.b64decode(str(layer[1]))
+    bits = np.unpackbits(np.frombuffer(text, dtype=np.uint8), count=width)
+    return torch.from_numpy(bits.astype(bool))
+
+
+def count_masks(parts: Iterable[Part]) -> tuple[tuple[Tensor, ...], int]:
+    """Per layer how many masks kept each neuron ([I] int32; empty: never masked); and how many."""
+    counts: list[Tensor] = []
+    total = 0
+    for packed in (packed for part in parts for packed in part["masks"]):
+        counts = counts or [torch.zeros(0, dtype=torch.int32) for _ in packed]
+        total += 1
+        for index, layer in enumerate(packed):
+            if layer is not None:
+                flags = kept_flags(layer).int()
+                counts[index] = counts[index] + flags if len(counts[index]) else flags
+    return tuple(counts), total
+
+
+def tensors(counts: Sequence[Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """Named for a safetensors file: ``<prefix>layer<l>.kept``."""
+    return {f"{prefix}layer{i}.kept": c for i, c in enumerate(counts) if len(c)}
+
+
+def merge_accounting(run: Run | None, parts: Iterable[Part]) -> dict[str, Any] | None:
+    """The reports of all parts as one, without ``sequences``; None for the untouched model."""
+    if run is None:
+        return None
+    parts = list(parts)
+    reports = [part["report"] for part in parts if part["report"]]
+    run.reset()
+    merged = merge_reports(reports) if reports else run.report().to_dict()
+    merged = dict(add_dense(merged, sum(part.get("dense_tokens", 0) for part in parts)))
+    merged.pop("sequences")
+    return merged
+
+
+def finished_part(parts: UnitStore, key: str, make: Callable[[], Part]) -> Part:
+    """What is kept under ``key``, or what ``make`` gives, which is then kept."""
+    part: Part | None = parts.part(key)
+    if part is None:
+        part = make()
+        parts.save_part(key, part)
+    return part

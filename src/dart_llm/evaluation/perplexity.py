@@ -1,11 +1,9 @@
-"""Losses of windows under each protocol; perplexity as a Measurement.
-
-Losses of one slice or window under each protocol (docs/method.md, "Evaluation").
+"""Losses of windows under each protocol; perplexity as a measurement.
 
 ``decode``: the first P - 1 tokens of a slice are the prompt (dense, observed); token P and the
-C - 1 that follow run as decode tokens through the live tracer, so all C predictions are pruned.
-``full``, ``published`` and ``standard``: masks from a dense pass over the P prompt tokens, over the
-whole slice, or over the text before the window, applied to every position of it.
+C - 1 that follow run as decode tokens, so all C predictions are pruned.  ``full``, ``published``
+and ``standard``: masks from a dense pass over the P prompt tokens, over the whole slice, or over
+the text before the window, applied to every position of it (docs/method.md, "Evaluation").
 """
 
 from __future__ import annotations
@@ -14,8 +12,9 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -24,19 +23,23 @@ from torch.nn import functional as F
 
 from dart_llm.data import documents
 from dart_llm.errors import ConfigError, DartError
-from dart_llm.evaluation.likelihood import CHUNK, SHORT
-from dart_llm.evaluation.masks_seen import MaskCounts, Taken, unpack
+from dart_llm.evaluation.forced_decoding import feed
+from dart_llm.evaluation.likelihood import SHORT
+from dart_llm.evaluation.masks_seen import (
+    Part,
+    TakenMasks,
+    count_masks,
+    finished_part,
+    merge_accounting,
+)
 from dart_llm.evaluation.measurement import LEAK, Measurement, MeasureOptions
 from dart_llm.evaluation.windows import STANDARD, Window, cut, slice_windows
 from dart_llm.models.describe import context_length
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.pruning.records import RunReport, add_dense, merge_reports, slim
+from dart_llm.pruning.records import RunReport, slim
 from dart_llm.pruning.sequence import Phase
 from dart_llm.session.prepare import PreparedMethod, UnitStore
 from dart_llm.session.run import Run
-
-DRAWS = 2000
-"""Bootstrap samples of an interval."""
 
 
 @dataclass(frozen=True)
@@ -119,22 +122,33 @@ def score_window(
 
 def _score(model: Any, run: Run | None, window: Window, protocol: str, prompt: Any) -> WindowLosses:
     ids = window.ids[None].to(model.device)
+    begin, cache = 0, None
     if protocol == "decode":
         begin, cache = window.first - 1, prompt
         if cache is None:
             cache = model(ids[:, :begin], use_cache=True, logits_to_keep=1).cache
-    else:
-        begin, cache = 0, None
-        if run is not None:
-            _choose_masks(model, run, window, protocol)
-    losses, pruned = _feed(model, run, ids, window.first, begin, cache)
-    bad = (~losses.isfinite()).nonzero().flatten().tolist()
+    elif run is not None:
+        _choose_masks(model, run, window, protocol)
+    targets = ids[0, begin + 1 :]
+    losses: list[Tensor] = []
+    pruned: list[bool] = []
+
+    def take(start: int, logits: Tensor) -> None:
+        count = logits.shape[1]
+        expected = targets[start : start + count]
+        losses.append(F.cross_entropy(logits[0].float(), expected, reduction="none"))
+        pruned.extend([run is not None and run.phase == Phase.PRUNED] * count)
+
+    first = window.first - 1 - begin
+    feed(model, run, ids[:, begin:-1], cache, take, first=first, cached=begin)
+    joined = torch.cat(losses)
+    bad = (~joined.isfinite()).nonzero().flatten().tolist()
     if bad:
         raise DartError(
             f"the loss of its token {window.first + bad[0]} is the first that is not finite "
-            f"({float(losses[bad[0]])}): the model overflows; try dtype float32"
+            f"({float(joined[bad[0]])}): the model overflows; try dtype float32"
         )
-    return WindowLosses(tuple(losses.tolist()), tuple(pruned))
+    return WindowLosses(tuple(joined.tolist()), tuple(pruned))
 
 
 def _choose_masks(model: Any, run: Run, window: Window, protocol: str) -> None:
@@ -154,71 +168,11 @@ def _choose_masks(model: Any, run: Run, window: Window, protocol: str) -> None:
     run.hold(masks)
 
 
-def _feed(
-    model: Any, run: Run | None, ids: Tensor, first: int, begin: int, cache: Any
-) -> tuple[Tensor, list[bool]]:
-    """Feed ``ids`` ([1, n]) from ``begin`` on, whose past lies in ``cache``, as decode tokens.
-
-    Returns the losses of the tokens from ``first`` on, [n - first] float32, and whether each ran
-    pruned.  A chunk ends where the masks can change, and its logits are gone before the next one.
-    """
-    losses: list[Tensor] = []
-    pruned: list[bool] = []
-    end = ids.shape[1] - 1
-    while begin < end:
-        size = min(CHUNK, end - begin)
-        if run is not None:
-            bound = run.tokens_until_change() if begin else run.config.release_step
-            size = min(size, bound or size)
-        stop = begin + size
-        targets = ids[0, max(begin + 1, first) : stop + 1]
-        found, cache = _chunk(model, run, ids[:, begin:stop], cache, targets)
-        losses.append(found)
-        pruned += [run is not None and run.phase == Phase.PRUNED] * len(targets)
-        begin = stop
-    return torch.cat(losses), pruned
-
-
-def _chunk(
-    model: Any, run: Run | None, ids: Tensor, cache: Any, targets: Tensor
-) -> tuple[Tensor, Any]:
-    """One decode forward.  Losses of ``targets`` ([m]), which its last m positions predict."""
-    given: dict[str, Any] = {} if cache is None else {"cache": cache}
-    given.update(use_cache=True, logits_to_keep=max(1, len(targets)))
-    if run is None:
-        output = model(ids, **given)
-    else:
-        with run.decoding(prompt=cache is None):
-            output = model(ids, **given)
-    logits = output.logits[0, : len(targets)].float()
-    return F.cross_entropy(logits, targets, reduction="none"), output.cache
-
-
-def ratio_interval(pruned: Scored, dense: Scored) -> tuple[float, float] | None:
-    """95 % bootstrap interval over slices of ``perplexity(pruned) / perplexity(dense)``.
-
-    Slices count by their tokens.  None with fewer than two, which say nothing of the spread.
-    """
-    import numpy as np
-
-    pairs = list(zip(pruned.losses, dense.losses, strict=True))
-    if len(pairs) < 2:
-        return None
-    gaps = np.array([sum(a) - sum(b) for a, b in pairs])
-    sizes = np.array([len(a) for a, _ in pairs])
-    draws = np.random.default_rng(0).integers(0, len(gaps), (DRAWS, len(gaps)))
-    ratios = gaps[draws].sum(1) / sizes[draws].sum(1)
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return float(math.exp(min(700.0, low))), float(math.exp(min(700.0, high)))
-
-
 # One scored window as a JSON-able part: losses, which tokens ran pruned, accounting and masks.
 
 
 DIGITS = 6
 """Decimals of a kept loss (nats); every number of a measurement is computed from kept losses."""
-
-Part = Mapping[str, Any]
 
 
 def score_part(candidate: PreparedMethod, run: Run | None, window: Window, protocol: str) -> Part:
@@ -229,7 +183,7 @@ def score_part(candidate: PreparedMethod, run: Run | None, window: Window, proto
     asked = run.asks_for_pruning
     if protocol == STANDARD and is_first(window):
         return {**_part(candidate, None, window, protocol), "dense_tokens": len(window.ids) - 1}
-    run.on_masks = taken = Taken()
+    run.on_masks = taken = TakenMasks()
     with run:
         part = _part(candidate, run, window, protocol)
         report = slim(run.report().to_dict())
@@ -239,8 +193,8 @@ def score_part(candidate: PreparedMethod, run: Run | None, window: Window, proto
             "dense, so this would measure the untouched model; give more prompt or scored "
             "tokens, or a smaller --min-evidence or --masking-step"
         )
-    found = {**part, "report": report, "masks": taken.packed}
-    return json.loads(json.dumps(found))  # type: ignore[no-any-return]  # as a resumed run reads it
+    whole = {**part, "report": report, "masks": taken.packed}
+    return json.loads(json.dumps(whole))  # type: ignore[no-any-return]  # as a resumed run reads it
 
 
 def is_first(window: Window) -> bool:
@@ -251,10 +205,10 @@ def is_first(window: Window) -> bool:
 def _part(
     candidate: PreparedMethod, run: Run | None, window: Window, protocol: str
 ) -> dict[str, Any]:
-    found = score_window(candidate.model, run, window, protocol)
-    runs = [[flag, len(list(same))] for flag, same in itertools.groupby(found.pruned)]
+    scored = score_window(candidate.model, run, window, protocol)
+    runs = [[flag, len(list(same))] for flag, same in itertools.groupby(scored.pruned)]
     return {
-        "losses": [round(loss, DIGITS) for loss in found.losses],
+        "losses": [round(loss, DIGITS) for loss in scored.losses],
         "pruned": runs,
         "report": None,
         "dense_tokens": 0,
@@ -285,9 +239,6 @@ def part_key(candidate: PreparedMethod, name: str, protocol: str, window: Window
 # Perplexity as a measurement: one method on one text, resumable window by window.
 
 
-Score = Callable[[PreparedMethod, Run | None, Window, str], Part]
-
-
 def measure(
     candidate: PreparedMethod,
     name: str,
@@ -295,7 +246,7 @@ def measure(
     parts: UnitStore,
     advance: Callable[[int], None],
 ) -> Measurement:
-    """Perplexity on the text called ``name`` (``ppl_texts.read``); see ``measure_text``."""
+    """Perplexity on the text called ``name`` (``documents.read``); see ``measure_text``."""
     return measure_text(candidate, name, documents.read(name), options, parts, advance)
 
 
@@ -321,8 +272,12 @@ def count(name: str, options: MeasureOptions, tokenizer: Any, longest: int | Non
     return len(cut(_ids(tokenizer, documents.read(name)), options, longest)[0])
 
 
+@lru_cache(maxsize=2)
 def _ids(tokenizer: Any, text: str) -> Tensor:
-    """[T]; special tokens as the tokenizer adds them."""
+    """[T]; special tokens as the tokenizer adds them.
+
+    Remembered, so that a text that is counted and then measured is tokenised once.
+    """
     ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     return ids
 
@@ -335,38 +290,30 @@ def measure_windows(
     parts: UnitStore,
     advance: Callable[[int], None],
     notes: Sequence[str] = (),
-    score: Score = score_part,
 ) -> Measurement:
     """Score all windows, keeping each as a part; ``name``: what the text is called."""
     run = candidate.run(likelihood=protocol != "decode")
     if protocol == STANDARD and run is not None and run.asks_for_pruning:
         _check_any_pruned(candidate, windows)
-    found: list[Part] = []
+    scored: list[Part] = []
     for window in windows:
         key = part_key(candidate, name, protocol, window)
-        part = parts.part(key)
-        if part is None:
-            part = score(candidate, run, window, protocol)
-            parts.save_part(key, part)
-        found.append(part)
+        make = partial(score_part, candidate, run, window, protocol)
+        scored.append(finished_part(parts, key, make))
         advance(1)
-    items = tuple(_item(window, part) for window, part in zip(windows, found, strict=True))
-    counts = MaskCounts()
-    for part in found:
-        for packed in part["masks"]:
-            counts(unpack(packed))
+    counts, masks = count_masks(scored)
     return Measurement(
         task=f"perplexity:{name}",
         protocol=protocol,
         metric="perplexity",
         higher_is_better=False,
-        metrics=_metrics(found),
-        items=items,
-        accounting=None if run is None else _accounting(run, found),
-        samples=tuple(_sample(window, part) for window, part in zip(windows, found, strict=True)),
-        notes=(*candidate.notes, *notes, *_notes(run, protocol, found)),
-        counts=counts.counts,
-        masks=counts.masks,
+        metrics=_metrics(scored),
+        items=tuple(map(_item, windows, scored)),
+        accounting=merge_accounting(run, scored),
+        samples=tuple(map(_sample, windows, scored)),
+        notes=(*candidate.notes, *notes, *_notes(run, protocol, scored)),
+        counts=counts,
+        masks=masks,
     )
 
 
@@ -416,15 +363,6 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def _accounting(run: Run, parts: Iterable[Part]) -> dict[str, Any]:
-    reports = [part["report"] for part in parts if part["report"]]
-    run.reset()
-    merged = merge_reports(reports) if reports else run.report().to_dict()
-    merged = dict(add_dense(merged, sum(part["dense_tokens"] for part in parts)))
-    merged.pop("sequences")
-    return merged
-
-
 def _notes(run: Run | None, protocol: str, parts: Sequence[Part]) -> list[str]:
     if run is None:
         return []
@@ -439,11 +377,6 @@ def _notes(run: Run | None, protocol: str, parts: Sequence[Part]) -> list[str]:
 
 
 # Perplexity of several methods on the same slices: the document in perplexity.json.
-
-
-PROTOCOL = "decode"
-
-_score_one = score_part
 
 
 @dataclass(frozen=True)
@@ -464,19 +397,31 @@ def score_row(
     advance: Callable[[int], None],
 ) -> Row:
     """Score all slices ([P + C] each), keeping each as a finished part of the folder."""
-    cut = [Window(ids, prompt, number) for number, ids in enumerate(windows)]
-    found = measure_windows(candidate, text, cut, PROTOCOL, folder, advance, score=_score_one)
-    return Row(candidate.label, candidate.config, found)
+    slices = [Window(ids, prompt, number) for number, ids in enumerate(windows)]
+    measurement = measure_windows(candidate, text, slices, "decode", folder, advance)
+    return Row(candidate.label, candidate.config, measurement)
 
 
-def rows_to_dict(rows: Sequence[Row], text: str, prompt: int, scored: int) -> dict[str, Any]:
+Losses = Sequence[Sequence[float]]
+"""Of the scored tokens of every slice, nats."""
+
+Interval = Callable[[Losses, Losses], tuple[float, float] | None]
+"""The interval of the ratio of two perplexities."""
+
+
+def rows_to_dict(
+    rows: Sequence[Row], text: str, prompt: int, scored: int, interval: Interval
+) -> dict[str, Any]:
     """The document of one text in perplexity.json; the first row is dense."""
-    found = [(row.label, row.measurement) for row in rows]
-    return document(found, text, {"prompt_tokens": prompt, "scored_tokens": scored})
+    measured = [(row.label, row.measurement) for row in rows]
+    return document(measured, text, {"prompt_tokens": prompt, "scored_tokens": scored}, interval)
 
 
 def document(
-    rows: Sequence[tuple[str, Measurement]], text: str, shape: Mapping[str, int]
+    rows: Sequence[tuple[str, Measurement]],
+    text: str,
+    shape: Mapping[str, int],
+    interval: Interval = lambda losses, base: None,
 ) -> dict[str, Any]:
     """Labelled measurements of the same windows as one document; the first is dense.
 
@@ -488,41 +433,43 @@ def document(
         "text": text,
         "slices": len(dense.items),
         **shape,
-        "rows": [_row(label, measurement, dense) for label, measurement in rows],
-        "losses": {label: [s["losses"] for s in found.samples] for label, found in rows},
+        "rows": [_row(label, measurement, dense, interval) for label, measurement in rows],
+        "losses": {label: [s["losses"] for s in measured.samples] for label, measured in rows},
     }
 
 
-def _row(label: str, found: Measurement, dense: Measurement) -> dict[str, Any]:
+def _row(
+    label: str, measured: Measurement, dense: Measurement, interval: Interval
+) -> dict[str, Any]:
     """One row; ``..._pruned_tokens`` speaks of the tokens that ran pruned, dense over the same."""
-    report, own, base = found.accounting, _scored(found), _scored(dense)
+    report, scored, base = measured.accounting, _scored(measured), _scored(dense)
     return {
         "method": report["method"] if report else label,
         "label": label,
         "sparsity": report["requested_sparsity"] if report else 0.0,
-        "perplexity": own.perplexity,
-        "mean_loss": own.mean_loss,
-        "ratio_to_dense": own.perplexity / base.perplexity,
-        "interval": None if found is dense else ratio_interval(own, base),
-        "tokens": found.metrics["tokens"],
-        "pruned_tokens": found.metrics["pruned_tokens"],
-        "perplexity_pruned_tokens": found.metrics.get("perplexity_pruned_tokens"),
-        "dense_perplexity_pruned_tokens": dense_where_pruned(found, dense),
+        "perplexity": scored.perplexity,
+        "mean_loss": scored.mean_loss,
+        "ratio_to_dense": scored.perplexity / base.perplexity,
+        "interval": None if measured is dense else interval(scored.losses, base.losses),
+        "tokens": measured.metrics["tokens"],
+        "pruned_tokens": measured.metrics["pruned_tokens"],
+        "perplexity_pruned_tokens": measured.metrics.get("perplexity_pruned_tokens"),
+        "dense_perplexity_pruned_tokens": dense_where_pruned(measured, dense),
         "accounting": report,
-        "notes": list(found.notes),
+        "notes": list(measured.notes),
     }
 
 
-def _scored(found: Measurement) -> Scored:
-    return Scored(tuple(tuple(sample["losses"]) for sample in found.samples), None)
+def _scored(measured: Measurement) -> Scored:
+    return Scored(tuple(tuple(sample["losses"]) for sample in measured.samples), None)
 
 
-def dense_where_pruned(found: Measurement, dense: Measurement) -> float | None:
-    """Perplexity of ``dense`` over the tokens that ran pruned in ``found``; None of nothing."""
+def dense_where_pruned(measured: Measurement, dense: Measurement) -> float | None:
+    """Perplexity of ``dense`` over the tokens that ran pruned in ``measured``; None of nothing."""
     losses = [
         loss
-        for own, base in zip(found.samples, dense.samples, strict=True)
-        for loss, pruned in zip(base["losses"], ran_pruned(own), strict=True)
+        for sample, base in zip(measured.samples, dense.samples, strict=True)
+        for loss, pruned in zip(base["losses"], ran_pruned(sample), strict=True)
         if pruned
     ]
     return perplexity(sum(losses) / len(losses)) if losses else None

@@ -1,6 +1,8 @@
-"""Summaries and their ROUGE; prompts cut to fit.
+"""Summaries of documents and their ROUGE; prompts cut to fit (docs/method.md, "Evaluation").
 
-One document becomes one finished part: the summary, its scores and its accounting.
+One document at a time, greedy, to the end of the sequence or ``max_output`` tokens.  Under
+``decode`` the prompt is dense and observed and the summary runs pruned; under ``full`` the masks
+come from a dense pass over the prompt and are then applied to the prompt too.
 """
 
 from __future__ import annotations
@@ -8,21 +10,29 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from dart_llm.data.prompts import chat_text, check_chat_template
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.evaluation import text_metrics
-from dart_llm.evaluation.masks_seen import MaskCounts, Taken, unpack
+from dart_llm.evaluation.masks_seen import (
+    Part,
+    TakenMasks,
+    count_masks,
+    finished_part,
+    merge_accounting,
+)
 from dart_llm.evaluation.measurement import PROTOCOLS, Measurement, MeasureOptions, mean
 from dart_llm.files import finite
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.describe import context_length
-from dart_llm.pruning.records import RunReport, merge_reports, slim
+from dart_llm.pruning.records import RunReport, slim
 from dart_llm.session.generation import CheckedModel, Generation, generate, text_ends
 from dart_llm.session.prepare import PreparedMethod, UnitStore
 from dart_llm.session.run import Run
@@ -31,11 +41,8 @@ if TYPE_CHECKING:
     from dart_llm.data.documents import Document
 
 
-# The prompt that asks for a summary, made to fit the model's context.
-#
-# Only the document is ever shortened, from its end: the instruction before it, the cue after it
-# and the chat template around all of it stay whole.
-
+# The prompt, of which only the document is ever shortened, from its end: the instruction before
+# it, the cue after it and the chat template around all of it stay whole.
 
 INSTRUCTION = "Summarize the following text in one or two sentences."
 
@@ -59,17 +66,6 @@ class Prompt:
     chat: bool
 
 
-def build(
-    tokenizer: Any,
-    document: str,
-    context_length: int | None,
-    max_output: int,
-    chat: bool | None = None,
-) -> list[int]:
-    """The token ids of ``fit``."""
-    return fit(tokenizer, document, context_length, max_output, chat).ids
-
-
 def fit(
     tokenizer: Any,
     document: str,
@@ -86,12 +82,9 @@ def fit(
     Raises ``ConfigError`` when no word of the document fits beside the instruction, and when
     ``chat`` is asked for without a template.
     """
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    if chat and not has_template:
-        raise ConfigError(
-            "this model's tokenizer has no chat template: give --no-apply-chat-template"
-        )
-    chat = has_template if chat is None else chat
+    if chat:
+        check_chat_template(tokenizer, "give --no-apply-chat-template")
+    chat = bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat
     document = document.strip()
 
     def encode(text: str) -> list[int]:
@@ -113,14 +106,8 @@ def fit(
 
 def _encode(tokenizer: Any, document: str, chat: bool) -> list[int]:
     text = f"{INSTRUCTION}\n\n{document}\n\n{CUE}"
-    if chat:
-        message = {"role": "user", "content": text}
-        text = tokenizer.apply_chat_template(
-            [message],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=False,  # read by templates of models that would reason aloud first
-        )
+    if chat:  # templates of models that would reason aloud first read enable_thinking
+        text = chat_text(tokenizer, [{"role": "user", "content": text}], enable_thinking=False)
     ids = tokenizer(text, add_special_tokens=not chat, verbose=False).input_ids
     return [int(token) for token in ids]
 
@@ -146,13 +133,6 @@ def _boundary(text: str, length: int) -> int:
     return length
 
 
-Part = Mapping[str, Any]
-"""``scores``, ``sample``, ``report``, ``unpruned`` and ``masks`` (packed); all JSON-able.
-
-Text and number of tokens leave out the token that ends the sequence.
-"""
-
-
 @dataclass
 class Summarizer:
     """One candidate at work; ``run``: its run, not attached, or None for the untouched model."""
@@ -173,12 +153,15 @@ class Summarizer:
         return f"summarize/{self.candidate.label}/{options.protocol}/{options.max_output}/{digest}"
 
     def summarize(self, document: Document, prompt: Prompt) -> Part:
-        """The part of one document, as it would be read back from a file.
+        """The part of one document, as it would be read back from a file: ``scores``, ``sample``,
+        ``report``, ``unpruned`` and ``masks``.
+
+        Text and number of tokens leave out the token that ends the sequence.
 
         Raises ``ConfigError`` when it should have been pruned and ran dense, ``DartError`` when a
         logit is not finite.
         """
-        taken = Taken()
+        taken = TakenMasks()
         model = CheckedModel(self.candidate.model, self.ends, f"document {document.id}")
         made, report = self._generate(model, torch.tensor([prompt.ids]), taken)
         ended = bool(made.token_ids) and made.token_ids[-1] in self.ends
@@ -202,7 +185,7 @@ class Summarizer:
         return dict(json.loads(json.dumps(finite(part))))
 
     def _generate(
-        self, model: CheckedModel, ids: Tensor, taken: Taken
+        self, model: CheckedModel, ids: Tensor, taken: TakenMasks
     ) -> tuple[Generation, RunReport | None]:
         run = self.run
         if run is None:
@@ -260,13 +243,6 @@ def _identity(candidate: PreparedMethod) -> str:
     return total.hexdigest()
 
 
-# Summaries of documents and their ROUGE (docs/method.md, "Evaluation").
-#
-# One document at a time, greedy, to the end of the sequence or ``max_output`` tokens.  Under
-# ``decode`` the prompt is dense and observed and the summary runs pruned; under ``full`` the masks
-# come from a dense pass over the prompt and are then applied to the prompt too.
-
-
 HEADLINE = "rougeL"
 
 
@@ -295,11 +271,11 @@ def measure(
         raise ConfigError("a summary needs at least 1 token: give --max-output 1 or more")
     documents = _documents(name, options)
     summarizer = Summarizer(candidate, options, candidate.run())
-    found = []
+    finished = []
     for document in documents:
-        found.append(_part(summarizer, document, parts))
+        finished.append(_part(summarizer, document, parts))
         advance(1)
-    return _measurement(candidate, f"summarize:{name}", options, documents, found)
+    return _measurement(summarizer, f"summarize:{name}", documents, finished)
 
 
 def _documents(name: str, options: MeasureOptions) -> list[Document]:
@@ -319,30 +295,19 @@ def _part(summarizer: Summarizer, document: Document, parts: UnitStore) -> Part:
         options.apply_chat_template,
     )
     key = summarizer.key(prompt.ids, document.summary)
-    part: Part | None = parts.part(key)
-    if part is None:
-        part = summarizer.summarize(document, prompt)
-        parts.save_part(key, part)
-    return part
+    return finished_part(parts, key, partial(summarizer.summarize, document, prompt))
 
 
 def _measurement(
-    candidate: PreparedMethod,
+    summarizer: Summarizer,
     task: str,
-    options: MeasureOptions,
     documents: Sequence[Document],
     parts: Sequence[Part],
 ) -> Measurement:
+    candidate, options = summarizer.candidate, summarizer.options
     pairs = list(zip(documents, parts, strict=True))
     items = tuple({"id": document.id, **part["scores"]} for document, part in pairs)
-    reports = [part["report"] for part in parts if part["report"]]
-    accounting = merge_reports(reports) if reports else None
-    if accounting:
-        accounting.pop("sequences")
-    counts = MaskCounts()
-    for part in parts:
-        for packed in part["masks"]:
-            counts(unpack(packed))
+    counts, masks = count_masks(parts)
     return Measurement(
         task=task,
         protocol=options.protocol,
@@ -350,11 +315,11 @@ def _measurement(
         higher_is_better=True,
         metrics={name: mean([item[name] for item in items]) for name in text_metrics.METRICS},
         items=items,
-        accounting=accounting,
+        accounting=merge_accounting(summarizer.run, parts),
         samples=tuple({"id": document.id, **part["sample"]} for document, part in pairs),
         notes=(*candidate.notes, *_notes(options, parts)),
-        counts=counts.counts,
-        masks=counts.masks,
+        counts=counts,
+        masks=masks,
     )
 
 

@@ -1,27 +1,22 @@
-"""ROUGE, BLEU, BERTScore, sentence coverage of a text against a reference.
+"""A text against a reference in numbers: ROUGE, BLEU, BERTScore, embeddings, sentences.
 
-BERTScore of a text against a reference; the only file that imports ``bert_score``.
-
-Every token of one text is matched with the most similar token of the other, by the cosine of their
-contextual embeddings (Zhang et al., "BERTScore: Evaluating Text Generation with BERT", 2020).
-Tokens weigh the same: there is no IDF, so the score of a pair depends on that pair alone.  There is
-no rescaling either: unrelated texts are far above 0, and only differences between methods speak.
-
-A text beyond the encoder's window is embedded window by window (``text_windows``), and the tokens
-of all windows together are then matched with all tokens of the other text: no window is compared
-with whichever window happens to have its number.
+Every number is on the same scale: 1 for equal texts, larger is closer.  Degenerate texts have
+defined values.  Where one text is empty (white space alone) and the other is not, every number
+is 0, for nothing of the reference is there; where both are empty, every number is None, for
+there is nothing to compare.  ``sentence_order`` is None with fewer than two matched sentences,
+and a ROUGE is None when the reference has no such n-gram (ROUGE-2 of one word, a text without a
+letter a-z).  The only file that imports ``bert_score``, ``sacrebleu`` and ``rouge_score``.
 """
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -31,28 +26,36 @@ from dart_llm.evaluation.encoders import (
     Embedder,
     EncoderSource,
     cosine,
+    count_tokens,
     find_encoder,
     load_embedder,
     sentences,
     unit,
-    windows,
 )
 from dart_llm.hub import bars, plain
 from dart_llm.models import bundled
 from dart_llm.models.bundled import FetchProgress
 from dart_llm.models.devices import memory_failure, parse_device
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
+def _package(module: str, name: str, extra: str = "drift") -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise MissingExtra(name, extra) from error
+
+
+# BERTScore (Zhang et al., "BERTScore: Evaluating Text Generation with BERT", 2020).
+#
+# Every token of one text is matched with the most similar token of the other, by the cosine of
+# their contextual embeddings.  Tokens weigh the same: there is no IDF, so the score of a pair
+# depends on that pair alone.  There is no rescaling either: unrelated texts are far above 0, and
+# only differences between methods speak.  What lies beyond the encoder's window is not compared.
 
 LAYERS = {bundled.ENCODER_NAME: 5, bundled.ENCODER_HUB_ID: 5}
 """Layers below the embeddings used, for encoders that bert-score has no number for.  MiniLM: 5 of
 its 6, the share of the depth that bert-score uses for the encoders that were trained on sentence
 similarity (sup-simcse-bert-base: 10 of 12)."""
-
-BATCH = 16
-"""Windows that are embedded together."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,9 @@ class BertScore:
 
 @dataclass(frozen=True)
 class BertScorer:
-    """A loaded encoder, cut off after ``layers`` layers.  ``window``: text tokens that fit it."""
+    """bert-score's scorer on the first ``layers`` layers; ``window``: text tokens that it reads."""
 
-    model: nn.Module
+    scorer: Any
     tokenizer: Any
     source: EncoderSource
     layers: int
@@ -80,38 +83,12 @@ class BertScorer:
         return f"{self.source.label}, layer {self.layers}, no IDF, not rescaled"
 
     def score(self, candidate: str, reference: str) -> BertScore:
-        """BERTScore, each number at most 1; all 0 when a text holds no token.
-
-        Raises ``MissingExtra`` without the bert-score package.
-        """
-        if not (self.count(candidate) and self.count(reference)):
+        """BERTScore, each number at most 1; all 0 when a text holds no token."""
+        if not all(count_tokens(self.tokenizer, text) for text in (candidate, reference)):
             return BertScore(0.0, 0.0, 0.0)
-        found = _library().greedy_cos_idf(*self._embed(reference), *self._embed(candidate))
-        precision, recall, f1 = (min(1.0, float(value)) for value in found)
+        values = self.scorer.score([candidate], [reference])
+        precision, recall, f1 = (min(1.0, float(value)) for value in values)
         return BertScore(precision, recall, f1)
-
-    def count(self, text: str) -> int:
-        """Tokens of ``text``, without those that the model adds at its ends."""
-        found = self.tokenizer(
-            text, add_special_tokens=False, truncation=False, padding=False, verbose=False
-        )
-        return len(found["input_ids"])
-
-    def _embed(self, text: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings [1, tokens, D], mask [1, tokens] and weights [1, tokens] of all windows."""
-        weights: defaultdict[int | None, float] = defaultdict(lambda: 1.0)
-        weights[self.tokenizer.cls_token_id] = weights[self.tokenizer.sep_token_id] = 0.0
-        embeddings, mask, weight = _library().get_bert_embedding(
-            windows(text, self.count, self.window),
-            self.model,
-            self.tokenizer,
-            weights,
-            batch_size=BATCH,
-            device=next(self.model.parameters()).device,
-        )
-        real = mask.bool().cpu()
-        joined: Tensor = embeddings.float().cpu()[real]
-        return joined[None], real[real][None], weight.cpu()[real][None]
 
 
 def load_bertscore(
@@ -128,7 +105,8 @@ def load_bertscore(
     ``MissingExtra`` without bert-score, ``LoadError`` when the encoder cannot be had, read or cut,
     ``ConfigError`` for a number of layers that is missing or out of range.
     """
-    known: Mapping[str, int] = {**_library().model2layers, **LAYERS}
+    package = _package("bert_score", "bert-score")
+    known: Mapping[str, int] = {**package.utils.model2layers, **LAYERS}
     source = find_encoder(name, owner=None, cache_dir=cache_dir, progress=progress)
     chosen = layers if layers is not None else known.get(source.name)
     if chosen is None:
@@ -137,72 +115,46 @@ def load_bertscore(
             "(about five sixths of them is usual)"
         )
     try:
-        model, tokenizer = _read(source, parse_device(device).first)
+        with bars(shown=False):
+            total, window, tokenizer = _read(source.folder)
+            if not 1 <= chosen <= total:
+                raise ConfigError(
+                    f"{source.name} has {total} layers: give BERTScore 1 to {total} of them, "
+                    f"not {chosen}"
+                )
+            scorer = package.BERTScorer(
+                model_type=str(source.folder),
+                num_layers=chosen,
+                use_fast_tokenizer=True,
+                device=parse_device(device).first,
+            )
+    except ConfigError:
+        raise
     except Exception as error:
         raise memory_failure(error, source.name, "float32") or LoadError(
             f"{source.name} could not be read as an encoder: {plain(error)}"
         ) from error
-    _cut(model, chosen, source.name)
-    window = _window(model, tokenizer)
-    return BertScorer(model, tokenizer, source, chosen, window)
+    scorer._model.float()
+    scorer._tokenizer.model_max_length = tokenizer.model_max_length
+    return BertScorer(scorer, tokenizer, source, chosen, window)
 
 
-def _library() -> Any:
-    try:
-        return import_module("bert_score.utils")
-    except ImportError as error:
-        raise MissingExtra("bert-score", "drift") from error
+def _read(folder: Path) -> tuple[int, int, Any]:
+    """An encoder's layers, the text tokens that fit it, and its tokenizer, told that limit."""
+    from transformers import AutoConfig, AutoTokenizer
 
-
-def _read(source: EncoderSource, device: str) -> tuple[nn.Module, Any]:
-    import torch
-    from transformers import AutoModel, AutoTokenizer
-
-    with bars(shown=False):
-        tokenizer = AutoTokenizer.from_pretrained(str(source.folder), local_files_only=True)
-        model = AutoModel.from_pretrained(
-            str(source.folder), dtype=torch.float32, local_files_only=True
-        )
-    model.to(device)
-    model.train(False)
-    return model, tokenizer
-
-
-def _cut(model: nn.Module, layers: int, name: str) -> None:
-    """Drop the layers above the first ``layers``: the output is then theirs."""
-    from torch import nn
-
-    for part in (getattr(model, "encoder", None), getattr(model, "transformer", None)):
-        stack = getattr(part, "layer", None)
-        if part is None or not isinstance(stack, nn.ModuleList):
-            continue
-        if not 1 <= layers <= len(stack):
-            raise ConfigError(
-                f"{name} has {len(stack)} layers: give BERTScore 1 to {len(stack)} of them, "
-                f"not {layers}"
-            )
-        part.layer = stack[:layers]
-        return
-    raise LoadError(
-        f"{name} ({type(model).__name__}) is no encoder that BERTScore can use here: give one of "
-        "the kind of BERT, RoBERTa, DeBERTa, MPNet or DistilBERT"
-    )
-
-
-def _window(model: nn.Module, tokenizer: Any) -> int:
-    """Text tokens that fit the encoder; its tokenizer is told the limit where it knows none."""
-    positions = int(getattr(model.config, "max_position_embeddings", 512))
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    positions = int(getattr(config, "max_position_embeddings", 512))
     stated = int(tokenizer.model_max_length)
     tokenizer.model_max_length = min(stated, positions) if stated < 1_000_000 else positions - 2
-    return int(tokenizer.model_max_length) - int(tokenizer.num_special_tokens_to_add())
+    window = int(tokenizer.model_max_length) - int(tokenizer.num_special_tokens_to_add())
+    return int(config.num_hidden_layers), window, tokenizer
 
 
-# BLEU of a text against a reference; the only file that imports ``sacrebleu``.
-#
-# sacrebleu's score of one segment (Post, "A Call for Clarity in Reporting BLEU Scores", 2018),
-# divided by 100, so that it stands on the same scale as every other number here: 1 for equal
-# texts. The whole text is one segment, for the sentences of two generated texts do not correspond.
-# Orders of n-grams that the text is too short for are left out ("effective order").
+# BLEU: sacrebleu's score of one segment (Post, "A Call for Clarity in Reporting BLEU Scores",
+# 2018), divided by 100.  The whole text is one segment, for the sentences of two generated texts
+# do not correspond.  Orders of n-grams that the text is too short for are left out.
 
 
 def bleu_score(candidate: str, reference: str) -> float:
@@ -217,11 +169,7 @@ def bleu_score(candidate: str, reference: str) -> float:
 @cache
 def bleu_scorer() -> Any:
     """The package's scorer; call it before a long run, for it raises ``MissingExtra``."""
-    try:
-        module = import_module("sacrebleu.metrics")
-    except ImportError as error:
-        raise MissingExtra("sacrebleu", "drift") from error
-    return module.BLEU(effective_order=True)
+    return _package("sacrebleu.metrics", "sacrebleu").BLEU(effective_order=True)
 
 
 def signature() -> str:
@@ -235,13 +183,9 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-# ROUGE of a summary against its reference; the only file that imports ``rouge_score``.
-#
-# F-measures with Porter stemming, as published tables give them.  ROUGE-L takes a text as one
-# sequence; ROUGE-Lsum compares sentence by sentence, so both texts are split into sentences here,
-# by rules that need no download (``sentences``).  The package's tokenizer keeps the letters a-z
-# and digits only: texts in other alphabets score 0.
-
+# ROUGE: F-measures with Porter stemming, as published tables give them.  ROUGE-L takes a text as
+# one sequence; ROUGE-Lsum compares sentence by sentence, split by rules that need no download.  The
+# package's tokenizer keeps the letters a-z and digits only: other alphabets score 0.
 
 METRICS: tuple[str, ...] = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
@@ -256,12 +200,9 @@ def rouge_scores(prediction: str, reference: str) -> dict[str, float]:
 
 
 @cache
-def rouge_scorer() -> Any:
+def rouge_scorer(extra: str = "eval") -> Any:
     """The package's scorer; call it before a long run, for it raises ``MissingExtra``."""
-    try:
-        module = import_module("rouge_score.rouge_scorer")
-    except ImportError as error:
-        raise MissingExtra("rouge-score", "eval") from error
+    module = _package("rouge_score.rouge_scorer", "rouge-score", extra)
     return module.RougeScorer(list(METRICS), use_stemmer=True)
 
 
@@ -270,10 +211,8 @@ def as_lines(text: str) -> str:
     return "\n".join(sentences(text))
 
 
-# Which sentences of a reference a text holds, and in which order, by sentence embeddings.
-#
-# Sentences are split by the package's own rules (``rouge.sentences``).  With S the matrix of
-# cosines between the sentences of the reference (rows) and of the candidate (columns):
+# Which sentences of a reference a text holds, and in which order.  With S the matrix of cosines
+# between the sentences of the reference (rows) and of the candidate (columns):
 #
 # - *similarity*: the mean of the rows' largest and the columns' largest cosines, averaged over both
 #   directions, so that what is missing and what was added count alike;
@@ -282,11 +221,10 @@ def as_lines(text: str) -> str:
 #   of all pairs of matched sentences, the share that stands in the same order in both texts, which
 #   is (1 + Kendall's tau) / 2.  Fewer than two matched sentences have no order: None.
 
-
 THRESHOLD = 0.65
 """Cosine from which two sentences count as saying the same.  For all-MiniLM-L6-v2 it lies between
 six pairs of paraphrases (0.70 to 0.91) and six pairs that share a topic and say something else
-(0.15 to 0.61); tests/test_sentence_match.py holds them.  Another embedder may want another."""
+(0.15 to 0.61); a test holds them.  Another embedder may want another."""
 
 DIGITS = 6
 """Cosines that agree to as many digits are equal: then the nearer places are matched."""
@@ -359,14 +297,7 @@ def ordered_share(places: list[int]) -> float | None:
     return float(above / (len(places) * (len(places) - 1) / 2))
 
 
-# A text against a reference in numbers: ROUGE, BLEU, BERTScore, embeddings, sentences.
-#
-# Every number is on the same scale: 1 for equal texts, larger is closer.  Degenerate texts have
-# defined values.  Where one text is empty (white space alone) and the other is not, every number
-# is 0, for nothing of the reference is there; where both are empty, every number is None, for
-# there is nothing to compare.  ``sentence_order`` is None with fewer than two matched sentences,
-# and a ROUGE is None when the reference has no such n-gram (ROUGE-2 of one word, a text without a
-# letter a-z).
+# All numbers of a pair of texts.
 
 
 @dataclass(frozen=True)
@@ -432,7 +363,7 @@ class TextTools:
         return (
             "ROUGE: F-measures with Porter stemming, over the letters a-z and digits",
             f"BLEU: sacrebleu / 100, each text one segment, {signature()}",
-            f"BERTScore: F1 with {self.bert.label}",
+            f"BERTScore: F1 with {self.bert.label}; texts are cut at {self.bert.window} tokens",
             f"document and sentences: {self.embedder.source.label}{cut}",
             f"coverage and order: sentences match from a cosine of {self.threshold:g}",
         )
@@ -471,10 +402,7 @@ def load_tools(
     """
     if not 0 < threshold <= 1:
         raise ConfigError(f"sentences match from a cosine in (0, 1], not from {threshold:g}")
-    try:
-        rouge_scorer()
-    except MissingExtra as error:
-        raise MissingExtra("rouge-score", "drift") from error
+    rouge_scorer("drift")
     bleu_scorer()
     where: dict[str, Any] = {"device": "cpu", "cache_dir": cache_dir, "progress": progress}
     bert = load_bertscore(bertscore, bertscore_layers, **where)

@@ -1,14 +1,11 @@
-"""Quality against sparsity; metric by layer.
-
-Plots of a comparison: quality against achieved sparsity, one line per method.
-"""
+"""Plots of a comparison: quality against achieved sparsity, and the metric by layer."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dart_llm.experiments import comparison
 from dart_llm.experiments.comparison import DENSE, LayerCurve, Row
@@ -32,31 +29,118 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+T = TypeVar("T")
 
-def small_print(row: Row, more: str = "") -> str:
+MOST_PANELS = 6
+"""Tasks in one plot; what is more goes into further plots."""
+
+SIDEWAYS = 0.006
+"""Sparsity by which the marks of two methods at one place are moved apart."""
+
+FAR = 30.0
+"""Perplexities over this multiple of dense are named at the edge: the rest stays legible."""
+
+MOST_TICKS = 12
+"""Names of layer groups under an axis, at most."""
+
+
+def make(rows: Sequence[Row]) -> list[Plot]:
+    """Every plot that the rows allow."""
+    return [*make_comparison(rows), *make_layers(rows)]
+
+
+def make_comparison(rows: Sequence[Row]) -> list[Plot]:
+    """One plot per model, dtype and protocol and up to six tasks; none where nothing is a curve."""
+    whole = [row for row in rows if row.layers is None and row.value is not None]
+    tasks = [own for own in _grouped(whole, lambda row: row.group) if len(_placed(own)) > 1]
+    return [
+        _comparison_plot(own, f"quality{suffix}")
+        for own, suffix in _pages(tasks, lambda own: own[0])
+    ]
+
+
+def make_layers(rows: Sequence[Row]) -> list[Plot]:
+    """One plot per model, dtype and protocol, one panel per task; none without a layer sweep."""
+    curves = [curve for curve in comparison.curves(rows) if len(curve.rows) > 1]
+    tasks = _grouped(curves, lambda curve: curve.rows[0].group)
+    return [
+        _layers_plot(own, f"layers{suffix}")
+        for own, suffix in _pages(tasks, lambda own: own[0].rows[0])
+    ]
+
+
+def _grouped(members: Iterable[T], group: Callable[[T], Any]) -> list[list[T]]:
+    found: dict[Any, list[T]] = {}
+    for member in members:
+        found.setdefault(group(member), []).append(member)
+    return list(found.values())
+
+
+def _pages(tasks: Sequence[T], first: Callable[[T], Row]) -> list[tuple[list[T], str]]:
+    """The tasks of each plot, and what its name ends with; ``first``: a task's first row."""
+
+    def settings(task: T) -> tuple[Any, ...]:
+        row = first(task)
+        return row.model, row.dtype, row.protocol
+
+    pages = [
+        own[start : start + MOST_PANELS]
+        for own in _grouped(tasks, settings)
+        for start in range(0, len(own), MOST_PANELS)
+    ]
+    return [(page, f"_{number}" if number > 1 else "") for number, page in enumerate(pages, 1)]
+
+
+def _plot(
+    name: str,
+    title: str,
+    alt: str,
+    rows: Sequence[Row],
+    tasks: Sequence[T],
+    looks: Callable[[Palette], dict[str, Look]],
+    names: Sequence[str],
+    columns: tuple[int, int],
+    draw_task: Callable[[Axes, T, dict[str, Look]], None],
+    footnote: str = "",
+) -> Plot:
+    """One panel per task under a common legend of ``names``, in ``columns`` where there is little
+    room or enough; ``rows``: those that are drawn as points."""
+    first = rows[0]
+    leak = " (LEAK: the masks have seen the answers)" if first.protocol == "published" else ""
+    title = f"{title}: {first.model}, protocol {first.protocol or 'not known'}{leak}"
+
+    def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
+        wide = columns[not narrow]
+        above, *drawn = panels(figure, len(tasks), narrow, math.ceil((len(names) + 1) / wide))
+        for axes, task in zip(drawn, tasks, strict=True):
+            draw_task(axes, task, looks(palette))
+        key(above, drawn, wide)
+
+    small = _small_print(first, f"{_bars_words(rows)}{footnote}")
+    return Plot(name, title, alt, small, *heights(len(tasks), draw, len(names)))
+
+
+def _small_print(row: Row, more: str) -> str:
     """The checkpoint in one line: name, file quantisation, dtype, start of the checksum."""
-    known = row.checkpoint
-    parts = [row.model]
-    if known.get("file_quantisation"):
-        parts.append(f"file quantisation {known['file_quantisation']}")
-    if row.dtype:
-        parts.append(row.dtype)
-    if known.get("sha256"):
-        parts.append(f"sha256 {str(known['sha256'])[:12]}")
-    return " · ".join([*parts, *([more] if more else [])])
+    quantised, sha256 = row.checkpoint.get("file_quantisation"), row.checkpoint.get("sha256")
+    parts = (
+        row.model,
+        f"file quantisation {quantised}" if quantised else "",
+        row.dtype or "",
+        f"sha256 {str(sha256)[:12]}" if sha256 else "",
+        more,
+    )
+    return " · ".join(filter(None, parts))
 
 
-def leak_words(row: Row) -> str:
-    """What a title says of a protocol that has seen the answers."""
-    return " (LEAK: the masks have seen the answers)" if row.protocol == "published" else ""
+def _bars_words(rows: Sequence[Row]) -> str:
+    """What the bars of a plot are."""
+    if all(row.to_dense is not None for row in rows):
+        return "bars: 95 % bootstrap intervals of the difference to dense, paired by item"
+    return "bars: 95 % bootstrap intervals over items, paired with dense where it was measured"
 
 
-def dense_row(rows: Sequence[Row]) -> Row | None:
-    """The untouched model's row, if it was measured."""
-    return next((row for row in rows if row.method == DENSE and row.value is not None), None)
-
-
-def curve(
+def _draw_curve(
     axes: Axes, rows: Sequence[Row], x: Sequence[float], dense: Row | None, look: Look
 ) -> None:
     """Points with their intervals, joined by a line."""
@@ -82,20 +166,13 @@ def _ends(row: Row, value: float, dense: Row | None) -> tuple[float, float]:
     return (row.interval.low, row.interval.high) if row.interval else (value, value)
 
 
-def bars_words(rows: Sequence[Row]) -> str:
-    """What the bars of a plot are."""
-    if all(row.to_dense is not None for row in rows):
-        return "bars: 95 % bootstrap intervals of the difference to dense, paired by item"
-    return "bars: 95 % bootstrap intervals over items, paired with dense where it was measured"
-
-
-def dense_line(axes: Axes, dense: Row | None) -> None:
+def _dense_line(axes: Axes, dense: Row | None) -> None:
     """A dashed line across."""
     if dense is not None and dense.value is not None:
         axes.axhline(dense.value, color=INK, linestyle=DASHES, linewidth=1.4, label=DENSE)
 
 
-def metric_axis(axes: Axes, rows: Sequence[Row]) -> None:
+def _metric_axis(axes: Axes, rows: Sequence[Row]) -> None:
     """The metric's name and direction; a log axis for perplexities."""
     row = next((row for row in rows if row.method != DENSE), rows[0])
     better = "higher" if row.higher_is_better else "lower"
@@ -111,29 +188,7 @@ def metric_axis(axes: Axes, rows: Sequence[Row]) -> None:
         axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])  # a difference's bar may end below zero
 
 
-MOST_PANELS = 6
-"""Tasks in one plot; what is more goes into further plots."""
-
-SIDEWAYS = 0.006
-"""Sparsity by which the marks of two methods at one place are moved apart."""
-
-FAR = 30.0
-"""Perplexities over this multiple of dense are named at the edge: the rest stays legible."""
-
-
-def make_comparison(rows: Sequence[Row]) -> list[Plot]:
-    """One plot per model, dtype and protocol and up to six tasks; none where nothing is a curve."""
-    found: dict[tuple[Any, ...], dict[str, list[Row]]] = {}
-    for row in rows:
-        if row.status == "done" and row.layers is None and row.value is not None:
-            key = (row.model, row.dtype, row.protocol)
-            found.setdefault(key, {}).setdefault(row.task, []).append(row)
-    plots: list[Plot] = []
-    for tasks in found.values():
-        curves = [own for own in tasks.values() if len(_placed(own)) > 1]
-        for start in range(0, len(curves), MOST_PANELS):
-            plots.append(_comparison_plot(curves[start : start + MOST_PANELS], len(plots) + 1))
-    return plots
+# Quality against achieved sparsity, one line per method.
 
 
 def _placed(rows: Sequence[Row]) -> list[Row]:
@@ -141,48 +196,48 @@ def _placed(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.method != DENSE and row.achieved is not None]
 
 
-def _comparison_plot(curves: Sequence[Sequence[Row]], number: int) -> Plot:
-    first = curves[0][0]
-    methods = list(dict.fromkeys(row.method for own in curves for row in _placed(own)))
-    protocol = f"protocol {first.protocol or 'not known'}{leak_words(first)}"
-    title = f"Quality against achieved sparsity: {first.model}, {protocol}"
-    apart = "; marks at one place are moved sideways by up to 2 points" if len(methods) > 1 else ""
-    bars = bars_words([row for own in curves for row in _placed(own)])
-    small = small_print(first, f"{bars}{apart}")
-
-    def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
-        looks, columns = looks_of(methods, palette), 3 if narrow else 6
-        lines = math.ceil((len(methods) + 1) / columns)
-        above, *drawn = panels(figure, len(curves), narrow, lines)
-        for axes, own in zip(drawn, curves, strict=True):
-            _draw_comparison(axes, own, looks)
-        key(above, drawn, columns)
-
-    name = "quality" if number == 1 else f"quality_{number}"
-    return Plot(name, title, _alt(curves), small, *heights(len(curves), draw, len(methods)))
+def _comparison_plot(tasks: Sequence[Sequence[Row]], name: str) -> Plot:
+    placed = [row for own in tasks for row in _placed(own)]
+    methods = list(dict.fromkeys(row.method for row in placed))
+    return _plot(
+        name,
+        "Quality against achieved sparsity",
+        _alt(tasks),
+        placed,
+        tasks,
+        lambda palette: looks_of(methods, palette),
+        methods,
+        (3, 6),
+        _draw_comparison,
+        "; marks at one place are moved sideways by up to 2 points" if len(methods) > 1 else "",
+    )
 
 
 def _draw_comparison(axes: Axes, rows: Sequence[Row], looks: dict[str, Look]) -> None:
     placed = _placed(rows)
-    dense = dense_row(rows)
+    dense = _dense(rows)
     methods = list(dict.fromkeys(row.method for row in placed))
     spots: list[tuple[Row, float]] = []
     for place, method in enumerate(methods):
         own = sorted((r for r in placed if r.method == method), key=lambda r: r.achieved or 0.0)
         shift = SIDEWAYS * (place - (len(methods) - 1) / 2)
-        for seed in dict.fromkeys(row.seed for row in own):
-            line = [row for row in own if row.seed == seed]
+        for line in _grouped(own, lambda row: row.seed):
             x = [100 * ((row.achieved or 0.0) + shift) for row in line]
-            name = method if seed == own[0].seed else "_"
-            curve(axes, line, x, dense, {**looks[method], "label": name})
+            label = method if line[0] is own[0] else "_"
+            _draw_curve(axes, line, x, dense, {**looks[method], "label": label})
             spots += zip(line, x, strict=True)
-    dense_line(axes, dense)
-    metric_axis(axes, rows)
-    _far(axes, spots, dense)
+    _dense_line(axes, dense)
+    _metric_axis(axes, rows)
+    _name_far_points(axes, spots, dense)
     axes.set_xlabel("achieved sparsity (%)")
 
 
-def _far(axes: Axes, spots: Sequence[tuple[Row, float]], dense: Row | None) -> None:
+def _dense(rows: Sequence[Row]) -> Row | None:
+    """The untouched model's row, if it was measured."""
+    return next((row for row in rows if row.method == DENSE and row.value is not None), None)
+
+
+def _name_far_points(axes: Axes, spots: Sequence[tuple[Row, float]], dense: Row | None) -> None:
     """Cut a perplexity axis off where it would hide everything else, and say what lies beyond."""
     if dense is None or not dense.value or not dense.perplexity:
         return
@@ -210,66 +265,41 @@ def _far(axes: Axes, spots: Sequence[tuple[Row, float]], dense: Row | None) -> N
         )
 
 
-def _alt(curves: Sequence[Sequence[Row]]) -> str:
+def _alt(tasks: Sequence[Sequence[Row]]) -> str:
     parts = []
-    for own in curves:
-        points = ", ".join(
-            f"{row.label} {quantity(row.value, row.perplexity)} at {percent(row.achieved)}"
-            for row in _placed(own)
-        )
-        dense = next((row for row in own if row.method == DENSE), None)
-        line = f"dense {quantity(dense.value, dense.perplexity)}, " if dense else ""
-        parts.append(f"{own[0].task} ({own[0].metric}): {line}{points}")
+    for own in tasks:
+        points = [f"{row.label} {row.quantity} at {percent(row.achieved)}" for row in _placed(own)]
+        dense = _dense(own)
+        line = [f"dense {dense.quantity}"] if dense else []
+        parts.append(f"{own[0].task} ({own[0].metric}): {', '.join([*line, *points])}")
     return f"Lines: quality against achieved sparsity, by method. {'. '.join(parts)}."
 
 
-# Plot of a sweep over layers: the metric by the layer that was pruned, with the dense line.
+# The metric by the layer that was pruned, with the dense line.
 
 
-MOST_TICKS = 12
-"""Names of layer groups under an axis, at most."""
+def _layers_plot(tasks: Sequence[Sequence[LayerCurve]], name: str) -> Plot:
+    curves = [curve for own in tasks for curve in own]
+    names = list(dict.fromkeys(curve.name for curve in curves))
 
-
-def make_layers(rows: Sequence[Row]) -> list[Plot]:
-    """One plot per model, dtype and protocol, one panel per task; none without a layer sweep."""
-    found: dict[Any, dict[str, list[LayerCurve]]] = {}
-    for one in comparison.curves(rows):
-        first = one.rows[0]
-        if len(one.rows) > 1:
-            group = found.setdefault((first.model, first.dtype, first.protocol), {})
-            group.setdefault(first.task, []).append(one)
-    plots: list[Plot] = []
-    for tasks in found.values():
-        own = list(tasks.values())
-        for start in range(0, len(own), MOST_PANELS):
-            plots.append(_layers_plot(own[start : start + MOST_PANELS], len(plots) + 1))
-    return plots
-
-
-def _layers_plot(tasks: Sequence[Sequence[LayerCurve]], number: int) -> Plot:
-    first = tasks[0][0].rows[0]
-    names = list(dict.fromkeys(one.name for own in tasks for one in own))
-    protocol = f"protocol {first.protocol or 'not known'}{leak_words(first)}"
-    title = f"One layer pruned at a time: {first.model}, {protocol}"
-    rows = [row for own in tasks for one in own for row in one.rows]
-
-    def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
-        looks = {
+    def looks(palette: Palette) -> dict[str, Look]:
+        return {
             name: {**mark(LOOKS[place % len(LOOKS)], palette), "markersize": 4.5}
             for place, name in enumerate(names)
         }
-        columns = 2 if narrow else 4
-        lines = math.ceil((len(names) + 1) / columns)
-        above, *drawn = panels(figure, len(tasks), narrow, lines)
-        for axes, own in zip(drawn, tasks, strict=True):
-            _draw_layers(axes, own, looks)
-        key(above, drawn, columns)
 
-    told = " ".join(comparison.sentences(rows))
-    alt = f"Lines: the metric by the layer that was pruned. {told}"
-    small = small_print(first, bars_words(rows))
-    name = "layers" if number == 1 else f"layers_{number}"
-    return Plot(name, title, alt, small, *heights(len(tasks), draw, len(names)))
+    told = " ".join(curve.sentence for curve in curves)
+    return _plot(
+        name,
+        "One layer pruned at a time",
+        f"Lines: the metric by the layer that was pruned. {told}",
+        [row for curve in curves for row in curve.rows],
+        tasks,
+        looks,
+        names,
+        (2, 4),
+        _draw_layers,
+    )
 
 
 def _draw_layers(axes: Axes, own: Sequence[LayerCurve], looks: dict[str, dict[str, Any]]) -> None:
@@ -279,9 +309,9 @@ def _draw_layers(axes: Axes, own: Sequence[LayerCurve], looks: dict[str, dict[st
     places = {group: int(group) if numbered else place for place, group in enumerate(groups)}
     for one in own:
         x = [float(places[str(row.layers)]) for row in one.rows]
-        curve(axes, one.rows, x, one.dense, {**looks[one.name], "label": one.name})
-    dense_line(axes, own[0].dense)
-    metric_axis(axes, rows)
+        _draw_curve(axes, one.rows, x, one.dense, {**looks[one.name], "label": one.name})
+    _dense_line(axes, own[0].dense)
+    _metric_axis(axes, rows)
     axes.margins(x=0.02)
     axes.set_xlabel("layer that is pruned" if numbered else "layers that are pruned together")
     if numbered:

@@ -1,6 +1,4 @@
-"""Columns, footnotes, conclusion, files and page of a comparison.
-
-What a comparison says in words: its conclusion, and the size of the leak.
+"""Tables, notes, conclusion, files and page of a comparison.
 
 A method beats another on a task when the paired 95 % interval excludes "no difference"; it is only
 counted where both removed the same share of neurons, to a point.
@@ -9,7 +7,7 @@ counted where both removed the same share of neurons, to a point.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,18 +17,17 @@ from rich.table import Table as RichTable
 
 from dart_llm.evaluation.measurement import LEAK
 from dart_llm.experiments import comparison, comparison_plots, run_facts
-from dart_llm.experiments.comparison import DENSE, GRIFFIN, TOO_FEW, Equal, Row, amount
+from dart_llm.experiments.comparison import DENSE, GRIFFIN, TOO_FEW, Equal, Row
 from dart_llm.experiments.stats import MIN_DISCORDANT, Interval
-from dart_llm.experiments.store import ResultsView, mapping, read
+from dart_llm.experiments.store import ResultsView, read
 from dart_llm.files import write_csv, write_json, write_text
 from dart_llm.reporting import page
-from dart_llm.reporting.table import NOTHING, PageTable, bytes_text
-from dart_llm.reporting.words import count, percent, quantity
+from dart_llm.reporting.table import Column, PageTable, Table, bytes_text, escaped
+from dart_llm.reporting.words import count, percent, quantity, times
 
-# The footnotes of a comparison's tables: only what applies to the rows that are shown.
+SCHEMA = 1
 
-
-UNEQUAL, BETWEEN, OTHER_MEAN = "†", "‡", "§"
+UNEQUAL, OTHER_MEAN = "†", "§"
 """Marks in the tables."""
 
 MOST_NAMES = 4
@@ -38,117 +35,146 @@ MOST_NAMES = 4
 
 LEAK_NOTE = f"LEAK - {LEAK}. Its numbers are no measure of a method's quality."
 
-
-def footnotes(rows: Sequence[Row]) -> list[str]:
-    """What a reader of the tables must know; only what applies to these rows."""
-    done = [row for row in rows if row.status == "done"]
-    pruned = [r for r in done if not r.method.startswith(DENSE) and r.method != GRIFFIN]
-    whole = [row for row in pruned if row.layers is None]
-    intervals = [i for row in done for i in (row.to_dense, row.to_griffin) if i is not None]
-    notes = [
-        "Intervals are 95 % bootstrap intervals over items; differences are paired by item. "
-        '"better" and "worse" stand where the interval excludes no difference and at least '
-        f'{MIN_DISCORDANT} items differ, "{TOO_FEW}" where fewer do.',
-        _chance(len(intervals)),
-        _missing(done, whole),
-        *_marks(done, whole),
-        _bytes_note(done),
-    ]
-    leaking = any(row.leaks for row in rows)
-    return [*([LEAK_NOTE] if leaking else []), *(note for note in notes if note), *_own(done)]
-
-
-def _chance(comparisons: int) -> str:
-    """How many of so many intervals mislead."""
-    if not comparisons:
-        return ""
-    told = f"{count(comparisons, 'comparison')} with dense and GRIFFIN"
-    if comparisons < 20:
-        return (
-            f"{told}: where nothing differs, each still has a chance of about 1 in 20 to look so."
-        )
-    return f"{told}: where nothing differs, about {round(comparisons / 20)} of them still look so."
-
-
-def _own(done: Sequence[Row]) -> list[str]:
-    """What the measurements themselves say, each once, with whom it concerns."""
-    found: dict[str, dict[str, None]] = {}
-    for row in done:
-        for note in row.notes:
-            if note != LEAK:
-                found.setdefault(note, {})[f"{row.label} on {row.task}"] = None
-    return [f"{note} ({_concerned(list(labels))})" for note, labels in found.items()]
-
-
-def _concerned(labels: Sequence[str]) -> str:
-    if len(labels) <= MOST_NAMES:
-        return ", ".join(labels)
-    return f"{', '.join(labels[: MOST_NAMES - 1])} and {len(labels) - MOST_NAMES + 1} others"
-
-
-def _missing(done: Sequence[Row], pruned: Sequence[Row]) -> str:
-    absent = [
-        name
-        for name, words in ((DENSE, "dense"), (GRIFFIN, "GRIFFIN"))
-        if pruned and not any(row.method == words.lower() for row in done)
-    ]
-    if not absent:
-        return ""
-    names = " and ".join("GRIFFIN" if name == GRIFFIN else name for name in absent)
-    verb = "was" if len(absent) == 1 else "were"
-    return f"{names} {verb} not measured: the columns that compare with {names} are empty."
-
-
-def _marks(done: Sequence[Row], pruned: Sequence[Row]) -> list[str]:
-    found = []
-    if any(row.unequal for row in pruned):
-        found.append(
-            f"{UNEQUAL} achieved sparsity differs from GRIFFIN's at the same asked sparsity by "
-            "more than 1 point: compare at equal achieved sparsity instead."
-        )
-    equals = [e for row in pruned for e in (row.equal_sparsity, row.equal_bytes) if e]
-    if any(len(equal.between) > 1 for equal in equals):
-        found.append(
-            f"{BETWEEN} against a GRIFFIN that was not run: item by item on the straight line "
-            "between its two nearest measured points (losses in nats). GRIFFIN's true curve "
-            "usually bends below that line's damage, so wide gaps flatter the other method."
-        )
-    if pruned and any(row.method == GRIFFIN for row in done):
-        found.append(
-            "At equal achieved sparsity, or FFN bytes: against GRIFFIN where it removed as much, "
-            "or read as many bytes, to 1 point; empty where that lies outside of GRIFFIN's "
-            "measured points."
-        )
-    if any(differs(row) for row in done):
-        found.append(
-            f"{OTHER_MEAN} the task's own aggregate is not the mean over items, which is what the "
-            "intervals are of."
-        )
-    return found
-
-
-def differs(row: Row) -> bool:
-    """Whether the metric is not the mean over the items that the intervals are computed from."""
-    mean = row.scores.mean
-    if mean is None or row.value is None:
-        return False
-    return abs(mean - row.value) > 1e-4 * max(1.0, abs(row.value))
-
-
-def _bytes_note(done: Sequence[Row]) -> str:
-    executors = {row.executor for row in done if row.executor}
-    if not executors:
-        return ""
-    if "masked" not in executors:
-        return "FFN bytes: read per decoded token over dense, as executed, all overheads included."
-    return (
-        "FFN bytes: read per decoded token over dense, if the compact executor ran, all overheads "
-        "included; the masked executor reads all of them."
-    )
-
-
 USUAL = 0.5
 """The sparsity that the conclusion speaks of, or the nearest one measured."""
+
+LONG, MANY = 24, 4
+"""On the page, a table of more rows and a list of more sentences are folded."""
+
+
+def amount(interval: Interval | None, perplexity: bool) -> str:
+    """A difference or a ratio with its interval: "-0.040 (-0.080 to -0.010)"."""
+    if interval is None:
+        return ""
+    digits = 3 if abs(interval.estimate) < 10 else 1
+
+    def write(value: float) -> str:
+        if perplexity:
+            return f"{value:.2f}" if value < 10 else times(value)
+        return f"{value:+.{digits}f}" if round(value, digits) else f"{0:.{digits}f}"
+
+    sign = "x " if perplexity else ""
+    return f"{sign}{write(interval.estimate)} ({write(interval.low)} to {write(interval.high)})"
+
+
+# The conclusion: verdicts counted by task, then one sentence for all of them.
+
+
+def conclusion(rows: Sequence[Row]) -> str:
+    """How the first method does at 50 %, or near it, on each model."""
+    return conclusions(rows)[0]
+
+
+def conclusions(rows: Sequence[Row]) -> list[str]:
+    """The conclusion, then a sentence of every other method and sparsity."""
+    groups = _groups(rows)
+    honest = [name for name, members in groups.items() if not any(row.leaks for row in members)]
+    headlines, further = [], [curve.sentence for curve in comparison.curves(rows)]
+    for name, members in groups.items():
+        for place, (method, asked) in enumerate(_shown(members)):
+            own = [row for row in members if (row.method, row.asked) == (method, asked)]
+            told = f"{f'{name}: ' if name else ''}{_statement(own)}"
+            if not place and (name in honest or not honest):
+                headlines.append(told)
+            else:
+                further.append(f"{told}.")
+    if further and not headlines:
+        headlines = [further.pop(0).removesuffix(".")]
+    failed = sum(not row.done for row in rows)
+    if failed:
+        further.append(f"{count(failed, 'cell')} failed and not counted.")
+    return [f"{'; '.join(headlines) or 'Nothing was measured'}.", *further]
+
+
+def _groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of whole-model pruning by model, dtype and protocol; named by what differs."""
+    layered = any(row.layers is not None for row in rows)
+    found: dict[tuple[str, str | None, str], list[Row]] = {}
+    for row in rows:
+        if row.layers is None and row.done:
+            key = (row.model, row.dtype, f"protocol {row.protocol or 'not known'}")
+            found.setdefault(key, []).append(row)
+    varied = [place for place in range(3) if len({key[place] for key in found}) > 1]
+    groups = {}
+    for key, members in found.items():
+        if layered and not any(row.pruned for row in members):
+            continue  # the dense line of a layer sweep is no finding
+        leak = ["LEAK"] if any(row.leaks for row in members) else []
+        groups[" ".join([*(str(key[place]) for place in varied), *leak])] = members
+    return groups
+
+
+def _shown(rows: Sequence[Row]) -> list[tuple[str, float | None]]:
+    """Methods and sparsities, first those that the conclusion speaks of: ``dart``, else as they
+    come, at the sparsity nearest to the usual one; dense and GRIFFIN only where they are alone."""
+    pruned = [row for row in rows if row.pruned]
+    shown = [row for row in pruned if row.method != GRIFFIN] or pruned or rows
+    methods = sorted(dict.fromkeys(r.method for r in shown), key=lambda method: method != "dart")
+    order = {method: place for place, method in enumerate(methods)}
+    pairs = sorted(
+        dict.fromkeys((row.method, row.asked) for row in shown), key=lambda pair: order[pair[0]]
+    )
+    first = [pair for pair in pairs if pair[0] == methods[0]]
+    usual = min(first, key=lambda p: (p[1] is None, abs((p[1] or 0.0) - USUAL), p[1] or 0.0))
+    return [usual, *(pair for pair in pairs if pair != usual)]
+
+
+def _statement(rows: Sequence[Row]) -> str:
+    """One method at one sparsity, over its tasks: against GRIFFIN, else dense, else by itself."""
+    first = rows[0]
+    amount_asked = "" if first.asked is None or not first.pruned else f" at {percent(first.asked)}"
+    subject = f"{first.method}{amount_asked}"
+    fair = any(row.to_griffin is not None or row.equal_sparsity is not None for row in rows)
+    if first.method != GRIFFIN and fair:
+        return _verdicts(rows, subject, GRIFFIN, _against_griffin)
+    if any(row.to_dense is not None for row in rows):
+        return _verdicts(rows, subject, DENSE, lambda row: row.to_dense)
+    values = ", ".join(f"{row.metric} {row.quantity} on {row.task}" for row in rows)
+    why = "nothing to compare it with, or one item alone" if first.pruned else "no pruned model"
+    return f"{subject} has {values}; {why}"
+
+
+def _against_griffin(row: Row) -> Interval | None:
+    """At equal achieved sparsity; None where no such GRIFFIN was measured."""
+    if row.to_griffin is not None and row.gap is not None and not row.unequal:
+        return row.to_griffin
+    return None if row.equal_sparsity is None else row.equal_sparsity.interval
+
+
+def _verdicts(
+    rows: Sequence[Row], subject: str, other: str, against: Callable[[Row], Interval | None]
+) -> str:
+    """ "dart at 50 % beats griffin on 2 of 3 tasks; within noise on mmlu (-0.010 to 0.020)"."""
+    tasks: dict[str, list[str]] = {}
+    seeds = len({row.seed for row in rows}) > 1
+    for row in rows:
+        interval = against(row)
+        verdict = "unknown" if interval is None else row.verdict(interval)
+        name = f"{row.task} (seed {row.seed})" if seeds else row.task
+        if interval is not None and verdict in ("", TOO_FEW):
+            name += f" {amount(interval, row.perplexity).partition(' (')[2].join('()')[:-1]}"
+        tasks.setdefault(verdict, []).append(name)
+    parts = [
+        f"{subject} beats {other} on {len(tasks.get('better', ()))} of {count(len(rows), 'task')}"
+    ]
+    for verdict, words in (
+        ("worse", "loses on"),
+        ("", "within noise on"),
+        (TOO_FEW, "too few items differ on"),
+        ("unknown", "no comparison at equal sparsity on"),
+    ):
+        if tasks.get(verdict):
+            parts.append(f"{words} {', '.join(tasks[verdict])}")
+    return "; ".join(parts)
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """What ends the terminal's tables: the conclusion, and how many cells failed."""
+    failed = sum(not row.done for row in rows)
+    return f"{conclusion(rows)} {count(failed, 'cell')} failed." if failed else conclusion(rows)
+
+
+# What the published protocol leaks.
 
 
 @dataclass(frozen=True)
@@ -160,331 +186,102 @@ class Leak:
     interval: Interval | None
     """Published against full: a difference, or a ratio of perplexities."""
 
+    @property
+    def sentence(self) -> str:
+        """How much better the protocol that has seen the answers looks."""
+        row = self.published
+        change = amount(self.interval, row.perplexity) or "not known: no shared items"
+        told = {"better": "flattered by the leak", "": "within noise"}
+        verdict = row.verdict(self.interval)
+        known = f", {told.get(verdict, verdict)}" if self.interval else ""
+        return f"{row.label} on {row.task}: published against full {change}{known}."
+
 
 def leaks(rows: Sequence[Row], seed: int = 0) -> list[Leak]:
     """Every row that was measured under both protocols; what differs is what the masks leak."""
     found: dict[Any, dict[str | None, Row]] = {}
     for row in rows:
-        if row.status == "done" and not row.method.startswith(DENSE):
+        if row.done and row.pruned:
             key = (row.model, row.dtype, row.task, row.label, row.layers, row.keep, row.seed)
             found.setdefault(key, {})[row.protocol] = row
-    return [
-        Leak(
-            pair["full"],
-            pair["published"],
-            pair["published"].scores.against(pair["full"].scores, seed),
-        )
-        for pair in found.values()
-        if "full" in pair and "published" in pair
+    pairs = [(p["full"], p["published"]) for p in found.values() if {"full", "published"} <= {*p}]
+    return [Leak(full, row, row.scores.against(full.scores, seed)) for full, row in pairs]
+
+
+# Footnotes: only what applies to the rows that are shown.
+
+
+def footnotes(rows: Sequence[Row]) -> list[str]:
+    """What a reader of the tables must know."""
+    done = [row for row in rows if row.done]
+    whole = [row for row in done if row.pruned and row.method != GRIFFIN and row.layers is None]
+    pairs = sum(i is not None for row in done for i in (row.to_dense, row.to_griffin))
+    measured = {row.method for row in done}
+    executors = {row.executor for row in done if row.executor}
+    notes: list[tuple[Any, str]] = [
+        (any(row.leaks for row in rows), LEAK_NOTE),
+        (
+            True,
+            "Intervals are 95 % bootstrap intervals over items; differences are paired by item. "
+            '"better" and "worse" stand where the interval excludes no difference and at least '
+            f'{MIN_DISCORDANT} items differ, "{TOO_FEW}" where fewer do.',
+        ),
+        (
+            pairs,
+            f"{count(pairs, 'comparison')} with dense and GRIFFIN: where nothing differs, about 1 "
+            "in 20 still looks so.",
+        ),
+        (whole and DENSE not in measured, "dense was not measured: its columns are empty."),
+        (whole and GRIFFIN not in measured, "GRIFFIN was not measured: its columns are empty."),
+        (
+            any(row.unequal for row in whole),
+            f"{UNEQUAL} achieved sparsity differs from GRIFFIN's at the same asked sparsity by "
+            "more than 1 point: compare at equal achieved sparsity instead.",
+        ),
+        (
+            whole and GRIFFIN in measured,
+            "At equal achieved sparsity, or FFN bytes: against the GRIFFIN that was measured where "
+            "it removed as much, or read as many bytes, to 1 point; empty where there is none.",
+        ),
+        (
+            any(map(differs, done)),
+            f"{OTHER_MEAN} the task's own aggregate is not the mean over items, which is what the "
+            "intervals are of.",
+        ),
+        (
+            executors and "masked" not in executors,
+            "FFN bytes: read per decoded token over dense, as executed, all overheads included.",
+        ),
+        (
+            "masked" in executors,
+            "FFN bytes: read per decoded token over dense, if the compact executor ran, all "
+            "overheads included; the masked executor reads all of them.",
+        ),
     ]
+    return [*(note for applies, note in notes if applies), *_of_measurements(done)]
 
 
-def conclusion(rows: Sequence[Row]) -> str:
-    """One plain sentence: how the first method does at 50 %, or near it, on each model."""
-    parts = []
-    curves = comparison.sentences(rows)
-    if curves and not any(_methods(own) for _, own in _models(rows)):
-        return curves[0]
-    for model, own in _headlined(_models(rows)):
-        methods = _methods(own)
-        told = _at(own, methods[0], _usual(own, methods[0])) if methods else _no_method(own)
-        parts.append(f"{model}: {told}" if model else told)
-    text = "; ".join(parts)
-    return _sentence(text) if text else "Nothing was measured."
+def _of_measurements(done: Sequence[Row]) -> list[str]:
+    """What the measurements themselves say, each once, with whom it concerns."""
+    found: dict[str, dict[str, None]] = {}
+    for row in done:
+        for note in row.notes:
+            if note != LEAK:
+                found.setdefault(note, {})[f"{row.label} on {row.task}"] = None
+    notes = []
+    for note, labels in found.items():
+        names = ", ".join([*labels][:MOST_NAMES])
+        more = f" and {len(labels) - MOST_NAMES} more" if len(labels) > MOST_NAMES else ""
+        notes.append(f"{note} ({names}{more})")
+    return notes
 
 
-def conclusions(rows: Sequence[Row]) -> list[str]:
-    """The conclusion, then the same of every other method and sparsity, a sentence each."""
-    found = list(dict.fromkeys([conclusion(rows), *comparison.sentences(rows)]))
-    models = _models(rows)
-    headlined = [model for model, _ in _headlined(models)]
-    for model, own in models:
-        for place, method in enumerate(_methods(own)):
-            usual = _usual(own, method)
-            for asked in _sparsities(own, method):
-                if place == 0 and asked == usual and model in headlined:
-                    continue
-                told = _at(own, method, asked)
-                found.append(_sentence(f"{model}: {told}" if model else told))
-    failed = [row for row in rows if row.status != "done"]
-    if failed:
-        found.append(f"{count(len(failed), 'cell')} failed and {_is(len(failed))} not counted.")
-    return found
-
-
-def _sentence(text: str) -> str:
-    """With a full stop, and a capital unless a model's name comes first."""
-    ours = text.startswith(("at ", "with ", "no ", "protocol "))
-    return f"{text[0].upper()}{text[1:]}." if ours else f"{text}."
-
-
-Models = list[tuple[str, list[Row]]]
-
-
-def _headlined(models: Models) -> Models:
-    """Those that the conclusion speaks of: not what leaks, where there is anything else."""
-    honest = [(model, own) for model, own in models if not any(row.leaks for row in own)]
-    return honest or models
-
-
-def _is(number: int) -> str:
-    return "is" if number == 1 else "are"
-
-
-def _models(rows: Sequence[Row]) -> Models:
-    """Rows of whole-model pruning by model, dtype and protocol, which are named where several."""
-    found: dict[tuple[str, str | None, str | None], list[Row]] = {}
-    for row in rows:
-        if row.layers is None and row.status == "done":
-            found.setdefault((row.model, row.dtype, row.protocol), []).append(row)
-    varied = [len({key[place] for key in found}) > 1 for place in range(3)]
-    names = {}
-    for model, dtype, protocol in found:
-        parts = (model, dtype, f"protocol {protocol or 'not known'}")
-        named = " ".join(str(p) for p, many in zip(parts, varied, strict=True) if many)
-        leaking = any(row.leaks for row in found[model, dtype, protocol])
-        names[model, dtype, protocol] = (
-            f"{named} (LEAK)" if leaking and named else "LEAK" if leaking else named
-        )
-    return [(names[key], own) for key, own in found.items()]
-
-
-def _methods(rows: Iterable[Row]) -> list[str]:
-    """``dart`` first, then the others as they come, GRIFFIN only where it is alone."""
-    names = dict.fromkeys(row.method for row in rows if not row.method.startswith(DENSE))
-    others = sorted((name for name in names if name != GRIFFIN), key=lambda name: name != "dart")
-    return others or list(names)
-
-
-def _sparsities(rows: Iterable[Row], method: str) -> list[float | None]:
-    return list(dict.fromkeys(row.asked for row in rows if row.method == method))
-
-
-def _usual(rows: Iterable[Row], method: str) -> float | None:
-    known = [asked for asked in _sparsities(rows, method) if asked is not None]
-    return min(known, key=lambda asked: (abs(asked - USUAL), asked), default=None)
-
-
-def _no_method(rows: Sequence[Row]) -> str:
-    told = [
-        f"{row.method} has {row.metric} {quantity(row.value, row.perplexity)} on {row.task}"
-        for row in rows
-    ]
-    return f"no pruned model was measured; {_and(told)}"
-
-
-def _at(rows: Sequence[Row], method: str, asked: float | None) -> str:
-    own = [row for row in rows if row.method == method and row.asked == asked]
-    where = "with its own counts" if asked is None else f"at {percent(asked)}"
-    if method != GRIFFIN and any(_fair(row) for row in own):
-        return f"{where} {_verdicts(own, method, GRIFFIN, _griffin)}"
-    if all(row.to_dense is None for row in own):
-        return f"{where} {_values(own, method)}"
-    return f"{where} {_verdicts(own, method, DENSE, lambda row: row.to_dense)}"
-
-
-def _values(own: Sequence[Row], method: str) -> str:
-    """What was measured, where there is nothing to compare it with."""
-    told = [f"{row.metric} {quantity(row.value, row.perplexity)} on {row.task}" for row in own]
-    if any(row.items > 1 for row in own):
-        return f"{method} has {_and(told)}; nothing was measured that it can be compared with"
-    return f"{method} has {_and(told)}; one item is too few to compare"
-
-
-def _fair(row: Row) -> bool:
-    return row.to_griffin is not None or row.equal_sparsity is not None
-
-
-def _griffin(row: Row) -> Interval | None:
-    """Against GRIFFIN at equal achieved sparsity; None where there is no such GRIFFIN."""
-    if row.to_griffin is not None and row.gap is not None and not row.unequal:
-        return row.to_griffin
-    return None if row.equal_sparsity is None else row.equal_sparsity.interval
-
-
-def _verdicts(own: Sequence[Row], method: str, other: str, against: Any) -> str:
-    """ "dart beats griffin on 3 of 4 tasks; on mmlu the difference is within noise (...)"."""
-    found: dict[str, list[str]] = {"better": [], "worse": [], "": [], TOO_FEW: [], "unknown": []}
-    seeds = len({row.seed for row in own}) > 1
-    for row in own:
-        interval = against(row)
-        name = f"{row.task} (seed {row.seed})" if seeds else row.task
-        verdict = "unknown" if interval is None else row.verdict(interval)
-        if interval is not None and verdict in ("", TOO_FEW):
-            few = f", {interval.differing} differ" if verdict else ""
-            name = f"{name} ({_ends(interval, row.perplexity)}{few})"
-        found[verdict].append(name)
-    total = sum(len(names) for names in found.values())
-    tasks = count(total, "task")
-    parts = []
-    if found["better"]:
-        parts.append(f"{method} beats {other} on {len(found['better'])} of {tasks}")
-        if len(found["better"]) < total:
-            parts[0] += f" ({_and(found['better'])})"
-        if found["worse"]:
-            parts.append(f"it loses on {_and(found['worse'])}")
-    elif found["worse"]:
-        parts.append(f"{method} is worse than {other} on {len(found['worse'])} of {tasks}")
-        if len(found["worse"]) < total:
-            parts[0] += f" ({_and(found['worse'])})"
-    else:
-        where = f" on any of {tasks}" if total > 1 else ""
-        parts.append(f"{method} neither beats nor loses to {other}{where}")
-    if found[""]:
-        parts.append(f"on {_and(found[''])} the difference is within noise")
-    if found[TOO_FEW]:
-        parts.append(f"on {_and(found[TOO_FEW])} too few items differ to tell")
-    if found["unknown"]:
-        why = (
-            "has no interval" if other == DENSE else "is not at equal sparsity, or has no interval"
-        )
-        parts.append(f"on {_and(found['unknown'])} the comparison {why}")
-    return "; ".join(parts)
-
-
-def _ends(interval: Interval, perplexity: bool) -> str:
-    text = amount(interval, perplexity)
-    return f"interval {text.partition('(')[2].rstrip(')')}"
-
-
-def _and(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def leak_sentence(leak: Leak) -> str:
-    """How much better the protocol that has seen the answers looks."""
-    row = leak.published
-    change = amount(leak.interval, row.perplexity) or "not known: no shared items"
-    verdict = row.verdict(leak.interval)
-    told = {
-        "better": "flattered by the leak",
-        "worse": "worse all the same",
-        TOO_FEW: f"only {leak.interval.differing if leak.interval else 0} items differ",
-        "": "within noise",
-    }
-    known = f", {told[verdict]}" if leak.interval else ""
-    return f"{row.label} on {row.task}: published against full {change}{known}."
-
-
-# The tables of a comparison: their cells in words, for the terminal and as Markdown.
-
-
-TERMINAL = {
-    0: "method",
-    2: "achieved",
-    8: "dense",
-    9: "re-masks",
-    3: "{}",
-    4: "against dense",
-    5: "against GRIFFIN",
-}
-"""Columns of the full table that fit a terminal, and their heads there."""
-
-
-def tables(rows: Sequence[Row]) -> list[PageTable]:
-    """One table per model, task and protocol, in the order of the rows."""
-    whole = {row.group for row in rows if row.layers is None and row.method != DENSE}
-    found: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        layered = row.layers is not None and row.group in whole
-        found.setdefault((*row.group, layered), []).append(row)
-    return [_table(own) for own in found.values()]
-
-
-def caption(row: Row) -> str:
-    """ "arc_easy_local, SmolLM2 (float32), protocol decode"."""
-    dtype = f" ({row.dtype})" if row.dtype else ""
-    layers = ", one layer pruned at a time" if row.layers is not None else ""
-    return f"{row.task}: {row.model}{dtype}, protocol {row.protocol or 'not known'}{layers}"
-
-
-def _table(rows: Sequence[Row]) -> PageTable:
-    measured = [row for row in rows if row.status == "done"]
-    metric = measured[0].metric if measured else "metric"
-    better = "higher" if not measured or measured[0].higher_is_better else "lower"
-    counts = sorted({row.items for row in measured if row.items})
-    items = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1]))) if counts else ""
-    noun = "item" if items == "1" else "items"
-    about = f"; {items} {noun}" if items else ""
-    leak = "LEAK, " if any(row.leaks for row in rows) else ""
-    head: tuple[str, ...] = (
-        "method",
-        "asked",
-        "achieved",
-        f"{metric} ({better} is better)",
-        "against dense",
-        "against GRIFFIN, same asked sparsity",
-        "at equal achieved sparsity",
-        "at equal FFN bytes",
-        "dense tokens",
-        "re-masks",
-        "FFN bytes",
-        "weights",
-    )
-    seeds = len({row.seed for row in rows}) > 1
-    body = tuple(_cells(row, seeds) for row in rows)
-    weights = {row.weight_bytes for row in measured}
-    if len(weights) < 2:  # the same for all: no column
-        head, body = head[:-1], tuple(cells[:-1] for cells in body)
-        about += f"; weights {bytes_text(*weights)}" if weights - {None} else ""
-    return PageTable(f"{leak}{caption(rows[-1])}{about}", head, body)
-
-
-def name(row: Row, seeds: bool = False) -> str:
-    """The row's label, with what tells it from its neighbours."""
-    parts = [row.label]
-    if row.layers is not None:
-        keep = "" if row.keep is None else f", keep {percent(row.keep)}"
-        parts = [f"{row.method}, layer {row.layers}{keep}"]
-    if seeds:
-        parts.append(f"seed {'?' if row.seed is None else row.seed}")
-    return ", ".join(parts)
-
-
-def _cells(row: Row, seeds: bool) -> tuple[str, ...]:
-    unequal = f" {UNEQUAL}" if row.unequal else ""
-    if row.status != "done":
-        return (name(row, seeds), _share(row.asked), NOTHING, "failed", *[NOTHING] * 8)
-    return (
-        name(row, seeds),
-        _share(row.asked),
-        f"{_share(row.achieved)}{unequal}",
-        _metric(row),
-        _change(row, row.to_dense),
-        f"{_change(row, row.to_griffin)}{unequal if row.to_griffin else ''}",
-        _equal(row, row.equal_sparsity),
-        _equal(row, row.equal_bytes),
-        _share(row.dense_share),
-        NOTHING if row.remasks is None else f"{row.remasks:,}",
-        NOTHING if row.bytes_share is None else f"{row.bytes_share:.3f}",
-        bytes_text(row.weight_bytes),
-    )
-
-
-def _share(value: float | None) -> str:
-    return NOTHING if value is None else percent(value)
-
-
-def _metric(row: Row) -> str:
-    text = quantity(row.value, row.perplexity)
-    if row.interval is not None:
-        ends = (row.interval.low, row.interval.high)
-        text += f" ({' to '.join(quantity(end, row.perplexity) for end in ends)})"
-    return f"{text} {OTHER_MEAN}" if differs(row) else text
-
-
-def _change(row: Row, interval: Interval | None) -> str:
-    if interval is None:
-        return NOTHING
-    verdict = row.verdict(interval)
-    return f"{amount(interval, row.perplexity)}{f' {verdict}' if verdict else ''}"
-
-
-def _equal(row: Row, equal: Equal | None) -> str:
-    if equal is None:
-        return NOTHING
-    mark = f" {BETWEEN}" if len(equal.between) > 1 else ""
-    return f"{_change(row, equal.interval)}{mark}"
+def differs(row: Row) -> bool:
+    """Whether the metric is not the mean over the items that the intervals are computed from."""
+    mean = row.scores.mean
+    if mean is None or row.value is None:
+        return False
+    return abs(mean - row.value) > 1e-4 * max(1.0, abs(row.value))
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
@@ -492,87 +289,169 @@ def failures(rows: Sequence[Row]) -> list[str]:
     return [
         f"{name(row, row.seed is not None)} on {row.task} ({row.model}) failed: {row.error}"
         for row in rows
-        if row.status != "done"
+        if not row.done
     ]
 
 
-def rich_tables(rows: Sequence[Row]) -> list[RichTable]:
-    """The tables without their last columns, each interval under its number."""
-    found = []
-    for table in tables(rows):
-        rich = RichTable(
-            title=table.caption, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+# The tables: columns once, for the terminal, Markdown and the page.
+
+
+class ComparisonTable(Table):
+    """On the terminal, heads are short and intervals stand under their numbers."""
+
+    def rich(self) -> RichTable:
+        table = RichTable(
+            title=self.caption, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
         )
-        for place, head in TERMINAL.items():
-            name = head.format(table.head[place].partition(" (")[0])
-            rich.add_column(name, justify="right" if place else "left", no_wrap=place > 0)
-        for row in table.rows:
-            rich.add_row(*(_two_lines(cell) for cell in (row[place] for place in TERMINAL)))
-        found.append(rich)
-    return found
+        columns = [column for column in self.columns if column.terminal]
+        for place, column in enumerate(columns):
+            head = column.head.partition(" (")[0].partition(",")[0].removesuffix(" tokens")
+            table.add_column(head, justify="right" if place else "left", no_wrap=place > 0)
+        for row in self.rows:
+            table.add_row(*(_two_lines(column.cell(row)) for column in columns))
+        return table
 
 
 def _two_lines(cell: str) -> str:
     """ "0.4 (0.3 to 0.5) better" as "0.4 better" over "0.3 to 0.5"."""
-    start, _, rest = cell.partition(" (")
-    ends, _, after = rest.partition(")")
-    return f"{start}{after}\n{ends}" if rest else cell
+    value, ends, said = stacked(cell)
+    return f"{value} {said}".rstrip() + (f"\n{ends}" if ends else "")
+
+
+def stacked(cell: str) -> tuple[str, str, str]:
+    """ "0.4 (0.3 to 0.5) better" as its number, its interval and what is said of it."""
+    value, _, rest = cell.partition(" (")
+    ends, closed, said = rest.partition(")")
+    return (value, ends, said.strip()) if closed else (cell, "", "")
+
+
+def tables(rows: Sequence[Row]) -> list[ComparisonTable]:
+    """One table per model, task and protocol, layer sweeps by themselves, in the rows' order."""
+    whole = {row.group for row in rows if row.layers is None and row.method != DENSE}
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        layered = row.layers is not None and row.group in whole
+        found.setdefault((*row.group, layered), []).append(row)
+    return [
+        ComparisonTable("", caption(own), _columns(own), [{"row": row} for row in own])
+        for own in found.values()
+    ]
+
+
+def _column(head: str, text: Callable[[Row], str | None], terminal: bool = True) -> Column:
+    return Column(head, lambda record: text(record["row"]), terminal=terminal)
+
+
+def _columns(rows: Sequence[Row]) -> tuple[Column, ...]:
+    measured = next((row for row in rows if row.done), None)
+    metric = measured.metric if measured else "metric"
+    better = "higher" if measured is None or measured.higher_is_better else "lower"
+    seeds = len({row.seed for row in rows}) > 1
+    columns = (
+        _column("method", lambda row: name(row, seeds)),
+        _column("asked", lambda row: _share(row.asked), False),
+        _column("achieved", lambda row: _marked(_share(row.achieved), row)),
+        _column("dense tokens", lambda row: _share(row.dense_share)),
+        _column("re-masks", lambda row: None if row.remasks is None else f"{row.remasks:,}"),
+        _column(f"{metric} ({better} is better)", _metric),
+        _column("against dense", lambda row: _change(row, row.to_dense)),
+        _column(
+            "against GRIFFIN, same asked sparsity",
+            lambda row: _marked(_change(row, row.to_griffin), row),
+        ),
+        _column("at equal achieved sparsity", lambda row: _equal(row, row.equal_sparsity), False),
+        _column("at equal FFN bytes", lambda row: _equal(row, row.equal_bytes), False),
+        _column("FFN bytes", _bytes, False),
+        _column("weights", lambda row: bytes_text(row.weight_bytes), False),
+    )
+    return columns if len(_weights(rows)) > 1 else columns[:-1]
+
+
+def _weights(rows: Sequence[Row]) -> set[float | None]:
+    return {row.weight_bytes for row in rows if row.done}
+
+
+def caption(rows: Sequence[Row]) -> str:
+    """ "arc_easy_local: SmolLM2 (float32), protocol decode; 40 items; weights 513.1 MiB"."""
+    row, items = rows[-1], sorted({row.items for row in rows if row.items})
+    leak = "LEAK, " if any(row.leaks for row in rows) else ""
+    dtype = f" ({row.dtype})" if row.dtype else ""
+    parts = [f"{leak}{row.task}: {row.model}{dtype}, protocol {row.protocol or 'not known'}"]
+    if row.layers is not None:
+        parts[0] += ", one layer pruned at a time"
+    if items:
+        several = f"{items[0]} to {items[-1]} items"
+        parts.append(several if len(items) > 1 else count(items[0], "item"))
+    weights = _weights(rows)
+    if len(weights) == 1 and None not in weights:
+        parts.append(f"weights {bytes_text(*weights)}")
+    return "; ".join(parts)
+
+
+def name(row: Row, seeds: bool = False) -> str:
+    """The row's label, with what tells it from its neighbours."""
+    text = row.label
+    if row.layers is not None:
+        keep = "" if row.keep is None else f", keep {percent(row.keep)}"
+        text = f"{row.method}, layer {row.layers}{keep}"
+    return f"{text}, seed {'?' if row.seed is None else row.seed}" if seeds else text
+
+
+def _share(value: float | None) -> str | None:
+    return None if value is None else percent(value)
+
+
+def _bytes(row: Row) -> str | None:
+    return None if row.bytes_share is None else f"{row.bytes_share:.3f}"
+
+
+def _marked(text: str | None, row: Row) -> str | None:
+    return f"{text} {UNEQUAL}" if text and row.unequal else text
+
+
+def _metric(row: Row) -> str:
+    if not row.done:
+        return "failed"
+    text = row.quantity
+    if row.interval is not None:
+        ends = (row.interval.low, row.interval.high)
+        text += f" ({' to '.join(quantity(end, row.perplexity) for end in ends)})"
+    return f"{text} {OTHER_MEAN}" if differs(row) else text
+
+
+def _change(row: Row, interval: Interval | None) -> str | None:
+    if interval is None:
+        return None
+    return f"{amount(interval, row.perplexity)} {row.verdict(interval)}".rstrip()
+
+
+def _equal(row: Row, equal: Equal | None) -> str | None:
+    return None if equal is None else _change(row, equal.interval)
+
+
+# The files: ``compare.md``, ``compare.csv``, ``compare.json`` and ``report.html``.
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """The whole comparison as one Markdown document."""
-    told = conclusions(rows)
-    parts = ["# Comparison", _escaped(told[0]), *(_markdown_table(table) for table in tables(rows))]
-    if len(told) > 1:
-        parts += ["## In words", _list(told[1:])]
-    found = leaks(rows)
-    if found:
-        parts += ["## What the published protocol leaks", _list(map(leak_sentence, found))]
-    failed = failures(rows)
-    if failed:
-        parts += ["## Failed cells", _list(failed)]
-    parts += ["## Notes", _list(footnotes(rows))]
+    first, *further = conclusions(rows)
+    parts = ["# Comparison", escaped(first), *map(_markdown_table, tables(rows))]
+    for head, lines in (
+        ("In words", further),
+        ("What the published protocol leaks", [leak.sentence for leak in leaks(rows)]),
+        ("Failed cells", failures(rows)),
+        ("Notes", footnotes(rows)),
+    ):
+        if lines:
+            parts += [f"## {head}", "\n".join(f"- {escaped(line)}" for line in lines)]
     return "\n\n".join(parts) + "\n"
 
 
-def _list(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {_escaped(line)}" for line in lines)
+def _markdown_table(table: Table) -> str:
+    return "\n".join([f"## {escaped(table.caption)}", "", *table.lines()])
 
 
-def _escaped(text: str) -> str:
-    """Without line breaks, and with what Markdown would read as a column, HTML or emphasis."""
-    plain = " ".join(text.split())
-    for sign in "\\|<*`":
-        plain = plain.replace(sign, f"\\{sign}")
-    return plain
-
-
-def _markdown_table(table: PageTable) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(map(_escaped, cells))} |"
-
-    rule = f"| --- |{' ---: |' * (len(table.head) - 1)}"
-    body = [line(row) for row in table.rows]
-    return "\n".join([f"## {_escaped(table.caption)}", "", line(table.head), rule, *body])
-
-
-def summary(rows: Sequence[Row]) -> str:
-    """What ends the terminal's tables: the conclusion, and how many cells failed."""
-    failed = sum(row.status != "done" for row in rows)
-    told = conclusions(rows)[0]
-    return f"{told} {count(failed, 'cell')} failed." if failed else told
-
-
-# The files of a comparison: ``compare.md``, ``compare.csv`` and ``compare.json``.
-
-
-SCHEMA = 1
-
-INTERVALS = ("interval", "to_dense", "to_griffin")
-
-EQUALS = ("equal_sparsity", "equal_bytes")
-
-LEFT_OUT = ("scores", "checkpoint", "notes", *INTERVALS, *EQUALS)
+INTERVALS, EQUALS = ("interval", "to_dense", "to_griffin"), ("equal_sparsity", "equal_bytes")
 
 ENDS = ("low", "high", "estimate", "n")
 
@@ -581,36 +460,32 @@ PAIRED = (*ENDS, "differing", "significant")
 
 def record(row: Row) -> dict[str, Any]:
     """A row as JSON-able data, its intervals and comparisons nested."""
-    data: dict[str, Any] = {
-        field.name: getattr(row, field.name) for field in fields(Row) if field.name not in LEFT_OUT
-    }
-    for key in INTERVALS:
-        interval = getattr(row, key)
-        data[key] = None if interval is None else interval.to_dict()
+    nested = ("scores", "checkpoint", "notes", *INTERVALS, *EQUALS)
+    data = {f.name: getattr(row, f.name) for f in fields(Row) if f.name not in nested}
+    data |= {key: _interval_record(getattr(row, key)) for key in INTERVALS}
     for key in EQUALS:
-        equal = getattr(row, key)
-        data[key] = None if equal is None else _equal_record(equal)
-    data["unequal"] = row.unequal
-    data["leaks"] = row.leaks
-    data["notes"] = list(row.notes)
-    data["checkpoint"] = dict(row.checkpoint)
-    return data
+        equal: Equal | None = getattr(row, key)
+        data[key] = equal and {
+            "griffin": equal.value,
+            "between": [equal.at],
+            "interval": _interval_record(equal.interval),
+        }
+    notes, checkpoint = list(row.notes), dict(row.checkpoint)
+    facts = {"unequal": row.unequal, "leaks": row.leaks}
+    return {**data, **facts, "notes": notes, "checkpoint": checkpoint}
 
 
-def _equal_record(equal: Equal) -> dict[str, Any]:
-    return {
-        "griffin": equal.value,
-        "between": list(equal.between),
-        "interval": None if equal.interval is None else equal.interval.to_dict(),
-    }
+def _interval_record(interval: Interval | None) -> dict[str, Any] | None:
+    return None if interval is None else interval.to_dict()
 
 
 def document(rows: Sequence[Row]) -> dict[str, Any]:
     """The whole comparison as JSON-able data."""
+    told = conclusions(rows)
     return {
         "schema": SCHEMA,
-        "conclusion": conclusions(rows)[0],
-        "conclusions": conclusions(rows),
+        "conclusion": told[0],
+        "conclusions": told,
         "rows": [record(row) for row in rows],
         "leaks": [
             {
@@ -619,7 +494,7 @@ def document(rows: Sequence[Row]) -> dict[str, Any]:
                 "task": leak.published.task,
                 "full": leak.full.value,
                 "published": leak.published.value,
-                "interval": None if leak.interval is None else leak.interval.to_dict(),
+                "interval": _interval_record(leak.interval),
             }
             for leak in leaks(rows)
         ],
@@ -629,25 +504,20 @@ def document(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _csv_row(row: Row) -> dict[str, Any]:
-    """All columns of one row, the same for every row."""
-    data = record(row)
-    for key in ("notes", "checkpoint"):
-        data.pop(key)
-    for key in INTERVALS:
-        ends = ENDS if key == "interval" else PAIRED
-        data[key] = {end: (data[key] or {}).get(end) for end in ends}
-    for key in EQUALS:
-        equal = data[key] or {"griffin": None, "between": [], "interval": None}
-        data[key] = {
-            "griffin": equal["griffin"],
-            "between": " ".join(f"{x:.6g}" for x in equal["between"]),
-            **{end: (equal["interval"] or {}).get(end) for end in PAIRED},
-        }
-    return {
-        f"{key}.{name}" if isinstance(value, Mapping) else key: item
-        for key, value in data.items()
-        for name, item in (value.items() if isinstance(value, Mapping) else [("", value)])
-    }
+    """All columns of one row, the same for every row: an interval is a column for each number."""
+    line: dict[str, Any] = {}
+    for key, value in record(row).items():
+        if key in INTERVALS:
+            ends = ENDS if key == "interval" else PAIRED
+            line |= {f"{key}.{end}": (value or {}).get(end) for end in ends}
+        elif key in EQUALS:
+            equal = value or {"griffin": None, "between": [], "interval": None}
+            line[f"{key}.griffin"] = equal["griffin"]
+            line[f"{key}.between"] = " ".join(f"{at:.6g}" for at in equal["between"])
+            line |= {f"{key}.{end}": (equal["interval"] or {}).get(end) for end in PAIRED}
+        elif key not in ("notes", "checkpoint"):
+            line[key] = value
+    return line
 
 
 def write_all(folder: Path, rows: Sequence[Row]) -> list[Path]:
@@ -663,38 +533,24 @@ def write_all(folder: Path, rows: Sequence[Row]) -> list[Path]:
     return paths
 
 
-# ``report.html`` of a comparison, a sweep or an evaluation, built from its ``results.jsonl``.
-#
-# Like the page of a run: no script, no request to anywhere, everything from a file escaped.
-
-
-RESULTS = "results.jsonl"
-
-LONG = 24
-"""A table with more rows is folded."""
-
-MANY = 4
-"""So are more sentences than these."""
-
-
 def write(folder: Path, rows: Sequence[Row] | None = None) -> Path:
     """Write ``report.html`` into ``folder`` and return its path.
 
     ``rows``: what ``compare.rows`` gave for the folder's cells (default: computed here).  Without
     matplotlib the page has no plots and says so.  Raises ``ResultsError`` when the folder does not
-    exist or cannot be written, ``MissingExtra`` without scipy.
+    exist or cannot be written.
     """
     view = read(folder)
-    found = comparison.rows(read_cells(folder)) if rows is None else rows
+    known = comparison.rows(read_cells(folder)) if rows is None else rows
     path = folder / "report.html"
-    write_text(path, render(view, found))
+    write_text(path, page.render("compare.html", _content(view, known), {"stacked": stacked}))
     return path
 
 
 def read_cells(folder: Path) -> list[dict[str, Any]]:
     """The finished and failed cells of a folder; a line that is not whole is left out."""
     try:
-        lines = (folder / RESULTS).read_text(encoding="utf-8").split("\n")
+        lines = (folder / "results.jsonl").read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError):
         return []
     found = []
@@ -708,35 +564,22 @@ def read_cells(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def render(view: ResultsView, rows: Sequence[Row]) -> str:
-    """The page of one comparison."""
-    return page.render("compare.html", _content(view, rows), {"stacked": stacked})
-
-
-def stacked(cell: str) -> tuple[str, str, str]:
-    """ "0.4 (0.3 to 0.5) better" as its number, its interval and what is said of it."""
-    value, _, rest = cell.partition(" (")
-    ends, closed, said = rest.partition(")")
-    return (value, ends, said.strip()) if closed else (cell, "", "")
-
-
 def _content(view: ResultsView, rows: Sequence[Row]) -> dict[str, Any]:
-    told = conclusions(rows)
-    pictures, missing = page.pictures(
-        [*comparison_plots.make_comparison(rows), *comparison_plots.make_layers(rows)]
-    )
+    """What the page's template shows."""
+    first, *further = conclusions(rows)
+    pictures, missing = page.pictures(comparison_plots.make(rows))
     return {
         "title": title(rows),
         "status": str(view.config.get("status") or "unknown"),
-        "conclusion": told[0],
-        "further": told[1:],
-        "many": len(told) - 1 > MANY,
+        "conclusion": first,
+        "further": further,
+        "many": len(further) > MANY,
         "facts": _facts(view, rows),
         "leak": LEAK_NOTE if any(row.leaks for row in rows) else "",
-        "leaks": [leak_sentence(leak) for leak in leaks(rows)],
+        "leaks": [leak.sentence for leak in leaks(rows)],
         "pictures": pictures,
         "missing": missing,
-        "tables": [(table, len(table.rows) > LONG) for table in tables(rows)],
+        "tables": [(table.html(), len(table.rows) > LONG) for table in tables(rows)],
         "failures": failures(rows),
         "notes": footnotes(rows),
         "checkpoints": _checkpoints(rows),
@@ -748,48 +591,41 @@ def _content(view: ResultsView, rows: Sequence[Row]) -> dict[str, Any]:
 def title(rows: Sequence[Row]) -> str:
     """What was compared, and on which model."""
     models = list(dict.fromkeys(row.model for row in rows))
-    labels = list(dict.fromkeys(row.label for row in rows if row.method != DENSE))
-    where = f" on {models[0]}" if len(models) == 1 else f" on {len(models)} models"
+    labels = list(dict.fromkeys(row.label for row in rows if row.method != DENSE)) or [DENSE]
+    methods = {row.method for row in rows if row.method != DENSE}
     if not rows:
         return "Nothing was measured"
-    if all(row.layers is not None or row.method == DENSE for row in rows) and labels:
-        return f"Layer by layer{where}"
-    if len(labels) < 2:
-        return f"{labels[0] if labels else DENSE}{where}"
-    methods = dict.fromkeys(row.method for row in rows if row.method != DENSE)
-    return f"{count(len(methods), 'method')} compared{where}"
+    what = labels[0] if len(labels) == 1 else f"{count(len(methods), 'method')} compared"
+    if methods and all(row.layers is not None for row in rows if row.method != DENSE):
+        what = "Layer by layer"
+    return f"{what} on {models[0] if len(models) == 1 else f'{len(models)} models'}"
 
 
 def _facts(view: ResultsView, rows: Sequence[Row]) -> list[tuple[str, str, bool]]:
     """Name, value, and whether the value is to be set as code."""
-
-    done = sum(row.status == "done" for row in rows)
+    done = sum(row.done for row in rows)
     asked = sorted({row.asked for row in rows if row.asked})
-    found = [
-        ("models", run_facts.named([row.model for row in rows]), False),
-        ("dtype", run_facts.named([row.dtype for row in rows]), False),
-        ("methods", run_facts.named([row.method for row in rows]), False),
-        ("sparsities asked for", ", ".join(map(percent, asked)) or "none", False),
-        ("tasks", run_facts.named([row.task for row in rows]), False),
-        ("protocols", run_facts.named([row.protocol for row in rows]), False),
-        ("seeds", run_facts.named([row.seed for row in rows]), False),
-        ("cells", f"{done} done, {len(rows) - done or 'none'} failed", False),
-    ]
-    known = {"device", "date", "command"}
-    return found + [fact for fact in run_facts.facts(view) if fact[0] in known]
+    varied = {
+        "models": run_facts.named(row.model for row in rows),
+        "dtype": run_facts.named(row.dtype for row in rows),
+        "methods": run_facts.named(row.method for row in rows),
+        "sparsities asked for": ", ".join(map(percent, asked)) or "none",
+        "tasks": run_facts.named(row.task for row in rows),
+        "protocols": run_facts.named(row.protocol for row in rows),
+        "seeds": run_facts.named(row.seed for row in rows),
+        "cells": f"{done} done, {len(rows) - done or 'none'} failed",
+    }
+    known = [fact for fact in run_facts.facts(view) if fact[0] in ("device", "date", "command")]
+    return [*((name, value, False) for name, value in varied.items()), *known]
 
 
 def _checkpoints(rows: Sequence[Row]) -> PageTable | None:
     """The files that were measured, with what identifies them."""
-    found: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        known = mapping(row.checkpoint)
-        if known:
-            found.setdefault(json.dumps(known, sort_keys=True, default=str), known)
     keys = ("name", "file_quantisation", "dtype", "revision", "sha256")
-    body = tuple(
-        tuple("not known" if known.get(key) is None else str(known[key])[:40] for key in keys)
-        for known in found.values()
+    body = dict.fromkeys(
+        tuple(str(row.checkpoint.get(key) or "not known")[:40] for key in keys)
+        for row in rows
+        if row.checkpoint
     )
     head = ("checkpoint", "file quantisation", "dtype", "revision", "sha256 (start)")
-    return PageTable("Checkpoints", head, body, numeric=False) if body else None
+    return PageTable("Checkpoints", head, tuple(body), numeric=False) if body else None

@@ -74,7 +74,7 @@ def make(view: ResultsView) -> Plot | None:
         panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (sequence, row) in zip(panels, shown, strict=True):
             masks = [m for m in view.remasks if _belongs(m, sequence, row)]
-            _draw(axes, palette, groups[sequence, row], masks)
+            draw_checks(axes, palette, groups[sequence, row], masks)
             if len(groups) > 1:
                 axes.set_title(f"sequence {sequence}, row {row}", loc="right", fontsize=8)
         panels[-1].set_xlabel("decode step (tokens)")
@@ -99,10 +99,11 @@ def _belongs(mask: Mapping[str, Any], sequence: int, row: int) -> bool:
     return has_place and mask.get("sequence") == sequence and mask.get("row") in (None, row)
 
 
-def _draw(axes: Axes, palette: Palette, checks: Sequence[DriftCheck], masks: Masks) -> None:
+def draw_checks(axes: Axes, palette: Palette, checks: Sequence[DriftCheck], masks: Masks) -> None:
+    """Windows with their similarity and threshold, and lines where masks were built."""
     starts = [int(mask["step"]) for mask in masks]
     label = "threshold"
-    for stretch in _stretches(checks, starts):
+    for stretch in stretches(checks, starts):
         steps = [check.step for check in stretch]
         axes.plot(steps, [c.similarity for c in stretch], color=SOFT, linewidth=0.9, zorder=2)
         limits = [(c.step, c.threshold) for c in stretch if c.threshold is not None]
@@ -117,7 +118,7 @@ def _draw(axes: Axes, palette: Palette, checks: Sequence[DriftCheck], masks: Mas
     axes.grid(axis="y")
 
 
-def _stretches(checks: Sequence[DriftCheck], starts: Sequence[int]) -> list[list[DriftCheck]]:
+def stretches(checks: Sequence[DriftCheck], starts: Sequence[int]) -> list[list[DriftCheck]]:
     """The windows of each mask: lines are broken where masks were rebuilt."""
     begins, ends = [float("-inf"), *starts], [*starts, float("inf")]
     found = (
@@ -127,7 +128,8 @@ def _stretches(checks: Sequence[DriftCheck], starts: Sequence[int]) -> list[list
     return [stretch for stretch in found if stretch]
 
 
-def _kind(check: DriftCheck) -> str:
+def window_kind(check: DriftCheck) -> str:
+    """``trigger``, ``held``, ``arming``, ``low`` or ``armed``."""
     if check.trigger:
         return "trigger"
     if check.state in ("held", "arming"):
@@ -149,7 +151,7 @@ def _draw_windows(axes: Axes, palette: Palette, checks: Sequence[DriftCheck]) ->
         "arming": {"marker": "o", "color": "white", "label": "arming: no threshold yet"},
     }
     for kind, look in looks.items():
-        points = [check for check in checks if _kind(check) == kind]
+        points = [check for check in checks if window_kind(check) == kind]
         if points:
             style = {"markeredgecolor": INK, "markeredgewidth": 0.9, "markersize": 6.5, **look}
             x, y = [check.step for check in points], [check.similarity for check in points]

@@ -1,6 +1,7 @@
-"""Every results folder as typed records; list, filter, show.
+"""Every results folder as a typed record; list, filter, show.
 
-Runs as flat records, JSON, CSV or Markdown; one line per run or per measured row.
+A folder is read with models that ignore what they do not know.  What is damaged is one sentence in
+``problems``, never an exception.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, BeforeValidator
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
@@ -29,8 +31,99 @@ from dart_llm.experiments.store import mapping, number
 from dart_llm.experiments.trackers import TRACKERS
 from dart_llm.files import finite
 
-# The summary of a drift study as the cells that lists of results are made of: one per method.
+# The files of a folder; what is of another type than it should be counts as missing.
 
+
+def _mappings(value: Any) -> list[dict[str, Any]]:
+    return [mapping(item) for item in value] if isinstance(value, list) else []
+
+
+def _time(value: Any) -> datetime.datetime | None:
+    with contextlib.suppress(TypeError, ValueError):
+        return datetime.datetime.fromisoformat(value)
+    return None
+
+
+Data = Annotated[dict[str, Any], BeforeValidator(mapping)]
+Records = Annotated[list[dict[str, Any]], BeforeValidator(_mappings)]
+Number = Annotated[float | None, BeforeValidator(number)]
+Time = Annotated[datetime.datetime | None, BeforeValidator(_time)]
+
+
+class Config(BaseModel, frozen=True):
+    """config.json."""
+
+    kind: Any = None
+    status: Any = None
+    settings: Data = {}
+    prune: Data = {}
+    checkpoint: Data = {}
+    cells: Records = []
+    started: Time = None
+    finished: Time = None
+    command: Any = None
+    versions: Data = {}
+    git: Data = {}
+
+
+NOTHING = Config()
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of one folder; ``problems`` collects what is damaged."""
+
+    folder: Path
+    problems: list[str]
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A document; empty when there is no such file, or it is damaged."""
+        with self._damage(name):
+            return mapping(json.loads(self._text(name) or "{}"))
+        return {}
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """The rows of a JSONL file, without damaged ones."""
+        rows = []
+        for line in self._text(name).split("\n"):
+            with self._damage(name):
+                value = json.loads(line) if line.strip() else {}
+                if not isinstance(value, Mapping):
+                    raise ValueError
+                rows += [dict(value)] if value else []
+        return rows
+
+    def _text(self, name: str) -> str:
+        try:
+            return (self.folder / name).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return ""
+        except (OSError, UnicodeDecodeError):
+            self._note(f"{name} cannot be read")
+            return ""
+
+    @contextlib.contextmanager
+    def _damage(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, RecursionError):
+            self._note(f"{name} is damaged")
+
+    def _note(self, problem: str) -> None:
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+
+# Today's files as cells in the form of results.jsonl, whatever command wrote them.
+
+GENERATE = "generate"
+"""The task of a generated text; its metric is the speed."""
+
+STUDIES = ("detect", "inspect", "quality", "speed")
+"""Kinds whose results are no cells of a comparison; their folders have tables of their own."""
+
+EVALUATIONS = ("mmlu.json", "general_nlp.json", "summarization.json")
+"""Of ``dart-llm run``: lines of results.jsonl, as ``rows``."""
 
 ACCOUNTING = (
     "achieved_sparsity",
@@ -39,156 +132,55 @@ ACCOUNTING = (
     "remasks",
     "ffn_bytes_share",
 )
-"""Of the reports of a method's cells, merged; ``remasks`` are those of all cells."""
+"""Of the reports of a drift method's cells, merged; ``remasks`` are those of all cells."""
 
 CLOSEST = ("document_similarity", "rougeL")
-"""Metrics that may stand for a study in mode free, the first that it has."""
+"""Metrics that may stand for a drift study in mode free, the first that it has."""
 
 
-def cells(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """One cell per row of summary.json, in the form of results.jsonl of an evaluation.
-
-    The metric is the mean loss after the changes (mode forced), the closeness to the dense text,
-    or the mean length where nothing was compared.
-    """
-    for line in summary.get("rows") or ():
-        name, value, higher = _headline(line)
-        asked = {key: line.get(key) for key in ("method", "sparsity")}
-        failed = not line.get("cells")
-        yield {
-            "label": line.get("label"),
-            "status": "failed" if failed else "done",
-            "error": f"all {line.get('failed')} cells failed: results.jsonl says why"
-            if failed
-            else None,
-            "cell": {**asked, "model": summary.get("model"), "dtype": summary.get("dtype")},
-            "measurement": {
-                "task": f"drift:{summary.get('mode')}",
-                "metric": name,
-                "higher_is_better": higher,
-                "metrics": {name: value},
-                "items": [],
-                "accounting": None
-                if line.get("method") == "dense"
-                else {key: line.get(key) for key in ACCOUNTING},
-            },
-        }
-
-
-def _headline(line: Mapping[str, Any]) -> tuple[str, float | None, bool]:
-    """Name, value, and whether more is better."""
-    if line.get("loss"):
-        after = line["loss"].get("after") or {}
-        return "loss_after", after.get("mean"), False
-    for name in CLOSEST:
-        found = (line.get("metrics") or {}).get(name)
-        if found:
-            return name, found["mean"], True
-    return "tokens", line.get("mean_tokens"), True
-
-
-# What a run's folder measured, as the rows that ``compare`` works with, whatever kind it is.
-#
-# Everything becomes a cell as results.jsonl holds it: a damaged file is one sentence in
-# ``problems``, never an exception.
-
-
-GENERATE = "generate"
-"""The task of a generated text; its metric is the speed."""
-
-STUDIES = ("detect", "inspect", "quality", "speed")
-"""Kinds whose results are no cells of a comparison; their folders have tables of their own."""
-
-CELLS, MEASUREMENTS = "results.jsonl", "measurements.json"
-
-EVALUATIONS = ("mmlu.json", "general_nlp.json", "summarization.json")
-"""Of ``dart-llm run``: lines of results.jsonl, as ``rows``."""
-
-
-def read_rows(folder: Path, config: Mapping[str, Any], problems: list[str]) -> tuple[Row, ...]:
-    """The rows of a folder in the order of its files; adds to ``problems`` what is damaged."""
-    found = []
-    for cell in _of_kind(folder, config.get("kind"), problems):
-        known = mapping(cell.get("checkpoint")) or mapping(config.get("checkpoint"))
-        asked = {**_model_name(config), **mapping(cell.get("cell"))}
+def read_rows(files: Files, config: Config) -> tuple[Row, ...]:
+    """The rows of a folder in the order of its files."""
+    settings = {n: v for n in ("model", "dtype", "seed") if (v := config.settings.get(n))}
+    rows = []
+    for cell in upgrade(files, config.kind):
+        known = mapping(cell.get("checkpoint")) or config.checkpoint
+        asked = {**settings, **mapping(cell.get("cell"))}
         row = read_row({**cell, "checkpoint": known, "cell": asked})
         row = replace(row, scores=Scores({}, False))  # every item of every run would be kept
         if row.task == GENERATE:
             row = replace(row, status="done", error=None)  # without timing.json there is no speed
-        found.append(row)
-    return tuple(found)
+        rows.append(row)
+    return tuple(rows)
 
 
-def read_json(path: Path, problems: list[str]) -> Any:
-    """Parsed JSON; None when there is no such file, or it is damaged."""
-    text = _text(path, problems)
-    try:
-        return None if text is None else json.loads(text)
-    except (ValueError, RecursionError):
-        problems.append(f"{path.name} is damaged")
-        return None
-
-
-def _text(path: Path, problems: list[str]) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError):
-        problems.append(f"{path.name} cannot be read")
-        return None
-
-
-def _lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
-    damaged = False
-    for line in (_text(path, problems) or "").split("\n"):
-        try:
-            value = json.loads(line) if line.strip() else {}
-        except (ValueError, RecursionError):
-            damaged = True
-            continue
-        if isinstance(value, Mapping) and value:
-            yield dict(value)
-        damaged |= not isinstance(value, Mapping)
-    if damaged:
-        problems.append(f"{path.name} is damaged")
-
-
-def _model_name(config: Mapping[str, Any]) -> dict[str, Any]:
-    settings = mapping(config.get("settings"))
-    return {name: settings[name] for name in ("model", "dtype", "seed") if settings.get(name)}
-
-
-def _of_kind(folder: Path, kind: Any, problems: list[str]) -> Iterator[dict[str, Any]]:
+def upgrade(files: Files, kind: Any) -> Iterator[dict[str, Any]]:
+    """The cells of a folder of any kind; where a file repeats another one, it is left out."""
     if kind == "drift":
-        yield from cells(mapping(read_json(folder / "summary.json", problems)))
-    elif kind not in STUDIES:
-        yield from _cell_rows(folder, problems)
-
-
-def _cell_rows(folder: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
-    yield from _generations(folder, problems)
-    cells = list(_lines(folder / CELLS, problems))
-    yield from cells
-    measured = mapping(read_json(folder / MEASUREMENTS, problems)).get("measurements")
-    if cells:
-        return  # the other files would repeat them
-    for entry in map(mapping, measured if isinstance(measured, list) else ()):
-        cell = {name: entry.get(name) for name in ("method", "sparsity")}
-        yield {"cell": cell, "label": entry.get("label"), "measurement": entry}
+        yield from cells(files.json("summary.json"))
+    if kind == "drift" or kind in STUDIES:
+        return
+    yield from upgrade_generations(files)
+    lines = files.lines("results.jsonl")
+    yield from lines
+    measured = _mappings(files.json("measurements.json").get("measurements"))
+    if lines:
+        return
+    for entry in measured:
+        yield {"cell": _asked(entry), "label": entry.get("label"), "measurement": entry}
     if not measured:
-        yield from _perplexities(folder, problems)
+        yield from upgrade_perplexity(files.json("perplexity.json"))
     for name in EVALUATIONS:
-        rows = mapping(read_json(folder / name, problems)).get("rows")
-        yield from (dict(mapping(row)) for row in (rows if isinstance(rows, list) else ()))
+        yield from _mappings(files.json(name).get("rows"))
 
 
-def _perplexities(folder: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
-    whole = mapping(read_json(folder / "perplexity.json", problems))
-    texts = whole.get("texts", [whole])
-    for text in map(mapping, texts if isinstance(texts, list) else ()):
-        rows = text.get("rows")
-        for row in map(mapping, rows if isinstance(rows, list) else ()):
+def _asked(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: row.get(name) for name in ("method", "sparsity")}
+
+
+def upgrade_perplexity(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rows of every text; a document may be that of one text."""
+    for text in _mappings(document.get("texts", [document])):
+        for row in _mappings(text.get("rows")):
             measurement: dict[str, Any] = {
                 "task": f"perplexity:{text.get('text')}",
                 "protocol": text.get("protocol"),
@@ -198,14 +190,13 @@ def _perplexities(folder: Path, problems: list[str]) -> Iterator[dict[str, Any]]
                 "items": [],
                 "accounting": row.get("accounting"),
             }
-            cell = {name: row.get(name) for name in ("method", "sparsity")}
-            yield {"cell": cell, "label": row.get("label"), "measurement": measurement}
+            yield {"cell": _asked(row), "label": row.get("label"), "measurement": measurement}
 
 
-def _generations(folder: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
-    timing = mapping(read_json(folder / "timing.json", problems))
-    speeds = mapping(timing.get("tokens_per_second"))
-    for record in _lines(folder / "generation.jsonl", problems):
+def upgrade_generations(files: Files) -> Iterator[dict[str, Any]]:
+    """The texts that a run wrote, by their speed."""
+    speeds = mapping(files.json("timing.json").get("tokens_per_second"))
+    for record in files.lines("generation.jsonl"):
         variant = str(record.get("variant"))
         measurement = {
             "task": GENERATE,
@@ -213,13 +204,49 @@ def _generations(folder: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
             "metrics": {"tokens_per_second": number(speeds.get(variant))},
             "accounting": record.get("accounting"),
         }
-        cell = {name: record.get(name) for name in ("method", "sparsity")}
         label = variant if variant == "dense" else None
-        yield {"cell": cell, "label": label, "measurement": measurement}
+        yield {"cell": _asked(record), "label": label, "measurement": measurement}
 
 
-# One run's folder in a few facts, for lists of runs; what is damaged is said, never raised.
+def cells(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rows of a drift study's summary.json, one per method.
 
+    The metric is the mean loss after the changes (mode forced), the closeness to the dense text,
+    or the mean length where nothing was compared.
+    """
+    for line in _mappings(summary.get("rows")):
+        name, value, higher = _headline(line)
+        failed = not line.get("cells")
+        untouched = line.get("method") == "dense"
+        yield {
+            "label": line.get("label"),
+            "status": "failed" if failed else "done",
+            "error": f"all {line.get('failed')} cells failed: results.jsonl says why"
+            if failed
+            else None,
+            "cell": {**_asked(line), "model": summary.get("model"), "dtype": summary.get("dtype")},
+            "measurement": {
+                "task": f"drift:{summary.get('mode')}",
+                "metric": name,
+                "higher_is_better": higher,
+                "metrics": {name: value},
+                "items": [],
+                "accounting": None if untouched else {key: line.get(key) for key in ACCOUNTING},
+            },
+        }
+
+
+def _headline(line: Mapping[str, Any]) -> tuple[str, Any, bool]:
+    """Name, value, and whether more is better."""
+    if line.get("loss"):
+        return "loss_after", mapping(mapping(line["loss"]).get("after")).get("mean"), False
+    for name in CLOSEST:
+        if closeness := mapping(mapping(line.get("metrics")).get(name)):
+            return name, closeness.get("mean"), True
+    return "tokens", line.get("mean_tokens"), True
+
+
+# One run's folder in a few facts.
 
 STATUSES = ("complete", "running", "stopped", "interrupted", "failed", "unknown")
 """Of config.json, and two more: ``stopped``, a run that says ``running`` while no process of this
@@ -255,82 +282,72 @@ class ResultsSummary:
     planned: int | None = None
     """Cells of a sweep, finished or not."""
     seconds: float | None = None
-    config: Mapping[str, Any] | None = None
+    config: Config = NOTHING
     problems: tuple[str, ...] = ()
 
 
 def read_info(folder: Path, root: Path) -> ResultsSummary:
     """The facts of one folder; ``root``: where the list was asked for."""
-    place = folder.resolve()
-    base = root.resolve()
+    place, base = folder.resolve(), root.resolve()
     experiment = place.parent.name
     if base in place.parent.parents:
         experiment = place.parent.relative_to(base).as_posix()
-    name = ResultsSummary(folder, experiment, place.name, _stamp(place.name), "unknown", "run")
+    run = ResultsSummary(folder, experiment, place.name, _stamp(place.name), "unknown", "run")
     try:
-        return _read(name)
+        return _read(run)
     except Exception as error:  # a listing shows the other runs, whatever is in this folder
-        return replace(name, problems=(f"cannot be read ({type(error).__name__}: {error})",))
+        return replace(run, problems=(f"cannot be read ({type(error).__name__}: {error})",))
 
 
 def _read(run: ResultsSummary) -> ResultsSummary:
-    problems: list[str] = []
-    config = mapping(read_json(run.path / "config.json", problems))
-    if not config and not problems:
-        problems.append("config.json is missing or empty")
-    rows = read_rows(run.path, config, problems)
-    settings, checkpoint = mapping(config.get("settings")), mapping(config.get("checkpoint"))
-    cells = config.get("cells")
-    planned = [mapping(cell) for cell in cells] if isinstance(cells, list) else []
-    asked = planned or [{**settings, **_own(config)}]
-    model = checkpoint.get("name")
-    facts = [row.checkpoint for row in rows] or [checkpoint]
+    files = Files(run.path, [])
+    document = files.json("config.json")
+    if not document and not files.problems:
+        files.problems.append("config.json is missing or empty")
+    config = Config.model_validate(document)
+    rows = read_rows(files, config)
+    prune = {n: v for n in ("method", "sparsity") if (v := config.prune.get(n)) is not None}
+    asked = config.cells or [{**config.settings, **prune}]
+    checkpoint = config.checkpoint
+    models = [checkpoint["name"]] if checkpoint.get("name") else [c.get("model") for c in asked]
+    methods = [row.method for row in rows]
+    if config.kind not in ("compare", "sweep") and prune.get("method"):
+        methods = [prune["method"]]  # the dense rows beside it are a reference
     return replace(
         run,
-        started=_time(config.get("started")) or run.started,
+        started=config.started or run.started,
         status=_status(run.path, config),
-        kind=str(config.get("kind") or "run"),
-        models=_texts(row.model for row in rows)
-        or _texts([_short(model)] if model else [_short(cell.get("model")) for cell in asked]),
-        quantisations=_texts(fact.get("file_quantisation") for fact in facts),
+        kind=str(config.kind or "run"),
+        models=_texts(row.model for row in rows) or _texts(map(_short, models)),
+        quantisations=_texts(
+            fact.get("file_quantisation")
+            for fact in [row.checkpoint for row in rows] or [checkpoint]
+        ),
         dtypes=_texts(row.dtype for row in rows) or _texts([checkpoint.get("dtype")]),
-        methods=_methods(config, rows) or _texts(cell.get("method") for cell in asked),
+        methods=_texts(methods) or _texts(cell.get("method") for cell in asked),
         sparsities=_sparsities(rows, asked),
         tasks=_texts(row.task for row in rows) or _texts(_tasks(asked)),
         rows=rows,
         measured=len(rows),
-        planned=len(planned) or None,
-        seconds=_seconds(run.path, config, problems),
+        planned=len(config.cells) or None,
+        seconds=_seconds(files, config),
         config=config,
-        problems=tuple(dict.fromkeys(problems)),
+        problems=tuple(files.problems),
     )
 
 
-def _own(config: Mapping[str, Any]) -> dict[str, Any]:
-    prune = mapping(config.get("prune"))
-    return {name: prune[name] for name in ("method", "sparsity") if prune.get(name) is not None}
-
-
-def _methods(config: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, ...]:
-    """A single run's own method: the dense rows beside it are a reference."""
-    method = _own(config).get("method")
-    if config.get("kind") not in ("compare", "sweep") and method:
-        return (str(method),)
-    return _texts(row.method for row in rows)
-
-
 def _sparsities(rows: Sequence[Row], asked: Sequence[Mapping[str, Any]]) -> tuple[float, ...]:
-    found = [row.asked for row in rows if not row.method.startswith("dense")]
-    found = found or [row.asked for row in rows]
-    found = found or [number(cell.get("sparsity")) for cell in asked]
-    return tuple(sorted({value for value in found if value is not None}))
+    values = [row.asked for row in rows if not row.method.startswith("dense")]
+    values = values or [row.asked for row in rows]
+    values = values or [number(cell.get("sparsity")) for cell in asked]
+    return tuple(sorted({value for value in values if value is not None}))
 
 
 def _tasks(asked: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     for cell in asked:
         for value in (cell.get("task"), cell.get("tasks")):
-            parts = value.split(",") if isinstance(value, str) else value
-            yield from (str(part).strip() for part in (parts if isinstance(parts, list) else ()))
+            names = value.split(",") if isinstance(value, str) else value
+            yield from (str(name).strip() for name in (names if isinstance(names, list) else ()))
 
 
 def _texts(values: Iterable[Any]) -> tuple[str, ...]:
@@ -342,44 +359,34 @@ def _short(name: Any) -> str:
 
 
 def _stamp(name: str) -> datetime.datetime | None:
-    found = STAMP.fullmatch(name)
+    match = STAMP.fullmatch(name)
     with contextlib.suppress(ValueError):
-        return None if not found else datetime.datetime.strptime(found[1], "%Y%m%d-%H%M%S")
+        return None if not match else datetime.datetime.strptime(match[1], "%Y%m%d-%H%M%S")
     return None
 
 
-def _time(value: Any) -> datetime.datetime | None:
-    with contextlib.suppress(TypeError, ValueError):
-        return datetime.datetime.fromisoformat(value)
-    return None
-
-
-def _seconds(folder: Path, config: Mapping[str, Any], problems: list[str]) -> float | None:
-    total = number(mapping(read_json(folder / "timing.json", problems)).get("total_s"))
-    begin, end = _time(config.get("started")), _time(config.get("finished"))
-    if total is None and begin is not None and end is not None:
-        return seconds_of(end) - seconds_of(begin)
+def _seconds(files: Files, config: Config) -> float | None:
+    total = number(files.json("timing.json").get("total_s"))
+    if total is None and config.started is not None and config.finished is not None:
+        return seconds_of(config.finished) - seconds_of(config.started)
     return total
 
 
-def _status(folder: Path, config: Mapping[str, Any]) -> str:
-    status = str(config.get("status") or "unknown").lower()
+def _status(folder: Path, config: Config) -> str:
+    status = str(config.status or "unknown").lower()
     return "stopped" if status == "running" and not is_taken(folder) else status
 
 
 def seconds_of(time: datetime.datetime | None) -> float:
     """Seconds; a time without an offset is local; no time is before every other."""
-    if time is None:
-        return 0.0
     with contextlib.suppress(OverflowError, OSError, ValueError):
-        return time.timestamp()
+        return 0.0 if time is None else time.timestamp()
     return 0.0
 
 
-# All runs in a folder: find them and choose among them.  ``results_tables`` shows them.
+# All runs in a folder: find them and choose among them.
 
-
-_DEEPEST = 4
+DEEPEST = 4
 """Folders below the root; the name of an experiment may hold slashes."""
 
 
@@ -395,10 +402,22 @@ def find(root: Path | str) -> list[ResultsSummary]:
             f"there is no results folder {root}: give the folder that --results-dir named, or run "
             "dart-llm run first"
         )
-    found = [read_info(folder, root) for folder in _folders(root)]
-    if not found:
+    runs = [read_info(folder, root) for folder in _folders(root)]
+    if not runs:
         raise ConfigError(f"{root} holds no runs (no <experiment>/<time>/config.json)")
-    return sorted(found, key=lambda run: (seconds_of(run.started), run.experiment, run.time))
+    return sorted(runs, key=lambda run: (seconds_of(run.started), run.experiment, run.time))
+
+
+def _folders(root: Path, depth: int = 0) -> Iterator[Path]:
+    """Folders of runs: named like one, or with a config.json of ours (models have one too)."""
+    if STAMP.fullmatch(root.resolve().name) or "status" in Files(root, []).json("config.json"):
+        yield root
+        return
+    with contextlib.suppress(OSError):
+        for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+            hidden = folder.name.startswith(".") or folder.name in TRACKERS
+            if depth < DEEPEST and not hidden:
+                yield from _folders(folder, depth + 1)
 
 
 def filter(
@@ -420,30 +439,32 @@ def filter(
     known = {*STATUSES, *(run.status for run in runs)}
     if status is not None and status.lower() not in known:
         raise UnknownName("status", status, known)
-    first = None if since is None else _since(since)
-    wanted = (model, method, task)
-    found = []
+    first = None if since is None else seconds_of(_since(since))
+
+    def matches(*names: Sequence[str]) -> bool:
+        return all(_part_of(*pair) for pair in zip((model, method, task), names, strict=True))
+
+    chosen = []
     for run in runs:
         if status is not None and run.status != status.lower():
             continue
         if not _part_of(experiment, (run.experiment,)):
             continue
-        if first is not None and seconds_of(run.started) < seconds_of(first):
+        if first is not None and seconds_of(run.started) < first:
             continue
-        rows = tuple(row for row in run.rows if _matches(wanted, *_names(row)))
-        whole = _matches(wanted, run.models, run.methods, run.tasks)
+        rows = tuple(
+            row
+            for row in run.rows
+            if matches(
+                (row.model, str(row.checkpoint.get("source") or "")),
+                (row.method, row.label),
+                (row.task,),
+            )
+        )
+        whole = matches(run.models, run.methods, run.tasks)
         if rows or (whole and (run.status != "complete" or not run.rows)):
-            found.append(replace(run, rows=rows))
-    return found
-
-
-def _names(row: Row) -> tuple[Sequence[str], Sequence[str], Sequence[str]]:
-    source = str(row.checkpoint.get("source") or "")
-    return (row.model, source), (row.method, row.label), (row.task,)
-
-
-def _matches(wanted: Sequence[str | None], *names: Sequence[str]) -> bool:
-    return all(_part_of(part, known) for part, known in zip(wanted, names, strict=True))
+            chosen.append(replace(run, rows=rows))
+    return chosen
 
 
 def _part_of(part: str | None, names: Sequence[str]) -> bool:
@@ -451,105 +472,84 @@ def _part_of(part: str | None, names: Sequence[str]) -> bool:
 
 
 def _since(text: str) -> datetime.datetime:
-    try:
-        return datetime.datetime.fromisoformat(text.strip())
-    except ValueError:
-        raise ConfigError(
-            f'--since "{text}" is not a date: write 2026-03-04 or "2026-03-04 12:00"'
-        ) from None
+    if (time := _time(text.strip())) is not None:
+        return time
+    raise ConfigError(f'--since "{text}" is not a date: write 2026-03-04 or "2026-03-04 12:00"')
 
 
-def _config(folder: Path) -> Any:
-    return read_json(folder / "config.json", [])
-
-
-def _folders(root: Path, depth: int = 0) -> Iterator[Path]:
-    """Folders of runs: named like one, or with a config.json of ours (models have one too)."""
-    if STAMP.fullmatch(root.resolve().name) or "status" in mapping(_config(root)):
-        yield root
-        return
-    try:
-        inside = sorted(path for path in root.iterdir() if path.is_dir())
-    except OSError:
-        return
-    for folder in inside:
-        hidden = folder.name.startswith(".") or folder.name in TRACKERS
-        if depth < _DEEPEST and not hidden:
-            yield from _folders(folder, depth + 1)
-
+# Runs as flat records, JSON, CSV or Markdown; one per run or per measured row.
 
 MOST = 4
 """Results of one run that fit into a line of the short table."""
 
+HEAD = ("experiment", "time", "status", "kind")
+
+ROW = {
+    **{name: name for name in ("model", "quantisation", "dtype", "method", "label")},
+    "sparsity": "asked",
+    **{name: name for name in ("layers", "keep", "task", "protocol", "seed", "metric", "value")},
+    "items": "items",
+    "achieved_sparsity": "achieved",
+    "sparsity_while_pruned": "while_pruned",
+    "dense_token_share": "dense_share",
+    "remasks": "remasks",
+    "ffn_bytes_share": "bytes_executed",
+    "result": "status",
+    "error": "error",
+}
+"""Names of a row's values, and of their fields in ``Row``."""
+
 
 def records(runs: Iterable[ResultsSummary], long: bool = False) -> list[dict[str, Any]]:
     """Flat data: one per run with distinct values joined, or with ``long`` one per measured row."""
-    return [record for run in runs for record in (_rows(run) if long else [_run(run)])]
+    return [record for run in runs for record in (_long(run) if long else [_short_record(run)])]
 
 
 def _head(run: ResultsSummary) -> dict[str, Any]:
+    return {name: getattr(run, name) for name in HEAD}
+
+
+def _lists(run: ResultsSummary) -> dict[str, list[Any]]:
     return {
-        "experiment": run.experiment,
-        "time": run.time,
-        "status": run.status,
-        "kind": run.kind,
+        "model": list(run.models),
+        "quantisation": list(run.quantisations),
+        "dtype": list(run.dtypes),
+        "method": list(run.methods),
+        "sparsity": list(run.sparsities),
+        "tasks": list(run.tasks),
     }
 
 
-def _run(run: ResultsSummary) -> dict[str, Any]:
-    shown = own_rows(run)
-    joined = {
-        "model": run.models,
-        "quantisation": run.quantisations,
-        "dtype": run.dtypes,
-        "method": run.methods,
-        "sparsity": run.sparsities,
-        "tasks": run.tasks,
-        "achieved_sparsity": [row.achieved for row in shown],
-        "dense_token_share": [row.dense_share for row in shown],
-        "remasks": [row.remasks for row in shown],
-    }
+def _short_record(run: ResultsSummary) -> dict[str, Any]:
+    names = ("achieved_sparsity", "dense_token_share", "remasks")
+    numbers = {name: [getattr(row, ROW[name]) for row in own_rows(run)] for name in names}
     return {
         **_head(run),
-        **{name: _joined(values) for name, values in joined.items()},
+        **{name: _joined(values) for name, values in (_lists(run) | numbers).items()},
         "results": "; ".join(results(run)),
         "seconds": run.seconds,
         "path": str(run.path),
     }
 
 
-def _rows(run: ResultsSummary) -> list[dict[str, Any]]:
-    found = [
-        {
-            **_head(run),
-            "model": row.model,
-            "quantisation": row.checkpoint.get("file_quantisation"),
-            "dtype": row.dtype,
-            "method": row.method,
-            "label": row.label,
-            "sparsity": row.asked,
-            "layers": row.layers,
-            "keep": row.keep,
-            "task": row.task,
-            "protocol": row.protocol,
-            "seed": row.seed,
-            "metric": row.metric,
-            "value": row.value,
-            "items": row.items or None,
-            "achieved_sparsity": row.achieved,
-            "sparsity_while_pruned": row.while_pruned,
-            "dense_token_share": row.dense_share,
-            "remasks": row.remasks,
-            "ffn_bytes_share": row.bytes_executed,
-            "result": row.status,
-            "error": row.error,
-            "path": str(run.path),
-        }
-        for row in run.rows
-    ]
-    return found or [
-        {**_head(run), "error": "; ".join(run.problems) or None, "path": str(run.path)}
-    ]
+def _joined(values: Iterable[Any]) -> str | float | int | None:
+    """The one value, the distinct ones joined by spaces, or None."""
+    distinct = list(dict.fromkeys(value for value in values if value is not None))
+    if len(distinct) > 1:
+        return " ".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in distinct)
+    return distinct[0] if distinct else None
+
+
+def _long(run: ResultsSummary) -> list[dict[str, Any]]:
+    rows = [_values(row) for row in run.rows] or [{"error": "; ".join(run.problems) or None}]
+    return [{**_head(run), **row, "path": str(run.path)} for row in rows]
+
+
+def _values(row: Row) -> dict[str, Any]:
+    fixed = {"quantisation": row.checkpoint.get("file_quantisation"), "items": row.items or None}
+    return {
+        name: fixed[name] if name in fixed else getattr(row, field) for name, field in ROW.items()
+    }
 
 
 def own_rows(run: ResultsSummary) -> list[Row]:
@@ -569,16 +569,17 @@ def results(run: ResultsSummary) -> list[str]:
 
 def remarks(run: ResultsSummary) -> list[str]:
     """What is missing, failed or damaged."""
-    found = list(run.problems)
+    texts = list(run.problems)
     if run.planned is not None and run.planned != run.measured:
-        found.append(f"{run.measured} of {run.planned} cells")
+        texts.append(f"{run.measured} of {run.planned} cells")
     failed = sum(row.status == "failed" for row in run.rows)
-    return [*found, *([f"{failed} failed"] if failed else [])]
+    return [*texts, *([f"{failed} failed"] if failed else [])]
 
 
 def result(row: Row) -> str:
     """Task, metric and value of one row; the protocol, unless it is ``decode``."""
-    name = task_name(row.task)
+    kind, colon, text = row.task.partition(":")
+    name = f"{kind}:{Path(text).name}" if colon and text else row.task
     if row.status == "failed":
         return f"{name} failed: {row.error}"
     if row.value is None:
@@ -591,49 +592,23 @@ def result(row: Row) -> str:
     return f"{name} {metric}{row.value:.4g}"
 
 
-def task_name(task: str) -> str:
-    """A task without the folders of its file."""
-    kind, colon, text = task.partition(":")
-    return f"{kind}:{Path(text).name}" if colon and text else task
-
-
-def _joined(values: Iterable[Any]) -> str | float | int | None:
-    """The one value, the distinct ones joined by spaces, or None."""
-    distinct = list(dict.fromkeys(value for value in values if value is not None))
-    if len(distinct) > 1:
-        return " ".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in distinct)
-    return distinct[0] if distinct else None
-
-
 def to_json(runs: Iterable[ResultsSummary]) -> str:
     """One document: a list of runs, each with its ``rows`` and ``problems``."""
     data = [
         {
-            **_run(run),
+            **_head(run),
+            **_lists(run),
+            "results": results(run),
+            "seconds": run.seconds,
+            "path": str(run.path),
             "started": None if run.started is None else run.started.isoformat(),
-            "model": list(run.models),
-            "quantisation": list(run.quantisations),
-            "dtype": list(run.dtypes),
-            "method": list(run.methods),
-            "sparsity": list(run.sparsities),
-            "tasks": list(run.tasks),
             "cells": run.planned,
             "problems": list(run.problems),
-            "results": results(run),
-            "rows": _json_rows(run),
+            "rows": [_values(row) for row in run.rows],
         }
         for run in runs
     ]
-    for run_data in data:
-        for name in ("achieved_sparsity", "dense_token_share", "remasks"):
-            del run_data[name]  # each row has its own
     return json.dumps(finite(data), indent=1, allow_nan=False)
-
-
-def _json_rows(run: ResultsSummary) -> list[dict[str, Any]]:
-    left_out = (*_head(run), "path")
-    rows = _rows(run) if run.rows else []
-    return [{key: v for key, v in row.items() if key not in left_out} for row in rows]
 
 
 def to_csv(runs: Iterable[ResultsSummary], long: bool = False) -> str:
@@ -650,7 +625,11 @@ def to_markdown(runs: Iterable[ResultsSummary], long: bool = False) -> str:
     """A Markdown table; shares as per cent."""
     hidden = ("path", "seconds", "label", "protocol", "seed", "ffn_bytes_share")
     data = records(runs, long)
-    names = [name for name in _columns(data) if name not in hidden and _any(data, name)]
+    names = [
+        name
+        for name in _columns(data)
+        if name not in hidden and any(record.get(name) not in (None, "") for record in data)
+    ]
     lines = [names, ["---"] * len(names)]
     lines += [[_cell(name, record.get(name)) for name in names] for record in data]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -659,10 +638,6 @@ def to_markdown(runs: Iterable[ResultsSummary], long: bool = False) -> str:
 def _columns(data: Sequence[Mapping[str, Any]]) -> list[str]:
     longest_first = sorted(data, key=lambda record: -len(record))
     return list(dict.fromkeys(name for record in longest_first for name in record))
-
-
-def _any(data: Sequence[Mapping[str, Any]], name: str) -> bool:
-    return any(record.get(name) not in (None, "") for record in data)
 
 
 def _cell(name: str, value: Any) -> str:
@@ -676,6 +651,14 @@ def _cell(name: str, value: Any) -> str:
 
 # Runs as tables for the terminal, and what one run holds.
 
+NUMBERS = (
+    ("asked", "asked", "{:.0%}"),
+    ("achieved", "achieved", "{:.1%}"),
+    ("dense\ntokens", "dense_share", "{:.1%}"),
+    ("re-\nmasks", "remasks", "{:.0f}"),
+)
+"""Heads of the columns of numbers, their fields in ``Row``, and their forms."""
+
 
 def table(runs: Sequence[ResultsSummary], long: bool = False) -> Table:
     """Each run on the left, what it measured on the right.
@@ -683,91 +666,70 @@ def table(runs: Sequence[ResultsSummary], long: bool = False) -> Table:
     Short: without dense rows, unless there are only those, and without details where there are
     many; ``long``: every row.
     """
-    found = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    found.add_column("run", overflow="fold", min_width=17)
-    found.add_column("method", overflow="fold")
-    for name in ("asked", "achieved", "dense\ntokens", "re-\nmasks"):
-        found.add_column(name, justify="right")
-    found.add_column("result", overflow="fold", min_width=14)
+    rich = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    rich.add_column("run", overflow="fold", min_width=17)
+    rich.add_column("method", overflow="fold")
+    for head, _, _ in NUMBERS:
+        rich.add_column(head, justify="right")
+    rich.add_column("result", overflow="fold", min_width=14)
     for run in runs:
-        lines = list(zip_longest(_place(run), _measured(run, long), fillvalue=None))
-        for line, (place, cells) in enumerate(lines):
-            texts = [place or "", *(cells or [""] * 6)]
+        facts = [run.experiment, f"{run.time} {run.kind}, {run.status}", *_model_words(run)]
+        lines = list(zip_longest(facts, _measured(run, long)))
+        for place, (left, right) in enumerate(lines):
+            texts = [left or "", *(right or [""] * 6)]
             # Text, because names may hold the square brackets of rich's markup
-            found.add_row(*map(Text, texts), end_section=line == len(lines) - 1)
-    return found
-
-
-def _place(run: ResultsSummary) -> list[str]:
-    return [
-        run.experiment,
-        f"{run.time} {run.kind}, {run.status}",
-        *_model_words(run.models, run.quantisations, run.dtypes),
-    ]
+            rich.add_row(*map(Text, texts), end_section=place == len(lines) - 1)
+    return rich
 
 
 def _measured(run: ResultsSummary, long: bool) -> list[list[str]]:
     rows = list(run.rows) if long else own_rows(run)
+    texts = remarks(run)
     if not long and len(rows) > MOST:
-        rows = []
-        texts = results(run)
-    else:
-        texts = remarks(run)
+        rows, texts = [], results(run)
     several = len({row.model for row in rows}) > 1
-    return [*(_table_cells(row, several) for row in rows), *([*[""] * 5, text] for text in texts)]
+    lines = []
+    for row in rows:
+        method = row.label if row.layers else row.method
+        values = ((getattr(row, field), form) for _, field, form in NUMBERS)
+        numbers = ["" if value is None else form.format(value) for value, form in values]
+        lines.append([f"{row.model} {method}" if several else method, *numbers, result(row)])
+    return [*lines, *([*[""] * 5, text] for text in texts)]
 
 
-def _table_cells(row: Row, several_models: bool) -> list[str]:
-    method = row.label if row.layers else row.method
-    return [
-        f"{row.model} {method}" if several_models else method,
-        _number(row.asked, "{:.0%}"),
-        _number(row.achieved, "{:.1%}"),
-        _number(row.dense_share, "{:.1%}"),
-        _number(row.remasks, "{:.0f}"),
-        result(row),
-    ]
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
-
-
-def _model_words(names: Sequence[str], files: Sequence[str], dtypes: Sequence[str]) -> list[str]:
-    formats = ", ".join(value for value in (*files, *dtypes) if value != "none")
-    return [*names, *([formats] if formats else [])]
+def _model_words(run: ResultsSummary) -> list[str]:
+    formats = ", ".join(word for word in (*run.quantisations, *run.dtypes) if word != "none")
+    return [*run.models, *([formats] if formats else [])]
 
 
 def show(run: ResultsSummary) -> Table:
     """What one run is and where it comes from; ``table([run], long=True)`` has its numbers."""
-    config = mapping(run.config)
-    known, git = mapping(config.get("checkpoint")), mapping(config.get("git"))
-    command = config.get("command")
-    packages = mapping(config.get("versions")).items()
+    config, known, git = run.config, run.config.checkpoint, run.config.git
+    command = config.command
     facts = {
         "status": run.status,
         "kind": run.kind,
         "started": "" if run.started is None else f"{run.started:%Y-%m-%d %H:%M:%S}",
         "took": "" if run.seconds is None else f"{run.seconds:.0f} s",
-        "model": "\n".join(_model_words(run.models, run.quantisations, run.dtypes)),
+        "model": "\n".join(_model_words(run)),
         "source": " ".join(str(known[key]) for key in ("source", "revision") if known.get(key)),
         "sha256": str(known.get("sha256") or ""),
         "command": shlex.join(map(str, command)) if isinstance(command, list) else "",
-        "versions": ", ".join(f"{name} {version}" for name, version in packages if version),
+        "versions": ", ".join(f"{name} {v}" for name, v in config.versions.items() if v),
         "git": f"{git.get('commit')}{' with changes' if git.get('dirty') else ''}" if git else "",
         "problems": "\n".join(run.problems),
-        "files": "\n".join(_files(run)),
+        "files": "\n".join(_file_sizes(run.path)),
     }
-    found = Table(title=Text(str(run.path)), title_justify="left", show_header=False)
+    rich = Table(title=Text(str(run.path)), title_justify="left", show_header=False)
     for name, value in facts.items():
         if value:
-            found.add_row(name, Text(value))
-    return found
+            rich.add_row(name, Text(value))
+    return rich
 
 
-def _files(run: ResultsSummary) -> list[str]:
+def _file_sizes(folder: Path) -> list[str]:
     try:
-        files = sorted(path for path in run.path.iterdir() if path.is_file())
+        files = sorted(path for path in folder.iterdir() if path.is_file())
         return [f"{path.name} ({path.stat().st_size / 1024:.1f} KiB)" for path in files]
     except OSError:
         return []

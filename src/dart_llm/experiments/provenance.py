@@ -110,16 +110,13 @@ def _read(name: str, value: str) -> str | None:
     if name == "mmlu":  # read instead of the hub's where there are any
         return _sums(Path(value), Path(value).glob("*.jsonl"))
     if name == "text":  # raises for a name that is nothing: a sweep says so at once
-        known = not documents.is_file(value)
-        return None if known else hashlib.sha256(documents.read(value).encode()).hexdigest()
+        if documents.resolve(value).path is None:
+            return None
+        return hashlib.sha256(documents.read(value).encode()).hexdigest()
     if name == "data":
         documents.check(value)
-    if name == "calibration" and not Path(value).exists():
-        value = value.rpartition("#")[0] or value  # FILE#100: from row 100
-    for path in (Path(value), Path("datasets") / value, Path("datasets") / f"{value}.txt"):
-        if path.is_file():
-            return file_sha256(path)
-    return None
+    path = documents.find_file(value)
+    return None if path is None else file_sha256(path)
 
 
 def _folder(folder: Path) -> str | None:

@@ -6,13 +6,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
-
-from dart_llm.errors import MissingExtra
 from dart_llm.evaluation.measurement import Measurement
 from dart_llm.evaluation.task_names import short
 from dart_llm.files import finite
 from dart_llm.pruning.records import merge_reports
+from dart_llm.reporting.table import Column, Table
 from dart_llm.session.prepare import PreparedMethod
 from dart_llm.settings import BaseSettings
 
@@ -109,53 +107,45 @@ def table(rows: Sequence[Row]) -> Table:
         f"{first.get('name')} (file {first.get('file_quantisation') or 'not quantised'}, "
         f"{first.get('dtype')}), protocol {', '.join(protocols)}"
     )
-    table = Table(title=title, title_justify="left")
-    for name in ("task", "method", "metric"):
-        table.add_column(name, overflow="fold")
-    for name in ("value", "95 %", "n", "achieved", "dense tokens", "re-masks"):
-        table.add_column(name, justify="right")
-    for one in rows:
-        for line in _lines(one):
-            table.add_row(*line)
-    return table
-
-
-def _lines(row: Row) -> Iterator[tuple[str, ...]]:
-    measurement = row["measurement"]
-    account = measurement["accounting"] or DENSE
-    common = (
-        f"{account['achieved_sparsity']:.1%}",
-        f"{account['dense_token_share']:.1%}",
-        str(account["remasks"]),
+    columns = (
+        Column("task", "task"),
+        Column("method", "method"),
+        Column("metric", "metric"),
+        Column("value", "value"),
+        Column("95 %", "interval"),
+        Column("n", "items"),
+        Column("achieved", "achieved_sparsity", ".1%"),
+        Column("dense tokens", "dense_token_share", ".1%"),
+        Column("re-masks", "remasks"),
     )
+    return Table("", title, columns, [line for one in rows for line in _lines(one)], left=3)
+
+
+def _lines(row: Row) -> Iterator[dict[str, Any]]:
+    measurement = row["measurement"]
     shown = {n: v for n, v in measurement["metrics"].items() if n not in COUNTS}
     for number, (name, value) in enumerate(shown.items()):
-        yield (
-            "" if number else short(_task(row)),
-            "" if number else str(row["label"]),
-            name,
-            "not finite" if value is None else f"{value:.4g}",
-            _interval(measurement, name),
-            str(len(measurement["items"])),
-            *common,
-        )
+        yield {
+            **(measurement["accounting"] or DENSE),
+            "task": "" if number else short(_task(row)),
+            "method": "" if number else str(row["label"]),
+            "metric": name,
+            "value": "not finite" if value is None else f"{value:.4g}",
+            "interval": _interval(measurement, name),
+            "items": len(measurement["items"]),
+        }
 
 
 def _interval(measurement: Mapping[str, Any], name: str) -> str:
-    """95 % interval over items; nothing without scipy, with one item, or where the metric is not
-    their mean."""
+    """95 % interval over items; nothing with one item, or where the metric is not their mean."""
     from dart_llm.experiments import comparison, stats
 
-    try:
-        if name == measurement["metric"]:
-            found = comparison.scores(measurement).interval(0)
-        else:
-            items = measurement["items"]
-            values = {i["id"]: i[name] for i in items if i.get(name) is not None}
-            found = stats.interval(values) if len(values) > 1 else None
-            value = measurement["metrics"][name]
-            if found and (value is None or not math.isclose(found.estimate, value, rel_tol=1e-6)):
-                return ""
-    except MissingExtra:
-        return ""
+    if name == measurement["metric"]:
+        found = comparison.scores(measurement).interval(0)
+    else:
+        items = measurement["items"]
+        found = stats.interval({i["id"]: i[name] for i in items if i.get(name) is not None})
+        value = measurement["metrics"][name]
+        if found and (value is None or not math.isclose(found.estimate, value, rel_tol=1e-6)):
+            return ""
     return f"{found.low:.3g}-{found.high:.3g}" if found else ""

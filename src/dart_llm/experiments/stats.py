@@ -1,4 +1,4 @@
-"""Bootstrap intervals over items; the only file that imports scipy.
+"""Bootstrap intervals over items, pairs, texts; of means, ratios and shares of a gap closed.
 
 Items of two methods are paired by their id: both answered the same question, so what varies over
 items cancels and small differences become visible.
@@ -11,15 +11,13 @@ with many comparisons will hold such rows, and none of them alone is a finding.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-
-from dart_llm.errors import MissingExtra
 
 LEVEL = 0.95
 
@@ -114,7 +112,7 @@ def interval(
     if not isinstance(values, Mapping):
         values = {f"{place:09d}": value for place, value in enumerate(values)}
     data = _columns(values, sorted(values))
-    return _bootstrap(data, kind == "exp_mean", seed, None)
+    return _mean_interval(data, kind == "exp_mean", seed, None)
 
 
 def paired_interval(
@@ -128,7 +126,7 @@ def paired_interval(
     shared = sorted(a.keys() & b.keys())
     data = np.concatenate([_columns(a, shared), _columns(b, shared)])
     ratio = kind == "ratio_of_exp_mean"
-    return _bootstrap(data, ratio, seed, 1.0 if ratio else 0.0)
+    return _mean_interval(data, ratio, seed, 1.0 if ratio else 0.0)
 
 
 def gap_closed(groups: Sequence[tuple[Array, Array]]) -> float | None:
@@ -163,24 +161,45 @@ def gap_closed_interval(groups: Sequence[tuple[Array, Array]], seed: int = 0) ->
 
     ids = tuple(np.arange(len(a)) for a, _ in groups)
     differing = sum(int(np.count_nonzero(np.abs(a - b) > 1e-12)) for a, b in groups)
-    for method in ("BCa", "percentile"):
-        low, high = _scipy(ids, statistic, method, seed, n, paired=len(groups) == 1)
-        if math.isfinite(low) and math.isfinite(high):
-            return Interval(low, high, estimate, n, 0.0, differing)
-    return None
+    ends = _bootstrap(ids, statistic, seed, n, paired=len(groups) == 1)[0]
+    return None if ends is None else Interval(*ends, estimate, n, 0.0, differing)
 
 
-def known(values: Sample, other: Sample | None = None, seed: int = 0) -> Interval | None:
-    """``interval``, or ``paired_interval`` with ``other``; None without scipy too.
+def ratio_interval(
+    losses: Sequence[Sequence[float]], base: Sequence[Sequence[float]], seed: int = 0
+) -> tuple[float, float] | None:
+    """95 % interval of a ratio of perplexities, from the losses of every slice's tokens.
 
-    For means that are not to be lost for the want of an interval.
+    Slices count by their tokens.  None with fewer than two, which say nothing of the spread.
     """
-    try:
-        if other is None:
-            return interval(values, seed=seed)
-        return paired_interval(values, other, seed=seed)
-    except MissingExtra:
-        return None
+
+    def sample(slices: Sequence[Sequence[float]]) -> Sample:
+        return {f"{n:09d}": (math.fsum(one) / len(one), len(one)) for n, one in enumerate(slices)}
+
+    found = paired_interval(sample(losses), sample(base), "ratio_of_exp_mean", seed)
+    return None if found is None else (found.low, found.high)
+
+
+def text_intervals(
+    statistics: Callable[[Array], Mapping[str, Array]], n: int, seed: int = 0
+) -> dict[str, tuple[float, float] | None]:
+    """95 % intervals of named statistics of ``n`` texts, all from the same draws.
+
+    ``statistics`` takes [B, n], how often each text was drawn, and gives [B] by name.  Draws in
+    which one is nan are left out of its interval.  Empty with fewer than two texts.
+    """
+    if n < 2:
+        return {}
+
+    def statistic(ids: Array, axis: int) -> Array:
+        rows = ids.reshape(-1, ids.shape[-1]).astype(int)
+        places = rows + n * np.arange(len(rows))[:, None]
+        counts = np.bincount(places.ravel(), minlength=n * len(rows)).reshape(-1, n)
+        values = np.stack(list(statistics(counts.astype(np.float64)).values()))
+        return values.reshape(len(values), *ids.shape[:-1])
+
+    names = list(statistics(np.ones((1, n))))
+    return dict(zip(names, _bootstrap((np.arange(n),), statistic, seed, n), strict=True))
 
 
 def mix(low: Sample, high: Sample, share: float) -> Sample:
@@ -224,8 +243,10 @@ def _exp(values: Array) -> Array:
     return exponentials
 
 
-def _bootstrap(data: Array, exponential: bool, seed: int, null: float | None) -> Interval | None:
-    """data: [2 or 4, n], finite.  BCa, or percentiles where BCa is not defined."""
+def _mean_interval(
+    data: Array, exponential: bool, seed: int, null: float | None
+) -> Interval | None:
+    """data: [2 or 4, n]; None where they are not finite or have no weight."""
     n = data.shape[1]
     if n < 2 or not np.isfinite(data).all() or not (data[1::2] > 0).all():
         return None
@@ -243,32 +264,21 @@ def _bootstrap(data: Array, exponential: bool, seed: int, null: float | None) ->
     def statistic(*columns: Array, axis: int) -> Array:
         return _statistic(*columns, axis=axis, exponential=exponential)
 
-    for method in ("BCa", "percentile") if n <= MANY_ITEMS else ("percentile",):
-        low, high = _scipy(tuple(data), statistic, method, seed, n)
-        if math.isfinite(low) and math.isfinite(high):
-            return Interval(low, high, estimate, n, null, differing)
-    return None
+    ends = _bootstrap(tuple(data), statistic, seed, n)[0]
+    return None if ends is None else Interval(*ends, estimate, n, null, differing)
 
 
-def available() -> bool:
-    """Whether scipy is installed, which intervals need."""
-    return find_spec("scipy") is not None
-
-
-def _scipy(
+def _bootstrap(
     data: tuple[NDArray[Any], ...],
     statistic: Callable[..., Array],
-    method: str,
     seed: int,
     n: int,
     paired: bool = True,
-) -> tuple[float, float]:
-    try:
-        from scipy import stats
-    except ImportError:
-        raise MissingExtra("scipy", "eval") from None
-    import warnings
+) -> list[tuple[float, float] | None]:
+    """The ends of each number that ``statistic`` gives: BCa, or percentiles where it has none."""
+    from scipy import stats
 
+    level = _widened(n)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a degenerate BCa warns, and the percentiles follow
         found = stats.bootstrap(
@@ -278,19 +288,36 @@ def _scipy(
             batch=max(1, BATCH // n),
             vectorized=True,
             paired=paired,
-            confidence_level=_expanded(n, stats),
-            method=method,
+            confidence_level=level,
+            method="BCa" if n <= MANY_ITEMS else "percentile",
             rng=np.random.default_rng(seed),
         )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    lows, highs = np.atleast_1d(found.confidence_interval.low, found.confidence_interval.high)
+    draws = np.atleast_2d(found.bootstrap_distribution)
+    return [
+        (float(low), float(high)) if np.isfinite([low, high]).all() else _percentiles(own, level)
+        for low, high, own in zip(lows, highs, draws, strict=True)
+    ]
 
 
-def _expanded(n: int, stats: Any) -> float:
+def _percentiles(draws: Array, level: float) -> tuple[float, float] | None:
+    """Those of the draws that are numbers; None where an end is not finite."""
+    known = draws[~np.isnan(draws)]
+    if not len(known):
+        return None
+    with np.errstate(invalid="ignore"):
+        low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+    return (float(low), float(high)) if np.isfinite([low, high]).all() else None
+
+
+def _widened(n: int) -> float:
     """The level to ask for, so that intervals over few items are wide enough.
 
     The bootstrap of a mean is too narrow by sqrt((n - 1) / n), and takes the normal distribution's
     tails where Student's belong; the level makes up for both (Hesterberg, "What Teachers Should
     Know About the Bootstrap", The American Statistician 69, 2015, section 5.2).
     """
+    from scipy import stats
+
     tail = stats.t.ppf(0.5 + LEVEL / 2, n - 1) * math.sqrt(n / (n - 1))
     return float(stats.norm.cdf(tail) - stats.norm.cdf(-tail))

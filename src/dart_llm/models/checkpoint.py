@@ -1,7 +1,4 @@
-"""Which checkpoint a model holds, and its tokenizer; digests.
-
-Which checkpoint a model holds: the facts that every number is reported with.
-"""
+"""Which checkpoint a model holds, with the facts that every number is reported with; digests."""
 
 from __future__ import annotations
 

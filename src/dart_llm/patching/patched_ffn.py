@@ -251,7 +251,7 @@ class PatchedFFN:
 def _stack(
     masks: list[LayerMask | None], x: Tensor
 ) -> tuple[Tensor, Tensor | None, LowRank | None]:
-    """Multipliers [I] (one life) or [B, 1, I], compensation [D] or [B, 1, D], and its map."""
+    """Multipliers [I] (one state) or [B, 1, I], compensation [D] or [B, 1, D], and its map."""
     some = next(mask for mask in masks if mask is not None)
     with torch.inference_mode(False):
         ones = torch.ones(some.width, dtype=x.dtype, device=x.device)

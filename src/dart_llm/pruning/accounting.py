@@ -1,6 +1,6 @@
 """Bytes, FLOPs, achieved sparsity: from sequence states to a RunReport.
 
-From the lives of a run to its report (docs/method.md, "Accounting").
+From the states of a run to its report (docs/method.md, "Accounting").
 
 Bytes and FLOPs are counted from the shapes and dtypes that exist.  A multiply-add is 2 FLOPs.
 """
@@ -51,11 +51,11 @@ class TokenCosts:
     layers: tuple[FfnWeights, ...]
 
     @classmethod
-    def of(cls, life: SequenceState, layers: tuple[FfnWeights, ...]) -> TokenCosts | None:
-        """None where the tokens of ``life`` do not choose for themselves."""
-        given = life.given
+    def of(cls, state: SequenceState, layers: tuple[FfnWeights, ...]) -> TokenCosts | None:
+        """None where the tokens of ``state`` do not choose for themselves."""
+        given = state.given
         by_hand = given is not None and not any(isinstance(mask, TokenMask) for mask in given)
-        return None if life.config.token is None or by_hand else cls(life.config.token, layers)
+        return None if state.config.token is None or by_hand else cls(state.config.token, layers)
 
     def _candidates(self, kept: Sequence[int]) -> list[int]:
         """Neurons that are ranked for each token; 0 where there is nothing to choose."""
@@ -214,18 +214,18 @@ def known_bytes(layers: Iterable[FfnWeights], prior: Iterable[Tensor] | None) ->
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Decoded tokens of some lives by their keep counts."""
+    """Decoded tokens of some states by their keep counts."""
 
-    periods: tuple[tuple[tuple[int, ...] | None, float, int, int], ...]
+    mask_spans: tuple[tuple[tuple[int, ...] | None, float, int, int], ...]
     widths: tuple[int, ...]
 
     @property
     def decoded(self) -> float:
-        return sum(tokens for _, tokens, _, _ in self.periods)
+        return sum(tokens for _, tokens, _, _ in self.mask_spans)
 
     @property
     def dense(self) -> float:
-        return sum(tokens for kept, tokens, _, _ in self.periods if kept is None)
+        return sum(tokens for kept, tokens, _, _ in self.mask_spans if kept is None)
 
     def sparsity(self, layer: int | None = None) -> float:
         """Mean over decoded tokens of the fraction removed, of all layers or of one."""
@@ -233,18 +233,18 @@ class _Tokens:
         if not self.decoded:
             return 0.0
         removed = 0.0
-        for kept, tokens, _, _ in self.periods:
+        for kept, tokens, _, _ in self.mask_spans:
             if kept is not None:
                 counts = kept if layer is None else (kept[layer],)
                 removed += tokens * (1 - sum(counts) / sum(widths))
         return removed / self.decoded
 
 
-def _tokens(lives: Iterable[SequenceState], widths: tuple[int, ...]) -> _Tokens:
+def _tokens(states: Iterable[SequenceState], widths: tuple[int, ...]) -> _Tokens:
     periods = [
         (period.kept, float(period.tokens), period.forwards, period.observed)
-        for life in lives
-        for period in life.periods
+        for state in states
+        for period in state.mask_spans
     ]
     return _Tokens(tuple(periods), widths)
 
@@ -254,24 +254,24 @@ def _while_pruned(tokens: _Tokens) -> float:
     return tokens.sparsity() * tokens.decoded / pruned if pruned else 0.0
 
 
-def sequence_report(life: SequenceState) -> SequenceReport:
-    """Accounting of one life."""
-    tokens = _tokens([life], tuple(layer.width for layer in life.selector.layers))
+def sequence_report(state: SequenceState) -> SequenceReport:
+    """Accounting of one state."""
+    tokens = _tokens([state], tuple(layer.width for layer in state.selector.layers))
     return SequenceReport(
-        life.sequence,
-        life.row,
-        round(life.prompt_tokens),
+        state.sequence,
+        state.row,
+        round(state.prompt_tokens),
         round(tokens.decoded),
         round(tokens.dense),
         tokens.sparsity(),
         _while_pruned(tokens),
         tokens.dense / tokens.decoded if tokens.decoded else 0.0,
-        tuple(life.remasks),
+        tuple(state.remasks),
     )
 
 
 def run_report(
-    lives: Sequence[SequenceState],
+    states: Sequence[SequenceState],
     costs: Costs,
     executor: str,
     copies: int,
@@ -279,30 +279,30 @@ def run_report(
     asked: float | None,
     proxy_errors: tuple[float, float] | None = None,
 ) -> RunReport:
-    """Accounting of a run; ``copies``: bytes held beside the lives (compact copies, a prior).
+    """Accounting of a run; ``copies``: bytes held beside the states (compact copies, a prior).
 
     ``proxy_errors``: of the low-bit copies, and of Gaussian matrices on their grid.
     """
     widths = tuple(layer.width for layer in costs.layers)
-    tokens = _tokens(lives, widths)
-    masks = [remask for life in lives for remask in life.remasks]
+    tokens = _tokens(states, widths)
+    masks = [remask for state in states for remask in state.remasks]
     causes: dict[str, int] = {}
     for remask in masks:
         causes[remask.cause] = causes.get(remask.cause, 0) + 1
-    last = lives[-1].selection.counts if lives and lives[-1].selection else widths
+    last = states[-1].selection.counts if states and states[-1].selection else widths
     layers = tuple(
         LayerStat(index, width, kept, kept / width, tokens.sparsity(index))
         for index, (width, kept) in enumerate(zip(widths, last, strict=True))
     )
-    as_run = _shares(lives, costs, executor)
-    compact = _shares(lives, costs, IF_COMPACT)
+    as_run = _shares(states, costs, executor)
+    compact = _shares(states, costs, IF_COMPACT)
     return RunReport(
         method=method,
         requested_sparsity=asked,
         achieved_sparsity=tokens.sparsity(),
         sparsity_while_pruned=_while_pruned(tokens),
         dense_token_share=tokens.dense / tokens.decoded if tokens.decoded else 0.0,
-        prompt_tokens=round(sum(life.prompt_tokens * life.rows for life in lives)),
+        prompt_tokens=round(sum(state.prompt_tokens * state.rows for state in states)),
         decoded_tokens=round(tokens.decoded),
         remasks=sum(count for cause, count in causes.items() if cause not in ("first", "given")),
         remask_causes=causes,
@@ -317,8 +317,8 @@ def run_report(
         proxy_error=None if proxy_errors is None else proxy_errors[0],
         proxy_error_gaussian=None if proxy_errors is None else proxy_errors[1],
         ffn_share_of_bytes=costs.bytes(None) / max(1, costs.total_bytes),
-        extra_memory_bytes=copies + sum(life.nbytes() for life in lives),
-        sequences=tuple(sequence_report(life) for life in lives),
+        extra_memory_bytes=copies + sum(state.nbytes() for state in states),
+        sequences=tuple(sequence_report(state) for state in states),
     )
 
 
@@ -332,33 +332,33 @@ class _Shares:
     proxy_bytes: float = 0.0
 
 
-def _shares(lives: Sequence[SequenceState], costs: Costs, executor: str) -> _Shares:
+def _shares(states: Sequence[SequenceState], costs: Costs, executor: str) -> _Shares:
     """``executor``: one of the executors, or ``IF_COMPACT``."""
     flops = moved = forwards = tokens = proxy_flops = proxy_bytes = 0.0
     skips = executor != "masked"
     copies = executor in ("compact", "graph", IF_COMPACT)
-    for life in lives:
-        masks = life.given or ()
+    for state in states:
+        masks = state.given or ()
         held = any(mask is not None and mask.bias is not None for mask in masks)
-        compensates = held or (life.config.compensation and life.given is None)
-        token = TokenCosts.of(life, costs.layers)
-        for period in life.periods:
+        compensates = held or (state.config.compensation and state.given is None)
+        token = TokenCosts.of(state, costs.layers)
+        for period in state.mask_spans:
             steps, fed = period.forwards, float(period.tokens)
             forwards += steps
             tokens += fed
-            seen = period.observed if life.selector.needs_evidence else 0
-            flops += seen * life.rows * costs.observe_flops
+            seen = period.observed if state.selector.needs_evidence else 0
+            flops += seen * state.rows * costs.observe_flops
             moved += seen * costs.observe_bytes
             if token is None or period.kept is None:
                 flops += fed * costs.flops(period.kept, skips)
                 moved += steps * costs.bytes(period.kept, skips)
                 continue
-            work = token.work(period.kept, fed / max(1, steps), life.rows == 1, executor)
+            work = token.work(period.kept, fed / max(1, steps), state.rows == 1, executor)
             flops += fed * costs.flops(work.computed)
             moved += steps * costs.bytes(work.read)
             proxy_flops += fed * token.flops(period.kept)
             proxy_bytes += steps * token.bytes(period.kept)
-        for remask in life.remasks:
+        for remask in state.remasks:
             chosen = remask.kept if token is None else token.chosen_once(remask.kept)
             moved += costs.build_bytes(chosen, copies, compensates)
             flops += costs.build_flops(chosen, compensates)

@@ -68,50 +68,50 @@ class PruningController:
         self.rule = make_rule("never" if given is not None else config.drift.rule)
         self.given = given
         self.on_remask = on_remask
-        self.lives: list[SequenceState] = []
+        self.sequences: list[SequenceState] = []
         self.finished: list[SequenceState] = []
         self.checks: list[DriftCheck] = []
-        self.sequences = 0
+        self.sequence_count = 0
         self.length = 0
         self.plan = ForwardPlan(False, False, ())
         self.last_phase = Phase.PREFILL
         self._pending: PendingForward | None = None
-        self._real: list[float] = []
-        """Tokens of each row before the forward in hand, padding left out."""
+        self._lengths: list[float] = []
+        """Unpadded length of each row before the forward in hand."""
         self._queue = Observations(weak_callback(self._update))
 
     @torch.no_grad()
     def before_forward(self, call: ForwardCall) -> ForwardPlan:
         """Settle the forward before, then plan this one."""
         self.settle(call.cached)
-        if call.cached == 0 or call.cached > self.length or not self.lives:  # a fresh one
+        if call.cached == 0 or call.cached > self.length or not self.sequences:  # a fresh one
             self._new_sequence(call)
         else:
             self._rewind(call.cached)
-        if len(self._real) != call.rows:
-            self._real = [min(self._real)] * call.rows
+        if len(self._lengths) != call.rows:
+            self._lengths = [min(self._lengths)] * call.rows
         self.length = call.cached
         prefill = call.kind is Kind.PREFILL
-        if prefill or any(life.ready for life in self.lives):
+        if prefill or any(state.ready for state in self.sequences):
             self._queue.flush()
-        before = [life.version for life in self.lives]
+        before = [state.mask_count for state in self.sequences]
         counts = prompt_counts(call)
         if prefill:
             observing = self._prefill(counts)
         else:
-            observing = [self._advance(life, call) for life in self.lives]
+            observing = [self._advance(state, call) for state in self.sequences]
         self._announce(before)
-        self.last_phase = Phase.PREFILL if prefill else self.lives[0].phase
+        self.last_phase = Phase.PREFILL if prefill else self.sequences[0].phase
         self._pending = pending = self._make_pending(call, observing, counts)
         self.plan = pending.plan
         return self.plan
 
-    def _advance(self, life: SequenceState, call: ForwardCall) -> bool:
-        """Whether ``life`` observes the decode forward that is about to run."""
-        unmasked = life.phase in (Phase.PREFILL, Phase.OBSERVE)
-        if unmasked and life.row is not None and life.ended(call.live):
+    def _advance(self, state: SequenceState, call: ForwardCall) -> bool:
+        """Whether ``state`` observes the decode forward that is about to run."""
+        unmasked = state.phase in (Phase.PREFILL, Phase.OBSERVE)
+        if unmasked and state.row is not None and state.has_finished(call.live):
             return False  # no mask for a row that has ended
-        return life.advance() is Phase.OBSERVE
+        return state.advance() is Phase.OBSERVE
 
     @torch.no_grad()
     def end_generate(self, cached: int) -> None:
@@ -123,49 +123,49 @@ class PruningController:
     def _rewind(self, cached: int) -> None:
         gone = self.length - cached
         if gone > 0:
-            for life in self.lives:
-                life.rewind(gone)
-            self._real = [max(0.0, n - gone) for n in self._real]
+            for state in self.sequences:
+                state.rewind(gone)
+            self._lengths = [max(0.0, n - gone) for n in self._lengths]
             self.length = cached
 
     def _new_sequence(self, call: ForwardCall) -> None:
         self._queue.flush()
-        for life in self.finished:
-            life.drop_masks()
-        for life in self.lives:
-            life.close()
-        self.finished += self.lives
+        for state in self.finished:
+            state.drop_masks()
+        for state in self.sequences:
+            state.close()
+        self.finished += self.sequences
         per_row = self.config.batch == "per_row"
         alone: list[tuple[int | None, int]] = [(row, 1) for row in range(call.rows)]
-        self.lives = [
+        self.sequences = [
             SequenceState(
-                self.config, self.selector, self.rule, self.sequences, row, rows, self.given
+                self.config, self.selector, self.rule, self.sequence_count, row, rows, self.given
             )
             for row, rows in (alone if per_row else [(None, call.rows)])
         ]
-        self.sequences += 1
+        self.sequence_count += 1
         self.length = 0
-        self._real = [float(call.cached)] * call.rows
+        self._lengths = [float(call.cached)] * call.rows
 
     def _prefill(self, counts: list[float]) -> list[bool]:
-        for life in self.lives:
-            mean = sum(counts) / len(counts) if life.row is None else counts[life.row]
-            life.see_prompt(mean)
+        for state in self.sequences:
+            mean = sum(counts) / len(counts) if state.row is None else counts[state.row]
+            state.observe_prefill(mean)
         wanted = self.given is None and not self.selector.removes_nothing
-        return [wanted and life.phase is Phase.PREFILL for life in self.lives]
+        return [wanted and state.phase is Phase.PREFILL for state in self.sequences]
 
     def _make_pending(
         self, call: ForwardCall, observing: list[bool], counts: list[float]
     ) -> PendingForward:
         prefill = call.kind is Kind.PREFILL
-        masks = tuple(None if prefill else life.masks for life in self.lives)
-        watched = any(observing) or any(life.phase is Phase.PRUNED for life in self.lives)
+        masks = tuple(None if prefill else state.masks for state in self.sequences)
+        watched = any(observing) or any(state.phase is Phase.PRUNED for state in self.sequences)
         observe = any(observing) and self.selector.needs_evidence
         stream = observe and self.selector.statistics.needs_stream
         sampled: list[int] = []
         sampled_by: Tensor | None = None
         if stream and not prefill:
-            observed = [life.observed for life in self.lives]
+            observed = [state.observed for state in self.sequences]
             sampled = sampled_tokens(list(compress(observed, observing)), call.tokens)
             stream, sampled_by = bool(sampled), sampled_per_sequence(observed, sampled)
         inputs = observe and "features" in self.selector.statistics.needs
@@ -176,9 +176,9 @@ class PruningController:
         return PendingForward(call, plan, observing, counts, layers, sampled, sampled_by)
 
     def _announce(self, before: list[int]) -> None:
-        for life, version in zip(self.lives, before, strict=True):
-            if self.on_remask and life.version != version and life.masks is not None:
-                self.on_remask(life.remasks[-1], life)
+        for state, version in zip(self.sequences, before, strict=True):
+            if self.on_remask and state.mask_count != version and state.masks is not None:
+                self.on_remask(state.remasks[-1], state)
 
     def observe(self, layer: int, seen: LayerObservation) -> None:
         """One layer's tokens."""
@@ -204,7 +204,7 @@ class PruningController:
     @torch.no_grad()
     def _observe_prompt(self, pending: PendingForward, layer: int, seen: LayerObservation) -> None:
         end = pending.call.prompt_tokens
-        weights = evidence_weights(pending.call, end, self._real, self.config.skip_sinks)
+        weights = evidence_weights(pending.call, end, self._lengths, self.config.skip_sinks)
         parts = (None if t is None else t.detach()[None, :, :end] for t in seen)
         self._update(pending.observing, (layer,), LayerObservation(*parts), weights)
 
@@ -218,13 +218,13 @@ class PruningController:
         with torch.inference_mode(False):
             f = read_features(seen.h, [self.selector.layers[layer] for layer in layers])
             choice = self.selector.choice(layers)
-            for life, wanted in zip(self.lives, observing, strict=True):
+            for state, wanted in zip(self.sequences, observing, strict=True):
                 if wanted:
-                    rows = life.batch_rows
+                    rows = state.batch_rows
                     w = None if weights is None else weights[rows].to(seen.shown.device)
                     own = LayerObservation(*(None if t is None else t[:, rows] for t in seen))
                     part = None if f is None else f[:, rows]
-                    evidence = [life.evidence[layer] for layer in layers]
+                    evidence = [state.evidence[layer] for layer in layers]
                     self.selector.statistics.add(evidence, own, w, part, choice)
 
     def observe_signal(self, v: Tensor) -> None:
@@ -256,7 +256,7 @@ class PruningController:
         accepted = max(0, stayed - call.cached)
         self.length = call.cached + accepted
         if pending.layers and accepted:
-            weights = evidence_weights(call, accepted, self._real, self.config.skip_sinks)
+            weights = evidence_weights(call, accepted, self._lengths, self.config.skip_sinks)
             sampled = pending.sampled, pending.sampled_by
             self._queue.add(
                 pending.observing,
@@ -268,71 +268,75 @@ class PruningController:
             elif accepted:
                 self._settle_decode(pending, accepted)
         decoded = accepted if call.kind is Kind.DECODE else call.tokens - call.prompt_tokens
-        counts = zip(self._real, pending.counts, strict=True)
-        self._real = [n + new + decoded for n, new in counts]
+        counts = zip(self._lengths, pending.counts, strict=True)
+        self._lengths = [n + new + decoded for n, new in counts]
 
     def _settle_prefill(self, pending: PendingForward) -> None:
         call = pending.call
         end = call.prompt_tokens
         if pending.signal is not None:
-            add_reference(self.lives, pending, pending.signal[:, :end], self._real)
+            add_reference(self.sequences, pending, pending.signal[:, :end], self._lengths)
         if extra := call.tokens - end:
-            for life in self.lives:  # candidate tokens that rode along with the prompt ran dense
-                life.count_dense(extra, float(extra * life.rows))
+            for (
+                state
+            ) in self.sequences:  # candidate tokens that rode along with the prompt ran dense
+                state.count_dense(extra, float(extra * state.rows))
 
     def _settle_decode(self, pending: PendingForward, accepted: int) -> None:
         call = pending.call
         weights = token_weights(call, accepted)
         if pending.signal is not None:
-            add_reference(self.lives, pending, pending.signal[:, :accepted], self._real)
-        for life in self.lives:
-            rows = life.batch_rows
-            count = call.rows if life.row is None else 1
+            add_reference(self.sequences, pending, pending.signal[:, :accepted], self._lengths)
+        for state in self.sequences:
+            rows = state.batch_rows
+            count = call.rows if state.row is None else 1
             live = float(accepted * count) if weights is None else weights[rows].sum()
-            pruned = life.phase is Phase.PRUNED
-            life.count(accepted, live, accepted if call.forced else 1)
+            pruned = state.phase is Phase.PRUNED
+            state.count(accepted, live, accepted if call.forced else 1)
             if pruned:
-                self._watch(life, pending, accepted, rows)
+                self._watch(state, pending, accepted, rows)
 
     def _watch(
-        self, life: SequenceState, pending: PendingForward, accepted: int, rows: slice
+        self, state: SequenceState, pending: PendingForward, accepted: int, rows: slice
     ) -> None:
-        if self.rule.interval and life.pruned_run >= self.rule.interval:
-            if life.may_trigger() and not life.ended(pending.call.live):
+        if self.rule.interval and state.pruned_run >= self.rule.interval:
+            if state.may_trigger() and not state.has_finished(pending.call.live):
                 self._queue.flush()
-                life.trigger("interval")
+                state.trigger("interval")
             return
         if pending.signal is None:
             return
         live = pending.call.live
-        v = pending.signal[rows, sinks_ahead(life, accepted, self._real) : accepted]
-        for check in life.detector.watch(v, None if live is None else live[rows].to(v.device)):
-            allowed = check.fired and life.may_trigger()
+        v = pending.signal[rows, sinks_ahead(state, accepted, self._lengths) : accepted]
+        for check in state.detector.watch(v, None if live is None else live[rows].to(v.device)):
+            allowed = check.fired and state.may_trigger()
             last = len(self.selector.layers) - 1
-            self.checks += check.records(life.sequence, life.row, life.decoded, last, allowed)
+            self.checks += check.records(state.sequence, state.row, state.decoded, last, allowed)
             if allowed:
                 self._queue.flush()
-                life.trigger("drift")
+                state.trigger("drift")
                 break
 
     @torch.no_grad()
     def select(self) -> tuple[LayerMask | None, ...]:
         """The masks that the evidence of the newest sequence gives now; None: dense."""
         self.flush()
-        life = self.lives[-1] if self.lives else None
+        state = self.sequences[-1] if self.sequences else None
         with torch.inference_mode(False):
-            return self.selector.preview(life.evidence if life and life.evidence_tokens else None)
+            return self.selector.preview(
+                state.evidence if state and state.evidence_tokens else None
+            )
 
     def branch(self) -> None:
         """Tokens decoded so far are no longer taken back by a shorter cache."""
         self.settle()
-        for life in self.lives:
-            life.keep_counts()
+        for state in self.sequences:
+            state.keep_counts()
 
     def tokens_until_change(self) -> int | None:
         """Tokens that the next decode forward may hold before any state can change."""
         self.settle()
-        bounds = [life.tokens_until_change() for life in self.lives]
+        bounds = [state.tokens_until_change() for state in self.sequences]
         return min(filter(None, bounds), default=None)  # a bound is at least 1
 
     def flush(self) -> None:
@@ -340,6 +344,6 @@ class PruningController:
         self.settle()
         self._queue.flush()
 
-    def all_lives(self) -> list[SequenceState]:
-        """Finished and running lives, in order."""
-        return [*self.finished, *self.lives]
+    def all_sequences(self) -> list[SequenceState]:
+        """Finished and running states, in order."""
+        return [*self.finished, *self.sequences]

@@ -272,10 +272,10 @@ class Detector:
         others = self.total - part
         similarity = self.compare(mean, others)
         alive = torch.ones_like(similarity) if live is None else live.to(similarity)
-        similar, lives = torch.stack([similarity, alive]).tolist()
+        similar, states = torch.stack([similarity, alive]).tolist()
         if len(self.windows) >= MIN_WINDOWS:
             self._arm()
-        return Check(self.checks, similar, None, [bool(a) for a in lives], 0, False)
+        return Check(self.checks, similar, None, [bool(a) for a in states], 0, False)
 
 
 def _compact(v: Tensor, weights: Tensor | None, live: Tensor | None) -> Tensor:

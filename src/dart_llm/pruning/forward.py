@@ -127,49 +127,49 @@ def prompt_counts(call: ForwardCall) -> list[float]:
 
 
 def add_reference(
-    lives: Sequence[SequenceState], pending: PendingForward, v: Tensor, real: Sequence[float]
+    states: Sequence[SequenceState], pending: PendingForward, v: Tensor, lengths: Sequence[float]
 ) -> None:
-    """Hand v [B, T, D] to the detectors of the lives that observe.
+    """Hand v [B, T, D] to the detectors of the states that observe.
 
-    ``real``: tokens of each row before this forward, padding left out.
+    ``lengths``: unpadded tokens of each row before this forward, padding left out.
     """
     end = v.shape[1]
     weights, live = token_weights(pending.call, end), pending.call.live
     padded = pending.call.kind is Kind.PREFILL and weights is not None
     if padded:
-        weights = without_sinks(weights, real, pending.call.rows, end)
-    for life, wanted in zip(lives, pending.observing, strict=True):
+        weights = without_sinks(weights, lengths, pending.call.rows, end)
+    for state, wanted in zip(states, pending.observing, strict=True):
         if wanted:
-            rows, skip = life.batch_rows, 0 if padded else sinks_ahead(life, end, real)
+            rows, skip = state.batch_rows, 0 if padded else sinks_ahead(state, end, lengths)
             w = None if weights is None else weights[rows, skip:].to(v.device)
-            life.detector.observe(v[rows, skip:], w, None if live is None else live[rows])
+            state.detector.observe(v[rows, skip:], w, None if live is None else live[rows])
 
 
-def sinks_ahead(life: SequenceState, tokens: int, real: Sequence[float]) -> int:
+def sinks_ahead(state: SequenceState, tokens: int, lengths: Sequence[float]) -> int:
     """How many of the next ``tokens`` are attention sinks (of the shortest row)."""
-    before = min(real) if life.row is None else real[life.row]
+    before = min(lengths) if state.row is None else lengths[state.row]
     return max(0, min(SINKS - int(before), tokens))
 
 
 def evidence_weights(
-    call: ForwardCall, end: int, real: Sequence[float], skip: bool
+    call: ForwardCall, end: int, lengths: Sequence[float], skip: bool
 ) -> Tensor | None:
     """Weights of a forward's first ``end`` tokens in the evidence: [B, end], or None for all ones.
 
-    ``real``: tokens of each row before them; ``skip``: sinks weigh nothing.
+    ``lengths``: unpadded tokens of each row before them; ``skip``: sinks weigh nothing.
     """
     weights = token_weights(call, end)
-    if not skip or min(real) >= SINKS:
+    if not skip or min(lengths) >= SINKS:
         return weights
-    return without_sinks(weights, real, call.rows, end)
+    return without_sinks(weights, lengths, call.rows, end)
 
 
-def without_sinks(weights: Tensor | None, real: Sequence[float], rows: int, end: int) -> Tensor:
+def without_sinks(weights: Tensor | None, lengths: Sequence[float], rows: int, end: int) -> Tensor:
     """Token weights [B, end] with 0 where a token is one of the first of its row.
 
-    ``weights``: [B, end] or None for all ones; ``real``: tokens of each row before these.
+    ``weights``: [B, end] or None for all ones; ``lengths``: as of ``evidence_weights``.
     """
     if weights is None:
         weights = torch.ones(rows, end, dtype=torch.float32)
-    before = torch.tensor(real, device=weights.device)[:, None]
+    before = torch.tensor(lengths, device=weights.device)[:, None]
     return weights * (weights.cumsum(1) - 1 + before >= SINKS)

@@ -97,7 +97,7 @@ METHODS: Registry[PruneConfig] = Registry(
 
 SCORES: Registry[Score] = Registry(
     "score",
-    "dart_llm.pruning.scores",
+    "dart_llm.scores",
     {
         **_table(
             "dart_llm.pruning.scores",
@@ -107,11 +107,11 @@ SCORES: Registry[Score] = Registry(
         **_table("dart_llm.pruning.scores", "combined product"),
     },
 )
-"""Scores of neurons.  Entry-point group ``dart_llm.pruning.scores``."""
+"""Scores of neurons.  Entry-point group ``dart_llm.scores``."""
 
 BUDGETS: Registry[Budget] = Registry(
     "budget",
-    "dart_llm.pruning.budgets",
+    "dart_llm.budgets",
     {
         "uniform": "dart_llm.pruning.budgets:uniform",
         "depth": "dart_llm.pruning.budgets:depth",
@@ -122,7 +122,7 @@ BUDGETS: Registry[Budget] = Registry(
         "standardized": "dart_llm.pruning.budgets:standardized",
     },
 )
-"""Budgets of layers.  Entry-point group ``dart_llm.pruning.budgets``."""
+"""Budgets of layers.  Entry-point group ``dart_llm.budgets``."""
 
 DRIFT_RULES: Registry[Callable[..., Rule]] = Registry(
     "drift rule",

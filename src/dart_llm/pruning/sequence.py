@@ -70,17 +70,17 @@ class SequenceState:
     evidence_tokens: float = 0.0
     decoded: int = 0
     observed: int = 0
-    need: int = 0
+    tokens_to_observe: int = 0
     cause: str = "first"
     pruned_run: int = 0
     last_trigger: int | None = None
-    spent: int = 0
-    spending: bool = False
-    over: bool = False
-    """Whether every row of this life is known to have ended."""
-    periods: list[MaskSpan] = field(default_factory=list)
+    refresh_tokens: int = 0
+    in_refresh: bool = False
+    finished: bool = False
+    """Whether every row is known to have ended."""
+    mask_spans: list[MaskSpan] = field(default_factory=list)
     remasks: list[Remask] = field(default_factory=list)
-    version: int = 0
+    mask_count: int = 0
 
     def __post_init__(self) -> None:
         self.detector = Detector(self.rule)
@@ -88,27 +88,27 @@ class SequenceState:
 
     @property
     def batch_rows(self) -> slice:
-        """The batch rows that this life speaks for."""
+        """The batch rows that this state speaks for."""
         return slice(None) if self.row is None else slice(self.row, self.row + 1)
 
-    def ended(self, live: Tensor | None) -> bool:
+    def has_finished(self, live: Tensor | None) -> bool:
         """Whether all its rows have ended: nothing is left to mask for. live: [B] bool or None."""
-        if not self.over and live is not None:
-            self.over = not bool(live[self.batch_rows].any())
-        return self.over
+        if not self.finished and live is not None:
+            self.finished = not bool(live[self.batch_rows].any())
+        return self.finished
 
-    def see_prompt(self, tokens: float) -> None:
+    def observe_prefill(self, tokens: float) -> None:
         """``tokens`` (per row) of prefill are about to be observed."""
         self.prompt_tokens += tokens
-        self.over = False
+        self.finished = False
         if self.phase is Phase.RELEASED or self.given is not None:
             return
         if self.phase is Phase.PRUNED:
-            self._fade(keep=True)
+            self._age(keep=True)
             self.cause, self.masks = "prompt", None  # tokens observed before the next are dense
             self.detector = Detector(self.rule)
         if self.phase is not Phase.PREFILL:
-            self.observed, self.spending = 0, False
+            self.observed, self.in_refresh = 0, False
         self.phase = Phase.PREFILL
         self.evidence_tokens += tokens
 
@@ -120,13 +120,13 @@ class SequenceState:
         elif self.selector.removes_nothing and self.given is None:
             self.phase = Phase.RELEASED
         if self.phase is Phase.PREFILL:
-            self.need = self._first_need()
+            self.tokens_to_observe = self._first_length()
             self.phase, self.observed = Phase.OBSERVE, 0
         if self.ready:
             self._build()
         return self.phase
 
-    def _first_need(self) -> int:
+    def _first_length(self) -> int:
         if self.given is not None:
             return 0
         first = self.cause == "first"
@@ -150,8 +150,8 @@ class SequenceState:
             counts_before = self.selection.counts if fixed and self.selection else None
             self.selection = self.selector.select(self.evidence, counts_before)
         self.masks = self.selection.masks
-        self.version += 1
-        self.phase, self.pruned_run, self.spending = Phase.PRUNED, 0, False
+        self.mask_count += 1
+        self.phase, self.pruned_run, self.in_refresh = Phase.PRUNED, 0, False
         self.detector.start()
         shared = None if old is None or self.config.token else overlap(_ids(old), _ids(self.masks))
         where, counts = (self.sequence, self.row, self.decoded), self.selection.counts
@@ -171,17 +171,17 @@ class SequenceState:
             span.observed += tokens
             self.observed += tokens
             self.evidence_tokens += tokens
-            if self.spending:
-                self.spent += tokens
+            if self.in_refresh:
+                self.refresh_tokens += tokens
 
     def count_dense(self, tokens: int, live: float) -> None:
         """``tokens`` per row ran dense beside the prompt and were not observed."""
         self._add(self._span(None), tokens, live, 1)
 
     def _span(self, kept: tuple[int, ...] | None) -> MaskSpan:
-        if not self.periods or self.periods[-1].kept != kept:
-            self.periods.append(MaskSpan(kept))
-        return self.periods[-1]
+        if not self.mask_spans or self.mask_spans[-1].kept != kept:
+            self.mask_spans.append(MaskSpan(kept))
+        return self.mask_spans[-1]
 
     def _add(self, span: MaskSpan, tokens: int, live: Tensor | float, forwards: int) -> None:
         span.tokens = span.tokens + live
@@ -197,19 +197,19 @@ class SequenceState:
         if self.phase is Phase.OBSERVE:
             undone = min(tokens, self.observed)
             self.observed -= undone
-            self.spent -= undone if self.spending else 0
+            self.refresh_tokens -= undone if self.in_refresh else 0
         if self.last_trigger is not None:
             self.last_trigger = min(self.last_trigger, self.decoded)
         if self.phase is Phase.RELEASED and self.decoded < (self.config.release_step or 0):
             self.phase = Phase.PREFILL if self.selection is None else Phase.PRUNED
             self.masks = None if self.selection is None else self.selection.masks
         self.detector.cut(tokens)
-        for period in reversed(self.periods):
+        for period in reversed(self.mask_spans):
             tokens = period.cut(tokens)
 
     def keep_counts(self) -> None:
         """``rewind`` does not take back from the accounting what was decoded so far."""
-        for period in self.periods:
+        for period in self.mask_spans:
             period.length = 0
 
     def may_trigger(self) -> bool:
@@ -218,8 +218,8 @@ class SequenceState:
         return guards_allow(
             self.decoded,
             self.last_trigger,
-            self.spent,
-            self._remask_need(),
+            self.refresh_tokens,
+            self._refresh_length(),
             drift.min_distance,
             drift.max_dense_share,
             drift.allowance,
@@ -228,21 +228,21 @@ class SequenceState:
     def trigger(self, cause: str) -> None:
         """Leave PRUNED: the next tokens run dense and are observed, for all layers at once."""
         self.cause, self.last_trigger = cause, self.decoded
-        self._fade(keep=False)
-        self.phase, self.masks, self.spending = Phase.OBSERVE, None, True
-        self.observed, self.need = 0, self._remask_need()
+        self._age(keep=False)
+        self.phase, self.masks, self.in_refresh = Phase.OBSERVE, None, True
+        self.observed, self.tokens_to_observe = 0, self._refresh_length()
         self.detector = Detector(self.rule)
-        self.version += 1
+        self.mask_count += 1
 
-    def _remask_need(self) -> int:
+    def _refresh_length(self) -> int:
         return self.config.remask.observe_tokens or max(1, self.config.masking_step)
 
-    def _fade(self, keep: bool) -> None:
+    def _age(self, keep: bool) -> None:
         """Age the evidence.  ``keep``: ``fresh`` evidence survives; a further prompt adds to it."""
         if self.config.remask.evidence == "decay":
             n = max(self.evidence_tokens, 1e-9)
             for layer in self.evidence:
-                layer.fade(self.config.remask.decay, self.rows)
+                layer.decay(self.config.remask.decay, self.rows)
             self.evidence_tokens *= self.config.remask.decay * min(1.0, 256 / n)
         elif not keep:
             self.evidence = [LayerStatistics() for _ in self.evidence]
@@ -251,7 +251,7 @@ class SequenceState:
     @property
     def ready(self) -> bool:
         """Whether the next decode forward builds masks."""
-        return self.phase is Phase.OBSERVE and self.observed >= self.need
+        return self.phase is Phase.OBSERVE and self.observed >= self.tokens_to_observe
 
     def close(self) -> None:
         """The sequence is over: keep its accounting and its newest masks, drop the rest."""
@@ -267,8 +267,8 @@ class SequenceState:
     def tokens_to_mask(self) -> int:
         """Decode tokens that are still observed before the next mask; 0 where one may be built."""
         if self.phase is Phase.PREFILL:
-            return self._first_need()
-        return self.need - self.observed if self.phase is Phase.OBSERVE else 0
+            return self._first_length()
+        return self.tokens_to_observe - self.observed if self.phase is Phase.OBSERVE else 0
 
     def tokens_until_change(self) -> int | None:
         """Tokens that one decode forward may hold before the state can change; None: no bound."""
@@ -288,7 +288,7 @@ class SequenceState:
         return max(1, min(bounds)) if bounds else None
 
     def nbytes(self) -> int:
-        """Memory held by this life beside the model."""
+        """Memory held by this state beside the model."""
         masks = self.selection.masks if self.selection else ()
         scores = self.selection.scores if self.selection else ()
         return (

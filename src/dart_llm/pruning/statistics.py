@@ -101,7 +101,7 @@ class LayerStatistics:
             known.total = known.total * shift + part
             known.weight = known.weight * shift + weight
 
-    def fade(self, decay: float, rows: int) -> None:
+    def decay(self, decay: float, rows: int) -> None:
         """Scale all sums by ``decay * min(1, 256 / n)``, n = tokens per row seen so far."""
         for known in self.sums.values():
             if isinstance(known.weight, float):

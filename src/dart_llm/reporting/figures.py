@@ -1,9 +1,7 @@
 """Figure record, style, methods' looks, axes; PNG and SVG; interactive figures.
 
-Interactive figures for a report page; the only file that imports plotly.
-
-The page holds one copy of plotly's script and every figure as JSON, drawn when it comes into view.
-The page's policy allows this one script by its hash, so nothing that stands in a text can run.
+The only file that imports matplotlib, the colour maps and plotly.  Files that draw are handed an
+empty figure and its colours, or a ``Kit``.
 """
 
 from __future__ import annotations
@@ -29,11 +27,6 @@ from dart_llm.reporting.words import quantity
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-
-# What the plots share: the record of a plot, ink and greys, and the legend's place.
-#
-# Nothing here or in the drawing files imports matplotlib: they are handed figures by ``plots.py``.
 
 
 INK, SOFT, FAINT = "#1d2530", "#5a6470", "#d5d8dc"
@@ -227,26 +220,6 @@ def key(above: Axes, drawn: Sequence[Axes], columns: int) -> None:
     )
 
 
-SYMBOLS = {
-    "o": "circle",
-    "s": "square",
-    "^": "triangle-up",
-    "v": "triangle-down",
-    "D": "diamond",
-    "P": "cross",
-    "X": "x",
-    "<": "triangle-left",
-    ">": "triangle-right",
-    "h": "hexagon",
-    "*": "star",
-    "p": "pentagon",
-}
-"""plotly's names of matplotlib's markers."""
-
-PATTERNS = {"": "", "///": "/", "...": ".", "\\\\\\": "\\", "xx": "x", "++": "+"}
-"""plotly's names of matplotlib's hatches."""
-
-
 @dataclass(frozen=True)
 class Kit:
     """plotly's makers, and our colours as #rrggbb in the order of ``Palette``."""
@@ -258,18 +231,16 @@ class Kit:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture: on paper (``plot``), and to point at (``interactive``, a plotly figure).
+    """A picture: on paper (``plot``), and where it helps to point at (``interactive``, of plotly).
 
     ``choice``: what distinguishes it from others of the same name, which share a list of choices.
     """
 
     plot: Plot
-    interactive: Callable[[Kit], Any]
+    interactive: Callable[[Kit], Any] | None = None
     choice: str = ""
     tall: int = 420
     """Pixels of the interactive figure's height."""
-    columns: int = 1
-    """Panels side by side in it, which stand below each other on a phone."""
 
 
 def looks(labels: Sequence[str], palette: Palette) -> dict[str, Look]:
@@ -280,26 +251,6 @@ def looks(labels: Sequence[str], palette: Palette) -> dict[str, Look]:
     return {label: found[name] for label, name in zip(labels, names, strict=True)}
 
 
-def web_looks(labels: Sequence[str], kit: Kit) -> dict[str, dict[str, Any]]:
-    """The same in plotly's words: keys ``line`` and ``marker``."""
-    found = {}
-    for label, look in looks(labels, list(kit.colours)).items():
-        style = look["linestyle"]
-        dash = "solid" if style == "-" else ",".join(f"{2 * part}px" for part in style[1])
-        found[label] = {
-            "line": {"color": look["color"], "width": look["linewidth"] + 0.4, "dash": dash},
-            "marker": {
-                "symbol": SYMBOLS[look["marker"]],
-                "color": look["color"],
-                "size": 8,
-                "line": {"color": INK, "width": 0.8},
-            },
-        }
-    return found
-
-
-# The plots of a results folder; the only file that imports matplotlib and the colour maps.
-#
 # Every plot can be drawn wide, for a page of about 800 pixels, or narrow, for a phone, and can be
 # read in grey: hatches, markers and line styles carry the meaning, colours only repeat it.
 
@@ -376,6 +327,11 @@ def _style() -> Iterator[Palette]:
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         yield list(cm.batlowS.colors)
+
+
+# Interactive figures.  A page holds one copy of plotly's script and every figure as JSON, drawn
+# when it comes into view.  The page's policy allows this one script by its hash, so nothing that
+# stands in a text can run.
 
 
 MOST_BYTES = 300_000
@@ -462,28 +418,16 @@ def to_json(drawing: Drawing, tools: Kit) -> str:
 
     ``narrow``: what differs on a phone, by path into the layout.
     """
+    if drawing.interactive is None:
+        raise ValueError(f"the picture {drawing.plot.name} is on paper alone")
     figure = drawing.interactive(tools)
     figure.update_layout(**LAYOUT, height=drawing.tall)
     figure.update_xaxes(**AXIS)
     figure.update_yaxes(**AXIS)
     data = json.loads(figure.to_json())
     data["layout"].pop("template", None)
-    data["narrow"] = _narrow(drawing)
+    data["narrow"] = {"font.size": 11, "height": drawing.tall}
     return page_json(data)
-
-
-def _narrow(drawing: Drawing) -> dict[str, Any]:
-    found: dict[str, Any] = {"font.size": 11, "height": drawing.tall}
-    if drawing.columns > 1:
-        found["height"] = round(0.8 * drawing.tall * drawing.columns)
-        part = 1 / drawing.columns
-        for place in range(drawing.columns):
-            number = str(place + 1) if place else ""
-            top = 1 - place * part
-            found[f"xaxis{number}.domain"] = [0, 1]
-            found[f"yaxis{number}.domain"] = [max(0.0, top - 0.62 * part), top]
-            found[f"yaxis{number}.showticklabels"] = True
-    return found
 
 
 def script() -> str:

@@ -1,6 +1,7 @@
 """Column and Table: one definition -> terminal, Markdown, CSV, HTML.
 
-Tables of Markdown.
+A ``Table`` holds records and says which of their values people see, and how.  The CSV file has the
+raw values of the records, all of them, where no fields are chosen.
 """
 
 from __future__ import annotations
@@ -8,21 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
-
-def table_lines(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
-    """Lines of a table; the first ``left`` columns hold words, the others numbers."""
-    marks = ["---"] * left + ["---:"] * (len(head) - left)
-    return [f"| {' | '.join(map(escaped, row))} |" for row in (head, marks, *rows)]
-
-
-def escaped(text: str) -> str:
-    """Without what would end a cell or begin an element."""
-    return text.replace("|", "\\|").replace("<", "\\<")
-
+from dart_llm.files import write_csv
 
 NOTHING = "–"
 """A cell that was not measured."""
@@ -31,8 +24,151 @@ Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class Column:
+    """One column for people.
+
+    ``value``: a key of the records, or what makes the value of one.  ``text``: how a value is
+    written, a function or a format such as ".1%".  ``interval``: key of the ends that follow in
+    brackets, written likewise.  ``terminal``: whether 80 characters have room for it.
+    """
+
+    head: str
+    value: str | Callable[[Record], Any]
+    text: str | Callable[[Any], str] = str
+    interval: str = ""
+    terminal: bool = True
+    wrap: bool = True
+
+    def raw(self, row: Record) -> Any:
+        """The value of a record; None where there is none."""
+        return row.get(self.value) if isinstance(self.value, str) else self.value(row)
+
+    def cell(self, row: Record, nothing: str = NOTHING) -> str:
+        """The value in words."""
+        value = self.raw(row)
+        if value is None:
+            return nothing
+        ends = row.get(self.interval) if self.interval else None
+        return self.write(value) + (f" [{', '.join(map(self.write, ends))}]" if ends else "")
+
+    def write(self, value: Any) -> str:
+        """``value`` in words."""
+        return format(value, self.text) if isinstance(self.text, str) else self.text(value)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Records under a caption; ``name`` is that of the CSV file, "" for none.
+
+    ``left``: columns that hold words, the others hold numbers.  ``terminal``: whether it is shown
+    there.  ``fields``: keys that the CSV file has; None: every key whose values are no mappings.
+    """
+
+    name: str
+    caption: str
+    columns: tuple[Column, ...]
+    rows: Sequence[Record]
+    left: int = 1
+    nothing: str = NOTHING
+    terminal: bool = True
+    fields: Sequence[str] | None = None
+    strong: int | None = None
+    """The row to point out."""
+    tight: bool = False
+    """Whether the terminal's table goes without lines between columns, for there are many."""
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """The heads of all columns."""
+        return tuple(column.head for column in self.columns)
+
+    def cells(self) -> tuple[tuple[str, ...], ...]:
+        """All rows in words."""
+        return tuple(tuple(c.cell(row, self.nothing) for c in self.columns) for row in self.rows)
+
+    def html(self) -> PageTable:
+        """What the templates' ``table`` takes."""
+        return PageTable(self.caption, self.head, self.cells(), strong=self.strong)
+
+    def rich(self) -> RichTable:
+        """For the terminal."""
+        shown = [(n, column) for n, column in enumerate(self.columns) if column.terminal]
+        table = RichTable(title=self.caption, title_justify="left")
+        if self.tight:
+            table.box, table.padding = SIMPLE_HEAD, (0, 1, 0, 0)
+        for place, column in shown:
+            table.add_column(
+                column.head,
+                justify="left" if place < self.left else "right",
+                no_wrap=not column.wrap,
+                overflow="fold",
+                min_width=None if self.tight else 4,
+            )
+        for row in self.rows:
+            table.add_row(*(column.cell(row, self.nothing) for _, column in shown))
+        return table
+
+    def lines(self) -> list[str]:
+        """A pipe table."""
+        return table_lines(self.head, self.cells(), self.left)
+
+    def markdown(self) -> str:
+        """A pipe table under its caption."""
+        return "\n".join([f"### {self.caption}", "", *self.lines()])
+
+    @property
+    def header(self) -> list[str]:
+        """Columns of the CSV file; an interval has one for each end."""
+        return [name for key in self._keys() for name in _names(key)]
+
+    def csv(self) -> Iterator[list[Any]]:
+        """Raw values under ``header``, a list as JSON."""
+        keys = self._keys()
+        for row in self.rows:
+            yield [value for key in keys for value in _values(key, row.get(key))]
+
+    def write_csv(self, folder: Path) -> None:
+        """Write ``<name>.csv`` into ``folder``, if the table has a name."""
+        if self.name:
+            write_csv(folder / f"{self.name}.csv", self.header, self.csv())
+
+    def _keys(self) -> list[str]:
+        if self.fields is not None:
+            return list(self.fields)
+        nested = {key for row in self.rows for key, v in row.items() if isinstance(v, Mapping)}
+        return [key for key in (self.rows[0] if self.rows else ()) if key not in nested]
+
+
+def _names(key: str) -> tuple[str, ...]:
+    return (f"{key}.low", f"{key}.high") if key.endswith("_interval") else (key,)
+
+
+def _values(key: str, value: Any) -> tuple[Any, ...]:
+    if key.endswith("_interval"):
+        return tuple(value or (None, None))
+    return (json.dumps(value) if isinstance(value, list) else value,)
+
+
+def value_columns(
+    keys: str, heads: Sequence[str], text: str | Callable[[Any], str]
+) -> tuple[Column, ...]:
+    """Columns of several keys, divided by blanks, whose values are written alike."""
+    return tuple(Column(head, key, text) for key, head in zip(keys.split(), heads, strict=True))
+
+
+def number(digits: int = 3) -> Callable[[float], str]:
+    """How a number is written that may be tiny or huge."""
+
+    def write(value: float) -> str:
+        small = value != 0 and abs(value) < 0.5 * 10**-digits
+        return f"{value:.1e}" if small or abs(value) >= 1e5 else f"{value:,.{digits}f}"
+
+    return write
+
+
+@dataclass(frozen=True)
 class PageTable:
-    """A caption, column heads (the first names the rows), and rows whose first cell is a head."""
+    """Cells in words: a caption, heads, and rows whose first cell is a head."""
 
     caption: str
     head: tuple[str, ...]
@@ -40,6 +176,17 @@ class PageTable:
     numeric: bool = True
     strong: int | None = None
     """The row to point out."""
+
+
+def table_lines(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
+    """Lines of a pipe table; the first ``left`` columns hold words, the others numbers."""
+    marks = ["---"] * left + ["---:"] * (len(head) - left)
+    return [f"| {' | '.join(map(escaped, row))} |" for row in (head, marks, *rows)]
+
+
+def escaped(text: str) -> str:
+    """Without what would end a cell or a line, or begin an element."""
+    return text.replace("|", "\\|").replace("<", "\\<").replace("\n", "\\n")
 
 
 def bytes_text(value: float | None) -> str:
@@ -50,73 +197,3 @@ def bytes_text(value: float | None) -> str:
         if abs(value) >= size:
             return f"{value / size:,.1f} {unit}"
     return f"{value:,.0f} B"
-
-
-Format = Callable[[Any], str]
-
-Column = tuple[str, str, Format]
-"""A key of the rows, its head, and how a value is written."""
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """One table; ``name`` is that of its CSV file."""
-
-    section: str
-    name: str
-    caption: str
-    columns: tuple[Column, ...]
-    rows: Sequence[Record]
-
-    def table(self) -> PageTable:
-        """In words; the first column names the rows."""
-        body = tuple(
-            tuple(
-                NOTHING if row.get(key) is None else write(row[key])
-                for key, _, write in self.columns
-            )
-            for row in self.rows
-        )
-        return PageTable(self.caption, tuple(head for _, head, _ in self.columns), body)
-
-    def rich(self) -> RichTable:
-        """For the terminal."""
-        table, found = self.table(), RichTable(title=self.caption, title_justify="left")
-        for place, head in enumerate(table.head):
-            found.add_column(head, justify="right" if place else "left")
-        for row in table.rows:
-            found.add_row(*row)
-        return found
-
-    def markdown(self) -> str:
-        """A pipe table under its caption."""
-        table = self.table()
-        lines = [table.head, ("---",) * len(table.head), *table.rows]
-        cells = [[str(c).replace("|", "\\|").replace("\n", "\\n") for c in line] for line in lines]
-        return "\n".join([f"### {self.caption}", "", *(f"| {' | '.join(c)} |" for c in cells)])
-
-    @property
-    def header(self) -> list[str]:
-        """Columns of the CSV file: every key of the rows that holds no mapping."""
-        nested = {key for row in self.rows for key, v in row.items() if isinstance(v, Mapping)}
-        return [key for key in (self.rows[0] if self.rows else ()) if key not in nested]
-
-    def csv(self) -> Iterator[list[Any]]:
-        """Raw values under ``header``, a list as JSON."""
-        header = self.header
-        for row in self.rows:
-            values = [row.get(key) for key in header]
-            yield [json.dumps(v) if isinstance(v, list) else v for v in values]
-
-
-def _number(digits: int = 3) -> Format:
-    def write(value: float) -> str:
-        small = value != 0 and abs(value) < 0.5 * 10**-digits
-        large = abs(value) >= 1e5
-        return f"{value:.1e}" if small or large else f"{value:,.{digits}f}"
-
-    return write
-
-
-def _columns(keys: str, heads: Sequence[str], write: Format) -> tuple[Column, ...]:
-    return tuple((key, head, write) for key, head in zip(keys.split(), heads, strict=True))

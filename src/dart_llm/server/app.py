@@ -1,125 +1,109 @@
-"""FastAPI routes; streaming answers.
-
-The routes, as a FastAPI application: the only file that imports it.
-"""
+"""FastAPI routes; streaming answers.  The only file that imports fastapi."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
-
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
+from typing import Annotated, Any
 
 from dart_llm import __version__
 from dart_llm.engine.host import trim_heap
-from dart_llm.engine.requests import GenerationRequest, Sampling
+from dart_llm.engine.requests import GenerationRequest
 from dart_llm.errors import MissingExtra
 from dart_llm.server import window
-from dart_llm.server.responses import TYPES, APIError, ChatFormat, Format, failed, json_bytes, sse
+from dart_llm.server.responses import (
+    REFUSED,
+    APIError,
+    ChatFormat,
+    ErrorBody,
+    Format,
+    failed,
+    json_bytes,
+    sse,
+)
 from dart_llm.server.schemas import ChatBody, Common, CompletionBody, read
 from dart_llm.server.security import Asgi, Guard, Receive, Rules, Scope, Send, digest, parse
-from dart_llm.server.service import Live, Service, logger
-from dart_llm.server.window import ready_prompts, static_files
-from dart_llm.server.worker import END_OF_STREAM, QueuedRequest, Worker
+from dart_llm.server.service import Service, logger
+from dart_llm.server.worker import END_OF_STREAM, QueuedRequest
 
-# From a queued request to bytes on its connection.  Plain ASGI; it imports no framework.
+try:
+    from fastapi import APIRouter, Depends, FastAPI, Request, Response
+    from fastapi.routing import APIRoute
+except ImportError:
+    raise MissingExtra("fastapi", "serve") from None
 
+PING_SECONDS = 15.0
+
+LAST_SECONDS = 5.0
+"""How long the last event of a stream that ran out of time may take to be sent."""
+
+LONG_BODY = 16 << 10
+"""Bytes above which a body is read into tokens beside the event loop, not on it."""
+
+ALONE = {
+    "content-security-policy": "sandbox allow-scripts; default-src 'none'; img-src data:; "
+    "style-src 'unsafe-inline'; script-src 'unsafe-inline'; frame-ancestors 'none'",
+    "cross-origin-opener-policy": "unsafe-none",  # browsers refuse a sandbox with any other
+}
+"""Headers of a report: a page of no origin, whose scripts can ask this server nothing."""
+
+ELSEWHERE = {
+    "/v1/responses": "this server has no /v1/responses: use /v1/chat/completions (with "
+    "@ai-sdk/openai: openai.chat(model) in place of openai(model))"
+}
+"""What is said of addresses that OpenAI has and this server has not."""
+
+# From a queued request to bytes on its connection.
+#
+# EventSourceResponse (of fastapi or sse-starlette) sends its 200 before it asks for the first
+# event, so what fails in the queue or in the engine could no longer be an HTTP status.
 
 STREAM = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no"))
 
 WHOLE = ((b"content-type", b"application/json"),)
 
-PING_SECONDS = 15.0
 
+@dataclass(frozen=True)
+class Writer:
+    """Turns records into what is sent; empty: nothing.
 
-class Writer(Protocol):
-    """Turns records into what is sent."""
+    ``take``: for a record; ``end``: after the last one; ``error``: what ends an answer that has
+    begun and cannot go on.
+    """
 
     streams: bool
-
-    def take(self, record: Any) -> bytes:
-        """What is sent for ``record``; empty: nothing."""
-        ...
-
-    def end(self) -> bytes:
-        """What is sent after the last record."""
-        ...
-
-    def error(self, refusal: APIError) -> bytes:
-        """What ends an answer that has begun and cannot go on."""
-        ...
+    take: Callable[[Any], bytes]
+    end: Callable[[], bytes] = bytes
+    error: Callable[[APIError], bytes] = lambda refusal: b""
 
 
-class ChunkWriter:
-    """OpenAI's stream of chunks."""
-
-    streams = True
-
-    def __init__(self, shape: Format) -> None:
-        self.take = shape.chunks
-
-    def end(self) -> bytes:
-        return b""
-
-    def error(self, refusal: APIError) -> bytes:
-        return failed(refusal)
+def openai_writer(body: Common, shape: Format) -> Writer:
+    """OpenAI's answer, whole or as a stream of chunks."""
+    if body.stream:
+        return Writer(True, shape.chunks, error=failed)
+    return Writer(False, shape.keep, shape.whole)
 
 
-class WholeWriter:
-    """OpenAI's answer in one piece."""
-
-    streams = False
-
-    def __init__(self, shape: Format) -> None:
-        self.shape = shape
-
-    def take(self, record: Any) -> bytes:
-        self.shape.keep(record)
-        return b""
-
-    def end(self) -> bytes:
-        return self.shape.whole()
-
-    def error(self, refusal: APIError) -> bytes:
-        return b""  # never asked: nothing is sent before the end
-
-
-class RecordWriter:
+def record_writer(request_id: str) -> Writer:
     """Every record of the request, as the library has it: ``POST /api/events``."""
 
-    streams = True
+    def error(refusal: APIError) -> bytes:
+        return sse({"kind": "error", "message": refusal.message, "request": request_id})
 
-    def __init__(self, request_id: str) -> None:
-        self.request_id = request_id
-
-    def take(self, record: Any) -> bytes:
-        return sse(record.to_dict())
-
-    def end(self) -> bytes:
-        return b""
-
-    def error(self, refusal: APIError) -> bytes:
-        return sse({"kind": "error", "message": refusal.message, "request": self.request_id})
+    return Writer(True, lambda record: sse(record.to_dict()), error=error)
 
 
-LAST_SECONDS = 5.0
-"""How long the last event of a stream that ran out of time may take to be sent."""
+class Delivery(Response):
+    """Queues a request and sends what comes of it."""
 
-
-class Delivery:
-    """An ASGI application that queues one turn and sends what comes of it."""
-
-    def __init__(self, worker: Worker, turn: QueuedRequest, writer: Writer, seconds: float) -> None:
-        """``seconds``: the longest that the request may take, its waiting included."""
-        self.worker = worker
+    def __init__(self, service: Service, turn: QueuedRequest, writer: Writer) -> None:
+        self.background = None
+        self.worker = service.worker
+        self.seconds = service.settings.request_timeout
         self.turn = turn
         self.writer = writer
-        self.seconds = seconds
         self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -145,19 +129,19 @@ class Delivery:
         while not over:
             data = b""
             for item in await self.turn.mail.take():
+                over = True
                 if isinstance(item, APIError):
                     if not self._begun and not data:
                         raise item
                     data += self.writer.error(item)
-                elif item is END_OF_STREAM:
+                    break
+                if item is END_OF_STREAM:
                     if self.turn.cancelled():  # nobody is there any more
                         return
                     data += self.writer.end()
-                else:
-                    data += self.writer.take(item)
-                    continue
-                over = True
-                break
+                    break
+                over = False
+                data += self.writer.take(item)
             await self._send(send, data, over)
 
     async def _send(self, send: Send, data: bytes, last: bool) -> None:
@@ -171,20 +155,20 @@ class Delivery:
             await send({"type": "http.response.body", "body": data, "more_body": not last})
 
 
-class Watch:
-    """An ASGI application: the records of running requests, until the client leaves or we end."""
+class Watch(Response):
+    """The records of running requests, until the client leaves or we end."""
 
-    def __init__(self, live: Live, client: str, model: str) -> None:
-        self.live = live
+    def __init__(self, service: Service, client: str) -> None:
+        self.background = None
+        self.service = service
         self.client = client
-        self.model = model
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        box = self.live.watch(self.client)
+        box = self.service.live.watch(self.client)
         gone = asyncio.create_task(until_gone(receive, lambda: box.put(END_OF_STREAM)))
         try:
             await send({"type": "http.response.start", "status": 200, "headers": list(STREAM)})
-            data = sse({"kind": "hello", "model": self.model})
+            data = sse({"kind": "hello", "model": self.service.facts.name})
             while True:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
                 items: list[Any] = []
@@ -196,7 +180,7 @@ class Watch:
                 data = b"".join(items) or b": ping\n\n"
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            self.live.leave(box)
+            self.service.live.leave(box)
             gone.cancel()
 
 
@@ -211,308 +195,253 @@ async def until_gone(receive: Receive, then: Callable[[], None]) -> None:
     then()
 
 
-# Every route of the server, and how ``/openapi.json`` describes it.
+# Bodies: strict JSON, refused in OpenAI's words.
 
 
-REFERENCE = "#/components/schemas/{model}"
+class ParsedRequest(Request):
+    """A request whose body was read: the framework takes ``parsed`` for its JSON."""
+
+    parsed: Any = None
+
+    async def json(self) -> Any:
+        return self.parsed
 
 
-@dataclass(frozen=True)
-class Route:
-    """One address.  ``body``: what it is sent; ``answers``: media type of the 200."""
+class StrictRoute(APIRoute):
+    """Reads a typed body by our own rules, up to what the engine is asked: ``state.asks``.
 
-    method: str
-    path: str
-    handler: str
-    body: type[BaseModel] | None = None
-    answers: tuple[str, ...] = ("application/json",)
-    described: bool = True
+    All of it is one piece of work, so that many long bodies that wait are held as bytes alone.
+    """
 
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+        if self.body_field is None:
+            return handler
+        kind: type[Common] = self.body_field.field_info.annotation  # type: ignore[assignment]
+
+        async def strict(request: Request) -> Response:
+            content = request.headers.get("content-type", "")
+            if content.partition(";")[0].strip().lower() != "application/json":
+                raise APIError(415, "send JSON, with Content-Type: application/json")
+            raw = await request.body()
+            service: Service = request.app.state.service
+            own = request.scope["dart"]
+
+            def understood() -> tuple[Common, tuple[GenerationRequest, ...]]:
+                body = read(kind, parse(raw))
+                return body, service.asker.asks(body, own["request_id"], own["client"])
+
+            def understood_long() -> tuple[Common, tuple[GenerationRequest, ...]]:
+                try:
+                    return understood()
+                finally:
+                    trim_heap()
+
+            typed = ParsedRequest(request.scope, request.receive)
+            typed._body = raw
+            if len(raw) <= LONG_BODY:
+                typed.parsed, typed.state.asks = understood()
+            else:
+                loop = asyncio.get_running_loop()
+                long = loop.run_in_executor(service.bodies, understood_long)
+                typed.parsed, typed.state.asks = await long
+            return await handler(typed)
+
+        return strict
+
+
+async def _service(request: Request) -> Service:  # async: others go to a pool of threads
+    service: Service = request.app.state.service
+    return service
+
+
+async def _shown_runs(request: Request) -> Service:
+    """The service, where past runs may be shown."""
+    service = await _service(request)
+    if not service.settings.shows_runs:
+        raise APIError(
+            403,
+            "past runs hold prompts, and this server has several keys: start it with "
+            "--share-runs to show them to every key",
+            code="runs_not_shared",
+        )
+    return service
+
+
+Serving = Annotated[Service, Depends(_service)]
+
+Runs = Annotated[Service, Depends(_shown_runs)]
 
 JSON, EVENTS = "application/json", "text/event-stream"
 
-ROUTES = (
-    Route("GET", "/v1/models", "models"),
-    Route("GET", "/v1/models/{name:path}", "model"),
-    Route("POST", "/v1/chat/completions", "chat", ChatBody, (JSON, EVENTS)),
-    Route("POST", "/v1/completions", "completion", CompletionBody, (JSON, EVENTS)),
-    Route("POST", "/api/events", "ask_events", ChatBody, (EVENTS,)),
-    Route("GET", "/api/events", "watch_events", answers=(EVENTS,), described=False),
-    Route("GET", "/api/methods", "methods"),
-    Route("GET", "/api/prompts", "prompts"),
-    Route("GET", "/api/runs", "runs"),
-    Route("GET", "/api/runs/{name:path}", "run"),
-    Route("GET", "/healthz", "health"),
-    Route("GET", "/metrics", "metrics", answers=("text/plain",)),
-    Route("GET", "/", "page", answers=("text/html",), described=False),
-    Route("GET", "/static/{name:path}", "static", answers=("*/*",), described=False),
-)
-"""All of them; ``/openapi.json`` is the framework's own."""
 
-REFUSALS = {
-    "GET": (403, 404, 429, 503),
-    "POST": (400, 403, 404, 408, 413, 415, 429, 503),
-}
-
-
-def operation(route: Route) -> dict[str, Any]:
-    """What the framework cannot know of a route: its body, and its answers."""
-    refusal = {"application/json": {"schema": {"$ref": REFERENCE.format(model="Error")}}}
-    found: dict[str, Any] = {
-        "responses": {
-            "200": {"description": "OK", "content": {kind: {} for kind in route.answers}},
-            "401": {"description": "no API key, or a wrong one", "content": refusal},
-            **{
-                str(status): {"description": TYPES[status], "content": refusal}
-                for status in REFUSALS[route.method]
-            },
-        }
+def _described(*media: str) -> dict[str, Any]:
+    """What the description says of a route's answers."""
+    answers: dict[int | str, dict[str, Any]] = {
+        200: {"description": "OK", "content": {kind: {} for kind in media}},
+        **{status: {"description": text, "model": ErrorBody} for status, text in REFUSED.items()},
+        "default": {"description": "any other refusal", "model": ErrorBody},
     }
-    if route.body is not None:
-        schema = {"$ref": REFERENCE.format(model=route.body.__name__)}
-        found["requestBody"] = {"required": True, "content": {JSON: {"schema": schema}}}
-    return found
+    return {"responses": answers, "response_class": Response, "response_model": None}
 
 
-def components() -> dict[str, Any]:
-    """The schemas that ``operation`` refers to."""
-    _, bodies = models_json_schema(
-        [(ChatBody, "validation"), (CompletionBody, "validation")], ref_template=REFERENCE
-    )
-    text = {"type": ["string", "null"]}
-    error = {
-        "type": "object",
-        "required": ["message", "type", "param", "code"],
-        "properties": {
-            "message": {"type": "string"},
-            "type": {"enum": sorted(set(TYPES.values()))},
-            "param": text,
-            "code": text,
-        },
-    }
-    return {
-        **bodies["$defs"],
-        "Error": {"type": "object", "required": ["error"], "properties": {"error": error}},
-    }
+router = APIRouter(route_class=StrictRoute)
+
+# OpenAI's addresses
 
 
-try:
-    from fastapi import FastAPI, Request, Response
-except ImportError:
-    raise MissingExtra("fastapi", "serve") from None
-
-ALONE = {
-    "content-security-policy": "sandbox allow-scripts; default-src 'none'; img-src data:; "
-    "style-src 'unsafe-inline'; script-src 'unsafe-inline'; frame-ancestors 'none'",
-    "cross-origin-opener-policy": "unsafe-none",  # browsers refuse a sandbox with any other
-}
-"""Headers of a report: a page of no origin, whose scripts can ask this server nothing."""
-
-LONG_BODY = 16 << 10
-"""Bytes above which a body is read into tokens beside the event loop, not on it."""
-
-ELSEWHERE = {
-    "/v1/responses": "this server has no /v1/responses: use /v1/chat/completions (with "
-    "@ai-sdk/openai: openai.chat(model) in place of openai(model))"
-}
-"""What is said of addresses that OpenAI has and this server has not."""
+@router.get("/v1/models", **_described(JSON))
+async def models(service: Serving) -> Response:
+    """The model that is served."""
+    return _json({"object": "list", "data": service.models()})
 
 
-class Application(Response):
-    """Lets a route answer by a plain ASGI application."""
-
-    def __init__(self, answer: Asgi) -> None:
-        self.answer = answer
-        self.background = None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self.answer(scope, receive, send)
+@router.get("/v1/models/{name:path}", **_described(JSON))
+async def model(name: str, service: Serving) -> Response:
+    """The model that is served, by its name."""
+    if name not in service.asker.names:
+        raise APIError(404, "there is no such model: /v1/models lists it", code="model_not_found")
+    return _json(service.models()[0])
 
 
-class Routes:
-    """One method per route."""
-
-    def __init__(self, service: Service, guard: Guard) -> None:
-        self.service = service
-        self.guard = guard
-        self.site = static_files()
-        self.results = Path(service.settings.results_dir)
-
-    # OpenAI's
-
-    async def chat(self, request: Request) -> Response:
-        """A chat completion: whole, or with ``stream: true`` as server-sent chunks."""
-        body, asks = await self._read(request, ChatBody)
-        sampling = asks[0].sampling
-        shape = ChatFormat(self._model, sampling.n, _scored(sampling), body.usage_wanted)
-        return self._deliver(request, body, asks, _writer(body, shape))
-
-    async def completion(self, request: Request) -> Response:
-        """A completion of texts or of token ids."""
-        body, asks = await self._read(request, CompletionBody)
-        sampling, echo = asks[0].sampling, bool(body.echo)
-        shape = Format(
-            self._model, sampling.n, _scored(sampling), body.usage_wanted, len(asks), echo
-        )
-        return self._deliver(request, body, asks, _writer(body, shape))
-
-    async def models(self) -> Response:
-        """The model that is served."""
-        return _json({"object": "list", "data": self.service.models()})
-
-    async def model(self, name: str) -> Response:
-        """The model that is served, by its name."""
-        if name not in self.service.asker.names:
-            raise APIError(
-                404, "there is no such model: /v1/models lists it", code="model_not_found"
-            )
-        return _json(self.service.models()[0])
-
-    # ours
-
-    async def ask_events(self, request: Request) -> Response:
-        """A chat completion as the engine's own records, one server-sent event each."""
-        body, asks = await self._read(request, ChatBody)
-        return self._deliver(request, body, asks, RecordWriter(asks[0].id))
-
-    async def watch_events(self, request: Request) -> Response:
-        """The records of requests while they run, without texts and tokens."""
-        return Application(Watch(self.service.live, request.scope["dart"]["client"], self._model))
-
-    async def methods(self) -> Response:
-        """Methods and drift rules that a request may name, the defaults and the limits."""
-        return _json(self.service.methods())
-
-    async def prompts(self) -> Response:
-        """The ready prompts."""
-        return _json(ready_prompts(self.site))
-
-    async def runs(self) -> Response:
-        """Past runs in the configured results folder."""
-        self._check_runs()
-        return _json(await asyncio.to_thread(window.listing, self.results))
-
-    async def run(self, name: str) -> Response:
-        """One past run with its files' content; below its name, its report."""
-        self._check_runs()
-        run, _, file = name.rpartition("/")
-        if file == window.REPORT:
-            text = await asyncio.to_thread(window.report, self.results, run)
-            return Response(text, media_type="text/html", headers=ALONE)
-        return _json(await asyncio.to_thread(window.opened, self.results, name))
-
-    async def health(self) -> Response:
-        """200 while requests are taken, 503 otherwise."""
-        if not self.service.worker.alive:
-            raise APIError(503, "the server does not take requests", code="not_ready")
-        model = {} if self.service.settings.keys else {"model": self._model}
-        return _json({"status": "ok", **model, "version": __version__})
-
-    async def metrics(self) -> Response:
-        """Counters for Prometheus."""
-        text = self.service.metrics.text()
-        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    async def page(self) -> Response:
-        """The window."""
-        return await self.static("index.html")
-
-    async def static(self, name: str) -> Response:
-        """A file of the page."""
-        if name not in self.site:
-            raise APIError(404, "there is no such file", code="not_found")
-        content, kind = self.site[name]
-        return Response(content, media_type=kind)
-
-    # help
-
-    @property
-    def _model(self) -> str:
-        return self.service.facts.name
-
-    def _check_runs(self) -> None:
-        if not self.service.settings.shows_runs:
-            raise APIError(
-                403,
-                "past runs hold prompts, and this server has several keys: start it with "
-                "--share-runs to show them to every key",
-                code="runs_not_shared",
-            )
-
-    async def _read(
-        self, request: Request, kind: type[Any]
-    ) -> tuple[Any, tuple[GenerationRequest, ...]]:
-        content = request.headers.get("content-type", "")
-        if content.partition(";")[0].strip().lower() != "application/json":
-            raise APIError(415, "send JSON, with Content-Type: application/json")
-        raw = await request.body()
-        known = request.scope["dart"]
-
-        def understood() -> tuple[Any, tuple[GenerationRequest, ...]]:
-            body = read(kind, parse(raw))
-            asker = self.service.asker
-            of_kind = asker.completion if isinstance(body, CompletionBody) else asker.chat
-            return body, of_kind(body, known["request_id"], known["client"])
-
-        def understood_long() -> tuple[Any, tuple[GenerationRequest, ...]]:
-            try:
-                return understood()
-            finally:
-                trim_heap()
-
-        if len(raw) <= LONG_BODY:
-            return understood()
-        return await asyncio.get_running_loop().run_in_executor(
-            self.service.bodies, understood_long
-        )
-
-    def _deliver(
-        self, request: Request, body: Common, asks: tuple[GenerationRequest, ...], writer: Writer
-    ) -> Response:
-        service, known = self.service, request.scope["dart"]
-        if service.settings.log_prompts:
-            for ask in asks:
-                text = service.asker.tokenizer.decode(list(ask.ids))
-                logger.warning("%s asks %r", ask.id, text)
-        turn = QueuedRequest(asks, known["client"], body.user or "", known["request_id"])
-        limit = service.settings.request_timeout
-        return Application(Delivery(service.worker, turn, writer, limit))
+@router.post("/v1/chat/completions", **_described(JSON, EVENTS))
+async def chat(body: ChatBody, request: Request, service: Serving) -> Response:
+    """A chat completion: whole, or with ``stream: true`` as server-sent chunks."""
+    sampling = request.state.asks[0].sampling
+    scored = sampling.logprobs is not None
+    shape = ChatFormat(service.facts.name, sampling.n, scored, body.usage_wanted)
+    return _deliver(service, request, body, openai_writer(body, shape))
 
 
-def _scored(sampling: Sampling) -> bool:
-    return sampling.logprobs is not None
+@router.post("/v1/completions", **_described(JSON, EVENTS))
+async def completion(body: CompletionBody, request: Request, service: Serving) -> Response:
+    """A completion of texts or of token ids."""
+    asks = request.state.asks
+    sampling = asks[0].sampling
+    scored, echo = sampling.logprobs is not None, bool(body.echo)
+    name = service.facts.name
+    shape = Format(name, sampling.n, scored, body.usage_wanted, len(asks), echo)
+    return _deliver(service, request, body, openai_writer(body, shape))
 
 
-def _writer(body: Common, shape: Format) -> Writer:
-    return ChunkWriter(shape) if body.stream else WholeWriter(shape)
+# our own addresses
+
+
+@router.post("/api/events", **_described(EVENTS))
+async def ask_events(body: ChatBody, request: Request, service: Serving) -> Response:
+    """A chat completion as the engine's own records, one server-sent event each."""
+    return _deliver(service, request, body, record_writer(request.state.asks[0].id))
+
+
+@router.get("/api/events", **_described(EVENTS), include_in_schema=False)
+async def watch_events(request: Request, service: Serving) -> Response:
+    """The records of requests while they run, without texts and tokens."""
+    return Watch(service, request.scope["dart"]["client"])
+
+
+@router.get("/api/methods", **_described(JSON))
+async def methods(service: Serving) -> Response:
+    """Methods and drift rules that a request may name, the defaults and the limits."""
+    return _json(service.methods())
+
+
+@router.get("/api/prompts", **_described(JSON))
+async def prompts(request: Request) -> Response:
+    """The ready prompts."""
+    return _json(window.ready_prompts(request.app.state.site))
+
+
+@router.get("/api/runs", **_described(JSON))
+async def runs(service: Runs) -> Response:
+    """Past runs in the configured results folder."""
+    return _json(await asyncio.to_thread(window.listing, service.results))
+
+
+@router.get("/api/runs/{name:path}", **_described(JSON))
+async def run(name: str, service: Runs) -> Response:
+    """One past run with its files' content; below its name, its report."""
+    folder, _, file = name.rpartition("/")
+    if file == window.REPORT:
+        text = await asyncio.to_thread(window.report, service.results, folder)
+        return Response(text, media_type="text/html", headers=ALONE)
+    return _json(await asyncio.to_thread(window.opened, service.results, name))
+
+
+@router.get("/healthz", **_described(JSON))
+async def health(service: Serving) -> Response:
+    """200 while requests are taken, 503 otherwise."""
+    if not service.worker.alive:
+        raise APIError(503, "the server does not take requests", code="not_ready")
+    name = {} if service.settings.keys else {"model": service.facts.name}
+    return _json({"status": "ok", **name, "version": __version__})
+
+
+@router.get("/metrics", **_described("text/plain"))
+async def metrics(service: Serving) -> Response:
+    """Counters for Prometheus."""
+    return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@router.get("/", **_described("text/html"), include_in_schema=False)
+async def page(request: Request) -> Response:
+    """The window."""
+    return await static("index.html", request)
+
+
+@router.get("/static/{name:path}", **_described("*/*"), include_in_schema=False)
+async def static(name: str, request: Request) -> Response:
+    """A file of the page."""
+    site: window.Site = request.app.state.site
+    if name not in site:
+        raise APIError(404, "there is no such file", code="not_found")
+    content, kind = site[name]
+    return Response(content, media_type=kind)
 
 
 def _json(data: Any) -> Response:
-    return Response(json_bytes(data), media_type="application/json")
+    return Response(json_bytes(data), media_type=JSON)
+
+
+def _deliver(service: Service, request: Request, body: Common, writer: Writer) -> Response:
+    asks, own = request.state.asks, request.scope["dart"]
+    if service.settings.log_prompts:
+        for ask in asks:
+            text = service.asker.tokenizer.decode(list(ask.ids))
+            logger.warning("%s asks %r", ask.id, text)
+    turn = QueuedRequest(asks, own["client"], body.user or "", own["request_id"])
+    return Delivery(service, turn, writer)
+
+
+async def _unknown(request: Request, error: Exception) -> Response:
+    path = request.url.path.rstrip("/")
+    message = ELSEWHERE.get(path, "there is no such address: /openapi.json lists all")
+    raise APIError(404, message, code="not_found")
+
+
+async def _other_method(request: Request, error: Exception) -> Response:
+    pattern = request.scope["route"].path
+    allow = sorted(method for path, method in routes() if path == pattern)
+    raise APIError(405, f"this address takes {' and '.join(allow)} alone", allow=allow)
+
+
+def routes() -> list[tuple[str, str]]:
+    """Every address with its method; ``/openapi.json`` is the framework's own."""
+    own = [route for route in router.routes if isinstance(route, APIRoute)]
+    return [(route.path, method) for route in own for method in sorted(route.methods or ())]
 
 
 def build(service: Service) -> Asgi:
     """The whole application: the routes, behind the guard."""
     settings = service.settings
-
-    async def unknown(request: Request, error: Exception) -> Response:
-        path = request.url.path.rstrip("/")
-        message = ELSEWHERE.get(path, "there is no such address: /openapi.json lists all")
-        raise APIError(404, message, code="not_found")
-
-    async def other_method(request: Request, error: Exception) -> Response:
-        pattern = request.scope["route"].path
-        allow = [route.method for route in ROUTES if route.path == pattern]
-        raise APIError(405, f"this address takes {' and '.join(allow)} alone", allow=sorted(allow))
-
     app = FastAPI(
         title="dart-llm",
         version=__version__,
         docs_url=None,
         redoc_url=None,
-        exception_handlers={404: unknown, 405: other_method},
+        exception_handlers={404: _unknown, 405: _other_method},
         redirect_slashes=False,
     )
+    app.state.service, app.state.site = service, window.static_files()
     rules = Rules(
         settings.hosts,
         tuple(digest(key) for key in settings.keys),
@@ -522,28 +451,5 @@ def build(service: Service) -> Asgi:
     guard = Guard(rules, service.metrics)
     service.metrics.watch("http_requests", "Requests in flight.", lambda: guard.in_flight)
     app.add_middleware(guard.around)
-    routes = Routes(service, guard)
-    for route in ROUTES:
-        app.add_api_route(
-            route.path,
-            getattr(routes, route.handler),
-            methods=[route.method],
-            include_in_schema=route.described,
-            openapi_extra=operation(route),
-            response_class=Response,
-            response_model=None,
-        )
-    _describe(app)
+    app.include_router(router)
     return app
-
-
-def _describe(app: FastAPI) -> None:
-    """Put the bodies' schemas where ``$ref`` looks for them."""
-    plain = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        found = plain()
-        found.setdefault("components", {}).setdefault("schemas", {}).update(components())
-        return found
-
-    app.openapi = openapi  # type: ignore[method-assign]

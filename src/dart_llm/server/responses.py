@@ -1,7 +1,4 @@
-"""Engine events -> OpenAI objects and chunks; errors.
-
-From the engine's records to OpenAI's answers: whole ones, and chunks of a stream.
-"""
+"""From the engine's records to OpenAI's answers, whole ones and chunks; and why none is given."""
 
 from __future__ import annotations
 
@@ -12,11 +9,12 @@ from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import Any
 
+from pydantic import BaseModel
+
 from dart_llm.engine.events import Done, Likely, Record, Scores, Start, Token
 from dart_llm.files import finite
 
-# Why the server refuses a request, in the shape that OpenAI's clients read.
-
+# errors, in the shape that OpenAI's clients read
 
 TYPES = {
     400: "invalid_request_error",
@@ -32,6 +30,25 @@ TYPES = {
     503: "unavailable_error",
 }
 """``error.type`` of each status that the server answers with."""
+
+
+REFUSED = {status: kind for status, kind in TYPES.items() if status not in (405, 500)}
+"""What the description of every route tells of its errors."""
+
+
+class ErrorFacts(BaseModel):
+    """What is wrong with a request; ``param``: the field; ``code``: a word for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is no success."""
+
+    error: ErrorFacts
 
 
 class APIError(Exception):
@@ -96,7 +113,7 @@ def internal(request_id: str) -> APIError:
     )
 
 
-# Log-probabilities of tokens, in the two shapes that OpenAI has for them.
+# log-probabilities of tokens, in the two shapes that OpenAI has for them
 
 
 @dataclass(frozen=True)
@@ -339,12 +356,13 @@ class Format:
 
     # a whole answer
 
-    def keep(self, record: Record) -> None:
-        """Take in a record of an answer that is sent as a whole."""
+    def keep(self, record: Record) -> bytes:
+        """Take in a record of an answer that is sent as a whole: nothing is sent yet."""
         for place, text in self._heard(record):
             self._say(self.choices[place], text)
         if isinstance(record, Done):
             self.done.append(record)
+        return b""
 
     def whole(self) -> bytes:
         """The answer, once every prompt's ``done`` was kept."""

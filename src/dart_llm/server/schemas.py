@@ -1,6 +1,7 @@
-"""Request bodies (OpenAI names), limits, and what the engine is asked.
+"""From a request's body, in OpenAI's names, to what the engine is asked; every limit on tokens.
 
-From a request's body to what the engine is asked; every limit on tokens is here.
+A field that OpenAI does not know is refused, as OpenAI does.  A known one that this server cannot
+honour is refused when it asks for something; the ones that cannot change an answer are ignored.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from jinja2 import TemplateError
 from pydantic import (
@@ -29,13 +30,6 @@ from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import METHODS
 from dart_llm.server.responses import APIError
 from dart_llm.server.settings import ServeSettings, prunes
-
-# What ``/v1/chat/completions``, ``/v1/completions`` and ``/api/events`` are sent.
-#
-# OpenAI's names and types.  A field that OpenAI does not know is refused, as OpenAI does.  A known
-# one that this server cannot honour is refused when it asks for something; the ones that cannot
-# change an answer are read and ignored.
-
 
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -167,6 +161,30 @@ class Common(Body):
     user: Name | None = None
     dart: Dart | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        """The fields that this server has; of all others it is said why they are refused."""
+        if not isinstance(data, dict):  # a body already
+            return data
+        known = [*cls.model_fields, *IGNORED, *NEUTRAL]
+        for name in data:
+            if name not in known:
+                raise APIError(
+                    400,
+                    f"unrecognized request argument supplied: {name[:100]}{_hint(name, known)}",
+                    name[:100],
+                    "unknown_parameter",
+                )
+        _check_neutral(data)
+        return {name: value for name, value in data.items() if name in cls.model_fields}
+
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise APIError(400, "stream_options goes with stream: true alone", "stream_options")
+        return self
+
     @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -209,25 +227,11 @@ B = TypeVar("B", bound=Common)
 
 
 def read(kind: type[B], data: Mapping[str, Any]) -> B:
-    """``data`` as a body of ``kind``; raises ``Refusal`` (400) with the field that is wrong."""
-    known = [*kind.model_fields, *IGNORED, *NEUTRAL]
-    for name in data:
-        if name not in known:
-            raise APIError(
-                400,
-                f"unrecognized request argument supplied: {name[:100]}{_hint(name, known)}",
-                name[:100],
-                "unknown_parameter",
-            )
-    _check_neutral(data)
-    given = {name: value for name, value in data.items() if name in kind.model_fields}
+    """``data`` as a body of ``kind``; raises ``APIError`` (400) with the field that is wrong."""
     try:
-        body = kind.model_validate(given)
+        return kind.model_validate(data)
     except ValidationError as error:
         raise _refusal(error) from None
-    if body.stream_options is not None and not body.stream:
-        raise APIError(400, "stream_options goes with stream: true alone", "stream_options")
-    return body
 
 
 def _check_neutral(data: Mapping[str, Any]) -> None:
@@ -320,8 +324,15 @@ class Asker:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_base", self.settings.prune_config())
 
+    def asks(self, body: Common, request_id: str, client: str) -> tuple[GenerationRequest, ...]:
+        """What the engine is asked; raises ``APIError`` for what cannot be answered."""
+        if isinstance(body, CompletionBody):
+            return self.completion(body, request_id, client)
+        assert isinstance(body, ChatBody)
+        return self.chat(body, request_id, client)
+
     def chat(self, body: ChatBody, request_id: str, client: str) -> tuple[GenerationRequest, ...]:
-        """Of ``/v1/chat/completions``; raises ``Refusal`` for what cannot be answered."""
+        """Of ``/v1/chat/completions``; raises ``APIError`` for what cannot be answered."""
         self._check_model(body.model)
         if body.top_logprobs and not body.logprobs:
             raise APIError(400, "top_logprobs goes with logprobs: true alone", "top_logprobs")
@@ -335,7 +346,7 @@ class Asker:
     def completion(
         self, body: CompletionBody, request_id: str, client: str
     ) -> tuple[GenerationRequest, ...]:
-        """Of ``/v1/completions``, one per prompt; raises ``Refusal`` as ``chat`` does."""
+        """Of ``/v1/completions``, one per prompt; raises ``APIError`` as ``chat`` does."""
         self._check_model(body.model)
         prompts, most = body.prompts, self.settings.max_prompts
         if len(prompts) > most:
@@ -378,7 +389,7 @@ class Asker:
     def _ids(self, text: str, **options: Any) -> tuple[int, ...]:
         """Token ids of ``text``.
 
-        Raises ``Refusal`` when its beginning is too long already, so that no text costs more than
+        Raises ``APIError`` when its beginning is too long already, so that no text costs more than
         the longest prompt does.
         """
         longest = self.longest
@@ -440,7 +451,7 @@ class Asker:
     def config(self, asked: Dart | None) -> PruneConfig | None:
         """The configuration of a request; None: dense.
 
-        Raises ``Refusal`` for values that do not fit, and for a method that would make this
+        Raises ``APIError`` for values that do not fit, and for a method that would make this
         request wait until something is learnt.
         """
         base, changes = self._base, {} if asked is None else _changes(asked)
@@ -519,7 +530,7 @@ def _changes(asked: Dart) -> dict[str, Any]:
 
 
 def chat_text(tokenizer: Any, messages: Sequence[Message]) -> str:
-    """A conversation as the model's own template writes it; raises ``Refusal``."""
+    """A conversation as the model's own template writes it; raises ``APIError``."""
     if not getattr(tokenizer, "chat_template", None):
         raise APIError(
             400, "this model has no chat template: use /v1/completions", "messages", "no_template"

@@ -122,7 +122,7 @@ class Guard:
         await _Exchange(self, scope, receive, send).run()
 
     def check(self, scope: Scope) -> str:
-        """The client's name for the queue; raises ``Refusal``."""
+        """The client's name for the queue; raises ``APIError``."""
         headers = _headers(scope)
         if _head_bytes(scope) > self.rules.head_bytes:
             raise APIError(
@@ -140,7 +140,7 @@ class Guard:
 
     @contextlib.contextmanager
     def place(self, client: str, path: str) -> Iterator[None]:
-        """One of the places for requests in flight; raises ``Refusal`` when none is left."""
+        """One of the places for requests in flight; raises ``APIError`` when none is left."""
         most = self.rules.at_once
         full = self.in_flight >= most or self.clients[client] >= largest_share(most)
         if full and path != ALIVE:
@@ -315,7 +315,7 @@ LONGEST_NUMBER = 64
 
 
 def parse(body: bytes) -> dict[str, Any]:
-    """The object in ``body``; raises ``Refusal`` (400) with what is wrong with it."""
+    """The object in ``body``; raises ``APIError`` (400) with what is wrong with it."""
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,6 +1,6 @@
-"""What is served, counted (prometheus-client) and watched.
+"""What is served, counted and watched: everything but HTTP.
 
-Everything that serves but HTTP: the model's thread, what it is asked, what is counted.
+The only file that imports prometheus-client.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dart_llm.engine.events import Done, Masked, Record, Token
@@ -31,8 +32,7 @@ from dart_llm.server.worker import (
     largest_share,
 )
 
-# The records of all requests for who watches, without any text or token.
-
+# the records of all requests for who watches, without any text or token
 
 SHOWN: Mapping[str, tuple[str, ...]] = {
     "start": ("id", "model", "method", "sparsity", "config", "executor", "layers", "neurons"),
@@ -97,7 +97,7 @@ class Live:
                 box.put(line)
 
     def watch(self, client: str) -> Mailbox:
-        """A box that every further record is put into; raises ``Refusal`` when too many watch."""
+        """A box that every further record is put into; raises ``APIError`` when too many watch."""
         own = sum(one == client for one, _ in self._boxes)
         if len(self._boxes) >= WATCHERS or own >= largest_share(WATCHERS):
             whose = "of yours " if len(self._boxes) < WATCHERS else ""
@@ -122,8 +122,7 @@ class Live:
             box.put(end)
 
 
-# Numbers for ``/metrics``.  The only file that imports prometheus-client.
-
+# numbers for ``/metrics``
 
 try:
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -207,6 +206,7 @@ class Service:
         self, engine: EngineLike, tokenizer: Any, facts: ModelFacts, settings: ServeSettings
     ) -> None:
         self.settings = settings
+        self.results = Path(settings.results_dir)
         self.facts = facts
         self.metrics = Metrics()
         self.live = Live(private=bool(settings.keys))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import math
 from typing import ClassVar
 
 from pydantic import model_validator
@@ -15,21 +14,6 @@ from dart_llm.settings import BaseSettings, setting, words
 
 SERVER, LIMITS, LOG = "Server", "Limits", "Log"
 
-LEAST: dict[str, float] = {
-    "port": 0,
-    "max_waiting": 1,
-    "max_tokens": 1,
-    "max_prompt_tokens": 1,
-    "max_choices": 1,
-    "max_prompts": 1,
-    "max_body_kib": 1,
-    "request_timeout": 1,
-    "grace": 0,
-    "conversations": 0,
-    "temperature": 0,
-}
-"""The least value of each number."""
-
 SHORTEST_KEY = 8
 
 
@@ -39,7 +23,7 @@ class ServeSettings(BaseSettings):
     UNUSED: ClassVar = ("masks", "save_layer_topk", "experiment_name")
 
     host: str = setting(SERVER, "Address to listen at; a key must guard any other.", "127.0.0.1")
-    port: int = setting(SERVER, "Port; 0 takes a free one.", 8000)
+    port: int = setting(SERVER, "Port; 0 takes a free one.", 8000, ge=0, le=65535)
     api_key: str | None = setting(
         SERVER, "Key that every request must carry; several with commas. Better as DART_API_KEY."
     )
@@ -57,22 +41,30 @@ class ServeSettings(BaseSettings):
         SERVER, "Text for methods that calibrate (default: c4 of the hub)."
     )
     temperature: float = setting(
-        SERVER, "Temperature of requests that give none; 0 is greedy.", 0.0
+        SERVER, "Temperature of requests that give none; 0 is greedy.", 0.0, ge=0, le=2
     )
-    conversations: int = setting(SERVER, "Conversations whose cache is kept.", 4)
-    max_waiting: int = setting(LIMITS, "Requests that may wait; the next one gets 429.", 64)
-    max_tokens: int = setting(LIMITS, "Tokens that one answer may have; it ends there.", 2048)
+    conversations: int = setting(SERVER, "Conversations whose cache is kept.", 4, ge=0)
+    max_waiting: int = setting(LIMITS, "Requests that may wait; the next one gets 429.", 64, ge=1)
+    max_tokens: int = setting(LIMITS, "Tokens that one answer may have; it ends there.", 2048, ge=1)
     max_prompt_tokens: int | None = setting(
-        LIMITS, "Tokens of the longest prompt (default: the model's context)."
+        LIMITS, "Tokens of the longest prompt (default: the model's context).", ge=1
     )
-    max_choices: int = setting(LIMITS, "Largest n.", 4)
-    max_prompts: int = setting(LIMITS, "Prompts of one request to /v1/completions.", 64)
-    max_body_kib: int = setting(LIMITS, "Largest body of a request, KiB.", 1024)
+    max_choices: int = setting(LIMITS, "Largest n.", 4, ge=1)
+    max_prompts: int = setting(LIMITS, "Prompts of one request to /v1/completions.", 64, ge=1)
+    max_body_kib: int = setting(LIMITS, "Largest body of a request, KiB.", 1024, ge=1)
     request_timeout: float = setting(
-        LIMITS, "Seconds that a request may take, its waiting included.", 600.0
+        LIMITS,
+        "Seconds that a request may take, its waiting included.",
+        600.0,
+        ge=1,
+        allow_inf_nan=False,
     )
     grace: float = setting(
-        LIMITS, "Seconds that the running answer has to finish at the end.", 10.0
+        LIMITS,
+        "Seconds that the running answer has to finish at the end.",
+        10.0,
+        ge=0,
+        allow_inf_nan=False,
     )
     verbose: bool = setting(LOG, "One line per request on stderr, without texts.", False)
     log_prompts: bool = setting(
@@ -81,14 +73,6 @@ class ServeSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _check_server(self) -> ServeSettings:
-        for name, least in LEAST.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value < math.inf:
-                raise ConfigError(f"--{name.replace('_', '-')} {value:g} must be {least:g} or more")
-        if self.port > 65535:
-            raise ConfigError(f"--port {self.port} must be at most 65535")
-        if self.temperature > 2:
-            raise ConfigError(f"--temperature {self.temperature:g} must be at most 2")
         for key in self.keys:
             if len(key) < SHORTEST_KEY or not key.isascii() or not key.isprintable():
                 raise ConfigError(

@@ -256,7 +256,7 @@ def _facts(root: Path, run: ResultsSummary) -> dict[str, Any]:
 
 
 def opened(root: Path, name: str) -> dict[str, Any]:
-    """One run with what its files hold; raises ``Refusal`` (404) for every other name.
+    """One run with what its files hold; raises ``APIError`` (404) for every other name.
 
     ``name`` is compared with the names that were found, and never joined to a path.
     """
@@ -281,7 +281,7 @@ def _named(root: Path, name: str) -> ResultsSummary:
 
 
 def report(root: Path, name: str) -> str:
-    """The page of one run; raises ``Refusal`` (404) where there is none, as ``opened`` does."""
+    """The page of one run; raises ``APIError`` (404) where there is none, as ``opened`` does."""
     folder = _named(root, name).path
     text = _run_text(folder, folder / REPORT)
     if not text:

@@ -23,7 +23,7 @@ from dart_llm.server.responses import APIError, internal
 
 # Who is next: round robin over clients, and over the users of each client.
 #
-# No threads and no clock in here; ``serve_worker`` adds them.
+# No threads and no clock in here; ``Worker`` adds them.
 
 
 T = TypeVar("T")
@@ -122,7 +122,7 @@ class EndOfStream:
 END_OF_STREAM = EndOfStream()
 
 Item = Any
-"""A record of the engine, a ``Refusal`` that ends the request, or ``OVER``."""
+"""A record of the engine, a ``APIError`` that ends the request, or ``END_OF_STREAM``."""
 
 
 class Mailbox:
@@ -251,7 +251,7 @@ class Worker:
         return self._thread.is_alive() and not self._stopping
 
     def submit(self, turn: QueuedRequest) -> None:
-        """Queue a turn; raises ``Refusal``: 429 when no place is left, 503 at the end."""
+        """Queue a turn; raises ``APIError``: 429 when no place is left, 503 at the end."""
         with self._changed:
             if self._stopping:
                 raise APIError(503, STOPPING, code="shutting_down", retry_after=LONGEST_WAIT)

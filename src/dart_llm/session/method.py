@@ -92,7 +92,7 @@ class MethodOnModel:
         self, view: ModelView, controller: PruningController, executor: str, costs: PatchCosts
     ) -> RunReport:
         """Accounting of what ``controller`` counted."""
-        sequences = controller.all_lives()
+        sequences = controller.all_sequences()
         return run_report(
             sequences,
             Costs(self.layers, view.parameter_bytes, self.config.compensation),

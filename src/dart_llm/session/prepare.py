@@ -127,7 +127,7 @@ def prepare(
 ) -> PreparedMethod:
     """Make ``config`` ready to be measured; None and the method ``dense``: the untouched model.
 
-    ``calibration``: the text that static methods learn from (calibration_text.py; None: C4 from
+    ``calibration``: the text that static methods learn from (data/documents.py; None: C4 from
     the hub).  ``cache_dir``: where calibrations and priors are kept.  ``masks``: the user's own,
     {layer: ids to keep}; nothing is calibrated then.  ``say`` is called with a line whenever there
     is news.

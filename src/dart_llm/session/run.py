@@ -28,17 +28,17 @@ from dart_llm.session.method import MethodOnModel, PatchCosts
 
 
 def newest_masks(
-    lives: Sequence[SequenceState], selector: MaskSelector
+    states: Sequence[SequenceState], selector: MaskSelector
 ) -> tuple[LayerMask | None, ...]:
     """Per layer; None: dense.  Raises ``AttachError`` where no mask has been built."""
-    for life in reversed(lives):
-        if life.selection is not None:
-            return life.selection.masks
+    for state in reversed(states):
+        if state.selection is not None:
+            return state.selection.masks
     if selector.removes_nothing:
         raise AttachError("no mask is built where nothing is removed: ask for a sparsity above 0")
     seen, left = 0.0, max(1, selector.config.min_evidence)
-    if lives:
-        seen, left = lives[-1].evidence_tokens, lives[-1].tokens_to_mask
+    if states:
+        seen, left = states[-1].evidence_tokens, states[-1].tokens_to_mask
     raise AttachError(
         f"no mask has been built yet: {seen:.0f} tokens were seen and {seen + left:.0f} are "
         f"needed, so decode at least {left + 1} more"
@@ -97,13 +97,13 @@ class Run:
         """Masks that are given or held, one per layer; None where they are chosen."""
         return self._method.fixed_masks
 
-    def _notify(self, remask: Remask, life: SequenceState) -> None:
+    def _notify(self, remask: Remask, state: SequenceState) -> None:
         if self.on_remask is not None:
             self.on_remask(remask)
         if self.on_selection is not None:
-            self.on_selection(remask, life)
-        if self.on_masks is not None and life.masks is not None:
-            self.on_masks(sequence_masks(life.masks))
+            self.on_selection(remask, state)
+        if self.on_masks is not None and state.masks is not None:
+            self.on_masks(sequence_masks(state.masks))
 
     @property
     def executor(self) -> str:
@@ -117,7 +117,7 @@ class Run:
         """
         if self.patch is not None and self.patch.installed:
             raise AttachError("this run is attached already")
-        if not self.controller.sequences:  # the model may have moved since this run was made
+        if not self.controller.sequence_count:  # the model may have moved since this run was made
             self._method = self._learnt()
             self.controller = self._method.controller(self._notify)
         patch = ModelPatch(self.model, self._view, self.controller, self.executor)
@@ -242,12 +242,12 @@ class Run:
     def _newest_masks(self) -> tuple[LayerMask | None, ...]:
         if self._method.fixed_masks is not None:
             return self._method.fixed_masks
-        return newest_masks(self.controller.all_lives(), self.controller.selector)
+        return newest_masks(self.controller.all_sequences(), self.controller.selector)
 
     @property
     def remasks(self) -> tuple[Remask, ...]:
         """Every mask that was built, in order."""
-        return tuple(r for life in self.controller.all_lives() for r in life.remasks)
+        return tuple(r for state in self.controller.all_sequences() for r in state.remasks)
 
     @property
     def drift_checks(self) -> tuple[DriftCheck, ...]:

@@ -1,4 +1,4 @@
-"""``dart-llm detect``: inputs, settings, files, resuming, plots."""
+"""``dart-llm detect``: lines, document, tables and plots; its folder: tests/experiments."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
-from dart_llm.cli.commands import detect
-from dart_llm.cli.options import with_settings
+from dart_llm.cli.app import app
 from dart_llm.data.passages import tokens
 from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.experiments.study import run_study
 from dart_llm.files import write_lines
 from dart_llm.models.capture import layer_count
 from dart_llm.reporting import figures as plots
@@ -24,10 +23,8 @@ from dart_llm.studies.detection import report as detection_plot
 from dart_llm.studies.detection.replay import outcome, rates, to_dict
 from dart_llm.studies.detection.settings import DetectSettings
 from dart_llm.studies.detection.signals import SIGNALS
-from dart_llm.studies.detection.study import DetectJob, plan, run_detect, study
-from dart_llm.studies.detection.study import study_document as document
+from dart_llm.studies.detection.study import DetectionStudy, plan, read_passage
 from detect_cases import folder, passage
-from stopping import Stopping
 
 
 def settings(root: Path, **more: Any) -> DetectSettings:
@@ -55,35 +52,25 @@ def read(path: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory) -> DetectJob:
-    return run_detect(settings(tmp_path_factory.mktemp("whole")), Ui(quiet=True))
+def job(tmp_path_factory) -> DetectionStudy:
+    return run_study(DetectionStudy(settings(tmp_path_factory.mktemp("whole")), Ui(quiet=True)))
 
 
 # the job
 
 
-def test_every_file_is_written(job: DetectJob) -> None:
-    names = {path.name for path in job.path.iterdir()}
-    stamp = job.path.name
-    assert {
-        *("config.json", "results.jsonl", "detection.json", "detection.md", "detection.csv"),
-        *("timing.json", f"output_{stamp}.log", f"timing_{stamp}.log", "plots"),
-    } <= names
-    assert "parts.jsonl" not in names
+def test_the_model_runs_dense_with_eager_attention_for_its_weights(job: DetectionStudy) -> None:
     config = read(job.path / "config.json")
-    assert (config["kind"], config["status"]) == ("detect", "complete")
-    assert config["prune"]["method"] == "dense"
-    assert "sparsity" not in config["settings"]
+    assert config["prune"]["method"] == "dense" and "sparsity" not in config["settings"]
     assert job.model.config._attn_implementation == "eager"
     assert "eager attention, for all signals" in job.ui.log[0]
-    assert (job.path / "plots" / "detection.png").stat().st_size > 10_000
 
 
-def test_a_line_is_the_study_of_a_passage(job: DetectJob) -> None:
+def test_a_line_is_the_study_of_a_passage(job: DetectionStudy) -> None:
     found = lines(job.path / "results.jsonl")
     assert [line["key"] for line in found] == ["p1", "p2", "p3"]
     text = tokens(passage(2), job.tokenizer)
-    again = study(job.model, text, plan(job.settings))
+    again = read_passage(job.model, text, plan(job.settings))
     assert found[1] == json.loads(json.dumps(again))
     assert found[1]["passage"]["changes"] == list(text.changes)
     keys = [(rule["signal"], rule["rule"]) for rule in found[0]["rules"]]
@@ -91,7 +78,7 @@ def test_a_line_is_the_study_of_a_passage(job: DetectJob) -> None:
     assert keys == [*windowed, ("none", "interval 64"), *((s, "dart-prompt") for s in SIGNALS)]
 
 
-def test_detection_json_pools_the_lines(job: DetectJob) -> None:
+def test_detection_json_pools_the_lines(job: DetectionStudy) -> None:
     found, rows = read(job.path / "detection.json"), lines(job.path / "results.jsonl")
     assert list(found)[:4] == ["schema", "rows", "curves", "signals"]
     for place, row in enumerate(found["rows"]):
@@ -120,10 +107,10 @@ def test_detection_json_pools_the_lines(job: DetectJob) -> None:
     assert all(0 <= signal["auc"] <= 1 for signal in found["signals"])
     assert found["checkpoint"]["dtype"] and found["settings"]["inputs"]["passages"]
     assert found["notes"] and found["definitions"]["blind_rate"]
-    assert document(job)["rows"] == json.loads(json.dumps(found["rows"]))
+    assert job.answer()["rows"] == json.loads(json.dumps(found["rows"]))
 
 
-def test_tables_show_the_rows(job: DetectJob) -> None:
+def test_tables_show_the_rows(job: DetectionStudy) -> None:
     found = read(job.path / "detection.json")
     with (job.path / "detection.csv").open(encoding="utf-8", newline="") as file:
         table = list(csv.DictReader(file))
@@ -138,7 +125,7 @@ def test_tables_show_the_rows(job: DetectJob) -> None:
     assert "Largest gain over a blind rule" in text
 
 
-def test_the_plot_shows_the_points(job: DetectJob) -> None:
+def test_the_plot_shows_the_points(job: DetectionStudy) -> None:
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
 
@@ -174,49 +161,25 @@ def test_blind_line_by_hand() -> None:
     assert detection_plot.blind_rules("delay_with_misses", 0.02, 128) == pytest.approx(25)
 
 
-@pytest.fixture
-def no_plots(monkeypatch) -> None:
-    """Drawing takes most of the time of so small a job."""
-    monkeypatch.setattr(plots, "save", lambda folder, wanted: [])
-
-
-@pytest.mark.usefixtures("no_plots")
-def test_an_interrupted_job_resumes_to_the_same_bytes(job: DetectJob, tmp_path: Path) -> None:
-    asked = settings(tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        run_detect(asked, Stopping(2))
-    (left,) = (tmp_path / "results").glob("*/*")
-    assert read(left / "config.json")["status"] == "interrupted"
-    assert len(lines(left / "parts.jsonl")) == len(lines(left / "results.jsonl")) == 2
-    again = run_detect(asked, Ui(quiet=True))
-    assert (again.path, again.folder.resumed) == (left, True)
-    assert (left / "results.jsonl").read_bytes() == (job.path / "results.jsonl").read_bytes()
-    assert list(again.timing["passage_s"]) == ["p3"]  # the others were not run again
-    assert again.found["rows"] == job.found["rows"]
-
-
-@pytest.mark.usefixtures("no_plots")
 def test_without_the_scores_attention_is_as_asked(tmp_path: Path) -> None:
-    done = run_detect(
-        settings(
-            tmp_path, signals="attention", attn_implementation="sdpa", limit=1, windows="5,10"
-        ),
-        Ui(quiet=True),
+    asked = settings(
+        tmp_path, signals="attention", attn_implementation="sdpa", limit=1, windows="5,10"
     )
+    done = run_study(DetectionStudy(asked, Ui(quiet=True)))
     assert done.model.config._attn_implementation == "sdpa"
-    assert "notes" not in done.found
-    assert [len(done.found[name]) for name in ("rows", "curves", "passages")] == [5, 4, 1]
-    assert [plot.name for plot in detection_plot.make_curves(done.found)] == [
+    assert "notes" not in done.summary
+    assert [len(done.summary[name]) for name in ("rows", "curves", "passages")] == [5, 4, 1]
+    assert [plot.name for plot in detection_plot.make_curves(done.summary)] == [
         "detection",
         "detection-w10",
     ]
-    assert done.found["rows"][0]["rate_interval"] is None
+    assert done.summary["rows"][0]["rate_interval"] is None
     assert layer_count(done.model) == 4
 
 
 def test_a_prompt_beyond_the_change_fails_before_any_forward(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match='first change of passage "p1"'):
-        run_detect(settings(tmp_path, prompt_tokens=400), Ui(quiet=True))
+        run_study(DetectionStudy(settings(tmp_path, prompt_tokens=400), Ui(quiet=True)))
     (left,) = (tmp_path / "results").glob("*/*")
     assert read(left / "config.json")["status"] == "failed"
 
@@ -224,44 +187,15 @@ def test_a_prompt_beyond_the_change_fails_before_any_forward(tmp_path: Path) -> 
 # the command
 
 
-def application() -> typer.Typer:
-    app = typer.Typer()
-    app.callback()(lambda: None)
-    app.command(name="detect")(with_settings(detect, DetectSettings))
-    return app
-
-
 def test_help_has_the_flags_and_examples() -> None:
-    done = CliRunner().invoke(application(), ["detect", "--help"], env={"COLUMNS": "200"})
+    done = CliRunner().invoke(app, ["detect", "--help"], env={"COLUMNS": "200"})
     assert done.exit_code == 0
     for words in ("--signals", "--horizon", "--passages", "dart-llm detect --signals attention"):
         assert words in done.output
     assert "--sparsity" not in done.output and "--method" not in done.output
 
 
-@pytest.mark.usefixtures("no_plots")
-def test_json_is_one_document(tmp_path: Path) -> None:
-    asked = settings(tmp_path)
-    flags = ["--model", asked.model, "--passages", str(asked.passages), "--prompt-tokens", "120"]
-    more = [
-        "--results-dir",
-        str(tmp_path),
-        "--signals",
-        "hidden",
-        "--rules",
-        "paper",
-        "--limit",
-        "2",
-    ]
-    done = CliRunner().invoke(application(), ["detect", *flags, *more, "--device", "cpu", "--json"])
-    assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
-    assert [(row["signal"], row["rule"]) for row in found["rows"]] == [("hidden", "paper")]
-    assert found["rows"][0] == read(Path(found["folder"]) / "detection.json")["rows"][0]
-    assert found["rows"][0]["changes"] == 2 and found["timing"]["total_s"] > 0
-
-
 def test_an_unknown_name_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(UnknownName):
-        run_detect(settings(tmp_path, rules="papr"), Ui(quiet=True))
+        run_study(DetectionStudy(settings(tmp_path, rules="papr"), Ui(quiet=True)))
     assert not (tmp_path / "results").exists()

@@ -11,9 +11,8 @@ import pytest
 
 from dart_llm.studies.detection.replay import (
     Outcome,
-    _student,
+    _statistics,
     auc,
-    bootstrap,
     outcome,
     rates,
     to_dict,
@@ -131,49 +130,26 @@ def test_blind_rate_by_hand() -> None:
     assert rates([often]).blind_rate == pytest.approx((1 + 64 * 0.012) / 2)
 
 
-def test_intervals_are_those_of_a_plain_bootstrap() -> None:
-    """The same draws, text by text: the statistics recomputed one draw at a time."""
+def test_statistics_of_draws_are_those_of_the_texts_that_were_drawn() -> None:
+    """Counts of texts give what the texts themselves give, repeated one by one."""
     drawn = random.Random(5)
     texts = [
         outcome(sorted(drawn.sample(range(120, 900), 6)), [300, 600], 100, 900, 128)
         for _ in range(7)
     ]
-    rows = np.random.default_rng(4).multinomial(7, [1 / 7] * 7, size=2000)
-    found: dict[str, list[float]] = {"rate": [], "delay": [], "fa": [], "gain": []}
-    for row in rows.tolist():
+    counts = np.random.default_rng(4).multinomial(7, [1 / 7] * 7, size=200)
+    found = _statistics(texts, counts.astype(np.float64))
+    for place, row in enumerate(counts.tolist()):
         chosen = [text for text, times in zip(texts, row, strict=True) for _ in range(times)]
         one = rates(chosen, intervals=False)
         delays = [d for text in chosen for d in text.delays if d is not None]
         assert one.delay_median == (statistics.median(delays) if delays else None)
-        found["rate"].append(one.rate)
-        found["gain"].append(one.gain)
-        found["fa"].append(one.false_alarms_per_1000)
-        if one.delay_median is not None:
-            found["delay"].append(one.delay_median)
-    tail = statistics.NormalDist().cdf(-2.4469 * math.sqrt(7 / 6))  # Student's t, 6 degrees
-    whole = rates(texts, seed=4)
-    for name, values in found.items():
-        want = np.quantile(values, [tail, 1 - tail]).tolist()
-        assert getattr(whole, f"{name}_interval") == pytest.approx(want, abs=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("degrees", "want"),
-    [(1, 12.706), (2, 4.303), (3, 3.182), (5, 2.571), (11, 2.201), (30, 2.042), (1000, 1.962)],
-)
-def test_students_quantiles_against_the_table(degrees: int, want: float) -> None:
-    assert _student(0.975, degrees) == pytest.approx(want, rel=0.004)
-
-
-def test_intervals_of_a_mean_cover_it() -> None:
-    """60 samples of 12 normal numbers: 95 % intervals hold the mean as often as they say."""
-    drawn, covered = random.Random(3), 0
-    for number in range(60):
-        values = np.array([drawn.gauss(0, 1) for _ in range(12)])
-        (ends,) = bootstrap(lambda w, v=values: {"m": w @ v / 12}, 12, number).values()
-        assert ends is not None
-        covered += ends[0] <= 0 <= ends[1]
-    assert 53 <= covered <= 60  # 57 expected, standard error 1.7
+        assert found["rate"][place] == pytest.approx(one.rate)
+        assert found["gain"][place] == pytest.approx(one.gain)
+        assert found["false"][place] == pytest.approx(one.false_alarms_per_1000)
+        assert found["delay"][place] == pytest.approx(one.delay_with_misses)
+        median = math.nan if one.delay_median is None else one.delay_median
+        assert found["median"][place] == pytest.approx(median, nan_ok=True)
 
 
 def test_auc_by_hand() -> None:

@@ -11,15 +11,24 @@ import pytest
 from dart_llm.errors import CellsFailed, ConfigError, ResultsError
 from dart_llm.reporting.console import Ui
 from dart_llm.studies.drift import study as drift_cell
-from dart_llm.studies.drift import study as drift_finish
-from dart_llm.studies.drift.study import run_drift
-from drift_cases import THREE, TWO, forced, free, lines, load_json, settings, study, write_rows
+from drift_cases import (
+    THREE,
+    TWO,
+    draw_nothing,
+    forced,
+    free,
+    lines,
+    load_json,
+    settings,
+    study,
+    write_rows,
+)
 from lm_cases import break_position, loaded
 
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drift_finish, "write_pictures", lambda path, ui: None)
+    draw_nothing(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +50,7 @@ def test_cells_that_fail_are_marked_and_the_others_go_on(
     with pytest.raises(
         CellsFailed, match=r"2 of 4 cells failed, .*the first, forced/three/dense"
     ) as e:
-        run_drift(asked, Ui(quiet=True))
+        study(asked, Ui(quiet=True))
     (folder,) = (tmp_path / "results").glob("*/*")
     rows = lines(folder / "results.jsonl")
     assert [row["status"] for row in rows] == ["failed", "failed", "done", "done"]
@@ -58,26 +67,9 @@ def test_cells_that_fail_are_marked_and_the_others_go_on(
         lambda cell, *rest: (tried.append(cell.key), real(cell, *rest))[1],
     )
     with pytest.raises(CellsFailed):  # the same command tries those again, and only those
-        run_drift(asked, Ui(quiet=True))
+        study(asked, Ui(quiet=True))
     assert tried == ["forced/three/dense/0", "forced/three/never@0.5/0"]
     assert len(list((tmp_path / "results").glob("*/*"))) == 1
-
-
-def test_an_error_of_no_kind_of_ours_fails_its_cell_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = drift_cell.compute
-
-    def compute(cell: Any, *rest: Any) -> Any:
-        if cell.method.name == "never":
-            raise ZeroDivisionError("by\nzero")
-        return real(cell, *rest)
-
-    monkeypatch.setattr("dart_llm.studies.drift.study.compute", compute)
-    with pytest.raises(CellsFailed, match="1 of 3 cells failed"):
-        study(forced(tmp_path, methods="never,interval:40", limit=1))
-    (path,) = (tmp_path / "results").rglob("results.jsonl")
-    assert [row["error"] for row in lines(path)] == [None, "ZeroDivisionError: by zero", None]
 
 
 def test_a_method_that_cannot_be_prepared_fails_its_cells(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from dart_llm.data.passages import Topic
 from dart_llm.errors import ConfigError, DartError
-from dart_llm.evaluation.forced_decoding import TimedRun
+from dart_llm.evaluation.forced_decoding import ScheduledRun
 from dart_llm.experiments.artifacts import read_masks
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.records import Remask
@@ -105,17 +105,14 @@ def step_by_step(run: Run, model: Any, found: Reading) -> list[float]:
 @pytest.mark.parametrize("method", ["never", "interval 40", "paper", "published", "timed"])
 def test_pruned_losses_are_those_of_single_steps(method: str) -> None:
     model, found = loaded()[0], reading()
-    if method == "timed":
-        own = config(drift="never", remask={"observe_tokens": 12})
+    own = {
+        "timed": config(drift="never", remask={"observe_tokens": 12}),
+        "published": config("published"),
+    }.get(method) or config(drift={"rule": method, "min_distance": 0})
 
-        def make() -> Run:
-            return TimedRun(model, own, triggers(found, 12, 30))
-    else:
-        named = method == "published"
-        own = config("published") if named else config(drift={"rule": method, "min_distance": 0})
-
-        def make() -> Run:
-            return Run(model, own)
+    def make() -> Run:
+        due = triggers(found, 12, 30)
+        return ScheduledRun(model, own, due) if method == "timed" else Run(model, own)
 
     with make() as run:
         fast = losses(model, run, found)
@@ -134,7 +131,7 @@ def test_masks_are_new_at_the_moment_after_every_change(observed: int, moment: i
     due = triggers(found, observed, moment)
     assert due == [start + moment - observed for start in found.starts[1:]]
     own = config(drift="never", remask={"evidence": "fresh", "observe_tokens": observed})
-    with TimedRun(model, own, due) as run:
+    with ScheduledRun(model, own, due) as run:
         losses(model, run, found)
     assert [(r.step, r.cause) for r in run.remasks] == [
         (0, "first"),
@@ -156,7 +153,7 @@ def test_a_topic_that_is_too_short_for_the_moment_keeps_its_masks() -> None:
 def test_a_moment_before_the_first_masks_changes_nothing() -> None:
     model, found = loaded()[0], reading()
     own = config(drift="never", min_evidence=PROMPT + 20)
-    with TimedRun(model, own, [5, 10]) as run:
+    with ScheduledRun(model, own, [5, 10]) as run:
         fast = losses(model, run, found)
     with Run(model, own) as run:
         # processors multiply float32 in different orders

@@ -16,18 +16,16 @@ from dart_llm.pruning.config import PruneConfig
 from dart_llm.reporting.console import Ui
 from dart_llm.session.run import Run
 from dart_llm.studies.drift import runs as drift_metrics
-from dart_llm.studies.drift import study as drift_finish
 from dart_llm.studies.drift.cells import Source
 from dart_llm.studies.drift.runs import ask, write
-from dart_llm.studies.drift.study import run_drift
-from drift_cases import PROMPTS, free, lines, load_json, results, settings, study
+from drift_cases import PROMPTS, draw_nothing, free, lines, load_json, results, settings, study
 from lm_cases import break_position, loaded, place
 from stopping import Stopping
 
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drift_finish, "write_pictures", lambda path, ui: None)
+    draw_nothing(monkeypatch)
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,7 @@ def test_metrics_compare_with_the_dense_text_of_the_same_seed(
 ) -> None:
     asked = free(tmp_path, methods="never,dart", seeds="0,1", temperature=1.0, metrics=True)
     with pytest.raises(KeyboardInterrupt):
-        run_drift(asked, Stopping(5))
+        study(asked, Stopping(5))
     assert len(compared) == 3
     job = study(asked)
     assert len(compared) == 8  # none twice

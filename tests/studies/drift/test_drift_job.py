@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors import safe_open
 
-from dart_llm.errors import MissingExtra
 from dart_llm.evaluation.perplexity import score_window
 from dart_llm.evaluation.windows import Window
 from dart_llm.experiments import index as drift_rows
@@ -21,32 +18,28 @@ from dart_llm.pruning.config import PruneConfig
 from dart_llm.reporting.console import Ui
 from dart_llm.session.run import Run
 from dart_llm.studies.drift import losses as drift_losses
-from dart_llm.studies.drift import study as drift_cell
-from dart_llm.studies.drift import study as drift_finish
-from dart_llm.studies.drift.study import document, run_drift
 from drift_cases import (
     PROMPT,
     THREE,
     TWO,
+    draw_nothing,
     forced,
     free,
     lines,
     load_json,
     results,
     study,
-    write_rows,
 )
 from lm_cases import loaded
 from stopping import Stopping
 
 METHODS = "never,interval:40,dart@0.3,fresh:4,decay:8"
-FILES = ("results.jsonl", "tokens.jsonl", "drift.csv", "summary.json", "summary.md", "summary.csv")
 
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures have tests of their own."""
-    monkeypatch.setattr(drift_finish, "write_pictures", lambda path, ui: None)
+    draw_nothing(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +47,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A finished forced study."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drift_finish, "write_pictures", lambda path, ui: None)
+        draw_nothing(patch)
         return study(forced(folder, methods=METHODS, remask_at_change=20))
 
 
@@ -150,7 +143,7 @@ def test_the_summary_follows_from_the_rows(whole: Any) -> None:
     assert "| never@0.5 |" in markdown and "| from token 20 minus never |" in markdown
     header, *csv = (whole.path / "summary.csv").read_text(encoding="utf-8").splitlines()
     assert "loss.after_minus_never.low" in header.split(",") and len(csv) == 6
-    assert document(whole)["rows"][0]["label"] == "dense"
+    assert whole.answer()["rows"][0]["label"] == "dense"
 
 
 def test_times_are_told_by_phase_method_and_cell(whole: Any) -> None:
@@ -162,50 +155,14 @@ def test_times_are_told_by_phase_method_and_cell(whole: Any) -> None:
     assert timing["phases_s"]["load"] > 0 and timing["total_s"] > timing["phases_s"]["cells"]
 
 
-@pytest.mark.parametrize("after", [1, 8])
-def test_an_interrupted_study_resumes_to_the_same_bytes(
-    whole: Any, tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = forced(tmp_path, methods=METHODS, remask_at_change=20)
-    with pytest.raises(KeyboardInterrupt):
-        run_drift(asked, Stopping(after))
-    (folder,) = (tmp_path / "results").glob("*/*")
-    assert load_json(folder / "config.json")["status"] == "interrupted"
-    assert len(lines(folder / "results.jsonl")) == after
-    before = (folder / "results.jsonl").read_bytes()
-    assert (whole.path / "results.jsonl").read_bytes().startswith(before)
-    computed = []
-    real = drift_cell.compute
-    monkeypatch.setattr(
-        "dart_llm.studies.drift.study.compute",
-        lambda cell, *rest: (computed.append(cell.key), real(cell, *rest))[1],
-    )
-    again = study(asked)
-    assert again.path == folder and again.files.folder.resumed
-    assert computed == [row["key"] for row in lines(whole.path / "results.jsonl")][after:]
-    for name in FILES:
-        assert (folder / name).read_bytes() == (whole.path / name).read_bytes(), name
-    assert set(load_json(folder / "timing.json")["cells"]) == set(results(whole))
-    assert study(asked).path != folder  # what is complete is not resumed
-
-
 def test_a_cell_whose_masks_were_lost_is_computed_again(tmp_path: Path) -> None:
     asked = forced(tmp_path, methods="never", limit=1)
     with pytest.raises(KeyboardInterrupt):
-        run_drift(asked, Stopping(2))
+        study(asked, Stopping(2))
     (path,) = (tmp_path / "results").rglob("*.safetensors")
     path.unlink()
     job = study(asked)
     assert path.exists() and list(results(job)) == ["forced/two/dense/0", "forced/two/never@0.5/0"]
-
-
-def test_a_changed_passage_starts_a_new_folder(tmp_path: Path) -> None:
-    asked = forced(tmp_path, methods="never", limit=1)
-    with pytest.raises(KeyboardInterrupt):
-        run_drift(asked, Stopping(1))
-    write_rows(tmp_path / "passages.jsonl", [{**TWO, "text": TWO["text"] + " the end."}, THREE])
-    job = study(asked)
-    assert not job.files.folder.resumed and len(list((tmp_path / "results").glob("*/*"))) == 2
 
 
 def test_seeds_are_averaged_within_a_source(tmp_path: Path) -> None:
@@ -218,22 +175,6 @@ def test_seeds_are_averaged_within_a_source(tmp_path: Path) -> None:
     both = (one["mean_loss"] + two["mean_loss"]) / 2
     assert line["loss"]["after"]["mean"] == pytest.approx(both)
     assert line["loss"]["after"]["low"] is None  # one source says nothing of the spread
-
-
-def test_without_scipy_the_intervals_are_empty_and_it_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def missing(*args: Any, **options: Any) -> None:
-        raise MissingExtra("scipy", "eval")
-
-    monkeypatch.setattr("dart_llm.experiments.stats.interval", missing)
-    monkeypatch.setattr("dart_llm.experiments.stats.paired_interval", missing)
-    monkeypatch.setattr("dart_llm.experiments.stats.available", lambda: False)
-    job = study(forced(tmp_path, methods="never"))
-    summary = load_json(job.path / "summary.json")
-    assert any("no intervals: this needs scipy" in note for note in summary["notes"])
-    after = summary["rows"][1]["loss"]["after_minus_dense"]
-    assert after["mean"] is not None and after["low"] is after["significant"] is None
 
 
 def test_quantised_and_calibrated_presets_stand_beside_dart(tmp_path: Path) -> None:
@@ -255,12 +196,6 @@ def test_quantised_and_calibrated_presets_stand_beside_dart(tmp_path: Path) -> N
     assert eight["accounting"] is None
     gap = eight["loss"]["topics"][1]["mean_loss"] - dense["loss"]["topics"][1]["mean_loss"]
     assert 0 < abs(gap) < 0.1
-
-
-def test_json_of_a_study_is_valid(whole: Any) -> None:
-    text = json.dumps(document(whole), allow_nan=False)
-    assert json.loads(text)["folder"] == str(whole.path)
-    assert not torch.is_inference_mode_enabled()
 
 
 def test_progress_is_said_where_there_is_no_bar(

@@ -7,16 +7,15 @@ from pathlib import Path
 import pytest
 
 from dart_llm.data import passages as drift_passages
-from dart_llm.studies.drift import study as drift_finish
 from dart_llm.studies.drift.settings import collect
-from drift_cases import results, study, write_rows
+from drift_cases import draw_nothing, results, study, write_rows
 
 
 @pytest.mark.smollm2
 def test_pruning_costs_and_decayed_evidence_helps_after_a_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drift_finish, "write_pictures", lambda path, ui: None)
+    draw_nothing(monkeypatch)
     passage = drift_passages.shipped()[0].to_dict()
     parts = [passage["text"][:1400].rsplit(" ", 1)[0]]
     second = passage["text"][passage["changes"][0] :]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dart_llm.studies.drift import summary as drift_tables
+from dart_llm.studies.drift.summary import comparable, sentence
 
 
 def value(mean: float, significant: bool = True) -> dict[str, Any]:
@@ -35,26 +35,24 @@ DENSER = line("interval:8@0.5", 0.2, 3.2, 0.9)
 
 def test_a_method_that_removed_much_less_does_not_win() -> None:
     rows = [*FEW, DENSER]
-    assert [row["label"] for row in drift_tables.comparable(rows)] == ["never@0.5", "dart@0.5"]
-    assert drift_tables.sentence(summary("forced", *rows)) == (
-        "After the changes of 3 passages the mean loss was 3.000 nats dense and, of the methods "
-        "within 5 points of the most removed, least with dart@0.5, 3.800 at 46.0% achieved "
-        "sparsity, -0.200 against never re-masking; interval:8@0.5 had 3.200, and removed 20.0%."
+    assert [row["label"] for row in comparable(rows)] == ["never@0.5", "dart@0.5"]
+    assert sentence(summary("forced", *rows)) == (
+        "Of 2 methods within 5 points of the most removed over 3 passages, dart@0.5 had the least "
+        "loss after the changes: 3.800 nats per token, at 46.0% achieved sparsity, -0.200 against "
+        "never re-masking."
     )
-    assert drift_tables.sentence(summary("free", *rows)) == (
-        "Over 3 prompts, of the methods within 5 points of the most removed, dart@0.5 wrote "
-        "closest to the dense text (document similarity 0.700, at 46.0% achieved sparsity, 8.0% of "
-        "the decoded tokens dense), before never@0.5 with 0.600; interval:8@0.5 had 0.900, and "
-        "removed 20.0%."
+    assert sentence(summary("free", *rows)) == (
+        "Of 2 methods within 5 points of the most removed over 3 prompts, dart@0.5 wrote closest "
+        "to dense: document similarity 0.700, at 46.0% achieved sparsity."
     )
 
 
-def test_alone_among_its_like_it_is_simply_the_least() -> None:
-    assert drift_tables.sentence(summary("forced", *FEW)) == (
-        "After the changes of 3 passages the mean loss was 3.000 nats dense and least with "
-        "dart@0.5, 3.800 at 46.0% achieved sparsity, -0.200 against never re-masking."
+def test_a_sentence_says_when_a_difference_is_noise_and_nothing_of_nothing() -> None:
+    dart = line("dart@0.5", 0.5, 3.8)
+    dart["loss"]["after_minus_never"] = value(-0.2, significant=False)
+    assert sentence(summary("forced", FEW[0], dart)) == (
+        "Of 2 methods over 3 passages, dart@0.5 had the least loss after the changes: 3.800 nats "
+        "per token, at 50.0% achieved sparsity, -0.200 against never re-masking (within noise)."
     )
-    assert drift_tables.sentence(summary("free", *FEW)) == (
-        "Over 3 prompts dart@0.5 wrote closest to the dense text (document similarity 0.700, at "
-        "46.0% achieved sparsity, 8.0% of the decoded tokens dense), before never@0.5 with 0.600."
-    )
+    assert "against never" not in sentence(summary("forced", FEW[0]))
+    assert sentence(summary("forced")) == sentence(summary("free")) == ""

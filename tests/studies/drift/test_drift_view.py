@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,8 +13,6 @@ import pytest
 import fake_drift
 from dart_llm.errors import ResultsError
 from dart_llm.files import write_json
-from dart_llm.studies.drift import view as drift_around
-from dart_llm.studies.drift import view as drift_masks
 from dart_llm.studies.drift import view as drift_view
 from dart_llm.studies.drift.view import DriftCell, DriftView, Masks
 from dart_llm.studies.drift.view import MaskSpan as Period
@@ -43,7 +40,7 @@ def test_everything_is_read(view: DriftView) -> None:
     assert len(view.cells) == len(view.done) == 16
     assert view.labels == ("dense", "never@0.5", "published@0.5", "dart@0.5")
     dart = cell(view, "dart@0.5")
-    assert [(t.name, t.start, t.end) for t in dart.topics] == [
+    assert dart.placed_topics == [
         ("tides", 0, FIRST),
         ("double-entry bookkeeping", FIRST, FIRST + SECOND),
     ]
@@ -58,20 +55,18 @@ def test_everything_is_read(view: DriftView) -> None:
     assert view.summary["rows"][3]["loss"]["after"]["n"] == 4
 
 
-def test_the_same_bytes_every_time(folder: Path, tmp_path: Path) -> None:
-    other = fake_drift.build(tmp_path / "run")
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        assert (other / file.relative_to(folder)).read_bytes() == file.read_bytes()
-
-
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
         ("results.jsonl", None, ""),
-        ("results.jsonl", "{half", "results.jsonl: line 1 is not a JSON object"),
-        ("results.jsonl", "[]\n7\n", "results.jsonl: 2 lines are not JSON objects"),
+        (
+            "results.jsonl",
+            "{half",
+            "results.jsonl: 1 line left out, no JSON objects; the first is line 1",
+        ),
+        ("results.jsonl", "[]\n7\n", "results.jsonl: 2 lines left out"),
         ("results.jsonl", '{"key": "x"}\n', "The cell x of results.jsonl lacks what it needs"),
-        ("tokens.jsonl", "{half", "tokens.jsonl: line 1 is not a JSON object"),
+        ("tokens.jsonl", "{half", "tokens.jsonl: 1 line left out"),
         ("tokens.jsonl", b"\xff", "tokens.jsonl cannot be read as UTF-8 text"),
         ("config.json", "{half", "config.json is not JSON"),
         ("detection.json", "[]", "detection.json is not what"),
@@ -102,7 +97,9 @@ def test_a_line_being_written_and_a_failed_cell(tmp_path: Path) -> None:
     found = drift_view.read(folder)
     assert [c.status for c in found.cells] == ["done", "done", "done", "failed"]
     assert found.cells[3].error == "no memory"
-    assert found.problems == ("results.jsonl: line 5 is not a JSON object and is left out.",)
+    assert found.problems == (
+        "results.jsonl: 1 line left out, no JSON objects; the first is line 5.",
+    )
     assert found.summary["rows"][3]["failed"] == 1
 
 
@@ -124,63 +121,60 @@ def test_masks_that_do_not_fit(tmp_path: Path) -> None:
     assert found.cells[0].masks is None
     fake_drift.save_masks(folder, key, own, width=8)
     with pytest.raises(ResultsError, match="keep neurons beyond the 8 of layer 0: run the cell"):
-        drift_masks.read_masks(drift_view.read(folder).cells[0])
+        drift_view.read_masks(drift_view.read(folder).cells[0])
 
 
 def test_masks_and_their_overlap(view: DriftView) -> None:
     dart = cell(view, "dart@0.5", "02")
-    masks = drift_masks.read_masks(dart)
+    masks = drift_view.read_masks(dart)
     assert masks is not None and masks.steps == (0, FIRST + 48)
     own = fake_drift.masks("02", "dart", 0, fake_drift.LAYERS, fake_drift.WIDTH)
     for number in (0, 1):
         kept = [np.flatnonzero(live[number]).tolist() for live in masks.live]
         assert kept == own[number]
     expected = [len({*a} & {*b}) / len({*a} | {*b}) for a, b in zip(*own, strict=True)]
-    assert drift_masks.overlap(masks)[:, 1] == pytest.approx(expected)
-    assert drift_masks.overlap(masks)[:, 1] == pytest.approx(dart.remasks[1].jaccard)
-    assert drift_masks.overlap(masks)[:, 0].tolist() == [1.0] * fake_drift.LAYERS
-    assert drift_masks.chance(masks) == pytest.approx(1 / 3)  # half of each layer is kept
-    flow = drift_masks.flow(masks, 0, 1)
+    assert drift_view.overlap(masks)[:, 1] == pytest.approx(expected)
+    assert drift_view.overlap(masks)[:, 1] == pytest.approx(dart.remasks[1].jaccard)
+    assert drift_view.overlap(masks)[:, 0].tolist() == [1.0] * fake_drift.LAYERS
+    assert drift_view.chance(masks) == pytest.approx(1 / 3)  # half of each layer is kept
+    flow = drift_view.flow(masks, 0, 1)
     both = sum(len({*a} & {*b}) for a, b in zip(*own, strict=True))
     half, total = fake_drift.LAYERS * fake_drift.WIDTH // 2, fake_drift.LAYERS * fake_drift.WIDTH
     counts = (flow.kept, flow.left, flow.joined, flow.out)
     assert counts == (both, half - both, half - both, total - 2 * half + both)
-    assert drift_masks.moved(masks) == int(np.argmin(expected))
+    assert drift_view.moved(masks) == int(np.argmin(expected))
 
 
 def test_degenerate_masks() -> None:
     empty, full = np.zeros(4, dtype=np.bool_), np.ones(4, dtype=np.bool_)
-    assert drift_masks.jaccard(empty, empty) == 1.0
-    assert drift_masks.jaccard(empty, full) == 0.0
+    assert drift_view.jaccard(empty, empty) == 1.0
+    assert drift_view.jaccard(empty, full) == 0.0
     same = Masks((0, 5), (np.stack([full, full]),))
-    assert drift_masks.flow(same, 0, 1).share_kept == 1.0
-    assert drift_masks.chance(same) == 1.0
-    nothing = drift_masks.flow(Masks((0, 5), (np.stack([empty, empty]),)), 0, 1)
+    assert drift_view.flow(same, 0, 1).share_kept == 1.0
+    assert drift_view.chance(same) == 1.0
+    nothing = drift_view.flow(Masks((0, 5), (np.stack([empty, empty]),)), 0, 1)
     assert (nothing.share_kept, nothing.out) == (0.0, 4)
 
 
 def test_periods_and_topics_of_masks(view: DriftView) -> None:
     end = FIRST + SECOND
-    assert drift_masks.periods(cell(view, "dart@0.5")) == [
+    assert drift_view.periods(cell(view, "dart@0.5")) == [
         Period(0, 220, 0),  # the trigger's window ended there
         Period(220, 224, None),
         Period(224, FIRST + 48, None),
         Period(FIRST + 48, end, 1),
     ]
-    assert drift_masks.periods(cell(view, "never@0.5")) == [Period(0, end, 0)]
-    released = replace(cell(view, "never@0.5"), dense_from=100)
-    assert drift_masks.periods(released) == [Period(0, 100, 0), Period(100, end, None)]
-    assert drift_masks.periods(cell(view, "dense")) == [Period(0, end, None)]
-    assert drift_masks.columns(cell(view, "dart@0.5")) == [
-        ("tides", 0),
-        ("double-entry bookkeeping", 1),
-    ]
-    assert drift_masks.columns(cell(view, "never@0.5"))[1] == ("double-entry bookkeeping", 0)
-    assert drift_masks.columns(cell(view, "dense")) == []
+    assert drift_view.periods(cell(view, "never@0.5")) == [Period(0, end, 0)]
+    released = cell(view, "never@0.5").model_copy(update={"dense_from": 100})
+    assert drift_view.periods(released) == [Period(0, 100, 0), Period(100, end, None)]
+    assert drift_view.periods(cell(view, "dense")) == [Period(0, end, None)]
+    topics = ("tides", "double-entry bookkeeping")
+    for label, masks in (("dart@0.5", [0, 1]), ("never@0.5", [0, 0]), ("dense", [])):
+        assert drift_view.columns(cell(view, label)) == list(zip(topics, masks, strict=False))
 
 
 def test_loss_around_the_change(view: DriftView) -> None:
-    found = drift_around.around(view)
+    found = drift_view.around(view)
     assert list(found) == ["never@0.5", "published@0.5", "dart@0.5"]
     points = {point.start: point for point in found["dart@0.5"]}
     assert sorted(points) == list(range(-128, 224 - 15, 16))  # 224 tokens of the second topic
@@ -201,7 +195,7 @@ def test_loss_around_the_change(view: DriftView) -> None:
 
 def test_without_dense_or_losses_there_is_no_curve(tmp_path: Path) -> None:
     alone = drift_view.read(fake_drift.build(tmp_path / "one", ("01",), ("dart",)))
-    assert drift_around.around(alone) == {}
+    assert drift_view.around(alone) == {}
     folder = fake_drift.build(tmp_path / "two", ("01",))
     rows: list[dict[str, Any]] = [
         json.loads(line) for line in (folder / "tokens.jsonl").read_text("utf-8").splitlines()
@@ -209,7 +203,7 @@ def test_without_dense_or_losses_there_is_no_curve(tmp_path: Path) -> None:
     for row in rows:
         row["losses"][FIRST + 5] = None  # its bin is left out, the others stay
     (folder / "tokens.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    found = drift_around.around(drift_view.read(folder))["dart@0.5"]
+    found = drift_view.around(drift_view.read(folder))["dart@0.5"]
     starts = [point.start for point in found]
     assert 0 not in starts and {-16, 16} <= set(starts)
     assert all(point.interval is None and point.n == 1 for point in found)

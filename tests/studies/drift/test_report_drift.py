@@ -12,12 +12,9 @@ from pathlib import Path
 import pytest
 
 import fake_drift
-from dart_llm.reporting import figures as plotly_page
-from dart_llm.reporting import figures as plots
-from dart_llm.studies.drift import report as report_drift
-from dart_llm.studies.drift import report as report_drift_texts
-from dart_llm.studies.drift import summary as drift_tables
-from dart_llm.studies.drift import view as drift_view
+from dart_llm.reporting import figures
+from dart_llm.studies.drift import report, summary
+from dart_llm.studies.drift.view import read
 from html_page import Page
 
 pytest.importorskip("scipy")
@@ -36,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def html(folder: Path) -> str:
-    path = report_drift.write(folder)
+    path = report.write(folder)
     assert path == folder / "report.html"
     assert path.stat().st_size < 8_000_000
     return path.read_text(encoding="utf-8")
@@ -46,7 +43,7 @@ def html(folder: Path) -> str:
 def free(tmp_path_factory: pytest.TempPathFactory) -> str:
     methods = ("dense", "never", "dart")
     folder = fake_drift.build(tmp_path_factory.mktemp("free") / "run", ("a",), methods, mode="free")
-    return report_drift.write(folder).read_text(encoding="utf-8")
+    return report.write(folder).read_text(encoding="utf-8")
 
 
 def page(html: str) -> Page:
@@ -56,7 +53,7 @@ def page(html: str) -> Page:
 
 def test_one_script_is_allowed_and_it_is_plotly(html: str) -> None:
     (script,) = SCRIPT.findall(html)
-    assert script == plotly_page.script()
+    assert script == figures.script()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = next(a["content"] for a in page(html).attributes("meta") if a.get("http-equiv"))
     assert policy is not None and policy.startswith("default-src 'none'; img-src data:;")
@@ -70,7 +67,9 @@ def test_nothing_is_fetched(html: str, free: str) -> None:
         assert "http://" not in rest and "https://" not in rest and "@import" not in rest
         for _, attributes in page(text).seen:
             assert not any(name.startswith("on") for name in attributes)
-            assert "src" not in attributes
+            assert all(
+                str(attributes.get(k, "data:")).startswith("data:") for k in ("src", "srcset")
+            )
             assert str(attributes.get("href") or "#").startswith("#")
 
 
@@ -93,12 +92,12 @@ def test_everything_is_on_the_page(html: str) -> None:
 
 
 def test_numbers_stand_beside_their_accounting(folder: Path, html: str) -> None:
-    view = drift_view.read(folder)
+    view = read(folder)
     row = page(html).row("dart@0.5")
-    assert row == [make(view.lines[2]) for _, make in drift_tables.columns(view.summary)]
+    assert row == [*summary.table(view.summary, "").cells()[3]]
     assert row[1:4] == ["48.1%", "3.8%", "1.0"]
     text = page(html).text.replace("\xa0", " ")
-    assert drift_tables.sentence(view.summary) in text
+    assert summary.sentence(view.summary) in text
     lost = view.lines[2]["loss"]["after_minus_dense"]["mean"]
     assert f"{lost:.2f} nats" in text
 
@@ -110,7 +109,7 @@ def test_masks_are_told(html: str) -> None:
 
 
 def test_tokens_carry_the_losses_of_every_method(folder: Path) -> None:
-    passages, more = report_drift_texts.passage_texts(drift_view.read(folder))
+    passages, more = report.passage_texts(read(folder))
     assert len(passages) == 4 and not more
     data = json.loads(passages[0].data)
     assert data["pieces"][1] == " <i>&" and "<" not in passages[0].data
@@ -119,7 +118,7 @@ def test_tokens_carry_the_losses_of_every_method(folder: Path) -> None:
     assert data["losses"]["dart@0.5"] == pytest.approx(wanted, abs=0.011)
     assert data["topics"][1] == {"name": "double-entry bookkeeping", "start": fake_drift.FIRST}
     assert passages[0].methods[0][1].endswith("dense, 0 re-masks")
-    few, more = report_drift_texts.passage_texts(drift_view.read(folder), room=1)
+    few, more = report.passage_texts(read(folder), room=1)
     assert len(few) == 1 and more
 
 
@@ -134,20 +133,25 @@ def test_free_texts_stand_side_by_side(free: str) -> None:
     assert places == sorted(places)
 
 
+def test_bars_curves_and_overlap_are_images(html: str) -> None:
+    alts = [str(attributes["alt"]) for attributes in page(html).attributes("img")]
+    assert [alt.partition(":")[0] for alt in alts[:5]] == ["Bars", "Lines", *["Heat map"] * 3]
+
+
 def test_without_plotly_the_pictures_are_images(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "plotly", None)
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
-    monkeypatch.setattr(plots, "render", lambda plot, kind, narrow=False: plot.name.encode())
-    text = report_drift.render(drift_view.read(folder))
+    monkeypatch.setattr(figures, "render", lambda plot, kind, narrow=False: plot.name.encode())
+    text = report.render(read(folder))
     found = page(text)
-    assert len(found.attributes("img")) == 8
+    assert len(found.attributes("img")) == 8 + 2  # three of overlap
     assert "needs plotly, which is not installed" in found.text
     assert not SCRIPT.search(text) and "script-src" not in text
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    found = page(report_drift.render(drift_view.read(folder)))
+    found = page(report.render(read(folder)))
     assert not found.attributes("img")
     assert "No plots: this needs matplotlib" in found.text
 
@@ -158,7 +162,7 @@ def test_a_damaged_folder_still_has_a_page(tmp_path: Path, lines: str | None) ->
     (folder / "results.jsonl").unlink()
     if lines is not None:
         (folder / "results.jsonl").write_text(lines, encoding="utf-8")
-    text = page(report_drift.write(folder).read_text("utf-8")).text
+    text = page(report.write(folder).read_text("utf-8")).text
     assert "Nothing was measured." in text and "This run is interrupted." in text
     assert ("results.jsonl" in text.split("Nothing was")[0]) == bool(lines)
 
@@ -168,6 +172,6 @@ def test_failed_cells_are_named(tmp_path: Path) -> None:
     rows = [json.loads(x) for x in (folder / "results.jsonl").read_text("utf-8").splitlines()]
     rows[1] |= {"status": "failed", "error": "no <memory>", "remasks": [], "checks": []}
     (folder / "results.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    text = page(report_drift.write(folder).read_text("utf-8")).text
+    text = page(report.write(folder).read_text("utf-8")).text
     assert "forced/01/dart@0.5/0: no <memory>" in text
     assert "1 done, 1 failed" in text

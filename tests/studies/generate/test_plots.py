@@ -66,7 +66,7 @@ def test_every_plot_is_written(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "file"), list(zip(NAMES, FILES, strict=True)))
-@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"rows": []}'])
+@pytest.mark.parametrize("content", [None, "{"])
 def test_a_missing_or_broken_file_only_costs_its_plot(
     tmp_path: Path, name: str, file: str, content: str | None
 ) -> None:

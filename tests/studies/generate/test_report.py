@@ -258,7 +258,9 @@ def luminance(colour: str) -> float:
 
 @pytest.mark.parametrize("theme", [0, 1])
 def test_contrast_in_light_and_dark(theme: int) -> None:
-    css = (resources.files("dart_llm") / "templates" / "report.css").read_text(encoding="utf-8")
+    css = (resources.files("dart_llm.reporting") / "templates" / "report.css").read_text(
+        encoding="utf-8"
+    )
     block = re.findall(r":root \{(.*?)\}", css, re.S)[theme]
     colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block))
     grounds = ["paper", "raised", "strong", "prefill", "observe", "pruned", "released"]

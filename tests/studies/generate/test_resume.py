@@ -1,4 +1,4 @@
-"""Under which identity a run resumes, whether another lives, and what a torn file costs."""
+"""Under which identity a run resumes, whether another states, and what a torn file costs."""
 
 from __future__ import annotations
 
@@ -21,32 +21,26 @@ from typer.testing import CliRunner
 
 from dart_llm.cli.app import app
 from dart_llm.errors import ResultsError
-from dart_llm.evaluation import perplexity as ppl_rows
+from dart_llm.evaluation import perplexity
 from dart_llm.experiments import comparison_report as compare_files
 from dart_llm.experiments import folder_lock
 from dart_llm.experiments import store as results
+from dart_llm.experiments import study as runner
 from dart_llm.experiments.folder_lock import is_taken, take
 from dart_llm.experiments.store import open_folder
 from dart_llm.experiments.tensor_file import write_tensors
 from dart_llm.files import append_row, whole_rows, write_json
 from dart_llm.reporting.console import Ui
-from dart_llm.studies.detection import study as detection_job
-from dart_llm.studies.drift import study as drift_job
-from dart_llm.studies.evaluate import study as measure_job
-from dart_llm.studies.generate import study as job
-from dart_llm.studies.generate import study as job_generate
+from dart_llm.studies.generate import study as generate_study
 from dart_llm.studies.generate.settings import RunSettings
-from dart_llm.studies.generate.study import run_job
-from dart_llm.studies.inspection import study as inspect_job
-from dart_llm.studies.quality import study as quality_job
-from dart_llm.studies.speed import study as speed_job
+from dart_llm.studies.generate.study import RunStudy, run_job
 from dart_llm.studies.sweep import cells as sweep_files
 from tiny_gpt2 import write_gpt2
 
 HOLD = """\
 import sys
 from pathlib import Path
-from dart_llm.folder_lock import take
+from dart_llm.experiments.folder_lock import take
 lock = take(Path(sys.argv[1]))
 assert lock
 print("held", flush=True)
@@ -55,7 +49,7 @@ sys.stdin.read()
 START = """\
 import os, signal, sys, time
 from pathlib import Path
-from dart_llm.folder_lock import take
+from dart_llm.experiments.folder_lock import take
 lock = take(Path(sys.argv[1]))
 assert lock
 if os.fork():
@@ -133,7 +127,7 @@ def test_a_part_kept_after_a_torn_one_survives_the_next_kill(tmp_path: Path) -> 
     assert open_folder(tmp_path, "x", {}).parts == {"a": 1, "c": 3}
 
 
-# --- whether a run lives ------------------------------------------------------------------------
+# --- whether a run states ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [1, 2**22 + 1, None])
@@ -185,12 +179,12 @@ def test_where_nothing_can_be_locked_place_number_and_start_decide(
 
     monkeypatch.setattr(fcntl, "flock", none)
     me, parent = folder_lock._writer(), os.getppid()
-    lives = {**me, "process": parent, "started": folder_lock._started(parent)}
+    states = {**me, "process": parent, "started": folder_lock._started(parent)}
     for writer, taken in (
-        (lives, True),
-        ({**lives, "started": "7"}, False),  # the number was given again
-        ({**lives, "process": 2**22 + 1}, False),
-        ({**lives, "place": ["another host"]}, True),  # nobody here can know
+        (states, True),
+        ({**states, "started": "7"}, False),  # the number was given again
+        ({**states, "process": 2**22 + 1}, False),
+        ({**states, "place": ["another host"]}, True),  # nobody here can know
         ({}, False),
     ):
         (tmp_path / ".lock").write_text(json.dumps(writer) if writer else '{"pla')
@@ -203,6 +197,7 @@ def test_where_nothing_can_be_locked_place_number_and_start_decide(
             assert not is_taken(tmp_path)
 
 
+@pytest.mark.contract("resume gives the same bytes")
 def test_a_run_killed_at_its_very_end_is_finished_by_the_next(
     gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,14 +292,8 @@ class Opened(Exception):
 
 
 OPENING = (
-    job,
-    measure_job,
     sweep_files,
-    drift_job,
-    detection_job,
-    inspect_job,
-    quality_job,
-    speed_job,
+    runner,
 )
 COMMANDS = {
     "run": ("run", "--prompt", "hi"),
@@ -372,8 +361,8 @@ def test_a_run_does_not_go_on_over_another_checkpoint(
     gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = shutil.copytree(gpt2, tmp_path / "model")
-    wanted, real, done = settings(model, tmp_path), ppl_rows._score_one, []
-    monkeypatch.setattr(job, "_write_pages", lambda job: None)
+    wanted, real, done = settings(model, tmp_path), perplexity.score_window, []
+    monkeypatch.setattr(RunStudy, "write_page", lambda study: None)
 
     def stops(*arguments: Any) -> Any:
         if len(done) == 3:
@@ -382,13 +371,13 @@ def test_a_run_does_not_go_on_over_another_checkpoint(
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ppl_rows, "_score_one", stops)
+        patch.setattr(perplexity, "score_window", stops)
         with pytest.raises(KeyboardInterrupt):
             run_job(wanted, Ui(quiet=True))
     (left,) = (tmp_path / "results" / wanted.experiment).iterdir()
     write_gpt2(model, seed=1)
     ui, anew = Ui(quiet=True), []
-    monkeypatch.setattr(ppl_rows, "_score_one", lambda *a: anew.append(1) or real(*a))
+    monkeypatch.setattr(perplexity, "score_window", lambda *a: anew.append(1) or real(*a))
     other = run_job(wanted, ui)
     assert other.path != left
     assert ui.log[0] == f"{left} is not resumed: the model's weights changed since it began"
@@ -439,7 +428,7 @@ def test_equal_tensors_are_equal_bytes(tmp_path: Path) -> None:
 def test_masks_of_equal_runs_are_equal_bytes(
     gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "_write_pages", lambda job: None)
+    monkeypatch.setattr(RunStudy, "write_page", lambda study: None)
     wanted = settings(gpt2, tmp_path, eval_perplexity=False)
     folders = [run_job(wanted, Ui(quiet=True)).path for _ in range(3)]
     assert len({(folder / "masks.safetensors").read_bytes() for folder in folders}) == 1
@@ -455,12 +444,12 @@ def test_an_error_has_a_line_of_its_own_below_a_streamed_text(
         raise ResultsError("cannot write masks.json: No space left on device")
 
     wanted = settings(gpt2, tmp_path, eval_perplexity=False)
-    monkeypatch.setattr(job_generate, "write_masks", full)
+    monkeypatch.setattr(generate_study, "write_masks", full)
     with pytest.raises(ResultsError):
         run_job(wanted, Ui())
     assert capsys.readouterr().out.count("\n") == 2  # one below each text
 
-    monkeypatch.setattr(job_generate, "generate", lambda *a, **k: streamed(k["on_step"]))
+    monkeypatch.setattr(generate_study, "generate", lambda *a, **k: streamed(k["on_step"]))
     with pytest.raises(ResultsError):
         run_job(wanted, Ui(), fresh=True)
     assert capsys.readouterr().out == "half a te\n"

@@ -76,7 +76,7 @@ def test_impact_gives_the_sensitivities_of_the_depth_budgets(name: str) -> None:
     settings = {"budget": "blend depth depth-residual", "sparsity": 0.5, "masking_step": 1000}
     with prune(model, "griffin", **settings) as run:
         decode(model, ids, 30)
-    for layer, evidence in enumerate(run.controller.lives[0].evidence):
+    for layer, evidence in enumerate(run.controller.sequences[0].evidence):
         for variant, suffix in (("output", ""), ("residual", "-residual")):
             cosine = float(evidence.sums[f"cosine{suffix}"].mean)
             change = float(evidence.sums[f"change{suffix}"].mean)

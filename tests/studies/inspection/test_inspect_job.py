@@ -1,11 +1,10 @@
-"""``dart-llm inspect`` as a command: files, JSON, resuming, errors, plots and the page."""
+"""``dart-llm inspect`` as a command: files, errors, plots, page; its folder: tests/experiments."""
 
 from __future__ import annotations
 
 import csv
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,16 @@ from typer.testing import CliRunner
 from dart_llm.cli import commands as cli_inspect
 from dart_llm.cli.options import with_settings
 from dart_llm.errors import ConfigError, DartError, UnknownName
+from dart_llm.experiments.study import run_study
 from dart_llm.reporting import figures as plots
 from dart_llm.reporting.console import Ui
-from dart_llm.reporting.table import Sheet
 from dart_llm.studies.inspection import report as report_inspect
-from dart_llm.studies.inspection import study as inspect_job
 from dart_llm.studies.inspection.plots import make
-from dart_llm.studies.inspection.report import sheets, with_ends
+from dart_llm.studies.inspection.report import with_ends
 from dart_llm.studies.inspection.settings import TEXTS, InspectSettings
-from dart_llm.studies.inspection.study import run_inspect
+from dart_llm.studies.inspection.study import InspectionStudy
 from html_page import Page
-from inspect_cases import A, B
+from inspect_cases import A, B, without_pictures
 from lm_cases import place
 from tiny import LAYERS, WIDTH
 
@@ -40,7 +38,7 @@ FILES = {
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(inspect_job, "_write_pages", lambda job: None)  # drawn once, for ``whole``
+    without_pictures(monkeypatch)  # drawn once, for ``whole``
 
 
 def inspect(*arguments: object) -> Any:
@@ -67,7 +65,7 @@ def document(result: Any) -> dict[str, Any]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one inspection of everything."""
     root = tmp_path_factory.mktemp("inspected")
-    return run_inspect(settings(results_dir=str(root)), (), Ui(quiet=True)).path
+    return run_study(InspectionStudy(settings(results_dir=str(root)), (), Ui(quiet=True))).path
 
 
 def rows(folder: Path, name: str) -> list[dict[str, str]]:
@@ -76,14 +74,11 @@ def rows(folder: Path, name: str) -> list[dict[str, str]]:
 
 def test_a_folder_with_everything(whole: Path) -> None:
     config = json.loads((whole / "config.json").read_text())
-    assert (config["status"], config["kind"]) == ("complete", "inspect")
     assert config["settings"]["what"] == list(TEXTS)
-    found = json.loads((whole / "inspect.json").read_text())
-    assert list(found["sections"]) == list(TEXTS) == list(found["sentences"])
-    assert [text["label"] for text in found["texts"]] == ["A", "B"]
+    document = json.loads((whole / "inspect.json").read_text())
+    assert list(document["sections"]) == list(TEXTS) == list(document["sentences"])
+    assert [text["label"] for text in document["texts"]] == ["A", "B"]
     assert {path.stem for path in whole.glob("*.csv")} == FILES
-    assert not (whole / "parts.jsonl").exists()
-    assert {"inspect.md", "report.html", "timing.json"} <= {path.name for path in whole.iterdir()}
 
 
 def test_csv_holds_the_numbers_of_the_json(whole: Path) -> None:
@@ -154,7 +149,9 @@ def test_the_page(whole: Path) -> None:
 
 def test_hostile_words_are_escaped() -> None:
     text = "<script>alert(1)</script> & so on"
-    folder = run_inspect(settings(prompt=text, prompt_b=None), ["layers"], Ui(quiet=True)).path
+    folder = run_study(
+        InspectionStudy(settings(prompt=text, prompt_b=None), ["layers"], Ui(quiet=True))
+    ).path
     html = report_inspect.write(folder).read_text("utf-8")
     assert "<script" not in html and text in Page(html).text
 
@@ -217,30 +214,6 @@ def test_short_texts_leave_ablation_out_unless_it_was_asked_for() -> None:
     assert "overlap" not in plain["sections"] and "space" in plain["sections"]
 
 
-def test_an_interrupted_inspection_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted, calls = settings(), list[str]()
-    sections = dict(inspect_job.SECTIONS)
-
-    def stops(study: Any) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setitem(inspect_job.SECTIONS, "overlap", stops)
-    with pytest.raises(KeyboardInterrupt):
-        run_inspect(wanted, (), Ui(quiet=True))
-    (folder,) = Path("results").glob("*/*")
-    assert json.loads((folder / "config.json").read_text())["status"] == "interrupted"
-    assert list(json.loads((folder / "inspect.json").read_text())["sections"]) == list(TEXTS)[:3]
-
-    def counted(name: str) -> Callable[[Any], Any]:
-        return lambda study: calls.append(name) or sections[name](study)  # type: ignore[func-returns-value]
-
-    for name in sections:
-        monkeypatch.setitem(inspect_job.SECTIONS, name, counted(name))
-    job = run_inspect(wanted, (), Ui(quiet=True))
-    assert job.path == folder and calls == ["overlap", "ablation", "space"]
-    assert list(job.sections) == list(TEXTS)
-
-
 def test_two_runs_and_the_two_texts_of_one() -> None:
     folders = []
     for name, texts in (("one", ("sea", "sea")), ("two", ("moon", "hills and moon"))):
@@ -279,14 +252,9 @@ def test_errors(arguments: list[object], kind: type[DartError], problem: str) ->
     assert re.search(problem, str(result.exception))
 
 
-def test_sheets_write_what_is_missing_as_nothing() -> None:
-    columns = (("layer", "layer", str), ("value", "value", lambda v: f"{v:.1f}"))
-    sheet = Sheet("x", "x", "A | caption", columns, [{"layer": 0, "value": None}, {"layer": 1}])
-    assert sheet.table().rows == (("0", "–"), ("1", "–"))
-    assert list(sheet.csv()) == [[0, None], [1, None]]
+def test_an_interval_in_words() -> None:
     ends = {"estimate": 0.5, "low": -0.25, "high": 1.0}
     assert with_ends(ends) == "+0.500 (-0.250 to +1.000)"
-    assert sheets({}) == []
 
 
 def test_flags_that_mean_nothing_here_do_not_exist() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dart_llm.errors import MissingExtra
+from dart_llm.experiments.study import run_study
 from dart_llm.reporting.console import Ui
 from dart_llm.studies.inspection import study as inspect_job
 from dart_llm.studies.inspection.settings import InspectSettings
-from dart_llm.studies.inspection.study import run_inspect
-from inspect_cases import A, B
+from dart_llm.studies.inspection.study import InspectionStudy
+from inspect_cases import without_pictures
 from lm_cases import place
 
 
@@ -31,34 +30,16 @@ def test_other_weights_in_the_same_folder_are_another_inspection(
     def stops(study: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inspect_job, "_write_pages", lambda job: None)
+    without_pictures(monkeypatch)
     monkeypatch.setitem(inspect_job.SECTIONS, "neurons", stops)
     with pytest.raises(KeyboardInterrupt):
-        run_inspect(asked, (), Ui(quiet=True))
+        run_study(InspectionStudy(asked, (), Ui(quiet=True)))
     monkeypatch.setitem(inspect_job.SECTIONS, "neurons", whole["neurons"])
     file = tmp_path / "model" / "model.safetensors"
     halved = {name: (tensor / 2).clone() for name, tensor in load_file(file).items()}
     save_file(halved, file, {"format": "pt"})
-    job = run_inspect(asked, (), Ui(quiet=True))
+    job = run_study(InspectionStudy(asked, (), Ui(quiet=True)))
     assert len(list((tmp_path / "results").glob("*/*"))) == 2
     norm = job.sections["weights"]["weights"]["layers"][0]["down"]["mean"]
     down = halved["transformer.h.0.mlp.c_proj.weight"]
     assert norm == pytest.approx(float(torch.linalg.vector_norm(down, dim=1).mean()))
-
-
-def test_without_scipy_only_the_intervals_are_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def missing(*args: Any, **options: Any) -> None:
-        raise MissingExtra("scipy", "eval")
-
-    monkeypatch.setattr("dart_llm.experiments.stats._scipy", missing)
-    texts = {"prompt": A, "prompt_b": B, "ablation_seeds": 1, "results_dir": str(tmp_path)}
-    asked = InspectSettings(model=str(place() / "model"), device="cpu", **texts)
-    job = run_inspect(asked, ["ablation"], Ui(quiet=True))
-    row = job.sections["ablation"]["rows"][0]
-    assert row["loss"] > 0 and row["over_dense"] is row["loss_interval"] is None
-    assert "no intervals: this needs scipy" in (job.path / "inspect.md").read_text("utf-8")
-    lines = list(csv.DictReader((job.path / "ablation.csv").open(encoding="utf-8")))
-    assert lines[0]["over_dense_low"] == "" and float(lines[0]["loss"]) == row["loss"]
-    assert (job.path / "report.html").exists()

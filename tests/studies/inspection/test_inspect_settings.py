@@ -30,7 +30,7 @@ def test_what_is_looked_at_follows_from_the_texts() -> None:
         ({"prompt_b": "y"}, "text B without text A"),
         ({"prompt": "x", "prompt_file": "f"}, "not both"),
         ({"prompt": "x", "passage": "01"}, "one of the three"),
-        ({"share": 1.0}, "--share 1 must lie between"),
+        ({"share": 1.0}, r"--share 1\.0 must be less than 1"),
         ({"top": 0}, "--top 0 must be at least 1"),
         ({"neuron_score": "maxx"}, "did you mean max"),
         ({"prompt": " ", "prompt_b": "y"}, r"text A \(\) is empty"),

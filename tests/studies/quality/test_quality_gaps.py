@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dart_llm.errors import ConfigError
 from dart_llm.experiments import stats
 from dart_llm.studies.quality import report as quality_table
 from dart_llm.studies.quality.gaps import (
@@ -18,11 +18,11 @@ from dart_llm.studies.quality.gaps import (
     Lines,
     account,
     cell_rows,
-    merge,
+    matched_sparsity,
     pooled_rows,
     summarise,
 )
-from dart_llm.studies.quality.gaps import matched_sparsity as yardstick
+from shells import ROOT
 
 DENSE = {"m": [2.0, 3.0], "n": [1.0, 2.0]}
 """Losses of two slices under two models; every other loss is this plus a gap."""
@@ -155,7 +155,7 @@ def test_more_bytes_than_dense_compare_with_dense() -> None:
     ("value", "wanted"), [(0.4504, 0.45), (0.4506, 0.451), (-0.2, 0.0), (0.9999, 0.999)]
 )
 def test_the_sparsities_of_griffin(value: float, wanted: float) -> None:
-    assert yardstick(value) == wanted
+    assert matched_sparsity(value) == wanted
 
 
 def test_shares_are_weighted_by_decoded_tokens() -> None:
@@ -228,8 +228,8 @@ HEAD: dict[str, Any] = {
 
 def test_tables_show_the_rows(tmp_path: Path) -> None:
     found = summarise(measured(), HEAD)
-    quality_table.write(tmp_path, found)
-    text = (tmp_path / "quality.md").read_text(encoding="utf-8")
+    quality_table.csv_table(found).write_csv(tmp_path)
+    text = quality_table.markdown(found)
     assert "m (file quantisation Q4_1, float32), continuation: 2 slices of wiki, news" in text
     row = next(line for line in text.splitlines() if line.startswith("| dart | 50 %"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
@@ -251,15 +251,17 @@ def test_tables_show_the_rows(tmp_path: Path) -> None:
     assert told[2].startswith("m, continuation, pooled over 50 + 70 %: dart - GRIFFIN = 36.7 %")
 
 
-def test_runs_on_different_models_are_joined() -> None:
+def test_runs_on_different_models_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    joined = importlib.import_module("keep").joined
     other = {**HEAD, "slices": {"n": 2}, "checkpoints": {"n": {"dtype": "float32"}}}
     both = [*measured(), *measured("n")]
     documents = [summarise(measured(), HEAD), summarise(measured("n"), other)]
-    found = merge(documents, both)
+    found = summarise(both, joined(documents))
     assert found["slices"] == {"m": 2, "n": 2} and list(found["checkpoints"]) == ["m", "n"]
     assert found["pooled"][-1]["model"] == ALL
     assert found["cells"][:4] == documents[0]["cells"]
-    with pytest.raises(ConfigError, match="the runs differ in tokens"):
-        merge([documents[0], {**documents[1], "tokens": 9}], both)
-    with pytest.raises(ConfigError, match="the runs share m"):
-        merge([documents[0], documents[0]], both)
+    with pytest.raises(SystemExit, match="the runs differ in tokens"):
+        joined([documents[0], {**documents[1], "tokens": 9}])
+    with pytest.raises(SystemExit, match="the runs share a model"):
+        joined([documents[0], documents[0]])

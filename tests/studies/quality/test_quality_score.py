@@ -117,7 +117,7 @@ def test_told_the_moment_the_new_topic_begins_dense() -> None:
                 if place == first:
                     run.controller.flush()
                     with torch.inference_mode(False):
-                        run.controller.lives[-1].trigger("forced")
+                        run.controller.sequences[-1].trigger("forced")
                 with run.decoding():
                     output = model(ids[None, place : place + 1], cache=output.cache)
                 kept.append(float(cross_entropy(output.logits[0, -1:], ids[None, place + 1])))

@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 
-from dart_llm.errors import ConfigError, UnknownName
-from dart_llm.experiments.variants import parse
+from dart_llm.errors import ConfigError
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.settings import merge
 from dart_llm.studies.quality.settings import QualitySettings
-from quality_cases import settings
 
 
 @pytest.mark.parametrize(
@@ -52,11 +50,11 @@ def test_bad_settings_are_one_sentence(given: dict[str, Any], error: str) -> Non
         ("- a\n- b\n", "must hold names and values"),
         ("a: [\n", "cannot read the settings file"),
         ("a: 3\n", 'the variant "a" of .* must hold settings'),
-        ("a: {sparsity: 0.5}\n", "sets a sparsity, which --sparsities does: drop it"),
+        ("a: {sparsity: 0.5}\n", "sets the sparsity, which --sparsities does: drop it"),
         ("a: {compensaton: true}\n", 'variant "a" of .*: unknown setting "compensaton"'),
         ("a: {method: grifin}\n", 'variant "a" of .*: unknown method'),
-        ("a: {budget: {table: '0:0.5'}}\n", 'the variant "a" takes no sparsity: the layer table'),
-        ("a: {score: {strategy: auto}}\n", 'the variant "a" takes no sparsity: strategy "auto"'),
+        ("a: {budget: {table: '0:0.5'}}\n", 'the variant "a" cannot be run so: the layer table'),
+        ("a: {score: {strategy: auto}}\n", 'the variant "a" cannot be run so: strategy "auto"'),
         ("griffin: {}\n", 'the label "griffin" is taken'),
         ("dense: {}\n", 'the label "dense" is taken'),
         ("x (oracle): {}\n", '"x \\(oracle\\)" cannot be the label'),
@@ -75,7 +73,9 @@ def test_variants_change_their_presets(tmp_path: Path) -> None:
     file = tmp_path / "v.yaml"
     text = "uniform: {budget: uniform}\nbare:\ng+c: {method: griffin, compensation: true}\n"
     file.write_text(text, encoding="utf-8")
-    found = parse("dart", str(file), None, {"seed": 5}, 0.5)
+    found = merge(
+        QualitySettings, {"variants": str(file), "seed": 5}, environment={}
+    ).variant_list()
     labels = ["griffin", "dart", "uniform", "bare", "g+c"]
     told = [f"{name} (oracle)" for name in ("dart", "uniform", "bare")]
     assert [one.label for one in found] == [*labels, *told]
@@ -86,7 +86,8 @@ def test_variants_change_their_presets(tmp_path: Path) -> None:
     assert configs["g+c"] == PruneConfig.build("griffin", seed=5, compensation=True)
     assert configs["dart (oracle)"] == dart.replace({"drift": {"rule": "never"}})
     assert found[1].at(0.3).sparsity == 0.3
-    assert [one.label for one in parse("dart", None, "none", {}, 0.5)] == ["griffin", "dart"]
+    plain = merge(QualitySettings, {"oracle": "none"}, environment={}).variant_list()
+    assert [one.label for one in plain] == ["griffin", "dart"]
 
 
 def test_defaults_and_lists(tmp_path: Path) -> None:
@@ -105,9 +106,3 @@ def test_defaults_and_lists(tmp_path: Path) -> None:
     )
     assert (asked.text, asked.model, asked.set) == (["a.txt", "b.txt"], ["x", "y"], "choose")
     assert (asked.sparsity_list(), asked.pool_list()) == ((0.5, 0.9), (0.5,))
-
-
-def test_unknown_set_is_an_unknown_name(tmp_path: Path) -> None:
-    with pytest.raises(UnknownName):
-        settings(tmp_path, set="both")
-    assert not (tmp_path / "results").exists()

@@ -27,73 +27,18 @@ def read(path: Path) -> Any:
 # what is kept of it
 
 
-def test_a_run_is_kept_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = job(tmp_path / "own", executors="compact")
     monkeypatch.setattr(plots, "save", lambda folder, wanted: [])
-    for folder in ("benchmarks", "scripts"):
-        monkeypatch.syspath_prepend(str(ROOT / folder))
-    gatherer, measured = (importlib.import_module(name) for name in ("speed", "speed_measured"))
-    kept = gatherer.gather([whole.path])
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    keeper = importlib.import_module("keep")
+    kept = keeper.gather_speed([whole.path])
     assert kept["runs"][0]["rows"] == read(whole.path / "speed.json")["rows"]
     assert str(tmp_path) not in json.dumps(kept)
-    (tmp_path / "benchmarks/results").mkdir(parents=True)
-    write_json(tmp_path / "benchmarks/results/speed-x.json", kept)
-    (tmp_path / "docs").mkdir()
-    page = tmp_path / "docs/performance.md"
-    page.write_text("nothing\n", encoding="utf-8")
-    assert measured.tables(tmp_path) == {}  # no marker, no block
-    page.write_text("<!-- generated: speed-x -->\n", encoding="utf-8")
-    ((name, (where, text)),) = measured.tables(tmp_path).items()
-    assert (name, where) == ("speed-x", page)
-    assert text.count("| griffin 50 %, compact |") == 1 and "| attaching |" in text
-    assert "| all x own dense |" in text
-    for row in kept["runs"][0]["rows"]:  # as in files of before these columns
-        del row["all_ms"], row["all_times_transformers"], row["all_times_own_dense"]
-    write_json(tmp_path / "benchmarks/results/speed-x.json", kept)
-    assert "all ms" not in measured.tables(tmp_path)["speed-x"][1]
-    assert "[speed-x.json](../benchmarks/results/speed-x.json)" in text
     (whole.path / "unfinished").mkdir()
     write_json(whole.path / "unfinished/config.json", {"kind": "speed", "status": "failed"})
     with pytest.raises(SystemExit, match="is no finished run"):
-        gatherer.gather([whole.path / "unfinished"])
-
-
-def rendered(root: Path, monkeypatch: pytest.MonkeyPatch, name: str, data: dict[str, Any]) -> str:
-    """The block of performance.md that is made of the results file ``name``."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    measured = importlib.import_module("speed_measured")
-    (root / "benchmarks/results").mkdir(parents=True)
-    write_json(root / f"benchmarks/results/{name}.json", data)
-    (root / "docs").mkdir()
-    page = root / "docs/performance.md"
-    page.write_text(f"<!-- generated: {name} -->\n", encoding="utf-8")
-    text: str = measured.tables(root)[name][1]
-    return text
-
-
-def test_the_table_of_single_ffns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = {"hidden": 576, "width": 1536, "dtype": "bfloat16", "path": "native", "keep": 0.5,
-           "ms": 0.1234, "times_torch": 1.5, "bytes_per_second": 2.1e10,
-           "share_of_native_dense": 0.8}  # fmt: skip
-    about = {"repeats": 5, "threads": 2, "machine": {"processor": "CPU"}, "kernels": "avx2",
-             "read_bandwidth": 3e10, "command": "python ffn_speed.py"}  # fmt: skip
-    text = rendered(tmp_path, monkeypatch, "ffn-speed", {**about, "rows": [row]})
-    assert "| 576 x 1536 | bfloat16 | native | 0.5 | 0.123 | 1.50 | 21.0 | 80% |" in text
-    assert "read bandwidth 30.0 GB/s" in text
-
-
-def test_the_table_of_ways_to_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [
-        {"path": path, "row": where, "case": case, "ms": ms, "mean_ms": 2 * ms}
-        for path, where, ms in (("FFN", "alone", 0.045), ("linear", "alone", 0.064))
-        for case in ("PASSIVE", "neither")
-    ]
-    about = {"calls": 20, "rounds": 3, "threads": 2, "machine": {"processor": "CPU", "cores": 4},
-             "load_average_before": 0.25, "command": "python thread_policy.py"}  # fmt: skip
-    text = rendered(tmp_path, monkeypatch, "thread-policy", {**about, "rows": rows})
-    assert "| threads wait | FFN, alone | linear, alone |" in text
-    assert "| neither | 45 us, mean 90 | 64 us, mean 128 |" in text
-    assert "2 threads of CPU with 4 cores, load average before 0.2." in text
+        keeper.gather_speed([whole.path / "unfinished"])
 
 
 # random weights

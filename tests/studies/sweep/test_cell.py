@@ -11,7 +11,7 @@ import pytest
 from dart_llm.evaluation.measurement import MeasureOptions
 from dart_llm.experiments.cell import Cell
 from dart_llm.experiments.provenance import Digests
-from dart_llm.studies.sweep.grid import expand, spec
+from dart_llm.studies.sweep.grid import collect, expand
 from dart_llm.studies.sweep.study import execution_order
 from tiny_gpt2 import write_gpt2
 
@@ -24,7 +24,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cells(**data: Any) -> tuple[Cell, ...]:
-    return expand(spec({"tasks": TASK, **data}))
+    return expand(collect({"tasks": TASK, **data}))
 
 
 def test_a_cell_travels_as_data() -> None:

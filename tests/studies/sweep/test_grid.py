@@ -1,4 +1,4 @@
-"""From the specification of a sweep to its cells."""
+"""From flags, files and variables to the specification of a sweep, and from that to its cells."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dart_llm.errors import ConfigError, LoadError, UnknownName
+from dart_llm.errors import ConfigError, LoadError
 from dart_llm.experiments.cell import Cell
 from dart_llm.experiments.model_facts import DEFAULT_LAYERS, layer_count
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.layer_table import parse_layer_spec
 from dart_llm.pruning.registry import METHODS
-from dart_llm.studies.sweep.grid import collect, expand, spec
+from dart_llm.studies.sweep.grid import collect, expand
+from dart_llm.studies.sweep.study import SweepRequest
 from tiny import LAYERS
 from tiny_gpt2 import write_gpt2
 
@@ -39,7 +40,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cells(**data: Any) -> tuple[Cell, ...]:
-    return expand(spec({"tasks": TASK, **data}))
+    return expand(collect({"tasks": TASK, **data}))
 
 
 def test_the_table_order_is_model_task_protocol_seed_method_sparsity() -> None:
@@ -65,31 +66,17 @@ def test_the_table_order_is_model_task_protocol_seed_method_sparsity() -> None:
     assert all(c.options.seed == c.seed for c in found)
 
 
-def test_forms_of_the_dense_model_are_one_cell_each() -> None:
+def test_a_cell_has_what_decides_its_result_alone() -> None:
     found = cells(methods="dense,dense-test,griffin", sparsities="0.1,0.2,0.3")
-    assert [c.label for c in found] == [
-        "dense",
-        "dense-test",
-        "griffin@0.1",
-        "griffin@0.2",
-        "griffin@0.3",
-    ]
-
-
-def test_what_a_dense_cell_ignores_is_no_part_of_it() -> None:
-    plain = cells(methods="dense")
-    other = cells(methods="dense", sparsities="0.5", overrides={"seed": 3}, calibration="embedded")
-    assert plain == other
-
-
-def test_only_a_method_that_calibrates_has_a_calibration_text() -> None:
-    found = cells(methods="griffin,wanda", sparsities="0.5", calibration="embedded")
-    assert [(c.method, c.calibration) for c in found] == [("griffin", None), ("wanda", "embedded")]
-
-
-def test_without_sparsities_presets_keep_their_own() -> None:
-    (found,) = cells(methods="griffin")
-    assert found.sparsity is None and found.label == "griffin"
+    labels = ["dense", "dense-test", "griffin@0.1", "griffin@0.2", "griffin@0.3"]
+    assert [c.label for c in found] == labels
+    assert cells(methods="dense") == cells(
+        methods="dense", sparsities="0.5", overrides={"seed": 3}, calibration="embedded"
+    )
+    reads = cells(methods="griffin,wanda", sparsities="0.5", calibration="embedded")
+    assert [(c.method, c.calibration) for c in reads] == [("griffin", None), ("wanda", "embedded")]
+    (own,) = cells(methods="griffin")  # without sparsities presets keep their own
+    assert own.sparsity is None and own.label == "griffin"
 
 
 def test_overrides_reach_the_configuration() -> None:
@@ -108,18 +95,13 @@ def test_overrides_reach_the_configuration() -> None:
     )
 
 
-def test_each_layer_with_the_dense_line(gpt2: Path) -> None:
+def test_layers_by_themselves_with_the_dense_line(gpt2: Path) -> None:
     found = cells(models=str(gpt2), methods="griffin", layers="each", keep="0.5")
-    assert [c.label for c in found] == [
-        "dense",
-        *(f"griffin layers {layer} keep 0.5" for layer in range(LAYERS)),
-    ]
+    labels = [f"griffin layers {layer} keep 0.5" for layer in range(LAYERS)]
+    assert [c.label for c in found] == ["dense", *labels]
     tables = [c.config().budget.table for c in found[1:]]
     assert tables == ["0:0.5", "1:0.5", "2:0.5", "3:0.5"]
     assert all(c.config().sparsity is None for c in found[1:])
-
-
-def test_groups_with_a_base(gpt2: Path) -> None:
     found = cells(
         models=str(gpt2),
         methods="griffin,dense",
@@ -138,21 +120,20 @@ def test_groups_with_a_base(gpt2: Path) -> None:
     ]
     assert pruned[1].config().budget.table == "all:0.9,2,3:0.5"
     assert all(c.config().budget.multiple == 8 for c in pruned)
-    assert parse_layer_spec("all:0.9,2,3:0.5").resolve([40] * 4) == [36, 36, 20, 20]
 
 
-def test_shortcuts_become_their_tasks() -> None:
+def test_tasks_have_shortcuts_and_options_of_their_own() -> None:
     found = cells(methods="dense", tasks="general-nlp,arc_easy,mmlu")
-    assert [c.task for c in found] == [
-        "boolq",
-        "rte",
-        "hellaswag",
-        "winogrande",
-        "arc_easy",
-        "arc_challenge",
-        "openbookqa",
-        "mmlu",
-    ]
+    seven = "boolq rte hellaswag winogrande arc_easy arc_challenge openbookqa".split()
+    assert [c.task for c in found] == [*seven, "mmlu"]
+    found = cells(
+        methods="dense",
+        tasks=["general-nlp", TASK],
+        options={"limit": 4, "batch_size": 2},
+        task_options={"general-nlp": {"limit": 3}},
+    )
+    assert {c.options.limit for c in found[:-1]} == {3} and found[-1].options.limit == 4
+    assert {c.options.batch_size for c in found} == {2}
 
 
 def test_layers_of_models(gpt2: Path, tmp_path: Path) -> None:
@@ -170,8 +151,8 @@ def test_layers_of_the_default(smollm2: Any) -> None:
     assert smollm2[0].config.num_hidden_layers == DEFAULT_LAYERS
 
 
-def test_a_file_and_flags(tmp_path: Path) -> None:
-    path = tmp_path / "sweep.yaml"
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
     data = {
         "model": "a/b",
         "method": ["dense", "griffin"],
@@ -180,11 +161,55 @@ def test_a_file_and_flags(tmp_path: Path) -> None:
         "options": {"limit": 4, "batch_size": 2},
         "dtype": "float32",
     }
+    path = tmp_path / "grid.yaml"
     path.write_text(yaml.safe_dump(data), encoding="utf-8")
-    found = collect({"sparsities": "0.7", "options": {"limit": 8}, "seeds": None}, path)
-    assert (found.models, found.methods) == (("a/b",), ("dense", "griffin"))
-    assert (found.sparsities, found.seeds, found.dtype) == ((0.7,), (0,), "float32")
-    assert found.options == {"limit": 8, "batch_size": 2}
+    return path
+
+
+def test_flags_win_over_variables_over_the_file_over_defaults(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = SweepRequest.collect("sweep", {"sparsities": "0.7", "limit": 8, "seeds": None}, file)
+    grid = request.grid
+    assert (grid.models, grid.methods) == (("a/b",), ("dense", "griffin"))
+    assert (grid.sparsities, grid.seeds, grid.dtype) == ((0.7,), (0,), "float32")
+    assert grid.options == {"limit": 8, "batch_size": 2}
+    assert (request.place.root, request.place.experiment) == (Path("results"), "grid")
+    for name, value in {
+        "MODEL": "c/d",
+        "METHODS": "flap",
+        "SPARSITY": "0.2",
+        "LIMIT": "9",
+        "PROMPT_TOKENS": "32",
+        "CALIBRATION": "text.txt",
+        "REVISION": "v2",
+        "DRIFT": "never",
+        "RESULTS_DIR": "elsewhere",
+        "EXPERIMENT_NAME": "mine",
+        "ENGINE": "ray",
+        "WORKERS": "3",
+        "TRACKER": "mlflow",
+    }.items():
+        monkeypatch.setenv(f"DART_{name}", value)
+    request = SweepRequest.collect("sweep", {"sparsities": "0.7", "limit": 8}, file)
+    grid, flags = request.grid, request.flags
+    assert (grid.models, grid.methods, grid.sparsities) == (("c/d",), ("flap",), (0.7,))
+    assert grid.options == {"limit": 8, "batch_size": 2, "prompt_tokens": 32}
+    assert (grid.calibration, grid.revision, grid.overrides) == (
+        *("text.txt", "v2"),
+        {"drift": "never"},
+    )
+    assert (request.place.root, request.place.experiment) == (Path("elsewhere"), "mine")
+    assert (flags.engine, flags.workers, flags.tracker) == ("ray", 3, "mlflow")
+    plain = SweepRequest.collect("compare", {"tasks": TASK}, defaults={"seeds": "5"})
+    assert (plain.grid.seeds, plain.grid.methods) == ((5,), ("flap",))
+
+
+def test_layers_leave_out_the_default_sparsities() -> None:
+    flags = {"tasks": TASK, "methods": "griffin", "layers": "0-1", "keep": "0.5"}
+    request = SweepRequest.collect("compare", flags, defaults={"sparsities": "0.5"})
+    assert request.grid.sparsities == ()
+    assert [cell.method for cell in request.cells()] == ["dense", "griffin"]
 
 
 @pytest.mark.parametrize(
@@ -218,6 +243,11 @@ def test_a_file_and_flags(tmp_path: Path) -> None:
         ({"options": {"limit": "many"}}, "limit = 'many'"),
         ({"options": {"limit": True}}, "limit = True"),
         ({"options": {"protocol": "full"}}, "write protocols"),
+        (
+            {"task_options": {"arc_eazy": {"limit": 1}}, "tasks": "arc_easy"},
+            "did you mean arc_easy",
+        ),
+        ({"task_options": {TASK: {"limit": 0}}}, "limit = 0 must be 1 or more"),
         ({"overrides": {"compensate": True}}, 'did you mean "compensation"'),
         ({"overrides": {"score": "weigth"}}, "did you mean weight"),
     ],
@@ -227,11 +257,6 @@ def test_errors_are_one_sentence(data: dict[str, Any], words: str) -> None:
         cells(**{"methods": "griffin", **data})
     assert words in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_an_unknown_method_is_an_unknown_name() -> None:
-    with pytest.raises(UnknownName):
-        cells(methods="wandaa")
 
 
 names = st.lists(
@@ -257,8 +282,8 @@ def test_the_number_of_cells(
     each = ("dense" in methods) + pruned * len(sparsities)
     assert len(found) == tasks * len(seeds) * each == len({c.key for c in found})
     as_text = {k: ", ".join(map(str, v)) for k, v in data.items()}
-    assert expand(spec(as_text)) == found
-    assert expand(spec({**data, "sparsities": [*sparsities, sparsities[0]]})) == found
+    assert expand(collect(as_text)) == found
+    assert cells(**{**data, "sparsities": [*sparsities, sparsities[0]]}) == found
 
 
 ranges = st.tuples(st.integers(0, 3), st.integers(0, 3)).map(lambda p: f"{min(p)}-{max(p)}")
@@ -289,12 +314,12 @@ def test_layer_tables_say_what_was_asked(
 @settings(max_examples=200, deadline=None)
 @given(
     st.dictionaries(
-        st.sampled_from([*spec({"tasks": "x"}).model_fields_set, "methods", "layers", "keep", "x"]),
+        st.sampled_from(["tasks", "methods", "layers", "keep", "x"]),
         st.none() | st.text(max_size=6) | st.integers() | st.floats() | st.lists(st.text()),
         max_size=4,
     )
 )
 def test_nonsense_is_a_config_error_or_a_specification(data: dict[str, Any]) -> None:
     with contextlib.suppress(ConfigError):
-        found = spec({"tasks": "x", **data})
+        found = collect({"tasks": "x", **data})
         assert found.tasks and found.methods

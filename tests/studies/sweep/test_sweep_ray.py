@@ -15,7 +15,7 @@ import sweep_fakes
 from dart_llm.errors import LoadError, MissingExtra
 from dart_llm.studies.sweep import ray_backend as engine_ray
 from dart_llm.studies.sweep.cells import read_timing
-from dart_llm.studies.sweep.study import LoadedModelCache as HeldModel
+from dart_llm.studies.sweep.compute import LoadedModelCache
 from sweep_fakes import KILL, SLOW, cells, compute, quiet_sweep, without_model
 from tiny_gpt2 import write_gpt2
 
@@ -28,7 +28,10 @@ BESIDE = "results.jsonl", "masks.safetensors", "cells.csv"
 @pytest.fixture
 def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    path = [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    path = [
+        str(Path(sweep_fakes.__file__).parent),
+        *os.environ.get("PYTHONPATH", "").split(os.pathsep),
+    ]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))  # for the workers
     write_gpt2(tmp_path / "model")
     sweep_fakes.write_text(tmp_path)
@@ -144,9 +147,9 @@ def test_a_cluster_that_is_not_there(base: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_worker_holds_one_model_through_a_sweep_and_no_longer() -> None:
-    seen: list[HeldModel] = []
+    seen: list[LoadedModelCache] = []
 
-    def look(data: dict[str, Any], held: HeldModel) -> dict[str, bytes]:
+    def look(data: dict[str, Any], held: LoadedModelCache) -> dict[str, bytes]:
         seen.append(held)
         return {"name": data["name"]}
 

@@ -22,9 +22,9 @@ WITHOUT = {"slim": "native", "graph": "compact"}
 """What runs where no whole step can."""
 
 
-def effective_executor(executor: str, steps: int, lives: Iterable[SequenceState]) -> str:
+def effective_executor(executor: str, steps: int, states: Iterable[SequenceState]) -> str:
     """``executor``, or what ran in its place where tokens were decoded and none by a whole step."""
-    if steps or not any(life.decoded for life in lives):
+    if steps or not any(state.decoded for state in states):
         return executor
     return WITHOUT.get(executor, executor)
 

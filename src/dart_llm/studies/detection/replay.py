@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.experiments.stats import text_intervals
 from dart_llm.pruning.drift import Check, Detector, Rule, guards_allow, make_rule
 from dart_llm.pruning.registry import DRIFT_RULES, METHODS
 from dart_llm.studies.detection.signals import Recorded
@@ -152,10 +152,6 @@ def similarities(signal: Recorded, prompt: int, window: int) -> list[tuple[int, 
     return [(at, check.similarity[0]) for at, check in found.checks]
 
 
-RESAMPLES = 2000
-
-LEVEL = 0.95
-
 Array = NDArray[np.float64]
 
 Ends = tuple[float, float] | None
@@ -249,8 +245,8 @@ def rates(outcomes: Sequence[Outcome], seed: int = 0, intervals: bool = True) ->
     once = _statistics(outcomes, np.ones((1, len(outcomes))))
     point = {name: float(values[0]) for name, values in once.items()}
     ends: dict[str, Ends] = {}
-    if intervals and len(outcomes) > 1:
-        ends = bootstrap(lambda weights: _statistics(outcomes, weights), len(outcomes), seed)
+    if intervals:
+        ends = text_intervals(lambda weights: _statistics(outcomes, weights), len(outcomes), seed)
     alarms, decoded = (sum(getattr(o, n) for o in outcomes) for n in ("alarms", "decoded"))
     return Rates(
         changes=sum(len(o.delays) for o in outcomes),
@@ -318,42 +314,6 @@ def _medians(outcomes: Sequence[Outcome], weights: Array) -> Array:
     low, high = (delays[(counts >= np.maximum(rank, 1)).argmax(1)] for rank in ranks)
     medians: Array = np.where(whole[:, 0] > 0, (low + high) / 2, math.nan)
     return medians
-
-
-def bootstrap(
-    statistics: Callable[[Array], dict[str, Array]], n: int, seed: int
-) -> dict[str, Ends]:
-    """Percentile intervals of named statistics of ``n`` texts, drawn with replacement.
-
-    ``statistics`` takes [B, n], how often each text was drawn, and gives [B] by name.  The
-    percentiles lie further out than 2.5 and 97.5, so that intervals over few texts are wide enough
-    (Hesterberg, "What Teachers Should Know About the Bootstrap", The American Statistician 69,
-    2015, section 5.2).  Draws in which a statistic is nan are left out of its interval.
-    """
-    draws = np.random.default_rng(seed).multinomial(n, [1 / n] * n, size=RESAMPLES)
-    tail = NormalDist().cdf(-_student(0.5 + LEVEL / 2, n - 1) * math.sqrt(n / (n - 1)))
-    ends: dict[str, Ends] = {}
-    for name, found in statistics(draws.astype(np.float64)).items():
-        values = found[~np.isnan(found)]
-        low, high = np.quantile(values, [tail, 1 - tail]) if len(values) else (math.nan, math.nan)
-        ends[name] = None if math.isnan(low) else (float(low), float(high))
-    return ends
-
-
-def _student(p: float, degrees: int) -> float:
-    """Quantile of Student's t: exact for 1 and 2 degrees, else Abramowitz and Stegun 26.7.5."""
-    if degrees == 1:
-        return math.tan(math.pi * (p - 0.5))
-    if degrees == 2:
-        return (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))
-    z = NormalDist().inv_cdf(p)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + math.fsum(term / degrees ** (power + 1) for power, term in enumerate(terms))
 
 
 def auc(same: Sequence[float], other: Sequence[float]) -> float | None:

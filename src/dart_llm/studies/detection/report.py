@@ -1,34 +1,25 @@
-"""Tables and curves of detection.
-
-Pictures of detection: rates, delays and false alarms by rule; delay against false alarms.
-"""
+"""Tables, conclusion and figures of detection.json."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from dart_llm.experiments.store import mapping
-from dart_llm.files import write_csv, write_text
 from dart_llm.reporting.figures import (
     DASHES,
     INK,
     KEY_LINE,
     LOOKS,
     Drawing,
-    Kit,
     Palette,
     Plot,
     key,
     looks,
     mark,
-    web_looks,
 )
-from dart_llm.reporting.table import table_lines
+from dart_llm.reporting.table import Column, Table
 from dart_llm.reporting.words import count
 
 if TYPE_CHECKING:
@@ -36,59 +27,51 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# The tables of detection.json: Markdown, CSV, and the one on the terminal.
+Row = Mapping[str, Any]
 
-
-HEADS = (
-    "signal",
-    "rule",
-    "found",
-    "rate",
-    "delay, median",
-    "delay with misses",
-    "false alarms / 1,000",
-    "late",
-    "blind",
-    "gain",
+RULES = (
+    Column("signal", "signal", wrap=False),
+    Column("rule", "rule", wrap=False),
+    Column("found", lambda row: f"{row['detected']}/{row['changes']}"),
+    Column("rate", "rate", ".0%", "rate_interval"),
+    Column("delay, median", "delay_median", ".0f", "delay_interval"),
+    Column("delay with misses", "delay_with_misses", ".0f", "delay_with_misses_interval"),
+    Column("false alarms / 1,000", "false_alarms_per_1000", ".1f", "fa_interval"),
+    Column("late", "late"),
+    Column("blind", "blind_rate", ".0%"),
+    Column("gain", "gain", "+.0%", "gain_interval"),
 )
 
-Rows = Sequence[Mapping[str, Any]]
+SIGNALS = (
+    Column("signal", "signal"),
+    Column(
+        "layers",
+        "layers",
+        lambda own: "-".join(map(str, dict.fromkeys((own[0], own[-1])))) if own else "",
+    ),
+    Column("window", "window"),
+    Column("AUC of one window", "auc", ".2f", "auc_interval"),
+)
+
+POINTS = (
+    Column("signal", "signal"),
+    Column("W", "window"),
+    Column("n0", "n0"),
+    Column("k", "k", "g"),
+    Column("rate", "rate", ".0%"),
+    Column("delay, median", "delay", ".0f"),
+    Column("delay with misses", "delay_with_misses", ".0f"),
+    Column("f.a. / 1,000", "false_alarms_per_1000", ".1f"),
+)
 
 
-def cells(row: Mapping[str, Any]) -> list[str]:
-    """One row for people, under ``HEADS``; intervals in brackets."""
-    delay = row["delay_median"]
-    return [
-        row["signal"],
-        row["rule"],
-        f"{row['detected']}/{row['changes']}",
-        _with(f"{row['rate']:.0%}", row["rate_interval"], "{:.0%}"),
-        "-" if delay is None else _with(f"{delay:.0f}", row["delay_interval"], "{:.0f}"),
-        _with(f"{row['delay_with_misses']:.0f}", row["delay_with_misses_interval"], "{:.0f}"),
-        _with(f"{row['false_alarms_per_1000']:.1f}", row["fa_interval"], "{:.1f}"),
-        str(row["late"]),
-        f"{row['blind_rate']:.0%}",
-        _with(f"{row['gain']:+.0%}", row["gain_interval"], "{:+.0%}"),
-    ]
+def rules_table(document: Row) -> Table:
+    """The rows; delays in tokens, intervals in brackets."""
+    caption = table_title(document)
+    return Table("detection", caption, RULES, document["rows"], left=2, nothing="-")
 
 
-def _with(text: str, ends: Sequence[float] | None, form: str) -> str:
-    return text if ends is None else f"{text} [{form.format(ends[0])}, {form.format(ends[1])}]"
-
-
-def rich_table(document: Mapping[str, Any]) -> Table:
-    """The rows; delays in tokens."""
-    table = Table(title=table_title(document), title_justify="left")
-    for number, head in enumerate(HEADS):
-        table.add_column(
-            head, justify="left" if number < 2 else "right", no_wrap=number < 2, min_width=4
-        )
-    for row in document["rows"]:
-        table.add_row(*cells(row))
-    return table
-
-
-def table_title(document: Mapping[str, Any]) -> str:
+def table_title(document: Row) -> str:
     """What was tried on what."""
     passages, settings = document["passages"], document["settings"]
     name = str(document["checkpoint"].get("name") or settings["model"]).rstrip("/")
@@ -100,9 +83,9 @@ def table_title(document: Mapping[str, Any]) -> str:
     )
 
 
-def conclusion(document: Mapping[str, Any]) -> str:
+def conclusion(document: Row) -> str:
     """One plain sentence about the rules, and one about the signals."""
-    rows: Rows = document["rows"]
+    rows: Sequence[Row] = document["rows"]
     best = max(rows, key=lambda row: (row["gain"], -row["false_alarms_per_1000"]))
     sure = [row for row in rows if row["gain_interval"] and row["gain_interval"][0] > 0]
     found = (
@@ -126,71 +109,23 @@ def conclusion(document: Mapping[str, Any]) -> str:
     return found
 
 
-def _name(row: Mapping[str, Any]) -> str:
+def _name(row: Row) -> str:
     return f"{row['rule']} on {row['signal']}" if row["signal"] != "none" else str(row["rule"])
 
 
-def markdown(document: Mapping[str, Any]) -> str:
+def markdown(document: Row) -> str:
     """The tables, what their columns mean, and the conclusion."""
-    lines = ["# Detection quality", "", table_title(document) + ".", ""]
-    lines += table_lines(HEADS, [cells(row) for row in document["rows"]], left=2)
-    lines += ["", conclusion(document), "", "## Signals", ""]
-    heads: tuple[str, ...] = ("signal", "layers", "window", "AUC of one window")
-    lines += table_lines(heads, [_signal_cells(row) for row in document["signals"]], left=2)
-    lines += ["", "## Curves", ""]
-    heads = ("signal", "W", "n0", "k", "rate", "delay, median", "delay with misses", "f.a. / 1,000")
-    lines += table_lines(heads, [_point_cells(*point) for point in points(document)], left=1)
-    lines += ["", "## What the columns mean", ""]
-    lines += [f"- `{name}`: {words}" for name, words in document["definitions"].items()]
-    return "\n".join([*lines, ""])
+    points = [{**curve, **point} for curve in document["curves"] for point in curve["points"]]
+    signals = Table("", "", SIGNALS, document["signals"], left=2, nothing="-")
+    curves = Table("", "", POINTS, points, nothing="-")
+    definitions = (f"- `{name}`: {words}" for name, words in document["definitions"].items())
+    lines = ["# Detection quality", "", f"{table_title(document)}.", ""]
+    lines += [*rules_table(document).lines(), "", conclusion(document), ""]
+    lines += ["## Signals", "", *signals.lines(), "", "## Curves", "", *curves.lines(), ""]
+    return "\n".join([*lines, "## What the columns mean", "", *definitions, ""])
 
 
-def _signal_cells(row: Mapping[str, Any]) -> list[str]:
-    layers = row["layers"]
-    ends = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else "".join(map(str, layers))
-    value = row["auc"]
-    auc = "-" if value is None else _with(f"{value:.2f}", row["auc_interval"], "{:.2f}")
-    return [row["signal"], ends, str(row["window"]), auc]
-
-
-def points(document: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """Every point of every curve, with its curve."""
-    return [(curve, point) for curve in document["curves"] for point in curve["points"]]
-
-
-def _point_cells(curve: Mapping[str, Any], point: Mapping[str, Any]) -> list[str]:
-    delay = point["delay"]
-    return [
-        curve["signal"],
-        str(curve["window"]),
-        str(curve["n0"]),
-        f"{point['k']:g}",
-        f"{point['rate']:.0%}",
-        "-" if delay is None else f"{delay:.0f}",
-        f"{point['delay_with_misses']:.0f}",
-        f"{point['false_alarms_per_1000']:.1f}",
-    ]
-
-
-def write(folder: Path, document: Mapping[str, Any]) -> None:
-    """``detection.md`` and ``detection.csv`` (the rows, intervals as two columns)."""
-    write_text(folder / "detection.md", markdown(document))
-    rows = [_flat(row) for row in document["rows"]]
-    write_csv(folder / "detection.csv", rows[0], [list(row.values()) for row in rows])
-
-
-def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in row.items():
-        if name.endswith("_interval"):
-            low, high = value or (None, None)
-            found.update({f"{name}.low": low, f"{name}.high": high})
-        else:
-            found[name] = value
-    return found
-
-
-# Plots of detection.json: detection rate and delay against false alarms, a curve per signal.
+# Detection rate and delay against false alarms, a curve per signal.
 
 
 BLIND = "blind rule"
@@ -200,16 +135,14 @@ QUANTITIES = (
     ("delay_with_misses", "mean delay (tokens),\na miss = horizon", 1.0),
 )
 
-Curve = Mapping[str, Any]
 
-
-def make_curves(document: Mapping[str, Any]) -> list[Plot]:
+def make_curves(document: Row) -> list[Plot]:
     """One plot per window length, the first named ``detection``; a column of panels per n0."""
     windows = list(dict.fromkeys(curve["window"] for curve in document["curves"]))
     return [_plot(document, window, first=number == 0) for number, window in enumerate(windows)]
 
 
-def _plot(document: Mapping[str, Any], window: int, first: bool) -> Plot:
+def _plot(document: Row, window: int, first: bool) -> Plot:
     curves = [curve for curve in document["curves"] if curve["window"] == window]
     counts = list(dict.fromkeys(curve["n0"] for curve in curves))
     names = list(dict.fromkeys(curve["signal"] for curve in curves))
@@ -248,7 +181,7 @@ def _plot(document: Mapping[str, Any], window: int, first: bool) -> Plot:
     )
 
 
-def _checkpoint(document: Mapping[str, Any]) -> str:
+def _checkpoint(document: Row) -> str:
     known = mapping(document["checkpoint"])
     parts = [f"file quantisation {known.get('file_quantisation') or 'none'}", known.get("dtype")]
     if known.get("sha256"):
@@ -278,9 +211,7 @@ def _panels(
     return found, above
 
 
-def _draw(
-    axes: Axes, curves: Sequence[Curve], looks: Mapping[str, Any], name: str, horizon: int
-) -> None:
+def _draw(axes: Axes, curves: Sequence[Row], looks: Row, name: str, horizon: int) -> None:
     label, factor = next((words, factor) for key_, words, factor in QUANTITIES if key_ == name)
     for curve in curves:
         x = [point["false_alarms_per_1000"] for point in curve["points"]]
@@ -315,8 +246,6 @@ def blind_rules(name: str, per_token: float, horizon: int) -> float:
     return horizon * (1 - expected / 2) if expected <= 1 else 1 / (2 * per_token)
 
 
-Row = Mapping[str, Any]
-
 NUMBERS: tuple[tuple[str, str, str, float], ...] = (
     ("rate", "rate_interval", "changes detected (%)", 100.0),
     ("delay_median", "delay_interval", "median delay (tokens)", 1.0),
@@ -325,25 +254,25 @@ NUMBERS: tuple[tuple[str, str, str, float], ...] = (
 """Key, field of the interval, axis, factor."""
 
 
-def make_drawings(found: Row) -> Iterator[Drawing]:
-    """The rates, then the curves of each window length, if the folder holds a detection.json."""
-    if found.get("rows"):
-        yield _rates(found)
-    windows = list(dict.fromkeys(curve["window"] for curve in found.get("curves") or ()))
-    for plot, window in zip(make_curves(found) if windows else (), windows, strict=True):
-        yield _curves(plot, found, window)
+def make_drawings(document: Row) -> Iterator[Drawing]:
+    """The rates, then the curves of each window length, if there is a detection.json."""
+    if document.get("rows"):
+        yield Drawing(_rates(document))
+    if document.get("curves"):
+        yield from map(Drawing, make_curves(document))
 
 
 def name(row: Row) -> str:
+    """Signal and rule, as an axis has them."""
     return str(row["rule"]) if row["signal"] == "none" else f"{row['signal']}, {row['rule']}"
 
 
-def _rates(found: Mapping[str, Any]) -> Drawing:
-    rows = found["rows"]
+def _rates(document: Row) -> Plot:
+    rows = document["rows"]
     signals = list(dict.fromkeys(str(row["signal"]) for row in rows))
     bounded = any(row.get(ends) for row in rows for _, ends, _, _ in NUMBERS)
     words = "whiskers: 95 % intervals over passages" if bounded else "no intervals"
-    small = f"{words} · {table_title(found)}"
+    small = f"{words} · {table_title(document)}"
 
     def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
         styles = looks(signals, palette)
@@ -366,100 +295,5 @@ def _rates(found: Mapping[str, Any]) -> Drawing:
     listed = "; ".join(f"{name(row)}: {100 * row['rate']:.0f} %" for row in rows)
     alt = f"Points: detection rate, delay and false alarms. {listed}."
     tall = 0.24 * len(rows)
-    title = conclusion(found).partition(". ")[0]
-    plot = Plot("detection_rates", title, alt, small, 1.2 + tall, draw, 1.6 + 3 * (tall + 0.5))
-    return Drawing(plot, lambda kit: _web_rates(kit, rows, signals), "", 160 + 24 * len(rows), 3)
-
-
-def _web_rates(kit: Kit, rows: Sequence[Row], signals: Sequence[str]) -> Any:
-    figure = kit.subplots(rows=1, cols=3, shared_yaxes=True, horizontal_spacing=0.03)
-    found = web_looks(signals, kit)
-    for column, (field, ends, label, factor) in enumerate(NUMBERS, start=1):
-        known = [row for row in rows if row[field] is not None]
-        low, high = ([_end(row, field, ends, side) * factor for row in known] for side in (0, 1))
-        markers = [found[str(row["signal"])]["marker"] for row in known]
-        trace = kit.go.Scatter(
-            x=[factor * row[field] for row in known],
-            y=[name(row) for row in known],
-            mode="markers",
-            cliponaxis=False,
-            marker={
-                "symbol": [marker["symbol"] for marker in markers],
-                "color": [marker["color"] for marker in markers],
-                "size": 9,
-                "line": {"color": INK, "width": 0.9},
-            },
-            error_x={"type": "data", "array": high, "arrayminus": low, "color": INK},
-            hovertemplate="%{y}: %{x:.1f}<extra></extra>",
-            showlegend=False,
-        )
-        figure.add_trace(trace, row=1, col=column)
-        title = label.replace("\n", "<br>").replace(" (", "<br>(")
-        figure.update_xaxes(title_text=title, rangemode="tozero", row=1, col=column)
-    order = [name(row) for row in rows][::-1]
-    figure.update_yaxes(categoryorder="array", categoryarray=order, tickfont={"size": 11})
-    return figure
-
-
-def _end(row: Row, field: str, ends: str, side: int) -> float:
-    """The length of one whisker."""
-    return abs(row[ends][side] - row[field]) if row.get(ends) else 0.0
-
-
-def _curves(plot: Plot, found: Mapping[str, Any], window: int) -> Drawing:
-    curves = [curve for curve in found["curves"] if curve["window"] == window]
-    counts = list(dict.fromkeys(curve["n0"] for curve in curves))
-    horizon = int(found["settings"]["horizon"])
-    return Drawing(
-        plot, lambda kit: _web_curves(kit, curves, counts, horizon), "", 460, len(counts)
-    )
-
-
-def _web_curves(kit: Kit, curves: Sequence[Row], counts: Sequence[int], horizon: int) -> Any:
-    """Mean delay, a miss counting as the horizon, over false alarms; the blind rule dashed."""
-    figure = kit.subplots(rows=1, cols=len(counts), shared_yaxes=True, horizontal_spacing=0.04)
-    found = web_looks(list(dict.fromkeys(curve["signal"] for curve in curves)), kit)
-    most = max(p["false_alarms_per_1000"] for curve in curves for p in curve["points"])
-    blind = [max(1.0, most) * step / 40 for step in range(41)]
-    for column, n0 in enumerate(counts, start=1):
-        for curve in curves:
-            if curve["n0"] == n0:
-                figure.add_trace(_web_curve(kit, curve, found, column == 1), row=1, col=column)
-        trace = kit.go.Scatter(
-            x=blind,
-            y=[blind_rules("delay", rate / 1000, horizon) for rate in blind],
-            name=BLIND,
-            legendgroup="blind",
-            showlegend=column == 1,
-            mode="lines",
-            line={"color": INK, "width": 1.5, "dash": "6px,4px"},
-            hoverinfo="skip",
-        )
-        figure.add_trace(trace, row=1, col=column)
-        title = f"n0 = {n0}: false alarms<br>per 1,000 tokens"
-        figure.update_xaxes(title_text=title, rangemode="tozero", row=1, col=column)
-    figure.update_yaxes(rangemode="tozero")
-    words = "mean delay (tokens),<br>a miss = horizon"
-    figure.update_yaxes(title_text=words, row=1, col=1)
-    return figure
-
-
-def _web_curve(kit: Kit, curve: Row, found: Mapping[str, Any], named: bool) -> Any:
-    known = sorted(
-        curve["points"], key=lambda p: (p["false_alarms_per_1000"], p["delay_with_misses"])
-    )
-    return kit.go.Scatter(
-        x=[point["false_alarms_per_1000"] for point in known],
-        y=[point["delay_with_misses"] for point in known],
-        name=curve["signal"],
-        legendgroup=curve["signal"],
-        showlegend=named,
-        mode="lines+markers",
-        customdata=[
-            f"k = {point['k']:g}: {100 * point['rate']:.0f} % detected, "
-            f"{point['false_alarms_per_1000']:.2f} false alarms per 1,000"
-            for point in known
-        ],
-        hovertemplate="%{y:.0f} tokens late<br>%{customdata}",
-        **found[curve["signal"]],
-    )
+    title = conclusion(document).partition(". ")[0]
+    return Plot("detection_rates", title, alt, small, 1.2 + tall, draw, 1.6 + 3 * (tall + 0.5))

@@ -4,38 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import model_validator
 
 from dart_llm.errors import ConfigError
-from dart_llm.settings import BaseSettings, check_least, setting, words
+from dart_llm.settings import ModelOptions, PruningOptions, StudyOptions, setting, words
 
 PANEL = "Detection"
 
 T = TypeVar("T")
 
-LEAST = {"prompt_tokens": 16, "observe_tokens": 1, "horizon": 1, "limit": 1}
-"""The least value of each number; a shorter prompt has no attention distribution."""
 
-_PRUNING = frozenset(
-    name
-    for name, field in BaseSettings.model_fields.items()
-    if isinstance(field.json_schema_extra, dict)
-    and field.json_schema_extra.get("panel") == "Pruning"
-)
-
-
-class DetectSettings(BaseSettings):
+class DetectSettings(StudyOptions, ModelOptions):
     """``dart-llm detect``: the model runs dense, so nothing about pruning can be set."""
 
-    UNUSED: ClassVar[frozenset[str]] = _PRUNING
-
-    method: str = setting("Pruning", "The model runs dense.", "dense")
     passages: str | None = setting(
         PANEL, "shipped, or a JSONL file of passages with known changes (default: shipped)."
     )
-    limit: int | None = setting(PANEL, "The first N passages (default: all).")
+    limit: int | None = setting(PANEL, "The first N passages (default: all).", ge=1)
     signals: str = setting(
         PANEL,
         "Signals, comma-separated; attention-scores needs eager attention.",
@@ -46,11 +33,12 @@ class DetectSettings(BaseSettings):
         'Drift rules, or methods whose rule and guards to take, e.g. paper,dart,"interval 64" '
         "(default: every rule, interval 64, and dart-prompt).",
     )
-    prompt_tokens: int = setting(PANEL, "Prompt: the first tokens of a passage.", 256)
+    # a shorter prompt has no attention distribution
+    prompt_tokens: int = setting(PANEL, "Prompt: the first tokens of a passage.", 256, ge=16)
     observe_tokens: int = setting(
-        PANEL, "Tokens observed after a trigger, by rules that are no method's.", 32
+        PANEL, "Tokens observed after a trigger, by rules that are no method's.", 32, ge=1
     )
-    horizon: int = setting(PANEL, "A change is detected within so many tokens.", 128)
+    horizon: int = setting(PANEL, "A change is detected within so many tokens.", 128, ge=1)
     windows: str = setting(PANEL, "Curves: tokens of a window.", "10")
     counts: str = setting(PANEL, "Curves: low windows to a trigger (n0).", "1,2,3")
     thresholds: str = setting(
@@ -60,17 +48,12 @@ class DetectSettings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _nothing_about_pruning(cls, data: Any) -> Any:
-        for name in sorted(_PRUNING & set(data)):
-            if data[name] != cls.model_fields[name].default:
-                raise ConfigError(
-                    f"detect runs the model dense: leave out {name} (in the settings file, or the "
-                    f"variable DART_{name.upper()})"
-                )
+        for name in sorted(PruningOptions.model_fields.keys() & set(data)):
+            raise ConfigError(f"detect runs the model dense: leave out {name}")
         return data
 
     @model_validator(mode="after")
     def _check_detect(self) -> DetectSettings:
-        check_least(self, LEAST)
         self._check_kernel()
         for least, values in ((2, self.window_list()), (1, self.count_list())):
             if min(values) < least:
@@ -104,17 +87,19 @@ class DetectSettings(BaseSettings):
         return (*plain, "interval 64", "dart-prompt")
 
     def window_list(self) -> tuple[int, ...]:
+        """Window lengths of the curves."""
         return _list("windows", self.windows, int)
 
     def count_list(self) -> tuple[int, ...]:
+        """Low windows to a trigger, of the curves."""
         return _list("counts", self.counts, int)
 
     def threshold_list(self) -> tuple[float, ...]:
         """Rising; raises ``ConfigError`` for what is no finite number."""
-        found = _list("thresholds", self.thresholds, float)
-        if not all(abs(k) < float("inf") for k in found):
+        thresholds = _list("thresholds", self.thresholds, float)
+        if not all(abs(k) < float("inf") for k in thresholds):
             raise ConfigError(f'--thresholds "{self.thresholds}" must hold finite numbers')
-        return tuple(sorted(found))
+        return tuple(sorted(thresholds))
 
     @property
     def experiment(self) -> str:
@@ -131,9 +116,3 @@ def _list(name: str, text: str, kind: Callable[[str], T]) -> tuple[T, ...]:
         return tuple(dict.fromkeys(kind(part) for part in parts))
     except ValueError:
         raise ConfigError(f'--{name} "{text}" must be numbers, comma-separated') from None
-
-
-def identity(settings: DetectSettings, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What makes two runs the same run."""
-    asked = settings.model_dump(mode="json", exclude=set(_PRUNING))
-    return {"kind": "detect", **asked, "inputs": inputs}

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dart_llm.reporting.figures import INK, SOFT, Drawing, Kit, Palette, Plot
 from dart_llm.reporting.words import percent
-from dart_llm.studies.drift import view as drift_masks
-from dart_llm.studies.drift import view as drift_words
-from dart_llm.studies.drift.plots import remasked
-from dart_llm.studies.drift.view import DriftCell, DriftView, Flow
+from dart_llm.studies.drift.plots import remasked, web_keys
+from dart_llm.studies.drift.view import DriftCell, DriftView, Flow, cell_name, columns, flow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,11 +25,13 @@ if TYPE_CHECKING:
 
 KINDS = ("kept", "left", "joined", "out")
 
+WORDS = {"kept": "kept", "left": "left", "joined": "joined", "out": "pruned in both"}
+
 COLOURS = {"kept": "#114260", "left": "#f19d6b", "joined": "#818232", "out": "#d5d8dc"}
 """batlow, apart in lightness too: dark, light, middle, pale."""
 
-PALE = "#7d97a6"
-"""The kept neurons of an interactive figure: its labels stand on them."""
+WEB_COLOURS = {**COLOURS, "kept": "#7d97a6"}
+"""Of an interactive figure: its labels stand on the kept neurons."""
 
 HATCHES = {"kept": "", "left": "\\\\\\", "joined": "///", "out": ""}
 
@@ -41,35 +42,38 @@ THICK, GAP = 0.05, 0.06
 def make(view: DriftView) -> Iterator[Drawing]:
     """One per cell with masks of two topics, or two masks where topics have no places."""
     for cell, masks in remasked(view):
-        columns = drift_masks.columns(cell)
-        if len(columns) < 2:
-            continue
-        numbers = [number for _, number in columns]
-        flows = [drift_masks.flow(masks, a, b) for a, b in zip(numbers, numbers[1:], strict=False)]
-        yield _drawing(view, cell, [name for name, _ in columns], flows)
+        names = [name for name, _ in columns(cell)]
+        numbers = [number for _, number in columns(cell)]
+        if len(names) > 1:
+            yield _drawing(view, cell, names, [flow(masks, *two) for two in pairwise(numbers)])
 
 
 def _drawing(
     view: DriftView, cell: DriftCell, names: Sequence[str], flows: Sequence[Flow]
 ) -> Drawing:
-    keep = (flows[0].kept + flows[0].left) / _total(flows[0])
-    title = drift_words.flow_title(cell, names, flows, keep)
-    small = f"shares of all FFN neurons, all layers together · {view.results.small_print}"
-
     def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
         axes = figure.subplots()
         axes.axis("off")
-        for place, flow in enumerate(flows):
-            _ribbons(axes, place, flow, narrow)
+        for place, between in enumerate(flows):
+            _ribbons(axes, place, between, narrow)
         for place, name in enumerate(names):
-            flow = flows[min(place, len(flows) - 1)]
-            live = flow.kept + (flow.joined if place == len(flows) else flow.left)
-            _column(axes, place, live / _total(flow), name, narrow)
+            between = flows[min(place, len(flows) - 1)]
+            live = between.kept + (between.joined if place == len(flows) else between.left)
+            _column(axes, place, live / _total(between), name, narrow)
         axes.set(xlim=(-0.12, len(flows) + 0.12), ylim=(-0.04, 1.16 + GAP))
 
-    alt = f"Flow of neurons between masks. {title}"
-    plot = Plot("flow", title, alt, small, 3.7, draw)
-    return Drawing(plot, lambda kit: _web(kit, names, flows), drift_words.choice(cell), 420)
+    keep = (flows[0].kept + flows[0].left) / _total(flows[0])
+    told = "; ".join(
+        f"{old} to {new}: {percent(f.share_kept, 0)} of the live neurons kept"
+        for (old, new), f in zip(pairwise(names), flows, strict=True)
+    )
+    small = f"shares of all FFN neurons, all layers together · {told} (independent masks: "
+    small += f"{percent(keep, 0)})"
+    title = f"{cell_name(cell)}: neurons from one mask to the next"
+    plot = Plot(
+        "flow", title, f"Flow of neurons between masks. {told}.", view.noted(small), 3.7, draw
+    )
+    return Drawing(plot, lambda kit: _web(kit, names, flows), cell_name(cell), 420)
 
 
 def _total(flow: Flow) -> int:
@@ -110,11 +114,10 @@ def _ribbons(axes: Axes, place: int, flow: Flow, narrow: bool) -> None:
         )
         if height > 0.035:
             side = 0.5 if kind in ("kept", "out") else 0.22
-            word = "pruned in both" if kind == "out" else kind
             axes.text(
                 place + side,
                 float(np.interp(side, x, low)) + height / 2,
-                f"{word} {percent(height, 0)}",
+                f"{WORDS[kind]} {percent(height, 0)}",
                 ha="center",
                 va="center",
                 fontsize=8 if narrow else 9,
@@ -145,14 +148,15 @@ def _column(axes: Axes, place: int, live: float, name: str, narrow: bool) -> Non
 
 def _web(kit: Kit, names: Sequence[str], flows: Sequence[Flow]) -> Any:
     """The interactive figure."""
-    sankey = kit.go.Sankey(
-        arrangement="snap",
-        domain={"y": [0.14, 1]},
-        node=_nodes(names),
-        link=_links(flows),
+    area = {"y": [0.14, 1]}
+    figure = kit.go.Figure(
+        kit.go.Sankey(arrangement="snap", domain=area, node=_nodes(names), link=_links(flows))
     )
-    figure = kit.go.Figure(sankey)
-    _legend(kit, figure, flows)
+    keys = {}
+    for kind in KINDS:
+        share = f" {percent(getattr(flows[0], kind) / _total(flows[0]), 0)}"
+        keys[WORDS[kind] + (share if len(flows) == 1 else "")] = WEB_COLOURS[kind]
+    web_keys(kit, figure, keys)
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False)
     return figure
@@ -181,42 +185,18 @@ def _nodes(names: Sequence[str]) -> dict[str, Any]:
 def _links(flows: Sequence[Flow]) -> dict[str, Any]:
     """Those that hold neurons, in the order of ``KINDS``, between the nodes of ``_nodes``."""
     links: list[tuple[int, int, int, str]] = []
-    for place, flow in enumerate(flows):
+    for place, between in enumerate(flows):
         live, pruned, new_live, new_pruned = range(2 * place, 2 * place + 4)
-        pairs = {
-            "kept": (live, new_live),
-            "left": (live, new_pruned),
-            "joined": (pruned, new_live),
-            "out": (pruned, new_pruned),
-        }
-        links += [(*pairs[kind], getattr(flow, kind), kind) for kind in KINDS]
-    links = [link for link in links if link[2]]
+        starts, ends = (live, live, pruned, pruned), (new_live, new_pruned, new_live, new_pruned)
+        sizes = [getattr(between, kind) for kind in KINDS]
+        links += [link for link in zip(starts, ends, sizes, KINDS, strict=True) if link[2]]
+    sources, targets, values, kinds = (list(part) for part in zip(*links, strict=True))
     return {
-        "source": [link[0] for link in links],
-        "target": [link[1] for link in links],
-        "value": [link[2] for link in links],
-        "color": [_web_colour(link[3]) for link in links],
-        "label": [_web_word(link[3]) for link in links],
-        "customdata": [percent(link[2] / _total(flows[0])) for link in links],
+        "source": sources,
+        "target": targets,
+        "value": values,
+        "color": [WEB_COLOURS[kind] for kind in kinds],
+        "label": [WORDS[kind] for kind in kinds],
+        "customdata": [percent(value / _total(flows[0])) for value in values],
         "hovertemplate": "%{label}: %{value:,.0f} neurons (%{customdata} of all)<extra></extra>",
     }
-
-
-def _legend(kit: Kit, figure: Any, flows: Sequence[Flow]) -> None:
-    """Points that are nowhere: Sankeys have no legend of their own."""
-    for kind in KINDS:
-        marker = {"symbol": "square", "size": 11, "color": _web_colour(kind)}
-        word = _web_word(kind)
-        if len(flows) == 1:
-            word += f" {percent(getattr(flows[0], kind) / _total(flows[0]), 0)}"
-        figure.add_trace(
-            kit.go.Scatter(x=[None], y=[None], mode="markers", name=word, marker=marker)
-        )
-
-
-def _web_colour(kind: str) -> str:
-    return PALE if kind == "kept" else COLOURS[kind]
-
-
-def _web_word(kind: str) -> str:
-    return "pruned in both" if kind == "out" else kind

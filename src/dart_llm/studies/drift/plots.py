@@ -1,13 +1,15 @@
-"""Similarity, loss, methods, mask overlap and raster over time.
+"""The pictures of a drift study: methods compared, loss, similarity, mask overlap and raster.
 
-Picture: the methods compared: each quality with its interval, achieved sparsity beside it.
+matplotlib draws every picture on paper; of those over time where pointing helps (similarity,
+raster) plotly makes a figure too.  Neither library is imported here: ``reporting/figures.py`` hands
+over figures and makers of figures.
 """
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dart_llm.evaluation.text_metrics import NUMBERS
-from dart_llm.experiments.drift_plot import _draw as draw_checks
-from dart_llm.experiments.drift_plot import _kind as kind
-from dart_llm.experiments.drift_plot import _stretches as stretches
+from dart_llm.experiments.drift_plot import draw_checks, stretches, window_kind
 from dart_llm.pruning.records import DriftCheck
 from dart_llm.reporting.figures import (
     GREY,
     HATCHES,
     INK,
     MAX_PANELS,
-    PATTERNS,
     SOFT,
     Drawing,
     Kit,
@@ -32,47 +31,34 @@ from dart_llm.reporting.figures import (
     Plot,
     legend,
     looks,
-    web_looks,
 )
 from dart_llm.reporting.words import percent
-from dart_llm.studies.drift import view as drift_around
-from dart_llm.studies.drift import view as drift_masks
-from dart_llm.studies.drift import view as drift_words
 from dart_llm.studies.drift.losses import BIN
 from dart_llm.studies.drift.view import (
+    MODES,
     ActiveNeurons,
     DriftCell,
     DriftView,
-    Estimate,
     Masks,
     MaskSpan,
     Point,
+    accounted,
+    around,
+    cell_name,
+    chance,
+    moved,
+    overlap,
     periods,
+    plural,
+    read_masks,
+    source_name,
 )
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
-# What the pictures of a drift study share: both ways to draw one, topics on the time axis, looks.
-#
-# A picture is drawn twice from the same numbers: on a matplotlib figure for paper, and as a plotly
-# figure to point at.  Neither library is imported here: ``plots.py`` and ``plotly_page.py`` hand
-# over figures and makers of figures.
-
-
 TIME = "decoded tokens"
-
-SHADE = "cmc.lapaz_r"
-
-LAPAZ = (
-    "#fef2f3 #eaceb9 #b3ac96 #859e9c #5b8ba3 #3c70a0 #2c5292 #23317d #1a0c64"  # even steps
-).split()
-"""The colour map of overlaps (cmcrameri, Crameri 2018): from light to dark, so grey reads alike."""
-
-SHADES = [[place / (len(LAPAZ) - 1), colour] for place, colour in enumerate(LAPAZ)]
-
 BAND = "#eef0f3"
 
 HAZE = "#b9bec5"
@@ -81,6 +67,8 @@ HAZE = "#b9bec5"
 CHANGE = (0, (7, 2.5))
 """The line of a change of topic: long dashes, white between them."""
 
+# Topics and dense stretches on an axis of time.
+
 
 def bands(axes: Axes, cell: DriftCell, inside: bool = False) -> None:
     """Topics as light and white stretches with their names, changes as lines.
@@ -88,10 +76,8 @@ def bands(axes: Axes, cell: DriftCell, inside: bool = False) -> None:
     ``inside``: names stand at the bottom of the axes, else above them.
     """
     axes.set_xlim(0, max(1, cell.decoded_tokens))
-    known = [topic for topic in cell.topics if topic.start is not None]
     pixels = axes.get_window_extent().width / 9
-    for place, topic in enumerate(known):
-        start, end = topic.start or 0, topic.end or 0
+    for place, (name, start, end) in enumerate(cell.placed_topics):
         if inside and place % 2 == 0:
             axes.axvspan(start, end, facecolor=BAND, linewidth=0, zorder=0)
         if place:
@@ -99,7 +85,7 @@ def bands(axes: Axes, cell: DriftCell, inside: bool = False) -> None:
                 axes.axvline(start, color=colour, linestyle=style, linewidth=width, zorder=3)
         room = max(6, round(pixels * (end - start) / max(1, cell.decoded_tokens)))
         axes.annotate(
-            textwrap.shorten(topic.name, room, placeholder="…"),
+            textwrap.shorten(name, room, placeholder="…"),
             ((start + end) / 2, 0.0 if inside else 1.0),
             xycoords=axes.get_xaxis_transform(),
             xytext=(0, 4),
@@ -113,43 +99,51 @@ def bands(axes: Axes, cell: DriftCell, inside: bool = False) -> None:
         )
 
 
-def dense_spans(axes: Axes, periods: Sequence[MaskSpan]) -> None:
-    """Hatches where all neurons live."""
-    label = "dense: all neurons live"
-    for period in periods:
-        if period.mask is None:
-            axes.axvspan(
-                period.start,
-                period.end,
-                facecolor="white",
-                edgecolor=SOFT,
-                hatch="////",
-                linewidth=0,
-                zorder=2,
-                label=label,
-            )
-            label = "_"
+def edges(spans: Sequence[MaskSpan]) -> list[float]:
+    """Where the columns of a picture over time begin and end."""
+    return [*(float(span.start) for span in spans), float(spans[-1].end)]
 
 
-def web_bands(figure: Any, cell: DriftCell, row: int | None = None) -> None:
-    """The same on a plotly figure; ``row``: of its subplots, from 1."""
+def _over_time(axes: Axes, cell: DriftCell, rows: Any, values: Any, **look: Any) -> Any:
+    """A mesh of ``values`` [rows, spans]: hatches where all neurons live, lines at masks."""
+    spans = periods(cell)
+    mesh = axes.pcolormesh(edges(spans), rows, values, rasterized=True, **look)
+    dense = [span for span in spans if span.mask is None]
+    for place, span in enumerate(dense):
+        axes.axvspan(
+            span.start,
+            span.end,
+            facecolor="white",
+            edgecolor=SOFT,
+            hatch="////",
+            linewidth=0,
+            zorder=2,
+            label="_" if place else "dense: all neurons live",
+        )
+    for mask in cell.remasks:
+        axes.axvline(mask.step, color="white", linewidth=1.1, zorder=2)
+    bands(axes, cell)
+    axes.set_xlabel(TIME)
+    if dense:
+        axes.legend(loc="lower left", fontsize=8, frameon=True, framealpha=1)
+    return mesh
+
+
+def web_time(figure: Any, cell: DriftCell, row: int | None = None) -> None:
+    """Topics and grey dense stretches on a plotly figure; ``row``: of its subplots, from 1."""
     where = {} if row is None else {"row": row, "col": 1}
-    known = [topic for topic in cell.topics if topic.start is not None]
-    for place, topic in enumerate(known):
+    crowded = sum(len(name) for name, _, _ in cell.placed_topics) > 40
+    for place, (name, start, end) in enumerate(cell.placed_topics):
         if place % 2 == 0 and row is not None:
-            figure.add_vrect(
-                topic.start, topic.end, fillcolor=BAND, line_width=0, layer="below", **where
-            )
+            figure.add_vrect(start, end, fillcolor=BAND, line_width=0, layer="below", **where)
         if place:
-            figure.add_vline(topic.start, line={"color": "white", "width": 3}, **where)
-            line = {"color": INK, "width": 1.6, "dash": "10px,4px"}
-            figure.add_vline(topic.start, line=line, **where)
-    crowded = sum(len(topic.name) for topic in known) > 40
-    if row in (None, 1):
-        for place, topic in enumerate(known):
+            for colour, width, dash in (("white", 3, "solid"), (INK, 1.6, "10px,4px")):
+                line = {"color": colour, "width": width, "dash": dash}
+                figure.add_vline(start, line=line, **where)
+        if row in (None, 1):
             figure.add_annotation(
-                text=textwrap.shorten(topic.name, 26, placeholder="…"),
-                x=((topic.start or 0) + (topic.end or 0)) / 2,
+                text=textwrap.shorten(name, 26, placeholder="…"),
+                x=(start + end) / 2,
                 xref="x",
                 y=1.0,
                 yref="paper",
@@ -158,163 +152,81 @@ def web_bands(figure: Any, cell: DriftCell, row: int | None = None) -> None:
                 showarrow=False,
                 font={"size": 12},
             )
+    layer = "above" if row is None else "below"
+    for span in periods(cell):
+        if span.mask is None:
+            look = {"fillcolor": HAZE, "opacity": 0.7, "line_width": 0, "layer": layer}
+            figure.add_vrect(span.start, span.end, **look, **where)
     figure.update_xaxes(range=[0, max(1, cell.decoded_tokens)], **where)
 
 
-def web_dense(figure: Any, periods: Sequence[MaskSpan], row: int | None = None) -> None:
-    """Grey stretches where all neurons live."""
-    where = {} if row is None else {"row": row, "col": 1}
-    for period in periods:
-        if period.mask is None:
-            figure.add_vrect(
-                period.start,
-                period.end,
-                fillcolor=HAZE,
-                opacity=0.7,
-                line_width=0,
-                layer="above" if row is None else "below",
-                **where,
-            )
+def web_keys(kit: Kit, figure: Any, colours: Mapping[str, str]) -> None:
+    """Squares in the legend: points that are nowhere, for what has no legend of its own."""
+    for word, colour in colours.items():
+        marker = {"symbol": "square", "size": 11, "color": colour, "line_width": 1}
+        figure.add_trace(
+            kit.go.Scatter(x=[None], y=[None], mode="markers", name=word, marker=marker)
+        )
 
 
-def edges(periods: Sequence[MaskSpan]) -> list[float]:
-    """Where the columns of a picture over time begin and end."""
-    return [*(float(period.start) for period in periods), float(periods[-1].end)]
-
-
-# Picture: the loss over dense around a change of topic, a method at a time before the others.
-
-
-X = "tokens after the change of topic"
-
-Y = "loss over dense (nats per token)"
+# The loss over dense around a change of topic, a method at a time before the others.
 
 Curves = Mapping[str, Sequence[Point]]
+
+EXCESS = "loss over dense (nats per token)"
 
 
 def make_loss(view: DriftView) -> Iterator[Drawing]:
     """One, where dense and another method were measured on the same passages (forced mode)."""
-    curves = drift_around.around(view)
-    if curves:
-        yield _loss_drawing(view, curves)
-
-
-def _loss_drawing(view: DriftView, curves: Curves) -> Drawing:
-    most = max(point.n for points in curves.values() for point in points)
-    fewest = min(point.n for points in curves.values() for point in points)
+    curves = around(view)
+    if not curves:
+        return
+    points = [point for points in curves.values() for point in points]
+    fewest, most = min(point.n for point in points), max(point.n for point in points)
     n = f"{most}" if most == fewest else f"{fewest} to {most}"
-    title = _title(curves)
-    small = (
-        f"means of {BIN}-token bins over {n} passages; bands: 95 % bootstrap intervals over "
-        f"passages · {view.results.small_print}"
-    )
-    bare = all(point.interval is None for points in curves.values() for point in points)
-    if bare:
-        small = f"means of {BIN}-token bins over {n} passages, no intervals · "
-        small += view.results.small_print
+    bounded = any(point.interval for point in points)
+    intervals = "bands: 95 % bootstrap intervals" if bounded else "no intervals"
+    small = f"means of {BIN}-token bins over {n} passages; {intervals}"
 
     def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
         columns = min(len(curves), 1 if narrow else 3)
         rows = math.ceil(len(curves) / columns)
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        found = looks(list(curves), palette)
         for axes, label in zip(panels.flat, curves, strict=False):
-            _panel(axes, label, curves, found)
+            _loss_panel(axes, label, curves, looks(list(curves), palette)[label])
         for axes in panels.flat[len(curves) :]:
             axes.axis("off")
-        figure.supylabel(Y, fontsize=9.5)
+        figure.supylabel(EXCESS, fontsize=9.5)
         for axes in panels[-1]:
-            axes.set_xlabel(X if columns < 3 else "tokens after the change")
+            axes.set_xlabel("tokens after the change" + (" of topic" if columns < 3 else ""))
 
-    alt = f"Lines: {Y}, by method. {title}"
+    title = "Loss over dense around the change of topic, by method"
+    alt = f"Lines: {EXCESS} over tokens after the change, by method."
     height = 0.9 + 2.0 * math.ceil(len(curves) / 3)
-    plot = Plot("loss", title, alt, small, height, draw, 0.9 + 1.7 * len(curves))
-    return Drawing(plot, lambda kit: _loss_web(kit, curves), tall=500)
+    tall = 0.9 + 1.7 * len(curves)
+    yield Drawing(Plot("loss", title, alt, view.noted(small), height, draw, tall))
 
 
-def _title(curves: Curves) -> str:
-    told = []
-    for label, points in curves.items():
-        after = [point.value for point in points if point.start >= 0]
-        if after:
-            told.append((sum(after) / len(after), label))
-    if not told:
-        return "Loss over dense around the change of topic."
-    best, worst = min(told), max(told)
-    shown = max(point.start for points in curves.values() for point in points) + BIN
-    where = f"in the {shown} tokens after a change of topic"
-    if best == worst:
-        return f"{best[1]} loses {best[0]:.2f} nats per token over dense {where}."
-    return (
-        f"Loss over dense {where}: lowest with {best[1]} ({best[0]:.2f} nats per token), highest "
-        f"with {worst[1]} ({worst[0]:.2f})."
-    )
-
-
-def _panel(axes: Axes, label: str, curves: Curves, found: Mapping[str, Any]) -> None:
+def _loss_panel(axes: Axes, label: str, curves: Curves, look: Mapping[str, Any]) -> None:
     for other, points in curves.items():
-        if other != label:
-            x, y = [p.middle for p in points], [p.value for p in points]
+        x, y = [point.middle for point in points], [point.value for point in points]
+        if other == label:
+            axes.plot(x, y, zorder=3, **{**look, "markersize": 4})
+        else:
             axes.plot(x, y, color="#c3c8ce", linewidth=0.9, zorder=1)
-    points = curves[label]
-    x = [point.middle for point in points]
-    bounded = [(p.middle, p.interval.low, p.interval.high) for p in points if p.interval]
+    bounded = [(p.middle, p.interval.low, p.interval.high) for p in curves[label] if p.interval]
     if bounded:
         middles, low, high = zip(*bounded, strict=True)
         axes.fill_between(
-            middles, low, high, color=found[label]["color"], alpha=0.25, linewidth=0, zorder=2
+            middles, low, high, color=look["color"], alpha=0.25, linewidth=0, zorder=2
         )
-    axes.plot(x, [point.value for point in points], zorder=3, **{**found[label], "markersize": 4})
-    axes.axvline(0, color=INK, linestyle=(0, (7, 2.5)), linewidth=1.3)
+    axes.axvline(0, color=INK, linestyle=CHANGE, linewidth=1.3)
     axes.axhline(0, color=SOFT, linewidth=0.8)
     axes.set_title(label, loc="left", fontsize=9.5)
     axes.grid(axis="y")
 
 
-def _loss_web(kit: Kit, curves: Curves) -> Any:
-    figure, found = kit.go.Figure(), web_looks(list(curves), kit)
-    for label, points in curves.items():
-        bounded = [(p.middle, p.interval.low, p.interval.high) for p in points if p.interval]
-        if bounded:
-            x, low, high = (list(values) for values in zip(*bounded, strict=True))
-            figure.add_trace(
-                kit.go.Scatter(
-                    x=x + x[::-1],
-                    y=high + low[::-1],
-                    fill="toself",
-                    fillcolor=found[label]["line"]["color"],
-                    opacity=0.14,
-                    line={"width": 0},
-                    hoverinfo="skip",
-                    legendgroup=label,
-                    showlegend=False,
-                )
-            )
-        figure.add_trace(
-            kit.go.Scatter(
-                x=[point.middle for point in points],
-                y=[point.value for point in points],
-                name=label,
-                legendgroup=label,
-                mode="lines+markers",
-                customdata=[
-                    f"{drift_words.ends(p.interval) or 'no interval'}, {p.n} passages"
-                    for p in points
-                ],
-                hovertemplate="%{y:.2f} (%{customdata})",
-                **found[label],
-            )
-        )
-    figure.add_vline(0, line={"color": INK, "width": 1.6, "dash": "10px,4px"})
-    figure.add_hline(0, line={"color": SOFT, "width": 1})
-    figure.add_annotation(
-        x=0, y=1, xref="x", yref="paper", yanchor="bottom", text="change of topic", showarrow=False
-    )
-    figure.update_xaxes(title_text=X)
-    figure.update_yaxes(title_text=Y)
-    figure.update_layout(hovermode="x unified")
-    return figure
-
+# The methods compared: each quality with its interval, achieved sparsity beside it.
 
 LOSSES = (
     ("after_minus_dense", "loss after the change, over dense (nats per token)"),
@@ -325,7 +237,7 @@ LOSSES = (
 METRICS = ("document_similarity", "rougeL", "bertscore", "sentence_coverage")
 """Shown of the free mode; the table has the others."""
 
-TITLES = {number.name: number.title for number in NUMBERS}
+TITLES = {number.name: f"{number.title} against the dense text" for number in NUMBERS}
 
 
 @dataclass(frozen=True)
@@ -333,109 +245,90 @@ class Bar:
     """One method's number, and the summary's row that accounts for it."""
 
     label: str
-    estimate: Estimate
+    estimate: Mapping[str, Any]
     line: Mapping[str, Any]
-
-    @property
-    def top(self) -> float:
-        """Where the bar and its whisker end."""
-        return float(max(0.0, self.estimate["mean"], self.estimate["high"] or 0.0))
-
-
-Panels = Mapping[str, Sequence[Bar]]
 
 
 def make_methods(view: DriftView) -> Iterator[Drawing]:
     """One, with a panel per number: the loss after the change, or metrics against dense."""
-    found = panels(view)
-    if found:
-        yield _methods_drawing(view, found)
-
-
-def panels(view: DriftView) -> dict[str, list[Bar]]:
-    """Bars by the words of their axis."""
-    found: dict[str, list[Bar]] = {}
-    for group, names in (("loss", LOSSES), ("metrics", [(name, name) for name in METRICS])):
-        for name, words in names:
-            title = words if group == "loss" else f"{TITLES[name]} against the dense text"
-            bars = [
-                Bar(str(line["label"]), line[group][name], line)
-                for line in view.lines
-                if line[group] and line[group].get(name)
-            ]
-            if bars and not (group == "loss" and found):
-                found[title] = bars
-    return found
-
-
-def _methods_drawing(view: DriftView, found: Panels) -> Drawing:
-    axis, first = next(iter(found.items()))
-    kind = drift_words.MODES.get(view.mode, "source")
+    panels = quality_panels(view)
+    if not panels:
+        return
+    axis, first = next(iter(panels.items()))
     bounded = any(bar.estimate["low"] is not None for bar in first)
-    whiskers = "whiskers: 95 % bootstrap intervals" if bounded else "no intervals, means"
-    small = f"{whiskers} over {first[0].estimate['n']} {kind}s · {view.results.small_print}"
-    counts = [len(bars) for bars in found.values()]
+    intervals = "whiskers: 95 % bootstrap intervals" if bounded else "no intervals, means"
+    small = f"{intervals} over {first[0].estimate['n']} {MODES.get(view.mode, 'source')}s"
+    counts = [len(bars) for bars in panels.values()]
 
     def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
         shape = {
             "height_ratios": [count + 1.2 for count in counts],
             "width_ratios": (1.7, 1.0) if narrow else (2.4, 1.2),
         }
-        drawn = figure.subplots(len(found), 2, squeeze=False, gridspec_kw=shape)
-        for (quality, removed), (words, bars) in zip(drawn, found.items(), strict=True):
-            _quality(quality, bars, palette)
-            _removed(removed, bars, narrow)
+        rows = figure.subplots(len(panels), 2, squeeze=False, gridspec_kw=shape)
+        for (quality, removed), (words, bars) in zip(rows, panels.items(), strict=True):
+            _draw_quality(quality, bars, palette)
+            _draw_removed(removed, bars, narrow)
             quality.set_xlabel(_folded(words) if narrow else words)
-        drawn[-1][1].set_xlabel("achieved\nsparsity (%)" if narrow else "achieved sparsity (%)")
+        rows[-1][1].set_xlabel("achieved\nsparsity (%)" if narrow else "achieved sparsity (%)")
 
     listed = "; ".join(
-        f"{bar.label} {bar.estimate['mean']:.3f} with {drift_words.accounted(bar.line)}"
-        for bar in first
+        f"{bar.label} {bar.estimate['mean']:.3f} with {accounted(bar.line)}" for bar in first
     )
-    title = drift_words.conclusion(view)
+    title = "Quality of each method, beside what it removed"
     height = 0.7 + sum(0.75 + 0.36 * count for count in counts)
-    plot = Plot("methods", title, f"Bars: {axis}. {listed}.", small, height, draw)
-    return Drawing(plot, lambda kit: _methods_web(kit, found), tall=_tall(found))
+    alt = f"Bars: {axis}. {listed}."
+    yield Drawing(Plot("methods", title, alt, view.noted(small), height, draw))
 
 
-def _tall(found: Panels) -> int:
-    return 80 + sum(95 + 34 * len(bars) for bars in found.values())
+def quality_panels(view: DriftView) -> dict[str, list[Bar]]:
+    """Bars by the words of their axis."""
+
+    def bars(group: str, name: str) -> list[Bar]:
+        measured = [line for line in view.lines if line[group] and line[group].get(name)]
+        return [Bar(str(line["label"]), line[group][name], line) for line in measured]
+
+    for name, words in LOSSES:
+        if bars("loss", name):
+            return {words: bars("loss", name)}
+    metrics = {TITLES[name]: bars("metrics", name) for name in METRICS}
+    return {words: shown for words, shown in metrics.items() if shown}
 
 
 def _folded(text: str) -> str:
     return text.replace(", over", ",\nover").replace(" (", "\n(").replace(" against", "\nagainst")
 
 
-def _quality(axes: Axes, bars: Sequence[Bar], palette: Palette) -> None:
+def _draw_quality(axes: Axes, bars: Sequence[Bar], palette: Palette) -> None:
     colours = looks([bar.label for bar in bars], palette)
     for place, bar in enumerate(bars):
+        mean, low, high = (bar.estimate[name] for name in ("mean", "low", "high"))
         look = {"color": colours[bar.label]["color"], "hatch": HATCHES[place % len(HATCHES)]}
-        axes.barh(place, bar.estimate["mean"], 0.62, edgecolor="white", linewidth=0, **look)
-        if bar.estimate["low"] is not None:
-            x = [bar.estimate["low"], bar.estimate["high"]]
+        axes.barh(place, mean, 0.62, edgecolor="white", linewidth=0, **look)
+        if low is not None:
             for ink, extra in (("white", 2.0), (INK, 0.0)):
                 style: dict[str, Any] = {"color": ink, "linewidth": 1.4 + extra, "marker": "|"}
-                axes.plot(x, [place, place], markersize=7 + extra, **style)
-        _write(axes, f"{bar.estimate['mean']:.2f}", bar.top, place, 8.5)
+                axes.plot([low, high], [place, place], markersize=7 + extra, **style)
+        _write(axes, f"{mean:.2f}", max(0.0, mean, high or 0.0), place, 8.5)
     low, high = axes.get_xlim()
     axes.set_xlim(low, high + 0.16 * (high - low))
     axes.axvline(0, color=INK, linewidth=0.9)
     axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
-    _rows(axes, len(bars))
+    _space_rows(axes, len(bars))
 
 
-def _removed(axes: Axes, bars: Sequence[Bar], narrow: bool) -> None:
+def _draw_removed(axes: Axes, bars: Sequence[Bar], narrow: bool) -> None:
     for place, bar in enumerate(bars):
         removed = bar.line["achieved_sparsity"]
         axes.barh(place, 100 * removed, 0.62, color=GREY)
         words = percent(removed)
         if not narrow:
             dense = percent(bar.line["dense_token_share"])
-            words += f"\n{dense} dense, {drift_words.plural(bar.line['remasks_per_cell'])}"
+            words += f"\n{dense} dense, {plural(bar.line['remasks_per_cell'])}"
         _write(axes, words, 0, place, 7.2)
     axes.set_xlim(0, 100)
     axes.set_yticks([])
-    _rows(axes, len(bars))
+    _space_rows(axes, len(bars))
 
 
 def _write(axes: Axes, text: str, x: float, place: int, size: float) -> None:
@@ -443,97 +336,25 @@ def _write(axes: Axes, text: str, x: float, place: int, size: float) -> None:
     axes.annotate(text, (x, place), fontsize=size, color=INK, in_layout=False, **look)
 
 
-def _rows(axes: Axes, count: int) -> None:
+def _space_rows(axes: Axes, count: int) -> None:
     axes.set_ylim(count - 0.45, -0.55)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
 
 
-def _methods_web(kit: Kit, found: Panels) -> Any:
-    figure = kit.subplots(
-        rows=len(found),
-        cols=2,
-        column_widths=[0.66, 0.34],
-        horizontal_spacing=0.04,
-        vertical_spacing=min(95 / _tall(found), 0.9 / len(found)),
-        row_heights=[float(len(bars)) for bars in found.values()],
-    )
-    for row, (words, bars) in enumerate(found.items(), start=1):
-        labels = [bar.label for bar in bars]
-        styles = web_looks(labels, kit)
-        for place, bar in enumerate(bars):
-            colour = styles[bar.label]["line"]["color"]
-            trace = _web_bar(kit, bar, colour, HATCHES[place % len(HATCHES)])
-            figure.add_trace(trace, row=row, col=1)
-        for trace in _web_whiskers(kit, bars):
-            figure.add_trace(trace, row=row, col=1)
-        removed = kit.go.Bar(
-            y=labels,
-            x=[100 * bar.line["achieved_sparsity"] for bar in bars],
-            orientation="h",
-            marker={"color": GREY},
-            text=[percent(bar.line["achieved_sparsity"]) for bar in bars],
-            textposition="inside",
-            textangle=0,
-            constraintext="none",
-            insidetextanchor="start",
-            textfont={"color": INK},
-            customdata=[drift_words.accounted(bar.line) for bar in bars],
-            hovertemplate="%{y}<br>%{customdata}<extra></extra>",
-            showlegend=False,
-        )
-        figure.add_trace(removed, row=row, col=2)
-        figure.update_yaxes(autorange="reversed", row=row)
-        figure.update_yaxes(showticklabels=False, row=row, col=2)
-        figure.update_xaxes(title_text=_folded(words).replace("\n", "<br>"), row=row, col=1)
-        figure.update_xaxes(range=[0, 100], tickvals=[0, 50, 100], row=row, col=2)
-    figure.update_xaxes(title_text="achieved<br>sparsity (%)", row=len(found), col=2)
-    figure.update_layout(barmode="overlay")
-    return figure
+# How much of each layer's first mask is still in force, over time.
+
+OVERLAP = "Jaccard overlap with the first mask"
 
 
-def _web_bar(kit: Kit, bar: Bar, colour: str, hatch: str) -> Any:
-    pattern = {"shape": PATTERNS[hatch], "fillmode": "overlay", "fgcolor": "white", "size": 7}
-    return kit.go.Bar(
-        y=[bar.label],
-        x=[bar.estimate["mean"]],
-        orientation="h",
-        marker={"color": colour, "pattern": pattern},
-        customdata=[
-            f"{drift_words.bounds(bar.estimate)} over {bar.estimate['n']}<br>"
-            f"{drift_words.accounted(bar.line)}"
-        ],
-        hovertemplate="%{y}: %{x:.3f} (%{customdata})<extra></extra>",
-        showlegend=False,
-    )
-
-
-def _web_whiskers(kit: Kit, bars: Sequence[Bar]) -> Iterator[Any]:
-    """White below ink, to be seen on dark bars too."""
-    known = [bar for bar in bars if bar.estimate["low"] is not None]
-    for colour, thick in (("white", 5), (INK, 1.8)):
-        yield kit.go.Scatter(
-            x=[bar.estimate["mean"] for bar in known],
-            y=[bar.label for bar in known],
-            mode="markers",
-            marker={"size": 1, "color": colour},
-            error_x={
-                "type": "data",
-                "array": [bar.estimate["high"] - bar.estimate["mean"] for bar in known],
-                "arrayminus": [bar.estimate["mean"] - bar.estimate["low"] for bar in known],
-                "color": colour,
-                "thickness": thick,
-                "width": 4 + thick / 2,
-            },
-            hoverinfo="skip",
-            showlegend=False,
-        )
-
-
-# Picture: how much of each layer's first mask is still in force, over time.
-
-
-LABEL = "Jaccard overlap with the first mask"
+def remasked(view: DriftView) -> Iterator[tuple[DriftCell, Masks]]:
+    """Cells whose masks were rebuilt: dart's first, then those with fewer, legible re-masks."""
+    cells = [cell for cell in view.done if cell.masks and len(cell.remasks) > 1]
+    cells.sort(key=lambda cell: (cell.method != "dart", abs(len(cell.remasks) - 3)))
+    for cell in cells:
+        masks = read_masks(cell)
+        if masks is not None:
+            yield cell, masks
 
 
 def make_overlap(view: DriftView) -> Iterator[Drawing]:
@@ -542,95 +363,33 @@ def make_overlap(view: DriftView) -> Iterator[Drawing]:
         yield _overlap_drawing(view, cell, masks)
 
 
-def remasked(view: DriftView) -> Iterator[tuple[DriftCell, Masks]]:
-    """Cells whose masks were rebuilt: dart's first, then those with fewer, legible re-masks."""
-    found = [cell for cell in view.done if cell.masks and len(cell.remasks) > 1]
-    found.sort(key=lambda cell: (cell.method != "dart", abs(len(cell.remasks) - 3)))
-    for cell in found:
-        masks = drift_masks.read_masks(cell)
-        if masks is not None:
-            yield cell, masks
-
-
 def _overlap_drawing(view: DriftView, cell: DriftCell, masks: Masks) -> Drawing:
-    values, expected = drift_masks.overlap(masks), drift_masks.chance(masks)
-    title = drift_words.overlap_title(cell, float(values[:, -1].mean()), expected)
+    values, expected = overlap(masks), chance(masks)
     low = min(0.9, np.floor(10 * min(expected, float(values.min()))) / 10)
-    small = f"Jaccard: neurons in both masks over neurons in either · {view.results.small_print}"
+    last = float(values[:, -1].mean())
 
     def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
         axes = figure.subplots()
-        own = drift_masks.periods(cell)
-        columns = [0 if period.mask is None else period.mask for period in own]
+        columns = [span.mask or 0 for span in periods(cell)]
         rows = np.arange(len(masks.live) + 1) - 0.5
-        mesh = axes.pcolormesh(
-            edges(own), rows, values[:, columns], cmap=SHADE, vmin=low, vmax=1, rasterized=True
-        )
-        dense_spans(axes, own)
-        for mask in cell.remasks:
-            axes.axvline(mask.step, color="white", linewidth=1.0, zorder=2)
-        bands(axes, cell)
-        bar = figure.colorbar(mesh, ax=axes, label=LABEL, pad=0.02)
+        shades = {"cmap": "cmc.lapaz_r", "vmin": low, "vmax": 1}
+        mesh = _over_time(axes, cell, rows, values[:, columns], **shades)
+        bar = figure.colorbar(mesh, ax=axes, label=OVERLAP, pad=0.02)
         bar.ax.axhline(expected, color="white", linewidth=3.0)
         bar.ax.axhline(expected, color=INK, linewidth=1.4)
-        ticks = [*np.arange(low, 1.01, 0.2)]
-        near = [tick for tick in ticks if abs(tick - expected) > 0.05]
+        near = [tick for tick in np.arange(low, 1.01, 0.2) if abs(tick - expected) > 0.05]
         bar.set_ticks([*near, expected], labels=[*(f"{t:.1f}" for t in near), "chance"])
-        axes.set(xlabel=TIME, ylabel="layer")
+        axes.set_ylabel("layer")
         axes.locator_params(axis="y", integer=True)
-        if any(period.mask is None for period in own):
-            axes.legend(loc="lower left", fontsize=8, frameon=True, framealpha=1)
 
-    alt = f"Heat map: {LABEL}, by layer and decoded token. {title}"
-    plot = Plot("overlap", title, alt, small, 3.9, draw)
-    return Drawing(
-        plot,
-        lambda kit: _overlap_web(kit, cell, masks, low, expected),
-        drift_words.choice(cell),
-        440,
-    )
+    ends = f"mean over layers at the end {last:.2f}, of independent masks {expected:.2f}"
+    small = f"Jaccard: neurons in both masks over neurons in either · {ends}"
+    title = f"{cell_name(cell)}: overlap of the masks with the first ones, by layer"
+    alt = f"Heat map: {OVERLAP}, by layer and decoded token; {ends}."
+    return Drawing(Plot("overlap", title, alt, view.noted(small), 3.9, draw))
 
 
-def _overlap_web(kit: Kit, cell: DriftCell, masks: Masks, low: float, expected: float) -> Any:
-    own = drift_masks.periods(cell)
-    first, before = drift_masks.overlap(masks), drift_masks.overlap(masks, before=True)
-    columns = [0 if period.mask is None else period.mask for period in own]
-    told = [
-        [
-            "dense" if period.mask is None else f"mask {period.mask}, with the mask before {b:.2f}"
-            for period, b in zip(own, before[layer, columns], strict=True)
-        ]
-        for layer in range(len(masks.live))
-    ]
-    figure = kit.go.Figure(
-        kit.go.Heatmap(
-            x=edges(own),
-            y=[layer - 0.5 for layer in range(len(masks.live) + 1)],
-            z=[
-                [None if p.mask is None else round(float(row[p.mask]), 3) for p in own]
-                for row in first
-            ],
-            text=told,
-            zmin=low,
-            zmax=1,
-            colorscale=SHADES,
-            colorbar={
-                "title": {"text": f"Jaccard overlap (chance: {expected:.2f})", "side": "right"},
-                "thickness": 14,
-            },
-            hovertemplate="layer %{y:.0f}, token %{x:.0f}<br>overlap %{z:.2f}<br>%{text}"
-            "<extra></extra>",
-        )
-    )
-    web_dense(figure, own)
-    web_bands(figure, cell)
-    figure.update_xaxes(title_text=TIME)
-    figure.update_yaxes(title_text="layer")
-    return figure
-
-
-# Picture: which neurons of one layer live when.
-
+# Which neurons of one layer live when.
 
 PRUNED, LIVE = "#f1f2f4", "#114260"
 
@@ -646,72 +405,58 @@ def order(live: ActiveNeurons) -> NDArray[np.intp]:
     return np.lexsort((np.arange(live.shape[1]), *(~live)[::-1]))
 
 
-def _cells(live: ActiveNeurons, own: Sequence[MaskSpan]) -> NDArray[np.uint8]:
-    """[width, periods]: 1 where a neuron lives, rows in ``order``; dense tokens use all."""
+def raster(live: ActiveNeurons, spans: Sequence[MaskSpan]) -> NDArray[np.uint8]:
+    """[width, spans]: 1 where a neuron lives, rows in ``order``; dense tokens use all."""
     everything = np.ones(live.shape[1], dtype=np.bool_)
-    shown = [everything if period.mask is None else live[period.mask] for period in own]
+    shown = [everything if span.mask is None else live[span.mask] for span in spans]
     return np.stack(shown)[:, order(live)].T.astype(np.uint8)
 
 
 def _raster_drawing(view: DriftView, cell: DriftCell, masks: Masks) -> Drawing:
-    layer = drift_masks.moved(masks)
+    layer = moved(masks)
     live = masks.live[layer]
-    always, never = int(live.all(0).sum()), int((~live).all(0).sum())
     width = live.shape[1]
-    title = drift_words.raster_title(cell, layer, always, never, width)
-    words = "dark: live, light: pruned · sorted by when they live"
-    small = f"{words} · the layer whose masks moved most · {view.results.small_print}"
+    always, never = percent(live.all(0).mean(), 0), percent((~live).all(0).mean(), 0)
 
     def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
-        axes = figure.subplots()
-        own = drift_masks.periods(cell)
-        shades: Any = {"cmap": "Greys", "vmin": -0.06, "vmax": 1.15, "rasterized": True}
-        axes.pcolormesh(edges(own), np.arange(width + 1), _cells(live, own), **shades)
-        dense_spans(axes, own)
-        for mask in cell.remasks:
-            axes.axvline(mask.step, color="white", linewidth=1.2, zorder=2)
-        bands(axes, cell)
+        axes, rows = figure.subplots(), np.arange(width + 1)
+        shades = {"cmap": "Greys", "vmin": -0.06, "vmax": 1.15}
+        _over_time(axes, cell, rows, raster(live, periods(cell)), **shades)
         axes.set_ylim(width, 0)
-        axes.set(xlabel=TIME, ylabel=f"neurons of layer {layer}, sorted")
-        if any(period.mask is None for period in own):
-            axes.legend(loc="lower left", fontsize=8, frameon=True, framealpha=1)
+        axes.set_ylabel(f"neurons of layer {layer}, sorted")
 
-    alt = f"Raster: the neurons of layer {layer} that live, over decoded tokens. {title}"
-    plot = Plot("neurons", title, alt, small, 3.9, draw)
-    return Drawing(
-        plot, lambda kit: _raster_web(kit, cell, live, layer), drift_words.choice(cell), 440
+    shares = f"{always} of {width:,} neurons live under every mask, {never} under none"
+    words = (
+        "dark: live, light: pruned · sorted by when they live · the layer whose masks moved most"
     )
+    title = f"{cell_name(cell)}: the neurons of layer {layer} that live"
+    alt = f"Raster: the neurons of layer {layer} that live, over decoded tokens; {shares}."
+    plot = Plot("neurons", title, alt, view.noted(f"{words} · {shares}"), 3.9, draw)
+    return Drawing(plot, lambda kit: _web_raster(kit, cell, live, layer), cell_name(cell), 440)
 
 
-def _raster_web(kit: Kit, cell: DriftCell, live: ActiveNeurons, layer: int) -> Any:
-    own = drift_masks.periods(cell)
-    figure = kit.go.Figure(
-        kit.go.Heatmap(
-            x=edges(own),
-            y=np.arange(live.shape[1] + 1),
-            z=_cells(live, own),
-            customdata=np.repeat(order(live).astype(np.uint16)[:, None], len(own), axis=1),
-            zmin=0,
-            zmax=1,
-            showscale=False,
-            colorscale=[[0, PRUNED], [1, LIVE]],
-            hovertemplate="neuron %{customdata}, token %{x:.0f}: live %{z}<extra></extra>",
-        )
+def _web_raster(kit: Kit, cell: DriftCell, live: ActiveNeurons, layer: int) -> Any:
+    spans, width = periods(cell), live.shape[1]
+    heat = kit.go.Heatmap(
+        x=edges(spans),
+        y=np.arange(width + 1),
+        z=raster(live, spans),
+        customdata=np.repeat(order(live).astype(np.uint16)[:, None], len(spans), axis=1),
+        zmin=0,
+        zmax=1,
+        showscale=False,
+        colorscale=[[0, PRUNED], [1, LIVE]],
+        hovertemplate="neuron %{customdata}, token %{x:.0f}: live %{z}<extra></extra>",
     )
-    for name, colour in (("live", LIVE), ("pruned", PRUNED), ("dense: all live", HAZE)):
-        marker = {"symbol": "square", "size": 11, "color": colour, "line_width": 1}
-        figure.add_trace(
-            kit.go.Scatter(x=[None], y=[None], mode="markers", name=name, marker=marker)
-        )
-    web_dense(figure, own)
-    web_bands(figure, cell)
+    figure = kit.go.Figure(heat)
+    web_keys(kit, figure, {"live": LIVE, "pruned": PRUNED, "dense: all live": HAZE})
+    web_time(figure, cell)
     figure.update_xaxes(title_text=TIME)
-    figure.update_yaxes(title_text=f"neurons of layer {layer}, sorted", range=[live.shape[1], 0])
+    figure.update_yaxes(title_text=f"neurons of layer {layer}, sorted", range=[width, 0])
     return figure
 
 
-# Picture: similarity over time by method, with thresholds and re-masks, over the topics.
-
+# Similarity over time by method, with thresholds and re-masks, over the topics.
 
 Cells = Sequence[DriftCell]
 
@@ -720,27 +465,24 @@ LOOK = ("color", "marker", "linestyle", "markersize", "markeredgecolor", "marker
 
 def make_timeline(view: DriftView) -> Iterator[Drawing]:
     """One per source, those with most triggers first; a panel per method with a detector."""
-    found: dict[tuple[str, int], list[DriftCell]] = {}
+    groups: dict[tuple[str, int], list[DriftCell]] = {}
     for cell in view.done:
         if cell.checks:
-            found.setdefault((cell.source, cell.seed), []).append(cell)
-    ranked = sorted(found.values(), key=lambda own: (-len(own), -sum(map(_triggers, own))))
-    for own in ranked:
-        seed = f", seed {own[0].seed}" if own[0].seed else ""
-        yield _timeline_drawing(view, own, f"{drift_words.place(own[0])}{seed}")
+            groups.setdefault((cell.source, cell.seed), []).append(cell)
+
+    def rank(cells: Cells) -> tuple[int, int]:
+        return -len(cells), -sum(check.trigger for cell in cells for check in cell.checks)
+
+    for cells in sorted(groups.values(), key=rank):
+        yield _timeline_drawing(view, cells)
 
 
-def _triggers(cell: DriftCell) -> int:
-    return sum(check.trigger for check in cell.checks)
-
-
-def _timeline_drawing(view: DriftView, own: Cells, choice: str) -> Drawing:
-    shown = own[:MAX_PANELS]
-    title = drift_words.timeline_title(shown)
-    small = f"{_layers(shown)} watched · {view.results.small_print}"
-    if len(own) > len(shown):
-        small = f"{len(shown)} of {len(own)} methods shown · {small}"
-    alt = f"Marks: cosine similarity of each window to its reference, over decoded tokens. {title}"
+def _timeline_drawing(view: DriftView, cells: Cells) -> Drawing:
+    shown = cells[:MAX_PANELS]
+    layers = sorted({check.layer for cell in shown for check in cell.checks})
+    small = f"layer{'s'[: len(layers) > 1]} {', '.join(map(str, layers))} watched"
+    if len(cells) > len(shown):
+        small = f"{len(shown)} of {len(cells)} methods shown · {small}"
 
     def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
         panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
@@ -753,14 +495,18 @@ def _timeline_drawing(view: DriftView, own: Cells, choice: str) -> Drawing:
         panels[-1].set_xlabel(TIME)
         if shown[0].changes:
             panels[0].plot([], [], color=INK, linestyle=CHANGE, label="change of topic")
-        _name_all(list(panels))
+        _share_legend(list(panels))
         legend(panels[0], 2 if narrow else 4)
 
-    plot = Plot("similarity", title, alt, small, 1.1 + 1.9 * len(shown), draw)
-    return Drawing(plot, lambda kit: _timeline_web(kit, shown), choice, 150 + 240 * len(shown))
+    built = ", ".join(f"{cell.label} {plural(cell.rebuilt)}" for cell in shown)
+    title = f"Similarity to the reference on {source_name(cells[0])}"
+    alt = f"Marks: cosine similarity of each window to its reference, over decoded tokens; {built}."
+    plot = Plot("similarity", title, alt, view.noted(small), 1.1 + 1.9 * len(shown), draw)
+    choice = source_name(cells[0]) + (f", seed {cells[0].seed}" if cells[0].seed else "")
+    return Drawing(plot, lambda kit: _web_timeline(kit, shown), choice, 150 + 240 * len(shown))
 
 
-def _name_all(panels: Sequence[Axes]) -> None:
+def _share_legend(panels: Sequence[Axes]) -> None:
     """What only lower panels show gets its place in the first one's legend."""
     known = set(panels[0].get_legend_handles_labels()[1])
     for axes in panels[1:]:
@@ -769,11 +515,6 @@ def _name_all(panels: Sequence[Axes]) -> None:
                 known.add(label)
                 look = {name: getattr(handle, f"get_{name}")() for name in LOOK}
                 panels[0].plot([], [], label=label, **look)
-
-
-def _layers(shown: Cells) -> str:
-    found = sorted({check.layer for cell in shown for check in cell.checks})
-    return f"layer{'' if len(found) == 1 else 's'} {', '.join(map(str, found))}"
 
 
 MARKS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -785,61 +526,54 @@ MARKS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def _timeline_web(kit: Kit, shown: Cells) -> Any:
-    titles = [cell.label for cell in shown]
-    figure = kit.subplots(
-        rows=len(shown), cols=1, shared_xaxes=True, vertical_spacing=0.09 / len(shown)
-    )
+def _web_timeline(kit: Kit, shown: Cells) -> Any:
+    spacing = 0.09 / len(shown)
+    figure = kit.subplots(rows=len(shown), cols=1, shared_xaxes=True, vertical_spacing=spacing)
     named: set[str] = set()
+
+    def scatter(label: str, **data: Any) -> Any:
+        """A trace that stands in the legend once."""
+        first = label not in named
+        named.add(label)
+        return kit.go.Scatter(name=label, legendgroup=label, showlegend=first, **data)
+
     for row, cell in enumerate(shown, start=1):
-        for trace in _traces(kit, cell, named):
+        for trace in _traces(kit, cell, scatter):
             figure.add_trace(trace, row=row, col=1)
         for mask in cell.remasks:
             figure.add_vline(mask.step, line={"color": INK, "width": 1.2}, row=row, col=1)
-        web_bands(figure, cell, row)
-        web_dense(figure, periods(cell), row)
-        title = f"{titles[row - 1]}<br>cosine similarity"
-        figure.update_yaxes(title_text=title, row=row, col=1)
+        web_time(figure, cell, row)
+        figure.update_yaxes(title_text=f"{cell.label}<br>cosine similarity", row=row, col=1)
     figure.update_xaxes(title_text=TIME, row=len(shown), col=1)
     return figure
 
 
-def _traces(kit: Kit, cell: DriftCell, named: set[str]) -> Iterator[Any]:
-    """Similarity and threshold as lines broken at masks, then a mark per window."""
-    lines: list[list[Any]] = [[], [], []]
+def _traces(kit: Kit, cell: DriftCell, scatter: Callable[..., Any]) -> Iterator[Any]:
+    """Similarity and threshold as lines broken at masks, then a mark per window and mask."""
+    points: list[tuple[Any, Any, Any]] = []
     for stretch in stretches(cell.checks, [mask.step for mask in cell.remasks]):
-        for check in stretch:
-            for line, value in zip(
-                lines, (check.step, check.similarity, check.threshold), strict=True
-            ):
-                line.append(value)
-        for line in lines:
-            line.append(None)
-    x, similarity, threshold = lines
+        points += [(c.step, c.similarity, c.threshold) for c in stretch] + [(None, None, None)]
+    x, similarity, threshold = (list(values) for values in zip(*points, strict=True))
+    thin = {"color": SOFT, "width": 1}
     yield kit.go.Scatter(
-        x=x, y=similarity, mode="lines", line={"color": SOFT, "width": 1}, showlegend=False,
-        hoverinfo="skip",
-    )  # fmt: skip
+        x=x, y=similarity, mode="lines", line=thin, showlegend=False, hoverinfo="skip"
+    )
     dashed = {"color": kit.colours[2], "width": 2, "dash": "6px,3px"}
-    yield _legended(kit, named, "threshold", x=x, y=threshold, mode="lines", line=dashed)
+    yield scatter("threshold", x=x, y=threshold, mode="lines", line=dashed)
     for name, (label, marker) in MARKS.items():
-        points = [check for check in cell.checks if kind(check) == name]
-        if points:
+        checks = [check for check in cell.checks if window_kind(check) == name]
+        if checks:
             colour = kit.colours[4 if name in ("low", "trigger") else 0]
-            yield _legended(
-                kit,
-                named,
+            yield scatter(
                 label,
-                x=[check.step for check in points],
-                y=[check.similarity for check in points],
+                x=[check.step for check in checks],
+                y=[check.similarity for check in checks],
                 mode="markers",
                 marker={**marker, "color": colour, "line": {"color": INK, "width": 0.9}},
-                customdata=[_told(check) for check in points],
+                customdata=[_told(check) for check in checks],
                 hovertemplate="token %{x}: %{y:.3f}<br>%{customdata}",
             )
-    yield _legended(
-        kit,
-        named,
+    yield scatter(
         "mask built",
         x=[mask.step for mask in cell.remasks],
         y=[max(check.similarity for check in cell.checks)] * len(cell.remasks),
@@ -847,16 +581,9 @@ def _traces(kit: Kit, cell: DriftCell, named: set[str]) -> Iterator[Any]:
         marker={"symbol": "line-ns-open", "size": 12, "color": INK},
         customdata=[f"{m.cause}, from {m.evidence_tokens:.0f} tokens" for m in cell.remasks],
         hovertemplate="mask of token %{x}<br>%{customdata}",
-    )  # fmt: skip
+    )
 
 
 def _told(check: DriftCheck) -> str:
     limit = "no threshold yet" if check.threshold is None else f"threshold {check.threshold:.3f}"
     return f"{limit}, counter {check.counter}"
-
-
-def _legended(kit: Kit, named: set[str], label: str, **data: Any) -> Any:
-    """A trace that stands in the legend once."""
-    first = label not in named
-    named.add(label)
-    return kit.go.Scatter(name=label, legendgroup=label, showlegend=first, **data)

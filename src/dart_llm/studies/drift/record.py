@@ -1,10 +1,8 @@
-"""What is kept of one cell: losses, windows, masks; files that grow.
+"""What is kept of a drift study's cells; what is finished survives any interruption.
 
-The files of a drift study that hold its cells; what is finished survives any interruption.
-
-A finished cell is a part of the folder (``results.save_part``) beside its file of masks.  The
-files below are made from the parts alone: the same cells give the same bytes, however often the
-study was interrupted.
+A finished cell is a part of the folder beside its file of masks.  The files that people read are
+made from the parts alone: the same cells give the same bytes, however often the study was
+interrupted.
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -30,9 +29,6 @@ from dart_llm.session.run import Run
 from dart_llm.studies.drift import losses as drift_losses
 from dart_llm.studies.drift.cells import DriftCell
 from dart_llm.studies.drift.settings import FORCED
-
-# What is kept of one pruned run: windows, masks before and after every re-mask, accounting.
-
 
 FORMAT = "remask{i}.layer{l}.ids: kept neurons, int32; .scores: float32, larger is kept"
 
@@ -57,7 +53,7 @@ class DriftRecorder(MaskRecorder):
         """
         if self._life is None:
             return None
-        ends = itertools.takewhile(lambda one: one.kept is None, reversed(self._life.periods))
+        ends = itertools.takewhile(lambda one: one.kept is None, reversed(self._life.mask_spans))
         dense = sum(one.length for one in ends)
         return self._life.decoded - dense if dense else None
 
@@ -178,17 +174,6 @@ class StudyFiles:
         )
         return found if whole else None
 
-    def save(self, cell: DriftCell, part: Part) -> None:
-        """Keep a finished cell; raises ``ResultsError`` when the disk is full or read-only."""
-        self.failed.pop(cell.key, None)
-        self.folder.save_part(cell.key, part)
-        self.grow()
-
-    def fail(self, cell: DriftCell, sentence: str) -> None:
-        """Mark a cell whose computation failed; the next run tries it again."""
-        self.failed[cell.key] = sentence
-        self.grow()
-
     def metrics(self, cell: DriftCell) -> dict[str, Any] | None:
         """``values`` and ``seconds`` of the comparison of a cell's text with the dense one."""
         found: dict[str, Any] | None = self.folder.part(f"metrics/{cell.key}")
@@ -257,6 +242,27 @@ class StudyFiles:
         write_csv(self.path / "drift.csv", ("key", *_CHECK), _checks(rows))
         self.written = time.monotonic()
         return rows
+
+    def times(self, timing: Mapping[str, Any]) -> dict[str, Any]:
+        """Seconds of every phase, method and cell, earlier runs of the study included.
+
+        ``timing``: what this run knows, such as ``load_s``.
+        """
+        cells, metrics, methods = dict[str, float](), dict[str, float](), Counter[str]()
+        for cell in self.cells:
+            part, comparison = self.part(cell), self.metrics(cell)
+            if part is not None:
+                cells[cell.key] = part["seconds"]
+                methods[cell.method.label] += part["seconds"]
+            if comparison is not None:
+                metrics[cell.key] = comparison["seconds"]
+        phases = {
+            "load": timing.get("load_s"),
+            "cells": sum(cells.values()),
+            "metrics": sum(metrics.values()),
+            "pictures": timing.get("pictures_s"),
+        }
+        return {"phases_s": phases, "methods_s": dict(methods), "cells": cells, "metrics": metrics}
 
     def _parts(self) -> Iterator[tuple[DriftCell, Part]]:
         for cell in self.cells:

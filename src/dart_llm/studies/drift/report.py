@@ -1,46 +1,65 @@
-"""Which figures a folder allows; the page: texts token by token, tables.
+"""The pictures that a drift folder allows, and its page: texts token by token, tables.
 
-``report.html`` of a drift study: one page with its pictures, texts and tables.
-
-The page holds one copy of plotly and runs no other script; everything from a file is escaped.
-Without plotly it shows the same pictures as images; without matplotlib it has none and says so.
+``report.html`` holds one copy of plotly and runs no other script; everything from a file is
+escaped.  Where pointing helps, a picture is interactive; without plotly all are images, and
+without matplotlib there are none and the page says so.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from dart_llm.errors import MissingExtra
 from dart_llm.experiments import run_facts
 from dart_llm.files import page_json, write_text
 from dart_llm.reporting import figures, page
-from dart_llm.reporting import figures as plotly_page
-from dart_llm.reporting.figures import Drawing, InteractiveFigure
+from dart_llm.reporting.figures import Drawing, InteractiveFigure, Plot
 from dart_llm.reporting.page import Picture
-from dart_llm.reporting.table import NOTHING, PageTable
+from dart_llm.reporting.table import Column, PageTable, Table
 from dart_llm.reporting.words import percent
-from dart_llm.studies.detection import report
-from dart_llm.studies.drift import flow_plot, plots, summary
-from dart_llm.studies.drift import view as drift_words
-from dart_llm.studies.drift.view import DriftCell, DriftView, read
-
-# The pictures of a drift folder as ``plots/*.png``.
-
+from dart_llm.studies.detection import report as detection_report
+from dart_llm.studies.drift import flow_plot, summary
+from dart_llm.studies.drift.plots import (
+    make_loss,
+    make_methods,
+    make_overlap,
+    make_raster,
+    make_timeline,
+)
+from dart_llm.studies.drift.view import (
+    MODES,
+    DriftCell,
+    DriftView,
+    accounted,
+    cell_name,
+    conclusion,
+    plural,
+    read,
+    source_name,
+)
 
 MAKERS = (
-    plots.make_methods,
-    plots.make_loss,
-    plots.make_timeline,
-    plots.make_overlap,
-    plots.make_raster,
+    make_methods,
+    make_loss,
+    make_timeline,
+    make_overlap,
+    make_raster,
     flow_plot.make,
 )
 """Each makes pictures of one kind, the best to show first."""
+
+MOST_PICTURES = 3
+"""Pictures of one kind that the page shows where they are not interactive."""
+
+MOST_MASKS = 300
+"""Rows of the table of re-masks."""
+
+MOST_BYTES = 800_000
+"""Of all free texts, and of all passages' tokens and losses, on one page."""
 
 
 def kinds(view: DriftView) -> Iterator[Iterator[Drawing]]:
@@ -50,92 +69,84 @@ def kinds(view: DriftView) -> Iterator[Iterator[Drawing]]:
     """
     for make in MAKERS:
         yield make(view)
-    yield from (iter([drawing]) for drawing in report.make_drawings(view.detection))
+    yield from (iter([drawing]) for drawing in detection_report.make_drawings(view.detection))
+
+
+def plots(folder: Path) -> Iterator[Plot]:
+    """One picture of each kind that the folder allows.
+
+    Raises ``ResultsError`` when it is no drift folder, or masks do not fit it.
+    """
+    firsts = (next(kind, None) for kind in kinds(read(folder)))
+    return (drawing.plot for drawing in firsts if drawing is not None)
 
 
 def write_all(folder: Path) -> list[Path]:
-    """Write ``plots/<name>.png``, one picture of each kind that the folder allows.
+    """Write these as ``plots/<name>.png``.
 
-    Raises ``ResultsError`` when it is no drift folder, masks do not fit it or a file cannot be
-    written, ``MissingExtra`` without matplotlib or cmcrameri.
+    Raises also ``ResultsError`` when a file cannot be written, and ``MissingExtra`` without
+    matplotlib or cmcrameri.
     """
-    firsts = (next(kind, None) for kind in kinds(read(folder)))
-    return figures.save(folder, (drawing.plot for drawing in firsts if drawing is not None))
+    return figures.save(folder, plots(folder))
 
 
-# The tables of a drift study's page: every quality number beside what was really removed.
-
-
-MOST_MASKS = 300
-"""Rows of the table of re-masks."""
+# The tables: every quality number beside what was really removed.
 
 
 def methods(view: DriftView) -> PageTable | None:
     """The summary as ``summary.md`` has it."""
     if not view.summary:
         return None
-    shown = summary.columns(view.summary)
-    rows = tuple(tuple(make(line) for _, make in shown) for line in view.summary["rows"])
-    kind = drift_words.MODES.get(view.mode, "source")
     unit = "losses in nats per token; " if view.mode == "forced" else ""
-    caption = f"Means over {view.summary['sources']} {kind}s ({unit}in brackets 95 % intervals)"
-    return PageTable(caption, tuple(head for head, _ in shown), rows)
+    sources = f"{view.summary['sources']} {MODES.get(view.mode, 'source')}s"
+    caption = f"Means over {sources} ({unit}in brackets 95 % intervals)"
+    return summary.table(view.summary, caption).html()
 
 
 def remasks(view: DriftView) -> PageTable | None:
     """Every mask: where, why, from how many tokens, and what it keeps of the one before."""
-    body = [
-        (
-            drift_words.choice(cell),
-            str(mask.step),
-            mask.cause,
-            _topic(cell, mask.step),
-            f"{mask.evidence_tokens:.0f}",
-            f"{fmean(mask.jaccard):.2f}" if mask.jaccard else NOTHING,
-            f"{min(mask.jaccard):.2f} to {max(mask.jaccard):.2f}" if mask.jaccard else NOTHING,
-            f"{sum(mask.kept):,}",
-        )
-        for cell in view.done
-        for mask in cell.remasks
-    ]
-    head = ("cell", "decode step", "cause", "topic", "evidence (tokens)")
-    more = ("Jaccard with the mask before", "over layers", "neurons kept")
+    rows = [{**vars(mask), "cell": cell} for cell in view.done for mask in cell.remasks]
     caption = "Masks: when, why, and how much of the mask before they keep"
-    if len(body) > MOST_MASKS:
-        caption += f" (the first {MOST_MASKS} of {len(body):,})"
-    return PageTable(caption, (*head, *more), tuple(body[:MOST_MASKS])) if body else None
+    if len(rows) > MOST_MASKS:
+        caption += f" (the first {MOST_MASKS} of {len(rows):,})"
+    columns = (
+        Column("cell", "cell", cell_name),
+        Column("decode step", "step"),
+        Column("cause", "cause"),
+        Column("topic", lambda row: _topic(row["cell"], row["step"])),
+        Column("evidence (tokens)", "evidence_tokens", ".0f"),
+        Column("Jaccard with the mask before", _overlaps, lambda values: f"{fmean(values):.2f}"),
+        Column("over layers", _overlaps, lambda values: f"{min(values):.2f} to {max(values):.2f}"),
+        Column("neurons kept", lambda row: sum(row["kept"]), ","),
+    )
+    return Table("", caption, columns, rows[:MOST_MASKS]).html() if rows else None
 
 
-def _topic(cell: DriftCell, step: int) -> str:
+def _overlaps(row: Mapping[str, Any]) -> tuple[float, ...] | None:
+    return row["jaccard"] or None
+
+
+def _topic(cell: DriftCell, step: int) -> str | None:
     """The topic at a step, and how far into it."""
-    for topic in reversed(cell.topics):
-        if topic.start is not None and topic.start <= step:
-            return f"{topic.name}, token {step - topic.start}"
-    return NOTHING
+    before = [(name, start) for name, start, _ in cell.placed_topics if start <= step]
+    return f"{before[-1][0]}, token {step - before[-1][1]}" if before else None
 
 
-def detection(found: Mapping[str, Any]) -> PageTable | None:
+def detection(document: Mapping[str, Any]) -> PageTable | None:
     """Rate, delay and false alarms of every signal and rule, as ``detection.md`` has them."""
-    if not found.get("rows"):
+    if not document.get("rows"):
         return None
-    body = []
-    for row in found["rows"]:
-        signal, rule, *cells = report.cells(row)
-        body.append((f"{signal}, {rule}", *cells))
-    _, _, *heads = report.HEADS
-    caption = f"Detection of known changes of topic. {report.table_title(found)}"
-    return PageTable(caption, ("signal, rule", *heads), tuple(body))
+    table = detection_report.rules_table(document).html()
+    _, _, *heads = table.head
+    rows = tuple((f"{signal}, {rule}", *cells) for signal, rule, *cells in table.rows)
+    caption = f"Detection of known changes of topic. {table.caption}"
+    return PageTable(caption, ("signal, rule", *heads), rows)
 
 
-# The texts of a drift study's page: free ones side by side, passages token by token.
+# The texts: free ones side by side, passages token by token.
 
 
-MOST_BYTES = 800_000
-"""Of all free texts, and of all passages' tokens and losses, on one page."""
-
-
-@dataclass(frozen=True)
-class Column:
+class MethodText(NamedTuple):
     """What one method wrote."""
 
     name: str
@@ -143,93 +154,89 @@ class Column:
     text: str
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """The texts that answer one prompt."""
 
     name: str
     prompt: str
-    columns: tuple[Column, ...]
+    columns: tuple[MethodText, ...]
 
 
-@dataclass(frozen=True)
-class PassageTokens:
-    """A passage and the losses of its tokens, as JSON for a script block."""
+class PassageTokens(NamedTuple):
+    """A passage and the losses of its tokens, as JSON for a script block.
+
+    ``methods``: label and label with accounting, pruned methods first.
+    """
 
     name: str
     methods: tuple[tuple[str, str], ...]
-    """Label and label with accounting, pruned methods first."""
     text: str
     data: str
 
 
 def free(view: DriftView, room: int = MOST_BYTES) -> tuple[list[Source], bool]:
     """By source and seed, dense first: the first that fit; whether there are more."""
-    found: dict[tuple[str, int], list[DriftCell]] = {}
+    groups: dict[tuple[str, int], list[DriftCell]] = {}
     for cell in view.done:
         if cell.mode == "free":
-            found.setdefault((cell.source, cell.seed), []).append(cell)
+            groups.setdefault((cell.source, cell.seed), []).append(cell)
     shown: list[Source] = []
-    for (source, seed), own in found.items():
-        columns = tuple(_column(cell) for cell in sorted(own, key=lambda cell: not cell.dense))
+    for (source, seed), cells in groups.items():
+        columns = tuple(_column(cell) for cell in sorted(cells, key=lambda cell: not cell.dense))
         room -= sum(len(column.text) + 200 for column in columns)
         if shown and room < 0:
             return shown, True
-        name = drift_words.place(own[0]) + (f", seed {seed}" if seed else "")
+        name = source_name(cells[0]) + (f", seed {seed}" if seed else "")
         shown.append(Source(name, view.prompt(source), columns))
     return shown, False
 
 
-def _column(cell: DriftCell) -> Column:
+def _column(cell: DriftCell) -> MethodText:
     parts = [f"{cell.decoded_tokens} decoded tokens"]
     if cell.accounting:
-        parts.append(drift_words.accounted(cell.accounting))
+        parts.append(accounted(cell.accounting))
     for name, value in (cell.metrics or {}).items():
-        parts.append(f"{name} {drift_words.figure(value)}")
-    return Column(cell.label, " · ".join(parts), cell.text or "(no text)")
+        digits = "not known" if value is None else f"{value:.{3 if abs(value) < 10 else 1}f}"
+        parts.append(f"{name} {digits}")
+    return MethodText(cell.label, " · ".join(parts), cell.text or "(no text)")
 
 
 def passage_texts(view: DriftView, room: int = MOST_BYTES) -> tuple[list[PassageTokens], bool]:
     """The first passages that fit into ``room`` bytes, at least one; whether there are more."""
-    found: dict[str, dict[str, DriftCell]] = {}
+    groups: dict[str, dict[str, DriftCell]] = {}
     for cell in view.done:
         if cell.mode == "forced" and cell.pieces:
-            found.setdefault(cell.source, {}).setdefault(cell.label, cell)
+            groups.setdefault(cell.source, {}).setdefault(cell.label, cell)
     shown: list[PassageTokens] = []
-    for own in found.values():
-        made = _passage(sorted(own.values(), key=lambda cell: cell.dense))
-        if shown and len(made.data) > room:
+    for cells in groups.values():
+        passage = _passage(sorted(cells.values(), key=lambda cell: cell.dense))
+        if shown and len(passage.data) > room:
             return shown, True
-        room -= len(made.data)
-        shown.append(made)
+        room -= len(passage.data)
+        shown.append(passage)
     return shown, False
 
 
 def _passage(cells: Sequence[DriftCell]) -> PassageTokens:
     """Pieces are those of the first cell: in forced mode all methods see the same tokens."""
-    first, length = cells[0], len(cells[0].pieces)
+    first = cells[0]
     losses = {
         "dense" if cell.dense else cell.label: [
             None if loss is None else round(loss, 2) for loss in cell.losses
         ]
         for cell in cells
-        if len(cell.losses) == length
+        if len(cell.losses) == len(first.pieces)
     }
-    data = {
-        "pieces": first.pieces,
-        "topics": [{"name": t.name, "start": t.start} for t in first.topics if t.start is not None],
-        "losses": losses,
-    }
+    topics = [{"name": name, "start": start} for name, start, _ in first.placed_topics]
+    data = {"pieces": first.pieces, "topics": topics, "losses": losses}
     methods = tuple(
-        (cell.label, f"{cell.label}: {drift_words.accounted(cell.accounting)}")
+        (cell.label, f"{cell.label}: {accounted(cell.accounting)}")
         for cell in cells
         if cell.accounting
     )
+    text = "".join(first.pieces)
     return PassageTokens(
-        drift_words.place(first),
-        methods or (("dense", "dense"),),
-        "".join(first.pieces),
-        page_json(data),
+        source_name(first), methods or (("dense", "dense"),), text, page_json(data)
     )
 
 
@@ -261,11 +268,10 @@ SECTIONS = {
 }
 """Heading, pictures (how their names begin) and words of each section."""
 
-MORE = "The lists hold the first pictures of each kind that fit on the page."
+MORE = "Of each kind, the first pictures that fit are on the page."
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """One part of the page."""
 
     id: str
@@ -278,12 +284,11 @@ class Section:
     more: str
 
 
-@dataclass(frozen=True)
-class _Drawn:
-    """All pictures by name: interactive ones, or images, or neither and the reason."""
+class _Drawn(NamedTuple):
+    """All pictures: interactive ones by name, images, names of which there are more, a reason."""
 
     figures: dict[str, list[InteractiveFigure]]
-    pictures: dict[str, Picture]
+    pictures: list[Picture]
     more: set[str]
     missing: str
 
@@ -307,13 +312,13 @@ def _content(view: DriftView) -> dict[str, Any]:
     from markupsafe import Markup
 
     drawn = _draw(view)
-    script = plotly_page.script() if drawn.figures else ""
+    script = figures.script() if drawn.figures else ""
     passages, more = passage_texts(view)
     texts, more_texts = free(view)
     return {
         "title": title(view),
         "status": str(view.results.config.get("status") or "unknown"),
-        "conclusion": drift_words.conclusion(view),
+        "conclusion": conclusion(view),
         "problems": view.problems,
         "notes": view.summary.get("notes") or [],
         "cards": _cards(view),
@@ -328,7 +333,7 @@ def _content(view: DriftView) -> dict[str, Any]:
         "settings": run_facts.settings(view.results),
         "provenance": run_facts.provenance(view.results),
         "script": Markup(script),
-        "policy": Markup(plotly_page.policy(script) if script else ""),
+        "policy": Markup(figures.policy(script) if script else ""),
     }
 
 
@@ -340,48 +345,47 @@ def title(view: DriftView) -> str:
 
 
 def _draw(view: DriftView) -> _Drawn:
+    tools, missing = None, ""
     try:
-        tools = plotly_page.kit()
+        tools = figures.kit()
     except MissingExtra as error:
-        return _images(view, f"Pictures are not interactive: {error}")
-    figures, more = {}, set()
+        missing = f"Pictures are not interactive: {error}"
+    live, images, more = {}, list[Drawing](), set[str]()
     for kind in kinds(view):
         first = next(kind, None)
-        if first is not None:
-            name = first.plot.name
-            figures[name], cut = plotly_page.figures(itertools.chain([first], kind), tools)
-            more |= {name} if cut else set()
-    return _Drawn(figures, {}, more, "")
-
-
-def _images(view: DriftView, why: str) -> _Drawn:
-    firsts = [next(kind, None) for kind in kinds(view)]
-    pictures, missing = page.pictures(one.plot for one in firsts if one is not None)
-    return _Drawn({}, {one.name: one for one in pictures}, set(), missing or why)
+        if first is None:
+            continue
+        if first.interactive is None:
+            images += [first, *itertools.islice(kind, MOST_PICTURES - 1)]
+            more |= {first.plot.name} if next(kind, None) else set()
+        elif tools is None:
+            images.append(first)
+        else:
+            drawings = itertools.chain([first], kind)
+            live[first.plot.name], cut = figures.figures(drawings, tools)
+            more |= {first.plot.name} if cut else set()
+    pictures, reason = page.pictures(drawing.plot for drawing in images)
+    return _Drawn(live, pictures, more, reason or missing)
 
 
 def _sections(view: DriftView, drawn: _Drawn) -> list[Section]:
-    tables = {
-        "methods": methods(view),
-        "detection": detection(view.detection),
-    }
+    tables = {"methods": methods(view), "detection": detection(view.detection)}
     folded = {"masks": remasks(view)}
-    found = []
-    for name, (heading, kinds, words) in SECTIONS.items():
-        own = [key for key in [*drawn.figures, *drawn.pictures] if key.startswith(kinds)]
+    sections = []
+    for name, (heading, starts, words) in SECTIONS.items():
         section = Section(
             name,
             heading,
             words,
-            tuple(drawn.figures[key] for key in own if key in drawn.figures),
-            tuple(drawn.pictures[key] for key in own if key in drawn.pictures),
+            tuple(shown for key, shown in drawn.figures.items() if key.startswith(starts)),
+            tuple(picture for picture in drawn.pictures if picture.name.startswith(starts)),
             tables.get(name),
             folded.get(name),
-            MORE if drawn.more.intersection(own) else "",
+            MORE if any(key.startswith(starts) for key in drawn.more) else "",
         )
         if section.figures or section.pictures or section.table or section.folded:
-            found.append(section)
-    return found
+            sections.append(section)
+    return sections
 
 
 def _cards(view: DriftView) -> list[tuple[str, str, str]]:
@@ -389,19 +393,18 @@ def _cards(view: DriftView) -> list[tuple[str, str, str]]:
     known = [line for line in view.lines if line["loss"] and line["loss"]["after_minus_dense"]]
     if not known:
         return []
-    alike = summary.comparable(known)
-    best = min(alike, key=lambda line: float(line["loss"]["after_minus_dense"]["mean"]))
+    alike, best = summary.comparable(known), summary.best(known, "loss", "after_minus_dense")
     among = f"the least of {len(alike)} methods"
     if len(alike) < len(known):
         among += " that removed about as much"
     lost, recovery = best["loss"]["after_minus_dense"], best["loss"]["recovery"]
-    remasks = drift_words.plural(best["remasks_per_cell"])
+    remasks = plural(best["remasks_per_cell"])
     mean = recovery["mean_tokens"]
     return [
         (
             f"{lost['mean']:.2f} nats",
             f"per token over dense after the change with {best['label']}",
-            f"95 %: {drift_words.bounds(lost)}; {among}",
+            f"95 %: {_bounds(lost)}; {among}",
         ),
         (percent(best["achieved_sparsity"]), "of the FFN neurons removed", best["label"]),
         (
@@ -417,9 +420,14 @@ def _cards(view: DriftView) -> list[tuple[str, str, str]]:
     ]
 
 
+def _bounds(estimate: Mapping[str, Any]) -> str:
+    if estimate["low"] is None:
+        return "no interval"
+    return f"{estimate['low']:.2f} to {estimate['high']:.2f}"
+
+
 def _facts(view: DriftView) -> list[tuple[str, str, bool]]:
     """Name, value, and whether the value is to be set as code."""
-
     done = len(view.done)
     found = [
         ("mode", run_facts.named(cell.mode for cell in view.cells), False),

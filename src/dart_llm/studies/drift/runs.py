@@ -1,12 +1,9 @@
-"""How one cell runs: a passage read token by token (forced), or a text written (free); losses and
-metrics.
+"""How one cell runs: a passage read token by token (forced), or a text written (free); metrics.
 
-Forced mode: a passage is read with its first tokens as the prompt; every next token's loss.
-
-The first P tokens are prefilled dense and observed; the others run as decode tokens through the
-live tracer (perplexity.py steps through them).  Token k after the prompt is fed in decode step k,
-so the loss of token k + 1 is the first that step k decides: token 0, which the dense prompt
-predicts, has none, and the last token is never fed.
+Forced mode: the first P tokens of a passage are prefilled dense and observed; the others run as
+decode tokens.  Token k after the prompt is fed in decode step k, so the loss of token k + 1 is the
+first that step k decides: token 0, which the dense prompt predicts, has none, and the last token is
+never fed.
 """
 
 from __future__ import annotations
@@ -177,7 +174,7 @@ def write(
     return Written("".join(pieces), tuple(pieces), ended)
 
 
-# Every free text of a drift study against the dense text of the same source and seed.
+# Every free text against the dense text of the same source and seed.
 
 
 @dataclass(frozen=True)

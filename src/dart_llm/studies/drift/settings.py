@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from pydantic import model_validator
 
 from dart_llm import settings
 from dart_llm.errors import ConfigError, UnknownName
-from dart_llm.settings import BaseSettings, Settings, check_least, given_of, merge, setting, words
+from dart_llm.settings import BaseSettings, ModelOptions, given_of, merge, setting, words
 from dart_llm.studies.drift.methods import DriftMethod, parse_methods
 
 FREE, FORCED = "free", "forced"
@@ -24,15 +23,12 @@ MODES = {
 
 STUDIED_METHODS = "dense,never,interval:64,published,paper,dart"
 
-STUDY, PRUNING, METRICS, MODEL, RESULTS = "Study", "Pruning", "Metrics", "Model", "Results"
-
-LEAST = {"limit": 1, "prompt_tokens": 16, "generation": 2, "remask_at_change": 1}
-"""The least value of each whole number."""
+STUDY, PRUNING, METRICS, RESULTS = "Study", "Pruning", "Metrics", "Results"
 
 DETECTION = "detection.json"
 
 
-class DriftSettings(Settings):
+class DriftSettings(ModelOptions):
     """What a drift study is asked to do; None means "not given"."""
 
     COMMAS: ClassVar = ("methods", "seeds")
@@ -50,13 +46,17 @@ class DriftSettings(Settings):
     prompt: str | None = setting(STUDY, "One prompt: its text.")
     prompts: str | None = setting(STUDY, "shipped, or a JSONL file of prompts.")
     passages: str | None = setting(STUDY, "shipped, or a JSONL file of passages (mode forced).")
-    limit: int | None = setting(STUDY, "Prompts or passages, the first ones (default: all).")
-    prompt_tokens: int = setting(STUDY, "Tokens of a passage that are its prompt.", 256)
+    limit: int | None = setting(STUDY, "Prompts or passages, the first ones (default: all).", ge=1)
+    prompt_tokens: int = setting(STUDY, "Tokens of a passage that are its prompt.", 256, ge=16)
     remask_at_change: int | None = setting(
-        STUDY, "Tokens after a change at which fresh:N and decay:N hold new masks (default: 64)."
+        STUDY,
+        "Tokens after a change at which fresh:N and decay:N hold new masks (default: 64).",
+        ge=1,
     )
-    generation: int = setting(STUDY, "Tokens to write after a prompt, at most.", 300)
-    temperature: float | None = setting(STUDY, "Sample at this temperature (default: greedy).")
+    generation: int = setting(STUDY, "Tokens to write after a prompt, at most.", 300, ge=2)
+    temperature: float | None = setting(
+        STUDY, "Sample at this temperature (default: greedy).", ge=0, allow_inf_nan=False
+    )
     chat: bool | None = setting(STUDY, "Use the model's chat template (default: if it has one).")
     # pruning: of dart and of its variants; other presets stay as they are
     sparsity: float | None = setting(
@@ -82,17 +82,6 @@ class DriftSettings(Settings):
     bertscore: str | None = setting(
         METRICS, "Model of BERTScore (default: all-MiniLM-L6-v2, labelled as such)."
     )
-    # model
-    model: str = setting(
-        MODEL, "Hub id, local folder, .gguf file, or smollm2-135m.", "smollm2-135m"
-    )
-    cache_dir: str | None = setting(MODEL, "Where weights are kept.")
-    device: str | None = setting(MODEL, "0, cuda:0, cpu or mps (default: GPU 0, else CPU).")
-    device_map: str | None = setting(MODEL, "How layers are spread over devices, e.g. auto.")
-    dtype: str | None = setting(MODEL, "float32, float16, bfloat16 (default: the checkpoint's).")
-    revision: str | None = setting(MODEL, "Branch, tag or commit of a hub model.")
-    attn_implementation: str | None = setting(MODEL, "Attention kernel: eager, sdpa, ...")
-    trust_remote_code: bool = setting(MODEL, "Run code that comes with the checkpoint.", False)
     # results
     experiment_name: str | None = setting(RESULTS, "Default: drift-<mode>-<model>.")
     results_dir: str = setting(RESULTS, "Folder for results.", "results")
@@ -104,9 +93,6 @@ class DriftSettings(Settings):
     def _check(self) -> DriftSettings:
         if self.mode is not None and self.mode not in MODES:
             raise UnknownName("mode", self.mode, MODES)
-        check_least(self, LEAST)
-        if self.temperature is not None and not 0 <= self.temperature < math.inf:
-            raise ConfigError(f"--temperature {self.temperature:g} must be 0 (greedy) or more")
         self._check_sources()
         if self.detection is not None and not (Path(self.detection) / DETECTION).is_file():
             raise ConfigError(

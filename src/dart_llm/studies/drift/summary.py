@@ -1,41 +1,32 @@
-"""One row per method: means, paired intervals, sentence.
+"""A drift study in one row per method: means over its sources with 95 % intervals; its sentence.
 
-The summary of a drift study as Markdown, CSV, a table for the terminal, and one sentence.
+A source (a prompt or a passage) is one item, whatever the seeds: several seeds of it are averaged
+first.  Differences to dense and to ``never`` are paired by source.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
-
-from rich.table import Table
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from dart_llm.experiments import stats
 from dart_llm.experiments.index import ACCOUNTING
 from dart_llm.experiments.rows import DENSE as UNTOUCHED
 from dart_llm.experiments.stats import Sample, Value
 from dart_llm.pruning.records import merge_reports
-from dart_llm.reporting.table import table_lines
+from dart_llm.reporting.table import Column, Table
 from dart_llm.reporting.words import count
 from dart_llm.studies.drift.methods import DENSE, NEVER
 from dart_llm.studies.drift.record import DONE
 from dart_llm.studies.drift.settings import FORCED
 
-# A drift study in one row per method: means over its sources with 95 % intervals.
-#
-# A source (a prompt or a passage) is one item, whatever the seeds: several seeds of it are
-# averaged first.  Differences to dense and to ``never`` are paired by source.
-
-
 Row = Mapping[str, Any]
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """The summary of the lines of results.jsonl; ``rows`` in its answer are in their order.
-
-    Without scipy the intervals are null and ``notes`` says so.
-    """
+    """The summary of the lines of results.jsonl; ``rows`` in its answer are in their order."""
     labels = list(dict.fromkeys(row["label"] for row in rows))
     done = {
         name: [r for r in rows if r["label"] == name and r["status"] == DONE] for name in labels
@@ -64,18 +55,13 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
             line["metrics"] = metrics(own)
         lines.append(line)
     sources = {row["cell"]["source"] for row in rows}
-    notes = (
-        []
-        if stats.available()
-        else ["no intervals: this needs scipy (pip install 'dart-llm[drift]')"]
-    )
     return {
         "mode": rows[0]["cell"]["mode"] if rows else None,
         "model": rows[0]["cell"]["model"] if rows else None,
         "dtype": rows[0]["cell"]["dtype"] if rows else None,
         "sources": len(sources),
         "rows": lines,
-        "notes": notes,
+        "notes": [],
     }
 
 
@@ -158,7 +144,7 @@ def _mean(values: Sample) -> dict[str, Any] | None:
     """``mean`` with its interval over ``n`` sources; None of nothing."""
     if not values:
         return None
-    found = stats.known(values)
+    found = stats.interval(values)
     low, high = (None, None) if found is None else (found.low, found.high)
     return {"mean": stats.mean(values), "low": low, "high": high, "n": len(values)}
 
@@ -170,7 +156,7 @@ def _paired(own: Sample, other: Sample) -> dict[str, Any] | None:
     one, two = stats.mean(first), stats.mean(second)
     if one is None or two is None:
         return None
-    found = stats.known(first, second)
+    found = stats.paired_interval(first, second)
     return {
         "mean": one - two,
         "low": None if found is None else found.low,
@@ -182,8 +168,6 @@ def _paired(own: Sample, other: Sample) -> dict[str, Any] | None:
 
 Line = Mapping[str, Any]
 
-Column = tuple[str, Callable[[Line], str]]
-
 SHOWN = {
     "rougeL": "ROUGE-L",
     "bleu": "BLEU",
@@ -193,149 +177,138 @@ SHOWN = {
 }
 """Metrics in the tables and their heads; summary.json and summary.csv have all of them."""
 
-NONE = "-"
-
 NEAR = 0.05
 """Methods whose achieved sparsities lie so near are called comparable."""
 
 
-def columns(summary: Mapping[str, Any], brief: bool = False) -> list[Column]:
-    """Heads and how each is made from a row of the summary.
+def table(summary: Mapping[str, Any], title: str, brief: bool = False) -> Table:
+    """One row per method; losses in nats.  Its CSV has every number, names joined by dots.
 
     ``brief``: intervals of the differences to ``never`` alone, for a terminal's width.
     """
-    found: list[Column] = [
-        ("method", lambda line: str(line["label"])),
-        ("achieved", lambda line: f"{line['achieved_sparsity']:.1%}"),
-        ("dense tokens", lambda line: f"{line['dense_token_share']:.1%}"),
-        ("re-masks", lambda line: _number(line["remasks_per_cell"], 1)),
+    rows = [{**line, **dict(_flat(line))} for line in summary["rows"]]
+    columns = [
+        Column("method", "label", wrap=not brief),
+        Column("achieved", "achieved_sparsity", ".1%"),
+        Column("dense tokens", "dense_token_share", ".1%"),
+        Column("re-masks", "remasks_per_cell", ".1f"),
     ]
     if summary["mode"] == FORCED:
-        found += _loss_columns(summary, brief)
+        columns += _loss_columns(summary, brief)
     else:
-        found.append(("tokens", lambda line: _number(line.get("mean_tokens"), 0)))
-        known = {name for line in summary["rows"] for name in line["metrics"] or ()}
-        found += [(head, _metric(name, brief)) for name, head in SHOWN.items() if name in known]
-    if any(line["failed"] for line in summary["rows"]):
-        found.append(("failed", lambda line: str(line["failed"])))
-    return found
+        columns.append(Column("tokens", "mean_tokens", ".0f"))
+        known = {name for line in rows for name in line["metrics"] or ()}
+        columns += [
+            _estimate(head, "metrics", name, brief) for name, head in SHOWN.items() if name in known
+        ]
+    if any(line["failed"] for line in rows):
+        columns.append(Column("failed", "failed"))
+    fields = dict.fromkeys(
+        name for line in sorted(summary["rows"], key=_width) for name, _ in _flat(line)
+    )
+    name = "" if brief else "summary"
+    return Table(name, title, tuple(columns), rows, nothing="-", terminal=brief, fields=[*fields])
 
 
 def _loss_columns(summary: Mapping[str, Any], brief: bool) -> list[Column]:
     moment = next((line["loss"]["from"] for line in summary["rows"] if line["loss"]), None)
     later = "later" if moment is None else f"from token {moment}"
+    versus_dense = [] if brief else [_estimate("after minus dense", "loss", "after_minus_dense")]
     return [
-        ("before", _loss("before", brief)),
-        ("after", _loss("after", brief)),
-        *([] if brief else [("after minus dense", _loss("after_minus_dense"))]),
-        ("after minus never", _loss("after_minus_never")),
-        (later, _loss("later", brief)),
-        (f"{later} minus never", _loss("later_minus_never")),
-        ("recovered in", _recovery),
+        _estimate("before", "loss", "before", brief),
+        _estimate("after", "loss", "after", brief),
+        *versus_dense,
+        _estimate("after minus never", "loss", "after_minus_never"),
+        _estimate(later, "loss", "later", brief),
+        _estimate(f"{later} minus never", "loss", "later_minus_never"),
+        Column("recovered in", _recovery, _recovery_text),
     ]
 
 
-def _loss(name: str, brief: bool = False) -> Callable[[Line], str]:
+def _estimate(head: str, group: str, name: str, brief: bool = False) -> Column:
+    """A mean with its interval; differences have a sign, and none to the method itself."""
     other = name.partition("_minus_")[2]
+    form = "+.3f" if other else ".3f"
 
-    def show(line: Line) -> str:
-        if line["method"] == other:
-            return NONE  # against itself
-        return _interval((line["loss"] or {}).get(name), bool(other), brief)
+    def value(line: Line) -> Any:
+        estimate = None if line["method"] == other else (line[group] or {}).get(name)
+        return estimate if estimate and estimate["mean"] is not None else None
 
-    return show
+    def text(estimate: Mapping[str, Any]) -> str:
+        mean, low, high = (estimate[key] for key in ("mean", "low", "high"))
+        ends = "" if low is None or brief else f" ({low:{form}} to {high:{form}})"
+        return f"{mean:{form}}{ends}"
 
-
-def _metric(name: str, brief: bool) -> Callable[[Line], str]:
-    return lambda line: _interval((line["metrics"] or {}).get(name), brief=brief)
-
-
-def _interval(value: Mapping[str, Any] | None, signed: bool = False, brief: bool = False) -> str:
-    if value is None or value["mean"] is None:
-        return NONE
-    show = "{:+.3f}" if signed else "{:.3f}"
-    text = show.format(value["mean"])
-    if value["low"] is None or brief:
-        return text
-    return f"{text} ({show.format(value['low'])} to {show.format(value['high'])})"
+    return Column(head, value, text)
 
 
-def _number(value: float | None, digits: int) -> str:
-    return NONE if value is None else f"{value:.{digits}f}"
+def _recovery(line: Line) -> Any:
+    recovery = (line["loss"] or {}).get("recovery")
+    return recovery if line["method"] != DENSE and recovery and recovery["changes"] else None
 
 
-def _recovery(line: Line) -> str:
-    found = (line["loss"] or {}).get("recovery")
-    if line["method"] == DENSE or not found or not found["changes"]:
-        return NONE
-    recovered = f"{found['recovered']} of {found['changes']}"
-    mean = found["mean_tokens"]
-    return recovered if mean is None else f"{mean:.0f} tokens ({recovered})"
+def _recovery_text(recovery: Mapping[str, Any]) -> str:
+    share = f"{recovery['recovered']} of {recovery['changes']}"
+    mean = recovery["mean_tokens"]
+    return share if mean is None else f"{mean:.0f} tokens ({share})"
 
 
-def table(summary: Mapping[str, Any], title: str) -> Table:
-    """For the terminal; losses in nats."""
-    found = Table(title=title, title_justify="left")
-    shown = columns(summary, brief=True)
-    for place, (head, _) in enumerate(shown):
-        side: Literal["left", "right"] = "right" if place else "left"
-        found.add_column(head, justify=side, overflow="fold", no_wrap=not place)
-    for line in summary["rows"]:
-        found.add_row(*(make(line) for _, make in shown))
-    return found
-
-
-def markdown(summary: Mapping[str, Any], title: str) -> str:
-    """summary.md."""
-    shown = columns(summary)
-    rows = ([make(line) for _, make in shown] for line in summary["rows"])
-    body = "\n".join(table_lines([head for head, _ in shown], rows))
-    notes = "".join(f"- {note}\n" for note in [sentence(summary), *summary["notes"]] if note)
-    return f"# {title}\n\n{body}\n\n{notes}"
-
-
-def flat(summary: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Header and rows of summary.csv: every number of summary.json, names joined by dots."""
-    rows = [dict(_flat(line)) for line in summary["rows"]]
-    header = list(dict.fromkeys(name for row in sorted(rows, key=len)[::-1] for name in row))
-    return header, [[row.get(name) for name in header] for row in rows]
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
+def _flat(data: Line, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every number, names joined by dots."""
     for name, value in data.items():
         if isinstance(value, Mapping):
-            found += _flat(value, f"{prefix}{name}.")
+            yield from _flat(value, f"{prefix}{name}.")
         elif value is not None:
-            found.append((f"{prefix}{name}", value))
-    return found
+            yield f"{prefix}{name}", value
+
+
+def _width(line: Line) -> int:
+    return -len(dict(_flat(line)))
+
+
+def title(summary: Mapping[str, Any]) -> str:
+    """What was studied, for the heads of the tables."""
+    forced = summary["mode"] == FORCED
+    model = Path(str(summary["model"]).rstrip("/")).name
+    sources = f"{summary['sources']} {'passages' if forced else 'prompts'}"
+    unit = ", losses in nats" if forced else ""
+    return (
+        f"drift, mode {summary['mode']}: {sources}, {model} ({summary['dtype']}), "
+        f"means with 95 % intervals{unit}"
+    )
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """summary.md."""
+    body = "\n".join(table(summary, title(summary)).lines())
+    notes = "".join(f"- {note}\n" for note in [sentence(summary), *summary["notes"]] if note)
+    return f"# {title(summary)}\n\n{body}\n\n{notes}"
 
 
 def sentence(summary: Mapping[str, Any]) -> str:
     """What the table says, in one plain sentence; "" where it says nothing yet."""
     rows = [line for line in summary["rows"] if line["method"] != DENSE and line["cells"]]
-    return _of_losses(summary, rows) if summary["mode"] == FORCED else _of_texts(summary, rows)
+    forced = summary["mode"] == FORCED
+    for group, name, words in CONCLUDED:
+        known = [line for line in rows if (line[group] or {}).get(name)]
+        if known and (group == "loss") == forced:
+            sources = count(summary["sources"], "passage" if forced else "prompt")
+            return f"{_best(known, group, name, words, sources)}{_against_never(known, name)}."
+    return ""
 
 
-def _of_losses(summary: Mapping[str, Any], rows: Sequence[Line]) -> str:
-    dense = next((line["loss"] for line in summary["rows"] if line["method"] == DENSE), None)
-    known = [line for line in rows if line["loss"] and line["loss"]["after"]]
-    if not known or not dense or not dense["after"]:
-        return ""
-    least = min(known, key=_loss_after)
-    best = min(comparable(known), key=_loss_after)
-    gap = best["loss"]["after_minus_never"]
-    beside = ""
-    if gap is not None and not best["label"].startswith("never@"):
-        sure = "" if gap["significant"] else ", which its interval does not tell from none"
-        beside = f", {gap['mean']:+.3f} against never re-masking{sure}"
-    other = "" if least is best else _beside(least, _loss_after)
-    return (
-        f"After the changes of {count(summary['sources'], 'passage')} the mean loss was "
-        f"{dense['after']['mean']:.3f} nats dense and{_among(other)} least with {best['label']}, "
-        f"{_loss_after(best):.3f} at {best['achieved_sparsity']:.1%} achieved "
-        f"sparsity{beside}{other}."
-    )
+CONCLUDED = (
+    ("loss", "after", "had the least loss after the changes: {:.3f} nats per token"),
+    ("metrics", "document_similarity", "wrote closest to dense: document similarity {:.3f}"),
+    ("metrics", "rougeL", "wrote closest to dense: ROUGE-L {:.3f}"),
+)
+"""The quality that the sentence is about, the first that was measured, and its words."""
+
+
+def best(rows: Sequence[Line], group: str, name: str) -> Line:
+    """The row with the least loss, or with the highest metric, among comparable ones."""
+    sign = 1 if group == "loss" else -1
+    return min(comparable(rows), key=lambda line: sign * float(line[group][name]["mean"]))
 
 
 def comparable(rows: Sequence[Line]) -> list[Line]:
@@ -344,40 +317,21 @@ def comparable(rows: Sequence[Line]) -> list[Line]:
     return [line for line in rows if line["achieved_sparsity"] >= most - NEAR]
 
 
-def _beside(line: Line, value: Callable[[Line], float]) -> str:
-    """A method that removed too little to be compared."""
-    return f"; {line['label']} had {value(line):.3f}, and removed {line['achieved_sparsity']:.1%}"
-
-
-def _among(other: str) -> str:
-    return f", of the methods within {NEAR * 100:.0f} points of the most removed," if other else ""
-
-
-def _loss_after(line: Line) -> float:
-    return float(line["loss"]["after"]["mean"])
-
-
-def _of_texts(summary: Mapping[str, Any], rows: Sequence[Line]) -> str:
-    name = next((n for n in ("document_similarity", "rougeL") if _any_has(rows, n)), None)
-    if name is None:
-        return ""
-    known = [line for line in rows if (line["metrics"] or {}).get(name)]
-
-    def close(line: Line) -> float:
-        return float(line["metrics"][name]["mean"])
-
-    ranked, closest = sorted(comparable(known), key=close, reverse=True), max(known, key=close)
-    best = ranked[0]
-    second = f", before {ranked[1]['label']} with {close(ranked[1]):.3f}" if ranked[1:] else ""
-    what = "document similarity" if name == "document_similarity" else "ROUGE-L"
-    other = "" if closest is best else _beside(closest, close)
+def _best(rows: Sequence[Line], group: str, name: str, words: str, sources: str) -> str:
+    line, alike = best(rows, group, name), comparable(rows)
+    near = f" within {NEAR * 100:.0f} points of the most removed" if len(alike) < len(rows) else ""
     return (
-        f"Over {count(summary['sources'], 'prompt')}{_among(other)} {best['label']} wrote closest "
-        f"to the dense text ({what} {close(best):.3f}, at {best['achieved_sparsity']:.1%} achieved "
-        f"sparsity, {best['dense_token_share']:.1%} of the decoded tokens dense){second}{other}."
+        f"Of {count(len(alike), 'method')}{near} over {sources}, {line['label']} "
+        f"{words.format(line[group][name]['mean'])}, at {line['achieved_sparsity']:.1%} achieved "
+        "sparsity"
     )
 
 
-def _any_has(rows: Sequence[Line], name: str) -> bool:
-    """Whether a row has a value of the metric ``name``."""
-    return any((line["metrics"] or {}).get(name) for line in rows)
+def _against_never(rows: Sequence[Line], name: str) -> str:
+    """How the best loss stands to that without re-masks at the same sparsity, if there is one."""
+    line = best(rows, "loss", name) if name == "after" else None
+    gap = line["loss"]["after_minus_never"] if line else None
+    if line is None or gap is None or line["method"] == NEVER:
+        return ""
+    sure = {True: "", False: " (within noise)", None: " (no interval)"}[gap["significant"]]
+    return f", {gap['mean']:+.3f} against never re-masking{sure}"

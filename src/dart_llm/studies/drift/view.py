@@ -1,99 +1,99 @@
-"""A drift folder read back; masks over time; loss around a change; its words.
+"""A drift folder read back: its cells, their masks over time, the loss around a change, its words.
 
-A drift folder as read back: frozen records, whatever is unfinished, failed or damaged.
-
-A file or line that cannot be read costs what it held and leaves one sentence in ``problems``.
+Whatever is unfinished, failed or damaged costs what it held, and leaves one sentence in
+``problems``.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, BeforeValidator
 
 from dart_llm.errors import ResultsError
 from dart_llm.experiments import stats
 from dart_llm.experiments.stats import Interval
-from dart_llm.experiments.store import ResultsView, mapping, number
+from dart_llm.experiments.store import ResultsView, mapping
 from dart_llm.experiments.store import read as read_results
 from dart_llm.pruning.records import DriftCheck
 from dart_llm.reporting.words import count, percent
-from dart_llm.studies.detection import report
+from dart_llm.studies.detection import report as detection_report
 from dart_llm.studies.drift import summary
-from dart_llm.studies.drift import summary as drift_summary
 from dart_llm.studies.drift.losses import BIN
+from dart_llm.studies.drift.methods import DENSE
 
-# One cell of a drift study as read back: a frozen record.
+KIND = "drift"
+
+MODES = {"forced": "passage", "free": "prompt"}
+"""What a source is called in each mode."""
+
+DAMAGE = (KeyError, TypeError, ValueError, AttributeError)
+"""What reading a damaged line raises."""
 
 
-DENSE = "dense"
-
-
-@dataclass(frozen=True)
-class TopicSpan:
-    """A topic and the decoded tokens about it: ``start`` to ``end``, which is not included.
-
-    Both are None where the places are not known (free mode).
-    """
+class TopicStart(BaseModel, frozen=True):
+    """A topic and its first decoded token; None where the place is not known (free mode)."""
 
     name: str
     domain: str
     start: int | None
-    end: int | None
 
 
 @dataclass(frozen=True)
 class Masked:
-    """Masks of all layers, in force from decode step ``step`` on."""
+    """Masks of all layers, in force from decode step ``step`` on.
+
+    ``jaccard``: per layer against the masks before; empty for the first ones.  ``observed``:
+    decoded tokens right before ``step`` that ran dense to be observed.
+    """
 
     step: int
     cause: str
     kept: tuple[int, ...]
-    jaccard: tuple[float, ...]
-    """Per layer against the masks before; empty for the first ones."""
-    evidence_tokens: float
+    jaccard: Annotated[tuple[float, ...], BeforeValidator(lambda value: value or ())] = ()
+    evidence_tokens: float = 0.0
     observed: int = 0
-    """Decoded tokens right before ``step`` that ran dense to be observed."""
 
 
-@dataclass(frozen=True)
-class DriftCell:
-    """One method on one source (a prompt or a passage)."""
+class DriftCell(BaseModel, frozen=True):
+    """One method on one source (a prompt or a passage).
+
+    ``dense_from``: the decode step from which all ran dense to the end, where there is one.
+    ``accounting``: ``RunReport.to_dict()``; None for the untouched model.  ``losses``: nats per
+    decoded token (forced mode).  ``masks``: the file with the kept neurons, if it is whole.
+    """
 
     key: str
     label: str
     status: str
-    error: str | None
+    error: str | None = None
     model: str
-    dtype: str | None
+    dtype: str | None = None
     mode: str
     source: str
     method: str
-    sparsity: float | None
-    seed: int
-    topics: tuple[TopicSpan, ...] = ()
+    sparsity: float | None = None
+    seed: int = 0
+    topics: tuple[TopicStart, ...] = ()
     prompt_tokens: int = 0
     decoded_tokens: int = 0
     finish: str = ""
     checks: tuple[DriftCheck, ...] = ()
     remasks: tuple[Masked, ...] = ()
     dense_from: int | None = None
-    """The decode step from which all ran dense to the end, where there is one."""
-    accounting: Mapping[str, Any] | None = None
-    """``RunReport.to_dict()``; None for the untouched model."""
-    metrics: Mapping[str, float | None] | None = None
+    accounting: dict[str, Any] | None = None
+    metrics: dict[str, float | None] | None = None
     text: str = ""
     pieces: tuple[str, ...] = ()
     losses: tuple[float | None, ...] = ()
-    """Nats per decoded token (forced mode)."""
     masks: Path | None = None
-    """The safetensors file with the kept neurons, if it is there and whole."""
 
     @property
     def done(self) -> bool:
@@ -104,81 +104,204 @@ class DriftCell:
         return self.method == DENSE
 
     @property
+    def placed_topics(self) -> list[tuple[str, int, int]]:
+        """Name, first decoded token, and the one after the last, where the places are known."""
+        known = [topic for topic in self.topics if topic.start is not None]
+        ends = [*(topic.start or 0 for topic in known[1:]), self.decoded_tokens]
+        return [(t.name, t.start or 0, end) for t, end in zip(known, ends, strict=False)]
+
+    @property
     def changes(self) -> tuple[int, ...]:
         """Decoded-token indices at which a new topic begins."""
-        return tuple(t.start for t in self.topics[1:] if t.start is not None)
+        return tuple(start for _, start, _ in self.placed_topics[1:])
+
+    @property
+    def rebuilt(self) -> int:
+        """Masks after the first ones."""
+        return sum(mask.cause not in ("first", "given") for mask in self.remasks)
 
 
 def parse(row: Mapping[str, Any], text: Mapping[str, Any], tokens: Mapping[str, Any]) -> DriftCell:
     """A cell from its lines in results.jsonl, texts.jsonl and tokens.jsonl; without masks.
 
-    Raises ``KeyError``, ``TypeError``, ``ValueError`` or ``AttributeError`` for a damaged line.
+    Raises one of ``DAMAGE`` for a damaged line.
     """
-    own = row["cell"]
-    cell = DriftCell(
-        key=str(row["key"]),
-        label=str(row["label"]),
-        status=str(row["status"]),
-        error=None if row.get("error") is None else str(row["error"]),
-        model=str(own["model"]),
-        dtype=own.get("dtype"),
-        mode=str(own["mode"]),
-        source=str(own["source"]),
-        method=str(own["method"]),
-        sparsity=number(own.get("sparsity")),
-        seed=int(own.get("seed") or 0),
-    )
-    if not cell.done:
-        return cell
-    decoded = int(row["decoded_tokens"])
-    return replace(
-        cell,
-        topics=_topics(row.get("topics") or [], decoded),
-        prompt_tokens=int(row["prompt_tokens"]),
-        decoded_tokens=decoded,
-        finish=str(row.get("finish") or ""),
-        checks=tuple(_check(check) for check in row.get("checks") or [] if not _lone(check)),
-        remasks=tuple(_masked(mask) for mask in row.get("remasks") or []),
-        dense_from=None if row.get("dense_from") is None else int(row["dense_from"]),
-        accounting=mapping(row.get("accounting")) or None,
-        metrics={k: number(v) for k, v in mapping(row.get("metrics")).items()} or None,
-        text=str(text.get("text") or ""),
-        pieces=tuple(map(str, tokens.get("pieces") or ())),
-        losses=tuple(map(number, tokens.get("losses") or ())),
-    )
+    done = row["status"] == "done"
+    known = {name: value for name, value in {**text, **tokens, **row}.items() if value is not None}
+    if done:
+        known["decoded_tokens"], known["prompt_tokens"] = (
+            row["decoded_tokens"],
+            row["prompt_tokens"],
+        )
+        # the first window of an arming detector has nothing to be compared with: it stands at 0
+        known["checks"] = [
+            check
+            for check in row.get("checks") or ()
+            if check["state"] != "arming" or check["similarity"] != 0
+        ]
+    return DriftCell.model_validate({**known, **row["cell"], "key": row["key"]})
 
 
-def _topics(rows: Sequence[Mapping[str, Any]], decoded: int) -> tuple[TopicSpan, ...]:
-    starts = [None if row.get("start") is None else int(row["start"]) for row in rows]
-    found = []
-    for place, row in enumerate(rows):
-        end = [*starts[1:], decoded][place] if starts[place] is not None else None
-        found.append(TopicSpan(str(row["name"]), str(row["domain"]), starts[place], end))
-    return tuple(found)
+@dataclass(frozen=True)
+class DriftView:
+    """The files of one drift folder.
+
+    ``summary``: of the cells; empty where they cannot be summed up.  ``detection``: the folder's
+    ``detection.json``, or nothing.
+    """
+
+    results: ResultsView
+    cells: tuple[DriftCell, ...]
+    summary: Mapping[str, Any]
+    detection: Mapping[str, Any]
+    problems: tuple[str, ...]
+
+    @property
+    def done(self) -> tuple[DriftCell, ...]:
+        return tuple(cell for cell in self.cells if cell.done)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Methods as labelled, dense first, then as they come."""
+        return tuple(
+            dict.fromkeys(cell.label for cell in sorted(self.done, key=lambda cell: not cell.dense))
+        )
+
+    def of(self, label: str) -> tuple[DriftCell, ...]:
+        return tuple(cell for cell in self.done if cell.label == label)
+
+    def dense_of(self, cell: DriftCell) -> DriftCell | None:
+        """The untouched model on the same source; of the same seed where there is one."""
+        same = [c for c in self.done if c.dense and (c.mode, c.source) == (cell.mode, cell.source)]
+        return next((c for c in same if c.seed == cell.seed), same[0] if same else None)
+
+    @property
+    def mode(self) -> str:
+        return self.cells[0].mode if self.cells else ""
+
+    @property
+    def lines(self) -> list[Mapping[str, Any]]:
+        """The summary's rows of pruned methods that have a finished cell."""
+        rows = self.summary.get("rows") or []
+        return [row for row in rows if row["method"] != DENSE and row["cells"]]
+
+    def prompt(self, source: str) -> str:
+        """The text of a source, where config.json holds it."""
+        sources = self.results.config.get("sources") or []
+        return next((str(one.get("text") or "") for one in sources if one.get("id") == source), "")
+
+    def noted(self, words: str) -> str:
+        """A picture's small print: ``words``, then what was run."""
+        return f"{words} · {self.results.small_print}"
 
 
-def _masked(row: Mapping[str, Any]) -> Masked:
-    jaccard = tuple(float(value) for value in row.get("jaccard") or ())
-    kept = tuple(int(count) for count in row["kept"])
-    evidence = number(row.get("evidence_tokens")) or 0.0
-    observed = int(row.get("observed") or 0)
-    return Masked(int(row["step"]), str(row.get("cause") or ""), kept, jaccard, evidence, observed)
+def read(folder: Path) -> DriftView:
+    """Read a drift folder, or the folder of `dart-llm detect`, which holds no cells.
+
+    Raises ``ResultsError`` when there is no such folder or ``config.json`` is of another command.
+    """
+    results = read_results(folder)
+    kind = results.config.get("kind", KIND)
+    if kind not in (KIND, "detect"):
+        raise ResultsError(
+            f"{folder} holds results of `dart-llm {kind}`, not of `dart-llm drift`: give the "
+            "folder that a drift study wrote"
+        )
+    problems: list[str] = []
+    if not results.config and (folder / "config.json").exists():
+        problems.append("config.json is not JSON: settings and versions are not shown.")
+    texts = {str(row.get("key")): row for row in _rows(folder / "texts.jsonl", problems)}
+    tokens = {str(row.get("key")): row for row in _rows(folder / "tokens.jsonl", problems)}
+    cells, rows = dict[str, DriftCell](), dict[str, Mapping[str, Any]]()
+    for row in _rows(folder / "results.jsonl", problems) if kind == KIND else ():
+        key = str(row.get("key"))
+        try:
+            cell = parse(row, texts.get(key, {}), tokens.get(key, {}))
+        except DAMAGE as error:
+            words = " ".join(f"{type(error).__name__}: {error}".split())
+            problems.append(f"The cell {key} of results.jsonl lacks what it needs ({words}).")
+            continue
+        cells[key] = cell.model_copy(update={"masks": _masks(folder, cell, problems)})
+        rows[key] = row
+    summed = _summary(list(rows.values()), problems)
+    detection = _detection(folder / "detection.json", problems)
+    return DriftView(results, tuple(cells.values()), summed, detection, tuple(problems))
 
 
-CHECK = tuple(field.name for field in fields(DriftCheck))
+def _summary(rows: list[Mapping[str, Any]], problems: list[str]) -> Mapping[str, Any]:
+    try:
+        return summary.summarise(rows) if rows else {}
+    except DAMAGE as error:
+        words = f"{type(error).__name__}: {error}"
+        problems.append(f"The cells of results.jsonl cannot be summed up ({words}).")
+        return {}
 
 
-def _lone(row: Mapping[str, Any]) -> bool:
-    """The first window of an arming detector has nothing to be compared with: it stands at 0."""
-    return bool(row["state"] == "arming" and row["similarity"] == 0)
+def _rows(path: Path, problems: list[str]) -> Iterator[Mapping[str, Any]]:
+    """The objects of a JSONL file; lines that are not whole are counted, not used."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        return
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"{path.name} cannot be read as UTF-8 text ({error}): it is left out.")
+        return
+    broken = []
+    for place, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError):
+            row = line
+        if isinstance(row, Mapping):
+            yield row
+        elif row is not None:
+            broken.append(place)
+    if broken:
+        lines_out = count(len(broken), "line")
+        problems.append(
+            f"{path.name}: {lines_out} left out, no JSON objects; the first is line {broken[0]}."
+        )
 
 
-def _check(row: Mapping[str, Any]) -> DriftCheck:
-    return DriftCheck(**{name: row[name] for name in CHECK})
+def _masks(folder: Path, cell: DriftCell, problems: list[str]) -> Path | None:
+    """The cell's mask file if it is there, whole, and holds as many neurons as the cell says."""
+    path = folder / "masks" / f"{cell.key.replace('/', '-')}.safetensors"
+    if not cell.done or not path.exists():
+        return None
+    from safetensors import SafetensorError, safe_open
+
+    told = {
+        f"remask{number}.layer{layer}.ids": kept
+        for number, mask in enumerate(cell.remasks)
+        for layer, kept in enumerate(mask.kept)
+    }
+    try:
+        with safe_open(path, framework="np") as file:
+            names = [name for name in file.keys() if name.endswith(".ids")]  # noqa: SIM118
+            fits = all(told.get(name) == file.get_slice(name).get_shape()[0] for name in names)
+    except (OSError, SafetensorError) as error:
+        problems.append(f"masks/{path.name} cannot be read ({error}): its masks are not shown.")
+        return None
+    if not fits:
+        problems.append(
+            f"masks/{path.name} holds other masks than results.jsonl speaks of: they are not shown."
+        )
+    return path if fits else None
 
 
-# The masks of a drift cell: which neurons live when, and how much of them a re-mask keeps.
+def _detection(path: Path, problems: list[str]) -> Mapping[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        detection_report.markdown(document)  # reads every entry that pictures and tables need
+    except FileNotFoundError:
+        return {}
+    except (OSError, LookupError, *DAMAGE):
+        problems.append("detection.json is not what `dart-llm detect` writes: it is left out.")
+        return {}
+    return mapping(document)
 
+
+# The masks of a cell: which neurons live when, and how much of them a re-mask keeps.
 
 ActiveNeurons = NDArray[np.bool_]
 
@@ -192,10 +315,6 @@ class Masks:
 
     steps: tuple[int, ...]
     live: tuple[ActiveNeurons, ...]
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return tuple(layer.shape[1] for layer in self.live)
 
 
 @dataclass(frozen=True)
@@ -244,21 +363,21 @@ def read_masks(cell: DriftCell) -> Masks | None:
 
 
 def _layer(
-    ids: dict[str, Any], widths: dict[str, int], layer: int, cell: DriftCell
+    ids: Mapping[str, Any], widths: Mapping[str, int], layer: int, cell: DriftCell
 ) -> ActiveNeurons:
     width = widths.get(f"remask0.layer{layer}.scores") or _width(cell, layer)
     live = np.ones((len(cell.remasks), width), dtype=np.bool_)
     for place in range(len(cell.remasks)):
-        own = ids.get(f"remask{place}.layer{layer}.ids")
-        if own is None:
+        kept = ids.get(f"remask{place}.layer{layer}.ids")
+        if kept is None:
             continue
-        if len(own) and not 0 <= int(own.min()) <= int(own.max()) < width:
+        if len(kept) and not 0 <= int(kept.min()) <= int(kept.max()) < width:
             raise ResultsError(
                 f"the masks of the cell {cell.key} keep neurons beyond the {width} of layer "
                 f"{layer}: run the cell anew"
             )
         live[place] = False
-        live[place, own] = True
+        live[place, kept] = True
     return live
 
 
@@ -273,14 +392,9 @@ def jaccard(one: ActiveNeurons, other: ActiveNeurons) -> float:
     return int(np.count_nonzero(one & other)) / union if union else 1.0
 
 
-def overlap(masks: Masks, before: bool = False) -> NDArray[np.float64]:
-    """[layers, masks]: Jaccard with the first mask, or with the mask before (the first: 1)."""
-    count = len(masks.steps)
-    rows = [
-        [jaccard(live[max(0, k - 1) if before else 0], live[k]) for k in range(count)]
-        for live in masks.live
-    ]
-    return np.array(rows, dtype=np.float64)
+def overlap(masks: Masks) -> NDArray[np.float64]:
+    """[layers, masks]: Jaccard with the first mask."""
+    return np.array([[jaccard(live[0], mask) for mask in live] for live in masks.live])
 
 
 def chance(masks: Masks) -> float:
@@ -289,17 +403,15 @@ def chance(masks: Masks) -> float:
     k: the layer's keep ratio.  Their intersection holds k^2 of the layer, their union 2 k - k^2.
     """
     ratios = [float(live[0].mean()) for live in masks.live]
-    return float(np.mean([k / (2 - k) for k in ratios]))
+    return fmean(k / (2 - k) for k in ratios)
 
 
 def flow(masks: Masks, old: int, new: int) -> Flow:
     """Summed over all layers."""
-    kept = left = joined = out = 0
-    for live in masks.live:
-        a, b = live[old], live[new]
-        both = int(np.count_nonzero(a & b))
-        kept, left = kept + both, left + int(a.sum()) - both
-        joined, out = joined + int(b.sum()) - both, out + int(np.count_nonzero(~(a | b)))
+    a, b = (np.concatenate([live[place] for live in masks.live]) for place in (old, new))
+    kept, left, joined, out = (
+        int(np.count_nonzero(both)) for both in (a & b, a & ~b, ~a & b, ~a & ~b)
+    )
     return Flow(kept, left, joined, out)
 
 
@@ -336,194 +448,22 @@ def columns(cell: DriftCell) -> list[tuple[str, int]]:
 
     Where the places of the topics are not known, the masks themselves, at most ``MOST_COLUMNS``.
     """
-    if not cell.remasks:
-        return []
+    steps = [mask.step for mask in cell.remasks]
     if cell.changes:
-        ends = [topic.end or 0 for topic in cell.topics]
         return [
-            (topic.name, _in_force(cell, end))
-            for topic, end in zip(cell.topics, ends, strict=True)
-            if cell.remasks[0].step < end
+            (name, max(place for place, step in enumerate(steps) if step < end))
+            for name, _, end in cell.placed_topics
+            if steps and steps[0] < end
         ]
-    chosen: Sequence[int] = range(len(cell.remasks))
+    chosen: Sequence[int] = range(len(steps))
     if len(chosen) > MOST_COLUMNS:
         chosen = [*chosen[: MOST_COLUMNS - 1], chosen[-1]]
-    return [(f"mask of step {cell.remasks[k].step}", k) for k in chosen]
+    return [(f"mask of step {steps[place]}", place) for place in chosen]
 
 
-def _in_force(cell: DriftCell, end: int) -> int:
-    return max(place for place, mask in enumerate(cell.remasks) if mask.step < end)
-
-
-KIND = "drift"
-
-
-@dataclass(frozen=True)
-class DriftView:
-    """The files of one drift folder."""
-
-    results: ResultsView
-    cells: tuple[DriftCell, ...]
-    summary: Mapping[str, Any]
-    """``drift_summary.summarise`` of the cells; empty where they cannot be summed up."""
-    detection: Mapping[str, Any]
-    """``detection.json``, if one lies in the folder."""
-    problems: tuple[str, ...]
-
-    @property
-    def folder(self) -> Path:
-        return self.results.folder
-
-    @property
-    def done(self) -> tuple[DriftCell, ...]:
-        return tuple(cell for cell in self.cells if cell.done)
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Methods as labelled, dense first, then as they come."""
-        found = dict.fromkeys(cell.label for cell in self.done if not cell.dense)
-        dense = dict.fromkeys(cell.label for cell in self.done if cell.dense)
-        return (*dense, *found)
-
-    def of(self, label: str) -> tuple[DriftCell, ...]:
-        return tuple(cell for cell in self.done if cell.label == label)
-
-    def dense_of(self, cell: DriftCell) -> DriftCell | None:
-        """The untouched model on the same source; of the same seed where there is one."""
-        same = [c for c in self.done if c.dense and (c.mode, c.source) == (cell.mode, cell.source)]
-        return next((c for c in same if c.seed == cell.seed), same[0] if same else None)
-
-    @property
-    def mode(self) -> str:
-        return self.cells[0].mode if self.cells else ""
-
-    @property
-    def lines(self) -> list[Mapping[str, Any]]:
-        """The summary's rows of pruned methods that have a finished cell."""
-        rows = self.summary.get("rows") or []
-        return [row for row in rows if row["method"] != DENSE and row["cells"]]
-
-    def prompt(self, source: str) -> str:
-        """The text of a source, where config.json holds it."""
-        found = self.results.config.get("sources") or []
-        return next((str(one.get("text") or "") for one in found if one.get("id") == source), "")
-
-
-def read(folder: Path) -> DriftView:
-    """Read a drift folder, or the folder of `dart-llm detect`, which holds no cells.
-
-    Raises ``ResultsError`` when there is no such folder or ``config.json`` is of another command.
-    """
-    results = read_results(folder)
-    kind = results.config.get("kind", KIND)
-    if kind not in (KIND, "detect"):
-        raise ResultsError(
-            f"{folder} holds results of `dart-llm {kind}`, not of `dart-llm drift`: give the "
-            "folder that a drift study wrote"
-        )
-    problems: list[str] = []
-    if not results.config and (folder / "config.json").exists():
-        problems.append("config.json is not JSON: settings and versions are not shown.")
-    texts = {str(row.get("key")): row for row in _rows(folder / "texts.jsonl", problems)}
-    tokens = {str(row.get("key")): row for row in _rows(folder / "tokens.jsonl", problems)}
-    cells, good = dict[str, DriftCell](), dict[str, Mapping[str, Any]]()
-    for row in _rows(folder / "results.jsonl", problems) if kind == KIND else ():
-        key = str(row.get("key"))
-        try:
-            cell = parse(row, texts.get(key, {}), tokens.get(key, {}))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            words = f"{type(error).__name__}: {error}"
-            problems.append(f"The cell {key} of results.jsonl lacks what it needs ({words}).")
-            continue
-        cells[key], good[key] = replace(cell, masks=_masks(folder, cell, problems)), row
-    summary = _summary(list(good.values()), problems)
-    detection = _detection(folder / "detection.json", problems)
-    return DriftView(results, tuple(cells.values()), summary, detection, tuple(problems))
-
-
-def _summary(rows: list[Mapping[str, Any]], problems: list[str]) -> Mapping[str, Any]:
-    if not rows:
-        return {}
-    try:
-        return drift_summary.summarise(rows)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        words = f"{type(error).__name__}: {error}"
-        problems.append(f"The cells of results.jsonl cannot be summed up ({words}).")
-        return {}
-
-
-def _rows(path: Path, problems: list[str]) -> Iterator[Mapping[str, Any]]:
-    """The objects of a JSONL file; lines that are not whole are counted, not used."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        return
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"{path.name} cannot be read as UTF-8 text ({error}): it is left out.")
-        return
-    broken = []
-    for place, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except (ValueError, RecursionError):
-            row = line
-        if isinstance(row, Mapping):
-            yield row
-        elif row is not None:
-            broken.append(place)
-    if broken:
-        problems.append(f"{path.name}: line {broken[0]} is not a JSON object and is left out.")
-        if len(broken) > 1:
-            problems[-1] = f"{path.name}: {len(broken)} lines are not JSON objects, left out."
-
-
-def _masks(folder: Path, cell: DriftCell, problems: list[str]) -> Path | None:
-    """The cell's mask file if it is there, whole, and holds as many neurons as the cell says."""
-    path = folder / "masks" / f"{cell.key.replace('/', '-')}.safetensors"
-    if not cell.done or not path.exists():
-        return None
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np") as file:
-            sizes = {
-                name: file.get_slice(name).get_shape()[0]
-                for name in file.keys()  # noqa: SIM118 - not a mapping
-                if name.endswith(".ids")
-            }
-    except (OSError, SafetensorError) as error:
-        problems.append(f"masks/{path.name} cannot be read ({error}): its masks are not shown.")
-        return None
-    told = {
-        f"remask{number}.layer{layer}.ids": kept
-        for number, mask in enumerate(cell.remasks)
-        for layer, kept in enumerate(mask.kept)
-    }
-    if any(told.get(name) != size for name, size in sizes.items()):
-        problems.append(
-            f"masks/{path.name} holds other masks than results.jsonl speaks of: they are not shown."
-        )
-        return None
-    return path
-
-
-def _detection(path: Path, problems: list[str]) -> Mapping[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        report.markdown(found)  # reads every entry that pictures and tables need
-    except FileNotFoundError:
-        return {}
-    except (OSError, LookupError, TypeError, ValueError, AttributeError):
-        problems.append("detection.json is not what `dart-llm detect` writes: it is left out.")
-        return {}
-    return mapping(found)
-
-
-# The loss over dense around changes of topic, in bins of tokens, with bootstrap intervals.
-#
-# A passage is one item: its changes and seeds are averaged first, because what varies within a
+# The loss over dense around changes of topic, in bins of tokens, with bootstrap intervals.  A
+# passage is one item: its changes and seeds are averaged first, because what varies within a
 # passage says little about other passages.
-
 
 BEFORE, AFTER = 128, 256
 """Tokens shown before and after a change."""
@@ -551,58 +491,50 @@ def around(view: DriftView) -> dict[str, list[Point]]:
 
     Empty where dense was not measured on the same passages.
     """
-    found = {}
+    curves = {}
     for label in view.labels:
         bins: dict[int, dict[str, list[float]]] = {}
         for cell in view.of(label):
             dense = None if cell.dense else view.dense_of(cell)
             for change in range(len(cell.changes)) if dense else ():
-                for start, value in _bins(cell, dense, change):
+                for start, value in _bins(cell, dense.losses if dense else (), change):
                     bins.setdefault(start, {}).setdefault(cell.source, []).append(value)
         if bins:
-            found[label] = [_point(start, bins[start]) for start in sorted(bins)]
-    return found
+            curves[label] = [_point(start, bins[start]) for start in sorted(bins)]
+    return curves
 
 
-def _bins(cell: DriftCell, dense: DriftCell | None, change: int) -> Iterator[tuple[int, float]]:
-    before, after = cell.topics[change], cell.topics[change + 1]
-    low, high, place = before.start or 0, after.end or 0, after.start or 0
-    others = dense.losses if dense else ()
+def _bins(
+    cell: DriftCell, dense: Sequence[float | None], change: int
+) -> Iterator[tuple[int, float]]:
+    (_, low, place), (_, _, high) = cell.placed_topics[change : change + 2]
     for start in range(-BEFORE, AFTER, BIN):
         first, last = place + start, place + start + BIN
-        if first < low or last > min(high, len(cell.losses), len(others)):
+        if first < low or last > min(high, len(cell.losses), len(dense)):
             continue
-        pairs = zip(cell.losses[first:last], others[first:last], strict=True)
+        pairs = zip(cell.losses[first:last], dense[first:last], strict=True)
         excess = [a - b for a, b in pairs if a is not None and b is not None]
         if len(excess) == BIN:
             yield start, fmean(excess)
 
 
 def _point(start: int, by_source: Mapping[str, Sequence[float]]) -> Point:
-    values = {source: fmean(own) for source, own in by_source.items()}
-    return Point(start, fmean(values.values()), stats.known(values), len(values))
+    values = {source: fmean(excess) for source, excess in by_source.items()}
+    return Point(start, fmean(values.values()), stats.interval(values), len(values))
 
 
-# A drift study as plain sentences: its conclusion, the titles of its pictures, its notes.
+# The words of a drift study.
 
 
-Estimate = Mapping[str, Any]
-"""A number of the summary: ``mean``, ``low``, ``high`` (None without an interval), ``n``."""
-
-MODES = {"forced": "passage", "free": "prompt"}
-"""What a source is called in each mode."""
-
-
-def ends(interval: Interval | None) -> str:
-    """ "0.61 to 1.07", or nothing where there is no interval."""
-    return "" if interval is None else f"{interval.low:.2f} to {interval.high:.2f}"
-
-
-def bounds(estimate: Estimate) -> str:
-    """The same of a number of the summary."""
-    if estimate["low"] is None:
-        return "no interval"
-    return f"{estimate['low']:.2f} to {estimate['high']:.2f}"
+def conclusion(view: DriftView) -> str:
+    """What the study, the detection, or neither found."""
+    told = summary.sentence(view.summary) if view.summary else ""
+    if not told and view.detection:
+        told = detection_report.conclusion(view.detection)
+    failed = len(view.cells) - len(view.done)
+    if not told and failed and not view.done:
+        told = f"Nothing was measured: {count(failed, 'cell')} failed."
+    return told or ("Nothing was measured." if not view.done else "Nothing can be compared yet.")
 
 
 def accounted(record: Mapping[str, Any]) -> str:
@@ -620,65 +552,14 @@ def plural(remasks: float | None) -> str:
     return f"{text} re-mask{'' if text == '1' else 's'}"
 
 
-def conclusion(view: DriftView) -> str:
-    """What the study, the detection, or neither found."""
-    told = summary.sentence(view.summary) if view.summary else ""
-    if not told and view.detection:
-        told = report.conclusion(view.detection)
-    failed = sum(not cell.done for cell in view.cells)
-    if not told and failed and not view.done:
-        told = f"Nothing was measured: {count(failed, 'cell')} failed."
-    return told or ("Nothing was measured." if not view.done else "Nothing can be compared yet.")
-
-
-def figure(value: float | None) -> str:
-    """Three digits of a metric."""
-    if value is None:
-        return "not known"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-
-
-def place(cell: DriftCell) -> str:
+def source_name(cell: DriftCell) -> str:
     """ "passage 07: tides, then banking" as far as it is known."""
     topics = ", then ".join(topic.name for topic in cell.topics)
     kind = MODES.get(cell.mode, "source")
     return f"{kind} {cell.source}: {topics}" if topics else f"{kind} {cell.source}"
 
 
-def choice(cell: DriftCell) -> str:
+def cell_name(cell: DriftCell) -> str:
     """A cell in a list of choices."""
     seed = f", seed {cell.seed}" if cell.seed else ""
     return f"{MODES.get(cell.mode, 'source')} {cell.source}, {cell.label}{seed}"
-
-
-def timeline_title(cells: Sequence[DriftCell]) -> str:
-    """How often each method made new masks, and where the source's topics change."""
-    told = ", ".join(f"{cell.label} {plural(_built(cell))}" for cell in cells)
-    return f"Similarity to the reference on {place(cells[0])}. {told}."
-
-
-def _built(cell: DriftCell) -> int:
-    return sum(mask.cause not in ("first", "given") for mask in cell.remasks)
-
-
-def overlap_title(cell: DriftCell, last: float, expected: float) -> str:
-    return (
-        f"{choice(cell)}: the last masks overlap {last:.2f} with the first, mean over layers "
-        f"(independent masks: {expected:.2f})."
-    )
-
-
-def raster_title(cell: DriftCell, layer: int, always: int, never: int, width: int) -> str:
-    return (
-        f"{choice(cell)}, layer {layer}: {percent(always / width, 0)} of its {width:,} neurons "
-        f"live under every mask, {percent(never / width, 0)} under none."
-    )
-
-
-def flow_title(cell: DriftCell, names: Sequence[str], flows: Sequence[Flow], keep: float) -> str:
-    """Kept shares from one topic to the next; ``keep``: what independent masks would keep."""
-    told = "; ".join(
-        f"from {old} to {new} {percent(flow.share_kept, 0)} of the neurons are kept"
-        for old, new, flow in zip(names, names[1:], flows, strict=False)
-    )
-    return f"{choice(cell)}: {told} (independent masks: {percent(keep, 0)})."

@@ -10,36 +10,19 @@ from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.evaluation.measurement import MeasureOptions
 from dart_llm.evaluation.task_names import expand, protocols
 from dart_llm.experiments.trackers import TRACKERS
-from dart_llm.settings import BaseSettings, check_least, setting
+from dart_llm.settings import BaseSettings, TaskOptions, setting
 
 PANEL = "Evaluation"
 
-_FROM_ONE = ("limit", "max_output", "batch_size", "window", "stride", "prompt_tokens")
 
-LEAST = {**dict.fromkeys((*_FROM_ONE, "scored_tokens"), 1), "num_fewshot": 0, "sample_seed": 0}
-"""The least value of each number."""
-
-
-class MeasureSettings(BaseSettings):
+class MeasureSettings(TaskOptions, BaseSettings):
     """What the three commands share."""
 
     protocol: str = setting(PANEL, "decode, full, or published (leaks answers).", "decode")
-    limit: int | None = setting(PANEL, "Items per task (default: all).")
-    sample_seed: int | None = setting(
-        PANEL, "Choose the --limit items at random with this seed, not the first ones."
-    )
     dense: bool = setting(PANEL, "Measure the untouched model on the same items too.", False)
-    calibration: str | None = setting(
-        PANEL,
-        "Text for methods that calibrate: a text or JSON-lines file (FILE#100: from row 100)"
-        " (default: c4 of the hub).",
-    )
-    tracker: str | None = setting("Results", "trackio, wandb, mlflow or tensorboard.")
 
     @model_validator(mode="after")
     def _check_measure(self) -> MeasureSettings:
-        own = type(self).model_fields
-        check_least(self, {name: least for name, least in LEAST.items() if name in own})
         if self.tracker and self.tracker not in TRACKERS:
             raise UnknownName("tracker", self.tracker, TRACKERS)
         for task in self.task_names():
@@ -82,13 +65,17 @@ class EvalSettings(MeasureSettings):
         "lm-eval tasks or groups, comma-separated; also mmlu, general-nlp, gpqa, medmcqa.",
         "",
     )
-    num_fewshot: int | None = setting(PANEL, "Examples before each item (default: the task's).")
+    num_fewshot: int | None = setting(
+        PANEL, "Examples before each item (default: the task's).", ge=0
+    )
     include_path: str | None = setting(PANEL, "Folder with further lm-eval task files.")
-    batch_size: int = setting(PANEL, "Continuations of one context in one forward, at most.", 8)
+    batch_size: int = setting(
+        PANEL, "Continuations of one context in one forward, at most.", 8, ge=1
+    )
     apply_chat_template: bool = setting(PANEL, "Wrap contexts in the model's template.", False)
     log_samples: bool = setting(PANEL, "Keep every request and answer in samples.jsonl.", True)
-    prompt_tokens: int = setting(PANEL, "Left context of a rolling window.", 256)
-    scored_tokens: int = setting(PANEL, "Scored tokens of a rolling window.", 256)
+    prompt_tokens: int = setting(PANEL, "Left context of a rolling window.", 256, ge=1)
+    scored_tokens: int = setting(PANEL, "Scored tokens of a rolling window.", 256, ge=1)
 
     def task_names(self) -> list[str]:
         return expand(self.tasks)
@@ -102,7 +89,7 @@ class PerplexitySettings(MeasureSettings):
         "decode, full, published (leaks), or standard: whole text in windows.",
         "decode",
     )
-    limit: int | None = setting(PANEL, "Slices per text (default: all).")
+    limit: int | None = setting(PANEL, "Slices per text (default: all).", ge=1)
     dense: bool = setting(PANEL, "Measure the untouched model on the same tokens too.", True)
     data: str = setting(
         PANEL,
@@ -110,11 +97,11 @@ class PerplexitySettings(MeasureSettings):
         "hub:owner/name/config:split:column; comma-separated.",
         "embedded",
     )
-    prompt_tokens: int = setting(PANEL, "Prompt tokens of a slice.", 256)
-    scored_tokens: int = setting(PANEL, "Scored tokens of a slice.", 256)
-    window: int = setting(PANEL, "Tokens of a window (protocol standard).", 2048)
+    prompt_tokens: int = setting(PANEL, "Prompt tokens of a slice.", 256, ge=1)
+    scored_tokens: int = setting(PANEL, "Scored tokens of a slice.", 256, ge=1)
+    window: int = setting(PANEL, "Tokens of a window (protocol standard).", 2048, ge=1)
     stride: int | None = setting(
-        PANEL, "Tokens that windows move on (protocol standard; default: the window)."
+        PANEL, "Tokens that windows move on (protocol standard; default: the window).", ge=1
     )
 
     def task_names(self) -> list[str]:
@@ -132,7 +119,7 @@ class SummarizeSettings(MeasureSettings):
         "hub:owner/name/config:split:document:summary.",
         "xsum",
     )
-    max_output: int = setting(PANEL, "Tokens per summary, at most.", 256)
+    max_output: int = setting(PANEL, "Tokens per summary, at most.", 256, ge=1)
     apply_chat_template: bool | None = setting(
         PANEL, "Use the model's chat template (default: if it has one)."
     )

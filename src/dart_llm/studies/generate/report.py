@@ -1,25 +1,21 @@
-"""Tables, texts by phase and page of one run.
-
-The tables of the report page: numbers in, words and columns out; no markup.
-"""
+"""Tables, texts by phase and page of one run: numbers in, words and columns out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.table import Table as RichTable
 
-from dart_llm.evaluation.task_names import short
+from dart_llm.experiments import rows as measure_rows
 from dart_llm.experiments import run_facts
 from dart_llm.experiments.store import ResultsView, mapping, number, read
 from dart_llm.files import write_text
 from dart_llm.reporting import page, words
-from dart_llm.reporting import words as sentences
-from dart_llm.reporting.table import NOTHING, PageTable, Record, bytes_text
+from dart_llm.reporting.table import NOTHING, Column, PageTable, Record, Table, bytes_text
 from dart_llm.reporting.words import percent
 from dart_llm.studies.generate import plots
 
@@ -212,57 +208,16 @@ def layers(view: ResultsView) -> PageTable | None:
     return PageTable("Kept neurons per layer", head, tuple(rows))
 
 
-# The evaluations of a run on its report page: one table each.
-
-
 TITLES = {"mmlu": "MMLU", "general_nlp": "General NLP", "summarization": "Summaries"}
 
-HEAD = ("task", "method", "metric", "value", "items", "achieved", "dense tokens", "re-masks")
 
-
-def tables(view: ResultsView) -> list[PageTable]:
+def evaluations(view: ResultsView) -> list[PageTable]:
     """One table per evaluation, a line per task, method and metric."""
     found = []
     for name, rows in view.evaluations:
-        lines = tuple(line for row in rows for line in _lines(row))
-        protocol = mapping(rows[0]["measurement"]).get("protocol", "unknown")
-        found.append(PageTable(f"{TITLES.get(name, name)}, protocol {protocol}", HEAD, lines))
+        table = measure_rows.table(rows)
+        found.append(replace(table.html(), caption=f"{TITLES.get(name, name)}: {table.caption}"))
     return found
-
-
-def notes(view: ResultsView) -> list[str]:
-    """What a reader of the numbers must know, each once."""
-    every = [
-        str(note)
-        for _, rows in view.evaluations
-        for row in rows
-        for note in mapping(row["measurement"]).get("notes") or ()
-    ]
-    return list(dict.fromkeys(every))
-
-
-def _lines(row: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    measured = mapping(row["measurement"])
-    account = measured.get("accounting")
-    own = mapping(account)
-    for metric, value in mapping(measured.get("metrics")).items():
-        amount = number(value)
-        yield (
-            short(str(measured.get("task", "unknown"))),
-            str(row.get("label", "unknown")),
-            str(metric),
-            NOTHING if amount is None else f"{amount:.4g}",
-            str(len(measured.get("items") or ())),
-            _share_words(own.get("achieved_sparsity"), 0.0 if account is None else None),
-            _share_words(own.get("dense_token_share"), 1.0 if account is None else None),
-            str(own.get("remasks", 0)),
-        )
-
-
-def _share_words(value: Any, default: float | None) -> str:
-    known = number(value)
-    share = default if known is None else known
-    return NOTHING if share is None else percent(share)
 
 
 # The generated texts of the report page: tokens joined by phase, dense first.
@@ -287,7 +242,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Column:
+class TextColumn:
     """One generated text."""
 
     name: str
@@ -295,7 +250,7 @@ class Column:
     spans: tuple[Span, ...]
 
 
-def prompt_texts(view: ResultsView) -> list[tuple[str, list[Column]]]:
+def prompt_texts(view: ResultsView) -> list[tuple[str, list[TextColumn]]]:
     """Each prompt with its texts: dense first."""
     found: dict[str, list[dict[str, Any]]] = {}
     for record in view.generations:
@@ -307,16 +262,16 @@ def prompt_texts(view: ResultsView) -> list[tuple[str, list[Column]]]:
     return texts
 
 
-def _column(record: Mapping[str, Any]) -> Column:
+def _column(record: Mapping[str, Any]) -> TextColumn:
     dense = record.get("variant") == "dense"
     counted = mapping(record.get("accounting"))
     note = f"{len(record.get('token_ids') or ())} tokens"
     if counted:
         note += (
-            f", {sentences.percent(counted.get('achieved_sparsity'))} of the FFN neurons removed, "
-            f"{sentences.count(int(counted.get('remasks') or 0), 're-mask')}"
+            f", {words.percent(counted.get('achieved_sparsity'))} of the FFN neurons removed, "
+            f"{words.count(int(counted.get('remasks') or 0), 're-mask')}"
         )
-    return Column("dense" if dense else sentences.row_name(record), note, _spans(record, dense))
+    return TextColumn("dense" if dense else words.row_name(record), note, _spans(record, dense))
 
 
 def _spans(record: Mapping[str, Any], dense: bool) -> tuple[Span, ...]:
@@ -336,10 +291,10 @@ def _spans(record: Mapping[str, Any], dense: bool) -> tuple[Span, ...]:
     return tuple(spans)
 
 
-def phases(prompts: Sequence[tuple[str, Sequence[Column]]]) -> list[tuple[str, str]]:
+def phases(prompts: Sequence[tuple[str, Sequence[TextColumn]]]) -> list[tuple[str, str]]:
     """The phases that occur, in order of life, with their words."""
     seen = {span.phase for _, columns in prompts for column in columns for span in column.spans}
-    return [(phase, words) for phase, words in PHASES.items() if phase in seen]
+    return [(phase, text) for phase, text in PHASES.items() if phase in seen]
 
 
 # ``report.html``: one self-contained page about a run, built from its results folder.
@@ -384,8 +339,10 @@ def _content(view: ResultsView) -> dict[str, Any]:
             )
             for document in view.perplexity
         ],
-        "evaluations": tables(view),
-        "evaluation_notes": notes(view),
+        "evaluations": evaluations(view),
+        "evaluation_notes": measure_rows.notes(
+            [row for _, rows in view.evaluations for row in rows]
+        ),
         "timing": timing(view),
         "timing_words": words.timing_sentence(view.timing),
         "other_times": run_facts.other_times(view.timing),
@@ -395,103 +352,30 @@ def _content(view: ResultsView) -> dict[str, Any]:
     }
 
 
-# The tables that end a job, each followed by one plain sentence.
+# What ends a run on the terminal.
 
 
-def report_table(report: dict[str, Any], timing: dict[str, Any]) -> Table:
-    """Accounting of the pruned generation, with its speed beside dense."""
-    table = Table(
-        title=f"{report['method']}: accounting of the generated text", title_justify="left"
-    )
-    table.add_column("quantity")
-    table.add_column("value", justify="right")
-    asked = report["requested_sparsity"]
-    causes = ", ".join(f"{cause} {count}" for cause, count in report["remask_causes"].items())
-    rows = [
-        ("sparsity asked for", "set by the table" if asked is None else f"{asked:.1%}"),
-        ("achieved sparsity (dense tokens count 0)", f"{report['achieved_sparsity']:.1%}"),
-        ("sparsity while pruned", f"{report['sparsity_while_pruned']:.1%}"),
-        ("decoded tokens", str(report["decoded_tokens"])),
-        ("of them dense", f"{report['dense_token_share']:.1%}"),
-        ("masks built", causes or "none"),
-        ("executor", str(report["executor"])),
-        ("FFN bytes per token over dense", f"{report['ffn_bytes_share']:.3f}"),
-        ("FFN FLOPs per token over dense", f"{report['ffn_flops_share']:.3f}"),
-        ("memory held beside the model", f"{report['extra_memory_bytes'] / 2**20:.1f} MiB"),
-    ]
-    if report.get("proxy_bytes_share"):
-        rows[-1:-1] = [
-            ("of the bytes, low-bit copies", f"{report['proxy_bytes_share']:.3f}"),
-            ("of the FLOPs, low-bit copies", f"{report['proxy_flops_share']:.3f}"),
-        ]
-    each = timing.get("seconds_per_token", {})
-    for variant in ("dense", "pruned"):
-        if each.get(variant):
-            rows.append((f"mean time per token, {variant}", f"{1000 * each[variant]:.1f} ms"))
+def accounting_table(report: Record, timing: Mapping[str, Any]) -> Table:
+    """Accounting of the pruned text, with its speed beside dense."""
+    copies = COPIES if report.get("proxy_bytes_share") else ()
+    rows = [(label, cell(report)) for label, cell in (*ACCOUNTING, *copies)]
+    for variant, seconds in mapping(timing.get("seconds_per_token")).items():
+        if seconds:
+            rows.append((f"mean time per token, {variant}", f"{1000 * seconds:.1f} ms"))
     if "speed_up" in timing:
-        rows.append(("speed-up (one run; bytes allow)", _speed(timing)))
-    for name, value in rows:
-        table.add_row(name, value)
-    return table
+        speed = f"{timing['speed_up']:.2f} x ({timing['bytes_limit']:.2f} x)"
+        rows.append(("speed-up (one run; bytes allow)", speed))
+    columns = (Column("quantity", "quantity"), Column("value", "value"))
+    records = [{"quantity": label, "value": text} for label, text in rows]
+    return Table("", f"{report['method']}: accounting of the generated text", columns, records)
 
 
-def _speed(timing: dict[str, Any]) -> str:
-    return f"{timing['speed_up']:.2f} x ({timing['bytes_limit']:.2f} x)"
+def report_table(report: Record, timing: Mapping[str, Any]) -> RichTable:
+    """The same for the terminal."""
+    return accounting_table(report, timing).rich()
 
 
-def perplexity_table(document: dict[str, Any]) -> Table:
-    """Perplexity of every method on the same slices or windows."""
-    title = (
-        f"perplexity on {document['text']}: {windows(document)}, protocol {document['protocol']}"
-    )
-    table = Table(title=title, title_justify="left")
-    table.add_column("method")
-    partly = any(0 < row.get("pruned_tokens", 0) < row["tokens"] for row in document["rows"])
-    heads = ["asked", "achieved", "dense tokens", "re-masks", "perplexity", "x dense", "95 %"]
-    for name in (*heads, *(("pruned tokens only", "x dense there") if partly else ())):
-        table.add_column(name, justify="right")
-    for row in document["rows"]:
-        report = row["accounting"]
-        interval = row["interval"]
-        asked = row["sparsity"]
-        table.add_row(
-            row["method"],
-            "table" if asked is None else f"{asked:.0%}",
-            f"{report['achieved_sparsity']:.1%}" if report else "0.0%",
-            f"{report['dense_token_share']:.1%}" if report else "100.0%",
-            str(report["remasks"]) if report else "0",
-            f"{row['perplexity']:.2f}",
-            f"{row['ratio_to_dense']:.2f}",
-            f"{interval[0]:.2f}-{interval[1]:.2f}" if interval else "",
-            *(_where_pruned(row) if partly else ()),
-        )
-    return table
-
-
-def windows(document: dict[str, Any]) -> str:
-    """Which tokens of the text a perplexity document speaks of."""
-    if "window" in document:
-        stride = document["stride"]
-        return f"{document['slices']} windows of {document['window']} tokens, stride {stride}"
-    return (
-        f"{document['slices']} slices of {document['prompt_tokens']} prompt + "
-        f"{document['scored_tokens']} scored tokens"
-    )
-
-
-def _where_pruned(row: dict[str, Any]) -> tuple[str, str]:
-    """Perplexity over the tokens that ran pruned, and over dense on the same tokens."""
-    own, dense = row["perplexity_pruned_tokens"], row["dense_perplexity_pruned_tokens"]
-    return ("", "") if own is None else (f"{own:.2f}", f"{own / dense:.2f}")
-
-
-def conclusion(accounting: dict[str, Any] | None, documents: Sequence[dict[str, Any]]) -> list[str]:
+def conclusion(accounting: Record | None, documents: Sequence[Record]) -> list[str]:
     """One plain sentence per table."""
-    from dart_llm.reporting import words
-
-    found = []
-    if accounting:
-        found.append(words.bytes_sentence(accounting))
-    for document in documents:
-        found.append(words.perplexity_sentence(document))
-    return found
+    told = [words.bytes_sentence(accounting)] if accounting else []
+    return [*told, *(words.perplexity_sentence(document) for document in documents)]

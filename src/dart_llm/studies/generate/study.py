@@ -1,15 +1,12 @@
-"""`run` and `demo`: generate dense and pruned, evaluate, write.
-
-The main job: generate dense and pruned, evaluate, write the results folder.
-"""
+"""`run` and `demo`: one prompt, dense and pruned, and what is measured of the same model."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +14,12 @@ from torch import Tensor
 
 from dart_llm.data import documents
 from dart_llm.data.prompts import encode_prompt, mmlu_prompt, read_prompt_file, resolve_prompt
-from dart_llm.errors import ConfigError, MissingExtra
-from dart_llm.evaluation.measurement import MeasureOptions
-from dart_llm.evaluation.perplexity import rows_to_dict, score_row, slices
+from dart_llm.errors import ConfigError
+from dart_llm.evaluation import perplexity
+from dart_llm.evaluation.measurement import Measurement, MeasureOptions
 from dart_llm.evaluation.task_names import GENERAL_NLP, expand, mmlu_name
 from dart_llm.evaluation.tasks import check_calibration, check_task, count, measure
+from dart_llm.evaluation.windows import cut
 from dart_llm.experiments import rows as measure_rows
 from dart_llm.experiments.artifacts import (
     MaskRecorder,
@@ -33,18 +31,21 @@ from dart_llm.experiments.artifacts import (
     write_masks,
 )
 from dart_llm.experiments.provenance import Digests
-from dart_llm.experiments.store import ResultsFolder, open_folder
-from dart_llm.experiments.study import complete, config_document, load_model, resumable, write_logs
+from dart_llm.experiments.stats import ratio_interval
+from dart_llm.experiments.store import read
+from dart_llm.experiments.study import Study, Unit, run_study
 from dart_llm.files import write_json, write_lines
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.describe import context_length, widths
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.layer_table import write_table
 from dart_llm.reporting.console import Ui
+from dart_llm.reporting.figures import Plot
+from dart_llm.reporting.table import Table
 from dart_llm.session.generation import Generation, generate
 from dart_llm.session.prepare import PreparedMethod, prepare
 from dart_llm.session.run import Run
-from dart_llm.studies.generate.report import conclusion, perplexity_table, report_table
+from dart_llm.studies.generate import plots, report
 from dart_llm.studies.generate.settings import RunSettings
 
 # Where the prompt of a job comes from, and how it becomes tokens.
@@ -108,36 +109,7 @@ def encode(settings: RunSettings, prompt: str, model: Any, tokenizer: Any) -> tu
     return prompt, ids
 
 
-# A run in progress: what every part of the main job reads and adds to.
-
-
-@dataclass
-class Job:
-    """One run in progress.  ``also``: further configurations for the perplexity table."""
-
-    settings: RunSettings
-    ui: Ui
-    folder: ResultsFolder
-    also: Sequence[PruneConfig] = ()
-    inputs: dict[str, Any] = field(default_factory=dict)
-    """Digests of the prompt and of the files that the settings name."""
-    model: Any = None
-    tokenizer: Any = None
-    config: dict[str, Any] = field(default_factory=dict)
-    generations: dict[str, dict[str, Any]] = field(default_factory=dict)
-    perplexity: list[dict[str, Any]] = field(default_factory=list)
-    evaluations: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """Rows of mmlu.json, general_nlp.json and summarization.json, by name."""
-    timing: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def path(self) -> Path:
-        return self.folder.path
-
-
-# The evaluations of the main job beside perplexity: MMLU, general NLP, summaries.
-#
-# Each writes one file with a published name; dense and pruned are measured on the same items.
+# The evaluations: perplexity, MMLU, general NLP, summaries; each writes one published file.
 
 
 @dataclass(frozen=True)
@@ -150,7 +122,7 @@ class Evaluation:
 
 
 def asked(settings: RunSettings) -> list[Evaluation]:
-    """The evaluations that are switched on.
+    """The evaluations that are switched on, perplexity apart.
 
     Raises ``ConfigError`` for names that do not exist, and for a calibration text that is evaluated
     (by perplexity too).
@@ -180,94 +152,270 @@ def asked(settings: RunSettings) -> list[Evaluation]:
             check_task(task, evaluation.options)
     if not settings.masks:
         texts = settings.ppl_datasets.split(",") if settings.eval_perplexity else []
-        asked = [([f"perplexity:{text.strip()}" for text in texts], MeasureOptions())]
-        asked += [(list(evaluation.tasks), evaluation.options) for evaluation in found]
-        for tasks, options in asked:
-            check_calibration(settings.prune_config(), settings.calibration, tasks, options)
+        measured = tuple(f"perplexity:{text.strip()}" for text in texts)
+        config, calibration = settings.prune_config(), settings.calibration
+        for evaluation in (Evaluation("perplexity", measured, MeasureOptions()), *found):
+            check_calibration(config, calibration, list(evaluation.tasks), evaluation.options)
     return found
 
 
-def evaluate(job: Job, evaluation: Evaluation, candidates: Sequence[PreparedMethod]) -> None:
-    """Measure all candidates on all tasks of one evaluation and write its file."""
-    rows = []
-    samples = []
-    for candidate in candidates:
-        for task in evaluation.tasks:
-            size = count(task, evaluation.options, job.tokenizer, job.model)
-            with job.ui.progress(f"{task}: {candidate.label}", size) as advance:
-                found = measure(candidate, task, evaluation.options, job.folder, advance)
-            facts = dict(checkpoint_facts(job.model))
-            rows.append(measure_rows.row(candidate, found, job.settings, facts))
-            samples += [{"task": task, "label": candidate.label, **s} for s in found.samples]
-    job.evaluations[evaluation.name] = rows
-    write_json(job.path / f"{evaluation.name}.json", {"rows": rows})
-    write_lines(job.path / f"{evaluation.name}_samples.jsonl", samples)
+class RunStudy(Study[RunSettings]):
+    """Units: the dense and the pruned text, then every evaluation, dense beside pruned.
 
+    ``also``: further configurations that are evaluated.
+    """
 
-# The generating half of the main job: the same prompt dense and pruned.
+    kind = "run"
 
+    def __init__(self, settings: RunSettings, ui: Ui, also: Sequence[PruneConfig] = ()) -> None:
+        super().__init__(settings, ui)
+        self.also = also
+        self.texts = documents.names(settings.ppl_datasets) if settings.eval_perplexity else []
+        self.asked_evaluations = asked(settings)
+        self.prompt = source(settings)
+        self.masks = read_masks(settings.masks) if settings.masks else None
+        self.generations: dict[str, dict[str, Any]] = {}
+        self.perplexity: list[dict[str, Any]] = []
+        """Documents of perplexity.json, one per text."""
+        self.evaluations: dict[str, list[dict[str, Any]]] = {}
+        """Rows of mmlu.json, general_nlp.json and summarization.json, by name."""
 
-def generate_texts(job: Job, prompt: str, candidate: PreparedMethod) -> None:
-    """Generate the dense and the candidate's text, each kept as a finished part."""
-    text, ids = encode(job.settings, prompt, job.model, job.tokenizer)
-    variants = ["dense"] if candidate.config is None else ["dense", "pruned"]
-    fed = ids.shape[1] + job.settings.tokens - 1  # the last token is never fed
-    kept = saver(job.settings, job.model, job.path, fed)
-    if kept is not None:
-        kept.announce(len(variants), job.ui.say)
-    for variant in variants:
-        known = job.folder.part(f"generation/{variant}")
-        has_files = variant == "dense" or (job.path / "masks.safetensors").exists()
-        if kept is not None:
-            has_files = has_files and kept.path(variant).exists()
-        if known is None or not has_files:
-            known = _generate_one(job, variant, text, ids, candidate, kept)
-            job.folder.save_part(f"generation/{variant}", known)
-        job.generations[variant] = known
-        write_lines(job.path / "generation.jsonl", job.generations.values())
-    _generation_timing(job)
+    def inputs(self) -> dict[str, Any]:
+        """Digests of the checkpoint, of files that may change, and of the prompt."""
+        tasks = [(f"perplexity:{text}", MeasureOptions()) for text in self.texts]
+        tasks += [(task, one.options) for one in self.asked_evaluations for task in one.tasks]
+        digests = Digests().of_settings(self.settings, tasks)
+        if self.prompt:
+            data = self.prompt.encode("utf-8", "surrogatepass")
+            digests["prompt"] = hashlib.sha256(data).hexdigest()
+        return digests
 
+    def identify(self) -> dict[str, Any]:
+        identity = {**self.asked(), "inputs": self.inputs()}
+        if self.also:
+            identity["also"] = [config.to_dict() for config in self.also]
+        return identity
 
-def _generate_one(
-    job: Job, variant: str, text: str, ids: Tensor, candidate: PreparedMethod, kept: Saver | None
-) -> dict[str, Any]:
-    settings, config = job.settings, job.settings.prune_config()
-    job.ui.say(f"--- {variant if variant == 'dense' else config.method} ---")
-    options: dict[str, Any] = {
-        "on_step": lambda step: job.ui.token(step.text),
-        "temperature": settings.temperature,
-        "seed": settings.seed,
-    }
-    report, run = None, candidate.run() if variant == "pruned" else None
-    recording = contextlib.nullcontext() if kept is None else kept.recording(variant, text)
-    if run is None:
-        with recording, _same_path(job, candidate):
-            made = generate(job.model, job.tokenizer, ids, settings.tokens, **options)
-        job.ui.end_text(made.text)
-    else:
-        recorder = MaskRecorder()
-        run.on_selection = recorder
-        with run, recording:
-            made = generate(job.model, job.tokenizer, ids, settings.tokens, run=run, **options)
-        job.ui.end_text(made.text)
-        report = run.report().to_dict()
-        write_masks(job.path, recorder, run, str(checkpoint_facts(job.model).get("name")))
-        write_drift(job.path, run.drift_checks)
-        _save_layer_table(job, run)
+    def units(self) -> Iterator[Unit]:
+        own = self._prepare()
+        if self.settings.tokens:
+            yield from self._texts(own)
+        dense = prepare(self.model, self.tokenizer, None)
+        others = [PreparedMethod(self.model, self.tokenizer, config) for config in self.also]
+        candidates = [dense, *others, *([own] if own.label != "dense" else [])]
+        for text in self.texts:
+            yield Unit(f"perplexity/{text}", data=(text, candidates))
+        for evaluation in self.asked_evaluations:
+            yield Unit(evaluation.name, data=(evaluation, candidates))
+
+    def _prepare(self) -> PreparedMethod:
+        settings = self.settings
+        if settings.masks:
+            check_masks(settings.masks, widths(self.model))
+        return prepare(
+            self.model,
+            self.tokenizer,
+            settings.prune_config(),
+            settings.calibration,
+            settings.cache_dir,
+            self.ui.say,
+            masks=self.masks,
+        )
+
+    def _texts(self, own: PreparedMethod) -> Iterator[Unit]:
+        text, ids = encode(self.settings, self.prompt, self.model, self.tokenizer)
+        variants = ["dense"] if own.config is None else ["dense", "pruned"]
+        fed = ids.shape[1] + self.settings.tokens - 1  # the last token is never fed
+        self.saver = saver(self.settings, self.model, self.path, fed)
+        if self.saver is not None:
+            self.saver.announce(len(variants), self.ui.say)
+        for variant in variants:
+            yield Unit(f"generation/{variant}", data=(variant, text, ids, own))
+
+    def finished(self, unit: Unit) -> Any:
+        """A text whose files are there; evaluations find their finished pieces themselves."""
+        if not unit.key.startswith("generation/"):
+            return None
+        variant = unit.data[0]
+        files = [self.path / "masks.safetensors"] if variant == "pruned" else []
+        if self.saver is not None:
+            files.append(self.saver.path(variant))
+        return self.folder.part(unit.key) if all(path.exists() for path in files) else None
+
+    def save(self, unit: Unit, value: Any) -> None:
+        if unit.key.startswith("generation/"):
+            super().save(unit, value)
+
+    def compute(self, unit: Unit) -> Any:
+        if unit.key.startswith("generation/"):
+            return self._generate(*unit.data)
+        if unit.key.startswith("perplexity/"):
+            return self._perplexity(*unit.data)
+        evaluation, candidates = unit.data
+        tasks = [(candidate, task) for candidate in candidates for task in evaluation.tasks]
+        return [self._measure(*one, evaluation.options) for one in tasks]
+
+    def take(self, unit: Unit, value: Any) -> None:
+        """Write what a unit gave under its published name."""
+        if unit.key.startswith("generation/"):
+            self.generations[unit.data[0]] = value
+            write_lines(self.path / "generation.jsonl", self.generations.values())
+        elif unit.key.startswith("perplexity/"):
+            rows, document = value
+            self.lines += rows
+            self.perplexity.append(document)
+            several = {"texts": self.perplexity}
+            write_json(
+                self.path / "perplexity.json", document if len(self.perplexity) == 1 else several
+            )
+        else:
+            rows = [self._row(candidate, found) for candidate, found in value]
+            self.evaluations[unit.key] = rows
+            write_json(self.path / f"{unit.key}.json", {"rows": rows})
+            samples = [
+                {"task": found.task, "label": candidate.label, **sample}
+                for candidate, found in value
+                for sample in found.samples
+            ]
+            write_lines(self.path / f"{unit.key}_samples.jsonl", samples)
+
+    @property
+    def has_results(self) -> bool:
+        return bool(self.generations or self.lines or self.evaluations)
+
+    # a text
+
+    def _generate(
+        self, variant: str, text: str, ids: Tensor, own: PreparedMethod
+    ) -> dict[str, Any]:
+        settings, config = self.settings, self.settings.prune_config()
+        self.ui.say(f"--- {variant if variant == 'dense' else config.method} ---")
+        run = own.run() if variant == "pruned" else None
+        around: Any = run
+        if run is None:
+            around = _same_path(self.model, own)
+        else:
+            run.on_selection = recorder = MaskRecorder()
+        with around, _recording(self.saver, variant, text):
+            made = generate(
+                self.model,
+                self.tokenizer,
+                ids,
+                settings.tokens,
+                on_step=lambda step: self.ui.token(step.text),
+                temperature=settings.temperature,
+                seed=settings.seed,
+                run=run,
+            )
+        self.ui.end_text(made.text)
+        if run is not None:
+            name = str(checkpoint_facts(self.model).get("name"))
+            write_masks(self.path, recorder, run, name)
+            write_drift(self.path, run.drift_checks)
+            self._tell_masks(run)
+        return _generation_record(
+            variant, text, made, None if run is None else run.report().to_dict()
+        )
+
+    def _tell_masks(self, run: Run) -> None:
+        settings = self.settings
+        if settings.save_layer_topk:
+            counts = [layer.kept for layer in run.report().layers]
+            note = f"neurons kept per layer; {settings.experiment}"
+            write_table(Path(settings.save_layer_topk), counts, note)
         if settings.verbose:
-            _say_masks(job, run)
-    return _generation_record(variant, text, made, report)
+            for remask in run.remasks:
+                told = f"mask at step {remask.step} ({remask.cause}): keeps {list(remask.kept)}"
+                self.ui.say(told)
+            for check in run.drift_checks:
+                self.ui.say(f"window {check.window}: {check.similarity:.3f} ({check.state})")
+
+    # an evaluation
+
+    def _measure(
+        self, candidate: PreparedMethod, task: str, options: MeasureOptions
+    ) -> tuple[PreparedMethod, Measurement]:
+        total = count(task, options, self.tokenizer, self.model)
+        with self.ui.progress(f"{task}: {candidate.label}", total) as advance:
+            return candidate, measure(candidate, task, options, self.folder, advance)
+
+    def _row(self, candidate: PreparedMethod, found: Measurement) -> dict[str, Any]:
+        facts = dict(checkpoint_facts(self.model))
+        return measure_rows.row(candidate, found, self.settings, facts)
+
+    def _perplexity(
+        self, text: str, candidates: Sequence[PreparedMethod]
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Rows as of any measurement, and the published document, which has the losses too."""
+        settings = self.settings
+        options = MeasureOptions(
+            limit=settings.ppl_max_samples,
+            prompt_tokens=settings.ppl_prompt_tokens,
+            scored_tokens=settings.ppl_scored_tokens,
+        )
+        content = documents.read(text, settings.ppl_subjects)
+        ids = self.tokenizer(content, return_tensors="pt", verbose=False).input_ids[0]
+        windows, _ = cut(ids, options, context_length(self.model))
+        total = len(windows) * len(candidates)
+        with self.ui.progress(f"perplexity on {text}", total) as advance:
+            measured = [
+                perplexity.measure_windows(c, text, windows, "decode", self.folder, advance)
+                for c in candidates
+            ]
+        pairs = list(zip(candidates, measured, strict=True))
+        labelled = [(candidate.label, found) for candidate, found in pairs]
+        shape = {"prompt_tokens": options.prompt_tokens, "scored_tokens": options.scored_tokens}
+        document = perplexity.document(labelled, text, shape, ratio_interval)
+        return [self._row(candidate, found) for candidate, found in pairs], document
+
+    # what is made of them
+
+    def summarise(self) -> dict[str, Any]:
+        self.timing.update(_times(self.generations))
+        accounting = self.generations.get("pruned", {}).get("accounting")
+        return {"accounting": accounting}
+
+    def tables(self) -> list[Table]:
+        accounting = self.summary["accounting"]
+        found = [report.accounting_table(accounting, self.timing)] if accounting else []
+        measured = [self.lines, *self.evaluations.values()]
+        return [*found, *(measure_rows.table(rows) for rows in measured if rows)]
+
+    def sentences(self) -> list[str]:
+        rows = [row for own in (self.lines, *self.evaluations.values()) for row in own]
+        notes = [f"note: {note}" for note in measure_rows.notes(rows)]
+        return [*notes, *report.conclusion(self.summary["accounting"], self.perplexity)]
+
+    def figures(self) -> Iterable[Plot]:
+        return plots.available(read(self.path))
+
+    def write_page(self) -> Path:
+        return report.write(self.path)
+
+    def answer(self) -> dict[str, Any]:
+        return {
+            "folder": str(self.path),
+            "config": self.config,
+            "generation": list(self.generations.values()),
+            "perplexity": self.perplexity,
+            **self.evaluations,
+            "timing": self.timing,
+        }
 
 
-def _same_path(job: Job, candidate: PreparedMethod) -> Any:
+def _recording(saver: Saver | None, name: str, text: str) -> Any:
+    return contextlib.nullcontext() if saver is None else saver.recording(name, text)
+
+
+def _same_path(model: Any, own: PreparedMethod) -> Any:
     """Dense decoding by whole native steps where the pruned text is decoded so.
 
     Else the speed-up would be that of the kernels, not that of pruning.
     """
-    run = candidate.run()
+    run = own.run()
     if run is None or run.executor != "slim":
         return contextlib.nullcontext()
-    return Run(job.model, PruneConfig.build("dense", executor="slim"))
+    return Run(model, PruneConfig.build("dense", executor="slim"))
 
 
 def _generation_record(
@@ -285,180 +433,34 @@ def _generation_record(
     }
 
 
-def _say_masks(job: Job, run: Run) -> None:
-    for remask in run.remasks:
-        job.ui.say(f"mask at step {remask.step} ({remask.cause}): keeps {list(remask.kept)}")
-    for check in run.drift_checks:
-        job.ui.say(f"window {check.window}: {check.similarity:.3f} ({check.state})")
-
-
-def _save_layer_table(job: Job, run: Run) -> None:
-    if not job.settings.save_layer_topk:
-        return
-    counts = [layer.kept for layer in run.report().layers]
-    note = f"neurons kept per layer; {job.settings.experiment}"
-    write_table(Path(job.settings.save_layer_topk), counts, note)
-
-
-def _generation_timing(job: Job) -> None:
+def _times(generations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Times of the texts, for timing.json; nothing without a text."""
+    if not generations:
+        return {}
     made = {
         variant: Generation(
             record["token_ids"], record["tokens"], record["phases"], record["seconds"]
         )
-        for variant, record in job.generations.items()
+        for variant, record in generations.items()
     }
     each = {variant: one.seconds_per_token for variant, one in made.items()}
-    job.timing["time_to_first_token_s"] = {k: one.first_token_seconds for k, one in made.items()}
-    job.timing["seconds_per_token"] = each
-    job.timing["tokens_per_second"] = {k: 1 / v if v else None for k, v in each.items()}
-    report = job.generations.get("pruned", {}).get("accounting")
+    times: dict[str, Any] = {
+        "time_to_first_token_s": {k: one.first_token_seconds for k, one in made.items()},
+        "seconds_per_token": each,
+        "tokens_per_second": {k: 1 / v if v else None for k, v in each.items()},
+    }
+    accounting = generations.get("pruned", {}).get("accounting")
     dense, pruned = each.get("dense"), each.get("pruned")
-    if report and dense and pruned:
-        job.timing["speed_up"] = dense / pruned
-        job.timing["bytes_limit"] = report["bytes_limit"]
+    if accounting and dense and pruned:
+        times |= {"speed_up": dense / pruned, "bytes_limit": accounting["bytes_limit"]}
+    return times
 
 
 def run_job(
     settings: RunSettings, ui: Ui, fresh: bool = False, also: Sequence[PruneConfig] = ()
-) -> Job:
-    """Run everything that ``settings`` ask for; returns the finished job.
-
-    An interruption or an error keeps what was computed and is raised again.
-    """
-    texts = _texts(settings)
-    evaluations = asked(settings)
-    prompt = source(settings)
-    masks = read_masks(settings.masks) if settings.masks else None
-    inputs = _inputs(settings, prompt, evaluations)
-    folder = open_folder(
-        Path(settings.results_dir), settings.experiment, _identity(settings, also, inputs), fresh
-    )
-    job = Job(settings, ui, folder, also, inputs)
-    with resumable(job, lambda status: _leave(job, status), settings.model, settings.dtype) as took:
-        _write_config(job, "running")
-        _load(job)
-        _write_config(job, "running")
-        own = _prepare(job, masks)
-        if settings.tokens:
-            generate_texts(job, prompt, own)
-        dense = prepare(job.model, job.tokenizer, None)
-        others = [PreparedMethod(job.model, job.tokenizer, config) for config in also]
-        candidates = [dense, *others, *([own] if own.label != "dense" else [])]
-        for text in texts:
-            _perplexity(job, text, candidates)
-        for evaluation in evaluations:
-            evaluate(job, evaluation, candidates)
-        took()
-        _finish(job)
-    return job
-
-
-def _leave(job: Job, status: str) -> None:
-    _write_config(job, status)
-    write_logs(job.folder, job.ui.log, job.timing)
-
-
-def _inputs(
-    settings: RunSettings, prompt: str, evaluations: Sequence[Evaluation]
-) -> dict[str, Any]:
-    """Digests of what the settings only point at: files that change, and standard input."""
-    tasks = [(f"perplexity:{text}", MeasureOptions()) for text in _texts(settings)]
-    tasks += [(task, one.options) for one in evaluations for task in one.tasks]
-    found = Digests().of_settings(settings, tasks)
-    if prompt:
-        data = prompt.encode("utf-8", "surrogatepass")
-        found["prompt"] = hashlib.sha256(data).hexdigest()
-    return found
-
-
-def _texts(settings: RunSettings) -> list[str]:
-    return documents.names(settings.ppl_datasets) if settings.eval_perplexity else []
-
-
-def _identity(
-    settings: RunSettings, also: Sequence[PruneConfig], inputs: dict[str, Any]
-) -> dict[str, Any]:
-    """What makes two runs the same run."""
-    data = {**settings.model_dump(mode="json"), "inputs": inputs}
-    if also:
-        data["also"] = [config.to_dict() for config in also]
-    return data
-
-
-def _write_config(job: Job, status: str) -> None:
-    job.config = config_document(
-        "run",
-        _identity(job.settings, job.also, job.inputs),
-        job.settings.prune_config().to_dict(),
-        job.model,
-        status,
-        job.config,
-    )
-    write_json(job.path / "config.json", job.config)
-
-
-def _load(job: Job) -> None:
-    job.model, job.tokenizer, job.timing["load_s"] = load_model(job.settings, job.ui)
-
-
-def _prepare(job: Job, masks: dict[int, Tensor] | None) -> PreparedMethod:
-    settings = job.settings
-    if settings.masks:
-        check_masks(settings.masks, widths(job.model))
-    return prepare(
-        job.model,
-        job.tokenizer,
-        settings.prune_config(),
-        settings.calibration,
-        settings.cache_dir,
-        job.ui.say,
-        masks=masks,
-    )
-
-
-def _perplexity(job: Job, text: str, candidates: Sequence[PreparedMethod]) -> None:
-    settings = job.settings
-    content = documents.read(text, settings.ppl_subjects)
-    ids = job.tokenizer(content, return_tensors="pt", verbose=False).input_ids[0]
-    prompt, scored = settings.ppl_prompt_tokens, settings.ppl_scored_tokens
-    windows = slices(ids, settings.ppl_max_samples, prompt, scored)
-    limit = context_length(job.model)
-    if limit and prompt + scored > limit:
-        raise ConfigError(
-            f"a perplexity slice of {prompt} prompt + {scored} scored tokens is longer than the "
-            f"model's context of {limit}: give fewer --ppl-prompt-tokens or --ppl-scored-tokens"
-        )
-    with job.ui.progress(f"perplexity on {text}", len(windows) * len(candidates)) as advance:
-        rows = [score_row(c, windows, prompt, job.folder, text, advance) for c in candidates]
-    job.perplexity.append(rows_to_dict(rows, text, prompt, scored))
-    document = job.perplexity[0] if len(job.perplexity) == 1 else {"texts": job.perplexity}
-    write_json(job.path / "perplexity.json", document)
-
-
-def _finish(job: Job) -> None:
-    write_json(job.path / "timing.json", job.timing)
-    accounting = job.generations.get("pruned", {}).get("accounting")
-    if accounting:
-        job.ui.table(report_table(accounting, job.timing))
-    for document in job.perplexity:
-        job.ui.table(perplexity_table(document))
-    for rows in job.evaluations.values():
-        job.ui.table(measure_rows.table(rows))
-        for note in measure_rows.notes(rows):
-            job.ui.say(f"note: {note}")
-    for sentence in conclusion(accounting, job.perplexity):
-        job.ui.say(sentence)
-    complete(job, lambda status: _write_config(job, status), lambda: _write_pages(job))
-
-
-def _write_pages(job: Job) -> None:
-    from dart_llm.studies.generate import plots, report
-
-    try:
-        plots.write_all(job.path)
-    except MissingExtra as error:
-        job.ui.say(f"no plots: {error}")
-    job.ui.say(f"report: {report.write(job.path)}")
+) -> RunStudy:
+    """Run everything that ``settings`` ask for; returns the finished study."""
+    return run_study(RunStudy(settings, ui, also), fresh)
 
 
 # ``dart-llm demo``: what this project does, in a minute or two.
@@ -476,7 +478,7 @@ SETTINGS = {
 }
 
 
-def run_demo(ui: Ui, **given: Any) -> Job:
+def run_demo(ui: Ui, **given: Any) -> RunStudy:
     """Generate and measure perplexity, dense beside 20 % and 50 % of the FFN neurons removed.
 
     ``given``: settings of a run, such as model, device and results_dir; they win.

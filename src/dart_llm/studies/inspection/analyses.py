@@ -1,11 +1,4 @@
-"""Strong neurons, overlap, embedding space, ablation.
-
-Ablation: remove the neurons of one topic, and measure the loss on it and on another.
-
-Neurons are chosen by the first half of each text; losses are those of the second half, whose tokens
-run as decode tokens with the neurons removed, after a dense pass over the first half (protocol
-``decode``).  No scored token has been seen by the choice.
-"""
+"""Ablation, strong neurons, overlap of the neurons of two texts, embedding space."""
 
 from __future__ import annotations
 
@@ -14,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.stats import hypergeom
 from torch import Tensor
 
 from dart_llm.errors import ConfigError
 from dart_llm.evaluation.perplexity import score_window
 from dart_llm.evaluation.windows import Window
-from dart_llm.experiments.stats import Interval, Sample, known
+from dart_llm.experiments.stats import Interval, Sample, interval, paired_interval
 from dart_llm.pruning.config import PruneConfig, ScoreConfig
 from dart_llm.pruning.drift import SINKS
 from dart_llm.pruning.masks import top_ids
@@ -28,7 +23,14 @@ from dart_llm.pruning.registry import SCORES
 from dart_llm.pruning.scores import EPS
 from dart_llm.pruning.weights import REACH_CHUNK, FfnWeights
 from dart_llm.session.run import prune
-from dart_llm.studies.inspection.readings import FIRST, SECOND, WHOLE, Study
+from dart_llm.studies.inspection.readings import FIRST, SECOND, WHOLE, Readings
+
+# Ablation: remove the neurons of one topic, and measure the loss on it and on another.
+#
+# Neurons are chosen by the first half of each text; losses are those of the second half, whose
+# tokens run as decode tokens with the neurons removed, after a dense pass over the first half
+# (protocol ``decode``).  No scored token has been seen by the choice.
+
 
 BLOCK = 16
 """Consecutive tokens that the bootstrap draws together: their losses depend on each other."""
@@ -46,7 +48,7 @@ ARMS = {
 Ids = Mapping[int, Tensor]
 
 
-def check(study: Study) -> None:
+def check(study: Readings) -> None:
     """Raise ``ConfigError`` when a text is too short."""
     for text, ids in zip(study.texts, study.ids, strict=True):
         if len(ids) < FEWEST:
@@ -80,12 +82,12 @@ def random_ids(ids: Ids, widths: Sequence[int], seed: int) -> Ids:
     }
 
 
-def ablation(study: Study) -> dict[str, Any]:
+def ablation(study: Readings) -> dict[str, Any]:
     """Rows by arm and scored text, with intervals over blocks of ``BLOCK`` tokens.
 
     ``over_dense`` and ``over_random``: the loss with the arm's neurons removed minus that of the
     untouched model, and minus the mean over draws of as many random neurons (nats per token; all
-    paired by block), None without scipy.  An arm without neurons (two equal texts) has rows with
+    paired by block).  An arm without neurons (two equal texts) has rows with
     ``neurons`` 0.
     """
     check(study)
@@ -110,7 +112,7 @@ def ablation(study: Study) -> dict[str, Any]:
 
 
 def _row(
-    study: Study, arm: str, text: int, ids: Ids, drawn: Sequence[Ids], dense: Sequence[float]
+    study: Readings, arm: str, text: int, ids: Ids, drawn: Sequence[Ids], dense: Sequence[float]
 ) -> dict[str, Any]:
     losses, report = _losses(study, text, ids)
     others = [_losses(study, text, other)[0] for other in drawn]
@@ -126,11 +128,11 @@ def _row(
         "remasks": report["remasks"],
         "dense_loss": _mean_effect(dense),
         "loss": _mean_effect(losses),
-        "loss_interval": _ends(known(sample, seed=seed)),
+        "loss_interval": _ends(interval(sample, seed=seed)),
         "random_loss": _mean_effect(random),
         "random_losses": [_mean_effect(each) for each in others],
-        "over_dense": _ends(known(sample, blocks(dense), seed)),
-        "over_random": _ends(known(sample, blocks(random), seed)),
+        "over_dense": _ends(paired_interval(sample, blocks(dense), seed=seed)),
+        "over_random": _ends(paired_interval(sample, blocks(random), seed=seed)),
     }
 
 
@@ -150,7 +152,7 @@ def blocks(losses: Sequence[float]) -> Sample:
     }
 
 
-def _losses(study: Study, text: int, remove: Ids | None) -> tuple[list[float], dict[str, Any]]:
+def _losses(study: Readings, text: int, remove: Ids | None) -> tuple[list[float], dict[str, Any]]:
     """Loss of every token of a text's second half, and the accounting of how it ran."""
     ids = study.ids[text]
     window = Window(ids, len(ids) // 2)
@@ -178,7 +180,7 @@ SHARES = (0.01, 0.1)
 """Strongest shares of a layer's neurons whose part of all scores is told."""
 
 
-def neurons(study: Study) -> dict[str, Any]:
+def neurons(study: Readings) -> dict[str, Any]:
     """``strong`` and ``weak`` neurons per layer with score, mean activation and top tokens.
 
     The score is ``settings.neuron_score`` over text A (docs/method.md, "Scores"); without a text
@@ -215,7 +217,7 @@ def neurons(study: Study) -> dict[str, Any]:
     }
 
 
-def _statistics(study: Study, weights: FfnWeights) -> tuple[Tensor, Tensor | None]:
+def _statistics(study: Readings, weights: FfnWeights) -> tuple[Tensor, Tensor | None]:
     """The magnitude of every neuron, and its mean activation where a text was read."""
     if not study.texts:
         return torch.ones(weights.width, device=weights.device), None
@@ -235,7 +237,7 @@ def _neuron(index: int, scores: Tensor, signed: Tensor | None) -> dict[str, Any]
 
 
 def _tokens(
-    study: Study, weights: FfnWeights, chosen: Tensor, signed: Tensor | None
+    study: Readings, weights: FfnWeights, chosen: Tensor, signed: Tensor | None
 ) -> list[list[str]]:
     rows = weights.embedding
     assert rows is not None  # the score has used it
@@ -281,19 +283,11 @@ def expected_jaccard(width: int, a: int, b: int) -> float:
     """
     if not a + b:
         return 1.0
-    same = torch.arange(max(0, a + b - width), min(a, b) + 1, dtype=torch.float64)
-    logs = _choose(a, same) + _choose(width - a, b - same) - _choose(width, torch.tensor(float(b)))
-    return float((logs.exp() * same / (a + b - same)).sum())
+    same = np.arange(max(0, a + b - width), min(a, b) + 1)
+    return float((hypergeom.pmf(same, width, a, b) * same / (a + b - same)).sum())
 
 
-def _choose(n: int, k: Tensor) -> Tensor:
-    k = k.double()
-    return (
-        torch.lgamma(torch.tensor(n + 1.0).double()) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
-    )
-
-
-def overlap(study: Study) -> dict[str, Any]:
+def overlap(study: Readings) -> dict[str, Any]:
     """Per layer the Jaccard of the neurons that the method keeps for A and for B.
 
     ``jaccard``: of the whole texts; ``chance``: of random sets of the same sizes.  Halves of the
@@ -333,7 +327,7 @@ def _mean_overlap(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _kept(study: Study, text: int, part: str) -> list[Tensor]:
+def _kept(study: Readings, text: int, part: str) -> list[Tensor]:
     """Ids of the kept neurons per layer, on the host; all of them where a layer stays dense."""
     selection = study.selector.select(study.evidence(text, part))
     return [
@@ -361,7 +355,7 @@ def compare(a: Tensor, b: Tensor, dims: int) -> dict[str, float]:
     }
 
 
-def space(study: Study) -> dict[str, Any]:
+def space(study: Readings) -> dict[str, Any]:
     """x of A beside x of B, both read by the dense model.
 
     ``layers``: mean vectors over all tokens but the first (attention sinks).  ``tokens``: of one

@@ -1,7 +1,4 @@
-"""One dense pass per text: impact, distributions, statistics.
-
-One pass of a text through the dense model, and what is kept of it per layer.
-"""
+"""One dense pass per text: impact, distributions, statistics."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import kurtosis, skew
 from torch import Tensor
 
 from dart_llm.calibration.learn import self_calibrate
@@ -53,17 +51,15 @@ def moments(values: Tensor) -> dict[str, float | None]:
 
     The last two are None where all values are equal.
     """
-    flat = values.detach().double().flatten()
-    mean = flat.mean()
-    centred = flat - mean
-    variance = centred.square().mean()
-    std = variance.sqrt()
-    found: dict[str, float | None] = {"mean": float(mean), "std": float(std)}
-    flat_enough = float(std) <= 1e-9 * max(1e-30, float(flat.abs().max()))
-    third, fourth = centred.pow(3).mean(), centred.pow(4).mean()
-    found["skewness"] = None if flat_enough else float(third / std**3)
-    found["kurtosis"] = None if flat_enough else float(fourth / variance.square() - 3)
-    return found
+    flat = values.detach().double().flatten().cpu().numpy()
+    std = float(flat.std())
+    equal = std <= 1e-9 * max(1e-30, float(np.abs(flat).max()))
+    return {
+        "mean": float(flat.mean()),
+        "std": std,
+        "skewness": None if equal else float(skew(flat)),
+        "kurtosis": None if equal else float(kurtosis(flat)),
+    }
 
 
 def distribution(values: Tensor) -> dict[str, Any]:
@@ -204,7 +200,7 @@ class LayerReading:
 
 
 @dataclass
-class Study:
+class Readings:
     """A model and the texts that are looked at; each text is read once, when it is needed."""
 
     model: Any

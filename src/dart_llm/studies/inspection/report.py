@@ -14,37 +14,29 @@ from dart_llm.experiments import run_facts
 from dart_llm.experiments.store import ResultsView, mapping, read
 from dart_llm.files import write_text
 from dart_llm.reporting import page
-from dart_llm.reporting.table import Column, Record, Sheet, _columns, _number
+from dart_llm.reporting.table import Column, Record, Table, number, value_columns
 from dart_llm.reporting.words import percent
 from dart_llm.studies.inspection import plots
 from dart_llm.studies.inspection.analyses import ARMS
 
-LAYER: Column = ("layer", "layer", str)
+LAYER = Column("layer", "layer")
 
-FIGURE = _number()
+FIGURE = number()
 
 
-def sheets(sections: Record) -> list[Sheet]:
+def tables(sections: Record) -> list[Table]:
     """The tables of all sections, in their order."""
-    makers = {
-        "layers": _layers_sheet,
-        "weights": _weights_sheet,
-        "neurons": _neurons_sheet,
-        "overlap": _overlap_sheet,
-        "ablation": _ablation_sheet,
-        "space": _space_sheet,
-    }
-    return [sheet for name, data in sections.items() for sheet in makers[name](data)]
+    return [table for name, data in sections.items() for table in TABLES[name](data)]
 
 
-def _layers_sheet(data: Record) -> list[Sheet]:
+def _layers_tables(data: Record) -> list[Table]:
     heads = (
         *("cos(x, x+r)", "median", "|r|/|x|", "median", "S residual"),
         *("cos(x, z)", "median", "|z-x|/|x|", "median", "S output"),
     )
     rows = []
-    for number, layer in enumerate(data["layers"]):
-        row: dict[str, Any] = {"layer": number}
+    for place, layer in enumerate(data["layers"]):
+        row: dict[str, Any] = {"layer": place}
         for variant, measured in layer.items():
             for what in ("cosine", "change"):
                 found = measured[what]
@@ -58,12 +50,10 @@ def _layers_sheet(data: Record) -> list[Sheet]:
         for name in ("cosine", "cosine_median", "change", "change_median", "s")
     ]
     caption = f"What each FFN does to the residual stream, text {data['text']}: means over tokens"
-    return [
-        Sheet("layers", "layers", caption, (LAYER, *_columns(" ".join(names), heads, FIGURE)), rows)
-    ]
+    return [Table("layers", caption, (LAYER, *value_columns(" ".join(names), heads, FIGURE)), rows)]
 
 
-def _weights_sheet(data: Record) -> list[Sheet]:
+def _weights_tables(data: Record) -> list[Table]:
     keys = "min q05 median q95 max mean std skewness kurtosis"
     heads = ("min", "5 %", "median", "95 %", "max", "mean", "sd", "skewness", "excess kurtosis")
     rows = [
@@ -71,15 +61,15 @@ def _weights_sheet(data: Record) -> list[Sheet]:
         for number, layer in enumerate(data["weights"]["layers"])
         for matrix, found in layer.items()
     ]
-    matrix: Column = ("matrix", "matrix", str)
-    columns = (LAYER, matrix, *_columns(keys, heads, FIGURE))
-    found = [Sheet("weights", "weights", "L2 norms of the neurons' weights", columns, rows)]
+    matrix = Column("matrix", "matrix")
+    columns = (LAYER, matrix, *value_columns(keys, heads, FIGURE))
+    found = [Table("weights", "L2 norms of the neurons' weights", columns, rows)]
     if data["activations"]:
         found.append(_activations(data))
     return found
 
 
-def _activations(data: Record) -> Sheet:
+def _activations(data: Record) -> Table:
     rows = [
         {
             "layer": number,
@@ -92,16 +82,16 @@ def _activations(data: Record) -> Sheet:
     ]
     columns = (
         LAYER,
-        *_columns("median q95 max", ("median |u|", "95 %", "max"), FIGURE),
-        *_columns("kurtosis", ("excess kurtosis",), _number(1)),
-        *_columns("zero", ("exact zeros",), percent),
-        *_columns("near_0.01 near_0.1", ("|u| < 1 % of RMS", "< 10 %"), percent),
-        *_columns("holds", ("neurons with 90 % of u²",), percent),
+        *value_columns("median q95 max", ("median |u|", "95 %", "max"), FIGURE),
+        *value_columns("kurtosis", ("excess kurtosis",), number(1)),
+        *value_columns("zero", ("exact zeros",), percent),
+        *value_columns("near_0.01 near_0.1", ("|u| < 1 % of RMS", "< 10 %"), percent),
+        *value_columns("holds", ("neurons with 90 % of u²",), percent),
     )
-    return Sheet("weights", "activations", f"Activations u on text {data['text']}", columns, rows)
+    return Table("activations", f"Activations u on text {data['text']}", columns, rows)
 
 
-def _neurons_sheet(data: Record) -> list[Sheet]:
+def _neurons_tables(data: Record) -> list[Table]:
     rows = [
         {"layer": layer["layer"], "kind": kind, "rank": rank, **neuron}
         for layer in data["layers"]
@@ -110,37 +100,37 @@ def _neurons_sheet(data: Record) -> list[Sheet]:
     ]
     columns = (
         LAYER,
-        ("kind", "kind", str),
-        ("rank", "rank", str),
-        ("neuron", "neuron", str),
-        ("score", "score", _number(2)),
-        ("mean_activation", "mean u", FIGURE),
-        ("tokens", "writes towards", lambda tokens: " ".join(map(repr, tokens))),
+        Column("kind", "kind"),
+        Column("rank", "rank"),
+        Column("neuron", "neuron"),
+        Column("score", "score", number(2)),
+        Column("mean u", "mean_activation", FIGURE),
+        Column("writes towards", "tokens", lambda tokens: " ".join(map(repr, tokens))),
     )
     held = [
         {"layer": one["layer"], **{f"top_{k}": v for k, v in one["concentration"].items()}}
         for one in data["layers"]
     ]
     heads = ("strongest 1 % hold", "strongest 10 % hold")
-    parts = (LAYER, *_columns("top_0.01 top_0.1", heads, percent))
+    parts = (LAYER, *value_columns("top_0.01 top_0.1", heads, percent))
     about = f"by forward proxy ({data['score']})"
     return [
-        Sheet("neurons", "concentration", f"Part of all scores {about}", parts, held),
-        Sheet("neurons", "neurons", f"Strongest and weakest neurons {about}", columns, rows),
+        Table("concentration", f"Part of all scores {about}", parts, held),
+        Table("neurons", f"Strongest and weakest neurons {about}", columns, rows),
     ]
 
 
-def _overlap_sheet(data: Record) -> list[Sheet]:
+def _overlap_tables(data: Record) -> list[Table]:
     keys = "jaccard chance same_text across"
     heads = ("Jaccard of A and B", "by chance", "halves of one text", "halves of A and B")
     columns = (
         LAYER,
-        *_columns("width kept_a kept_b", ("neurons", "kept for A", "for B"), _number(0)),
-        *_columns(keys, heads, FIGURE),
+        *value_columns("width kept_a kept_b", ("neurons", "kept for A", "for B"), number(0)),
+        *value_columns(keys, heads, FIGURE),
     )
     rows = [*data["layers"], {"layer": "mean", **data["mean"]}]
     caption = f"Neurons that {data['method']} keeps for A and for B"
-    return [Sheet("overlap", "overlap", caption, columns, rows)]
+    return [Table("overlap", caption, columns, rows)]
 
 
 def with_ends(found: Record) -> str:
@@ -148,7 +138,7 @@ def with_ends(found: Record) -> str:
     return f"{found['estimate']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
 
 
-def _ablation_sheet(data: Record) -> list[Sheet]:
+def _ablation_tables(data: Record) -> list[Table]:
     rows = [
         {
             **row,
@@ -162,34 +152,46 @@ def _ablation_sheet(data: Record) -> list[Sheet]:
         for row in data["rows"]
     ]
     columns = (
-        ("removes", "removed neurons", str),
-        ("text", "loss on", str),
-        ("achieved_sparsity", "achieved sparsity", percent),
-        ("dense_token_share", "dense tokens", percent),
-        ("remasks", "re-masks", str),
-        ("dense_loss", "dense loss", FIGURE),
-        ("loss", "loss", FIGURE),
-        ("random_loss", "random neurons", FIGURE),
-        ("over_dense", "over dense (95 %)", with_ends),
-        ("over_random", "over random (95 %)", with_ends),
+        Column("removed neurons", "removes"),
+        Column("loss on", "text"),
+        Column("achieved sparsity", "achieved_sparsity", percent),
+        Column("dense tokens", "dense_token_share", percent),
+        Column("re-masks", "remasks"),
+        Column("dense loss", "dense_loss", FIGURE),
+        Column("loss", "loss", FIGURE),
+        Column("random neurons", "random_loss", FIGURE),
+        Column("over dense (95 %)", "over_dense", with_ends),
+        Column("over random (95 %)", "over_random", with_ends),
     )
     caption = "Loss (nats per token) with neurons removed, on the second half of each text"
-    return [Sheet("ablation", "ablation", caption, columns, rows)]
+    return [Table("ablation", caption, columns, rows)]
 
 
-def _space_sheet(data: Record) -> list[Sheet]:
+def _space_tables(data: Record) -> list[Table]:
     heads = ("cosine", "distance", "|B| / |A|", f"Jaccard of top {data['top_dims']} dimensions")
-    measures = _columns("cosine distance norm_ratio jaccard", heads, FIGURE)
-    half = _columns("half_width tokens_a tokens_b", ("tokens to each side", "of A", "of B"), str)
+    measures = value_columns("cosine distance norm_ratio jaccard", heads, FIGURE)
+    half = value_columns(
+        "half_width tokens_a tokens_b", ("tokens to each side", "of A", "of B"), str
+    )
     parts: dict[str, tuple[str, tuple[Column, ...]]] = {
         "layers": ("mean vectors per layer", (LAYER,)),
         "windows": (f"windows around the middle, layer {data['layer']}", half),
-        "tokens": (f"token by token, layer {data['layer']}", (("position", "position", str),)),
+        "tokens": (f"token by token, layer {data['layer']}", (Column("position", "position"),)),
     }
     return [
-        Sheet("space", f"space_{part}", f"A beside B: {words}", (*first, *measures), data[part])
+        Table(f"space_{part}", f"A beside B: {words}", (*first, *measures), data[part])
         for part, (words, first) in parts.items()
     ]
+
+
+TABLES: dict[str, Callable[[Record], list[Table]]] = {
+    "layers": _layers_tables,
+    "weights": _weights_tables,
+    "neurons": _neurons_tables,
+    "overlap": _overlap_tables,
+    "ablation": _ablation_tables,
+    "space": _space_tables,
+}
 
 
 # One plain sentence per section of an inspection, made of its numbers.
@@ -258,7 +260,7 @@ def _ablation_words(data: Reading) -> str:
     a, b = (own[label]["over_dense"] for label in "AB")
     clear = "; the intervals overlap"
     if not a or not b:
-        clear = "; no intervals: this needs scipy (pip install 'dart-llm[drift]')"
+        clear = "; no intervals: the texts are too short"
     elif a["low"] > b["high"] or a["high"] < b["low"]:
         clear = "; the intervals do not overlap"
     share = percent(own["A"]["achieved_sparsity"])
@@ -336,18 +338,17 @@ def render(view: ResultsView, document: Mapping[str, Any]) -> str:
 def _content(view: ResultsView, document: Mapping[str, Any]) -> dict[str, Any]:
     sections, told = document["sections"], document["sentences"]
     drawn, missing = page.pictures(plots.make(document, view.small_print))
-    found = sheets(sections)
     shown = []
-    for name in sections:
-        own = [sheet for sheet in found if sheet.section == name]
-        tables = [
-            (sheet.table(), len(sheet.rows) > LONG, f"{sheet.name}.csv")
-            for sheet in own
-            if len(sheet.rows) <= SHOWN
+    for name, data in sections.items():
+        own = TABLES[name](data)
+        short = [
+            (table.html(), len(table.rows) > LONG, f"{table.name}.csv")
+            for table in own
+            if len(table.rows) <= SHOWN
         ]
-        left = [(sheet.caption, f"{sheet.name}.csv") for sheet in own if len(sheet.rows) > SHOWN]
+        left = [(table.caption, f"{table.name}.csv") for table in own if len(table.rows) > SHOWN]
         pictures = [picture for picture in drawn if picture.name in _names(name)]
-        shown.append((name, TITLES[name], told.get(name, ""), pictures, tables, left))
+        shown.append((name, TITLES[name], told.get(name, ""), pictures, short, left))
     return {
         "title": f"Inside {view.name}",
         "status": str(view.config.get("status") or "unknown"),

@@ -10,7 +10,7 @@ from pydantic import model_validator
 
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.settings import ActivationSettings, check_least, setting
+from dart_llm.settings import ActivationSettings, setting
 
 PANEL = "Texts"
 
@@ -23,8 +23,6 @@ PROXIES = ("combined", "max", "mean", "product")
 
 SPARSITY = 0.5
 """Fraction removed by the masks that are compared, unless given."""
-
-LEAST = {"max_tokens": 2, "top": 1, "top_dims": 1, "ablation_seeds": 1}
 
 
 class InspectSettings(ActivationSettings):
@@ -45,19 +43,18 @@ class InspectSettings(ActivationSettings):
     runs: str | None = setting(
         PANEL, "One results folder (its dense and pruned text), or two, comma-separated."
     )
-    max_tokens: int = setting(PANEL, "Tokens of each text that are read, at most.", 512)
-    top: int = setting(WHAT, "Strongest and weakest neurons listed per layer.", 5)
+    max_tokens: int = setting(PANEL, "Tokens of each text that are read, at most.", 512, ge=2)
+    top: int = setting(WHAT, "Strongest and weakest neurons listed per layer.", 5, ge=1)
     neuron_score: str = setting(WHAT, "Forward proxy: combined, max, mean, product.", "combined")
-    share: float = setting(WHAT, "Ablation: the share of a layer's neurons that is A's own.", 0.1)
-    ablation_seeds: int = setting(WHAT, "Ablation: draws of random neurons.", 3)
+    share: float = setting(
+        WHAT, "Ablation: the share of a layer's neurons that is A's own.", 0.1, gt=0, lt=1
+    )
+    ablation_seeds: int = setting(WHAT, "Ablation: draws of random neurons.", 3, ge=1)
     layer: int | None = setting(WHAT, "Space: layer of the per-token table (default: last).")
-    top_dims: int = setting(WHAT, "Space: largest dimensions whose overlap is counted.", 32)
+    top_dims: int = setting(WHAT, "Space: largest dimensions whose overlap is counted.", 32, ge=1)
 
     @model_validator(mode="after")
     def _check_inspect(self) -> InspectSettings:
-        check_least(self, LEAST)
-        if not 0 < self.share < 1:
-            raise ConfigError(f"--share {self.share:g} must lie between 0 and 1, as in 0.1")
         if self.neuron_score not in PROXIES:
             raise UnknownName("forward proxy", self.neuron_score, PROXIES)
         self._check_texts()

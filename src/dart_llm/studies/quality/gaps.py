@@ -1,6 +1,6 @@
 """Gap closed against GRIFFIN at equal sparsity and equal bytes.
 
-How much of GRIFFIN's log-perplexity gap to dense a variant closes (docs/quality.md).
+How much of GRIFFIN's log-perplexity gap to dense a variant closes (docs/bench.md).
 
 ``gap`` = mean loss minus the untouched model's on the same tokens, nats: the logarithm of the
 ratio of their perplexities.  ``gap closed`` = 1 - gap(variant) / gap(GRIFFIN).  Pooled: the gaps
@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dart_llm.errors import ConfigError, MissingExtra
 from dart_llm.evaluation.perplexity import perplexity
 from dart_llm.experiments import stats
 from dart_llm.experiments.store import SCHEMA
@@ -211,13 +210,10 @@ def _by_kind(own: Sequence[Line], gaps: Array, others: Array) -> dict[str, float
 def compare(groups: Sequence[tuple[Array, Array]], seed: int) -> dict[str, Any]:
     """``gap`` and ``griffin_gap``, summed over groups of [slices], what is closed, its interval.
 
-    ``gap_closed`` is None where GRIFFIN's gap is not positive; ``interval`` is None there, with
-    fewer than two slices, and without scipy.
+    ``gap_closed`` is None where GRIFFIN's gap is not positive; ``interval`` is None there and with
+    fewer than two slices.
     """
-    try:
-        found = stats.gap_closed_interval(groups, seed)
-    except MissingExtra:
-        found = None
+    found = stats.gap_closed_interval(groups, seed)
     gap, griffin = (
         sum(float(part.mean()) for part in parts) for parts in zip(*groups, strict=True)
     )
@@ -287,12 +283,6 @@ DEFINITIONS = {
 }
 """What the words of quality.json mean."""
 
-OWN = ("slices", "checkpoints")
-"""What runs on different models differ in, by model."""
-
-MADE = ("schema", "cells", "pooled", "notes", "definitions")
-"""What ``summarise`` adds to what was asked."""
-
 
 def summarise(lines: Iterable[Line], asked: Mapping[str, Any]) -> dict[str, Any]:
     """The document; nothing in it depends on when or how often a run was started.
@@ -313,26 +303,6 @@ def summarise(lines: Iterable[Line], asked: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _notes(asked: Mapping[str, Any]) -> list[str]:
-    notes = []
-    if not stats.available():
-        notes.append("note: no intervals, which need scipy: pip install 'dart-llm[eval]'")
-    if not asked["pool"]:
-        notes.append("note: nothing is pooled, for no sparsity of --pool was measured")
-    return notes
-
-
-def merge(documents: Sequence[Mapping[str, Any]], lines: Iterable[Line]) -> dict[str, Any]:
-    """One document over the ``lines`` of runs that asked the same of different models.
-
-    Raises ``ConfigError`` where they did not.
-    """
-    asked = [{k: v for k, v in one.items() if k not in MADE} for one in documents]
-    joined = dict(asked[0])
-    for one in asked[1:]:
-        differing = [k for k in one if k not in OWN and one[k] != joined.get(k)]
-        twice = set(one["checkpoints"]) & set(joined["checkpoints"])
-        if differing or twice:
-            what = f"differ in {', '.join(differing)}" if differing else f"share {min(twice)}"
-            raise ConfigError(f"the runs {what}: join runs that differ in their models alone")
-        joined = {**joined, **{name: {**joined[name], **one[name]} for name in OWN}}
-    return summarise(lines, joined)
+    if asked["pool"]:
+        return []
+    return ["note: nothing is pooled, for no sparsity of --pool was measured"]

@@ -1,21 +1,13 @@
-"""Tables and plot of bench quality.
-
-The tables of quality.json: Markdown, CSV, the terminal's, and a line per cell.
-"""
+"""Tables and plot of quality.json: Markdown, CSV, the terminal's, and a line per cell."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
-from dart_llm.files import write_csv, write_text
 from dart_llm.reporting.figures import INK, SOFT, Palette, Plot, key, panels, reference_line
-from dart_llm.reporting.table import escaped, table_lines
+from dart_llm.reporting.table import Column, Table, escaped, table_lines
 from dart_llm.reporting.words import count, figure, percent, times
 from dart_llm.studies.quality.gaps import ALL, EQUAL_BYTES, EQUAL_SPARSITY, YARDSTICKS
 from dart_llm.studies.quality.slices import SHIFT
@@ -24,65 +16,51 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
 NONE = "n/a"
 """Stands where GRIFFIN loses nothing, so that there is no gap to close."""
-
-HEADS = (
-    "variant",
-    "asked",
-    "achieved",
-    "while pruned",
-    "dense tokens",
-    "re-masks per slice",
-    "FFN bytes",
-    "FFN FLOPs",
-    "perplexity",
-    "x dense",
-    "GRIFFIN at equal sparsity",
-    "gap closed",
-    "GRIFFIN at equal bytes",
-    "gap closed, equal bytes",
-)
-
-TERMINAL = (0, 1, 2, 4, 5, 8, 9, 11, 13)
-"""Columns that fit a terminal."""
 
 POOLED = "pooled"
 
 Row = Mapping[str, Any]
 
 
-def cells(row: Row) -> list[str]:
-    """One measured row for people, under ``HEADS``."""
-    return [
-        row["variant"],
-        percent(row["sparsity"]),
-        percent(row["achieved_sparsity"]),
-        percent(row["sparsity_while_pruned"]),
-        percent(row["dense_token_share"]),
-        f"{row['remasks_per_slice']:.1f}",
-        f"{row['ffn_bytes_share']:.3f}",
-        f"{row['ffn_flops_share']:.3f}",
-        figure(row["perplexity"]),
-        times(row["times_dense"]),
-        *_columns(row),
-    ]
+def _asked(row: Row) -> str:
+    return f"{POOLED} {_percents(row)}" if "sparsities" in row else percent(row["sparsity"])
 
 
-def _pooled_cells(row: Row) -> list[str]:
-    shown = [row["variant"], f"{POOLED} {_percents(row)}", *[""] * 8]
-    return [*shown, "", closed(row[EQUAL_SPARSITY]), "", closed(row[EQUAL_BYTES])]
+def _griffin(name: str) -> Callable[[Row], str | None]:
+    """GRIFFIN's perplexity and sparsity in one of the comparisons."""
+
+    def value(row: Row) -> str | None:
+        if row[name] is None or "perplexity" not in row[name]:
+            return None
+        return f"{figure(row[name]['perplexity'])}\n({percent(row[name]['sparsity'])})"
+
+    return value
 
 
-def _columns(row: Row) -> Iterator[str]:
-    for name in YARDSTICKS:
-        found = row[name]
-        if found is None:
-            yield from ("", "")
-            continue
-        yield f"{figure(found['perplexity'])} ({percent(found['sparsity'])})"
-        yield closed(found)
+def _closed(name: str) -> Callable[[Row], str | None]:
+    return lambda row: None if row[name] is None else closed(row[name]).replace(" (", "\n(")
+
+
+COLUMNS = (
+    Column("variant", "variant"),
+    Column("asked", _asked),
+    Column("achieved", "achieved_sparsity", percent),
+    Column("while pruned", "sparsity_while_pruned", percent, terminal=False),
+    Column("dense tokens", "dense_token_share", percent),
+    Column("re-masks per slice", "remasks_per_slice", ".1f"),
+    Column("FFN bytes", "ffn_bytes_share", ".3f", terminal=False),
+    Column("FFN FLOPs", "ffn_flops_share", ".3f", terminal=False),
+    Column("perplexity", "perplexity", figure),
+    Column("x dense", "times_dense", times),
+    Column("GRIFFIN at equal sparsity", _griffin(EQUAL_SPARSITY), terminal=False),
+    Column("gap closed", _closed(EQUAL_SPARSITY)),
+    Column("GRIFFIN at equal bytes", _griffin(EQUAL_BYTES), terminal=False),
+    Column("gap closed, equal bytes", _closed(EQUAL_BYTES)),
+)
+
+HEADS = tuple(column.head for column in COLUMNS)
 
 
 def closed(found: Mapping[str, Any]) -> str:
@@ -108,11 +86,19 @@ def groups(document: Row) -> list[tuple[str, list[Row], list[Row]]]:
     return found
 
 
-def grid(document: Row) -> list[tuple[str, list[list[str]]]]:
-    """Per model and cell its caption and its rows under ``HEADS``, pooled ones last."""
+def terminal_tables(document: Row) -> list[Table]:
+    """Per model and cell its rows, pooled ones last."""
     return [
-        (caption, [*map(cells, rows), *map(_pooled_cells, pooled)])
+        Table("", caption, COLUMNS, [*rows, *pooled], nothing="", tight=True)
         for caption, rows, pooled in groups(document)
+    ]
+
+
+def grid(document: Row) -> list[tuple[str, list[list[str]]]]:
+    """The same in words: captions, and rows under ``HEADS``."""
+    return [
+        (table.caption, [[cell.replace("\n", " ") for cell in row] for row in table.cells()])
+        for table in terminal_tables(document)
     ]
 
 
@@ -171,25 +157,11 @@ def markdown(document: Row) -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def rich_tables(document: Row) -> list[Table]:
-    """The tables without the columns that a terminal has no room for."""
-    found = []
-    for caption, rows in grid(document):
-        table = Table(title=caption, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for place in TERMINAL:
-            table.add_column(HEADS[place], justify="right" if place else "left")
-        for row in rows:
-            table.add_row(*(row[place].replace(" (", "\n(") for place in TERMINAL))
-        found.append(table)
-    return found
-
-
-def write(folder: Path, document: Row) -> None:
-    """quality.md, and quality.csv with a line per measured and per pooled row."""
-    write_text(folder / "quality.md", markdown(document))
+def csv_table(document: Row) -> Table:
+    """quality.csv: a line per measured and per pooled row."""
     rows = [_flat(row) for row in (*document["cells"], *document["pooled"])]
-    head = list(dict.fromkeys(name for row in rows for name in row))
-    write_csv(folder / "quality.csv", head, ([row.get(name) for name in head] for row in rows))
+    fields = list(dict.fromkeys(name for row in rows for name in row))
+    return Table("quality", "", (), rows, terminal=False, fields=fields)
 
 
 def _flat(row: Row) -> dict[str, Any]:

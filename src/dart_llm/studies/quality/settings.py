@@ -4,39 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import model_validator
 
-from dart_llm.data.documents import REPORT, SETS
+from dart_llm.data.documents import SETS
 from dart_llm.errors import ConfigError, UnknownName
-from dart_llm.experiments.variants import Variant, parse
-from dart_llm.settings import (
-    BaseSettings,
-    Settings,
-    check_least,
-    check_seed,
-    given_of,
-    read_sparsities,
-    setting,
-    words,
-)
-from dart_llm.studies.quality.slices import CELLS, Shape
+from dart_llm.experiments.variants import GRIFFIN, Variant, oracles, parse
+from dart_llm.settings import ModelOptions, StudyOptions, read_sparsities, setting, words
 
-STUDY, MODEL, RESULTS = "Study", "Model", "Results"
+if TYPE_CHECKING:  # slices need torch, which settings do without
+    from dart_llm.studies.quality.slices import Shape
+
+STUDY = "Study"
 
 LISTS = ("model", "text")
 """Options that may be repeated; commas do as well."""
 
-LEAST = {"slices": 1, "prompt_tokens": 16, "tokens": 1}
-"""The least value of each whole number."""
 
-
-class QualitySettings(Settings):
+class QualitySettings(StudyOptions, ModelOptions):
     """What ``dart-llm bench quality`` is asked to do; None means "not given"."""
 
     COMMAS: ClassVar = ("methods", "oracle", "sparsities", "pool", "cells")
 
+    model: list[str] = setting(  # type: ignore[assignment]
+        "Model",
+        "Hub id, local folder, .gguf file, or smollm2-135m; repeat for several.",
+        ["smollm2-135m"],
+    )
+    seed: int = setting("Results", "Seed of everything random, the intervals among it.", 0)
+    experiment_name: str | None = setting("Results", "Default: quality-<set>-<model>.")
     methods: str = setting(
         STUDY, "Methods, comma-separated; griffin, the yardstick, always runs.", "griffin,dart"
     )
@@ -52,38 +49,23 @@ class QualitySettings(Settings):
     )
     pool: str = setting(STUDY, "Sparsities whose gaps are added up, where measured.", "0.5,0.7")
     cells: str = setting(
-        STUDY, "continuation, topic-shift, or both, comma-separated.", ",".join(CELLS)
+        STUDY, "continuation, topic-shift, or both, comma-separated.", "continuation,topic-shift"
     )
     text: list[str] = setting(
         STUDY,
         "A text file, JSONL (FILE:COLUMN names the column), or data name; repeat for several.",
         ["embedded"],
     )
-    set: str = setting(STUDY, "choose: first half of a text's documents; report: second.", REPORT)
+    set: str = setting(STUDY, "choose: first half of a text's documents; report: second.", "report")
     slices: int | None = setting(
-        STUDY, "Slices of each text (default: 16; of the embedded texts alone, what there is)."
+        STUDY,
+        "Slices of each text (default: 16; of the embedded texts alone, what there is).",
+        ge=1,
     )
-    prompt_tokens: int = setting(STUDY, "Prompt tokens of a slice.", 256)
-    tokens: int = setting(STUDY, "Scored tokens of a slice.", 256)
+    prompt_tokens: int = setting(STUDY, "Prompt tokens of a slice.", 256, ge=16)
+    tokens: int = setting(STUDY, "Scored tokens of a slice.", 256, ge=1)
     calibration: str | None = setting(STUDY, "Text for methods that calibrate.")
     executor: str | None = setting(STUDY, "auto, masked, compact, native, slim or graph.")
-    # model
-    model: list[str] = setting(
-        MODEL,
-        "Hub id, local folder, .gguf file, or smollm2-135m; repeat for several.",
-        ["smollm2-135m"],
-    )
-    cache_dir: str | None = setting(MODEL, "Where weights are kept.")
-    device: str | None = setting(MODEL, "0, cuda:0, cpu or mps (default: GPU 0, else CPU).")
-    device_map: str | None = setting(MODEL, "How layers are spread over devices, e.g. auto.")
-    dtype: str | None = setting(MODEL, "float32, float16, bfloat16 (default: the checkpoint's).")
-    revision: str | None = setting(MODEL, "Branch, tag or commit of a hub model.")
-    attn_implementation: str | None = setting(MODEL, "Attention kernel: eager, sdpa, ...")
-    trust_remote_code: bool = setting(MODEL, "Run code that comes with the checkpoint.", False)
-    # results
-    seed: int = setting(RESULTS, "Seed of everything random, the intervals among it.", 0)
-    experiment_name: str | None = setting(RESULTS, "Default: quality-<set>-<model>.")
-    results_dir: str = setting(RESULTS, "Folder for results.", "results")
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,12 +73,10 @@ class QualitySettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> QualitySettings:
-        check_least(self, LEAST)
         if self.set not in SETS:
             raise UnknownName("set", self.set, SETS)
         if not self.model:
             raise ConfigError("no model is named: give --model one, or leave it out")
-        check_seed(self.seed)
         self.cell_list()
         self.pool_list()
         self.variant_list()
@@ -105,10 +85,14 @@ class QualitySettings(Settings):
     @property
     def shape(self) -> Shape:
         """Tokens of a slice."""
+        from dart_llm.studies.quality.slices import Shape
+
         return Shape(self.prompt_tokens, self.tokens)
 
     def cell_list(self) -> tuple[str, ...]:
         """The cells in order; raises ``UnknownName``."""
+        from dart_llm.studies.quality.slices import CELLS
+
         found = tuple(dict.fromkeys(words(self.cells)))
         for name in found:
             if name not in CELLS:
@@ -130,8 +114,11 @@ class QualitySettings(Settings):
         """What is compared, GRIFFIN first; raises ``ConfigError`` or ``UnknownName``."""
         changes = {"seed": self.seed, "executor": self.executor}
         given = {name: value for name, value in changes.items() if value is not None}
-        first = self.sparsity_list()[0]
-        return parse(self.methods, self.variants, self.oracle, given, first)
+        methods = [GRIFFIN, *(name for name in words(self.methods) if name != GRIFFIN)]
+        variants = parse(methods, self.variants, given)
+        for variant in variants:
+            variant.at(self.sparsity_list()[0])
+        return (*variants, *oracles(variants[1:], self.oracle))
 
     def names(self) -> dict[str, str]:
         """What each model is called in the results, without its folders, and where it lies."""
@@ -142,10 +129,6 @@ class QualitySettings(Settings):
                 raise ConfigError(f'the model "{name}" was given twice: leave one out')
             found[name] = model
         return found
-
-    def base(self, model: str) -> BaseSettings:
-        """How one of the models is loaded."""
-        return BaseSettings.model_validate({**given_of(self), "model": model})
 
     @property
     def experiment(self) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from dart_llm.data.documents import EMBEDDED, SETS, Source, start_token
 from dart_llm.data.passages import BREAK
 from dart_llm.errors import ConfigError
-from dart_llm.evaluation.forced_decoding import TimedRun
+from dart_llm.evaluation.forced_decoding import ScheduledRun
 from dart_llm.evaluation.perplexity import WindowLosses, score_window
 from dart_llm.evaluation.windows import Window
 from dart_llm.pruning.config import PruneConfig
@@ -234,7 +234,7 @@ class PromptRun(Run):
         """The masks that ``config`` gives by what this run has observed."""
         self.controller.flush()
         with torch.inference_mode(False):
-            evidence = self.controller.lives[-1].evidence
+            evidence = self.controller.sequences[-1].evidence
             return check_fits(config, self.layers).preview(evidence)
 
 
@@ -270,7 +270,7 @@ def score_single(candidate: PreparedMethod, run: Run | None, cell: str, pair: Pa
     """
     began = time.perf_counter()
     if run is None:
-        made = candidate.run(make=functools.partial(TimedRun, triggers=[MOMENT]))
+        made = candidate.run(make=functools.partial(ScheduledRun, triggers=[MOMENT]))
         assert made is not None
         run = made
     run.reset()

@@ -1,6 +1,4 @@
-"""`bench quality`: settings, variants, slices through every method.
-
-One model through every slice of ``dart-llm bench quality``; what is finished is not repeated.
+"""`bench quality`: every slice through every method, on one model after the other.
 
 First the untouched model, GRIFFIN and all variants; then GRIFFIN at the sparsities that those
 achieved and at their shares of bytes, each distinct one once.
@@ -8,31 +6,25 @@ achieved and at their shares of bytes, each distinct one once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from dart_llm.data import documents
-from dart_llm.data.documents import Source, check_disjoint
+from dart_llm.data.documents import check_disjoint
 from dart_llm.errors import ConfigError
 from dart_llm.experiments.cell import Cell
 from dart_llm.experiments.provenance import Digests
-from dart_llm.experiments.store import ResultsFolder, open_folder
-from dart_llm.experiments.study import (
-    complete,
-    config_document,
-    leave,
-    load_model,
-    resumable,
-    write_plots,
-)
+from dart_llm.experiments.study import Study, Unit, load_model
 from dart_llm.experiments.variants import DENSE, GRIFFIN, Variant
-from dart_llm.files import write_json, write_lines
+from dart_llm.files import write_lines
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.describe import context_length
 from dart_llm.reporting.console import ProgressLog, Ui
-from dart_llm.session.prepare import PreparedMethod, UnitStore, prepare
+from dart_llm.reporting.figures import Plot
+from dart_llm.reporting.table import Table
+from dart_llm.session.prepare import PreparedMethod, prepare
 from dart_llm.session.run import Run
 from dart_llm.studies.quality import report
 from dart_llm.studies.quality.gaps import Lines, account, summarise
@@ -42,7 +34,6 @@ from dart_llm.studies.quality.slices import (
     SHIFT,
     Pair,
     Part,
-    Shape,
     pairs,
     score_shared_prompt,
     score_single,
@@ -50,302 +41,250 @@ from dart_llm.studies.quality.slices import (
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is measured on every model.  ``variants``: GRIFFIN is the first of them."""
+class Measured:
+    """One measurement.  ``variant`` None: the untouched model (sparsity 0), or GRIFFIN."""
 
-    cells: tuple[str, ...]
-    sparsities: tuple[float, ...]
-    variants: tuple[Variant, ...]
-    shape: Shape
-    calibration: str | None = None
-    cache_dir: str | None = None
+    model: str
+    cell: str
+    variant: Variant | None
+    sparsity: float
+    pair: Pair
+
+    @property
+    def label(self) -> str:
+        """What the results call the method."""
+        if self.variant is not None:
+            return self.variant.label
+        return GRIFFIN if self.sparsity else DENSE
+
+    @property
+    def unit(self) -> Unit:
+        place = f"{self.model}|{self.cell}|{self.label}@{self.sparsity:g}|{self.pair.first.id}"
+        return Unit(place, data=self)
+
+
+class QualityStudy(Study[QualitySettings]):
+    """A unit is one slice, measured in one way.
+
+    Raises ``ConfigError`` and ``UnknownName`` before a model is loaded where that is possible.
+    """
+
+    kind = "quality"
+    document = "quality.json"
+
+    def __init__(self, settings: QualitySettings, ui: Ui) -> None:
+        super().__init__(settings, ui)
+        self.variants = settings.variant_list()
+        """GRIFFIN is the first of them."""
+        self.cells, self.sparsities = settings.cell_list(), settings.sparsity_list()
+        if any(variant.config.calibration is not None for variant in self.variants):
+            check_disjoint(settings.calibration, dict.fromkeys(settings.text))
+        self.sources = documents.sources(settings.text)
+        self.checkpoints: dict[str, dict[str, Any]] = {}
+        self.slices: dict[str, int] = {}
+        self.prepared: dict[tuple[str, float], tuple[PreparedMethod, Run | None]] = {}
+        self.shared: Iterator[tuple[str, float, Part]] = iter(())
+        """Parts of one slice that follow from one pass over its prompt."""
+
+    @property
+    def model_name(self) -> str:
+        return ", ".join(self.settings.names())
+
+    def inputs(self) -> Mapping[str, Any]:
+        digests = Digests()
+        models = {
+            name: digests.of(Cell(model, DENSE, "quality", calibration=self.settings.calibration))
+            for name, model in self.settings.names().items()
+        }
+        return {**models, "texts": {source.label: source.digest for source in self.sources}}
+
+    def identify(self) -> dict[str, Any]:
+        presets = {variant.label: variant.config.to_dict() for variant in self.variants}
+        return {**super().identify(), "presets": presets}
+
+    def config_extra(self) -> dict[str, Any]:
+        extra: dict[str, Any] = {"checkpoints": self.checkpoints}
+        if len(self.settings.model) > 1:
+            extra["checkpoint"] = None  # which one would be chance
+        extra["cells"] = [
+            {"model": name, "method": one.label, "sparsity": sparsity, "task": f"quality:{cell}"}
+            for name in self.settings.names()
+            for cell in self.cells
+            for one in (self.variants[0], *self.measured(cell))
+            for sparsity in self.sparsities
+        ]
+        return extra
+
+    def load(self) -> None:
+        """Nothing: the models are loaded one after the other."""
+
+    @contextlib.contextmanager
+    def around(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            write_lines(self.path / "results.jsonl", self.lines)
 
     def measured(self, cell: str) -> list[Variant]:
         """The variants of a cell, GRIFFIN left out: in one without a moment none is told it."""
         return [one for one in self.variants[1:] if cell == SHIFT or not one.oracle]
 
+    # units
 
-@dataclass
-class Study:
-    """One loaded model, called ``name`` in the results, with its slices."""
+    def units(self) -> Iterator[Unit]:
+        for name, model in self.settings.names().items():
+            slices = self._load(name, model)
+            asked = {cell: [0.0, *self.sparsities] for cell in self.cells}
+            yield from self._pass(name, "methods", slices, asked, others=True)
+            equal = self.equal_sparsities(name)
+            yield from self._pass(name, "GRIFFIN at equal sparsity and bytes", slices, equal)
 
-    name: str
-    model: Any
-    tokenizer: Any
-    plan: Plan
-    pairs: Sequence[Pair]
-    parts: UnitStore
-    ui: Ui
-    lines: list[dict[str, Any]] = field(default_factory=list)
-    """Lines of results.jsonl."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """By variant."""
-    _ready: dict[tuple[str, float], tuple[PreparedMethod, Run | None]] = field(default_factory=dict)
-
-    def run(self) -> None:
-        """Measure everything; raises ``ConfigError`` for slices longer than the model's context."""
+    def _load(self, name: str, model: str) -> Sequence[Pair]:
+        """The model's slices; raises ``ConfigError`` for slices longer than its context."""
+        settings = self.settings
+        self.model, self.prepared = None, {}
+        one = settings.model_copy(update={"model": model})
+        self.model, self.tokenizer, seconds = load_model(one, self.ui)
+        self.timing.setdefault("load_s", {})[name] = seconds
+        self.checkpoints[name] = dict(checkpoint_facts(self.model))
+        shift = SHIFT in self.cells
+        shape = settings.shape
+        slices = pairs(self.sources, settings.set, self.tokenizer, shape, settings.slices, shift)
+        self.slices[name] = len(slices)
         longest = context_length(self.model)
-        if longest is not None and self.plan.shape.longest > longest:
+        if longest is not None and shape.longest > longest:
             raise ConfigError(
-                f"slices of up to {self.plan.shape.longest} tokens are longer than the context of "
-                f"{self.name}, {longest}: give fewer --prompt-tokens or --tokens"
+                f"slices of up to {shape.longest} tokens are longer than the context of "
+                f"{name}, {longest}: give fewer --prompt-tokens or --tokens"
             )
-        asked = [0.0, *self.plan.sparsities]
-        first = dict.fromkeys(self.plan.cells, asked)
-        self._measure("methods", first, self.plan.measured)
-        self._measure("GRIFFIN at equal sparsity and bytes", self.yardsticks(), lambda cell: [])
+        return slices
 
-    def yardsticks(self) -> dict[str, list[float]]:
+    def equal_sparsities(self, name: str) -> dict[str, list[float]]:
         """GRIFFIN's sparsities by cell that the variants ask for and that were not measured."""
         lines = Lines(self.lines)
-        found: dict[str, list[float]] = {}
-        for cell in self.plan.cells:
-            equal = {
+        equal = {
+            cell: {
                 sparsity
-                for variant in self.plan.measured(cell)
-                for asked in self.plan.sparsities
+                for variant in self.measured(cell)
+                for asked in self.sparsities
                 for sparsity in account(
-                    lines.at(self.name, cell, variant.label, asked)
+                    lines.at(name, cell, variant.label, asked)
                 ).yardsticks.values()
             }
-            found[cell] = sorted(equal - {0.0, *self.plan.sparsities})
-        return found
+            for cell in self.cells
+        }
+        return {cell: sorted(equal[cell] - {0.0, *self.sparsities}) for cell in self.cells}
 
-    def _measure(
+    def _pass(
         self,
+        name: str,
         what: str,
+        slices: Sequence[Pair],
         griffin: Mapping[str, Sequence[float]],
-        variants: Callable[[str], Sequence[Variant]],
-    ) -> None:
-        cells, asked = self.plan.cells, self.plan.sparsities
-        others = [(c, v, s) for c in cells for v in variants(c) for s in asked]
-        total = (sum(map(len, griffin.values())) + len(others)) * len(self.pairs)
-        news = ProgressLog(
+        others: bool = False,
+    ) -> Iterator[Unit]:
+        """All measurements of every slice: dense and GRIFFIN, and with ``others`` the variants."""
+        variants = {cell: self.measured(cell) if others else [] for cell in self.cells}
+        each = sum(len(griffin[c]) + len(variants[c]) * len(self.sparsities) for c in self.cells)
+        total = each * len(slices)
+        log = ProgressLog(
             self.ui.say if not self.ui.live else lambda text: None, total, "measurements"
         )
-        with self.ui.progress(f"{self.name}, {what}", total, told=True) as advance:
-            for pair in self.pairs:
-                for _ in self._slice(pair, griffin, others):
-                    news.done()
+        with self.ui.progress(f"{name}, {what}", total, told=True) as advance:
+            for pair in slices:
+                units = [Measured(name, c, None, s, pair).unit for c in griffin for s in griffin[c]]
+                todo = [unit.data for unit in units if self.finished(unit) is None]
+                if todo:
+                    wanted = [(one.cell, one.sparsity) for one in todo]
+                    config = self.variants[0].config
+                    self.shared = score_shared_prompt(self.model, config, pair, wanted)
+                units += [
+                    Measured(name, cell, variant, sparsity, pair).unit
+                    for cell in self.cells
+                    for variant in variants[cell]
+                    for sparsity in self.sparsities
+                ]
+                for unit in units:
+                    yield unit
+                    log.done()
                     advance(1)
 
-    def _slice(
-        self,
-        pair: Pair,
-        griffin: Mapping[str, Sequence[float]],
-        others: Sequence[tuple[str, Variant, float]],
-    ) -> Iterator[None]:
-        """Every measurement of one slice, kept as soon as it is made."""
-        wanted = [(cell, s) for cell in griffin for s in griffin[cell]]
-        todo = [one for one in wanted if self._part(*_shared(*one), pair) is None]
-        if todo:
-            config = self.plan.variants[0].config
-            for cell, sparsity, part in score_shared_prompt(self.model, config, pair, todo):
-                self.parts.save_part(self._key(*_shared(cell, sparsity), pair), part)
-        for one in wanted:
-            self._keep(*_shared(*one), pair)
-            yield
-        for cell, variant, sparsity in others:
-            place = (cell, variant.label, sparsity)
-            if self._part(*place, pair) is None:
-                part = score_single(*self._prepared(variant, sparsity), cell, pair)
-                self.parts.save_part(self._key(*place, pair), part)
-            self._keep(*place, pair)
-            yield
+    def compute(self, unit: Unit) -> Part:
+        one: Measured = unit.data
+        if one.variant is None:
+            cell, sparsity, part = next(self.shared)
+            assert (cell, sparsity) == (one.cell, one.sparsity)
+            return part
+        return score_single(*self._prepare(one.variant, one.sparsity), one.cell, one.pair)
 
-    def _prepared(self, variant: Variant, sparsity: float) -> tuple[PreparedMethod, Run | None]:
+    def _prepare(self, variant: Variant, sparsity: float) -> tuple[PreparedMethod, Run | None]:
         """The variant made ready once; no run where one is told the moment: each has its own."""
         key = (variant.label, sparsity)
-        if key not in self._ready:
-            candidate = prepare(
+        if key not in self.prepared:
+            settings, config = self.settings, variant.at(sparsity)
+            method = prepare(
                 self.model,
                 self.tokenizer,
-                variant.at(sparsity),
-                self.plan.calibration,
-                self.plan.cache_dir,
+                config,
+                settings.calibration,
+                settings.cache_dir,
                 self.ui.say,
             )
-            self._ready[key] = (candidate, None if variant.oracle else candidate.run())
-        return self._ready[key]
+            self.prepared[key] = (method, None if variant.oracle else method.run())
+        return self.prepared[key]
 
-    def _key(self, cell: str, label: str, sparsity: float, pair: Pair) -> str:
-        return f"{self.name}|{cell}|{label}@{sparsity:g}|{pair.first.id}"
-
-    def _part(self, cell: str, label: str, sparsity: float, pair: Pair) -> Part | None:
-        found: Part | None = self.parts.part(self._key(cell, label, sparsity, pair))
-        return found
-
-    def _keep(self, cell: str, label: str, sparsity: float, pair: Pair) -> None:
+    def take(self, unit: Unit, value: Part) -> None:
         """The part becomes a line; times stay out of it, so that equal runs give equal lines."""
-        part = self._part(cell, label, sparsity, pair)
-        assert part is not None
-        self.seconds[label] = self.seconds.get(label, 0.0) + part["seconds"]
+        one: Measured = unit.data
+        seconds = self.timing.setdefault("variants_s", {})
+        label = f"{one.model}, {one.label}"
+        seconds[label] = seconds.get(label, 0.0) + value["seconds"]
         self.lines.append(
             {
-                "model": self.name,
-                "cell": cell,
-                "variant": label,
-                "sparsity": sparsity,
-                "slice": pair.first.id,
-                "source": pair.first.source,
-                **{name: value for name, value in part.items() if name != "seconds"},
+                "model": one.model,
+                "cell": one.cell,
+                "variant": one.label,
+                "sparsity": one.sparsity,
+                "slice": one.pair.first.id,
+                "source": one.pair.first.source,
+                **{name: number for name, number in value.items() if name != "seconds"},
             }
         )
 
+    # what is made of them
 
-def _shared(cell: str, sparsity: float) -> tuple[str, str, float]:
-    """Where a part of the untouched model (sparsity 0) or of GRIFFIN is kept."""
-    return cell, GRIFFIN if sparsity else DENSE, sparsity
+    def summarise(self) -> dict[str, Any]:
+        settings = self.settings
+        asked = {
+            "set": settings.set,
+            "seed": settings.seed,
+            "prompt_tokens": settings.prompt_tokens,
+            "tokens": settings.tokens,
+            "lead_tokens": LEAD,
+            "sparsities": list(self.sparsities),
+            "pool": list(settings.pool_list()),
+            "texts": [
+                {"label": one.label, "documents": len(one.documents), "sha256": one.digest}
+                for one in self.sources
+            ],
+            "variants": {one.label: one.config.to_dict() for one in self.variants},
+            "slices": self.slices,
+            "checkpoints": self.checkpoints,
+        }
+        return summarise(self.lines, asked)
 
+    def tables(self) -> Sequence[Table]:
+        return [report.csv_table(self.summary), *report.terminal_tables(self.summary)]
 
-# The job of ``dart-llm bench quality``: every model in turn, then tables and a plot; resumable.
+    def sentences(self) -> Sequence[str]:
+        return [*report.sentences(self.summary), *self.summary["notes"]]
 
+    def markdown(self) -> str:
+        return report.markdown(self.summary)
 
-@dataclass
-class QualityJob:
-    """One job in progress; ``lines`` are those of results.jsonl, ``found`` is quality.json."""
+    def figures(self) -> Iterable[Plot]:
+        return report.make(self.summary)
 
-    settings: QualitySettings
-    ui: Ui
-    folder: ResultsFolder
-    sources: tuple[Source, ...]
-    plan: Plan
-    identity: dict[str, Any]
-    model: Any = None
-    config: dict[str, Any] = field(default_factory=dict)
-    checkpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
-    slices: dict[str, int] = field(default_factory=dict)
-    lines: list[dict[str, Any]] = field(default_factory=list)
-    timing: dict[str, Any] = field(default_factory=dict)
-    found: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def path(self) -> Path:
-        return self.folder.path
-
-
-def run_quality(settings: QualitySettings, ui: Ui, fresh: bool = False) -> QualityJob:
-    """Measure every model; an interruption or an error keeps what was measured.
-
-    Raises ``ConfigError`` and ``UnknownName`` before a model is loaded where that is possible.
-    """
-    job = _open(settings, ui, fresh)
-    models = ", ".join(settings.names())
-    with resumable(job, lambda status: _leave(job, status), models, settings.dtype) as took:
-        _write_config(job, "running")
-        for name, model in settings.names().items():
-            _study(job, name, model)
-        took()
-        _finish(job)
-    return job
-
-
-def _leave(job: QualityJob, status: str) -> None:
-    leave(job, status, lambda status: _write_config(job, status), bool(job.lines))
-
-
-def _open(settings: QualitySettings, ui: Ui, fresh: bool) -> QualityJob:
-    variants = settings.variant_list()
-    if any(one.config.calibration is not None for one in variants):
-        check_disjoint(settings.calibration, dict.fromkeys(settings.text))
-    sources = documents.sources(settings.text)
-    digests, inputs = Digests(), dict[str, Any]()
-    for name, model in settings.names().items():
-        cell = Cell(model, DENSE, "quality", calibration=settings.calibration)
-        inputs[name] = digests.of(cell)
-    inputs["texts"] = {source.label: source.digest for source in sources}
-    presets = {one.label: one.config.to_dict() for one in variants}
-    asked = settings.model_dump(mode="json")
-    identity = {"kind": "quality", **asked, "inputs": inputs, "presets": presets}
-    folder = open_folder(Path(settings.results_dir), settings.experiment, identity, fresh)
-    plan = Plan(
-        settings.cell_list(),
-        settings.sparsity_list(),
-        variants,
-        settings.shape,
-        settings.calibration,
-        settings.cache_dir,
-    )
-    return QualityJob(settings, ui, folder, sources, plan, identity)
-
-
-def _study(job: QualityJob, name: str, model: str) -> None:
-    """Load one model and measure it; its lines are kept, also when it is interrupted."""
-    settings, plan, job.model = job.settings, job.plan, None
-    job.model, tokenizer, seconds = load_model(settings.base(model), job.ui)
-    job.timing.setdefault("load_s", {})[name] = seconds
-    job.checkpoints[name] = dict(checkpoint_facts(job.model))
-    _write_config(job, "running")
-    read = pairs(
-        job.sources,
-        settings.set,
-        tokenizer,
-        plan.shape,
-        settings.slices,
-        SHIFT in plan.cells,
-    )
-    job.slices[name] = len(read)
-    study = Study(name, job.model, tokenizer, plan, read, job.folder, job.ui)
-    try:
-        study.run()
-    finally:
-        job.lines += study.lines
-        own = {f"{name}, {label}": seconds for label, seconds in study.seconds.items()}
-        job.timing.setdefault("variants_s", {}).update(own)
-        write_lines(job.path / "results.jsonl", job.lines)
-
-
-def _write_config(job: QualityJob, status: str) -> None:
-    found = config_document("quality", job.identity, {}, job.model, status, job.config)
-    found["checkpoints"] = job.checkpoints
-    if len(job.settings.model) > 1:
-        found["checkpoint"] = None  # which one would be chance
-    found["cells"] = [
-        {"model": name, "method": one.label, "sparsity": sparsity, "task": f"quality:{cell}"}
-        for name in job.settings.names()
-        for cell in job.plan.cells
-        for one in (job.plan.variants[0], *job.plan.measured(cell))
-        for sparsity in job.plan.sparsities
-    ]
-    job.config = found
-    write_json(job.path / "config.json", found)
-
-
-def _finish(job: QualityJob) -> None:
-    job.found = summarise(job.lines, _asked(job))
-    write_json(job.path / "quality.json", job.found)
-    write_json(job.path / "timing.json", job.timing)
-    report.write(job.path, job.found)
-    for table in report.rich_tables(job.found):
-        job.ui.table(table)
-    for line in (*report.sentences(job.found), *job.found["notes"]):
-        job.ui.say(line)
-    write_plots(job, report.make(job.found))
-    complete(job, lambda status: _write_config(job, status))
-
-
-def _asked(job: QualityJob) -> dict[str, Any]:
-    """What ``quality_summary.summarise`` is told beside the lines."""
-    settings, plan = job.settings, job.plan
-    return {
-        "set": settings.set,
-        "seed": settings.seed,
-        "prompt_tokens": settings.prompt_tokens,
-        "tokens": settings.tokens,
-        "lead_tokens": LEAD,
-        "sparsities": list(plan.sparsities),
-        "pool": list(settings.pool_list()),
-        "texts": [
-            {"label": one.label, "documents": len(one.documents), "sha256": one.digest}
-            for one in job.sources
-        ],
-        "variants": {one.label: one.config.to_dict() for one in plan.variants},
-        "slices": job.slices,
-        "checkpoints": job.checkpoints,
-    }
-
-
-def document(job: QualityJob) -> dict[str, Any]:
-    """What ``--json`` prints: quality.json with its folder, versions and times."""
-    known = {name: job.config[name] for name in ("versions", "machine", "git")}
-    return {"folder": str(job.path), **job.found, **known, "timing": job.timing}
+    def answer(self) -> dict[str, Any]:
+        known = {name: self.config[name] for name in ("versions", "machine", "git")}
+        return {"folder": str(self.path), **self.summary, **known, "timing": self.timing}

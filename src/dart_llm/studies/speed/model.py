@@ -30,7 +30,7 @@ def prepare_model(settings: SpeedSettings, ui: Ui) -> tuple[Any, Any]:
     Raises ``LoadError`` for what cannot be had.
     """
     if not settings.is_random:
-        model, tokenizer, _ = load_model(settings.base(), ui)
+        model, tokenizer, _ = load_model(settings, ui)
         return model, tokenizer
     with ui.status(f"making random weights of the shape of {settings.name}"):
         return _random(settings, ui), None

@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from dart_llm.errors import ConfigError, UnknownName
-from dart_llm.settings import (
-    BaseSettings,
-    Settings,
-    check_least,
-    check_seed,
-    given_of,
-    read_sparsities,
-    setting,
-    words,
-)
-from dart_llm.studies.speed.cases import Case, Variant, method_cases, parse
+from dart_llm.experiments.variants import Variant, parse
+from dart_llm.settings import ModelOptions, StudyOptions, read_sparsities, setting, words
+from dart_llm.studies.speed.cases import Case, method_cases, rebuilding
 
-STUDY, MODEL, RESULTS = "Study", "Model", "Results"
+STUDY, MODEL = "Study", "Model"
 
 EXECUTORS = ("masked", "compact", "native", "slim", "graph")
 
-LEAST = {"prompt_tokens": 1, "tokens": 4, "repeats": 1, "rebuild_every": 1, "threads": 1}
 
-MOST_THREADS = 4096
-"""More than any machine has; far more of them cannot be started."""
-"""The least value of each whole number."""
-
-
-class SpeedSettings(Settings):
+class SpeedSettings(StudyOptions, ModelOptions):
     """What ``dart-llm bench speed`` is asked to do; None means "not given"."""
 
     COMMAS: ClassVar = ("methods", "sparsities", "executors")
+    UNUSED: ClassVar = ("device_map",)
 
+    random_weights: bool = setting(
+        MODEL, "Only the configuration is read; weights are random: nothing is downloaded.", False
+    )
+    shape: str | None = setting(
+        MODEL, "A config.json in place of --model; weights are random, nothing else is read."
+    )
+    seed: int = setting("Results", "Seed of the order, and of random weights.", 0)
+    experiment_name: str | None = setting("Results", "Default: speed-<model>.")
     methods: str = setting(STUDY, "Methods, comma-separated; dense always runs.", "dart")
     variants: str | None = setting(
         STUDY, "YAML file: LABEL: {SETTING: VALUE}, changes of method (default: dart)."
@@ -47,42 +43,21 @@ class SpeedSettings(Settings):
         STUDY, "Of masked, compact, native, slim, graph; comma-separated.", "compact,native,slim"
     )
     rebuild_every: int | None = setting(
-        STUDY, "Rebuild masks every N pruned tokens, from one observed token; no other drift rule."
+        STUDY,
+        "Rebuild masks every N pruned tokens, from one observed token; no other drift rule.",
+        ge=1,
     )
-    prompt_tokens: int = setting(STUDY, "Tokens of the prompt.", 128)
-    tokens: int = setting(STUDY, "Timed tokens of a repetition, after two that are not.", 128)
-    repeats: int = setting(STUDY, "Repetitions of every row, in shuffled order.", 5)
-    threads: int | None = setting(STUDY, "Threads (default: torch's own number).")
+    prompt_tokens: int = setting(STUDY, "Tokens of the prompt.", 128, ge=1)
+    tokens: int = setting(STUDY, "Timed tokens of a repetition, after two that are not.", 128, ge=4)
+    repeats: int = setting(STUDY, "Repetitions of every row, in shuffled order.", 5, ge=1)
+    threads: int | None = setting(STUDY, "Threads (default: torch's own number).", ge=1, le=4096)
     warmup: bool = setting(STUDY, "Run every row once, untimed, before the first repetition.", True)
-    costs: bool = setting(STUDY, "Measure attaching, observing, drift checks, re-masks.", True)
+    costs: bool = Field(True, description="Without effect.", json_schema_extra={"hidden": True})
+    """Once asked for costs (benchmarks/costs.py); recorded commands and unfinished runs have it."""
     calibration: str | None = setting(STUDY, "Text for methods that calibrate.")
-    # model
-    model: str = setting(
-        MODEL, "Hub id, local folder, .gguf file, or smollm2-135m.", "smollm2-135m"
-    )
-    random_weights: bool = setting(
-        MODEL, "Only the configuration is read; weights are random: nothing is downloaded.", False
-    )
-    shape: str | None = setting(
-        MODEL, "A config.json in place of --model; weights are random, nothing else is read."
-    )
-    cache_dir: str | None = setting(MODEL, "Where weights are kept.")
-    device: str | None = setting(MODEL, "0, cuda:0, cpu or mps (default: GPU 0, else CPU).")
-    dtype: str | None = setting(MODEL, "float32, float16, bfloat16 (default: the checkpoint's).")
-    revision: str | None = setting(MODEL, "Branch, tag or commit of a hub model.")
-    attn_implementation: str | None = setting(MODEL, "Attention kernel: eager, sdpa, ...")
-    trust_remote_code: bool = setting(MODEL, "Run code that comes with the checkpoint.", False)
-    # results
-    seed: int = setting(RESULTS, "Seed of the order, and of random weights.", 0)
-    experiment_name: str | None = setting(RESULTS, "Default: speed-<model>.")
-    results_dir: str = setting(RESULTS, "Folder for results.", "results")
 
     @model_validator(mode="after")
     def _check(self) -> SpeedSettings:
-        check_least(self, LEAST)
-        check_seed(self.seed)
-        if (self.threads or 1) > MOST_THREADS:
-            raise ConfigError(f"--threads {self.threads} must be at most {MOST_THREADS}")
         if self.shape is not None and "model" in self.model_fields_set:
             raise ConfigError("--model-config stands in place of --model: give one of them")
         if self.shape is not None and not Path(self.shape).is_file():
@@ -105,13 +80,13 @@ class SpeedSettings(Settings):
 
     def executor_list(self) -> tuple[str, ...]:
         """The executors, each once; raises ``UnknownName``."""
-        found = tuple(dict.fromkeys(words(self.executors)))
-        for one in found:
-            if one not in EXECUTORS:
-                raise UnknownName("executor", one, EXECUTORS)
-        if not found:
+        executors = tuple(dict.fromkeys(words(self.executors)))
+        for executor in executors:
+            if executor not in EXECUTORS:
+                raise UnknownName("executor", executor, EXECUTORS)
+        if not executors:
             raise ConfigError(f"--executors is empty: give some of {', '.join(EXECUTORS)}")
-        return found
+        return executors
 
     def sparsity_list(self) -> tuple[float, ...]:
         """The sparsities, each once; raises ``ConfigError`` for what is none."""
@@ -119,15 +94,18 @@ class SpeedSettings(Settings):
 
     def variant_list(self) -> tuple[Variant, ...]:
         """Methods, then variants; raises ``ConfigError`` or ``UnknownName``."""
-        return parse(self.methods, self.variants, self.rebuild_every, self.seed)
+        flags = {"executor": "--executors"}
+        variants = parse(words(self.methods), self.variants, {"seed": self.seed}, flags)
+        if not variants:
+            raise ConfigError("--methods is empty: give at least one, e.g. dart")
+        every = self.rebuild_every
+        if every is not None:
+            variants = [replace(one, config=rebuilding(one.config, every)) for one in variants]
+        return tuple(variants)
 
     def case_list(self) -> tuple[Case, ...]:
         """Every method at every sparsity under every executor."""
         return method_cases(self.variant_list(), self.sparsity_list(), self.executor_list())
-
-    def base(self) -> BaseSettings:
-        """How the model is loaded."""
-        return BaseSettings.model_validate(given_of(self))
 
     @property
     def experiment(self) -> str:

@@ -1,6 +1,7 @@
-"""`bench speed`: interleaved repetitions, resumable.
+"""`bench speed`: every row in interleaved repetitions; what is finished is not repeated.
 
-Every row of ``dart-llm bench speed``, interleaved; whole repetitions are what is resumed.
+A repetition runs every row once, in an order of its own: what drifts in a machine over minutes then
+meets all rows alike.  The results are pooled over the repetitions.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ import hashlib
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,182 +22,262 @@ from dart_llm.data.documents import check_disjoint
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.experiments.cell import Cell
 from dart_llm.experiments.provenance import Digests
-from dart_llm.experiments.store import ResultsFolder, open_folder
-from dart_llm.experiments.study import complete, config_document, leave, resumable, write_plots
-from dart_llm.files import write_json, write_lines
+from dart_llm.experiments.study import Study, Unit
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.describe import context_length, describe
 from dart_llm.native import build
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.reporting.console import ProgressLog, Ui
-from dart_llm.session.prepare import UnitStore, prepare
+from dart_llm.reporting.figures import Plot
+from dart_llm.reporting.table import Table
+from dart_llm.session.prepare import prepare
 from dart_llm.session.run import Run
 from dart_llm.studies.speed import summary
-from dart_llm.studies.speed.cases import OWN, TRANSFORMERS, Case, Variant, cost_cases, dense_cases
+from dart_llm.studies.speed.cases import OWN, TRANSFORMERS, Case, dense_cases
 from dart_llm.studies.speed.model import cache_bytes, prepare_model, prompt_ids
 from dart_llm.studies.speed.settings import SpeedSettings
-from dart_llm.studies.speed.summary import WARM, summarise
-from dart_llm.studies.speed.timing import Sample, paired_timing, read_bandwidth, repetition
+from dart_llm.studies.speed.timing import Make, read_bandwidth, repetition
 
 WARMUP_TOKENS = 4
 """Timed tokens of a warm-up, whose times nobody reads."""
 
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured.  ``cases``: methods; dense rows and costs are added to them."""
-
-    cases: tuple[Case, ...]
-    variants: tuple[Variant, ...]
-    sparsities: tuple[float, ...]
-    executors: tuple[str, ...]
-    tokens: int
-    repeats: int
-    seed: int
-    warmup: bool = True
-    costs: bool = True
-    calibration: str | None = None
-    cache_dir: str | None = None
-    bandwidth_mib: int = 512
+BRIEF = (
+    "row",
+    "tg_ms",
+    "pp_tokens_per_second",
+    "achieved_sparsity",
+    "times_transformers",
+    "times_own_dense",
+    "limit",
+    "share_of_limit",
+)
+"""What the last line holds of a row."""
 
 
-@dataclass(frozen=True)
-class Ready:
-    """A case that this model and this machine can run; ``make`` gives a run, not attached."""
+class SpeedStudy(Study[SpeedSettings]):
+    """A unit is a repetition: ``samples`` by label, ``order``, ``sitting``, ``read_bandwidth``.
 
-    case: Case
-    make: Callable[[], Run | None]
+    ``bandwidth_mib``: size of the buffer by which the read bandwidth is measured.  Raises
+    ``ConfigError`` and ``UnknownName`` before the model is loaded where that is possible.
+    """
 
+    kind = "speed"
+    document = "speed.json"
 
-@dataclass
-class Study:
-    """One loaded model.  ``ids``: the prompt, [1, P]."""
+    def __init__(self, settings: SpeedSettings, ui: Ui, bandwidth_mib: int = 512) -> None:
+        super().__init__(settings, ui)
+        self.variants = settings.variant_list()
+        if any(variant.config.calibration is not None for variant in self.variants):
+            check_disjoint(settings.calibration, {})
+        self.bandwidth_mib = bandwidth_mib
+        self.ids = torch.empty(0)
+        """The prompt, [1, P]."""
+        self.cases: list[Case] = []
+        """What this model and this machine can run, in the order of the rows."""
+        self.makers: dict[str, Make] = {}
+        """By label."""
+        self.left_out: dict[str, list[str]] = {}
+        """Labels by the reason why they cannot run."""
+        self.sitting = f"{os.getpid()} {time.time_ns()}"
+        """Tells the repetitions of one process from those of others."""
+        self.done: Callable[[], None] = lambda: None
+        """To be called after every row."""
 
-    model: Any
-    tokenizer: Any
-    plan: Plan
-    ids: Tensor
-    parts: UnitStore
-    ui: Ui
-    ready: list[Ready] = field(default_factory=list)
-    left_out: dict[str, list[str]] = field(default_factory=dict)
-    """Labels by the reason why they cannot run."""
-    repetitions: list[dict[str, Any]] = field(default_factory=list)
-    """``samples`` by label, ``order``, ``sitting`` and ``read_bandwidth`` of each repetition."""
-    sitting: str = field(default_factory=lambda: f"{os.getpid()} {time.time_ns()}")
-    """Tells the repetitions of one process from those of others."""
-
-    def run(self) -> None:
-        """Measure everything that can run; raises what the untouched model raises."""
-        self.ready = self._find()
-        for line in self.sentences():
-            self.ui.say(f"note: {line}")
-        todo = [n for n in range(self.plan.repeats) if self.parts.part(_key(n)) is None]
-        warm = len(self.ready) if todo and self.plan.warmup else 0
-        total = warm + self.plan.repeats * len(self.ready)
-        news = ProgressLog(self.ui.say if not self.ui.live else lambda text: None, total, "runs")
-        with self.ui.progress("decoding", total, told=True) as advance:
-
-            def done() -> None:
-                news.done()
-                advance(1)
-
-            for one in self.ready[:warm]:
-                repetition(self.model, self.ids, WARMUP_TOKENS, one.make)
-                done()
-            for number in range(self.plan.repeats):
-                self.repetitions.append(self._repeat(number, done))
-
-    def _repeat(self, number: int, done: Callable[[], None]) -> dict[str, Any]:
-        known = self.parts.part(_key(number))
-        if known is not None:
-            for _ in self.ready:
-                done()
-            return dict(known)
-        samples: dict[str, Sample] = {}
-        order = shuffled([one.case.label for one in self.ready], self.plan.seed, number)
-        by_label = {one.case.label: one for one in self.ready}
-        found: dict[str, Any] = {
-            "order": order,
-            "sitting": self.sitting,
-            "read_bandwidth": read_bandwidth(
-                torch.device(self.model.device), self.plan.bandwidth_mib
-            ),
-        }
-        for label in order:
-            samples[label] = self._sample(by_label[label], by_label)
-            done()
-        found["samples"] = samples
-        self.parts.save_part(_key(number), found)
-        return found
-
-    def _sample(self, one: Ready, by_label: Mapping[str, Ready]) -> Sample:
-        tokens, against = self.plan.tokens, one.case.against
-        if against in by_label:
-            return paired_timing(self.model, self.ids, tokens, one.make, by_label[against].make)
-        return repetition(self.model, self.ids, tokens, one.make)
+    @property
+    def model_name(self) -> str:
+        return self.settings.name
 
     @property
     def own(self) -> str:
         """Label of our own dense path; the untouched model's where there is none."""
-        labels = [one.case.label for one in self.ready]
-        return next((label for label in OWN if label in labels), TRANSFORMERS)
+        return next((label for label in OWN if label in self.makers), TRANSFORMERS)
 
-    def _find(self) -> list[Ready]:
+    @property
+    def notes(self) -> list[str]:
+        """One sentence per reason why rows are missing."""
+        return [
+            f"{'; '.join(labels)} {'is' if len(labels) == 1 else 'are'} left out: {reason}"
+            for reason, labels in self.left_out.items()
+        ]
+
+    def inputs(self) -> Mapping[str, Any]:
+        settings = self.settings
+        if settings.shape is not None:
+            return {"shape": hashlib.sha256(Path(settings.shape).read_bytes()).hexdigest()}
+        cell = Cell(settings.model, "dense", "speed", calibration=settings.calibration)
+        return Digests().of(cell)
+
+    def asked(self) -> dict[str, Any]:
+        return self.settings.model_dump(mode="json", exclude=set(self.settings.UNUSED))
+
+    def identify(self) -> dict[str, Any]:
+        presets = {variant.label: variant.config.to_dict() for variant in self.variants}
+        return {**super().identify(), "presets": presets}
+
+    def config_extra(self) -> dict[str, Any]:
+        name, sparsities = self.settings.name, self.settings.sparsity_list()
+        cells = [
+            {"model": name, "method": variant.label, "sparsity": sparsity, "task": "speed"}
+            for variant in self.variants
+            for sparsity in sparsities
+        ]
+        return {"cells": cells}
+
+    def load(self) -> None:
+        """Model and prompt; raises ``ConfigError`` for one longer than the model's context."""
+        settings, began = self.settings, time.perf_counter()
+        self.model, self.tokenizer = prepare_model(settings, self.ui)
+        self.timing["load_s"] = time.perf_counter() - began
+        wanted = settings.prompt_tokens + settings.tokens + summary.WARM
+        longest = context_length(self.model)
+        if longest is not None and wanted > longest:
+            raise ConfigError(
+                f"{wanted} tokens are longer than the context of {settings.name}, {longest}: give "
+                "fewer --prompt-tokens or --tokens"
+            )
+        self.ids = prompt_ids(self.model, self.tokenizer, settings.prompt_tokens, settings.seed)
+
+    @contextlib.contextmanager
+    def around(self) -> Iterator[None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.settings.threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    # rows
+
+    def find_cases(self) -> None:
+        """The untouched model, the best dense path of our own, and all methods that can run."""
         plain, *candidates = dense_cases()
-        found = [Ready(plain, lambda: None)]
+        self.cases, self.makers = [plain], {plain.label: lambda: None}
         for case in candidates:
             if case.executor == "graph" and torch.device(self.model.device).type != "cuda":
                 break  # graphs are recorded on a GPU alone
-            one = self._ready(case)
-            if one is not None:
-                found.append(one)
+            if self._takes(case):
                 break  # the others are slower
-        own = found[-1].case.label
-        methods = [one for one in map(self._ready, self.plan.cases) if one is not None]
-        found += methods
-        if self.plan.costs and methods:
-            first, sparsity = self.plan.variants[0], self.plan.sparsities[0]
-            wanted = {one.case.executor for one in methods}
-            executors = [name for name in self.plan.executors if name in wanted]
-            costs = cost_cases(first, sparsity, own, executors, self.plan.tokens)
-            found += [one for one in map(self._ready, costs) if one is not None]
-        return found
+        for case in self.settings.case_list():
+            self._takes(case)
 
-    def _ready(self, case: Case) -> Ready | None:
-        """None, with the reason kept, for what cannot run."""
+    def _takes(self, case: Case) -> bool:
+        """Whether the case can run; else the reason is kept."""
         assert case.config is not None
         try:
-            return Ready(case, self._maker(case, case.config))
+            self.makers[case.label] = self._maker(case, case.config)
         except DartError as error:
             self.left_out.setdefault(str(error), []).append(case.label)
-            return None
+            return False
+        self.cases.append(case)
+        return True
 
-    def _maker(self, case: Case, config: PruneConfig) -> Callable[[], Run | None]:
+    def _maker(self, case: Case, config: PruneConfig) -> Make:
+        model, settings = self.model, self.settings
         if case.whole:
-            Run(self.model, config, held=everything(self.model))  # raises for what cannot run
-            return lambda: Run(self.model, config, held=everything(self.model))
+
+            def make() -> Run:
+                return Run(model, config, held=everything(model))
+
+            make()  # raises for what cannot run
+            return make
         if config.calibration is None:
-            Run(self.model, config)  # before anything is learnt for it
-        plan = self.plan
-        candidate = prepare(
-            self.model, self.tokenizer, config, plan.calibration, plan.cache_dir, self.ui.say
+            Run(model, config)  # before anything is learnt for it
+        prepared = prepare(
+            model, self.tokenizer, config, settings.calibration, settings.cache_dir, self.ui.say
         )
-        candidate.run()
-        return candidate.run
+        prepared.run()
+        return prepared.run
 
-    def sentences(self) -> list[str]:
-        """One sentence per reason why rows are missing."""
-        found = []
-        for reason, labels in self.left_out.items():
-            verb = "is" if len(labels) == 1 else "are"
-            found.append(f"{'; '.join(labels)} {verb} left out: {reason}")
-        return found
+    # repetitions
 
+    def units(self) -> Iterator[Unit]:
+        """Every repetition; before the first one that is not finished, all rows once to warm up."""
+        self.find_cases()
+        for note in self.notes:
+            self.ui.say(f"note: {note}")
+        settings = self.settings
+        units = [Unit(f"repetition {n}", data=n) for n in range(settings.repeats)]
+        todo = any(self.finished(unit) is None for unit in units)
+        warm = self.cases if todo and settings.warmup else []
+        total = len(warm) + settings.repeats * len(self.cases)
+        log = ProgressLog(self.ui.say if not self.ui.live else lambda text: None, total, "runs")
+        with self.ui.progress("decoding", total, told=True) as advance:
 
-def _key(number: int) -> str:
-    return f"repetition {number}"
+            def done() -> None:
+                log.done()
+                advance(1)
+
+            self.done = done
+            for case in warm:
+                repetition(self.model, self.ids, WARMUP_TOKENS, self.makers[case.label])
+                done()
+            for unit in units:
+                for _ in self.cases if self.finished(unit) is not None else ():
+                    done()
+                yield unit
+
+    def compute(self, unit: Unit) -> dict[str, Any]:
+        settings, samples = self.settings, {}
+        order = shuffled([case.label for case in self.cases], settings.seed, unit.data)
+        speed = read_bandwidth(torch.device(self.model.device), self.bandwidth_mib)
+        for label in order:
+            samples[label] = repetition(self.model, self.ids, settings.tokens, self.makers[label])
+            self.done()
+        return {
+            "order": order,
+            "sitting": self.sitting,
+            "read_bandwidth": speed,
+            "samples": samples,
+        }
+
+    # what is made of them
+
+    def summarise(self) -> dict[str, Any]:
+        settings = self.settings
+        share = Run(self.model, PruneConfig.build("dense")).report().ffn_share_of_bytes
+        weights = describe(self.model).parameter_bytes
+        facts = {key: v for key, v in checkpoint_facts(self.model).items() if key != "path"}
+        about = {
+            "model": settings.name,
+            "checkpoint": facts,
+            "prompt_tokens": settings.prompt_tokens,
+            "tokens": settings.tokens,
+            "repeats": settings.repeats,
+            "seed": settings.seed,
+            "kernels": build.kernels_in_use() if self.own in OWN[:2] else None,
+            "machine": self.config["machine"],
+            "versions": self.config["versions"],
+            "weights": {
+                "ffn_bytes": share * weights,
+                "weight_bytes": weights,
+                "cache_bytes_per_position": bytes_of_position(self.model, self.ids),
+            },
+            "variants": {one.label: one.config.to_dict() for one in self.variants},
+            "left_out": self.left_out,
+            "notes": self.notes,
+        }
+        return summary.summarise(self.cases, self.own, self.lines, about)
+
+    def tables(self) -> Sequence[Table]:
+        return [summary.table(self.summary)]
+
+    def sentences(self) -> Sequence[str]:
+        return [*summary.sentences(self.summary), *self.summary["notes"]]
+
+    def markdown(self) -> str:
+        return summary.markdown(self.summary)
+
+    def figures(self) -> Iterable[Plot]:
+        return summary.make(self.summary)
+
+    def answer(self) -> dict[str, Any]:
+        return {**super().answer(), "git": self.config["git"]}
+
+    def last_line(self) -> dict[str, Any]:
+        """What ends the output without ``--json``: each row in a few numbers."""
+        rows = [{name: row[name] for name in BRIEF} for row in self.summary["rows"]]
+        return {"folder": str(self.path), "model": self.summary["model"], "rows": rows}
 
 
 def shuffled(labels: Sequence[str], seed: int, number: int) -> list[str]:
@@ -217,194 +297,3 @@ def everything(model: Any) -> tuple[LayerMask, ...]:
 def bytes_of_position(model: Any, ids: Tensor) -> float:
     """Bytes of keys and values of one position."""
     return cache_bytes(model(ids, use_cache=True, logits_to_keep=1).cache)
-
-
-# The job of ``dart-llm bench speed``: one model, then tables and a plot; resumable.
-
-
-@dataclass
-class SpeedJob:
-    """One job in progress; ``found`` is speed.json."""
-
-    settings: SpeedSettings
-    ui: Ui
-    folder: ResultsFolder
-    plan: Plan
-    identity: dict[str, Any]
-    model: Any = None
-    study: Study | None = None
-    config: dict[str, Any] = field(default_factory=dict)
-    timing: dict[str, Any] = field(default_factory=dict)
-    found: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def path(self) -> Path:
-        return self.folder.path
-
-
-def run_speed(
-    settings: SpeedSettings, ui: Ui, fresh: bool = False, bandwidth_mib: int = 512
-) -> SpeedJob:
-    """Measure every row; an interruption or an error keeps the repetitions that were finished.
-
-    ``bandwidth_mib``: size of the buffer by which the read bandwidth is measured.  Raises
-    ``ConfigError`` and ``UnknownName`` before the model is loaded where that is possible.
-    """
-    job = _open(settings, ui, fresh, bandwidth_mib)
-    keeping = resumable(job, lambda status: _leave(job, status), settings.name, settings.dtype)
-    with keeping as took, _threads(settings.threads):
-        _write_config(job, "running")
-        _measure(job)
-        took()
-        _finish(job)
-    return job
-
-
-def _leave(job: SpeedJob, status: str) -> None:
-    finished = job.study is not None and bool(job.study.repetitions)
-    leave(job, status, lambda status: _write_config(job, status), finished)
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _open(settings: SpeedSettings, ui: Ui, fresh: bool, bandwidth_mib: int) -> SpeedJob:
-    variants = settings.variant_list()
-    if any(one.config.calibration is not None for one in variants):
-        check_disjoint(settings.calibration, {})
-    inputs: dict[str, Any] = {}
-    if settings.shape is not None:
-        inputs["shape"] = hashlib.sha256(Path(settings.shape).read_bytes()).hexdigest()
-    else:
-        cell = Cell(settings.model, "dense", "speed", calibration=settings.calibration)
-        inputs |= Digests().of(cell)
-    presets = {one.label: one.config.to_dict() for one in variants}
-    asked = settings.model_dump(mode="json")
-    identity = {"kind": "speed", **asked, "inputs": inputs, "presets": presets}
-    folder = open_folder(Path(settings.results_dir), settings.experiment, identity, fresh)
-    plan = Plan(
-        settings.case_list(),
-        variants,
-        settings.sparsity_list(),
-        settings.executor_list(),
-        settings.tokens,
-        settings.repeats,
-        settings.seed,
-        settings.warmup,
-        settings.costs,
-        settings.calibration,
-        settings.cache_dir,
-        bandwidth_mib,
-    )
-    return SpeedJob(settings, ui, folder, plan, identity)
-
-
-def _measure(job: SpeedJob) -> None:
-    settings, folder = job.settings, job.folder
-    began = time.perf_counter()
-    job.model, tokenizer = prepare_model(settings, job.ui)
-    job.timing["load_s"] = time.perf_counter() - began
-    _write_config(job, "running")
-    longest, wanted = context_length(job.model), settings.prompt_tokens + settings.tokens + WARM
-    if longest is not None and wanted > longest:
-        raise ConfigError(
-            f"{wanted} tokens are longer than the context of {settings.name}, {longest}: give "
-            "fewer --prompt-tokens or --tokens"
-        )
-    ids = prompt_ids(job.model, tokenizer, settings.prompt_tokens, settings.seed)
-    study = Study(job.model, tokenizer, job.plan, ids, folder, job.ui)
-    job.study = study
-    try:
-        study.run()
-    finally:
-        write_lines(job.path / "results.jsonl", study.repetitions)
-    job.found = summarise(
-        [one.case for one in study.ready], study.own, study.repetitions, _about(job, study)
-    )
-
-
-def _about(job: SpeedJob, study: Study) -> dict[str, Any]:
-    """What ``speed_summary.summarise`` is told beside the times."""
-    settings = job.settings
-    share = Run(job.model, PruneConfig.build("dense")).report().ffn_share_of_bytes
-    weights = describe(job.model).parameter_bytes
-    native = study.own in ("dense, slim", "dense, native")
-    facts = {name: value for name, value in checkpoint_facts(job.model).items() if name != "path"}
-    return {
-        "model": settings.name,
-        "checkpoint": facts,
-        "prompt_tokens": settings.prompt_tokens,
-        "tokens": settings.tokens,
-        "repeats": settings.repeats,
-        "seed": settings.seed,
-        "kernels": build.kernels_in_use() if native else None,
-        "machine": job.config["machine"],
-        "versions": job.config["versions"],
-        "weights": {
-            "ffn_bytes": share * weights,
-            "weight_bytes": weights,
-            "cache_bytes_per_position": bytes_of_position(job.model, study.ids),
-        },
-        "variants": {one.label: one.config.to_dict() for one in job.plan.variants},
-        "left_out": study.left_out,
-        "notes": study.sentences(),
-    }
-
-
-def _write_config(job: SpeedJob, status: str) -> None:
-    found = config_document("speed", job.identity, {}, job.model, status, job.config)
-    found["cells"] = [
-        {
-            "model": job.settings.name,
-            "method": one.label,
-            "sparsity": sparsity,
-            "task": "speed",
-        }
-        for one in job.plan.variants
-        for sparsity in job.plan.sparsities
-    ]
-    job.config = found
-    write_json(job.path / "config.json", found)
-
-
-def _finish(job: SpeedJob) -> None:
-    write_json(job.path / "speed.json", job.found)
-    write_json(job.path / "timing.json", job.timing)
-    summary.write(job.path, job.found)
-    for table in summary.rich_tables(job.found):
-        job.ui.table(table)
-    for line in (*summary.sentences(job.found), *job.found["notes"]):
-        job.ui.say(line)
-    write_plots(job, summary.make(job.found))
-    complete(job, lambda status: _write_config(job, status))
-
-
-BRIEF = (
-    "row",
-    "tg_ms",
-    "pp_tokens_per_second",
-    "achieved_sparsity",
-    "times_transformers",
-    "times_own_dense",
-    "limit",
-    "share_of_limit",
-)
-"""What the last line holds of a row."""
-
-
-def document(job: SpeedJob) -> dict[str, Any]:
-    """What ``--json`` prints: speed.json with its folder, state of the source and times."""
-    return {"folder": str(job.path), **job.found, "git": job.config["git"], "timing": job.timing}
-
-
-def last_line(job: SpeedJob) -> dict[str, Any]:
-    """What ends the output otherwise: where everything is, and each row in a few numbers."""
-    rows = [{name: row[name] for name in BRIEF} for row in job.found["rows"]]
-    return {"folder": str(job.path), "model": job.found["model"], "rows": rows}

@@ -1,37 +1,31 @@
-"""Rows, costs and limits; tables and plot.
-
-The tables of speed.json: Markdown, CSV, the terminal's, and sentences.
-"""
+"""speed.json of ``bench speed``: bytes, limits, shares, spreads; its tables and its plot."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+import numpy as np
 
-from dart_llm.files import write_csv, write_text
 from dart_llm.pruning.records import bytes_limit
-from dart_llm.pruning.sequence import Phase
 from dart_llm.reporting.figures import DASHES, INK, SOFT, Palette, Plot, key, panels
-from dart_llm.reporting.table import escaped, table_lines
+from dart_llm.reporting.table import Column, Table, escaped
 from dart_llm.reporting.words import percent
-from dart_llm.studies.speed.cases import FOREVER, OWN, TRANSFORMERS, Case
+from dart_llm.studies.speed.cases import TRANSFORMERS, Case
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
-# The arithmetic of ``dart-llm bench speed``: bytes, limits, shares, spreads.
-
-
 WARM = 2
 """Tokens of a repetition that are not timed."""
+
+Sample = Mapping[str, Any]
+"""One repetition of one row, see ``timing.repetition``."""
+
+Row = Mapping[str, Any]
 
 
 def mean_context(prompt: int, tokens: int) -> float:
@@ -76,133 +70,7 @@ def timed_mean(end: float, tokens_end: int, warm: float, tokens_warm: int) -> fl
 
 def mad(values: Sequence[float]) -> float:
     """Median of the absolute distances to the median."""
-    middle = statistics.median(values)
-    return statistics.median(abs(value - middle) for value in values)
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """With straight lines between the sorted values; the lowest is at 0, the highest at 100."""
-    ordered = sorted(values)
-    place = percent / 100 * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-
-# What parts of a method cost: differences between rows that decode in turns.
-
-
-Sample = Mapping[str, Any]
-
-Samples = Mapping[str, Sequence[Sample]]
-
-ATTACHED, OBSERVING, CHECKS, REMASK = "attaching", "observing", "drift checks", "a re-mask"
-
-WHAT = {
-    ATTACHED: "per token of a model attached at sparsity 0, against the untouched model; medians "
-    "of turns",
-    OBSERVING: "per observed token (no mask is ever built), against the row that is named; means "
-    "of turns",
-    CHECKS: "per pruned token, against the same row with the drift rule never; means of turns",
-    REMASK: "of the step that builds masks, beyond the median pruned step of the same repetition",
-}
-
-
-def costs(cases: Sequence[Case], samples: Samples) -> list[dict[str, Any]]:
-    """One entry per cost that was measured: ms, its spread, and its share of a dense token."""
-    found = []
-    for case in cases:
-        if case.kind == "cost":
-            kind = kind_of(case)
-            values = _values(kind, case, samples)
-            reference = case.against if case.against in OWN else TRANSFORMERS
-            if values:
-                found.append(_entry(kind, case, values, reference, samples))
-    return found
-
-
-def kind_of(case: Case) -> str:
-    """Which of ``WHAT`` a case measures."""
-    assert case.config is not None
-    if not case.config.target:
-        return ATTACHED
-    if case.config.masking_step == FOREVER:
-        return OBSERVING
-    return CHECKS if case.against else REMASK
-
-
-def _values(kind: str, case: Case, samples: Samples) -> list[float]:
-    """The cost in ms, one value per turn, or per mask that was built."""
-    own = samples[case.label]
-    if kind == REMASK:
-        return [value for one in own for value in builds(one)]
-    turns = [turn for one in own for turn in one.get("turns", ())]
-    if kind == OBSERVING and not any(Phase.OBSERVE in turn["own"]["phases"] for turn in turns):
-        return []  # a method whose masks are made beforehand observes nothing
-    if kind == CHECKS:  # here the row that is named is the one that costs more
-        each = [(_pruned_mean(turn["base"]), _pruned_mean(turn["own"])) for turn in turns]
-        return [more - less for more, less in each if more is not None and less is not None]
-    # every step costs the same while attached: medians scatter less; observing has its rare steps
-    each_ms = _median_ms if kind == ATTACHED else _mean_ms
-    return [each_ms(turn["own"]) - each_ms(turn["base"]) for turn in turns]
-
-
-def builds(sample: Sample) -> list[float]:
-    """What each step that built masks took beyond a pruned step, in ms."""
-    usual = pruned_ms(sample)
-    if usual is None:
-        return []
-    return [1000 * sample["steps_s"][at] - usual for at in sample["built"]]
-
-
-def pruned_ms(sample: Sample) -> float | None:
-    """Median time of a pruned step that builds no masks; None without such a step."""
-    steps = _pruned(sample)
-    return statistics.median(steps) if steps else None
-
-
-def _pruned_mean(sample: Sample) -> float | None:
-    """The mean of the same steps: a check falls into few of them."""
-    steps = _pruned(sample)
-    return statistics.fmean(steps) if steps else None
-
-
-def _pruned(sample: Sample) -> list[float]:
-    return [
-        1000 * seconds
-        for at, (seconds, phase) in enumerate(zip(sample["steps_s"], sample["phases"], strict=True))
-        if phase == Phase.PRUNED and at not in sample["built"]
-    ]
-
-
-def _median_ms(sample: Sample) -> float:
-    found: float = 1000 * statistics.median(sample["steps_s"])
-    return found
-
-
-def _mean_ms(sample: Sample) -> float:
-    return 1000 * statistics.fmean(sample["steps_s"])
-
-
-def _entry(
-    kind: str, case: Case, values: Sequence[float], reference: str, samples: Samples
-) -> dict[str, Any]:
-    token = statistics.median(map(_mean_ms, samples[reference]))
-    ms = statistics.median(values)
-    return {
-        "cost": kind,
-        "row": case.label,
-        "against": case.against or case.label,
-        "ms": ms,
-        "spread_ms": mad(values),
-        "values": len(values),
-        "token_of": reference,
-        "share_of_token": ms / token,
-        "what": WHAT[kind],
-    }
-
-
-# From the repetitions of ``dart-llm bench speed`` to speed.json: rows, costs, notes.
+    return float(np.median(np.abs(np.array(values) - np.median(values))))
 
 
 DEFINITIONS = {
@@ -244,12 +112,11 @@ def summarise(
     sizes = DecodeTraffic(weights["ffn_bytes"], weights["weight_bytes"], cache)
     speeds = [one["read_bandwidth"] for one in repetitions]
     read = statistics.median(speeds)
-    shown = [case for case in cases if case.kind != "cost"]
     dense = {label: token_ms(samples[label]) for label in (TRANSFORMERS, own)}
     rows = [
         _row(case, samples[case.label], sizes, about["prompt_tokens"], read, dense, own)
         | _whole(samples, case.label, own)
-        for case in shown
+        for case in cases
     ]
     return {
         **about,
@@ -260,7 +127,6 @@ def summarise(
         "bytes_per_dense_token": sizes.total,
         "read_bandwidth": {"bytes_per_second": read, "repetitions": speeds},
         "rows": rows,
-        "costs": costs(cases, samples),
         "orders": [one["order"] for one in repetitions],
         "definitions": DEFINITIONS,
     }
@@ -295,6 +161,7 @@ def _row(
     ms = token_ms(samples)
     first = statistics.median(one["first_token_s"] for one in samples)
     steps = [1000 * step for one in samples for step in one["steps_s"]]
+    low, middle, high = np.percentile(steps, (5, 50, 95)).tolist()
     removed = _mean(samples, "achieved_sparsity", 0.0)
     proxy = _mean(samples, "proxy_bytes_share", 0.0)
     limit = sizes.limit(removed, proxy)
@@ -309,9 +176,9 @@ def _row(
         "first_token_ms": 1000 * first,
         "tg_ms": ms,
         "tg_spread_ms": mad([1000 * statistics.fmean(one["steps_s"]) for one in samples]),
-        "token_ms_p5": percentile(steps, 5),
-        "token_ms_median": statistics.median(steps),
-        "token_ms_p95": percentile(steps, 95),
+        "token_ms_p5": low,
+        "token_ms_median": middle,
+        "token_ms_p95": high,
         "tg_tokens_per_second": 1000 / ms,
         "achieved_sparsity": removed,
         "dense_token_share": _mean(samples, "dense_token_share", 0.0) if case.config else 1.0,
@@ -344,96 +211,59 @@ def _most(samples: Sequence[Sample], name: str) -> int | None:
 
 MIB = 2**20
 
-HEADS = (
-    "row",
-    "pp tokens/s",
-    "first token ms",
-    "tg ms",
-    "+-",
-    "token 5/50/95 %",
-    "tg tokens/s",
-    "achieved",
-    "dense tokens",
-    "re-masks",
-    "x transformers",
-    "x own dense",
-    "limit",
-    "of limit",
-    "GB/s",
-    "of read",
-    "attach ms",
-    "extra MiB",
-    "peak MiB",
-    "all ms",
-    "all x transformers",
-    "all x own dense",
-)
 
-TERMINAL = (0, 1, 3, 4, 7, 10, 11, 12, 13, 14)
-"""Columns that fit a terminal."""
-
-COST_HEADS = ("cost", "row", "against", "ms", "+-", "of a token of", "share of it")
-
-Row = Mapping[str, Any]
-
-
-def cells(row: Row) -> list[str]:
-    """One row for people, under ``HEADS``."""
-    return [
-        row["row"],
-        number(row["pp_tokens_per_second"]),
-        number(row["first_token_ms"]),
-        number(row["tg_ms"]),
-        number(row["tg_spread_ms"]),
-        "/".join(number(row[f"token_ms_{at}"]) for at in ("p5", "median", "p95")),
-        number(row["tg_tokens_per_second"]),
-        percent(row["achieved_sparsity"]),
-        percent(row["dense_token_share"]),
-        f"{row['remasks']:.1f}",
-        f"{row['times_transformers']:.2f}",
-        f"{row['times_own_dense']:.2f}",
-        f"{row['limit']:.2f}",
-        "" if row["share_of_limit"] is None else percent(row["share_of_limit"]),
-        f"{row['bytes_per_second'] / 1e9:.1f}",
-        percent(row["share_of_read_bandwidth"], 0),
-        number(row["attach_ms"]),
-        _mib(row["extra_memory_bytes"]),
-        _mib(row["peak_growth_bytes"]),
-        number(row.get("all_ms")),
-        _times(row.get("all_times_transformers")),
-        _times(row.get("all_times_own_dense")),
-    ]
-
-
-def cost_cells(cost: Row) -> list[str]:
-    """One cost for people, under ``COST_HEADS``."""
-    return [
-        cost["cost"],
-        cost["row"],
-        cost["against"],
-        number(cost["ms"]),
-        number(cost["spread_ms"]),
-        cost["token_of"],
-        percent(cost["share_of_token"]),
-    ]
-
-
-def number(value: float | None) -> str:
-    """To three digits or so: 0.042, 1.23, 17.6, 1234; "" for what was not measured."""
-    if value is None:
-        return ""
+def number(value: float) -> str:
+    """To three digits or so: 0.042, 1.23, 17.6, 1234."""
     size = abs(value)
     digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
     text = f"{value:.{digits}f}"
     return text.removeprefix("-") if float(text) == 0 else text
 
 
-def _times(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+def _mib(value: float) -> str:
+    return number(value / MIB)
 
 
-def _mib(value: int | None) -> str:
-    return "" if value is None else number(value / MIB)
+COLUMNS = (
+    Column("row", "row", wrap=False),
+    Column("pp tokens/s", "pp_tokens_per_second", number),
+    Column("first token ms", "first_token_ms", number, terminal=False),
+    Column("tg ms", "tg_ms", number),
+    Column("+-", "tg_spread_ms", number),
+    Column(
+        "token 5/50/95 %",
+        lambda row: "/".join(number(row[f"token_ms_{at}"]) for at in ("p5", "median", "p95")),
+        terminal=False,
+    ),
+    Column("tg tokens/s", "tg_tokens_per_second", number, terminal=False),
+    Column("achieved", "achieved_sparsity", percent),
+    Column("dense tokens", "dense_token_share", percent, terminal=False),
+    Column("re-masks", "remasks", ".1f", terminal=False),
+    Column("x transformers", "times_transformers", ".2f"),
+    Column("x own dense", "times_own_dense", ".2f"),
+    Column("limit", "limit", ".2f"),
+    Column("of limit", "share_of_limit", percent),
+    Column("GB/s", "bytes_per_second", lambda value: f"{value / 1e9:.1f}"),
+    Column("of read", "share_of_read_bandwidth", lambda value: percent(value, 0), terminal=False),
+    Column("attach ms", "attach_ms", number, terminal=False),
+    Column("extra MiB", "extra_memory_bytes", _mib, terminal=False),
+    Column("peak MiB", "peak_growth_bytes", _mib, terminal=False),
+    Column("all ms", "all_ms", number, terminal=False),
+    Column("all x transformers", "all_times_transformers", ".2f", terminal=False),
+    Column("all x own dense", "all_times_own_dense", ".2f", terminal=False),
+)
+
+
+def table(document: Row) -> Table:
+    """The rows for people, and speed.csv."""
+    rows = document["rows"]
+    fields = list(rows[0]) if rows else []
+    return Table("speed", caption(document), COLUMNS, rows, nothing="", fields=fields, tight=True)
+
+
+def cells(row: Row) -> list[str]:
+    """One row for people."""
+    return [column.cell(row, "") for column in COLUMNS]
 
 
 def caption(document: Row) -> str:
@@ -465,53 +295,16 @@ def sentences(document: Row) -> list[str]:
     ]
 
 
-def tables(document: Row) -> tuple[list[list[str]], list[list[str]]]:
-    """Rows and costs with their heads; costs may be the head alone."""
-    rows = [list(HEADS), *map(cells, document["rows"])]
-    return rows, [list(COST_HEADS), *map(cost_cells, document["costs"])]
-
-
 def markdown(document: Row) -> str:
-    """All tables, the notes, and what the columns mean."""
-    rows, costs = tables(document)
-    lines = ["# Speed", "", escaped(caption(document)), "", *table_lines(rows[0], rows[1:]), ""]
-    if len(costs) > 1:
-        lines += ["## Costs", "", *table_lines(costs[0], costs[1:]), ""]
-        what = {cost["cost"]: cost["what"] for cost in document["costs"]}
-        lines += [*(f"- {name}: {words}" for name, words in what.items()), ""]
+    """The table, the notes, and what the columns mean."""
+    lines = ["# Speed", "", escaped(caption(document)), ""]
+    lines += [*table(document).lines(), ""]
     lines += ["## In words", "", *(f"- {escaped(line)}" for line in sentences(document)), ""]
     if document["notes"]:
         lines += ["## Notes", "", *(f"- {escaped(line)}" for line in document["notes"]), ""]
     lines += ["## What the columns mean", ""]
     lines += [f"- `{name}`: {words}" for name, words in document["definitions"].items()]
     return "\n".join(lines) + "\n"
-
-
-def rich_tables(document: Row) -> list[Table]:
-    """The tables without the columns that a terminal has no room for."""
-    rows, costs = tables(document)
-    picked = [[row[place] for place in TERMINAL] for row in rows]
-    found = [_rich(caption(document), picked)]
-    if len(costs) > 1:
-        found.append(_rich("Costs", costs))
-    return found
-
-
-def _rich(title: str, rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for place, head in enumerate(rows[0]):
-        table.add_column(head, justify="right" if place else "left", no_wrap=not place)
-    for row in rows[1:]:
-        table.add_row(*row)
-    return table
-
-
-def write(folder: Path, document: Row) -> None:
-    """speed.md, and speed.csv with a line per row and per cost."""
-    write_text(folder / "speed.md", markdown(document))
-    rows: list[Row] = [*document["rows"], *document["costs"]]
-    head = list(dict.fromkeys(name for row in rows for name in row))
-    write_csv(folder / "speed.csv", head, ([row.get(name) for name in head] for row in rows))
 
 
 # The plot of speed.json: speed-up against achieved sparsity, with the byte limit as a line.

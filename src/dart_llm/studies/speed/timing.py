@@ -1,6 +1,6 @@
-"""One timed repetition, paired turns, read bandwidth, memory growth.
+"""One timed repetition: attach, prompt, a bare greedy decode loop, with a clock beside it.
 
-One repetition of one row: attach, prompt, a bare greedy decode loop, with a clock beside it.
+And what the machine can do, measured in the same run: read bandwidth, and how far memory grew.
 """
 
 from __future__ import annotations
@@ -18,9 +18,6 @@ from torch import Tensor
 from dart_llm.pruning.records import RunReport
 from dart_llm.session.run import Run
 from dart_llm.studies.speed.summary import WARM, timed_mean
-
-# What the machine can do, measured in the run: read bandwidth, and how far memory grew.
-
 
 MIB = 2**20
 
@@ -93,11 +90,14 @@ def _status(name: str) -> int | None:
     return None if found is None else int(found[1]) * 1024
 
 
+Make = Callable[[], Run | None]
+"""Gives a run, not attached; None for the untouched model."""
+
 Sample = dict[str, Any]
 """JSON-able, see ``repetition``."""
 
 
-def repetition(model: Any, ids: Tensor, tokens: int, make: Callable[[], Run | None]) -> Sample:
+def repetition(model: Any, ids: Tensor, tokens: int, make: Make) -> Sample:
     """Times in seconds, counts and bytes of one repetition; ``make``: its run, not attached.
 
     ``first_token_s``: prompt ids [1, P] read and the first token chosen.  ``steps_s``: each of the
@@ -165,63 +165,3 @@ def _counted(warm: RunReport, end: RunReport) -> Sample:
         "remasks": end.remasks - warm.remasks,
         "extra_memory_bytes": end.extra_memory_bytes,
     }
-
-
-# Two rows that decode in turns, so that what drifts in the machine meets both alike.
-#
-# Costs of a few hundredths of a token drown in the differences between whole repetitions.
-
-
-TURN = 32
-"""Timed steps of a turn: observed tokens are added up that often at the latest."""
-
-Make = Callable[[], Run | None]
-
-
-class _Row:
-    """One row and its sequence; attached only in its turns."""
-
-    def __init__(self, model: Any, ids: Tensor, make: Make) -> None:
-        self.model, self.run, self._ids = model, make(), ids
-        self._cache: Any = None
-        self._token = ids[:, -1:]
-        self._built: list[int] = []
-        self._steps = 0
-
-    def turn(self, steps: int) -> dict[str, Any]:
-        """``steps_s``, ``phases`` and ``built`` of some timed steps, after ``WARM`` others."""
-        if self.run is None:
-            return self._timed(steps, None)
-        with self.run as run:
-            run.on_remask = lambda remask: self._built.append(self._steps)
-            return self._timed(steps, run)
-
-    @torch.inference_mode()
-    def _timed(self, steps: int, run: Run | None) -> dict[str, Any]:
-        seconds: list[float] = []
-        phases: list[str] = []
-        if self._cache is None:
-            self._cache, self._token = greedy(self.model, self._ids, logits_to_keep=1)
-        first = self._steps + WARM
-        for _ in range(steps + WARM):
-            begin = time.perf_counter()
-            _, self._token = greedy(self.model, self._token, cache=self._cache)
-            seconds.append(time.perf_counter() - begin)
-            phases.append("dense" if run is None else run.phase)
-            self._steps += 1
-        built = [at - first for at in self._built if at >= first]
-        return {"steps_s": seconds[WARM:], "phases": phases[WARM:], "built": built}
-
-
-def paired_timing(model: Any, ids: Tensor, tokens: int, make: Make, base: Make) -> dict[str, Any]:
-    """``turns``: pairs of what ``make`` and ``base`` took, ``tokens`` timed steps of each in all.
-
-    Steps as in ``speed_clock.repetition``; ids: [1, P], the prompt of both.
-    """
-    rows = {"own": _Row(model, ids, make), "base": _Row(model, ids, base)}
-    turns = []
-    for number in range(max(1, tokens // TURN)):
-        names = list(rows) if number % 2 else list(rows)[::-1]
-        found = {name: rows[name].turn(min(TURN, tokens)) for name in names}
-        turns.append({name: found[name] for name in rows})
-    return {"turns": turns}

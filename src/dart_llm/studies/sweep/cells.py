@@ -1,6 +1,4 @@
-"""Cell: everything that decides one measurement; its stable key and its files.
-
-The files of a sweep: ``cells/<key>/...``, and the tables that grow with every cell.
+"""The files of a sweep: ``cells/<key>/...``, and the tables that grow with every cell.
 
 A cell's folder is written beside its place and renamed, so that it is there whole or not at all.
 Tables are made from the cells alone: the same cells give the same bytes, however often the sweep
@@ -43,6 +41,20 @@ _SAME = ("dart-llm", "torch", "transformers", "python")
 _COLUMNS = "key status model method sparsity layers keep task protocol seed metric value"
 
 _ACCOUNTING = ("achieved_sparsity", "sparsity_while_pruned", "dense_token_share", "remasks")
+
+
+@dataclass(frozen=True)
+class SweepPlace:
+    """Where a sweep's folder lies: ``<root>/<experiment>/<time>/``.
+
+    ``settings``: further facts that make two sweeps the same, kept in ``config.json``.  ``fresh``:
+    a new folder, with every cell computed anew.
+    """
+
+    root: Path
+    experiment: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    fresh: bool = False
 
 
 @dataclass
@@ -100,15 +112,16 @@ class SweepFolder:
 
         from dart_llm.experiments.tensor_file import write_tensors
 
-        found = {}
+        tensors: dict[str, Any] = {}
         for row in self.rows():
             path = self.path / CELLS / row["key"] / MASKS
             if path.exists():
-                found.update({f"{row['key']}.{n}": t for n, t in load_file(path).items()})
-        write_tensors(self.path / MASKS, found)
+                tensors |= {f"{row['key']}.{name}": t for name, t in load_file(path).items()}
+        write_tensors(self.path / MASKS, tensors)
 
-    def write_config(self, status: str, engine: str, device: str | None = None) -> None:
+    def write_config(self, status: str, engine: str) -> None:
         """``config.json``: what the sweep is, how far it came, and where it ran."""
+        devices = (self.timing(cell).get("device") for cell in self.cells)
         if status != "running" and self.finished is None:
             self.finished = now().isoformat()
         document = {
@@ -122,35 +135,31 @@ class SweepFolder:
             "process": os.getpid(),
             "versions": versions(),
             "git": git_state(Path(__file__).parent),
-            "machine": machine(device),
+            "machine": machine(next(filter(None, devices), None)),
             "started": self.started,
             "finished": self.finished,
         }
         write_json(self.path / "config.json", document)
 
+    def timing(self, cell: Cell) -> dict[str, Any]:
+        """Times and provenance of a cell; empty when there are none."""
+        return read_timing(self.path / CELLS / cell.key)
+
     def write_timing(self, seconds: float) -> None:
         """``timing.json``: seconds of this run, and of every cell."""
-        times = {cell.key: read_timing(self.path / CELLS / cell.key) for cell in self.cells}
-        cells = {key: found.get("seconds") for key, found in times.items() if found}
+        times = {cell.key: times for cell in self.cells if (times := self.timing(cell))}
+        cells = {key: known.get("seconds") for key, known in times.items()}
         write_json(self.path / TIMING, {"total_s": seconds, "cells": cells})
 
 
-def open_sweep(
-    root: Path,
-    experiment: str,
-    cells: Sequence[Cell],
-    settings: Mapping[str, Any] | None = None,
-    fresh: bool = False,
-) -> SweepFolder:
+def open_sweep(place: SweepPlace, cells: Sequence[Cell]) -> SweepFolder:
     """The unfinished folder of the same cells, or a new one; with what is finished already.
 
-    ``settings``: further JSON-able facts that make two sweeps the same.  Unless ``fresh``, cells
-    that an earlier sweep of the experiment finished under the same versions are taken over.
     Raises ``ResultsError``.
     """
     plain = {replace(cell, inputs={}).key: dict(cell.inputs) for cell in cells}
-    identity = {**(settings or {}), "sweep": list(plain), INPUTS: plain}
-    folder = open_folder(root, experiment, identity, fresh)
+    identity = {**place.settings, "sweep": list(plain), INPUTS: plain}
+    folder = open_folder(place.root, place.experiment, identity, place.fresh)
     sweep = SweepFolder(folder, tuple(cells), identity)
     for left in (folder.path / CELLS).glob(f"{_PARTIAL}*"):
         shutil.rmtree(left, ignore_errors=True)  # what was being written when a run stopped

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 from pydantic import (
@@ -25,23 +24,25 @@ from dart_llm.experiments.provenance import Digests
 from dart_llm.pruning.config import check_sparsity, first_problem, unknown_key
 from dart_llm.pruning.layer_table import parse_layer_spec
 from dart_llm.pruning.registry import METHODS
-from dart_llm.settings import read_file
 
 EACH = "each"
 
 OF_SOME_TASKS = ("standard",)
 """Protocols that not every task has."""
 
-_PLURAL = {
-    "model": "models",
-    "method": "methods",
-    "sparsity": "sparsities",
-    "task": "tasks",
-    "seed": "seeds",
-    "protocol": "protocols",
+SINGULAR = {
+    "models": "model",
+    "methods": "method",
+    "sparsities": "sparsity",
+    "tasks": "task",
+    "seeds": "seed",
+    "protocols": "protocol",
 }
+"""Lists, and the names by which a single entry may be given."""
 
-_LISTS = (*_PLURAL.values(), "layers", "keep")
+_PLURAL = {single: name for name, single in SINGULAR.items()}
+
+_LISTS = (*SINGULAR, "layers", "keep")
 
 _FROM_ZERO = ("sample_seed", "num_fewshot", "seed")
 
@@ -77,20 +78,6 @@ class GridSpec(BaseModel):
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     cache_dir: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known(cls, data: Any) -> Any:
-        found: dict[str, Any] = {}
-        for name, value in dict(data).items():
-            full = _PLURAL.get(name, name)
-            if full not in cls.model_fields:
-                raise unknown_key(cls, str(name))
-            if full in found:
-                raise ConfigError(f"the sweep gives {full} twice: write one list")
-            if value is not None:
-                found[full] = value
-        return found
 
     @field_validator(*_LISTS, mode="before")
     @classmethod
@@ -172,26 +159,39 @@ def measure_options(data: Mapping[str, Any]) -> MeasureOptions:
         raise ConfigError(f"option {first_problem(error)}") from None
 
 
-def collect(flags: Mapping[str, Any], file: Path | None = None) -> GridSpec:
-    """The specification of a sweep; ``flags`` (None: not given) win over the YAML ``file``.
+def collect(*sources: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> GridSpec:
+    """The specification of a sweep, later ``sources`` win; None: not given.
 
-    ``options`` and ``overrides`` are merged name by name.
+    ``options`` and ``overrides`` are merged name by name.  Layers set the counts: no default
+    sparsity stands beside them.  Raises ``ConfigError``, one sentence.
     """
-    base = read_file(file) if file else {}
-    given = {_PLURAL.get(k, k): v for k, v in flags.items() if v is not None}
-    merged = {k: v for k, v in base.items() if _PLURAL.get(k, k) not in given}
-    for name in ("options", "overrides"):
-        if isinstance(base.get(name), Mapping) and isinstance(given.get(name), Mapping):
-            given[name] = {**base[name], **given[name]}
-    return spec({**merged, **given})
-
-
-def spec(data: Mapping[str, Any]) -> GridSpec:
-    """A specification from plain data; raises ``ConfigError``, one sentence."""
+    merged: dict[str, Any] = {}
+    for source in map(_with_full_names, sources):
+        for name in ("options", "overrides"):
+            if isinstance(merged.get(name), Mapping) and isinstance(source.get(name), Mapping):
+                source[name] = {**merged[name], **source[name]}
+        merged |= source
+    usual = dict(defaults or {})
+    if merged.get("layers"):
+        usual.pop("sparsities", None)
     try:
-        return GridSpec.model_validate(dict(data))
+        return GridSpec.model_validate({**usual, **merged})
     except ValidationError as error:
         raise ConfigError(first_problem(error)) from None
+
+
+def _with_full_names(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given, with every list by its plural name."""
+    given: dict[str, Any] = {}
+    for name, value in data.items():
+        full = _PLURAL.get(name, name)
+        if full not in GridSpec.model_fields:
+            raise unknown_key(GridSpec, str(name))
+        if full in given:
+            raise ConfigError(f"the sweep gives {full} twice: write one list")
+        if value is not None:
+            given[full] = value
+    return given
 
 
 def expand(grid: GridSpec) -> tuple[Cell, ...]:

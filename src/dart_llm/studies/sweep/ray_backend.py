@@ -21,7 +21,7 @@ from typing import Any
 from dart_llm.errors import DartError, LoadError, MissingExtra, chain
 from dart_llm.experiments.cell import Cell
 from dart_llm.experiments.provenance import environment, keep_off_stdout, same_sigterm, silent
-from dart_llm.studies.sweep.study import LoadedModelCache, document_files
+from dart_llm.studies.sweep.compute import LoadedModelCache, document_files
 
 RETRIES = 3
 """Further attempts for a cell whose worker died."""

@@ -1,0 +1,490 @@
+"""The contract of every command that keeps a results folder: one suite over all studies.
+
+A study is added by one ``Case``.  ``Counting``, at the end, shows what the runner does with units.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from dart_llm.cli.app import app
+from dart_llm.errors import CellsFailed, ConfigError, LoadError, ResultsError, UnknownName
+from dart_llm.experiments import store
+from dart_llm.experiments.store import ResultsFolder
+from dart_llm.experiments.study import Study, Unit, run_study
+from dart_llm.files import write_lines
+from dart_llm.reporting import figures
+from dart_llm.reporting.console import Ui
+from dart_llm.settings import StudyOptions, merge
+from dart_llm.studies.detection.settings import DetectSettings
+from dart_llm.studies.detection.study import DetectionStudy
+from dart_llm.studies.drift.study import DriftStudy
+from dart_llm.studies.evaluate.settings import PerplexitySettings
+from dart_llm.studies.evaluate.study import MeasureStudy
+from dart_llm.studies.inspection.settings import InspectSettings
+from dart_llm.studies.inspection.study import InspectionStudy
+from dart_llm.studies.quality.study import QualityStudy
+from dart_llm.studies.speed.study import SpeedStudy
+from detect_cases import folder as detect_model
+from detect_cases import passage
+from drift_cases import PROMPT, THREE, TWO, write_rows
+from drift_cases import settings as drift_settings
+from html_page import Page
+from inspect_cases import A, B
+from lm_cases import place
+from quality_cases import bees
+from quality_cases import settings as quality_settings
+from speed_cases import settings as speed_settings
+from tiny import CONFIGS
+
+
+@dataclass(frozen=True)
+class Case:
+    """One study on a tiny model, with inputs and results below the current folder.
+
+    ``prepare`` writes the inputs of one version.  ``arguments``: of the command, where its answer
+    is the document.  ``timed``: its lines hold times.  ``finer``: it keeps pieces of its units.
+    """
+
+    name: str
+    units: int
+    prepare: Callable[[int], None]
+    make: Callable[[Ui], Study[Any]]
+    arguments: Callable[[], list[str]] | None = None
+    timed: bool = False
+    finer: bool = False
+
+
+def _passages(version: int) -> None:
+    write_lines(Path("passages.jsonl"), [passage(n + version).to_dict() for n in (1, 2, 3)])
+
+
+def _detect_arguments() -> list[str]:
+    flags = ["--passages", "passages.jsonl", "--prompt-tokens", "120", "--horizon", "60"]
+    curves = ["--thresholds", "0,2", "--counts", "1", "--signals", "attention,hidden"]
+    return ["detect", "--model", str(detect_model()), "--device", "cpu", *flags, *curves]
+
+
+def _detection(ui: Ui) -> Study[Any]:
+    given = {
+        "model": str(detect_model()),
+        "device": "cpu",
+        "passages": "passages.jsonl",
+        "prompt_tokens": 120,
+        "horizon": 60,
+        "thresholds": "0,2",
+        "counts": "1",
+        "signals": "attention,hidden",
+    }
+    return DetectionStudy(merge(DetectSettings, given, environment={}), ui)
+
+
+def _texts(version: int) -> None:
+    Path("a.txt").write_text(A + "x" * version, encoding="utf-8")
+    Path("b.txt").write_text(B, encoding="utf-8")
+
+
+TEXTS = {"prompt_file": "a.txt", "prompt_b_file": "b.txt"}
+
+
+def _inspection(ui: Ui) -> Study[Any]:
+    given = {"model": str(place() / "model"), "device": "cpu", "method": "griffin", **TEXTS}
+    asked = merge(InspectSettings, given, environment={})
+    return InspectionStudy(asked, ("layers", "weights", "space"), ui)
+
+
+def _inspect_arguments() -> list[str]:
+    texts = [word for name, file in TEXTS.items() for word in (f"--{name.replace('_', '-')}", file)]
+    model = ["--model", str(place() / "model"), "--device", "cpu", "--method", "griffin"]
+    return ["inspect", "layers", "weights", "space", *model, *texts]
+
+
+def _quality_text(version: int) -> None:
+    documents = [*bees().documents, f"another document, {version}"]
+    Path("own.txt").write_text("\n\n".join(documents), encoding="utf-8")
+
+
+def _quality(ui: Ui) -> Study[Any]:
+    given = {"text": ["own.txt"], "sparsities": "0.5,0.7", "oracle": "", "cells": "continuation"}
+    return QualityStudy(quality_settings(Path(), methods="griffin,static", slices=2, **given), ui)
+
+
+def _shape(version: int) -> None:
+    kind, layers = CONFIGS["llama"]
+    Path("own.json").write_text(json.dumps({"model_type": kind, **layers, "note": version}))
+
+
+def _speed(ui: Ui) -> Study[Any]:
+    given = {"shape": "own.json", "repeats": 3, "executors": "compact"}
+    return SpeedStudy(speed_settings(Path(), **given), ui, bandwidth_mib=1)
+
+
+def _drift_passages(version: int) -> None:
+    write_rows(Path("own.jsonl"), [TWO, {**THREE, "id": f"three {version}"}])
+
+
+def _drift(ui: Ui) -> Study[Any]:
+    given = {"passages": "own.jsonl", "prompt_tokens": PROMPT, "methods": "never"}
+    return DriftStudy(drift_settings(Path(), **given), ui)
+
+
+def _perplexity(ui: Ui) -> Study[Any]:
+    given = {"data": "a.txt,b.txt", "model": str(place() / "model"), "device": "cpu"}
+    sizes = {"prompt_tokens": 48, "scored_tokens": 24, "limit": 2, "method": "griffin"}
+    return MeasureStudy(merge(PerplexitySettings, {**given, **sizes}, environment={}), ui)
+
+
+CASES = (
+    Case("detect", 3, _passages, _detection, _detect_arguments),
+    Case("inspect", 3, _texts, _inspection, _inspect_arguments),
+    Case("perplexity", 4, _texts, _perplexity, finer=True),
+    Case("drift", 4, _drift_passages, _drift),
+    Case("quality", 16, _quality_text, _quality),
+    Case("speed", 3, _shape, _speed, timed=True),
+)
+NEVER_EQUAL = {"timing.json", "config.json", "report.html"}
+"""Files that hold times; the page shows them."""
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.name)
+def case(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
+    monkeypatch.chdir(tmp_path)
+    request.param.prepare(0)
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of the time of so small a study."""
+    monkeypatch.setattr(figures, "save", lambda folder, wanted: [])
+    for study in (InspectionStudy, MeasureStudy, DriftStudy):
+        monkeypatch.setattr(study, "write_page", lambda self: None)
+    monkeypatch.setattr(DriftStudy, "figures", lambda self: ())
+
+
+def quiet() -> Ui:
+    return Ui(quiet=True)
+
+
+def config(path: Path) -> dict[str, Any]:
+    return dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
+
+
+def stopped(
+    case: Case, units: int, error: BaseException, raised: type[BaseException] = KeyboardInterrupt
+) -> Study[Any]:
+    """A study that computed ``units`` units when ``error`` came, and raised ``raised``."""
+    study = case.make(quiet())
+    compute = study.compute
+
+    def stop(unit: Unit) -> Any:
+        if study.computed == units:
+            raise error
+        return compute(unit)
+
+    study.compute = stop  # type: ignore[method-assign]
+    with pytest.raises(raised):
+        run_study(study)
+    return study
+
+
+def results(path: Path) -> dict[str, bytes]:
+    """The bytes of the files that two runs of equal settings share."""
+    return {
+        file.name: file.read_bytes()
+        for file in sorted(path.iterdir())
+        if file.is_file() and file.suffix != ".log" and file.name not in NEVER_EQUAL
+    }
+
+
+@pytest.mark.contract("a finished folder is complete and says where it comes from")
+def test_a_finished_folder(case: Case) -> None:
+    study = run_study(case.make(quiet()))
+    found = config(study.path)
+    assert (found["kind"], found["status"]) == (case.name, "complete")
+    assert found["settings"]["inputs"] and found["versions"] and found["checkpoint"]["dtype"]
+    assert found["started"] <= found["finished"]
+    names = {path.name for path in study.path.iterdir()}
+    stamp = study.folder.stamp
+    assert {"timing.json", f"output_{stamp}.log", f"timing_{stamp}.log"} <= names
+    assert "parts.jsonl" not in names and ".lock" not in names
+    assert study.computed == case.units and study.timing["total_s"] > 0
+    assert study.ui.log[-1] == f"results: {study.path}"
+
+
+@pytest.mark.contract("a page has every figure of its study")
+def test_figures_are_files_and_on_the_page(case: Case) -> None:
+    study = run_study(case.make(quiet()))
+    drawn = {figure.name: figure for figure in study.figures()}
+    assert {path.stem for path in study.path.glob("plots/*")} == set(drawn)
+    page = study.path / "report.html"
+    assert drawn or page.exists()
+    if page.exists():
+        assert f"report: {page}" in study.ui.log
+        html = page.read_text(encoding="utf-8")
+        shown = Page(html)
+        described = [str(image["alt"]) for image in shown.attributes("img")]
+        for figure in drawn.values():
+            assert figure.alt in described or figure.title in shown.text.replace("\xa0", " ")
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.contract("equal bytes however often a study is interrupted")
+def test_an_interrupted_study_resumes_to_the_same_bytes(case: Case) -> None:
+    whole = run_study(case.make(quiet()), fresh=True)
+    first = stopped(case, 1, KeyboardInterrupt())
+    assert first.path != whole.path and config(first.path)["status"] == "interrupted"
+    kept = f"what was finished is kept in {first.path}; the same command resumes"
+    assert first.ui.log[-1] == kept
+    assert (
+        (first.path / f"output_{first.folder.stamp}.log").read_text("utf-8").endswith(f"{kept}\n")
+    )
+    second = stopped(case, 1, KeyboardInterrupt())
+    assert second.path == first.path and second.ui.log[0] == f"resuming {first.path}"
+    last = run_study(case.make(quiet()))
+    assert last.path == first.path
+    assert case.finer or last.computed == case.units - 2
+    assert config(last.path)["status"] == "complete"
+    assert set(results(last.path)) == set(results(whole.path))
+    if not case.timed:
+        assert results(last.path) == results(whole.path)
+    anew = run_study(case.make(quiet()))
+    assert anew.path != last.path and anew.computed == case.units
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.contract("a changed input is another run")
+def test_a_changed_input_is_another_run(case: Case) -> None:
+    first = stopped(case, 1, KeyboardInterrupt())
+    case.prepare(1)
+    other = run_study(case.make(quiet()))
+    assert other.path != first.path and other.computed == case.units
+    said = rf"{re.escape(str(first.path))} is not resumed: .* changed since it began"
+    assert re.fullmatch(said, other.ui.log[0])
+    case.prepare(0)
+    assert run_study(case.make(quiet())).path == first.path
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("error", "raised"), [(ValueError("broken"), ValueError), (MemoryError(), LoadError)]
+)
+def test_an_error_keeps_what_was_finished(
+    case: Case, error: Exception, raised: type[Exception]
+) -> None:
+    records = case.make(quiet()).on_error == "record"
+    study = stopped(case, 1, error, CellsFailed if records else raised)
+    assert config(study.path)["status"] == "failed"
+    kept = (study.path / "parts.jsonl").read_text().splitlines()
+    assert len(kept) == 1 or (case.finer and kept)
+    if records:
+        assert len(study.failed) == case.units - 1
+    else:
+        assert study.ui.log[-1].endswith("the same command resumes")
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.contract("a full disk is one sentence and hides no other error")
+def test_a_full_disk(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: ResultsFolder, key: str, value: Any) -> None:
+        raise ResultsError("cannot write parts.jsonl: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResultsFolder, "save_part", full)
+        with pytest.raises(ResultsError, match="No space left"):
+            run_study(case.make(quiet()))
+    (left,) = Path("results").glob("*/*")
+    assert config(left)["status"] == "failed"
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "MIN_FREE_BYTES", 2**62)
+        with pytest.raises(ResultsError, match="MiB are free where results go"):
+            run_study(case.make(quiet()), fresh=True)
+    assert [*Path("results").glob("*/*")] == [left]
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.contract("--json is one document")
+def test_json_is_the_document(case: Case) -> None:
+    if case.arguments is None:
+        pytest.skip("its answer holds more")
+    done = CliRunner().invoke(app, [*case.arguments(), "--json"])
+    assert (done.exit_code, done.stderr) == (0, ""), done.exception
+    answer = json.loads(done.stdout)
+    folder = Path(answer.pop("folder"))
+    assert answer.pop("timing") == json.loads((folder / "timing.json").read_text())
+    document = case.make(quiet()).document
+    assert answer == json.loads((folder / document).read_text(encoding="utf-8"))
+
+
+# What the runner does with units, on a study without a model.
+
+
+class CountSettings(StudyOptions):
+    """The unit that fails, and how many there are."""
+
+    broken: str = ""
+    count: int = 3
+
+    @property
+    def experiment(self) -> str:
+        return "count"
+
+
+class Counting(Study[CountSettings]):
+    """Units a, b, ...; another one is added when the first ones are done."""
+
+    kind = "count"
+    document = "count.json"
+    on_error = "record"
+    fault: Exception | None = ConfigError("b is too long")
+
+    def asked(self) -> dict[str, Any]:
+        return self.settings.model_dump(exclude={"broken"})
+
+    def load(self) -> None:
+        self.timing["load_s"] = 0.0
+
+    def config_extra(self) -> dict[str, Any]:
+        return {"seed": [0], "cells": len(self.lines)}
+
+    def units(self) -> Iterator[Unit]:
+        for name in "abcdefgh"[: self.settings.count]:
+            yield Unit(name, f"unit {name}")
+        yield Unit(f"sum {sum(line.get('value', 0) for line in self.lines)}")
+
+    def compute(self, unit: Unit) -> dict[str, Any]:
+        if unit.key == self.settings.broken and self.fault:
+            raise self.fault
+        return {"key": unit.key, "value": len(unit.key)}
+
+    def summarise(self) -> dict[str, Any]:
+        return {"lines": len(self.lines)}
+
+    def sentences(self) -> list[str]:
+        return [f"{len(self.lines)} lines"]
+
+
+@pytest.fixture
+def count(tmp_path: Path) -> Callable[..., Counting]:
+    return lambda **given: Counting(CountSettings(results_dir=str(tmp_path), **given), quiet())
+
+
+def test_a_unit_may_follow_from_the_lines_before(count: Callable[..., Counting]) -> None:
+    study = run_study(count())
+    assert [line["key"] for line in study.lines] == ["a", "b", "c", "sum 3"]
+    assert (study.path / "count.md").read_text() == "4 lines\n"
+    assert (config(study.path)["seed"], config(study.path)["cells"]) == ([0], 4)
+    assert study.answer() == {"folder": str(study.path), "lines": 4, "timing": study.timing}
+
+
+@pytest.mark.contract("a failed unit is recorded and the others go on")
+def test_a_failed_unit_is_recorded_and_tried_again(count: Callable[..., Counting]) -> None:
+    study = count(broken="b")
+    with pytest.raises(CellsFailed, match=r"1 of 4 cells failed, .* the first, b: b is too long"):
+        run_study(study)
+    assert study.lines[1] == {"key": "b", "status": "failed", "error": "b is too long"}
+    assert "unit b failed: b is too long" in study.ui.log
+    assert config(study.path)["status"] == "failed"
+    again = run_study(count())
+    assert again.path == study.path and config(again.path)["status"] == "complete"
+    assert again.computed == 2  # b, and the sum that has another name now
+    assert not (again.path / "parts.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        (KeyError("x"), "KeyError: 'x'"),
+        (ValueError(), "ValueError"),
+        (MemoryError(), "does not fit in memory as the checkpoint's dtype"),
+    ],
+)
+def test_any_fault_of_a_unit_is_a_sentence(
+    count: Callable[..., Counting], fault: Exception, sentence: str
+) -> None:
+    study = count(broken="b")
+    study.fault = fault
+    with pytest.raises(CellsFailed) as caught:
+        run_study(study)
+    assert sentence in str(caught.value)
+    assert caught.value.document["folder"] == str(study.path)
+
+
+@pytest.mark.parametrize("fault", [ResultsError("no space left"), KeyboardInterrupt()])
+def test_what_is_no_matter_of_one_unit_stops_all(
+    count: Callable[..., Counting], fault: Exception
+) -> None:
+    study = count(broken="b")
+    study.fault = fault
+    with pytest.raises(type(fault)):
+        run_study(study)
+    assert [line["key"] for line in study.lines] == ["a"] and not study.failed
+
+
+@pytest.mark.parametrize("error", [UnknownName("model", "a", ()), LoadError("b")])
+def test_a_folder_goes_only_where_no_model_came(
+    count: Callable[..., Counting], error: Exception
+) -> None:
+    def fails(self: Counting) -> None:
+        raise error
+
+    def stopped(**given: Any) -> Path:
+        study = count(**given)
+        study.load = lambda: fails(study)  # type: ignore[method-assign]
+        with pytest.raises(type(error)):
+            run_study(study)
+        return study.path
+
+    path = stopped()
+    assert not path.exists() and not path.parent.exists()
+    broken = count(broken="b")
+    broken.fault = KeyboardInterrupt()  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        run_study(broken)
+    assert stopped() == broken.path and config(broken.path)["status"] == "failed"
+
+
+def test_a_full_disk_at_the_end_hides_no_error(
+    count: Callable[..., Counting], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = count(broken="a")
+    study.on_error = "stop"  # type: ignore[misc]
+
+    def full(path: Path, text: str) -> None:
+        raise ResultsError("no space left")
+
+    def breaks(unit: Unit) -> Any:
+        monkeypatch.setattr("dart_llm.experiments.study.write_json", full)
+        raise ValueError("the first")
+
+    study.compute = breaks  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="the first"):
+        run_study(study)
+
+
+def test_what_is_around_ends_also_after_an_error(count: Callable[..., Counting]) -> None:
+    import contextlib
+
+    seen: list[str] = []
+
+    @contextlib.contextmanager
+    def around() -> Iterator[None]:
+        seen.append(config(study.path)["status"])
+        try:
+            yield
+        finally:
+            seen.append("ended")
+
+    study = count(broken="a")
+    study.fault, study.around = KeyboardInterrupt(), around  # type: ignore[assignment,method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study)
+    assert seen == ["running", "ended"]

@@ -1,0 +1,41 @@
+"""Which cases of a product of architectures, methods, dtypes, budgets … always run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+
+from tiny import NAMES
+
+SHAPES = ("llama-bias", "phi3", "gpt2", "falcon", "opt")
+"""One architecture per shape of FFN: gated with biases, fused, Conv1D, parallel, flattened."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def cases(chosen: Iterable[tuple[Any, ...]], *axes: Iterable[Any]) -> list[Any]:
+    """The product of ``axes``: the chosen ones always, the others with ``-m full``."""
+    always, every = set(chosen), list(product(*axes))
+    assert always <= set(every)
+    return [pytest.param(*case, marks=() if case in always else pytest.mark.full) for case in every]
+
+
+def method_cases(methods: Iterable[str]) -> list[Any]:
+    """(architecture, method, dtype): every architecture, and every shape by method and by dtype."""
+    methods = tuple(methods)
+    chosen = [
+        *product(NAMES, ["griffin"], DTYPES[:1]),
+        *product(SHAPES, methods, DTYPES[:1]),
+        *product(SHAPES, ["dart"], DTYPES),
+    ]
+    return cases(chosen, NAMES, methods, DTYPES)
+
+
+def in_turn(first: Iterable[Any], second: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """Each of ``first`` with one of ``second``, in turn."""
+    second = tuple(second)
+    return [(one, second[place % len(second)]) for place, one in enumerate(first)]

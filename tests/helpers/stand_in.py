@@ -1,0 +1,71 @@
+"""A small random model in the place of the default one, and under names that the docs use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dart_llm.data import texts
+from dart_llm.files import file_sha256
+from dart_llm.models.bundled import MODEL_SHA256 as SHA256
+from dart_llm.models.gguf import FORMAT, SOURCE, converted_folder
+
+VOCABULARY, WIDTH, FFN_WIDTH, LAYERS, CONTEXT = 512, 32, 64, 4, 8192
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+
+
+def configuration() -> LlamaConfig:
+    """As small as goes; four layers: 0 to 3."""
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=FFN_WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+
+
+def write_model(folder: Path) -> Path:
+    """The model in bfloat16 with a tokenizer learnt from the package's texts."""
+    torch.manual_seed(0)
+    LlamaForCausalLM(configuration()).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([texts.read(name) for name in texts.subjects()], trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    made.chat_template = CHAT
+    made.save_pretrained(folder)
+    return folder
+
+
+def stand_in(cache: Path, model: Path) -> None:
+    """Make ``model`` what a ``DART_CACHE`` of ``cache`` holds as the default model."""
+    folder = converted_folder(cache / "dart-llm", SHA256)
+    folder.parent.mkdir(parents=True)
+    model.rename(folder)
+    files = {
+        path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in folder.iterdir()
+    }
+    record = {"format": FORMAT, "sha256": SHA256, "quantisation": "Q4_1", "files": files}
+    (folder / SOURCE).write_text(json.dumps(record), encoding="utf-8")
+    model.symlink_to(folder, target_is_directory=True)

@@ -1,0 +1,36 @@
+"""The native kernels under ASan and UBSan, without torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sanitized import COMPILER, driver, kernel_objects, random_steps
+
+pytestmark = pytest.mark.skipif(
+    COMPILER is None and "CI" not in os.environ, reason="no C++ compiler is here"
+)
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return kernel_objects(tmp_path_factory.mktemp("kernels"))
+
+
+def test_kernels_touch_only_what_is_theirs_and_agree(objects: list[str], tmp_path: Path) -> None:
+    program = driver("driver", objects, tmp_path)
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    kinds = [line.split()[0] for line in done.stdout.splitlines()]
+    assert kinds[-1] == "portable" and all("agrees" in line for line in done.stdout.splitlines())
+
+
+def test_random_decode_steps(objects: list[str], tmp_path: Path) -> None:
+    """benchmarks/sanitized_steps.py makes many more."""
+    counts = random_steps(driver("steps", objects, tmp_path), steps=200, seed=1)
+    assert counts["steps"] >= 200 and counts["compared"] >= 100
+    assert counts["portable"] >= 10 and min(counts.values()) >= 3
+    assert counts["float32"] + counts["bfloat16"] == counts["steps"]
