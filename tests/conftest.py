@@ -27,12 +27,8 @@ CONTRACTS = re.findall(r"^\* \*\*(.+?)\*\*", LISTED, re.M)
 COUNTED = pytest.StashKey[Counter[str]]()
 """How many tests of each promise ran."""
 
-NOT_RUN = pytest.StashKey[list[str]]()
-"""Commands of the documentation that the tests do not run, with the reason."""
-
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[NOT_RUN] = []
     config.stash[COUNTED] = Counter()
 
 
@@ -81,11 +77,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             terminalreporter.write_line(f"contract({name}): {counted[name]} tests")
         for line in broken:
             terminalreporter.write_line(line, red=True)
-    lines = config.stash[NOT_RUN]
-    if lines:
-        terminalreporter.section("commands of the documentation that are not run here")
-        for line in lines:
-            terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

@@ -35,7 +35,6 @@ from dart_llm.evaluation.masks_seen import (
 from dart_llm.evaluation.measurement import LEAK, Measurement, MeasureOptions
 from dart_llm.evaluation.windows import STANDARD, Window, cut, slice_windows
 from dart_llm.models.describe import context_length
-from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.records import RunReport, slim
 from dart_llm.pruning.sequence import Phase
 from dart_llm.session.prepare import PreparedMethod, UnitStore
@@ -379,42 +378,11 @@ def _notes(run: Run | None, protocol: str, parts: Sequence[Part]) -> list[str]:
 # Perplexity of several methods on the same slices: the document in perplexity.json.
 
 
-@dataclass(frozen=True)
-class Row:
-    """One method's perplexity; ``config`` None: dense."""
-
-    label: str
-    config: PruneConfig | None
-    measurement: Measurement
-
-
-def score_row(
-    candidate: PreparedMethod,
-    windows: Sequence[Tensor],
-    prompt: int,
-    folder: UnitStore,
-    text: str,
-    advance: Callable[[int], None],
-) -> Row:
-    """Score all slices ([P + C] each), keeping each as a finished part of the folder."""
-    slices = [Window(ids, prompt, number) for number, ids in enumerate(windows)]
-    measurement = measure_windows(candidate, text, slices, "decode", folder, advance)
-    return Row(candidate.label, candidate.config, measurement)
-
-
 Losses = Sequence[Sequence[float]]
 """Of the scored tokens of every slice, nats."""
 
 Interval = Callable[[Losses, Losses], tuple[float, float] | None]
 """The interval of the ratio of two perplexities."""
-
-
-def rows_to_dict(
-    rows: Sequence[Row], text: str, prompt: int, scored: int, interval: Interval
-) -> dict[str, Any]:
-    """The document of one text in perplexity.json; the first row is dense."""
-    measured = [(row.label, row.measurement) for row in rows]
-    return document(measured, text, {"prompt_tokens": prompt, "scored_tokens": scored}, interval)
 
 
 def document(
