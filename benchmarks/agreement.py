@@ -1,9 +1,9 @@
 """Does dart-llm decode what docs/method.md says?  Every executor against an independent reference.
 
-The reference (tests/reference.py) is `griffin` and `dart` written a second time from that page, in
-plain torch and float64.  Both are fed the same tokens: a prompt of one text, then another text, so
-that drift fires.  The kept neurons of every mask and the logits of every token are compared, in
-float32.
+The reference (tests/helpers/reference.py) is `griffin` and `dart` written a second time from that
+page, in plain torch and float64.  Both are fed the same tokens: a prompt of one text, then another
+text, so that drift fires.  The kept neurons of every mask and the logits of every token are
+compared, in float32.
 
 Usage: python benchmarks/agreement.py [--model MODEL] [--out agreement-NAME]
 

@@ -20,19 +20,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import yaml
 
 ROOT = Path(__file__).parent.parent
 FAULTS = ROOT / "benchmarks" / "faults"
 SECONDS = 1500
-FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", re.MULTILINE)
-"""A line of pytest's summary."""
+Row = dict[str, Any]
+FAILED = re.compile(r"^(?:FAILED|ERROR) (tests/.+?)(?: - |$)", re.MULTILINE)
+"""A line of pytest's summary; log lines begin with ERROR too."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def run_tests(tree: Path, tests: Iterable[str]) -> tuple[int, str, float]:
     return done.returncode, failed[1] if failed else "", time.monotonic() - started
 
 
-def try_fault(fault: Fault, tree: Path) -> dict[str, object]:
+def try_fault(fault: Fault, tree: Path) -> Row:
     """What the tests say of one fault."""
     text = fault.put_into(tree)
     try:
@@ -158,15 +160,15 @@ def try_fault(fault: Fault, tree: Path) -> dict[str, object]:
     return row
 
 
-def try_all(faults: list[Fault], revision: str, jobs: int) -> list[dict[str, object]]:
-    """Every fault, ``jobs`` at a time, each in a tree of its own."""
+def try_all(faults: list[Fault], revision: str, jobs: int, keep: Callable[[Row], None]) -> None:
+    """Every fault, ``jobs`` at a time, each in a tree of its own; ``keep`` takes each row."""
     with tempfile.TemporaryDirectory() as folder:
         trees: SimpleQueue[Path] = SimpleQueue()
         for number in range(jobs):
             copy_tree(Path(folder) / str(number), revision)
             trees.put(Path(folder) / str(number))
 
-        def one(fault: Fault) -> dict[str, object]:
+        def one(fault: Fault) -> Row:
             tree = trees.get()
             try:
                 return try_fault(fault, tree)
@@ -174,18 +176,28 @@ def try_all(faults: list[Fault], revision: str, jobs: int) -> list[dict[str, obj
                 trees.put(tree)
 
         with ThreadPoolExecutor(jobs) as pool:
-            return list(pool.map(one, faults))
+            for row in pool.map(one, faults):
+                keep(row)
 
 
-def document(rows: list[dict[str, object]], revision: str) -> dict[str, object]:
+def document(rows: list[Row], revision: str) -> dict[str, object]:
     """The tally, with the command that made it."""
     return {
         "command": " ".join(["python", "benchmarks/seeded_faults.py", *sys.argv[1:]]),
         "revision": revision or "the working tree",
         "faults": len(rows),
-        "caught": sum(str(row["found"]).startswith("caught") for row in rows),
+        "caught": sum(row["found"].startswith("caught") for row in rows),
         "rows": rows,
     }
+
+
+def known_rows(path: Path | None, faults: list[Fault]) -> list[Row]:
+    """Rows of an earlier run that was cut short, of faults that are still the same."""
+    if path is None or not path.is_file():
+        return []
+    same = {fault.name: json.loads(json.dumps(asdict(fault))) for fault in faults}
+    rows = json.loads(path.read_text("utf-8"))["rows"]
+    return [row for row in rows if {**row, **same.get(row["name"], {"name": ""})} == row]
 
 
 def main() -> None:
@@ -197,16 +209,24 @@ def main() -> None:
         "--before", default="", metavar="REVISION", help="the program and the tests of a revision"
     )
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="a file for the table, as JSON")
+    parser.add_argument(
+        "--out", type=Path, help="a file for the table, as JSON; what it holds already is kept"
+    )
     options = parser.parse_args()
     faults = read(options.only, before=bool(options.before))
     if not faults:
         parser.error(f"no fault's name holds {options.only!r}; benchmarks/faults lists them")
-    rows = try_all(faults, options.before, options.jobs)
-    table = document(rows, options.before)
-    if options.out:
-        options.out.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
-    print(f"{table['caught']} of {len(rows)} caught")
+    rows = known_rows(options.out, faults)
+
+    def keep(row: Row) -> None:
+        rows.append(row)
+        if options.out:
+            table = document(rows, options.before)
+            options.out.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
+
+    left = [fault for fault in faults if fault.name not in {row["name"] for row in rows}]
+    try_all(left, options.before, options.jobs, keep)
+    print(f"{document(rows, options.before)['caught']} of {len(rows)} caught")
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def _library(service: Service, engine: Engine, body: dict[str, Any]) -> list[flo
         if isinstance(record, Token) and record.text:
             times.append(time.perf_counter() - began)
 
-    (ask,) = service.asker.chat(read(ChatBody, body), "", "")
+    (ask,) = service.asker.asks(read(ChatBody, body), "", "")
     engine.run(ask, emit)
     return times
 

@@ -1,12 +1,10 @@
 """Kept files: whole or absent, checked when read, and nothing left over from killed writers."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -17,7 +15,7 @@ from dart_llm.errors import LoadError
 DATA = bytes(range(256)) * 64
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_what_is_written_is_read(tmp_path):
     key = kept.key_of("a", 1, [2.5, None])
     assert kept.read(tmp_path / "new", key, ".bin") is None
     path = kept.write(tmp_path / "new", key, ".bin", DATA)
@@ -28,7 +26,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert [one.name for one in path.parent.iterdir()] == [path.name]
 
 
-def test_keys_tell_their_parts_apart() -> None:
+def test_keys_tell_their_parts_apart():
     parts = [("a",), ("a", 1), ("a", "1"), ("a", 1.0), (("a", 1),), ("a", None), ()]
     assert len({kept.key_of(*one) for one in parts}) == len(parts)
     assert kept.key_of("a", 1) == kept.key_of("a", 1)
@@ -36,9 +34,7 @@ def test_keys_tell_their_parts_apart() -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_damage_is_noticed_said_and_mended(
-    tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_damage_is_noticed_said_and_mended(tmp_path, damage, caplog):
     other = kept.write(tmp_path, kept.key_of("other"), ".bin", DATA)
     path = kept.write(tmp_path, kept.key_of("this"), ".bin", DATA)
     damage(path)
@@ -52,37 +48,28 @@ def test_damage_is_noticed_said_and_mended(
     assert len(caplog.records) == 1
 
 
-def test_a_file_that_may_not_be_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch, caplog):
     path = kept.write(tmp_path, "key", ".bin", DATA)
 
-    def refuse(self: Path) -> bytes:
-        raise PermissionError(13, "Permission denied")
-
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", refuse)
+        patch.setattr(Path, "read_bytes", mock.Mock(side_effect=PermissionError))
         assert kept.read(tmp_path, "key", ".bin") is None
     assert len(caplog.records) == 1
     kept.write(tmp_path, "key", ".bin", DATA)
     assert kept.find(tmp_path, "key", ".bin") == path
 
 
-def test_one_damaged_file_beside_a_whole_one(tmp_path: Path) -> None:
-    """Two processes that kept different content under one key: either will do."""
+def test_what_stands_in_the_way_of_a_whole_file(tmp_path):
+    """A folder at its place; a damaged one beside it, as two processes may have left them."""
     first = kept.write(tmp_path, "key", ".bin", DATA)
+    DAMAGES["folder"](first)
+    assert kept.write(tmp_path, "key", ".bin", DATA) == first and first.read_bytes() == DATA
     second = kept.write(tmp_path, "key", ".bin", DATA[1:])
     DAMAGES["flip"](min(first, second))
     assert kept.find(tmp_path, "key", ".bin") == max(first, second)
 
 
-def test_a_folder_stands_where_the_file_should(tmp_path: Path) -> None:
-    path = kept.write(tmp_path, "key", ".bin", DATA)
-    DAMAGES["folder"](path)
-    assert kept.write(tmp_path, "key", ".bin", DATA) == path and path.read_bytes() == DATA
-
-
-def test_what_killed_writers_left_is_removed_after_a_day(tmp_path: Path) -> None:
+def test_what_killed_writers_left_is_removed_after_a_day(tmp_path):
     old, folder, new = (tmp_path / f".tmp-{name}" for name in ("old", "folder", "new"))
     folder.mkdir()
     for path in (old, folder / "part", new):
@@ -93,37 +80,27 @@ def test_what_killed_writers_left_is_removed_after_a_day(tmp_path: Path) -> None
     assert [one.name for one in tmp_path.iterdir()] == [new.name]
 
 
-def test_a_disk_that_is_full_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(handle: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(LoadError, match=r"cannot write into .*: No space left on device"):
-        kept.write(tmp_path, "key", ".bin", DATA)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_content_is_on_the_disk_before_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_content_is_on_the_disk_before_its_name_and_a_full_disk_leaves_nothing(
+    tmp_path, monkeypatch
+):
     """File, rename, folder: in this order, or a power cut leaves a name without its content."""
-    done: list[str] = []
-    sync, replace = os.fsync, Path.replace
+    done, sync, replace = [], os.fsync, Path.replace
 
-    def synced(handle: int) -> None:
+    def synced(handle):
         done.append("folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "file")
         sync(handle)
 
-    def replaced(self: Path, target: Path) -> Path:
-        done.append("rename")
-        return replace(self, target)
+    def full(handle):
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(Path, "replace", replaced)
-    kept.write(tmp_path, "key", ".bin", DATA)
+    monkeypatch.setattr(Path, "replace", lambda *two: done.append("rename") or replace(*two))
+    kept.write(tmp_path / "a", "key", ".bin", DATA)
     assert done == ["file", "rename", "folder"]
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(LoadError, match=r"cannot write into .*: No space left on device"):
+        kept.write(tmp_path / "b", "key", ".bin", DATA)
+    assert list((tmp_path / "b").iterdir()) == []
 
 
 WRITER = """
@@ -138,7 +115,7 @@ for turn in range(60):
 """
 
 
-def test_two_processes_at_once(tmp_path: Path) -> None:
+def test_two_processes_at_once(tmp_path):
     both = [
         subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), who], stderr=subprocess.PIPE)
         for who in "ab"

@@ -3,8 +3,6 @@
 These strings are in people's folders.  A change here needs a line in the changelog.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 
@@ -19,30 +17,24 @@ from dart_llm.pruning.selection import check_fits
 from dart_llm.session.prepare import PreparedMethod
 from tiny import tiny
 
+pytestmark = pytest.mark.contract("keys of kept work stay")
 
-@pytest.mark.contract("keys of kept work stay")
-def test_keys_of_results() -> None:
-    options = MeasureOptions(limit=2)
-    changes = {"masking_step": 3}
+
+def test_keys_of_results_and_of_what_was_learnt():
+    options, changes = MeasureOptions(limit=2), {"masking_step": 3}
     cell = Cell("m", "griffin", "perplexity:embedded", 0.5, 1, options=options, overrides=changes)
     assert cell.key == "m-griffin@0.5-perplexity-embedded-decode-99932dd50e"
     method = PreparedMethod(None, None, PruneConfig.build("griffin", sparsity=0.5))
     key = perplexity.part_key(method, "text", "decode", Window(torch.arange(6), 2))
     assert key == "ppl/text/griffin@0.5/decode/0-6-2/4c982bc5ae3141fba26cfb62"
-
-
-@pytest.mark.contract("keys of kept work stay")
-def test_keys_of_what_was_learnt() -> None:
     assert part_key("f" * 64, "a", 1) == "ffffffffffff-6428d1702a3416f6032a7c7d43a8491e"
     assert digest_of(torch.arange(4)[None]).startswith("da46492928f94a74b2b213d71b0d35eb")
 
 
-@pytest.mark.contract("keys of kept work stay")
 @pytest.mark.parametrize(
-    ("method", "name"),
-    [("dart", "squared"), ("flap", "squared"), ("griffin", "squared_share")],
+    ("method", "name"), [("dart", "squared"), ("flap", "squared"), ("griffin", "squared_share")]
 )
-def test_a_score_keeps_its_name_where_its_file_moves(method: str, name: str) -> None:
+def test_a_score_keeps_its_name_where_its_file_moves(method, name):
     config = PruneConfig.build(method, sparsity=0.5)
     layers = describe(tiny()).weights(config.score.proxy_embedding, config.seed)
     rule = rule_of(check_fits(config, layers).statistics)

@@ -1,7 +1,5 @@
 """The package's face, its errors, and that importing it is cheap; import-linter has the layers."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys
@@ -11,22 +9,13 @@ import pytest
 
 import dart_llm
 
-HEAVY = {
-    "torch",
-    "transformers",
-    "lm_eval",
-    "fastapi",
-    "prometheus_client",
-    "matplotlib",
-    "ray",
-    "sentence_transformers",
-    "bert_score",
-    "sacrebleu",
-    "plotly",
-}
+HEAVY = set(
+    "torch transformers lm_eval fastapi prometheus_client matplotlib ray sentence_transformers "
+    "bert_score sacrebleu plotly".split()
+)
 
 
-def test_no_test_imports_another() -> None:
+def test_no_test_imports_another():
     """What tests share stands in files of its own, so that no test module is loaded twice."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
     tests = {path.stem for path in files if path.name.startswith("test_")}
@@ -35,7 +24,7 @@ def test_no_test_imports_another() -> None:
         assert not tests & set(taken), path
 
 
-def test_the_face_of_the_package() -> None:
+def test_the_face_of_the_package():
     assert dart_llm.__all__ == sorted(set(dart_llm.__all__))
     assert set(dart_llm.__all__) <= set(dir(dart_llm))
     assert all(getattr(dart_llm, name) is not None for name in dart_llm.__all__)
@@ -43,14 +32,14 @@ def test_the_face_of_the_package() -> None:
         dart_llm.prunes  # noqa: B018
 
 
-def test_errors_are_one_tree() -> None:
+def test_errors_are_one_tree():
     faces = [getattr(dart_llm, name) for name in dart_llm.__all__ if name[0].isupper()]
     errors = [face for face in faces if issubclass(face, Exception)]
     assert len(errors) == 8 and all(issubclass(error, dart_llm.DartError) for error in errors)
     assert issubclass(dart_llm.UnknownName, dart_llm.ConfigError)
 
 
-def imported_by(code: str) -> set[str]:
+def imported_by(code):
     """Top-level modules that a fresh interpreter holds after ``code``."""
     script = f"{code}\nimport sys\nprint(*sorted({{m.split('.')[0] for m in sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -58,18 +47,25 @@ def imported_by(code: str) -> set[str]:
     return set(done.stdout.split())
 
 
-def test_configurations_and_names_need_no_torch() -> None:
-    found = imported_by(
-        "import dart_llm, dart_llm.errors, dart_llm.pruning.records, dart_llm.pruning.layer_table\n"
-        "from dart_llm.pruning.config import PruneConfig\n"
-        "from dart_llm.pruning.registry import ALL\n"
-        "PruneConfig.build('dart', sparsity=0.5); [table.names() for table in ALL]"
-    )
-    assert "dart_llm" in found and not found & HEAVY
-
-
-def test_the_policy_needs_no_transformers() -> None:
-    found = imported_by(
-        "import dart_llm.pruning.controller, dart_llm.pruning.accounting, dart_llm.pruning.scores"
-    )
-    assert found & HEAVY == {"torch"}
+@pytest.mark.parametrize(
+    ("code", "heavy"),
+    [
+        (
+            "import dart_llm, dart_llm.errors, dart_llm.pruning.records\n"
+            "import dart_llm.pruning.layer_table\n"
+            "from dart_llm.pruning.config import PruneConfig\n"
+            "from dart_llm.pruning.registry import ALL\n"
+            "PruneConfig.build('dart', sparsity=0.5); [table.names() for table in ALL]",
+            set(),
+        ),
+        (
+            "import dart_llm.pruning.controller, dart_llm.pruning.accounting\n"
+            "import dart_llm.pruning.scores",
+            {"torch"},
+        ),
+    ],
+    ids=["configurations and names", "the policy"],
+)
+def test_importing_is_cheap(code, heavy):
+    found = imported_by(code)
+    assert "dart_llm" in found and found & HEAVY == heavy

@@ -13,7 +13,6 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from dart_llm.errors import LoadError
@@ -22,24 +21,16 @@ from dart_llm.files import size_text
 # Where checkpoints are kept on this machine, and whether there is room for them.
 
 
-def chosen_cache(cache_dir: str | Path | None = None) -> Path | None:
-    """The folder the user chose: the argument, else ``DART_CACHE``, else ``None``."""
+def hub_cache(cache_dir: str | Path | None = None) -> Path | None:
+    """Where hub models go: the argument, else ``DART_CACHE``; ``None``: the hub library's own."""
     text = str(cache_dir) if cache_dir else os.environ.get("DART_CACHE", "")
     return Path(text).expanduser() if text else None
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
     """Where dart_llm keeps what it fetched and converted: ``<chosen or user cache>/dart-llm``."""
-    base = chosen_cache(cache_dir)
-    if base is None:
-        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        base = Path(home).expanduser()
-    return base / "dart-llm"
-
-
-def hub_cache(cache_dir: str | Path | None = None) -> Path | None:
-    """Where hub models go: the folder the user chose, or ``None`` for the hub library's own."""
-    return chosen_cache(cache_dir)
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return (hub_cache(cache_dir) or Path(home).expanduser()) / "dart-llm"
 
 
 def make_folder(folder: Path) -> Path:
@@ -167,15 +158,11 @@ def sync(path: Path) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove unfinished files and folders that a process left behind when it was killed."""
-    for path in _scratch(folder):
-        with contextlib.suppress(OSError):  # another process removed it first
-            if time.time() - path.lstat().st_mtime > STALE_AFTER:
-                _remove(path)
-
-
-def _scratch(folder: Path) -> Iterator[Path]:
     with contextlib.suppress(OSError):
-        yield from list(folder.glob(f"{SCRATCH}*"))
+        for path in list(folder.glob(f"{SCRATCH}*")):
+            with contextlib.suppress(OSError):  # another process removed it first
+                if time.time() - path.lstat().st_mtime > STALE_AFTER:
+                    _remove(path)
 
 
 def _remove(path: Path) -> None:

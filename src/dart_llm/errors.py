@@ -91,3 +91,11 @@ def chain(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(current))
         yield current
         pending += [current.__cause__, current.__context__]
+
+
+def failure_text(error: BaseException) -> str:
+    """What went wrong, for people; with the type of what is no error of ours."""
+    if isinstance(error, DartError):
+        return str(error)
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

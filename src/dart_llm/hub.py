@@ -53,16 +53,9 @@ def no_stray_bars() -> Iterator[None]:
 INSTEAD = "give a local folder, a .gguf file or smollm2-135m"
 
 UNREACHABLE = {
-    "ConnectError",
-    "ConnectTimeout",
-    "ConnectionError",
-    "LocalEntryNotFoundError",
-    "NameResolutionError",
-    "PoolTimeout",
-    "ProxyError",
-    "SSLError",
+    *("ConnectError", "ConnectTimeout", "ConnectionError", "LocalEntryNotFoundError"),
+    *("NameResolutionError", "PoolTimeout", "ProxyError", "SSLError"),
 }
-
 _CUT = {"ChunkedEncodingError", "ReadError", "ReadTimeout", "RemoteProtocolError"}
 
 
@@ -74,13 +67,44 @@ def hub_failure(
     ``instead`` is the way out that is named when the hub cannot be reached.  Returns ``None`` when
     the chain of causes holds nothing that the hub or the network did.
     """
+    from huggingface_hub import constants
+
     causes = list(chain(error))
     names = {base.__name__ for cause in causes for base in type(cause).__mro__}
-    sentence = (
-        _refused(names, causes, model, revision)
-        or _status(causes, model, instead)
-        or _transfer(names, causes, model, instead)
-    )
+    text = " ".join(str(cause) for cause in causes)
+    responses = (getattr(getattr(cause, "response", None), "status_code", None) for cause in causes)
+    status = next((code for code in responses if isinstance(code, int)), 0)
+    sentence = ""
+    if "Invalid credentials in Authorization header" in text:
+        sentence = (
+            f"the hub refused the access token while loading {model}; run `hf auth login` again "
+            "or correct HF_TOKEN"
+        )
+    elif "GatedRepoError" in names or status == 403:
+        sentence = (
+            f"{model} is gated: accept the licence on {constants.ENDPOINT}/{model}, then run "
+            "`hf auth login` or set HF_TOKEN"
+        )
+    elif "RevisionNotFoundError" in names:
+        sentence = f"{model} has no revision {revision!r} on the hub; check --revision"
+    elif "RepositoryNotFoundError" in names or status == 401:
+        sentence = (
+            f"the hub has no model {model!r} that you may read; check the name, and if it is "
+            "private run `hf auth login` or set HF_TOKEN"
+        )
+    elif status == 429:
+        sentence = (
+            f"the hub limits how often {model} may be asked for; wait a few minutes and retry"
+        )
+    elif status >= 500:
+        sentence = f"the hub answered {status} while loading {model}; try again later, or {instead}"
+    elif names & _CUT or "Consistency check failed" in text:
+        sentence = (
+            f"the download of {model} was cut off; run the same command again, it continues "
+            "where it stopped"
+        )
+    elif names & UNREACHABLE or "couldn't connect to" in text.lower():
+        sentence = not_reached(model, instead)
     return LoadError(sentence) if sentence else None
 
 
@@ -121,63 +145,6 @@ def redact(text: str) -> str:
     return re.sub(r"(\w+://)[^/\s@]+@", r"\1***@", text)
 
 
-def _refused(
-    names: set[str], causes: Iterable[BaseException], model: str, revision: str | None
-) -> str | None:
-    from huggingface_hub import constants
-
-    text = " ".join(str(cause) for cause in causes)
-    if "Invalid credentials in Authorization header" in text:
-        return (
-            f"the hub refused the access token while loading {model}; run `hf auth login` again "
-            "or correct HF_TOKEN"
-        )
-    if "GatedRepoError" in names or _http_status(causes) == 403:
-        return (
-            f"{model} is gated: accept the licence on {constants.ENDPOINT}/{model}, then run "
-            "`hf auth login` or set HF_TOKEN"
-        )
-    if "RevisionNotFoundError" in names:
-        return f"{model} has no revision {revision!r} on the hub; check --revision"
-    if "RepositoryNotFoundError" in names or _http_status(causes) == 401:
-        return (
-            f"the hub has no model {model!r} that you may read; check the name, and if it is "
-            "private run `hf auth login` or set HF_TOKEN"
-        )
-    return None
-
-
-def _transfer(
-    names: set[str], causes: Iterable[BaseException], model: str, instead: str
-) -> str | None:
-    text = " ".join(str(cause) for cause in causes)
-    if names & _CUT or "Consistency check failed" in text:
-        return (
-            f"the download of {model} was cut off; run the same command again, it continues "
-            "where it stopped"
-        )
-    if names & UNREACHABLE or "couldn't connect to" in text.lower():
-        return not_reached(model, instead)
-    return None
-
-
-def _status(causes: Iterable[BaseException], model: str, instead: str) -> str | None:
-    status = _http_status(causes)
-    if status == 429:
-        return f"the hub limits how often {model} may be asked for; wait a few minutes and retry"
-    if status is not None and status >= 500:
-        return f"the hub answered {status} while loading {model}; try again later, or {instead}"
-    return None
-
-
-def _http_status(causes: Iterable[BaseException]) -> int | None:
-    for cause in causes:
-        status = getattr(getattr(cause, "response", None), "status_code", None)
-        if isinstance(status, int):
-            return status
-    return None
-
-
 # The size of a download against the free disk, before the download starts.
 
 logger = logging.getLogger("dart_llm")
@@ -210,7 +177,7 @@ def check_download(model: str, revision: str | None, cache: Path | None) -> int 
     that transformers loads.  ``None`` means that the hub cannot be asked, so that only the cache
     can help.  Any other failure returns 0: loading reports it.
     """
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
     if constants.HF_HUB_OFFLINE:
         return None
@@ -225,15 +192,13 @@ def check_download(model: str, revision: str | None, cache: Path | None) -> int 
             f"{model} holds no transformers checkpoint (no config.json); if it holds a .gguf file, "
             "download that and give its path"
         )
-    missing = [name for name in weight_files(sizes) if not _cached(model, name, info.sha, cache)]
+    missing = [
+        name
+        for name in weight_files(sizes)
+        if not isinstance(try_to_load_from_cache(model, name, cache, info.sha), str)
+    ]
     needed = sum(sizes[name] for name in missing)
     if needed:
         where = cache or Path(constants.HF_HUB_CACHE)
         require_space(needed, where, f"the download of {model}")
     return needed
-
-
-def _cached(model: str, name: str, revision: str | None, cache: Path | None) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(model, name, cache_dir=cache, revision=revision), str)

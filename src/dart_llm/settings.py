@@ -93,6 +93,8 @@ def _problem_text(error: ValidationError) -> str:
         if bound in problem.get("ctx", {}):
             value, limit = problem["input"], problem["ctx"][bound]
             return f"{_flag(str(problem['loc'][0]))} {value} must be {words} {limit}"
+    if problem["type"] == "finite_number":
+        return f"{_flag(str(problem['loc'][0]))} {problem['input']} must be a finite number"
     return first_problem(error)
 
 
@@ -158,7 +160,7 @@ SWITCHES: Mapping[str, str] = {
 
 
 def problem(config: PruneConfig) -> str:
-    """Why a configuration cannot honour its ema_decay, as one sentence; "" when it can.
+    """Why a configuration cannot honour its ema_decay; "" when it can.
 
     Everything else that is set overrides its part of any method.
     """
@@ -252,6 +254,15 @@ class ModelOptions(Settings):
     trust_remote_code: bool = setting("Model", "Run code that comes with the checkpoint.", False)
 
 
+LOADING = tuple(name for name in ModelOptions.model_fields if name != "model")
+
+
+def load_arguments(settings: Any) -> dict[str, Any]:
+    """Keyword arguments of ``dart_llm.load``, from what has the fields of ``ModelOptions``."""
+    own = {name: getattr(settings, name) for name in ("model", *LOADING)}
+    return {**own, "device": settings.device or (None if settings.device_map else "auto")}
+
+
 class PruningOptions(Settings):
     """How the model is pruned."""
 
@@ -324,15 +335,9 @@ class PruningOptions(Settings):
 
     def prune_config(self) -> PruneConfig:
         """The preset with every setting that was given on top of it."""
-        changes: dict[str, Any] = {
-            "sparsity": self.target_sparsity(),
-            "masking_step": self.masking_step,
-            "release_step": self.release_step,
-            "min_evidence": self.min_evidence,
-            "compensation": self.compensation,
-            "executor": self.executor,
-            "seed": getattr(self, "seed", None),
-        }
+        names = ("masking_step", "release_step", "min_evidence", "compensation", "executor")
+        changes: dict[str, Any] = {name: getattr(self, name) for name in names}
+        changes |= {"sparsity": self.target_sparsity(), "seed": getattr(self, "seed", None)}
         parts: dict[str, dict[str, Any]] = {
             "score": {
                 "name": self.ranking_method,
@@ -413,16 +418,12 @@ class BaseSettings(StudyOptions, PruningOptions, ModelOptions):
         if self.experiment_name:
             return self.experiment_name
         config = self.prune_config()
-        fixed = config.budget.table is not None or config.score.strategy == "auto"
-        amount = (
-            "masks"
-            if self.masks
-            else "table"
-            if fixed and config.sparsity is None
-            else f"{config.target:g}"
-        )
-        model = Path(self.model.rstrip("/")).name.lower()
-        return f"{model}-{self.method}-{amount}"
+        amount = f"{config.target:g}"
+        if self.masks:
+            amount = "masks"
+        elif config.sparsity is None and (config.budget.table or config.score.strategy == "auto"):
+            amount = "table"
+        return f"{Path(self.model.rstrip('/')).name.lower()}-{self.method}-{amount}"
 
 
 def given_of(settings: BaseModel) -> dict[str, Any]:
@@ -432,18 +433,6 @@ def given_of(settings: BaseModel) -> dict[str, Any]:
 
 
 S = TypeVar("S", bound=BaseModel)
-
-
-def from_environment(
-    kind: type[BaseModel], environment: Mapping[str, str] = os.environ
-) -> dict[str, str]:
-    """``DART_<FIELD>`` variables that ``kind`` knows.  Empty means not given."""
-    found = {}
-    for field in kind.model_fields:
-        value = environment.get(f"DART_{field.upper()}", "")
-        if value:
-            found[field] = value
-    return found
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -460,27 +449,25 @@ def merge(
     """Merge the sources into settings of one kind; ``flags`` holds None for what was not given.
 
     A setting also replaces its rivals of weaker sources: --sparsity beats DART_TOTAL_PRUNE_PERCENT.
+    Raises ``ConfigError``, also for an experiment outside the results folder.
     """
-    variables = from_environment(kind, os.environ if environment is None else environment)
+    known = os.environ if environment is None else environment
+    named = {field: known.get(f"DART_{field.upper()}", "") for field in kind.model_fields}
+    variables = {field: value for field, value in named.items() if value}
     merged: dict[str, Any] = {}
     for source in (read_file(file) if file else {}, variables, flags):
         given = {key: value for key, value in source.items() if value is not None}
         beaten = {name for group in RIVALS if given.keys() & group for name in group}
         merged = {key: value for key, value in merged.items() if key not in beaten} | given
     settings = kind.model_validate(merged)
-    check_folder(getattr(settings, "experiment_name", None))
-    return settings.fitted() if isinstance(settings, PruningOptions) else settings
-
-
-def check_folder(name: str | None) -> str | None:
-    """``name``; raises ``ConfigError`` for an experiment outside the results folder."""
+    name = getattr(settings, "experiment_name", None)
     path = Path(name or "a")
     if path.is_absolute() or ".." in path.parts or path == Path():
         raise ConfigError(
             f"--experiment-name {name} leaves the results folder: give the name of a folder in it, "
             "and the place with --results-dir"
         )
-    return name
+    return settings.fitted() if isinstance(settings, PruningOptions) else settings
 
 
 # Which activations ``--save-activations`` keeps: layers, tokens and tensors.  Needs no torch.

@@ -1,169 +1,115 @@
-"""What a model teaches before it is first pruned: once, kept, and without a trace on the model."""
+"""What a model teaches before it is first pruned: once, in parts, kept, and without a trace."""
 
-from __future__ import annotations
+from unittest.mock import Mock
 
-from pathlib import Path
-from typing import Any
-
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load, save
+from torch import nn
 
-from dart_llm.pruning.weights import FfnWeights
+from accelerate_cases import dispatched, on_the_host
+from damage import DAMAGES, TENSOR_DAMAGES
+from dart_llm import cache as kept
+from dart_llm.calibration.calibrate import observing
+from dart_llm.calibration.learn import BASIS, CURVATURE, REACH, SCORE, wanted
+from dart_llm.errors import AttachError, ConfigError, DartError
+from dart_llm.pruning import weights
+from dart_llm.pruning.config import PruneConfig
+from dart_llm.pruning.registry import SCORES
 from dart_llm.session.run import prune
 from prior_cases import (
     ALL,
     CONFIG,
     ONE_BY_ONE,
     PARTS,
+    SMALL,
     attached,
     equal,
     files,
+    layers_of,
     learnt,
     tensors,
 )
-from steps import decode, forward_lengths, new_cache, same_masks, step
-from tiny import tiny, tokens
+from steps import CACHE, Same, decode, forward_lengths, new_cache, same_masks, step
+from tiny import LAYERS, tiny, tokens
 
 IDS = tokens(1, 30, seed=3)
-NO_TOKENIZER = "no tokenizer is at hand: the model's own text begins with its start token"
-WHAT = (
-    "learning gradients, features of compensation and mean activations from 2 x {} tokens of the "
-    "model's own text, once"
-)
+PLAIN = CONFIG.replace({"budget": "uniform", "compensation": False, "compensation_rank": 0})
+GRIFFIN = PruneConfig.build("griffin", sparsity=0.5)
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path, monkeypatch):
     """An empty cache, which ``prune`` finds too."""
     monkeypatch.setenv("DART_CACHE", str(tmp_path))
     return tmp_path
 
 
-# once
+def masks_of(model, config=CONFIG, **changes):
+    with prune(model, config, **changes) as run:
+        decode(model, IDS, 20)
+    return list(run.masks().values())
 
 
-def test_a_model_learns_once(cache: Path) -> None:
-    model = tiny()
-    assert forward_lengths(model, attached(model)) == ALL
-    assert forward_lengths(model, attached(model)) == []
+def lengths(model, config=CONFIG, **changes):
+    """The forwards that attaching makes."""
+    return forward_lengths(model, attached(model, config, **changes))
+
+
+def test_a_model_learns_once(cache):
+    model, other, anew = tiny(), tiny(), tiny()
+    assert lengths(model) == ALL and lengths(model) == []
     assert len(files(cache)) == PARTS
     assert {path.suffix for path in files(cache)} == {".safetensors"}
-    run = prune(model, CONFIG)
-    assert forward_lengths(model, lambda: [run.attach().detach() for _ in range(2)]) == []
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"seed": 1},
-        {"prior": {"temperature": 1.0}},
-        {"prior": {"top_p": 1.0}},
-        {"prior": {"length": 23}},
-        {"prior": {"sequences": 3}},
-    ],
-)
-def test_what_changes_the_text(changes: dict[str, Any]) -> None:
-    model = tiny()
-    attached(model)()
-    assert len(forward_lengths(model, attached(model, **changes))) >= 24
-    assert forward_lengths(model, attached(model, **changes)) == []
-    assert forward_lengths(model, attached(model)) == [], "the first is known still"
-
-
-def test_without_low_rank_compensation_no_basis_is_looked_for(cache: Path) -> None:
-    model = tiny()
-    without = CONFIG.replace({"compensation_rank": 0})
-    assert forward_lengths(model, attached(model, without)) == [*ONE_BY_ONE, 24]
-    assert all(layer.learnt.basis is None for layer in learnt(model, cache, without))
-    plain = without.replace({"compensation": False})
-    (first, *_) = learnt(model, cache, plain)
-    assert set(first.learnt.evidence.sums) == {"score"}
-
-
-def test_a_variance_has_its_means_whatever_was_learnt_before(cache: Path) -> None:
-    """``flap`` sums the squares that ``magnitude`` sums, and the values themselves."""
-    model = tiny()
-    plain = CONFIG.replace({"budget": "uniform", "compensation": False, "compensation_rank": 0})
-    for score, sums in (("magnitude", {"score"}), ("flap", {"score", "signed"})):
-        (first, *_) = learnt(model, cache, plain.replace({"score": score}))
-        assert set(first.learnt.evidence.sums) == sums
-
-
-def test_the_disk_gives_the_same_to_another_object(cache: Path) -> None:
-    first, again = tiny(), tiny()
-    wanted = tensors(learnt(first, cache))
-    found: list[tuple[FfnWeights, ...]] = []
-    assert forward_lengths(again, lambda: found.append(learnt(again, cache))) == []
-    assert equal(tensors(found[0]), wanted)
+    # the disk gives the same to another object: to the bit, for kernels round by the layout too
+    first = tensors(learnt(model, cache))
+    assert lengths(other) == [] and equal(tensors(learnt(other, cache)), first)
     for path in files(cache):
         path.unlink()
-    anew = tiny()
-    assert forward_lengths(anew, lambda: found.append(learnt(anew, cache))) == ALL
-    assert equal(tensors(found[1]), wanted), "the text is seeded"
-    masks = []
-    for model in (first, again):
-        with prune(model, CONFIG) as run:
-            decode(model, IDS, 20)
-        masks.append(list(run.masks().values()))
-    assert same_masks(*masks)
-
-
-def test_a_run_is_the_same_to_the_bit_whether_learnt_or_read(cache: Path) -> None:
-    """Layout and alignment too are those of what was learnt: kernels round by them."""
+    assert lengths(anew) == ALL
     logits = []
-    for _ in range(4):
-        model = tiny()
-        with prune(model, CONFIG) as run:
-            logits.append(decode(model, IDS, 20))
-        for tensor in tensors(run.layers):
-            assert tensor.is_contiguous() and tensor.data_ptr() % 64 == 0
+    for one in (model, other, anew):
+        with prune(one, CONFIG) as run:
+            logits.append(decode(one, IDS, 20))
+        assert equal(tensors(run.layers), first), "the text is seeded"
+        assert all(t.is_contiguous() and t.data_ptr() % 64 == 0 for t in tensors(run.layers))
     assert all(torch.equal(one, logits[0]) for one in logits)
 
 
-def test_a_run_made_before_the_weights_changed_learns_from_what_is_there() -> None:
-    model, other = tiny(), tiny(seed=4)
-    attached(model)()
-    run = prune(model, CONFIG)
-    model.load_state_dict(other.state_dict())
-    assert forward_lengths(model, run.attach) == ALL
-    decode(model, IDS, 20)
-    run.detach()
-    with prune(other, CONFIG) as wanted:
-        decode(other, IDS, 20)
-    assert same_masks(list(run.masks().values()), list(wanted.masks().values()))
+def test_what_changes_the_text():
+    model = tiny()
+    lengths(model)
+    parts = ({"temperature": 1.0}, {"top_p": 1.0}, {"length": 23}, {"sequences": 3})
+    for changes in ({"seed": 1}, *({"prior": part} for part in parts)):
+        assert len(lengths(model, **changes)) >= 24, changes
+        assert lengths(model, **changes) == lengths(model) == [], "the first is known still"
 
 
-def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_said(tmp_path):
     blocked, news, model = tmp_path / "file", list[str](), tiny()
     blocked.write_text("")
     found = learnt(model, blocked, news=news)
-    assert news[:2] == [WHAT.format(24), NO_TOKENIZER]
+    assert news[:2] == [
+        "learning gradients, features of compensation and mean activations from 2 x 24 tokens of "
+        "the model's own text, once",
+        "no tokenizer is at hand: the model's own text begins with its start token",
+    ]
     assert len(news) == 3
     assert news[2].startswith("what was learnt is not kept for the next time: the cache folder")
     assert all(layer.learnt is not None for layer in found)
     assert forward_lengths(model, lambda: learnt(model, blocked)) == []
 
 
-# nothing where nothing is needed
+def test_nothing_is_learnt_where_nothing_is_chosen(cache):
+    settings = [{"sparsity": 0.0}, {"budget": {"table": "all:1.0"}}]
+    settings += [{"masks": {0: range(20)}}, {"remove": {1: [3]}}, {"masks": {}}]
+    for one in settings:
+        assert lengths(tiny(), CONFIG.replace({"sparsity": None}), **one) == [], one
+        assert files(cache) == []
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"sparsity": 0.0},
-        {"budget": {"table": "all:1.0"}},
-        {"masks": {0: range(20)}},
-        {"remove": {1: [3]}},
-        {"masks": {}},
-    ],
-)
-def test_nothing_is_learnt_where_nothing_is_chosen(cache: Path, settings: dict[str, Any]) -> None:
-    model, config = tiny(), CONFIG.replace({"sparsity": None})
-    assert forward_lengths(model, attached(model, config, **settings)) == []
-    assert files(cache) == []
-
-
-def test_masks_that_are_held_and_let_go() -> None:
+def test_masks_that_are_held_and_let_go():
     """Masks held before the run is attached: it learns all the same, for when it chooses again."""
     model = tiny()
     with prune(model, CONFIG) as first:
@@ -176,10 +122,276 @@ def test_masks_that_are_held_and_let_go() -> None:
         assert run.report().remask_causes == {"given": 1}
         run.hold(None)
         decode(model, IDS, 20)
-        chosen = run.masks()
-    with prune(model, CONFIG) as plain:
-        decode(model, IDS, 20)
-    assert same_masks(list(chosen.values()), list(plain.masks().values()))
+    assert same_masks(list(run.masks().values()), masks_of(model))
 
 
-# what it holds
+def test_what_each_configuration_reads(cache):
+    layers = layers_of(tiny())
+    sums = [SCORE, "signed", "features"]
+    for changes, names in (
+        ({}, [CURVATURE, BASIS, *sums]),
+        ({"score": "magnitude"}, [BASIS, *sums]),
+        ({"score": "max"}, [REACH, BASIS, *sums]),
+        ({"score": "max", "compensation": False}, [REACH, SCORE]),
+        ({"score": "weight", "compensation": False}, []),
+        ({"budget": "global", "compensation_rank": 0}, [CURVATURE, SCORE, "signed", "squares"]),
+        ({"prior": {"tokens": 0}}, [CURVATURE, BASIS]),
+        ({"sparsity": 0.7, "drift": "interval 5", "min_evidence": 3}, [CURVATURE, BASIS, *sums]),
+    ):
+        assert wanted(CONFIG.replace(changes), layers) == names, changes
+    assert wanted(GRIFFIN, layers) == []
+    token = PruneConfig.build("dart-token", sparsity=0.5, score="magnitude", prior=SMALL)
+    assert wanted(token, layers) == [CURVATURE, SCORE, "signed"], "tokens choose by gradients"
+    model = tiny()
+    assert lengths(model, CONFIG.replace({"compensation_rank": 0})) == [*ONE_BY_ONE, 24]
+    # a variance has its means whatever was learnt before
+    for score, names in (("fisher", ["score"]), ("flap", ["score", "signed"])):
+        (first, *_) = learnt(model, cache, PLAIN.replace({"score": score}))
+        assert sorted(first.learnt.evidence.sums) == names and first.learnt.basis is None
+    # the weights alone say how far a neuron reaches
+    assert lengths(model, GRIFFIN, score="combined") == []
+
+
+def test_no_gradients_where_none_are_read(monkeypatch, cache):
+    """And the sums are those of the forward with gradients, to the bit."""
+    whole = learnt(tiny(dtype=torch.bfloat16), cache / "a")
+
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **more: pytest.fail("a gradient"))
+    for score in ("magnitude", "max"):
+        part = learnt(tiny(dtype=torch.bfloat16), cache / "b", CONFIG.replace({"score": score}))
+        for one, other in zip(whole, part, strict=True):
+            assert other.learnt.curvature is None
+            for name, known in one.learnt.evidence.sums.items():
+                assert torch.equal(known.total, other.learnt.evidence.sums[name].total)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "forwards"),
+    [
+        ({}, {"score": "magnitude", "sparsity": 0.8}, []),
+        ({}, {"budget": "uniform", "drift": "interval 5", "min_evidence": 9}, []),
+        ({}, {"compensation": False, "compensation_rank": 0, "score": "max"}, []),
+        ({}, {"score": "normalized"}, [24]),  # another statistic
+        ({}, {"budget": "global"}, [24]),  # one more sum
+        ({}, {"compensation_rank": 4}, [24, 24]),  # another basis
+        ({"score": "max"}, {}, [24]),  # the gradients
+    ],
+)
+def test_configurations_share_what_they_can(first, second, forwards, cache):
+    """In this process, and by way of the disk in another; and it is what would be learnt alone."""
+    model, other, alone = tiny(), tiny(), tiny()
+    lengths(model, **first)
+    assert lengths(model, **second) == forwards and lengths(other, **second) == []
+    config = CONFIG.replace(second)
+    found, wanted = (
+        [*tensors(layers), *(t for one in layers for t in one.known_reach or ())]
+        for layers in (learnt(other, cache, config), learnt(alone, cache / "other", config))
+    )
+    assert equal(found, wanted)
+
+
+def test_the_reach_is_computed_once(monkeypatch):
+    """Once for all four scores and for every process, and the scores are what they were."""
+    model, counted = tiny(), Mock(side_effect=weights.reach_of)
+    monkeypatch.setattr("dart_llm.calibration.learn.reach_of", counted)
+    monkeypatch.setattr("dart_llm.pruning.weights.reach_of", counted)
+    for one in (model, tiny()):
+        for score in ("max", "mean", "combined", "product"):
+            with prune(one, GRIFFIN, score=score) as run:
+                decode(one, IDS, 20)
+    assert counted.call_count == LAYERS
+    a = torch.ones(run.layers[0].width)
+    for known, layer in zip(run.layers, layers_of(model), strict=True):
+        assert known.known_reach is not None
+        assert torch.equal(SCORES.get("product")(a, known), SCORES.get("product")(a, layer))
+
+
+def _scale(model):
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.weight.data.mul_(torch.linspace(0.2, 3, 48)[:, None])
+
+
+def _numpy(model):
+    view = model.model.layers[1].mlp.up_proj.weight.detach().numpy()
+    np.multiply(view, 3, out=view)
+
+
+def _act(model):
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.ReLU()
+
+
+CHANGES = [
+    *((_scale, "fisher"), (_numpy, "max"), (_act, "max")),
+    (lambda model: setattr(model.model.norm, "variance_epsilon", 2.0), "fisher"),
+    (lambda model: model.load_state_dict(tiny(seed=4).state_dict()), "fisher"),
+]
+
+
+@pytest.mark.parametrize(("change", "score"), CHANGES)
+def test_changes_that_torch_does_not_count_are_noticed(change, score):
+    """Masks after a change are those of a fresh model with it, also of a run made before it."""
+    model, fresh, config = tiny(), tiny(), CONFIG.replace({"score": score})
+    lengths(model, config)
+    run = prune(model, config)
+    change(model)
+    change(fresh)
+    if change is _act:  # that run looked at another FFN
+        run = prune(model, config)
+    assert forward_lengths(model, run.attach) == ALL
+    decode(model, IDS, 20)
+    run.detach()
+    assert same_masks(list(run.masks().values()), masks_of(fresh, config))
+
+
+@pytest.mark.parametrize(
+    "damage", [*DAMAGES.values(), *TENSOR_DAMAGES.values()], ids=[*DAMAGES, *TENSOR_DAMAGES]
+)
+def test_damaged_files_are_learnt_anew(cache, damage, caplog):
+    """Whatever happened: the same masks, and a sentence for each file that was looked for.
+
+    The features are not: they belong to a basis that is not there.
+    """
+    config = CONFIG.replace({"score": "max"})
+    first, whole = masks_of(tiny(), config), files(cache)
+    assert len(whole) == 6
+    for path in whole:
+        damage(path)
+    assert same_masks(first, masks_of(tiny(), config))
+    assert [one.name for one in files(cache)] == [one.name for one in whole]
+    assert len([one for one in caplog.records if "a damaged file" in one.getMessage()]) == 5
+    caplog.clear()
+    assert lengths(tiny(), config) == [] and not caplog.records
+
+
+def test_one_damaged_part_is_learnt_alone(cache):
+    """The text is still known, and what comes out is the same to the bit.
+
+    Parts of two texts are never mixed: two machines that round otherwise write otherwise.
+    """
+    first = tensors(learnt(tiny(), cache))
+    (text,) = [one for one in files(cache) if b"learnt of a model: text" in one.read_bytes()]
+    for path in set(files(cache)) - {text}:
+        DAMAGES["flip"](path)
+        model = tiny()
+        assert len(lengths(model)) in (1, 2)
+        assert equal(tensors(learnt(model, cache)), first)
+    ids = load(text.read_bytes())
+    ids["0.ids.total"] = ids["0.ids.total"].flip(0).contiguous()
+    text.unlink()
+    kept.write(text.parent, text.name.rpartition("-")[0], ".safetensors", save(ids))
+    assert lengths(tiny()) == [24, 24], "all but the text, of the other one"
+    assert len(files(cache)) == 6 + 5
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_modes_of_the_caller(cache, mode):
+    """What is learnt, and what is read from the disk, serves later forwards of any mode."""
+    wanted = tensors(learnt(tiny(), cache / "other"))
+    for _ in range(2):  # learnt, then found on disk
+        model = tiny()
+        with mode(), prune(model, CONFIG) as run:
+            decode(model, IDS, 20)
+            assert run.report().achieved_sparsity == pytest.approx(0.5)
+        assert equal(tensors(run.layers), wanted)
+        assert not any(t.is_inference() for t in tensors(run.layers))
+        with torch.enable_grad(), prune(model, CONFIG, executor="masked"):
+            cache_of = new_cache(model)
+            model(IDS[:, :20], **{CACHE: cache_of})
+            model(IDS[:, 20:21], **{CACHE: cache_of}).logits.sum().backward()
+        assert all(p.grad is not None for p in model.model.layers[0].mlp.parameters())
+
+
+@pytest.mark.contract("exact restore")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_the_model_is_left_as_it_was(name):
+    """Dropout neither draws from the user's random numbers nor enters what is learnt."""
+    model, calm = tiny(name).train(), tiny(name)
+    state = torch.get_rng_state()
+    assert len(lengths(model)) == 25
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in model.modules())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert lengths(calm) == [], "the same was learnt as by a calm model"
+    with Same(calm):
+        assert len(lengths(calm, seed=1)) == 25
+
+
+def test_an_interrupted_lesson_leaves_its_text_alone(monkeypatch, cache):
+    model = tiny("gpt2").train()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dart_llm.calibration.collect.gradients", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prune(model, CONFIG).attach()
+    assert all(module.training for module in model.modules())
+    assert len(files(cache)) == 1, "the text is written, and is not written again"
+    with Same(model.eval()):
+        assert lengths(model) == [24, 24]
+
+
+def test_hooked_models_and_another_default_dtype():
+    wanted, model = masks_of(tiny()), tiny(seed=4)
+    assert same_masks(wanted, masks_of(dispatched(tiny(), None)))
+    try:
+        torch.set_default_dtype(torch.float64)
+        wanted = masks_of(model)
+        torch.set_default_dtype(torch.float32)
+        assert same_masks(wanted, masks_of(tiny(seed=4)))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def _inference():
+    with torch.inference_mode():
+        return tiny()
+
+
+def _broken(where):
+    model = tiny()
+    with torch.no_grad():
+        model.get_submodule(where).weight[5, 3] = float("nan")
+    return model
+
+
+def _offloaded():
+    return on_the_host(tiny(), None)
+
+
+UNWRITTEN = (
+    'method "mine" learns from its own text, which an offloaded model does not write: load it '
+    "whole, or use griffin"
+)
+BARE = PruneConfig(method="mine", sparsity=0.5, prior=SMALL)
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "error", "said"),
+    [
+        (_offloaded, CONFIG, ConfigError, "layer 0 is offloaded"),
+        (_offloaded, BARE, ConfigError, UNWRITTEN),
+        (_inference, CONFIG, ConfigError, "torch.inference_mode() have not: load"),
+        (lambda: _broken("lm_head"), CONFIG, DartError, "not finite"),
+        (lambda: _broken("model.layers.1.mlp.down_proj"), CONFIG, DartError, "not finite"),
+    ],
+)
+def test_models_that_cannot_be_learnt_from(cache, make, config, error, said):
+    model = make()
+    with pytest.raises(error) as caught:
+        prune(model, config).attach()
+    assert said in str(caught.value) and files(cache) == []
+
+
+def test_nothing_is_learnt_inside_another_run_nor_from_a_calibration(cache):
+    model = tiny()
+    with prune(model, "griffin", sparsity=0.5):
+        for inner in (model, model.model):
+            run = prune(inner, CONFIG)
+            handle = model.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
+            with pytest.raises(AttachError, match=r"dart_llm\.restore\(model\)"):
+                run.attach()
+            handle.remove()
+    assert files(cache) == []
+    config = PruneConfig.build("wanda", sparsity=0.5, score="fisher", prior={})
+    with pytest.raises(ConfigError, match='score "fisher" learns from the model itself'):
+        observing(config)

@@ -1,18 +1,18 @@
 """Text that a model writes by itself: where it starts, how it is sampled, what it cannot be."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dart_llm.calibration.self_text import likeliest, opening_ids, own_start
-from dart_llm.calibration.self_text import sample_continuations as go_on
-from dart_llm.calibration.self_text import sample_sequences as write_sequences
+from dart_llm.calibration.self_text import (
+    likeliest,
+    opening_ids,
+    own_start,
+    sample_continuations,
+    sample_sequences,
+)
 from dart_llm.data import texts
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.models.checkpoint import remember_tokenizer, tokenizer_of
@@ -22,87 +22,76 @@ from tiny_gpt2 import write_gpt2
 
 
 class Fixed:
-    """A model that gives the same chances to the next token whatever came before."""
+    """A model that gives the same chances, moved on by ``step`` tokens with every token."""
 
     device = torch.device("cpu")
 
-    class config:
-        class text:
-            vocab_size = 4
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=4))
 
-        get_text_config = staticmethod(lambda: Fixed.config.text)
+    def __init__(self, *chances, step=0):
+        self.logits, self.step = torch.tensor(chances).log(), step
 
-    def __init__(self, *chances: float) -> None:
-        self.logits = torch.tensor(chances).log()
-
-    def __call__(self, ids: Tensor, use_cache: bool, logits_to_keep: int, cache: Any = None) -> Any:
-        return type("Output", (), {"logits": self.logits.expand(len(ids), 1, 4), "cache": 0})
+    def __call__(self, ids, use_cache, logits_to_keep, cache=None):
+        assert use_cache and logits_to_keep == 1 and ids.shape[1] == 1
+        rows = torch.stack([self.logits.roll(self.step * int(token)) for token in ids[:, 0]])
+        return SimpleNamespace(logits=rows[:, None], cache=0)
 
 
-def test_likeliest_by_hand() -> None:
-    chances = torch.tensor([[0.1, 0.5, 0.25, 0.15], [0.25, 0.25, 0.25, 0.25]])
-    assert torch.equal(likeliest(chances, 1.0), chances)
-    found = likeliest(chances, 0.7)
-    assert found[0].tolist() == pytest.approx([0, 0.5, 0.25, 0])
-    assert int((found[1] > 0).sum()) == 3
-    one = likeliest(chances, 0.01)
-    assert one[0].tolist() == pytest.approx([0, 0.5, 0, 0]) and int((one[1] > 0).sum()) == 1
-    assert float(chances.sum()) == pytest.approx(2), "the chances given are not changed"
+UNEVEN = (0.4, 0.3, 0.2, 0.1)
 
 
-def _shares(found: Tensor) -> list[float]:
+def shares(found):
     return [float((found == token).float().mean()) for token in range(4)]
 
 
-def _gone_on(model: Any, first: int, rows: int, length: int, seed: int = 0, **how: Any) -> Tensor:
+def continued(model, first, rows, length, seed=0, **how):
     ids, generator = torch.full((rows, 1), first), torch.Generator().manual_seed(seed)
-    return go_on(model, ids, length, generator, lambda text: None, **how)
+    return sample_continuations(model, ids, length, generator, lambda text: None, **how)
 
 
-def test_temperature_sharpens_the_chances() -> None:
-    model = Fixed(0.4, 0.3, 0.2, 0.1)
-    found = _gone_on(model, 3, 4000, 4, temperature=0.5)
-    assert bool((found[:, 0] == 3).all())
+def test_likeliest_by_hand():
+    chances = torch.tensor([[0.1, 0.5, 0.25, 0.15], [0.25, 0.25, 0.25, 0.25]])
+    assert torch.equal(likeliest(chances, 1.0), chances)
+    for top_p, first, count in ((0.7, [0, 0.5, 0.25, 0], 3), (0.01, [0, 0.5, 0, 0], 1)):
+        found = likeliest(chances, top_p)
+        assert found[0].tolist() == first and int((found[1] > 0).sum()) == count
+    assert float(chances.sum()) == pytest.approx(2), "the chances given are not changed"
+
+
+def test_tokens_come_with_their_chances():
+    """Temperature sharpens them; top_p leaves out the unlikely; every token follows the last."""
     sharp = [0.16 / 0.3, 0.09 / 0.3, 0.04 / 0.3, 0.01 / 0.3]
-    assert _shares(found[:, 1:]) == pytest.approx(sharp, abs=0.02)
-    plain = [0.4, 0.3, 0.2, 0.1]
-    assert _shares(_gone_on(model, 3, 4000, 4)[:, 1:]) == pytest.approx(plain, abs=0.02)
+    for how, wanted in (
+        ({}, list(UNEVEN)),
+        ({"temperature": 0.5}, sharp),
+        ({"top_p": 0.6}, [4 / 7, 3 / 7, 0, 0]),
+    ):
+        found = continued(Fixed(*UNEVEN), 3, 4000, 4, **how)
+        assert bool((found[:, 0] == 3).all())
+        assert shares(found[:, 1:]) == pytest.approx(wanted, abs=0.02)
+    sure = Fixed(0, 1, 0, 0, step=1)  # token t + 1 follows token t
+    assert sample_sequences(sure, [2], 2, 6, 0).tolist() == [[2, 3, 0, 1, 2, 3]] * 2
+    assert bool((sample_sequences(Fixed(*UNEVEN), [3], 100, 3, 0)[:, 0] == 3).all())
+    free = sample_sequences(sure, [], 4000, 3, 0)  # no start: any token
+    assert shares(free[:, 0]) == pytest.approx([0.25] * 4, abs=0.03)
+    assert torch.equal(free[:, 1], (free[:, 0] + 1) % 4)
 
 
-def test_top_p_always_holds() -> None:
-    found = _gone_on(Fixed(0.4, 0.3, 0.2, 0.1), 3, 4000, 3, top_p=0.6)
-    assert _shares(found[:, 1:]) == pytest.approx([4 / 7, 3 / 7, 0, 0], abs=0.02)
-
-
-def test_sequences_begin_with_the_start_or_with_any_token() -> None:
-    model = Fixed(0.4, 0.3, 0.2, 0.1)
-    assert bool((write_sequences(model, [3], 100, 3, 0)[:, 0] == 3).all())
-    free = write_sequences(model, [], 4000, 3, 0)
-    assert _shares(free[:, 0]) == pytest.approx([0.25] * 4, abs=0.03)
-    assert _shares(free[:, 1:]) == pytest.approx([0.4, 0.3, 0.2, 0.1], abs=0.02)
-
-
-def test_no_global_random_number_is_drawn() -> None:
+def test_no_global_random_number_is_drawn():
     model, how = shared_model(), {"temperature": 0.8, "top_p": 0.9}
     state = torch.get_rng_state()
-    first = _gone_on(model, 1, 3, 8, 5, **how)
-    sequences = write_sequences(model, [], 3, 8, 5)
+    first = continued(model, 1, 3, 8, 5, **how)
+    sequences = sample_sequences(model, [], 3, 8, 5)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(1)
-    assert torch.equal(_gone_on(model, 1, 3, 8, 5, **how), first)
-    assert torch.equal(write_sequences(model, [], 3, 8, 5), sequences)
+    assert torch.equal(continued(model, 1, 3, 8, 5, **how), first)
+    assert torch.equal(sample_sequences(model, [], 3, 8, 5), sequences)
+    news = list[str]()
+    sample_sequences(Fixed(*UNEVEN), [3], 1, 66, 0, news.append)
+    assert news == [f"the model writes text to learn from: {n} of 66 tokens" for n in (32, 64)]
 
 
-def test_progress_is_told() -> None:
-    news: list[str] = []
-    write_sequences(Fixed(0.4, 0.3, 0.2, 0.1), [3], 1, 66, 0, news.append)
-    assert news == [
-        "the model writes text to learn from: 32 of 66 tokens",
-        "the model writes text to learn from: 64 of 66 tokens",
-    ]
-
-
-def test_where_a_text_starts() -> None:
+def test_where_a_text_starts():
     model = tiny()
     assert own_start(model) == [1]
     model.generation_config.bos_token_id = None
@@ -115,82 +104,52 @@ def test_where_a_text_starts() -> None:
     assert own_start(model) == []
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite(value: float) -> None:
-    model = Fixed(0.4, 0.3, 0.2, 0.1)
-    model.logits[2] = value
-    with pytest.raises(DartError, match="a logit of the model's own text is not finite"):
-        write_sequences(model, [3], 2, 4, 0)
+def test_models_that_write_nothing():
+    model = Fixed(*UNEVEN)
+    for value in (float("nan"), float("inf")):
+        model.logits[2] = value
+        with pytest.raises(DartError, match="a logit of the model's own text is not finite"):
+            sample_sequences(model, [3], 2, 4, 0)
     model.logits[2] = -float("inf")  # a token that is never chosen
-    assert 2 not in write_sequences(model, [3], 50, 4, 0)
-
-
-def test_a_model_without_a_head() -> None:
+    assert 2 not in sample_sequences(model, [3], 50, 4, 0)
     with pytest.raises(ConfigError, match="LlamaModel has no language-model head"):
-        write_sequences(shared_model().model, [1], 2, 4, 0)
+        sample_sequences(shared_model().model, [1], 2, 4, 0)
 
 
-# openings
+def letters(text):
+    """A tokenizer: an id of 0 to 25 for every letter, none for anything else."""
+    return {"input_ids": [ord(one) - ord("a") for one in text.lower() if "a" <= one <= "z"]}
 
 
-class Letters:
-    """A tokenizer: an id of 0 to 25 for every letter, none for anything else; or ``ids``."""
-
-    def __init__(self, ids: list[int] | None = None) -> None:
-        self.ids = ids
-
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        letters = [ord(letter) - ord("a") for letter in text.lower() if "a" <= letter <= "z"]
-        return {"input_ids": letters if self.ids is None else self.ids}
-
-
-def _with_tokenizer(tokenizer: Any) -> Any:
+def taught(tokenizer):
     model = tiny()
     remember_tokenizer(model, tokenizer)
     return model
 
 
-def test_openings_are_cut_to_one_length_and_taken_in_turn() -> None:
-    model, count = _with_tokenizer(Letters()), len(texts.openings())
-    found = opening_ids(model, count + 3, 10)
-    assert found is not None and found.shape == (count + 3, 10) and found.dtype == torch.int64
-    for row, text in zip(found.tolist(), texts.openings() * 2, strict=False):
-        letters = [letter for letter in text.lower() if letter.isascii() and letter.isalpha()]
-        assert "".join(chr(97 + token) for token in row) == "".join(letters[:10])
-    few = opening_ids(model, 3, 10)
-    assert few is not None and torch.equal(few, found[:3])
+def test_openings_are_cut_to_one_length_and_taken_in_turn():
+    """Those that are too short are left out: half of them have the median's letters."""
+    model, every = taught(letters), [letters(text)["input_ids"] for text in texts.openings()]
+    sizes = sorted(map(len, every))
+    for length in (10, sizes[len(sizes) // 2], sizes[-1]):
+        fits = [ids[:length] for ids in every if len(ids) >= length]
+        found = opening_ids(model, len(every) + 3, length)
+        assert found is not None and found.dtype == torch.int64
+        assert found.tolist() == [fits[row % len(fits)] for row in range(len(every) + 3)]
+    for one, length in ((tiny(), 10), (model, 0), (model, sizes[-1] + 1)):
+        assert opening_ids(one, 4, length) is None, "no tokenizer, none wanted, all too short"
+    for last, readable in ((VOCAB - 1, True), (VOCAB, False)):  # an id that the model has not
+        found = opening_ids(taught(lambda text, last=last: {"input_ids": [0, last]}), 1, 2)
+        assert (found is not None) == readable
 
 
-def test_openings_that_are_too_short_are_left_out() -> None:
-    """At most the longer half of them has the median's number of letters."""
-    model = _with_tokenizer(Letters())
-    sizes = [len(Letters()(text)["input_ids"]) for text in texts.openings()]
-    length = sorted(sizes)[len(sizes) // 2]
-    found = opening_ids(model, len(sizes), length)
-    kept = [text for text, size in zip(texts.openings(), sizes, strict=True) if size >= length]
-    assert found is not None and 0 < len(kept) < len(sizes)
-    wanted = [Letters()(kept[row % len(kept)])["input_ids"][:length] for row in range(len(sizes))]
-    assert found.tolist() == wanted
-    assert opening_ids(model, 4, max(sizes)) is not None
-    assert opening_ids(model, 4, max(sizes) + 1) is None
-
-
-def test_no_openings() -> None:
-    assert opening_ids(tiny(), 4, 10) is None, "no tokenizer"
-    assert opening_ids(_with_tokenizer(Letters()), 4, 0) is None, "none are wanted"
-    fits, beyond = Letters([VOCAB - 1] * 10), Letters([0] * 9 + [VOCAB])
-    assert opening_ids(_with_tokenizer(fits), 1, 10) is not None
-    assert opening_ids(_with_tokenizer(beyond), 1, 10) is None, "an id that the model has not"
-
-
-def test_a_tokenizer_is_read_from_where_the_model_came_from(tmp_path: Path) -> None:
+def test_a_tokenizer_is_read_from_where_the_model_came_from(tmp_path):
     folder = write_gpt2(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(folder)
     found = tokenizer_of(model)
     assert found("tide") == AutoTokenizer.from_pretrained(folder)("tide")
-    assert tokenizer_of(model) is found, "it is read once"
     model.name_or_path = str(tmp_path / "elsewhere")
-    assert tokenizer_of(model) is found
+    assert tokenizer_of(model) is found, "it is read once"
     other = AutoModelForCausalLM.from_pretrained(folder)
     other.name_or_path = str(tmp_path / "elsewhere")
     assert tokenizer_of(other) is None

@@ -4,98 +4,80 @@ A new preset, score or budget is picked up by its registration, an architecture 
 Of each product a pairwise part runs; the whole product runs with ``-m full``.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from itertools import product
 
 import pytest
 import torch
-from torch import Tensor
 
 from calibrated import ready
 from dart_llm.errors import ConfigError
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import BUDGETS, METHODS, SCORES
+from prior_cases import SMALL
 from products import SHAPES, cases, in_turn, method_cases
-from steps import apart, decode, same_masks, selections, shared_model, widths_of
+from steps import apart, decode, pruned, same_masks, shared_model, state_of, widths_of
 from tiny import tokens
-from token_cases import Winners, kept_winners, same_winners
+from token_cases import kept_winners, same_winners
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Largest difference of the executors' logits, relative to the largest logit."""
 
 PROMPT, DECODED = 66, 4
 """More prompt tokens than any preset wants as evidence; too few decoded ones for a re-mask."""
+IDS = tokens(1, PROMPT + DECODED, seed=3)
 
 NO_MEMORY = ("weight", "random", "flap", "fisher")
 """Scores without activations, and those that refuse an ``ema_decay`` (tests/test_baselines.py)."""
-
-SHORT_PRIOR = {"sequences": 2, "length": 24, "opening": 0}
-"""A prior that is learnt in no time, for scores and methods that need one."""
 
 RUNNABLE = tuple(name for name in METHODS.names() if METHODS.get(name).weight_bits is None)
 """dense-8bit and dense-4bit prune nothing and are no runs: tests/test_quantise.py."""
 
 PRUNING = tuple(name for name in RUNNABLE if METHODS.get(name).sparsity != 0)
 
-
-def _masked_only(name: str) -> bool:
-    return name.startswith("opt")
-
-
-def _ids() -> Tensor:
-    return tokens(1, PROMPT + DECODED, seed=3)
+decoded = functools.partial(pruned, ids=IDS, prompt=PROMPT, make=ready)
 
 
 @functools.cache
-def _dense(name: str, dtype: torch.dtype) -> Tensor:
-    return decode(shared_model(name, dtype), _ids(), PROMPT)
+def _dense(name, dtype=torch.float32):
+    return decode(shared_model(name, dtype), IDS, PROMPT)
 
 
-def _pruned(name: str, dtype: torch.dtype, method: str | PruneConfig, **settings):
-    run = ready(shared_model(name, dtype), method, **settings)
-    found = selections(run)
-    with run:
-        logits = decode(run.model, _ids(), PROMPT)
-    return run, found, logits
-
-
-def _check_pair(name: str, dtype: torch.dtype, method: str | PruneConfig, **settings) -> None:
+def _check_pair(name, dtype=torch.float32, **settings):
     """Masked equals compact, both differ from dense, and remove what was asked for.
 
     Where tokens choose their own neurons, half precision rounds some choices otherwise, and one
     neuron is much in a layer of 48: then compact is given masked's choices, close to its own.
     """
-    dense, winners, shares = _dense(name, dtype), Winners(), [1.0]
-    chooses = PruneConfig.build(method).token is not None and dtype != torch.float32
+    model, dense, winners, shares = shared_model(name, dtype), _dense(name, dtype), {}, [1.0]
+    token = PruneConfig.build(settings.get("method", "griffin")).token
+    chooses = token is not None and dtype != torch.float32
     with kept_winners(winners) if chooses else contextlib.nullcontext():
-        run, masks, masked = _pruned(name, dtype, method, executor="masked", **settings)
+        run, masks, masked = decoded(model, executor="masked", **settings)
     assert run.executor == "masked"
     assert torch.equal(masked[:, :PROMPT], dense[:, :PROMPT])
     assert apart(masked[:, PROMPT:], dense[:, PROMPT:]) > 2 * TOLERANCE[dtype]
     assert len(masks) == 1 and masks[0][0] == 0
     _check_total(run, settings["sparsity"])
-    if _masked_only(name):
+    if name.startswith("opt"):
         with pytest.raises(ConfigError, match="compact"):
-            ready(shared_model(name, dtype), method, executor="compact", **settings)
-        auto, same, again = _pruned(name, dtype, method, **settings)
+            ready(model, **{"method": "griffin", **settings}, executor="compact")
+        auto, same, again = decoded(model, **settings)
         assert auto.executor == auto.report().executor == "masked"
         assert torch.equal(masked, again)
     else:
         with same_winners(winners, shares) if chooses else contextlib.nullcontext():
-            auto, same, compact = _pruned(name, dtype, method, executor="compact", **settings)
+            _, same, compact = decoded(model, executor="compact", **settings)
         assert sum(shares) / len(shares) > 0.95
         assert apart(compact[:, PROMPT:], masked[:, PROMPT:]) < TOLERANCE[dtype]
         assert not torch.equal(compact[:, PROMPT:], dense[:, PROMPT:])
-        assert ready(shared_model(name, dtype), method, **settings).executor == "compact"
+        assert ready(model, **{"method": "griffin", **settings}).executor == "compact"
     assert same_masks(same[0][2], masks[0][2])
 
 
-def _check_total(run, sparsity: float) -> None:
-    report = run.report()
-    total = sum(widths_of(run))
+def _check_total(run, sparsity):
+    report, total = run.report(), sum(widths_of(run))
     assert abs(sum(layer.kept for layer in report.layers) - (1 - sparsity) * total) <= 1
     assert abs(report.achieved_sparsity - sparsity) <= 1 / total + 1e-9
     assert report.achieved_sparsity == pytest.approx(report.sparsity_while_pruned)
@@ -104,8 +86,8 @@ def _check_total(run, sparsity: float) -> None:
 
 @pytest.mark.contract("sparsity 0 is bit-identical")
 @pytest.mark.parametrize(("name", "method", "dtype"), method_cases(RUNNABLE), ids=str)
-def test_sparsity_zero_is_bit_identical(name: str, method: str, dtype: torch.dtype) -> None:
-    run, masks, logits = _pruned(name, dtype, method, sparsity=0.0)
+def test_sparsity_zero_is_bit_identical(name, method, dtype):
+    run, masks, logits = decoded(shared_model(name, dtype), method=method, sparsity=0.0)
     assert torch.equal(logits, _dense(name, dtype))
     assert masks == []
     report = run.report()
@@ -115,13 +97,13 @@ def test_sparsity_zero_is_bit_identical(name: str, method: str, dtype: torch.dty
 
 @pytest.mark.contract("masked equals compact")
 @pytest.mark.parametrize(("name", "method", "dtype"), method_cases(PRUNING), ids=str)
-def test_methods(name: str, method: str, dtype: torch.dtype) -> None:
+def test_methods(name, method, dtype):
     # half of the neurons, chosen anew by every token or helped by maps of a rank that is the tiny
     # model's whole hidden size, give nearly what all of them give
     config = METHODS.get(method)
     sparsity = 0.75 if config.token or config.compensation_rank else 0.5
-    more = {} if config.prior is None else {"prior": SHORT_PRIOR}
-    _check_pair(name, dtype, method, sparsity=sparsity, **more)
+    more = {} if config.prior is None else {"prior": SMALL}
+    _check_pair(name, dtype, method=method, sparsity=sparsity, **more)
 
 
 OF_WEIGHTS = ("contribution", "fisher", "max", "weight")
@@ -132,20 +114,17 @@ OF_WEIGHTS = ("contribution", "fisher", "max", "weight")
 @pytest.mark.parametrize(
     ("name", "score"),
     cases(
-        [*product(SHAPES[:1], SCORES.names()), *product(SHAPES, OF_WEIGHTS)],
-        SHAPES,
-        SCORES.names(),
+        [*product(SHAPES[:1], SCORES.names()), *product(SHAPES, OF_WEIGHTS)], SHAPES, SCORES.names()
     ),
 )
-def test_scores(name: str, score: str) -> None:
-    more = {"prior": SHORT_PRIOR} if SCORES.get(score).learns else {}
-    _check_pair(name, torch.float32, "griffin", score=score, sparsity=0.4, **more)
+def test_scores(name, score):
+    more = {"prior": SMALL} if SCORES.get(score).learns else {}
+    _check_pair(name, score=score, sparsity=0.4, **more)
 
 
 @pytest.mark.parametrize("score", [n for n in SCORES.names() if n not in NO_MEMORY])
-def test_scores_with_memory(score: str) -> None:
-    settings = {"score": {"name": score, "ema_decay": 0.9}, "sparsity": 0.4}
-    _check_pair("llama-bias", torch.float32, "griffin", **settings)
+def test_scores_with_memory(score):
+    _check_pair("llama-bias", score={"name": score, "ema_decay": 0.9}, sparsity=0.4)
 
 
 SPARSITIES = (0.05, 0.3, 0.75, 0.85)
@@ -162,56 +141,55 @@ EACH = tuple(product([*BUDGETS.names(), "blend uniform global"], SPARSITIES))
         SPARSITIES,
     ),
 )
-def test_budgets(name: str, budget: str, sparsity: float) -> None:
-    run, masks, logits = _pruned(
-        name, torch.float32, "griffin", budget=budget, sparsity=sparsity, compensation=True
-    )
+def test_budgets(name, budget, sparsity):
+    settings = {"budget": budget, "sparsity": sparsity, "compensation": True}
+    run, masks, logits = decoded(shared_model(name), **settings)
     if sparsity > 0.1:  # below, all that goes may be neurons that a relu had silenced anyway
-        assert apart(logits[:, PROMPT:], _dense(name, torch.float32)[:, PROMPT:]) > 1e-3
+        assert apart(logits[:, PROMPT:], _dense(name)[:, PROMPT:]) > 1e-3
     _check_total(run, sparsity)
-    kept = [
-        width if ids is None else len(ids)
-        for ids, width in zip(masks[0][2], widths_of(run), strict=True)
-    ]
-    assert kept == [layer.kept for layer in run.report().layers]
-    assert all(
-        ids is None or (bool((ids[1:] > ids[:-1]).all()) and int(ids[-1]) < width)
-        for ids, width in zip(masks[0][2], widths_of(run), strict=True)
-    )
-
-
-BLENDED = (*BUDGETS.names(), "blend energy depth")
-
-
-@pytest.mark.contract("masked equals compact")
-@pytest.mark.parametrize(
-    ("budget", "name"),
-    cases(in_turn(BLENDED, SHAPES[:4]), BLENDED, SHAPES[:4]),
-)
-def test_budgets_agree_between_executors(name: str, budget: str) -> None:
-    settings = {"budget": budget, "sparsity": 0.5, "compensation": True}
-    _check_pair(name, torch.float32, "griffin", **settings)
+    for ids, layer in zip(masks[0][2], run.report().layers, strict=True):
+        assert layer.kept == (layer.width if ids is None else len(ids))
+        assert ids is None or (bool((ids[1:] > ids[:-1]).all()) and int(ids[-1]) < layer.width)
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_auto_strategy_sets_its_own_counts(name: str) -> None:
-    settings = {"score": {"name": "magnitude", "strategy": "auto"}}
-    run, masks, masked = _pruned(name, torch.float32, "griffin", executor="masked", **settings)
+def test_auto_strategy_sets_its_own_counts(name):
+    settings = {"score": {"name": "magnitude", "strategy": "auto"}, "sparsity": None}
+    run, masks, masked = decoded(shared_model(name), executor="masked", **settings)
     report = run.report()
     assert report.requested_sparsity is None and 0 < report.achieved_sparsity < 1
     assert all(layer.kept >= 0.1 * layer.width - 1 for layer in report.layers)
-    if not _masked_only(name):
-        _, same, compact = _pruned(name, torch.float32, "griffin", executor="compact", **settings)
+    if not name.startswith("opt"):
+        _, same, compact = decoded(shared_model(name), executor="compact", **settings)
         assert same_masks(masks[0][2], same[0][2])
         assert apart(compact, masked) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.contract("allocation sums to the budget")
 @pytest.mark.parametrize("name", SHAPES)
-def test_tables_name_layers(name: str) -> None:
-    table = "0:#5,2:0.5"
-    run, masks, _ = _pruned(name, torch.float32, "griffin", budget={"table": table})
+def test_tables_name_layers(name):
+    settings = {"budget": {"table": "0:#5,2:0.5"}, "sparsity": None}
+    run, masks, _ = decoded(shared_model(name), **settings)
     width = widths_of(run)[0]
     assert [layer.kept for layer in run.report().layers] == [5, width, width // 2, width]
     ids = masks[0][2]
     assert ids[1] is None and ids[3] is None and len(ids[0]) == 5 and len(ids[2]) == width // 2
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_low_rank_maps_are_there_where_the_input_is_seen(name):
+    """OPT's layers hold the projections: there only the mean stands for the removed neurons."""
+    settings = {"method": "dart", "prior": SMALL, "compensation_rank": 8}
+    run, _, _ = decoded(shared_model(name), **settings)
+    prior = run.config.prior.tokens
+    for mask, layer in zip(run._newest_masks(), run.layers, strict=True):
+        basis = layer.learnt.basis
+        if not name.startswith("opt"):
+            assert mask.low_rank.basis is basis and mask.low_rank.out.shape == (layer.hidden, 8)
+            continue
+        assert mask.low_rank is None and basis is None
+        observed = state_of(run).evidence[layer.index].sums["signed"]
+        known = layer.learnt.evidence.sums["signed"].mean
+        mean = (observed.total + prior * known) / (observed.weight + prior)
+        wanted = layer.down[:, mask.removed()] @ mean[mask.removed()]
+        torch.testing.assert_close(mask.bias, wanted, rtol=1e-4, atol=1e-5)

@@ -1,23 +1,24 @@
 """Ctrl-C at any instruction of attaching and detaching: the model is exactly what it was."""
 
-from __future__ import annotations
-
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import dart_llm
-from dart_llm.patching.patch import ModelPatch as Attachment
+from dart_llm.models import agreement
+from dart_llm.patching import changes, patch
+from dart_llm.patching.executors import native_ffn
+from dart_llm.session import run as session
 from dart_llm.session.run import Run, prune
-from interrupts import Kept, end, interrupted_at
+from steps import snapshot
 from tiny import CONFIGS
 
 pytestmark = [pytest.mark.usefixtures("native"), pytest.mark.contract("exact restore")]
@@ -25,95 +26,134 @@ pytestmark = [pytest.mark.usefixtures("native"), pytest.mark.contract("exact res
 HOOKED, PLAIN = ("native", "dart-prompt"), ("slim", "griffin")
 """Executor and method: with hooks on every layer and a signal that is watched, and with neither."""
 STRESS = Path(__file__).parents[2] / "benchmarks" / "interrupts.py"
+FILES = {str(module.__file__) for module in (agreement, changes, patch, native_ffn, session)}
+"""Where a model is changed and put back."""
 
 
-def _model() -> Any:
-    kind, settings = CONFIGS["llama"]
-    config = CONFIG_MAPPING[kind](**{**settings, "num_hidden_layers": 1})
-    return AutoModelForCausalLM.from_config(config).eval()
+@pytest.fixture(autouse=True)
+def gradients():
+    """On again: a ``with torch.no_grad()`` that is interrupted as it ends leaves them off."""
+    yield
+    torch.set_grad_enabled(True)
 
 
-def _run(model: Any, way: tuple[str, str]) -> Any:
-    return prune(model, way[1], sparsity=0.5, executor=way[0])
+@contextlib.contextmanager
+def interrupted_at(moment, event="opcode"):
+    """Raise ``KeyboardInterrupt`` before the ``moment``-th instruction (or line) of ``FILES``.
+
+    Counted from 1; None: never.  Yields a list of one number: how many were reached.
+    """
+    count = [0]
+
+    def trace(frame, kind, arg):
+        if frame.f_code.co_filename not in FILES:
+            return None
+        frame.f_trace_opcodes = event == "opcode"
+        if kind == event:
+            count[0] += 1
+            if count[0] == moment:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield count
+    finally:
+        sys.settrace(before)
 
 
-ACTS: dict[str, Callable[[Run], Any]] = {
-    "enter": Run.__enter__,
-    "leave": lambda run: run.__exit__(None, None, None),
-}
+class Kept:
+    """A model, and whether it is what it was."""
+
+    def __init__(self):
+        kind, settings = CONFIGS["llama"]
+        config = CONFIG_MAPPING[kind](**{**settings, "num_hidden_layers": 1})
+        self.model = AutoModelForCausalLM.from_config(config).eval()
+        self.before = snapshot(self.model)
+
+    def in_order(self):
+        """Whether every parameter has its values."""
+        now, then = (one["state"].values() for one in (snapshot(self.model), self.before))
+        return [values for *_, values in now] == [values for *_, values in then]
+
+    def unchanged(self):
+        return snapshot(self.model) == self.before
+
+    def run(self, way):
+        return prune(self.model, way[1], sparsity=0.5, executor=way[0])
+
+
+ACTS = {"enter": Run.__enter__, "leave": lambda run: run.__exit__(None, None, None)}
 
 
 @pytest.mark.parametrize("act", ACTS)
-@pytest.mark.parametrize(("way", "event"), [(PLAIN, "opcode"), (HOOKED, "line")])
-def test_an_interrupt_before_any_instruction(way: tuple[str, str], event: str, act: str) -> None:
-    model = _model()
-    kept, moment, ended = Kept(model), 0, False
+@pytest.mark.parametrize(
+    ("way", "event", "step"),
+    [
+        (PLAIN, "opcode", 11),
+        (PLAIN, "line", 1),
+        (HOOKED, "line", 1),
+        pytest.param(PLAIN, "opcode", 1, marks=pytest.mark.full),
+    ],
+)
+def test_an_interrupt_before_any_instruction(way, event, step, act):
+    """Before every line, and before every eleventh instruction or, with ``-m full``, each."""
+    kept, moment, ended = Kept(), 0, False
     while not ended:
-        moment += 1
-        run = _run(model, way)
+        moment += step
+        run = kept.run(way)
         if act == "leave":
             run.attach()
-        with interrupted_at(moment, event) as reached:
-            try:
-                ACTS[act](run)
-                ended = reached[0] < moment
-            except KeyboardInterrupt:
-                pass
-        end(run)
-        assert not kept.changed(), f"{event} {moment}"
-    assert moment > {"opcode": 500, "line": 100}[event]  # attaching and detaching are in them
+        with interrupted_at(moment, event) as reached, contextlib.suppress(KeyboardInterrupt):
+            ACTS[act](run)
+            ended = reached[0] < moment
+        run.detach()
+        dart_llm.restore(kept.model)  # what a user does after an interrupt
+        assert kept.unchanged(), f"{event} {moment}"
+    assert moment > {"opcode": 500, "line": 50}[event]  # attaching and detaching are in them
 
 
-def _interrupting(monkeypatch: pytest.MonkeyPatch, moments: Iterator[int]) -> None:
+def _interrupting(monkeypatch, *moments):
     """From now on each try to put the model back is interrupted at its moment, while there are."""
-    whole = Attachment._remove
+    whole, left = patch.ModelPatch._remove, iter(moments)
 
-    def interrupted(attachment: Attachment) -> None:
-        with interrupted_at(next(moments, None)):
+    def interrupted(attachment):
+        with interrupted_at(next(left, None)):
             whole(attachment)
 
-    monkeypatch.setattr(Attachment, "_remove", interrupted)
+    monkeypatch.setattr(patch.ModelPatch, "_remove", interrupted)
 
 
 @pytest.mark.parametrize("first", [1, 150])
-def test_one_interrupt_while_a_block_is_left_is_raised_when_all_is_done(
-    monkeypatch: pytest.MonkeyPatch, first: int
-) -> None:
-    model = _model()
-    kept = Kept(model)
-    _interrupting(monkeypatch, iter([first]))
-    with pytest.raises(KeyboardInterrupt), _run(model, PLAIN) as run:
-        assert kept.changed()
-    assert not kept.changed() and run.executor == "slim"
+def test_one_interrupt_while_a_block_is_left_is_raised_when_all_is_done(monkeypatch, first):
+    kept = Kept()
+    _interrupting(monkeypatch, first)
+    with pytest.raises(KeyboardInterrupt), kept.run(PLAIN) as run:
+        assert not kept.unchanged()
+    assert kept.unchanged() and run.executor == "slim"
 
 
 @pytest.mark.parametrize("second", [60, 300])
-def test_restore_finds_what_several_interrupts_left(
-    monkeypatch: pytest.MonkeyPatch, second: int
-) -> None:
+def test_restore_finds_what_several_interrupts_left(monkeypatch, second):
     """Two while the block is left, two more inside ``restore``: each time values are in order."""
-    model = _model()
-    kept = Kept(model)
-    _interrupting(monkeypatch, iter([200, second, 1, 40]))
-    with pytest.raises(KeyboardInterrupt), _run(model, PLAIN):
+    kept = Kept()
+    _interrupting(monkeypatch, 200, second, 1, 40)
+    with pytest.raises(KeyboardInterrupt), kept.run(PLAIN):
         pass
-    assert kept.changed() and kept.out_of_order() == 0
+    assert kept.in_order() and not kept.unchanged()
     with pytest.raises(KeyboardInterrupt):
-        dart_llm.restore(model)
-    assert kept.changed() and kept.out_of_order() == 0
-    dart_llm.restore(model)
-    assert not kept.changed()
-    with _run(model, PLAIN):
-        pass
-    assert not kept.changed()
+        dart_llm.restore(kept.model)
+    assert kept.in_order() and not kept.unchanged()
+    dart_llm.restore(kept.model)
+    assert kept.unchanged()
 
 
-def test_signals_at_random_moments(tmp_path: Path) -> None:
+def test_signals_at_random_moments(tmp_path):
     """The short form of the stress run: real SIGINTs."""
-    command = [sys.executable, str(STRESS), "--count", "4", "--seconds", "10", "--out", "short"]
-    subprocess.run(
-        command, check=True, timeout=120, env={**os.environ, "DART_KEPT_RESULTS": str(tmp_path)}
-    )
+    command = [sys.executable, str(STRESS), "--count", "2", "--seconds", "10", "--out", "short"]
+    environment = {**os.environ, "DART_KEPT_RESULTS": str(tmp_path)}
+    subprocess.run(command, check=True, timeout=120, env=environment)
     rows = json.loads((tmp_path / "short.json").read_text("utf-8"))["rows"]
     assert [(row["executor"], row["act"]) for row in rows] == [
         (executor, act) for executor in ("slim", "native") for act in ("attach", "detach")

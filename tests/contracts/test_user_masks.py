@@ -1,42 +1,40 @@
 """A user's own masks: what they keep and compute, and which are refused."""
 
-from __future__ import annotations
-
+import copy
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
-from dart_llm.errors import AttachError, ConfigError
-from dart_llm.models.describe import describe
+from dart_llm.errors import ConfigError
 from dart_llm.session.run import prune
 from products import SHAPES, cases
-from steps import WIDTHS, apart, decode, generate, picked, shared_model
+from steps import (
+    WIDTHS,
+    apart,
+    decode,
+    generate,
+    new_cache,
+    picked,
+    pruned,
+    same_masks,
+    shared_model,
+    step,
+)
 from tiny import NAMES, tokens
+from token_cases import before_down
 
 
-def _masked_by_hand(model: Any, masks: dict[int, list[int]], ids: Tensor, prompt: int) -> Tensor:
+def _masked_by_hand(model, masks, ids, prompt):
     """Decode with u zeroed by hooks of our own on the down projections, decode tokens only."""
-    handles = []
-    for block in describe(model).blocks:
-        if block.index not in masks:
-            continue
-        keep = torch.zeros(block.down_width, dtype=model.dtype)
-        keep[masks[block.index]] = 1
 
-        def zero(module: nn.Module, args: Any, keep: Tensor = keep) -> Any:
-            u = args[0]
-            rows = u.shape[-2] if u.dim() == 3 else len(u)
-            return (u if rows >= prompt else u * keep,)
+    def zero(layer, _, u):
+        if layer not in masks or (u.shape[-2] if u.dim() == 3 else len(u)) >= prompt:
+            return None
+        return u * torch.zeros(u.shape[-1]).index_fill(0, torch.tensor(masks[layer]), 1)
 
-        handles.append(block.down.register_forward_pre_hook(zero))
-    try:
+    with before_down(model, None, zero):
         return decode(model, ids, prompt)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 EXECUTORS = ("auto", "masked")
@@ -47,13 +45,12 @@ EXECUTORS = ("auto", "masked")
     ("name", "executor"),
     cases([*product(NAMES, EXECUTORS[:1]), *product(SHAPES, EXECUTORS)], NAMES, EXECUTORS),
 )
-def test_given_masks_do_what_they_say(name: str, executor: str) -> None:
+def test_given_masks_do_what_they_say(name, executor):
     model, ids = shared_model(name), tokens(1, 16)
     masks = {layer: ids_ for layer, ids_ in picked(name).items() if layer != 1}
     wanted = _masked_by_hand(model, masks, ids, 10)
     with prune(model, masks=masks, executor=executor) as run:
-        got = decode(model, ids, 10)
-    assert apart(got, wanted) < 1e-5
+        assert apart(decode(model, ids, 10), wanted) < 1e-5
     report, width = run.report(), WIDTHS.get(name, 48)
     assert [layer.kept for layer in report.layers] == [20, width, 20, 20]
     assert report.achieved_sparsity == pytest.approx(3 * (width - 20) / (4 * width))
@@ -63,55 +60,59 @@ def test_given_masks_do_what_they_say(name: str, executor: str) -> None:
     assert {layer: kept.tolist() for layer, kept in run.masks().items()} == masks
 
 
-def test_remove_is_the_complement() -> None:
-    model, ids, keep = shared_model(), tokens(1, 16), picked()
+def test_a_further_prompt_runs_dense():
+    """As the first one does, also on a cache whose tokens were decoded under the masks."""
+    model, ids, cache = shared_model(), tokens(1, 20), new_cache(shared_model())
+    with prune(model, masks=picked()):
+        step(model, ids[:, :9], cache)
+        step(model, ids[:, 9:10], cache)
+        same = copy.deepcopy(cache)
+        found = step(model, ids[:, 10:], cache)
+    assert torch.equal(found, step(model, ids[:, 10:], same))
+
+
+def test_remove_is_the_complement_and_masks_of_another_run_are_masks():
+    model, ids, keep = shared_model(), tokens(1, 76), picked()
     gone = {layer: sorted({*range(48)} - {*kept}) for layer, kept in keep.items()}
-    with prune(model, masks=keep):
-        wanted = decode(model, ids, 10)
-    with prune(model, remove=gone) as run:
-        got = decode(model, ids, 10)
-    assert torch.equal(got, wanted)
-    assert {layer: kept.tolist() for layer, kept in run.masks().items()} == keep
-    dense = decode(model, ids, 10)
-    with prune(model, remove={0: []}) as run:
-        assert torch.equal(decode(model, ids, 10), dense)
-    assert run.report().achieved_sparsity == 0
-
-
-def test_masks_of_another_run() -> None:
-    model, ids = shared_model(), tokens(1, 76)
-    with prune(model, "griffin", sparsity=0.5) as run:
-        wanted = decode(model, ids, 70)
+    found = []
+    for given in ({"masks": keep}, {"remove": gone}):
+        with prune(model, **given) as run:
+            found.append(decode(model, ids, 70))
+        assert {layer: kept.tolist() for layer, kept in run.masks().items()} == keep
+    assert torch.equal(*found)
+    run, _, wanted = pruned(model, ids, 70)
     with prune(model, masks=run.masks()) as again:
         assert torch.equal(decode(model, ids, 70), wanted)
-    assert all(torch.equal(again.masks()[layer], kept) for layer, kept in run.masks().items())
+    assert same_masks(again.masks(), run.masks())
 
 
-def test_masks_of_a_run_that_removed_nothing() -> None:
+@pytest.mark.contract("sparsity 0 is bit-identical")
+@pytest.mark.parametrize(
+    "given",
+    [{"masks": {}}, {"remove": {}}, {"remove": {0: []}}, {"masks": {0: range(48)}}],
+    ids=str,
+)
+def test_masks_that_remove_nothing(given):
     """An empty mapping is a mask that keeps everything, not the default method."""
     model, ids = shared_model(), tokens(1, 76)
-    dense = decode(model, ids, 70)
-    for given in ({"masks": {}}, {"remove": {}}, {"masks": {0: range(48)}}):
-        with prune(model, **given) as run:
-            assert torch.equal(decode(model, ids, 70), dense)
-        assert run.report().achieved_sparsity == 0 and run.report().method == "given masks"
-    with prune(model, "griffin", budget={"table": "all:1.0"}) as run:
-        assert torch.equal(decode(model, ids, 70), dense)
+    with prune(model, **given) as run:
+        found = decode(model, ids, 70)
+    assert torch.equal(found, decode(model, ids, 70))
+    assert run.report().achieved_sparsity == 0 and run.report().method == "given masks"
 
 
-def test_given_masks_stay_and_release_as_configured() -> None:
-    model, ids = shared_model(), tokens(1, 40)
+def test_given_masks_stay_and_release_as_configured():
     settings = {"masks": picked(), "drift": {"rule": "interval 3", "min_distance": 0}}
-    with prune(model, "griffin", **settings, release_step=5) as run:
-        generate(model, ids, 11)
-        generate(model, ids, 11)
+    with prune(shared_model(), "griffin", **settings, release_step=5) as run:
+        for _ in range(2):
+            generate(run.model, tokens(1, 40), 11)
     report = run.report()
     assert report.remask_causes == {"given": 2}
     assert report.dense_token_share == 0.5 and report.decoded_tokens == 20
 
 
 @pytest.mark.parametrize("batch", ["shared", "per_row"])
-def test_given_masks_in_batches(batch: str) -> None:
+def test_given_masks_in_batches(batch):
     model, ids, masks = shared_model(), tokens(3, 20), picked()
     with prune(model, masks=masks, batch=batch) as run:
         got = decode(model, ids, 14)
@@ -128,15 +129,6 @@ def test_given_masks_in_batches(batch: str) -> None:
         ({"masks": {0: [1]}, "sparsity": 0.5}, "drop the sparsity"),
     ],
 )
-def test_masks_that_cannot_be(given: dict[str, Any], message: str) -> None:
+def test_masks_that_cannot_be(given, message):
     with pytest.raises(ConfigError, match=message):
         prune(shared_model(), **given)
-
-
-def test_there_is_no_mask_before_the_first() -> None:
-    model = shared_model()
-    with prune(model, "griffin", sparsity=0.5) as run:
-        with pytest.raises(AttachError, match="0 tokens were seen and 1 are needed"):
-            run.masks()
-        with pytest.raises(AttachError, match="0 tokens were seen and 1 are needed"):
-            run.export("nowhere")

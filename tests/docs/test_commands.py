@@ -1,19 +1,10 @@
 """The commands of tests/doc_commands.yaml run, on a small model in the place of the default one."""
 
-from __future__ import annotations
-
 import json
-import os
 import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -23,18 +14,16 @@ from typer.testing import CliRunner
 from dart_llm.cache import cache_folder
 from dart_llm.cli.app import app
 from dart_llm.data import texts
+from serve_cases import serving
 from shells import ROOT
 from stand_in import configuration, stand_in, write_model
 from window_cases import records, write
 
-LIST: dict[str, dict[str, dict[str, Any]]] = yaml.safe_load(
-    (ROOT / "tests/doc_commands.yaml").read_text(encoding="utf-8")
-)
+LIST = yaml.safe_load((ROOT / "tests/doc_commands.yaml").read_text(encoding="utf-8"))
 CASES = [(command, how) for commands in LIST.values() for command, how in commands.items()]
 SERVING = [(command, how) for command, how in CASES if how.get("serves")]
 RUNNING = [(command, how) for command, how in CASES if not how.get("serves")]
 NAMES = ("meta-llama/Llama-3.1-8B", "Qwen/Qwen2.5-0.5B-Instruct")
-LINK = re.compile(r"http://127\.0\.0\.1:\d+/")
 TASK = """
 task: my_task
 dataset_path: json
@@ -49,7 +38,7 @@ metric_list: [{metric: acc}]
 GRID = "{models: [smollm2-135m], methods: [dense, griffin], tasks: ['perplexity:embedded']}"
 
 
-def shell_lines(page: str) -> list[str]:
+def shell_lines(page):
     """The lines of a page's shell blocks, without comments."""
     text = (ROOT / page).read_text(encoding="utf-8")
     blocks = re.findall(r"^```(?:sh|bash)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
@@ -57,17 +46,13 @@ def shell_lines(page: str) -> list[str]:
     return [line for line in lines if line]
 
 
-def test_every_command_of_the_readme_is_run() -> None:
-    assert [line for line in shell_lines("README.md") if line not in LIST["README.md"]] == []
-
-
-@pytest.mark.parametrize("page", LIST)
-def test_listed_commands_stand_on_their_page(page: str) -> None:
-    assert [command for command in LIST[page] if command not in shell_lines(page)] == []
+def test_every_command_of_the_readme_is_listed_and_listed_ones_stand_on_their_page():
+    assert set(shell_lines("README.md")) <= set(LIST["README.md"])
+    assert [one for page in LIST for one in LIST[page] if one not in shell_lines(page)] == []
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, native: None) -> Iterator[Path]:
+def place(tmp_path_factory, native):
     """A folder with what the commands name, and a cache that holds the small model."""
     root = tmp_path_factory.mktemp("clone")
     for name in ("benchmarks", "recipes"):
@@ -94,7 +79,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, native: None) -> Iterator[Pa
         yield root
 
 
-def words(command: str, how: dict[str, Any]) -> list[str]:
+def words(command, how):
     text = how.get("run", command)
     for old, new in how.get("replace", {}).items():
         assert old in text, "the list swaps a text that the command lacks"
@@ -105,25 +90,17 @@ def words(command: str, how: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize(("command", "how"), RUNNING, ids=[c[:60] for c, _ in RUNNING])
-def test_runs(place: Path, command: str, how: dict[str, Any]) -> None:
+def test_runs(place, command, how):
     done = CliRunner().invoke(app, words(command, how), input=how.get("stdin"))
     assert done.exit_code == 0, (done.output, done.exception)
     assert how.get("prints", "") in done.output
 
 
 @pytest.mark.parametrize(("command", "how"), SERVING, ids=[c for c, _ in SERVING])
-def test_serves(place: Path, tmp_path: Path, command: str, how: dict[str, Any]) -> None:
-    log = tmp_path / "log"
-    arguments = [sys.executable, "-m", "dart_llm", *words(command, how), "--port", "0"]
-    with log.open("wb") as file:
-        process = subprocess.Popen(arguments, stdout=file, stderr=file, env={**os.environ})
-    try:
-        deadline = time.monotonic() + 120
-        while not (link := LINK.search(log.read_text())):
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-        page = httpx.get(link[0], trust_env=False, timeout=30)
+def test_serves(place, command, how):
+    name, *arguments = words(command, how)
+    assert name == "serve"
+    with serving(*arguments) as server:
+        page = httpx.get(server.url, trust_env=False, timeout=30)
         assert page.status_code == 200 and "<title>DART for LLMs" in page.text
-    finally:
-        process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 0, log.read_text()
+        server.end(signal.SIGINT)

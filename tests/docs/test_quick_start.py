@@ -1,10 +1,6 @@
 """The published quick start and the recipes: what people copy first."""
 
-from __future__ import annotations
-
-import csv
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -32,35 +28,32 @@ SPARSITIES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
 
 
 @pytest.mark.contract("published quick start")
-def test_the_published_quick_start_runs_line_by_line(tmp_path: Path) -> None:
+def test_the_published_quick_start_runs_line_by_line(tmp_path):
     desk = make_desk(tmp_path, real=True)
     write_gpt2(desk.root / "gpt2")
     done = desk.bash(PUBLISHED.replace("SHORT", SHORT), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     first, second = desk.configs()
-    published = {"device": "0", "model": "gpt2", "layer_topk": "all:auto", "masking_step": 10,
-                 "eval_perplexity": True, "method": "dart", "total_prune_percent": 50.0,
-                 "generation": 0, "knowledge_drift": None}  # fmt: skip
-    added = {"knowledge_drift": True, "generation": 500,
-             "custom_prompt_text": "Write about artificial intelligence"}  # fmt: skip
+    published = {"device": "0", "model": "gpt2", "layer_topk": "all:auto", "masking_step": 10}
+    published |= {"eval_perplexity": True, "method": "dart", "total_prune_percent": 50.0}
+    published |= {"generation": 0, "knowledge_drift": None}
+    added = {"knowledge_drift": True, "generation": 500}
+    added |= {"custom_prompt_text": "Write about artificial intelligence"}
     for config, expected in ((first, published), (second, published | added)):
         assert {name: config["settings"][name] for name in expected} == expected
         assert config["status"] == "complete"
         assert config["prune"]["sparsity"] == 0.5 and config["prune"]["masking_step"] == 10
     folders = sorted((desk.root / "results/gpt2-dart-0.5").iterdir())
     assert all((folder / "perplexity.json").is_file() for folder in folders)
-    with (folders[1] / "drift.csv").open() as file:
-        assert len(list(csv.DictReader(file))) > 1
+    assert len((folders[1] / "drift.csv").read_text().splitlines()) > 2
 
 
-@pytest.mark.parametrize(("recipe", "tasks"), [("small", 2), ("paper-llama-3.1-8b", 13)])
-def test_recipes_hold_every_method_at_every_sparsity(
-    recipe: str, tasks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recipes_hold_every_method_at_every_sparsity(monkeypatch):
     monkeypatch.chdir(ROOT)
-    cells = expand(collect(read_yaml(ROOT / f"recipes/{recipe}.yaml"), {}))
-    counts = Counter(cell.task for cell in cells)
-    assert len(counts) == tasks and set(counts.values()) == {1 + 4 * len(SPARSITIES)}
-    methods = list(dict.fromkeys(cell.method for cell in cells))
-    assert methods == ["dense", "griffin", "published", "dart", "dart-token"]
-    assert sorted({cell.sparsity for cell in cells if cell.method == "dart"}) == SPARSITIES
+    for recipe, tasks in (("small", 2), ("paper-llama-3.1-8b", 13)):
+        cells = expand(collect(read_yaml(ROOT / f"recipes/{recipe}.yaml"), {}))
+        counts = Counter(cell.task for cell in cells)
+        assert len(counts) == tasks and set(counts.values()) == {1 + 4 * len(SPARSITIES)}
+        methods = list(dict.fromkeys(cell.method for cell in cells))
+        assert methods == ["dense", "griffin", "published", "dart", "dart-token"]
+        assert sorted({cell.sparsity for cell in cells if cell.method == "dart"}) == SPARSITIES

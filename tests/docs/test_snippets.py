@@ -1,10 +1,6 @@
 """The Python blocks of the README and of the pages run as they stand, on a small model."""
 
-from __future__ import annotations
-
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,14 +20,14 @@ BLOCKS = [
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+def small(tmp_path_factory):
     folder = write_model(tmp_path_factory.mktemp("model") / "small")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_runs(block: str, small: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_runs(block, small, monkeypatch, tmp_path):
     from dart_llm import prune
 
     model, tokenizer = small

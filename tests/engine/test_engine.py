@@ -1,72 +1,65 @@
 """One attachment answers many requests: none of them shows in another, nor in the model after."""
 
-from __future__ import annotations
-
+import gc
 import json
 import random
 import threading
-from typing import Any
+import warnings
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+import dart_llm
+from dart_llm.engine import request as requests
 from dart_llm.engine.engine import Engine
-from dart_llm.engine.events import Mask, Record, Token
+from dart_llm.engine.events import Mask, Token
+from dart_llm.engine.request import mask_record
 from dart_llm.engine.requests import GenerationRequest as Ask
 from dart_llm.engine.requests import Sampling
-from dart_llm.errors import AttachError
+from dart_llm.errors import AttachError, ConfigError
+from dart_llm.patching.watch import Watch
+from dart_llm.pruning.config import PruneConfig
+from dart_llm.pruning.masks import LayerMask
 from dart_llm.session.run import prune
-from engine_cases import (
-    CONFIGS,
-    PROMPT,
-    all_alone,
-    alone,
-    ask,
-    half,
-    kinds,
-    own_model,
-    prepared,
-    tokenizer,
-)
+from engine_cases import CONFIGS, PROMPT, alone, ask, half, kinds, made_of, own_model, tokenizer
 from products import SHAPES
 from steps import Same
-from tiny import LAYERS, WIDTH, tiny
+from tiny import LAYERS, WIDTH, tiny, tokens
 
 
 @pytest.fixture(scope="module")
-def engine() -> Any:
-    with Same(own_model()), prepared() as engine:
+def engine():
+    with Same(own_model()), Engine(own_model(), tokenizer()) as engine:
+        for config in CONFIGS.values():
+            engine.prepare(config)
         yield engine
 
 
-def without_memory(report: Any) -> dict[str, Any]:
-    return report.to_dict() | {"extra_memory_bytes": 0}
-
-
 @pytest.fixture(scope="module")
-def wanted() -> dict[str, Any]:
-    return all_alone()
+def wanted():
+    return {name: alone(tiny(), config) for name, config in CONFIGS.items()}
 
 
 @pytest.mark.contract("exact restore")
 @pytest.mark.parametrize("name", [*SHAPES, "gemma3", "bloom"])
-def test_every_model(name: str) -> None:
-    model = own_model(name)
+def test_every_model(name):
+    model, late = own_model(name), half(masking_step=4)
     with Same(model):
-        plain = alone(model, None)[0]
-        pruned = alone(model, half(masking_step=4))
+        plain, (tokens, report) = alone(model, None)[0], alone(model, late)
         with Engine(model, tokenizer()) as engine:
             for _ in range(2):
                 answer, _ = ask(engine)
                 assert answer.tokens[0] == plain
                 assert answer.report.achieved_sparsity == 0 and answer.report.method == "dense"
-                answer, _ = ask(engine, half(masking_step=4))
-                assert answer.tokens[0] == pruned[0]
-                assert answer.report.to_dict() == pruned[1].to_dict()
-    assert alone(model, None)[0] == plain
+                answer, _ = ask(engine, late)
+                assert answer.tokens[0] == tokens
+                assert answer.report.to_dict() == report.to_dict()
 
 
-def test_requests_in_any_order(engine: Engine, wanted: dict[str, Any]) -> None:
+def test_requests_in_any_order(engine, wanted):
+    assert len({tokens for tokens, _ in wanted.values()}) >= 7
+    assert wanted["none"][0] == wanted["dense"][0]
     order = list(CONFIGS) * 2
     random.Random(0).shuffle(order)
     for place, name in enumerate(order):
@@ -80,26 +73,20 @@ def test_requests_in_any_order(engine: Engine, wanted: dict[str, Any]) -> None:
         tokens, report = wanted[name]
         assert answer.tokens[0] == tokens, name
         if report is not None:
-            assert without_memory(answer.report) == without_memory(report), name
-
-
-def test_pruned_answers_differ(wanted: dict[str, Any]) -> None:
-    assert len({tokens for tokens, _ in wanted.values()}) >= 7
-    assert wanted["none"][0] == wanted["dense"][0]
-
-
-def test_memory_is_that_of_the_request(engine: Engine) -> None:
+            without = {"extra_memory_bytes": 0}
+            assert answer.report.to_dict() | without == report.to_dict() | without, name
     for name in ("griffin", "dart-token", "griffin", "dense"):
-        config = CONFIGS[name]
-        with prune(tiny(), config or "dense") as run:
+        with prune(tiny(), CONFIGS[name] or "dense") as run:
             run.model.generate(torch.tensor([PROMPT]), max_new_tokens=40, do_sample=False)
-        assert ask(engine, config)[0].report.extra_memory_bytes == run.report().extra_memory_bytes
+        report = ask(engine, CONFIGS[name])[0].report
+        assert report.extra_memory_bytes == run.report().extra_memory_bytes
 
 
-def test_records(engine: Engine) -> None:
+def test_records(engine):
     answer, records = ask(engine, half(masking_step=3, drift="interval 8"), new=30, logprobs=2)
     assert kinds(records)[:3] == ["start", "remask", "mask"] and kinds(records)[-1] == "done"
-    made = [record for record in records if isinstance(record, Token)]
+    assert set(kinds(records)) == {"start", "remask", "mask", "done"}
+    made = made_of(records)
     assert [one.index for one in made] == list(range(30))
     assert tuple(one.id for one in made) == answer.tokens[0]
     assert "".join(one.text for one in made) == answer.texts[0]
@@ -114,26 +101,19 @@ def test_records(engine: Engine) -> None:
     at = records.index(masks[0])
     assert records[at - 1].kind == "remask" and records[at + 1] == made[4]
     assert masks[0].kept_share == (0.5,) * LAYERS
-    start = records[0].to_dict()
+    start, done = records[0].to_dict(), records[-1].to_dict()
     assert start["neurons"] == [WIDTH] * LAYERS and start["layers"] == LAYERS
     assert (start["method"], start["sparsity"]) == ("griffin", 0.5)
     assert [one["id"] for one in start["prompt"]] == list(PROMPT)
     assert "".join(one["text"] for one in start["prompt"]) == tokenizer().decode(PROMPT)
-    done = records[-1].to_dict()
     assert done["report"] == answer.report.to_dict() and done["texts"] == list(answer.texts)
-    assert {record.to_dict()["kind"] for record in records} == {
-        "start",
-        "token",
-        "remask",
-        "mask",
-        "done",
-    }
     for record in records:
+        assert record.to_dict()["kind"] == record.kind
         text = json.dumps(record.to_dict(), allow_nan=False)
         assert json.dumps(json.loads(text)) == text
 
 
-def test_checks_are_recorded(engine: Engine) -> None:
+def test_checks_are_recorded(engine):
     config = half(drift={"rule": "published"})
     with prune(tiny(), config) as run:
         run.model.generate(torch.tensor([PROMPT]), max_new_tokens=60, do_sample=False)
@@ -144,58 +124,44 @@ def test_checks_are_recorded(engine: Engine) -> None:
     assert built == list(run.remasks)
 
 
-def test_the_raster_is_the_mask(engine: Engine) -> None:
-    keep = {0: range(0, WIDTH, 2), 1: range(WIDTH), 2: range(24), 3: [0]}
-    with prune(tiny(), masks={layer: list(ids) for layer, ids in keep.items()}) as run:
-        run.model.generate(torch.tensor([PROMPT]), max_new_tokens=3, do_sample=False)
-    from dart_llm.engine.request import mask_record
-
-    masks = run._newest_masks()
+def test_the_raster_is_the_mask(engine):
+    kept = [torch.arange(0, WIDTH, 2), torch.arange(24), torch.tensor([0])]
+    masks = [None, *(LayerMask(ids, WIDTH, None) for ids in kept)]
     record = mask_record(masks, [WIDTH] * LAYERS, 7, 3)
-    assert record.kept_share == (0.5, 1.0, 0.5, 1 / WIDTH)
-    assert [list(row) for row in record.raster] == [
-        [255, 0] * 24,
-        [255] * WIDTH,
-        [255] * 24 + [0] * 24,
-        [255] + [0] * 47,
-    ]
-    from dart_llm.pruning.masks import LayerMask
-
+    assert record.kept_share == (1.0, 0.5, 0.5, 1 / WIDTH)
+    rows = [[255] * WIDTH, [255, 0] * 24, [255] * 24 + [0] * 24, [255] + [0] * 47]
+    assert [list(row) for row in record.raster] == rows
     wide = mask_record([LayerMask(torch.arange(0, 1000, 2), 1000, None), None], [1000, 97], 1, 0)
     assert [len(row) for row in wide.raster] == [96, 96]
     assert all(116 <= value <= 140 for value in wide.raster[0])
     _, records = ask(engine, CONFIGS["dart-token"])
     chosen = next(record for record in records if isinstance(record, Mask))
-    assert (
-        chosen.kept_share == (0.5,) * LAYERS and chosen.raster == (bytes([128] * WIDTH),) * LAYERS
-    )
+    assert chosen.kept_share == (0.5,) * LAYERS
+    assert chosen.raster == (bytes([128] * WIDTH),) * LAYERS
 
 
-def test_logprobs_are_those_of_a_plain_forward(engine: Engine) -> None:
+def test_logprobs_are_those_of_a_plain_forward(engine):
     answer, records = ask(engine, new=12, logprobs=3, temperature=1.5, seed=4)
-    made = [record for record in records if isinstance(record, Token)]
     whole = torch.tensor([[*PROMPT, *answer.tokens[0]]])
     with torch.no_grad():
         logits = own_model()(whole).logits[0, len(PROMPT) - 1 : -1]
-    wanted = torch.log_softmax(logits, -1)
-    for one, row in zip(made, wanted, strict=True):
+    for one, row in zip(made_of(records), torch.log_softmax(logits, -1), strict=True):
         assert one.logprob == pytest.approx(float(row[one.id]), abs=1e-4)
         best = row.topk(3)
         assert [top.id for top in one.top] == best.indices.tolist()
         assert [top.logprob for top in one.top] == pytest.approx(best.values.tolist(), abs=1e-4)
-    assert all(record.top is None for record in ask(engine)[1] if isinstance(record, Token))
+    assert all(record.top is None for record in made_of(ask(engine)[1]))
 
 
 @pytest.mark.parametrize("config", [None, half()], ids=["dense", "griffin"])
-def test_several_choices(engine: Engine, config: Any) -> None:
-    answer, records = ask(engine, config, new=16, n=3, temperature=0.9, seed=11)
-    again, _ = ask(engine, config, new=16, n=3, temperature=0.9, seed=11)
-    other, _ = ask(engine, config, new=16, n=3, temperature=0.9, seed=12)
-    assert answer.tokens == again.tokens and answer.tokens != other.tokens
+def test_several_choices(engine, config):
+    settings = {"new": 16, "n": 3, "temperature": 0.9}
+    answer, records = ask(engine, config, seed=11, **settings)
+    assert answer.tokens == ask(engine, config, seed=11, **settings)[0].tokens
+    assert answer.tokens != ask(engine, config, seed=12, **settings)[0].tokens
     assert len(set(answer.tokens)) == 3
-    made = [record for record in records if isinstance(record, Token)]
     for choice in range(3):
-        own = [one for one in made if one.choice == choice]
+        own = [one for one in made_of(records) if one.choice == choice]
         assert tuple(one.id for one in own) == answer.tokens[choice]
         assert "".join(one.text for one in own) == answer.texts[choice]
     count = sum(map(len, answer.tokens))
@@ -206,60 +172,93 @@ def test_several_choices(engine: Engine, config: Any) -> None:
     assert set(greedy.tokens) == {alone(tiny(), config)[0]}
 
 
-def test_rows_that_end_early_are_neither_told_nor_counted(engine: Engine) -> None:
+def test_rows_that_end_early_are_neither_told_nor_counted(engine):
     settings = {"new": 40, "n": 4, "temperature": 1.0, "seed": 3}
     free, _ = ask(engine, half(), **settings)
-    stop = free.texts[0][5:7]
-    answer, records = ask(engine, half(), stop=(stop,), **settings)
+    answer, records = ask(engine, half(), stop=(free.texts[0][5:7],), **settings)
     lengths = [len(tokens) for tokens in answer.tokens]
     assert answer.finish[0] == "stop" and lengths[0] <= 8 and max(lengths) > lengths[0]
-    made = [record for record in records if isinstance(record, Token)]
+    made = made_of(records)
     assert [sum(one.choice == row for one in made) for row in range(4)] == lengths
     assert answer.report.decoded_tokens == sum(lengths) - 4
 
 
-def test_cancelled_within_one_token(engine: Engine) -> None:
-    records: list[Record] = []
-    made = lambda: sum(record.kind == "token" for record in records)  # noqa: E731
-    answer = engine.run(Ask(PROMPT, config=half()), records.append, lambda: made() >= 5)
+def test_stop_strings(engine):
+    text, tokens = (plain := ask(engine)[0]).texts[0], plain.tokens[0]
+    for start, end in ((10, 14), (3, 4), (20, 29)):
+        stop = text[start:end]
+        answer, records = ask(engine, stop=("\u4e16", stop))
+        assert answer.finish == ("stop",) and answer.texts[0] == text[: text.index(stop)]
+        assert answer.tokens[0] == tokens[: len(answer.tokens[0])]
+        assert "".join(record.text for record in made_of(records)) == answer.texts[0]
+    never = ask(engine, stop=(text[-2:] + "\u4e16",))[0]
+    assert never.finish == ("length",) and never.texts == (text,)
+
+
+def test_the_end_of_a_text():
+    model = tiny()
+    plain = alone(model, None)[0]
+    end = plain[7]
+    model.generation_config.eos_token_id = [2, end]
+    short = plain[: plain.index(end) + 1]
+    assert alone(model, None)[0] == short
+    with Engine(model, tokenizer()) as engine:
+        answer, records = ask(engine)
+    assert answer.tokens[0] == short and answer.finish == ("stop",)
+    last = made_of(records)[-1]
+    assert (last.id, last.text) == (end, "") and last.piece
+    assert answer.texts[0] == tokenizer().decode(short[:-1], skip_special_tokens=True)
+
+
+def test_a_prompt_of_several_pieces(engine, monkeypatch):
+    whole = {name: ask(engine, config) for name, config in CONFIGS.items()}
+    monkeypatch.setattr(requests, "PIECE", 23)  # the second piece is one token
+    for name, config in CONFIGS.items():
+        answer, _ = ask(engine, config)
+        assert answer.tokens == whole[name][0].tokens
+        assert answer.report.prompt_tokens == len(PROMPT)
+        assert answer.report.decoded_tokens == 39
+    calls = iter([False, True])
+    answer = engine.run(Ask(PROMPT), cancelled=lambda: next(calls))
+    assert answer.tokens == ((),) and answer.finish == ("cancelled",)
+
+
+def test_cancelled_within_one_token(engine):
+    records = []
+    answer = engine.run(Ask(PROMPT, config=half()), records.append, lambda: len(records) > 7)
+    assert kinds(records) == ["start", "remask", "mask", "done"]
     assert len(answer.tokens[0]) == 5 and answer.finish == ("cancelled",)
-    assert records[-1].kind == "done" and answer.report.decoded_tokens == 4
     assert answer.usage.completion_tokens == 5 and answer.timings.predicted_n == 4
+    assert answer.report.decoded_tokens == 4
 
 
-def test_an_error_leaves_nothing(engine: Engine, wanted: dict[str, Any]) -> None:
-    class Broken(Exception):
-        pass
+def test_an_error_leaves_nothing(engine, wanted):
+    records = []
 
-    records: list[Record] = []
-
-    def emit(record: Record) -> None:
+    def emit(record):
         records.append(record)
         if isinstance(record, Token) and record.index == 6:
-            raise Broken("secret")
+            raise OSError("secret")
 
-    with pytest.raises(Broken):
+    with pytest.raises(OSError, match="secret"):
         engine.run(Ask(PROMPT, config=half(), conversation="a"), emit)
-    assert records[-1].to_dict() == {
-        "kind": "error",
-        "id": records[0].id,
-        "message": "the request failed",
-    }
+    told = {"kind": "error", "id": records[0].id, "message": "the request failed"}
+    assert records[-1].to_dict() == told
     assert not engine._host.patch.controller.sequences and engine._host.patch.loop is None
     assert ask(engine, conversation="a")[0].usage.cached_tokens == 0
     assert ask(engine, half())[0].tokens[0] == wanted["griffin"][0]
 
 
-def test_one_at_a_time(engine: Engine) -> None:
-    refused: list[BaseException] = []
+def test_one_at_a_time(engine):
+    refused = []
 
-    def second() -> None:
+    def second():
         for call in (lambda: ask(engine), lambda: engine.prepare(None), engine.close):
             with pytest.raises(AttachError, match="answering another request") as error:
                 call()
             refused.append(error.value)
 
-    def emit(record: Record) -> None:
+    def emit(record):
         if record.kind == "start":
             thread = threading.Thread(target=second)
             thread.start()
@@ -267,12 +266,132 @@ def test_one_at_a_time(engine: Engine) -> None:
 
     engine.run(Ask(PROMPT, Sampling(max_tokens=2)), emit)
     assert len(refused) == 3
-    assert len(ask(engine)[0].tokens[0]) == 40
-
-
-def test_the_model_can_still_generate_between_requests(engine: Engine) -> None:
-    ask(engine, half())
+    # between requests the model can still generate, and is still taken
     made = own_model().generate(torch.tensor([PROMPT]), max_new_tokens=40, do_sample=False)
-    assert tuple(made[0, len(PROMPT) :].tolist()) == alone(tiny(), None)[0]
+    assert tuple(made[0, len(PROMPT) :].tolist()) == ask(engine)[0].tokens[0]
     with pytest.raises(AttachError, match="already being pruned"):
         prune(own_model(), "griffin").attach()
+
+
+def test_learning_while_serving(monkeypatch, tmp_path):
+    monkeypatch.setenv("DART_CACHE", str(tmp_path))  # other tests have learnt from this model
+    model, news = tiny(), []
+    with Same(model):
+        with Engine(model, tokenizer(), say=news.append) as engine:
+            first, _ = ask(engine, half("griffin"), new=8, conversation="a")
+            assert not news
+            engine.prepare(half("dart"))
+            assert any(line.startswith("learning gradients") for line in news)
+            count = len(news)
+            dart, _ = ask(engine, half("dart"))
+            ask(engine, half("dart", masking_step=3))
+            assert len(news) == count
+            glass, _ = ask(engine, half("glass"))
+            assert len(news) > count
+            longer = (*PROMPT, *first.tokens[0], 5, 6)
+            again, _ = ask(engine, half("griffin"), longer, conversation="a")
+            assert again.usage.cached_tokens == len(PROMPT) + 7
+        assert dart.tokens[0] == alone(model, half("dart"))[0]
+        assert glass.report.method == "glass" and glass.report.achieved_sparsity == 0.5
+
+
+LONG = tuple(tokens(1, 513)[0].tolist())
+UNSERVED = [
+    (half(executor="masked"), 'served by executor "compact"'),
+    (PruneConfig.build("dense-4bit"), "weights of 4 bits"),
+    (PruneConfig.build("griffin", budget={"table": "31:0.5"}), "layer 31 is out of range"),
+]
+REFUSED = [
+    *((lambda engine, one=one: engine.prepare(one), words) for one, words in UNSERVED),
+    *((lambda engine, one=one: ask(engine, one), words) for one, words in UNSERVED),
+    (lambda engine: Ask(()), "holds no token"),
+    (lambda engine: Ask(PROMPT, Sampling(n=2), conversation="a"), "ask for n 1"),
+    (lambda engine: ask(engine, ids=LONG), "513 tokens and the model's context holds 512"),
+]
+
+
+def test_what_cannot_be_served(engine):
+    for call, words in REFUSED:
+        with pytest.raises(ConfigError, match=words):
+            call(engine)
+    full, _ = ask(engine, ids=LONG[:510], new=40)
+    assert len(full.tokens[0]) == 3 and full.finish == ("length",)
+
+
+def test_executor_graph():
+    """Without a GPU the same steps run call by call; in float64, where rounding decides no tie."""
+    model = tiny(dtype=torch.float64)
+    with Same(model), Engine(model, tokenizer(), executor="graph") as engine:
+        for name in ("griffin", "dense", "dart", "dart-token", "griffin", "published"):
+            answer, _ = ask(engine, CONFIGS[name])
+            assert answer.tokens[0] == alone(tiny(dtype=torch.float64), CONFIGS[name])[0], name
+            # tokens that choose change a step's shapes; "published" watches an attention output
+            whole = name not in ("dart-token", "published")
+            assert answer.report.executor == ("graph" if whole else "compact")
+
+
+def test_engines_that_cannot_be():
+    model = tiny()
+    with pytest.raises(ConfigError, match=r"call model\.eval\(\) first"):
+        Engine(model.train(), tokenizer())
+    model.eval()
+    with pytest.raises(ConfigError, match="executor"):
+        Engine(model, tokenizer(), executor="fast")
+    with Same(model), Engine(model, tokenizer(), executor="masked") as engine:
+        assert engine.executor == "masked"
+        assert ask(engine, half())[0].report.executor == "masked"
+        with pytest.raises(AttachError, match="already being pruned"):
+            Engine(model, tokenizer())
+        dart_llm.restore(model)
+        with pytest.raises(AttachError, match="detached"):
+            ask(engine)
+    engine.close()
+    with pytest.raises(AttachError, match="closed"):
+        ask(engine)
+
+
+def test_an_engine_that_fails_to_attach_leaves_nothing(monkeypatch):
+    monkeypatch.setattr(Watch, "look", Mock(side_effect=RuntimeError))  # the last step
+    model = tiny()
+    with Same(model), pytest.raises(RuntimeError):
+        Engine(model, tokenizer())
+
+
+@pytest.fixture
+def no_collector():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def _tensors():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some module of torch warns when it is looked at
+        return sum(isinstance(one, torch.Tensor) for one in gc.get_objects())
+
+
+@pytest.mark.parametrize(
+    ("config", "goes_on"),
+    [(None, 99), (None, 4), (half(), 99), (half(), 0), (half(drift="interval 4"), 4), (half(), -2)],
+)
+def test_no_tensor_stays(no_collector, config, goes_on):
+    """Nothing is left for the collector; after so many tokens it is cancelled, or fails (-2)."""
+    with Engine(tiny(), tokenizer()) as engine:
+
+        def request():
+            calls = iter(range(abs(goes_on)))
+            stop = {} if goes_on < 0 else {"default": None}
+            try:
+                engine.run(
+                    Ask(PROMPT, Sampling(max_tokens=12), config),
+                    cancelled=lambda: next(calls, *stop.values()) is None,
+                )
+            except StopIteration:
+                assert goes_on < 0
+
+        request()
+        before = _tensors()
+        for _ in range(3):
+            request()
+        assert _tensors() <= before

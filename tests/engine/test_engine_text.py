@@ -1,21 +1,108 @@
-"""Text while tokens arrive: whole characters, and nothing of a stop string."""
+"""The next token: from which ones, how often, the same again.  Its text: whole, without stops."""
 
-from __future__ import annotations
+import dataclasses
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dart_llm.engine.decoding import HALF, Pieces, StopFinder, TextStream
+from dart_llm.engine.decoding import FEW, Pieces, Sampler, StopFinder
+from dart_llm.engine.events import Check, Likely, Scores
+from dart_llm.engine.requests import Sampling
+from dart_llm.errors import ConfigError, DartError
+from dart_llm.pruning.records import DriftCheck
+from dart_llm.session.generation import HALF, TextStream
 from engine_cases import tokenizer
 from tiny import VOCAB
 
 TEXTS = st.text("abc", max_size=30)
-STOPS = st.lists(st.text("abc", min_size=1, max_size=5), min_size=1, max_size=4)
+STOPS = st.lists(st.text("abc", min_size=1, max_size=5), max_size=4)
 IDS = st.lists(st.integers(0, VOCAB - 1), max_size=40)
 
 
-def first_end(text: str, stops: list[str]) -> tuple[int, int] | None:
+def chances(seed, size=300):
+    return torch.randn(1, size, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def drawn(logits, count, **settings):
+    sampler = Sampler(Sampling(seed=1, **settings))
+    found = torch.tensor([sampler.choose(logits)[0] for _ in range(count)])
+    return torch.bincount(found, minlength=logits.shape[1]) / count
+
+
+def test_tokens_come_as_often_as_they_should():
+    logits = chances(0, 8)
+    for temperature in (0.5, 2.0):
+        wanted = torch.softmax(logits[0] / temperature, 0)
+        assert torch.allclose(drawn(logits, 10000, temperature=temperature), wanted, atol=0.02)
+
+
+@pytest.mark.parametrize(("top_p", "seed"), [(0.05, 0), (0.3, 1), (0.9, 2), (0.9999, 3)])
+def test_top_p_keeps_the_likeliest(top_p, seed):
+    logits = chances(seed)
+    order = torch.softmax(logits[0].double(), 0).sort(descending=True)
+    inside = int((order.values.cumsum(0) < top_p).sum()) + 1
+    assert (inside > FEW) == (top_p > 0.8)
+    found = drawn(logits, 3000, temperature=1.0, top_p=top_p)
+    allowed = set(order.indices[:inside].tolist())
+    assert set(found.nonzero().flatten().tolist()) <= allowed
+    wanted = order.values[0] / order.values[:inside].sum()
+    assert float(found[order.indices[0]]) == pytest.approx(float(wanted), abs=0.04)
+
+
+def test_greedy_and_almost_greedy():
+    logits = torch.cat([chances(seed) for seed in range(3)])
+    best = logits.argmax(-1).tolist()
+    assert Sampler(Sampling(n=3)).choose(logits) == best
+    for temperature, top_p in ((1.0, 1e-9), (1e-9, 1.0), (1e-45, 0.9), (5e-324, 1.0)):
+        sampler = Sampler(Sampling(n=3, temperature=temperature, top_p=top_p, seed=0))
+        assert sampler.choose(logits) == best
+    for bad in (float("nan"), float("inf")):
+        logits[0, 7] = bad
+        with pytest.raises(DartError, match="not finite"):
+            Sampler(Sampling()).choose(logits)
+
+
+def test_seeds():
+    flat = torch.zeros(3, 1000)
+
+    def three(seed):
+        sampler = Sampler(Sampling(n=3, temperature=1.0, seed=seed))
+        return [sampler.choose(flat) for _ in range(4)]
+
+    assert three(5) == three(5)
+    assert three(5) != three(6) and three(None) != three(None)
+    rows = list(zip(*three(5), strict=True))
+    assert len(set(rows)) == 3
+    alone = Sampler(Sampling(temperature=1.0, seed=5))
+    assert tuple(alone.choose(flat[:1])[0] for _ in range(4)) == rows[0]
+
+
+REFUSED = [
+    ({"max_tokens": 0}, "max_tokens 0 must be 1 or more"),
+    ({"temperature": -1.0}, "temperature -1 must be"),
+    ({"temperature": float("nan")}, "temperature nan"),
+    ({"temperature": float("inf")}, "temperature inf"),
+    ({"top_p": 0.0}, r"top_p 0 must lie in \(0, 1\]"),
+    ({"top_p": 1.5}, r"top_p 1.5"),
+    ({"seed": 2**63}, "64 bits"),
+    ({"n": 0}, "n 0 must be 1 to 128"),
+    ({"n": 129}, "n 129"),
+    ({"stop": ("a", "")}, "empty stop string"),
+    ({"stop": ("a",) * 17}, "17 stop strings are too many"),
+    ({"logprobs": -1}, "logprobs -1 must be 0 to 20"),
+    ({"logprobs": 21}, "logprobs 21"),
+]
+
+
+def test_what_cannot_be_asked():
+    for given_, words in REFUSED:
+        with pytest.raises(ConfigError, match=words):
+            Sampling(**given_)
+
+
+def first_end(text, stops):
     """End and beginning of the stop string that is complete first, the longest of several."""
     found = [
         (end, end - len(stop))
@@ -28,8 +115,9 @@ def first_end(text: str, stops: list[str]) -> tuple[int, int] | None:
 
 @settings(deadline=None)
 @given(TEXTS, STOPS, st.data())
-def test_stop_strings_do_not_depend_on_how_a_text_is_cut(text, stops, data) -> None:
+def test_stop_strings_do_not_depend_on_how_a_text_is_cut(text, stops, data):
     finder, shown, rest = StopFinder(stops), "", text
+    begun = {stop[:n] for stop in stops for n in range(1, len(stop))}
     while rest and not finder.found:
         cut = data.draw(st.integers(1, len(rest)))
         shown += finder.add(rest[:cut])
@@ -37,12 +125,8 @@ def test_stop_strings_do_not_depend_on_how_a_text_is_cut(text, stops, data) -> N
         seen = text[: len(text) - len(rest)]
         if not finder.found:
             # nothing that may belong to a stop string, and nothing more than that, is held back
-            begun = {stop[:n] for stop in stops for n in range(1, len(stop))}
-            held = seen[len(shown) :]
-            longest = max(
-                n for n in range(len(seen) + 1) if seen[len(seen) - n :] in begun or not n
-            )
-            assert seen.startswith(shown) and len(held) == longest
+            ends = (n for n in range(len(seen) + 1) if seen[len(seen) - n :] in begun or not n)
+            assert seen.startswith(shown) and len(seen) - len(shown) == max(ends)
     end = first_end(text, stops)
     assert finder.found == (end is not None)
     if end is None:
@@ -52,33 +136,26 @@ def test_stop_strings_do_not_depend_on_how_a_text_is_cut(text, stops, data) -> N
 
 
 @settings(deadline=None)
-@given(TEXTS)
-def test_without_stop_strings_nothing_is_held_back(text) -> None:
-    finder = StopFinder(())
-    assert finder.add(text) == text and finder.end() == "" and not finder.found
-
-
-@settings(deadline=None)
 @given(IDS)
-def test_streamed_text_is_the_decoded_one(ids) -> None:
+def test_streamed_text_and_pieces_are_the_decoded_text(ids):
     stream = TextStream(tokenizer())
-    parts = [stream.add(token) for token in ids]
-    shown = "".join(parts)
+    shown = "".join(stream.add(token) for token in ids)
     whole = tokenizer().decode(ids, skip_special_tokens=True)
     assert whole.startswith(shown)
     assert not shown.endswith(HALF) and shown + stream.end() == whole
+    pieces = Pieces(tokenizer()).of(ids)
+    assert len(pieces) == len(ids)
+    if HALF not in (whole := tokenizer().decode(ids)):
+        assert "".join(pieces) == whole
 
 
-@pytest.mark.parametrize("text", ["été", "über ö", "plain"])
-def test_a_character_comes_when_it_is_whole(text: str) -> None:
-    stream, shown = TextStream(tokenizer()), ""
-    for token in tokenizer()(text).input_ids:
-        shown += stream.add(token)
-        assert text.startswith(shown)
-    assert shown == text and stream.end() == ""
-
-
-def test_pieces_of_a_prompt() -> None:
+def test_a_character_comes_when_it_is_whole():
+    for text in ("été", "über ö", "plain"):
+        stream, shown = TextStream(tokenizer()), ""
+        for token in tokenizer()(text).input_ids:
+            shown += stream.add(token)
+            assert text.startswith(shown)
+        assert shown == text and stream.end() == ""
     pieces = Pieces(tokenizer())
     ids = tokenizer()("<s>é b</s>").input_ids
     assert pieces.of(ids) == ["<s>", "", "é", " ", "b", "</s>"]
@@ -86,10 +163,15 @@ def test_pieces_of_a_prompt() -> None:
     assert pieces.of(ids[:2]) == ["<s>", HALF]
 
 
-@settings(deadline=None)
-@given(IDS)
-def test_pieces_are_the_whole_text(ids) -> None:
-    pieces = Pieces(tokenizer()).of(ids)
-    assert len(pieces) == len(ids)
-    if HALF not in (whole := tokenizer().decode(ids)):
-        assert "".join(pieces) == whole
+def test_records_of_checks_and_scores():
+    """The first window of a rule has nothing to compare with: it has no similarity."""
+    values = {field.name: 0 for field in dataclasses.fields(DriftCheck)}
+    told = {("arming", 0.0): None, ("arming", 0.4): 0.4, ("armed", 0.0): 0.0, ("held", 0.3): 0.3}
+    for (state, similarity), expected in told.items():
+        found = Check(DriftCheck(**{**values, "state": state, "similarity": similarity})).to_dict()
+        assert (found["kind"], found["state"], found["similarity"]) == ("check", state, expected)
+    assert Scores((None, -0.5), ((), (Likely(3, "a", -0.5),))).to_dict() == {
+        "kind": "scores",
+        "logprobs": [None, -0.5],
+        "top": [[], [{"id": 3, "text": "a", "logprob": -0.5}]],
+    }

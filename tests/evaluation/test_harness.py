@@ -1,10 +1,9 @@
-"""lm-eval's tasks through our path: dense as lm-eval's own model, different when pruned."""
-
-from __future__ import annotations
+"""lm-eval's tasks through our path: dense as lm-eval's own model, different when pruned, and the
+same bytes when an interrupted measurement is resumed."""
 
 import functools
 import json
-from typing import Any
+import math
 
 import pytest
 import torch
@@ -14,11 +13,12 @@ from dart_llm.errors import ConfigError
 from dart_llm.evaluation import lm_eval as harness
 from dart_llm.evaluation.lm_eval_scoring import rolling_pairs
 from dart_llm.evaluation.measurement import LEAK
+from dart_llm.experiments import comparison, rows
+from dart_llm.session.prepare import PreparedMethod, prepare
 from lm_cases import (
     LETTERS,
     PAGES,
     QUESTIONS,
-    SCRAP,
     WRITING,
     Forwards,
     candidate,
@@ -27,11 +27,17 @@ from lm_cases import (
     measured,
     options,
 )
+from summary_cases import Kept
 from tiny import LAYERS, WIDTH
+
+AT_ONCE = (
+    "likelihood tasks: masks at once and no re-mask (masking_step 0, min_evidence 0, drift never)"
+)
+SHORT = "1 context was scored dense: fewer than 16 tokens"
 
 
 @functools.cache
-def plain(task: str, **how: Any) -> dict[str, Any]:
+def plain(task, **how):
     """lm-eval with its own Hugging Face model, at batch 8."""
     harness._library()
     from lm_eval.evaluator import evaluate
@@ -43,79 +49,45 @@ def plain(task: str, **how: Any) -> dict[str, Any]:
     model, tokenizer = loaded()
     with harness._no_bars():
         own = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
-        found: dict[str, Any] = evaluate(own, tasks, bootstrap_iters=0, log_samples=True)
-    return found
+        return evaluate(own, tasks, bootstrap_iters=0, log_samples=True)
 
 
-def plain_answers(task: str, **how: Any) -> list[list[Any]]:
-    samples = plain(task, **how)["samples"].values()
-    return [sample["resps"] for leaf in samples for sample in leaf]
-
-
-@pytest.mark.parametrize("task", ["tiny_choice", "tiny_letters", "tiny_short", "tiny_group"])
-def test_dense_likelihoods_equal_lm_evals_own(task):
-    found = measured(candidate(), task)
-    expected = [answer[0] for item in plain_answers(task) for answer in item]
+@pytest.mark.parametrize(
+    ("task", "how"), [("tiny_short", {}), ("tiny_group", {}), ("tiny_choice", {"num_fewshot": 2})]
+)
+def test_dense_likelihoods_equal_lm_evals_own(task, how):
+    found, own = measured(candidate(), task, options(**how)), plain(task, **how)
+    leaves = list(own["samples"])
+    samples = [sample for leaf in leaves for sample in own["samples"][leaf]]
+    expected = [answer[0] for sample in samples for answer in sample["resps"]]
     assert logprobs(found) == pytest.approx([prob for prob, _ in expected], abs=1e-4)
     greedy = [answer[0][1] for sample in found.samples for answer in sample["answers"]]
     assert greedy == [flag for _, flag in expected]
-    own = plain(task)
-    leaves = list(own["samples"])
     for leaf in leaves:
         metrics = found.subtasks[leaf] if len(leaves) > 1 else found.metrics
-        assert set(metrics) == {
-            k.removesuffix(",none")
-            for k in own["results"][leaf]
-            if k[-5:] == ",none" and "stderr" not in k
+        assert {f"{name},none": value for name, value in metrics.items()} == {
+            name: value
+            for name, value in own["results"][leaf].items()
+            if name.endswith(",none") and "stderr" not in name
         }
-        for name, value in metrics.items():
-            assert value == own["results"][leaf][f"{name},none"]
-    items = {item["id"]: item["acc"] for item in found.items}
-    assert items == {
-        f"{leaf}/{sample['doc_id']}": sample["acc"]
-        for leaf in leaves
-        for sample in own["samples"][leaf]
-    }
+    assert [item["acc"] for item in found.items] == [sample["acc"] for sample in samples]
+    names = [f"{leaf}/{sample['doc_id']}" for leaf in leaves for sample in own["samples"][leaf]]
+    assert [item["id"] for item in found.items] == names
     assert (found.metric, found.higher_is_better, found.accounting) == ("acc", True, None)
 
 
-def test_few_shot_contexts_equal_lm_evals_own():
-    found = measured(candidate(), "tiny_choice", options(num_fewshot=2))
-    expected = [
-        answer[0][0] for item in plain_answers("tiny_choice", num_fewshot=2) for answer in item
-    ]
-    assert logprobs(found) == pytest.approx(expected, abs=1e-4)
-    context = found.samples[0]["arguments"][0][0]
-    assert context.startswith(
-        "q: an example of what is cold\na: ice\n\nq: an example of what is red"
-    )
-    assert context.endswith(f"q: {QUESTIONS[0]['question']}\na:")
-
-
-def test_dense_texts_equal_lm_evals_own():
-    found = measured(candidate(), "tiny_write")
-    assert [sample["answers"] for sample in found.samples] == plain_answers("tiny_write")
-    assert (found.metric, found.metrics, len(found.items)) == (
-        "exact_match",
-        {"exact_match": 0.0},
-        3,
-    )
-
-
-def direct(context: tuple[int, ...], scored: tuple[int, ...]) -> float:
+def direct(context, scored):
     """Log-probability from one plain forward."""
     with torch.no_grad():
         logits = loaded()[0](torch.tensor([[*context, *scored]])).logits[0, len(context) - 1 : -1]
     return -float(cross_entropy(logits.float(), torch.tensor(scored), reduction="sum"))
 
 
-def test_dense_rolling_likelihood_equals_its_windows():
+def test_rolling_likelihoods_are_those_of_their_windows_and_pruned_after_the_first():
     how = options(prompt_tokens=40, scored_tokens=30)
-    found = measured(candidate(), "tiny_roll", how)
-    tokenizer = loaded()[1]
-    totals = []
-    for page in PAGES:
-        ids = tuple(tokenizer(page["text"]).input_ids)
+    found, tokenizer = measured(candidate(), "tiny_roll", how), loaded()[1]
+    every, totals = [tuple(tokenizer(page["text"]).input_ids) for page in PAGES], []
+    for ids in every:
         total = direct((tokenizer.bos_token_id,), ids[:40])
         for start in range(40, len(ids), 30):
             total += direct(ids[start - 40 : start], ids[start : start + 30])
@@ -127,205 +99,219 @@ def test_dense_rolling_likelihood_equals_its_windows():
         assert item["mean_loss"] * item["tokens"] == pytest.approx(-total, abs=1e-3)
     assert (found.metric, found.higher_is_better) == ("word_perplexity", False)
     size = sum(len(page["text"].encode()) for page in PAGES)
-    expected = torch.tensor(-sum(totals) / size).exp()
-    assert found.metrics["byte_perplexity"] == pytest.approx(float(expected), rel=1e-4)
+    assert found.metrics["byte_perplexity"] == pytest.approx(math.exp(-sum(totals) / size), 1e-4)
+    pruned, length = measured(candidate("griffin"), "tiny_roll", how), sum(map(len, every))
+    assert pruned.accounting["decoded_tokens"] == length
+    assert pruned.accounting["dense_token_share"] == pytest.approx(80 / length)
+    assert pruned.accounting["achieved_sparsity"] == pytest.approx(0.5 * (1 - 80 / length))
+    assert pruned.notes == (SHORT,)
+    for one, other in zip(pruned.items, found.items, strict=True):
+        assert abs(one["mean_loss"] - other["mean_loss"]) > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("length", "prompt", "scored"), [(1, 8, 8), (31, 8, 8), (32, 20, 7), (90, 8, 30)]
-)
-def test_rolling_windows_score_every_token_once(length, prompt, scored):
-    text = list(range(100, 100 + length))
-    pairs = rolling_pairs(text, 1, prompt, scored)
-    assert [token for _, continuation in pairs for token in continuation] == text
-    assert pairs[0][0] == (1,)
-    assert (len(pairs) == 1) == (length < 32)
-    position = len(pairs[0][1])
-    for context, continuation in pairs[1:]:
-        assert list(context) == text[max(0, position - prompt) : position]
-        position += len(continuation)
-    assert rolling_pairs([], 1, prompt, scored) == []
-
-
-def test_rolling_texts_are_pruned_after_their_first_window():
-    how = options(prompt_tokens=40, scored_tokens=30)
-    found = measured(candidate("griffin"), "tiny_roll", how)
-    lengths = [len(loaded()[1](page["text"]).input_ids) for page in PAGES]
-    assert found.accounting["decoded_tokens"] == sum(lengths)
-    assert found.accounting["dense_token_share"] == pytest.approx(80 / sum(lengths))
-    assert found.accounting["achieved_sparsity"] == pytest.approx(0.5 * (1 - 80 / sum(lengths)))
-    assert found.notes == ("1 context was scored dense: fewer than 16 tokens",)
-    dense = measured(candidate(), "tiny_roll", how)
-    assert all(
-        abs(a["mean_loss"] - b["mean_loss"]) > 1e-3
-        for a, b in zip(found.items, dense.items, strict=True)
-    )
-
-
-def test_a_text_too_short_for_masks_is_dense_and_says_so():
-    found = measured(candidate("griffin"), "tiny_scrap")
-    assert found.metrics == measured(candidate(), "tiny_scrap").metrics
-    assert found.accounting["decoded_tokens"] == len(SCRAP[0]["text"])
-    assert found.accounting["dense_token_share"] == 1.0
-    assert found.notes == ("1 context was scored dense: fewer than 16 tokens",)
+def test_rolling_windows_score_every_token_once():
+    for length, prompt, scored in ((1, 8, 8), (31, 8, 8), (32, 20, 7), (90, 8, 30)):
+        text = list(range(100, 100 + length))
+        (start, first), *pairs = rolling_pairs(text, 1, prompt, scored)
+        assert (start, bool(pairs)) == ((1,), length >= 32)
+        done = list(first)
+        for context, continuation in pairs:
+            assert list(context) == done[-prompt:]
+            done += continuation
+        assert done == text
+    assert rolling_pairs([], 1, 8, 8) == []
 
 
 @pytest.mark.parametrize("protocol", ["decode", "full", "published"])
-def test_pruned_scores_differ_from_dense_and_sparsity_0_does_not(protocol):
+def test_pruned_scores_differ_from_dense_and_are_counted(protocol):
     how = options(protocol=protocol)
-    dense = measured(candidate(), "tiny_choice", how)
-    pruned = measured(candidate("griffin"), "tiny_choice", how)
+    dense, pruned = (measured(candidate(x), "tiny_choice", how) for x in (None, "griffin"))
+    pairs = list(zip(logprobs(dense), logprobs(pruned), strict=True))
+    assert len(pairs) == 3 * len(QUESTIONS) and all(abs(a - b) > 1e-2 for a, b in pairs)
     nothing = measured(candidate("griffin", 0.0), "tiny_choice", how)
-    pairs = list(zip(logprobs(dense), logprobs(pruned), logprobs(nothing), strict=True))
-    assert len(pairs) == 3 * len(QUESTIONS)
-    assert all(abs(a - b) > 1e-2 for a, b, _ in pairs)
-    assert [c for _, _, c in pairs] == pytest.approx([a for a, _, _ in pairs], abs=1e-4)
     assert (nothing.items, nothing.metrics) == (dense.items, dense.metrics)
     assert nothing.accounting["achieved_sparsity"] == 0.0
     assert (pruned.protocol, pruned.accounting["achieved_sparsity"]) == (protocol, 0.5)
-    assert (LEAK in pruned.notes) == (protocol == "published")
-    assert dense.notes == ()
-
-
-def test_one_prompt_pass_per_context_and_one_batch_of_answers():
-    size = [len(f"q: {row['question']}\na:") for row in QUESTIONS]
-    widest = [max(len(choice) for choice in row["choices"]) + 1 for row in QUESTIONS]
-    expected = [
-        shape
-        for length, width in zip(size, widest, strict=True)
-        for shape in ((1, length - 1), (3, width))  # the last context token is fed with the answer
-    ]
-    for method in (None, "griffin"):
-        with Forwards(loaded()[0]) as ran:
-            measured(candidate(method), "tiny_choice")
-        assert ran.shapes == expected
-    with Forwards(loaded()[0]) as ran:
-        measured(candidate("griffin"), "tiny_letters")
-    assert [shape for shape in ran.shapes if shape[1] == 1] == [(1, 1)] * len(LETTERS)
-    assert len(ran.shapes) == 2 * len(LETTERS)
-
-
-def test_accounting_counts_decoded_tokens_exactly():
+    assert dense.notes == () and (LEAK in pruned.notes) == (protocol == "published")
+    masks = len(QUESTIONS) * (3 if protocol == "published" else 1)  # once per context
+    assert pruned.masks == masks
+    assert [int(c.sum()) for c in pruned.counts] == [masks * WIDTH // 2] * LAYERS
+    one = measured(candidate("griffin"), "tiny_choice", options(protocol=protocol, batch_size=1))
+    assert logprobs(one) == pytest.approx(logprobs(pruned), abs=1e-4)
+    contexts = [len(f"q: {row['question']}\na:") - 1 for row in QUESTIONS]
     answers = sum(len(choice) + 1 for row in QUESTIONS for choice in row["choices"])  # " answer"
-    found = measured(candidate("griffin"), "tiny_choice").accounting
-    assert (found["decoded_tokens"], answers) == (93, 93)
-    assert (found["dense_token_share"], found["remasks"]) == (0.0, 0)
-    assert found["prompt_tokens"] == sum(len(f"q: {row['question']}\na:") - 1 for row in QUESTIONS)
-    assert "sequences" not in found
-    letters = measured(candidate("griffin"), "tiny_letters").accounting
-    assert letters["decoded_tokens"] == len(LETTERS)  # four letters after one token
-    contexts = sum(len(f"q: {row['question']}\na:") * 3 for row in QUESTIONS)
-    full = measured(candidate("griffin"), "tiny_choice", options(protocol="full")).accounting
-    assert full["decoded_tokens"] == contexts + answers - 3 * len(QUESTIONS)
-    texts = measured(candidate("griffin"), "tiny_write")
-    tokens = [len(sample["answers"][0][0]) for sample in texts.samples]
-    stopped = [count < 10 for count in tokens]  # the line end that stops a text is a token too
-    assert texts.accounting["decoded_tokens"] == sum(tokens) + sum(stopped) - len(WRITING)
+    tokens = answers + (0 if protocol == "decode" else 3 * sum(contexts))
+    for found in (pruned.accounting, one.accounting):
+        assert (found["decoded_tokens"], found["dense_token_share"]) == (tokens, 0.0)
+        assert "sequences" not in found and found["remasks"] == 0
 
 
-def test_batch_size_changes_nothing():
-    for protocol in ("decode", "full"):
-        one, eight = (
-            measured(candidate("dart"), "tiny_choice", options(protocol=protocol, batch_size=size))
-            for size in (1, 8)
-        )
-        assert logprobs(one) == pytest.approx(logprobs(eight), abs=1e-4)
-        assert one.accounting["decoded_tokens"] == eight.accounting["decoded_tokens"]
-        assert one.masks == eight.masks == len(QUESTIONS)
+def test_one_prompt_pass_per_context():
+    with Forwards(loaded()[0]) as ran:
+        found = measured(candidate("griffin"), "tiny_choice").accounting
+    sizes = [len(f"q: {row['question']}\na:") - 1 for row in QUESTIONS]
+    widest = [max(len(choice) for choice in row["choices"]) + 1 for row in QUESTIONS]
+    pairs = zip(sizes, widest, strict=True)  # the last context token is fed with the answer
+    assert ran.shapes == [shape for n, wide in pairs for shape in ((1, n), (3, wide))]
+    assert found["prompt_tokens"] == sum(sizes)
 
 
 def test_short_contexts_are_dense_and_counted():
-    found = measured(candidate("griffin"), "tiny_short")
-    dense = measured(candidate(), "tiny_short")
+    found, dense = measured(candidate("griffin"), "tiny_short"), measured(candidate(), "tiny_short")
     assert logprobs(found)[:2] == pytest.approx(logprobs(dense)[:2], abs=1e-6)
-    assert all(
-        abs(a - b) > 1e-3 for a, b in zip(logprobs(found)[2:], logprobs(dense)[2:], strict=True)
-    )
+    pruned = zip(logprobs(found)[2:], logprobs(dense)[2:], strict=True)
+    assert all(abs(one - other) > 1e-3 for one, other in pruned)
     short = len(" duck") + len(" dog")
     long = sum(len(choice) + 1 for choice in QUESTIONS[1]["choices"])
-    assert found.accounting["decoded_tokens"] == short + long
-    assert found.accounting["dense_token_share"] == pytest.approx(short / (short + long))
-    assert found.accounting["achieved_sparsity"] == pytest.approx(0.5 * long / (short + long))
-    assert found.accounting["sparsity_while_pruned"] == pytest.approx(0.5)
-    assert found.notes == ("1 context was scored dense: fewer than 16 tokens",)
+    counted = {
+        "decoded_tokens": short + long,
+        "dense_token_share": short / (short + long),
+        "achieved_sparsity": 0.5 * long / (short + long),
+        "sparsity_while_pruned": 0.5,
+    }
+    assert {name: found.accounting[name] for name in counted} == pytest.approx(counted)
+    assert found.notes == (SHORT,)
 
 
-def test_an_item_that_ran_dense_although_pruning_was_asked_for_is_refused():
+def test_notes_and_an_item_that_ran_dense_although_pruning_was_asked_for():
+    assert measured(candidate("dart"), "tiny_choice").notes == (AT_ONCE,)
+    assert measured(candidate("griffin"), "tiny_choice").notes == ()
+    assert AT_ONCE not in measured(candidate("dart"), "tiny_roll").notes  # detectors are live there
+    assert measured(candidate("dart", min_evidence=4), "tiny_write").notes == ()
     with pytest.raises(ConfigError, match=r"griffin@0.5: all \d+ scored tokens .* ran dense"):
         measured(candidate("griffin", min_evidence=500), "tiny_write")
 
 
-def test_notes_say_that_likelihood_tasks_choose_masks_at_once():
-    note = (
-        "likelihood tasks: masks at once and no re-mask (masking_step 0, min_evidence 0, "
-        "drift never)"
-    )
-    assert measured(candidate("dart"), "tiny_choice").notes == (note,)
-    assert measured(candidate("griffin"), "tiny_choice").notes == ()
-    assert note not in measured(candidate("dart"), "tiny_roll").notes  # detectors are live there
-    writes = measured(candidate("dart", min_evidence=4), "tiny_write")
-    assert writes.notes == ()
+def texts(found):
+    return [sample["answers"][0] for sample in found.samples]
 
 
-def test_masks_are_counted_once_per_context():
-    for protocol in ("decode", "full"):
-        found = measured(candidate("griffin"), "tiny_choice", options(protocol=protocol))
-        assert found.masks == len(QUESTIONS)
-        assert len(found.counts) == LAYERS
-        assert [int(c.sum()) for c in found.counts] == [len(QUESTIONS) * WIDTH // 2] * LAYERS
-    leaking = measured(candidate("griffin"), "tiny_choice", options(protocol="published"))
-    assert leaking.masks == 3 * len(QUESTIONS)
-
-
-def test_generation_under_the_protocols():
+def test_texts_are_lm_evals_own_and_pruned_as_the_protocol_says():
     dense = measured(candidate(), "tiny_write")
+    assert [[text] for text in texts(dense)] == [
+        sample["resps"] for sample in plain("tiny_write")["samples"]["tiny_write"]
+    ]
+    assert (dense.metric, dense.metrics, len(dense.items)) == ("exact_match", {"exact_match": 0}, 3)
     decode = measured(candidate("griffin"), "tiny_write")
     full = measured(candidate("griffin"), "tiny_write", options(protocol="full"))
-    texts = [[s["answers"][0][0] for s in found.samples] for found in (dense, decode, full)]
-    assert texts[0] != texts[1] and texts[1] != texts[2]
+    assert texts(dense) != texts(decode) and texts(decode) != texts(full)
     # the first token comes from the prompt's logits: dense under decode
-    assert [text[:1] for text in texts[0]] == [text[:1] for text in texts[1]]
+    assert [text[0][:1] for text in texts(dense)] == [text[0][:1] for text in texts(decode)]
     prompts = sum(len(f"q: {row['question']}\na:") for row in WRITING)
     assert decode.accounting["prompt_tokens"] == prompts
+    sizes = [len(text[0]) for text in texts(decode)]
+    stopped = [size < 10 for size in sizes]  # the line end that stops a text is a token too
+    assert decode.accounting["decoded_tokens"] == sum(sizes) + sum(stopped) - len(WRITING)
     assert full.accounting["decoded_tokens"] > prompts
     assert full.accounting["achieved_sparsity"] == pytest.approx(0.5)
-    for found in (decode, full):
-        assert found.masks == len(WRITING)
-    nothing = measured(candidate("griffin", 0.0), "tiny_write", options(protocol="full"))
-    assert [s["answers"][0][0] for s in nothing.samples] == texts[0]
-
-
-def test_samples_that_are_drawn_differ_and_are_drawn_again_alike():
+    assert decode.masks == full.masks == len(WRITING)
     first, second = (measured(candidate("griffin"), "tiny_draw") for _ in range(2))
-    drawn = [sample["answers"][0] for sample in first.samples]
-    assert all(len(set(texts)) == 3 for texts in drawn)
-    assert drawn == [sample["answers"][0] for sample in second.samples]
-    assert first.masks == 3 * len(WRITING)
-    other = measured(candidate("griffin"), "tiny_draw", options(seed=1))
-    assert drawn != [sample["answers"][0] for sample in other.samples]
+    assert all(len(set(drawn)) == 3 for drawn in texts(first))  # drawn, and drawn again alike
+    assert texts(first) == texts(second) and first.masks == 3 * len(WRITING)
+    assert texts(first) != texts(measured(candidate("griffin"), "tiny_draw", options(seed=1)))
 
 
-def test_a_group_has_subtasks_and_an_overall_number():
+def test_a_group_has_subtasks_and_means_over_all_documents_where_tasks_have_means():
     found = measured(candidate("griffin"), "tiny_group")
     parts = {name: measured(candidate("griffin"), name) for name in ("tiny_choice", "tiny_letters")}
     assert found.subtasks == {name: dict(part.metrics) for name, part in parts.items()}
     assert found.items == tuple(item for part in parts.values() for item in part.items)
     right = sum(item["acc"] for item in found.items)
     assert found.metrics == {"acc": right / (len(QUESTIONS) + len(LETTERS))}
-    assert found.accounting["decoded_tokens"] == 93 + len(LETTERS)
-    assert found.task == "tiny_group"
-
-
-def test_progress_goes_by_documents():
-    for task, total in (("tiny_choice", 4), ("tiny_group", 9), ("tiny_roll", 2), ("tiny_write", 3)):
-        steps: list[int] = []
-        measured(candidate("griffin"), task, advance=steps.append)
-        assert sum(steps) == total == harness.count(task, options())
-        assert min(steps) == 1
-
-
-def test_a_measurement_is_json_with_finite_numbers():
-    found = measured(candidate("griffin"), "tiny_group")
-    text = json.dumps(found.to_dict(), allow_nan=False)
-    assert json.loads(text)["accounting"]["decoded_tokens"] == 98
+    document = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert document["accounting"]["decoded_tokens"] == 93 + len(LETTERS)
     json.dumps(list(found.samples), allow_nan=False)
+    pages = measured(candidate(), "tiny_pages")  # the perplexity is that of all words
+    words = sum(item["tokens"] for item in pages.items)
+    loss = math.fsum(item["mean_loss"] * item["tokens"] for item in pages.items) / words
+    assert len({item["tokens"] for item in pages.items}) == 3
+    assert pages.metrics == {"word_perplexity": pytest.approx(math.exp(loss))}
+    assert comparison.scores(pages.to_dict()).mean == pytest.approx(math.exp(loss))
+    own = measured(candidate(), "tiny_bytes")
+    assert (own.metric, own.higher_is_better) == ("byte_perplexity", False)
+    mean = comparison.scores(own.to_dict()).mean
+    assert mean == pytest.approx(own.metrics["byte_perplexity"])
+    assert own.metrics["bits_per_byte"] == pytest.approx(math.log2(mean))
+    lasts = measured(candidate("griffin"), "tiny_lasts")  # no mean of perplexities, no interval
+    assert all(part["perplexity"] > 1 for part in lasts.subtasks.values())
+    assert lasts.metrics == {"acc": sum(item["acc"] for item in lasts.items) / len(lasts.items)}
+    alone = measured(candidate("griffin"), "tiny_last").to_dict()
+    assert alone["metrics"]["perplexity"] > 1
+    assert rows._interval(alone, "perplexity") == "" != rows._interval(alone, "acc")
+
+
+def stop(documents):
+    raise InterruptedError
+
+
+def everything(found):
+    """All that is kept of a measurement, as bytes would be."""
+    counts = [count.tolist() for count in found.counts]
+    return json.dumps([found.to_dict(), list(found.samples), counts])
+
+
+def resumed(found, task, **how):
+    """Interrupted twice, then finished."""
+    parts, steps = Kept(), []
+    for _ in range(2):
+        with pytest.raises(InterruptedError):
+            measured(found, task, options(**how), parts, stop)
+    whole = measured(found, task, options(**how), parts, steps.append)
+    repeats = 3 if task == "tiny_draw" else 1
+    assert sum(steps) == repeats * harness.count(task, options(**how)) == repeats * len(whole.items)
+    return whole
+
+
+@pytest.mark.contract("resume gives the same bytes")
+@pytest.mark.parametrize(
+    ("task", "method", "how"),
+    [
+        ("tiny_choice", None, {}),
+        ("tiny_choice", "griffin", {"protocol": "published"}),
+        ("tiny_choice", "static", {}),
+        ("tiny_short", "griffin", {"protocol": "full"}),
+        ("tiny_roll", "dart", {"prompt_tokens": 80, "scored_tokens": 30}),
+        ("tiny_draw", "griffin", {}),
+        ("tiny_group", "dart", {}),
+    ],
+)
+def test_no_context_is_computed_twice_and_the_result_is_the_same(task, method, how):
+    found = candidate(method)
+    with Forwards(found.model) as ran:
+        whole = measured(found, task, options(**how))
+    with Forwards(found.model) as again:
+        assert everything(resumed(found, task, **how)) == everything(whole)
+    assert sorted(again.shapes) == sorted(ran.shapes)
+
+
+def test_masks_that_were_chosen_beforehand_count_alike_after_an_interruption(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the tide comes in twice a day and goes out again. " * 60, encoding="utf-8")
+    config = candidate("wanda", calibration={"sequences": 4, "length": 64}).config
+    own = prepare(*loaded(), config, str(text), str(tmp_path / "cache"))
+    assert own.held is not None
+    given = PreparedMethod(*loaded(), candidate("griffin").config, {0: [1, 2, 3], 2: [5, 7]})
+    for found in (own, given):
+        whole = measured(found, "tiny_choice")
+        assert everything(resumed(found, "tiny_choice")) == everything(whole)
+        assert whole.masks == 4  # one per context, as for masks that are chosen from it
+    assert whole.counts[0].tolist()[:5] == [0, 4, 4, 4, 0]
+    assert len(whole.counts[1]) == 0
+
+
+def test_parts_of_one_method_or_protocol_are_not_those_of_another():
+    parts = Kept()
+    first = measured(candidate("griffin"), "tiny_choice", options(), parts)
+    for found, how in (
+        (candidate("griffin", 0.25), options()),
+        (candidate(), options()),
+        (candidate("griffin"), options(protocol="full")),
+        (candidate("griffin"), options(num_fewshot=1)),
+    ):
+        size = len(parts.parts)
+        other = measured(found, "tiny_choice", how, parts)
+        assert everything(other) != everything(first)
+        assert len(parts.parts) == size + 4
+    size = len(parts.parts)
+    assert measured(candidate("griffin"), "tiny_choice", options(), parts) == first
+    assert len(parts.parts) == size

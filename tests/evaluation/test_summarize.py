@@ -1,246 +1,294 @@
-"""``summarize``: end to end on a tiny model, the protocols, and what must be refused."""
-
-from __future__ import annotations
+"""``summarize``: prompts cut to fit, the protocols on a tiny model, resuming, refusals."""
 
 import copy
 import json
-from collections.abc import Callable
+import re
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
-from dart_llm.data import texts
 from dart_llm.errors import ConfigError, DartError, UnknownName
-from dart_llm.evaluation import text_metrics as rouge
+from dart_llm.evaluation import summarization, text_metrics
 from dart_llm.evaluation.measurement import MeasureOptions
-from dart_llm.evaluation.summarization import count, fit
+from dart_llm.evaluation.summarization import CUE, INSTRUCTION, count, fit, measure
+from dart_llm.models.loading import load
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.session.prepare import PreparedMethod as Candidate
+from dart_llm.session.prepare import PreparedMethod
 from dart_llm.session.run import prune
 from steps import Same
-from summary_cases import (
-    DOCUMENTS,
-    OPTIONS,
-    Both,
-    candidate,
-    load_writer,
-    run,
-    texts_of,
-    write_documents,
+from summary_cases import DOCUMENTS, OPTIONS, Kept, candidate, run, texts_of, write_documents
+from tiny_gpt2 import make_talk, write_gpt2
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
+LONG = "".join(f"sentence number {i} is here. " for i in range(1, 41))
+FULL = MeasureOptions(max_output=12, protocol="full")
+ONE = MeasureOptions(max_output=12, limit=1)
+CUT = "the summary was cut at 12 tokens in 4 of 4 documents"
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory) -> Both:
-    return load_writer(tmp_path_factory.mktemp("gpt2"))
+def loaded(tmp_path_factory):
+    model, tokenizer = load(write_gpt2(tmp_path_factory.mktemp("gpt2")), dtype="float32")
+    make_talk(model, tokenizer)
+    return model, tokenizer
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
+def data(tmp_path_factory):
     return write_documents(tmp_path_factory.mktemp("data") / "four.jsonl")
 
 
-@pytest.fixture
-def ending(loaded) -> Callable[[str], Both]:
-    """The model and a tokenizer that ends sequences with a letter."""
-
-    def make(letter: str) -> Both:
-        tokenizer = copy.deepcopy(loaded[1])
-        tokenizer.eos_token = letter
-        return loaded[0], tokenizer
-
-    return make
+@pytest.fixture(scope="module")
+def dense(loaded, data):
+    return run(candidate(loaded), data)
 
 
-def greedy(loaded, prompt: list[int], tokens: int = OPTIONS.max_output) -> str:
+def frame(document):
+    return f"{INSTRUCTION}\n\n{document}\n\n{CUE}".lower()
+
+
+def test_a_long_document_loses_its_end_and_nothing_else_does(loaded):
+    base, room = loaded[1], 700 - 40 - len(frame(""))  # one token per character, lower case
+    prompt = fit(base, " A short one.\n", 1024, 100)
+    assert base.decode(prompt.ids) == frame("a short one.")
+    assert not prompt.shortened and not prompt.chat
+    assert fit(base, LONG, None, 100).document == LONG.strip()  # no context is known
+    for context in (150, 301, 1024):
+        prompt = fit(base, LONG, context, 40)
+        assert prompt.shortened and base.decode(prompt.ids) == frame(prompt.document)
+        assert context - len("sentence number 10 is here. ") < len(prompt.ids) + 40 <= context
+        assert LONG.startswith(prompt.document)
+    assert fit(base, LONG, 700, 40).document.endswith("is here.")
+    words = LONG.replace(".", "")  # the cut follows a sentence where one is near, else a word
+    assert words[len(fit(base, words, 700, 40).document)] == " "
+    assert fit(base, "x" * 900, 700, 40).document == "x" * room
+    lines = "".join(f"line {i:02d} without a stop\n" for i in range(40))
+    whole = r"(line \d\d without a stop\n)*line \d\d without a stop"
+    assert re.fullmatch(whole, fit(base, lines, 700, 40).document)
+    assert fit(base, LONG, 40 + len(frame("sentence")), 40).document == "sentence"
+    for context in (8, 40 + len(frame(""))):
+        with pytest.raises(ConfigError, match=f"context of {context} leaves no room"):
+            fit(base, LONG, context, 40)
+
+
+def test_the_chat_template_is_used_where_there_is_one_and_survives(loaded):
+    base, chat = loaded[1], copy.deepcopy(loaded[1])
+    chat.chat_template = TEMPLATE
+    prompt = fit(chat, LONG, 400, 40)
+    assert prompt.chat and prompt.shortened
+    assert chat.decode(prompt.ids) == f"<s>user: {frame(prompt.document)}</s><s>assistant: "
+    assert 400 - len("sentence number 10 is here. ") < len(prompt.ids) + 40 <= 400
+    assert fit(chat, LONG, 400, 40, chat=False).ids == fit(base, LONG, 400, 40).ids
+    assert fit(chat, LONG, 400, 40, chat=True).ids == prompt.ids
+
+
+def test_a_cut_can_make_two_tokens_of_one():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([INSTRUCTION * 3, "viele antidisestablishment Wörter"], trainer)
+    byte_pairs = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    text = "Überraschend 🙂 viele Wörter; antidisestablishmentarianism — 東京 " * 20
+    base = len(fit(byte_pairs, "", None, 1, chat=False).ids)
+    for room in range(base + 12, base + 60, 3):
+        ids = fit(byte_pairs, text, room + 16, 16, chat=False).ids
+        assert room - 24 < len(ids) <= room
+        assert byte_pairs.decode(ids).endswith(f"\n\n{CUE}")
+
+
+def greedy(loaded, prompt, tokens=OPTIONS.max_output):
     model, tokenizer = loaded
     ids = model.generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False)
     return str(tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True))
 
 
-def test_dense_end_to_end(loaded, data):
-    measured = run(candidate(loaded), data)
-    assert (measured.task, measured.metric) == (f"summarize:{data}", "rougeL")
-    assert measured.higher_is_better and measured.accounting is None and measured.masks == 0
-    assert [item["id"] for item in measured.items] == ["cat", "dog", "duck", "pig"]
-    for row, item, sample in zip(DOCUMENTS, measured.items, measured.samples, strict=True):
+def test_dense_end_to_end(loaded, data, dense):
+    assert (dense.task, dense.metric) == (f"summarize:{data}", "rougeL")
+    assert dense.higher_is_better and dense.accounting is None and dense.masks == 0
+    assert [item["id"] for item in dense.items] == ["cat", "dog", "duck", "pig"]
+    for row, item, sample in zip(DOCUMENTS, dense.items, dense.samples, strict=True):
         prompt = fit(loaded[1], row["document"], 1024, 12).ids
         assert sample["prompt_tokens"] == len(prompt)
         assert sample["text"] == greedy(loaded, prompt)
         assert sample["reference"] == row["summary"]
         assert (sample["finish"], item["tokens"], sample["shortened"]) == ("length", 12, False)
-        scores = {name: item[name] for name in rouge.METRICS}
-        assert scores == rouge.rouge_scores(sample["text"], row["summary"])
-    for name in rouge.METRICS:
-        mean = sum(item[name] for item in measured.items) / 4
-        assert measured.metrics[name] == pytest.approx(mean)
-    assert measured.notes == ("the summary was cut at 12 tokens in 4 of 4 documents",)
-    json.dumps(measured.to_dict(), allow_nan=False)
-
-
-def test_limit_and_count(loaded, data):
-    assert count(data, OPTIONS) == 4
+        scores = {name: item[name] for name in text_metrics.METRICS}
+        assert scores == text_metrics.rouge_scores(sample["text"], row["summary"])
+    for name in text_metrics.METRICS:
+        mean = sum(item[name] for item in dense.items) / 4
+        assert dense.metrics[name] == pytest.approx(mean)
+    assert dense.notes == (CUT,)
+    json.dumps(dense.to_dict(), allow_nan=False)
     two = MeasureOptions(max_output=12, limit=2)
-    assert count(data, two) == 2
-    assert [item["id"] for item in run(candidate(loaded), data, two).items] == ["cat", "dog"]
+    assert (count(data, OPTIONS), count(data, two)) == (4, 2)
+    assert run(candidate(loaded), data, two).items == dense.items[:2]
 
 
-def test_pruned_summaries_are_those_of_prune(loaded, data):
+def test_pruned_summaries_are_those_of_prune(loaded, data, dense):
     model, tokenizer = loaded
     with Same(model):
-        measured = run(candidate(loaded, "griffin"), data)
-    for row, text in zip(DOCUMENTS, texts_of(measured), strict=True):
-        with prune(model, "griffin", sparsity=0.5):
-            assert text == greedy(loaded, fit(tokenizer, row["document"], 1024, 12).ids)
-    assert texts_of(measured) != texts_of(run(candidate(loaded), data))
-    assert measured.accounting is not None
-    assert "sequences" not in measured.accounting
-    assert measured.accounting["achieved_sparsity"] == pytest.approx(0.5)
-    assert measured.accounting["decoded_tokens"] == 4 * 11
-    prompts = sum(sample["prompt_tokens"] for sample in measured.samples)
-    assert measured.accounting["prompt_tokens"] == prompts
-    assert measured.masks == 4
-    assert [int(layer.sum()) for layer in measured.counts] == [4 * 24] * 4  # half of 48 neurons
-
-
-@pytest.mark.parametrize("protocol", ["decode", "full", "published"])
-def test_sparsity_zero_is_dense(loaded, data, protocol):
-    dense = run(candidate(loaded), data)
-    options = MeasureOptions(max_output=12, protocol=protocol)
-    nothing = run(candidate(loaded, "griffin", 0.0), data, options)
-    assert texts_of(nothing) == texts_of(dense)
-    assert nothing.items == dense.items
-    assert nothing.accounting is not None
-    assert nothing.accounting["achieved_sparsity"] == 0
-
-
-def test_full_prunes_the_prompt_with_masks_of_its_dense_pass(loaded, data):
-    model, tokenizer = loaded
-    full = run(candidate(loaded, "griffin"), data, MeasureOptions(max_output=12, protocol="full"))
-    for row, text in zip(DOCUMENTS, texts_of(full), strict=True):
+        found = run(candidate(loaded, "griffin"), data)
+    full = run(candidate(loaded, "griffin"), data, FULL)
+    for row, text, whole in zip(DOCUMENTS, texts_of(found), texts_of(full), strict=True):
         prompt = fit(tokenizer, row["document"], 1024, 12).ids
+        with prune(model, "griffin", sparsity=0.5):
+            assert text == greedy(loaded, prompt)
         with prune(model, "griffin", sparsity=0.5) as chooser, torch.inference_mode():
-            model(torch.tensor([prompt]))
+            model(torch.tensor([prompt]))  # full: masks of the prompt's dense pass, for it too
             kept = {i: mask.ids for i, mask in enumerate(chooser.select()) if mask is not None}
         with prune(model, masks=kept) as given, given.decoding(prompt=True):
-            assert text == greedy(loaded, prompt)
-    assert full.accounting is not None
-    prompts = sum(sample["prompt_tokens"] for sample in full.samples)
+            assert whole == greedy(loaded, prompt)
+    assert len({*map(tuple, map(texts_of, (dense, found, full)))}) == 3
+    assert run(candidate(loaded, "griffin", 0.0), data).items == dense.items
+    assert "sequences" not in found.accounting
+    assert found.accounting["achieved_sparsity"] == pytest.approx(0.5)
+    assert found.accounting["decoded_tokens"] == 4 * 11
+    prompts = sum(sample["prompt_tokens"] for sample in found.samples)
+    assert found.accounting["prompt_tokens"] == prompts
+    assert found.masks == full.masks == 4
+    assert [int(layer.sum()) for layer in found.counts] == [4 * 24] * 4  # half of 48 neurons
     assert full.accounting["decoded_tokens"] == prompts + 4 * 11
     assert full.accounting["dense_token_share"] == 0
-    assert full.masks == 4
-    assert texts_of(full) != texts_of(run(candidate(loaded, "griffin"), data))
-
-
-def test_published_equals_full_and_says_so(loaded, data):
-    found = candidate(loaded, "griffin")
-    full, published = (
-        run(found, data, MeasureOptions(max_output=12, protocol=protocol))
-        for protocol in ("full", "published")
-    )
-    assert published.samples == full.samples and published.items == full.items
-    assert published.accounting == full.accounting
+    published = run(candidate(loaded, "griffin"), data, MeasureOptions("published", max_output=12))
+    assert published.samples == full.samples and published.accounting == full.accounting
     assert "published protocol" in published.notes[0] and "equals full" in published.notes[0]
     assert published.notes[1:] == full.notes
 
 
-@pytest.mark.parametrize("where", ["tokenizer", "model"])
-@pytest.mark.parametrize("method", [None, "griffin"])
-def test_a_summary_ends_with_the_sequence(loaded, data, ending, where, method, monkeypatch):
-    one = MeasureOptions(max_output=12, limit=1)
-    text = texts_of(run(candidate(loaded, method), data, one))[0]
+@pytest.mark.parametrize(("where", "method"), [("tokenizer", "griffin"), ("model", None)])
+def test_a_summary_ends_with_the_sequence(loaded, data, where, method, monkeypatch):
+    text = texts_of(run(candidate(loaded, method), data, ONE))[0]
     end = next(letter for letter in text[2:] if letter not in text[:2])
-    both = loaded
+    model, tokenizer = loaded[0], copy.deepcopy(loaded[1])
     if where == "tokenizer":
-        both = ending(end)
+        tokenizer.eos_token = end
     else:
-        ids = [2, loaded[1].convert_tokens_to_ids(end)]
-        monkeypatch.setattr(loaded[0].generation_config, "eos_token_id", ids)
-    measured = run(candidate(both, method), data, one)
-    sample, length = measured.samples[0], text.index(end)
-    assert sample["finish"] == "stop"
-    assert sample["text"] == text[:length]
-    assert measured.items[0]["tokens"] == length
-    assert measured.notes == ()
-    if method:
-        assert measured.accounting is not None
-        assert measured.accounting["decoded_tokens"] == length
+        ids = [2, tokenizer.convert_tokens_to_ids(end)]
+        monkeypatch.setattr(model.generation_config, "eos_token_id", ids)
+    found = run(candidate((model, tokenizer), method), data, ONE)
+    sample, length = found.samples[0], text.index(end)
+    assert (sample["finish"], sample["text"]) == ("stop", text[:length])
+    assert found.items[0]["tokens"] == length and found.notes == ()
+    assert method is None or found.accounting["decoded_tokens"] == length
 
 
-@pytest.mark.parametrize("method", [None, "griffin"])
-def test_an_empty_summary_scores_zero_and_is_counted(loaded, data, ending, method):
-    one = MeasureOptions(max_output=12, limit=1)
-    first = texts_of(run(candidate(loaded), data, one))[0][0]
-    measured = run(candidate(ending(first), method), data, one)
-    assert measured.metrics == dict.fromkeys(rouge.METRICS, 0.0)
-    assert (measured.items[0]["tokens"], measured.samples[0]["text"]) == (0, "")
-    notes = ["the summary is empty and scores 0 in 1 of 1 documents"]
-    if method:
-        notes.append("the summary ended before a token ran pruned in 1 of 1 documents")
-    assert list(measured.notes) == notes
+def test_empty_and_shortened_documents_are_counted(loaded, data, dense, tmp_path):
+    tokenizer = copy.deepcopy(loaded[1])
+    tokenizer.eos_token = texts_of(dense)[0][0]
+    empty = "the summary is empty and scores 0 in 1 of 1 documents"
+    unpruned = "the summary ended before a token ran pruned in 1 of 1 documents"
+    for method, notes in ((None, (empty,)), ("griffin", (empty, unpruned))):
+        found = run(candidate((loaded[0], tokenizer), method), data, ONE)
+        assert found.metrics == dict.fromkeys(text_metrics.METRICS, 0.0) and found.notes == notes
+        assert (found.items[0]["tokens"], found.samples[0]["text"]) == (0, "")
+    text = "the cat went to the market. " * 60
+    path = write_documents(tmp_path / "long.jsonl", {"document": text, "summary": "a cat."})
+    found = run(candidate(loaded), path)
+    assert found.samples[0]["shortened"] and text.startswith(found.samples[0]["document"])
+    assert 0 <= 1024 - 12 - found.samples[0]["prompt_tokens"] < len("the cat went to the market. ")
+    assert "the document was shortened to fit the context in 1 of 1 documents" in found.notes
 
 
-def test_a_dense_summary_that_should_be_pruned_fails(loaded, data):
-    found = candidate(loaded, "griffin", masking_step=50)
+def test_what_is_refused(loaded, data, monkeypatch):
+    late = candidate(loaded, "griffin", masking_step=50)
     with pytest.raises(ConfigError, match=r"griffin@0.5: all 11 decoded tokens .* ran dense"):
-        run(found, data)
-    short = run(found, data, MeasureOptions(max_output=2))
+        run(late, data)
+    short = run(late, data, MeasureOptions(max_output=2))
     assert "the summary ended before a token ran pruned in 4 of 4 documents" in short.notes
+    for options, kind, words in (
+        (MeasureOptions("decoding"), UnknownName, "did you mean decode"),
+        (MeasureOptions(max_output=0), ConfigError, "at least 1 token"),
+        (MeasureOptions(apply_chat_template=True), ConfigError, "no chat template"),
+        (MeasureOptions(max_output=1000), ConfigError, "context of 1024 leaves no room"),
+    ):
+        with pytest.raises(kind, match=words):
+            run(candidate(loaded), data, options)
+    weight = loaded[0].transformer.ln_f.weight
+    monkeypatch.setattr(weight, "data", torch.full_like(weight.data, torch.nan))
+    for method in (None, "griffin"):
+        with pytest.raises(DartError, match="a logit of document cat is not finite"):
+            run(candidate(loaded, method), data)
 
 
-def test_logits_that_are_not_finite_are_refused(loaded, data):
-    model = loaded[0]
-    weight = model.transformer.ln_f.weight
-    before = weight.detach().clone()
-    try:
-        with torch.no_grad():
-            weight[0] = float("nan")
-        for method in (None, "griffin"):
-            with pytest.raises(DartError, match="a logit of document cat is not finite"):
-                run(candidate(loaded, method), data)
-    finally:
-        with torch.no_grad():
-            weight.copy_(before)
+@pytest.fixture
+def calls(monkeypatch):
+    """The prompt lengths of all texts that were generated."""
+    made = []
+    real = summarization.generate
+
+    def counted(model, tokenizer, ids, *args, **kwargs):
+        made.append(ids.shape[1])
+        return real(model, tokenizer, ids, *args, **kwargs)
+
+    monkeypatch.setattr(summarization, "generate", counted)
+    return made
 
 
-def test_settings_that_mean_nothing(loaded, data):
-    with pytest.raises(UnknownName, match="did you mean decode"):
-        run(candidate(loaded), data, MeasureOptions(protocol="decoding"))
-    with pytest.raises(ConfigError, match="at least 1 token"):
-        run(candidate(loaded), data, MeasureOptions(max_output=0))
-    with pytest.raises(ConfigError, match="no chat template"):
-        run(candidate(loaded), data, MeasureOptions(apply_chat_template=True))
-    with pytest.raises(ConfigError, match="context of 1024 leaves no room"):
-        run(candidate(loaded), data, MeasureOptions(max_output=1000))
+@pytest.mark.contract("resume gives the same bytes")
+@pytest.mark.parametrize(
+    ("method", "options"), [(None, OPTIONS), ("dart", OPTIONS), ("griffin", FULL)]
+)
+def test_a_resumed_measurement_equals_an_uninterrupted_one(loaded, data, calls, method, options):
+    parts, done = Kept(), []
+
+    def advance(n):
+        done.append(n)
+        if len(done) == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        measure(candidate(loaded, method), data, options, parts, advance)
+    assert (len(calls), len(parts.parts)) == (2, 2)
+    resumed = measure(candidate(loaded, method), data, options, parts, done.append)
+    assert (len(calls), sum(done)) == (4, 6)
+    again = run(candidate(loaded, method), data, options, parts)
+    assert len(calls) == 4
+    whole = run(candidate(loaded, method), data, options)
+    for found in (resumed, again):
+        assert found == whole
+        assert json.dumps(found.to_dict()) == json.dumps(whole.to_dict())
+        assert all(map(torch.equal, found.counts, whole.counts))
 
 
-def test_shortened_documents_are_counted(loaded, tmp_path):
-    path, text = tmp_path / "long.jsonl", "the cat went to the market. " * 60
-    path.write_text(json.dumps({"document": text, "summary": "a cat."}) + "\n", encoding="utf-8")
-    measured = run(candidate(loaded), str(path))
-    sample = measured.samples[0]
-    assert sample["shortened"]
-    assert len(sample["document"]) < len(text) and text.startswith(sample["document"])
-    assert 1024 - 12 - len("the cat went to the market. ") < sample["prompt_tokens"] <= 1024 - 12
-    assert "the document was shortened to fit the context in 1 of 1 documents" in measured.notes
+def test_nothing_is_reused_where_the_value_would_differ(loaded, data, tmp_path, calls):
+    parts, dart = Kept(), PruneConfig.build("dart")
+    other = [{**row, "summary": "another one."} for row in DOCUMENTS]
+    runs = [
+        (candidate(loaded), write_documents(tmp_path / "changed.jsonl", *other), OPTIONS),
+        (candidate(loaded), data, MeasureOptions(max_output=13)),
+        (candidate(loaded, "griffin"), data, FULL),
+        (candidate(loaded), data, OPTIONS),
+        (candidate(loaded, "griffin"), data, OPTIONS),
+        (candidate(loaded, "griffin", executor="masked"), data, OPTIONS),
+        (candidate(loaded, "random"), data, OPTIONS),
+        (candidate(loaded, "random", seed=1), data, OPTIONS),
+        (PreparedMethod(*loaded, dart, masks={0: [1, 2]}), data, OPTIONS),
+        (PreparedMethod(*loaded, dart, masks={0: [1, 3]}), data, OPTIONS),
+    ]
+    for done, (found, documents, options) in enumerate(runs, 1):
+        run(found, documents, options, parts)
+        assert len(calls) == 4 * done
 
 
-@pytest.mark.smollm2
-def test_truth_on_a_real_text(smollm2, tmp_path):
-    path, text = tmp_path / "one.jsonl", texts.read("tides")[:1500]
-    row = {"document": text, "summary": "Gravity of Moon and Sun makes the tides of the sea."}
-    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    options = MeasureOptions(max_output=32)
-    dense = run(Candidate(*smollm2, None), str(path), options)
-    sample = dense.samples[0]
-    assert sample["chat"] and not sample["shortened"]
-    assert sample["prompt_tokens"] == 379
-    assert sample["text"].startswith("The tide is the slow rise and fall of the sea")
-    assert 0.3 < dense.metrics["rouge1"] < 0.6
-    config = PruneConfig.build("dart", sparsity=0.5)
-    pruned = run(Candidate(*smollm2, config), str(path), options)
-    assert "tide" in pruned.samples[0]["text"] and pruned.samples[0]["text"] != sample["text"]
-    assert 0.1 < pruned.metrics["rouge1"] < 0.6
-    assert pruned.accounting is not None
-    assert pruned.accounting["sparsity_while_pruned"] == pytest.approx(0.5, abs=1e-3)
-    assert pruned.accounting["decoded_tokens"] == pruned.items[0]["tokens"] - 1 == 31
+@pytest.mark.parametrize("protocol", ["decode", "full"])
+def test_masks_held_from_calibration_serve_every_document(loaded, data, protocol, calls):
+    model, tokenizer = loaded
+    options, parts = MeasureOptions(max_output=12, protocol=protocol), Kept()
+    config = PruneConfig.build("griffin", sparsity=0.5)
+    for text in ("one two three", "zebras & quails"):
+        with prune(model, config) as chooser, torch.inference_mode():
+            model(tokenizer(text, return_tensors="pt").input_ids)
+            held = chooser.select()
+        found = run(PreparedMethod(*loaded, config, held=held), data, options, parts)
+        assert found.accounting["sparsity_while_pruned"] == pytest.approx(0.5)
+        assert found.accounting["remask_causes"] == {"given": 4}
+        kept = [mask.ids.tolist() for mask in held if mask is not None]
+        assert [(layer == 4).nonzero().flatten().tolist() for layer in found.counts] == kept
+    assert len(calls) == 8

@@ -1,142 +1,129 @@
-"""Comparisons: what is paired with what, what is marked, and which numbers come out."""
+"""Comparisons: what is paired with what, what is said of it, and the files."""
 
-from __future__ import annotations
-
+import csv
+import json
 import math
-from typing import Any
 
 import pytest
+from rich.console import Console
 
-from dart_llm.experiments import comparison
-from dart_llm.experiments.comparison import Row
-from dart_llm.experiments.comparison_report import tables
-from fake_cells import ACC, METHODS, PPL, ROUGE, accuracy, cell, failed, flags, grid, one
+from dart_llm.evaluation.measurement import LEAK
+from dart_llm.experiments import comparison, comparison_report
+from dart_llm.experiments.comparison_report import conclusion, conclusions, footnotes, tables
+from fake_cells import (
+    ACC,
+    METHODS,
+    PPL,
+    ROUGE,
+    cell,
+    failed,
+    flags,
+    grid,
+    layer_curve,
+    measured,
+    measurement,
+    one,
+)
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[Row]:
+def rows():
     return comparison.rows(grid())
 
 
-def find(rows: list[Row], label: str, task: str = ACC) -> Row:
+def find(rows, label, task=ACC):
     (found,) = [row for row in rows if row.label == label and row.task == task]
     return found
 
 
-def test_rows_come_by_task_dense_first(rows: list[Row]) -> None:
+def test_rows_come_by_task_dense_first_with_their_accounting(rows):
     assert len(rows) == 4 * (1 + 3 * len(METHODS))
     assert list(dict.fromkeys(row.task for row in rows)) == [ACC, "mmlu_local", PPL, ROUGE]
     labels = [row.label for row in rows if row.task == ACC]
-    assert labels[:4] == ["dense", "static@0.3", "static@0.5", "static@0.7"]
-    assert labels[-1] == "dart@0.7"
-
-
-def test_a_row_has_its_accounting_beside_it(rows: list[Row]) -> None:
-    row = find(rows, "dart@0.5", ROUGE)
-    assert (row.asked, row.achieved, row.dense_share) == pytest.approx((0.5, 0.4375, 0.125))
-    assert row.while_pruned == pytest.approx(0.5)
-    assert row.remasks == 0 and row.executor == "compact"
-    assert row.bytes_share == pytest.approx(1 - 0.4375 + 0.031)
-    assert row.weight_bytes == 538_060_032 and row.items == 10
-    dense = find(rows, "dense")
+    assert [*labels[:3], labels[-1]] == ["dense", "static@0.3", "static@0.5", "dart@0.7"]
+    row, dense = find(rows, "dart@0.5", ROUGE), find(rows, "dense")
+    counted = (row.asked, row.achieved, row.dense_share, row.while_pruned, row.bytes_share)
+    assert counted == pytest.approx((0.5, 0.4375, 0.125, 0.5, 1 - 0.4375 + 0.031))
+    assert (row.remasks, row.executor, row.items) == (0, "compact", 10)
+    assert row.weight_bytes == 538_060_032
     assert (dense.achieved, dense.dense_share, dense.remasks, dense.bytes_share) == (0, 1, 0, 1)
     assert dense.to_dense is None and dense.to_griffin is None
 
 
-def test_metrics_and_differences_are_the_items_means(rows: list[Row]) -> None:
+def test_differences_are_the_items_means_and_perplexities_ratios(rows):
     row, dense, griffin = (find(rows, x) for x in ("dart@0.7", "dense", "griffin@0.7"))
-    assert row.interval is not None and row.to_dense is not None and row.to_griffin is not None
     assert row.interval.estimate == pytest.approx(row.value)
-    assert row.to_dense.estimate == pytest.approx((row.value or 0) - (dense.value or 0))
-    assert row.to_griffin.estimate == pytest.approx((row.value or 0) - (griffin.value or 0))
+    assert row.to_dense.estimate == pytest.approx(row.value - dense.value)
+    assert row.to_griffin.estimate == pytest.approx(row.value - griffin.value)
     assert row.to_dense.n == 150 and row.verdict(row.to_griffin) == "better"
-
-
-def test_perplexities_are_compared_as_ratios(rows: list[Row]) -> None:
     row, dense = find(rows, "dart@0.5", PPL), find(rows, "dense", PPL)
-    assert row.to_dense is not None and row.to_griffin is not None
-    assert row.to_dense.estimate == pytest.approx((row.value or 0) / (dense.value or 1))
+    assert row.to_dense.estimate == pytest.approx(row.value / dense.value)
     assert row.verdict(row.to_dense) == "worse" and row.verdict(row.to_griffin) == "better"
     assert row.to_griffin.low < row.to_griffin.high < 1
 
 
-def test_more_than_a_point_from_griffin_is_unequal_and_not_compared(rows: list[Row]) -> None:
-    row = find(rows, "dart@0.5", ROUGE)
-    assert row.gap == pytest.approx(-0.0625) and row.unequal
-    assert row.equal_sparsity is None  # nothing is interpolated between measured points
-    near = comparison.rows([one("griffin", 0.5, flags(20)), one("dart", 0.5, flags(22), 0.4905)])[1]
+def test_equal_sparsity_is_the_nearest_griffin_within_a_point(rows):
+    far = find(rows, "dart@0.5", ROUGE)
+    assert far.gap == pytest.approx(-0.0625) and far.unequal
+    assert far.equal_sparsity is None  # nothing is interpolated between measured points
+    same = find(rows, "dart@0.5", ACC)
+    assert (same.equal_sparsity.at, same.equal_sparsity.interval) == (0.5, same.to_griffin)
+    near = comparison.rows([one("griffin", 0.5, 20), one("dart", 0.5, 22, 0.4905)])[1]
     assert near.gap == pytest.approx(-0.0095) and not near.unequal
-    assert near.equal_sparsity is not None and near.equal_sparsity.at == 0.5
+    assert near.equal_sparsity.at == 0.5
+    points = [one("griffin", s, good) for s, good in ((0.42, 30), (0.428, 10), (0.5, 20))]
+    for achieved, at, value in ((0.421, 0.42, 0.75), (0.426, 0.428, 0.25)):
+        late = comparison.rows([*points, one("dart", 0.5, 25, achieved)])[-1]
+        assert (late.equal_sparsity.at, late.equal_sparsity.value) == (at, value)
+        assert late.verdict(late.to_griffin) == "few differ"
 
 
-def test_equal_sparsity_is_the_nearest_griffin_that_was_measured(rows: list[Row]) -> None:
-    row = find(rows, "dart@0.5", ACC)
-    assert row.equal_sparsity is not None and row.equal_sparsity.at == 0.5
-    assert row.equal_sparsity.interval == row.to_griffin
-    cells = [one("griffin", s, flags(good)) for s, good in ((0.42, 30), (0.5, 20))]
-    (*_, late) = comparison.rows([*cells, one("dart", 0.5, flags(25), 0.425)])
-    assert late.equal_sparsity is not None and late.equal_sparsity.at == 0.42
-    assert late.equal_sparsity.value == 0.75 and late.verdict(late.to_griffin) == "few differ"
+def test_equal_bytes_use_compact_shares_unless_all_ran_compact():
+    for executor, shares in (("masked", [0.531, 0.531]), ("compact", [0.531, 1.0])):
+        cells = [one("griffin", 0.5, 20), one("dart", 0.5, 30)]
+        changes = {"executor": executor, "ffn_bytes_share": 1.0}
+        cells[1]["measurement"]["accounting"].update(changes)
+        rows = comparison.rows(cells)
+        assert [row.bytes_share for row in rows] == pytest.approx(shares)
+        assert executor == "compact" or rows[1].equal_bytes.at == 0.531
 
 
-def test_equal_bytes_use_compact_shares_unless_all_ran_compact() -> None:
-    def run(executor: str) -> list[Row]:
-        cells = [one("griffin", 0.5, flags(20)), one("dart", 0.5, flags(30))]
-        masked = {"executor": executor, "ffn_bytes_share": 1.0}
-        cells[1]["measurement"]["accounting"].update(masked)
-        return comparison.rows(cells)
-
-    mixed = run("masked")
-    assert [row.bytes_share for row in mixed] == pytest.approx([0.531, 0.531])
-    assert mixed[1].equal_bytes is not None and mixed[1].equal_bytes.at == 0.531
-    assert [row.bytes_share for row in run("compact")] == pytest.approx([0.531, 1.0])
-
-
-def test_quantised_dense_models_meet_griffin_at_equal_bytes() -> None:
-    eight = cell("dense-8bit", 0.0, ACC, accuracy(ACC, flags(30)))
-    eight["label"] = "dense-8bit"
-    eight["cell"]["method"] = "dense"
+def test_quantised_dense_models_meet_griffin_at_equal_bytes():
+    eight = one("dense-8bit", 0.0, 30)
+    eight["label"], eight["cell"]["method"] = "dense-8bit", "dense"
     eight["facts"] = {"weight_bytes": 143_000_000, "ffn_bytes_share": 0.531}
-    cells = [one("dense", 0.0, flags(30)), one("griffin", 0.5, flags(20)), eight]
-    found = comparison.rows(cells)
+    found = comparison.rows([one("dense", 0.0, 30), one("griffin", 0.5, 20), eight])
     row = find(found, "dense-8bit")
-    assert row.method == "dense-8bit" and row.bytes_share == 0.531 and row.achieved == 0
-    assert row.equal_bytes is not None and row.equal_bytes.value == 0.5
+    assert (row.method, row.bytes_share, row.achieved) == ("dense-8bit", 0.531, 0)
+    assert row.equal_bytes.value == 0.5
     assert row.verdict(row.equal_bytes.interval) == "better"
     assert row.equal_sparsity is None and row.to_griffin is None
-    assert row.to_dense is not None and row.to_dense.estimate == 0
+    assert row.to_dense.estimate == 0
     assert tables(found)[0].head[-1] == "weights"  # they differ now
 
 
-def test_seeds_pair_with_their_own_references() -> None:
-    cells = []
-    for seed, good in ((1, 20), (2, 30)):
-        for method, better in (("dense", 4), ("random", 0)):
-            made = one(method, 0.5, flags(good + better))
-            made["cell"]["seed"] = seed
-            cells.append(made)
+def test_references_are_of_the_same_seed_model_and_protocol():
+    cells = [
+        one(method, 0.5, good + better, seed=seed)
+        for seed, good in ((1, 20), (2, 30))
+        for method, better in (("dense", 4), ("random", 0))
+    ]
     found = comparison.rows(cells)
     assert [row.to_dense.estimate for row in found if row.to_dense] == pytest.approx([-0.1, -0.1])
+    assert tables(found)[0].cells()[0][0].endswith(", seed 1")
     lone = comparison.rows([cells[0], cells[3]])[1]  # another seed's dense is better than none
-    assert lone.to_dense is not None and lone.to_dense.estimate == pytest.approx(6 / 40)
+    assert lone.to_dense and lone.to_dense.estimate == pytest.approx(6 / 40)
+    for change in ({"model": "other"}, {"protocol": "full"}):
+        other = {**one("dart", 0.5, 10, **change), "checkpoint": {}}
+        assert comparison.rows([one("dense", 0.0, 20), other])[1].to_dense is None
 
 
-@pytest.mark.parametrize(("key", "value"), [("model", "other"), ("protocol", "full")])
-def test_other_models_and_protocols_are_never_references(key: str, value: str) -> None:
-    other = one("dart", 0.5, flags(10))
-    other["cell"][key] = value
-    other["checkpoint"] = {}
-    other["measurement"]["protocol"] = value if key == "protocol" else "decode"
-    assert comparison.rows([one("dense", 0.0, flags(20)), other])[1].to_dense is None
-
-
-def test_failed_cells_keep_their_sentence_and_their_place() -> None:
-    lost = failed("static", 0.5, ACC, "no memory left")
-    lost["checkpoint"] = {}  # it failed before its model was known
-    empty = {**one("flap", 0.5, flags(3)), "measurement": None}
-    endless = one("wanda", 0.5, flags(3))
+def test_failed_cells_keep_their_sentence_and_their_place():
+    lost = {**failed("static", 0.5, ACC, "no memory left"), "checkpoint": {}}
+    endless = one("wanda", 0.5, 3)
     endless["measurement"]["metrics"]["acc"] = None
-    found = comparison.rows([one("dense", 0, flags(20)), lost, empty, endless, {}])
+    empty = {**one("flap", 0.5, 3), "measurement": None}
+    found = comparison.rows([one("dense", 0, 20), lost, empty, endless, {}])
     assert len({row.group for row in found}) == 2  # of the last, nothing is known at all
     assert [(row.method, row.error) for row in found] == [
         ("dense", None),
@@ -145,24 +132,135 @@ def test_failed_cells_keep_their_sentence_and_their_place() -> None:
         ("wanda", "acc is not a finite number"),
         ("unknown", "no measurement was written"),
     ]
+    assert comparison_report.summary(found).endswith("4 cells failed.")
+    assert len(comparison_report.failures(found)) == 4
 
 
-@pytest.mark.parametrize(
-    ("metric", "item", "value"),
-    [
+def test_items():
+    for metric, item, value in (
         ("word_perplexity", {"mean_loss": 2.5, "tokens": 7}, (2.5, 7.0)),
         ("word_perplexity", {"word_perplexity": [-30.0, 12]}, (2.5, 12.0)),
         ("word_perplexity", {"word_perplexity": math.e}, (1.0, 1.0)),
         ("word_perplexity", {}, None),
         ("acc,none", {"acc": True}, 1.0),
         ("acc,none", {"acc,none": 0.25}, 0.25),
-        ("acc", {"acc": None}, None),
         ("acc", {"acc": math.nan}, None),
         ("bits_per_byte", {"bits_per_byte": [-math.log(2), 4]}, (0.25, 4.0)),
-    ],
-)
-def test_items(metric: str, item: dict[str, Any], value: Any) -> None:
-    found = comparison.scores({"metric": metric, "items": [{"id": "x", **item}]})
-    assert found.exponential == (metric == "word_perplexity")
-    assert dict(found.sample) == ({} if value is None else {"x": pytest.approx(value)})
+    ):
+        found = comparison.scores({"metric": metric, "items": [{"id": "x", **item}]})
+        assert found.exponential == (metric == "word_perplexity")
+        assert dict(found.sample) == ({} if value is None else {"x": pytest.approx(value)})
     assert dict(comparison.scores({}).sample) == {}
+
+
+# What is said.
+
+
+def test_the_documents(snapshot):
+    cells = grid(methods=("static", "griffin", "dart"), sparsities=(0.5, 0.7))
+    assert comparison_report.markdown(comparison.rows(cells)) == snapshot(name="whole")
+    lost = failed("wanda", 0.5, ACC, "the calibration text is too short")
+    layers = comparison.rows([*layer_curve(count=3), one("dense", 0.0, 20), lost])
+    assert comparison_report.markdown(layers) == snapshot(name="layers")
+    console = Console(width=100, no_color=True)
+    with console.capture() as capture:
+        for table in tables(comparison.rows(grid(tasks=(ACC, PPL), methods=("griffin", "dart")))):
+            console.print(table.rich())
+    assert "…" not in capture.get() and capture.get() == snapshot(name="terminal")
+
+
+def of_tasks(lower=False):
+    goods = {"griffin": {"a": 20, "b": 20, "c": 20}, "dart": {"a": 30, "b": 30, "c": 20}}
+    cells = [one(m, 0.5, good, task=t) for m in goods for t, good in goods[m].items()]
+    for made in cells:
+        made["measurement"]["higher_is_better"] = not lower
+    return cells
+
+
+def test_conclusions(snapshot):
+    cells = [
+        [],
+        of_tasks(),
+        of_tasks(lower=True),
+        [one("griffin", 0.5, 20), one("dart", 0.5, 40, 0.3)],
+        [one("griffin", 0.5, 20), one("dart", 0.5, 25)],
+        [one("dart", 0.5, 20)],
+        [one("dense", 0, 30), one("griffin", 0.5, 10)],
+        [cell("dense", 0.0, measured(PPL, "dense", 0.0))],
+    ]
+    assert [conclusion(comparison.rows(one)) for one in cells] == snapshot
+
+
+WON = "dart at 50 % beats griffin on 1 of 1 task"
+
+
+def test_models_are_named_where_there_are_several():
+    cells = [
+        {**made, "checkpoint": {**made["checkpoint"], "name": model}}
+        for model in ("gemma-3-270m", "Qwen2.5-0.5B")
+        for made in (one("griffin", 0.5, 20), one("dart", 0.5, 30))
+    ]
+    said = conclusion(comparison.rows(cells))
+    assert said == f"gemma-3-270m: {WON}; Qwen2.5-0.5B: {WON}."
+
+
+@pytest.mark.contract("defects of the published scripts stay fixed")
+def test_what_leaks_is_named_measured_on_the_same_items_and_no_headline():
+    cells = [
+        one(method, 0.5, good, protocol=protocol)
+        for protocol in ("decode", "published")
+        for method, good in (("griffin", 20), ("dart", 30))
+    ]
+    found = [f"protocol decode: {WON}.", f"protocol published LEAK: {WON}."]
+    assert conclusions(comparison.rows(cells)) == found
+    assert conclusions(comparison.rows(cells[2:])) == [f"LEAK: {WON}."]
+    cells = [one("published", 0.5, n, protocol=p) for p, n in (("full", 20), ("published", 32))]
+    cells[1]["measurement"]["notes"] = [LEAK]
+    rows = comparison.rows(cells)
+    (leak,) = comparison_report.leaks(rows)
+    assert leak.interval.estimate == pytest.approx(0.3)
+    assert leak.sentence.startswith("published@0.5 on arc_easy_local: published against full +0.3")
+    assert leak.sentence.endswith("), flattered by the leak.")
+    assert footnotes(rows)[0] == comparison_report.LEAK_NOTE
+    assert [table.caption.startswith("LEAK, ") for table in tables(rows)] == [False, True]
+    assert "What the published protocol leaks" in comparison_report.markdown(rows)
+    assert [row["leaks"] for row in comparison_report.document(rows)["rows"]] == [False, True]
+
+
+def test_notes_say_what_applies():
+    cells = [one("griffin", s, 20) for s in (0.3, 0.4, 0.5, 0.6, 0.7)]
+    for made in cells:
+        made["measurement"]["notes"] = ["2 contexts were short"]
+    assert footnotes(comparison.rows(cells))[-1] == (
+        "2 contexts were short (griffin@0.3 on arc_easy_local, griffin@0.4 on arc_easy_local, "
+        "griffin@0.5 on arc_easy_local, griffin@0.6 on arc_easy_local and 1 more)"
+    )
+    found = measurement(ACC, flags(20))
+    rows = comparison.rows([cell("dense", 0.0, {**found, "metrics": {"acc": 0.61}})])
+    assert tables(rows)[0].cells()[0][5].endswith(" §")
+    assert any(note.startswith("§ the task's own aggregate") for note in footnotes(rows))
+    alone = footnotes(comparison.rows([one("dart", 0.5, 20)]))
+    assert "dense was not measured: its columns are empty." in alone
+
+
+def test_files_hold_the_same_numbers_and_the_same_bytes(tmp_path):
+    cells = grid(tasks=(ACC, ROUGE), methods=("griffin", "dart"))
+    paths = comparison_report.write_all(tmp_path, comparison.rows(cells))
+    assert [path.name for path in paths] == ["compare.md", "compare.csv", "compare.json"]
+    with paths[1].open(encoding="utf-8") as file:
+        table = {(row["label"], row["task"]): row for row in csv.DictReader(file)}
+    line = table["dart@0.5", ROUGE]
+    assert float(line["achieved"]) == 0.4375 and line["unequal"] == "True"
+    assert line["equal_sparsity.between"] == "" and line["to_griffin.n"] == "10"
+    assert table["dart@0.5", ACC]["equal_sparsity.between"] == "0.5"
+    data = json.loads(paths[2].read_text(encoding="utf-8"))
+    record = next(r for r in data["rows"] if (r["label"], r["task"]) == ("dart@0.5", ACC))
+    assert record["equal_sparsity"]["between"] == [0.5]
+    assert record["to_dense"]["n"] == 150 and record["checkpoint"]["file_quantisation"] == "Q4_K_M"
+    first = [path.read_bytes() for path in paths]
+    again = comparison.rows(json.loads(json.dumps(cells)))
+    assert [path.read_bytes() for path in comparison_report.write_all(tmp_path, again)] == first
+    comparison_report.write_all(tmp_path, [])
+    assert json.loads((tmp_path / "compare.json").read_text())["rows"] == []
+    odd = comparison.rows([one("dart", 0.5, 20, task="a|b <img>\nc")])
+    assert "a\\|b \\<img>\\nc" in comparison_report.markdown(odd)

@@ -1,11 +1,8 @@
 """A short form of benchmarks/kills.py: commands killed at random moments lose nothing."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +10,7 @@ from shells import ROOT
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-def test_killed_commands_go_on_and_end_alike(tmp_path: Path) -> None:
+def test_killed_commands_go_on_and_end_alike(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks/kills.py"), "--kills", "3", "--full", "1"]
     done = subprocess.run(
         [*command, "--commands", "run,sweep"],

@@ -3,14 +3,14 @@
 A study is added by one ``Case``.  ``Counting``, at the end, shows what the runner does with units.
 """
 
-from __future__ import annotations
-
+import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from typer.testing import CliRunner
@@ -20,7 +20,7 @@ from dart_llm.errors import CellsFailed, ConfigError, LoadError, ResultsError, U
 from dart_llm.experiments import store
 from dart_llm.experiments.store import ResultsFolder
 from dart_llm.experiments.study import Study, Unit, run_study
-from dart_llm.files import write_lines
+from dart_llm.files import write_json, write_lines
 from dart_llm.reporting import figures
 from dart_llm.reporting.console import Ui
 from dart_llm.settings import StudyOptions, merge
@@ -29,6 +29,8 @@ from dart_llm.studies.detection.study import DetectionStudy
 from dart_llm.studies.drift.study import DriftStudy
 from dart_llm.studies.evaluate.settings import PerplexitySettings
 from dart_llm.studies.evaluate.study import MeasureStudy
+from dart_llm.studies.generate.settings import RunSettings
+from dart_llm.studies.generate.study import RunStudy
 from dart_llm.studies.inspection.settings import InspectSettings
 from dart_llm.studies.inspection.study import InspectionStudy
 from dart_llm.studies.quality.study import QualityStudy
@@ -50,102 +52,98 @@ from tiny import CONFIGS
 class Case:
     """One study on a tiny model, with inputs and results below the current folder.
 
-    ``prepare`` writes the inputs of one version.  ``arguments``: of the command, where its answer
-    is the document.  ``timed``: its lines hold times.  ``finer``: it keeps pieces of its units.
+    ``prepare`` writes the inputs of one version.  ``command``: with its flags, where its answer is
+    the document.  ``timed``: its lines hold times.  ``finer``: it keeps pieces of its units.
     """
 
     name: str
     units: int
     prepare: Callable[[int], None]
     make: Callable[[Ui], Study[Any]]
-    arguments: Callable[[], list[str]] | None = None
+    command: tuple[str, Callable[[], dict[str, Any]]] | None = None
     timed: bool = False
     finer: bool = False
 
 
-def _passages(version: int) -> None:
+def _model(**given):
+    return {"model": str(place() / "model"), "device": "cpu", **given}
+
+
+def _passages(version):
     write_lines(Path("passages.jsonl"), [passage(n + version).to_dict() for n in (1, 2, 3)])
 
 
-def _detect_arguments() -> list[str]:
-    flags = ["--passages", "passages.jsonl", "--prompt-tokens", "120", "--horizon", "60"]
-    curves = ["--thresholds", "0,2", "--counts", "1", "--signals", "attention,hidden"]
-    return ["detect", "--model", str(detect_model()), "--device", "cpu", *flags, *curves]
+def _detect():
+    sizes = {"prompt_tokens": 120, "horizon": 60, "thresholds": "0,2", "counts": "1"}
+    texts = {"passages": "passages.jsonl", "signals": "attention,hidden"}
+    return _model(**sizes, **texts) | {"model": str(detect_model())}
 
 
-def _detection(ui: Ui) -> Study[Any]:
-    given = {
-        "model": str(detect_model()),
-        "device": "cpu",
-        "passages": "passages.jsonl",
-        "prompt_tokens": 120,
-        "horizon": 60,
-        "thresholds": "0,2",
-        "counts": "1",
-        "signals": "attention,hidden",
-    }
-    return DetectionStudy(merge(DetectSettings, given, environment={}), ui)
+def _detection(ui):
+    return DetectionStudy(merge(DetectSettings, _detect(), environment={}), ui)
 
 
-def _texts(version: int) -> None:
+def _texts(version):
     Path("a.txt").write_text(A + "x" * version, encoding="utf-8")
     Path("b.txt").write_text(B, encoding="utf-8")
 
 
-TEXTS = {"prompt_file": "a.txt", "prompt_b_file": "b.txt"}
+def _inspect():
+    return _model(method="griffin", prompt_file="a.txt", prompt_b_file="b.txt")
 
 
-def _inspection(ui: Ui) -> Study[Any]:
-    given = {"model": str(place() / "model"), "device": "cpu", "method": "griffin", **TEXTS}
-    asked = merge(InspectSettings, given, environment={})
+def _inspection(ui):
+    asked = merge(InspectSettings, _inspect(), environment={})
     return InspectionStudy(asked, ("layers", "weights", "space"), ui)
 
 
-def _inspect_arguments() -> list[str]:
-    texts = [word for name, file in TEXTS.items() for word in (f"--{name.replace('_', '-')}", file)]
-    model = ["--model", str(place() / "model"), "--device", "cpu", "--method", "griffin"]
-    return ["inspect", "layers", "weights", "space", *model, *texts]
-
-
-def _quality_text(version: int) -> None:
+def _quality_text(version):
     documents = [*bees().documents, f"another document, {version}"]
     Path("own.txt").write_text("\n\n".join(documents), encoding="utf-8")
 
 
-def _quality(ui: Ui) -> Study[Any]:
+def _quality(ui):
     given = {"text": ["own.txt"], "sparsities": "0.5,0.7", "oracle": "", "cells": "continuation"}
     return QualityStudy(quality_settings(Path(), methods="griffin,static", slices=2, **given), ui)
 
 
-def _shape(version: int) -> None:
+def _shape(version):
     kind, layers = CONFIGS["llama"]
     Path("own.json").write_text(json.dumps({"model_type": kind, **layers, "note": version}))
 
 
-def _speed(ui: Ui) -> Study[Any]:
+def _speed(ui):
     given = {"shape": "own.json", "repeats": 3, "executors": "compact"}
     return SpeedStudy(speed_settings(Path(), **given), ui, bandwidth_mib=1)
 
 
-def _drift_passages(version: int) -> None:
+def _drift_passages(version):
     write_rows(Path("own.jsonl"), [TWO, {**THREE, "id": f"three {version}"}])
 
 
-def _drift(ui: Ui) -> Study[Any]:
+def _drift(ui):
     given = {"passages": "own.jsonl", "prompt_tokens": PROMPT, "methods": "never"}
     return DriftStudy(drift_settings(Path(), **given), ui)
 
 
-def _perplexity(ui: Ui) -> Study[Any]:
-    given = {"data": "a.txt,b.txt", "model": str(place() / "model"), "device": "cpu"}
-    sizes = {"prompt_tokens": 48, "scored_tokens": 24, "limit": 2, "method": "griffin"}
-    return MeasureStudy(merge(PerplexitySettings, {**given, **sizes}, environment={}), ui)
+def _perplexity(ui):
+    sizes = {"prompt_tokens": 48, "scored_tokens": 24, "limit": 2}
+    given = _model(data="a.txt,b.txt", method="griffin", **sizes)
+    return MeasureStudy(merge(PerplexitySettings, given, environment={}), ui)
+
+
+def _run(ui):
+    sizes = {"generation": 4, "ppl_prompt_tokens": 48, "ppl_scored_tokens": 24}
+    text = {"eval_perplexity": True, "ppl_datasets": "a.txt", "ppl_max_samples": 2}
+    given = _model(method="griffin", sparsity=0.5, prompt_file="b.txt", **sizes, **text)
+    return RunStudy(RunSettings(**given), ui)
 
 
 CASES = (
-    Case("detect", 3, _passages, _detection, _detect_arguments),
-    Case("inspect", 3, _texts, _inspection, _inspect_arguments),
+    Case("detect", 3, _passages, _detection, ("detect", _detect)),
+    Case("inspect", 3, _texts, _inspection, ("inspect layers weights space", _inspect)),
     Case("perplexity", 4, _texts, _perplexity, finer=True),
+    Case("run", 3, _texts, _run, timed=True, finer=True),
     Case("drift", 4, _drift_passages, _drift),
     Case("quality", 16, _quality_text, _quality),
     Case("speed", 3, _shape, _speed, timed=True),
@@ -155,48 +153,46 @@ NEVER_EQUAL = {"timing.json", "config.json", "report.html"}
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.name)
-def case(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
+def case(request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     request.param.prepare(0)
-    return request.param  # type: ignore[no-any-return]
+    return request.param
 
 
 @pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_pictures(monkeypatch):
     """Drawing takes most of the time of so small a study."""
     monkeypatch.setattr(figures, "save", lambda folder, wanted: [])
-    for study in (InspectionStudy, MeasureStudy, DriftStudy):
+    for study in (InspectionStudy, MeasureStudy, DriftStudy, RunStudy):
         monkeypatch.setattr(study, "write_page", lambda self: None)
-    monkeypatch.setattr(DriftStudy, "figures", lambda self: ())
+        monkeypatch.setattr(study, "figures", lambda self: ())
 
 
-def quiet() -> Ui:
+def quiet():
     return Ui(quiet=True)
 
 
-def config(path: Path) -> dict[str, Any]:
+def config(path):
     return dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
 
 
-def stopped(
-    case: Case, units: int, error: BaseException, raised: type[BaseException] = KeyboardInterrupt
-) -> Study[Any]:
+def stopped(case, units, error, raised=KeyboardInterrupt):
     """A study that computed ``units`` units when ``error`` came, and raised ``raised``."""
     study = case.make(quiet())
     compute = study.compute
 
-    def stop(unit: Unit) -> Any:
+    def stop(unit):
         if study.computed == units:
             raise error
         return compute(unit)
 
-    study.compute = stop  # type: ignore[method-assign]
+    study.compute = stop
     with pytest.raises(raised):
         run_study(study)
     return study
 
 
-def results(path: Path) -> dict[str, bytes]:
+def results(path):
     """The bytes of the files that two runs of equal settings share."""
     return {
         file.name: file.read_bytes()
@@ -206,11 +202,14 @@ def results(path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.contract("a finished folder is complete and says where it comes from")
-def test_a_finished_folder(case: Case) -> None:
+@pytest.mark.contract("a page has every figure of its study")
+def test_a_finished_folder(case):
     study = run_study(case.make(quiet()))
     found = config(study.path)
     assert (found["kind"], found["status"]) == (case.name, "complete")
-    assert found["settings"]["inputs"] and found["versions"] and found["checkpoint"]["dtype"]
+    inputs = json.dumps(found["settings"]["inputs"])  # the weights, or the shape of random ones
+    assert '"model": "' in inputs or '"shape": "' in inputs
+    assert found["versions"] and found["checkpoint"]["dtype"]
     assert found["started"] <= found["finished"]
     names = {path.name for path in study.path.iterdir()}
     stamp = study.folder.stamp
@@ -218,19 +217,13 @@ def test_a_finished_folder(case: Case) -> None:
     assert "parts.jsonl" not in names and ".lock" not in names
     assert study.computed == case.units and study.timing["total_s"] > 0
     assert study.ui.log[-1] == f"results: {study.path}"
-
-
-@pytest.mark.contract("a page has every figure of its study")
-def test_figures_are_files_and_on_the_page(case: Case) -> None:
-    study = run_study(case.make(quiet()))
     drawn = {figure.name: figure for figure in study.figures()}
     assert {path.stem for path in study.path.glob("plots/*")} == set(drawn)
     page = study.path / "report.html"
     assert drawn or page.exists()
     if page.exists():
         assert f"report: {page}" in study.ui.log
-        html = page.read_text(encoding="utf-8")
-        shown = Page(html)
+        shown = Page(page.read_text(encoding="utf-8"))
         described = [str(image["alt"]) for image in shown.attributes("img")]
         for figure in drawn.values():
             assert figure.alt in described or figure.title in shown.text.replace("\xa0", " ")
@@ -238,7 +231,7 @@ def test_figures_are_files_and_on_the_page(case: Case) -> None:
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.contract("equal bytes however often a study is interrupted")
-def test_an_interrupted_study_resumes_to_the_same_bytes(case: Case) -> None:
+def test_an_interrupted_study_resumes_to_the_same_bytes(case):
     whole = run_study(case.make(quiet()), fresh=True)
     first = stopped(case, 1, KeyboardInterrupt())
     assert first.path != whole.path and config(first.path)["status"] == "interrupted"
@@ -262,7 +255,7 @@ def test_an_interrupted_study_resumes_to_the_same_bytes(case: Case) -> None:
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.contract("a changed input is another run")
-def test_a_changed_input_is_another_run(case: Case) -> None:
+def test_a_changed_input_is_another_run(case):
     first = stopped(case, 1, KeyboardInterrupt())
     case.prepare(1)
     other = run_study(case.make(quiet()))
@@ -274,27 +267,22 @@ def test_a_changed_input_is_another_run(case: Case) -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize(
-    ("error", "raised"), [(ValueError("broken"), ValueError), (MemoryError(), LoadError)]
-)
-def test_an_error_keeps_what_was_finished(
-    case: Case, error: Exception, raised: type[Exception]
-) -> None:
+@pytest.mark.parametrize("error", [ValueError("broken"), MemoryError()])
+def test_an_error_keeps_what_was_finished(case, error):
     records = case.make(quiet()).on_error == "record"
+    raised = LoadError if isinstance(error, MemoryError) else ValueError
     study = stopped(case, 1, error, CellsFailed if records else raised)
     assert config(study.path)["status"] == "failed"
     kept = (study.path / "parts.jsonl").read_text().splitlines()
     assert len(kept) == 1 or (case.finer and kept)
-    if records:
-        assert len(study.failed) == case.units - 1
-    else:
-        assert study.ui.log[-1].endswith("the same command resumes")
+    assert len(study.failed) == (case.units - 1 if records else 0)
+    assert records or study.ui.log[-1].endswith("the same command resumes")
 
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.contract("a full disk is one sentence and hides no other error")
-def test_a_full_disk(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: ResultsFolder, key: str, value: Any) -> None:
+def test_a_full_disk(case, monkeypatch):
+    def full(self, key, value):
         raise ResultsError("cannot write parts.jsonl: No space left on device")
 
     with monkeypatch.context() as patch:
@@ -312,16 +300,32 @@ def test_a_full_disk(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.contract("--json is one document")
-def test_json_is_the_document(case: Case) -> None:
-    if case.arguments is None:
+def test_json_is_the_document(case):
+    if case.command is None:
         pytest.skip("its answer holds more")
-    done = CliRunner().invoke(app, [*case.arguments(), "--json"])
+    name, flags = case.command
+    given = [word for k, v in flags().items() for word in (f"--{k.replace('_', '-')}", str(v))]
+    done = CliRunner().invoke(app, [*name.split(), *given, "--json"])
     assert (done.exit_code, done.stderr) == (0, ""), done.exception
     answer = json.loads(done.stdout)
     folder = Path(answer.pop("folder"))
     assert answer.pop("timing") == json.loads((folder / "timing.json").read_text())
     document = case.make(quiet()).document
     assert answer == json.loads((folder / document).read_text(encoding="utf-8"))
+
+
+@pytest.mark.contract("a full disk is one sentence and hides no other error")
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    def full(self, data):
+        with self.open("wb") as file:
+            file.write(data[:1])
+        raise OSError(28, "No space left on device")
+
+    write_json(tmp_path / "a.json", 1)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ResultsError, match="No space left"):
+        write_json(tmp_path / "a.json", [2, 3])
+    assert (tmp_path / "a.json").read_text() == "1\n"
 
 
 # What the runner does with units, on a study without a model.
@@ -334,7 +338,7 @@ class CountSettings(StudyOptions):
     count: int = 3
 
     @property
-    def experiment(self) -> str:
+    def experiment(self):
         return "count"
 
 
@@ -346,47 +350,39 @@ class Counting(Study[CountSettings]):
     on_error = "record"
     fault: Exception | None = ConfigError("b is too long")
 
-    def asked(self) -> dict[str, Any]:
+    def asked(self):
         return self.settings.model_dump(exclude={"broken"})
 
-    def load(self) -> None:
+    def load(self):
         self.timing["load_s"] = 0.0
 
-    def config_extra(self) -> dict[str, Any]:
+    def config_extra(self):
         return {"seed": [0], "cells": len(self.lines)}
 
-    def units(self) -> Iterator[Unit]:
+    def units(self):
         for name in "abcdefgh"[: self.settings.count]:
             yield Unit(name, f"unit {name}")
         yield Unit(f"sum {sum(line.get('value', 0) for line in self.lines)}")
 
-    def compute(self, unit: Unit) -> dict[str, Any]:
+    def compute(self, unit):
         if unit.key == self.settings.broken and self.fault:
             raise self.fault
         return {"key": unit.key, "value": len(unit.key)}
 
-    def summarise(self) -> dict[str, Any]:
+    def summarise(self):
         return {"lines": len(self.lines)}
 
-    def sentences(self) -> list[str]:
+    def sentences(self):
         return [f"{len(self.lines)} lines"]
 
 
 @pytest.fixture
-def count(tmp_path: Path) -> Callable[..., Counting]:
+def count(tmp_path):
     return lambda **given: Counting(CountSettings(results_dir=str(tmp_path), **given), quiet())
 
 
-def test_a_unit_may_follow_from_the_lines_before(count: Callable[..., Counting]) -> None:
-    study = run_study(count())
-    assert [line["key"] for line in study.lines] == ["a", "b", "c", "sum 3"]
-    assert (study.path / "count.md").read_text() == "4 lines\n"
-    assert (config(study.path)["seed"], config(study.path)["cells"]) == ([0], 4)
-    assert study.answer() == {"folder": str(study.path), "lines": 4, "timing": study.timing}
-
-
 @pytest.mark.contract("a failed unit is recorded and the others go on")
-def test_a_failed_unit_is_recorded_and_tried_again(count: Callable[..., Counting]) -> None:
+def test_a_failed_unit_is_recorded_and_tried_again(count):
     study = count(broken="b")
     with pytest.raises(CellsFailed, match=r"1 of 4 cells failed, .* the first, b: b is too long"):
         run_study(study)
@@ -395,50 +391,39 @@ def test_a_failed_unit_is_recorded_and_tried_again(count: Callable[..., Counting
     assert config(study.path)["status"] == "failed"
     again = run_study(count())
     assert again.path == study.path and config(again.path)["status"] == "complete"
-    assert again.computed == 2  # b, and the sum that has another name now
+    assert again.computed == 2  # b, and the sum: a unit may follow from the lines before it
+    assert [line["key"] for line in again.lines] == ["a", "b", "c", "sum 3"]
+    assert (again.path / "count.md").read_text() == "4 lines\n"
+    assert (config(again.path)["seed"], config(again.path)["cells"]) == ([0], 4)
+    assert again.answer() == {"folder": str(again.path), "lines": 4, "timing": again.timing}
     assert not (again.path / "parts.jsonl").exists()
 
 
-@pytest.mark.parametrize(
-    ("fault", "sentence"),
-    [
+def test_any_fault_of_a_unit_is_a_sentence_and_others_stop_all(count):
+    def broken(fault, error):
+        study = count(broken="b")
+        study.fault = fault
+        with pytest.raises(error) as caught:
+            run_study(study, fresh=True)
+        return study, caught.value
+
+    for fault, sentence in (
         (KeyError("x"), "KeyError: 'x'"),
         (ValueError(), "ValueError"),
         (MemoryError(), "does not fit in memory as the checkpoint's dtype"),
-    ],
-)
-def test_any_fault_of_a_unit_is_a_sentence(
-    count: Callable[..., Counting], fault: Exception, sentence: str
-) -> None:
-    study = count(broken="b")
-    study.fault = fault
-    with pytest.raises(CellsFailed) as caught:
-        run_study(study)
-    assert sentence in str(caught.value)
-    assert caught.value.document["folder"] == str(study.path)
-
-
-@pytest.mark.parametrize("fault", [ResultsError("no space left"), KeyboardInterrupt()])
-def test_what_is_no_matter_of_one_unit_stops_all(
-    count: Callable[..., Counting], fault: Exception
-) -> None:
-    study = count(broken="b")
-    study.fault = fault
-    with pytest.raises(type(fault)):
-        run_study(study)
-    assert [line["key"] for line in study.lines] == ["a"] and not study.failed
+    ):
+        study, error = broken(fault, CellsFailed)
+        assert sentence in str(error) and error.document["folder"] == str(study.path)
+    for stop in (ResultsError("no space left"), KeyboardInterrupt()):
+        study, _ = broken(stop, type(stop))
+        assert [line["key"] for line in study.lines] == ["a"] and not study.failed
 
 
 @pytest.mark.parametrize("error", [UnknownName("model", "a", ()), LoadError("b")])
-def test_a_folder_goes_only_where_no_model_came(
-    count: Callable[..., Counting], error: Exception
-) -> None:
-    def fails(self: Counting) -> None:
-        raise error
-
-    def stopped(**given: Any) -> Path:
-        study = count(**given)
-        study.load = lambda: fails(study)  # type: ignore[method-assign]
+def test_a_folder_goes_only_where_no_model_came(count, error):
+    def stopped():
+        study = count()
+        study.load = mock.Mock(side_effect=error)
         with pytest.raises(type(error)):
             run_study(study)
         return study.path
@@ -446,45 +431,38 @@ def test_a_folder_goes_only_where_no_model_came(
     path = stopped()
     assert not path.exists() and not path.parent.exists()
     broken = count(broken="b")
-    broken.fault = KeyboardInterrupt()  # type: ignore[assignment]
+    broken.fault = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         run_study(broken)
     assert stopped() == broken.path and config(broken.path)["status"] == "failed"
 
 
-def test_a_full_disk_at_the_end_hides_no_error(
-    count: Callable[..., Counting], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_at_the_end_hides_no_error(count, monkeypatch):
     study = count(broken="a")
-    study.on_error = "stop"  # type: ignore[misc]
+    study.on_error = "stop"
 
-    def full(path: Path, text: str) -> None:
-        raise ResultsError("no space left")
-
-    def breaks(unit: Unit) -> Any:
+    def breaks(unit):
+        full = mock.Mock(side_effect=ResultsError("no space left"))
         monkeypatch.setattr("dart_llm.experiments.study.write_json", full)
         raise ValueError("the first")
 
-    study.compute = breaks  # type: ignore[method-assign]
+    study.compute = breaks
     with pytest.raises(ValueError, match="the first"):
         run_study(study)
 
 
-def test_what_is_around_ends_also_after_an_error(count: Callable[..., Counting]) -> None:
-    import contextlib
-
-    seen: list[str] = []
+def test_what_is_around_ends_also_after_an_error(count):
+    seen, study = [], count(broken="a")
 
     @contextlib.contextmanager
-    def around() -> Iterator[None]:
+    def around():
         seen.append(config(study.path)["status"])
         try:
             yield
         finally:
             seen.append("ended")
 
-    study = count(broken="a")
-    study.fault, study.around = KeyboardInterrupt(), around  # type: ignore[assignment,method-assign]
+    study.fault, study.around = KeyboardInterrupt(), around
     with pytest.raises(KeyboardInterrupt):
         run_study(study)
     assert seen == ["running", "ended"]

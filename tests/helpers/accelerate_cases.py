@@ -1,25 +1,21 @@
 """The ways in which accelerate places a model."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import torch
 
 
-def dispatched(model: Any, folder: Any) -> Any:
+def dispatched(model, folder):
     from accelerate import dispatch_model
 
     return dispatch_model(model, {"": "cpu"}, force_hooks=True)
 
 
-def on_the_host(model: Any, folder: Any) -> Any:
+def on_the_host(model, folder):
     from accelerate import cpu_offload
 
     return cpu_offload(model, execution_device=torch.device("cpu"))
 
 
-def on_disk(model: Any, folder: Any) -> Any:
+def on_disk(model, folder):
     from accelerate import disk_offload
 
     return disk_offload(model, str(folder), execution_device=torch.device("cpu"))

@@ -1,15 +1,10 @@
 """Chromium without a window, driven by selenium: what it shows, asks for and complains about."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,57 +12,39 @@ SWITCH = "DART_BROWSER"
 """``required``: a test that finds no browser fails; unset: it is skipped, with the reason."""
 
 FLAGS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
+    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
     "--hide-scrollbars",
 )
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
-def missing() -> str:
-    """What a browser test lacks here; "" where it can run."""
-    try:
-        import selenium  # noqa: F401
-    except ImportError:
-        return "selenium is not installed: pip install '.[dev]'"
-    if browser() is None:
-        return "there is no chromium: apt-get install chromium chromium-driver"
-    if shutil.which("chromedriver") is None:
-        return "there is no chromedriver: apt-get install chromium-driver"
-    return ""
-
-
-def browser() -> str | None:
+def browser():
     return next((found for name in BROWSERS if (found := shutil.which(name))), None)
 
 
-def need_browser() -> None:
+def need_browser():
     """Skip the test without a browser, or fail it where one is required."""
-    lack = missing()
-    if lack and os.environ.get(SWITCH) == "required":
+    if browser() and shutil.which("chromedriver"):
+        return
+    lack = "there is no chromium with its driver: apt-get install chromium chromium-driver"
+    if os.environ.get(SWITCH) == "required":
         pytest.fail(f"{SWITCH}=required, and {lack}")
-    if lack:
-        pytest.skip(lack)
+    pytest.skip(lack)
 
 
 class Window:
     """One page in one browser."""
 
-    def __init__(self, driver: Any, allowed: str) -> None:
+    def __init__(self, driver, allowed):
         self.driver = driver
         self.allowed = allowed
 
-    def js(self, script: str, *arguments: Any) -> Any:
+    def js(self, script, *arguments):
         """The value of an expression."""
         return self.driver.execute_script(f"return {script}", *arguments)
 
-    def wait(self, script: str, seconds: float = 60.0) -> Any:
+    def wait(self, script, seconds=60.0):
         """The value of an expression once it is true; time in which we stood still is free."""
         waited, last = 0.0, time.monotonic()
         while not (found := self.js(script)):
@@ -78,10 +55,17 @@ class Window:
             last = now
         return found
 
-    def text(self, name: str) -> str:
+    def text(self, name):
         return str(self.js("document.getElementById(arguments[0]).textContent", name))
 
-    def size(self, width: int, height: int, dark: bool = False, reduced: bool = False) -> None:
+    def put(self, name, value):
+        """Give a field a value."""
+        self.js("(document.getElementById(arguments[0]).value = arguments[1])", name, value)
+
+    def click(self, name):
+        self.driver.find_element("id", name).click()
+
+    def size(self, width, height, dark=False, reduced=False):
         """A screen of this size in CSS pixels, with these wishes of its reader."""
         screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
@@ -92,29 +76,27 @@ class Window:
         features = [{"name": name, "value": value} for name, value in wishes.items()]
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
-    def keys(self, *keys: str) -> None:
+    def keys(self, *keys):
         """Press keys where the focus is."""
         from selenium.webdriver import ActionChains
 
         ActionChains(self.driver).send_keys(*keys).perform()
 
-    def focused(self) -> str:
+    def focused(self):
         """id, class or tag of what has the focus."""
         return str(self.js("((e) => e.id || e.className || e.tagName)(document.activeElement)"))
 
-    def complaints(self) -> list[str]:
+    def complaints(self):
         """Errors and warnings of the console so far, refusals of the policy among them."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
-    def strangers(self) -> list[str]:
+    def strangers(self):
         """Addresses asked for that are not the server's own."""
-        asked = []
-        for entry in self.driver.get_log("performance"):
-            message = json.loads(entry["message"])["message"]
-            if message["method"] == "Network.requestWillBeSent":
-                asked.append(message["params"]["request"]["url"])
-        assert asked, "the browser asked for nothing: the log is not kept"
+        sent = [json.loads(one["message"])["message"] for one in self.driver.get_log("performance")]
+        sent = [one for one in sent if one["method"] == "Network.requestWillBeSent"]
+        assert sent, "the browser asked for nothing: the log is not kept"
         own = (self.allowed, "data:", "blob:", "chrome:", "chrome-untrusted:")
+        asked = [one["params"]["request"]["url"] for one in sent]
         return [url for url in asked if not url.startswith(own)]
 
 
@@ -122,7 +104,7 @@ BODY = "document.body ? document.body.innerText.slice(0, 2000) : ''"
 
 
 @contextmanager
-def opened(url: str, folder: Path, width: int = 1280, height: int = 860) -> Iterator[Window]:
+def opened(url, folder, width=1280, height=860):
     """``url`` in a fresh browser; ``folder`` keeps its profile."""
     from selenium import webdriver
 
@@ -139,5 +121,7 @@ def opened(url: str, folder: Path, width: int = 1280, height: int = 860) -> Iter
         driver.set_page_load_timeout(60)
         driver.get(url)
         yield window
+        if pictures := os.environ.get("DART_SCREENSHOTS"):
+            driver.save_screenshot(f"{pictures}/{folder.parent.name}-{folder.name}.png")
     finally:
         driver.quit()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -25,14 +26,12 @@ def views(
     residual: Sequence[float] | None = None,
     impacts: Sequence[Tensor] | None = None,
 ) -> list[LayerView]:
+    def own(given: Sequence[Any] | None) -> Sequence[Any]:
+        return [None] * len(scores) if given is None else given
+
+    impacts = None if impacts is None else [one.double() for one in impacts]
+    parts = [depths(len(scores)), scores, own(sensitivity), own(residual), own(impacts)]
     return [
-        LayerView(
-            len(score),
-            depth,
-            score.double(),
-            None if sensitivity is None else sensitivity[layer],
-            None if residual is None else residual[layer],
-            None if impacts is None else impacts[layer].double(),
-        )
-        for layer, (score, depth) in enumerate(zip(scores, depths(len(scores)), strict=True))
+        LayerView(len(score), depth, score.double(), *more)
+        for depth, score, *more in zip(*parts, strict=True)
     ]

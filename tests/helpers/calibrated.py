@@ -1,16 +1,12 @@
 """Runs of methods that calibrate, without a tokenizer: their calibration is a few random tokens."""
 
-from __future__ import annotations
-
-from typing import Any
-
 from dart_llm.calibration.calibrate import choose, observe
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.session.run import Run
 from tiny import tokens
 
 
-def ready(model: Any, method: str | PruneConfig, **settings: Any) -> Run:
+def ready(model, method, **settings):
     """As ``prune``; a method that calibrates does so on 6 sequences of 24 tokens first."""
     config = PruneConfig.build(method, **settings)
     if config.calibration is None or config.target == 0:

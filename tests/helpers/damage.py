@@ -8,73 +8,65 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load, save
+from torch import Tensor
+
+Damage = Callable[[Path], None]
 
 
-def flip(path: Path) -> None:
+def changed(change: Callable[[bytes], bytes]) -> Damage:
+    """Other bytes in the file."""
+
+    def damage(path: Path) -> None:
+        path.write_bytes(change(path.read_bytes()))
+
+    return damage
+
+
+def flip(data: bytes) -> bytes:
     """One bit, in the middle of the content."""
-    data = bytearray(path.read_bytes())
-    data[len(data) * 3 // 4] ^= 1
-    path.write_bytes(data)
+    place = len(data) * 3 // 4
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
 
 
-def zero_page(path: Path) -> None:
+def zero_page(data: bytes) -> bytes:
     """A page that never reached the disk: the last one of up to 4 KiB."""
-    data = path.read_bytes()
     hole = min(4096, len(data) // 2)
-    path.write_bytes(data[:-hole] + bytes(hole))
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-3])
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def random(path: Path) -> None:
-    path.write_bytes(os.urandom(path.stat().st_size))
+    return data[:-hole] + bytes(hole)
 
 
 def folder(path: Path) -> None:
     path.unlink()
-    path.mkdir()
-    (path / "something").touch()
+    (path / "something").mkdir(parents=True)
 
 
-DAMAGES: dict[str, Callable[[Path], None]] = {
-    "flip": flip,
-    "zero page": zero_page,
-    "cut": cut,
-    "empty": empty,
-    "random": random,
+DAMAGES: dict[str, Damage] = {
+    "flip": changed(flip),
+    "zero page": changed(zero_page),
+    "cut": changed(lambda data: data[:-3]),
+    "empty": changed(lambda data: b""),
+    "random": changed(lambda data: os.urandom(len(data))),
     "folder": folder,
 }
 
 
-def without_a_tensor(path: Path) -> None:
-    """A valid file that lacks the last tensor and its weight."""
-    tensors = load(path.read_bytes())
-    stem = sorted(tensors)[-1].rpartition(".")[0]
-    path.write_bytes(save({k: v for k, v in tensors.items() if not k.startswith(stem)}))
+def tensors(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Damage:
+    """Other tensors in a whole file."""
+    return changed(lambda data: save(change(load(data))))
 
 
-def another_shape(path: Path) -> None:
-    tensors = {k: v[..., :-1] if v.dim() else v for k, v in load(path.read_bytes()).items()}
-    path.write_bytes(save({k: v.contiguous() for k, v in tensors.items()}))
+def each(change: Callable[[Tensor], Tensor]) -> Damage:
+    return tensors(lambda found: {key: change(t) for key, t in found.items()})
 
 
-def not_numbers(path: Path) -> None:
-    tensors = load(path.read_bytes())
-    spoilt = {
-        k: torch.full_like(v, float("nan")) for k, v in tensors.items() if v.is_floating_point()
-    }
-    path.write_bytes(save({**tensors, **spoilt}))
+def without_the_last(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without its weight either."""
+    stem = sorted(found)[-1].rpartition(".")[0]
+    return {key: t for key, t in found.items() if not key.startswith(stem)}
 
 
-TENSOR_DAMAGES = {
-    "without a tensor": without_a_tensor,
-    "another shape": another_shape,
-    "not numbers": not_numbers,
+TENSOR_DAMAGES: dict[str, Damage] = {
+    "without a tensor": tensors(without_the_last),
+    "another shape": each(lambda t: (t[..., :-1] if t.dim() else t).contiguous()),
+    "not numbers": each(lambda t: t * torch.nan if t.is_floating_point() else t),
 }
 """Of files that are whole safetensors, but not those that were kept."""

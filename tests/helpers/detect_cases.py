@@ -1,7 +1,5 @@
 """Passages about bees and loans, and the tiny GPT-2 (a token a character) that reads them."""
 
-from __future__ import annotations
-
 import functools
 import tempfile
 from pathlib import Path
@@ -12,11 +10,11 @@ from tiny_gpt2 import write_gpt2
 
 
 @functools.cache
-def folder() -> Path:
+def folder():
     return write_gpt2(Path(tempfile.mkdtemp()) / "model")
 
 
-def passage(number: int, bees: int = 6, loans: int = 5) -> Passage:
+def passage(number, bees=6, loans=5):
     first = "".join(BEES.format(n * number + n) for n in range(bees)).strip()
     second = "".join(LOANS.format(n * number) for n in range(loans)).strip()
     return Passage(

@@ -1,16 +1,15 @@
 """What the tests of drift studies share: passages and prompts of letters for the tiny GPT-2."""
 
-from __future__ import annotations
-
+import functools
 import json
+import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from dart_llm.experiments.study import run_study
 from dart_llm.reporting.console import Ui
-from dart_llm.studies.drift.settings import DriftSettings, collect
+from dart_llm.studies.drift.settings import collect
 from dart_llm.studies.drift.study import DriftStudy
 from lm_cases import place
 
@@ -20,7 +19,7 @@ THIRD = "granite cools slowly deep below; basalt quickly, near the top! "
 PROMPT = 64
 
 
-def passage(name: str, *parts: tuple[str, int]) -> dict[str, Any]:
+def passage(name, *parts):
     """A passage of paragraphs (sentence, times), one topic each."""
     texts = [(sentence * times).strip() for sentence, times in parts]
     text = "\n\n".join(texts)
@@ -45,52 +44,56 @@ PROMPTS = [
 ]
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
 
-def settings(folder: Path, **more: Any) -> DriftSettings:
+def settings(folder, **more):
     """A study on the tiny model, without metrics; a source must be among ``more``."""
-    given = {
-        "model": str(place() / "model"),
-        "results_dir": str(folder / "results"),
-        "device": "cpu",
-        "metrics": False,
-    }
+    given = {"model": str(place() / "model"), "device": "cpu", "metrics": False}
+    given["results_dir"] = str(folder / "results")
     return collect({**given, **more}, environment={})
 
 
-def forced(folder: Path, **more: Any) -> DriftSettings:
+def forced(folder, **more):
     """On the two passages; dart's guards and evidence are small enough for them."""
     file = write_rows(folder / "passages.jsonl", [TWO, THREE])
     return settings(folder, **{"passages": file, "prompt_tokens": PROMPT, **more})
 
 
-def free(folder: Path, **more: Any) -> DriftSettings:
+def free(folder, **more):
     file = write_rows(folder / "prompts.jsonl", PROMPTS)
     return settings(folder, **{"prompts": file, "generation": 40, "min_evidence": 0, **more})
 
 
-def study(asked: DriftSettings, ui: Ui | None = None) -> DriftStudy:
+def study(asked, ui=None):
     return run_study(DriftStudy(asked, ui or Ui(quiet=True)))
 
 
-def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+def draw_nothing(patch):
     """Pictures and pages have tests of their own."""
     patch.setattr(DriftStudy, "figures", lambda self: ())
     patch.setattr(DriftStudy, "write_page", lambda self: None)
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
+@functools.cache
+def finished():
+    """A forced study of five methods beside dense on both passages, without pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
+        methods = "never,interval:40,dart@0.3,fresh:4,decay:8"
+        return study(forced(Path(tempfile.mkdtemp()), methods=methods, remask_at_change=20))
+
+
+def lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def results(job: DriftStudy) -> dict[str, dict[str, Any]]:
+def results(job):
     """Rows of results.jsonl by key."""
     return {row["key"]: row for row in lines(job.path / "results.jsonl")}
 
 
-def load_json(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+def load_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import string
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dart_llm.engine.engine import Engine
-from dart_llm.engine.events import Record
+from dart_llm.engine.events import Record, Token
 from dart_llm.engine.requests import GenerationRequest as Ask
 from dart_llm.engine.requests import GenerationResult as Answer
 from dart_llm.engine.requests import Sampling
@@ -82,17 +80,13 @@ CONFIGS = {
 
 
 def alone(
-    model: Any,
-    config: PruneConfig | None,
-    ids: tuple[int, ...] = PROMPT,
-    new: int = 40,
-    **more: Any,
+    model: Any, config: PruneConfig | None, ids: tuple[int, ...] = PROMPT, new: int = 40
 ) -> tuple[tuple[int, ...], RunReport | None]:
     """The greedy tokens of ``generate`` in a block of its own, and its accounting."""
 
     def write() -> tuple[int, ...]:
         given = torch.tensor([ids])
-        settings = {"attention_mask": torch.ones_like(given), "do_sample": False, **more}
+        settings = {"attention_mask": torch.ones_like(given), "do_sample": False}
         made = model.generate(given, max_new_tokens=new, **settings)
         return tuple(made[0, len(ids) :].tolist())
 
@@ -103,20 +97,6 @@ def alone(
     with prune(model, config) as run:
         found = write()
     return found, run.report()
-
-
-def all_alone() -> dict[str, Any]:
-    """What ``alone`` finds for each of ``CONFIGS``."""
-    return {name: alone(tiny(), config) for name, config in CONFIGS.items()}
-
-
-@contextlib.contextmanager
-def prepared() -> Iterator[Engine]:
-    """An engine on ``own_model`` that is ready for each of ``CONFIGS``."""
-    with Engine(own_model(), tokenizer()) as engine:
-        for config in CONFIGS.values():
-            engine.prepare(config)
-        yield engine
 
 
 def ask(
@@ -136,3 +116,8 @@ def ask(
 def kinds(records: list[Record]) -> list[str]:
     """Their kinds, tokens left out."""
     return [record.kind for record in records if record.kind != "token"]
+
+
+def made_of(records: list[Record]) -> list[Token]:
+    """Their tokens."""
+    return [record for record in records if isinstance(record, Token)]

@@ -1,18 +1,24 @@
-"""A model hub on 127.0.0.1 that refuses, loses and cuts off what it is asked for."""
+"""A model hub on 127.0.0.1 that refuses, loses and cuts off what it is asked for; its client.
+
+The hub library reads its settings when it is imported, so the client is a process of its own:
+``python fake_hub.py owner/name owner/name@revision`` loads models from the hub that ``HF_ENDPOINT``
+names, and prints what happened as JSON.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import logging
 import re
+import sys
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ALWAYS = 10**6
@@ -20,47 +26,43 @@ ALWAYS = 10**6
 
 @dataclass
 class Repository:
-    """Files of one model, and what is wrong with it."""
+    """Files of one model, and what is wrong with it.
+
+    ``status``, ``api_status``: what requests for a file, and for the list of files, are answered;
+    ``code``, ``message``: the hub's error headers; ``cuts``: how many downloads of the weights end
+    in the middle; ``claimed_size``: a size of the weights that the list claims.
+    """
 
     files: dict[str, bytes] = field(default_factory=dict)
     status: int = 200
-    """What every request for a file is answered."""
     api_status: int = 200
     code: str = ""
-    """The hub's ``X-Error-Code`` header."""
     message: str = ""
-    """The hub's ``X-Error-Message`` header."""
     cuts: int = 0
-    """How many downloads of the weights end in the middle."""
     claimed_size: int = 0
-    """A size of the weights that the file list claims."""
 
 
 class FakeHub:
     """The repositories, and what was asked of them."""
 
-    def __init__(self, repositories: dict[str, Repository]) -> None:
+    def __init__(self, repositories):
         self.repositories = repositories
-        self.downloads: Counter[str] = Counter()
-        self.authorizations: set[str] = set()
+        self.downloads = Counter()
+        self.authorizations = set()
         self.endpoint = ""
 
 
-def repository(folder: Path, **settings: Any) -> Repository:
+def repository(folder, **settings):
     """A repository with the files of ``folder``."""
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    return Repository(files, **settings)
+    return Repository({path.name: path.read_bytes() for path in folder.iterdir()}, **settings)
 
 
 @contextmanager
-def serve(repositories: dict[str, Repository]) -> Iterator[FakeHub]:
+def serve(repositories):
     """Run the hub in a thread for the length of the block."""
     hub = FakeHub(repositories)
-
-    class Handler(_Handler):
-        state = hub
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    handler = type("Handler", (_Handler,), {"state": hub})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -77,89 +79,111 @@ class _Handler(BaseHTTPRequestHandler):
     state: FakeHub
     timeout = 10
 
-    def log_message(self, *_arguments: object) -> None:
+    def log_message(self, *_arguments):
         """Say nothing."""
 
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
+    def do_HEAD(self):
+        self.do_GET()
 
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def _answer(self, *, body: bool) -> None:
+    def do_GET(self):
         self.state.authorizations.add(self.headers.get("Authorization", ""))
         path = self.path.partition("?")[0]
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             self._info(match[1], match[2])
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            self._file(match[1], match[2], match[3], body=body)
+            self._file(match[1], match[2], match[3])
         else:
             self._refuse(404, "EntryNotFound")
 
-    def _info(self, name: str, revision: str | None) -> None:
+    def _found(self, name, revision, api):
+        """The repository, unless the request is refused."""
         found = self.state.repositories.get(name)
+        status = 404 if found is None else found.api_status if api else found.status
         if found is None:
-            return self._refuse(404, "RepoNotFound")
-        if found.api_status != 200:
-            return self._refuse(found.api_status, found.code, found.message)
-        if revision not in (None, "main", COMMIT):
-            return self._refuse(404, "RevisionNotFound")
+            self._refuse(404, "RepoNotFound")
+        elif status != 200:
+            self._refuse(status, found.code, found.message)
+        elif revision not in (None, "main", COMMIT):
+            self._refuse(404, "RevisionNotFound")
+        else:
+            return found
+        return None
+
+    def _info(self, name, revision):
+        if (found := self._found(name, revision, api=True)) is None:
+            return
+        claimed = {"model.safetensors": found.claimed_size}
         siblings = [
-            {
-                "rfilename": file,
-                "size": (found.claimed_size if file == "model.safetensors" else 0) or len(content),
-            }
+            {"rfilename": file, "size": claimed.get(file) or len(content)}
             for file, content in found.files.items()
         ]
         content = json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode()
         self._send(200, content, {"Content-Type": "application/json"})
-        return None
 
-    def _file(self, name: str, revision: str, file: str, *, body: bool) -> None:
-        found = self.state.repositories.get(name)
-        if found is None:
-            return self._refuse(404, "RepoNotFound")
-        if found.status != 200:
-            return self._refuse(found.status, found.code, found.message)
-        if revision not in ("main", COMMIT):
-            return self._refuse(404, "RevisionNotFound")
-        content = found.files.get(file)
-        if content is None:
-            return self._refuse(404, "EntryNotFound")
-        headers = {
-            "X-Repo-Commit": COMMIT,
-            "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
-        }
+    def _file(self, name, revision, file):
+        if (found := self._found(name, revision, api=False)) is None:
+            return
+        if (content := found.files.get(file)) is None:
+            self._refuse(404, "EntryNotFound")
+            return
         cut = False
-        if body:
+        if self.command == "GET":
             self.state.downloads[f"{name}/{file}"] += 1
             cut = file == "model.safetensors" and found.cuts > 0
             found.cuts -= cut
-        self._send(200, content, headers, body=body, cut=cut)
-        return None
+        tag = f'"{hashlib.sha256(content).hexdigest()}"'
+        self._send(200, content, {"X-Repo-Commit": COMMIT, "ETag": tag}, cut)
 
-    def _refuse(self, status: int, code: str = "", message: str = "") -> None:
-        headers = {"X-Repo-Commit": COMMIT} if code == "EntryNotFound" else {}
-        if code:
-            headers["X-Error-Code"] = code
-        if message:
-            headers["X-Error-Message"] = message
-        self._send(status, b"", headers)
+    def _refuse(self, status, code="", message=""):
+        headers = {"X-Repo-Commit": COMMIT if code == "EntryNotFound" else ""}
+        headers |= {"X-Error-Code": code, "X-Error-Message": message}
+        self._send(status, b"", {key: value for key, value in headers.items() if value})
 
-    def _send(
-        self,
-        status: int,
-        content: bytes,
-        headers: dict[str, str],
-        *,
-        body: bool = True,
-        cut: bool = False,
-    ) -> None:
+    def _send(self, status, content, headers, cut=False):
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if body and self.command != "HEAD":
+        if self.command != "HEAD":
             self.wfile.write(content[: len(content) // 2] if cut else content)
         self.close_connection = True
+
+
+def _attempt(case):
+    """Load one model: the error or the facts, what was said, and the seconds it took."""
+    import torch
+
+    from dart_llm.errors import LoadError
+    from dart_llm.models.checkpoint import checkpoint_facts
+    from dart_llm.models.loading import load
+
+    name, _, revision = case.partition("@")
+    said = []
+    start = time.monotonic()
+    answer = {"error": None, "facts": None, "logits": None}
+    try:
+        model, tokenizer = load(name, revision=revision or None, progress=said.append)
+        ids = tokenizer("tiny", return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            answer["logits"] = model(ids).logits[0, -1].float().tolist()
+        answer["facts"] = checkpoint_facts(model)
+    except LoadError as error:
+        answer["error"] = str(error)
+    return answer | {"said": said, "seconds": time.monotonic() - start}
+
+
+def _main():
+    """The client, with the hub library's waiting shortened to almost nothing."""
+    from transformers.utils import logging as transformers_logging
+
+    log, pause = io.StringIO(), time.sleep
+    logging.basicConfig(stream=log, level=logging.DEBUG, force=True)
+    transformers_logging.enable_propagation()
+    time.sleep = lambda seconds: pause(min(seconds, 0.02))
+    answers = {case: _attempt(case) for case in sys.argv[1:]}
+    json.dump({"answers": answers, "log": log.getvalue()}, sys.stdout)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,34 +1,25 @@
-"""What the tests of inspection share."""
+"""Two texts read by the tiny GPT-2, whose tokens are letters."""
 
-from __future__ import annotations
-
-from typing import Any
-
-import pytest
 import torch
 
 from dart_llm.studies.inspection.readings import Readings
 from dart_llm.studies.inspection.settings import InspectSettings
-from dart_llm.studies.inspection.study import InspectionStudy
 from dart_llm.studies.inspection.texts import InspectText
 from lm_cases import loaded
 from observed_cases import Recorder
 
 A = "the tide comes in twice a day because the moon pulls at the water of the sea. " * 2
-
-
 B = "11 + 22 = 33; 44 - 12 = 32; 9 * 9 = 81; 100 / 4 = 25; (3 + 4) * 5 = 35; 7 * 8 = 56! " * 2
 
 
-def study(a: str | None = A, b: str | None = B, **settings: Any) -> Readings:
-    """On the tiny GPT-2, whose tokens are letters."""
+def read(a=A, b=B, **settings):
     texts = [InspectText(label, label, t) for label, t in zip("AB", (a, b), strict=True) if t]
     given = {"method": "griffin", "sparsity": 0.5, **settings}
     return Readings(*loaded(), InspectSettings(**given), texts)
 
 
-def seen(text: str, layer: int) -> dict[str, torch.Tensor]:
-    """u, z, x of one layer by hooks of our own, [T, width] float64."""
+def seen(text, layer):
+    """u, z, r, x of one layer by hooks of our own, [T, width] float64."""
     model, tokenizer = loaded()
     recorder = Recorder(model)
     with torch.no_grad():
@@ -37,9 +28,3 @@ def seen(text: str, layer: int) -> dict[str, torch.Tensor]:
         handle.remove()
     found = {key: recorder.get(layer, key) for key in ("u", "z", "r")}
     return {**found, "x": recorder.get(layer, "output") - found["r"]}
-
-
-def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes most of the time of so small a study."""
-    monkeypatch.setattr(InspectionStudy, "figures", lambda self: ())
-    monkeypatch.setattr(InspectionStudy, "write_page", lambda self: None)

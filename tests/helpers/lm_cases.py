@@ -4,8 +4,6 @@ Everything lies in one temporary folder per process, since lm-eval takes seconds
 for every ``--include-path``.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import functools
@@ -14,10 +12,8 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -25,12 +21,10 @@ import yaml
 
 from dart_llm.cli import app as cli
 from dart_llm.evaluation import lm_eval as harness
-from dart_llm.evaluation.measurement import Measurement, MeasureOptions
+from dart_llm.evaluation.measurement import MeasureOptions
 from dart_llm.models.loading import load
-from dart_llm.pruning.config import PruneConfig
-from dart_llm.session.prepare import MemoryStore as Memory
-from dart_llm.session.prepare import PreparedMethod as Candidate
 from summary_cases import Kept
+from summary_cases import candidate as prepared
 from tiny_gpt2 import make_talk, write_gpt2
 
 CHAT = (
@@ -53,22 +47,15 @@ EXAMPLES = [
     {"question": "an example of what is cold", "choices": ["ice", "fire", "tea"], "answer": 0},
     {"question": "an example of what is red", "choices": ["sea", "blood", "ice"], "answer": 1},
 ]
-SHORT = [
-    {"question": "fly", "choices": ["duck", "dog"], "answer": 0},
-    QUESTIONS[1],
-]
+SHORT = {"question": "fly", "choices": ["duck", "dog"], "answer": 0}
 PAGES = [
-    {
-        "text": "".join(
-            f"{what} number {n * n} comes before {n * 7 + 3}. " for n in range(1, 1 + size)
-        )
-    }
-    for what, size in (("tide", 4), ("moon", 7))
+    {"text": "".join(f"{what} number {n * n} comes before {n * 7 + 3}. " for n in range(1, end))}
+    for what, end in (("tide", 5), ("moon", 8))
 ]
 SCRAP = [{"text": "only a short line"}]
 WRITING = [{"question": f"tell me about the {w}", "answer": w} for w in ("sea", "moon", "hill")]
 
-CHOICE: dict[str, Any] = {
+CHOICE = {
     "output_type": "multiple_choice",
     "doc_to_text": "q: {{question}}\na:",
     "doc_to_choice": "choices",
@@ -76,20 +63,20 @@ CHOICE: dict[str, Any] = {
     "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
 }
 FEWSHOT = {"fewshot_split": "dev", "fewshot_config": {"sampler": "first_n"}}
-ROLLING: dict[str, Any] = {
+ROLLING = {
     "output_type": "loglikelihood_rolling",
     "doc_to_text": "",
     "doc_to_target": "{{text}}",
     "metric_list": [{"metric": "word_perplexity"}, {"metric": "byte_perplexity"}],
 }
 BYTES = {**ROLLING, "metric_list": [{"metric": "byte_perplexity"}, {"metric": "bits_per_byte"}]}
-LAST: dict[str, Any] = {
+LAST = {
     "output_type": "loglikelihood",
     "doc_to_text": "q: {{question}} and what of it",
     "doc_to_target": " {{choices[0]}}",
     "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
 }
-GENERATE: dict[str, Any] = {
+GENERATE = {
     "output_type": "generate_until",
     "doc_to_text": "q: {{question}}\na:",
     "doc_to_target": "{{answer}}",
@@ -112,7 +99,7 @@ GROUPS = {
 
 
 @functools.cache
-def place() -> Path:
+def place():
     """The folder: ``model``, ``chatty`` (with a chat template), ``tasks`` and ``data``."""
     import datasets
 
@@ -123,32 +110,29 @@ def place() -> Path:
     tasks = root / "tasks"
     tasks.mkdir()
     (root / "data").mkdir()
-    write_task(tasks, "tiny_choice", {**CHOICE, **FEWSHOT}, QUESTIONS, EXAMPLES)
-    write_task(tasks, "tiny_letters", LETTER, LETTERS)
-    write_task(tasks, "tiny_short", CHOICE, SHORT)
-    write_task(tasks, "tiny_roll", ROLLING, PAGES)
-    write_task(tasks, "tiny_scrap", ROLLING, SCRAP)
-    write_task(tasks, "tiny_bytes", BYTES, PAGES)
-    write_task(tasks, "tiny_last", LAST, QUESTIONS)
-    write_task(tasks, "tiny_end", LAST, LETTERS)
-    write_task(tasks, "tiny_write", GENERATE, WRITING)
-    write_task(
-        tasks, "tiny_draw", {**GENERATE, "generation_kwargs": SAMPLING, "repeats": 3}, WRITING
-    )
-    write_task(tasks, "tiny_lost", CHOICE, None)
+    draw = {**GENERATE, "generation_kwargs": SAMPLING, "repeats": 3}
+    _write_task(tasks, "tiny_choice", {**CHOICE, **FEWSHOT}, QUESTIONS, EXAMPLES)
+    for name, task, rows in (
+        ("tiny_letters", LETTER, LETTERS),
+        ("tiny_short", CHOICE, [SHORT, QUESTIONS[1]]),
+        ("tiny_roll", ROLLING, PAGES),
+        ("tiny_scrap", ROLLING, SCRAP),
+        ("tiny_bytes", BYTES, PAGES),
+        ("tiny_last", LAST, QUESTIONS),
+        ("tiny_end", LAST, LETTERS),
+        ("tiny_write", GENERATE, WRITING),
+        ("tiny_draw", draw, WRITING),
+        ("tiny_lost", CHOICE, None),
+        ("tiny_wrong", {**CHOICE, "doc_to_text": "{{nothing.x}}"}, QUESTIONS),
+    ):
+        _write_task(tasks, name, task, rows)
     for name, parts in GROUPS.items():
         group = {"group": name, "task": list(parts)}
         (tasks / f"{name}.yaml").write_text(yaml.safe_dump(group), encoding="utf-8")
     return root
 
 
-def write_task(
-    folder: Path,
-    name: str,
-    task: dict[str, Any],
-    rows: Sequence[dict[str, Any]] | None,
-    examples: Sequence[dict[str, Any]] = (),
-) -> None:
+def _write_task(folder, name, task, rows, examples=()):
     """A task file and its data beside it; ``rows`` None: the data file is missing."""
     data = folder.parent / "data"
     files = {"test": str(write_rows(data / f"{name}.jsonl", rows or ()))}
@@ -156,21 +140,17 @@ def write_task(
         (data / f"{name}.jsonl").unlink()
     if examples:
         files["dev"] = str(write_rows(data / f"{name}_dev.jsonl", examples))
-    head = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": files},
-        "test_split": "test",
-    }
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump({**head, **task}), encoding="utf-8")
+    source = {"dataset_path": "json", "dataset_kwargs": {"data_files": files}}
+    head = {"task": name, **source, "test_split": "test", **task}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(head), encoding="utf-8")
 
 
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
-def _write_models(root: Path) -> None:
+def _write_models(root):
     model, tokenizer = load(write_gpt2(root / "model"), dtype="float32")
     make_talk(model, tokenizer)
     model.save_pretrained(root / "model")
@@ -180,36 +160,27 @@ def _write_models(root: Path) -> None:
 
 
 @functools.cache
-def loaded(name: str = "model") -> tuple[Any, Any]:
+def loaded(name="model"):
     """Model and tokenizer; do not change them."""
     return load(place() / name, dtype="float32", device="cpu")
 
 
-def candidate(method: str | None = None, sparsity: float = 0.5, **settings: Any) -> Candidate:
+def candidate(method=None, sparsity=0.5, **settings):
     """A method on the tiny model; None: untouched."""
-    config = None
-    if method is not None:
-        config = PruneConfig.build(method, sparsity=sparsity, **settings)
-    return Candidate(*loaded(), config)
+    return prepared(loaded(), method, sparsity, **settings)
 
 
-def options(**changes: Any) -> MeasureOptions:
+def options(**changes):
     return MeasureOptions(include_path=str(place() / "tasks"), **changes)
 
 
-def measured(
-    found: Candidate,
-    task: str,
-    how: MeasureOptions | None = None,
-    parts: Memory | None = None,
-    advance: Callable[[int], None] = lambda documents: None,
-) -> Measurement:
+def measured(found, task, how=None, parts=None, advance=lambda documents: None):
     """The harness on one task; parts go through JSON, as those in a file do."""
     kept = Kept() if parts is None else parts
-    return harness.measure(found, task, options() if how is None else how, kept, advance)
+    return harness.measure(found, task, how or options(), kept, advance)
 
 
-def logprobs(found: Measurement) -> list[float]:
+def logprobs(found):
     """Every log-likelihood of a measurement, in order."""
     return [answer[0][0] for sample in found.samples for answer in sample["answers"]]
 
@@ -217,23 +188,22 @@ def logprobs(found: Measurement) -> list[float]:
 class Forwards:
     """Shapes of the forwards that a model ran inside the block."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model):
         self.model, self.shapes = model, list[tuple[int, int]]()
 
-    def __enter__(self) -> Forwards:
-        def note(module: Any, args: Any, kwargs: Any) -> None:
+    def __enter__(self):
+        def note(module, args, kwargs):
             ids = args[0] if args else kwargs["input_ids"]
             self.shapes.append((ids.shape[0], ids.shape[1]))
 
         self._handle = self.model.register_forward_pre_hook(note, with_kwargs=True)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error):
         self._handle.remove()
 
 
-@dataclass(frozen=True)
-class Called:
+class Called(NamedTuple):
     """What a command did."""
 
     code: int
@@ -241,12 +211,12 @@ class Called:
     err: str
 
     @property
-    def json(self) -> Any:
+    def json(self):
         """Its one JSON document on stdout."""
         return json.loads(self.out)
 
 
-def call(*arguments: object) -> Called:
+def call(*arguments):
     """``dart-llm ARGUMENTS`` in this process, through the code that the real command runs."""
     words = ["dart-llm", *map(str, arguments)]
     code = 0
@@ -262,22 +232,14 @@ def call(*arguments: object) -> Called:
     return Called(code, out.getvalue(), err.getvalue())
 
 
-def eval_command(*arguments: object, model: str = "model") -> list[object]:
+def eval_command(*arguments, model="model"):
     """``eval`` on the tiny model with the tasks of this file."""
     root = place()
-    return [
-        "eval",
-        "--model",
-        root / model,
-        "--include-path",
-        root / "tasks",
-        "--device",
-        "cpu",
-        *arguments,
-    ]
+    where = ("--model", root / model, "--include-path", root / "tasks", "--device", "cpu")
+    return ["eval", *where, *arguments]
 
 
-def break_position(model: Any, position: int) -> Any:
+def break_position(model, position):
     """Makes everything after ``position`` tokens NaN."""
     with torch.no_grad():
         model.transformer.wpe.weight[position] = float("nan")

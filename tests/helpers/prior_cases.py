@@ -21,15 +21,9 @@ from dart_llm.session.run import prune
 SMALL = {"sequences": 2, "length": 24, "opening": 0}
 """A prior that is learnt in no time."""
 
+RANK = {"compensation": True, "compensation_rank": 8}
 CONFIG = PruneConfig(
-    method="x",
-    sparsity=0.5,
-    score={"name": "fisher"},
-    budget={"name": "ranked"},
-    compensation=True,
-    compensation_rank=8,
-    skip_sinks=True,
-    prior=SMALL,
+    method="x", sparsity=0.5, score="fisher", budget="ranked", skip_sinks=True, prior=SMALL, **RANK
 )
 
 STATISTICS = Statistics(squared, None, frozenset({"signed", "features"}), average=True)
@@ -48,8 +42,7 @@ def learnt(
     model: Any, cache: Path, config: PruneConfig = CONFIG, news: list[str] | None = None
 ) -> tuple[FfnWeights, ...]:
     """The model's layers with what it taught."""
-    say = (lambda text: None) if news is None else news.append
-    return learn(model, config, layers_of(model), str(cache), say)
+    return learn(model, config, layers_of(model), str(cache), ([] if news is None else news).append)
 
 
 def seen(
@@ -79,12 +72,7 @@ ALL = [*ONE_BY_ONE, 24, 24]
 
 def attached(model: Any, config: PruneConfig = CONFIG, **changes: Any) -> Callable[[], None]:
     """Attach and leave."""
-
-    def body() -> None:
-        with prune(model, config, **changes):
-            pass
-
-    return body
+    return lambda: prune(model, config, **changes).attach().detach()
 
 
 def tensors(layers: tuple[FfnWeights, ...]) -> list[Tensor]:
@@ -94,8 +82,7 @@ def tensors(layers: tuple[FfnWeights, ...]) -> list[Tensor]:
         assert layer.learnt is not None
         sums = layer.learnt.evidence.sums
         found += [sums[name].mean for name in sorted(sums)]
-        found += [layer.learnt.curvature]
-        found += [] if layer.learnt.basis is None else [layer.learnt.basis]
+        found += [t for t in (layer.learnt.curvature, layer.learnt.basis) if t is not None]
     return found
 
 

@@ -14,16 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reference_drift import Detector
 from reference_model import Hooked, Part, Seen
 from steps import new_cache
 
-SINKS = 4
-PSEUDO_TOKENS = 32
-MIN_EVIDENCE = 16
-OBSERVE = 32
-DECAY = 0.1
-BASIS_TOKENS = 1024
+SINKS, MIN_EVIDENCE, OBSERVE = 4, 16, 32
+PSEUDO_TOKENS, DECAY, BASIS_TOKENS = 32, 0.1, 1024
 
 
 @dataclass
@@ -104,7 +99,7 @@ def even(widths: Sequence[int], sparsity: float) -> list[int]:
     return counts
 
 
-# dart
+# what dart observes and learns
 
 
 @dataclass
@@ -116,13 +111,7 @@ class Sums:
 
     def add(self, u: Tensor, f: Tensor) -> None:
         """Tokens u [T, I] with features f [T, r]."""
-        new = {
-            "uu": u.square().sum(0),
-            "u": u.sum(0),
-            "f": f.sum(0),
-            "uf": u.T @ f,
-            "ff": f.T @ f,
-        }
+        new = {"uu": u.square().sum(0), "u": u.sum(0), "f": f.sum(0), "uf": u.T @ f, "ff": f.T @ f}
         self.values = {name: self.values.get(name, 0.0) + value for name, value in new.items()}
         self.n += len(u)
 
@@ -194,6 +183,73 @@ def bases(model: Any, ids: Tensor, rank: int) -> list[Tensor]:
             scaled = directions[:, largest] / (variances[largest] + floor).sqrt()
             found.append(scaled.T.to(seen.h.dtype))
     return found
+
+
+# the drift rule `dart` with its guards
+
+WINDOW, DEVIATIONS, LOW_WINDOWS = 10, 1.5, 3
+LEAST, MOST = 4, 128  # windows of a reference
+MIN_DISTANCE, DENSE_SHARE, ALLOWANCE, NEED = 64, 0.05, 32, 32
+
+
+class Detector:
+    """Compares windows of the last hidden state with what was observed; sees no sinks."""
+
+    def __init__(self) -> None:
+        self.observed: list[Tensor] = []
+        self.window: list[Tensor] = []
+        self.centroid: Tensor | None = None
+        self.threshold = 0.0
+        self.low = self.refresh_tokens = 0
+        self.last: int | None = None  # decoded tokens at the newest trigger
+
+    def observe(self, v: Tensor) -> None:
+        """Observed tokens [T, D]."""
+        self.observed += [*v]
+
+    def arm(self) -> None:
+        """Masks are made from the observed tokens: so is the reference, if they are enough."""
+        self.window, self.low, self.centroid = [], 0, None
+        if len(self.observed) >= LEAST * WINDOW:
+            self._refer()
+        self.observed = []
+
+    def _refer(self) -> None:
+        tokens = torch.stack(self.observed)
+        total, count = tokens.sum(0), len(tokens)
+        windows = [w.sum(0) for w in tokens.split(WINDOW) if len(w) == WINDOW][-MOST:]
+        others = [(total - w) / (count - WINDOW) for w in windows]
+        pairs = zip(windows, others, strict=True)
+        alike = torch.stack([F.cosine_similarity(w / WINDOW, o, dim=0) for w, o in pairs])
+        self.centroid = total / count
+        self.threshold = float(alike.mean() - DEVIATIONS * alike.std())
+
+    def watch(self, v: Tensor, decoded: int) -> bool:
+        """One pruned token [D], the ``decoded``-th of the sequence: whether it is a trigger."""
+        self.window.append(v)
+        if len(self.window) < WINDOW:
+            return False
+        window, self.window = torch.stack(self.window), []
+        if self.centroid is None:
+            self.observed = [*self.observed, *window]
+            if len(self.observed) >= LEAST * WINDOW:
+                self._refer()
+                self.observed = []
+            return False
+        low = bool(F.cosine_similarity(window.mean(0), self.centroid, dim=0) < self.threshold)
+        self.low = self.low + 1 if low else max(0, self.low - 1)
+        if not low or self.low < LOW_WINDOWS or not self._allowed(decoded):
+            return False
+        self.refresh_tokens, self.last = self.refresh_tokens + NEED, decoded
+        return True
+
+    def _allowed(self, decoded: int) -> bool:
+        near = self.last is not None and decoded - self.last < MIN_DISTANCE
+        most = ALLOWANCE + DENSE_SHARE * (decoded + NEED)
+        return not near and self.refresh_tokens + NEED <= most
+
+
+# dart
 
 
 class Dart:

@@ -1,67 +1,58 @@
 """A server on a free port of this machine, and an engine without a model behind it."""
 
-from __future__ import annotations
-
 import contextlib
-import importlib.util
 import json
+import re
 import socket
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 
-from dart_llm.engine.events import (
-    Done,
-    Likely,
-    PromptToken,
-    Record,
-    Scores,
-    Start,
-    Timings,
-    Token,
-    Usage,
-)
+from dart_llm.engine.events import Done, Likely, PromptToken, Scores, Start, Timings, Token, Usage
 from dart_llm.engine.requests import GenerationRequest as Ask
-from dart_llm.engine.requests import GenerationResult as Answer
 from dart_llm.pruning.records import RunReport
 from dart_llm.server.app import build
 from dart_llm.server.run import Server, bind, server_config
 from dart_llm.server.service import ModelFacts, Service
 from dart_llm.server.settings import ServeSettings
 
-VOCAB = 256
-CHAT_URL = "/v1/chat/completions"
-FACTS = ModelFacts("fake-model", ("fake",), 4096, VOCAB, {"name": "fake-model"})
+CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
+CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+FACTS = ModelFacts("fake-model", ("fake",), 4096, 256, {"name": "fake-model"})
+POOL = ThreadPoolExecutor(12)
+KEYS = ("a-long-secret-key", "another-secret-key")
 
 
-class Encoded:
-    def __init__(self, ids: list[int]) -> None:
-        self.input_ids = ids
+def bearer(number):
+    return {"Authorization": f"Bearer {KEYS[number]}"}
 
 
 class ByteTokenizer:
-    """Every byte is a token; a conversation is written as ``<role>text``."""
+    """Every ``width`` bytes are a token; a conversation is written as ``<role>text``."""
 
     chat_template = "there is one"
+    width = 1
 
-    def __call__(self, text: str, **options: Any) -> Encoded:
-        return Encoded(list(text.encode()))
+    def __call__(self, text, **options):
+        return SimpleNamespace(input_ids=list(text.encode())[:: self.width])
 
-    def decode(self, ids: list[int], **options: Any) -> str:
+    def decode(self, ids, **options):
         return bytes(ids).decode(errors="replace")
 
-    def apply_chat_template(self, turns: list[dict[str, str]], **options: Any) -> str:
+    def apply_chat_template(self, turns, **options):
         return "".join(f"<{one['role']}>{one['content']}" for one in turns) + "<assistant>"
 
 
-def report(method: str, asked: float | None, tokens: int) -> RunReport:
+def report(method, asked, tokens):
     share = asked or 0.0
+    shares = ("ffn_flops_share", "ffn_bytes_share")
     return RunReport(
         method=method,
         requested_sparsity=asked,
@@ -74,10 +65,7 @@ def report(method: str, asked: float | None, tokens: int) -> RunReport:
         remask_causes={},
         layers=(),
         executor="masked",
-        ffn_flops_share=1 - share,
-        ffn_bytes_share=1 - share,
-        ffn_flops_share_if_compact=1 - share,
-        ffn_bytes_share_if_compact=1 - share,
+        **{name + end: 1 - share for name in shares for end in ("", "_if_compact")},
         ffn_share_of_bytes=0.5,
         extra_memory_bytes=0,
         sequences=(),
@@ -86,44 +74,40 @@ def report(method: str, asked: float | None, tokens: int) -> RunReport:
 
 @dataclass
 class FakeEngine:
-    """Answers ``w0 w1 w2 ...``; choice i writes ``w`` i times more.  ``pause``: s per token."""
+    """Answers ``w0 w1 w2 ...``; choice i writes ``w`` i times more.  ``pause``: s per token.
+
+    ``index``: of the token in progress; ``fault`` is raised at the token ``fault_at``.
+    """
 
     pause: float = 0.0
     fault: Exception | None = None
     fault_at: int = 0
     asked: list[Ask] = field(default_factory=list)
     cancelled_at: list[int] = field(default_factory=list)
-    ended: list[float] = field(default_factory=list)
+    ended: int = 0
+    at_once: int = 0
     most_at_once: int = 0
     index: int = 0
-    """Of the token in progress."""
-    _inside: int = 0
 
-    def run(
-        self,
-        ask: Ask,
-        emit: Callable[[Record], None],
-        cancelled: Callable[[], bool] = lambda: False,
-    ) -> Answer:
+    def run(self, ask, emit, cancelled=lambda: False):
         self.asked.append(ask)
-        self._inside += 1
-        self.most_at_once = max(self.most_at_once, self._inside)
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
         try:
-            return self._run(ask, emit, cancelled)
+            self._run(ask, emit, cancelled)
         finally:
-            self._inside -= 1
-            self.ended.append(time.perf_counter())
+            self.at_once -= 1
+            self.ended += 1
 
-    def _run(
-        self, ask: Ask, emit: Callable[[Record], None], cancelled: Callable[[], bool]
-    ) -> Answer:
+    def _run(self, ask, emit, cancelled):
         sampling, config = ask.sampling, ask.config
-        method = "dense" if config is None else config.method
-        share = 0.0 if config is None else config.target
+        method, share = ("dense", 0.0) if config is None else (config.method, config.target)
         prompt = tuple(PromptToken(one, chr(one)) for one in ask.ids)
         emit(Start(ask.id, "fake-model", method, share, {}, "masked", 1, (8,), prompt))
-        if sampling.prompt_logprobs:
-            emit(self._scores(ask))
+        if sampling.prompt_logprobs:  # -1 / its id for each token after the first
+            top = tuple(Likely(i, f"t{i}", -0.001 - i) for i in range(sampling.logprobs or 0))
+            later = ask.ids[1:]
+            emit(Scores((None, *(-1 / one for one in later)), ((), *(top for _ in later))))
         texts, finish = [""] * sampling.n, ["length"] * sampling.n
         for index in range(sampling.max_tokens):
             self.index = index
@@ -133,39 +117,26 @@ class FakeEngine:
                 self.cancelled_at.append(index)
                 finish = ["cancelled"] * sampling.n
                 break
-            if self.pause:
-                time.sleep(self.pause)
+            time.sleep(self.pause)
             for choice in range(sampling.n):
                 piece = f"{'w' * (choice + 1)}{index} "
-                if finish[choice] == "stop":
-                    continue
                 if any(stop in texts[choice] + piece for stop in sampling.stop):
                     finish[choice] = "stop"
-                    continue
-                texts[choice] += piece
-                emit(self._token(ask, choice, index, piece))
-            if all(reason == "stop" for reason in finish):
-                break
+                if finish[choice] != "stop":
+                    texts[choice] += piece
+                    emit(self._token(ask, choice, index, piece))
         tokens = sum(len(text.split()) for text in texts)
-        usage = Usage(len(ask.ids), tokens, 0)
-        timings = Timings(len(ask.ids), 1.0, tokens, 2.0)
-        accounting = report(method, share, tokens)
-        emit(Done(ask.id, tuple(finish), tuple(texts), usage, timings, accounting))
-        return Answer(ask.id, tuple(texts), (), tuple(finish), usage, timings, accounting)
+        usage, timings = Usage(len(ask.ids), tokens, 0), Timings(len(ask.ids), 1.0, tokens, 2.0)
+        made = report(method, share, tokens)
+        emit(Done(ask.id, tuple(finish), tuple(texts), usage, timings, made))
 
-    def _scores(self, ask: Ask) -> Scores:
-        """Every token after the first has -1 / its id, beside the likeliest, ``t0`` with -0.001."""
-        top = tuple(Likely(i, f"t{i}", -0.001 - i) for i in range(ask.sampling.logprobs or 0))
-        later = ask.ids[1:]
-        return Scores((None, *(-1 / one for one in later)), ((), *(top for _ in later)))
-
-    def _token(self, ask: Ask, choice: int, index: int, piece: str) -> Token:
-        top = None
-        if ask.sampling.logprobs is not None:
-            top = tuple(Likely(i, f"t{i}", -1.0 - i) for i in range(ask.sampling.logprobs))
+    def _token(self, ask, choice, index, piece):
         phase = "prefill" if index == 0 else "dense" if ask.config is None else "pruned"
-        scored = None if ask.sampling.logprobs is None else -0.5
-        return Token(choice, index, index, piece, piece, phase, scored, top, self.pause)
+        score, top = None, None
+        if ask.sampling.logprobs is not None:
+            score = -0.5
+            top = tuple(Likely(i, f"t{i}", -1.0 - i) for i in range(ask.sampling.logprobs))
+        return Token(choice, index, index, piece, piece, phase, score, top, self.pause)
 
 
 @dataclass
@@ -177,24 +148,31 @@ class Running:
     engine: Any
     server: Server
 
-    @property
-    def port(self) -> int:
-        return int(self.url.rsplit(":", 1)[1])
-
-    def client(self, **options: Any) -> httpx.Client:
+    def client(self, **options):
         return httpx.Client(base_url=self.url, timeout=30, trust_env=False, **options)
 
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+    def connect(self):
+        return socket.create_connection(("127.0.0.1", int(self.url.rsplit(":", 1)[1])), timeout=20)
+
+    def beside(self, url=CHAT_URL, **body):
+        """Post from a thread of its own; the response is the future's result."""
+
+        def post():
+            with self.client() as client:
+                return client.post(url, json={**(CHAT if url == CHAT_URL else {}), **body})
+
+        return POOL.submit(post)
+
+    def waiting(self, count):
+        """Wait until so many requests wait."""
+        until(lambda: self.service.worker.waiting == count)
+
+    def gauge(self, name):
+        return self.service.metrics.registry.get_sample_value(f"dart_llm_{name}") or 0.0
 
 
 @contextlib.contextmanager
-def running(
-    engine: Any = None,
-    tokenizer: Any = None,
-    facts: ModelFacts = FACTS,
-    **settings: Any,
-) -> Iterator[Running]:
+def running(engine=None, tokenizer=None, facts=FACTS, **settings):
     """Serve ``engine`` (default: a fake one) until the block ends, at most 20 s longer."""
     engine = engine or FakeEngine()
     merged = ServeSettings.model_validate({"port": 0, "method": "griffin", "grace": 1, **settings})
@@ -216,7 +194,7 @@ def running(
 
 
 @contextlib.contextmanager
-def running_model(model: Any, tokenizer: Any, **settings: Any) -> Iterator[Running]:
+def running_model(model, tokenizer, **settings):
     """Serve a model, by a real engine, until the block ends."""
     from dart_llm.engine.engine import Engine
 
@@ -225,18 +203,44 @@ def running_model(model: Any, tokenizer: Any, **settings: Any) -> Iterator[Runni
         yield found
 
 
-def benchmark(name: str) -> Any:
-    """A module of benchmarks/, for what it and the tests share."""
-    if name not in sys.modules:
-        path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec and spec.loader
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+class Process:
+    """``dart-llm serve`` as a process; what it says is read as it comes."""
+
+    def __init__(self, *arguments):
+        command = [sys.executable, "-m", "dart_llm", "serve", "--port", "0", *map(str, arguments)]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.said = self.url = ""
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        assert self.process.stderr
+        for line in self.process.stderr:
+            self.said += line
+
+    def end(self, number):
+        """A signal ends it within ten seconds."""
+        self.process.send_signal(number)
+        assert self.process.wait(10) == 0
+        until(lambda: self.said.endswith("ended\n"))
+        assert "Traceback" not in self.said
 
 
-def until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
+@contextlib.contextmanager
+def serving(*arguments):
+    """``dart-llm serve ARGUMENTS`` until the block ends."""
+    made = Process(*arguments)
+    try:
+        until(lambda: "(Ctrl-C ends)" in made.said or made.process.poll() is not None, 300)
+        found = re.search(r"serving \S+ at (http://127\.0\.0\.1:\d+)/", made.said)
+        assert found, made.said
+        made.url = found[1]
+        yield made
+    finally:
+        made.process.kill()
+        made.process.wait(20)
+
+
+def until(holds, seconds=10.0):
     """Wait until something holds; fails after ``seconds``.
 
     Time in which this process was stopped does not count: what it waits for was stopped too.
@@ -250,47 +254,20 @@ def until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
         last = now
 
 
-def events(text: str) -> list[Any]:
+def events(text):
     """The data of an event stream; [DONE] as None."""
-    found = []
-    for line in text.split("\n\n"):
-        if line.startswith("data: "):
-            data = line.removeprefix("data: ")
-            found.append(None if data == "[DONE]" else json.loads(data))
-    return found
+    data = [line.removeprefix("data: ") for line in text.split("\n\n") if line.startswith("data: ")]
+    return [None if one == "[DONE]" else json.loads(one) for one in data]
 
 
-CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
-
-
-class Watched(ByteTokenizer):
-    """Counts the texts in work; none is done before ``free`` is set.  A token: ``width`` bytes."""
-
-    def __init__(self, width: int = 1, held: bool = False) -> None:
-        self.width = width
-        self.free = threading.Event()
-        self.lengths: list[int] = []
-        self.inside = self.most = 0
-        if not held:
-            self.free.set()
-
-    def __call__(self, text: str, **options: Any) -> Encoded:
-        self.lengths.append(len(text))
-        self.inside += 1
-        self.most = max(self.most, self.inside)
-        self.free.wait(20)
-        self.inside -= 1
-        return Encoded(list(text.encode())[:: self.width])
-
-
-def request_bytes(body: dict[str, Any], url: str = CHAT_URL) -> bytes:
+def request_bytes(body, url=CHAT_URL):
     """A POST as it goes over the wire."""
     data = json.dumps(body).encode()
     head = f"POST {url} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return head.encode() + b"Content-Length: %d\r\n\r\n" % len(data) + data
 
 
-def read_until(connection: socket.socket, mark: bytes) -> bytes:
+def read_until(connection, mark):
     """What arrives up to and with ``mark``."""
     found = b""
     while mark not in found:

@@ -1,7 +1,5 @@
 """Runs copies of the two shell scripts, with a recording ``dart-llm`` or the real one on PATH."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -9,10 +7,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -24,45 +20,15 @@ EXPERIMENT, DRIFT = "run_experiment.sh", "run_knowledge_drift.sh"
 SCRIPTS = (EXPERIMENT, DRIFT)
 
 # Both scripts list exactly these, in this order.
-VARIABLES = [
-    "METHOD",
-    "MODEL",
-    "CACHE_DIR",
-    "DEVICE",
-    "LAYER_TOPK",
-    "TOTAL_PRUNE_PERCENT",
-    "MASKING_STEP",
-    "RELEASE_STEP",
-    "EMA_DECAY",
-    "RANKING_METHOD",
-    "PRUNE_STRATEGY",
-    "KNOWLEDGE_DRIFT",
-    "PROMPT_TYPE",
-    "PROMPT_SUBJECT",
-    "CUSTOM_PROMPT_TEXT",
-    "PROMPT_LENGTH",
-    "GENERATION",
-    "EVAL_PERPLEXITY",
-    "PPL_DATASETS",
-    "PPL_SUBJECTS",
-    "PPL_MAX_SAMPLES",
-    "EVAL_MMLU",
-    "MMLU_DATASETS",
-    "MMLU_SHOTS",
-    "MMLU_MAX_SAMPLES",
-    "EVAL_GENERAL_NLP",
-    "GENERAL_NLP_DATASETS",
-    "GENERAL_NLP_MAX_SAMPLES",
-    "EVAL_SUMMARIZATION",
-    "SUMMARIZATION_DATASETS",
-    "SUMMARIZATION_MAX_SAMPLES",
-    "SUMMARIZATION_MAX_OUTPUT",
-    "SEED",
-    "VERBOSE",
-    "SAVE_ACTIVATIONS",
-    "EXPERIMENT_NAME",
-    "RESULTS_DIR",
-]
+VARIABLES = """
+METHOD MODEL CACHE_DIR DEVICE LAYER_TOPK TOTAL_PRUNE_PERCENT MASKING_STEP RELEASE_STEP
+EMA_DECAY RANKING_METHOD PRUNE_STRATEGY KNOWLEDGE_DRIFT PROMPT_TYPE PROMPT_SUBJECT
+CUSTOM_PROMPT_TEXT PROMPT_LENGTH GENERATION EVAL_PERPLEXITY PPL_DATASETS PPL_SUBJECTS
+PPL_MAX_SAMPLES EVAL_MMLU MMLU_DATASETS MMLU_SHOTS MMLU_MAX_SAMPLES EVAL_GENERAL_NLP
+GENERAL_NLP_DATASETS GENERAL_NLP_MAX_SAMPLES EVAL_SUMMARIZATION SUMMARIZATION_DATASETS
+SUMMARIZATION_MAX_SAMPLES SUMMARIZATION_MAX_OUTPUT SEED VERBOSE SAVE_ACTIVATIONS
+EXPERIMENT_NAME RESULTS_DIR
+""".split()
 
 _RECORD = """\
 import json, os, sys
@@ -79,12 +45,9 @@ class Desk:
     root: Path
     environment: dict[str, str]
 
-    def script(self, name: str) -> Path:
-        return self.root / name
-
-    def edit(self, name: str, values: Mapping[str, str]) -> None:
+    def edit(self, name, values):
         """Write ``values`` as the defaults in the list at the top of a script."""
-        path = self.script(name)
+        path = self.root / name
         text = path.read_text()
         for variable, value in values.items():
             line = re.compile(rf'^: "\$\{{{variable}:=[^"]*\}}"', re.MULTILINE)
@@ -92,7 +55,7 @@ class Desk:
             assert count == 1, variable
         path.write_text(text)
 
-    def bash(self, text: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    def bash(self, text, **variables):
         """Run lines of bash in the desk's folder."""
         return subprocess.run(
             ["bash", "-c", text],
@@ -104,35 +67,35 @@ class Desk:
             check=False,
         )
 
-    def run(self, name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(self, name, *arguments, **variables):
         """Run a script with variables from the environment."""
         return self.bash(f"./{name} {shlex.join(arguments)}", **variables)
 
-    def recorded(self) -> list[str]:
+    def recorded(self):
         """The arguments of the last recorded ``dart-llm``, which must have been a run."""
-        arguments: list[str] = json.loads((self.root / "record.json").read_text())
+        arguments = json.loads((self.root / "record.json").read_text())
         assert arguments[0] == "run"
         return arguments[1:]
 
-    def settings(self) -> RunSettings:
+    def settings(self):
         """What the real command line makes of the recorded arguments."""
         return parse(self.recorded())
 
-    def configs(self) -> list[dict[str, Any]]:
+    def configs(self):
         """config.json of every results folder, oldest first."""
         paths = sorted((self.root / "results").glob("*/*/config.json"), key=lambda p: p.parent.name)
         return [json.loads(path.read_text()) for path in paths]
 
 
-def parse(arguments: Sequence[str]) -> RunSettings:
+def parse(arguments):
     """The settings of ``dart-llm run ARGUMENTS``, by the command line's own parser."""
-    group: Any = typer.main.get_command(app)
+    group = typer.main.get_command(app)
     context = group.commands["run"].make_context("run", list(arguments))
     flags = {key: context.params[key] for key in RunSettings.model_fields}
     return collect(flags, environment={})
 
 
-def make_desk(folder: Path, real: bool = False) -> Desk:
+def make_desk(folder, real=False):
     """Copies of the scripts in ``folder``; ``real``: ``dart-llm`` is this installation's."""
     root = folder / "a desk"
     (root / "scripts").mkdir(parents=True)

@@ -1,10 +1,6 @@
 """Jobs of ``bench speed`` on tiny models with random weights."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 from dart_llm.experiments.study import run_study
 from dart_llm.reporting.console import Ui
@@ -16,7 +12,7 @@ from tiny import CONFIGS
 PROMPT, TOKENS = 12, 12
 
 
-def shape(root: Path, name: str = "llama") -> Path:
+def shape(root, name="llama"):
     """The config.json of a tiny model."""
     kind, settings = CONFIGS[name]
     root.mkdir(parents=True, exist_ok=True)
@@ -25,31 +21,20 @@ def shape(root: Path, name: str = "llama") -> Path:
     return path
 
 
-def settings(root: Path, name: str = "llama", **more: Any) -> SpeedSettings:
-    given = {
-        "shape": str(shape(root, name)),
-        "results_dir": str(root / "results"),
-        "device": "cpu",
-        "dtype": "float32",
-        "methods": "griffin",
-        "sparsities": "0.5",
-        "prompt_tokens": PROMPT,
-        "tokens": TOKENS,
-        "repeats": 2,
-        "warmup": False,
-    }
+def settings(root, name="llama", **more):
+    given = {"shape": str(shape(root, name)), "results_dir": str(root / "results")}
+    given |= {"device": "cpu", "dtype": "float32", "methods": "griffin", "sparsities": "0.5"}
+    given |= {"prompt_tokens": PROMPT, "tokens": TOKENS, "repeats": 2, "warmup": False}
     return merge(SpeedSettings, {**given, **more}, environment={})
 
 
-def job(root: Path, name: str = "llama", ui: Ui | None = None, **more: Any) -> SpeedStudy:
+def job(root, name="llama", ui=None, **more):
     return run_study(
         SpeedStudy(settings(root, name, **more), ui or Ui(quiet=True), bandwidth_mib=1)
     )
 
 
-def sample(
-    steps_ms: list[float], phases: str = "", built: tuple[int, ...] = (), **more: Any
-) -> dict[str, Any]:
+def sample(steps_ms, phases="", built=(), **more):
     """A sample as the clock gives it; ``phases``: a letter per step, o observe, p pruned."""
     names = {"o": "observe", "p": "pruned"}
     found = {"first_token_s": 0.1, "warm_s": [0.03, 0.002]}

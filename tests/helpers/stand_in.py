@@ -1,9 +1,6 @@
 """A small random model in the place of the default one, and under names that the docs use."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -22,7 +19,7 @@ CHAT = (
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
 
-def configuration() -> LlamaConfig:
+def configuration():
     """As small as goes; four layers: 0 to 3."""
     return LlamaConfig(
         vocab_size=VOCABULARY,
@@ -37,7 +34,7 @@ def configuration() -> LlamaConfig:
     )
 
 
-def write_model(folder: Path) -> Path:
+def write_model(folder):
     """The model in bfloat16 with a tokenizer learnt from the package's texts."""
     torch.manual_seed(0)
     LlamaForCausalLM(configuration()).to(torch.bfloat16).save_pretrained(folder)
@@ -57,7 +54,7 @@ def write_model(folder: Path) -> Path:
     return folder
 
 
-def stand_in(cache: Path, model: Path) -> None:
+def stand_in(cache, model):
     """Make ``model`` what a ``DART_CACHE`` of ``cache`` holds as the default model."""
     folder = converted_folder(cache / "dart-llm", SHA256)
     folder.parent.mkdir(parents=True)

@@ -1,24 +1,18 @@
 """How the contract tests drive a model: teacher-forced decoding, forced generation, snapshots."""
 
-from __future__ import annotations
-
 import functools
 import gc
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, PreTrainedModel
+from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor
 
+from dart_llm.session.run import prune
 from tiny import LAYERS, WIDTH, tiny, tokens
 
-CACHE = (
-    "cache"
-    if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters
-    else ("past_key_values")
-)
+_TAKEN = inspect.signature(LlamaForCausalLM.forward).parameters
+CACHE = "cache" if "cache" in _TAKEN else "past_key_values"
 """The keyword under which this version of transformers takes a cache."""
 
 EVIDENCE = {"masking_step": 1000, "sparsity": 0.5}
@@ -26,23 +20,23 @@ EVIDENCE = {"masking_step": 1000, "sparsity": 0.5}
 
 
 @functools.cache
-def shared_model(name: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def shared_model(name="llama", dtype=torch.float32):
     """One model per name and dtype for all tests; every test leaves it as it was."""
     return tiny(name, dtype=dtype)
 
 
-def new_cache(model: Any) -> DynamicCache:
+def new_cache(model):
     """An empty cache that fits ``model``."""
     return DynamicCache(config=model.config.get_text_config())
 
 
 @torch.no_grad()
-def step(model: Any, ids: Tensor, cache: Any, mask: Tensor | None = None) -> Tensor:
+def step(model, ids, cache, mask=None):
     """One bare forward on a cache.  Returns its logits [B, T, V]."""
     return model(ids, attention_mask=mask, use_cache=True, **{CACHE: cache}).logits
 
 
-def decode(model: Any, ids: Tensor, prompt: int, mask: Tensor | None = None) -> Tensor:
+def decode(model, ids, prompt, mask=None):
     """Prefill ``prompt`` tokens, then feed the others one by one.  Returns logits [B, T, V]."""
     cache = new_cache(model)
     found = [step(model, ids[:, :prompt], cache, None if mask is None else mask[:, :prompt])]
@@ -55,11 +49,11 @@ def decode(model: Any, ids: Tensor, prompt: int, mask: Tensor | None = None) -> 
 class Forced(LogitsProcessor):
     """Makes ``generate`` choose given tokens: row r chooses ``rows[r][step]``, then goes on."""
 
-    def __init__(self, prompt: int, rows: Sequence[Sequence[int]]) -> None:
+    def __init__(self, prompt, rows):
         self.prompt = prompt
         self.rows = rows
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids, scores):
         step = input_ids.shape[1] - self.prompt
         forced = torch.full_like(scores, -1e9)
         for row, wanted in enumerate(self.rows):
@@ -67,7 +61,7 @@ class Forced(LogitsProcessor):
         return forced
 
 
-def generate(model: Any, ids: Tensor, new: int, **settings: Any) -> Any:
+def generate(model, ids, new, **settings):
     """Greedy generation of ``new`` tokens that returns sequences and raw logits."""
     return model.generate(
         ids,
@@ -79,17 +73,17 @@ def generate(model: Any, ids: Tensor, new: int, **settings: Any) -> Any:
     )
 
 
-def apart(first: Sequence[Tensor] | Tensor, second: Sequence[Tensor] | Tensor) -> float:
+def apart(first, second):
     """Largest absolute difference, relative to the largest value."""
     a, b = (t if isinstance(t, Tensor) else torch.stack(tuple(t)) for t in (first, second))
     return float((a.float() - b.float()).abs().max() / b.float().abs().max())
 
 
-def selections(run: Any) -> list[tuple[int, int | None, list[Tensor | None]]]:
+def selections(run):
     """A list that fills with (decode step, row, kept ids per layer) of every mask of ``run``."""
-    found: list[tuple[int, int | None, list[Tensor | None]]] = []
+    found = []
 
-    def take(remask: Any, state: Any) -> None:
+    def take(remask, state):
         ids = [None if mask is None else mask.ids.clone() for mask in state.selection.masks]
         found.append((remask.step, remask.row, ids))
 
@@ -97,26 +91,45 @@ def selections(run: Any) -> list[tuple[int, int | None, list[Tensor | None]]]:
     return found
 
 
-def same_masks(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> bool:
-    """Whether two sets of kept neurons are equal, layer by layer."""
+def same_masks(first, second):
+    """Whether two sets of kept neurons (or two runs' masks) are equal, layer by layer."""
+    if isinstance(first, dict):
+        first, second = ([kept[layer] for layer in sorted(kept)] for kept in (first, second))
     return len(first) == len(second) and all(
         (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
         for a, b in zip(first, second, strict=True)
     )
 
 
-def state_of(run: Any, row: int = 0) -> Any:
+def state_of(run, row=0):
     """The newest sequence of a run, up to date: the one place that knows where it is kept."""
     run.report()
     return run.controller.sequences[row]
 
 
-def sums_of(run: Any) -> list[Tensor]:
+HALF = {"method": "griffin", "sparsity": 0.5}
+
+
+def pruned(model, ids, prompt, make=None, **settings):
+    """A run (by ``make``, else ``prune``) that decodes ids, its ``selections``, its logits."""
+    run = (make or prune)(model, **{**HALF, **settings})
+    found = selections(run)
+    with run:
+        return run, found, decode(model, ids, prompt)
+
+
+def written(model, ids, new, settings=None, **how):
+    """A run in which ``generate`` writes ``new`` tokens in the way of ``how``, and what it gave."""
+    with prune(model, **{**HALF, **(settings or {})}) as run:
+        return run, generate(model, ids, new, **how)
+
+
+def sums_of(run):
     """The summed scores of the newest sequence, per layer."""
     return [layer.sums["score"].total.clone() for layer in state_of(run).evidence]
 
 
-def same_sums(first: list[Tensor], second: list[Tensor]) -> bool:
+def same_sums(first, second):
     return all(torch.allclose(a, b, rtol=1e-4) for a, b in zip(first, second, strict=True))
 
 
@@ -124,7 +137,7 @@ WIDTHS = {"bloom": 64}
 """Where it is not that of ``tiny``."""
 
 
-def picked(name: str = "llama", keep: int = 20) -> dict[int, list[int]]:
+def picked(name="llama", keep=20):
     """Neurons of every layer of ``tiny(name)``, chosen by lot."""
     generator = torch.Generator().manual_seed(3)
     width = WIDTHS.get(name, WIDTH)
@@ -134,16 +147,16 @@ def picked(name: str = "llama", keep: int = 20) -> dict[int, list[int]]:
     }
 
 
-def widths_of(run: Any) -> list[int]:
+def widths_of(run):
     """Neurons per layer of the model behind ``run``."""
     return [layer.width for layer in run.report().layers]
 
 
-def forward_lengths(model: nn.Module, body: Callable[[], Any]) -> list[int]:
+def forward_lengths(model, body):
     """New tokens of every root forward that ``body`` makes."""
-    lengths: list[int] = []
+    lengths = []
 
-    def take(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def take(module, args, kwargs):
         given = kwargs.get("input_ids", args[0] if args else None)
         lengths.append(int((kwargs["inputs_embeds"] if given is None else given).shape[1]))
 
@@ -155,10 +168,10 @@ def forward_lengths(model: nn.Module, body: Callable[[], Any]) -> list[int]:
     return lengths
 
 
-HOOKS = tuple(name for name in nn.Module().__dict__ if "hook" in name)
+HOOKS = tuple(name for name in nn.Module().__dict__ if "hooks" in name)
 
 
-def snapshot(model: nn.Module) -> dict[str, Any]:
+def snapshot(model):
     """Everything that a restored model must still have: attributes, hooks, names, weights."""
     modules = dict(model.named_modules())
     return {
@@ -168,9 +181,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
             for name, module in modules.items()
         },
         "hooks": {
-            name: {
-                key: list(getattr(module, key).items()) for key in HOOKS if _is_dict(module, key)
-            }
+            name: {key: list((getattr(module, key, None) or {}).items()) for key in HOOKS}
             for name, module in modules.items()
         },
         "state": {
@@ -180,34 +191,30 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _bytes(value: Tensor) -> bytes:
+def _bytes(value):
     return value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-def _is_dict(module: nn.Module, key: str) -> bool:
-    return hasattr(getattr(module, key, None), "items")
 
 
 class Same:
     """Asserts on exit that the model is bit for bit what it was on entry."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model):
         self.model = model
         self.ids = tokens(1, 12, seed=8)
 
-    def __enter__(self) -> Same:
+    def __enter__(self):
         decode(self.model, self.ids, 8)
         self.before, self.logits = snapshot(self.model), decode(self.model, self.ids, 8)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error):
         after = snapshot(self.model)
         for part, value in self.before.items():
             assert after[part] == value, part
         assert torch.equal(decode(self.model, self.ids, 8), self.logits)
 
 
-def storages() -> dict[int, int]:
+def storages():
     """Memory that tensors hold: bytes by address."""
     gc.collect()
     found = {}

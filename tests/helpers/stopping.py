@@ -1,26 +1,22 @@
 """A user who interrupts a job in the middle of it."""
 
-from __future__ import annotations
-
 import contextlib
-from collections.abc import Iterator
-from typing import Any
 
 from dart_llm.reporting.console import Ui
 
 
 class Stopping(Ui):
-    """Raises ``error`` after some documents, passages or cells."""
+    """Raises KeyboardInterrupt after some documents, passages or cells."""
 
-    def __init__(self, after: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+    def __init__(self, after):
         super().__init__(quiet=True)
-        self.left, self.error = after, error
+        self.left = after
 
     @contextlib.contextmanager
-    def progress(self, text: str, total: int, told: bool = False) -> Iterator[Any]:
-        def advance(count: int) -> None:
+    def progress(self, text, total, told=False):
+        def advance(count):
             self.left -= count
             if self.left <= 0:
-                raise self.error
+                raise KeyboardInterrupt
 
         yield advance

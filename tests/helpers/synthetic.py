@@ -12,7 +12,6 @@ from dart_llm.pruning.accounting import Costs, run_report
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.controller import PruningController
 from dart_llm.pruning.forward import ForwardCall, ForwardPlan, Kind
-from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.observations import LayerObservation
 from dart_llm.pruning.records import DriftCheck, Remask, RunReport
 from dart_llm.pruning.weights import FfnWeights
@@ -45,12 +44,7 @@ class Stream:
     """What each layer sees at every position of a text: u, z, x, r, and v of the last layer."""
 
     def __init__(
-        self,
-        layers: Sequence[FfnWeights],
-        rows: int = 1,
-        length: int = 256,
-        seed: int = 0,
-        steady: bool = False,
+        self, layers: Sequence[FfnWeights], rows: int = 1, length: int = 256, seed: int = 0
     ) -> None:
         generator = torch.Generator().manual_seed(100 + seed)
 
@@ -66,7 +60,7 @@ class Stream:
             self.x.append(noise(rows, length, layer.hidden))
             self.r.append(0.5 * self.z[-1])
         hidden = layers[0].hidden
-        self.v = noise(rows, length, hidden) * (0.05 if steady else 1.0) + noise(hidden)
+        self.v = noise(rows, length, hidden) + noise(hidden)
 
 
 class Driver:
@@ -81,13 +75,12 @@ class Driver:
         rows: int = 1,
         layers: tuple[FfnWeights, ...] | None = None,
         stream: Stream | None = None,
-        given: tuple[LayerMask | None, ...] | None = None,
     ) -> None:
         self.layers = make_layers() if layers is None else layers
         self.stream = Stream(self.layers, rows) if stream is None else stream
         self.announced: list[Remask] = []
         self.tracer = PruningController(
-            config, self.layers, given, lambda remask, state: self.announced.append(remask)
+            config, self.layers, None, lambda remask, state: self.announced.append(remask)
         )
         self.rows = rows
         self.cached = 0
@@ -164,10 +157,7 @@ class Driver:
 
 def ids_of(plan: ForwardPlan, row: int = 0) -> list[list[int] | None]:
     """Kept neurons of every layer in one plan; None where dense."""
-    masks = plan.masks[row]
-    if masks is None:
-        return [None]
-    return [None if mask is None else mask.ids.tolist() for mask in masks]
+    return [None if mask is None else mask.ids.tolist() for mask in plan.masks[row] or (None,)]
 
 
 def top(score: Tensor, keep: int) -> list[int]:

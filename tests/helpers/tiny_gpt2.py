@@ -1,10 +1,6 @@
 """A tiny random GPT-2 as a folder that ``from_pretrained`` loads, with a tokenizer of letters."""
 
-from __future__ import annotations
-
 import string
-from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers
@@ -16,7 +12,7 @@ CONTEXT = 1024  # as the real GPT-2 has
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
-def write_gpt2(folder: Path, seed: int = 0) -> Path:
+def write_gpt2(folder, seed=0):
     """Save the model and a tokenizer with one token per character, lower case, into ``folder``."""
     torch.manual_seed(seed)
     config = GPT2Config(**{**CONFIGS["gpt2"][1], "n_positions": CONTEXT})
@@ -31,7 +27,7 @@ def write_gpt2(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def make_talk(model: Any, tokenizer: Any) -> None:
+def make_talk(model, tokenizer):
     """Larger weights than a new GPT-2 has, so that texts differ and pruning changes them."""
     torch.manual_seed(3)
     with torch.no_grad():

@@ -1,7 +1,5 @@
 """Which device a text means, on machines with two GPUs, with MPS, and with neither."""
 
-from __future__ import annotations
-
 import logging
 
 import pytest
@@ -14,33 +12,59 @@ from dart_llm.models.devices import DeviceChoice, memory_failure, parse_device, 
 CPU = DeviceChoice("cpu")
 
 
-def machine(patch: pytest.MonkeyPatch, gpus: int = 0, mps: bool = False) -> None:
+def machine(patch, gpus=0, mps=False):
     """Pretend to run where there are ``gpus`` GPUs of 10 GB, 20 GB, ... free."""
     patch.setattr(devices, "_gpu_count", lambda: gpus)
     patch.setattr(devices, "_has_mps", lambda: mps)
     patch.setattr(torch.cuda, "mem_get_info", lambda index: (10**10 * (index + 1), 10**11))
 
 
-CHOICES = [
-    *((text, (0,)) for text in (None, "", "auto", "cuda", "0")),
-    *((text, (1,)) for text in ("1", "CUDA:1")),
-    *((text, (0, 1)) for text in ("0,1", "cuda:0,cuda:1")),
-    (" 1, 0 ", (1, 0)),
+CHOICES = {
+    **dict.fromkeys((None, "", "auto", "cuda", "0"), (0,)),
+    **dict.fromkeys(("1", "CUDA:1"), (1,)),
+    **dict.fromkeys(("0,1", "cuda:0,cuda:1"), (0, 1)),
+    " 1, 0 ": (1, 0),
+}
+REFUSED = {
+    "2": "GPU 2 of device '2' does not exist: this machine has 2 (0 to 1)",
+    "0,5": "GPU 5 of device '0,5' does not exist: this machine has 2 (0 to 1)",
+    "gpu": "'gpu' in device 'gpu' is no device; " + devices.FORMS,
+    "0,,1": "'' in device '0,,1' is no device; " + devices.FORMS,
+    "-1": "'-1' in device '-1' is no device; " + devices.FORMS,
+    "0,0": "device '0,0' names a GPU twice; " + devices.FORMS,
+}
+TABLE = '{"model": 0, "lm_head": "cpu"}'
+SPREAD = {"device_map": "auto", "max_memory": {0: 9 * 10**9, 1: 18 * 10**9}}
+PLACES = [
+    (None, None, {}),
+    ("cpu", None, {}),
+    ("1", None, {"device_map": {"": "cuda:1"}}),
+    ("0,1", None, SPREAD),
+    (None, "balanced", {"device_map": "balanced"}),
+    (None, {"": 1}, {"device_map": {"": 1}}),
+    ("", TABLE, {"device_map": {"model": 0, "lm_head": "cpu"}}),
 ]
 
 
-def test_with_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_two_gpus(monkeypatch):
     machine(monkeypatch, gpus=2)
-    for text, indices in CHOICES:
+    for text, indices in CHOICES.items():
         assert parse_device(text) == DeviceChoice("cuda", indices), text
     assert parse_device("cpu") == CPU
-    both = DeviceChoice("cuda", (1, 0))
-    assert (both.first, str(both), CPU.first, str(CPU)) == ("cuda:1", "cuda:1,cuda:0", "cpu", "cpu")
+    assert (DeviceChoice("cuda", (1, 0)).first, CPU.first) == ("cuda:1", "cpu")
+    for device, device_map, expected in PLACES:
+        assert placement(device, device_map) == expected
+    for text, sentence in REFUSED.items():
+        with pytest.raises(ConfigError) as caught:
+            parse_device(text)
+        assert str(caught.value) == sentence
+    with pytest.raises(ConfigError, match="device and device_map exclude each other"):
+        placement("cpu", "auto")
+    with pytest.raises(ConfigError, match=r"is not JSON \(.* at character 1\); write auto"):
+        placement(None, "{model: 0}")
 
 
-def test_without_gpus_a_warning_and_the_cpu(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_gpus_a_warning_and_the_cpu(monkeypatch, caplog):
     machine(monkeypatch)
     for text in (None, "auto", "cpu"):  # none was asked for: nothing is said
         assert parse_device(text) == CPU
@@ -54,65 +78,18 @@ def test_without_gpus_a_warning_and_the_cpu(
     ]
     with pytest.raises(ConfigError, match="is no device"):
         parse_device("gpu0")
-
-
-def test_mps_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, mps=True)
     assert parse_device("mps") == DeviceChoice("mps")
     assert placement("mps", None) == {"device_map": {"": "mps"}}
 
 
-REFUSED = [
-    ("2", "GPU 2 of device '2' does not exist: this machine has 2 (0 to 1)"),
-    ("0,5", "GPU 5 of device '0,5' does not exist: this machine has 2 (0 to 1)"),
-    ("gpu", "'gpu' in device 'gpu' is no device; " + devices.FORMS),
-    ("0,,1", "'' in device '0,,1' is no device; " + devices.FORMS),
-    ("-1", "'-1' in device '-1' is no device; " + devices.FORMS),
-    ("0,0", "device '0,0' names a GPU twice; " + devices.FORMS),
-]
-
-
-def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch, gpus=2)
-    for text, sentence in REFUSED:
-        with pytest.raises(ConfigError) as caught:
-            parse_device(text)
-        assert str(caught.value) == sentence
-
-
-def test_placement(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch, gpus=2)
-    assert placement(None, None) == {}
-    assert placement("cpu", None) == {}
-    assert placement("1", None) == {"device_map": {"": "cuda:1"}}
-    assert placement("0,1", None) == {
-        "device_map": "auto",
-        "max_memory": {0: 9 * 10**9, 1: 18 * 10**9},
-    }
-    assert placement(None, "balanced") == {"device_map": "balanced"}
-    assert placement(None, {"": 1}) == {"device_map": {"": 1}}
-    assert placement("", '{"model": 0, "lm_head": "cpu"}') == {
-        "device_map": {"model": 0, "lm_head": "cpu"}
-    }
-
-
-def test_placement_refuses_two_answers_and_broken_json() -> None:
-    with pytest.raises(ConfigError, match="device and device_map exclude each other"):
-        placement("cpu", "auto")
-    with pytest.raises(ConfigError, match=r"is not JSON \(.* at character 1\); write auto"):
-        placement(None, "{model: 0}")
-
-
-MEMORY = [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
-    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
-    MemoryError(),
-]
-
-
-def test_memory_failure_names_the_next_steps() -> None:
-    for error in MEMORY:
+def test_memory_failure_names_the_next_steps():
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ):
         outer = ValueError("loading failed")
         outer.__cause__ = error
         assert str(memory_failure(outer, "big/model", "float32")) == (

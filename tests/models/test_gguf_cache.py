@@ -1,24 +1,18 @@
 """GGUF files: exact dequantised weights, one conversion, damage found and mended."""
 
-from __future__ import annotations
-
-import hashlib
 import json
 import os
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, quants
 
-from checkpoints import VOCABULARY, write_gguf
+from checkpoints import VOCABULARY, facts, write_gguf
 from dart_llm import cache
-from dart_llm.cache import sweep
 from dart_llm.errors import LoadError
 from dart_llm.files import file_sha256
-from dart_llm.models import gguf as gguf_cache
-from dart_llm.models import loading as resolve
+from dart_llm.models import gguf as module
+from dart_llm.models import loading
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.gguf import (
     converted_folder,
@@ -26,168 +20,121 @@ from dart_llm.models.gguf import (
     is_intact,
     quantisation_name,
     read_header,
-    read_source,
-    scratch_folder,
 )
 from dart_llm.models.loading import load
 
+CONVERTING = "converting tiny.gguf to safetensors, once"
+
 
 @pytest.fixture
-def gguf(tmp_path: Path) -> Path:
+def gguf(tmp_path):
     return write_gguf(tmp_path / "tiny.gguf")
 
 
-def folder_of(gguf: Path, cache_dir: Path) -> Path:
+def folder_of(gguf, cache_dir):
     return converted_folder(cache_dir / "dart-llm", file_sha256(gguf))
 
 
-def test_float32_holds_the_exact_dequantised_weights(gguf: Path, tmp_path: Path) -> None:
-    model, tokenizer = load(gguf, dtype="float32", cache_dir=tmp_path)
+def test_the_dense_copy(gguf, tmp_path):
+    """Made once, with a record; exact as float32, bfloat16 unless asked."""
+    said = []
+    exact, tokenizer = load(gguf, dtype="float32", cache_dir=tmp_path, progress=said.append)
+    model, _ = load(gguf, cache_dir=tmp_path, progress=said.append)
+    assert said == [CONVERTING, "loading tiny", "loading tiny"] and not exact.training
     stored = {tensor.name: tensor for tensor in GGUFReader(gguf).tensors}
-
-    def expected(name: str) -> torch.Tensor:
-        tensor = stored[name]
-        return torch.from_numpy(quants.dequantize(tensor.data, tensor.tensor_type).copy())
-
-    state = model.state_dict()
-    assert torch.equal(state["model.embed_tokens.weight"], expected("token_embd.weight"))
+    state, rounded = exact.state_dict(), model.state_dict()
+    names = {"model.embed_tokens.weight": "token_embd.weight"}
     for part in ("gate", "up", "down"):
-        name = f"model.layers.1.mlp.{part}_proj.weight"
-        assert torch.equal(state[name], expected(f"blk.1.ffn_{part}.weight"))
-    assert not model.training
+        names[f"model.layers.1.mlp.{part}_proj.weight"] = f"blk.1.ffn_{part}.weight"
+    for name, old in names.items():
+        dense = quants.dequantize(stored[old].data, stored[old].tensor_type)
+        assert torch.equal(state[name], torch.from_numpy(dense.copy()))
+    assert all(torch.equal(rounded[name], value.bfloat16()) for name, value in state.items())
     assert (len(tokenizer), tokenizer.model_max_length) == (VOCABULARY, 128)
-    assert (
-        tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
-    )
-
-
-def test_the_default_dtype_is_bfloat16_and_the_facts_name_the_file(
-    gguf: Path, tmp_path: Path
-) -> None:
-    model, _ = load(gguf, cache_dir=tmp_path)
-    exact, _ = load(gguf, dtype=torch.float32, cache_dir=tmp_path)
-    for name, value in exact.state_dict().items():
-        assert torch.equal(model.state_dict()[name], value.to(torch.bfloat16))
-    assert checkpoint_facts(model) == {
-        "name": "tiny",
-        "source": "gguf file, dequantised",
-        "path": str(gguf),
-        "revision": None,
-        "file_quantisation": "Q4_1",
-        "sha256": hashlib.sha256(gguf.read_bytes()).hexdigest(),
-        "dtype": "bfloat16",
-        "parameters": 89_152,
-    }
-
-
-def test_the_conversion_happens_once_and_leaves_nothing_else(gguf: Path, tmp_path: Path) -> None:
-    said: list[str] = []
-    load(gguf, cache_dir=tmp_path, progress=said.append)
-    load(gguf, cache_dir=tmp_path, progress=said.append)
-    assert said == ["converting tiny.gguf to safetensors, once", "loading tiny", "loading tiny"]
+    chat = [{"role": "user", "content": "hi"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "hi"
+    known = {"name": "tiny", "source": "gguf file, dequantised", "path": str(gguf)}
+    known |= {"file_quantisation": "Q4_1", "sha256": file_sha256(gguf), "parameters": 89_152}
+    assert checkpoint_facts(model) == facts(**known)
     folder = folder_of(gguf, tmp_path)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
-    record = json.loads((folder / "source.json").read_text())
+    record, weights = json.loads((folder / "source.json").read_text()), folder / "model.safetensors"
     assert record["file"] == "tiny.gguf"
     assert record["tensor_types"] == {"Q8_0": 19_200, "Q4_1": 69_632, "F32": 320}
-    weights = folder / "model.safetensors"
-    assert record["files"]["model.safetensors"] == {
-        "size": weights.stat().st_size,
-        "sha256": file_sha256(weights),
-    }
+    found = {"size": weights.stat().st_size, "sha256": file_sha256(weights)}
+    assert record["files"]["model.safetensors"] == found
     assert weights.stat().st_mode & 0o777 == folder.stat().st_mode & 0o666
 
 
-@pytest.mark.parametrize("damage", ["cut", "record", "missing"])
-def test_a_damaged_copy_is_made_again(gguf: Path, tmp_path: Path, damage: str) -> None:
-    load(gguf, cache_dir=tmp_path)
-    folder = folder_of(gguf, tmp_path)
-    intact = file_sha256(folder / "model.safetensors")
-    if damage == "cut":
-        os.truncate(folder / "model.safetensors", 1000)
-    elif damage == "record":
-        (folder / "source.json").write_text('{"format": 1, "sha2')
-    else:
-        (folder / "tokenizer.json").unlink()
-    said: list[str] = []
-    load(gguf, cache_dir=tmp_path, progress=said.append)
-    assert said[0] == "converting tiny.gguf to safetensors, once"
-    assert file_sha256(folder / "model.safetensors") == intact
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
-
-
-def test_verify_finds_damage_that_keeps_the_size(gguf: Path, tmp_path: Path) -> None:
+def test_a_damaged_copy_is_made_again(gguf, tmp_path):
+    """Cut off, without its record, without a file; of the same size only where that is asked."""
     load(gguf, cache_dir=tmp_path)
     folder = folder_of(gguf, tmp_path)
     weights = folder / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    intact = bytes(content)
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    assert is_intact(folder, file_sha256(gguf))
-    assert not is_intact(folder, file_sha256(gguf), full=True)
-    load(gguf, cache_dir=tmp_path, verify=True)
-    assert weights.read_bytes() == intact
+    intact = weights.read_bytes()
+    damages = {
+        "cut": lambda: os.truncate(weights, 1000),
+        "record": lambda: (folder / "source.json").write_text('{"format": 1, "sha2'),
+        "missing": (folder / "tokenizer.json").unlink,
+        "one byte": lambda: weights.write_bytes(b"X" + intact[1:]),
+    }
+    for damage, make in damages.items():
+        make()
+        assert is_intact(folder, file_sha256(gguf)) == (damage == "one byte")
+        assert not is_intact(folder, file_sha256(gguf), full=True)
+        said = []
+        load(gguf, cache_dir=tmp_path, verify=damage == "one byte", progress=said.append)
+        assert said[0] == CONVERTING and weights.read_bytes() == intact, damage
+        assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_of_two_processes_the_first_one_wins(
-    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write = gguf_cache._write_dense
+def test_of_two_processes_the_first_one_wins(gguf, tmp_path, monkeypatch):
+    write = module._write_dense
     folder = folder_of(gguf, tmp_path)
 
-    def overtaken(source: Path, fresh: Path) -> None:
-        monkeypatch.setattr(gguf_cache, "_write_dense", write)
+    def overtaken(source, fresh):
+        monkeypatch.setattr(module, "_write_dense", write)
         load(gguf, cache_dir=tmp_path)
         (folder / "first").touch()
         write(source, fresh)
 
-    monkeypatch.setattr(gguf_cache, "_write_dense", overtaken)
+    monkeypatch.setattr(module, "_write_dense", overtaken)
     model, _ = load(gguf, cache_dir=tmp_path)
     assert (folder / "first").exists()
     assert model.config.name_or_path == str(folder)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_a_large_file_is_read_directly(
-    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_file_is_read_directly(gguf, tmp_path, monkeypatch):
     converted, _ = load(gguf, cache_dir=tmp_path / "a")
-    monkeypatch.setattr(resolve, "CONVERT_UP_TO", 1000)
+    monkeypatch.setattr(loading, "CONVERT_UP_TO", 1000)
     direct, tokenizer = load(gguf, cache_dir=tmp_path / "b")
     assert not (tmp_path / "b").exists()
-    assert direct.dtype == torch.bfloat16
-    assert len(tokenizer) == VOCABULARY
+    assert direct.dtype == torch.bfloat16 and len(tokenizer) == VOCABULARY
     for name, value in converted.state_dict().items():
         assert torch.equal(direct.state_dict()[name], value)
     assert checkpoint_facts(direct) == checkpoint_facts(converted)
 
 
-def test_files_that_are_no_gguf_or_cut_off(gguf: Path, tmp_path: Path) -> None:
+def test_files_and_folders_that_cannot_be_used(gguf, tmp_path, monkeypatch):
     other = tmp_path / "notes.gguf"
     other.write_text("hello")
     with pytest.raises(LoadError, match=r"notes\.gguf is not a GGUF file"):
         load(other)
-    os.truncate(gguf, gguf.stat().st_size // 2)
-    with pytest.raises(LoadError) as caught:
-        load(gguf, cache_dir=tmp_path)
-    assert str(caught.value) == (
-        "tiny.gguf is not a complete GGUF file; fetch it again and compare its size"
-    )
-
-
-def test_a_full_disk_and_an_unusable_cache(
-    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").touch()
     with pytest.raises(LoadError, match="cannot be written; choose another one with --cache-dir"):
-        load(gguf, cache_dir=tmp_path / "file")
+        load(gguf, cache_dir=other)
     monkeypatch.setattr(cache, "free_bytes", lambda _folder: 100_000)
     with pytest.raises(LoadError) as caught:
         load(gguf, cache_dir=tmp_path)
     assert str(caught.value) == (
         "the converted copy of tiny.gguf needs 0.4 MB on disk and only 0.1 MB are free in "
         f"{tmp_path / 'dart-llm'}; free some space or move the cache with --cache-dir or DART_CACHE"
+    )
+    os.truncate(gguf, gguf.stat().st_size // 2)
+    with pytest.raises(LoadError) as caught:
+        load(gguf, cache_dir=tmp_path)
+    assert str(caught.value) == (
+        "tiny.gguf is not a complete GGUF file; fetch it again and compare its size"
     )
 
 
@@ -200,29 +147,11 @@ QUANTISATIONS = [
 ]
 
 
-def test_names_of_quantisations() -> None:
+def test_names_of_quantisations(tmp_path):
     for types, named, expected in QUANTISATIONS:
         counts = {name: 10 + place for place, name in enumerate(types.split())}
         assert quantisation_name(counts, named) == expected
     assert [file_type_name(n) for n in (1, 3, 15, 9999)] == ["F16", "Q4_1", "Q4_K_M", ""]
-
-
-def test_a_mixed_file_lists_its_types(tmp_path: Path) -> None:
-    mixed = write_gguf(tmp_path / "mixed.gguf", ffn=GGMLQuantizationType.Q5_0)
-    header = read_header(mixed)
+    header = read_header(write_gguf(tmp_path / "mixed.gguf", ffn=GGMLQuantizationType.Q5_0))
     assert header.types == {"Q8_0": 19_200, "Q4_1": 32_768, "Q5_0": 36_864, "F32": 320}
     assert header.float32_bytes == 4 * 89_152
-    assert np.sum(list(header.types.values())) == 89_152
-
-
-def test_scratch_folders_of_killed_processes_are_swept(tmp_path: Path) -> None:
-    old, new = tmp_path / ".tmp-old", tmp_path / ".tmp-new"
-    for folder in (old, new):
-        folder.mkdir()
-        (folder / "part").touch()
-    os.utime(old, (0, 0))
-    with scratch_folder(tmp_path) as scratch:
-        sweep(tmp_path)
-        assert scratch.is_dir()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-new"]
-    assert read_source(new) is None

@@ -1,12 +1,10 @@
 """Dense with quantised weights: values and bytes by hand, and the original left alone."""
 
-from __future__ import annotations
-
 import math
+from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
 
 from dart_llm.data import texts
 from dart_llm.errors import AttachError, UnsupportedModel
@@ -29,28 +27,16 @@ ROUNDED = LAYERS * HIDDEN * (HIDDEN + HIDDEN // 2 + HIDDEN // 2 + HIDDEN + 2 * W
 DOWN = LAYERS * HIDDEN * WIDTH
 
 
-def matrices(model) -> dict[str, Tensor]:
-    return {name: p.detach() for name, p in model.named_parameters() if p.dim() == 2}
-
-
-def test_eight_bits_by_hand() -> None:
-    """The largest is 127, so the scale is 1."""
-    row = torch.tensor([[127.0, -3.4, 0.6, 0.4, -127.0, *[5.3] * 27]])
+def test_values_by_hand(monkeypatch):
+    row = torch.tensor([[127.0, -3.4, 0.6, 0.4, -127.0, *[5.3] * 27]])  # so the scale is 1
     assert _through(row, "Q8_0").tolist() == [[127, -3, 1, 0, -127, *[5] * 27]]
     assert _through(row / 4, "Q8_0").tolist() == [[31.75, -0.75, 0.25, 0, -31.75, *[1.25] * 27]]
-
-
-def test_four_bits_by_hand() -> None:
-    """From -2 to 28 in 15 steps of 2."""
-    row = torch.tensor([[-2.0, 28.0, -1.1, -0.9, 3.2, 8.9, *[0.0] * 26]])
+    row = torch.tensor([[-2.0, 28.0, -1.1, -0.9, 3.2, 8.9, *[0.0] * 26]])  # in 15 steps of 2
     assert _through(row, "Q4_1").tolist() == [[-2, 28, -2, 0, 4, 8, *[0] * 26]]
-
-
-def test_each_row_of_blocks_has_its_own_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
     rows[:, 32:] *= 100
     whole = _through(rows, "Q8_0")
-    for start in (0, 32):
+    for start in (0, 32):  # each block of each row has a scale of its own
         part = rows[:, start : start + 32]
         step = part.abs().amax(1, keepdim=True) / 127  # itself rounded to float16
         assert bool(((whole[:, start : start + 32] - part).abs() <= 0.57 * step).all())
@@ -58,49 +44,39 @@ def test_each_row_of_blocks_has_its_own_scale(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(_through(rows, "Q8_0"), whole)
 
 
-@pytest.mark.parametrize(("bits", "bytes_of_block"), [(8, Q8), (4, Q4)])
-def test_bytes_by_hand(bits: int, bytes_of_block: int) -> None:
-    found = quantise(shared_model(), bits)
-    parameters = sum(p.numel() for p in shared_model().parameters())
-    stored = ROUNDED // BLOCK * bytes_of_block + 4 * DOWN + NORMS + ENDS
+@pytest.mark.parametrize(
+    ("bits", "kind", "block", "most"), [(8, "Q8_0", Q8, 0.2), (4, "Q4_1", Q4, 3)]
+)
+def test_values_and_bytes_of_a_model(bits, kind, block, most):
+    model, ids = tiny(), tokens(1, 12)
+    with Same(model):
+        found = quantise(model, bits)
+    after = dict(found.model.named_parameters())
+    for name, old in model.named_parameters():
+        ends = name.startswith(("lm_head", "model.embed"))
+        rounded = old.dim() == 2 and "down_proj" not in name
+        want = _through(old.detach(), "Q8_0" if ends else kind) if rounded else old
+        assert torch.equal(after[name], want) and torch.equal(after[name], old) != rounded, name
+    gap = (decode(found.model, ids, 8) - decode(model, ids, 8)).abs().max()
+    assert 0 < float(gap) < most and not found.model.training
+    parameters = sum(p.numel() for p in model.parameters())
+    stored = ROUNDED // BLOCK * block + 4 * DOWN + NORMS + ENDS
     ffn = 2 * LAYERS * WIDTH * HIDDEN
     assert found.facts == {
         "weight_bytes": stored,
         "dtype_bytes": 4 * parameters,
         "bytes_per_token": stored - VOCAB * HIDDEN // BLOCK * Q8,
-        "ffn_bytes_share": (ffn // BLOCK * bytes_of_block + 4 * DOWN) / (4 * (ffn + DOWN)),
+        "ffn_bytes_share": (ffn // BLOCK * block + 4 * DOWN) / (4 * (ffn + DOWN)),
         "weight_bits": bits,
         "mean_weight_bits": pytest.approx(8 * stored / parameters),
-        "weight_format": {8: "Q8_0", 4: "Q4_1"}[bits],
+        "weight_format": kind,
     }
-    assert len(found.notes) == 2
-    assert found.notes[0].startswith(f"weights rounded through {found.facts['weight_format']}")
-    assert f"{LAYERS} matrices stay" in found.notes[1]
-    assert "model.layers.0.mlp.down_proj (32 x 48)" in found.notes[1]
+    first, second = found.notes
+    assert first.startswith(f"weights rounded through {kind}")
+    assert f"{LAYERS} matrices stay" in second and "layers.0.mlp.down_proj (32 x 48)" in second
 
 
-@pytest.mark.parametrize(("bits", "kind"), [(8, "Q8_0"), (4, "Q4_1")])
-def test_what_is_rounded_and_what_stays(bits: int, kind: str) -> None:
-    before, after = matrices(shared_model()), matrices(quantise(shared_model(), bits).model)
-    for name, old in before.items():
-        ends = name.startswith(("lm_head", "model.embed"))
-        want = old if "down_proj" in name else _through(old, "Q8_0" if ends else kind)
-        assert torch.equal(after[name], want), name
-        assert torch.equal(after[name], old) == ("down_proj" in name)
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_the_original_is_untouched(bits: int) -> None:
-    model = tiny()
-    with Same(model):
-        found = quantise(model, bits).model
-    ids = tokens(1, 12)
-    gap = (decode(found, ids, 8) - decode(model, ids, 8)).abs().max()
-    assert 0 < float(gap) < {8: 0.2, 4: 3}[bits]
-    assert not found.training
-
-
-def test_transposed_and_shared_weights() -> None:
+def test_transposed_and_shared_weights():
     """GPT-2: Conv1D holds [in, out], blocks run along in; the head is the token embedding."""
     model = tiny("gpt2")
     found = quantise(model, 4)
@@ -114,7 +90,7 @@ def test_transposed_and_shared_weights() -> None:
     assert found.facts["weight_bytes"] == found.facts["bytes_per_token"] == stored
 
 
-def test_half_precision_stays_half_precision() -> None:
+def test_half_precision_stays_half_precision():
     model = tiny(dtype=torch.bfloat16)
     found = quantise(model, 8)
     assert {p.dtype for p in found.model.parameters()} == {torch.bfloat16}
@@ -123,32 +99,26 @@ def test_half_precision_stays_half_precision() -> None:
     assert torch.equal(found.model.lm_head.weight, exact.bfloat16())
 
 
-def test_a_model_that_cannot_be_pruned_has_bytes_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(model) -> None:
-        raise UnsupportedModel("a mixture of experts")
-
-    whole = weight_facts(shared_model())
+def test_models_that_cannot_be_pruned_and_one_that_is(monkeypatch):
+    model = shared_model()
+    with prune(model, "griffin"), pytest.raises(AttachError, match="is being pruned"):
+        quantise(model, 8)
+    whole, refuse = weight_facts(model), mock.Mock(side_effect=UnsupportedModel("of experts"))
     monkeypatch.setattr("dart_llm.models.quantised.describe", refuse)
-    found = weight_facts(shared_model())
+    found = weight_facts(model)
     assert found == {key: whole[key] for key in found}
     assert set(whole) - set(found) == {"bytes_per_token", "ffn_bytes_share"}
 
 
-def test_a_pruned_model_is_refused() -> None:
-    model = tiny()
-    with prune(model, "griffin"), pytest.raises(AttachError, match="is being pruned"):
-        quantise(model, 8)
-
-
 @pytest.mark.smollm2
-def test_eight_bits_on_the_default_model(smollm2) -> None:
+def test_eight_bits_on_the_default_model(smollm2):
     """8 bits cost next to nothing; 4 bits nothing at all, for the file was Q4_1 to begin with."""
     model, tokenizer = smollm2
     ids = tokenizer(texts.all_text(), return_tensors="pt").input_ids[0]
-    windows = slices(ids, 2, 256, 256)
-    dense = score(model, None, windows, 256).perplexity
+    windows = slices(ids, 1, 128, 128)
+    dense = score(model, None, windows, 128).perplexity
     found = quantise(model, 8)
-    assert score(found.model, None, windows, 256).perplexity == pytest.approx(dense, rel=0.02)
+    assert score(found.model, None, windows, 128).perplexity == pytest.approx(dense, rel=0.02)
     assert "rounded before (Q4_1)" in found.notes[-1]
     # all but the norms' 61 vectors of 576
     assert found.facts["weight_bytes"] == 134_479_872 // BLOCK * Q8 + 4 * 61 * 576

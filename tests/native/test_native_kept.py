@@ -1,10 +1,7 @@
 """The native kernels' library: verified before it is loaded, built again where damaged."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,13 +16,13 @@ LIBRARY = b"a library" * 1000
 
 
 @pytest.fixture(autouse=True)
-def loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[bytes]]:
+def loaded(monkeypatch, tmp_path):
     """What is loaded instead of a library; builds write ``LIBRARY``."""
     monkeypatch.setenv("DART_CACHE", str(tmp_path))
     monkeypatch.setenv(build.SWITCH, "1")
-    found: list[bytes] = []
+    found = []
 
-    def load(name: str, files: list[str], build_directory: str, **settings: object) -> None:
+    def load(name, files, build_directory, **settings):
         (Path(build_directory) / f"{name}.so").write_bytes(LIBRARY)
 
     monkeypatch.setattr("torch.utils.cpp_extension.load", load)
@@ -36,21 +33,17 @@ def loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[byt
     build.why_not.cache_clear()
 
 
-def _why_not() -> str:
+def _why_not():
     build.why_not.cache_clear()
     return build.why_not()
 
 
-def test_a_library_is_built_once(loaded: list[bytes]) -> None:
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_library_is_never_loaded(loaded, damage, caplog):
+    """A whole one is built once."""
     assert _why_not() == "" and loaded == []
     assert _why_not() == "" and loaded == [LIBRARY]
-
-
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_library_is_never_loaded(
-    loaded: list[bytes], damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
-) -> None:
-    assert _why_not() == ""
+    loaded.clear()
     (path,) = (build.cache_folder() / "native").iterdir()
     damage(path)
     assert _why_not() == "" and loaded == []
@@ -58,9 +51,7 @@ def test_a_damaged_library_is_never_loaded(
     assert _why_not() == "" and loaded == [LIBRARY] and len(caplog.records) == 1
 
 
-def test_a_damaged_library_that_cannot_be_built_again(
-    loaded: list[bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_damaged_library_that_cannot_be_built_again(loaded, monkeypatch, tmp_path):
     assert _why_not() == ""
     (path,) = (build.cache_folder() / "native").iterdir()
     DAMAGES["cut"](path)
@@ -69,13 +60,11 @@ def test_a_damaged_library_that_cannot_be_built_again(
     assert "could not be built (no C++ compiler" in _why_not() and loaded == []
 
 
-def test_a_library_that_does_not_load_is_built_again(
-    loaded: list[bytes], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_library_that_does_not_load_is_built_again(loaded, monkeypatch, caplog):
     folder = build.cache_folder() / "native"
     other = kept.write(folder, build.built_name(), ".so", b"of another system")
 
-    def load(path: str) -> None:
+    def load(path):
         if Path(path) == other:
             raise OSError(f"{path}: cannot open shared object file")
         loaded.append(Path(path).read_bytes())
@@ -88,8 +77,6 @@ def test_a_library_that_does_not_load_is_built_again(
 
 
 LOAD = """
-import torch
-from pathlib import Path
 from dart_llm import cache as kept
 from dart_llm.native import build
 library = kept.find(build.cache_folder() / "native", build.built_name(), ".so")
@@ -97,7 +84,7 @@ assert library is None
 """
 
 
-def test_a_cut_library_does_not_kill_the_process(tmp_path: Path) -> None:
+def test_a_cut_library_does_not_kill_the_process(tmp_path):
     """Mapped memory beyond the end of a file is a SIGBUS when it is read."""
     path = kept.write(build.cache_folder() / "native", build.built_name(), ".so", LIBRARY)
     DAMAGES["cut"](path)

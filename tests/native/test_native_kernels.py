@@ -1,18 +1,14 @@
 """The native kernels alone: products, FFNs and folds against torch."""
 
-from __future__ import annotations
-
 import contextlib
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from dart_llm.native import build
 from dart_llm.patching.executors.native_ffn import ACTS, act_number
-from dart_llm.pruning.token_level import contribution_estimate as strength
-from dart_llm.pruning.token_level import low_bit, winner_places
+from dart_llm.pruning.token_level import contribution_estimate, low_bit, winner_places
 from steps import apart
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -22,8 +18,13 @@ TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 3e-2}
 KINDS = ("", "avx512bf16", "avx512", "avx2", "portable")
 
 
+def drawing(seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(shape, generator=generator).to(dtype)
+
+
 @contextlib.contextmanager
-def kernels(kind: str):
+def kernels(kind):
     if not build.use_kernels(kind):
         pytest.skip(f"this CPU has no {kind}")
     yield
@@ -33,12 +34,9 @@ def kernels(kind: str):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1, 33, 576])
-def test_products(size: int, dtype: torch.dtype, kind: str) -> None:
-    generator = torch.Generator().manual_seed(size)
-    x, weight, bias = (
-        torch.randn(shape, generator=generator).to(dtype)
-        for shape in [(3, size), (21, size), (21,)]
-    )
+def test_products(size, dtype, kind):
+    draw = drawing(size, dtype)
+    x, weight, bias = draw(3, size), draw(21, size), draw(21)
     with kernels(kind):
         found = build.ops().linear(x, weight, bias)
     wanted = F.linear(x.double(), weight.double(), bias.double())
@@ -48,31 +46,15 @@ def test_products(size: int, dtype: torch.dtype, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("gated", [True, False])
-def test_ffn(gated: bool, act: int, kind: str) -> None:
-    generator = torch.Generator().manual_seed(act)
-    width, size, rank = 50, 40, 3
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
+def test_ffn(gated, act, kind):
+    width, size, rank, drawn = 50, 40, 3, drawing(act)
     x, up, gate, down = drawn(2, size), drawn(width, size), drawn(width, size), drawn(width, size)
     biases, bias, basis, adds = drawn(2, width), drawn(size), drawn(rank, size), drawn(rank, size)
     ids = torch.tensor([0, 3, 4, 7, 20, 21, 22, 23, 49], dtype=torch.int32)
     with kernels(kind):
-        found = build.ops().ffn(
-            x,
-            gate if gated else None,
-            up,
-            down,
-            biases[0] if gated else None,
-            biases[1],
-            ids,
-            bias,
-            basis,
-            adds,
-            None,
-            act,
-        )
+        gates = (gate, biases[0]) if gated else (None, None)
+        given = x, gates[0], up, down, gates[1], biases[1], ids
+        found = build.ops().ffn(*given, bias, basis, adds, None, act)
     rows = ids.long()
     u = F.linear(x, up[rows], biases[1][rows])
     u = ACTS[act](F.linear(x, gate[rows], biases[0][rows])) * u if gated else ACTS[act](u)
@@ -84,70 +66,51 @@ def test_ffn(gated: bool, act: int, kind: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(("size", "bits", "group"), [(128, 4, 32), (85, 4, 32), (85, 8, 20)])
-def test_a_token_chooses(
-    size: int, bits: int, group: int, gated: bool, dtype: torch.dtype, kind: str
-) -> None:
+def test_a_token_chooses(size, bits, group, gated, dtype, kind):
     """The strongest by the copies, out of the candidates: each neuron writes to its own place."""
-    generator = torch.Generator().manual_seed(size + bits)
-    width, keep = 60, 20
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
+    width, keep, drawn = 60, 20, drawing(size + bits, dtype)
     x, up, gate, biases = drawn(1, size), drawn(width, size), drawn(width, size), drawn(2, width)
     worth, mean = drawn(width).float().abs(), drawn(width).float()
     down = torch.eye(width, size, dtype=dtype)
     copies = [low_bit(part, bits, group) for part in (gate, up)]
     candidates = torch.tensor([i for i in range(width) if i % 4])
     parts = [t for copy in copies[0 if gated else 1 :] for t in (copy.levels, copy.scales)]
-    numbers = [size, bits, group, keep]
-    choice = torch.classes.dart_llm.Choice(
-        *([] if gated else [None, None]), *parts, worth, mean, numbers
-    )
+    parts = [*([] if gated else [None, None]), *parts]
+    choice = torch.classes.dart_llm.Choice(*parts, worth, mean, [size, bits, group, keep])
     with kernels(kind):
-        z = build.ops().ffn(
-            x,
-            gate if gated else None,
-            up,
-            down,
-            biases[0] if gated else None,
-            biases[1],
-            candidates.int(),
-            None,
-            None,
-            None,
-            choice,
-            0,
-        )
+        gates = (gate, biases[0]) if gated else (None, None)
+        given = x, gates[0], up, down, gates[1], biases[1], candidates.int()
+        z = build.ops().ffn(*given, None, None, None, choice, 0)
 
-    def activation(gate: Tensor, up: Tensor) -> Tensor:
+    def activation(gate, up):
         gate, up = gate + biases[0].float(), up + biases[1].float()
         return (F.silu(gate) * up if gated else F.silu(up))[0]
 
     estimate = activation(*(copy.product(x) for copy in copies))
-    places = winner_places(strength(estimate, worth)[candidates], keep)
+    places = winner_places(contribution_estimate(estimate, worth)[candidates], keep)
     winners = candidates[places]
     assert torch.equal(z[0].nonzero().flatten(), winners)
     u = activation(x.float() @ gate.float().t(), x.float() @ up.float().t())
     assert apart(z[0, winners], (u - mean)[winners]) < TOLERANCE[dtype]
 
 
-def test_copies_of_another_ffn_are_refused() -> None:
+def test_what_does_not_fit_is_refused_and_not_read():
+    x, weight = torch.randn(1, 8), torch.randn(4, 9)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        build.ops().linear(x, weight, None)
+    with pytest.raises(RuntimeError, match="float32 and bfloat16"):
+        build.ops().linear(x.half(), weight.half(), None)
     x, up, worth = torch.randn(1, 8), torch.randn(6, 8), torch.ones(6)
     copy = low_bit(up, 4, 32)
 
-    def choose(numbers: list[int], levels: Tensor, x: Tensor = x, up: Tensor = up) -> None:
+    def choose(numbers, levels, x=x, up=up):
         made = torch.classes.dart_llm.Choice(None, None, levels, copy.scales, worth, None, numbers)
         build.ops().ffn(x, None, up, up, None, None, None, None, None, None, made, 0)
 
     choose([8, 4, 32, 3], copy.levels)
-    for numbers, levels in [
-        ([9, 4, 32, 3], copy.levels),
-        ([8, 4, 7, 3], copy.levels),
-        ([8, 4, 32, 7], copy.levels),
-        ([8, 4, 32, 0], copy.levels),
-        ([8, 4, 32, 3], copy.levels[:5]),
-    ]:
+    wrong = [[9, 4, 32, 3], [8, 4, 7, 3], [8, 4, 32, 7], [8, 4, 32, 0]]
+    cases = [*((one, copy.levels) for one in wrong), ([8, 4, 32, 3], copy.levels[:5])]
+    for numbers, levels in cases:
         with pytest.raises(RuntimeError, match="another shape"):
             choose(numbers, levels)
     with pytest.raises(RuntimeError, match="of another FFN"):
@@ -156,15 +119,7 @@ def test_copies_of_another_ffn_are_refused() -> None:
         choose([8, 4, 32, 3], copy.levels, x=torch.randn(2, 8))
 
 
-def test_wrong_shapes_are_refused_and_not_read() -> None:
-    x, weight = torch.randn(1, 8), torch.randn(4, 9)
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
-        build.ops().linear(x, weight, None)
-    with pytest.raises(RuntimeError, match="float32 and bfloat16"):
-        build.ops().linear(x.half(), weight.half(), None)
-
-
-def test_activations_are_known_by_what_they_do() -> None:
+def test_activations_are_known_by_what_they_do():
     from transformers.activations import ACT2FN
 
     names = {"silu": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3, "relu2": 4}
@@ -174,10 +129,9 @@ def test_activations_are_known_by_what_they_do() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fold(dtype: torch.dtype, kind: str) -> None:
-    generator = torch.Generator().manual_seed(1)
-    rows = torch.randn(30, 70, generator=generator).to(dtype)
-    ids, factors = torch.tensor([0, 2, 3, 11, 29]), torch.randn(5, 33, generator=generator)
+def test_fold(dtype, kind):
+    draw, ids = drawing(1), torch.tensor([0, 2, 3, 11, 29])
+    rows, factors = draw(30, 70).to(dtype), draw(5, 33)
     with kernels(kind):
         found = build.ops().fold(rows, ids.int(), factors)
     assert apart(found.t(), rows[ids].double().t() @ factors.double()) < 1e-6

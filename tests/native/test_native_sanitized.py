@@ -1,10 +1,7 @@
 """The native kernels under ASan and UBSan, without torch."""
 
-from __future__ import annotations
-
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -16,11 +13,11 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def objects(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def objects(tmp_path_factory):
     return kernel_objects(tmp_path_factory.mktemp("kernels"))
 
 
-def test_kernels_touch_only_what_is_theirs_and_agree(objects: list[str], tmp_path: Path) -> None:
+def test_kernels_touch_only_what_is_theirs_and_agree(objects, tmp_path):
     program = driver("driver", objects, tmp_path)
     done = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
@@ -28,7 +25,7 @@ def test_kernels_touch_only_what_is_theirs_and_agree(objects: list[str], tmp_pat
     assert kinds[-1] == "portable" and all("agrees" in line for line in done.stdout.splitlines())
 
 
-def test_random_decode_steps(objects: list[str], tmp_path: Path) -> None:
+def test_random_decode_steps(objects, tmp_path):
     """benchmarks/sanitized_steps.py makes many more."""
     counts = random_steps(driver("steps", objects, tmp_path), steps=200, seed=1)
     assert counts["steps"] >= 200 and counts["compared"] >= 100

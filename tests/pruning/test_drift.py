@@ -1,209 +1,419 @@
-"""The drift detector: golden similarities and exact windows."""
+"""The drift detector: windows, votes, error rates; and when a sequence notices drift."""
 
-from __future__ import annotations
-
+import itertools
 import math
+from statistics import NormalDist, stdev
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dart_llm.pruning.drift import MAX_WINDOWS, MIN_WINDOWS, Detector, Rule, make_rule
-from windows import MU, PAIRS, REFERENCE, SIGMA, armed, at, tokens, windows
+from dart_llm.pruning.drift import MAX_WINDOWS, Detector, Rule, make_rule
+from synthetic import HIDDEN, LAYERS, Driver, Stream, config, make_layers
+
+PAIRS = Rule(2, lambda mu, sigma: mu - 0.5 * sigma, 2)
+"""Windows of two tokens, small enough for numbers by hand."""
+
+REFERENCE = ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (1.0, 0.0))
+# each against the sum of the others: (2, 2), (3, 1), (2, 1), (2, 2)
+LEFT_OUT = (math.sqrt(0.5), math.sqrt(0.1), 3 / math.sqrt(10), math.sqrt(0.5))
+MU, SIGMA = sum(LEFT_OUT) / 4, stdev(LEFT_OUT)
 
 
-def test_the_rules() -> None:
+def tokens(*pairs):
+    """[1, T, 2]"""
+    return torch.tensor([pairs], dtype=torch.float32)
+
+
+def windows(*means, size=2):
+    """[1, T, 2] tokens whose window means are ``means``, no token equal to its mean."""
+    shifts = [(index - (size - 1) / 2) * 0.1 for index in range(size)]
+    return tokens(*[(a + shift, b - shift) for a, b in means for shift in shifts])
+
+
+def at(angle):
+    """The unit vector whose cosine with (1, 0) is cos(angle)."""
+    return math.cos(angle), math.sin(angle)
+
+
+def armed(rule, reference):
+    detector = Detector(rule)
+    detector.observe(reference, None)
+    detector.start()
+    assert detector.armed
+    return detector
+
+
+def noise(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) + 1
+
+
+def test_the_rules():
     mu, sigma = torch.tensor([0.9, 0.9]), torch.tensor([0.5, 2.0])
-    rule = make_rule("published")
-    assert (rule.window, rule.count, rule.interval) == (5, 1, 0)
-    assert rule.threshold is not None
-    assert rule.threshold(mu, sigma).tolist() == pytest.approx([0.8, 0.7])
-    rule = make_rule("paper")
-    assert (rule.window, rule.count, rule.interval) == (10, 3, 0)
-    assert rule.threshold is not None
-    assert rule.threshold(mu, sigma).tolist() == pytest.approx([0.65, -0.1])
-    rule = make_rule("dart")
-    assert (rule.window, rule.count, rule.interval) == (10, 3, 0)
-    assert rule.threshold is not None
-    assert rule.threshold(mu, sigma).tolist() == pytest.approx([0.15, -2.1])
+    for name, numbers, thresholds in (
+        ("published", (5, 1, 0), [0.8, 0.7]),
+        ("paper", (10, 3, 0), [0.65, -0.1]),
+        ("dart", (10, 3, 0), [0.15, -2.1]),
+    ):
+        rule = make_rule(name)
+        assert (rule.window, rule.count, rule.interval) == numbers and rule.threshold is not None
+        assert rule.threshold(mu, sigma).tolist() == pytest.approx(thresholds)
     assert make_rule("interval 48") == Rule(0, None, 0, interval=48)
     assert make_rule("never") == Rule(0, None, 0)
+    for text in ("never", "interval 5"):  # see nothing
+        detector = Detector(make_rule(text))
+        detector.observe(windows(*REFERENCE), None)
+        detector.start()
+        assert detector.watch(windows(*REFERENCE), None) == [] and detector.nbytes() == 0
 
 
-def test_leave_one_out_by_hand() -> None:
+def test_windows_by_hand():
+    """c is along (3, 2): the mean over all observed tokens, each window against the others."""
     detector = armed(PAIRS, windows(*REFERENCE))
     assert float(detector.mu) == pytest.approx(MU, abs=1e-6)
     assert float(detector.sigma) == pytest.approx(SIGMA, abs=1e-6)
-    # c is along (3, 2)
     (check,) = detector.watch(windows((2.0, 2.0)), None)
     assert check.similarity == pytest.approx([5 / math.sqrt(26)], abs=1e-6)
     assert check.threshold == pytest.approx([MU - 0.5 * SIGMA], abs=1e-6)
     assert (check.window, check.counter, check.fired, check.live) == (1, 0, False, [True])
-
-
-def test_tokens_beside_the_windows_belong_to_the_centroid() -> None:
-    """c is the mean over all observed tokens, those of an unfinished window too."""
-    detector = armed(PAIRS, torch.cat([windows(*REFERENCE), tokens((-3.0, 5.0))], 1))
+    # a window is the mean of its own tokens, whenever they come
+    assert detector.watch(tokens((4.0, 0.0)), None) == []
+    assert detector.watch(tokens((0.0, 4.0)), None)[0].similarity == check.similarity
+    # tokens beside the windows belong to the centroid; the window in progress is dropped
+    detector = Detector(PAIRS)
+    detector.observe(torch.cat([windows(*REFERENCE), tokens((-3.0, 5.0))], 1), None)
+    assert detector.filled == 1
+    detector.start()
+    assert (detector.filled, detector.counter) == (0, 0)
     (check,) = detector.watch(windows((1.0, 0.0)), None)
     assert check.similarity == pytest.approx([3 / math.sqrt(9 + 81)], abs=1e-6)
+    # half precision is averaged in float32
+    half = armed(PAIRS, (windows(*REFERENCE) * 1000).half())
+    assert half.mu.dtype == torch.float32 and float(half.mu) == pytest.approx(MU, abs=1e-3)
 
 
-def test_the_counter_goes_up_and_down() -> None:
+def test_the_counter_goes_up_and_down():
     reference = windows(at(0.1), at(-0.1), at(0.1), at(-0.1))
     detector = armed(Rule(2, lambda mu, sigma: mu - 0.5 * sigma - 0.05, 3), reference)
     low, high = at(1.0), at(0.0)
     checks = detector.watch(
         windows(high, low, low, high, low, high, high, high, low, low, low), None
     )
-    assert [check.counter for check in checks] == [0, 1, 2, 1, 2, 1, 0, 0, 1, 2, 3]
+    counters = [0, 1, 2, 1, 2, 1, 0, 0, 1, 2, 3]
+    assert [(c.window, c.counter) for c in checks] == [*enumerate(counters, 1)]
     assert [check.fired for check in checks] == [False] * 10 + [True]
-    assert [check.window for check in checks] == list(range(1, 12))
-
-
-def test_one_low_window_is_enough_for_the_published_rule() -> None:
-    rule = make_rule("published")
-    detector = armed(rule, windows(*[at(0.0)] * 6, size=5))
-    assert float(detector.mu) == pytest.approx(1, abs=1e-3)
+    # published: one low window; cos 0.4 = 0.921 is above mu - 0.1 = 0.9, cos 0.5 = 0.878 is not
+    detector = armed(make_rule("published"), windows(*[at(0.0)] * 6, size=5))
     checks = detector.watch(windows(at(0.4), at(0.5), at(0.0), size=5), None)
-    # cos 0.4 = 0.921 is above mu - 0.1 = 0.9, cos 0.5 = 0.878 is not
     assert [check.fired for check in checks] == [False, True, False]
-    assert checks[0].threshold == pytest.approx([0.9], abs=2e-3)
-
-
-def test_the_rule_dart_fires_on_the_third_window_that_is_far_away() -> None:
-    """At mu - 1.5 sigma; the paper's rule counts windows at mu - sigma too."""
+    # dart: the third window under mu - 1.5 sigma; the paper's rule counts at mu - sigma too
     reference = windows(*(at(angle) for angle in (0.1, -0.3, 0.2, -0.1, 0.3, -0.2)), size=10)
     detector, paper = armed(make_rule("dart"), reference), armed(make_rule("paper"), reference)
-    assert detector.mu is not None and detector.sigma is not None
     mu, sigma = float(detector.mu), float(detector.sigma)
     near, far = at(math.acos(mu - sigma)), at(math.acos(mu - 1.6 * sigma))
     checks = detector.watch(windows(near, far, near, far, far, far, size=10), None)
     assert [check.counter for check in checks] == [0, 1, 0, 1, 2, 3]
     assert [check.fired for check in checks] == [False] * 5 + [True]
-    assert checks[0].threshold == pytest.approx([mu - 1.5 * sigma], abs=1e-5)
     assert [check.counter for check in paper.watch(windows(near, far, size=10), None)] == [1, 2]
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    st.integers(0, 10_000),
-    st.lists(st.integers(1, 13), min_size=1, max_size=12),
-    st.lists(st.integers(1, 13), min_size=1, max_size=12),
-)
-def test_windows_do_not_depend_on_the_forwards(
-    seed: int, reference: list[int], watched: list[int]
-) -> None:
-    """Windows follow one another without overlap, however the tokens arrive."""
-    generator = torch.Generator().manual_seed(seed)
-    first = torch.randn(2, sum(reference), 3, generator=generator) + 2
-    second = torch.randn(2, sum(watched), 3, generator=generator) + 2
-    rule = Rule(3, lambda mu, sigma: mu - 0.5 * sigma, 2)
-    whole, parts = Detector(rule), Detector(rule)
-    whole.observe(first, None)
-    for part in first.split(reference, 1):
-        parts.observe(part, None)
-    whole.start()
-    parts.start()
-    assert whole.armed == parts.armed == (sum(reference) // 3 >= MIN_WINDOWS)
-    together = whole.watch(second, None)
-    apart = [check for part in second.split(watched, 1) for check in parts.watch(part, None)]
-    assert len(together) == len(apart) == sum(watched) // 3
-    assert whole.filled == parts.filled == sum(watched) % 3
-    for a, b in zip(together, apart, strict=True):
-        assert a.similarity == pytest.approx(b.similarity, abs=1e-5)
-        assert (a.counter, a.window) == (b.counter, b.window)
-        if a.threshold is not None:
-            assert a.threshold == pytest.approx(b.threshold, abs=1e-5)
-
-
-def test_a_window_is_the_mean_of_its_own_tokens() -> None:
-    detector = armed(PAIRS, windows(*REFERENCE))
-    assert detector.watch(tokens((4.0, 0.0)), None) == []
-    (first,) = detector.watch(tokens((0.0, 4.0)), None)
-    (second,) = detector.watch(tokens((6.0, 0.0), (0.0, 0.0)), None)
-    assert first.similarity == pytest.approx([5 / math.sqrt(26)], abs=1e-6)
-    assert second.similarity == pytest.approx([3 / math.sqrt(13)], abs=1e-6)
-
-
-# arming late
-
-
-def test_too_few_windows_arm_on_the_first_four_of_pruned() -> None:
-    detector = Detector(PAIRS)
-    detector.observe(windows((-5.0, 1.0), (-5.0, 2.0), (-5.0, 0.0)), None)
-    detector.start()
-    assert not detector.armed
-    checks = detector.watch(windows(*REFERENCE, (2.0, 2.0)), None)
-    assert [check.threshold is None for check in checks] == [True] * 4 + [False]
-    assert [check.counter for check in checks[:4]] == [0] * 4
-    assert not any(check.fired for check in checks[:4])
-    assert float(detector.mu) == pytest.approx(MU, abs=1e-6)
-    assert float(detector.sigma) == pytest.approx(SIGMA, abs=1e-6)
-    # the three windows before are forgotten: c is along (3, 2) again
-    assert checks[4].similarity == pytest.approx([5 / math.sqrt(26)], abs=1e-6)
-    assert checks[4].threshold == pytest.approx([MU - 0.5 * SIGMA], abs=1e-6)
-
-
-@pytest.mark.parametrize("observed", [0, 1, 2, 7])
-def test_a_reference_of_few_tokens_is_never_nan(observed: int) -> None:
+def test_too_few_windows_arm_on_the_first_four_of_pruned():
     """The scripts took one token: deviation NaN, threshold NaN, detector dead."""
-    detector = Detector(PAIRS)
-    detector.observe(windows(*REFERENCE)[:, :observed], None)
-    detector.start()
-    low = [at(2.0)] * 4
-    for check in detector.watch(windows(*REFERENCE, *low), None):
-        assert all(math.isfinite(value) for value in check.similarity)
-        assert check.threshold is None or all(math.isfinite(value) for value in check.threshold)
-    assert check.fired
-
-
-def test_zeros_are_never_nan() -> None:
-    detector = armed(PAIRS, torch.zeros(1, 8, 2))
-    checks = detector.watch(torch.zeros(1, 8, 2), None)
-    assert [check.similarity for check in checks] == [[0.0]] * 4
-    assert not any(check.fired for check in checks)
-
-
-def test_what_is_not_a_number_never_fires() -> None:
-    detector = armed(PAIRS, windows(*REFERENCE))
-    checks = detector.watch(torch.full((1, 8, 2), math.nan), None)
-    assert [check.fired for check in checks] == [False] * 4
-    assert [check.counter for check in checks] == [0] * 4
-
-
-def test_rules_without_windows_see_nothing() -> None:
-    for text in ("never", "interval 5"):
-        detector = Detector(make_rule(text))
-        detector.observe(windows(*REFERENCE), None)
+    for observed in (0, 1, 2, 6, 7):
+        detector = Detector(PAIRS)
+        detector.observe(
+            windows((-5.0, 1.0), (-5.0, 2.0), (-5.0, 0.0), (1.0, 0.0))[:, :observed], None
+        )
         detector.start()
-        assert detector.watch(windows(*REFERENCE), None) == []
-        assert detector.nbytes() == 0
+        assert not detector.armed
+        checks = detector.watch(windows(*REFERENCE, (2.0, 2.0), at(2.0), at(2.0)), None)
+        assert [check.threshold is None for check in checks] == [True] * 4 + [False] * 3
+        assert [check.counter for check in checks[:5]] == [0] * 5
+        assert [check.fired for check in checks] == [False] * 6 + [True]
+        # what came before is forgotten: c is along (3, 2) again
+        assert float(detector.mu) == pytest.approx(MU, abs=1e-6)
+        assert checks[4].similarity == pytest.approx([5 / math.sqrt(26)], abs=1e-6)
+        assert checks[4].threshold == pytest.approx([MU - 0.5 * SIGMA], abs=1e-6)
 
 
-def test_half_precision_is_averaged_in_float32() -> None:
-    reference = windows(*REFERENCE) * 1000
-    detector = armed(PAIRS, reference.half())
-    assert float(detector.mu) == pytest.approx(MU, abs=1e-3)
-    assert detector.mu is not None
-    assert detector.mu.dtype == torch.float32
+def test_zeros_and_what_is_not_a_number_never_fire():
+    checks = armed(PAIRS, torch.zeros(1, 8, 2)).watch(torch.zeros(1, 8, 2), None)
+    assert [check.similarity for check in checks] == [[0.0]] * 4
+    strange = armed(PAIRS, windows(*REFERENCE)).watch(torch.full((1, 8, 2), math.nan), None)
+    assert [(check.counter, check.fired) for check in [*checks, *strange]] == [(0, False)] * 8
 
 
-def test_entering_pruned_drops_the_window_in_progress() -> None:
-    detector = Detector(PAIRS)
-    detector.observe(torch.cat([windows(*REFERENCE), tokens((9.0, 9.0))], 1), None)
-    assert detector.filled == 1
-    detector.start()
-    assert detector.filled == 0
-    assert detector.counter == 0
-
-
-def test_memory_is_bounded() -> None:
+def test_memory_is_bounded():
     detector = Detector(PAIRS)
     for _ in range(5):
         detector.observe(torch.randn(1, 2 * 40, 2), None)
-    assert len(detector.windows) == MAX_WINDOWS < 200
-    assert float(detector.tokens) == 400
+    assert len(detector.windows) == MAX_WINDOWS < 200 and float(detector.tokens) == 400
     assert detector.nbytes() == 4 * (2 + 1 + 2 * MAX_WINDOWS)
     detector.start()
     assert detector.nbytes() == 4 * (2 + 1 + 1 + 1)
+
+
+def rows_of(*angles):
+    """[B, 2, 2]: one window, row b at its angle."""
+    return torch.cat([windows(at(angle)) for angle in angles])
+
+
+@pytest.mark.parametrize(
+    ("angles", "live", "low"),
+    [
+        ((0, 0, 0, 0), None, False),
+        ((1, 1, 0, 0), None, False),  # half is not more than half
+        ((1, 1, 1, 0), None, True),
+        ((1, 1, 0, 0), (True, True, True, False), True),
+        ((1, 1, 1, 0), (False, False, True, True), False),
+        ((1, 1, 1, 1), (False, False, False, False), False),
+        ((0, 0, 0, 1), (False, False, False, True), True),
+    ],
+)
+def test_more_than_half_of_the_live_rows(angles, live, low):
+    reference = torch.cat([rows_of(*[0.1 * (-1) ** i] * 4) for i in range(4)], 1)
+    detector = armed(Rule(2, lambda mu, sigma: mu - 0.05, 1), reference)
+    (check,) = detector.watch(rows_of(*angles), None if live is None else torch.tensor(live))
+    assert check.fired == low
+    assert check.similarity == pytest.approx([math.cos(a) for a in angles], abs=2e-3)
+    assert check.live == list(live or [True] * 4)
+
+
+def test_every_row_has_its_own_reference():
+    """Row 1 looks the other way and varies more: its own centroid and threshold say so."""
+    parts = [rows_of(0.1 * (-1) ** i, math.pi + 0.6 * (-1) ** i) for i in range(4)]
+    detector = armed(PAIRS, torch.cat(parts, 1))
+    alone = armed(PAIRS, torch.cat(parts, 1)[1:])
+    assert float(detector.mu[0]) > float(detector.mu[1]) == pytest.approx(float(alone.mu))
+    (check,) = detector.watch(rows_of(0.0, math.pi), None)
+    assert check.similarity == pytest.approx([1, 1], abs=5e-3)
+
+
+def test_padding_and_rows_that_ended():
+    """Padding enters nothing; windows stop where the shortest row does, unless it has ended."""
+    real, junk = noise(2, 9, 2, seed=2), torch.full((1, 3, 2), 1e6)
+    weights = torch.ones(2, 12)
+    weights[0, :3] = weights[1, 9:] = 0
+    padded, plain = Detector(PAIRS), armed(PAIRS, real)
+    padded.observe(
+        torch.cat([torch.cat([junk, real[:1]], 1), torch.cat([real[1:], junk], 1)]), weights
+    )
+    padded.start()
+    more = noise(2, 4, 2, seed=3)
+    for a, b in zip(padded.watch(more, None), plain.watch(more, None), strict=True):
+        assert a.similarity == pytest.approx(b.similarity, abs=1e-5)
+        assert a.threshold == pytest.approx(b.threshold, abs=1e-5)
+    real, weights, detector = noise(2, 12, 2, seed=3), torch.ones(2, 12), Detector(PAIRS)
+    weights[1, 9:] = 0
+    detector.observe(real, weights)
+    assert len(detector.windows) == 4 and detector.tokens.tolist() == [12, 9]
+    assert detector.total[1].tolist() == pytest.approx(real[1, :9].sum(0).tolist())
+    both = Detector(PAIRS)
+    for token in real.split(1, 1):
+        both.observe(token, torch.tensor([[1.0], [0.0]]), torch.tensor([True, False]))
+    both.start()
+    assert bool(both.mu.isfinite().all())
+    assert float(both.mu[0]) == pytest.approx(float(armed(PAIRS, real[:1]).mu), abs=1e-6)
+
+
+# error rates against the values that the rules imply
+
+NORMAL = NormalDist()
+SERIES, HORIZON, CENTRE, SPREAD = 100, 120, 0.8, 0.05
+
+
+def window_of(similarity, axis, size):
+    """[1, size, D] equal tokens at ``similarity`` to axis 0; the rest lies on ``axis``."""
+    v = torch.zeros(MAX_WINDOWS + 2)
+    v[0] = similarity
+    v[axis] = math.sqrt(1 - similarity**2)
+    return v.expand(1, size, -1)
+
+
+def stationary(rule):
+    """Armed on windows whose similarities are the quantiles of N(CENTRE, SPREAD)."""
+    levels = [NORMAL.inv_cdf((k + 0.5) / MAX_WINDOWS) for k in range(MAX_WINDOWS)]
+    parts = [
+        window_of(CENTRE + SPREAD * level, 1 + k, rule.window) for k, level in enumerate(levels)
+    ]
+    return armed(rule, torch.cat(parts, 1))
+
+
+def low_chance(rule):
+    """Chance that one window of a normal series lies under the threshold."""
+    assert rule.threshold is not None
+    theta = float(rule.threshold(torch.tensor(CENTRE), torch.tensor(SPREAD)))
+    return NORMAL.cdf((theta - CENTRE) / SPREAD)
+
+
+def expected_triggers(p, count, horizon):
+    """Mean number of triggers in ``horizon`` windows; the counter restarts after each."""
+    states, total = [1.0] + [0.0] * (count - 1), 0.0
+    for _ in range(horizon):
+        after = [0.0] * count
+        for n, chance in enumerate(states):
+            after[max(0, n - 1)] += chance * (1 - p)
+            total += chance * p if n + 1 == count else 0
+            after[(n + 1) % count] += chance * p
+        states = after
+    return total
+
+
+def triggers(detector, seed, length, shift=0.0):
+    """Of a normal series of windows; the counter restarts after each."""
+    detector.counter, found = 0, 0
+    drawn = torch.randn(length, generator=torch.Generator().manual_seed(seed)) + shift
+    for similarity in (CENTRE + SPREAD * drawn).clamp(-1, 1).tolist():
+        # an axis that no window of the reference uses
+        part = window_of(similarity, MAX_WINDOWS + 1, detector.rule.window)
+        if detector.watch(part, None)[-1].fired:
+            detector.counter, found = 0, found + 1
+    return found
+
+
+@pytest.mark.parametrize("name", ["published", "paper"])
+def test_false_alarms_and_alarms_come_at_the_analytic_rate(name):
+    """100 noisy stationary series, to 3 standard errors; a step of four sigma fires at once."""
+    rule = make_rule(name)
+    detector = stationary(rule)
+    assert float(detector.sigma) == pytest.approx(SPREAD, rel=0.02)
+    counts = [triggers(detector, seed, HORIZON) for seed in range(SERIES)]
+    error = stdev(counts) / math.sqrt(SERIES)
+    want = expected_triggers(low_chance(rule), rule.count, HORIZON)
+    assert abs(sum(counts) / SERIES - want) < 3 * error < 0.3 * want
+    assert all(triggers(detector, seed, rule.count + 1, shift=-4.0) for seed in range(SERIES))
+
+
+def test_a_reference_estimated_from_few_windows_keeps_the_rate_in_order():
+    """Everything random, 24 windows of reference: leaving one out keeps mu and sigma honest.
+
+    With a chance p of a low window, n0 = 3 are reached after 40.5 windows on average.
+    """
+    rule, fired = make_rule("paper"), 0
+    assert low_chance(rule) == pytest.approx(NORMAL.cdf(-0.5))
+    for seed in range(SERIES):
+        v = noise(1, 10 * 24 + 10 * 40, 16, seed=9000 + seed) - 0.5
+        detector = armed(rule, v[:, :240])
+        for part in v[:, 240:].split(10, 1):
+            if detector.watch(part, None)[0].fired:
+                fired, detector.counter = fired + 1, 0
+    assert 30 < SERIES * 40 / fired < 80
+
+
+def shifting(at, rows=1):
+    """v keeps one direction (with noise) up to ``at``, then another."""
+    stream = Stream(make_layers(), rows, 400)
+    first, second = torch.eye(HIDDEN)[0], torch.eye(HIDDEN)[1]
+    drawn = 0.3 * (noise(rows, 400, HIDDEN, seed=7) - 1)
+    stream.v = drawn + torch.where(torch.arange(400)[:, None] < at, first, second)
+    return stream
+
+
+def test_a_topic_shift_is_noticed_after_three_windows():
+    run = Driver(
+        config(drift={"rule": "paper"}, remask={"observe_tokens": 50}), stream=shifting(120)
+    )
+    run.prefill(80)
+    # windows end at 90, 100, ...; the first three of the new topic at 130, 140, 150
+    assert run.steps(150)[:120] == ["pruned"] * 70 + ["observe"] * 50
+    checks = run.checks
+    assert [check.step for check in checks[:7]] == [10, 20, 30, 40, 50, 60, 70]
+    assert [check.trigger for check in checks[:7]] == [False] * 6 + [True]
+    assert [check.counter for check in checks[4:7]] == [1, 2, 3]
+    assert {(check.layer, check.state) for check in checks} == {(LAYERS - 1, "armed")}
+    assert (run.announced[1].cause, run.announced[1].step) == ("drift", 120)
+    # armed anew on the 50 observed tokens: window and counter start at 0
+    assert [(check.step, check.window) for check in checks[7:]] == [(130, 1), (140, 2), (150, 3)]
+    assert checks[7].counter <= 1
+
+
+def assert_summed(run, row, positions):
+    """The centroid of the reference is made of these."""
+    wanted = run.stream.v[row, list(positions)].sum(0).tolist()
+    assert run.state.detector.total[row].tolist() == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "masking_step", "last"),
+    [((30,), 0, 30), ((3, 27), 15, 45), ((1, 1, 1, 1, 26), 15, 45), ((1,), 1, 24), ((1,), 2, 24)],
+)
+def test_attention_sinks_enter_nothing(chunks, masking_step, last):
+    """Also where they are decoded, after a prompt of one token, and the detector arms late."""
+    run = Driver(config(drift="published", masking_step=masking_step))
+    run.stream.v[:, :4] = 1e6
+    for size in chunks:
+        run.prefill(size)
+    run.steps(23 if chunks == (1,) else masking_step + 5)
+    assert_summed(run, 0, range(4, last))
+    if chunks == (1,):
+        assert [(c.step, c.state) for c in run.checks] == [(n, "arming") for n in (8, 13, 18, 23)]
+
+
+@pytest.mark.parametrize("chunks", [(40,), (6, 34)])
+def test_sinks_are_counted_from_the_first_real_token(chunks):
+    """Left padding of 10: the sinks of that row lie at positions 10 to 13."""
+    run = Driver(config(drift="published"), rows=2)
+    run.stream.v[0, :14] = run.stream.v[1, :4] = 1e6
+    valid = torch.ones(2, 40)
+    valid[0, :10] = 0
+    for part in valid.split(chunks, 1):
+        run.prefill(part.shape[1], valid=part)
+    assert_summed(run, 0, range(14, 40))
+    assert_summed(run, 1, range(4, 40))
+
+
+@pytest.mark.parametrize(
+    ("drifting", "live", "noticed"),
+    [([0], [0, 1, 2], False), ([0, 1], [0, 1, 2], True), ([0], [0, 1], False), ([0], [0], True)],
+)
+def test_rows_of_a_shared_mask_vote(drifting, live, noticed):
+    """One row of three that drifts is outvoted, two are not; ended rows have no vote, no line."""
+    stream = shifting(400, 3)
+    stream.v[drifting] = shifting(60, 3).v[drifting]
+    run = Driver(config(drift="published"), rows=3, stream=stream)
+    run.prefill(60)
+    run.steps(5, live=None if len(live) == 3 else torch.isin(torch.arange(3), torch.tensor(live)))
+    assert [(check.row, check.trigger) for check in run.checks] == [(r, noticed) for r in live]
+    assert run.steps(1) == (["observe"] if noticed else ["pruned"])
+
+
+def test_triggers_that_the_guards_put_off_are_said_to_be_held():
+    drift = {"rule": "published", "max_dense_share": 0.1}
+    run = Driver(config(drift=drift, remask={"observe_tokens": 5}), stream=shifting(80))
+    run.prefill(80)
+    assert run.steps(60).index("observe") == 45  # (0 + 5) <= 0.1 (45 + 5)
+    early = [(check.state, check.trigger) for check in run.checks if check.step < 45]
+    assert early == [("held", False)] * 8
+    assert run.checks[8].trigger and run.checks[8].state == "armed"
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.integers(1, 12),
+    st.integers(1, 9),
+    st.integers(0, 40),
+    st.none() | st.floats(0.02, 1),
+    st.integers(0, 5),
+)
+def test_guards_hold_at_every_step(every, observe, distance, share, masking_step):
+    """Dense tokens before the first mask are not charged; those of re-masks never pass the cap."""
+    drift = {"rule": f"interval {every}", "min_distance": distance, "max_dense_share": share}
+    made = config(drift=drift, remask={"observe_tokens": observe}, masking_step=masking_step)
+    layers = make_layers(1, width=4, hidden=2)
+    run = Driver(made, layers=layers, stream=Stream(layers))
+    run.prefill(3)
+    phases = run.steps(150)
+    assert phases[:masking_step] == ["observe"] * masking_step
+    dense, starts = 0, []
+    for step, phase in enumerate(phases):
+        if step >= masking_step and phase == "observe":
+            dense += 1
+            if phases[step - 1] == "pruned":
+                starts.append(step)
+        assert share is None or dense <= share * (step + 1) + 1e-9
+    assert all(b - a >= distance for a, b in itertools.pairwise(starts))
+    assert all(phases[start : start + observe] == ["observe"] * observe for start in starts[:-1])
+    if share is None and not distance:
+        cycle = ["pruned"] * every + ["observe"] * observe
+        assert phases[masking_step:] == (cycle * 150)[: 150 - masking_step]

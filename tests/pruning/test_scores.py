@@ -1,9 +1,8 @@
-"""Neuron scores against numbers computed by hand."""
-
-from __future__ import annotations
+"""Neuron scores against numbers computed by hand; and everything that is chosen by name."""
 
 import math
 from dataclasses import replace
+from importlib.metadata import EntryPoint
 
 import pytest
 import torch
@@ -11,13 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dart_llm.errors import ConfigError
-from dart_llm.pruning import scores as proxies
-from dart_llm.pruning import statistics as token_statistics
-from dart_llm.pruning import weights
-from dart_llm.pruning.registry import SCORES
-from dart_llm.pruning.statistics import LayerPrior, Statistics
-from dart_llm.pruning.statistics import LayerStatistics as LayerEvidence
+from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.pruning import registry, statistics, weights
+from dart_llm.pruning.config import PruneConfig
+from dart_llm.pruning.registry import ALL, SCORES, Registry
+from dart_llm.pruning.scores import proxy, score, squared
+from dart_llm.pruning.statistics import LayerPrior, LayerStatistics, Statistics
 from dart_llm.pruning.weights import FfnWeights
 from synthetic import make_layers
 
@@ -31,130 +29,80 @@ LAYER = FfnWeights(
     gate=torch.tensor([[2.0, 0.0], [0.0, 3.0], [-6.0, 8.0]]),  # norms 2, 3, 10
     down=torch.tensor([[3.0, 1.0, 0.0], [-4.0, 0.0, 2.0]]),  # norms 5, 1, 2
     embedding=torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, -1.0]]),
-    learnt=LayerPrior(LayerEvidence(), torch.tensor([0.5, 3.0, 0.75])),
+    learnt=LayerPrior(LayerStatistics(), torch.tensor([0.5, 3.0, 0.75])),
 )
 # columns times rows: (3, -4, 7), (1, 0, 1), (0, 2, -2)
-MAX, MEAN = (7.0, 1.0, 2.0), (14 / 3, 2 / 3, 4 / 3)
-MAGNITUDE = (math.sqrt(10), math.sqrt(21), math.sqrt(8))
+MAX, MEAN = torch.tensor([7.0, 1, 2]), torch.tensor([14 / 3, 2 / 3, 4 / 3])
+MAGNITUDE = torch.tensor([10.0, 21, 8]).sqrt()
 GOLDEN = {
     "magnitude": MAGNITUDE,
-    "normalized": (
-        math.sqrt(0.36 + 0 + 1 / 9),
-        math.sqrt(0.64 + 0.2 + 4 / 9),
-        math.sqrt(0 + 0.8 + 4 / 9),
-    ),
-    "contribution": tuple(m * w for m, w in zip(MAGNITUDE, (5, 1, 2), strict=True)),
-    # L1 norms 7, 1, 2; variances 10/3 - (4/3)^2, 21/3 - (1/3)^2, 8/3
-    "wanda": tuple(m * w for m, w in zip(MAGNITUDE, (7, 1, 2), strict=True)),
-    # mean squares 10/3, 7, 8/3
-    "fisher": (5 / 3, 21, 2),
-    "flap": (25 * 14 / 9, 1 * 62 / 9, 4 * 8 / 3),
-    "max": tuple(m * w for m, w in zip(MAGNITUDE, MAX, strict=True)),
-    "mean": tuple(m * w for m, w in zip(MAGNITUDE, MEAN, strict=True)),
-    "combined": tuple(m * (a + b) for m, a, b in zip(MAGNITUDE, MAX, MEAN, strict=True)),
-    "product": tuple(m * a * m * b for m, a, b in zip(MAGNITUDE, MAX, MEAN, strict=True)),
-    "weight": (5 * 1 * 2, 1 * 5 * 3, 2 * 2 * 10),
+    "normalized": torch.tensor([0.36 + 0 + 1 / 9, 0.64 + 0.2 + 4 / 9, 0 + 0.8 + 4 / 9]).sqrt(),
+    "contribution": MAGNITUDE * torch.tensor([5, 1, 2]),
+    "wanda": MAGNITUDE * torch.tensor([7, 1, 2]),  # L1 norms
+    "fisher": torch.tensor([5 / 3, 21, 2]),  # mean squares 10/3, 7, 8/3
+    # variances 10/3 - (4/3)^2, 21/3 - (1/3)^2, 8/3
+    "flap": torch.tensor([25 * 14 / 9, 1 * 62 / 9, 4 * 8 / 3]),
+    "max": MAGNITUDE * MAX,
+    "mean": MAGNITUDE * MEAN,
+    "combined": MAGNITUDE * (MAX + MEAN),
+    "product": MAGNITUDE**2 * MAX * MEAN,
+    "weight": torch.tensor([5.0 * 1 * 2, 1 * 5 * 3, 2 * 2 * 10]),
 }
-EMA_HALF = {
-    # weights 1/4, 1/2, 1 over 7/4
-    "magnitude": ((0.75 + 0 + 1) / 1.75, (1 + 0.5 + 2) / 1.75, (0 + 1 + 2) / 1.75),
-    "normalized": (
-        (0.6 / 4 + 0 + 1 / 3) / 1.75,
-        (0.8 / 4 + 0.5 / math.sqrt(5) + 2 / 3) / 1.75,
-        (0 + 1 / math.sqrt(5) + 2 / 3) / 1.75,
-    ),
+FIFTH = 1 / math.sqrt(5)
+UNIT = torch.tensor([0.6 / 4 + 0 + 1 / 3, 0.8 / 4 + FIFTH / 2 + 2 / 3, 0 + FIFTH + 2 / 3])
+EMA_HALF = {  # weights 1/4, 1/2, 1 over 7/4
+    "magnitude": torch.tensor([0.75 + 0 + 1, 1 + 0.5 + 2, 0 + 1 + 2]) / 1.75,
+    "normalized": UNIT / 1.75,
 }
 
 
-def scored(
-    name: str,
-    chunks: list[Tensor],
-    decay: float | None = None,
-    weights: list[Tensor] | None = None,
-    layer: FfnWeights = LAYER,
-) -> Tensor:
+def scored(name, chunks, decay=None, weights=None, layer=LAYER):
     """The score of [B, T, I] ``chunks`` that arrive one after the other."""
     rule = SCORES.get(name)
-    statistics = Statistics(rule.per_token, decay, frozenset(), rule.spread, rule.average)
-    evidence = LayerEvidence()
+    asked = Statistics(rule.per_token, decay, frozenset(), rule.spread, rule.average)
+    evidence = LayerStatistics()
     for index, chunk in enumerate(chunks):
         z = chunk.float() @ layer.down.float().T
-        w = None if weights is None else weights[index]
-        statistics.update(evidence, chunk, z, None, None, w)
-    return rule(statistics.score_input(evidence, layer.width, layer.device), layer)
+        asked.update(evidence, chunk, z, None, None, None if weights is None else weights[index])
+    return rule(asked.score_input(evidence, layer.width, layer.device), layer)
 
 
-def test_every_score_has_a_golden_vector() -> None:
-    assert {*GOLDEN, "random"} == set(SCORES.names())
-
-
-@pytest.mark.parametrize("name", GOLDEN)
-@pytest.mark.parametrize("cuts", [[3], [1, 2], [1, 1, 1]])
-def test_golden(name: str, cuts: list[int]) -> None:
-    found = scored(name, list(TOKENS[None].split(cuts, 1)))
+def same(found, wanted, rel=1e-6):
     assert found.dtype == torch.float32
-    assert found.tolist() == pytest.approx(GOLDEN[name], rel=1e-6)
+    assert found.tolist() == pytest.approx(wanted.tolist(), rel=rel, abs=rel)
 
 
-@pytest.mark.parametrize("name", ["magnitude", "normalized", "contribution", "max", "mean"])
-@pytest.mark.parametrize("cuts", [[3], [1, 2], [2, 1], [1, 1, 1]])
-def test_golden_ema(name: str, cuts: list[int]) -> None:
-    factor = {"contribution": (5, 1, 2), "max": MAX, "mean": MEAN}.get(name, (1, 1, 1))
-    base = EMA_HALF["normalized" if name == "normalized" else "magnitude"]
-    found = scored(name, list(TOKENS[None].split(cuts, 1)), decay=0.5)
-    assert found.tolist() == pytest.approx(
-        [a * b for a, b in zip(base, factor, strict=True)], rel=1e-6
-    )
+@pytest.mark.parametrize("name", [name for name in SCORES.names() if name != "random"])
+@pytest.mark.parametrize("cuts", [[3], [1, 2], [1, 1, 1]])
+def test_golden(name, cuts):
+    same(scored(name, TOKENS[None].split(cuts, 1)), GOLDEN[name])
+    average = EMA_HALF["normalized" if name == "normalized" else "magnitude"]
+    factor = {"contribution": torch.tensor([5, 1, 2]), "max": MAX, "mean": MEAN}.get(name)
+    if name in EMA_HALF or factor is not None:
+        found = scored(name, TOKENS[None].split(cuts, 1), decay=0.5)
+        same(found, average if factor is None else average * factor)
 
 
-def test_plain_ffns_have_no_gate() -> None:
-    plain = FfnWeights(0, 0.0, LAYER.up, None, LAYER.down)
-    assert SCORES.get("weight")(torch.zeros(3), plain).tolist() == [5 * 1, 1 * 5, 2 * 2]
-
-
-def test_random_depends_on_seed_and_layer_alone() -> None:
-    rule = SCORES.get("random")
-    assert rule.per_token is None
-    layers = make_layers(width=4000)
-    first = rule(torch.zeros(4000), layers[0])
-    assert torch.equal(first, rule(torch.ones(4000), layers[0]))
-    assert not torch.equal(first, rule(torch.zeros(4000), layers[1]))
-    seeded = FfnWeights(0, 0.0, layers[0].up, None, layers[0].down, seed=1)
-    assert not torch.equal(first, rule(torch.zeros(4000), seeded))
+def test_random_depends_on_seed_and_layer_alone():
+    rule, layers, zeros = SCORES.get("random"), make_layers(width=4000), torch.zeros(4000)
+    first = rule(zeros, layers[0])
+    assert rule.per_token is None and torch.equal(first, rule(zeros + 1, layers[0]))
+    for other in (layers[1], replace(layers[0], seed=1)):
+        assert not torch.equal(first, rule(zeros, other))
     assert 0.48 < float(first.mean()) < 0.52
-    assert 0 <= float(first.min()) < 0.01
-    assert 0.99 < float(first.max()) < 1
+    assert 0 <= float(first.min()) < 0.01 and 0.99 < float(first.max()) < 1
 
 
-@pytest.mark.parametrize("decay", [None, 0.5])
-@pytest.mark.parametrize("name", ["magnitude", "normalized"])
-def test_padding_counts_for_nothing(name: str, decay: float | None) -> None:
-    junk = torch.full((1, 3), 99.0)
-    tokens = torch.cat([junk, TOKENS[:1], junk, TOKENS[1:], junk])[None]
-    weights = torch.tensor([[0.0, 1, 0, 1, 1, 0]])
-    want = (GOLDEN if decay is None else EMA_HALF)[name]
-    assert scored(name, [tokens], decay, [weights]).tolist() == pytest.approx(want, rel=1e-6)
-    cut = [tokens[:, :2], tokens[:, 2:3], tokens[:, 3:]]
-    parts = [weights[:, :2], weights[:, 2:3], weights[:, 3:]]
-    assert scored(name, cut, decay, parts).tolist() == pytest.approx(want, rel=1e-6)
-
-
-def test_rows_of_a_batch_are_summed() -> None:
+def test_rows_of_a_batch_are_summed():
     """A finished or padded row enters neither the sum nor the average."""
     other = torch.tensor([[2.0, 0.0, 1.0], [0.0, 2.0, 0.0], [4.0, 4.0, 4.0]])
-    both = torch.stack([TOKENS, other])
-    squares = TOKENS.square().sum(0) + other.square().sum(0)
-    assert scored("magnitude", [both]).tolist() == pytest.approx(squares.sqrt().tolist())
-    weights = torch.tensor([[1.0, 1, 1], [0, 1, 0]])
-    squares = TOKENS.square().sum(0) + other[1].square()
-    assert scored("magnitude", [both], None, [weights]).tolist() == pytest.approx(
-        squares.sqrt().tolist()
-    )
+    both, weights = torch.stack([TOKENS, other]), torch.tensor([[1.0, 1, 1], [0, 1, 0]])
+    squares = TOKENS.square().sum(0)
+    same(scored("magnitude", [both]), (squares + other.square().sum(0)).sqrt())
+    same(scored("magnitude", [both], None, [weights]), (squares + other[1].square()).sqrt())
     # EMA: token t of every row weighs d^(T - 1 - t)
     total = 0.25 * TOKENS[0].abs() + 0.5 * (TOKENS[1].abs() + other[1]) + TOKENS[2].abs()
-    assert scored("magnitude", [both], 0.5, [weights]).tolist() == pytest.approx(
-        (total / 2.25).tolist()
-    )
+    same(scored("magnitude", [both], 0.5, [weights]), total / 2.25)
 
 
 @settings(deadline=None, max_examples=60)
@@ -163,7 +111,7 @@ def test_rows_of_a_batch_are_summed() -> None:
     st.lists(st.integers(1, 5), min_size=1, max_size=6),
     st.floats(0.05, 0.99),
 )
-def test_ema_recursion_across_chunks(seed: int, cuts: list[int], decay: float) -> None:
+def test_ema_recursion_across_chunks(seed, cuts, decay):
     """``s <- d s + a`` token by token, whatever the chunks, and padding leaves it alone."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(sum(cuts), 5, generator=generator)
@@ -171,77 +119,110 @@ def test_ema_recursion_across_chunks(seed: int, cuts: list[int], decay: float) -
     real[0] = True
     layer = make_layers(1, width=5)[0]
     total, weight = torch.zeros(5, dtype=torch.float64), 0.0
-    for token, counts in zip(tokens.double(), real.tolist(), strict=True):
-        if counts:
-            total, weight = decay * total + token.abs(), decay * weight + 1
-    chunks, weights = tokens[None].split(cuts, 1), real.float()[None].split(cuts, 1)
-    found = scored("magnitude", list(chunks), decay, list(weights), layer)
-    assert found.tolist() == pytest.approx((total / weight).tolist(), rel=1e-4, abs=1e-6)
-    alone = scored("magnitude", [tokens[None][:, real]], decay, None, layer)
-    assert found.tolist() == pytest.approx(alone.tolist(), rel=1e-4, abs=1e-6)
+    for token in tokens[real].double():
+        total, weight = decay * total + token.abs(), decay * weight + 1
+    chunks, marks = tokens[None].split(cuts, 1), real.float()[None].split(cuts, 1)
+    for found in (
+        scored("magnitude", chunks, decay, marks, layer),
+        scored("magnitude", [tokens[None][:, real]], decay, None, layer),
+    ):
+        assert found.tolist() == pytest.approx((total / weight).tolist(), rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("decay", [None, 0.9])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_long_prompts_are_summed_in_chunks(
-    monkeypatch: pytest.MonkeyPatch, decay: float | None, weighted: bool
-) -> None:
+def test_long_prompts_are_summed_in_chunks(monkeypatch, decay, weighted):
     layer = make_layers(1, width=5)[0]
     tokens = torch.randn(2, 37, 5, generator=torch.Generator().manual_seed(1))
     weights = [(torch.arange(37) % 5 != 0).float().expand(2, -1)] if weighted else None
     whole = scored("normalized", [tokens], decay, weights, layer)
-    monkeypatch.setattr(token_statistics, "CHUNK_ELEMENTS", 2 * 5 * 4)
-    chunked = scored("normalized", [tokens], decay, weights, layer)
-    assert chunked.tolist() == pytest.approx(whole.tolist(), rel=1e-5)
+    monkeypatch.setattr(statistics, "CHUNK_ELEMENTS", 2 * 5 * 4)
+    same(scored("normalized", [tokens], decay, weights, layer), whole, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_half_precision_is_summed_in_float32(dtype: torch.dtype, weighted: bool) -> None:
+def test_half_precision_is_summed_in_float32(dtype):
     """300^2 is beyond float16, 1,024 of them by far; the mean sign is exact too."""
-    tokens = torch.tensor([300.0, -2.0, 0.25]).to(dtype).expand(1, 1024, 3)
-    weights = [torch.ones(1, 1024)] if weighted else None
-    found = scored("magnitude", [tokens], None, weights)
-    assert found.dtype == torch.float32
-    assert found.tolist() == [300 * 32, 2 * 32, 0.25 * 32]
-    share = scored("normalized", [tokens], None, weights)
-    norm = math.sqrt(300**2 + 2**2 + 0.25**2)
-    assert share.tolist() == pytest.approx([32 * a / norm for a in (300, 2, 0.25)], rel=1e-5)
-    average = scored("magnitude", [tokens], 0.999, weights)
-    assert average.tolist() == pytest.approx([300, 2, 0.25], rel=1e-5)
-
-
-def test_half_precision_weights() -> None:
-    half = FfnWeights(
-        0, 0.0, LAYER.up.half(), LAYER.gate.half(), LAYER.down.half(), LAYER.embedding.half()
-    )
+    values = torch.tensor([300.0, -2.0, 0.25])
+    tokens = values.to(dtype).expand(1, 1024, 3)
+    for marks in (None, [torch.ones(1, 1024)]):
+        same(scored("magnitude", [tokens], None, marks), 32 * values.abs(), 0)
+        share = 32 * values.abs() / values.norm()
+        same(scored("normalized", [tokens], None, marks), share, 1e-5)
+        same(scored("magnitude", [tokens], 0.999, marks), values.abs(), 1e-5)
+    parts = (LAYER.up, LAYER.gate, LAYER.down, LAYER.embedding)
+    half = FfnWeights(0, 0.0, *(part.to(dtype) for part in parts))
     for name in ("weight", "contribution", "max", "product"):
-        found = scored(name, [TOKENS[None]], layer=half)
-        assert found.dtype == torch.float32
-        assert found.tolist() == pytest.approx(GOLDEN[name], rel=1e-5)
+        same(scored(name, [TOKENS[None]], layer=half), GOLDEN[name], 1e-5)
     big = FfnWeights(0, 0.0, LAYER.up, None, torch.full((2, 3), 300.0).half())
     assert big.down_norm.tolist() == pytest.approx([300 * math.sqrt(2)] * 3)
 
 
-def test_tokens_of_zeros_are_no_division_by_zero() -> None:
+def test_odd_tokens_and_weights(monkeypatch):
+    """Tokens of zeros, an FFN without a gate, reach in chunks and made once."""
     tokens = torch.cat([torch.zeros(1, 2, 3), TOKENS[None]], 1)
-    assert scored("normalized", [tokens]).tolist() == pytest.approx(GOLDEN["normalized"])
-
-
-def test_proxies_are_chunked_and_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    same(scored("normalized", [tokens]), GOLDEN["normalized"])
+    plain = FfnWeights(0, 0.0, LAYER.up, None, LAYER.down)
+    assert SCORES.get("weight")(torch.zeros(3), plain).tolist() == [5 * 1, 1 * 5, 2 * 2]
     monkeypatch.setattr(weights, "REACH_CHUNK", 2)  # three rows: a chunk of two and one of one
-    layer = FfnWeights(0, 0.0, LAYER.up, None, LAYER.down.clone(), LAYER.embedding)
-    high, mean = proxies.proxy(layer)
-    assert high.tolist() == pytest.approx(MAX)
-    assert mean.tolist() == pytest.approx(MEAN)
-    assert proxies.proxy(layer)[0] is high
-    known = replace(layer, known_reach=(mean, high))
-    assert proxies.proxy(known)[0] is mean
+    layer = replace(LAYER)
+    high, mean = proxy(layer)
+    same(high, MAX)
+    same(mean, MEAN)
+    assert proxy(layer)[0] is high and proxy(replace(layer, known_reach=(mean, high)))[0] is mean
+    for rows in (None, torch.zeros(4, 5)):
+        for name in ("max", "mean", "combined", "product"):
+            with pytest.raises(ConfigError, match="an embedding as wide as the FFN's output"):
+                SCORES.get(name)(torch.ones(3), replace(plain, embedding=rows))
 
 
-@pytest.mark.parametrize("rows", [None, torch.zeros(4, 5)])
-@pytest.mark.parametrize("name", ["max", "mean", "combined", "product"])
-def test_proxies_need_an_embedding_that_fits(name: str, rows: Tensor | None) -> None:
-    layer = FfnWeights(0, 0.0, LAYER.up, None, LAYER.down, rows)
-    with pytest.raises(ConfigError, match="need an embedding as wide as the FFN's output"):
-        SCORES.get(name)(torch.ones(3), layer)
+@pytest.mark.parametrize("table", ALL, ids=lambda table: table.kind)
+def test_names(table, snapshot):
+    """Everything exists, says what it is, and is suggested where a name is nearly right."""
+    assert table.names() == snapshot
+    for name in table.names():
+        found = table.get(name)
+        assert name in table and table.check(name) == name and table.get(name) is found
+        assert found.__doc__
+        if table.kind in ("score", "budget"):
+            assert found.summary.endswith(".") and found.source
+    near = table.names()[0]
+    for wrong, start, end in (
+        (f"{near}x", f"unknown {table.kind} '{near}x'; did you mean {near}", ""),
+        ("%%%", "", f"known: {', '.join(table.names())}"),
+    ):
+        with pytest.raises(UnknownName) as caught:
+            table.get(wrong)
+        assert str(caught.value).startswith(start) and str(caught.value).endswith(end)
+
+
+def test_a_newcomer_registers_and_leaves():
+    @score(squared, "a test")
+    def backwards(a: Tensor, weights: FfnWeights) -> Tensor:
+        """Keeps the weakest neurons."""
+        return -a
+
+    SCORES.register("backwards", backwards)
+    try:
+        assert "backwards" in SCORES.names()
+        assert PruneConfig(score="backwards").score.name == "backwards"
+        for name in ("backwards", "magnitude"):
+            with pytest.raises(ConfigError, match=f"'{name}' is already registered"):
+                SCORES.register(name, backwards)
+    finally:
+        SCORES.unregister("backwards")
+    with pytest.raises(UnknownName):
+        PruneConfig(score="backwards")
+    for name in ("backwards", "magnitude"):
+        SCORES.unregister(name)
+    assert "magnitude" in SCORES, "a built-in stays"
+
+
+def test_entry_points_are_found_but_never_replace_a_built_in(monkeypatch):
+    values = {"mine": "math:pi", "yours": "math:e"}
+    points = [EntryPoint(name, value, "tests.numbers") for name, value in values.items()]
+    monkeypatch.setattr(registry, "entry_points", lambda group: {"tests.numbers": points}[group])
+    table = Registry("number", "tests.numbers", {"yours": "math:tau"})
+    assert table.names() == ("mine", "yours")
+    assert (table.get("mine"), table.get("yours")) == (math.pi, math.tau)
+    assert "there is none: leave it out" in str(UnknownName("variant for --oracle", "griffin", []))

@@ -1,62 +1,65 @@
-"""The window in a real browser, in front of an engine without a model: what it asks and shows."""
-
-from __future__ import annotations
+"""The window in a real browser, before an engine without a model, and playing a recording."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
+import axe_core_python
 import pytest
 
-from browser import Window, need_browser, opened
-from dart_llm.server import window as serve_runs
+from browser import SWITCH, Window, need_browser, opened
+from dart_llm.server import window as server_window
 from dart_llm.server.window import page, read_records
-from serve_cases import FakeEngine, Running, running, until
+from serve_cases import KEYS, FakeEngine, Running, running, until
+from window_cases import QUESTION, READY, records
 
 ENDED = "document.getElementById('stop').hidden"
 TEXTS = "[...document.querySelectorAll('.answer .text')].map((t) => t.textContent)"
 FEET = "[...document.querySelectorAll('.answer footer')].map((t) => t.textContent)"
 RETRY = "document.querySelector('.answer footer button:last-child')"
+READY_PAGE = "document.querySelectorAll('#prompts button').length === 3"
 
 Start = Callable[..., tuple[Running, Window]]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
+def start(tmp_path):
     need_browser()
     with ExitStack() as stack:
 
-        def made(engine: FakeEngine | None = None, **settings: Any) -> tuple[Running, Window]:
+        def made(engine=None, **settings):
             server = stack.enter_context(running(engine, **settings))
-            return server, stack.enter_context(opened(f"{server.url}/", tmp_path / "profile"))
+            window = stack.enter_context(opened(f"{server.url}/", tmp_path / "profile"))
+            allowed = {"behavior": "allow", "downloadPath": str(tmp_path)}
+            window.driver.execute_cdp_cmd("Browser.setDownloadBehavior", allowed)
+            window.wait("document.getElementById('ask-key').open" if server.service.settings.keys
+                        else READY_PAGE)  # fmt: skip
+            return server, window
 
         yield made
 
 
-def ready(window: Window) -> None:
-    window.wait("document.querySelectorAll('#prompts button').length === 3")
-
-
-def send(window: Window, text: str, answers: int) -> None:
+def send(window, text, answers, tokens=None):
     """Ask, and wait until so many answers are there."""
-    message = window.driver.find_element("id", "message")
-    message.send_keys(text)
+    if tokens is not None:
+        window.put("max-tokens", tokens)
+    window.driver.find_element("id", "message").send_keys(text)
     window.js("document.getElementById('composer').requestSubmit()")
     window.wait(f"document.querySelectorAll('.answer').length === {answers} && {ENDED}")
 
 
-def test_settings_and_conversation_reach_the_engine(start: Start) -> None:
+def prompt(server, number):
+    return bytes(server.engine.asked[number].ids).decode()
+
+
+def test_settings_and_conversation_reach_the_engine(start, tmp_path):
     server, window = start()
-    ready(window)
-    window.js("document.getElementById('max-tokens').value = 3")
-    send(window, "<b>one</b>", 1)
-    window.js("document.getElementById('masking-step').value = 5")
-    window.js("document.getElementById('drift').value = 'paper'")
-    window.js("document.getElementById('method').value = 'static'")
-    window.js("document.getElementById('sparsity').value = 40")
-    window.driver.find_element("id", "compare").click()
+    send(window, "<b>one</b>", 1, tokens=3)
+    for name, value in (("masking-step", 5), ("drift", "paper"), ("method", "static")):
+        window.put(name, value)
+    window.put("sparsity", 40)
+    window.click("compare")
     send(window, "two", 3)
     assert window.js(TEXTS) == ["w0 w1 w2 "] * 3
     first, second, dense = server.engine.asked
@@ -64,88 +67,82 @@ def test_settings_and_conversation_reach_the_engine(start: Start) -> None:
     assert first.config.drift.rule == "never"
     assert (second.config.method, second.config.target) == ("static", 0.4)
     assert (second.config.masking_step, second.config.drift.rule) == (5, "paper")
-    assert second.sampling.max_tokens == 3
-    assert second.sampling.temperature == 0
+    assert (second.sampling.max_tokens, second.sampling.temperature) == (3, 0)
     assert dense.config is None
-    asked = "<user><b>one</b><assistant>w0 w1 w2 <user>two<assistant>"
-    assert bytes(second.ids).decode() == bytes(dense.ids).decode() == asked
+    told = "<user><b>one</b><assistant>w0 w1 w2 <user>two<assistant>"
+    assert prompt(server, 1) == prompt(server, 2) == told
     assert first.conversation == second.conversation != dense.conversation
     assert window.js("document.querySelectorAll('.question b').length") == 0
-    assert "the same as the other for 3 tokens" in window.js(FEET)[2]
-    window.driver.find_element("id", "anew").click()
-    send(window, "three", 2)
-    assert server.engine.asked[3].conversation != first.conversation
-    assert bytes(server.engine.asked[3].ids).decode() == "<user>three<assistant>"
-    assert window.complaints() == []
-    assert window.strangers() == []
-
-
-def test_the_records_can_be_saved_and_replayed(start: Start, tmp_path: Path) -> None:
-    _, window = start()
-    ready(window)
-    allowed = {"behavior": "allow", "downloadPath": str(tmp_path)}
-    window.driver.execute_cdp_cmd("Browser.setDownloadBehavior", allowed)
-    window.js("document.getElementById('max-tokens').value = 3")
-    send(window, "one", 1)
-    window.js("document.querySelector('.answer footer button').click()")
+    feet = window.js(FEET)
+    assert "the same as the other for 3 tokens" in feet[2]
+    window.js("document.querySelector('.answer footer button').click()")  # its records are saved
     file = tmp_path / "answer-1.jsonl"
-    until(file.exists)
+    until(lambda: file.exists() and file.stat().st_size)
     found = read_records(str(file))
     assert [record["kind"] for record in found] == ["start", "token", "token", "token", "done"]
-    assert found[-1]["texts"] == ["w0 w1 w2 "]
-    assert "fake-model" in page(found)
-    assert window.complaints() == []
+    assert found[-1]["texts"] == ["w0 w1 w2 "] and "fake-model" in page(found)
+    window.driver.refresh()  # keeps the conversation
+    window.wait(READY_PAGE)
+    assert (window.js(TEXTS), window.js(FEET)) == (["w0 w1 w2 "] * 3, feet)
+    assert not window.js("document.getElementById('welcome').checkVisibility()")
+    send(window, "three", 4, tokens=1)
+    assert server.engine.asked[3].conversation == first.conversation
+    assert prompt(server, 3) == f"{told}w0 w1 w2 <user>three<assistant>"
+    window.click("anew")
+    send(window, "four", 1)
+    assert server.engine.asked[4].conversation != first.conversation
+    assert prompt(server, 4) == "<user>four<assistant>"
+    assert window.complaints() == [] and window.strangers() == []
 
 
-def test_a_fault_is_said_and_the_next_answer_comes(start: Start) -> None:
+def test_a_fault_gives_the_question_back_and_is_no_part_of_the_next(start):
     engine = FakeEngine(fault=RuntimeError("a secret path"), fault_at=2)
-    _, window = start(engine)
-    ready(window)
-    window.js("document.getElementById('max-tokens').value = 4")
-    send(window, "one", 1)
-    assert window.js(TEXTS) == ["w0 w1 "]
+    server, window = start(engine)
+    send(window, "one", 1, tokens=4)
     said = window.js(FEET)[0]
-    assert said and "secret" not in said
+    assert window.js(TEXTS) == ["w0 w1 "] and said and "secret" not in said
     assert window.js("document.querySelectorAll('.answer .failure').length") == 1
+    assert window.js("document.getElementById('message').value") == "one"
     engine.fault = None
+    window.put("message", "")
     send(window, "two", 2)
     assert window.js(TEXTS)[1] == "w0 w1 w2 w3 "
+    assert prompt(server, 1) == "<user>two<assistant>"
 
 
-def test_a_refusal_names_the_field_as_the_page_does(start: Start) -> None:
+def test_a_refusal_is_said_once_and_retry_asks_again(start):
     server, window = start(max_tokens=8)
-    ready(window)
     assert window.js("document.getElementById('max-tokens').max") == "8"
     assert window.js("document.getElementById('max-tokens').value") == "8"  # not the page's 192
-    window.js("document.getElementById('max-tokens').value = -5")
-    send(window, "one", 1)
-    assert "“Longest answer”: input should be greater than or equal to -1" in window.js(FEET)[0]
-    assert window.js(FEET)[0].startswith(window.text("alert"))
-    assert server.engine.asked == []
+    send(window, "one", 1, tokens=-5)
+    said = window.js(FEET)[0]  # the field as the page names it
+    assert "“Longest answer”: input should be greater than or equal to -1" in said
+    assert said.startswith(window.text("alert")) and server.engine.asked == []
+    window.click("anew")
+    window.put("message", "")
+    busy = (  # as with --max-waiting when all places are taken
+        "(() => { const real = fetch; fetch = async (...given) => { fetch = real;"
+        " return new Response(JSON.stringify({error: {message: 'try again in 1 s'}}),"
+        " {status: 429, headers: {'Retry-After': '1'}}); }; })()"
+    )
+    window.js(busy)
+    send(window, "two", 1, tokens=2)
+    assert window.text("alert") == "try again in 1 s"
+    assert window.js("document.getElementById('message').value") == "two"
+    window.js(f"{RETRY}.click()")
+    window.wait(f"{TEXTS}.join() === 'w0 w1 ' && {ENDED}")
+    assert window.js("document.getElementById('message').value") == ""
+    assert len(server.engine.asked) == 1 and not window.js(f"{RETRY}.checkVisibility()")
 
 
-def test_a_server_with_a_key(start: Start) -> None:
+def test_a_key_is_asked_for_and_a_report_behind_it_is_saved(start, tmp_path):
     from selenium.webdriver.common.keys import Keys
 
-    _, window = start(api_key="a-good-long-key")
-    window.wait("document.getElementById('ask-key').open")
+    a_run(tmp_path, "tides/20260102-030405", report_html="<p>the report</p>")
+    _, window = start(results_dir=str(tmp_path / "results"), api_key=KEYS[0])
     assert window.js("document.querySelectorAll('#prompts button').length") == 0
-    window.driver.find_element("id", "key").send_keys("a-good-long-key", Keys.ENTER)
-    ready(window)
-    window.js("document.getElementById('max-tokens').value = 2")
-    send(window, "one", 1)
-    assert window.js(TEXTS) == ["w0 w1 "]
-    assert "a-good" not in window.js("JSON.stringify(localStorage)")
-    complaints = window.complaints()
-    assert complaints and all("status of 401" in one for one in complaints)
-
-
-def test_a_refused_key_is_said(start: Start) -> None:
-    from selenium.webdriver.common.keys import Keys
-
-    _, window = start(api_key="a-good-long-key")
-    window.wait("document.getElementById('ask-key').open")
-    window.driver.find_element("id", "key").send_keys("another-long-key", Keys.ENTER)
+    key = window.driver.find_element("id", "key")
+    key.send_keys(KEYS[1], Keys.ENTER)
     window.wait("document.getElementById('key-said').textContent")
     assert window.text("key-said") == "That key is not accepted."
     assert window.js("document.getElementById('ask-key').open") and window.focused() == "key"
@@ -153,216 +150,267 @@ def test_a_refused_key_is_said(start: Start) -> None:
     window.driver.find_element("css selector", "#ask-key button[value=cancel]").click()
     window.wait("document.getElementById('model').textContent.startsWith('no connection: ')")
     window.wait("document.getElementById('reconnect').checkVisibility()")
-    window.driver.find_element("id", "reconnect").click()
+    window.click("reconnect")
     window.wait("document.getElementById('ask-key').open")
-    window.driver.find_element("id", "key").send_keys(Keys.CONTROL, "a")
-    window.driver.find_element("id", "key").send_keys("a-good-long-key", Keys.ENTER)
-    ready(window)
+    key.send_keys(Keys.CONTROL, "a")
+    key.send_keys(KEYS[0], Keys.ENTER)
+    window.wait(READY_PAGE)
     assert not window.js("document.getElementById('ask-key').open")
     assert not window.js("document.getElementById('reconnect').checkVisibility()")
+    send(window, "one", 1, tokens=2)
+    assert window.js(TEXTS) == ["w0 w1 "]
+    assert KEYS[0] not in window.js("JSON.stringify(localStorage)")
+    complaints = window.complaints()
+    assert complaints and all("status of 401" in one for one in complaints)
+    window.click("show-runs")
+    window.wait("document.querySelector('#run a')?.textContent === 'Save its report'")
+    window.js("document.querySelector('#run a').click()")
+    file = tmp_path / "tides-20260102-030405.html"
+    until(lambda: file.exists() and file.stat().st_size)
+    assert file.read_text() == "<p>the report</p>"
 
 
-def test_the_servers_own_sparsity_is_sent_as_it_is(start: Start) -> None:
+def test_the_servers_own_sparsity_and_a_reload_in_the_middle_of_an_answer(start):
     from selenium.webdriver.common.keys import Keys
 
-    server, window = start(sparsity=0.333)
-    ready(window)
+    server, window = start(FakeEngine(pause=0.05), sparsity=0.333)
     assert window.text("sparsity-value") == "33.3 %"
-    window.js("document.getElementById('max-tokens').value = 2")
-    send(window, "one", 1)
-    assert server.engine.asked[0].config.target == 0.333
-    window.js("document.getElementById('sparsity').focus()")
-    window.keys(Keys.ARROW_RIGHT)
-    assert window.text("sparsity-value") == "34 %"
-    send(window, "two", 2)
-    assert server.engine.asked[1].config.target == 0.34
-
-
-def test_a_sparsity_beyond_the_sliders_end(start: Start) -> None:
-    _, window = start(sparsity=0.95)
-    ready(window)
-    assert window.text("sparsity-value") == "95 %"
-    assert window.js("document.getElementById('sparsity').value") == "95"
-
-
-def test_a_full_queue_is_said_once_and_retry_asks_again(start: Start) -> None:
-    """The worker takes none: as with --max-waiting when all places are taken."""
-    server, window = start()
-    ready(window)
-    window.js("document.getElementById('max-tokens').value = 2")
-    busy = (
-        "(() => { const real = fetch; fetch = async (...given) => { fetch = real;"
-        " return new Response(JSON.stringify({error: {message:"
-        " 'too many requests wait already: try again in 1 s'}}),"
-        " {status: 429, headers: {'Retry-After': '1'}}); }; })()"
-    )
-    window.js(busy)
-    send(window, "one", 1)
-    assert window.text("alert") == "too many requests wait already: try again in 1 s"
-    assert window.js("document.getElementById('message').value") == "one"
-    assert window.js(f"{RETRY}.checkVisibility()")
-    window.js(f"{RETRY}.click()")
-    window.wait(f"{TEXTS}.join() === 'w0 w1 ' && {ENDED}")
-    assert window.js("document.getElementById('message').value") == ""
-    assert len(server.engine.asked) == 1
-    assert not window.js(f"{RETRY}.checkVisibility()")
-
-
-def test_a_reload_keeps_the_conversation(start: Start) -> None:
-    server, window = start()
-    ready(window)
-    window.js("document.getElementById('max-tokens').value = 3")
-    window.driver.find_element("id", "compare").click()
-    send(window, "one", 2)
-    feet = window.js(FEET)
-    assert "the same as the other for 3 tokens" in feet[1]
-    window.driver.refresh()
-    ready(window)
-    assert window.js(TEXTS) == ["w0 w1 w2 "] * 2
-    assert window.js(FEET) == feet
-    assert not window.js("document.getElementById('welcome').checkVisibility()")
-    window.wait("document.getElementById('view-of').textContent.includes('3 tokens')")
-    window.js("document.getElementById('max-tokens').value = 3")
-    send(window, "two", 3)
-    first, _, second = server.engine.asked
-    assert second.conversation == first.conversation
-    assert bytes(second.ids).decode() == "<user>one<assistant>w0 w1 w2 <user>two<assistant>"
-    window.driver.find_element("id", "anew").click()
-    window.driver.refresh()
-    ready(window)
-    assert window.js(TEXTS) == []
-    assert window.js("document.getElementById('welcome').checkVisibility()")
-
-
-def test_a_reload_in_the_middle_of_an_answer(start: Start) -> None:
-    server, window = start(FakeEngine(pause=0.05))
-    ready(window)
     window.driver.find_element("id", "message").send_keys("one")
     window.js("document.getElementById('composer').requestSubmit()")
     window.wait(f"{TEXTS}[0].includes('w2')")
     window.driver.refresh()
-    ready(window)
+    window.wait(READY_PAGE)
     assert "the page was left before the answer ended" in window.js(FEET)[0]
     assert window.js("document.querySelector('.question').textContent") == "one"
-    window.js("document.getElementById('max-tokens').value = 2")
+    window.put("max-tokens", 2)
     window.js(f"{RETRY}.click()")
     window.wait(f"{TEXTS}.join() === 'w0 w1 ' && {ENDED}")
-    assert bytes(server.engine.asked[-1].ids).decode() == "<user>one<assistant>"
-
-
-def test_a_broken_answer_gives_its_question_back_and_is_no_part_of_the_next(start: Start) -> None:
-    engine = FakeEngine(fault=RuntimeError("a secret path"), fault_at=2)
-    server, window = start(engine)
-    ready(window)
-    window.js("document.getElementById('max-tokens').value = 4")
-    send(window, "one", 1)
-    assert window.js("document.getElementById('message').value") == "one"
-    engine.fault = None
-    window.js("document.getElementById('message').value = ''")
+    assert prompt(server, -1) == "<user>one<assistant>"
+    window.js("document.getElementById('sparsity').focus()")
+    window.keys(Keys.ARROW_RIGHT)
+    assert window.text("sparsity-value") == "34 %"
     send(window, "two", 2)
-    assert bytes(server.engine.asked[1].ids).decode() == "<user>two<assistant>"
+    assert [ask.config.target for ask in server.engine.asked] == [0.333, 0.333, 0.34]
 
 
-def a_run(root: Path, name: str, **files: str) -> None:
-    folder = root / name
+def a_run(root, name, kind="run", **files):
+    folder = root / "results" / name
     folder.mkdir(parents=True)
-    config = {"kind": "run", "status": "complete", "prune": {"method": "griffin", "sparsity": 0.4}}
+    config = {"kind": kind, "status": "complete", "prune": {"method": "griffin", "sparsity": 0.4}}
     (folder / "config.json").write_text(json.dumps(config))
     for file, text in files.items():
         (folder / file.replace("_", ".")).write_text(text)
 
 
-def test_past_runs_open_at_the_newest_and_have_addresses(start: Start, tmp_path: Path) -> None:
+def test_past_runs_open_at_the_newest_and_have_addresses(start, tmp_path, monkeypatch):
     report = "<!doctype html><title>T</title><p id=p>no</p><script>p.textContent = 'yes'</script>"
-    for second in (5, 6):
-        a_run(tmp_path / "results", f"tides/20260102-03040{second}", report_html=report)
+    for second in (4, 5, 6):
+        a_run(tmp_path, f"tides/20260102-03040{second}", report_html=report)
+    monkeypatch.setattr(server_window, "MOST_RUNS", 2)
     _, window = start(results_dir=str(tmp_path / "results"))
-    ready(window)
-    window.js("document.getElementById('show-runs').click()")
+    heading = "document.querySelector('#run h2')?.textContent.includes('20260102-03040{}')"
+    window.click("show-runs")
     window.wait("document.querySelector('#run h2')")
-    assert window.text("runs-note") == "2 of 2 results folders, newest first."
+    said = "2 of the 2 newest results folders, newest first; the older ones of 3 are left out."
+    assert window.text("runs-note") == said
     current = "document.querySelector('#runs-list [aria-current]').dataset.name"
     assert window.js(current) == "tides/20260102-030406"
     shown = window.js("[...document.querySelectorAll('#runs-list button')].map((b) => b.innerText)")
     assert len(set(shown)) == 2 and "tides/20260102-030405" in shown[1]
     window.js("document.querySelectorAll('#runs-list button')[1].click()")
     window.wait("location.hash === '#runs/tides/20260102-030405'")
-    window.wait("document.querySelector('#run h2')?.textContent.includes('20260102-030405')")
+    window.wait(heading.format(5))
     window.driver.refresh()
-    window.wait("document.querySelector('#run h2')?.textContent.includes('20260102-030405')")
+    window.wait(heading.format(5))
     window.driver.back()
-    window.wait("document.querySelector('#run h2')?.textContent.includes('20260102-030406')")
+    window.wait(heading.format(6))
     window.driver.back()
     window.wait("document.getElementById('page-chat').checkVisibility()")
     window.driver.forward()
     window.wait("document.querySelector('#run a')")
-    window.js("(document.getElementById('runs-filter').value = 'zzz')")
+    window.put("runs-filter", "zzz")
     window.js("document.getElementById('runs-filter').dispatchEvent(new Event('input'))")
     assert window.text("runs-note").startswith("None of these results folders has “zzz”")
     link = window.js("document.querySelector('#run a').href")
     assert link.endswith("/api/runs/tides/20260102-030406/report.html")
     assert window.complaints() == []
-    window.driver.get(link)
+    window.driver.get(link)  # a page of no origin
     assert window.js("document.getElementById('p').textContent") == "yes"
     assert window.js("self.origin") == "null"
 
 
-def test_a_report_behind_a_key_is_saved(start: Start, tmp_path: Path) -> None:
-    from selenium.webdriver.common.keys import Keys
-
-    a_run(tmp_path / "results", "tides/20260102-030405", report_html="<p>the report</p>")
-    _, window = start(results_dir=str(tmp_path / "results"), api_key="a-good-long-key")
-    window.wait("document.getElementById('ask-key').open")
-    window.driver.find_element("id", "key").send_keys("a-good-long-key", Keys.ENTER)
-    ready(window)
-    allowed = {"behavior": "allow", "downloadPath": str(tmp_path)}
-    window.driver.execute_cdp_cmd("Browser.setDownloadBehavior", allowed)
-    window.js("document.getElementById('show-runs').click()")
-    window.wait("document.querySelector('#run a')?.textContent === 'Save its report'")
-    window.js("document.querySelector('#run a').click()")
-    file = tmp_path / "tides-20260102-030405.html"
-    until(file.exists)
-    assert file.read_text() == "<p>the report</p>"
+AXE = (Path(axe_core_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+FOUND = (
+    "const done = arguments[0]; axe.run({resultTypes: ['violations']}).then((all) =>"
+    " done(all.violations.map((one) => [one.impact, one.id, one.nodes.map((node) => node.html)])))"
+)
 
 
-def test_more_runs_than_are_listed(
-    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(serve_runs, "MOST_RUNS", 2)
-    for second in range(3):
-        a_run(tmp_path / "results", f"tides/20260102-03040{second}")
-    _, window = start(results_dir=str(tmp_path / "results"))
-    ready(window)
-    window.js("document.getElementById('show-runs').click()")
-    window.wait("document.querySelector('#run h2')")
-    said = "2 of the 2 newest results folders, newest first; the older ones of 3 are left out."
-    assert window.text("runs-note") == said
+def violations(window):
+    """What axe calls a violation, of any severity, with everything unfolded."""
+    assert window.complaints() == []
+    window.js("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    window.driver.execute_script(AXE)
+    found = list(window.driver.execute_async_script(FOUND))
+    window.complaints()  # of axe's own
+    return found
 
 
-def test_past_runs_of_other_kinds_show_what_they_measured(start: Start, tmp_path: Path) -> None:
-    study = tmp_path / "results/tides/20260102-030405"
-    study.mkdir(parents=True)
+def test_runs_of_other_kinds_and_what_axe_says(start, tmp_path):
     row = {"method": "dart", "label": "dart", "sparsity": 0.5, "cells": 2, "remasks": 7}
     row |= {"achieved_sparsity": 0.473, "dense_token_share": 0.053}
     row["loss"] = {"after": {"mean": 4.5678}}
-    (study / "config.json").write_text(json.dumps({"kind": "drift", "status": "complete"}))
-    (study / "summary.json").write_text(json.dumps({"mode": "forced", "rows": [row]}))
-    (study / "summary.md").write_text(f"# Methods <b>side by side</b>\n{'wide ' * 80}")
-    (study / "drift.csv").write_text(
+    checks = (
         "key,sequence,row,step,layer,window,similarity,threshold,counter,trigger,state\n"
         "a,0,0,10,1,1,0.8,0.7,0,0,armed\n"
     )
+    tables = "# Tables <b>side by side</b>\n" + "| wide " * 60 + "\n" + "| row\n" * 60
+    a_run(
+        *(tmp_path, "tides/20260102-030405", "drift"),
+        summary_json=json.dumps({"mode": "forced", "rows": [row]}),
+        summary_md=tables,
+        drift_csv=checks,
+        report_html="<p>report</p>",
+    )
+    a_run(tmp_path, "speed/20260102-030405", "speed", speed_md=tables)
+    words = {"tokens": ["Just", " because"], "phases": ["prefill", "pruned"], "token_ids": [1, 2]}
+    account = {"achieved_sparsity": 0.375, "dense_token_share": 0.1, "remasks": 2}
+    given = {"variant": "pruned", "prompt": "Why?", "method": "griffin", "sparsity": 0.4}
+    remask = {"sequence": 0, "row": None, "step": 0, "cause": "first", "kept": [3, 5]}
+    layers = [{"layer": i, "width": 8, "kept": k, "kept_share": k / 8} for i, k in ((0, 3), (1, 5))]
+    a_run(
+        *(tmp_path, "first/20260102-030405"),
+        generation_jsonl=json.dumps({**given, **words, "accounting": account}),
+        masks_json=json.dumps({"remasks": [remask], "layers": layers}),
+        drift_csv=checks.replace("key,", "").replace("a,", ""),
+    )
     _, window = start(results_dir=str(tmp_path / "results"))
-    ready(window)
-    window.size(390, 844)
-    window.js("document.getElementById('show-runs').click()")
-    window.wait("document.querySelectorAll('#runs-list button').length === 1")
-    window.js("document.querySelector('#runs-list button').click()")
-    window.wait("document.querySelector('#run table')")
+    assert violations(window) == []  # the tour is open
+    window.put("max-tokens", 3)
+    window.click("compare")
+    window.driver.find_element("css selector", "#prompts button").click()
+    window.wait("document.getElementById('view-of').textContent.endsWith('3 tokens')")
+    assert violations(window) == []
+    window.size(390, 844, dark=True)
+    assert violations(window) == []
+    assert window.js("document.documentElement.scrollWidth") == 390
+    assert window.text("strip-text")
+    assert window.js("getComputedStyle(document.getElementById('strip')).display") == "block"
+    controls = "[...document.querySelectorAll('button, input, select, textarea')]"
+    shown = f"{controls}.filter((e) => e.checkVisibility())"
+    assert window.js(f"{shown}.every((e) => e.getBoundingClientRect().height >= 16)")
+    for name in ("first", "speed", "tides"):
+        window.js(f"(location.hash = 'runs/{name}/20260102-030405')")
+        window.wait(f"document.querySelector('#run h2')?.textContent.startsWith('{name}')")
+        for width, dark in ((1280, False), (390, True)):
+            window.size(width, 844, dark=dark)
+            assert violations(window) == [], (name, width)
+            assert window.js("document.documentElement.scrollWidth") == width
+        if name == "first":
+            text = window.js("document.getElementById('run').innerText")
+            for part in ("Just because", "37.5 %", "10.0 %", "Why?", "4 files in this folder"):
+                assert part in text
+            assert window.js("document.querySelectorAll('#run .similarity-dot').length") == 1
+            label = window.js("document.querySelector('#run canvas').getAttribute('aria-label')")
+            assert "layer 0 keeps least (38\u00a0%), layer 1 most (63\u00a0%)" in label
+            assert "griffin at 40 %" in window.text("runs-list")
     cells = window.js("[...document.querySelectorAll('#run tbody td')].map((c) => c.textContent)")
     assert cells == ["drift:forced", "dart", "loss_after", "4.568", "47.3 %", "5.3 %", "7"]
     assert window.js("document.querySelectorAll('#run .similarity-dot').length") == 0
-    window.js("document.querySelectorAll('#run details').forEach((d) => { d.open = true; })")
     assert "<b>side by side</b>" in window.js("document.querySelector('#run pre').textContent")
-    assert window.js("document.documentElement.scrollWidth") == 390
     assert window.complaints() == []
+
+
+TOKENS = (
+    "[...document.querySelectorAll('.text')].map((t) => t.querySelectorAll('[data-token]').length)"
+)
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory):
+    """A recording from the disk, which asks nobody."""
+    need_browser()
+    folder = tmp_path_factory.mktemp("replay")
+    file = folder / "replay.html"
+    file.write_text(page(records()), encoding="utf-8")
+    with opened(file.as_uri(), folder / "profile") as found:
+        yield found
+        assert found.complaints() == [] and found.strangers() == []
+
+
+@pytest.fixture
+def replay(played):
+    played.size(1280, 860)
+    played.driver.get(played.allowed)
+    played.wait("document.querySelectorAll('.answer').length === 2")
+    return played
+
+
+def seek(window, position):
+    window.put("position", position)
+    window.js("document.getElementById('position').dispatchEvent(new Event('input'))")
+
+
+def test_a_recording_plays_and_pauses(replay):
+    assert replay.js(TOKENS) == [24, 24]  # it opens at its end
+    assert replay.text("position-value") == "48 tokens"
+    replay.wait("document.getElementById('view-of').textContent.startsWith('dart')")
+    assert replay.js("document.querySelectorAll('#drift-plot .similarity-dot').length") == 3
+    seek(replay, 0)
+    assert (replay.js(TOKENS), replay.text("position-value")) == ([0, 0], "0 tokens")
+    replay.put("speed", "2")
+    replay.click("play")
+    assert replay.text("play") == "Pause"
+    replay.wait("document.querySelectorAll('.text')[1]?.textContent.includes('23')")
+    replay.wait("document.getElementById('play').textContent === 'Play'")
+    assert replay.js(TOKENS) == [24, 24]
+    assert replay.text("model") == "tiny"
+    assert replay.js("document.querySelector('.question').textContent") == QUESTION
+    assert replay.js("document.querySelectorAll('.question b, .text b').length") == 0
+    assert not replay.js("document.getElementById('composer').checkVisibility()")
+    replay.wait("document.getElementById('view-of').textContent === 'Dense: 24 tokens'")
+    replay.js("document.querySelector('.answer header button').click()")
+    pruned = "'dart, 50 % sparsity: 24 tokens'"
+    replay.wait(f"document.getElementById('view-of').textContent === {pruned}")
+    counts = {name: replay.text(f"count-{name}") for name in ("sparsity", "dense", "remasks")}
+    # 19 of 23 decoded tokens at 50 %
+    assert counts == {"sparsity": "41.3 %", "dense": "17 %", "remasks": "1"}
+    assert replay.text("count-speed") == "50.0"
+    for width in (390, 1280):  # nothing sticks out, nor does axe find anything
+        replay.size(width, 844, dark=width == 390)
+        assert replay.js("document.documentElement.scrollWidth") == width
+        assert violations(replay) == []
+
+
+def test_a_recording_jumps_to_any_place(replay):
+    found = records()
+    mask = [i for i, record in enumerate(found) if record["kind"] == "mask"][1]
+    seek(replay, mask - 1)  # before the second mask: every neuron runs
+    replay.wait("document.getElementById('neurons-note').textContent.startsWith('Every neuron')")
+    assert (replay.js(TOKENS), replay.text("count-remasks")) == ([READY + 1, 0], "0")
+    assert replay.js("document.querySelectorAll('.dense-band').length") == 1
+    seek(replay, mask + 2)
+    replay.wait("document.getElementById('neurons-note').textContent.startsWith('Mask 2')")
+    assert replay.text("count-remasks") == "1"
+    assert replay.js("document.querySelectorAll('.remask-head').length") == 1
+    assert replay.js("document.querySelector('.mark').nextSibling.dataset.token") == str(READY + 1)
+    replay.click("changes")
+    replay.wait("document.getElementById('scale-low').textContent === 'went dark'")
+    seek(replay, len(found) // 2)  # colours are told by more than colour
+    style = "getComputedStyle(document.querySelector('.text {}')).{}"
+    for phase, border in (("prefill", "dotted"), ("observe", "solid"), ("pruned", "none")):
+        assert replay.js(style.format(f".{phase}", "borderBottomStyle")) == border
+    replay.driver.find_element("css selector", "input[value=confidence]").click()
+    steps = [n for n in (2, 3, 4) if replay.js(f"!!document.querySelector('.text .doubt-{n}')")]
+    grounds = {replay.js(style.format(f".doubt-{step}", "backgroundColor")) for step in steps}
+    assert len(grounds) >= 2
+    assert replay.js(style.format(".doubt-4", "borderBottomStyle")) == "solid"
+    assert replay.text("legend") == "sureunder 80 %50 %25 %10 %"
+
+
+def test_without_a_browser_a_test_is_skipped_or_fails(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    for switch, end in (("", pytest.skip.Exception), ("required", pytest.fail.Exception)):
+        monkeypatch.setenv(SWITCH, switch)
+        with pytest.raises(end, match="there is no chromium"):
+            need_browser()

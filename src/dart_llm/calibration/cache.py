@@ -33,13 +33,8 @@ _memory: WeakKeyDictionary[nn.Module, dict[str, list[LayerStatistics]]] = WeakKe
 def make_key(model: nn.Module, statistics: Statistics, tokens: str) -> str:
     """The name of an entry; ``tokens``: what they are, or a digest of their ids."""
     needs = sorted(statistics.beside_score)
-    return part_key(
-        fingerprint(model),
-        rule_of(statistics),
-        statistics.ema_decay,
-        needs,
-        tokens,
-    )
+    rule = rule_of(statistics)
+    return part_key(fingerprint(model), rule, statistics.ema_decay, needs, tokens)
 
 
 def part_key(model: str, *parts: object) -> str:

@@ -74,7 +74,10 @@ def calibrate(
         if ids is None:
             ids = sample_sequences(model, start, part.sequences, part.length, config.seed, say)
         evidence = observe(model, config, ids, say)
-        _keep(model, key, cache_dir, evidence, note, say)
+        try:
+            cache.keep(model, key, cache_dir, evidence, {"note": note})
+        except LoadError as error:
+            say(f"the calibration is not kept for the next time: {error}")
     held, prior = choose(model, config, evidence)
     return Calibrated(held, prior, note)
 
@@ -86,20 +89,6 @@ def _note(part: CalibrationConfig, source: str | None, found: int) -> str:
     short = "" if found == part.sequences else f" of {part.sequences}"
     size = f"{found}{short} sequences of {part.length} tokens ({found * part.length:,} tokens)"
     return f"calibration: {size} of {words}"
-
-
-def _keep(
-    model: Any,
-    key: str,
-    cache_dir: str | None,
-    evidence: list[LayerStatistics],
-    note: str,
-    say: Say,
-) -> None:
-    try:
-        cache.keep(model, key, cache_dir, evidence, {"note": note})
-    except LoadError as error:
-        say(f"the calibration is not kept for the next time: {error}")
 
 
 def observing(config: PruneConfig) -> PruneConfig:
@@ -133,20 +122,20 @@ def observe(
     Raises ``AttachError`` when the model is being pruned.
     """
     layers = _layers(model, config)
-    tracer = PruningController(observing(config), layers)
-    attachment = ModelPatch(model, describe(model), tracer, "masked")
+    controller = PruningController(observing(config), layers)
+    patch = ModelPatch(model, describe(model), controller, "masked")
     totals: list[dict[str, tuple[Tensor, float]]] = [{} for _ in layers]
     batches = torch.split(ids, BATCH)
-    attachment.install()
+    patch.install()
     try:
         for number, batch in enumerate(batches):
             model(batch.to(model.device), use_cache=False, logits_to_keep=1)
-            for total, found in zip(totals, tracer.sequences[0].evidence, strict=True):
+            for total, found in zip(totals, controller.sequences[0].evidence, strict=True):
                 _add(total, found)
             if (number + 1) % 4 == 0:
                 say(f"calibrating {config.method}: {number + 1} of {len(batches)} batches")
     finally:
-        attachment.remove()
+        patch.remove()
     return [
         LayerStatistics(
             {name: Sum(t.float().to(layer.device), w) for name, (t, w) in total.items()}

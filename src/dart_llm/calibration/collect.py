@@ -1,6 +1,8 @@
-"""What a text shows: sums over its tokens, squared gradients, bases for compensation.
+"""What a model's own text shows: sums over its tokens, squared gradients, bases for compensation.
 
-What a model's own text shows: sums over its tokens, gradients, and bases for compensation.
+For text that the model sampled itself, the gradient of its log-likelihood is the score function, so
+the mean of g^2 is the diagonal of the Fisher information of the neuron's activation
+(docs/method.md, "Prior").
 """
 
 from __future__ import annotations
@@ -20,13 +22,6 @@ from dart_llm.pruning.compensation import find_basis
 from dart_llm.pruning.drift import SINKS
 from dart_llm.pruning.statistics import LayerStatistics, Statistics, Sum
 from dart_llm.pruning.weights import FfnWeights
-
-# How much each neuron matters to the loss: squared gradients over a model's own text.
-#
-# For text that the model sampled itself, the gradient of its log-likelihood is the score function,
-# so the mean of g^2 is the diagonal of the Fisher information of the neuron's activation.
-# docs/method.md, "Prior".
-
 
 LOGITS = 1 << 26
 """Elements of the logits of one backward pass at most."""
@@ -48,42 +43,34 @@ def gradients(
     vocabulary = int(model.config.get_text_config().vocab_size)
     rows = max(1, LOGITS // (ids.shape[1] * vocabulary))
     parts = torch.split(ids, rows)
-    run = _backward if backward else _forward
     with torch.inference_mode(False), torch.set_grad_enabled(backward), evaluating(model):
         for number, part in enumerate(parts):
-            run(model, part.clone().to(model.device), take)
+            _pass(model, part.clone().to(model.device), take, backward)
             if (number + 1) % max(2, len(parts) // 8) == 0:
                 say(f"learning from the model's own text: {number + 1} of {len(parts)} parts")
 
 
-def _backward(model: Any, ids: Tensor, take: Take) -> None:
+def _pass(model: Any, ids: Tensor, take: Take, backward: bool) -> None:
+    """One forward of ids [B, T], and one backward; ``take`` gets what the layers saw."""
     held: dict[int, LayerActivations] = {}
-    with (
-        capture_activations(model, held.__setitem__, graph=True),
-        _reaching(model.get_input_embeddings()),
-    ):
-        logits = model(ids, use_cache=False).logits
-    loss = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(),
-        ids[:, 1:].flatten().to(logits.device),
-        reduction="sum",
-    )
+    reaching = _reaching(model.get_input_embeddings()) if backward else contextlib.nullcontext()
+    with capture_activations(model, held.__setitem__, graph=True), reaching:
+        last = {} if backward else {"logits_to_keep": 1}
+        output = model(ids, use_cache=False, **last)
     layers = sorted(held)
-    found = torch.autograd.grad(loss, [held[layer].u for layer in layers])
-    for layer, gradient in zip(layers, found, strict=True):
-        take(layer, _cut(held[layer], ids), _kept(gradient, ids))
-
-
-def _forward(model: Any, ids: Tensor, take: Take) -> None:
-    held: dict[int, LayerActivations] = {}
-    with capture_activations(model, held.__setitem__, graph=True):
-        model(ids, use_cache=False, logits_to_keep=1)
-    for layer in sorted(held):
-        take(layer, _cut(held[layer], ids), None)
-
-
-def _cut(seen: LayerActivations, ids: Tensor) -> LayerActivations:
-    return LayerActivations(*(_kept(t, ids) for t in (seen.u, seen.x, seen.z, seen.r, seen.h)))
+    gradients: Sequence[Tensor | None] = [None] * len(layers)
+    if backward:
+        logits = output.logits
+        loss = F.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(),
+            ids[:, 1:].flatten().to(logits.device),
+            reduction="sum",
+        )
+        gradients = torch.autograd.grad(loss, [held[layer].u for layer in layers])
+    for layer, gradient in zip(layers, gradients, strict=True):
+        seen = (held[layer].u, held[layer].x, held[layer].z, held[layer].r, held[layer].h)
+        own = LayerActivations(*(_kept(t, ids) for t in seen))
+        take(layer, own, None if gradient is None else _kept(gradient, ids))
 
 
 def _kept(t: Tensor, ids: Tensor) -> Tensor:

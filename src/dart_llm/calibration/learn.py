@@ -1,6 +1,4 @@
-"""What a model teaches about itself before it is first pruned.
-
-The parts that are learnt of a model: where each is kept, what decides it, how it is made.
+"""What a model teaches about itself before it is first pruned: parts, and where each is kept.
 
 A part is one thing that scores, budgets or compensation read: the gradients, the basis of
 compensation, a sum over the tokens of the model's own text, or the reach towards the vocabulary.
@@ -78,7 +76,8 @@ class Lesson:
         """The parts of ``names`` that are known already: those of the text that is known."""
         found = dict[str, Part]()
         if self.text is None and any(name != REACH for name in names):
-            self._recall_text()
+            text = self._find(TEXT, [torch.device("cpu")], {})
+            self.text = None if text is None else text[0].sums["ids"].total
         for name in names:
             if name == REACH or self.text is not None:
                 part = self._find(name, self.devices, found)
@@ -94,7 +93,8 @@ class Lesson:
             "model's own text, once"
         )
         if self.text is None:
-            self._write_text(prior)
+            self.text = self._written(prior)
+            self._keep(TEXT, [LayerStatistics({"ids": Sum(self.text, 1.0)})], {})
             found = self.find(names)  # of this very text: it alone was lost
             known, names = known | found, [name for name in names if name not in found]
             if not names:
@@ -134,14 +134,6 @@ class Lesson:
             self.statistics, per_token=per_token, needs=frozenset(names) & SUMS.keys(), spread=False
         )
 
-    def _recall_text(self) -> None:
-        found = self._find(TEXT, [torch.device("cpu")], {})
-        self.text = None if found is None else found[0].sums["ids"].total
-
-    def _write_text(self, prior: PriorConfig) -> None:
-        self.text = self._written(prior)
-        self._keep(TEXT, [LayerStatistics({"ids": Sum(self.text, 1.0)})], {})
-
     def _written(self, prior: PriorConfig) -> Tensor:
         """What the model writes by itself, [n, T] int64 on the host."""
         generator, opening = torch.Generator().manual_seed(self.config.seed), self.opening
@@ -172,8 +164,7 @@ class Lesson:
             self.unkept = True
 
     def _key(self, name: str, known: dict[str, Part]) -> str:
-        decides = self._decides(name, known)
-        return cache.part_key(self.digest, VERSION, name, *decides)
+        return cache.part_key(self.digest, VERSION, name, *self._decides(name, known))
 
     def _decides(self, name: str, known: dict[str, Part]) -> list[object]:
         """What decides a part beside the model.
@@ -282,7 +273,15 @@ def wanted(config: PruneConfig, layers: Sequence[FfnWeights]) -> list[str]:
     compensation, and sums where the prior weighs anything beside what is observed.
     """
     rule = SCORES.get(config.score.name)
-    names = [REACH] if rule.reach and _can_reach(layers) else []
+    # where the weights are not at hand or do not fit, the score says what is wrong
+    reachable = all(
+        one.embedding is not None
+        and one.embedding.shape[1] == one.hidden
+        and not one.down.is_meta
+        and not one.embedding.is_meta
+        for one in layers
+    )
+    names = [REACH] if rule.reach and reachable else []
     if config.prior is None:
         return names
     statistics = MaskSelector(config, tuple(layers)).statistics
@@ -294,17 +293,6 @@ def wanted(config: PruneConfig, layers: Sequence[FfnWeights]) -> list[str]:
         names += [SCORE] if statistics.per_token is not None else []
         names += [name for name in SUMS if name in statistics.beside_score]
     return names
-
-
-def _can_reach(layers: Sequence[FfnWeights]) -> bool:
-    """Whether the weights are at hand and fit; where not, the score says what is wrong."""
-    return all(
-        one.embedding is not None
-        and one.embedding.shape[1] == one.hidden
-        and not one.down.is_meta
-        and not one.embedding.is_meta
-        for one in layers
-    )
 
 
 def _check_learnable(
@@ -326,7 +314,8 @@ def _knowing(
     """The layers with the parts ``found``; those of a prior without parts have an empty one."""
     known = tuple(layers)
     if REACH in found:
-        known = with_prior(known, known_reach=[_reach(one) for one in found[REACH]])
+        sums = [one.sums for one in found[REACH]]
+        known = with_prior(known, known_reach=[(s["max"].total, s["mean"].total) for s in sums])
     if config.prior is None:
         return known
     return with_prior(
@@ -334,16 +323,10 @@ def _knowing(
     )
 
 
-def _reach(found: LayerStatistics) -> tuple[Tensor, Tensor]:
-    return found.sums["max"].total, found.sums["mean"].total
-
-
 def _prior(found: dict[str, Part], place: int, layer: FfnWeights) -> LayerPrior:
-    sums = {
-        name: total
-        for part, each in found.items()
-        if part not in (REACH, CURVATURE, BASIS)
-        for name, total in each[place].sums.items()
-    }
+    sums = dict[str, Sum]()
+    for part, each in found.items():
+        if part not in (REACH, CURVATURE, BASIS):
+            sums |= each[place].sums
     curvature = found[CURVATURE][place].sums[CURVATURE].total if CURVATURE in found else None
     return LayerPrior(LayerStatistics(sums), curvature, basis_of(found, place, layer))

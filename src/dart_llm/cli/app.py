@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import signal
 import sys
 from types import FrameType
@@ -82,9 +81,6 @@ def run() -> None:
     except DartError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         raise SystemExit(2) from None
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

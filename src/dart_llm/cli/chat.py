@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType, ModuleType
 from typing import Any
 
 from rich.cells import cell_len
@@ -133,8 +132,7 @@ class Chat:
 
     def to_text(self) -> str:
         """What was said, as Markdown."""
-        parts = [f"**{one['role']}**\n\n{one['content']}\n" for one in self.messages]
-        return "\n".join(parts)
+        return "\n".join(f"**{one['role']}**\n\n{one['content']}\n" for one in self.messages)
 
 
 def _shown(settings: ChatSettings) -> dict[str, Any]:
@@ -148,11 +146,8 @@ def _shown(settings: ChatSettings) -> dict[str, Any]:
 
 
 FENCE = "```"
-
 PROMPT, MORE = "> ", ". "
-
-LINES = 1000
-"""Lines that the history holds."""
+LINES = 1000  # lines that the history holds
 
 ReadLine = Callable[[str], str]
 """Called with what to show before the line; raises ``EOFError`` at the end."""
@@ -211,10 +206,14 @@ def typed(history: str | None) -> Iterator[ReadLine]:
 
     Raises ``ConfigError`` for a history that cannot be read or written.
     """
-    readline, path = _readline(), None if history is None else own_path(history)
-    if readline is None or path is None:
+    try:
+        import readline
+    except ImportError:  # this Python has no line editing
+        history = None
+    if history is None:
         yield input
         return
+    path = own_path(history)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # what is typed may be private
@@ -249,15 +248,6 @@ def unseen() -> Iterator[None]:
         termios.tcsetattr(file, termios.TCSADRAIN, before)
 
 
-def _readline() -> ModuleType | None:
-    """Line editing, where this Python has it."""
-    try:
-        import readline
-    except ImportError:
-        return None
-    return readline
-
-
 # what is said of settings and answers
 
 
@@ -289,7 +279,7 @@ def turn_line(turn: Exchange, max_tokens: int) -> str:
         parts.append(
             f"{report.method}: {report.achieved_sparsity:.1%} removed of "
             f"{report.requested_sparsity:.0%}, {report.dense_token_share:.0%} of the tokens dense, "
-            f"{_count(report.remasks, 're-mask')}"
+            f"{report.remasks} re-mask{'' if report.remasks == 1 else 's'}"
         )
     if turn.finish == "length":
         parts.append(f"stopped at {max_tokens} tokens (--max-tokens)")
@@ -319,10 +309,6 @@ def loops(tokens: Sequence[int]) -> bool:
         for period in range(1, LONGEST_PERIOD + 1)
         for length in [max(SHORT_LOOP, 3 * period)]
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def last_table(turns: Sequence[Exchange]) -> Table:
@@ -362,22 +348,32 @@ class Commands:
         self.left = False
         self._last: float | None = None
         """The sparsity before the method was dense."""
-        self._known: dict[str, Callable[[str], None]] = {
-            "sparsity": self._sparsity,
-            "method": self._method,
-            "stats": self._stats,
-            "save": self._save,
-            "reset": self._reset,
-            "help": self._help,
-            "quit": self._quit,
-        }
 
     def run(self, line: str) -> None:
         """Run ``/name value``; raises ``ConfigError`` for what cannot be done."""
-        name, _, value = line.removeprefix("/").partition(" ")
-        if name not in self._known:
-            raise UnknownName("command", f"/{name}", [f"/{one}" for one in self._known])
-        self._known[name](value.strip())
+        name, _, value = line.partition(" ")
+        value = value.strip()
+        match name:
+            case "/sparsity":
+                self._sparsity(value)
+            case "/method":
+                self._method(value)
+            case "/stats":
+                self._stats()
+            case "/save":
+                self._save(value)
+            case "/reset":
+                self.chat.reset()
+                self.ui.say("the conversation is forgotten")
+            case "/help":
+                for word, text in HELP.items():
+                    self.ui.say(f"{word:14} {text}")
+                for note in NOTES:
+                    self.ui.say(note)
+            case "/quit":
+                self.left = True
+            case _:
+                raise UnknownName("command", name, [word.split()[0] for word in HELP])
 
     def _sparsity(self, value: str) -> None:
         if value:
@@ -407,7 +403,7 @@ class Commands:
     def _say_settings(self) -> None:
         self.ui.say(settings_line(self.chat.settings))
 
-    def _stats(self, value: str) -> None:
+    def _stats(self) -> None:
         if not self.chat.turns:
             raise ConfigError("there is no answer yet: ask something first")
         self.ui.table(last_table(self.chat.turns))
@@ -429,19 +425,6 @@ class Commands:
         except ValueError as error:  # a character that no file's name can have
             raise ConfigError(f"cannot write {value!r}: {error}") from None
         self.ui.say(f"saved {len(self.chat.turns)} answers to {path}")
-
-    def _reset(self, value: str) -> None:
-        self.chat.reset()
-        self.ui.say("the conversation is forgotten")
-
-    def _help(self, value: str) -> None:
-        for name, text in HELP.items():
-            self.ui.say(f"{name:14} {text}")
-        for note in NOTES:
-            self.ui.say(note)
-
-    def _quit(self, value: str) -> None:
-        self.left = True
 
 
 def _own(path: str, flags: int) -> int:
@@ -538,7 +521,9 @@ def run_chat(settings: ChatSettings, ui: Ui) -> None:
             talk(chat, ui, piped)
             return
         ui.say("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
-        with typed(settings.history) as read, _leaving():
+        # a polite end leaves the program, where Ctrl-C alone would not
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(TERMINATED))
+        with typed(settings.history) as read:
             talk(chat, ui, read, person=True)
 
 
@@ -610,25 +595,8 @@ def _columns() -> int:
 def interruptible() -> Iterator[Callable[[], bool]]:
     """Ctrl-C inside says no more than that the answer shall end; yields whether it was pressed."""
     pressed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed.is_set
-        return
     before = signal.signal(signal.SIGINT, lambda number, frame: pressed.set())
     try:
         yield pressed.is_set
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextlib.contextmanager
-def _leaving() -> Iterator[None]:
-    """A polite end (SIGTERM) leaves the program, where Ctrl-C alone would not."""
-
-    def leave(number: int, frame: FrameType | None) -> Any:
-        raise SystemExit(TERMINATED)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -30,8 +30,7 @@ File = Annotated[
     Path | None, typer.Option(metavar="FILE", help="A JSONL file instead of the package's own.")
 ]
 
-ROWS = 20
-"""Rows of a table without ``--limit``."""
+ROWS = 20  # rows of a table without --limit
 
 
 def generate_prompts(
@@ -58,8 +57,8 @@ def generate_prompts(
         write_lines(out, rows)
         Ui(quiet=as_json).say(f"wrote {count} of {maximum(source):,} possible prompts to {out}")
     if as_json:
-        facts = {"seed": seed, "ontology": _text(ontology), "file": _text(out)}
-        typer.echo(json.dumps({**facts, "possible": maximum(source), "prompts": rows}))
+        facts = {"seed": seed, "ontology": ontology, "file": out, "possible": maximum(source)}
+        typer.echo(json.dumps({**facts, "prompts": rows}, default=str))
     elif out is None:
         for row in rows:
             typer.echo(json.dumps(row))
@@ -141,10 +140,6 @@ def show_prompt(
         print_passage(record, Ui().out)
 
 
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
-
-
 # doctor
 
 
@@ -168,6 +163,7 @@ NO_COMPILER = "none: decoding falls back to executor compact, slower"
 def examine(cache_dir: str | None = None) -> dict[str, Any]:
     """Everything that explains why a run works or does not; a token's value is never read out."""
     import torch
+    from huggingface_hub import get_token
 
     from dart_llm.cache import cache_folder
     from dart_llm.experiments.provenance import machine, versions
@@ -184,7 +180,7 @@ def examine(cache_dir: str | None = None) -> dict[str, Any]:
         "native_kernels": native_state(cache_dir),
         "cache": str(cache),
         "free_disk_gib": round(shutil.disk_usage(existing).free / 2**30, 1),
-        "hub_token": _has_token(),
+        "hub_token": get_token() is not None,
         "hub_offline": os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"),
         "extras_missing": {extra: lacking for extra in EXTRAS if (lacking := _lacking(extra))},
         "summary": metadata("dart-llm")["Summary"],
@@ -214,12 +210,6 @@ def _dtypes(torch: Any) -> list[str]:
     return found
 
 
-def _has_token() -> bool:
-    from huggingface_hub import get_token
-
-    return get_token() is not None
-
-
 def _lacking(extra: str) -> list[str]:
     return [
         name
@@ -230,31 +220,27 @@ def _lacking(extra: str) -> list[str]:
 
 def print_report(found: dict[str, Any]) -> None:
     """The findings as a table on stdout."""
-    table = Table(title="dart-llm doctor", title_justify="left", show_header=False)
-    table.add_column("what")
-    table.add_column("found")
-    for name, value in found["versions"].items():
-        table.add_row(name, str(value or "missing"))
-    table.add_row("system", f"{found['machine']['system']}, {found['machine']['processor']}")
-    memory = found["machine"]["memory_gib"]
-    table.add_row("cores, memory", f"{found['machine']['cores']}, {memory} GiB")
-    table.add_row("devices", ", ".join(found["devices"]))
-    table.add_row("dtypes on the CPU", ", ".join(found["dtypes"]))
-    compiler = found["compiler"]
-    table.add_row("C++ compiler", Path(compiler).name if compiler else NO_COMPILER)
-    table.add_row("native CPU kernels", found["native_kernels"])
-    table.add_row("cache", found["cache"])
-    table.add_row("free disk", f"{found['free_disk_gib']} GiB")
-    table.add_row("hub token", "present" if found["hub_token"] else "none (public models only)")
-    table.add_row("hub", "offline (HF_HUB_OFFLINE)" if found["hub_offline"] else "online")
-    table.add_row("OMP_WAIT_POLICY", found["machine"]["omp_wait_policy"] or "not set")
+    machine, compiler = found["machine"], found["compiler"]
+    rows = {name: value or "missing" for name, value in found["versions"].items()} | {
+        "system": f"{machine['system']}, {machine['processor']}",
+        "cores, memory": f"{machine['cores']}, {machine['memory_gib']} GiB",
+        "devices": ", ".join(found["devices"]),
+        "dtypes on the CPU": ", ".join(found["dtypes"]),
+        "C++ compiler": Path(compiler).name if compiler else NO_COMPILER,
+        "native CPU kernels": found["native_kernels"],
+        "cache": found["cache"],
+        "free disk": f"{found['free_disk_gib']} GiB",
+        "hub token": "present" if found["hub_token"] else "none (public models only)",
+        "hub": "offline (HF_HUB_OFFLINE)" if found["hub_offline"] else "online",
+        "OMP_WAIT_POLICY": machine["omp_wait_policy"] or "not set",
+    }
     for extra, lacking in found["extras_missing"].items():
-        table.add_row(
-            f"extra {extra}",
-            f"lacks {', '.join(lacking)}: pip install 'dart-llm[{extra}]'",
-        )
+        rows[f"extra {extra}"] = f"lacks {', '.join(lacking)}: pip install 'dart-llm[{extra}]'"
     if not found["extras_missing"]:
-        table.add_row("extras", "all present")
+        rows["extras"] = "all present"
+    table = Table(title="dart-llm doctor", title_justify="left", show_header=False)
+    for row in rows.items():
+        table.add_row(*map(str, row))
     Console(markup=False).print(table)
 
 
@@ -280,29 +266,18 @@ def passage_table(passages: Sequence[Passage]) -> Table:
     for name in ("words", "from character"):
         table.add_column(name, justify="right")
     for passage in passages:
-        last = passage.segments()[-1]
-        for segment in passage.segments():
-            first = segment.start == 0
-            table.add_row(
-                Text(passage.id if first else ""),
-                Text(segment.topic.domain),
-                Text(segment.topic.name),
-                f"{words(segment.text):,}",
-                f"{segment.start:,}",
-                end_section=segment is last,
-            )
+        for one in passage.segments():
+            names = (passage.id if one.start == 0 else "", one.topic.domain, one.topic.name)
+            counts = (f"{words(one.text):,}", f"{one.start:,}")
+            table.add_row(*map(Text, names), *counts)
     return table
 
 
 def print_prompt(prompt: DriftPrompt, out: Console) -> None:
     """Where the prompt comes from, and its text."""
-    facts = {
-        "id": prompt.id,
-        "template": prompt.template,
-        "domains": ARROW.join(prompt.domains),
-        "seed": "" if prompt.seed is None else str(prompt.seed),
-        **{f"slot {name}": value for name, value in prompt.slots.items()},
-    }
+    facts = {"id": prompt.id, "template": prompt.template, "domains": ARROW.join(prompt.domains)}
+    facts["seed"] = "" if prompt.seed is None else str(prompt.seed)
+    facts |= {f"slot {name}": value for name, value in prompt.slots.items()}
     table = Table(show_header=False)
     for name, value in facts.items():
         if value:

@@ -10,13 +10,13 @@ import ast
 import contextlib
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib import import_module, resources
 from itertools import chain, islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, TypeAdapter
@@ -49,12 +49,10 @@ class DataSet:
     """One split of one data set of the hub.
 
     ``columns``: by role (text, document, summary, question, choices, answer, id, ...), the
-    columns that hold it.  ``separator``: stands between the rows of a text.  ``revision``: a
-    branch other than the main one.  ``first``: only so many rows are read, streamed.  ``tasks``:
-    the lm-eval tasks that score it.  ``megabytes``: about what is downloaded, which is all splits
-    of the configuration unless rows are streamed.  ``licence_page``: the data set's card on the
-    hub, unless its makers have a page of their own.  ``verified``: when ``make test-online`` last
-    read it.
+    columns that hold it.  ``separator``: between the rows of a text.  ``revision``: a branch other
+    than the main one.  ``first``: only so many rows are read, streamed.  ``tasks``: the lm-eval
+    tasks that score it.  ``megabytes``: about what is downloaded.  ``licence_page``: its makers'
+    own, or the card on the hub.  ``verified``: when ``make test-online`` last read it.
     """
 
     name: str
@@ -120,6 +118,7 @@ def get(name: str, *uses: str) -> DataSet:
 # References to any data set of the hub: ``hub:owner/name[/configuration]:split[[:N]]:columns``.
 
 PREFIX = "hub:"
+"""What a reference starts with, and no name or path."""
 
 EXAMPLES = {
     ("text",): "hub:Salesforce/wikitext/wikitext-2-raw-v1:test:text",
@@ -133,11 +132,6 @@ _PATTERN = re.compile(
     rf"hub:(?P<id>{_PART}/{_PART})(?:/(?P<config>[^:]+))?"
     rf":(?P<split>{_PART})(?:\[:(?P<first>\d+)\])?(?P<columns>(?::[^:]+)+)"
 )
-
-
-def is_reference(name: str) -> bool:
-    """Whether ``name`` means a data set of the hub rather than a name or a path."""
-    return name.startswith(PREFIX)
 
 
 def parse(name: str, roles: tuple[str, ...] = ("text",)) -> DataSet:
@@ -170,12 +164,6 @@ def parse(name: str, roles: tuple[str, ...] = ("text",)) -> DataSet:
 
 # Documents and reference summaries as plain text, whatever form a data set keeps them in.
 
-SEPARATOR = "|||||"
-"""Multi-News writes this between (and after) the articles of one document."""
-
-NEWLINE = "NEWLINE_CHAR"
-"""Multi-News writes this for a line break inside an article."""
-
 
 def reference(value: Any) -> str:
     """A reference summary; a list of sentences becomes its sentences, one a line.
@@ -183,36 +171,20 @@ def reference(value: Any) -> str:
     A string that is a printed list (``"['One.', 'Two.']"``) is read back first: scored as it is,
     its brackets and quotes would count as text.  Returns "" when there is no summary.
     """
-    if isinstance(value, str):
-        printed = _printed_list(value)
-        value = value if printed is None else printed
+    if isinstance(value, str) and re.fullmatch(r"\s*\[.*\]\s*", value, re.DOTALL):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            printed = ast.literal_eval(value.strip())
+            if isinstance(printed, list) and all(isinstance(part, str) for part in printed):
+                value = printed
     if isinstance(value, list | tuple):
-        parts = (reference(part) for part in value)
-        return "\n".join(part for part in parts if part)
-    return str(value).strip() if isinstance(value, str) else ""
+        return "\n".join(part for part in map(reference, value) if part)
+    return value.strip() if isinstance(value, str) else ""
 
 
 def multi_news(text: str) -> str:
     """A document of Multi-News: its articles separated by blank lines, without its markers."""
-    articles = (article.strip() for article in text.replace(NEWLINE, "\n").split(SEPARATOR))
+    articles = (article.strip() for article in text.replace("NEWLINE_CHAR", "\n").split("|||||"))
     return "\n\n".join(article for article in articles if article)
-
-
-def multi_news_summary(text: str) -> str:
-    """A summary of Multi-News without the dash that each of them begins with."""
-    return text.lstrip("–— \n")
-
-
-def _printed_list(text: str) -> list[str] | None:
-    stripped = text.strip()
-    if not (stripped.startswith("[") and stripped.endswith("]")):
-        return None
-    try:
-        value = ast.literal_eval(stripped)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return None
-    strings = isinstance(value, list) and all(isinstance(part, str) for part in value)
-    return value if strings else None
 
 
 # MMLU: the questions that are not scored.
@@ -242,7 +214,17 @@ def mmlu_questions(
     if folder is None and subject in local_subjects():
         folder = LOCAL_MMLU
     found = _hub_questions(subject) if folder is None else _local_questions(subject, Path(folder))
-    return [_question(subject, row, where, answers) for where, row in found]
+    questions: list[dict[str, Any]] = []
+    for where, row in found:
+        text, choices = row.get("question"), row.get("choices")
+        if not isinstance(text, str) or not isinstance(choices, list) or not choices:
+            raise ConfigError(
+                f'{where} needs "question" (text) and "choices" (a list): complete it'
+            )
+        answer = {"answer": _answer(row, len(choices), where)} if answers else {}
+        options = [str(choice) for choice in choices]
+        questions.append({"subject": subject, "question": text, "choices": options, **answer})
+    return questions
 
 
 def local_subjects() -> tuple[str, ...]:
@@ -264,11 +246,8 @@ def with_choices(row: Mapping[str, Any]) -> str:
     return "\n".join([str(row["question"]).strip(), *lines])
 
 
-Located = Iterable[tuple[str, Any]]
-"""Rows, each with the words that name its place."""
-
-
-def _hub_questions(subject: str) -> Located:
+def _hub_questions(subject: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows, each with the words that name its place."""
     instead = f"to work without it put {subject}_dev.jsonl into {LOCAL_MMLU.as_posix()}/"
     for split in SPLITS:
         source = replace(get("mmlu"), config=subject, split=split)
@@ -276,8 +255,8 @@ def _hub_questions(subject: str) -> Located:
             yield source.where, row
 
 
-def _local_questions(subject: str, folder: Path) -> Located:
-    required, *optional = (folder / f"{subject}_{split}.jsonl" for split in SPLITS)
+def _local_questions(subject: str, folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    required, optional = (folder / f"{subject}_{split}.jsonl" for split in SPLITS)
     if not required.is_file():
         raise ConfigError(
             f"the folder {folder} holds no {required.name}: put it there, one JSON object a line "
@@ -285,21 +264,12 @@ def _local_questions(subject: str, folder: Path) -> Located:
         )
     located = [
         (f"line {number} of {path}", row)
-        for path in (required, *(path for path in optional if path.is_file()))
+        for path in ([required, optional] if optional.is_file() else [required])
         for number, row in read_rows(path)
     ]
     if not located:
         raise ConfigError(f"the file {required} holds no questions: add one JSON object a line")
     return located
-
-
-def _question(subject: str, row: Any, where: str, answers: bool) -> dict[str, Any]:
-    text = row.get("question") if isinstance(row, dict) else None
-    choices = row.get("choices") if isinstance(row, dict) else None
-    if not isinstance(text, str) or not isinstance(choices, list) or not choices:
-        raise ConfigError(f'{where} needs "question" (text) and "choices" (a list): complete it')
-    question = {"subject": subject, "question": text, "choices": [str(c) for c in choices]}
-    return {**question, "answer": _answer(row, len(choices), where)} if answers else question
 
 
 def _answer(row: dict[str, Any], choices: int, where: str) -> int:
@@ -330,7 +300,8 @@ def hub_text(name: str, documents: int | None = None) -> str:
 
     Raises ``UnknownName``, ``ConfigError``, ``MissingExtra`` or ``LoadError``.
     """
-    source = parse(name) if is_reference(name) else get(name, "perplexity", "calibration")
+    hub = name.startswith(PREFIX)
+    source = parse(name) if hub else get(name, "perplexity", "calibration")
     if documents is not None:
         _check_limit(documents)
         source = replace(source, first=documents)
@@ -348,8 +319,16 @@ def hub_text(name: str, documents: int | None = None) -> str:
     return source.separator.join(texts)
 
 
-def documents(name: str, limit: int | None = None, seed: int | None = None) -> list[dict[str, str]]:
-    """Documents with reference summaries: ``{"id", "document", "summary"}``, in their order.
+class Document(NamedTuple):
+    """A text to summarise, its reference summary, and an ``id`` that is unique in its source."""
+
+    id: str
+    document: str
+    summary: str
+
+
+def documents(name: str, limit: int | None = None, seed: int | None = None) -> list[Document]:
+    """Documents with reference summaries, in their order.
 
     name: a data set of the catalogue that serves ``summarize``, or ``hub:...`` with the columns
     of the document and the summary.  The first ``limit`` documents (streamed), or with ``seed`` a
@@ -359,12 +338,12 @@ def documents(name: str, limit: int | None = None, seed: int | None = None) -> l
     Raises ``UnknownName``, ``ConfigError``, ``MissingExtra`` or ``LoadError``.
     """
     roles = ("document", "summary")
-    source = parse(name, roles) if is_reference(name) else get(name, "summarize")
+    source = parse(name, roles) if name.startswith(PREFIX) else get(name, "summarize")
     _check_limit(limit)
     stream = limit is not None and seed is None
-    every = _documents(source, stream)
-    chosen = list(islice(every, limit) if stream else every)
-    chosen = chosen if stream else [chosen[index] for index in positions(len(chosen), limit, seed)]
+    chosen = list(islice(_documents(source, stream), limit if stream else None))
+    if not stream:
+        chosen = [chosen[index] for index in positions(len(chosen), limit, seed)]
     if not chosen:
         raise LoadError(
             f"the data set {source.where} holds no row with both a document and a summary; "
@@ -373,15 +352,15 @@ def documents(name: str, limit: int | None = None, seed: int | None = None) -> l
     return chosen
 
 
-def _documents(source: DataSet, stream: bool) -> Iterator[dict[str, str]]:
+def _documents(source: DataSet, stream: bool) -> Iterator[Document]:
     for position, row in enumerate(rows(source, INSTEAD["documents"], stream=stream)):
         text = str(row[source.column("document")] or "").strip()
         summary = reference(row[source.column("summary")])
         if source.name == "multi_news":
-            text, summary = multi_news(text), multi_news_summary(summary)
+            text, summary = multi_news(text), summary.lstrip("–— \n")  # each begins with a dash
         if text and summary:
             identity = row[source.column("id")] if "id" in source.columns else position
-            yield {"id": str(identity), "document": text, "summary": summary}
+            yield Document(str(identity), text, summary)
 
 
 def positions(total: int, limit: int | None, seed: int | None) -> list[int]:
@@ -450,11 +429,9 @@ def _sentence(source: DataSet, error: BaseException, instead: str) -> str:
 
 
 def _load_dataset() -> Callable[..., Any]:
-    # A plain folder named datasets/ in the current directory imports as an empty package:
-    # without load_dataset the library is as missing as without the module.
     try:
         load_dataset: Callable[..., Any] = import_module("datasets").load_dataset
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError) as error:  # a folder named datasets/ imports as empty
         raise MissingExtra("datasets", "eval") from error
     return load_dataset
 

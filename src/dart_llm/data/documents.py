@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dart_llm.data import datasets, texts
-from dart_llm.data.datasets import DataSet
+from dart_llm.data.datasets import DataSet, Document
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.files import read_rows
 
@@ -106,11 +106,7 @@ class TextSource:
             mine, its = self.data, other.data
             one_config = mine.config == its.config or None in (mine.config, its.config)
             return one_config and (mine.hub_id, mine.split) == (its.hub_id, its.split)
-        return self._kind == other._kind
-
-    @property
-    def _kind(self) -> str:
-        return MMLU[0] if self.name in MMLU else self.name
+        return self.name == other.name or {self.name, other.name} <= {*MMLU}
 
 
 def resolve(name: str, summaries: bool = False) -> TextSource:
@@ -121,12 +117,11 @@ def resolve(name: str, summaries: bool = False) -> TextSource:
     """
     roles = ("document", "summary") if summaries else ("text",)
     known = SUMMARIES if summaries else TEXTS
-    if datasets.is_reference(name):
+    if name.startswith(datasets.PREFIX):
         return TextSource(name, data=datasets.parse(name, roles))
     if name in known:
         return TextSource(name, data=None if name in MMLU else datasets.DATA_SETS.get(name))
-    file = _find_file(name)
-    if file is None:
+    if (file := _find_file(name)) is None:
         near = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""
         what = f'are no documents "{name}" to summarize' if summaries else f'is no text "{name}"'
@@ -142,9 +137,9 @@ def resolve(name: str, summaries: bool = False) -> TextSource:
 
 def _find_file(name: str) -> TextSource | None:
     """The file that ``name`` means, by its whole name or without the suffixes; or None."""
-    spelled = _SUFFIXES.fullmatch(name)
-    spellings = [(name, "", "")]
-    spellings += [(spelled["file"], spelled["columns"], spelled["row"] or "")] if spelled else []
+    spellings: list[tuple[str, ...]] = [(name, "", "")]
+    if spelled := _SUFFIXES.fullmatch(name):
+        spellings.append(spelled.groups(default=""))
     for file, columns, row in spellings:
         for path in (Path(file), LOCAL / file, LOCAL / f"{file}.txt"):
             if path.is_file():
@@ -154,17 +149,10 @@ def _find_file(name: str) -> TextSource | None:
 
 def find_file(name: str) -> Path | None:
     """The file that a text argument reads, whose content a run should record; or None."""
-    if name in (*TEXTS, *SUMMARIES) or datasets.is_reference(name):
+    if name in (*TEXTS, *SUMMARIES) or name.startswith(datasets.PREFIX):
         return None
     file = _find_file(name)
     return None if file is None else file.path
-
-
-def _plain_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # a byte-order mark is not text
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path} as text: {error}") from None
 
 
 def _rows(source: TextSource) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -223,7 +211,10 @@ def _read(source: TextSource, subjects: str | None = None) -> str:
         )
     assert source.path is not None
     if not source.has_rows:
-        return _plain_text(source.path)
+        try:
+            return source.path.read_text(encoding="utf-8-sig")  # a byte-order mark is not text
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read {source.path} as text: {error}") from None
     rows = list(_row_texts(source))
     if not any(text.strip() for text in rows):
         raise ConfigError(f'the file {source.path} holds no text: write {{"text": "..."}} a line')
@@ -231,7 +222,7 @@ def _read(source: TextSource, subjects: str | None = None) -> str:
 
 
 def names(settings: str) -> list[str]:
-    """Comma-separated names, each once, checked as far as possible before a model is loaded."""
+    """Comma-separated names, each once, checked before a model is loaded."""
     given = list(dict.fromkeys(part.strip() for part in settings.split(",") if part.strip()))
     if not given:
         raise ConfigError("no text for perplexity: use embedded, or the path of a text file")
@@ -252,36 +243,33 @@ def calibration_source(name: str | None) -> TextSource:
     return resolve(CALIBRATION if name in (None, "c4") else name)
 
 
-def calibration_texts(name: str | None) -> Iterator[str]:
+def calibration_texts(name: str | None) -> Iterable[str]:
     """The texts that are calibrated on: the rows of a JSONL file one by one, or one text.
 
     Raises what ``read`` raises.
     """
     source = calibration_source(name)
-    if source.has_rows:
-        yield from _row_texts(source)
-    else:
-        yield _read(source)
+    return _row_texts(source) if source.has_rows else [_read(source)]
 
 
 def check_disjoint(calibration: str | None, evaluated: Mapping[str, int | None]) -> None:
     """Raise ``ConfigError`` when the calibration text is among what is evaluated.
 
-    ``evaluated``: sources of texts or summaries, and lm-eval's tasks, each with how many of its
-    first rows are evaluated; None: any of them.
+    ``evaluated``: texts, summaries and lm-eval's tasks, each with how many of its first rows are
+    evaluated; None: any of them.
     """
     source = calibration_source(calibration)
     for name, rows in evaluated.items():
-        other = next((one for one in _evaluated(name) if source.overlaps(one, rows)), None)
-        if other is None:
-            continue
-        way = ""
-        if source.path is not None and rows is not None:
-            way = f", or start after the evaluated rows: {source.path}#{other.first + rows}"
-        raise ConfigError(
-            f"{source.path or source.name} is evaluated and cannot be the calibration text too: "
-            f"give another text{way}"
-        )
+        for other in _evaluated(name):
+            if not source.overlaps(other, rows):
+                continue
+            way = ""
+            if source.path is not None and rows is not None:
+                way = f", or start after the evaluated rows: {source.path}#{other.first + rows}"
+            raise ConfigError(
+                f"{source.path or source.name} is evaluated and cannot be the calibration text "
+                f"too: give another text{way}"
+            )
 
 
 def _evaluated(name: str) -> Iterator[TextSource]:
@@ -306,10 +294,14 @@ def sequences(tokenizer: Any, texts: Iterable[str], count: int, length: int) -> 
     first = start_token(tokenizer)
     body = length - len(first)
     ids: list[int] = []
-    for piece in _pieces(texts):
+    for number, text in enumerate(texts):
+        joined = BLANK_LINE + text if number else text
+        for start in range(0, len(joined), PIECE):
+            if len(ids) < count * body:
+                piece = joined[start : start + PIECE]
+                ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) >= count * body:
             break
-        ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
     fit = min(count, len(ids) // body)
     if not fit:
         raise ConfigError(
@@ -327,25 +319,9 @@ def start_token(tokenizer: Any) -> list[int]:
     return [int(bos)] if bos is not None and ids and ids[0] == bos else []
 
 
-def _pieces(texts: Iterable[str]) -> Iterator[str]:
-    for number, text in enumerate(texts):
-        joined = BLANK_LINE + text if number else text
-        for start in range(0, len(joined), PIECE):
-            yield joined[start : start + PIECE]
-
-
 # Documents with reference summaries.
 
 EXAMPLE = '{"document": "A long text ...", "summary": "A short one."}'
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text to summarise, its reference summary, and an ``id`` that is unique in its source."""
-
-    id: str
-    document: str
-    summary: str
 
 
 def load_documents(name: str, limit: int | None = None, seed: int | None = None) -> list[Document]:
@@ -356,15 +332,23 @@ def load_documents(name: str, limit: int | None = None, seed: int | None = None)
     is ``id``, or else its line number, and a reference that is a list of sentences becomes its
     sentences, one a line, never the printed list.
 
-    Raises ``ConfigError`` for a name that is no source, a setting that cannot be used, and, with
-    the line's number, a line that is no JSON object, lacks a column, has an empty one, or an id
-    that occurs twice; ``MissingExtra`` without the ``datasets`` library; ``LoadError`` for a data
-    set that cannot be fetched, is empty or lacks a column.
+    Raises ``ConfigError``, with the line's number for a row that cannot be used, and what
+    ``datasets.documents`` raises.
     """
     source = resolve(name, summaries=True)
     if source.data is not None:
-        return [Document(**row) for row in datasets.documents(name, limit, seed)]
-    every = _read_documents(source)
+        return datasets.documents(name, limit, seed)
+    every, lines = list[Document](), dict[str, int]()
+    for line, row in _rows(source):
+        document = _document(row, line, source)
+        if lines.setdefault(document.id, line) != line:
+            raise ConfigError(
+                f"lines {lines[document.id]} and {line} of {source.path} have the same id "
+                f'"{document.id}": give each document its own'
+            )
+        every.append(document)
+    if not every:
+        raise ConfigError(f"the file {source.path} holds no documents: add lines such as {EXAMPLE}")
     return [every[position] for position in datasets.positions(len(every), limit, seed)]
 
 
@@ -373,42 +357,25 @@ def check(name: str) -> None:
     resolve(name, summaries=True)
 
 
-def _read_documents(source: TextSource) -> list[Document]:
-    lines: dict[str, int] = {}
-    documents = []
-    for number, row in _rows(source):
-        document = _document(row, number, source)
-        if document.id in lines:
+def _document(row: dict[str, Any], line: int, source: TextSource) -> Document:
+    where = f"line {line} of {source.path}"
+    found = dict[str, str]()
+    for role, columns in (
+        ("document", source.columns[:1] or DOCUMENT_COLUMNS),
+        ("summary", source.columns[1:] or SUMMARY_COLUMNS),
+    ):
+        name = next((name for name in columns if name in row), None)
+        if name is None:
+            others = f" (or {', '.join(columns[1:])})" if columns[1:] else ""
             raise ConfigError(
-                f"lines {lines[document.id]} and {number} of {source.path} have the same id "
-                f'"{document.id}": give each document its own'
+                f"{where} has no {columns[0]}{others} but {', '.join(row) or 'nothing'}: "
+                f"write {EXAMPLE}"
             )
-        lines[document.id] = number
-        documents.append(document)
-    if not documents:
-        raise ConfigError(f"the file {source.path} holds no documents: add lines such as {EXAMPLE}")
-    return documents
-
-
-def _document(row: dict[str, Any], number: int, source: TextSource) -> Document:
-    where = f"line {number} of {source.path}"
-    text = _value(row, source.columns[:1] or DOCUMENT_COLUMNS, where)
-    summary = datasets.reference(_value(row, source.columns[1:] or SUMMARY_COLUMNS, where))
-    for name, value in (("document", text), ("summary", summary)):
+        value = datasets.reference(row[name]) if role == "summary" else row[name]
         if not isinstance(value, str) or not value.strip():
-            raise ConfigError(f"the {name} in {where} is empty or no text: write {EXAMPLE}")
-    identity = row.get("id")
-    return Document(str(number if identity is None else identity), text.strip(), summary)
-
-
-def _value(row: dict[str, Any], columns: Sequence[str], where: str) -> Any:
-    for name in columns:
-        if name in row:
-            return row[name]
-    others = f" (or {', '.join(columns[1:])})" if columns[1:] else ""
-    raise ConfigError(
-        f"{where} has no {columns[0]}{others} but {', '.join(row) or 'nothing'}: write {EXAMPLE}"
-    )
+            raise ConfigError(f"the {role} in {where} is empty or no text: write {EXAMPLE}")
+        found[role] = value.strip()
+    return Document(str(line if row.get("id") is None else row["id"]), **found)
 
 
 # Documents in two halves: what is chosen on the first is reported on the second, and no document
@@ -428,15 +395,12 @@ class Source:
     documents: tuple[str, ...]
 
     def half(self, which: str) -> list[tuple[int, str]]:
-        """The documents of one set with their numbers in the source, from 0.
-
-        Raises ``UnknownName`` for a set that does not exist.
-        """
+        """The documents of one set (a key of ``SETS``) with their numbers in the source, from 0."""
         if which not in SETS:
             raise UnknownName("set", which, SETS)
         middle = len(self.documents) // 2
-        chosen = range(middle) if which == CHOOSE else range(middle, len(self.documents))
-        return [(number, self.documents[number]) for number in chosen]
+        every = list(enumerate(self.documents))
+        return every[:middle] if which == CHOOSE else every[middle:]
 
     @property
     def digest(self) -> str:
@@ -459,7 +423,11 @@ def sources(names: Sequence[str]) -> tuple[Source, ...]:
             raise ConfigError(
                 f'the text "{source.label}" was given twice: leave one out, or rename it'
             )
-        documents = tuple(text.strip() for text in _documents(source) if text.strip())
+        if source.name == EMBEDDED:
+            every: Iterable[str] = _embedded()
+        else:
+            every = _row_texts(source) if source.has_rows else paragraphs(_read(source))
+        documents = tuple(text.strip() for text in every if text.strip())
         if not documents:
             raise ConfigError(f'the text "{name}" holds nothing: give another one')
         found[source.label] = Source(source.label, documents)
@@ -468,17 +436,8 @@ def sources(names: Sequence[str]) -> tuple[Source, ...]:
     return tuple(found.values())
 
 
-def _documents(source: TextSource) -> Iterable[str]:
-    if source.name == EMBEDDED:
-        return _embedded()
-    return _row_texts(source) if source.has_rows else paragraphs(_read(source))
-
-
 def _embedded() -> list[str]:
-    """The package's texts, half of each kind in each half.
-
-    The kinds are the six subjects, and the parts of its passages about one topic.
-    """
+    """The six subjects, and the parts of passages about one topic, half of each in each half."""
     from dart_llm.data import passages
 
     subjects = [texts.read(subject) for subject in texts.subjects()]

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import resources
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -105,8 +105,7 @@ class Passage:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able data; ``read_passages`` reads it back from a line."""
-        topics = [asdict(topic) for topic in self.topics]
-        return {"id": self.id, "text": self.text, "topics": topics, "changes": list(self.changes)}
+        return {**asdict(self), "topics": [*map(asdict, self.topics)], "changes": [*self.changes]}
 
 
 def shipped() -> list[Passage]:
@@ -114,19 +113,15 @@ def shipped() -> list[Passage]:
     data = resources.files("dart_llm.data") / "shipped" / "drift" / "passages"
     with resources.as_file(data) as folder:
         index = folder / "index.jsonl"
-        rows = [(number, {**row, "text": _text(folder, row)}) for number, row in read_rows(index)]
-        return read_records(Passage, index, rows)
-
-
-def _text(folder: Path, row: dict[str, Any]) -> str:
-    return (folder / f"{row['id']}.txt").read_text(encoding="utf-8").removesuffix("\n")
+        rows = dict(read_rows(index))
+        for row in rows.values():
+            text = (folder / f"{row['id']}.txt").read_text(encoding="utf-8")
+            row["text"] = text.removesuffix("\n")
+        return read_records(Passage, index, rows.items())
 
 
 def passages(source: str | None) -> list[Passage]:
-    """Those of a JSONL file, or the package's (``SHIPPED``, no name).
-
-    Raises ``ConfigError`` where there is no such file, or as ``read_passages``.
-    """
+    """Those of a JSONL file, or the package's (``SHIPPED``, no name); raises as ``existing``."""
     if not source or source == SHIPPED:  # "" is how a script says that nothing is given
         return shipped()
     return read_passages(existing("passages", source))
@@ -144,11 +139,7 @@ def existing(option: str, source: str) -> Path:
 
 
 def read_passages(path: str | Path) -> list[Passage]:
-    """The passages in a JSONL file; the module's docstring describes its lines.
-
-    Raises ``ConfigError``, with the line's number, for a line that does not fit, and for an id
-    that occurs twice or a file without passages.
-    """
+    """The passages in a JSONL file; raises as ``read_records``."""
     return read_records(Passage, path, read_rows(Path(path)))
 
 
@@ -207,14 +198,14 @@ def find(records: Sequence[DriftPrompt | Passage], name: str) -> DriftPrompt | P
         if record.id == name:
             return record
     close = [record for record in records if name and record.id.startswith(name)]
-    if len(close) > 1:
+    if len(close) == 1:
+        return close[0]
+    if close:
         raise ConfigError(
             f'{len(close)} ids begin with "{name}", such as {close[0].id} and {close[1].id}: '
             "write more of the one you mean"
         )
-    if not close:
-        raise UnknownName("prompt or passage", name, (record.id for record in records))
-    return close[0]
+    raise UnknownName("prompt or passage", name, (record.id for record in records))
 
 
 def encode(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
@@ -224,14 +215,10 @@ def encode(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
         ids, ends = list(found["input_ids"]), [end for _, end in found["offset_mapping"]]
     else:  # no offsets: the lengths of the decoded beginnings
         ids = list(tokenizer(text, verbose=False)["input_ids"])
-        decode = tokenizer.decode
-        ends = [
-            min(len(text), len(decode(ids[: k + 1], skip_special_tokens=True)))
-            for k in range(len(ids))
-        ]
-    for place in range(1, len(ends)):
-        ends[place] = max(ends[place], ends[place - 1])  # a special token is at no character
-    return ids, ends
+        starts = (ids[: k + 1] for k in range(len(ids)))
+        sizes = (len(tokenizer.decode(start, skip_special_tokens=True)) for start in starts)
+        ends = [min(len(text), size) for size in sizes]
+    return ids, list(accumulate(ends, max))  # a special token is at no character
 
 
 def first_tokens(ends: Sequence[int], offsets: Sequence[int]) -> tuple[int, ...]:
@@ -270,10 +257,7 @@ def tokens(passage: Passage, tokenizer: Any) -> Text:
 
 
 def check(texts: Sequence[Text], prompt: int, longest: int | None) -> None:
-    """Raise ``ConfigError`` for a text whose first change is in the prompt, or that is too long.
-
-    ``longest``: tokens of the model's context, or None.
-    """
+    """Raise ``ConfigError`` for a first change in the prompt and a text over ``longest`` tokens."""
     for text in texts:
         if text.changes[0] <= prompt:
             raise ConfigError(

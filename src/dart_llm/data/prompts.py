@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
@@ -93,10 +94,7 @@ def is_text(text: str) -> bool:
 
 
 def read_prompt_file(file: str) -> str:
-    """The text of a prompt file; ``-`` is standard input.
-
-    Raises ``ConfigError`` when it cannot be read as UTF-8; a mark of its encoding is no text.
-    """
+    """The text of a UTF-8 file, without the mark of its encoding; ``-`` is standard input."""
     try:
         if file != "-":
             return Path(file).read_text(encoding="utf-8-sig")
@@ -118,10 +116,8 @@ def resolve_prompt(text_or_name: str) -> str:
     """The prompt that a user means.
 
     A shipped prompt's name gives that prompt; the name of a file under ``datasets/`` in the
-    current folder (with or without ``.txt``) gives that file's text as it is; anything else is
-    the prompt itself and comes back unchanged.
-
-    Raises ``ConfigError`` when such a file cannot be read as UTF-8.
+    current folder (with or without ``.txt``) gives that file's text as it is, or ``ConfigError``
+    where that is not UTF-8; anything else is the prompt itself and comes back unchanged.
     """
     if text_or_name in prompt_names():
         return read_prompt(text_or_name)
@@ -150,12 +146,10 @@ def _local_file(name: str) -> Path | None:
         return None
     if pure.parts[:1] == (LOCAL_PROMPTS.name,):  # "datasets/NAME" was written out
         pure = pure.relative_to(LOCAL_PROMPTS)
-    for path in (LOCAL_PROMPTS / f"{pure}.txt", LOCAL_PROMPTS / pure):
-        try:
+    with contextlib.suppress(OSError, ValueError):  # a name that no file can have
+        for path in (LOCAL_PROMPTS / f"{pure}.txt", LOCAL_PROMPTS / pure):
             if path.is_file():
                 return path
-        except (OSError, ValueError):  # a name that no file can have, such as one with a NUL
-            continue
     return None
 
 
@@ -167,11 +161,10 @@ def mmlu_prompt(
 ) -> str:
     """A prompt of MMLU questions with their choices and without answers.
 
-    subjects: one or several names; each gets the same share of the ``length`` tokens, special
-    tokens included.  A share ends at the last question that fits; a first question that is too
-    long alone is cut at the token limit.  ``questions(subject)`` yields mappings with
-    ``question`` and ``choices`` and defaults to ``datasets.mmlu_questions``, which never gives
-    test questions; other keys, such as an answer, are not looked at.
+    Each subject gets the same share of the ``length`` tokens, special tokens included.  A share
+    ends at the last question that fits; a first question that is too long alone is cut at the
+    token limit.  ``questions(subject)`` yields mappings with ``question`` and ``choices``; the
+    default, ``datasets.mmlu_questions``, never gives test questions.
 
     Raises ``ConfigError`` (no subject, no room, no questions) and what ``questions`` raises.
     """

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from importlib import resources
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -52,9 +54,6 @@ SIDE_SLOTS = ("topic", "field", "expert", "place", "is", "it", "them")
 sentence."""
 
 SLOTS = tuple(f"{name}_{side}" for side in SIDES for name in SIDE_SLOTS)
-
-ARTICLES = ("the ", "a ", "an ")
-
 
 REASONS = {
     "missing": "is missing",
@@ -122,14 +121,13 @@ class Domain(BaseModel, frozen=True, extra="forbid"):
     @cached_property
     def items(self) -> tuple[Item, ...]:
         """All items, those of the singular first."""
-        return tuple(Item(name, False) for name in self.singular) + tuple(
-            Item(name, True) for name in self.plural
-        )
+        singular, plural = zip(self.singular, repeat(False)), zip(self.plural, repeat(True))
+        return tuple(Item(*item) for item in chain(singular, plural))
 
     def slots(self, item: Item, side: str) -> dict[str, str]:
         """What the slots that end in ``_<side>`` become for one of the items."""
-        verb, pronoun, them = ("are", "they", "them") if item.plural else ("is", "it", "it")
-        texts = (item.name, self.field, self.expert, self.place, verb, pronoun, them)
+        number = ("are", "they", "them") if item.plural else ("is", "it", "it")
+        texts = (item.name, self.field, self.expert, self.place, *number)
         return {f"{name}_{side}": text for name, text in zip(SIDE_SLOTS, texts, strict=True)}
 
 
@@ -156,15 +154,17 @@ class Ontology(BaseModel, frozen=True, extra="forbid"):
         if len(domains) < 2:
             raise ValueError("a change of topic needs two domains or more")
         owners = dict[str, str]()
-        for name, domain in domains.items():
-            for item in domain.items:
-                owner = owners.setdefault(_bare(item.name), name)
-                if owner != name:
-                    raise ValueError(
-                        f'the item "{item.name}" of {name} is also in {owner}: keep it in one'
-                    )
-            if len({_bare(item.name) for item in domain.items}) < len(domain.items):
+        for name, item in (
+            (name, item) for name, domain in domains.items() for item in domain.items
+        ):
+            owner = owners.get(_bare(item.name))
+            if owner == name:
                 raise ValueError(f"{name} has an item twice: drop one")
+            if owner is not None:
+                raise ValueError(
+                    f'the item "{item.name}" of {name} is also in {owner}: keep it in one'
+                )
+            owners[_bare(item.name)] = name
         return domains
 
     @model_validator(mode="after")
@@ -203,25 +203,19 @@ KEYS = (*Ontology.model_fields, *Domain.model_fields)
 
 def _bare(name: str) -> str:
     """An item's name without article and capitals, so that "The Sun" and "sun" are one."""
-    text = name.casefold()
-    return next((text.removeprefix(a) for a in ARTICLES if text.startswith(a)), text)
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    return re.sub("^(the|an?) ", "", name.casefold())
 
 
 def fill(template: str, slots: Mapping[str, str]) -> str:
     """The text with ``slots`` in it; a slot that starts with a capital gets one."""
-    capitals = {_capital(name): _capital(value) for name, value in slots.items()}
-    return template.format_map({**capitals, **slots})
+    capital = {name[0].upper() + name[1:]: v[:1].upper() + v[1:] for name, v in slots.items()}
+    return template.format_map({**capital, **slots})
 
 
 def load_ontology(path: str | Path | None = None) -> Ontology:
     """The package's ontology, or the one in a YAML file; the module's docstring describes it.
 
-    Raises ``ConfigError`` with the place in the file for anything missing, empty, unknown or of
-    another kind, and for an item that occurs twice, in one domain or in two.
+    Raises ``ConfigError`` with the place in the file for anything that does not fit.
     """
     with resources.as_file(_data()) as folder:
         data = _read(folder / "templates.yaml")
@@ -263,11 +257,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class DriftPrompt:
-    """``id``: template and a hash of the text, so the same text has the same id whatever the seed;
-    ``slots``: what was put into the template; ``domains``: of the first and of the second topic.
+    """A text that asks for two topics.
 
-    ``domains`` is empty, and ``seed`` None, for a prompt that was not generated.  Raises
-    ``ConfigError`` when there is no text or no change of domain.
+    ``id``: template and a hash of the text, so the same text has the same id whatever the seed;
+    ``slots``: what was put into the template; ``domains``: of both topics.  A prompt that was not
+    generated has neither domains nor seed.
     """
 
     id: str
@@ -353,10 +347,8 @@ class _Draw:
         names = self.ontology.slots(template)
         values = {**first.slots(one, "a"), **second.slots(other, "b")}
         values |= {name: _pick(choices[name], rng) for name in names if name in choices}
-        text = fill(template, values)
-        digest = hashlib.sha256(text.encode("utf-8")).hexdigest()[:10]
-        slots = {name: values[name] for name in names}
-        name = f"{self.template}-{digest}"
+        text, slots = fill(template, values), {name: values[name] for name in names}
+        name = f"{self.template}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
         return DriftPrompt(name, text, self.template, slots, self.domains, seed)
 
 
@@ -393,8 +385,7 @@ def shipped() -> list[DriftPrompt]:
 def read_prompts(path: str | Path) -> list[DriftPrompt]:
     """The prompts in a JSONL file; without an ``id`` a prompt's id is its line number.
 
-    Raises ``ConfigError``, with the line's number, for a line that is no JSON object, lacks a text
-    or holds something of another kind, and for an id that occurs twice or a file without prompts.
+    Raises as ``read_records``.
     """
     rows = (
         (number, {**row, "id": str(number if row.get("id") is None else row["id"])})
@@ -406,7 +397,11 @@ def read_prompts(path: str | Path) -> list[DriftPrompt]:
 def read_records(
     kind: type[Record], path: str | Path, rows: Iterable[tuple[int, dict[str, Any]]]
 ) -> list[Record]:
-    """The lines of a file, each with its number, as records with different ids."""
+    """The lines of a file, each with its number, as records with different ids.
+
+    Raises ``ConfigError``, with the line's number, for a line that does not fit and an id that
+    occurs twice, and for a file without records.
+    """
     records = dict[str, Record]()
     for number, row in rows:
         record = validated(kind, row, f"line {number} of {path}")

@@ -1,10 +1,8 @@
-"""Sampling, requests and results; the next token; whole characters and stop strings.
-
-From tokens to text while they arrive: whole characters only, stop strings left out.
-"""
+"""The next token, and its text while tokens arrive: whole characters, stop strings left out."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -14,9 +12,7 @@ from torch import Tensor
 
 from dart_llm.engine.requests import Sampling
 from dart_llm.errors import DartError
-
-# The next token of every row: greedy, or drawn at a temperature from the likeliest ones.
-
+from dart_llm.session.generation import CONTEXT, HALF, decode_ids
 
 FEW = 64
 """Likeliest tokens that ``top_p`` looks at first; eight times as many whenever they are too few."""
@@ -39,7 +35,7 @@ class Sampler:
         """Token ids of logits [n, V]; raises ``DartError`` where they are not finite."""
         scores = logits.float()
         best = scores.max(-1)
-        if not all(map(_is_finite, best.values.tolist())):
+        if not all(map(math.isfinite, best.values.tolist())):
             raise DartError("a logit is not finite: the model overflows; try dtype float32")
         if self.sampling.temperature == 0:
             ids: list[int] = best.indices.tolist()
@@ -66,10 +62,6 @@ class Sampler:
         return int(found.indices[_at(sums[:inside], point)])
 
 
-def _is_finite(value: float) -> bool:
-    return value - value == 0
-
-
 def _at(sums: Tensor, point: float) -> int:
     """Where ``point`` in [0, 1) of the whole falls in running sums [k]."""
     place = torch.searchsorted(sums, point * sums[-1], right=True)
@@ -90,13 +82,6 @@ def logprobs(logits: Tensor, ids: Sequence[int], count: int) -> list[list[tuple[
     ]
 
 
-HALF = "\ufffd"
-"""What a decoder gives for part of a character."""
-
-CONTEXT = 4
-"""Tokens before a new one with which it is decoded: some tokenizers treat the first one apart."""
-
-
 class Pieces:
     """The text of single tokens, special ones by their names; remembered."""
 
@@ -111,9 +96,9 @@ class Pieces:
         return text
 
     def _find(self, token: int) -> str:
-        text: str = _decode(self._tokenizer, [token], special=True)
+        text: str = decode_ids(self._tokenizer, [token], special=True)
         if text and not text[0].isspace():  # a first token may have lost its leading space
-            twice = _decode(self._tokenizer, [token, token], special=True)
+            twice = decode_ids(self._tokenizer, [token, token], special=True)
             if twice.startswith(text) and twice.endswith(text):
                 return twice[len(text) :]
         return text
@@ -128,49 +113,13 @@ class Pieces:
                 texts.append(own)
                 continue
             held.append(token)
-            joined = _decode(self._tokenizer, held, special=True)
+            joined = decode_ids(self._tokenizer, held, special=True)
             whole = not joined.endswith(HALF) or len(held) > CONTEXT
             texts.append(joined if whole else "")
             held = [] if whole else held
         if held:
-            texts[-1] = _decode(self._tokenizer, held, special=True)
+            texts[-1] = decode_ids(self._tokenizer, held, special=True)
         return texts
-
-
-class TextStream:
-    """Decodes one answer token by token; special tokens say nothing."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._context: list[int] = []
-        self._before = ""
-        self._pending: list[int] = []
-
-    def add(self, token: int) -> str:
-        """What can be read now that could not before."""
-        self._pending.append(token)
-        after = _decode(self._tokenizer, self._context + self._pending)
-        return "" if after.endswith(HALF) else self._take(after)
-
-    def end(self) -> str:
-        """What is left, half characters too: no token will follow."""
-        if not self._pending:
-            return ""
-        return self._take(_decode(self._tokenizer, self._context + self._pending))
-
-    def _take(self, after: str) -> str:
-        new = after[len(self._before) :]
-        self._context = (self._context + self._pending)[-CONTEXT:]
-        self._before = _decode(self._tokenizer, self._context)
-        self._pending = []
-        return new
-
-
-def _decode(tokenizer: Any, ids: Sequence[int], special: bool = False) -> str:
-    text: str = tokenizer.decode(
-        ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False
-    )
-    return text
 
 
 class StopFinder:

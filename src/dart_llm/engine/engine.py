@@ -15,7 +15,6 @@ import logging
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Any
 
 from dart_llm.engine.decoding import Pieces
@@ -25,6 +24,7 @@ from dart_llm.engine.request import Emit, Request
 from dart_llm.engine.requests import GenerationRequest, GenerationResult
 from dart_llm.errors import AttachError, DartError
 from dart_llm.pruning.config import PruneConfig
+from dart_llm.session.method import MethodOnModel
 
 logger = logging.getLogger("dart_llm")
 
@@ -117,15 +117,17 @@ class Engine:
                 self._host.rest()
             if ask.conversation is not None and kept is not None:
                 self._kept.put(ask.conversation, kept, ask.owner)
-            emit(_done(answer))
+            told = (answer.id, answer.finish, answer.texts, answer.usage, answer.timings)
+            emit(Done(*told, answer.report))
             trim_heap()
             return answer
 
-    def _conversation(self, ask: GenerationRequest, ready: Any) -> Conversation | None:
+    def _conversation(self, ask: GenerationRequest, ready: MethodOnModel) -> Conversation | None:
         """What ``ask`` goes on from; what was kept under its name is given up otherwise."""
         found = self._kept.take(ask.conversation)
-        same = found is not None and found.ready.config == ready.config
-        return found if same and found is not None and found.shared(ask.ids) else None
+        if found is None or found.ready.config != ready.config or not found.shared(ask.ids):
+            return None
+        return found
 
     def forget(self, conversation: str) -> None:
         """Drop what is kept of a conversation, if anything is."""
@@ -155,17 +157,8 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _done(answer: GenerationResult) -> Done:
-    return Done(answer.id, answer.finish, answer.texts, answer.usage, answer.timings, answer.report)
 
 
 def _ends(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -7,7 +7,7 @@ records as things happen, and one ``done`` or ``error``.  ``to_dict`` gives JSON
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar
 
 from dart_llm.pruning.records import DriftCheck, Remask, RunReport
@@ -16,9 +16,24 @@ BINS = 96
 """Groups of neighbouring neurons per layer in a mask's raster, where a layer has so many."""
 
 
-def _flat(record: Any) -> dict[str, Any]:
-    """The fields by name; what they hold is left as it is."""
-    return {"kind": record.kind, **{f.name: getattr(record, f.name) for f in fields(record)}}
+def _plain(value: Any) -> Any:
+    """JSON-able data of a record or of what it holds."""
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    return [_plain(one) for one in value] if isinstance(value, tuple | bytes) else value
+
+
+class _Told:
+    """What all records have."""
+
+    kind: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able data: the kind, then the fields."""
+        told = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {"kind": self.kind, **{name: _plain(value) for name, value in told.items()}}
 
 
 @dataclass(frozen=True)
@@ -30,7 +45,7 @@ class PromptToken:
 
 
 @dataclass(frozen=True)
-class Start:
+class Start(_Told):
     """A request begins.  ``sparsity``: None where no sparsity of the whole model was asked for."""
 
     kind: ClassVar[str] = "start"
@@ -44,11 +59,6 @@ class Start:
     neurons: tuple[int, ...]
     prompt: tuple[PromptToken, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able data."""
-        prompt = [{"id": one.id, "text": one.text} for one in self.prompt]
-        return {**_flat(self), "neurons": list(self.neurons), "prompt": prompt}
-
 
 @dataclass(frozen=True)
 class Likely:
@@ -60,7 +70,7 @@ class Likely:
 
 
 @dataclass(frozen=True)
-class Token:
+class Token(_Told):
     """One token of one choice.
 
     ``text``: what became readable with it: "" while a character is incomplete or a stop string may
@@ -82,16 +92,9 @@ class Token:
     top: tuple[Likely, ...] | None
     seconds: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able data."""
-        if self.top is None:
-            return _flat(self)
-        top = [{"id": one.id, "text": one.text, "logprob": one.logprob} for one in self.top]
-        return {**_flat(self), "top": top}
-
 
 @dataclass(frozen=True)
-class Scores:
+class Scores(_Told):
     """What the model gave each token of the prompt, where that was asked for.
 
     ``logprobs``: nats, given all tokens before it; None for the first one.  ``top``: the likeliest
@@ -102,14 +105,9 @@ class Scores:
     logprobs: tuple[float | None, ...]
     top: tuple[tuple[Likely, ...], ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able data."""
-        top = [[asdict(one) for one in place] for place in self.top]
-        return {**_flat(self), "logprobs": list(self.logprobs), "top": top}
-
 
 @dataclass(frozen=True)
-class Check:
+class Check(_Told):
     """The drift detector completed a window.
 
     The first window of a rule that is arming has nothing to compare with: ``similarity`` is None.
@@ -120,13 +118,13 @@ class Check:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of ``DriftCheck``."""
-        found = {"kind": self.kind, **asdict(self.check)}
         alone = self.check.state == "arming" and self.check.similarity == 0
+        found = {"kind": self.kind, **_plain(self.check)}
         return {**found, "similarity": None} if alone else found
 
 
 @dataclass(frozen=True)
-class Masked:
+class Masked(_Told):
     """Masks were built."""
 
     kind: ClassVar[str] = "remask"
@@ -134,11 +132,11 @@ class Masked:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of ``Remask``."""
-        return {"kind": self.kind, **asdict(self.remask), "kept": list(self.remask.kept)}
+        return {"kind": self.kind, **_plain(self.remask)}
 
 
 @dataclass(frozen=True)
-class Mask:
+class Mask(_Told):
     """The mask that came into force with token ``token``; ``number`` counts from 1.
 
     ``raster``: per layer one byte for each group of neighbouring neurons, the share of them that
@@ -150,11 +148,6 @@ class Mask:
     token: int
     kept_share: tuple[float, ...]
     raster: tuple[bytes, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able data."""
-        raster = [list(row) for row in self.raster]
-        return {**_flat(self), "kept_share": list(self.kept_share), "raster": raster}
 
 
 @dataclass(frozen=True)
@@ -196,7 +189,7 @@ class Timings:
 
 
 @dataclass(frozen=True)
-class Done:
+class Done(_Told):
     """A request ended; the last record of it."""
 
     kind: ClassVar[str] = "done"
@@ -207,30 +200,14 @@ class Done:
     timings: Timings
     report: RunReport
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able data."""
-        return {
-            "kind": self.kind,
-            "id": self.id,
-            "finish": list(self.finish),
-            "texts": list(self.texts),
-            "usage": asdict(self.usage),
-            "timings": self.timings.to_dict(),
-            "report": self.report.to_dict(),
-        }
-
 
 @dataclass(frozen=True)
-class Failed:
+class Failed(_Told):
     """A request failed; the last record of it."""
 
     kind: ClassVar[str] = "error"
     id: str
     message: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able data."""
-        return _flat(self)
 
 
 Record = Start | Scores | Token | Check | Masked | Mask | Done | Failed

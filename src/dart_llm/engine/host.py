@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import logging
 import sys
 from collections import Counter, OrderedDict
@@ -159,9 +158,6 @@ class PatchHost:
         self.patch.remove()
 
 
-# What is kept of named conversations between their turns.
-
-
 @dataclass
 class Conversation:
     """A cache, the tokens in it, and the controller that saw them.
@@ -238,26 +234,12 @@ class ConversationCache:
         return len(self._held)
 
 
-# Memory that was freed, given back to the system.
-
-
-@functools.cache
-def _trim() -> Callable[[int], Any] | None:
-    """glibc's ``malloc_trim``; None elsewhere."""
-    if not sys.platform.startswith("linux"):
-        return None
-    try:
-        found: Callable[[int], Any] = ctypes.CDLL("libc.so.6").malloc_trim
-    except (OSError, AttributeError):
-        return None
-    return found
-
-
 def trim_heap() -> None:
     """Return free pages, where the C library can.
 
     Between the many small blocks of a request glibc keeps what its large ones have left: a program
     that frees everything after every request grows all the same.
     """
-    if (trim := _trim()) is not None:
-        trim(0)
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -1,7 +1,4 @@
-"""One request from prompt to answer.
-
-One request from its prompt to its answer, on a model that is attached.
-"""
+"""One request from its prompt to its answer, on a model that is attached."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dart_llm.engine.decoding import Pieces, Sampler, StopFinder, TextStream, logprobs
+from dart_llm.engine.decoding import Pieces, Sampler, StopFinder, logprobs
 from dart_llm.engine.events import (
     BINS,
     Check,
@@ -37,10 +34,8 @@ from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.records import Remask
 from dart_llm.pruning.sequence import SequenceState
 from dart_llm.pruning.token_level import TokenMask
+from dart_llm.session.generation import TextStream
 from dart_llm.session.method import MethodOnModel
-
-# The forwards of one request: its prompt in pieces, then token by token.
-
 
 PIECE = 512
 """Prompt tokens that are read at once: between two pieces a request can be cancelled."""
@@ -124,9 +119,6 @@ def _row(mask: LayerMask | None, width: int, bins: int, share: float) -> bytes:
         round(255 * count / (end - start))
         for count, start, end in zip(kept, edges, edges[1:], strict=False)
     )
-
-
-# One choice of a request as it grows.
 
 
 class Row:

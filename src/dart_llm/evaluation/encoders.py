@@ -42,7 +42,7 @@ SMALL = ["*.json", "*.txt", "*.model", "*.jinja", "[0-9]_*/*.bin"]
 
 @dataclass(frozen=True)
 class EncoderSource:
-    """An encoder's files.  ``origin`` says where they came from, ``revision`` is a hub commit."""
+    """An encoder's files.  ``origin``: where they came from; ``revision``: a hub commit."""
 
     name: str
     folder: Path
@@ -53,10 +53,9 @@ class EncoderSource:
     @property
     def label(self) -> str:
         """Name, origin and the start of revision and checksum, for notes beside numbers."""
-        parts = [self.origin]
-        parts += [f"revision {self.revision[:12]}"] if self.revision else []
-        parts += [f"sha256 {self.sha256[:12]}"] if self.sha256 else []
-        return f"{self.name} ({', '.join(parts)})"
+        facts = {"revision": self.revision, "sha256": self.sha256}
+        parts = (f"{name} {value[:12]}" for name, value in facts.items() if value)
+        return f"{self.name} ({', '.join([self.origin, *parts])})"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able facts, for provenance."""
@@ -113,12 +112,8 @@ def _default(cache_dir: str | Path | None, say: FetchProgress) -> EncoderSource:
             ) from first
         logger.warning("%s: read from the hub's %s instead (%s)", DEFAULT, hub_id, first)
         return source
-    return EncoderSource(
-        name=DEFAULT,
-        folder=folder,
-        origin=f"pip package {bundled.ENCODER_PACKAGE} {bundled.ENCODER_VERSION}",
-        sha256=bundled.FILES[bundled.WEIGHTS],
-    )
+    origin = f"pip package {bundled.ENCODER_PACKAGE} {bundled.ENCODER_VERSION}"
+    return EncoderSource(DEFAULT, folder, origin, bundled.FILES[bundled.WEIGHTS])
 
 
 def _folder(path: Path) -> EncoderSource:
@@ -128,7 +123,7 @@ def _folder(path: Path) -> EncoderSource:
             f"{path} is no encoder, for it has neither modules.json nor config.json; give the "
             "folder that save_pretrained wrote"
         )
-    return EncoderSource(name=path.name, folder=path, origin="folder", sha256=weights_sha256(path))
+    return EncoderSource(path.name, path, "folder", weights_sha256(path))
 
 
 def _hub(
@@ -147,13 +142,7 @@ def _hub(
         raise hub_failure(error, hub_id, None, instead) or LoadError(
             f"{hub_id} could not be fetched: {plain(error)}"
         ) from error
-    return EncoderSource(
-        name=hub_id,
-        folder=folder,
-        origin="hub",
-        sha256=weights_sha256(folder),
-        revision=folder.name,
-    )
+    return EncoderSource(hub_id, folder, "hub", weights_sha256(folder), folder.name)
 
 
 def _snapshot(hub_id: str, cache: Path | None, cache_only: bool) -> Path:
@@ -240,12 +229,9 @@ def _fitting(piece: str, count: Count, limit: int) -> list[str]:
     if len(piece) < 2 or count(piece) <= limit:
         return [piece]
     words = piece.split()
-    if len(words) > 1:
-        half = len(words) // 2
-        parts = (" ".join(words[:half]), " ".join(words[half:]))
-    else:
-        half = len(piece) // 2
-        parts = (piece[:half], piece[half:])
+    units, joint = (words, " ") if len(words) > 1 else (list(piece), "")
+    half = len(units) // 2
+    parts = (joint.join(units[:half]), joint.join(units[half:]))
     return [fitting for part in parts for fitting in _fitting(part, count, limit)]
 
 
@@ -271,16 +257,13 @@ class Embedder:
         pieces = [windows(text, self.count, self.window) for text in texts]
         flat = [piece for of_text in pieces for piece in of_text]
         rows = np.zeros((len(texts), self.dimensions), dtype=np.float64)
-        if not flat:
-            return rows
-        encoded = iter(self._encode(flat))
+        encoded = iter(self._encode(flat) if flat else ())
         for row, of_text in zip(rows, pieces, strict=True):
             vectors = [next(encoded) for _ in of_text]
-            if len(vectors) > 1:
+            if vectors:
                 weights = [max(1, self.count(piece)) for piece in of_text]
-                row[:] = np.average(vectors, axis=0, weights=weights)
-            elif vectors:
-                row[:] = vectors[0]
+                weighed = weights if len(weights) > 1 else None  # one vector stays as it is
+                row[:] = np.average(vectors, axis=0, weights=weighed)
         return rows
 
     def count(self, text: str) -> int:
@@ -319,7 +302,10 @@ def load_embedder(
     Raises ``MissingExtra`` without sentence-transformers, ``LoadError`` when the model cannot be
     had or read.
     """
-    library = _library()
+    try:
+        library = import_module("sentence_transformers")
+    except ImportError as error:
+        raise MissingExtra("sentence-transformers", "drift") from error
     source = find_encoder(name, cache_dir=cache_dir, progress=progress)
     try:
         with bars(shown=False):
@@ -345,13 +331,6 @@ def cosine(a: Array, b: Array) -> float:
     """Cosine of two vectors [dimensions], in [-1, 1]; 0 if one of them is zero."""
     first, second = unit(np.stack([a, b]))
     return float(np.clip(first @ second, -1.0, 1.0))
-
-
-def _library() -> Any:
-    try:
-        return import_module("sentence_transformers")
-    except ImportError as error:
-        raise MissingExtra("sentence-transformers", "drift") from error
 
 
 def _window(model: Any) -> int | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,13 +102,13 @@ class _Task:
         logits = logits[: len(targets)]
         loss = F.cross_entropy(logits.float(), targets, reduction="none")
         self.losses.setdefault(continuation, []).append(loss)
-        self.greedy.setdefault(continuation, []).append((logits.argmax(-1) == targets).all())
+        self.greedy.setdefault(continuation, []).append(logits.argmax(-1) == targets)
 
     def result(self, continuation: tuple[int, ...]) -> Likelihood:
         losses = torch.cat(self.losses[continuation])
         if not bool(losses.isfinite().all()):
             raise DartError("a loss is not finite: the model overflows; try dtype float32")
-        greedy = bool(torch.stack(self.greedy[continuation]).all())
+        greedy = bool(torch.cat(self.greedy[continuation]).all())
         return Likelihood(tuple(losses.tolist()), greedy)
 
 
@@ -119,7 +119,7 @@ def _decode(task: _Task, size: int) -> None:
     if prompt:
         ids = _ids(task.model, [prompt])
         cache = task.model(ids, use_cache=True, logits_to_keep=1).cache
-    batches = list(_batches(task.rows, size))
+    batches = _batches(task.rows, size)
     for number, batch in enumerate(batches):
         if task.run is not None and number:
             task.run.branch()
@@ -142,16 +142,15 @@ def _full(task: _Task, size: int) -> None:
 def _published(task: _Task) -> None:
     """Masks from, and applied to, the whole scored text, the answer included."""
     assert task.run is not None
-    for fed, group in task.rows:
-        for continuation in group:
-            if task.losses:
-                task.reports.append(task.run.report().to_dict())
-            task.run.hold(None)
-            whole = task.context + continuation
-            task.model(_ids(task.model, [whole]), use_cache=True, logits_to_keep=1)
-            task.run.hold(task.run.select())
-            row = [(fed, (continuation,))]
-            _feed(task, row, [task.context + fed], None, 0, len(task.context) - 1)
+    for fed, continuation in ((fed, one) for fed, group in task.rows for one in group):
+        if task.losses:
+            task.reports.append(task.run.report().to_dict())
+        task.run.hold(None)
+        whole = task.context + continuation
+        task.model(_ids(task.model, [whole]), use_cache=True, logits_to_keep=1)
+        task.run.hold(task.run.select())
+        row = [(fed, (continuation,))]
+        _feed(task, row, [task.context + fed], None, 0, len(task.context) - 1)
 
 
 def _feed(
@@ -177,6 +176,11 @@ def _feed(
     feed(task.model, task.run, ids, cache, take, first=first, cached=cached, mask=valid)
 
 
+def _batches(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
+    size = max(1, size)
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
 def _ids(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
     width = max(len(row) for row in rows)
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=model.device)
@@ -190,8 +194,3 @@ def _valid(model: Any, rows: Sequence[Sequence[int]], cached: int) -> Tensor | N
     return torch.tensor(
         [[1] * (cached + len(row)) + [0] * (width - len(row)) for row in rows], device=model.device
     )
-
-
-def _batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
-    for start in range(0, len(rows), max(1, size)):
-        yield rows[start : start + max(1, size)]

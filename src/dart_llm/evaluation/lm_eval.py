@@ -60,7 +60,7 @@ def collect(
         metrics, subtasks = subtasks[leaves[0]], {}
     else:
         metrics = _overall(items, subtasks, weighed)
-    metric = next((m for m in HEADLINES if m in metrics), next(iter(metrics), ""))
+    metric = next((m for m in (*HEADLINES, *metrics) if m in metrics), "")
     better = results["higher_is_better"].get(leaves[0], {})
     return Measurement(
         task=name,
@@ -71,39 +71,30 @@ def collect(
         items=tuple(item for leaf in leaves for item in items[leaf]),
         accounting=scorer.accounting(),
         samples=tuple(s for leaf in leaves for s in _samples(leaf, results["samples"][leaf])),
-        notes=(*_notes(scorer, options), *_subjects(name, len(leaves))),
+        notes=tuple(_notes(scorer, options, name, len(leaves))),
         counts=counts,
         masks=masks,
         subtasks=subtasks,
     )
 
 
-def _subjects(name: str, tasks: int) -> tuple[str, ...]:
-    """MMLU over a local folder may be a part of it, and says so."""
-    if name != "mmlu" or tasks >= len(MMLU_SUBJECTS):
-        return ()
-    return (
-        f"mmlu: {tasks} of its {len(MMLU_SUBJECTS)} subjects, those in {LOCAL_MMLU.as_posix()}",
-    )
-
-
-def _notes(scorer: Scorer, options: MeasureOptions) -> tuple[str, ...]:
-    config = scorer.candidate.config
-    notes = list(scorer.candidate.notes)
-    if config is None:
-        return tuple(notes)
-    if options.protocol == "published":
-        notes.append(LEAK)
-    slow = config.drift.rule != "never" or config.min_evidence or config.masking_step
-    if slow and scorer.at_once:
-        notes.append(
-            "likelihood tasks: masks at once and no re-mask (masking_step 0, min_evidence 0, "
-            "drift never)"
-        )
-    if scorer.short:
-        what = "context was" if scorer.short == 1 else "contexts were"
-        notes.append(f"{scorer.short} {what} scored dense: fewer than {SHORT} tokens")
-    return tuple(notes)
+def _notes(scorer: Scorer, options: MeasureOptions, name: str, tasks: int) -> Iterator[str]:
+    yield from scorer.candidate.notes
+    if (config := scorer.candidate.config) is not None:
+        if options.protocol == "published":
+            yield LEAK
+        slow = config.drift.rule != "never" or config.min_evidence or config.masking_step
+        if slow and scorer.at_once:
+            yield (
+                "likelihood tasks: masks at once and no re-mask (masking_step 0, min_evidence 0, "
+                "drift never)"
+            )
+        if scorer.short:
+            what = "context was" if scorer.short == 1 else "contexts were"
+            yield f"{scorer.short} {what} scored dense: fewer than {SHORT} tokens"
+    subjects = len(MMLU_SUBJECTS)
+    if name == "mmlu" and tasks < subjects:
+        yield f"mmlu: {tasks} of its {subjects} subjects, those in {LOCAL_MMLU.as_posix()}"
 
 
 def _metrics(row: Mapping[str, Any]) -> dict[str, float | None]:
@@ -145,8 +136,8 @@ def _overall(
 ) -> dict[str, float | None]:
     """Metrics of a group over all its documents, each document once.
 
-    Only those that every task averages over its documents, and the perplexity of all documents
-    together: aggregates of another kind cannot be put together from those of the tasks.
+    The perplexity of all together, and what every task averages over its documents: aggregates of
+    another kind cannot be put together from those of the tasks.
     """
     every = [item for own in items.values() for item in own]
     found: dict[str, float | None] = {}
@@ -160,7 +151,7 @@ def _overall(
 
 
 def _averages(items: Items, name: str, value: float | None) -> bool:
-    """Whether ``value`` is the mean of what the items hold under ``name``."""
+    """Whether ``value`` is the mean of the items' numbers."""
     if value is None or not all(name in item for item in items):
         return False
     return math.isclose(mean([item[name] for item in items]), value, rel_tol=1e-6, abs_tol=1e-9)
@@ -226,8 +217,7 @@ def measure(
 
 def count(name: str, options: MeasureOptions) -> int:
     """Documents that ``measure`` will score."""
-    tasks = _load(name, options)["tasks"].values()
-    sizes = [len(task.eval_docs) for task in tasks]
+    sizes = [len(task.eval_docs) for task in _load(name, options)["tasks"].values()]
     return sum(size if options.limit is None else min(size, options.limit) for size in sizes)
 
 
@@ -291,17 +281,15 @@ def _reason(error: Exception) -> str:
 
 
 def _way_out(name: str, error: Exception) -> str:
-    text = " ".join(str(one) for one in chain(error)).lower()
-    if "hub" in text or any(unreachable(one) for one in chain(error)):
-        if name.partition(":")[0] == "mmlu":
-            return (
-                "without the hub put <subject>_test.jsonl into datasets/mmlu/ (docs/evaluation.md)"
-            )
+    causes = list(chain(error))
+    if not any("hub" in str(one).lower() or unreachable(one) for one in causes):
         return (
-            "without the hub give --include-path FOLDER with task files over local data "
-            "(docs/evaluation.md)"
+            "correct the task file, or its data: one JSON object a line with the columns it names"
         )
-    return "correct the task file, or its data: one JSON object a line with the columns it names"
+    way = "give --include-path FOLDER with task files over local data"
+    if name.partition(":")[0] == "mmlu":
+        way = "put <subject>_test.jsonl into datasets/mmlu/"
+    return f"without the hub {way} (docs/evaluation.md)"
 
 
 def _configure(tasks: dict[str, Any], name: str, options: MeasureOptions) -> None:
@@ -324,8 +312,7 @@ def _no_bars() -> Iterator[None]:
     """lm-eval's own progress bars would cut through ours."""
     from lm_eval.api import task
 
-    known = task.tqdm
-    task.tqdm = partial(known, disable=True)
+    task.tqdm, known = partial(task.tqdm, disable=True), task.tqdm
     try:
         yield
     finally:
@@ -338,17 +325,13 @@ def _chosen(tasks: dict[str, Any], options: MeasureOptions) -> dict[str, list[in
         return None
     chosen = {}
     for name, task in tasks.items():
-        size = len(task.eval_docs)
-        chooser = random.Random(f"{options.sample_seed}/{name}")
-        chosen[name] = sorted(chooser.sample(range(size), min(size, options.limit)))
+        every, chooser = range(len(task.eval_docs)), random.Random(f"{options.sample_seed}/{name}")
+        chosen[name] = sorted(chooser.sample(every, min(len(every), options.limit)))
     return chosen
 
 
 class PrunedRequests:
-    """Answers lm-eval's requests with our likelihoods and runs, on top of its Hugging Face model.
-
-    Likelihoods go through ``Scorer``; texts are generated one document at a time inside a run.
-    """
+    """Answers lm-eval's requests with our likelihoods and runs, on top of its own model."""
 
     tok_encode: Callable[[str], list[int]]
     prefix_token_id: int
@@ -371,7 +354,7 @@ class PrunedRequests:
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
         """lm-eval turns requests into tokens, and hands them to ``_loglikelihood_tokens``."""
-        self._steps = _Steps(self._advance, requests)
+        self._steps = _by_documents(self._advance, requests)
         self._names = _names(requests)
         return super().loglikelihood(requests, disable_tqdm=True)  # type: ignore[misc]
 
@@ -384,7 +367,7 @@ class PrunedRequests:
         texts = [self.tok_encode(request.args[0]) for request in requests]
         first = self.prefix_token_id
         windows = sum(len(self.scorer.windows(text, first)) for text in texts)
-        steps = _Steps(self._advance, requests, windows)
+        steps = _by_documents(self._advance, requests, windows)
         return self.scorer.rolling(texts, first, steps, _names(requests))
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
@@ -426,18 +409,14 @@ def _names(requests: Sequence[Any]) -> list[str]:
     return [f"{request.task_name}/{request.doc_id}" for request in requests]
 
 
-class _Steps:
-    """Turns progress over requests into whole documents."""
+def _by_documents(advance: Advance, requests: Sequence[Any], units: int = 0) -> Advance:
+    """``advance`` for requests, or for so many ``units``, that tells of whole documents."""
+    documents, units, done = len({*_names(requests)}), units or len(requests), 0
 
-    def __init__(self, advance: Advance, requests: Sequence[Any], units: int = 0) -> None:
-        documents = len({(request.task_name, request.doc_id) for request in requests})
-        self.share = documents / max(1, units or len(requests))
-        self.advance = advance
-        self.done = 0.0
-        self.told = 0
+    def step(count: int) -> None:
+        nonlocal done
+        told, done = done * documents // units, done + count
+        if whole := done * documents // units - told:
+            advance(whole)
 
-    def __call__(self, units: int) -> None:
-        self.done += units * self.share
-        if (whole := int(self.done + 1e-6)) > self.told:
-            self.advance(whole - self.told)
-            self.told = whole
+    return step

@@ -100,26 +100,24 @@ class Scorer:
                 wanted = [cut[index][1] for index in indices]
                 key = self.key(kind, self.options.batch_size, context, wanted)
                 make = partial(self._score, run, context, wanted, names[indices[0]])
-                part = finished_part(self.parts, key, make)
-                self.finished.append(part)
+                part = self._finish(key, make)
                 for index, (logprob, greedy) in zip(indices, part["answers"], strict=True):
                     answers[index] = (logprob, greedy)
                 advance(len(indices))
 
-        short = [context for context in groups if self._is_short(context)]
+        any_length = self.candidate.config is None or self.options.protocol == "published"
+        least = 0 if any_length else SHORT
+        short = [context for context in groups if len(context) < least]
         self.short += len(short)
         score(None, short)
-        if long := [context for context in groups if not self._is_short(context)]:
+        if long := [context for context in groups if len(context) >= least]:
             with self.attached(likelihood=not live) as run:
                 score(run, long)
         return [answers[index] for index in range(len(pairs))]
 
-    def _is_short(self, context: tuple[int, ...]) -> bool:
-        return (
-            self.candidate.config is not None
-            and len(context) < SHORT
-            and self.options.protocol != "published"
-        )
+    def _finish(self, key: str, make: Callable[[], Part]) -> Part:
+        self.finished.append(finished_part(self.parts, key, make))
+        return self.finished[-1]
 
     def _fit(self, pair: Pair) -> Pair:
         """The pair with its context shortened from the left to the model's length."""
@@ -176,14 +174,11 @@ class Scorer:
         names: Sequence[str],
     ) -> list[float]:
         """The log-likelihood of each text, all of its tokens scored once."""
-        pairs: list[Pair] = []
-        owner: list[int] = []
-        for index, tokens in enumerate(texts):
-            found = self.windows(tokens, prefix)
-            pairs += found
-            owner += [index] * len(found)
+        found = [self.windows(tokens, prefix) for tokens in texts]
+        owner = [index for index, pairs in enumerate(found) for _ in pairs]
+        every = [pair for pairs in found for pair in pairs]
+        answers = self.likelihoods(every, advance, [names[index] for index in owner], live=True)
         totals = [0.0] * len(texts)
-        answers = self.likelihoods(pairs, advance, [names[index] for index in owner], live=True)
         for index, (logprob, _) in zip(owner, answers, strict=True):
             totals[index] += logprob
         return totals
@@ -198,10 +193,9 @@ class Scorer:
         number = self._asked[same]
         self._asked[same] += 1
         key = self.key("generate", number, *content)
-        seed = _seed(self.options.seed, number, same)
-        part = finished_part(self.parts, key, partial(self._generate, run, seed, make))
-        self.finished.append(part)
-        return str(part["text"])
+        content_seed = json.dumps([self.options.seed, number, same])
+        seed = int(hashlib.sha256(content_seed.encode()).hexdigest()[:15], 16)
+        return str(self._finish(key, partial(self._generate, run, seed, make))["text"])
 
     def _generate(self, run: Run | None, seed: int, make: Callable[[], str]) -> Part:
         if run is not None:
@@ -236,7 +230,3 @@ class Scorer:
     def accounting(self) -> dict[str, Any] | None:
         """Everything scored so far in one report; None for the untouched model."""
         return merge_accounting(self.candidate.run(likelihood=True), self.finished)
-
-
-def _seed(*content: Any) -> int:
-    return int(hashlib.sha256(json.dumps(content).encode()).hexdigest()[:15], 16)

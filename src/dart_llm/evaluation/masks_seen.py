@@ -51,15 +51,12 @@ class TakenMasks:
 
 def pack(masks: Sequence[LayerMask | None]) -> Packed:
     """Which neurons each layer keeps; compensation is left out."""
-    return [
-        None
-        if mask is None
-        else [
-            mask.width,
-            base64.b64encode(np.packbits(mask.dense(torch.bool).cpu().numpy()).tobytes()).decode(),
-        ]
-        for mask in masks
-    ]
+
+    def bits(mask: LayerMask) -> str:
+        packed = np.packbits(mask.dense(torch.bool).cpu().numpy())
+        return base64.b64encode(packed.tobytes()).decode()
+
+    return [None if mask is None else [mask.width, bits(mask)] for mask in masks]
 
 
 def kept_flags(layer: list[int | str]) -> Tensor:

@@ -12,10 +12,10 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from dart_llm.evaluation.masks_seen import (
     finished_part,
     merge_accounting,
 )
-from dart_llm.evaluation.measurement import LEAK, Measurement, MeasureOptions
+from dart_llm.evaluation.measurement import LEAK, Measurement, MeasureOptions, mean
 from dart_llm.evaluation.windows import STANDARD, Window, cut, slice_windows
 from dart_llm.models.describe import context_length
 from dart_llm.pruning.records import RunReport, slim
@@ -41,8 +41,7 @@ from dart_llm.session.prepare import PreparedMethod, UnitStore
 from dart_llm.session.run import Run
 
 
-@dataclass(frozen=True)
-class WindowLosses:
+class WindowLosses(NamedTuple):
     """Per scored token of one window: its loss (nats), and whether it ran pruned."""
 
     losses: tuple[float, ...]
@@ -59,8 +58,7 @@ class Scored:
     @property
     def mean_loss(self) -> float:
         """Over all scored tokens, nats."""
-        flat = [loss for losses in self.losses for loss in losses]
-        return sum(flat) / len(flat)
+        return mean([*itertools.chain(*self.losses)])
 
     @property
     def perplexity(self) -> float:
@@ -133,10 +131,9 @@ def _score(model: Any, run: Run | None, window: Window, protocol: str, prompt: A
     pruned: list[bool] = []
 
     def take(start: int, logits: Tensor) -> None:
-        count = logits.shape[1]
-        expected = targets[start : start + count]
+        expected = targets[start : start + logits.shape[1]]
         losses.append(F.cross_entropy(logits[0].float(), expected, reduction="none"))
-        pruned.extend([run is not None and run.phase == Phase.PRUNED] * count)
+        pruned.extend([run is not None and run.phase == Phase.PRUNED] * len(expected))
 
     first = window.first - 1 - begin
     feed(model, run, ids[:, begin:-1], cache, take, first=first, cached=begin)
@@ -169,7 +166,6 @@ def _choose_masks(model: Any, run: Run, window: Window, protocol: str) -> None:
 
 # One scored window as a JSON-able part: losses, which tokens ran pruned, accounting and masks.
 
-
 DIGITS = 6
 """Decimals of a kept loss (nats); every number of a measurement is computed from kept losses."""
 
@@ -181,19 +177,18 @@ def score_part(candidate: PreparedMethod, run: Run | None, window: Window, proto
     run.reset()
     asked = run.asks_for_pruning
     if protocol == STANDARD and is_first(window):
-        return {**_part(candidate, None, window, protocol), "dense_tokens": len(window.ids) - 1}
+        return _part(candidate, None, window, protocol, dense_tokens=len(window.ids) - 1)
     run.on_masks = taken = TakenMasks()
     with run:
-        part = _part(candidate, run, window, protocol)
-        report = slim(run.report().to_dict())
+        part = _part(candidate, run, window, protocol, masks=taken.packed)
+        part["report"] = slim(run.report().to_dict())
     if asked and not any(ran_pruned(part)):
         raise ConfigError(
             f"perplexity of {candidate.label}: all {window.scored} scored tokens of a slice ran "
             "dense, so this would measure the untouched model; give more prompt or scored "
             "tokens, or a smaller --min-evidence or --masking-step"
         )
-    whole = {**part, "report": report, "masks": taken.packed}
-    return json.loads(json.dumps(whole))  # type: ignore[no-any-return]  # as a resumed run reads it
+    return json.loads(json.dumps(part))  # type: ignore[no-any-return]  # as a resumed run reads it
 
 
 def is_first(window: Window) -> bool:
@@ -202,17 +197,13 @@ def is_first(window: Window) -> bool:
 
 
 def _part(
-    candidate: PreparedMethod, run: Run | None, window: Window, protocol: str
+    candidate: PreparedMethod, run: Run | None, window: Window, protocol: str, **facts: Any
 ) -> dict[str, Any]:
     scored = score_window(candidate.model, run, window, protocol)
     runs = [[flag, len(list(same))] for flag, same in itertools.groupby(scored.pruned)]
-    return {
-        "losses": [round(loss, DIGITS) for loss in scored.losses],
-        "pruned": runs,
-        "report": None,
-        "dense_tokens": 0,
-        "masks": [],
-    }
+    losses = [round(loss, DIGITS) for loss in scored.losses]
+    empty: dict[str, Any] = {"report": None, "dense_tokens": 0, "masks": []}
+    return {"losses": losses, "pruned": runs, **empty, **facts}
 
 
 def ran_pruned(sample: Mapping[str, Any]) -> list[bool]:
@@ -245,24 +236,12 @@ def measure(
     parts: UnitStore,
     advance: Callable[[int], None],
 ) -> Measurement:
-    """Perplexity on the text called ``name`` (``documents.read``); see ``measure_text``."""
-    return measure_text(candidate, name, documents.read(name), options, parts, advance)
+    """Perplexity on the text called ``name`` under ``options.protocol``; see ``measure_windows``.
 
-
-def measure_text(
-    candidate: PreparedMethod,
-    name: str,
-    text: str,
-    options: MeasureOptions,
-    parts: UnitStore,
-    advance: Callable[[int], None],
-) -> Measurement:
-    """Perplexity on ``text`` under ``options.protocol``; ``advance(1)`` after each window.
-
-    Raises ``ConfigError`` when the text is too short, a slice too long, or all tokens of a slice
-    ran dense though sparsity was asked for; ``DartError`` when a loss is not finite.
+    Raises ``ConfigError`` when the text is too short or a slice too long.
     """
-    windows, notes = cut(_ids(candidate.tokenizer, text), options, context_length(candidate.model))
+    ids = _ids(candidate.tokenizer, documents.read(name))
+    windows, notes = cut(ids, options, context_length(candidate.model))
     return measure_windows(candidate, name, windows, options.protocol, parts, advance, notes)
 
 
@@ -273,10 +252,7 @@ def count(name: str, options: MeasureOptions, tokenizer: Any, longest: int | Non
 
 @lru_cache(maxsize=2)
 def _ids(tokenizer: Any, text: str) -> Tensor:
-    """[T]; special tokens as the tokenizer adds them.
-
-    Remembered, so that a text that is counted and then measured is tokenised once.
-    """
+    """[T]; remembered, so that a text that is counted and then measured is tokenised once."""
     ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     return ids
 
@@ -290,10 +266,19 @@ def measure_windows(
     advance: Callable[[int], None],
     notes: Sequence[str] = (),
 ) -> Measurement:
-    """Score all windows, keeping each as a part; ``name``: what the text is called."""
+    """Score all windows of the text called ``name``, keeping each as a part.
+
+    ``advance(1)`` is called after each window.  Raises ``ConfigError`` when all tokens of a slice
+    ran dense though sparsity was asked for; ``DartError`` when a loss is not finite.
+    """
     run = candidate.run(likelihood=protocol != "decode")
-    if protocol == STANDARD and run is not None and run.asks_for_pruning:
-        _check_any_pruned(candidate, windows)
+    asked = protocol == STANDARD and run is not None and run.asks_for_pruning
+    if asked and all(map(is_first, windows)):
+        raise ConfigError(
+            f"perplexity of {candidate.label}: protocol standard takes the masks of a window from "
+            "the text before it, and the first window, which has none, is all there is; give a "
+            "longer text, a larger --limit or a smaller --window"
+        )
     scored: list[Part] = []
     for window in windows:
         key = part_key(candidate, name, protocol, window)
@@ -316,20 +301,11 @@ def measure_windows(
     )
 
 
-def _check_any_pruned(candidate: PreparedMethod, windows: Sequence[Window]) -> None:
-    if all(is_first(window) for window in windows):
-        raise ConfigError(
-            f"perplexity of {candidate.label}: protocol standard takes the masks of a window from "
-            "the text before it, and the first window, which has none, is all there is; give a "
-            "longer text, a larger --limit or a smaller --window"
-        )
-
-
 def _item(window: Window, part: Part) -> dict[str, Any]:
     losses = part["losses"]
     return {
         "id": window.id,
-        "mean_loss": math.fsum(losses) / len(losses),
+        "mean_loss": _mean(losses),
         "tokens": len(losses),
         "pruned_tokens": sum(ran_pruned(part)),
     }
@@ -350,7 +326,7 @@ def _metrics(parts: Sequence[Part]) -> dict[str, float | None]:
     """``..._pruned_tokens`` only where some ran pruned."""
     losses = [loss for part in parts for loss in part["losses"]]
     flags = [flag for part in parts for flag in ran_pruned(part)]
-    pruned = [loss for loss, flag in zip(losses, flags, strict=True) if flag]
+    pruned = [*itertools.compress(losses, flags)]
     found = {"perplexity": perplexity(_mean(losses)), "mean_loss": _mean(losses)}
     if pruned:
         found["perplexity_pruned_tokens"] = perplexity(_mean(pruned))
@@ -362,21 +338,17 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def _notes(run: Run | None, protocol: str, parts: Sequence[Part]) -> list[str]:
-    if run is None:
-        return []
-    notes = [LEAK] if protocol == "published" else []
-    dense = sum(part["dense_tokens"] for part in parts)
-    if dense:
-        notes.append(
+def _notes(run: Run | None, protocol: str, parts: Sequence[Part]) -> Iterator[str]:
+    if run is not None and protocol == "published":
+        yield LEAK
+    if dense := sum(part["dense_tokens"] for part in parts):
+        yield (
             f"{dense} tokens ran dense: fewer than {SHORT} tokens lie before their window, too few "
             "to choose masks from"
         )
-    return notes
 
 
 # Perplexity of several methods on the same slices: the document in perplexity.json.
-
 
 Losses = Sequence[Sequence[float]]
 """Of the scored tokens of every slice, nats."""
@@ -434,10 +406,8 @@ def _scored(measured: Measurement) -> Scored:
 
 def dense_where_pruned(measured: Measurement, dense: Measurement) -> float | None:
     """Perplexity of ``dense`` over the tokens that ran pruned in ``measured``; None of nothing."""
+    pairs = zip(measured.samples, dense.samples, strict=True)
     losses = [
-        loss
-        for sample, base in zip(measured.samples, dense.samples, strict=True)
-        for loss, pruned in zip(base["losses"], ran_pruned(sample), strict=True)
-        if pruned
+        loss for own, base in pairs for loss in itertools.compress(base["losses"], ran_pruned(own))
     ]
-    return perplexity(sum(losses) / len(losses)) if losses else None
+    return perplexity(mean(losses)) if losses else None

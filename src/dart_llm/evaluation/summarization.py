@@ -13,11 +13,13 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dart_llm.data.datasets import Document
+from dart_llm.data.documents import load_documents
 from dart_llm.data.prompts import chat_text, check_chat_template
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.evaluation import text_metrics
@@ -37,10 +39,6 @@ from dart_llm.session.generation import CheckedModel, Generation, generate, text
 from dart_llm.session.prepare import PreparedMethod, UnitStore
 from dart_llm.session.run import Run
 
-if TYPE_CHECKING:
-    from dart_llm.data.documents import Document
-
-
 # The prompt, of which only the document is ever shortened, from its end: the instruction before
 # it, the cue after it and the chat template around all of it stay whole.
 
@@ -56,8 +54,7 @@ _NEAR = 0.8
 """A boundary in the last fifth of what fits is worth the text that it costs."""
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     """``ids``: the token ids; ``document``: as it stands in the prompt; ``chat``: as a message."""
 
     ids: list[int]
@@ -87,9 +84,7 @@ def fit(
     chat = bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat
     document = document.strip()
 
-    def encode(text: str) -> list[int]:
-        return _encode(tokenizer, text, chat)
-
+    encode = partial(_encode, tokenizer, chat=chat)
     ids = encode(document)
     if context_length is None or len(ids) + max_output <= context_length:
         return Prompt(ids, document, False, chat)
@@ -187,18 +182,18 @@ class Summarizer:
     def _generate(
         self, model: CheckedModel, ids: Tensor, taken: TakenMasks
     ) -> tuple[Generation, RunReport | None]:
-        run = self.run
+        run, options, tokenizer = self.run, self.options, self.candidate.tokenizer
+        make = partial(generate, model, tokenizer, ids, options.max_output, seed=options.seed)
         if run is None:
-            return self._text(model, ids), None
+            return make(run=None), None
         run.on_masks = taken
         run.hold(None)
         with run:  # attached anew for each document: nothing of the one before is left
-            if self.options.protocol == "decode":
-                made = self._text(model, ids)
-            else:
-                self._hold_masks(run, ids)
-                with run.decoding(prompt=True):
-                    made = self._text(model, ids)
+            if options.protocol == "decode":
+                return make(run=run), run.report()
+            self._hold_masks(run, ids)
+            with run.decoding(prompt=True):
+                made = make(run=run)
             return made, run.report()
 
     @torch.inference_mode()
@@ -209,10 +204,6 @@ class Summarizer:
             ids = ids.to(candidate.model.device)
             candidate.model(ids, use_cache=True, logits_to_keep=1)
         run.hold(run.select())
-
-    def _text(self, model: CheckedModel, ids: Tensor) -> Generation:
-        tokenizer, options = self.candidate.tokenizer, self.options
-        return generate(model, tokenizer, ids, options.max_output, run=self.run, seed=options.seed)
 
     def _unpruned(self, report: RunReport) -> bool:
         """Whether the summary ended before there was a token to prune."""
@@ -271,56 +262,39 @@ def measure(
         raise ConfigError("a summary needs at least 1 token: give --max-output 1 or more")
     documents = _documents(name, options)
     summarizer = Summarizer(candidate, options, candidate.run())
-    finished = []
+    finished: list[Part] = []
     for document in documents:
-        finished.append(_part(summarizer, document, parts))
+        prompt = fit(
+            candidate.tokenizer,
+            document.document,
+            context_length(candidate.model),
+            options.max_output,
+            options.apply_chat_template,
+        )
+        key = summarizer.key(prompt.ids, document.summary)
+        make = partial(summarizer.summarize, document, prompt)
+        finished.append(finished_part(parts, key, make))
         advance(1)
-    return _measurement(summarizer, f"summarize:{name}", documents, finished)
-
-
-def _documents(name: str, options: MeasureOptions) -> list[Document]:
-    from dart_llm.data.documents import load_documents
-
-    return load_documents(name, options.limit, options.sample_seed)
-
-
-def _part(summarizer: Summarizer, document: Document, parts: UnitStore) -> Part:
-    """The document's finished part, or a new one, which is then kept."""
-    model, options = summarizer.candidate.model, summarizer.options
-    prompt = fit(
-        summarizer.candidate.tokenizer,
-        document.document,
-        context_length(model),
-        options.max_output,
-        options.apply_chat_template,
-    )
-    key = summarizer.key(prompt.ids, document.summary)
-    return finished_part(parts, key, partial(summarizer.summarize, document, prompt))
-
-
-def _measurement(
-    summarizer: Summarizer,
-    task: str,
-    documents: Sequence[Document],
-    parts: Sequence[Part],
-) -> Measurement:
-    candidate, options = summarizer.candidate, summarizer.options
-    pairs = list(zip(documents, parts, strict=True))
+    pairs = list(zip(documents, finished, strict=True))
     items = tuple({"id": document.id, **part["scores"]} for document, part in pairs)
-    counts, masks = count_masks(parts)
+    counts, masks = count_masks(finished)
     return Measurement(
-        task=task,
+        task=f"summarize:{name}",
         protocol=options.protocol,
         metric=HEADLINE,
         higher_is_better=True,
         metrics={name: mean([item[name] for item in items]) for name in text_metrics.METRICS},
         items=items,
-        accounting=merge_accounting(summarizer.run, parts),
+        accounting=merge_accounting(summarizer.run, finished),
         samples=tuple({"id": document.id, **part["sample"]} for document, part in pairs),
-        notes=(*candidate.notes, *_notes(options, parts)),
+        notes=(*candidate.notes, *_notes(options, finished)),
         counts=counts,
         masks=masks,
     )
+
+
+def _documents(name: str, options: MeasureOptions) -> list[Document]:
+    return load_documents(name, options.limit, options.sample_seed)
 
 
 def _notes(options: MeasureOptions, parts: Sequence[Part]) -> Iterator[str]:

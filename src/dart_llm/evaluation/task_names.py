@@ -1,7 +1,4 @@
-"""Tasks by name: shortcuts of groups of tasks, and what a name asks for.
-
-Named shortcuts for lm-eval tasks, and MMLU over local files.
-"""
+"""Tasks by name: shortcuts of groups of tasks, MMLU over local files, and what a name asks for."""
 
 from __future__ import annotations
 
@@ -12,15 +9,7 @@ from dart_llm.data.datasets import LOCAL_MMLU, MMLU_SUBJECTS
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.evaluation.measurement import PROTOCOLS
 
-GENERAL_NLP = (
-    "boolq",
-    "rte",
-    "hellaswag",
-    "winogrande",
-    "arc_easy",
-    "arc_challenge",
-    "openbookqa",
-)
+GENERAL_NLP = tuple("boolq rte hellaswag winogrande arc_easy arc_challenge openbookqa".split())
 
 SHORTCUTS: dict[str, tuple[str, ...]] = {
     "general-nlp": GENERAL_NLP,
@@ -65,10 +54,10 @@ def specifications(name: str, folder: Path = LOCAL_MMLU) -> list[str | dict[str,
     if name != "mmlu" and not name.startswith("mmlu:"):
         return [name]
     chosen = name.partition(":")[2]
-    local = tuple(s for s in MMLU_SUBJECTS if (folder / f"{s}_test.jsonl").is_file())
-    subjects = tuple(chosen.split("+")) if chosen else local or MMLU_SUBJECTS
+    local = [s for s in MMLU_SUBJECTS if (folder / f"{s}_test.jsonl").is_file()]
     if not chosen and not local:
         return ["mmlu"]
+    subjects = chosen.split("+") if chosen else local
     return [_local(s, folder) if s in local else f"mmlu_{s}" for s in subjects]
 
 
@@ -98,7 +87,6 @@ def _local(subject: str, folder: Path) -> dict[str, Any]:
 
 
 # What a task name says: its kind, and the protocols that it can run under.
-
 
 KINDS = ("perplexity", "summarize")
 """Task names that are no lm-eval task: ``perplexity:<text>``, ``summarize:<data>``."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import Any
 
-from dart_llm.data.documents import check_disjoint
+from dart_llm.data import documents
 from dart_llm.evaluation.measurement import Measurement, MeasureOptions
 from dart_llm.evaluation.task_names import split
 from dart_llm.models.describe import context_length
@@ -37,7 +38,7 @@ def check_calibration(
         return
     for kind, name in map(split, tasks):
         first = kind == "summarize" and options.sample_seed is None  # else spread over the text
-        check_disjoint(source, {name: options.limit if first else None})
+        documents.check_disjoint(source, {name: options.limit if first else None})
 
 
 def check_task(task: str, options: MeasureOptions) -> None:
@@ -47,13 +48,9 @@ def check_task(task: str, options: MeasureOptions) -> None:
     """
     kind, name = split(task)
     if kind == "summarize":
-        from dart_llm.data import documents
-
         documents.check(name)
     elif kind == "lm-eval":
-        from dart_llm.evaluation import lm_eval
-
-        lm_eval.check(name, options.include_path)
+        _module(task).check(name, options.include_path)
 
 
 def count(task: str, options: MeasureOptions, tokenizer: Any, model: Any = None) -> int:
@@ -66,15 +63,6 @@ def count(task: str, options: MeasureOptions, tokenizer: Any, model: Any = None)
 
 
 def _module(task: str) -> Any:
-    kind, _ = split(task)
-    if kind == "perplexity":
-        from dart_llm.evaluation import perplexity
-
-        return perplexity
-    if kind == "summarize":
-        from dart_llm.evaluation import summarization
-
-        return summarization
-    from dart_llm.evaluation import lm_eval
-
-    return lm_eval
+    """What measures the task; imported late, for it needs optional packages."""
+    modules = {"perplexity": "perplexity", "summarize": "summarization", "lm-eval": "lm_eval"}
+    return import_module(f"dart_llm.evaluation.{modules[split(task)[0]]}")

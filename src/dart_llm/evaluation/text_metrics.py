@@ -11,12 +11,12 @@ letter a-z).  The only file that imports ``bert_score``, ``sacrebleu`` and ``rou
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import import_module
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,15 +59,6 @@ similarity (sup-simcse-bert-base: 10 of 12)."""
 
 
 @dataclass(frozen=True)
-class BertScore:
-    """Mean cosine of the candidate's tokens, of the reference's tokens, and their harmonic mean."""
-
-    precision: float
-    recall: float
-    f1: float
-
-
-@dataclass(frozen=True)
 class BertScorer:
     """bert-score's scorer on the first ``layers`` layers; ``window``: text tokens that it reads."""
 
@@ -82,13 +73,11 @@ class BertScorer:
         """Encoder, layer and settings, for notes beside numbers."""
         return f"{self.source.label}, layer {self.layers}, no IDF, not rescaled"
 
-    def score(self, candidate: str, reference: str) -> BertScore:
-        """BERTScore, each number at most 1; all 0 when a text holds no token."""
+    def score(self, candidate: str, reference: str) -> float:
+        """F1: the harmonic mean of the mean cosines of both texts' tokens; 0 without a token."""
         if not all(count_tokens(self.tokenizer, text) for text in (candidate, reference)):
-            return BertScore(0.0, 0.0, 0.0)
-        values = self.scorer.score([candidate], [reference])
-        precision, recall, f1 = (min(1.0, float(value)) for value in values)
-        return BertScore(precision, recall, f1)
+            return 0.0
+        return min(1.0, float(self.scorer.score([candidate], [reference])[2]))
 
 
 def load_bertscore(
@@ -106,9 +95,9 @@ def load_bertscore(
     ``ConfigError`` for a number of layers that is missing or out of range.
     """
     package = _package("bert_score", "bert-score")
-    known: Mapping[str, int] = {**package.utils.model2layers, **LAYERS}
     source = find_encoder(name, owner=None, cache_dir=cache_dir, progress=progress)
-    chosen = layers if layers is not None else known.get(source.name)
+    known = {**package.utils.model2layers, **LAYERS}
+    chosen = known.get(source.name) if layers is None else layers
     if chosen is None:
         raise ConfigError(
             f"bert-score knows no best layer of {source.name}: say how many layers to use "
@@ -162,8 +151,9 @@ def bleu_score(candidate: str, reference: str) -> float:
 
     White space is not compared.  Raises ``MissingExtra`` without the sacrebleu package.
     """
-    found = bleu_scorer().sentence_score(_one_line(candidate), [_one_line(reference)])
-    return min(1.0, float(found.score) / 100)  # equal texts: 100.00000000000004
+    one, other = (" ".join(text.split()) for text in (candidate, reference))
+    score = float(bleu_scorer().sentence_score(one, [other]).score)
+    return min(1.0, score / 100)  # equal texts: 100.00000000000004
 
 
 @cache
@@ -179,10 +169,6 @@ def signature() -> str:
     return str(bleu.get_signature())
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
 # ROUGE: F-measures with Porter stemming, as published tables give them.  ROUGE-L takes a text as
 # one sequence; ROUGE-Lsum compares sentence by sentence, split by rules that need no download.  The
 # package's tokenizer keeps the letters a-z and digits only: other alphabets score 0.
@@ -195,7 +181,8 @@ def rouge_scores(prediction: str, reference: str) -> dict[str, float]:
 
     Raises ``MissingExtra`` without the rouge-score package.
     """
-    found = rouge_scorer().score(as_lines(reference), as_lines(prediction))
+    lines = ["\n".join(sentences(text)) for text in (reference, prediction)]
+    found = rouge_scorer().score(*lines)
     return {name: float(found[name].fmeasure) for name in METRICS}
 
 
@@ -204,11 +191,6 @@ def rouge_scorer(extra: str = "eval") -> Any:
     """The package's scorer; call it before a long run, for it raises ``MissingExtra``."""
     module = _package("rouge_score.rouge_scorer", "rouge-score", extra)
     return module.RougeScorer(list(METRICS), use_stemmer=True)
-
-
-def as_lines(text: str) -> str:
-    """The text with one sentence a line, which is what ROUGE-Lsum reads."""
-    return "\n".join(sentences(text))
 
 
 # Which sentences of a reference a text holds, and in which order.  With S the matrix of cosines
@@ -230,8 +212,7 @@ DIGITS = 6
 """Cosines that agree to as many digits are equal: then the nearer places are matched."""
 
 
-@dataclass(frozen=True)
-class SentenceMatch:
+class SentenceMatch(NamedTuple):
     """Numbers in [0, 1] (similarity: [-1, 1]).  ``order`` is None with fewer than two matches.
 
     ``pairs``: places of the matched sentences in reference and candidate, in reference order.
@@ -258,13 +239,10 @@ def match_cosines(cosines: Array, threshold: float = THRESHOLD) -> SentenceMatch
     """The numbers from cosines [reference sentences, candidate sentences], neither of them 0."""
     cosines = np.clip(np.round(cosines, DIGITS), -1.0, 1.0)
     best = cosines.max(axis=1)
+    similarity = float((best.mean() + cosines.max(axis=0).mean()) / 2)
     pairs = matched_pairs(cosines, threshold)
-    return SentenceMatch(
-        similarity=float((best.mean() + cosines.max(axis=0).mean()) / 2),
-        coverage=float((best >= threshold).mean()),
-        order=ordered_share([place for _, place in pairs]),
-        pairs=tuple(pairs),
-    )
+    order = ordered_share([place for _, place in pairs])
+    return SentenceMatch(similarity, float((best >= threshold).mean()), order, tuple(pairs))
 
 
 def matched_pairs(cosines: Array, threshold: float) -> list[tuple[int, int]]:
@@ -272,42 +250,33 @@ def matched_pairs(cosines: Array, threshold: float) -> list[tuple[int, int]]:
 
     Nearness is measured in shares of each text, so that repeated sentences meet their own copy.
     """
-    count_rows, count_columns = cosines.shape
-    found: list[tuple[float, float, int, int]] = []
-    for row, column in np.argwhere(cosines >= threshold).tolist():
-        distance = abs((row + 0.5) / count_rows - (column + 0.5) / count_columns)
-        found.append((-float(cosines[row, column]), distance, row, column))
-    rows: set[int] = set()
-    columns: set[int] = set()
-    pairs = []
-    for _, _, row, column in sorted(found):
-        if row not in rows and column not in columns:
-            rows.add(row)
-            columns.add(column)
-            pairs.append((row, column))
-    return sorted(pairs)
+    places = [(np.arange(size) + 0.5) / size for size in cosines.shape]
+    distances = np.abs(places[0][:, None] - places[1])
+    matches = np.argwhere(cosines >= threshold)
+    rows, columns = matches.T
+    order = np.lexsort((columns, rows, distances[rows, columns], -cosines[rows, columns]))
+    pairs = dict[int, int]()
+    for row, column in matches[order].tolist():
+        if row not in pairs and column not in pairs.values():
+            pairs[row] = column
+    return sorted(pairs.items())
 
 
 def ordered_share(places: list[int]) -> float | None:
     """Of all pairs of ``places``, which differ, the share that rises; None with fewer than two."""
-    if len(places) < 2:
-        return None
-    one = np.array(places)
-    above = np.triu(one[None, :] > one[:, None], k=1).sum()
-    return float(above / (len(places) * (len(places) - 1) / 2))
+    rising = [one < other for one, other in combinations(places, 2)]
+    return sum(rising) / len(rising) if rising else None
 
 
 # All numbers of a pair of texts.
 
 
-@dataclass(frozen=True)
-class Number:
-    """One column: its name in files, its title in tables, what it says, which way is better."""
+class Number(NamedTuple):
+    """One column: its name in files, its title in tables, what it says."""
 
     name: str
     title: str
     meaning: str
-    higher_is_better: bool = True
 
 
 NUMBERS: tuple[Number, ...] = (
@@ -412,13 +381,14 @@ def load_tools(
 def compare(candidate: str, reference: str, tools: TextTools) -> TextMetrics:
     """The numbers of ``candidate`` against ``reference``; see the module for degenerate texts."""
     if not candidate.strip() or not reference.strip():
-        return _empty(both=not (candidate.strip() or reference.strip()))
+        value = 0.0 if candidate.strip() or reference.strip() else None
+        return TextMetrics(**{**dict.fromkeys(NAMES, value), "sentence_order": None})
     first, second = tools.embedder.embed([candidate, reference])
     found = match(candidate, reference, tools.embedder, tools.threshold)
     return TextMetrics(
         **_rouge(candidate, reference),
         bleu=bleu_score(candidate, reference),
-        bertscore=tools.bert.score(candidate, reference).f1,
+        bertscore=tools.bert.score(candidate, reference),
         document_similarity=cosine(first, second),
         sentence_similarity=found.similarity,
         sentence_coverage=found.coverage,
@@ -426,14 +396,8 @@ def compare(candidate: str, reference: str, tools: TextTools) -> TextMetrics:
     )
 
 
-def _empty(*, both: bool) -> TextMetrics:
-    value = None if both else 0.0
-    return TextMetrics(**{**dict.fromkeys(NAMES, value), "sentence_order": None})
-
-
 def _rouge(candidate: str, reference: str) -> dict[str, float | None]:
     """ROUGE, without the numbers that need more words than the reference has."""
     words = len(re.findall(r"[a-z0-9]+", reference.lower()))
-    needed = {name: 2 if name == "rouge2" else 1 for name in METRICS}
     found = rouge_scores(candidate, reference)
-    return {name: found[name] if words >= needed[name] else None for name in METRICS}
+    return {name: found[name] if words > (name == "rouge2") else None for name in METRICS}

@@ -85,14 +85,12 @@ def cut(
         found = slice_windows(ids, options.limit, prompt, scored, options.sample_seed)
         return found, ()
     size, stride = shape(options, longest)
-    notes = []
-    if size < options.window:
-        notes.append(
-            f"windows of {size} tokens, which is all that the model's context holds, instead of "
-            f"{options.window}: compare only with numbers of that window"
-        )
+    note = (
+        f"windows of {size} tokens, which is all that the model's context holds, instead of "
+        f"{options.window}: compare only with numbers of that window"
+    )
     found = standard_windows(ids, size, stride, options.limit, options.sample_seed)
-    return found, tuple(notes)
+    return found, (note,) if size < options.window else ()
 
 
 def shape(options: MeasureOptions, longest: int | None) -> tuple[int, int]:

@@ -122,16 +122,16 @@ class MaskRecorder:
         """Whether tokens choose their own neurons, so that there are no ids to keep."""
 
     def __call__(self, remask: Remask, life: SequenceState) -> None:
-        number = len(self.remasks)
+        prefix = f"remask{len(self.remasks)}.layer"
         self.remasks.append(remask)
         assert life.selection is not None
         plain = sequence_masks(life.selection.masks)
         self.per_token = plain is not life.selection.masks
         for layer, mask in enumerate(plain):
             if mask is not None:
-                self.tensors[f"remask{number}.layer{layer}.ids"] = mask.ids.to("cpu", torch.int32)
+                self.tensors[f"{prefix}{layer}.ids"] = mask.ids.to("cpu", torch.int32)
         for layer, score in enumerate(life.selection.scores):
-            self.tensors[f"remask{number}.layer{layer}.scores"] = score.float().cpu()
+            self.tensors[f"{prefix}{layer}.scores"] = score.float().cpu()
 
 
 def write_masks(folder: Path, recorder: MaskRecorder, run: Run, checkpoint: str) -> None:
@@ -154,6 +154,14 @@ def write_masks(folder: Path, recorder: MaskRecorder, run: Run, checkpoint: str)
     write_tensors(folder / "masks.safetensors", recorder.tensors, metadata)
 
 
+def _entries(file: Any, kind: str) -> Iterator[tuple[int, int, str]]:
+    """Mask, layer and key of the tensors of one kind, ``ids`` or ``scores``."""
+    for key in file.keys():  # noqa: SIM118 - not a mapping
+        remask, layer, own = key.split(".")
+        if own == kind:
+            yield int(remask.removeprefix("remask")), int(layer.removeprefix("layer")), key
+
+
 def read_masks(path: str) -> dict[int, Tensor]:
     """The newest masks of a masks.safetensors: {layer: kept neuron ids}.
 
@@ -164,11 +172,8 @@ def read_masks(path: str) -> dict[int, Tensor]:
     found: dict[int, dict[int, Tensor]] = {}
     try:
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - not a mapping
-                remask, layer, kind = key.split(".")
-                if kind == "ids":
-                    number, index = int(remask.removeprefix("remask")), int(layer[5:])
-                    found.setdefault(number, {})[index] = file.get_tensor(key).long()
+            for number, layer, key in _entries(file, "ids"):
+                found.setdefault(number, {})[layer] = file.get_tensor(key).long()
     except (OSError, SafetensorError, ValueError) as error:
         raise ConfigError(f"cannot read masks from {path}: {error}") from None
     if not found:
@@ -187,13 +192,10 @@ def check_masks(path: str, widths: Sequence[int]) -> None:
     """
     from safetensors import safe_open
 
-    found: dict[int, int] = {}
     with safe_open(path, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 - not a mapping
-            _, layer, kind = key.split(".")
-            if kind == "scores":
-                found[int(layer[5:])] = file.get_slice(key).get_shape()[0]
         name = (file.metadata() or {}).get("checkpoint", "another model")
+        scores = _entries(file, "scores")
+        found = {layer: file.get_slice(key).get_shape()[0] for _, layer, key in scores}
     theirs = [found[layer] for layer in sorted(found)]
     if theirs and theirs != list(widths):
         raise ConfigError(

@@ -10,13 +10,14 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dart_llm.evaluation.measurement import MeasureOptions
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import METHODS
+from dart_llm.settings import load_arguments
 
 _SLUG = 56
 
@@ -71,7 +72,7 @@ class Cell:
     @property
     def short_task(self) -> str:
         """The task, with the name of a file in place of its path."""
-        return ":".join(Path(part).name for part in self.task.split(":"))
+        return short_task(self.task)
 
     @property
     def _slug(self) -> str:
@@ -82,16 +83,7 @@ class Cell:
     @property
     def load_arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``dart_llm.load``; equal ones mean that a model is shared."""
-        return {
-            "model": self.model,
-            "dtype": self.dtype,
-            "device": self.device or (None if self.device_map else "auto"),
-            "device_map": self.device_map,
-            "revision": self.revision,
-            "attn_implementation": self.attn_implementation,
-            "trust_remote_code": self.trust_remote_code,
-            "cache_dir": self.cache_dir,
-        }
+        return load_arguments(self)
 
     def config(self) -> PruneConfig:
         """The preset with the cell's changes; raises ``ConfigError`` when they do not fit."""
@@ -112,6 +104,6 @@ def removes_nothing(method: str) -> bool:
     return METHODS.get(method).sparsity == 0
 
 
-def with_inputs(cell: Cell, digests: Mapping[str, str]) -> Cell:
-    """The same cell with the digests of its files."""
-    return replace(cell, inputs=dict(digests))
+def short_task(task: str) -> str:
+    """A task, with the name of a file in place of its path."""
+    return ":".join(Path(part).name for part in task.split(":"))

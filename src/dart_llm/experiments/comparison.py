@@ -125,12 +125,16 @@ class Scores:
     exponential: bool
 
     @property
+    def _kind(self) -> stats.Mean:
+        return "exp_mean" if self.exponential else "mean"
+
+    @property
     def mean(self) -> float | None:
-        return stats.mean(self.sample, "exp_mean" if self.exponential else "mean")
+        return stats.mean(self.sample, self._kind)
 
     def interval(self, seed: int) -> Interval | None:
         """Of the metric itself."""
-        return stats.interval(self.sample, "exp_mean" if self.exponential else "mean", seed)
+        return stats.interval(self.sample, self._kind, seed)
 
     def against(self, other: Scores, seed: int) -> Interval | None:
         """Paired: a difference, or a ratio of perplexities."""
@@ -143,21 +147,18 @@ def is_perplexity(metric: str) -> bool:
     return "perplexity" in metric.lower() or metric.lower() == "ppl"
 
 
-def scores(measurement: Mapping[str, Any]) -> Scores:
+def scores(measurement: Mapping[str, Any] | StoredMeasurement) -> Scores:
     """The items that hold the headline metric; the sample is empty where none does.
 
     An item holds the metric under its name, as a number or as lm-eval's pair of log-likelihood and
     weight; one of a perplexity holds ``mean_loss`` (nats per token) and ``tokens`` instead.
     """
-    return _scores(StoredMeasurement.model_validate(measurement))
-
-
-def _scores(measurement: StoredMeasurement) -> Scores:
-    exponential = is_perplexity(measurement.metric)
+    known = StoredMeasurement.model_validate(measurement)
+    exponential = is_perplexity(known.metric)
     read = _loss if exponential else _plain
     sample: dict[str, Value] = {}
-    for place, item in enumerate(map(mapping, measurement.items)):
-        value = read(item, measurement.metric)
+    for place, item in enumerate(map(mapping, known.items)):
+        value = read(item, known.metric)
         if value is not None:
             sample[str(item.get("id", place))] = value
     return Scores(sample, exponential)
@@ -301,25 +302,34 @@ class Row:
 def read_row(line: Mapping[str, Any]) -> Row:
     """The row of one line of ``results.jsonl``, not compared with anything yet."""
     stored = ResultRow.model_validate(line)
-    cell, measured = stored.cell, stored.measurement
-    method = _method(cell.method, stored.label)
+    cell, measured, facts = stored.cell, stored.measurement, stored.facts
+    method, label = cell.method, stored.label or ""
+    if method in (None, "", DENSE):  # ``dense-8bit`` and the like may stand in the label alone
+        method = label.partition("@")[0] or method
+    method = method or "unknown"
     value = number(measured.metrics.get(measured.metric))
     failed = stored.status == "failed" or value is None
     accounting = measured.accounting
     if not accounting and method.startswith(DENSE) and not failed:
-        accounting = _of_untouched(method, stored.facts)
+        # not pruned; rounded weights have fewer bytes all the same
+        share = 1.0 if method == DENSE else facts.get("ffn_bytes_share")
+        shares = {"ffn_bytes_share": share, "ffn_bytes_share_if_compact": share}
+        accounting = {"achieved_sparsity": 0.0, "dense_token_share": 1.0, "remasks": 0, **shares}
     counted = StoredAccounting.model_validate(accounting)
     asked = cell.sparsity
     if asked is None and cell.layers is None:
         asked = counted.requested
-    known = _scores(measured)
+    missing = f"{measured.metric or 'the metric'} is not a finite number"
+    if measured == StoredMeasurement():
+        missing = "no measurement was written"
+    known = scores(measured)
     return Row(
         model=str(stored.checkpoint.get("name") or cell.model or "unknown model")
         .rstrip("/")
         .rsplit("/", 1)[-1],
         dtype=_text(stored.checkpoint.get("dtype") or cell.dtype),
         method=method,
-        label=stored.label or (method if asked is None else f"{method}@{asked:g}"),
+        label=label or (method if asked is None else f"{method}@{asked:g}"),
         task=measured.task or cell.task or "unknown task",
         protocol=measured.protocol or cell.protocol or _text(cell.options.get("protocol")),
         seed=cell.seed,
@@ -328,37 +338,17 @@ def read_row(line: Mapping[str, Any]) -> Row:
         keep=None if cell.layers is None else cell.keep,
         base_keep=cell.base_keep,
         status="failed" if failed else "done",
-        error=(stored.error or _missing(measured)) if failed else None,
+        error=(stored.error or missing) if failed else None,
         metric=measured.metric,
         higher_is_better=measured.higher_is_better,
         value=None if failed else value,
         items=len(known.sample),
-        weight_bytes=number(stored.facts.get("weight_bytes")),
+        weight_bytes=number(facts.get("weight_bytes")),
         notes=tuple(map(str, measured.notes)),
         checkpoint=stored.checkpoint,
         scores=known,
         **counted.model_dump(),
     )
-
-
-def _of_untouched(method: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The accounting of a model that is not pruned; rounded weights have fewer bytes all the
-    same."""
-    share = 1.0 if method == DENSE else facts.get("ffn_bytes_share")
-    shares = {"ffn_bytes_share": share, "ffn_bytes_share_if_compact": share}
-    return {"achieved_sparsity": 0.0, "dense_token_share": 1.0, "remasks": 0, **shares}
-
-
-def _method(method: str | None, label: str | None) -> str:
-    """``dense-8bit`` and the like may stand in the label alone."""
-    named = (label or "").partition("@")[0]
-    return named if method in (None, "", DENSE) and named else method or "unknown"
-
-
-def _missing(measured: StoredMeasurement) -> str:
-    if measured == StoredMeasurement():
-        return "no measurement was written"
-    return f"{measured.metric or 'the metric'} is not a finite number"
 
 
 # Rows beside dense and GRIFFIN.
@@ -434,7 +424,10 @@ def _compared(row: Row, group: Sequence[Row], seed: int) -> Row:
     if row.method in (DENSE, GRIFFIN) or row.layers is not None:
         return row
     curve = _seeded(row, [o for o in group if o.method == GRIFFIN and o.layers is None])
-    griffin = next((other for other in curve if _same(other.asked, row.asked)), None)
+    griffin = None
+    if row.asked is not None:
+        same = (o for o in curve if o.asked is not None and abs(o.asked - row.asked) < 1e-9)
+        griffin = next(same, None)
     if griffin is not None:
         gap = None
         if row.achieved is not None and griffin.achieved is not None:
@@ -445,10 +438,6 @@ def _compared(row: Row, group: Sequence[Row], seed: int) -> Row:
         equal_sparsity=_equal(row, curve, lambda other: other.achieved, seed),
         equal_bytes=_equal(row, curve, lambda other: other.bytes_share, seed),
     )
-
-
-def _same(a: float | None, b: float | None) -> bool:
-    return a is not None and b is not None and abs(a - b) < 1e-9
 
 
 def _seeded(row: Row, candidates: Sequence[Row]) -> list[Row]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dart_llm.experiments import comparison
 from dart_llm.experiments.comparison import DENSE, LayerCurve, Row
+from dart_llm.experiments.store import checkpoint_line
 from dart_llm.reporting.figures import (
     DASHES,
     INK,
@@ -45,27 +46,17 @@ MOST_TICKS = 12
 
 
 def make(rows: Sequence[Row]) -> list[Plot]:
-    """Every plot that the rows allow."""
-    return [*make_comparison(rows), *make_layers(rows)]
+    """Every plot that the rows allow: curves over the sparsity, then over the layers.
 
-
-def make_comparison(rows: Sequence[Row]) -> list[Plot]:
-    """One plot per model, dtype and protocol and up to six tasks; none where nothing is a curve."""
+    One plot per model, dtype and protocol and up to six tasks.
+    """
     whole = [row for row in rows if row.layers is None and row.value is not None]
     tasks = [own for own in _grouped(whole, lambda row: row.group) if len(_placed(own)) > 1]
-    return [
-        _comparison_plot(own, f"quality{suffix}")
-        for own, suffix in _pages(tasks, lambda own: own[0])
-    ]
-
-
-def make_layers(rows: Sequence[Row]) -> list[Plot]:
-    """One plot per model, dtype and protocol, one panel per task; none without a layer sweep."""
     curves = [curve for curve in comparison.curves(rows) if len(curve.rows) > 1]
-    tasks = _grouped(curves, lambda curve: curve.rows[0].group)
+    layers = _grouped(curves, lambda curve: curve.rows[0].group)
     return [
-        _layers_plot(own, f"layers{suffix}")
-        for own, suffix in _pages(tasks, lambda own: own[0].rows[0])
+        *(_comparison_plot(*page) for page in _pages("quality", tasks, lambda own: own[0])),
+        *(_layers_plot(*page) for page in _pages("layers", layers, lambda own: own[0].rows[0])),
     ]
 
 
@@ -76,8 +67,8 @@ def _grouped(members: Iterable[T], group: Callable[[T], Any]) -> list[list[T]]:
     return list(found.values())
 
 
-def _pages(tasks: Sequence[T], first: Callable[[T], Row]) -> list[tuple[list[T], str]]:
-    """The tasks of each plot, and what its name ends with; ``first``: a task's first row."""
+def _pages(name: str, tasks: Sequence[T], first: Callable[[T], Row]) -> list[tuple[str, list[T]]]:
+    """Names of plots, and the tasks of each; ``first``: a task's first row."""
 
     def settings(task: T) -> tuple[Any, ...]:
         row = first(task)
@@ -88,7 +79,7 @@ def _pages(tasks: Sequence[T], first: Callable[[T], Row]) -> list[tuple[list[T],
         for own in _grouped(tasks, settings)
         for start in range(0, len(own), MOST_PANELS)
     ]
-    return [(page, f"_{number}" if number > 1 else "") for number, page in enumerate(pages, 1)]
+    return [(f"{name}_{n}" if n > 1 else name, page) for n, page in enumerate(pages, 1)]
 
 
 def _plot(
@@ -108,6 +99,10 @@ def _plot(
     first = rows[0]
     leak = " (LEAK: the masks have seen the answers)" if first.protocol == "published" else ""
     title = f"{title}: {first.model}, protocol {first.protocol or 'not known'}{leak}"
+    bars = "bars: 95 % bootstrap intervals over items, paired with dense where it was measured"
+    if all(row.to_dense is not None for row in rows):
+        bars = "bars: 95 % bootstrap intervals of the difference to dense, paired by item"
+    facts = {**first.checkpoint, "dtype": first.dtype}
 
     def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
         wide = columns[not narrow]
@@ -116,28 +111,8 @@ def _plot(
             draw_task(axes, task, looks(palette))
         key(above, drawn, wide)
 
-    small = _small_print(first, f"{_bars_words(rows)}{footnote}")
+    small = f"{checkpoint_line(first.model, facts)} · {bars}{footnote}"
     return Plot(name, title, alt, small, *heights(len(tasks), draw, len(names)))
-
-
-def _small_print(row: Row, more: str) -> str:
-    """The checkpoint in one line: name, file quantisation, dtype, start of the checksum."""
-    quantised, sha256 = row.checkpoint.get("file_quantisation"), row.checkpoint.get("sha256")
-    parts = (
-        row.model,
-        f"file quantisation {quantised}" if quantised else "",
-        row.dtype or "",
-        f"sha256 {str(sha256)[:12]}" if sha256 else "",
-        more,
-    )
-    return " · ".join(filter(None, parts))
-
-
-def _bars_words(rows: Sequence[Row]) -> str:
-    """What the bars of a plot are."""
-    if all(row.to_dense is not None for row in rows):
-        return "bars: 95 % bootstrap intervals of the difference to dense, paired by item"
-    return "bars: 95 % bootstrap intervals over items, paired with dense where it was measured"
 
 
 def _draw_curve(
@@ -196,13 +171,19 @@ def _placed(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.method != DENSE and row.achieved is not None]
 
 
-def _comparison_plot(tasks: Sequence[Sequence[Row]], name: str) -> Plot:
+def _comparison_plot(name: str, tasks: Sequence[Sequence[Row]]) -> Plot:
     placed = [row for own in tasks for row in _placed(own)]
     methods = list(dict.fromkeys(row.method for row in placed))
+    told = []
+    for own in tasks:
+        points = [f"{row.label} {row.quantity} at {percent(row.achieved)}" for row in _placed(own)]
+        dense = _dense(own)
+        line = [f"dense {dense.quantity}"] if dense else []
+        told.append(f"{own[0].task} ({own[0].metric}): {', '.join([*line, *points])}")
     return _plot(
         name,
         "Quality against achieved sparsity",
-        _alt(tasks),
+        f"Lines: quality against achieved sparsity, by method. {'. '.join(told)}.",
         placed,
         tasks,
         lambda palette: looks_of(methods, palette),
@@ -265,20 +246,10 @@ def _name_far_points(axes: Axes, spots: Sequence[tuple[Row, float]], dense: Row 
         )
 
 
-def _alt(tasks: Sequence[Sequence[Row]]) -> str:
-    parts = []
-    for own in tasks:
-        points = [f"{row.label} {row.quantity} at {percent(row.achieved)}" for row in _placed(own)]
-        dense = _dense(own)
-        line = [f"dense {dense.quantity}"] if dense else []
-        parts.append(f"{own[0].task} ({own[0].metric}): {', '.join([*line, *points])}")
-    return f"Lines: quality against achieved sparsity, by method. {'. '.join(parts)}."
-
-
 # The metric by the layer that was pruned, with the dense line.
 
 
-def _layers_plot(tasks: Sequence[Sequence[LayerCurve]], name: str) -> Plot:
+def _layers_plot(name: str, tasks: Sequence[Sequence[LayerCurve]]) -> Plot:
     curves = [curve for own in tasks for curve in own]
     names = list(dict.fromkeys(curve.name for curve in curves))
 

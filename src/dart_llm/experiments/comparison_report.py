@@ -6,7 +6,6 @@ counted where both removed the same share of neurons, to a point.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,7 +18,7 @@ from dart_llm.evaluation.measurement import LEAK
 from dart_llm.experiments import comparison, comparison_plots, run_facts
 from dart_llm.experiments.comparison import DENSE, GRIFFIN, TOO_FEW, Equal, Row
 from dart_llm.experiments.stats import MIN_DISCORDANT, Interval
-from dart_llm.experiments.store import ResultsView, read
+from dart_llm.experiments.store import Files, ResultsView, read
 from dart_llm.files import write_csv, write_json, write_text
 from dart_llm.reporting import page
 from dart_llm.reporting.table import Column, PageTable, Table, bytes_text, escaped
@@ -263,16 +262,16 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
 
 def _of_measurements(done: Sequence[Row]) -> list[str]:
     """What the measurements themselves say, each once, with whom it concerns."""
-    found: dict[str, dict[str, None]] = {}
+    found: dict[str, list[str]] = {}
     for row in done:
         for note in row.notes:
             if note != LEAK:
-                found.setdefault(note, {})[f"{row.label} on {row.task}"] = None
+                found.setdefault(note, []).append(f"{row.label} on {row.task}")
     notes = []
-    for note, labels in found.items():
-        names = ", ".join([*labels][:MOST_NAMES])
+    for note, every in found.items():
+        labels = list(dict.fromkeys(every))
         more = f" and {len(labels) - MOST_NAMES} more" if len(labels) > MOST_NAMES else ""
-        notes.append(f"{note} ({names}{more})")
+        notes.append(f"{note} ({', '.join(labels[:MOST_NAMES])}{more})")
     return notes
 
 
@@ -308,14 +307,10 @@ class ComparisonTable(Table):
             head = column.head.partition(" (")[0].partition(",")[0].removesuffix(" tokens")
             table.add_column(head, justify="right" if place else "left", no_wrap=place > 0)
         for row in self.rows:
-            table.add_row(*(_two_lines(column.cell(row)) for column in columns))
+            cells = (stacked(column.cell(row)) for column in columns)
+            lines = [(f"{value} {said}".rstrip(), ends) for value, ends, said in cells]
+            table.add_row(*("\n".join(filter(None, line)) for line in lines))
         return table
-
-
-def _two_lines(cell: str) -> str:
-    """ "0.4 (0.3 to 0.5) better" as "0.4 better" over "0.3 to 0.5"."""
-    value, ends, said = stacked(cell)
-    return f"{value} {said}".rstrip() + (f"\n{ends}" if ends else "")
 
 
 def stacked(cell: str) -> tuple[str, str, str]:
@@ -330,8 +325,8 @@ def tables(rows: Sequence[Row]) -> list[ComparisonTable]:
     whole = {row.group for row in rows if row.layers is None and row.method != DENSE}
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        layered = row.layers is not None and row.group in whole
-        found.setdefault((*row.group, layered), []).append(row)
+        key = (*row.group, row.layers is not None and row.group in whole)
+        found.setdefault(key, []).append(row)
     return [
         ComparisonTable("", caption(own), _columns(own), [{"row": row} for row in own])
         for own in found.values()
@@ -347,6 +342,10 @@ def _columns(rows: Sequence[Row]) -> tuple[Column, ...]:
     metric = measured.metric if measured else "metric"
     better = "higher" if measured is None or measured.higher_is_better else "lower"
     seeds = len({row.seed for row in rows}) > 1
+
+    def griffin(row: Row) -> str | None:
+        return _marked(_change(row, row.to_griffin), row)
+
     columns = (
         _column("method", lambda row: name(row, seeds)),
         _column("asked", lambda row: _share(row.asked), False),
@@ -355,10 +354,7 @@ def _columns(rows: Sequence[Row]) -> tuple[Column, ...]:
         _column("re-masks", lambda row: None if row.remasks is None else f"{row.remasks:,}"),
         _column(f"{metric} ({better} is better)", _metric),
         _column("against dense", lambda row: _change(row, row.to_dense)),
-        _column(
-            "against GRIFFIN, same asked sparsity",
-            lambda row: _marked(_change(row, row.to_griffin), row),
-        ),
+        _column("against GRIFFIN, same asked sparsity", griffin),
         _column("at equal achieved sparsity", lambda row: _equal(row, row.equal_sparsity), False),
         _column("at equal FFN bytes", lambda row: _equal(row, row.equal_bytes), False),
         _column("FFN bytes", _bytes, False),
@@ -435,7 +431,9 @@ def _equal(row: Row, equal: Equal | None) -> str | None:
 def markdown(rows: Sequence[Row]) -> str:
     """The whole comparison as one Markdown document."""
     first, *further = conclusions(rows)
-    parts = ["# Comparison", escaped(first), *map(_markdown_table, tables(rows))]
+    parts = ["# Comparison", escaped(first)]
+    for table in tables(rows):
+        parts.append("\n".join([f"## {escaped(table.caption)}", "", *table.lines()]))
     for head, lines in (
         ("In words", further),
         ("What the published protocol leaks", [leak.sentence for leak in leaks(rows)]),
@@ -447,10 +445,6 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(table: Table) -> str:
-    return "\n".join([f"## {escaped(table.caption)}", "", *table.lines()])
-
-
 INTERVALS, EQUALS = ("interval", "to_dense", "to_griffin"), ("equal_sparsity", "equal_bytes")
 
 ENDS = ("low", "high", "estimate", "n")
@@ -458,25 +452,26 @@ ENDS = ("low", "high", "estimate", "n")
 PAIRED = (*ENDS, "differing", "significant")
 
 
+def to_dict(interval: Interval | None) -> dict[str, Any] | None:
+    """An interval as JSON-able data."""
+    return None if interval is None else interval.to_dict()
+
+
 def record(row: Row) -> dict[str, Any]:
     """A row as JSON-able data, its intervals and comparisons nested."""
     nested = ("scores", "checkpoint", "notes", *INTERVALS, *EQUALS)
     data = {f.name: getattr(row, f.name) for f in fields(Row) if f.name not in nested}
-    data |= {key: _interval_record(getattr(row, key)) for key in INTERVALS}
+    data |= {key: to_dict(getattr(row, key)) for key in INTERVALS}
     for key in EQUALS:
         equal: Equal | None = getattr(row, key)
         data[key] = equal and {
             "griffin": equal.value,
             "between": [equal.at],
-            "interval": _interval_record(equal.interval),
+            "interval": to_dict(equal.interval),
         }
     notes, checkpoint = list(row.notes), dict(row.checkpoint)
     facts = {"unequal": row.unequal, "leaks": row.leaks}
     return {**data, **facts, "notes": notes, "checkpoint": checkpoint}
-
-
-def _interval_record(interval: Interval | None) -> dict[str, Any] | None:
-    return None if interval is None else interval.to_dict()
 
 
 def document(rows: Sequence[Row]) -> dict[str, Any]:
@@ -494,7 +489,7 @@ def document(rows: Sequence[Row]) -> dict[str, Any]:
                 "task": leak.published.task,
                 "full": leak.full.value,
                 "published": leak.published.value,
-                "interval": _interval_record(leak.interval),
+                "interval": to_dict(leak.interval),
             }
             for leak in leaks(rows)
         ],
@@ -507,14 +502,14 @@ def _csv_row(row: Row) -> dict[str, Any]:
     """All columns of one row, the same for every row: an interval is a column for each number."""
     line: dict[str, Any] = {}
     for key, value in record(row).items():
+        known = value or {}
         if key in INTERVALS:
             ends = ENDS if key == "interval" else PAIRED
-            line |= {f"{key}.{end}": (value or {}).get(end) for end in ends}
+            line |= {f"{key}.{end}": known.get(end) for end in ends}
         elif key in EQUALS:
-            equal = value or {"griffin": None, "between": [], "interval": None}
-            line[f"{key}.griffin"] = equal["griffin"]
-            line[f"{key}.between"] = " ".join(f"{at:.6g}" for at in equal["between"])
-            line |= {f"{key}.{end}": (equal["interval"] or {}).get(end) for end in PAIRED}
+            line[f"{key}.griffin"] = known.get("griffin")
+            line[f"{key}.between"] = " ".join(f"{at:.6g}" for at in known.get("between", ()))
+            line |= {f"{key}.{end}": (known.get("interval") or {}).get(end) for end in PAIRED}
         elif key not in ("notes", "checkpoint"):
             line[key] = value
     return line
@@ -528,7 +523,7 @@ def write_all(folder: Path, rows: Sequence[Row]) -> list[Path]:
     paths = [folder / f"compare.{kind}" for kind in ("md", "csv", "json")]
     write_text(paths[0], markdown(rows))
     table = [_csv_row(row) for row in rows]
-    write_csv(paths[1], table[0] if table else [], [list(row.values()) for row in table])
+    write_csv(paths[1], table[0] if table else [], (row.values() for row in table))
     write_json(paths[2], document(rows))
     return paths
 
@@ -541,27 +536,10 @@ def write(folder: Path, rows: Sequence[Row] | None = None) -> Path:
     exist or cannot be written.
     """
     view = read(folder)
-    known = comparison.rows(read_cells(folder)) if rows is None else rows
+    known = comparison.rows(Files(folder).lines("results.jsonl")) if rows is None else rows
     path = folder / "report.html"
     write_text(path, page.render("compare.html", _content(view, known), {"stacked": stacked}))
     return path
-
-
-def read_cells(folder: Path) -> list[dict[str, Any]]:
-    """The finished and failed cells of a folder; a line that is not whole is left out."""
-    try:
-        lines = (folder / "results.jsonl").read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError):
-        return []
-    found = []
-    for line in lines:
-        try:
-            cell = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(cell, dict):
-            found.append(cell)
-    return found
 
 
 def _content(view: ResultsView, rows: Sequence[Row]) -> dict[str, Any]:

@@ -142,18 +142,14 @@ def _draw_windows(axes: Axes, palette: Palette, checks: Sequence[DriftCheck]) ->
         "armed": {"marker": "o", "color": palette[0], "label": "window"},
         "low": {"marker": "v", "color": palette[4], "markersize": 8, "label": "low window"},
         "trigger": {"marker": "*", "color": palette[4], "markersize": 14, "label": "trigger"},
-        "held": {
-            "marker": "D",
-            "color": "white",
-            "markeredgewidth": 1.8,
-            "label": "held: guards put it off",
-        },
+        "held": {"marker": "D", "color": "white", "label": "held: guards put it off"},
         "arming": {"marker": "o", "color": "white", "label": "arming: no threshold yet"},
     }
     for kind, look in looks.items():
         points = [check for check in checks if window_kind(check) == kind]
         if points:
-            style = {"markeredgecolor": INK, "markeredgewidth": 0.9, "markersize": 6.5, **look}
+            edge = 1.8 if kind == "held" else 0.9
+            style = {"markeredgecolor": INK, "markeredgewidth": edge, "markersize": 6.5, **look}
             x, y = [check.step for check in points], [check.similarity for check in points]
             axes.plot(x, y, linestyle="none", zorder=4, **style)
 
@@ -193,11 +189,9 @@ def _dense_stretches(
     checks: Sequence[DriftCheck], starts: Sequence[int]
 ) -> list[tuple[int, int | None]]:
     """From the beginning, or a trigger, to the mask that was built; None: to the end of the run."""
-    triggers = [check.step for check in checks if check.trigger]
     found: list[tuple[int, int | None]] = [(0, starts[0])] if starts and starts[0] > 0 else []
-    for trigger in triggers:
-        found.append((trigger, next((step for step in starts if step >= trigger), None)))
-    return found
+    triggers = [check.step for check in checks if check.trigger]
+    return found + [(at, next((step for step in starts if step >= at), None)) for at in triggers]
 
 
 def _name(axes: Axes, step: int, cause: str) -> None:

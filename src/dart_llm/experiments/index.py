@@ -27,15 +27,11 @@ from rich.text import Text
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.experiments.comparison import Row, Scores, read_row
 from dart_llm.experiments.folder_lock import is_taken
-from dart_llm.experiments.store import mapping, number
+from dart_llm.experiments.store import EVALUATIONS, Files, mapping, mappings, number
 from dart_llm.experiments.trackers import TRACKERS
 from dart_llm.files import finite
 
 # The files of a folder; what is of another type than it should be counts as missing.
-
-
-def _mappings(value: Any) -> list[dict[str, Any]]:
-    return [mapping(item) for item in value] if isinstance(value, list) else []
 
 
 def _time(value: Any) -> datetime.datetime | None:
@@ -45,7 +41,7 @@ def _time(value: Any) -> datetime.datetime | None:
 
 
 Data = Annotated[dict[str, Any], BeforeValidator(mapping)]
-Records = Annotated[list[dict[str, Any]], BeforeValidator(_mappings)]
+Records = Annotated[tuple[dict[str, Any], ...], BeforeValidator(mappings)]
 Number = Annotated[float | None, BeforeValidator(number)]
 Time = Annotated[datetime.datetime | None, BeforeValidator(_time)]
 
@@ -58,7 +54,7 @@ class Config(BaseModel, frozen=True):
     settings: Data = {}
     prune: Data = {}
     checkpoint: Data = {}
-    cells: Records = []
+    cells: Records = ()
     started: Time = None
     finished: Time = None
     command: Any = None
@@ -69,51 +65,6 @@ class Config(BaseModel, frozen=True):
 NOTHING = Config()
 
 
-@dataclass(frozen=True)
-class Files:
-    """The files of one folder; ``problems`` collects what is damaged."""
-
-    folder: Path
-    problems: list[str]
-
-    def json(self, name: str) -> dict[str, Any]:
-        """A document; empty when there is no such file, or it is damaged."""
-        with self._damage(name):
-            return mapping(json.loads(self._text(name) or "{}"))
-        return {}
-
-    def lines(self, name: str) -> list[dict[str, Any]]:
-        """The rows of a JSONL file, without damaged ones."""
-        rows = []
-        for line in self._text(name).split("\n"):
-            with self._damage(name):
-                value = json.loads(line) if line.strip() else {}
-                if not isinstance(value, Mapping):
-                    raise ValueError
-                rows += [dict(value)] if value else []
-        return rows
-
-    def _text(self, name: str) -> str:
-        try:
-            return (self.folder / name).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return ""
-        except (OSError, UnicodeDecodeError):
-            self._note(f"{name} cannot be read")
-            return ""
-
-    @contextlib.contextmanager
-    def _damage(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except (ValueError, RecursionError):
-            self._note(f"{name} is damaged")
-
-    def _note(self, problem: str) -> None:
-        if problem not in self.problems:
-            self.problems.append(problem)
-
-
 # Today's files as cells in the form of results.jsonl, whatever command wrote them.
 
 GENERATE = "generate"
@@ -121,9 +72,6 @@ GENERATE = "generate"
 
 STUDIES = ("detect", "inspect", "quality", "speed")
 """Kinds whose results are no cells of a comparison; their folders have tables of their own."""
-
-EVALUATIONS = ("mmlu.json", "general_nlp.json", "summarization.json")
-"""Of ``dart-llm run``: lines of results.jsonl, as ``rows``."""
 
 ACCOUNTING = (
     "achieved_sparsity",
@@ -146,10 +94,9 @@ def read_rows(files: Files, config: Config) -> tuple[Row, ...]:
         known = mapping(cell.get("checkpoint")) or config.checkpoint
         asked = {**settings, **mapping(cell.get("cell"))}
         row = read_row({**cell, "checkpoint": known, "cell": asked})
-        row = replace(row, scores=Scores({}, False))  # every item of every run would be kept
-        if row.task == GENERATE:
-            row = replace(row, status="done", error=None)  # without timing.json there is no speed
-        rows.append(row)
+        # the items of every run would be kept; without timing.json a text has no speed
+        done: dict[str, Any] = {"status": "done", "error": None} if row.task == GENERATE else {}
+        rows.append(replace(row, scores=Scores({}, False), **done))
     return tuple(rows)
 
 
@@ -162,35 +109,37 @@ def upgrade(files: Files, kind: Any) -> Iterator[dict[str, Any]]:
     yield from upgrade_generations(files)
     lines = files.lines("results.jsonl")
     yield from lines
-    measured = _mappings(files.json("measurements.json").get("measurements"))
+    measured = mappings(files.json("measurements.json").get("measurements"))
     if lines:
         return
     for entry in measured:
-        yield {"cell": _asked(entry), "label": entry.get("label"), "measurement": entry}
+        yield _cell_of(entry, entry)
     if not measured:
         yield from upgrade_perplexity(files.json("perplexity.json"))
     for name in EVALUATIONS:
-        yield from _mappings(files.json(name).get("rows"))
+        yield from mappings(files.json(f"{name}.json").get("rows"))
 
 
-def _asked(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: row.get(name) for name in ("method", "sparsity")}
+def _cell_of(row: Mapping[str, Any], measurement: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """A cell of the method and sparsity in ``row``."""
+    asked = {name: row.get(name) for name in ("method", "sparsity")}
+    cell = {**asked, **more.pop("cell", {})}
+    return {"cell": cell, "label": row.get("label"), "measurement": measurement, **more}
 
 
 def upgrade_perplexity(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The rows of every text; a document may be that of one text."""
-    for text in _mappings(document.get("texts", [document])):
-        for row in _mappings(text.get("rows")):
-            measurement: dict[str, Any] = {
+    for text in mappings(document.get("texts", [document])):
+        for row in mappings(text.get("rows")):
+            measurement = {
                 "task": f"perplexity:{text.get('text')}",
                 "protocol": text.get("protocol"),
                 "metric": "perplexity",
                 "higher_is_better": False,
                 "metrics": {"perplexity": row.get("perplexity")},
-                "items": [],
                 "accounting": row.get("accounting"),
             }
-            yield {"cell": _asked(row), "label": row.get("label"), "measurement": measurement}
+            yield _cell_of(row, measurement)
 
 
 def upgrade_generations(files: Files) -> Iterator[dict[str, Any]]:
@@ -204,8 +153,7 @@ def upgrade_generations(files: Files) -> Iterator[dict[str, Any]]:
             "metrics": {"tokens_per_second": number(speeds.get(variant))},
             "accounting": record.get("accounting"),
         }
-        label = variant if variant == "dense" else None
-        yield {"cell": _asked(record), "label": label, "measurement": measurement}
+        yield _cell_of(record, measurement, label=variant if variant == "dense" else None)
 
 
 def cells(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -214,26 +162,22 @@ def cells(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     The metric is the mean loss after the changes (mode forced), the closeness to the dense text,
     or the mean length where nothing was compared.
     """
-    for line in _mappings(summary.get("rows")):
+    model = {"model": summary.get("model"), "dtype": summary.get("dtype")}
+    for line in mappings(summary.get("rows")):
         name, value, higher = _headline(line)
-        failed = not line.get("cells")
-        untouched = line.get("method") == "dense"
-        yield {
-            "label": line.get("label"),
-            "status": "failed" if failed else "done",
-            "error": f"all {line.get('failed')} cells failed: results.jsonl says why"
-            if failed
-            else None,
-            "cell": {**_asked(line), "model": summary.get("model"), "dtype": summary.get("dtype")},
-            "measurement": {
-                "task": f"drift:{summary.get('mode')}",
-                "metric": name,
-                "higher_is_better": higher,
-                "metrics": {name: value},
-                "items": [],
-                "accounting": None if untouched else {key: line.get(key) for key in ACCOUNTING},
-            },
+        measurement = {
+            "task": f"drift:{summary.get('mode')}",
+            "metric": name,
+            "higher_is_better": higher,
+            "metrics": {name: value},
         }
+        if line.get("method") != "dense":
+            measurement["accounting"] = {key: line.get(key) for key in ACCOUNTING}
+        found = _cell_of(line, measurement, cell=model)
+        if not line.get("cells"):
+            why = f"all {line.get('failed')} cells failed: results.jsonl says why"
+            found |= {"status": "failed", "error": why}
+        yield found
 
 
 def _headline(line: Mapping[str, Any]) -> tuple[str, Any, bool]:
@@ -289,10 +233,13 @@ class ResultsSummary:
 def read_info(folder: Path, root: Path) -> ResultsSummary:
     """The facts of one folder; ``root``: where the list was asked for."""
     place, base = folder.resolve(), root.resolve()
-    experiment = place.parent.name
-    if base in place.parent.parents:
-        experiment = place.parent.relative_to(base).as_posix()
-    run = ResultsSummary(folder, experiment, place.name, _stamp(place.name), "unknown", "run")
+    inside = base in place.parent.parents
+    experiment = place.parent.relative_to(base).as_posix() if inside else place.parent.name
+    began = None
+    if match := STAMP.fullmatch(place.name):
+        with contextlib.suppress(ValueError):
+            began = datetime.datetime.strptime(match[1], "%Y%m%d-%H%M%S")
+    run = ResultsSummary(folder, experiment, place.name, began, "unknown", "run")
     try:
         return _read(run)
     except Exception as error:  # a listing shows the other runs, whatever is in this folder
@@ -300,7 +247,7 @@ def read_info(folder: Path, root: Path) -> ResultsSummary:
 
 
 def _read(run: ResultsSummary) -> ResultsSummary:
-    files = Files(run.path, [])
+    files = Files(run.path)
     document = files.json("config.json")
     if not document and not files.problems:
         files.problems.append("config.json is missing or empty")
@@ -309,16 +256,23 @@ def _read(run: ResultsSummary) -> ResultsSummary:
     prune = {n: v for n in ("method", "sparsity") if (v := config.prune.get(n)) is not None}
     asked = config.cells or [{**config.settings, **prune}]
     checkpoint = config.checkpoint
-    models = [checkpoint["name"]] if checkpoint.get("name") else [c.get("model") for c in asked]
+    models = [checkpoint.get("name")] if checkpoint.get("name") else [c.get("model") for c in asked]
+    status = str(config.status or "unknown").lower()
+    if status == "running" and not is_taken(run.path):
+        status = "stopped"
+    seconds = number(files.json("timing.json").get("total_s"))
+    if seconds is None and config.started is not None and config.finished is not None:
+        seconds = seconds_of(config.finished) - seconds_of(config.started)
     methods = [row.method for row in rows]
     if config.kind not in ("compare", "sweep") and prune.get("method"):
         methods = [prune["method"]]  # the dense rows beside it are a reference
     return replace(
         run,
         started=config.started or run.started,
-        status=_status(run.path, config),
+        status=status,
         kind=str(config.kind or "run"),
-        models=_texts(row.model for row in rows) or _texts(map(_short, models)),
+        models=_texts(row.model for row in rows)
+        or _texts(str(name or "").rstrip("/").rpartition("/")[2] for name in models),
         quantisations=_texts(
             fact.get("file_quantisation")
             for fact in [row.checkpoint for row in rows] or [checkpoint]
@@ -330,7 +284,7 @@ def _read(run: ResultsSummary) -> ResultsSummary:
         rows=rows,
         measured=len(rows),
         planned=len(config.cells) or None,
-        seconds=_seconds(files, config),
+        seconds=seconds,
         config=config,
         problems=tuple(files.problems),
     )
@@ -352,29 +306,6 @@ def _tasks(asked: Iterable[Mapping[str, Any]]) -> Iterator[str]:
 
 def _texts(values: Iterable[Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(value) for value in values if value not in (None, "")))
-
-
-def _short(name: Any) -> str:
-    return str(name or "").rstrip("/").rsplit("/", 1)[-1]
-
-
-def _stamp(name: str) -> datetime.datetime | None:
-    match = STAMP.fullmatch(name)
-    with contextlib.suppress(ValueError):
-        return None if not match else datetime.datetime.strptime(match[1], "%Y%m%d-%H%M%S")
-    return None
-
-
-def _seconds(files: Files, config: Config) -> float | None:
-    total = number(files.json("timing.json").get("total_s"))
-    if total is None and config.started is not None and config.finished is not None:
-        return seconds_of(config.finished) - seconds_of(config.started)
-    return total
-
-
-def _status(folder: Path, config: Config) -> str:
-    status = str(config.status or "unknown").lower()
-    return "stopped" if status == "running" and not is_taken(folder) else status
 
 
 def seconds_of(time: datetime.datetime | None) -> float:
@@ -410,7 +341,7 @@ def find(root: Path | str) -> list[ResultsSummary]:
 
 def _folders(root: Path, depth: int = 0) -> Iterator[Path]:
     """Folders of runs: named like one, or with a config.json of ours (models have one too)."""
-    if STAMP.fullmatch(root.resolve().name) or "status" in Files(root, []).json("config.json"):
+    if STAMP.fullmatch(root.resolve().name) or "status" in Files(root).json("config.json"):
         yield root
         return
     with contextlib.suppress(OSError):
@@ -441,29 +372,24 @@ def filter(
         raise UnknownName("status", status, known)
     first = None if since is None else seconds_of(_since(since))
 
+    def asked(run: ResultsSummary) -> bool:
+        late = first is None or seconds_of(run.started) >= first
+        return late and (status is None or run.status == status.lower())
+
     def matches(*names: Sequence[str]) -> bool:
         return all(_part_of(*pair) for pair in zip((model, method, task), names, strict=True))
 
+    def row_matches(row: Row) -> bool:
+        models = (row.model, str(row.checkpoint.get("source") or ""))
+        return matches(models, (row.method, row.label), (row.task,))
+
     chosen = []
     for run in runs:
-        if status is not None and run.status != status.lower():
-            continue
-        if not _part_of(experiment, (run.experiment,)):
-            continue
-        if first is not None and seconds_of(run.started) < first:
-            continue
-        rows = tuple(
-            row
-            for row in run.rows
-            if matches(
-                (row.model, str(row.checkpoint.get("source") or "")),
-                (row.method, row.label),
-                (row.task,),
-            )
-        )
-        whole = matches(run.models, run.methods, run.tasks)
-        if rows or (whole and (run.status != "complete" or not run.rows)):
-            chosen.append(replace(run, rows=rows))
+        if asked(run) and _part_of(experiment, (run.experiment,)):
+            rows = tuple(row for row in run.rows if row_matches(row))
+            whole = matches(run.models, run.methods, run.tasks)
+            if rows or (whole and (run.status != "complete" or not run.rows)):
+                chosen.append(replace(run, rows=rows))
     return chosen
 
 
@@ -502,25 +428,29 @@ ROW = {
 
 def records(runs: Iterable[ResultsSummary], long: bool = False) -> list[dict[str, Any]]:
     """Flat data: one per run with distinct values joined, or with ``long`` one per measured row."""
-    return [record for run in runs for record in (_long(run) if long else [_short_record(run)])]
+    return [record for run in runs for record in (_long(run) if long else [_short(run)])]
 
 
 def _head(run: ResultsSummary) -> dict[str, Any]:
     return {name: getattr(run, name) for name in HEAD}
 
 
+LISTS = {
+    "model": "models",
+    "quantisation": "quantisations",
+    "dtype": "dtypes",
+    "method": "methods",
+    "sparsity": "sparsities",
+    "tasks": "tasks",
+}
+"""Names of a run's lists, and of their fields in ``ResultsSummary``."""
+
+
 def _lists(run: ResultsSummary) -> dict[str, list[Any]]:
-    return {
-        "model": list(run.models),
-        "quantisation": list(run.quantisations),
-        "dtype": list(run.dtypes),
-        "method": list(run.methods),
-        "sparsity": list(run.sparsities),
-        "tasks": list(run.tasks),
-    }
+    return {name: list(getattr(run, field)) for name, field in LISTS.items()}
 
 
-def _short_record(run: ResultsSummary) -> dict[str, Any]:
+def _short(run: ResultsSummary) -> dict[str, Any]:
     names = ("achieved_sparsity", "dense_token_share", "remasks")
     numbers = {name: [getattr(row, ROW[name]) for row in own_rows(run)] for name in names}
     return {
@@ -546,10 +476,9 @@ def _long(run: ResultsSummary) -> list[dict[str, Any]]:
 
 
 def _values(row: Row) -> dict[str, Any]:
-    fixed = {"quantisation": row.checkpoint.get("file_quantisation"), "items": row.items or None}
-    return {
-        name: fixed[name] if name in fixed else getattr(row, field) for name, field in ROW.items()
-    }
+    quantisation = row.checkpoint.get("file_quantisation")
+    found = {"quantisation": quantisation, "items": row.items or None}
+    return {n: found[n] if n in found else getattr(row, field) for n, field in ROW.items()}
 
 
 def own_rows(run: ResultsSummary) -> list[Row]:
@@ -601,7 +530,7 @@ def to_json(runs: Iterable[ResultsSummary]) -> str:
             "results": results(run),
             "seconds": run.seconds,
             "path": str(run.path),
-            "started": None if run.started is None else run.started.isoformat(),
+            "started": run.started and run.started.isoformat(),
             "cells": run.planned,
             "problems": list(run.problems),
             "rows": [_values(row) for row in run.rows],
@@ -625,14 +554,10 @@ def to_markdown(runs: Iterable[ResultsSummary], long: bool = False) -> str:
     """A Markdown table; shares as per cent."""
     hidden = ("path", "seconds", "label", "protocol", "seed", "ffn_bytes_share")
     data = records(runs, long)
-    names = [
-        name
-        for name in _columns(data)
-        if name not in hidden and any(record.get(name) not in (None, "") for record in data)
-    ]
-    lines = [names, ["---"] * len(names)]
-    lines += [[_cell(name, record.get(name)) for name in names] for record in data]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    shown = [name for name in _columns(data) if name not in hidden]
+    names = [name for name in shown if any(record.get(name) not in (None, "") for record in data)]
+    lines = [[_cell(name, record.get(name)) for name in names] for record in data]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (names, ["---"] * len(names), *lines))
 
 
 def _columns(data: Sequence[Mapping[str, Any]]) -> list[str]:

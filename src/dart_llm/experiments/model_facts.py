@@ -28,7 +28,15 @@ def layer_count(cell: Cell) -> int:
         return DEFAULT_LAYERS
     path = Path(cell.model).expanduser()
     if path.is_file():
-        return _gguf_layers(path)
+        from gguf import GGUFReader
+
+        try:
+            fields = GGUFReader(path).fields
+            name = next(name for name in fields if name.endswith(".block_count"))
+            return int(fields[name].contents())
+        except (OSError, ValueError, IndexError, KeyError, StopIteration) as error:
+            why = f"{path} does not say how many layers it has: {plain(error)}"
+            raise LoadError(why) from error
     from transformers import AutoConfig
 
     found = _resolve(cell)
@@ -44,17 +52,6 @@ def layer_count(cell: Cell) -> int:
         raise hub_failure(error, cell.model, cell.revision) or LoadError(
             f"the configuration of {cell.model} could not be read: {plain(error)}"
         ) from error
-
-
-def _gguf_layers(path: Path) -> int:
-    from gguf import GGUFReader
-
-    try:
-        fields = GGUFReader(path).fields
-        name = next(name for name in fields if name.endswith(".block_count"))
-        return int(fields[name].contents())
-    except (OSError, ValueError, IndexError, KeyError, StopIteration) as error:
-        raise LoadError(f"{path} does not say how many layers it has: {plain(error)}") from error
 
 
 def model_digests(model: str) -> dict[str, str]:
@@ -84,11 +81,7 @@ def download_size(cell: Cell) -> int | None:
 
 def _resolve(cell: Cell) -> Any:
     return resolve(
-        cell.model,
-        revision=cell.revision,
-        cache_dir=cell.cache_dir,
-        verify=False,
-        say=lambda text: None,
+        cell.model, revision=cell.revision, cache_dir=cell.cache_dir, say=lambda text: None
     )
 
 

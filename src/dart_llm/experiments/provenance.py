@@ -25,7 +25,6 @@ from dart_llm.data.datasets import LOCAL_MMLU
 from dart_llm.errors import ConfigError
 from dart_llm.evaluation.measurement import MeasureOptions
 from dart_llm.experiments.cell import Cell
-from dart_llm.experiments.model_facts import model_digests
 from dart_llm.files import file_sha256
 
 TASK_FILES = (".yaml", ".yml", ".py")
@@ -67,6 +66,8 @@ class Digests:
     def of_model(self, model: str) -> dict[str, str]:
         """Weights, configuration and tokenizer of a local model."""
         if model not in self._models:
+            from dart_llm.experiments.model_facts import model_digests  # which loads torch
+
             with _readable(model):
                 self._models[model] = model_digests(model)
         return self._models[model]
@@ -199,10 +200,8 @@ def environment(changes: Mapping[str, str]) -> Iterator[None]:
         yield
     finally:
         for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+            os.environ.pop(name, None)
+            os.environ.update({} if value is None else {name: value})
 
 
 @contextlib.contextmanager
@@ -253,11 +252,10 @@ PACKAGES = (
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that decide a result."""
     found: dict[str, str | None] = {"python": platform.python_version()}
+    found |= dict.fromkeys(PACKAGES)
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
     return found
 
 
@@ -289,15 +287,27 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 def machine(device: str | None = None) -> dict[str, Any]:
     """System, processor, cores and memory of this machine, and the device that was used."""
+    torch = sys.modules.get("torch")
     return {
         "system": f"{platform.system()} {platform.release()}",
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "threads": _threads(),
+        "threads": None if torch is None else int(torch.get_num_threads()),
         "memory_gib": memory_gib(),
         "device": device,
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
+    }
+
+
+def origin(device: str | None) -> dict[str, Any]:
+    """What config.json says of where results come from."""
+    return {
+        "command": sys.argv,
+        "process": os.getpid(),
+        "versions": versions(),
+        "git": git_state(Path(__file__).parent),
+        "machine": machine(device),
     }
 
 
@@ -311,18 +321,11 @@ def memory_gib() -> float | None:
 
 
 def _processor() -> str:
-    try:
+    with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
     return platform.processor() or platform.machine()
-
-
-def _threads() -> int | None:
-    torch = sys.modules.get("torch")
-    return None if torch is None else int(torch.get_num_threads())
 
 
 def peak_memory_bytes() -> int | None:

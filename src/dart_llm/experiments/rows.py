@@ -70,7 +70,8 @@ def document(rows: Sequence[Row]) -> dict[str, Any]:
         "accounting": {**_merged(list(reports.values())), "tasks": reports},
         "notes": notes(own),
     }
-    if groups := {_task(r): r["measurement"]["subtasks"] for r in own if _subtasks(r)}:
+    subtasks = {_task(r): r["measurement"]["subtasks"] for r in own}
+    if groups := {task: parts for task, parts in subtasks.items() if parts}:
         found["subtasks"] = groups
     if others:
         found["dense"] = {_task(r): r["measurement"]["metrics"] for r in others}
@@ -87,10 +88,6 @@ def _merged(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _task(row: Row) -> str:
     return str(row["measurement"]["task"])
-
-
-def _subtasks(row: Row) -> bool:
-    return bool(row["measurement"]["subtasks"])
 
 
 def notes(rows: Sequence[Row]) -> list[str]:

@@ -5,54 +5,38 @@ The head of the report page: title, conclusion, figures and facts of the run.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dart_llm.experiments.store import ResultsView, mapping, number
+from dart_llm.experiments.store import ResultsView, flat, mapping, number
 from dart_llm.reporting import words as sentences
-from dart_llm.reporting.table import PageTable, Record, bytes_text
+from dart_llm.reporting.table import PageTable, bytes_text
 
 
 def settings(view: ResultsView) -> list[PageTable]:
     """The run's settings and the configuration of its masks; what was not given is left out."""
-    found = []
-    for caption, key in (
-        ("Settings of the run", "settings"),
-        ("Configuration of the masks", "prune"),
-    ):
-        flat = _flat(mapping(view.config.get(key)))
-        if flat:
-            found.append(PageTable(caption, ("setting", "value"), flat, numeric=False))
-    return found
+    captions = {"settings": "Settings of the run", "prune": "Configuration of the masks"}
+    return _tables(view, captions, "setting")
 
 
 def provenance(view: ResultsView) -> list[PageTable]:
     """Versions, machine, git state and the checkpoint's facts."""
-    sources = (
-        ("Versions", "versions"),
-        ("Machine", "machine"),
-        ("Source code", "git"),
-        ("Checkpoint", "checkpoint"),
-    )
+    captions = {"versions": "Versions", "machine": "Machine", "git": "Source code"}
+    return _tables(view, {**captions, "checkpoint": "Checkpoint"}, "what")
+
+
+def _tables(view: ResultsView, captions: Mapping[str, str], head: str) -> list[PageTable]:
+    """Entries of config.json as tables of names and values."""
     found = []
-    for caption, key in sources:
-        flat = _flat(mapping(view.config.get(key)))
-        if flat:
-            found.append(PageTable(caption, ("what", "value"), flat, numeric=False))
+    for key, caption in captions.items():
+        entries = flat(mapping(view.config.get(key)))
+        rows = tuple((name, _plain(value)) for name, value in entries.items())
+        found += [PageTable(caption, (head, "value"), rows, numeric=False)] if rows else []
     return found
-
-
-def _flat(data: Record, prefix: str = "") -> tuple[tuple[str, ...], ...]:
-    rows: list[tuple[str, ...]] = []
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            rows += _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            rows.append((f"{prefix}{key}", _plain(value)))
-    return tuple(rows)
 
 
 def _plain(value: Any) -> str:
@@ -88,21 +72,14 @@ def named(values: Iterable[Any]) -> str:
 
 def facts(view: ResultsView) -> list[tuple[str, str, bool]]:
     """Name, value, and whether the value is to be set as code."""
-    known, counted = view.checkpoint, _accounting(view)
+    known = view.checkpoint
     where = "generated text" if view.generated else "perplexity slices"
-    achieved = number(counted.get("achieved_sparsity"))
+    achieved = number(_accounting(view).get("achieved_sparsity"))
+    shares = [None if s is None else sentences.percent(s) for s in (view.asked, achieved)]
     found: list[tuple[str, Any, bool]] = [
         ("method", view.method, False),
-        (
-            "sparsity asked for",
-            None if view.asked is None else sentences.percent(view.asked),
-            False,
-        ),
-        (
-            "achieved sparsity",
-            None if achieved is None else f"{sentences.percent(achieved)} ({where})",
-            False,
-        ),
+        ("sparsity asked for", shares[0], False),
+        ("achieved sparsity", shares[1] and f"{shares[1]} ({where})", False),
         ("checkpoint", known.get("name"), False),
         ("file quantisation", known.get("file_quantisation"), False),
         ("dtype", known.get("dtype"), False),
@@ -116,18 +93,13 @@ def facts(view: ResultsView) -> list[tuple[str, str, bool]]:
 
 
 def _date(config: Mapping[str, Any]) -> str | None:
-    try:
+    text = None
+    with contextlib.suppress(KeyError, TypeError, ValueError):
         started = datetime.datetime.fromisoformat(str(config.get("started")))
-    except ValueError:
-        return None
-    text = started.strftime("%Y-%m-%d %H:%M:%S %z").replace("+0000", "UTC").strip()
-    try:
-        seconds = (
-            datetime.datetime.fromisoformat(str(config["finished"])) - started
-        ).total_seconds()
-    except (KeyError, TypeError, ValueError):
-        return text
-    return f"{text}, took {seconds:,.0f} s"
+        text = started.strftime("%Y-%m-%d %H:%M:%S %z").replace("+0000", "UTC").strip()
+        took = datetime.datetime.fromisoformat(str(config["finished"])) - started
+        return f"{text}, took {took.total_seconds():,.0f} s"
+    return text
 
 
 def _command(command: Any) -> str | None:
@@ -140,10 +112,8 @@ def _command(command: Any) -> str | None:
 def cards(view: ResultsView) -> list[tuple[str, str, str]]:
     """The figures that head the page: value, what it is, and a note."""
     found, counted = [], _accounting(view)
-    achieved, dense = (
-        number(counted.get("achieved_sparsity")),
-        number(counted.get("dense_token_share")),
-    )
+    achieved = number(counted.get("achieved_sparsity"))
+    dense = number(counted.get("dense_token_share"))
     if achieved is not None:
         note = "in the generated text" if view.generated else "in the perplexity slices"
         note += "" if view.asked is None else f"; {sentences.percent(view.asked)} asked for"
@@ -165,9 +135,9 @@ def cards(view: ResultsView) -> list[tuple[str, str, str]]:
 
 
 def other_times(timing: Mapping[str, Any]) -> str:
+    """What loading and the whole run took, and the memory, as one sentence."""
     parts = []
-    load, total = number(timing.get("load_s")), number(timing.get("total_s"))
-    peak = number(timing.get("peak_memory_bytes"))
+    load, total, peak = map(number, map(timing.get, ("load_s", "total_s", "peak_memory_bytes")))
     if load is not None:
         parts.append(f"loading took {load:,.1f} s")
     if total is not None:

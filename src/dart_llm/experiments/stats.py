@@ -65,21 +65,21 @@ class Interval:
     differing: int = 0
 
     @property
+    def _excludes(self) -> bool:
+        return self.null is not None and not self.low <= self.null <= self.high
+
+    @property
     def significant(self) -> bool:
-        """Whether the interval excludes "no difference", with at least ``FEWEST`` unequal pairs.
+        """Whether the interval excludes "no difference", with ``MIN_DISCORDANT`` unequal pairs.
 
         Read the module's warning about many comparisons before you count these.
         """
-        if self.null is None or self.differing < MIN_DISCORDANT:
-            return False
-        return not self.low <= self.null <= self.high
+        return self._excludes and self.differing >= MIN_DISCORDANT
 
     @property
     def few(self) -> bool:
         """Whether only the number of unequal pairs keeps the difference from being significant."""
-        if self.null is None or self.differing >= MIN_DISCORDANT:
-            return False
-        return not self.low <= self.null <= self.high
+        return self._excludes and self.differing < MIN_DISCORDANT
 
     @property
     def sign(self) -> int:
@@ -90,15 +90,10 @@ class Interval:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able data; ``significant`` only where there is a difference to speak of."""
-        data: dict[str, Any] = {
-            "low": self.low,
-            "high": self.high,
-            "estimate": self.estimate,
-            "n": self.n,
-        }
-        if self.null is not None:
-            data.update(differing=self.differing, significant=self.significant)
-        return data
+        data = {name: getattr(self, name) for name in ("low", "high", "estimate", "n")}
+        if self.null is None:
+            return data
+        return {**data, "differing": self.differing, "significant": self.significant}
 
 
 def interval(
@@ -200,15 +195,6 @@ def text_intervals(
 
     names = list(statistics(np.ones((1, n))))
     return dict(zip(names, _bootstrap((np.arange(n),), statistic, seed, n), strict=True))
-
-
-def mix(low: Sample, high: Sample, share: float) -> Sample:
-    """Item by item ``(1 - share) * low + share * high`` over shared ids; weights of ``low``."""
-    mixed: dict[str, Value] = {}
-    for name in low.keys() & high.keys():
-        (value, weight), (other, _) = _pair(low[name]), _pair(high[name])
-        mixed[name] = ((1 - share) * value + share * other, weight)
-    return mixed
 
 
 def mean(values: Sample, kind: Mean = "mean") -> float | None:

@@ -18,7 +18,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -224,12 +224,9 @@ def timing_text(timing: dict[str, Any]) -> str:
     lines = []
     for key, value in timing.items():
         if isinstance(value, dict):
-            parts = (f"{name} {number:.4g}" for name, number in value.items() if number is not None)
-            lines.append(f"{key}: {', '.join(parts)}")
-        elif isinstance(value, float):
-            lines.append(f"{key}: {value:.4g}")
-        else:
-            lines.append(f"{key}: {value}")
+            known = {name: number for name, number in value.items() if number is not None}
+            value = ", ".join(f"{name} {number:.4g}" for name, number in known.items())
+        lines.append(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
     return "\n".join(lines) + "\n"
 
 
@@ -265,10 +262,9 @@ class ResultsView:
     @property
     def generated(self) -> dict[str, Any] | None:
         """Accounting of the pruned generation, if there is one."""
-        for record in self.generations:
-            if record.get("variant") != "dense" and record.get("accounting"):
-                return mapping(record["accounting"])
-        return None
+        pruned = [one for one in self.generations if one.get("variant") != "dense"]
+        known = (mapping(one["accounting"]) for one in pruned if one.get("accounting"))
+        return next(known, None)
 
     @property
     def method(self) -> str:
@@ -290,42 +286,91 @@ class ResultsView:
 
     @property
     def small_print(self) -> str:
-        """The checkpoint in one line: name, file quantisation, dtype, start of the checksum."""
-        facts = self.checkpoint
-        parts = [self.name]
-        if facts.get("file_quantisation"):
-            parts.append(f"file quantisation {facts['file_quantisation']}")
-        if facts.get("dtype"):
-            parts.append(str(facts["dtype"]))
-        if facts.get("sha256"):
-            parts.append(f"sha256 {str(facts['sha256'])[:12]}")
-        return " · ".join(parts)
+        """The checkpoint in one line."""
+        return checkpoint_line(self.name, self.checkpoint)
+
+
+def checkpoint_line(name: str, facts: Mapping[str, Any]) -> str:
+    """A checkpoint in one line: name, file quantisation, dtype, start of the checksum."""
+    parts = [name]
+    if facts.get("file_quantisation"):
+        parts.append(f"file quantisation {facts['file_quantisation']}")
+    if facts.get("dtype"):
+        parts.append(str(facts["dtype"]))
+    if facts.get("sha256"):
+        parts.append(f"sha256 {str(facts['sha256'])[:12]}")
+    return " · ".join(parts)
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of one folder; ``problems`` collects what is damaged."""
+
+    folder: Path
+    problems: list[str] = field(default_factory=list)
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A document; empty when there is no such file, or it is damaged."""
+        with self._damage(name):
+            return mapping(json.loads(self.text(name) or "{}"))
+        return {}
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """The rows of a JSONL file, without damaged ones."""
+        rows = []
+        for line in self.text(name).split("\n"):
+            with self._damage(name):
+                value = json.loads(line) if line.strip() else {}
+                if not isinstance(value, Mapping):
+                    raise ValueError
+                rows += [dict(value)] if value else []
+        return rows
+
+    def text(self, name: str) -> str:
+        """A whole file; empty where it cannot be read."""
+        try:
+            return (self.folder / name).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return ""
+        except (OSError, UnicodeDecodeError):
+            self._note(f"{name} cannot be read")
+            return ""
+
+    @contextlib.contextmanager
+    def _damage(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, RecursionError):
+            self._note(f"{name} is damaged")
+
+    def _note(self, problem: str) -> None:
+        if problem not in self.problems:
+            self.problems.append(problem)
 
 
 def read(folder: Path) -> ResultsView:
     """Read what is there; raises ``ResultsError`` when there is no such folder."""
     if not folder.is_dir():
         raise ResultsError(f"{folder} is not a results folder: give the folder that a run wrote")
-    masks = mapping(_json(folder / "masks.json"))
-    ppl = mapping(_json(folder / "perplexity.json"))
-    documents = _mappings(ppl["texts"]) if "texts" in ppl else (ppl,)
+    files = Files(folder)
+    masks, ppl = files.json("masks.json"), files.json("perplexity.json")
+    documents = mappings(ppl["texts"]) if "texts" in ppl else (ppl,)
+    evaluations = ((name, _rows(files.json(f"{name}.json"))) for name in EVALUATIONS)
     return ResultsView(
         folder,
-        mapping(_json(folder / "config.json")),
-        _lines(folder / "generation.jsonl"),
+        files.json("config.json"),
+        tuple(files.lines("generation.jsonl")),
         tuple(_document(document) for document in documents if document.get("rows")),
-        mapping(_json(folder / "timing.json")),
-        tuple(
-            {**mask, "kept": _counts(mask.get("kept"))} for mask in _mappings(masks.get("remasks"))
-        ),
-        _mappings(masks.get("layers")),
-        _checks(folder / "drift.csv"),
-        tuple((name, rows) for name in EVALUATIONS if (rows := _rows(folder / f"{name}.json"))),
+        files.json("timing.json"),
+        tuple({**one, "kept": _counts(one)} for one in mappings(masks.get("remasks"))),
+        mappings(masks.get("layers")),
+        _checks(files.text("drift.csv")),
+        tuple((name, rows) for name, rows in evaluations if rows),
     )
 
 
-def _rows(path: Path) -> tuple[dict[str, Any], ...]:
-    rows = _mappings(mapping(_json(path)).get("rows"))
+def _rows(document: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    rows = mappings(document.get("rows"))
     return tuple(row for row in rows if mapping(row.get("measurement")))
 
 
@@ -334,80 +379,61 @@ def mapping(value: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else {}
 
 
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level, names joined by dots; what is None is left out."""
+    settings: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            settings |= flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            settings[f"{prefix}{key}"] = value
+    return settings
+
+
 def number(value: Any) -> float | None:
     """``value`` as a float when it is a number, else None."""
     usable = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if usable else None
 
 
-def _mappings(value: Any) -> tuple[dict[str, Any], ...]:
+def mappings(value: Any) -> tuple[dict[str, Any], ...]:
+    """The mappings of a list; nothing of what is no list."""
     items = value if isinstance(value, list) else []
     return tuple(dict(item) for item in items if isinstance(item, Mapping))
 
 
-def _counts(value: Any) -> list[int]:
-    """Whole numbers, or nothing when one of them is not."""
-    items = value if isinstance(value, list) else []
-    return items if all(isinstance(item, int) for item in items) else []
+def _counts(mask: Mapping[str, Any]) -> list[int]:
+    """The kept neurons of every layer, or nothing where one of them is no number."""
+    items = mask.get("kept")
+    whole = isinstance(items, list) and all(isinstance(item, int) for item in items)
+    return items if isinstance(items, list) and whole else []
 
 
 def _document(document: Mapping[str, Any]) -> dict[str, Any]:
     """A perplexity document whose rows are mappings; intervals that are not finite are dropped."""
     rows = []
-    for row in _mappings(document["rows"]):
+    for row in mappings(document["rows"]):
         interval = row.get("interval") or ()
         whole = len(interval) == 2 and all(number(end) is not None for end in interval)
         rows.append({**row, "interval": interval if whole else None})
     return {**document, "rows": rows}
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(_text(path))
-    except ValueError:
-        return None
-
-
-def _lines(path: Path) -> tuple[dict[str, Any], ...]:
-    found = []
-    for line in _text(path).split("\n"):
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return _mappings(found)
-
-
-def _checks(path: Path) -> tuple[DriftCheck, ...]:
+def _checks(text: str) -> tuple[DriftCheck, ...]:
     checks = []
-    for row in csv.DictReader(_text(path).splitlines()):
-        try:
-            check = _check(row)
-        except (KeyError, TypeError, ValueError):
-            continue
-        if math.isfinite(check.similarity):
-            checks.append(check)
+    for row in csv.DictReader(text.splitlines()):
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            numbers = {name: int(row[name]) for name in _WHOLE}
+            check = DriftCheck(
+                **numbers,
+                similarity=float(row["similarity"]),
+                threshold=float(row["threshold"]) if row["threshold"] else None,
+                trigger=row["trigger"] in ("1", "True", "true"),
+                state=row["state"],
+            )
+            checks += [check] if math.isfinite(check.similarity) else []
     return tuple(checks)
 
 
-def _check(row: Mapping[str, str]) -> DriftCheck:
-    threshold = row["threshold"]
-    return DriftCheck(
-        sequence=int(row["sequence"]),
-        row=int(row["row"]),
-        step=int(row["step"]),
-        layer=int(row["layer"]),
-        window=int(row["window"]),
-        similarity=float(row["similarity"]),
-        threshold=float(threshold) if threshold else None,
-        counter=int(row["counter"]),
-        trigger=row["trigger"] in ("1", "True", "true"),
-        state=row["state"],
-    )
+_WHOLE = ("sequence", "row", "step", "layer", "window", "counter")
+"""Columns of drift.csv that hold whole numbers."""

@@ -7,8 +7,6 @@ has, how one is computed, and what is made of all of them.  ``run_study`` does t
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +20,9 @@ from dart_llm.errors import (
     MissingExtra,
     ResultsError,
     UnknownName,
+    failure_text,
 )
-from dart_llm.experiments.provenance import git_state, machine, peak_memory_bytes, versions
+from dart_llm.experiments.provenance import origin, peak_memory_bytes
 from dart_llm.experiments.store import SCHEMA, ResultsFolder, now, open_folder, timing_text
 from dart_llm.files import finite, write_json, write_lines, write_text
 from dart_llm.models.checkpoint import checkpoint_facts
@@ -32,7 +31,7 @@ from dart_llm.models.loading import load
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
-from dart_llm.settings import ModelOptions, PruningOptions, StudyOptions
+from dart_llm.settings import ModelOptions, PruningOptions, StudyOptions, load_arguments
 
 S = TypeVar("S", bound=StudyOptions)
 AnyStudy = TypeVar("AnyStudy", bound="Study[Any]")
@@ -249,20 +248,17 @@ def _resumable(study: Study[Any]) -> Iterator[None]:
             folder.discard()
         else:
             with contextlib.suppress(ResultsError):  # a full disk must not hide the first error
-                _leave(study, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+                stopped = isinstance(error, KeyboardInterrupt)
+                _write_config(study, "interrupted" if stopped else "failed")
+                if study.has_results:
+                    kept = f"what was finished is kept in {study.path}"
+                    ui.say(f"{kept}; the same command resumes")
+                _write_logs(study)
         if not isinstance(error, DartError) and (memory := _memory_failure(study, error)):
             raise memory from None
         raise
     finally:
         folder.release()
-
-
-def _leave(study: Study[Any], status: str) -> None:
-    """What a study that broke off leaves behind."""
-    _write_config(study, status)
-    if study.has_results:
-        study.ui.say(f"what was finished is kept in {study.path}; the same command resumes")
-    _write_logs(study)
 
 
 def _memory_failure(study: Study[Any], error: BaseException) -> LoadError | None:
@@ -271,12 +267,12 @@ def _memory_failure(study: Study[Any], error: BaseException) -> LoadError | None
 
 
 def _compute_units(study: Study[Any]) -> None:
-    units = study.units()
+    """One after the other; they are counted before only where there is a bar."""
     if not study.progress:
-        for unit in units:
+        for unit in study.units():
             _compute(study, unit)
         return
-    units = list(units)
+    units = list(study.units())
     with study.ui.progress(study.progress, len(units)) as advance:
         for unit in units:
             _compute(study, unit)
@@ -307,17 +303,26 @@ def _compute(study: Study[Any], unit: Unit) -> None:
 
 def _failure_sentence(study: Study[Any], error: Exception) -> str:
     """What went wrong in one unit, for people."""
-    known = error if isinstance(error, DartError) else _memory_failure(study, error)
-    if known is not None:
-        return str(known)
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    known = None if isinstance(error, DartError) else _memory_failure(study, error)
+    return failure_text(known or error)
 
 
 def _write_config(study: Study[Any], status: str) -> None:
-    found = config_document(
-        study.kind, study.identity, study.prune_document(), study.model, status, study.config
-    )
+    """config.json: what was asked for, how far it came, and where the result comes from."""
+    model = study.model
+    done = status in ("complete", "interrupted", "failed")
+    found = {
+        "schema": SCHEMA,
+        "kind": study.kind,
+        "status": status,
+        "settings": dict(study.identity),
+        "prune": study.prune_document(),
+        **origin(None if model is None else str(model.device)),
+        "checkpoint": None if model is None else dict(checkpoint_facts(model)),
+        "seed": study.identity.get("seed"),
+        "started": study.config.get("started", now().isoformat()),
+        "finished": now().isoformat() if done else None,
+    }
     study.config = {**found, **study.config_extra()}
     write_json(study.path / "config.json", study.config)
 
@@ -329,7 +334,10 @@ def _finish(study: Study[Any]) -> None:
     write_json(study.path / "timing.json", study.timing)
     for table in study.tables():
         table.write_csv(study.path)
-        _show(study, table)
+        if table.terminal and study.longest is not None and len(table.rows) > study.longest:
+            study.ui.say(f"{table.caption}: {len(table.rows)} rows in {table.name}.csv")
+        elif table.terminal:
+            study.ui.table(table.rich())
     if study.document:
         write_text((study.path / study.document).with_suffix(".md"), study.markdown())
     for sentence in study.sentences():
@@ -341,15 +349,6 @@ def _finish(study: Study[Any]) -> None:
     if not study.failed:  # else the same command tries the failed units again
         study.folder.finish()
     study.ui.say(f"results: {study.path}")
-
-
-def _show(study: Study[Any], table: Table) -> None:
-    if not table.terminal:
-        return
-    if study.longest is None or len(table.rows) <= study.longest:
-        study.ui.table(table.rich())
-    else:
-        study.ui.say(f"{table.caption}: {len(table.rows)} rows in {table.name}.csv")
 
 
 def _write_figures(study: Study[Any]) -> None:
@@ -386,51 +385,10 @@ def load_model(settings: ModelOptions, ui: Ui) -> tuple[Any, Any, float]:
         ui.say(note)
     begin = time.perf_counter()
     with ui.status(f"loading {settings.model}") as news:
-        model, tokenizer = load(
-            settings.model,
-            dtype=settings.dtype,
-            device=settings.device or (None if settings.device_map else "auto"),
-            device_map=settings.device_map,
-            revision=settings.revision,
-            attn_implementation=settings.attn_implementation,
-            trust_remote_code=settings.trust_remote_code,
-            cache_dir=settings.cache_dir,
-            progress=news,
-        )
+        model, tokenizer = load(**load_arguments(settings), progress=news)
     facts = checkpoint_facts(model)
     ui.say(
         f"{facts.get('name')}: file quantisation {facts.get('file_quantisation') or 'none'}, "
         f"dtype {facts.get('dtype')}, device {model.device}"
     )
     return model, tokenizer, time.perf_counter() - begin
-
-
-def config_document(
-    kind: str,
-    identity: Mapping[str, Any],
-    prune: Mapping[str, Any],
-    model: Any,
-    status: str,
-    previous: Mapping[str, Any],
-) -> dict[str, Any]:
-    """config.json: what was asked for, and where the result comes from.
-
-    ``identity``: what makes two runs the same run.  ``model``: None before it is loaded.
-    """
-    done = status in ("complete", "interrupted", "failed")
-    return {
-        "schema": SCHEMA,
-        "kind": kind,
-        "status": status,
-        "settings": dict(identity),
-        "prune": dict(prune),
-        "command": sys.argv,
-        "process": os.getpid(),
-        "versions": versions(),
-        "git": git_state(Path(__file__).parent),
-        "machine": machine(None if model is None else str(model.device)),
-        "checkpoint": None if model is None else dict(checkpoint_facts(model)),
-        "seed": identity.get("seed"),
-        "started": previous.get("started", now().isoformat()),
-        "finished": now().isoformat() if done else None,
-    }

@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any
 
 from dart_llm.errors import ConfigError, DartError, MissingExtra, UnknownName
+from dart_llm.experiments.store import flat
 from dart_llm.files import finite
 
 logger = logging.getLogger("dart_llm")
@@ -76,7 +77,7 @@ class Tracker:
             self._backend.log(usable, step=step)
 
     def log_measurement(self, measurement: Mapping[str, Any], label: str | None = None) -> None:
-        """Record a ``Measurement.to_dict()``; see ``measurement_numbers`` for the names."""
+        """Record a ``Measurement.to_dict()`` under the names of ``measurement_numbers``."""
         self.log(measurement_numbers(measurement, label))
 
     def close(self, failed: bool = False) -> None:
@@ -89,9 +90,7 @@ class Tracker:
                 backend.tracker.finish(exit_code=int(failed))
             elif self.name == "mlflow":
                 import_module("mlflow").end_run("FAILED" if failed else "FINISHED")
-            elif (
-                self.name == "trackio"
-            ):  # not Run.finish, which it would repeat, and print, at exit
+            elif self.name == "trackio":  # Run.finish would be repeated, and print, at exit
                 import_module("trackio").finish()
             else:
                 backend.finish()
@@ -278,17 +277,6 @@ def measurement_numbers(measurement: Mapping[str, Any], label: str | None = None
     numbers |= {name: accounting[name] for name in ACCOUNTING if name in accounting}
     prefix = "/".join(part for part in (str(measurement.get("task") or "task"), label) if part)
     return {f"{prefix}/{name}": value for name, value in numbers.items()}
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level, names joined by dots; what is None is left out."""
-    settings: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            settings |= flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            settings[f"{prefix}{key}"] = value
-    return settings
 
 
 def _is_finite(value: Any) -> bool:

@@ -1,6 +1,4 @@
-"""Whether modules compute what stands in their place: bare stand-ins, and one small step of both.
-
-Whether an FFN computes what is about to stand for it: one small step of both is compared.
+"""Whether modules compute what stands in their place: one small step of both is compared.
 
 What runs a pruned FFN is a formula (gate, up, activation, down) on its projections, or on their
 weights.  An FFN that computes something else would silently become another one.
@@ -24,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as everywhere
 
 from dart_llm.errors import AttachError, UnsupportedModel
-from dart_llm.models.ffn import FfnBlock, bias_of
+from dart_llm.models.ffn import FfnBlock
 
 # What stands on an attached model in place of its own methods.
 
@@ -279,16 +277,15 @@ def weights_unsupported_reason(block: FfnBlock) -> str:
 
     ``masked`` runs the modules themselves; every other executor goes by their weights.
     """
-    projections = [part for part in (block.gate, block.up, block.down) if part is not None]
-    called = [*projections, *([block.act] if isinstance(block.act, nn.Module) else [])]
-    if any(map(has_hooks, called)):
+    called = [*block.projections, *([block.act] if isinstance(block.act, nn.Module) else [])]
+    if any(map(_has_hooks, called)):
         return "has hooks on its projections or its activation"
-    if not all(forward_of(part)[0].__module__.startswith(HOMES) for part in projections):
+    if not all(forward_of(part)[0].__module__.startswith(HOMES) for part in block.projections):
         return "has a projection with a forward of its own"
     return "" if agreement(block).weights else "has projections that are no plain linear layers"
 
 
-def has_hooks(module: nn.Module) -> bool:
+def _has_hooks(module: nn.Module) -> bool:
     """Whether somebody else's hooks run before or after ``module``."""
     held = (
         module._forward_hooks,
@@ -346,11 +343,10 @@ def _compare(block: FfnBlock) -> Agreement:
 
 def _by_weights(own: FfnBlock, x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor) -> Tensor:
     """z as ``compact`` computes it, from all neurons."""
-    bias = bias_of(own.up)
-    first, second = (bias_of(own.gate), bias) if not own.fused or bias is None else bias.chunk(2)
+    first, second, third = own.biases()
     u = F.linear(x, up, second)
     u = own.act(u) if gate is None else own.act(F.linear(x, gate, first)) * u
-    return F.linear(u, down, bias_of(own.down))
+    return F.linear(u, down, third)
 
 
 def _stand_in(block: FfnBlock) -> FfnBlock:

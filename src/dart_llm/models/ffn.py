@@ -1,8 +1,4 @@
-"""One FFN block, and the ways to run it: dense, observed, masked, compact.
-
-Every executor takes the block's input x [..., D] and returns ``(u, z)``: the down projection's
-input [..., I] (None where it is not complete) and its output [..., D].
-"""
+"""One FFN block: its projections, their weights, and the formula that they make."""
 
 from __future__ import annotations
 
@@ -58,10 +54,12 @@ class FfnBlock:
     @property
     def offloaded(self) -> bool:
         """Whether accelerate keeps the weights elsewhere between forwards."""
-        modules = (self.up, self.gate, self.down)
-        return any(
-            p.is_meta for module in modules if module is not None for p in module.parameters()
-        )
+        return any(p.is_meta for module in self.projections for p in module.parameters())
+
+    @property
+    def projections(self) -> list[nn.Module]:
+        """Gate, up and down, those that there are."""
+        return [module for module in (self.gate, self.up, self.down) if module is not None]
 
     def check(self, model: str) -> None:
         """Raise ``UnsupportedModel`` for packed, quantised or LoRA-wrapped projections."""
@@ -110,6 +108,13 @@ class FfnBlock:
             return up[:half], up[half:], down
         return (None if self.gate is None else _matrix(self.gate)), up, down
 
+    def biases(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of gate, up and down, as ``matrices`` gives these; views."""
+        gate, up, down = map(_bias, (self.gate, self.up, self.down))
+        if self.fused and up is not None:
+            gate, up = up.chunk(2)
+        return gate, up, down
+
     def weights(self, depth: float, embedding: Tensor | None, seed: int) -> FfnWeights:
         gate, up, down = self.matrices()
         stored = self.up.weight if self.by_inputs else up
@@ -125,7 +130,6 @@ def _matrix(module: nn.Module) -> Tensor:
     return weight.t() if type(module).__name__ == "Conv1D" else weight
 
 
-def bias_of(module: nn.Module | None) -> Tensor | None:
-    """The bias of a projection; None where it has none."""
+def _bias(module: nn.Module | None) -> Tensor | None:
     bias = getattr(module, "bias", None)
-    return bias if isinstance(bias, Tensor) else None
+    return bias.detach() if isinstance(bias, Tensor) else None

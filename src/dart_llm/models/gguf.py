@@ -25,9 +25,7 @@ from dart_llm.hub import no_stray_bars, plain
 from dart_llm.models.devices import memory_failure
 
 Progress = Callable[[str], None]
-
 FORMAT = 1
-
 SOURCE = "source.json"
 
 
@@ -56,13 +54,13 @@ def is_intact(folder: Path, sha256: str, *, full: bool = False) -> bool:
     record = read_source(folder)
     if record is None or record["format"] != FORMAT or record["sha256"] != sha256:
         return False
-    for name, expected in record["files"].items():
-        path = folder / name
+
+    def is_whole(path: Path, expected: Mapping[str, Any]) -> bool:
         if not path.is_file() or path.stat().st_size != expected["size"]:
             return False
-        if full and file_sha256(path) != expected["sha256"]:
-            return False
-    return True
+        return not full or file_sha256(path) == expected["sha256"]
+
+    return all(is_whole(folder / name, expected) for name, expected in record["files"].items())
 
 
 @dataclass(frozen=True)

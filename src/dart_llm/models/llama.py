@@ -1,9 +1,6 @@
-"""Weights, angles and growing KV cache of Llama-family decoders, for whole-step decoding.
+"""Weights, angles and growing KV cache of Llama-family decoders, for decode steps as a whole.
 
-What a decoder of the Llama family is made of, for decode steps that run natively as a whole.
-
-With arch.py and names.py a place that knows transformers' modules; it looks at what is there, and
-says why a model is not one of these.
+It looks at what is there, and says why a model is not one of these.
 """
 
 from __future__ import annotations
@@ -19,20 +16,18 @@ from torch import Tensor, nn
 from dart_llm.models.agreement import HOMES, Replacement, forward_of, parts_of
 from dart_llm.models.describe import decoder_layers, decoder_of
 
-# Room for keys and values to grow: the cache's own tensors become views of larger buffers.
-#
-# A cache of transformers copies all its keys and values for every token.  Here each layer's
-# tensors [B, K, n, S] lie in buffers of a larger n, and a step writes the next position in place.
-# Whoever else changes the cache (crops it, reorders it, appends to it) leaves tensors of his own,
-# which are noticed and copied anew.
-
-
 ROOM = 256
 """Positions that are added at a time."""
 
 
 class PreallocatedKVCache:
-    """The buffers of one cache; they go when it goes."""
+    """Buffers in which the keys and values of one cache grow; they go when it goes.
+
+    A cache of transformers copies all its keys and values for every token.  Here each layer's
+    tensors [B, K, n, S] are views of buffers of a larger n, and a step writes the next position in
+    place.  Whoever else changes the cache (crops it, reorders it, appends to it) leaves tensors of
+    his own, which are noticed and copied anew.
+    """
 
     def __init__(self, cache: Any) -> None:
         self.of = weakref.ref(cache, functools.partial(_free, weakref.ref(self)))
@@ -183,7 +178,7 @@ def _fits(model: Any) -> bool:
 
 
 def slim_parts(model: Any) -> SlimParts:
-    """The parts of a model for which ``why_not_slim`` says nothing."""
+    """The parts of a model for which ``slim_unsupported_reason`` says nothing."""
     layers, _, text = decoder_layers(model)
     decoder: Any = decoder_of(model)
     first: Any = layers[0]

@@ -51,21 +51,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-# What a model's name means: the embedded default, a ``.gguf`` file, a folder or a hub id.
+logger = logging.getLogger("dart_llm")
 
 DEFAULT = "smollm2-135m"
 
 SHORT_NAMES = (DEFAULT, "smollm2")
 
-LEGACY_HUB_NAMES = (
-    "distilgpt2",
-    "gpt2",
-    "gpt2-large",
-    "gpt2-medium",
-    "gpt2-xl",
-    "openai-gpt",
-)
+LEGACY_HUB_NAMES = ("distilgpt2", "gpt2", "gpt2-large", "gpt2-medium", "gpt2-xl", "openai-gpt")
 """Hub models from before owners were part of the name."""
+
+ONLY_HUB = "applies to hub models only"
 
 CONVERT_UP_TO = 8_000_000_000
 """Bytes of the float32 copy above which a GGUF is read directly, slowly, at every load."""
@@ -76,47 +71,42 @@ def is_default(model: str) -> bool:
     return model.lower() in SHORT_NAMES
 
 
-def default_checkpoint(cache_dir: str | Path | None, *, verify: bool, say: Progress) -> Checkpoint:
-    """The embedded default from the cache or through pip; raises ``LoadError`` without either."""
-    folder = default_folder(cache_folder(cache_dir), verify=verify, progress=say)
-    package = f"the pip package {MODEL_PACKAGE} {MODEL_VERSION}"
-    return _in_folder(folder, MODEL_NAME, f"{Path(MEMBER).name} of {package}, dequantised")
-
-
 def _in_folder(folder: Path, name: str, source: str) -> Checkpoint:
     """The checkpoint in a folder, with what the record of a conversion says of it."""
     record = read_source(folder) or {}
-    return Checkpoint(
-        name=name,
-        source=source,
-        reference=str(folder),
-        path=folder,
-        quantisation=record.get("quantisation"),
-        sha256=record.get("sha256"),
-    )
+    kept, sha256 = record.get("quantisation"), record.get("sha256")
+    return Checkpoint(name, source, str(folder), folder, kept, sha256)
 
 
 def resolve(
     model: str,
     *,
-    revision: str | None,
-    cache_dir: str | Path | None,
-    verify: bool,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    verify: bool = False,
     say: Progress,
 ) -> Checkpoint:
-    """The checkpoint that ``model``, which is not the default, names.
+    """The checkpoint that ``model`` names.
 
-    A ``.gguf`` file is converted here.  Raises ``LoadError`` for a path that holds no checkpoint,
+    A ``.gguf`` file is converted here; the default comes from the cache or through pip.  Raises
+    ``LoadError`` for a path that holds no checkpoint and a default that cannot be had,
     ``UnknownName`` for a name that is neither path nor hub id, ``ConfigError`` for a revision of
     something that has none.
     """
+    cache = cache_folder(cache_dir)
+    if is_default(model):
+        if revision:
+            raise ConfigError(f"revision {revision!r} {ONLY_HUB}; {DEFAULT} is pinned")
+        folder = default_folder(cache, verify=verify, progress=say)
+        package = f"the pip package {MODEL_PACKAGE} {MODEL_VERSION}"
+        return _in_folder(folder, MODEL_NAME, f"{Path(MEMBER).name} of {package}, dequantised")
     path = Path(model).expanduser()
     if path.exists() and revision:
-        raise ConfigError(f"revision {revision!r} applies to hub models only; {model} is a path")
+        raise ConfigError(f"revision {revision!r} {ONLY_HUB}; {model} is a path")
     if path.is_dir():
         return _folder(path)
     if path.is_file():
-        return _gguf(path, cache_folder(cache_dir), verify=verify, say=say)
+        return _gguf(path, cache, verify=verify, say=say)
     if _looks_like_path(model):
         raise LoadError(
             f"there is no file or folder {model}; give a hub id (owner/name), a folder, a .gguf "
@@ -124,11 +114,8 @@ def resolve(
         )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model, re.ASCII) and model not in LEGACY_HUB_NAMES:
         unknown = UnknownName("model", model, (*SHORT_NAMES, *LEGACY_HUB_NAMES))
-        text = str(unknown)
-        mark = "?" if text.endswith("?") else ""
-        unknown.args = (
-            f"{text.removesuffix('?')}, or a hub id (owner/name), a folder or a .gguf file{mark}",
-        )
+        text, mark = str(unknown).removesuffix("?"), "?" if str(unknown).endswith("?") else ""
+        unknown.args = (f"{text}, or a hub id (owner/name), a folder or a .gguf file{mark}",)
         raise unknown
     return hub_checkpoint(model, revision)
 
@@ -149,12 +136,9 @@ def _looks_like_path(model: str) -> bool:
 
 def _folder(path: Path) -> Checkpoint:
     if not (path / "config.json").is_file():
-        ggufs = sorted(file.name for file in path.glob("*.gguf"))
-        hint = (
-            f"it holds {ggufs[0]}: give {path / ggufs[0]}"
-            if ggufs
-            else "give the folder that save_pretrained wrote"
-        )
+        hint = "give the folder that save_pretrained wrote"
+        for file in sorted(path.glob("*.gguf"))[:1]:
+            hint = f"it holds {file.name}: give {file}"
         raise LoadError(f"{path} is no checkpoint, for it has no config.json; {hint}")
     path = path.resolve()
     return _in_folder(path, path.name, "folder")
@@ -168,13 +152,8 @@ def _gguf(path: Path, cache: Path, *, verify: bool, say: Progress) -> Checkpoint
             raise LoadError(f"{path} is not a GGUF file; give a folder, or a file that is one")
     sha256 = file_sha256(path)
     folder = converted_folder(cache, sha256)
-    checkpoint = Checkpoint(
-        name=path.stem,
-        source="gguf file, dequantised",
-        reference=str(folder),
-        path=path,
-        sha256=sha256,
-    )
+    source = "gguf file, dequantised"
+    checkpoint = Checkpoint(path.stem, source, str(folder), path, sha256=sha256)
     if is_intact(folder, sha256, full=verify):
         kept = (read_source(folder) or {})["quantisation"]
         return replace(checkpoint, quantisation=kept)
@@ -187,8 +166,6 @@ def _gguf(path: Path, cache: Path, *, verify: bool, say: Progress) -> Checkpoint
     convert(path, sha256, cache, {"file": path.name}, header)
     return checkpoint
 
-
-logger = logging.getLogger("dart_llm")
 
 DTYPES = {
     "float32": ("float32", "fp32", "float"),
@@ -231,20 +208,15 @@ def load(
     builder = _Builder(
         arguments, trust_remote_code, hub_cache(cache_dir), say, bars_shown=progress is None
     )
-    if revision and is_default(name):
-        raise ConfigError(f"revision {revision!r} applies to hub models only; {DEFAULT} is pinned")
     try:
         with bars(shown=progress is None):
-            if is_default(name):
-                checkpoint = default_checkpoint(cache_dir, verify=verify, say=say)
-            else:
-                checkpoint = resolve(
-                    name, revision=revision, cache_dir=cache_dir, verify=verify, say=say
-                )
+            checkpoint = resolve(
+                name, revision=revision, cache_dir=cache_dir, verify=verify, say=say
+            )
     except LoadError as error:
-        if is_default(name):
-            return _default_from_hub(builder, error)
-        raise
+        if not is_default(name):
+            raise
+        return _default_from_hub(builder, error)
     return builder.build(checkpoint)
 
 
@@ -339,8 +311,8 @@ class _Builder:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint.reference, output_loading_info=True, **arguments
         )
-        model: PreTrainedModel = loaded[0]
-        info: dict[str, Any] = loaded[1]
+        model: PreTrainedModel
+        model, info = loaded
         if missing := sorted(info["missing_keys"]):
             raise LoadError(
                 f"{checkpoint.name} lacks {len(missing)} of the model's weights, such as "
@@ -371,12 +343,8 @@ class _Builder:
         """A hub checkpoint with the commit and the folder that it was read from."""
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(
-            checkpoint.reference,
-            "config.json",
-            cache_dir=self.cache,
-            revision=checkpoint.revision,
-        )
+        name, revision = checkpoint.reference, checkpoint.revision
+        found = try_to_load_from_cache(name, "config.json", cache_dir=self.cache, revision=revision)
         if not isinstance(found, str):
             return checkpoint
         folder = Path(found).parent

@@ -101,15 +101,12 @@ def _size(parameter: Tensor) -> int:
 
 
 def _matrices(model: Any, kind: str) -> Iterator[tuple[str, nn.Module, str]]:
-    """Token embedding, head, then every linear layer, with their formats."""
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    ends = [module for module in ends if module is not None]
-    names = {id(module): name for name, module in model.named_modules()}
-    for module in ends:
-        yield names[id(module)], module, EMBEDDING
+    """Token embedding, head and every linear layer, with their formats."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
     for name, module in model.named_modules():
-        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        if linear and not any(module is end for end in ends):
+        if any(module is end for end in ends):
+            yield name, module, EMBEDDING
+        elif isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
             yield name, module, kind
 
 

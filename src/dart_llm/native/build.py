@@ -48,7 +48,7 @@ def sources() -> dict[str, str]:
 
 
 def built_name() -> str:
-    """The key of this machine's build (kept.py)."""
+    """The key of this machine's build."""
     found = hashlib.sha256()
     for name, text in sources().items():
         found.update(f"{name}\n{text}\n".encode())
@@ -110,16 +110,16 @@ def _reason(error: BaseException) -> str:
 @contextlib.contextmanager
 def _silent_about_cuda() -> Iterator[None]:
     """A PyTorch made for CUDA warns where it finds none, which is no matter of CPU kernels."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return "CUDA" not in record.getMessage()
+
     theirs = logging.getLogger("torch.utils.cpp_extension")
-    theirs.addFilter(_not_about_cuda)
+    theirs.addFilter(other)
     try:
         yield
     finally:
-        theirs.removeFilter(_not_about_cuda)
-
-
-def _not_about_cuda(record: logging.LogRecord) -> bool:
-    return "CUDA" not in record.getMessage()
+        theirs.removeFilter(other)
 
 
 def _build(folder: Path) -> None:

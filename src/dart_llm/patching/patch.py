@@ -24,7 +24,7 @@ from dart_llm.patching.executors.native_ffn import Layout, NativeFfn, native_lin
 from dart_llm.patching.executors.native_step import SlimDecoder
 from dart_llm.patching.executors.token_ffn import TokenFfn, errors, say_slower
 from dart_llm.patching.executors.torch_ffn import CompactFfn
-from dart_llm.patching.executors.whole_step import StepDecoder, WholeStepForward
+from dart_llm.patching.executors.whole_step import WITHOUT, StepDecoder, WholeStepForward
 from dart_llm.patching.patched_ffn import PatchedFFN
 from dart_llm.patching.watch import Turn, Watch
 from dart_llm.pruning.config import TokenConfig
@@ -84,25 +84,21 @@ class ModelPatch(NotCopied):
             raise
 
     def _install(self) -> None:
-        for wanted, step in self._install_steps():
-            if wanted:
-                step()
-
-    def _install_steps(self) -> list[tuple[bool, Callable[[], None]]]:
-        """What is installed, in order: later steps replace or lay out what earlier ones hooked."""
-        whole = self.executor in ("graph", "slim")
+        """Later steps replace or lay out what earlier ones hooked."""
         prunes = self._many or not _only_counts(self.controller)  # else only tokens are counted
         native = self.executor == "slim" or (self.executor == "native" and prunes)
-        return [
-            (True, self._hook_root),
-            (True, self._wrap_generate),
-            (prunes, self._replace_ffns),
-            (prunes, lambda: self._equip(self.controller)),
-            (native, self._lay_out_weights),
-            (whole, self._replace_steps),
-            (native, self._watch.remember_places),
-            (True, self._watch.look),
-        ]
+        self._hook_root()
+        self._wrap_generate()
+        if prunes:
+            self._replace_ffns()
+            self._equip(self.controller)
+        if native:
+            self._lay_out_weights()
+        if self.executor in WITHOUT:
+            self._replace_steps()
+        if native:
+            self._watch.remember_places()
+        self._watch.look()
 
     def _hook_root(self) -> None:
         self._changes.hook(self.model, self._before, before=True, with_kwargs=True)
@@ -119,14 +115,14 @@ class ModelPatch(NotCopied):
             host = layer.block.host
             name = "_old_forward" if hasattr(host, "_hf_hook") else "forward"
             self._changes.replace(host, name, layer.run)
-            self._watch.remember_host(host, name)
+            self._watch.hosts.append((host, name, type(host).forward))
 
     def _lay_out_weights(self) -> None:
         """Lay the weights out for the native kernels; other projections run by them too."""
         self._native = [layer.go_native(self.layout) for layer in self.layers]
         for linear in native_linears(self.model, self._view.blocks):
             self._changes.replace(linear.module, "forward", linear.run)
-            self._watch.remember_linear(linear.module)
+            self._watch.linears.append(linear.module)
 
     def _replace_steps(self) -> None:
         """Take whole decode steps over."""
@@ -236,15 +232,15 @@ class ModelPatch(NotCopied):
         return hook
 
     def _run_generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = calls.read_generate(self.model, args, kwargs)
-        if given.beams > 1 and self.controller.config.batch == "per_row":
+        loop = calls.read_generate(self.model, args, kwargs)
+        if loop.beams > 1 and self.controller.config.batch == "per_row":
             raise ConfigError('beam search reorders rows: use batch "shared"')
         if self.loop is not None:
             raise ConfigError(
                 "this model is generating already: a pruned model runs one generate at a time, "
                 "and cannot be its own assistant"
             )
-        self.loop = loop = Loop(given)
+        self.loop = loop
         self._turn.reserve()
         try:
             return original(*args, **kwargs)
@@ -258,7 +254,7 @@ class ModelPatch(NotCopied):
         loop = self.loop
         if not isinstance(loop, Loop):
             return original(*args, **kwargs)
-        loop.prefill = calls.read_prefill(original, args, kwargs)
+        loop.read_prefill(original, args, kwargs)
         loop.in_prefill = True
         try:
             return original(*args, **kwargs)

@@ -14,13 +14,16 @@ from dart_llm.models.ffn import FfnBlock
 from dart_llm.patching.changes import Changes
 from dart_llm.patching.executors.native_ffn import Layout, NativeFfn
 from dart_llm.patching.executors.token_ffn import TokenFfn
-from dart_llm.patching.executors.torch_ffn import CompactFfn, run_masked
+from dart_llm.patching.executors.torch_ffn import CompactFfn, run_masked, stacked
 from dart_llm.pruning.compensation import LowRank
 from dart_llm.pruning.controller import PruningController
 from dart_llm.pruning.forward import ForwardPlan, bare
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.observations import LayerObservation
 from dart_llm.pruning.token_level import TokenMask
+
+Stacked = tuple[list[LayerMask | None], Tensor, Tensor | None, LowRank | None]
+"""Masks, and what ``_stack`` made of them."""
 
 
 class PatchContext(Protocol):
@@ -67,9 +70,7 @@ class PatchedFFN:
         self.by_weights = True
         """Whether its weights may stand for its projections: else it runs as by ``masked``."""
         self._captured = CapturedInputs()
-        self._stacked: (
-            tuple[list[LayerMask | None], Tensor, Tensor | None, LowRank | None] | None
-        ) = None
+        self._stacked: Stacked | None = None
 
     def hook_stream(self, changes: Changes) -> None:
         """Read x before the FFN's norm, and r after its post-norm."""
@@ -133,7 +134,8 @@ class PatchedFFN:
             case Way.OBSERVED:
                 z = self._run_observed(plan, x)
             case Way.COMPACT:
-                z = self._run_compact(masks[0], x)
+                self.kept.load(masks[0])  # type: ignore[arg-type]
+                z = self.kept.run(x)
             case Way.MASKED:
                 z = self._run_masked(original, x, masks)
             case _:
@@ -156,11 +158,6 @@ class PatchedFFN:
         plan.into[self.block.index] = LayerObservation(u, x if plan.inputs else None)
         z: Tensor = self.block.down(u)
         return z
-
-    def _run_compact(self, mask: LayerMask | None, x: Tensor) -> Tensor:
-        assert mask is not None
-        self.kept.load(mask)
-        return self.kept.run(x)[1]
 
     def _compacts(self, x: Tensor, mask: LayerMask) -> bool:
         if self.context.executor == "masked" or not self.by_weights:
@@ -201,12 +198,11 @@ class PatchedFFN:
         known = self._stacked
         if (
             known is None
-            or len(known[0]) != len(masks)
-            or any(new is not old for new, old in zip(masks, known[0], strict=True))
+            or list(map(id, known[0])) != list(map(id, masks))
             or known[1].dtype != x.dtype
         ):
             self._stacked = known = (masks, *_stack(masks, x))
-        return known[1], known[2], known[3]
+        return known[1:]
 
     def _observed(self, u: Tensor, z: Tensor, x: Tensor) -> None:
         plan = self.context.plan
@@ -260,20 +256,12 @@ def _stack(
         linear = [None if mask is None else mask.low_rank for mask in masks]
         if len(masks) == 1:
             return rows[0], biases[0], linear[0]
-        bias = _stacked(biases)
+        bias = stacked(biases)
         return torch.stack(rows)[:, None], None if bias is None else bias[:, None], _maps(linear)
-
-
-def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """One tensor with zeros for what is missing; None where all are."""
-    some = next((part for part in parts if part is not None), None)
-    if some is None:
-        return None
-    return torch.stack([torch.zeros_like(some) if part is None else part for part in parts])
 
 
 def _maps(linear: Sequence[LowRank | None]) -> LowRank | None:
     """The rows' maps as one: they share the basis; ``out`` becomes [B, D, r]."""
     some = next((one for one in linear if one is not None), None)
-    out = _stacked([None if one is None else one.out for one in linear])
+    out = stacked([None if one is None else one.out for one in linear])
     return None if some is None or out is None else LowRank(some.basis, out)

@@ -24,25 +24,19 @@ LEAVE = "while this model is being pruned: leave the block first, or call dart_l
 class Watch:
     """One attached model, and what was found of it last.
 
-    ``steps``: whether a whole decode step may stand for the model's own.
+    ``steps``: whether a whole decode step may stand for the model's own.  ``hosts``: modules whose
+    forward was replaced, under which name, and that of their class; ``linears``: those whose
+    forward was replaced by a product with their weights.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[PatchedFFN], executor: str) -> None:
-        self._hosts: list[tuple[nn.Module, str, Any]] = []
-        self._linears: list[nn.Linear] = []
+        self.hosts: list[tuple[nn.Module, str, Any]] = []
+        self.linears: list[nn.Linear] = []
         self.steps = self._alike = True
         self._numbers: tuple[Any, ...] = ()
         self._model, self._layers, self._executor = model, layers, executor
         self._places: list[tuple[int, tuple[int, ...]]] = []
         self._mark: tuple[Any, ...] = ()
-
-    def remember_linear(self, linear: nn.Linear) -> None:
-        """The forward of ``linear`` was replaced by a product with its weights."""
-        self._linears.append(linear)
-
-    def remember_host(self, host: nn.Module, name: str) -> None:
-        """The forward of ``host``, under ``name``, was replaced."""
-        self._hosts.append((host, name, type(host).forward))
 
     def remember_places(self) -> None:
         """The native kernels go on reading the weights where they lie now."""
@@ -60,11 +54,11 @@ class Watch:
             raise AttachError(f"weights were replaced or moved {LEAVE}")
         for layer in self._layers:
             layer.by_weights = not weights_unsupported_reason(layer.block)
-        for host, name, forward in self._hosts:
+        for host, name, forward in self.hosts:
             ours = isinstance(host.__dict__.get(name), Replacement)
             if not ours or type(host).forward is not forward:
                 raise AttachError(f"the forward of a {type(host).__name__} was changed {LEAVE}")
-        odd = next((type(one).__name__ for one in self._linears if type(one) is not nn.Linear), "")
+        odd = next((type(one).__name__ for one in self.linears if type(one) is not nn.Linear), "")
         if odd:
             raise AttachError(f"a linear layer was made a {odd} {LEAVE}")
         self._look_at_modules()

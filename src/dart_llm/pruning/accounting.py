@@ -1,15 +1,16 @@
-"""Bytes, FLOPs, achieved sparsity: from sequence states to a RunReport.
+"""Bytes, FLOPs, achieved sparsity: from the states of a run to its report.
 
-From the states of a run to its report (docs/method.md, "Accounting").
-
-Bytes and FLOPs are counted from the shapes and dtypes that exist.  A multiply-add is 2 FLOPs.
+Bytes and FLOPs are counted from the shapes and dtypes that exist (docs/method.md, "Accounting").  A
+multiply-add is 2 FLOPs.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -19,13 +20,6 @@ from dart_llm.pruning.sequence import SequenceState
 from dart_llm.pruning.token_level import SCALE_BYTES, TokenMask, candidate_count
 from dart_llm.pruning.weights import FfnWeights
 
-# What token-level selection costs: the low-bit copies, the ranking, the winners' rows.
-#
-# Per token and layer with C candidates (docs/method.md, "Token-level tracing"): the product with
-# the copies counts like one with the dense gate and up, and the ranking C log2 C; of bytes, the
-# copies' rows with their scales, and 4 per candidate for norm(w).
-
-
 IF_COMPACT = "if compact"
 """Stands for an executor that reads each forward's winners once, from where they lie."""
 
@@ -34,18 +28,18 @@ READ_WINNERS = ("native", "slim")
 
 NORM_BYTES = 4
 
-
-@dataclass(frozen=True)
-class Work:
-    """Neurons per layer: ``computed`` per token, ``read`` per forward."""
-
-    computed: Sequence[int]
-    read: Sequence[int]
+STATISTIC_FLOPS = 8
+"""FLOPs per neuron and observed token for scores and signed means; per hidden unit for S_l."""
 
 
 @dataclass(frozen=True)
 class TokenCosts:
-    """Costs of one configuration on one model."""
+    """What token-level selection costs: the low-bit copies, the ranking, the winners' rows.
+
+    Per token and layer with C candidates (docs/method.md, "Token-level tracing"): the product with
+    the copies counts like one with the dense gate and up, and the ranking C log2 C; of bytes, the
+    copies' rows with their scales, and 4 per candidate for norm(w).
+    """
 
     config: TokenConfig
     layers: tuple[FfnWeights, ...]
@@ -89,11 +83,13 @@ class TokenCosts:
         groups = math.ceil(inputs / self.config.group)
         return math.ceil(inputs * self.config.bits / 8) + SCALE_BYTES * groups
 
-    def work(self, kept: Sequence[int], tokens: float, alone: bool, executor: str) -> Work:
-        """The exact part of a period.  ``tokens``: per forward; ``alone``: of a single row.
+    def work(
+        self, kept: Sequence[int], tokens: float, alone: bool, executor: str
+    ) -> tuple[Sequence[int], Sequence[int]]:
+        """Neurons per layer of a span: computed per token, read per forward.
 
-        The native kernels read the winners of a forward of one token, where they lie; all else is
-        dense.
+        ``tokens``: per forward; ``alone``: of a single row.  The native kernels read the winners of
+        a forward of one token, where they lie; all else is dense.
         """
         widths = [layer.width for layer in self.layers]
         once = self.chosen_once(kept)
@@ -102,22 +98,17 @@ class TokenCosts:
                 k if one else min(width, math.ceil(k * tokens))
                 for k, one, width in zip(kept, once, widths, strict=True)
             ]
-            return Work(kept, read)
-        if executor == "masked":
-            return Work(widths, widths)
+            return kept, read
         if executor in READ_WINNERS and alone and tokens <= 1:
-            return Work(kept, kept)
-        every = [k or width for k, width in zip(once, widths, strict=True)]
-        return Work(every, every)
+            return kept, kept
+        masked = executor == "masked"
+        every = [width if masked else k or width for k, width in zip(once, widths, strict=True)]
+        return every, every
 
 
 def _matrices(layer: FfnWeights) -> int:
     """Matrices that are copied: gate and up, or fc."""
     return 1 if layer.gate is None else 2
-
-
-STATISTIC_FLOPS = 8
-"""FLOPs per neuron and observed token for scores and signed means; per hidden unit for S_l."""
 
 
 @dataclass(frozen=True)
@@ -212,60 +203,45 @@ def known_bytes(layers: Iterable[FfnWeights], prior: Iterable[Tensor] | None) ->
     return calibrated + sum(one.learnt.nbytes() for one in layers if one.learnt is not None)
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """Decoded tokens of some states by their keep counts."""
+class _Decoded:
+    """Decoded tokens of some states by their keep counts (None: dense)."""
 
-    mask_spans: tuple[tuple[tuple[int, ...] | None, float, int, int], ...]
-    widths: tuple[int, ...]
+    def __init__(self, states: Iterable[SequenceState], widths: Sequence[int]) -> None:
+        spans = [span for state in states for span in state.mask_spans]
+        self.spans = [(span.kept, float(span.tokens)) for span in spans]
+        self.widths = widths
+        self.tokens = sum(tokens for _, tokens in self.spans)
+        self.dense = sum(tokens for kept, tokens in self.spans if kept is None)
+        self.dense_share = self.dense / self.tokens if self.tokens else 0.0
 
-    @property
-    def decoded(self) -> float:
-        return sum(tokens for _, tokens, _, _ in self.mask_spans)
-
-    @property
-    def dense(self) -> float:
-        return sum(tokens for kept, tokens, _, _ in self.mask_spans if kept is None)
-
-    def sparsity(self, layer: int | None = None) -> float:
-        """Mean over decoded tokens of the fraction removed, of all layers or of one."""
-        widths = self.widths if layer is None else (self.widths[layer],)
-        if not self.decoded:
-            return 0.0
+    def sparsity(self, layers: slice = slice(None)) -> float:
+        """Mean over decoded tokens of the fraction removed, of all layers or of some."""
+        width = sum(self.widths[layers])
         removed = 0.0
-        for kept, tokens, _, _ in self.mask_spans:
+        for kept, tokens in self.spans:
             if kept is not None:
-                counts = kept if layer is None else (kept[layer],)
-                removed += tokens * (1 - sum(counts) / sum(widths))
-        return removed / self.decoded
+                removed += tokens * (1 - sum(kept[layers]) / width)
+        return removed / self.tokens if self.tokens else 0.0
 
-
-def _tokens(states: Iterable[SequenceState], widths: tuple[int, ...]) -> _Tokens:
-    periods = [
-        (period.kept, float(period.tokens), period.forwards, period.observed)
-        for state in states
-        for period in state.mask_spans
-    ]
-    return _Tokens(tuple(periods), widths)
-
-
-def _while_pruned(tokens: _Tokens) -> float:
-    pruned = tokens.decoded - tokens.dense
-    return tokens.sparsity() * tokens.decoded / pruned if pruned else 0.0
+    @property
+    def while_pruned(self) -> float:
+        """The same over the tokens that ran with masks."""
+        pruned = self.tokens - self.dense
+        return self.sparsity() * self.tokens / pruned if pruned else 0.0
 
 
 def sequence_report(state: SequenceState) -> SequenceReport:
     """Accounting of one state."""
-    tokens = _tokens([state], tuple(layer.width for layer in state.selector.layers))
+    decoded = _Decoded([state], [layer.width for layer in state.selector.layers])
     return SequenceReport(
         state.sequence,
         state.row,
         round(state.prompt_tokens),
-        round(tokens.decoded),
-        round(tokens.dense),
-        tokens.sparsity(),
-        _while_pruned(tokens),
-        tokens.dense / tokens.decoded if tokens.decoded else 0.0,
+        round(decoded.tokens),
+        round(decoded.dense),
+        decoded.sparsity(),
+        decoded.while_pruned,
+        decoded.dense_share,
         tuple(state.remasks),
     )
 
@@ -284,14 +260,11 @@ def run_report(
     ``proxy_errors``: of the low-bit copies, and of Gaussian matrices on their grid.
     """
     widths = tuple(layer.width for layer in costs.layers)
-    tokens = _tokens(states, widths)
-    masks = [remask for state in states for remask in state.remasks]
-    causes: dict[str, int] = {}
-    for remask in masks:
-        causes[remask.cause] = causes.get(remask.cause, 0) + 1
+    decoded = _Decoded(states, widths)
+    causes = Counter(remask.cause for state in states for remask in state.remasks)
     last = states[-1].selection.counts if states and states[-1].selection else widths
     layers = tuple(
-        LayerStat(index, width, kept, kept / width, tokens.sparsity(index))
+        LayerStat(index, width, kept, kept / width, decoded.sparsity(slice(index, index + 1)))
         for index, (width, kept) in enumerate(zip(widths, last, strict=True))
     )
     as_run = _shares(states, costs, executor)
@@ -299,13 +272,13 @@ def run_report(
     return RunReport(
         method=method,
         requested_sparsity=asked,
-        achieved_sparsity=tokens.sparsity(),
-        sparsity_while_pruned=_while_pruned(tokens),
-        dense_token_share=tokens.dense / tokens.decoded if tokens.decoded else 0.0,
+        achieved_sparsity=decoded.sparsity(),
+        sparsity_while_pruned=decoded.while_pruned,
+        dense_token_share=decoded.dense_share,
         prompt_tokens=round(sum(state.prompt_tokens * state.rows for state in states)),
-        decoded_tokens=round(tokens.decoded),
-        remasks=sum(count for cause, count in causes.items() if cause not in ("first", "given")),
-        remask_causes=causes,
+        decoded_tokens=round(decoded.tokens),
+        remasks=causes.total() - causes["first"] - causes["given"],
+        remask_causes=dict(causes),
         layers=layers,
         executor=executor,
         ffn_flops_share=as_run.flops,
@@ -322,8 +295,7 @@ def run_report(
     )
 
 
-@dataclass(frozen=True)
-class _Shares:
+class _Shares(NamedTuple):
     """Work of decoding over that of dense decoding; of it, what low-bit copies take."""
 
     flops: float = 1.0
@@ -342,22 +314,23 @@ def _shares(states: Sequence[SequenceState], costs: Costs, executor: str) -> _Sh
         held = any(mask is not None and mask.bias is not None for mask in masks)
         compensates = held or (state.config.compensation and state.given is None)
         token = TokenCosts.of(state, costs.layers)
-        for period in state.mask_spans:
-            steps, fed = period.forwards, float(period.tokens)
+        for span in state.mask_spans:
+            steps, fed = span.forwards, float(span.tokens)
             forwards += steps
             tokens += fed
-            seen = period.observed if state.selector.needs_evidence else 0
+            seen = span.observed if state.selector.needs_evidence else 0
             flops += seen * state.rows * costs.observe_flops
             moved += seen * costs.observe_bytes
-            if token is None or period.kept is None:
-                flops += fed * costs.flops(period.kept, skips)
-                moved += steps * costs.bytes(period.kept, skips)
+            if token is None or span.kept is None:
+                flops += fed * costs.flops(span.kept, skips)
+                moved += steps * costs.bytes(span.kept, skips)
                 continue
-            work = token.work(period.kept, fed / max(1, steps), state.rows == 1, executor)
-            flops += fed * costs.flops(work.computed)
-            moved += steps * costs.bytes(work.read)
-            proxy_flops += fed * token.flops(period.kept)
-            proxy_bytes += steps * token.bytes(period.kept)
+            alone = state.rows == 1
+            computed, read = token.work(span.kept, fed / max(1, steps), alone, executor)
+            flops += fed * costs.flops(computed)
+            moved += steps * costs.bytes(read)
+            proxy_flops += fed * token.flops(span.kept)
+            proxy_bytes += steps * token.bytes(span.kept)
         for remask in state.remasks:
             chosen = remask.kept if token is None else token.chosen_once(remask.kept)
             moved += costs.build_bytes(chosen, copies, compensates)

@@ -1,6 +1,4 @@
-"""Layer budgets: uniform, energy, global, ranked, standardized, depth, depth-residual.
-
-Layer budgets: how many neurons each layer keeps (docs/method.md, "Budgets").
+"""Layer budgets: how many neurons each layer keeps (docs/method.md, "Budgets").
 
 A budget is one function ``(layers, keep) -> keep counts``: whole numbers that sum to ``keep``.
 Everything here runs on the host in float64, so that all executors and devices agree.
@@ -98,19 +96,13 @@ def align_counts(counts: Sequence[int], widths: Sequence[int], multiple: int) ->
     if multiple <= 1:
         return list(counts)
     units = [math.ceil(width / multiple) for width in widths]
-    wanted = [
-        _in_units(count, width, multiple) for count, width in zip(counts, widths, strict=True)
-    ]
+    wanted = []
+    for count, width, unit in zip(counts, widths, units, strict=True):
+        whole = (unit - 1) * multiple  # the last unit holds what is left of the width
+        last = (count - whole) / (width - whole)
+        wanted.append(count / multiple if count <= whole else unit - 1 + last)
     aligned = round_counts(wanted, units, round(sum(wanted)))
     return [min(unit * multiple, width) for unit, width in zip(aligned, widths, strict=True)]
-
-
-def _in_units(count: int, width: int, multiple: int) -> float:
-    """``count`` in units of ``multiple``; the last unit holds what is left of the width."""
-    whole = math.ceil(width / multiple) - 1
-    if count <= whole * multiple:
-        return count / multiple
-    return whole + (count - whole * multiple) / (width - whole * multiple)
 
 
 def blend_counts(first: Sequence[int], second: Sequence[int], widths: Sequence[int]) -> list[int]:
@@ -122,8 +114,9 @@ def blend_counts(first: Sequence[int], second: Sequence[int], widths: Sequence[i
 @budget("GRIFFIN, arXiv 2404.01365: the same share in every layer")
 def uniform(layers: Sequence[LayerView], keep: int) -> list[int]:
     """Every layer keeps the same share."""
-    share = keep / sum(layer.width for layer in layers)
-    return round_counts([share * layer.width for layer in layers], _widths(layers), keep)
+    widths = [layer.width for layer in layers]
+    share = keep / sum(widths)
+    return round_counts([share * width for width in widths], widths, keep)
 
 
 @budget("this project; docs/method.md")
@@ -197,12 +190,7 @@ def _smallest(values: Sequence[Tensor], keep: int) -> list[int]:
     return [int(part.sum()) for part in torch.split(chosen, widths)]
 
 
-def _widths(layers: Sequence[LayerView]) -> list[int]:
-    return [layer.width for layer in layers]
-
-
 # The published budget: sensitivity times a fixed profile over depth.
-
 
 _SOURCE = "DART, arXiv 2601.22632, the published scripts' allocator"
 

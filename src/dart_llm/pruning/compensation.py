@@ -1,10 +1,8 @@
-"""Mean and low-rank compensation of removed neurons.
+"""Compensation: what the removed neurons would have said, as a linear map of few features.
 
-Low-rank compensation: what the removed neurons would have said, as a linear map of few features.
-
-The removed neurons' output is predicted by least squares from r features of the FFN's input,
-``f = P h``, over the observed tokens (and the prior's).  Mean compensation is r = 0.
-docs/method.md, "Compensation".
+Their output is predicted by least squares from r features of the FFN's input, ``f = P h``, over the
+observed tokens (and the prior's).  Mean compensation is r = 0: a constant, after FLAP (arXiv
+2312.11983), which does so for static pruning.  docs/method.md, "Compensation".
 """
 
 from __future__ import annotations
@@ -19,10 +17,6 @@ from torch.nn import functional
 from dart_llm.native.build import ops, why_not
 from dart_llm.pruning.statistics import LayerStatistics, full_precision
 from dart_llm.pruning.weights import FfnWeights
-
-# Compensation: the mean contribution of the removed neurons, as a constant.
-#
-# After FLAP (arXiv 2312.11983), which does so for static pruning.
 
 
 def compensation(down: Tensor, mean: Tensor, removed: Tensor) -> Tensor:
@@ -81,19 +75,14 @@ def find_basis(h: Tensor, rank: int) -> Tensor:
 
     h: [T, D] float32, T tokens.  Returns [min(rank, T - 1, D), D] float32.
     """
-    with full_precision(h):
-        return _find_basis(h, rank)
-
-
-def _find_basis(h: Tensor, rank: int) -> Tensor:
     centred = h - h.mean(0)
-    values, vectors = torch.linalg.eigh(centred @ centred.T / len(h))  # [T], [T, T]
-    rank = min(rank, len(h) - 1, h.shape[1])
-    first = len(h) - rank
+    first = len(h) - min(rank, len(h) - 1, h.shape[1])
+    with full_precision(h):
+        values, vectors = torch.linalg.eigh(centred @ centred.T / len(h))  # [T], [T, T]
+        # eigenvector j of the covariance is centred.T v_j / sqrt(T value_j)
+        directions = (centred.T @ vectors[:, first:]).T
     values = values[first:].clamp_min(0)
     floor = FLOOR * centred.square().sum() / (len(h) * h.shape[1])
-    # eigenvector j of the covariance is centred.T v_j / sqrt(T value_j)
-    directions = (centred.T @ vectors[:, first:]).T
     unit = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-12)
     scale = (values + floor).clamp_min(1e-12).rsqrt()
     scale = scale * (values + floor > ROUNDING * h.square().mean())

@@ -1,23 +1,23 @@
-"""PruneConfig and its parts: frozen pydantic, constraints as Field(ge=...).
-
-What a run is asked to do: one frozen ``PruneConfig`` with its parts, validated on creation.
-"""
+"""What a run is asked to do: one frozen ``PruneConfig`` with its parts, validated on creation."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dart_llm.errors import ConfigError
 from dart_llm.files import read_yaml
 from dart_llm.pruning.layer_table import parse_layer_spec
 from dart_llm.pruning.registry import BUDGETS, DRIFT_RULES, METHODS, SCORES
 
-# The parts of a ``PruneConfig``, each validated on creation.
+AtLeast0 = Annotated[int, Field(ge=0)]
+AtLeast1 = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+"""(0, 1]."""
 
 
 class Part(BaseModel):
@@ -60,18 +60,14 @@ class ScoreConfig(Part):
     """
 
     name: str = "normalized"
-    ema_decay: float | None = None
+    ema_decay: float | None = Field(default=None, gt=0, lt=1, allow_inf_nan=False)
     strategy: Literal["topk", "auto"] = "topk"
     proxy_embedding: Literal["output", "input"] = "output"
-    prior_weight: float | None = None
+    prior_weight: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _check(self) -> ScoreConfig:
         SCORES.check(self.name)
-        if self.prior_weight is not None and not 0 <= self.prior_weight <= 1:
-            raise ConfigError(f"prior_weight {self.prior_weight} must lie in [0, 1]")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ConfigError(f"ema_decay {self.ema_decay} must lie strictly between 0 and 1")
         return self
 
 
@@ -85,7 +81,7 @@ class BudgetConfig(Part):
 
     name: str = "uniform"
     table: str | None = None
-    multiple: int = 1
+    multiple: AtLeast1 = 1
     refresh: Literal["first", "every"] = "first"
 
     @model_validator(mode="after")
@@ -93,8 +89,6 @@ class BudgetConfig(Part):
         self.parts()
         if self.table is not None:
             parse_layer_spec(self.table)
-        if self.multiple < 1:
-            raise ConfigError(f"multiple {self.multiple} must be at least 1")
         return self
 
     def parts(self) -> tuple[str, ...]:
@@ -122,9 +116,9 @@ class DriftConfig(Part):
 
     rule: str = "never"
     signal: Literal["attention", "hidden"] = "attention"
-    min_distance: int = 0
-    max_dense_share: float | None = None
-    allowance: int = 0
+    min_distance: AtLeast0 = 0
+    max_dense_share: Share | None = None
+    allowance: AtLeast0 = 0
 
     @model_validator(mode="after")
     def _check(self) -> DriftConfig:
@@ -137,12 +131,6 @@ class DriftConfig(Part):
             )
         if argument and (not argument.isdigit() or int(argument) < 1):
             raise ConfigError(f'drift rule "{self.rule}": N must be a whole number of tokens >= 1')
-        if self.min_distance < 0:
-            raise ConfigError(f"min_distance {self.min_distance} must not be negative")
-        if self.allowance < 0:
-            raise ConfigError(f"allowance {self.allowance} must not be negative")
-        if self.max_dense_share is not None and not 0 < self.max_dense_share <= 1:
-            raise ConfigError(f"max_dense_share {self.max_dense_share} must lie in (0, 1]")
         return self
 
 
@@ -155,16 +143,8 @@ class RemaskConfig(Part):
     """
 
     evidence: Literal["fresh", "decay"] = "fresh"
-    decay: float = 0.1
-    observe_tokens: int | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> RemaskConfig:
-        if not 0 < self.decay <= 1:
-            raise ConfigError(f"decay {self.decay} must lie in (0, 1]")
-        if self.observe_tokens is not None and self.observe_tokens < 1:
-            raise ConfigError(f"observe_tokens {self.observe_tokens} must be at least 1")
-        return self
+    decay: Share = 0.1
+    observe_tokens: AtLeast1 | None = None
 
 
 class CalibrationConfig(Part):
@@ -175,16 +155,9 @@ class CalibrationConfig(Part):
     """
 
     source: Literal["text", "self"] = "text"
-    sequences: int = 128
-    length: int = 256
+    sequences: AtLeast1 = 128
+    length: int = Field(default=256, ge=2)
     purpose: Literal["masks", "prior"] = "masks"
-
-    @model_validator(mode="after")
-    def _check(self) -> CalibrationConfig:
-        for name, least in (("sequences", 1), ("length", 2)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} {getattr(self, name)} must be at least {least}")
-        return self
 
 
 class PriorConfig(Part):
@@ -196,27 +169,19 @@ class PriorConfig(Part):
     ``tokens``: the prior weighs as much as so many observed tokens.
     """
 
-    sequences: int = 32
-    length: int = 128
-    opening: int = 24
-    temperature: float = 0.8
-    top_p: float = 0.95
-    tokens: int = 32
+    sequences: AtLeast1 = 32
+    length: int = Field(default=128, ge=16)
+    opening: AtLeast0 = 24
+    temperature: float = Field(default=0.8, gt=0, allow_inf_nan=False)
+    top_p: Share = 0.95
+    tokens: AtLeast0 = 32
 
     @model_validator(mode="after")
     def _check(self) -> PriorConfig:
-        least_of = {"sequences": 1, "length": 16, "opening": 0, "tokens": 0}
-        for name, least in least_of.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"prior: {name} {getattr(self, name)} must be at least {least}")
         if self.opening >= self.length:
             raise ConfigError(
                 f"prior: opening {self.opening} must be less than length {self.length}"
             )
-        if not self.temperature > 0:
-            raise ConfigError(f"prior: temperature {self.temperature} must be more than 0")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"prior: top_p {self.top_p} must lie in (0, 1]")
         return self
 
 
@@ -229,29 +194,24 @@ class TokenConfig(Part):
     """
 
     bits: Literal[4, 8] = 4
-    group: int = 32
-    candidates: float | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> TokenConfig:
-        if self.group < 1:
-            raise ConfigError(f"group {self.group} must be at least 1: inputs that share a scale")
-        if self.candidates is not None and not 0 < self.candidates <= 1:
-            raise ConfigError(
-                f"candidates {self.candidates:g} must lie in (0, 1]: the fraction of a layer's "
-                "neurons out of which every token chooses"
-            )
-        return self
+    group: AtLeast1 = 32
+    candidates: Share | None = None
 
 
 SECRET = ("api_key",)
 """Settings whose value no message shows."""
 
 
+_BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+
+
 def first_problem(error: ValidationError) -> str:
     """The first validation problem as one sentence."""
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"])
+    for bound, words in _BOUNDS.items():
+        if bound in problem.get("ctx", {}):
+            return f"{where} {problem['input']} must be {words} {problem['ctx'][bound]:g}"
     shown = "" if where in SECRET else f" = {problem['input']!r}"
     return f"{where}{shown}: {problem['msg'].lower()}"
 
@@ -307,12 +267,12 @@ class PruneConfig(Part):
     prior: PriorConfig | None = None
     token: TokenConfig | None = None
     weight_bits: Literal[4, 8] | None = None
-    masking_step: int = 0
+    masking_step: AtLeast0 = 0
     release_step: int | None = None
-    min_evidence: int = 0
+    min_evidence: AtLeast0 = 0
     skip_sinks: bool = False
     compensation: bool = False
-    compensation_rank: int = 0
+    compensation_rank: AtLeast0 = 0
     batch: Literal["shared", "per_row"] = "shared"
     executor: Literal["auto", "masked", "compact", "native", "slim", "graph"] = "auto"
     seed: int = 0
@@ -326,30 +286,19 @@ class PruneConfig(Part):
     def _check(self) -> PruneConfig:
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
-            self._check_exclusive()
-        if self.masking_step < 0:
-            raise ConfigError(f"masking step {self.masking_step} must not be negative")
+        self._check_counts()
         if self.release_step is not None and self.release_step <= self.masking_step:
             raise ConfigError(
                 f"release step {self.release_step} must come after masking step "
                 f"{self.masking_step}: nothing would ever be pruned"
             )
-        if self.min_evidence < 0:
-            raise ConfigError(f"min_evidence {self.min_evidence} must not be negative")
         if self.executor not in ("auto", "masked") and self.batch == "per_row":
             raise ConfigError('batch "per_row" has a mask per row: use executor "masked" or "auto"')
-        self._check_calibration()
-        self._check_prior()
+        self._check_calibration_and_prior()
         self._check_candidates()
-        if self.score.strategy == "auto" and self.budget.table is not None:
-            raise ConfigError('strategy "auto" sets the counts itself: drop the layer table')
-        if self.score.strategy == "auto" and self.budget.name != "uniform":
-            raise ConfigError(
-                f'strategy "auto" sets the counts itself: drop the budget "{self.budget.name}"'
-            )
         return self
 
-    def _check_calibration(self) -> None:
+    def _check_calibration_and_prior(self) -> None:
         prior = self.calibration is not None and self.calibration.purpose == "prior"
         if prior != (self.score.prior_weight is not None):
             raise ConfigError(
@@ -360,48 +309,41 @@ class PruneConfig(Part):
             raise ConfigError(
                 f"weight_bits {self.weight_bits} stands for the dense model: drop the sparsity"
             )
-
-    def _check_prior(self) -> None:
-        if self.compensation_rank < 0:
-            raise ConfigError(f"compensation_rank {self.compensation_rank} must not be negative")
         if self.token is not None and self.compensation_rank:
             raise ConfigError(
                 "tokens that choose their own neurons have no low-rank compensation: drop "
                 "compensation_rank"
             )
-        if self.prior is not None:
-            return
-        wants = {
-            f"compensation_rank {self.compensation_rank}": self.compensation_rank > 0,
-            "skip_sinks": self.skip_sinks,  # a prompt of sinks alone would leave nothing at all
-        }
-        for what, wanted in wants.items():
-            if wanted:
-                raise ConfigError(f"{what} needs a prior: give prior={{}} too")
+        # without a prior a prompt of sinks alone would leave nothing at all
+        needs = f"compensation_rank {self.compensation_rank}" if self.compensation_rank else ""
+        needs = needs or ("skip_sinks" if self.skip_sinks else "")
+        if needs and self.prior is None:
+            raise ConfigError(f"{needs} needs a prior: give prior={{}} too")
+
+    def _check_counts(self) -> None:
+        """What sets the counts twice."""
+        table, given = self.budget.table, self.sparsity is not None
+        if self.score.strategy == "auto":
+            told = "the sparsity" if given else "the layer table" if table is not None else ""
+            told = told or f'the budget "{self.budget.name}"'
+            if given or table is not None or self.budget.name != "uniform":
+                raise ConfigError(f'strategy "auto" sets the counts itself: drop {told}')
+        elif given and table is not None and not parse_layer_spec(table).has_auto:
+            raise ConfigError(
+                f'the layer table "{table}" fixes every count: drop the sparsity, or hand layers '
+                'to the allocator with "auto"'
+            )
 
     def _check_candidates(self) -> None:
+        """Where every layer keeps ``1 - target`` of its neurons, as many must be candidates."""
         share = None if self.token is None else self.token.candidates
-        if share is None or self.target == 0 or not self._keeps_one_share:
+        uniform = self.budget.name == "uniform" and self.budget.table is None
+        if share is None or self.target == 0 or not uniform or self.score.strategy != "topk":
             return
         if share < 1 - self.target - 1e-9:
             raise ConfigError(
                 f"token.candidates {share:g} leaves fewer neurons than sparsity {self.target:g} "
                 f"keeps: give at least {1 - self.target:g}, or None"
-            )
-
-    @property
-    def _keeps_one_share(self) -> bool:
-        """Whether every layer keeps ``1 - target`` of its neurons."""
-        alone = self.budget.name == "uniform" and self.budget.table is None
-        return alone and self.score.strategy == "topk"
-
-    def _check_exclusive(self) -> None:
-        if self.score.strategy == "auto":
-            raise ConfigError('strategy "auto" sets the counts itself: drop the sparsity')
-        if self.budget.table is not None and not parse_layer_spec(self.budget.table).has_auto:
-            raise ConfigError(
-                f'the layer table "{self.budget.table}" fixes every count: drop the sparsity, or '
-                'hand layers to the allocator with "auto"'
             )
 
     @property
@@ -465,17 +407,15 @@ def check_prepared(config: PruneConfig, chooses: bool, prior: bool) -> None:
 
     ``chooses``: whether the run is to choose masks itself; ``prior``: whether it has a prior.
     """
+    calibration = config.calibration if chooses and not prior else None
     if config.weight_bits is not None:
         why = f"rounds the weights of a copy of the model to {config.weight_bits} bits"
-        option = ""
-    elif chooses and config.calibration is not None and not prior:
-        what = "masks" if config.calibration.purpose == "masks" else "prior"
-        why, option = f"takes its {what} from calibration", ""
-        if config.calibration.source == "text":
-            option = " --calibration FILE"
+    elif calibration is not None:
+        why = f"takes its {calibration.purpose} from calibration"
     else:
         return
-    argument = ", calibration=FILE" if option else ""
+    text = config.weight_bits is None and calibration is not None and calibration.source == "text"
+    argument, option = (", calibration=FILE", " --calibration FILE") if text else ("", "")
     raise ConfigError(
         f'method "{config.method}" {why}, which prune does not do: use '
         f"dart_llm.session.prepare.prepare(model, tokenizer, config{argument}), or "

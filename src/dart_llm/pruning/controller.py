@@ -35,7 +35,7 @@ from dart_llm.pruning.forward import (
     sinks_ahead,
     token_weights,
 )
-from dart_llm.pruning.masks import LayerMask
+from dart_llm.pruning.masks import Masks
 from dart_llm.pruning.observations import (
     LayerObservation,
     Observations,
@@ -60,7 +60,7 @@ class PruningController:
         self,
         config: PruneConfig,
         layers: tuple[FfnWeights, ...],
-        given: tuple[LayerMask | None, ...] | None = None,
+        given: Masks | None = None,
         on_remask: RemaskHook | None = None,
     ) -> None:
         self.config = config
@@ -276,10 +276,8 @@ class PruningController:
         end = call.prompt_tokens
         if pending.signal is not None:
             add_reference(self.sequences, pending, pending.signal[:, :end], self._lengths)
-        if extra := call.tokens - end:
-            for (
-                state
-            ) in self.sequences:  # candidate tokens that rode along with the prompt ran dense
+        if extra := call.tokens - end:  # candidates that rode along with the prompt ran dense
+            for state in self.sequences:
                 state.count_dense(extra, float(extra * state.rows))
 
     def _settle_decode(self, pending: PendingForward, accepted: int) -> None:
@@ -318,14 +316,13 @@ class PruningController:
                 break
 
     @torch.no_grad()
-    def select(self) -> tuple[LayerMask | None, ...]:
+    def select(self) -> Masks:
         """The masks that the evidence of the newest sequence gives now; None: dense."""
         self.flush()
         state = self.sequences[-1] if self.sequences else None
+        evidence = state.evidence if state and state.evidence_tokens else None
         with torch.inference_mode(False):
-            return self.selector.preview(
-                state.evidence if state and state.evidence_tokens else None
-            )
+            return self.selector.preview(evidence)
 
     def branch(self) -> None:
         """Tokens decoded so far are no longer taken back by a shorter cache."""

@@ -1,10 +1,9 @@
-"""Drift rules as data, the detector, guards on re-masking.
+"""Drift: has the attention output moved away from where the masks were made?
 
-Drift: has the attention output moved away from where the masks were made?
-
-``v``: output of the last layer's attention after its output projection, before the residual add.
-Means of non-overlapping windows of W tokens are compared by cosine with the centroid c of the
-observed tokens (DART, arXiv 2601.22632; docs/method.md, "Drift").
+Rules as data, the detector, and guards on re-masking.  ``v``: output of the last layer's attention
+after its output projection, before the residual add.  Means of non-overlapping windows of W tokens
+are compared by cosine with the centroid c of the observed tokens (DART, arXiv 2601.22632;
+docs/method.md, "Drift").
 """
 
 from __future__ import annotations
@@ -177,13 +176,17 @@ class Detector:
 
     def _add(self, v: Tensor, weights: Tensor | None, live: Tensor | None) -> None:
         if weights is None:
-            part, count = v.sum(1), torch.full((len(v),), float(v.shape[1]), device=v.device)
+            self._count(v.sum(1), v.shape[1])
         else:
-            part, count = torch.einsum("bt,btd->bd", weights, v), weights.sum(1)
-        self.total = part if self.total is None else self.total + part
-        self.tokens = count if self.tokens is None else self.tokens + count
+            self._count(torch.einsum("bt,btd->bd", weights, v), weights.sum(1))
         for mean in self._fill(_compact(v, weights, live)):
             self.windows = [*self.windows[1 - MAX_WINDOWS :], mean]
+
+    def _count(self, part: Tensor, tokens: Tensor | int) -> None:
+        """Add sums [B, D] of tokens to the reference."""
+        count = tokens if isinstance(tokens, Tensor) else part.new_full((len(part),), tokens)
+        self.total = part if self.total is None else self.total + part
+        self.tokens = count if self.tokens is None else self.tokens + count
 
     def start(self) -> None:
         """Enter PRUNED: fix the reference if there is one; window and counter start at 0."""
@@ -196,10 +199,7 @@ class Detector:
 
     def watch(self, v: Tensor, live: Tensor | None) -> list[Check]:
         """Take pruned tokens. v: [B, T, D]; live: [B] bool or None (all).  One check per window."""
-        checks = []
-        for mean in self._fill(v.to(torch.float32, copy=True)):
-            checks.append(self._check(mean, live))
-        return checks
+        return [self._check(mean, live) for mean in self._fill(v.to(torch.float32, copy=True))]
 
     def cut(self, tokens: int) -> None:
         """Forget the last ``tokens`` of a window in progress (they were rolled back)."""
@@ -209,15 +209,8 @@ class Detector:
             self.partial = [torch.cat(self.partial, 1)[:, :left]] if left else []
 
     def nbytes(self) -> int:
-        held = [
-            self.total,
-            self.tokens,
-            self.mu,
-            self.sigma,
-            *self.windows,
-            *self.partial,
-            *self.waiting,
-        ]
+        held = [self.total, self.tokens, self.mu, self.sigma]
+        held += [*self.windows, *self.partial, *self.waiting]
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
     def _fill(self, v: Tensor) -> list[Tensor]:
@@ -258,19 +251,15 @@ class Detector:
         low_rows = sum(1 for s, t, a in rows if a and s < t)
         low = low_rows > sum(a for _, _, a in rows) / 2
         self.counter = self.counter + 1 if low else max(0, self.counter - 1)
-        fired = self.counter >= self.rule.count
-        return Check(
-            self.checks, table[0], table[1], [bool(a) for a in table[2]], self.counter, fired
-        )
+        states, fired = [bool(a) for a in table[2]], self.counter >= self.rule.count
+        return Check(self.checks, table[0], table[1], states, self.counter, fired)
 
     def _collect(self, mean: Tensor, live: Tensor | None) -> Check:
-        size = self.rule.window
         self.windows.append(mean)
-        part, count = size * mean, torch.full((len(mean),), float(size), device=mean.device)
-        self.total = part if self.total is None else self.total + part
-        self.tokens = count if self.tokens is None else self.tokens + count
-        others = self.total - part
-        similarity = self.compare(mean, others)
+        part = self.rule.window * mean
+        self._count(part, self.rule.window)
+        assert self.total is not None
+        similarity = self.compare(mean, self.total - part)
         alive = torch.ones_like(similarity) if live is None else live.to(similarity)
         similar, states = torch.stack([similarity, alive]).tolist()
         if len(self.windows) >= MIN_WINDOWS:

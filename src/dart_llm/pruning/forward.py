@@ -1,7 +1,4 @@
-"""ForwardCall in, ForwardPlan out; which tokens count (sinks, padding, ended rows).
-
-``PendingForward`` is private to ``controller.py``.
-"""
+"""ForwardCall in, ForwardPlan out; which tokens count (sinks, padding, ended rows)."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dart_llm.pruning.drift import SINKS
-from dart_llm.pruning.masks import LayerMask
+from dart_llm.pruning.masks import Masks
 from dart_llm.pruning.observations import LayerObservation
 from dart_llm.pruning.sequence import SequenceState
 
@@ -63,7 +60,7 @@ class ForwardPlan:
 
     observe: bool
     signal: bool
-    masks: tuple[tuple[LayerMask | None, ...] | None, ...]
+    masks: tuple[Masks | None, ...]
     stream: bool = False
     inputs: bool = False
     into: dict[int, LayerObservation] | None = None
@@ -75,7 +72,7 @@ class ForwardPlan:
 
 @dataclass
 class PendingForward:
-    """A forward that runs, or ran and is not settled: its plan, what was captured, its counts.
+    """A forward that runs, or ran and is not settled; private to ``controller.py``.
 
     ``observing``: one flag per sequence.  ``counts``: prompt tokens of each row, padding left out.
     ``sampled``: tokens of a decode forward on which sensitivities are read; ``sampled_by``: which

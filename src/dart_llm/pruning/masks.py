@@ -1,7 +1,4 @@
-"""LayerMask, top-k in linear time, masks given by the user, overlap.
-
-Masks: which neurons each layer keeps, chosen from scores and counts.
-"""
+"""Masks: which neurons each layer keeps, chosen from scores and counts, or by the user."""
 
 from __future__ import annotations
 
@@ -18,9 +15,6 @@ from dart_llm.pruning.compensation import LowRank
 
 if TYPE_CHECKING:
     from dart_llm.pruning.weights import FfnWeights
-
-
-# The largest of many values without sorting them.
 
 
 def largest(values: Tensor, count: int) -> Tensor:
@@ -90,6 +84,10 @@ class LayerMask:
         return self.ids.numel() * self.ids.element_size() + bias + extra
 
 
+Masks = tuple[LayerMask | None, ...]
+"""The masks of all layers; None: the layer stays dense."""
+
+
 def top_ids(score: Tensor, keep: int) -> Tensor:
     """Indices of the ``keep`` largest scores, ascending; ties go to the lower index.
 
@@ -141,10 +139,6 @@ def _neuron_ids(layer: int, ids: Sequence[int] | Tensor) -> Tensor:
     return unique.cpu()
 
 
-def _is_index(layer: object) -> bool:
-    return hasattr(layer, "__index__") and not isinstance(layer, bool)
-
-
 def user_masks(
     widths: Sequence[int],
     keep: Mapping[int, Sequence[int] | Tensor] | None,
@@ -157,7 +151,9 @@ def user_masks(
     if (keep is None) == (remove is None):
         raise ConfigError("give either masks= (neurons to keep) or remove=, not both")
     given = keep if keep is not None else remove
-    if not isinstance(given, Mapping) or not all(_is_index(layer) for layer in given):
+    if not isinstance(given, Mapping) or not all(
+        hasattr(layer, "__index__") and not isinstance(layer, bool) for layer in given
+    ):
         raise ConfigError("masks= and remove= take a mapping from layer numbers to neuron ids")
     found: list[Tensor | None] = [None] * len(widths)
     for layer, ids in given.items():
@@ -189,6 +185,3 @@ def masks_on_devices(
         else LayerMask(ids if layer.down.is_meta else ids.to(layer.device), layer.width)
         for ids, layer in zip(found, layers, strict=True)
     )
-
-
-Masks = tuple[LayerMask | None, ...]

@@ -14,7 +14,7 @@ from dart_llm.pruning.config import (
     ScoreConfig,
     TokenConfig,
 )
-from dart_llm.pruning.registry import BUDGETS, DRIFT_RULES, METHODS, SCORES
+from dart_llm.pruning.registry import BUDGETS, DRIFT_RULES, METHODS, SCORES, Registry
 
 DART = PruneConfig(
     method="dart",
@@ -222,29 +222,22 @@ SUMMARIES = {
 
 def listing() -> dict[str, list[dict[str, str]]]:
     """Name, one-line description and source of every method, score, budget and drift rule."""
-    return {
-        "methods": [_method(name) for name in METHODS.names()],
-        "scores": [_entry(name, SCORES.get(name)) for name in SCORES.names()],
-        "budgets": [
-            *(_entry(name, BUDGETS.get(name)) for name in BUDGETS.names()),
-            {
-                "name": "blend A B",
-                "summary": "The mean of two budgets' keep counts.",
-                "source": "this project; docs/method.md",
-            },
-        ],
-        "drift_rules": [
-            {"name": name, "summary": _first_line(DRIFT_RULES.get(name).__doc__), "source": ""}
-            for name in DRIFT_RULES.names()
-        ],
-    }
 
+    def entry(name: str, summary: str, source: str) -> dict[str, str]:
+        return {"name": name, "summary": summary, "source": source}
 
-def _method(name: str) -> dict[str, str]:
+    def entries(table: Registry[Any]) -> list[dict[str, str]]:
+        found = [(name, table.get(name)) for name in table.names()]
+        return [entry(name, rule.summary, rule.source) for name, rule in found]
+
+    methods = [(name, METHODS.get(name)) for name in METHODS.names()]
+    rules = [(name, DRIFT_RULES.get(name).__doc__ or "") for name in DRIFT_RULES.names()]
+    blend = "The mean of two budgets' keep counts.", "this project; docs/method.md"
     return {
-        "name": name,
-        "summary": SUMMARIES.get(name, ""),
-        "source": _settings(METHODS.get(name)),
+        "methods": [entry(name, SUMMARIES.get(name, ""), _settings(one)) for name, one in methods],
+        "scores": entries(SCORES),
+        "budgets": [*entries(BUDGETS), entry("blend A B", *blend)],
+        "drift_rules": [entry(name, text.strip().split("\n")[0], "") for name, text in rules],
     }
 
 
@@ -265,11 +258,3 @@ def _settings(config: PruneConfig) -> str:
         size = f"{config.calibration.sequences} x {config.calibration.length} tokens"
         parts.append(f"{config.calibration.purpose} from calibration on {size}")
     return ", ".join(parts)
-
-
-def _entry(name: str, rule: Any) -> dict[str, str]:
-    return {"name": name, "summary": rule.summary, "source": rule.source}
-
-
-def _first_line(text: str | None) -> str:
-    return (text or "").strip().split("\n")[0]

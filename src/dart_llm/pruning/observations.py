@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple
 from weakref import WeakMethod
 
@@ -183,34 +184,24 @@ class Observations:
             for parts in (NEURONS, STREAM):  # the stream is not read on all of them
                 some = [one for one in forwards if one.layers[layers[0]][parts[0]] is not None]
                 if some:
-                    weights = _weights([one.weights for one in some], [_shape(one) for one in some])
+                    sizes = [(one.rows, one.tokens) for one in some]
+                    weights = _weights([one.weights for one in some], sizes)
                     if parts is STREAM:
                         weights = _of_stream(weights, some)
                     self.update(self.observing, layers, _joined(some, layers, parts), weights)
 
 
-def _shape(forward: ObservedForward) -> tuple[int, int]:
-    return forward.rows, forward.tokens
-
-
 def _of_stream(weights: Tensor | None, forwards: Sequence[ObservedForward]) -> Tensor | None:
     """The weights of the tokens whose stream was read, 0 where a sequence does not read one."""
     if weights is not None:
-        weights = weights[:, _sampled_places(forwards)]
+        starts = accumulate((one.tokens for one in forwards), initial=0)
+        pairs = zip(forwards, starts, strict=False)
+        weights = weights[:, [start + token for one, start in pairs for token in one.sampled]]
     sizes = [(one.rows, len(one.sampled)) for one in forwards]
     marks = _weights([one.sampled_by for one in forwards], sizes)
     if weights is None or marks is None:
         return weights if marks is None else marks
     return weights * marks.to(weights.device)
-
-
-def _sampled_places(forwards: Sequence[ObservedForward]) -> list[int]:
-    """Where the tokens whose stream was read stand among all tokens of these forwards."""
-    places, start = [], 0
-    for forward in forwards:
-        places += [start + token for token in forward.sampled]
-        start += forward.tokens
-    return places
 
 
 def _alike(layers: Mapping[int, LayerObservation]) -> list[tuple[int, ...]]:

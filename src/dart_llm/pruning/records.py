@@ -1,6 +1,4 @@
-"""What flows out: Remask, DriftCheck, RunReport; how reports are added up.
-
-What flows out of a run: frozen, JSON-able records, one schema for every door.
+"""What flows out of a run: frozen, JSON-able records, one schema for every door.
 
 Sparsity is always the fraction of FFN neurons removed.  "Decoded tokens" are those fed in decode
 forwards; the first generated token, which comes from the prompt's logits, is not one of them.
@@ -8,7 +6,8 @@ forwards; the first generated token, which comes from the prompt's logits, is no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -142,14 +141,11 @@ class RunReport:
         return {**asdict(self), "bytes_limit": self.bytes_limit}
 
     def __str__(self) -> str:
-        asked = (
-            "" if self.requested_sparsity is None else f" of {self.requested_sparsity:.0%} asked"
-        )
-        copies = (
-            f" ({self.proxy_bytes_share:.2f} of it low-bit copies)"
-            if self.proxy_bytes_share
-            else ""
-        )
+        asked = copies = ""
+        if self.requested_sparsity is not None:
+            asked = f" of {self.requested_sparsity:.0%} asked"
+        if self.proxy_bytes_share:
+            copies = f" ({self.proxy_bytes_share:.2f} of it low-bit copies)"
         remasks = f"{self.remasks} re-mask{'' if self.remasks == 1 else 's'}"
         return (
             f"{self.method}: {self.achieved_sparsity:.1%} of the FFN neurons removed{asked}, mean "
@@ -187,29 +183,22 @@ def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     total = sum(report["decoded_tokens"] for report in reports)
     merged = dict(reports[-1])
 
-    def mean(key: str) -> float:
-        return float(sum(r[key] * r["decoded_tokens"] for r in reports) / max(1, total))
+    def mean(values: Iterable[float]) -> float:
+        weighted = zip(values, reports, strict=True)
+        return float(sum(value * r["decoded_tokens"] for value, r in weighted) / max(1, total))
 
-    merged.update({key: mean(key) for key in _WEIGHTED})
+    merged.update({key: mean(report[key] for report in reports) for key in _WEIGHTED})
     merged.update({key: sum(report[key] for report in reports) for key in _ADDED})
     pruned = 1 - merged["dense_token_share"]
     merged["sparsity_while_pruned"] = merged["achieved_sparsity"] / pruned if pruned else 0.0
     merged["extra_memory_bytes"] = max(report["extra_memory_bytes"] for report in reports)
-    causes: dict[str, int] = {}
+    causes = Counter[str]()
     for report in reports:
-        for cause, count in report["remask_causes"].items():
-            causes[cause] = causes.get(cause, 0) + count
-    merged["remask_causes"] = causes
+        causes.update(report["remask_causes"])
+    merged["remask_causes"] = dict(causes)
     merged["layers"] = [
-        {
-            **layer,
-            "sparsity_decoded": sum(
-                report["layers"][index]["sparsity_decoded"] * report["decoded_tokens"]
-                for report in reports
-            )
-            / max(1, total),
-        }
-        for index, layer in enumerate(reports[-1]["layers"])
+        {**each[-1], "sparsity_decoded": mean(layer["sparsity_decoded"] for layer in each)}
+        for each in zip(*(report["layers"] for report in reports), strict=True)
     ]
     merged["sequences"] = [
         {**sequence, "sequence": number}

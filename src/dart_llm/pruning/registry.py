@@ -49,7 +49,10 @@ class Registry(Generic[T]):
 
     def names(self) -> tuple[str, ...]:
         """All known names, sorted."""
-        self._scan()
+        if not self._scanned:
+            self._scanned = True
+            for point in entry_points(group=self.group):
+                self._lazy.setdefault(point.name, point.value)
         return tuple(sorted({*self._lazy, *self._objects}))
 
     def __contains__(self, name: str) -> bool:
@@ -70,64 +73,50 @@ class Registry(Generic[T]):
             self._objects[name] = getattr(import_module(module), attribute)
         return self._objects[name]
 
-    def _scan(self) -> None:
-        if self._scanned:
-            return
-        self._scanned = True
-        for point in entry_points(group=self.group):
-            self._lazy.setdefault(point.name, point.value)
 
-
-def _table(module: str, names: str) -> dict[str, str]:
-    return {name: f"{module}:{name.replace('-', '_')}" for name in names.split()}
+def _table(module: str, names: str, attribute: Callable[[str], str] = str) -> dict[str, str]:
+    """Where the objects of these names are; ``attribute``: their name there, of name_name."""
+    return {
+        name: f"dart_llm.pruning.{module}:{attribute(name.replace('-', '_'))}"
+        for name in names.split()
+    }
 
 
 METHODS: Registry[PruneConfig] = Registry(
     "method",
     "dart_llm.methods",
-    {
-        name: f"dart_llm.pruning.methods:{name.replace('-', '_').upper()}"
-        for name in (
-            "dense dense-8bit dense-4bit random static wanda flap griffin griffin-refresh glass "
-            "published dart dart-prompt dart-token"
-        ).split()
-    },
+    _table(
+        "methods",
+        "dense dense-8bit dense-4bit random static wanda flap griffin griffin-refresh glass "
+        "published dart dart-prompt dart-token",
+        str.upper,
+    ),
 )
 """Methods: names of a ``PruneConfig``.  Entry-point group ``dart_llm.methods``."""
 
 SCORES: Registry[Score] = Registry(
     "score",
     "dart_llm.scores",
-    {
-        **_table(
-            "dart_llm.pruning.scores",
-            "magnitude normalized contribution fisher wanda flap weight random",
-        ),
-        **{f"{name}": f"dart_llm.pruning.scores:{name}_proxy" for name in ("max", "mean")},
-        **_table("dart_llm.pruning.scores", "combined product"),
-    },
+    _table(
+        "scores",
+        "magnitude normalized contribution fisher wanda flap weight random combined product",
+    )
+    | _table("scores", "max mean", "{}_proxy".format),
 )
 """Scores of neurons.  Entry-point group ``dart_llm.scores``."""
 
 BUDGETS: Registry[Budget] = Registry(
     "budget",
     "dart_llm.budgets",
-    {
-        "uniform": "dart_llm.pruning.budgets:uniform",
-        "depth": "dart_llm.pruning.budgets:depth",
-        "depth-residual": "dart_llm.pruning.budgets:depth_residual",
-        "energy": "dart_llm.pruning.budgets:energy",
-        "global": "dart_llm.pruning.budgets:global_rank",
-        "ranked": "dart_llm.pruning.budgets:ranked",
-        "standardized": "dart_llm.pruning.budgets:standardized",
-    },
+    _table("budgets", "uniform depth depth-residual energy ranked standardized")
+    | _table("budgets", "global", "{}_rank".format),
 )
 """Budgets of layers.  Entry-point group ``dart_llm.budgets``."""
 
 DRIFT_RULES: Registry[Callable[..., Rule]] = Registry(
     "drift rule",
     "dart_llm.drift_rules",
-    _table("dart_llm.pruning.drift", "published paper dart interval never"),
+    _table("drift", "published paper dart interval never"),
 )
 """Drift rules: functions that return a ``Rule``.  Entry-point group ``dart_llm.drift_rules``."""
 

@@ -1,6 +1,4 @@
-"""Neuron scores, one decorated function each; forward-proxy scores too.
-
-Neuron scores (docs/method.md, "Scores").
+"""Neuron scores (docs/method.md, "Scores"), one decorated function each.
 
 A score is one function ``(a, weights) -> [I]``.  ``a`` is what was accumulated over the observed
 tokens from the per-token statistic that the decorator names: ``sqrt(sum_t e_t)``, or with an
@@ -163,10 +161,7 @@ def mix_ranks(scores: Tensor, prior: Tensor, weight: float) -> Tensor:
     return (1 - weight) * own + weight * other
 
 
-# Forward proxies: how far a neuron's output column reaches towards the vocabulary.
-#
-# Static per layer: computed once per model and kept (learn.py).
-
+# Forward proxies: how far a neuron's output column reaches towards the vocabulary; kept per model.
 
 _SOURCE = "DART, arXiv 2601.22632, the published scripts' ranking methods"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,7 +15,7 @@ from dart_llm.pruning.budgets import LayerView, align_counts, blend_counts
 from dart_llm.pruning.compensation import CompensationInputs, compensation, low_rank
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.layer_table import AUTO, parse_layer_spec
-from dart_llm.pruning.masks import LayerMask, auto_count, split
+from dart_llm.pruning.masks import LayerMask, Masks, auto_count, split
 from dart_llm.pruning.registry import BUDGETS, SCORES
 from dart_llm.pruning.scores import mix_ranks
 from dart_llm.pruning.statistics import Choice, LayerStatistics, Statistics, pooled
@@ -25,9 +25,9 @@ from dart_llm.pruning.weights import FfnWeights
 
 @dataclass(frozen=True)
 class MaskSelection:
-    """Masks of all layers (None: the layer stays dense), their counts and the scores behind."""
+    """Masks of all layers, their counts and the scores behind."""
 
-    masks: tuple[LayerMask | None, ...]
+    masks: Masks
     counts: tuple[int, ...]
     scores: tuple[Tensor, ...]
 
@@ -59,19 +59,16 @@ class MaskSelector:
     @cached_property
     def statistics(self) -> Statistics:
         """What must be summed over the observed tokens."""
-        score = SCORES.get(self.config.score.name)
-        parts = self.config.budget.parts() if self._allocates else ()
-        needs = needed(parts, self._compensation_needs, lambda name: BUDGETS.get(name).needs)
-        decay = self.config.score.ema_decay
-        return Statistics(score.per_token, decay, needs, score.spread, score.average)
-
-    @property
-    def _compensation_needs(self) -> tuple[str, ...]:
-        if not self.config.compensation:
-            return ()
-        if self.config.token is not None:
-            return ("signed", "lost")
-        return ("signed", "features") if self.config.compensation_rank else ("signed",)
+        config, score = self.config, SCORES.get(self.config.score.name)
+        needs = set[str]()
+        if config.score.strategy == "topk" and AUTO in self.targets:
+            needs.update(*(BUDGETS.get(name).needs for name in config.budget.parts()))
+        if config.compensation:
+            needs.add("signed")
+            if config.token is not None or config.compensation_rank:
+                needs.add("features" if config.token is None else "lost")
+        decay = config.score.ema_decay
+        return Statistics(score.per_token, decay, frozenset(needs), score.spread, score.average)
 
     def choice(self, layers: Sequence[int]) -> Choice | None:
         """How the tokens of some layers choose, for ``Statistics.add``; None where they do not."""
@@ -106,10 +103,6 @@ class MaskSelector:
         """Whether the sparsity asked for is one of the whole model, not of some layers."""
         return self.config.score.strategy == "topk" and all(t == AUTO for t in self.targets)
 
-    @property
-    def _allocates(self) -> bool:
-        return self.config.score.strategy == "topk" and AUTO in self.targets
-
     def select(
         self, evidence: Sequence[LayerStatistics], counts: Sequence[int] | None = None
     ) -> MaskSelection:
@@ -117,14 +110,16 @@ class MaskSelector:
 
         Raises ``DartError`` when a score is not finite.
         """
-        evidence = self._with_prior(evidence)
+        tokens = 0 if self.config.prior is None else self.config.prior.tokens
+        known = zip(evidence, self.layers, strict=True)
+        evidence = [pooled(observed, layer.learnt, tokens) for observed, layer in known]
         scores = self.scores(evidence)
-        weight = self.config.score.prior_weight
-        if weight is not None:
-            scores = [
-                mix_ranks(score, self._prior(layer), weight)
-                for score, layer in zip(scores, self.layers, strict=True)
-            ]
+        if (weight := self.config.score.prior_weight) is not None:
+            priors = [layer.prior for layer in self.layers if layer.prior is not None]
+            if len(priors) < len(self.layers):
+                raise RuntimeError("a score with a prior_weight needs the layers' priors")
+            pairs = zip(scores, priors, strict=True)
+            scores = [mix_ranks(score, prior, weight) for score, prior in pairs]
         if counts is None:
             counts = self.counts(scores, evidence)
         masks = self._masks(scores, evidence, counts)
@@ -137,23 +132,12 @@ class MaskSelector:
             rule(self.statistics.score_input(known, layer.width, layer.device), layer)
             for known, layer in zip(evidence, self.layers, strict=True)
         ]
-        self._check_finite(scores)
+        sums = torch.stack([score.sum().to(scores[0].device) for score in scores])
+        if bad := (~sums.isfinite()).nonzero().flatten().tolist():
+            raise self._overflow(bad[0], "scores")
         return scores
 
-    def _with_prior(self, evidence: Sequence[LayerStatistics]) -> list[LayerStatistics]:
-        tokens = 0 if self.config.prior is None else self.config.prior.tokens
-        return [
-            pooled(known, layer.learnt, tokens)
-            for known, layer in zip(evidence, self.layers, strict=True)
-        ]
-
-    @staticmethod
-    def _prior(layer: FfnWeights) -> Tensor:
-        if layer.prior is None:
-            raise RuntimeError("a score with a prior_weight needs the layers' priors")
-        return layer.prior
-
-    def preview(self, evidence: Sequence[LayerStatistics] | None) -> tuple[LayerMask | None, ...]:
+    def preview(self, evidence: Sequence[LayerStatistics] | None) -> Masks:
         """The masks of ``select``; raises ``AttachError`` where evidence is needed and missing."""
         if self.removes_nothing:
             return (None,) * len(self.layers)
@@ -214,17 +198,12 @@ class MaskSelector:
         return (1 - cosine) * change
 
     def _masks(
-        self,
-        scores: Sequence[Tensor],
-        evidence: Sequence[LayerStatistics],
-        counts: Sequence[int],
-    ) -> tuple[LayerMask | None, ...]:
+        self, scores: Sequence[Tensor], evidence: Sequence[LayerStatistics], counts: Sequence[int]
+    ) -> Masks:
         masks = list[LayerMask | None]()
         gone = dict[int, CompensationInputs]()
-        for index, (layer, score, count) in enumerate(
-            zip(self.layers, scores, counts, strict=True)
-        ):
-            known = evidence[index]
+        for index, known in enumerate(evidence):
+            layer, score, count = self.layers[index], scores[index], counts[index]
             basis = None if layer.learnt is None else layer.learnt.basis
             if count >= layer.width:
                 masks.append(None)
@@ -256,12 +235,6 @@ class MaskSelector:
         worth = None if layer.learnt is None else layer.unit_worth
         return token_mask(score, wide, count, layer.down, mean, worth)
 
-    def _check_finite(self, scores: Sequence[Tensor]) -> None:
-        sums = torch.stack([score.sum().to(scores[0].device) for score in scores])
-        bad = (~sums.isfinite()).nonzero().flatten().tolist()
-        if bad:
-            raise self._overflow(bad[0], "scores")
-
     def _overflow(self, layer: int, what: str) -> DartError:
         dtype = str(self.layers[layer].up.dtype).removeprefix("torch.")
         return DartError(
@@ -271,14 +244,7 @@ class MaskSelector:
 
 
 def check_fits(config: PruneConfig, layers: Sequence[FfnWeights]) -> MaskSelector:
-    """A ``Selector``, or ``ConfigError`` when the configuration cannot work on this model."""
+    """A ``MaskSelector``, or ``ConfigError`` when the configuration cannot work on this model."""
     if not layers:
         raise ConfigError("the model has no FFN layers")
     return MaskSelector(config, tuple(layers))
-
-
-def needed(
-    parts: tuple[str, ...], compensation: Sequence[str], get: Callable[[str], frozenset[str]]
-) -> frozenset[str]:
-    """The union of what the budgets ``parts`` need, and of what compensation does."""
-    return frozenset(compensation).union(*(get(part) for part in parts))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.drift import Detector, Rule, guards_allow
-from dart_llm.pruning.masks import LayerMask, overlap
+from dart_llm.pruning.masks import LayerMask, Masks, overlap
 from dart_llm.pruning.records import Remask
 from dart_llm.pruning.selection import MaskSelection, MaskSelector
 from dart_llm.pruning.statistics import LayerStatistics
@@ -60,12 +60,12 @@ class SequenceState:
     sequence: int
     row: int | None
     rows: int
-    given: tuple[LayerMask | None, ...] | None = None
+    given: Masks | None = None
     phase: Phase = Phase.PREFILL
     evidence: list[LayerStatistics] = field(default_factory=list)
     detector: Detector = field(init=False)
     selection: MaskSelection | None = None
-    masks: tuple[LayerMask | None, ...] | None = None
+    masks: Masks | None = None
     prompt_tokens: float = 0.0
     evidence_tokens: float = 0.0
     decoded: int = 0
@@ -114,8 +114,7 @@ class SequenceState:
 
     def advance(self) -> Phase:
         """The phase of the decode forward that is about to run; builds masks when it is time."""
-        released = self.config.release_step is not None and self.decoded >= self.config.release_step
-        if released:
+        if self._to_be_released:
             self.phase, self.masks = Phase.RELEASED, None
         elif self.selector.removes_nothing and self.given is None:
             self.phase = Phase.RELEASED
@@ -125,6 +124,11 @@ class SequenceState:
         if self.ready:
             self._build()
         return self.phase
+
+    @property
+    def _to_be_released(self) -> bool:
+        release = self.config.release_step
+        return release is not None and self.decoded >= release
 
     def _first_length(self) -> int:
         if self.given is not None:
@@ -204,13 +208,13 @@ class SequenceState:
             self.phase = Phase.PREFILL if self.selection is None else Phase.PRUNED
             self.masks = None if self.selection is None else self.selection.masks
         self.detector.cut(tokens)
-        for period in reversed(self.mask_spans):
-            tokens = period.cut(tokens)
+        for span in reversed(self.mask_spans):
+            tokens = span.cut(tokens)
 
     def keep_counts(self) -> None:
         """``rewind`` does not take back from the accounting what was decoded so far."""
-        for period in self.mask_spans:
-            period.length = 0
+        for span in self.mask_spans:
+            span.length = 0
 
     def may_trigger(self) -> bool:
         """Whether the guards allow a re-mask now (distance, cap on dense tokens)."""
@@ -273,7 +277,7 @@ class SequenceState:
     def tokens_until_change(self) -> int | None:
         """Tokens that one decode forward may hold before the state can change; None: no bound."""
         release = self.config.release_step
-        if self.phase is Phase.RELEASED or (release is not None and self.decoded >= release):
+        if self.phase is Phase.RELEASED or self._to_be_released:
             return None
         bounds = [] if release is None else [release - self.decoded]
         dense = self.tokens_to_mask

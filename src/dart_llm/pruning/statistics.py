@@ -1,7 +1,7 @@
-"""Running activation sums per layer; what calibration knows of a layer; which sums a configuration
-needs.
+"""Which sums over tokens a configuration needs, how they are made, and what a prior adds to them.
 
-Which sums over tokens a configuration needs, and how they are made.
+Sums are weighted, per layer, float32 and detached.  Token weights are 1 for a real token of a live
+row and 0 for padding and finished rows.
 """
 
 from __future__ import annotations
@@ -15,11 +15,6 @@ from torch import Tensor
 
 from dart_llm.pruning.observations import LayerObservation
 from dart_llm.pruning.scores import EPS, PerToken
-
-# What is remembered of the observed tokens: weighted sums per layer, float32, detached.
-#
-# Token weights are 1 for a real token of a live row and 0 for padding and finished rows.
-
 
 REFERENCE_TOKENS = 256
 """Decayed evidence weighs at most as much as this many tokens before the decay."""
@@ -104,13 +99,9 @@ class LayerStatistics:
     def decay(self, decay: float, rows: int) -> None:
         """Scale all sums by ``decay * min(1, 256 / n)``, n = tokens per row seen so far."""
         for known in self.sums.values():
-            if isinstance(known.weight, float):
-                factor: Tensor | float = decay * min(
-                    1.0, REFERENCE_TOKENS * rows / max(known.weight, EPS)
-                )
-            else:
-                ratio = REFERENCE_TOKENS * rows / known.weight.clamp_min(EPS)
-                factor = decay * ratio.clamp_max(1.0)
+            ratio = REFERENCE_TOKENS * rows / known.divisor
+            most = ratio.clamp_max(1.0) if isinstance(ratio, Tensor) else min(1.0, ratio)
+            factor = decay * most
             known.total = known.total * factor
             known.weight = known.weight * factor
 
@@ -143,12 +134,9 @@ def add_parts(evidence: Layers, name: str, parts: Tensor, weight: Tensor | float
         one.more(name, part, weight)
 
 
-# What is known of one layer before a prompt is seen (docs/method.md, "Prior").
-
-
 @dataclass(frozen=True)
 class LayerPrior:
-    """Learnt once per model from text that it wrote itself.
+    """What is learnt once of a layer, from text that the model wrote (docs/method.md, "Prior").
 
     ``evidence``: the sums of a run, over that text.  ``curvature``: [I] float32, mean squared
     gradient of the loss by u_i; None where the run does not read it.  ``basis``: [r, D] in the

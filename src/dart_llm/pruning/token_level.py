@@ -1,11 +1,11 @@
-"""TokenMask, per-token winners, low-bit estimates.
+"""Token-level selection: every token's own winners, from cheap estimates of its neurons.
 
-Low-bit copies of weight matrices: cheap estimates of a product, and how far off they are.
-
-Symmetric round-to-nearest: the D inputs of a row are cut into groups, each with the scale
-``max abs(w) / m`` in bfloat16, m = 2^(bits - 1) - 1, and whole levels from -m to m.  Symmetric,
-because a file that is 4-bit already has at most 16 values per group of 32: an asymmetric grid would
-copy it almost exactly and say nothing of other weights.
+The idea is that of Prox (arXiv 2607.27591) and WINA (arXiv 2505.19427); docs/method.md has the
+formulas.  Estimates come from low-bit copies of the weights: the D inputs of a row are cut into
+groups, each with the scale ``max abs(w) / m`` in bfloat16, m = 2^(bits - 1) - 1, and levels are
+whole numbers from -m to m, rounded to the nearest.  Symmetric, because a file that is 4-bit already
+has at most 16 values per group of 32: an asymmetric grid would copy it almost exactly and say
+nothing of other weights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from dart_llm.errors import ConfigError
 from dart_llm.pruning.compensation import compensation
-from dart_llm.pruning.masks import LayerMask, top_ids
+from dart_llm.pruning.masks import LayerMask, Masks, top_ids
 
 CHUNK, CACHED = 1 << 22, 1 << 18
 """Weights that are float32 at a time, and on the CPU, whose cache then holds them."""
@@ -137,12 +137,6 @@ def gaussian_error(rows: int, inputs: int, bits: int, group: int) -> float:
     return math.sqrt(off / whole)
 
 
-# Token-level selection: every token's own winners, from cheap estimates of its neurons.
-#
-# The idea is that of Prox (arXiv 2607.27591) and WINA (arXiv 2505.19427); docs/method.md has the
-# formulas.
-
-
 NO_MASK = (
     "token-level selection has no sequence mask: every token chooses its own neurons, and only "
     "their number per layer is kept"
@@ -218,9 +212,6 @@ def winner_places(strengths: Tensor, keep: int) -> Tensor:
     """
     order = strengths.sort(dim=-1, descending=True, stable=True).indices
     return order[..., :keep].sort(dim=-1).values
-
-
-Masks = tuple[LayerMask | None, ...]
 
 
 def sequence_masks(masks: Masks) -> Masks:

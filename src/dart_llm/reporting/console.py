@@ -60,13 +60,16 @@ class _Lines:
 
     def __init__(self, say: Callable[[str], None], text: str, total: int) -> None:
         self.say, self.text, self.total = say, text, total
-        self.done, self.told = 0, time.monotonic()
+        self.done = 0
+        self.began = self.told = time.monotonic()
 
     def advance(self, count: int) -> None:
         self.done += count
-        if time.monotonic() - self.told >= QUIET_S and self.done < self.total:
-            self.told = time.monotonic()
-            self.say(f"{self.text}: {self.done} of {self.total}")
+        now = time.monotonic()
+        if now - self.told >= QUIET_S and self.done < self.total:
+            self.told = now
+            left = minutes((now - self.began) / self.done * (self.total - self.done))
+            self.say(f"{self.text}: {self.done} of {self.total}, about {left} left")
 
 
 class Ui:

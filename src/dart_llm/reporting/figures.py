@@ -68,19 +68,46 @@ def reference_line(
             axes.axhline(y, label=name, **look)
 
 
-def legend(axes: Axes, columns: int) -> None:
-    """A legend above the axes, on the left, if anything has a label."""
-    if not axes.get_legend_handles_labels()[1]:
-        return
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(0.0, 1.0),
-        ncols=columns,
-        borderaxespad=0.4,
-        borderpad=0.0,
-        columnspacing=1.4,
-        handletextpad=0.6,
-    )
+def legend(axes: Axes, columns: int, others: Sequence[Axes] = ()) -> None:
+    """A legend above the axes, on the left, of what has a label in them or in ``others``."""
+    found: dict[str, Any] = {}
+    for one in (axes, *others):
+        for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if found:
+        axes.legend(
+            list(found.values()),
+            list(found),
+            loc="lower left",
+            bbox_to_anchor=(0.0, 1.0),
+            ncols=columns,
+            borderaxespad=0.4,
+            borderpad=0.0,
+            columnspacing=1.4,
+            handletextpad=0.6,
+        )
+
+
+def draw_whisker(axes: Axes, low: float, high: float, place: float) -> None:
+    """An interval across a horizontal bar, white around it so that it shows on dark ones."""
+    for colour, extra in (("white", 2.0), (INK, 0.0)):
+        look: dict[str, Any] = {"color": colour, "linewidth": 1.4 + extra, "marker": "|"}
+        look |= {"markersize": 7 + extra, "markeredgewidth": 1.2 + extra}
+        axes.plot([low, high], [place, place], **look)
+
+
+def write_beside(axes: Axes, text: str, x: float, place: float, size: float = 9.0) -> None:
+    """A number to the right of a horizontal bar, for which the axes must have room."""
+    where: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+    axes.annotate(text, (x, place), fontsize=size, color=INK, in_layout=False, **where)
+
+
+def name_bars(axes: Axes, names: Sequence[str]) -> None:
+    """Horizontal bars from the top down, a name for each."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.45, -0.55)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
 
 
 HATCHES = ("", "///", "...", "\\\\\\", "xx", "++")
@@ -187,18 +214,13 @@ def mark(look: tuple[int, str, Any], palette: Palette) -> Look:
 def log_scale(axes: Axes, low: float, high: float) -> None:
     """Limits and round ticks of a log axis."""
     ticks = _log_ticks(low, high, 6)
-    if len(ticks) < 4 and high < 2 * low:
-        ticks = _even_ticks(low, high)
+    if len(ticks) < 4 and high < 2 * low:  # nearly straight: round numbers at even distances
+        unit = 10.0 ** math.floor(math.log10((high - low) / 4))
+        step = next(n * unit for n in (1, 2, 5, 10) if n * unit >= (high - low) / 6)
+        ticks = [step * n for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
     axes.set_yticks(ticks, [quantity(tick, True).removesuffix(".0") for tick in ticks])
     axes.set_yticks([], minor=True)
     axes.set_ylim(low, high)
-
-
-def _even_ticks(low: float, high: float) -> list[float]:
-    """Round numbers at even distances, for a log axis that is nearly straight."""
-    unit = 10.0 ** math.floor(math.log10((high - low) / 4))
-    step = next(n * unit for n in (1, 2, 5, 10) if n * unit >= (high - low) / 6)
-    return [step * n for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def key(above: Axes, drawn: Sequence[Axes], columns: int) -> None:

@@ -88,25 +88,17 @@ def ratio(row: Row, rows: Sequence[Row]) -> float | None:
 
 
 def conclusion(
-    rows: Sequence[Row],
-    ffn_share_of_bytes: float | None = None,
-    *,
-    accounting: Row | None = None,
-    method: str | None = None,
+    rows: Sequence[Row], *, accounting: Row | None = None, method: str | None = None
 ) -> str:
     """What was removed, what that saves, what it costs, and where to start: one sentence.
 
-    ``ffn_share_of_bytes``: FFN bytes over all weight bytes that a decoded token reads (default:
-    the accounting's).  ``accounting``: of the run, where no row has one.
+    ``accounting``: of the run, where no row has one.
     """
     row = headline(rows, method)
     counted = (row or {}).get("accounting") or accounting
     parts = []
     if counted:
-        share = ffn_share_of_bytes
-        parts.append(
-            _bytes({**counted, **({} if share is None else {"ffn_share_of_bytes": share})})
-        )
+        parts.append(_bytes(counted))
     elif row is not None:
         parts.append(f"{percent(_removed(row))} of the FFN neurons removed")
     if row is not None:
@@ -128,16 +120,6 @@ def perplexity_sentence(document: Row) -> str:
         return f"Only dense was measured on {document.get('text', 'this text')}."
     quality = "; ".join(_quality(row, rows))
     return f"{row_name(row)} on {document.get('text', 'this text')}: {quality}."
-
-
-def perplexity_title(document: Row, method: str | None = None) -> str:
-    """What a plot of a perplexity document shows, in a few words."""
-    rows = document.get("rows") or []
-    row = headline(rows, method)
-    over = None if row is None else ratio(row, rows)
-    if row is None or over is None:
-        return f"Perplexity on {document.get('text', 'this text')}."
-    return f"{row_name(row)}: {times(over)} x the perplexity of dense."
 
 
 def _bytes(accounting: Row) -> str:
@@ -189,15 +171,7 @@ def timing_sentence(timing: Mapping[str, Any]) -> str:
         known = dense or pruned
         return f"{1000 * known:.1f} ms per token." if known else "No time was measured."
     words = f"Pruned {1000 * pruned:.1f} ms per token, dense {1000 * dense:.1f}"
-    return f"{words}: {_pace(dense / pruned)}{_allowed(timing)}."
-
-
-def timing_title(timing: Mapping[str, Any]) -> str:
-    """What a plot of the times shows: how much faster, and what the bytes allow."""
-    dense, pruned = _seconds(timing)
-    if not dense or not pruned:
-        return "Milliseconds per decoded token."
-    return f"Pruned decoding is {_pace(dense / pruned)}{_allowed(timing)}."
+    return f"{words}: {_pace(dense / pruned, timing)}."
 
 
 def _seconds(timing: Mapping[str, Any]) -> tuple[float | None, float | None]:
@@ -205,27 +179,12 @@ def _seconds(timing: Mapping[str, Any]) -> tuple[float | None, float | None]:
     return each.get("dense"), each.get("pruned")
 
 
-def _pace(speed_up: float) -> str:
-    if speed_up >= 1:
-        return f"{times(speed_up)} x as fast as dense"
-    return f"{times(1 / speed_up)} x slower than dense"
-
-
-def _allowed(timing: Mapping[str, Any]) -> str:
+def _pace(speed_up: float, timing: Mapping[str, Any]) -> str:
     limit = timing.get("bytes_limit")
-    return f"; the bytes read allow {limit:.2f} x" if limit else ""
-
-
-def layers_sentence(kept: Sequence[int], widths: Sequence[int]) -> str:
-    """Which layer keeps most of its neurons, and which the least."""
-    shares = [count / width for count, width in zip(kept, widths, strict=True)]
-    high, low = max(shares), min(shares)
-    if high - low < 0.005:
-        return f"Every layer keeps {percent(sum(kept) / sum(widths))} of its neurons."
-    return (
-        f"Layer {shares.index(high)} keeps the most neurons ({percent(high, 0)}), "
-        f"layer {shares.index(low)} the fewest ({percent(low, 0)})."
-    )
+    allowed = f"; the bytes read allow {limit:.2f} x" if limit else ""
+    if speed_up >= 1:
+        return f"{times(speed_up)} x as fast as dense{allowed}"
+    return f"{times(1 / speed_up)} x slower than dense{allowed}"
 
 
 def count(number: int, noun: str) -> str:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 from dart_llm import __version__
 from dart_llm.engine.host import trim_heap
-from dart_llm.engine.requests import GenerationRequest
 from dart_llm.errors import MissingExtra
 from dart_llm.server import window
 from dart_llm.server.responses import (
@@ -19,12 +17,13 @@ from dart_llm.server.responses import (
     ChatFormat,
     ErrorBody,
     Format,
-    failed,
+    RecordFormat,
+    Shape,
     json_bytes,
     sse,
 )
 from dart_llm.server.schemas import ChatBody, Common, CompletionBody, read
-from dart_llm.server.security import Asgi, Guard, Receive, Rules, Scope, Send, digest, parse
+from dart_llm.server.security import Asgi, Guard, Receive, Scope, Send, parse
 from dart_llm.server.service import Service, logger
 from dart_llm.server.worker import END_OF_STREAM, QueuedRequest
 
@@ -35,9 +34,7 @@ except ImportError:
     raise MissingExtra("fastapi", "serve") from None
 
 PING_SECONDS = 15.0
-
-LAST_SECONDS = 5.0
-"""How long the last event of a stream that ran out of time may take to be sent."""
+LAST_SECONDS = 5.0  # how long the last event of a stream that ran out of time may take to be sent
 
 LONG_BODY = 16 << 10
 """Bytes above which a body is read into tokens beside the event loop, not on it."""
@@ -65,45 +62,15 @@ STREAM = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buf
 WHOLE = ((b"content-type", b"application/json"),)
 
 
-@dataclass(frozen=True)
-class Writer:
-    """Turns records into what is sent; empty: nothing.
-
-    ``take``: for a record; ``end``: after the last one; ``error``: what ends an answer that has
-    begun and cannot go on.
-    """
-
-    streams: bool
-    take: Callable[[Any], bytes]
-    end: Callable[[], bytes] = bytes
-    error: Callable[[APIError], bytes] = lambda refusal: b""
-
-
-def openai_writer(body: Common, shape: Format) -> Writer:
-    """OpenAI's answer, whole or as a stream of chunks."""
-    if body.stream:
-        return Writer(True, shape.chunks, error=failed)
-    return Writer(False, shape.keep, shape.whole)
-
-
-def record_writer(request_id: str) -> Writer:
-    """Every record of the request, as the library has it: ``POST /api/events``."""
-
-    def error(refusal: APIError) -> bytes:
-        return sse({"kind": "error", "message": refusal.message, "request": request_id})
-
-    return Writer(True, lambda record: sse(record.to_dict()), error=error)
-
-
 class Delivery(Response):
     """Queues a request and sends what comes of it."""
 
-    def __init__(self, service: Service, turn: QueuedRequest, writer: Writer) -> None:
+    def __init__(self, service: Service, turn: QueuedRequest, shape: Shape) -> None:
         self.background = None
         self.worker = service.worker
         self.seconds = service.settings.request_timeout
         self.turn = turn
-        self.writer = writer
+        self.shape = shape
         self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -116,10 +83,10 @@ class Delivery(Response):
             late = APIError(503, f"no answer within {self.seconds:g} s", code="timeout")
             if not self._begun:
                 raise late from None
-            if self.writer.streams:
+            if self.shape.streams:
                 with contextlib.suppress(TimeoutError):  # of a client that does not read
                     async with asyncio.timeout(LAST_SECONDS):
-                        await self._send(send, self.writer.error(late), True)
+                        await self._send(send, self.shape.error(late), True)
         finally:
             self.worker.leave(self.turn)
             gone.cancel()
@@ -133,22 +100,22 @@ class Delivery(Response):
                 if isinstance(item, APIError):
                     if not self._begun and not data:
                         raise item
-                    data += self.writer.error(item)
+                    data += self.shape.error(item)
                     break
                 if item is END_OF_STREAM:
                     if self.turn.cancelled():  # nobody is there any more
                         return
-                    data += self.writer.end()
+                    data += self.shape.end()
                     break
                 over = False
-                data += self.writer.take(item)
+                data += self.shape.take(item)
             await self._send(send, data, over)
 
     async def _send(self, send: Send, data: bytes, last: bool) -> None:
         if not self._begun and (data or last):
             self._begun = True
-            headers = list(STREAM if self.writer.streams else WHOLE)
-            if not self.writer.streams:
+            headers = list(STREAM if self.shape.streams else WHOLE)
+            if not self.shape.streams:
                 headers.append((b"content-length", str(len(data)).encode()))
             await send({"type": "http.response.start", "status": 200, "headers": headers})
         if data or last:
@@ -198,15 +165,6 @@ async def until_gone(receive: Receive, then: Callable[[], None]) -> None:
 # Bodies: strict JSON, refused in OpenAI's words.
 
 
-class ParsedRequest(Request):
-    """A request whose body was read: the framework takes ``parsed`` for its JSON."""
-
-    parsed: Any = None
-
-    async def json(self) -> Any:
-        return self.parsed
-
-
 class StrictRoute(APIRoute):
     """Reads a typed body by our own rules, up to what the engine is asked: ``state.asks``.
 
@@ -227,25 +185,23 @@ class StrictRoute(APIRoute):
             service: Service = request.app.state.service
             own = request.scope["dart"]
 
-            def understood() -> tuple[Common, tuple[GenerationRequest, ...]]:
+            def understand() -> None:
                 body = read(kind, parse(raw))
-                return body, service.asker.asks(body, own["request_id"], own["client"])
+                request._json = body  # what the framework takes for its JSON
+                request.state.asks = service.asker.asks(body, own["request_id"], own["client"])
 
-            def understood_long() -> tuple[Common, tuple[GenerationRequest, ...]]:
+            def understand_long() -> None:
                 try:
-                    return understood()
+                    understand()
                 finally:
                     trim_heap()
 
-            typed = ParsedRequest(request.scope, request.receive)
-            typed._body = raw
             if len(raw) <= LONG_BODY:
-                typed.parsed, typed.state.asks = understood()
+                understand()
             else:
                 loop = asyncio.get_running_loop()
-                long = loop.run_in_executor(service.bodies, understood_long)
-                typed.parsed, typed.state.asks = await long
-            return await handler(typed)
+                await loop.run_in_executor(service.bodies, understand_long)
+            return await handler(request)
 
         return strict
 
@@ -307,21 +263,13 @@ async def model(name: str, service: Serving) -> Response:
 @router.post("/v1/chat/completions", **_described(JSON, EVENTS))
 async def chat(body: ChatBody, request: Request, service: Serving) -> Response:
     """A chat completion: whole, or with ``stream: true`` as server-sent chunks."""
-    sampling = request.state.asks[0].sampling
-    scored = sampling.logprobs is not None
-    shape = ChatFormat(service.facts.name, sampling.n, scored, body.usage_wanted)
-    return _deliver(service, request, body, openai_writer(body, shape))
+    return _answer(service, request, body, ChatFormat)
 
 
 @router.post("/v1/completions", **_described(JSON, EVENTS))
 async def completion(body: CompletionBody, request: Request, service: Serving) -> Response:
     """A completion of texts or of token ids."""
-    asks = request.state.asks
-    sampling = asks[0].sampling
-    scored, echo = sampling.logprobs is not None, bool(body.echo)
-    name = service.facts.name
-    shape = Format(name, sampling.n, scored, body.usage_wanted, len(asks), echo)
-    return _deliver(service, request, body, openai_writer(body, shape))
+    return _answer(service, request, body, Format, echo=bool(body.echo))
 
 
 # our own addresses
@@ -330,7 +278,7 @@ async def completion(body: CompletionBody, request: Request, service: Serving) -
 @router.post("/api/events", **_described(EVENTS))
 async def ask_events(body: ChatBody, request: Request, service: Serving) -> Response:
     """A chat completion as the engine's own records, one server-sent event each."""
-    return _deliver(service, request, body, record_writer(request.state.asks[0].id))
+    return _deliver(service, request, body, RecordFormat(request.state.asks[0].id))
 
 
 @router.get("/api/events", **_described(EVENTS), include_in_schema=False)
@@ -402,14 +350,23 @@ def _json(data: Any) -> Response:
     return Response(json_bytes(data), media_type=JSON)
 
 
-def _deliver(service: Service, request: Request, body: Common, writer: Writer) -> Response:
+def _answer(
+    service: Service, request: Request, body: Common, kind: type[Format], echo: bool = False
+) -> Response:
+    asks = request.state.asks
+    given = service.facts.name, asks[0].sampling, len(asks)
+    shape = kind(*given, bool(body.stream), body.usage_wanted, echo)
+    return _deliver(service, request, body, shape)
+
+
+def _deliver(service: Service, request: Request, body: Common, shape: Shape) -> Response:
     asks, own = request.state.asks, request.scope["dart"]
     if service.settings.log_prompts:
         for ask in asks:
             text = service.asker.tokenizer.decode(list(ask.ids))
             logger.warning("%s asks %r", ask.id, text)
     turn = QueuedRequest(asks, own["client"], body.user or "", own["request_id"])
-    return Delivery(service, turn, writer)
+    return Delivery(service, turn, shape)
 
 
 async def _unknown(request: Request, error: Exception) -> Response:
@@ -420,19 +377,13 @@ async def _unknown(request: Request, error: Exception) -> Response:
 
 async def _other_method(request: Request, error: Exception) -> Response:
     pattern = request.scope["route"].path
-    allow = sorted(method for path, method in routes() if path == pattern)
+    same = [one for one in router.routes if isinstance(one, APIRoute) and one.path == pattern]
+    allow = sorted(method for route in same for method in route.methods or ())
     raise APIError(405, f"this address takes {' and '.join(allow)} alone", allow=allow)
-
-
-def routes() -> list[tuple[str, str]]:
-    """Every address with its method; ``/openapi.json`` is the framework's own."""
-    own = [route for route in router.routes if isinstance(route, APIRoute)]
-    return [(route.path, method) for route in own for method in sorted(route.methods or ())]
 
 
 def build(service: Service) -> Asgi:
     """The whole application: the routes, behind the guard."""
-    settings = service.settings
     app = FastAPI(
         title="dart-llm",
         version=__version__,
@@ -442,13 +393,7 @@ def build(service: Service) -> Asgi:
         redirect_slashes=False,
     )
     app.state.service, app.state.site = service, window.static_files()
-    rules = Rules(
-        settings.hosts,
-        tuple(digest(key) for key in settings.keys),
-        settings.max_body_kib << 10,
-        loud=settings.log_prompts,
-    )
-    guard = Guard(rules, service.metrics)
+    guard = Guard(service.settings, service.metrics)
     service.metrics.watch("http_requests", "Requests in flight.", lambda: guard.in_flight)
     app.add_middleware(guard.around)
     app.include_router(router)

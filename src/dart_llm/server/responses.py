@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from dart_llm.engine.events import Done, Likely, Record, Scores, Start, Token
+from dart_llm.engine.requests import Sampling
 from dart_llm.files import finite
 
 # errors, in the shape that OpenAI's clients read
@@ -77,40 +78,26 @@ class APIError(Exception):
 
     def to_dict(self) -> dict[str, Any]:
         """``{"error": {message, type, param, code}}``."""
-        return {
-            "error": {
-                "message": self.message,
-                "type": TYPES[self.status],
-                "param": self.param,
-                "code": self.code,
-            }
-        }
-
-    def body(self) -> bytes:
-        """``to_dict`` as JSON."""
-        return json.dumps(self.to_dict()).encode()
+        kind = TYPES[self.status]
+        facts = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": facts}
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """What the answer carries beside its body's type and length."""
-        found = []
-        if self.retry_after is not None:
-            found.append((b"retry-after", str(self.retry_after).encode()))
-        if self.allow:
-            found.append((b"allow", ", ".join(self.allow).encode()))
-        if self.status == 401:
-            found.append((b"www-authenticate", b"Bearer"))
-        if self.status in (408, 413):  # the rest of the body is not read
-            found.append((b"connection", b"close"))
-        return found
+        headers = {
+            "retry-after": "" if self.retry_after is None else str(self.retry_after),
+            "allow": ", ".join(self.allow),
+            "www-authenticate": "Bearer" if self.status == 401 else "",
+            # the rest of the body is not read
+            "connection": "close" if self.status in (408, 413) else "",
+        }
+        return [(name.encode(), value.encode()) for name, value in headers.items() if value]
 
 
 def internal(request_id: str) -> APIError:
     """What a client is told of a fault of ours: the number under which the log has it."""
-    return APIError(
-        500,
-        f"the server failed on this request; its log says more under {request_id}",
-        code="internal_error",
-    )
+    said = f"the server failed on this request; its log says more under {request_id}"
+    return APIError(500, said, code="internal_error")
 
 
 # log-probabilities of tokens, in the two shapes that OpenAI has for them
@@ -121,12 +108,12 @@ class Scored:
     """One token with its log-probability and the best of the model's own choice.
 
     ``piece``: the token's text alone.  ``logprob``: None for a prompt's first token, which nothing
-    predicts.  ``top``: (text, log-probability), the best first.
+    predicts.  ``top``: the best first.
     """
 
     piece: str
     logprob: float | None
-    top: tuple[tuple[str, float], ...]
+    top: Sequence[Likely]
 
 
 def chat_logprobs(tokens: Sequence[Scored]) -> dict[str, Any]:
@@ -135,7 +122,7 @@ def chat_logprobs(tokens: Sequence[Scored]) -> dict[str, Any]:
         "content": [
             {
                 **_entry(token.piece, token.logprob),
-                "top_logprobs": [_entry(text, value) for text, value in token.top],
+                "top_logprobs": [_entry(one.text, one.logprob) for one in token.top],
             }
             for token in tokens
         ],
@@ -155,7 +142,10 @@ def text_logprobs(tokens: Sequence[Scored], offset: int) -> dict[str, Any]:
         offsets.append(offset)
         offset += len(token.piece)
     # of two tokens with one text, such as halves of characters, the likelier one stays
-    tops = [None if one.logprob is None else dict(reversed(one.top)) for one in tokens]
+    tops = [
+        None if one.logprob is None else {top.text: top.logprob for top in reversed(one.top)}
+        for one in tokens
+    ]
     return {
         "tokens": [token.piece for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
@@ -212,12 +202,33 @@ class Choice:
     every: list[Scored] = field(default_factory=list)
 
 
-class Format:
-    """One answer in the making.
+class RecordFormat:
+    """Every record of the request, as the library has it: ``POST /api/events``.
 
-    ``model``: what answers.  ``choices``: per prompt; with several ``prompts`` those of one come
-    after those of the other.  ``scored``: whether log-probabilities were asked for, ``echo``:
-    whether the prompt stands before the answer.
+    ``take``: what is sent for a record, maybe nothing; ``end``: after the last one; ``error``: what
+    ends an answer that has begun and cannot go on.
+    """
+
+    streams = True
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+
+    def take(self, record: Record) -> bytes:
+        return sse(record.to_dict())
+
+    def end(self) -> bytes:
+        return b""
+
+    def error(self, refusal: APIError) -> bytes:
+        return sse({"kind": "error", "message": refusal.message, "request": self.request_id})
+
+
+class Format:
+    """One answer of OpenAI's in the making, whole or as a stream of chunks.
+
+    ``model``: what answers.  With several ``prompts`` the choices of one come after those of the
+    other.  ``echo``: whether the prompt stands before the answer.
     """
 
     kind = "text_completion"
@@ -227,24 +238,31 @@ class Format:
     def __init__(
         self,
         model: str,
-        choices: int,
-        scored: bool = False,
-        usage_wanted: bool = False,
+        sampling: Sampling,
         prompts: int = 1,
+        streams: bool = False,
+        usage_wanted: bool = False,
         echo: bool = False,
     ) -> None:
-        self.scored = scored
-        self.usage_wanted = usage_wanted
-        self.choices = [Choice() for _ in range(choices * prompts)]
-        self.each, self.prompts, self.echo = choices, prompts, echo
+        self.streams, self.usage_wanted, self.echo = streams, usage_wanted, echo
+        self.scored = sampling.logprobs is not None
+        self.each, self.prompts = sampling.n, prompts
+        self.choices = [Choice() for _ in range(self.each * prompts)]
         self.done: list[Done] = []
         """Of each prompt that was answered."""
         self._prompt: list[str] = []
-        self._head = {
-            "id": f"{self.prefix}-{token_hex(12)}",
-            "created": int(time.time()),
-            "model": model,
-        }
+        made = f"{self.prefix}-{token_hex(12)}"
+        self._head = {"id": made, "created": int(time.time()), "model": model}
+
+    def take(self, record: Record) -> bytes:
+        return self._chunks(record) if self.streams else self._keep(record)
+
+    def end(self) -> bytes:
+        return b"" if self.streams else self._whole()
+
+    def error(self, refusal: APIError) -> bytes:
+        """OpenAI's clients raise it."""
+        return sse(refusal.to_dict()) if self.streams else b""
 
     # what the two kinds differ in
 
@@ -272,16 +290,15 @@ class Format:
         if isinstance(record, Token):
             place = self._own()[record.choice]
             if self.scored:
-                self.choices[place].scored.append(
-                    Scored(record.piece, record.logprob, _top(record.top or ()))
-                )
+                scored = Scored(record.piece, record.logprob, record.top or ())
+                self.choices[place].scored.append(scored)
             return [(place, record.text)] if record.text else []
         if isinstance(record, Start):
             self._prompt = [one.text for one in record.prompt]
             return [] if self.scored else self._echoed([])
         if isinstance(record, Scores):
             places = zip(self._prompt, record.logprobs, record.top, strict=True)
-            return self._echoed([Scored(text, value, _top(top)) for text, value, top in places])
+            return self._echoed([Scored(*place) for place in places])
         if isinstance(record, Done):
             rests = []
             for place, text in zip(self._own(), record.texts, strict=True):
@@ -312,8 +329,7 @@ class Format:
 
     # a stream
 
-    def chunks(self, record: Record) -> bytes:
-        """The events that a record gives, maybe none."""
+    def _chunks(self, record: Record) -> bytes:
         found = []
         if isinstance(record, Start) and (opening := self._opening()) is not None:
             found += [self._chunk(place, opening) for place in self._own()]
@@ -356,16 +372,14 @@ class Format:
 
     # a whole answer
 
-    def keep(self, record: Record) -> bytes:
-        """Take in a record of an answer that is sent as a whole: nothing is sent yet."""
+    def _keep(self, record: Record) -> bytes:
         for place, text in self._heard(record):
             self._say(self.choices[place], text)
         if isinstance(record, Done):
             self.done.append(record)
         return b""
 
-    def whole(self) -> bytes:
-        """The answer, once every prompt's ``done`` was kept."""
+    def _whole(self) -> bytes:
         if len(self.done) != self.prompts:
             raise RuntimeError("the engine ended an answer without saying so")
         finish = [reason for done in self.done for reason in done.finish]
@@ -391,10 +405,6 @@ class Format:
         if self.prompts == 1:
             return {"timings": timings[0], "dart": accounts[0]}
         return {"timings": timings, "dart": accounts}
-
-
-def _top(likely: Sequence[Likely]) -> tuple[tuple[str, float], ...]:
-    return tuple((one.text, one.logprob) for one in likely)
 
 
 def usage(answered: Sequence[Done]) -> Json:
@@ -437,6 +447,4 @@ class ChatFormat(Format):
         return {"delta": {}}
 
 
-def failed(refusal: APIError) -> bytes:
-    """What ends a stream that cannot go on; OpenAI's clients raise it."""
-    return sse(refusal.to_dict())
+Shape = Format | RecordFormat  # what turns records into bytes

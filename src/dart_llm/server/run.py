@@ -29,12 +29,8 @@ except ImportError:
     raise MissingExtra("uvicorn", "serve") from None
 
 BACKLOG = 128
-
 INTERIM = InformationalResponse(status_code=100, headers=[], reason="Continue")
-
-PROBE_SECONDS = 0.1
-"""Between two looks at a client that ended its side."""
-
+PROBE_SECONDS = 0.1  # between two looks at a client that ended its side
 KEPT_ALIVE_SECONDS = 15
 
 TICKS, SILENT_CHECKS = 50, 6
@@ -45,8 +41,7 @@ WARM_CHARACTERS, WARM_TOKENS = 400, 4
 EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """Addresses that are none to connect to, and one that is."""
 
-LAST_SECONDS = 5
-"""Beyond the grace period, for answers that are being sent when the server ends."""
+LAST_SECONDS = 5  # beyond the grace period, for answers that are being sent when the server ends
 
 
 class Server(uvicorn.Server):

@@ -9,10 +9,8 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from jinja2 import TemplateError
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -24,6 +22,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from dart_llm.data.prompts import chat_text
 from dart_llm.engine.requests import GenerationRequest, Sampling
 from dart_llm.errors import ConfigError
 from dart_llm.pruning.config import PruneConfig
@@ -170,12 +169,8 @@ class Common(Body):
         known = [*cls.model_fields, *IGNORED, *NEUTRAL]
         for name in data:
             if name not in known:
-                raise APIError(
-                    400,
-                    f"unrecognized request argument supplied: {name[:100]}{_hint(name, known)}",
-                    name[:100],
-                    "unknown_parameter",
-                )
+                said = f"unrecognized request argument supplied: {name[:100]}{_hint(name, known)}"
+                raise APIError(400, said, name[:100], "unknown_parameter")
         _check_neutral(data)
         return {name: value for name, value in data.items() if name in cls.model_fields}
 
@@ -240,12 +235,8 @@ def _check_neutral(data: Mapping[str, Any]) -> None:
         same = [one for one in values if one == value and (type(one) is type(value) or one == 0)]
         if value is not None and not same:
             allowed = " or ".join(["null", *(repr(one) for one in values)])
-            raise APIError(
-                400,
-                f"this server has no {name}: leave it out, or give {allowed}",
-                name,
-                "unsupported_parameter",
-            )
+            said = f"this server has no {name}: leave it out, or give {allowed}"
+            raise APIError(400, said, name, "unsupported_parameter")
 
 
 def _hint(name: str, known: Iterable[str]) -> str:
@@ -293,20 +284,17 @@ def _plainest(problems: Sequence[ErrorDetails]) -> ErrorDetails:
     return first
 
 
-COMPLETION_TOKENS = 16
-"""``max_tokens`` of ``/v1/completions`` when nothing is said, as OpenAI has it."""
-
-SMALLEST_TOP_P = 1e-6
-"""What top_p 0 means: the likeliest token alone."""
-
-CHARACTERS = 4
-"""Of a token, about; a longer text is looked at in parts first."""
+COMPLETION_TOKENS = 16  # max_tokens of /v1/completions when nothing is said, as OpenAI has it
+SMALLEST_TOP_P = 1e-6  # what top_p 0 means: the likeliest token alone
+CHARACTERS = 4  # of a token, about; a longer text is looked at in parts first
 
 CUT_TOKENS = 64
 """By so many a text that is cut off may have more tokens than the same part of the whole."""
 
+Asked = tuple[list[tuple[int, ...]], int | None, int | None, bool]
+"""Prompts, tokens asked for, log-probabilities beside each token, whether prompts are scored."""
 
-@dataclass(frozen=True)
+
 class Asker:
     """What a request is measured against.
 
@@ -314,64 +302,66 @@ class Asker:
     hold, None: unknown.  ``vocabulary``: token ids below it exist.
     """
 
-    tokenizer: Any
-    settings: ServeSettings
-    names: tuple[str, ...]
-    context: int | None
-    vocabulary: int
-    _base: PruneConfig = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_base", self.settings.prune_config())
+    def __init__(
+        self,
+        tokenizer: Any,
+        settings: ServeSettings,
+        names: tuple[str, ...],
+        context: int | None,
+        vocabulary: int,
+    ) -> None:
+        self.tokenizer, self.settings, self.names = tokenizer, settings, names
+        self.context, self.vocabulary = context, vocabulary
+        limits = (settings.max_prompt_tokens, context)
+        self.longest = min((one for one in limits if one is not None), default=None)
+        """Tokens of the longest prompt; None: not known."""
+        self._base = settings.prune_config()
 
     def asks(self, body: Common, request_id: str, client: str) -> tuple[GenerationRequest, ...]:
-        """What the engine is asked; raises ``APIError`` for what cannot be answered."""
-        if isinstance(body, CompletionBody):
-            return self.completion(body, request_id, client)
-        assert isinstance(body, ChatBody)
-        return self.chat(body, request_id, client)
+        """What the engine is asked, once per prompt; raises ``APIError`` for what cannot be."""
+        if body.model is not None and body.model not in self.names:
+            said = f"the model {body.model!r} is not served here: ask for {self.names[0]!r}"
+            raise APIError(404, said, "model", "model_not_found")
+        if isinstance(body, ChatBody):
+            prompts, asked, logprobs, scored = self._chat(body)
+        else:
+            assert isinstance(body, CompletionBody)
+            prompts, asked, logprobs, scored = self._completion(body)
+        config = self.config(body.dart)
+        kept = _kept_as(body, client, config)
+        try:
+            return tuple(
+                GenerationRequest(
+                    ids,
+                    self._sampling(body, len(ids), asked, logprobs, scored),
+                    config,
+                    kept,
+                    request_id,
+                    client,
+                )
+                for ids in prompts
+            )
+        except ConfigError as error:
+            raise APIError(400, str(error)) from None
 
-    def chat(self, body: ChatBody, request_id: str, client: str) -> tuple[GenerationRequest, ...]:
-        """Of ``/v1/chat/completions``; raises ``APIError`` for what cannot be answered."""
-        self._check_model(body.model)
+    def _chat(self, body: ChatBody) -> Asked:
         if body.top_logprobs and not body.logprobs:
             raise APIError(400, "top_logprobs goes with logprobs: true alone", "top_logprobs")
-        ids = self._ids(chat_text(self.tokenizer, body.messages), add_special_tokens=False)
-        asked = (
-            body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        )
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return (self._ask(body, ids, asked, logprobs, request_id, client),)
+        ids = self._ids(_chat_text(self.tokenizer, body.messages), add_special_tokens=False)
+        limits = (body.max_completion_tokens, body.max_tokens)
+        asked = next((one for one in limits if one is not None), None)
+        return [ids], asked, (body.top_logprobs or 0) if body.logprobs else None, False
 
-    def completion(
-        self, body: CompletionBody, request_id: str, client: str
-    ) -> tuple[GenerationRequest, ...]:
-        """Of ``/v1/completions``, one per prompt; raises ``APIError`` as ``chat`` does."""
-        self._check_model(body.model)
+    def _completion(self, body: CompletionBody) -> Asked:
         prompts, most = body.prompts, self.settings.max_prompts
         if len(prompts) > most:
             raise APIError(400, f"{len(prompts)} prompts are too many: at most {most}", "prompt")
         if len(prompts) > 1 and body.dart and body.dart.conversation:
-            raise APIError(
-                400, "a conversation goes on from one prompt: give one", "dart.conversation"
-            )
+            said = "a conversation goes on from one prompt: give one"
+            raise APIError(400, said, "dart.conversation")
         asked = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         scored = bool(body.echo) and body.logprobs is not None
-        return tuple(
-            self._ask(
-                body, self._prompt_ids(prompt), asked, body.logprobs, request_id, client, scored
-            )
-            for prompt in prompts
-        )
-
-    def _check_model(self, name: str | None) -> None:
-        if name is not None and name not in self.names:
-            raise APIError(
-                404,
-                f"the model {name!r} is not served here: ask for {self.names[0]!r}",
-                "model",
-                "model_not_found",
-            )
+        return [self._prompt_ids(one) for one in prompts], asked, body.logprobs, scored
 
     def _prompt_ids(self, prompt: str | list[int]) -> tuple[int, ...]:
         if isinstance(prompt, str):
@@ -379,12 +369,6 @@ class Asker:
         if any(not 0 <= one < self.vocabulary for one in prompt):
             raise APIError(400, f"token ids lie in 0 to {self.vocabulary - 1}", "prompt")
         return tuple(prompt)
-
-    @property
-    def longest(self) -> int | None:
-        """Tokens of the longest prompt; None: not known."""
-        limits = (self.settings.max_prompt_tokens, self.context)
-        return min((one for one in limits if one is not None), default=None)
 
     def _ids(self, text: str, **options: Any) -> tuple[int, ...]:
         """Token ids of ``text``.
@@ -402,32 +386,16 @@ class Asker:
                 length *= 2
         return tuple(self.tokenizer(text, verbose=False, **options).input_ids)
 
-    def _ask(
-        self,
-        body: Common,
-        ids: tuple[int, ...],
-        asked: int | None,
-        logprobs: int | None,
-        request_id: str,
-        client: str,
-        scored: bool = False,
-    ) -> GenerationRequest:
+    def _sampling(
+        self, body: Common, prompt: int, asked: int | None, logprobs: int | None, scored: bool
+    ) -> Sampling:
         settings, n = self.settings, body.n or 1
         if n > settings.max_choices:
             raise APIError(400, f"n {n} is too large: at most {settings.max_choices}", "n")
-        tokens = 0 if scored and asked == 0 else self._room(len(ids), asked)
+        tokens = 0 if scored and asked == 0 else self._room(prompt, asked)
         temperature = settings.temperature if body.temperature is None else body.temperature
         top_p = 1.0 if body.top_p is None else max(SMALLEST_TOP_P, body.top_p)
-        config = self.config(body.dart)
-        try:
-            sampling = Sampling(
-                tokens, temperature, top_p, body.seed, n, body.stops, logprobs, scored
-            )
-            return GenerationRequest(
-                ids, sampling, config, _kept_as(body, client, config), request_id, client
-            )
-        except ConfigError as error:
-            raise APIError(400, str(error)) from None
+        return Sampling(tokens, temperature, top_p, body.seed, n, body.stops, logprobs, scored)
 
     def _room(self, prompt: int, asked: int | None) -> int:
         """Tokens of the answer after ``prompt`` tokens: what is asked for, as far as it fits."""
@@ -437,10 +405,8 @@ class Asker:
         if longest is not None and prompt > longest:
             raise _too_long(longest, str(prompt))
         if asked == 0:
-            raise APIError(
-                400, "max_tokens 0 asks for no answer: give 1 or more, or echo with logprobs too",
-                "max_tokens",
-            )  # fmt: skip
+            said = "max_tokens 0 asks for no answer: give 1 or more, or echo with logprobs too"
+            raise APIError(400, said, "max_tokens")
         room = self.settings.max_tokens
         if self.context is not None:
             room = min(room, self.context - prompt)
@@ -466,37 +432,25 @@ class Asker:
         except ConfigError as error:
             raise APIError(400, str(error), wrong or _wrong(base, changes)) from None
         if config.method == "dense" and config.target > 0:
-            raise APIError(
-                400, "method dense removes nothing: drop the sparsity, or give 0", "dart.sparsity"
-            )
+            said = "method dense removes nothing: drop the sparsity, or give 0"
+            raise APIError(400, said, "dart.sparsity")
         if config.weight_bits is not None:
-            raise APIError(
-                400,
-                f"method {config.method} needs a copy of the model, which this server has not",
-                "dart.method",
-            )
+            said = f"method {config.method} needs a copy of the model, which this server has not"
+            raise APIError(400, said, "dart.method")
         if config.target == 0:
             return None
         learns = config.prior is not None or config.calibration is not None
         if learns and config.method not in self.settings.ready:
-            raise APIError(
-                400,
-                f"method {config.method} was not made ready: start the server with --methods "
-                f"{','.join((*self.settings.ready, config.method))}",
-                "dart.method",
-                "method_not_ready",
-            )
+            ready = ",".join((*self.settings.ready, config.method))
+            said = f"method {config.method} was not made ready: start the server with --methods "
+            raise APIError(400, said + ready, "dart.method", "method_not_ready")
         return config
 
 
 def _too_long(limit: int | None, found: str) -> APIError:
     """In the words by which OpenAI's clients know this refusal."""
-    return APIError(
-        400,
-        f"This model's maximum context length is {limit} tokens, but the prompt has {found} "
-        "tokens: shorten it",
-        code="context_length_exceeded",
-    )
+    said = f"This model's maximum context length is {limit} tokens, but the prompt has {found} "
+    return APIError(400, said + "tokens: shorten it", code="context_length_exceeded")
 
 
 def _kept_as(body: Common, client: str, config: PruneConfig | None) -> str | None:
@@ -521,29 +475,23 @@ def _wrong(base: PruneConfig, changes: Mapping[str, Any]) -> str:
 
 
 def _changes(asked: Dart) -> dict[str, Any]:
-    given = {
-        "sparsity": asked.sparsity,
-        "masking_step": asked.masking_step,
-        "drift": None if asked.drift is None else {"rule": asked.drift},
-    }
+    given: dict[str, Any] = {"sparsity": asked.sparsity, "masking_step": asked.masking_step}
+    if asked.drift is not None:
+        given["drift"] = {"rule": asked.drift}
     return {name: value for name, value in given.items() if value is not None}
 
 
-def chat_text(tokenizer: Any, messages: Sequence[Message]) -> str:
+def _chat_text(tokenizer: Any, messages: Sequence[Message]) -> str:
     """A conversation as the model's own template writes it; raises ``APIError``."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise APIError(
-            400, "this model has no chat template: use /v1/completions", "messages", "no_template"
-        )
+    code = None if getattr(tokenizer, "chat_template", None) else "no_template"
     turns = [
         {"role": "system" if one.role == "developer" else one.role, "content": one.text}
         for one in messages
     ]
     try:
-        text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, ValueError, TypeError) as error:
-        reason = str(error) if isinstance(error, TemplateError) else "it failed"
-        raise APIError(
-            400, f"the model's chat template does not take these messages: {reason}", "messages"
-        ) from None
-    return text
+        return chat_text(tokenizer, turns, "use /v1/completions")
+    except ConfigError as error:
+        raise APIError(400, str(error), "messages", code) from None
+    except (ValueError, TypeError):  # of a template that did not expect them
+        said = "the model's chat template does not take these messages"
+        raise APIError(400, said, "messages") from None

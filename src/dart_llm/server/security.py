@@ -1,8 +1,7 @@
 """Hosts, origins, keys, body limits, headers; strict JSON.
 
-What every request passes first and every answer last: who may ask, how much, and the headers.
-
-A plain ASGI application around another one; it imports no framework.
+What every request passes first and every answer last: a plain ASGI application around another one.
+It imports no framework.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ import re
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from dataclasses import dataclass
 from secrets import token_hex
 from typing import Any
 
 from dart_llm.server.responses import APIError, internal
 from dart_llm.server.service import Metrics
+from dart_llm.server.settings import ServeSettings
 from dart_llm.server.worker import largest_share, log_fault
 
 logger = logging.getLogger("dart_llm.serve")
@@ -67,48 +66,29 @@ STREAMS = ("/api/events",)
 PROGRAMS = ("/api/", "/v1/", "/metrics")
 """Paths that no page of another site has business with."""
 
-HEAD_BYTES = 64 << 10
-
-
-@dataclass(frozen=True)
-class Rules:
-    """``hosts``: names by which the server may be called, None: any.  ``keys``: sha256 of each.
-
-    ``head_bytes``: the largest head of a request; ``body_bytes``: the largest body;
-    ``body_seconds``: how long it may take to arrive; ``at_once``: requests in flight, of one client
-    at most three quarters of them; ``loud``: the log may quote texts.
-    """
-
-    hosts: frozenset[str] | None
-    keys: tuple[bytes, ...] = ()
-    body_bytes: int = 1 << 20
-    head_bytes: int = HEAD_BYTES
-    body_seconds: float = 30.0
-    at_once: int = 512
-    loud: bool = False
-
-
-def digest(key: str) -> bytes:
-    """What is kept and compared of an API key."""
-    return hashlib.sha256(key.encode()).digest()
+HEAD_BYTES = 64 << 10  # of the largest head of a request
+BODY_SECONDS = 30.0  # how long a body may take to arrive
+AT_ONCE = 512  # requests in flight, of one client at most three quarters of them
 
 
 class Guard:
-    """Refuses what ``rules`` do not allow, and turns every exception into an answer."""
+    """Refuses what the settings do not allow, and turns every exception into an answer."""
 
-    def __init__(self, rules: Rules, metrics: Metrics) -> None:
-        self.rules = rules
+    def __init__(self, settings: ServeSettings, metrics: Metrics) -> None:
+        self.hosts = settings.hosts
+        self.keys = [_digest(key) for key in settings.keys]
+        self.body_bytes = settings.max_body_kib << 10
+        self.loud = settings.log_prompts
         self.metrics = metrics
         self.clients: Counter[str] = Counter()
         """Requests in flight of each client."""
-        self.app: Asgi = _nothing
+        self.app: Asgi
 
     @property
     def in_flight(self) -> int:
         return self.clients.total()
 
     def around(self, app: Asgi) -> Guard:
-        """Stand in front of ``app``."""
         self.app = app
         return self
 
@@ -124,25 +104,26 @@ class Guard:
     def check(self, scope: Scope) -> str:
         """The client's name for the queue; raises ``APIError``."""
         headers = _headers(scope)
-        if _head_bytes(scope) > self.rules.head_bytes:
-            raise APIError(
-                400, f"the head of the request is larger than {self.rules.head_bytes} bytes",
-                code="head_too_large",
-            )  # fmt: skip
+        if _head_bytes(scope) > HEAD_BYTES:
+            said = f"the head of the request is larger than {HEAD_BYTES} bytes"
+            raise APIError(400, said, code="head_too_large")
         self._check_host(headers)
         self._check_origin(scope["path"], headers)
         key = self._check_key(scope["path"], headers)
         length = headers.get("content-length", ["0"])[0]
-        if length.isdigit() and int(length) > self.rules.body_bytes:
-            raise too_large(self.rules.body_bytes)
-        address = (scope.get("client") or ("unknown",))[0]
-        return key or str(address)
+        self.check_size(int(length) if length.isdigit() else 0)
+        return key or str((scope.get("client") or ("unknown",))[0])
+
+    def check_size(self, size: int) -> None:
+        """Raises ``APIError`` for a body of more bytes than are read."""
+        if size > self.body_bytes:
+            said = f"the body is larger than {self.body_bytes} bytes: send less"
+            raise APIError(413, said, code="request_too_large")
 
     @contextlib.contextmanager
     def place(self, client: str, path: str) -> Iterator[None]:
         """One of the places for requests in flight; raises ``APIError`` when none is left."""
-        most = self.rules.at_once
-        full = self.in_flight >= most or self.clients[client] >= largest_share(most)
+        full = self.in_flight >= AT_ONCE or self.clients[client] >= largest_share(AT_ONCE)
         if full and path != ALIVE:
             raise APIError(429, "too many connections", code="rate_limit_exceeded", retry_after=1)
         self.clients[client] += 1
@@ -155,10 +136,10 @@ class Guard:
 
     def _check_host(self, headers: Headers) -> None:
         """DNS rebinding: a page of another name whose address is ours has that name as host."""
-        if self.rules.hosts is None:
+        if self.hosts is None:
             return
         names = headers.get("host", [])
-        if len(names) != 1 or host_name(names[0]) not in self.rules.hosts:
+        if len(names) != 1 or host_name(names[0]) not in self.hosts:
             raise APIError(
                 403,
                 "this server is not called that: use localhost, or name the host with --allow-host",
@@ -176,11 +157,11 @@ class Guard:
 
     def _check_key(self, path: str, headers: Headers) -> str:
         """The name of the key that was given, "" without keys; takes as long for a wrong one."""
-        if not self.rules.keys or path in OPEN or path.startswith("/static/"):
+        if not self.keys or path in OPEN or path.startswith("/static/"):
             return ""
         scheme, _, given = headers.get("authorization", [""])[0].partition(" ")
-        offered = digest(given.strip())
-        found = [hmac.compare_digest(offered, known) for known in self.rules.keys]
+        offered = _digest(given.strip())
+        found = [hmac.compare_digest(offered, known) for known in self.keys]
         if scheme.lower() != "bearer" or not any(found):
             raise APIError(
                 401,
@@ -203,12 +184,11 @@ class _Exchange:
         self.id = f"req_{token_hex(12)}"
         self.status: int | None = None
         self.started = time.perf_counter()
-        self.deadline = asyncio.get_running_loop().time() + guard.rules.body_seconds
+        self.deadline = asyncio.get_running_loop().time() + BODY_SECONDS
         self.received = 0
         self.body_read = False
 
     async def run(self) -> None:
-        rules = self.guard.rules
         try:
             client = self.guard.check(self.scope)
             self.scope["dart"] = {"request_id": self.id, "client": client}
@@ -218,7 +198,7 @@ class _Exchange:
             await self._refuse(refusal)
         except Exception as error:
             if type(error).__name__ != "ClientDisconnect":  # the framework's, for a cut-off body
-                log_fault(self.id, error, rules.loud)
+                log_fault(self.id, error, self.guard.loud)
                 await self._refuse(internal(self.id))
         finally:
             self._note()
@@ -234,31 +214,26 @@ class _Exchange:
             raise APIError(408, "the body took too long to arrive", code="timeout") from None
         self.received += len(message.get("body", b""))
         self.body_read = not message.get("more_body", False)
-        if self.received > self.guard.rules.body_bytes:
-            raise too_large(self.guard.rules.body_bytes)
+        self.guard.check_size(self.received)
         return message
 
     async def _send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            own = [(name, value) for name, value in message.get("headers", ())]
+            own = list(message.get("headers", ()))
             names = {name for name, _ in own}
-            own += [(name, value) for name, value in SAFETY if name not in names]
+            own += [one for one in SAFETY if one[0] not in names]
             message["headers"] = [*own, (b"x-request-id", self.id.encode())]
         await self.send(message)
 
     async def _refuse(self, refusal: APIError) -> None:
         if self.status is not None:  # too late to say anything: the answer has begun
             return
-        body = refusal.body()
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            *refusal.headers(),
-        ]
-        await self._send(
-            {"type": "http.response.start", "status": refusal.status, "headers": headers}
-        )
+        body = json.dumps(refusal.to_dict()).encode()
+        headers = [(b"content-type", b"application/json"), *refusal.headers()]
+        headers.append((b"content-length", str(len(body)).encode()))
+        start = {"type": "http.response.start", "status": refusal.status, "headers": headers}
+        await self._send(start)
         await self._send({"type": "http.response.body", "body": body})
 
     def _note(self) -> None:
@@ -270,15 +245,8 @@ class _Exchange:
         logger.info("%s %s %s %s %.3f s", self.id, self.scope["method"], path, status, took)
 
 
-def too_large(limit: int) -> APIError:
-    """The refusal of a body of more than ``limit`` bytes."""
-    return APIError(
-        413, f"the body is larger than {limit} bytes: send less", code="request_too_large"
-    )
-
-
-async def _nothing(scope: Scope, receive: Receive, send: Send) -> None:
-    raise RuntimeError("the guard stands in front of no application")
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
 
 
 def _headers(scope: Scope) -> Headers:
@@ -307,33 +275,31 @@ def host_name(value: str) -> str:
 # JSON from strangers: bounded in depth, without NaN, doubled keys or halves of characters.
 
 
-DEEPEST = 32
-"""Objects and lists inside one another."""
+DEEPEST = 32  # objects and lists inside one another
+LONGEST_NUMBER = 64  # characters of a number
 
-LONGEST_NUMBER = 64
-"""Characters of a number."""
+
+SURROGATE = re.compile(r"[\ud800-\udfff]")
+TOO_DEEP = f"the body nests more than {DEEPEST} objects and lists: make it flatter"
 
 
 def parse(body: bytes) -> dict[str, Any]:
     """The object in ``body``; raises ``APIError`` (400) with what is wrong with it."""
     try:
-        text = body.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _bad(f"the body is not UTF-8 (byte {error.start})") from None
-    try:
         data = json.loads(
-            text,
+            body.decode("utf-8"),
             object_pairs_hook=_object,
             parse_constant=_constant,
             parse_float=_float,
             parse_int=_int,
         )
+    except UnicodeDecodeError as error:
+        raise _bad(f"the body is not UTF-8 (byte {error.start})") from None
     except json.JSONDecodeError as error:
-        raise _bad(
-            f"the body is not JSON: {error.msg} (line {error.lineno}, column {error.colno})"
-        ) from None
+        place = f"line {error.lineno}, column {error.colno}"
+        raise _bad(f"the body is not JSON: {error.msg} ({place})") from None
     except RecursionError:
-        raise _bad(_deep()) from None
+        raise _bad(TOO_DEEP) from None
     if not isinstance(data, dict):
         raise _bad('the body must be a JSON object, as in {"messages": [...]}')
     _check(data)
@@ -342,10 +308,6 @@ def parse(body: bytes) -> dict[str, Any]:
 
 def _bad(message: str) -> APIError:
     return APIError(400, message, code="invalid_json")
-
-
-def _deep() -> str:
-    return f"the body nests more than {DEEPEST} objects and lists: make it flatter"
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -369,8 +331,7 @@ def _float(text: str) -> float:
 
 
 def _int(text: str) -> int:
-    if len(text) > LONGEST_NUMBER:
-        raise _bad(f"the number {text[:LONGEST_NUMBER]}... is too long")
+    _float(text)
     return int(text)
 
 
@@ -380,25 +341,17 @@ def _check(data: dict[str, Any]) -> None:
     for _ in range(DEEPEST):
         inside: list[Any] = []
         for value in level:
-            if isinstance(value, str):
-                _check_text(value)
-            elif isinstance(value, dict):
+            if isinstance(value, str) and SURROGATE.search(value):
+                half = f"the text {_shown(value)} holds half of a character (a lone surrogate)"
+                raise _bad(half)
+            if isinstance(value, dict):
                 inside += [*value, *value.values()]
             elif isinstance(value, list):
                 inside += value
         level = inside
         if not level:
             return
-    raise _bad(_deep())
-
-
-def _check_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise _bad(
-            f"the text {_shown(text)} holds half of a character (a lone surrogate)"
-        ) from None
+    raise _bad(TOO_DEEP)
 
 
 def _shown(text: str) -> str:

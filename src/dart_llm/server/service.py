@@ -38,16 +38,8 @@ SHOWN: Mapping[str, tuple[str, ...]] = {
     "start": ("id", "model", "method", "sparsity", "config", "executor", "layers", "neurons"),
     "token": ("choice", "index", "phase", "logprob", "seconds"),
     "check": (
-        "sequence",
-        "row",
-        "step",
-        "layer",
-        "window",
-        "similarity",
-        "threshold",
-        "counter",
-        "trigger",
-        "state",
+        *("sequence", "row", "step", "layer", "window"),
+        *("similarity", "threshold", "counter", "trigger", "state"),
     ),
     "remask": ("sequence", "row", "step", "cause", "evidence_tokens", "kept", "overlap"),
     "mask": ("number", "token", "kept_share", "raster"),
@@ -56,11 +48,8 @@ SHOWN: Mapping[str, tuple[str, ...]] = {
 }
 """Fields of each kind of record that everybody may see; all others stay with their request."""
 
-WATCHERS = 16
-"""At most; of one client at most three quarters of them."""
-
-BEHIND = 2000
-"""Records that a watcher may lag behind; the ones after that are left out for it."""
+WATCHERS = 16  # at most; of one client at most three quarters of them
+BEHIND = 2000  # records that a watcher may lag behind; the ones after that are left out for it
 
 
 def public(record: Mapping[str, Any], request_id: str) -> dict[str, Any]:
@@ -101,12 +90,8 @@ class Live:
         own = sum(one == client for one, _ in self._boxes)
         if len(self._boxes) >= WATCHERS or own >= largest_share(WATCHERS):
             whose = "of yours " if len(self._boxes) < WATCHERS else ""
-            raise APIError(
-                429,
-                f"too many {whose}watch already: end one, or try again later",
-                code="rate_limit_exceeded",
-                retry_after=10,
-            )
+            said = f"too many {whose}watch already: end one, or try again later"
+            raise APIError(429, said, code="rate_limit_exceeded", retry_after=10)
         box = Mailbox(asyncio.get_running_loop())
         # a new list: the model's thread may be at the old one
         self._boxes = [*self._boxes, (client, box)]

@@ -13,7 +13,6 @@ from dart_llm.pruning.registry import METHODS
 from dart_llm.settings import BaseSettings, setting, words
 
 SERVER, LIMITS, LOG = "Server", "Limits", "Log"
-
 SHORTEST_KEY = 8
 
 

@@ -15,7 +15,6 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +42,7 @@ KINDS = {
 }
 """Kinds of records and what a page that shows them cannot do without."""
 
-LARGEST_REPLAY = 64 << 20
-"""Characters of a recording that is still taken."""
+LARGEST_REPLAY = 64 << 20  # characters of a recording that is still taken
 
 
 def read_records(source: str) -> list[Record]:
@@ -69,21 +67,19 @@ def read_records(source: str) -> list[Record]:
 
 def _replay_text(source: str, name: str) -> str:
     try:
-        text = sys.stdin.read(LARGEST_REPLAY + 1) if source == "-" else _file(Path(source))
+        if source == "-":
+            text = sys.stdin.read(LARGEST_REPLAY + 1)
+        else:
+            with open(source, encoding="utf-8-sig") as file:
+                text = file.read(LARGEST_REPLAY + 1)
     except OSError as error:
         raise ConfigError(f"cannot read {name}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{name} is no text in UTF-8: give a recording, JSON lines") from None
     if len(text) > LARGEST_REPLAY:
-        raise ConfigError(
-            f"{name} is larger than {LARGEST_REPLAY >> 20} MiB: give a shorter recording"
-        )
+        most = f"{LARGEST_REPLAY >> 20} MiB"
+        raise ConfigError(f"{name} is larger than {most}: give a shorter recording")
     return text
-
-
-def _file(path: Path) -> str:
-    with path.open(encoding="utf-8-sig") as file:
-        return file.read(LARGEST_REPLAY + 1)
 
 
 def _record(text: str, place: str) -> Record:
@@ -111,13 +107,9 @@ def _no_number(text: str) -> None:
 
 
 ENTRY = "main.js"
-
 IMPORT = re.compile(r'^import \{ ([^}]*) \} from "\./(\w+\.js)";\n', re.MULTILINE)
-
 EXPORT = re.compile(r"^export ((?:async )?function\*?|class|const) (\w+)", re.MULTILINE)
-
 STYLE = re.compile(r'<link rel="stylesheet" href="/static/(\w+\.css)">\n')
-
 LINKS = re.compile(r'<(?:link rel="icon"|script type="module")[^>]*>(?:</script>)?\n')
 
 
@@ -213,11 +205,8 @@ MEASURED = (
 )
 """What is told of a measured row, under its names in compare.csv."""
 
-LARGEST_RUN = 8 << 20
-"""Bytes of a file that is still read."""
-
-MOST_RUNS = 500
-"""The newest ones are listed."""
+LARGEST_RUN = 8 << 20  # bytes of a file that is still read
+MOST_RUNS = 500  # the newest ones are listed
 
 REPORT = "report.html"
 """A run's own page."""
@@ -324,21 +313,11 @@ def _json(text: str) -> Any:
 TYPES = {
     "css": "text/css; charset=utf-8",
     "html": "text/html; charset=utf-8",
-    "ico": "image/x-icon",
     "js": "text/javascript; charset=utf-8",
     "json": "application/json",
-    "png": "image/png",
     "svg": "image/svg+xml",
-    "woff2": "font/woff2",
 }
 """Kinds of files that are served."""
-
-PLACEHOLDER = b"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>dart-llm</title>
-<h1>dart-llm serves here</h1>
-<p>This installation has no page. The API is at /v1/chat/completions; /openapi.json describes it.
-</html>
-"""
 
 Site = dict[str, tuple[bytes, str]]
 
@@ -348,24 +327,10 @@ PROMPTS = "prompts.json"
 def ready_prompts(site: Site) -> dict[str, Any]:
     """``prompts``: those that the page opens with; ``shipped``: those of ``--prompt NAME``."""
     shipped = [{"title": name, "text": read_prompt(name), "note": ""} for name in prompt_names()]
-    own = json.loads(site[PROMPTS][0]) if PROMPTS in site else shipped
-    return {"prompts": own, "shipped": shipped}
+    return {"prompts": json.loads(site[PROMPTS][0]), "shipped": shipped}
 
 
 def static_files() -> Site:
-    """{name below ``static/``: (content, type)}; ``index.html`` is always there."""
-    found = {"index.html": (PLACEHOLDER, TYPES["html"])}
-    folder = files("dart_llm.server") / "static"
-    if folder.is_dir():
-        _collect(folder, "", found)
-    return found
-
-
-def _collect(folder: Traversable, prefix: str, found: Site) -> None:
-    for entry in folder.iterdir():
-        name = f"{prefix}{entry.name}"
-        kind = TYPES.get(entry.name.rpartition(".")[2])
-        if entry.is_dir():
-            _collect(entry, f"{name}/", found)
-        elif kind is not None:
-            found[name] = (entry.read_bytes(), kind)
+    """{name below ``static/``: (content, type)}."""
+    entries = (files("dart_llm.server") / "static").iterdir()
+    return {one.name: (one.read_bytes(), TYPES[one.name.rpartition(".")[2]]) for one in entries}

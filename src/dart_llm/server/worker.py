@@ -1,7 +1,4 @@
-"""The model's thread, fair queue, hand-over to the event loop.
-
-The one thread that runs the model, and the fair queue in front of it.
-"""
+"""The one thread that runs the model, the fair queue before it, the hand-over to the event loop."""
 
 from __future__ import annotations
 
@@ -21,10 +18,8 @@ from dart_llm.engine.requests import GenerationRequest
 from dart_llm.errors import ConfigError
 from dart_llm.server.responses import APIError, internal
 
-# Who is next: round robin over clients, and over the users of each client.
-#
-# No threads and no clock in here; ``Worker`` adds them.
-
+# Who is next: round robin over clients, and over the users of each client.  No threads and no
+# clock in here; ``Worker`` adds them.
 
 T = TypeVar("T")
 
@@ -78,17 +73,18 @@ class FairQueue(Generic[T]):
         user, items = next(iter(users.items()))
         item = items.popleft()
         self._length -= 1
-        self._turned(users, user, bool(items))
-        self._turned(self._clients, client, bool(users))
+        users.move_to_end(user)  # who was served goes to the end
+        self._clients.move_to_end(client)
+        self._tidy(client, user)
         return item
 
-    @staticmethod
-    def _turned(ring: OrderedDict[str, Any], key: str, stays: bool) -> None:
-        """Who was served goes to the end, and leaves when nothing of it waits."""
-        if stays:
-            ring.move_to_end(key)
-        else:
-            del ring[key]
+    def _tidy(self, client: str, user: str) -> None:
+        """Who has nothing waiting leaves."""
+        users = self._clients[client]
+        if not users[user]:
+            del users[user]
+        if not users:
+            del self._clients[client]
 
     def remove(self, item: T) -> bool:
         """Take ``item`` out, whose client went away; False when it does not wait (any more)."""
@@ -97,32 +93,21 @@ class FairQueue(Generic[T]):
                 if item in items:
                     items.remove(item)
                     self._length -= 1
-                    if not items:
-                        del users[user]
-                    if not users:
-                        del self._clients[client]
+                    self._tidy(client, user)
                     return True
         return False
 
     def clear(self) -> list[T]:
         """Take everything out."""
-        found = []
-        while (item := self.take()) is not None:
-            found.append(item)
-        return found
+        return list(iter(self.take, None))
 
 
 # One request between the event loop, which owns its connection, and the thread of the model.
 
 
-class EndOfStream:
-    """Ends a turn's mail: nothing comes after it."""
+END_OF_STREAM = object()  # ends a turn's mail: nothing comes after it
 
-
-END_OF_STREAM = EndOfStream()
-
-Item = Any
-"""A record of the engine, a ``APIError`` that ends the request, or ``END_OF_STREAM``."""
+Item = Any  # A record of the engine, a APIError that ends the request, or END_OF_STREAM
 
 
 class Mailbox:
@@ -193,9 +178,7 @@ class QueuedRequest:
 logger = logging.getLogger("dart_llm.serve")
 
 STOPPING = "the server is shutting down"
-
-LONGEST_WAIT = 60
-"""Seconds; ``Retry-After`` never names more."""
+LONGEST_WAIT = 60  # seconds; Retry-After never names more
 
 LAST_TOKEN_SECONDS = 10.0
 """How long a cancelled answer may take to let go of the model when the server ends."""
@@ -264,12 +247,8 @@ class Worker:
     def _busy(self, full: Full) -> APIError:
         whose = "of yours " if full.own else ""
         seconds = min(LONGEST_WAIT, max(1, math.ceil(self._seconds * full.waiting)))
-        return APIError(
-            429,
-            f"too many requests {whose}wait already: try again in {seconds} s",
-            code="rate_limit_exceeded",
-            retry_after=seconds,
-        )
+        said = f"too many requests {whose}wait already: try again in {seconds} s"
+        return APIError(429, said, code="rate_limit_exceeded", retry_after=seconds)
 
     def leave(self, turn: QueuedRequest, why: APIError | None = None) -> None:
         """The turn is not wanted any more: out of the queue, or off the model at its next token."""

@@ -1,12 +1,9 @@
-"""Text token by token through model.generate; finite-logits check.
-
-Text from a model, token by token, through the model's own ``generate``.
-"""
+"""Text from a model, token by token, through the model's own ``generate``."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +20,12 @@ from transformers.generation.streamers import BaseStreamer
 from dart_llm.errors import DartError
 from dart_llm.session.run import Run
 
-# Generation refuses logits that are NaN or infinite: argmax would hide them.
-
 
 class FiniteLogits(LogitsProcessor):
-    """Raises ``DartError``; ``what``: whose logits they are, e.g. ``document 3``."""
+    """Raises ``DartError`` for NaN and infinity, which argmax would hide.
+
+    ``what``: whose logits they are, e.g. ``document 3``.
+    """
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -107,17 +105,58 @@ class Generation:
         return sum(rest) / len(rest) if rest else None
 
 
+HALF = "\ufffd"
+"""What a decoder gives for part of a character."""
+
+CONTEXT = 4
+"""Tokens before a new one with which it is decoded: some tokenizers treat the first one apart."""
+
+
+def decode_ids(tokenizer: Any, ids: Sequence[int], special: bool = False) -> str:
+    """The text of ``ids`` as it is; special tokens by their names, or not at all."""
+    text: str = tokenizer.decode(
+        ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False
+    )
+    return text
+
+
+class TextStream:
+    """Decodes one answer token by token; special tokens say nothing."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._context: list[int] = []
+        self._before = ""
+        self._pending: list[int] = []
+
+    def add(self, token: int) -> str:
+        """What can be read now that could not before."""
+        self._pending.append(token)
+        after = decode_ids(self._tokenizer, self._context + self._pending)
+        return "" if after.endswith(HALF) else self._take(after)
+
+    def end(self) -> str:
+        """What is left, half characters too: no token will follow."""
+        if not self._pending:
+            return ""
+        return self._take(decode_ids(self._tokenizer, self._context + self._pending))
+
+    def _take(self, after: str) -> str:
+        new = after[len(self._before) :]
+        self._context = (self._context + self._pending)[-CONTEXT:]
+        self._before = decode_ids(self._tokenizer, self._context)
+        self._pending = []
+        return new
+
+
 class _Collector(BaseStreamer):
-    """Receives tokens from ``generate``; decodes them incrementally."""
+    """Receives tokens from ``generate``."""
 
     def __init__(self, tokenizer: Any, run: Run | None, on_step: OnStep | None) -> None:
-        self.tokenizer = tokenizer
-        self.run = run
-        self.on_step = on_step
+        self.run, self.on_step = run, on_step
         self.result = Generation()
         self._prompt_seen = False
-        self._pending: list[int] = []
-        self._context: list[int] = []
+        self._stream = TextStream(tokenizer)
         self._clock = time.perf_counter()
 
     def put(self, value: Tensor) -> None:
@@ -130,8 +169,7 @@ class _Collector(BaseStreamer):
     def _add(self, token: int) -> None:
         now = time.perf_counter()
         result, index = self.result, len(self.result.token_ids)
-        self._pending.append(token)
-        text = self._decoded()
+        text = self._stream.add(token)
         result.token_ids.append(token)
         result.tokens.append(text)
         result.phases.append("prefill" if index == 0 else self.run.phase if self.run else "dense")
@@ -139,17 +177,6 @@ class _Collector(BaseStreamer):
         self._clock = now
         if self.on_step is not None:
             self.on_step(Step(index, token, text, result.phases[-1], result.seconds[-1]))
-
-    def _decoded(self) -> str:
-        """Text of the pending tokens, once it is complete (no half of a character)."""
-        decode = self.tokenizer.decode
-        before = decode(self._context, skip_special_tokens=True)
-        after = decode(self._context + self._pending, skip_special_tokens=True)
-        if after.endswith("\ufffd"):
-            return ""
-        self._context = (self._context + self._pending)[-8:]
-        self._pending = []
-        return str(after[len(before) :])
 
     def end(self) -> None:
         return
@@ -186,20 +213,14 @@ def generate(
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     )
     criteria = StoppingCriteriaList([_Stop(stop)] if stop else [])
+    pad = tokenizer.pad_token_id
     model.generate(
         ids.to(model.device),
         attention_mask=torch.ones_like(ids, device=model.device),
         max_new_tokens=tokens,
         streamer=collector,
         stopping_criteria=criteria,
-        pad_token_id=_pad_id(tokenizer),
+        pad_token_id=tokenizer.eos_token_id if pad is None else pad,
         **sampling,
     )
     return collector.result
-
-
-def _pad_id(tokenizer: Any) -> int | None:
-    for known in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if known is not None:
-            return int(known)
-    return None

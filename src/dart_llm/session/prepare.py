@@ -1,7 +1,4 @@
-"""Prepare() -> PreparedMethod: a configuration plus what it learnt of this model.
-
-A model and how it is pruned, ready to be measured on tasks.
-"""
+"""``prepare``: a configuration, and what it learnt of this model, ready to be measured on tasks."""
 
 from __future__ import annotations
 
@@ -108,9 +105,6 @@ class PreparedMethod:
             return None
         config = likelihood_config(self.config) if likelihood else self.config
         return make(self.model, config, masks=self.masks, held=self.held, prior=self.prior)
-
-
-# From a configuration to what is measured: calibrated, quantised, or as it is.
 
 
 logger = logging.getLogger("dart_llm")

@@ -18,19 +18,19 @@ from dart_llm.patching.patch import ModelPatch
 from dart_llm.pruning.config import PruneConfig, check_prepared
 from dart_llm.pruning.masks import LayerMask, Masks, masks_on_devices
 from dart_llm.pruning.records import DriftCheck, Remask, RunReport
-from dart_llm.pruning.selection import MaskSelector, check_fits
+from dart_llm.pruning.selection import MaskSelector
 from dart_llm.pruning.sequence import SequenceState
 from dart_llm.pruning.token_level import plain_masks, sequence_masks
 from dart_llm.pruning.weights import FfnWeights
 from dart_llm.session.method import MethodOnModel, PatchCosts
 
-# The newest mask that a run's sequences hold, or how far they are from the first.
+Ids = Mapping[int, Sequence[int] | Tensor]
 
 
 def newest_masks(
     states: Sequence[SequenceState], selector: MaskSelector
 ) -> tuple[LayerMask | None, ...]:
-    """Per layer; None: dense.  Raises ``AttachError`` where no mask has been built."""
+    """Of the newest mask, per layer; None: dense.  Raises ``AttachError`` before the first."""
     for state in reversed(states):
         if state.selection is not None:
             return state.selection.masks
@@ -43,9 +43,6 @@ def newest_masks(
         f"no mask has been built yet: {seen:.0f} tokens were seen and {seen + left:.0f} are "
         f"needed, so decode at least {left + 1} more"
     )
-
-
-Ids = Mapping[int, Sequence[int] | Tensor]
 
 
 class Run:
@@ -135,7 +132,7 @@ class Run:
         if self._first_masks is not None or method.selector.removes_nothing:
             return method
         layers = self_calibrate(self.model, self.config, method.layers)
-        return replace(method, layers=layers, selector=check_fits(self.config, layers))
+        return MethodOnModel.of(self._view, self.config, old.fixed_masks, old.prior, layers)
 
     def detach(self) -> None:
         """Stop pruning; the model is exactly what it was.  Safe to call twice."""

@@ -1,7 +1,5 @@
 """Rates of triggers against known changes: by hand, and for a rule that fires blindly."""
 
-from __future__ import annotations
-
 import math
 import random
 import statistics
@@ -9,28 +7,14 @@ import statistics
 import numpy as np
 import pytest
 
-from dart_llm.studies.detection.replay import (
-    Outcome,
-    _statistics,
-    auc,
-    outcome,
-    rates,
-    to_dict,
-)
+from dart_llm.studies.detection.replay import Outcome, _statistics, auc, outcome, rates
 
 
-def test_triggers_sorted_by_hand() -> None:
-    """600 tokens, prompt 100, changes at 200 and 400, horizon 128."""
+def test_triggers_sorted_by_hand():
+    """600 tokens, prompt 100, changes at 200 and 400, horizon 128; 150 and 300 are false."""
     found = outcome([150, 230, 300, 401], [200, 400], 100, 600, 128)
-    assert found == Outcome(
-        reach=(128, 128),
-        delays=(30, 1),
-        false_alarms=2,  # 150 and 300
-        late=0,
-        alarms=4,
-        stationary=100 + (400 - 230) + (600 - 401),
-        decoded=500,
-    )
+    stationary = 100 + (400 - 230) + (600 - 401)
+    assert found == Outcome((128, 128), (30, 1), 2, 0, 4, stationary, decoded=500)
 
 
 @pytest.mark.parametrize(
@@ -47,61 +31,50 @@ def test_triggers_sorted_by_hand() -> None:
         ([600], (None, None), 0, 1, 100),
     ],
 )
-def test_where_a_trigger_belongs(triggers, delays, false_alarms, late, stationary) -> None:
+def test_where_a_trigger_belongs(triggers, delays, false_alarms, late, stationary):
     found = outcome(triggers, [200, 400], 100, 600, 128)
-    assert (found.delays, found.false_alarms, found.late, found.stationary) == (
-        delays,
-        false_alarms,
-        late,
-        stationary,
-    )
+    wanted = delays, false_alarms, late, stationary
+    assert (found.delays, found.false_alarms, found.late, found.stationary) == wanted
 
 
-def test_reach_ends_with_the_topic_and_with_the_text() -> None:
+def test_reach_ends_with_the_topic_and_with_the_text():
     assert outcome([], [200, 250, 560], 100, 600, 128).reach == (50, 128, 40)
     # a trigger just after the next change belongs to that one
     assert outcome([251], [200, 250], 100, 600, 128).delays == (None, 1)
     assert outcome([250], [200, 250], 100, 600, 128).delays == (50, None)
 
 
-def test_pooled_rates_by_hand() -> None:
+def test_pooled_rates_by_hand():
     one = Outcome((128, 128), (30, None), 2, 1, 4, 1000, 1500)
     two = Outcome((128,), (50,), 1, 0, 2, 500, 500)
     found = rates([one, two])
-    assert (found.changes, found.detected, found.rate) == (3, 2, pytest.approx(2 / 3))
-    assert found.delay_median == 40
-    assert found.delay_with_misses == pytest.approx((30 + 128 + 50) / 3)
-    assert (found.false_alarms, found.false_alarms_per_1000) == (3, 2.0)
-    assert (found.tokens, found.late, found.alarms, found.decoded) == (1500, 1, 6, 2000)
-    assert found.alarms_per_1000 == 3.0
-    assert found.blind_rate == pytest.approx(128 * 0.003)
-    assert found.gain == pytest.approx(2 / 3 - 0.384)
-    for ends in (found.rate_interval, found.fa_interval, found.gain_interval):
-        assert ends is not None and ends[0] <= ends[1]
-    assert found.rate_interval == (0.5, 1.0)
-    assert to_dict(found)["rate_interval"] == [0.5, 1.0]
+    wanted = {"changes": 3, "detected": 2, "rate": 2 / 3, "gain": 2 / 3 - 0.384}
+    wanted |= {"delay_median": 40, "delay_with_misses": (30 + 128 + 50) / 3, "late": 1}
+    wanted |= {"false_alarms": 3, "false_alarms_per_1000": 2.0, "tokens": 1500, "decoded": 2000}
+    wanted |= {"alarms": 6, "alarms_per_1000": 3.0, "blind_rate": 128 * 0.003}
+    own = {name: value for name, value in found.items() if "interval" not in name}
+    assert own == pytest.approx(wanted)
+    for name in ("fa_interval", "gain_interval"):
+        assert found[name][0] <= found[name][1]
+    assert found["rate_interval"] == [0.5, 1.0]
     assert found == rates([one, two])  # the same seed, the same intervals
 
 
-def test_nothing_detected_and_one_text_have_defined_values() -> None:
+def test_nothing_detected_and_one_text_have_defined_values():
     silent = outcome([], [200], 100, 400, 128)
     found = rates([silent])
-    assert (found.rate, found.delay_median, found.delay_with_misses) == (0.0, None, 128.0)
-    assert (found.false_alarms_per_1000, found.blind_rate, found.gain) == (0.0, 0.0, 0.0)
-    assert (found.rate_interval, found.delay_interval, found.fa_interval) == (None, None, None)
+    names = "rate delay_median delay_with_misses false_alarms_per_1000 blind_rate gain"
+    assert [found[name] for name in names.split()] == [0.0, None, 128.0, 0.0, 0.0, 0.0]
+    assert {found[name] for name in found if "interval" in name} == {None}
     both = rates([silent, silent])
-    assert (both.rate_interval, both.delay_interval) == ((0.0, 0.0), None)
+    assert (both["rate_interval"], both["delay_interval"]) == ([0.0, 0.0], None)
+    always = rates([outcome(list(range(101, 601)), [250], 100, 600, 128) for _ in range(3)])
+    assert (always["rate"], always["blind_rate"], always["gain"]) == (1.0, 1.0, 0.0)
+    assert always["false_alarms_per_1000"] == pytest.approx(1000, rel=0.01)
 
 
-def test_a_rule_that_always_fires_gains_nothing() -> None:
-    always = [outcome(list(range(101, 601)), [250], 100, 600, 128) for _ in range(3)]
-    found = rates(always)
-    assert (found.rate, found.blind_rate, found.gain) == (1.0, 1.0, 0.0)
-    assert found.false_alarms_per_1000 == pytest.approx(1000, rel=0.01)
-
-
-@pytest.mark.parametrize("period", [40, 100, 300, 900])
-def test_a_blind_rule_detects_what_its_rate_says(period: int) -> None:
+@pytest.mark.parametrize("period", [40, 300])
+def test_a_blind_rule_detects_what_its_rate_says(period):
     """Alarms at equal distances from a random first one: gain 0 within three standard errors."""
     drawn = random.Random(period)
     texts = []
@@ -111,48 +84,47 @@ def test_a_blind_rule_detects_what_its_rate_says(period: int) -> None:
         texts.append(outcome(list(range(first, 1901, period)), [change], 100, 1900, 128))
     found = rates(texts, intervals=False)
     want = min(1.0, 128 / period)
-    assert found.blind_rate == pytest.approx(want, rel=0.02)
+    assert found["blind_rate"] == pytest.approx(want, rel=0.02)
     error = math.sqrt(want * (1 - want) / 400)
-    assert abs(found.rate - want) <= 3 * error
-    if period < 900:  # a text too short for two alarms after its change has fewer
-        assert found.false_alarms_per_1000 == pytest.approx(1000 / period, rel=0.1)
+    assert abs(found["rate"] - want) <= 3 * error
+    assert found["false_alarms_per_1000"] == pytest.approx(1000 / period, rel=0.1)
 
 
-def test_blind_rate_by_hand() -> None:
+def test_blind_rate_by_hand():
     texts = [
         Outcome((128, 64), (None, None), 0, 0, 3, 500, 500),
         Outcome((64,), (1,), 0, 0, 4, 500, 500),
     ]
-    assert rates(texts[:1]).blind_rate == pytest.approx((128 * 0.006 + 64 * 0.006) / 2)
+    assert rates(texts[:1])["blind_rate"] == pytest.approx((128 * 0.006 + 64 * 0.006) / 2)
     # 7 alarms in 1,000 tokens: 0.896, 0.448, 0.448
-    assert rates(texts).blind_rate == pytest.approx(0.007 * 256 / 3)
+    assert rates(texts)["blind_rate"] == pytest.approx(0.007 * 256 / 3)
     often = Outcome((128, 64), (None, None), 0, 0, 6, 500, 500)
-    assert rates([often]).blind_rate == pytest.approx((1 + 64 * 0.012) / 2)
+    assert rates([often])["blind_rate"] == pytest.approx((1 + 64 * 0.012) / 2)
 
 
-def test_statistics_of_draws_are_those_of_the_texts_that_were_drawn() -> None:
+def test_statistics_of_draws_are_those_of_the_texts_that_were_drawn():
     """Counts of texts give what the texts themselves give, repeated one by one."""
     drawn = random.Random(5)
     texts = [
         outcome(sorted(drawn.sample(range(120, 900), 6)), [300, 600], 100, 900, 128)
         for _ in range(7)
     ]
-    counts = np.random.default_rng(4).multinomial(7, [1 / 7] * 7, size=200)
+    counts = np.random.default_rng(4).multinomial(7, [1 / 7] * 7, size=40)
     found = _statistics(texts, counts.astype(np.float64))
     for place, row in enumerate(counts.tolist()):
         chosen = [text for text, times in zip(texts, row, strict=True) for _ in range(times)]
         one = rates(chosen, intervals=False)
         delays = [d for text in chosen for d in text.delays if d is not None]
-        assert one.delay_median == (statistics.median(delays) if delays else None)
-        assert found["rate"][place] == pytest.approx(one.rate)
-        assert found["gain"][place] == pytest.approx(one.gain)
-        assert found["false"][place] == pytest.approx(one.false_alarms_per_1000)
-        assert found["delay"][place] == pytest.approx(one.delay_with_misses)
-        median = math.nan if one.delay_median is None else one.delay_median
+        assert one["delay_median"] == (statistics.median(delays) if delays else None)
+        assert found["rate"][place] == pytest.approx(one["rate"])
+        assert found["gain"][place] == pytest.approx(one["gain"])
+        assert found["false"][place] == pytest.approx(one["false_alarms_per_1000"])
+        assert found["delay"][place] == pytest.approx(one["delay_with_misses"])
+        median = math.nan if one["delay_median"] is None else one["delay_median"]
         assert found["median"][place] == pytest.approx(median, nan_ok=True)
 
 
-def test_auc_by_hand() -> None:
+def test_auc_by_hand():
     assert auc([3, 4], [1, 2]) == 1.0
     assert auc([1, 2], [3, 4]) == 0.0
     assert auc([1, 3], [2, 3]) == pytest.approx((0 + 0 + 1 + 0.5) / 4)

@@ -1,57 +1,55 @@
-"""The job of ``dart-llm drift``: its folder, resuming, failed cells, sentences for bad input."""
+"""The study `dart-llm drift`: lines, summary and files of a run, failed cells, refused sources.
 
-from __future__ import annotations
+That it resumes, and what a full disk costs, is tested for all studies in tests/experiments.
+"""
 
+import copy
 import math
-import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors import safe_open
 
+from dart_llm.data.passages import shipped
+from dart_llm.errors import CellsFailed, ConfigError
 from dart_llm.evaluation.perplexity import score_window
 from dart_llm.evaluation.windows import Window
 from dart_llm.experiments import index as drift_rows
 from dart_llm.experiments.comparison import read_row
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.reporting.console import Ui
 from dart_llm.session.run import Run
 from dart_llm.studies.drift import losses as drift_losses
+from dart_llm.studies.drift.settings import collect
 from drift_cases import (
     PROMPT,
     THREE,
     TWO,
     draw_nothing,
+    finished,
     forced,
     free,
     lines,
     load_json,
     results,
+    settings,
     study,
+    write_rows,
 )
-from lm_cases import loaded
+from lm_cases import break_position, loaded
 from stopping import Stopping
-
-METHODS = "never,interval:40,dart@0.3,fresh:4,decay:8"
 
 
 @pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_pictures(monkeypatch):
     """Pictures have tests of their own."""
     draw_nothing(monkeypatch)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A finished forced study."""
-    folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        draw_nothing(patch)
-        return study(forced(folder, methods=METHODS, remask_at_change=20))
+def whole():
+    return finished()
 
 
-def test_every_cell_is_a_row_in_grid_order(whole: Any) -> None:
+def test_every_cell_is_a_row_in_grid_order(whole):
     labels = ["dense", "never@0.5", "interval:40@0.5", "dart@0.3", "fresh:4@0.5", "decay:8@0.5"]
     rows = lines(whole.path / "results.jsonl")
     assert [row["key"] for row in rows] == [
@@ -60,17 +58,19 @@ def test_every_cell_is_a_row_in_grid_order(whole: Any) -> None:
     for row in rows:
         assert (row["status"], row["error"], row["finish"]) == ("done", None, "end")
         assert row["metrics"] is None and row["prompt_tokens"] == PROMPT
-        assert row["cell"]["dtype"] == "float32" and row["cell"]["mode"] == "forced"
     assert rows[2]["cell"]["method"] == "interval:40" and rows[3]["cell"]["sparsity"] == 0.3
     assert rows[0]["accounting"] is None and rows[0]["cell"]["sparsity"] == 0.0
     assert [t["start"] for t in rows[-1]["topics"]] == [0, *(c - PROMPT for c in THREE["changes"])]
     config = load_json(whole.path / "config.json")
-    assert (config["kind"], config["status"], config["mode"]) == ("drift", "complete", "forced")
-    assert len(config["cells"]) == 12 and config["sources"][0]["text"] == TWO["text"]
-    assert not (whole.path / "parts.jsonl").exists() and not (whole.path / "texts.jsonl").exists()
+    assert (config["mode"], len(config["cells"])) == ("forced", 12)
+    assert config["sources"][0]["text"] == TWO["text"]
+    timing = load_json(whole.path / "timing.json")
+    assert set(timing["cells"]) == {row["key"] for row in rows}
+    assert timing["phases_s"]["cells"] == pytest.approx(sum(timing["cells"].values()))
+    assert sum(timing["methods_s"].values()) == pytest.approx(timing["phases_s"]["cells"])
 
 
-def test_a_row_is_what_a_run_of_the_library_gives(whole: Any) -> None:
+def test_a_row_is_what_a_run_of_the_library_gives(whole):
     model, tokenizer = loaded()
     ids = tokenizer(TWO["text"], return_tensors="pt").input_ids[0]
     row = results(whole)["forced/two/interval:40@0.5/0"]
@@ -98,7 +98,7 @@ def test_a_row_is_what_a_run_of_the_library_gives(whole: Any) -> None:
     assert row["decoded_tokens"] == len(own) == row["accounting"]["decoded_tokens"] + 1
 
 
-def test_masks_and_windows_have_files(whole: Any) -> None:
+def test_masks_and_windows_have_files(whole):
     rows = results(whole)
     names = {path.name for path in (whole.path / "masks").iterdir()}
     pruned = [row for row in rows.values() if row["accounting"]]
@@ -116,7 +116,7 @@ def test_masks_and_windows_have_files(whole: Any) -> None:
     assert csv[1].startswith("forced/two/dart@0.3/0,0,0,10,3,1,")
 
 
-def test_the_summary_follows_from_the_rows(whole: Any) -> None:
+def test_the_summary_follows_from_the_rows(whole):
     rows = results(whole)
     summary = load_json(whole.path / "summary.json")
     found = {line["label"]: line for line in summary["rows"]}
@@ -146,16 +146,7 @@ def test_the_summary_follows_from_the_rows(whole: Any) -> None:
     assert whole.answer()["rows"][0]["label"] == "dense"
 
 
-def test_times_are_told_by_phase_method_and_cell(whole: Any) -> None:
-    timing = load_json(whole.path / "timing.json")
-    assert set(timing["cells"]) == set(results(whole))
-    assert timing["phases_s"]["cells"] == pytest.approx(sum(timing["cells"].values()))
-    assert sum(timing["methods_s"].values()) == pytest.approx(timing["phases_s"]["cells"])
-    assert all(seconds > 0 for seconds in timing["cells"].values())
-    assert timing["phases_s"]["load"] > 0 and timing["total_s"] > timing["phases_s"]["cells"]
-
-
-def test_a_cell_whose_masks_were_lost_is_computed_again(tmp_path: Path) -> None:
+def test_a_cell_whose_masks_were_lost_is_computed_again(tmp_path):
     asked = forced(tmp_path, methods="never", limit=1)
     with pytest.raises(KeyboardInterrupt):
         study(asked, Stopping(2))
@@ -165,8 +156,12 @@ def test_a_cell_whose_masks_were_lost_is_computed_again(tmp_path: Path) -> None:
     assert path.exists() and list(results(job)) == ["forced/two/dense/0", "forced/two/never@0.5/0"]
 
 
-def test_seeds_are_averaged_within_a_source(tmp_path: Path) -> None:
-    job = study(forced(tmp_path, methods="random", seeds="0,1", limit=1, min_evidence=None))
+def test_seeds_are_averaged_within_a_source(tmp_path):
+    text = tmp_path / "calibration.txt"
+    text.write_text("".join(f"the tide number {n * n} goes out by {n}. " for n in range(60)))
+    more = {"calibration": str(text), "cache_dir": str(tmp_path / "cache")}
+    asked = forced(tmp_path, methods="random,dense-8bit,wanda", seeds="0,1", limit=1, **more)
+    job = study(asked)
     rows = results(job)
     one, two = (rows[f"forced/two/random@0.5/{seed}"]["loss"]["topics"][1] for seed in (0, 1))
     assert one["mean_loss"] != two["mean_loss"]
@@ -175,21 +170,7 @@ def test_seeds_are_averaged_within_a_source(tmp_path: Path) -> None:
     both = (one["mean_loss"] + two["mean_loss"]) / 2
     assert line["loss"]["after"]["mean"] == pytest.approx(both)
     assert line["loss"]["after"]["low"] is None  # one source says nothing of the spread
-
-
-def test_quantised_and_calibrated_presets_stand_beside_dart(tmp_path: Path) -> None:
-    text = tmp_path / "calibration.txt"
-    text.write_text("".join(f"the tide number {n * n} goes out by {n}. " for n in range(60)))
-    asked = forced(
-        tmp_path,
-        methods="dense-8bit,wanda",
-        limit=1,
-        calibration=str(text),
-        cache_dir=str(tmp_path / "cache"),
-    )
-    rows = results(study(asked))
-    assert list(rows) == [f"forced/two/{m}/0" for m in ("dense", "dense-8bit", "wanda@0.5")]
-    own = rows["forced/two/wanda@0.5/0"]
+    own = rows["forced/two/wanda@0.5/0"]  # calibrated presets stand beside dart
     assert own["accounting"]["achieved_sparsity"] == pytest.approx(0.5, abs=0.01)
     assert own["remasks"][0]["cause"] == "given"
     eight, dense = (rows[f"forced/two/{m}/0"] for m in ("dense-8bit", "dense"))
@@ -198,17 +179,7 @@ def test_quantised_and_calibrated_presets_stand_beside_dart(tmp_path: Path) -> N
     assert 0 < abs(gap) < 0.1
 
 
-def test_progress_is_said_where_there_is_no_bar(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dart_llm.reporting.console.EVERY", 0.0)
-    ui = Ui(quiet=True)
-    study(forced(tmp_path, methods="never", limit=1), ui)
-    said = [line for line in ui.log if " cells, about " in line]
-    assert len(said) == 1 and re.fullmatch(r"1 of 2 cells, about \d+ (s|min) left", said[0])
-
-
-def test_a_study_is_listed_by_its_summary(whole: Any, tmp_path: Path) -> None:
+def test_a_study_is_listed_by_its_summary(whole, tmp_path):
     summary = load_json(whole.path / "summary.json")
     found = [read_row(cell) for cell in drift_rows.cells(summary)]
     assert [row.label for row in found] == [line["label"] for line in summary["rows"]]
@@ -216,15 +187,80 @@ def test_a_study_is_listed_by_its_summary(whole: Any, tmp_path: Path) -> None:
     assert (never.task, never.metric, never.status) == ("drift:forced", "loss_after", "done")
     assert never.value == summary["rows"][1]["loss"]["after"]["mean"]
     assert not never.higher_is_better and never.achieved == pytest.approx(0.5, abs=0.01)
-    job = study(free(tmp_path, methods="never", limit=1))
-    summary = load_json(job.path / "summary.json")
-    assert [(r.metric, r.value) for r in map(read_row, drift_rows.cells(summary))] == [
-        ("tokens", 40.0)
-    ] * 2
-    summary["rows"][1]["metrics"] = {"rougeL": {"mean": 0.25}}
-    (_, row) = map(read_row, drift_rows.cells(summary))
+    summary["mode"] = "free"
+    summary["rows"][1] |= {"loss": None, "mean_tokens": 40.0, "metrics": {"rougeL": {"mean": 0.25}}}
+    row = read_row(list(drift_rows.cells(summary))[1])
     assert (row.metric, row.value, row.higher_is_better) == ("rougeL", 0.25, True)
-    summary["rows"][1] |= {"cells": 0, "failed": 1, "mean_tokens": None, "metrics": None}
-    (_, row) = map(read_row, drift_rows.cells(summary))
+    summary["rows"][1] |= {"cells": 0, "failed": 1, "metrics": None}
+    row = read_row(list(drift_rows.cells(summary))[1])
     assert (row.status, row.error) == ("failed", "all 1 cells failed: results.jsonl says why")
     assert list(drift_rows.cells({})) == []
+
+
+def test_cells_that_fail_are_marked_and_the_others_go_on(tmp_path, monkeypatch):
+    model, tokenizer = loaded()
+    # NaN from a position on that the first passage alone reaches
+    broken = break_position(copy.deepcopy(model), len(TWO["text"]) + 20)
+    broken.save_pretrained(tmp_path / "broken")
+    tokenizer.save_pretrained(tmp_path / "broken")
+    file = write_rows(tmp_path / "p.jsonl", [THREE, TWO])
+    more = {"calibration": str(tmp_path / "none.txt"), "model": str(tmp_path / "broken")}
+    asked = forced(tmp_path, methods="never,wanda", passages=file, **more)
+    with pytest.raises(CellsFailed, match=r"4 of 6 cells failed, .*first, forced/three/dense") as e:
+        study(asked)
+    (folder,) = (tmp_path / "results").glob("*/*")
+    rows = lines(folder / "results.jsonl")
+    assert [row["status"] for row in rows] == [*["failed"] * 3, "done", "done", "failed"]
+    assert "the passage three: the loss of its token" in rows[0]["error"]
+    assert "none.txt" in rows[2]["error"]
+    assert rows[0]["loss"] is None and rows[0]["topics"] == [] and rows[0]["checks"] == []
+    summary = load_json(folder / "summary.json")["rows"]
+    assert [(line["cells"], line["failed"]) for line in summary] == [(1, 1), (1, 1), (0, 2)]
+    assert e.value.document["rows"] == summary
+    with pytest.raises(CellsFailed):  # the same command tries those again, and only those
+        study(asked)
+    assert len(list((tmp_path / "results").glob("*/*"))) == 1
+
+
+def test_sources_that_cannot_be_used(tmp_path):
+    (tmp_path / "bytes.jsonl").write_bytes(b"\xff")
+    alike = write_rows(tmp_path / "c.jsonl", [{"id": n, "text": "x"} for n in ("a/b", "a-b")])
+    cases = [
+        (forced(tmp_path, passages="none"), r"--passages none: there is no such file"),
+        (free(tmp_path, prompts="none"), r"--prompts none: there is no such file"),
+        (forced(tmp_path, passages=str(tmp_path / "bytes.jsonl")), "cannot be read as UTF-8 text"),
+        (free(tmp_path, prompts=alike), 'ids "a/b" and "a-b" would give two cells one file'),
+        (settings(tmp_path, prompt="bees \udcff"), "the prompt is not valid UTF-8"),
+    ]
+    for number, name in enumerate(("é" * 120, "a\0b")):
+        file = write_rows(tmp_path / f"{number}.jsonl", [{**TWO, "id": name}])
+        cases.append((forced(tmp_path, passages=file), f'named after the id "{name[:40]}'))
+    for asked, sentence in cases:
+        with pytest.raises(ConfigError, match=sentence):
+            study(asked)
+    assert not (tmp_path / "results").exists()
+    with pytest.raises(ConfigError, match=r'"two" has \d+ tokens before its first'):
+        study(forced(tmp_path, prompt_tokens=len(TWO["text"])))
+    (folder,) = (tmp_path / "results").glob("*/*")
+    assert lines(folder / "results.jsonl") == []  # said before anything is computed
+
+
+@pytest.mark.smollm2
+def test_pruning_costs_and_decayed_evidence_helps_after_a_change(tmp_path):
+    """On a short passage, by the default model."""
+    passage = shipped()[0].to_dict()
+    texts = passage["text"][:1400], passage["text"][passage["changes"][0] :][:1100]
+    parts = [text.rsplit(" ", 1)[0] for text in texts]
+    short = {**passage, "text": "\n\n".join(parts), "changes": [len(parts[0]) + 2]}
+    short["topics"] = passage["topics"][:2]
+    asked = {"passages": write_rows(tmp_path / "one.jsonl", [short]), "prompt_tokens": 128}
+    asked |= {"methods": "never,decay:32,fresh:1", "remask_at_change": 40}
+    asked |= {"results_dir": str(tmp_path / "results")}
+    rows = results(study(collect(asked, environment={})))
+    after = {row["label"]: row["loss"]["topics"][1]["later"]["mean_loss"] for row in rows.values()}
+    assert after["dense"] + 0.5 < after["never@0.5"]
+    # a single fresh token beats stale masks because the prior stands behind it
+    assert after["decay:32@0.5"] < after["fresh:1@0.5"] < after["never@0.5"]
+    reports = {row["label"]: row["accounting"] for row in rows.values()}
+    assert reports["never@0.5"]["achieved_sparsity"] == pytest.approx(0.5, abs=0.001)
+    assert reports["decay:32@0.5"]["remask_causes"] == {"first": 1, "forced": 1}

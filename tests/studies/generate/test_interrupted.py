@@ -1,14 +1,11 @@
 """A run that is stopped by an error, a signal or a broken stream leaves nothing behind."""
 
-from __future__ import annotations
-
+import contextlib
 import queue
 import threading
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import dart_llm
@@ -16,68 +13,52 @@ from dart_llm.session.run import prune
 from steps import Same, generate, new_cache, shared_model, snapshot, step
 from tiny import VOCAB, tiny, tokens
 
-METHODS = ("griffin", "dart")
+BAD = torch.tensor([[VOCAB + 5]])
+"""A token that no embedding has."""
 
 
-@pytest.mark.parametrize("executor", ["masked", "compact"])
-def test_exception_in_the_block(executor: str) -> None:
-    model = shared_model()
+@pytest.mark.parametrize(
+    ("name", "method", "decoded"),
+    [("llama", "griffin", 0), ("gemma2", "dart", 8), ("gpt2", "dart", 0), ("opt", "griffin", 8)],
+)
+def test_exception_inside_a_forward(name, method, decoded):
+    model = shared_model(name)
 
-    def body() -> None:
-        with prune(model, executor=executor):
-            generate(model, tokens(), 4)
-            raise ZeroDivisionError
-
-    with Same(model), pytest.raises(ZeroDivisionError):
-        body()
-
-
-@pytest.mark.parametrize("when", ["prefill", "decode"])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt"])
-def test_exception_inside_a_forward(name: str, method: str, when: str) -> None:
-    model, bad = shared_model(name), torch.tensor([[VOCAB + 5]])
-
-    def body() -> None:
+    def body():
         with prune(model, method, sparsity=0.5):
             cache = new_cache(model)
-            if when == "decode":
-                step(model, tokens(1, 8), cache)
-            step(model, bad.expand(1, 1 if when == "decode" else 5), cache)
+            if decoded:
+                step(model, tokens(1, decoded), cache)
+            step(model, BAD if decoded else BAD.expand(1, 5), cache)
 
     with Same(model), pytest.raises(IndexError):
         body()
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("calls", [1, 3])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "falcon", "opt"])
-def test_error_in_a_hook_of_a_layer(name: str, calls: int, error: type[BaseException]) -> None:
-    model = tiny(name)
+@pytest.mark.parametrize(
+    ("name", "calls", "error"),
+    [("llama", 1, KeyboardInterrupt), ("gemma3", 3, RuntimeError), ("opt", 3, SystemExit)],
+)
+def test_error_in_a_hook_of_a_layer(name, calls, error):
+    model, count, armed = tiny(name), [0], [False]
     layer = next(m for n, m in model.named_modules() if n.endswith(("layers.2", "h.2")))
-    count, armed = [0], [False]
 
-    def fail(module: nn.Module, args: Any) -> None:
+    def fail(module, args):
         count[0] += armed[0]
         if armed[0] and count[0] == calls:
             raise error("stop")
 
     layer.register_forward_pre_hook(fail)
-    run = prune(model, "dart", sparsity=0.5, min_evidence=0)
-
-    def body() -> None:
-        with run:
-            armed[0] = True
-            generate(model, tokens(), 6)
-
+    run = prune(model, "griffin", sparsity=0.5, min_evidence=0)
     with Same(model):
-        with pytest.raises(error):
-            body()
+        armed[0] = True
+        with pytest.raises(error), run:
+            generate(model, tokens(), 6)
         armed[0] = False
     assert run.report().decoded_tokens == max(0, calls - 2)
 
 
-def test_a_failed_forward_does_not_spoil_the_next_generation() -> None:
+def test_a_failed_forward_does_not_spoil_the_next_generation():
     model, ids = shared_model("gemma2"), tokens(1, 70)
     with prune(model, "dart", sparsity=0.5) as run:
         wanted = generate(model, ids, 8)
@@ -86,7 +67,7 @@ def test_a_failed_forward_does_not_spoil_the_next_generation() -> None:
         with pytest.raises(IndexError):
             step(model, torch.tensor([[3, 4, VOCAB + 9]]), new_cache(model))
         with pytest.raises(IndexError):
-            generate(model, torch.cat([ids, torch.tensor([[VOCAB + 9]])], 1), 4)
+            generate(model, torch.cat([ids, BAD], 1), 4)
         got = generate(model, ids, 8)
     assert torch.equal(got.sequences, wanted.sequences)
     assert all(torch.equal(a, b) for a, b in zip(got.logits, wanted.logits, strict=True))
@@ -96,144 +77,85 @@ def test_a_failed_forward_does_not_spoil_the_next_generation() -> None:
 
 
 class Break(StoppingCriteria):
-    """Stops, or raises, after some tokens."""
+    """Stops, or raises, after four tokens."""
 
-    def __init__(self, after: int, error: type[BaseException] | None = None) -> None:
-        self.left = after
+    left = 4
+
+    def __init__(self, error=None):
         self.error = error
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, input_ids, scores, **kwargs):
         self.left -= 1
         if self.left <= 0 and self.error is not None:
             raise self.error
         return torch.full((len(input_ids),), self.left <= 0)
 
 
-@pytest.mark.parametrize("error", [None, KeyboardInterrupt, ValueError])
-def test_early_stop(error: type[BaseException] | None) -> None:
-    model = shared_model()
-    criteria = StoppingCriteriaList([Break(4, error)])
-
-    def body() -> None:
-        with prune(model, "griffin", sparsity=0.5) as run:
-            try:
-                generate(model, tokens(), 50, stopping_criteria=criteria)
-            finally:
-                assert run.report().decoded_tokens == 3
-
-    with Same(model):
-        if error is None:
-            body()
-        else:
-            with pytest.raises(error):
-                body()
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_early_stop(error):
+    model, run = shared_model(), prune(shared_model(), "griffin", sparsity=0.5)
+    criteria = StoppingCriteriaList([Break(error)])
+    with Same(model), pytest.raises(error) if error else contextlib.nullcontext(), run:
+        generate(model, tokens(), 50, stopping_criteria=criteria)
+    assert run.report().decoded_tokens == 3
 
 
-class Pipe:
+class Pipe(queue.Queue):
     """A streamer that hands tokens to another thread."""
 
-    def __init__(self) -> None:
-        self.items: queue.Queue[Any] = queue.Queue()
-        self.stop = False
+    stop = False
 
-    def put(self, value: torch.Tensor) -> None:
+    def put(self, value, *more):
         if self.stop:
             raise InterruptedError
-        self.items.put(value)
+        super().put(value, *more)
 
-    def end(self) -> None:
-        self.items.put(None)
-
-
-def _stream(model: Any, pipe: Pipe, seen: list[Any]) -> Any:
-    """A generator that holds the block open while it yields, as a server does."""
-    with prune(model, "griffin", sparsity=0.5) as run:
-        seen.append(run)
-
-        def work() -> None:
-            with pytest.raises(InterruptedError):
-                generate(model, tokens(), 400, streamer=pipe)
-
-        thread = threading.Thread(target=work)
-        thread.start()
-        try:
-            while (item := pipe.items.get(timeout=20)) is not None:
-                yield item
-        finally:
-            pipe.stop = True
-            thread.join()
+    def end(self):
+        super().put(None)
 
 
-def test_early_break_of_a_stream() -> None:
-    model, seen = shared_model(), []
-    with Same(model):
-        stream = _stream(model, Pipe(), seen)
-        taken = [next(stream) for _ in range(5)]
-        stream.close()
-    assert [t.numel() for t in taken] == [24, 1, 1, 1, 1]
-    assert seen[0].report().decoded_tokens >= 3
-
-
-def test_block_left_while_a_thread_still_generates() -> None:
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_stream_that_breaks_off(joined):
+    """A thread generates while the block is held open, as a server does, or left too early."""
     model, pipe = shared_model(), Pipe()
+
+    def work():
+        with contextlib.suppress(InterruptedError):
+            generate(model, tokens(), 120, streamer=pipe)
+
+    thread = threading.Thread(target=work, daemon=True)
     with Same(model):
         with prune(model, "griffin", sparsity=0.5) as run:
-            thread = threading.Thread(
-                target=lambda: generate(model, tokens(), 120, streamer=pipe), daemon=True
-            )
             thread.start()
-            for _ in range(4):
-                pipe.items.get(timeout=20)
+            taken = [pipe.get(timeout=20) for _ in range(5)]
+            pipe.stop = joined
+            if joined:
+                thread.join()
         thread.join()
-    assert run.report().decoded_tokens < 119
-    with prune(model, "griffin", sparsity=0.5):
-        generate(model, tokens(), 4)
+    assert [t.numel() for t in taken] == [24, 1, 1, 1, 1]
+    assert 3 <= run.report().decoded_tokens < 119
 
 
-def test_error_while_a_run_ends() -> None:
-    """The last accounting may fail (out of memory, Ctrl-C): the model is restored all the same."""
+def test_errors_around_a_run():
+    """The last accounting may fail (out of memory, Ctrl-C), a callback too: nothing stays."""
     model = shared_model()
-    run = prune(model, "griffin", sparsity=0.5)
 
-    def fail() -> None:
+    def fail(*arguments):
         raise MemoryError
 
-    def body() -> None:
-        with run:
+    def ends(**more):
+        with prune(model, "griffin", sparsity=0.5, **more) as run:
             generate(model, tokens(), 4)
-            run.controller.flush = fail  # type: ignore[method-assign]
+            run.controller.flush = fail
 
-    with Same(model), pytest.raises(MemoryError):
-        body()
-    with prune(model, "griffin"):
-        pass
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_error_in_a_callback(error: type[BaseException]) -> None:
-    model = shared_model()
-
-    def fail(remask: Any) -> None:
-        raise error
-
-    def body() -> None:
-        with prune(model, "griffin", sparsity=0.5, on_remask=fail):
-            generate(model, tokens(), 4)
-
-    with Same(model), pytest.raises(error):
-        body()
-
-
-def test_overflow_is_named_and_the_model_restored() -> None:
+    for more in ({}, {"on_remask": fail}):
+        with Same(model), pytest.raises(MemoryError):
+            ends(**more)
     model = tiny()
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[3] = float("inf")
-
-    def body() -> None:
-        with prune(model, "published", sparsity=0.5):
-            generate(model, tokens(), 4)
-
     before = snapshot(model)
-    with pytest.raises(dart_llm.DartError, match="layer 2 are not finite"):
-        body()
+    run = prune(model, "published", sparsity=0.5)
+    with pytest.raises(dart_llm.DartError, match="layer 2 are not finite"), run:
+        generate(model, tokens(), 4)
     assert snapshot(model) == before

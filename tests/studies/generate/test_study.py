@@ -1,9 +1,5 @@
 """What is summed over a model's own text: curvature, bases, and the sums of a run."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,10 +9,8 @@ from dart_llm.calibration import collect as own_study
 from dart_llm.calibration.collect import collect_statistics as study
 from dart_llm.calibration.collect import find_bases, gradients
 from dart_llm.errors import DartError
-from dart_llm.models.capture import LayerActivations as Seen
 from dart_llm.pruning.compensation import find_basis
 from dart_llm.pruning.scores import squared
-from dart_llm.pruning.statistics import LayerStatistics as LayerEvidence
 from dart_llm.pruning.statistics import Statistics
 from prior_cases import STATISTICS, layers_of
 from steps import shared_model
@@ -25,14 +19,11 @@ from tiny import HIDDEN, LAYERS, tiny, tokens
 # what is summed
 
 
-@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gemma2", "bloom", "opt"])
-def test_study(name: str) -> None:
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_study(name):
     """Mean squared gradients, and the other sums."""
-    model, ids, layers = (
-        shared_model(name),
-        tokens(ROWS, LENGTH, seed=5),
-        layers_of(shared_model(name)),
-    )
+    model, ids = shared_model(name), tokens(ROWS, LENGTH, seed=5)
+    layers = layers_of(model)
     found = study(model, ids, STATISTICS, find_bases(model, ids, 3, layers), layers)
     wanted = by_leaves(model, ids)
     squares = {
@@ -50,18 +41,19 @@ def test_study(name: str) -> None:
         if name != "opt":  # its blocks never see the FFN's input while they are pruned
             has |= {"basis", "features", "moments", "cross"}
         assert set(sums) == has
+    pointers = [s.total.data_ptr() for evidence in found for s in evidence.sums.values()]
+    assert len(set(pointers)) == len(pointers)  # no layer shares a tensor with another
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_gradients_that_are_not_finite(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+def test_gradients_that_are_not_finite(monkeypatch):
     """One number of one token in one layer is enough."""
     model, ids, layers = shared_model(), tokens(1, LENGTH, seed=5), layers_of(shared_model())
     plain, real = Statistics(squared, None, frozenset(), average=True), gradients
 
-    def broken(model: Any, ids: Tensor, take: Any, say: Any, backward: bool) -> None:
-        def spoil(layer: int, seen: Seen, gradient: Tensor) -> None:
+    def broken(model, ids, take, say, backward):
+        def spoil(layer, seen, gradient):
             if layer == 2:
-                gradient[0, 3, 5] = value
+                gradient[0, 3, 5] = float("nan")
             take(layer, seen, gradient)
 
         real(model, ids, spoil, say, backward)
@@ -74,7 +66,7 @@ def test_gradients_that_are_not_finite(monkeypatch: pytest.MonkeyPatch, value: f
 # the basis of a model
 
 
-def test_bases_come_from_the_inputs_of_the_ffn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bases_come_from_the_inputs_of_the_ffn(monkeypatch):
     """The first sequences that hold enough tokens, without their sinks."""
     model, ids = shared_model(), tokens(7, LENGTH, seed=5)
     layers, inputs = layers_of(model), list[Tensor]()
@@ -93,7 +85,7 @@ def test_bases_come_from_the_inputs_of_the_ffn(monkeypatch: pytest.MonkeyPatch) 
     assert find_bases(model, ids, 0, layers) == [None] * LAYERS
 
 
-def test_bases_have_the_dtype_of_the_weights_and_refuse_nan() -> None:
+def test_bases_have_the_dtype_of_the_weights_and_refuse_nan():
     model = tiny(dtype=torch.bfloat16)
     found = find_bases(model, tokens(2, LENGTH), 4, layers_of(model))
     assert all(basis is not None and basis.dtype == torch.bfloat16 for basis in found)
@@ -101,10 +93,3 @@ def test_bases_have_the_dtype_of_the_weights_and_refuse_nan() -> None:
         model.model.layers[0].mlp.down_proj.weight.fill_(float("nan"))
     with pytest.raises(DartError, match="inputs of layer 1 are not finite: try float32"):
         find_bases(model, tokens(2, LENGTH), 4, layers_of(model))
-
-
-def test_evidence_of_no_layer_shares_a_tensor_with_another() -> None:
-    model, ids, layers = shared_model(), tokens(2, LENGTH), layers_of(shared_model())
-    found = study(model, ids, STATISTICS, find_bases(model, ids, 3, layers), layers)
-    pointers = [s.total.data_ptr() for e in found for s in e.sums.values()]
-    assert len(set(pointers)) == len(pointers) and isinstance(found[0], LayerEvidence)

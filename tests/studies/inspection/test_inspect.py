@@ -1,34 +1,19 @@
 """What ``dart-llm inspect`` computes, against computations of our own."""
 
-from __future__ import annotations
-
 import math
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from scipy import stats as scipy_stats
-from torch.nn.functional import cosine_similarity
+from scipy import stats
+from torch.nn.functional import cosine_similarity, cross_entropy
 
 from dart_llm.errors import ConfigError
-from dart_llm.models.capture import capture_activations as tap
+from dart_llm.models.capture import capture_activations
 from dart_llm.models.describe import describe
 from dart_llm.session.run import prune
-from dart_llm.studies.inspection import analyses as neurons_module
-from dart_llm.studies.inspection.analyses import (
-    check,
-    compare,
-    concentration,
-    expected_jaccard,
-    half_widths,
-    jaccard,
-    neurons,
-    overlap,
-    space,
-    top_rows,
-)
+from dart_llm.studies.inspection import analyses
 from dart_llm.studies.inspection.readings import (
     activations,
     histogram,
@@ -37,41 +22,44 @@ from dart_llm.studies.inspection.readings import (
     quantiles,
     weights,
 )
-from inspect_cases import A, B, seen, study
+from inspect_cases import A, B, read, seen
 from lm_cases import loaded
+from products import SHAPES
 from steps import Same, decode, shared_model
-from tiny import NAMES, WIDTH, tokens
+from tiny import WIDTH, tokens
 
 
-def test_numbers() -> None:
+def jaccard(one, two):
+    return len(one & two) / len(one | two)
+
+
+def test_numbers():
     values = torch.randn(7, 31, generator=torch.Generator().manual_seed(0)).exp()
     flat = values.double().numpy().reshape(-1)
-    found = quantiles(values)
+    found, shape = quantiles(values), moments(values)
     for name, level in (("min", 0), ("q05", 0.05), ("median", 0.5), ("q95", 0.95), ("max", 1)):
         assert found[name] == pytest.approx(np.quantile(flat, level), rel=1e-6)
-    shape = moments(values)
-    assert shape["mean"] == pytest.approx(flat.mean())
-    assert shape["std"] == pytest.approx(flat.std())
-    assert shape["skewness"] == pytest.approx(scipy_stats.skew(flat))
-    assert shape["kurtosis"] == pytest.approx(scipy_stats.kurtosis(flat))
+    expected = (flat.mean(), flat.std(), stats.skew(flat), stats.kurtosis(flat))
+    assert tuple(shape.values()) == pytest.approx(expected)
     assert moments(torch.ones(5)) == {"mean": 1.0, "std": 0.0, "skewness": None, "kurtosis": None}
-    assert moments(torch.zeros(1))["kurtosis"] is None
-    assert quantiles(torch.tensor(2.5))["q25"] == 2.5
+    assert (
+        moments(torch.zeros(1))["kurtosis"] is None and quantiles(torch.tensor(2.5))["q25"] == 2.5
+    )
     assert histogram(torch.tensor([-9.0, 0.0, 0.5, 1.0, 4.0, 7.0]), 0.0, 4.0, 4) == [3, 1, 0, 2]
     assert histogram(torch.ones(3), 1.0, 1.0, 2) == [3, 0]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_impact_gives_the_sensitivities_of_the_depth_budgets(name: str) -> None:
+@pytest.mark.parametrize("name", SHAPES)
+def test_impact_gives_the_sensitivities_of_the_depth_budgets(name):
     """The same S as the tracer's evidence; and the numbers of each token from hooks of our own."""
     model, ids = shared_model(name), tokens(1, 30, seed=6)
-    found: dict[int, Any] = {}
-    kept: dict[int, Any] = {}
+    found = {}
+    kept = {}
 
-    def take(layer: int, one: Any) -> None:
+    def take(layer, one):
         found[layer], kept[layer] = impact(one), (one.x[0].double(), one.r[0].double())
 
-    with Same(model), tap(model, take), torch.no_grad():
+    with Same(model), capture_activations(model, take), torch.no_grad():
         model(ids)
     settings = {"budget": "blend depth depth-residual", "sparsity": 0.5, "masking_step": 1000}
     with prune(model, "griffin", **settings) as run:
@@ -85,19 +73,19 @@ def test_impact_gives_the_sensitivities_of_the_depth_budgets(name: str) -> None:
             assert mine["change"]["mean"] == pytest.approx(change, rel=1e-4)
             assert mine["s"] == pytest.approx((1 - cosine) * change, rel=1e-3, abs=1e-5)
         x, r = kept[layer]
-        change = (r.norm(dim=-1) / x.norm(dim=-1)).numpy()
+        changes = (r.norm(dim=-1) / x.norm(dim=-1)).numpy()
         cosines = cosine_similarity(x, x + r, dim=-1).numpy()
         mine = found[layer]["residual"]
-        assert mine["change"]["median"] == pytest.approx(np.median(change), rel=1e-4)
-        assert mine["change"]["q95"] == pytest.approx(np.quantile(change, 0.95), rel=1e-4)
+        assert mine["change"]["median"] == pytest.approx(np.median(changes), rel=1e-4)
+        assert mine["change"]["q95"] == pytest.approx(np.quantile(changes, 0.95), rel=1e-4)
         assert mine["cosine"]["q05"] == pytest.approx(np.quantile(cosines, 0.05), abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "opt"])
-def test_weights(name: str) -> None:
-    model = shared_model(name)
-    found = weights(describe(model).blocks)
-    for layer, block in enumerate(describe(model).blocks):
+def test_weights(name):
+    blocks = describe(shared_model(name)).blocks
+    found = weights(blocks)
+    for layer, block in enumerate(blocks):
         down = block.down.weight if name == "gpt2" else block.down.weight.T  # [I, D]
         up = block.up.weight.T if name == "gpt2" else block.up.weight
         parts = {"down": down, "up": up}
@@ -111,15 +99,15 @@ def test_weights(name: str) -> None:
             mine = found["layers"][layer][matrix]
             assert len(norms) == WIDTH == sum(mine["histogram"])
             assert mine["median"] == pytest.approx(np.median(norms), rel=1e-5)
-            assert mine["skewness"] == pytest.approx(scipy_stats.skew(norms), abs=1e-4)
+            assert mine["skewness"] == pytest.approx(stats.skew(norms), abs=1e-4)
             low, high = found["range"][matrix]
             counts, _ = np.histogram(norms.clip(low, high), np.linspace(low, high, 41))
             assert abs(counts - np.array(mine["histogram"])).sum() <= 2  # at an edge
-        lows = [layer["down"]["min"] for layer in found["layers"]]
-        assert min(lows) <= found["range"]["down"][0] <= min(lows) + 0.1 * max(lows)
+    lows = [layer["down"]["min"] for layer in found["layers"]]
+    assert min(lows) <= found["range"]["down"][0] <= min(lows) + 0.1 * max(lows)
 
 
-def test_activations() -> None:
+def test_activations():
     u = torch.tensor([[0.0, 3.0, -4.0, 0.0], [1.0, 1.0, 1.0, 1.0], [10.0, 0.02, 0.0, 0.4]])
     found = activations(u)
     assert found["zero"] == pytest.approx(3 / 12)
@@ -127,20 +115,18 @@ def test_activations() -> None:
     assert found["near"] == pytest.approx({"0.01": 4 / 12, "0.1": 5 / 12})
     assert found["holds"] == pytest.approx((2 + 4 + 1) / 3 / 4)  # 9 of 25 are too many to leave
     assert found["absolute"]["max"] == 10 and found["absolute"]["median"] == 1.0
-    assert found["moments"]["kurtosis"] == pytest.approx(
-        scipy_stats.kurtosis(u.numpy().reshape(-1)), rel=1e-4
-    )
+    expected = stats.kurtosis(u.numpy().reshape(-1))
+    assert found["moments"]["kurtosis"] == pytest.approx(expected, rel=1e-4)
     silent = activations(torch.zeros(3, 5))
-    assert (silent["zero"], silent["moments"]["kurtosis"]) == (1.0, None)
-    assert silent["holds"] == 1 / 5
+    assert (silent["zero"], silent["holds"], silent["moments"]["kurtosis"]) == (1.0, 1 / 5, None)
 
 
-def test_strong_and_weak_neurons_by_forward_proxy() -> None:
-    looked = study(b=None, neuron_score="product", top=3)
-    found = neurons(looked)
+def test_strong_and_weak_neurons_by_forward_proxy():
     model, tokenizer = loaded()
+    looked = read(b=None, neuron_score="product", top=3)
+    found, bare = analyses.neurons(looked), analyses.neurons(read(None, None, neuron_score="max"))
     rows = model.lm_head.weight.detach().double()
-    assert (found["score"], found["text"]) == ("product", "A")
+    assert (found["score"], found["text"], bare["text"]) == ("product", "A", None)
     for layer, block in enumerate(looked.view.blocks):
         u = seen(A, layer)["u"]
         reach = (rows @ block.down.weight.detach().double().T).abs()  # [V, I]
@@ -157,161 +143,195 @@ def test_strong_and_weak_neurons_by_forward_proxy() -> None:
         said = (sign * rows @ block.down.weight.detach().double()[order[0]]).topk(5).indices
         assert best["tokens"] == [tokenizer.decode([token]) for token in said.tolist()]
         top = scores.sort(descending=True).values
-        assert mine["concentration"]["0.1"] == pytest.approx(
-            float(top[: round(0.1 * WIDTH)].sum() / top.sum()), rel=1e-4
-        )
+        share = float(top[: round(0.1 * WIDTH)].sum() / top.sum())
+        assert mine["concentration"]["0.1"] == pytest.approx(share, rel=1e-4)
+        strong = bare["layers"][layer]["strong"]  # without a text the proxy alone decides
+        wanted = reach.amax(0).topk(5).indices.tolist()
+        assert [one["neuron"] for one in strong] == wanted and strong[0]["mean_activation"] is None
 
 
-def test_neurons_without_a_text_are_ranked_by_the_proxy_alone() -> None:
-    found = neurons(study(None, None, neuron_score="max", top=2))
-    rows = loaded()[0].lm_head.weight.detach()
-    for layer, block in enumerate(describe(loaded()[0]).blocks):
-        reach = (rows @ block.down.weight.detach().T).abs().amax(0)
-        strong = found["layers"][layer]["strong"]
-        assert [one["neuron"] for one in strong] == reach.topk(2).indices.tolist()
-        assert strong[0]["mean_activation"] is None
-
-
-def test_top_rows_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_top_rows_in_chunks(monkeypatch):
     generator = torch.Generator().manual_seed(1)
     rows, columns = (torch.randn(n, 8, generator=generator) for n in (50, 3))
     wanted = (rows @ columns.T).topk(4, 0).indices.T
-    for chunk in (1, 3, 7, 50, 99):
-        monkeypatch.setattr(neurons_module, "REACH_CHUNK", chunk)
-        assert torch.equal(top_rows(rows, columns.T, 4), wanted)
-    assert top_rows(rows[:2], columns.T, 4).shape == (3, 2)
-    assert concentration(torch.tensor([0.0, 6.0, 3.0, 1.0]), 0.5) == pytest.approx(0.9)
-    assert concentration(torch.zeros(4), 0.5) == 0.0
+    for chunk in (1, 7, 50, 99):
+        monkeypatch.setattr(analyses, "REACH_CHUNK", chunk)
+        assert torch.equal(analyses.top_rows(rows, columns.T, 4), wanted)
+    assert analyses.top_rows(rows[:2], columns.T, 4).shape == (3, 2)
+    assert analyses.concentration(torch.tensor([0.0, 6.0, 3.0, 1.0]), 0.5) == pytest.approx(0.9)
+    assert analyses.concentration(torch.zeros(4), 0.5) == 0.0
 
 
-def test_jaccard_and_its_chance() -> None:
-    one, two = torch.tensor([1, 2, 3]), torch.tensor([3, 4])
-    assert jaccard(one, two) == 1 / 4 and jaccard(one, one) == 1.0
-    assert jaccard(one, one[:0]) == 0.0 and jaccard(one[:0], one[:0]) == 1.0
+def test_jaccard_and_its_chance():
+    one, two, none = torch.tensor([1, 2, 3]), torch.tensor([3, 4]), torch.tensor([])
+    pairs = ((one, two), (one, one), (one, none), (none, none))
+    assert [analyses.jaccard(*pair) for pair in pairs] == [1 / 4, 1.0, 0.0, 1.0]
     for width, a, b in ((6, 3, 2), (5, 5, 2), (7, 4, 5), (4, 0, 2), (3, 3, 3)):
-        fixed = set(range(a))
-        every = [
-            len(fixed & set(other)) / len(fixed | set(other))
-            for other in combinations(range(width), b)
-        ]
-        assert expected_jaccard(width, a, b) == pytest.approx(sum(every) / len(every))
-    assert expected_jaccard(4, 0, 0) == 1.0
-    assert expected_jaccard(11_008, 5504, 5504) == pytest.approx(1 / 3, abs=1e-3)
+        every = [jaccard(set(range(a)), set(other)) for other in combinations(range(width), b)]
+        assert analyses.expected_jaccard(width, a, b) == pytest.approx(sum(every) / len(every))
+    assert analyses.expected_jaccard(4, 0, 0) == 1.0
+    assert analyses.expected_jaccard(11_008, 5504, 5504) == pytest.approx(1 / 3, abs=1e-3)
 
 
-@pytest.mark.parametrize("method", ["griffin", "dart"])
-def test_overlap_is_that_of_the_methods_own_masks(method: str) -> None:
-    looked = study(method=method, sparsity=0.4)
-    found = overlap(looked)
+def test_overlap():
+    """The whole texts by the method's own masks, the halves from activations of the whole texts."""
     model, tokenizer = loaded()
+    found = analyses.overlap(read())
     masks = []
     for text in (A, B):
-        ids = tokenizer(text, return_tensors="pt").input_ids
-        with prune(model, method, sparsity=0.4) as run, torch.no_grad():
-            model(ids, use_cache=True)
+        with prune(model, "griffin", sparsity=0.5) as run, torch.no_grad():
+            model(tokenizer(text, return_tensors="pt").input_ids, use_cache=True)
             masks.append(run.select())
     for layer, (a, b) in enumerate(zip(*masks, strict=True)):
         one, two = set(a.ids.tolist()), set(b.ids.tolist())
         mine = found["layers"][layer]
         assert (mine["kept_a"], mine["kept_b"]) == (len(one), len(two))
-        assert mine["jaccard"] == pytest.approx(len(one & two) / len(one | two))
-        assert mine["chance"] == expected_jaccard(WIDTH, len(one), len(two))
-    assert found["removed"] == pytest.approx(0.4, abs=0.01)
+        assert mine["jaccard"] == pytest.approx(jaccard(one, two))
+        assert mine["chance"] == analyses.expected_jaccard(WIDTH, len(one), len(two))
+        kept = []
+        for text in (A, B):
+            u = seen(text, layer)["u"]
+            share = (u / u.norm(dim=-1, keepdim=True)).square()
+            for part in (share[: len(u) // 2], share[len(u) // 2 :]):
+                kept.append(set(part.sum(0).topk(WIDTH // 2).indices.tolist()))
+        a1, a2, b1, b2 = kept
+        across = sum(jaccard(x, y) for x in (a1, a2) for y in (b1, b2)) / 4
+        assert mine["same_text"] == pytest.approx((jaccard(a1, a2) + jaccard(b1, b2)) / 2)
+        assert mine["across"] == pytest.approx(across)
     each = [layer["across"] for layer in found["layers"]]
     assert found["mean"]["across"] == pytest.approx(sum(each) / len(each))
+    assert found["removed"] == pytest.approx(0.5)
+    same = analyses.overlap(read(A, A, method="dart", sparsity=0.4))
+    assert same["mean"]["jaccard"] == 1.0 and same["removed"] == pytest.approx(0.4, abs=0.01)
 
 
-def test_overlap_of_halves() -> None:
-    """Griffin's masks of the halves, from activations seen in the whole text."""
-    mine = overlap(study())["layers"][1]
-    kept = []
-    for text in (A, B):
-        u = seen(text, 1)["u"]
-        share = u / u.norm(dim=-1, keepdim=True)
-        half = len(u) // 2
-        for part in (share[:half], share[half:]):
-            kept.append(set(part.square().sum(0).topk(WIDTH // 2).indices.tolist()))
-    a1, a2, b1, b2 = kept
-
-    def j(one: set[int], two: set[int]) -> float:
-        return len(one & two) / len(one | two)
-
-    assert mine["same_text"] == pytest.approx((j(a1, a2) + j(b1, b2)) / 2)
-    assert mine["across"] == pytest.approx((j(a1, b1) + j(a1, b2) + j(a2, b1) + j(a2, b2)) / 4)
-
-
-def test_the_same_text_twice_keeps_the_same_neurons() -> None:
-    found = overlap(study(A, A))
-    assert found["mean"]["jaccard"] == 1.0 and found["mean"]["chance"] < 0.4
-
-
-@pytest.mark.parametrize(
-    ("settings", "problem"),
-    [
+def test_what_cannot_be_looked_at():
+    by_text = "does not choose neurons by the text alone"
+    for settings, problem in (
         ({"method": "dense", "sparsity": None}, '"dense" removes no neuron'),
-        ({"method": "wanda"}, "does not choose neurons by the text alone"),
+        ({"method": "wanda"}, by_text),
         ({"method": "dart-token"}, "token-level selection has no sequence mask"),
-        ({"ranking_method": "weight"}, "does not choose neurons by the text alone"),
-    ],
-)
-def test_methods_that_do_not_read_the_text(settings: dict[str, Any], problem: str) -> None:
-    with pytest.raises(ConfigError, match=problem):
-        overlap(study(**settings))
-
-
-def test_short_texts() -> None:
+        ({"ranking_method": "weight"}, by_text),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            analyses.overlap(read(**settings))
     with pytest.raises(ConfigError, match=r"needs 64 tokens of each text, and B \(B\) has 3"):
-        check(study(A, "sea"))
+        analyses.check(read(A, "sea"))
     with pytest.raises(ConfigError, match=r"text A \(A\) has 1 token"):
-        study("a")
-    assert [len(ids) for ids in study(max_tokens=70).ids] == [70, 70]
-    assert len(study("x" * 3000, None, max_tokens=9999).ids[0]) == 1024  # the model's context
+        read("a")
+    assert [len(ids) for ids in read(max_tokens=70).ids] == [70, 70]
+    assert len(read("x" * 3000, None, max_tokens=9999).ids[0]) == 1024  # the model's context
 
 
-def test_compare() -> None:
-    a, b = torch.tensor([3.0, 0.0, 4.0]), torch.tensor([0.0, 0.0, 10.0])
-    found = compare(a, b, 1)
-    assert found == pytest.approx(
-        {"cosine": 0.8, "distance": math.sqrt(45), "norm_ratio": 2.0, "jaccard": 1.0}
-    )
-    assert compare(a, torch.tensor([0.0, 9.0, -1.0]), 2)["jaccard"] == pytest.approx(1 / 3)
-    assert compare(a, a, 99) == pytest.approx(
-        {"cosine": 1.0, "distance": 0.0, "norm_ratio": 1.0, "jaccard": 1.0}
-    )
-    nothing = compare(torch.zeros(3), torch.zeros(3), 2)
+def test_compare():
+    a, b, zero = (torch.tensor(one) for one in ([3.0, 0, 4], [0.0, 0, 10], [0.0, 0, 0]))
+    wanted = {"cosine": 0.8, "distance": math.sqrt(45), "norm_ratio": 2.0, "jaccard": 1.0}
+    assert analyses.compare(a, b, 1) == pytest.approx(wanted)
+    assert analyses.compare(a, torch.tensor([0.0, 9, -1]), 2)["jaccard"] == pytest.approx(1 / 3)
+    same = {"cosine": 1.0, "distance": 0.0, "norm_ratio": 1.0, "jaccard": 1.0}
+    assert analyses.compare(a, a, 99) == pytest.approx(same)
+    nothing = analyses.compare(zero, zero, 2)
     assert (nothing["cosine"], nothing["norm_ratio"], nothing["distance"]) == (0.0, 0.0, 0.0)
-    assert half_widths(0) == [0] and half_widths(5) == [0, 1, 2, 4, 5] == half_widths(5)
+    widths = {0: [0], 1: [0, 1], 4: [0, 1, 2, 4], 5: [0, 1, 2, 4, 5]}
+    assert {longest: analyses.half_widths(longest) for longest in widths} == widths
 
 
-def test_space() -> None:
-    found = space(study(layer=2, top_dims=5))
+def test_space():
+    found = analyses.space(read(layer=2, top_dims=5))
     x = [seen(text, 2)["x"] for text in (A, B)]
     assert (found["layer"], len(found["layers"])) == (2, 4)
     assert len(found["tokens"]) == min(map(len, x))
     for position in (0, 17):
-        mine = found["tokens"][position]
         one, two = x[0][position], x[1][position]
-        assert mine["cosine"] == pytest.approx(float(cosine_similarity(one, two, dim=0)), abs=1e-4)
-        assert mine["distance"] == pytest.approx(float((one - two).norm()), rel=1e-4)
-        assert mine["norm_ratio"] == pytest.approx(float(two.norm() / one.norm()), rel=1e-4)
         tops = [set(t.abs().topk(5).indices.tolist()) for t in (one, two)]
-        assert mine["jaccard"] == len(tops[0] & tops[1]) / len(tops[0] | tops[1])
-    means = [t[4:].mean(0) for t in x]
-    mine = found["layers"][2]
-    assert mine["cosine"] == pytest.approx(float(cosine_similarity(*means, dim=0)), abs=1e-4)
-    three = next(w for w in found["windows"] if w["half_width"] == 2)
+        wanted = {"position": position, "cosine": float(cosine_similarity(one, two, dim=0))}
+        wanted |= {"distance": float((one - two).norm()), "jaccard": jaccard(*tops)}
+        wanted |= {"norm_ratio": float(two.norm() / one.norm())}
+        assert found["tokens"][position] == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+    mean = float(cosine_similarity(*(t[4:].mean(0) for t in x), dim=0))
+    assert found["layers"][2]["cosine"] == pytest.approx(mean, abs=1e-4)
+    five = next(w for w in found["windows"] if w["half_width"] == 2)
     middles = [4 + (len(t) - 4) // 2 for t in x]
     parts = [t[m - 2 : m + 3].mean(0) for t, m in zip(x, middles, strict=True)]
-    assert (three["tokens_a"], three["tokens_b"]) == (5, 5)
-    assert three["distance"] == pytest.approx(float((parts[0] - parts[1]).norm()), rel=1e-4)
+    assert (five["tokens_a"], five["tokens_b"]) == (5, 5)
+    assert five["distance"] == pytest.approx(float((parts[0] - parts[1]).norm()), rel=1e-4)
     widest = found["windows"][-1]
     assert (widest["tokens_a"], widest["tokens_b"]) == tuple(len(t) - 4 for t in x)
-    assert widest["cosine"] == pytest.approx(mine["cosine"], abs=1e-4)
+    assert widest["cosine"] == pytest.approx(mean, abs=1e-4)
+    short = analyses.space(read("ab", "abc"))
+    assert (len(short["tokens"]), short["windows"][0]["tokens_a"]) == (2, 1)
 
 
-def test_space_of_a_text_with_itself_and_of_a_short_one() -> None:
-    for row in space(study(A, A))["tokens"]:
-        assert row["cosine"] == pytest.approx(1.0, abs=1e-6) and row["distance"] == 0.0
-    short = space(study("ab", "abc"))
-    assert len(short["tokens"]) == 2
-    assert short["windows"][0]["tokens_a"] == 1
+def test_what_is_removed():
+    a = [torch.tensor([0, 2, 4]), torch.tensor([1])]
+    b = [torch.tensor([2, 3, 4]), torch.tensor([1])]
+    arms = analyses.arms(a, b)
+    assert {k: {n: ids.tolist() for n, ids in v.items()} for k, v in arms.items()} == {
+        "a_only": {0: [0], 1: []},
+        "b_only": {0: [3], 1: []},
+        "a_top": {0: [0, 2, 4], 1: [1]},
+    }
+    drawn, again = (analyses.random_ids(arms["a_top"], [6, 9], 3) for _ in range(2))
+    assert [len(ids) for ids in drawn.values()] == [3, 1] and torch.equal(drawn[0], again[0])
+    assert all(torch.equal(ids, ids.unique()) for ids in drawn.values())
+    scores = [torch.tensor([1.0, 9.0, 5.0, 2.0]), torch.tensor([1.0, 2.0])]
+    assert [ids.tolist() for ids in analyses.strongest(scores, 0.5)] == [[1, 2], [1]]
+    assert analyses.strongest(scores, 0.01)[1].tolist() == [1]
+    found = analyses.blocks([float(n) for n in range(34)])
+    assert list(found.values()) == [(7.5, 16.0), (23.5, 16.0), (32.5, 2.0)]
+
+
+def test_ablation():
+    """Losses by a forward of our own in which the removed neurons are multiplied by 0."""
+    looked = read(share=0.25, ablation_seeds=2)
+    with Same(looked.model):
+        found = analyses.ablation(looked)
+    model, tokenizer = loaded()
+    texts = [tokenizer(text, return_tensors="pt").input_ids[0] for text in (A, B)]
+    best = []
+    for text, ids in zip((A, B), texts, strict=True):
+        seen_first = [seen(text, layer)["u"][: len(ids) // 2] for layer in range(4)]
+        shares = [(u / u.norm(dim=-1, keepdim=True)).square().sum(0) for u in seen_first]
+        best.append([set(share.topk(WIDTH // 4).indices.tolist()) for share in shares])
+    removed = {
+        "a_only": [one - two for one, two in zip(*best, strict=True)],
+        "b_only": [two - one for one, two in zip(*best, strict=True)],
+        "a_top": best[0],
+    }
+    assert len(found["rows"]) == 6
+    for row in found["rows"]:
+        ids = texts["AB".index(row["text"])]
+        sets = removed[row["arm"]]
+        assert row["neurons"] == sum(map(len, sets))
+        assert row["achieved_sparsity"] == pytest.approx(row["neurons"] / (4 * WIDTH))
+        assert (row["dense_token_share"], row["remasks"]) == (0.0, 0)
+        for key, gone in (("loss", sets), ("dense_loss", [set()] * 4)):
+            losses = own_losses(model, ids, gone)
+            assert row["tokens"] == len(losses) == len(ids) - len(ids) // 2
+            assert row[key] == pytest.approx(float(losses.mean()), rel=1e-4)
+        over, random = row["over_dense"], row["over_random"]["estimate"]
+        assert over["estimate"] == pytest.approx(row["loss"] - row["dense_loss"], abs=1e-6)
+        assert over["low"] <= over["estimate"] <= over["high"]
+        assert row["random_loss"] == pytest.approx(sum(row["random_losses"]) / 2)
+        assert random == pytest.approx(row["loss"] - row["random_loss"], abs=1e-6)
+        assert over["n"] == math.ceil(row["tokens"] / found["block_tokens"])
+    rows = analyses.ablation(read(A, A))["rows"]  # equal texts: nothing is A's own
+    assert [row["neurons"] > 0 for row in rows] == [row["arm"] == "a_top" for row in rows]
+    assert rows[0]["loss"] == rows[0]["dense_loss"] == rows[0]["random_loss"]
+    assert (rows[0]["over_dense"]["low"], rows[0]["over_dense"]["high"]) == (0.0, 0.0)
+
+
+def own_losses(model, ids, gone):
+    """Losses of the second half; neurons are removed for the tokens fed from its start - 1 on."""
+    first, handles = len(ids) // 2, []
+    for block, sets in zip(model.transformer.h, gone, strict=True):
+        mask = torch.ones(len(ids), WIDTH)
+        mask[first - 1 :, sorted(sets)] = 0
+        handles.append(
+            block.mlp.c_proj.register_forward_pre_hook(lambda m, args, k=mask: (args[0] * k,))
+        )
+    with torch.no_grad():
+        logits = model(ids[None]).logits[0]
+    for handle in handles:
+        handle.remove()
+    return cross_entropy(logits[first - 1 : -1], ids[first:], reduction="none")

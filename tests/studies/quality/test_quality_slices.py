@@ -1,31 +1,31 @@
-"""The texts of ``bench quality``: sources, the two sets, slices, second topics."""
-
-from __future__ import annotations
-
-import json
-from pathlib import Path
+"""The texts of ``bench quality``: sources, sets, slices, second topics; and one slice scored."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import settings as checked
 from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
 
-from dart_llm.data import passages as drift_passages
 from dart_llm.data import texts
 from dart_llm.data.documents import Source, paragraphs, sources
-from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.data.passages import shipped
+from dart_llm.errors import ConfigError
+from dart_llm.evaluation.perplexity import score_window
+from dart_llm.pruning.config import PruneConfig
+from dart_llm.session.prepare import PreparedMethod
+from dart_llm.session.run import Run
+from dart_llm.studies.quality.settings import CONTINUATION, LEAD, SHIFT, Shape
 from dart_llm.studies.quality.slices import (
-    CONTINUATION,
-    LEAD,
-    SHIFT,
+    MOMENT,
     Pair,
-    Shape,
     Slice,
     cut,
     pairs,
+    score_shared_prompt,
+    score_single,
 )
-from lm_cases import loaded
+from lm_cases import Forwards, loaded
 from quality_cases import PROMPT, SHAPE, TOKENS, bees, loans, read_pairs
 
 
@@ -34,24 +34,24 @@ class Letters:
 
     bos_token_id = 1
 
-    def __init__(self, start: bool = False) -> None:
+    def __init__(self, start=False):
         self.start = start
 
-    def __call__(self, text: str, add_special_tokens: bool = True, **more: object) -> dict:
+    def __call__(self, text, add_special_tokens=True, **more):
         own = [1] if self.start and add_special_tokens else []
         return {"input_ids": own + [ord(character) for character in text]}
 
 
-def words(ids: torch.Tensor) -> str:
+def words(ids):
     return "".join(map(chr, ids.tolist()))
 
 
-# sets
+# sets and slices
 
 
 @checked(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=0, max_size=40), st.integers(3, 25))
-def test_the_sets_never_share_a_document(lengths: list[int], size: int) -> None:
+def test_the_sets_never_share_a_document(lengths, size):
     """Every document has letters of its own, so that slices say where they come from."""
     source = Source("s", tuple(chr(0x4E00 + n) * length for n, length in enumerate(lengths)))
     used = {}
@@ -68,55 +68,37 @@ def test_the_sets_never_share_a_document(lengths: list[int], size: int) -> None:
     assert sum(halves) == len(lengths) and halves[1] - halves[0] in (0, 1)
 
 
-def test_an_unknown_set_is_named() -> None:
-    with pytest.raises(UnknownName, match="unknown set 'reprot'; did you mean report"):
-        bees().half("reprot")
-
-
-# slices
-
-
-def test_long_documents_are_cut_and_short_ones_joined() -> None:
+def test_slices_are_cut_joined_and_evenly_spaced():
     source = Source("s", (*"----", "ab", "cdefghijklm", "op", "qr", "stuv"))
     found = [(words(one.body), one.documents) for one in cut(source, "report", Letters(), 5)]
     # c to m gives two whole slices; ab + \n\n + op is the first to fill one of the short ones
     assert found == [("cdefg", (5,)), ("hijkl", (5,)), ("ab\n\no", (4, 6, 7))]
-
-
-def test_slices_are_evenly_spaced() -> None:
     half = Source("s", (*["-"] * 10, *(chr(97 + n) * 74 for n in range(10))))
-    made = pairs([half], "report", Letters(), Shape(10, 9), 4)
-    assert [words(pair.first.body)[0] for pair in made] == ["a", "d", "g", "j"]
-    assert [pair.first.id for pair in made] == ["s/0", "s/1", "s/2", "s/3"]
-    made = pairs([half], "report", Letters(), Shape(10, 9), 10)
-    assert [words(pair.first.body)[0] for pair in made] == list("abcdefghij")
-    made = pairs([half], "report", Letters(), Shape(10, 9), 1, shift=False)
-    assert [words(pair.first.body)[0] for pair in made] == ["a"]
+    for wanted, letters in ((4, "adgj"), (10, "abcdefghij"), (1, "a")):
+        made = pairs([half], "report", Letters(), Shape(10, 9), wanted, shift=wanted > 1)
+        assert "".join(words(pair.first.body)[0] for pair in made) == letters
+        assert [pair.first.id for pair in made] == [f"s/{n}" for n in range(wanted)]
 
 
-def test_windows_of_both_cells() -> None:
-    first, second = (Slice(name, 0, torch.arange(140) + base, (0,)) for name, base in
-                     (("a", 1000), ("b", 5000)))  # fmt: skip
+def test_windows_of_both_cells():
+    first, second = (
+        Slice(name, 0, torch.arange(140) + base, (0,)) for name, base in (("a", 1000), ("b", 5000))
+    )
     pair = Pair(first, second, (), Shape(70, 40))
-    one = pair.window(CONTINUATION)
+    one, two = pair.window(CONTINUATION), pair.window(SHIFT)
     assert one.ids.tolist() == list(range(1000, 1110)) and one.first == 70
-    two = pair.window(SHIFT)
     assert two.ids.tolist() == [*range(1000, 1000 + 70 + LEAD), *range(5000, 5040)]
     assert (two.first, two.scored) == (70, LEAD + 40)
     pair = Pair(first, second, (7,), Shape(70, 40))  # a start token counts as one of the prompt's
     assert pair.window(CONTINUATION).ids.tolist() == [7, *range(1000, 1109)]
     assert pair.window(SHIFT).ids.tolist() == [7, *range(1000, 1069 + LEAD), *range(5000, 5040)]
+    (made, *_) = pairs([bees(), loans()], "report", Letters(start=True), SHAPE, 2)
+    assert len(made.first.body) == SHAPE.size - 1
+    for cell in (CONTINUATION, SHIFT):  # and not before the second topic
+        assert [n for n, one in enumerate(made.window(cell).ids.tolist()) if one == 1] == [0]
 
 
-def test_a_start_token_stands_before_every_slice_and_not_before_the_second_topic() -> None:
-    made = pairs([bees(), loans()], "report", Letters(start=True), SHAPE, 2)
-    for pair in made:
-        assert len(pair.first.body) == SHAPE.size - 1
-        for cell in (CONTINUATION, SHIFT):
-            assert [n for n, one in enumerate(pair.window(cell).ids.tolist()) if one == 1] == [0]
-
-
-def test_the_second_topic_is_the_next_source() -> None:
+def test_second_topics():
     made = read_pairs(2)
     assert [pair.first.id for pair in made] == ["bees/0", "bees/1", "loans/0", "loans/1"]
     assert [pair.second.id for pair in made] == ["loans/0", "loans/1", "bees/0", "bees/1"]
@@ -124,11 +106,7 @@ def test_the_second_topic_is_the_next_source() -> None:
     text = loaded()[1].decode(ids)
     assert text[: PROMPT + LEAD] in bees().documents[4]
     assert text[PROMPT + LEAD :] in loans().documents[12] and len(ids) == PROMPT + LEAD + TOKENS
-
-
-def test_one_source_alone_takes_another_document() -> None:
-    made = read_pairs(4, bees())
-    for pair in made:
+    for pair in read_pairs(4, bees()):  # one source alone: another document of it
         assert not set(pair.first.documents) & set(pair.second.documents)
     single = Source("one", ("-", bees().documents[0] * 4))
     with pytest.raises(ConfigError, match='"one" is all there is, and no other slice of it is of'):
@@ -137,85 +115,138 @@ def test_one_source_alone_takes_another_document() -> None:
     assert [pair.first.id for pair in made] == ["one/0", "one/1"]
 
 
-def test_too_little_text_says_how_much_there_is() -> None:
-    words = (
-        'the text "bees" has 8 slices of 134 tokens in its set report (the second half of 8 '
-        "documents), fewer than the 9 wanted: give a longer text, or a smaller --slices, --tokens "
-        "or --prompt-tokens"
-    )
+def test_too_little_text_says_how_much_there_is(snapshot):
     with pytest.raises(ConfigError) as error:
         read_pairs(9, bees())
-    assert str(error.value) == words
+    assert str(error.value) == snapshot
     with pytest.raises(ConfigError, match="has no slices of 134 tokens in its set choose"):
         pairs([bees(1)], "choose", loaded()[1], SHAPE, 1)
-
-
-def test_of_the_embedded_texts_there_are_as_many_as_there_are() -> None:
-    (source,) = sources(["embedded"])
+    (source,), tokenizer = sources(["embedded"]), loaded()[1]
     long = Shape(1800, 900)  # characters
-    tokenizer = loaded()[1]
     there = len(list(cut(source, "report", tokenizer, 2700)))
-    assert 1 < there < 16
-    assert len(pairs([source], "report", tokenizer, long, None)) == there
-    with pytest.raises(ConfigError, match=f"has {there} slices"):
-        pairs([source], "report", tokenizer, long, 16)
-    read = Source("other", source.documents)
-    with pytest.raises(ConfigError, match="fewer than the 16 wanted"):
-        pairs([read], "report", tokenizer, long, None)
+    assert 1 < there < 16 and len(pairs([source], "report", tokenizer, long, None)) == there
+    for own, wanted in ((source, 16), (Source("other", source.documents), None)):
+        with pytest.raises(ConfigError, match="fewer than the 16 wanted"):
+            pairs([own], "report", tokenizer, long, wanted)
 
 
-# sources
-
-
-def test_the_embedded_texts_are_in_both_sets() -> None:
+def test_the_embedded_texts_are_in_both_sets():
     (source,) = sources(["embedded"])
-    parts = [part.text for one in drift_passages.shipped() for part in one.segments()]
-    assert len(source.documents) == len(texts.subjects()) + len(parts)
+    parts = {part.text for one in shipped() for part in one.segments()}
     assert set(source.documents) == {*map(texts.read, texts.subjects()), *parts}
     for which in ("choose", "report"):
         own = {text for _, text in source.half(which)}
-        assert len(own & set(parts)) == 14
-        assert len(own - set(parts)) == 3
+        assert (len(own & parts), len(own - parts)) == (14, 3)
+    assert paragraphs("a\nb\n\nc\n \t\nd") == ["a\nb", "c", "d"]
+    assert paragraphs("a\nb\nc") == ["a", "b", "c"] and paragraphs("") == []
+    assert Source("a", ("first", "second")).digest != Source("a", ("firs", "tsecond")).digest
 
 
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("a\nb\n\nc\n \t\nd", ["a\nb", "c", "d"]),
-        ("a\nb\nc", ["a", "b", "c"]),
-        ("one", ["one"]),
-        ("", []),
-    ],
-)
-def test_paragraphs_or_lines(text: str, found: list[str]) -> None:
-    assert paragraphs(text) == found
+# one slice scored
+
+GRIFFIN = PruneConfig.build("griffin")
+CELLS = (CONTINUATION, SHIFT)
 
 
-def test_files_become_sources(tmp_path: Path) -> None:
-    plain, rows = tmp_path / "notes.txt", tmp_path / "rows.jsonl"
-    plain.write_text("first\n\nsecond\n\n  \n", encoding="utf-8")
-    lines = [{"page": "p1", "code": "c1"}, {"page": " ", "code": "c2"}]
-    rows.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    found = sources([str(plain), str(rows), f"{rows}:code"])
-    assert [(one.label, one.documents) for one in found] == [
-        ("notes", ("first", "second")),
-        ("rows", ("p1",)),
-        ("rows:code", ("c1", "c2")),
-    ]
-    assert found[0].digest != Source("notes", ("firs", "tsecond")).digest
+def dart(sparsity=0.5, **settings):
+    return PruneConfig.build("dart", sparsity=sparsity, **settings)
 
 
-def test_what_is_no_source(tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"body": "x"}\n', encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"line 1 of .* but body: name the column, as in rows"):
-        sources([str(rows)])
-    with pytest.raises(ConfigError, match='has no text under "bdy", but body'):
-        sources([f"{rows}:bdy"])
-    with pytest.raises(ConfigError, match='the text "rows:body" was given twice'):
-        sources([f"{rows}:body", f"{rows}:body"])
-    with pytest.raises(ConfigError, match=r'no text "nothing\.txt"'):
-        sources(["nothing.txt"])
-    (tmp_path / "blank.txt").write_text("\n \n", encoding="utf-8")
-    with pytest.raises(ConfigError, match="holds nothing"):
-        sources([str(tmp_path / "blank.txt")])
+def measured(config, cell, told=False):
+    """``told``: the moment of the change."""
+    candidate = PreparedMethod(*loaded(), config)
+    return score_single(candidate, None if told else candidate.run(), cell, read_pairs(1)[0])
+
+
+def mean(losses):
+    return sum(losses) / len(losses)
+
+
+def test_one_prompt_serves_dense_and_griffin_at_every_sparsity():
+    model, pair = loaded()[0], read_pairs(1)[0]
+    wanted = [(cell, sparsity) for cell in CELLS for sparsity in (0.0, 0.3, 0.7)]
+    with Forwards(model) as seen:
+        shared = score_shared_prompt(model, GRIFFIN, pair, wanted)
+        found = {(cell, sparsity): part for cell, sparsity, part in shared}
+    assert seen.shapes.count((1, PROMPT - 1)) == 1  # and then only what follows it
+    assert list(found) == wanted
+    for (cell, sparsity), part in found.items():
+        ids = pair.window(cell).ids
+        assert part["tokens"] == TOKENS
+        if not sparsity:  # by one plain forward: no cache, no chunks
+            with torch.inference_mode():
+                logits = model(ids[None]).logits[0, -TOKENS - 1 : -1]
+            loss = float(cross_entropy(logits, ids[-TOKENS:]))
+            assert part["loss"] == pytest.approx(loss, abs=1e-5) and part["accounting"] is None
+            continue
+        with Run(model, GRIFFIN.replace({"sparsity": sparsity})) as run:
+            losses = score_window(model, run, pair.window(cell)).losses
+        report, own = run.report().to_dict(), dict(part["accounting"])
+        assert own.pop("remask_steps") == [] and own.pop("extra_memory_bytes") > 0
+        assert own == {name: report[name] for name in own}
+        assert own["decoded_tokens"] == (TOKENS if cell == CONTINUATION else LEAD + TOKENS)
+        assert part["loss"] == pytest.approx(mean(losses[-TOKENS:]), abs=1e-8)
+    assert len({round(part["loss"], 5) for part in found.values()}) == 6
+
+
+@torch.inference_mode()
+def step_by_step(run, ids, moment=None):
+    """Losses of single steps after the prompt; a new mask is asked for before step ``moment``."""
+    model, kept = run.model, []
+    output = model(ids[None, : PROMPT - 1], use_cache=True)
+    for step, place in enumerate(range(PROMPT - 1, len(ids) - 1)):
+        run.tokens_until_change()
+        if step == moment:
+            run.controller.flush()
+            with torch.inference_mode(False):
+                run.controller.sequences[-1].trigger("forced")
+        with run.decoding():
+            output = model(ids[None, place : place + 1], cache=output.cache)
+        kept.append(float(cross_entropy(output.logits[0, -1:], ids[None, place + 1])))
+    return kept
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_live_detector_reads_all_that_is_decoded(cell):
+    rule = {"rule": "interval 20", "min_distance": 0, "max_dense_share": None}
+    config = dart(drift=rule, remask={"observe_tokens": 7})
+    part, pair = measured(config, cell), read_pairs(1)[0]
+    with Run(loaded()[0], config) as run:
+        slow = step_by_step(run, pair.window(cell).ids)
+    assert part["loss"] == pytest.approx(mean(slow[-TOKENS:]), abs=2e-5)
+    decoded = TOKENS + (LEAD if cell == SHIFT else 0)
+    own = part["accounting"]
+    steps = list(range(27, decoded, 27))
+    assert own["remask_steps"] == steps == [r.step for r in run.remasks[1:]]
+    dense = sum(step % 27 >= 20 for step in range(decoded))
+    assert own["dense_token_share"] == pytest.approx(dense / decoded)
+    assert own["achieved_sparsity"] == pytest.approx(0.5 * (1 - dense / decoded))
+
+
+def test_told_the_moment_the_new_topic_begins_dense():
+    config = dart(drift="never", remask={"observe_tokens": 9})
+    part, pair = measured(config, SHIFT, told=True), read_pairs(1)[0]
+    own = part["accounting"]
+    assert own["remask_steps"] == [MOMENT + 9]
+    assert own["dense_token_share"] == pytest.approx(9 / (LEAD + TOKENS))
+    # step 0 feeds the prompt's last token, so step LEAD + 1 the new topic's first
+    ids = pair.window(SHIFT).ids
+    assert MOMENT == LEAD + 1 and ids[PROMPT - 1 + MOMENT] == pair.second.body[0]
+    with Run(loaded()[0], config) as run:
+        slow = step_by_step(run, ids, MOMENT)
+    assert part["loss"] == pytest.approx(mean(slow[-TOKENS:]), abs=2e-5)
+    assert part["loss"] != measured(config, SHIFT)["loss"]
+
+
+def test_the_model_is_left_as_it_was():
+    model, pair = loaded()[0], read_pairs(1)[0]
+    before = score_window(model, None, pair.window(SHIFT)).losses
+    list(score_shared_prompt(model, GRIFFIN, pair, [(SHIFT, 0.5)]))
+    measured(dart(), SHIFT, told=True)
+    assert score_window(model, None, pair.window(SHIFT)).losses == before
+
+
+def test_a_slice_that_ran_dense_is_refused():
+    config = dart(min_evidence=PROMPT + LEAD + TOKENS + 1)
+    with pytest.raises(ConfigError, match=r"all 40 decoded tokens of slice bees/0 ran dense"):
+        measured(config, CONTINUATION)

@@ -1,18 +1,18 @@
-"""The arithmetic of ``dart-llm bench speed``, and its settings: nothing here runs a model."""
+"""The arithmetic of ``dart-llm bench speed``, its settings and its clock, by hand."""
 
-from __future__ import annotations
-
+import importlib
 from mmap import mmap
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from dart_llm.data import texts
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.pruning.config import PruneConfig
+from dart_llm.reporting.console import Ui
 from dart_llm.settings import merge
 from dart_llm.studies.speed.cases import Case, dense_cases, rebuilding
+from dart_llm.studies.speed.model import cache_bytes, prepare_model, prompt_ids
 from dart_llm.studies.speed.settings import SpeedSettings
 from dart_llm.studies.speed.study import shuffled
 from dart_llm.studies.speed.summary import (
@@ -24,135 +24,97 @@ from dart_llm.studies.speed.summary import (
     timed_mean,
 )
 from dart_llm.studies.speed.timing import Growth, read_bandwidth
+from lm_cases import loaded, place
+from shells import ROOT
 from speed_cases import sample, settings
+from tiny import tiny, tokens
 
 
-def test_the_byte_limit_by_hand() -> None:
+def test_formulas_by_hand():
     """600 of 800 bytes of weights are the FFN's; 200 bytes of cache make f 0.6."""
     sizes = DecodeTraffic(ffn=600, weights=800, cache=200)
     assert sizes.share == pytest.approx(0.6)
-    assert sizes.limit(0.5) == pytest.approx(1 / 0.7)
-    assert sizes.limit(0.0) == 1.0
+    assert sizes.limit(0.5) == pytest.approx(1 / 0.7) and sizes.limit(0.0) == 1.0
     assert sizes.limit(0.5, proxy_share=0.25) == pytest.approx(1 / 0.85)
     assert sizes.read(1.0) == 1000 and sizes.read(0.5) == 700
-    # the cache makes the gain smaller
-    assert DecodeTraffic(600, 800, 0).limit(0.5) > sizes.limit(0.5)
-
-
-def test_the_mean_context_by_hand() -> None:
     # prompt of 10; two untimed tokens read 11 and 12 positions; the timed four 13, 14, 15, 16
     assert mean_context(10, 4) == 14.5
-
-
-def test_means_over_the_timed_tokens_alone() -> None:
     # 0.4 over 10 tokens, of which the first two were dense: 4.0 / 8
-    assert timed_mean(0.4, 10, 0.0, 2) == pytest.approx(0.5)
-    assert timed_mean(0.4, 2, 0.4, 2) == 0.0
-
-
-def test_the_spread_by_hand() -> None:
+    assert timed_mean(0.4, 10, 0.0, 2) == pytest.approx(0.5) and timed_mean(0.4, 2, 0.4, 2) == 0.0
     assert mad([1.0, 2.0, 3.0, 4.0, 100.0]) == 1.0
+    wanted = {1234.4: "1234", 17.62: "17.6", 1.234: "1.23", 0.0417: "0.042", -1e-5: "0.000"}
+    assert {value: number(value) for value in wanted} == wanted
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(1234.4, "1234"), (17.62, "17.6"), (1.234, "1.23"), (0.0417, "0.042"), (-1e-5, "0.000")],
-)
-def test_numbers_for_people(value: float, text: str) -> None:
-    assert number(value) == text
-
-
-def _document(**more: Any) -> dict[str, Any]:
+def test_rows_by_hand():
     griffin = PruneConfig.build("griffin", sparsity=0.5)
     cases = [
         Case("transformers"),
         Case("dense, slim", griffin.replace({"sparsity": 0.0, "executor": "slim"})),
         Case("griffin 50 %, slim", griffin, variant="griffin"),
     ]
-    counted = {"achieved_sparsity": 0.5, "dense_token_share": 0.25, "ffn_bytes_share": 0.5,
-               "remasks": 1, "attach_s": 0.02, "extra_memory_bytes": 3 * 2**20}  # fmt: skip
-    times = {
-        "transformers": [[40, 40], [44, 44]],
-        "dense, slim": [[21, 21], [21, 21]],
-        "griffin 50 %, slim": [[14, 16], [15, 15]],
-    }
-    extra = {
-        "griffin 50 %, slim": {**counted, "phases": "pp"},
-    }
+    counted = {"achieved_sparsity": 0.5, "dense_token_share": 0.25, "ffn_bytes_share": 0.5}
+    counted |= {"remasks": 1, "attach_s": 0.02, "extra_memory_bytes": 3 * 2**20}
+    samples = [  # in the third repetition something else ran on the machine
+        {"transformers": sample(plain), "dense, slim": sample([21, 21]),
+         "griffin 50 %, slim": sample(own, **counted)}
+        for plain, own in (([40, 40], [14, 16]), ([44, 44], [15, 15]), ([90, 90], [15, 15]))
+    ]  # fmt: skip
     repetitions = [
-        {
-            "order": [*times],
-            "sitting": "one",
-            "read_bandwidth": speed,
-            "samples": {
-                label: sample(each[turn], **extra.get(label, {})) for label, each in times.items()
-            },
-        }
-        for turn, speed in ((0, 50000.0), (1, 60000.0))
+        {"order": list(one), "sitting": "one", "read_bandwidth": speed, "samples": one}
+        for speed, one in zip((50000.0, 55000.0, 90000.0), samples, strict=True)
     ]
     sizes = {"ffn_bytes": 600.0, "weight_bytes": 800, "cache_bytes_per_position": 10}
-    about = {"weights": sizes, "prompt_tokens": 16, "tokens": 3, **more}  # a mean context of 20
-    return summarise(cases, "dense, slim", repetitions, about)
-
-
-def test_rows_by_hand() -> None:
-    found = _document()
+    about = {"weights": sizes, "prompt_tokens": 16, "tokens": 3}  # a mean context of 20
+    found = summarise(cases, "dense, slim", repetitions, about)
     assert (found["ffn_share_of_bytes_read"], found["mean_context"]) == (0.6, 20)
     assert found["read_bandwidth"]["bytes_per_second"] == 55000
     plain, own, row = found["rows"]
     steps = [plain[f"token_ms_{at}"] for at in ("p5", "median", "p95")]
-    assert steps == pytest.approx([40, 42, 44])  # of 40, 40, 44, 44: straight lines between them
-    assert (plain["tg_ms"], plain["tg_spread_ms"]) == (pytest.approx(42), pytest.approx(2))
-    assert plain["times_own_dense"] == pytest.approx(0.5)
+    assert steps == pytest.approx([40, 44, 90])
+    assert (plain["tg_ms"], plain["tg_spread_ms"]) == (pytest.approx(44), pytest.approx(4))
+    assert (plain["attach_ms"], plain["peak_growth_bytes"]) == (None, None)
     assert own["limit"] == 1.0 and own["share_of_limit"] is None
-    assert row["tg_ms"] == pytest.approx(15) and row["pp_tokens_per_second"] == pytest.approx(160)
-    assert row["times_transformers"] == pytest.approx(42 / 15)
-    assert row["times_own_dense"] == pytest.approx(1.4)
-    assert row["limit"] == pytest.approx(1 / 0.7)
-    assert row["share_of_limit"] == pytest.approx(0.98)
-    assert row["bytes_per_token"] == pytest.approx(700)
-    assert row["bytes_per_second"] == pytest.approx(700 / 0.015)
-    assert row["share_of_read_bandwidth"] == pytest.approx(700 / 0.015 / 55000)
-    assert (row["achieved_sparsity"], row["dense_token_share"], row["remasks"]) == (0.5, 0.25, 1)
-    assert row["attach_ms"] == pytest.approx(20) and row["extra_memory_bytes"] == 3 * 2**20
-    # 100 for the prompt, 32 for two untimed tokens, and the timed ones: 30 and 30
-    assert row["all_ms"] == pytest.approx(162)
-    assert row["all_times_transformers"] == pytest.approx((132 + 84) / 162)
-    assert row["all_times_own_dense"] == pytest.approx((132 + 42) / 162)
-    assert plain["attach_ms"] is None and plain["peak_growth_bytes"] is None
+    wanted = {"tg_ms": 15, "pp_tokens_per_second": 160, "times_transformers": 44 / 15}
+    wanted |= {"times_own_dense": 1.4, "limit": 1 / 0.7, "share_of_limit": 0.98}
+    wanted |= {"bytes_per_token": 700, "bytes_per_second": 700 / 0.015}
+    wanted |= {"share_of_read_bandwidth": 700 / 0.015 / 55000, "achieved_sparsity": 0.5}
+    wanted |= {"dense_token_share": 0.25, "remasks": 1, "attach_ms": 20}
+    # 100 for the prompt, 32 for two untimed tokens, and the timed ones: 30
+    wanted |= {"all_ms": 162, "all_times_transformers": (132 + 88) / 162}
+    wanted |= {"all_times_own_dense": (132 + 42) / 162, "extra_memory_bytes": 3 * 2**20}
+    assert {key: row[key] for key in wanted} == pytest.approx(wanted)
 
 
-def test_the_order_follows_from_the_seed() -> None:
+def test_the_order_follows_from_the_seed():
     labels = [str(number) for number in range(6)]
-    first = [shuffled(labels, 0, number) for number in range(4)]
-    assert first == [shuffled(labels, 0, number) for number in range(4)]
-    assert all(sorted(one) == labels for one in first)
-    assert len(set(map(tuple, first))) == 4
-    assert shuffled(labels, 1, 0) != first[0]
+    first, again = ([shuffled(labels, 0, number) for number in range(4)] for _ in range(2))
+    assert first == again and all(sorted(one) == labels for one in first)
+    assert len(set(map(tuple, first))) == 4 and shuffled(labels, 1, 0) != first[0]
 
 
 # cases and settings
 
 
-def test_masks_are_rebuilt_as_often_as_asked() -> None:
+def test_cases(tmp_path):
     config = rebuilding(PruneConfig.build("dart", sparsity=0.5), 64)
     assert config.drift.rule == "interval 64" and config.remask.observe_tokens == 1
     assert (config.drift.min_distance, config.drift.max_dense_share) == (0, None)
     assert config.remask.evidence == "decay"  # the rest is the method's
     dense = [one.label for one in dense_cases()]
     assert dense == ["transformers", "dense, slim", "dense, native", "dense, graph"]
-
-
-def test_variants_come_after_methods(tmp_path: Path) -> None:
     file = tmp_path / "v.yaml"
     file.write_text("calm: {drift: never}\ng2: {method: griffin}\n", encoding="utf-8")
-    found = settings(tmp_path, methods="griffin", variants=str(file)).variant_list()
-    assert [one.label for one in found] == ["griffin", "calm", "g2"]
-    assert [one.config.method for one in found] == ["griffin", "dart", "griffin"]
-    assert found[1].config.drift.rule == "never"
-    cases = settings(tmp_path, variants=str(file), sparsities="0.5,0.7").case_list()
+    asked = settings(tmp_path, variants=str(file), sparsities="0.5,0.7")
+    found = [(one.label, one.config.method) for one in asked.variant_list()]
+    assert found == [("griffin", "griffin"), ("calm", "dart"), ("g2", "griffin")]
+    assert asked.variant_list()[1].config.drift.rule == "never"
+    cases = asked.case_list()
     assert len(cases) == 3 * 2 * 3
     assert cases[3].label == "griffin 70 %, compact" and cases[3].executor == "compact"
+    named = merge(SpeedSettings, {"model": "Qwen/Qwen2.5-0.5B"}, environment={})
+    assert (named.name, named.experiment) == ("qwen2.5-0.5b", "speed-qwen2.5-0.5b")
+    assert not named.is_random and asked.is_random
     file.write_text("x: {executor: slim}\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r'"x" of .* sets the executor, which --executors does'):
         settings(tmp_path, variants=str(file))
@@ -163,51 +125,89 @@ def test_variants_come_after_methods(tmp_path: Path) -> None:
     [
         ({"executors": "slm"}, "unknown executor 'slm'; did you mean slim"),
         ({"executors": ","}, "--executors is empty: give some of masked, compact, native, slim"),
-        ({"methods": "drat"}, "unknown method 'drat'; did you mean dart"),
         ({"methods": "dense"}, "method dense removes nothing, and dense runs anyway"),
-        ({"methods": "dense-8bit"}, "method dense-8bit removes nothing"),
-        ({"methods": "dart,dart"}, 'the label "dart" is taken'),
         ({"methods": ""}, "--methods is empty: give at least one"),
         ({"sparsities": "50"}, "--sparsities 50 must lie between 0 and 1"),
-        ({"tokens": 3}, "--tokens 3 must be at least 4"),
-        ({"prompt_tokens": 0}, "--prompt-tokens 0 must be at least 1"),
-        ({"repeats": 0}, "--repeats 0 must be at least 1"),
-        ({"threads": 0}, "--threads 0 must be at least 1"),
-        ({"threads": 4097}, "--threads 4097 must be at most 4096"),
-        ({"rebuild_every": 0}, "--rebuild-every 0 must be at least 1"),
-        ({"seed": -1}, "--seed -1 must be a whole number"),
         ({"shape": "none.json"}, "--model-config none.json is no file"),
         ({"model": "gpt2"}, "--model-config stands in place of --model: give one of them"),
-        ({"repeat": 2}, 'unknown setting "repeat" in SpeedSettings; did you mean "repeats"?'),
     ],
 )
-def test_bad_settings_are_one_sentence(tmp_path: Path, given: dict[str, Any], error: str) -> None:
+def test_bad_settings_are_one_sentence(tmp_path, given, error):
     with pytest.raises((ConfigError, UnknownName)) as caught:
         settings(tmp_path, **given)
     assert str(caught.value).startswith(error) and "\n" not in str(caught.value)
 
 
-def test_a_model_is_called_by_its_name() -> None:
-    found = merge(SpeedSettings, {"model": "Qwen/Qwen2.5-0.5B"}, environment={})
-    assert (found.name, found.experiment, found.is_random) == (
-        "qwen2.5-0.5b", "speed-qwen2.5-0.5b", False)  # fmt: skip
+# the model and the machine
 
 
-# the machine
+def test_a_checkpoint_gives_its_shape_alone(tmp_path):
+    asked = {"model": str(place() / "model"), "shape": None}
+    random, real = ({**asked, "random_weights": random} for random in (True, False))
+    made, again, known = (
+        prepare_model(settings(tmp_path, **one), Ui(True)) for one in (random, random, real)
+    )
+    assert made[1] is None and made[0].config.model_type == "gpt2"
+    first, second, third = (dict(model.named_parameters()) for model, _ in (made, again, known))
+    assert {n: p.shape for n, p in first.items()} == {n: p.shape for n, p in third.items()}
+    name = "transformer.h.0.mlp.c_fc.weight"
+    assert torch.equal(first[name], second[name]) and not torch.equal(first[name], third[name])
 
 
-def test_growth_sees_what_was_allocated_and_freed() -> None:
+def test_prompts_have_the_length_that_was_asked_for():
+    model, tokenizer = loaded()
+    text = prompt_ids(model, tokenizer, 7, 0)
+    assert text.tolist() == [tokenizer(texts.all_text()).input_ids[:7]]
+    drawn, again = (prompt_ids(model, None, 50, 0) for _ in range(2))
+    assert drawn.shape == (1, 50) and len(set(drawn[0].tolist())) > 10 and torch.equal(drawn, again)
+    assert cache_bytes(model, drawn) == model.config.n_layer * 2 * model.config.n_embd * 4
+
+
+def test_growth_sees_what_was_allocated_and_freed():
     growth = Growth(torch.device("cpu"))
     if growth.before is None:
         pytest.skip("this system does not say how much memory a process held")
     # Mapped directly: the allocator may hand out memory that the process already held.
     with mmap(-1, 64 * 2**20) as held:
         held.write(bytes(len(held)))
-    assert growth.bytes is not None
-    assert 60 * 2**20 < growth.bytes < 128 * 2**20
+    assert growth.bytes is not None and 60 * 2**20 < growth.bytes < 128 * 2**20
     assert (Growth(torch.device("cpu")).bytes or 0) < 32 * 2**20  # the peak starts anew
+    assert 1e7 < read_bandwidth(torch.device("cpu"), mib=4, reads=3) < 1e13
 
 
-def test_reading_is_measured_in_bytes_per_second() -> None:
-    found = read_bandwidth(torch.device("cpu"), mib=4, reads=3)
-    assert 1e7 < found < 1e13
+# benchmarks/costs.py: two rows in turns, neither disturbs the other
+
+
+@pytest.fixture
+def costs(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("costs")
+
+
+def test_costs_by_hand(costs):
+    def turns(*pairs, phases="o"):
+        return [{"own": sample(own, phases * len(own)), "base": sample(base, phases * len(base))}
+                for own, base in pairs]  # fmt: skip
+
+    attached = turns(([41, 41, 90], [40, 40, 40]), ([46, 46], [44, 44]))
+    assert costs.differences("attaching", attached) == pytest.approx([1, 2])  # medians
+    observed = turns(([11.0, 13.0], [10.0, 10.0]))
+    assert costs.differences("observing", observed) == pytest.approx([2])  # rare steps count
+    # a method whose masks are made beforehand observes nothing
+    assert costs.differences("observing", turns(([11.0], [10.0]), phases="p")) == []
+    own, base = sample([8.0, 8.9, 30.0, 40.0], "pppo", built=(2,)), sample([8.0] * 3, "ppp")
+    checked = costs.differences("drift checks", [{"own": own, "base": base}])
+    assert checked == pytest.approx([0.45])
+    built = costs.builds(sample([10, 10, 10, 20, 14, 10], "pppopp", built=(4,)))
+    assert built == [pytest.approx(4)] and costs.builds(sample([10], "o")) == []
+
+
+def test_every_cost_of_a_method_is_measured(costs):
+    kinds = ["attaching", "observing", "drift checks", "a re-mask"]
+    assert [case.kind for case in costs.cases("dart", 0.5, "compact", 12)] == kinds
+    cases, model = costs.cases("griffin", 0.5, "compact", 12), tiny("llama")
+    rows = costs.measure(model, None, tokens(1, 8, seed=3), cases, 12, 1)
+    assert [row["cost"] for row in rows] == ["attaching", "observing", "a re-mask"]
+    assert rows[2]["values"] == 4  # two pruned tokens, one observed, a mask, and so on
+    assert all(row["share_of_token"] is not None and row["what"] for row in rows)
+    assert not any("forward" in vars(part) for part in model.modules())

@@ -1,11 +1,7 @@
-"""From flags, files and variables to the specification of a sweep, and from that to its cells."""
+"""From flags, files and variables to the specification of a sweep, its cells and their keys."""
 
-from __future__ import annotations
-
-import contextlib
-from collections.abc import Iterator
+import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -13,13 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dart_llm.errors import ConfigError, LoadError
+from dart_llm.evaluation.measurement import MeasureOptions
 from dart_llm.experiments.cell import Cell
 from dart_llm.experiments.model_facts import DEFAULT_LAYERS, layer_count
+from dart_llm.experiments.provenance import Digests
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.layer_table import parse_layer_spec
 from dart_llm.pruning.registry import METHODS
 from dart_llm.studies.sweep.grid import collect, expand
-from dart_llm.studies.sweep.study import SweepRequest
+from dart_llm.studies.sweep.study import SweepRequest, execution_order
 from tiny import LAYERS
 from tiny_gpt2 import write_gpt2
 
@@ -27,7 +25,7 @@ TASK = "perplexity:embedded"
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _rounded() -> Iterator[None]:
+def _rounded():
     """A form of the dense model by another name, as dense-8bit is."""
     METHODS.register("dense-test", PruneConfig(method="dense-test", sparsity=0.0))
     yield
@@ -35,41 +33,39 @@ def _rounded() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def gpt2(tmp_path_factory):
     return write_gpt2(tmp_path_factory.mktemp("gpt2") / "model")
 
 
-def cells(**data: Any) -> tuple[Cell, ...]:
+def cells(**data):
     return expand(collect({"tasks": TASK, **data}))
 
 
-def test_the_table_order_is_model_task_protocol_seed_method_sparsity() -> None:
-    found = cells(
-        models="smollm2-135m,some/model",
-        methods="griffin,dense",
-        sparsities="0.5,0.3",
-        tasks="arc_easy,winogrande",
-        seeds="0,1",
-        protocols="decode,full",
-    )
-    keys = [
+def test_cells_come_in_table_order_and_are_computed_by_model():
+    lists = {"models": "smollm2-135m,some/model", "tasks": "arc_easy,winogrande", "seeds": "0,1"}
+    lists |= {"methods": "griffin,dense", "sparsities": "0.5,0.3", "protocols": "decode,full"}
+    found = cells(**lists)
+    rows = [
         (c.model, c.task, c.options.protocol, c.seed, c.method, c.sparsity or 0.0) for c in found
     ]
-    assert len(found) == 2 * 2 * 2 * 2 * 3 == len(set(keys))
-    assert keys[:4] == [
-        ("smollm2-135m", "arc_easy", "decode", 0, "griffin", 0.5),
-        ("smollm2-135m", "arc_easy", "decode", 0, "griffin", 0.3),
-        ("smollm2-135m", "arc_easy", "decode", 0, "dense", 0.0),
-        ("smollm2-135m", "arc_easy", "decode", 1, "griffin", 0.5),
-    ]
-    assert keys[-1] == ("some/model", "winogrande", "full", 1, "dense", 0.0)
+    assert len(found) == 2 * 2 * 2 * 2 * 3 == len(set(rows))
+    first = ("smollm2-135m", "arc_easy", "decode")
+    pruned = [("griffin", 0.5), ("griffin", 0.3), ("dense", 0.0)]
+    assert rows[:4] == [*((*first, 0, *one) for one in pruned), (*first, 1, "griffin", 0.5)]
+    assert rows[-1] == ("some/model", "winogrande", "full", 1, "dense", 0.0)
     assert all(c.options.seed == c.seed for c in found)
+    one, other = found[:24], found[24:]
+    mixed = [cell for pair in zip(one, other, strict=True) for cell in pair]
+    order = execution_order(mixed)
+    assert sorted(c.key for c in order) == sorted(c.key for c in found)
+    assert [c.model for c in order] == sorted(c.model for c in found)
+    ways = [(c.model, c.label, c.seed) for c in order]
+    assert sum(a != b for a, b in zip(ways, ways[1:], strict=False)) == len(set(ways)) - 1
 
 
-def test_a_cell_has_what_decides_its_result_alone() -> None:
-    found = cells(methods="dense,dense-test,griffin", sparsities="0.1,0.2,0.3")
-    labels = ["dense", "dense-test", "griffin@0.1", "griffin@0.2", "griffin@0.3"]
-    assert [c.label for c in found] == labels
+def test_a_cell_has_what_decides_its_result_alone():
+    found = cells(methods="dense,dense-test,griffin", sparsities="0.1,0.2")
+    assert [c.label for c in found] == ["dense", "dense-test", "griffin@0.1", "griffin@0.2"]
     assert cells(methods="dense") == cells(
         methods="dense", sparsities="0.5", overrides={"seed": 3}, calibration="embedded"
     )
@@ -77,66 +73,50 @@ def test_a_cell_has_what_decides_its_result_alone() -> None:
     assert [(c.method, c.calibration) for c in reads] == [("griffin", None), ("wanda", "embedded")]
     (own,) = cells(methods="griffin")  # without sparsities presets keep their own
     assert own.sparsity is None and own.label == "griffin"
-
-
-def test_overrides_reach_the_configuration() -> None:
-    (found,) = cells(
-        methods="dart",
-        sparsities="0.4",
-        seeds="7",
-        overrides={"compensation": False, "budget": "uniform", "drift": {"min_distance": 9}},
-    )
-    config = found.config()
+    changes = {"compensation": False, "budget": "uniform", "drift": {"min_distance": 9}}
+    (changed,) = cells(methods="dart", sparsities="0.4", seeds="7", overrides=changes)
+    config = changed.config()
     assert (config.sparsity, config.seed, config.compensation) == (0.4, 7, False)
-    assert (config.budget.name, config.drift.rule, config.drift.min_distance) == (
-        "uniform",
-        "dart",
-        9,
-    )
+    drift = (config.drift.rule, config.drift.min_distance)
+    assert (config.budget.name, *drift) == ("uniform", "dart", 9)
 
 
-def test_layers_by_themselves_with_the_dense_line(gpt2: Path) -> None:
+def test_layers_by_themselves_with_the_dense_line(gpt2):
     found = cells(models=str(gpt2), methods="griffin", layers="each", keep="0.5")
     labels = [f"griffin layers {layer} keep 0.5" for layer in range(LAYERS)]
     assert [c.label for c in found] == ["dense", *labels]
-    tables = [c.config().budget.table for c in found[1:]]
-    assert tables == ["0:0.5", "1:0.5", "2:0.5", "3:0.5"]
+    assert [c.config().budget.table for c in found[1:]] == ["0:0.5", "1:0.5", "2:0.5", "3:0.5"]
     assert all(c.config().sparsity is None for c in found[1:])
-    found = cells(
-        models=str(gpt2),
-        methods="griffin,dense",
-        layers=["0-1", "2,3"],
-        keep=[0.5, 0.25],
-        base_keep=0.9,
-        overrides={"budget": {"multiple": 8}},
-    )
-    pruned = [c for c in found if c.method == "griffin"]
-    assert len(found) == 5
-    assert [(c.layers, c.keep, c.base_keep) for c in pruned] == [
-        ("0-1", 0.5, 0.9),
-        ("2,3", 0.5, 0.9),
-        ("0-1", 0.25, 0.9),
-        ("2,3", 0.25, 0.9),
+    groups = {"layers": ["0-1", "2,3"], "keep": [0.5, 0.25], "base_keep": 0.9}
+    found = cells(methods="griffin,dense", overrides={"budget": {"multiple": 8}}, **groups)
+    assert [(c.layers, c.keep, c.base_keep) for c in found if c.method == "griffin"] == [
+        (group, keep, 0.9) for keep in (0.5, 0.25) for group in ("0-1", "2,3")
     ]
-    assert pruned[1].config().budget.table == "all:0.9,2,3:0.5"
-    assert all(c.config().budget.multiple == 8 for c in pruned)
+    assert len(found) == 5 and found[1].config().budget.table == "all:0.9,2,3:0.5"
+    assert all(c.config().budget.multiple == 8 for c in found[:4])
+    request = SweepRequest.collect(
+        "compare",
+        {"tasks": TASK, "methods": "griffin", "layers": "0-1", "keep": "0.5"},
+        defaults={"sparsities": "0.5"},
+    )
+    assert request.grid.sparsities == ()  # layers set the counts
+    assert [cell.method for cell in request.cells()] == ["dense", "griffin"]
 
 
-def test_tasks_have_shortcuts_and_options_of_their_own() -> None:
-    found = cells(methods="dense", tasks="general-nlp,arc_easy,mmlu")
+def test_tasks_have_shortcuts_and_options_of_their_own():
     seven = "boolq rte hellaswag winogrande arc_easy arc_challenge openbookqa".split()
-    assert [c.task for c in found] == [*seven, "mmlu"]
     found = cells(
         methods="dense",
-        tasks=["general-nlp", TASK],
+        tasks=["general-nlp", "arc_easy", TASK],
         options={"limit": 4, "batch_size": 2},
         task_options={"general-nlp": {"limit": 3}},
     )
-    assert {c.options.limit for c in found[:-1]} == {3} and found[-1].options.limit == 4
+    assert [c.task for c in found][:7] == seven and found[-1].task == TASK
+    assert {c.options.limit for c in found[:7]} == {3} and found[-1].options.limit == 4
     assert {c.options.batch_size for c in found} == {2}
 
 
-def test_layers_of_models(gpt2: Path, tmp_path: Path) -> None:
+def test_layers_of_models(gpt2, tmp_path):
     assert layer_count(Cell(str(gpt2), "dense", TASK)) == LAYERS
     assert layer_count(Cell("SmolLM2-135M", "dense", TASK)) == DEFAULT_LAYERS
     with pytest.raises(LoadError, match="not in the hub's cache"):
@@ -147,139 +127,92 @@ def test_layers_of_models(gpt2: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.smollm2
-def test_layers_of_the_default(smollm2: Any) -> None:
+def test_layers_of_the_default(smollm2):
     assert smollm2[0].config.num_hidden_layers == DEFAULT_LAYERS
 
 
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    data = {
-        "model": "a/b",
-        "method": ["dense", "griffin"],
-        "sparsity": [0.3, 0.5],
-        "task": TASK,
-        "options": {"limit": 4, "batch_size": 2},
-        "dtype": "float32",
-    }
-    path = tmp_path / "grid.yaml"
-    path.write_text(yaml.safe_dump(data), encoding="utf-8")
-    return path
+def test_flags_win_over_variables_over_the_file_over_defaults(tmp_path, monkeypatch):
+    file = tmp_path / "grid.yaml"
+    data = {"model": "a/b", "method": ["dense", "griffin"], "sparsity": [0.3, 0.5], "task": TASK}
+    data |= {"options": {"limit": 4, "batch_size": 2}, "dtype": "float32"}
+    file.write_text(yaml.safe_dump(data), encoding="utf-8")
+    flags = {"sparsities": "0.7", "limit": 8, "seeds": None}
 
+    def collected(*names):
+        request = SweepRequest.collect("sweep", flags, file)
+        every = {**vars(request.flags), **vars(request.grid), **vars(request.place)}
+        return tuple(every[name] for name in names)
 
-def test_flags_win_over_variables_over_the_file_over_defaults(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    request = SweepRequest.collect("sweep", {"sparsities": "0.7", "limit": 8, "seeds": None}, file)
-    grid = request.grid
-    assert (grid.models, grid.methods) == (("a/b",), ("dense", "griffin"))
-    assert (grid.sparsities, grid.seeds, grid.dtype) == ((0.7,), (0,), "float32")
-    assert grid.options == {"limit": 8, "batch_size": 2}
-    assert (request.place.root, request.place.experiment) == (Path("results"), "grid")
-    for name, value in {
-        "MODEL": "c/d",
-        "METHODS": "flap",
-        "SPARSITY": "0.2",
-        "LIMIT": "9",
-        "PROMPT_TOKENS": "32",
-        "CALIBRATION": "text.txt",
-        "REVISION": "v2",
-        "DRIFT": "never",
-        "RESULTS_DIR": "elsewhere",
-        "EXPERIMENT_NAME": "mine",
-        "ENGINE": "ray",
-        "WORKERS": "3",
-        "TRACKER": "mlflow",
-    }.items():
-        monkeypatch.setenv(f"DART_{name}", value)
-    request = SweepRequest.collect("sweep", {"sparsities": "0.7", "limit": 8}, file)
-    grid, flags = request.grid, request.flags
-    assert (grid.models, grid.methods, grid.sparsities) == (("c/d",), ("flap",), (0.7,))
-    assert grid.options == {"limit": 8, "batch_size": 2, "prompt_tokens": 32}
-    assert (grid.calibration, grid.revision, grid.overrides) == (
-        *("text.txt", "v2"),
-        {"drift": "never"},
+    assert collected("models", "methods") == (("a/b",), ("dense", "griffin"))
+    assert collected("sparsities", "seeds", "dtype") == ((0.7,), (0,), "float32")
+    assert collected("options") == ({"limit": 8, "batch_size": 2},)
+    assert collected("root", "experiment") == (Path("results"), "grid")
+    variables = (
+        "MODEL=c/d METHODS=flap SPARSITY=0.2 LIMIT=9 PROMPT_TOKENS=32 CALIBRATION=text.txt "
+        "REVISION=v2 DRIFT=never RESULTS_DIR=elsewhere EXPERIMENT_NAME=mine ENGINE=ray WORKERS=3 "
+        "TRACKER=mlflow"
     )
-    assert (request.place.root, request.place.experiment) == (Path("elsewhere"), "mine")
-    assert (flags.engine, flags.workers, flags.tracker) == ("ray", 3, "mlflow")
+    for name, value in (word.split("=") for word in variables.split()):
+        monkeypatch.setenv(f"DART_{name}", value)
+    assert collected("models", "methods", "sparsities") == (("c/d",), ("flap",), (0.7,))
+    options, overrides = collected("options", "overrides")
+    assert options == {"limit": 8, "batch_size": 2, "prompt_tokens": 32}
+    assert collected("calibration", "revision") == ("text.txt", "v2")
+    assert overrides["drift"] == "never"
+    assert collected("root", "experiment") == (Path("elsewhere"), "mine")
+    assert collected("engine", "workers", "tracker") == ("ray", 3, "mlflow")
     plain = SweepRequest.collect("compare", {"tasks": TASK}, defaults={"seeds": "5"})
     assert (plain.grid.seeds, plain.grid.methods) == ((5,), ("flap",))
 
 
-def test_layers_leave_out_the_default_sparsities() -> None:
-    flags = {"tasks": TASK, "methods": "griffin", "layers": "0-1", "keep": "0.5"}
-    request = SweepRequest.collect("compare", flags, defaults={"sparsities": "0.5"})
-    assert request.grid.sparsities == ()
-    assert [cell.method for cell in request.cells()] == ["dense", "griffin"]
+REFUSED = [
+    ({"metods": "dense"}, 'did you mean "methods"'),
+    ({"methods": "grifin"}, "did you mean griffin"),
+    ({"protocols": "dekode"}, "did you mean decode"),
+    ({"protocols": "standard", "tasks": "arc_easy"}, 'arc_easy has no protocol "standard"'),
+    ({"tasks": ""}, "names no tasks"),
+    ({"tasks": "perplexity:no-such-text"}, 'no text "no-such-text"'),
+    ({"models": []}, "names no models"),
+    ({"sparsities": "50"}, "did you mean 0.5"),
+    ({"sparsities": [[0.3]]}, "sparsities must be a plain list"),
+    ({"seeds": "-1"}, "seed -1"),
+    ({"task": "x", "tasks": "y"}, "gives tasks twice"),
+    ({"base_keep": 0.5}, "belong to layers"),
+    ({"layers": "each"}, "needs keep"),
+    ({"layers": "each", "keep": 0.5, "sparsities": 0.3}, "drop the sparsities"),
+    ({"layers": "each,0-3", "keep": 0.5}, "not both"),
+    ({"layers": "0-3:0.5", "keep": 0.5}, "the value in keep"),
+    ({"layers": "0-3", "keep": 50}, "a keep ratio lies in"),
+    ({"layers": "0-3", "keep": 0.5, "base_keep": 0}, "a keep ratio lies in"),
+    ({"layers": "0-3", "keep": 0.5, "methods": "dense"}, "a method that prunes"),
+    ({"options": {"limits": 3}}, "did you mean limit"),
+    ({"options": {"limit": True}}, "limit = True"),
+    ({"options": {"protocol": "full"}}, "write protocols"),
+    ({"task_options": {"arc_eazy": {"limit": 1}}, "tasks": "arc_easy"}, "did you mean arc_easy"),
+    ({"task_options": {TASK: {"limit": 0}}}, "limit = 0 must be 1 or more"),
+    ({"overrides": {"compensate": True}}, 'did you mean "compensation"'),
+]
 
 
-@pytest.mark.parametrize(
-    ("data", "words"),
-    [
-        ({"metods": "dense"}, 'did you mean "methods"'),
-        ({"methods": "grifin"}, "did you mean griffin"),
-        ({"protocols": "dekode"}, "did you mean decode"),
-        ({"protocols": "standard", "tasks": "arc_easy"}, 'arc_easy has no protocol "standard"'),
-        ({"tasks": ""}, "names no tasks"),
-        ({"tasks": "perplexity:no-such-text"}, 'no text "no-such-text"'),
-        ({"models": []}, "names no models"),
-        ({"sparsities": "50"}, "did you mean 0.5"),
-        ({"sparsities": "half"}, "sparsities.0 = 'half'"),
-        ({"sparsities": [[0.3]]}, "sparsities must be a plain list"),
-        ({"seeds": "-1"}, "seed -1"),
-        ({"seeds": "1.5"}, "seeds.0 = '1.5'"),
-        ({"task": "x", "tasks": "y"}, "gives tasks twice"),
-        ({"keep": 0.5}, "belong to layers"),
-        ({"base_keep": 0.5}, "belong to layers"),
-        ({"layers": "each"}, "needs keep"),
-        ({"layers": "each", "keep": 0.5, "sparsities": 0.3}, "drop the sparsities"),
-        ({"layers": "each,0-3", "keep": 0.5}, "not both"),
-        ({"layers": "0-3:0.5", "keep": 0.5}, "the value in keep"),
-        ({"layers": "0-3", "keep": 50}, "a keep ratio lies in"),
-        ({"layers": "0-3", "keep": 0.5, "base_keep": 0}, "a keep ratio lies in"),
-        ({"layers": "5-3", "keep": 0.5}, "runs backwards"),
-        ({"layers": "0-3", "keep": 0.5, "methods": "dense"}, "a method that prunes"),
-        ({"options": {"limits": 3}}, "did you mean limit"),
-        ({"options": {"limit": 0}}, "limit = 0 must be 1 or more"),
-        ({"options": {"limit": "many"}}, "limit = 'many'"),
-        ({"options": {"limit": True}}, "limit = True"),
-        ({"options": {"protocol": "full"}}, "write protocols"),
-        (
-            {"task_options": {"arc_eazy": {"limit": 1}}, "tasks": "arc_easy"},
-            "did you mean arc_easy",
-        ),
-        ({"task_options": {TASK: {"limit": 0}}}, "limit = 0 must be 1 or more"),
-        ({"overrides": {"compensate": True}}, 'did you mean "compensation"'),
-        ({"overrides": {"score": "weigth"}}, "did you mean weight"),
-    ],
-)
-def test_errors_are_one_sentence(data: dict[str, Any], words: str) -> None:
+@pytest.mark.parametrize(("data", "words"), REFUSED)
+def test_errors_are_one_sentence(data, words):
     with pytest.raises(ConfigError) as error:
         cells(**{"methods": "griffin", **data})
-    assert words in str(error.value)
-    assert "\n" not in str(error.value)
+    assert words in str(error.value) and "\n" not in str(error.value)
 
 
-names = st.lists(
-    st.sampled_from(["dense", "griffin", "dart", "static", "published"]), min_size=1, unique=True
-)
+names = st.lists(st.sampled_from(["dense", "griffin", "dart", "static"]), min_size=1, unique=True)
 amounts = st.lists(st.sampled_from([0.1, 0.25, 0.3, 0.5, 0.7]), min_size=1, unique=True)
 numbers = st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True)
 
 
 @settings(max_examples=60, deadline=None)
 @given(methods=names, sparsities=amounts, seeds=numbers, tasks=st.integers(1, 3))
-def test_the_number_of_cells(
-    methods: list[str], sparsities: list[float], seeds: list[int], tasks: int
-) -> None:
-    data: dict[str, Any] = {
-        "methods": methods,
-        "sparsities": sparsities,
-        "seeds": seeds,
-        "tasks": [f"task{n}" for n in range(tasks)],
-    }
+def test_the_number_of_cells(methods, sparsities, seeds, tasks):
+    data = {"methods": methods, "sparsities": sparsities, "seeds": seeds}
+    data["tasks"] = [f"task{n}" for n in range(tasks)]
     found = cells(**data)
-    pruned = len([m for m in methods if m != "dense"])
-    each = ("dense" in methods) + pruned * len(sparsities)
+    each = ("dense" in methods) + len([m for m in methods if m != "dense"]) * len(sparsities)
     assert len(found) == tasks * len(seeds) * each == len({c.key for c in found})
     as_text = {k: ", ".join(map(str, v)) for k, v in data.items()}
     assert expand(collect(as_text)) == found
@@ -290,36 +223,82 @@ ranges = st.tuples(st.integers(0, 3), st.integers(0, 3)).map(lambda p: f"{min(p)
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    groups=st.lists(ranges, min_size=1, max_size=4, unique=True),
-    keep=st.floats(0.01, 1.0),
-    base=st.none() | st.floats(0.01, 1.0),
-)
-def test_layer_tables_say_what_was_asked(
-    groups: list[str], keep: float, base: float | None
-) -> None:
-    width = 1000
-    data = {"methods": "griffin", "layers": groups, "keep": keep, "base_keep": base}
-    found = [c for c in cells(**data) if c.method == "griffin"]
-    assert [c.layers for c in found] == groups
-    for cell in found:
-        table = cell.config().budget.table
-        assert table is not None
-        low, high = map(int, cell.layers.split("-"))
-        rest = None if base is None else max(1, round(base * width))
-        for layer, count in enumerate(parse_layer_spec(table).resolve([width] * 4)):
-            assert count == (max(1, round(keep * width)) if low <= layer <= high else rest)
+@given(ranges, st.floats(0.01, 1.0), st.none() | st.floats(0.01, 1.0))
+def test_layer_tables_say_what_was_asked(group, keep, base):
+    asked = {"methods": "griffin", "layers": [group], "keep": keep, "base_keep": base}
+    _, cell = cells(**asked)
+    low, high = map(int, cell.layers.split("-"))
+    rest = None if base is None else max(1, round(base * 1000))
+    counts = parse_layer_spec(cell.config().budget.table).resolve([1000] * 4)
+    for layer, count in enumerate(counts):
+        assert count == (max(1, round(keep * 1000)) if low <= layer <= high else rest)
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    st.dictionaries(
-        st.sampled_from(["tasks", "methods", "layers", "keep", "x"]),
-        st.none() | st.text(max_size=6) | st.integers() | st.floats() | st.lists(st.text()),
-        max_size=4,
-    )
-)
-def test_nonsense_is_a_config_error_or_a_specification(data: dict[str, Any]) -> None:
-    with contextlib.suppress(ConfigError):
-        found = collect({"tasks": "x", **data})
-        assert found.tasks and found.methods
+# Keys and digests.
+
+
+@pytest.mark.contract("every parser round-trips")
+def test_a_cell_travels_as_data():
+    for cell in cells(sparsities="0.3", options={"limit": 3}, overrides={"budget": "uniform"}):
+        back = Cell.from_dict(json.loads(json.dumps(cell.to_dict())))
+        assert back == cell and back.key == cell.key
+        assert isinstance(back.options, MeasureOptions)
+
+
+def test_the_key_follows_what_decides_the_result(tmp_path):
+    half = {"methods": "griffin", "sparsities": "0.5"}
+    changes = [{"sparsities": "0.4"}, {"seeds": "1"}, {"dtype": "float32"}, {"device": "cpu"}]
+    changes += [{"protocols": "full"}, {"options": {"limit": 9}}, {"models": "some/model"}]
+    changes += [{"overrides": {"compensation": True}}, {"revision": "abc"}, {}]
+    keys = [cells(**{**half, **change})[0].key for change in changes]
+    assert len(set(keys)) == len(changes)
+    assert cells(**half, cache_dir=str(tmp_path))[0].key == keys[-1]
+    assert keys[-1].startswith("smollm2-135m-griffin@0.5-perplexity-embedded-decode-")
+
+
+def test_a_changed_file_is_another_cell(gpt2, tmp_path, monkeypatch):
+    """Weights, texts, task files and the data that they name, local MMLU questions."""
+    monkeypatch.chdir(tmp_path)
+    files = {"text.txt": "one", "tasks/mine.yaml": "task: mine\n", "data.jsonl": "1"}
+    more = "doc_to_text: !function utils.text\ndataset_kwargs: {data_files: {test: data.jsonl}}\n"
+    for name in files:
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(files[name] + more if "yaml" in name else files[name])
+    asked = {"models": str(gpt2), "methods": "dense", "options": {"include_path": "tasks"}}
+    asked["tasks"] = "perplexity:text.txt,mine,mmlu,mmlu:anatomy,perplexity:mmlu-answers"
+
+    def keys(*changed):
+        """The keys, of which those at the places ``changed`` are new."""
+        new = [cell.key for cell in cells(**asked)]
+        assert [n for n, (a, b) in enumerate(zip(seen[-1], new, strict=True)) if a != b] == [
+            *changed
+        ]
+        seen.append(new)
+
+    seen = [[cell.key for cell in cells(**asked)]]
+    model = ["model", "model_files"]
+    inputs = [sorted(cell.inputs) for cell in cells(**asked)]
+    assert inputs[:2] == [[*model, "text"], sorted([*model, "tasks"])]
+    Path("other.jsonl").write_text("not named by the task")
+    keys()
+    Path("text.txt").write_text("two")
+    keys(0)
+    Path("data.jsonl").write_text("2")
+    keys(1, 2, 3)
+    Path("tasks/mine.yaml").write_text(f"task: mine\nnum_fewshot: 1\n{more}")
+    keys(1, 2, 3)
+    Path("datasets/mmlu").mkdir(parents=True)
+    for text in ("one", "two"):
+        Path("datasets/mmlu/anatomy_dev.jsonl").write_text(text)
+        keys(2, 3, 4)
+    config = gpt2 / "config.json"
+    config.write_text(config.read_text() + "\n")
+    keys(0, 1, 2, 3, 4)
+
+
+def test_a_calibration_file_may_name_its_first_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n', encoding="utf-8")
+    named = (Cell("smollm2-135m", "wanda", TASK, calibration=f"{path}{row}") for row in ("", "#9"))
+    one, other = (Digests().of(cell)["calibration"] for cell in named)
+    assert one == other and len(one) == 64

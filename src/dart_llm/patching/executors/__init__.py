@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,11 @@ from dart_llm.models.agreement import is_compiled, weights_unsupported_reason
 from dart_llm.models.ffn import FfnBlock
 from dart_llm.models.llama import slim_unsupported_reason, step_unsupported_reason
 from dart_llm.native.build import why_not
-from dart_llm.patching.executors.native_ffn import native_unsupported_reason, not_in_place_reason
+from dart_llm.patching.executors.native_ffn import (
+    NO_MODULE,
+    native_unsupported_reason,
+    not_in_place_reason,
+)
 from dart_llm.patching.executors.step_agreement import disagreement_reason, model_signature
 from dart_llm.pruning.registry import SCORES
 from dart_llm.pruning.selection import MaskSelector
@@ -67,12 +71,8 @@ def no_steps_reason(executor: str, model: Any, mark: tuple[Any, ...] = ()) -> st
 def _no_steps_reason(executor: str, model: Any) -> str:
     if is_compiled(model):
         return "was compiled by torch"
-    reason = (
-        slim_unsupported_reason(model) if executor == "slim" else step_unsupported_reason(model)
-    )
-    return reason or disagreement_reason(
-        model
-    )  # what it is made of comes first: then a step can run
+    why = slim_unsupported_reason if executor == "slim" else step_unsupported_reason
+    return why(model) or disagreement_reason(model)  # what it is made of first: then a step can run
 
 
 def check_executor(
@@ -82,22 +82,10 @@ def check_executor(
 
     ``chooses``: whether masks are made, not given.
     """
-    if selector.config.executor in BY_WEIGHTS:
-        _check_weights(blocks, selector.config.executor, type(model).__name__)
-    if selector.config.executor in NATIVE:
-        _check_native(blocks, selector.config.executor, model)
-    if selector.config.executor == "graph" and (reason := no_steps_reason("graph", model)):
-        raise ConfigError(
-            f'executor "graph" cannot run {type(model).__name__}, which {reason}; use "compact"'
-        )
-    inline = [block.index for block in blocks if block.inline]
+    executor = selector.config.executor
+    if objection := next(_objections(executor, blocks, model), ""):
+        raise ConfigError(f'executor "{executor}"{objection}')
     away = [block.index for block in blocks if block.offloaded]
-    if selector.config.executor == "compact" and (inline or away):
-        reason = "is offloaded" if away else "has no FFN module of its own"
-        raise ConfigError(
-            f'executor "compact" cannot run {type(model).__name__}: layer '
-            f'{(away or inline)[0]} {reason}; use executor "masked" or "auto"'
-        )
     if away and chooses and _reads_weights(selector, away[0]):
         raise ConfigError(
             f"layer {away[0]} is offloaded, so its weights cannot be read between forwards; "
@@ -105,38 +93,33 @@ def check_executor(
         )
 
 
-def _check_native(blocks: Sequence[FfnBlock], executor: str, model: Any) -> None:
-    """Raise ``ConfigError`` where the native kernels, or whole native steps, cannot run."""
-    name = type(model).__name__
-    if is_compiled(model):
-        raise ConfigError(
-            f'executor "{executor}" cannot run {name}, which was compiled by torch; use executor '
-            '"compact" or "auto"'
-        )
-    if executor == "slim" and (reason := no_steps_reason("slim", model)):
-        raise ConfigError(f'executor "slim" cannot run {name}, which {reason}; use "native"')
-    for block in blocks:
-        if reason := native_unsupported_reason(block):
-            raise ConfigError(
-                f'executor "{executor}" cannot run {name}: layer {block.index} {reason}; use '
-                'executor "compact" or "auto"'
-            )
-    if reason := why_not():
-        raise ConfigError(f'executor "{executor}": {reason}; use executor "compact" or "auto"')
-    if reason := not_in_place_reason(model, blocks):
-        raise ConfigError(
-            f'executor "{executor}" cannot run {name}: {reason}; use executor "compact" or "auto"'
-        )
-
-
-def _check_weights(blocks: Sequence[FfnBlock], executor: str, name: str) -> None:
-    """Raise ``ConfigError`` where an FFN's modules compute something else than its weights say."""
-    for block in blocks:
-        if reason := weights_unsupported_reason(block):
-            raise ConfigError(
-                f'executor "{executor}" cannot run {name}: layer {block.index} {reason}; use '
-                'executor "masked" or "auto"'
-            )
+def _objections(executor: str, blocks: Sequence[FfnBlock], model: Any) -> Iterator[str]:
+    """Why an executor cannot run this model, and what can."""
+    cannot = f" cannot run {type(model).__name__}"
+    compact, masked = 'use executor "compact" or "auto"', 'use executor "masked" or "auto"'
+    if executor in BY_WEIGHTS:
+        for block in blocks:
+            if reason := weights_unsupported_reason(block):
+                yield f"{cannot}: layer {block.index} {reason}; {masked}"
+    if executor in NATIVE:
+        if is_compiled(model):
+            yield f"{cannot}, which was compiled by torch; {compact}"
+        if executor == "slim" and (reason := no_steps_reason("slim", model)):
+            yield f'{cannot}, which {reason}; use "native"'
+        for block in blocks:
+            if reason := native_unsupported_reason(block):
+                yield f"{cannot}: layer {block.index} {reason}; {compact}"
+        if reason := why_not():
+            yield f": {reason}; {compact}"
+        if reason := not_in_place_reason(model, blocks):
+            yield f"{cannot}: {reason}; {compact}"
+    if executor == "graph" and (reason := no_steps_reason("graph", model)):
+        yield f'{cannot}, which {reason}; use "compact"'
+    if executor == "compact":
+        for found, reason in (("offloaded", "is offloaded"), ("inline", NO_MODULE)):
+            for block in blocks:
+                if getattr(block, found):
+                    yield f"{cannot}: layer {block.index} {reason}; {masked}"
 
 
 def _reads_weights(selector: MaskSelector, layer: int) -> bool:

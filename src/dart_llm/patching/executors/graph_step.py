@@ -1,8 +1,8 @@
-"""Graph: the same step in torch, replayed as CUDA graphs.
+"""Decode steps in torch as CUDA graphs: recorded once per set of buffers, replayed as one launch.
 
-Decode steps as CUDA graphs: recorded once per set of buffers, then replayed as one launch.
-
-Without a GPU the same step runs call by call, so that what a graph would record can be tested.
+A step is plain torch calls on tensors that stay where they are: no shape and no address depends on
+the token or the position.  Without a GPU it runs call by call, so that what a graph would record
+can be tested.
 """
 
 from __future__ import annotations
@@ -17,14 +17,11 @@ from torch.nn import functional as F
 
 from dart_llm.models.calls import SlimCall
 from dart_llm.models.ffn import FfnBlock
-from dart_llm.models.llama import PreallocatedKVCache, SlimParts, angles, slim_parts
+from dart_llm.models.llama import SlimParts, angles, slim_parts
 from dart_llm.patching.executors.torch_ffn import CompactFfn
+from dart_llm.patching.executors.whole_step import StepDecoder
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.token_level import TokenMask
-
-# One decode step of a Llama-like model as plain torch calls on tensors that stay where they are.
-#
-# What a CUDA graph can record: no shape and no address depends on the token or the position.
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ def run_step(
             if observe:
                 seen.append((u, h, z, x))
         else:
-            z = ffn.run(h)[1]
+            z = ffn.run(h)
         x = x + z
     hidden = rms_norm(x, parts.norm, parts.eps)
     return StepOutput(F.linear(hidden, parts.head), hidden, tuple(seen))
@@ -160,42 +157,32 @@ class Recorded:
         return self._output
 
 
-class GraphDecoder:
-    """One attached model's steps.  ``kept``: its layers' compact copies, refilled in place."""
-
-    rows: int | None = None
+class GraphDecoder(StepDecoder):
+    """``kept``: its layers' compact copies, refilled in place."""
 
     def __init__(
         self, model: Any, blocks: Sequence[FfnBlock], kept: Callable[[int], CompactFfn]
     ) -> None:
+        super().__init__()
         self._parts = slim_parts(model)
         self.device, self.dtype = self._parts.head.device.type, self._parts.head.dtype
         self._blocks, self._kept = list(blocks), kept
         self._ffns: list[FfnBlock | CompactFfn] = list(blocks)
         self._masks: Sequence[LayerMask | None] = ()
-        self._cache: PreallocatedKVCache | None = None
-        self._angles: tuple[Tensor, Tensor] | None = None
         self._input: StepInput | None = None
         self._recorded: dict[Any, Recorded] = {}
         self._observed: tuple[tuple[Tensor, Tensor, Tensor, Tensor], ...] = ()
 
     def serves(self, masks: Sequence[LayerMask | None]) -> bool:
-        """Whether a step can run these masks: neurons chosen per token change its shapes."""
+        # neurons that are chosen per token would change a step's shapes
         return not any(isinstance(mask, TokenMask) for mask in masks)
 
     def unload(self) -> None:
-        """Run all neurons, and hold neither masks nor room for a cache."""
-        self.load(())
-        self._cache = self._input = None
+        super().unload()
+        self._input = None
         self._recorded, self._observed = {}, ()
 
-    def nbytes(self) -> int:
-        """Bytes of room for keys and values and of angles; what graphs hold is CUDA's to say."""
-        held = 0 if self._cache is None else self._cache.nbytes()
-        return held + sum(t.nbytes for t in self._angles or ())
-
     def load(self, masks: Sequence[LayerMask | None]) -> None:
-        """Run these masks from now on; () or None in a layer's place: all of its neurons."""
         if masks is self._masks:
             return
         self._masks = masks
@@ -208,25 +195,19 @@ class GraphDecoder:
                 self._ffns[index] = kept
 
     def step(self, call: SlimCall, observe: bool) -> tuple[Tensor, Tensor]:
-        """Decode one token of each row: logits [B, V] and the last hidden states [B, D]."""
-        cache = call.cache
-        if self._cache is None or self._cache.of() is not cache:
-            self._cache = PreallocatedKVCache(cache)
+        room = self.room(call.cache)
         with torch.inference_mode(False), torch.no_grad():  # leaving that mode turns gradients on
-            keys, values, length = self._cache.buffers(cache)
+            keys, values, length = room.buffers(call.cache)
             given = self._given(call.ids, keys, values)
             given.token.copy_(call.ids[:, 0])
             given.position.fill_(length)
             output = self._step_of(given, observe)()
-            self._cache.show(cache, length + 1)
+            room.show(call.cache, length + 1)
             self._observed = output.observed
             # the graph's own tensors are written again by the next step
             return output.logits.clone(), output.hidden.clone()
 
     def observed(self, stream: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of the last step: u [L, B, I], the FFNs' inputs, their outputs and the stream before
-        them [L, B, D]; these two only with ``stream``.
-        """
         u, h, z, x = zip(*self._observed, strict=True)
         rest = (torch.stack(z), torch.stack(x)) if stream else (u[0][:0], u[0][:0])
         return torch.stack(u), torch.stack(h), *rest

@@ -1,7 +1,4 @@
-"""FFN and other projections by the kernels; neuron-row layout.
-
-One FFN block by the native kernels: kept neurons are read where they lie, by an index.
-"""
+"""FFNs and other projections by the native kernels, and the layout in which these read weights."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from torch.nn import functional as F
 
 from dart_llm.errors import ConfigError
 from dart_llm.models.agreement import forward_of
-from dart_llm.models.ffn import FfnBlock, bias_of
+from dart_llm.models.ffn import FfnBlock
 from dart_llm.native.build import ops
 from dart_llm.patching.executors.token_ffn import TokenFfn
 from dart_llm.pruning.masks import LayerMask
@@ -154,6 +151,9 @@ ACTS: Mapping[int, Callable[[Tensor], Tensor]] = {
 """Activations that the kernels know, by number; kernels.h has the same."""
 
 
+NO_MODULE = "has no FFN module of its own"
+
+
 @dataclass(frozen=True)
 class KernelMask:
     """What the kernels run for one mask.
@@ -187,7 +187,7 @@ def act_number(act: Callable[[Tensor], Tensor]) -> int | None:
 def native_unsupported_reason(block: FfnBlock) -> str:
     """Why the kernels cannot run ``block``: "", or a clause."""
     if block.inline:
-        return "has no FFN module of its own"
+        return NO_MODULE
     if block.offloaded:
         return "is offloaded"
     down = block.down.weight
@@ -195,8 +195,7 @@ def native_unsupported_reason(block: FfnBlock) -> str:
         return "is not on the CPU"
     if down.dtype not in (torch.float32, torch.bfloat16):
         return f"is {str(down.dtype).removeprefix('torch.')}, not float32 or bfloat16"
-    used = [part for part in (block.gate, block.up, block.down) if part is not None]
-    if not all(isinstance(part.weight, nn.Parameter) for part in used):
+    if not all(isinstance(part.weight, nn.Parameter) for part in block.projections):
         return "has weights that are computed from others"
     gate, up, _ = block.matrices()
     if not up.is_contiguous() and not block.by_inputs:
@@ -228,7 +227,7 @@ class NativeFfn:
             if block.by_inputs:
                 self.up = layout.neuron_rows(self.up, _parameter(block.up)).detach()
         self.gate = None if gate is None else gate.detach()
-        self.gate_bias, self.up_bias = self._biases()
+        self.gate_bias, self.up_bias, self.down_bias = block.biases()
         self.token: TokenFfn | None = None
         self.unload()
 
@@ -237,18 +236,10 @@ class NativeFfn:
         self.mask: LayerMask | None = None
         self.kept = KernelMask()
 
-    def _biases(self) -> tuple[Tensor | None, Tensor | None]:
-        up = bias_of(self.block.up)
-        if up is not None and self.block.fused:
-            first, second = up.detach().chunk(2)
-            return first, second
-        gate = bias_of(self.block.gate)
-        return (None if gate is None else gate.detach()), None if up is None else up.detach()
-
     def everything(self) -> KernelMask:
         """All neurons."""
-        bias = bias_of(self.block.down)
-        return KernelMask(bias=None if bias is None else bias.detach().float())
+        bias = self.down_bias
+        return KernelMask(bias=None if bias is None else bias.float())
 
     @torch.no_grad()
     def load(self, mask: LayerMask) -> None:
@@ -256,8 +247,8 @@ class NativeFfn:
         if mask is self.mask:
             return
         with torch.inference_mode(False):
-            own, linear = bias_of(self.block.down), mask.low_rank
-            parts = [t.detach().float() for t in (own, mask.bias) if t is not None]
+            linear = mask.low_rank
+            parts = [t.float() for t in (self.down_bias, mask.bias) if t is not None]
             bias = sum(parts[1:], parts[0]).contiguous() if parts else None
             ids = None if len(mask.ids) == mask.width else mask.ids.to(torch.int32)
             basis = features = None
@@ -283,12 +274,12 @@ class NativeFfn:
             [up.inputs, up.bits, up.group, mask.winners],
         )
 
-    def run(self, x: Tensor) -> tuple[None, Tensor]:
+    def run(self, x: Tensor) -> Tensor:
         """z from the kept neurons alone.  x: [..., D]; of one token where tokens choose."""
         flat = x.reshape(-1, x.shape[-1])
         many = len(flat) > FEW or torch.compiler.is_compiling()  # which traces no native call
         z = self._product(flat) if many else self._kernel(flat)
-        return None, z.reshape(x.shape)
+        return z.reshape(x.shape)
 
     def _kernel(self, x: Tensor) -> Tensor:
         kept = self.kept
@@ -347,17 +338,15 @@ def _parameter(module: nn.Module) -> nn.Parameter:
     return weight
 
 
-# The projections outside the FFNs by the native kernels, for the few vectors of a decode step.
-#
-# torch's products of one vector with a small matrix take several times what their bytes allow.
-
-
 PLAIN = "torch.nn.modules.linear"
 """Where the forward is that the kernel stands for."""
 
 
 class NativeLinear:
-    """One linear layer while its model is attached."""
+    """One linear layer outside the FFNs, for the few vectors of a decode step.
+
+    torch's products of one vector with a small matrix take several times what their bytes allow.
+    """
 
     def __init__(self, module: nn.Linear) -> None:
         self.module = module
@@ -367,9 +356,8 @@ class NativeLinear:
         """Its forward; what the kernel does not serve, the module's own one does."""
         weight, size = self.module.weight, x.shape[-1]
         few = 0 < x.numel() <= FEW * size and x.dtype == weight.dtype and size == weight.shape[1]
-        if torch.compiler.is_compiling():  # it traces no native call
-            return original(x)  # type: ignore[no-any-return]
-        if not few or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        traced = torch.compiler.is_compiling() or torch.is_grad_enabled()  # neither sees the kernel
+        if not few or traced or torch.is_autocast_enabled("cpu"):
             return original(x)  # type: ignore[no-any-return]
         bias = self.module.bias
         y: Tensor = self._run(x.reshape(-1, size).contiguous(), weight, bias)
@@ -378,8 +366,7 @@ class NativeLinear:
 
 def native_linears(model: nn.Module, blocks: tuple[FfnBlock, ...]) -> Iterator[NativeLinear]:
     """The linear layers of ``model`` that the kernel can run, those of its FFNs left out."""
-    used = [part for block in blocks for part in (block.up, block.gate, block.down)]
-    taken = {id(part) for part in used}
+    taken = {id(part) for block in blocks for part in block.projections}
     for module in model.modules():
         if type(module) is not nn.Linear or id(module) in taken:
             continue

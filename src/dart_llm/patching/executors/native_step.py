@@ -13,25 +13,24 @@ import torch
 from torch import Tensor
 
 from dart_llm.models.calls import SlimCall
-from dart_llm.models.llama import PreallocatedKVCache, angles, slim_parts
+from dart_llm.models.llama import angles, slim_parts
 from dart_llm.native.build import ops
 from dart_llm.patching.executors.native_ffn import KernelMask, NativeFfn
+from dart_llm.patching.executors.whole_step import StepDecoder
 from dart_llm.pruning.masks import LayerMask
 
 POSITIONS = 256
 """Positions whose angles are computed at a time."""
 
 
-class SlimDecoder:
-    """One attached model's steps.
-
-    ``ffns``: its blocks, laid out for the kernels.
-    """
+class SlimDecoder(StepDecoder):
+    """``ffns``: the model's blocks, laid out for the kernels."""
 
     rows: int | None = 1
     device = "cpu"
 
     def __init__(self, model: Any, ffns: Sequence[NativeFfn]) -> None:
+        super().__init__()
         ops()
         parts = slim_parts(model)
         weights = [parts.embedding, parts.norm, parts.head]
@@ -46,25 +45,11 @@ class SlimDecoder:
         self._masks: Sequence[LayerMask | None] | None = None
         self._loaded: list[KernelMask | None] = [None] * len(ffns)
         self._rotary, self.dtype = parts.rotary, parts.head.dtype
-        self._angles: tuple[Tensor, Tensor] | None = None
-        self._cache: PreallocatedKVCache | None = None
-
-    def serves(self, masks: Sequence[LayerMask | None]) -> bool:
-        """Whether the kernels can run these masks: all that there are."""
-        return True
-
-    def unload(self) -> None:
-        """Run all neurons, and hold neither masks nor room for a cache."""
-        self.load(())
-        self._cache = None
 
     def nbytes(self) -> int:
-        """Bytes of room for keys and values, of angles and of scratch memory."""
-        held = 0 if self._cache is None else self._cache.nbytes()
-        return held + sum(t.nbytes for t in self._angles or ()) + int(self._native.nbytes())
+        return super().nbytes() + int(self._native.nbytes())  # scratch memory too
 
     def load(self, masks: Sequence[LayerMask | None]) -> None:
-        """Run these masks from now on; () or None in a layer's place: all of its neurons."""
         if masks is self._masks:
             return
         self._masks = masks
@@ -82,23 +67,17 @@ class SlimDecoder:
                 self._loaded[index] = kept
 
     def step(self, call: SlimCall, observe: bool) -> tuple[Tensor, Tensor]:
-        """Decode one token: logits [1, V], the last hidden state [1, D]; the cache grows by one."""
-        cache = call.cache
-        if self._cache is None or self._cache.of() is not cache:
-            self._cache = PreallocatedKVCache(cache)
+        room = self.room(call.cache)
         with torch.inference_mode(False), torch.no_grad():  # leaving that mode turns gradients on
-            keys, values, length = self._cache.buffers(cache)
+            keys, values, length = room.buffers(call.cache)
             cosine, sine = self._angle(length)
             caches = [t[0] for t in keys], [t[0] for t in values]
             token = int(call.ids)
             logits, hidden = self._native.step(token, *caches, length, cosine, sine, observe)
-            self._cache.show(cache, length + 1)
+            room.show(call.cache, length + 1)
         return logits[None], hidden[None]
 
     def observed(self, stream: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of the last step: u [L, 1, I], the FFNs' inputs h [L, 1, D], their outputs and the stream
-        before them [L, 1, D]; these two only with ``stream`` (else [0, 1, D]).
-        """
         u, h, z, x = (t[:, None] for t in self._native.observed(stream))
         return u, h, z, x
 

@@ -1,7 +1,7 @@
 """Whether a model computes what a whole decode step would compute in its place.
 
-With slim_parts.py a place that knows transformers' modules: one step of the model's own, after a
-short prompt, is compared part by part with the formulas that slim and graph go by.
+One step of the model's own, after a short prompt, is compared part by part with the formulas that
+slim and graph go by.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def _functions(modules: set[str]) -> Iterator[Any]:
 def disagreement_reason(model: Any) -> str:
     """What of ``model`` a whole decode step would compute differently: "", or a clause.
 
-    For models of which ``why_not_step`` says nothing.  Layers that are alike but for their weights
-    are compared once.
+    For models of which ``step_unsupported_reason`` says nothing.  Layers that are alike but for
+    their weights are compared once.
     """
     parts, bare = slim_parts(model), Bare()
     layers, _, _ = decoder_layers(model)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dart_llm.errors import ConfigError
 from dart_llm.models.ffn import FfnBlock
-from dart_llm.patching.executors.torch_ffn import Project
+from dart_llm.patching.executors.torch_ffn import Project, stacked
 from dart_llm.pruning.accounting import READ_WINNERS
 from dart_llm.pruning.config import TokenConfig
 from dart_llm.pruning.masks import LayerMask
@@ -74,18 +74,11 @@ class TokenFfn:
     def estimate(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
         """u~ [..., n] float32 of the neurons ``ids`` (None: all), from the copies alone."""
         made = [copy.product(x, ids) for copy in self.copies]
-        for at, bias in enumerate(self._biases()):
+        for at, bias in enumerate(self.block.biases()[2 - len(made) : 2]):
             if bias is not None:
-                made[at] += bias.detach() if ids is None else bias.detach()[ids]
+                made[at] += bias if ids is None else bias[ids]
         act = self.block.act
         return act(made[0]) if len(made) == 1 else act(made[0]) * made[1]
-
-    def _biases(self) -> Sequence[Tensor | None]:
-        if self.block.fused:
-            bias = getattr(self.block.up, "bias", None)
-            return () if bias is None else bias.chunk(2)
-        modules = (self.block.gate, self.block.up) if self.block.gate else (self.block.up,)
-        return [getattr(module, "bias", None) for module in modules]
 
     @torch.no_grad()
     def winners(self, x: Tensor, mask: TokenMask) -> Tensor:
@@ -107,11 +100,11 @@ class TokenFfn:
         rows = [slice(None)] if len(masks) == 1 else [slice(b, b + 1) for b in range(len(masks))]
         parts = [self._keep(fed[row], mask) for row, mask in zip(rows, masks, strict=True)]
         keep = torch.cat([part.to(x.dtype) for part in parts])
-        mean = _per_row([m.mean if isinstance(m, TokenMask) else None for m in masks], x)
-        bias = _per_row([None if m is None else m.bias for m in masks], x)
+        mean = stacked([m.mean if isinstance(m, TokenMask) else None for m in masks])
+        bias = stacked([None if m is None else m.bias for m in masks])
         u = self.block.hidden(x)
-        z = project((u if mean is None else u - mean) * keep)
-        return u, (z if bias is None else z + bias)
+        z = project((u if mean is None else u - mean[:, None].to(x)) * keep)
+        return u, (z if bias is None else z + bias[:, None].to(x))
 
     def _keep(self, x: Tensor, mask: LayerMask | None) -> Tensor:
         """[B, T, I] bool."""
@@ -126,15 +119,6 @@ class TokenFfn:
     def nbytes(self) -> int:
         norms: int = self.norms.numel() * self.norms.element_size()
         return norms + sum(copy.nbytes() for copy in self.copies)
-
-
-def _per_row(values: Sequence[Tensor | None], x: Tensor) -> Tensor | None:
-    """[1 or B, 1, n] in x's dtype, 0 where there is none; None where no row has one."""
-    some = next((value for value in values if value is not None), None)
-    if some is None:
-        return None
-    filled = [torch.zeros_like(some) if value is None else value for value in values]
-    return torch.stack(filled)[:, None].to(x)
 
 
 def errors(layers: Sequence[TokenFfn]) -> tuple[float, float]:

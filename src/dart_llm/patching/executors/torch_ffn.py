@@ -1,18 +1,18 @@
-"""One FFN block, and the ways to run it: dense, observed, masked, compact.
+"""One FFN block in PyTorch: all neurons multiplied by a mask, or the kept ones alone.
 
-Every executor takes the block's input x [..., D] and returns ``(u, z)``: the down projection's
-input [..., I] (None where it is not complete) and its output [..., D].
+Each takes the block's input x [..., D] and gives its output z [..., D]; u [..., I] is the down
+projection's input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dart_llm.models.ffn import FfnBlock, bias_of
+from dart_llm.models.ffn import FfnBlock
 from dart_llm.pruning.compensation import LowRank
 from dart_llm.pruning.masks import LayerMask
 
@@ -27,7 +27,7 @@ def run_masked(
     bias: Tensor | None,
     linear: LowRank | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Dense arithmetic with u multiplied by ``mask`` ([I] or [B, 1, I]; None: all ones)."""
+    """``(u, z)`` of dense arithmetic; ``mask``: of u, [I] or [B, 1, I], None for all ones."""
     u = block.hidden(x)
     z = project(u if mask is None else u * mask)
     z = z if bias is None else z + bias
@@ -81,42 +81,46 @@ class CompactFfn:
         self.linear = LowRank(new.basis, out)
 
     def _load_biases(self, mask: LayerMask) -> None:
-        block = self.block
-        inputs = [block.up] if block.gate is None else [block.gate, block.up]
-        biases = [bias_of(module) for module in inputs]
-        if biases[0] is not None:
-            ids = torch.cat([mask.ids, mask.ids + mask.width]) if block.fused else mask.ids
-            rows = torch.cat([b.detach()[ids] for b in biases if b is not None])
+        gate, up, down = self.block.biases()
+        inputs = [up] if self.block.matrices()[0] is None else [gate, up]
+        some = next((bias for bias in inputs if bias is not None), None)
+        if some is not None:
+            none = torch.zeros_like(some)
+            rows = torch.cat([(none if bias is None else bias)[mask.ids] for bias in inputs])
             self.row_bias = _buffer(self.row_bias, tuple(rows.shape), rows).copy_(rows)
-        down = bias_of(block.down)
         if mask.bias is None:
-            self.bias, self.own_bias = (None if down is None else down.detach()), False
+            self.bias, self.own_bias = down, False
             return
         assert self.columns is not None
-        total = mask.bias if down is None else down.detach().float() + mask.bias
+        total = mask.bias if down is None else down.float() + mask.bias
         known = self.bias if self.own_bias else None
         self.bias = _buffer(known, tuple(total.shape), self.columns).copy_(total)
         self.own_bias = True
 
-    def run(self, x: Tensor) -> tuple[None, Tensor]:
+    def run(self, x: Tensor) -> Tensor:
         """z from the kept neurons alone."""
         assert self.rows is not None and self.columns is not None
         hidden = F.linear(x, self.rows, self.row_bias)
-        if self.block.fused:
-            gate, up = hidden.chunk(2, dim=-1)
-            u = up * self.block.act(gate)
-        elif self.block.gate is not None:
+        if self.block.fused or self.block.gate is not None:
             gate, up = hidden.chunk(2, dim=-1)
             u = self.block.act(gate) * up
         else:
             u = self.block.act(hidden)
         z = F.linear(u, self.columns, self.bias)
-        return None, (z if self.linear is None else z + self.linear(x))
+        return z if self.linear is None else z + self.linear(x)
 
     def nbytes(self) -> int:
         out = None if self.linear is None else self.linear.out
         held = (self.rows, self.columns, self.row_bias, self.bias if self.own_bias else None, out)
         return sum(t.numel() * t.element_size() for t in held if t is not None)
+
+
+def stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """One tensor with zeros for what is missing; None where all are."""
+    some = next((part for part in parts if part is not None), None)
+    if some is None:
+        return None
+    return torch.stack([torch.zeros_like(some) if part is None else part for part in parts])
 
 
 def _buffer(old: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
 
 from dart_llm.models.calls import SlimCall, as_output, read_call
+from dart_llm.models.llama import PreallocatedKVCache
 from dart_llm.pruning.controller import PruningController
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.observations import LayerObservation
@@ -50,32 +52,55 @@ class Hooks:
         return self._foreign
 
 
-class StepDecoder(Protocol):
-    """Whole decode steps.  ``rows``: of the largest batch, None for any; ``device``: its type;
-    ``dtype``: of weights and cache.
+class StepDecoder(ABC):
+    """Whole decode steps of one attached model.
+
+    ``rows``: of the largest batch, None for any; ``device``: its type; ``dtype``: of weights and
+    cache.
     """
 
-    rows: int | None
+    rows: int | None = None
     device: str
     dtype: torch.dtype
 
+    def __init__(self) -> None:
+        self._cache: PreallocatedKVCache | None = None
+        self._angles: tuple[Tensor, Tensor] | None = None
+
     def unload(self) -> None:
         """Run all neurons, and hold neither masks nor room for a cache."""
+        self.load(())
+        self._cache = None
 
     def nbytes(self) -> int:
-        """Bytes held beside the model, its masks and its cache."""
+        """Bytes held beside the model, its masks and its cache; graphs hold what CUDA says."""
+        held = 0 if self._cache is None else self._cache.nbytes()
+        return held + sum(t.nbytes for t in self._angles or ())
+
+    def room(self, cache: Any) -> PreallocatedKVCache:
+        """Of transformers' ``cache``: its tensors become views of larger buffers."""
+        if self._cache is None or self._cache.of() is not cache:
+            self._cache = PreallocatedKVCache(cache)
+        return self._cache
 
     def serves(self, masks: Sequence[LayerMask | None]) -> bool:
         """Whether it can run these masks."""
+        return True
 
+    @abstractmethod
     def load(self, masks: Sequence[LayerMask | None]) -> None:
         """Run these masks from now on; () or None in a layer's place: all of its neurons."""
 
+    @abstractmethod
     def step(self, call: SlimCall, observe: bool) -> tuple[Tensor, Tensor]:
         """Decode one token of each row: logits [B, V] and the last hidden states [B, D]."""
 
+    @abstractmethod
     def observed(self, stream: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of the last step, per layer: u, the FFN's input, its output, the stream before it."""
+        """Of the last step: u [L, B, I], the FFNs' inputs, their outputs, the stream before them.
+
+        [L, B, D] each; outputs and stream only with ``stream``, else nothing.
+        """
 
 
 class WholeStepForward:

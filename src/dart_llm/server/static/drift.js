@@ -12,7 +12,8 @@ export function drawDrift(box, answer) {
   const width = Math.max(260, Math.round(box.clientWidth || 480));
   const series = bySeries(answer.checks);
   const scale = scales(width, answer, series);
-  const parts = [hatch(), ...bands(answer, scale), ...axes(scale, width)];
+  const id = `hatch-of-${box.id || "run"}`; // the page may show two
+  const parts = [hatch(id), ...bands(answer, scale, id), ...axes(scale, width)];
   for (const checks of series) parts.push(...lines(checks, answer, scale, series.length === 1));
   parts.push(...marks(answer, scale));
   const plot = shape("svg", {
@@ -48,13 +49,13 @@ function scales(width, answer, series) {
 }
 
 /** Diagonal lines over the dense stretches: the band is not told by its colour alone. */
-function hatch() {
+function hatch(id) {
   const line = shape("path", { d: "M0 6L6 0", class: "remask-line", opacity: 0.35 });
-  const pattern = { id: "hatch", width: 6, height: 6, patternUnits: "userSpaceOnUse" };
+  const pattern = { id, width: 6, height: 6, patternUnits: "userSpaceOnUse" };
   return shape("defs", {}, shape("pattern", pattern, line));
 }
 
-function bands(answer, { x }) {
+function bands(answer, { x }, id) {
   const found = [];
   for (const token of answer.tokens) {
     if (token.phase !== "observe") continue;
@@ -68,7 +69,7 @@ function bands(answer, { x }) {
   });
   return found.flatMap((band) => [
     box(band, { class: "dense-band" }),
-    box(band, { fill: "url(#hatch)" }),
+    box(band, { fill: `url(#${id})` }),
     x(band.to) - x(band.from) > 40 &&
       label((x(band.from) + x(band.to)) / 2, HEIGHT - EDGE.bottom - 6, "dense", "of-band", "middle"),
   ]);

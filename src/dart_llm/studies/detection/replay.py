@@ -1,6 +1,4 @@
-"""A detector replayed over a signal; rates, delays, false alarms.
-
-How well triggers meet known changes: rates, delays, false alarms, intervals over texts.
+"""A detector replayed over a signal, and how well its triggers meet known changes.
 
 A decoded token is *stationary* while the reference is of its topic: before the first change, and
 from the first trigger after a change up to the next change.  A trigger there is a false alarm.  The
@@ -21,14 +19,13 @@ from torch import Tensor
 
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.experiments.stats import text_intervals
+from dart_llm.pruning.config import DriftConfig
 from dart_llm.pruning.drift import Check, Detector, Rule, guards_allow, make_rule
 from dart_llm.pruning.registry import DRIFT_RULES, METHODS
 from dart_llm.studies.detection.signals import Recorded
 
-# Replay a drift detector over a recorded text, as the tracer would run it (tracer.py, life.py).
-#
-# Nothing is pruned here: the signals are those of the dense model, so every rule sees the same
-# text.
+# As the controller of a run would run the detector.  Nothing is pruned here: the signals are those
+# of the dense model, so every rule sees the same text.
 
 
 @dataclass(frozen=True)
@@ -53,8 +50,6 @@ def make_watcher(name: str, observe: int) -> Watcher:
     both (``dart``) is the rule.  Raises ``UnknownName``, and ``ConfigError`` for a method that
     never re-masks.
     """
-    from dart_llm.pruning.config import DriftConfig
-
     name = name.replace(":", " ")  # as a drift study writes an interval
     base = name.partition(" ")[0]
     if base in DRIFT_RULES:
@@ -99,6 +94,7 @@ def replay(signal: Recorded, prompt: int, watcher: Watcher) -> Replay:
     and the detector, its window and its counter start anew.
     """
     found, rule, v = Replay(), watcher.rule, signal.values[None]
+    guards = watcher.observe, watcher.min_distance, watcher.max_dense_share, watcher.allowance
     detector = _armed(signal, rule, v[:, signal.first : prompt])
     at, end, run, spent, last = prompt, v.shape[1], 0, 0, None
     while at < end and (rule.window or rule.interval):
@@ -110,7 +106,7 @@ def replay(signal: Recorded, prompt: int, watcher: Watcher) -> Replay:
             checks = detector.watch(part, None)
             found.checks += [(at, check) for check in checks]
             fired = any(check.fired for check in checks)
-        if fired and _allowed(watcher, at - prompt, last, spent):
+        if fired and guards_allow(at - prompt, last, spent, *guards):
             found.triggers.append(at)
             last, run = at - prompt, 0
             detector = _armed(signal, rule, v[:, at : at + watcher.observe])
@@ -133,18 +129,6 @@ def _tokens_until_change(rule: Rule, detector: Detector, run: int) -> int:
     return max(1, min(bounds))
 
 
-def _allowed(watcher: Watcher, decoded: int, last: int | None, spent: int) -> bool:
-    return guards_allow(
-        decoded,
-        last,
-        spent,
-        watcher.observe,
-        watcher.min_distance,
-        watcher.max_dense_share,
-        watcher.allowance,
-    )
-
-
 def similarities(signal: Recorded, prompt: int, window: int) -> list[tuple[int, float]]:
     """Similarity of every window to the prompt, with the tokens seen by its end; no trigger."""
     quiet = Rule(window, lambda mu, sigma: torch.full_like(mu, -torch.inf), 1)
@@ -153,8 +137,6 @@ def similarities(signal: Recorded, prompt: int, window: int) -> list[tuple[int, 
 
 
 Array = NDArray[np.float64]
-
-Ends = tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -208,67 +190,43 @@ def outcome(
     return Outcome(reach, tuple(delays), *counts)
 
 
-@dataclass(frozen=True)
-class Rates:
-    """One rule over all texts.
+def rates(outcomes: Sequence[Outcome], seed: int = 0, intervals: bool = True) -> dict[str, Any]:
+    """One rule over all texts, as JSON-able data: the entries of a row of detection.json.
 
     ``delay_median``: over detected changes.  ``delay_with_misses``: mean over all changes, a miss
     counting as its whole reach.  ``alarms_per_1000``: of all decoded tokens.  ``blind_rate``: what
     a rule that fires at equal distances, as often, detects: where a change lies between two alarms
     is left to chance, so an alarm falls within its reach with min(1, reach x alarms per token).
-    Intervals: 95 %, None below two texts.
+    Intervals: 95 %, by resampling whole texts, None below two.
     """
-
-    changes: int
-    detected: int
-    rate: float
-    rate_interval: Ends
-    delay_median: float | None
-    delay_interval: Ends
-    delay_with_misses: float
-    delay_with_misses_interval: Ends
-    false_alarms: int
-    false_alarms_per_1000: float
-    fa_interval: Ends
-    tokens: int
-    late: int
-    alarms: int
-    decoded: int
-    alarms_per_1000: float
-    blind_rate: float
-    gain: float
-    gain_interval: Ends
-
-
-def rates(outcomes: Sequence[Outcome], seed: int = 0, intervals: bool = True) -> Rates:
-    """Pool the texts; intervals by resampling whole texts."""
     once = _statistics(outcomes, np.ones((1, len(outcomes))))
     point = {name: float(values[0]) for name, values in once.items()}
-    ends: dict[str, Ends] = {}
+    ends: dict[str, list[float] | None] = {}
     if intervals:
-        ends = text_intervals(lambda weights: _statistics(outcomes, weights), len(outcomes), seed)
+        found = text_intervals(lambda weights: _statistics(outcomes, weights), len(outcomes), seed)
+        ends = {name: None if own is None else list(own) for name, own in found.items()}
     alarms, decoded = (sum(getattr(o, n) for o in outcomes) for n in ("alarms", "decoded"))
-    return Rates(
-        changes=sum(len(o.delays) for o in outcomes),
-        detected=sum(delay is not None for o in outcomes for delay in o.delays),
-        rate=point["rate"],
-        rate_interval=ends.get("rate"),
-        delay_median=None if math.isnan(point["median"]) else point["median"],
-        delay_interval=ends.get("median"),
-        delay_with_misses=point["delay"],
-        delay_with_misses_interval=ends.get("delay"),
-        false_alarms=sum(o.false_alarms for o in outcomes),
-        false_alarms_per_1000=point["false"],
-        fa_interval=ends.get("false"),
-        tokens=sum(o.stationary for o in outcomes),
-        late=sum(o.late for o in outcomes),
-        alarms=alarms,
-        decoded=decoded,
-        alarms_per_1000=1000 * alarms / max(1, decoded),
-        blind_rate=point["blind"],
-        gain=point["gain"],
-        gain_interval=ends.get("gain"),
-    )
+    return {
+        "changes": sum(len(o.delays) for o in outcomes),
+        "detected": sum(delay is not None for o in outcomes for delay in o.delays),
+        "rate": point["rate"],
+        "rate_interval": ends.get("rate"),
+        "delay_median": None if math.isnan(point["median"]) else point["median"],
+        "delay_interval": ends.get("median"),
+        "delay_with_misses": point["delay"],
+        "delay_with_misses_interval": ends.get("delay"),
+        "false_alarms": sum(o.false_alarms for o in outcomes),
+        "false_alarms_per_1000": point["false"],
+        "fa_interval": ends.get("false"),
+        "tokens": sum(o.stationary for o in outcomes),
+        "late": sum(o.late for o in outcomes),
+        "alarms": alarms,
+        "decoded": decoded,
+        "alarms_per_1000": 1000 * alarms / max(1, decoded),
+        "blind_rate": point["blind"],
+        "gain": point["gain"],
+        "gain_interval": ends.get("gain"),
+    }
 
 
 def _statistics(outcomes: Sequence[Outcome], weights: Array) -> dict[str, Array]:
@@ -325,9 +283,3 @@ def auc(same: Sequence[float], other: Sequence[float]) -> float | None:
         return None
     a, b = np.asarray(same)[:, None], np.asarray(other)[None]
     return float(((a > b) + 0.5 * (a == b)).mean())
-
-
-def to_dict(found: Rates) -> dict[str, Any]:
-    """JSON-able data."""
-    data = dict(vars(found))
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in data.items()}

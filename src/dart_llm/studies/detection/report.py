@@ -10,14 +10,16 @@ from dart_llm.experiments.store import mapping
 from dart_llm.reporting.figures import (
     DASHES,
     INK,
-    KEY_LINE,
     LOOKS,
     Drawing,
     Palette,
     Plot,
+    heights,
     key,
     looks,
     mark,
+    name_bars,
+    panels,
 )
 from dart_llm.reporting.table import Column, Table
 from dart_llm.reporting.words import count
@@ -89,7 +91,7 @@ def conclusion(document: Row) -> str:
     best = max(rows, key=lambda row: (row["gain"], -row["false_alarms_per_1000"]))
     sure = [row for row in rows if row["gain_interval"] and row["gain_interval"][0] > 0]
     found = (
-        f"Largest gain over a blind rule that fires as often: {_name(best)}, "
+        f"Largest gain over a blind rule that fires as often: {name(best)}, "
         f"{best['detected']} of {count(best['changes'], 'change')} against "
         f"{best['blind_rate']:.0%}, with {best['false_alarms_per_1000']:.1f} false alarms per "
         "1,000 tokens."
@@ -109,7 +111,8 @@ def conclusion(document: Row) -> str:
     return found
 
 
-def _name(row: Row) -> str:
+def name(row: Row) -> str:
+    """Rule, and the signal that it watches if any."""
     return f"{row['rule']} on {row['signal']}" if row["signal"] != "none" else str(row["rule"])
 
 
@@ -130,33 +133,37 @@ def markdown(document: Row) -> str:
 
 BLIND = "blind rule"
 
-QUANTITIES = (
-    ("rate", "changes detected (%)", 100.0),
-    ("delay_with_misses", "mean delay (tokens),\na miss = horizon", 1.0),
-)
+QUANTITIES = {
+    "rate": ("changes detected (%)", 100.0),
+    "delay_with_misses": ("mean delay (tokens),\na miss = horizon", 1.0),
+}
+"""Of a curve's points: axis and factor."""
 
 
 def make_curves(document: Row) -> list[Plot]:
-    """One plot per window length, the first named ``detection``; a column of panels per n0."""
+    """One plot per window length, the first named ``detection``; a row of panels per n0."""
     windows = list(dict.fromkeys(curve["window"] for curve in document["curves"]))
     return [_plot(document, window, first=number == 0) for number, window in enumerate(windows)]
 
 
 def _plot(document: Row, window: int, first: bool) -> Plot:
     curves = [curve for curve in document["curves"] if curve["window"] == window]
-    counts = list(dict.fromkeys(curve["n0"] for curve in curves))
     names = list(dict.fromkeys(curve["signal"] for curve in curves))
-    horizon = int(document["settings"]["horizon"])
+    counts = dict.fromkeys(curve["n0"] for curve in curves)
+    order = [(n0, quantity) for n0 in counts for quantity in QUANTITIES]
+    lines = len(names) // 3 + 1
 
     def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
         looks = {name: mark(look, palette) for name, look in zip(names, cycle(LOOKS), strict=False)}
-        drawn, above = _panels(figure, counts, narrow, len(names) + 1)
-        for (n0, name), axes in drawn.items():
+        above, *drawn = panels(figure, len(order), narrow, lines)
+        for place, (axes, (n0, quantity)) in enumerate(zip(drawn, order, strict=True)):
+            if place >= len(QUANTITIES):
+                axes.sharex(drawn[place % len(QUANTITIES)])
+                axes.sharey(drawn[place % len(QUANTITIES)])
             own = [curve for curve in curves if curve["n0"] == n0]
-            _draw(axes, own, looks, name, horizon)
+            _draw(axes, own, looks, quantity, int(document["settings"]["horizon"]))
             axes.set_title(f"n0 = {n0}", loc="left", fontsize=9, color=INK)
-            axes.label_outer()
-        key(above, list(drawn.values()), 2 if narrow else 3)
+        key(above, drawn, 2 if narrow else 3)
 
     steps = [point["k"] for curve in curves[:1] for point in curve["points"]]
     small = (
@@ -164,21 +171,13 @@ def _plot(document: Row, window: int, first: bool) -> Plot:
         f"{window} tokens to a trigger · blind rule: fires at equal distances, with as many false "
         f"alarms · {table_title(document)} · {_checkpoint(document)}"
     )
-    words = conclusion(document)
     alt = (
         "Panels: detection rate and mean delay over false alarms per 1,000 tokens, one line per "
-        f"signal. {words}"
+        f"signal. {conclusion(document)}"
     )
     heading = f"How early a change of topic is noticed, for how many false alarms (W = {window})"
-    return Plot(
-        "detection" if first else f"detection-w{window}",
-        heading,
-        alt,
-        small,
-        5.4,
-        draw,
-        0.9 + 4.3 * len(counts),
-    )
+    name = "detection" if first else f"detection-w{window}"
+    return Plot(name, heading, alt, small, *heights(len(order), draw, lines))
 
 
 def _checkpoint(document: Row) -> str:
@@ -189,30 +188,8 @@ def _checkpoint(document: Row) -> str:
     return " · ".join(str(part) for part in parts if part)
 
 
-def _panels(
-    figure: Figure, counts: Sequence[int], narrow: bool, lines: int
-) -> tuple[dict[tuple[int, str], Axes], Axes]:
-    """Panels by n0 and quantity, and the legend's place above them."""
-    names = [name for name, _, _ in QUANTITIES]
-    columns = 1 if narrow else len(counts)
-    order = [(n0, name) for n0 in counts for name in names]
-    if not narrow:
-        order = [(n0, name) for name in names for n0 in counts]
-    rows = len(order) // columns
-    height = KEY_LINE * (lines // (2 if narrow else 3) + 1)
-    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[height, *[2.2] * rows])
-    above = figure.add_subplot(grid[0, :])
-    above.axis("off")
-    found: dict[tuple[int, str], Axes] = {}
-    for place, panel in enumerate(order):
-        row, column = divmod(place, columns)
-        same = next((axes for (_, name), axes in found.items() if name == panel[1]), None)
-        found[panel] = figure.add_subplot(grid[row + 1, column], sharey=same, sharex=same)
-    return found, above
-
-
 def _draw(axes: Axes, curves: Sequence[Row], looks: Row, name: str, horizon: int) -> None:
-    label, factor = next((words, factor) for key_, words, factor in QUANTITIES if key_ == name)
+    label, factor = QUANTITIES[name]
     for curve in curves:
         x = [point["false_alarms_per_1000"] for point in curve["points"]]
         y = [factor * point[name] for point in curve["points"]]
@@ -262,22 +239,15 @@ def make_drawings(document: Row) -> Iterator[Drawing]:
         yield from map(Drawing, make_curves(document))
 
 
-def name(row: Row) -> str:
-    """Signal and rule, as an axis has them."""
-    return str(row["rule"]) if row["signal"] == "none" else f"{row['signal']}, {row['rule']}"
-
-
 def _rates(document: Row) -> Plot:
     rows = document["rows"]
     signals = list(dict.fromkeys(str(row["signal"]) for row in rows))
-    bounded = any(row.get(ends) for row in rows for _, ends, _, _ in NUMBERS)
-    words = "whiskers: 95 % intervals over passages" if bounded else "no intervals"
-    small = f"{words} · {table_title(document)}"
+    small = f"whiskers: 95 % intervals over passages · {table_title(document)}"
 
     def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
         styles = looks(signals, palette)
-        panels = figure.subplots(3 if narrow else 1, 1 if narrow else 3, sharey=True, squeeze=False)
-        for axes, (field, ends, label, factor) in zip(panels.flat, NUMBERS, strict=True):
+        grid = figure.subplots(3 if narrow else 1, 1 if narrow else 3, sharey=True, squeeze=False)
+        for axes, (field, ends, label, factor) in zip(grid.flat, NUMBERS, strict=True):
             for place, row in enumerate(rows):
                 look = {**styles[str(row["signal"])], "linestyle": "none", "markersize": 6.5}
                 if row[field] is not None:
@@ -286,14 +256,11 @@ def _rates(document: Row) -> Plot:
                     x = [factor * end for end in row[ends]]
                     axes.plot(x, [place, place], color=INK, linewidth=1.3, zorder=2)
             axes.set_xlabel(label.replace("\n", " ") if narrow else label)
-            axes.grid(axis="x")
             axes.set_xlim(left=-3 if factor > 1 else None, right=105 if factor > 1 else None)
-            axes.set_yticks(range(len(rows)), [name(row) for row in rows], fontsize=8)
-            axes.set_ylim(len(rows) - 0.4, -0.6)
-            axes.grid(axis="y", linewidth=0.4)
+            name_bars(axes, [name(row) for row in rows])
 
     listed = "; ".join(f"{name(row)}: {100 * row['rate']:.0f} %" for row in rows)
     alt = f"Points: detection rate, delay and false alarms. {listed}."
     tall = 0.24 * len(rows)
-    title = conclusion(document).partition(". ")[0]
+    title = "Changes detected, delay and false alarms, by rule and signal"
     return Plot("detection_rates", title, alt, small, 1.2 + tall, draw, 1.6 + 3 * (tall + 0.5))

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from dart_llm.data import passages as inputs
@@ -34,10 +34,9 @@ from dart_llm.studies.detection.replay import (
     replay,
     similarities,
     sweep_rule,
-    to_dict,
 )
 from dart_llm.studies.detection.settings import DetectSettings
-from dart_llm.studies.detection.signals import SIGNALS, Recorded, layers_of, needs_eager, record
+from dart_llm.studies.detection.signals import SCORES, SIGNALS, Recorded, layers_of, record
 
 NO_SIGNAL = "none"
 """The signal of rules that watch none: ``interval N``, ``never``."""
@@ -93,7 +92,7 @@ class DetectionStudy(Study[DetectSettings]):
         super().__init__(settings, ui)
         self.plan = plan(settings)
         self.passages = inputs.tokenised_passages(settings.passages, settings.limit)
-        self.eager = needs_eager(self.plan.signals)
+        self.eager = SCORES in self.plan.signals
 
     def inputs(self) -> Mapping[str, Any]:
         passages = inputs.digest(self.passages)
@@ -233,7 +232,7 @@ def summary_document(
     return {
         "schema": SCHEMA,
         "rows": [
-            {**key, **to_dict(rates(outcomes, seed))}
+            {**key, **rates(outcomes, seed)}
             for key, outcomes in _groups(lines, "rules", ("signal", "rule"), horizon)
         ],
         "curves": _curves(lines, horizon),
@@ -259,19 +258,22 @@ def _groups(
     return [(dict(zip(names, key, strict=True)), outcomes) for key, outcomes in groups.items()]
 
 
+POINT = {
+    "rate": "rate",
+    "delay": "delay_median",
+    "delay_with_misses": "delay_with_misses",
+    "false_alarms_per_1000": "false_alarms_per_1000",
+    "alarms_per_1000": "alarms_per_1000",
+    "blind_rate": "blind_rate",
+}
+"""Entries of a curve's point, and what they are in the rates."""
+
+
 def _curves(lines: Lines, horizon: int) -> list[dict[str, Any]]:
     curves: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for key, outcomes in _groups(lines, "sweep", ("signal", "window", "n0", "k"), horizon):
         pooled = rates(outcomes, intervals=False)
-        point = {
-            "k": key["k"],
-            "rate": pooled.rate,
-            "delay": pooled.delay_median,
-            "delay_with_misses": pooled.delay_with_misses,
-            "false_alarms_per_1000": pooled.false_alarms_per_1000,
-            "alarms_per_1000": pooled.alarms_per_1000,
-            "blind_rate": pooled.blind_rate,
-        }
+        point = {"k": key["k"], **{name: pooled[source] for name, source in POINT.items()}}
         curves.setdefault((key["signal"], key["window"], key["n0"]), []).append(point)
     return [
         {"signal": signal, "window": window, "n0": count, "points": points}
@@ -295,7 +297,7 @@ def _signals(lines: Lines, layers: int, seed: int) -> list[dict[str, Any]]:
                 "what": SIGNALS[name],
                 "layers": list(layers_of(name, layers)),
                 "window": window,
-                "auc": math.fsum(values) / len(values) if values else None,
+                "auc": fmean(values) if values else None,
                 "auc_interval": None if interval is None else [interval.low, interval.high],
             }
         )

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from dart_llm.data import passages as drift_passages
-from dart_llm.data import topic_prompts
-from dart_llm.data.passages import SHIPPED, Passage, Topic
+from dart_llm.data import passages
+from dart_llm.data.passages import SHIPPED, Topic
 from dart_llm.data.prompts import given_prompt
 from dart_llm.data.topic_prompts import DriftPrompt
 from dart_llm.errors import ConfigError
@@ -78,24 +77,16 @@ class DriftCell:
 def load_sources(settings: DriftSettings) -> tuple[Source, ...]:
     """What the study writes after or reads; raises ``ConfigError`` for a file that does not fit."""
     if settings.kind == FORCED:
-        passages = drift_passages.passages(settings.passages)
-        return tuple(map(_passage, passages[: settings.limit]))
+        given = passages.passages(settings.passages)[: settings.limit]
+        return tuple(Source(one.id, one.text, one.topics, one.changes) for one in given)
     if settings.prompt is not None:
         text = given_prompt(settings.prompt)
         if not text.strip():
             raise ConfigError("the prompt is empty: give at least one word")
         return (Source("prompt", text),)
-    return tuple(map(_prompt, _prompts(settings.prompts)[: settings.limit]))
-
-
-def _prompts(source: str | None) -> Sequence[DriftPrompt]:
-    if source == SHIPPED:
-        return topic_prompts.shipped()
-    return topic_prompts.read_prompts(drift_passages.existing("prompts", str(source)))
-
-
-def _passage(passage: Passage) -> Source:
-    return Source(passage.id, passage.text, passage.topics, passage.changes)
+    own = settings.prompts != SHIPPED
+    file = passages.existing("prompts", str(settings.prompts)) if own else None
+    return tuple(map(_prompt, passages.listed_prompts(file)[: settings.limit]))
 
 
 def _prompt(prompt: DriftPrompt) -> Source:
@@ -137,12 +128,8 @@ def expand(
 def shortened(source: Source, end: int) -> Source:
     """The passage cut at character ``end``, without the topics that begin after it."""
     changes = tuple(change for change in source.changes if change < end)
-    return replace(
-        source,
-        text=source.text[:end],
-        topics=source.topics[: len(changes) + 1],
-        changes=changes,
-    )
+    topics = source.topics[: len(changes) + 1]
+    return replace(source, text=source.text[:end], topics=topics, changes=changes)
 
 
 def digest(sources: Sequence[Source]) -> str:

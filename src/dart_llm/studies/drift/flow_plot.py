@@ -7,7 +7,7 @@ below.  Heights are shares of all FFN neurons, summed over the layers.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,8 @@ import numpy as np
 
 from dart_llm.reporting.figures import INK, SOFT, Drawing, Kit, Palette, Plot
 from dart_llm.reporting.words import percent
-from dart_llm.studies.drift.plots import remasked, web_keys
-from dart_llm.studies.drift.view import DriftCell, DriftView, Flow, cell_name, columns, flow
+from dart_llm.studies.drift.plots import web_keys
+from dart_llm.studies.drift.view import DriftCell, DriftView, Flow, Masks, cell_name, columns, flow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,18 +39,13 @@ THICK, GAP = 0.05, 0.06
 """Width of a column's bars and the white between live and pruned, as shares of the picture."""
 
 
-def make(view: DriftView) -> Iterator[Drawing]:
-    """One per cell with masks of two topics, or two masks where topics have no places."""
-    for cell, masks in remasked(view):
-        names = [name for name, _ in columns(cell)]
-        numbers = [number for _, number in columns(cell)]
-        if len(names) > 1:
-            yield _drawing(view, cell, names, [flow(masks, *two) for two in pairwise(numbers)])
+def make(view: DriftView, cell: DriftCell, masks: Masks) -> Drawing | None:
+    """Of a cell with masks of two topics, or two masks where topics have no places."""
+    names = [name for name, _ in columns(cell)]
+    if len(names) < 2:
+        return None
+    flows = [flow(masks, *two) for two in pairwise(number for _, number in columns(cell))]
 
-
-def _drawing(
-    view: DriftView, cell: DriftCell, names: Sequence[str], flows: Sequence[Flow]
-) -> Drawing:
     def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
         axes = figure.subplots()
         axes.axis("off")
@@ -59,25 +54,19 @@ def _drawing(
         for place, name in enumerate(names):
             between = flows[min(place, len(flows) - 1)]
             live = between.kept + (between.joined if place == len(flows) else between.left)
-            _column(axes, place, live / _total(between), name, narrow)
+            _column(axes, place, live / between.total, name, narrow)
         axes.set(xlim=(-0.12, len(flows) + 0.12), ylim=(-0.04, 1.16 + GAP))
 
-    keep = (flows[0].kept + flows[0].left) / _total(flows[0])
+    keep = (flows[0].kept + flows[0].left) / flows[0].total
     told = "; ".join(
         f"{old} to {new}: {percent(f.share_kept, 0)} of the live neurons kept"
         for (old, new), f in zip(pairwise(names), flows, strict=True)
     )
-    small = f"shares of all FFN neurons, all layers together · {told} (independent masks: "
-    small += f"{percent(keep, 0)})"
+    small = f"shares of all FFN neurons · {told} (independent masks: {percent(keep, 0)})"
     title = f"{cell_name(cell)}: neurons from one mask to the next"
-    plot = Plot(
-        "flow", title, f"Flow of neurons between masks. {told}.", view.noted(small), 3.7, draw
-    )
+    alt = f"Flow of neurons between masks. {told}."
+    plot = Plot("flow", title, alt, view.noted(small), 3.7, draw)
     return Drawing(plot, lambda kit: _web(kit, names, flows), cell_name(cell), 420)
-
-
-def _total(flow: Flow) -> int:
-    return flow.kept + flow.left + flow.joined + flow.out
 
 
 def bounds(flow: Flow) -> dict[str, tuple[float, float, float]]:
@@ -85,7 +74,7 @@ def bounds(flow: Flow) -> dict[str, tuple[float, float, float]]:
 
     Live neurons stand above pruned ones: kept above left, and kept above joined.
     """
-    share = {kind: getattr(flow, kind) / _total(flow) for kind in KINDS}
+    share = {kind: getattr(flow, kind) / flow.total for kind in KINDS}
     old_live = 1 + GAP - share["kept"]
     return {
         "kept": (old_live, old_live, share["kept"]),
@@ -113,7 +102,8 @@ def _ribbons(axes: Axes, place: int, flow: Flow, narrow: bool) -> None:
             zorder=1 if kind == "out" else 2,
         )
         if height > 0.035:
-            side = 0.5 if kind in ("kept", "out") else 0.22
+            plain = kind in ("kept", "out")
+            side = 0.5 if plain else 0.22
             axes.text(
                 place + side,
                 float(np.interp(side, x, low)) + height / 2,
@@ -123,9 +113,7 @@ def _ribbons(axes: Axes, place: int, flow: Flow, narrow: bool) -> None:
                 fontsize=8 if narrow else 9,
                 color="white" if kind == "kept" else INK,
                 zorder=4,
-                bbox=None
-                if kind in ("kept", "out")
-                else {"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.85},
+                bbox=None if plain else {"facecolor": "white", "edgecolor": "none", "alpha": 0.85},
             )
 
 
@@ -152,11 +140,7 @@ def _web(kit: Kit, names: Sequence[str], flows: Sequence[Flow]) -> Any:
     figure = kit.go.Figure(
         kit.go.Sankey(arrangement="snap", domain=area, node=_nodes(names), link=_links(flows))
     )
-    keys = {}
-    for kind in KINDS:
-        share = f" {percent(getattr(flows[0], kind) / _total(flows[0]), 0)}"
-        keys[WORDS[kind] + (share if len(flows) == 1 else "")] = WEB_COLOURS[kind]
-    web_keys(kit, figure, keys)
+    web_keys(kit, figure, {WORDS[kind]: WEB_COLOURS[kind] for kind in KINDS})
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False)
     return figure
@@ -164,20 +148,16 @@ def _web(kit: Kit, names: Sequence[str], flows: Sequence[Flow]) -> Any:
 
 def _nodes(names: Sequence[str]) -> dict[str, Any]:
     """Two per column: live above, pruned below."""
-    labels, colours, ends = [], [], []
-    for place, name in enumerate(names):
-        short = textwrap.shorten(name, 22, placeholder="…")
-        labels += [f"{short}: live", "pruned"]
-        colours += [INK, SOFT]
-        ends += [(place / (len(names) - 1), 0.0), (place / (len(names) - 1), 1.0)]
+    short = [textwrap.shorten(name, 22, placeholder="…") for name in names]
+    places = np.linspace(0.001, 0.999, len(names)).repeat(2)  # plotly takes no 0 and no 1
     return {
-        "label": labels,
-        "color": colours,
+        "label": [label for name in short for label in (f"{name}: live", "pruned")],
+        "color": [INK, SOFT] * len(names),
         "pad": 26,
         "thickness": 14,
         "line": {"width": 0},
-        "x": [min(0.999, max(0.001, x)) for x, _ in ends],
-        "y": [min(0.999, max(0.001, 0.2 + 0.6 * y)) for _, y in ends],
+        "x": places.tolist(),
+        "y": [0.2, 0.8] * len(names),
         "hovertemplate": "%{label}: %{value:,.0f} neurons<extra></extra>",
     }
 
@@ -197,6 +177,6 @@ def _links(flows: Sequence[Flow]) -> dict[str, Any]:
         "value": values,
         "color": [WEB_COLOURS[kind] for kind in kinds],
         "label": [WORDS[kind] for kind in kinds],
-        "customdata": [percent(value / _total(flows[0])) for value in values],
+        "customdata": [percent(value / flows[0].total) for value in values],
         "hovertemplate": "%{label}: %{value:,.0f} neurons (%{customdata} of all)<extra></extra>",
     }

@@ -35,9 +35,9 @@ def topics(losses: Losses, starts: Sequence[int], moment: int) -> list[dict[str,
                 "tokens": len(own),
                 "mean_loss": mean(own),
                 "first": [mean(_known(losses, begin, begin + BIN)) for begin in bins],
-                "later": None
-                if not later
-                else {"from": moment, "tokens": len(later), "mean_loss": mean(later)},
+                "later": {"from": moment, "tokens": len(later), "mean_loss": mean(later)}
+                if later
+                else None,
             }
         )
     return found
@@ -60,21 +60,13 @@ def recovery(losses: Losses, dense: Losses, starts: Sequence[int]) -> list[dict[
         for own, other in zip(losses, dense, strict=True)
     ]
     found = []
-    for number, (start, end) in enumerate(spans(losses, starts)):
-        if number == 0:
-            continue
+    for number, (start, end) in list(enumerate(spans(losses, starts)))[1:]:
         before = mean(_known(excess, max(0, start - BEFORE), start))
-        tokens = None
-        if before is not None:
-            bound = before + MARGIN
-            tokens = next(
-                (
-                    begin - start
-                    for begin in range(start, end - WINDOW + 1)
-                    if (mean(_known(excess, begin, begin + WINDOW)) or 0.0) <= bound
-                ),
-                None,
-            )
+        windows = range(start, end - WINDOW + 1) if before is not None else ()
+        bound = (before or 0.0) + MARGIN
+        later = (t for t in windows if (mean(_known(excess, t, t + WINDOW)) or 0.0) <= bound)
+        first = next(later, None)
+        tokens = None if first is None else first - start
         found.append({"topic": number, "tokens": tokens, "within": end - start})
     return found
 

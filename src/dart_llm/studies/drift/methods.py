@@ -18,12 +18,11 @@ between re-masks and the cap on dense tokens: an interval of N is N.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dart_llm.errors import ConfigError
+from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.pruning.config import PruneConfig, check_sparsity
 from dart_llm.pruning.registry import METHODS
 from dart_llm.settings import BaseSettings
@@ -32,26 +31,22 @@ DENSE, NEVER, DART = "dense", "never", "dart"
 
 UNGUARDED = {"min_distance": 0, "max_dense_share": None, "allowance": 0}
 
-Changes = Mapping[str, Any]
-
-VARIANTS: dict[str, Callable[[int], Changes]] = {
+VARIANTS: dict[str, Callable[[int], Mapping[str, Any]]] = {
     NEVER: lambda n: {"drift": {"rule": "never"}},
     "paper": lambda n: {"drift": {"rule": "paper", "signal": "attention", **UNGUARDED}},
     "interval": lambda n: {"drift": {"rule": f"interval {n}", **UNGUARDED}},
-    "fresh": lambda n: {
-        "drift": {"rule": "never"},
-        "remask": {"evidence": "fresh", "observe_tokens": n},
-    },
-    "decay": lambda n: {
-        "drift": {"rule": "never"},
-        "remask": {"evidence": "decay", "observe_tokens": n},
-    },
+    "fresh": lambda n: _timed("fresh", n),
+    "decay": lambda n: _timed("decay", n),
 }
 
 NUMBERED = ("interval", "fresh", "decay")
 
 TIMED = ("fresh", "decay")
 """New masks at a known moment."""
+
+
+def _timed(evidence: str, tokens: int) -> Mapping[str, Any]:
+    return {"drift": {"rule": "never"}, "remask": {"evidence": evidence, "observe_tokens": tokens}}
 
 
 @dataclass(frozen=True)
@@ -119,7 +114,8 @@ def _parse(word: str, base: BaseSettings, moment: int) -> DriftMethod:
             )
         return DriftMethod(name, config, tokens, moment)
     if colon or name not in METHODS:
-        raise _unknown(name)
+        names = [*METHODS.names(), *(f"{v}:N" if v in NUMBERED else v for v in VARIANTS)]
+        raise UnknownName("method", name, names)
     return DriftMethod(name, _preset(name, base, sparsity))
 
 
@@ -152,19 +148,11 @@ def _sparsity(word: str, amount: str) -> float:
 
 
 def _tokens(word: str, kind: str, number: str | None) -> int:
-    if kind not in NUMBERED:
-        if number is not None:
-            raise ConfigError(f'the method "{word}" takes no number: write "{kind}"')
-        return 0
-    if number is None or not number.isdecimal() or int(number) < 1:
+    """N of ``kind:N``; 0 where the kind has none."""
+    if kind not in NUMBERED and number is not None:
+        raise ConfigError(f'the method "{word}" takes no number: write "{kind}"')
+    if kind in NUMBERED and (number is None or not number.isdecimal() or int(number) < 1):
         raise ConfigError(
             f'the method "{word}" needs a whole number of tokens, 1 or more: write "{kind}:N"'
         )
-    return int(number)
-
-
-def _unknown(name: str) -> ConfigError:
-    known = [*METHODS.names(), *(f"{v}:N" if v in NUMBERED else v for v in VARIANTS)]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
-    return ConfigError(f"unknown method {name!r}; {hint}")
+    return int(number or 0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,8 +29,11 @@ from dart_llm.reporting.figures import (
     Kit,
     Palette,
     Plot,
+    draw_whisker,
     legend,
     looks,
+    name_bars,
+    write_beside,
 )
 from dart_llm.reporting.words import percent
 from dart_llm.studies.drift.losses import BIN
@@ -176,17 +179,13 @@ Curves = Mapping[str, Sequence[Point]]
 EXCESS = "loss over dense (nats per token)"
 
 
-def make_loss(view: DriftView) -> Iterator[Drawing]:
-    """One, where dense and another method were measured on the same passages (forced mode)."""
+def make_loss(view: DriftView) -> Drawing | None:
+    """Where dense and another method were measured on the same passages (forced mode)."""
     curves = around(view)
     if not curves:
-        return
-    points = [point for points in curves.values() for point in points]
-    fewest, most = min(point.n for point in points), max(point.n for point in points)
-    n = f"{most}" if most == fewest else f"{fewest} to {most}"
-    bounded = any(point.interval for point in points)
-    intervals = "bands: 95 % bootstrap intervals" if bounded else "no intervals"
-    small = f"means of {BIN}-token bins over {n} passages; {intervals}"
+        return None
+    most = max(point.n for points in curves.values() for point in points)
+    small = f"means of {BIN}-token bins over {most} passages; bands: 95 % bootstrap intervals"
 
     def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
         columns = min(len(curves), 1 if narrow else 3)
@@ -204,7 +203,7 @@ def make_loss(view: DriftView) -> Iterator[Drawing]:
     alt = f"Lines: {EXCESS} over tokens after the change, by method."
     height = 0.9 + 2.0 * math.ceil(len(curves) / 3)
     tall = 0.9 + 1.7 * len(curves)
-    yield Drawing(Plot("loss", title, alt, view.noted(small), height, draw, tall))
+    return Drawing(Plot("loss", title, alt, view.noted(small), height, draw, tall))
 
 
 def _loss_panel(axes: Axes, label: str, curves: Curves, look: Mapping[str, Any]) -> None:
@@ -239,25 +238,16 @@ METRICS = ("document_similarity", "rougeL", "bertscore", "sentence_coverage")
 
 TITLES = {number.name: f"{number.title} against the dense text" for number in NUMBERS}
 
-
-@dataclass(frozen=True)
-class Bar:
-    """One method's number, and the summary's row that accounts for it."""
-
-    label: str
-    estimate: Mapping[str, Any]
-    line: Mapping[str, Any]
+Bars = list[tuple[Mapping[str, Any], Mapping[str, Any]]]
+"""The summary's row of each method, and its estimate of one number."""
 
 
-def make_methods(view: DriftView) -> Iterator[Drawing]:
-    """One, with a panel per number: the loss after the change, or metrics against dense."""
+def make_methods(view: DriftView) -> Drawing | None:
+    """A panel per number: the loss after the change, or metrics against dense."""
     panels = quality_panels(view)
     if not panels:
-        return
+        return None
     axis, first = next(iter(panels.items()))
-    bounded = any(bar.estimate["low"] is not None for bar in first)
-    intervals = "whiskers: 95 % bootstrap intervals" if bounded else "no intervals, means"
-    small = f"{intervals} over {first[0].estimate['n']} {MODES.get(view.mode, 'source')}s"
     counts = [len(bars) for bars in panels.values()]
 
     def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
@@ -268,25 +258,25 @@ def make_methods(view: DriftView) -> Iterator[Drawing]:
         rows = figure.subplots(len(panels), 2, squeeze=False, gridspec_kw=shape)
         for (quality, removed), (words, bars) in zip(rows, panels.items(), strict=True):
             _draw_quality(quality, bars, palette)
-            _draw_removed(removed, bars, narrow)
-            quality.set_xlabel(_folded(words) if narrow else words)
+            _draw_removed(removed, [line for line, _ in bars], narrow)
+            quality.set_xlabel(textwrap.fill(words, 28) if narrow else words)
         rows[-1][1].set_xlabel("achieved\nsparsity (%)" if narrow else "achieved sparsity (%)")
 
     listed = "; ".join(
-        f"{bar.label} {bar.estimate['mean']:.3f} with {accounted(bar.line)}" for bar in first
+        f"{line['label']} {estimate['mean']:.3f} with {accounted(line)}" for line, estimate in first
     )
     title = "Quality of each method, beside what it removed"
+    small = f"whiskers: 95 % bootstrap intervals over {first[0][1]['n']} {MODES[view.mode]}s"
     height = 0.7 + sum(0.75 + 0.36 * count for count in counts)
     alt = f"Bars: {axis}. {listed}."
-    yield Drawing(Plot("methods", title, alt, view.noted(small), height, draw))
+    return Drawing(Plot("methods", title, alt, view.noted(small), height, draw))
 
 
-def quality_panels(view: DriftView) -> dict[str, list[Bar]]:
+def quality_panels(view: DriftView) -> dict[str, Bars]:
     """Bars by the words of their axis."""
 
-    def bars(group: str, name: str) -> list[Bar]:
-        measured = [line for line in view.lines if line[group] and line[group].get(name)]
-        return [Bar(str(line["label"]), line[group][name], line) for line in measured]
+    def bars(group: str, name: str) -> Bars:
+        return [(line, line[group][name]) for line in view.lines if (line[group] or {}).get(name)]
 
     for name, words in LOSSES:
         if bars("loss", name):
@@ -295,51 +285,33 @@ def quality_panels(view: DriftView) -> dict[str, list[Bar]]:
     return {words: shown for words, shown in metrics.items() if shown}
 
 
-def _folded(text: str) -> str:
-    return text.replace(", over", ",\nover").replace(" (", "\n(").replace(" against", "\nagainst")
-
-
-def _draw_quality(axes: Axes, bars: Sequence[Bar], palette: Palette) -> None:
-    colours = looks([bar.label for bar in bars], palette)
-    for place, bar in enumerate(bars):
-        mean, low, high = (bar.estimate[name] for name in ("mean", "low", "high"))
-        look = {"color": colours[bar.label]["color"], "hatch": HATCHES[place % len(HATCHES)]}
+def _draw_quality(axes: Axes, bars: Bars, palette: Palette) -> None:
+    labels = [str(line["label"]) for line, _ in bars]
+    colours = looks(labels, palette)
+    for place, (label, (_, estimate)) in enumerate(zip(labels, bars, strict=True)):
+        mean, low, high = (estimate[name] for name in ("mean", "low", "high"))
+        look = {"color": colours[label]["color"], "hatch": HATCHES[place % len(HATCHES)]}
         axes.barh(place, mean, 0.62, edgecolor="white", linewidth=0, **look)
         if low is not None:
-            for ink, extra in (("white", 2.0), (INK, 0.0)):
-                style: dict[str, Any] = {"color": ink, "linewidth": 1.4 + extra, "marker": "|"}
-                axes.plot([low, high], [place, place], markersize=7 + extra, **style)
-        _write(axes, f"{mean:.2f}", max(0.0, mean, high or 0.0), place, 8.5)
+            draw_whisker(axes, low, high, place)
+        write_beside(axes, f"{mean:.2f}", max(0.0, mean, high or 0.0), place, 8.5)
     low, high = axes.get_xlim()
     axes.set_xlim(low, high + 0.16 * (high - low))
     axes.axvline(0, color=INK, linewidth=0.9)
-    axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
-    _space_rows(axes, len(bars))
+    name_bars(axes, labels)
 
 
-def _draw_removed(axes: Axes, bars: Sequence[Bar], narrow: bool) -> None:
-    for place, bar in enumerate(bars):
-        removed = bar.line["achieved_sparsity"]
+def _draw_removed(axes: Axes, lines: Sequence[Mapping[str, Any]], narrow: bool) -> None:
+    for place, line in enumerate(lines):
+        removed = line["achieved_sparsity"]
         axes.barh(place, 100 * removed, 0.62, color=GREY)
         words = percent(removed)
         if not narrow:
-            dense = percent(bar.line["dense_token_share"])
-            words += f"\n{dense} dense, {plural(bar.line['remasks_per_cell'])}"
-        _write(axes, words, 0, place, 7.2)
+            dense = percent(line["dense_token_share"])
+            words += f"\n{dense} dense, {plural(line['remasks_per_cell'])}"
+        write_beside(axes, words, 0, place, 7.2)
     axes.set_xlim(0, 100)
-    axes.set_yticks([])
-    _space_rows(axes, len(bars))
-
-
-def _write(axes: Axes, text: str, x: float, place: int, size: float) -> None:
-    look: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
-    axes.annotate(text, (x, place), fontsize=size, color=INK, in_layout=False, **look)
-
-
-def _space_rows(axes: Axes, count: int) -> None:
-    axes.set_ylim(count - 0.45, -0.55)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x")
+    name_bars(axes, [""] * len(lines))
 
 
 # How much of each layer's first mask is still in force, over time.
@@ -357,13 +329,7 @@ def remasked(view: DriftView) -> Iterator[tuple[DriftCell, Masks]]:
             yield cell, masks
 
 
-def make_overlap(view: DriftView) -> Iterator[Drawing]:
-    """One per cell with two masks or more."""
-    for cell, masks in remasked(view):
-        yield _overlap_drawing(view, cell, masks)
-
-
-def _overlap_drawing(view: DriftView, cell: DriftCell, masks: Masks) -> Drawing:
+def make_overlap(view: DriftView, cell: DriftCell, masks: Masks) -> Drawing:
     values, expected = overlap(masks), chance(masks)
     low = min(0.9, np.floor(10 * min(expected, float(values.min()))) / 10)
     last = float(values[:, -1].mean())
@@ -394,12 +360,6 @@ def _overlap_drawing(view: DriftView, cell: DriftCell, masks: Masks) -> Drawing:
 PRUNED, LIVE = "#f1f2f4", "#114260"
 
 
-def make_raster(view: DriftView) -> Iterator[Drawing]:
-    """One per cell with two masks or more, of the layer whose masks moved most."""
-    for cell, masks in remasked(view):
-        yield _raster_drawing(view, cell, masks)
-
-
 def order(live: ActiveNeurons) -> NDArray[np.intp]:
     """[width]: neurons by their pattern over the masks, those that live first on top."""
     return np.lexsort((np.arange(live.shape[1]), *(~live)[::-1]))
@@ -412,7 +372,8 @@ def raster(live: ActiveNeurons, spans: Sequence[MaskSpan]) -> NDArray[np.uint8]:
     return np.stack(shown)[:, order(live)].T.astype(np.uint8)
 
 
-def _raster_drawing(view: DriftView, cell: DriftCell, masks: Masks) -> Drawing:
+def make_raster(view: DriftView, cell: DriftCell, masks: Masks) -> Drawing:
+    """Of the layer whose masks moved most."""
     layer = moved(masks)
     live = masks.live[layer]
     width = live.shape[1]
@@ -426,9 +387,7 @@ def _raster_drawing(view: DriftView, cell: DriftCell, masks: Masks) -> Drawing:
         axes.set_ylabel(f"neurons of layer {layer}, sorted")
 
     shares = f"{always} of {width:,} neurons live under every mask, {never} under none"
-    words = (
-        "dark: live, light: pruned · sorted by when they live · the layer whose masks moved most"
-    )
+    words = "dark: live, light: pruned · the layer whose masks moved most"
     title = f"{cell_name(cell)}: the neurons of layer {layer} that live"
     alt = f"Raster: the neurons of layer {layer} that live, over decoded tokens; {shares}."
     plot = Plot("neurons", title, alt, view.noted(f"{words} · {shares}"), 3.9, draw)
@@ -460,8 +419,6 @@ def _web_raster(kit: Kit, cell: DriftCell, live: ActiveNeurons, layer: int) -> A
 
 Cells = Sequence[DriftCell]
 
-LOOK = ("color", "marker", "linestyle", "markersize", "markeredgecolor", "markeredgewidth")
-
 
 def make_timeline(view: DriftView) -> Iterator[Drawing]:
     """One per source, those with most triggers first; a panel per method with a detector."""
@@ -473,11 +430,10 @@ def make_timeline(view: DriftView) -> Iterator[Drawing]:
     def rank(cells: Cells) -> tuple[int, int]:
         return -len(cells), -sum(check.trigger for cell in cells for check in cell.checks)
 
-    for cells in sorted(groups.values(), key=rank):
-        yield _timeline_drawing(view, cells)
+    return (_timeline(view, cells) for cells in sorted(groups.values(), key=rank))
 
 
-def _timeline_drawing(view: DriftView, cells: Cells) -> Drawing:
+def _timeline(view: DriftView, cells: Cells) -> Drawing:
     shown = cells[:MAX_PANELS]
     layers = sorted({check.layer for cell in shown for check in cell.checks})
     small = f"layer{'s'[: len(layers) > 1]} {', '.join(map(str, layers))} watched"
@@ -495,8 +451,7 @@ def _timeline_drawing(view: DriftView, cells: Cells) -> Drawing:
         panels[-1].set_xlabel(TIME)
         if shown[0].changes:
             panels[0].plot([], [], color=INK, linestyle=CHANGE, label="change of topic")
-        _share_legend(list(panels))
-        legend(panels[0], 2 if narrow else 4)
+        legend(panels[0], 2 if narrow else 4, list(panels[1:]))
 
     built = ", ".join(f"{cell.label} {plural(cell.rebuilt)}" for cell in shown)
     title = f"Similarity to the reference on {source_name(cells[0])}"
@@ -504,17 +459,6 @@ def _timeline_drawing(view: DriftView, cells: Cells) -> Drawing:
     plot = Plot("similarity", title, alt, view.noted(small), 1.1 + 1.9 * len(shown), draw)
     choice = source_name(cells[0]) + (f", seed {cells[0].seed}" if cells[0].seed else "")
     return Drawing(plot, lambda kit: _web_timeline(kit, shown), choice, 150 + 240 * len(shown))
-
-
-def _share_legend(panels: Sequence[Axes]) -> None:
-    """What only lower panels show gets its place in the first one's legend."""
-    known = set(panels[0].get_legend_handles_labels()[1])
-    for axes in panels[1:]:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            if label not in known and hasattr(handle, "get_marker"):
-                known.add(label)
-                look = {name: getattr(handle, f"get_{name}")() for name in LOOK}
-                panels[0].plot([], [], label=label, **look)
 
 
 MARKS: dict[str, tuple[str, dict[str, Any]]] = {

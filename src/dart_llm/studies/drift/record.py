@@ -8,7 +8,6 @@ interrupted.
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,17 +60,16 @@ class DriftRecorder(MaskRecorder):
 def record(run: Run, recorder: DriftRecorder, widths: Sequence[int]) -> dict[str, Any]:
     """``checks``, ``remasks``, ``dense_from`` and ``accounting`` of a run of one sequence.
 
-    JSON-able.  ``widths``: neurons per layer.
+    ``widths``: neurons per layer.
     """
     accounting = run.report().to_dict()
     accounting.pop("sequences")
-    found = {
+    return {
         "checks": [asdict(check) for check in run.drift_checks],
         "remasks": remasks(recorder, widths),
         "dense_from": recorder.dense_from(),
         "accounting": accounting,
     }
-    return dict(json.loads(json.dumps(finite(found))))
 
 
 def remasks(recorder: DriftRecorder, widths: Sequence[int]) -> list[dict[str, Any]]:
@@ -81,20 +79,19 @@ def remasks(recorder: DriftRecorder, widths: Sequence[int]) -> list[dict[str, An
     before: list[Tensor] | None = None
     for number, remask in enumerate(recorder.remasks):
         masks = [_kept(recorder, number, layer, width) for layer, width in enumerate(widths)]
-        alone = before is None or recorder.per_token
-        moves = None if alone else [_moves(*two) for two in zip(before or [], masks, strict=True)]
-        found.append(
-            {
-                "step": remask.step,
-                "cause": remask.cause,
-                "kept": list(remask.kept),
-                "evidence_tokens": remask.evidence_tokens,
-                "observed": recorder.observed[number],
-                "jaccard": None if moves is None else [jaccard for jaccard, _, _ in moves],
-                "left": None if moves is None else [left for _, left, _ in moves],
-                "joined": None if moves is None else [joined for _, _, joined in moves],
-            }
-        )
+        moves = None
+        if before is not None and not recorder.per_token:
+            moves = [_moves(*two) for two in zip(before, masks, strict=True)]
+        entry: dict[str, Any] = {
+            "step": remask.step,
+            "cause": remask.cause,
+            "kept": list(remask.kept),
+            "evidence_tokens": remask.evidence_tokens,
+            "observed": recorder.observed[number],
+        }
+        for place, name in enumerate(("jaccard", "left", "joined")):
+            entry[name] = None if moves is None else [move[place] for move in moves]
+        found.append(entry)
         before = masks
     return found
 
@@ -119,19 +116,27 @@ def write_masks(path: Path, recorder: DriftRecorder, checkpoint: str, label: str
 
     Raises ``ResultsError`` when the disk is full or read-only.
     """
-    metadata = {
-        "checkpoint": checkpoint,
-        "method": label,
-        "remasks": str(len(recorder.remasks)),
-        "format": FORMAT,
-    }
-    write_tensors(path, recorder.tensors, metadata)
+    count = str(len(recorder.remasks))
+    facts = {"checkpoint": checkpoint, "method": label, "remasks": count, "format": FORMAT}
+    write_tensors(path, recorder.tensors, facts)
 
 
 Part = dict[str, Any]
 """``topics``, ``prompt_tokens``, ``decoded_tokens``, ``finish``, ``checks``, ``remasks``,
 ``dense_from``, ``accounting``, ``text``, ``pieces``, ``losses`` and ``seconds``; JSON-able."""
 
+
+NOTHING: Mapping[str, Any] = {
+    "topics": [],
+    "prompt_tokens": None,
+    "decoded_tokens": None,
+    "finish": None,
+    "checks": [],
+    "remasks": [],
+    "dense_from": None,
+    "accounting": None,
+}
+"""What a line of results.jsonl takes from a part, as it stands where the cell failed."""
 
 DONE, FAILED = "done", "failed"
 
@@ -188,44 +193,38 @@ class StudyFiles:
 
     def rows(self) -> list[dict[str, Any]]:
         """Lines of results.jsonl: the finished and the failed cells, in grid order."""
-        rows = []
-        for cell in self.cells:
-            part = self.part(cell)
-            if part is not None or cell.key in self.failed:
-                rows.append(self._row(cell, part))
-        return rows
+        parts = [(cell, self.part(cell)) for cell in self.cells]
+        return [
+            self._row(cell, part)
+            for cell, part in parts
+            if part is not None or cell.key in self.failed
+        ]
 
     def _row(self, cell: DriftCell, part: Part | None) -> dict[str, Any]:
-        known = part or {}
-        return {
+        found = {
             "key": cell.key,
             "status": FAILED if part is None else DONE,
             "error": self.failed[cell.key] if part is None else None,
             "label": cell.method.label,
             "cell": cell.facts(self.model, self.dtype),
-            "topics": known.get("topics", []),
-            "prompt_tokens": known.get("prompt_tokens"),
-            "decoded_tokens": known.get("decoded_tokens"),
-            "finish": known.get("finish"),
-            "checks": known.get("checks", []),
-            "remasks": known.get("remasks", []),
-            "dense_from": known.get("dense_from"),
-            "accounting": known.get("accounting"),
-            "loss": None if part is None else self._loss(cell, part),
-            "metrics": None if part is None else (self.metrics(cell) or {}).get("values"),
         }
+        known = {**NOTHING, "loss": None, "metrics": None}
+        if part is not None:
+            known |= {name: part[name] for name in NOTHING}
+            known["loss"] = self._loss(cell, part)
+            known["metrics"] = (self.metrics(cell) or {}).get("values")
+        return {**found, **known}
 
     def _loss(self, cell: DriftCell, part: Part) -> dict[str, Any] | None:
         if cell.mode != FORCED:
             return None
         starts, losses = [topic["start"] for topic in part["topics"]], part["losses"]
         dense = self.folder.part(cell.dense_key)
-        return {
-            "topics": drift_losses.topics(losses, starts, self.moment),
-            "recovery": None
-            if dense is None
-            else drift_losses.recovery(losses, dense["losses"], starts),
-        }
+        recovery = None
+        if dense is not None:
+            recovery = drift_losses.recovery(losses, dense["losses"], starts)
+        topics = drift_losses.topics(losses, starts, self.moment)
+        return {"topics": topics, "recovery": recovery}
 
     def grow(self) -> None:
         """Write the files when the last time is a while ago."""
@@ -248,14 +247,12 @@ class StudyFiles:
 
         ``timing``: what this run knows, such as ``load_s``.
         """
-        cells, metrics, methods = dict[str, float](), dict[str, float](), Counter[str]()
-        for cell in self.cells:
-            part, comparison = self.part(cell), self.metrics(cell)
-            if part is not None:
-                cells[cell.key] = part["seconds"]
-                methods[cell.method.label] += part["seconds"]
-            if comparison is not None:
-                metrics[cell.key] = comparison["seconds"]
+        cells = {cell.key: part["seconds"] for cell, part in self._parts()}
+        compared = [(cell.key, self.metrics(cell)) for cell in self.cells]
+        metrics = {key: found["seconds"] for key, found in compared if found is not None}
+        methods = Counter[str]()
+        for cell, part in self._parts():
+            methods[cell.method.label] += part["seconds"]
         phases = {
             "load": timing.get("load_s"),
             "cells": sum(cells.values()),
@@ -272,13 +269,8 @@ class StudyFiles:
 
     def _texts(self) -> Iterator[dict[str, Any]]:
         for cell, part in self._parts():
-            yield {
-                "key": cell.key,
-                "id": cell.source.id,
-                "method": cell.method.label,
-                "seed": cell.seed,
-                "text": part["text"],
-            }
+            name = {"id": cell.source.id, "method": cell.method.label, "seed": cell.seed}
+            yield {"key": cell.key, **name, "text": part["text"]}
 
     def _tokens(self) -> Iterator[dict[str, Any]]:
         for cell, part in self._parts():

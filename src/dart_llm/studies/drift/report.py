@@ -8,32 +8,25 @@ without matplotlib there are none and the page says so.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 from dart_llm.errors import MissingExtra
 from dart_llm.experiments import run_facts
 from dart_llm.files import page_json, write_text
 from dart_llm.reporting import figures, page
-from dart_llm.reporting.figures import Drawing, InteractiveFigure, Plot
-from dart_llm.reporting.page import Picture
+from dart_llm.reporting.figures import Drawing, Kit, Plot
 from dart_llm.reporting.table import Column, PageTable, Table
 from dart_llm.reporting.words import percent
 from dart_llm.studies.detection import report as detection_report
-from dart_llm.studies.drift import flow_plot, summary
-from dart_llm.studies.drift.plots import (
-    make_loss,
-    make_methods,
-    make_overlap,
-    make_raster,
-    make_timeline,
-)
+from dart_llm.studies.drift import flow_plot, plots, summary
 from dart_llm.studies.drift.view import (
     MODES,
     DriftCell,
     DriftView,
+    Masks,
     accounted,
     cell_name,
     conclusion,
@@ -41,16 +34,6 @@ from dart_llm.studies.drift.view import (
     read,
     source_name,
 )
-
-MAKERS = (
-    make_methods,
-    make_loss,
-    make_timeline,
-    make_overlap,
-    make_raster,
-    flow_plot.make,
-)
-"""Each makes pictures of one kind, the best to show first."""
 
 MOST_PICTURES = 3
 """Pictures of one kind that the page shows where they are not interactive."""
@@ -61,23 +44,57 @@ MOST_MASKS = 300
 MOST_BYTES = 800_000
 """Of all free texts, and of all passages' tokens and losses, on one page."""
 
+SECTIONS = {
+    "methods": (
+        "Methods compared",
+        "Each method's quality beside what it really removed. Passages: the loss over dense on the "
+        "same tokens. Prompts: how close the text is to the dense one.",
+    ),
+    "similarity": (
+        "Similarity over time",
+        "Each mark compares one window of tokens with the tokens the masks were made from. Windows "
+        "under the threshold count towards a re-mask.",
+    ),
+    "masks": (
+        "Masks, before and after",
+        "Which neurons live when, how much of the first masks is left in each layer, and which "
+        "neurons one topic leaves and the next one brings in.",
+    ),
+    "detection": (
+        "Detection of the change",
+        "How many known changes each signal and rule finds, how late, and how often it fires where "
+        "nothing changed.",
+    ),
+}
+"""Heading and words of each section."""
 
-def kinds(view: DriftView) -> Iterator[Iterator[Drawing]]:
-    """The pictures by kind, then those of detection.
+
+def kinds(view: DriftView) -> Iterator[tuple[str, Iterator[Drawing]]]:
+    """The section and the pictures of each kind, the best to show first.
 
     A picture is made when it is asked for: making one of masks reads their file.
     """
-    for make in MAKERS:
-        yield make(view)
-    yield from (iter([drawing]) for drawing in detection_report.make_drawings(view.detection))
+    for drawing in (plots.make_methods(view), plots.make_loss(view)):
+        yield "methods", filter(None, [drawing])
+    yield "similarity", plots.make_timeline(view)
+    for make in (plots.make_overlap, plots.make_raster, flow_plot.make):
+        yield "masks", _of_masks(view, make)
+    for drawing in detection_report.make_drawings(view.detection):
+        yield "detection", iter([drawing])
 
 
-def plots(folder: Path) -> Iterator[Plot]:
+def _of_masks(
+    view: DriftView, make: Callable[[DriftView, DriftCell, Masks], Drawing | None]
+) -> Iterator[Drawing]:
+    return filter(None, (make(view, cell, masks) for cell, masks in plots.remasked(view)))
+
+
+def pictures(folder: Path) -> Iterator[Plot]:
     """One picture of each kind that the folder allows.
 
-    Raises ``ResultsError`` when it is no drift folder, or masks do not fit it.
+    Raises ``ResultsError`` when it is no drift folder.
     """
-    firsts = (next(kind, None) for kind in kinds(read(folder)))
+    firsts = (next(kind, None) for _, kind in kinds(read(folder)))
     return (drawing.plot for drawing in firsts if drawing is not None)
 
 
@@ -87,7 +104,7 @@ def write_all(folder: Path) -> list[Path]:
     Raises also ``ResultsError`` when a file cannot be written, and ``MissingExtra`` without
     matplotlib or cmcrameri.
     """
-    return figures.save(folder, plots(folder))
+    return figures.save(folder, pictures(folder))
 
 
 # The tables: every quality number beside what was really removed.
@@ -98,9 +115,10 @@ def methods(view: DriftView) -> PageTable | None:
     if not view.summary:
         return None
     unit = "losses in nats per token; " if view.mode == "forced" else ""
-    sources = f"{view.summary['sources']} {MODES.get(view.mode, 'source')}s"
-    caption = f"Means over {sources} ({unit}in brackets 95 % intervals)"
-    return summary.table(view.summary, caption).html()
+    sources = f"{view.summary['sources']} {MODES[view.mode]}s"
+    return summary.table(
+        view.summary, f"Means over {sources} ({unit}in brackets 95 % intervals)"
+    ).html()
 
 
 def remasks(view: DriftView) -> PageTable | None:
@@ -134,163 +152,84 @@ def _topic(cell: DriftCell, step: int) -> str | None:
 
 def detection(document: Mapping[str, Any]) -> PageTable | None:
     """Rate, delay and false alarms of every signal and rule, as ``detection.md`` has them."""
-    if not document.get("rows"):
-        return None
-    table = detection_report.rules_table(document).html()
-    _, _, *heads = table.head
-    rows = tuple((f"{signal}, {rule}", *cells) for signal, rule, *cells in table.rows)
-    caption = f"Detection of known changes of topic. {table.caption}"
-    return PageTable(caption, ("signal, rule", *heads), rows)
+    return detection_report.rules_table(document).html() if document.get("rows") else None
 
 
 # The texts: free ones side by side, passages token by token.
 
 
-class MethodText(NamedTuple):
-    """What one method wrote."""
-
-    name: str
-    note: str
-    text: str
-
-
-class Source(NamedTuple):
-    """The texts that answer one prompt."""
-
-    name: str
-    prompt: str
-    columns: tuple[MethodText, ...]
+def _fitting(texts: Iterator[tuple[Any, int]], room: int) -> tuple[list[Any], bool]:
+    """The first that fit into ``room`` bytes, at least one; whether there are more."""
+    shown: list[Any] = []
+    for text, size in texts:
+        if shown and size > room:
+            return shown, True
+        room -= size
+        shown.append(text)
+    return shown, False
 
 
-class PassageTokens(NamedTuple):
-    """A passage and the losses of its tokens, as JSON for a script block.
-
-    ``methods``: label and label with accounting, pruned methods first.
-    """
-
-    name: str
-    methods: tuple[tuple[str, str], ...]
-    text: str
-    data: str
-
-
-def free(view: DriftView, room: int = MOST_BYTES) -> tuple[list[Source], bool]:
-    """By source and seed, dense first: the first that fit; whether there are more."""
+def free_texts(view: DriftView, room: int = MOST_BYTES) -> tuple[list[dict[str, Any]], bool]:
+    """``name``, ``prompt`` and ``columns`` of the first texts that fit; whether there are more."""
     groups: dict[tuple[str, int], list[DriftCell]] = {}
     for cell in view.done:
         if cell.mode == "free":
             groups.setdefault((cell.source, cell.seed), []).append(cell)
-    shown: list[Source] = []
-    for (source, seed), cells in groups.items():
-        columns = tuple(_column(cell) for cell in sorted(cells, key=lambda cell: not cell.dense))
-        room -= sum(len(column.text) + 200 for column in columns)
-        if shown and room < 0:
-            return shown, True
-        name = source_name(cells[0]) + (f", seed {seed}" if seed else "")
-        shown.append(Source(name, view.prompt(source), columns))
-    return shown, False
+
+    def texts() -> Iterator[tuple[dict[str, Any], int]]:
+        for cells in groups.values():
+            columns = [_column(cell) for cell in sorted(cells, key=lambda cell: not cell.dense)]
+            seed = f", seed {cells[0].seed}" if cells[0].seed else ""
+            head = {"name": source_name(cells[0]) + seed, "prompt": view.prompt(cells[0].source)}
+            yield {**head, "columns": columns}, sum(len(cell.text) + 200 for cell in cells)
+
+    return _fitting(texts(), room)
 
 
-def _column(cell: DriftCell) -> MethodText:
+def _column(cell: DriftCell) -> dict[str, str]:
+    """What one method wrote."""
     parts = [f"{cell.decoded_tokens} decoded tokens"]
     if cell.accounting:
         parts.append(accounted(cell.accounting))
     for name, value in (cell.metrics or {}).items():
         digits = "not known" if value is None else f"{value:.{3 if abs(value) < 10 else 1}f}"
         parts.append(f"{name} {digits}")
-    return MethodText(cell.label, " · ".join(parts), cell.text or "(no text)")
+    return {"name": cell.label, "note": " · ".join(parts), "text": cell.text or "(no text)"}
 
 
-def passage_texts(view: DriftView, room: int = MOST_BYTES) -> tuple[list[PassageTokens], bool]:
-    """The first passages that fit into ``room`` bytes, at least one; whether there are more."""
+def passage_texts(view: DriftView, room: int = MOST_BYTES) -> tuple[list[dict[str, Any]], bool]:
+    """The first passages that fit, whether there are more; of several seeds the first.
+
+    ``data``: pieces and losses as JSON; ``methods``: label, and label with accounting.
+    """
     groups: dict[str, dict[str, DriftCell]] = {}
     for cell in view.done:
         if cell.mode == "forced" and cell.pieces:
             groups.setdefault(cell.source, {}).setdefault(cell.label, cell)
-    shown: list[PassageTokens] = []
-    for cells in groups.values():
-        passage = _passage(sorted(cells.values(), key=lambda cell: cell.dense))
-        if shown and len(passage.data) > room:
-            return shown, True
-        room -= len(passage.data)
-        shown.append(passage)
-    return shown, False
+    passages = (_passage([*cells.values()]) for cells in groups.values())
+    return _fitting(((passage, len(passage["data"])) for passage in passages), room)
 
 
-def _passage(cells: Sequence[DriftCell]) -> PassageTokens:
+def _passage(cells: Sequence[DriftCell]) -> dict[str, Any]:
     """Pieces are those of the first cell: in forced mode all methods see the same tokens."""
+    cells = sorted(cells, key=lambda cell: cell.dense)
     first = cells[0]
     losses = {
-        "dense" if cell.dense else cell.label: [
-            None if loss is None else round(loss, 2) for loss in cell.losses
-        ]
+        cell.label: [None if loss is None else round(loss, 2) for loss in cell.losses]
         for cell in cells
         if len(cell.losses) == len(first.pieces)
     }
     topics = [{"name": name, "start": start} for name, start, _ in first.placed_topics]
-    data = {"pieces": first.pieces, "topics": topics, "losses": losses}
-    methods = tuple(
-        (cell.label, f"{cell.label}: {accounted(cell.accounting)}")
-        for cell in cells
-        if cell.accounting
-    )
-    text = "".join(first.pieces)
-    return PassageTokens(
-        source_name(first), methods or (("dense", "dense"),), text, page_json(data)
-    )
+    pruned = [(c.label, f"{c.label}: {accounted(c.accounting)}") for c in cells if c.accounting]
+    return {
+        "name": source_name(first),
+        "methods": pruned or [("dense", "dense")],
+        "text": "".join(first.pieces),
+        "data": page_json({"pieces": first.pieces, "topics": topics, "losses": losses}),
+    }
 
 
-SECTIONS = {
-    "methods": (
-        "Methods compared",
-        ("methods", "loss"),
-        "Each method's quality beside what it really removed. Passages: the loss over dense on the "
-        "same tokens. Prompts: how close the text is to the dense one.",
-    ),
-    "similarity": (
-        "Similarity over time",
-        ("similarity",),
-        "Each mark compares one window of tokens with the tokens the masks were made from. Windows "
-        "under the threshold count towards a re-mask.",
-    ),
-    "masks": (
-        "Masks, before and after",
-        ("overlap", "neurons", "flow"),
-        "Which neurons live when, how much of the first masks is left in each layer, and which "
-        "neurons one topic leaves and the next one brings in.",
-    ),
-    "detection": (
-        "Detection of the change",
-        ("detection",),
-        "How many known changes each signal and rule finds, how late, and how often it fires where "
-        "nothing changed.",
-    ),
-}
-"""Heading, pictures (how their names begin) and words of each section."""
-
-MORE = "Of each kind, the first pictures that fit are on the page."
-
-
-class Section(NamedTuple):
-    """One part of the page."""
-
-    id: str
-    heading: str
-    words: str
-    figures: tuple[Sequence[InteractiveFigure], ...]
-    pictures: tuple[Picture, ...]
-    table: PageTable | None
-    folded: PageTable | None
-    more: str
-
-
-class _Drawn(NamedTuple):
-    """All pictures: interactive ones by name, images, names of which there are more, a reason."""
-
-    figures: dict[str, list[InteractiveFigure]]
-    pictures: list[Picture]
-    more: set[str]
-    missing: str
+# The page.
 
 
 def write(folder: Path) -> Path:
@@ -305,17 +244,18 @@ def write(folder: Path) -> Path:
 
 def render(view: DriftView) -> str:
     """The page of one drift study."""
-    return page.render("drift.html", _content(view))
-
-
-def _content(view: DriftView) -> dict[str, Any]:
     from markupsafe import Markup
 
-    drawn = _draw(view)
-    script = figures.script() if drawn.figures else ""
-    passages, more = passage_texts(view)
-    texts, more_texts = free(view)
-    return {
+    tools, missing = None, ""
+    try:
+        tools = figures.kit()
+    except MissingExtra as error:
+        missing = f"Pictures are not interactive: {error}"
+    sections, reason = _sections(view, tools)
+    script = figures.script() if any(section["figures"] for section in sections) else ""
+    passages, more_passages = passage_texts(view)
+    texts, more_texts = free_texts(view)
+    content = {
         "title": title(view),
         "status": str(view.results.config.get("status") or "unknown"),
         "conclusion": conclusion(view),
@@ -323,18 +263,19 @@ def _content(view: DriftView) -> dict[str, Any]:
         "notes": view.summary.get("notes") or [],
         "cards": _cards(view),
         "facts": _facts(view),
-        "sections": _sections(view, drawn),
-        "missing": drawn.missing,
+        "sections": sections,
+        "missing": reason or missing,
         "texts": texts,
         "more_texts": "Further texts stand in texts.jsonl." if more_texts else "",
         "passages": passages,
-        "more_passages": "Further passages stand in tokens.jsonl." if more else "",
+        "more_passages": "Further passages stand in tokens.jsonl." if more_passages else "",
         "failures": [f"{c.key}: {c.error or c.status}" for c in view.cells if not c.done],
         "settings": run_facts.settings(view.results),
         "provenance": run_facts.provenance(view.results),
         "script": Markup(script),
         "policy": Markup(figures.policy(script) if script else ""),
     }
+    return page.render("drift.html", content)
 
 
 def title(view: DriftView) -> str:
@@ -344,86 +285,63 @@ def title(view: DriftView) -> str:
     return f"Knowledge drift on {model}"
 
 
-def _draw(view: DriftView) -> _Drawn:
-    tools, missing = None, ""
-    try:
-        tools = figures.kit()
-    except MissingExtra as error:
-        missing = f"Pictures are not interactive: {error}"
-    live, images, more = {}, list[Drawing](), set[str]()
-    for kind in kinds(view):
+def _sections(view: DriftView, tools: Kit | None) -> tuple[list[dict[str, Any]], str]:
+    """The sections that show something, and why there are no pictures."""
+    tables = {"methods": methods(view), "detection": detection(view.detection)}
+    folded = {"masks": remasks(view)}
+    live: dict[str, list[Any]] = {name: [] for name in SECTIONS}
+    images: dict[str, list[Plot]] = {name: [] for name in SECTIONS}
+    more: set[str] = set()
+    for name, kind in kinds(view):
         first = next(kind, None)
         if first is None:
             continue
-        if first.interactive is None:
-            images += [first, *itertools.islice(kind, MOST_PICTURES - 1)]
-            more |= {first.plot.name} if next(kind, None) else set()
-        elif tools is None:
-            images.append(first)
+        drawings = itertools.chain([first], kind)
+        if tools is not None and first.interactive is not None:
+            shown, cut = figures.figures(drawings, tools)
+            live[name].append(shown)
         else:
-            drawings = itertools.chain([first], kind)
-            live[first.plot.name], cut = figures.figures(drawings, tools)
-            more |= {first.plot.name} if cut else set()
-    pictures, reason = page.pictures(drawing.plot for drawing in images)
-    return _Drawn(live, pictures, more, reason or missing)
-
-
-def _sections(view: DriftView, drawn: _Drawn) -> list[Section]:
-    tables = {"methods": methods(view), "detection": detection(view.detection)}
-    folded = {"masks": remasks(view)}
-    sections = []
-    for name, (heading, starts, words) in SECTIONS.items():
-        section = Section(
-            name,
-            heading,
-            words,
-            tuple(shown for key, shown in drawn.figures.items() if key.startswith(starts)),
-            tuple(picture for picture in drawn.pictures if picture.name.startswith(starts)),
-            tables.get(name),
-            folded.get(name),
-            MORE if any(key.startswith(starts) for key in drawn.more) else "",
-        )
-        if section.figures or section.pictures or section.table or section.folded:
+            images[name] += [one.plot for one in itertools.islice(drawings, MOST_PICTURES)]
+            cut = next(drawings, None) is not None
+        more |= {name} if cut else set()
+    sections, missing = [], ""
+    for name, (heading, words) in SECTIONS.items():
+        drawn, reason = page.pictures(images[name])
+        missing = missing or reason
+        section = {
+            "id": name,
+            "heading": heading,
+            "words": words,
+            "figures": live[name],
+            "pictures": drawn,
+            "table": tables.get(name),
+            "folded": folded.get(name),
+            "more": "Of each kind, the first that fit are on the page." if name in more else "",
+        }
+        if any(section[part] for part in ("figures", "pictures", "table", "folded")):
             sections.append(section)
-    return sections
+    return sections, missing
 
 
 def _cards(view: DriftView) -> list[tuple[str, str, str]]:
-    """The figures that head the page, of the method that lost least among comparable ones."""
+    """What heads the page: of the method that lost least among comparable ones."""
     known = [line for line in view.lines if line["loss"] and line["loss"]["after_minus_dense"]]
     if not known:
         return []
-    alike, best = summary.comparable(known), summary.best(known, "loss", "after_minus_dense")
-    among = f"the least of {len(alike)} methods"
-    if len(alike) < len(known):
-        among += " that removed about as much"
-    lost, recovery = best["loss"]["after_minus_dense"], best["loss"]["recovery"]
-    remasks = plural(best["remasks_per_cell"])
-    mean = recovery["mean_tokens"]
+    best = summary.best(known, "loss", "after_minus_dense")
+    lost, recovery, name = (
+        best["loss"]["after_minus_dense"],
+        best["loss"]["recovery"],
+        best["label"],
+    )
+    recovered = f"{recovery['recovered']} of {recovery['changes']}"
+    remasks = f"{plural(best['remasks_per_cell'])} per passage"
     return [
-        (
-            f"{lost['mean']:.2f} nats",
-            f"per token over dense after the change with {best['label']}",
-            f"95 %: {_bounds(lost)}; {among}",
-        ),
-        (percent(best["achieved_sparsity"]), "of the FFN neurons removed", best["label"]),
-        (
-            percent(best["dense_token_share"]),
-            "of the decoded tokens ran dense",
-            f"{remasks} per passage",
-        ),
-        (
-            f"{recovery['recovered']} of {recovery['changes']}",
-            "changes it recovered from",
-            "" if mean is None else f"after {mean:.0f} tokens, mean",
-        ),
+        (f"{lost['mean']:.2f} nats", f"per token over dense after the change with {name}", ""),
+        (percent(best["achieved_sparsity"]), "of the FFN neurons removed", name),
+        (percent(best["dense_token_share"]), "of the decoded tokens ran dense", remasks),
+        (recovered, "changes it recovered from", ""),
     ]
-
-
-def _bounds(estimate: Mapping[str, Any]) -> str:
-    if estimate["low"] is None:
-        return "no interval"
-    return f"{estimate['low']:.2f} to {estimate['high']:.2f}"
 
 
 def _facts(view: DriftView) -> list[tuple[str, str, bool]]:

@@ -207,20 +207,15 @@ def load_judge(settings: DriftSettings, ui: Ui) -> Judge:
 
     What is missing is said and costs the metrics alone, never the study.
     """
-    if settings.kind == FORCED or not settings.metrics:
-        return Judge(None)
-    if all(method.name == DENSE for method in settings.method_list()):
+    compared = any(method.name != DENSE for method in settings.method_list())
+    if settings.kind == FORCED or not settings.metrics or not compared:
         return Judge(None)
     from dart_llm.evaluation.text_metrics import load_tools
 
+    embedder, bertscore, place = settings.embedder, settings.bertscore, settings.cache_dir
     try:
         with ui.status("loading the models of the metrics") as news:
-            tools = load_tools(
-                settings.embedder,
-                bertscore=settings.bertscore,
-                cache_dir=settings.cache_dir,
-                progress=news,
-            )
+            tools = load_tools(embedder, bertscore=bertscore, cache_dir=place, progress=news)
     except DartError as error:
         ui.say(f"no metrics: {error}")
         return Judge(None, (f"no metrics: {error}",))

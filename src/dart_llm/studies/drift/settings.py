@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import model_validator
 
@@ -177,11 +176,5 @@ class DriftSettings(ModelOptions):
         return self.prune_strategy == "auto" or ("auto" not in table and table[:1] != "@")
 
 
-def collect(
-    flags: Mapping[str, Any],
-    file: Path | None = None,
-    environment: Mapping[str, str] | None = None,
-) -> DriftSettings:
-    """The settings merged from all sources: defaults < file < ``DART_*`` < flags."""
-    variables = os.environ if environment is None else environment
-    return merge(DriftSettings, flags, file, variables)
+collect = partial(merge, DriftSettings)
+"""The settings merged from all sources: defaults < file < ``DART_*`` < flags."""

@@ -48,13 +48,16 @@ def compute(cell: DriftCell, study: DriftStudy) -> Part:
             part = _read(candidate, run, source)
         else:
             part = _write(cell, study.settings, candidate, run, source)
-    kept: Part = {"checks": [], "remasks": [], "dense_from": None, "accounting": None}
+    topics = [{"name": topic.name, "domain": topic.domain} for topic in source.source.topics]
+    starts = source.starts if isinstance(source, Reading) else [None] * len(topics)
+    part["topics"] = [{**t, "start": start} for t, start in zip(topics, starts, strict=True)]
+    part |= {"checks": [], "remasks": [], "dense_from": None, "accounting": None}
     if run is not None:
-        kept = record(run, recorder, widths(study.model))
+        part |= record(run, recorder, widths(study.model))
         name = str(checkpoint_facts(study.model).get("name"))
         write_masks(study.files.masks / cell.file, recorder, name, cell.method.label)
-    seconds = time.perf_counter() - began
-    return dict(json.loads(json.dumps(finite({**part, **kept, "seconds": seconds}))))
+    part["seconds"] = time.perf_counter() - began
+    return dict(json.loads(json.dumps(finite(part))))
 
 
 def _run(cell: DriftCell, candidate: PreparedMethod, source: Reading | Asking) -> Run | None:
@@ -66,9 +69,7 @@ def _run(cell: DriftCell, candidate: PreparedMethod, source: Reading | Asking) -
 
 
 def _read(candidate: PreparedMethod, run: Run | None, reading: Reading) -> Part:
-    topics = zip(reading.source.topics, reading.starts, strict=True)
     return {
-        "topics": [{"name": t.name, "domain": t.domain, "start": start} for t, start in topics],
         "prompt_tokens": reading.prompt,
         "decoded_tokens": reading.decoded,
         "finish": "length" if reading.cut else "end",
@@ -85,18 +86,10 @@ def _write(
     run: Run | None,
     asking: Asking,
 ) -> Part:
-    made = runs.write(
-        candidate.model,
-        candidate.tokenizer,
-        asking,
-        settings.generation,
-        run,
-        settings.temperature,
-        cell.seed,
-    )
-    topics = asking.source.topics
+    model, tokenizer = candidate.model, candidate.tokenizer
+    how = settings.generation, run, settings.temperature, cell.seed
+    made = runs.write(model, tokenizer, asking, *how)
     return {
-        "topics": [{"name": t.name, "domain": t.domain, "start": None} for t in topics],
         "prompt_tokens": asking.ids.shape[1],
         "decoded_tokens": len(made.pieces),
         "finish": "eos" if made.ended else "length",
@@ -106,18 +99,15 @@ def _write(
     }
 
 
-def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    cut = {row["cell"]["source"] for row in rows if row["finish"] == "length"}
-    forced = any(row["cell"]["mode"] == FORCED for row in rows)
+def _notes(rows: Sequence[Mapping[str, Any]], forced: bool) -> list[str]:
     notes = []
+    cut = {row["cell"]["source"] for row in rows if row["finish"] == "length"}
     if forced and cut:
         notes.append(f"{len(cut)} passages were cut where the model's context ends")
-    pruned = [row for row in rows if row["accounting"] and row["cell"]["sparsity"]]
-    unpruned = [row for row in pruned if not row["accounting"]["achieved_sparsity"]]
+    pruned = [row["accounting"] for row in rows if row["accounting"] and row["cell"]["sparsity"]]
+    unpruned = sum(not accounting["achieved_sparsity"] for accounting in pruned)
     if unpruned:
-        notes.append(
-            f"{len(unpruned)} of {len(pruned)} pruned cells ended before a token ran pruned"
-        )
+        notes.append(f"{unpruned} of {len(pruned)} pruned cells ended before a token ran pruned")
     return notes
 
 
@@ -141,10 +131,8 @@ class DriftStudy(Study[Any]):
     @cached_property
     def files(self) -> StudyFiles:
         """The cells in the results folder."""
-        settings = self.settings
-        return StudyFiles(
-            self.folder, self.cells, settings.model, settings.moment, failed=self.failed
-        )
+        model, moment = self.settings.model, self.settings.moment
+        return StudyFiles(self.folder, self.cells, model, moment, failed=self.failed)
 
     def inputs(self) -> Mapping[str, Any]:
         model, calibration = self.settings.model, self.settings.calibration
@@ -251,9 +239,6 @@ class DriftStudy(Study[Any]):
     def compute(self, unit: Unit) -> Part:
         return compute(unit.data, self)
 
-    def save(self, unit: Unit, value: Part) -> None:
-        self.folder.save_part(unit.key, value)
-
     def take(self, unit: Unit, value: Part) -> None:
         self.judge.measure(self.files, unit.data)
         self.files.grow()
@@ -263,7 +248,7 @@ class DriftStudy(Study[Any]):
 
     def summarise(self) -> dict[str, Any]:
         document = summary.summarise(self.lines)
-        document["notes"] += [*self.judge.notes, *_notes(self.lines)]
+        document["notes"] += [*self.judge.notes, *_notes(self.lines, self.settings.kind == FORCED)]
         take_detection(self.settings.detection, self.path)
         self.summarised = time.perf_counter()
         return document
@@ -280,7 +265,7 @@ class DriftStudy(Study[Any]):
         return [text for text in (summary.sentence(self.summary), *notes) if text]
 
     def figures(self) -> Iterator[Plot]:
-        return report.plots(self.path)
+        return report.pictures(self.path)
 
     def write_page(self) -> Path | None:
         page = report.write(self.path)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from dart_llm.experiments import stats
 from dart_llm.experiments.index import ACCOUNTING
 from dart_llm.experiments.rows import DENSE as UNTOUCHED
-from dart_llm.experiments.stats import Sample, Value
+from dart_llm.experiments.stats import Interval, Sample, Value
 from dart_llm.pruning.records import merge_reports
 from dart_llm.reporting.table import Column, Table
 from dart_llm.reporting.words import count
@@ -27,39 +28,35 @@ Row = Mapping[str, Any]
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """The summary of the lines of results.jsonl; ``rows`` in its answer are in their order."""
+    first = rows[0]["cell"]
     labels = list(dict.fromkeys(row["label"] for row in rows))
     done = {
         name: [r for r in rows if r["label"] == name and r["status"] == DONE] for name in labels
     }
-    forced = any(row["cell"]["mode"] == FORCED for row in rows)
     lines = []
     for label in labels:
-        own = done[label]
-        cell = next(row["cell"] for row in rows if row["label"] == label)
+        own, every = done[label], [row for row in rows if row["label"] == label]
         line: dict[str, Any] = {
             "label": label,
-            "method": cell["method"],
-            "sparsity": cell["sparsity"],
+            "method": every[0]["cell"]["method"],
+            "sparsity": every[0]["cell"]["sparsity"],
             "cells": len(own),
-            "failed": sum(row["label"] == label for row in rows) - len(own),
+            "failed": len(every) - len(own),
             "sources": len({row["cell"]["source"] for row in own}),
             **accounting(own),
             "loss": None,
             "metrics": None,
         }
-        if own and forced:
+        if own and first["mode"] == FORCED:
             never = done.get(f"{NEVER}@{label.partition('@')[2]}", [])
             line["loss"] = losses(own, done.get(DENSE, []), never)
         elif own:
             line |= _lengths(own)
             line["metrics"] = metrics(own)
         lines.append(line)
-    sources = {row["cell"]["source"] for row in rows}
     return {
-        "mode": rows[0]["cell"]["mode"] if rows else None,
-        "model": rows[0]["cell"]["model"] if rows else None,
-        "dtype": rows[0]["cell"]["dtype"] if rows else None,
-        "sources": len(sources),
+        **{name: first[name] for name in ("mode", "model", "dtype")},
+        "sources": len({row["cell"]["source"] for row in rows}),
         "rows": lines,
         "notes": [],
     }
@@ -95,7 +92,7 @@ def losses(rows: Sequence[Row], dense: Sequence[Row], never: Sequence[Row]) -> d
     found["recovery"] = {
         "changes": len(changes),
         "recovered": len(tokens),
-        "mean_tokens": math.fsum(tokens) / len(tokens) if tokens else None,
+        "mean_tokens": fmean(tokens) if tokens else None,
     }
     return found
 
@@ -108,30 +105,28 @@ def _losses(rows: Iterable[Row], name: str) -> dict[str, Value]:
             part = topic["later"] if name == "later" else topic
             wanted = (topic["topic"] == 0) == (name == "before")
             if wanted and part is not None and part["mean_loss"] is not None:
-                sums.setdefault(row["cell"]["source"], []).append(
-                    (part["mean_loss"], part["tokens"])
-                )
-    return {
-        source: (
-            math.fsum(loss * tokens for loss, tokens in parts) / sum(t for _, t in parts),
-            float(sum(t for _, t in parts)),
-        )
-        for source, parts in sums.items()
-    }
+                own = sums.setdefault(row["cell"]["source"], [])
+                own.append((part["mean_loss"], part["tokens"]))
+    found: dict[str, Value] = {}
+    for source, parts in sums.items():
+        weight = sum(tokens for _, tokens in parts)
+        total = math.fsum(loss * tokens for loss, tokens in parts)
+        found[source] = (total / weight, float(weight))
+    return found
 
 
 def metrics(rows: Sequence[Row]) -> dict[str, Any] | None:
     """Every number of text_metrics.py, averaged over the sources that have it; None of dense."""
-    names = dict.fromkeys(name for row in rows for name in row["metrics"] or ())
-    found = {}
-    for name in names:
-        values: dict[str, list[float]] = {}
-        for row in rows:
-            value = (row["metrics"] or {}).get(name)
+    values: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        for name, value in (row["metrics"] or {}).items():
+            sources = values.setdefault(name, {})
             if value is not None:
-                values.setdefault(row["cell"]["source"], []).append(value)
-        found[name] = _mean({key: math.fsum(own) / len(own) for key, own in values.items()})
-    return found or None
+                sources.setdefault(row["cell"]["source"], []).append(value)
+    return {
+        name: _mean({source: fmean(own) for source, own in sources.items()})
+        for name, sources in values.items()
+    } or None
 
 
 def _lengths(rows: Sequence[Row]) -> dict[str, Any]:
@@ -144,9 +139,7 @@ def _mean(values: Sample) -> dict[str, Any] | None:
     """``mean`` with its interval over ``n`` sources; None of nothing."""
     if not values:
         return None
-    found = stats.interval(values)
-    low, high = (None, None) if found is None else (found.low, found.high)
-    return {"mean": stats.mean(values), "low": low, "high": high, "n": len(values)}
+    return {"mean": stats.mean(values), **_ends(stats.interval(values)), "n": len(values)}
 
 
 def _paired(own: Sample, other: Sample) -> dict[str, Any] | None:
@@ -157,13 +150,13 @@ def _paired(own: Sample, other: Sample) -> dict[str, Any] | None:
     if one is None or two is None:
         return None
     found = stats.paired_interval(first, second)
-    return {
-        "mean": one - two,
-        "low": None if found is None else found.low,
-        "high": None if found is None else found.high,
-        "n": len(shared),
-        "significant": None if found is None else found.significant,
-    }
+    significant = None if found is None else found.significant
+    return {"mean": one - two, **_ends(found), "n": len(shared), "significant": significant}
+
+
+def _ends(found: Interval | None) -> dict[str, float | None]:
+    low, high = (None, None) if found is None else (found.low, found.high)
+    return {"low": low, "high": high}
 
 
 Line = Mapping[str, Any]
@@ -285,24 +278,28 @@ def markdown(summary: Mapping[str, Any]) -> str:
     return f"# {title(summary)}\n\n{body}\n\n{notes}"
 
 
-def sentence(summary: Mapping[str, Any]) -> str:
-    """What the table says, in one plain sentence; "" where it says nothing yet."""
-    rows = [line for line in summary["rows"] if line["method"] != DENSE and line["cells"]]
-    forced = summary["mode"] == FORCED
-    for group, name, words in CONCLUDED:
-        known = [line for line in rows if (line[group] or {}).get(name)]
-        if known and (group == "loss") == forced:
-            sources = count(summary["sources"], "passage" if forced else "prompt")
-            return f"{_best(known, group, name, words, sources)}{_against_never(known, name)}."
-    return ""
-
-
 CONCLUDED = (
     ("loss", "after", "had the least loss after the changes: {:.3f} nats per token"),
     ("metrics", "document_similarity", "wrote closest to dense: document similarity {:.3f}"),
     ("metrics", "rougeL", "wrote closest to dense: ROUGE-L {:.3f}"),
 )
 """The quality that the sentence is about, the first that was measured, and its words."""
+
+
+def sentence(summary: Mapping[str, Any]) -> str:
+    """What the table says, in one plain sentence; "" where it says nothing yet."""
+    rows = [line for line in summary["rows"] if line["method"] != DENSE and line["cells"]]
+    for group, name, words in CONCLUDED:
+        known = [line for line in rows if (line[group] or {}).get(name)]
+        if known:
+            line, alike = best(known, group, name), count(len(comparable(known)), "method")
+            sources = count(summary["sources"], "passage" if group == "loss" else "prompt")
+            return (
+                f"Of {alike} that removed about as much, over {sources}, {line['label']} "
+                f"{words.format(line[group][name]['mean'])}, at {line['achieved_sparsity']:.1%} "
+                f"achieved sparsity{_against_never(line) if group == 'loss' else ''}."
+            )
+    return ""
 
 
 def best(rows: Sequence[Line], group: str, name: str) -> Line:
@@ -317,21 +314,10 @@ def comparable(rows: Sequence[Line]) -> list[Line]:
     return [line for line in rows if line["achieved_sparsity"] >= most - NEAR]
 
 
-def _best(rows: Sequence[Line], group: str, name: str, words: str, sources: str) -> str:
-    line, alike = best(rows, group, name), comparable(rows)
-    near = f" within {NEAR * 100:.0f} points of the most removed" if len(alike) < len(rows) else ""
-    return (
-        f"Of {count(len(alike), 'method')}{near} over {sources}, {line['label']} "
-        f"{words.format(line[group][name]['mean'])}, at {line['achieved_sparsity']:.1%} achieved "
-        "sparsity"
-    )
-
-
-def _against_never(rows: Sequence[Line], name: str) -> str:
-    """How the best loss stands to that without re-masks at the same sparsity, if there is one."""
-    line = best(rows, "loss", name) if name == "after" else None
-    gap = line["loss"]["after_minus_never"] if line else None
-    if line is None or gap is None or line["method"] == NEVER:
+def _against_never(line: Line) -> str:
+    """How a loss stands to that without re-masks at the same sparsity, if there is one."""
+    gap = line["loss"]["after_minus_never"]
+    if gap is None or line["method"] == NEVER:
         return ""
     sure = {True: "", False: " (within noise)", None: " (no interval)"}[gap["significant"]]
     return f", {gap['mean']:+.3f} against never re-masking{sure}"

@@ -6,12 +6,12 @@ Whatever is unfinished, failed or damaged costs what it held, and leaves one sen
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +20,10 @@ from pydantic import BaseModel, BeforeValidator
 from dart_llm.errors import ResultsError
 from dart_llm.experiments import stats
 from dart_llm.experiments.stats import Interval
-from dart_llm.experiments.store import ResultsView, mapping
+from dart_llm.experiments.store import Files, ResultsView
 from dart_llm.experiments.store import read as read_results
 from dart_llm.pruning.records import DriftCheck
-from dart_llm.reporting.words import count, percent
+from dart_llm.reporting.words import percent
 from dart_llm.studies.detection import report as detection_report
 from dart_llm.studies.drift import summary
 from dart_llm.studies.drift.losses import BIN
@@ -33,9 +33,6 @@ KIND = "drift"
 
 MODES = {"forced": "passage", "free": "prompt"}
 """What a source is called in each mode."""
-
-DAMAGE = (KeyError, TypeError, ValueError, AttributeError)
-"""What reading a damaged line raises."""
 
 
 class TopicStart(BaseModel, frozen=True):
@@ -76,7 +73,7 @@ class DriftCell(BaseModel, frozen=True):
     error: str | None = None
     model: str
     dtype: str | None = None
-    mode: str
+    mode: Literal["forced", "free"]
     source: str
     method: str
     sparsity: float | None = None
@@ -122,17 +119,10 @@ class DriftCell(BaseModel, frozen=True):
 
 
 def parse(row: Mapping[str, Any], text: Mapping[str, Any], tokens: Mapping[str, Any]) -> DriftCell:
-    """A cell from its lines in results.jsonl, texts.jsonl and tokens.jsonl; without masks.
-
-    Raises one of ``DAMAGE`` for a damaged line.
-    """
-    done = row["status"] == "done"
+    """A cell from its lines in results.jsonl, texts.jsonl and tokens.jsonl; without masks."""
     known = {name: value for name, value in {**text, **tokens, **row}.items() if value is not None}
-    if done:
-        known["decoded_tokens"], known["prompt_tokens"] = (
-            row["decoded_tokens"],
-            row["prompt_tokens"],
-        )
+    if row["status"] == "done":
+        known |= {name: row[name] for name in ("decoded_tokens", "prompt_tokens")}
         # the first window of an arming detector has nothing to be compared with: it stands at 0
         known["checks"] = [
             check
@@ -208,59 +198,39 @@ def read(folder: Path) -> DriftView:
             "folder that a drift study wrote"
         )
     problems: list[str] = []
-    if not results.config and (folder / "config.json").exists():
-        problems.append("config.json is not JSON: settings and versions are not shown.")
-    texts = {str(row.get("key")): row for row in _rows(folder / "texts.jsonl", problems)}
-    tokens = {str(row.get("key")): row for row in _rows(folder / "tokens.jsonl", problems)}
+    files = Files(folder, problems)
+    files.json("config.json")
+    texts, tokens = (
+        {str(row.get("key")): row for row in files.lines(name)}
+        for name in ("texts.jsonl", "tokens.jsonl")
+    )
     cells, rows = dict[str, DriftCell](), dict[str, Mapping[str, Any]]()
-    for row in _rows(folder / "results.jsonl", problems) if kind == KIND else ():
+    for row in files.lines("results.jsonl") if kind == KIND else ():
         key = str(row.get("key"))
-        try:
+        with _damage(problems, f"The cell {key} of results.jsonl lacks what it needs"):
             cell = parse(row, texts.get(key, {}), tokens.get(key, {}))
-        except DAMAGE as error:
-            words = " ".join(f"{type(error).__name__}: {error}".split())
-            problems.append(f"The cell {key} of results.jsonl lacks what it needs ({words}).")
-            continue
-        cells[key] = cell.model_copy(update={"masks": _masks(folder, cell, problems)})
-        rows[key] = row
-    summed = _summary(list(rows.values()), problems)
-    detection = _detection(folder / "detection.json", problems)
+            cells[key] = cell.model_copy(update={"masks": _masks(folder, cell, problems)})
+            rows[key] = row
+    summed: Mapping[str, Any] = {}
+    with _damage(problems, "The cells of results.jsonl cannot be summed up"):
+        summed = summary.summarise([*rows.values()]) if rows else {}
+    detection: Mapping[str, Any] = {}
+    with _damage(problems, "detection.json is not what `dart-llm detect` writes"):
+        document = files.json("detection.json")
+        if document:
+            detection_report.markdown(document)  # reads all that pictures and tables need
+        detection = document
     return DriftView(results, tuple(cells.values()), summed, detection, tuple(problems))
 
 
-def _summary(rows: list[Mapping[str, Any]], problems: list[str]) -> Mapping[str, Any]:
+@contextlib.contextmanager
+def _damage(problems: list[str], words: str) -> Iterator[None]:
+    """What is damaged is said and left out."""
     try:
-        return summary.summarise(rows) if rows else {}
-    except DAMAGE as error:
-        words = f"{type(error).__name__}: {error}"
-        problems.append(f"The cells of results.jsonl cannot be summed up ({words}).")
-        return {}
-
-
-def _rows(path: Path, problems: list[str]) -> Iterator[Mapping[str, Any]]:
-    """The objects of a JSONL file; lines that are not whole are counted, not used."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        return
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"{path.name} cannot be read as UTF-8 text ({error}): it is left out.")
-        return
-    broken = []
-    for place, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except (ValueError, RecursionError):
-            row = line
-        if isinstance(row, Mapping):
-            yield row
-        elif row is not None:
-            broken.append(place)
-    if broken:
-        lines_out = count(len(broken), "line")
-        problems.append(
-            f"{path.name}: {lines_out} left out, no JSON objects; the first is line {broken[0]}."
-        )
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        problems.append(f"{words} ({reason}): it is left out.")
 
 
 def _masks(folder: Path, cell: DriftCell, problems: list[str]) -> Path | None:
@@ -275,30 +245,15 @@ def _masks(folder: Path, cell: DriftCell, problems: list[str]) -> Path | None:
         for number, mask in enumerate(cell.remasks)
         for layer, kept in enumerate(mask.kept)
     }
-    try:
-        with safe_open(path, framework="np") as file:
-            names = [name for name in file.keys() if name.endswith(".ids")]  # noqa: SIM118
-            fits = all(told.get(name) == file.get_slice(name).get_shape()[0] for name in names)
-    except (OSError, SafetensorError) as error:
-        problems.append(f"masks/{path.name} cannot be read ({error}): its masks are not shown.")
-        return None
+    fits = False
+    with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="np") as file:
+        names = [name for name in file.keys() if name.endswith(".ids")]  # noqa: SIM118
+        fits = all(told.get(name) == file.get_slice(name).get_shape()[0] for name in names)
     if not fits:
         problems.append(
             f"masks/{path.name} holds other masks than results.jsonl speaks of: they are not shown."
         )
     return path if fits else None
-
-
-def _detection(path: Path, problems: list[str]) -> Mapping[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        detection_report.markdown(document)  # reads every entry that pictures and tables need
-    except FileNotFoundError:
-        return {}
-    except (OSError, LookupError, *DAMAGE):
-        problems.append("detection.json is not what `dart-llm detect` writes: it is left out.")
-        return {}
-    return mapping(document)
 
 
 # The masks of a cell: which neurons live when, and how much of them a re-mask keeps.
@@ -340,50 +295,34 @@ class Flow:
         """Of the old mask's neurons."""
         return self.kept / max(1, self.kept + self.left)
 
+    @property
+    def total(self) -> int:
+        return self.kept + self.left + self.joined + self.out
+
 
 def read_masks(cell: DriftCell) -> Masks | None:
     """The masks of ``cell``; None where it has none, as where every token chooses its own neurons.
 
-    Layers without kept ids are dense: all their neurons live.  Raises ``ResultsError`` for a
-    neuron beyond the layer's width.
+    Layers without kept ids are dense: all their neurons live.
     """
-    if cell.masks is None or not cell.remasks:
+    if cell.masks is None or cell.accounting is None:
         return None
     from safetensors import safe_open
 
     with safe_open(cell.masks, framework="np") as file:
-        names = set(file.keys())
-        ids = {name: file.get_tensor(name) for name in names if name.endswith(".ids")}
-        widths = {name: file.get_slice(name).get_shape()[0] for name in names - ids.keys()}
+        names = [name for name in file.keys() if name.endswith(".ids")]  # noqa: SIM118
+        ids = {name: file.get_tensor(name) for name in names}
     if not ids:
         return None
-    layers = range(len(cell.remasks[0].kept))
-    live = tuple(_layer(ids, widths, layer, cell) for layer in layers)
-    return Masks(tuple(mask.step for mask in cell.remasks), live) if live else None
 
+    def live(layer: int, width: int) -> ActiveNeurons:
+        neurons = np.arange(width)
+        kept = (ids.get(f"remask{n}.layer{layer}.ids", neurons) for n in range(len(cell.remasks)))
+        return np.stack([np.isin(neurons, own) for own in kept])
 
-def _layer(
-    ids: Mapping[str, Any], widths: Mapping[str, int], layer: int, cell: DriftCell
-) -> ActiveNeurons:
-    width = widths.get(f"remask0.layer{layer}.scores") or _width(cell, layer)
-    live = np.ones((len(cell.remasks), width), dtype=np.bool_)
-    for place in range(len(cell.remasks)):
-        kept = ids.get(f"remask{place}.layer{layer}.ids")
-        if kept is None:
-            continue
-        if len(kept) and not 0 <= int(kept.min()) <= int(kept.max()) < width:
-            raise ResultsError(
-                f"the masks of the cell {cell.key} keep neurons beyond the {width} of layer "
-                f"{layer}: run the cell anew"
-            )
-        live[place] = False
-        live[place, kept] = True
-    return live
-
-
-def _width(cell: DriftCell, layer: int) -> int:
-    layers = (cell.accounting or {}).get("layers") or []
-    return int(layers[layer]["width"]) if layer < len(layers) else cell.remasks[0].kept[layer]
+    widths = [int(layer["width"]) for layer in cell.accounting["layers"]]
+    steps = tuple(mask.step for mask in cell.remasks)
+    return Masks(steps, tuple(live(*layer) for layer in enumerate(widths)))
 
 
 def jaccard(one: ActiveNeurons, other: ActiveNeurons) -> float:
@@ -409,10 +348,7 @@ def chance(masks: Masks) -> float:
 def flow(masks: Masks, old: int, new: int) -> Flow:
     """Summed over all layers."""
     a, b = (np.concatenate([live[place] for live in masks.live]) for place in (old, new))
-    kept, left, joined, out = (
-        int(np.count_nonzero(both)) for both in (a & b, a & ~b, ~a & b, ~a & ~b)
-    )
-    return Flow(kept, left, joined, out)
+    return Flow(*(int(np.count_nonzero(both)) for both in (a & b, a & ~b, ~a & b, ~a & ~b)))
 
 
 def moved(masks: Masks) -> int:
@@ -531,10 +467,7 @@ def conclusion(view: DriftView) -> str:
     told = summary.sentence(view.summary) if view.summary else ""
     if not told and view.detection:
         told = detection_report.conclusion(view.detection)
-    failed = len(view.cells) - len(view.done)
-    if not told and failed and not view.done:
-        told = f"Nothing was measured: {count(failed, 'cell')} failed."
-    return told or ("Nothing was measured." if not view.done else "Nothing can be compared yet.")
+    return told or ("Nothing can be compared yet." if view.done else "Nothing was measured.")
 
 
 def accounted(record: Mapping[str, Any]) -> str:
@@ -555,11 +488,11 @@ def plural(remasks: float | None) -> str:
 def source_name(cell: DriftCell) -> str:
     """ "passage 07: tides, then banking" as far as it is known."""
     topics = ", then ".join(topic.name for topic in cell.topics)
-    kind = MODES.get(cell.mode, "source")
-    return f"{kind} {cell.source}: {topics}" if topics else f"{kind} {cell.source}"
+    name = f"{MODES[cell.mode]} {cell.source}"
+    return f"{name}: {topics}" if topics else name
 
 
 def cell_name(cell: DriftCell) -> str:
     """A cell in a list of choices."""
     seed = f", seed {cell.seed}" if cell.seed else ""
-    return f"{MODES.get(cell.mode, 'source')} {cell.source}, {cell.label}{seed}"
+    return f"{MODES[cell.mode]} {cell.source}, {cell.label}{seed}"

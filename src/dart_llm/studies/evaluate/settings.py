@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import model_validator
 
 from dart_llm.errors import ConfigError, UnknownName
@@ -42,19 +40,18 @@ class MeasureSettings(TaskOptions, BaseSettings):
     def options(self) -> MeasureOptions:
         """How the tasks are measured."""
         known = MeasureOptions.__dataclass_fields__
-        given: dict[str, Any] = {
-            name: value
-            for name in type(self).model_fields
-            if name in known and (value := getattr(self, name)) is not None
-        }
-        return MeasureOptions(**given)
+        return MeasureOptions(
+            **{
+                name: value
+                for name in type(self).model_fields
+                if name in known and (value := getattr(self, name)) is not None
+            }
+        )
 
     @property
     def experiment(self) -> str:
         """Name of the experiment's folder."""
-        if self.experiment_name:
-            return self.experiment_name
-        return f"{self.kind}-{super().experiment}"
+        return self.experiment_name or f"{self.kind}-{super().experiment}"
 
 
 class EvalSettings(MeasureSettings):

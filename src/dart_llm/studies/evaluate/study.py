@@ -36,9 +36,8 @@ class MeasureStudy(Study[MeasureSettings]):
             check_task(task, self.options)
         self.masks = read_masks(settings.masks) if settings.masks else None
         if self.masks is None:
-            check_calibration(
-                settings.prune_config(), settings.calibration, self.tasks, self.options
-            )
+            config = settings.prune_config()
+            check_calibration(config, settings.calibration, self.tasks, self.options)
         self.samples: list[dict[str, Any]] = []
 
     def inputs(self) -> Mapping[str, Any]:
@@ -62,15 +61,9 @@ class MeasureStudy(Study[MeasureSettings]):
         settings, own = self.settings, self.settings.prune_config()
         if settings.masks:
             check_masks(settings.masks, widths(self.model))
-        candidate = prepare(
-            self.model,
-            self.tokenizer,
-            None if own.method == "dense" else own,
-            settings.calibration,
-            settings.cache_dir,
-            self.ui.say,
-            masks=self.masks,
-        )
+        config = None if own.method == "dense" else own
+        where = (settings.calibration, settings.cache_dir, self.ui.say)
+        candidate = prepare(self.model, self.tokenizer, config, *where, masks=self.masks)
         if candidate.config is None or not settings.dense:
             return [candidate]
         return [prepare(self.model, self.tokenizer, None), candidate]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,56 +20,41 @@ from dart_llm.reporting.words import percent
 from dart_llm.studies.generate import plots
 
 
-def _share(record: Record, key: str) -> str:
-    value = number(record.get(key))
-    return NOTHING if value is None else percent(value)
-
-
-def _ratio(record: Record, key: str) -> str:
-    value = number(record.get(key))
-    return NOTHING if value is None else f"{value:.3f}"
-
-
-def _integer(record: Record, key: str) -> str:
-    value = number(record.get(key))
-    return NOTHING if value is None else f"{value:,.0f}"
-
-
 def _causes(record: Record) -> str:
     causes = mapping(record.get("remask_causes"))
     return ", ".join(f"{name} {count}" for name, count in causes.items()) or "none"
 
 
-def _asked(record: Record) -> str:
-    value = number(record.get("requested_sparsity"))
-    return "set by the method" if value is None else percent(value)
-
-
-ACCOUNTING: tuple[tuple[str, Callable[[Record], str]], ...] = (
-    ("sparsity asked for", _asked),
-    ("achieved sparsity (dense tokens count 0)", lambda r: _share(r, "achieved_sparsity")),
-    ("sparsity while pruned", lambda r: _share(r, "sparsity_while_pruned")),
-    ("decoded tokens that ran dense", lambda r: _share(r, "dense_token_share")),
-    ("decoded tokens", lambda r: _integer(r, "decoded_tokens")),
-    ("prompt tokens", lambda r: _integer(r, "prompt_tokens")),
-    ("re-masks", lambda r: _integer(r, "remasks")),
-    ("masks built, by cause", _causes),
-    ("executor", lambda r: str(r.get("executor") or NOTHING)),
-    ("FFN FLOPs over dense, as executed", lambda r: _ratio(r, "ffn_flops_share")),
-    ("FFN FLOPs over dense, if compact", lambda r: _ratio(r, "ffn_flops_share_if_compact")),
-    ("FFN bytes over dense, as executed", lambda r: _ratio(r, "ffn_bytes_share")),
-    ("FFN bytes over dense, if compact", lambda r: _ratio(r, "ffn_bytes_share_if_compact")),
-    ("FFN share of all weight bytes read", lambda r: _share(r, "ffn_share_of_bytes")),
-    ("memory held beside the model", lambda r: bytes_text(number(r.get("extra_memory_bytes")))),
+ACCOUNTING = (
+    Column("sparsity asked for", lambda r: _asked_text(r.get("requested_sparsity"))),
+    Column("achieved sparsity (dense tokens count 0)", "achieved_sparsity", percent),
+    Column("sparsity while pruned", "sparsity_while_pruned", percent),
+    Column("decoded tokens that ran dense", "dense_token_share", percent),
+    Column("decoded tokens", "decoded_tokens", ","),
+    Column("prompt tokens", "prompt_tokens", ","),
+    Column("re-masks", "remasks", ","),
+    Column("masks built, by cause", _causes),
+    Column("executor", "executor"),
+    Column("FFN FLOPs over dense, as executed", "ffn_flops_share", ".3f"),
+    Column("FFN FLOPs over dense, if compact", "ffn_flops_share_if_compact", ".3f"),
+    Column("FFN bytes over dense, as executed", "ffn_bytes_share", ".3f"),
+    Column("FFN bytes over dense, if compact", "ffn_bytes_share_if_compact", ".3f"),
+    Column("FFN share of all weight bytes read", "ffn_share_of_bytes", percent),
+    Column("memory held beside the model", "extra_memory_bytes", bytes_text),
 )
+"""Lines of the tables of accounting, whose columns are runs."""
 
-COPIES: tuple[tuple[str, Callable[[Record], str]], ...] = (
-    ("of the FLOPs, low-bit copies that rank neurons", lambda r: _ratio(r, "proxy_flops_share")),
-    ("of the bytes, low-bit copies", lambda r: _ratio(r, "proxy_bytes_share")),
-    ("relative error of the copies", lambda r: _ratio(r, "proxy_error")),
-    ("the same of Gaussian weights", lambda r: _ratio(r, "proxy_error_gaussian")),
+COPIES = (
+    Column("of the FLOPs, low-bit copies that rank neurons", "proxy_flops_share", ".3f"),
+    Column("of the bytes, low-bit copies", "proxy_bytes_share", ".3f"),
+    Column("relative error of the copies", "proxy_error", ".3f"),
+    Column("the same of Gaussian weights", "proxy_error_gaussian", ".3f"),
 )
 """Shown where tokens chose their own neurons."""
+
+
+def _asked_text(sparsity: float | None) -> str:
+    return "set by the method" if sparsity is None else percent(sparsity)
 
 
 def accounting(view: ResultsView) -> PageTable | None:
@@ -86,55 +71,35 @@ def accounting(view: ResultsView) -> PageTable | None:
         return None
     copies = any(record.get("proxy_bytes_share") for _, record in columns)
     shown = (*ACCOUNTING, *(COPIES if copies else ()))
-    rows = tuple((label, *(cell(record) for _, record in columns)) for label, cell in shown)
-    return PageTable(
-        "Accounting of the decoded tokens", ("quantity", *(n for n, _ in columns)), rows
-    )
+    rows = tuple((line.head, *(line.cell(record) for _, record in columns)) for line in shown)
+    head = ("quantity", *(name for name, _ in columns))
+    return PageTable("Accounting of the decoded tokens", head, rows)
+
+
+PERPLEXITY = (
+    Column("method", lambda row: row.get("method", "unknown")),
+    Column("asked", lambda row: _asked_text(row.get("sparsity"))),
+    Column("achieved", "achieved_sparsity", percent),
+    Column("dense tokens", "dense_token_share", percent),
+    Column("re-masks", "remasks"),
+    Column("perplexity", "perplexity", lambda v: f"{v:,.2f}" if v < 1e5 else words.figure(v)),
+    Column("x dense", "over_dense", ",.2f"),
+    Column("95 % interval", "interval", lambda ends: f"{ends[0]:,.2f} to {ends[1]:,.2f}"),
+    Column("mean loss (nats)", "mean_loss", ".3f"),
+)
 
 
 def perplexity(document: Record, strong: Record | None) -> PageTable:
     """Achieved sparsity, dense share and re-masks beside every number."""
-    head = (
-        "method",
-        "asked",
-        "achieved",
-        "dense tokens",
-        "re-masks",
-        "perplexity",
-        "x dense",
-        "95 % interval",
-        "mean loss (nats)",
-    )
-    rows = document["rows"]
-    protocol = (
-        f"{document.get('text', 'text')}: {document.get('slices', '?')} slices of "
-        f"{document.get('prompt_tokens', '?')} prompt + {document.get('scored_tokens', '?')} "
-        f"scored tokens, protocol {document.get('protocol', 'not known')}"
-    )
-    marked = next((index for index, row in enumerate(rows) if row == strong), None)
-    return PageTable(protocol, head, tuple(_perplexity_row(r, rows) for r in rows), strong=marked)
-
-
-def _perplexity_row(row: Record, rows: Sequence[Record]) -> tuple[str, ...]:
-    dense = row.get("method") == "dense"
-    counted = mapping(row.get("accounting"))
-    if dense:
-        counted = {"achieved_sparsity": 0.0, "dense_token_share": 1.0, "remasks": 0}
-    value, loss = number(row.get("perplexity")), number(row.get("mean_loss"))
-    ratio = None if value is None else words.ratio(row, rows)
-    interval = row.get("interval")
-    asked = number(row.get("sparsity"))
-    return (
-        str(row.get("method", "unknown")),
-        "set by the method" if asked is None else percent(asked),
-        _share(counted, "achieved_sparsity"),
-        _share(counted, "dense_token_share"),
-        _integer(counted, "remasks"),
-        NOTHING if value is None else f"{value:,.2f}" if value < 1e5 else words.figure(value),
-        NOTHING if ratio is None else f"{ratio:,.2f}",
-        f"{interval[0]:,.2f} to {interval[1]:,.2f}" if interval else NOTHING,
-        NOTHING if loss is None else f"{loss:.3f}",
-    )
+    rows = []
+    for row in document["rows"]:
+        counted = mapping(row.get("accounting"))
+        if row.get("method") == "dense":
+            counted = {"achieved_sparsity": 0.0, "dense_token_share": 1.0, "remasks": 0}
+        over = None if row.get("perplexity") is None else words.ratio(row, document["rows"])
+        rows.append({**counted, **row, "over_dense": over})
+    marked = next((place for place, row in enumerate(document["rows"]) if row == strong), None)
+    return Table("", plots.protocol(document), PERPLEXITY, rows, strong=marked).html()
 
 
 def timing(view: ResultsView) -> PageTable | None:
@@ -161,51 +126,47 @@ def timing(view: ResultsView) -> PageTable | None:
     return PageTable("Times of one run", ("quantity", "dense", "pruned", "gain"), tuple(rows))
 
 
+REMASKS = (
+    Column("mask", "mask"),
+    Column(
+        "sequence",
+        lambda mask: (
+            f"{mask.get('sequence', NOTHING)}"
+            + ("" if mask.get("row") is None else f", row {mask['row']}")
+        ),
+    ),
+    Column("from decode step", "step", ","),
+    Column("cause", "cause"),
+    Column("evidence (tokens)", "evidence_tokens", ",.0f"),
+    Column("neurons kept", lambda mask: sum(mask.get("kept") or ()), ","),
+    Column("shared with the mask before", "overlap", percent),
+)
+
+
 def remasks(view: ResultsView) -> PageTable | None:
     """Every mask that was built for the generated text, with its cause."""
-    if not view.remasks:
-        return None
-    rows = []
-    for index, mask in enumerate(view.remasks):
-        kept = mask.get("kept") or ()
-        place = f"{_integer(mask, 'sequence')}" + (
-            "" if mask.get("row") is None else f", row {mask['row']}"
-        )
-        cells = (_integer(mask, "step"), str(mask.get("cause", NOTHING)))
-        evidence, overlap = _integer(mask, "evidence_tokens"), _share(mask, "overlap")
-        rows.append((str(index), place, *cells, evidence, f"{sum(kept):,}", overlap))
-    head = (
-        "mask",
-        "sequence",
-        "from decode step",
-        "cause",
-        "evidence (tokens)",
-        "neurons kept",
-        "shared with the mask before",
-    )
-    return PageTable("Masks of the generated text", head, tuple(rows))
+    rows = [{"mask": place, **mask} for place, mask in enumerate(view.remasks)]
+    return Table("", "Masks of the generated text", REMASKS, rows).html() if rows else None
+
+
+LAYERS = (
+    Column("layer", "layer"),
+    Column("neurons", "width", ","),
+    Column("kept by the first mask", "first", ","),
+    Column("by the last", "last", ","),
+    Column("share kept at the end", "kept_share", percent),
+    Column("removed, mean over decoded tokens", "sparsity_decoded", percent),
+)
 
 
 def layers(view: ResultsView) -> PageTable | None:
     """One row per layer: what the first and the last mask keep, and what was removed."""
     masks = [mask for mask in view.remasks if len(mask.get("kept") or ()) == len(view.layers)]
-    if not view.layers:
-        return None
     rows = []
-    for index, layer in enumerate(view.layers):
-        ends = [f"{masks[end]['kept'][index]:,}" if masks else NOTHING for end in (0, -1)]
-        share, removed = _share(layer, "kept_share"), _share(layer, "sparsity_decoded")
-        name = str(layer.get("layer", index))
-        rows.append((name, _integer(layer, "width"), *ends, share, removed))
-    head = (
-        "layer",
-        "neurons",
-        "kept by the first mask",
-        "by the last",
-        "share kept at the end",
-        "removed, mean over decoded tokens",
-    )
-    return PageTable("Kept neurons per layer", head, tuple(rows))
+    for place, layer in enumerate(view.layers):
+        first, last = (masks[end]["kept"][place] if masks else None for end in (0, -1))
+        rows.append({"layer": place, **layer, "first": first, "last": last})
+    return Table("", "Kept neurons per layer", LAYERS, rows).html() if rows else None
 
 
 TITLES = {"mmlu": "MMLU", "general_nlp": "General NLP", "summarization": "Summaries"}
@@ -232,25 +193,11 @@ PHASES = {
 """Phases of a pruned run's tokens, as the legend words them."""
 
 
-@dataclass(frozen=True)
-class Span:
-    """Consecutive tokens of one phase; ``title`` says which."""
-
-    phase: str
-    text: str
-    title: str
+Text = dict[str, Any]
+"""``name``, ``note`` and ``spans``: consecutive tokens with their ``phase`` and ``title``."""
 
 
-@dataclass(frozen=True)
-class TextColumn:
-    """One generated text."""
-
-    name: str
-    note: str
-    spans: tuple[Span, ...]
-
-
-def prompt_texts(view: ResultsView) -> list[tuple[str, list[TextColumn]]]:
+def prompt_texts(view: ResultsView) -> list[tuple[str, list[Text]]]:
     """Each prompt with its texts: dense first."""
     found: dict[str, list[dict[str, Any]]] = {}
     for record in view.generations:
@@ -262,7 +209,7 @@ def prompt_texts(view: ResultsView) -> list[tuple[str, list[TextColumn]]]:
     return texts
 
 
-def _column(record: Mapping[str, Any]) -> TextColumn:
+def _column(record: Mapping[str, Any]) -> Text:
     dense = record.get("variant") == "dense"
     counted = mapping(record.get("accounting"))
     note = f"{len(record.get('token_ids') or ())} tokens"
@@ -271,29 +218,32 @@ def _column(record: Mapping[str, Any]) -> TextColumn:
             f", {words.percent(counted.get('achieved_sparsity'))} of the FFN neurons removed, "
             f"{words.count(int(counted.get('remasks') or 0), 're-mask')}"
         )
-    return TextColumn("dense" if dense else words.row_name(record), note, _spans(record, dense))
+    name = "dense" if dense else words.row_name(record)
+    return {"name": name, "note": note, "spans": _spans(record, dense)}
 
 
-def _spans(record: Mapping[str, Any], dense: bool) -> tuple[Span, ...]:
+def _spans(record: Mapping[str, Any], dense: bool) -> list[dict[str, str]]:
     text = str(record.get("text") or "")
     tokens, phases = record.get("tokens") or [], record.get("phases") or []
     fits = len(tokens) == len(phases) and "".join(map(str, tokens)) == text
     if dense or not fits:
-        return (Span("", text, ""),)
+        return [{"phase": "", "text": text, "title": ""}]
     spans, start = [], 0
     for phase, group in groupby(zip(phases, tokens, strict=True), key=lambda pair: pair[0]):
         pieces = [str(token) for _, token in group]
         end = start + len(pieces) - 1
         place = f"token {start}" if start == end else f"tokens {start} to {end}"
+        title = f"{place}: {PHASES.get(phase, phase)}"
         known = str(phase) if phase in PHASES else ""
-        spans.append(Span(known, "".join(pieces), f"{place}: {PHASES.get(phase, phase)}"))
+        spans.append({"phase": known, "text": "".join(pieces), "title": title})
         start = end + 1
-    return tuple(spans)
+    return spans
 
 
-def phases(prompts: Sequence[tuple[str, Sequence[TextColumn]]]) -> list[tuple[str, str]]:
+def phases(prompts: Sequence[tuple[str, Sequence[Text]]]) -> list[tuple[str, str]]:
     """The phases that occur, in order of life, with their words."""
-    seen = {span.phase for _, columns in prompts for column in columns for span in column.spans}
+    spans = [span for _, columns in prompts for column in columns for span in column["spans"]]
+    seen = {span["phase"] for span in spans}
     return [(phase, text) for phase, text in PHASES.items() if phase in seen]
 
 
@@ -358,7 +308,7 @@ def _content(view: ResultsView) -> dict[str, Any]:
 def accounting_table(report: Record, timing: Mapping[str, Any]) -> Table:
     """Accounting of the pruned text, with its speed beside dense."""
     copies = COPIES if report.get("proxy_bytes_share") else ()
-    rows = [(label, cell(report)) for label, cell in (*ACCOUNTING, *copies)]
+    rows = [(line.head, line.cell(report)) for line in (*ACCOUNTING, *copies)]
     for variant, seconds in mapping(timing.get("seconds_per_token")).items():
         if seconds:
             rows.append((f"mean time per token, {variant}", f"{1000 * seconds:.1f} ms"))

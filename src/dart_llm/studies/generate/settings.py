@@ -5,10 +5,7 @@ Every field is also an upper-case variable of the two shell scripts.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 from pydantic import model_validator
 
@@ -17,17 +14,6 @@ from dart_llm.data.prompts import is_text
 from dart_llm.errors import ConfigError
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.settings import ActivationSettings, merge, setting
-
-POSITIVE = (
-    "generation",
-    "prompt_length",
-    "ppl_max_samples",
-    "mmlu_max_samples",
-    "general_nlp_max_samples",
-    "summarization_max_samples",
-    "summarization_max_output",
-)
-"""Whole numbers of 1 or more; ``generation`` may be 0."""
 
 
 class RunSettings(ActivationSettings):
@@ -42,36 +28,40 @@ class RunSettings(ActivationSettings):
     prompt_type: str = setting("Prompt", "custom, or mmlu: questions without answers.", "custom")
     prompt_subject: str | None = setting("Prompt", "MMLU subjects, comma-separated.")
     prompt_length: int | None = setting(
-        "Prompt", "Tokens of the prompt (default: model's context)."
+        "Prompt", "Tokens of the prompt (default: model's context).", ge=1
     )
     chat: bool | None = setting("Prompt", "Wrap the prompt in the model's chat template.", False)
     """None: where it has one."""
-    generation: int | None = setting("Prompt", "Tokens to generate (default: 200 with a prompt).")
-    temperature: float | None = setting("Prompt", "Sample at this temperature (default: greedy).")
+    generation: int | None = setting(
+        "Prompt", "Tokens to generate (default: 200 with a prompt).", ge=0
+    )
+    temperature: float | None = setting(
+        "Prompt", "Sample at this temperature (default: greedy).", ge=0, allow_inf_nan=False
+    )
     # evaluation
     eval_perplexity: bool = setting("Evaluation", "Perplexity, dense beside pruned.", False)
     ppl_datasets: str = setting(
         "Evaluation", "embedded, wikitext2, c4, mmlu, or text files.", "embedded"
     )
     ppl_subjects: str | None = setting("Evaluation", "MMLU subjects for perplexity.")
-    ppl_max_samples: int | None = setting("Evaluation", "Slices per text (default: all).")
+    ppl_max_samples: int | None = setting("Evaluation", "Slices per text (default: all).", ge=1)
     ppl_prompt_tokens: int = setting("Evaluation", "Prompt tokens of a slice.", 256)
     ppl_scored_tokens: int = setting("Evaluation", "Scored tokens of a slice.", 256)
     eval_mmlu: bool = setting("Evaluation", "MMLU accuracy, dense beside pruned.", False)
     mmlu_datasets: str = setting("Evaluation", "MMLU subjects, comma-separated.", "all")
     mmlu_shots: int = setting("Evaluation", "Examples before each question.", 0)
-    mmlu_max_samples: int | None = setting("Evaluation", "Questions per subject.")
+    mmlu_max_samples: int | None = setting("Evaluation", "Questions per subject.", ge=1)
     eval_general_nlp: bool = setting("Evaluation", "BoolQ, RTE, ..., dense beside pruned.", False)
     general_nlp_datasets: str | None = setting("Evaluation", "Which tasks (default: the seven).")
-    general_nlp_max_samples: int | None = setting("Evaluation", "Items per task.")
+    general_nlp_max_samples: int | None = setting("Evaluation", "Items per task.", ge=1)
     eval_summarization: bool = setting(
         "Evaluation", "ROUGE of summaries, dense beside pruned.", False
     )
     summarization_datasets: str = setting(
         "Evaluation", "xsum, cnn_dailymail, multi_news, gov_report, or JSON-lines files.", "xsum"
     )
-    summarization_max_samples: int | None = setting("Evaluation", "Documents per data set.")
-    summarization_max_output: int = setting("Evaluation", "Tokens per summary.", 256)
+    summarization_max_samples: int | None = setting("Evaluation", "Documents per data set.", ge=1)
+    summarization_max_output: int = setting("Evaluation", "Tokens per summary.", 256, ge=1)
     include_path: str | None = setting("Evaluation", "Folder with further lm-eval task files.")
     calibration: str | None = setting(
         "Evaluation", "Text for methods that calibrate (default: c4 of the hub)."
@@ -89,12 +79,6 @@ class RunSettings(ActivationSettings):
         given = [n for n in ("prompt", "prompt_file", "custom_prompt_text") if getattr(self, n)]
         if len(given) > 1:
             raise ConfigError(f"give one prompt: {' and '.join(given)} were both given")
-        for name in POSITIVE:
-            value = getattr(self, name)
-            if value is not None and value < (0 if name == "generation" else 1):
-                raise ConfigError(f"--{name.replace('_', '-')} {value} is too small")
-        if self.temperature is not None and not 0 <= self.temperature < math.inf:
-            raise ConfigError(f"--temperature {self.temperature:g} must be 0 (greedy) or more")
         if not 0 <= self.mmlu_shots <= 5:
             raise ConfigError(f"--mmlu-shots {self.mmlu_shots} must be 0 to 5")
         for name in ("prompt", "custom_prompt_text"):
@@ -151,10 +135,5 @@ class RunSettings(ActivationSettings):
         return self.prompt_type == "mmlu" or any(part is not None for part in found)
 
 
-def collect(
-    flags: Mapping[str, Any],
-    file: Path | None = None,
-    environment: Mapping[str, str] | None = None,
-) -> RunSettings:
-    """The settings of ``dart-llm run``, merged from all sources."""
-    return merge(RunSettings, flags, file, environment)
+collect = partial(merge, RunSettings)
+"""The settings of ``dart-llm run``, merged from all sources."""

@@ -23,7 +23,6 @@ from dart_llm.evaluation.windows import cut
 from dart_llm.experiments import rows as measure_rows
 from dart_llm.experiments.artifacts import (
     MaskRecorder,
-    Saver,
     check_masks,
     read_masks,
     saver,
@@ -265,9 +264,8 @@ class RunStudy(Study[RunSettings]):
             self.lines += rows
             self.perplexity.append(document)
             several = {"texts": self.perplexity}
-            write_json(
-                self.path / "perplexity.json", document if len(self.perplexity) == 1 else several
-            )
+            told = document if len(self.perplexity) == 1 else several
+            write_json(self.path / "perplexity.json", told)
         else:
             rows = [self._row(candidate, found) for candidate, found in value]
             self.evaluations[unit.key] = rows
@@ -296,7 +294,10 @@ class RunStudy(Study[RunSettings]):
             around = _same_path(self.model, own)
         else:
             run.on_selection = recorder = MaskRecorder()
-        with around, _recording(self.saver, variant, text):
+        recorded: Any = contextlib.nullcontext()
+        if self.saver is not None:
+            recorded = self.saver.recording(variant, text)
+        with around, recorded:
             made = generate(
                 self.model,
                 self.tokenizer,
@@ -308,14 +309,23 @@ class RunStudy(Study[RunSettings]):
                 run=run,
             )
         self.ui.end_text(made.text)
+        accounting = None
         if run is not None:
+            accounting = run.report().to_dict()
             name = str(checkpoint_facts(self.model).get("name"))
             write_masks(self.path, recorder, run, name)
             write_drift(self.path, run.drift_checks)
             self._tell_masks(run)
-        return _generation_record(
-            variant, text, made, None if run is None else run.report().to_dict()
-        )
+        return {
+            "id": "prompt-0",
+            "variant": variant,
+            "method": accounting["method"] if accounting else "dense",
+            "sparsity": accounting["requested_sparsity"] if accounting else 0.0,
+            "prompt": text,
+            "text": made.text,
+            **asdict(made),
+            "accounting": accounting,
+        }
 
     def _tell_masks(self, run: Run) -> None:
         settings = self.settings
@@ -403,10 +413,6 @@ class RunStudy(Study[RunSettings]):
         }
 
 
-def _recording(saver: Saver | None, name: str, text: str) -> Any:
-    return contextlib.nullcontext() if saver is None else saver.recording(name, text)
-
-
 def _same_path(model: Any, own: PreparedMethod) -> Any:
     """Dense decoding by whole native steps where the pruned text is decoded so.
 
@@ -416,21 +422,6 @@ def _same_path(model: Any, own: PreparedMethod) -> Any:
     if run is None or run.executor != "slim":
         return contextlib.nullcontext()
     return Run(model, PruneConfig.build("dense", executor="slim"))
-
-
-def _generation_record(
-    variant: str, text: str, made: Generation, report: dict[str, Any] | None
-) -> dict[str, Any]:
-    return {
-        "id": "prompt-0",
-        "variant": variant,
-        "method": report["method"] if report else "dense",
-        "sparsity": report["requested_sparsity"] if report else 0.0,
-        "prompt": text,
-        "text": made.text,
-        **asdict(made),
-        "accounting": report,
-    }
 
 
 def _times(generations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import product
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -91,53 +91,43 @@ def ablation(study: Readings) -> dict[str, Any]:
     ``neurons`` 0.
     """
     check(study)
-    settings, selector = study.settings, study.selector
-    widths = [block.down_width for block in study.view.blocks]
-    scores = [selector.scores(study.evidence(text, FIRST)) for text in (0, 1)]
-    best = [strongest(own, settings.share) for own in scores]
-    dense = [_losses(study, text, None)[0] for text in (0, 1)]
-    rows = []
-    for name, ids in arms(*best).items():
-        seeds = range(settings.seed, settings.seed + settings.ablation_seeds)
-        drawn = [random_ids(ids, widths, seed) for seed in seeds]
-        for text in (0, 1):
-            rows.append(_row(study, name, text, ids, drawn, dense[text]))
+    settings = study.settings
+    scores = [study.selector.scores(study.evidence(text, FIRST)) for text in (0, 1)]
+    removed = arms(*(strongest(own, settings.share) for own in scores))
+    dense = [_losses(study, text, {})[0] for text in (0, 1)]
     return {
         "share": settings.share,
         "score": settings.prune_config().score.name,
         "block_tokens": BLOCK,
         "random_seeds": settings.ablation_seeds,
-        "rows": rows,
+        "rows": [
+            {"arm": arm, "text": study.texts[text].label, **_row(study, text, ids, dense[text])}
+            for arm, ids in removed.items()
+            for text in (0, 1)
+        ],
     }
 
 
-def _row(
-    study: Readings, arm: str, text: int, ids: Ids, drawn: Sequence[Ids], dense: Sequence[float]
-) -> dict[str, Any]:
-    losses, report = _losses(study, text, ids)
+def _row(study: Readings, text: int, ids: Ids, dense: Sequence[float]) -> dict[str, Any]:
+    seed, draws = study.settings.seed, study.settings.ablation_seeds
+    widths = [block.down_width for block in study.view.blocks]
+    losses, spent = _losses(study, text, ids)
+    drawn = [random_ids(ids, widths, one) for one in range(seed, seed + draws)]
     others = [_losses(study, text, other)[0] for other in drawn]
-    random = [math.fsum(each) / len(each) for each in zip(*others, strict=True)]
-    sample, seed = blocks(losses), study.settings.seed
+    random = [fmean(each) for each in zip(*others, strict=True)]
+    sample = blocks(losses)
     return {
-        "arm": arm,
-        "text": study.texts[text].label,
         "neurons": sum(len(own) for own in ids.values()),
         "tokens": len(losses),
-        "achieved_sparsity": report["achieved_sparsity"],
-        "dense_token_share": report["dense_token_share"],
-        "remasks": report["remasks"],
-        "dense_loss": _mean_effect(dense),
-        "loss": _mean_effect(losses),
+        **spent,
+        "dense_loss": fmean(dense),
+        "loss": fmean(losses),
         "loss_interval": _ends(interval(sample, seed=seed)),
-        "random_loss": _mean_effect(random),
-        "random_losses": [_mean_effect(each) for each in others],
+        "random_loss": fmean(random),
+        "random_losses": [fmean(each) for each in others],
         "over_dense": _ends(paired_interval(sample, blocks(dense), seed=seed)),
         "over_random": _ends(paired_interval(sample, blocks(random), seed=seed)),
     }
-
-
-def _mean_effect(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 def _ends(found: Interval | None) -> dict[str, Any] | None:
@@ -147,27 +137,22 @@ def _ends(found: Interval | None) -> dict[str, Any] | None:
 def blocks(losses: Sequence[float]) -> Sample:
     """Mean loss and tokens of every ``BLOCK`` consecutive tokens; the last may be shorter."""
     parts = [losses[start : start + BLOCK] for start in range(0, len(losses), BLOCK)]
-    return {
-        f"{number:06d}": (_mean_effect(part), float(len(part))) for number, part in enumerate(parts)
-    }
+    return {f"{number:06d}": (fmean(part), len(part)) for number, part in enumerate(parts)}
 
 
-def _losses(study: Readings, text: int, remove: Ids | None) -> tuple[list[float], dict[str, Any]]:
+def _losses(study: Readings, text: int, remove: Ids) -> tuple[list[float], dict[str, Any]]:
     """Loss of every token of a text's second half, and the accounting of how it ran."""
     ids = study.ids[text]
     window = Window(ids, len(ids) // 2)
-    given = {layer: own for layer, own in (remove or {}).items() if len(own)}
+    given = {layer: own for layer, own in remove.items() if len(own)}
     if not given:
-        found = score_window(study.model, None, window)
-        return list(found.losses), {
-            "achieved_sparsity": 0.0,
-            "dense_token_share": 1.0,
-            "remasks": 0,
-        }
+        spent = {"achieved_sparsity": 0.0, "dense_token_share": 1.0, "remasks": 0}
+        return list(score_window(study.model, None, window).losses), spent
     with prune(study.model, "griffin", remove=given) as run:
         found = score_window(study.model, run, window)
-        report = run.report().to_dict()
-    return list(found.losses), report
+        report = run.report()
+    names = ("achieved_sparsity", "dense_token_share", "remasks")
+    return list(found.losses), {name: getattr(report, name) for name in names}
 
 
 # The strongest and the weakest neurons of every layer by forward proxy.
@@ -308,8 +293,8 @@ def overlap(study: Readings) -> dict[str, Any]:
                 "kept_b": len(b),
                 "jaccard": jaccard(a, b),
                 "chance": expected_jaccard(block.down_width, len(a), len(b)),
-                "same_text": _mean_overlap([jaccard(*own[0]), jaccard(*own[1])]),
-                "across": _mean_overlap([jaccard(x, y) for x, y in product(own[0], own[1])]),
+                "same_text": fmean([jaccard(*own[0]), jaccard(*own[1])]),
+                "across": fmean([jaccard(x, y) for x, y in product(own[0], own[1])]),
             }
         )
     keys = ("jaccard", "chance", "same_text", "across")
@@ -318,13 +303,9 @@ def overlap(study: Readings) -> dict[str, Any]:
         "method": config.method,
         "sparsity": config.sparsity,
         "removed": 1 - sum(one["kept_a"] for one in layers) / sum(one["width"] for one in layers),
-        "mean": {key: _mean_overlap([layer[key] for layer in layers]) for key in keys},
+        "mean": {key: fmean([layer[key] for layer in layers]) for key in keys},
         "layers": layers,
     }
-
-
-def _mean_overlap(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _kept(study: Readings, text: int, part: str) -> list[Tensor]:
@@ -364,51 +345,36 @@ def space(study: Readings) -> dict[str, Any]:
     """
     dims = study.settings.top_dims
     readings = [study.reading(text) for text in (0, 1)]
-    layers = [
-        {"layer": layer, **compare(a.centre, b.centre, dims)}
-        for layer, (a, b) in enumerate(zip(*readings, strict=True))
-    ]
-    streams = [reading[study.layer].stream for reading in readings]
-    a, b = (stream for stream in streams if stream is not None)
-    tokens = [
-        {"position": position, **compare(one, other, dims)}
-        for position, (one, other) in enumerate(zip(a, b, strict=False))
-    ]
-    windows = [
-        {
-            "half_width": half,
-            "tokens_a": len(part_a),
-            "tokens_b": len(part_b),
-            **compare(part_a.mean(0), part_b.mean(0), dims),
-        }
-        for half, part_a, part_b in _windows(a, b)
-    ]
+    a, b = (reading[study.layer].stream for reading in readings)
+    assert a is not None and b is not None
     return {
         "layer": study.layer,
         "top_dims": dims,
         "sinks": SINKS,
-        "layers": layers,
-        "tokens": tokens,
-        "windows": windows,
+        "layers": [
+            {"layer": layer, **compare(one.centre, other.centre, dims)}
+            for layer, (one, other) in enumerate(zip(*readings, strict=True))
+        ],
+        "tokens": [
+            {"position": position, **compare(one, other, dims)}
+            for position, (one, other) in enumerate(zip(a, b, strict=False))
+        ],
+        "windows": _windows(a, b, dims),
     }
 
 
 def half_widths(longest: int) -> list[int]:
     """0, 1, 2, 4, ... and ``longest``."""
-    found, step = [0], 1
-    while step < longest:
-        found.append(step)
-        step *= 2
-    return sorted({*found, longest})
+    powers = (2**power for power in range(longest.bit_length()))
+    return sorted({0, longest, *powers})
 
 
-def _windows(a: Tensor, b: Tensor) -> Sequence[tuple[int, Tensor, Tensor]]:
+def _windows(a: Tensor, b: Tensor, dims: int) -> list[dict[str, Any]]:
     """Growing windows around the middle of each text, cut at its ends and at the sinks."""
     own = [t[SINKS:] if len(t) > SINKS else t for t in (a, b)]
-    longest = max(len(t) // 2 for t in own)
-    return [(half, *(_around(t, half) for t in own)) for half in half_widths(longest)]  # type: ignore[misc]
-
-
-def _around(stream: Tensor, half: int) -> Tensor:
-    middle = len(stream) // 2
-    return stream[max(0, middle - half) : middle + half + 1]
+    found = []
+    for half in half_widths(max(len(t) // 2 for t in own)):
+        one, other = (t[max(0, len(t) // 2 - half) : len(t) // 2 + half + 1] for t in own)
+        sizes = {"half_width": half, "tokens_a": len(one), "tokens_b": len(other)}
+        found.append({**sizes, **compare(one.mean(0), other.mean(0), dims)})
+    return found

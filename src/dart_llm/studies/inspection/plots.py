@@ -1,9 +1,10 @@
-"""Plots of an inspection: layer impact, distributions, concentration, overlap, ablation, space."""
+"""Plots of an inspection: lines by layer or place, maps of norms, bars of the ablation."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dart_llm.reporting.figures import (
@@ -21,10 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
 Record = Mapping[str, Any]
-
-Line = tuple[str, Sequence[float]]
+Values = Sequence[float]
 
 MANY = 100
 """Points above which a line is thin and has no marks."""
@@ -38,16 +37,55 @@ ARMS = {"a_only": "A's own", "b_only": "B's own"}
 
 def make(document: Record, small: str) -> list[Plot]:
     """Every plot that inspect.json allows; ``small``: the checkpoint in one line."""
-    sections, told = document["sections"], document["sentences"]
-    found: list[Plot] = []
-    for name, maker in MAKERS.items():
-        if name in sections:
-            found += maker(sections[name], told[name], small)
-    return found
+    sections = document["sections"]
+    made = [draw(sections[name], small) for name, draw in MAKERS.items() if name in sections]
+    return [plot for plots in made for plot in plots]
 
 
-def panels(figure: Figure, count: int, narrow: bool) -> list[Axes]:
-    """Side by side in twos; below each other where the figure is narrow."""
+@dataclass(frozen=True)
+class Panel:
+    """Lines over the same places, told apart by marker and line style."""
+
+    ylabel: str
+    lines: Mapping[str, Values]
+    log: bool = False
+    limits: tuple[float, float] | None = None
+    band: tuple[Values, Values] | None = None
+    """Around the first line."""
+    level: float | None = None
+    """Where a line across the panel stands."""
+
+
+def line_plot(
+    name: str,
+    title: str,
+    small: str,
+    panels: Sequence[Panel],
+    xlabel: str = "layer",
+    x: Values | None = None,
+    ticks: Sequence[str] = (),
+) -> Plot:
+    """The panels in twos, below each other where the figure is narrow.
+
+    ``x``: the places; by default they are counted.  ``ticks``: what stands at each of them.
+    """
+
+    def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
+        for axes, panel in zip(_places(figure, len(panels), narrow), panels, strict=True):
+            places = range(len(next(iter(panel.lines.values())))) if x is None else x
+            _draw_lines(axes, palette, places, panel)
+            axes.set_xlabel(xlabel)
+            axes.locator_params(axis="x", integer=True)
+            if ticks:
+                step = 2 if narrow else 1
+                axes.set_xticks(range(0, len(ticks), step), ticks[::step])
+
+    rows = math.ceil(len(panels) / 2)
+    alt = f"Lines by {xlabel}: {title}; {', '.join(panel.ylabel for panel in panels)}."
+    return Plot(name, title, alt, small, 1.1 + 2.1 * rows, draw, 1.1 + 2.1 * len(panels))
+
+
+def _places(figure: Figure, count: int, narrow: bool) -> list[Axes]:
     columns = 1 if narrow else min(2, count)
     found = list(figure.subplots(-(-count // columns), columns, squeeze=False).flat)
     for spare in found[count:]:
@@ -55,159 +93,130 @@ def panels(figure: Figure, count: int, narrow: bool) -> list[Axes]:
     return found[:count]
 
 
-def log_axis(axes: Axes) -> None:
-    """A log axis whose decades are written as plain numbers."""
+def _draw_lines(axes: Axes, palette: Palette, x: Values, panel: Panel) -> None:
+    every = max(1, len(x) // 12)
+    for look, (label, values) in zip(LOOKS, panel.lines.items(), strict=False):
+        words = {**mark(look, palette), "markersize": 4.5, "markevery": every}
+        if len(x) > MANY:
+            words |= {"marker": "", "linewidth": 0.8}
+        axes.plot(x, values, label=label, **words)
+    if panel.band is not None:
+        axes.fill_between(x, *panel.band, color=palette[0], alpha=0.18, linewidth=0)
+    if panel.level is not None:
+        reference_line(axes, y=panel.level, label="_")
+    axes.grid(axis="y")
+    axes.margins(x=0.02)
+    axes.set_ylabel(panel.ylabel)
+    if panel.limits is not None:
+        axes.set_ylim(*panel.limits)
+    if panel.log:
+        _log_axis(axes)
+    legend(axes, 2)
+
+
+def _log_axis(axes: Axes) -> None:
+    """A log axis with its decades as plain numbers, or its ends where there are less than two."""
     axes.set_yscale("log")
-    low, high = (math.log10(end) for end in axes.get_ylim())
-    ticks = [10.0**power for power in range(math.ceil(low), math.floor(high) + 1)]
-    if len(ticks) < 2:
-        ticks = [10.0**low, 10.0**high]
+    low, high = axes.get_ylim()
+    powers = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
+    ticks = [10.0**power for power in powers] if len(powers) > 1 else [low, high]
     axes.set_yticks(ticks, [f"{tick:,.0f}" if tick >= 10 else f"{tick:.3g}" for tick in ticks])
     axes.set_yticks([], minor=True)
 
 
-def lines(axes: Axes, palette: Palette, x: Sequence[float], drawn: Sequence[Line]) -> None:
-    """One line per entry, told apart by marker and line style; few marks where many points are."""
-    every = max(1, len(x) // 12)
-    for place, (label, values) in enumerate(drawn):
-        look = {**mark(LOOKS[place], palette), "markersize": 4.5, "markevery": every}
-        if len(x) > MANY:
-            look |= {"marker": "", "linewidth": 0.8}
-        axes.plot(x, values, label=label, **look)
-    axes.grid(axis="y")
-    axes.margins(x=0.02)
-
-
-def by_layer(axes: Axes, palette: Palette, drawn: Sequence[Line], ylabel: str) -> None:
-    """``lines`` over the layers."""
-    lines(axes, palette, range(len(drawn[0][1])), drawn)
-    axes.set(xlabel="layer", ylabel=ylabel)
-    axes.locator_params(axis="x", integer=True)
-    legend(axes, 2)
-
-
-def _layers(data: Record, words: str, small: str) -> list[Plot]:
-    layers = data["layers"]
-
-    def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
-        parts = (
-            ("cosine", "cosine with the stream before", ("x + r", "z")),
-            ("change", "relative change", ("r: |r| / |x|", "z: |z - x| / |x|")),
-        )
-        for axes, (what, ylabel, names) in zip(panels(figure, 2, narrow), parts, strict=True):
-            found = [
-                [layer[variant][what] for layer in layers] for variant in ("residual", "output")
-            ]
-            drawn = [
-                (name, [one["median"] for one in own])
-                for name, own in zip(names, found, strict=True)
-            ]
-            by_layer(axes, palette, drawn, ylabel)
-            low, high = ([one[end] for one in found[0]] for end in ("q05", "q95"))
-            look: dict[str, Any] = {"color": palette[0], "alpha": 0.18, "linewidth": 0}
-            axes.fill_between(range(len(layers)), low, high, **look)
-            if what == "change":
-                log_axis(axes)
-
+def _layers(data: Record, small: str) -> list[Plot]:
+    panels = []
+    for what, ylabel, names, log in (
+        ("cosine", "cosine with the stream before", ("x + r", "z"), False),
+        ("change", "relative change", ("r: |r| / |x|", "z: |z - x| / |x|"), True),
+    ):
+        found = [[layer[one][what] for layer in data["layers"]] for one in ("residual", "output")]
+        lines = {
+            name: [one["median"] for one in own] for name, own in zip(names, found, strict=True)
+        }
+        low, high = ([one[end] for one in found[0]] for end in ("q05", "q95"))
+        panels.append(Panel(ylabel, lines, log, band=(low, high)))
     more = f"{small} · lines: medians over the tokens of text {data['text']}; band: 5 to 95 % (r)"
-    alt = f"Lines: the FFNs' effect on the residual stream by layer. {words}"
-    return [Plot("inspect_layers", words, alt, more, 3.4, draw, 5.6)]
+    return [line_plot("inspect_layers", "What each FFN does to the residual stream", more, panels)]
 
 
-def _weights(data: Record, words: str, small: str) -> list[Plot]:
+def _weights(data: Record, small: str) -> list[Plot]:
     ranges, layers = data["weights"]["range"], data["weights"]["layers"]
 
     def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
-        drawn = panels(figure, len(ranges), narrow)
-        for axes, (matrix, ends) in zip(drawn, ranges.items(), strict=True):
+        places = _places(figure, len(ranges), narrow)
+        for axes, (matrix, ends) in zip(places, ranges.items(), strict=True):
             counts = [layer[matrix]["histogram"] for layer in layers]
             shares = [[100 * n / max(1, sum(one)) for n in one] for one in counts]
-            heat = axes.imshow(
-                list(zip(*shares, strict=True)),
-                origin="lower",
-                aspect="auto",
-                cmap=HEAT,
-                extent=(-0.5, len(layers) - 0.5, *ends),
-            )
-            bar = figure.colorbar(heat, ax=axes, pad=0.02)
-            bar.set_label("neurons (%)")
+            extent = (-0.5, len(layers) - 0.5, *ends)
+            look: dict[str, Any] = {"origin": "lower", "aspect": "auto", "cmap": HEAT}
+            heat = axes.imshow(list(zip(*shares, strict=True)), extent=extent, **look)
+            figure.colorbar(heat, ax=axes, pad=0.02).set_label("neurons (%)")
             medians = [layer[matrix]["median"] for layer in layers]
             for colour, width in (("white", 3.2), (INK, 1.4)):
                 axes.plot(range(len(layers)), medians, color=colour, linewidth=width)
             axes.set(xlabel="layer", ylabel=f"norm of a neuron's {matrix} weights")
             axes.locator_params(axis="x", integer=True)
 
-    rows = -(-len(ranges) // 2)
     more = (
         f"{small} · shading: neurons of a layer in each of 40 bins (ends: and beyond); line: median"
     )
-    alt = f"Heat maps: norms of the neurons' weights by layer. {words}"
-    height = 0.6 + 2.6 * rows
-    found = [Plot("inspect_weights", words, alt, more, height, draw, 0.6 + 2.4 * len(ranges))]
+    title = "Norms of the neurons' weights"
+    wide, narrow = 0.6 + 2.6 * math.ceil(len(ranges) / 2), 0.6 + 2.4 * len(ranges)
+    alt = f"Heat maps by layer: {title}."
+    found = [Plot("inspect_weights", title, alt, more, wide, draw, narrow)]
     return found + (_activations(data, small) if data["activations"] else [])
 
 
 def _activations(data: Record, small: str) -> list[Plot]:
     layers = data["activations"]
-    words = f"Activations u of the neurons on text {data['text']}"
-
-    def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
-        left, right = panels(figure, 2, narrow)
-        names = {"median": "median", "q95": "95 %", "max": "largest"}
-        drawn = [(n, [one["absolute"][key] for one in layers]) for key, n in names.items()]
-        by_layer(left, palette, drawn, "|u|")
-        log_axis(left)
-        shares = [
-            ("hold 90 % of u²", [100 * one["holds"] for one in layers]),
-            ("|u| < 0.1 RMS", [100 * one["near"]["0.1"] for one in layers]),
-        ]
-        by_layer(right, palette, shares, "share of neurons (%)")
-        right.set_ylim(0, 100)
-
-    alt = f"Lines: {words} by layer: quantiles of |u|, and how sparse it is."
-    return [Plot("inspect_activations", words, alt, small, 3.4, draw, 5.6)]
+    names = {"median": "median", "q95": "95 %", "max": "largest"}
+    sizes = {words: [one["absolute"][key] for one in layers] for key, words in names.items()}
+    shares = {
+        "hold 90 % of u²": [100 * one["holds"] for one in layers],
+        "|u| < 0.1 RMS": [100 * one["near"]["0.1"] for one in layers],
+    }
+    panels = [
+        Panel("|u|", sizes, log=True),
+        Panel("share of neurons (%)", shares, limits=(0, 100)),
+    ]
+    title = f"Activations u of the neurons on text {data['text']}"
+    return [line_plot("inspect_activations", title, small, panels)]
 
 
-def _neurons(data: Record, words: str, small: str) -> list[Plot]:
-    def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
-        drawn = [
-            (f"strongest {name}", [100 * layer["concentration"][key] for layer in data["layers"]])
-            for key, name in (("0.01", "1 %"), ("0.1", "10 %"))
-        ]
-        by_layer(figure.subplots(), palette, drawn, "part of all scores (%)")
-
+def _neurons(data: Record, small: str) -> list[Plot]:
+    lines = {
+        f"strongest {name}": [100 * layer["concentration"][key] for layer in data["layers"]]
+        for key, name in (("0.01", "1 %"), ("0.1", "10 %"))
+    }
     more = f"{small} · forward proxy: {data['score']}"
-    return [Plot("inspect_neurons", words, f"Lines by layer. {words}", more, 3.0, draw)]
+    title = "Part of a layer's scores that its strongest neurons hold"
+    return [line_plot("inspect_neurons", title, more, [Panel("part of all scores (%)", lines)])]
 
 
-def _overlap(data: Record, words: str, small: str) -> list[Plot]:
+def _overlap(data: Record, small: str) -> list[Plot]:
     names = {
         "jaccard": "A and B",
         "same_text": "halves of one text",
         "across": "halves of A and B",
         "chance": "by chance",
     }
-
-    def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
-        drawn = [(name, [layer[key] for layer in data["layers"]]) for key, name in names.items()]
-        axes = figure.subplots()
-        by_layer(axes, palette, drawn, "Jaccard of the kept neurons")
-        axes.set_ylim(0, 1)
-
-    more = f"{small} · method {data['method']}"
-    return [Plot("inspect_overlap", words, f"Lines by layer. {words}", more, 3.4, draw)]
+    lines = {words: [layer[key] for layer in data["layers"]] for key, words in names.items()}
+    panel = Panel("Jaccard of the kept neurons", lines, limits=(0, 1))
+    title = "Overlap of the neurons that are kept for A and for B"
+    return [line_plot("inspect_overlap", title, f"{small} · method {data['method']}", [panel])]
 
 
-def _ablation(data: Record, words: str, small: str) -> list[Plot]:
+def _ablation(data: Record, small: str) -> list[Plot]:
     rows = [row for row in data["rows"] if row["neurons"] and row["arm"] in ARMS]
     if not rows:
         return []
+    labels = list(dict.fromkeys(row["text"] for row in rows))
 
     def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
-        labels = list(dict.fromkeys(row["text"] for row in rows))
-        drawn = panels(figure, len(labels), narrow)
+        drawn = _places(figure, len(labels), narrow)
         for axes, label in zip(drawn, labels, strict=True):
-            _bars(axes, palette, [row for row in rows if row["text"] == label])
+            _draw_bars(axes, palette, [row for row in rows if row["text"] == label])
             axes.set_title(f"loss on {label}", loc="left", fontsize=9, color=INK, pad=18)
             legend(axes, 2)
         low, high = zip(*(axes.get_ylim() for axes in drawn), strict=True)
@@ -218,85 +227,62 @@ def _ablation(data: Record, words: str, small: str) -> list[Plot]:
         f"{small} · bars: 95 % bootstrap intervals of the difference to dense, paired by blocks of "
         f"{data['block_tokens']} tokens; random: mean of {data['random_seeds']} draws (points)"
     )
-    return [Plot("inspect_ablation", words, f"Bars. {words}", more, 3.4, draw, 5.8)]
+    title = "Loss with the neurons of one topic removed"
+    return [Plot("inspect_ablation", title, f"Bars: {title}.", more, 3.4, draw, 5.8)]
 
 
-def _bars(axes: Axes, palette: Palette, rows: Sequence[Record]) -> None:
-    for place, row in enumerate(rows):
-        dense, found = row["dense_loss"], row["over_dense"]
-        rise = row["loss"] - dense
-        ends = [[0.0], [0.0]] if found is None else [[rise - found["low"]], [found["high"] - rise]]
-        first = place == 0
-        axes.bar(
-            place - 0.2,
-            rise,
-            0.38,
-            yerr=[[max(0.0, end[0])] for end in ends],
-            capsize=3,
-            color=palette[3],
-            edgecolor=INK,
-            label="these neurons" if first else "_",
-        )
-        axes.bar(
-            place + 0.2,
-            row["random_loss"] - dense,
-            0.38,
-            color="white",
-            edgecolor=INK,
-            hatch=HATCHES[1],
-            label="random ones" if first else "_",
-        )
-        draws = [loss - dense for loss in row["random_losses"]]
-        axes.plot([place + 0.2] * len(draws), draws, "o", color=INK, markersize=3)
-    axes.set_xticks(range(len(rows)), [ARMS[row["arm"]] for row in rows])
+def _draw_bars(axes: Axes, palette: Palette, rows: Sequence[Record]) -> None:
+    """Beside each arm's rise as many random neurons', and every draw of these."""
+    x, rises = range(len(rows)), [row["loss"] - row["dense_loss"] for row in rows]
+    pairs = [(rise, row["over_dense"]) for rise, row in zip(rises, rows, strict=True)]
+    below = [max(0.0, rise - ends["low"]) if ends else 0.0 for rise, ends in pairs]
+    beyond = [max(0.0, ends["high"] - rise) if ends else 0.0 for rise, ends in pairs]
+    own: dict[str, Any] = {"color": palette[3], "label": "these neurons", "capsize": 3}
+    axes.bar([at - 0.2 for at in x], rises, 0.38, yerr=[below, beyond], edgecolor=INK, **own)
+    random = [row["random_loss"] - row["dense_loss"] for row in rows]
+    other: dict[str, Any] = {"color": "white", "hatch": HATCHES[1], "label": "random ones"}
+    axes.bar([at + 0.2 for at in x], random, 0.38, edgecolor=INK, **other)
+    for at, row in enumerate(rows):
+        draws = [loss - row["dense_loss"] for loss in row["random_losses"]]
+        axes.plot([at + 0.2] * len(draws), draws, "o", color=INK, markersize=3)
+    axes.set_xticks(x, [ARMS[row["arm"]] for row in rows])
     axes.set_ylabel("loss over dense (nats per token)")
     axes.grid(axis="y")
     axes.axhline(0.0, color=INK, linewidth=0.8)
 
 
-def _space(data: Record, words: str, small: str) -> list[Plot]:
-    layer = f"layer {data['layer']}"
-    views = (
-        ("layers", "layer", "layer", words),
-        ("windows", "half_width", "tokens to each side of the middle", f"Windows, {layer}"),
-        (
-            "tokens",
-            "position",
-            "position (token)",
-            f"Token by token, {layer} (the first {data['sinks']} left out)",
-        ),
-    )
+def _space(data: Record, small: str) -> list[Plot]:
     heads = {
         "cosine": "cosine",
         "distance": "distance",
         "norm_ratio": "norm of B over A",
         "jaccard": f"Jaccard of top {data['top_dims']} dims",
     }
+    sinks, layer = data["sinks"], f"layer {data['layer']}"
+    tokens = data["tokens"]
+    if len(tokens) > sinks:
+        tokens = tokens[sinks:]  # their extremes would hide all others
+    after = f"Token by token, {layer} (the first {sinks} left out)"
 
-    def plot(part: str, key: str, xlabel: str, title: str) -> Plot:
-        rows = data[part]
-        if part == "tokens" and len(rows) > data["sinks"]:
-            rows = rows[data["sinks"] :]  # their extremes would hide all others
+    def plot(part: str, title: str, rows: Sequence[Record], xlabel: str, **more: Any) -> Plot:
+        panels = [
+            Panel(head, {"_": [row[key] for row in rows]}, level=1.0 if "ratio" in key else None)
+            for key, head in heads.items()
+        ]
+        return line_plot(f"inspect_space_{part}", title, small, panels, xlabel, **more)
 
-        def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
-            for axes, (measure, head) in zip(panels(figure, 4, narrow), heads.items(), strict=True):
-                x = [float(row[key]) for row in rows] if part != "windows" else range(len(rows))
-                lines(axes, palette, x, [("_", [row[measure] for row in rows])])
-                axes.set(xlabel=xlabel, ylabel=head)
-                if measure == "norm_ratio":
-                    reference_line(axes, y=1.0, label="_")
-                if part == "windows":
-                    step = 2 if narrow else 1
-                    labels = [str(row[key]) for row in rows]
-                    axes.set_xticks(range(0, len(rows), step), labels[::step])
-
-        alt = f"Lines: cosine, distance, norm ratio and top dimensions of A and B by {xlabel}."
-        return Plot(f"inspect_space_{part}", title, alt, small, 4.4, draw, 8.0)
-
-    return [plot(*view) for view in views if data[view[0]]]
+    middle, aside = (
+        "tokens to each side of the middle",
+        [str(row["half_width"]) for row in data["windows"]],
+    )
+    return [
+        plot("layers", "Mean vectors of A and B", data["layers"], "layer"),
+        plot("windows", f"Windows, {layer}", data["windows"], middle, ticks=aside),
+        plot("tokens", after, tokens, "position (token)", x=[row["position"] for row in tokens]),
+    ]
 
 
-MAKERS: dict[str, Callable[[Record, str, str], list[Plot]]] = {
+MAKERS: dict[str, Callable[[Record, str], list[Plot]]] = {
     "layers": _layers,
     "weights": _weights,
     "neurons": _neurons,

@@ -22,6 +22,7 @@ from dart_llm.models.ffn import FfnBlock
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.drift import SINKS
 from dart_llm.pruning.forward import without_sinks
+from dart_llm.pruning.registry import SCORES
 from dart_llm.pruning.scores import EPS
 from dart_llm.pruning.selection import MaskSelector, check_fits
 from dart_llm.pruning.statistics import LayerStatistics
@@ -33,17 +34,15 @@ from dart_llm.studies.inspection.texts import InspectText
 # Quantiles, moments and histograms of many numbers, as JSON-able data.
 
 
-LEVELS = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-"""Quantiles that are kept, by their names in ``quantiles``."""
-
-NAMES = ("min", "q05", "q25", "median", "q75", "q95", "max")
+LEVELS = {"min": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "max": 1.0}
+"""Quantiles that are kept."""
 
 
 def quantiles(values: Tensor) -> dict[str, float]:
-    """``NAMES`` of all entries, linear between the two nearest; any shape, not empty."""
+    """``LEVELS`` of all entries, linear between the two nearest; any shape, not empty."""
     flat = values.detach().float().cpu().numpy().reshape(-1)
-    found = np.quantile(flat, LEVELS)
-    return {name: float(value) for name, value in zip(NAMES, found, strict=True)}
+    found = np.quantile(flat, list(LEVELS.values()))
+    return {name: float(value) for name, value in zip(LEVELS, found, strict=True)}
 
 
 def moments(values: Tensor) -> dict[str, float | None]:
@@ -62,11 +61,6 @@ def moments(values: Tensor) -> dict[str, float | None]:
     }
 
 
-def distribution(values: Tensor) -> dict[str, Any]:
-    """``quantiles`` and ``moments``."""
-    return {**quantiles(values), **moments(values)}
-
-
 def histogram(values: Tensor, low: float, high: float, bins: int = 40) -> list[int]:
     """Counts in equal bins from ``low`` to ``high``; the end bins hold what lies beyond."""
     place = (values.detach().float().cpu() - low) / max(high - low, 1e-30) * bins
@@ -77,20 +71,17 @@ def histogram(values: Tensor, low: float, high: float, bins: int = 40) -> list[i
 # How much each FFN changes the residual stream (docs/method.md, "Budgets": the sensitivities).
 
 
-VARIANTS = ("residual", "output")
-"""``residual``: the stream before and after, x and x + r.  ``output``: x and the FFN's output z."""
-
-
 def impact(seen: LayerActivations) -> dict[str, Any]:
-    """Of every variant: ``cosine``, ``change`` (mean, median, 5 % and 95 % over tokens) and ``s``.
+    """``cosine``, ``change`` (mean, median, 5 % and 95 % over tokens) and ``s``, of two pairs.
 
-    ``residual``: cos(x, x + r) and ||r|| / ||x||.  ``output``: cos(x, z) and ||z - x|| / ||x||.
-    ``s`` = (1 - mean cosine) x mean change is what the budgets ``depth-residual`` and ``depth``
-    weigh layers by.  One row; all tokens count.
+    ``residual``, the stream before and after: cos(x, x + r) and ||r|| / ||x||.  ``output``, the
+    stream and the FFN's output: cos(x, z) and ||z - x|| / ||x||.  ``s`` = (1 - mean cosine) x mean
+    change is what the budgets ``depth-residual`` and ``depth`` weigh layers by.  One row; all
+    tokens count.
     """
     x, z, r = (t[0].float() for t in (seen.x, seen.z, seen.r))
     found = {}
-    for name, y, change in zip(VARIANTS, (x + r, z), (r, z - x), strict=True):
+    for name, y, change in (("residual", x + r, r), ("output", z, z - x)):
         size = x.norm(dim=-1).clamp_min(EPS)
         cosine = (x * y).sum(-1) / (size * y.norm(dim=-1)).clamp_min(EPS)
         relative = change.norm(dim=-1) / size
@@ -129,7 +120,11 @@ def weights(blocks: Sequence[FfnBlock]) -> dict[str, Any]:
     ranges = {name: _range([layer[name] for layer in norms]) for name in norms[0]}
     layers = [
         {
-            name: {**distribution(values), "histogram": histogram(values, *ranges[name])}
+            name: {
+                **quantiles(values),
+                **moments(values),
+                "histogram": histogram(values, *ranges[name]),
+            }
             for name, values in layer.items()
         }
         for layer in norms
@@ -167,14 +162,11 @@ def activations(u: Tensor) -> dict[str, Any]:
     fewest = (energy < HELD * energy[:, -1:]).sum(-1) + 1
     return {
         "absolute": quantiles(size),
-        "moments": {k: v for k, v in distribution(u).items() if k in _MOMENTS},
+        "moments": moments(u),
         "zero": float((u == 0).float().mean()),
         "near": {f"{level:g}": float((size < level * rms).float().mean()) for level in NEAR},
         "holds": float(fewest.float().mean()) / u.shape[-1],
     }
-
-
-_MOMENTS = ("mean", "std", "skewness", "kurtosis")
 
 
 WHOLE, FIRST, SECOND = "whole", "first", "second"
@@ -255,7 +247,9 @@ class Readings:
     @torch.inference_mode()
     def _pass(self, text: int) -> list[LayerReading]:
         found: dict[int, LayerReading] = {}
-        selector = self._may_select()
+        selector = None
+        with contextlib.suppress(ConfigError):  # said where masks are asked for, if they are
+            selector = self.selector
 
         def take(layer: int, seen: LayerActivations) -> None:
             found[layer] = self._layer_reading(layer, seen, selector)
@@ -266,12 +260,6 @@ class Readings:
         with capture_activations(self.model, take), keep:
             self.model(self.ids[text][None].to(self.model.device), logits_to_keep=1)
         return [found[index] for index in range(len(self.view.blocks))]
-
-    def _may_select(self) -> MaskSelector | None:
-        try:
-            return self.selector
-        except ConfigError:  # said where masks are asked for: other sections need none
-            return None
 
     def _layer_reading(
         self, layer: int, seen: LayerActivations, selector: MaskSelector | None
@@ -296,8 +284,6 @@ class Readings:
 
 def _choosing(config: PruneConfig) -> PruneConfig:
     """``config`` when it chooses neurons by a text."""
-    from dart_llm.pruning.registry import SCORES
-
     if config.method == "dense" or config.weight_bits is not None:
         raise ConfigError(f'method "{config.method}" removes no neuron: give one that does')
     if config.token is not None:

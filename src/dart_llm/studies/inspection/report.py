@@ -1,17 +1,13 @@
-"""Tables, sentences and page of an inspection.
-
-What was inspected as tables: raw numbers for CSV, words for terminal, Markdown and report.
-"""
+"""Tables, sentences and page of an inspection."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dart_llm.experiments import run_facts
-from dart_llm.experiments.store import ResultsView, mapping, read
+from dart_llm.experiments.store import read
 from dart_llm.files import write_text
 from dart_llm.reporting import page
 from dart_llm.reporting.table import Column, Record, Table, number, value_columns
@@ -29,7 +25,7 @@ def tables(sections: Record) -> list[Table]:
     return [table for name, data in sections.items() for table in TABLES[name](data)]
 
 
-def _layers_tables(data: Record) -> list[Table]:
+def _layers(data: Record) -> list[Table]:
     heads = (
         *("cos(x, x+r)", "median", "|r|/|x|", "median", "S residual"),
         *("cos(x, z)", "median", "|z-x|/|x|", "median", "S output"),
@@ -53,7 +49,7 @@ def _layers_tables(data: Record) -> list[Table]:
     return [Table("layers", caption, (LAYER, *value_columns(" ".join(names), heads, FIGURE)), rows)]
 
 
-def _weights_tables(data: Record) -> list[Table]:
+def _weights(data: Record) -> list[Table]:
     keys = "min q05 median q95 max mean std skewness kurtosis"
     heads = ("min", "5 %", "median", "95 %", "max", "mean", "sd", "skewness", "excess kurtosis")
     rows = [
@@ -61,12 +57,9 @@ def _weights_tables(data: Record) -> list[Table]:
         for number, layer in enumerate(data["weights"]["layers"])
         for matrix, found in layer.items()
     ]
-    matrix = Column("matrix", "matrix")
-    columns = (LAYER, matrix, *value_columns(keys, heads, FIGURE))
+    columns = (LAYER, Column("matrix", "matrix"), *value_columns(keys, heads, FIGURE))
     found = [Table("weights", "L2 norms of the neurons' weights", columns, rows)]
-    if data["activations"]:
-        found.append(_activations(data))
-    return found
+    return found + ([_activations(data)] if data["activations"] else [])
 
 
 def _activations(data: Record) -> Table:
@@ -80,18 +73,17 @@ def _activations(data: Record) -> Table:
         }
         for number, one in enumerate(data["activations"])
     ]
+    shares = ("exact zeros", "|u| < 1 % of RMS", "< 10 %", "neurons with 90 % of u²")
     columns = (
         LAYER,
         *value_columns("median q95 max", ("median |u|", "95 %", "max"), FIGURE),
-        *value_columns("kurtosis", ("excess kurtosis",), number(1)),
-        *value_columns("zero", ("exact zeros",), percent),
-        *value_columns("near_0.01 near_0.1", ("|u| < 1 % of RMS", "< 10 %"), percent),
-        *value_columns("holds", ("neurons with 90 % of u²",), percent),
+        Column("excess kurtosis", "kurtosis", number(1)),
+        *value_columns("zero near_0.01 near_0.1 holds", shares, percent),
     )
     return Table("activations", f"Activations u on text {data['text']}", columns, rows)
 
 
-def _neurons_tables(data: Record) -> list[Table]:
+def _neurons(data: Record) -> list[Table]:
     rows = [
         {"layer": layer["layer"], "kind": kind, "rank": rank, **neuron}
         for layer in data["layers"]
@@ -100,9 +92,7 @@ def _neurons_tables(data: Record) -> list[Table]:
     ]
     columns = (
         LAYER,
-        Column("kind", "kind"),
-        Column("rank", "rank"),
-        Column("neuron", "neuron"),
+        *value_columns("kind rank neuron", ("kind", "rank", "neuron"), str),
         Column("score", "score", number(2)),
         Column("mean u", "mean_activation", FIGURE),
         Column("writes towards", "tokens", lambda tokens: " ".join(map(repr, tokens))),
@@ -120,7 +110,7 @@ def _neurons_tables(data: Record) -> list[Table]:
     ]
 
 
-def _overlap_tables(data: Record) -> list[Table]:
+def _overlap(data: Record) -> list[Table]:
     keys = "jaccard chance same_text across"
     heads = ("Jaccard of A and B", "by chance", "halves of one text", "halves of A and B")
     columns = (
@@ -129,8 +119,7 @@ def _overlap_tables(data: Record) -> list[Table]:
         *value_columns(keys, heads, FIGURE),
     )
     rows = [*data["layers"], {"layer": "mean", **data["mean"]}]
-    caption = f"Neurons that {data['method']} keeps for A and for B"
-    return [Table("overlap", caption, columns, rows)]
+    return [Table("overlap", f"Neurons that {data['method']} keeps for A and for B", columns, rows)]
 
 
 def with_ends(found: Record) -> str:
@@ -138,7 +127,7 @@ def with_ends(found: Record) -> str:
     return f"{found['estimate']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
 
 
-def _ablation_tables(data: Record) -> list[Table]:
+def _ablation(data: Record) -> list[Table]:
     rows = [
         {
             **row,
@@ -151,15 +140,13 @@ def _ablation_tables(data: Record) -> list[Table]:
         }
         for row in data["rows"]
     ]
+    losses = ("dense loss", "loss", "random neurons")
     columns = (
-        Column("removed neurons", "removes"),
-        Column("loss on", "text"),
+        *value_columns("removes text", ("removed neurons", "loss on"), str),
         Column("achieved sparsity", "achieved_sparsity", percent),
         Column("dense tokens", "dense_token_share", percent),
         Column("re-masks", "remasks"),
-        Column("dense loss", "dense_loss", FIGURE),
-        Column("loss", "loss", FIGURE),
-        Column("random neurons", "random_loss", FIGURE),
+        *value_columns("dense_loss loss random_loss", losses, FIGURE),
         Column("over dense (95 %)", "over_dense", with_ends),
         Column("over random (95 %)", "over_random", with_ends),
     )
@@ -167,78 +154,61 @@ def _ablation_tables(data: Record) -> list[Table]:
     return [Table("ablation", caption, columns, rows)]
 
 
-def _space_tables(data: Record) -> list[Table]:
+def _space(data: Record) -> list[Table]:
     heads = ("cosine", "distance", "|B| / |A|", f"Jaccard of top {data['top_dims']} dimensions")
     measures = value_columns("cosine distance norm_ratio jaccard", heads, FIGURE)
-    half = value_columns(
-        "half_width tokens_a tokens_b", ("tokens to each side", "of A", "of B"), str
-    )
-    parts: dict[str, tuple[str, tuple[Column, ...]]] = {
-        "layers": ("mean vectors per layer", (LAYER,)),
-        "windows": (f"windows around the middle, layer {data['layer']}", half),
-        "tokens": (f"token by token, layer {data['layer']}", (Column("position", "position"),)),
-    }
+    sizes = ("tokens to each side", "of A", "of B")
+    windows = value_columns("half_width tokens_a tokens_b", sizes, str)
+    layer = f"layer {data['layer']}"
     return [
         Table(f"space_{part}", f"A beside B: {words}", (*first, *measures), data[part])
-        for part, (words, first) in parts.items()
+        for part, words, first in (
+            ("layers", "mean vectors per layer", (LAYER,)),
+            ("windows", f"windows around the middle, {layer}", windows),
+            ("tokens", f"token by token, {layer}", (Column("position", "position"),)),
+        )
     ]
 
 
 TABLES: dict[str, Callable[[Record], list[Table]]] = {
-    "layers": _layers_tables,
-    "weights": _weights_tables,
-    "neurons": _neurons_tables,
-    "overlap": _overlap_tables,
-    "ablation": _ablation_tables,
-    "space": _space_tables,
+    "layers": _layers,
+    "weights": _weights,
+    "neurons": _neurons,
+    "overlap": _overlap,
+    "ablation": _ablation,
+    "space": _space,
 }
 
-
-# One plain sentence per section of an inspection, made of its numbers.
-
-
-Reading = Mapping[str, Any]
+# One plain sentence per section, made of its numbers.
 
 
-def sentences(sections: Reading) -> dict[str, str]:
+def sentences(sections: Record) -> dict[str, str]:
     """A sentence for every section that is there."""
     return {name: WORDS[name](data) for name, data in sections.items()}
 
 
-def _ends(values: Sequence[float], write: Callable[[float], str]) -> str:
-    """ "0.1 (layer 3) to 0.9 (layer 7)"."""
-    low, high = values.index(min(values)), values.index(max(values))
-    return f"{write(values[low])} (layer {low}) to {write(values[high])} (layer {high})"
+def _ends(layers: Sequence[Any], *keys: str, share: bool = False) -> str:
+    """ "0.10 (layer 3) to 0.90 (layer 7)", of the values under ``keys``."""
+    values = []
+    for found in layers:
+        for key in keys:
+            found = found[key]
+        values.append(found)
+    write: Callable[[float], str] = percent if share else "{:.2f}".format
+    ends = (min(values), max(values))
+    return " to ".join(f"{write(end)} (layer {values.index(end)})" for end in ends)
 
 
-def _two(value: float) -> str:
-    return f"{value:.2f}"
-
-
-def _layers_words(data: Reading) -> str:
-    change = [layer["residual"]["change"]["median"] for layer in data["layers"]]
-    cosine = [layer["residual"]["cosine"]["median"] for layer in data["layers"]]
-    return (
-        f"The FFNs change the residual stream by {_ends(change, _two)} of its length, and leave a "
-        f"cosine of {_ends(cosine, _two)} between before and after (medians over tokens)."
-    )
-
-
-def _weights_words(data: Reading) -> str:
-    down = [layer["down"]["median"] for layer in data["weights"]["layers"]]
-    found = f"Half of a layer's neurons have output columns longer than {_ends(down, _two)}."
+def _weights_words(data: Record) -> str:
+    down = _ends(data["weights"]["layers"], "down", "median")
+    found = f"Half of a layer's neurons have output columns longer than {down}."
     if not data["activations"]:
         return found
-    holds = [layer["holds"] for layer in data["activations"]]
-    return f"{found} 90 % of a token's squared activations lie in {_ends(holds, percent)} of them."
+    holds = _ends(data["activations"], "holds", share=True)
+    return f"{found} 90 % of a token's squared activations lie in {holds} of them."
 
 
-def _neurons_words(data: Reading) -> str:
-    held = [layer["concentration"]["0.01"] for layer in data["layers"]]
-    return f"The strongest 1 % of the neurons hold {_ends(held, percent)} of a layer's scores."
-
-
-def _overlap_words(data: Reading) -> str:
+def _overlap_words(data: Record) -> str:
     mean = {key: f"{value:.3f}" for key, value in data["mean"].items()}
     return (
         f"With {percent(data['removed'])} removed, the neurons kept for A and for B have a Jaccard "
@@ -247,50 +217,40 @@ def _overlap_words(data: Reading) -> str:
     )
 
 
-def _ablation_words(data: Reading) -> str:
-    own = {row["text"]: row for row in data["rows"] if row["arm"] == "a_only"}
-    if not own["A"]["neurons"]:
+def _ablation_words(data: Record) -> str:
+    own = [row for row in data["rows"] if row["arm"] == "a_only"]
+    if not own[0]["neurons"]:
         return "A and B have the same strongest neurons: there is nothing to remove."
-    parts = []
-    for label, row in own.items():
-        rise, random = row["loss"] - row["dense_loss"], row["random_loss"] - row["dense_loss"]
-        parts.append(
-            f"on {label} by {rise:+.3f} nats per token (as many random ones {random:+.3f})"
-        )
-    a, b = (own[label]["over_dense"] for label in "AB")
-    clear = "; the intervals overlap"
-    if not a or not b:
-        clear = "; no intervals: the texts are too short"
-    elif a["low"] > b["high"] or a["high"] < b["low"]:
-        clear = "; the intervals do not overlap"
-    share = percent(own["A"]["achieved_sparsity"])
-    return (
-        f"Without A's own neurons ({share} of all) the loss changes {' and '.join(parts)}{clear}."
-    )
+    parts = [
+        f"on {row['text']} by {with_ends(row['over_dense'])} nats per token "
+        f"(as many random ones {row['random_loss'] - row['dense_loss']:+.3f})"
+        for row in own
+    ]
+    share = percent(own[0]["achieved_sparsity"])
+    return f"Without A's own neurons ({share} of all) the loss changes {' and '.join(parts)}."
 
 
-def _space_words(data: Reading) -> str:
-    cosine = [layer["cosine"] for layer in data["layers"]]
-    return (
-        f"The mean vectors of A and B have a cosine of {_ends(cosine, _two)}; the first "
-        f"{data['sinks']} tokens are left out."
-    )
-
-
-WORDS: dict[str, Callable[[Reading], str]] = {
-    "layers": _layers_words,
+WORDS: dict[str, Callable[[Record], str]] = {
+    "layers": lambda data: (
+        f"The FFNs change the residual stream by "
+        f"{_ends(data['layers'], 'residual', 'change', 'median')} of its length, and leave a "
+        f"cosine of {_ends(data['layers'], 'residual', 'cosine', 'median')} between before and "
+        "after (medians over tokens)."
+    ),
     "weights": _weights_words,
-    "neurons": _neurons_words,
+    "neurons": lambda data: (
+        "The strongest 1 % of the neurons hold "
+        f"{_ends(data['layers'], 'concentration', '0.01', share=True)} of a layer's scores."
+    ),
     "overlap": _overlap_words,
     "ablation": _ablation_words,
-    "space": _space_words,
+    "space": lambda data: (
+        f"The mean vectors of A and B have a cosine of {_ends(data['layers'], 'cosine')}; the "
+        f"first {data['sinks']} tokens are left out."
+    ),
 }
 
-
-# ``report.html`` of an inspection, built from its ``inspect.json``.
-
-
-DOCUMENT = "inspect.json"
+# ``report.html``
 
 LONG = 12
 """A table with more rows is folded."""
@@ -310,69 +270,43 @@ TITLES = {
     "space": "Embedding space",
 }
 
+FACTS = {"checkpoint", "file quantisation", "dtype", "device", "date", "sha256", "command"}
 
-def write(folder: Path) -> Path:
-    """Write ``report.html`` into ``folder`` and return its path.
 
-    Without matplotlib the page has no plots and says so.  Raises ``ResultsError`` when the folder
-    does not exist or cannot be written.
+def write(folder: Path, document: Mapping[str, Any]) -> Path:
+    """Write the ``report.html`` of ``document`` (inspect.json) into ``folder``; returns its path.
+
+    Without matplotlib the page has no plots and says so.
     """
-    path = folder / "report.html"
-    write_text(path, render(read(folder), _document(folder)))
-    return path
-
-
-def _document(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / DOCUMENT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = {}
-    return {"texts": [], "sentences": {}, "sections": {}, **mapping(found)}
-
-
-def render(view: ResultsView, document: Mapping[str, Any]) -> str:
-    """The page of one inspection."""
-    return page.render("inspect.html", _content(view, document))
-
-
-def _content(view: ResultsView, document: Mapping[str, Any]) -> dict[str, Any]:
-    sections, told = document["sections"], document["sentences"]
+    view, told = read(folder), document["sentences"]
     drawn, missing = page.pictures(plots.make(document, view.small_print))
     shown = []
-    for name, data in sections.items():
-        own = TABLES[name](data)
+    for name, data in document["sections"].items():
+        own = [(table, f"{table.name}.csv") for table in TABLES[name](data)]
         short = [
-            (table.html(), len(table.rows) > LONG, f"{table.name}.csv")
-            for table in own
+            (table.html(), len(table.rows) > LONG, file)
+            for table, file in own
             if len(table.rows) <= SHOWN
         ]
-        left = [(table.caption, f"{table.name}.csv") for table in own if len(table.rows) > SHOWN]
-        pictures = [picture for picture in drawn if picture.name in _names(name)]
-        shown.append((name, TITLES[name], told.get(name, ""), pictures, short, left))
-    return {
+        left = [(table.caption, file) for table, file in own if len(table.rows) > SHOWN]
+        names = (f"inspect_{name}", *(["inspect_activations"] if name == "weights" else []))
+        pictures = [one for one in drawn if one.name.startswith(names)]
+        shown.append((name, TITLES[name], told[name], pictures, short, left))
+    texts = [
+        (f"text {text['label']}", f"{text['name']}: {text['tokens_read']} tokens read", False)
+        for text in document["texts"]
+    ]
+    content = {
         "title": f"Inside {view.name}",
         "status": str(view.config.get("status") or "unknown"),
         "conclusion": next((told[name] for name in TELLING if name in told), ""),
-        "facts": _facts(view, document),
+        "facts": texts + [fact for fact in run_facts.facts(view) if fact[0] in FACTS],
         "texts": document["texts"],
         "sections": shown,
         "missing": missing,
         "settings": run_facts.settings(view),
         "provenance": run_facts.provenance(view),
     }
-
-
-def _names(section: str) -> tuple[str, ...]:
-    """Plots of a section."""
-    parts = {"space": ("space_layers", "space_windows", "space_tokens")}
-    more = ("activations",) if section == "weights" else ()
-    return tuple(f"inspect_{name}" for name in (*parts.get(section, (section,)), *more))
-
-
-def _facts(view: ResultsView, document: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
-    known = {"checkpoint", "file quantisation", "dtype", "device", "date", "sha256", "command"}
-    texts = [
-        (f"text {text['label']}", f"{text['name']}: {text['tokens_read']} tokens read", False)
-        for text in document["texts"]
-    ]
-    return texts + [fact for fact in run_facts.facts(view) if fact[0] in known]
+    path = folder / "report.html"
+    write_text(path, page.render("inspect.html", content))
+    return path

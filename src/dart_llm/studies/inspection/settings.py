@@ -66,8 +66,7 @@ class InspectSettings(ActivationSettings):
         for given in (a, b):
             if len(given) > 1:
                 raise ConfigError(f"give {given[0]} or {given[1]}, not both")
-        ways = [way for way in (bool(a or b), self.passage, self.runs) if way]
-        if len(ways) > 1:
+        if sum(map(bool, (a or b, self.passage, self.runs))) > 1:
             raise ConfigError("give prompts, --passage or --runs: one of the three")
         if b and not a:
             raise ConfigError("text B without text A: give --prompt or --prompt-file too")

@@ -17,7 +17,6 @@ from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
 from dart_llm.studies.inspection import analyses, plots, report
-from dart_llm.studies.inspection.analyses import neurons, overlap, space
 from dart_llm.studies.inspection.readings import Readings, weights
 from dart_llm.studies.inspection.settings import InspectSettings
 from dart_llm.studies.inspection.texts import inspect_texts
@@ -29,18 +28,19 @@ def _layers(readings: Readings) -> dict[str, Any]:
 
 
 def _weights(readings: Readings) -> dict[str, Any]:
-    read = [one.activations for one in readings.reading(0)] if readings.texts else None
-    text = readings.texts[0].label if readings.texts else None
+    text, read = None, None
+    if readings.texts:
+        text, read = readings.texts[0].label, [one.activations for one in readings.reading(0)]
     return {"weights": weights(readings.view.blocks), "text": text, "activations": read}
 
 
 SECTIONS: dict[str, Callable[[Readings], dict[str, Any]]] = {
     "layers": _layers,
     "weights": _weights,
-    "neurons": neurons,
-    "overlap": overlap,
+    "neurons": analyses.neurons,
+    "overlap": analyses.overlap,
     "ablation": analyses.ablation,
-    "space": space,
+    "space": analyses.space,
 }
 
 
@@ -134,4 +134,4 @@ class InspectionStudy(Study[InspectSettings]):
         yield from plots.make(self.summary, read(self.path).small_print)
 
     def write_page(self) -> Path:
-        return report.write(self.path)
+        return report.write(self.path, self.summary)

@@ -42,26 +42,21 @@ def inspect_texts(settings: InspectSettings) -> tuple[InspectText, ...]:
     elif settings.runs:
         found = _runs(settings.runs)
     else:
-        given = (
-            (settings.prompt, settings.prompt_file),
-            (settings.prompt_b, settings.prompt_b_file),
-        )
-        found = [_prompt(text, file) for text, file in given if text is not None or file]
-    for label, (name, text) in zip("AB", found, strict=False):
-        if not text.strip():
-            raise ConfigError(f"text {label} ({name}) is empty: give at least one word")
-    return tuple(InspectText(label, *part) for label, part in zip("AB", found, strict=False))
+        a, b = (settings.prompt, settings.prompt_file), (settings.prompt_b, settings.prompt_b_file)
+        found = [_prompt(text, file) for text, file in (a, b) if text is not None or file]
+    texts = tuple(InspectText(label, *part) for label, part in zip("AB", found, strict=False))
+    for text in texts:
+        if not text.text.strip():
+            raise ConfigError(f"text {text.title} is empty: give at least one word")
+    return texts
 
 
 def _prompt(text: str | None, file: str | None) -> tuple[str, str]:
     if text is not None:
         name = text if text in prompt_names() else " ".join(text.split())
-        return _short(name), given_prompt(text)
+        short = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1].rstrip()}…"
+        return short, given_prompt(text)
     return "stdin" if file == "-" else Path(str(file)).name, read_prompt_file(str(file))
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 1].rstrip()}…"
 
 
 def _passage(name: str) -> list[tuple[str, str]]:

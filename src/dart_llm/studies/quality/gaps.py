@@ -10,7 +10,6 @@ of several sparsities, or of several models, are added up first; a mean of ratio
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,17 +19,13 @@ from dart_llm.evaluation.perplexity import perplexity
 from dart_llm.experiments import stats
 from dart_llm.experiments.store import SCHEMA
 from dart_llm.experiments.variants import DENSE, GRIFFIN
-from dart_llm.studies.quality.slices import CELLS
-
-# The measured lines of ``dart-llm bench quality``, found by model, cell, variant and sparsity.
-
+from dart_llm.studies.quality.settings import CELLS
 
 Line = Mapping[str, Any]
 """One line of results.jsonl: ``model``, ``cell``, ``variant``, ``sparsity``, ``slice``, ``source``,
 ``loss``, ``tokens``, ``accounting``."""
 
-Place = tuple[str, str, str, float]
-"""Model, cell, variant, sparsity."""
+Row = dict[str, Any]
 
 Array = NDArray[np.float64]
 
@@ -45,82 +40,43 @@ YARDSTICKS = {
 }
 """The two columns of a comparison."""
 
-
-@dataclass(frozen=True)
-class Account:
-    """What a variant cost over all slices of a cell; shares weighted by decoded tokens."""
-
-    achieved_sparsity: float
-    sparsity_while_pruned: float
-    dense_token_share: float
-    remasks: int
-    ffn_bytes_share: float
-    ffn_flops_share: float
-    extra_memory_bytes: int
-
-    @property
-    def yardsticks(self) -> dict[str, float]:
-        """GRIFFIN's sparsity in each column; never below 0, where GRIFFIN is dense."""
-        wanted = {EQUAL_SPARSITY: self.achieved_sparsity, EQUAL_BYTES: 1 - self.ffn_bytes_share}
-        return {name: matched_sparsity(value) for name, value in wanted.items()}
+ALL = "all models"
 
 
-def matched_sparsity(value: float) -> float:
-    """A sparsity that GRIFFIN can be run at, rounded."""
-    return min(max(0.0, round(value, STEP)), round(1 - 10.0**-STEP, STEP))
+class Group:
+    """The lines of one model and cell; of each place the slices come in the dense ones' order."""
 
-
-def account(lines: Sequence[Line]) -> Account:
-    """The account of one variant in one cell; its lines hold an ``accounting``."""
-    parts = [line["accounting"] for line in lines]
-    total = sum(part["decoded_tokens"] for part in parts)
-
-    def mean(name: str) -> float:
-        return float(sum(part[name] * part["decoded_tokens"] for part in parts) / total)
-
-    achieved, dense = mean("achieved_sparsity"), mean("dense_token_share")
-    return Account(
-        achieved,
-        achieved / (1 - dense) if dense < 1 else 0.0,
-        dense,
-        sum(part["remasks"] for part in parts),
-        mean("ffn_bytes_share_if_compact"),
-        mean("ffn_flops_share_if_compact"),
-        max(part["extra_memory_bytes"] for part in parts),
-    )
-
-
-class Lines:
-    """Lines in any order; of each place the slices come in the order of the dense ones."""
-
-    def __init__(self, lines: Iterable[Line]) -> None:
-        self._found: dict[Place, dict[str, Line]] = {}
+    def __init__(self, model: str, cell: str, lines: Iterable[Line]) -> None:
+        self.model, self.cell = model, cell
+        self._found: dict[tuple[str, float], dict[str, Line]] = {}
         for line in lines:
-            place = (line["model"], line["cell"], line["variant"], float(line["sparsity"]))
-            self._found.setdefault(place, {})[line["slice"]] = line
+            if (line["model"], line["cell"]) == (model, cell):
+                place = line["variant"], float(line["sparsity"])
+                self._found.setdefault(place, {})[line["slice"]] = line
 
-    @property
-    def groups(self) -> list[tuple[str, str]]:
-        """Models and cells that were measured, in order."""
-        return list(dict.fromkeys((model, cell) for model, cell, _, _ in self._found))
-
-    def at(self, model: str, cell: str, variant: str, sparsity: float) -> list[Line]:
-        """The lines of one place, one per slice; raises ``KeyError`` for one that is missing."""
-        found = self._found[model, cell, variant, sparsity]
-        return [found[name] for name in self._found[model, cell, DENSE, 0.0]]
-
-    def griffin(self, model: str, cell: str, sparsity: float) -> list[Line]:
-        """GRIFFIN at ``sparsity``; at 0 it is the untouched model."""
-        return self.at(model, cell, GRIFFIN if sparsity else DENSE, sparsity)
-
-    def has(self, model: str, cell: str, variant: str, sparsity: float) -> bool:
+    def has(self, variant: str, sparsity: float) -> bool:
         """Whether the place was measured."""
-        return (model, cell, variant, sparsity) in self._found
+        return (variant, sparsity) in self._found
 
-    def gaps(self, model: str, cell: str, lines: Sequence[Line]) -> Array:
+    def at(self, variant: str, sparsity: float) -> list[Line]:
+        """The lines of one place, one per slice; raises ``KeyError`` for one that is missing."""
+        found = self._found[variant, sparsity]
+        return [found[name] for name in self._found[DENSE, 0.0]]
+
+    def griffin(self, sparsity: float) -> list[Line]:
+        """GRIFFIN at ``sparsity``; at 0 it is the untouched model."""
+        return self.at(GRIFFIN if sparsity else DENSE, sparsity)
+
+    def gaps(self, lines: Sequence[Line]) -> Array:
         """Mean loss of each slice minus the untouched model's, nats; [slices]."""
-        dense = self.at(model, cell, DENSE, 0.0)
-        return losses(lines) - losses(dense)
+        return losses(lines) - losses(self.at(DENSE, 0.0))
+
+
+def groups(lines: Iterable[Line]) -> list[Group]:
+    """Lines in any order, by model and cell."""
+    lines = list(lines)
+    names = dict.fromkeys((line["model"], line["cell"]) for line in lines)
+    return [Group(model, cell, lines) for model, cell in names]
 
 
 def losses(lines: Sequence[Line]) -> Array:
@@ -128,31 +84,66 @@ def losses(lines: Sequence[Line]) -> Array:
     return np.array([line["loss"] for line in lines], dtype=np.float64)
 
 
-ALL = "all models"
+def account(lines: Sequence[Line]) -> Row:
+    """What a variant cost over all slices of a cell; shares are weighted by decoded tokens."""
+    parts = [line["accounting"] for line in lines]
+    total = sum(part["decoded_tokens"] for part in parts)
 
-Row = dict[str, Any]
+    def mean(name: str) -> float:
+        return float(sum(part[name] * part["decoded_tokens"] for part in parts) / total)
+
+    achieved, dense = mean("achieved_sparsity"), mean("dense_token_share")
+    remasks = sum(part["remasks"] for part in parts)
+    return {
+        "achieved_sparsity": achieved,
+        "sparsity_while_pruned": achieved / (1 - dense) if dense < 1 else 0.0,
+        "dense_token_share": dense,
+        "remasks": remasks,
+        "remasks_per_slice": remasks / len(parts),
+        "ffn_bytes_share": mean("ffn_bytes_share_if_compact"),
+        "ffn_flops_share": mean("ffn_flops_share_if_compact"),
+        "extra_memory_bytes": max(part["extra_memory_bytes"] for part in parts),
+    }
+
+
+def yardsticks(lines: Sequence[Line]) -> dict[str, float]:
+    """GRIFFIN's sparsity in each column; never below 0, where GRIFFIN is dense."""
+    spent = account(lines)
+    wanted = {
+        EQUAL_SPARSITY: spent["achieved_sparsity"],
+        EQUAL_BYTES: 1 - spent["ffn_bytes_share"],
+    }
+    return {name: matched_sparsity(value) for name, value in wanted.items()}
+
+
+def matched_sparsity(value: float) -> float:
+    """A sparsity that GRIFFIN can be run at, rounded."""
+    return min(max(0.0, round(value, STEP)), round(1 - 10.0**-STEP, STEP))
 
 
 def cell_rows(
-    lines: Lines, variants: Sequence[str], sparsities: Sequence[float], seed: int
+    found: Sequence[Group], variants: Sequence[str], sparsities: Sequence[float], seed: int
 ) -> list[Row]:
     """One row per model, cell, sparsity and variant that was measured."""
     return [
-        _row(lines, model, cell, variant, sparsity, seed)
-        for model, cell in lines.groups
+        _row(group, variant, sparsity, seed)
+        for group in found
         for sparsity in sparsities
         for variant in variants
-        if lines.has(model, cell, variant, sparsity)
+        if group.has(variant, sparsity)
     ]
 
 
-def _row(lines: Lines, model: str, cell: str, variant: str, sparsity: float, seed: int) -> Row:
-    own, dense = lines.at(model, cell, variant, sparsity), lines.at(model, cell, DENSE, 0.0)
-    spent = account(own)
-    gaps = lines.gaps(model, cell, own)
+def _row(group: Group, variant: str, sparsity: float, seed: int) -> Row:
+    own, dense = group.at(variant, sparsity), group.at(DENSE, 0.0)
+    gap = float(group.gaps(own).mean())
+    columns = {
+        name: _column(group, own, equal, seed) if variant != GRIFFIN else None
+        for name, equal in yardsticks(own).items()
+    }
     return {
-        "model": model,
-        "cell": cell,
+        "model": group.model,
+        "cell": group.cell,
         "sparsity": sparsity,
         "variant": variant,
         "slices": len(own),
@@ -160,119 +151,84 @@ def _row(lines: Lines, model: str, cell: str, variant: str, sparsity: float, see
         "tokens": sum(line["tokens"] for line in own),
         "dense_perplexity": perplexity(float(losses(dense).mean())),
         "perplexity": perplexity(float(losses(own).mean())),
-        "times_dense": perplexity(float(gaps.mean())),
-        "gap": float(gaps.mean()),
-        "achieved_sparsity": spent.achieved_sparsity,
-        "sparsity_while_pruned": spent.sparsity_while_pruned,
-        "dense_token_share": spent.dense_token_share,
-        "remasks": spent.remasks,
-        "remasks_per_slice": spent.remasks / len(own),
-        "ffn_bytes_share": spent.ffn_bytes_share,
-        "ffn_flops_share": spent.ffn_flops_share,
-        "extra_memory_bytes": spent.extra_memory_bytes,
-        **_columns(lines, model, cell, variant, own, spent, seed),
+        "times_dense": perplexity(gap),
+        "gap": gap,
+        **account(own),
+        **columns,
     }
 
 
-def _columns(
-    lines: Lines,
-    model: str,
-    cell: str,
-    variant: str,
-    own: Sequence[Line],
-    spent: Account,
-    seed: int,
-) -> dict[str, Any]:
-    """Both comparisons with GRIFFIN; None for GRIFFIN itself."""
-    if variant == GRIFFIN:
-        return dict.fromkeys(YARDSTICKS)
-    gaps = lines.gaps(model, cell, own)
-    found = {}
-    for name, sparsity in spent.yardsticks.items():
-        griffin = lines.griffin(model, cell, sparsity)
-        others = lines.gaps(model, cell, griffin)
-        found[name] = {
-            "sparsity": sparsity,
-            "perplexity": perplexity(float(losses(griffin).mean())),
-            **compare([(gaps, others)], seed),
-            "by_kind": _by_kind(own, gaps, others),
-        }
-    return found
+def _column(group: Group, own: Sequence[Line], sparsity: float, seed: int) -> Row:
+    """A comparison with GRIFFIN at ``sparsity``."""
+    griffin = group.griffin(sparsity)
+    gaps, others = group.gaps(own), group.gaps(griffin)
+    kinds = {line["source"]: [one["source"] == line["source"] for one in own] for line in own}
+    return {
+        "sparsity": sparsity,
+        "perplexity": perplexity(float(losses(griffin).mean())),
+        **compare([(gaps, others)], seed),
+        "by_kind": {kind: stats.gap_closed([(gaps[at], others[at])]) for kind, at in kinds.items()},
+    }
 
 
-def _by_kind(own: Sequence[Line], gaps: Array, others: Array) -> dict[str, float | None]:
-    """Gap closed on each kind of text, without intervals."""
-    kinds = list(dict.fromkeys(line["source"] for line in own))
-    chosen = {kind: [line["source"] == kind for line in own] for kind in kinds}
-    return {kind: stats.gap_closed([(gaps[at], others[at])]) for kind, at in chosen.items()}
-
-
-def compare(groups: Sequence[tuple[Array, Array]], seed: int) -> dict[str, Any]:
-    """``gap`` and ``griffin_gap``, summed over groups of [slices], what is closed, its interval.
+def compare(pairs: Sequence[tuple[Array, Array]], seed: int) -> Row:
+    """``gap`` and ``griffin_gap``, summed over pairs of [slices], what is closed, its interval.
 
     ``gap_closed`` is None where GRIFFIN's gap is not positive; ``interval`` is None there and with
     fewer than two slices.
     """
-    found = stats.gap_closed_interval(groups, seed)
-    gap, griffin = (
-        sum(float(part.mean()) for part in parts) for parts in zip(*groups, strict=True)
-    )
+    found = stats.gap_closed_interval(pairs, seed)
+    gap, griffin = (sum(float(one.mean()) for one in parts) for parts in zip(*pairs, strict=True))
     return {
         "gap": gap,
         "griffin_gap": griffin,
-        "gap_closed": stats.gap_closed(groups),
+        "gap_closed": stats.gap_closed(pairs),
         "interval": None if found is None else [found.low, found.high],
     }
 
 
 def pooled_rows(
-    lines: Lines, variants: Sequence[str], pool: Sequence[float], seed: int
+    found: Sequence[Group], variants: Sequence[str], pool: Sequence[float], seed: int
 ) -> list[Row]:
     """One row per model, cell and variant over the sparsities ``pool``, and one over all models.
 
     Only what was measured at every sparsity of the pool; GRIFFIN has no row.
     """
-    found: list[Row] = []
-    for cell in dict.fromkeys(cell for _, cell in lines.groups):
-        models = [model for model, other in lines.groups if other == cell]
+    rows: list[Row] = []
+    for cell in dict.fromkeys(group.cell for group in found):
         for variant in variants:
             if variant == GRIFFIN or not pool:
                 continue
-            whole = [m for m in models if all(lines.has(m, cell, variant, s) for s in pool)]
-            sums = {model: _sums(lines, model, cell, variant, pool) for model in whole}
-            head = {"cell": cell, "variant": variant, "sparsities": list(pool)}
-            for model, own in sums.items():
-                found.append({"model": model, **head, **_pooled([own], seed)})
+            sums = {
+                group.model: [_sums(group, variant, pool)]
+                for group in found
+                if group.cell == cell and all(group.has(variant, one) for one in pool)
+            }
             if len(sums) > 1:
-                found.append({"model": ALL, **head, **_pooled(list(sums.values()), seed)})
-    return found
+                sums[ALL] = [own for (own,) in sums.values()]
+            head = {"cell": cell, "variant": variant, "sparsities": list(pool)}
+            rows += [{"model": m, **head, **_pooled(own, seed)} for m, own in sums.items()]
+    return rows
 
 
-def _sums(
-    lines: Lines, model: str, cell: str, variant: str, pool: Sequence[float]
-) -> dict[str, tuple[Array, Array]]:
-    """Per column the gaps of every slice, summed over the sparsities: the variant's, GRIFFIN's."""
-    found: dict[str, tuple[Array, Array]] = {}
+def _sums(group: Group, variant: str, pool: Sequence[float]) -> dict[str, Array]:
+    """Per column the gaps of every slice, summed over ``pool``: the variant's, GRIFFIN's [2, n]."""
+    found: dict[str, Array] = {}
     for sparsity in pool:
-        own = lines.at(model, cell, variant, sparsity)
-        gaps = lines.gaps(model, cell, own)
-        for name, equal in account(own).yardsticks.items():
-            others = lines.gaps(model, cell, lines.griffin(model, cell, equal))
-            before = found.get(name)
-            found[name] = (
-                (gaps, others) if before is None else (before[0] + gaps, before[1] + others)
-            )
+        own = group.at(variant, sparsity)
+        for name, equal in yardsticks(own).items():
+            pair = np.stack([group.gaps(own), group.gaps(group.griffin(equal))])
+            found[name] = found.get(name, 0.0) + pair
     return found
 
 
-def _pooled(sums: Sequence[dict[str, tuple[Array, Array]]], seed: int) -> dict[str, Any]:
-    groups = {name: [own[name] for own in sums] for name in YARDSTICKS}
-    slices = sum(len(gaps) for gaps, _ in groups[next(iter(groups))])
-    return {"slices": slices, **{name: compare(own, seed) for name, own in groups.items()}}
+def _pooled(sums: Sequence[dict[str, Array]], seed: int) -> Row:
+    columns = {name: [(own[name][0], own[name][1]) for own in sums] for name in YARDSTICKS}
+    slices = sum(len(gaps) for gaps, _ in columns[EQUAL_BYTES])
+    return {"slices": slices, **{name: compare(own, seed) for name, own in columns.items()}}
 
 
 # quality.json: made from the measured lines and from what was asked, of one run or of several.
-
 
 DEFINITIONS = {
     "gap": "mean loss minus the untouched model's on the same scored tokens, nats",
@@ -291,18 +247,13 @@ def summarise(lines: Iterable[Line], asked: Mapping[str, Any]) -> dict[str, Any]
     (configurations by label, GRIFFIN's first), ``texts``, ``checkpoints`` and ``slices`` (by
     model), tokens of a slice.
     """
-    found, labels, seed = Lines(lines), list(asked["variants"]), asked["seed"]
+    found, labels, seed = groups(lines), list(asked["variants"]), asked["seed"]
+    none = "note: nothing is pooled, for no sparsity of --pool was measured"
     return {
         "schema": SCHEMA,
         **asked,
         "cells": cell_rows(found, labels, asked["sparsities"], seed),
         "pooled": pooled_rows(found, labels, asked["pool"], seed),
-        "notes": _notes(asked),
+        "notes": [] if asked["pool"] else [none],
         "definitions": DEFINITIONS,
     }
-
-
-def _notes(asked: Mapping[str, Any]) -> list[str]:
-    if asked["pool"]:
-        return []
-    return ["note: nothing is pooled, for no sparsity of --pool was measured"]

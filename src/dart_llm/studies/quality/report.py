@@ -10,7 +10,7 @@ from dart_llm.reporting.figures import INK, SOFT, Palette, Plot, key, panels, re
 from dart_llm.reporting.table import Column, Table, escaped, table_lines
 from dart_llm.reporting.words import count, figure, percent, times
 from dart_llm.studies.quality.gaps import ALL, EQUAL_BYTES, EQUAL_SPARSITY, YARDSTICKS
-from dart_llm.studies.quality.slices import SHIFT
+from dart_llm.studies.quality.settings import SHIFT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,8 +60,6 @@ COLUMNS = (
     Column("gap closed, equal bytes", _closed(EQUAL_BYTES)),
 )
 
-HEADS = tuple(column.head for column in COLUMNS)
-
 
 def closed(found: Mapping[str, Any]) -> str:
     """ "27.1 % (20 % to 33.2 %)", or n/a."""
@@ -72,38 +70,20 @@ def closed(found: Mapping[str, Any]) -> str:
     return value if ends is None else f"{value} ({percent(ends[0])} to {percent(ends[1])})"
 
 
-def groups(document: Row) -> list[tuple[str, list[Row], list[Row]]]:
-    """Per model and cell its caption, rows and pooled rows; last what is pooled over all models."""
-    found = []
-    for model, cell in dict.fromkeys((row["model"], row["cell"]) for row in document["cells"]):
-        rows = [r for r in document["cells"] if (r["model"], r["cell"]) == (model, cell)]
-        pooled = [r for r in document["pooled"] if (r["model"], r["cell"]) == (model, cell)]
-        found.append((_caption(document, rows), rows, pooled))
-    for cell in dict.fromkeys(row["cell"] for row in document["pooled"]):
-        every = [r for r in document["pooled"] if (r["model"], r["cell"]) == (ALL, cell)]
-        if every:
-            found.append((f"{ALL}, {cell}", [], every))
-    return found
-
-
-def terminal_tables(document: Row) -> list[Table]:
-    """Per model and cell its rows, pooled ones last."""
+def tables(document: Row) -> list[Table]:
+    """Per model and cell its rows, pooled ones last; at the end what is pooled over all models."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in (*document["cells"], *document["pooled"]):
+        found.setdefault((row["model"], row["cell"]), []).append(row)
     return [
-        Table("", caption, COLUMNS, [*rows, *pooled], nothing="", tight=True)
-        for caption, rows, pooled in groups(document)
+        Table("", _caption(document, rows[0]), COLUMNS, rows, nothing="", tight=True)
+        for rows in found.values()
     ]
 
 
-def grid(document: Row) -> list[tuple[str, list[list[str]]]]:
-    """The same in words: captions, and rows under ``HEADS``."""
-    return [
-        (table.caption, [[cell.replace("\n", " ") for cell in row] for row in table.cells()])
-        for table in terminal_tables(document)
-    ]
-
-
-def _caption(document: Row, rows: Sequence[Row]) -> str:
-    first = rows[0]
+def _caption(document: Row, first: Row) -> str:
+    if first["model"] == ALL:
+        return f"{ALL}, {first['cell']}"
     facts = document["checkpoints"].get(first["model"], {})
     about = f"file quantisation {facts.get('file_quantisation') or 'none'}, {facts.get('dtype')}"
     lead = document["lead_tokens"]
@@ -118,15 +98,13 @@ def _caption(document: Row, rows: Sequence[Row]) -> str:
 
 def sentences(document: Row) -> list[str]:
     """What every variant closes of GRIFFIN's gap: a line per cell, and per pooled row."""
-    found = []
-    for row in document["cells"]:
-        if row[EQUAL_SPARSITY] is not None:
-            where = f"{row['model']}, {row['cell']}, {percent(row['sparsity'])}"
-            found.append(f"{where}: {_line(row)}")
-    for row in document["pooled"]:
-        where = f"{row['model']}, {row['cell']}, {POOLED} over {_percents(row)}"
-        found.append(f"{where}: {_line(row)}")
-    return found
+    rows = [row for row in document["cells"] if row[EQUAL_SPARSITY] is not None]
+    amounts = [percent(row["sparsity"]) for row in rows]
+    amounts += [f"{POOLED} over {_percents(row)}" for row in document["pooled"]]
+    return [
+        f"{row['model']}, {row['cell']}, {amount}: {_line(row)}"
+        for row, amount in zip((*rows, *document["pooled"]), amounts, strict=True)
+    ]
 
 
 def _percents(row: Row) -> str:
@@ -148,8 +126,9 @@ def _line(row: Row) -> str:
 def markdown(document: Row) -> str:
     """All tables, the lines, and what the columns mean."""
     lines = ["# Quality", ""]
-    for caption, body in grid(document):
-        lines += [f"## {escaped(caption)}", "", *table_lines(HEADS, body), ""]
+    for table in tables(document):
+        rows = [[cell.replace("\n", " ") for cell in row] for row in table.cells()]
+        lines += [f"## {escaped(table.caption)}", "", *table_lines(table.head, rows), ""]
     lines += ["## In words", "", *(f"- {escaped(line)}" for line in sentences(document)), ""]
     lines += ["## What the words mean", ""]
     lines += [f"- `{name}`: {words}" for name, words in document["definitions"].items()]
@@ -191,48 +170,33 @@ LOOKS: dict[str, tuple[str, int, str, float]] = {
 
 def make(document: Row) -> list[Plot]:
     """One plot with a panel per model and cell; none where nothing is compared with GRIFFIN."""
-    found = [
-        (caption.partition(":")[0], [row for row in (*rows, *pooled) if row[EQUAL_SPARSITY]])
-        for caption, rows, pooled in groups(document)
+    drawn = [
+        (table.caption.partition(":")[0], rows)
+        for table in tables(document)
+        if (rows := [row for row in table.rows if row[EQUAL_SPARSITY]])
     ]
-    found = [(caption, rows) for caption, rows in found if rows]
-    if not found:
+    if not drawn:
         return []
 
     def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
-        above, *places = panels(figure, len(found), narrow, 1)
-        for axes, (caption, rows) in zip(places, found, strict=True):
+        above, *places = panels(figure, len(drawn), narrow, 1)
+        for axes, (caption, rows) in zip(places, drawn, strict=True):
             _draw(axes, rows, palette)
             title = "\n".join(textwrap.wrap(caption, 44))
             axes.set_title(title, loc="left", fontsize=8.5, color=INK)
         key(above, places, 1 if narrow else 2)
 
-    most = max(len(rows) for _, rows in found)
-    high = 0.9 + 0.24 * most
+    high = 0.9 + 0.24 * max(len(rows) for _, rows in drawn)
     cell = document["cells"][0]
     small = (
         f"{count(cell['slices'], 'slice')} of {', '.join(cell['kinds'])}, set {document['set']}, "
         f"{document['prompt_tokens']} prompt + {document['tokens']} scored tokens · bars: 95 % "
         "intervals, paired over slices"
     )
-    return [
-        Plot(
-            "quality",
-            "Share of GRIFFIN's log-perplexity gap to dense that is closed",
-            "Points with intervals per sparsity and variant. " + " ".join(sentences(document)),
-            small,
-            0.9 + high * -(-len(found) // (1 if len(found) == 1 else 2)),
-            draw,
-            0.9 + high * len(found),
-        )
-    ]
-
-
-def name(row: Row) -> str:
-    """What is written beside a row."""
-    pooled = row.get("sparsities")
-    amount = percent(row["sparsity"]) if pooled is None else "pooled"
-    return f"{row['variant']}, {amount}"
+    title = "Share of GRIFFIN's log-perplexity gap to dense that is closed"
+    alt = "Points with intervals per sparsity and variant. " + " ".join(sentences(document))
+    wide = 0.9 + high * -(-len(drawn) // (1 if len(drawn) == 1 else 2))
+    return [Plot("quality", title, alt, small, wide, draw, 0.9 + high * len(drawn))]
 
 
 def _draw(axes: Axes, rows: Sequence[Row], palette: Palette) -> None:
@@ -259,11 +223,15 @@ def _draw(axes: Axes, rows: Sequence[Row], palette: Palette) -> None:
         if not any(_known(row[column]) for column in LOOKS):
             axes.text(0.0, at, f" {NONE}", fontsize=7.5, va="center", color=SOFT)
     reference_line(axes, x=0.0, label="_GRIFFIN")
-    axes.set_yticks(range(len(rows)), [name(row) for row in rows], fontsize=7.5)
+    names = [
+        f"{row['variant']}, {POOLED if 'sparsities' in row else percent(row['sparsity'])}"
+        for row in rows
+    ]
+    axes.set_yticks(range(len(rows)), names, fontsize=7.5)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel("gap closed (%), 0 = GRIFFIN, 100 = dense", fontsize=8, color=SOFT)
     axes.grid(axis="x")
 
 
-def _known(found: Mapping[str, Any] | None) -> bool:
-    return found is not None and found["gap_closed"] is not None
+def _known(found: Mapping[str, Any]) -> bool:
+    return found["gap_closed"] is not None

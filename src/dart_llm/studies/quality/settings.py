@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from pydantic import model_validator
 
@@ -13,13 +14,38 @@ from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.experiments.variants import GRIFFIN, Variant, oracles, parse
 from dart_llm.settings import ModelOptions, StudyOptions, read_sparsities, setting, words
 
-if TYPE_CHECKING:  # slices need torch, which settings do without
-    from dart_llm.studies.quality.slices import Shape
-
 STUDY = "Study"
 
 LISTS = ("model", "text")
 """Options that may be repeated; commas do as well."""
+
+CONTINUATION, SHIFT = "continuation", "topic-shift"
+
+CELLS = {
+    CONTINUATION: "the text goes on after the prompt",
+    SHIFT: "after the prompt and a little more, another text begins",
+}
+
+LEAD = 64
+"""Tokens of the first topic that are decoded before the second one begins."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Tokens of a slice: ``prompt`` of the prompt, ``scored`` of what is scored."""
+
+    prompt: int
+    scored: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that a model reads."""
+        return self.prompt + LEAD + self.scored
+
+    @property
+    def size(self) -> int:
+        """Tokens of a slice: enough for its part in either cell."""
+        return self.prompt + max(LEAD, self.scored)
 
 
 class QualitySettings(StudyOptions, ModelOptions):
@@ -85,14 +111,10 @@ class QualitySettings(StudyOptions, ModelOptions):
     @property
     def shape(self) -> Shape:
         """Tokens of a slice."""
-        from dart_llm.studies.quality.slices import Shape
-
         return Shape(self.prompt_tokens, self.tokens)
 
     def cell_list(self) -> tuple[str, ...]:
         """The cells in order; raises ``UnknownName``."""
-        from dart_llm.studies.quality.slices import CELLS
-
         found = tuple(dict.fromkeys(words(self.cells)))
         for name in found:
             if name not in CELLS:

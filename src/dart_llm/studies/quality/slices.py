@@ -31,37 +31,10 @@ from dart_llm.pruning.selection import check_fits
 from dart_llm.reporting.words import count
 from dart_llm.session.prepare import PreparedMethod
 from dart_llm.session.run import Run
-
-CONTINUATION, SHIFT = "continuation", "topic-shift"
-
-CELLS = {
-    CONTINUATION: "the text goes on after the prompt",
-    SHIFT: "after the prompt and a little more, another text begins",
-}
+from dart_llm.studies.quality.settings import CONTINUATION, LEAD, Shape
 
 USUAL = 16
 """Slices of a source where no number is asked for."""
-
-LEAD = 64
-"""Tokens of the first topic that are decoded before the second one begins."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Tokens of a slice: ``prompt`` of the prompt, ``scored`` of what is scored."""
-
-    prompt: int
-    scored: int
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence that a model reads."""
-        return self.prompt + LEAD + self.scored
-
-    @property
-    def size(self) -> int:
-        """Tokens of a slice: enough for its part in either cell."""
-        return self.prompt + max(LEAD, self.scored)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,13 +101,13 @@ def pairs(
     groups = [
         _take(source, which, own, number, size) for source, own in zip(sources, found, strict=True)
     ]
-    made = []
-    for place, group in enumerate(groups):
-        other = groups[(place + 1) % len(groups)]
-        for at, one in enumerate(group):
-            second = other[at] if len(groups) > 1 else _other(group, at, shift)
-            made.append(Pair(one, second, start, shape))
-    return made
+    if len(groups) == 1:
+        (group,) = groups
+        seconds = [[_other(group, at, shift) for at in range(len(group))]]
+    else:
+        seconds = [*groups[1:], groups[0]]
+    both = zip(groups, seconds, strict=True)
+    return [Pair(*two, start, shape) for group in both for two in zip(*group, strict=True)]
 
 
 def cut(source: Source, which: str, tokenizer: Any, size: int) -> Iterator[Slice]:

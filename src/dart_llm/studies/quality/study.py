@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from dart_llm.data import documents
@@ -21,46 +20,15 @@ from dart_llm.experiments.variants import DENSE, GRIFFIN, Variant
 from dart_llm.files import write_lines
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.describe import context_length
-from dart_llm.reporting.console import ProgressLog, Ui
+from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
 from dart_llm.session.prepare import PreparedMethod, prepare
 from dart_llm.session.run import Run
 from dart_llm.studies.quality import report
-from dart_llm.studies.quality.gaps import Lines, account, summarise
-from dart_llm.studies.quality.settings import QualitySettings
-from dart_llm.studies.quality.slices import (
-    LEAD,
-    SHIFT,
-    Pair,
-    Part,
-    pairs,
-    score_shared_prompt,
-    score_single,
-)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One measurement.  ``variant`` None: the untouched model (sparsity 0), or GRIFFIN."""
-
-    model: str
-    cell: str
-    variant: Variant | None
-    sparsity: float
-    pair: Pair
-
-    @property
-    def label(self) -> str:
-        """What the results call the method."""
-        if self.variant is not None:
-            return self.variant.label
-        return GRIFFIN if self.sparsity else DENSE
-
-    @property
-    def unit(self) -> Unit:
-        place = f"{self.model}|{self.cell}|{self.label}@{self.sparsity:g}|{self.pair.first.id}"
-        return Unit(place, data=self)
+from dart_llm.studies.quality.gaps import groups, summarise, yardsticks
+from dart_llm.studies.quality.settings import LEAD, SHIFT, QualitySettings
+from dart_llm.studies.quality.slices import Pair, Part, pairs, score_shared_prompt, score_single
 
 
 class QualityStudy(Study[QualitySettings]):
@@ -161,19 +129,16 @@ class QualityStudy(Study[QualitySettings]):
 
     def equal_sparsities(self, name: str) -> dict[str, list[float]]:
         """GRIFFIN's sparsities by cell that the variants ask for and that were not measured."""
-        lines = Lines(self.lines)
-        equal = {
-            cell: {
+        equal: dict[str, list[float]] = {}
+        for group in groups(line for line in self.lines if line["model"] == name):
+            wanted = {
                 sparsity
-                for variant in self.measured(cell)
+                for variant in self.measured(group.cell)
                 for asked in self.sparsities
-                for sparsity in account(
-                    lines.at(name, cell, variant.label, asked)
-                ).yardsticks.values()
+                for sparsity in yardsticks(group.at(variant.label, asked)).values()
             }
-            for cell in self.cells
-        }
-        return {cell: sorted(equal[cell] - {0.0, *self.sparsities}) for cell in self.cells}
+            equal[group.cell] = sorted(wanted - {0.0, *self.sparsities})
+        return equal
 
     def _pass(
         self,
@@ -186,70 +151,48 @@ class QualityStudy(Study[QualitySettings]):
         """All measurements of every slice: dense and GRIFFIN, and with ``others`` the variants."""
         variants = {cell: self.measured(cell) if others else [] for cell in self.cells}
         each = sum(len(griffin[c]) + len(variants[c]) * len(self.sparsities) for c in self.cells)
-        total = each * len(slices)
-        log = ProgressLog(
-            self.ui.say if not self.ui.live else lambda text: None, total, "measurements"
-        )
-        with self.ui.progress(f"{name}, {what}", total, told=True) as advance:
+        with self.ui.progress(f"{name}, {what}", each * len(slices)) as advance:
             for pair in slices:
-                units = [Measured(name, c, None, s, pair).unit for c in griffin for s in griffin[c]]
-                todo = [unit.data for unit in units if self.finished(unit) is None]
-                if todo:
-                    wanted = [(one.cell, one.sparsity) for one in todo]
+                units = [_unit(name, c, None, s, pair) for c in griffin for s in griffin[c]]
+                wanted = [one.data[0] for one in units if self.finished(one) is None]
+                if wanted:
+                    places = [(line["cell"], line["sparsity"]) for line in wanted]
                     config = self.variants[0].config
-                    self.shared = score_shared_prompt(self.model, config, pair, wanted)
+                    self.shared = score_shared_prompt(self.model, config, pair, places)
                 units += [
-                    Measured(name, cell, variant, sparsity, pair).unit
+                    _unit(name, cell, variant, sparsity, pair)
                     for cell in self.cells
                     for variant in variants[cell]
                     for sparsity in self.sparsities
                 ]
                 for unit in units:
                     yield unit
-                    log.done()
                     advance(1)
 
     def compute(self, unit: Unit) -> Part:
-        one: Measured = unit.data
-        if one.variant is None:
+        line, variant, pair = unit.data
+        if variant is None:
             cell, sparsity, part = next(self.shared)
-            assert (cell, sparsity) == (one.cell, one.sparsity)
+            assert (cell, sparsity) == (line["cell"], line["sparsity"])
             return part
-        return score_single(*self._prepare(one.variant, one.sparsity), one.cell, one.pair)
+        return score_single(*self._prepare(variant, line["sparsity"]), line["cell"], pair)
 
     def _prepare(self, variant: Variant, sparsity: float) -> tuple[PreparedMethod, Run | None]:
         """The variant made ready once; no run where one is told the moment: each has its own."""
         key = (variant.label, sparsity)
         if key not in self.prepared:
-            settings, config = self.settings, variant.at(sparsity)
-            method = prepare(
-                self.model,
-                self.tokenizer,
-                config,
-                settings.calibration,
-                settings.cache_dir,
-                self.ui.say,
-            )
+            where = (self.settings.calibration, self.settings.cache_dir, self.ui.say)
+            method = prepare(self.model, self.tokenizer, variant.at(sparsity), *where)
             self.prepared[key] = (method, None if variant.oracle else method.run())
         return self.prepared[key]
 
     def take(self, unit: Unit, value: Part) -> None:
         """The part becomes a line; times stay out of it, so that equal runs give equal lines."""
-        one: Measured = unit.data
+        line = unit.data[0]
         seconds = self.timing.setdefault("variants_s", {})
-        label = f"{one.model}, {one.label}"
+        label = f"{line['model']}, {line['variant']}"
         seconds[label] = seconds.get(label, 0.0) + value["seconds"]
-        self.lines.append(
-            {
-                "model": one.model,
-                "cell": one.cell,
-                "variant": one.label,
-                "sparsity": one.sparsity,
-                "slice": one.pair.first.id,
-                "source": one.pair.first.source,
-                **{name: number for name, number in value.items() if name != "seconds"},
-            }
-        )
+        self.lines.append({**line, **{k: v for k, v in value.items() if k != "seconds"}})
 
     # what is made of them
 
@@ -274,7 +217,7 @@ class QualityStudy(Study[QualitySettings]):
         return summarise(self.lines, asked)
 
     def tables(self) -> Sequence[Table]:
-        return [report.csv_table(self.summary), *report.terminal_tables(self.summary)]
+        return [report.csv_table(self.summary), *report.tables(self.summary)]
 
     def sentences(self) -> Sequence[str]:
         return [*report.sentences(self.summary), *self.summary["notes"]]
@@ -288,3 +231,21 @@ class QualityStudy(Study[QualitySettings]):
     def answer(self) -> dict[str, Any]:
         known = {name: self.config[name] for name in ("versions", "machine", "git")}
         return {"folder": str(self.path), **self.summary, **known, "timing": self.timing}
+
+
+def _unit(model: str, cell: str, variant: Variant | None, sparsity: float, pair: Pair) -> Unit:
+    """One measurement: how its line begins, the variant and the pair.
+
+    ``variant`` None: the untouched model (sparsity 0), or GRIFFIN.
+    """
+    label = variant.label if variant else GRIFFIN if sparsity else DENSE
+    line = {
+        "model": model,
+        "cell": cell,
+        "variant": label,
+        "sparsity": sparsity,
+        "slice": pair.first.id,
+        "source": pair.first.source,
+    }
+    key = f"{model}|{cell}|{label}@{sparsity:g}|{pair.first.id}"
+    return Unit(key, data=(line, variant, pair))

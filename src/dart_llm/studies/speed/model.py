@@ -19,16 +19,13 @@ from dart_llm.experiments.study import load_model
 from dart_llm.hub import plain
 from dart_llm.models.checkpoint import Checkpoint, remember
 from dart_llm.models.devices import parse_device
-from dart_llm.models.loading import default_checkpoint, is_default, parse_dtype, resolve
+from dart_llm.models.loading import parse_dtype, resolve
 from dart_llm.reporting.console import Ui
 from dart_llm.studies.speed.settings import SpeedSettings
 
 
 def prepare_model(settings: SpeedSettings, ui: Ui) -> tuple[Any, Any]:
-    """Model and tokenizer; None for the tokenizer of random weights.
-
-    Raises ``LoadError`` for what cannot be had.
-    """
+    """Model and tokenizer, None for random weights; raises ``LoadError`` for what cannot be had."""
     if not settings.is_random:
         model, tokenizer, _ = load_model(settings, ui)
         return model, tokenizer
@@ -43,17 +40,15 @@ def _random(settings: SpeedSettings, ui: Ui) -> Any:
     dtype = parse_dtype(settings.dtype)
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or torch.bfloat16
-    chosen: dict[str, Any] = {}
-    if settings.attn_implementation:
-        chosen["attn_implementation"] = settings.attn_implementation
+    attention = settings.attn_implementation
+    chosen = {"attn_implementation": attention} if attention else {}
     torch.manual_seed(settings.seed)
     try:
         make: Any = AutoModelForCausalLM.from_config
         model = make(config, dtype=dtype, **chosen)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise LoadError(f"no model can be made of {settings.name}: {plain(error)}") from None
-    device = parse_device(settings.device).first
-    model = model.eval().to(device)
+    model = model.eval().to(parse_device(settings.device).first)
     about = f"{settings.name} (random weights)"
     remember(model, Checkpoint(about, "random weights", settings.name, None, "none"))
     return model
@@ -63,8 +58,7 @@ def _shape_file(path: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        return AutoConfig.for_model(**data)
+        return AutoConfig.for_model(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise LoadError(f"{path} holds no model's configuration: {plain(error)}") from None
 
@@ -72,16 +66,9 @@ def _shape_file(path: Path) -> Any:
 def _of_checkpoint(settings: SpeedSettings, ui: Ui) -> Any:
     from transformers import AutoConfig
 
-    if is_default(settings.model):
-        found = default_checkpoint(settings.cache_dir, verify=False, say=ui.say)
-    else:
-        found = resolve(
-            settings.model,
-            revision=settings.revision,
-            cache_dir=settings.cache_dir,
-            verify=False,
-            say=ui.say,
-        )
+    found = resolve(
+        settings.model, revision=settings.revision, cache_dir=settings.cache_dir, say=ui.say
+    )
     file = found.arguments.get("gguf_file")
     try:
         return AutoConfig.from_pretrained(
@@ -109,8 +96,10 @@ def prompt_ids(model: Any, tokenizer: Any, length: int, seed: int) -> Tensor:
     return ids.to(model.device)
 
 
-def cache_bytes(cache: Any) -> float:
-    """Bytes of keys and values of one position, all layers together."""
+@torch.inference_mode()
+def cache_bytes(model: Any, ids: Tensor) -> float:
+    """Bytes of keys and values of one position, all layers together, after ids [1, T]."""
+    cache = model(ids, use_cache=True, logits_to_keep=1).cache
     length = int(cache.get_seq_length())
     tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor)) / length

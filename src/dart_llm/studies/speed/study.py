@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dart_llm.data.documents import check_disjoint
 from dart_llm.errors import ConfigError, DartError
@@ -28,7 +27,7 @@ from dart_llm.models.describe import context_length, describe
 from dart_llm.native import build
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.masks import LayerMask
-from dart_llm.reporting.console import ProgressLog, Ui
+from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
 from dart_llm.session.prepare import prepare
@@ -81,7 +80,7 @@ class SpeedStudy(Study[SpeedSettings]):
         """Labels by the reason why they cannot run."""
         self.sitting = f"{os.getpid()} {time.time_ns()}"
         """Tells the repetitions of one process from those of others."""
-        self.done: Callable[[], None] = lambda: None
+        self.advance: Callable[[int], Any]
         """To be called after every row."""
 
     @property
@@ -163,29 +162,29 @@ class SpeedStudy(Study[SpeedSettings]):
 
     def _takes(self, case: Case) -> bool:
         """Whether the case can run; else the reason is kept."""
-        assert case.config is not None
         try:
-            self.makers[case.label] = self._maker(case, case.config)
+            self.makers[case.label] = self._maker(case)
         except DartError as error:
             self.left_out.setdefault(str(error), []).append(case.label)
             return False
         self.cases.append(case)
         return True
 
-    def _maker(self, case: Case, config: PruneConfig) -> Make:
-        model, settings = self.model, self.settings
+    def _maker(self, case: Case) -> Make:
+        """What makes the case's run; raises ``DartError`` where there can be none."""
+        model, settings, config = self.model, self.settings, case.config
+        assert config is not None
         if case.whole:
 
             def make() -> Run:
                 return Run(model, config, held=everything(model))
 
-            make()  # raises for what cannot run
+            make()
             return make
         if config.calibration is None:
             Run(model, config)  # before anything is learnt for it
-        prepared = prepare(
-            model, self.tokenizer, config, settings.calibration, settings.cache_dir, self.ui.say
-        )
+        where = (settings.calibration, settings.cache_dir, self.ui.say)
+        prepared = prepare(model, self.tokenizer, config, *where)
         prepared.run()
         return prepared.run
 
@@ -201,20 +200,13 @@ class SpeedStudy(Study[SpeedSettings]):
         todo = any(self.finished(unit) is None for unit in units)
         warm = self.cases if todo and settings.warmup else []
         total = len(warm) + settings.repeats * len(self.cases)
-        log = ProgressLog(self.ui.say if not self.ui.live else lambda text: None, total, "runs")
-        with self.ui.progress("decoding", total, told=True) as advance:
-
-            def done() -> None:
-                log.done()
-                advance(1)
-
-            self.done = done
+        with self.ui.progress("decoding", total) as self.advance:
             for case in warm:
                 repetition(self.model, self.ids, WARMUP_TOKENS, self.makers[case.label])
-                done()
+                self.advance(1)
             for unit in units:
-                for _ in self.cases if self.finished(unit) is not None else ():
-                    done()
+                if self.finished(unit) is not None:
+                    self.advance(len(self.cases))
                 yield unit
 
     def compute(self, unit: Unit) -> dict[str, Any]:
@@ -223,13 +215,9 @@ class SpeedStudy(Study[SpeedSettings]):
         speed = read_bandwidth(torch.device(self.model.device), self.bandwidth_mib)
         for label in order:
             samples[label] = repetition(self.model, self.ids, settings.tokens, self.makers[label])
-            self.done()
-        return {
-            "order": order,
-            "sitting": self.sitting,
-            "read_bandwidth": speed,
-            "samples": samples,
-        }
+            self.advance(1)
+        sitting = {"order": order, "sitting": self.sitting, "read_bandwidth": speed}
+        return {**sitting, "samples": samples}
 
     # what is made of them
 
@@ -251,7 +239,7 @@ class SpeedStudy(Study[SpeedSettings]):
             "weights": {
                 "ffn_bytes": share * weights,
                 "weight_bytes": weights,
-                "cache_bytes_per_position": bytes_of_position(self.model, self.ids),
+                "cache_bytes_per_position": cache_bytes(self.model, self.ids),
             },
             "variants": {one.label: one.config.to_dict() for one in self.variants},
             "left_out": self.left_out,
@@ -291,9 +279,3 @@ def everything(model: Any) -> tuple[LayerMask, ...]:
         LayerMask(torch.arange(layer.width, device=layer.device), layer.width)
         for layer in describe(model).weights("output", 0)
     )
-
-
-@torch.inference_mode()
-def bytes_of_position(model: Any, ids: Tensor) -> float:
-    """Bytes of keys and values of one position."""
-    return cache_bytes(model(ids, use_cache=True, logits_to_keep=1).cache)

@@ -112,12 +112,7 @@ def summarise(
     sizes = DecodeTraffic(weights["ffn_bytes"], weights["weight_bytes"], cache)
     speeds = [one["read_bandwidth"] for one in repetitions]
     read = statistics.median(speeds)
-    dense = {label: token_ms(samples[label]) for label in (TRANSFORMERS, own)}
-    rows = [
-        _row(case, samples[case.label], sizes, about["prompt_tokens"], read, dense, own)
-        | _whole(samples, case.label, own)
-        for case in cases
-    ]
+    bases = samples[TRANSFORMERS], samples[own]
     return {
         **about,
         "sittings": len({one["sitting"] for one in repetitions}),
@@ -126,7 +121,10 @@ def summarise(
         "ffn_share_of_bytes_read": sizes.share,
         "bytes_per_dense_token": sizes.total,
         "read_bandwidth": {"bytes_per_second": read, "repetitions": speeds},
-        "rows": rows,
+        "rows": [
+            _row(case, samples[case.label], bases, sizes, about["prompt_tokens"], read)
+            for case in cases
+        ],
         "orders": [one["order"] for one in repetitions],
         "definitions": DEFINITIONS,
     }
@@ -144,29 +142,25 @@ def all_ms(samples: Sequence[Sample]) -> float:
     return found
 
 
-def _whole(samples: Mapping[str, Sequence[Sample]], label: str, own: str) -> dict[str, float]:
-    ms, plain, dense = (all_ms(samples[name]) for name in (label, TRANSFORMERS, own))
-    return {"all_ms": ms, "all_times_transformers": plain / ms, "all_times_own_dense": dense / ms}
-
-
 def _row(
     case: Case,
     samples: Sequence[Sample],
+    bases: tuple[Sequence[Sample], Sequence[Sample]],
     sizes: DecodeTraffic,
     prompt: int,
     read: float,
-    dense: Mapping[str, float],
-    own: str,
 ) -> dict[str, Any]:
-    ms = token_ms(samples)
+    """``bases``: the untouched model and our own dense path; ``read``: bytes per second."""
+    ms, (plain, dense) = token_ms(samples), map(token_ms, bases)
+    whole, (whole_plain, whole_dense) = all_ms(samples), map(all_ms, bases)
     first = statistics.median(one["first_token_s"] for one in samples)
     steps = [1000 * step for one in samples for step in one["steps_s"]]
     low, middle, high = np.percentile(steps, (5, 50, 95)).tolist()
     removed = _mean(samples, "achieved_sparsity", 0.0)
-    proxy = _mean(samples, "proxy_bytes_share", 0.0)
-    limit = sizes.limit(removed, proxy)
+    limit = sizes.limit(removed, _mean(samples, "proxy_bytes_share", 0.0))
     moved = sizes.read(_mean(samples, "ffn_bytes_share", 1.0))
     speed = moved / ms * 1000
+    attach = _known(samples, "attach_s")
     return {
         "row": case.label,
         "variant": case.variant,
@@ -183,16 +177,19 @@ def _row(
         "achieved_sparsity": removed,
         "dense_token_share": _mean(samples, "dense_token_share", 0.0) if case.config else 1.0,
         "remasks": _mean(samples, "remasks", 0.0),
-        "times_transformers": dense[TRANSFORMERS] / ms,
-        "times_own_dense": dense[own] / ms,
+        "times_transformers": plain / ms,
+        "times_own_dense": dense / ms,
         "limit": limit,
-        "share_of_limit": None if case.variant is None else dense[own] / ms / limit,
+        "share_of_limit": None if case.variant is None else dense / ms / limit,
         "bytes_per_token": moved,
         "bytes_per_second": speed,
         "share_of_read_bandwidth": speed / read,
-        "attach_ms": _ms(samples, "attach_s"),
-        "extra_memory_bytes": _most(samples, "extra_memory_bytes"),
-        "peak_growth_bytes": _most(samples, "peak_growth_bytes"),
+        "attach_ms": 1000 * statistics.median(attach) if attach else None,
+        "extra_memory_bytes": max(_known(samples, "extra_memory_bytes"), default=None),
+        "peak_growth_bytes": max(_known(samples, "peak_growth_bytes"), default=None),
+        "all_ms": whole,
+        "all_times_transformers": whole_plain / whole,
+        "all_times_own_dense": whole_dense / whole,
     }
 
 
@@ -200,16 +197,8 @@ def _mean(samples: Sequence[Sample], name: str, otherwise: float) -> float:
     return statistics.fmean(one.get(name, otherwise) for one in samples)
 
 
-def _ms(samples: Sequence[Sample], name: str) -> float | None:
-    known = [one[name] for one in samples if name in one]
-    return 1000 * statistics.median(known) if known else None
-
-
-def _most(samples: Sequence[Sample], name: str) -> int | None:
-    return max((one[name] for one in samples if one.get(name) is not None), default=None)
-
-
-MIB = 2**20
+def _known(samples: Sequence[Sample], name: str) -> list[Any]:
+    return [one[name] for one in samples if one.get(name) is not None]
 
 
 def number(value: float) -> str:
@@ -221,7 +210,7 @@ def number(value: float) -> str:
 
 
 def _mib(value: float) -> str:
-    return number(value / MIB)
+    return number(value / 2**20)
 
 
 COLUMNS = (
@@ -259,11 +248,6 @@ def table(document: Row) -> Table:
     rows = document["rows"]
     fields = list(rows[0]) if rows else []
     return Table("speed", caption(document), COLUMNS, rows, nothing="", fields=fields, tight=True)
-
-
-def cells(row: Row) -> list[str]:
-    """One row for people."""
-    return [column.cell(row, "") for column in COLUMNS]
 
 
 def caption(document: Row) -> str:
@@ -320,49 +304,49 @@ LOOKS: dict[str | None, tuple[int, str]] = {
 }
 """Colour and marker by executor; None is plain transformers."""
 
-POINTS = 60
-"""Of the line of the limit."""
-
 
 def make(document: Row) -> list[Plot]:
     """One plot; none where no method could run."""
-    rows = document["rows"]
-    if not any(row["variant"] for row in rows):
+    if not any(row["variant"] for row in document["rows"]):
         return []
 
     def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
         above, axes = panels(figure, 1, narrow, 2)
-        _draw(axes, rows, document["ffn_share_of_bytes_read"], document["own_dense"], palette)
+        _draw_limit(axes, document)
+        _draw_rows(axes, document["rows"], palette)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("achieved sparsity (%)", fontsize=8, color=SOFT)
+        axes.set_ylabel(f"times as fast as {document['own_dense']}", fontsize=8, color=SOFT)
+        axes.grid(axis="y")
         key(above, [axes], 2 if narrow else 4)
 
-    return [
-        Plot(
-            "speed",
-            f"Speed-up over our own dense path ({document['own_dense']}), and what the bytes allow",
-            "Points per row over a line that rises with the sparsity. "
-            + " ".join(f"{line}." for line in sentences(document)),
-            caption(document),
-            3.9,
-            draw,
-        )
-    ]
+    title = f"Speed-up over our own dense path ({document['own_dense']}), and what the bytes allow"
+    told = " ".join(f"{line}." for line in sentences(document))
+    alt = f"Points per row over a line that rises with the sparsity. {told}"
+    return [Plot("speed", title, alt, caption(document), 3.9, draw)]
 
 
-def _draw(axes: Axes, rows: Sequence[Row], share: float, own: str, palette: Palette) -> None:
-    last = min(0.95, max(row["achieved_sparsity"] for row in rows) + 0.1)
-    x = [last * at / POINTS for at in range(POINTS + 1)]
-    limits = [bytes_limit(share, value) for value in x]
+def _draw_limit(axes: Axes, document: Row) -> None:
+    last = min(0.95, max(row["achieved_sparsity"] for row in document["rows"]) + 0.1)
+    x = np.linspace(0, last, 61)
+    limits = [bytes_limit(document["ffn_share_of_bytes_read"], value) for value in x]
     look: dict[str, Any] = {"color": INK, "linewidth": 1.5, "linestyle": DASHES}
-    axes.plot([100 * value for value in x], limits, label="byte limit 1 / (1 - f s)", **look)
+    axes.plot(100 * x, limits, label="byte limit 1 / (1 - f s)", **look)
+
+
+def _draw_rows(axes: Axes, rows: Sequence[Row], palette: Palette) -> None:
+    """A point per row, named where there are several methods."""
     named: set[str | None] = set()
     several = len({row["variant"] for row in rows} - {None}) > 1
     for row in rows:
         executor = row["executor"]
         colour, marker = LOOKS[executor]
-        words = "transformers" if executor is None else executor
+        words, place = (
+            executor or TRANSFORMERS,
+            (100 * row["achieved_sparsity"], row["times_own_dense"]),
+        )
         axes.plot(
-            [100 * row["achieved_sparsity"]],
-            [row["times_own_dense"]],
+            *([value] for value in place),
             label=f"_{words}" if executor in named else words,
             color=palette[colour],
             marker=marker,
@@ -373,10 +357,5 @@ def _draw(axes: Axes, rows: Sequence[Row], share: float, own: str, palette: Pale
         )
         named.add(executor)
         if several and row["variant"]:
-            place = (100 * row["achieved_sparsity"], row["times_own_dense"])
             beside: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points"}
             axes.annotate(row["variant"], place, fontsize=7, color=SOFT, va="center", **beside)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("achieved sparsity (%)", fontsize=8, color=SOFT)
-    axes.set_ylabel(f"times as fast as {own}", fontsize=8, color=SOFT)
-    axes.grid(axis="y")

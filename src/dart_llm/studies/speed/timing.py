@@ -19,22 +19,16 @@ from dart_llm.pruning.records import RunReport
 from dart_llm.session.run import Run
 from dart_llm.studies.speed.summary import WARM, timed_mean
 
-MIB = 2**20
-
-BUFFER_MIB = 512
-"""Of the buffer that is read: no cache holds it."""
-
-READS = 5
-
 STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def read_bandwidth(device: torch.device, mib: int = BUFFER_MIB, reads: int = READS) -> float:
+def read_bandwidth(device: torch.device, mib: int = 512, reads: int = 5) -> float:
     """Bytes per second at which this process, with its threads, reads a buffer of ``mib`` MiB.
 
-    The better of a sum and of a dot product of its halves, medians of ``reads``.
+    The better of a sum and of a dot product of its halves, medians of ``reads``.  No cache should
+    hold the buffer.
     """
-    buffer = torch.ones(mib * MIB // 4, device=device)
+    buffer = torch.ones(mib * 2**20 // 4, device=device)
     half = len(buffer) // 2
     first, second = buffer[:half], buffer[half:]
     ways: tuple[Callable[[], Any], ...] = (
@@ -155,13 +149,10 @@ def _decode(model: Any, ids: Tensor, tokens: int, run: Run | None) -> Sample:
 def _counted(warm: RunReport, end: RunReport) -> Sample:
     """Accounting of the timed tokens alone."""
     counts = end.decoded_tokens, warm.decoded_tokens
-    means = ("achieved_sparsity", "dense_token_share", "ffn_bytes_share", "proxy_bytes_share")
-    found: Sample = {
+    names = ("achieved_sparsity", "dense_token_share", "ffn_bytes_share", "proxy_bytes_share")
+    means = {
         name: timed_mean(getattr(end, name), counts[0], getattr(warm, name), counts[1])
-        for name in means
+        for name in names
     }
-    return {
-        **found,
-        "remasks": end.remasks - warm.remasks,
-        "extra_memory_bytes": end.extra_memory_bytes,
-    }
+    remasks = end.remasks - warm.remasks
+    return {**means, "remasks": remasks, "extra_memory_bytes": end.extra_memory_bytes}

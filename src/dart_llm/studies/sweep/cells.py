@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,26 +18,25 @@ from typing import Any
 
 from dart_llm.errors import ResultsError
 from dart_llm.experiments.cell import Cell
-from dart_llm.experiments.provenance import git_state, machine, versions
-from dart_llm.experiments.store import INPUTS, SCHEMA, ResultsFolder, now, open_folder
-from dart_llm.files import write_csv, write_json
-from dart_llm.files import write_text as write_whole
+from dart_llm.experiments.provenance import origin, versions
+from dart_llm.experiments.store import INPUTS, SCHEMA, ResultsFolder, mapping, now, open_folder
+from dart_llm.files import write_csv, write_json, write_text
 
 RESULT, SAMPLES, MASKS, TIMING = "result.json", "samples.jsonl", "masks.safetensors", "timing.json"
 
 DONE, FAILED = "done", "failed"
 
-
-CELLS = "cells"
-
-TABLE = "results.jsonl"
+CELLS, TABLE = "cells", "results.jsonl"
 
 _PARTIAL = ".partial-"
 
 _SAME = ("dart-llm", "torch", "transformers", "python")
 """Packages whose versions must agree before a cell of an earlier sweep is taken over."""
 
-_COLUMNS = "key status model method sparsity layers keep task protocol seed metric value"
+_COLUMNS = (
+    *("key", "status", "model", "method", "sparsity", "layers", "keep", "task", "protocol"),
+    *("seed", "metric", "value"),
+)
 
 _ACCOUNTING = ("achieved_sparsity", "sparsity_while_pruned", "dense_token_share", "remasks")
 
@@ -78,10 +76,8 @@ class SweepFolder:
     @property
     def todo(self) -> list[Cell]:
         """The cells that have no result yet; those that failed are tried again."""
-        return [cell for cell in self.cells if not self.is_done(cell.key)]
-
-    def is_done(self, key: str) -> bool:
-        return self.documents.get(key, {}).get("status") == DONE
+        known = self.documents
+        return [cell for cell in self.cells if known.get(cell.key, {}).get("status") != DONE]
 
     def rows(self) -> list[dict[str, Any]]:
         """The documents in table order."""
@@ -102,9 +98,8 @@ class SweepFolder:
         """``results.jsonl`` and ``cells.csv``, over all cells so far."""
         rows = self.rows()
         lines = (json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows)
-        write_whole(self.path / TABLE, "".join(lines))
-        header = (*_COLUMNS.split(), *_ACCOUNTING)
-        write_csv(self.path / "cells.csv", header, map(_csv_row, rows))
+        write_text(self.path / TABLE, "".join(lines))
+        write_csv(self.path / "cells.csv", (*_COLUMNS, *_ACCOUNTING), map(_csv_row, rows))
 
     def write_masks(self) -> None:
         """``masks.safetensors``: how often each neuron was kept, ``<key>.layer<l>.kept``."""
@@ -121,7 +116,7 @@ class SweepFolder:
 
     def write_config(self, status: str, engine: str) -> None:
         """``config.json``: what the sweep is, how far it came, and where it ran."""
-        devices = (self.timing(cell).get("device") for cell in self.cells)
+        devices = (times.get("device") for times in self.times().values())
         if status != "running" and self.finished is None:
             self.finished = now().isoformat()
         document = {
@@ -131,24 +126,21 @@ class SweepFolder:
             "settings": dict(self.settings),
             "cells": [cell.to_dict() for cell in self.cells],
             "engine": engine,
-            "command": sys.argv,
-            "process": os.getpid(),
-            "versions": versions(),
-            "git": git_state(Path(__file__).parent),
-            "machine": machine(next(filter(None, devices), None)),
+            **origin(next(filter(None, devices), None)),
             "started": self.started,
             "finished": self.finished,
         }
         write_json(self.path / "config.json", document)
 
-    def timing(self, cell: Cell) -> dict[str, Any]:
-        """Times and provenance of a cell; empty when there are none."""
-        return read_timing(self.path / CELLS / cell.key)
+    def times(self) -> dict[str, dict[str, Any]]:
+        """Times and provenance of the cells that have any, by key."""
+        folder = self.path / CELLS
+        found = {cell.key: read_timing(folder / cell.key) for cell in self.cells}
+        return {key: times for key, times in found.items() if times}
 
     def write_timing(self, seconds: float) -> None:
         """``timing.json``: seconds of this run, and of every cell."""
-        times = {cell.key: times for cell in self.cells if (times := self.timing(cell))}
-        cells = {key: known.get("seconds") for key, known in times.items()}
+        cells = {key: times.get("seconds") for key, times in self.times().items()}
         write_json(self.path / TIMING, {"total_s": seconds, "cells": cells})
 
 
@@ -221,20 +213,20 @@ def write_cell(cells: Path, key: str, files: Mapping[str, bytes]) -> None:
 
 def read_document(folder: Path, key: str) -> dict[str, Any] | None:
     """The result of a cell; None when there is none, or it is another cell's."""
-    try:
-        document = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return document if isinstance(document, dict) and document.get("key") == key else None
+    document = _read(folder / RESULT)
+    return document if document.get("key") == key else None
 
 
 def read_timing(folder: Path) -> dict[str, Any]:
     """Times and provenance of a cell; empty when there are none."""
+    return _read(folder / TIMING)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / TIMING).read_text(encoding="utf-8"))
+        return mapping(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def read_results(folder: str | Path) -> list[dict[str, Any]]:
@@ -257,9 +249,7 @@ def _csv_row(row: Mapping[str, Any]) -> list[Any]:
     metric = measured.get("metric")
     known = {**cell, "key": row["key"], "status": row["status"], "metric": metric}
     known["value"] = (measured.get("metrics") or {}).get(metric)
-    return [known.get(name) for name in _COLUMNS.split()] + [
-        accounting.get(name) for name in _ACCOUNTING
-    ]
+    return [*map(known.get, _COLUMNS), *map(accounting.get, _ACCOUNTING)]
 
 
 def _sync(folder: Path) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dart_llm.errors import DartError
+from dart_llm.errors import DartError, failure_text
 from dart_llm.experiments.cell import Cell
 from dart_llm.experiments.provenance import machine, peak_memory_bytes, versions
 from dart_llm.experiments.store import now
@@ -89,6 +89,8 @@ class LoadedModelCache:
         return seconds
 
     def _load(self, cell: Cell, ui: Ui) -> None:
+        import torch
+
         from dart_llm.models.loading import load
 
         arguments = cell.load_arguments
@@ -98,7 +100,8 @@ class LoadedModelCache:
         if self.name == name:
             return
         self.forget()  # the old model goes before the new one comes
-        _free_cuda()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         began = time.perf_counter()
         try:
             with ui.status(f"loading {cell.model}") as news:
@@ -107,13 +110,6 @@ class LoadedModelCache:
             self.broken[name] = error
             raise
         self.name, self.seconds = name, time.perf_counter() - began
-
-
-def _free_cuda() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def compute(
@@ -125,7 +121,7 @@ def compute(
     An error becomes a failed cell, never an exception; only an interrupt is passed on.
     """
     cell = Cell.from_dict(data)
-    began, started = time.perf_counter(), now().isoformat()
+    began, started = time.perf_counter(), now()
     measurement: Measurement | None = None
     try:
         measurement = _measure(cell, held, ui or Ui(quiet=True))
@@ -133,9 +129,19 @@ def compute(
     except Exception as found:
         error = _sentence(found, cell, held)
     files = document_files(cell, measurement, error, held)
-    times = {"started": started, "seconds": time.perf_counter() - began}
-    files[TIMING] = _lines([_timing(times, held)])
-    return files
+    device = getattr(held.model, "device", None)
+    timing = {
+        "started": started.isoformat(),
+        "seconds": time.perf_counter() - began,
+        "finished": now().isoformat(),
+        "load_s": held.loading_time(),
+        "device": None if device is None else str(device),
+        "process": os.getpid(),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "machine": machine(None if device is None else str(device)),
+        "versions": versions(),
+    }
+    return {**files, TIMING: _lines([timing])}
 
 
 def document_files(
@@ -217,25 +223,8 @@ def _sentence(error: Exception, cell: Cell, held: LoadedModelCache) -> str:
     """What went wrong, for people; with the type of what is no error of ours."""
     from dart_llm.models.devices import memory_failure
 
-    if isinstance(error, DartError):
-        return str(error)
     memory = memory_failure(error, cell.model, cell.dtype or "it is stored")
-    if memory is not None:
+    if memory is not None and not isinstance(error, DartError):
         held.forget()  # the next cell starts with all the memory that there is
         return str(memory)
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _timing(times: Mapping[str, Any], held: LoadedModelCache) -> dict[str, Any]:
-    device = getattr(held.model, "device", None)
-    return {
-        **times,
-        "finished": now().isoformat(),
-        "load_s": held.loading_time(),
-        "device": None if device is None else str(device),
-        "process": os.getpid(),
-        "peak_memory_bytes": peak_memory_bytes(),
-        "machine": machine(None if device is None else str(device)),
-        "versions": versions(),
-    }
+    return failure_text(error)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
+    Field,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
@@ -18,12 +18,14 @@ from pydantic import (
 
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.evaluation.measurement import PROTOCOLS, MeasureOptions
-from dart_llm.evaluation.task_names import SHORTCUTS
-from dart_llm.experiments.cell import Cell, removes_nothing, with_inputs
+from dart_llm.evaluation.task_names import SHORTCUTS, protocols
+from dart_llm.experiments.cell import Cell, removes_nothing
+from dart_llm.experiments.model_facts import layer_count
 from dart_llm.experiments.provenance import Digests
 from dart_llm.pruning.config import check_sparsity, first_problem, unknown_key
 from dart_llm.pruning.layer_table import parse_layer_spec
 from dart_llm.pruning.registry import METHODS
+from dart_llm.settings import LOADING, Settings, check_seed
 
 EACH = "each"
 
@@ -42,12 +44,10 @@ SINGULAR = {
 
 _PLURAL = {single: name for name, single in SINGULAR.items()}
 
-_LISTS = (*SINGULAR, "layers", "keep")
-
 _FROM_ZERO = ("sample_seed", "num_fewshot", "seed")
 
 
-class GridSpec(BaseModel):
+class GridSpec(Settings):
     """What a sweep runs over.  Lists may be written as one text with commas.
 
     ``layers``: ``each``, or groups such as ``0-3,4-7``; every group is pruned to ``keep`` by
@@ -55,8 +55,6 @@ class GridSpec(BaseModel):
     of ``MeasureOptions``; ``task_options``: more of them for single tasks.  ``overrides``: changes
     to every preset, as in a run's settings.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     models: tuple[str, ...] = ("smollm2-135m",)
     methods: tuple[str, ...] = ("dense", "dart")
@@ -67,9 +65,9 @@ class GridSpec(BaseModel):
     layers: tuple[str, ...] = ()
     keep: tuple[float, ...] = ()
     base_keep: float | None = None
-    options: dict[str, Any] = {}
-    task_options: dict[str, dict[str, Any]] = {}
-    overrides: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
+    task_options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    overrides: dict[str, Any] = Field(default_factory=dict)
     calibration: str | None = None
     dtype: str | None = None
     device: str | None = None
@@ -79,7 +77,7 @@ class GridSpec(BaseModel):
     trust_remote_code: bool = False
     cache_dir: str | None = None
 
-    @field_validator(*_LISTS, mode="before")
+    @field_validator(*SINGULAR, "layers", "keep", mode="before")
     @classmethod
     def _as_list(cls, value: Any, info: ValidationInfo) -> Any:
         parts = value.split(",") if isinstance(value, str) else value
@@ -106,8 +104,7 @@ class GridSpec(BaseModel):
         for sparsity in self.sparsities:
             check_sparsity(sparsity)
         for seed in self.seeds:
-            if not 0 <= seed < 2**63:
-                raise ConfigError(f"seed {seed} must be a whole number from 0 to 2^63 - 1")
+            check_seed(seed)
         self._check_layers()
         measure_options(self.options)
         for task, options in self.task_options.items():
@@ -149,9 +146,8 @@ def measure_options(data: Mapping[str, Any]) -> MeasureOptions:
             raise UnknownName("measuring option", str(name), known)
         if isinstance(value, bool) and name != "apply_chat_template":
             raise ConfigError(f"option {name} = {value} must be a number or a text")
-        whole = isinstance(value, int) and not isinstance(value, bool)
         least = 0 if name in _FROM_ZERO else 1
-        if whole and value < least:
+        if type(value) is int and value < least:
             raise ConfigError(f"option {name} = {value} must be {least} or more")
     try:
         return TypeAdapter(MeasureOptions).validate_python(dict(data))
@@ -174,10 +170,7 @@ def collect(*sources: Mapping[str, Any], defaults: Mapping[str, Any] | None = No
     usual = dict(defaults or {})
     if merged.get("layers"):
         usual.pop("sparsities", None)
-    try:
-        return GridSpec.model_validate({**usual, **merged})
-    except ValidationError as error:
-        raise ConfigError(first_problem(error)) from None
+    return GridSpec.model_validate({**usual, **merged})
 
 
 def _with_full_names(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,52 +198,26 @@ def expand(grid: GridSpec) -> tuple[Cell, ...]:
     found: dict[str, Cell] = {}
     tasks = [(one, task) for task in grid.tasks for one in SHORTCUTS.get(task, (task,))]
     for model in grid.models:
-        base = _base(grid, model)
-        groups = _groups(grid, base)
-        for task, name in tasks:
+        base = Cell(model, "dense", "", **{name: getattr(grid, name) for name in LOADING})
+        groups: Sequence[str] = grid.layers
+        if EACH in groups:
+            groups = [str(layer) for layer in range(layer_count(base))]
+        for (task, name), protocol in itertools.product(tasks, grid.protocols):
+            if protocol in OF_SOME_TASKS and protocol not in protocols(task):
+                raise ConfigError(f'task {task} has no protocol "{protocol}": drop one of them')
             options = measure_options({**grid.options, **grid.task_options.get(name, {})})
-            for protocol in grid.protocols:
-                _check_protocol(task, protocol)
-                for seed in grid.seeds:
-                    here = replace(options, protocol=protocol, seed=seed)
-                    one = replace(base, task=task, seed=seed, options=here)
-                    for cell in _methods(grid, one, groups):
-                        complete = with_inputs(cell, digests.of(cell))
-                        found.setdefault(complete.key, complete)
+            for seed in grid.seeds:
+                here = replace(options, protocol=protocol, seed=seed)
+                one = replace(base, task=task, seed=seed, options=here)
+                for cell in _methods(grid, one, groups):
+                    complete = replace(cell, inputs=digests.of(cell))
+                    found.setdefault(complete.key, complete)
     return tuple(found.values())
 
 
-def _check_protocol(task: str, protocol: str) -> None:
-    if protocol in OF_SOME_TASKS:
-        from dart_llm.evaluation.task_names import protocols
-
-        if protocol not in protocols(task):
-            raise ConfigError(f'task {task} has no protocol "{protocol}": drop one of them')
-
-
-def _base(grid: GridSpec, model: str) -> Cell:
-    same = ("dtype", "device", "device_map", "revision", "attn_implementation")
-    shared: dict[str, Any] = {name: getattr(grid, name) for name in same}
-    return Cell(
-        model=model,
-        method="dense",
-        task="",
-        trust_remote_code=grid.trust_remote_code,
-        cache_dir=grid.cache_dir,
-        **shared,
-    )
-
-
-def _groups(grid: GridSpec, base: Cell) -> Sequence[str]:
-    if EACH not in grid.layers:
-        return grid.layers
-    from dart_llm.experiments.model_facts import layer_count
-
-    return [str(layer) for layer in range(layer_count(base))]
-
-
 def _methods(grid: GridSpec, base: Cell, groups: Sequence[str]) -> Iterator[Cell]:
-    for method in _with_dense(grid):
+    curve = bool(grid.layers) and "dense" not in grid.methods  # which has the dense line
+    for method in (*(("dense",) if curve else ()), *grid.methods):
         cell = replace(base, method=method)
         if removes_nothing(method):
             yield cell
@@ -262,27 +229,17 @@ def _methods(grid: GridSpec, base: Cell, groups: Sequence[str]) -> Iterator[Cell
             yield replace(one, calibration=grid.calibration) if reads else one
 
 
-def _with_dense(grid: GridSpec) -> Iterable[str]:
-    """The methods; a curve over layers has the dense line."""
-    if grid.layers and "dense" not in grid.methods:
-        return ("dense", *grid.methods)
-    return grid.methods
-
-
 def _amounts(grid: GridSpec, cell: Cell, groups: Sequence[str]) -> Iterator[Cell]:
     if not groups:
         for sparsity in grid.sparsities or (None,):
             yield replace(cell, sparsity=sparsity)
         return
-    for keep in grid.keep:
-        for group in groups:
-            budget = cell.overrides.get("budget", {})
-            budget = {"name": budget} if isinstance(budget, str) else dict(budget)
-            table = _table(group, keep, grid.base_keep)
-            overrides = {**cell.overrides, "budget": {**budget, "table": table}}
-            yield replace(
-                cell, layers=group, keep=keep, base_keep=grid.base_keep, overrides=overrides
-            )
+    budget = cell.overrides.get("budget", {})
+    budget = {"name": budget} if isinstance(budget, str) else budget
+    for keep, group in itertools.product(grid.keep, groups):
+        table = _table(group, keep, grid.base_keep)
+        overrides = {**cell.overrides, "budget": {**budget, "table": table}}
+        yield replace(cell, layers=group, keep=keep, base_keep=grid.base_keep, overrides=overrides)
 
 
 def _table(group: str, keep: float, base: float | None) -> str:

@@ -12,7 +12,7 @@ from rich.table import Table
 from dart_llm.cache import free_bytes
 from dart_llm.data import datasets
 from dart_llm.evaluation.task_names import split
-from dart_llm.experiments.cell import Cell
+from dart_llm.experiments.cell import Cell, short_task
 from dart_llm.experiments.model_facts import download_size
 from dart_llm.files import size_text
 from dart_llm.studies.sweep.cells import SweepPlace, finished_before
@@ -76,7 +76,7 @@ class Plan:
             table.add_column(name)
         for row in self.rows:
             model = Path(row.model.rstrip("/")).name
-            task = ":".join(Path(part).name for part in row.task.split(":"))
+            task = short_task(row.task)
             table.add_row(model, task, row.protocol, str(row.seed), row.label, row.status)
         return table
 
@@ -93,16 +93,21 @@ def plan(cells: Sequence[Cell], place: SweepPlace) -> Plan:
     todo = [cell for cell in cells if cell.key not in done]
     downloads = (*_models(todo), *_data(todo))
     return Plan(
-        rows=tuple(_row(cell, FINISHED if cell.key in done else TO_DO) for cell in cells),
+        rows=tuple(
+            PlanRow(
+                cell.key,
+                cell.label,
+                cell.model,
+                cell.task,
+                cell.options.protocol,
+                cell.seed,
+                FINISHED if cell.key in done else TO_DO,
+            )
+            for cell in cells
+        ),
         downloads=downloads,
         disk_bytes=sum(d.size or 0 for d in downloads) + CELL_BYTES * len(todo),
         free_bytes=free_bytes(place.root),
-    )
-
-
-def _row(cell: Cell, status: str) -> PlanRow:
-    return PlanRow(
-        cell.key, cell.label, cell.model, cell.task, cell.options.protocol, cell.seed, status
     )
 
 
@@ -119,6 +124,8 @@ def _models(cells: Iterable[Cell]) -> list[Download]:
 
 def _data(cells: Iterable[Cell]) -> list[Download]:
     """Data sets of the hub that the tasks read and that are not in its cache."""
+    from huggingface_hub import constants
+
     wanted: dict[tuple[str, str | None], datasets.DataSet] = {}
     for cell in cells:
         kind, name = split(cell.task)
@@ -126,18 +133,9 @@ def _data(cells: Iterable[Cell]) -> list[Download]:
             asked = name in source.tasks if kind == "lm-eval" else source.name == name
             if asked and (kind == "lm-eval" or kind in source.uses) and not Path(name).exists():
                 wanted[source.hub_id, source.config] = source
+    cache = Path(constants.HF_HUB_CACHE)
     return [
-        Download(
-            f"data set {source.where}",
-            None if source.megabytes is None else source.megabytes * 10**6,
-        )
+        Download(f"data set {source.where}", source.megabytes and source.megabytes * 10**6)
         for source in wanted.values()
-        if not _is_cached(source.hub_id)
+        if not (cache / f"datasets--{source.hub_id.replace('/', '--')}").is_dir()
     ]
-
-
-def _is_cached(hub_id: str) -> bool:
-    from huggingface_hub import constants
-
-    folder = Path(constants.HF_HUB_CACHE) / f"datasets--{hub_id.replace('/', '--')}"
-    return folder.is_dir()

@@ -15,8 +15,7 @@ import socket
 import sys
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from dart_llm.errors import DartError, LoadError, MissingExtra, chain
 from dart_llm.experiments.cell import Cell
@@ -51,8 +50,7 @@ port is open to the network, for Ray takes 127.0.0.1 to mean the machine's outer
 _REFUSED = (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError)
 
 
-@dataclass(frozen=True)
-class Pool:
+class Pool(NamedTuple):
     """An open cluster.  ``slots``: cells at once; ``threads``: of each; ``cpus``: what Ray is told
     that a cell needs."""
 
@@ -122,32 +120,24 @@ def _ready(ray: Any, references: list[Any], say: Callable[[str], None]) -> list[
         if not ray.is_initialized():
             raise LoadError("the connection to Ray was lost; the same command resumes")
         waited += POLL_SECONDS
-        if waited == SILENT_SECONDS and not _busy(ray):
-            say("no Ray worker has taken a cell yet: the cluster has no free processor")
-
-
-def _busy(ray: Any) -> bool:
-    """Whether any processor of the cluster is in use."""
-    total, free = ray.cluster_resources(), ray.available_resources()
-    return bool(free.get("CPU", 0.0) < total.get("CPU", 0.0))
+        if waited == SILENT_SECONDS:
+            total, free = ray.cluster_resources(), ray.available_resources()
+            if free.get("CPU", 0.0) >= total.get("CPU", 0.0):  # none is in use
+                say("no Ray worker has taken a cell yet: the cluster has no free processor")
 
 
 def _files(ray: Any, reference: Any, cell: Cell) -> dict[str, bytes]:
     """The files of a finished cell, or those of a failed one when its workers died."""
     try:
-        found: dict[str, bytes] = ray.get(reference, timeout=FETCH_SECONDS)
+        return dict(ray.get(reference, timeout=FETCH_SECONDS))
     except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        return document_files(cell, None, f"{type(cause).__name__}: {_short(cause)}")
+        sentence = f"{type(error.cause).__name__}: {_short(error.cause)}"
     except ray.exceptions.OutOfMemoryError:
-        return document_files(cell, None, "the worker ran out of memory: give fewer workers")
+        sentence = "the worker ran out of memory: give fewer workers"
     except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
-        name = type(error).__name__
-        tries = RETRIES + 1
-        return document_files(
-            cell, None, f"the worker died in each of {tries} attempts ({name}); try fewer workers"
-        )
-    return found
+        name, tries = type(error).__name__, RETRIES + 1
+        sentence = f"the worker died in each of {tries} attempts ({name}); try fewer workers"
+    return document_files(cell, None, sentence)
 
 
 def worker_environment(threads: int) -> dict[str, str]:
@@ -168,12 +158,6 @@ def _gpus(ray: Any, cells: Sequence[Cell]) -> int:
     return int(has and all(cell.device != "cpu" for cell in cells))
 
 
-def _address() -> str | None:
-    """The cluster that the user names; None when one is to be started here."""
-    address = os.environ.get("RAY_ADDRESS", "")
-    return None if address in ("", "local") else address
-
-
 @contextlib.contextmanager
 def cluster(workers: int | None, most: int) -> Iterator[Pool]:
     """An open cluster for at most ``most`` cells at once; closed afterwards.
@@ -186,8 +170,9 @@ def cluster(workers: int | None, most: int) -> Iterator[Pool]:
         with keep_off_stdout("ray_"):
             yield _shared(ray, workers, most)
         return
-    address = _address()
-    loopback = address is None or _at_loopback(ray, address)
+    address = os.environ.get("RAY_ADDRESS", "")
+    address = "" if address == "local" else address  # "": to be started here
+    loopback = not address or _at_loopback(ray, address)
     with keep_off_stdout("ray_"), environment({} if address else _OWN), _one_machine(loopback):
         try:
             with silent(), same_sigterm():

@@ -81,7 +81,7 @@ class SweepFlags(Settings):
 
     def grid_flags(self) -> dict[str, Any]:
         """What ``grid.collect`` takes."""
-        data = {k: v for k, v in self.model_dump().items() if v is not None and k not in PLACE}
+        data = self.model_dump(exclude_none=True, exclude=set(PLACE))
         options = {name: data.pop(name) for name in OPTIONS if name in data}
         names = ("compensation", "budget", "drift")
         overrides = {name: data.pop(name) for name in names if name in data}

@@ -24,7 +24,15 @@ from dart_llm.files import write_text
 from dart_llm.reporting import figures
 from dart_llm.reporting.console import Ui
 from dart_llm.settings import merge, read_file
-from dart_llm.studies.sweep.cells import DONE, SweepFolder, SweepPlace, adopt, open_sweep
+from dart_llm.studies.sweep.cells import (
+    CELLS,
+    DONE,
+    SweepFolder,
+    SweepPlace,
+    adopt,
+    open_sweep,
+    read_timing,
+)
 from dart_llm.studies.sweep.compute import LoadedModelCache, compute
 from dart_llm.studies.sweep.grid import SINGULAR, GridSpec, collect, expand
 from dart_llm.studies.sweep.plan import Plan, plan
@@ -169,8 +177,10 @@ def _collect(
     for done, (cell, files) in enumerate(results, 1):
         document = sweep.save(cell, files)
         if document["status"] == DONE:
-            seconds = sweep.timing(cell).get("seconds") or 0.0
-            told = f"{headline(document)}, {duration(seconds)}"
+            seconds = read_timing(sweep.path / CELLS / cell.key).get("seconds") or 0.0
+            measured = document["measurement"]
+            value = measured["metrics"][measured["metric"]]
+            told = f"{measured['metric']} {value:.4g}, {duration(seconds)}"
         else:
             error = str(document["error"])
             told = "failed for the same reason" if error in said else f"failed: {error}"
@@ -179,12 +189,6 @@ def _collect(
         rest = f"; about {duration(left)} left" if done < total else ""
         ui.say(f"{done}/{total} {cell.label} on {cell.short_task}: {told}{rest}")
         on_cell(document)
-
-
-def headline(document: Mapping[str, Any]) -> str:
-    """The first metric of a finished cell, as text."""
-    measured = document["measurement"]
-    return f"{measured['metric']} {measured['metrics'][measured['metric']]:.4g}"
 
 
 def duration(seconds: float) -> str:

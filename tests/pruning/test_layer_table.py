@@ -1,0 +1,138 @@
+"""The layer specification language: every form round-trips, every malformed one says where."""
+
+import contextlib
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from dart_llm.errors import ConfigError
+from dart_llm.pruning.layer_table import AUTO, parse_layer_spec, read_table, write_table
+
+LAYERS = 12
+ranges = st.tuples(st.integers(0, LAYERS - 1), st.integers(0, LAYERS - 1)).map(sorted)
+ratios = st.floats(0, 1, exclude_min=True, allow_subnormal=False)
+entries = st.lists(
+    st.tuples(
+        st.none() | st.lists(ranges, min_size=1, max_size=3),
+        st.just(AUTO) | ratios | st.integers(1, 64),
+    ),
+    min_size=1,
+    max_size=4,
+)
+Entries = list[tuple[list[list[int]] | None, float | int | str]]
+
+
+def text_of(parts, blank=""):
+    """Write entries in the language, with ``blank`` wherever white space is allowed."""
+    texts = []
+    for layers, value in parts:
+        names = [str(low) if low == high else f"{low}-{high}" for low, high in layers or ()]
+        shown = f"#{value}" if isinstance(value, int) else str(value)
+        texts.append(f"{f'{blank},{blank}'.join(names or ['all'])}{blank}:{blank}{shown}")
+    return f"{blank},{blank}".join(texts)
+
+
+def expected(parts, sizes):
+    """What each layer keeps, straight from the definition: the last entry that names it wins."""
+    found = [None] * len(sizes)
+    for layers, value in parts:
+        for layer, width in enumerate(sizes):
+            if layers is None or any(low <= layer <= high for low, high in layers):
+                ratio = isinstance(value, float)
+                found[layer] = max(1, round(value * width)) if ratio else value
+    return found
+
+
+@pytest.mark.contract("every parser round-trips")
+@settings(deadline=None, max_examples=200)
+@given(
+    entries,
+    st.lists(st.integers(64, 300), min_size=LAYERS, max_size=LAYERS),
+    st.sampled_from(["", " ", "  "]),
+)
+def test_every_form_means_what_it_says_and_round_trips(parts, sizes, blank):
+    table = parse_layer_spec(text_of(parts, blank))
+    assert table.resolve(sizes) == expected(parts, sizes)
+    assert table.has_auto == any(value == AUTO for _, value in parts)
+    assert parse_layer_spec(str(table)) == table and str(table) == text_of(parts)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("all:auto,2-3:#10", [AUTO, AUTO, 10, 10]),
+        ("0-1:0.6,2-3:0.8", [6, 6, 8, 8]),
+        ("0,1,2:0.6", [6, 6, 6, None]),
+        ("all:0.5,1:1", [5, 10, 5, 5]),
+        ("1:1,all:0.5", [5, 5, 5, 5]),
+        ("0-3:0.04", [1, 1, 1, 1]),
+        ("  all : 0.5 \n", [5, 5, 5, 5]),
+        ("0:0.5\n1:#3", [5, 3, None, None]),
+        ("3-3:1e-1", [None, None, None, 1]),
+    ],
+)
+def test_golden(text, kept):
+    assert parse_layer_spec(text).resolve([10] * 4) == kept
+
+
+SYNTAX = (
+    *("", "   ", ",", ",all:0.5", "all:0.5,", "0:0.5,,1:0.5", "0.5", "all", "0:0.5,1,2", ":0.5"),
+    *("0-:0.5", "-3:0.5", "0-1-2:0.5", "0 1:0.5", "1.5:0.5", "layer3:0.5", "0,all:0.5", "5-2:0.5"),
+)
+VALUES = (
+    *("", "half", "50%", "0.5:0.6", "#", "#-3", "#2.5", "#0"),
+    *("0", "-0.5", "1.5", "nan", "inf", "1000", "512.0"),
+)
+
+
+def test_malformed(snapshot):
+    """One line that names the part, and forms or a value that are right."""
+    said = {}
+    for text in (*SYNTAX, *(f"1:0.5,0:{value}" for value in VALUES)):
+        with pytest.raises(ConfigError) as caught:
+            parse_layer_spec(text)
+        said[text] = str(caught.value)
+    assert not any("\n" in sentence for sentence in said.values())
+    assert said == snapshot
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.text("0123456789-:,.#alut \n", max_size=14))
+@example("#:#")
+def test_nothing_but_a_config_error(text):
+    with contextlib.suppress(ConfigError):
+        table = parse_layer_spec(text)
+        assert parse_layer_spec(str(table)) == table
+
+
+def test_a_layer_out_of_range_is_named_with_the_range():
+    for low, high, wrong in ((0, 3, None), (2, 2, None), (2, 4, 4), (4, 4, 4), (5, 9, 5)):
+        table = parse_layer_spec(f"all:0.5,{low}-{high}:0.25")
+        if wrong is None:
+            assert table.resolve([8] * 4) == [2 if low <= n <= high else 4 for n in range(4)]
+            continue
+        said = rf'layer {wrong} is out of range: .* 4 layers \(0-3\).*"{low}-{high}:0.25"'
+        with pytest.raises(ConfigError, match=said):
+            table.resolve([8] * 4)
+
+
+def test_a_count_above_the_width_is_named_with_the_range():
+    table = parse_layer_spec("0:0.5,1-2:#49")
+    assert table.resolve([48, 64, 49]) == [24, 49, 49]
+    with pytest.raises(ConfigError, match=r'"1-2:#49" .* layer 2 has 48: .*from #1 to #48'):
+        table.resolve([48, 64, 48])
+
+
+def test_table_files(tmp_path):
+    path, kept = tmp_path / "table.txt", [*range(1, 40), 9999]
+    write_table(path, kept, "made by a test\nsecond line: #5, all:0.1")
+    assert parse_layer_spec(read_table(path)).resolve([9999] * 40) == kept
+    path.write_text("# a comment\n\n0-1: #5   # ends of the model\n2:0.5,\n  3 : auto # later\n")
+    assert parse_layer_spec(read_table(path)).resolve([10] * 4) == [5, 5, 5, AUTO]
+    for data, said in ((b"\xff\xfe\x00\x81", "not a text file"), (b"# nothing\n", "empty part")):
+        path.write_bytes(data)
+        with pytest.raises(ConfigError, match=said):
+            read_table(path)
+    with pytest.raises(ConfigError, match=r"cannot read the layer table .*none\.txt"):
+        read_table(tmp_path / "none.txt")

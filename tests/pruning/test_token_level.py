@@ -1,0 +1,347 @@
+"""Token-level selection: low-bit copies by hand, and every token's winners by other means."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dart_llm.errors import AttachError, ConfigError
+from dart_llm.models.describe import describe
+from dart_llm.patching.executors import token_ffn
+from dart_llm.patching.executors.token_ffn import TokenFfn
+from dart_llm.pruning import token_level
+from dart_llm.pruning.token_level import (
+    candidate_count,
+    contribution_estimate,
+    gaussian_error,
+    low_bit,
+    squared_error,
+    winner_places,
+)
+from dart_llm.session.run import prune
+from products import SHAPES, in_turn
+from steps import CACHE, apart, decode, generate, new_cache, shared_model, state_of, step
+from tiny import tokens
+from token_cases import LEARNT, PLAIN, Exact, best, lost_u, oracle
+
+PROMPT = 12
+
+
+def drawn(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def by_hand(w, bits, group):
+    """Round-to-nearest, group by group; halves to even, as IEEE does."""
+    most, found = 2 ** (bits - 1) - 1, []
+    for row in w.float().numpy():
+        values = []
+        for start in range(0, len(row), group):
+            part = row[start : start + group]
+            largest = torch.tensor(np.abs(part).max() / np.float32(most))
+            scale = np.float32(largest.to(torch.bfloat16).item())
+            levels = np.rint(part / scale) if scale else 0 * part
+            values += (np.clip(levels, -most, most) * scale).tolist()
+        found.append(values)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("bits", "group", "inputs"),
+    [(4, 4, 12), (4, 5, 13), (4, 5, 15), (4, 32, 7), (8, 4, 12), (8, 3, 10)],
+)
+def test_the_grid(bits, group, inputs, dtype):
+    w = drawn(6, inputs).to(dtype)
+    w[2] = 0  # a group without any weight
+    w[3, :3] = torch.tensor([0.7, -0.7, 0.05], dtype=dtype)
+    copy = low_bit(w, bits, group)
+    assert copy.shape == (6, inputs) and copy.dense().tolist() == by_hand(w, bits, group)
+    groups = math.ceil(inputs / group)
+    assert copy.nbytes() == 6 * (math.ceil(inputs * bits / 8) + 2 * groups)
+    transposed = low_bit(w.t().contiguous().t(), bits, group)
+    assert torch.equal(transposed.dense(), copy.dense())
+
+
+def test_products_of_all_rows_and_of_some(monkeypatch):
+    w, x, rows = drawn(9, 20, seed=3), drawn(2, 3, 20, seed=4), torch.tensor([1, 4, 8])
+    whole = low_bit(w, 4, 8)
+    assert whole.product(x.bfloat16()).dtype == torch.float32
+    monkeypatch.setattr(token_level, "CHUNK", 40)  # two rows at a time
+    parts = low_bit(w, 4, 8)
+    assert torch.equal(parts.levels, whole.levels) and torch.equal(parts.scales, whole.scales)
+    wanted = x @ torch.tensor(by_hand(w, 4, 8)).t()
+    for copy in (whole, parts):
+        assert torch.allclose(copy.product(x), wanted, atol=1e-5)
+        assert torch.allclose(copy.product(x, rows), wanted[..., rows], atol=1e-5)
+    assert squared_error(w, parts) == pytest.approx(squared_error(w, whole))
+
+
+def test_errors_of_the_copies():
+    """A step is max / 7, and its rounding error uniform: step / sqrt(12), with a bfloat16 scale."""
+    steps = drawn(4000, 2, 32, seed=4).abs().amax(-1) / 7
+    expected = float((steps.square().mean() / 12).sqrt())
+    assert gaussian_error(4000, 64, 4, 32) == pytest.approx(expected, rel=0.02)
+    assert gaussian_error(4000, 64, 4, 48) > gaussian_error(4000, 64, 4, 32)
+    assert gaussian_error(4000, 64, 8, 32) < 0.01
+    assert gaussian_error(10**9, 64, 4, 32) == gaussian_error(10**8, 64, 4, 32)  # rows are alike
+    # 16 values per group of 32: an asymmetric grid would copy them; this one errs as ever
+    w = drawn(2000, 32, seed=5)
+    low, high = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
+    filed = ((w - low) / (high - low) * 15).round() * (high - low) / 15 + low
+    off, whole = squared_error(filed, low_bit(filed, 4, 32))
+    assert math.sqrt(off / whole) == pytest.approx(gaussian_error(2000, 32, 4, 32), rel=0.1)
+    levels = torch.randint(-7, 8, (5, 64), generator=torch.Generator().manual_seed(2)).float()
+    levels[:, ::32] = 7  # on the grid: copied exactly
+    assert squared_error(levels / 8, low_bit(levels / 8, 4, 32))[0] == 0
+
+
+@examples(deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.data())
+def test_winners_are_the_largest_and_ties_go_to_the_lower(values, data):
+    keep = data.draw(st.integers(1, len(values)))
+    found = winner_places(torch.tensor([[values, values[::-1]]]).float(), keep)
+    assert found.tolist() == [[best(values, keep), best(values[::-1], keep)]]
+
+
+def test_estimates_and_candidates():
+    u, worth = torch.tensor([[1.0, -2.0, 0.0], [0.5, 0.0, -1.0]]), torch.tensor([3.0, 1.0, 5.0])
+    assert contribution_estimate(u, worth).tolist() == [[3.0, 2.0, 0.0], [1.5, 0.0, 5.0]]
+    asked = [(None, 5), (1.0, 5), (0.5, 5), (0.1, 5), (0.34, 2), (0.5, 40)]
+    assert [candidate_count(share, 40, keep) for share, keep in asked] == [40, 40, 20, 5, 14, 40]
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """Copies that lose nothing."""
+    monkeypatch.setattr(token_ffn, "low_bit", Exact)
+    monkeypatch.setattr(token_ffn, "squared_error", lambda matrix, copy: (0.0, 1.0))
+
+
+def _executors(name):
+    return ("masked",) if name == "opt" else ("masked", "compact")
+
+
+def _recorded(monkeypatch):
+    found, choose = [], TokenFfn.winners
+
+    def winners(self, x, mask):
+        ids = choose(self, x, mask)
+        found.append((self, x, mask, ids))
+        return ids
+
+    monkeypatch.setattr(TokenFfn, "winners", winners)
+    return found
+
+
+@pytest.mark.parametrize(("name", "learns"), in_turn(SHAPES, (True, False)))
+def test_winners_by_independent_computation(name, learns, monkeypatch):
+    """x, the grid by hand and the block's own modules; no code of the method."""
+    model, found = shared_model(name), _recorded(monkeypatch)
+    run = prune(model, LEARNT if learns else PLAIN, sparsity=0.75, token={"group": 8})
+    with run:
+        decode(model, tokens(1, PROMPT + 2), PROMPT)
+    assert len(found) == 8
+    for token, x, mask, ids in found:
+        block = token.block
+        gate, up, down = block.matrices()
+        parts = [up] if gate is None else [gate, up]
+        u = [x.reshape(-1) @ torch.tensor(by_hand(p.detach(), 4, 8)).t() for p in parts]
+        modules = [m for m in (block.gate, block.up) if m is not None]
+        biases = [m.bias.detach() for m in modules if getattr(m, "bias", None) is not None]
+        if biases:
+            u = [a + b for a, b in zip(u, biases, strict=True)]
+        estimate = block.act(u[0]) if gate is None else block.act(u[0]) * u[1]
+        learnt = run.layers[block.index].learnt
+        assert (learnt is not None) == learns
+        worth = down.detach().norm(dim=0) if learnt is None else learnt.curvature**0.5
+        assert mask.winners == round(0.25 * mask.width) == ids.shape[-1]
+        assert ids.flatten().tolist() == best((estimate.abs() * worth).tolist(), mask.winners)
+
+
+Lost = dict[int, tuple[Tensor, Tensor]]
+
+
+def _lost(model, ids, keep, worth=None):
+    """Per layer over the tokens ids: the losers' u [I] and their number [I]."""
+    found = {}
+    with lost_u(model, keep, found, worth):
+        step(model, ids, new_cache(model))
+    return found
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_exact_copies_give_the_oracle(name, exact):
+    """Norms rank and the losers stand at 0, or at their mean where they lose; or as it learnt."""
+    model, ids = shared_model(name), tokens(1, PROMPT + 4)
+    keep, prompt = round(0.25 * describe(model).blocks[0].down_width), ids[:, :PROMPT]
+    mean = {k: total / n.clamp_min(1) for k, (total, n) in _lost(model, prompt, keep).items()}
+    dense = decode(model, ids, PROMPT)
+    for compensation in (False, True):
+        with oracle(model, keep, PROMPT, mean if compensation else None):
+            wanted = decode(model, ids, PROMPT)
+        assert apart(wanted, dense) > 1e-2
+        for executor in _executors(name):
+            settings = {"executor": executor, "compensation": compensation}
+            with prune(model, PLAIN, sparsity=0.75, **settings):
+                assert apart(decode(model, ids, PROMPT), wanted) < 1e-5, executor
+    with prune(model, LEARNT, sparsity=0.75) as run:
+        pruned = decode(model, ids, PROMPT)
+    # by roots of curvatures; the first four tokens, the sinks, leave no evidence of losers
+    worth = {layer.index: layer.learnt.curvature**0.5 for layer in run.layers}
+    whole, sinks = (_lost(model, ids[:, :length], keep, worth) for length in (PROMPT, 4))
+    for layer, (total, number) in whole.items():
+        number = number - sinks[layer][1]
+        mean[layer] = torch.where(number > 0, (total - sinks[layer][0]) / number, 0.0)
+    with oracle(model, keep, PROMPT, mean, worth):
+        assert apart(pruned, decode(model, ids, PROMPT)) < 1e-4
+    with oracle(model, keep, PROMPT, mean):
+        assert apart(pruned, decode(model, ids, PROMPT)) > 1e-2
+
+
+def test_losers_of_a_layer_table_are_those_of_its_counts(exact):
+    """What they stand at is their mean where so many lose, not where the default would remove."""
+    model, ids = shared_model("llama"), tokens(1, PROMPT + 4)
+    lost = {keep: _lost(model, ids[:, :PROMPT], keep) for keep in (12, 24)}
+    table = {"budget": {"table": "0:0.25,1:#24,2:0.5"}, "compensation": True}
+    with prune(model, PLAIN, **table) as run:
+        decode(model, ids, PROMPT)
+    masks = state_of(run).selection.masks
+    assert [None if mask is None else mask.winners for mask in masks] == [12, 24, 24, None]
+    for mask, (layer, keep) in zip(masks, ((0, 12), (1, 24), (2, 24)), strict=False):
+        total, number = lost[keep][layer]
+        torch.testing.assert_close(mask.mean, total / number.clamp_min(1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "batch"), in_turn(SHAPES, ("shared", "per_row")))
+def test_rows_and_chunks_equal_single_tokens(name, batch):
+    """A batch with padding on the left, decoded in one chunk, and each row alone.
+
+    Rows that share the count also share what the losers stand at: only without compensation are
+    they what they would be alone.
+    """
+    method = LEARNT.replace({"compensation": batch == "per_row"})
+    model, ids = shared_model(name), tokens(2, PROMPT + 6)
+    seen, padding = torch.ones_like(ids), 0 if name == "gpt2" else 3  # its positions would shift
+    seen[1, :padding] = 0
+    with prune(model, method, sparsity=0.7, batch=batch) as run, run.decoding():
+        cache = new_cache(model)
+        step(model, ids[:, :PROMPT], cache, seen[:, :PROMPT])
+        chunk = step(model, ids[:, PROMPT:], cache, seen)
+    report = run.report()
+    assert report.decoded_tokens == 12 and report.dense_token_share == 0
+    assert report.achieved_sparsity == pytest.approx(0.7, abs=0.01)
+    with prune(model, method, sparsity=0.7, batch=batch):
+        assert apart(decode(model, ids, PROMPT, seen)[:, PROMPT:], chunk) < 1e-5
+    for row, start in ((0, 0), (1, padding)):
+        with prune(model, method, sparsity=0.7, executor=_executors(name)[-1]):
+            alone = decode(model, ids[row : row + 1, start:], PROMPT - start)
+        assert apart(alone[:, PROMPT - start :], chunk[row : row + 1]) < 1e-5
+
+
+def test_candidates_are_the_sequences_best(monkeypatch, exact):
+    model, ids, found = shared_model("llama-bias"), tokens(1, PROMPT + 2), _recorded(monkeypatch)
+    with prune(model, LEARNT, sparsity=0.75, token={"candidates": 0.5}) as run:
+        masked = decode(model, ids, PROMPT)
+    selection = state_of(run).selection
+    assert selection.counts == (12, 12, 12, 12)
+    for token, x, mask, winners in found:
+        index = token.block.index
+        assert mask.ids.tolist() == best(selection.scores[index].tolist(), 24)
+        u = token.block.hidden(x).detach().flatten()
+        strengths = (u.abs() * run.layers[index].learnt.curvature ** 0.5)[mask.ids]
+        assert winners.flatten().tolist() == mask.ids[best(strengths.tolist(), 12)].tolist()
+    with prune(model, LEARNT, sparsity=0.75, executor="masked", token={"candidates": 0.5}):
+        assert apart(decode(model, ids, PROMPT), masked) < 1e-5
+    # as many candidates as winners are a mask of the sequence
+    with prune(model, PLAIN, sparsity=0.75, token={"candidates": 0.25}) as run:
+        few = decode(model, ids, PROMPT)
+    with prune(model, "griffin", sparsity=0.75) as same:
+        assert torch.equal(decode(model, ids, PROMPT), few)
+    assert all(torch.equal(a, same.masks()[layer]) for layer, a in run.masks().items())
+    assert run.report().proxy_bytes_share == 0
+    assert run.report().ffn_bytes_share == same.report().ffn_bytes_share
+
+
+def test_rows_of_a_batch_may_keep_different_numbers():
+    """Layers of one row that stay dense, and a budget of the row's own."""
+    model, ids = shared_model(), tokens(2, PROMPT + 3)
+    settings = {"budget": "energy", "sparsity": 0.5}
+    with prune(model, LEARNT, batch="per_row", **settings) as run:
+        both = decode(model, ids, PROMPT)
+    kept = [remask.kept for remask in run.remasks]
+    assert len(kept) == 2 and kept[0] != kept[1]
+    for row in range(2):
+        with prune(model, LEARNT, **settings):
+            assert apart(decode(model, ids[row : row + 1], PROMPT), both[row : row + 1]) < 1e-5
+
+
+def test_a_second_prompt_and_reset():
+    model = shared_model()
+    with prune(model, LEARNT, sparsity=0.5) as run:
+        first = generate(model, tokens(1, PROMPT), 5)
+        turn = torch.cat([first.sequences, tokens(1, 8, seed=5)], 1)
+        again = generate(model, turn, 5, **{CACHE: first.past_key_values})
+        assert [(r.cause, r.overlap) for r in run.remasks] == [("first", None), ("prompt", None)]
+        assert len(again.logits) == 5
+        run.reset()
+        assert torch.equal(first.sequences, generate(model, tokens(1, PROMPT), 5).sequences)
+
+
+def test_copies_live_while_tokens_may_choose(monkeypatch):
+    model = shared_model()
+    for settings in ({"sparsity": 0.0}, {"masks": {0: [1, 2]}}):
+        with prune(model, LEARNT, **settings) as run:
+            decode(model, tokens(1, PROMPT + 2), PROMPT)
+            assert all(layer.token is None for layer in run.patch.layers)
+        assert run.report().proxy_error is None and run.report().proxy_bytes_share == 0
+    assert {layer: ids.tolist() for layer, ids in run.masks().items()} == {0: [1, 2]}
+    with prune(model, LEARNT, sparsity=0.5) as run:
+        layers = run.patch.layers
+        assert all(layer.token is not None for layer in layers)
+    assert all(layer.token is None and layer._captured.fed is None for layer in layers)
+    run = prune(model, "dart-token", sparsity=0.5)
+    monkeypatch.setattr(type(describe(model).blocks[0]), "offloaded", property(lambda b: True))
+    with pytest.raises(ConfigError, match=r"layer 0 is offloaded.*without offloading"):
+        run.attach()
+    monkeypatch.undo()
+    with run:
+        pass
+
+
+def test_there_is_no_sequence_mask(tmp_path):
+    model, seen = shared_model(), list[Any]()
+    with prune(model, LEARNT, sparsity=0.5) as run:
+        run.on_masks = seen.append
+        with pytest.raises(AttachError, match="no mask has been built"):
+            run.masks()
+        decode(model, tokens(1, PROMPT + 2), PROMPT)
+        for ask in (run.masks, lambda: run.export(tmp_path)):
+            with pytest.raises(ConfigError, match=r"no sequence mask.*e\.g\. dart"):
+                ask()
+    assert seen == [(None,) * 4]
+
+
+@pytest.mark.usefixtures("native")
+def test_where_it_is_slower_one_sentence_says_so(caplog):
+    """Once per process and place, when a prompt is read; for batches under native alone."""
+    model = shared_model()
+    asked = ((LEARNT, 0.0, 0), ("griffin", 0.5, 0), (LEARNT, 0.5, 1), (LEARNT, 0.5, 1))
+    for method, sparsity, said in asked:
+        token_ffn._say_slower.cache_clear() if not said else None
+        with prune(model, method, sparsity=sparsity, executor="compact"):
+            step(model, tokens(1, PROMPT), new_cache(model))
+            assert len(caplog.records) == said
+    start = "dart-token is slower than the unpruned model "
+    assert caplog.records[0].getMessage().startswith(f"{start}under executor compact")
+    with prune(model, LEARNT, sparsity=0.5, executor="native"):
+        for rows, said in ((1, 1), (2, 2), (2, 2)):
+            decode(model, tokens(rows, 14), 12)
+            assert len(caplog.records) == said
+    assert f"{start}in a batch of several rows" in caplog.records[1].getMessage()

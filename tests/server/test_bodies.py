@@ -1,0 +1,203 @@
+"""Bodies from strangers: what is no JSON or no request is refused; what large ones cost."""
+
+import json
+import re
+import threading
+import time
+
+import pytest
+import serve_malformed as malformed
+from pydantic import ValidationError
+
+from dart_llm.server.responses import APIError
+from dart_llm.server.schemas import IGNORED, NEUTRAL, ChatBody, CompletionBody, read
+from dart_llm.server.security import DEEPEST, parse
+from serve_cases import CHAT_URL, FACTS, TEXT_URL, ByteTokenizer, FakeEngine, running, until
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+ASSISTANT = {"role": "assistant", "content": "yes"}
+CONTEXT = FACTS.context or 0
+
+
+def nested(depth):
+    """An object with lists inside one another, ``depth`` in all."""
+    return b'{"a":' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}"
+
+
+NO_JSON = [
+    (b"", "not JSON"),
+    (b"{", "line 1, column 2"),
+    (b'"text"', "must be a JSON object"),
+    (b'{"a": -Infinity}', "-Infinity"),
+    (b'{"a": 1e999}', "too large"),
+    (b'{"a": ' + b"9" * 5000 + b"}", "too long"),
+    (b'{"a": 0.' + b"9" * 5000 + b"}", "too long"),
+    (b'{"x": {"a": 1, "b": 2, "a": 2}}', 'the key "a" stands twice'),
+    (b'{"a": "\xff"}', "not UTF-8 (byte 7)"),
+    (b'{"a": "\\ud800"}', "half of a character"),
+    (b'{"\\udfff": 1}', "half of a character"),
+    (nested(DEEPEST + 1), "nests more than 32"),
+    (nested(100_000), "nests more than 32"),
+    (b'{"a": 1} {"b": 2}', "Extra data"),
+]
+
+
+def test_json_is_read_strictly():
+    for body, said in NO_JSON:
+        with pytest.raises(APIError, match=re.escape(said)) as caught:
+            parse(body)
+        assert (caught.value.status, caught.value.code) == (400, "invalid_json")
+    data = {"a": [1, 2.5, None, True, "\u00e9\U0001f600"], "b": {"c": -(2**62)}}
+    assert parse(json.dumps(data).encode()) == data
+    assert parse(nested(DEEPEST))["a"] == json.loads(nested(DEEPEST))["a"]
+
+
+MISSING, UNKNOWN, UNSUPPORTED = "missing_required_parameter", "unknown_parameter", "unsupported"
+WRONG = [
+    ({"messages": []}, "messages", "invalid_value", ""),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "invalid_value", ""),
+    ({"messages": [{"content": "x"}]}, "messages.0.role", MISSING, ""),
+    ({"messages": [{"role": "user"}]}, "messages.0", MISSING, "role user needs a content"),
+    ({"messages": [{**ASSISTANT, "tool_calls": [{}]}]}, "messages.0.tool_calls", "invalid_value",
+     ""),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+     "messages.0.content.0.type", "invalid_value", "input should be 'text'"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "invalid_value",
+     "valid string"),
+    ({"max_tokens": 0}, "max_tokens", "invalid_value", "1 or more, or -1"),
+    ({"max_tokens": True}, "max_tokens", "invalid_value", ""),
+    ({"max_completion_tokens": -2}, "max_completion_tokens", "invalid_value", ""),
+    ({"temperature": 2.1}, "temperature", "invalid_value", ""),
+    ({"stop": ""}, "stop", "invalid_value", ""),
+    ({"stop": ["a"] * 5}, "stop", "invalid_value", "list should have at most 4 items"),
+    ({"stop": ["a", 1]}, "stop.1", "invalid_value", "input should be a valid string"),
+    ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value", ""),
+    ({"dart": {"sparsity": 1}}, "dart.sparsity", "invalid_value", ""),
+    ({"dart": {"sparcity": 0.5}}, "dart.sparcity", UNKNOWN, "is not a known field; did you mean "
+     "sparsity?"),
+    ({"dart": {"x" * 5000: 1}}, "dart." + "x" * 100, UNKNOWN, "is not a known field"),
+    ({"max_token": 5}, "max_token", UNKNOWN, "supplied: max_token; did you mean max_tokens?"),
+    ({"top_k": 5}, "top_k", UNKNOWN, ""),
+    ({"tools": [{}]}, "tools", UNSUPPORTED, "leave it out, or give null or []"),
+    ({"best_of": True}, "best_of", UNSUPPORTED, ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "param", "code", "said"), WRONG)
+def test_wrong_fields_are_named(change, param, code, said):
+    with pytest.raises(APIError) as caught:
+        read(ChatBody, {"messages": MESSAGES, **change})
+    error = caught.value
+    assert (error.status, error.param) == (400, param)
+    assert (error.code or "").startswith(code) and said in error.message
+
+
+def test_what_asks_for_nothing_is_taken():
+    given = {name: {"any": "thing"} for name in IGNORED}
+    given |= {name: values[0] if values else None for name, values in NEUTRAL.items()}
+    body = read(ChatBody, {"messages": MESSAGES, **given, "presence_penalty": 0.0, "seed": 1})
+    assert body == read(ChatBody, {"messages": MESSAGES, "seed": 1})
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    spoken = {**ASSISTANT, "tool_calls": [], "reasoning_content": "so I think", "refusal": None}
+    messages = [{"role": "user", "content": parts}, spoken, {"role": "assistant"}]
+    body = read(ChatBody, {"messages": messages, "top_logprobs": 0})
+    assert [one.text for one in body.messages] == ["one two", "yes", ""]
+    for stop, stops in (("a", ("a",)), (["a", "b"], ("a", "b")), (None, ())):
+        assert read(CompletionBody, {"prompt": "x", "stop": stop}).stops == stops
+
+
+def test_of_many_faults_few_are_collected():
+    bodies = [
+        (CompletionBody, {"prompt": [1] * 1000 + ["a"] * 1000}),
+        (CompletionBody, {"prompt": [["a"] * 1000] * 1000}),
+        (ChatBody, {"messages": [{}] * 1000}),
+        (ChatBody, {"messages": [{"role": "user", "content": [{}] * 1000}]}),
+    ]
+    for kind, body in bodies:
+        with pytest.raises(ValidationError) as caught:
+            kind.model_validate(body)
+        assert caught.value.error_count() <= 5
+
+
+class Watched(ByteTokenizer):
+    """Counts the texts in work; none is done before ``free`` is set."""
+
+    def __init__(self):
+        self.free = threading.Event()
+        self.free.set()
+        self.lengths = []
+        self.inside = self.most = 0
+
+    def __call__(self, text, **options):
+        self.lengths.append(len(text))
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        self.free.wait(20)
+        self.inside -= 1
+        return super().__call__(text)
+
+
+def test_a_text_that_is_too_long_is_not_read_to_its_end():
+    text = "e\u0301" * 340_000
+    bodies = {
+        TEXT_URL: {"prompt": text},
+        CHAT_URL: {"messages": [{**MESSAGES[0], "content": text}]},
+    }
+    headers = {"Content-Type": "application/json"}
+    for url, body in bodies.items():
+        words = Watched()
+        with running(tokenizer=words) as server, server.client() as client:
+            data = json.dumps(body, ensure_ascii=False).encode()
+            response = client.post(url, content=data, headers=headers)
+        assert (response.status_code, response.json()["error"]["message"]) == (
+            400,
+            f"This model's maximum context length is {CONTEXT} tokens, but the prompt has more "
+            f"than {CONTEXT} tokens: shorten it",
+        )
+        assert sum(words.lengths) <= 4 * (CONTEXT + 64)
+    words.width = 40  # long tokens fit as short ones do
+    with running(tokenizer=words) as server, server.client() as client:
+        for length, fits in ((40 * CONTEXT - 40, CONTEXT - 1), (41 * CONTEXT, None)):
+            found = client.post(TEXT_URL, json={"prompt": "x" * length, "max_tokens": 1}).json()
+            assert found.get("usage", {}).get("prompt_tokens") == fits
+
+
+def test_long_bodies_are_read_one_at_a_time_beside_everything_else():
+    words = Watched()
+    words.free.clear()
+    with running(FakeEngine(), words) as server:
+        posts = [server.beside(TEXT_URL, prompt="x" * 20_000) for _ in range(12)]
+        try:
+            until(lambda: server.gauge("http_requests") == 12)
+            until(lambda: words.inside == 1)
+            with server.client() as client:
+                for path in ("/healthz", "/api/runs", "/v1/models"):
+                    assert client.get(path).status_code == 200
+            assert not any(post.done() for post in posts)
+        finally:
+            words.free.set()
+        assert [post.result(20).status_code for post in posts] == [400] * 12
+    assert words.most == 1
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running(max_body_kib=512, max_tokens=8) as found:
+        yield found
+
+
+@pytest.mark.contract("server never answers 5xx to malformed input")
+@pytest.mark.parametrize("way", ["by hand", "from the description"])
+def test_malformed_requests_never_make_it_fail_or_hang(server, caplog, way):
+    """The benchmark has a thousand of them."""
+    began = time.monotonic()
+    if way == "by hand":
+        outcomes, least = list(malformed.hand_written(server.url)), 251
+    else:
+        outcomes, least = malformed.from_schema(server.url, 90), 81
+        assert {one.what.split(" ")[1] for one in outcomes} >= set(malformed.POSTS)
+    found = malformed.summary(outcomes)
+    assert found["bad"] == [] and found["requests"] >= least
+    assert way != "by hand" or found["statuses"]["400"] > 200
+    assert time.monotonic() - began < 120
+    assert not [record for record in caplog.records if record.name == "dart_llm.serve"]

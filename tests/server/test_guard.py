@@ -1,0 +1,320 @@
+"""Who may ask, and how much: hosts, origins, keys, bodies, connections, and every answer's head."""
+
+import contextlib
+import json
+import re
+import select
+import socket
+import time
+
+import pytest
+
+from dart_llm.errors import ConfigError
+from dart_llm.server import run as server_run
+from dart_llm.server import security
+from dart_llm.server.run import bind, link
+from dart_llm.server.settings import ServeSettings
+from dart_llm.settings import merge
+from engine_cases import tokenizer
+from serve_cases import (
+    CHAT,
+    CHAT_URL,
+    KEYS,
+    FakeEngine,
+    bearer,
+    request_bytes,
+    running,
+    running_model,
+    until,
+)
+from tiny import tiny, tokens
+
+BOTH = ",".join(KEYS)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running(max_body_kib=4) as found:
+        yield found
+
+
+def code(response):
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return str(error["code"])
+
+
+def test_every_answer_is_guarded(server):
+    with server.client() as client:
+        for path in ("/", "/nix", "/v1/models", "/metrics"):
+            found = client.get(path, headers={"Origin": server.url}).headers
+            policy = found["content-security-policy"]
+            assert "default-src 'none'" in policy and "script-src 'self'" in policy
+            assert "unsafe" not in policy and "*" not in policy
+            assert found["x-content-type-options"] == "nosniff"
+            assert found["referrer-policy"] == "no-referrer"
+            assert found["x-request-id"].startswith("req_")
+            assert "server" not in found
+            assert not [name for name in found if name.lower().startswith("access-control")]
+
+
+OWN = ("localhost", "127.0.0.1", "LOCALHOST:99", "[::1]:8000", "localhost.", "localhost.:8000")
+FOREIGN = (
+    *("evil.example", "localhost.evil.example", "127.0.0.1.nip.io", "", "127.0.0.1:8111@evil.com"),
+    *("evil.com@127.0.0.1", "[::1]evil.com", "localhost:80:evil", "localhost:", "localhost.."),
+    *("localhost/x", "localhost evil", "[::1"),
+)
+
+
+def test_the_server_answers_to_its_own_names_alone(server):
+    """DNS rebinding: a page of another name, whose address is ours, has that name as Host."""
+    with server.client() as client:
+        for host in OWN:
+            assert client.get("/healthz", headers={"Host": host}).status_code == 200, host
+        for host in FOREIGN:
+            refused = client.get("/healthz", headers={"Host": host})
+            assert (refused.status_code, code(refused)) == (403, "host_not_allowed"), host
+    with running(allow_host="dart.example, other") as added, added.client() as client:
+        for host, status in (("DART.example:80", 200), ("localhost", 200), ("evil", 403)):
+            assert client.get("/healthz", headers={"Host": host}).status_code == status
+
+
+def test_pages_of_other_sites_are_refused(server):
+    with server.client() as client:
+        for headers in (
+            {"Origin": "https://evil.example"},
+            {"Origin": "null"},
+            {"Origin": "http://localhost:1"},
+            {"Sec-Fetch-Site": "cross-site"},
+            {"Sec-Fetch-Site": "same-site"},
+        ):
+            refused = client.post(CHAT_URL, json=CHAT, headers=headers)
+            assert (refused.status_code, code(refused)) == (403, "origin_not_allowed"), headers
+            assert client.get("/api/events", headers=headers).status_code == 403
+        preflight = client.options(CHAT_URL, headers={"Origin": "https://evil.example"})
+        link = client.get("/", headers={"Sec-Fetch-Site": "cross-site"})
+        for kind in ("text/plain", "application/x-www-form-urlencoded", ""):  # what forms can send
+            headers = {"Content-Type": kind}
+            form = client.post(CHAT_URL, content=json.dumps(CHAT), headers=headers)
+            assert form.status_code == 415
+    assert (preflight.status_code, link.status_code) == (403, 200)
+    assert not server.engine.asked
+
+
+def test_keys(monkeypatch):
+    """Every key is compared, by ``compare_digest``, and digests of one length are."""
+    compared = []
+
+    def compare(one, other):
+        compared.append((one, other))
+        return one == other
+
+    monkeypatch.setattr(security.hmac, "compare_digest", compare)
+    wrong = ["", f"Bearer {KEYS[0]}x", "Bearer", KEYS[0], f"Basic {KEYS[0]}", f"Bearer {BOTH}"]
+    paths = ("/v1/models", "/metrics", "/api/runs", "/api/events", "/openapi.json", "/x")
+    with running(api_key=BOTH) as locked, locked.client() as client:
+        for path in ("/", "/healthz"):
+            assert client.get(path).status_code == 200
+        assert "model" not in client.get("/healthz").json()
+        for given in wrong:
+            for path in paths:
+                refused = client.get(path, headers={"Authorization": given})
+                assert (refused.status_code, code(refused)) == (401, "invalid_api_key")
+                assert refused.headers["www-authenticate"] == "Bearer"
+        compared.clear()
+        body = {**CHAT, "dart": {"conversation": "c"}}
+        for number in (0, 1):
+            assert client.post(CHAT_URL, json=body, headers=bearer(number)).status_code == 200
+    assert [len(part) for pair in compared for part in pair] == [32] * 8
+    first, second = (ask.conversation for ask in locked.engine.asked)  # each key is a client
+    assert first != second and not any(key in f"{first}{second}" for key in KEYS)
+
+
+def test_large_bodies_are_refused(server):
+    def sized(size):
+        body = json.dumps({**CHAT, "user": ""}).encode()
+        return body + b" " * (size - len(body))
+
+    def chunks(size):
+        for start in range(0, size, 1024):
+            yield sized(size)[start : start + 1024]
+
+    headers = {"Content-Type": "application/json"}
+    with server.client() as client:
+        for content in (sized, chunks):  # with its length announced, and without
+            assert client.post(CHAT_URL, content=content(4096), headers=headers).status_code == 200
+            refused = client.post(CHAT_URL, content=content(4097), headers=headers)
+            assert (refused.status_code, code(refused)) == (413, "request_too_large")
+            assert "larger than 4096 bytes" in refused.text
+    with server.connect() as connection:  # one without an end
+        head = request_bytes({}).partition(b"Content-Length")[0]
+        connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
+        for _ in range(5):
+            connection.sendall(b"400\r\n" + b"x" * 1024 + b"\r\n")
+        answer = connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 413") and b"connection: close" in answer.lower()
+
+
+@pytest.mark.parametrize("pieces", [0, 40])
+def test_a_slow_body_is_given_up(monkeypatch, pieces):
+    """Also one that goes on arriving, a byte at a time."""
+    monkeypatch.setattr(security, "BODY_SECONDS", 0.2)
+    with running() as server, server.connect() as connection:
+        connection.sendall(request_bytes({"prompt": "x" * 99})[:-100])
+        with contextlib.suppress(ConnectionError):  # it is closed while we write
+            for _ in range(pieces):
+                connection.sendall(b" ")
+                if select.select([connection], [], [], 0.05)[0]:
+                    break
+        assert connection.recv(65536).startswith(b"HTTP/1.1 408")
+
+
+def test_a_silent_connection_is_closed(monkeypatch):
+    monkeypatch.setattr(server_run, "TICKS", 1)
+    monkeypatch.setattr(server_run, "SILENT_CHECKS", 3)
+    with running(FakeEngine(pause=0.3)) as server, contextlib.ExitStack() as stack:
+        silent, half, used = (stack.enter_context(server.connect()) for _ in range(3))
+        half.sendall(b"GET /healthz HTTP/1.1\r\nHost: local")
+        used.sendall(request_bytes({**CHAT, "max_tokens": 3}))
+        assert silent.recv(1) == half.recv(1) == b""
+        assert used.recv(100).startswith(b"HTTP/1.1 200")  # it took longer, and was waited for
+
+
+@pytest.mark.parametrize("keys", [(), KEYS])
+def test_a_flood_of_unfinished_bodies(monkeypatch, keys):
+    """Who asks whether the server lives gets an answer, and so does another key."""
+    monkeypatch.setattr(security, "AT_ONCE", 20)
+    half = request_bytes({"prompt": "x"})[:-5]
+    half = half.replace(b"Content-T", f"Authorization: Bearer {KEYS[0]}\r\nContent-T".encode(), 1)
+    settings = {"api_key": ",".join(keys)} if keys else {}
+    with running(**settings) as server, server.client() as client, contextlib.ExitStack() as stack:
+        for _ in range(20):
+            stack.enter_context(server.connect()).sendall(half)
+        until(lambda: server.gauge("http_requests") >= 15)
+        assert [client.get("/healthz").status_code for _ in range(3)] == [200] * 3
+        own = client.post(CHAT_URL, json=CHAT, headers=bearer(0))
+        assert (own.status_code, code(own)) == (429, "rate_limit_exceeded")
+        if keys:
+            assert client.post(CHAT_URL, json=CHAT, headers=bearer(1)).status_code == 200
+
+
+def test_other_methods_and_addresses(server):
+    with server.client() as client:
+        for path in ("/v2", "/static/../app.py", "/static/%2e%2e/app.py", "/docs"):
+            assert (client.get(path).status_code, code(client.get(path))) == (404, "not_found")
+        for method in ("POST", "GET"):
+            elsewhere = client.request(method, "/v1/responses", json={"input": "hi"})
+            assert code(elsewhere) == "not_found" and "use /v1/chat/completions" in elsewhere.text
+        for method, path, allow in (
+            ("GET", CHAT_URL, "POST"),
+            ("DELETE", "/v1/models", "GET"),
+            ("PUT", "/api/events", "GET, POST"),
+            ("HEAD", "/api/events", "GET, POST"),
+        ):
+            response = client.request(method, path)
+            assert (response.status_code, response.headers["allow"]) == (405, allow)
+        for path in ("/", "/v1/models", "/static/main.js", "/nix"):  # HEAD is GET without a body
+            got, head = client.get(path), client.head(path)
+            assert head.status_code == got.status_code and head.content == b""
+            for name in ("content-type", "content-length", "content-security-policy"):
+                assert head.headers[name] == got.headers[name]
+
+
+def test_a_head_has_at_most_64_kib(server):
+    """Also where it comes in pieces."""
+    for size, status in ((60_000, b"200"), (66_000, b"400")):
+        for first in (0, 30_000):
+            with server.connect() as connection:
+                data = (
+                    b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * size + b"\r\n\r\n"
+                )
+                connection.sendall(data[:first])
+                time.sleep(0.05)
+                connection.sendall(data[first:])
+                assert connection.recv(100).split(b" ")[1] == status
+
+
+def rest(connection):
+    return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_ended_the_own_side_gets_the_answer(stream):
+    engine = FakeEngine(pause=0.1)
+    with running(engine) as server, server.connect() as connection:
+        connection.sendall(request_bytes({**CHAT, "stream": stream}))
+        connection.shutdown(socket.SHUT_WR)
+        found = rest(connection)
+        with server.connect() as half:  # and half a body is no request
+            half.sendall(request_bytes(CHAT)[:-3])
+            half.shutdown(socket.SHUT_WR)
+            assert rest(half) == b""
+    while found.startswith(b"HTTP/1.1 100 "):
+        found = found.partition(b"\r\n\r\n")[2]
+    head, _, body = found.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200") and engine.cancelled_at == []
+    if stream:
+        assert b"[DONE]" in body and body.endswith(b"\r\n0\r\n\r\n")
+    else:
+        assert json.loads(body)["choices"][0]["message"]["content"] == "w0 w1 w2 w3 "
+
+
+WRONG = [
+    ({"host": "0.0.0.0"}, "give --api-key too"),
+    ({"host": "::"}, "give --api-key too"),
+    ({"host": "example.org"}, "give --api-key too"),
+    ({"api_key": "short"}, "8 or more plain characters"),
+    ({"api_key": "a-good-long-key,\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9"}, "plain"),
+    ({"port": 65536}, "at most 65535"),
+    ({"grace": float("inf")}, "--grace inf must be a finite number"),
+    ({"methods": "dart,nix"}, "unknown method 'nix'"),
+]
+
+
+def test_settings():
+    for given, said in WRONG:
+        with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+            ServeSettings.model_validate(given)
+        assert "a-good" not in str(caught.value)
+    for key in (1234567890123, ["a-secret-key"]):  # YAML reads a key of digits as a number
+        with pytest.raises(ConfigError, match=r"^api_key: input should be a valid string$"):
+            merge(ServeSettings, {"api_key": key})
+    given = ServeSettings(host="0.0.0.0", api_key=f" {KEYS[0]} , {KEYS[1]} ")
+    assert (given.keys, given.hosts) == (KEYS, None)
+    assert ServeSettings(host="127.8.9.1").is_loopback
+    assert "[::1]" in (ServeSettings(host="::1").hosts or ())
+    with contextlib.closing(bind("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        for host, shown in (("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("localhost", "localhost")):
+            settings = ServeSettings(host=host, api_key=KEYS[0])
+            assert link(settings, listening) == f"http://{shown}:{port}/"
+
+
+def test_past_runs_are_not_for_several_keys(tmp_path):
+    for settings, status in (
+        ({}, 200),
+        ({"api_key": KEYS[0]}, 200),
+        ({"api_key": BOTH}, 403),
+        ({"api_key": BOTH, "share_runs": True}, 200),
+    ):
+        with running(results_dir=str(tmp_path), **settings) as server, server.client() as client:
+            found = client.get("/api/runs", headers=bearer(0))
+            one = client.get("/api/runs/x", headers=bearer(0))
+        assert found.status_code == status
+        assert status == 200 or code(found) == code(one) == "runs_not_shared"
+
+
+def test_conversations_of_one_key_do_not_drop_anothers():
+    ids = tokens(1, 17)[0].tolist()
+    settings = {"api_key": BOTH, "method": "griffin"}
+    with running_model(tiny(), tokenizer(), **settings) as server, server.client() as client:
+
+        def cached(number, name, prompt):
+            body = {"prompt": prompt, "max_tokens": 3, "dart": {"conversation": name}}
+            found = client.post("/v1/completions", json=body, headers=bearer(number)).json()
+            return int(found["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+        assert cached(0, "mine", ids) == 0
+        for number in range(6):
+            cached(1, f"theirs {number}", ids)
+        assert cached(0, "mine", [*ids, 5, 6, 7]) >= len(ids)
