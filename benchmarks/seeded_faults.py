@@ -1,7 +1,7 @@
 """Which tests notice a fault: small faults are put into the program, one at a time.
 
     python benchmarks/seeded_faults.py --only causality     # faults whose name holds the word
-    python benchmarks/seeded_faults.py --out benchmarks/results/seeded-faults.json
+    python benchmarks/seeded_faults.py --out benchmarks/faults/tally.json
     python benchmarks/seeded_faults.py --before REVISION    # the suite of an earlier revision
 
 ``benchmarks/faults/*.yaml`` lists the faults: in which file of the package which text (it stands
