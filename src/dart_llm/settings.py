@@ -26,7 +26,13 @@ from pydantic import (
 from dart_llm.errors import ConfigError
 from dart_llm.files import read_yaml
 from dart_llm.models.capture_spec import PANEL, Wanted, parse_layers, parse_tensors, parse_tokens
-from dart_llm.pruning.config import PruneConfig, check_sparsity, first_problem, unknown_key
+from dart_llm.pruning.config import (
+    BOUNDS,
+    PruneConfig,
+    check_sparsity,
+    first_problem,
+    unknown_key,
+)
 from dart_llm.pruning.layer_table import parse_layer_spec, read_table
 from dart_llm.pruning.registry import METHODS, SCORES
 
@@ -83,13 +89,10 @@ def setting(panel: str, text: str, default: Any = None, **bounds: Any) -> Any:
     return Field(default, description=text, json_schema_extra={"panel": panel}, **bounds)
 
 
-_BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
-
-
 def _problem_text(error: ValidationError) -> str:
     """The first problem; a number out of bounds is named as the flag that sets it."""
     problem = error.errors()[0]
-    for bound, words in _BOUNDS.items():
+    for bound, words in BOUNDS.items():
         if bound in problem.get("ctx", {}):
             value, limit = problem["input"], problem["ctx"][bound]
             return f"{_flag(str(problem['loc'][0]))} {value} must be {words} {limit}"

@@ -202,14 +202,15 @@ SECRET = ("api_key",)
 """Settings whose value no message shows."""
 
 
-_BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+"""What pydantic calls the bounds of a field, in words."""
 
 
 def first_problem(error: ValidationError) -> str:
     """The first validation problem as one sentence."""
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"])
-    for bound, words in _BOUNDS.items():
+    for bound, words in BOUNDS.items():
         if bound in problem.get("ctx", {}):
             return f"{where} {problem['input']} must be {words} {problem['ctx'][bound]:g}"
     shown = "" if where in SECRET else f" = {problem['input']!r}"

@@ -68,12 +68,18 @@ def reference_line(
             axes.axhline(y, label=name, **look)
 
 
+def _labelled(drawn: Iterable[Axes]) -> dict[str, Any]:
+    """The handle of every label, each once, in the order in which they are met."""
+    found: dict[str, Any] = {}
+    for axes in drawn:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    return found
+
+
 def legend(axes: Axes, columns: int, others: Sequence[Axes] = ()) -> None:
     """A legend above the axes, on the left, of what has a label in them or in ``others``."""
-    found: dict[str, Any] = {}
-    for one in (axes, *others):
-        for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
+    found = _labelled((axes, *others))
     if found:
         axes.legend(
             list(found.values()),
@@ -225,10 +231,7 @@ def log_scale(axes: Axes, low: float, high: float) -> None:
 
 def key(above: Axes, drawn: Sequence[Axes], columns: int) -> None:
     """One legend for all panels, above them."""
-    found: dict[str, Any] = {}
-    for axes in drawn:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
+    found = _labelled(drawn)
     above.legend(
         list(found.values()),
         list(found),

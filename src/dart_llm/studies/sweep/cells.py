@@ -7,7 +7,6 @@ was interrupted.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dart_llm.cache import sync
 from dart_llm.errors import ResultsError
 from dart_llm.experiments.cell import Cell
 from dart_llm.experiments.provenance import origin, versions
@@ -201,11 +201,11 @@ def write_cell(cells: Path, key: str, files: Mapping[str, bytes]) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        _sync(partial)
+        sync(partial)
         if place.exists():  # it failed before
             place.rename(old)
         partial.rename(place)
-        _sync(cells)
+        sync(cells)
     except OSError as error:
         raise ResultsError(f"cannot write {place}: {error.strerror or error}") from None
     shutil.rmtree(old, ignore_errors=True)
@@ -250,13 +250,3 @@ def _csv_row(row: Mapping[str, Any]) -> list[Any]:
     known = {**cell, "key": row["key"], "status": row["status"], "metric": metric}
     known["value"] = (measured.get("metrics") or {}).get(metric)
     return [*map(known.get, _COLUMNS), *map(accounting.get, _ACCOUNTING)]
-
-
-def _sync(folder: Path) -> None:
-    """Make renames in ``folder`` last; a system that cannot sync folders does without."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
