@@ -58,7 +58,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "inspect": ("inspect", "--passage", "01", "--json", *SMALL[:2]),
     "bench-quality": (
         *("bench", "quality", "--methods", "griffin,dart", "--sparsities", "0.5"),
-        *("--slices", "1", "--json", *SMALL[:2]),
+        *("--slices", "2", "--json", *SMALL[:2]),
     ),
     "bench-speed": (
         *("bench", "speed", "--methods", "griffin", "--sparsities", "0.5", "--repeats", "1"),

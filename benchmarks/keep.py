@@ -19,7 +19,7 @@ from typing import Any
 
 from common import RESULTS, command, read, save
 
-from dart_llm.evaluation.task_names import short
+from dart_llm.evaluation.tasks import short
 from dart_llm.experiments import comparison, comparison_report
 from dart_llm.files import write_json, write_lines
 from dart_llm.studies.drift.summary import losses

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
@@ -46,27 +45,6 @@ def test_damage_is_noticed_said_and_mended(tmp_path, damage, caplog):
     assert kept.write(tmp_path, kept.key_of("this"), ".bin", DATA) == path
     assert kept.read(tmp_path, kept.key_of("this"), ".bin") == DATA
     assert len(caplog.records) == 1
-
-
-def test_a_file_that_may_not_be_read(tmp_path, monkeypatch, caplog):
-    path = kept.write(tmp_path, "key", ".bin", DATA)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", mock.Mock(side_effect=PermissionError))
-        assert kept.read(tmp_path, "key", ".bin") is None
-    assert len(caplog.records) == 1
-    kept.write(tmp_path, "key", ".bin", DATA)
-    assert kept.find(tmp_path, "key", ".bin") == path
-
-
-def test_what_stands_in_the_way_of_a_whole_file(tmp_path):
-    """A folder at its place; a damaged one beside it, as two processes may have left them."""
-    first = kept.write(tmp_path, "key", ".bin", DATA)
-    DAMAGES["folder"](first)
-    assert kept.write(tmp_path, "key", ".bin", DATA) == first and first.read_bytes() == DATA
-    second = kept.write(tmp_path, "key", ".bin", DATA[1:])
-    DAMAGES["flip"](min(first, second))
-    assert kept.find(tmp_path, "key", ".bin") == max(first, second)
 
 
 def test_what_killed_writers_left_is_removed_after_a_day(tmp_path):

@@ -32,13 +32,6 @@ def test_the_face_of_the_package():
         dart_llm.prunes  # noqa: B018
 
 
-def test_errors_are_one_tree():
-    faces = [getattr(dart_llm, name) for name in dart_llm.__all__ if name[0].isupper()]
-    errors = [face for face in faces if issubclass(face, Exception)]
-    assert len(errors) == 8 and all(issubclass(error, dart_llm.DartError) for error in errors)
-    assert issubclass(dart_llm.UnknownName, dart_llm.ConfigError)
-
-
 def imported_by(code):
     """Top-level modules that a fresh interpreter holds after ``code``."""
     script = f"{code}\nimport sys\nprint(*sorted({{m.split('.')[0] for m in sys.modules}}))"

@@ -18,7 +18,7 @@ Every exception that dart_llm raises on purpose.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 
@@ -45,6 +45,12 @@ class UnknownName(ConfigError):
         elif len(names) > self.LISTED:
             hint = f"none of the {len(names)} known ones is like it: correct the name"
         super().__init__(f"unknown {kind} {name!r}; {hint}")
+
+
+def check_name(kind: str, name: str | None, known: Collection[str]) -> None:
+    """Raise ``UnknownName`` unless ``name`` is one of ``known``, or None: not asked for."""
+    if name is not None and name not in known:
+        raise UnknownName(kind, name, known)
 
 
 class UnsupportedModel(DartError):

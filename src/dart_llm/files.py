@@ -1,4 +1,4 @@
-"""Files: whole or not at all; JSON, JSONL with errors that name the line, CSV, YAML."""
+"""Files: whole or not at all; JSON, JSONL with errors that name the line, CSV, YAML, tensors."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from dart_llm.errors import ConfigError, ResultsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def size_text(count: int) -> str:
@@ -177,3 +180,37 @@ def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) 
     writer.writerow(header)
     writer.writerows([["" if cell is None else cell for cell in row] for row in rows])
     write_text(path, buffer.getvalue())
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, whole; equal contents give equal bytes."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        partial.unlink(missing_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode & 0o777  # safetensors writes 0600
+        save_file(dict(tensors), partial, None if metadata is None else dict(metadata))
+        partial.chmod(mode)
+        _sort_header(partial)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise ResultsError(f"cannot write {path}: {error}") from None
+
+
+def _sort_header(path: Path) -> None:
+    """Metadata in alphabetical order: safetensors writes it in a new order each time."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        data = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(data) <= size:
+            file.seek(8)
+            file.write(data.ljust(size))

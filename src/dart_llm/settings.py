@@ -43,6 +43,9 @@ class Settings(BaseModel):
     COMMAS: ClassVar[tuple[str, ...]] = ()
     """Texts with commas, which a YAML file may hold as lists."""
 
+    UNUSED: ClassVar[tuple[str, ...]] = ()
+    """Fields of a base class that the command has no use for: they are no flags of it."""
+
     _notes: tuple[str, ...] = PrivateAttr(())
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())

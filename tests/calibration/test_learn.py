@@ -8,15 +8,13 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from accelerate_cases import dispatched, on_the_host
+from accelerate_cases import on_the_host
 from damage import DAMAGES, TENSOR_DAMAGES
 from dart_llm import cache as kept
 from dart_llm.calibration.calibrate import observing
 from dart_llm.calibration.learn import BASIS, CURVATURE, REACH, SCORE, wanted
 from dart_llm.errors import AttachError, ConfigError, DartError
-from dart_llm.pruning import weights
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.pruning.registry import SCORES
 from dart_llm.session.run import prune
 from prior_cases import (
     ALL,
@@ -31,17 +29,15 @@ from prior_cases import (
     learnt,
     tensors,
 )
-from steps import CACHE, Same, decode, forward_lengths, new_cache, same_masks, step
-from tiny import LAYERS, tiny, tokens
+from steps import CACHE, Same, decode, forward_lengths, new_cache, same_masks
+from tiny import tiny, tokens
 
 IDS = tokens(1, 30, seed=3)
-PLAIN = CONFIG.replace({"budget": "uniform", "compensation": False, "compensation_rank": 0})
 GRIFFIN = PruneConfig.build("griffin", sparsity=0.5)
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """An empty cache, which ``prune`` finds too."""
     monkeypatch.setenv("DART_CACHE", str(tmp_path))
     return tmp_path
 
@@ -61,8 +57,7 @@ def test_a_model_learns_once(cache):
     model, other, anew = tiny(), tiny(), tiny()
     assert lengths(model) == ALL and lengths(model) == []
     assert len(files(cache)) == PARTS
-    assert {path.suffix for path in files(cache)} == {".safetensors"}
-    # the disk gives the same to another object: to the bit, for kernels round by the layout too
+    # the disk gives the same to another object, to the bit
     first = tensors(learnt(model, cache))
     assert lengths(other) == [] and equal(tensors(learnt(other, cache)), first)
     for path in files(cache):
@@ -73,7 +68,6 @@ def test_a_model_learns_once(cache):
         with prune(one, CONFIG) as run:
             logits.append(decode(one, IDS, 20))
         assert equal(tensors(run.layers), first), "the text is seeded"
-        assert all(t.is_contiguous() and t.data_ptr() % 64 == 0 for t in tensors(run.layers))
     assert all(torch.equal(one, logits[0]) for one in logits)
 
 
@@ -87,9 +81,9 @@ def test_what_changes_the_text():
 
 
 def test_a_cache_that_cannot_be_written_is_said(tmp_path):
-    blocked, news, model = tmp_path / "file", list[str](), tiny()
+    blocked, news, model = tmp_path / "file", [], tiny()
     blocked.write_text("")
-    found = learnt(model, blocked, news=news)
+    learnt(model, blocked, news=news)
     assert news[:2] == [
         "learning gradients, features of compensation and mean activations from 2 x 24 tokens of "
         "the model's own text, once",
@@ -97,32 +91,13 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path):
     ]
     assert len(news) == 3
     assert news[2].startswith("what was learnt is not kept for the next time: the cache folder")
-    assert all(layer.learnt is not None for layer in found)
     assert forward_lengths(model, lambda: learnt(model, blocked)) == []
 
 
 def test_nothing_is_learnt_where_nothing_is_chosen(cache):
-    settings = [{"sparsity": 0.0}, {"budget": {"table": "all:1.0"}}]
-    settings += [{"masks": {0: range(20)}}, {"remove": {1: [3]}}, {"masks": {}}]
-    for one in settings:
+    for one in ({"sparsity": 0.0}, {"budget": {"table": "all:1.0"}}, {"masks": {0: range(20)}}):
         assert lengths(tiny(), CONFIG.replace({"sparsity": None}), **one) == [], one
-        assert files(cache) == []
-
-
-def test_masks_that_are_held_and_let_go():
-    """Masks held before the run is attached: it learns all the same, for when it chooses again."""
-    model = tiny()
-    with prune(model, CONFIG) as first:
-        step(model, IDS, new_cache(model))
-        held = first.select()
-    run = prune(model, CONFIG)
-    run.hold(held)
-    with run:
-        decode(model, IDS, 20)
-        assert run.report().remask_causes == {"given": 1}
-        run.hold(None)
-        decode(model, IDS, 20)
-    assert same_masks(list(run.masks().values()), masks_of(model))
+    assert files(cache) == []
 
 
 def test_what_each_configuration_reads(cache):
@@ -130,13 +105,10 @@ def test_what_each_configuration_reads(cache):
     sums = [SCORE, "signed", "features"]
     for changes, names in (
         ({}, [CURVATURE, BASIS, *sums]),
-        ({"score": "magnitude"}, [BASIS, *sums]),
         ({"score": "max"}, [REACH, BASIS, *sums]),
-        ({"score": "max", "compensation": False}, [REACH, SCORE]),
         ({"score": "weight", "compensation": False}, []),
         ({"budget": "global", "compensation_rank": 0}, [CURVATURE, SCORE, "signed", "squares"]),
         ({"prior": {"tokens": 0}}, [CURVATURE, BASIS]),
-        ({"sparsity": 0.7, "drift": "interval 5", "min_evidence": 3}, [CURVATURE, BASIS, *sums]),
     ):
         assert wanted(CONFIG.replace(changes), layers) == names, changes
     assert wanted(GRIFFIN, layers) == []
@@ -144,25 +116,8 @@ def test_what_each_configuration_reads(cache):
     assert wanted(token, layers) == [CURVATURE, SCORE, "signed"], "tokens choose by gradients"
     model = tiny()
     assert lengths(model, CONFIG.replace({"compensation_rank": 0})) == [*ONE_BY_ONE, 24]
-    # a variance has its means whatever was learnt before
-    for score, names in (("fisher", ["score"]), ("flap", ["score", "signed"])):
-        (first, *_) = learnt(model, cache, PLAIN.replace({"score": score}))
-        assert sorted(first.learnt.evidence.sums) == names and first.learnt.basis is None
     # the weights alone say how far a neuron reaches
     assert lengths(model, GRIFFIN, score="combined") == []
-
-
-def test_no_gradients_where_none_are_read(monkeypatch, cache):
-    """And the sums are those of the forward with gradients, to the bit."""
-    whole = learnt(tiny(dtype=torch.bfloat16), cache / "a")
-
-    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **more: pytest.fail("a gradient"))
-    for score in ("magnitude", "max"):
-        part = learnt(tiny(dtype=torch.bfloat16), cache / "b", CONFIG.replace({"score": score}))
-        for one, other in zip(whole, part, strict=True):
-            assert other.learnt.curvature is None
-            for name, known in one.learnt.evidence.sums.items():
-                assert torch.equal(known.total, other.learnt.evidence.sums[name].total)
 
 
 @pytest.mark.parametrize(
@@ -170,8 +125,6 @@ def test_no_gradients_where_none_are_read(monkeypatch, cache):
     [
         ({}, {"score": "magnitude", "sparsity": 0.8}, []),
         ({}, {"budget": "uniform", "drift": "interval 5", "min_evidence": 9}, []),
-        ({}, {"compensation": False, "compensation_rank": 0, "score": "max"}, []),
-        ({}, {"score": "normalized"}, [24]),  # another statistic
         ({}, {"budget": "global"}, [24]),  # one more sum
         ({}, {"compensation_rank": 4}, [24, 24]),  # another basis
         ({"score": "max"}, {}, [24]),  # the gradients
@@ -183,32 +136,8 @@ def test_configurations_share_what_they_can(first, second, forwards, cache):
     lengths(model, **first)
     assert lengths(model, **second) == forwards and lengths(other, **second) == []
     config = CONFIG.replace(second)
-    found, wanted = (
-        [*tensors(layers), *(t for one in layers for t in one.known_reach or ())]
-        for layers in (learnt(other, cache, config), learnt(alone, cache / "other", config))
-    )
-    assert equal(found, wanted)
-
-
-def test_the_reach_is_computed_once(monkeypatch):
-    """Once for all four scores and for every process, and the scores are what they were."""
-    model, counted = tiny(), Mock(side_effect=weights.reach_of)
-    monkeypatch.setattr("dart_llm.calibration.learn.reach_of", counted)
-    monkeypatch.setattr("dart_llm.pruning.weights.reach_of", counted)
-    for one in (model, tiny()):
-        for score in ("max", "mean", "combined", "product"):
-            with prune(one, GRIFFIN, score=score) as run:
-                decode(one, IDS, 20)
-    assert counted.call_count == LAYERS
-    a = torch.ones(run.layers[0].width)
-    for known, layer in zip(run.layers, layers_of(model), strict=True):
-        assert known.known_reach is not None
-        assert torch.equal(SCORES.get("product")(a, known), SCORES.get("product")(a, layer))
-
-
-def _scale(model):
-    for layer in model.model.layers:
-        layer.mlp.gate_proj.weight.data.mul_(torch.linspace(0.2, 3, 48)[:, None])
+    found, wanted = learnt(other, cache, config), learnt(alone, cache / "other", config)
+    assert equal(tensors(found), tensors(wanted))
 
 
 def _numpy(model):
@@ -222,9 +151,8 @@ def _act(model):
 
 
 CHANGES = [
-    *((_scale, "fisher"), (_numpy, "max"), (_act, "max")),
+    *((_numpy, "max"), (_act, "max")),
     (lambda model: setattr(model.model.norm, "variance_epsilon", 2.0), "fisher"),
-    (lambda model: model.load_state_dict(tiny(seed=4).state_dict()), "fisher"),
 ]
 
 
@@ -245,13 +173,10 @@ def test_changes_that_torch_does_not_count_are_noticed(change, score):
 
 
 @pytest.mark.parametrize(
-    "damage", [*DAMAGES.values(), *TENSOR_DAMAGES.values()], ids=[*DAMAGES, *TENSOR_DAMAGES]
+    "damage", [DAMAGES["flip"], *TENSOR_DAMAGES.values()], ids=["flip", *TENSOR_DAMAGES]
 )
 def test_damaged_files_are_learnt_anew(cache, damage, caplog):
-    """Whatever happened: the same masks, and a sentence for each file that was looked for.
-
-    The features are not: they belong to a basis that is not there.
-    """
+    """Features are not looked for: they belong to a basis that is not there."""
     config = CONFIG.replace({"score": "max"})
     first, whole = masks_of(tiny(), config), files(cache)
     assert len(whole) == 6
@@ -265,10 +190,7 @@ def test_damaged_files_are_learnt_anew(cache, damage, caplog):
 
 
 def test_one_damaged_part_is_learnt_alone(cache):
-    """The text is still known, and what comes out is the same to the bit.
-
-    Parts of two texts are never mixed: two machines that round otherwise write otherwise.
-    """
+    """Parts of two texts are never mixed: machines that round otherwise write another one."""
     first = tensors(learnt(tiny(), cache))
     (text,) = [one for one in files(cache) if b"learnt of a model: text" in one.read_bytes()]
     for path in set(files(cache)) - {text}:
@@ -284,26 +206,23 @@ def test_one_damaged_part_is_learnt_alone(cache):
     assert len(files(cache)) == 6 + 5
 
 
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_modes_of_the_caller(cache, mode):
-    """What is learnt, and what is read from the disk, serves later forwards of any mode."""
     wanted = tensors(learnt(tiny(), cache / "other"))
     for _ in range(2):  # learnt, then found on disk
         model = tiny()
         with mode(), prune(model, CONFIG) as run:
             decode(model, IDS, 20)
-            assert run.report().achieved_sparsity == pytest.approx(0.5)
         assert equal(tensors(run.layers), wanted)
         assert not any(t.is_inference() for t in tensors(run.layers))
         with torch.enable_grad(), prune(model, CONFIG, executor="masked"):
-            cache_of = new_cache(model)
-            model(IDS[:, :20], **{CACHE: cache_of})
-            model(IDS[:, 20:21], **{CACHE: cache_of}).logits.sum().backward()
+            read = model(IDS[:, :20], **{CACHE: new_cache(model)})
+            model(IDS[:, 20:21], **{CACHE: read[CACHE]}).logits.sum().backward()
         assert all(p.grad is not None for p in model.model.layers[0].mlp.parameters())
 
 
 @pytest.mark.contract("exact restore")
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
 def test_the_model_is_left_as_it_was(name):
     """Dropout neither draws from the user's random numbers nor enters what is learnt."""
     model, calm = tiny(name).train(), tiny(name)
@@ -330,18 +249,6 @@ def test_an_interrupted_lesson_leaves_its_text_alone(monkeypatch, cache):
         assert lengths(model) == [24, 24]
 
 
-def test_hooked_models_and_another_default_dtype():
-    wanted, model = masks_of(tiny()), tiny(seed=4)
-    assert same_masks(wanted, masks_of(dispatched(tiny(), None)))
-    try:
-        torch.set_default_dtype(torch.float64)
-        wanted = masks_of(model)
-        torch.set_default_dtype(torch.float32)
-        assert same_masks(wanted, masks_of(tiny(seed=4)))
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 def _inference():
     with torch.inference_mode():
         return tiny()
@@ -354,22 +261,14 @@ def _broken(where):
     return model
 
 
-def _offloaded():
-    return on_the_host(tiny(), None)
-
-
-UNWRITTEN = (
-    'method "mine" learns from its own text, which an offloaded model does not write: load it '
-    "whole, or use griffin"
-)
 BARE = PruneConfig(method="mine", sparsity=0.5, prior=SMALL)
 
 
 @pytest.mark.parametrize(
     ("make", "config", "error", "said"),
     [
-        (_offloaded, CONFIG, ConfigError, "layer 0 is offloaded"),
-        (_offloaded, BARE, ConfigError, UNWRITTEN),
+        (lambda: on_the_host(tiny(), None), CONFIG, ConfigError, "layer 0 is offloaded"),
+        (lambda: on_the_host(tiny(), None), BARE, ConfigError, "an offloaded model does not write"),
         (_inference, CONFIG, ConfigError, "torch.inference_mode() have not: load"),
         (lambda: _broken("lm_head"), CONFIG, DartError, "not finite"),
         (lambda: _broken("model.layers.1.mlp.down_proj"), CONFIG, DartError, "not finite"),

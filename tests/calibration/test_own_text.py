@@ -44,8 +44,8 @@ def shares(found):
     return [float((found == token).float().mean()) for token in range(4)]
 
 
-def continued(model, first, rows, length, seed=0, **how):
-    ids, generator = torch.full((rows, 1), first), torch.Generator().manual_seed(seed)
+def continued(model, first, rows, length, **how):
+    ids, generator = torch.full((rows, 1), first), torch.Generator().manual_seed(0)
     return sample_continuations(model, ids, length, generator, lambda text: None, **how)
 
 
@@ -71,22 +71,17 @@ def test_tokens_come_with_their_chances():
         assert shares(found[:, 1:]) == pytest.approx(wanted, abs=0.02)
     sure = Fixed(0, 1, 0, 0, step=1)  # token t + 1 follows token t
     assert sample_sequences(sure, [2], 2, 6, 0).tolist() == [[2, 3, 0, 1, 2, 3]] * 2
-    assert bool((sample_sequences(Fixed(*UNEVEN), [3], 100, 3, 0)[:, 0] == 3).all())
     free = sample_sequences(sure, [], 4000, 3, 0)  # no start: any token
     assert shares(free[:, 0]) == pytest.approx([0.25] * 4, abs=0.03)
     assert torch.equal(free[:, 1], (free[:, 0] + 1) % 4)
 
 
 def test_no_global_random_number_is_drawn():
-    model, how = shared_model(), {"temperature": 0.8, "top_p": 0.9}
-    state = torch.get_rng_state()
-    first = continued(model, 1, 3, 8, 5, **how)
-    sequences = sample_sequences(model, [], 3, 8, 5)
+    state, news = torch.get_rng_state(), []
+    sequences = sample_sequences(shared_model(), [], 3, 8, 5)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(1)
-    assert torch.equal(continued(model, 1, 3, 8, 5, **how), first)
-    assert torch.equal(sample_sequences(model, [], 3, 8, 5), sequences)
-    news = list[str]()
+    assert torch.equal(sample_sequences(shared_model(), [], 3, 8, 5), sequences)
     sample_sequences(Fixed(*UNEVEN), [3], 1, 66, 0, news.append)
     assert news == [f"the model writes text to learn from: {n} of 66 tokens" for n in (32, 64)]
 
@@ -110,8 +105,6 @@ def test_models_that_write_nothing():
         model.logits[2] = value
         with pytest.raises(DartError, match="a logit of the model's own text is not finite"):
             sample_sequences(model, [3], 2, 4, 0)
-    model.logits[2] = -float("inf")  # a token that is never chosen
-    assert 2 not in sample_sequences(model, [3], 50, 4, 0)
     with pytest.raises(ConfigError, match="LlamaModel has no language-model head"):
         sample_sequences(shared_model().model, [1], 2, 4, 0)
 
@@ -138,9 +131,8 @@ def test_openings_are_cut_to_one_length_and_taken_in_turn():
         assert found.tolist() == [fits[row % len(fits)] for row in range(len(every) + 3)]
     for one, length in ((tiny(), 10), (model, 0), (model, sizes[-1] + 1)):
         assert opening_ids(one, 4, length) is None, "no tokenizer, none wanted, all too short"
-    for last, readable in ((VOCAB - 1, True), (VOCAB, False)):  # an id that the model has not
-        found = opening_ids(taught(lambda text, last=last: {"input_ids": [0, last]}), 1, 2)
-        assert (found is not None) == readable
+    unread = taught(lambda text: {"input_ids": [0, VOCAB]})  # an id that the model has not
+    assert opening_ids(unread, 1, 2) is None
 
 
 def test_a_tokenizer_is_read_from_where_the_model_came_from(tmp_path):

@@ -6,19 +6,15 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.table import Table
 
-from dart_llm.errors import ConfigError
 from dart_llm.reporting import console
 from dart_llm.reporting.console import Ui
-from dart_llm.studies.generate.settings import RunSettings, collect
 from drift_cases import TWO, draw_nothing, write_rows
 from lm_cases import call, place
-from serve_cases import report
 from tiny_gpt2 import write_gpt2
 
 
@@ -40,16 +36,10 @@ WRONG = [
     ("--total-prune-percent 0.5", ["did you mean 50"]),
     ("--sparsity 0.5 --total-prune-percent 50", ["not both"]),
     ("--method grifin", ["unknown method", "griffin"]),
-    ("--ranking-method magnitud", ["unknown score", "magnitude"]),
-    ("--budget dept", ["unknown budget", "depth"]),
-    ("--drift papr", ["unknown drift rule", "paper"]),
     ("--layer-topk 0:1000", ["write #1000"]),
-    ("--layer-topk 0:0", ["(0, 1]"]),
     ("--layer-topk all:0.5 --sparsity 0.5", ["drop the sparsity"]),
     ("--masking-step -1", ["masking_step -1 must be at least 0"]),
-    ("--masking-step 5 --release-step 5", ["release step 5"]),
     ("--save-activations --executor compact", ["--save-activations", "--executor masked"]),
-    ("--eval-mmlu --mmlu-datasets anatomi", ["'anatomi'", "did you mean anatomy"]),
     ("--eval-mmlu --mmlu-shots 6", ["--mmlu-shots 6 must be 0 to 5"]),
     ("--prompt-type mmlu", ["--prompt-subject"]),
     ("--experiment-name ../x", ["../x leaves the results folder"]),
@@ -58,7 +48,6 @@ WRONG = [
     ("--prompt-file nowhere.txt", ["there is no prompt file nowhere.txt", "or --prompt TEXT"]),
     ("--masks nowhere.safetensors", ["nowhere.safetensors"]),
     ("--config nowhere.yaml", ["nowhere.yaml"]),
-    ("--perplexity --ppl-datasets wikitxt", ["wikitxt", "wikitext2"]),
 ]
 
 
@@ -102,10 +91,8 @@ def test_run_writes_everything_and_prints_one_json_document(gpt2, tmp_path):
     rows = done.json["perplexity"][0]["rows"]
     assert [row["method"] for row in rows] == ["dense", "griffin"] and rows[1]["perplexity"] > 1
     assert rows[1]["accounting"]["decoded_tokens"] == 64 * done.json["perplexity"][0]["slices"]
-    names = "generation.jsonl timing.json perplexity.json masks.json drift.csv masks.safetensors "
-    names += f"report.html output_{folder.name}.log timing_{folder.name}.log"
-    found = {path.name for path in folder.iterdir()}
-    assert set(names.split()) <= found and "parts.jsonl" not in found
+    names = "generation.jsonl perplexity.json masks.json drift.csv masks.safetensors report.html"
+    assert set(names.split()) <= {path.name for path in folder.iterdir()}
     again = [*asked, "--generation", "4"]
     table = call(*again, "--layer-topk", "@table.txt").json["generation"][1]["accounting"]
     for one in (table, accounting):
@@ -121,26 +108,6 @@ def test_run_writes_everything_and_prints_one_json_document(gpt2, tmp_path):
     assert done.code == 2 and "1100 tokens" in done.err and "--prompt-length 1020" in done.err
     cut = call(*long, "--prompt-length", "1020", "--json")
     assert cut.json["generation"][1]["accounting"]["prompt_tokens"] == 1020
-
-
-def test_settings_come_from_defaults_a_file_the_environment_and_flags(tmp_path):
-    path = tmp_path / "s.yaml"
-    path.write_text("sparsity: 0.1\nmasking-step: 2\nseed: 3\n", encoding="utf-8")
-    environment = {"DART_SPARSITY": "0.2", "DART_SEED": "4", "SEED": "9", "DEVICE": "cuda"}
-    settings = collect({"seed": 5, "method": None}, path, environment)
-    assert (settings.masking_step, settings.sparsity, settings.seed) == (2, 0.2, 5)
-    assert (settings.device, settings.method) == (None, "dart")
-    assert collect({}, None, {"DART_PPL_MAX_SAMPLES": "all"}).ppl_max_samples is None
-    path.write_text("sparsty: 0.1\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match='did you mean "sparsity"'):
-        collect({}, path, {})
-    for method, knowledge, rule in (
-        ("published", True, "published"),
-        ("griffin", True, "paper"),
-        ("dart", False, "never"),
-    ):
-        given = RunSettings(method=method, knowledge_drift=knowledge)
-        assert given.prune_config().drift.rule == rule
 
 
 def test_methods_and_doctor_speak_json(monkeypatch):
@@ -166,19 +133,17 @@ def test_drift_tells_one_document(tmp_path, monkeypatch):
     assert done.json["rows"][1]["achieved_sparsity"] == pytest.approx(0.25, abs=0.01)
     assert Path(done.json["folder"]).parent.name == "drift-forced-model"
 
-    (tmp_path / "s.yaml").write_text("methods: drat\n", encoding="utf-8")
-    done = call(*asked, "--config", "s.yaml")
-    assert (done.code, done.err) == (2, "UnknownName: unknown method 'drat'; did you mean dart?\n")
-
 
 def test_what_the_terminal_and_a_log_say(monkeypatch):
-    clock, out = iter([0.0, 5.0, 25.0, 25.0, 30.0, 50.0]), Ui()
+    clock, out = iter([0.0, 20.0, 25.0, 30.0, 50.0]), Ui()
     with monkeypatch.context() as patch:
         patch.setattr(console.time, "monotonic", lambda: next(clock))
         with out.progress("slices", 10) as advance:
-            for count in (1, 2, 3, 4):
+            for count in (0, 3, 3, 4):
                 advance(count)
-    assert out.log == ["slices: 3 of 10, about 58 s left"]  # after 25 s; the end speaks for itself
+    assert out.log == [
+        "slices: 3 of 10, about 58 s left"
+    ]  # none at 20 s; the end speaks for itself
     table = Table(title="model[v2].gguf")
     table.add_column("variant [a]")
     table.add_row("griffin [/b]")  # rich's markup, which ends nothing
@@ -187,21 +152,6 @@ def test_what_the_terminal_and_a_log_say(monkeypatch):
     out.table(table)
     for text in (found.get(), *out.log[1:]):
         assert all(name in text for name in ("model[v2].gguf", "variant [a]", "griffin [/b]"))
-    out.live = True
-    with out.status("loading a[/b]") as news, out.progress("c[/d]", 1):
-        news("still a[/b]")
-    line = (
-        "griffin: 40.0% of the FFN neurons removed of 50% asked, mean over 9 decoded tokens "
-        "(20.0% of them dense; 50.0% while pruned), 1 re-mask, masked executor, 0.60 of the dense "
-        "FFN bytes (0.21 of it low-bit copies), 1.5 MiB held"
-    )
-    facts = {"achieved_sparsity": 0.4, "dense_token_share": 0.2, "ffn_bytes_share": 0.6}
-    more = {"proxy_bytes_share": 0.21, "extra_memory_bytes": 3 * 2**19, "remasks": 1}
-    made = replace(report("griffin", 0.5, 9), **facts, **more)
-    assert str(made) == line
-
-
-# real processes
 
 
 def start(*arguments, **options):

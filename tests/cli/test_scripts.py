@@ -1,4 +1,7 @@
-"""The two shell scripts: variables, flags and exit codes, against a recording ``dart-llm``."""
+"""The two shell scripts: variables, flags and exit codes, against a recording ``dart-llm``.
+
+Of passages, prompts or methods run_knowledge_drift.sh makes a study of drift.
+"""
 
 import re
 import shlex
@@ -7,6 +10,7 @@ import subprocess
 
 import pytest
 
+from dart_llm.studies.drift.settings import collect as collect_drift
 from dart_llm.studies.generate.settings import RunSettings, collect
 from shells import DRIFT, EXPERIMENT, ROOT, SCRIPTS, VARIABLES, make_desk
 
@@ -106,10 +110,7 @@ def test_defaults(desk, script, tokens, drift):
     before = desk.recorded()
     assert desk.run(script, **dict.fromkeys(VARIABLES, "")).returncode == 0
     assert desk.recorded() == before  # an empty variable is one that is not given
-    assert desk.run(script, MMLU_DATASETS="  ", PPL_SUBJECTS=" ").returncode == 0
-    assert not any(part.startswith(("--mmlu-d", "--ppl-subj")) for part in desk.recorded())
-    for code in (2, 130):
-        assert desk.run(script, STUB_EXIT=str(code)).returncode == code
+    assert desk.run(script, STUB_EXIT="130").returncode == 130
     more = ["--fresh", "--generation", "5", "--prompt", "a  'b'"]  # arguments follow, and win
     assert desk.run(script, *more).returncode == 0
     assert desk.recorded()[-5:] == more and desk.settings().generation == 5
@@ -143,11 +144,6 @@ def test_values_arrive_as_they_are(desk):
         assert desk.run(DRIFT, KNOWLEDGE_DRIFT=word, EVAL_PERPLEXITY=word).returncode == 0
         given, value = desk.settings(), word.lower() in ("true", "1", "yes")
         assert given.knowledge_drift is value and given.eval_perplexity is value
-    path = desk.root / EXPERIMENT
-    line = "CUSTOM_PROMPT_TEXT='\"It\" costs $5, `not` {6}'\nset -euo"
-    path.write_text(path.read_text().replace("set -euo", line, 1))
-    assert desk.run(EXPERIMENT, CUSTOM_PROMPT_TEXT="other").returncode == 0
-    assert desk.settings().custom_prompt_text == '"It" costs $5, `not` {6}'
 
 
 TABLE = "# auto in a comment\n0:#3 # auto again\n1:0.5\n"
@@ -172,8 +168,6 @@ def test_the_default_total_steps_back_where_another_setting_says_the_amount(desk
     assert desk.settings().prune_config().sparsity == 0.3
     for variables in (
         {"LAYER_TOPK": "all:auto,0:0.9"},
-        {"LAYER_TOPK": "@auto.txt"},
-        {"LAYER_TOPK": "@missing.txt"},  # dart-llm says that it cannot be read
         {"LAYER_TOPK": "all:0.5", "TOTAL_PRUNE_PERCENT": "40"},  # dart-llm refuses the two
         {"METHOD": "dense", "TOTAL_PRUNE_PERCENT": "40"},
     ):
@@ -201,3 +195,56 @@ def test_the_environment_is_found(desk, tmp_path):
     own.chmod(0o755)
     assert desk.run(EXPERIMENT, MODEL="found").returncode == 0
     assert "--model=found" in desk.recorded()
+
+
+LIST = "the bees; then $HOME, `id` and 'quotes'"
+
+
+def drift_settings(desk):
+    """The settings that the recorded flags give; later ones win, as on the command line."""
+    command, *flags = desk.recorded_all()
+    assert command == "drift"
+    pairs = (flag.removeprefix("--").partition("=") for flag in flags)
+    return collect_drift(
+        {name.replace("-", "_"): value for name, _, value in pairs}, environment={}
+    )
+
+
+def test_the_variables_become_flags_of_a_study(desk):
+    variables = {"MODEL": "gpt2", "TOTAL_PRUNE_PERCENT": "30", "SEED": "4"}
+    variables |= {"RANKING_METHOD": "magnitude", "EXPERIMENT_NAME": "mine"}
+    variables |= {"RESULTS_DIR": "else where", "CUSTOM_PROMPT_TEXT": LIST}
+    done = desk.run(DRIFT, "--passages=shipped", **variables)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    found = drift_settings(desk)
+    assert (found.kind, found.model, found.seeds) == ("forced", "gpt2", "4")
+    assert (found.experiment, found.results_dir, found.prompt) == ("mine", "else where", None)
+    never = found.method_list()[1]
+    assert never.label == "never@0.3" and never.config.score.name == "magnitude"
+    # where no passages are named, a prompt of the variables is the source
+    assert desk.run(DRIFT, "--mode=free", CUSTOM_PROMPT_TEXT=LIST, METHOD="griffin").returncode == 0
+    found = drift_settings(desk)
+    assert (found.prompt, found.generation, found.sparsity) == (LIST, 300, None)
+    labels = [method.label for method in found.method_list()]
+    assert labels == ["dense", "never@0.5", "griffin@0.5"]
+
+
+def test_arguments_win_and_what_concerns_a_single_run_is_left_out(desk):
+    arguments = ["--prompts", "shipped", "--sparsity=0.2"]
+    done = desk.run(DRIFT, *arguments, EVAL_MMLU="true", VERBOSE="yes")
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == [
+        "run_knowledge_drift.sh: the default TOTAL_PRUNE_PERCENT=50 is left out: --sparsity=0.2 "
+        "sets the amount",
+        "run_knowledge_drift.sh: EVAL_MMLU=true concerns a single run and is left out",
+        "run_knowledge_drift.sh: VERBOSE=yes concerns a single run and is left out",
+    ]
+    assert desk.recorded_all()[-3:] == arguments
+    assert not any(part.startswith(("--eval", "--verbose")) for part in desk.recorded_all())
+
+
+def test_the_command_and_its_exit_code_are_those_of_dart_llm(desk):
+    for code in (2, 130):
+        assert desk.run(DRIFT, "--passages", "shipped", STUB_EXIT=str(code)).returncode == code
+    for script, argument in ((DRIFT, "--fresh"), (EXPERIMENT, "--methods=x")):
+        assert desk.run(script, argument).returncode == 0 and desk.recorded()[-1] == argument

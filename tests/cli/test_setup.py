@@ -1,4 +1,4 @@
-"""Set-up, Makefile and .ci/run, with stand-ins for Python, pip and make."""
+"""Set-up and Makefile, with stand-ins for Python and pip."""
 
 import os
 import shutil
@@ -34,9 +34,9 @@ class Project:
 
     def __init__(self, folder):
         self.root = folder / "a project"
-        for name in ("scripts", ".ci", "src", "tests"):
+        for name in ("scripts", "src", "tests"):
             (self.root / name).mkdir(parents=True)
-        for name in ("pyproject.toml", "Makefile", "scripts/setup.sh", ".ci/run"):
+        for name in ("pyproject.toml", "Makefile", "scripts/setup.sh"):
             shutil.copy(ROOT / name, self.root / name)
         self.programs = folder / "bin"
         self.programs.mkdir()
@@ -85,13 +85,6 @@ def test_what_stops_a_set_up_is_one_sentence(project):
     assert done.stderr.startswith("the installation failed for the reason that pip gives above")
     project.logged()
     assert project.set_up() == [INSTALL]  # it is repeated
-    program(project.programs / "python3.13", FAKE_PYTHON.replace(":-3.12", ":-3.13"))
-    done = project.call("scripts/setup.sh", PYTHON="python3.13")
-    assert (done.returncode, done.stderr) == (
-        1,
-        ".venv holds Python 3.12, not that of python3.13: run make clean, or choose another place "
-        "with VENV=path\n",
-    )
 
 
 def test_installs_once_until_the_project_changes(project):
@@ -118,61 +111,5 @@ def test_make(project):
     done = project.call("make", "demo")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "ran: demo\nnext: . .venv/bin/activate\n"
-    done = project.call("make", "window", "ARGS=--sparsity 0.5")
-    assert (done.returncode, done.stdout) == (0, "ran: serve --port 0 --sparsity 0.5\n")
-    for target in STAGES.values():
-        assert project.call("make", "-n", target).returncode == 0
-    planned = project.call("make", "-n", "test", "ARGS=-k name").stdout
-    assert "-m pytest -n 2 --dist loadfile -k name" in planned and "|" not in planned
     assert project.call("make", "clean").returncode == 0
     assert not (project.root / ".venv").exists()
-
-
-@pytest.mark.parametrize(
-    ("names", "code", "said"),
-    [
-        ("chromium chromedriver", 0, ""),
-        ("chromium", 1, "there is no chromium with chromedriver: install both"),
-        ("chromium apt-get", 1, "as root run apt-get install chromium chromium-driver"),
-        ("apt-get sudo", 0, "sudo apt-get install -y -qq --no-install-recommends chromium chromi"),
-    ],
-)
-def test_the_browser_is_installed_where_it_is_missing(tmp_path, names, code, said):
-    for name in names.split():
-        program(tmp_path / name, f'#!/bin/sh\necho "{name} $*"\n')
-    program(tmp_path / "id", "#!/bin/sh\necho 1000\n")
-    command = [shutil.which("bash") or "bash", str(ROOT / "scripts/browser.sh")]
-    environment = {"PATH": str(tmp_path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    told = done.stdout + done.stderr
-    assert done.returncode == code and said in told and bool(said) == bool(told)
-
-
-FAKE_MAKE = """\
-#!/bin/sh
-echo "$2" >>"$LOG"
-[ "$2" != "$FAILS" ] || exit 2
-"""
-STAGES = {
-    "set-up": "setup-dev",
-    "browser": "browser",
-    "format": "format-check",
-    "lint": "style",
-    "types": "types",
-    "tests": "test",
-    "docs": "docs",
-    "build": "build",
-}
-
-
-@pytest.mark.parametrize("failing", [None, "set-up", "types", "docs"])
-def test_ci_stops_at_the_first_failure(project, failing):
-    program(project.programs / "make", FAKE_MAKE)
-    done = project.call("bash", ".ci/run", FAILS=STAGES.get(failing or "", ""))
-    names = list(STAGES)
-    reached = names[: names.index(failing) + 1] if failing else names
-    assert done.returncode == (2 if failing else 0)
-    assert project.logged() == [STAGES[name] for name in reached]
-    printed = [line[3:] for line in done.stdout.splitlines() if " passed" not in line]
-    assert printed == reached
-    assert done.stdout.endswith("== all stages passed\n") == (failing is None)

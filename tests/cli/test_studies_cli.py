@@ -74,8 +74,6 @@ def test_eval_tells_results_and_accounting():
     document = call(*leak, "--json").json
     said = "tiny_letters: published protocol: the masks have seen the answers (leaking, not causal)"
     assert document["notes"] == [said]
-    assert lines(document)[0]["measurement"]["protocol"] == "published"
-    assert "note: tiny_letters: published protocol" in call(*leak).err
 
 
 def test_flags_reach_the_measurement(monkeypatch):
@@ -89,40 +87,10 @@ def test_flags_reach_the_measurement(monkeypatch):
     assert found["results"]["tiny_choice"] == direct.metrics
     context = samples(found)[0]["arguments"][0][0]
     assert context.startswith(f"q: {EXAMPLES[0]['question']}\na: ice\n\n")
-    for flag, start in ("--apply-chat-template", "[user] q: "), ("--no-apply-chat-template", "q: "):
-        spoken = asked(flag, model="chatty")
-        assert samples(spoken)[0]["arguments"][0][0].startswith(start)
-    kept = asked("--log-samples", task="tiny_letters")
-    assert [sample["id"] for sample in samples(kept)] == [f"tiny_letters/{n}" for n in range(5)]
-    assert [len(sample["arguments"]) for sample in samples(kept)] == [4] * 5
-    without = asked("--no-log-samples", task="tiny_letters")
-    assert not (Path(without["folder"]) / "samples.jsonl").exists()
-    assert without["results"] == kept["results"]
     Path("s.yaml").write_text("tasks: tiny_letters\nlimit: 3\nmethod: griffin\n", "utf-8")
     monkeypatch.setenv("DART_LIMIT", "2")
     (row,) = lines(call(*eval_command("--config", "s.yaml", "--sparsity", "0.25", "--json")).json)
     assert (row["label"], len(row["measurement"]["items"])) == ("griffin@0.25", 2)
-
-
-def on_model(command, *flags):
-    return [command, "--model", place() / "model", "--device", "cpu", *flags]
-
-
-def test_perplexity_and_summarize(tmp_path):
-    flags = ("--data", "text.txt", *SMALL, *GRIFFIN, "--json")
-    done = call(*on_model("perplexity", *flags))
-    assert (done.code, done.err) == (0, "")
-    dense, pruned = done.json["dense"][TASK], done.json["results"][TASK]
-    assert 1 < dense["perplexity"] != pruned["perplexity"] > 1
-    assert done.json["accounting"]["decoded_tokens"] == 4 * 24
-    assert done.json["accounting"]["dense_token_share"] == 0.0
-    assert [len(sample["losses"]) for sample in samples(done.json)] == [24] * 8
-    flags = ("--data", "four.jsonl", "--limit", 2, "--max-output", 6, *GRIFFIN, "--json")
-    done = call(*on_model("summarize", *flags))
-    assert (done.code, done.err) == (0, "")
-    assert 0 <= done.json["results"]["summarize:four.jsonl"]["rougeL"] <= 100
-    assert done.json["accounting"]["decoded_tokens"] == 2 * 5
-    assert [sample["id"] for sample in samples(done.json)] == ["cat", "dog"]
 
 
 def on_grid(command, *flags, results="results"):
@@ -136,8 +104,8 @@ def test_compare_sweep_and_results(tmp_path):
     rows = {row["label"]: row for row in done.json["rows"]}
     assert list(rows) == ["dense", "griffin@0.5", "dart@0.5"]  # without flags
     single = call(
-        *on_model("perplexity", "--data", "text.txt", *SMALL, *GRIFFIN, "--json"),
-        *("--results-dir", tmp_path),
+        *("perplexity", "--model", place() / "model", "--device", "cpu", "--data", "text.txt"),
+        *(*SMALL, *GRIFFIN, "--json", "--results-dir", tmp_path),
     ).json
     row = rows["griffin@0.5"]
     assert rows["dense"]["value"] == single["dense"][TASK]["perplexity"]
@@ -161,11 +129,6 @@ def test_compare_sweep_and_results(tmp_path):
     plan = call(*grid, "--dry-run")
     for word in ("2 cells: 0 finished, 2 to do", "download: nothing", "disk: about"):
         assert word in plan.out
-    planned = call(*grid, "--dry-run", "--json").json["rows"]
-    assert [(row["label"], row["status"]) for row in planned] == [
-        ("dense", "to do"),
-        ("griffin@0.5", "to do"),
-    ]
     assert not (tmp_path / "grid").exists()
     sweep = call(*grid, "--json").json
     assert Path(sweep["folder"]).parent == tmp_path / "grid"  # named after the file
@@ -180,10 +143,7 @@ def test_compare_sweep_and_results(tmp_path):
     assert set(table()) == {"compare", "grid", "perplexity-model-griffin-0.5"}
     assert table("--experiment", "grid", "--long") == ["grid dense", "grid griffin@0.5"]
     assert "grid" not in table("--method", "static")
-    assert Path(sweep["folder"]).name in call("results", tmp_path, "--json").out
     assert "| griffin | 50.0% |" in call("results", tmp_path, "--long", "--markdown").out
-    nothing = call("results", tmp_path, "--method", "flap")
-    assert (nothing.code, nothing.out) == (0, "no run matches\n")
     assert TASK in call("results", sweep["folder"]).out
     done = call("results", tmp_path / "nowhere")
     assert done.code == 2 and "there is no results folder" in done.err
@@ -199,46 +159,16 @@ def test_what_was_measured_before_a_failure_is_kept(tmp_path):
     assert {name: done.json[name] for name in compared} == compared
     assert len(compared["failures"]) == 2 and done.json["computed"] == 4
     assert [row["value"] is None for row in compared["rows"]] == [False, False, True, True]
-    lost = eval_command("--tasks", "tiny_letters,tiny_lost", *GRIFFIN, "--json")
-    done = call(*lost, "--results-dir", tmp_path / "lost")
-    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
-    assert done.err.startswith("LoadError: ")
-    (folder,) = (tmp_path / "lost").glob("*/*")
-    assert json.loads((folder / "config.json").read_text())["status"] == "failed"
-    kept = lines({"folder": folder})
-    assert [row["measurement"]["task"] for row in kept] == ["tiny_letters"]
-
-
-def test_a_calibration_text_is_never_evaluated(tmp_path):
-    def compared(*flags):
-        cache = ("--cache-dir", tmp_path / "cache")
-        return call(*on_grid("compare", "--json", *cache, results=tmp_path), *flags)
-
-    wanda = ("--methods", "dense,wanda", "--calibration", "text.txt")
-    summarize = ("--tasks", "summarize:four.jsonl", "--methods", "flap")
-    for flags in (wanda, (*wanda, "--dry-run"), (*summarize, "--calibration", "four.jsonl")):
-        done = compared(*flags)
-        assert done.code == 2 and done.err.count("\n") == 1
-        assert "is evaluated and cannot be the calibration text too" in done.err
-    assert not list(tmp_path.glob("*/*/results.jsonl"))
-    works = compared("--methods", "griffin", "--calibration", "text.txt")
-    assert works.code == 0, works.err  # griffin reads none
 
 
 WRONG = [
     ("eval", "--tasks=", "--tasks"),
     ("eval", "--tasks tiny_choise", "unknown task 'tiny_choise'; did you mean tiny_choice"),
     ("eval", "--tasks tiny_choice --apply-chat-template", "no chat template: drop --apply-chat"),
-    ("eval", "--tasks tiny_choice --protocol decoded", "did you mean decode"),
     ("eval", "--tasks tiny_write --min-evidence 400", "ran dense"),
-    ("sweep", "--methods grifin", "did you mean griffin"),
-    ("sweep", "--protocols decoded", "did you mean decode"),
     ("sweep", "--limit 0", "limit = 0 must be 1 or more"),
     ("sweep", "--engine rya", "ray"),
     ("sweep", "--experiment-name ../x", "../x leaves the results folder"),
-    ("sweep", "--tasks perplexity:nowhere.txt", "nowhere.txt"),
-    ("sweep", "--tasks perplexity:", 'no text ""'),
-    ("sweep", "--tasks summarize:nowhere.jsonl", 'no documents "nowhere.jsonl"'),
     ("sweep", "--tasks arc_esy", "unknown task 'arc_esy'; did you mean arc_easy"),
 ]
 

@@ -1,15 +1,13 @@
-"""Rows of a batch do not reach one another; padding and rows that have ended count nowhere."""
-
-from typing import Any
+"""Rows do not reach one another; padding, ended rows and attention sinks count nowhere."""
 
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
 
-from batch_cases import CHOSEN, LENGTHS, evidence_sums, padded, run_alone, run_batch
 from dart_llm.pruning.drift import Rule
+from dart_llm.pruning.forward import without_sinks
 from dart_llm.pruning.registry import DRIFT_RULES
 from dart_llm.session.run import prune
+from observed_cases import dense_u
 from prior_cases import CONFIG, SMALL
 from products import SHAPES
 from steps import (
@@ -21,30 +19,66 @@ from steps import (
     new_cache,
     pruned,
     same_masks,
+    selections,
     shared_model,
+    state_of,
     step,
     written,
 )
-from tiny import tokens
+from tiny import LAYERS, WIDTH, tokens
 
 pytestmark = pytest.mark.contract("same report whatever the batch")
 
-Sums = list[dict[str, Any]]
+LENGTHS = (20, 13, 8)
+"""Real tokens of each row's prompt."""
+
+CHOSEN = ([10, 11, 12, 13, 2], [20, 21, 2], [*range(30, 41), 2])
+"""The tokens that each row generates; 2 ends it."""
 
 
-def _added(parts):
+def padded(side="left"):
+    """Prompts of different lengths padded to one: ids and mask, [3, 20]."""
+    ids, mask = torch.zeros(3, 20, dtype=torch.long), torch.zeros(3, 20, dtype=torch.long)
+    for row, length in enumerate(LENGTHS):
+        place = slice(20 - length, 20) if side == "left" else slice(0, length)
+        ids[row, place] = tokens(1, length, seed=row)[0]
+        mask[row, place] = 1
+    return ids, mask
+
+
+def run_batch(model, rows, ids, mask, **settings):
+    """Run the rows together (their choices forced).  Returns run, masks, logits [B, steps, V]."""
+    chosen = [CHOSEN[row] for row in rows]
+    run = prune(model, **settings)
+    found = selections(run)
+    forced = {"eos_token_id": 2, "logits_processor": [Forced(ids.shape[1], chosen)]}
+    with run:
+        out = generate(model, ids, len(CHOSEN[2]), attention_mask=mask, **forced)
+    for row, wanted in enumerate(chosen):
+        assert out.sequences[row, ids.shape[1] :].tolist()[: len(wanted)] == wanted
+    return run, found, torch.stack(out.logits, 1)
+
+
+def run_alone(model, row, **settings):
+    ids = tokens(1, LENGTHS[row], seed=row)
+    return run_batch(model, [row], ids, torch.ones_like(ids), **settings)
+
+
+def evidence_sums(run, row=0):
+    """Every sum and weight of the newest sequence, per layer."""
     return [
-        {name: tuple(sum(p[name][k] for p in layer) for k in (0, 1)) for name in layer[0]}
-        for layer in zip(*parts, strict=True)
+        {name: (known.total.clone(), float(known.weight)) for name, known in layer.sums.items()}
+        for layer in state_of(run, row).evidence
     ]
 
 
-def _assert_sums_equal(first, second):
-    for a, b in zip(first, second, strict=True):
-        assert a.keys() == b.keys() and a
-        for name in a:
-            torch.testing.assert_close(a[name][0], b[name][0], rtol=2e-4, atol=1e-5)
-            assert a[name][1] == pytest.approx(b[name][1]), name
+def _assert_sums_equal(first, parts):
+    for layer, found in enumerate(first):
+        assert found
+        for name, (total, weight) in found.items():
+            wanted = sum(part[layer][name][0] for part in parts)
+            torch.testing.assert_close(total, wanted, rtol=2e-4, atol=1e-5)
+            assert weight == pytest.approx(sum(part[layer][name][1] for part in parts)), name
 
 
 ALL_NEEDS = {**HALF, "budget": "blend depth global", "compensation": True}
@@ -64,7 +98,7 @@ def test_shared_statistics_are_the_sum_over_rows(name):
     model = shared_model(name)
     run, _, _ = run_batch(model, [0, 1, 2], *padded(), **WATCH)
     alone = [run_alone(model, row, **WATCH)[0] for row in range(3)]
-    _assert_sums_equal(evidence_sums(run), _added([evidence_sums(one) for one in alone]))
+    _assert_sums_equal(evidence_sums(run), [evidence_sums(one) for one in alone])
     report, singles = run.report(), [one.report() for one in alone]
     assert report.prompt_tokens == sum(LENGTHS) == sum(one.prompt_tokens for one in singles)
     decoded = sum(len(row) - 1 for row in CHOSEN)
@@ -87,7 +121,7 @@ def test_padding_of_bare_forwards(name, side):
     assert run.report().prompt_tokens == sum(LENGTHS)
     if side == "right" or name != "gpt2":  # whose positions a bare forward counts from the pad
         alone = [forward(tokens(1, length, seed=row)) for row, length in enumerate(LENGTHS)]
-        _assert_sums_equal(evidence_sums(run), _added([evidence_sums(one) for one in alone]))
+        _assert_sums_equal(evidence_sums(run), [evidence_sums(one) for one in alone])
     assert {weight for _, weight in evidence_sums(run)[0].values()} == {float(sum(LENGTHS))}
 
 
@@ -133,8 +167,7 @@ def test_rows_of_their_own_equal_rows_alone(name, method):
 def test_a_row_is_observed_while_another_is_pruned(name, method):
     """min_evidence lets the long prompt be pruned at once and the short one two tokens later."""
     model = shared_model(name)
-    settings = {**HALF, **method, "batch": "per_row"}
-    settings |= {"drift": "never", "min_evidence": 10}
+    settings = {**HALF, **method, "batch": "per_row", "drift": "never", "min_evidence": 10}
     _, found, logits = run_batch(model, [0, 2], *(part[::2] for part in padded()), **settings)
     assert [(at, row) for at, row, _ in found] == [(0, 0), (2, 1)]
     for row, place in ((0, 0), (2, 1)):
@@ -143,60 +176,17 @@ def test_a_row_is_observed_while_another_is_pruned(name, method):
         assert apart(logits[place, : single.shape[1]], single[0]) < 2e-5
 
 
-def test_sensitivities_of_a_row_are_read_where_they_are_alone():
-    """On its first 8 observed tokens and the 9th; a row that is pruned at once reads none."""
-    model = shared_model()
-    chosen = [tokens(1, 30, seed=40 + row)[0].tolist() for row in range(3)]
-
-    def run_rows(rows, text, seen):
-        with prune(model, **ALL_NEEDS, batch="per_row", min_evidence=20) as run:
-            forced = [Forced(text.shape[1], [chosen[row] for row in rows])]
-            generate(model, text, 16, attention_mask=seen, logits_processor=forced)
-        return run
-
-    run = run_rows([0, 1, 2], *padded())
-    assert sorted(remask.step for remask in run.remasks) == [0, 7, 12]
-    for row, (length, reads) in enumerate(zip(LENGTHS, (0, 7, 9), strict=True)):
-        text = tokens(1, length, seed=row)
-        sums = evidence_sums(run, row)
-        assert sums[0]["cosine"][1] == length + reads and sums[0]["score"][1] == 20
-        _assert_sums_equal(sums, evidence_sums(run_rows([row], text, torch.ones_like(text))))
-
-
 def test_shared_masks_follow_the_living_rows():
-    """The mask of a batch is the mask of its rows' summed evidence, whatever ended before."""
     model, watch = shared_model(), {**HALF, "masking_step": 1000}
     _, found, _ = run_batch(model, [0, 1, 2], *padded(), **HALF, masking_step=6)
-    parts = [evidence_sums(run_alone(model, row, **watch)[0]) for row in (0, 1)]  # both have ended
     with prune(model, **watch) as third:
         generate(model, tokens(1, LENGTHS[2], seed=2), 7, logits_processor=[Forced(8, CHOSEN[2:])])
-    total = _added([*parts, evidence_sums(third)])
-    for kept, sums in zip(found[0][2], total, strict=True):
-        top = sums["score"][0].sqrt().argsort(descending=True)[: len(kept)].sort().values
+    runs = [*(run_alone(model, row, **watch)[0] for row in (0, 1)), third]  # two have ended
+    parts = [evidence_sums(run) for run in runs]
+    for layer, kept in enumerate(found[0][2]):
+        total = sum(part[layer]["score"][0] for part in parts)
+        top = total.sqrt().argsort(descending=True)[: len(kept)].sort().values
         assert torch.equal(kept, top)
-
-
-@pytest.mark.parametrize("batch", ["shared", "per_row"])
-def test_all_rows_alike(batch):
-    """Rows with the same text get the mask and the logits of one row."""
-    model, ids = shared_model(), tokens(1, 30)
-    one, _, single = pruned(model, ids, 24, executor="masked")
-    run, _, rows = pruned(model, ids.expand(3, -1), 24, executor="masked", batch=batch)
-    assert apart(rows, single.expand(3, -1, -1)) < 1e-5
-    assert same_masks(run.masks(), one.masks())
-    assert run.report().prompt_tokens == 72 and run.report().decoded_tokens == 18
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
-def test_rows_with_masks_of_their_own_in_multi_token_forwards(name):
-    model, ids, cache = shared_model(name), tokens(3, 30), new_cache(shared_model(name))
-    with prune(model, CONFIG, batch="per_row") as run:
-        step(model, ids[:, :20], cache)
-        with run.decoding():
-            together = step(model, ids[:, 20:], cache)
-    for row in range(3):
-        _, _, single = pruned(model, ids[row : row + 1], 20, method=CONFIG, executor="masked")
-        assert apart(together[row : row + 1], single[:, 20:]) < 2e-5
 
 
 def test_one_prompt_continued_by_many_rows():
@@ -211,8 +201,8 @@ def test_one_prompt_continued_by_many_rows():
     assert run.report().decoded_tokens == 20 and run.report().achieved_sparsity == 0.5
     for row in range(4):
         with prune(model, **HALF):
-            text = torch.cat([ids, more[row : row + 1]], 1)
-            assert apart(rows[row : row + 1], decode(model, text, 20)[:, 20:]) < 1e-5
+            alone = decode(model, torch.cat([ids, more[[row]]], 1), 20)
+        assert apart(rows[[row]], alone[:, 20:]) < 1e-5
 
 
 # rows that have ended: no window, no trigger, no mask and no token of theirs counts
@@ -232,7 +222,19 @@ def forced(ids, rows, settings=None, new=0, **how):
     return written(shared_model(), ids, new or max(map(len, rows)), settings, **how)
 
 
-@pytest.mark.parametrize("rule", ["published", "eager", "interval 2"])
+def told(checks):
+    return [(check.step, check.counter, check.trigger, check.state) for check in checks]
+
+
+WANTED = {
+    "published": {"first": 3},
+    # 39, 21 and 33 tokens are fed; eager: masks at 7 and 26 (then 4 windows arm it anew)
+    "eager": {"first": 3, "drift": 2 + 1 + 2},
+    "interval 2": {"first": 3, "interval": 12 + 6 + 10},
+}
+
+
+@pytest.mark.parametrize("rule", WANTED)
 def test_windows_and_re_masks_of_rows_alone(rule):
     """Ended rows complete no window and trigger nothing; each row drifts on its own."""
     ids = tokens(3, 64, seed=3)
@@ -246,68 +248,128 @@ def test_windows_and_re_masks_of_rows_alone(rule):
     for row in range(3):
         one, alone = forced(ids[[row]], [chosen[row]], settings, 40)
         mine = [check for check in run.drift_checks if check.row == row]
-        assert [c.step for c in mine] == [c.step for c in one.drift_checks]
         for a, b in zip(mine, one.drift_checks, strict=True):
             assert a.similarity == pytest.approx(b.similarity, abs=1e-4)
-            assert (a.counter, a.trigger, a.state) == (b.counter, b.trigger, b.state)
+            assert (a.step, a.counter, a.trigger, a.state) == (
+                b.step,
+                b.counter,
+                b.trigger,
+                b.state,
+            )
         a, b = run.report().sequences[row], one.report().sequences[0]
-        assert [(m.step, m.cause, m.kept) for m in a.remasks] == [
-            (m.step, m.cause, m.kept) for m in b.remasks
-        ]
         assert a.dense_tokens == b.dense_tokens and a.decoded_tokens == b.decoded_tokens
+        for mask, other in zip(a.remasks, b.remasks, strict=True):
+            assert (mask.step, mask.cause, mask.kept) == (other.step, other.cause, other.kept)
         single = torch.stack(alone.logits, 1)[0]
         assert apart(torch.stack(out.logits, 1)[row, : len(single)], single) < 2e-5
-    wanted = {
-        # 39, 21 and 33 tokens are fed; eager: masks at 7 and 26 (then 4 windows arm it anew)
-        "eager": {"first": 3, "drift": 2 + 1 + 2},
-        "interval 2": {"first": 3, "interval": 12 + 6 + 10},
-    }
-    assert run.report().remask_causes == wanted.get(rule, {"first": 3})
-
-
-@pytest.mark.parametrize("rule", ["published", "paper", "eager"])
-def test_shared_windows_leave_ended_rows_out(rule):
-    """A batch whose other rows have ended decides as its living row would."""
-    ids, live = tokens(3, 64, seed=3), tokens(1, 60, seed=20)[0].tolist()
-    settings = {**HALF, "drift": rule, "score": "weight"}
-    both, _ = forced(ids, [[5, 2], live, [6, 2]], settings)
-    one, _ = forced(ids[[1]], [live], settings)
-    mine = [(c.step, c.counter, c.trigger, c.state) for c in both.drift_checks if c.row == 1]
-    assert mine == [(c.step, c.counter, c.trigger, c.state) for c in one.drift_checks]
-    assert len(mine) > 4
-    assert {c.row for c in both.drift_checks if c.step > 5} == {1}, "ended rows fill no window"
-    assert both.report().decoded_tokens == one.report().decoded_tokens + 2
-
-
-class _EndRow(StoppingCriteria):
-    """Ends row 1 once it holds 23 tokens."""
-
-    def __call__(self, input_ids, scores, **kwargs):
-        done = torch.zeros(len(input_ids), dtype=torch.bool)
-        done[1] = input_ids.shape[1] >= 23
-        return done
+    assert run.report().remask_causes == WANTED[rule]
 
 
 LIVE = [7, 6, 8, 9, 10, 11]
+PADS = [[7, 0, *LIVE[2:]], [12, 13, 14, 2]]
+
+
+@pytest.mark.parametrize("batch", ["shared", "per_row"])
+def test_tokens_of_rows_that_end(batch):
+    for rows, how, decoded in (
+        # with an end token, padding cannot be told from a chosen pad token: that one is left out
+        (PADS, {"pad_token_id": 0}, 4 + 3),
+        (PADS, {"pad_token_id": 0, "eos_token_id": None}, 5 + 5),
+        ([LIVE, [12, 13, 14, 2]], {"pad_token_id": 2}, 5 + 3),
+        ([LIVE, PADS[1], [15, 5]], {"pad_token_id": 0, "eos_token_id": [2, 5]}, 5 + 3 + 1),
+    ):
+        run, _ = forced(tokens(len(rows), 20), rows, {"batch": batch}, **how)
+        assert run.report().decoded_tokens == decoded
+
+
+# attention sinks: the first tokens of a sequence leave no evidence, however they arrive
+
+
+ONE, NIL = [1.0] * 9, [0.0] * 9
 
 
 @pytest.mark.parametrize(
-    ("rows", "how", "decoded"),
+    ("valid", "before", "wanted"),
     [
-        # with an end token, padding cannot be told from a chosen pad token: that one is left out
-        ([[7, 0, *LIVE[2:]], [12, 13, 14, 2]], {"pad_token_id": 0}, 4 + 3),
-        ([[7, 0, *LIVE[2:]], [12, 13, 14, 2]], {"pad_token_id": 0, "eos_token_id": None}, 5 + 5),
-        ([LIVE, [12, 13, 14, 2]], {"pad_token_id": 2}, 5 + 3),
-        ([LIVE, [12, 13, 14, 2], [15, 5]], {"pad_token_id": 0, "eos_token_id": [2, 5]}, 5 + 3 + 1),
-        # the last chosen token of a row that another criterion ends is fed as well
-        (
-            [LIVE, [12, 13, 14, 15]],
-            {"pad_token_id": 0, "stopping_criteria": StoppingCriteriaList([_EndRow()])},
-            5 + 3,
-        ),
+        (None, [0.0], [[0, 0, 0, 0, 1, 1]]),
+        (None, [1.0, 5.0], [[0, 0, 0, 1, 1], [1] * 5]),  # rows count for themselves
+        (None, [100.0], [[1, 1]]),
+        # padding is no token
+        ([NIL[:3] + ONE[:6], ONE], [0.0, 0.0], [[0] * 7 + [1] * 2, [0] * 4 + [1] * 5]),
+        ([ONE[:6] + NIL[:2]], [0.0], [[0, 0, 0, 0, 1, 1, 0, 0]]),
     ],
 )
-@pytest.mark.parametrize("batch", ["shared", "per_row"])
-def test_tokens_of_rows_that_end(rows, how, decoded, batch):
-    run, _ = forced(tokens(len(rows), 20), rows, {"batch": batch}, **how)
-    assert run.report().decoded_tokens == decoded
+def test_the_first_four_weigh_nothing(valid, before, wanted):
+    weights = None if valid is None else torch.tensor(valid)
+    assert without_sinks(weights, before, len(wanted), len(wanted[0])).tolist() == wanted
+    assert valid is None or weights.tolist() == valid, "the weights given are not changed"
+
+
+SEEN = {"method": CONFIG, "masking_step": 1000}
+"""Everything is observed, nothing ever masked."""
+
+
+def check(run, *texts):
+    """``run``'s newest sums are those over the texts' u from token 4 on, of dense passes."""
+    layers = zip(*(dense_u(run.model, text) for text in texts), strict=True)
+    for parts, sums in zip(layers, evidence_sums(run), strict=True):
+        every = torch.cat([u[4:] for u in parts]).float()
+        for name, wanted in (("score", every.square().sum(0)), ("signed", every.sum(0))):
+            torch.testing.assert_close(sums[name][0], wanted, rtol=2e-4, atol=1e-4)
+        assert {weight for _, weight in sums.values()} == {float(len(every))}
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "chunk"),
+    [
+        *((name, 9, None) for name in ("llama", "phi3", "gpt2", "opt")),
+        *(("llama", *case) for case in ((1, None), (3, None), (5, 2), (9, 1))),
+    ],
+)
+def test_prompts_and_decoded_tokens(name, prompt, chunk):
+    """After a short prompt the sinks go on among the decoded tokens; chunks do not matter."""
+    ids = tokens(1, prompt, seed=6)
+    run, out = written(shared_model(name), ids, 11, SEEN, prefill_chunk_size=chunk)
+    check(run, out.sequences[:, :-1])
+
+
+@pytest.mark.contract("defects of the published scripts stay fixed")
+def test_two_prompts_in_one_cache():
+    """The second turn has no sinks of its own; a new cache does."""
+    model, ids = shared_model(), tokens(1, 24, seed=6)
+    with prune(model, CONFIG, masking_step=1000) as run:
+        step(model, tokens(1, 2), new_cache(model))
+        cache = new_cache(model)
+        for part in ids.split([3, 7, 14], 1):
+            step(model, part, cache)
+    check(run, ids)
+    with prune(model, CONFIG, masking_step=1000) as run:
+        for part in (ids, ids[:, :6]):
+            step(model, part, new_cache(model))
+    check(run, ids[:, :6])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_rows_that_end_and_rows_shorter_than_the_sinks(name):
+    """Left padding of 0, 7 and 12; then of a row of 2 tokens, of which nothing is left."""
+    run, _, _ = run_batch(shared_model(name), [0, 1, 2], *padded(), **SEEN)
+    ends = [torch.tensor([chosen[:-1]]) for chosen in CHOSEN]
+    prompts = [tokens(1, length, seed=row) for row, length in enumerate(LENGTHS)]
+    check(run, *(torch.cat(pair, 1) for pair in zip(prompts, ends, strict=True)))
+    ids, mask = tokens(2, 9, seed=2), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :7] = 0
+    with prune(shared_model(), CONFIG, masking_step=1000) as run:
+        step(run.model, ids, new_cache(run.model), mask)
+    check(run, ids[1:])
+
+
+def test_a_prompt_of_sinks_alone_is_pruned_by_the_prior():
+    """Whatever the three tokens are, the masks are those of the prior's scores."""
+    runs = [pruned(shared_model(), tokens(1, 8, seed=seed), 3, method=CONFIG)[0] for seed in (1, 2)]
+    run, masks = runs[0], runs[0].masks()
+    assert same_masks(masks, runs[1].masks()) and run.report().dense_token_share == 0
+    learnt = [layer.learnt for layer in run.layers]
+    scores = [one.evidence.sums["score"].mean * one.curvature for one in learnt]
+    floors = [score.index_fill(0, score.topk(5).indices, torch.inf) for score in scores]
+    kept = torch.cat([masks[layer] + WIDTH * layer for layer in range(LAYERS)])
+    assert kept.tolist() == sorted(torch.cat(floors).topk(LAYERS * WIDTH // 2).indices.tolist())

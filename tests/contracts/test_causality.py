@@ -8,7 +8,6 @@ import torch
 from dart_llm.evaluation.likelihood import score_context
 from dart_llm.session.run import prune
 from prior_cases import SMALL
-from products import cases
 from steps import (
     HALF,
     Forced,
@@ -22,7 +21,7 @@ from steps import (
     shared_model,
     step,
 )
-from tiny import VOCAB, tokens
+from tiny import tokens
 
 SHAPES = ("llama", "gemma2", "phi3", "gpt2", "falcon", "opt")
 PROMPT, LENGTH, CHANGED = 12, 48, 35
@@ -39,7 +38,6 @@ METHODS = {
     "published": {"method": "published", "sparsity": 0.5, "masking_step": 21},
     "dart-token": {"method": "dart-token", **LEARNT},
 }
-EXECUTORS = ("auto", "masked")
 FIRST, SECOND = tokens(1, LENGTH, seed=1), tokens(1, LENGTH, seed=1)
 SECOND[:, CHANGED:] = tokens(1, LENGTH - CHANGED, seed=2)
 
@@ -48,16 +46,12 @@ SECOND[:, CHANGED:] = tokens(1, LENGTH - CHANGED, seed=2)
 @pytest.mark.contract("causality")
 @pytest.mark.parametrize(
     ("name", "executor", "method"),
-    cases(
-        [
-            *product(SHAPES, EXECUTORS[:1], ["dart"]),
-            *product(SHAPES[:1], EXECUTORS, METHODS),
-            *product(["gpt2", "opt"], EXECUTORS[:1], METHODS),
-        ],
-        SHAPES,
-        EXECUTORS,
-        METHODS,
-    ),
+    [
+        *product(SHAPES, ["auto"], ["dart"]),
+        *product(SHAPES[:1], ["auto", "masked"], ["griffin", "published", "dart-token"]),
+        ("llama", "masked", "dart"),
+        *product(["gpt2", "opt"], ["auto"], ["griffin", "published", "dart-token"]),
+    ],
 )
 def test_later_tokens_do_not_change_earlier_logits(name, executor, method):
     model, settings = shared_model(name), {**METHODS[method], "executor": executor}
@@ -70,27 +64,10 @@ def test_later_tokens_do_not_change_earlier_logits(name, executor, method):
     early = [(a, b) for a, b in zip(masks_a, masks_b, strict=False) if a[0] <= known]
     assert early and all(a[0] == b[0] and same_masks(a[2], b[2]) for a, b in early)
     if method == "dart":
-        assert [mask[0] for mask in masks_a] == [0, 11, 22, 33]
-        assert len(early) == 3
+        assert [mask[0] for mask in masks_a] == [0, 11, 22, 33] and len(early) == 3
         assert not same_masks(masks_a[3][2], masks_b[3][2])
     if method == "published":
         assert any(check.threshold is not None for check in run.drift_checks)
-
-
-@pytest.mark.contract("causality")
-@pytest.mark.parametrize("name", ["llama", "opt"])
-def test_masks_are_a_function_of_the_tokens_before_them(name):
-    """Every mask is the same when the text ends right before its first use."""
-    model = shared_model(name)
-    _, masks, _ = pruned(model, FIRST, PROMPT, **INTERVAL)
-    for index, (first_use, _, kept) in enumerate(masks):
-        other = torch.cat([FIRST[:, : PROMPT + first_use], tokens(1, 2, seed=9)], 1)
-        _, again, _ = pruned(model, other, PROMPT, **INTERVAL)
-        assert same_masks(again[index][2], kept)
-    changed = FIRST.clone()
-    changed[:, 5] = (changed[:, 5] + 7) % (VOCAB - 3) + 3
-    _, others, _ = pruned(model, changed, PROMPT, **INTERVAL)
-    assert not same_masks(others[0][2], masks[0][2])
 
 
 @pytest.mark.contract("causality")

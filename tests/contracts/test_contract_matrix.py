@@ -4,22 +4,18 @@ A new preset, score or budget is picked up by its registration, an architecture 
 Of each product a pairwise part runs; the whole product runs with ``-m full``.
 """
 
-import contextlib
 import functools
 from itertools import product
 
 import pytest
 import torch
 
-from calibrated import ready
 from dart_llm.errors import ConfigError
-from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import BUDGETS, METHODS, SCORES
-from prior_cases import SMALL
+from prior_cases import SMALL, ready
 from products import SHAPES, cases, in_turn, method_cases
-from steps import apart, decode, pruned, same_masks, shared_model, state_of, widths_of
+from steps import apart, decode, pruned, same_masks, shared_model, state_of
 from tiny import tokens
-from token_cases import kept_winners, same_winners
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Largest difference of the executors' logits, relative to the largest logit."""
@@ -27,9 +23,6 @@ TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 PROMPT, DECODED = 66, 4
 """More prompt tokens than any preset wants as evidence; too few decoded ones for a re-mask."""
 IDS = tokens(1, PROMPT + DECODED, seed=3)
-
-NO_MEMORY = ("weight", "random", "flap", "fisher")
-"""Scores without activations, and those that refuse an ``ema_decay`` (tests/test_baselines.py)."""
 
 RUNNABLE = tuple(name for name in METHODS.names() if METHODS.get(name).weight_bits is None)
 """dense-8bit and dense-4bit prune nothing and are no runs: tests/test_quantise.py."""
@@ -45,16 +38,9 @@ def _dense(name, dtype=torch.float32):
 
 
 def _check_pair(name, dtype=torch.float32, **settings):
-    """Masked equals compact, both differ from dense, and remove what was asked for.
-
-    Where tokens choose their own neurons, half precision rounds some choices otherwise, and one
-    neuron is much in a layer of 48: then compact is given masked's choices, close to its own.
-    """
-    model, dense, winners, shares = shared_model(name, dtype), _dense(name, dtype), {}, [1.0]
-    token = PruneConfig.build(settings.get("method", "griffin")).token
-    chooses = token is not None and dtype != torch.float32
-    with kept_winners(winners) if chooses else contextlib.nullcontext():
-        run, masks, masked = decoded(model, executor="masked", **settings)
+    """Masked equals compact, both differ from dense, and remove what was asked for."""
+    model, dense = shared_model(name, dtype), _dense(name, dtype)
+    run, masks, masked = decoded(model, executor="masked", **settings)
     assert run.executor == "masked"
     assert torch.equal(masked[:, :PROMPT], dense[:, :PROMPT])
     assert apart(masked[:, PROMPT:], dense[:, PROMPT:]) > 2 * TOLERANCE[dtype]
@@ -67,9 +53,7 @@ def _check_pair(name, dtype=torch.float32, **settings):
         assert auto.executor == auto.report().executor == "masked"
         assert torch.equal(masked, again)
     else:
-        with same_winners(winners, shares) if chooses else contextlib.nullcontext():
-            _, same, compact = decoded(model, executor="compact", **settings)
-        assert sum(shares) / len(shares) > 0.95
+        _, same, compact = decoded(model, executor="compact", **settings)
         assert apart(compact[:, PROMPT:], masked[:, PROMPT:]) < TOLERANCE[dtype]
         assert not torch.equal(compact[:, PROMPT:], dense[:, PROMPT:])
         assert ready(model, **{"method": "griffin", **settings}).executor == "compact"
@@ -77,7 +61,8 @@ def _check_pair(name, dtype=torch.float32, **settings):
 
 
 def _check_total(run, sparsity):
-    report, total = run.report(), sum(widths_of(run))
+    report = run.report()
+    total = sum(layer.width for layer in report.layers)
     assert abs(sum(layer.kept for layer in report.layers) - (1 - sparsity) * total) <= 1
     assert abs(report.achieved_sparsity - sparsity) <= 1 / total + 1e-9
     assert report.achieved_sparsity == pytest.approx(report.sparsity_while_pruned)
@@ -101,6 +86,8 @@ def test_methods(name, method, dtype):
     # half of the neurons, chosen anew by every token or helped by maps of a rank that is the tiny
     # model's whole hidden size, give nearly what all of them give
     config = METHODS.get(method)
+    if config.token and dtype != torch.float32:
+        pytest.skip("half precision rounds some choices otherwise, and one neuron is much here")
     sparsity = 0.75 if config.token or config.compensation_rank else 0.5
     more = {} if config.prior is None else {"prior": SMALL}
     _check_pair(name, dtype, method=method, sparsity=sparsity, **more)
@@ -120,11 +107,6 @@ OF_WEIGHTS = ("contribution", "fisher", "max", "weight")
 def test_scores(name, score):
     more = {"prior": SMALL} if SCORES.get(score).learns else {}
     _check_pair(name, score=score, sparsity=0.4, **more)
-
-
-@pytest.mark.parametrize("score", [n for n in SCORES.names() if n not in NO_MEMORY])
-def test_scores_with_memory(score):
-    _check_pair("llama-bias", score={"name": score, "ema_decay": 0.9}, sparsity=0.4)
 
 
 SPARSITIES = (0.05, 0.3, 0.75, 0.85)
@@ -170,24 +152,19 @@ def test_auto_strategy_sets_its_own_counts(name):
 def test_tables_name_layers(name):
     settings = {"budget": {"table": "0:#5,2:0.5"}, "sparsity": None}
     run, masks, _ = decoded(shared_model(name), **settings)
-    width = widths_of(run)[0]
+    width = run.report().layers[0].width
     assert [layer.kept for layer in run.report().layers] == [5, width, width // 2, width]
     ids = masks[0][2]
     assert ids[1] is None and ids[3] is None and len(ids[0]) == 5 and len(ids[2]) == width // 2
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_low_rank_maps_are_there_where_the_input_is_seen(name):
-    """OPT's layers hold the projections: there only the mean stands for the removed neurons."""
+def test_where_the_input_is_not_seen_the_mean_stands_for_the_removed_neurons():
+    """OPT's layers hold the projections: there are no low-rank maps (others: test_work.py)."""
     settings = {"method": "dart", "prior": SMALL, "compensation_rank": 8}
-    run, _, _ = decoded(shared_model(name), **settings)
+    run, _, _ = decoded(shared_model("opt"), **settings)
     prior = run.config.prior.tokens
     for mask, layer in zip(run._newest_masks(), run.layers, strict=True):
-        basis = layer.learnt.basis
-        if not name.startswith("opt"):
-            assert mask.low_rank.basis is basis and mask.low_rank.out.shape == (layer.hidden, 8)
-            continue
-        assert mask.low_rank is None and basis is None
+        assert mask.low_rank is None and layer.learnt.basis is None
         observed = state_of(run).evidence[layer.index].sums["signed"]
         known = layer.learnt.evidence.sums["signed"].mean
         mean = (observed.total + prior * known) / (observed.weight + prior)

@@ -1,28 +1,35 @@
 """What counts as prompt and what as decode, for every way a model can be driven."""
 
+import copy
+import queue
+import threading
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from dart_llm.errors import ConfigError
 from dart_llm.session.run import prune
-from prior_cases import CONFIG
 from steps import (
     CACHE,
     EVIDENCE,
     HALF,
+    Forced,
     apart,
-    decode,
     forward_lengths,
     generate,
     new_cache,
     pruned,
     same_masks,
+    same_sums,
     selections,
     shared_model,
+    state_of,
     step,
+    sums_of,
     written,
 )
-from tiny import tokens
+from tiny import tiny, tokens
 
 IDS = tokens(1, 20)
 MORE = tokens(1, 9, seed=4)
@@ -33,15 +40,20 @@ def counted(run):
     return run.report().prompt_tokens, run.report().decoded_tokens
 
 
+def watched(*arguments, **how):
+    """The lengths of the forwards of ``written``, its run and what it gave."""
+    found = []
+    lengths = forward_lengths(arguments[0], lambda: found.extend(written(*arguments, **how)))
+    return lengths, *found
+
+
 def test_one_token_prompt():
     model, one = shared_model(), torch.tensor([[7]])
     run, _ = written(model, one, 6)
     assert counted(run) == (1, 5) and run.report().achieved_sparsity == 0.5
-    assert run.remasks[0].step == 0
     run, _ = written(model, one, 80, {"method": "dart"})
     report = run.report()
     assert run.remasks[0].step == 15, "16 tokens of evidence: the prompt and 15"
-    assert report.decoded_tokens == 79
     assert report.dense_token_share == pytest.approx(15 / 79)
     assert report.achieved_sparsity == pytest.approx(0.5 * 64 / 79)
     assert counted(pruned(model, tokens(1, 6), 1)[0]) == (1, 5)
@@ -53,18 +65,14 @@ def test_one_token_prompt():
     ("name", "chunk"), [("llama", 7), ("llama", 1), ("llama", 8), ("gemma2", 3), ("gpt2", 3)]
 )
 def test_chunked_prefill(name, chunk):
-    model, ids, found = shared_model(name), tokens(1, 8), []
+    model, ids = shared_model(name), tokens(1, 8)
     one, whole = written(model, ids, 4)
-    lengths = forward_lengths(
-        model, lambda: found.extend(written(model, ids, 4, prefill_chunk_size=chunk))
-    )
-    run, out = found
+    lengths, run, out = watched(model, ids, 4, prefill_chunk_size=chunk)
     assert lengths[-3:] == [1, 1, 1] and sum(lengths) == 11 and lengths[0] == chunk
     assert counted(run) == (8, 3)
     assert run.report().achieved_sparsity == 0.5 and run.report().remasks == 0
     assert run.remasks[0].evidence_tokens == 8
-    assert same_masks(run.masks(), one.masks())
-    assert apart(out.logits, whole.logits) < 1e-5
+    assert same_masks(run.masks(), one.masks()) and apart(out.logits, whole.logits) < 1e-5
 
 
 def test_two_prompts_in_one_block():
@@ -86,17 +94,12 @@ def test_two_prompts_in_one_block():
 
 def test_second_turn_with_a_cache():
     model = shared_model()
-    with prune(model, **{**HALF, **EVIDENCE}) as run:
-        out = generate(model, IDS, 6)
-        turn = torch.cat([out.sequences, MORE], 1)
-        generate(model, turn, 5, **{CACHE: out.past_key_values})
-    assert len(run.report().sequences) == 1
-    assert counted(run) == (20 + 1 + 9, 5 + 4), "the last token of turn one is fed in turn two"
     with prune(model, **HALF) as run:
         out = generate(model, IDS, 6)
         turn, cache = torch.cat([out.sequences, MORE], 1), out.past_key_values
         dense = forward_lengths(model, lambda: generate(model, turn, 5, **{CACHE: cache}))
-    assert dense == [10, 1, 1, 1, 1]
+    assert dense == [10, 1, 1, 1, 1] and len(run.report().sequences) == 1
+    assert counted(run) == (20 + 1 + 9, 5 + 4), "the last token of turn one is fed in turn two"
     assert [(m.cause, m.step, m.evidence_tokens) for m in run.remasks] == [
         ("first", 0, 20.0),
         ("prompt", 5, 30.0),
@@ -133,53 +136,209 @@ def test_forward_without_a_cache_is_a_prompt():
     assert len(run.report().sequences) == 4 and counted(run) == (120, 0)
 
 
-def test_a_cache_that_was_cut_back():
-    """Continuations of one prompt: the caller crops the cache between them."""
-    model, found = shared_model(), []
-    with prune(model, **HALF) as run, run.decoding():
-        cache = new_cache(model)
-        step(model, IDS, cache)
-        for seed in (1, 2, 1):
-            found.append(step(model, tokens(1, 6, seed=seed), cache))
-            cache.crop(-6)
-    assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
-    report = run.report()
-    assert len(report.sequences) == 1 and report.remask_causes == {"first": 1}
-    assert counted(run) == (20, 6)
-
-
-def test_a_decoder_without_a_head():
-    """Base models have no generate; their forwards are told apart all the same."""
-    model, ids = shared_model().model, tokens()
-    keys = list(model.__dict__)
-    with torch.no_grad(), prune(model, **HALF) as run:
-        cache = new_cache(model)
-        model(ids, **{CACHE: cache})
-        model(ids[:, :1], **{CACHE: cache})
-    assert counted(run) == (24, 1)
-    assert run.report().achieved_sparsity == 0.5 and list(model.__dict__) == keys
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_autocast(name):
-    model, ids, found = shared_model(name), tokens(1, 30), []
-    for executor in ("masked", "compact"):
-        with torch.autocast("cpu", torch.bfloat16):
-            run, _, logits = pruned(model, ids, 24, method=CONFIG, executor=executor)
-        found.append(logits)
-        assert run.report().achieved_sparsity == 0.5
-    assert apart(found[0], found[1]) < 3e-2
-    assert apart(found[0], decode(model, ids, 24)) > 3e-2
-
-
-def test_positional_arguments():
+def test_positional_arguments_and_a_decoder_without_a_head():
     model, ids = shared_model(), tokens()
-    with prune(model, **HALF) as run, torch.no_grad():
-        cache = new_cache(model)
-        model(ids, None, None, cache)
-        model(ids[:, :1], torch.ones(1, 25), None, cache)
-    assert counted(run) == (24, 1)
-    config = model.generation_config.__class__(max_new_tokens=4, do_sample=False)
+    for one, before in ((model, (None, None)), (model.model, (None, None))):
+        with prune(one, **HALF) as run, torch.no_grad():
+            cache = new_cache(model)
+            one(ids, *before, cache)
+            one(ids[:, :1], torch.ones(1, 25), None, cache)
+        assert counted(run) == (24, 1) and run.report().achieved_sparsity == 0.5
+    config = copy.copy(model.generation_config)
+    config.update(max_new_tokens=4, do_sample=False)
     with prune(model, **HALF) as run:
         model.generate(ids, config)
     assert run.report().decoded_tokens == 3
+
+
+# the ways of generate
+
+
+@pytest.mark.parametrize("where", ["argument", "config", "model"])
+def test_what_generate_cannot_do_while_pruned(where):
+    """Without a cache, wherever it is said; with guidance; a model that assists itself."""
+    model = tiny()
+    config = model.generation_config.__class__(use_cache=False, max_new_tokens=5)
+    settings = {
+        "argument": {"max_new_tokens": 5, "use_cache": False},
+        "config": {"generation_config": config},
+        "model": {"max_new_tokens": 5},
+    }[where]
+    model.generation_config.use_cache = where != "model"
+    with prune(model, **HALF) as run:
+        with pytest.raises(ConfigError, match="use_cache"):
+            model.generate(tokens(), **settings)
+        assert run.report().sequences == ()
+        model.generation_config.use_cache = True
+        for how, words in (
+            ({"guidance_scale": 1.5}, "guidance_scale"),
+            ({"assistant_early_exit": 2}, "assistant_early_exit"),
+            ({"assistant_model": model}, "own assistant"),
+        ):
+            with pytest.raises(ConfigError, match=words):
+                generate(model, tokens(), 6, **how)
+        generate(model, tokens(), 6, guidance_scale=1)
+    assert run.report().decoded_tokens == 5
+
+
+def test_beam_search():
+    model, ids, found = shared_model(), tokens(2, 20), []
+    settings = {"num_beams": 3, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    dense = model.generate(ids, **settings)
+    with prune(model, "griffin", sparsity=0.0):
+        assert torch.equal(model.generate(ids, **settings), dense)
+    for executor in ("masked", "compact"):
+        with prune(model, **HALF, executor=executor) as run:
+            found.append(model.generate(ids, **settings))
+        assert run.report().achieved_sparsity == 0.5 and counted(run) == (6 * 20, 6 * 7)
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], dense)
+    one_by_one = prune(model, **HALF, batch="per_row")
+    with one_by_one, pytest.raises(ConfigError, match='batch "shared"'):
+        model.generate(ids, **settings)
+
+
+@pytest.mark.parametrize(("method", "chunk"), [("griffin", 5), ("dart", None), ("dart", 5)])
+def test_static_cache(method, chunk):
+    model, ids = shared_model(), tokens(1, 70)
+    one, wanted = written(model, ids, 8, {"method": method})
+    static = {"cache_implementation": "static", "prefill_chunk_size": chunk}
+    run, got = written(model, ids, 8, {"method": method}, **static)
+    assert torch.equal(got.sequences, wanted.sequences) and apart(got.logits, wanted.logits) < 1e-5
+    assert counted(run) == counted(one) == (70, 7)
+    assert run.report().layers == one.report().layers
+
+
+def test_sampling_and_returned_sequences():
+    model, found = shared_model(), []
+    settings = {"max_new_tokens": 6, "do_sample": True, "eos_token_id": None}
+    for batch in ("shared", "per_row"):
+        torch.manual_seed(0)
+        with prune(model, **HALF, batch=batch) as run:
+            out = model.generate(tokens(), num_return_sequences=3, **settings)
+        assert out.shape == (3, 30) and len({tuple(row) for row in out.tolist()}) == 3
+        assert counted(run) == (72, 15)
+        assert len(run.report().sequences) == (1 if batch == "shared" else 3)
+        found.append(out)
+    assert torch.equal(found[0], found[1]), "the rows share a prompt, so they share a mask"
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_inputs_embeds(name):
+    model, ids = shared_model(name), tokens()
+    one, wanted = written(model, ids, 8)
+    embeds = model.get_input_embeddings()(ids).detach()
+    run, got = written(model, None, 8, inputs_embeds=embeds)
+    assert torch.equal(got.sequences, wanted.sequences[:, 24:])
+    assert same_masks(run.masks(), one.masks()) and counted(run) == (24, 7)
+
+
+def test_wrapper_is_entered_to_its_text_decoder():
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = tiny("gemma3").config.to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model, ids, found = Gemma3ForConditionalGeneration(config).eval(), tokens(1, 70), []
+    dense = generate(model, ids, 6)
+    for executor in ("masked", "compact"):
+        run, out = written(model, ids, 6, {"method": "dart", "executor": executor})
+        found.append(out)
+        assert run.report().decoded_tokens == 5 and run.report().achieved_sparsity == 0.5
+    assert apart(found[0].logits, found[1].logits) < 1e-5
+    assert apart(found[0].logits, dense.logits) > 1e-4
+
+
+# assisted decoding: tokens that are rolled back leave no trace, and change no text
+
+TEXT = torch.arange(3, 40)[None]
+"""No n-gram twice: the first forward carries no candidates."""
+LOOKUP = {"prompt_lookup_num_tokens": 3}
+same_report = pytest.mark.contract("same report whatever the batch")
+
+
+@pytest.mark.parametrize("assisted", [{}, LOOKUP], ids=["plain", "assisted"])
+def test_streamer_in_a_thread(assisted):
+    model, got = shared_model(), []
+    items = queue.Queue()  # what TextIteratorStreamer fills, without text
+    pipe = SimpleNamespace(
+        put=lambda ids: items.put(ids.flatten().tolist()), end=lambda: items.put(None)
+    )
+    wanted = written(model, TEXT, 30)[1].sequences[0].tolist()
+    with prune(model, **HALF) as run:
+        how = {"streamer": pipe, **assisted}
+        thread = threading.Thread(target=lambda: generate(model, TEXT, 30, **how))
+        thread.start()
+        while (item := items.get(timeout=20)) is not None:
+            got += item
+        thread.join()
+    assert got == wanted and run.report().decoded_tokens == 29
+
+
+@same_report
+@pytest.mark.parametrize(
+    ("name", "executor"), [("llama", "auto"), ("gemma2", "masked"), ("gpt2", "auto")]
+)
+def test_prompt_lookup_equals_greedy(name, executor):
+    """All draft tokens, kept or not, run under the same masks: the text must not change."""
+    model, settings = shared_model(name), {"executor": executor}
+    one, wanted = written(model, TEXT, 60, settings)
+    lengths, run, out = watched(model, TEXT, 60, settings, **LOOKUP)
+    assert torch.equal(out.sequences, wanted.sequences)
+    assert max(lengths[1:]) > 1, "candidates were tried"
+    report = run.report()
+    assert sum(lengths) - 37 >= report.decoded_tokens == 59
+    assert report.dense_token_share == 0 and report.achieved_sparsity == 0.5
+    assert same_masks(run.masks(), one.masks())
+
+
+def _assistant(noise):
+    other, generator = tiny("llama"), torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += noise * torch.randn(parameter.shape, generator=generator)
+    return other
+
+
+@same_report
+@pytest.mark.parametrize(("noise", "new"), [(0.0, 20), (0.02, 21), (0.08, 23)])
+def test_assistant_model_equals_greedy(noise, new):
+    """Static masks do not depend on what was seen, so the text can be compared exactly.
+
+    Candidates of the first forward ride along with the prompt and run dense; the reference keeps
+    as many tokens dense.
+    """
+    model, ids, settings = shared_model(), tokens(1, 24), {"method": "static", "sparsity": 0.3}
+    lengths, run, out = watched(model, ids, new, settings, assistant_model=_assistant(noise))
+    report = run.report()
+    assert counted(run) == (24, new - 1), "tokens that were rolled back do not count"
+    assert sum(lengths) - 24 > new - 1, "some candidates were refused"
+    dense = round(report.dense_token_share * report.decoded_tokens)
+    reference, wanted = written(model, ids, new, {**settings, "masking_step": dense})
+    assert torch.equal(out.sequences, wanted.sequences)
+    assert reference.report().achieved_sparsity == pytest.approx(report.achieved_sparsity)
+
+
+@same_report
+@pytest.mark.parametrize("new", [1, 3, 30])
+def test_refused_candidates_never_enter_the_evidence(new):
+    model = shared_model()
+    one, wanted = written(model, TEXT, new, EVIDENCE)
+    run, out = written(model, TEXT, new, EVIDENCE, **LOOKUP)
+    assert torch.equal(out.sequences, wanted.sequences)
+    assert run.report().decoded_tokens == new - 1
+    assert state_of(run).evidence_tokens == state_of(one).evidence_tokens == 37 + new - 1
+    assert same_sums(sums_of(run), sums_of(one))
+
+
+@same_report
+@pytest.mark.parametrize("end", [0, 1, 5])
+def test_generation_that_ends_with_refused_candidates(end):
+    """No forward follows to show that the candidates went, least of all after the prompt."""
+    ids, rows = tokens(1, 12, seed=6).repeat(1, 3), [[*range(10, 10 + end), 2]]
+    how = {"eos_token_id": 2, "logits_processor": [Forced(36, rows)], **LOOKUP}
+    lengths, run, out = watched(shared_model(), ids, 20, **how)
+    assert out.sequences[0, 36:].tolist() == rows[0]
+    assert lengths[0] == 39, "three candidates ride along with the prompt"
+    assert counted(run) == (36, end) and run.report().dense_token_share == 0

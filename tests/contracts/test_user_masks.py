@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from dart_llm.errors import ConfigError
+from dart_llm.errors import AttachError, ConfigError
 from dart_llm.session.run import prune
 from products import SHAPES, cases
 from steps import (
@@ -87,48 +87,39 @@ def test_remove_is_the_complement_and_masks_of_another_run_are_masks():
 
 
 @pytest.mark.contract("sparsity 0 is bit-identical")
-@pytest.mark.parametrize(
-    "given",
-    [{"masks": {}}, {"remove": {}}, {"remove": {0: []}}, {"masks": {0: range(48)}}],
-    ids=str,
-)
-def test_masks_that_remove_nothing(given):
+def test_masks_that_remove_nothing():
     """An empty mapping is a mask that keeps everything, not the default method."""
     model, ids = shared_model(), tokens(1, 76)
-    with prune(model, **given) as run:
-        found = decode(model, ids, 70)
-    assert torch.equal(found, decode(model, ids, 70))
-    assert run.report().achieved_sparsity == 0 and run.report().method == "given masks"
+    for given in ({"masks": {}}, {"remove": {}}, {"remove": {0: []}}, {"masks": {0: range(48)}}):
+        with prune(model, **given) as run:
+            found = decode(model, ids, 70)
+        assert torch.equal(found, decode(model, ids, 70))
+        assert run.report().achieved_sparsity == 0 and run.report().method == "given masks"
 
 
-def test_given_masks_stay_and_release_as_configured():
-    settings = {"masks": picked(), "drift": {"rule": "interval 3", "min_distance": 0}}
-    with prune(shared_model(), "griffin", **settings, release_step=5) as run:
-        for _ in range(2):
-            generate(run.model, tokens(1, 40), 11)
-    report = run.report()
-    assert report.remask_causes == {"given": 2}
-    assert report.dense_token_share == 0.5 and report.decoded_tokens == 20
-
-
-@pytest.mark.parametrize("batch", ["shared", "per_row"])
-def test_given_masks_in_batches(batch):
-    model, ids, masks = shared_model(), tokens(3, 20), picked()
-    with prune(model, masks=masks, batch=batch) as run:
-        got = decode(model, ids, 14)
-    assert apart(got, _masked_by_hand(model, masks, ids, 14)) < 1e-5
-    assert run.report().decoded_tokens == 18
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
+def test_masks_that_cannot_be():
+    for given, message in (
         ({"masks": {4: [1]}}, "layer 4 is out of range: this model has 4 layers"),
         ({"remove": {1: range(48)}}, "layer 1 would keep no neuron"),
         ({"masks": {0: [1]}, "remove": {0: [1]}}, "not both"),
         ({"masks": {0: [1]}, "sparsity": 0.5}, "drop the sparsity"),
-    ],
-)
-def test_masks_that_cannot_be(given, message):
-    with pytest.raises(ConfigError, match=message):
-        prune(shared_model(), **given)
+    ):
+        with pytest.raises(ConfigError, match=message):
+            prune(shared_model(), **given)
+
+
+def test_how_far_a_run_is_from_its_first_mask():
+    model = shared_model()
+    with prune(model, "dart-prompt", sparsity=0.5) as run:
+        with pytest.raises(AttachError, match="0 tokens were seen and 64 are needed, so decode at"):
+            run.masks()
+        generate(model, tokens(1, 24), 11)
+        words = "34 tokens were seen and 64 are needed, so decode at least 31 more"
+        for asked in (run.masks, lambda: run.export("nowhere")):
+            with pytest.raises(AttachError, match=words):
+                asked()
+        generate(model, tokens(1, 24), 42)
+        assert len(run.masks()) == 4
+    nothing = prune(model, "griffin", sparsity=0.0)
+    with nothing, pytest.raises(AttachError, match="is removed: ask for a sparsity above 0"):
+        nothing.masks()

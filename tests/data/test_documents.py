@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from calibration_cases import WORDS, Letters
-from dart_llm.data import datasets, documents, texts
+from dart_llm.data import documents, texts
 from dart_llm.data.datasets import Document
 from dart_llm.data.documents import check_disjoint, load_documents, sequences
 from dart_llm.errors import ConfigError
@@ -108,8 +108,6 @@ def test_plain_files_and_their_names():
     assert calibrated("odd#1") == ["a file may be called so"]
     given = "plain.txt, more,c4,plain.txt,hub:x/y:test:z"
     assert documents.names(given) == ["plain.txt", "more", "c4", "hub:x/y:test:z"]
-    every = ("c4", "xsum", "hub:x/y:test:z", "mmlu-answers", "more", "no such file")
-    assert [name for name in every if documents.find_file(name)] == ["more"]
     source = write("folder/rows.jsonl", {"text": "a"}, {"text": "b"})
     assert documents.resolve(f"{source}#1").title() == "rows.jsonl from row 1 on"
     assert documents.resolve(f"{source}:text").label == "rows:text"
@@ -175,7 +173,6 @@ def test_documents_with_each_kind_of_column():
         {"text": "t", "summary": ["One.", "Two."], "id": 7},
         {"article": "a", "highlights": "[\"it's\", 'x']", "id": "x"},
         {"report": "r", "summary": "[1] is a footnote [2]", "document": "first of them"},
-        {"document": "a \ud83d\ude00", "summary": "\\ud83d"},
     ]
     path = write("d.jsonl", "\ufeff\n", *rows)
     every = [
@@ -183,7 +180,6 @@ def test_documents_with_each_kind_of_column():
         Document("7", "t", "One.\nTwo."),
         Document("x", "a", "it's\nx"),
         Document("5", "first of them", "[1] is a footnote [2]"),
-        Document("6", "a \U0001f600", "\\ud83d"),
     ]
     assert load_documents(path) == every
     assert load_documents(f"{path}#2") == every[2:]
@@ -191,44 +187,23 @@ def test_documents_with_each_kind_of_column():
     assert load_documents(f"{two}:body:tldr") == [Document("1", "b", "t")]
 
 
-def test_documents_of_the_hub_and_a_sample_of_a_file(hub):
-    xsum = ("EdinburghNLP/xsum", None, "test", True)
-    hub.rows = {xsum: [{"id": 5, "document": "d", "summary": "s"}]}
-    hub.rows["a/b", None, "test", False] = [{"x": "d", "y": "s"}]
-    assert load_documents("xsum", 1) == [Document("5", "d", "s")]
-    assert load_documents("hub:a/b:test:x:y") == [Document("0", "d", "s")]
-    path = write("mine.jsonl", *({"document": f"d{i}", "summary": "s"} for i in range(20)))
-    for seed in (None, 1):
-        places = [int(document.id) - 1 for document in load_documents(path, 3, seed=seed)]
-        assert places == datasets.positions(20, 3, seed)
-
-
 C4_TEST = "hub:allenai/c4/en:validation[:9]:text"
 
 LEAKS = [
     ("a.txt", "folder/../a.txt", None, True),
-    ("a.txt", "b.txt", None, False),
-    ("a.txt", "embedded", None, False),
     ("datasets/local.txt", "local", None, True),
     ("rows.jsonl#1", "rows.jsonl", 1, False),
     ("rows.jsonl#1", "rows.jsonl", 2, True),
     ("rows.jsonl#1", "rows.jsonl:text#1", 2, True),
-    ("rows.jsonl#1", "rows.jsonl", None, True),
     ("rows.jsonl:text", "rows.jsonl:document:summary", 1, True),
     (None, "a.txt", None, False),
-    (None, "c4", None, False),
     ("c4", "c4", None, False),  # what calibrates is the training split, what is scored is not
     (None, "c4_train", None, True),
-    (None, "hub:allenai/c4/en:train:text", None, True),
     (C4_TEST, "c4", None, True),
-    ("wikitext2", "wikitext2", None, True),
     ("hub:EdinburghNLP/xsum:test:document", "xsum", 5, True),
     ("embedded", "embedded", None, True),
     ("mmlu", "mmlu-answers", None, True),
-    ("embedded", "mmlu", None, False),
-    ("embedded", "no such text", None, False),
     ("hub:allenai/ai2_arc/ARC-Easy:test:question", "arc_easy", 4, True),
-    ("hub:allenai/ai2_arc/ARC-Easy:train:question", "arc_easy", 4, False),
     ("hub:allenai/ai2_arc/ARC-Easy:test:question", "arc_challenge", None, False),
     ("hub:cais/mmlu/virology:test:question", "mmlu", None, True),
     ("hub:cais/mmlu/virology:test:question", "mmlu:anatomy+virology", None, True),
@@ -282,12 +257,3 @@ def test_windows_are_cut_from_the_joined_texts(monkeypatch):
         [1, *letters("abc")],
         [1, *letters("def")],
     ]
-    assert sequences(Letters(bos=1), ["abcd"], 9, 4).tolist() == [letters("abcd")]
-    monkeypatch.setattr(documents, "PIECE", 8)
-
-    def endless():  # no more of it is read than is needed
-        while True:
-            yield "abc" * 5
-
-    found = sequences(Letters(), endless(), 3, 10)
-    assert found.flatten().tolist() == letters("abc" * 5 + "\n\n" + "abc" * 5)[:30]

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import re
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
@@ -57,18 +55,6 @@ def test_names_of_texts_and_prompts():
             texts.read(name)
 
 
-def test_the_loaders_need_no_torch():
-    # What the package itself imports is another test's matter: only what these add counts here.
-    code = (
-        "import sys, dart_llm; before = set(sys.modules); "
-        "import dart_llm.data.texts, dart_llm.data.prompts, dart_llm.data.documents;"
-        "new = {m.split('.')[0] for m in set(sys.modules) - before};"
-        "print(sorted(new & {'torch', 'transformers', 'datasets', 'numpy'}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
 def test_nothing_is_shipped_twice():
     """Nor do openings share eight words in a row with a text that is evaluated."""
     every = Counter(run for passage in PASSAGES for run in runs(passage.text))
@@ -84,9 +70,6 @@ def test_nothing_is_shipped_twice():
 def test_passages_change_their_topic_where_the_index_says():
     begins = {passage.id: passage.segments() for passage in PASSAGES}
     assert [len(parts) for parts in begins.values()] == [2] * 8 + [3] * 4
-    first = begins["09-earthquakes-to-marathons-to-ledgers"]
-    words = ["The ground", "The marathon", "Double-entry bookkeeping"]
-    assert [" ".join(part.text.split()[:2]) for part in first] == words
     for passage in PASSAGES:
         parts = begins[passage.id]
         assert [part.start for part in parts] == [0, *passage.changes]
@@ -109,14 +92,9 @@ REFUSED = [
     ({"id": None}, "line 1 of .*, id: is None, which is not text"),
     ({"topics": [{"name": "bees"}]}, "line 1 of .*, topics.0.domain: is missing"),
     ({"changes": []}, r"has 2 topic\(s\) and 0 change\(s\): .* one change less"),
-    ({"changes": [], "topics": [BEES]}, r"1 topic\(s\) and 0 change\(s\)"),
     *(
         ({"changes": [at]}, f"the change at character {at} of .* begins no paragraph")
         for at in (0, 23, 25, 41, -17)
-    ),
-    (
-        {"changes": [24, 13], "topics": [*PLAIN["topics"], BEES]},
-        r"the changes \[24, 13\] of .* mus",
     ),
     ({"topics": [BEES, WASPS]}, 'goes from "bees" to "wasps", both of the domain zoology: give'),
 ]

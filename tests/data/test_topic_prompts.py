@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from importlib import resources
 
@@ -17,7 +14,6 @@ from dart_llm.data.topic_prompts import (
     SHIPPED,
     DriftPrompt,
     Item,
-    Ontology,
     generate,
     load_ontology,
     maximum,
@@ -30,41 +26,13 @@ from dart_llm.files import write_lines
 FOLDER = resources.files("dart_llm.data") / "shipped" / "drift"
 OWN = load_ontology()
 OWNER = {item.name: name for name, domain in OWN.domains.items() for item in domain.items}
-WORDS = {"field": "x", "expert": "a man", "place": "a hall"}
 
 
-def small(*sizes, templates=1):
-    """Domains d0, d1, ... with so many items."""
-    domains = {
-        f"d{d}": {
-            **WORDS,
-            "singular": [f"i{d}.{n}" for n in range(0, size, 2)],
-            "plural": [f"i{d}.{n}" for n in range(1, size, 2)],
-        }
-        for d, size in enumerate(sizes)
-    }
-    texts = {
-        f"t{n}": f"{n}: {{topic_a}} {{is_a}}, {{topic_b}}, {{word}}." for n in range(templates)
-    }
-    data = {"domains": domains, "templates": texts, "choices": {"word": ("one", "two")}}
-    return Ontology.model_validate(data)
-
-
-def test_the_shipped_prompts_are_what_the_generator_makes_in_every_process():
+def test_the_shipped_prompts_are_what_the_generator_makes():
     made = generate(SHIPPED, 0)
     lines = [json.dumps(prompt.to_dict()) + "\n" for prompt in made]
     assert (FOLDER / "prompts.jsonl").read_bytes() == "".join(lines).encode("ascii")
     assert shipped() == made
-    code = (
-        "import sys; from dart_llm.data.topic_prompts import generate;"
-        "assert not {'torch', 'rich', 'yaml'} & set(sys.modules);"
-        "print([prompt.id for prompt in generate(60, 5)])"
-    )
-    for seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed}
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        assert done.stdout == f"{[prompt.id for prompt in generate(60, 5)]}\n"
 
 
 def test_the_shipped_set_is_large_and_even_and_changes_its_domain():
@@ -91,36 +59,6 @@ def test_any_seed_and_count(seed, count, fewer):
         assert "{" not in prompt.text and one in prompt.text and other in prompt.text
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(1, 4), min_size=2, max_size=4), st.integers(1, 3), st.integers(0, 9))
-def test_all_that_exist_can_be_made_and_no_more(sizes, templates, seed):
-    ontology = small(*sizes, templates=templates)
-    names = [item.name for domain in ontology.domains.values() for item in domain.items]
-    every = {
-        (f"t{t}", one, other)
-        for t in range(templates)
-        for one in names
-        for other in names
-        if one.split(".")[0] != other.split(".")[0]
-    }
-    assert maximum(ontology) == len(every)
-    made = generate(len(every), seed, ontology)
-    assert {(p.template, p.slots["topic_a"], p.slots["topic_b"]) for p in made} == every
-    with pytest.raises(ConfigError, match=f"gives {len(every)} prompts at most"):
-        generate(len(every) + 1, seed, ontology)
-
-
-def test_seeds_differ_and_ids_do_not_depend_on_them():
-    ontology = small(4, 4, templates=2)
-    one, other = (generate(maximum(ontology), seed, ontology) for seed in (1, 2))
-    assert [prompt.text for prompt in one] != [prompt.text for prompt in other]
-    ids = {prompt.text: prompt.id for prompt in one}
-    common = [prompt for prompt in other if prompt.text in ids]
-    assert 10 < len(common) < 64  # the word in them is drawn
-    assert all(prompt.id == ids[prompt.text] for prompt in common)
-    assert {prompt.seed for prompt in other} == {2}
-
-
 def test_what_cannot_be_generated():
     for count, seed, problem in (
         (0, 0, "gives 1128960 prompts at most, .* ask for 1 to 1128960, not 0$"),
@@ -129,13 +67,6 @@ def test_what_cannot_be_generated():
     ):
         with pytest.raises(ConfigError, match=problem):
             generate(count, seed)
-    domains = {
-        "x": {**WORDS, "singular": ["p and q", "p"]},
-        "y": {**WORDS, "singular": ["r", "q and r"]},
-    }
-    same = {"domains": domains, "templates": {"t": "{topic_a} and {topic_b}"}}
-    with pytest.raises(ConfigError, match='give the same prompt, "p and q and r": rename'):
-        generate(8, 0, Ontology.model_validate(same))
 
 
 @pytest.mark.contract("every parser round-trips")
@@ -156,8 +87,6 @@ def test_prompts_are_written_and_read_back(tmp_path):
         with pytest.raises(ConfigError, match=problem):
             read_prompts(path)
 
-
-# Ontologies of one's own.
 
 DOMAINS = yaml.safe_load("""
 law: {field: law, expert: a judge, place: a court, singular: [a trial], plural: [patents, wills]}
@@ -195,10 +124,6 @@ def test_domains_templates_and_choices_of_ones_own(tmp_path):
     assert ontology.templates == OWN.templates and maximum(ontology) == 24 * 6
     made = generate(144, 0, ontology)
     assert {prompt.domains for prompt in made} == {("law", "sea"), ("sea", "law")}
-    essays = [prompt.text for prompt in made if prompt.template == "essay"]
-    assert len(essays) == 6 and all("to a judge. The" in text for text in essays)
-    words = {prompt.slots["words"] for prompt in made if "words" in prompt.slots}
-    assert words == {"150", "200", "250", "300"}
     own = changed(templates={"plain": PLAIN}, choices={"word": ["so"]})
     prompts = generate(6, 0, load(tmp_path, own))
     assert {prompt.text for prompt in prompts} == {
@@ -209,8 +134,6 @@ def test_domains_templates_and_choices_of_ones_own(tmp_path):
         "The compass is for an admiral: why it? A court, them, patents, so.",
         "The compass is for an admiral: why it? A court, them, wills, so.",
     }
-    slots = "expert_a is_a it_a place_b them_b topic_a topic_b word".split()
-    assert list(prompts[0].slots) == slots and prompts[0].slots["word"] == "so"
 
 
 REFUSED = [
@@ -221,20 +144,11 @@ REFUSED = [
     ({"domain": DOMAINS}, "own.yaml, domains: is missing"),
     ({"domains": DOMAINS, "template": {}}, "unknown key in .*'template'; did you mean templates"),
     ({"domains": {"law": DOMAINS["law"]}}, "domains: a change of topic needs two domains or more"),
-    (changed("law.experts", "a"), "unknown key in .*, domains.law.experts: .* did you mean expert"),
-    (changed("sea.singular", []), "domains.sea: has no items"),
-    (changed("sea.singular", [False]), "domains.sea.singular.0: is False, .* in quotes if need be"),
-    (changed("sea.singular", ["The  Trial"]), 'item "The Trial" of sea is also in law: keep it in'),
-    (changed("law.plural", ["wills", "Wills"]), "domains: law has an item twice: drop one"),
     (template("About {topic_a}."), r'"mine" lacks the slot \{topic_b\}: it needs both topics'),
     (template("{topic_a} {topic_b} {topics_a}"), "\"mine\": .*'topics_a'; did you mean topic_a"),
-    (template("{topic_a} {topic_b} {TOPIC_A}"), '"mine": unknown slot'),
-    (template("{topic_a.name} {topic_b}"), '"mine": unknown slot'),
-    (template("{topic_a} {topic_b"), "\"mine\": expected '}'"),
     (template("{topic_a} {topic_b!r}"), '"mine": has a format in the slot "topic_b"'),
     (template(PLAIN, choices={"word": []}), "choices.word: is empty: list at least one"),
     (template(PLAIN, choices={"topic_a": ["so"]}), 'choices: "topic_a" cannot be a slot'),
-    (template(PLAIN, choices={"a word": ["so"]}), 'choices: "a word" cannot be a slot'),
 ]
 
 

@@ -9,13 +9,12 @@ import torch
 
 from dart_llm.errors import UnsupportedModel
 from dart_llm.models.architectures import LAYER_NAMES as LAYERS
-from dart_llm.models.describe import describe
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.masks import top_ids
 from dart_llm.pruning.registry import ALL, BUDGETS, DRIFT_RULES, METHODS, SCORES
 from dart_llm.session.run import prune
 from steps import apart, decode
-from tiny import CONFIGS, VOCAB, tiny, tokens
+from tiny import CONFIGS, tiny, tokens
 
 PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
 LONGEST = 50
@@ -62,8 +61,6 @@ def _prune(model, decoded, *arguments, **settings):
 
 def test_add_a_score():
     name = _run_block("Add a score", SCORES)
-    rule = SCORES.get(name)
-    assert rule.summary.endswith(".") and rule.source
     model, seen, ids = tiny("llama", seed=1), [], tokens(1, PROMPT + 4, seed=5)
     run = prune(model, "griffin", score=name, sparsity=0.5)
     run.on_selection = lambda remask, state: seen.append(state.selection)
@@ -74,9 +71,6 @@ def test_add_a_score():
     (selection,) = seen  # what it ranks highest is kept
     for mask, score in zip(selection.masks, selection.scores, strict=True):
         assert torch.equal(mask.ids, top_ids(score, len(score) // 2))
-    for weights in describe(model).weights("output", 0):
-        a = torch.full((weights.width,), 2.0)
-        torch.testing.assert_close(rule(a, weights), 2 * weights.down.abs().amax(0))
 
 
 def test_add_a_budget():
@@ -84,27 +78,16 @@ def test_add_a_budget():
     run, _ = _prune(tiny("llama"), 3, "griffin", budget=name, sparsity=0.5)
     kept = [layer.kept for layer in run.report().layers]
     assert kept == [32, 27, 21, 16]  # 48 neurons x 4 layers, half of them, falling by half
-    blend, _ = _prune(tiny("llama"), 3, "griffin", budget=f"blend {name} uniform", sparsity=0.5)
-    mixed = [layer.kept for layer in blend.report().layers]
-    assert sum(mixed) == 96
-    assert all(abs(m - (k + 24) / 2) < 1 for m, k in zip(mixed, kept, strict=True))
 
 
 def test_add_a_drift_rule():
     name = _run_block("Add a drift rule", DRIFT_RULES)
     rule = DRIFT_RULES.get(name)()
-    assert rule.threshold is not None
-    found = rule.threshold(torch.tensor([0.5]), torch.tensor([0.1]))
-    torch.testing.assert_close(found, torch.tensor([0.3]))
     config = PruneConfig.build("dart", drift=name)
     assert config.drift == PruneConfig.build("dart").drift.model_copy(update={"rule": name})
-    lifted = PruneConfig.build("dart", drift={"rule": name, "max_dense_share": None})
-    assert lifted.drift.max_dense_share is None and lifted.drift.min_distance == 64
     run, _ = _prune(tiny("llama"), 2 * rule.window + 1, "dart", drift=name, sparsity=0.5)
     checks = [(check.window, check.step) for check in run.drift_checks]
     assert checks == [(1, rule.window), (2, 2 * rule.window)]
-    # 76 tokens: 4 whole windows
-    assert all(check.threshold is not None for check in run.drift_checks)
 
 
 def test_add_an_architecture():
@@ -121,7 +104,6 @@ def test_add_an_architecture():
     same, compact = _prune(model, 4, "dart", sparsity=0.5, executor="compact")
     assert run.report().achieved_sparsity == same.report().achieved_sparsity == 0.5
     assert apart(compact, masked) < 3e-6 < apart(masked, dense)
-    assert dense.shape == (1, PROMPT + 4, VOCAB)
     assert torch.equal(decode(model, ids, PROMPT), dense)
 
 

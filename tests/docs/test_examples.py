@@ -12,7 +12,6 @@ from dart_llm.pruning.registry import SCORES
 FOLDER = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py"))
 NOTEBOOK = FOLDER / "first_look.ipynb"
-PAGE = FOLDER.parent / "docs/quickstart.md"
 LONGEST = 40
 
 
@@ -30,11 +29,7 @@ def test_four_short_files_and_a_clean_notebook():
     assert SCRIPTS == ["batch.py", "own_score.py", "prune_and_generate.py", "watch_remasks.py"]
     for name in SCRIPTS:
         assert len((FOLDER / name).read_text(encoding="utf-8").splitlines()) < LONGEST
-    page = PAGE.read_text(encoding="utf-8")
-    found = sorted(re.findall(r"\]\(\.\./examples/([\w.]+)\)", page))
-    assert found == sorted([*SCRIPTS, NOTEBOOK.name])
     code = [cell for cell in notebook()["cells"] if cell["cell_type"] == "code"]
-    assert len(code) == 6
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
 
 

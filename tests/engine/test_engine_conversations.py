@@ -117,12 +117,6 @@ def test_the_end_of_an_answer_may_be_left_out(engine):
     answer, _ = turn(engine, config, (*PROMPT, *kept, *NEXT))
     assert answer.usage.cached_tokens == len(PROMPT) + len(kept)
     assert (answer.report.prompt_tokens, answer.report.decoded_tokens) == (len(NEXT), 9)
-    # its cache is that of the text: dense from here it says what the dense model says
-    dense, _ = ask(engine, None, new=20, conversation="b", stop=(stop,))
-    back = (*PROMPT, *dense.tokens[0][:4], *NEXT)
-    answer, _ = turn(engine, None, back, name="b")
-    assert answer.usage.cached_tokens == len(PROMPT) + 4
-    assert answer.tokens == ask(engine, None, back, 10)[0].tokens
 
 
 def test_a_cancelled_turn_goes_on(engine):

@@ -1,7 +1,5 @@
 """The engine on the native kernels: whole slim steps for requests of every kind."""
 
-import random
-
 import pytest
 
 from dart_llm.engine.engine import Engine
@@ -19,21 +17,19 @@ NAMES = {"llama": "slim", "gemma": "native", "gpt2": "native", "opt": "masked"}
 @pytest.mark.parametrize(("name", "executor"), NAMES.items())
 def test_executors(name, executor):
     token = half("dart-token", prior={"sequences": 4, "length": 64})
-    configs = [half(), token, half("dart-prompt")]
+    configs = [None, half(), token, half("dart-prompt")]
     wanted = [alone(tiny(name), config) for config in configs]
-    plain = alone(tiny(name), None)[0]
     with Same(own_model(name)), Engine(own_model(name), tokenizer()) as engine:
         assert engine.executor == executor
-        for _ in range(2):
-            for config, (tokens, report) in zip(configs, wanted, strict=True):
-                answer, _ = ask(engine, config)
-                assert answer.tokens[0] == tokens
+        for config, (tokens, report) in zip(configs * 2, wanted * 2, strict=True):
+            answer, _ = ask(engine, config)
+            assert answer.tokens[0] == tokens  # float32: rounding changes no token here
+            if report is not None:
                 found, expected = answer.report.to_dict(), report.to_dict()
                 # the engine still has the cache for which slim holds room
                 room = [one.pop("extra_memory_bytes") for one in (found, expected)]
                 assert found == expected
                 assert room[0] > room[1] if executor == "slim" else room[0] == room[1]
-            assert ask(engine)[0].tokens[0] == plain  # float32: rounding changes no token here
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +47,6 @@ def test_steps_run_natively(engine):
         before = slim.steps
         ask(engine, config, new=20)
         assert slim.steps - before == steps
-
-
-def test_priors_of_two_methods_and_several_rows_in_turn(engine):
-    """dart observes features of the FFN's input, dart-token none: each its own, every time."""
-    configs = [half("dart", masking_step=6), half("dart-token", masking_step=6), half()]
-    model = tiny()
-    wanted = [alone(model, config)[0] for config in configs]
-    order = [0, 1, 2] * 3
-    random.Random(1).shuffle(order)
-    for index in order:
-        assert ask(engine, configs[index])[0].tokens[0] == wanted[index]
-        assert set(ask(engine, half(), n=2)[0].tokens) == {wanted[2]}
 
 
 def test_nothing_is_held_between_requests(engine):

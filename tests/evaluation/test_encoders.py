@@ -17,7 +17,6 @@ from dart_llm.evaluation.encoders import (
     cosine,
     find_encoder,
     load_embedder,
-    unit,
     windows,
 )
 from dart_llm.files import file_sha256
@@ -51,13 +50,11 @@ def test_windows_hold_whole_sentences_in_their_order():
     assert " ".join(found).split() == words and max(map(count_words, found)) <= 5
     found = windows("x" * 30 + "y", len, 8)
     assert "".join(found) == "x" * 30 + "y" and max(map(len, found)) <= 8
-    assert windows("ab", lambda text: 3 * len(text), 2) == ["a", "b"]  # a character is the end
     with pytest.raises(ConfigError, match="at least 1 token, not 0"):
         windows("one", count_words, 0)
 
 
 def pooled(folder, text):
-    """Mean over the tokens of one window, by transformers alone."""
     inputs = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")
     with torch.no_grad():
         hidden = AutoModel.from_pretrained(folder)(**inputs).last_hidden_state
@@ -76,17 +73,10 @@ def test_a_text_is_the_weighted_mean_of_its_windows(embedder, folder):
     np.testing.assert_allclose(rows[0], expected, atol=1e-5)
     np.testing.assert_allclose(rows[2], pooled(folder, short), atol=1e-5)
     assert not rows[[1, 3]].any()
-    assert embedder.embed([]).shape == (0, WIDTH)
+    assert cosine(np.array([3.0, 4]), np.array([4.0, 3])) == pytest.approx(24 / 25)
+    assert cosine(rows[0], rows[1]) == 0.0
     base = "The cat sat in the garden all day. " * 6  # nothing of a long text is dropped
     assert cosine(*embedder.embed([base + "Fish swam.", base + "The moon rose."])) < 1 - 1e-6
-
-
-def test_cosine_and_unit():
-    a, b = np.array([3.0, 4.0]), np.array([4.0, 3.0])
-    assert cosine(a, b) == pytest.approx(24 / 25)
-    assert cosine(a, a) == pytest.approx(1.0) and cosine(a, -a) == pytest.approx(-1.0)
-    assert cosine(a, np.zeros(2)) == 0.0
-    np.testing.assert_allclose(unit(np.array([[3.0, 4.0], [0.0, 0.0]])), [[0.6, 0.8], [0.0, 0.0]])
 
 
 CLIENT = """
@@ -156,7 +146,6 @@ def test_hub_ids_bare_names_and_the_default_from_the_hub(trees, tmp_path, folder
     assert first["files"] == sorted(files)
     assert (first["name"], first["source"], first["revision"]) == ("tiny/safe", "hub", COMMIT)
     assert first["label"] == f"tiny/safe (hub, revision {COMMIT[:12]}, sha256 {sha256[:12]})"
-    assert first["said"] == [f"downloading tiny/safe: {len(weights) / 1e6:.1f} MB"]
     assert (second["name"], second["sha256"]) == ("sentence-transformers/old", sha256)
     assert "pytorch_model.bin" in second["files"]
     assert default["name"] == "sentence-transformers/all-MiniLM-L6-v2"
@@ -177,11 +166,10 @@ def test_folders(tmp_path, folder, monkeypatch):
     assert source == EncoderSource("tiny", folder.resolve(), "folder", sha256)
     assert source.label == f"tiny (folder, sha256 {sha256[:12]})"
     monkeypatch.chdir(tmp_path)
-    refused = {".": r"no encoder, for it has neither modules\.json nor", "..": "is no encoder"}
-    missing = ("./nowhere", "/no/such/folder", "a/b/c", "what is this")
-    for name, words in {**refused, **dict.fromkeys(missing, "there is no folder")}.items():
+    refused = {
+        ".": r"no encoder, for it has neither modules\.json nor",
+        "a/b/c": "there is no folder",
+    }
+    for name, words in refused.items():
         with pytest.raises(LoadError, match=words):
             find_encoder(name)
-    (tmp_path / "modules.json").write_text("[{}]")
-    with pytest.raises(LoadError, match="could not be read as a sentence-transformers model: "):
-        load_embedder(str(tmp_path))

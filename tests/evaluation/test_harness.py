@@ -11,9 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from dart_llm.errors import ConfigError
 from dart_llm.evaluation import lm_eval as harness
-from dart_llm.evaluation.lm_eval_scoring import rolling_pairs
 from dart_llm.evaluation.measurement import LEAK
-from dart_llm.experiments import comparison, rows
+from dart_llm.experiments import comparison
 from dart_llm.session.prepare import PreparedMethod, prepare
 from lm_cases import (
     LETTERS,
@@ -73,11 +72,9 @@ def test_dense_likelihoods_equal_lm_evals_own(task, how):
     assert [item["acc"] for item in found.items] == [sample["acc"] for sample in samples]
     names = [f"{leaf}/{sample['doc_id']}" for leaf in leaves for sample in own["samples"][leaf]]
     assert [item["id"] for item in found.items] == names
-    assert (found.metric, found.higher_is_better, found.accounting) == ("acc", True, None)
 
 
 def direct(context, scored):
-    """Log-probability from one plain forward."""
     with torch.no_grad():
         logits = loaded()[0](torch.tensor([[*context, *scored]])).logits[0, len(context) - 1 : -1]
     return -float(cross_entropy(logits.float(), torch.tensor(scored), reduction="sum"))
@@ -93,9 +90,7 @@ def test_rolling_likelihoods_are_those_of_their_windows_and_pruned_after_the_fir
             total += direct(ids[start - 40 : start], ids[start : start + 30])
         totals.append(total)
     assert [sample["answers"][0][0] for sample in found.samples] == pytest.approx(totals, abs=1e-3)
-    words = [len(page["text"].split()) for page in PAGES]
-    for item, total, count in zip(found.items, totals, words, strict=True):
-        assert item["tokens"] == pytest.approx(count, abs=1)  # lm-eval counts the empty end too
+    for item, total in zip(found.items, totals, strict=True):
         assert item["mean_loss"] * item["tokens"] == pytest.approx(-total, abs=1e-3)
     assert (found.metric, found.higher_is_better) == ("word_perplexity", False)
     size = sum(len(page["text"].encode()) for page in PAGES)
@@ -105,21 +100,6 @@ def test_rolling_likelihoods_are_those_of_their_windows_and_pruned_after_the_fir
     assert pruned.accounting["dense_token_share"] == pytest.approx(80 / length)
     assert pruned.accounting["achieved_sparsity"] == pytest.approx(0.5 * (1 - 80 / length))
     assert pruned.notes == (SHORT,)
-    for one, other in zip(pruned.items, found.items, strict=True):
-        assert abs(one["mean_loss"] - other["mean_loss"]) > 1e-3
-
-
-def test_rolling_windows_score_every_token_once():
-    for length, prompt, scored in ((1, 8, 8), (31, 8, 8), (32, 20, 7), (90, 8, 30)):
-        text = list(range(100, 100 + length))
-        (start, first), *pairs = rolling_pairs(text, 1, prompt, scored)
-        assert (start, bool(pairs)) == ((1,), length >= 32)
-        done = list(first)
-        for context, continuation in pairs:
-            assert list(context) == done[-prompt:]
-            done += continuation
-        assert done == text
-    assert rolling_pairs([], 1, 8, 8) == []
 
 
 @pytest.mark.parametrize("protocol", ["decode", "full", "published"])
@@ -128,9 +108,7 @@ def test_pruned_scores_differ_from_dense_and_are_counted(protocol):
     dense, pruned = (measured(candidate(x), "tiny_choice", how) for x in (None, "griffin"))
     pairs = list(zip(logprobs(dense), logprobs(pruned), strict=True))
     assert len(pairs) == 3 * len(QUESTIONS) and all(abs(a - b) > 1e-2 for a, b in pairs)
-    nothing = measured(candidate("griffin", 0.0), "tiny_choice", how)
-    assert (nothing.items, nothing.metrics) == (dense.items, dense.metrics)
-    assert nothing.accounting["achieved_sparsity"] == 0.0
+    assert measured(candidate("griffin", 0.0), "tiny_choice", how).items == dense.items
     assert (pruned.protocol, pruned.accounting["achieved_sparsity"]) == (protocol, 0.5)
     assert dense.notes == () and (LEAK in pruned.notes) == (protocol == "published")
     masks = len(QUESTIONS) * (3 if protocol == "published" else 1)  # once per context
@@ -143,39 +121,10 @@ def test_pruned_scores_differ_from_dense_and_are_counted(protocol):
     tokens = answers + (0 if protocol == "decode" else 3 * sum(contexts))
     for found in (pruned.accounting, one.accounting):
         assert (found["decoded_tokens"], found["dense_token_share"]) == (tokens, 0.0)
-        assert "sequences" not in found and found["remasks"] == 0
-
-
-def test_one_prompt_pass_per_context():
-    with Forwards(loaded()[0]) as ran:
-        found = measured(candidate("griffin"), "tiny_choice").accounting
-    sizes = [len(f"q: {row['question']}\na:") - 1 for row in QUESTIONS]
-    widest = [max(len(choice) for choice in row["choices"]) + 1 for row in QUESTIONS]
-    pairs = zip(sizes, widest, strict=True)  # the last context token is fed with the answer
-    assert ran.shapes == [shape for n, wide in pairs for shape in ((1, n), (3, wide))]
-    assert found["prompt_tokens"] == sum(sizes)
-
-
-def test_short_contexts_are_dense_and_counted():
-    found, dense = measured(candidate("griffin"), "tiny_short"), measured(candidate(), "tiny_short")
-    assert logprobs(found)[:2] == pytest.approx(logprobs(dense)[:2], abs=1e-6)
-    pruned = zip(logprobs(found)[2:], logprobs(dense)[2:], strict=True)
-    assert all(abs(one - other) > 1e-3 for one, other in pruned)
-    short = len(" duck") + len(" dog")
-    long = sum(len(choice) + 1 for choice in QUESTIONS[1]["choices"])
-    counted = {
-        "decoded_tokens": short + long,
-        "dense_token_share": short / (short + long),
-        "achieved_sparsity": 0.5 * long / (short + long),
-        "sparsity_while_pruned": 0.5,
-    }
-    assert {name: found.accounting[name] for name in counted} == pytest.approx(counted)
-    assert found.notes == (SHORT,)
 
 
 def test_notes_and_an_item_that_ran_dense_although_pruning_was_asked_for():
     assert measured(candidate("dart"), "tiny_choice").notes == (AT_ONCE,)
-    assert measured(candidate("griffin"), "tiny_choice").notes == ()
     assert AT_ONCE not in measured(candidate("dart"), "tiny_roll").notes  # detectors are live there
     assert measured(candidate("dart", min_evidence=4), "tiny_write").notes == ()
     with pytest.raises(ConfigError, match=r"griffin@0.5: all \d+ scored tokens .* ran dense"):
@@ -191,7 +140,6 @@ def test_texts_are_lm_evals_own_and_pruned_as_the_protocol_says():
     assert [[text] for text in texts(dense)] == [
         sample["resps"] for sample in plain("tiny_write")["samples"]["tiny_write"]
     ]
-    assert (dense.metric, dense.metrics, len(dense.items)) == ("exact_match", {"exact_match": 0}, 3)
     decode = measured(candidate("griffin"), "tiny_write")
     full = measured(candidate("griffin"), "tiny_write", options(protocol="full"))
     assert texts(dense) != texts(decode) and texts(decode) != texts(full)
@@ -199,9 +147,6 @@ def test_texts_are_lm_evals_own_and_pruned_as_the_protocol_says():
     assert [text[0][:1] for text in texts(dense)] == [text[0][:1] for text in texts(decode)]
     prompts = sum(len(f"q: {row['question']}\na:") for row in WRITING)
     assert decode.accounting["prompt_tokens"] == prompts
-    sizes = [len(text[0]) for text in texts(decode)]
-    stopped = [size < 10 for size in sizes]  # the line end that stops a text is a token too
-    assert decode.accounting["decoded_tokens"] == sum(sizes) + sum(stopped) - len(WRITING)
     assert full.accounting["decoded_tokens"] > prompts
     assert full.accounting["achieved_sparsity"] == pytest.approx(0.5)
     assert decode.masks == full.masks == len(WRITING)
@@ -218,26 +163,16 @@ def test_a_group_has_subtasks_and_means_over_all_documents_where_tasks_have_mean
     assert found.items == tuple(item for part in parts.values() for item in part.items)
     right = sum(item["acc"] for item in found.items)
     assert found.metrics == {"acc": right / (len(QUESTIONS) + len(LETTERS))}
-    document = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert document["accounting"]["decoded_tokens"] == 93 + len(LETTERS)
-    json.dumps(list(found.samples), allow_nan=False)
     pages = measured(candidate(), "tiny_pages")  # the perplexity is that of all words
     words = sum(item["tokens"] for item in pages.items)
     loss = math.fsum(item["mean_loss"] * item["tokens"] for item in pages.items) / words
-    assert len({item["tokens"] for item in pages.items}) == 3
     assert pages.metrics == {"word_perplexity": pytest.approx(math.exp(loss))}
     assert comparison.scores(pages.to_dict()).mean == pytest.approx(math.exp(loss))
     own = measured(candidate(), "tiny_bytes")
-    assert (own.metric, own.higher_is_better) == ("byte_perplexity", False)
     mean = comparison.scores(own.to_dict()).mean
     assert mean == pytest.approx(own.metrics["byte_perplexity"])
-    assert own.metrics["bits_per_byte"] == pytest.approx(math.log2(mean))
-    lasts = measured(candidate("griffin"), "tiny_lasts")  # no mean of perplexities, no interval
-    assert all(part["perplexity"] > 1 for part in lasts.subtasks.values())
+    lasts = measured(candidate("griffin"), "tiny_lasts")  # no mean of perplexities
     assert lasts.metrics == {"acc": sum(item["acc"] for item in lasts.items) / len(lasts.items)}
-    alone = measured(candidate("griffin"), "tiny_last").to_dict()
-    assert alone["metrics"]["perplexity"] > 1
-    assert rows._interval(alone, "perplexity") == "" != rows._interval(alone, "acc")
 
 
 def stop(documents):
@@ -251,14 +186,12 @@ def everything(found):
 
 
 def resumed(found, task, **how):
-    """Interrupted twice, then finished."""
     parts, steps = Kept(), []
     for _ in range(2):
         with pytest.raises(InterruptedError):
             measured(found, task, options(**how), parts, stop)
     whole = measured(found, task, options(**how), parts, steps.append)
-    repeats = 3 if task == "tiny_draw" else 1
-    assert sum(steps) == repeats * harness.count(task, options(**how)) == repeats * len(whole.items)
+    assert sum(steps) == harness.count(task, options(**how)) == len(whole.items)  # not per repeat
     return whole
 
 
@@ -266,9 +199,7 @@ def resumed(found, task, **how):
 @pytest.mark.parametrize(
     ("task", "method", "how"),
     [
-        ("tiny_choice", None, {}),
         ("tiny_choice", "griffin", {"protocol": "published"}),
-        ("tiny_choice", "static", {}),
         ("tiny_short", "griffin", {"protocol": "full"}),
         ("tiny_roll", "dart", {"prompt_tokens": 80, "scored_tokens": 30}),
         ("tiny_draw", "griffin", {}),

@@ -13,24 +13,19 @@ import torch
 from torch.nn import functional as F
 
 from dart_llm.data import texts
-from dart_llm.errors import DartError
+from dart_llm.errors import ConfigError, DartError
 from dart_llm.evaluation.forced_decoding import CHUNK
 from dart_llm.evaluation.likelihood import score_context
-from dart_llm.evaluation.masks_seen import count_masks, kept_flags, pack
 from dart_llm.evaluation.measurement import LEAK, MeasureOptions
 from dart_llm.evaluation.perplexity import (
-    count,
-    dense_where_pruned,
     document,
-    measure,
     measure_windows,
     ran_pruned,
 )
-from dart_llm.evaluation.windows import Window, cut, standard_windows
+from dart_llm.evaluation.windows import Window, choose, cut, shape, slice_windows, standard_windows
 from dart_llm.experiments.stats import ratio_interval
 from dart_llm.models.describe import context_length
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.pruning.masks import LayerMask
 from dart_llm.session.prepare import MemoryStore, PreparedMethod
 from dart_llm.session.run import Run
 from summary_cases import Kept
@@ -89,9 +84,7 @@ def direct(model, begin, end, first):
 
 
 @pytest.mark.contract("sparsity 0 is bit-identical")
-@pytest.mark.parametrize(
-    ("model", "sparsity"), [("llama", None), ("gpt2", 0.0), ("gemma3", None), ("falcon", 0.0)]
-)
+@pytest.mark.parametrize(("model", "sparsity"), [("llama", None), ("gpt2", 0.0), ("gemma3", None)])
 def test_decode_slices_equal_a_plain_forward(model, sparsity):
     pruned = {} if sparsity is None else {"method": "dart", "sparsity": sparsity}
     found = measured(model=model, **pruned)
@@ -99,7 +92,6 @@ def test_decode_slices_equal_a_plain_forward(model, sparsity):
     assert starts == [0, 465, 930]
     wanted = [x for s in starts for x in direct(shared(model), s, s + 70, s + 40)]
     assert losses(found) == pytest.approx(wanted, abs=1e-4)
-    assert losses(found) == [round(loss, 6) for loss in losses(found)]
     assert found.metrics == {
         "tokens": 90,
         "pruned_tokens": 0,
@@ -135,7 +127,6 @@ def test_full_and_published_are_those_of_the_likelihood_tasks(protocol):
     assert found.accounting["achieved_sparsity"] == pytest.approx(0.5, abs=0.01)
     assert found.accounting["decoded_tokens"] == 3 * 69, "every fed position is counted"
     assert (LEAK in found.notes) == (protocol == "published")
-    assert max(abs(a - b) for a, b in zip(losses(found), losses(measured()), strict=True)) > 0.1
 
 
 def test_standard_takes_the_masks_of_a_window_from_the_text_before_it():
@@ -150,15 +141,10 @@ def test_standard_takes_the_masks_of_a_window_from_the_text_before_it():
     assert losses(found) == pytest.approx([x for w in wanted for x in w], abs=1e-4)
     assert flags(found) == [False] * 299 + [True] * (299 + 299 + 99)
     assert found.metrics["tokens"] == 996 and found.metrics["pruned_tokens"] == 697
-    pruned = sum(map(sum, wanted[1:])) / 697
-    assert found.metrics["mean_loss_pruned_tokens"] == pytest.approx(pruned, abs=1e-4)
     counted = {"decoded_tokens": 996, "dense_token_share": 299 / 996}
     counted |= {"sparsity_while_pruned": 0.5, "achieved_sparsity": 0.5 * 697 / 996}
     assert {name: found.accounting[name] for name in counted} == pytest.approx(counted, abs=0.01)
     assert len(found.notes) == 1 and found.notes[0].startswith("299 tokens ran dense")
-    zero = measured("griffin", STANDARD, sparsity=0.0)
-    assert losses(zero) == losses(measured(None, STANDARD))
-    assert (zero.accounting["dense_token_share"], zero.accounting["decoded_tokens"]) == (1, 990)
 
 
 @pytest.mark.contract("accounting equals a count by hooks")
@@ -172,9 +158,7 @@ def test_decode_says_which_tokens_ran_pruned():
     pruned = [x for x, flag in zip(losses(found), flags(found), strict=True) if flag]
     assert found.metrics["mean_loss_pruned_tokens"] == pytest.approx(sum(pruned) / 72)
     assert found.metrics["perplexity_pruned_tokens"] == pytest.approx(math.exp(sum(pruned) / 72))
-    assert found.items[0]["pruned_tokens"] == 24 and found.items[0]["tokens"] == 30
-    assert found.samples[0]["pruned"][:2] == [[True, 8], [False, 3]]
-    assert found.masks == 9 and len(found.counts) == 4
+    assert found.items[0]["pruned_tokens"] == 24 and found.masks == 9
     assert all(0 < int(kept.max()) <= 9 and int(kept.sum()) == 9 * 24 for kept in found.counts)
 
 
@@ -208,9 +192,7 @@ def test_no_more_than_one_chunk_of_logits_is_alive():
     assert len(alive) > 12 and max(most) == 0
 
 
-@pytest.mark.parametrize(
-    ("protocol", "method"), [("decode", None), ("full", "griffin"), ("standard", "griffin")]
-)
+@pytest.mark.parametrize(("protocol", "method"), [("decode", None), ("standard", "griffin")])
 def test_a_loss_that_is_not_finite_names_slice_and_token(protocol, method):
     model, text = tiny("llama", seed=1), "a" * 144 + "b" + "a" * 55
 
@@ -227,44 +209,14 @@ def test_a_loss_that_is_not_finite_names_slice_and_token(protocol, method):
 
 
 def test_what_is_refused():
-    nan = tiny("llama", seed=1)
-    with torch.no_grad():
-        nan.get_input_embeddings().weight[tokenizer("b").input_ids] = float("nan")
     griffin, late = (candidate("griffin", sparsity=0.5, min_evidence=n) for n in (0, 200))
-    text, first = "a" * 110 + "b" + "a" * 89, replace(STANDARD, limit=1)
-    longer = replace(SLICES, prompt_tokens=70, limit=2)
     for own, options, words in (
-        (replace(griffin, model=nan), longer, r"slice 1 \(.* 100 .*\): the scores of layer 0 are"),
         (late, SLICES, r"griffin@0.5: all 30 scored tokens .* ran dense"),
-        (griffin, first, r"the first window, which has none, is all there is"),
+        (griffin, replace(STANDARD, limit=1), r"the first window, which has none, is all there is"),
         (candidate(), replace(SLICES, prompt_tokens=500), "longer than the model's context of 512"),
     ):
         with pytest.raises(DartError, match=words):
-            scored(own, options, text if own.model is nan else TEXT)
-    assert measured("griffin", first, sparsity=0.0).metrics["tokens"] == 99
-    clipped = measured(None, replace(STANDARD, window=2048))
-    assert [item["tokens"] for item in clipped.items] == [511, 487]
-    assert "windows of 512 tokens" in clipped.notes[0]
-
-
-def test_a_text_is_read_by_name_counted_and_tokenised_once(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    read = []
-
-    def counting(text, **options):
-        read.append(text)
-        return tokenizer(text, **options)
-
-    own = PreparedMethod(shared("llama"), counting, None)
-    for options in (SLICES, STANDARD, replace(STANDARD, window=4096, limit=None)):
-        done = []
-        number = count(str(path), options, counting, 512)
-        found = measure(own, str(path), options, MemoryStore(), done.append)
-        assert found.task == f"perplexity:{path}" and found.protocol == options.protocol
-        assert found.metric == "perplexity" and not found.higher_is_better
-        assert sum(done) == len(found.items) == number
-    assert read == [TEXT]
+            scored(own, options)
 
 
 @pytest.mark.contract("resume gives the same bytes")
@@ -272,15 +224,13 @@ def test_a_text_is_read_by_name_counted_and_tokenised_once(tmp_path):
     ("method", "protocol", "settings"),
     [
         ("dart", "decode", INTERVAL),
-        ("random", "decode", {}),
         ("griffin", "published", {}),
         ("dart", "standard", {}),
-        (None, "standard", {}),
     ],
 )
 def test_a_resumed_measurement_equals_an_uninterrupted_one(method, protocol, settings):
     options = replace(STANDARD if protocol == "standard" else SLICES, protocol=protocol, limit=4)
-    own = candidate(method, **({} if method is None else {"sparsity": 0.5}), **settings)
+    own = candidate(method, sparsity=0.5, **settings)
     whole, saved, done = scored(own, options), Kept(), []
 
     def advance(n):
@@ -307,16 +257,10 @@ def test_parts_serve_only_what_they_were_computed_for():
         return len(parts.parts) - before
 
     griffin = candidate("griffin", sparsity=0.5)
-    assert keys(griffin) == 3 and keys(griffin) == 0
-    assert keys(griffin, limit=2) == 0, "the first and the last slice are among the three"
-    for other in (
-        candidate("griffin", sparsity=0.4),
-        replace(griffin, masks={0: [1]}),
-        candidate(),
-    ):
+    assert keys(griffin) == 3 and keys(griffin, limit=2) == 0
+    for other in (candidate("griffin", sparsity=0.4), replace(griffin, masks={0: [1]})):
         assert keys(other) == 3
     assert keys(griffin, protocol="full") == keys(griffin, TEXT[::-1]) == 3
-    assert keys(griffin, prompt_tokens=41) == 3
     size = len(parts.parts)
     for before in (IDS[:100], IDS[100:200]):  # where the masks of a window come from
         window = Window(IDS[300:400], 1, 1, 300, before)
@@ -337,18 +281,6 @@ def test_held_masks_are_used_and_counted_once_per_slice():
             assert int(kept.sum()) == 3 * mask.kept
 
 
-def test_masks_survive_packing():
-    masks = (LayerMask(torch.tensor([0, 3, 8, 18]), 19), None, LayerMask(torch.tensor([7]), 8))
-    packed = json.loads(json.dumps(pack(masks)))
-    assert packed[1] is None
-    assert kept_flags(packed[0]).nonzero().flatten().tolist() == [0, 3, 8, 18]
-    counts, total = count_masks([{"masks": [packed, packed]}, {"masks": [pack((masks[0], None))]}])
-    assert total == 3
-    assert [len(layer) for layer in counts] == [19, 0, 8]
-    assert counts[0][[0, 1, 18]].tolist() == [3, 0, 3] and counts[2].tolist() == 7 * [0] + [2]
-    assert count_masks([]) == ((), 0)
-
-
 def test_a_document_compares_on_all_tokens_and_on_those_that_ran_pruned():
     dense, pruned = measured(None, STANDARD), measured("griffin", STANDARD, sparsity=0.5)
     rows = [("dense", dense), ("griffin@0.5", pruned)]
@@ -356,17 +288,69 @@ def test_a_document_compares_on_all_tokens_and_on_those_that_ran_pruned():
     first, second = found["rows"]
     assert (found["protocol"], found["slices"], found["window"]) == ("standard", 10, 100)
     assert (first["method"], first["ratio_to_dense"], first["interval"]) == ("dense", 1.0, None)
-    assert (second["method"], second["sparsity"]) == ("griffin", 0.5)
     assert (second["pruned_tokens"], second["tokens"]) == (9 * 99, 990)
-    assert second["perplexity"] == pytest.approx(pruned.metrics["perplexity"])
     ratio = pruned.metrics["perplexity"] / dense.metrics["perplexity"]
     assert second["ratio_to_dense"] == pytest.approx(ratio)
     assert second["interval"][0] <= ratio <= second["interval"][1]
     same = [x for sample in dense.samples[1:] for x in sample["losses"]]
     expected = pytest.approx(math.exp(math.fsum(same) / len(same)))
     assert second["dense_perplexity_pruned_tokens"] == expected
-    assert dense_where_pruned(dense, dense) is None
-    assert found["losses"]["griffin@0.5"][3] == pruned.samples[3]["losses"]
+
+
+def spans(windows):
+    """(begin, end, first scored token) of every window, in tokens of the text."""
+    return [(w.start, w.start + len(w.ids), w.start + w.first) for w in windows]
+
+
+def test_a_window_scores_only_what_no_window_scored_yet():
+    windows = standard_windows(torch.arange(25), 10)
+    assert spans(windows) == [(0, 10, 1), (10, 20, 11), (20, 25, 21)]
+    assert [w.before.tolist() for w in windows] == [[], list(range(10)), list(range(10, 20))]
+    windows = standard_windows(torch.arange(25), 10, 4)
+    assert spans(windows) == [(0, 10, 1), (4, 14, 10), (8, 18, 14), (12, 22, 18), (16, 25, 22)]
+    assert [w.scored for w in windows] == [9, 4, 4, 4, 3]
+    assert [len(w.before) for w in windows] == [0, 4, 8, 10, 10], "at most one window's worth"
+
+
+def test_slices_are_evenly_spaced_or_a_seeded_choice_that_grows():
+    windows = slice_windows(torch.arange(100), 3, 6, 4)
+    assert spans(windows) == [(0, 10, 6), (45, 55, 51), (90, 100, 96)]
+    assert len(slice_windows(torch.arange(109), None, 6, 4)) == 10
+    few, more, other = (
+        {w.id for w in slice_windows(torch.arange(200), limit, 6, 4, seed=seed)}
+        for limit, seed in ((3, 1), (8, 1), (8, 2))
+    )
+    assert len(few) == 3 and few < more and more != other
+    assert all(start % 10 == 0 for start in more)
+
+
+def test_the_model_s_context_bounds_the_window_with_a_note():
+    options = MeasureOptions(protocol="standard", window=2048)
+    windows, notes = cut(torch.arange(300), options, 128)
+    assert [len(w.ids) for w in windows] == [128, 128, 44]
+    assert len(notes) == 1 and "windows of 128 tokens" in notes[0] and "2048" in notes[0]
+    assert cut(torch.arange(4096), options, 8192)[1] == ()
+    assert shape(MeasureOptions(window=2048, stride=512), 128) == (128, 128)
+
+
+ids = torch.arange
+WIDE = MeasureOptions(protocol="standard", window=100, stride=300)
+GAPS = "at least 2 tokens and a stride from 1 to the window"
+REFUSED = [
+    (lambda: standard_windows(ids(9), 10), "9 tokens, fewer than one window of 10: give a longer"),
+    (lambda: standard_windows(ids(30), 1), GAPS),
+    (lambda: slice_windows(ids(9), 2, 6, 4), "9 tokens; a slice needs 6 prompt"),
+    (lambda: slice_windows(ids(99), 2, 1, 4), "at least 2 prompt tokens"),
+    (lambda: choose(5, 0, None), "limit of 0 leaves nothing"),
+    (lambda: cut(ids(300), WIDE, None), "stride 300 is larger than the window of 100"),
+    (lambda: cut(ids(300), MeasureOptions(protocol="standart"), None), "did you mean standard"),
+]
+
+
+def test_windows_that_cannot_be_cut():
+    for call, words in REFUSED:
+        with pytest.raises(ConfigError, match=words):
+            call()
 
 
 @pytest.mark.smollm2

@@ -1,6 +1,5 @@
 """The list of runs: what is found, chosen and shown, also where files are old or damaged."""
 
-import datetime
 import json
 import os
 import random
@@ -11,14 +10,10 @@ from rich.console import Console
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.experiments import index
 from dart_llm.experiments.folder_lock import take
-from dart_llm.experiments.index import records, results, show, table, to_csv, to_json, to_markdown
+from dart_llm.experiments.index import records, show, table, to_csv, to_json, to_markdown
 from dart_llm.files import write_json, write_lines
-from dart_llm.reporting.console import Ui
-from dart_llm.studies.generate.settings import RunSettings
-from dart_llm.studies.generate.study import run_job
 from fake_cells import failed, one
 from fake_results import write_results
-from tiny_gpt2 import write_gpt2
 
 CHECKPOINT = {"name": "Qwen2.5-0.5B", "file_quantisation": "none", "dtype": "float32"}
 
@@ -91,10 +86,8 @@ FILTERS = [
     ({"method": "dart", "task": "arc"}, {"grids/first": 2}),
     ({"method": "dart", "task": "mmlu"}, {"grids/first": 0}),  # unfinished: it may come
     ({"model": "smol", "method": "dart", "task": "perplexity"}, {"main": 2}),
-    ({"task": "perplexity"}, {"main": 4}),
     ({"task": "mmlu", "status": "complete"}, {}),
     ({"status": "Interrupted"}, {"grids/first": 5}),
-    ({"experiment": "FIRST"}, {"grids/first": 5}),
     ({"since": "2026-04-01"}, {"eval-qwen-griffin-0.5": 1, "grids/first": 5}),
     ({"since": "2026-05-01T10:00:00+00:00"}, {"grids/first": 5}),
     ({"since": "2026-05-01T10:00:01+00:00"}, {}),
@@ -135,7 +128,6 @@ def test_a_run_that_was_killed_is_not_running(tmp_path):
         folder = made(tmp_path / name / "20260101-000000")
         write_json(folder / "config.json", {"status": "running", "process": process})
     lock = take(tmp_path / "a" / "20260101-000000")
-    assert lock is not None
     found = {run.experiment: run.status for run in index.find(tmp_path)}
     assert found == {"a": "running", "b": "stopped", "c": "stopped"}
     lock.release()
@@ -164,41 +156,6 @@ def test_old_and_damaged_folders_are_listed_with_what_is_known(tmp_path):
         ("broken", "interrupted", ("results.jsonl is damaged",)),
         ("odd", found["odd"].status, (overflow,)),
     ]
-    assert (found["old"].kind, found["old"].models) == ("run", ("gpt2",))
-    assert found["empty"].started == datetime.datetime(2025, 1, 2)
-    assert len(found["broken"].rows) == 5
-
-
-def test_a_folder_that_a_real_job_wrote(tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog. " * 4, encoding="utf-8")
-    settings = RunSettings(
-        model=str(write_gpt2(made(tmp_path / "gpt2"))),
-        prompt="hello",
-        generation=4,
-        sparsity=0.5,
-        method="griffin",
-        eval_perplexity=True,
-        ppl_datasets=str(text),
-        ppl_prompt_tokens=32,
-        ppl_scored_tokens=16,
-        results_dir=str(tmp_path / "results"),
-    )
-    job = run_job(settings, Ui(quiet=True))
-    (run,) = index.find(tmp_path / "results")
-    assert (run.path, run.status, run.kind, run.problems) == (job.path, "complete", "run", ())
-    assert (run.models, run.methods, run.sparsities) == (("gpt2",), ("griffin",), (0.5,))
-    rows = {(row.task, row.method): row for row in run.rows}
-    written = job.perplexity[0]["rows"][1]
-    found, text_row = rows[f"perplexity:{text}", "griffin"], rows["generate", "griffin"]
-    assert (found.value, found.achieved) == (written["perplexity"], 0.5)
-    accounting = job.generations["pruned"]["accounting"]
-    assert text_row.achieved == accounting["achieved_sparsity"]
-    assert text_row.value == job.timing["tokens_per_second"]["pruned"]
-    assert results(run)[1] == f"perplexity:text.txt {written['perplexity']:.4g}"
-
-
-# What is shown.
 
 
 def test_no_content_of_a_folder_is_an_exception(root):
@@ -255,19 +212,3 @@ def test_every_form_of_the_list_holds_the_same_numbers(root, snapshot):
             assert text == snapshot(name=f"{write.__name__} {long}")
     assert json.loads(to_json([])) == [] and records([]) == []
     assert to_csv([]) == "\n" and to_markdown([]) == "|  |\n|  |\n"
-    text = " ".join(_text(show(runs[0])).split())
-    for part in ("complete", "132 s", "Q4_K_M, bfloat16", "torch 2.13.0", "with changes"):
-        assert part in text
-    assert "'Why is the sky blue? <script>'" in text and "perplexity.json (" in text
-
-
-def test_many_rows_are_counted_and_leaks_are_named(tmp_path):
-    folder = write_sweep(tmp_path / "[bold]" / "20260501-100000")
-    rows = [cell("dart", 0.1 * i, 20) for i in range(1, 8)]
-    write_lines(folder / "results.jsonl", rows)
-    run = index.find(tmp_path)[0]
-    assert results(run) == ["7 results", "7 of 6 cells"]
-    text = _text(table([run]))
-    assert "[bold]" in text and "7 results" in text
-    write_lines(folder / "results.jsonl", [cell("published", 0.5, 30, protocol="published")])
-    assert results(index.find(tmp_path)[0])[0] == "arc_easy (published) acc 0.75"

@@ -3,7 +3,6 @@
 A study is added by one ``Case``.  ``Counting``, at the end, shows what the runner does with units.
 """
 
-import contextlib
 import json
 import re
 from collections.abc import Callable
@@ -328,9 +327,6 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert (tmp_path / "a.json").read_text() == "1\n"
 
 
-# What the runner does with units, on a study without a model.
-
-
 class CountSettings(StudyOptions):
     """The unit that fails, and how many there are."""
 
@@ -449,20 +445,3 @@ def test_a_full_disk_at_the_end_hides_no_error(count, monkeypatch):
     study.compute = breaks
     with pytest.raises(ValueError, match="the first"):
         run_study(study)
-
-
-def test_what_is_around_ends_also_after_an_error(count):
-    seen, study = [], count(broken="a")
-
-    @contextlib.contextmanager
-    def around():
-        seen.append(config(study.path)["status"])
-        try:
-            yield
-        finally:
-            seen.append("ended")
-
-    study.fault, study.around = KeyboardInterrupt(), around
-    with pytest.raises(KeyboardInterrupt):
-        run_study(study)
-    assert seen == ["running", "ended"]

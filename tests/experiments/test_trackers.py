@@ -8,7 +8,6 @@ import sqlite3
 import subprocess
 import sys
 import types
-from unittest import mock
 
 import pytest
 
@@ -97,16 +96,8 @@ def test_what_cannot_be_opened(tmp_path, monkeypatch, environment):
         tracker.log_measurement(MEASUREMENT, "dart")
     assert tracker.where == ""
     assert not {name.split(".")[0] for name in set(sys.modules) - before} & set(trackers.TRACKERS)
-    _fake_wandb(monkeypatch)
-    refuse = mock.Mock(side_effect=PermissionError("api key not valid\nmore"))
-    monkeypatch.setattr(sys.modules["wandb"], "init", refuse)
-    cannot = r"the tracker wandb cannot start \(PermissionError: api key not valid\): correct its"
-    for name, words in (
-        ("mlflo", r"unknown tracker 'mlflo'; did you mean mlflow\?"),
-        ("wandb", cannot),
-    ):
-        with pytest.raises(DartError, match=words):
-            open_tracker(name, "p", "r", {}, tmp_path)
+    with pytest.raises(DartError, match=r"unknown tracker 'mlflo'; did you mean mlflow\?"):
+        open_tracker("mlflo", "p", "r", {}, tmp_path)
     for name in (*trackers.TRACKERS, "torch.utils.tensorboard", "tensorboardX"):
         monkeypatch.setitem(sys.modules, name, None)
     for name in trackers.TRACKERS:
@@ -147,7 +138,7 @@ def test_wandb_is_offline_unless_its_user_says_otherwise(mode, monkeypatch, tmp_
     assert environment.get("WANDB_ERROR_REPORTING") == (None if mode else "false")
 
 
-def _fake_mlflow(monkeypatch, known):
+def _fake_mlflow(monkeypatch):
     """The functions of mlflow that accelerate calls, writing down every call."""
     calls, module = [], types.ModuleType("mlflow")
 
@@ -156,9 +147,7 @@ def _fake_mlflow(monkeypatch, known):
 
     limits = types.SimpleNamespace(MAX_PARAM_VAL_LENGTH=6000, MAX_PARAMS_TAGS_PER_BATCH=100)
     module.utils = types.SimpleNamespace(validation=limits)
-    module.search_experiments = lambda filter_string: [
-        types.SimpleNamespace(experiment_id=number) for number in known
-    ]
+    module.search_experiments = lambda filter_string: []
     module.create_experiment = written("create_experiment", "1")
     module.start_run = lambda **given: calls.append(
         ("start_run", given["experiment_id"], given["run_name"])
@@ -170,7 +159,7 @@ def _fake_mlflow(monkeypatch, known):
 
 
 def test_mlflow_writes_a_local_database_or_to_the_users_address(monkeypatch, tmp_path, environment):
-    calls = _fake_mlflow(monkeypatch, [])
+    calls = _fake_mlflow(monkeypatch)
     with open_tracker("mlflow", "proj", "run-1", CONFIG, tmp_path) as tracker:
         tracker.log_measurement(MEASUREMENT, "dart@0.5")
     data = tmp_path / "mlflow"
@@ -185,14 +174,9 @@ def test_mlflow_writes_a_local_database_or_to_the_users_address(monkeypatch, tmp
     assert data.is_dir() and "MLFLOW_TRACKING_URI" not in environment
     assert environment.pop("MLFLOW_DISABLE_TELEMETRY") == "true"
     environment["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:5000"
-    calls = _fake_mlflow(monkeypatch, ["9"])
-    many = {f"key{number:03}": "x" * 600 for number in range(150)}
-    with contextlib.suppress(ValueError), open_tracker("mlflow", "proj", "r", many, tmp_path / "n"):
-        raise ValueError
-    assert calls[:2] == [("set_tracking_uri", "http://127.0.0.1:5000"), ("start_run", "9", "r")]
-    assert [len(call[1]) for call in calls[2:4]] == [100, 50]
-    assert calls[2][1]["key000"] == "x" * 500
-    assert calls[4] == ("end_run", "FAILED")
+    with open_tracker("mlflow", "proj", "run-2", {}, tmp_path / "n"):
+        pass
+    assert ("set_tracking_uri", "http://127.0.0.1:5000") in calls
     assert not (tmp_path / "n").exists() and "MLFLOW_DISABLE_TELEMETRY" not in environment
 
 

@@ -41,7 +41,6 @@ class Window:
         self.allowed = allowed
 
     def js(self, script, *arguments):
-        """The value of an expression."""
         return self.driver.execute_script(f"return {script}", *arguments)
 
     def wait(self, script, seconds=60.0):
@@ -59,7 +58,6 @@ class Window:
         return str(self.js("document.getElementById(arguments[0]).textContent", name))
 
     def put(self, name, value):
-        """Give a field a value."""
         self.js("(document.getElementById(arguments[0]).value = arguments[1])", name, value)
 
     def click(self, name):
@@ -77,13 +75,11 @@ class Window:
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
     def keys(self, *keys):
-        """Press keys where the focus is."""
         from selenium.webdriver import ActionChains
 
         ActionChains(self.driver).send_keys(*keys).perform()
 
     def focused(self):
-        """id, class or tag of what has the focus."""
         return str(self.js("((e) => e.id || e.className || e.tagName)(document.activeElement)"))
 
     def complaints(self):
@@ -93,10 +89,10 @@ class Window:
     def strangers(self):
         """Addresses asked for that are not the server's own."""
         sent = [json.loads(one["message"])["message"] for one in self.driver.get_log("performance")]
-        sent = [one for one in sent if one["method"] == "Network.requestWillBeSent"]
+        sent = [one["params"] for one in sent if one["method"] == "Network.requestWillBeSent"]
         assert sent, "the browser asked for nothing: the log is not kept"
         own = (self.allowed, "data:", "blob:", "chrome:", "chrome-untrusted:")
-        asked = [one["params"]["request"]["url"] for one in sent]
+        asked = [one["request"]["url"] for one in sent]
         return [url for url in asked if not url.startswith(own)]
 
 

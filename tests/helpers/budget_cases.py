@@ -1,12 +1,5 @@
 """Golden values of the published budget, and layers to allocate over."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Any
-
-from torch import Tensor
-
 from dart_llm.pruning.budgets import LayerView
 
 S = (14, 1, 1.2, 0.9, 1.1, 1.3, 1, 0.8)
@@ -16,17 +9,12 @@ GOLDEN = {
 }
 
 
-def depths(count: int) -> list[float]:
+def depths(count):
     return [layer / max(1, count - 1) for layer in range(count)]
 
 
-def views(
-    scores: Sequence[Tensor],
-    sensitivity: Sequence[float] | None = None,
-    residual: Sequence[float] | None = None,
-    impacts: Sequence[Tensor] | None = None,
-) -> list[LayerView]:
-    def own(given: Sequence[Any] | None) -> Sequence[Any]:
+def views(scores, sensitivity=None, residual=None, impacts=None):
+    def own(given):
         return [None] * len(scores) if given is None else given
 
     impacts = None if impacts is None else [one.double() for one in impacts]

@@ -1,9 +1,5 @@
 """What the tests of calibration share."""
 
-from __future__ import annotations
-
-from typing import Any
-
 WORDS = " ".join(f"word{i} and {i * i % 97}" for i in range(400))
 
 
@@ -12,9 +8,9 @@ class Letters:
 
     eos_token_id = 2
 
-    def __init__(self, bos: int | None = None, adds: bool = False) -> None:
+    def __init__(self, bos=None, adds=False):
         self.bos_token_id, self.adds = bos, adds
 
-    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> Any:
+    def __call__(self, text, add_special_tokens=True, verbose=True):
         start = [self.bos_token_id] if self.adds and add_special_tokens else []
         return {"input_ids": start + [3 + ord(letter) % 93 for letter in text]}

@@ -1,11 +1,6 @@
 """Gradients by the neurons, from leaves of our own."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import torch
-from torch import Tensor, nn
 
 from dart_llm.models.describe import describe
 
@@ -15,14 +10,14 @@ KEPT = LENGTH - 5
 """Without the four sinks and the last token, which predicts nothing."""
 
 
-def by_leaves(model: Any, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+def by_leaves(model, ids):
     """u and dL/du per layer, [B, T, I], by a zero added to the down projection's input."""
-    leaves: dict[int, Tensor] = {}
-    seen: dict[int, Tensor] = {}
+    leaves = {}
+    seen = {}
     handles = []
     for block in describe(model).blocks:
 
-        def add(module: nn.Module, args: Any, layer: int = block.index) -> Any:
+        def add(module, args, layer=block.index):
             seen[layer] = args[0].detach()
             leaves[layer] = torch.zeros_like(args[0], requires_grad=True)
             return (args[0].detach() * 1 + leaves[layer] + (args[0] - args[0].detach()),)

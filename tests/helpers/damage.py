@@ -1,40 +1,36 @@
 """What can happen to a kept file: damages by name, each a function of its path."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load, save
-from torch import Tensor
 
 Damage = Callable[[Path], None]
 
 
-def changed(change: Callable[[bytes], bytes]) -> Damage:
-    """Other bytes in the file."""
+def changed(change):
 
-    def damage(path: Path) -> None:
+    def damage(path):
         path.write_bytes(change(path.read_bytes()))
 
     return damage
 
 
-def flip(data: bytes) -> bytes:
+def flip(data):
     """One bit, in the middle of the content."""
     place = len(data) * 3 // 4
     return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
 
 
-def zero_page(data: bytes) -> bytes:
+def zero_page(data):
     """A page that never reached the disk: the last one of up to 4 KiB."""
     hole = min(4096, len(data) // 2)
     return data[:-hole] + bytes(hole)
 
 
-def folder(path: Path) -> None:
+def folder(path):
     path.unlink()
     (path / "something").mkdir(parents=True)
 
@@ -49,16 +45,15 @@ DAMAGES: dict[str, Damage] = {
 }
 
 
-def tensors(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Damage:
-    """Other tensors in a whole file."""
+def tensors(change):
     return changed(lambda data: save(change(load(data))))
 
 
-def each(change: Callable[[Tensor], Tensor]) -> Damage:
+def each(change):
     return tensors(lambda found: {key: change(t) for key, t in found.items()})
 
 
-def without_the_last(found: dict[str, Tensor]) -> dict[str, Tensor]:
+def without_the_last(found):
     """Without its weight either."""
     stem = sorted(found)[-1].rpartition(".")[0]
     return {key: t for key, t in found.items() if not key.startswith(stem)}

@@ -12,6 +12,7 @@ from dart_llm.reporting.console import Ui
 from dart_llm.studies.drift.settings import collect
 from dart_llm.studies.drift.study import DriftStudy
 from lm_cases import place
+from written import lines
 
 FIRST = "the bees fly from flower to flower and carry what they find home. "
 SECOND = "a loan of 900 at 4% is paid back in 12 parts; the bank adds 3 each. "
@@ -86,14 +87,5 @@ def finished():
         return study(forced(Path(tempfile.mkdtemp()), methods=methods, remask_at_change=20))
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def results(job):
-    """Rows of results.jsonl by key."""
     return {row["key"]: row for row in lines(job.path / "results.jsonl")}
-
-
-def load_json(path):
-    return json.loads(path.read_text(encoding="utf-8"))

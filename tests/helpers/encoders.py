@@ -48,7 +48,6 @@ def write_encoder(folder, seed=0):
 
 
 def count_words(text):
-    """Words as tokens."""
     return len(text.split())
 
 
@@ -59,7 +58,6 @@ class WordCounts:
         self.places = {}
 
     def embed(self, texts):
-        """One row per text, [texts, 200]."""
         rows = np.zeros((len(texts), 200))
         for row, text in zip(rows, texts, strict=True):
             for word in re.findall(r"\w+", text.lower()):

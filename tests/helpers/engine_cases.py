@@ -1,23 +1,17 @@
 """What the tests of the engine share: a tokenizer for tiny models, answers, texts without it."""
 
-from __future__ import annotations
-
 import functools
 import string
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dart_llm.engine.engine import Engine
-from dart_llm.engine.events import Record, Token
+from dart_llm.engine.events import Token
 from dart_llm.engine.requests import GenerationRequest as Ask
-from dart_llm.engine.requests import GenerationResult as Answer
 from dart_llm.engine.requests import Sampling
 from dart_llm.models.checkpoint import remember_tokenizer, tokenizer_of
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.pruning.records import RunReport
 from dart_llm.session.run import prune
 from tiny import VOCAB, tiny, tokens
 
@@ -33,7 +27,7 @@ TEMPLATE = (
 
 
 @functools.cache
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer():
     """One token per letter or byte; 1 begins and 2 ends a text, as in the tiny models."""
     letters = string.ascii_letters + string.digits + ".,:;!?'\"()-_=+/" + "Ġ" + "Ċ" + HALVES
     names = ["<pad>", "<s>", "</s>", *letters]
@@ -51,15 +45,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @functools.cache
-def own_model(name: str = "llama") -> Any:
+def own_model(name="llama"):
     """A model of these tests alone: what others taught theirs began with other words."""
     model = tiny(name)
     remember_tokenizer(model, tokenizer())
     return model
 
 
-def half(method: str = "griffin", **changes: Any) -> PruneConfig:
-    """A method that removes half of the neurons."""
+def half(method="griffin", **changes):
     return PruneConfig.build(method, sparsity=0.5, **changes)
 
 
@@ -79,12 +72,10 @@ CONFIGS = {
 """Every way to prune that the engine must keep apart; None: dense."""
 
 
-def alone(
-    model: Any, config: PruneConfig | None, ids: tuple[int, ...] = PROMPT, new: int = 40
-) -> tuple[tuple[int, ...], RunReport | None]:
+def alone(model, config, ids=PROMPT, new=40):
     """The greedy tokens of ``generate`` in a block of its own, and its accounting."""
 
-    def write() -> tuple[int, ...]:
+    def write():
         given = torch.tensor([ids])
         settings = {"attention_mask": torch.ones_like(given), "do_sample": False}
         made = model.generate(given, max_new_tokens=new, **settings)
@@ -99,25 +90,16 @@ def alone(
     return found, run.report()
 
 
-def ask(
-    engine: Engine,
-    config: PruneConfig | None = None,
-    ids: tuple[int, ...] = PROMPT,
-    new: int = 40,
-    conversation: str | None = None,
-    **sampling: Any,
-) -> tuple[Answer, list[Record]]:
+def ask(engine, config=None, ids=PROMPT, new=40, conversation=None, **sampling):
     """An answer and all its records."""
-    records: list[Record] = []
+    records = []
     asked = Ask(ids, Sampling(max_tokens=new, **sampling), config, conversation)
     return engine.run(asked, records.append), records
 
 
-def kinds(records: list[Record]) -> list[str]:
-    """Their kinds, tokens left out."""
+def kinds(records):
     return [record.kind for record in records if record.kind != "token"]
 
 
-def made_of(records: list[Record]) -> list[Token]:
-    """Their tokens."""
+def made_of(records):
     return [record for record in records if isinstance(record, Token)]

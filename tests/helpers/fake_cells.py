@@ -103,13 +103,11 @@ def layer_curve(task=PPL, count=30):
 
 
 def failed(method, sparsity, task, error):
-    """A cell that could not be measured."""
     found = cell(method, sparsity, None, task=task)
     return {**found, "status": "failed", "error": error, "facts": {}}
 
 
 def write_comparison(folder, cells, **changes):
-    """A results folder with ``config.json`` and ``results.jsonl``."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", {**config(), "settings": {"seed": 0}, **changes})
     write_lines(folder / "results.jsonl", cells)

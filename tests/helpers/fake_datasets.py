@@ -21,7 +21,6 @@ class FakeDatasets:
 
 
 def install(monkeypatch):
-    """A fake ``datasets`` module for the length of the test."""
     fake = FakeDatasets()
     module = ModuleType("datasets")
     module.load_dataset = fake.load_dataset

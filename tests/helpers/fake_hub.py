@@ -5,8 +5,6 @@ The hub library reads its settings when it is imported, so the client is a proce
 names, and prints what happened as JSON.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -30,7 +28,7 @@ class Repository:
 
     ``status``, ``api_status``: what requests for a file, and for the list of files, are answered;
     ``code``, ``message``: the hub's error headers; ``cuts``: how many downloads of the weights end
-    in the middle; ``claimed_size``: a size of the weights that the list claims.
+    in the middle.
     """
 
     files: dict[str, bytes] = field(default_factory=dict)
@@ -39,21 +37,15 @@ class Repository:
     code: str = ""
     message: str = ""
     cuts: int = 0
-    claimed_size: int = 0
 
 
 class FakeHub:
-    """The repositories, and what was asked of them."""
-
     def __init__(self, repositories):
-        self.repositories = repositories
-        self.downloads = Counter()
-        self.authorizations = set()
-        self.endpoint = ""
+        self.repositories, self.endpoint = repositories, ""
+        self.downloads, self.authorizations = Counter(), set()
 
 
 def repository(folder, **settings):
-    """A repository with the files of ``folder``."""
     return Repository({path.name: path.read_bytes() for path in folder.iterdir()}, **settings)
 
 
@@ -112,11 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _info(self, name, revision):
         if (found := self._found(name, revision, api=True)) is None:
             return
-        claimed = {"model.safetensors": found.claimed_size}
-        siblings = [
-            {"rfilename": file, "size": claimed.get(file) or len(content)}
-            for file, content in found.files.items()
-        ]
+        siblings = [{"rfilename": file, "size": len(data)} for file, data in found.files.items()]
         content = json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode()
         self._send(200, content, {"Content-Type": "application/json"})
 

@@ -90,18 +90,16 @@ def drift_checks():
 def perplexity():
     """Dense, dart at 20 and 50 %, griffin at 50 %: 1.08, 2.1 and 2.52 times dense."""
     rows = []
-    for method, sparsity, ratio in (
-        ("dense", 0.0, 1.0),
-        ("dart", 0.2, 1.08),
-        ("dart", 0.5, 2.1),
-        ("griffin", 0.5, 2.52),
+    for method, share, ratio in (
+        *(("dense", 0.0, 1.0), ("dart", 0.2, 1.08)),
+        *(("dart", 0.5, 2.1), ("griffin", 0.5, 2.52)),
     ):
         pruned = method != "dense"
-        row = {"method": method, "label": f"{method}@{sparsity:g}" if pruned else method}
-        row |= {"sparsity": sparsity, "perplexity": 17.62 * ratio, "ratio_to_dense": ratio}
+        row = {"method": method, "label": f"{method}@{share:g}" if pruned else method}
+        row |= {"sparsity": share, "perplexity": 17.62 * ratio, "ratio_to_dense": ratio}
         row |= {"mean_loss": math.log(17.62 * ratio)}
         row["interval"] = [ratio / 1.06, ratio * 1.07] if pruned else None
-        row["accounting"] = accounting(method, sparsity, sparsity, 0.0) if pruned else None
+        row["accounting"] = accounting(method, share, share, 0.0) if pruned else None
         rows.append(row)
     about = {"protocol": "decode", "text": "embedded", "slices": 6, "prompt_tokens": 256}
     return {**about, "scored_tokens": 256, "rows": rows, "losses": {"dense": [[2.5, 2.9]]}}
@@ -129,7 +127,6 @@ def generations():
 
 
 def config():
-    """config.json of the fake run."""
     prompt = ["--prompt", "Why is the sky blue? <script>", "--sparsity", "0.5"]
     score = {"name": "normalized", "ema_decay": None}
     checkpoint = {"name": "SmolLM2-135M-Instruct", "source": "embedded", "dtype": "bfloat16"}
@@ -165,18 +162,14 @@ def timing():
 
 
 def write_results(folder, changes=None):
-    """Write all files; ``changes`` replaces the content of config.json's keys."""
     folder.mkdir(parents=True, exist_ok=True)
-    kept = kept_counts()
     write_json(folder / "config.json", {**config(), **(changes or {})})
     write_lines(folder / "generation.jsonl", generations())
     write_json(folder / "perplexity.json", perplexity())
     write_json(folder / "timing.json", timing())
     layers = generations()[1]["accounting"]["layers"]
-    write_json(
-        folder / "masks.json",
-        {"remasks": [asdict(mask) for mask in remasks(kept)], "layers": layers},
-    )
+    masks = {"remasks": [asdict(mask) for mask in remasks(kept_counts())], "layers": layers}
+    write_json(folder / "masks.json", masks)
     header = [field.name for field in fields(DriftCheck)]
     rows = [[getattr(check, name) for name in header] for check in drift_checks()]
     rows = [[int(v) if isinstance(v, bool) else v for v in row] for row in rows]

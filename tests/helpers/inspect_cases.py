@@ -3,8 +3,7 @@
 import torch
 
 from dart_llm.studies.inspection.readings import Readings
-from dart_llm.studies.inspection.settings import InspectSettings
-from dart_llm.studies.inspection.texts import InspectText
+from dart_llm.studies.inspection.settings import InspectSettings, InspectText
 from lm_cases import loaded
 from observed_cases import Recorder
 

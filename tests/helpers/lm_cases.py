@@ -181,20 +181,16 @@ def measured(found, task, how=None, parts=None, advance=lambda documents: None):
 
 
 def logprobs(found):
-    """Every log-likelihood of a measurement, in order."""
     return [answer[0][0] for sample in found.samples for answer in sample["answers"]]
 
 
 class Forwards:
-    """Shapes of the forwards that a model ran inside the block."""
-
     def __init__(self, model):
-        self.model, self.shapes = model, list[tuple[int, int]]()
+        self.model, self.shapes = model, []
 
     def __enter__(self):
         def note(module, args, kwargs):
-            ids = args[0] if args else kwargs["input_ids"]
-            self.shapes.append((ids.shape[0], ids.shape[1]))
+            self.shapes.append(tuple((args[0] if args else kwargs["input_ids"]).shape))
 
         self._handle = self.model.register_forward_pre_hook(note, with_kwargs=True)
         return self
@@ -204,24 +200,17 @@ class Forwards:
 
 
 class Called(NamedTuple):
-    """What a command did."""
-
     code: int
     out: str
     err: str
-
-    @property
-    def json(self):
-        """Its one JSON document on stdout."""
-        return json.loads(self.out)
+    json = property(lambda self: json.loads(self.out), doc="Its one JSON document on stdout.")
 
 
 def call(*arguments):
     """``dart-llm ARGUMENTS`` in this process, through the code that the real command runs."""
-    words = ["dart-llm", *map(str, arguments)]
     code = 0
     with (
-        mock.patch.object(sys, "argv", words),
+        mock.patch.object(sys, "argv", ["dart-llm", *map(str, arguments)]),
         contextlib.redirect_stdout(io.StringIO()) as out,
         contextlib.redirect_stderr(io.StringIO()) as err,
     ):
@@ -240,7 +229,6 @@ def eval_command(*arguments, model="model"):
 
 
 def break_position(model, position):
-    """Makes everything after ``position`` tokens NaN."""
     with torch.no_grad():
         model.transformer.wpe.weight[position] = float("nan")
     return model

@@ -1,22 +1,16 @@
 """The configuration with a prior that the tests use, and what is learnt under it."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
-
 import torch
-from torch import Tensor
 
+from dart_llm.calibration.calibrate import choose, observe
 from dart_llm.calibration.learn import self_calibrate as learn
 from dart_llm.models.describe import describe
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.scores import squared
 from dart_llm.pruning.statistics import LayerStatistics as LayerEvidence
 from dart_llm.pruning.statistics import Statistics
-from dart_llm.pruning.weights import FfnWeights
-from dart_llm.session.run import prune
+from dart_llm.session.run import Run, prune
+from tiny import tokens
 
 SMALL = {"sequences": 2, "length": 24, "opening": 0}
 """A prior that is learnt in no time."""
@@ -30,24 +24,20 @@ STATISTICS = Statistics(squared, None, frozenset({"signed", "features"}), averag
 """What ``CONFIG`` sums."""
 
 
-def files(cache: Path) -> list[Path]:
+def files(cache):
     return sorted((cache / "dart-llm" / "calibration").glob("*"))
 
 
-def layers_of(model: Any) -> tuple[FfnWeights, ...]:
+def layers_of(model):
     return describe(model).weights("output", 0)
 
 
-def learnt(
-    model: Any, cache: Path, config: PruneConfig = CONFIG, news: list[str] | None = None
-) -> tuple[FfnWeights, ...]:
+def learnt(model, cache, config=CONFIG, news=None):
     """The model's layers with what it taught."""
     return learn(model, config, layers_of(model), str(cache), ([] if news is None else news).append)
 
 
-def seen(
-    u: Tensor, h: Tensor, basis: Tensor, weights: Tensor | None = None, cuts: Sequence[int] = ()
-) -> LayerEvidence:
+def seen(u, h, basis, weights=None, cuts=()):
     """The sums over tokens u [T, I] with FFN inputs h [T, D], in pieces of ``cuts``."""
     evidence, start = LayerEvidence(), 0
     for size in cuts or (len(u),):
@@ -70,14 +60,12 @@ ALL = [*ONE_BY_ONE, 24, 24]
 """Then a forward for the bases, and one forward and backward."""
 
 
-def attached(model: Any, config: PruneConfig = CONFIG, **changes: Any) -> Callable[[], None]:
-    """Attach and leave."""
+def attached(model, config=CONFIG, **changes):
     return lambda: prune(model, config, **changes).attach().detach()
 
 
-def tensors(layers: tuple[FfnWeights, ...]) -> list[Tensor]:
-    """Everything that was learnt."""
-    found: list[Tensor] = []
+def tensors(layers):
+    found = []
     for layer in layers:
         assert layer.learnt is not None
         sums = layer.learnt.evidence.sums
@@ -86,7 +74,16 @@ def tensors(layers: tuple[FfnWeights, ...]) -> list[Tensor]:
     return found
 
 
-def equal(first: list[Tensor], second: list[Tensor]) -> bool:
+def equal(first, second):
     return len(first) == len(second) and all(
         torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(first, second, strict=True)
     )
+
+
+def ready(model, method, **settings):
+    """As ``prune``; a method that calibrates does so on 6 sequences of 24 tokens first."""
+    config = PruneConfig.build(method, **settings)
+    if config.calibration is None or config.target == 0:
+        return Run(model, config)
+    held, prior = choose(model, config, observe(model, config, tokens(6, 24, seed=9)))
+    return Run(model, config, held=held, prior=prior)

@@ -4,43 +4,29 @@ Shares no scoring, budget, drift, evidence or mask code with dart_llm.  One sequ
 are given.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reference_model import Hooked, Part, Seen
+from reference_model import Hooked, Part
 from steps import new_cache
 
 SINKS, MIN_EVIDENCE, OBSERVE = 4, 16, 32
 PSEUDO_TOKENS, DECAY, BASIS_TOKENS = 32, 0.1, 1024
 
 
-@dataclass
-class Trace:
+class Trace(NamedTuple):
     """What decoding gave: logits [T, V], and (decode step, kept ids per layer) of every mask."""
 
     logits: Tensor
-    masks: list[tuple[int, list[Tensor]]]
-
-
-class Method(Protocol):
-    """What ``decode`` asks of a method."""
-
-    wait: int
-
-    def observe(self, seen: Sequence[Seen], last: Tensor) -> None: ...
-    def choose(self) -> list[Part]: ...
-    def watch(self, last: Tensor, decoded: int) -> bool: ...
+    masks: list
 
 
 @torch.no_grad()
-def decode(model: Any, ids: Tensor, prompt: int, method: Method) -> Trace:
+def decode(model, ids, prompt, method):
     """Prefill the first tokens of ids [T], then feed the others one by one."""
     cache, masks = new_cache(model), []
     with Hooked(model) as hooked:
@@ -60,7 +46,7 @@ def decode(model: Any, ids: Tensor, prompt: int, method: Method) -> Trace:
     return Trace(torch.cat(found), masks)
 
 
-def kept(scores: Tensor, count: int) -> Tensor:
+def kept(scores, count):
     """Ones for the largest ``count`` of scores [I], ties to the lower index; else zeros."""
     order = scores.sort(descending=True, stable=True).indices
     return torch.zeros(len(scores)).index_fill(0, order[:count], 1.0)
@@ -74,22 +60,21 @@ class Griffin:
 
     wait = 0
 
-    def __init__(self, sparsity: float) -> None:
+    def __init__(self, sparsity):
         self.sparsity = sparsity
-        self.sums: list[Tensor] = []
 
-    def observe(self, seen: Sequence[Seen], last: Tensor) -> None:
+    def observe(self, seen, last):
         self.sums = [F.normalize(one.u[0].double(), dim=-1).square().sum(0) for one in seen]
 
-    def choose(self) -> list[Part]:
+    def choose(self):
         counts = even([len(s) for s in self.sums], self.sparsity)
         return [Part(kept(s.sqrt(), n)) for s, n in zip(self.sums, counts, strict=True)]
 
-    def watch(self, last: Tensor, decoded: int) -> bool:
+    def watch(self, last, decoded):
         return False
 
 
-def even(widths: Sequence[int], sparsity: float) -> list[int]:
+def even(widths, sparsity):
     """The same share of every layer: largest remainder, ties by the lower layer."""
     exact = [(1 - sparsity) * width for width in widths]
     counts = [int(share) for share in exact]
@@ -109,19 +94,19 @@ class Sums:
     n: float = 0.0
     values: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, u: Tensor, f: Tensor) -> None:
+    def add(self, u, f):
         """Tokens u [T, I] with features f [T, r]."""
         new = {"uu": u.square().sum(0), "u": u.sum(0), "f": f.sum(0), "uf": u.T @ f, "ff": f.T @ f}
         self.values = {name: self.values.get(name, 0.0) + value for name, value in new.items()}
         self.n += len(u)
 
-    def age(self) -> None:
+    def age(self):
         """What is known before new evidence comes; a long past counts as 256 tokens."""
         factor = DECAY * min(1.0, 256 / self.n) if self.n else 0.0
         self.values = {name: value * factor for name, value in self.values.items()}
         self.n *= factor
 
-    def pooled(self, prior: Sums) -> dict[str, Tensor]:
+    def pooled(self, prior):
         """Means, with the prior's as so many pseudo-tokens beside them."""
         weight = PSEUDO_TOKENS / prior.n
         return {
@@ -132,18 +117,16 @@ class Sums:
 
 @dataclass
 class Prior:
-    """What the model's own text taught of one layer."""
-
     basis: Tensor  # [r, D], in the model's dtype
     sums: Sums = field(default_factory=Sums)
     squares: Tensor | float = 0.0  # [I]: summed squared gradients
 
     @property
-    def curvature(self) -> Tensor:
+    def curvature(self):
         return torch.as_tensor(self.squares / self.sums.n)
 
 
-def learn(model: Any, ids: Tensor, rank: int = 32) -> list[Prior]:
+def learn(model, ids, rank=32):
     """The priors of all layers from the model's own text ids [n, T]."""
     length = ids.shape[1]
     priors = [Prior(basis) for basis in bases(model, ids, rank)]
@@ -169,7 +152,7 @@ def learn(model: Any, ids: Tensor, rank: int = 32) -> list[Prior]:
 
 
 @torch.no_grad()
-def bases(model: Any, ids: Tensor, rank: int) -> list[Tensor]:
+def bases(model, ids, rank):
     """Per layer the directions [r, D] in which h varies most, each over its deviation."""
     rows = -(-BASIS_TOKENS // (ids.shape[1] - SINKS))
     with Hooked(model) as hooked:
@@ -195,26 +178,26 @@ MIN_DISTANCE, DENSE_SHARE, ALLOWANCE, NEED = 64, 0.05, 32, 32
 class Detector:
     """Compares windows of the last hidden state with what was observed; sees no sinks."""
 
-    def __init__(self) -> None:
-        self.observed: list[Tensor] = []
-        self.window: list[Tensor] = []
-        self.centroid: Tensor | None = None
+    def __init__(self):
+        self.observed = []
+        self.window = []
+        self.centroid = None
         self.threshold = 0.0
         self.low = self.refresh_tokens = 0
-        self.last: int | None = None  # decoded tokens at the newest trigger
+        self.last = None  # decoded tokens at the newest trigger
 
-    def observe(self, v: Tensor) -> None:
+    def observe(self, v):
         """Observed tokens [T, D]."""
         self.observed += [*v]
 
-    def arm(self) -> None:
+    def arm(self):
         """Masks are made from the observed tokens: so is the reference, if they are enough."""
         self.window, self.low, self.centroid = [], 0, None
         if len(self.observed) >= LEAST * WINDOW:
             self._refer()
         self.observed = []
 
-    def _refer(self) -> None:
+    def _refer(self):
         tokens = torch.stack(self.observed)
         total, count = tokens.sum(0), len(tokens)
         windows = [w.sum(0) for w in tokens.split(WINDOW) if len(w) == WINDOW][-MOST:]
@@ -224,7 +207,7 @@ class Detector:
         self.centroid = total / count
         self.threshold = float(alike.mean() - DEVIATIONS * alike.std())
 
-    def watch(self, v: Tensor, decoded: int) -> bool:
+    def watch(self, v, decoded):
         """One pruned token [D], the ``decoded``-th of the sequence: whether it is a trigger."""
         self.window.append(v)
         if len(self.window) < WINDOW:
@@ -243,7 +226,7 @@ class Detector:
         self.refresh_tokens, self.last = self.refresh_tokens + NEED, decoded
         return True
 
-    def _allowed(self, decoded: int) -> bool:
+    def _allowed(self, decoded):
         near = self.last is not None and decoded - self.last < MIN_DISTANCE
         most = ALLOWANCE + DENSE_SHARE * (decoded + NEED)
         return not near and self.refresh_tokens + NEED <= most
@@ -257,15 +240,15 @@ class Dart:
 
     wait = MIN_EVIDENCE
 
-    def __init__(self, model: Any, sparsity: float, priors: Sequence[Prior]) -> None:
+    def __init__(self, model, sparsity, priors):
         self.sparsity, self.priors = sparsity, priors
         self.columns = Hooked(model).columns()
         self.sums = [Sums() for _ in priors]
         self.detector = Detector()
-        self.counts: list[int] = []
+        self.counts = []
         self.tokens = 0
 
-    def observe(self, seen: Sequence[Seen], last: Tensor) -> None:
+    def observe(self, seen, last):
         sinks = max(0, SINKS - self.tokens)
         for sums, prior, one in zip(self.sums, self.priors, seen, strict=True):
             u, h = one.u[0, sinks:].double(), one.h[0, sinks:].double()
@@ -273,7 +256,7 @@ class Dart:
         self.detector.observe(last[0, sinks:].double())
         self.tokens += last.shape[1]
 
-    def choose(self) -> list[Part]:
+    def choose(self):
         means = [own.pooled(p.sums) for own, p in zip(self.sums, self.priors, strict=True)]
         scores = [m["uu"] * p.curvature for m, p in zip(means, self.priors, strict=True)]
         self.counts = self.counts or ranked(scores, self.sparsity)
@@ -285,7 +268,7 @@ class Dart:
             )
         ]
 
-    def watch(self, last: Tensor, decoded: int) -> bool:
+    def watch(self, last, decoded):
         self.tokens += 1
         drifted = self.detector.watch(last[0, 0].double(), decoded)
         if drifted:
@@ -294,7 +277,7 @@ class Dart:
         return drifted
 
 
-def ranked(scores: Sequence[Tensor], sparsity: float) -> list[int]:
+def ranked(scores, sparsity):
     """Counts of one ranking over all layers in which 10 % of every layer stay."""
     widths = [len(s) for s in scores]
     floors = [-(-width // 10) for width in widths]
@@ -311,7 +294,7 @@ def ranked(scores: Sequence[Tensor], sparsity: float) -> list[int]:
     return [floor + int(more) for floor, more in zip(floors, extra, strict=True)]
 
 
-def compensated(keep: Tensor, column: Tensor, basis: Tensor, mean: dict[str, Tensor]) -> Part:
+def compensated(keep, column, basis, mean):
     """A layer that says for its removed neurons what the FFN's input tells of them."""
     covariance = mean["ff"] - mean["f"].outer(mean["f"])
     shared = mean["uf"] - mean["u"].outer(mean["f"])

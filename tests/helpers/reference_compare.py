@@ -13,8 +13,6 @@ LOGITS = 3e-4
 
 @dataclass(frozen=True)
 class Agreement:
-    """How one executor's run compares with the reference's."""
-
     executor: str
     steps: tuple[int, ...]  # decode steps of the masks
     wanted: tuple[int, ...]  # ... and of the reference's
@@ -24,7 +22,7 @@ class Agreement:
     spread: float  # standard deviation of the logits
 
     @property
-    def holds(self) -> bool:
+    def holds(self):
         return self.steps == self.wanted and self.differ == 0 and self.logits <= LOGITS
 
 

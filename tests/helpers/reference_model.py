@@ -1,10 +1,6 @@
 """A model whose FFNs are read and masked by hooks: what the reference decodes with."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -42,63 +38,56 @@ class Hooked:
     showed, and ``last`` the last hidden state [B, T, D].
     """
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.parts: Sequence[Part] | None = None
-        self.seen: list[Seen] = []
-        self.last = torch.empty(0)
+    def __init__(self, model):
+        self.model, self.parts, self.seen = model, None, []
         activated = [m for m in model.modules() if hasattr(m, "act_fn") or hasattr(m, "act")]
-        self._ffns = [m for m in activated if any(hasattr(m, name) for name in DOWN)]
-        self._downs = [next(getattr(m, n) for n in DOWN if hasattr(m, n)) for m in self._ffns]
-        self._handles: list[Any] = []
+        self.ffns = [m for m in activated if any(hasattr(m, name) for name in DOWN)]
+        self.downs = [next(getattr(m, n) for n in DOWN if hasattr(m, n)) for m in self.ffns]
 
-    def columns(self) -> list[Tensor]:
+    def columns(self):
         """The weights [D, I] of the down projections, float64; GPT-2's lie the other way round."""
-        weights = [(down, down.weight.detach().double()) for down in self._downs]
+        weights = [(down, down.weight.detach().double()) for down in self.downs]
         return [w if isinstance(down, nn.Linear) else w.T for down, w in weights]
 
-    def __enter__(self) -> Self:
-        hooks = self._handles
-        for ffn in self._ffns:
-            hooks.append(ffn.register_forward_pre_hook(self._enter))
-        for index, down in enumerate(self._downs):
+    def __enter__(self):
+        def enter(ffn, args):
+            self.seen.append(Seen(args[0], args[0]))
+
+        def end(head, args):
+            self.last = args[0]
+
+        hooks = [ffn.register_forward_pre_hook(enter) for ffn in self.ffns]
+        for index, down in enumerate(self.downs):
             hooks.append(down.register_forward_pre_hook(lambda _, a, i=index: self._mask(i, a[0])))
             hooks.append(down.register_forward_hook(lambda _, a, z, i=index: self._add(i, z)))
-        head = self.model.get_output_embeddings()
-        hooks.append(head.register_forward_pre_hook(self._end))
+        hooks.append(self.model.get_output_embeddings().register_forward_pre_hook(end))
+        self.handles = hooks
         return self
 
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
+    def __exit__(self, *error):
+        for handle in self.handles:
             handle.remove()
 
-    def _enter(self, ffn: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.seen.append(Seen(args[0], args[0]))
-
-    def _mask(self, index: int, u: Tensor) -> Tensor:
+    def _mask(self, index, u):
         self.seen[index].u = u
         return u if self.parts is None else u * self.parts[index].keep
 
-    def _add(self, index: int, z: Tensor) -> Tensor:
+    def _add(self, index, z):
         if self.parts is None:
             return z
         part = self.parts[index]
-        if part.basis is not None and part.adds is not None:
+        if part.basis is not None:
             z = z + self.seen[index].h @ part.basis.T @ part.adds.T
         return z + part.constant
 
-    def _end(self, head: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.last = args[0]
-
-    def forward(self, ids: Tensor, cache: Any = None) -> Tensor:
+    def forward(self, ids, cache=None):
         """Logits [B, T, V] of ids [B, T]."""
         self.seen = []
         given = {} if cache is None else {"use_cache": True, CACHE: cache}
-        logits: Tensor = self.model(ids, **given).logits
-        return logits
+        return self.model(ids, **given).logits
 
 
-def own_text(model: Any, sequences: int = 32, length: int = 128, opening: int = 24) -> Tensor:
+def own_text(model, sequences=32, length=128, opening=24):
     """Token ids [n, T] of the text that the model writes with seed 0.
 
     They alone come from dart_llm: in which order tokens are sampled is not specified.

@@ -1,7 +1,5 @@
 """The drivers of tests/native, built with the kernels under ASan and UBSan, without torch."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
@@ -17,27 +15,25 @@ FLAGS = (
 )
 
 
-def compile_with(folder: Path, *arguments: str) -> None:
-    """Run the compiler in ``folder``."""
+def compile_with(folder, *arguments):
     assert COMPILER is not None
     command = [COMPILER, *FLAGS.split(), "-I", str(KERNELS), *arguments]
     subprocess.run(command, check=True, timeout=600, cwd=folder)
 
 
-def kernel_objects(folder: Path) -> list[str]:
+def kernel_objects(folder):
     """Everything native but the operators of torch, compiled into ``folder``."""
     files = [str(one) for one in sorted(KERNELS.glob("*.cpp")) if one.name != "ops.cpp"]
     compile_with(folder, "-c", *files)
     return [str(one) for one in sorted(folder.glob("*.o"))]
 
 
-def driver(name: str, objects: list[str], folder: Path) -> Path:
-    """The program of tests/native/NAME.cpp."""
+def driver(name, objects, folder):
     compile_with(folder, str(SOURCES / f"{name}.cpp"), *objects, "-o", name)
     return folder / name
 
 
-def random_steps(program: Path, steps: int, seed: int, first: int = 0) -> dict[str, int]:
+def random_steps(program, steps, seed, first=0):
     """Counts of what was decoded, by name; raises ``RuntimeError`` with what a sanitizer said."""
     command = [str(program), str(seed), str(first), str(steps)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -16,7 +16,6 @@ from typing import Any
 import httpx
 
 from dart_llm.engine.events import Done, Likely, PromptToken, Scores, Start, Timings, Token, Usage
-from dart_llm.engine.requests import GenerationRequest as Ask
 from dart_llm.pruning.records import RunReport
 from dart_llm.server.app import build
 from dart_llm.server.run import Server, bind, server_config
@@ -53,23 +52,13 @@ class ByteTokenizer:
 def report(method, asked, tokens):
     share = asked or 0.0
     shares = ("ffn_flops_share", "ffn_bytes_share")
-    return RunReport(
-        method=method,
-        requested_sparsity=asked,
-        achieved_sparsity=share,
-        sparsity_while_pruned=share,
-        dense_token_share=0.0 if share else 1.0,
-        prompt_tokens=3,
-        decoded_tokens=tokens,
-        remasks=0,
-        remask_causes={},
-        layers=(),
-        executor="masked",
-        **{name + end: 1 - share for name in shares for end in ("", "_if_compact")},
-        ffn_share_of_bytes=0.5,
-        extra_memory_bytes=0,
-        sequences=(),
-    )
+    zero = ("remasks", "extra_memory_bytes")
+    known = {name + end: 1 - share for name in shares for end in ("", "_if_compact")}
+    known |= {"method": method, "requested_sparsity": asked, "achieved_sparsity": share}
+    known |= {"sparsity_while_pruned": share, "dense_token_share": 0.0 if share else 1.0}
+    known |= {"prompt_tokens": 3, "decoded_tokens": tokens, "ffn_share_of_bytes": 0.5}
+    known |= {"remask_causes": {}, "layers": (), "sequences": (), "executor": "masked"}
+    return RunReport(**known, **dict.fromkeys(zero, 0))
 
 
 @dataclass
@@ -82,12 +71,9 @@ class FakeEngine:
     pause: float = 0.0
     fault: Exception | None = None
     fault_at: int = 0
-    asked: list[Ask] = field(default_factory=list)
-    cancelled_at: list[int] = field(default_factory=list)
-    ended: int = 0
-    at_once: int = 0
-    most_at_once: int = 0
-    index: int = 0
+    asked: list = field(default_factory=list)
+    cancelled_at: list = field(default_factory=list)
+    ended = at_once = most_at_once = index = 0
 
     def run(self, ask, emit, cancelled=lambda: False):
         self.asked.append(ask)
@@ -132,17 +118,15 @@ class FakeEngine:
 
     def _token(self, ask, choice, index, piece):
         phase = "prefill" if index == 0 else "dense" if ask.config is None else "pruned"
-        score, top = None, None
+        scored = (None, None)
         if ask.sampling.logprobs is not None:
-            score = -0.5
-            top = tuple(Likely(i, f"t{i}", -1.0 - i) for i in range(ask.sampling.logprobs))
-        return Token(choice, index, index, piece, piece, phase, score, top, self.pause)
+            likely = (Likely(i, f"t{i}", -1.0 - i) for i in range(ask.sampling.logprobs))
+            scored = (-0.5, tuple(likely))
+        return Token(choice, index, index, piece, piece, phase, *scored, self.pause)
 
 
 @dataclass
 class Running:
-    """A server in this process."""
-
     url: str
     service: Service
     engine: Any
@@ -164,7 +148,6 @@ class Running:
         return POOL.submit(post)
 
     def waiting(self, count):
-        """Wait until so many requests wait."""
         until(lambda: self.service.worker.waiting == count)
 
     def gauge(self, name):
@@ -195,7 +178,6 @@ def running(engine=None, tokenizer=None, facts=FACTS, **settings):
 
 @contextlib.contextmanager
 def running_model(model, tokenizer, **settings):
-    """Serve a model, by a real engine, until the block ends."""
     from dart_llm.engine.engine import Engine
 
     facts = ModelFacts.of(model, str(settings.get("model", "smollm2-135m")))
@@ -203,41 +185,35 @@ def running_model(model, tokenizer, **settings):
         yield found
 
 
-class Process:
-    """``dart-llm serve`` as a process; what it says is read as it comes."""
-
-    def __init__(self, *arguments):
-        command = [sys.executable, "-m", "dart_llm", "serve", "--port", "0", *map(str, arguments)]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        self.said = self.url = ""
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self):
-        assert self.process.stderr
-        for line in self.process.stderr:
-            self.said += line
-
-    def end(self, number):
-        """A signal ends it within ten seconds."""
-        self.process.send_signal(number)
-        assert self.process.wait(10) == 0
-        until(lambda: self.said.endswith("ended\n"))
-        assert "Traceback" not in self.said
-
-
 @contextlib.contextmanager
 def serving(*arguments):
-    """``dart-llm serve ARGUMENTS`` until the block ends."""
-    made = Process(*arguments)
+    """``dart-llm serve ARGUMENTS`` as a process until the block ends, and what it ``said``."""
+    command = [sys.executable, "-m", "dart_llm", "serve", "--port", "0", *map(str, arguments)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    made = SimpleNamespace(process=process, said="", url="")
+
+    def read():
+        for line in process.stderr:
+            made.said += line
+
+    def end(number):
+        """A signal ends it within ten seconds."""
+        process.send_signal(number)
+        assert process.wait(10) == 0
+        until(lambda: made.said.endswith("ended\n"))
+        assert "Traceback" not in made.said
+
+    made.end = end
+    threading.Thread(target=read, daemon=True).start()
     try:
-        until(lambda: "(Ctrl-C ends)" in made.said or made.process.poll() is not None, 300)
+        until(lambda: "(Ctrl-C ends)" in made.said or process.poll() is not None, 300)
         found = re.search(r"serving \S+ at (http://127\.0\.0\.1:\d+)/", made.said)
         assert found, made.said
         made.url = found[1]
         yield made
     finally:
-        made.process.kill()
-        made.process.wait(20)
+        process.kill()
+        process.wait(20)
 
 
 def until(holds, seconds=10.0):
@@ -261,7 +237,6 @@ def events(text):
 
 
 def request_bytes(body, url=CHAT_URL):
-    """A POST as it goes over the wire."""
     data = json.dumps(body).encode()
     head = f"POST {url} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return head.encode() + b"Content-Length: %d\r\n\r\n" % len(data) + data

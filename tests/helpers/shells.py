@@ -56,26 +56,22 @@ class Desk:
         path.write_text(text)
 
     def bash(self, text, **variables):
-        """Run lines of bash in the desk's folder."""
-        return subprocess.run(
-            ["bash", "-c", text],
-            cwd=self.root,
-            env={**self.environment, **variables},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        how = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "check": False}
+        environment = {**self.environment, **variables}
+        return subprocess.run(["bash", "-c", text], cwd=self.root, env=environment, **how)
 
     def run(self, name, *arguments, **variables):
-        """Run a script with variables from the environment."""
         return self.bash(f"./{name} {shlex.join(arguments)}", **variables)
 
+    def recorded_all(self):
+        """The arguments of the last recorded ``dart-llm``."""
+        return json.loads((self.root / "record.json").read_text())
+
     def recorded(self):
-        """The arguments of the last recorded ``dart-llm``, which must have been a run."""
-        arguments = json.loads((self.root / "record.json").read_text())
-        assert arguments[0] == "run"
-        return arguments[1:]
+        """The same of a run, without its name."""
+        command, *arguments = self.recorded_all()
+        assert command == "run"
+        return arguments
 
     def settings(self):
         """What the real command line makes of the recorded arguments."""

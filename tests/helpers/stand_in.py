@@ -21,17 +21,10 @@ SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
 def configuration():
     """As small as goes; four layers: 0 to 3."""
-    return LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=FFN_WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=CONTEXT,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": FFN_WIDTH}
+    sizes |= {"num_hidden_layers": LAYERS, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes |= {"max_position_embeddings": CONTEXT, "bos_token_id": 0, "eos_token_id": 1}
+    return LlamaConfig(**sizes)
 
 
 def write_model(folder):

@@ -26,7 +26,6 @@ def shared_model(name="llama", dtype=torch.float32):
 
 
 def new_cache(model):
-    """An empty cache that fits ``model``."""
     return DynamicCache(config=model.config.get_text_config())
 
 
@@ -125,7 +124,6 @@ def written(model, ids, new, settings=None, **how):
 
 
 def sums_of(run):
-    """The summed scores of the newest sequence, per layer."""
     return [layer.sums["score"].total.clone() for layer in state_of(run).evidence]
 
 
@@ -145,11 +143,6 @@ def picked(name="llama", keep=20):
         layer: sorted(torch.randperm(width, generator=generator)[:keep].tolist())
         for layer in range(LAYERS)
     }
-
-
-def widths_of(run):
-    """Neurons per layer of the model behind ``run``."""
-    return [layer.width for layer in run.report().layers]
 
 
 def forward_lengths(model, body):

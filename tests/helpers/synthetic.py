@@ -1,19 +1,12 @@
 """Made-up FFN weights and activations that drive the controller without a model."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from dart_llm.pruning.accounting import Costs, run_report
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.controller import PruningController
-from dart_llm.pruning.forward import ForwardCall, ForwardPlan, Kind
+from dart_llm.pruning.forward import ForwardCall, Kind
 from dart_llm.pruning.observations import LayerObservation
-from dart_llm.pruning.records import DriftCheck, Remask, RunReport
 from dart_llm.pruning.weights import FfnWeights
 
 HIDDEN, WIDTH, LAYERS, VOCAB = 6, 20, 3, 11
@@ -21,10 +14,7 @@ KEEP = WIDTH // 2
 """Neurons that a layer keeps under ``config()``."""
 
 
-def make_layers(
-    count: int = LAYERS, width: int = WIDTH, hidden: int = HIDDEN, seed: int = 0
-) -> tuple[FfnWeights, ...]:
-    """Random gated FFNs."""
+def make_layers(count=LAYERS, width=WIDTH, hidden=HIDDEN, seed=0):
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(VOCAB, hidden, generator=generator)
     return tuple(
@@ -43,12 +33,10 @@ def make_layers(
 class Stream:
     """What each layer sees at every position of a text: u, z, x, r, and v of the last layer."""
 
-    def __init__(
-        self, layers: Sequence[FfnWeights], rows: int = 1, length: int = 256, seed: int = 0
-    ) -> None:
+    def __init__(self, layers, rows=1, length=256, seed=0):
         generator = torch.Generator().manual_seed(100 + seed)
 
-        def noise(*shape: int) -> Tensor:
+        def noise(*shape):
             return torch.randn(*shape, generator=generator)
 
         self.u, self.z, self.x, self.r = [], [], [], []
@@ -69,53 +57,46 @@ class Driver:
     Tests look at plans, phases, records and reports: names inside the controller stand here alone.
     """
 
-    def __init__(
-        self,
-        config: PruneConfig,
-        rows: int = 1,
-        layers: tuple[FfnWeights, ...] | None = None,
-        stream: Stream | None = None,
-    ) -> None:
+    def __init__(self, config, rows=1, layers=None, stream=None):
         self.layers = make_layers() if layers is None else layers
         self.stream = Stream(self.layers, rows) if stream is None else stream
-        self.announced: list[Remask] = []
+        self.announced = []
         self.tracer = PruningController(
             config, self.layers, None, lambda remask, state: self.announced.append(remask)
         )
         self.rows = rows
         self.cached = 0
-        self.plans: list[ForwardPlan] = []
+        self.plans = []
 
     @property
-    def checks(self) -> list[DriftCheck]:
-        """Of the drift detectors, so far."""
+    def checks(self):
         return list(self.tracer.checks)
 
     @property
-    def states(self) -> list[Any]:
+    def states(self):
         """Of all sequences, the oldest first; their evidence may not be up to date."""
         return list(self.tracer.all_sequences())
 
     @property
-    def state(self) -> Any:
+    def state(self):
         """Of the only sequence that runs, up to date."""
         self.tracer.flush()
         (state,) = self.tracer.sequences
         return state
 
-    def tokens_until_change(self) -> int | None:
+    def tokens_until_change(self):
         return self.tracer.tokens_until_change()
 
-    def interrupted(self) -> None:
+    def interrupted(self):
         """A forward of one token that raised before it ended."""
         self.tracer.before_forward(ForwardCall(Kind.DECODE, self.cached, 1, self.rows))
 
-    def report(self) -> RunReport:
+    def report(self):
         self.tracer.flush()
         costs = Costs(self.layers, 10_000)
         return run_report(self.tracer.all_sequences(), costs, "masked", 0, "a test", 0.5)
 
-    def forward(self, kind: Kind, tokens: int, **settings: Any) -> ForwardPlan:
+    def forward(self, kind, tokens, **settings):
         """One forward of the next ``tokens`` positions."""
         call = ForwardCall(kind, self.cached, tokens, self.rows, **settings)
         plan = self.tracer.before_forward(call)
@@ -132,13 +113,13 @@ class Driver:
         self.plans.append(plan)
         return plan
 
-    def prefill(self, tokens: int, **settings: Any) -> ForwardPlan:
+    def prefill(self, tokens, **settings):
         return self.forward(Kind.PREFILL, tokens, **settings)
 
-    def decode(self, tokens: int = 1, **settings: Any) -> ForwardPlan:
+    def decode(self, tokens=1, **settings):
         return self.forward(Kind.DECODE, tokens, **settings)
 
-    def steps(self, count: int, **settings: Any) -> list[str]:
+    def steps(self, count, **settings):
         """``count`` decode forwards of one token; the phase that each ran in (of row 0)."""
         phases = []
         for _ in range(count):
@@ -146,40 +127,37 @@ class Driver:
             phases.append(str(self.tracer.last_phase))
         return phases
 
-    def new_text(self) -> None:
-        """The next forward starts an empty cache."""
+    def new_text(self):
         self.cached = 0
 
-    def roll_back(self, tokens: int) -> None:
+    def roll_back(self, tokens):
         """The cache is cut by ``tokens`` before the next forward."""
         self.cached -= tokens
 
 
-def ids_of(plan: ForwardPlan, row: int = 0) -> list[list[int] | None]:
+def ids_of(plan, row=0):
     """Kept neurons of every layer in one plan; None where dense."""
     return [None if mask is None else mask.ids.tolist() for mask in plan.masks[row] or (None,)]
 
 
-def top(score: Tensor, keep: int) -> list[int]:
-    """Indices of the ``keep`` largest values, ascending."""
+def top(score, keep):
     return sorted(sorted(range(len(score)), key=lambda i: (-float(score[i]), i))[:keep])
 
 
-def energy_of(stream: Stream, layer: int, positions: Sequence[int] | range, row: int = 0) -> Tensor:
+def energy_of(stream, layer, positions, row=0):
     """Summed squared activations of one layer at ``positions`` of one row: [I]."""
     return stream.u[layer][row, list(positions)].square().sum(0)
 
 
-def best(stream: Stream, positions: Sequence[int] | range, keep: int, row: int = 0) -> list[Any]:
+def best(stream, positions, keep, row=0):
     """The neurons that ``magnitude`` keeps in every layer after seeing ``positions``."""
     return [top(energy_of(stream, layer, positions, row), keep) for layer in range(len(stream.u))]
 
 
-def config(**settings: Any) -> PruneConfig:
+def config(**settings):
     """Half of the neurons by ``magnitude``, evenly, unless said otherwise."""
     return PruneConfig.from_mapping({"sparsity": 0.5, "score": "magnitude", **settings})
 
 
-def is_dense(plan: ForwardPlan) -> bool:
-    """Whether no layer of no row is masked in one plan."""
+def is_dense(plan):
     return plan.dense and all(masks is None for masks in plan.masks)

@@ -2,13 +2,11 @@
 
 import functools
 from contextlib import contextmanager
-from unittest import mock
 
 import torch
 from torch.nn import functional as F
 
 from dart_llm.models.describe import describe
-from dart_llm.patching.executors.token_ffn import TokenFfn
 from dart_llm.pruning.config import PruneConfig
 from prior_cases import SMALL
 
@@ -42,35 +40,6 @@ def best(strengths, keep):
     """Places of the largest, ascending; of equal ones the lower."""
     order = sorted(range(len(strengths)), key=lambda place: (-strengths[place], place))
     return sorted(order[:keep])
-
-
-@contextmanager
-def kept_winners(found):
-    """Collects what is chosen."""
-    choose = TokenFfn.winners
-
-    def winners(self, x, mask):
-        ids = choose(self, x, mask)
-        found.setdefault(self.block.index, []).append(ids)
-        return ids
-
-    with mock.patch.object(TokenFfn, "winners", winners):
-        yield
-
-
-@contextmanager
-def same_winners(wanted, shares):
-    """Chooses ``wanted``; collects the share of it that would have been chosen anyway."""
-    choose, left = TokenFfn.winners, {layer: iter(ids) for layer, ids in wanted.items()}
-
-    def winners(self, x, mask):
-        own, ids = choose(self, x, mask), next(left[self.block.index])
-        shares.append(float(torch.isin(own, ids).float().mean()))
-        return ids.reshape(own.shape)
-
-    with mock.patch.object(TokenFfn, "winners", winners):
-        yield
-    assert all(next(ids, None) is None for ids in left.values()), "as many tokens chose"
 
 
 @contextmanager

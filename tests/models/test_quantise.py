@@ -1,17 +1,14 @@
 """Dense with quantised weights: values and bytes by hand, and the original left alone."""
 
 import math
-from unittest import mock
 
 import pytest
 import torch
 
 from dart_llm.data import texts
-from dart_llm.errors import AttachError, UnsupportedModel
 from dart_llm.evaluation.perplexity import score, slices
-from dart_llm.models.quantised import _through, quantise, weight_facts
-from dart_llm.session.run import prune
-from steps import Same, decode, shared_model
+from dart_llm.models.quantised import _through, quantise
+from steps import Same, decode
 from tiny import HIDDEN, LAYERS, VOCAB, WIDTH, tiny, tokens
 
 BLOCK, Q8, Q4 = 32, 34, 20
@@ -88,26 +85,6 @@ def test_transposed_and_shared_weights():
     stored = LAYERS * (per_layer + biases) + VOCAB * HIDDEN // BLOCK * Q8
     stored += 4 * (512 * HIDDEN + 2 * HIDDEN)  # positions and the last norm
     assert found.facts["weight_bytes"] == found.facts["bytes_per_token"] == stored
-
-
-def test_half_precision_stays_half_precision():
-    model = tiny(dtype=torch.bfloat16)
-    found = quantise(model, 8)
-    assert {p.dtype for p in found.model.parameters()} == {torch.bfloat16}
-    assert found.facts["dtype_bytes"] * 2 == weight_facts(tiny())["dtype_bytes"]
-    exact = _through(model.lm_head.weight.detach().float(), "Q8_0")
-    assert torch.equal(found.model.lm_head.weight, exact.bfloat16())
-
-
-def test_models_that_cannot_be_pruned_and_one_that_is(monkeypatch):
-    model = shared_model()
-    with prune(model, "griffin"), pytest.raises(AttachError, match="is being pruned"):
-        quantise(model, 8)
-    whole, refuse = weight_facts(model), mock.Mock(side_effect=UnsupportedModel("of experts"))
-    monkeypatch.setattr("dart_llm.models.quantised.describe", refuse)
-    found = weight_facts(model)
-    assert found == {key: whole[key] for key in found}
-    assert set(whole) - set(found) == {"bytes_per_token", "ffn_bytes_share"}
 
 
 @pytest.mark.smollm2

@@ -38,7 +38,7 @@ def _why_not():
     return build.why_not()
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("damage", [DAMAGES["flip"], DAMAGES["cut"]])
 def test_a_damaged_library_is_never_loaded(loaded, damage, caplog):
     """A whole one is built once."""
     assert _why_not() == "" and loaded == []
@@ -49,15 +49,6 @@ def test_a_damaged_library_is_never_loaded(loaded, damage, caplog):
     assert _why_not() == "" and loaded == []
     assert len(caplog.records) == 1 and "a damaged file" in caplog.text
     assert _why_not() == "" and loaded == [LIBRARY] and len(caplog.records) == 1
-
-
-def test_a_damaged_library_that_cannot_be_built_again(loaded, monkeypatch, tmp_path):
-    assert _why_not() == ""
-    (path,) = (build.cache_folder() / "native").iterdir()
-    DAMAGES["cut"](path)
-    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
-    monkeypatch.setattr(build, "built_name", lambda: path.name[:24])
-    assert "could not be built (no C++ compiler" in _why_not() and loaded == []
 
 
 def test_a_library_that_does_not_load_is_built_again(loaded, monkeypatch, caplog):

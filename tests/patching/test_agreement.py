@@ -4,14 +4,11 @@ import copy
 import functools
 import threading
 from itertools import product
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import transformers.models.llama.modeling_llama as modeling
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.prune import l1_unstructured
 from transformers import AttentionInterface
@@ -20,14 +17,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from dart_llm.errors import AttachError, ConfigError, UnsupportedModel
 from dart_llm.models import agreement as checked
-from dart_llm.models.agreement import Bare
 from dart_llm.models.describe import describe, widths
 from dart_llm.models.llama import step_unsupported_reason as why_not_step
 from dart_llm.patching.executors.step_agreement import disagreement_reason as why_not_alike
 from dart_llm.session.run import prune
-from products import DTYPES, SHAPES, cases
+from products import DTYPES, SHAPES
 from steps import apart, decode, generate, new_cache, picked, snapshot, step
-from tiny import HIDDEN, NAMES, WIDTH, tiny, tokens
+from tiny import HIDDEN, NAMES, tiny, tokens
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -55,7 +51,6 @@ def _masks(model):
 
 
 def _decoded(model, executor="auto"):
-    """Logits [1, T, V] with half of the neurons, and the executor that ran."""
     with prune(model, masks=_masks(model), executor=executor) as run:
         found = decode(model, IDS, PROMPT)
     return found, run.report().executor
@@ -105,7 +100,6 @@ class Packed(Tensor):
 
 
 def _at(place, change, *values):
-    """A change of layer 1, or of what is called ``place`` there."""
     return lambda model: change(model.model.layers[1].get_submodule(place), *values)
 
 
@@ -117,10 +111,6 @@ def _hook(part):
     part.register_forward_hook(lambda module, args, out: 1.5 * out)
 
 
-def _pre_hook(part):
-    part.register_forward_pre_hook(lambda module, args: (0.5 * args[0],))
-
-
 def _pack(part):
     part._parameters["weight"] = part.weight.detach().clone().as_subclass(Packed)
 
@@ -129,19 +119,9 @@ def _by_inputs(part):
     part.weight = nn.Parameter(part.weight.detach().t().contiguous().t())
 
 
-def _widen(mlp):
-    mlp.gate_proj, mlp.up_proj = (nn.Linear(HIDDEN, 96, bias=False) for _ in range(2))
-    mlp.down_proj = nn.Linear(96, HIDDEN, bias=False)
-
-
 def _two_on_one(model):
     first, second = (layer.mlp.down_proj for layer in model.model.layers[:2])
     second.weight = nn.Parameter(first.weight.data)
-
-
-def _buffer(model):
-    weight = model.model.layers[0].mlp.down_proj.weight
-    model.register_buffer("seen", weight.data[3], persistent=False)
 
 
 def _down(make):
@@ -154,26 +134,17 @@ def _down(make):
     return change
 
 
-def _mapped(weight):
-    path = Path.cwd() / "weight"  # of the test
-    weight.numpy().tofile(path)
-    return torch.from_numpy(np.memmap(path, "float32", "r", shape=(HIDDEN, WIDTH)))
-
-
 SCALING = _at("self_attn", setattr, "scaling", 0.7)
 EPS = _at("input_layernorm", setattr, "variance_epsilon", 0.5)
 ACTIVATION = _at("mlp", setattr, "act_fn", nn.GELU())
 STEPS, KERNELS, WEIGHTS = ("slim", "graph"), ("slim", "native"), ("slim", "native", "compact")
-ALIEN = "lies in memory that PyTorch did not allocate"
 PASSED_BY = {
     "attention function": _attention_function,
     "class of attention": _class_forward("LlamaAttention"),
-    "rotary function": _rotary,
     "scaling": SCALING,
     "eps": EPS,
     "activation": ACTIVATION,
     "linear subclass": _at("self_attn.v_proj", setattr, "__class__", Louder),
-    "tensor class": _at("self_attn.k_proj", _pack),
     "tensor class of the head": lambda model: _pack(model.lm_head),
     "attention by inputs": _at("self_attn.q_proj", _by_inputs),
 }
@@ -181,9 +152,7 @@ PASSED_BY = {
 
 ODD = {
     "hook on down": _at("mlp.down_proj", _hook),
-    "hook on gate": _at("mlp.gate_proj", _hook),
     "hook on act": _at("mlp.act_fn", _hook),
-    "pre-hook": _at("mlp.down_proj", _pre_hook),
     "forward of up": _at("mlp.up_proj", _patch),
     "forward of down": _at("mlp.down_proj", _patch),
 }
@@ -192,22 +161,17 @@ ODD = {
 PRUNED = _at("mlp.down_proj", l1_unstructured, "weight", 0.3)
 NORMED, NORMED_SAID = _at("self_attn.q_proj", weight_norm), "a forward of its own in a Parametrized"
 SHARED = "layers.0.mlp.down_proj.weight and model.layers.1.mlp.down_proj.weight"
-BUFFER = "down_proj.weight and seen lie on the same memory"
 VIEW = _down(lambda one: torch.cat([one, one])[HIDDEN:])
 PLAIN = "layer 1 has (hooks on|projections that are no plain)"
 CASES = {
     **{name: (change, "native", STEPS, "which") for name, change in PASSED_BY.items()},
-    "wider": (_at("mlp", _widen), "native", STEPS, "other shapes or layouts than its kind"),
     "parametrized": (NORMED, "native", STEPS, NORMED_SAID),
     # what the kernels cannot read
     "up by inputs": (_at("mlp.up_proj", _by_inputs), "compact", KERNELS, ""),
     "computed from others": (PRUNED, "compact", ("native",), "weights that are computed from"),
     # memory that is not its own
     "two on one": (_two_on_one, "compact", KERNELS, SHARED),
-    "buffer": (_buffer, "compact", KERNELS, BUFFER),
     "larger": (VIEW, "compact", KERNELS, "of layer 0 is a view of something"),
-    "numpy": (_down(lambda w: torch.from_numpy(w.numpy().copy())), "compact", KERNELS, ALIEN),
-    "read-only": (_down(_mapped), "compact", KERNELS, ALIEN),
     "processes": (_down(lambda one: one.share_memory_()), "compact", KERNELS, "another process"),
     **{name: (change, "compact", WEIGHTS, PLAIN) for name, change in ODD.items()},
     "all linears": (_all_linears, "masked", WEIGHTS, ""),
@@ -215,22 +179,18 @@ CASES = {
 """A change, what ``auto`` runs then, what refuses to run, and what that says."""
 
 
-@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 @pytest.mark.parametrize("case", CASES)
-def test_the_numbers_are_those_of_the_modules(case, tmp_path, monkeypatch):
+def test_the_numbers_are_those_of_the_modules(case):
     """Whatever was changed: the same as ``masked``, by the fastest executor that computes them."""
-    monkeypatch.chdir(tmp_path)
     change, executor, refused, sentence = CASES[case]
     model = tiny()
     change(model)
-    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
     expected, _ = _decoded(model, "masked")
     found, ran = _decoded(model)
     assert ran == executor and apart(found, expected) < CLOSE
     for one in refused:
         with pytest.raises(ConfigError, match=f'executor "{one}" cannot run Llama.*{sentence}'):
             prune(model, masks=_masks(model), executor=one)
-    assert files == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_a_change_that_hides_its_name_is_found_by_its_numbers():
@@ -250,10 +210,6 @@ def _subclass(model):
     model.model.layers[3].mlp.__class__ = Doubled
 
 
-def _other_arguments(model):
-    model.model.layers[3].mlp.forward = lambda x, scale: scale * x
-
-
 def _loud_channel(model):
     mlp = model.model.layers[3].mlp
     loud = torch.ones(32)
@@ -261,46 +217,30 @@ def _loud_channel(model):
     mlp.forward = lambda x: loud * modeling.LlamaMLP.forward(mlp, x)
 
 
-@pytest.mark.parametrize("change", [_subclass, _other_arguments, _loud_channel])
-def test_an_ffn_that_computes_something_else_is_refused(change):
-    model = tiny()
-    change(model)
-    before = snapshot(model)
-    kind = type(model.model.layers[3].mlp).__name__
-    for executor in ("auto", "masked", "compact"):
-        with pytest.raises(UnsupportedModel) as error:
-            prune(model, "griffin", sparsity=0.5, executor=executor)
-        assert str(error.value) == (
-            f"LlamaForCausalLM: the FFN of layer 3 ({kind}) computes something else than gate, up, "
-            "activation, down: dart-llm cannot prune it"
-        )
-    assert snapshot(model) == before
-
-
-def test_every_kind_of_ffn_is_compared():
-    model = tiny()
-    describe(model)
-    _class_forward("LlamaMLP")(model)
-    with pytest.raises(UnsupportedModel, match="the FFN of layer 0"):
-        prune(model)
+def test_an_ffn_that_computes_something_else_is_refused():
+    for change in (_subclass, _loud_channel):
+        model = tiny()
+        change(model)
+        before = snapshot(model)
+        kind = type(model.model.layers[3].mlp).__name__
+        for executor in ("auto", "masked", "compact"):
+            with pytest.raises(UnsupportedModel) as error:
+                prune(model, "griffin", sparsity=0.5, executor=executor)
+            assert str(error.value) == (
+                f"LlamaForCausalLM: the FFN of layer 3 ({kind}) computes something else than gate, "
+                "up, activation, down: dart-llm cannot prune it"
+            )
+        assert snapshot(model) == before
     for name in ("gpt2", "bloom", "phi3", "falcon", "gemma3"):
         model = tiny(name)
         _patch(describe(model).blocks[2].ffn)
         with pytest.raises(UnsupportedModel, match=r"FFN of layer 2 .* computes something else"):
             prune(model)
-
-
-def test_an_ffn_of_ones_own_that_computes_the_same_is_pruned():
-    class Renamed(modeling.LlamaMLP):
-        def forward(self, hidden):
-            up = self.up_proj(hidden)
-            return F.linear(up * self.act_fn(self.gate_proj(hidden)), self.down_proj.weight)
-
     model = tiny()
-    expected, _ = _decoded(model, "masked")
-    for layer in model.model.layers:
-        layer.mlp.__class__ = Renamed
-    assert apart(_decoded(model)[0], expected) < CLOSE
+    describe(model)
+    _class_forward("LlamaMLP")(model)
+    with pytest.raises(UnsupportedModel, match="the FFN of layer 0"):
+        prune(model)
 
 
 def test_layers_that_share_one_ffn_are_refused():
@@ -312,18 +252,13 @@ def test_layers_that_share_one_ffn_are_refused():
     prune(model)
 
 
-def _compiled_part(model):
-    layer = model.model.layers[1]
-    layer.mlp = torch.compile(layer.mlp, backend="eager")
-
-
-@pytest.mark.parametrize("change", [lambda m: m.compile(backend="eager"), _compiled_part])
-def test_a_model_that_torch_compiled_runs_compact(change):
+def test_a_model_of_which_torch_compiled_a_part_runs_compact():
     torch._dynamo.reset()
     model = tiny()
     model.model.layers, model.config.num_hidden_layers = model.model.layers[:2], 2
     expected, _ = _decoded(model, "masked")
-    change(model)
+    layer = model.model.layers[1]
+    layer.mlp = torch.compile(layer.mlp, backend="eager")
     found, executor = _decoded(model)
     assert executor == "compact" and apart(found, expected) < CLOSE
     with pytest.raises(ConfigError, match="was compiled by torch"):
@@ -339,7 +274,7 @@ CHANGES = (
 
 @pytest.mark.parametrize(
     ("change", "executor"),
-    [*((change, "slim") for change in CHANGES), *((change, "compact") for change in CHANGES[-3:])],
+    [*((change, "slim") for change in CHANGES), *((change, "compact") for change in CHANGES[-2:])],
 )
 def test_a_change_while_attached_counts_from_the_next_prompt(change, executor):
     model = tiny()
@@ -358,13 +293,13 @@ def _loud_head(model):
 CHANGED = "was changed while this model is being pruned"
 MOVES = (
     lambda model: model.to(torch.bfloat16),
-    lambda model: model.share_memory(),
     lambda model: model.resize_token_embeddings(130),
     lambda model: model.load_state_dict(tiny(seed=5).state_dict(), assign=True),
 )
 NOTICED = [
-    *((_subclass, "slim", CHANGED), (_loud_channel, "compact", CHANGED)),
-    *((_class_forward("LlamaMLP"), "masked", CHANGED),),
+    (_subclass, "slim", CHANGED),
+    (_loud_channel, "compact", CHANGED),
+    (_class_forward("LlamaMLP"), "masked", CHANGED),
     *((ACTIVATION, one, CHANGED) for one in ("slim", "masked")),
     *((_loud_head, one, "a linear layer was made a Louder while") for one in KERNELS),
     *((move, one, "replaced or moved") for move in MOVES for one in KERNELS),
@@ -383,33 +318,6 @@ def test_what_cannot_be_while_attached_is_noticed(change, executor, noticed):
     decode(model, IDS, PROMPT)  # it is as it was left
 
 
-@pytest.mark.parametrize("executor", ["slim", "native"])
-def test_weights_that_another_run_put_back_are_noticed(executor):
-    """Two models on the same weights: the order is put back when the first run ends."""
-    model = tiny()
-    other = type(model)(model.config).eval()
-    for name, parameter in model.named_parameters():
-        owner, _, last = name.rpartition(".")
-        setattr(other.get_submodule(owner), last, parameter)
-    first = prune(model, masks=picked(), executor=executor).attach()
-    with prune(other, masks=picked(), executor=executor):
-        decode(other, IDS, PROMPT)
-        first.detach()
-        with pytest.raises(AttachError, match="weights were replaced or moved"):
-            decode(other, IDS, PROMPT)
-
-
-def test_an_embedding_that_changes_itself_is_left_alone():
-    model = tiny()
-    model.model.embed_tokens.max_norm = 0.5
-    before = model.model.embed_tokens.weight.detach().clone()
-    with prune(model, masks=picked()) as run:
-        assert torch.equal(model.model.embed_tokens.weight, before)
-        found = decode(model, IDS, PROMPT)
-        assert run.report().executor == "native"
-    assert apart(found, _decoded(model, "masked")[0]) < CLOSE
-
-
 def test_hooks_do_not_see_the_comparison_and_nothing_is_left_behind():
     model, seen = tiny(), []
     for module in model.modules():
@@ -423,20 +331,8 @@ def test_hooks_do_not_see_the_comparison_and_nothing_is_left_behind():
     assert torch.equal(torch.get_rng_state(), lot)
 
 
-def test_the_comparison_is_made_once(monkeypatch):
-    model, made, plain, counts = tiny(), [], Bare.of, []
-    monkeypatch.setattr(Bare, "of", lambda self, part: made.append(part) or plain(self, part))
-    for _ in range(3):
-        with prune(model, masks=picked()):
-            decode(model, IDS, PROMPT)
-        counts.append(len(made))
-    assert 0 < counts[0] == counts[2]
-
-
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    cases([*product(NAMES, DTYPES[:1]), *product(SHAPES, DTYPES)], NAMES, DTYPES),
-    ids=str,
+    ("name", "dtype"), [*product(NAMES, DTYPES[:1]), *product(SHAPES, DTYPES[1:])], ids=str
 )
 def test_no_false_alarm(name, dtype):
     """Dropout, layerdrop, training mode, gradients, autocast, inference mode: all the same."""
@@ -446,70 +342,33 @@ def test_no_false_alarm(name, dtype):
         if isinstance(module, nn.Dropout):
             module.p = 0.5
     cast = torch.autocast("cpu", dtype=torch.bfloat16)
-    ways = [(torch.enable_grad(), True), (torch.inference_mode(), False), (cast, True)]
-    for way, training in ways:
+    for way, training in ((torch.enable_grad(), True), (torch.inference_mode(), 0), (cast, True)):
         checked._known.clear()
-        model.train(training)
+        model.train(bool(training))
         with way:
-            blocks = describe(model).blocks
-            assert all(checked.agreement(block).weights for block in blocks)
+            assert all(checked.agreement(block).weights for block in describe(model).blocks)
             assert bool(why_not_step(model)) or why_not_alike(model) == ""
-
-
-def test_seldom_weights_are_no_alarm():
-    """NaN, infinity, zeros and weights made in inference mode."""
-    models = [tiny() for _ in range(3)]
-    for model, value in zip(models, (float("nan"), float("inf"), 0.0), strict=True):
-        model.model.layers[0].mlp.gate_proj.weight.data[5, 3] = value
-    with torch.inference_mode():
-        models.append(tiny())
-    for model in models:
-        checked._known.clear()
-        describe(model)
-        assert why_not_alike(model) == ""
-
-
-def _in_a_thread(call):
-    """What ``call`` gave or raised there."""
-    found = []
-
-    def body():
-        try:
-            found.append(call())
-        except ConfigError as error:
-            found.append(str(error))
-
-    thread = threading.Thread(target=body)
-    thread.start()
-    thread.join(60)
-    return found[0]
 
 
 def test_two_threads_are_told_apart():
     model, ids, said = tiny(), tokens(1, 12), []
-    run = lambda: step(model, ids, new_cache(model))  # noqa: E731
+
+    def run():
+        try:
+            step(model, ids, new_cache(model))
+        except ConfigError as error:
+            said.append(str(error))
+
+    def meanwhile(*_):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join(60)
+
     with prune(model, "griffin", sparsity=0.5):
-        layer = model.model.layers[1]
-        handle = layer.register_forward_pre_hook(lambda *_: said.append(_in_a_thread(run)))
+        handle = model.model.layers[1].register_forward_pre_hook(meanwhile)
         run()
         handle.remove()
         assert generate(model, ids, 3).sequences.shape == (1, 15)
     assert said == [
         "another thread is running this model: a pruned model runs one forward at a time"
     ]
-
-
-def test_a_forward_that_was_interrupted_leaves_no_thread_behind():
-    model, ids = tiny(), tokens(1, 12)
-    run = lambda: step(model, ids, new_cache(model))  # noqa: E731
-
-    def stop(module, args):
-        raise KeyboardInterrupt
-
-    with prune(model, "griffin", sparsity=0.5):
-        handle = model.model.layers[1].register_forward_pre_hook(stop)
-        with pytest.raises(KeyboardInterrupt):
-            run()
-        handle.remove()
-        found = _in_a_thread(run)
-    assert apart(found, run()) < CLOSE

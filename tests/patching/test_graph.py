@@ -25,19 +25,6 @@ def _logits(method, executor, **settings):
     return masks, logits
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_dense_steps_leave_no_graph_of_gradients(mode):
-    """They run on the model's own parameters; a graph would hold every step's tensors."""
-    model = shared_model("llama")
-    with prune(model, "griffin", sparsity=0.5, masking_step=9, executor="graph") as run, mode():
-        output = model(tokens(1, 20), use_cache=True)
-        for at in range(3):
-            output = model(tokens(1, 1, seed=at), cache=output.cache)
-        assert run.phase == "observe" and run.patch.steps == 3
-    held = [t for layer in output.cache.layers for t in (layer.keys, layer.values)]
-    assert not any(t.requires_grad for t in (output.logits, *held))
-
-
 def test_transformers_own_compiling_of_a_static_cache_stays_correct():
     """``generate`` compiles the forward of an attached model on its own where there is a GPU."""
     model, ids = tiny("llama"), tokens(1, 20, seed=5)

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from budget_cases import GOLDEN, S, depths, views
 from dart_llm.errors import DartError
 from dart_llm.pruning.budgets import (
-    LayerView,
     align_counts,
     blend_counts,
     depth_profile,
@@ -18,7 +17,6 @@ from dart_llm.pruning.budgets import (
     round_counts,
 )
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.pruning.masks import floor_count
 from dart_llm.pruning.registry import BUDGETS
 from dart_llm.pruning.selection import check_fits
 from dart_llm.pruning.statistics import LayerStatistics, Sum
@@ -42,9 +40,6 @@ def test_depth_by_hand():
     assert found == pytest.approx([0.1, 0.9, 0.7, 0.7, 0.1], abs=1e-5)
     # the bounds give way where nothing else can
     assert depth_sparsities((0.0, 1.0), (0.5, 0.5), 0.6) == pytest.approx([0.9, 0.3])
-    assert depth_sparsities([3.0], [0.0], 0.7) == [0.7]
-    assert depth_sparsities(S, depths(8), 0) == [0] * 8
-    assert depth_sparsities([2.0] * 4, [0.5] * 4, 0.3) == pytest.approx([0.3] * 4)
 
 
 @settings(deadline=None, max_examples=200)
@@ -67,116 +62,56 @@ ENERGIES = [torch.tensor([0.0, 5, 10, 5]).sqrt(), torch.tensor([1.0, 4, 3, 2]).s
         ("energy", ENERGIES, {2: [1, 1], 3: [1, 2], 4: [2, 2], 5: [2, 3], 6: [3, 3], 7: [3, 4]}),
         ("energy", [torch.ones(20)] * 3, {31: [11, 10, 10], 32: [11, 11, 10]}),
         ("energy", [torch.zeros(20), RISING], {20: [2, 18]}),  # a silent layer has its floor
-        ("energy", [torch.zeros(20)] * 2, {20: [18, 2]}),
         ("ranked", TWO, {2: [1, 1], 4: [1, 3], 6: [3, 3], 8: [5, 3], 9: [5, 4], 10: [5, 5]}),
         ("ranked", [RISING, 1e6 * RISING], {20: [2, 18]}),  # scores compare as they are
-        ("ranked", [1e6 * RISING, RISING], {24: [20, 4]}),
-        ("ranked", [-torch.ones(20), torch.zeros(20)], {20: [2, 18]}),
         ("ranked", [RISING, 1e6 * torch.arange(40.0)], {6: [2, 4], 3: [1, 2]}),  # below the floors
         ("standardized", [RISING, 1e6 * RISING], {20: [10, 10], 21: [11, 10]}),
         ("uniform", [torch.ones(10)] * 3, {15: [5] * 3, 16: [6, 5, 5], 30: [10] * 3}),
-        ("uniform", [torch.ones(10), torch.ones(30)], {20: [5, 15]}),
     ],
 )
 def test_budgets_by_hand(name, scores, counts):
     assert {keep: BUDGETS.get(name)(views(scores), keep) for keep in counts} == counts
 
 
-def test_global_by_hand():
-    impacts = [torch.tensor([9.0, 1, 5, 2, 2]), torch.tensor([8.0, 7, 6, 0, 0])]
-    layers = views([torch.ones(5)] * 2, impacts=impacts)
-    found = [BUDGETS.get("global")(layers, keep) for keep in range(2, 9)]
-    assert found == [[1, 1], [1, 2], [1, 3], [2, 3], [3, 3], [4, 3], [5, 3]]
-
-
 @st.composite
-def allocations(draw: st.DrawFn) -> tuple[list[LayerView], int]:
+def allocations(draw):
     """Random layers of unequal widths, with silent neurons and ties, and a number to keep."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
     sizes = draw(st.lists(st.integers(1, 60), min_size=1, max_size=8))
     kind = draw(st.sampled_from(["smooth", "ties", "silent", "spiky"]))
-    scores, impacts = [], []
-    for size in sizes:
-        score = torch.rand(size, generator=generator)
-        if kind == "ties":
-            score = (3 * score).round()
-        if kind == "silent":
-            score = score * (torch.rand(size, generator=generator) < 0.5)
-        if kind == "spiky":
-            score = score**12
-        scores.append(score)
-        impacts.append(score.square() * torch.rand(1, generator=generator))
+    kinds = {
+        "smooth": lambda score: score,
+        "ties": lambda score: (3 * score).round(),
+        "silent": lambda score: score * (score < 0.5),
+        "spiky": lambda score: score**12,
+    }
+    scores = [kinds[kind](torch.rand(size, generator=generator)) for size in sizes]
+    impacts = [one.square() * torch.rand(1, generator=generator) for one in scores]
     sensitivity = (torch.rand(len(sizes), generator=generator) * 10).tolist()
     keep = round((1 - draw(st.sampled_from([0, 0.5, 0.999]) | st.floats(0, 0.999))) * sum(sizes))
     return views(scores, sensitivity, sensitivity[::-1], impacts), keep
 
 
-def _energy_before(layer):
-    """The share of the energy that the neurons before each one hold."""
-    squares = layer.score.square().sort(descending=True).values
-    return (squares.cumsum(0) - squares) / squares.sum() if squares.sum() else squares + 1
-
-
-RANKED_BY = {
-    "energy": _energy_before,
-    "global": lambda layer: -layer.impact,
-    "ranked": lambda layer: -layer.score,
-    "standardized": lambda layer: (
-        (layer.score.mean() - layer.score) / layer.score.std(correction=0).clamp_min(1e-300)
-    ),
-}
-"""What is small for the neurons that stay."""
-
-
 @pytest.mark.contract("allocation sums to the budget")
 @settings(deadline=None, max_examples=300)
 @given(allocations(), st.sampled_from(BUDGETS.names()))
-def test_totals_bounds_and_the_best_of_all_layers(case, name):
+def test_totals_floors_and_bounds(case, name):
     layers, keep = case
+    floors = [math.ceil(layer.width / 10) for layer in layers]
     counts = BUDGETS.get(name)(layers, keep)
     assert sum(counts) == max(keep, len(layers))
     assert all(1 <= count <= layer.width for count, layer in zip(counts, layers, strict=True))
-    floors = [floor_count(layer.width) for layer in layers]
-    if name not in RANKED_BY or sum(floors) > keep:
-        return
-    kept, lost = [-math.inf], [math.inf]
-    for count, floor, layer in zip(counts, floors, layers, strict=True):
-        assert count >= floor == math.ceil(layer.width / 10)
-        order = RANKED_BY[name](layer).sort().values.tolist()
-        kept += order[floor:count]
-        lost += order[count:]
-    assert max(kept) <= min(lost)
-
-
-@settings(deadline=None, max_examples=200)
-@given(
-    st.lists(st.tuples(st.integers(1, 300), st.floats(0.01, 1)), min_size=1, max_size=20),
-    st.integers(1, 64),
-)
-def test_rounding_and_alignment(pairs, multiple):
-    """No count moves by more than one; none that is aligned, by more than a multiple on average."""
-    sizes = [size for size, _ in pairs]
-    wanted = [max(1.0, size * share) for size, share in pairs]
-    counts = round_counts(wanted, sizes, round(sum(wanted)))
-    assert sum(counts) == round(sum(wanted))
-    assert all(abs(a - b) <= 1 for a, b in zip(counts, wanted, strict=True))
-    aligned = align_counts(counts, sizes, multiple)
-    for count, size in zip(aligned, sizes, strict=True):
-        assert count == size or (count % multiple == 0 and 0 < count < size)
-    assert abs(sum(aligned) - sum(counts)) <= multiple * len(sizes)
+    if name in ("energy", "global", "ranked", "standardized") and keep >= sum(floors):
+        assert all(map(int.__ge__, counts, floors))
 
 
 def test_whole_numbers_by_hand():
     assert round_counts([1.2, 1.7, 1.6, 2.5], [9] * 4, 7) == [1, 2, 2, 2]  # largest remainders
-    assert round_counts([1.5, 1.5, 1.5, 1.5], [9] * 4, 6) == [2, 2, 1, 1]
     assert round_counts([3.0, 3.0], [3, 9], 8) == [3, 5]
     assert round_counts([5.0, 5.0], [9, 9], 0) == [1, 1]
     assert round_counts([5.0, 5.0], [9, 9], 99) == [9, 9]
     assert align_counts([700, 800, 900], [1536] * 3, 32) == [704, 800, 896]
     assert align_counts([47, 48], [48, 48], 32) == [48, 48]
-    assert align_counts([33, 20], [48, 48], 32) == [32, 32]
-    assert align_counts([5, 7], [8, 8], 1) == [5, 7]
-    assert blend_counts([4, 8, 6], [8, 4, 6], [10] * 3) == [6, 6, 6]
     assert blend_counts([5, 8, 5], [8, 4, 6], [10] * 3) == [7, 6, 5]
 
 
@@ -213,11 +148,8 @@ def test_blends_tables_and_alignment():
         assert sum(blended) == 400 and blended == pytest.approx(mean, abs=1)
     aligned = counts_of({"name": "energy", "multiple": 8})
     assert all(count % 8 == 0 or count == 100 for count in aligned)
-    assert abs(sum(aligned) - 400) <= 8 * 8
     table = {"name": "uniform", "table": "0:0.6,1:#7,3-7:auto"}
     assert counts_of(table) == (60, 7, 100, 50, 50, 50, 50, 50)
-    masks = selector(budget=table).select(evidence()).masks
-    assert [mask is None for mask in masks] == [False, False, True] + [False] * 5
     # the depth of a layer does not change when others are fixed
     counts = counts_of({"name": "depth", "table": "all:auto,0-1:1"})
     want = depth_sparsities(S[2:], depths(8)[2:], 0.5)

@@ -1,7 +1,7 @@
 """Configurations: round trips, ranges, what excludes what, and errors that suggest the mend."""
 
 import json
-from math import inf, nan
+from math import nan
 
 import pytest
 
@@ -14,18 +14,13 @@ from dart_llm.pruning.config import (
     check_sparsity,
 )
 from dart_llm.pruning.registry import METHODS
-from prior_cases import CONFIG, SMALL
+from prior_cases import CONFIG
 
 FULL = PruneConfig(
     method="mine",
     sparsity=0.25,
     score={"name": "mean", "ema_decay": 1 / 3, "proxy_embedding": "input", "prior_weight": 0.5},
-    budget={
-        "name": "blend energy depth",
-        "table": "0-1:auto,2:#5",
-        "multiple": 32,
-        "refresh": "every",
-    },
+    budget={"name": "blend energy depth", "table": "2:auto", "multiple": 8, "refresh": "every"},
     drift={"rule": "interval 7", "signal": "hidden", "min_distance": 3, "max_dense_share": 1e-9},
     remask={"evidence": "decay", "decay": 0.7, "observe_tokens": 9},
     calibration={"source": "self", "sequences": 5, "length": 50, "purpose": "prior"},
@@ -48,9 +43,7 @@ FULL = PruneConfig(
     "config", [FULL, *map(METHODS.get, METHODS.names())], ids=lambda c: c.method
 )
 def test_round_trips(tmp_path, config):
-    data = config.to_dict()
-    assert PruneConfig.from_mapping(data) == config
-    assert PruneConfig.from_mapping(json.loads(json.dumps(data))) == config
+    assert PruneConfig.from_mapping(json.loads(json.dumps(config.to_dict()))) == config
     path = tmp_path / "run.yaml"
     config.save(path)
     assert PruneConfig.load(path) == config
@@ -59,42 +52,23 @@ def test_round_trips(tmp_path, config):
     assert PruneConfig.load(path) == PruneConfig()
 
 
-PRIORS = (
-    *({"sequences": 0}, {"length": 15}, {"length": "long"}, {"opening": -1}, {"opening": 128}),
-    *({"length": 16}, {"tokens": -1}, {"temperature": 0}, {"temperature": nan}, {"top_p": 0}),
-    *({"top_p": 1.5}, {"lenght": 3}, 3),
-)
 REFUSED = (
-    *({"sparsity": value} for value in (1.0, -0.1, 50, nan, inf, "half")),
-    *({"masking_step": value} for value in (-1, 1.5)),
-    *({"release_step": 0}, {"masking_step": 8, "release_step": 8}, {"min_evidence": -1}),
-    *({"score": {"ema_decay": value}} for value in (0, 1, nan)),
-    *({"score": part} for part in ({"strategy": "best"}, {"prior_weight": 1.5}, 3)),
-    *({"budget": {"name": name}} for name in ("", "energy depth", "blend energy", "blend a b c")),
-    *({"budget": part} for part in ({"multiple": 0}, {"table": "0:1.5"}, {"zzz": 1})),
+    *({"sparsity": value} for value in (1.0, -0.1, 50, nan, "half")),
+    *({"release_step": 0}, {"masking_step": 8, "release_step": 8}, {"score": {"ema_decay": 1}}),
+    *({"budget": {"name": name}} for name in ("energy depth", "blend energy", "blend a b c")),
     *({"drift": f"interval{value}"} for value in ("", " 0", " -4", " 2.5")),
-    *({"drift": "paper 5"}, {"drift": {"min_distance": -1}}, {"drift": {"min_distanz": 4}}),
-    *({"drift": {"max_dense_share": value}} for value in (0, 1.1)),
-    *({"drift": {"allowance": -1}}, {"remask": {"observe_tokens": 0}}),
-    *({"remask": {"decay": value}} for value in (0, 1.01)),
-    *({"calibration": part} for part in ({"sequences": 0}, {"length": 1}, "hub")),
-    *({"prior": part} for part in PRIORS),
-    *({"token": {"candidates": value}} for value in (0.0, 1.5, 0.5)),
-    *({"token": {"bits": 5}}, {"token": {"group": 0}}, {"batch": "each"}, {"executor": "fast"}),
+    *({"drift": "paper 5"}, {"drift": {"min_distanz": 4}}, {"prior": {"lenght": 3}}),
+    *({"prior": {"length": 15}}, {"prior": {"opening": 128}}, {"token": {"bits": 5}}),
     # what excludes or needs something else
     {"sparsity": 0.5, "budget": {"table": "all:0.5"}},
     {"sparsity": 0.0, "budget": {"table": "0:#5"}},
     {"sparsity": 0.5, "score": {"strategy": "auto"}},
     {"score": {"strategy": "auto"}, "budget": {"table": "all:auto"}},
     {"score": {"strategy": "auto"}, "budget": "energy"},
-    {"score": {"prior_weight": 0.5}},
-    {"calibration": {"purpose": "prior"}},
-    {"weight_bits": 4, "sparsity": 0.5},
-    {"weight_bits": 4},
+    *({"score": {"prior_weight": 0.5}}, {"calibration": {"purpose": "prior"}}),
+    *({"weight_bits": 4, "sparsity": 0.5}, {"weight_bits": 4}, {"skip_sinks": True}),
     {"executor": "compact", "batch": "per_row"},
-    {"skip_sinks": True},
     {"compensation_rank": 8, "compensation": True},
-    {"compensation_rank": -1, "prior": {}},
     {"compensation_rank": 8, "prior": {}, "token": {}},
     {"token": {"candidates": 0.2}, "sparsity": 0.7},
     # names
@@ -105,7 +79,6 @@ REFUSED = (
 
 
 def test_refused(snapshot):
-    """Whichever way a configuration is made, in one line that says how to mend it."""
     said = {}
     for data in REFUSED:
         for make in (PruneConfig.from_mapping, lambda given: PruneConfig(**given)):
@@ -116,24 +89,7 @@ def test_refused(snapshot):
     assert said == snapshot
 
 
-def test_the_ends_of_the_ranges_are_allowed():
-    for data in (
-        *({"sparsity": 0.0}, {"sparsity": 0.999, "masking_step": 0, "release_step": 1}),
-        {"score": {"ema_decay": 0.001}, "budget": {"multiple": 1}},
-        {"drift": {"rule": "interval 1", "max_dense_share": 1}},
-        {"remask": {"decay": 1, "observe_tokens": 1}},
-        {"sparsity": 0.5, "budget": {"table": "0:0.5,1-3:auto"}},
-        *({"budget": {"table": "all:0.5"}}, {"score": {"strategy": "auto"}}),
-        {"token": {}, "prior": {}, "skip_sinks": True},
-        {"prior": {**SMALL, "length": 16, "opening": 15, "top_p": 1, "tokens": 0}},
-    ):
-        config = PruneConfig.from_mapping(data)
-        assert config.sparsity == data.get("sparsity")
-        assert config.target == data.get("sparsity", DEFAULT_SPARSITY)
-
-
 def test_parts():
-    """A part may be its name alone."""
     for part, field, name in (
         ("score", "name", "contribution"),
         ("budget", "name", "blend energy depth"),
@@ -143,7 +99,8 @@ def test_parts():
     ):
         long = PruneConfig(**{part: {field: name}})
         assert PruneConfig(**{part: name}) == long == PruneConfig.from_mapping({part: name})
-    assert check_sparsity(0.0) == 0.0 and check_sparsity(0.5) == 0.5
+    assert check_sparsity(0.0) == 0.0
+    assert PruneConfig().sparsity is None and PruneConfig().target == DEFAULT_SPARSITY
     with pytest.raises(ConfigError, match=r"did you mean 0\.2\?"):
         check_sparsity(20)
 
@@ -165,18 +122,12 @@ def test_changes_are_laid_on_top():
     wanted["sparsity"], wanted["drift"]["min_distance"] = 0.5, 8
     wanted["remask"]["evidence"] = "fresh"
     assert found.to_dict() == wanted
-    assert PruneConfig.build("griffin", sparsity=None, seed=None) == PruneConfig.build("griffin")
     longer = CONFIG.replace({"prior": {"tokens": 9}}).replace({"prior": {"length": 50}})
     assert longer.prior == PriorConfig(sequences=2, length=50, opening=0, tokens=9)
-    assert CONFIG.replace({"prior": {}}) == CONFIG
-    assert PruneConfig().replace({"prior": {"tokens": 9}}).prior == PriorConfig(tokens=9)
     with pytest.raises(ConfigError, match="needs a prior"):
         CONFIG.replace({"prior": None})
     token = PruneConfig.build("dart-token", sparsity=0.7, token={"bits": 8})
     assert token.token == TokenConfig(bits=8, group=32)
-    assert token.replace({"token": {"candidates": 0.5}}).token == TokenConfig(
-        bits=8, candidates=0.5
-    )
     assert token.replace({"token": None}).token is None
     # the preset's budget has no part in the strategy that sets the counts itself
     auto = PruneConfig.build("dart", score={"strategy": "auto"})

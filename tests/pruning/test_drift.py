@@ -1,16 +1,13 @@
 """The drift detector: windows, votes, error rates; and when a sequence notices drift."""
 
-import itertools
 import math
 from statistics import NormalDist, stdev
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dart_llm.pruning.drift import MAX_WINDOWS, Detector, Rule, make_rule
-from synthetic import HIDDEN, LAYERS, Driver, Stream, config, make_layers
+from synthetic import HIDDEN, Driver, Stream, config, make_layers
 
 PAIRS = Rule(2, lambda mu, sigma: mu - 0.5 * sigma, 2)
 """Windows of two tokens, small enough for numbers by hand."""
@@ -61,11 +58,6 @@ def test_the_rules():
         assert rule.threshold(mu, sigma).tolist() == pytest.approx(thresholds)
     assert make_rule("interval 48") == Rule(0, None, 0, interval=48)
     assert make_rule("never") == Rule(0, None, 0)
-    for text in ("never", "interval 5"):  # see nothing
-        detector = Detector(make_rule(text))
-        detector.observe(windows(*REFERENCE), None)
-        detector.start()
-        assert detector.watch(windows(*REFERENCE), None) == [] and detector.nbytes() == 0
 
 
 def test_windows_by_hand():
@@ -88,9 +80,6 @@ def test_windows_by_hand():
     assert (detector.filled, detector.counter) == (0, 0)
     (check,) = detector.watch(windows((1.0, 0.0)), None)
     assert check.similarity == pytest.approx([3 / math.sqrt(9 + 81)], abs=1e-6)
-    # half precision is averaged in float32
-    half = armed(PAIRS, (windows(*REFERENCE) * 1000).half())
-    assert half.mu.dtype == torch.float32 and float(half.mu) == pytest.approx(MU, abs=1e-3)
 
 
 def test_the_counter_goes_up_and_down():
@@ -103,19 +92,6 @@ def test_the_counter_goes_up_and_down():
     counters = [0, 1, 2, 1, 2, 1, 0, 0, 1, 2, 3]
     assert [(c.window, c.counter) for c in checks] == [*enumerate(counters, 1)]
     assert [check.fired for check in checks] == [False] * 10 + [True]
-    # published: one low window; cos 0.4 = 0.921 is above mu - 0.1 = 0.9, cos 0.5 = 0.878 is not
-    detector = armed(make_rule("published"), windows(*[at(0.0)] * 6, size=5))
-    checks = detector.watch(windows(at(0.4), at(0.5), at(0.0), size=5), None)
-    assert [check.fired for check in checks] == [False, True, False]
-    # dart: the third window under mu - 1.5 sigma; the paper's rule counts at mu - sigma too
-    reference = windows(*(at(angle) for angle in (0.1, -0.3, 0.2, -0.1, 0.3, -0.2)), size=10)
-    detector, paper = armed(make_rule("dart"), reference), armed(make_rule("paper"), reference)
-    mu, sigma = float(detector.mu), float(detector.sigma)
-    near, far = at(math.acos(mu - sigma)), at(math.acos(mu - 1.6 * sigma))
-    checks = detector.watch(windows(near, far, near, far, far, far, size=10), None)
-    assert [check.counter for check in checks] == [0, 1, 0, 1, 2, 3]
-    assert [check.fired for check in checks] == [False] * 5 + [True]
-    assert [check.counter for check in paper.watch(windows(near, far, size=10), None)] == [1, 2]
 
 
 def test_too_few_windows_arm_on_the_first_four_of_pruned():
@@ -162,13 +138,11 @@ def rows_of(*angles):
 @pytest.mark.parametrize(
     ("angles", "live", "low"),
     [
-        ((0, 0, 0, 0), None, False),
         ((1, 1, 0, 0), None, False),  # half is not more than half
         ((1, 1, 1, 0), None, True),
         ((1, 1, 0, 0), (True, True, True, False), True),
         ((1, 1, 1, 0), (False, False, True, True), False),
         ((1, 1, 1, 1), (False, False, False, False), False),
-        ((0, 0, 0, 1), (False, False, False, True), True),
     ],
 )
 def test_more_than_half_of_the_live_rows(angles, live, low):
@@ -180,18 +154,8 @@ def test_more_than_half_of_the_live_rows(angles, live, low):
     assert check.live == list(live or [True] * 4)
 
 
-def test_every_row_has_its_own_reference():
-    """Row 1 looks the other way and varies more: its own centroid and threshold say so."""
-    parts = [rows_of(0.1 * (-1) ** i, math.pi + 0.6 * (-1) ** i) for i in range(4)]
-    detector = armed(PAIRS, torch.cat(parts, 1))
-    alone = armed(PAIRS, torch.cat(parts, 1)[1:])
-    assert float(detector.mu[0]) > float(detector.mu[1]) == pytest.approx(float(alone.mu))
-    (check,) = detector.watch(rows_of(0.0, math.pi), None)
-    assert check.similarity == pytest.approx([1, 1], abs=5e-3)
-
-
 def test_padding_and_rows_that_ended():
-    """Padding enters nothing; windows stop where the shortest row does, unless it has ended."""
+    """Padding enters nothing, and no window waits for a row that has ended."""
     real, junk = noise(2, 9, 2, seed=2), torch.full((1, 3, 2), 1e6)
     weights = torch.ones(2, 12)
     weights[0, :3] = weights[1, 9:] = 0
@@ -204,11 +168,6 @@ def test_padding_and_rows_that_ended():
     for a, b in zip(padded.watch(more, None), plain.watch(more, None), strict=True):
         assert a.similarity == pytest.approx(b.similarity, abs=1e-5)
         assert a.threshold == pytest.approx(b.threshold, abs=1e-5)
-    real, weights, detector = noise(2, 12, 2, seed=3), torch.ones(2, 12), Detector(PAIRS)
-    weights[1, 9:] = 0
-    detector.observe(real, weights)
-    assert len(detector.windows) == 4 and detector.tokens.tolist() == [12, 9]
-    assert detector.total[1].tolist() == pytest.approx(real[1, :9].sum(0).tolist())
     both = Detector(PAIRS)
     for token in real.split(1, 1):
         both.observe(token, torch.tensor([[1.0], [0.0]]), torch.tensor([True, False]))
@@ -285,27 +244,11 @@ def test_false_alarms_and_alarms_come_at_the_analytic_rate(name):
     assert all(triggers(detector, seed, rule.count + 1, shift=-4.0) for seed in range(SERIES))
 
 
-def test_a_reference_estimated_from_few_windows_keeps_the_rate_in_order():
-    """Everything random, 24 windows of reference: leaving one out keeps mu and sigma honest.
-
-    With a chance p of a low window, n0 = 3 are reached after 40.5 windows on average.
-    """
-    rule, fired = make_rule("paper"), 0
-    assert low_chance(rule) == pytest.approx(NORMAL.cdf(-0.5))
-    for seed in range(SERIES):
-        v = noise(1, 10 * 24 + 10 * 40, 16, seed=9000 + seed) - 0.5
-        detector = armed(rule, v[:, :240])
-        for part in v[:, 240:].split(10, 1):
-            if detector.watch(part, None)[0].fired:
-                fired, detector.counter = fired + 1, 0
-    assert 30 < SERIES * 40 / fired < 80
-
-
-def shifting(at, rows=1):
+def shifting(at):
     """v keeps one direction (with noise) up to ``at``, then another."""
-    stream = Stream(make_layers(), rows, 400)
+    stream = Stream(make_layers(), 1, 400)
     first, second = torch.eye(HIDDEN)[0], torch.eye(HIDDEN)[1]
-    drawn = 0.3 * (noise(rows, 400, HIDDEN, seed=7) - 1)
+    drawn = 0.3 * (noise(1, 400, HIDDEN, seed=7) - 1)
     stream.v = drawn + torch.where(torch.arange(400)[:, None] < at, first, second)
     return stream
 
@@ -321,33 +264,10 @@ def test_a_topic_shift_is_noticed_after_three_windows():
     assert [check.step for check in checks[:7]] == [10, 20, 30, 40, 50, 60, 70]
     assert [check.trigger for check in checks[:7]] == [False] * 6 + [True]
     assert [check.counter for check in checks[4:7]] == [1, 2, 3]
-    assert {(check.layer, check.state) for check in checks} == {(LAYERS - 1, "armed")}
     assert (run.announced[1].cause, run.announced[1].step) == ("drift", 120)
     # armed anew on the 50 observed tokens: window and counter start at 0
     assert [(check.step, check.window) for check in checks[7:]] == [(130, 1), (140, 2), (150, 3)]
     assert checks[7].counter <= 1
-
-
-def assert_summed(run, row, positions):
-    """The centroid of the reference is made of these."""
-    wanted = run.stream.v[row, list(positions)].sum(0).tolist()
-    assert run.state.detector.total[row].tolist() == pytest.approx(wanted, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("chunks", "masking_step", "last"),
-    [((30,), 0, 30), ((3, 27), 15, 45), ((1, 1, 1, 1, 26), 15, 45), ((1,), 1, 24), ((1,), 2, 24)],
-)
-def test_attention_sinks_enter_nothing(chunks, masking_step, last):
-    """Also where they are decoded, after a prompt of one token, and the detector arms late."""
-    run = Driver(config(drift="published", masking_step=masking_step))
-    run.stream.v[:, :4] = 1e6
-    for size in chunks:
-        run.prefill(size)
-    run.steps(23 if chunks == (1,) else masking_step + 5)
-    assert_summed(run, 0, range(4, last))
-    if chunks == (1,):
-        assert [(c.step, c.state) for c in run.checks] == [(n, "arming") for n in (8, 13, 18, 23)]
 
 
 @pytest.mark.parametrize("chunks", [(40,), (6, 34)])
@@ -359,23 +279,9 @@ def test_sinks_are_counted_from_the_first_real_token(chunks):
     valid[0, :10] = 0
     for part in valid.split(chunks, 1):
         run.prefill(part.shape[1], valid=part)
-    assert_summed(run, 0, range(14, 40))
-    assert_summed(run, 1, range(4, 40))
-
-
-@pytest.mark.parametrize(
-    ("drifting", "live", "noticed"),
-    [([0], [0, 1, 2], False), ([0, 1], [0, 1, 2], True), ([0], [0, 1], False), ([0], [0], True)],
-)
-def test_rows_of_a_shared_mask_vote(drifting, live, noticed):
-    """One row of three that drifts is outvoted, two are not; ended rows have no vote, no line."""
-    stream = shifting(400, 3)
-    stream.v[drifting] = shifting(60, 3).v[drifting]
-    run = Driver(config(drift="published"), rows=3, stream=stream)
-    run.prefill(60)
-    run.steps(5, live=None if len(live) == 3 else torch.isin(torch.arange(3), torch.tensor(live)))
-    assert [(check.row, check.trigger) for check in run.checks] == [(r, noticed) for r in live]
-    assert run.steps(1) == (["observe"] if noticed else ["pruned"])
+    for row, first in ((0, 14), (1, 4)):
+        wanted = run.stream.v[row, first:40].sum(0).tolist()
+        assert run.state.detector.total[row].tolist() == pytest.approx(wanted, rel=1e-4)
 
 
 def test_triggers_that_the_guards_put_off_are_said_to_be_held():
@@ -386,34 +292,3 @@ def test_triggers_that_the_guards_put_off_are_said_to_be_held():
     early = [(check.state, check.trigger) for check in run.checks if check.step < 45]
     assert early == [("held", False)] * 8
     assert run.checks[8].trigger and run.checks[8].state == "armed"
-
-
-@settings(deadline=None, max_examples=25)
-@given(
-    st.integers(1, 12),
-    st.integers(1, 9),
-    st.integers(0, 40),
-    st.none() | st.floats(0.02, 1),
-    st.integers(0, 5),
-)
-def test_guards_hold_at_every_step(every, observe, distance, share, masking_step):
-    """Dense tokens before the first mask are not charged; those of re-masks never pass the cap."""
-    drift = {"rule": f"interval {every}", "min_distance": distance, "max_dense_share": share}
-    made = config(drift=drift, remask={"observe_tokens": observe}, masking_step=masking_step)
-    layers = make_layers(1, width=4, hidden=2)
-    run = Driver(made, layers=layers, stream=Stream(layers))
-    run.prefill(3)
-    phases = run.steps(150)
-    assert phases[:masking_step] == ["observe"] * masking_step
-    dense, starts = 0, []
-    for step, phase in enumerate(phases):
-        if step >= masking_step and phase == "observe":
-            dense += 1
-            if phases[step - 1] == "pruned":
-                starts.append(step)
-        assert share is None or dense <= share * (step + 1) + 1e-9
-    assert all(b - a >= distance for a, b in itertools.pairwise(starts))
-    assert all(phases[start : start + observe] == ["observe"] * observe for start in starts[:-1])
-    if share is None and not distance:
-        cycle = ["pruned"] * every + ["observe"] * observe
-        assert phases[masking_step:] == (cycle * 150)[: 150 - masking_step]

@@ -23,66 +23,34 @@ def test_the_kept_neurons_are_the_best_ones(values, data):
     assert top_ids(score, keep).tolist() == top(score, keep)
 
 
+def test_auto_keeps_what_reaches_the_mean_and_at_least_a_tenth():
+    values = ([1, 2, 3, 4], [1, 1, 1, 1], [0, 0, 0, 12], [0] * 39 + [40], [0] * 34 + [35], [5])
+    found = [auto_count(torch.tensor(one, dtype=torch.float64)) for one in values]
+    assert found == [2, 4, 1, 4, 4, 1]
+
+
 def test_masks_by_hand():
     nan, inf = torch.nan, torch.inf
     for values, count, places in (  # what is no number counts as infinite
         ([1.0, nan, 3.0, 2.0], 2, [1, 2]),
         ([nan, 1.0, inf, nan], 2, [0, 2]),
-        ([0.0, -0.0, -1.0, 0.0], 2, [0, 1]),
-        ([-inf, -inf, -inf, 1.0], 2, [0, 3]),
     ):
         assert top_ids(torch.tensor(values), count).tolist() == places
     mask = LayerMask(torch.tensor([1, 4]), 6, torch.zeros(3))
-    assert mask.kept == 2 and mask.nbytes() == 2 * 8 + 3 * 4
+    assert mask.nbytes() == 2 * 8 + 3 * 4 and mask.removed().tolist() == [0, 2, 3, 5]
     assert mask.dense(torch.float16).tolist() == [0, 1, 0, 0, 1, 0]
-    assert mask.dense(torch.float16).dtype == torch.float16
-    assert mask.removed().tolist() == [0, 2, 3, 5]
     a, b = torch.tensor([0, 1, 2, 3]), torch.tensor([2, 3, 4])
     assert overlap([a], [b]) == pytest.approx(2 / 3)  # the share that was kept before
     assert overlap([b], [a]) == pytest.approx(2 / 4)
     assert overlap([a, None, b], [b, a, b]) == pytest.approx(5 / 6)
-    assert overlap([None], [a]) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("values", "count"),
-    [
-        ([1, 2, 3, 4], 2),  # mean 2.5
-        ([1, 1, 1, 1], 4),  # the mean itself is kept
-        ([0, 0, 0, 12], 1),
-        ([0] * 39 + [40], 4),  # at least 10 %
-        ([0] * 34 + [35], 4),  # of 35: 3.5, so 4
-        ([5], 1),
-    ],
-)
-def test_auto_keeps_what_reaches_the_mean(values, count):
-    assert auto_count(torch.tensor(values, dtype=torch.float64)) == count
-
-
-@pytest.mark.parametrize(
-    ("keep", "remove", "kept"),
-    [
-        ({1: [3, 0, 3]}, None, [None, [0, 3]]),
-        ({0: torch.tensor([2])}, None, [[2], None]),
-        ({0: range(4), 1: (2, 1)}, None, [[0, 1, 2, 3], [1, 2]]),
-        (None, {0: [1], 1: []}, [[0, 2, 3], [0, 1, 2, 3, 4]]),
-    ],
-)
-def test_given_masks(keep, remove, kept):
-    found = user_masks([4, 5], keep, remove)
-    assert [None if ids is None else ids.tolist() for ids in found] == kept
 
 
 @pytest.mark.parametrize(
     ("keep", "remove", "said"),
     [
         ({2: [0]}, None, "layer 2 is out of range: this model has 2 layers"),
-        ({-1: [0]}, None, "layer -1 is out of range"),
         ({0: [4]}, None, "layer 0 has neurons 0-3; got id 4"),
-        ({0: [-1, 3]}, None, "layer 0 has neurons 0-3; got id -1"),
-        (None, {1: [9]}, "layer 1 has neurons 0-4; got id 9"),
         ({0: []}, None, "layer 0 would keep no neuron"),
-        (None, {0: range(4)}, "layer 0 would keep no neuron"),
         ({0: torch.ones(4, dtype=torch.bool)}, None, "layer 0 was given bool values: give neuron"),
         ({0: [0.5, 1.5]}, None, "layer 0 was given float32 values: give neuron ids"),
         *(([1, 2], None, "layer numbers to neuron ids"), ({"x": [1]}, None, "neuron ids")),
@@ -95,6 +63,16 @@ def test_given_masks_that_do_not_fit(keep, remove, said):
     with pytest.raises(ConfigError) as caught:
         user_masks([4, 5], keep, remove)
     assert said in str(caught.value)
+
+
+def test_given_masks():
+    for keep, remove, kept in (
+        ({1: [3, 0, 3]}, None, [None, [0, 3]]),
+        ({0: torch.tensor([2]), 1: (2, 1)}, None, [[2], [1, 2]]),
+        (None, {0: [1], 1: []}, [[0, 2, 3], [0, 1, 2, 3, 4]]),
+    ):
+        found = user_masks([4, 5], keep, remove)
+        assert [None if ids is None else ids.tolist() for ids in found] == kept
 
 
 def selector(**settings):
@@ -110,7 +88,6 @@ def evidence(scores, signed=None):
 
 
 def test_scores_are_obeyed_exactly():
-    """Whatever a score says, the kept neurons are its top k, layer by layer."""
     drawn = list(torch.rand(3, 20, generator=torch.Generator().manual_seed(0)))
     chosen = selector(sparsity=0.35).select(evidence(drawn))
     assert chosen.counts == (13, 13, 13)
@@ -132,7 +109,6 @@ def test_compensation():
     down = torch.tensor([[1.0, 2.0, 3.0], [0.0, -1.0, 5.0]])
     mean = torch.tensor([10.0, 0.5, -2.0])
     assert compensation(down, mean, torch.tensor([1, 2])).tolist() == [1 - 6, -0.5 - 10]
-    assert compensation(down, mean, torch.tensor([], dtype=torch.int64)).tolist() == [0, 0]
     half = compensation(down.half(), mean, torch.tensor([0]))
     assert half.dtype == torch.float32 and half.tolist() == [10, 0]
     drawn = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(3))
@@ -141,4 +117,3 @@ def test_compensation():
     for layer, mask, mean in zip(make_layers(), chosen.masks, drawn[1], strict=True):
         masked = layer.down @ (mean * mask.dense(torch.float32)) + mask.bias
         assert masked.tolist() == pytest.approx((layer.down @ mean).tolist(), rel=1e-4, abs=1e-5)
-    assert all(mask is not None and mask.bias is None for mask in selector().select(known).masks)

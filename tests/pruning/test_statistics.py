@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from dart_llm.errors import ConfigError
 from dart_llm.pruning import observations
@@ -16,7 +15,6 @@ from dart_llm.pruning.observations import (
     LayerObservation,
     Observations,
     ObservedForward,
-    detached_copy,
     sampled_per_sequence,
     sampled_tokens,
 )
@@ -63,8 +61,9 @@ def summed(cuts=(3,), weights=None, dtype=torch.float32, needs=ALL, keep=0):
     return evidence
 
 
-@pytest.mark.parametrize("cuts", [(3,), (1, 2), (1, 1, 1)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("cuts", "dtype"), [((3,), torch.float16), ((1, 2), torch.float32), ((1, 1, 1), torch.bfloat16)]
+)
 def test_golden_sums(cuts, dtype):
     sums = summed(cuts, None, dtype).sums
     assert set(sums) == {"score", "signed", "squares", *GOLDEN}
@@ -83,22 +82,13 @@ def test_golden_sums(cuts, dtype):
     assert all(float(known.weight) == 2 for known in sums.values())
 
 
-def test_parts_add_up_and_nothing_is_no_division_by_zero():
-    evidence = LayerStatistics()
-    evidence.add("a", torch.tensor([1.0, 2.0]), None)
-    evidence.add("a", torch.tensor([5.0, 7.0]), torch.tensor([0.0, 1.0]))
-    evidence.add("a", torch.tensor([4.0]), None)
-    found = evidence.sums["a"]
-    assert (float(found.total), float(found.weight), float(found.mean)) == (14, 4, 3.5)
+def test_nothing_is_no_division_by_zero():
     sums = summed(weights=torch.zeros(1, 3)).sums
     assert sums["signed"].mean.tolist() == [0, 0, 0] and float(sums["cosine"].mean) == 0
-    assert Sum(torch.zeros(2)).mean.tolist() == [0, 0]
     evidence, zero = LayerStatistics(), torch.zeros(1, 2, 2)
     silent = Statistics(squared_share, None, ALL)
     silent.update(evidence, torch.zeros(1, 2, 3), zero, zero, zero, None)
     assert all(bool(known.total.isfinite().all()) for known in evidence.sums.values())
-    with pytest.raises(RuntimeError, match="x and r were not captured"):
-        silent.update(LayerStatistics(), U, Z, None, None, None)
 
 
 @pytest.mark.parametrize("cuts", [(3,), (1, 2), (1, 1, 1)])
@@ -110,7 +100,6 @@ def test_losers_by_hand(cuts):
         assert pruned_indicator(U[0], WORTH, keep).tolist() == losers
     both = Choice(WORTH.expand(2, -1), (1 / 3, 2 / 3))
     assert both.losers(U.expand(2, -1, -1)).tolist() == [third, two_thirds]
-    assert both.of(slice(1, 2)).losers(U).tolist() == [two_thirds]
     needs = frozenset({"lost"})
     found = summed(cuts, needs=needs, keep=1 / 3)
     assert set(found.sums) == {"lost", "losses"}
@@ -140,22 +129,6 @@ def test_decay(decay, seen, rows, as_tensor):
         assert known.mean.tolist() == pytest.approx(mean, rel=1e-5)
 
 
-def test_decayed_averages_go_on_as_averages():
-    """EMA: sum and weight age alike, so only the balance of old and new changes."""
-    statistics, evidence = Statistics(squared, 0.5, frozenset()), LayerStatistics()
-
-    def see(value, tokens):
-        u = torch.full((1, tokens, 1), value)
-        statistics.update(evidence, u, torch.zeros_like(u), None, None, None)
-        return float(statistics.score_input(evidence, 1, u.device))
-
-    assert see(4.0, 40) == pytest.approx(4)
-    evidence.decay(0.1, 1)
-    assert float(evidence.sums["score"].mean) == pytest.approx(4)
-    # the old weight 2 x 0.1, decayed by 0.5, beside the new token's 1
-    assert see(2.0, 1) == pytest.approx((4 * 0.1 + 2) / (0.1 + 1))
-
-
 def test_only_what_a_configuration_needs_is_summed():
     for changes, needs in (
         ({"budget": "uniform"}, set()),
@@ -163,7 +136,6 @@ def test_only_what_a_configuration_needs_is_summed():
         ({"budget": "blend energy depth"}, {"sensitivity"}),
         ({"budget": "blend depth-residual global"}, {"sensitivity-residual", "squares"}),
         ({"budget": {"name": "depth", "table": "all:0.5"}, "sparsity": None}, set()),
-        ({"compensation": True, "compensation_rank": 4, "prior": {}}, {"signed", "features"}),
         ({"compensation": True, "token": {}}, {"signed", "lost"}),
     ):
         config = PruneConfig(sparsity=0.5).replace(changes)
@@ -171,8 +143,6 @@ def test_only_what_a_configuration_needs_is_summed():
 
 
 # the queue of observed decode tokens
-
-Added = list[tuple[tuple[int, ...], LayerObservation, Tensor | None]]
 
 
 def queued(*forwards):
@@ -188,8 +158,8 @@ def queued(*forwards):
     return found
 
 
-def token(value, width=4):
-    u = torch.full((1, 1, width), value)
+def token(value):
+    u = torch.full((1, 1, 4), value)
     return {layer: LayerObservation(u + 100 * layer, u) for layer in range(2)}, None, 1, None
 
 
@@ -199,14 +169,12 @@ def test_tokens_wait_up_to_a_limit_of_tokens_or_bytes(monkeypatch):
     layers, seen, weights = found[0]  # in order, all layers at once
     assert (layers, weights, seen.h.shape) == ((0, 1), None, seen.u.shape)
     assert seen.u[:, 0, :, 0].tolist() == [[k + float(v) for v in range(LIMIT)] for k in (0, 100)]
-    assert (seen.z, seen.x, seen.r) == (None, None, None)
-    monkeypatch.setattr(observations, "MAX_BYTES", 3 * 2 * 2 * 4 * 64)  # tokens, layers, u and h
-    found = queued(*(token(1.0, width=64) for _ in range(5)))
+    monkeypatch.setattr(observations, "MAX_BYTES", 3 * 2 * 2 * 4 * 4)  # tokens, layers, u and h
+    found = queued(*(token(1.0) for _ in range(5)))
     assert [seen.u.shape[2] for _, seen, _ in found] == [3, 2]
 
 
 def test_what_waits_is_added_as_it_came():
-    """Weights beside none, layers of several widths, and tokens that were rolled back."""
     some, _, *rest = token(2.0)
     ((_, _, weights),) = queued(token(1.0), (some, torch.zeros(1, 1), *rest))
     assert weights.tolist() == [[1.0, 0.0]]
@@ -214,40 +182,15 @@ def test_what_waits_is_added_as_it_came():
     found = queued((layers, None, 1, None))
     shown = [(ids, seen.u[:, 0, 0, -1].tolist()) for ids, seen, _ in found]
     assert shown == [((0, 2), [1.0, 3.0]), ((1,), [2.0])]
-    three = LayerObservation(torch.arange(3.0)[None, :, None], torch.ones(1, 3, 2))
-    ((_, seen, _),) = queued(({0: three}, None, 2, None))
-    assert seen.u.flatten().tolist() == [0.0, 1.0] and seen.h.shape == (1, 1, 2, 2)
-
-
-def test_what_is_copied_is_safe_from_changes_in_place():
-    z = torch.ones(1, 1, 2, requires_grad=True) * 1
-    seen = LayerObservation(z * 2, None, z, z * 3, z)
-    kept = detached_copy(seen, stream=True)
-    with torch.no_grad():
-        z.add_(5)
-    assert kept.z.tolist() == [[[1.0, 1.0]]] and kept.r is kept.z
-    assert not any(t.requires_grad for t in kept if t is not None)
-    assert detached_copy(seen, stream=False)[2:] == (None, None, None)
 
 
 def test_a_sequence_reads_the_stream_as_if_it_were_alone():
     """On its first tokens and every eighth, whatever stands beside it in the batch."""
     assert [n for n in range(30) if sampled_tokens([n], 1)] == [*range(9), 16, 24]
-    assert sampled_tokens([9, 16], 1) == [0] and sampled_tokens([], 1) == []
     assert sampled_tokens([9], 2) == [] and sampled_tokens([6], 4) == [0, 1, 2]
-    assert sampled_per_sequence([3], [0]) is None and sampled_per_sequence([0, 8], [0]) is None
+    assert sampled_per_sequence([0, 8], [0]) is None
     marks = sampled_per_sequence([8, 9, 20], [0, 1, 4])
     assert marks is not None and marks.tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 1]]
-    u = torch.arange(6.0).reshape(3, 2, 1)
-    seen = LayerObservation(u, None, u, u, u)
-    (_, _, every), (_, stream, some) = queued(
-        ({0: seen}, None, 2, torch.tensor([[1.0, 0], [0, 1], [1, 1]])),
-        ({0: seen}, torch.full((3, 2), 0.5), 2, None),
-        ({0: seen.cut(slice(1))}, None, 1, torch.tensor([[0.0, 1], [1, 1], [1, 1]])),
-    )
-    assert every.tolist() == [[1, 1, 0.5, 0.5, 1]] * 3
-    assert stream.x.shape == (1, 3, 5, 1)
-    assert some.tolist() == [[1, 0, 0.5, 0.5, 0], [0, 1, 0.5, 0.5, 1], [1, 1, 0.5, 0.5, 1]]
 
 
 def sums(**known):
@@ -269,12 +212,9 @@ def test_means_are_pooled_by_tokens():
         found["score"].total += 100  # neither side is changed
         assert seen.sums["score"].total.tolist() == [20, 30] and seen.sums["score"].weight == 10
         assert prior.evidence.sums["score"].total.tolist() == [5 * size, size]
-        for weight in (0.0, torch.tensor(0.0)):  # where nothing was observed the prior decides
-            for nothing in (sums(score=([0.0, 0.0], weight)), LayerStatistics()):
-                alone = pooled(nothing, prior, 128).sums["score"]
-                assert alone.mean.tolist() == [5, 1] and float(alone.weight) == 128
-                alone.total += 100
-                assert prior.evidence.sums["score"].total.tolist() == [5 * size, size]
+        for nothing in (sums(score=([0.0, 0.0], torch.tensor(0.0))), LayerStatistics()):
+            alone = pooled(nothing, prior, 128).sums["score"]  # the prior decides
+            assert alone.mean.tolist() == [5, 1] and float(alone.weight) == 128
     assert pooled(seen, None, 128) is pooled(seen, prior, 0) is pooled(seen, prior, -1) is seen
 
 
@@ -282,7 +222,7 @@ def known(score, signed, weight):
     return LayerStatistics({"score": Sum(score, weight), "signed": Sum(signed, weight)})
 
 
-@pytest.mark.parametrize(("count", "tokens"), [(0, 0), (0, 16), (1, 16), (40, 0), (40, 16)])
+@pytest.mark.parametrize(("count", "tokens"), [(0, 16), (40, 0), (40, 16)])
 def test_fisher_ranks_all_neurons_of_the_model(count, tokens):
     """mean u^2 of text and prior together, times g^2, in one ranking; compensation likewise."""
     drawn, width = torch.rand(3, 3, 20, generator=torch.Generator().manual_seed(4)), 20
@@ -292,13 +232,10 @@ def test_fisher_ranks_all_neurons_of_the_model(count, tokens):
     u = torch.randn(3, count, width, generator=torch.Generator().manual_seed(9))
     seen = [known(t.square().sum(0), t.sum(0), float(count)) for t in u]
     found = MaskSelector(config, layers).select(seen)
-    total = max(count + tokens, 1)
-    scores = (u.square().sum(1) + tokens * drawn[:, 0]) / total * drawn[:, 2]
-    means = (u.sum(1) + tokens * drawn[:, 1]) / total
+    scores = (u.square().sum(1) + tokens * drawn[:, 0]) / (count + tokens) * drawn[:, 2]
+    means = (u.sum(1) + tokens * drawn[:, 1]) / (count + tokens)
     torch.testing.assert_close(torch.stack(found.scores), scores)
     assert sum(found.counts) == 30 and min(found.counts) >= 2
-    if not count + tokens:
-        return
     floors = scores.scatter(1, scores.topk(2).indices, torch.inf)  # two of twenty stay everywhere
     wanted = sorted(floors.flatten().argsort(descending=True)[:30].tolist())
     kept = [width * i + int(n) for i, mask in enumerate(found.masks) if mask for n in mask.ids]
@@ -315,5 +252,3 @@ def test_a_score_that_learns_wants_its_prior():
             check_fits(PruneConfig(sparsity=sparsity, score="fisher"), make_layers())
     with pytest.raises(ConfigError, match="is a mean over all tokens alike: drop the ema_decay"):
         check_fits(CONFIG.replace({"score": {"ema_decay": 0.5}}), make_layers())
-    with pytest.raises(RuntimeError, match="score fisher needs the layers' priors"):
-        MaskSelector(CONFIG, make_layers()).scores([sums(score=([1.0] * 20, 1.0))] * 3)

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from torch import Tensor
 
 from dart_llm.errors import AttachError, ConfigError
 from dart_llm.models.describe import describe
@@ -26,7 +25,7 @@ from dart_llm.pruning.token_level import (
 )
 from dart_llm.session.run import prune
 from products import SHAPES, in_turn
-from steps import CACHE, apart, decode, generate, new_cache, shared_model, state_of, step
+from steps import apart, decode, new_cache, shared_model, state_of, step
 from tiny import tokens
 from token_cases import LEARNT, PLAIN, Exact, best, lost_u, oracle
 
@@ -52,15 +51,12 @@ def by_hand(w, bits, group):
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("bits", "group", "inputs"),
-    [(4, 4, 12), (4, 5, 13), (4, 5, 15), (4, 32, 7), (8, 4, 12), (8, 3, 10)],
+    ("bits", "group", "inputs"), [(4, 4, 12), (4, 5, 13), (4, 32, 7), (8, 4, 12), (8, 3, 10)]
 )
-def test_the_grid(bits, group, inputs, dtype):
-    w = drawn(6, inputs).to(dtype)
+def test_the_grid(bits, group, inputs):
+    w = drawn(6, inputs).to(torch.bfloat16 if group == 4 else torch.float32)
     w[2] = 0  # a group without any weight
-    w[3, :3] = torch.tensor([0.7, -0.7, 0.05], dtype=dtype)
     copy = low_bit(w, bits, group)
     assert copy.shape == (6, inputs) and copy.dense().tolist() == by_hand(w, bits, group)
     groups = math.ceil(inputs / group)
@@ -89,17 +85,6 @@ def test_errors_of_the_copies():
     expected = float((steps.square().mean() / 12).sqrt())
     assert gaussian_error(4000, 64, 4, 32) == pytest.approx(expected, rel=0.02)
     assert gaussian_error(4000, 64, 4, 48) > gaussian_error(4000, 64, 4, 32)
-    assert gaussian_error(4000, 64, 8, 32) < 0.01
-    assert gaussian_error(10**9, 64, 4, 32) == gaussian_error(10**8, 64, 4, 32)  # rows are alike
-    # 16 values per group of 32: an asymmetric grid would copy them; this one errs as ever
-    w = drawn(2000, 32, seed=5)
-    low, high = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
-    filed = ((w - low) / (high - low) * 15).round() * (high - low) / 15 + low
-    off, whole = squared_error(filed, low_bit(filed, 4, 32))
-    assert math.sqrt(off / whole) == pytest.approx(gaussian_error(2000, 32, 4, 32), rel=0.1)
-    levels = torch.randint(-7, 8, (5, 64), generator=torch.Generator().manual_seed(2)).float()
-    levels[:, ::32] = 7  # on the grid: copied exactly
-    assert squared_error(levels / 8, low_bit(levels / 8, 4, 32))[0] == 0
 
 
 @examples(deadline=None)
@@ -119,7 +104,6 @@ def test_estimates_and_candidates():
 
 @pytest.fixture
 def exact(monkeypatch):
-    """Copies that lose nothing."""
     monkeypatch.setattr(token_ffn, "low_bit", Exact)
     monkeypatch.setattr(token_ffn, "squared_error", lambda matrix, copy: (0.0, 1.0))
 
@@ -165,9 +149,6 @@ def test_winners_by_independent_computation(name, learns, monkeypatch):
         assert ids.flatten().tolist() == best((estimate.abs() * worth).tolist(), mask.winners)
 
 
-Lost = dict[int, tuple[Tensor, Tensor]]
-
-
 def _lost(model, ids, keep, worth=None):
     """Per layer over the tokens ids: the losers' u [I] and their number [I]."""
     found = {}
@@ -205,27 +186,9 @@ def test_exact_copies_give_the_oracle(name, exact):
         assert apart(pruned, decode(model, ids, PROMPT)) > 1e-2
 
 
-def test_losers_of_a_layer_table_are_those_of_its_counts(exact):
-    """What they stand at is their mean where so many lose, not where the default would remove."""
-    model, ids = shared_model("llama"), tokens(1, PROMPT + 4)
-    lost = {keep: _lost(model, ids[:, :PROMPT], keep) for keep in (12, 24)}
-    table = {"budget": {"table": "0:0.25,1:#24,2:0.5"}, "compensation": True}
-    with prune(model, PLAIN, **table) as run:
-        decode(model, ids, PROMPT)
-    masks = state_of(run).selection.masks
-    assert [None if mask is None else mask.winners for mask in masks] == [12, 24, 24, None]
-    for mask, (layer, keep) in zip(masks, ((0, 12), (1, 24), (2, 24)), strict=False):
-        total, number = lost[keep][layer]
-        torch.testing.assert_close(mask.mean, total / number.clamp_min(1), rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize(("name", "batch"), in_turn(SHAPES, ("shared", "per_row")))
 def test_rows_and_chunks_equal_single_tokens(name, batch):
-    """A batch with padding on the left, decoded in one chunk, and each row alone.
-
-    Rows that share the count also share what the losers stand at: only without compensation are
-    they what they would be alone.
-    """
+    """Without compensation: what the losers stand at is shared by rows that share the count."""
     method = LEARNT.replace({"compensation": batch == "per_row"})
     model, ids = shared_model(name), tokens(2, PROMPT + 6)
     seen, padding = torch.ones_like(ids), 0 if name == "gpt2" else 3  # its positions would shift
@@ -248,7 +211,7 @@ def test_rows_and_chunks_equal_single_tokens(name, batch):
 def test_candidates_are_the_sequences_best(monkeypatch, exact):
     model, ids, found = shared_model("llama-bias"), tokens(1, PROMPT + 2), _recorded(monkeypatch)
     with prune(model, LEARNT, sparsity=0.75, token={"candidates": 0.5}) as run:
-        masked = decode(model, ids, PROMPT)
+        decode(model, ids, PROMPT)
     selection = state_of(run).selection
     assert selection.counts == (12, 12, 12, 12)
     for token, x, mask, winners in found:
@@ -257,44 +220,9 @@ def test_candidates_are_the_sequences_best(monkeypatch, exact):
         u = token.block.hidden(x).detach().flatten()
         strengths = (u.abs() * run.layers[index].learnt.curvature ** 0.5)[mask.ids]
         assert winners.flatten().tolist() == mask.ids[best(strengths.tolist(), 12)].tolist()
-    with prune(model, LEARNT, sparsity=0.75, executor="masked", token={"candidates": 0.5}):
-        assert apart(decode(model, ids, PROMPT), masked) < 1e-5
-    # as many candidates as winners are a mask of the sequence
-    with prune(model, PLAIN, sparsity=0.75, token={"candidates": 0.25}) as run:
-        few = decode(model, ids, PROMPT)
-    with prune(model, "griffin", sparsity=0.75) as same:
-        assert torch.equal(decode(model, ids, PROMPT), few)
-    assert all(torch.equal(a, same.masks()[layer]) for layer, a in run.masks().items())
-    assert run.report().proxy_bytes_share == 0
-    assert run.report().ffn_bytes_share == same.report().ffn_bytes_share
 
 
-def test_rows_of_a_batch_may_keep_different_numbers():
-    """Layers of one row that stay dense, and a budget of the row's own."""
-    model, ids = shared_model(), tokens(2, PROMPT + 3)
-    settings = {"budget": "energy", "sparsity": 0.5}
-    with prune(model, LEARNT, batch="per_row", **settings) as run:
-        both = decode(model, ids, PROMPT)
-    kept = [remask.kept for remask in run.remasks]
-    assert len(kept) == 2 and kept[0] != kept[1]
-    for row in range(2):
-        with prune(model, LEARNT, **settings):
-            assert apart(decode(model, ids[row : row + 1], PROMPT), both[row : row + 1]) < 1e-5
-
-
-def test_a_second_prompt_and_reset():
-    model = shared_model()
-    with prune(model, LEARNT, sparsity=0.5) as run:
-        first = generate(model, tokens(1, PROMPT), 5)
-        turn = torch.cat([first.sequences, tokens(1, 8, seed=5)], 1)
-        again = generate(model, turn, 5, **{CACHE: first.past_key_values})
-        assert [(r.cause, r.overlap) for r in run.remasks] == [("first", None), ("prompt", None)]
-        assert len(again.logits) == 5
-        run.reset()
-        assert torch.equal(first.sequences, generate(model, tokens(1, PROMPT), 5).sequences)
-
-
-def test_copies_live_while_tokens_may_choose(monkeypatch):
+def test_copies_live_while_tokens_may_choose():
     model = shared_model()
     for settings in ({"sparsity": 0.0}, {"masks": {0: [1, 2]}}):
         with prune(model, LEARNT, **settings) as run:
@@ -306,13 +234,6 @@ def test_copies_live_while_tokens_may_choose(monkeypatch):
         layers = run.patch.layers
         assert all(layer.token is not None for layer in layers)
     assert all(layer.token is None and layer._captured.fed is None for layer in layers)
-    run = prune(model, "dart-token", sparsity=0.5)
-    monkeypatch.setattr(type(describe(model).blocks[0]), "offloaded", property(lambda b: True))
-    with pytest.raises(ConfigError, match=r"layer 0 is offloaded.*without offloading"):
-        run.attach()
-    monkeypatch.undo()
-    with run:
-        pass
 
 
 def test_there_is_no_sequence_mask(tmp_path):
@@ -331,17 +252,18 @@ def test_there_is_no_sequence_mask(tmp_path):
 @pytest.mark.usefixtures("native")
 def test_where_it_is_slower_one_sentence_says_so(caplog):
     """Once per process and place, when a prompt is read; for batches under native alone."""
-    model = shared_model()
-    asked = ((LEARNT, 0.0, 0), ("griffin", 0.5, 0), (LEARNT, 0.5, 1), (LEARNT, 0.5, 1))
-    for method, sparsity, said in asked:
-        token_ffn._say_slower.cache_clear() if not said else None
-        with prune(model, method, sparsity=sparsity, executor="compact"):
-            step(model, tokens(1, PROMPT), new_cache(model))
-            assert len(caplog.records) == said
-    start = "dart-token is slower than the unpruned model "
-    assert caplog.records[0].getMessage().startswith(f"{start}under executor compact")
-    with prune(model, LEARNT, sparsity=0.5, executor="native"):
-        for rows, said in ((1, 1), (2, 2), (2, 2)):
+    model, start = shared_model(), "dart-token is slower than the unpruned model "
+    token_ffn._say_slower.cache_clear()
+    for executor, rows, said in (
+        ("compact", 1, 1),
+        ("compact", 1, 1),
+        ("native", 1, 1),
+        ("native", 2, 2),
+    ):
+        with prune(model, LEARNT, sparsity=0.5, executor=executor):
             decode(model, tokens(rows, 14), 12)
-            assert len(caplog.records) == said
-    assert f"{start}in a batch of several rows" in caplog.records[1].getMessage()
+        assert len(caplog.records) == said
+    for record, where in zip(
+        caplog.records, ("under executor compact", "in a batch of"), strict=True
+    ):
+        assert record.getMessage().startswith(start + where)

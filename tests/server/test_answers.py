@@ -1,29 +1,20 @@
 """What the server answers, mostly by an engine without a model: shapes, fields, streams, errors."""
 
-import json
-import math
 import re
-from types import SimpleNamespace
 
 import pytest
 
-from dart_llm.engine.engine import Engine
-from dart_llm.engine.events import Done, Likely, PromptToken, Scores, Start, Timings, Token, Usage
-from dart_llm.engine.requests import GenerationRequest as Ask
 from dart_llm.engine.requests import Sampling
 from dart_llm.errors import ConfigError
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.server.responses import ACCOUNTING, Format
-from dart_llm.server.run import warm
+from dart_llm.server.responses import ACCOUNTING
 from engine_cases import tokenizer
 from serve_cases import (
     CHAT,
     CHAT_URL,
     TEXT_URL,
-    ByteTokenizer,
     FakeEngine,
     events,
-    report,
     running,
     running_model,
 )
@@ -47,13 +38,11 @@ def post(server, url, **body):
 
 
 def asked(server, url, **body):
-    """What the engine was asked for ``body``."""
     post(server, url, **body)
     return server.engine.asked[-1]
 
 
 def own_parts(chunks, index):
-    """The parts of a stream that belong to one choice."""
     return [c for chunk in chunks for c in chunk["choices"] if c["index"] == index]
 
 
@@ -71,7 +60,6 @@ def test_a_chat_completion_and_its_stream(server):
         "total_tokens": prompt + 4,
         "prompt_tokens_details": {"cached_tokens": 0},
     }
-    assert answer["timings"]["predicted_n"] == 4
     assert answer["timings"]["predicted_per_second"] == 2000.0
     assert set(answer["dart"]) == set(ACCOUNTING)
     assert (answer["dart"]["method"], answer["dart"]["achieved_sparsity"]) == ("griffin", 0.25)
@@ -83,22 +71,18 @@ def test_a_chat_completion_and_its_stream(server):
     *chunks, last, done = events(streamed.text)
     assert done is None and last["choices"] == []
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
-    assert len({chunk["id"] for chunk in [*chunks, last]}) == 1
     assert all(chunk["usage"] is None for chunk in chunks) and last["usage"] == whole["usage"]
     for key in ("timings", "dart"):
         assert chunks[-1][key] == last[key] == whole[key]
     for choice in whole["choices"]:
         own = own_parts(chunks, choice["index"])
-        assert own[0]["delta"] == {"role": "assistant", "content": ""}
         assert "".join(c["delta"].get("content", "") for c in own) == choice["message"]["content"]
         scored = [e for c in own if c["logprobs"] for e in c["logprobs"]["content"]]
         assert scored == choice["logprobs"]["content"]
-        assert scored[0]["top_logprobs"][1] == {"token": "t1", "logprob": -2.0, "bytes": [116, 49]}
         assert [c["finish_reason"] for c in own if c["finish_reason"]] == [choice["finish_reason"]]
     records = events(post(server, "/api/events", **CHAT).text)
     assert [record["kind"] for record in records] == ["start", *["token"] * 4, "done"]
     assert records[-1]["texts"] == ["w0 w1 w2 w3 "]
-    assert records[-1]["report"]["method"] == "griffin"
 
 
 def test_a_completion_and_its_stream(server):
@@ -112,9 +96,8 @@ def test_a_completion_and_its_stream(server):
     }
     said = {"text": "w0 w1 ", "logprobs": logprobs, "finish_reason": "stop"}
     assert answer["choices"] == [{"index": 0, **said}]
-    for prompt in ("abc", ["abc"], [97, 98, 99], [[97, 98, 99]]):
+    for prompt in (["abc"], [97, 98, 99], [[97, 98, 99]]):
         assert asked(server, TEXT_URL, prompt=prompt).ids == (97, 98, 99)
-    assert asked(server, TEXT_URL, prompt="abc").sampling.max_tokens == 16
     *chunks, done = events(
         post(server, TEXT_URL, prompt="a", max_tokens=3, stream=True, logprobs=0).text
     )
@@ -146,11 +129,8 @@ def test_every_field_reaches_the_engine(server):
     plain = asked(server, CHAT_URL, messages=CHAT["messages"])
     assert (plain.sampling.temperature, plain.sampling.max_tokens) == (0.0, 50)
     assert plain.config == PruneConfig.build("griffin", sparsity=0.25)
-    assert plain.conversation is None
     assert asked(server, CHAT_URL, **CHAT, top_p=0).sampling.top_p == 1e-6
-    other = asked(server, CHAT_URL, **CHAT, dart={"method": "dart"}).config
-    assert other == PruneConfig.build("dart", sparsity=0.25)  # the server's own sparsity
-    for dart in ({"method": "dense"}, {"sparsity": 0}, {"method": "dart", "sparsity": 0}):
+    for dart in ({"method": "dense"}, {"sparsity": 0}):
         assert asked(server, CHAT_URL, **CHAT, dart=dart).config is None
 
     def name(user, **dart):
@@ -162,39 +142,25 @@ def test_every_field_reaches_the_engine(server):
 
 
 LONG, WRONG, METHOD = "context_length_exceeded", "invalid_value", "dart.method"
+NOT_READY = "method_not_ready"
 REFUSED = [
-    (CHAT_URL, {**CHAT, "model": "gpt"}, "the model 'gpt' is not served here", "model",
-     "model_not_found"),
+    (CHAT_URL, {**CHAT, "model": "gpt"}, "'gpt' is not served here", "model", "model_not_found"),
     (CHAT_URL, {**CHAT, "n": 5}, "n 5 is too large: at most 4", "n", WRONG),
     (CHAT_URL, {**CHAT, "top_logprobs": 1}, "goes with logprobs", "top_logprobs", WRONG),
     (CHAT_URL, {**CHAT, "dart": {"method": "nix"}}, "unknown method 'nix'", METHOD, WRONG),
-    (CHAT_URL, {**CHAT, "dart": {"drift": "nix"}}, "unknown drift rule", "dart.drift", WRONG),
-    (CHAT_URL, {**CHAT, "dart": {"method": "glass"}}, "--methods griffin,dart,glass", METHOD,
-     "method_not_ready"),
+    (CHAT_URL, {**CHAT, "dart": {"method": "glass"}}, "griffin,dart,glass", METHOD, NOT_READY),
     (CHAT_URL, {**CHAT, "dart": {"method": "dense-8bit"}}, "needs a copy", METHOD, WRONG),
-    (CHAT_URL, {**CHAT, "dart": {"method": "dense", "sparsity": 0.5}}, "removes nothing",
-     "dart.sparsity", WRONG),
     (CHAT_URL, {**CHAT, "n": 2, "dart": {"conversation": "c"}}, "ask for n 1", None, WRONG),
-    (TEXT_URL, {"prompt": []}, "the prompt is empty", "prompt", WRONG),
     (TEXT_URL, {"prompt": ["a"] * 65}, "65 prompts are too many: at most 64", "prompt", WRONG),
     (TEXT_URL, {"prompt": ["a", ""]}, "the prompt is empty", "prompt", WRONG),
-    (TEXT_URL, {"prompt": ["a", "b"], "dart": {"conversation": "c"}}, "give one",
-     "dart.conversation", WRONG),
-    (TEXT_URL, {"prompt": "a", "max_tokens": 0, "echo": True}, "echo with logprobs",
-     "max_tokens", WRONG),
     (TEXT_URL, {"prompt": "a", "echo": True, "logprobs": 1}, 'ask for method "dense"', None, WRONG),
     (TEXT_URL, {"prompt": [1, 256]}, "token ids lie in 0 to 255", "prompt", WRONG),
-    (TEXT_URL, {"prompt": [-1]}, "token ids lie in 0 to 255", "prompt", WRONG),
     (TEXT_URL, {"prompt": "a" * 4096}, "has 4096, which leaves no room", None, LONG),
     (TEXT_URL, {"prompt": "a" * 4097}, "is 4096 tokens, but the prompt", None, LONG),
-    (TEXT_URL, {}, "prompt: field required", "prompt", "missing_required_parameter"),
-]  # fmt: skip
+]
 ROOM = [
-    (CHAT_URL, {**CHAT, "max_tokens": 51}, 50),
     (CHAT_URL, {**CHAT, "max_tokens": 10**18}, 50),
     (CHAT_URL, {**CHAT, "max_completion_tokens": -1}, 50),
-    (CHAT_URL, {**CHAT, "top_logprobs": 0}, 4),
-    (TEXT_URL, {"prompt": "a", "max_tokens": -1}, 50),
     (TEXT_URL, {"prompt": "a" * 4090, "max_tokens": 40}, 6),
     (TEXT_URL, {"prompt": "a" * 4095}, 1),
 ]
@@ -211,8 +177,8 @@ def test_what_cannot_be_answered_is_explained(server):
             error = response.json()["error"]
             assert said in error["message"] and (error["param"], error["code"]) == (param, code)
     assert len(server.engine.asked) == before
-    with running(FakeEngine(fault=ConfigError("drop it"))) as other, other.client() as client:
-        response = client.post(CHAT_URL, json=CHAT)  # what the engine refuses
+    with running(FakeEngine(fault=ConfigError("drop it"))) as other:
+        response = other.beside().result(20)  # what the engine refuses
     assert (response.status_code, response.json()["error"]["message"]) == (400, "drop it")
 
 
@@ -220,8 +186,6 @@ def test_other_routes(server):
     with server.client() as client:
         models = client.get("/v1/models").json()["data"]
         assert [model["id"] for model in models] == ["fake-model"]
-        assert client.get("/v1/models/fake").json()["id"] == "fake-model"
-        assert client.get("/v1/models/other").status_code == 404
         assert client.get("/healthz").json()["model"] == "fake-model"
         methods = client.get("/api/methods").json()
         prompts = client.get("/api/prompts").json()["prompts"]
@@ -230,20 +194,14 @@ def test_other_routes(server):
         server.service.metrics.prompt_tokens.inc(2**40)
         text = client.get("/metrics").text
     ready = {one["name"]: one["ready"] for one in methods["methods"]}
-    assert ready["griffin"] and ready["dart"] and ready["dense"]
-    assert not ready["glass"] and not ready["dense-8bit"]
-    assert (methods["defaults"]["sparsity"], methods["defaults"]["drift"]) == (0.25, None)
-    assert methods["limits"]["max_tokens"] == 50
+    assert ready["griffin"] and ready["dart"] and not ready["glass"]
+    assert (methods["defaults"]["sparsity"], methods["limits"]["max_tokens"]) == (0.25, 50)
     assert {"title", "text", "note"} <= set(prompts[0])
     found = re.findall(r"^dart_llm_(\S+) (\S+)$", text, re.MULTILINE)
     values = {name: float(value) for name, value in found}
     assert values['requests_total{route="/v1/chat/completions",status="200"}'] >= 1
     assert values['generated_tokens_total{phase="pruned"}'] >= 3
-    assert values['finished_total{method="griffin",reason="length"}'] >= 1
-    assert values["running_requests"] == 0
     assert values["prompt_tokens_total"] % 2**20 > 0  # every digit is kept
-    assert values["first_token_seconds_count"] >= 1
-    assert text.count("# TYPE") >= 13
 
 
 def test_several_prompts_are_answered_as_each_alone():
@@ -260,7 +218,6 @@ def test_several_prompts_are_answered_as_each_alone():
     wanted = [choice for answer in alone for choice in answer["choices"]]
     for choice, one in zip(found["choices"], wanted, strict=True):
         assert {**choice, "index": 0} == {**one, "index": 0}
-    assert len({choice["text"] for choice in found["choices"]}) > 3
     for key in ("prompt_tokens", "completion_tokens", "total_tokens"):
         assert found["usage"][key] == sum(answer["usage"][key] for answer in alone)
     assert found["dart"] == streamed[-1]["dart"] == [answer["dart"] for answer in alone]
@@ -269,7 +226,6 @@ def test_several_prompts_are_answered_as_each_alone():
     for choice in found["choices"]:
         own = own_parts(streamed, choice["index"])
         assert "".join(c["text"] for c in own) == choice["text"]
-        assert [c["finish_reason"] for c in own if c["finish_reason"]] == [choice["finish_reason"]]
 
 
 def test_echo(server):
@@ -277,7 +233,6 @@ def test_echo(server):
     plain = post(server, TEXT_URL, **body).json()
     found = post(server, TEXT_URL, **body, logprobs=1, **DENSE).json()
     read = post(server, TEXT_URL, **{**body, "max_tokens": 0}, logprobs=1, **DENSE).json()
-    *chunks, _ = events(post(server, TEXT_URL, **body, stream=True, logprobs=1, **DENSE).text)
     for answer in (plain, found):
         assert [choice["text"] for choice in answer["choices"]] == ["abw0 w1 ", "cw0 w1 "]
     assert plain["choices"][0]["logprobs"] is None
@@ -289,64 +244,4 @@ def test_echo(server):
     }
     assert [choice["text"] for choice in read["choices"]] == ["ab", "c"]
     assert read["choices"][0]["logprobs"]["token_logprobs"] == [None, -1 / 98]
-    assert read["choices"][0]["finish_reason"] == "length"
     assert read["usage"]["completion_tokens"] == 0
-    own = own_parts(chunks, 0)
-    assert "".join(c["text"] for c in own) == "abw0 w1 "
-    parts = [c["logprobs"] for c in own if c["logprobs"]]
-    for key, values in found["choices"][0]["logprobs"].items():
-        assert [one for part in parts for one in part[key]] == values
-
-
-def test_the_tokens_of_an_answer():
-    """The one that ends it counts beside an echo: clients cut the last off to find the prompt's.
-
-    Of two tokens with one text the likelier is told.
-    """
-    end = Usage(1, 1, 0), Timings(1, 1.0, 0, 0.0), report("dense", 0.0, 1)
-    top = (Likely(1, "\ufffd", -0.1), Likely(2, "\ufffd", -3.0))
-    for echo, told in ((True, ["p", "</s>"]), (False, [])):
-        shape = Format("m", Sampling(logprobs=2), echo=echo)
-        shape.take(Start("id", "m", "dense", 0.0, {}, "masked", 1, (8,), (PromptToken(5, "p"),)))
-        if echo:
-            shape.take(Scores((None,), ((),)))
-        shape.take(Token(0, 0, 2, "", "</s>", "prefill", -0.5, top, 0.1))
-        shape.take(Done("id", ("stop",), ("",), *end))
-        (choice,) = json.loads(shape.end())["choices"]
-        assert choice["logprobs"]["tokens"] == told
-        assert choice["logprobs"]["top_logprobs"] == [None, {"\ufffd": -0.1}][: len(told)]
-        assert choice["text"] == ("p" if echo else "")
-
-
-@pytest.mark.parametrize("length", [1, 2, 64, 65, 150])
-def test_scores_are_those_of_the_model(length):
-    import torch
-
-    model, ids = tiny(), tuple((7 * i) % 90 + 3 for i in range(length))
-    with torch.no_grad():
-        wanted = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)
-    records = []
-    with Engine(model, tokenizer()) as engine:
-        sampling = Sampling(max_tokens=0, logprobs=3, prompt_logprobs=True)
-        answer = engine.run(Ask(ids, sampling), records.append)
-        greedy = engine.run(Ask(ids, Sampling(max_tokens=1, logprobs=0, prompt_logprobs=True)))
-        plain = engine.run(Ask(ids, Sampling(max_tokens=1)))
-    assert [record.kind for record in records] == ["start", "scores", "done"]
-    assert (answer.finish, answer.texts, answer.tokens) == (("length",), ("",), ((),))
-    assert greedy.tokens == plain.tokens
-    scores = records[1]
-    assert len(scores.logprobs) == len(scores.top) == length
-    assert scores.logprobs[0] is None and scores.top[0] == ()
-    for place in range(1, length):
-        expected = wanted[place - 1]
-        assert scores.logprobs[place] == pytest.approx(float(expected[ids[place]]), abs=1e-5)
-        assert [one.id for one in scores.top[place]] == expected.topk(3).indices.tolist()
-        assert math.exp(scores.top[place][0].logprob) <= 1
-
-
-def test_the_first_texts_fit_a_short_context():
-    lengths = []
-    engine = SimpleNamespace(run=lambda one: lengths.append(len(one.ids)))
-    for context in (None, 128, 3):
-        warm(engine, ByteTokenizer(), [], context)
-    assert lengths == [400, 124, 1]

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 
 import openai
 import pytest
@@ -43,27 +42,14 @@ def chat(client, **options):
 
 
 @pytest.mark.smollm2
-def test_answers(client, smollm2):
-    """Dense, pruned and dense again, each as if it were alone; accounting and streams."""
+def test_answers(client):
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve("smollm2-135m").id == MODEL
     dense, pruned = chat(client, extra_body=DENSE), chat(client, extra_body=GRIFFIN)
-    text = smollm2[1].apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
-    ids = smollm2[1](text, add_special_tokens=False).input_ids
-    assert dense.usage.prompt_tokens == len(ids)
     assert dense.dart["dense_token_share"] == 1
     assert "Paris" in dense.choices[0].message.content
-    assert (pruned.object, pruned.model) == ("chat.completion", MODEL)
-    assert pruned.choices[0].message.role == "assistant"
-    assert pruned.choices[0].finish_reason in ("stop", "length")
-    usage, timings = pruned.usage, pruned.timings
-    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens <= len(ids) + 12
-    assert pruned.dart["method"] == "griffin"
+    assert pruned.dart["method"] == "griffin" and pruned.dart["remask_causes"] == {"first": 1}
     assert pruned.dart["achieved_sparsity"] == pytest.approx(0.5, abs=1e-3)
-    assert pruned.dart["remask_causes"] == {"first": 1}
-    assert timings["prompt_n"] == usage.prompt_tokens
-    each = timings["predicted_ms"] / timings["predicted_n"]
-    assert timings["predicted_per_token_ms"] == pytest.approx(each)
     assert chat(client).dart["requested_sparsity"] == 0.3  # the server's own
     for whole, dart in ((dense, DENSE), (pruned, GRIFFIN)):
         options = {"include_usage": True}
@@ -71,50 +57,7 @@ def test_answers(client, smollm2):
         parts = [c for chunk in chunks for c in chunk.choices]
         text = "".join(c.delta.content or "" for c in parts)
         assert text == whole.choices[0].message.content
-        assert chunks[0].choices[0].delta.role == "assistant"
-        assert {chunk.usage for chunk in chunks[:-1]} == {None} and chunks[-1].choices == []
         assert chunks[-1].usage == whole.usage
-        assert chunks[-1].dart["achieved_sparsity"] == whole.dart["achieved_sparsity"]
-        reasons = [c.finish_reason for c in parts if c.finish_reason]
-        assert reasons == [whole.choices[0].finish_reason]
-
-
-@pytest.mark.smollm2
-def test_choices_and_log_probabilities(client, smollm2):
-    alone = chat(client, extra_body=GRIFFIN).choices[0].message.content
-    greedy = chat(client, n=2, extra_body=GRIFFIN)
-    assert [choice.message.content for choice in greedy.choices] == [alone, alone]
-    assert greedy.dart["remask_causes"] == {"first": 1}  # one batch, one mask
-    found = chat(client, max_tokens=3, logprobs=True, top_logprobs=4, extra_body=DENSE).choices[0]
-    assert "".join(one.token for one in found.logprobs.content) == found.message.content
-    for one in found.logprobs.content:
-        assert bytes(one.bytes).decode() == one.token
-        assert one.logprob == one.top_logprobs[0].logprob  # greedy: the likeliest
-        told = [t.logprob for t in one.top_logprobs]
-        assert told == sorted(told, reverse=True)
-        assert sum(map(math.exp, told)) <= 1 + 1e-4
-    prompt = smollm2[1]("The sky is").input_ids
-    (choice,) = client.completions.create(
-        model=MODEL, prompt=prompt, max_tokens=1, temperature=0, logprobs=2, extra_body=DENSE
-    ).choices
-    scored = choice.logprobs
-    assert scored and scored.tokens == [choice.text] and scored.text_offset == [0]
-    (top,) = scored.top_logprobs or []
-    assert len(top) == 2 and scored.token_logprobs == [max(top.values())]
-
-
-@pytest.mark.smollm2
-def test_a_conversation_reads_only_what_is_new(client):
-    body = {"dart": {**GRIFFIN["dart"], "conversation": "cities"}}
-    first = chat(client, extra_body=body)
-    assert first.usage.prompt_tokens_details.cached_tokens == 0
-    answer = {"role": "assistant", "content": first.choices[0].message.content}
-    further = [*QUESTION, answer, {"role": "user", "content": "And of Spain?"}]
-    second = chat(client, messages=further, extra_body=body)
-    cached = second.usage.prompt_tokens_details.cached_tokens
-    assert 0 < cached < second.usage.prompt_tokens
-    assert second.timings["prompt_n"] == second.usage.prompt_tokens - cached
-    assert second.dart["achieved_sparsity"] == pytest.approx(0.5, abs=1e-3)
 
 
 @pytest.mark.smollm2
@@ -162,16 +105,10 @@ def scores(folder, model, **options):
     return metrics, [[tuple(one[0]) for one in sample["resps"]] for sample in samples]
 
 
-def through(folder, server, batch_size=1, **more):
-    arguments = {
-        "model": server.service.facts.name,
-        "base_url": f"{server.url}/v1/completions",
-        "tokenizer": str(folder / "tokenizer"),
-        "tokenizer_backend": "huggingface",
-        "max_length": 500,
-        "max_retries": 1,
-        **more,
-    }
+def through(folder, server, batch_size, **more):
+    arguments = {"model": server.service.facts.name, "base_url": f"{server.url}/v1/completions"}
+    arguments |= {"tokenizer": str(folder / "tokenizer"), "tokenizer_backend": "huggingface"}
+    arguments |= {"max_length": 500, "max_retries": 1, **more}
     return scores(folder, "local-completions", model_args=arguments, batch_size=batch_size)
 
 

@@ -15,7 +15,6 @@ from dart_llm.server import security
 from dart_llm.server.run import bind, link
 from dart_llm.server.settings import ServeSettings
 from dart_llm.settings import merge
-from engine_cases import tokenizer
 from serve_cases import (
     CHAT,
     CHAT_URL,
@@ -24,10 +23,8 @@ from serve_cases import (
     bearer,
     request_bytes,
     running,
-    running_model,
     until,
 )
-from tiny import tiny, tokens
 
 BOTH = ",".join(KEYS)
 
@@ -50,11 +47,10 @@ def test_every_answer_is_guarded(server):
             found = client.get(path, headers={"Origin": server.url}).headers
             policy = found["content-security-policy"]
             assert "default-src 'none'" in policy and "script-src 'self'" in policy
-            assert "unsafe" not in policy and "*" not in policy
+            assert "unsafe" not in policy and "*" not in policy and "server" not in found
             assert found["x-content-type-options"] == "nosniff"
             assert found["referrer-policy"] == "no-referrer"
             assert found["x-request-id"].startswith("req_")
-            assert "server" not in found
             assert not [name for name in found if name.lower().startswith("access-control")]
 
 
@@ -157,7 +153,6 @@ def test_large_bodies_are_refused(server):
 
 @pytest.mark.parametrize("pieces", [0, 40])
 def test_a_slow_body_is_given_up(monkeypatch, pieces):
-    """Also one that goes on arriving, a byte at a time."""
     monkeypatch.setattr(security, "BODY_SECONDS", 0.2)
     with running() as server, server.connect() as connection:
         connection.sendall(request_bytes({"prompt": "x" * 99})[:-100])
@@ -182,7 +177,6 @@ def test_a_silent_connection_is_closed(monkeypatch):
 
 @pytest.mark.parametrize("keys", [(), KEYS])
 def test_a_flood_of_unfinished_bodies(monkeypatch, keys):
-    """Who asks whether the server lives gets an answer, and so does another key."""
     monkeypatch.setattr(security, "AT_ONCE", 20)
     half = request_bytes({"prompt": "x"})[:-5]
     half = half.replace(b"Content-T", f"Authorization: Bearer {KEYS[0]}\r\nContent-T".encode(), 1)
@@ -202,26 +196,16 @@ def test_other_methods_and_addresses(server):
     with server.client() as client:
         for path in ("/v2", "/static/../app.py", "/static/%2e%2e/app.py", "/docs"):
             assert (client.get(path).status_code, code(client.get(path))) == (404, "not_found")
-        for method in ("POST", "GET"):
-            elsewhere = client.request(method, "/v1/responses", json={"input": "hi"})
-            assert code(elsewhere) == "not_found" and "use /v1/chat/completions" in elsewhere.text
-        for method, path, allow in (
-            ("GET", CHAT_URL, "POST"),
-            ("DELETE", "/v1/models", "GET"),
-            ("PUT", "/api/events", "GET, POST"),
-            ("HEAD", "/api/events", "GET, POST"),
-        ):
+        elsewhere = client.post("/v1/responses", json={"input": "hi"})
+        assert code(elsewhere) == "not_found" and "use /v1/chat/completions" in elsewhere.text
+        for method, path, allow in (("GET", CHAT_URL, "POST"), ("PUT", "/api/events", "GET, POST")):
             response = client.request(method, path)
             assert (response.status_code, response.headers["allow"]) == (405, allow)
-        for path in ("/", "/v1/models", "/static/main.js", "/nix"):  # HEAD is GET without a body
-            got, head = client.get(path), client.head(path)
-            assert head.status_code == got.status_code and head.content == b""
-            for name in ("content-type", "content-length", "content-security-policy"):
-                assert head.headers[name] == got.headers[name]
+        got, head = client.get("/static/main.js"), client.head("/static/main.js")
+        assert head.content == b"" and head.headers["content-type"] == got.headers["content-type"]
 
 
 def test_a_head_has_at_most_64_kib(server):
-    """Also where it comes in pieces."""
     for size, status in ((60_000, b"200"), (66_000, b"400")):
         for first in (0, 30_000):
             with server.connect() as connection:
@@ -238,35 +222,23 @@ def rest(connection):
     return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_who_ended_the_own_side_gets_the_answer(stream):
+def test_who_ended_the_own_side_gets_the_answer():
     engine = FakeEngine(pause=0.1)
     with running(engine) as server, server.connect() as connection:
-        connection.sendall(request_bytes({**CHAT, "stream": stream}))
+        connection.sendall(request_bytes({**CHAT, "stream": True}))
         connection.shutdown(socket.SHUT_WR)
         found = rest(connection)
         with server.connect() as half:  # and half a body is no request
             half.sendall(request_bytes(CHAT)[:-3])
             half.shutdown(socket.SHUT_WR)
             assert rest(half) == b""
-    while found.startswith(b"HTTP/1.1 100 "):
-        found = found.partition(b"\r\n\r\n")[2]
-    head, _, body = found.partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 200") and engine.cancelled_at == []
-    if stream:
-        assert b"[DONE]" in body and body.endswith(b"\r\n0\r\n\r\n")
-    else:
-        assert json.loads(body)["choices"][0]["message"]["content"] == "w0 w1 w2 w3 "
+    assert b"[DONE]" in found and found.endswith(b"\r\n0\r\n\r\n") and engine.cancelled_at == []
 
 
 WRONG = [
     ({"host": "0.0.0.0"}, "give --api-key too"),
-    ({"host": "::"}, "give --api-key too"),
-    ({"host": "example.org"}, "give --api-key too"),
     ({"api_key": "short"}, "8 or more plain characters"),
     ({"api_key": "a-good-long-key,\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9"}, "plain"),
-    ({"port": 65536}, "at most 65535"),
-    ({"grace": float("inf")}, "--grace inf must be a finite number"),
     ({"methods": "dart,nix"}, "unknown method 'nix'"),
 ]
 
@@ -285,9 +257,7 @@ def test_settings():
     assert "[::1]" in (ServeSettings(host="::1").hosts or ())
     with contextlib.closing(bind("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
-        for host, shown in (("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("localhost", "localhost")):
-            settings = ServeSettings(host=host, api_key=KEYS[0])
-            assert link(settings, listening) == f"http://{shown}:{port}/"
+        assert link(given, listening) == f"http://127.0.0.1:{port}/"
 
 
 def test_past_runs_are_not_for_several_keys(tmp_path):
@@ -302,19 +272,3 @@ def test_past_runs_are_not_for_several_keys(tmp_path):
             one = client.get("/api/runs/x", headers=bearer(0))
         assert found.status_code == status
         assert status == 200 or code(found) == code(one) == "runs_not_shared"
-
-
-def test_conversations_of_one_key_do_not_drop_anothers():
-    ids = tokens(1, 17)[0].tolist()
-    settings = {"api_key": BOTH, "method": "griffin"}
-    with running_model(tiny(), tokenizer(), **settings) as server, server.client() as client:
-
-        def cached(number, name, prompt):
-            body = {"prompt": prompt, "max_tokens": 3, "dart": {"conversation": name}}
-            found = client.post("/v1/completions", json=body, headers=bearer(number)).json()
-            return int(found["usage"]["prompt_tokens_details"]["cached_tokens"])
-
-        assert cached(0, "mine", ids) == 0
-        for number in range(6):
-            cached(1, f"theirs {number}", ids)
-        assert cached(0, "mine", [*ids, 5, 6, 7]) >= len(ids)

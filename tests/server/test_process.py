@@ -1,18 +1,14 @@
 """``dart-llm serve`` as a process: what it says, refuses, how it ends, and what it costs."""
 
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 
 import httpx
 import pytest
 
-from dart_llm import __main__ as entry
 from engine_cases import tokenizer
 from lm_cases import call
 from serve_cases import serving, until
@@ -32,8 +28,6 @@ def test_what_cannot_start(monkeypatch):
         said = refused("--port", port)
     assert f"cannot listen at 127.0.0.1, port {port}: Address already in use" in said
     assert "--port 0 takes a free port" in said
-    said = refused("--host", "203.0.113.7", "--api-key", "a-good-long-key", "--port", 0)
-    assert "cannot listen at 203.0.113.7" in said and "a-good" not in said
     monkeypatch.setenv("DART_API_KEY", "short")
     assert "8 or more plain characters" in refused("--port", 0)
 
@@ -63,34 +57,17 @@ def process(tmp_path, monkeypatch):
         yield found
 
 
-def test_it_serves_opens_the_page_and_ends(process, tmp_path):
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_it_serves_opens_the_page_and_ends(process, tmp_path, end):
     with httpx.Client(base_url=process.url, timeout=60, trust_env=False) as client:
         body = {"prompt": "abc", "max_tokens": 3, "temperature": 0}
         answer = client.post("/v1/completions", json=body).json()
         assert answer["usage"]["completion_tokens"] <= 3
         until((tmp_path / "seen").exists)
         assert (tmp_path / "seen").read_text().rstrip("/") == process.url
-        process.end(signal.SIGINT)  # while a connection is still open
+        process.end(end)  # while a connection is still open
 
 
-def test_it_ends_while_it_answers(process):
-    body = {"prompt": "abc", "max_tokens": 400, "stream": True, "dart": {"sparsity": 0.5}}
-    lines, url = [], f"{process.url}/v1/completions"
-
-    def read():
-        with httpx.stream("POST", url, json=body, timeout=60, trust_env=False) as response:
-            lines.extend(line for line in response.iter_lines() if line)
-
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
-    time.sleep(0.3)
-    process.end(signal.SIGTERM)
-    thread.join(10)
-    last = lines[-1].removeprefix("data: ")
-    assert last == "[DONE]" or json.loads(last)["error"]["code"] == "shutting_down"
-
-
-NAMES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 LENGTHS = """
 import re
 from pathlib import Path
@@ -119,16 +96,10 @@ with Engine(tiny(dtype=torch.bfloat16), tokenizer()) as engine:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_prompts_of_new_lengths_do_not_cost_memory_for_ever(monkeypatch):
     """Of 60 more lengths; some 130 MiB where oneDNN keeps the code for each."""
-    for name in NAMES:
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        monkeypatch.delenv(name, raising=False)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", LENGTHS]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert float(done.stdout) < 45  # MiB
-    entry.set_environment()
-    assert [os.environ[name] for name in NAMES] == [entry.KEPT_SHAPES] * 2
-    monkeypatch.setenv(NAMES[0], "7")
-    entry.set_environment()
-    assert os.environ[NAMES[0]] == "7"

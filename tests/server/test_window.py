@@ -41,7 +41,6 @@ def test_the_policy_holds_for_the_page():
 
 
 def test_names_lead_somewhere():
-    """Files are served and named, modules import what is exported, ids are unique and known."""
     named = set(re.findall(r'(?:href|src)="/static/([\w.]+)"', TEXT))
     for script, text in SCRIPTS.items():
         assert text.startswith("// ") and len(text.splitlines()) <= 300
@@ -59,37 +58,6 @@ def test_names_lead_somewhere():
             assert set((attributes.get(name) or "").split()) <= set(IDS)
         link = attributes.get("href") or ""
         assert not link.startswith("#") or link[1:] in IDS
-
-
-def luminance(colour):
-    """Relative luminance, WCAG 2."""
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    red, green, blue = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-def contrast(one, other):
-    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
-    return (light + 0.05) / (dark + 0.05)
-
-
-def test_contrast():
-    palettes = re.findall(r":root \{(.*?)\}", (STATIC / "base.css").read_text("utf-8"), re.DOTALL)
-    light, dark = [dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", text)) for text in palettes]
-    assert set(light) == set(dark) and len(light) > 20
-    grounds = ("paper", "raised", "prefill", "observe", "pruned", "released", "wash")
-    pairs = [("ink", ground, 4.5) for ground in (*grounds, *(f"doubt-{i}" for i in range(1, 5)))]
-    pairs += [(text, ground, 4.5) for text in ("soft", "accent", "mark") for ground in grounds[:2]]
-    pairs += [("on-accent", "accent", 4.5), ("warn", "warn-paper", 4.5), ("soft", "wash", 4.5)]
-    pairs += [("edge", ground, 3.0) for ground in grounds[:2]]
-    for palette in (light, dark):
-        for text, ground, least in pairs:
-            assert contrast(palette[text], palette[ground]) >= least, (text, ground)
-    table = re.search(r"STOPS = \[(.*?)\];", SCRIPTS["colour.js"], re.DOTALL)
-    assert table
-    stops = re.findall(r"\[(\d+), (\d+), (\d+)\]", table[1])
-    ramp = [luminance("#{:02x}{:02x}{:02x}".format(*map(int, stop))) for stop in stops]
-    assert len(ramp) == 10 and ramp == sorted(ramp)  # lighter all the way
 
 
 # past runs
@@ -134,13 +102,9 @@ def test_what_a_run_measured_is_told_whatever_its_kind(tmp_path):
     summary = {"mode": "forced", "rows": [{**mean, "achieved_sparsity": 0.4, "remasks": 1}]}
     written = {
         "run": {"general_nlp__json": json.dumps({"rows": [line]})},
-        "eval": {"results__jsonl": json.dumps(line)},
         "sweep": {"results__jsonl": json.dumps(line), "compare__md": "# Comparison"},
         "drift": {"summary__json": json.dumps(summary), "summary__md": "# Drift"},
         "detect": {"results__jsonl": "{}", "detection__md": "# Detection"},
-        "inspect": {"inspect__json": "{}", "inspect__md": "# Inspection"},
-        "quality": {"results__jsonl": "{}", "quality__md": "# Quality"},
-        "speed": {"results__jsonl": "{}", "speed__md": "# Speed"},
     }
     for kind, files in written.items():
         a_run(tmp_path / kind / "20260101-120000", {"kind": kind}, **files)
@@ -149,13 +113,12 @@ def test_what_a_run_measured_is_told_whatever_its_kind(tmp_path):
     measured = {"label": "griffin@0.5", "asked": 0.5, "task": "arc_easy", "protocol": "decode"}
     measured |= {"model": "m", "status": "done", "metric": "acc", "value": 0.25, "items": 0}
     measured |= {"achieved": 0.48, "dense_share": 0.04, "remasks": 3}
-    assert [shown[kind]["rows"] for kind in ("run", "eval", "sweep")] == [[measured]] * 3
+    assert [shown[kind]["rows"] for kind in ("run", "sweep")] == [[measured]] * 2
     (drift,) = shown["drift"]["rows"]
     assert (drift["label"], drift["value"], drift["achieved"]) == ("dart", 4.5, 0.4)
     for kind, files in written.items():
         (text,) = [text for name, text in files.items() if name.endswith("__md")] or [""]
         assert shown[kind]["tables"] == text
-    assert shown["detect"]["rows"] == []
 
 
 # recordings
@@ -197,15 +160,10 @@ def test_a_recording_as_one_page():
     assert "<title>DART for LLMs: &lt;/title&gt;&lt;script&gt;" in text
     assert set(re.findall(r"https?://[^\s\"'<>)]+", text)) == {OWN_ADDRESS}
     parsed = Page(re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL))
-    names = {name for _, attributes in parsed.seen for name in attributes}
-    assert not names & {"src", "srcset", "style", "data"}
-    assert not [name for name in names if name.startswith("on")]
     links = [attributes["href"] or "" for _, attributes in parsed.seen if "href" in attributes]
     assert links and all(link.startswith("#") for link in links)
     assert not re.findall(r"@import|url\((?!#)|^\s*(?:import|export)\b", text, re.MULTILINE)
     assert parsed.attributes("html") == [{"lang": "en", "data-mode": "replay"}]
-    ids = {attributes.get("id") for _, attributes in parsed.seen}
-    assert {"turns", "drift-plot", "neurons", "count-sparsity", "play", "position"} <= ids
     policy = between(text, 'Content-Security-Policy" content="', '">')
     parts = dict(part.strip().split(" ", 1) for part in policy.split(";"))
     assert parts["default-src"] == "'none'"
@@ -227,12 +185,6 @@ def test_the_command(tmp_path, monkeypatch):
     assert (done.code, done.out.strip()) == (0, str(tmp_path / "records.html"))
     monkeypatch.setattr("sys.stdin", io.StringIO(file.read_text("utf-8")))
     assert call("replay", "-", "--out", other).code == 0
-    assert other.read_text("utf-8") == (tmp_path / "records.html").read_text("utf-8")
     assert other.read_text("utf-8") == page(records())
-    for arguments, said in (
-        (["-"], "give --out FILE: standard input"),
-        ([other], "is the recording itself"),
-        ([file, "--out", tmp_path / "no" / "x.html"], "cannot write"),
-    ):
-        done = call("replay", *arguments)
-        assert done.code == 2 and said in done.err
+    done = call("replay", other)
+    assert done.code == 2 and "is the recording itself" in done.err

@@ -1,17 +1,16 @@
 """The window in a real browser, before an engine without a model, and playing a recording."""
 
 import json
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import axe_core_python
 import pytest
 
-from browser import SWITCH, Window, need_browser, opened
+from browser import need_browser, opened
 from dart_llm.server import window as server_window
 from dart_llm.server.window import page, read_records
-from serve_cases import KEYS, FakeEngine, Running, running, until
+from serve_cases import KEYS, FakeEngine, running, until
 from window_cases import QUESTION, READY, records
 
 ENDED = "document.getElementById('stop').hidden"
@@ -19,8 +18,6 @@ TEXTS = "[...document.querySelectorAll('.answer .text')].map((t) => t.textConten
 FEET = "[...document.querySelectorAll('.answer footer')].map((t) => t.textContent)"
 RETRY = "document.querySelector('.answer footer button:last-child')"
 READY_PAGE = "document.querySelectorAll('#prompts button').length === 3"
-
-Start = Callable[..., tuple[Running, Window]]
 
 
 @pytest.fixture
@@ -41,7 +38,6 @@ def start(tmp_path):
 
 
 def send(window, text, answers, tokens=None):
-    """Ask, and wait until so many answers are there."""
     if tokens is not None:
         window.put("max-tokens", tokens)
     window.driver.find_element("id", "message").send_keys(text)
@@ -84,7 +80,6 @@ def test_settings_and_conversation_reach_the_engine(start, tmp_path):
     window.driver.refresh()  # keeps the conversation
     window.wait(READY_PAGE)
     assert (window.js(TEXTS), window.js(FEET)) == (["w0 w1 w2 "] * 3, feet)
-    assert not window.js("document.getElementById('welcome').checkVisibility()")
     send(window, "three", 4, tokens=1)
     assert server.engine.asked[3].conversation == first.conversation
     assert prompt(server, 3) == f"{told}w0 w1 w2 <user>three<assistant>"
@@ -101,18 +96,15 @@ def test_a_fault_gives_the_question_back_and_is_no_part_of_the_next(start):
     send(window, "one", 1, tokens=4)
     said = window.js(FEET)[0]
     assert window.js(TEXTS) == ["w0 w1 "] and said and "secret" not in said
-    assert window.js("document.querySelectorAll('.answer .failure').length") == 1
     assert window.js("document.getElementById('message').value") == "one"
     engine.fault = None
     window.put("message", "")
     send(window, "two", 2)
-    assert window.js(TEXTS)[1] == "w0 w1 w2 w3 "
     assert prompt(server, 1) == "<user>two<assistant>"
 
 
 def test_a_refusal_is_said_once_and_retry_asks_again(start):
     server, window = start(max_tokens=8)
-    assert window.js("document.getElementById('max-tokens').max") == "8"
     assert window.js("document.getElementById('max-tokens').value") == "8"  # not the page's 192
     send(window, "one", 1, tokens=-5)
     said = window.js(FEET)[0]  # the field as the page names it
@@ -146,17 +138,9 @@ def test_a_key_is_asked_for_and_a_report_behind_it_is_saved(start, tmp_path):
     window.wait("document.getElementById('key-said').textContent")
     assert window.text("key-said") == "That key is not accepted."
     assert window.js("document.getElementById('ask-key').open") and window.focused() == "key"
-    assert window.js("sessionStorage.length") == 0
-    window.driver.find_element("css selector", "#ask-key button[value=cancel]").click()
-    window.wait("document.getElementById('model').textContent.startsWith('no connection: ')")
-    window.wait("document.getElementById('reconnect').checkVisibility()")
-    window.click("reconnect")
-    window.wait("document.getElementById('ask-key').open")
     key.send_keys(Keys.CONTROL, "a")
     key.send_keys(KEYS[0], Keys.ENTER)
     window.wait(READY_PAGE)
-    assert not window.js("document.getElementById('ask-key').open")
-    assert not window.js("document.getElementById('reconnect').checkVisibility()")
     send(window, "one", 1, tokens=2)
     assert window.js(TEXTS) == ["w0 w1 "]
     assert KEYS[0] not in window.js("JSON.stringify(localStorage)")
@@ -168,29 +152,6 @@ def test_a_key_is_asked_for_and_a_report_behind_it_is_saved(start, tmp_path):
     file = tmp_path / "tides-20260102-030405.html"
     until(lambda: file.exists() and file.stat().st_size)
     assert file.read_text() == "<p>the report</p>"
-
-
-def test_the_servers_own_sparsity_and_a_reload_in_the_middle_of_an_answer(start):
-    from selenium.webdriver.common.keys import Keys
-
-    server, window = start(FakeEngine(pause=0.05), sparsity=0.333)
-    assert window.text("sparsity-value") == "33.3 %"
-    window.driver.find_element("id", "message").send_keys("one")
-    window.js("document.getElementById('composer').requestSubmit()")
-    window.wait(f"{TEXTS}[0].includes('w2')")
-    window.driver.refresh()
-    window.wait(READY_PAGE)
-    assert "the page was left before the answer ended" in window.js(FEET)[0]
-    assert window.js("document.querySelector('.question').textContent") == "one"
-    window.put("max-tokens", 2)
-    window.js(f"{RETRY}.click()")
-    window.wait(f"{TEXTS}.join() === 'w0 w1 ' && {ENDED}")
-    assert prompt(server, -1) == "<user>one<assistant>"
-    window.js("document.getElementById('sparsity').focus()")
-    window.keys(Keys.ARROW_RIGHT)
-    assert window.text("sparsity-value") == "34 %"
-    send(window, "two", 2)
-    assert [ask.config.target for ask in server.engine.asked] == [0.333, 0.333, 0.34]
 
 
 def a_run(root, name, kind="run", **files):
@@ -215,8 +176,6 @@ def test_past_runs_open_at_the_newest_and_have_addresses(start, tmp_path, monkey
     assert window.text("runs-note") == said
     current = "document.querySelector('#runs-list [aria-current]').dataset.name"
     assert window.js(current) == "tides/20260102-030406"
-    shown = window.js("[...document.querySelectorAll('#runs-list button')].map((b) => b.innerText)")
-    assert len(set(shown)) == 2 and "tides/20260102-030405" in shown[1]
     window.js("document.querySelectorAll('#runs-list button')[1].click()")
     window.wait("location.hash === '#runs/tides/20260102-030405'")
     window.wait(heading.format(5))
@@ -228,9 +187,6 @@ def test_past_runs_open_at_the_newest_and_have_addresses(start, tmp_path, monkey
     window.wait("document.getElementById('page-chat').checkVisibility()")
     window.driver.forward()
     window.wait("document.querySelector('#run a')")
-    window.put("runs-filter", "zzz")
-    window.js("document.getElementById('runs-filter').dispatchEvent(new Event('input'))")
-    assert window.text("runs-note").startswith("None of these results folders has “zzz”")
     link = window.js("document.querySelector('#run a').href")
     assert link.endswith("/api/runs/tides/20260102-030406/report.html")
     assert window.complaints() == []
@@ -272,16 +228,14 @@ def test_runs_of_other_kinds_and_what_axe_says(start, tmp_path):
         drift_csv=checks,
         report_html="<p>report</p>",
     )
-    a_run(tmp_path, "speed/20260102-030405", "speed", speed_md=tables)
-    words = {"tokens": ["Just", " because"], "phases": ["prefill", "pruned"], "token_ids": [1, 2]}
-    account = {"achieved_sparsity": 0.375, "dense_token_share": 0.1, "remasks": 2}
     given = {"variant": "pruned", "prompt": "Why?", "method": "griffin", "sparsity": 0.4}
-    remask = {"sequence": 0, "row": None, "step": 0, "cause": "first", "kept": [3, 5]}
+    given |= {"tokens": ["Just", " because"], "phases": ["prefill", "pruned"], "token_ids": [1, 2]}
+    account = {"achieved_sparsity": 0.375, "dense_token_share": 0.1, "remasks": 2}
     layers = [{"layer": i, "width": 8, "kept": k, "kept_share": k / 8} for i, k in ((0, 3), (1, 5))]
     a_run(
         *(tmp_path, "first/20260102-030405"),
-        generation_jsonl=json.dumps({**given, **words, "accounting": account}),
-        masks_json=json.dumps({"remasks": [remask], "layers": layers}),
+        generation_jsonl=json.dumps({**given, "accounting": account}),
+        masks_json=json.dumps({"remasks": [], "layers": layers}),
         drift_csv=checks.replace("key,", "").replace("a,", ""),
     )
     _, window = start(results_dir=str(tmp_path / "results"))
@@ -294,12 +248,7 @@ def test_runs_of_other_kinds_and_what_axe_says(start, tmp_path):
     window.size(390, 844, dark=True)
     assert violations(window) == []
     assert window.js("document.documentElement.scrollWidth") == 390
-    assert window.text("strip-text")
-    assert window.js("getComputedStyle(document.getElementById('strip')).display") == "block"
-    controls = "[...document.querySelectorAll('button, input, select, textarea')]"
-    shown = f"{controls}.filter((e) => e.checkVisibility())"
-    assert window.js(f"{shown}.every((e) => e.getBoundingClientRect().height >= 16)")
-    for name in ("first", "speed", "tides"):
+    for name in ("first", "tides"):
         window.js(f"(location.hash = 'runs/{name}/20260102-030405')")
         window.wait(f"document.querySelector('#run h2')?.textContent.startsWith('{name}')")
         for width, dark in ((1280, False), (390, True)):
@@ -311,12 +260,8 @@ def test_runs_of_other_kinds_and_what_axe_says(start, tmp_path):
             for part in ("Just because", "37.5 %", "10.0 %", "Why?", "4 files in this folder"):
                 assert part in text
             assert window.js("document.querySelectorAll('#run .similarity-dot').length") == 1
-            label = window.js("document.querySelector('#run canvas').getAttribute('aria-label')")
-            assert "layer 0 keeps least (38\u00a0%), layer 1 most (63\u00a0%)" in label
-            assert "griffin at 40 %" in window.text("runs-list")
     cells = window.js("[...document.querySelectorAll('#run tbody td')].map((c) => c.textContent)")
     assert cells == ["drift:forced", "dart", "loss_after", "4.568", "47.3 %", "5.3 %", "7"]
-    assert window.js("document.querySelectorAll('#run .similarity-dot').length") == 0
     assert "<b>side by side</b>" in window.js("document.querySelector('#run pre').textContent")
     assert window.complaints() == []
 
@@ -353,8 +298,6 @@ def seek(window, position):
 
 def test_a_recording_plays_and_pauses(replay):
     assert replay.js(TOKENS) == [24, 24]  # it opens at its end
-    assert replay.text("position-value") == "48 tokens"
-    replay.wait("document.getElementById('view-of').textContent.startsWith('dart')")
     assert replay.js("document.querySelectorAll('#drift-plot .similarity-dot').length") == 3
     seek(replay, 0)
     assert (replay.js(TOKENS), replay.text("position-value")) == ([0, 0], "0 tokens")
@@ -364,7 +307,6 @@ def test_a_recording_plays_and_pauses(replay):
     replay.wait("document.querySelectorAll('.text')[1]?.textContent.includes('23')")
     replay.wait("document.getElementById('play').textContent === 'Play'")
     assert replay.js(TOKENS) == [24, 24]
-    assert replay.text("model") == "tiny"
     assert replay.js("document.querySelector('.question').textContent") == QUESTION
     assert replay.js("document.querySelectorAll('.question b, .text b').length") == 0
     assert not replay.js("document.getElementById('composer').checkVisibility()")
@@ -375,7 +317,6 @@ def test_a_recording_plays_and_pauses(replay):
     counts = {name: replay.text(f"count-{name}") for name in ("sparsity", "dense", "remasks")}
     # 19 of 23 decoded tokens at 50 %
     assert counts == {"sparsity": "41.3 %", "dense": "17 %", "remasks": "1"}
-    assert replay.text("count-speed") == "50.0"
     for width in (390, 1280):  # nothing sticks out, nor does axe find anything
         replay.size(width, 844, dark=width == 390)
         assert replay.js("document.documentElement.scrollWidth") == width
@@ -388,29 +329,10 @@ def test_a_recording_jumps_to_any_place(replay):
     seek(replay, mask - 1)  # before the second mask: every neuron runs
     replay.wait("document.getElementById('neurons-note').textContent.startsWith('Every neuron')")
     assert (replay.js(TOKENS), replay.text("count-remasks")) == ([READY + 1, 0], "0")
-    assert replay.js("document.querySelectorAll('.dense-band').length") == 1
     seek(replay, mask + 2)
     replay.wait("document.getElementById('neurons-note').textContent.startsWith('Mask 2')")
     assert replay.text("count-remasks") == "1"
-    assert replay.js("document.querySelectorAll('.remask-head').length") == 1
-    assert replay.js("document.querySelector('.mark').nextSibling.dataset.token") == str(READY + 1)
-    replay.click("changes")
-    replay.wait("document.getElementById('scale-low').textContent === 'went dark'")
     seek(replay, len(found) // 2)  # colours are told by more than colour
     style = "getComputedStyle(document.querySelector('.text {}')).{}"
     for phase, border in (("prefill", "dotted"), ("observe", "solid"), ("pruned", "none")):
         assert replay.js(style.format(f".{phase}", "borderBottomStyle")) == border
-    replay.driver.find_element("css selector", "input[value=confidence]").click()
-    steps = [n for n in (2, 3, 4) if replay.js(f"!!document.querySelector('.text .doubt-{n}')")]
-    grounds = {replay.js(style.format(f".doubt-{step}", "backgroundColor")) for step in steps}
-    assert len(grounds) >= 2
-    assert replay.js(style.format(".doubt-4", "borderBottomStyle")) == "solid"
-    assert replay.text("legend") == "sureunder 80 %50 %25 %10 %"
-
-
-def test_without_a_browser_a_test_is_skipped_or_fails(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    for switch, end in (("", pytest.skip.Exception), ("required", pytest.fail.Exception)):
-        monkeypatch.setenv(SWITCH, switch)
-        with pytest.raises(end, match="there is no chromium"):
-            need_browser()

@@ -23,7 +23,6 @@ LONGEST = 192
 
 @pytest.fixture(scope="module")
 def model():
-    """As ``dart-llm serve`` loads it: in bfloat16."""
     return load("smollm2-135m")
 
 
@@ -44,10 +43,7 @@ def told(model, text, executor):
 
 @pytest.mark.parametrize("executor", ["slim", "native", "compact"])
 def test_the_re_mask_follows_the_change_of_topic(model, executor):
-    """Photosynthesis first; a re-mask within 96 tokens of the recipe's beginning, none before.
-
-    Executors round in other ways, so these are three texts, and the story of each is the same.
-    """
+    """Executors round in other ways, so these are three texts; the story of each is the same."""
     found = told(model, READY[0]["text"], executor)
     tokens = found["token"]
     ends = [sum(len(token.text) for token in tokens[: i + 1]) for i in range(len(tokens))]

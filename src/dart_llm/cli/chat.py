@@ -29,7 +29,7 @@ from dart_llm.experiments.study import load_model
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import METHODS
 from dart_llm.reporting.console import Ui
-from dart_llm.studies.generate.report import report_table
+from dart_llm.studies.generate.report import accounting_table
 
 # the conversation: its messages, its settings, its answers
 
@@ -320,7 +320,7 @@ def last_table(turns: Sequence[Exchange]) -> Table:
         name = "dense" if last.report.method == "dense" else "pruned"
         timing["seconds_per_token"] = {name: each / 1e3}
     report = replace(last.report, sequences=())
-    return report_table(report.to_dict(), timing)
+    return accounting_table(report.to_dict(), timing).rich()
 
 
 HELP = {

@@ -17,9 +17,7 @@ PANEL = "Chat"
 class ChatSettings(BaseSettings):
     """``dart-llm chat``: the model, how it is pruned, and how it answers."""
 
-    UNUSED: ClassVar[frozenset[str]] = frozenset(
-        {"masks", "save_layer_topk", "experiment_name", "results_dir"}
-    )
+    UNUSED: ClassVar = ("masks", "save_layer_topk", "experiment_name", "results_dir")
 
     system: str | None = setting(PANEL, "System message (default: the chat template's own).")
     max_tokens: int = setting(PANEL, "Tokens of an answer, at most.", 512)

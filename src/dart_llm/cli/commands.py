@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from pydantic import BaseModel
 
 from dart_llm.cli import info
 from dart_llm.cli.chat_settings import ChatSettings
@@ -23,7 +22,7 @@ from dart_llm.cli.options import Config, Fresh, Json, with_settings
 from dart_llm.errors import CellsFailed, ConfigError
 from dart_llm.files import finite
 from dart_llm.server.settings import ServeSettings
-from dart_llm.settings import merge
+from dart_llm.settings import Settings, merge
 from dart_llm.studies.detection.settings import DetectSettings
 from dart_llm.studies.drift.settings import DriftSettings
 from dart_llm.studies.evaluate.settings import EvalSettings, PerplexitySettings, SummarizeSettings
@@ -31,7 +30,7 @@ from dart_llm.studies.generate.settings import RunSettings
 from dart_llm.studies.inspection.settings import TEXTS, InspectSettings
 from dart_llm.studies.quality.settings import QualitySettings
 from dart_llm.studies.speed.settings import SpeedSettings
-from dart_llm.studies.sweep.settings import SweepFlags
+from dart_llm.studies.sweep.grid import SweepFlags
 
 HELP: dict[str, Any] = yaml.safe_load(
     (files("dart_llm.cli") / "help.yaml").read_text(encoding="utf-8")
@@ -49,7 +48,7 @@ class Command:
 
     name: str
     function: Callable[..., None] | str
-    settings: type[BaseModel] | None = None
+    settings: type[Settings] | None = None
 
     @property
     def examples(self) -> tuple[str, ...]:
@@ -139,9 +138,7 @@ def run(
     from dart_llm.reporting.console import Ui
     from dart_llm.studies.generate.study import run_job
 
-    job = run_job(settings, Ui(quiet=as_json), fresh)
-    if as_json:
-        _print_json(_run_document(job))
+    _tell(lambda: run_job(settings, Ui(quiet=as_json), fresh).answer(), as_json)
 
 
 def _write(path: Path, text: str, kind: str = "") -> None:
@@ -149,17 +146,6 @@ def _write(path: Path, text: str, kind: str = "") -> None:
         path.write_text(text, "utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write {kind}{path}: {error.strerror or error}") from None
-
-
-def _run_document(job: Any) -> dict[str, Any]:
-    return {
-        "folder": str(job.path),
-        "config": job.config,
-        "generation": list(job.generations.values()),
-        "perplexity": job.perplexity,
-        **job.evaluations,
-        "timing": job.timing,
-    }
 
 
 def demo(
@@ -182,9 +168,8 @@ def demo(
     from dart_llm.studies.generate.study import run_demo
 
     given = {"model": model, "method": method, "device": device, "dtype": dtype}
-    job = run_demo(Ui(quiet=as_json), **given, cache_dir=cache_dir, results_dir=results_dir)
-    if as_json:
-        _print_json(_run_document(job))
+    given |= {"cache_dir": cache_dir, "results_dir": results_dir}
+    _tell(lambda: run_demo(Ui(quiet=as_json), **given).answer(), as_json)
 
 
 # compare and sweep

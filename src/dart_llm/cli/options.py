@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
-from pydantic import BaseModel
 
 from dart_llm.errors import ConfigError
+from dart_llm.settings import Settings
 
 Config = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Read settings from a YAML file.")
@@ -30,6 +30,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "shape": ("--model-config",),
 }
 
+METAVARS: dict[Any, str] = {str: "TEXT", list[str]: "TEXT", int: "N", float: "X", bool: ""}
+
 
 def _plain(annotation: Any) -> Any:
     """``X`` of ``X | None``."""
@@ -38,15 +40,14 @@ def _plain(annotation: Any) -> Any:
     return annotation
 
 
-def parameters(settings: type[BaseModel]) -> list[inspect.Parameter]:
+def parameters(settings: type[Settings]) -> list[inspect.Parameter]:
     """One keyword parameter per setting; None means "not given".
 
     Settings that ``settings.UNUSED`` names (they come from a base class) are no flags.
     """
     found = []
-    unused = getattr(settings, "UNUSED", ())
     for name, field in settings.model_fields.items():
-        if name in unused:
+        if name in settings.UNUSED:
             continue
         flag = "--" + name.replace("_", "-")
         kind = _plain(field.annotation)
@@ -58,15 +59,14 @@ def parameters(settings: type[BaseModel]) -> list[inspect.Parameter]:
         if default not in (None, False):
             shown = ",".join(map(str, default)) if isinstance(default, list) else default
             text += f" [default: {shown}]"
-        extra = field.json_schema_extra
-        extra = extra if isinstance(extra, dict) else {}
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         option = typer.Option(
             *names,
             help=text,
             rich_help_panel=str(extra.get("panel", "")),
             hidden=bool(extra.get("hidden")),
             show_default=False,
-            metavar=_metavar(kind),
+            metavar=METAVARS.get(kind),
             parser=_sparsity if name == "sparsity" else None,
         )
         found.append(
@@ -91,11 +91,7 @@ def _sparsity(text: str) -> float:
         raise ConfigError(f'--sparsity "{text}" is no number: write a fraction, e.g. 0.5') from None
 
 
-def _metavar(kind: Any) -> str | None:
-    return {str: "TEXT", list[str]: "TEXT", int: "N", float: "X", bool: ""}.get(kind)
-
-
-def with_settings(function: Callable[..., None], settings: type[BaseModel]) -> Callable[..., None]:
+def with_settings(function: Callable[..., None], settings: type[Settings]) -> Callable[..., None]:
     """Give ``function(flags, ...)`` one option per setting; they arrive as the dict ``flags``."""
     signature = inspect.signature(function)
     hints = get_type_hints(function, include_extras=True)  # names of the function's own module

@@ -10,7 +10,7 @@ import ast
 import contextlib
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib import import_module, resources
 from itertools import chain, islice
@@ -22,7 +22,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from dart_llm.errors import ConfigError, LoadError, MissingExtra, UnknownName
+from dart_llm.errors import ConfigError, LoadError, MissingExtra, check_name
 from dart_llm.files import read_rows
 
 LAST_RUN = "never run"
@@ -102,16 +102,14 @@ MMLU_SUBJECTS: tuple[str, ...] = tuple(_CATALOGUE["mmlu_subjects"])
 
 def names(use: str | None = None) -> tuple[str, ...]:
     """The data sets that are used for ``use`` (a key of ``USES``), sorted; all without it."""
-    if use is not None and use not in USES:
-        raise UnknownName("use of data sets", use, USES)
+    check_name("use of data sets", use, USES)
     return tuple(sorted(n for n, data in DATA_SETS.items() if use is None or use in data.uses))
 
 
 def get(name: str, *uses: str) -> DataSet:
     """The data set called ``name``; ``UnknownName`` unless it serves one of ``uses``, if any."""
     known = [known for use in uses or (None,) for known in names(use)]
-    if name not in known:
-        raise UnknownName("data set", name, known)
+    check_name("data set", name, known)
     return DATA_SETS[name]
 
 
@@ -209,8 +207,7 @@ def mmlu_questions(
     Raises ``UnknownName``, ``ConfigError`` (a local file is missing or malformed),
     ``MissingExtra`` (no ``datasets`` library) or ``LoadError`` (the hub cannot be reached).
     """
-    if subject not in MMLU_SUBJECTS:
-        raise UnknownName("MMLU subject", subject, MMLU_SUBJECTS)
+    check_name("MMLU subject", subject, MMLU_SUBJECTS)
     if folder is None and subject in local_subjects():
         folder = LOCAL_MMLU
     found = _hub_questions(subject) if folder is None else _local_questions(subject, Path(folder))
@@ -403,7 +400,10 @@ def rows(source: DataSet, instead: str, *, stream: bool = False) -> Iterator[dic
 
 def _fetch(source: DataSet, instead: str, *, stream: bool) -> Iterator[dict[str, Any]]:
     """The rows of ``source``; what the library raises, first or late, becomes ``LoadError``."""
-    load_dataset = _load_dataset()
+    try:
+        load_dataset = import_module("datasets").load_dataset
+    except (ImportError, AttributeError) as error:  # a folder named datasets/ imports as empty
+        raise MissingExtra("datasets", "eval") from error
     branch = {"revision": source.revision} if source.revision else {}
     try:
         data = load_dataset(
@@ -426,14 +426,6 @@ def _sentence(source: DataSet, error: BaseException, instead: str) -> str:
     if source.gated:
         instead = f"accept its conditions on the hub and set HF_TOKEN, or {instead}"
     return f"the data set {source.where} could not be fetched from the hub ({reason}); {instead}"
-
-
-def _load_dataset() -> Callable[..., Any]:
-    try:
-        load_dataset: Callable[..., Any] = import_module("datasets").load_dataset
-    except (ImportError, AttributeError) as error:  # a folder named datasets/ imports as empty
-        raise MissingExtra("datasets", "eval") from error
-    return load_dataset
 
 
 def no_bars() -> None:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from dart_llm.data import datasets, texts
 from dart_llm.data.datasets import DataSet, Document
-from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.errors import ConfigError, check_name
 from dart_llm.files import read_rows
 
 if TYPE_CHECKING:
@@ -396,8 +396,7 @@ class Source:
 
     def half(self, which: str) -> list[tuple[int, str]]:
         """The documents of one set (a key of ``SETS``) with their numbers in the source, from 0."""
-        if which not in SETS:
-            raise UnknownName("set", which, SETS)
+        check_name("set", which, SETS)
         middle = len(self.documents) // 2
         every = list(enumerate(self.documents))
         return every[:middle] if which == CHOOSE else every[middle:]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dart_llm.data import topic_prompts
 from dart_llm.data.topic_prompts import DriftPrompt, read_records
-from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.errors import ConfigError, UnknownName, check_name
 from dart_llm.files import read_rows
 
 SHIPPED = "shipped"
@@ -185,8 +185,7 @@ def _check(kind: str, name: str | None, known: set[str]) -> None:
     known = known - {""}
     if name is not None and not known:
         raise ConfigError(f"this file names no {kind}: leave out --{kind}")
-    if name is not None and name not in known:
-        raise UnknownName(kind, name, known)
+    check_name(kind, name, known)
 
 
 def find(records: Sequence[DriftPrompt | Passage], name: str) -> DriftPrompt | Passage:
@@ -233,11 +232,6 @@ class Text(NamedTuple):
     ids: Tensor
     changes: tuple[int, ...]
     topics: tuple[str, ...]
-
-
-def tokenised_passages(file: str | None, limit: int | None) -> list[Passage]:
-    """The package's passages, or those of a JSONL file; the first ``limit`` of them."""
-    return passages(file)[:limit]
 
 
 def digest(found: Sequence[Passage]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.errors import ConfigError, check_name
 
 _SHIPPED = files("dart_llm.data") / "shipped"
 
@@ -60,6 +60,5 @@ def _stems(folder: str) -> tuple[str, ...]:
 
 def _read(folder: str, kind: str, name: str) -> str:
     # Checked against the list before it becomes a path, so "../x" can never be read.
-    if name not in _stems(folder):
-        raise UnknownName(kind, name, _stems(folder))
+    check_name(kind, name, _stems(folder))
     return (_SHIPPED / folder / f"{name}.txt").read_text(encoding="utf-8").removesuffix("\n")

@@ -24,7 +24,7 @@ from dart_llm.engine.request import Emit, Request
 from dart_llm.engine.requests import GenerationRequest, GenerationResult
 from dart_llm.errors import AttachError, DartError
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.session.method import MethodOnModel
+from dart_llm.session.run import MethodOnModel
 
 logger = logging.getLogger("dart_llm")
 
@@ -38,7 +38,7 @@ def never() -> bool:
     return False
 
 
-class Engine:
+class Engine(contextlib.AbstractContextManager["Engine"]):
     """Answers requests on one model, one at a time; use it as a context manager, or ``close`` it.
 
     ``conversations``: how many named ones are kept, those used last, shared fairly between the
@@ -153,9 +153,6 @@ class Engine:
             self._closed = True
             self._kept.clear()
             self._host.close()
-
-    def __enter__(self) -> Engine:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()

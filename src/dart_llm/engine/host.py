@@ -20,8 +20,8 @@ from dart_llm.patching.patch import ModelPatch
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.controller import PruningController
 from dart_llm.pruning.records import RunReport
-from dart_llm.session.method import MethodOnModel, PatchCosts
 from dart_llm.session.prepare import prepare
+from dart_llm.session.run import MethodOnModel, PatchCosts
 
 logger = logging.getLogger("dart_llm")
 
@@ -182,9 +182,8 @@ class Conversation:
                 break
             same += 1
         same = min(same, len(ids) - 1)  # the last token's logits are wanted
-        if same < self.answer or (same < len(self.ids) and not _can_crop(self.cache)):
-            return 0
-        return same
+        fits = all(getattr(layer, "is_croppable", False) for layer in self.cache.layers)
+        return same if same >= self.answer and (fits or same == len(self.ids)) else 0
 
     def crop(self, length: int) -> None:
         """Keep the first ``length`` tokens."""
@@ -199,10 +198,6 @@ class Conversation:
         controller.finished, controller.checks = [], []
         for state in controller.sequences:
             state.mask_spans, state.remasks, state.prompt_tokens = [], [], 0.0
-
-
-def _can_crop(cache: Any) -> bool:
-    return all(getattr(layer, "is_croppable", False) for layer in cache.layers)
 
 
 class ConversationCache:

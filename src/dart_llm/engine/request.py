@@ -35,7 +35,7 @@ from dart_llm.pruning.records import Remask
 from dart_llm.pruning.sequence import SequenceState
 from dart_llm.pruning.token_level import TokenMask
 from dart_llm.session.generation import TextStream
-from dart_llm.session.method import MethodOnModel
+from dart_llm.session.run import MethodOnModel
 
 PIECE = 512
 """Prompt tokens that are read at once: between two pieces a request can be cancelled."""

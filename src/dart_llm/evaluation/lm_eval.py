@@ -30,7 +30,7 @@ from dart_llm.evaluation.lm_eval_scoring import Scorer
 from dart_llm.evaluation.masks_seen import count_masks
 from dart_llm.evaluation.measurement import LEAK, Measurement, MeasureOptions, mean
 from dart_llm.evaluation.perplexity import perplexity
-from dart_llm.evaluation.task_names import FEWSHOT, specifications
+from dart_llm.evaluation.tasks import FEWSHOT, specifications
 from dart_llm.hub import unreachable
 from dart_llm.session.generation import FiniteLogits
 from dart_llm.session.prepare import PreparedMethod, UnitStore
@@ -374,13 +374,13 @@ class PrunedRequests:
         """One text per request, each up to its own stop strings."""
         from transformers import LogitsProcessorList
 
-        texts = []
+        texts, step = [], _by_documents(self._advance, requests)
         with self.scorer.attached(likelihood=False) as self._run:
             for request, name in zip(requests, _names(requests), strict=True):
                 self._finite = LogitsProcessorList([FiniteLogits(f"document {name}")])
                 make = partial(self._generate, request)
                 texts.append(self.scorer.generate(self._run, request.args, make))
-                self._advance(1)
+                step(1)
         return texts
 
     def _generate(self, request: Any) -> str:

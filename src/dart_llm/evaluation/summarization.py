@@ -21,7 +21,7 @@ from torch import Tensor
 from dart_llm.data.datasets import Document
 from dart_llm.data.documents import load_documents
 from dart_llm.data.prompts import chat_text, check_chat_template
-from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.errors import ConfigError, check_name
 from dart_llm.evaluation import text_metrics
 from dart_llm.evaluation.masks_seen import (
     Part,
@@ -239,7 +239,7 @@ HEADLINE = "rougeL"
 
 def count(name: str, options: MeasureOptions) -> int:
     """Documents that ``measure`` will summarise."""
-    return len(_documents(name, options))
+    return len(load_documents(name, options.limit, options.sample_seed))
 
 
 def measure(
@@ -256,11 +256,10 @@ def measure(
     ran dense, ``DartError`` for logits that are not finite.
     """
     text_metrics.rouge_scorer()
-    if options.protocol not in PROTOCOLS:
-        raise UnknownName("protocol", options.protocol, PROTOCOLS)
+    check_name("protocol", options.protocol, PROTOCOLS)
     if options.max_output < 1:
         raise ConfigError("a summary needs at least 1 token: give --max-output 1 or more")
-    documents = _documents(name, options)
+    documents = load_documents(name, options.limit, options.sample_seed)
     summarizer = Summarizer(candidate, options, candidate.run())
     finished: list[Part] = []
     for document in documents:
@@ -291,10 +290,6 @@ def measure(
         counts=counts,
         masks=masks,
     )
-
-
-def _documents(name: str, options: MeasureOptions) -> list[Document]:
-    return load_documents(name, options.limit, options.sample_seed)
 
 
 def _notes(options: MeasureOptions, parts: Sequence[Part]) -> Iterator[str]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dart_llm.data.datasets import positions
-from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.errors import ConfigError, check_name
 from dart_llm.evaluation.measurement import PROTOCOLS, MeasureOptions
 
 STANDARD = "standard"
@@ -73,8 +73,7 @@ def cut(
     ids: [T].  ``longest``: tokens of the model's context.  Raises ``ConfigError`` when the text is
     too short or a slice too long, ``UnknownName`` for the protocol.
     """
-    if options.protocol not in PPL_PROTOCOLS:
-        raise UnknownName("protocol", options.protocol, PPL_PROTOCOLS)
+    check_name("protocol", options.protocol, PPL_PROTOCOLS)
     if options.protocol != STANDARD:
         prompt, scored = options.prompt_tokens, options.scored_tokens
         if longest and prompt + scored > longest:

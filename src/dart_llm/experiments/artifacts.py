@@ -18,8 +18,7 @@ from torch import Tensor
 
 from dart_llm.errors import ConfigError, ResultsError
 from dart_llm.experiments.store import MIN_FREE_BYTES
-from dart_llm.experiments.tensor_file import write_tensors
-from dart_llm.files import write_csv, write_json
+from dart_llm.files import write_csv, write_json, write_tensors
 from dart_llm.models.capture import Recording
 from dart_llm.models.capture_spec import Wanted
 from dart_llm.models.checkpoint import checkpoint_facts
@@ -112,6 +111,9 @@ def saver(settings: ActivationSettings, model: Any, folder: Path, tokens: int) -
     return Saver(model, settings.wanted(len(describe(model).blocks)), folder, tokens)
 
 
+FORMAT = "remask{i}.layer{l}.ids: kept neurons, int32; .scores: float32, larger is kept"
+
+
 class MaskRecorder:
     """Collects kept ids and scores of every mask, on the host; plug into ``run.on_selection``."""
 
@@ -133,6 +135,12 @@ class MaskRecorder:
         for layer, score in enumerate(life.selection.scores):
             self.tensors[f"{prefix}{layer}.scores"] = score.float().cpu()
 
+    def write(self, path: Path, checkpoint: str, method: str) -> None:
+        """Kept ids and scores of every mask; raises ``ResultsError`` when the disk is full."""
+        count = str(len(self.remasks))
+        facts = {"checkpoint": checkpoint, "method": method, "remasks": count, "format": FORMAT}
+        write_tensors(path, self.tensors, facts)
+
 
 def write_masks(folder: Path, recorder: MaskRecorder, run: Run, checkpoint: str) -> None:
     """masks.json (counts and causes) and masks.safetensors (kept ids and scores)."""
@@ -145,13 +153,7 @@ def write_masks(folder: Path, recorder: MaskRecorder, run: Run, checkpoint: str)
             **({"note": NO_MASK} if recorder.per_token else {}),
         },
     )
-    metadata = {
-        "checkpoint": checkpoint,
-        "method": report.method,
-        "remasks": str(len(recorder.remasks)),
-        "format": "remask{i}.layer{l}.ids: kept neurons, int32; .scores: float32, larger is kept",
-    }
-    write_tensors(folder / "masks.safetensors", recorder.tensors, metadata)
+    recorder.write(folder / "masks.safetensors", checkpoint, report.method)
 
 
 def _entries(file: Any, kind: str) -> Iterator[tuple[int, int, str]]:

@@ -14,10 +14,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from dart_llm.evaluation.task_names import short
+from dart_llm.evaluation.tasks import short
 from dart_llm.experiments import stats
 from dart_llm.experiments.stats import Interval, Sample, Value
 from dart_llm.experiments.store import mapping, number
+from dart_llm.reporting.table import grouped
 from dart_llm.reporting.words import percent, quantity
 
 DENSE, GRIFFIN = "dense", "griffin"
@@ -360,10 +361,9 @@ def rows(lines: Iterable[Mapping[str, Any]], seed: int = 0) -> list[Row]:
     numbers.  Missing fields are None; failed cells keep their sentence.
     """
     known = _named(_ordered([read_row(line) for line in _with_checkpoints(map(mapping, lines))]))
-    groups: dict[Any, list[Row]] = {}
-    for row in known:
-        groups.setdefault(row.group, []).append(row)
-    groups = {key: _with_bytes(members) for key, members in groups.items()}
+    groups = {
+        key: _with_bytes(members) for key, members in grouped(known, lambda row: row.group).items()
+    }
     waiting = {key: iter(members) for key, members in groups.items()}
     return [_compared(next(waiting[row.group]), groups[row.group], seed) for row in known]
 
@@ -498,11 +498,10 @@ class LayerCurve:
 
 def curves(rows: Sequence[Row]) -> list[LayerCurve]:
     """All layer curves, layers in the order of their numbers; failed cells leave a gap."""
-    found: dict[Any, list[Row]] = {}
-    for row in rows:
-        if row.layers is not None and row.value is not None:
-            key = (row.group, row.method, row.keep, row.base_keep, row.seed)
-            found.setdefault(key, []).append(row)
+    found = grouped(
+        (row for row in rows if row.layers is not None and row.value is not None),
+        lambda row: (row.group, row.method, row.keep, row.base_keep, row.seed),
+    )
     dense = {row.group: row for row in reversed(rows) if row.method == DENSE and row.value}
     return [
         LayerCurve(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dart_llm.experiments import comparison
@@ -24,6 +24,7 @@ from dart_llm.reporting.figures import (
     mark,
     panels,
 )
+from dart_llm.reporting.table import grouped
 from dart_llm.reporting.words import percent, quantity
 
 if TYPE_CHECKING:
@@ -51,20 +52,13 @@ def make(rows: Sequence[Row]) -> list[Plot]:
     One plot per model, dtype and protocol and up to six tasks.
     """
     whole = [row for row in rows if row.layers is None and row.value is not None]
-    tasks = [own for own in _grouped(whole, lambda row: row.group) if len(_placed(own)) > 1]
+    tasks = [own for own in grouped(whole, lambda row: row.group).values() if len(_placed(own)) > 1]
     curves = [curve for curve in comparison.curves(rows) if len(curve.rows) > 1]
-    layers = _grouped(curves, lambda curve: curve.rows[0].group)
+    layers = list(grouped(curves, lambda curve: curve.rows[0].group).values())
     return [
         *(_comparison_plot(*page) for page in _pages("quality", tasks, lambda own: own[0])),
         *(_layers_plot(*page) for page in _pages("layers", layers, lambda own: own[0].rows[0])),
     ]
-
-
-def _grouped(members: Iterable[T], group: Callable[[T], Any]) -> list[list[T]]:
-    found: dict[Any, list[T]] = {}
-    for member in members:
-        found.setdefault(group(member), []).append(member)
-    return list(found.values())
 
 
 def _pages(name: str, tasks: Sequence[T], first: Callable[[T], Row]) -> list[tuple[str, list[T]]]:
@@ -76,7 +70,7 @@ def _pages(name: str, tasks: Sequence[T], first: Callable[[T], Row]) -> list[tup
 
     pages = [
         own[start : start + MOST_PANELS]
-        for own in _grouped(tasks, settings)
+        for own in grouped(tasks, settings).values()
         for start in range(0, len(own), MOST_PANELS)
     ]
     return [(f"{name}_{n}" if n > 1 else name, page) for n, page in enumerate(pages, 1)]
@@ -202,7 +196,7 @@ def _draw_comparison(axes: Axes, rows: Sequence[Row], looks: dict[str, Look]) ->
     for place, method in enumerate(methods):
         own = sorted((r for r in placed if r.method == method), key=lambda r: r.achieved or 0.0)
         shift = SIDEWAYS * (place - (len(methods) - 1) / 2)
-        for line in _grouped(own, lambda row: row.seed):
+        for line in grouped(own, lambda row: row.seed).values():
             x = [100 * ((row.achieved or 0.0) + shift) for row in line]
             label = method if line[0] is own[0] else "_"
             _draw_curve(axes, line, x, dense, {**looks[method], "label": label})

@@ -21,7 +21,7 @@ from dart_llm.experiments.stats import MIN_DISCORDANT, Interval
 from dart_llm.experiments.store import Files, ResultsView, read
 from dart_llm.files import write_csv, write_json, write_text
 from dart_llm.reporting import page
-from dart_llm.reporting.table import Column, PageTable, Table, bytes_text, escaped
+from dart_llm.reporting.table import Column, PageTable, Table, bytes_text, escaped, grouped
 from dart_llm.reporting.words import count, percent, quantity, times
 
 SCHEMA = 1
@@ -88,11 +88,10 @@ def conclusions(rows: Sequence[Row]) -> list[str]:
 def _groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows of whole-model pruning by model, dtype and protocol; named by what differs."""
     layered = any(row.layers is not None for row in rows)
-    found: dict[tuple[str, str | None, str], list[Row]] = {}
-    for row in rows:
-        if row.layers is None and row.done:
-            key = (row.model, row.dtype, f"protocol {row.protocol or 'not known'}")
-            found.setdefault(key, []).append(row)
+    found = grouped(
+        (row for row in rows if row.layers is None and row.done),
+        lambda row: (row.model, row.dtype, f"protocol {row.protocol or 'not known'}"),
+    )
     varied = [place for place in range(3) if len({key[place] for key in found}) > 1]
     groups = {}
     for key, members in found.items():
@@ -323,10 +322,7 @@ def stacked(cell: str) -> tuple[str, str, str]:
 def tables(rows: Sequence[Row]) -> list[ComparisonTable]:
     """One table per model, task and protocol, layer sweeps by themselves, in the rows' order."""
     whole = {row.group for row in rows if row.layers is None and row.method != DENSE}
-    found: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        key = (*row.group, row.layers is not None and row.group in whole)
-        found.setdefault(key, []).append(row)
+    found = grouped(rows, lambda row: (*row.group, row.layers is not None and row.group in whole))
     return [
         ComparisonTable("", caption(own), _columns(own), [{"row": row} for row in own])
         for own in found.values()
@@ -538,7 +534,7 @@ def write(folder: Path, rows: Sequence[Row] | None = None) -> Path:
     view = read(folder)
     known = comparison.rows(Files(folder).lines("results.jsonl")) if rows is None else rows
     path = folder / "report.html"
-    write_text(path, page.render("compare.html", _content(view, known), {"stacked": stacked}))
+    write_text(path, run_facts.render(view, "compare.html", _content(view, known), stacked=stacked))
     return path
 
 
@@ -548,7 +544,6 @@ def _content(view: ResultsView, rows: Sequence[Row]) -> dict[str, Any]:
     pictures, missing = page.pictures(comparison_plots.make(rows))
     return {
         "title": title(rows),
-        "status": str(view.config.get("status") or "unknown"),
         "conclusion": first,
         "further": further,
         "many": len(further) > MANY,
@@ -561,8 +556,6 @@ def _content(view: ResultsView, rows: Sequence[Row]) -> dict[str, Any]:
         "failures": failures(rows),
         "notes": footnotes(rows),
         "checkpoints": _checkpoints(rows),
-        "settings": run_facts.settings(view),
-        "provenance": run_facts.provenance(view),
     }
 
 

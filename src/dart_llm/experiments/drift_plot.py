@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dart_llm.experiments.store import ResultsView
 from dart_llm.pruning.records import DriftCheck
 from dart_llm.reporting.figures import INK, MAX_PANELS, SOFT, Palette, Plot, legend
+from dart_llm.reporting.table import grouped
 from dart_llm.reporting.words import count
 
 if TYPE_CHECKING:
@@ -57,9 +58,7 @@ Masks = Sequence[Mapping[str, Any]]
 
 def make(view: ResultsView) -> Plot | None:
     """One panel per sequence and row; those with triggers first, in order, at most four."""
-    groups: dict[tuple[int, int], list[DriftCheck]] = {}
-    for check in view.drift:
-        groups.setdefault((check.sequence, check.row), []).append(check)
+    groups = grouped(view.drift, lambda check: (check.sequence, check.row))
     if not groups:
         return None
     ranked = sorted(groups, key=lambda key: (-sum(c.trigger for c in groups[key]), key))

@@ -62,7 +62,8 @@ def take(folder: Path) -> FolderLock | None:
             free = _lock(handle, path, shared=False)
             if free and _is_same(handle, path):
                 os.truncate(handle, 0)
-                os.write(handle, json.dumps(_writer()).encode())
+                own = {"process": os.getpid(), "started": _started(os.getpid())}
+                os.write(handle, json.dumps({"place": _place(), **own}).encode())
                 return FolderLock(path, handle)
         except BaseException:
             os.close(handle)
@@ -112,11 +113,6 @@ else:
         except OSError as error:
             return error.errno not in _TAKEN and not _lives(_read(path))
         return True
-
-
-def _writer() -> dict[str, Any]:
-    """This process: where its number counts, the number, and when it was given."""
-    return {"place": _place(), "process": os.getpid(), "started": _started(os.getpid())}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -25,11 +25,12 @@ from rich.table import Table
 from rich.text import Text
 
 from dart_llm.errors import ConfigError, UnknownName
-from dart_llm.experiments.comparison import Row, Scores, read_row
+from dart_llm.experiments.comparison import Facts, Row, Scores, read_row
 from dart_llm.experiments.folder_lock import is_taken
 from dart_llm.experiments.store import EVALUATIONS, Files, mapping, mappings, number
 from dart_llm.experiments.trackers import TRACKERS
 from dart_llm.files import finite
+from dart_llm.reporting.table import keys_of
 
 # The files of a folder; what is of another type than it should be counts as missing.
 
@@ -40,9 +41,7 @@ def _time(value: Any) -> datetime.datetime | None:
     return None
 
 
-Data = Annotated[dict[str, Any], BeforeValidator(mapping)]
 Records = Annotated[tuple[dict[str, Any], ...], BeforeValidator(mappings)]
-Number = Annotated[float | None, BeforeValidator(number)]
 Time = Annotated[datetime.datetime | None, BeforeValidator(_time)]
 
 
@@ -51,15 +50,15 @@ class Config(BaseModel, frozen=True):
 
     kind: Any = None
     status: Any = None
-    settings: Data = {}
-    prune: Data = {}
-    checkpoint: Data = {}
+    settings: Facts = {}
+    prune: Facts = {}
+    checkpoint: Facts = {}
     cells: Records = ()
     started: Time = None
     finished: Time = None
     command: Any = None
-    versions: Data = {}
-    git: Data = {}
+    versions: Facts = {}
+    git: Facts = {}
 
 
 NOTHING = Config()
@@ -370,10 +369,14 @@ def filter(
     known = {*STATUSES, *(run.status for run in runs)}
     if status is not None and status.lower() not in known:
         raise UnknownName("status", status, known)
-    first = None if since is None else seconds_of(_since(since))
+    day = None if since is None else _time(since.strip())
+    if since is not None and day is None:
+        raise ConfigError(
+            f'--since "{since}" is not a date: write 2026-03-04 or "2026-03-04 12:00"'
+        )
 
     def asked(run: ResultsSummary) -> bool:
-        late = first is None or seconds_of(run.started) >= first
+        late = day is None or seconds_of(run.started) >= seconds_of(day)
         return late and (status is None or run.status == status.lower())
 
     def matches(*names: Sequence[str]) -> bool:
@@ -395,12 +398,6 @@ def filter(
 
 def _part_of(part: str | None, names: Sequence[str]) -> bool:
     return part is None or any(part.lower() in name.lower() for name in names)
-
-
-def _since(text: str) -> datetime.datetime:
-    if (time := _time(text.strip())) is not None:
-        return time
-    raise ConfigError(f'--since "{text}" is not a date: write 2026-03-04 or "2026-03-04 12:00"')
 
 
 # Runs as flat records, JSON, CSV or Markdown; one per run or per measured row.
@@ -544,7 +541,7 @@ def to_csv(runs: Iterable[ResultsSummary], long: bool = False) -> str:
     """Comma-separated values with a header; numbers that are not known are empty."""
     buffer = io.StringIO()
     data = records(runs, long)
-    writer = csv.DictWriter(buffer, _columns(data), restval="", lineterminator="\n")
+    writer = csv.DictWriter(buffer, keys_of(data), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(data)
     return buffer.getvalue()
@@ -554,15 +551,10 @@ def to_markdown(runs: Iterable[ResultsSummary], long: bool = False) -> str:
     """A Markdown table; shares as per cent."""
     hidden = ("path", "seconds", "label", "protocol", "seed", "ffn_bytes_share")
     data = records(runs, long)
-    shown = [name for name in _columns(data) if name not in hidden]
+    shown = [name for name in keys_of(data) if name not in hidden]
     names = [name for name in shown if any(record.get(name) not in (None, "") for record in data)]
     lines = [[_cell(name, record.get(name)) for name in names] for record in data]
     return "".join(f"| {' | '.join(line)} |\n" for line in (names, ["---"] * len(names), *lines))
-
-
-def _columns(data: Sequence[Mapping[str, Any]]) -> list[str]:
-    longest_first = sorted(data, key=lambda record: -len(record))
-    return list(dict.fromkeys(name for record in longest_first for name in record))
 
 
 def _cell(name: str, value: Any) -> str:

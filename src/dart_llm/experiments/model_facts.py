@@ -1,17 +1,16 @@
-"""What is known of a model before its weights are loaded: layers, digests, what must be fetched."""
+"""What is known of a model before its weights are loaded: layers, and what must be fetched."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dart_llm.cache import cache_folder, hub_cache
 from dart_llm.errors import LoadError
 from dart_llm.experiments.cell import Cell
-from dart_llm.files import file_sha256
 from dart_llm.hub import check_download, hub_failure, plain, weight_files
 from dart_llm.models.bundled import MODEL_SHA256, MODEL_WHEEL_BYTES
-from dart_llm.models.checkpoint import contents
 from dart_llm.models.gguf import converted_folder, is_intact
 from dart_llm.models.loading import is_default, resolve
 
@@ -37,32 +36,30 @@ def layer_count(cell: Cell) -> int:
         except (OSError, ValueError, IndexError, KeyError, StopIteration) as error:
             why = f"{path} does not say how many layers it has: {plain(error)}"
             raise LoadError(why) from error
+    return int(configuration(cell).get_text_config(decoder=True).num_hidden_layers)
+
+
+def configuration(asked: Any, say: Callable[[str], None] = lambda text: None) -> Any:
+    """transformers' configuration of a model; ``asked``: a cell, or what has its fields.
+
+    Raises ``LoadError`` when it cannot be had.
+    """
     from transformers import AutoConfig
 
-    found = _resolve(cell)
+    found = resolve(asked.model, revision=asked.revision, cache_dir=asked.cache_dir, say=say)
+    file = found.arguments.get("gguf_file")
     try:
-        config: Any = AutoConfig.from_pretrained(
+        return AutoConfig.from_pretrained(
             found.reference,
-            revision=cell.revision or "main",
-            cache_dir=hub_cache(cell.cache_dir),
-            trust_remote_code=cell.trust_remote_code,
+            revision=asked.revision or "main",
+            cache_dir=hub_cache(asked.cache_dir),
+            trust_remote_code=asked.trust_remote_code,
+            **({"gguf_file": file} if file else {}),
         )
-        return int(config.get_text_config(decoder=True).num_hidden_layers)
     except Exception as error:
-        raise hub_failure(error, cell.model, cell.revision) or LoadError(
-            f"the configuration of {cell.model} could not be read: {plain(error)}"
+        raise hub_failure(error, asked.model, asked.revision) or LoadError(
+            f"the configuration of {asked.model} could not be read: {plain(error)}"
         ) from error
-
-
-def model_digests(model: str) -> dict[str, str]:
-    """Digests of a local model: ``model``, its weights, and ``model_files``, what else is loaded.
-
-    None of either for a model of the hub, which id and revision name, or for the default.
-    """
-    path = Path(model).expanduser()
-    if is_default(model) or not path.exists():
-        return {}
-    return {"model": file_sha256(path)} if path.is_file() else contents(path)
 
 
 def download_size(cell: Cell) -> int | None:
@@ -73,16 +70,12 @@ def download_size(cell: Cell) -> int | None:
     if is_default(cell.model):
         folder = converted_folder(cache_folder(cell.cache_dir), MODEL_SHA256)
         return 0 if is_intact(folder, MODEL_SHA256, full=False) else MODEL_WHEEL_BYTES
-    if Path(cell.model).expanduser().is_file() or _resolve(cell).path is not None:
+    place: Any = {"revision": cell.revision, "cache_dir": cell.cache_dir}
+    local = Path(cell.model).expanduser().is_file()
+    if local or resolve(cell.model, **place, say=lambda text: None).path is not None:
         return 0
     cache = hub_cache(cell.cache_dir)
     return 0 if _is_cached(cell, cache) else check_download(cell.model, cell.revision, cache)
-
-
-def _resolve(cell: Cell) -> Any:
-    return resolve(
-        cell.model, revision=cell.revision, cache_dir=cell.cache_dir, say=lambda text: None
-    )
 
 
 def _is_cached(cell: Cell, cache: Path | None) -> bool:

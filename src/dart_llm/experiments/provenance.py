@@ -64,12 +64,19 @@ class Digests:
         return {**self.of_model(cell.model), **{k: digest for k, digest in found.items() if digest}}
 
     def of_model(self, model: str) -> dict[str, str]:
-        """Weights, configuration and tokenizer of a local model."""
-        if model not in self._models:
-            from dart_llm.experiments.model_facts import model_digests  # which loads torch
+        """``model``, the weights of a local one, and ``model_files``, what else is loaded.
 
+        Nothing of a model of the hub, which id and revision name, and of the default.
+        """
+        if model not in self._models:
+            from dart_llm.models.checkpoint import contents  # which loads torch
+            from dart_llm.models.loading import is_default
+
+            path, known = Path(model).expanduser(), is_default(model)
             with _readable(model):
-                self._models[model] = model_digests(model)
+                single = path.is_file() and not known
+                found = {"model": file_sha256(path)} if single else {}
+                self._models[model] = contents(path) if path.is_dir() and not known else found
         return self._models[model]
 
     def of_settings(

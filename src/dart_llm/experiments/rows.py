@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dart_llm.evaluation.measurement import Measurement
-from dart_llm.evaluation.task_names import short
+from dart_llm.evaluation.tasks import short
 from dart_llm.files import finite
 from dart_llm.pruning.records import merge_reports
 from dart_llm.reporting.table import Column, Table

@@ -1,32 +1,42 @@
-"""What a page says of its run: head, settings, provenance.
-
-The head of the report page: title, conclusion, figures and facts of the run.
-"""
+"""What every page says of its run: head, settings, provenance."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dart_llm.experiments.store import ResultsView, flat, mapping, number
+from dart_llm.reporting import page
 from dart_llm.reporting import words as sentences
 from dart_llm.reporting.table import PageTable, bytes_text
 
+SETTINGS = {"settings": "Settings of the run", "prune": "Configuration of the masks"}
 
-def settings(view: ResultsView) -> list[PageTable]:
-    """The run's settings and the configuration of its masks; what was not given is left out."""
-    captions = {"settings": "Settings of the run", "prune": "Configuration of the masks"}
-    return _tables(view, captions, "setting")
+PROVENANCE = {
+    "versions": "Versions",
+    "machine": "Machine",
+    "git": "Source code",
+    "checkpoint": "Checkpoint",
+}
 
 
-def provenance(view: ResultsView) -> list[PageTable]:
-    """Versions, machine, git state and the checkpoint's facts."""
-    captions = {"versions": "Versions", "machine": "Machine", "git": "Source code"}
-    return _tables(view, {**captions, "checkpoint": "Checkpoint"}, "what")
+def render(
+    view: ResultsView, template: str, content: Mapping[str, Any], **filters: Callable[..., Any]
+) -> str:
+    """The page of a folder: ``content``, and the run's status, settings and provenance.
+
+    What was not given is left out of the settings.
+    """
+    own = {
+        "status": view.status,
+        "settings": _tables(view, SETTINGS, "setting"),
+        "provenance": _tables(view, PROVENANCE, "what"),
+    }
+    return page.render(template, {**own, **content}, filters)
 
 
 def _tables(view: ResultsView, captions: Mapping[str, str], head: str) -> list[PageTable]:

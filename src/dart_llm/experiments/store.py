@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from dart_llm.errors import ResultsError
 from dart_llm.experiments.folder_lock import LOCK, FolderLock, is_taken, take
 from dart_llm.files import append_row, finite, whole_rows
@@ -39,6 +41,8 @@ _NAMED = {
     "layer_topk": "the layer table",
 }
 """Inputs whose name says too little."""
+
+_CHECK = TypeAdapter(DriftCheck)
 
 _STAMP = re.compile(r"\d{8}-\d{6}(-\d+)?")
 
@@ -152,7 +156,8 @@ def _resume(base: Path, settings: Mapping[str, Any]) -> ResultsFolder | str | No
             continue
         lock = take(folder)
         if lock is not None and _changes(folder, settings) == []:  # it may have ended meanwhile
-            return ResultsFolder(folder, _read_parts(folder), True, lock)
+            parts = {row["key"]: row["value"] for row in whole_rows(folder / PARTS)}
+            return ResultsFolder(folder, parts, True, lock)
         if lock is not None:
             lock.release()
     return why
@@ -213,10 +218,6 @@ def _leaves(data: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
             yield from _leaves(value, (*path, str(key)))
     else:
         yield path, data
-
-
-def _read_parts(folder: Path) -> dict[str, Any]:
-    return {row["key"]: row["value"] for row in whole_rows(folder / PARTS)}
 
 
 def timing_text(timing: dict[str, Any]) -> str:
@@ -283,6 +284,11 @@ class ResultsView:
         """The checkpoint's short name."""
         known = self.checkpoint.get("name") or mapping(self.config.get("settings")).get("model")
         return str(known or "unknown model").rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def status(self) -> str:
+        """How far the run came, as config.json says."""
+        return str(self.config.get("status") or "unknown")
 
     @property
     def small_print(self) -> str:
@@ -405,8 +411,7 @@ def mappings(value: Any) -> tuple[dict[str, Any], ...]:
 def _counts(mask: Mapping[str, Any]) -> list[int]:
     """The kept neurons of every layer, or nothing where one of them is no number."""
     items = mask.get("kept")
-    whole = isinstance(items, list) and all(isinstance(item, int) for item in items)
-    return items if isinstance(items, list) and whole else []
+    return items if isinstance(items, list) and all(isinstance(n, int) for n in items) else []
 
 
 def _document(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -422,18 +427,7 @@ def _document(document: Mapping[str, Any]) -> dict[str, Any]:
 def _checks(text: str) -> tuple[DriftCheck, ...]:
     checks = []
     for row in csv.DictReader(text.splitlines()):
-        with contextlib.suppress(KeyError, TypeError, ValueError):
-            numbers = {name: int(row[name]) for name in _WHOLE}
-            check = DriftCheck(
-                **numbers,
-                similarity=float(row["similarity"]),
-                threshold=float(row["threshold"]) if row["threshold"] else None,
-                trigger=row["trigger"] in ("1", "True", "true"),
-                state=row["state"],
-            )
-            checks += [check] if math.isfinite(check.similarity) else []
+        with contextlib.suppress(ValueError):  # pydantic's are of that kind
+            read = _CHECK.validate_python({**row, "threshold": row.get("threshold") or None})
+            checks += [read] if math.isfinite(read.similarity) else []
     return tuple(checks)
-
-
-_WHOLE = ("sequence", "row", "step", "layer", "window", "counter")
-"""Columns of drift.csv that hold whole numbers."""

@@ -288,7 +288,8 @@ def _compute(study: Study[Any], unit: Unit) -> None:
         except Exception as error:
             if study.on_error == "stop" or isinstance(error, ResultsError):  # e.g. a full disk
                 raise
-            sentence = _failure_sentence(study, error)
+            known = None if isinstance(error, DartError) else _memory_failure(study, error)
+            sentence = failure_text(known or error)
             study.ui.say(f"{unit.label or unit.key} failed: {sentence}")
             study.failed[unit.key] = sentence
             study.fail(unit, sentence)
@@ -299,12 +300,6 @@ def _compute(study: Study[Any], unit: Unit) -> None:
             took = time.perf_counter() - began
             study.timing.setdefault(study.unit_times, {})[unit.key] = took
     study.take(unit, value)
-
-
-def _failure_sentence(study: Study[Any], error: Exception) -> str:
-    """What went wrong in one unit, for people."""
-    known = None if isinstance(error, DartError) else _memory_failure(study, error)
-    return failure_text(known or error)
 
 
 def _write_config(study: Study[Any], status: str) -> None:

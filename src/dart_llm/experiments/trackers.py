@@ -19,10 +19,9 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from numbers import Real
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from dart_llm.errors import ConfigError, DartError, MissingExtra, UnknownName
+from dart_llm.errors import ConfigError, DartError, MissingExtra, check_name
 from dart_llm.experiments.store import flat
 from dart_llm.files import finite
 
@@ -47,7 +46,7 @@ LONGEST = 500
 """Characters of a parameter's value that every version of MLflow takes."""
 
 
-class Tracker:
+class Tracker(contextlib.AbstractContextManager["Tracker"]):
     """A tracker that cannot hurt the run; without a backend it does nothing.
 
     ``backend``: an ``accelerate.tracking.GeneralTracker``.  ``where``: what is written to and how
@@ -66,7 +65,11 @@ class Tracker:
 
         ``step`` None: one more than the largest step so far.
         """
-        usable = {name: float(value) for name, value in metrics.items() if _is_finite(value)}
+        usable = {
+            name: float(value)
+            for name, value in metrics.items()
+            if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        }
         if self._backend is None or not usable:
             return
         step = self._step if step is None else step
@@ -95,15 +98,7 @@ class Tracker:
             else:
                 backend.finish()
 
-    def __enter__(self) -> Tracker:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *more: object) -> None:
         self.close(failed=kind is not None)
 
     @contextlib.contextmanager
@@ -137,8 +132,7 @@ def open_tracker(
     """
     if name is None:
         return Tracker()
-    if name not in TRACKERS:
-        raise UnknownName("tracker", name, TRACKERS)
+    check_name("tracker", name, TRACKERS)
     start = {"trackio": _trackio, "wandb": _wandb, "mlflow": _mlflow, "tensorboard": _tensorboard}
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -277,10 +271,6 @@ def measurement_numbers(measurement: Mapping[str, Any], label: str | None = None
     numbers |= {name: accounting[name] for name in ACCOUNTING if name in accounting}
     prefix = "/".join(part for part in (str(measurement.get("task") or "task"), label) if part)
     return {f"{prefix}/{name}": value for name, value in numbers.items()}
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.errors import ConfigError, check_name
 from dart_llm.files import read_yaml
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import METHODS
@@ -116,8 +116,7 @@ def oracles(variants: Sequence[Variant], asked: str | None) -> list[Variant]:
     else:
         names = [] if words(asked) == ["none"] else words(asked)
     for name in names:
-        if name not in known:
-            raise UnknownName("variant for --oracle", name, known)
+        check_name("variant for --oracle", name, known)
     return [
         Variant(f"{name}{ORACLE}", known[name].config.replace({"drift": {"rule": NEVER}}), True)
         for name in dict.fromkeys(names)

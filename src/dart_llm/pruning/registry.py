@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.errors import ConfigError, check_name
 
 if TYPE_CHECKING:
     from dart_llm.pruning.budgets import Budget
@@ -61,8 +61,7 @@ class Registry(Generic[T]):
     def check(self, name: str) -> str:
         """Return ``name`` when it is known; raise ``UnknownName`` with the near names otherwise."""
         known = self.names()
-        if name not in known:
-            raise UnknownName(self.kind, name, known)
+        check_name(self.kind, name, known)
         return name
 
     def get(self, name: str) -> T:

@@ -9,7 +9,6 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -17,46 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-# How far a long computation is, now and then, where there is no progress bar.
-
-
-EVERY = 30.0
-"""Seconds between two lines."""
-
-
-@dataclass
-class ProgressLog:
-    """Says how many of ``total`` things are done and how long the others will take."""
-
-    say: Callable[[str], None]
-    total: int
-    noun: str = "cells"
-    finished: int = 0
-    began: float = field(default_factory=time.monotonic)
-    said: float = field(default_factory=time.monotonic)
-
-    def done(self) -> None:
-        """One more was computed."""
-        self.finished += 1
-        now = time.monotonic()
-        if now - self.said < EVERY or self.finished == self.total:
-            return
-        self.said = now
-        left = (now - self.began) / self.finished * (self.total - self.finished)
-        self.say(f"{self.finished} of {self.total} {self.noun}, about {minutes(left)} left")
-
-
-def minutes(seconds: float) -> str:
-    """ "42 s", "3 min"."""
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-
+from dart_llm.reporting.words import duration
 
 QUIET_S = 20.0
 """How long a log stays without a word about work that goes on."""
 
 
 class _Lines:
-    """Progress for a log."""
+    """Says now and then how much is done, and how long the rest will take."""
 
     def __init__(self, say: Callable[[str], None], text: str, total: int) -> None:
         self.say, self.text, self.total = say, text, total
@@ -66,9 +33,9 @@ class _Lines:
     def advance(self, count: int) -> None:
         self.done += count
         now = time.monotonic()
-        if now - self.told >= QUIET_S and self.done < self.total:
+        if now - self.told >= QUIET_S and 0 < self.done < self.total:
             self.told = now
-            left = minutes((now - self.began) / self.done * (self.total - self.done))
+            left = duration((now - self.began) / self.done * (self.total - self.done))
             self.say(f"{self.text}: {self.done} of {self.total}, about {left} left")
 
 
@@ -139,14 +106,13 @@ class Ui:
             yield lambda news: status.update(Text(news))
 
     @contextlib.contextmanager
-    def progress(self, text: str, total: int, told: bool = False) -> Iterator[Callable[[int], Any]]:
+    def progress(self, text: str, total: int) -> Iterator[Callable[[int], Any]]:
         """A progress bar with an estimate of the time left; yields ``advance(n)``.
 
-        Where there is no terminal, a line every ``QUIET_S`` seconds; none if the log is ``told``
-        otherwise.
+        Where there is no terminal, a line every ``QUIET_S`` seconds.
         """
         if not self.live:
-            yield (lambda count: None) if told else _Lines(self.say, text, total).advance
+            yield _Lines(self.say, text, total).advance
             return
         columns = (
             TextColumn("{task.description}", markup=False),

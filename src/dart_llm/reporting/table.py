@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
@@ -21,6 +21,8 @@ NOTHING = "–"
 """A cell that was not measured."""
 
 Record = Mapping[str, Any]
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,20 @@ class PageTable:
     numeric: bool = True
     strong: int | None = None
     """The row to point out."""
+
+
+def grouped(members: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Members by ``key``, in the order in which the keys first appear."""
+    found: dict[K, list[T]] = {}
+    for member in members:
+        found.setdefault(key(member), []).append(member)
+    return found
+
+
+def keys_of(records: Iterable[Record]) -> list[str]:
+    """Every key, in the order of the record that has the most of them."""
+    longest_first = sorted(records, key=lambda record: -len(record))
+    return list(dict.fromkeys(key for record in longest_first for key in record))
 
 
 def table_lines(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:

@@ -199,3 +199,13 @@ def quantity(value: float | None, perplexity: bool) -> str:
     if perplexity:
         return figure(value)
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def duration(seconds: float) -> str:
+    """For people: ``0.4 s``, ``12 s``, ``3 min``, ``2 h 10 min``, ``5 days``."""
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes >= 72 * 60:
+        return f"{minutes / 60 / 24:,.0f} days"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

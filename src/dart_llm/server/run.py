@@ -161,7 +161,9 @@ def serve(settings: ServeSettings, ui: Ui) -> None:
             ui.say(f"serving {service.facts.name} at {page} (Ctrl-C ends)")
             if settings.open:  # some browsers return only when they are closed
                 threading.Thread(target=webbrowser.open, args=(page,), daemon=True).start()
-            run_server(service, build(service), listening)
+            server = Server(server_config(build(service), settings), service)
+            with contextlib.suppress(KeyboardInterrupt):  # uvicorn hands the signal on at the end
+                server.run(sockets=[listening])
         finally:
             with contextlib.suppress(AttachError):  # an answer that does not end keeps its model
                 engine.close()
@@ -199,10 +201,3 @@ def server_config(application: Any, settings: ServeSettings) -> uvicorn.Config:
         timeout_keep_alive=KEPT_ALIVE_SECONDS,
         timeout_graceful_shutdown=int(settings.grace) + LAST_SECONDS,
     )
-
-
-def run_server(service: Service, application: Any, listening: socket.socket) -> None:
-    """The event loop, until a signal ends it."""
-    server = Server(server_config(application, service.settings), service)
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes the signal on when all is done
-        server.run(sockets=[listening])

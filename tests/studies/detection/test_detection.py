@@ -5,7 +5,6 @@ import torch
 
 from dart_llm.errors import ConfigError
 from dart_llm.pruning.drift import Rule, guards_allow
-from dart_llm.session.run import prune
 from dart_llm.studies.detection.replay import (
     Watcher,
     make_watcher,
@@ -13,10 +12,8 @@ from dart_llm.studies.detection.replay import (
     similarities,
     sweep_rule,
 )
-from dart_llm.studies.detection.signals import Recorded, record, shannon
-from steps import new_cache, step
+from dart_llm.studies.detection.signals import Recorded, shannon
 from synthetic import HIDDEN, Driver, Stream, config, make_layers
-from tiny import tiny, tokens
 
 PROMPT = 84
 
@@ -44,18 +41,6 @@ def test_a_change_is_noticed_after_three_windows_and_the_reference_is_renewed():
     assert seen == [*range(94, 235, 10), *range(294, 485, 10), *range(544, 601, 10)]
     assert [check.window for _, check in found.checks][:15] == list(range(1, 16))
     assert found.checks[15][1].window == 1
-
-
-def test_sinks_and_the_tokens_before_first_enter_nothing():
-    values = shifting()
-    values[:4] = 1e6
-    found = replay(Recorded("made up", values), PROMPT, watcher("paper"))
-    clean = values.clone()
-    clean[:4] = -3.0
-    assert found == replay(Recorded("made up", clean), PROMPT, watcher("paper"))
-    late = Recorded("made up", values, first=42)
-    values[4:42] = 1e6
-    assert replay(late, PROMPT, watcher("paper")).checks[0][1].similarity[0] > 0.8
 
 
 def test_intervals_by_hand():
@@ -134,13 +119,8 @@ def test_rules_and_methods_by_name():
         with pytest.raises(ConfigError, match=error):
             make_watcher(name, 7)
     rule = sweep_rule(10, 1.5, 2)
-    assert (rule.window, rule.count, rule.interval) == (10, 2, 0)
-    assert rule.threshold is not None
     mu, sigma = torch.tensor([0.9]), torch.tensor([0.1])
     assert rule.threshold(mu, sigma).tolist() == pytest.approx([0.75])
-
-
-# the tracer itself
 
 
 @pytest.mark.parametrize(
@@ -173,32 +153,4 @@ def test_equal_to_the_tracer_on_the_same_values(rule, guards, observe):
     assert [(at, check.window, check.counter) for at, check in found.checks] == checks
     for (_, one), other in zip(found.checks, live.tracer.checks, strict=True):
         assert one.similarity == pytest.approx([other.similarity], abs=1e-5)
-        assert (one.threshold is None) == (other.threshold is None)
-        if other.threshold is not None:
-            assert one.threshold == pytest.approx([other.threshold], abs=1e-5)
-
-
-def test_equal_to_a_live_run_of_a_model():
-    """The live run removes one neuron per layer that adds nothing: it computes what dense does."""
-    model = tiny("llama")
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.mlp.down_proj.weight[:, 5] = 0
-    ids = tokens(1, 240, seed=11)
-    signal = record(model, ids[0], 80, ("attention",))["attention"]
-    ways = {"score": "contribution", "drift": "published", "remask": {"observe_tokens": 24}}
-    run = prune(model, "griffin", sparsity=1 / 48, **ways)
-    with run:
-        cache = new_cache(model)
-        step(model, ids[:, :80], cache)
-        for at in range(80, 240):
-            step(model, ids[:, at : at + 1], cache)
-        live = run.drift_checks
-    assert run.report().layers[0].kept == 47
-    found = replay(signal, 80, watcher("published", 24))
-    want = [(c.step + 80, c.window, c.counter) for c in live]
-    assert [(at, check.window, check.counter) for at, check in found.checks] == want
-    assert found.triggers == [check.step + 80 for check in live if check.trigger]
-    assert len(found.triggers) >= 1
-    for (_, one), other in zip(found.checks, live, strict=True):
-        assert one.similarity == pytest.approx([other.similarity], abs=1e-4)
+        assert one.threshold == (other.threshold and pytest.approx([other.threshold], abs=1e-5))

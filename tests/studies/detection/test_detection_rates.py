@@ -73,23 +73,6 @@ def test_nothing_detected_and_one_text_have_defined_values():
     assert always["false_alarms_per_1000"] == pytest.approx(1000, rel=0.01)
 
 
-@pytest.mark.parametrize("period", [40, 300])
-def test_a_blind_rule_detects_what_its_rate_says(period):
-    """Alarms at equal distances from a random first one: gain 0 within three standard errors."""
-    drawn = random.Random(period)
-    texts = []
-    for _ in range(400):
-        first = 100 + drawn.randrange(1, period + 1)
-        change = drawn.randrange(400, 700)
-        texts.append(outcome(list(range(first, 1901, period)), [change], 100, 1900, 128))
-    found = rates(texts, intervals=False)
-    want = min(1.0, 128 / period)
-    assert found["blind_rate"] == pytest.approx(want, rel=0.02)
-    error = math.sqrt(want * (1 - want) / 400)
-    assert abs(found["rate"] - want) <= 3 * error
-    assert found["false_alarms_per_1000"] == pytest.approx(1000 / period, rel=0.1)
-
-
 def test_blind_rate_by_hand():
     texts = [
         Outcome((128, 64), (None, None), 0, 0, 3, 500, 500),

@@ -14,7 +14,7 @@ from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.records import Remask
 from dart_llm.session.run import Run
 from dart_llm.studies.drift.cells import Source
-from dart_llm.studies.drift.record import DriftRecorder, record, remasks, write_masks
+from dart_llm.studies.drift.record import DriftRecorder, record, remasks
 from dart_llm.studies.drift.runs import losses, read, triggers
 from drift_cases import PROMPT, THREE, TWO
 from lm_cases import break_position, loaded
@@ -115,17 +115,6 @@ def test_masks_are_new_at_the_moment_after_every_change(observed, moment):
     assert triggers(found, 4, 10**6) == []
 
 
-def test_a_moment_before_the_first_masks_changes_nothing():
-    model, found = loaded()[0], reading()
-    own = config(drift="never", min_evidence=PROMPT + 20)
-    with ScheduledRun(model, own, [5, 10]) as run:
-        fast = losses(model, run, found)
-    with Run(model, own) as run:
-        # processors multiply float32 in different orders
-        assert losses(model, run, found)[1:] == pytest.approx(fast[1:], abs=3e-5)
-    assert [(r.step, r.cause) for r in run.remasks] == [(20, "first")]
-
-
 def test_a_loss_that_is_not_finite_names_the_passage():
     model = break_position(copy.deepcopy(loaded()[0]), PROMPT + 20)
     with pytest.raises(
@@ -180,7 +169,7 @@ def test_the_record_of_a_run_its_masks_and_where_pruning_ended(
     assert "sequences" not in kept["accounting"]
     dense = (decoded - dense_from if dense_from else 0) + 32 * (len(steps) - 1)
     assert kept["accounting"]["dense_token_share"] == pytest.approx(dense / decoded)
-    write_masks(tmp_path / "masks" / "a.safetensors", recorder, "tiny", "any")
+    recorder.write(tmp_path / "masks" / "a.safetensors", "tiny", "any")
     newest = read_masks(str(tmp_path / "masks" / "a.safetensors"))
     if dense_from is None:
         own = {layer: ids.tolist() for layer, ids in run.masks().items()}

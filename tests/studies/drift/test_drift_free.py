@@ -13,8 +13,9 @@ from dart_llm.reporting.console import Ui
 from dart_llm.session.run import Run
 from dart_llm.studies.drift.cells import Source
 from dart_llm.studies.drift.runs import ask, write
-from drift_cases import PROMPTS, draw_nothing, free, lines, load_json, results, study
+from drift_cases import PROMPTS, draw_nothing, free, results, study
 from lm_cases import loaded
+from written import lines, read
 
 
 @pytest.fixture(autouse=True)
@@ -53,20 +54,13 @@ def test_texts_are_those_of_the_models_own_generate(tmp_path):
     for label, found in (("dense", plain), ("never@0.5", pruned)):
         text = tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
         assert texts[f"free/one/{label}/0"]["text"] == text
-        assert texts[f"free/one/{label}/0"]["id"] == "one"
     assert texts["free/one/dense/0"]["text"] != texts["free/one/never@0.5/0"]["text"]
     row = rows["free/one/never@0.5/0"]
     assert row["accounting"]["achieved_sparsity"] == pytest.approx(run.report().achieved_sparsity)
-    assert [topic["name"] for topic in row["topics"]] == ["bees", "finance"]
-    assert {topic["start"] for topic in row["topics"]} == {None}
     assert (row["prompt_tokens"], row["decoded_tokens"]) == (ids.shape[1], 100)
-    assert row["loss"] is None
     row = rows["free/one/interval:8@0.5/0"]
     assert [m["step"] for m in row["remasks"]] == [0, 40, 80]  # 8 pruned, 32 observed, and again
     assert row["accounting"]["dense_token_share"] == pytest.approx((32 + 32 + 11) / 99)
-    tokens = {t["key"]: t for t in lines(job.path / "tokens.jsonl")}
-    assert set(tokens["free/one/dense/0"]) == {"key", "pieces"}
-    assert "".join(tokens["free/one/dense/0"]["pieces"]) == texts["free/one/dense/0"]["text"]
 
 
 def test_a_text_ends_where_the_model_ends_it():
@@ -104,9 +98,6 @@ def test_metrics_compare_with_the_dense_text_of_the_same_seed(tmp_path, compared
     assert len(compared) == 8
     texts = {t["key"]: t["text"] for t in lines(job.path / "texts.jsonl")}
     assert texts["free/one/dense/0"] != texts["free/one/dense/1"]
-    model, tokenizer = loaded()
-    asking = ask(Source("one", PROMPTS[0]["text"]), tokenizer, None, 40, None)
-    assert write(model, tokenizer, asking, 40, None, 1.0, 1).text == texts["free/one/dense/1"]
     rows = results(job)
     for key, row in rows.items():
         source, label, seed = key.split("/")[1:]
@@ -117,7 +108,7 @@ def test_metrics_compare_with_the_dense_text_of_the_same_seed(tmp_path, compared
         assert (own, dense) in compared
         same = sum(a == b for a, b in zip(own, dense, strict=False)) / len(dense)
         assert row["metrics"] == dict.fromkeys(NAMES, same)
-    summary = load_json(job.path / "summary.json")
+    summary = read(job.path / "summary.json")
     line = summary["rows"][1]
     values = [
         rows[f"free/{s}/never@0.5/{n}"]["metrics"]["bleu"]
@@ -126,12 +117,6 @@ def test_metrics_compare_with_the_dense_text_of_the_same_seed(tmp_path, compared
     ]
     assert line["metrics"]["bleu"]["mean"] == pytest.approx(sum(values) / 4)
     assert line["metrics"]["bleu"]["n"] == 2 and line["loss"] is None
-    assert (line["mean_tokens"], line["ended_share"]) == (40.0, 0.0)
-    assert "made by hand" in summary["notes"]
-    assert load_json(job.path / "config.json")["metrics"] == {"embedder": "none"}
-    assert set(load_json(job.path / "timing.json")["metrics"]) == {
-        k for k in rows if "dense" not in k
-    }
 
 
 def test_without_the_extra_the_study_goes_on_and_says_what_to_install(tmp_path, monkeypatch):
@@ -144,4 +129,4 @@ def test_without_the_extra_the_study_goes_on_and_says_what_to_install(tmp_path, 
     assert results(job)["free/one/never@0.5/0"]["metrics"] is None
     sentence = "no metrics: this needs sacrebleu, which is not installed: pip install"
     assert any(sentence in line for line in ui.log)
-    assert any(sentence in note for note in load_json(job.path / "summary.json")["notes"])
+    assert any(sentence in note for note in read(job.path / "summary.json")["notes"])

@@ -3,21 +3,18 @@
 That it resumes, and what a full disk costs, is tested for all studies in tests/experiments.
 """
 
-import copy
 import math
 
 import pytest
 from safetensors import safe_open
 
 from dart_llm.data.passages import shipped
-from dart_llm.errors import CellsFailed, ConfigError
+from dart_llm.errors import ConfigError
 from dart_llm.evaluation.perplexity import score_window
 from dart_llm.evaluation.windows import Window
-from dart_llm.experiments import index as drift_rows
-from dart_llm.experiments.comparison import read_row
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.session.run import Run
-from dart_llm.studies.drift import losses as drift_losses
+from dart_llm.studies.drift import record as drift_losses
 from dart_llm.studies.drift.settings import collect
 from drift_cases import (
     PROMPT,
@@ -27,15 +24,14 @@ from drift_cases import (
     finished,
     forced,
     free,
-    lines,
-    load_json,
     results,
     settings,
     study,
     write_rows,
 )
-from lm_cases import break_position, loaded
+from lm_cases import loaded
 from stopping import Stopping
+from written import lines, read
 
 
 @pytest.fixture(autouse=True)
@@ -55,19 +51,9 @@ def test_every_cell_is_a_row_in_grid_order(whole):
     assert [row["key"] for row in rows] == [
         f"forced/{source}/{label}/0" for source in ("two", "three") for label in labels
     ]
-    for row in rows:
-        assert (row["status"], row["error"], row["finish"]) == ("done", None, "end")
-        assert row["metrics"] is None and row["prompt_tokens"] == PROMPT
-    assert rows[2]["cell"]["method"] == "interval:40" and rows[3]["cell"]["sparsity"] == 0.3
-    assert rows[0]["accounting"] is None and rows[0]["cell"]["sparsity"] == 0.0
+    assert {(row["status"], row["error"], row["finish"]) for row in rows} == {("done", None, "end")}
+    assert rows[0]["accounting"] is None and rows[3]["cell"]["sparsity"] == 0.3
     assert [t["start"] for t in rows[-1]["topics"]] == [0, *(c - PROMPT for c in THREE["changes"])]
-    config = load_json(whole.path / "config.json")
-    assert (config["mode"], len(config["cells"])) == ("forced", 12)
-    assert config["sources"][0]["text"] == TWO["text"]
-    timing = load_json(whole.path / "timing.json")
-    assert set(timing["cells"]) == {row["key"] for row in rows}
-    assert timing["phases_s"]["cells"] == pytest.approx(sum(timing["cells"].values()))
-    assert sum(timing["methods_s"].values()) == pytest.approx(timing["phases_s"]["cells"])
 
 
 def test_a_row_is_what_a_run_of_the_library_gives(whole):
@@ -82,7 +68,6 @@ def test_a_row_is_what_a_run_of_the_library_gives(whole):
         r.step for r in report.sequences[0].remasks
     ]
     assert row["accounting"]["achieved_sparsity"] == pytest.approx(report.achieved_sparsity)
-    assert row["accounting"]["method"] == "interval:40"
     (start,) = (change - PROMPT for change in TWO["changes"])
     after = scored.losses[start - 1 :]  # the first token after the prompt has no loss
     topic = row["loss"]["topics"][1]
@@ -94,8 +79,6 @@ def test_a_row_is_what_a_run_of_the_library_gives(whole):
     own, dense = (tokens[f"forced/two/{m}/0"]["losses"] for m in ("interval:40@0.5", "dense"))
     assert own[1:] == pytest.approx(list(scored.losses), abs=1e-6)
     assert row["loss"]["recovery"] == drift_losses.recovery(own, dense, [0, start])
-    assert "".join(tokens[row["key"]]["pieces"]) == TWO["text"][PROMPT:]
-    assert row["decoded_tokens"] == len(own) == row["accounting"]["decoded_tokens"] + 1
 
 
 def test_masks_and_windows_have_files(whole):
@@ -105,7 +88,6 @@ def test_masks_and_windows_have_files(whole):
     assert names == {f"{row['key'].replace('/', '-')}.safetensors" for row in pruned}
     row = rows["forced/three/fresh:4@0.5/0"]
     with safe_open(whole.path / "masks" / "forced-three-fresh:4@0.5-0.safetensors", "pt") as file:
-        assert file.metadata()["method"] == "fresh:4@0.5"
         for number, mask in enumerate(row["remasks"]):
             kept = [len(file.get_tensor(f"remask{number}.layer{k}.ids")) for k in range(4)]
             assert kept == mask["kept"] and min(kept) > 0
@@ -113,12 +95,11 @@ def test_masks_and_windows_have_files(whole):
     csv = (whole.path / "drift.csv").read_text(encoding="utf-8").splitlines()
     assert csv[0].startswith("key,sequence,row,step,layer,window,similarity,threshold")
     assert len(csv) - 1 == sum(len(row["checks"]) for row in rows.values()) > 0
-    assert csv[1].startswith("forced/two/dart@0.3/0,0,0,10,3,1,")
 
 
 def test_the_summary_follows_from_the_rows(whole):
     rows = results(whole)
-    summary = load_json(whole.path / "summary.json")
+    summary = read(whole.path / "summary.json")
     found = {line["label"]: line for line in summary["rows"]}
     own = [rows[f"forced/{source}/never@0.5/0"] for source in ("two", "three")]
     topics = [topic for row in own for topic in row["loss"]["topics"][1:]]
@@ -139,11 +120,6 @@ def test_the_summary_follows_from_the_rows(whole):
     )
     assert found["fresh:4@0.5"]["remasks"] == 3 and found["fresh:4@0.5"]["remasks_per_cell"] == 1.5
     assert found["fresh:4@0.5"]["loss"]["from"] == 20
-    markdown = (whole.path / "summary.md").read_text(encoding="utf-8")
-    assert "| never@0.5 |" in markdown and "| from token 20 minus never |" in markdown
-    header, *csv = (whole.path / "summary.csv").read_text(encoding="utf-8").splitlines()
-    assert "loss.after_minus_never.low" in header.split(",") and len(csv) == 6
-    assert whole.answer()["rows"][0]["label"] == "dense"
 
 
 def test_a_cell_whose_masks_were_lost_is_computed_again(tmp_path):
@@ -160,12 +136,12 @@ def test_seeds_are_averaged_within_a_source(tmp_path):
     text = tmp_path / "calibration.txt"
     text.write_text("".join(f"the tide number {n * n} goes out by {n}. " for n in range(60)))
     more = {"calibration": str(text), "cache_dir": str(tmp_path / "cache")}
-    asked = forced(tmp_path, methods="random,dense-8bit,wanda", seeds="0,1", limit=1, **more)
+    asked = forced(tmp_path, methods="random,wanda", seeds="0,1", limit=1, **more)
     job = study(asked)
     rows = results(job)
     one, two = (rows[f"forced/two/random@0.5/{seed}"]["loss"]["topics"][1] for seed in (0, 1))
     assert one["mean_loss"] != two["mean_loss"]
-    line = load_json(job.path / "summary.json")["rows"][1]
+    line = read(job.path / "summary.json")["rows"][1]
     assert (line["cells"], line["sources"], line["loss"]["after"]["n"]) == (2, 1, 1)
     both = (one["mean_loss"] + two["mean_loss"]) / 2
     assert line["loss"]["after"]["mean"] == pytest.approx(both)
@@ -173,53 +149,6 @@ def test_seeds_are_averaged_within_a_source(tmp_path):
     own = rows["forced/two/wanda@0.5/0"]  # calibrated presets stand beside dart
     assert own["accounting"]["achieved_sparsity"] == pytest.approx(0.5, abs=0.01)
     assert own["remasks"][0]["cause"] == "given"
-    eight, dense = (rows[f"forced/two/{m}/0"] for m in ("dense-8bit", "dense"))
-    assert eight["accounting"] is None
-    gap = eight["loss"]["topics"][1]["mean_loss"] - dense["loss"]["topics"][1]["mean_loss"]
-    assert 0 < abs(gap) < 0.1
-
-
-def test_a_study_is_listed_by_its_summary(whole, tmp_path):
-    summary = load_json(whole.path / "summary.json")
-    found = [read_row(cell) for cell in drift_rows.cells(summary)]
-    assert [row.label for row in found] == [line["label"] for line in summary["rows"]]
-    never = found[1]
-    assert (never.task, never.metric, never.status) == ("drift:forced", "loss_after", "done")
-    assert never.value == summary["rows"][1]["loss"]["after"]["mean"]
-    assert not never.higher_is_better and never.achieved == pytest.approx(0.5, abs=0.01)
-    summary["mode"] = "free"
-    summary["rows"][1] |= {"loss": None, "mean_tokens": 40.0, "metrics": {"rougeL": {"mean": 0.25}}}
-    row = read_row(list(drift_rows.cells(summary))[1])
-    assert (row.metric, row.value, row.higher_is_better) == ("rougeL", 0.25, True)
-    summary["rows"][1] |= {"cells": 0, "failed": 1, "metrics": None}
-    row = read_row(list(drift_rows.cells(summary))[1])
-    assert (row.status, row.error) == ("failed", "all 1 cells failed: results.jsonl says why")
-    assert list(drift_rows.cells({})) == []
-
-
-def test_cells_that_fail_are_marked_and_the_others_go_on(tmp_path, monkeypatch):
-    model, tokenizer = loaded()
-    # NaN from a position on that the first passage alone reaches
-    broken = break_position(copy.deepcopy(model), len(TWO["text"]) + 20)
-    broken.save_pretrained(tmp_path / "broken")
-    tokenizer.save_pretrained(tmp_path / "broken")
-    file = write_rows(tmp_path / "p.jsonl", [THREE, TWO])
-    more = {"calibration": str(tmp_path / "none.txt"), "model": str(tmp_path / "broken")}
-    asked = forced(tmp_path, methods="never,wanda", passages=file, **more)
-    with pytest.raises(CellsFailed, match=r"4 of 6 cells failed, .*first, forced/three/dense") as e:
-        study(asked)
-    (folder,) = (tmp_path / "results").glob("*/*")
-    rows = lines(folder / "results.jsonl")
-    assert [row["status"] for row in rows] == [*["failed"] * 3, "done", "done", "failed"]
-    assert "the passage three: the loss of its token" in rows[0]["error"]
-    assert "none.txt" in rows[2]["error"]
-    assert rows[0]["loss"] is None and rows[0]["topics"] == [] and rows[0]["checks"] == []
-    summary = load_json(folder / "summary.json")["rows"]
-    assert [(line["cells"], line["failed"]) for line in summary] == [(1, 1), (1, 1), (0, 2)]
-    assert e.value.document["rows"] == summary
-    with pytest.raises(CellsFailed):  # the same command tries those again, and only those
-        study(asked)
-    assert len(list((tmp_path / "results").glob("*/*"))) == 1
 
 
 def test_sources_that_cannot_be_used(tmp_path):

@@ -8,8 +8,9 @@ from dart_llm.errors import ConfigError
 from dart_llm.evaluation import lm_eval as harness
 from dart_llm.studies.generate.settings import RunSettings
 from dart_llm.studies.generate.study import asked
-from lm_cases import call, candidate, measured, options, place, write_rows
+from lm_cases import call, place, write_rows
 from summary_cases import write_documents
+from written import read
 
 
 @pytest.fixture
@@ -28,10 +29,6 @@ def here(tmp_path, monkeypatch):
     harness._load.cache_clear()
     yield tmp_path
     harness._load.cache_clear()
-
-
-def read(path):
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 COMMON = ["--method", "griffin", "--sparsity", "0.5", "--device", "cpu", "--json"]
@@ -66,14 +63,6 @@ def test_the_three_switches_write_their_files(here):
         assert sum(json.loads(line)["task"] == task for line in samples) == 2 * size
     for name in ("mmlu", "general_nlp", "summarization"):
         assert done.json[name] == read(folder / f"{name}.json")["rows"]
-    rows = {row["measurement"]["task"]: row["measurement"] for row in done.json["general_nlp"]}
-    direct = measured(candidate("griffin"), "tiny_letters", options(limit=2))
-    assert rows["tiny_letters"] == json.loads(json.dumps(direct.to_dict()))
-    texts = (folder / "mmlu_samples.jsonl").read_text(encoding="utf-8").splitlines()
-    context = json.loads(texts[0])["arguments"][0][0]
-    assert context.count("Answer:") == 3  # two examples, from the dev file
-    summary = done.json["summarization"][1]["measurement"]
-    assert summary["accounting"]["decoded_tokens"] == 2 * 5
 
 
 def test_defaults_are_the_published_ones():
@@ -105,17 +94,3 @@ def test_what_is_evaluated_is_checked_before_any_work(here):
         with pytest.raises(ConfigError, match=words):
             asked(RunSettings(**given))
     assert asked(RunSettings(method="flap", calibration="text.txt", eval_perplexity=True)) == []
-
-
-def test_a_run_that_fails_keeps_the_evaluations_before(here):
-    done = call(
-        *("run", "--model", place() / "model", *COMMON, "--eval-mmlu"),
-        *("--mmlu-datasets", "anatomy", "--include-path", place() / "tasks"),
-        *("--eval-general-nlp", "--general-nlp-datasets", "tiny_lost"),
-    )
-    assert done.code == 2 and done.out == ""
-    assert "tiny_lost" in done.err and done.err.count("\n") == 1
-    (folder,) = (here / "results").glob("*/*")
-    assert read(folder / "config.json")["status"] == "failed"
-    assert len(read(folder / "mmlu.json")["rows"]) == 2
-    assert not (folder / "general_nlp.json").exists()

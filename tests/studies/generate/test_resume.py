@@ -5,40 +5,33 @@ import errno
 import fcntl
 import json
 import os
-import resource
-import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors import safe_open
 from typer.testing import CliRunner
 
 from dart_llm.cli.app import app
-from dart_llm.errors import ResultsError, UnknownName
-from dart_llm.experiments import comparison_report, folder_lock, store
+from dart_llm.errors import UnknownName
+from dart_llm.experiments import folder_lock
 from dart_llm.experiments import study as runner
 from dart_llm.experiments.folder_lock import is_taken, take
 from dart_llm.experiments.store import open_folder
-from dart_llm.experiments.tensor_file import write_tensors
 from dart_llm.files import append_row, whole_rows, write_json
 from dart_llm.studies.sweep import cells as sweep_cells
 from tiny_gpt2 import write_gpt2
 
-HOLD = """\
-import os, signal, sys, time
+WAIT = """\
+import sys
 from pathlib import Path
 from dart_llm.experiments.folder_lock import take
 lock = take(Path(sys.argv[1]))
 assert lock
+print("held", flush=True)
+sys.stdin.read()
 """
-WAIT = f'{HOLD}print("held", flush=True)\nsys.stdin.read()\n'
-START = (
-    f"{HOLD}if os.fork():\n    os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(0.3)\nos._exit(0)\n"
-)
 
 
 def unfinished(root, **config):
@@ -102,12 +95,6 @@ def test_a_folder_that_another_process_writes_is_left_alone(tmp_path):
     first.release()
     first.release()
     assert not (left / ".lock").exists()
-    # until a new process begins its own program, it holds the locks of the one that starts it
-    done = subprocess.run([sys.executable, "-c", START, str(left)], check=False)
-    assert done.returncode == -signal.SIGKILL
-    with (left / ".lock").open() as file, pytest.raises(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    assert open_folder(tmp_path, "x", {}).path == left
 
 
 def test_where_nothing_can_be_locked_place_number_and_start_decide(tmp_path, monkeypatch):
@@ -115,8 +102,9 @@ def test_where_nothing_can_be_locked_place_number_and_start_decide(tmp_path, mon
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", none)
-    me, parent = folder_lock._writer(), os.getppid()
-    states = {**me, "process": parent, "started": folder_lock._started(parent)}
+    parent = os.getppid()
+    states = {"place": folder_lock._place(), "process": parent}
+    states["started"] = folder_lock._started(parent)
     for writer, taken in (
         (states, True),
         ({**states, "started": "7"}, False),  # the number was given again
@@ -145,42 +133,7 @@ def test_what_a_kill_left_empty_goes_with_the_next_run(tmp_path, monkeypatch):
     with held_elsewhere(held):
         new = open_folder(tmp_path, "x", {}).path
     assert set(base.iterdir()) == {held, kept, base / "notes", new}
-    removed = []
 
-    def slow(folder):  # another run takes the new folder for an empty one
-        if not removed:
-            removed.append(folder.rmdir())
-        return take(folder)
-
-    monkeypatch.setattr(store, "take", slow)
-    again = open_folder(tmp_path, "y", {})
-    assert removed and again.path.name.endswith("-1") and is_taken(again.path)
-
-
-def test_a_disk_that_takes_no_byte_is_said_and_nothing_stays(tmp_path):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
-    try:
-        with pytest.raises(ResultsError, match="cannot write results to"):
-            open_folder(tmp_path, "x", {})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert list((tmp_path / "x").iterdir()) == []
-
-
-def test_equal_tensors_are_equal_bytes(tmp_path):
-    tensors = {"b": torch.arange(3), "a": torch.ones(2)}
-    metadata = {"method": "griffin", "checkpoint": 'é "x"\n', "remasks": "1", "format": "f"}
-    found = set()
-    for _ in range(20):
-        write_tensors(tmp_path / "a.safetensors", tensors, metadata)
-        found.add((tmp_path / "a.safetensors").read_bytes())
-    assert len(found) == 1
-    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
-        assert file.metadata() == metadata and file.get_tensor("b").tolist() == [0, 1, 2]
-
-
-# Every command: its identity, and what it leaves.
 
 COMMANDS = {
     "run": ("run", "--prompt", "hi"),
@@ -242,29 +195,3 @@ def test_every_command_names_the_checkpoint_by_its_contents(name, monkeypatch):
     third = ask()
     assert first.pop("inputs") != second.pop("inputs") != third.pop("inputs")
     assert first == second == third
-
-
-@pytest.mark.usefixtures("here")
-def test_a_sweep_is_finished_when_its_comparison_is_written(monkeypatch):
-    """A kill at the same place leaves what config.json says then: running."""
-    command = [*COMMANDS["sweep"], "--model", "model", "--sparsities", "0.5", "--limit", "1"]
-    command += ["--prompt-tokens", "32", "--scored-tokens", "16"]
-
-    def stops(*arguments):
-        raise OSError(errno.ENOSPC, "no space left")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(comparison_report, "write_all", stops)
-        assert CliRunner().invoke(app, command).exit_code != 0
-    (left,) = Path("results/sweep").iterdir()
-    assert not (left / "compare.json").exists()
-    done = CliRunner().invoke(app, command)
-    assert done.exit_code == 0 and f"resuming {left}: 1 of 1 cells are finished" in done.stderr
-    config = json.loads((left / "config.json").read_text())
-    assert config["status"] == "complete"
-    write_json(left / "config.json", {**config, "status": "running"})
-    shutil.rmtree("model")
-    write_gpt2(Path("model"), seed=1)  # over other weights it begins anew, and says so
-    done = CliRunner().invoke(app, command)
-    said = f"{left} is not resumed: the model's weights changed since it began"
-    assert done.exit_code == 0 and said in done.stderr

@@ -62,12 +62,3 @@ def test_drift_sentence_counts_windows_triggers_and_masks(snapshot):
         drift_sentence(rows, [{"cause": "drift", "row": None}]),  # a shared batch counts once
         drift_sentence(rows, [{"cause": "drift", "row": r} for r in range(4)]),
     ] == snapshot
-
-
-def test_numbers_as_words():
-    for value, text in ((0.5, "50 %"), (0.4375, "43.8 %"), (1.0, "100 %"), (-1e-9, "0 %")):
-        assert words.percent(value) == text
-    for value, text in ((1.234, "1.23"), (17.62, "17.6"), (1234.5, "1,234"), (7.0e6, "7.0e6")):
-        assert words.figure(value) == text
-    for value, text in ((1.0, "1.0"), (2.1, "2.1"), (1.08, "1.08"), (150.2, "150")):
-        assert words.times(value) == text

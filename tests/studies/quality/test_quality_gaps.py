@@ -1,7 +1,5 @@
 """Gap closed and pooled rows of ``bench quality``, against numbers worked out by hand."""
 
-import csv
-import importlib
 import math
 
 import numpy as np
@@ -18,7 +16,6 @@ from dart_llm.studies.quality.gaps import (
     pooled_rows,
     summarise,
 )
-from shells import ROOT
 
 DENSE = {"m": [2.0, 3.0], "n": [1.0, 2.0]}
 """Losses of two slices under two models; every other loss is this plus a gap."""
@@ -127,9 +124,6 @@ def test_sparsities_of_griffin_and_shares_by_decoded_tokens():
     assert found["dense_token_share"] == pytest.approx(0.05)
 
 
-# intervals
-
-
 def test_an_interval_is_that_of_the_resampled_ratio():
     """Items of a group are drawn together, groups for themselves; their means are added."""
     draw = np.random.default_rng(1)
@@ -165,38 +159,13 @@ def test_where_there_is_no_interval():
     assert same is not None and (same.low, same.high) == (0.0, 0.0)
 
 
-# tables
-
-
 HEAD = {"set": "report", "seed": 0, "prompt_tokens": 8, "tokens": 5, "lead_tokens": 64}
 HEAD |= {"sparsities": [0.5, 0.7], "pool": [0.5, 0.7], "texts": [], "slices": {"m": 2}}
 HEAD |= {"variants": {"griffin": {}, "dart": {}}}
 HEAD["checkpoints"] = {"m": {"name": "M", "dtype": "float32", "file_quantisation": "Q4_1"}}
 
 
-def test_tables_show_the_rows(tmp_path, snapshot):
+def test_tables_show_the_rows(snapshot):
     found = summarise(measured(), HEAD)
-    report.csv_table(found).write_csv(tmp_path)
     assert report.markdown(found) == snapshot
     assert report.sentences(found) == snapshot
-    table = list(csv.DictReader((tmp_path / "quality.csv").read_text("utf-8").splitlines()))
-    assert len(table) == 5  # four cells and a pooled row
-    assert float(table[1]["equal_sparsity.gap_closed"]) == pytest.approx(0.6)
-    assert table[0]["equal_sparsity.gap_closed"] == ""
-    assert table[4]["sparsities"] == "0.5;0.7"
-
-
-def test_runs_on_different_models_are_joined(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    joined = importlib.import_module("keep").joined
-    other = {**HEAD, "slices": {"n": 2}, "checkpoints": {"n": {"dtype": "float32"}}}
-    both = [*measured(), *measured("n")]
-    documents = [summarise(measured(), HEAD), summarise(measured("n"), other)]
-    found = summarise(both, joined(documents))
-    assert found["slices"] == {"m": 2, "n": 2} and list(found["checkpoints"]) == ["m", "n"]
-    assert found["pooled"][-1]["model"] == ALL
-    assert found["cells"][:4] == documents[0]["cells"]
-    with pytest.raises(SystemExit, match="the runs differ in tokens"):
-        joined([documents[0], {**documents[1], "tokens": 9}])
-    with pytest.raises(SystemExit, match="the runs share a model"):
-        joined([documents[0], documents[0]])

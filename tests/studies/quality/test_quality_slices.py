@@ -7,9 +7,7 @@ from hypothesis import settings as checked
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from dart_llm.data import texts
-from dart_llm.data.documents import Source, paragraphs, sources
-from dart_llm.data.passages import shipped
+from dart_llm.data.documents import Source
 from dart_llm.errors import ConfigError
 from dart_llm.evaluation.perplexity import score_window
 from dart_llm.pruning.config import PruneConfig
@@ -44,9 +42,6 @@ class Letters:
 
 def words(ids):
     return "".join(map(chr, ids.tolist()))
-
-
-# sets and slices
 
 
 @checked(max_examples=200, deadline=None)
@@ -121,28 +116,7 @@ def test_too_little_text_says_how_much_there_is(snapshot):
     assert str(error.value) == snapshot
     with pytest.raises(ConfigError, match="has no slices of 134 tokens in its set choose"):
         pairs([bees(1)], "choose", loaded()[1], SHAPE, 1)
-    (source,), tokenizer = sources(["embedded"]), loaded()[1]
-    long = Shape(1800, 900)  # characters
-    there = len(list(cut(source, "report", tokenizer, 2700)))
-    assert 1 < there < 16 and len(pairs([source], "report", tokenizer, long, None)) == there
-    for own, wanted in ((source, 16), (Source("other", source.documents), None)):
-        with pytest.raises(ConfigError, match="fewer than the 16 wanted"):
-            pairs([own], "report", tokenizer, long, wanted)
 
-
-def test_the_embedded_texts_are_in_both_sets():
-    (source,) = sources(["embedded"])
-    parts = {part.text for one in shipped() for part in one.segments()}
-    assert set(source.documents) == {*map(texts.read, texts.subjects()), *parts}
-    for which in ("choose", "report"):
-        own = {text for _, text in source.half(which)}
-        assert (len(own & parts), len(own - parts)) == (14, 3)
-    assert paragraphs("a\nb\n\nc\n \t\nd") == ["a\nb", "c", "d"]
-    assert paragraphs("a\nb\nc") == ["a", "b", "c"] and paragraphs("") == []
-    assert Source("a", ("first", "second")).digest != Source("a", ("firs", "tsecond")).digest
-
-
-# one slice scored
 
 GRIFFIN = PruneConfig.build("griffin")
 CELLS = (CONTINUATION, SHIFT)
@@ -206,23 +180,6 @@ def step_by_step(run, ids, moment=None):
     return kept
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_a_live_detector_reads_all_that_is_decoded(cell):
-    rule = {"rule": "interval 20", "min_distance": 0, "max_dense_share": None}
-    config = dart(drift=rule, remask={"observe_tokens": 7})
-    part, pair = measured(config, cell), read_pairs(1)[0]
-    with Run(loaded()[0], config) as run:
-        slow = step_by_step(run, pair.window(cell).ids)
-    assert part["loss"] == pytest.approx(mean(slow[-TOKENS:]), abs=2e-5)
-    decoded = TOKENS + (LEAD if cell == SHIFT else 0)
-    own = part["accounting"]
-    steps = list(range(27, decoded, 27))
-    assert own["remask_steps"] == steps == [r.step for r in run.remasks[1:]]
-    dense = sum(step % 27 >= 20 for step in range(decoded))
-    assert own["dense_token_share"] == pytest.approx(dense / decoded)
-    assert own["achieved_sparsity"] == pytest.approx(0.5 * (1 - dense / decoded))
-
-
 def test_told_the_moment_the_new_topic_begins_dense():
     config = dart(drift="never", remask={"observe_tokens": 9})
     part, pair = measured(config, SHIFT, told=True), read_pairs(1)[0]
@@ -236,14 +193,6 @@ def test_told_the_moment_the_new_topic_begins_dense():
         slow = step_by_step(run, ids, MOMENT)
     assert part["loss"] == pytest.approx(mean(slow[-TOKENS:]), abs=2e-5)
     assert part["loss"] != measured(config, SHIFT)["loss"]
-
-
-def test_the_model_is_left_as_it_was():
-    model, pair = loaded()[0], read_pairs(1)[0]
-    before = score_window(model, None, pair.window(SHIFT)).losses
-    list(score_shared_prompt(model, GRIFFIN, pair, [(SHIFT, 0.5)]))
-    measured(dart(), SHIFT, told=True)
-    assert score_window(model, None, pair.window(SHIFT)).losses == before
 
 
 def test_a_slice_that_ran_dense_is_refused():

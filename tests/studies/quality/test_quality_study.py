@@ -7,21 +7,14 @@ from pathlib import Path
 import pytest
 
 from dart_llm.errors import ConfigError
-from dart_llm.experiments.index import read_info
-from dart_llm.pruning.registry import METHODS
+from dart_llm.pruning.config import PruneConfig
 from dart_llm.reporting import figures
-from dart_llm.studies.quality import report
+from dart_llm.settings import merge
+from dart_llm.studies.quality.settings import QualitySettings
 from lm_cases import call, place
 from quality_cases import PROMPT, TOKENS, job, write_texts
 from shells import ROOT
-
-
-def read(path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+from written import lines, read
 
 
 @pytest.fixture(scope="module")
@@ -34,19 +27,9 @@ def no_plots(monkeypatch):
     monkeypatch.setattr(figures, "save", lambda folder, wanted: [])
 
 
-@pytest.fixture
-def beside(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-
-
 def test_every_measurement_is_one_line_and_made_once(whole):
-    config, rows = read(whole.path / "config.json"), lines(whole.path / "results.jsonl")
-    assert config["settings"]["presets"]["dart"] == METHODS.get("dart").to_dict()
-    assert set(config["settings"]["inputs"]["texts"]) == {"bees", "loans"}
-    assert len(config["settings"]["inputs"]["model"]["model"]) == 64
+    rows = lines(whole.path / "results.jsonl")
     labels = ("dense", "griffin", "dart", "dart (oracle)")
-    timing = read(whole.path / "timing.json")
-    assert set(timing["variants_s"]) == {f"model, {label}" for label in labels}
     by_place = {}
     for row in rows:
         place = row["cell"], row["variant"], row["sparsity"]
@@ -76,27 +59,6 @@ def test_griffin_is_measured_where_each_method_asks_for_it(whole):
             assert at == round(sparsity, 3)
             griffin = mean[cell, "griffin" if at else "dense", at] - dense
             assert row[column]["griffin_gap"] == pytest.approx(griffin)
-    pooled = [(row["cell"], row["variant"], row["sparsities"]) for row in found["pooled"]]
-    assert pooled == [
-        ("continuation", "dart", [0.5, 0.7]),
-        ("topic-shift", "dart", [0.5, 0.7]),
-        ("topic-shift", "dart (oracle)", [0.5, 0.7]),
-    ]
-    assert found["slices"] == {"model": 4}
-
-
-@pytest.mark.usefixtures("no_plots")
-def test_another_preset_is_another_run(tmp_path):
-    variants, found = tmp_path / "v.yaml", []
-    asked = {"cells": "continuation", "sparsities": "0.5", "slices": 1, "oracle": "none"}
-    for text in ("plain: {compensation: false}\n", "plain: {compensation: true}\n"):
-        variants.write_text(text, encoding="utf-8")
-        done = job(tmp_path, variants=str(variants), **asked)
-        rows = {row["variant"]: row["perplexity"] for row in done.summary["cells"]}
-        assert list(rows) == ["griffin", "dart", "plain"] and done.summary["pool"] == [0.5]
-        found.append((done.identity, rows["plain"] == rows["dart"]))
-    assert found[0][0] != found[1][0]
-    assert [same for _, same in found] == [False, True]  # the preset compensates
 
 
 @pytest.mark.usefixtures("no_plots")
@@ -107,37 +69,10 @@ def test_two_models_have_rows_of_their_own_and_common_ones(tmp_path):
     assert [row["model"] for row in done.summary["pooled"]] == ["model", "chatty", "all models"]
     config = read(done.path / "config.json")
     assert config["checkpoint"] is None and list(config["checkpoints"]) == ["model", "chatty"]
-    info = read_info(done.path, tmp_path / "results")
-    assert (info.kind, info.status, info.models) == ("quality", "complete", ("model", "chatty"))
-    assert info.tasks == ("quality:continuation",) and info.problems == ()
     first, second, both = (row["equal_sparsity"] for row in done.summary["pooled"])
     assert both["gap"] == pytest.approx(first["gap"] + second["gap"])
 
 
-def test_the_plot_shows_the_gaps(whole):
-    from matplotlib.figure import Figure
-
-    assert (whole.path / "plots" / "quality.png").stat().st_size > 10_000
-    (plot,) = report.make(whole.summary)
-    figure = Figure()
-    with figures._style() as palette:
-        plot.draw(figure, palette, True)
-    _, _, panel = figure.axes  # the legend, and a panel per cell
-    names = [label.get_text() for label in panel.get_yticklabels()]
-    assert names[:2] == ["dart, 50 %", "dart (oracle), 50 %"] and names[-1].endswith("pooled")
-    x = [float(value) for box in panel.containers for value in box.lines[0].get_xdata()]
-    known = [
-        100 * row[column]["gap_closed"]
-        for column in ("equal_sparsity", "equal_bytes")
-        for row in (*whole.summary["cells"], *whole.summary["pooled"])
-        if row["cell"] == "topic-shift" and row[column] and row[column]["gap_closed"] is not None
-    ]
-    assert sorted(x) == pytest.approx(sorted(known))
-    alone = [row for row in whole.summary["cells"] if row["variant"] == "griffin"]
-    assert report.make({**whole.summary, "pooled": [], "cells": alone}) == []
-
-
-@pytest.mark.usefixtures("beside")
 def test_slices_longer_than_the_context_are_refused(tmp_path):
     text = tmp_path / "long.txt"
     text.write_text("\n\n".join(["a" * 1200, "b" * 1200]), encoding="utf-8")
@@ -145,8 +80,6 @@ def test_slices_longer_than_the_context_are_refused(tmp_path):
         job(tmp_path, prompt_tokens=1000, slices=1, text=[str(text)], cells="continuation")
     (left,) = (tmp_path / "results").glob("*/*")
     assert read(left / "config.json")["status"] == "failed"
-    with pytest.raises(SystemExit, match="is no finished run"):
-        importlib.import_module("keep").gather_quality([left])
 
 
 def test_the_command_speaks_json(tmp_path):
@@ -167,8 +100,8 @@ def test_the_command_speaks_json(tmp_path):
     assert bad.err.startswith('ConfigError: the text "bees" has 8 slices of 134 tokens in its set')
 
 
-@pytest.mark.usefixtures("beside")
-def test_a_run_is_kept(whole):
+def test_a_run_is_kept(whole, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     keeper = importlib.import_module("keep")
     kept = keeper.gather_quality([whole.path])
     assert kept["cells"] == read(whole.path / "quality.json")["cells"]
@@ -178,3 +111,71 @@ def test_a_run_is_kept(whole):
     assert all(set(one) == {"model", "cell", "variant", "sparsity", "losses"} for one in items)
     with pytest.raises(SystemExit, match="the runs share a model"):
         keeper.gather_quality([whole.path, whole.path])
+
+
+def asked(given):
+    return merge(QualitySettings, given, environment={})
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ({"cells": "continuaton"}, "unknown cell 'continuaton'; did you mean continuation"),
+        ({"cells": " , "}, "--cells is empty: give continuation or topic-shift"),
+        ({"set": "test"}, "unknown set 'test'; known: choose, report"),
+        ({"sparsities": "0.5,x"}, '--sparsities "0.5,x" must be numbers'),
+        ({"methods": "dense-8bit"}, "method dense-8bit removes nothing"),
+        ({"oracle": "grifin"}, "unknown variant for --oracle 'grifin'"),
+        ({"model": ["a/x", "b/x"]}, 'the model "x" was given twice'),
+        ({"variants": "nowhere.yaml"}, "cannot read the settings file nowhere.yaml"),
+    ],
+)
+def test_bad_settings_are_one_sentence(given, error):
+    with pytest.raises(ConfigError, match=error):
+        asked(given).names()
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("- a\n- b\n", "must hold names and values"),
+        ("a: 3\n", 'the variant "a" of .* must hold settings'),
+        ("a: {sparsity: 0.5}\n", "sets the sparsity, which --sparsities does: drop it"),
+        ("a: {compensaton: true}\n", 'variant "a" of .*: unknown setting "compensaton"'),
+        ("a: {budget: {table: '0:0.5'}}\n", 'the variant "a" cannot be run so: the layer table'),
+        ("a: {score: {strategy: auto}}\n", 'the variant "a" cannot be run so: strategy "auto"'),
+        ("dense: {}\n", 'the label "dense" is taken'),
+        ("x (oracle): {}\n", '"x \\(oracle\\)" cannot be the label'),
+        ("{}\n", "is empty: write LABEL"),
+    ],
+)
+def test_a_broken_variants_file_is_one_sentence(tmp_path, text, error):
+    file = tmp_path / "v.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=error) as found:
+        asked({"variants": str(file)})
+    assert "\n" not in str(found.value)
+
+
+def test_variants_change_their_presets(tmp_path):
+    file = tmp_path / "v.yaml"
+    text = "uniform: {budget: uniform}\nbare:\ng+c: {method: griffin, compensation: true}\n"
+    file.write_text(text, encoding="utf-8")
+    found = asked({"variants": str(file), "seed": 5}).variant_list()
+    labels = ["griffin", "dart", "uniform", "bare", "g+c"]
+    told = [f"{name} (oracle)" for name in ("dart", "uniform", "bare")]
+    assert [one.label for one in found] == [*labels, *told]
+    dart, configs = PruneConfig.build("dart", seed=5), {one.label: one.config for one in found}
+    assert configs["dart"] == configs["bare"] == dart
+    assert configs["uniform"] == dart.replace({"budget": "uniform"})
+    assert configs["g+c"] == PruneConfig.build("griffin", seed=5, compensation=True)
+    assert configs["dart (oracle)"] == dart.replace({"drift": {"rule": "never"}})
+    assert found[1].at(0.3).sparsity == 0.3
+    assert [one.label for one in asked({"oracle": "none"}).variant_list()] == ["griffin", "dart"]
+
+
+def test_lists_come_with_commas_or_from_a_file(tmp_path):
+    usual = asked({})
+    assert (usual.sparsity_list(), usual.pool_list()) == ((0.3, 0.5, 0.7), (0.5, 0.7))
+    assert usual.experiment == "quality-report-smollm2-135m"
+    assert [one.label for one in usual.variant_list()] == ["griffin", "dart", "dart (oracle)"]

@@ -5,31 +5,18 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dart_llm.errors import ConfigError, LoadError
 from dart_llm.evaluation.measurement import MeasureOptions
 from dart_llm.experiments.cell import Cell
 from dart_llm.experiments.model_facts import DEFAULT_LAYERS, layer_count
 from dart_llm.experiments.provenance import Digests
-from dart_llm.pruning.config import PruneConfig
-from dart_llm.pruning.layer_table import parse_layer_spec
-from dart_llm.pruning.registry import METHODS
 from dart_llm.studies.sweep.grid import collect, expand
 from dart_llm.studies.sweep.study import SweepRequest, execution_order
 from tiny import LAYERS
 from tiny_gpt2 import write_gpt2
 
 TASK = "perplexity:embedded"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _rounded():
-    """A form of the dense model by another name, as dense-8bit is."""
-    METHODS.register("dense-test", PruneConfig(method="dense-test", sparsity=0.0))
-    yield
-    METHODS.unregister("dense-test")
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +51,8 @@ def test_cells_come_in_table_order_and_are_computed_by_model():
 
 
 def test_a_cell_has_what_decides_its_result_alone():
-    found = cells(methods="dense,dense-test,griffin", sparsities="0.1,0.2")
-    assert [c.label for c in found] == ["dense", "dense-test", "griffin@0.1", "griffin@0.2"]
+    found = cells(methods="dense,dense-8bit,griffin", sparsities="0.1,0.2")
+    assert [c.label for c in found] == ["dense", "dense-8bit", "griffin@0.1", "griffin@0.2"]
     assert cells(methods="dense") == cells(
         methods="dense", sparsities="0.5", overrides={"seed": 3}, calibration="embedded"
     )
@@ -93,7 +80,6 @@ def test_layers_by_themselves_with_the_dense_line(gpt2):
         (group, keep, 0.9) for keep in (0.5, 0.25) for group in ("0-1", "2,3")
     ]
     assert len(found) == 5 and found[1].config().budget.table == "all:0.9,2,3:0.5"
-    assert all(c.config().budget.multiple == 8 for c in found[:4])
     request = SweepRequest.collect(
         "compare",
         {"tasks": TASK, "methods": "griffin", "layers": "0-1", "keep": "0.5"},
@@ -148,19 +134,14 @@ def test_flags_win_over_variables_over_the_file_over_defaults(tmp_path, monkeypa
     assert collected("options") == ({"limit": 8, "batch_size": 2},)
     assert collected("root", "experiment") == (Path("results"), "grid")
     variables = (
-        "MODEL=c/d METHODS=flap SPARSITY=0.2 LIMIT=9 PROMPT_TOKENS=32 CALIBRATION=text.txt "
-        "REVISION=v2 DRIFT=never RESULTS_DIR=elsewhere EXPERIMENT_NAME=mine ENGINE=ray WORKERS=3 "
-        "TRACKER=mlflow"
+        "MODEL=c/d METHODS=flap SPARSITY=0.2 LIMIT=9 PROMPT_TOKENS=32 DRIFT=never ENGINE=ray"
     )
     for name, value in (word.split("=") for word in variables.split()):
         monkeypatch.setenv(f"DART_{name}", value)
     assert collected("models", "methods", "sparsities") == (("c/d",), ("flap",), (0.7,))
-    options, overrides = collected("options", "overrides")
+    options, overrides, engine = collected("options", "overrides", "engine")
     assert options == {"limit": 8, "batch_size": 2, "prompt_tokens": 32}
-    assert collected("calibration", "revision") == ("text.txt", "v2")
-    assert overrides["drift"] == "never"
-    assert collected("root", "experiment") == (Path("elsewhere"), "mine")
-    assert collected("engine", "workers", "tracker") == ("ray", 3, "mlflow")
+    assert (overrides["drift"], engine) == ("never", "ray")
     plain = SweepRequest.collect("compare", {"tasks": TASK}, defaults={"seeds": "5"})
     assert (plain.grid.seeds, plain.grid.methods) == ((5,), ("flap",))
 
@@ -168,7 +149,6 @@ def test_flags_win_over_variables_over_the_file_over_defaults(tmp_path, monkeypa
 REFUSED = [
     ({"metods": "dense"}, 'did you mean "methods"'),
     ({"methods": "grifin"}, "did you mean griffin"),
-    ({"protocols": "dekode"}, "did you mean decode"),
     ({"protocols": "standard", "tasks": "arc_easy"}, 'arc_easy has no protocol "standard"'),
     ({"tasks": ""}, "names no tasks"),
     ({"tasks": "perplexity:no-such-text"}, 'no text "no-such-text"'),
@@ -183,9 +163,7 @@ REFUSED = [
     ({"layers": "each,0-3", "keep": 0.5}, "not both"),
     ({"layers": "0-3:0.5", "keep": 0.5}, "the value in keep"),
     ({"layers": "0-3", "keep": 50}, "a keep ratio lies in"),
-    ({"layers": "0-3", "keep": 0.5, "base_keep": 0}, "a keep ratio lies in"),
     ({"layers": "0-3", "keep": 0.5, "methods": "dense"}, "a method that prunes"),
-    ({"options": {"limits": 3}}, "did you mean limit"),
     ({"options": {"limit": True}}, "limit = True"),
     ({"options": {"protocol": "full"}}, "write protocols"),
     ({"task_options": {"arc_eazy": {"limit": 1}}, "tasks": "arc_easy"}, "did you mean arc_easy"),
@@ -199,42 +177,6 @@ def test_errors_are_one_sentence(data, words):
     with pytest.raises(ConfigError) as error:
         cells(**{"methods": "griffin", **data})
     assert words in str(error.value) and "\n" not in str(error.value)
-
-
-names = st.lists(st.sampled_from(["dense", "griffin", "dart", "static"]), min_size=1, unique=True)
-amounts = st.lists(st.sampled_from([0.1, 0.25, 0.3, 0.5, 0.7]), min_size=1, unique=True)
-numbers = st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True)
-
-
-@settings(max_examples=60, deadline=None)
-@given(methods=names, sparsities=amounts, seeds=numbers, tasks=st.integers(1, 3))
-def test_the_number_of_cells(methods, sparsities, seeds, tasks):
-    data = {"methods": methods, "sparsities": sparsities, "seeds": seeds}
-    data["tasks"] = [f"task{n}" for n in range(tasks)]
-    found = cells(**data)
-    each = ("dense" in methods) + len([m for m in methods if m != "dense"]) * len(sparsities)
-    assert len(found) == tasks * len(seeds) * each == len({c.key for c in found})
-    as_text = {k: ", ".join(map(str, v)) for k, v in data.items()}
-    assert expand(collect(as_text)) == found
-    assert cells(**{**data, "sparsities": [*sparsities, sparsities[0]]}) == found
-
-
-ranges = st.tuples(st.integers(0, 3), st.integers(0, 3)).map(lambda p: f"{min(p)}-{max(p)}")
-
-
-@settings(max_examples=60, deadline=None)
-@given(ranges, st.floats(0.01, 1.0), st.none() | st.floats(0.01, 1.0))
-def test_layer_tables_say_what_was_asked(group, keep, base):
-    asked = {"methods": "griffin", "layers": [group], "keep": keep, "base_keep": base}
-    _, cell = cells(**asked)
-    low, high = map(int, cell.layers.split("-"))
-    rest = None if base is None else max(1, round(base * 1000))
-    counts = parse_layer_spec(cell.config().budget.table).resolve([1000] * 4)
-    for layer, count in enumerate(counts):
-        assert count == (max(1, round(keep * 1000)) if low <= layer <= high else rest)
-
-
-# Keys and digests.
 
 
 @pytest.mark.contract("every parser round-trips")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -100,6 +101,10 @@ class DetectSettings(StudyOptions, ModelOptions):
         if not all(abs(k) < float("inf") for k in thresholds):
             raise ConfigError(f'--thresholds "{self.thresholds}" must hold finite numbers')
         return tuple(sorted(thresholds))
+
+    def sweep_list(self) -> list[tuple[int, int, float]]:
+        """(window, n0, k) of every point of the curves."""
+        return list(product(self.window_list(), self.count_list(), self.threshold_list()))
 
     @property
     def experiment(self) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dart_llm.errors import DartError, UnknownName
+from dart_llm.errors import DartError, check_name
 from dart_llm.models import capture
 from dart_llm.pruning.drift import SINKS, Compare, cosine
 
@@ -51,8 +51,7 @@ class Recorded:
 
 def check_signal(name: str) -> str:
     """Return ``name`` when there is such a signal; raises ``UnknownName``."""
-    if name not in SIGNALS:
-        raise UnknownName("signal", name, SIGNALS)
+    check_name("signal", name, SIGNALS)
     return name
 
 

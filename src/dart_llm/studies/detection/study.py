@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -47,37 +46,9 @@ EAGER_NOTE = (
 )
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is tried on every passage.
-
-    ``watchers``: rules.  ``sweep``: (window, n0, k) of the curves.
-    """
-
-    signals: tuple[str, ...]
-    watchers: tuple[Watcher, ...]
-    sweep: tuple[tuple[int, int, float], ...]
-    prompt: int
-    observe: int
-    windows: tuple[int, ...]
-
-
-def plan(settings: DetectSettings) -> Plan:
-    """Resolve all names; raises ``UnknownName`` and ``ConfigError``."""
-    windows, observe = settings.window_list(), settings.observe_tokens
-    return Plan(
-        settings.signal_names(),
-        tuple(make_watcher(name, observe) for name in settings.rule_names()),
-        tuple(
-            (window, count, k)
-            for window in windows
-            for count in settings.count_list()
-            for k in settings.threshold_list()
-        ),
-        settings.prompt_tokens,
-        observe,
-        windows,
-    )
+def watchers(settings: DetectSettings) -> list[Watcher]:
+    """The rules that are tried; raises ``UnknownName`` and ``ConfigError``."""
+    return [make_watcher(name, settings.observe_tokens) for name in settings.rule_names()]
 
 
 class DetectionStudy(Study[DetectSettings]):
@@ -90,9 +61,9 @@ class DetectionStudy(Study[DetectSettings]):
 
     def __init__(self, settings: DetectSettings, ui: Ui) -> None:
         super().__init__(settings, ui)
-        self.plan = plan(settings)
-        self.passages = inputs.tokenised_passages(settings.passages, settings.limit)
-        self.eager = SCORES in self.plan.signals
+        watchers(settings)  # a name that does not exist is said before the model is loaded
+        self.passages = inputs.passages(settings.passages)[: settings.limit]
+        self.eager = SCORES in settings.signal_names()
 
     def inputs(self) -> Mapping[str, Any]:
         passages = inputs.digest(self.passages)
@@ -109,11 +80,11 @@ class DetectionStudy(Study[DetectSettings]):
 
     def units(self) -> Iterable[Unit]:
         texts = [inputs.tokens(passage, self.tokenizer) for passage in self.passages]
-        inputs.check(texts, self.plan.prompt, context_length(self.model))
+        inputs.check(texts, self.settings.prompt_tokens, context_length(self.model))
         return [Unit(text.id, data=text) for text in texts]
 
     def compute(self, unit: Unit) -> dict[str, Any]:
-        return read_passage(self.model, unit.data, self.plan)
+        return read_passage(self.model, unit.data, self.settings)
 
     def summarise(self) -> dict[str, Any]:
         facts = dict(checkpoint_facts(self.model))
@@ -136,12 +107,12 @@ class DetectionStudy(Study[DetectSettings]):
 # One passage: a line of results.jsonl.
 
 
-def read_passage(model: Any, text: Text, asked: Plan) -> dict[str, Any]:
+def read_passage(model: Any, text: Text, asked: DetectSettings) -> dict[str, Any]:
     """What every rule and threshold makes of the signals of one passage.
 
     A trigger is the number of tokens of the passage that were read by then, prompt included.
     """
-    signals = record(model, text.ids, asked.prompt, asked.signals)
+    signals = record(model, text.ids, asked.prompt_tokens, asked.signal_names())
     return {
         "key": text.id,
         "status": "done",
@@ -150,7 +121,7 @@ def read_passage(model: Any, text: Text, asked: Plan) -> dict[str, Any]:
             "id": text.id,
             "topics": list(text.topics),
             "tokens": len(text.ids),
-            "prompt_tokens": asked.prompt,
+            "prompt_tokens": asked.prompt_tokens,
             "changes": list(text.changes),
         },
         "rules": list(_rules(signals, asked)),
@@ -159,32 +130,35 @@ def read_passage(model: Any, text: Text, asked: Plan) -> dict[str, Any]:
     }
 
 
-def _rules(signals: Mapping[str, Recorded], asked: Plan) -> Iterator[dict[str, Any]]:
-    for watcher in asked.watchers:
+def _rules(signals: Mapping[str, Recorded], asked: DetectSettings) -> Iterator[dict[str, Any]]:
+    names = asked.signal_names()
+    for watcher in watchers(asked):
         windowed = bool(watcher.rule.window)
-        for name in asked.signals if windowed else asked.signals[:1]:
-            triggers = replay(signals[name], asked.prompt, watcher).triggers
+        for name in names if windowed else names[:1]:
+            triggers = replay(signals[name], asked.prompt_tokens, watcher).triggers
             label = name if windowed else NO_SIGNAL
             yield {"signal": label, "rule": watcher.name, "triggers": triggers}
 
 
-def _sweep(signals: Mapping[str, Recorded], asked: Plan) -> Iterator[dict[str, Any]]:
-    for name in asked.signals:
-        for window, count, k in asked.sweep:
-            watcher = Watcher("sweep", sweep_rule(window, k, count), asked.observe)
-            triggers = replay(signals[name], asked.prompt, watcher).triggers
+def _sweep(signals: Mapping[str, Recorded], asked: DetectSettings) -> Iterator[dict[str, Any]]:
+    for name in asked.signal_names():
+        for window, count, k in asked.sweep_list():
+            watcher = Watcher("sweep", sweep_rule(window, k, count), asked.observe_tokens)
+            triggers = replay(signals[name], asked.prompt_tokens, watcher).triggers
             yield {"signal": name, "window": window, "n0": count, "k": k, "triggers": triggers}
 
 
-def _aucs(signals: Mapping[str, Recorded], text: Text, asked: Plan) -> Iterator[dict[str, Any]]:
+def _aucs(
+    signals: Mapping[str, Recorded], text: Text, asked: DetectSettings
+) -> Iterator[dict[str, Any]]:
     """Per signal and window length: how well one window's similarity tells old topic from new.
 
     Windows after the prompt up to the first change, against those from it to the second change.
     """
     first, second = (*text.changes, len(text.ids))[:2]
-    for name in asked.signals:
-        for window in asked.windows:
-            values = similarities(signals[name], asked.prompt, window)
+    for name in asked.signal_names():
+        for window in asked.window_list():
+            values = similarities(signals[name], asked.prompt_tokens, window)
             same = [value for at, value in values if at <= first]
             other = [value for at, value in values if at - window >= first and at <= second]
             yield {"signal": name, "window": window, "auc": auc(same, other)}

@@ -14,8 +14,7 @@ from dart_llm.data.prompts import given_prompt
 from dart_llm.data.topic_prompts import DriftPrompt
 from dart_llm.errors import ConfigError
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.studies.drift.methods import DENSE, DriftMethod
-from dart_llm.studies.drift.settings import FORCED, DriftSettings
+from dart_llm.studies.drift.settings import DENSE, FORCED, DriftMethod, DriftSettings
 
 LONGEST_FILE = 240
 """Bytes of a file's name; most disks hold 255, and a file is written under a longer one first."""

@@ -35,8 +35,9 @@ from dart_llm.reporting.figures import (
     name_bars,
     write_beside,
 )
+from dart_llm.reporting.table import grouped
 from dart_llm.reporting.words import percent
-from dart_llm.studies.drift.losses import BIN
+from dart_llm.studies.drift.record import BIN
 from dart_llm.studies.drift.view import (
     MODES,
     ActiveNeurons,
@@ -422,10 +423,8 @@ Cells = Sequence[DriftCell]
 
 def make_timeline(view: DriftView) -> Iterator[Drawing]:
     """One per source, those with most triggers first; a panel per method with a detector."""
-    groups: dict[tuple[str, int], list[DriftCell]] = {}
-    for cell in view.done:
-        if cell.checks:
-            groups.setdefault((cell.source, cell.seed), []).append(cell)
+    checked = (cell for cell in view.done if cell.checks)
+    groups = grouped(checked, lambda cell: (cell.source, cell.seed))
 
     def rank(cells: Cells) -> tuple[int, int]:
         return -len(cells), -sum(check.trigger for cell in cells for check in cell.checks)

@@ -1,4 +1,4 @@
-"""What is kept of a drift study's cells; what is finished survives any interruption.
+"""What is kept of a drift study's cells: masks, losses; what is finished survives any interruption.
 
 A finished cell is a part of the folder beside its file of masks.  The files that people read are
 made from the parts alone: the same cells give the same bytes, however often the study was
@@ -8,6 +8,7 @@ interrupted.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,16 +21,85 @@ from torch import Tensor
 
 from dart_llm.experiments.artifacts import MaskRecorder
 from dart_llm.experiments.store import ResultsFolder
-from dart_llm.experiments.tensor_file import write_tensors
-from dart_llm.files import finite, write_csv, write_lines
+from dart_llm.files import write_csv, write_lines
 from dart_llm.pruning.records import DriftCheck, Remask
 from dart_llm.pruning.sequence import SequenceState
 from dart_llm.session.run import Run
-from dart_llm.studies.drift import losses as drift_losses
 from dart_llm.studies.drift.cells import DriftCell
 from dart_llm.studies.drift.settings import FORCED
 
-FORMAT = "remask{i}.layer{l}.ids: kept neurons, int32; .scores: float32, larger is kept"
+BIN = 16
+"""Tokens of one mean in ``first``."""
+
+WINDOW, BEFORE, MARGIN = 32, 64, 0.1
+"""A loss has recovered where its mean excess over dense in a window of ``WINDOW`` tokens is at most
+that of the ``BEFORE`` tokens before the change plus ``MARGIN`` nats."""
+
+Losses = Sequence[float | None]
+"""Nats per token after the prompt; None for the first one, which nothing pruned predicts."""
+
+
+def topics(losses: Losses, starts: Sequence[int], moment: int) -> list[dict[str, Any]]:
+    """Per topic its mean loss, and of consecutive whole bins of ``BIN`` tokens from its start on.
+
+    ``starts``: index of each topic's first token.  ``later``: the same mean from ``moment`` tokens
+    after the start on, None where the topic is shorter.
+    """
+    found = []
+    for number, (start, end) in enumerate(spans(losses, starts)):
+        own = _known(losses, start, end)
+        bins = range(start, end - BIN + 1, BIN)
+        later = _known(losses, start + moment, end)
+        found.append(
+            {
+                "topic": number,
+                "start": start,
+                "tokens": len(own),
+                "mean_loss": mean(own),
+                "first": [mean(_known(losses, begin, begin + BIN)) for begin in bins],
+                "later": {"from": moment, "tokens": len(later), "mean_loss": mean(later)}
+                if later
+                else None,
+            }
+        )
+    return found
+
+
+def spans(losses: Losses, starts: Sequence[int]) -> list[tuple[int, int]]:
+    """First index of every topic, and the one after its last."""
+    return list(zip(starts, [*starts[1:], len(losses)], strict=True))
+
+
+def recovery(losses: Losses, dense: Losses, starts: Sequence[int]) -> list[dict[str, Any]]:
+    """Per change: tokens after it until the loss has recovered, None when it does not.
+
+    The smallest t such that the mean excess over dense of the tokens t to t + 31 after the change
+    is at most that of the (up to) 64 tokens before it plus 0.1 nat.  All of them lie before the
+    next change; ``within``: tokens up to there.
+    """
+    excess = [
+        None if own is None or other is None else own - other
+        for own, other in zip(losses, dense, strict=True)
+    ]
+    found = []
+    for number, (start, end) in list(enumerate(spans(losses, starts)))[1:]:
+        before = mean(_known(excess, max(0, start - BEFORE), start))
+        windows = range(start, end - WINDOW + 1) if before is not None else ()
+        bound = (before or 0.0) + MARGIN
+        later = (t for t in windows if (mean(_known(excess, t, t + WINDOW)) or 0.0) <= bound)
+        first = next(later, None)
+        tokens = None if first is None else first - start
+        found.append({"topic": number, "tokens": tokens, "within": end - start})
+    return found
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """The arithmetic mean; None of nothing."""
+    return math.fsum(values) / len(values) if values else None
+
+
+def _known(losses: Losses, start: int, end: int) -> list[float]:
+    return [loss for loss in losses[start:end] if loss is not None]
 
 
 class DriftRecorder(MaskRecorder):
@@ -111,16 +181,6 @@ def _moves(old: Tensor, new: Tensor) -> tuple[float, int, int]:
     return both / either if either else 1.0, int(old.sum()) - both, int(new.sum()) - both
 
 
-def write_masks(path: Path, recorder: DriftRecorder, checkpoint: str, label: str) -> None:
-    """Kept ids and scores of every mask, as ``dart-llm run`` writes them.
-
-    Raises ``ResultsError`` when the disk is full or read-only.
-    """
-    count = str(len(recorder.remasks))
-    facts = {"checkpoint": checkpoint, "method": label, "remasks": count, "format": FORMAT}
-    write_tensors(path, recorder.tensors, facts)
-
-
 Part = dict[str, Any]
 """``topics``, ``prompt_tokens``, ``decoded_tokens``, ``finish``, ``checks``, ``remasks``,
 ``dense_from``, ``accounting``, ``text``, ``pieces``, ``losses`` and ``seconds``; JSON-able."""
@@ -184,13 +244,6 @@ class StudyFiles:
         found: dict[str, Any] | None = self.folder.part(f"metrics/{cell.key}")
         return found
 
-    def save_metrics(
-        self, cell: DriftCell, values: Mapping[str, float | None], seconds: float
-    ) -> None:
-        """Keep a comparison."""
-        part = {"values": finite(dict(values)), "seconds": seconds}
-        self.folder.save_part(f"metrics/{cell.key}", part)
-
     def rows(self) -> list[dict[str, Any]]:
         """Lines of results.jsonl: the finished and the failed cells, in grid order."""
         parts = [(cell, self.part(cell)) for cell in self.cells]
@@ -220,11 +273,10 @@ class StudyFiles:
             return None
         starts, losses = [topic["start"] for topic in part["topics"]], part["losses"]
         dense = self.folder.part(cell.dense_key)
-        recovery = None
+        regained = None
         if dense is not None:
-            recovery = drift_losses.recovery(losses, dense["losses"], starts)
-        topics = drift_losses.topics(losses, starts, self.moment)
-        return {"topics": topics, "recovery": recovery}
+            regained = recovery(losses, dense["losses"], starts)
+        return {"topics": topics(losses, starts, self.moment), "recovery": regained}
 
     def grow(self) -> None:
         """Write the files when the last time is a while ago."""

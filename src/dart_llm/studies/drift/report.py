@@ -8,7 +8,7 @@ without matplotlib there are none and the page says so.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,7 +18,7 @@ from dart_llm.experiments import run_facts
 from dart_llm.files import page_json, write_text
 from dart_llm.reporting import figures, page
 from dart_llm.reporting.figures import Drawing, Kit, Plot
-from dart_llm.reporting.table import Column, PageTable, Table
+from dart_llm.reporting.table import Column, PageTable, Table, grouped
 from dart_llm.reporting.words import percent
 from dart_llm.studies.detection import report as detection_report
 from dart_llm.studies.drift import flow_plot, plots, summary
@@ -26,7 +26,6 @@ from dart_llm.studies.drift.view import (
     MODES,
     DriftCell,
     DriftView,
-    Masks,
     accounted,
     cell_name,
     conclusion,
@@ -78,15 +77,10 @@ def kinds(view: DriftView) -> Iterator[tuple[str, Iterator[Drawing]]]:
         yield "methods", filter(None, [drawing])
     yield "similarity", plots.make_timeline(view)
     for make in (plots.make_overlap, plots.make_raster, flow_plot.make):
-        yield "masks", _of_masks(view, make)
+        drawn = (make(view, cell, masks) for cell, masks in plots.remasked(view))
+        yield "masks", filter(None, drawn)
     for drawing in detection_report.make_drawings(view.detection):
         yield "detection", iter([drawing])
-
-
-def _of_masks(
-    view: DriftView, make: Callable[[DriftView, DriftCell, Masks], Drawing | None]
-) -> Iterator[Drawing]:
-    return filter(None, (make(view, cell, masks) for cell, masks in plots.remasked(view)))
 
 
 def pictures(folder: Path) -> Iterator[Plot]:
@@ -171,10 +165,8 @@ def _fitting(texts: Iterator[tuple[Any, int]], room: int) -> tuple[list[Any], bo
 
 def free_texts(view: DriftView, room: int = MOST_BYTES) -> tuple[list[dict[str, Any]], bool]:
     """``name``, ``prompt`` and ``columns`` of the first texts that fit; whether there are more."""
-    groups: dict[tuple[str, int], list[DriftCell]] = {}
-    for cell in view.done:
-        if cell.mode == "free":
-            groups.setdefault((cell.source, cell.seed), []).append(cell)
+    free = (cell for cell in view.done if cell.mode == "free")
+    groups = grouped(free, lambda cell: (cell.source, cell.seed))
 
     def texts() -> Iterator[tuple[dict[str, Any], int]]:
         for cells in groups.values():
@@ -257,7 +249,6 @@ def render(view: DriftView) -> str:
     texts, more_texts = free_texts(view)
     content = {
         "title": title(view),
-        "status": str(view.results.config.get("status") or "unknown"),
         "conclusion": conclusion(view),
         "problems": view.problems,
         "notes": view.summary.get("notes") or [],
@@ -270,12 +261,10 @@ def render(view: DriftView) -> str:
         "passages": passages,
         "more_passages": "Further passages stand in tokens.jsonl." if more_passages else "",
         "failures": [f"{c.key}: {c.error or c.status}" for c in view.cells if not c.done],
-        "settings": run_facts.settings(view.results),
-        "provenance": run_facts.provenance(view.results),
         "script": Markup(script),
         "policy": Markup(figures.policy(script) if script else ""),
     }
-    return page.render("drift.html", content)
+    return run_facts.render(view.results, "drift.html", content)
 
 
 def title(view: DriftView) -> str:
@@ -329,11 +318,8 @@ def _cards(view: DriftView) -> list[tuple[str, str, str]]:
     if not known:
         return []
     best = summary.best(known, "loss", "after_minus_dense")
-    lost, recovery, name = (
-        best["loss"]["after_minus_dense"],
-        best["loss"]["recovery"],
-        best["label"],
-    )
+    name, loss = best["label"], best["loss"]
+    lost, recovery = loss["after_minus_dense"], loss["recovery"]
     recovered = f"{recovery['recovered']} of {recovery['changes']}"
     remasks = f"{plural(best['remasks_per_cell'])} per passage"
     return [

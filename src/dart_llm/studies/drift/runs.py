@@ -20,12 +20,12 @@ from dart_llm.data.prompts import encode_prompt
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.evaluation.perplexity import DIGITS, score_window
 from dart_llm.evaluation.windows import Window
+from dart_llm.files import finite
 from dart_llm.session.generation import CheckedModel, generate, text_ends
 from dart_llm.session.run import Run
 from dart_llm.studies.drift.cells import DriftCell, Source, shortened
-from dart_llm.studies.drift.methods import DENSE
 from dart_llm.studies.drift.record import StudyFiles
-from dart_llm.studies.drift.settings import FORCED, DriftSettings
+from dart_llm.studies.drift.settings import DENSE, FORCED, DriftSettings
 
 if TYPE_CHECKING:
     from dart_llm.evaluation.text_metrics import TextTools
@@ -195,7 +195,8 @@ class Judge:
 
         began = time.perf_counter()
         found = compare(own["text"], dense["text"], self.tools).to_dict()
-        files.save_metrics(cell, found, time.perf_counter() - began)
+        part = {"values": finite(found), "seconds": time.perf_counter() - began}
+        files.folder.save_part(f"metrics/{cell.key}", part)
 
     def facts(self) -> dict[str, Any] | None:
         """The models behind the numbers, for config.json."""

@@ -19,17 +19,16 @@ from dart_llm.experiments.study import Study, Unit
 from dart_llm.files import finite, write_json, write_text
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.describe import context_length, widths
-from dart_llm.reporting.console import ProgressLog, Ui
+from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
 from dart_llm.session.prepare import PreparedMethod, prepare
 from dart_llm.session.run import Run
 from dart_llm.studies.drift import report, runs, summary
 from dart_llm.studies.drift.cells import DriftCell, Source, digest, expand, load_sources
-from dart_llm.studies.drift.methods import DENSE
-from dart_llm.studies.drift.record import DriftRecorder, Part, StudyFiles, record, write_masks
+from dart_llm.studies.drift.record import DriftRecorder, Part, StudyFiles, record
 from dart_llm.studies.drift.runs import Asking, Judge, Reading, load_judge
-from dart_llm.studies.drift.settings import DETECTION, FORCED, DriftSettings
+from dart_llm.studies.drift.settings import DENSE, DETECTION, FORCED, DriftSettings
 
 
 def compute(cell: DriftCell, study: DriftStudy) -> Part:
@@ -55,7 +54,7 @@ def compute(cell: DriftCell, study: DriftStudy) -> Part:
     if run is not None:
         part |= record(run, recorder, widths(study.model))
         name = str(checkpoint_facts(study.model).get("name"))
-        write_masks(study.files.masks / cell.file, recorder, name, cell.method.label)
+        recorder.write(study.files.masks / cell.file, name, cell.method.label)
     part["seconds"] = time.perf_counter() - began
     return dict(json.loads(json.dumps(finite(part))))
 
@@ -224,14 +223,10 @@ class DriftStudy(Study[Any]):
         todo = {cell.key for cell in self.cells if files.part(cell) is None}
         if len(todo) < len(self.cells):
             ui.say(f"{len(self.cells) - len(todo)} of {len(self.cells)} cells are finished")
-        log = ProgressLog(ui.say if not ui.live else lambda text: None, len(todo))
-        title = f"drift, mode {self.settings.kind}"
-        with ui.progress(title, len(self.cells), told=True) as advance:
+        with ui.progress(f"drift, mode {self.settings.kind}", len(todo)) as advance:
             for cell in self.cells:
                 yield Unit(cell.key, data=cell)
-                if cell.key in todo:
-                    log.done()
-                advance(1)
+                advance(cell.key in todo)
 
     def finished(self, unit: Unit) -> Part | None:
         return self.files.part(unit.data)

@@ -7,7 +7,7 @@ first.  Differences to dense and to ``never`` are paired by source.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,12 +16,12 @@ from dart_llm.experiments import stats
 from dart_llm.experiments.index import ACCOUNTING
 from dart_llm.experiments.rows import DENSE as UNTOUCHED
 from dart_llm.experiments.stats import Interval, Sample, Value
+from dart_llm.experiments.store import flat
 from dart_llm.pruning.records import merge_reports
-from dart_llm.reporting.table import Column, Table
+from dart_llm.reporting.table import Column, Table, keys_of
 from dart_llm.reporting.words import count
-from dart_llm.studies.drift.methods import DENSE, NEVER
 from dart_llm.studies.drift.record import DONE
-from dart_llm.studies.drift.settings import FORCED
+from dart_llm.studies.drift.settings import DENSE, FORCED, NEVER
 
 Row = Mapping[str, Any]
 
@@ -179,7 +179,8 @@ def table(summary: Mapping[str, Any], title: str, brief: bool = False) -> Table:
 
     ``brief``: intervals of the differences to ``never`` alone, for a terminal's width.
     """
-    rows = [{**line, **dict(_flat(line))} for line in summary["rows"]]
+    every = [flat(line) for line in summary["rows"]]
+    rows = [{**line, **own} for line, own in zip(summary["rows"], every, strict=True)]
     columns = [
         Column("method", "label", wrap=not brief),
         Column("achieved", "achieved_sparsity", ".1%"),
@@ -196,11 +197,8 @@ def table(summary: Mapping[str, Any], title: str, brief: bool = False) -> Table:
         ]
     if any(line["failed"] for line in rows):
         columns.append(Column("failed", "failed"))
-    fields = dict.fromkeys(
-        name for line in sorted(summary["rows"], key=_width) for name, _ in _flat(line)
-    )
-    name = "" if brief else "summary"
-    return Table(name, title, tuple(columns), rows, nothing="-", terminal=brief, fields=[*fields])
+    name, fields = "" if brief else "summary", keys_of(every)
+    return Table(name, title, tuple(columns), rows, nothing="-", terminal=brief, fields=fields)
 
 
 def _loss_columns(summary: Mapping[str, Any], brief: bool) -> list[Column]:
@@ -214,7 +212,7 @@ def _loss_columns(summary: Mapping[str, Any], brief: bool) -> list[Column]:
         _estimate("after minus never", "loss", "after_minus_never"),
         _estimate(later, "loss", "later", brief),
         _estimate(f"{later} minus never", "loss", "later_minus_never"),
-        Column("recovered in", _recovery, _recovery_text),
+        Column("recovered in", _recovery),
     ]
 
 
@@ -235,28 +233,13 @@ def _estimate(head: str, group: str, name: str, brief: bool = False) -> Column:
     return Column(head, value, text)
 
 
-def _recovery(line: Line) -> Any:
+def _recovery(line: Line) -> str | None:
     recovery = (line["loss"] or {}).get("recovery")
-    return recovery if line["method"] != DENSE and recovery and recovery["changes"] else None
-
-
-def _recovery_text(recovery: Mapping[str, Any]) -> str:
+    if line["method"] == DENSE or not recovery or not recovery["changes"]:
+        return None
     share = f"{recovery['recovered']} of {recovery['changes']}"
     mean = recovery["mean_tokens"]
     return share if mean is None else f"{mean:.0f} tokens ({share})"
-
-
-def _flat(data: Line, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every number, names joined by dots."""
-    for name, value in data.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        elif value is not None:
-            yield f"{prefix}{name}", value
-
-
-def _width(line: Line) -> int:
-    return -len(dict(_flat(line)))
 
 
 def title(summary: Mapping[str, Any]) -> str:

@@ -26,8 +26,8 @@ from dart_llm.pruning.records import DriftCheck
 from dart_llm.reporting.words import percent
 from dart_llm.studies.detection import report as detection_report
 from dart_llm.studies.drift import summary
-from dart_llm.studies.drift.losses import BIN
-from dart_llm.studies.drift.methods import DENSE
+from dart_llm.studies.drift.record import BIN
+from dart_llm.studies.drift.settings import DENSE
 
 KIND = "drift"
 
@@ -436,7 +436,11 @@ def around(view: DriftView) -> dict[str, list[Point]]:
                 for start, value in _bins(cell, dense.losses if dense else (), change):
                     bins.setdefault(start, {}).setdefault(cell.source, []).append(value)
         if bins:
-            curves[label] = [_point(start, bins[start]) for start in sorted(bins)]
+            means = {at: {name: fmean(e) for name, e in own.items()} for at, own in bins.items()}
+            curves[label] = [
+                Point(at, fmean(own.values()), stats.interval(own), len(own))
+                for at, own in sorted(means.items())
+            ]
     return curves
 
 
@@ -452,11 +456,6 @@ def _bins(
         excess = [a - b for a, b in pairs if a is not None and b is not None]
         if len(excess) == BIN:
             yield start, fmean(excess)
-
-
-def _point(start: int, by_source: Mapping[str, Sequence[float]]) -> Point:
-    values = {source: fmean(excess) for source, excess in by_source.items()}
-    return Point(start, fmean(values.values()), stats.interval(values), len(values))
 
 
 # The words of a drift study.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
-from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.errors import ConfigError, check_name
 from dart_llm.evaluation.measurement import MeasureOptions
-from dart_llm.evaluation.task_names import expand, protocols
+from dart_llm.evaluation.tasks import expand, protocols
 from dart_llm.experiments.trackers import TRACKERS
 from dart_llm.settings import BaseSettings, TaskOptions, setting
 
@@ -21,11 +21,9 @@ class MeasureSettings(TaskOptions, BaseSettings):
 
     @model_validator(mode="after")
     def _check_measure(self) -> MeasureSettings:
-        if self.tracker and self.tracker not in TRACKERS:
-            raise UnknownName("tracker", self.tracker, TRACKERS)
+        check_name("tracker", self.tracker or None, TRACKERS)
         for task in self.task_names():
-            if self.protocol not in protocols(task):
-                raise UnknownName("protocol", self.protocol, protocols(task))
+            check_name("protocol", self.protocol, protocols(task))
         return self
 
     @property

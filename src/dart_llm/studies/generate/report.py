@@ -8,22 +8,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table as RichTable
-
 from dart_llm.experiments import rows as measure_rows
 from dart_llm.experiments import run_facts
 from dart_llm.experiments.store import ResultsView, mapping, number, read
 from dart_llm.files import write_text
 from dart_llm.reporting import page, words
-from dart_llm.reporting.table import NOTHING, Column, PageTable, Record, Table, bytes_text
+from dart_llm.reporting.table import NOTHING, Column, PageTable, Record, Table, bytes_text, grouped
 from dart_llm.reporting.words import percent
 from dart_llm.studies.generate import plots
-
-
-def _causes(record: Record) -> str:
-    causes = mapping(record.get("remask_causes"))
-    return ", ".join(f"{name} {count}" for name, count in causes.items()) or "none"
-
 
 ACCOUNTING = (
     Column("sparsity asked for", lambda r: _asked_text(r.get("requested_sparsity"))),
@@ -33,7 +25,12 @@ ACCOUNTING = (
     Column("decoded tokens", "decoded_tokens", ","),
     Column("prompt tokens", "prompt_tokens", ","),
     Column("re-masks", "remasks", ","),
-    Column("masks built, by cause", _causes),
+    Column(
+        "masks built, by cause",
+        lambda r: (
+            ", ".join(f"{k} {n}" for k, n in mapping(r.get("remask_causes")).items()) or "none"
+        ),
+    ),
     Column("executor", "executor"),
     Column("FFN FLOPs over dense, as executed", "ffn_flops_share", ".3f"),
     Column("FFN FLOPs over dense, if compact", "ffn_flops_share_if_compact", ".3f"),
@@ -199,11 +196,8 @@ Text = dict[str, Any]
 
 def prompt_texts(view: ResultsView) -> list[tuple[str, list[Text]]]:
     """Each prompt with its texts: dense first."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for record in view.generations:
-        found.setdefault(str(record.get("id")), []).append(record)
     texts = []
-    for records in found.values():
+    for records in grouped(view.generations, lambda record: str(record.get("id"))).values():
         records.sort(key=lambda record: record.get("variant") != "dense")
         texts.append((str(records[0].get("prompt") or ""), [_column(r) for r in records]))
     return texts
@@ -263,15 +257,10 @@ def write(folder: Path) -> Path:
 
 def render(view: ResultsView) -> str:
     """The page of one folder."""
-    return page.render("report.html", _content(view))
-
-
-def _content(view: ResultsView) -> dict[str, Any]:
     pictures, missing = page.pictures(plots.available(view))
     prompts = prompt_texts(view)
-    return {
+    content = {
         "title": run_facts.title(view),
-        "status": str(view.config.get("status") or "unknown"),
         "conclusion": run_facts.conclusion(view),
         "facts": run_facts.facts(view),
         "cards": run_facts.cards(view),
@@ -296,10 +285,9 @@ def _content(view: ResultsView) -> dict[str, Any]:
         "timing": timing(view),
         "timing_words": words.timing_sentence(view.timing),
         "other_times": run_facts.other_times(view.timing),
-        "settings": run_facts.settings(view),
-        "provenance": run_facts.provenance(view),
         "name": view.name,
     }
+    return run_facts.render(view, "report.html", content)
 
 
 # What ends a run on the terminal.
@@ -318,11 +306,6 @@ def accounting_table(report: Record, timing: Mapping[str, Any]) -> Table:
     columns = (Column("quantity", "quantity"), Column("value", "value"))
     records = [{"quantity": label, "value": text} for label, text in rows]
     return Table("", f"{report['method']}: accounting of the generated text", columns, records)
-
-
-def report_table(report: Record, timing: Mapping[str, Any]) -> RichTable:
-    """The same for the terminal."""
-    return accounting_table(report, timing).rich()
 
 
 def conclusion(accounting: Record | None, documents: Sequence[Record]) -> list[str]:

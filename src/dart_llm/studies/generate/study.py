@@ -17,8 +17,15 @@ from dart_llm.data.prompts import encode_prompt, mmlu_prompt, read_prompt_file, 
 from dart_llm.errors import ConfigError
 from dart_llm.evaluation import perplexity
 from dart_llm.evaluation.measurement import Measurement, MeasureOptions
-from dart_llm.evaluation.task_names import GENERAL_NLP, expand, mmlu_name
-from dart_llm.evaluation.tasks import check_calibration, check_task, count, measure
+from dart_llm.evaluation.tasks import (
+    GENERAL_NLP,
+    check_calibration,
+    check_task,
+    count,
+    expand,
+    measure,
+    mmlu_name,
+)
 from dart_llm.evaluation.windows import cut
 from dart_llm.experiments import rows as measure_rows
 from dart_llm.experiments.artifacts import (

@@ -28,8 +28,7 @@ from dart_llm.pruning.selection import MaskSelector, check_fits
 from dart_llm.pruning.statistics import LayerStatistics
 from dart_llm.pruning.token_level import NO_MASK
 from dart_llm.pruning.weights import FfnWeights, norms_of
-from dart_llm.studies.inspection.settings import InspectSettings
-from dart_llm.studies.inspection.texts import InspectText
+from dart_llm.studies.inspection.settings import InspectSettings, InspectText
 
 # Quantiles, moments and histograms of many numbers, as JSON-able data.
 

@@ -298,15 +298,12 @@ def write(folder: Path, document: Mapping[str, Any]) -> Path:
     ]
     content = {
         "title": f"Inside {view.name}",
-        "status": str(view.config.get("status") or "unknown"),
         "conclusion": next((told[name] for name in TELLING if name in told), ""),
         "facts": texts + [fact for fact in run_facts.facts(view) if fact[0] in FACTS],
         "texts": document["texts"],
         "sections": shown,
         "missing": missing,
-        "settings": run_facts.settings(view),
-        "provenance": run_facts.provenance(view),
     }
     path = folder / "report.html"
-    write_text(path, page.render("inspect.html", content))
+    write_text(path, run_facts.render(view, "inspect.html", content))
     return path

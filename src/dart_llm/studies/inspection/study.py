@@ -18,8 +18,7 @@ from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
 from dart_llm.studies.inspection import analyses, plots, report
 from dart_llm.studies.inspection.readings import Readings, weights
-from dart_llm.studies.inspection.settings import InspectSettings
-from dart_llm.studies.inspection.texts import inspect_texts
+from dart_llm.studies.inspection.settings import InspectSettings, inspect_texts
 
 
 def _layers(readings: Readings) -> dict[str, Any]:

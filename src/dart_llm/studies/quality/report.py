@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dart_llm.reporting.figures import INK, SOFT, Palette, Plot, key, panels, reference_line
-from dart_llm.reporting.table import Column, Table, escaped, table_lines
+from dart_llm.reporting.table import Column, Table, escaped, grouped, table_lines
 from dart_llm.reporting.words import count, figure, percent, times
 from dart_llm.studies.quality.gaps import ALL, EQUAL_BYTES, EQUAL_SPARSITY, YARDSTICKS
 from dart_llm.studies.quality.settings import SHIFT
@@ -72,12 +72,10 @@ def closed(found: Mapping[str, Any]) -> str:
 
 def tables(document: Row) -> list[Table]:
     """Per model and cell its rows, pooled ones last; at the end what is pooled over all models."""
-    found: dict[tuple[str, str], list[Row]] = {}
-    for row in (*document["cells"], *document["pooled"]):
-        found.setdefault((row["model"], row["cell"]), []).append(row)
+    every: list[Row] = [*document["cells"], *document["pooled"]]
     return [
         Table("", _caption(document, rows[0]), COLUMNS, rows, nothing="", tight=True)
-        for rows in found.values()
+        for rows in grouped(every, lambda row: (row["model"], row["cell"])).values()
     ]
 
 

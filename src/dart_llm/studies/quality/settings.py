@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from pydantic import model_validator
 
 from dart_llm.data.documents import SETS
-from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.errors import ConfigError, check_name
 from dart_llm.experiments.variants import GRIFFIN, Variant, oracles, parse
 from dart_llm.settings import ModelOptions, StudyOptions, read_sparsities, setting, words
 
@@ -99,8 +99,7 @@ class QualitySettings(StudyOptions, ModelOptions):
 
     @model_validator(mode="after")
     def _check(self) -> QualitySettings:
-        if self.set not in SETS:
-            raise UnknownName("set", self.set, SETS)
+        check_name("set", self.set, SETS)
         if not self.model:
             raise ConfigError("no model is named: give --model one, or leave it out")
         self.cell_list()
@@ -117,8 +116,7 @@ class QualitySettings(StudyOptions, ModelOptions):
         """The cells in order; raises ``UnknownName``."""
         found = tuple(dict.fromkeys(words(self.cells)))
         for name in found:
-            if name not in CELLS:
-                raise UnknownName("cell", name, CELLS)
+            check_name("cell", name, CELLS)
         if not found:
             raise ConfigError(f"--cells is empty: give {' or '.join(CELLS)}")
         return found

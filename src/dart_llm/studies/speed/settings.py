@@ -1,17 +1,79 @@
-"""The settings of ``dart-llm bench speed``."""
+"""The settings of ``dart-llm bench speed``, and what it times: dense paths and methods."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field, model_validator
 
-from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.errors import ConfigError, check_name
 from dart_llm.experiments.variants import Variant, parse
+from dart_llm.pruning.config import PruneConfig
+from dart_llm.reporting.words import percent
 from dart_llm.settings import ModelOptions, StudyOptions, read_sparsities, setting, words
-from dart_llm.studies.speed.cases import Case, method_cases, rebuilding
+
+TRANSFORMERS = "transformers"
+
+OWN = ("dense, slim", "dense, native", "dense, graph")
+"""Labels of our own dense path, the better first."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row.  ``config`` None: the untouched model.
+
+    ``whole``: masks that keep everything, so that the executor runs although nothing is removed.
+    ``variant``: label of the method; None for what is dense.
+    """
+
+    label: str
+    config: PruneConfig | None = None
+    whole: bool = False
+    variant: str | None = None
+
+    @property
+    def executor(self) -> str | None:
+        return None if self.config is None else self.config.executor
+
+
+def rebuilding(config: PruneConfig, every: int) -> PruneConfig:
+    """``config`` with a new mask after every ``every`` pruned tokens and one observed token."""
+    free = {"min_distance": 0, "max_dense_share": None, "allowance": 0}
+    return config.replace(
+        {"drift": {"rule": f"interval {every}", **free}, "remask": {"observe_tokens": 1}}
+    )
+
+
+def method_cases(
+    variants: Sequence[Variant], sparsities: Sequence[float], executors: Sequence[str]
+) -> tuple[Case, ...]:
+    """Every variant at every sparsity under every executor; raises ``ConfigError``."""
+    return tuple(
+        Case(
+            f"{variant.label} {percent(sparsity)}, {executor}",
+            variant.at(sparsity, executor=executor),
+            variant=variant.label,
+        )
+        for variant in variants
+        for sparsity in sparsities
+        for executor in executors
+    )
+
+
+def dense_cases() -> tuple[Case, ...]:
+    """The untouched model, then candidates for our own dense path, the better first."""
+    griffin = PruneConfig.build("griffin", sparsity=0.0)
+    return (
+        Case(TRANSFORMERS),
+        *(
+            Case(label, griffin.replace({"executor": executor}), whole=executor == "native")
+            for label, executor in zip(OWN, ("slim", "native", "graph"), strict=True)
+        ),
+    )
+
 
 STUDY, MODEL = "Study", "Model"
 
@@ -82,8 +144,7 @@ class SpeedSettings(StudyOptions, ModelOptions):
         """The executors, each once; raises ``UnknownName``."""
         executors = tuple(dict.fromkeys(words(self.executors)))
         for executor in executors:
-            if executor not in EXECUTORS:
-                raise UnknownName("executor", executor, EXECUTORS)
+            check_name("executor", executor, EXECUTORS)
         if not executors:
             raise ConfigError(f"--executors is empty: give some of {', '.join(EXECUTORS)}")
         return executors

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import random
 import time
@@ -16,14 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from dart_llm.data import texts
 from dart_llm.data.documents import check_disjoint
-from dart_llm.errors import ConfigError, DartError
+from dart_llm.errors import ConfigError, DartError, LoadError
 from dart_llm.experiments.cell import Cell
+from dart_llm.experiments.model_facts import configuration
 from dart_llm.experiments.provenance import Digests
-from dart_llm.experiments.study import Study, Unit
-from dart_llm.models.checkpoint import checkpoint_facts
+from dart_llm.experiments.study import Study, Unit, load_model
+from dart_llm.hub import plain
+from dart_llm.models.checkpoint import Checkpoint, checkpoint_facts, remember
 from dart_llm.models.describe import context_length, describe
+from dart_llm.models.devices import parse_device
+from dart_llm.models.loading import parse_dtype
 from dart_llm.native import build
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.masks import LayerMask
@@ -33,9 +40,7 @@ from dart_llm.reporting.table import Table
 from dart_llm.session.prepare import prepare
 from dart_llm.session.run import Run
 from dart_llm.studies.speed import summary
-from dart_llm.studies.speed.cases import OWN, TRANSFORMERS, Case, dense_cases
-from dart_llm.studies.speed.model import cache_bytes, prepare_model, prompt_ids
-from dart_llm.studies.speed.settings import SpeedSettings
+from dart_llm.studies.speed.settings import OWN, TRANSFORMERS, Case, SpeedSettings, dense_cases
 from dart_llm.studies.speed.timing import Make, read_bandwidth, repetition
 
 WARMUP_TOKENS = 4
@@ -279,3 +284,68 @@ def everything(model: Any) -> tuple[LayerMask, ...]:
         LayerMask(torch.arange(layer.width, device=layer.device), layer.width)
         for layer in describe(model).weights("output", 0)
     )
+
+
+# The model: a checkpoint, or its shape alone with random weights.  Beside ``models`` a place that
+# knows transformers: it makes models, and looks into their caches.
+
+
+def prepare_model(settings: SpeedSettings, ui: Ui) -> tuple[Any, Any]:
+    """Model and tokenizer, None for random weights; raises ``LoadError`` for what cannot be had."""
+    if not settings.is_random:
+        model, tokenizer, _ = load_model(settings, ui)
+        return model, tokenizer
+    with ui.status(f"making random weights of the shape of {settings.name}"):
+        return _random(settings, ui), None
+
+
+def _random(settings: SpeedSettings, ui: Ui) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    shape = settings.shape
+    config = _shape_file(Path(shape)) if shape else configuration(settings, ui.say)
+    dtype = parse_dtype(settings.dtype)
+    if dtype == "auto":
+        dtype = getattr(config, "dtype", None) or torch.bfloat16
+    attention = settings.attn_implementation
+    chosen = {"attn_implementation": attention} if attention else {}
+    torch.manual_seed(settings.seed)
+    try:
+        make: Any = AutoModelForCausalLM.from_config
+        model = make(config, dtype=dtype, **chosen)
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise LoadError(f"no model can be made of {settings.name}: {plain(error)}") from None
+    model = model.eval().to(parse_device(settings.device).first)
+    about = f"{settings.name} (random weights)"
+    remember(model, Checkpoint(about, "random weights", settings.name, None, "none"))
+    return model
+
+
+def _shape_file(path: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise LoadError(f"{path} holds no model's configuration: {plain(error)}") from None
+
+
+def prompt_ids(model: Any, tokenizer: Any, length: int, seed: int) -> Tensor:
+    """[1, length] int64 on the model's device: shipped text, over and over, or random tokens."""
+    if tokenizer is None:
+        vocabulary = int(model.config.get_text_config().vocab_size)
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(vocabulary, (1, length), generator=generator)
+    else:
+        known = tokenizer(texts.all_text(), return_tensors="pt", verbose=False).input_ids
+        ids = known.repeat(1, -(-length // known.shape[1]))[:, :length]
+    return ids.to(model.device)
+
+
+@torch.inference_mode()
+def cache_bytes(model: Any, ids: Tensor) -> float:
+    """Bytes of keys and values of one position, all layers together, after ids [1, T]."""
+    cache = model(ids, use_cache=True, logits_to_keep=1).cache
+    length = int(cache.get_seq_length())
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor)) / length

@@ -13,7 +13,7 @@ from dart_llm.pruning.records import bytes_limit
 from dart_llm.reporting.figures import DASHES, INK, SOFT, Palette, Plot, key, panels
 from dart_llm.reporting.table import Column, Table, escaped
 from dart_llm.reporting.words import percent
-from dart_llm.studies.speed.cases import TRANSFORMERS, Case
+from dart_llm.studies.speed.settings import TRANSFORMERS, Case
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

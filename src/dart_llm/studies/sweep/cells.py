@@ -20,7 +20,7 @@ from dart_llm.errors import ResultsError
 from dart_llm.experiments.cell import Cell
 from dart_llm.experiments.provenance import origin, versions
 from dart_llm.experiments.store import INPUTS, SCHEMA, ResultsFolder, mapping, now, open_folder
-from dart_llm.files import write_csv, write_json, write_text
+from dart_llm.files import write_csv, write_json, write_tensors, write_text
 
 RESULT, SAMPLES, MASKS, TIMING = "result.json", "samples.jsonl", "masks.safetensors", "timing.json"
 
@@ -105,8 +105,6 @@ class SweepFolder:
         """``masks.safetensors``: how often each neuron was kept, ``<key>.layer<l>.kept``."""
         from safetensors.torch import load_file
 
-        from dart_llm.experiments.tensor_file import write_tensors
-
         tensors: dict[str, Any] = {}
         for row in self.rows():
             path = self.path / CELLS / row["key"] / MASKS
@@ -138,10 +136,16 @@ class SweepFolder:
         found = {cell.key: read_timing(folder / cell.key) for cell in self.cells}
         return {key: times for key, times in found.items() if times}
 
-    def write_timing(self, seconds: float) -> None:
-        """``timing.json``: seconds of this run, and of every cell."""
+    def write_all(self, seconds: float) -> None:
+        """What is made of all cells; ``timing.json`` has the seconds of this run, and of each."""
+        self.write_tables()
+        self.write_masks()
         cells = {key: times.get("seconds") for key, times in self.times().items()}
         write_json(self.path / TIMING, {"total_s": seconds, "cells": cells})
+
+    def write_log(self, lines: Sequence[str]) -> None:
+        """``output_<time>.log``, what was said."""
+        write_text(self.path / f"output_{self.folder.stamp}.log", "\n".join(lines) + "\n")
 
 
 def open_sweep(place: SweepPlace, cells: Sequence[Cell]) -> SweepFolder:

@@ -1,4 +1,4 @@
-"""From the specification of a sweep (flags or a YAML file) to its cells, in table order."""
+"""The flags of ``dart-llm sweep`` and ``compare``; from a specification to cells in table order."""
 
 from __future__ import annotations
 
@@ -16,16 +16,84 @@ from pydantic import (
     model_validator,
 )
 
-from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.errors import ConfigError, check_name
 from dart_llm.evaluation.measurement import PROTOCOLS, MeasureOptions
-from dart_llm.evaluation.task_names import SHORTCUTS, protocols
+from dart_llm.evaluation.tasks import SHORTCUTS, protocols
 from dart_llm.experiments.cell import Cell, removes_nothing
-from dart_llm.experiments.model_facts import layer_count
 from dart_llm.experiments.provenance import Digests
+from dart_llm.experiments.trackers import TRACKERS
 from dart_llm.pruning.config import check_sparsity, first_problem, unknown_key
 from dart_llm.pruning.layer_table import parse_layer_spec
 from dart_llm.pruning.registry import METHODS
-from dart_llm.settings import LOADING, Settings, check_seed
+from dart_llm.settings import LOADING, Settings, check_seed, setting
+
+GRID, TASK, RUN, MODEL = "Grid", "Tasks", "Run", "Model"
+
+OPTIONS = tuple(one.name for one in fields(MeasureOptions) if one.name not in ("protocol", "seed"))
+"""Fields that are options of the grid's tasks."""
+
+PLACE = ("experiment_name", "results_dir", "engine", "workers", "tracker")
+"""Fields that say where and how the cells run."""
+
+
+class SweepFlags(Settings):
+    """Every flag; None means "not given".  Lists are written with commas."""
+
+    models: str | None = setting(GRID, "Models (default: smollm2-135m).")
+    methods: str | None = setting(GRID, "Methods; dart-llm methods lists them.")
+    sparsities: str | None = setting(GRID, "Fractions of FFN neurons to remove, e.g. 0.3,0.5.")
+    tasks: str | None = setting(
+        GRID, "lm-eval tasks, perplexity:TEXT, summarize:DATA; e.g. arc_easy,perplexity:embedded."
+    )
+    seeds: str | None = setting(GRID, "Seeds (default: 0).")
+    protocols: str | None = setting(GRID, "decode, full, published, standard (default: decode).")
+    layers: str | None = setting(GRID, "Prune layers by themselves: each, or ranges 0-3,4-7.")
+    keep: str | None = setting(GRID, "Fraction that such a layer keeps, e.g. 0.5.")
+    base_keep: float | None = setting(GRID, "Fraction that the other layers keep (default: all).")
+    compensation: bool | None = setting(GRID, "For every method: with or without compensation.")
+    budget: str | None = setting(GRID, "For every method: this allocator over layers.")
+    drift: str | None = setting(GRID, "For every method: this drift rule.")
+    calibration: str | None = setting(GRID, "Text for methods that calibrate.")
+    limit: int | None = setting(TASK, "Items per task (default: all).")
+    sample_seed: int | None = setting(TASK, "Choose the items at random with this seed.")
+    num_fewshot: int | None = setting(TASK, "Examples before each item.")
+    include_path: str | None = setting(TASK, "Folder with further lm-eval task files.")
+    batch_size: int | None = setting(TASK, "Continuations in one forward (default: 8).")
+    apply_chat_template: bool | None = setting(TASK, "Wrap contexts in the model's template.")
+    prompt_tokens: int | None = setting(TASK, "Prompt tokens of a slice (default: 256).")
+    scored_tokens: int | None = setting(TASK, "Scored tokens of a slice (default: 256).")
+    window: int | None = setting(TASK, "Window of protocol standard (default: 2048).")
+    stride: int | None = setting(TASK, "Its stride (default: the window).")
+    max_output: int | None = setting(TASK, "Tokens per summary (default: 256).")
+    dtype: str | None = setting(MODEL, "float32, float16, bfloat16 (default: the checkpoint's).")
+    device: str | None = setting(MODEL, "0, cuda:0, cpu or mps (default: GPU 0, else CPU).")
+    device_map: str | None = setting(MODEL, "How layers are spread over devices, e.g. auto.")
+    revision: str | None = setting(MODEL, "Branch, tag or commit of a hub model.")
+    attn_implementation: str | None = setting(MODEL, "Attention kernel: eager, sdpa, ...")
+    trust_remote_code: bool | None = setting(MODEL, "Run code that comes with the checkpoint.")
+    cache_dir: str | None = setting(MODEL, "Where weights are kept.")
+    experiment_name: str | None = setting(RUN, "Folder under --results-dir (default: the command).")
+    results_dir: str = setting(RUN, "Folder for results.", "results")
+    engine: str = setting(RUN, "local, or ray: spread cells over a cluster.", "local")
+    workers: int | None = setting(RUN, "Worker processes of the ray engine.")
+    tracker: str | None = setting(RUN, "trackio, wandb, mlflow or tensorboard.")
+
+    @model_validator(mode="after")
+    def _check_tracker(self) -> SweepFlags:
+        check_name("tracker", self.tracker or None, TRACKERS)
+        return self
+
+    def grid_flags(self) -> dict[str, Any]:
+        """What ``grid.collect`` takes."""
+        data = self.model_dump(exclude_none=True, exclude=set(PLACE))
+        options = {name: data.pop(name) for name in OPTIONS if name in data}
+        names = ("compensation", "budget", "drift")
+        overrides = {name: data.pop(name) for name in names if name in data}
+        return {**data, "options": options, "overrides": overrides}
+
+
+# From the specification (flags or a YAML file) to the cells.
+
 
 EACH = "each"
 
@@ -99,8 +167,7 @@ class GridSpec(Settings):
         for method in self.methods:
             METHODS.check(method)
         for protocol in self.protocols:
-            if protocol not in (*PROTOCOLS, *OF_SOME_TASKS):
-                raise UnknownName("protocol", protocol, (*PROTOCOLS, *OF_SOME_TASKS))
+            check_name("protocol", protocol, (*PROTOCOLS, *OF_SOME_TASKS))
         for sparsity in self.sparsities:
             check_sparsity(sparsity)
         for seed in self.seeds:
@@ -108,8 +175,7 @@ class GridSpec(Settings):
         self._check_layers()
         measure_options(self.options)
         for task, options in self.task_options.items():
-            if task not in self.tasks:
-                raise UnknownName("task in task_options", task, self.tasks)
+            check_name("task in task_options", task, self.tasks)
             measure_options({**self.options, **options})
         return self
 
@@ -142,8 +208,7 @@ def measure_options(data: Mapping[str, Any]) -> MeasureOptions:
     for name, value in data.items():
         if name in ("protocol", "seed"):
             raise ConfigError(f"{name} is not an option of the sweep: write {name}s, a list")
-        if name not in known:
-            raise UnknownName("measuring option", str(name), known)
+        check_name("measuring option", str(name), known)
         if isinstance(value, bool) and name != "apply_chat_template":
             raise ConfigError(f"option {name} = {value} must be a number or a text")
         least = 0 if name in _FROM_ZERO else 1
@@ -201,6 +266,8 @@ def expand(grid: GridSpec) -> tuple[Cell, ...]:
         base = Cell(model, "dense", "", **{name: getattr(grid, name) for name in LOADING})
         groups: Sequence[str] = grid.layers
         if EACH in groups:
+            from dart_llm.experiments.model_facts import layer_count  # which loads torch
+
             groups = [str(layer) for layer in range(layer_count(base))]
         for (task, name), protocol in itertools.product(tasks, grid.protocols):
             if protocol in OF_SOME_TASKS and protocol not in protocols(task):

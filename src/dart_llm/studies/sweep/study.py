@@ -9,20 +9,32 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dart_llm.errors import CellsFailed, ConfigError, MissingExtra, ResultsError, UnknownName
-from dart_llm.evaluation.tasks import check_calibration, check_task
+from rich.table import Table
+
+from dart_llm.cache import free_bytes
+from dart_llm.data import datasets
+from dart_llm.errors import (
+    CellsFailed,
+    ConfigError,
+    MissingExtra,
+    ResultsError,
+    check_name,
+)
+from dart_llm.evaluation.tasks import check_calibration, check_task, split
 from dart_llm.experiments import comparison, comparison_plots, comparison_report
-from dart_llm.experiments.cell import Cell
+from dart_llm.experiments.cell import Cell, short_task
+from dart_llm.experiments.model_facts import download_size
 from dart_llm.experiments.store import now
 from dart_llm.experiments.trackers import open_tracker
-from dart_llm.files import write_text
+from dart_llm.files import size_text
 from dart_llm.reporting import figures
 from dart_llm.reporting.console import Ui
+from dart_llm.reporting.words import duration
 from dart_llm.settings import merge, read_file
 from dart_llm.studies.sweep.cells import (
     CELLS,
@@ -30,13 +42,12 @@ from dart_llm.studies.sweep.cells import (
     SweepFolder,
     SweepPlace,
     adopt,
+    finished_before,
     open_sweep,
     read_timing,
 )
 from dart_llm.studies.sweep.compute import LoadedModelCache, compute
-from dart_llm.studies.sweep.grid import SINGULAR, GridSpec, collect, expand
-from dart_llm.studies.sweep.plan import Plan, plan
-from dart_llm.studies.sweep.settings import SweepFlags
+from dart_llm.studies.sweep.grid import SINGULAR, GridSpec, SweepFlags, collect, expand
 
 ENGINES = ("local", "ray")
 
@@ -80,8 +91,7 @@ def run_sweep(
     """
     if not cells:
         raise ConfigError("the sweep has no cells: name at least one model, method and task")
-    if engine not in ENGINES:
-        raise UnknownName("engine", engine, ENGINES)
+    check_name("engine", engine, ENGINES)
     if workers is not None and workers < 1:
         raise ConfigError(f"workers {workers} must be 1 or more")
     began = time.perf_counter()
@@ -96,7 +106,7 @@ def run_sweep(
             _collect(sweep, results, len(todo), ui, on_cell)
         seconds = time.perf_counter() - began
         result = SweepResult(sweep.path, tuple(sweep.rows()), len(todo), seconds)
-        _write_all(sweep, seconds)
+        sweep.write_all(seconds)
         if result.failed:
             failed = f"{len(result.failed)} of {len(cells)} cells failed"
             ui.say(f"{failed}; the same command tries them again")
@@ -104,13 +114,13 @@ def run_sweep(
         sweep.finished = now().isoformat()
         sweep.write_config("running", engine)  # a page tells of device and time
         on_end(result)
-        _write_log(sweep, ui)
+        sweep.write_log(ui.log)
         sweep.write_config("failed" if result.failed else "complete", engine)  # the last file
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | GeneratorExit)
         with contextlib.suppress(ResultsError):  # a full disk must not hide the first error
-            _write_all(sweep, time.perf_counter() - began)
-            _write_log(sweep, ui)
+            sweep.write_all(time.perf_counter() - began)
+            sweep.write_log(ui.log)
         with contextlib.suppress(ResultsError):
             sweep.write_config("interrupted" if stopped else "failed", engine)
         raise
@@ -189,27 +199,6 @@ def _collect(
         rest = f"; about {duration(left)} left" if done < total else ""
         ui.say(f"{done}/{total} {cell.label} on {cell.short_task}: {told}{rest}")
         on_cell(document)
-
-
-def duration(seconds: float) -> str:
-    """For people: ``0.4 s``, ``12 s``, ``3 min``, ``2 h 10 min``, ``5 days``."""
-    if seconds < 90:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes >= 72 * 60:
-        return f"{minutes / 60 / 24:,.0f} days"
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _write_all(sweep: SweepFolder, seconds: float) -> None:
-    """What is made of all cells."""
-    sweep.write_tables()
-    sweep.write_masks()
-    sweep.write_timing(seconds)
-
-
-def _write_log(sweep: SweepFolder, ui: Ui) -> None:
-    write_text(sweep.path / f"output_{sweep.folder.stamp}.log", "\n".join(ui.log) + "\n")
 
 
 # ``dart-llm sweep`` and ``dart-llm compare``: a grid of cells, and what is made of its results.
@@ -319,3 +308,130 @@ def dry_run(request: SweepRequest, ui: Ui) -> Plan:
     for sentence in found.sentences():
         ui.result(sentence)
     return found
+
+
+# What a sweep would do, before it does it: cells, downloads and disk (``--dry-run``).
+
+
+FINISHED, TO_DO = "finished", "to do"
+
+CELL_BYTES = 500_000
+"""What the results of a cell take on the disk, about."""
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One cell."""
+
+    key: str
+    label: str
+    model: str
+    task: str
+    protocol: str
+    seed: int
+    status: str
+
+
+@dataclass(frozen=True)
+class Download:
+    """Something that must be fetched; ``size``: bytes, None when it cannot be known."""
+
+    name: str
+    size: int | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    rows: tuple[PlanRow, ...]
+    downloads: tuple[Download, ...]
+    disk_bytes: int
+    free_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able data."""
+        return asdict(self)
+
+    def sentences(self) -> list[str]:
+        """The plan's totals, one line each."""
+        todo = sum(row.status == TO_DO for row in self.rows)
+        lines = [f"{len(self.rows)} cells: {len(self.rows) - todo} finished, {todo} to do"]
+        for download in self.downloads:
+            size = "size unknown" if download.size is None else size_text(download.size)
+            note = f" ({download.note})" if download.note else ""
+            lines.append(f"download: {download.name}, {size}{note}")
+        if not self.downloads:
+            lines.append("download: nothing")
+        disk, free = size_text(self.disk_bytes), size_text(self.free_bytes)
+        return [*lines, f"disk: about {disk}; {free} are free"]
+
+    def table(self) -> Table:
+        """The cells, for people."""
+        table = Table(title="cells", title_justify="left")
+        for name in ("model", "task", "protocol", "seed", "method", "status"):
+            table.add_column(name)
+        for row in self.rows:
+            model = Path(row.model.rstrip("/")).name
+            task = short_task(row.task)
+            table.add_row(model, task, row.protocol, str(row.seed), row.label, row.status)
+        return table
+
+
+def plan(cells: Sequence[Cell], place: SweepPlace) -> Plan:
+    """What ``run_sweep`` would do.  Nothing is downloaded, loaded or written.
+
+    Raises ``LoadError`` for a model that does not exist or that the disk has no room for.
+    """
+    experiment = place.root / place.experiment
+    done = set[str]()
+    if not place.fresh:
+        done = {cell.key for cell in cells if finished_before(experiment, cell.key) is not None}
+    todo = [cell for cell in cells if cell.key not in done]
+    downloads = (*_models(todo), *_data(todo))
+    return Plan(
+        rows=tuple(
+            PlanRow(
+                cell.key,
+                cell.label,
+                cell.model,
+                cell.task,
+                cell.options.protocol,
+                cell.seed,
+                FINISHED if cell.key in done else TO_DO,
+            )
+            for cell in cells
+        ),
+        downloads=downloads,
+        disk_bytes=sum(d.size or 0 for d in downloads) + CELL_BYTES * len(todo),
+        free_bytes=free_bytes(place.root),
+    )
+
+
+def _models(cells: Iterable[Cell]) -> list[Download]:
+    """Models that are not on this machine."""
+    downloads = []
+    for model, cell in {cell.model: cell for cell in cells}.items():
+        size = download_size(cell)
+        note = "the hub cannot be asked, and the cache has none" if size is None else ""
+        if size != 0:
+            downloads.append(Download(model, size, note))
+    return downloads
+
+
+def _data(cells: Iterable[Cell]) -> list[Download]:
+    """Data sets of the hub that the tasks read and that are not in its cache."""
+    from huggingface_hub import constants
+
+    wanted: dict[tuple[str, str | None], datasets.DataSet] = {}
+    for cell in cells:
+        kind, name = split(cell.task)
+        for source in datasets.DATA_SETS.values():
+            asked = name in source.tasks if kind == "lm-eval" else source.name == name
+            if asked and (kind == "lm-eval" or kind in source.uses) and not Path(name).exists():
+                wanted[source.hub_id, source.config] = source
+    cache = Path(constants.HF_HUB_CACHE)
+    return [
+        Download(f"data set {source.where}", source.megabytes and source.megabytes * 10**6)
+        for source in wanted.values()
+        if not (cache / f"datasets--{source.hub_id.replace('/', '--')}").is_dir()
+    ]
