@@ -24,8 +24,8 @@ from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.sequence import Phase
 from dart_llm.session.prepare import prepare
 from dart_llm.session.run import Run
-from dart_llm.studies.speed.settings import TRANSFORMERS, rebuilding
-from dart_llm.studies.speed.study import prompt_ids
+from dart_llm.studies.speed.cases import TRANSFORMERS, rebuilding
+from dart_llm.studies.speed.model import prompt_ids
 from dart_llm.studies.speed.summary import WARM, mad
 from dart_llm.studies.speed.timing import Make, greedy, repetition
 

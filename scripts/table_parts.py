@@ -123,10 +123,11 @@ def speed_parts(data: Row) -> Iterator[Part]:
     for run in data["runs"]:
         facts, machine = run["checkpoint"], run["machine"]
         sittings = f", in {run['sittings']} sittings" if run["sittings"] > 1 else ""
+        held = f", weights {facts['weights']}" if facts.get("weights") else ""
         yield {
             "caption": (
                 f"**{facts['name']} (file quantisation {facts['file_quantisation'] or 'none'}, "
-                f"{facts['dtype']})**: {run['prompt_tokens']} prompt + {run['tokens']} timed "
+                f"{facts['dtype']}{held})**: {run['prompt_tokens']} prompt + {run['tokens']} timed "
                 f"tokens, {run['repeats']} repetitions in shuffled order{sittings}; "
                 f"{machine['processor']}, {machine['threads']} threads, device "
                 f"{machine['device']}, torch {run['versions']['torch']}, kernels "

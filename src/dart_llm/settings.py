@@ -255,6 +255,9 @@ class ModelOptions(Settings):
     device: str | None = setting("Model", "0, 0,1, cuda:0, cpu or mps (default: GPU 0, else CPU).")
     device_map: str | None = setting("Model", "How layers are spread over devices, e.g. auto.")
     dtype: str | None = setting("Model", "float32, float16, bfloat16 (default: the checkpoint's).")
+    weights: str | None = setting(
+        "Model", "auto, file (a GGUF's own blocks), dense, or rounded: q8_0, q4_0, q4_1."
+    )
     revision: str | None = setting("Model", "Branch, tag or commit of a hub model.")
     attn_implementation: str | None = setting("Model", "Attention kernel: eager, sdpa, ...")
     trust_remote_code: bool = setting("Model", "Run code that comes with the checkpoint.", False)

@@ -11,7 +11,7 @@ from tiny import tiny
 
 pytestmark = pytest.mark.usefixtures("native")
 
-NAMES = {"llama": "slim", "gemma": "native", "gpt2": "native", "opt": "masked"}
+NAMES = {"llama": "slim", "gemma3": "slim", "gpt2": "slim", "bloom": "native", "opt": "masked"}
 
 
 @pytest.mark.parametrize(("name", "executor"), NAMES.items())

@@ -10,24 +10,38 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 WIDTH, FFN_WIDTH, LAYERS, VOCABULARY, CONTEXT = 64, 96, 2, 300, 128
 
 
-def write_gguf(path, ffn=Kind.Q4_1):
-    """A random Llama of 2 layers: embedding Q8_0, attention Q4_1, FFN ``ffn``, norms float32."""
+def write_gguf(path, ffn=Kind.Q4_1, architecture="llama", change=None):
+    """A random Llama of 2 layers: embedding Q8_0, attention Q4_1, FFN ``ffn``, norms float32.
+
+    ``change``: a tensor's name -> (rows, columns, kind), or None to leave it out.
+    """
     draw = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(str(path), "llama")
+    writer = gguf.GGUFWriter(str(path), architecture)
     for name, value in SETTINGS.items():
         getattr(writer, f"add_{name}")(value)
+    size = 128 if architecture == "qwen3" else WIDTH // 2  # of a head: transformers has it fixed
+    if architecture != "llama":
+        writer.add_key_length(size)
+        writer.add_value_length(size)
 
     def add(name, rows, columns, kind):
+        if (shape := (change or {}).get(name, (rows, columns, kind))) is None:
+            return
+        rows, columns, kind = shape
         weights = 0.1 * draw.standard_normal((rows, columns), dtype=np.float32)
         writer.add_tensor(name, gguf.quants.quantize(weights, kind), raw_dtype=kind)
 
     add("token_embd.weight", VOCABULARY, WIDTH, Kind.Q8_0)
     for layer in range(LAYERS):
-        for part in ("attn_q", "attn_k", "attn_v", "attn_output"):
-            add(f"blk.{layer}.{part}.weight", WIDTH, WIDTH, Kind.Q4_1)
+        for part in ("attn_q", "attn_k", "attn_v"):
+            add(f"blk.{layer}.{part}.weight", 2 * size, WIDTH, Kind.Q4_1)
+        add(f"blk.{layer}.attn_output.weight", WIDTH, 2 * size, Kind.Q4_1)
         for part in ("ffn_gate", "ffn_up"):
             add(f"blk.{layer}.{part}.weight", FFN_WIDTH, WIDTH, ffn)
         add(f"blk.{layer}.ffn_down.weight", WIDTH, FFN_WIDTH, ffn)
+        for part, length in FURTHER.get(architecture, {}).items():
+            values = 1 + 0.1 * draw.standard_normal(length, dtype=np.float32)
+            writer.add_tensor(f"blk.{layer}.{part}", values)
         for part in ("attn_norm", "ffn_norm"):
             writer.add_tensor(f"blk.{layer}.{part}.weight", np.ones(WIDTH, dtype=np.float32))
     writer.add_tensor("output_norm.weight", np.ones(WIDTH, dtype=np.float32))
@@ -44,13 +58,16 @@ def facts(**known):
     return {**plain, **known}
 
 
-def write_folder(folder):
-    """A random Llama in bfloat16 with a byte-level tokenizer, as ``save_pretrained`` writes it."""
+def write_folder(folder, **settings):
+    """A random Llama in bfloat16 with a byte-level tokenizer, as ``save_pretrained`` writes it.
+
+    ``settings``: further ones of its configuration.
+    """
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48}
     sizes |= {"num_hidden_layers": LAYERS, "num_attention_heads": 2, "num_key_value_heads": 1}
     sizes |= {"max_position_embeddings": CONTEXT, "bos_token_id": 0, "eos_token_id": 1}
-    config = LlamaConfig(**sizes)
+    config = LlamaConfig(**sizes, **settings)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     vocabulary = {token: number for number, token in enumerate(_tokens())}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -65,6 +82,15 @@ def _tokens():
     tokens = ["<s>", "</s>", "<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ab"]
     return tokens + [f"<unused{i}>" for i in range(VOCABULARY - len(tokens))]
 
+
+_AFTER = {"post_attention_norm.weight": WIDTH, "post_ffw_norm.weight": WIDTH}
+FURTHER = {
+    "qwen2": {f"attn_{part}.bias": WIDTH for part in "qkv"},
+    "qwen3": {f"attn_{part}_norm.weight": 128 for part in "qk"},
+    "gemma2": _AFTER,
+    "gemma3": _AFTER | {f"attn_{part}_norm.weight": WIDTH // 2 for part in "qk"},
+}
+"""Vectors that layers of an architecture have beside Llama's."""
 
 SETTINGS = {
     "name": "tiny",

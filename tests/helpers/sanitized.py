@@ -23,7 +23,7 @@ def compile_with(folder, *arguments):
 
 def kernel_objects(folder):
     """Everything native but the operators of torch, compiled into ``folder``."""
-    files = [str(one) for one in sorted(KERNELS.glob("*.cpp")) if one.name != "ops.cpp"]
+    files = [str(one) for one in sorted(KERNELS.glob("*.cpp")) if not one.match("*ops.cpp")]
     compile_with(folder, "-c", *files)
     return [str(one) for one in sorted(folder.glob("*.o"))]
 

@@ -13,6 +13,7 @@ PROMPT, TOKENS = 12, 12
 
 
 def shape(root, name="llama"):
+    """The config.json of a tiny model."""
     kind, settings = CONFIGS[name]
     root.mkdir(parents=True, exist_ok=True)
     path = root / f"{name}.json"

@@ -19,7 +19,11 @@ _PAD = {"pad_token_id": 0}
 _NEOX = {**_BASE, **_PAD, "intermediate_size": WIDTH}
 _GATED = {**_NEOX, "num_key_value_heads": 2}
 _HEADS = {**_GATED, "head_dim": 8}
-_GEMMA = {**_HEADS, "query_pre_attn_scalar": 8, "sliding_window": 256}
+_WINDOW = {**_HEADS, "sliding_window": 24}
+"""Less than the texts of most tests."""
+
+_GEMMA = {**_WINDOW, "query_pre_attn_scalar": 8}
+_KINDS = ["sliding_attention", "full_attention", *["sliding_attention"] * 2]
 _FALCON = {**_BASE, "ffn_hidden_size": WIDTH}
 _OPT = {**_BASE, **_PAD, "ffn_dim": WIDTH, "word_embed_proj_dim": HIDDEN}
 _BARE = {key: _BASE[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")}
@@ -30,13 +34,13 @@ _BLOOM = _BARE | _PAD | {"hidden_size": 16, "n_layer": LAYERS, "n_head": 4}
 CONFIGS = {
     "llama": ("llama", _GATED),
     "llama-bias": ("llama", {**_GATED, "mlp_bias": True}),
-    "mistral": ("mistral", _HEADS),
+    "mistral": ("mistral", _WINDOW),
     "qwen2": ("qwen2", _GATED),
     "qwen3": ("qwen3", _HEADS),
     "smollm3": ("smollm3", _GATED),
     "gemma": ("gemma", _HEADS),
     "gemma2": ("gemma2", _GEMMA),
-    "gemma3": ("gemma3_text", _GEMMA),
+    "gemma3": ("gemma3_text", {**_GEMMA, "layer_types": _KINDS}),
     "olmo2": ("olmo2", _GATED),
     "phi3": ("phi3", _GATED),
     "gpt2": ("gpt2", _GPT2),
@@ -56,11 +60,14 @@ CONFIGS = {
 NAMES = tuple(CONFIGS)
 
 
-def tiny(name="llama", seed=0, dtype=torch.float32):
-    """A random model; weights are scaled up so that tokens differ and attention is not flat."""
+def tiny(name="llama", seed=0, dtype=torch.float32, **sizes):
+    """A random model; weights are scaled up so that tokens differ and attention is not flat.
+
+    ``sizes``: of its configuration, in place of the common ones.
+    """
     model_type, settings = CONFIGS[name]
     torch.manual_seed(seed)
-    config = CONFIG_MAPPING[model_type](**settings)
+    config = CONFIG_MAPPING[model_type](**{**settings, **sizes})
     model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

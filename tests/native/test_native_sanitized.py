@@ -17,8 +17,9 @@ def objects(tmp_path_factory):
     return kernel_objects(tmp_path_factory.mktemp("kernels"))
 
 
-def test_kernels_touch_only_what_is_theirs_and_agree(objects, tmp_path):
-    program = driver("driver", objects, tmp_path)
+@pytest.mark.parametrize("name", ["driver", "packed"])
+def test_kernels_touch_only_what_is_theirs_and_agree(name, objects, tmp_path):
+    program = driver(name, objects, tmp_path)
     done = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     kinds = [line.split()[0] for line in done.stdout.splitlines()]
@@ -27,7 +28,7 @@ def test_kernels_touch_only_what_is_theirs_and_agree(objects, tmp_path):
 
 def test_random_decode_steps(objects, tmp_path):
     """benchmarks/sanitized_steps.py makes many more."""
-    counts = random_steps(driver("steps", objects, tmp_path), steps=200, seed=1)
-    assert counts["steps"] >= 200 and counts["compared"] >= 100
+    counts = random_steps(driver("steps", objects, tmp_path), steps=400, seed=1)
+    assert counts["steps"] >= 400 and counts["compared"] >= 200
     assert counts["portable"] >= 10 and min(counts.values()) >= 3
     assert counts["float32"] + counts["bfloat16"] == counts["steps"]

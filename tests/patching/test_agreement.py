@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from dart_llm.errors import AttachError, ConfigError, UnsupportedModel
 from dart_llm.models import agreement as checked
 from dart_llm.models.describe import describe, widths
-from dart_llm.models.llama import step_unsupported_reason as why_not_step
+from dart_llm.models.steps import step_unsupported_reason as why_not_step
 from dart_llm.patching.executors.step_agreement import disagreement_reason as why_not_alike
 from dart_llm.session.run import prune
 from products import DTYPES, SHAPES
@@ -263,6 +263,29 @@ def test_a_model_of_which_torch_compiled_a_part_runs_compact():
     assert executor == "compact" and apart(found, expected) < CLOSE
     with pytest.raises(ConfigError, match="was compiled by torch"):
         prune(model, masks={0: [1]}, executor="slim")
+
+
+def _soft_cap(model):
+    model.config.final_logit_softcapping = 0.5
+
+
+def _embedding_scale(model):
+    model.model.embed_tokens.embed_scale.mul_(2)
+
+
+def _other_angles(model):
+    model.model.rotary_emb.sliding_attention_inv_freq.mul_(0.5)
+
+
+@pytest.mark.parametrize("change", [_soft_cap, _embedding_scale, _other_angles])
+def test_a_change_of_what_other_families_read_counts_too(change):
+    model = tiny("gemma3")
+    with prune(model, masks=picked(), executor="slim"):
+        before = decode(model, IDS, PROMPT)
+        change(model)
+        found = decode(model, IDS, PROMPT)
+    expected, _ = _decoded(model, "masked")
+    assert apart(found, expected) < CLOSE < apart(found, before)
 
 
 CHANGES = (

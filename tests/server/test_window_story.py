@@ -23,7 +23,7 @@ LONGEST = 192
 
 @pytest.fixture(scope="module")
 def model():
-    return load("smollm2-135m")
+    return load("smollm2-135m", weights="dense")
 
 
 def told(model, text, executor):

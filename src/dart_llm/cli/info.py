@@ -178,6 +178,7 @@ def examine(cache_dir: str | None = None) -> dict[str, Any]:
         "dtypes": _dtypes(torch),
         "compiler": shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"),
         "native_kernels": native_state(cache_dir),
+        "default_model_weights": _held(native_state(cache_dir), torch.cuda.is_available()),
         "cache": str(cache),
         "free_disk_gib": round(shutil.disk_usage(existing).free / 2**30, 1),
         "hub_token": get_token() is not None,
@@ -185,6 +186,17 @@ def examine(cache_dir: str | None = None) -> dict[str, Any]:
         "extras_missing": {extra: lacking for extra in EXTRAS if (lacking := _lacking(extra))},
         "summary": metadata("dart-llm")["Summary"],
     }
+
+
+def _held(kernels: str, gpu: bool) -> str:
+    """How the weights of the default model are held where nothing else is asked for."""
+    if gpu:
+        return "bfloat16, on the GPU"
+    built, _, name = kernels.partition("built: ")
+    if not built and name:
+        return f"Q4_1 as in the file, read by the kernels {name}"
+    later = kernels.startswith("not built yet")
+    return "Q4_1 as in the file" if later else "bfloat16: blocks need the native kernels"
 
 
 def _devices(torch: Any) -> list[str]:
@@ -228,6 +240,7 @@ def print_report(found: dict[str, Any]) -> None:
         "dtypes on the CPU": ", ".join(found["dtypes"]),
         "C++ compiler": Path(compiler).name if compiler else NO_COMPILER,
         "native CPU kernels": found["native_kernels"],
+        "default model's weights": found["default_model_weights"],
         "cache": found["cache"],
         "free disk": f"{found['free_disk_gib']} GiB",
         "hub token": "present" if found["hub_token"] else "none (public models only)",

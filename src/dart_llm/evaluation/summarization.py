@@ -224,6 +224,7 @@ def _identity(candidate: PreparedMethod) -> str:
     facts = checkpoint_facts(candidate.model)
     config = None if candidate.config is None else candidate.config.to_dict()
     content = [facts.get("name"), facts.get("dtype"), config]
+    content += [facts["weights"]] if "weights" in facts else []
     total = hashlib.sha256(json.dumps(content, default=str).encode())
     for layer, ids in sorted((candidate.masks or {}).items()):
         total.update(f"{int(layer)}:{torch.as_tensor(ids).tolist()}".encode())

@@ -27,6 +27,7 @@ from dart_llm.pruning.records import DriftCheck, Remask
 from dart_llm.pruning.sequence import SequenceState
 from dart_llm.pruning.token_level import NO_MASK, sequence_masks
 from dart_llm.reporting.table import bytes_text
+from dart_llm.reporting.words import dtype_text
 from dart_llm.session.run import Run
 from dart_llm.settings import ActivationSettings
 
@@ -93,7 +94,7 @@ class Saver:
         metadata = {
             "checkpoint": str(facts.get("name")),
             "checkpoint_sha256": str(facts.get("sha256")),
-            "dtype": str(facts.get("dtype")),
+            "dtype": dtype_text(facts),
             "layers": ",".join(map(str, self.wanted.layers)),
             "tensors": ",".join(self.wanted.tensors),
             "tokens": f"{self.wanted.start}:{self.wanted.start + kept}",

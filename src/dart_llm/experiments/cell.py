@@ -47,6 +47,7 @@ class Cell:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     calibration: str | None = None
     dtype: str | None = None
+    weights: str | None = None
     device: str | None = None
     device_map: str | None = None
     revision: str | None = None
@@ -59,6 +60,8 @@ class Cell:
     def key(self) -> str:
         """A readable name and a hash of everything that decides the result; a folder's name."""
         data = {name: value for name, value in self.to_dict().items() if name not in _ELSEWHERE}
+        if self.weights is None:  # a later field: keys of earlier results stay
+            del data["weights"]
         text = json.dumps(data, sort_keys=True, ensure_ascii=True)
         return f"{self._slug}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 

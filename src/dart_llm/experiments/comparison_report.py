@@ -22,7 +22,7 @@ from dart_llm.experiments.store import Files, ResultsView, read
 from dart_llm.files import write_csv, write_json, write_text
 from dart_llm.reporting import page
 from dart_llm.reporting.table import Column, PageTable, Table, bytes_text, escaped, grouped
-from dart_llm.reporting.words import count, percent, quantity, times
+from dart_llm.reporting.words import count, dtype_text, percent, quantity, times
 
 SCHEMA = 1
 
@@ -593,10 +593,11 @@ def _facts(view: ResultsView, rows: Sequence[Row]) -> list[tuple[str, str, bool]
 def _checkpoints(rows: Sequence[Row]) -> PageTable | None:
     """The files that were measured, with what identifies them."""
     keys = ("name", "file_quantisation", "dtype", "revision", "sha256")
+    known = [dict(row.checkpoint) for row in rows if row.checkpoint]
+    for one in known:
+        one["dtype"] = one.get("dtype") and dtype_text(one)
     body = dict.fromkeys(
-        tuple(str(row.checkpoint.get(key) or "not known")[:40] for key in keys)
-        for row in rows
-        if row.checkpoint
+        tuple(str(one.get(key) or "not known")[:40] for key in keys) for one in known
     )
     head = ("checkpoint", "file quantisation", "dtype", "revision", "sha256 (start)")
     return PageTable("Checkpoints", head, tuple(body), numeric=False) if body else None

@@ -215,6 +215,8 @@ class ResultsSummary:
     quantisations: tuple[str, ...] = ()
     """Of the weight files; ``none`` when they are not quantised."""
     dtypes: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
+    """How they are held where that is in blocks, in words."""
     methods: tuple[str, ...] = ()
     sparsities: tuple[float, ...] = ()
     """Asked for; those of dense rows are left out where there are others."""
@@ -277,6 +279,9 @@ def _read(run: ResultsSummary) -> ResultsSummary:
             for fact in [row.checkpoint for row in rows] or [checkpoint]
         ),
         dtypes=_texts(row.dtype for row in rows) or _texts([checkpoint.get("dtype")]),
+        weights=_texts(
+            fact.get("weights") for fact in [row.checkpoint for row in rows] or [checkpoint]
+        ),
         methods=_texts(methods) or _texts(cell.get("method") for cell in asked),
         sparsities=_sparsities(rows, asked),
         tasks=_texts(row.task for row in rows) or _texts(_tasks(asked)),
@@ -615,7 +620,9 @@ def _measured(run: ResultsSummary, long: bool) -> list[list[str]]:
 
 
 def _model_words(run: ResultsSummary) -> list[str]:
-    formats = ", ".join(word for word in (*run.quantisations, *run.dtypes) if word != "none")
+    held = (f"weights {words}" for words in run.weights)
+    known = (*run.quantisations, *run.dtypes, *held)
+    formats = ", ".join(word for word in known if word != "none")
     return [*run.models, *([formats] if formats else [])]
 
 

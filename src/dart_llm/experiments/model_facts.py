@@ -11,8 +11,10 @@ from dart_llm.errors import LoadError
 from dart_llm.experiments.cell import Cell
 from dart_llm.hub import check_download, hub_failure, plain, weight_files
 from dart_llm.models.bundled import MODEL_SHA256, MODEL_WHEEL_BYTES
+from dart_llm.models.devices import placement
 from dart_llm.models.gguf import converted_folder, is_intact
-from dart_llm.models.loading import is_default, resolve
+from dart_llm.models.loading import held_as, is_default, resolve
+from dart_llm.settings import load_arguments
 
 DEFAULT_LAYERS = 30
 """Layers of the embedded default, which is pinned: no file need be fetched to know them."""
@@ -60,6 +62,14 @@ def configuration(asked: Any, say: Callable[[str], None] = lambda text: None) ->
         raise hub_failure(error, asked.model, asked.revision) or LoadError(
             f"the configuration of {asked.model} could not be read: {plain(error)}"
         ) from error
+
+
+def held_weights(given: Any) -> str:
+    """How the model of ``given``, with the fields of ``ModelOptions``, will hold its weights."""
+    arguments = load_arguments(given)
+    placed = placement(arguments["device"], arguments["device_map"])
+    chosen, away = given.dtype is not None, "device_map" in placed
+    return held_as(given.model, given.weights, chosen=chosen, away=away)
 
 
 def download_size(cell: Cell) -> int | None:

@@ -26,9 +26,13 @@ from dart_llm.errors import ConfigError
 from dart_llm.evaluation.measurement import MeasureOptions
 from dart_llm.experiments.cell import Cell
 from dart_llm.files import file_sha256
+from dart_llm.settings import LOADING
 
 TASK_FILES = (".yaml", ".yml", ".py")
 """The files of an lm-eval task folder that say what a task is."""
+
+DENSE_WEIGHTS = "dense"
+"""How weights were always held; whatever else they are is told with a result."""
 
 _NAMED = ("text", "data")
 """Inputs that a task names: an empty name is one that does not exist."""
@@ -61,15 +65,20 @@ class Digests:
             for name, value in asked.items()
             if value or name in _NAMED
         }
-        return {**self.of_model(cell.model), **{k: digest for k, digest in found.items() if digest}}
+        return {**self.of_model(cell), **{k: digest for k, digest in found.items() if digest}}
 
-    def of_model(self, model: str) -> dict[str, str]:
-        """``model``, the weights of a local one, and ``model_files``, what else is loaded.
+    def of_model(self, given: Any) -> dict[str, str]:
+        """``model``, the weights of a local one, ``model_files``, what else is loaded.
 
-        Nothing of a model of the hub, which id and revision name, and of the default.
+        And ``weights``, how they are held where they are not dense.  ``given``: has the fields of
+        ``ModelOptions``.  No digests of a model of the hub, which id and revision name, and of the
+        default.
         """
+        from dart_llm.experiments.model_facts import held_weights  # which loads torch
+
+        model = given.model
         if model not in self._models:
-            from dart_llm.models.checkpoint import contents  # which loads torch
+            from dart_llm.models.checkpoint import contents
             from dart_llm.models.loading import is_default
 
             path, known = Path(model).expanduser(), is_default(model)
@@ -77,14 +86,16 @@ class Digests:
                 single = path.is_file() and not known
                 found = {"model": file_sha256(path)} if single else {}
                 self._models[model] = contents(path) if path.is_dir() and not known else found
-        return self._models[model]
+        held = held_weights(given)
+        return {**self._models[model], **({} if held == DENSE_WEIGHTS else {"weights": held})}
 
     def of_settings(
         self, settings: Any, tasks: Iterable[tuple[str, MeasureOptions]] = ()
     ) -> dict[str, Any]:
         """What a run of ``settings`` reads: the model, given masks and table, each task's files."""
         calibration = getattr(settings, "calibration", None)
-        cell = Cell(settings.model, settings.method, "", calibration=calibration)
+        loading = {name: getattr(settings, name) for name in LOADING}
+        cell = Cell(settings.model, settings.method, "", calibration=calibration, **loading)
         found: dict[str, Any] = {**self.of(cell)}
         for task, options in tasks:
             every = self.of(replace(cell, task=task, options=options))

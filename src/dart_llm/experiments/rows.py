@@ -11,6 +11,7 @@ from dart_llm.evaluation.tasks import short
 from dart_llm.files import finite
 from dart_llm.pruning.records import merge_reports
 from dart_llm.reporting.table import Column, Table
+from dart_llm.reporting.words import dtype_text
 from dart_llm.session.prepare import PreparedMethod
 from dart_llm.settings import BaseSettings
 
@@ -102,7 +103,7 @@ def table(rows: Sequence[Row]) -> Table:
     first = rows[0]["checkpoint"]
     title = (
         f"{first.get('name')} (file {first.get('file_quantisation') or 'not quantised'}, "
-        f"{first.get('dtype')}), protocol {', '.join(protocols)}"
+        f"{dtype_text(first)}), protocol {', '.join(protocols)}"
     )
     columns = (
         Column("task", "task"),

@@ -93,6 +93,7 @@ def facts(view: ResultsView) -> list[tuple[str, str, bool]]:
         ("checkpoint", known.get("name"), False),
         ("file quantisation", known.get("file_quantisation"), False),
         ("dtype", known.get("dtype"), False),
+        ("weights", known.get("weights"), False),
         ("device", mapping(view.config.get("machine")).get("device"), False),
         ("date", _date(view.config), False),
         ("sha256", known.get("sha256"), True),

@@ -28,6 +28,7 @@ from dart_llm.errors import ResultsError
 from dart_llm.experiments.folder_lock import LOCK, FolderLock, is_taken, take
 from dart_llm.files import append_row, finite, whole_rows
 from dart_llm.pruning.records import DriftCheck
+from dart_llm.reporting.words import dtype_text
 
 PARTS = "parts.jsonl"
 
@@ -302,7 +303,7 @@ def checkpoint_line(name: str, facts: Mapping[str, Any]) -> str:
     if facts.get("file_quantisation"):
         parts.append(f"file quantisation {facts['file_quantisation']}")
     if facts.get("dtype"):
-        parts.append(str(facts["dtype"]))
+        parts.append(dtype_text(facts))
     if facts.get("sha256"):
         parts.append(f"sha256 {str(facts['sha256'])[:12]}")
     return " · ".join(parts)

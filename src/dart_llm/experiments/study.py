@@ -31,6 +31,7 @@ from dart_llm.models.loading import load
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
+from dart_llm.reporting.words import dtype_text
 from dart_llm.settings import ModelOptions, PruningOptions, StudyOptions, load_arguments
 
 S = TypeVar("S", bound=StudyOptions)
@@ -384,6 +385,6 @@ def load_model(settings: ModelOptions, ui: Ui) -> tuple[Any, Any, float]:
     facts = checkpoint_facts(model)
     ui.say(
         f"{facts.get('name')}: file quantisation {facts.get('file_quantisation') or 'none'}, "
-        f"dtype {facts.get('dtype')}, device {model.device}"
+        f"dtype {dtype_text(facts)}, device {model.device}"
     )
     return model, tokenizer, time.perf_counter() - begin

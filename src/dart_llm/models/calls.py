@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dart_llm.errors import ConfigError
-from dart_llm.models.llama import CACHE, LAYER
+from dart_llm.models.growing_cache import extendable
 from dart_llm.pruning.forward import ForwardCall, Kind
 
 GENERATE = "generate"
@@ -213,11 +213,16 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def read_call(
-    kwargs: dict[str, Any], args: tuple[Any, ...], dtype: torch.dtype, most: int | None = 1
+    kwargs: dict[str, Any],
+    args: tuple[Any, ...],
+    dtype: torch.dtype,
+    windows: Sequence[int | None],
+    most: int | None = 1,
 ) -> SlimCall | None:
     """The call of a root forward when a whole step can serve it, else None.
 
-    ``dtype``: of the weights; ``most``: rows that a step takes, None: any number.
+    ``dtype``: of the weights; ``windows``: positions that each layer sees, None: all; ``most``:
+    rows that a step takes, None: any number.
     """
     given = {key: value for key, value in kwargs.items() if value is not None}
     ids = given.pop("input_ids", args[0] if len(args) == 1 else None)
@@ -227,7 +232,7 @@ def read_call(
     rows = len(ids)
     if ids.shape[1] != 1 or not rows or (most is not None and rows > most):
         return None
-    if type(cache).__name__ != CACHE or {type(one).__name__ for one in cache.layers} != {LAYER}:
+    if not extendable(cache, windows):
         return None
     length = cache.get_seq_length()
     if not length or len(cache.layers[0].keys) != rows:

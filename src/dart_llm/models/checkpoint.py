@@ -43,6 +43,8 @@ class Checkpoint:
     revision: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments for the model's ``from_pretrained``."""
+    blocks: Path | None = None
+    """The GGUF file whose blocks are kept."""
 
 
 _LOADED: WeakKeyDictionary[PreTrainedModel, Checkpoint] = WeakKeyDictionary()
@@ -59,11 +61,14 @@ def checkpoint_facts(model: PreTrainedModel) -> dict[str, Any]:
     ``sha256`` is that of the weight file, or of the GGUF it was converted from; with several files
     it is that of their ``sha256sum`` lines in alphabetical order.  What cannot be known is
     ``None``: a model that ``load`` did not make has no checksum and, without a quantisation in
-    its configuration, no file quantisation.
+    its configuration, no file quantisation.  ``weights`` is there where matrices are held in
+    blocks: ``Q4_1 as in the file``, or ``rounded to Q8_0``.
     """
     known = _LOADED.get(model)
+    held = _held_as(model, known)
     now = {
         "dtype": str(model.dtype).removeprefix("torch."),
+        **({"weights": held} if held else {}),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
     stated = _stated_quantisation(model)
@@ -87,6 +92,17 @@ def checkpoint_facts(model: PreTrainedModel) -> dict[str, Any]:
         "sha256": known.sha256 or (weights_sha256(known.path) if known.path else None),
         **now,
     }
+
+
+def _held_as(model: nn.Module, known: Checkpoint | None) -> str | None:
+    """In words, how the matrices of ``model`` are held in blocks; None where none is."""
+    from dart_llm.models.packed import PackedTensor
+
+    held = [one for one in model.parameters() if isinstance(one, PackedTensor)]
+    kinds = ", ".join(sorted({str(one.matrix.type()).upper() for one in held}))
+    if known is not None and known.blocks is not None and held:
+        return f"{known.quantisation or kinds} as in the file"
+    return f"rounded to {kinds}" if held else None
 
 
 def weights_sha256(folder: Path) -> str | None:

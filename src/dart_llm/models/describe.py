@@ -169,7 +169,7 @@ def _bytes_read(model: nn.Module) -> int:
     """All parameters once; an input embedding that is not also the head is only looked up."""
     inputs = _weight(model.get_input_embeddings())  # type: ignore[operator]
     head = _weight(model.get_output_embeddings())  # type: ignore[operator]
-    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    total = sum(p.nbytes for p in model.parameters())
     if inputs is not None and inputs is not head and any(inputs is p for p in model.parameters()):
-        total -= inputs.numel() * inputs.element_size()
+        total -= inputs.nbytes
     return total

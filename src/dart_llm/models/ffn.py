@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dart_llm.errors import UnsupportedModel
+from dart_llm.models.packed import PackedTensor
 from dart_llm.pruning.weights import FfnWeights
 
 _PLAIN = ("Linear", "Conv1D", "FalconLinear", "NonDynamicallyQuantizableLinear")
@@ -44,12 +45,12 @@ class FfnBlock:
     @property
     def down_width(self) -> int:
         """Number of neurons I."""
-        return int(_matrix(self.down).shape[1])
+        return int(matrix_of(self.down).shape[1])
 
     @property
     def by_inputs(self) -> bool:
         """Whether ``up`` stores its weights [D, I]."""
-        return type(self.up).__name__ == "Conv1D"
+        return is_by_inputs(self.up)
 
     @property
     def offloaded(self) -> bool:
@@ -73,7 +74,10 @@ class FfnBlock:
                     "on the PEFT model first"
                 )
             weight: Any = getattr(module, "weight", None)
-            plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype.is_floating_point
+            plain = (
+                type(weight) in (Tensor, nn.Parameter, PackedTensor)
+                and weight.dtype.is_floating_point
+            )
             home = kind.__module__.startswith(_HOMES) and kind.__name__ in _PLAIN
             if not home or not plain:
                 found = f"{kind.__module__}.{kind.__name__} with {type(weight).__name__} weights"
@@ -102,11 +106,13 @@ class FfnBlock:
 
     def matrices(self) -> tuple[Tensor | None, Tensor, Tensor]:
         """gate [I, D] or None, up [I, D], down [D, I]; views, whatever the layout."""
-        up, down = _matrix(self.up), _matrix(self.down)
+        up, down = matrix_of(self.up), matrix_of(self.down)
         if self.fused:
             half = up.shape[0] // 2
+            if isinstance(up, PackedTensor):
+                return up.part(0, half), up.part(half, 2 * half), down
             return up[:half], up[half:], down
-        return (None if self.gate is None else _matrix(self.gate)), up, down
+        return (None if self.gate is None else matrix_of(self.gate)), up, down
 
     def biases(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of gate, up and down, as ``matrices`` gives these; views."""
@@ -124,10 +130,15 @@ class FfnBlock:
         )
 
 
-def _matrix(module: nn.Module) -> Tensor:
+def is_by_inputs(module: nn.Module) -> bool:
+    """Whether a projection stores its weights [in, out]."""
+    return type(module).__name__ == "Conv1D"
+
+
+def matrix_of(module: nn.Module) -> Tensor:
     """[out, in] weights of a Linear, or of a Conv1D, which stores them transposed."""
     weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight.t() if type(module).__name__ == "Conv1D" else weight
+    return weight.t() if is_by_inputs(module) else weight
 
 
 def _bias(module: nn.Module | None) -> Tensor | None:

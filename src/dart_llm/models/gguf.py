@@ -25,13 +25,25 @@ from dart_llm.hub import no_stray_bars, plain
 from dart_llm.models.devices import memory_failure
 
 Progress = Callable[[str], None]
+BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
+"""GGUF's block types that the native kernels read."""
+
+ROUNDED = ("q8_0", "q4_0", "q4_1")
+"""Block types that weights of another dtype can be rounded to."""
+
 FORMAT = 1
 SOURCE = "source.json"
 
+PACKED_SPACE = 50_000_000
+"""Bytes of configuration and tokenizer, with room for a large vocabulary."""
 
-def converted_folder(cache: Path, sha256: str) -> Path:
-    """Where the dense copy of the GGUF with this checksum lies, or will lie."""
-    return cache / f"gguf-{sha256}"
+
+def converted_folder(cache: Path, sha256: str, *, packed: bool = False) -> Path:
+    """Where the dense copy of the GGUF with this checksum lies, or will lie.
+
+    ``packed``: what is needed beside the file whose blocks are kept: configuration and tokenizer.
+    """
+    return cache / (f"gguf-{sha256}-packed" if packed else f"gguf-{sha256}")
 
 
 def read_source(folder: Path) -> dict[str, Any] | None:
@@ -71,6 +83,8 @@ class GgufHeader:
     """Number of weights of each storage type, such as ``{"Q4_1": 106168320, "F32": 35136}``."""
     quantisation: str
     """The file's quantisation in words: ``Q4_1``, or ``Q4_K, Q6_K mix``."""
+    file_type: str = ""
+    """What the file calls itself, such as ``Q4_K_M``; empty where it does not say."""
 
     @property
     def float32_bytes(self) -> int:
@@ -93,7 +107,7 @@ def read_header(gguf: Path) -> GgufHeader:
         raise LoadError(
             f"{gguf.name} is not a complete GGUF file; fetch it again and compare its size"
         ) from error
-    return GgufHeader(dict(types), quantisation_name(types, named))
+    return GgufHeader(dict(types), quantisation_name(types, named), named)
 
 
 def file_type_name(number: int) -> str:
@@ -117,22 +131,30 @@ def quantisation_name(types: Mapping[str, int], named: str) -> str:
 
 
 def convert(
-    gguf: Path, sha256: str, cache: Path, origin: Mapping[str, str], header: GgufHeader
+    gguf: Path,
+    sha256: str,
+    cache: Path,
+    origin: Mapping[str, str],
+    header: GgufHeader,
+    *,
+    packed: bool = False,
 ) -> Path:
-    """Write the dense copy of ``gguf`` and return its folder.
+    """Write the dense copy of ``gguf``, or what its blocks need (``packed``), return its folder.
 
-    ``origin`` is added to ``source.json``.  Another process may do the same at the same time:
-    the first one wins, and both return a complete folder.  Raises ``LoadError`` when the file
-    cannot be read, or when disk or cache folder do not allow it.
+    ``origin`` is added to ``source.json``.  A file in a scratch folder of ``cache`` is kept with
+    what its blocks need.  Another process may do the same at the same time: the first one wins,
+    and both return a complete folder.  Raises ``LoadError`` when the file cannot be read, or when
+    disk or cache folder do not allow it.
     """
     sweep(make_folder(cache))
-    require_space(header.float32_bytes, cache, f"the converted copy of {gguf.name}")
+    space = PACKED_SPACE if packed else header.float32_bytes
+    require_space(space, cache, f"the converted copy of {gguf.name}")
     with scratch_folder(cache) as scratch:
         fresh = scratch / "model"
         fresh.mkdir()
         try:
             with no_stray_bars():
-                _write_dense(gguf, fresh)
+                names = (_write_packed if packed else _write_dense)(gguf, fresh)
         except Exception as error:
             raise memory_failure(error, gguf.name, "float32") or LoadError(
                 f"{gguf.name} could not be converted: {plain(error)}"
@@ -143,10 +165,11 @@ def convert(
             "sha256": sha256,
             "quantisation": header.quantisation,
             "tensor_types": header.types,
+            **({"tensors": names} if names else {}),
             "files": _inventory(fresh),
         }
         (fresh / SOURCE).write_text(json.dumps(record, indent=2) + "\n")
-        folder = converted_folder(cache, sha256)
+        folder = converted_folder(cache, sha256, packed=packed)
         publish(fresh, folder, lambda found: is_intact(found, sha256, full=True))
     return folder
 
@@ -165,23 +188,52 @@ def scratch_folder(cache: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def _write_dense(gguf: Path, folder: Path) -> None:
+def _write_dense(gguf: Path, folder: Path) -> dict[str, str]:
+    """No names: the folder has transformers' own."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
         str(gguf.parent), dtype=torch.float32, **gguf_arguments(gguf)
     )
+    model.save_pretrained(folder)
+    _write_rest(gguf, model.config, folder)
+    return {}
+
+
+def _write_packed(gguf: Path, folder: Path) -> dict[str, str]:
+    """Names in the file -> names of the model's parameters."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
+
+    config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    with init_empty_weights():
+        make: Any = AutoModelForCausalLM.from_config
+        model = make(config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    _write_rest(gguf, config, folder)
+    if gguf.parent.name.startswith(SCRATCH):
+        gguf.rename(folder / gguf.name)
+    plain: Any = TensorProcessor
+    return dict(get_gguf_hf_weights_map(model, plain()))
+
+
+def _write_rest(gguf: Path, config: Any, folder: Path) -> None:
+    """The tokenizer, and a configuration that says bfloat16."""
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = getattr(config, "max_position_embeddings", None)
     if longest is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
-    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config.pop("_model_name_or_path", None)
-    config["dtype"] = "bfloat16"
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    known = json.loads((folder / "config.json").read_text())
+    known.pop("_model_name_or_path", None)
+    known["dtype"] = "bfloat16"
+    (folder / "config.json").write_text(json.dumps(known, indent=2) + "\n")
 
 
 def _inventory(folder: Path) -> dict[str, dict[str, Any]]:

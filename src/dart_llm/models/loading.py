@@ -31,12 +31,14 @@ from dart_llm.models.bundled import (
     MODEL_HUB_ID,
     MODEL_NAME,
     MODEL_PACKAGE,
+    MODEL_SHA256,
     MODEL_VERSION,
     default_folder,
 )
 from dart_llm.models.checkpoint import Checkpoint, remember, remember_tokenizer
 from dart_llm.models.devices import memory_failure, placement
 from dart_llm.models.gguf import (
+    ROUNDED,
     Progress,
     convert,
     converted_folder,
@@ -78,17 +80,25 @@ def _in_folder(folder: Path, name: str, source: str) -> Checkpoint:
     return Checkpoint(name, source, str(folder), folder, kept, sha256)
 
 
+WEIGHTS = ("auto", "file", "dense", *ROUNDED)
+"""How weights are held: as ``load`` says."""
+
+SUFFIX = ".gguf"
+
+
 def resolve(
     model: str,
     *,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     verify: bool = False,
+    packed: bool = False,
     say: Progress,
 ) -> Checkpoint:
     """The checkpoint that ``model`` names.
 
-    A ``.gguf`` file is converted here; the default comes from the cache or through pip.  Raises
+    A ``.gguf`` file is converted here, unless its blocks are kept (``packed``); the default comes
+    from the cache or through pip.  Raises
     ``LoadError`` for a path that holds no checkpoint and a default that cannot be had,
     ``UnknownName`` for a name that is neither path nor hub id, ``ConfigError`` for a revision of
     something that has none.
@@ -97,16 +107,17 @@ def resolve(
     if is_default(model):
         if revision:
             raise ConfigError(f"revision {revision!r} {ONLY_HUB}; {DEFAULT} is pinned")
-        folder = default_folder(cache, verify=verify, progress=say)
-        package = f"the pip package {MODEL_PACKAGE} {MODEL_VERSION}"
-        return _in_folder(folder, MODEL_NAME, f"{Path(MEMBER).name} of {package}, dequantised")
+        folder = default_folder(cache, packed=packed, verify=verify, progress=say)
+        held = "as in the file" if packed else "dequantised"
+        found = _in_folder(folder, MODEL_NAME, _default_source(held))
+        return replace(found, blocks=folder / Path(MEMBER).name) if packed else found
     path = Path(model).expanduser()
     if path.exists() and revision:
         raise ConfigError(f"revision {revision!r} {ONLY_HUB}; {model} is a path")
     if path.is_dir():
         return _folder(path)
     if path.is_file():
-        return _gguf(path, cache, verify=verify, say=say)
+        return _gguf(path, cache, verify=verify, packed=packed, say=say)
     if _looks_like_path(model):
         raise LoadError(
             f"there is no file or folder {model}; give a hub id (owner/name), a folder, a .gguf "
@@ -144,26 +155,35 @@ def _folder(path: Path) -> Checkpoint:
     return _in_folder(path, path.name, "folder")
 
 
-def _gguf(path: Path, cache: Path, *, verify: bool, say: Progress) -> Checkpoint:
-    """The dense copy of a GGUF file, made if there is none, or the file itself if it is large."""
+def _gguf(path: Path, cache: Path, *, verify: bool, packed: bool, say: Progress) -> Checkpoint:
+    """The dense copy of a GGUF file, made if there is none, or the file itself if it is large.
+
+    Where its blocks are kept (``packed``), the file and what belongs to it.
+    """
     path = path.resolve()
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise LoadError(f"{path} is not a GGUF file; give a folder, or a file that is one")
     sha256 = file_sha256(path)
-    folder = converted_folder(cache, sha256)
-    source = "gguf file, dequantised"
+    folder = converted_folder(cache, sha256, packed=packed)
+    source = "gguf file, as it is" if packed else "gguf file, dequantised"
     checkpoint = Checkpoint(path.stem, source, str(folder), path, sha256=sha256)
+    checkpoint = replace(checkpoint, blocks=path) if packed else checkpoint
     if is_intact(folder, sha256, full=verify):
         kept = (read_source(folder) or {})["quantisation"]
         return replace(checkpoint, quantisation=kept)
     header = read_header(path)
     checkpoint = replace(checkpoint, quantisation=header.quantisation)
-    if header.float32_bytes > CONVERT_UP_TO:
+    if header.float32_bytes > CONVERT_UP_TO and not packed:
         say(f"reading {path.name} without a converted copy, which would be large")
         return replace(checkpoint, reference=str(path.parent), arguments=gguf_arguments(path))
-    say(f"converting {path.name} to safetensors, once")
-    convert(path, sha256, cache, {"file": path.name}, header)
+    doing = (
+        f"reading the tokenizer of {path.name}"
+        if packed
+        else f"converting {path.name} to safetensors"
+    )
+    say(f"{doing}, once")
+    convert(path, sha256, cache, {"file": path.name}, header, packed=packed)
     return checkpoint
 
 
@@ -178,6 +198,7 @@ def load(
     model: str | Path = DEFAULT,
     *,
     dtype: str | torch.dtype | None = None,
+    weights: str | None = None,
     device: str | None = None,
     device_map: str | dict[str, Any] | None = None,
     revision: str | None = None,
@@ -191,8 +212,11 @@ def load(
 
     ``model``: a hub id (``owner/name``), a folder, a ``.gguf`` file (made dense once, in the
     cache), or ``smollm2-135m``.  ``dtype``: the checkpoint's unless given; bfloat16 for what was a
-    GGUF.  ``device``: ``cpu``, ``cuda:0``, ``0``, ``0,1``, ``mps``, or ``auto`` for GPU 0 if there
-    is one; not given, the model stays on the CPU or goes where ``device_map`` says.
+    GGUF.  ``weights``: ``file`` keeps the blocks of a GGUF file on a CPU, and every executor reads
+    them so; ``q8_0``, ``q4_0``, ``q4_1`` round a checkpoint to such blocks; ``dense`` holds every
+    weight in ``dtype``; ``auto``: ``file`` for a GGUF on a CPU where no dtype is given, else
+    ``dense``.  ``device``: ``cpu``, ``cuda:0``, ``0``, ``0,1``, ``mps``, or ``auto`` for GPU 0 if
+    there is one; not given, the model stays on the CPU or goes where ``device_map`` says.
     ``cache_dir`` (else ``DART_CACHE``) moves fetched and converted models and the hub's cache.
     ``verify`` compares the checksums of cached conversions, not only their sizes.  ``progress``
     is called with a line of text whenever there is news.
@@ -205,17 +229,27 @@ def load(
     arguments: dict[str, Any] = {"dtype": parse_dtype(dtype), **placement(device, device_map)}
     if attn_implementation:
         arguments["attn_implementation"] = attn_implementation
+    held = held_as(name, weights, chosen=dtype is not None, away="device_map" in arguments)
     builder = _Builder(
         arguments, trust_remote_code, hub_cache(cache_dir), say, bars_shown=progress is None
     )
+    builder.weights = held
     try:
         with bars(shown=progress is None):
             checkpoint = resolve(
-                name, revision=revision, cache_dir=cache_dir, verify=verify, say=say
+                name,
+                revision=revision,
+                cache_dir=cache_dir,
+                verify=verify,
+                packed=held == "file",
+                say=say,
             )
     except LoadError as error:
         if not is_default(name):
             raise
+        if held == "file" and weights is None and (kept := _dense_default(cache_dir)):
+            say(f"{error}; loading the dense copy that is in the cache")
+            return builder.build(kept)
         return _default_from_hub(builder, error)
     return builder.build(checkpoint)
 
@@ -234,6 +268,49 @@ def parse_dtype(value: str | torch.dtype | None) -> torch.dtype | str:
     raise ConfigError(f"unknown dtype {word!r}; write float32, float16, bfloat16 or auto")
 
 
+def held_as(model: str, weights: str | None, *, chosen: bool, away: bool) -> str:
+    """How ``load`` holds weights: ``file``, ``dense``, or the blocks that they are rounded to.
+
+    ``chosen``: a dtype is given; ``away``: the model does not lie on the CPU.  Raises
+    ``ConfigError`` for what cannot be had, ``LoadError`` for a file that cannot be read.
+    """
+    kind = str(weights or "auto").strip().lower()
+    if kind not in WEIGHTS:
+        names = f"{', '.join(WEIGHTS[:-1])} or {WEIGHTS[-1]}"
+        raise ConfigError(f"unknown weights {weights!r}; write {names}")
+    is_file = is_default(model) or Path(model).expanduser().is_file()
+    if kind == "dense" or (kind == "auto" and (chosen or away or not is_file)):
+        return "dense"
+    reason = _no_blocks_reason(kind, model, is_file, away)
+    if reason and kind != "auto":
+        raise ConfigError(f"weights {kind!r} cannot be had: {reason}")
+    return "dense" if reason else "file" if kind == "auto" else kind
+
+
+def _no_blocks_reason(kind: str, model: str, is_file: bool, away: bool) -> str:
+    """Why weights cannot be held in blocks: "", or what is wrong and what to do."""
+    from dart_llm.models.packed_loading import ARCHITECTURES, read_tensors
+    from dart_llm.native.build import why_not
+
+    if away:
+        return "they lie on a CPU alone; give device cpu, or weights dense"
+    if reason := why_not():
+        return f"{reason}; give weights dense"
+    if kind in ROUNDED or is_default(model):
+        return ""
+    if _looks_like_path(model) and not Path(model).expanduser().exists():
+        return ""  # which has a sentence of its own
+    if not is_file:
+        return f"{model} is no GGUF file; write {', '.join(ROUNDED)} to round its weights"
+    architecture, _ = read_tensors(Path(model).expanduser())
+    if architecture not in ARCHITECTURES:
+        return (
+            f"files of architecture {architecture} are read dense alone; give weights dense, or "
+            f"{', '.join(ROUNDED)} to round them again"
+        )
+    return ""
+
+
 @dataclass
 class _Builder:
     """Everything about a load but the checkpoint."""
@@ -247,6 +324,8 @@ class _Builder:
     """The way out that is named when the hub cannot be reached."""
     cache_only: bool = False
     """The hub cannot be asked."""
+    weights: str = "dense"
+    """What ``held_as`` says."""
 
     def build(self, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Read tokenizer and weights; whatever goes wrong becomes one ``LoadError``."""
@@ -305,6 +384,8 @@ class _Builder:
         import torch
         from transformers import AutoModelForCausalLM
 
+        if checkpoint.blocks is not None:
+            return self._in_blocks(checkpoint)
         arguments = {**self.arguments, **checkpoint.arguments, **common}
         if "gguf_file" in checkpoint.arguments and arguments["dtype"] == "auto":
             arguments["dtype"] = torch.bfloat16
@@ -319,7 +400,33 @@ class _Builder:
                 f"{missing[0]}; it is incomplete, or not a causal language model"
             )
         model.train(False)
+        if self.weights in ROUNDED:
+            from dart_llm.models.packed_loading import round_weights
+
+            round_weights(model, self.weights)
         return model
+
+    def _in_blocks(self, checkpoint: Checkpoint) -> PreTrainedModel:
+        """The model of a GGUF file whose blocks are kept."""
+        import torch
+        from transformers import AutoConfig, GenerationConfig
+
+        from dart_llm.models.packed_loading import load_packed
+
+        assert checkpoint.blocks is not None
+        folder = checkpoint.reference
+        names = (read_source(Path(folder)) or {}).get("tensors", {})
+        dtype: Any = self.arguments["dtype"]
+        attention = self.arguments.get("attn_implementation")
+        model: Any = load_packed(
+            checkpoint.blocks,
+            AutoConfig.from_pretrained(folder),
+            torch.bfloat16 if dtype == "auto" else dtype,
+            names,
+            **({"attn_implementation": attention} if attention else {}),
+        )
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+        return model  # type: ignore[no-any-return]
 
     def _failure(self, error: Exception, checkpoint: Checkpoint) -> LoadError:
         name, text = checkpoint.name, str(error)
@@ -349,6 +456,18 @@ class _Builder:
             return checkpoint
         folder = Path(found).parent
         return replace(checkpoint, path=folder, revision=folder.name)
+
+
+def _dense_default(cache_dir: str | Path | None) -> Checkpoint | None:
+    """The default as earlier versions kept it, if it is in the cache."""
+    folder = converted_folder(cache_folder(cache_dir), MODEL_SHA256)
+    if not is_intact(folder, MODEL_SHA256):
+        return None
+    return _in_folder(folder, MODEL_NAME, _default_source("dequantised"))
+
+
+def _default_source(held: str) -> str:
+    return f"{Path(MEMBER).name} of the pip package {MODEL_PACKAGE} {MODEL_VERSION}, {held}"
 
 
 def _default_from_hub(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dart_llm.errors import ConfigError, UnsupportedModel
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.describe import describe
+from dart_llm.models.packed import PackedTensor
 
 FORMATS = {8: "Q8_0", 4: "Q4_1"}
 """Bits -> GGUF's format of the linear layers."""
@@ -48,10 +49,13 @@ def quantise(model: Any, bits: int) -> Quantised:
         raise ConfigError("an offloaded model cannot be quantised: load it without a device map")
     rounded = copy.deepcopy(model)
     sizes: dict[int, int] = {}
+    opened: dict[int, tuple[Any, nn.Parameter]] = {}  # weights in blocks, and what replaces them
     kept: list[str] = []
     for name, module, kind in _matrices(rounded, FORMATS[bits]):
         weight: Any = module.weight
-        if id(weight) in sizes:
+        if id(weight) in opened:
+            module.weight = opened[id(weight)][1]
+        if id(module.weight) in sizes:
             continue
         turned = type(module).__name__ == "Conv1D"  # [in, out]: its rows are columns
         rows = weight.detach().t() if turned else weight.detach()
@@ -59,6 +63,10 @@ def quantise(model: Any, bits: int) -> Quantised:
             kept.append(f"{name} ({rows.shape[0]} x {rows.shape[1]})")
             continue
         values = _through(rows, kind)
+        if isinstance(weight, PackedTensor):
+            module.weight = nn.Parameter(values, requires_grad=False)
+            opened[id(weight)] = weight, module.weight
+            weight = module.weight
         with torch.no_grad():
             weight.copy_(values.t() if turned else values)
         sizes[id(weight)] = rows.numel() // _block(kind)[0] * _block(kind)[1]
@@ -67,7 +75,7 @@ def quantise(model: Any, bits: int) -> Quantised:
 
 
 def weight_facts(model: Any, sizes: dict[int, int] | None = None) -> dict[str, Any]:
-    """Bytes of the weights, exactly.  ``sizes``: {id of a parameter: its bytes}, else its dtype's.
+    """Bytes of the weights, exactly.  ``sizes``: {id of a parameter: its bytes}, else as stored.
 
     ``weight_bytes``: all weights; ``dtype_bytes``: the same in the model's dtype;
     ``weight_bits`` and ``mean_weight_bits``: per weight.  Of a model that can be pruned also
@@ -76,7 +84,7 @@ def weight_facts(model: Any, sizes: dict[int, int] | None = None) -> dict[str, A
     """
     known = sizes or {}
     parameters = list(model.parameters())
-    stored = {id(p): known.get(id(p), _size(p)) for p in parameters}
+    stored = {id(p): known.get(id(p), p.nbytes) for p in parameters}
     total, plain = sum(stored.values()), sum(map(_size, parameters))
     facts = {
         "weight_bytes": total,

@@ -167,7 +167,7 @@ def ops() -> Any:
 
 
 def use_kernels(name: str) -> bool:
-    """Run the kernels ``name`` (avx512bf16, avx512, avx2, portable; "": the best) from now on.
+    """Run kernels by name from now on: avx512bf16, avx512, avxvnni, avx2, portable; "": the best.
 
     False, and nothing changes, where this CPU has them not.
     """

@@ -128,7 +128,7 @@ class ModelPatch(NotCopied):
         """Take whole decode steps over."""
         decoder: StepDecoder
         if self.executor == "slim":
-            decoder = SlimDecoder(self.model, self._native)
+            decoder = SlimDecoder(self.model, self._native, self.layout)
         else:
             decoder = GraphDecoder(self.model, self._view.blocks, self._copies)
         self.slim = WholeStepForward(self.model, decoder, lambda: self.controller)

@@ -12,7 +12,7 @@ from torch import nn
 
 from dart_llm.errors import AttachError, ConfigError, UnsupportedModel
 from dart_llm.models.agreement import Replacement, check_ffns, weights_unsupported_reason
-from dart_llm.models.llama import step_numbers
+from dart_llm.models.steps import step_numbers
 from dart_llm.patching.executors import no_steps_reason
 from dart_llm.patching.executors.step_agreement import model_signature
 from dart_llm.patching.executors.whole_step import WITHOUT

@@ -131,21 +131,27 @@ class Costs:
 
         ``skips``: removed neurons are not read.
         """
-        return sum(n * layer.down.element_size() for layer, n in self._weights(kept, skips))
+        each = self._work(kept, skips)
+        return round(
+            sum(n * layer.neuron_bytes + w * layer.down.element_size() for layer, n, w in each)
+        )
 
     def flops(self, kept: Sequence[int] | None, skips: bool = True) -> int:
         """As ``bytes``, at two FLOPs per weight."""
-        return 2 * sum(n for _, n in self._weights(kept, skips))
+        each = self._work(kept, skips)
+        return 2 * sum(n * self.per_neuron(layer) + w for layer, n, w in each)
 
-    def _weights(self, kept: Sequence[int] | None, skips: bool) -> Iterator[tuple[FfnWeights, int]]:
-        """Each layer and its weights in use, those of low-rank compensation included.
+    def _work(
+        self, kept: Sequence[int] | None, skips: bool
+    ) -> Iterator[tuple[FfnWeights, int, int]]:
+        """Each layer, the neurons that it reads, and the weights of its low-rank compensation.
 
         Layers that keep all do without compensation.
         """
         for index, layer in enumerate(self.layers):
             count = layer.width if kept is None else kept[index]
             linear = 2 * self.rank(layer) * layer.hidden if count < layer.width else 0
-            yield layer, (count if skips else layer.width) * self.per_neuron(layer) + linear
+            yield layer, count if skips else layer.width, linear
 
     def rank(self, layer: FfnWeights) -> int:
         """Features that low-rank compensation reads of the layer's input; 0: none."""
@@ -177,10 +183,10 @@ class Costs:
                 weights = count * self.per_neuron(layer) + self.rank(layer) * layer.hidden
                 copies += 2 * weights * layer.down.element_size()
         removed = sum(
-            (layer.width - count) * layer.hidden * layer.down.element_size()
+            (layer.width - count) * layer.down.nbytes / layer.width
             for count, layer in zip(kept, self.layers, strict=True)
         )
-        return copies + (removed if compensates else 0)
+        return copies + (round(removed) if compensates else 0)
 
     def build_flops(self, kept: Sequence[int], compensates: bool) -> int:
         """Sorting (width x log2 width comparisons), the regression, the compensation product."""

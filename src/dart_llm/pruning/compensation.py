@@ -153,7 +153,7 @@ def inverses(layers: Sequence[CompensationInputs], f: Tensor) -> Tensor:
 
 def _folded(rows: Tensor, ids: Tensor, factors: Tensor) -> Tensor:
     """``rows[ids].T @ factors`` in float32, [D, c].  rows: [I, D]; ids: [n]; factors: [n, c]."""
-    laid = rows.device.type == "cpu" and rows.is_contiguous()
+    laid = rows.device.type == "cpu" and rows.is_contiguous() and type(rows) is Tensor
     if laid and rows.dtype in (torch.float32, torch.bfloat16) and not why_not():
         found: Tensor = ops().fold(rows, ids.to(torch.int32), factors.contiguous())
         return found.t()

@@ -61,6 +61,12 @@ class FfnWeights:
         return int(self.down.shape[0])
 
     @property
+    def neuron_bytes(self) -> float:
+        """Bytes of one neuron as it is stored: its input rows and its output column."""
+        held = (self.stored_up, self.gate, self.down)
+        return sum(matrix.nbytes for matrix in held if matrix is not None) / self.width
+
+    @property
     def device(self) -> torch.device:
         """Where the weights lie."""
         return self.down.device

@@ -27,6 +27,12 @@ def percent(share: float | None, digits: int = 1) -> str:
     return f"{'0' if text == '-0' else text} %"
 
 
+def dtype_text(facts: Mapping[str, Any]) -> str:
+    """A checkpoint's dtype, and how its weights are held where that is in blocks."""
+    held = facts.get("weights")
+    return f"{facts.get('dtype')}{f', weights {held}' if held else ''}"
+
+
 def figure(value: float | None) -> str:
     """A perplexity to about three digits: 1.23, 17.6, 1,234, 7.0e6."""
     if value is None or not math.isfinite(value):

@@ -174,13 +174,13 @@ class ModelFacts:
         facts = dict(checkpoint_facts(model))
         name = str(facts.get("name") or "model")
         aliases = () if asked_as == name or asked_as.startswith(("/", ".", "~")) else (asked_as,)
-        shown = ("name", "file_quantisation", "dtype", "parameters", "revision")
+        shown = ("name", "file_quantisation", "dtype", "weights", "parameters", "revision")
         return cls(
             name,
             aliases,
             context_length(model),
             int(model.get_input_embeddings().num_embeddings),
-            {key: facts.get(key) for key in shown},
+            {key: facts[key] for key in shown if key in facts},
         )
 
 

@@ -99,7 +99,8 @@ def test_recorded_signals_are_what_the_model_computes(name):
     weights = output.attentions[-1][0].mean(0)[:, SINKS : PROMPT // 2]
     scores = found["attention-scores"]
     late = weights[PROMPT // 2 :]
-    assert torch.allclose(scores.values[PROMPT // 2 :], late / late.sum(-1, True), atol=1e-5)
+    shares = (late / late.sum(-1, True)).nan_to_num()  # a window may see none of these positions
+    assert torch.allclose(scores.values[PROMPT // 2 :], shares, atol=1e-5)
     assert scores.values.shape == (LENGTH, PROMPT // 2 - SINKS)
     assert (scores.first, scores.compare) == (18, shannon)  # 32 / 2 + 32 / 16
 

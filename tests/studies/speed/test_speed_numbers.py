@@ -6,11 +6,15 @@ from mmap import mmap
 import pytest
 import torch
 
+from dart_llm.data import texts
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.reporting.console import Ui
-from dart_llm.studies.speed.settings import Case, dense_cases, rebuilding
-from dart_llm.studies.speed.study import prepare_model
+from dart_llm.settings import merge
+from dart_llm.studies.speed.cases import Case, dense_cases, rebuilding
+from dart_llm.studies.speed.model import cache_bytes, prepare_model, prompt_ids
+from dart_llm.studies.speed.settings import SpeedSettings
+from dart_llm.studies.speed.study import shuffled
 from dart_llm.studies.speed.summary import (
     DecodeTraffic,
     mad,
@@ -20,9 +24,10 @@ from dart_llm.studies.speed.summary import (
     timed_mean,
 )
 from dart_llm.studies.speed.timing import Growth, read_bandwidth
-from lm_cases import place
+from lm_cases import loaded, place
 from shells import ROOT
 from speed_cases import sample, settings
+from tiny import tiny, tokens
 
 
 def test_formulas_by_hand():
@@ -81,6 +86,16 @@ def test_rows_by_hand():
     assert {key: row[key] for key in wanted} == pytest.approx(wanted)
 
 
+def test_the_order_follows_from_the_seed():
+    labels = [str(number) for number in range(6)]
+    first, again = ([shuffled(labels, 0, number) for number in range(4)] for _ in range(2))
+    assert first == again and all(sorted(one) == labels for one in first)
+    assert len(set(map(tuple, first))) == 4 and shuffled(labels, 1, 0) != first[0]
+
+
+# cases and settings
+
+
 def test_cases(tmp_path):
     config = rebuilding(PruneConfig.build("dart", sparsity=0.5), 64)
     assert config.drift.rule == "interval 64" and config.remask.observe_tokens == 1
@@ -97,6 +112,9 @@ def test_cases(tmp_path):
     cases = asked.case_list()
     assert len(cases) == 3 * 2 * 3
     assert cases[3].label == "griffin 70 %, compact" and cases[3].executor == "compact"
+    named = merge(SpeedSettings, {"model": "Qwen/Qwen2.5-0.5B"}, environment={})
+    assert (named.name, named.experiment) == ("qwen2.5-0.5b", "speed-qwen2.5-0.5b")
+    assert not named.is_random and asked.is_random
     file.write_text("x: {executor: slim}\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r'"x" of .* sets the executor, which --executors does'):
         settings(tmp_path, variants=str(file))
@@ -108,6 +126,7 @@ def test_cases(tmp_path):
         ({"executors": "slm"}, "unknown executor 'slm'; did you mean slim"),
         ({"executors": ","}, "--executors is empty: give some of masked, compact, native, slim"),
         ({"methods": "dense"}, "method dense removes nothing, and dense runs anyway"),
+        ({"methods": ""}, "--methods is empty: give at least one"),
         ({"sparsities": "50"}, "--sparsities 50 must lie between 0 and 1"),
         ({"shape": "none.json"}, "--model-config none.json is no file"),
         ({"model": "gpt2"}, "--model-config stands in place of --model: give one of them"),
@@ -117,6 +136,9 @@ def test_bad_settings_are_one_sentence(tmp_path, given, error):
     with pytest.raises((ConfigError, UnknownName)) as caught:
         settings(tmp_path, **given)
     assert str(caught.value).startswith(error) and "\n" not in str(caught.value)
+
+
+# the model and the machine
 
 
 def test_a_checkpoint_gives_its_shape_alone(tmp_path):
@@ -132,6 +154,15 @@ def test_a_checkpoint_gives_its_shape_alone(tmp_path):
     assert torch.equal(first[name], second[name]) and not torch.equal(first[name], third[name])
 
 
+def test_prompts_have_the_length_that_was_asked_for():
+    model, tokenizer = loaded()
+    text = prompt_ids(model, tokenizer, 7, 0)
+    assert text.tolist() == [tokenizer(texts.all_text()).input_ids[:7]]
+    drawn, again = (prompt_ids(model, None, 50, 0) for _ in range(2))
+    assert drawn.shape == (1, 50) and len(set(drawn[0].tolist())) > 10 and torch.equal(drawn, again)
+    assert cache_bytes(model, drawn) == model.config.n_layer * 2 * model.config.n_embd * 4
+
+
 def test_growth_sees_what_was_allocated_and_freed():
     growth = Growth(torch.device("cpu"))
     if growth.before is None:
@@ -142,6 +173,9 @@ def test_growth_sees_what_was_allocated_and_freed():
     assert growth.bytes is not None and 60 * 2**20 < growth.bytes < 128 * 2**20
     assert (Growth(torch.device("cpu")).bytes or 0) < 32 * 2**20  # the peak starts anew
     assert 1e7 < read_bandwidth(torch.device("cpu"), mib=4, reads=3) < 1e13
+
+
+# benchmarks/costs.py: two rows in turns, neither disturbs the other
 
 
 @pytest.fixture
@@ -166,3 +200,14 @@ def test_costs_by_hand(costs):
     assert checked == pytest.approx([0.45])
     built = costs.builds(sample([10, 10, 10, 20, 14, 10], "pppopp", built=(4,)))
     assert built == [pytest.approx(4)] and costs.builds(sample([10], "o")) == []
+
+
+def test_every_cost_of_a_method_is_measured(costs):
+    kinds = ["attaching", "observing", "drift checks", "a re-mask"]
+    assert [case.kind for case in costs.cases("dart", 0.5, "compact", 12)] == kinds
+    cases, model = costs.cases("griffin", 0.5, "compact", 12), tiny("llama")
+    rows = costs.measure(model, None, tokens(1, 8, seed=3), cases, 12, 1)
+    assert [row["cost"] for row in rows] == ["attaching", "observing", "a re-mask"]
+    assert rows[2]["values"] == 4  # two pruned tokens, one observed, a mask, and so on
+    assert all(row["share_of_token"] is not None and row["what"] for row in rows)
+    assert not any("forward" in vars(part) for part in model.modules())

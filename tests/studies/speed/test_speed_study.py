@@ -1,5 +1,6 @@
 """``dart-llm bench speed`` on tiny models: files, order, sittings, what cannot run, the command."""
 
+import csv
 import importlib
 import json
 from pathlib import Path
@@ -8,18 +9,29 @@ import pytest
 import torch
 
 from dart_llm.errors import ConfigError, LoadError
+from dart_llm.experiments.index import read_info
 from dart_llm.experiments.study import run_study
+from dart_llm.files import write_json
 from dart_llm.patching import executors
 from dart_llm.reporting import figures
 from dart_llm.reporting.console import Ui
 from dart_llm.studies.speed import summary
+from dart_llm.studies.speed.settings import EXECUTORS
 from dart_llm.studies.speed.study import SpeedStudy, shuffled
 from lm_cases import call
 from shells import ROOT
 from speed_cases import PROMPT, TOKENS, job, settings, shape
-from written import axes_of, lines, read
+from stopping import Stopping
 
 pytestmark = pytest.mark.usefixtures("native")
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -51,37 +63,62 @@ def test_rows_say_what_ran(whole):
     assert found["mean_context"] == PROMPT + 2 + (TOKENS + 1) / 2
     # repetitions are interleaved, each in an order of its own
     assert found["orders"] == [shuffled(labels, 0, 0), shuffled(labels, 0, 1)]
-    for order, one in zip(found["orders"], lines(whole.path / "results.jsonl"), strict=True):
+    for order, one in zip(found["orders"], lines(whole.path), strict=True):
         assert order == one["order"] == list(one["samples"])
         sizes = {(len(s["warm_s"]), len(s["steps_s"])) for s in one["samples"].values()}
         assert sizes == {(2, TOKENS)}
 
 
-def test_a_run_is_kept(whole, monkeypatch):
-    found = read(whole.path / "speed.json")
+def test_tables_plot_and_what_is_kept(whole, monkeypatch):
+    found, config = read(whole.path / "speed.json"), read(whole.path / "config.json")
+    assert config["checkpoint"]["name"] == "llama (random weights)"
+    assert len(config["settings"]["inputs"]["shape"]) == 64
+    info = read_info(whole.path, whole.path.parents[1])
+    assert (info.kind, info.status, info.tasks) == ("speed", "complete", ("speed",))
+    assert info.problems == () and info.sparsities == (0.5,)
+    text = (whole.path / "speed.md").read_text(encoding="utf-8")
+    assert text == summary.markdown(found) and "- `limit`: 1 / (1 - f s)" in text
+    assert all(f"| {row['row']} |" in text for row in found["rows"])
+    table = list(csv.DictReader((whole.path / "speed.csv").read_text("utf-8").splitlines()))
+    assert [line["row"] for line in table] == [row["row"] for row in found["rows"]]
+    assert float(table[1]["tg_ms"]) == pytest.approx(found["rows"][1]["tg_ms"])
+    assert table[0]["attach_ms"] == ""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     keeper = importlib.import_module("keep")
     kept = keeper.gather_speed([whole.path])
     assert kept["runs"][0]["rows"] == found["rows"]
     assert str(whole.path.parents[2]) not in json.dumps(kept)
+    (whole.path / "unfinished").mkdir()
+    write_json(whole.path / "unfinished/config.json", {"kind": "speed", "status": "failed"})
+    with pytest.raises(SystemExit, match="is no finished run"):
+        keeper.gather_speed([whole.path / "unfinished"])
 
 
 def test_the_plot_has_the_limit_as_a_line(whole):
+    from matplotlib.figure import Figure
+
     (plot,) = summary.make(whole.summary)
-    line, *points = axes_of(plot)[1].lines
+    figure = Figure()
+    with figures._style() as palette:
+        plot.draw(figure, palette, False)
+    line, *points = figure.axes[1].lines
     share = whole.summary["ffn_share_of_bytes_read"]
     x, y = (list(map(float, values)) for values in line.get_data())
     assert y == pytest.approx([1 / (1 - share * value / 100) for value in x])
     heights = [float(point.get_ydata()[0]) for point in points]
     assert heights == pytest.approx([row["times_own_dense"] for row in whole.summary["rows"]])
+    dense = [row for row in whole.summary["rows"] if not row["variant"]]
+    assert summary.make({**whole.summary, "rows": dense}) == []
+    assert set(summary.LOOKS) == {None, *EXECUTORS}
+    assert len(set(summary.LOOKS.values())) == len(summary.LOOKS)
 
 
 @pytest.mark.usefixtures("no_plots")
 def test_what_cannot_run_is_named(tmp_path, monkeypatch):
-    done = job(tmp_path, "gpt2", repeats=1, executors="compact,native,slim")
+    done = job(tmp_path, "stablelm", repeats=1, executors="compact,native,slim")
     (note,) = [note for note in done.summary["notes"] if "left out" in note]
     assert "dense, slim; griffin 50 %, slim are left out: executor" in note
-    assert "which is a gpt2 model, not one of llama, mistral, qwen2, qwen3" in note
+    assert "which is a stablelm model, not one of gemma, gemma2," in note
     rows = [row["row"] for row in done.summary["rows"]]
     assert rows[:2] == ["transformers", "dense, native"] == ["transformers", done.own]
     assert rows[2:] == ["griffin 50 %, compact", "griffin 50 %, native"]
@@ -92,6 +129,19 @@ def test_what_cannot_run_is_named(tmp_path, monkeypatch):
     assert [row["executor"] for row in done.summary["rows"]] == [None, "compact"]
     assert done.summary["kernels"] is None
     assert "the native kernels could not be built (x)" in done.summary["notes"][0]
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_an_interrupted_job_keeps_whole_repetitions(tmp_path):
+    asked = {"executors": "compact", "repeats": 3}
+    with pytest.raises(KeyboardInterrupt):
+        job(tmp_path, ui=Stopping(5), **asked)  # in the second repetition of three rows
+    (left,) = (tmp_path / "results").glob("*/*")
+    (kept,) = lines(left)
+    again = job(tmp_path, **asked)
+    assert again.path == left and again.summary["sittings"] == 2
+    assert len(again.lines) == 3 and lines(left)[0] == kept
+    assert job(tmp_path, **{**asked, "seed": 1}).folder.resumed is False
 
 
 @pytest.mark.usefixtures("no_plots")

@@ -1,4 +1,4 @@
-// One token through a decoder of RMS norms, rotary attention and gated FFNs, whole.
+// One token through a decoder of norms, attention and FFNs, whole.
 #pragma once
 #include <vector>
 
@@ -7,11 +7,25 @@
 
 namespace dart {
 
+// Rows of weights, in the decoder's dtype or packed.
+struct Matrix {
+  const void* plain;
+  const Packed* packed;
+};
+
+// An RMS norm, or one that takes the mean off first; factors [n] float32, null: no norm.
+struct Norm {
+  const float *factor, *bias;  // bias [n] or null
+  bool centred;
+};
+
 struct Layer {
-  const void *attention_norm, *ffn_norm;                // [D]
-  const void *q, *k, *v, *o;                            // [H S, D], [K S, D], [K S, D], [D, H S]
-  const void *q_bias, *k_bias, *v_bias, *o_bias;        // or null
-  const void *q_norm, *k_norm;                          // [S], or null
+  Norm before_attention, before_ffn;  // [D]: of the stream
+  Norm after_attention, after_ffn;    // [D]: of what is added to it
+  Matrix q, k, v, o;  // [H S, D], [K S, D], [K S, D], [D, H S]; fused: q [(H + 2 K) S, D], no k and v
+  const void *q_bias, *k_bias, *v_bias, *o_bias;  // or null
+  Norm q_norm, k_norm;  // [S], or [H S] and [K S] where they are `over_all` heads
+  int64_t table;        // whose angles turn its heads; -1: none
   Ffn ffn;
   Copies copies;
   const float* bias;  // [D] float32: what is added to the FFN's output, or null
@@ -20,27 +34,45 @@ struct Layer {
 struct Decoder {
   Dtype dtype;
   int64_t hidden, heads, kv_heads, size, width, vocabulary;  // D, H, K, S, I, V
+  int64_t turned;  // R: of a head's S values, those that rotary angles turn
+  int64_t known;   // rows of the embedding
+  int64_t places;  // rows of the learned positions
+  bool fused;      // one matrix for q, k and v ...
+  bool by_heads;   // ... which holds those of one head after those of another
+  bool over_all;   // the norms of q and k are those of all heads together
+  bool parallel;   // the FFN reads the stream that the attention read
   float eps, scale;
-  const void *embedding, *norm, *head;  // [V, D], [D], [V, D]
+  float embedding_scale;            // of the embedding's rows
+  float attention_cap, logits_cap;  // c tanh(x / c) of scores and of logits; 0: none
+  Matrix embedding, positions, head;  // [V, D], [places, D] or none, [V, D]
+  Norm norm;                          // [D]
   std::vector<Layer> layers;
 };
 
-// The caches of one sequence: [K, capacity, S] per layer, `length` positions filled.
+// The caches of one sequence; what a layer no longer sees is not in its part.
 struct Cache {
-  std::vector<void*> keys, values;
-  int64_t length, capacity;
+  struct Part {
+    void *keys, *values;  // [K, length + 1, S]: `length` positions are filled, the next is written
+    int64_t length;
+    int64_t pitch;  // values from one head to the next
+  };
+  std::vector<Part> layers;
+  int64_t position;  // of the token in its text
 };
 
 // What a step leaves behind; all float32.
 struct Scratch {
   Scratch(const Decoder&, int64_t threads, int64_t positions);
   Jobs jobs;  // begin() them before the members of a step begin
-  std::vector<float> stream, qkv, attended, logits, sums, normed, scores;
+  std::vector<float> stream, qkv, attended, logits, inputs, normed, scores;
   std::vector<float> parts;  // [PARTS, D]: what each part of an FFN adds
   // Of every layer, where it is observed: activations [L, I], and [L, D] each the FFN's input, its
-  // output and the stream before it.
-  std::vector<float> u, h, z, x;
+  // output, the stream before it and, where that is normed, what is added to the stream.
+  std::vector<float> u, h, z, x, r;
   std::vector<uint16_t> narrow;
+  std::vector<int8_t> levels;          // of inputs, rounded for packed matrices: by member
+  std::vector<float> scales, group_sums;
+  std::vector<int32_t> whole;          // [threads, D]: sums of a group of neurons
   std::vector<float> strength;       // of a layer's neurons
   std::vector<int32_t> chosen;       // the token's neurons
   int64_t threads, positions;
@@ -48,7 +80,7 @@ struct Scratch {
 };
 
 // Runs one member's share of the step that decodes after `token`; all members call it at once.
-// cosine, sine: [S] of the position.  Leaves logits [V] and the normed last hidden state.
+// cosine, sine: [tables, R] of the position.  Leaves logits [V] and the normed last hidden state.
 void step(const Kernels&, const Decoder&, const Cache&, int64_t token, const float* cosine,
           const float* sine, Scratch&, int64_t member);
 

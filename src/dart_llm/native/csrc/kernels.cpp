@@ -3,16 +3,31 @@
 
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace dart {
 namespace {
 
+#if defined(__x86_64__)
+// A name that __builtin_cpu_supports of older compilers does not know.
+bool has_avxvnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
+}
+#endif
+
 bool has(const char* name) {
 #if defined(__x86_64__)
-  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("f16c");
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (!std::strcmp(name, "avx512bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+  if (!std::strcmp(name, "avx512bf16")) 
+    return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   if (!std::strcmp(name, "avx512")) return avx512;
+  if (!std::strcmp(name, "avxvnni")) return avx2 && has_avxvnni();
   if (!std::strcmp(name, "avx2")) return avx2;
 #endif
   return !std::strcmp(name, "portable");
@@ -20,7 +35,7 @@ bool has(const char* name) {
 
 const Kernels* const ALL[] = {
 #if defined(__x86_64__)
-    &avx512bf16::table, &avx512::table, &avx2::table,
+    &avx512bf16::table, &avx512::table, &avxvnni::table, &avx2::table,
 #endif
     &portable::table};
 

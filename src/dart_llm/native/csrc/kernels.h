@@ -5,10 +5,9 @@
 #pragma once
 #include <cstdint>
 
-namespace dart {
+#include "packed.h"
 
-enum class Dtype : int { f32 = 0, bf16 = 1 };
-enum class Act : int { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3, relu2 = 4 };
+namespace dart {
 
 // M vectors of D values each, one after the other.
 struct Input {
@@ -16,6 +15,7 @@ struct Input {
   const float* wide;  // the same as float32
   int64_t count;      // M
   int64_t size;       // D
+  Rounded rounded{};  // the same for packed matrices
 };
 
 // One FFN; neurons are rows of D values in every matrix, in `down` too.
@@ -23,6 +23,7 @@ struct Ffn {
   const void* gate;  // null: a plain FFN
   const void* up;
   const void* down;
+  const Packed *packed_gate, *packed_up, *packed_down;  // in place of these three, or null
   const void* gate_bias;  // [I] in the weights' dtype, or null
   const void* up_bias;
   const void* basis;     // [r, D], or null: features of the input ...
@@ -63,21 +64,28 @@ struct Kernels {
   void (*fold)(Dtype, const void* rows, const int32_t* ids, int64_t n, int64_t size,
                const float* factors, int64_t count, int64_t begin, int64_t end, float* to);
   // One query head over n cached positions and the new one; out: [size] float32.
-  // keys, values: n rows, `stride` values apart, in the weights' dtype; scores: n + 1 of scratch.
+  // keys, values: n rows, `stride` values apart, in the weights' dtype; scores: n + 1 of scratch;
+  // cap: c tanh(x / c) of every score, 0: none.
   void (*attend)(Dtype, const float* query, const void* keys, const void* values, int64_t n,
                  int64_t stride, const float* new_key, const float* new_value, int64_t size,
-                 float scale, float* scores, float* out);
+                 float scale, float cap, float* scores, float* out);
   void (*round)(Dtype, const float* from, void* to, int64_t n);
   void (*widen)(Dtype, const void* from, float* to, int64_t n);
+  // y[i] += bias[i] for begin <= i < end.
+  void (*add)(Dtype, const void* bias, int64_t begin, int64_t end, float* y);
+  // y[i] += bias[ids[i]] of n values.
+  void (*add_at)(Dtype, const void* bias, const int32_t* ids, int64_t n, float* y);
+  PackedKernels packed;
 };
 
-// The best that this CPU has; `name` (avx512bf16, avx512, avx2, portable): that one, or null when
+// The best that this CPU has; `name` (avx512bf16, avx512, avxvnni, avx2, portable): that one, or null when
 // the CPU has it not.
 const Kernels* kernels();
 const Kernels* kernels(const char* name);
 
 namespace avx512bf16 { extern const Kernels table; }
 namespace avx512 { extern const Kernels table; }
+namespace avxvnni { extern const Kernels table; }
 namespace avx2 { extern const Kernels table; }
 namespace portable { extern const Kernels table; }
 

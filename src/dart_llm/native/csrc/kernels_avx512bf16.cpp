@@ -3,10 +3,10 @@
 
 #if defined(__x86_64__)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma,f16c")
 #endif
 
 namespace dart::avx512bf16 {
@@ -34,6 +34,8 @@ struct S {
     return {reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(low, table)),
             reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(high, table))};
   }
+  static W dot8(W to, B levels, B x) { return _mm512_dpbusd_epi32(to, levels, x); }
+  static W dot4(W to, B levels, B x) { return _mm512_dpbusd_epi32(to, levels, x); }
 };
 constexpr const char* NAME = "avx512bf16";
 }  // namespace

@@ -313,7 +313,7 @@ void fold_rows(const T* rows, const int32_t* ids, int64_t n, int64_t size, const
 
 template <class T>
 void attend_head(const float* query, const T* keys, const T* values, int64_t n, int64_t stride,
-                 const float* new_key, const float* new_value, int64_t size, float scale,
+                 const float* new_key, const float* new_value, int64_t size, float scale, float cap,
                  float* scores, float* out) {
   float most = -INFINITY, total = 0;
   auto dot = [&](auto* row) {
@@ -322,7 +322,8 @@ void attend_head(const float* query, const T* keys, const T* values, int64_t n, 
     for (; i + S::N <= size; i += S::N) sum = S::fma(S::load(row + i), S::load(query + i), sum);
     float found = S::sum(sum);
     for (; i < size; ++i) found += wide(row[i]) * query[i];
-    return found * scale;
+    found *= scale;
+    return cap ? cap * std::tanh(found / cap) : found;
   };
   for (int64_t t = 0; t < n; ++t) {
     scores[t] = dot(keys + t * stride);
@@ -372,9 +373,9 @@ void fold(Dtype dtype, const void* rows, const int32_t* ids, int64_t n, int64_t 
 
 void attend(Dtype dtype, const float* query, const void* keys, const void* values, int64_t n,
             int64_t stride, const float* new_key, const float* new_value, int64_t size, float scale,
-            float* scores, float* out) {
+            float cap, float* scores, float* out) {
   DART_BY_DTYPE(attend_head<T>(query, static_cast<const T*>(keys), static_cast<const T*>(values), n,
-                               stride, new_key, new_value, size, scale, scores, out))
+                               stride, new_key, new_value, size, scale, cap, scores, out))
 }
 
 void round(Dtype dtype, const float* from, void* to, int64_t n) {
@@ -385,4 +386,14 @@ void widen(Dtype dtype, const void* from, float* to, int64_t n) {
   DART_BY_DTYPE(for (int64_t i = 0; i < n; ++i) to[i] = wide(static_cast<const T*>(from)[i]))
 }
 
-const Kernels table = {NAME, matvec, ffn, low_rank, estimate, fold, attend, round, widen};
+void add(Dtype dtype, const void* bias, int64_t begin, int64_t end, float* y) {
+  DART_BY_DTYPE(for (int64_t i = begin; i < end; ++i) y[i] += wide(static_cast<const T*>(bias)[i]))
+}
+
+void add_at(Dtype dtype, const void* bias, const int32_t* ids, int64_t n, float* y) {
+  DART_BY_DTYPE(for (int64_t i = 0; i < n; ++i) y[i] += wide(static_cast<const T*>(bias)[ids[i]]))
+}
+
+#include "packed_body.h"
+
+const Kernels table = {NAME, matvec, ffn, low_rank, estimate, fold, attend, round, widen, add, add_at, packed_table};

@@ -29,6 +29,82 @@ struct S {
   }
   static V pairs(const bf16*) { return zero(); }
   static V dot_bf16(V a, V, V) { return a; }
+
+  // For packed matrices: see packed_body.h.
+  static constexpr int64_t BYTES = 32;
+  struct B { uint8_t x[BYTES]; };
+  struct W { int32_t x[N]; };
+  static V add(V a, V b) { for (int i = 0; i < N; ++i) a.x[i] += b.x[i]; return a; }
+  static V mul(V a, V b) { for (int i = 0; i < N; ++i) a.x[i] *= b.x[i]; return a; }
+  static B bytes(const void* p) { B r; std::memcpy(r.x, p, BYTES); return r; }
+  static B same(uint32_t four) {
+    B r;
+    for (int i = 0; i < N; ++i) std::memcpy(r.x + 4 * i, &four, 4);
+    return r;
+  }
+  static B low(B both) { for (uint8_t& x : both.x) x &= 15; return both; }
+  static B high(B both) { for (uint8_t& x : both.x) x >>= 4; return both; }
+  static B last(const uint8_t* p, int64_t column) {
+    return column ? high(bytes(p)) : low(bytes(p));
+  }
+  static W whole(int x) { W r; for (int32_t& one : r.x) one = x; return r; }
+  static W load_whole(const int32_t* p) { W r; std::memcpy(r.x, p, sizeof r.x); return r; }
+  static void store_whole(int32_t* p, W x) { std::memcpy(p, x.x, sizeof x.x); }
+  static V to_float(W x) { V r; for (int i = 0; i < N; ++i) r.x[i] = float(x.x[i]); return r; }
+  static W dot8(W to, B levels, B x) {
+    for (int i = 0; i < BYTES; ++i) to.x[i / 4] += int(levels.x[i]) * int(int8_t(x.x[i]));
+    return to;
+  }
+  static W dot4(W to, B levels, B x) { return dot8(to, levels, x); }
+  static V half(const uint16_t* p, int64_t n) {
+    V r;
+    for (int i = 0; i < N; ++i) r.x[i] = i < n ? half_to_float(p[i]) : 0;
+    return r;
+  }
+  static V small(const int8_t* p, int64_t n) {
+    V r;
+    for (int i = 0; i < N; ++i) r.x[i] = i < n ? float(p[i]) : 0;
+    return r;
+  }
+  template <int SIZE>
+  static V spread(const float* p) {
+    V r;
+    for (int i = 0; i < N; ++i) r.x[i] = p[i * 4 / SIZE];
+    return r;
+  }
+  static V sub(V a, V b) { for (int i = 0; i < N; ++i) a.x[i] -= b.x[i]; return a; }
+  static V div(V a, V b) { for (int i = 0; i < N; ++i) a.x[i] /= b.x[i]; return a; }
+  static V most(V a, V b) {
+    for (int i = 0; i < N; ++i) a.x[i] = a.x[i] > b.x[i] ? a.x[i] : b.x[i];
+    return a;
+  }
+  static V least(V a, V b) {
+    for (int i = 0; i < N; ++i) a.x[i] = a.x[i] < b.x[i] ? a.x[i] : b.x[i];
+    return a;
+  }
+  static V magnitude(V a) { for (float& x : a.x) x = std::fabs(x); return a; }
+  static float largest(V a) {
+    float m = a.x[0];
+    for (float x : a.x) m = x > m ? x : m;
+    return m;
+  }
+  static W nearest(V a) {
+    W r;
+    for (int i = 0; i < N; ++i) r.x[i] = int32_t(std::lrint(a.x[i]));
+    return r;
+  }
+  static int sum_of(W a) { int s = 0; for (int32_t x : a.x) s += x; return s; }
+  static void store_small(int8_t* p, W a) { for (int i = 0; i < N; ++i) p[i] = int8_t(a.x[i]); }
+  static V power_of_two(W a) {
+    V r;
+    for (int i = 0; i < N; ++i) r.x[i] = from_bits(uint32_t(a.x[i] + 127) << 23);
+    return r;
+  }
+  static void interleave(const B* r, B* to) {
+    for (int place = 0; place < BYTES; ++place)
+      for (int row = 0; row < 4; ++row)
+        to[place / 4 % 4].x[place / 16 * 16 + place % 4 * 4 + row] = r[row].x[place];
+  }
 };
 constexpr const char* NAME = "portable";
 }  // namespace

@@ -1,7 +1,5 @@
 // The kernels as torch operators, on torch's threads.
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <omp.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
@@ -10,26 +8,16 @@
 
 #include "choose.h"
 #include "decode.h"
+#include "packed_ffn.h"
+#include "packed_ops.h"
+#include "together.h"
 
 namespace {
 
 using at::Tensor;
+using dart::best;
+using dart::together;
 using MaybeTensor = std::optional<Tensor>;
-
-// Calls work(member) once on each of torch's threads, at the same time.
-template <class Work>
-void together(const Work& work) {
-  int64_t wanted = at::in_parallel_region() ? 1 : at::get_num_threads();
-  if (wanted == 1) {
-    work(0);
-    return;
-  }
-  at::parallel_for(0, wanted, 1, [&](int64_t begin, int64_t) {
-    int64_t running = std::min<int64_t>(omp_get_num_threads(), wanted);  // may be fewer
-    int64_t each = (wanted + running - 1) / running;
-    work(begin / each);
-  });
-}
 
 dart::Dtype dtype_of(const Tensor& t) {
   TORCH_CHECK(t.device().is_cpu(), "native kernels run on the CPU");
@@ -48,11 +36,6 @@ const void* data(const MaybeTensor& t, at::ScalarType type) {
 }
 
 std::string chosen;
-
-const dart::Kernels& best() {
-  const dart::Kernels* found = chosen.empty() ? dart::kernels() : dart::kernels(chosen.c_str());
-  return *found;
-}
 
 bool use(const std::string& name) {
   if (!name.empty() && !dart::kernels(name.c_str())) return false;
@@ -201,7 +184,7 @@ struct Choice : torch::CustomClassHolder {
   // The copies of an FFN of I neurons of D inputs, whose tokens choose out of f.kept.
   const dart::Copies& of(const dart::Ffn& f, int64_t neurons, int64_t hidden) const {
     TORCH_CHECK(width == neurons && inputs == hidden && copies.keep <= f.kept &&
-                    (copies.gate == nullptr) == (f.gate == nullptr),
+                    (copies.gate == nullptr) == (!f.gate && !f.packed_gate),
                 "native: these copies are of another FFN");
     return copies;
   }
@@ -255,6 +238,79 @@ Tensor ffn(const Tensor& x, const MaybeTensor& gate, const Tensor& up, const Ten
   return z.to(type);
 }
 
+using Packs = c10::intrusive_ptr<dart::PackedMatrix>;
+
+// As `ffn`, on packed matrices: gate (None in a plain FFN) and up of rows, down of neurons.
+Tensor packed_ffn(const Tensor& x, const std::optional<Packs>& gate, const Packs& up, const Packs& down,
+                  const MaybeTensor& gate_bias, const MaybeTensor& up_bias, const MaybeTensor& ids,
+                  const MaybeTensor& bias, const MaybeTensor& basis, const MaybeTensor& features,
+                  const MaybeChoice& choice, int64_t act) {
+  dart::Dtype dtype = dtype_of(x);
+  auto type = x.scalar_type();
+  data(x, type);
+  int64_t hidden = up->packed.columns, width = up->packed.rows, count = x.size(0);
+  auto are_rows = [&](const Packs& one) {
+    return one->packed.order == dart::Order::rows && one->packed.rows == width &&
+           one->packed.columns == hidden;
+  };
+  TORCH_CHECK(x.dim() == 2 && x.size(1) == hidden && down->packed.order == dart::Order::neurons &&
+                  down->packed.rows == width && down->packed.columns == hidden && are_rows(up) &&
+                  (!gate || are_rows(*gate)) &&
+                  basis.has_value() == features.has_value(),
+              "native: shapes do not fit");
+  dart::Ffn f{};
+  f.packed_gate = gate ? &(*gate)->packed : nullptr;
+  f.packed_up = &up->packed, f.packed_down = &down->packed;
+  f.gate_bias = data(gate_bias, type), f.up_bias = data(up_bias, type);
+  f.basis = data(basis, type), f.features = data(features, type);
+  f.ids = static_cast<const int32_t*>(data(ids, at::kInt));
+  f.kept = ids ? ids->size(0) : width;
+  f.rank = basis ? basis->size(0) : 0;
+  f.act = dart::Act(act);
+  dart::Copies copies{};
+  if (choice) {
+    TORCH_CHECK(count == 1, "native: tokens choose one at a time");
+    copies = (*choice)->of(f, width, hidden);
+    f.mean = (*choice)->mean;
+  }
+  const float* add = static_cast<const float*>(data(bias, at::kFloat));
+  Tensor wide = x.to(at::kFloat);
+  const dart::Kernels& kernels = best();
+  std::vector<float> strength(choice ? f.kept : 0);
+  std::vector<int32_t> chosen(strength.size());
+  dart::RoundedRows rounded(kernels, wide.const_data_ptr<float>(), count, hidden);
+  int64_t columns = down->packed.units() * dart::UNIT;
+  Tensor parts = at::zeros({dart::PARTS, count, columns}, wide.options());
+  Tensor scratch = at::empty({dart::PARTS, columns}, wide.options().dtype(at::kInt));
+  Tensor low = at::zeros({dart::PARTS, count, f.rank ? hidden : 0}, wide.options());
+  dart::Input given = input(x, wide);
+  dart::Jobs jobs(3);
+  together([&](int64_t) {
+    dart::Worker team(jobs);
+    dart::Ffn own = f;
+    if (choice)
+      dart::choose(team, kernels, dtype, copies, given, own, strength.data(), chosen.data());
+    team.in_parts(dart::PARTS, [&](int64_t one, int64_t number) {
+      dart::Span span = dart::part(own.kept, one, number, dart::GROUP);
+      for (int64_t m = 0; m < count; ++m) {
+        dart::Input token = given;
+        token.rounded = rounded.view().at(m);
+        dart::packed_ffn(kernels, dtype, own, token, span.begin, span.end,
+                         parts.mutable_data_ptr<float>() + (one * count + m) * columns, nullptr,
+                         scratch.mutable_data_ptr<int32_t>() + one * columns);
+      }
+      span = dart::part(own.rank, one, number, 1);
+      if (own.rank)
+        kernels.low_rank(dtype, own, given, span.begin, span.end,
+                         low.mutable_data_ptr<float>() + one * count * hidden);
+    });
+  });
+  Tensor z = parts.sum(0).narrow(1, 0, hidden);
+  if (f.rank) z = z + low.sum(0);
+  if (add) z = z + *bias;
+  return z.to(type);
+}
+
 // A decoder whose weights stay where they are; see decode.h.
 struct Decoder : torch::CustomClassHolder {
   dart::Decoder model;
@@ -266,43 +322,118 @@ struct Decoder : torch::CustomClassHolder {
   std::vector<Mask> masks;
   std::unique_ptr<dart::Scratch> scratch;
 
-  // sizes: D, H, K, S, I, V; weights: embedding, norm, head, then 12 per layer, [] for none:
-  // norms (2), q k v o, their biases, q and k norms; then gate up down, biases of gate and up.
-  Decoder(std::vector<int64_t> sizes, double eps, double scale, std::vector<Tensor> weights,
+  // sizes: D, H, K, S, I, V, R; kind: as set_kind reads it; numbers: eps, scale, of the embedding,
+  // caps of scores and logits; weights: embedding, head, positions, then EACH per layer, [] for none:
+  // q k v o, their biases, gate up down, biases of gate and up; norms: the last one, then NORMS per
+  // layer: factor and bias [n] float32 each; tables: per layer.
+  Decoder(std::vector<int64_t> sizes, std::vector<std::string> kind, std::vector<double> numbers,
+          std::vector<Tensor> weights, std::vector<Tensor> norms, std::vector<int64_t> tables,
           int64_t act) {
-    model.dtype = dtype_of(weights[0]);
-    auto type = weights[0].scalar_type();
-    model.hidden = sizes[0], model.heads = sizes[1], model.kv_heads = sizes[2];
-    model.size = sizes[3], model.width = sizes[4], model.vocabulary = sizes[5];
-    model.eps = float(eps), model.scale = float(scale);
+    model.dtype = dtype_of(weights.at(0));
+    type = weights[0].scalar_type();
+    model.hidden = sizes.at(0), model.heads = sizes.at(1), model.kv_heads = sizes.at(2);
+    model.size = sizes.at(3), model.width = sizes.at(4), model.vocabulary = sizes.at(5);
+    model.turned = sizes.at(6);
+    model.eps = float(numbers.at(0)), model.scale = float(numbers.at(1));
+    model.embedding_scale = float(numbers.at(2));
+    model.attention_cap = float(numbers.at(3)), model.logits_cap = float(numbers.at(4));
+    set_kind(kind);
+    size_t layers = tables.size();
+    TORCH_CHECK(weights.size() == ENDS + EACH * layers && norms.size() == 2 + 2 * NORMS * layers,
+                "native: weights are missing");
+    read_weights(weights, layers);
+    read_norms(norms);
+    for (size_t index = 0; index < layers; ++index) {
+      dart::Layer& layer = model.layers[index];
+      layer.table = tables[index];
+      layer.ffn.act = dart::Act(act), layer.ffn.kept = model.width;
+    }
+    masks.resize(layers);
+    model.known = weights[0].numel() ? weights[0].size(0) : model.vocabulary;
+    model.places = weights[2].numel() ? weights[2].size(0) : 0;
+    held = std::move(weights);
+    held.insert(held.end(), norms.begin(), norms.end());
+  }
+  static constexpr size_t ENDS = 3, EACH = 13, NORMS = 6;
+
+  // Words: fused, by_heads, over_all, parallel, centred; see decode.h.
+  void set_kind(const std::vector<std::string>& kind) {
+    auto is = [&](const char* word) { return std::find(kind.begin(), kind.end(), word) != kind.end(); };
+    model.fused = is("fused"), model.by_heads = is("by_heads"), model.over_all = is("over_all");
+    model.parallel = is("parallel"), centred = is("centred");
+  }
+  bool centred = false;  // the norms of the stream are layer norms
+
+  void read_weights(const std::vector<Tensor>& weights, size_t layers) {
     auto next = [&, place = size_t(0)]() mutable -> const void* {
       const Tensor& t = weights.at(place++);
       return t.numel() ? data(t, type) : nullptr;
     };
-    model.embedding = next(), model.norm = next(), model.head = next();
-    TORCH_CHECK((weights.size() - 3) % EACH == 0, "native: weights are missing");
-    for (size_t index = 0; index < (weights.size() - 3) / EACH; ++index) {
+    for (dart::Matrix* end : {&model.embedding, &model.head, &model.positions}) *end = {next(), nullptr};
+    for (size_t index = 0; index < layers; ++index) {
       dart::Layer layer{};
-      for (const void** slot : {&layer.attention_norm, &layer.ffn_norm, &layer.q, &layer.k, &layer.v,
-                                &layer.o, &layer.q_bias, &layer.k_bias, &layer.v_bias, &layer.o_bias,
-                                &layer.q_norm, &layer.k_norm, &layer.ffn.gate, &layer.ffn.up,
-                                &layer.ffn.down, &layer.ffn.gate_bias, &layer.ffn.up_bias})
+      for (const void** slot : {&layer.q.plain, &layer.k.plain, &layer.v.plain, &layer.o.plain,
+                                &layer.q_bias, &layer.k_bias, &layer.v_bias, &layer.o_bias,
+                                &layer.ffn.gate, &layer.ffn.up, &layer.ffn.down,
+                                &layer.ffn.gate_bias, &layer.ffn.up_bias})
         *slot = next();
-      layer.ffn.act = dart::Act(act);
-      layer.ffn.kept = model.width;
       model.layers.push_back(layer);
     }
-    masks.resize(model.layers.size());
-    held = std::move(weights);
   }
-  static constexpr size_t EACH = 17;
+
+  void read_norms(const std::vector<Tensor>& norms) {
+    auto next = [&, place = size_t(0)](int64_t size, bool of_stream) mutable {
+      const Tensor *factor = &norms.at(place), *bias = &norms.at(place + 1);
+      place += 2;
+      for (const Tensor* t : {factor, bias})
+        TORCH_CHECK(!t->numel() || t->numel() == size, "native: a norm has another shape");
+      auto floats = [](const Tensor& t) {
+        return t.numel() ? static_cast<const float*>(data(t, at::kFloat)) : nullptr;
+      };
+      return dart::Norm{floats(*factor), floats(*bias), centred && of_stream};
+    };
+    int64_t q = model.size, k = model.size;
+    if (model.over_all) q *= model.heads, k *= model.kv_heads;
+    model.norm = next(model.hidden, true);
+    for (dart::Layer& layer : model.layers) {
+      for (dart::Norm* one : {&layer.before_attention, &layer.after_attention, &layer.before_ffn,
+                              &layer.after_ffn})
+        *one = next(model.hidden, true);
+      layer.q_norm = next(q, false), layer.k_norm = next(k, false);
+    }
+  }
+
+  // Puts a packed matrix in the place of weight `index`.
+  void set_packed(int64_t index, const c10::intrusive_ptr<dart::PackedMatrix>& matrix) {
+    const dart::Packed* packed = &matrix->packed;
+    int64_t layers = int64_t(model.layers.size()), ends = int64_t(ENDS), each = int64_t(EACH);
+    int64_t place = (index - ends) % each;
+    TORCH_CHECK(index >= 0 && index < ends + each * layers &&
+                    (index < ends || place < 4 || (place >= 8 && place < 11)) &&
+                    (packed->order == dart::Order::neurons) == (index >= ends && place == 10),
+                "native: no packed matrix has this place");
+    if (index < ends) {
+      dart::Matrix* matrices[] = {&model.embedding, &model.head, &model.positions};
+      matrices[index]->packed = packed;
+      if (index == 2) model.places = packed->rows;
+    } else {
+      dart::Layer& layer = model.layers[size_t((index - ends) / each)];
+      dart::Matrix* outer[] = {&layer.q, &layer.k, &layer.v, &layer.o};
+      const dart::Packed** inner[] = {&layer.ffn.packed_gate, &layer.ffn.packed_up,
+                                      &layer.ffn.packed_down};
+      if (place < 4) outer[place]->packed = packed;
+      else *inner[place - 8] = packed;
+    }
+    packs.push_back(matrix);
+  }
+  std::vector<c10::intrusive_ptr<dart::PackedMatrix>> packs;
+  at::ScalarType type;  // of weights, biases and caches
 
   // What layer `index` runs from now on; ids: int32 [k] or None for all; with a choice every token
   // chooses out of these.
   void set_mask(int64_t index, const MaybeTensor& ids, const MaybeTensor& bias,
                 const MaybeTensor& basis, const MaybeTensor& features, const MaybeChoice& choice) {
     dart::Layer& layer = model.layers.at(index);
-    auto type = held[0].scalar_type();
     layer.ffn.ids = static_cast<const int32_t*>(data(ids, at::kInt));
     layer.ffn.kept = ids ? ids->size(0) : model.width;
     layer.ffn.basis = data(basis, type);
@@ -316,30 +447,31 @@ struct Decoder : torch::CustomClassHolder {
       if (t) masks[index].parts.push_back(*t);
   }
 
-  // Decodes after `token`; keys and values: per layer [K, capacity, S], `length` filled, of which
-  // position `length` is written.  cosine, sine: [S] float32.  Returns logits [V], hidden [D], in
-  // the weights' dtype.
+  // Decodes `token`, which stands at `position` of its text; keys and values: per layer
+  // [1, K, n + 1, S], of which the last position is written.  cosine, sine: [tables, R] float32.
+  // Returns logits [V], hidden [D], in the weights' dtype.
   std::vector<Tensor> step(int64_t token, const std::vector<Tensor>& keys,
-                           const std::vector<Tensor>& values, int64_t length, const Tensor& cosine,
+                           const std::vector<Tensor>& values, int64_t position, const Tensor& cosine,
                            const Tensor& sine, bool observe) {
-    auto type = held[0].scalar_type();
-    dart::Cache cache{{}, {}, length, keys.at(0).size(1)};
     TORCH_CHECK(keys.size() == model.layers.size() && values.size() == keys.size(),
                 "native: caches are missing");
-    for (const auto* side : {&keys, &values})
-      for (const Tensor& t : *side) {
-        data(t, type);
-        TORCH_CHECK(t.dim() == 3 && t.size(0) == model.kv_heads && t.size(1) == cache.capacity &&
-                        t.size(2) == model.size && length < cache.capacity,
-                    "native: the cache has another shape");
-        (side == &keys ? cache.keys : cache.values).push_back(t.data_ptr());
-      }
-    TORCH_CHECK_INDEX(token >= 0 && token < held[0].size(0), "token id ", token,
-                      " is outside the vocabulary of ", held[0].size(0),
+    dart::Cache cache{{}, position};
+    int64_t room = 0;
+    for (size_t index = 0; index < keys.size(); ++index) {
+      cache.layers.push_back(part_of(keys[index], values[index]));
+      room = std::max(room, keys[index].size(2));
+    }
+    TORCH_CHECK_INDEX(token >= 0 && token < model.known, "token id ", token,
+                      " is outside the vocabulary of ", model.known,
                       " tokens: encode the text with the tokenizer of this model");
+    TORCH_CHECK_INDEX(!model.places || position < model.places, "the text is longer than the ",
+                      model.places, " positions that this model knows");
+    for (const dart::Layer& layer : model.layers)
+      TORCH_CHECK(cosine.numel() == sine.numel() && cosine.numel() >= (layer.table + 1) * model.turned,
+                  "native: angles are missing");
     int64_t threads = at::get_num_threads();
-    if (!scratch || scratch->threads < threads || scratch->positions <= cache.capacity)
-      scratch = std::make_unique<dart::Scratch>(model, threads, cache.capacity + 1);
+    if (!scratch || scratch->threads < threads || scratch->positions < room)
+      scratch = std::make_unique<dart::Scratch>(model, threads, (room / 256 + 1) * 256);
     scratch->observed = observe;
     const float* cos = static_cast<const float*>(data(cosine, at::kFloat));
     const float* sin = static_cast<const float*>(data(sine, at::kFloat));
@@ -352,16 +484,27 @@ struct Decoder : torch::CustomClassHolder {
             copy(scratch->normed, {model.hidden}, type)};
   }
 
+  dart::Cache::Part part_of(const Tensor& keys, const Tensor& values) const {
+    for (const Tensor* t : {&keys, &values})
+      TORCH_CHECK(t->scalar_type() == type && t->dim() == 4 && t->size(0) == 1 &&
+                      t->size(1) == model.kv_heads && t->size(2) > 0 && t->size(3) == model.size &&
+                      t->stride(3) == 1 && t->stride(2) == model.size &&
+                      t->stride(1) == keys.stride(1) && t->size(2) == keys.size(2),
+                  "native: the cache has another shape");
+    return {keys.data_ptr(), values.data_ptr(), keys.size(2) - 1, keys.stride(1)};
+  }
+
   // Of the last step, which was observed: u [L, I], h [L, D] and, with `stream` (else [0, D]),
-  // z and x [L, D], in the weights' dtype.
+  // z, x and r [L, D], in the weights' dtype; r is z where no norm comes between.
   std::vector<Tensor> observed(bool stream) {
     TORCH_CHECK(scratch && scratch->observed, "native: nothing was observed");
     int64_t layers = int64_t(model.layers.size()), read = stream ? layers : 0;
-    auto type = held[0].scalar_type();
+    bool normed = !model.layers.empty() && model.layers[0].after_ffn.factor;
     return {copy(scratch->u, {layers, model.width}, type),
             copy(scratch->h, {layers, model.hidden}, type),
             copy(scratch->z, {read, model.hidden}, type),
-            copy(scratch->x, {read, model.hidden}, type)};
+            copy(scratch->x, {read, model.hidden}, type),
+            copy(normed ? scratch->r : scratch->z, {read, model.hidden}, type)};
   }
 
   // Bytes of scratch memory beside the weights and the masks.
@@ -369,8 +512,8 @@ struct Decoder : torch::CustomClassHolder {
     if (!scratch) return 0;
     const dart::Scratch& s = *scratch;
     size_t numbers = 0;
-    for (const auto* floats : {&s.stream, &s.qkv, &s.attended, &s.logits, &s.sums, &s.normed,
-                               &s.scores, &s.parts, &s.u, &s.h, &s.z, &s.x, &s.strength})
+    for (const auto* floats : {&s.stream, &s.qkv, &s.attended, &s.logits, &s.inputs, &s.normed,
+                               &s.scores, &s.parts, &s.u, &s.h, &s.z, &s.x, &s.r, &s.strength})
       numbers += floats->size();
     return int64_t(4 * (numbers + s.chosen.size()) + 2 * s.narrow.size() +
                    8 * (s.jobs.taken.size() + s.jobs.done.size()));
@@ -383,20 +526,29 @@ struct Decoder : torch::CustomClassHolder {
 
 }  // namespace
 
+const dart::Kernels& dart::best() {
+  const Kernels* found = chosen.empty() ? kernels() : kernels(chosen.c_str());
+  return *found;
+}
+
 TORCH_LIBRARY(dart_llm, library) {
+  dart::register_packed(library);
   library.class_<Choice>("Choice")
       .def(torch::init<const MaybeTensor&, const MaybeTensor&, const Tensor&, const Tensor&,
                        const Tensor&, const MaybeTensor&, std::vector<int64_t>>());
   library.def("linear", linear);
   library.def("ffn", ffn);
+  library.def("packed_ffn", packed_ffn);
   library.def("fold", fold);
   library.def("allocated", allocated);
   library.def("lay_out", lay_out);
   library.def("cpu", cpu);
   library.def("use", use);
   library.class_<Decoder>("Decoder")
-      .def(torch::init<std::vector<int64_t>, double, double, std::vector<Tensor>, int64_t>())
+      .def(torch::init<std::vector<int64_t>, std::vector<std::string>, std::vector<double>,
+                       std::vector<Tensor>, std::vector<Tensor>, std::vector<int64_t>, int64_t>())
       .def("set_mask", &Decoder::set_mask)
+      .def("set_packed", &Decoder::set_packed)
       .def("step", &Decoder::step)
       .def("nbytes", &Decoder::nbytes)
       .def("observed", &Decoder::observed);

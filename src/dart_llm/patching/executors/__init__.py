@@ -11,7 +11,11 @@ import torch
 from dart_llm.errors import ConfigError
 from dart_llm.models.agreement import is_compiled, weights_unsupported_reason
 from dart_llm.models.ffn import FfnBlock
-from dart_llm.models.llama import slim_unsupported_reason, step_unsupported_reason
+from dart_llm.models.steps import (
+    attention_by_inputs,
+    graph_unsupported_reason,
+    slim_unsupported_reason,
+)
 from dart_llm.native.build import why_not
 from dart_llm.patching.executors.native_ffn import (
     NO_MODULE,
@@ -53,7 +57,9 @@ def choose_executor(selector: MaskSelector, blocks: Sequence[FfnBlock], model: A
         return "compact"
     if why_not() or not_in_place_reason(model, blocks):
         return "compact"
-    return "native" if no_steps_reason("slim", model) else "slim"
+    if no_steps_reason("slim", model):
+        return "native"
+    return "native" if not_in_place_reason(model, (), attention_by_inputs(model)) else "slim"
 
 
 def no_steps_reason(executor: str, model: Any, mark: tuple[Any, ...] = ()) -> str:
@@ -71,7 +77,7 @@ def no_steps_reason(executor: str, model: Any, mark: tuple[Any, ...] = ()) -> st
 def _no_steps_reason(executor: str, model: Any) -> str:
     if is_compiled(model):
         return "was compiled by torch"
-    why = slim_unsupported_reason if executor == "slim" else step_unsupported_reason
+    why = slim_unsupported_reason if executor == "slim" else graph_unsupported_reason
     return why(model) or disagreement_reason(model)  # what it is made of first: then a step can run
 
 
@@ -111,7 +117,8 @@ def _objections(executor: str, blocks: Sequence[FfnBlock], model: Any) -> Iterat
                 yield f"{cannot}: layer {block.index} {reason}; {compact}"
         if reason := why_not():
             yield f": {reason}; {compact}"
-        if reason := not_in_place_reason(model, blocks):
+        others = attention_by_inputs(model) if executor == "slim" else []
+        if reason := not_in_place_reason(model, blocks, others):
             yield f"{cannot}: {reason}; {compact}"
     if executor == "graph" and (reason := no_steps_reason("graph", model)):
         yield f'{cannot}, which {reason}; use "compact"'

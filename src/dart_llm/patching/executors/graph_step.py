@@ -17,7 +17,21 @@ from torch.nn import functional as F
 
 from dart_llm.models.calls import SlimCall
 from dart_llm.models.ffn import FfnBlock
-from dart_llm.models.llama import SlimParts, angles, slim_parts
+from dart_llm.models.steps import (
+    LayerParts,
+    StepParts,
+    angles,
+    copy_again,
+    norms_of,
+    step_parts,
+)
+from dart_llm.patching.executors.step_formulas import (
+    attended,
+    capped,
+    embedded,
+    heads_of,
+    normed,
+)
 from dart_llm.patching.executors.torch_ffn import CompactFfn
 from dart_llm.patching.executors.whole_step import StepDecoder
 from dart_llm.pruning.masks import LayerMask
@@ -29,8 +43,8 @@ class StepInput:
     """What a step reads and writes.
 
     ``token``: [B] int64; ``position``: [1] int64, the cache's length before the step; ``cosine``,
-    ``sine``: [capacity, S] in the model's dtype; ``keys``, ``values``: [B, K, capacity, S] per
-    layer, written at ``position``.
+    ``sine``: [capacity, tables, R] in the model's dtype; ``keys``, ``values``: [B, K, capacity, S]
+    per layer, written at ``position``.
     """
 
     token: Tensor
@@ -44,83 +58,55 @@ class StepInput:
 @dataclass(frozen=True)
 class StepOutput:
     """``logits``: [B, V]; ``hidden``: [B, D], the last state after its norm; ``observed``: of each
-    layer u [B, I], the FFN's input, its output and the stream before it [B, D], or nothing.
+    layer u [B, I], the FFN's input, its output, the stream before it and what is added to that
+    [B, D], or nothing.
     """
 
     logits: Tensor
     hidden: Tensor
-    observed: tuple[tuple[Tensor, Tensor, Tensor, Tensor], ...]
+    observed: tuple[tuple[Tensor, ...], ...]
 
 
 def run_step(
-    parts: SlimParts,
+    parts: StepParts,
     ffns: Sequence[FfnBlock | CompactFfn],
     given: StepInput,
     observe: bool,
 ) -> StepOutput:
     """Decode one token of every row.  ``ffns``: a layer's block where it is dense."""
-    x = F.embedding(given.token, parts.embedding)
+    x = embedded(parts, given.token, given.position)
     capacity = given.keys[0].shape[2]
     visible = torch.arange(capacity, device=x.device) <= given.position
     seen = []
-    for index, (weights, ffn) in enumerate(zip(parts.layers, ffns, strict=True)):
-        x = x + attention(parts, weights, rms_norm(x, weights[0], parts.eps), given, index, visible)
-        h = rms_norm(x, weights[1], parts.eps)
+    for index, (layer, ffn) in enumerate(zip(parts.layers, ffns, strict=True)):
+        mixed = _attention(parts, layer, normed(x, layer.before[0]), given, index, visible)
+        mixed = normed(mixed, layer.after[0])
+        before = x if parts.parallel else x + mixed
+        h = normed(before, layer.before[1])
         if isinstance(ffn, FfnBlock):
             u = ffn.hidden(h)
             z = ffn.down(u)
+            r = normed(z, layer.after[1])
             if observe:
-                seen.append((u, h, z, x))
+                seen.append((u, h, z, before, r))
         else:
-            z = ffn.run(h)
-        x = x + z
-    hidden = rms_norm(x, parts.norm, parts.eps)
-    return StepOutput(F.linear(hidden, parts.head), hidden, tuple(seen))
+            r = normed(ffn.run(h), layer.after[1])
+        x = x + mixed + r
+    hidden = parts.norm.of(x)
+    logits = capped(F.linear(hidden, parts.head), parts.logits_cap)
+    return StepOutput(logits, hidden, tuple(seen))
 
 
-def attention(
-    parts: SlimParts,
-    weights: Sequence[Tensor],
-    h: Tensor,
-    given: StepInput,
-    index: int,
-    visible: Tensor,
+def _attention(
+    parts: StepParts, layer: LayerParts, h: Tensor, given: StepInput, index: int, visible: Tensor
 ) -> Tensor:
-    """What the attention of layer ``index`` adds to the stream, [B, D]."""
-    _, _, wq, wk, wv, wo, bq, bk, bv, bo, q_norm, k_norm = weights
-    size, rows = parts.sizes[3], len(h)
-    q, k, v = (
-        F.linear(h, w, b if len(b) else None).view(rows, -1, size)
-        for w, b in ((wq, bq), (wk, bk), (wv, bv))
-    )
-    if len(q_norm):
-        q, k = rms_norm(q, q_norm, parts.eps), rms_norm(k, k_norm, parts.eps)
-    cosine, sine = (t.index_select(0, given.position) for t in (given.cosine, given.sine))
-    q, k = (t * cosine + _half_turn(t) * sine for t in (q, k))
+    """What the attention of layer ``index`` gives, [B, D]; keys and values are written."""
+    turning = (t.index_select(0, given.position) for t in (given.cosine, given.sine))
+    q, k, v = heads_of(parts, layer, h, *turning)
     keys, values = given.keys[index], given.values[index]
     keys.index_copy_(2, given.position, k[:, :, None])
     values.index_copy_(2, given.position, v[:, :, None])
-    mixed = F.scaled_dot_product_attention(
-        q[:, :, None],
-        keys,
-        values,
-        attn_mask=visible[None, None, None],
-        scale=parts.scale,
-        enable_gqa=q.shape[1] != keys.shape[1],
-    )
-    return F.linear(mixed.reshape(rows, -1), wo, bo if len(bo) else None)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMS norm over the last dimension, in float32 and rounded as the model's own rounds."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * wide.to(x.dtype)
-
-
-def _half_turn(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
+    return attended(parts, layer, q, keys, values, visible)
 
 
 GRAPHS = 4
@@ -164,14 +150,15 @@ class GraphDecoder(StepDecoder):
         self, model: Any, blocks: Sequence[FfnBlock], kept: Callable[[int], CompactFfn]
     ) -> None:
         super().__init__()
-        self._parts = slim_parts(model)
+        self._model, self._parts = model, step_parts(model)
+        self.windows = self._parts.windows
         self.device, self.dtype = self._parts.head.device.type, self._parts.head.dtype
         self._blocks, self._kept = list(blocks), kept
         self._ffns: list[FfnBlock | CompactFfn] = list(blocks)
         self._masks: Sequence[LayerMask | None] = ()
         self._input: StepInput | None = None
         self._recorded: dict[Any, Recorded] = {}
-        self._observed: tuple[tuple[Tensor, Tensor, Tensor, Tensor], ...] = ()
+        self._observed: tuple[tuple[Tensor, ...], ...] = ()
 
     def serves(self, masks: Sequence[LayerMask | None]) -> bool:
         # neurons that are chosen per token would change a step's shapes
@@ -181,6 +168,11 @@ class GraphDecoder(StepDecoder):
         super().unload()
         self._input = None
         self._recorded, self._observed = {}, ()
+
+    def refresh(self) -> None:
+        kept, now = self._parts, step_parts(self._model)
+        both = [[one.factor for one in norms_of(parts) if one] for parts in (kept, now)]
+        copy_again(*both)
 
     def load(self, masks: Sequence[LayerMask | None]) -> None:
         if masks is self._masks:
@@ -202,15 +194,15 @@ class GraphDecoder(StepDecoder):
             given.token.copy_(call.ids[:, 0])
             given.position.fill_(length)
             output = self._step_of(given, observe)()
-            room.show(call.cache, length + 1)
+            room.show(call.cache)
             self._observed = output.observed
             # the graph's own tensors are written again by the next step
             return output.logits.clone(), output.hidden.clone()
 
-    def observed(self, stream: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        u, h, z, x = zip(*self._observed, strict=True)
-        rest = (torch.stack(z), torch.stack(x)) if stream else (u[0][:0], u[0][:0])
-        return torch.stack(u), torch.stack(h), *rest
+    def observed(self, stream: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        u, h, *rest = zip(*self._observed, strict=True)
+        z, x, r = (torch.stack(t) if stream else u[0][:0] for t in rest)
+        return torch.stack(u), torch.stack(h), z, x, r
 
     def _given(self, ids: Tensor, keys: list[Tensor], values: list[Tensor]) -> StepInput:
         known = self._input
@@ -219,7 +211,7 @@ class GraphDecoder(StepDecoder):
         self._recorded = {}
         capacity, device = keys[0].shape[2], ids.device
         if self._angles is None or len(self._angles[0]) < capacity:
-            both = angles(self._parts.rotary, capacity, self.dtype, device)
+            both = angles(self._parts, capacity, self.dtype, device)
             self._angles = both[0].to(self.dtype), both[1].to(self.dtype)
         self._input = StepInput(
             torch.zeros(len(ids), dtype=torch.int64, device=device),

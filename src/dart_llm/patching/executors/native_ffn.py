@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from dart_llm.errors import ConfigError
 from dart_llm.models.agreement import forward_of
 from dart_llm.models.ffn import FfnBlock
+from dart_llm.models.packed import PackedTensor
 from dart_llm.native.build import ops
 from dart_llm.patching.executors.token_ffn import TokenFfn
 from dart_llm.pruning.masks import LayerMask
@@ -72,12 +73,15 @@ class Layout:
             self._laid.pop()
 
 
-def not_in_place_reason(model: nn.Module, blocks: Sequence[FfnBlock]) -> str:
+def not_in_place_reason(
+    model: nn.Module, blocks: Sequence[FfnBlock], others: Sequence[nn.Module] = ()
+) -> str:
     """Why the projections that must be cannot be laid out where they are: "", or a clause.
 
-    Needs the native kernels.
+    ``others``: beside those of the FFNs.  Needs the native kernels.
     """
     wanted = [found for block in blocks for found in _not_in_rows(block)]
+    wanted += [(_parameter(one), "a projection of the attention") for one in others]
     held = list(_held(model)) if wanted else []
     private: list[Span] | None = None
     for weight, place in wanted:
@@ -197,6 +201,8 @@ def native_unsupported_reason(block: FfnBlock) -> str:
         return f"is {str(down.dtype).removeprefix('torch.')}, not float32 or bfloat16"
     if not all(isinstance(part.weight, nn.Parameter) for part in block.projections):
         return "has weights that are computed from others"
+    if len({isinstance(part.weight, PackedTensor) for part in block.projections}) > 1:
+        return "holds some of its matrices in blocks and others not"
     gate, up, _ = block.matrices()
     if not up.is_contiguous() and not block.by_inputs:
         return "stores its up projection by inputs"
@@ -283,11 +289,30 @@ class NativeFfn:
 
     def _kernel(self, x: Tensor) -> Tensor:
         kept = self.kept
+        if isinstance(self.up, PackedTensor):
+            return self._packed(x)
         z: Tensor = self._run(
             x.detach().contiguous(),
             self.gate,
             self.up,
             self.down,
+            self.gate_bias,
+            self.up_bias,
+            kept.ids,
+            kept.bias,
+            kept.basis,
+            kept.features,
+            kept.choice,
+            self.act,
+        )
+        return z
+
+    def _packed(self, x: Tensor) -> Tensor:
+        kept = self.kept
+        matrices: list[Any] = [self.gate, self.up, self.down]
+        z: Tensor = ops().packed_ffn(
+            x.detach().contiguous(),
+            *(None if one is None else one.matrix for one in matrices),
             self.gate_bias,
             self.up_bias,
             kept.ids,
@@ -356,6 +381,7 @@ class NativeLinear:
         """Its forward; what the kernel does not serve, the module's own one does."""
         weight, size = self.module.weight, x.shape[-1]
         few = 0 < x.numel() <= FEW * size and x.dtype == weight.dtype and size == weight.shape[1]
+        few = few and not isinstance(weight, PackedTensor)  # which runs on its blocks by itself
         traced = torch.compiler.is_compiling() or torch.is_grad_enabled()  # neither sees the kernel
         if not few or traced or torch.is_autocast_enabled("cpu"):
             return original(x)  # type: ignore[no-any-return]

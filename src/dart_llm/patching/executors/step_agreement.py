@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +18,15 @@ from torch.nn import functional as F
 from dart_llm.models.agreement import Bare, parts_of, same, signature, unnoticed, weak
 from dart_llm.models.calls import forward_names
 from dart_llm.models.describe import decoder_layers, decoder_of
-from dart_llm.models.llama import SlimParts, angles, slim_parts
-from dart_llm.patching.executors.graph_step import StepInput, attention, rms_norm
+from dart_llm.models.steps import StepParts, angles, step_parts
 from dart_llm.patching.executors.native_ffn import act_number
+from dart_llm.patching.executors.step_formulas import (
+    attended,
+    capped,
+    embedded,
+    heads_of,
+    normed,
+)
 
 PROMPT = 6
 """Tokens in the cache of the step that is compared."""
@@ -65,7 +72,7 @@ def disagreement_reason(model: Any) -> str:
     For models of which ``step_unsupported_reason`` says nothing.  Layers that are alike but for
     their weights are compared once.
     """
-    parts, bare = slim_parts(model), Bare()
+    parts, bare = step_parts(model), Bare()
     layers, _, _ = decoder_layers(model)
     seen: list[Any] = []
     with unnoticed(parts.head.device):
@@ -87,28 +94,42 @@ def _configs(layer: nn.Module) -> Iterator[Any]:
     return (m.__dict__["config"] for m in parts_of(layer) if "config" in m.__dict__)
 
 
-def _odd_part(model: Any, parts: SlimParts, bare: Bare, index: int) -> str:
+class _Through(nn.Module):
+    """In the place of a layer that is left out."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+
+def _odd_part(model: Any, parts: StepParts, bare: Bare, index: int) -> str:
     """The part of layer ``index`` that differs, or "": a model of this one layer takes a step."""
-    layers, _, _ = decoder_layers(model)
+    layers, names, _ = decoder_layers(model)
     layer: Any = bare.of(layers[index])
-    if act_number(layer.mlp.act_fn) != act_number(bare.of(layers[0]).mlp.act_fn):  # type: ignore[union-attr,arg-type]
+    ffn, first = (bare.of(one.get_submodule(names.ffn)) for one in (layers[index], layers[0]))
+    if act_number(getattr(ffn, names.act)) != act_number(getattr(first, names.act)):
         return "the activation"
-    bare.of(layers).__dict__["_modules"] = {"0": layer}
+    before = {str(place): _Through() for place in range(index)}
+    bare.of(layers).__dict__["_modules"] = {**before, str(index): layer}
     head = parts.head[:WORDS]
-    bare.of(model.lm_head).__dict__["_parameters"] = {"weight": head, "bias": None}
+    bare.of(model.get_output_embeddings()).__dict__["_parameters"] = {"weight": head, "bias": None}
     tape: dict[str, tuple[Tensor, Tensor]] = {}
-    decoder: Any = bare.of(decoder_of(model))
-    told = {"layer": layer, "attention": layer.self_attn, "ffn": layer.mlp, "norm": decoder.norm}
+    told = {
+        "layer": layer,
+        "attention": layer.get_submodule(names.attention_out.rpartition(".")[0]),
+        "ffn": ffn,
+        "norm": getattr(bare.of(decoder_of(model)), parts.family.last_norm),
+    }
     plain = {name: one.__dict__["_compiled_call_impl"] for name, one in told.items()}
     try:
         for name, one in told.items():
             one.__dict__["_compiled_call_impl"] = _taped(plain[name], name, tape)
-        token, before, logits = _own_step(model, bare, len(parts.embedding), index)
+        token, before_it, logits = _own_step(model, bare, len(parts.embedding), index)
     finally:
         for name, one in told.items():
             one.__dict__["_compiled_call_impl"] = plain[name]
-    rotary = bare.of(parts.rotary)
-    for name, found, expected in _pairs(parts, rotary, index, tape, token, before, logits):
+    stand_in = None if parts.rotary is None else bare.of(parts.rotary)
+    own = replace(parts, rotary=stand_in)
+    for name, found, expected in _pairs(own, index, tape, token, before_it, logits):
         if not same(found.reshape(expected.shape), expected):
             return name
     return ""
@@ -147,13 +168,13 @@ def _own_step(
     held: Any = cache.layers[index]
     before = held.keys.clone(), held.values.clone()
     if index:  # the first layer's cache says how long the text is
-        cache.update(*before, 0)
+        told = before[0].new_zeros(*before[0].shape[:2], PROMPT, before[0].shape[3])
+        cache.update(told, told, 0)
     return ids[:, PROMPT:], before, run(input_ids=ids[:, PROMPT:], **options).logits
 
 
 def _pairs(
-    parts: SlimParts,
-    rotary: nn.Module,
+    parts: StepParts,
     index: int,
     tape: dict[str, tuple[Tensor, Tensor]],
     token: Tensor,
@@ -161,22 +182,25 @@ def _pairs(
     logits: Tensor,
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(part, what the model made of it, what a whole step makes of the same input [1, D])."""
-    weights, head = parts.layers[index], parts.head[:WORDS]
+    layer, head = parts.layers[index], parts.head[:WORDS]
     dtype, device = head.dtype, head.device
-    (x, end), (h, mixed), (fed, z), (last, normed) = (
+    (x, end), (h, mixed), (fed, z), (last, found) = (
         tuple(t.reshape(1, -1) for t in tape[name])
         for name in ("layer", "attention", "ffn", "norm")
     )
-    cosine, sine = (t.to(dtype) for t in angles(rotary, PROMPT + 1, dtype, device))
-    keys, values = (F.pad(t, (0, 0, 0, 1)) for t in before)
+    cosine, sine = (t.to(dtype) for t in angles(parts, PROMPT + 1, dtype, device))
+    q, k, v = heads_of(parts, layer, h, cosine[PROMPT:], sine[PROMPT:])
+    keys, values = (
+        torch.cat([t, new[:, :, None]], 2) for t, new in zip(before, (k, v), strict=True)
+    )
+    visible = torch.ones(keys.shape[2], dtype=torch.bool, device=device)
     position = torch.tensor([PROMPT], device=device)
-    given = StepInput(token[:, 0], position, cosine, sine, [keys], [values])
-    visible = torch.ones(PROMPT + 1, dtype=torch.bool, device=device)
-    yield "the embedding", x, F.embedding(token[:, 0], parts.embedding)
-    yield "the first norm", h, rms_norm(x, weights[0], parts.eps)
-    yield "the attention", mixed, attention(parts, weights, h, given, 0, visible)
-    yield "the second norm", fed, rms_norm(x + mixed, weights[1], parts.eps)
-    yield "the sum", end, x + mixed + z
+    yield "the embedding", x, embedded(parts, token[:, 0], position)
+    yield "the first norm", h, normed(x, layer.before[0])
+    yield "the attention", mixed, attended(parts, layer, q, keys, values, visible)
+    added = normed(mixed, layer.after[0])
+    yield "the second norm", fed, normed(x if parts.parallel else x + added, layer.before[1])
+    yield "the sum", end, x + added + normed(z, layer.after[1])
     yield "the stream", last, end
-    yield "the last norm", normed, rms_norm(last, parts.norm, parts.eps)
-    yield "the head", logits, F.linear(normed, head)
+    yield "the last norm", found, parts.norm.of(last)
+    yield "the head", logits, capped(F.linear(found, head), parts.logits_cap)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
 
 from dart_llm.models.calls import SlimCall, as_output, read_call
-from dart_llm.models.llama import PreallocatedKVCache
+from dart_llm.models.growing_cache import PreallocatedKVCache
 from dart_llm.pruning.controller import PruningController
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.observations import LayerObservation
@@ -56,12 +56,13 @@ class StepDecoder(ABC):
     """Whole decode steps of one attached model.
 
     ``rows``: of the largest batch, None for any; ``device``: its type; ``dtype``: of weights and
-    cache.
+    cache; ``windows``: positions that a token of each layer sees, None for all.
     """
 
     rows: int | None = None
     device: str
     dtype: torch.dtype
+    windows: list[int | None]
 
     def __init__(self) -> None:
         self._cache: PreallocatedKVCache | None = None
@@ -80,12 +81,16 @@ class StepDecoder(ABC):
     def room(self, cache: Any) -> PreallocatedKVCache:
         """Of transformers' ``cache``: its tensors become views of larger buffers."""
         if self._cache is None or self._cache.of() is not cache:
-            self._cache = PreallocatedKVCache(cache)
+            self._cache = PreallocatedKVCache(cache, self.windows)
         return self._cache
 
     def serves(self, masks: Sequence[LayerMask | None]) -> bool:
         """Whether it can run these masks."""
         return True
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Read again what was copied of the weights: the model ran itself in between."""
 
     @abstractmethod
     def load(self, masks: Sequence[LayerMask | None]) -> None:
@@ -96,8 +101,9 @@ class StepDecoder(ABC):
         """Decode one token of each row: logits [B, V] and the last hidden states [B, D]."""
 
     @abstractmethod
-    def observed(self, stream: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of the last step: u [L, B, I], the FFNs' inputs, their outputs, the stream before them.
+    def observed(self, stream: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Of the last step: u [L, B, I], the FFNs' inputs, their outputs, the stream before them,
+        and what was added to it.
 
         [L, B, D] each; outputs and stream only with ``stream``, else nothing.
         """
@@ -114,19 +120,37 @@ class WholeStepForward:
         self.hooks = Hooks(model)
         self._model: Any = model
         self.steps = 0
+        self._fresh = True
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The root's forward."""
+        if (call := self._call(args, kwargs)) is None:
+            self._fresh = False
+            return original(*args, **kwargs)
+        return self._step(call)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SlimCall | None:
+        """The step that a call of the root's forward is, where one can serve it."""
         controller = self.current()
         plan = controller.plan
         masks = plan.masks[0] if len(plan.masks) == 1 else None
         watched = plan.signal and controller.config.drift.signal != "hidden"
         if len(plan.masks) > 1 or watched or self._asks_for_more():
-            return original(*args, **kwargs)
-        call = read_call(kwargs, args, self.decoder.dtype, self.decoder.rows)
-        if call is None or (masks and not self.decoder.serves(masks)):
-            return original(*args, **kwargs)
-        self.decoder.load(masks or ())
+            return None
+        decoder = self.decoder
+        call = read_call(kwargs, args, decoder.dtype, decoder.windows, decoder.rows)
+        if call is None or (masks and not decoder.serves(masks)):
+            return None
+        decoder.load(masks or ())
+        return call
+
+    def _step(self, call: SlimCall) -> Any:
+        """What the model returns for a step."""
+        controller = self.current()
+        plan = controller.plan
+        if not self._fresh:
+            self.decoder.refresh()
+            self._fresh = True
         logits, hidden = self.decoder.step(call, plan.observe)
         self.steps += 1
         if plan.observe:
@@ -149,8 +173,8 @@ class WholeStepForward:
 
     def _observe(self, controller: PruningController) -> None:
         stream = controller.plan.stream
-        u, h, z, x = (t[:, :, None].unbind(0) for t in self.decoder.observed(stream))
-        parts = (u, h, z, x, z) if stream else (u, h)
+        parts = [t[:, :, None].unbind(0) for t in self.decoder.observed(stream)]
+        parts = parts if stream else parts[:2]
         controller.observe_step(
             {i: LayerObservation(*one) for i, one in enumerate(zip(*parts, strict=True))}
         )

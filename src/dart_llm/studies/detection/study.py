@@ -67,7 +67,7 @@ class DetectionStudy(Study[DetectSettings]):
 
     def inputs(self) -> Mapping[str, Any]:
         passages = inputs.digest(self.passages)
-        return {"passages": passages, **Digests().of_model(self.settings.model)}
+        return {"passages": passages, **Digests().of_model(self.settings)}
 
     def prune_document(self) -> dict[str, Any]:
         return PruneConfig.build("dense", seed=self.settings.seed).to_dict()

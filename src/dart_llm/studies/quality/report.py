@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dart_llm.reporting.figures import INK, SOFT, Palette, Plot, key, panels, reference_line
 from dart_llm.reporting.table import Column, Table, escaped, grouped, table_lines
-from dart_llm.reporting.words import count, figure, percent, times
+from dart_llm.reporting.words import count, dtype_text, figure, percent, times
 from dart_llm.studies.quality.gaps import ALL, EQUAL_BYTES, EQUAL_SPARSITY, YARDSTICKS
 from dart_llm.studies.quality.settings import SHIFT
 
@@ -83,7 +83,7 @@ def _caption(document: Row, first: Row) -> str:
     if first["model"] == ALL:
         return f"{ALL}, {first['cell']}"
     facts = document["checkpoints"].get(first["model"], {})
-    about = f"file quantisation {facts.get('file_quantisation') or 'none'}, {facts.get('dtype')}"
+    about = f"file quantisation {facts.get('file_quantisation') or 'none'}, {dtype_text(facts)}"
     lead = document["lead_tokens"]
     scored = f"{document['prompt_tokens']} prompt"
     scored += f" + {lead} of the first topic" if first["cell"] == SHIFT else ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from dart_llm.data import documents
@@ -25,6 +26,7 @@ from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
 from dart_llm.session.prepare import PreparedMethod, prepare
 from dart_llm.session.run import Run
+from dart_llm.settings import LOADING
 from dart_llm.studies.quality import report
 from dart_llm.studies.quality.gaps import groups, summarise, yardsticks
 from dart_llm.studies.quality.settings import LEAD, SHIFT, QualitySettings
@@ -60,8 +62,10 @@ class QualityStudy(Study[QualitySettings]):
 
     def inputs(self) -> Mapping[str, Any]:
         digests = Digests()
+        cell = Cell("", DENSE, "quality", calibration=self.settings.calibration)
+        cell = replace(cell, **{name: getattr(self.settings, name) for name in LOADING})
         models = {
-            name: digests.of(Cell(model, DENSE, "quality", calibration=self.settings.calibration))
+            name: digests.of(replace(cell, model=model))
             for name, model in self.settings.names().items()
         }
         return {**models, "texts": {source.label: source.digest for source in self.sources}}

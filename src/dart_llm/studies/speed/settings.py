@@ -1,79 +1,17 @@
-"""The settings of ``dart-llm bench speed``, and what it times: dense paths and methods."""
+"""The settings of ``dart-llm bench speed``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field, model_validator
 
-from dart_llm.errors import ConfigError, check_name
+from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.experiments.variants import Variant, parse
-from dart_llm.pruning.config import PruneConfig
-from dart_llm.reporting.words import percent
 from dart_llm.settings import ModelOptions, StudyOptions, read_sparsities, setting, words
-
-TRANSFORMERS = "transformers"
-
-OWN = ("dense, slim", "dense, native", "dense, graph")
-"""Labels of our own dense path, the better first."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row.  ``config`` None: the untouched model.
-
-    ``whole``: masks that keep everything, so that the executor runs although nothing is removed.
-    ``variant``: label of the method; None for what is dense.
-    """
-
-    label: str
-    config: PruneConfig | None = None
-    whole: bool = False
-    variant: str | None = None
-
-    @property
-    def executor(self) -> str | None:
-        return None if self.config is None else self.config.executor
-
-
-def rebuilding(config: PruneConfig, every: int) -> PruneConfig:
-    """``config`` with a new mask after every ``every`` pruned tokens and one observed token."""
-    free = {"min_distance": 0, "max_dense_share": None, "allowance": 0}
-    return config.replace(
-        {"drift": {"rule": f"interval {every}", **free}, "remask": {"observe_tokens": 1}}
-    )
-
-
-def method_cases(
-    variants: Sequence[Variant], sparsities: Sequence[float], executors: Sequence[str]
-) -> tuple[Case, ...]:
-    """Every variant at every sparsity under every executor; raises ``ConfigError``."""
-    return tuple(
-        Case(
-            f"{variant.label} {percent(sparsity)}, {executor}",
-            variant.at(sparsity, executor=executor),
-            variant=variant.label,
-        )
-        for variant in variants
-        for sparsity in sparsities
-        for executor in executors
-    )
-
-
-def dense_cases() -> tuple[Case, ...]:
-    """The untouched model, then candidates for our own dense path, the better first."""
-    griffin = PruneConfig.build("griffin", sparsity=0.0)
-    return (
-        Case(TRANSFORMERS),
-        *(
-            Case(label, griffin.replace({"executor": executor}), whole=executor == "native")
-            for label, executor in zip(OWN, ("slim", "native", "graph"), strict=True)
-        ),
-    )
-
+from dart_llm.studies.speed.cases import LLAMA_CPP, Case, Format, method_cases, rebuilding
 
 STUDY, MODEL = "Study", "Model"
 
@@ -83,8 +21,16 @@ EXECUTORS = ("masked", "compact", "native", "slim", "graph")
 class SpeedSettings(StudyOptions, ModelOptions):
     """What ``dart-llm bench speed`` is asked to do; None means "not given"."""
 
-    COMMAS: ClassVar = ("methods", "sparsities", "executors")
+    COMMAS: ClassVar = ("methods", "sparsities", "executors", "weights")
     UNUSED: ClassVar = ("device_map",)
+    LATER: ClassVar = ("weights", "prefill_tokens", "reference", "reference_file")
+    """Settings that came later: left out where they are not given, or older runs would not resume.
+    """
+
+    weights: str | None = setting(
+        MODEL,
+        "As of other commands, or a GGUF file; several are timed in turns: file,q8_0,q4_0,dense.",
+    )
 
     random_weights: bool = setting(
         MODEL, "Only the configuration is read; weights are random: nothing is downloaded.", False
@@ -109,7 +55,19 @@ class SpeedSettings(StudyOptions, ModelOptions):
         "Rebuild masks every N pruned tokens, from one observed token; no other drift rule.",
         ge=1,
     )
+    reference: str | None = setting(
+        STUDY, "llama.cpp: its llama-bench (on PATH, or LLAMA_BENCH) takes turns with our rows."
+    )
+    reference_file: list[str] | None = setting(
+        STUDY, "GGUF file for --reference; repeat for several (default: those of the model)."
+    )
     prompt_tokens: int = setting(STUDY, "Tokens of the prompt.", 128, ge=1)
+    prefill_tokens: int | None = setting(
+        STUDY,
+        "Time the first token of a prompt of N tokens too, dense rows alone (with --reference:"
+        " 512; 0: not).",
+        ge=0,
+    )
     tokens: int = setting(STUDY, "Timed tokens of a repetition, after two that are not.", 128, ge=4)
     repeats: int = setting(STUDY, "Repetitions of every row, in shuffled order.", 5, ge=1)
     threads: int | None = setting(STUDY, "Threads (default: torch's own number).", ge=1, le=4096)
@@ -126,7 +84,19 @@ class SpeedSettings(StudyOptions, ModelOptions):
             raise ConfigError(f"--model-config {self.shape} is no file: give a model's config.json")
         self.executor_list()
         self.case_list()
+        if self.is_random and any(one.weights == "file" for one in self.format_list()):
+            raise ConfigError("random weights are in no file: give --weights q8_0, or a model")
+        self._check_reference()
         return self
+
+    def _check_reference(self) -> None:
+        if self.reference not in (None, LLAMA_CPP):
+            raise UnknownName("reference", str(self.reference), [LLAMA_CPP])
+        if self.reference_file and self.reference is None:
+            raise ConfigError(f"--reference-file has no effect without --reference {LLAMA_CPP}")
+        for name in self.reference_file or ():
+            if not Path(name).expanduser().is_file():
+                raise ConfigError(f"--reference-file {name} is no file: give a GGUF file")
 
     @property
     def is_random(self) -> bool:
@@ -144,7 +114,8 @@ class SpeedSettings(StudyOptions, ModelOptions):
         """The executors, each once; raises ``UnknownName``."""
         executors = tuple(dict.fromkeys(words(self.executors)))
         for executor in executors:
-            check_name("executor", executor, EXECUTORS)
+            if executor not in EXECUTORS:
+                raise UnknownName("executor", executor, EXECUTORS)
         if not executors:
             raise ConfigError(f"--executors is empty: give some of {', '.join(EXECUTORS)}")
         return executors
@@ -163,6 +134,19 @@ class SpeedSettings(StudyOptions, ModelOptions):
         if every is not None:
             variants = [replace(one, config=rebuilding(one.config, every)) for one in variants]
         return tuple(variants)
+
+    def format_list(self) -> tuple[Format, ...]:
+        """How the weights are held, each once; raises ``ConfigError`` or ``UnknownName``."""
+        found = [Format.of(word) for word in dict.fromkeys(words(self.weights))]
+        if len({one.name for one in found}) < len(found):
+            raise ConfigError(f"--weights {self.weights} names two files alike: rename one")
+        return tuple(found) or (Format("auto"),)
+
+    @property
+    def prefill(self) -> int:
+        """Tokens of the longer prompt whose first token is timed; 0: none."""
+        given = self.prefill_tokens
+        return (512 if self.reference else 0) if given is None else given
 
     def case_list(self) -> tuple[Case, ...]:
         """Every method at every sparsity under every executor."""

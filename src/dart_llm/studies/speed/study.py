@@ -8,29 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from dart_llm.data import texts
 from dart_llm.data.documents import check_disjoint
-from dart_llm.errors import ConfigError, DartError, LoadError
+from dart_llm.errors import ConfigError, DartError
 from dart_llm.experiments.cell import Cell
-from dart_llm.experiments.model_facts import configuration
 from dart_llm.experiments.provenance import Digests
-from dart_llm.experiments.study import Study, Unit, load_model
-from dart_llm.hub import plain
-from dart_llm.models.checkpoint import Checkpoint, checkpoint_facts, remember
+from dart_llm.experiments.study import Study, Unit
+from dart_llm.files import file_sha256
+from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.describe import context_length, describe
-from dart_llm.models.devices import parse_device
-from dart_llm.models.loading import parse_dtype
 from dart_llm.native import build
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.masks import LayerMask
@@ -39,9 +34,19 @@ from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
 from dart_llm.session.prepare import prepare
 from dart_llm.session.run import Run
-from dart_llm.studies.speed import summary
-from dart_llm.studies.speed.settings import OWN, TRANSFORMERS, Case, SpeedSettings, dense_cases
-from dart_llm.studies.speed.timing import Make, read_bandwidth, repetition
+from dart_llm.studies.speed import reference, summary
+from dart_llm.studies.speed.cases import OWN, TRANSFORMERS, Case, dense_cases
+from dart_llm.studies.speed.model import (
+    Held,
+    cache_bytes,
+    plain_of,
+    prepare_all,
+    prompt_ids,
+)
+from dart_llm.studies.speed.settings import SpeedSettings
+from dart_llm.studies.speed.timing import Make, Sample, prefill, read_bandwidth, repetition
+
+PREFILL = "--prefill-tokens"
 
 WARMUP_TOKENS = 4
 """Timed tokens of a warm-up, whose times nobody reads."""
@@ -75,6 +80,12 @@ class SpeedStudy(Study[SpeedSettings]):
         if any(variant.config.calibration is not None for variant in self.variants):
             check_disjoint(settings.calibration, {})
         self.bandwidth_mib = bandwidth_mib
+        self.bench = reference.find_bench() if settings.reference else ""
+        """llama.cpp's own benchmark."""
+        self.files: dict[str, reference.ReferenceFile] = {}
+        """What it reads, by label."""
+        self.held: dict[str, Held] = {}
+        """The models, by the name of their format."""
         self.ids = torch.empty(0)
         """The prompt, [1, P]."""
         self.cases: list[Case] = []
@@ -93,9 +104,31 @@ class SpeedStudy(Study[SpeedSettings]):
         return self.settings.name
 
     @property
+    def several(self) -> bool:
+        """Whether our rows come in several formats, which their labels name."""
+        return len(self.settings.format_list()) > 1
+
+    @property
+    def compares(self) -> bool:
+        """Whether there are formats or programs to compare, beside methods."""
+        return bool(len(self.held) > 1 or self.bench or any(o.blocks for o in self.held.values()))
+
+    @property
+    def main(self) -> str:
+        """The format that all others are compared with: dense where that was asked for."""
+        names = [one.form.name for one in self.held.values() if one.asked]
+        return "dense" if "dense" in names else names[0]
+
+    @property
     def own(self) -> str:
         """Label of our own dense path; the untouched model's where there is none."""
-        return next((label for label in OWN if label in self.makers), TRANSFORMERS)
+        return self.own_on(self.main)
+
+    def own_on(self, form: str) -> str:
+        """The same on weights in a format."""
+        labels = [case.label for case in self.cases if case.form == form and case.config]
+        starts = [label for own in OWN for label in labels if label.startswith(own)]
+        return starts[0] if starts else TRANSFORMERS
 
     @property
     def notes(self) -> list[str]:
@@ -107,13 +140,20 @@ class SpeedStudy(Study[SpeedSettings]):
 
     def inputs(self) -> Mapping[str, Any]:
         settings = self.settings
+        named = [one.file for one in settings.format_list() if one.file is not None]
+        named += [Path(name).expanduser() for name in settings.reference_file or ()]
+        files = {f"file {path}": file_sha256(path) for path in dict.fromkeys(named)}
         if settings.shape is not None:
-            return {"shape": hashlib.sha256(Path(settings.shape).read_bytes()).hexdigest()}
+            return {"shape": hashlib.sha256(Path(settings.shape).read_bytes()).hexdigest(), **files}
+        formats = settings.format_list()
+        weights = formats[0].weights if len(formats) == 1 else "dense"  # the settings name several
         cell = Cell(settings.model, "dense", "speed", calibration=settings.calibration)
-        return Digests().of(cell)
+        cell = replace(cell, dtype=settings.dtype, device=settings.device, weights=weights)
+        return {**Digests().of(cell), **files}
 
     def asked(self) -> dict[str, Any]:
-        return self.settings.model_dump(mode="json", exclude=set(self.settings.UNUSED))
+        left_out = {name for name in self.settings.LATER if getattr(self.settings, name) is None}
+        return self.settings.model_dump(mode="json", exclude={*self.settings.UNUSED, *left_out})
 
     def identify(self) -> dict[str, Any]:
         presets = {variant.label: variant.config.to_dict() for variant in self.variants}
@@ -129,16 +169,22 @@ class SpeedStudy(Study[SpeedSettings]):
         return {"cells": cells}
 
     def load(self) -> None:
-        """Model and prompt; raises ``ConfigError`` for one longer than the model's context."""
+        """Models and prompt; raises ``ConfigError`` for one longer than the model's context."""
         settings, began = self.settings, time.perf_counter()
-        self.model, self.tokenizer = prepare_model(settings, self.ui)
+        self.held = {one.form.name: one for one in prepare_all(settings, self.ui)}
+        if self.bench:
+            files = reference.reference_files(settings, self.ui)
+            self.files = reference.reference_cases(files)
+        own = self.held[self.main]
+        self.model, self.tokenizer = own.model, own.tokenizer
         self.timing["load_s"] = time.perf_counter() - began
-        wanted = settings.prompt_tokens + settings.tokens + summary.WARM
+        generated = settings.prompt_tokens + settings.tokens + summary.WARM
+        wanted = max(generated, settings.prefill)
         longest = context_length(self.model)
         if longest is not None and wanted > longest:
             raise ConfigError(
                 f"{wanted} tokens are longer than the context of {settings.name}, {longest}: give "
-                "fewer --prompt-tokens or --tokens"
+                f"fewer {'--prompt-tokens or --tokens' if wanted == generated else PREFILL}"
             )
         self.ids = prompt_ids(self.model, self.tokenizer, settings.prompt_tokens, settings.seed)
 
@@ -154,16 +200,23 @@ class SpeedStudy(Study[SpeedSettings]):
     # rows
 
     def find_cases(self) -> None:
-        """The untouched model, the best dense path of our own, and all methods that can run."""
+        """The untouched model, the best dense path of our own, and all methods that can run.
+
+        Our own on every format that was asked for; llama.cpp after all.
+        """
         plain, *candidates = dense_cases()
-        self.cases, self.makers = [plain], {plain.label: lambda: None}
-        for case in candidates:
-            if case.executor == "graph" and torch.device(self.model.device).type != "cuda":
-                break  # graphs are recorded on a GPU alone
-            if self._takes(case):
-                break  # the others are slower
-        for case in self.settings.case_list():
-            self._takes(case)
+        place = plain_of(list(self.held.values())).form
+        self.cases, self.makers = [plain.on(place)], {plain.label: lambda: None}
+        for held in (one for one in self.held.values() if one.asked):
+            suffix = held.suffix if self.several else ""
+            for case in candidates:
+                if case.executor == "graph" and torch.device(self.model.device).type != "cuda":
+                    break  # graphs are recorded on a GPU alone
+                if self._takes(case.on(held.form, suffix)):
+                    break  # the others are slower
+            for case in self.settings.case_list():
+                self._takes(case.on(held.form, suffix))
+        self.cases += [reference.case_of(label, file) for label, file in self.files.items()]
 
     def _takes(self, case: Case) -> bool:
         """Whether the case can run; else the reason is kept."""
@@ -177,7 +230,8 @@ class SpeedStudy(Study[SpeedSettings]):
 
     def _maker(self, case: Case) -> Make:
         """What makes the case's run; raises ``DartError`` where there can be none."""
-        model, settings, config = self.model, self.settings, case.config
+        held, settings, config = self.held[case.form], self.settings, case.config
+        model = held.model
         assert config is not None
         if case.whole:
 
@@ -189,7 +243,7 @@ class SpeedStudy(Study[SpeedSettings]):
         if config.calibration is None:
             Run(model, config)  # before anything is learnt for it
         where = (settings.calibration, settings.cache_dir, self.ui.say)
-        prepared = prepare(model, self.tokenizer, config, *where)
+        prepared = prepare(model, held.tokenizer, config, *where)
         prepared.run()
         return prepared.run
 
@@ -207,7 +261,8 @@ class SpeedStudy(Study[SpeedSettings]):
         total = len(warm) + settings.repeats * len(self.cases)
         with self.ui.progress("decoding", total) as self.advance:
             for case in warm:
-                repetition(self.model, self.ids, WARMUP_TOKENS, self.makers[case.label])
+                if case.file is None:  # llama-bench warms up by itself
+                    self._turn(case, WARMUP_TOKENS)
                 self.advance(1)
             for unit in units:
                 if self.finished(unit) is not None:
@@ -218,18 +273,29 @@ class SpeedStudy(Study[SpeedSettings]):
         settings, samples = self.settings, {}
         order = shuffled([case.label for case in self.cases], settings.seed, unit.data)
         speed = read_bandwidth(torch.device(self.model.device), self.bandwidth_mib)
+        cases = {case.label: case for case in self.cases}
         for label in order:
-            samples[label] = repetition(self.model, self.ids, settings.tokens, self.makers[label])
+            samples[label] = self._turn(cases[label], settings.tokens)
             self.advance(1)
         sitting = {"order": order, "sitting": self.sitting, "read_bandwidth": speed}
         return {**sitting, "samples": samples}
+
+    def _turn(self, case: Case, tokens: int) -> Sample:
+        settings = self.settings
+        if case.file is not None:
+            return reference.turn(self.bench, case.file, torch.get_num_threads(), settings)
+        model, make = self.held[case.form].model, self.makers[case.label]
+        found = repetition(model, self.ids, tokens, make)
+        if settings.prefill and case.variant is None:
+            tokenizer = self.held[case.form].tokenizer
+            ids = prompt_ids(model, tokenizer, settings.prefill, settings.seed)
+            found["prefill_s"] = prefill(model, ids, make)
+        return found
 
     # what is made of them
 
     def summarise(self) -> dict[str, Any]:
         settings = self.settings
-        share = Run(self.model, PruneConfig.build("dense")).report().ffn_share_of_bytes
-        weights = describe(self.model).parameter_bytes
         facts = {key: v for key, v in checkpoint_facts(self.model).items() if key != "path"}
         about = {
             "model": settings.name,
@@ -238,19 +304,50 @@ class SpeedStudy(Study[SpeedSettings]):
             "tokens": settings.tokens,
             "repeats": settings.repeats,
             "seed": settings.seed,
-            "kernels": build.kernels_in_use() if self.own in OWN[:2] else None,
+            "kernels": build.kernels_in_use() if self.own.startswith(OWN[:2]) else None,
             "machine": self.config["machine"],
             "versions": self.config["versions"],
-            "weights": {
-                "ffn_bytes": share * weights,
-                "weight_bytes": weights,
-                "cache_bytes_per_position": cache_bytes(self.model, self.ids),
-            },
+            "weights": self._sizes(self.model),
             "variants": {one.label: one.config.to_dict() for one in self.variants},
             "left_out": self.left_out,
             "notes": self.notes,
+            **(self._compared() if self.compares else {}),
         }
         return summary.summarise(self.cases, self.own, self.lines, about)
+
+    def _sizes(self, model: Any) -> dict[str, float]:
+        share = Run(model, PruneConfig.build("dense")).report().ffn_share_of_bytes
+        weights = describe(model).parameter_bytes
+        return {
+            "ffn_bytes": share * weights,
+            "weight_bytes": weights,
+            "cache_bytes_per_position": cache_bytes(model, self.ids),
+        }
+
+    def _compared(self) -> dict[str, Any]:
+        """What else is known where formats, or llama.cpp, are compared."""
+        formats = {
+            name: {
+                "held": one.words,
+                "own_dense": self.own_on(name) if one.asked else None,
+                "weights": self._sizes(one.model),
+            }
+            for name, one in self.held.items()
+        }
+        own = {name: one for name, one in self.held.items() if formats[name]["own_dense"]}
+        cache, width = cache_bytes(self.model, self.ids), self.model.dtype.itemsize
+        files = {
+            label: {
+                "file": one.path.name,
+                "kind": one.kind,
+                "bytes": one.bytes,
+                "form": reference.same_weights(one, own, self.settings, self.ui),
+                "cache_bytes_per_position": cache * reference.CACHE_BYTES / width,
+            }
+            for label, one in self.files.items()
+        }
+        found = {"formats": formats, "prefill_tokens": self.settings.prefill or None}
+        return found | ({"reference": files} if files else {})
 
     def tables(self) -> Sequence[Table]:
         return [summary.table(self.summary)]
@@ -269,7 +366,8 @@ class SpeedStudy(Study[SpeedSettings]):
 
     def last_line(self) -> dict[str, Any]:
         """What ends the output without ``--json``: each row in a few numbers."""
-        rows = [{name: row[name] for name in BRIEF} for row in self.summary["rows"]]
+        names = (*BRIEF, *summary.COMPARED) if self.compares else BRIEF
+        rows = [{name: row[name] for name in names} for row in self.summary["rows"]]
         return {"folder": str(self.path), "model": self.summary["model"], "rows": rows}
 
 
@@ -284,68 +382,3 @@ def everything(model: Any) -> tuple[LayerMask, ...]:
         LayerMask(torch.arange(layer.width, device=layer.device), layer.width)
         for layer in describe(model).weights("output", 0)
     )
-
-
-# The model: a checkpoint, or its shape alone with random weights.  Beside ``models`` a place that
-# knows transformers: it makes models, and looks into their caches.
-
-
-def prepare_model(settings: SpeedSettings, ui: Ui) -> tuple[Any, Any]:
-    """Model and tokenizer, None for random weights; raises ``LoadError`` for what cannot be had."""
-    if not settings.is_random:
-        model, tokenizer, _ = load_model(settings, ui)
-        return model, tokenizer
-    with ui.status(f"making random weights of the shape of {settings.name}"):
-        return _random(settings, ui), None
-
-
-def _random(settings: SpeedSettings, ui: Ui) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    shape = settings.shape
-    config = _shape_file(Path(shape)) if shape else configuration(settings, ui.say)
-    dtype = parse_dtype(settings.dtype)
-    if dtype == "auto":
-        dtype = getattr(config, "dtype", None) or torch.bfloat16
-    attention = settings.attn_implementation
-    chosen = {"attn_implementation": attention} if attention else {}
-    torch.manual_seed(settings.seed)
-    try:
-        make: Any = AutoModelForCausalLM.from_config
-        model = make(config, dtype=dtype, **chosen)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise LoadError(f"no model can be made of {settings.name}: {plain(error)}") from None
-    model = model.eval().to(parse_device(settings.device).first)
-    about = f"{settings.name} (random weights)"
-    remember(model, Checkpoint(about, "random weights", settings.name, None, "none"))
-    return model
-
-
-def _shape_file(path: Path) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.for_model(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise LoadError(f"{path} holds no model's configuration: {plain(error)}") from None
-
-
-def prompt_ids(model: Any, tokenizer: Any, length: int, seed: int) -> Tensor:
-    """[1, length] int64 on the model's device: shipped text, over and over, or random tokens."""
-    if tokenizer is None:
-        vocabulary = int(model.config.get_text_config().vocab_size)
-        generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(vocabulary, (1, length), generator=generator)
-    else:
-        known = tokenizer(texts.all_text(), return_tensors="pt", verbose=False).input_ids
-        ids = known.repeat(1, -(-length // known.shape[1]))[:, :length]
-    return ids.to(model.device)
-
-
-@torch.inference_mode()
-def cache_bytes(model: Any, ids: Tensor) -> float:
-    """Bytes of keys and values of one position, all layers together, after ids [1, T]."""
-    cache = model(ids, use_cache=True, logits_to_keep=1).cache
-    length = int(cache.get_seq_length())
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
-    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor)) / length

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dart_llm.pruning.records import bytes_limit
-from dart_llm.reporting.figures import DASHES, INK, SOFT, Palette, Plot, key, panels
+from dart_llm.reporting.figures import (
+    DASHES,
+    INK,
+    SOFT,
+    Palette,
+    Plot,
+    key,
+    name_bars,
+    panels,
+    write_beside,
+)
 from dart_llm.reporting.table import Column, Table, escaped
-from dart_llm.reporting.words import percent
-from dart_llm.studies.speed.settings import TRANSFORMERS, Case
+from dart_llm.reporting.words import dtype_text, percent
+from dart_llm.studies.speed.cases import LLAMA_CPP, TRANSFORMERS, Case
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,20 +109,47 @@ DEFINITIONS = {
 }
 
 
+COMPARED_DEFINITIONS = {
+    "weights": "how they are held; of llama.cpp the type of its file",
+    "x own dense": "ms of our own dense path on the same weights over this row's; of llama.cpp: on "
+    "the same file, else on weights of its kind",
+    "MB/token": "bytes of weights as they are stored, and of the cache, that a token reads; of "
+    "llama.cpp the file's tensors and a float16 cache",
+    "x main": "ms of the row that own_dense names over this row's",
+    "bytes allow": "bytes per token of the row that own_dense names over this row's",
+    "long first ms": "a prompt of prefill_tokens read and the first token chosen; median",
+}
+"""Of what ``formats`` asks for."""
+
+COMPARED = ("weights", "bytes_per_token", "times_main", "bytes_allow", "prefill_ms")
+"""What a row says more where formats or programs are compared."""
+
+
 def summarise(
     cases: Sequence[Case], own: str, repetitions: Sequence[Mapping[str, Any]], about: dict[str, Any]
 ) -> dict[str, Any]:
     """speed.json.  ``about``: facts, with ``weights`` (ffn_bytes, weight_bytes, and the cache's
     cache_bytes_per_position), ``prompt_tokens`` and ``tokens``; ``own``: our own dense path.
+
+    Where formats are compared, ``formats`` has by name how it is held, its own_dense and its
+    weights, and ``reference`` by label what llama.cpp reads.
     """
     samples = {case.label: [one["samples"][case.label] for one in repetitions] for case in cases}
-    weights = about["weights"]
+    formats = about.get("formats", {})
     context = mean_context(about["prompt_tokens"], about["tokens"])
-    cache = context * weights["cache_bytes_per_position"]
-    sizes = DecodeTraffic(weights["ffn_bytes"], weights["weight_bytes"], cache)
+    sizes = _traffic(about["weights"], context)
     speeds = [one["read_bandwidth"] for one in repetitions]
     read = statistics.median(speeds)
-    bases = samples[TRANSFORMERS], samples[own]
+
+    def row(case: Case) -> dict[str, Any]:
+        form = formats.get(case.form, {})
+        base = samples[TRANSFORMERS], samples[form.get("own_dense") or own]
+        traffic = _traffic(form["weights"], context) if form else sizes
+        return _row(case, samples[case.label], base, traffic, about["prompt_tokens"], read)
+
+    rows = [row(case) for case in cases if case.file is None]
+    if formats:
+        rows = _compared(rows, cases, samples, own, about, sizes.total, context, read)
     return {
         **about,
         "sittings": len({one["sitting"] for one in repetitions}),
@@ -121,12 +158,78 @@ def summarise(
         "ffn_share_of_bytes_read": sizes.share,
         "bytes_per_dense_token": sizes.total,
         "read_bandwidth": {"bytes_per_second": read, "repetitions": speeds},
-        "rows": [
-            _row(case, samples[case.label], bases, sizes, about["prompt_tokens"], read)
-            for case in cases
-        ],
+        "rows": rows,
         "orders": [one["order"] for one in repetitions],
-        "definitions": DEFINITIONS,
+        "definitions": DEFINITIONS | (COMPARED_DEFINITIONS if formats else {}),
+    }
+
+
+def _traffic(weights: Row, context: float) -> DecodeTraffic:
+    cache = context * weights["cache_bytes_per_position"]
+    return DecodeTraffic(weights["ffn_bytes"], weights["weight_bytes"], cache)
+
+
+def _compared(
+    rows: list[dict[str, Any]],
+    cases: Sequence[Case],
+    samples: Mapping[str, Sequence[Sample]],
+    own: str,
+    about: Row,
+    total: float,
+    context: float,
+    read: float,
+) -> list[dict[str, Any]]:
+    """The rows, llama.cpp's behind them, each with what it is compared by.
+
+    ``own``: the row that all are compared with, of which a token reads ``total`` bytes.
+    """
+    named = {case.label: case for case in cases}
+    found = list(rows)
+    for label, facts in about.get("reference", {}).items():
+        form = about["formats"].get(facts["form"], {})
+        same = samples.get(form.get("own_dense"))
+        bases = samples[TRANSFORMERS], same
+        moved = facts["bytes"] + context * facts["cache_bytes_per_position"]
+        other = _other_row(label, samples[label], bases, moved, about["prompt_tokens"], read)
+        found.append({**dict.fromkeys(rows[0]), **other})
+    main = token_ms(samples[own])
+    for row in found:
+        file = about.get("reference", {}).get(row["row"])
+        long = _known(samples[row["row"]], "prefill_s")
+        row |= {
+            "weights": file["kind"] if file else named[row["row"]].form,
+            "times_main": main / row["tg_ms"],
+            "bytes_allow": total / row["bytes_per_token"],
+            "prefill_ms": 1000 * statistics.median(long) if long else None,
+        }
+    return found
+
+
+def _other_row(
+    label: str,
+    samples: Sequence[Sample],
+    bases: tuple[Sequence[Sample], Sequence[Sample] | None],
+    moved: float,
+    prompt: int,
+    read: float,
+) -> dict[str, Any]:
+    """A row of llama.cpp, of which means over tokens are known; ``bases``: as of ``_row``."""
+    ms, (plain, same) = token_ms(samples), bases
+    first = statistics.median(one["first_token_s"] for one in samples)
+    speed = moved / ms * 1000
+    return {
+        "row": label,
+        "executor": LLAMA_CPP,
+        "pp_tokens_per_second": prompt / first,
+        "first_token_ms": 1000 * first,
+        "tg_ms": ms,
+        "tg_spread_ms": mad([1000 * statistics.fmean(one["steps_s"]) for one in samples]),
+        "tg_tokens_per_second": 1000 / ms,
+        "times_transformers": token_ms(plain) / ms,
+        "times_own_dense": None if same is None else token_ms(same) / ms,
+        "bytes_per_token": moved,
+        "bytes_per_second": speed,
+        "share_of_read_bandwidth": speed / read,
     }
 
 
@@ -209,6 +312,11 @@ def number(value: float) -> str:
     return text.removeprefix("-") if float(text) == 0 else text
 
 
+def _percentiles(row: Row) -> str | None:
+    found = [row[f"token_ms_{at}"] for at in ("p5", "median", "p95")]
+    return None if None in found else "/".join(map(number, found))
+
+
 def _mib(value: float) -> str:
     return number(value / 2**20)
 
@@ -221,7 +329,7 @@ COLUMNS = (
     Column("+-", "tg_spread_ms", number),
     Column(
         "token 5/50/95 %",
-        lambda row: "/".join(number(row[f"token_ms_{at}"]) for at in ("p5", "median", "p95")),
+        lambda row: _percentiles(row),
         terminal=False,
     ),
     Column("tg tokens/s", "tg_tokens_per_second", number, terminal=False),
@@ -243,11 +351,37 @@ COLUMNS = (
 )
 
 
+COMPARED_COLUMNS = {
+    "weights": Column("weights", "weights", terminal=False),
+    "MB/token": Column("MB/token", "bytes_per_token", lambda value: number(value / 1e6)),
+    "x main": Column("x main", "times_main", ".2f"),
+    "bytes allow": Column("bytes allow", "bytes_allow", ".2f"),
+    "long first ms": Column("long first ms", "prefill_ms", number),
+}
+
+TOO_WIDE = ("pp tokens/s", "+-", "achieved", "limit")
+"""Columns that the terminal has no room for then."""
+
+
+def columns(document: Row) -> tuple[Column, ...]:
+    """What people see of the rows."""
+    if "formats" not in document:
+        return COLUMNS
+    more = dict(COMPARED_COLUMNS)
+    if not document["prefill_tokens"]:
+        del more["long first ms"]
+    first, *rest = COLUMNS
+    rest = [replace(one, terminal=one.terminal and one.head not in TOO_WIDE) for one in rest]
+    at = next(n for n, one in enumerate(rest) if one.head == "limit")
+    return (first, more.pop("weights"), *rest[:at], *more.values(), *rest[at:])
+
+
 def table(document: Row) -> Table:
     """The rows for people, and speed.csv."""
     rows = document["rows"]
     fields = list(rows[0]) if rows else []
-    return Table("speed", caption(document), COLUMNS, rows, nothing="", fields=fields, tight=True)
+    shown = columns(document)
+    return Table("speed", caption(document), shown, rows, nothing="", fields=fields, tight=True)
 
 
 def caption(document: Row) -> str:
@@ -257,26 +391,63 @@ def caption(document: Row) -> str:
     sittings = document["sittings"]
     return (
         f"{facts['name']} (file quantisation {facts['file_quantisation'] or 'none'}, "
-        f"{facts['dtype']}): {document['prompt_tokens']} prompt + {document['tokens']} timed "
+        f"{dtype_text(facts)}): {document['prompt_tokens']} prompt + {document['tokens']} timed "
         f"tokens, {document['repeats']} repetitions in shuffled order"
         f"{f', in {sittings} sittings' if sittings > 1 else ''}; {machine['processor']}, "
         f"{machine['threads']} threads, device {machine['device']}, torch "
         f"{document['versions']['torch']}, kernels {document['kernels'] or 'none'}; it reads "
         f"{read:.1f} GB/s; f = {document['ffn_share_of_bytes_read']:.3f} at a mean context of "
-        f"{document['mean_context']:.0f} tokens"
+        f"{document['mean_context']:.0f} tokens{_held(document)}"
     )
 
 
+def _held(document: Row) -> str:
+    """What is compared: formats, programs, and the row that stands for 1."""
+    if "formats" not in document:
+        return ""
+    words = ", ".join(f"{name}: {one['held']}" for name, one in document["formats"].items())
+    prompt = document["prefill_tokens"]
+    files = (f"{label}: {one['file']}" for label, one in document.get("reference", {}).items())
+    parts = [f"weights {words}", f"main: {document['own_dense']}", *files]
+    parts += [f"long first: {prompt} tokens"] if prompt else []
+    return f"; {'; '.join(parts)}"
+
+
 def sentences(document: Row) -> list[str]:
-    """What every row of a method reached: a line each."""
-    return [
+    """What every row of a method reached, and ours beside llama.cpp: a line each."""
+    rows = {row["row"]: row for row in document["rows"]}
+    beside = [
+        beside_reference(rows[own], rows[label])
+        for label, facts in document.get("reference", {}).items()
+        if (own := document["formats"].get(facts["form"], {}).get("own_dense"))
+    ]
+    return beside + [
         f"{row['row']}: {row['times_transformers']:.2f} x as fast as transformers, "
-        f"{row['times_own_dense']:.2f} x as fast as {document['own_dense']}, "
+        f"{row['times_own_dense']:.2f} x as fast as {_own_of(document, row)}, "
         f"{percent(row['share_of_limit'])} of the {row['limit']:.2f} x that the bytes allow at "
         f"{percent(row['achieved_sparsity'])} removed"
         for row in document["rows"]
         if row["variant"] is not None
     ]
+
+
+def _own_of(document: Row, row: Row) -> str:
+    """Our own dense path on the weights of a row."""
+    form = document.get("formats", {}).get(row.get("weights"), {})
+    return str(form.get("own_dense") or document["own_dense"])
+
+
+def beside_reference(own: Row, other: Row) -> str:
+    """Ours on the same weights: times, bytes, first tokens."""
+    ratio = other["tg_ms"] / own["tg_ms"]
+    first = other["prefill_ms"] or other["first_token_ms"]
+    ours = own["prefill_ms"] or own["first_token_ms"]
+    return (
+        f"{own['row']}: {number(own['tg_ms'])} ms per token, {ratio:.2f} x as fast as "
+        f"{other['row']} ({number(other['tg_ms'])} ms) at "
+        f"{own['bytes_per_token'] / other['bytes_per_token']:.2f} x its bytes; first token "
+        f"{ours / first:.2f} x its time"
+    )
 
 
 def markdown(document: Row) -> str:
@@ -306,38 +477,75 @@ LOOKS: dict[str | None, tuple[int, str]] = {
 
 
 def make(document: Row) -> list[Plot]:
-    """One plot; none where no method could run."""
-    if not any(row["variant"] for row in document["rows"]):
-        return []
+    """Methods over what they remove, where one could run; what is compared, in ms per token."""
+    found = [_speed_up(document)] if any(row["variant"] for row in document["rows"]) else []
+    return [*found, *([_times(document)] if "formats" in document else [])]
+
+
+def _times(document: Row) -> Plot:
+    """A bar per row, and a line where its bytes would be read at the machine's bandwidth."""
+    rows = sorted(document["rows"], key=lambda row: row["tg_ms"], reverse=True)
+    read = document["read_bandwidth"]["bytes_per_second"]
+
+    def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
+        axes = figure.add_subplot()
+        for place, row in enumerate(rows):
+            colour = palette[1 if row["executor"] == LLAMA_CPP else LOOKS[row["executor"]][0]]
+            axes.barh(place, row["tg_ms"], 0.62, color=colour)
+            write_beside(axes, number(row["tg_ms"]), row["tg_ms"], place, 7.5)
+            fastest = 1000 * row["bytes_per_token"] / read
+            axes.plot([fastest] * 2, [place - 0.4, place + 0.4], color=INK, linewidth=1.5)
+        name_bars(axes, [row["row"] for row in rows])
+        axes.set_xlim(left=0)
+        axes.set_xlabel("ms per token", fontsize=8, color=SOFT)
+
+    title = "Time per token, and what reading its bytes would take (lines)"
+    told = "; ".join(f"{row['row']} {number(row['tg_ms'])} ms" for row in reversed(rows))
+    height = 1.0 + 0.26 * len(rows)
+    return Plot("speed-rows", title, f"A bar per row: {told}.", caption(document), height, draw)
+
+
+def _speed_up(document: Row) -> Plot:
+    rows = [row for row in document["rows"] if row["executor"] != LLAMA_CPP]
+    shares = [document["ffn_share_of_bytes_read"]]
+    base = document["own_dense"]
+    if "formats" in document:
+        found = [one for one in document["formats"].values() if one["own_dense"]]
+        shares = [_traffic(one["weights"], document["mean_context"]).share for one in found]
+        base = "our own dense path on the same weights" if len(found) > 1 else base
 
     def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
         above, axes = panels(figure, 1, narrow, 2)
-        _draw_limit(axes, document)
-        _draw_rows(axes, document["rows"], palette)
+        for number, share in enumerate({round(one, 2): one for one in shares}.values()):
+            _draw_limit(axes, share, rows, named=number == 0)
+        _draw_rows(axes, rows, palette)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("achieved sparsity (%)", fontsize=8, color=SOFT)
-        axes.set_ylabel(f"times as fast as {document['own_dense']}", fontsize=8, color=SOFT)
+        axes.set_ylabel(f"times as fast as {base}", fontsize=8, color=SOFT)
         axes.grid(axis="y")
         key(above, [axes], 2 if narrow else 4)
 
-    title = f"Speed-up over our own dense path ({document['own_dense']}), and what the bytes allow"
+    title = f"Speed-up over our own dense path ({base}), and what the bytes allow"
+    if base != document["own_dense"]:
+        title = f"Speed-up over {base}, and what the bytes allow"
     told = " ".join(f"{line}." for line in sentences(document))
     alt = f"Points per row over a line that rises with the sparsity. {told}"
-    return [Plot("speed", title, alt, caption(document), 3.9, draw)]
+    return Plot("speed", title, alt, caption(document), 3.9, draw)
 
 
-def _draw_limit(axes: Axes, document: Row) -> None:
-    last = min(0.95, max(row["achieved_sparsity"] for row in document["rows"]) + 0.1)
+def _draw_limit(axes: Axes, share: float, rows: Sequence[Row], *, named: bool) -> None:
+    last = min(0.95, max(row["achieved_sparsity"] for row in rows) + 0.1)
     x = np.linspace(0, last, 61)
-    limits = [bytes_limit(document["ffn_share_of_bytes_read"], value) for value in x]
+    limits = [bytes_limit(share, value) for value in x]
     look: dict[str, Any] = {"color": INK, "linewidth": 1.5, "linestyle": DASHES}
-    axes.plot(100 * x, limits, label="byte limit 1 / (1 - f s)", **look)
+    axes.plot(100 * x, limits, label=f"{'' if named else '_'}byte limit 1 / (1 - f s)", **look)
 
 
 def _draw_rows(axes: Axes, rows: Sequence[Row], palette: Palette) -> None:
-    """A point per row, named where there are several methods."""
+    """A point per row, named where there are several methods or formats."""
     named: set[str | None] = set()
-    several = len({row["variant"] for row in rows} - {None}) > 1
+    several = len({(row["variant"], row.get("weights")) for row in rows if row["variant"]}) > 1
+    formats = len({row.get("weights") for row in rows if row["variant"]}) > 1
     for row in rows:
         executor = row["executor"]
         colour, marker = LOOKS[executor]
@@ -358,4 +566,5 @@ def _draw_rows(axes: Axes, rows: Sequence[Row], palette: Palette) -> None:
         named.add(executor)
         if several and row["variant"]:
             beside: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points"}
-            axes.annotate(row["variant"], place, fontsize=7, color=SOFT, va="center", **beside)
+            text = f"{row['variant']}, {row['weights']}" if formats else row["variant"]
+            axes.annotate(text, place, fontsize=7, color=SOFT, va="center", **beside)

@@ -5,6 +5,7 @@ And what the machine can do, measured in the same run: read bandwidth, and how f
 
 from __future__ import annotations
 
+import contextlib
 import re
 import statistics
 import time
@@ -110,6 +111,14 @@ def repetition(model: Any, ids: Tensor, tokens: int, make: Make) -> Sample:
             found = _decode(model, ids, tokens, run)
             found["attach_s"] = attach
     return {**found, "peak_growth_bytes": growth.bytes}
+
+
+def prefill(model: Any, ids: Tensor, make: Make) -> float:
+    """Seconds until the first token after ids [1, P] is chosen; ``make`` as of ``repetition``."""
+    with make() or contextlib.nullcontext(), torch.inference_mode():
+        begin = time.perf_counter()
+        greedy(model, ids, logits_to_keep=1)
+        return time.perf_counter() - begin
 
 
 def greedy(model: Any, ids: Tensor, **given: Any) -> tuple[Any, Tensor]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dart_llm.evaluation.measurement import Measurement
     from dart_llm.session.prepare import PreparedMethod
 
-_CHECKPOINT = ("name", "revision", "file_quantisation", "sha256", "dtype")
+_CHECKPOINT = ("name", "revision", "file_quantisation", "sha256", "dtype", "weights")
 """What ``result.json`` says of the checkpoint: nothing that differs between machines."""
 
 
@@ -81,7 +81,7 @@ class LoadedModelCache:
         from dart_llm.models.checkpoint import checkpoint_facts
 
         facts = checkpoint_facts(self.model)
-        return {name: facts.get(name) for name in _CHECKPOINT}
+        return {name: facts[name] for name in _CHECKPOINT if name in facts}
 
     def loading_time(self) -> float:
         """Seconds that loading took; 0 when they have been told already."""

@@ -66,6 +66,9 @@ class SweepFlags(Settings):
     stride: int | None = setting(TASK, "Its stride (default: the window).")
     max_output: int | None = setting(TASK, "Tokens per summary (default: 256).")
     dtype: str | None = setting(MODEL, "float32, float16, bfloat16 (default: the checkpoint's).")
+    weights: str | None = setting(
+        MODEL, "auto, file (a GGUF's own blocks), dense, or rounded: q8_0, q4_0, q4_1."
+    )
     device: str | None = setting(MODEL, "0, cuda:0, cpu or mps (default: GPU 0, else CPU).")
     device_map: str | None = setting(MODEL, "How layers are spread over devices, e.g. auto.")
     revision: str | None = setting(MODEL, "Branch, tag or commit of a hub model.")
@@ -138,6 +141,7 @@ class GridSpec(Settings):
     overrides: dict[str, Any] = Field(default_factory=dict)
     calibration: str | None = None
     dtype: str | None = None
+    weights: str | None = None
     device: str | None = None
     device_map: str | None = None
     revision: str | None = None

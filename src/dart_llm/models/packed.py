@@ -1,0 +1,275 @@
+"""Weights that stay in low-bit blocks: a matrix that torch takes for a tensor of the model's dtype.
+
+Products with few vectors run on the blocks; whatever else is asked of such a weight sees it
+dequantised, in a copy that lasts as long as the operation.  Weights are read, never written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dart_llm.errors import ConfigError, DartError
+from dart_llm.models.gguf import ROUNDED
+from dart_llm.native.build import ops
+
+FEW = 16
+"""Vectors up to which a product runs on the blocks; more are worth dequantised rows."""
+
+CHUNK = 1 << 22
+"""Weights that are dequantised at a time."""
+
+
+class PackedTensor(Tensor):
+    """A matrix in blocks, seen as [N, M] of a floating-point dtype.
+
+    ``matrix``: the native kernels' object.  ``neurons``: it holds the transpose [M, N], rows that
+    are neurons of a down projection.
+    """
+
+    matrix: Any
+    neurons: bool
+
+    @staticmethod
+    def __new__(cls, matrix: Any, dtype: torch.dtype, neurons: bool = False) -> PackedTensor:
+        rows, columns = matrix.shape()
+        shape, strides = (
+            ((columns, rows), (1, columns)) if neurons else ((rows, columns), (columns, 1))
+        )
+        with torch.inference_mode(False):  # a view of a tensor of another mode is refused
+            made: PackedTensor = Tensor._make_wrapper_subclass(
+                cls, shape, strides=strides, dtype=dtype
+            )
+        made.matrix, made.neurons = matrix, neurons
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in _OF_STORAGE or (func == _SET and not isinstance(args[1], PackedTensor)):
+            raise DartError(
+                "weights in blocks are neither saved, pickled nor turned into another dtype: load "
+                'the model with weights="dense" for that'
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return (_linear if func is F.linear else func)(*args, **(kwargs or {}))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """The same blocks, which nothing changes."""
+        again: Tensor = PackedTensor(self.matrix, self.dtype, self.neurons)
+        if isinstance(self, nn.Parameter):
+            again = nn.Parameter(again, self.requires_grad)
+        memo[id(self)] = again
+        return again
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.untyped_storage()
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if any(isinstance(one, PackedTensor) for one in _written(func, args, kwargs or {})):
+            raise DartError("weights in blocks are read, never written")
+        known = None if "out" in (kwargs or {}) else RULES.get(func.overloadpacket)
+        found = NotImplemented if known is None else known(*args, **(kwargs or {}))
+        if found is not NotImplemented:
+            return found
+        plain = torch.utils._pytree.tree_map_only(
+            PackedTensor, PackedTensor.dequantise, (args, kwargs or {})
+        )
+        return func(*plain[0], **plain[1])
+
+    def dequantise(self, begin: int = 0, end: int | None = None) -> Tensor:
+        """Rows ``begin`` to ``end`` of the stored matrix, turned as this one is."""
+        last = self.matrix.shape()[0] if end is None else end
+        found: Tensor = ops().packed_span(self.matrix, begin, last, _wide(self.dtype))
+        stored = found.to(self.dtype)
+        return stored.t() if self.neurons else stored
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows ``ids`` [n] of the stored matrix."""
+        found: Tensor = ops().packed_rows(self.matrix, ids, _wide(self.dtype))
+        return found.to(self.dtype)
+
+    def part(self, begin: int, end: int) -> PackedTensor:
+        """Rows ``begin`` to ``end`` in their blocks; not of a matrix by neurons."""
+        return PackedTensor(ops().packed_part(self.matrix, begin, end), self.dtype)
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        """What it is made of, by name: for digests of weights."""
+        parts = {f"part{i}": part for i, part in enumerate(self.matrix.parts())}
+        self.__dict__.update(parts)
+        return list(parts), (self.matrix.type(), self.neurons)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"PackedTensor({list(self.shape)}, {self.matrix.type()}, {self.dtype})"
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """Bytes as stored."""
+        return int(self.matrix.nbytes())
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    """The arguments that an operation writes to."""
+    if func._schema.is_mutable:
+        for place, one in enumerate(func._schema.arguments):
+            if one.alias_info is not None and one.alias_info.is_write:
+                yield args[place] if place < len(args) else kwargs.get(one.name)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.bfloat16 else torch.float32
+
+
+def _turned(weight: PackedTensor) -> PackedTensor:
+    return PackedTensor(weight.matrix, weight.dtype, not weight.neurons)
+
+
+def _same(weight: PackedTensor, **asked: Any) -> Any:
+    if asked.get("dtype") not in (None, weight.dtype) or asked.get("device") not in (
+        None,
+        weight.device,
+    ):
+        return NotImplemented
+    return PackedTensor(weight.matrix, weight.dtype, weight.neurons)
+
+
+def _transposed(weight: PackedTensor, first: int, second: int) -> Any:
+    return _turned(weight) if {first % 2, second % 2} == {0, 1} else NotImplemented
+
+
+def _product(x: Tensor, weight: Any) -> Any:
+    """x [n, N] times weight [N, M]."""
+    if not isinstance(weight, PackedTensor) or isinstance(x, PackedTensor):
+        return NotImplemented
+    few = len(x) <= FEW
+    if few and weight.neurons and not weight.matrix.by_neurons():
+        return ops().packed_linear(x, weight.matrix)
+    if few and not weight.neurons and weight.matrix.by_neurons():
+        return ops().packed_down(x, weight.matrix)
+    return _by_pieces(x, weight)
+
+
+def _by_pieces(x: Tensor, weight: PackedTensor) -> Tensor:
+    """The same on rows that are dequantised a piece at a time."""
+    rows, columns = weight.matrix.shape()
+    step = max(1, CHUNK // columns)
+    pieces = [(at, min(at + step, rows)) for at in range(0, rows, step)]
+    if len(pieces) == 1:
+        return x @ weight.dequantise()
+    if weight.neurons:  # rows of the stored matrix are columns of the result
+        return torch.cat([x @ weight.dequantise(*piece) for piece in pieces], -1)
+    parts = [x[:, begin:end] @ weight.dequantise(begin, end) for begin, end in pieces]
+    return sum(parts[1:], parts[0])
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As torch's, by one product of rows: of three dimensions it would copy the whole weight."""
+    rows = x.reshape(-1, x.shape[-1])
+    if isinstance(weight, PackedTensor) and not torch.is_grad_enabled():
+        y: Tensor = _product(rows, _turned(weight))
+    else:
+        y = torch.mm(rows, weight.t())
+    y = y.reshape(*x.shape[:-1], len(weight))
+    return y if bias is None else y + bias
+
+
+_OF_STORAGE = (Tensor.untyped_storage, Tensor.storage, Tensor.share_memory_)
+_SET = Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+def _sum(bias: Tensor, x: Tensor, weight: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    product = _product(x, weight)
+    if product is NotImplemented or beta != 1 or alpha != 1:
+        return NotImplemented
+    return product + bias
+
+
+def _looked_up(weight: Any, ids: Tensor, *_: Any) -> Any:
+    if not isinstance(weight, PackedTensor) or weight.neurons:
+        return NotImplemented
+    return weight.rows(ids.reshape(-1)).reshape(*ids.shape, -1)
+
+
+def _selected(weight: Any, dim: int, ids: Tensor) -> Any:
+    """``weight.index_select(dim, ids)``, where these are rows as they are stored."""
+    if not isinstance(weight, PackedTensor) or weight.neurons != (dim % 2 == 1):
+        return NotImplemented
+    return weight.rows(ids).t() if weight.neurons else weight.rows(ids)
+
+
+def _indexed(weight: Any, ids: Sequence[Tensor | None]) -> Any:
+    first = ids[0] if len(ids) == 1 else None
+    if first is None or first.dim() != 1 or first.dtype == torch.bool:
+        return NotImplemented
+    return _selected(weight, 0, first)
+
+
+def _sliced(
+    weight: Any, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Any:
+    """Some rows as they are stored, dequantised."""
+    if not isinstance(weight, PackedTensor) or weight.neurons != (dim % 2 == 1) or step != 1:
+        return NotImplemented
+    begin, last, _ = slice(start, end).indices(weight.shape[dim])
+    return weight.dequantise(begin, max(begin, last))
+
+
+_aten = torch.ops.aten
+RULES: Mapping[Any, Callable[..., Any]] = {
+    _aten.t: _turned,
+    _aten.transpose: _transposed,
+    _aten.detach: _same,
+    _aten.alias: _same,
+    _aten._to_copy: _same,
+    _aten.mm: _product,
+    _aten.addmm: _sum,
+    _aten.embedding: _looked_up,
+    _aten.index_select: _selected,
+    _aten.index: _indexed,
+    _aten.slice: _sliced,
+}
+"""What is done without dequantising the whole."""
+
+
+def pack(weight: Tensor, kind: str, *, neurons: bool = False) -> PackedTensor:
+    """``weight`` [N, M] rounded to blocks of ``kind``, as llama.cpp rounds.
+
+    ``neurons``: it is a down projection, whose neurons are columns.  Raises ``ConfigError`` for a
+    kind that nothing is rounded to, rows that are no multiple of 32, and what is no finite number.
+    """
+    return packed_from(lambda begin, end: weight[begin:end], weight, kind, neurons=neurons)
+
+
+def packed_from(
+    rows: Callable[[int, int], Tensor], like: Tensor, kind: str, *, neurons: bool = False
+) -> PackedTensor:
+    """As ``pack``, of pieces ``rows(begin, end)``; shape and dtype are those of ``like``."""
+    if kind not in ROUNDED:
+        raise ConfigError(f"weights cannot be rounded to {kind}; choose {', '.join(ROUNDED)}")
+    height, width = like.shape
+    if width % 32:
+        raise ConfigError(f"rows of {width} weights are no multiple of {kind}'s 32")
+    matrix = ops().packed_zeros(kind, height, width, neurons)
+    step = height if neurons else max(1, CHUNK // width)
+    for begin in range(0, height, step):
+        piece = rows(begin, min(begin + step, height)).detach()
+        if not bool(piece.isfinite().all()):
+            raise ConfigError("weights that are infinite or no numbers cannot be rounded")
+        ops().packed_round(matrix, begin, piece)
+    return PackedTensor(matrix, like.dtype, neurons)

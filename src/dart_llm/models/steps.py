@@ -1,0 +1,449 @@
+"""What a decode step of a model is made of: a table of model types, and the weights of one model.
+
+It looks at what is there, and says why a model is not one of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dart_llm.models.agreement import HOMES, Replacement, forward_of, parts_of
+from dart_llm.models.architectures import LayerNames
+from dart_llm.models.describe import decoder_layers, decoder_of
+from dart_llm.models.ffn import is_by_inputs, matrix_of
+from dart_llm.models.packed import PackedTensor
+
+
+def _factors(norm: Any) -> Tensor:
+    weight: Tensor = norm.weight.detach()
+    return weight
+
+
+def _factors_wide(norm: Any) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return _factors(norm).float()
+
+
+def _factors_less_one(norm: Any) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return 1 + _factors(norm).float()
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a step of one model type is made of, by transformers' names.
+
+    ``before`` and ``after``: the norms of the stream before attention and FFN, and of what each
+    adds to it, "" for none; ``last_norm``: of the decoder.  ``factors``: of a norm, float32 where
+    the product is rounded after them.  ``qkv``: the projections, or the one of all three;
+    ``by_heads``: that one holds q, k and v of one head after those of another.  ``over_all``: norms
+    of q and k are of all heads together.  ``slides``: the configuration's window is that of all
+    layers, if it does not name their kinds.  ``kinds``: each kind of layer has rotary angles of its
+    own.  ``positions``: the embedding of learned positions.  ``capped``: the configuration's soft
+    cap is that of the attention's scores.
+    """
+
+    before: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    after: tuple[str, str] = ("", "")
+    last_norm: str = "norm"
+    factors: Callable[[Any], Tensor] = _factors
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    by_heads: bool = False
+    over_all: bool = False
+    slides: bool = False
+    kinds: bool = False
+    positions: str = ""
+    capped: bool = False
+
+
+_LLAMA = Family()
+_GEMMA = Family(factors=_factors_less_one)
+_GEMMA_2 = Family(
+    before=("input_layernorm", "pre_feedforward_layernorm"),
+    after=("post_attention_layernorm", "post_feedforward_layernorm"),
+    factors=_factors_less_one,
+)
+
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "smollm3"), _LLAMA),
+    "phi3": replace(_LLAMA, qkv=("qkv_proj",), slides=True),
+    "olmo2": replace(_GEMMA_2, before=("", ""), factors=_factors_wide, over_all=True),
+    "mistral": replace(_LLAMA, slides=True),
+    "gpt2": Family(("ln_1", "ln_2"), last_norm="ln_f", qkv=("c_attn",), positions="wpe"),
+    "gpt_neox": Family(last_norm="final_layer_norm", qkv=("query_key_value",), by_heads=True),
+    "gemma": _GEMMA,
+    "gemma2": replace(_GEMMA_2, capped=True),
+    "gemma3_text": replace(_GEMMA_2, kinds=True),
+}
+"""The model types that whole steps know, by the configuration's ``model_type``."""
+
+STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
+"""Kinds of rotary embedding whose angles depend on the position alone."""
+
+
+class Norm(NamedTuple):
+    """An RMS norm, or with ``centred`` a layer norm.  ``factor``, ``bias``: [n]."""
+
+    factor: Tensor
+    bias: Tensor | None
+    eps: float
+    centred: bool
+
+    def of(self, x: Tensor) -> Tensor:
+        """Normed over the last dimension, in float32 and rounded as the model's own rounds."""
+        if self.centred:
+            return F.layer_norm(x, x.shape[-1:], self.factor, self.bias, self.eps)
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        if self.factor.dtype == x.dtype:
+            return self.factor * wide.to(x.dtype)
+        return (self.factor * wide).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """One layer of a step.  ``before``, ``after``: norms as in ``Family``, None for none.
+
+    ``qkv``: matrices [., D], three or one; ``biases``: theirs, None for none.  ``window``:
+    positions that a token sees, itself among them, None for all.  ``table``: number of the angles,
+    None for a layer that turns nothing.
+    """
+
+    before: tuple[Norm | None, Norm | None]
+    after: tuple[Norm | None, Norm | None]
+    qkv: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    out: Tensor
+    out_bias: Tensor | None
+    head_norms: tuple[Norm | None, Norm | None]
+    window: int | None
+    table: int | None
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """Sizes and weights.  ``sizes``: D, H, K, S, I, V, R (of S, the values that angles turn).
+
+    ``embedding_scale``: of its rows, rounded as the model rounds it; ``attention_cap``,
+    ``logits_cap``: c of c tanh(x / c), 0 for none; ``parallel``: the FFN reads the stream that the
+    attention read; ``tables``: names of the kinds of layers that have angles each, or one "".
+    """
+
+    family: Family
+    sizes: list[int]
+    eps: float
+    scale: float
+    embedding: Tensor
+    positions: Tensor | None
+    norm: Norm
+    head: Tensor
+    layers: list[LayerParts]
+    rotary: nn.Module | None
+    embedding_scale: float = 1.0
+    attention_cap: float = 0.0
+    logits_cap: float = 0.0
+    parallel: bool = False
+    tables: tuple[str, ...] = field(default=("",))
+
+    @property
+    def windows(self) -> list[int | None]:
+        """Of each layer."""
+        return [layer.window for layer in self.layers]
+
+
+def slim_unsupported_reason(model: Any) -> str:
+    """Why ``model`` cannot be decoded natively as a whole: "", or a clause."""
+    if reason := step_unsupported_reason(model):
+        return reason
+    some = next(model.parameters())
+    if some.device.type != "cpu":
+        return "is not on the CPU"
+    if some.dtype not in (torch.float32, torch.bfloat16):
+        return "is not float32 or bfloat16 throughout"
+    return ""
+
+
+def graph_unsupported_reason(model: Any) -> str:
+    """Why decode steps of ``model`` cannot run on fixed tensors: "", or a clause."""
+    if reason := step_unsupported_reason(model):
+        return reason
+    if any(step_parts(model).windows):
+        return "has layers of sliding attention"
+    return ""
+
+
+def step_unsupported_reason(model: Any) -> str:
+    """Why whole decode steps of ``model`` are not known: "", or a clause."""
+    _, _, text = decoder_layers(model)
+    if text.model_type not in FAMILIES:
+        return f"is a {text.model_type} model, not one of {', '.join(sorted(FAMILIES))}"
+    head = model.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None:
+        return "has no plain language-model head"
+    if getattr(model.get_input_embeddings(), "max_norm", None) is not None:
+        return "changes its embedding whenever it reads it"
+    return _odd_attention(text, FAMILIES[text.model_type]) or _odd_modules(model)
+
+
+def _odd_attention(text: Any, family: Family) -> str:
+    """What of a configuration's attention no step does: "", or a clause."""
+    for rope in _ropes(text):
+        if rope.get("rope_type", "default") not in STATIC_ROPE:
+            return f"has rotary embeddings of type {rope.get('rope_type')}"
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if odd := kinds - {"full_attention", "sliding_attention"}:
+        return f"has layers of {min(odd).replace('_', ' ')}"
+    if getattr(text, "use_bidirectional_attention", False):
+        return "has attention to both sides"
+    if family.capped and text.attn_logit_softcapping and text._attn_implementation == "sdpa":
+        return "has a soft cap that its attention leaves out"
+    return ""
+
+
+def _ropes(text: Any) -> Iterator[dict[str, Any]]:
+    """The rotary settings of a configuration, or of each kind of its layers."""
+    found = getattr(text, "rope_parameters", None) or {}
+    nested = [one for one in found.values() if isinstance(one, dict)]
+    yield from nested or [found]
+
+
+def _odd_modules(model: Any) -> str:
+    """What of a model's modules and weights no step does: "", or a clause."""
+    tensors = [*model.parameters()]
+    if any(
+        type(t) not in (Tensor, nn.Parameter, PackedTensor) for t in (*tensors, *model.buffers())
+    ):
+        return "has weights of a tensor class of its own"
+    if len({(p.device, p.dtype) for p in tensors}) > 1 or not tensors[0].is_floating_point():
+        return "is not of one floating-point dtype on one device"
+    modules = parts_of(model)
+    if any("_hf_hook" in module.__dict__ for module in modules):
+        return "is spread by accelerate"
+    odd = next((module for module in modules if not _known(module)), None)
+    if odd is not None:
+        return f"has a forward of its own in a {type(odd).__name__}"
+    for name in ("variance_epsilon", "eps", "scaling"):
+        if len({m.__dict__[name] for m in modules if name in m.__dict__}) > 1:
+            return f"has layers that differ in their {name}"
+    return "" if _fits(model) else "has weights of other shapes or layouts than its kind"
+
+
+def _known(module: nn.Module) -> bool:
+    """Whether a module does what transformers' own does: its class, and its forward."""
+    patched = module.__dict__.get("forward")
+    ours = patched is None or isinstance(patched, Replacement)
+    ours = ours and "parametrizations" not in module._modules  # weights computed at every use
+    names = type(module).__module__, forward_of(module)[0].__module__
+    return ours and all(name.startswith(HOMES) for name in names)
+
+
+def _fits(model: Any) -> bool:
+    """Whether all weights are what ops.cpp reads: rows in one piece, in every layer the same."""
+    try:
+        parts = step_parts(model)
+    except AttributeError:  # a part was taken out
+        return False
+    hidden, heads, kv_heads, size, width, vocabulary, _ = parts.sizes
+    rows = [heads * size, kv_heads * size, kv_heads * size]
+    rows = rows if len(parts.family.qkv) == 3 else [sum(rows)]
+    if parts.family.by_heads and heads != kv_heads:
+        return False
+    layers, names, _ = decoder_layers(model)
+    for own, layer in zip(parts.layers, layers, strict=True):
+        ffn: Any = layer.get_submodule(names.ffn)
+        ffns = [getattr(ffn, name) for name in (names.gate, names.up, names.down) if name]
+        attention = _attention_of(layer, names, parts.family)
+        expected = [*((n, hidden) for n in rows), (hidden, heads * size)]
+        expected += [(width * (2 if names.fused else 1), hidden)] * (len(ffns) - 1)
+        expected += [(hidden, width)]
+        found = [*own.qkv, own.out, *(matrix_of(one) for one in ffns)]
+        if [tuple(t.shape) for t in found] != expected:
+            return False
+        if not all(_in_one_piece(one) for one in (*attention, *ffns[:-1])):
+            return False
+    ends = (parts.embedding, parts.head, parts.norm.factor)
+    return len(parts.embedding) >= vocabulary and all(t.is_contiguous() for t in ends)
+
+
+def _attention_of(layer: nn.Module, names: LayerNames, family: Family) -> list[Any]:
+    """The projections of one layer's attention."""
+    found = layer.get_submodule(names.attention_out.rpartition(".")[0])
+    return [
+        *(getattr(found, name) for name in family.qkv),
+        layer.get_submodule(names.attention_out),
+    ]
+
+
+def _in_one_piece(module: Any) -> bool:
+    weight = module.weight
+    # laid out by rows already, where the model is attached
+    return weight.is_contiguous() or (is_by_inputs(module) and weight.t().is_contiguous())
+
+
+def attention_by_inputs(model: Any) -> list[nn.Module]:
+    """The projections of attention that store their weights by inputs, of a model with steps."""
+    layers, names, text = decoder_layers(model)
+    family = FAMILIES[text.model_type]
+    found = [one for layer in layers for one in _attention_of(layer, names, family)]
+    return [one for one in found if is_by_inputs(one)]
+
+
+def step_parts(model: Any) -> StepParts:
+    """The parts of a model for which ``step_unsupported_reason`` says nothing."""
+    layers, names, text = decoder_layers(model)
+    family = FAMILIES[text.model_type]
+    decoder: Any = decoder_of(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    first: Any = layers[0]
+    path = names.attention_out.rpartition(".")
+    attention = first.get_submodule(path[0])
+    hidden, heads = int(text.hidden_size), int(text.num_attention_heads)
+    size = int(getattr(attention, "head_dim", None) or attention.head_size)
+    tables = tuple(sorted(set(text.layer_types))) if family.kinds else ("",)
+    rotary = getattr(decoder, "rotary_emb", None)
+    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    down = getattr(first.get_submodule(names.ffn), names.down)
+    sizes = [
+        hidden,
+        heads,
+        kv_heads,
+        size,
+        int(matrix_of(down).shape[1]),
+        int(head.weight.shape[0]),
+    ]
+    norm = _norm(family, getattr(decoder, family.last_norm))
+    assert norm is not None
+    scale = getattr(embedding, "embed_scale", None)
+    return StepParts(
+        family,
+        [*sizes, _turned(rotary)],
+        norm.eps,
+        float(attention.scaling),
+        embedding.weight.detach(),
+        getattr(decoder, family.positions).weight.detach() if family.positions else None,
+        norm,
+        head.weight.detach(),
+        [_layer(layer, index, family, path, tables, text) for index, layer in enumerate(layers)],
+        rotary,
+        1.0 if scale is None else float(scale.to(head.weight.dtype)),
+        float(text.attn_logit_softcapping or 0) if family.capped else 0.0,
+        float(getattr(text, "final_logit_softcapping", None) or 0),
+        bool(getattr(first, "use_parallel_residual", False)),
+        tables,
+    )
+
+
+def _turned(rotary: nn.Module | None) -> int:
+    """Of a head's values, how many rotary angles turn."""
+    return 0 if rotary is None else 2 * len(next(_frequencies(rotary)))
+
+
+def _frequencies(rotary: nn.Module) -> Iterator[Tensor]:
+    for name, one in rotary.named_buffers():
+        if name.endswith("inv_freq") and "original" not in name:
+            yield one
+
+
+def step_numbers(model: Any) -> tuple[Any, ...]:
+    """What whole steps of a model read once: eps, scale, and what the angles are made of."""
+    layers, names, text = decoder_layers(model)
+    decoder: Any = decoder_of(model)
+    rotary = getattr(decoder, "rotary_emb", None)
+    attention = layers[0].get_submodule(names.attention_out.rpartition(".")[0])
+    norm = getattr(decoder, FAMILIES[text.model_type].last_norm)
+    scaling = attention.scaling, getattr(rotary, "attention_scaling", None)
+    caps = ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window")
+    embed_scale = getattr(model.get_input_embeddings(), "embed_scale", None)
+    return (
+        _eps(norm),
+        scaling,
+        None if embed_scale is None else float(embed_scale),
+        [getattr(text, name, None) for name in caps],
+        [] if rotary is None else [one.tolist() for one in _frequencies(rotary)],
+    )
+
+
+def _layer(
+    layer: Any, index: int, family: Family, path: Any, tables: tuple[str, ...], text: Any
+) -> LayerParts:
+    attention = layer.get_submodule(path[0])
+    qkv = [getattr(attention, name) for name in family.qkv]
+    out = getattr(attention, path[2])
+    kinds = getattr(text, "layer_types", None)
+    kind = kinds[index] if kinds else ("sliding_attention" if family.slides else "full_attention")
+    window = getattr(text, "sliding_window", None) if kind == "sliding_attention" else None
+    turns = not family.positions and getattr(attention, "use_rope", True)
+    table = tables.index(kind) if family.kinds else 0
+    norms = [
+        tuple(_norm(family, getattr(layer, name, None) if name else None) for name in both)
+        for both in (family.before, family.after)
+    ]
+    norms.append(
+        tuple(_norm(family, getattr(attention, name, None)) for name in ("q_norm", "k_norm"))
+    )
+    return LayerParts(
+        norms[0],  # type: ignore[arg-type]
+        norms[1],  # type: ignore[arg-type]
+        tuple(matrix_of(one).detach() for one in qkv),
+        tuple(None if one.bias is None else one.bias.detach() for one in qkv),
+        matrix_of(out).detach(),
+        None if out.bias is None else out.bias.detach(),
+        norms[2],  # type: ignore[arg-type]
+        window,
+        table if turns else None,
+    )
+
+
+def _norm(family: Family, module: Any) -> Norm | None:
+    if module is None:
+        return None
+    bias = getattr(module, "bias", None)
+    centred = isinstance(module, nn.LayerNorm)
+    return Norm(
+        family.factors(module), None if bias is None else bias.detach(), _eps(module), centred
+    )
+
+
+def _eps(norm: Any) -> float:
+    found = getattr(norm, "variance_epsilon", None)
+    return float(norm.eps if found is None else found)
+
+
+def norms_of(parts: StepParts) -> Iterator[Norm | None]:
+    """The last one, and those of each layer: around its attention, around its FFN, of q and k."""
+    yield parts.norm
+    for layer in parts.layers:
+        for both in zip(layer.before, layer.after, strict=True):
+            yield from both
+        yield from layer.head_norms
+
+
+def copy_again(kept: Iterable[Tensor], now: Iterable[Tensor]) -> None:
+    """Write into each tensor that is a copy of weights what they are now."""
+    with torch.inference_mode(False), torch.no_grad():
+        for old, new in zip(kept, now, strict=True):
+            if old.data_ptr() != new.data_ptr():
+                old.copy_(new)
+
+
+def angles(
+    parts: StepParts,
+    count: int,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [count, tables, R] float32 of positions, rounded as the model rounds."""
+    if parts.rotary is None:
+        return torch.empty(count, 0, 0), torch.empty(count, 0, 0)
+    positions = torch.arange(count, device=device)[None]
+    like = torch.empty(0, dtype=dtype, device=device)
+    kinds = [(kind,) if kind else () for kind in parts.tables]
+    found = [parts.rotary(like, positions, *kind) for kind in kinds]
+    cosine, sine = (torch.stack([one[side][0].float() for one in found], 1) for side in (0, 1))
+    return cosine, sine

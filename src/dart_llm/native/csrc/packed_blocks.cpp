@@ -1,0 +1,190 @@
+#include "packed_blocks.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kernels_common.h"
+
+namespace dart {
+namespace {
+
+const BlockType TYPES[] = {
+    {"q8_0", 32, 34, 8, 32, 128, false, false}, {"q4_0", 32, 18, 4, 32, 8, false, false},
+    {"q4_1", 32, 20, 4, 32, 0, false, true},    {"q5_0", 32, 22, 8, 32, 16, false, false},
+    {"q5_1", 32, 24, 8, 32, 0, false, true},    {"q4_k", 256, 144, 4, 32, 0, true, true},
+    {"q5_k", 256, 176, 8, 32, 0, true, true},   {"q6_k", 256, 210, 8, 16, 32, true, false},
+};
+
+uint16_t half_at(const uint8_t* p) {
+  uint16_t half;
+  std::memcpy(&half, p, 2);
+  return half;
+}
+
+// Rounded to the nearest float16, ties to even.
+uint16_t to_half(float x) {
+  uint32_t bits = to_bits(x), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
+  if (rest > 0x7f800000u) return uint16_t(sign | 0x7e00u);
+  if (rest >= 0x477ff000u) return uint16_t(sign | 0x7c00u);
+  if (rest < 0x38800000u)
+    return uint16_t(sign | uint32_t(std::lrint(from_bits(rest) * 0x1p24f)));
+  uint32_t odd = rest >> 13 & 1;
+  return uint16_t(sign | ((rest + 0xfffu + odd - (112u << 23)) >> 13));
+}
+
+// 32 columns of two levels a byte, column j beside column j + 16.
+void nibbles(const uint8_t* bytes, uint8_t* to) {
+  for (int j = 0; j < 16; ++j) to[j] = bytes[j] & 15, to[j + 16] = bytes[j] >> 4;
+}
+
+void fifth_bits(const uint8_t* bytes, uint8_t* to) {
+  uint32_t bits;
+  std::memcpy(&bits, bytes, 4);
+  for (int j = 0; j < 32; ++j) to[j] |= uint8_t((bits >> j & 1) << 4);
+}
+
+// Scale and offset of one of the eight blocks of q4_k and q5_k, of 6 bits each.
+void six_bits(const uint8_t* from, int block, int8_t* scale, int8_t* offset) {
+  if (block < 4) {
+    *scale = int8_t(from[block] & 63), *offset = int8_t(from[block + 4] & 63);
+  } else {
+    *scale = int8_t((from[block + 4] & 15) | (from[block - 4] >> 6) << 4);
+    *offset = int8_t((from[block + 4] >> 4) | (from[block] >> 6) << 4);
+  }
+}
+
+struct Reader {
+  const BlockType& type;
+  Parts& parts;
+
+  void plain(const uint8_t* from, int64_t index, uint8_t* levels) {
+    parts.scales[index] = half_at(from);
+    from += 2;
+    if (type.offsets) parts.offsets[index] = half_at(from), from += 2;
+    if (type.bits == 8 && type.bias == 128) {
+      for (int j = 0; j < 32; ++j) levels[j] = uint8_t(from[j] ^ 128);
+      return;
+    }
+    bool five = type.bits == 8;
+    nibbles(from + (five ? 4 : 0), levels);
+    if (five) fifth_bits(from, levels);
+  }
+
+  void k45(const uint8_t* from, int64_t index, uint8_t* levels) {
+    parts.supers[index] = half_at(from);
+    parts.offset_supers[index] = half_at(from + 2) ^ 0x8000u;
+    bool five = type.bits == 8;
+    const uint8_t *high = from + 16, *low = from + (five ? 48 : 16);
+    for (int block = 0; block < 8; ++block) {
+      six_bits(from + 4, block, &parts.small_scales[index * 8 + block],
+               &parts.small_offsets[index * 8 + block]);
+      for (int j = 0; j < 32; ++j) {
+        int both = low[block / 2 * 32 + j], level = block % 2 ? both >> 4 : both & 15;
+        if (five) level |= (high[j] >> block & 1) << 4;
+        levels[block * 32 + j] = uint8_t(level);
+      }
+    }
+  }
+
+  void k6(const uint8_t* from, int64_t index, uint8_t* levels) {
+    for (int column = 0; column < 256; ++column) {
+      int half = column / 128, part = column % 128 / 32, j = column % 32;
+      int low = from[half * 64 + part % 2 * 32 + j];
+      int high = from[128 + half * 32 + j] >> (2 * part) & 3;
+      levels[column] = uint8_t((part < 2 ? low & 15 : low >> 4) | high << 4);
+    }
+    std::memcpy(&parts.small_scales[index * 16], from + 192, 16);
+    parts.supers[index] = half_at(from + 208);
+  }
+
+  void read(const uint8_t* from, int64_t index, uint8_t* levels) {
+    if (!type.supers) plain(from, index, levels);
+    else if (type.block == 16) k6(from, index, levels);
+    else k45(from, index, levels);
+  }
+};
+
+Parts room(const BlockType& type, int64_t rows, int64_t columns) {
+  Parts parts;
+  size_t blocks = size_t(rows * (columns / type.block));
+  parts.levels.resize(size_t(rows * columns));
+  if (type.supers) {
+    parts.small_scales.resize(blocks), parts.supers.resize(size_t(rows * (columns / SUPER)));
+    if (type.offsets) parts.small_offsets.resize(blocks), parts.offset_supers.resize(parts.supers.size());
+  } else {
+    parts.scales.resize(blocks);
+    if (type.offsets) parts.offsets.resize(blocks);
+  }
+  return parts;
+}
+
+void round_block(const BlockType& type, const float* x, uint16_t* scale, uint16_t* offset,
+                 uint8_t* levels) {
+  float most = 0, signed_most = 0, low = x[0], high = x[0];
+  for (int j = 0; j < 32; ++j) {
+    if (std::fabs(x[j]) > most) most = std::fabs(x[j]), signed_most = x[j];
+    low = std::min(low, x[j]), high = std::max(high, x[j]);
+  }
+  float step = type.bits == 8 ? most / 127 : type.offsets ? (high - low) / 15 : signed_most / -8;
+  float back = step ? 1 / step : 0;
+  *scale = to_half(step);
+  if (offset) *offset = to_half(low);
+  for (int j = 0; j < 32; ++j) {
+    int level = type.bits == 8 ? int(std::round(x[j] * back)) + 128
+                : type.offsets ? int((x[j] - low) * back + 0.5f)
+                               : int(x[j] * back + 8.5f);
+    levels[j] = uint8_t(std::min(level, type.bits == 8 ? 255 : 15));
+  }
+}
+
+}  // namespace
+
+const BlockType* block_type(const std::string& name) {
+  for (const BlockType& one : TYPES)
+    if (name == one.name) return &one;
+  return nullptr;
+}
+
+Parts take_apart(const BlockType& type, const uint8_t* blocks, int64_t rows, int64_t columns) {
+  Parts parts = room(type, rows, columns);
+  Reader reader{type, parts};
+  for (int64_t index = 0; index < rows * (columns / type.columns); ++index)
+    reader.read(blocks + index * type.bytes, index, parts.levels.data() + index * type.columns);
+  return parts;
+}
+
+Parts round_to(const BlockType& type, const float* weights, int64_t rows, int64_t columns) {
+  Parts parts = room(type, rows, columns);
+  for (int64_t index = 0; index < rows * (columns / 32); ++index)
+    round_block(type, weights + index * 32, &parts.scales[index],
+                type.offsets ? &parts.offsets[index] : nullptr, parts.levels.data() + index * 32);
+  return parts;
+}
+
+int64_t place_of(Order order, int64_t column) {
+  if (order == Order::rows) return column;
+  return column % 16 / 4 * 16 + column / 16 * 4 + column % 4;
+}
+
+void write_levels(const uint8_t* levels, int64_t columns, int bits, int bias, Order order, uint8_t* to) {
+  int64_t units = (columns + UNIT - 1) / UNIT;
+  for (int64_t unit = 0; unit < units; ++unit) {
+    uint8_t own[UNIT];
+    for (int64_t c = 0; c < UNIT; ++c) {
+      int64_t at = unit * UNIT + c;
+      own[place_of(order, c)] = at < columns ? levels[at] : uint8_t(bias);
+    }
+    if (bits == 8) {
+      std::memcpy(to + unit * UNIT, own, UNIT);
+    } else if (unit % 2 == 0 && unit + 1 == units) {
+      for (int64_t j = 0; j < 32; ++j) to[unit * 32 + j] = uint8_t(own[j] | own[j + 32] << 4);
+    } else {
+      uint8_t* pair = to + unit / 2 * UNIT;
+      for (int64_t j = 0; j < UNIT; ++j)
+        pair[j] = unit % 2 ? uint8_t(pair[j] | own[j] << 4) : own[j];
+    }
+  }
+}
+
+}  // namespace dart

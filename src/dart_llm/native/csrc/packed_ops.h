@@ -1,0 +1,47 @@
+// A packed matrix that torch holds, and inputs rounded for it.
+#pragma once
+#include <ATen/ATen.h>
+#include <torch/custom_class.h>
+#include <torch/library.h>
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "packed_blocks.h"
+
+namespace dart {
+
+struct PackedMatrix : torch::CustomClassHolder {
+  // Of `rows` x `columns` weights as a file holds them, all of level 0 and scale 0; as `neurons` the
+  // columns become rows.
+  PackedMatrix(const BlockType&, int64_t rows, int64_t columns, bool neurons);
+  // Takes over `count` rows of the file from `first` on.
+  void fill(const Parts&, int64_t first, int64_t count);
+  // Leaves rows `begin` to `end`, on the same memory; Order::rows.
+  void cut(int64_t begin, int64_t end);
+  int64_t nbytes() const;
+  // Rows id(0) to id(count - 1), [count, columns].
+  at::Tensor rows(const std::function<int64_t(int64_t)>& id, int64_t count, at::ScalarType) const;
+
+  std::string name;
+  const BlockType& type;
+  int64_t stored_rows, stored_columns;
+  Packed packed;
+  std::vector<at::Tensor> held;  // keeps what is pointed at alive
+};
+
+struct RoundedRows {
+  RoundedRows(const Kernels&, const float* x, int64_t count, int64_t columns);
+  Rounded view() const { return {levels.data(), scales.data(), sums.data(), count, size}; }
+
+  int64_t size, count;
+  std::vector<int8_t> levels;
+  std::vector<float> scales, sums;
+};
+
+// Adds the class and its operators.
+void register_packed(torch::Library&);
+
+}  // namespace dart

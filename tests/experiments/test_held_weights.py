@@ -1,0 +1,58 @@
+"""What is told of a checkpoint whose weights are held in blocks, and nothing of a dense one."""
+
+from pathlib import Path
+
+import pytest
+
+from checkpoints import write_folder, write_gguf
+from dart_llm.experiments.index import ResultsSummary, _model_words
+from dart_llm.experiments.rows import table
+from dart_llm.experiments.store import checkpoint_line
+from dart_llm.models.checkpoint import checkpoint_facts
+from dart_llm.models.loading import load
+from dart_llm.reporting.words import dtype_text
+from dart_llm.studies.quality.report import _caption
+
+pytestmark = pytest.mark.usefixtures("native")
+
+
+def test_facts_say_how_weights_are_held(tmp_path):
+    gguf, folder = write_gguf(tmp_path / "tiny.gguf"), write_folder(tmp_path / "model")
+    wanted = {
+        (gguf, None): "Q4_1 as in the file",
+        (gguf, "q8_0"): "rounded to Q8_0",
+        (folder, "q4_0"): "rounded to Q4_0",
+        (gguf, "dense"): None,
+        (folder, None): None,
+    }
+    for (path, weights), held in wanted.items():
+        model, _ = load(path, weights=weights, device="cpu", cache_dir=tmp_path / "cache")
+        facts = checkpoint_facts(model)
+        assert facts.get("weights") == held and ("weights" in facts) == (held is not None)
+        assert facts["dtype"] == "bfloat16" and facts["parameters"] > 0
+        said = "bfloat16" if held is None else f"bfloat16, weights {held}"
+        assert dtype_text(facts) == said
+
+
+def test_every_line_says_it():
+    facts = {"name": "m", "file_quantisation": "Q4_1", "dtype": "bfloat16", "sha256": "0" * 64}
+    held = {**facts, "weights": "Q4_1 as in the file"}
+    start = "m · file quantisation Q4_1 · bfloat16"
+    assert checkpoint_line("m", facts) == f"{start} · sha256 {12 * '0'}"
+    assert checkpoint_line("m", held).startswith(f"{start}, weights Q4_1 as in the file · sha")
+    measured = {"protocol": "decode", "metrics": {}}
+    row = {"measurement": measured, "checkpoint": held}
+    assert table([row]).caption == (
+        "m (file Q4_1, bfloat16, weights Q4_1 as in the file), protocol decode"
+    )
+    run = ResultsSummary(
+        Path(), "e", "t", None, "complete", "run", ("m",), ("Q4_1",), ("bfloat16",)
+    )
+    assert _model_words(run) == ["m", "Q4_1, bfloat16"]
+    packed = ResultsSummary(**{**vars(run), "weights": ("Q4_1 as in the file",)})
+    assert _model_words(packed) == ["m", "Q4_1, bfloat16, weights Q4_1 as in the file"]
+    first = {"model": "m", "cell": "continuation", "slices": 1, "kinds": ["k"]}
+    first |= {"dense_perplexity": 20.0}
+    document = {"checkpoints": {"m": held}, "lead_tokens": 64, "prompt_tokens": 8, "tokens": 8}
+    said = _caption({**document, "set": "report"}, first)
+    assert said.startswith("m (file quantisation Q4_1, bfloat16, weights Q4_1 as in the file), con")

@@ -1,0 +1,63 @@
+"""Packed matrices for tests: kinds of kernels, blocks of every type, and what kernels must give."""
+
+import contextlib
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf import quants
+
+from dart_llm.models.gguf import BLOCKS
+from dart_llm.native import build
+
+KINDS = ("", "avx512bf16", "avx512", "avxvnni", "avx2", "portable")
+SMALL = tuple(name for name in BLOCKS if not name.endswith("_k"))
+"""Types whose blocks have 32 weights; those of the others have 256."""
+
+
+@contextlib.contextmanager
+def kernels(kind):
+    if not build.use_kernels(kind):
+        pytest.skip(f"this CPU has no {kind}")
+    yield
+    build.use_kernels("")
+
+
+def drawn_blocks(name, rows, columns, seed=0):
+    """Blocks [rows, bytes] of random levels and small scales, and the weights that they hold."""
+    draw, kind = np.random.default_rng(seed), Kind[name.upper()]
+    weights, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = draw.integers(0, 256, (rows, columns // weights, size), dtype=np.uint8)
+    halves = {"q6_k": [208], "q8_0": [0], "q4_0": [0], "q5_0": [0]}.get(name, [0, 2])
+    for at in halves:
+        factors = (0.001 + 0.01 * draw.random(blocks.shape[:2])).astype(np.float16)
+        factors *= draw.choice(np.array([-1, 1], np.float16), factors.shape)
+        blocks[:, :, at : at + 2] = factors[..., None].view(np.uint8)
+    blocks = blocks.reshape(rows, -1)
+    dense = quants.dequantize(blocks, kind).astype(np.float32)
+    return torch.from_numpy(blocks), torch.from_numpy(dense)
+
+
+def packed(name, rows, columns, *, neurons=False, seed=0):
+    """A matrix of the native kernels, and its weights."""
+    blocks, dense = drawn_blocks(name, rows, columns, seed)
+    return build.ops().packed_from_blocks(blocks, name, rows, columns, neurons), dense
+
+
+def rounded(x, group=32):
+    """``x`` [..., n] as the kernels round it: to 8 bits, ``group`` values to a scale; float64."""
+    room = -x.shape[-1] % group
+    groups = torch.nn.functional.pad(x.float(), (0, room)).reshape(*x.shape[:-1], -1, group)
+    most = groups.abs().amax(-1, keepdim=True)
+    levels = torch.round(groups * torch.where(most > 0, 127 / most, 0.0))
+    found = levels.double() * (most / 127).double()
+    return found.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+
+
+def differ(found, x, weights):
+    """Largest difference of ``found`` from x [n, M] times weights [M, N], by size of the terms."""
+    x, weights = x.double(), weights.double()
+    size = (x.abs() @ weights.abs()).clamp(min=1e-30)
+    return float(((found.double() - x @ weights).abs() / size).max())

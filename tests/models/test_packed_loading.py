@@ -1,0 +1,371 @@
+"""Models whose matrices stay in blocks: a GGUF's own, or rounded; and what is refused, when."""
+
+import json
+import os
+import re
+import struct
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFReader
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from checkpoints import FFN_WIDTH, LAYERS, VOCABULARY, WIDTH, write_folder, write_gguf
+from dart_llm.errors import ConfigError, LoadError
+from dart_llm.files import file_sha256
+from dart_llm.models import packed_loading
+from dart_llm.models.checkpoint import checkpoint_facts
+from dart_llm.models.fingerprint import fingerprint
+from dart_llm.models.gguf import converted_folder, is_intact
+from dart_llm.models.loading import load
+from dart_llm.models.packed import PackedTensor
+from dart_llm.models.packed_loading import read_tensors
+from dart_llm.native import build
+
+pytestmark = pytest.mark.usefixtures("native")
+
+READING = "reading the tokenizer of tiny.gguf, once"
+UP, DOWN = "blk.1.ffn_up.weight", "blk.0.ffn_down.weight"
+MIXED = {
+    "blk.0.ffn_gate.weight": (FFN_WIDTH, WIDTH, Kind.Q8_0),
+    "blk.0.ffn_up.weight": (FFN_WIDTH, WIDTH, Kind.Q5_0),
+    DOWN: (WIDTH, FFN_WIDTH, Kind.Q5_1),
+    UP: (FFN_WIDTH, WIDTH, Kind.F16),
+    "blk.0.attn_v.weight": (WIDTH, WIDTH, Kind.BF16),
+}
+
+
+@pytest.fixture
+def gguf(tmp_path):
+    return write_gguf(tmp_path / "tiny.gguf")
+
+
+@pytest.fixture
+def nothing_made(monkeypatch):
+    """No weight may be read, copied or made."""
+
+    def made(*_arguments, **_keywords):
+        raise AssertionError("a weight was made")
+
+    monkeypatch.setattr(packed_loading, "_weight", made)
+    monkeypatch.setattr(packed_loading.StoredTensor, "bytes", made)
+
+
+def kinds(model):
+    """Types of blocks by the parameters' names; "" for dense ones."""
+    return {
+        name: one.matrix.type() if isinstance(one, PackedTensor) else ""
+        for name, one in model.named_parameters()
+    }
+
+
+def sentence(call, error=LoadError):
+    with pytest.raises(error, match=r"\A.*\Z") as caught:  # on one line
+        call()
+    return str(caught.value)
+
+
+# the reader
+
+
+def test_tensors_are_those_that_gguf_reads(gguf):
+    architecture, found = read_tensors(gguf)
+    assert architecture == "llama" and len(found) == 9 * LAYERS + 2
+    for one in GGUFReader(gguf).tensors:
+        ours = found[one.name]
+        assert ours.kind == one.tensor_type.name.lower()
+        assert list(ours.shape) == one.shape[::-1].tolist()
+        assert ours.bytes().numpy().tobytes() == one.data.tobytes()
+
+
+def test_a_file_that_is_cut_off_anywhere(gguf, nothing_made):
+    whole = gguf.read_bytes()
+    start = int(GGUFReader(gguf).data_offset)
+    for size in (
+        *range(4, start, 97),
+        start,
+        start + 1,
+        len(whole) // 2,
+        len(whole) - 40,
+    ):
+        gguf.write_bytes(whole[:size])
+        text = sentence(lambda: read_tensors(gguf))
+        known = (
+            r"tiny.gguf is cut off: tensor [\w.]+ takes \d+ bytes, and the file holds \d+ of them; "
+        )
+        if size < start:
+            known = r"tiny.gguf is not a complete GGUF file; "
+        assert re.match(known, text), size
+        assert text.endswith("; fetch it again and compare its size")
+        if size % 5 == 0 or size >= start:
+            assert sentence(lambda: load(gguf)) == text
+    for size in (0, 3):
+        gguf.write_bytes(whole[:size])
+        assert sentence(lambda: load(gguf)) == (
+            f"{gguf} is not a GGUF file; give a folder, or a file that is one"
+        )
+
+
+def _entry(data, name):
+    """Where the number of dimensions of tensor ``name`` stands."""
+    return data.index(name.encode(), data.index(b"token_embd.weight")) + len(name)
+
+
+def _put(data, at, form, value):
+    struct.pack_into(f"<{form}", data, at, value)
+
+
+def test_damage_in_the_table_of_tensors(gguf, nothing_made):
+    """Whatever is written there: a sentence, or a table; never another error."""
+    whole, start = gguf.read_bytes(), int(GGUFReader(gguf).data_offset)
+    at = _entry(whole, UP)
+    incomplete = "tiny.gguf is not a complete GGUF file; fetch it again and compare its size"
+    cases = [
+        (at + 20, "I", 99, f"tiny.gguf: tensor {UP} is of the unknown type 99"),
+        (
+            at + 4,
+            "Q",
+            48,
+            f"tiny.gguf: tensor {UP} has rows of 48 weights, no multiple of the 32 of "
+            "a block of Q4_1",
+        ),
+        (
+            at + 12,
+            "Q",
+            1 << 40,
+            f"tiny.gguf is cut off: tensor {UP} takes {(1 << 40) * 40} bytes, and the file holds ",
+        ),
+        (
+            at + 24,
+            "Q",
+            1 << 62,
+            f"tiny.gguf is cut off: tensor {UP} takes 3840 bytes, and the file "
+            "holds 0 of them; fetch it again and compare its size",
+        ),
+        (at, "I", 0, incomplete),
+        (at, "I", 1 << 31, incomplete),
+        (at + 12, "Q", 0, incomplete),
+        (4, "I", 7, "tiny.gguf is a GGUF file of version 7, not of 2 or 3"),
+        (8, "Q", 1 << 60, incomplete),
+        (16, "Q", 1 << 60, incomplete),
+    ]
+    for place, form, value, text in cases:
+        data = bytearray(whole)
+        _put(data, place, form, value)
+        gguf.write_bytes(data)
+        assert sentence(lambda: read_tensors(gguf)).startswith(text)
+        assert sentence(lambda: load(gguf)).startswith(text)
+    drawn = torch.Generator().manual_seed(0)
+    refused = 0
+    for _ in range(300):
+        data, place = bytearray(whole), int(torch.randint(start, (1,), generator=drawn))
+        data[place] ^= 1 << int(torch.randint(8, (1,), generator=drawn))
+        gguf.write_bytes(data)
+        try:
+            read_tensors(gguf)
+        except LoadError as error:
+            refused += "\n" not in str(error)
+    assert refused > 10
+
+
+def test_tensors_that_are_not_the_models(gguf, tmp_path, nothing_made):
+    folder = converted_folder(tmp_path / "dart-llm", file_sha256(gguf), packed=True)
+    load_whole = lambda **settings: load(  # noqa: E731
+        write_gguf(tmp_path / "other.gguf", **settings), cache_dir=tmp_path
+    )
+    lacks = "other.gguf lacks 1 of the model's weights, such as model.layers.1.mlp.up_proj.weight"
+    assert sentence(lambda: load_whole(change={UP: None})) == lacks
+    shape = {UP: (FFN_WIDTH, 2 * WIDTH, Kind.Q4_1)}
+    assert sentence(lambda: load_whole(change=shape)) == (
+        f"other.gguf: tensor {UP} is [96, 128], and the model's model.layers.1.mlp.up_proj.weight "
+        "is [96, 64]"
+    )
+    assert not folder.exists()
+
+
+# load
+
+
+def test_a_gguf_keeps_its_blocks(gguf, tmp_path):
+    """On a CPU, where no dtype is asked for; what belongs to it is made once."""
+    said = []
+    model, tokenizer = load(gguf, cache_dir=tmp_path, progress=said.append)
+    again, _ = load(gguf, cache_dir=tmp_path, device="cpu", progress=said.append)
+    assert said == [READING, "loading tiny", "loading tiny"] and not model.training
+    found = kinds(model)
+    assert found == kinds(again) and fingerprint(model) == fingerprint(again)
+    assert found.pop("model.embed_tokens.weight") == "q8_0"
+    norms = {name for name in found if name.endswith("norm.weight")}
+    assert {found[name] for name in norms} == {""} and len(norms) == 2 * LAYERS + 1
+    assert {kind for name, kind in found.items() if name not in norms} == {"q4_1"}
+    assert len(found) == 9 * LAYERS + 1 and model.dtype == torch.bfloat16
+    dense, _ = load(gguf, cache_dir=tmp_path, dtype="float32")
+    assert set(kinds(dense).values()) == {""}
+    exact, _ = load(gguf, cache_dir=tmp_path, dtype="float32", weights="file")
+    for name, one in dense.named_parameters():
+        ours = exact.get_parameter(name)
+        assert isinstance(ours, PackedTensor) == (name not in norms) and ours.dtype == one.dtype
+        torch.testing.assert_close(ours + 0, one.detach(), rtol=1e-6, atol=1e-8)
+    for one in (model, exact):
+        assert one.lm_head.weight is one.model.embed_tokens.weight
+    ids = tokenizer("the tide rises and falls twice a day", return_tensors="pt")["input_ids"]
+    assert ids.shape[1] > 16  # many: by dequantised rows
+    with torch.no_grad():
+        torch.testing.assert_close(exact(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+    assert (len(tokenizer), tokenizer.model_max_length) == (VOCABULARY, 128)
+    known = {"name": "tiny", "source": "gguf file, as it is", "path": str(gguf)}
+    known |= {"file_quantisation": "Q4_1", "sha256": file_sha256(gguf), "dtype": "bfloat16"}
+    assert checkpoint_facts(model).items() >= {**known, "parameters": 89_152}.items()
+
+
+def test_the_folder_of_what_belongs_to_a_file(gguf, tmp_path):
+    """Configuration, tokenizer and names; damaged in any way, it is made again."""
+    load(gguf, cache_dir=tmp_path)
+    folder = converted_folder(tmp_path / "dart-llm", file_sha256(gguf), packed=True)
+    assert folder.name == f"gguf-{file_sha256(gguf)}-packed"
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    files = {path.name for path in folder.iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "source.json"} <= files
+    assert not [name for name in files if name.endswith((".safetensors", ".gguf", ".bin"))]
+    record = json.loads((folder / "source.json").read_text())
+    assert record["tensors"][UP] == "model.layers.1.mlp.up_proj.weight"
+    assert record["quantisation"] == "Q4_1" and files == {*record["files"], "source.json"}
+    config = (folder / "config.json").read_bytes()
+    damages = {
+        "cut": lambda: os.truncate(folder / "tokenizer.json", 100),
+        "record": lambda: (folder / "source.json").write_text("{"),
+        "missing": (folder / "config.json").unlink,
+        "one byte": lambda: (folder / "config.json").write_bytes(b"X" + config[1:]),
+    }
+    for damage, make in damages.items():
+        make()
+        assert is_intact(folder, file_sha256(gguf)) == (damage == "one byte")
+        said = []
+        load(gguf, cache_dir=tmp_path, verify=damage == "one byte", progress=said.append)
+        assert said[0] == READING and (folder / "config.json").read_bytes() == config, damage
+        assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert AutoConfig.from_pretrained(folder).dtype == torch.bfloat16
+
+
+def test_one_layer_may_hold_blocks_of_several_types(tmp_path):
+    mixed = write_gguf(tmp_path / "mixed.gguf", change=MIXED)
+    model, tokenizer = load(mixed, cache_dir=tmp_path)
+    found, prefix = kinds(model), "model.layers.0.mlp"
+    assert [found[f"{prefix}.{part}_proj.weight"] for part in ("gate", "up", "down")] == [
+        "q8_0",
+        "q5_0",
+        "q5_1",
+    ]
+    assert found["model.layers.1.mlp.up_proj.weight"] == ""
+    dense, _ = load(mixed, cache_dir=tmp_path, dtype="bfloat16")
+    ids = tokenizer("the tide rises and falls twice a day", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        difference = (model(ids).logits - dense(ids).logits).float().abs().max()
+    assert difference < 0.02 * dense(ids).logits.float().abs().max()
+
+
+@pytest.mark.parametrize("architecture", sorted(packed_loading.ARCHITECTURES))
+def test_every_architecture_is_what_transformers_reads(architecture, tmp_path):
+    """Order of rows in q and k, norms with and without the one, biases."""
+    file = write_gguf(tmp_path / "tiny.gguf", architecture=architecture)
+    model, tokenizer = load(file, cache_dir=tmp_path, dtype="float32", weights="file")
+    dense, _ = load(file, cache_dir=tmp_path, dtype="float32")
+    assert any(kinds(model).values()) and type(model) is type(dense)
+    for name, one in dense.named_parameters():
+        found = model.get_parameter(name) + 0
+        torch.testing.assert_close(found, one.detach(), rtol=1e-6, atol=1e-7, msg=name)
+    ids = tokenizer("the tide rises and falls twice a day", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1"])
+def test_weights_are_rounded_where_asked(kind, tied, tmp_path):
+    """All matrices whose rows divide; a head that is the embedding stays it."""
+    folder = write_folder(tmp_path / "copy", tie_word_embeddings=tied)
+    dense, _ = load(folder)
+    model, _ = load(folder, weights=kind.upper())
+    found = kinds(model)
+    assert ("lm_head.weight" in found) != tied
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    for name, one in dense.named_parameters():
+        stays = one.dim() == 1 or ".mlp." in name  # rows of 48, and what stands beside them
+        assert found[name] == ("" if stays else kind)
+        if stays:
+            assert torch.equal(model.get_parameter(name), one)
+        else:
+            one = one.detach().float()
+            assert (model.get_parameter(name) - one).abs().max() < 0.13 * one.abs().max()
+    assert model.dtype == torch.bfloat16
+    assert checkpoint_facts(model)["parameters"] == checkpoint_facts(dense)["parameters"]
+
+
+def test_when_auto_keeps_blocks(gguf, tmp_path, monkeypatch):
+    where = {"cache_dir": tmp_path}
+    other = write_gguf(tmp_path / "other.gguf", architecture="starcoder2")
+    folder = write_folder(tmp_path / "copy")
+
+    def is_packed(*arguments, **keywords):
+        return any(kinds(load(*arguments, **where, **keywords)[0]).values())
+
+    assert is_packed(gguf) and is_packed(gguf, weights="auto") and is_packed(gguf, weights=" FILE ")
+    assert is_packed(gguf, dtype="float32", weights="file")
+    for settings in ({"dtype": "float32"}, {"weights": "dense"}, {"device_map": "cpu"}):
+        assert not is_packed(gguf, **settings), settings
+    again = kinds(load(gguf, weights="q4_0", **where)[0])  # dequantised, and rounded anew
+    assert set(again.values()) == {"", "q4_0"} and again["model.embed_tokens.weight"] == "q4_0"
+    assert not is_packed(folder) and not is_packed(folder, weights="dense")
+    text = sentence(lambda: load(other, weights="file", **where), ConfigError)
+    assert text == (
+        "weights 'file' cannot be had: files of architecture starcoder2 are read dense alone; give "
+        "weights dense, or q8_0, q4_0, q4_1 to round them again"
+    )
+    monkeypatch.setenv(build.SWITCH, "0")
+    build.why_not.cache_clear()
+    assert not is_packed(gguf)
+    off = "DART_NATIVE=0 keeps the native kernels off; give weights dense"
+    for kind in ("file", "q8_0"):
+        text = sentence(lambda kind=kind: load(gguf, weights=kind, **where), ConfigError)
+        assert text == f"weights '{kind}' cannot be had: {off}"
+    monkeypatch.setenv(build.SWITCH, "1")
+    build.why_not.cache_clear()
+
+
+def test_refusals(gguf, tmp_path):
+    folder = write_folder(tmp_path / "copy")
+    on_cpu = "they lie on a CPU alone; give device cpu, or weights dense"
+    cases = [
+        (gguf, "int4", "unknown weights 'int4'; write auto, file, dense, q8_0, q4_0 or q4_1", {}),
+        (gguf, "q4_k", "unknown weights 'q4_k'; write auto, file, dense, q8_0, q4_0 or q4_1", {}),
+        (gguf, "file", f"weights 'file' cannot be had: {on_cpu}", {"device_map": "cpu"}),
+        (folder, "q8_0", f"weights 'q8_0' cannot be had: {on_cpu}", {"device_map": "auto"}),
+        (
+            folder,
+            "file",
+            f"weights 'file' cannot be had: {folder} is no GGUF file; write q8_0, q4_0, "
+            "q4_1 to round its weights",
+            {},
+        ),
+        (
+            "owner/name",
+            "file",
+            "weights 'file' cannot be had: owner/name is no GGUF file; write q8_0, "
+            "q4_0, q4_1 to round its weights",
+            {},
+        ),
+    ]
+    for model, kind, text, settings in cases:
+        found = sentence(
+            lambda m=model, k=kind, s=settings: load(m, weights=k, cache_dir=tmp_path, **s),
+            ConfigError,
+        )
+        assert found == text
+    state = load_file(folder / "model.safetensors")
+    state["model.layers.1.self_attn.q_proj.weight"][0, 3] = float("nan")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    assert sentence(lambda: load(folder, weights="q8_0")) == (
+        "copy could not be loaded: weights that are infinite or no numbers cannot be rounded"
+    )

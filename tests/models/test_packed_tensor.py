@@ -1,0 +1,177 @@
+"""A tensor in blocks, where torch and the rest of the package take it for a weight."""
+
+import copy
+import os
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dart_llm.errors import ConfigError, DartError
+from dart_llm.models.fingerprint import digest_of
+from dart_llm.models.packed import FEW, PackedTensor, pack
+from dart_llm.native.build import ops
+from packed_cases import differ, drawn_blocks, packed, rounded
+
+pytestmark = pytest.mark.usefixtures("native")
+
+DTYPES = (torch.float32, torch.bfloat16)
+CASES = [("q4_1", False), ("q8_0", True), ("q6_k", False), ("q6_k", True)]
+NEURONS = pytest.mark.parametrize(("name", "neurons"), CASES)
+
+
+def made(name="q4_1", neurons=False, dtype=torch.float32, rows=24, columns=256):
+    """A weight [rows, columns] in blocks, as a parameter, and dense."""
+    matrix, dense = packed(name, rows, columns, neurons=neurons)
+    weight = nn.Parameter(PackedTensor(matrix, dtype, neurons), requires_grad=False)
+    assert isinstance(weight, nn.Parameter) and weight.shape == dense.shape
+    return weight, dense.to(dtype)
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@NEURONS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_layers(name, neurons, dtype):
+    """Few vectors by inputs of 8 bits, many by dequantised rows; of any number of dimensions."""
+    weight, dense = made(name, neurons, dtype)
+    layer = nn.Linear(256, 24).to(dtype).requires_grad_(False)
+    bias, layer.weight = layer.bias.double(), weight
+    group = 16 if neurons and name == "q6_k" else 32
+    allowed = 1e-6 if dtype == torch.float32 else 4e-3
+    for shape in (
+        (256,),
+        (3, 256),
+        (2, 3, 256),
+        (FEW, 256),
+        (FEW + 1, 256),
+        (2, 20, 256),
+        (0, 256),
+    ):
+        x = drawn(*shape).to(dtype)
+        found, flat = layer(x), x.reshape(-1, 256)
+        assert found.shape == (*shape[:-1], 24) and found.dtype == dtype
+        if len(flat):
+            near = rounded(flat, group) if len(flat) <= FEW else flat
+            y = found.reshape(-1, 24).double() - bias
+            assert differ(y, near, dense.t()) < allowed, shape
+    with pytest.raises(RuntimeError):
+        layer(drawn(3, 255).to(dtype))
+
+
+@NEURONS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_whatever_else_sees_it_dequantised(name, neurons, dtype):
+    weight, dense = made(name, neurons, dtype)
+    ids, x = torch.tensor([[3, 0], [23, 3]]), drawn(5, 24).to(dtype)
+    some, out = ids[0], torch.empty(30, 24, dtype=dtype)
+    asked = {
+        "index": lambda w: w[some],
+        "index by a mask": lambda w: w[torch.arange(24) % 2 == 0],
+        "index of columns": lambda w: w[:, some],
+        "one row": lambda w: w[3],
+        "a slice": lambda w: w[2:7],
+        "a slice of columns": lambda w: w[:, 2:7],
+        "selected rows": lambda w: w.index_select(0, some),
+        "selected columns": lambda w: w.index_select(1, some),
+        "transposed": lambda w: w.t()[some],
+        "transposed selected": lambda w: w.t().index_select(1, some),
+        "transposed otherwise": lambda w: w.transpose(-1, 0).mT.T * 1,
+        "embedding": lambda w: F.embedding(ids, w),
+        "wider": lambda w: w.double(),
+        "norms": lambda w: torch.linalg.vector_norm(w, dim=0, dtype=torch.float32),
+        "a product from the left": lambda w: x @ w,
+        "a product of several dimensions": lambda w: torch.matmul(
+            drawn(2, 20, 256).to(dtype), w.t()
+        ),
+        "out": lambda w: torch.mm(drawn(30, 256).to(dtype), w.t(), out=out),
+        "flat": lambda w: w.contiguous().flatten() + w.reshape(-1),
+        "sum": lambda w: w + 1,
+        "contiguous": lambda w: w.t().contiguous() + 0,
+    }
+    for what, ask in asked.items():
+        found, wanted = ask(weight), ask(dense)
+        assert type(found) is torch.Tensor, what
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5, msg=what)
+    for beyond in (24, -25):
+        with pytest.raises(IndexError):
+            F.embedding(torch.tensor([beyond]), weight)
+        with pytest.raises(IndexError):
+            weight[torch.tensor([0, beyond])]
+
+
+@NEURONS
+@pytest.mark.parametrize("count", [3, 40])
+def test_gradients_flow_through_it(name, neurons, count):
+    """Those of dequantised weights: exact ones, also where the product rounded its inputs."""
+    weight, dense = made(name, neurons)
+    found, wanted, head = drawn(count, 256), drawn(count, 256), drawn(count, 24, seed=1)
+    for x, w in ((found.requires_grad_(), weight), (wanted.requires_grad_(), dense)):
+        (F.linear(x, w) * head).sum().backward()
+    torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-4, atol=1e-4)
+    assert weight.grad is None
+
+
+def test_it_is_read_and_never_written():
+    weight, dense = made()
+    ones = torch.ones(24, 256)
+    layer = nn.Linear(256, 24, bias=False)
+    layer.weight = weight
+    writes = [
+        lambda: weight.mul_(2),
+        lambda: weight.data.copy_(ones),
+        lambda: weight.__setitem__(torch.tensor([0]), 1.0),
+        lambda: nn.init.zeros_(weight),
+        lambda: torch.add(ones, 1, out=weight),
+        lambda: layer.load_state_dict({"weight": ones}),
+    ]
+    for write in writes:
+        with pytest.raises(
+            (DartError, RuntimeError), match="weights in blocks are read, never written"
+        ):
+            write()
+    aways = [lambda: pickle.dumps(weight), weight.share_memory_, lambda: layer.to(torch.bfloat16)]
+    for away in (*aways, lambda: torch.save(layer, os.devnull)):
+        with pytest.raises(DartError, match='load the model with weights="dense"'):
+            away()
+    assert torch.equal(weight.dequantise(), dense)
+
+
+def test_copies_share_the_blocks():
+    layer = nn.Linear(256, 24)
+    layer.weight = made()[0]
+    copied = copy.deepcopy(layer)
+    assert copied.weight.matrix is layer.weight.matrix and copied.bias is not layer.bias
+    assert isinstance(copied.weight, nn.Parameter) and not copied.weight.requires_grad
+    for same in (layer.weight.detach(), layer.state_dict()["weight"], layer.weight.t().t()):
+        assert isinstance(same, PackedTensor) and same.matrix is layer.weight.matrix
+    assert repr(layer.weight) == "PackedTensor([24, 256], q4_1, torch.float32)"
+
+
+def test_digests_tell_every_level_and_factor():
+    blocks, _ = drawn_blocks("q4_1", 3, 64)
+
+    def digest(blocks, name="q4_1", neurons=False, dtype=torch.float32):
+        matrix = ops().packed_from_blocks(blocks, name, 3, 64, neurons)
+        return digest_of(PackedTensor(matrix, dtype, neurons))
+
+    first = digest(blocks)
+    found = {first, digest(blocks, neurons=True), digest(blocks, dtype=torch.bfloat16)}
+    assert digest(blocks.clone()) == first and len(found) == 3
+    for place in (0, 3, 4, 19, 20, 119):
+        other = blocks.clone()
+        other.view(-1)[place] ^= 16
+        found.add(digest(other))
+    assert len(found) == 9
+    assert digest_of(PackedTensor(made()[0].matrix, torch.float32).t().t()) == digest_of(made()[0])
+
+
+def test_what_cannot_be_rounded():
+    with pytest.raises(ConfigError, match="cannot be rounded to q4_k; choose q8_0, q4_0, q4_1"):
+        pack(torch.zeros(2, 256), "q4_k")
+    with pytest.raises(ConfigError, match="rows of 48 weights are no multiple of q8_0's 32"):
+        pack(torch.zeros(2, 48), "q8_0")

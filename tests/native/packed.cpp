@@ -1,0 +1,386 @@
+// Kernels of packed matrices without torch, for sanitizers: every kind that this CPU has and every
+// type of block against plain loops, on odd sizes, in buffers of exactly the right length.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <thread>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "decode.h"
+#include "held.h"
+#include "packed_blocks.h"
+#include "packed_ffn.h"
+
+using namespace dart;
+
+namespace {
+
+using Values = std::vector<float>;
+const char* const TYPES[] = {"q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"};
+
+std::string about;  // what is compared
+
+void near(const char* what, const Values& found, const std::vector<double>& wanted,
+          const std::vector<double>& sizes, double allowed = 2e-6) {
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    if (std::fabs(double(found[i]) - wanted[i]) <= allowed * sizes[i] + 1e-9) continue;
+    std::printf("%s, %s: place %zu is %g, not %g\n", about.c_str(), what, i, double(found[i]),
+                wanted[i]);
+    std::exit(1);
+  }
+}
+
+float half(uint16_t bits) {
+  int exponent = bits >> 10 & 31, rest = bits & 1023;
+  float x = exponent ? std::ldexp(float(1024 + rest), exponent - 25) : std::ldexp(float(rest), -24);
+  return bits & 0x8000 ? -x : x;
+}
+
+// A matrix as a file holds it, [rows, columns], and how the kernels read it.
+struct Stored {
+  const BlockType& type;
+  Packed packed{};
+  Values dense;  // [rows, columns] of the file
+  std::vector<uint8_t> levels;
+  std::vector<uint16_t> plain[2], supers[2];  // scales and offsets
+  std::vector<int8_t> small[2];
+
+  Stored(const BlockType& of, const Parts& parts, int64_t rows, int64_t columns, bool neurons)
+      : type(of), dense(rows * columns) {
+    Packed& p = packed;
+    p.rows = neurons ? columns : rows, p.columns = neurons ? rows : columns;
+    p.bits = type.bits, p.block = type.block, p.bias = type.bias;
+    p.order = neurons ? Order::neurons : Order::rows;
+    p.pitch = p.units() * UNIT * p.bits / 8;
+    levels.resize(p.rows * p.pitch + 64);  // as PackedMatrix leaves room
+    p.levels = levels.data();
+    std::vector<uint8_t> line(p.columns);
+    for (int64_t r = 0; r < p.rows; ++r) {
+      for (int64_t c = 0; c < p.columns; ++c)
+        line[c] = parts.levels[neurons ? c * columns + r : r * columns + c];
+      write_levels(line.data(), p.columns, p.bits, p.bias, p.order, &levels[r * p.pitch]);
+    }
+    int64_t lines = neurons ? (columns + p.block - 1) / p.block : rows;
+    int64_t above = neurons ? (columns + SUPER - 1) / SUPER : rows;
+    auto lay = [&](const auto& from, int64_t each, int64_t room, int64_t count, auto& to) {
+      to.resize(count * room + 64);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t i = 0; i < each; ++i)
+          to[neurons ? i * room + r : r * room + i] = from[r * each + i];
+    };
+    for (int which = 0; which < 1 + type.offsets; ++which) {
+      Factors& f = which ? p.offsets : p.scales;
+      if (type.supers) {
+        lay(which ? parts.small_offsets : parts.small_scales, columns / p.block, p.each(), lines,
+            small[which]);
+        lay(which ? parts.offset_supers : parts.supers, columns / SUPER, p.supers_each(), above,
+            supers[which]);
+        f = {small[which].data(), supers[which].data()};
+      } else {
+        lay(which ? parts.offsets : parts.scales, columns / p.block, p.each(), lines, plain[which]);
+        f = {plain[which].data(), nullptr};
+      }
+    }
+    for (int64_t i = 0; i < rows * columns; ++i) {
+      auto factor = [&](bool offset) {
+        if (!type.supers) return half((offset ? parts.offsets : parts.scales)[i / p.block]);
+        return float((offset ? parts.small_offsets : parts.small_scales)[i / p.block]) *
+               half((offset ? parts.offset_supers : parts.supers)[i / SUPER]);
+      };
+      dense[i] = factor(false) * float(parts.levels[i] - p.bias) + (type.offsets ? factor(true) : 0);
+    }
+  }
+  // Row and column as the kernels count them.
+  float at(int64_t row, int64_t column) const {
+    return packed.order == Order::rows ? dense[row * packed.columns + column]
+                                       : dense[column * packed.rows + row];
+  }
+};
+
+Stored made(const char* name, int64_t rows, int64_t columns, bool neurons) {
+  const BlockType& type = *block_type(name);
+  std::vector<uint8_t> blocks(rows * (columns / type.columns) * type.bytes);
+  for (uint8_t& byte : blocks) byte = uint8_t(generator());
+  for (size_t i = 0; i < blocks.size(); i += size_t(type.bytes)) {
+    int64_t first = type.supers && type.block == 16 ? 208 : 0;  // factors of a sensible size
+    for (int64_t at = first; at < first + (type.offsets ? 4 : 2); at += 2)
+      blocks[i + size_t(at) + 1] = uint8_t((generator() & 0x80) | 0x18 | (generator() & 7));
+  }
+  return Stored(type, take_apart(type, blocks.data(), rows, columns), rows, columns, neurons);
+}
+
+// Vectors rounded by the kernels, and in plain loops: `size` values of each.
+struct Given {
+  int64_t size, room;
+  std::vector<int8_t> levels;
+  Values scales, sums;
+  std::vector<double> plain;
+  Rounded view() const {
+    return {levels.data(), scales.data(), sums.data(), int64_t(plain.size()) / size, room};
+  }
+};
+
+std::vector<double> rounded(const Values& x, int64_t begin, int64_t size, int64_t group) {
+  std::vector<double> found(size);
+  for (int64_t g = 0; g < size; g += group) {
+    int64_t end = std::min(g + group, size);
+    float most = 0;
+    for (int64_t i = g; i < end; ++i) most = std::max(most, std::fabs(x[begin + i]));
+    for (int64_t i = g; i < end && most > 0; ++i)
+      found[i] = double(std::nearbyint(x[begin + i] * (127.0f / most))) * double(most / 127.0f);
+  }
+  return found;
+}
+
+Given given(const Kernels& k, const Values& x, int64_t size) {
+  int64_t room = (size + UNIT - 1) / UNIT * UNIT, each = 2 * Rounded::facts(room);
+  int64_t count = int64_t(x.size()) / size;
+  Given g{size, room, std::vector<int8_t>(count * room), Values(count * each, NAN),
+          Values(count * each, NAN), {}};
+  for (int64_t m = 0; m < count; ++m) {
+    Values own(x.begin() + m * size, x.begin() + (m + 1) * size);  // its end is the memory's
+    k.packed.round(own.data(), size, &g.levels[m * room], &g.scales[m * each], &g.sums[m * each]);
+    for (double one : rounded(x, m * size, size, GROUP)) g.plain.push_back(one);
+  }
+  return g;
+}
+
+void weights(const Kernels& k, const Stored& m) {
+  const Packed& p = m.packed;
+  for (int64_t row = 0; row < p.rows; ++row) {
+    Values found(p.columns);
+    std::vector<uint16_t> narrow(p.columns);
+    std::vector<double> wanted(p.columns), sizes(p.columns);
+    k.packed.dequantise(p, row, Dtype::f32, found.data());
+    k.packed.dequantise(p, row, Dtype::bf16, narrow.data());
+    for (int64_t c = 0; c < p.columns; ++c)
+      wanted[c] = m.at(row, c), sizes[c] = std::fabs(wanted[c]) + 0.1;
+    near("weights", found, wanted, sizes, 1e-6);
+    Held as = hold(Dtype::bf16, found);
+    if (std::equal(as.bytes.begin(), as.bytes.end(), reinterpret_cast<char*>(narrow.data()))) continue;
+    std::printf("%s: other bfloat16\n", about.c_str());
+    std::exit(1);
+  }
+}
+
+void products(const Kernels& k, const Stored& m, int64_t count) {
+  const Packed& p = m.packed;
+  Given x = given(k, drawn(count * p.columns), p.columns);
+  Values y(count * p.rows);
+  std::vector<double> wanted(y.size()), sizes(y.size());
+  for (int64_t c = 0; c < count; ++c)
+    for (int64_t r = 0; r < p.rows; ++r)
+      for (int64_t i = 0; i < p.columns; ++i) {
+        double term = x.plain[c * p.columns + i] * m.at(r, i);
+        wanted[c * p.rows + r] += term, sizes[c * p.rows + r] += std::fabs(term);
+      }
+  int64_t middle = p.rows / 3;
+  k.packed.matvec(p, x.view(), 0, middle, y.data(), p.rows);
+  k.packed.matvec(p, x.view(), middle, p.rows, y.data(), p.rows);
+  near("matvec", y, wanted, sizes);
+  std::vector<int32_t> ids;
+  for (int64_t i = int64_t(generator() % 2); i < p.rows; i += 1 + int64_t(generator() % 3))
+    ids.push_back(int32_t(i));
+  Values some(ids.size()), others(p.rows - middle);
+  std::vector<double> of_some, size_of_some;
+  for (int32_t i : ids) of_some.push_back(wanted[i]), size_of_some.push_back(sizes[i]);
+  k.packed.dots(p, x.view().at(0), ids.data(), 0, int64_t(ids.size()), some.data());
+  near("dots of some", some, of_some, size_of_some);
+  k.packed.dots(p, x.view().at(0), nullptr, middle, p.rows - middle, others.data());
+  near("dots of a run", others, {wanted.begin() + middle, wanted.begin() + p.rows},
+       {sizes.begin() + middle, sizes.begin() + p.rows});
+}
+
+// Some of a down projection's neurons, block by block.
+void neurons(const Kernels& k, const Stored& m) {
+  const Packed& p = m.packed;
+  int64_t room = p.units() * UNIT;
+  Values sums(room);
+  std::vector<int32_t> whole(room);
+  std::vector<double> wanted(p.columns), sizes(p.columns);
+  for (int64_t first = 0; first < p.rows; first += p.block) {
+    std::vector<int32_t> ids;
+    for (int64_t i = first; i < std::min(first + p.block, p.rows); ++i)
+      if (generator() % 2) ids.push_back(int32_t(i));
+    if (ids.empty()) continue;
+    Values u = drawn(int64_t(ids.size()));
+    std::vector<double> plain = rounded(u, 0, int64_t(u.size()), GROUP);
+    k.packed.add_neurons(p, ids.data(), u.data(), int64_t(u.size()), sums.data(), whole.data());
+    for (size_t j = 0; j < ids.size(); ++j)
+      for (int64_t c = 0; c < p.columns; ++c) {
+        double term = plain[j] * m.at(ids[j], c);
+        wanted[c] += term, sizes[c] += std::fabs(term);
+      }
+  }
+  near("neurons", sums, wanted, sizes);
+}
+
+// A whole FFN of kept neurons; inputs that are no numbers, too.
+void ffns(const Kernels& k, const char* name, int64_t hidden, int64_t width, Act act, bool odd) {
+  Stored up = made(name, width, hidden, false), gate = made(name, width, hidden, false);
+  Stored down = made(name, hidden, width, true);
+  Values given_x = drawn(hidden), x_wide = given_x;
+  const float strange[] = {NAN, INFINITY, -INFINITY, 3e38f, 1e-44f, -0.0f};
+  if (odd)
+    for (float& one : given_x) one = generator() % 3 ? one * 1e-41f : strange[generator() % 6];
+  Given x = given(k, given_x, hidden);
+  Held bias = hold(Dtype::bf16, drawn(width, 0.1f));
+  Values mean = drawn(width, 0.1f);
+  std::vector<int32_t> ids;
+  for (int64_t i = 0; i < width; i += 1 + int64_t(generator() % 4)) ids.push_back(int32_t(i));
+  Ffn f{};
+  f.packed_gate = generator() % 2 ? &gate.packed : nullptr;
+  f.packed_up = &up.packed, f.packed_down = &down.packed;
+  f.gate_bias = f.up_bias = bias.bytes.data();
+  f.ids = ids.data(), f.kept = int64_t(ids.size()), f.act = act, f.mean = mean.data();
+  Input input{nullptr, x_wide.data(), 1, hidden, x.view()};
+  int64_t room = down.packed.units() * UNIT, middle = f.kept / 2;
+  Values sums(room), u(f.kept);
+  std::vector<int32_t> whole(room);
+  packed_ffn(k, Dtype::bf16, f, input, 0, middle, sums.data(), u.data(), whole.data());
+  packed_ffn(k, Dtype::bf16, f, input, middle, f.kept, sums.data(), u.data(), whole.data());
+  if (odd) return;
+  std::vector<double> wanted(f.kept), sizes(f.kept);
+  for (int64_t j = 0; j < f.kept; ++j) {
+    double first = bias.wide[ids[j]], second = first, size = 1;
+    for (int64_t i = 0; i < hidden; ++i) {
+      first += x.plain[i] * gate.at(ids[j], i), second += x.plain[i] * up.at(ids[j], i);
+      size += std::fabs(x.plain[i] * gate.at(ids[j], i)) + std::fabs(x.plain[i] * up.at(ids[j], i));
+    }
+    double v = f.packed_gate ? first : second;
+    double active = act == Act::silu   ? v / (1 + std::exp(-v))
+                    : act == Act::gelu ? 0.5 * v * std::erfc(-v * 0.7071067811865476)
+                    : act == Act::gelu_tanh
+                        ? 0.5 * v * (1 + std::tanh(0.7978845608028654 * (v + 0.044715 * v * v * v)))
+                    : act == Act::relu ? std::fmax(v, 0)
+                                       : std::fmax(v, 0) * std::fmax(v, 0);
+    wanted[j] = f.packed_gate ? active * second : active, sizes[j] = size * size;
+  }
+  near("activations", u, wanted, sizes, 1e-5);
+}
+
+// Whole steps of a decoder whose matrices are packed: by threads as by one, and near those of the
+// same weights in float32.
+void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I) {
+  const int64_t H = 4, K = 2, V = 33, capacity = 4;
+  std::vector<std::unique_ptr<Stored>> stored;
+  std::vector<Values> plain;
+  std::vector<float> norm(D, 1.0f), bias = drawn(std::max(D, H * S), 0.1f);
+  Decoder packed{};
+  packed.dtype = Dtype::f32, packed.hidden = D, packed.heads = H, packed.kv_heads = K;
+  packed.size = packed.turned = S, packed.width = I, packed.vocabulary = packed.known = V;
+  packed.eps = 1e-5f, packed.scale = 0.4f, packed.embedding_scale = 1;
+  packed.norm = {norm.data(), nullptr, false};
+  Decoder dense = packed;
+  auto both = [&](int64_t rows, int64_t columns, bool neurons) {
+    stored.push_back(std::make_unique<Stored>(made(name, rows, columns, neurons)));
+    const Stored& one = *stored.back();
+    plain.emplace_back(rows * columns);
+    for (int64_t r = 0; r < one.packed.rows; ++r)
+      for (int64_t c = 0; c < one.packed.columns; ++c)
+        plain.back()[r * one.packed.columns + c] = one.at(r, c);
+    return std::pair(static_cast<const void*>(plain.back().data()), &one.packed);
+  };
+  auto put = [&](Matrix& in_packed, Matrix& in_dense, int64_t rows, int64_t columns) {
+    auto [values, blocks] = both(rows, columns, false);
+    in_packed.packed = blocks, in_dense.plain = values;
+  };
+  put(packed.embedding, dense.embedding, V, D), put(packed.head, dense.head, V, D);
+  for (int index = 0; index < 2; ++index) {
+    Layer a{}, b{};
+    a.before_attention = b.before_attention = a.before_ffn = b.before_ffn = packed.norm;
+    put(a.q, b.q, H * S, D), put(a.k, b.k, K * S, D), put(a.v, b.v, K * S, D), put(a.o, b.o, D, H * S);
+    a.q_bias = b.q_bias = a.o_bias = b.o_bias = bias.data();
+    std::tie(b.ffn.gate, a.ffn.packed_gate) = both(I, D, false);
+    std::tie(b.ffn.up, a.ffn.packed_up) = both(I, D, false);
+    std::tie(b.ffn.down, a.ffn.packed_down) = both(D, I, true);
+    a.ffn.kept = b.ffn.kept = I;
+    packed.layers.push_back(a), dense.layers.push_back(b);
+  }
+  std::vector<float> cosine(S, 0.8f), sine(S, 0.6f);
+  auto run = [&](const Decoder& d, int64_t members) {
+    std::vector<std::vector<char>> memory(4, std::vector<char>(K * capacity * S * 4));
+    Cache cache{{{memory[0].data(), memory[1].data(), 0, capacity * S},
+                 {memory[2].data(), memory[3].data(), 0, capacity * S}},
+                0};
+    Scratch scratch(d, members, capacity + 1);
+    scratch.observed = true;
+    Values logits;
+    for (; cache.position < capacity; ++cache.position) {
+      for (Cache::Part& one : cache.layers) one.length = cache.position;
+      scratch.jobs.begin();
+      std::vector<std::thread> others;
+      auto work = [&](int64_t member) {
+        step(k, d, cache, 3 + cache.position, cosine.data(), sine.data(), scratch, member);
+      };
+      for (int64_t m = 1; m < members; ++m) others.emplace_back(work, m);
+      work(0);
+      for (std::thread& one : others) one.join();
+      logits.insert(logits.end(), scratch.logits.begin(), scratch.logits.end());
+    }
+    return logits;
+  };
+  Values alone = run(packed, 1), exact = run(dense, 1);
+  if (run(packed, 3) != alone) {
+    std::printf("%s: three threads give another result than one\n", about.c_str());
+    std::exit(1);
+  }
+  float most = 0;
+  for (float one : exact) most = std::max(most, std::fabs(one));
+  std::vector<double> wanted(exact.begin(), exact.end()), sizes(exact.size(), most);
+  near("steps", alone, wanted, sizes, 0.15);  // inputs of 8 bits, through two random layers
+}
+
+// Rounding to blocks: every weight within half a step, and what float16 cuts off the factors.
+void rounding(const char* name) {
+  const BlockType& type = *block_type(name);
+  Values from = drawn(3 * 96);
+  std::fill(from.begin() + 32, from.begin() + 64, 0.0f);
+  std::fill(from.begin() + 64, from.begin() + 96, -2.5f);
+  Stored m(type, round_to(type, from.data(), 3, 96), 3, 96, false);
+  for (size_t i = 0; i < from.size(); ++i) {
+    float high = 0, low = 0, most = 0;
+    for (size_t j = i / 32 * 32; j < i / 32 * 32 + 32; ++j)
+      most = std::max(most, std::fabs(from[j])), high = std::max(high, from[j]), low = std::min(low, from[j]);
+    float step = type.bits == 8 ? most / 127 : type.offsets ? (high - low) / 15 : most / 8;
+    // the far end of a symmetric grid of 16 levels is a whole step away
+    if (std::fabs(m.dense[i] - from[i]) <= step * (name[3] == '0' && type.bits == 4 ? 1.01f : 0.51f) + 2e-3f * most) continue;
+    std::printf("%s: %g became %g\n", name, double(from[i]), double(m.dense[i]));
+    std::exit(1);
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (const char* name : {"q8_0", "q4_0", "q4_1"}) rounding(name);
+  for (const char* kind : KINDS) {
+    const Kernels* k = kernels(kind);
+    if (!k) continue;
+    for (const char* name : TYPES) {
+      int64_t each = block_type(name)->columns;
+      for (int64_t rows : {1, 7, 101, 130})
+        for (int64_t blocks : {1, each == 32 ? 3 : 2, each == 32 ? 5 : 2}) {
+          int64_t columns = blocks * each;
+          about = std::string(kind) + " " + name + " " + std::to_string(rows) + " x " + std::to_string(columns);
+          Stored by_rows = made(name, rows, columns, false), turned = made(name, rows, columns, true);
+          weights(*k, by_rows), weights(*k, turned);
+          products(*k, by_rows, 1 + rows % 3), neurons(*k, turned);
+        }
+      for (Act act : {Act::silu, Act::gelu, Act::gelu_tanh, Act::relu, Act::relu2})
+        for (bool odd : {false, true}) ffns(*k, name, each == 32 ? 96 : each, each, act, odd);
+    }
+    for (const char* name : {"q8_0", "q4_0", "q4_1", "q5_0", "q5_1"}) {
+      about = std::string(kind) + " " + name + " steps";
+      steps(*k, name, 96, 8, 160), steps(*k, name, 32, 24, 32);
+    }
+    about = std::string(kind) + " q4_k steps";
+    steps(*k, "q4_k", 256, 64, 256);
+    std::printf("%s agrees\n", kind);
+  }
+}

@@ -1,0 +1,238 @@
+"""Matrices in low-bit blocks: what gguf reads in them, and products with inputs of 8 bits."""
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf import quants
+from torch.nn import functional as F
+
+from dart_llm.errors import ConfigError
+from dart_llm.models.gguf import BLOCKS, ROUNDED
+from dart_llm.models.packed import pack
+from dart_llm.native.build import ops
+from dart_llm.patching.executors.native_ffn import ACTS
+from packed_cases import KINDS, SMALL, differ, drawn_blocks, kernels, packed, rounded
+
+pytestmark = pytest.mark.usefixtures("native")
+
+CLOSE = 1e-6
+"""Of the sum of the terms' sizes: what float32 sums in another order differ by."""
+
+
+def shapes(name):
+    """Rows and columns: whole units of 64, a last half of one, a last unit without its pair."""
+    if name not in SMALL:
+        return [(1, 256), (7, 768), (130, 256), (5, 512)]
+    return [(1, 32), (5, 64), (7, 96), (5, 160), (100, 576), (130, 128), (7, 736), (1, 768)]
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_weights_are_those_of_the_file(name, kind):
+    for rows, columns in shapes(name):
+        for neurons in (False, True):
+            matrix, dense = packed(name, rows, columns, neurons=neurons)
+            wanted = dense.t() if neurons else dense
+            assert matrix.shape() == list(wanted.shape) and matrix.by_neurons() == neurons
+            with kernels(kind):
+                found = ops().packed_span(matrix, 0, len(wanted), torch.float32)
+                narrow = ops().packed_span(matrix, 0, len(wanted), torch.bfloat16)
+                ids = torch.tensor([len(wanted) - 1, 0, len(wanted) // 2])
+                some = ops().packed_rows(matrix, ids, torch.float32)
+            torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)
+            assert torch.equal(narrow, found.bfloat16()) and torch.equal(some, found[ids])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_products_of_rows(name, kind):
+    """With rounded inputs; the dtype of the input is that of the result."""
+    for rows, columns in shapes(name):
+        matrix, dense = packed(name, rows, columns)
+        x = drawn(3, columns, seed=columns)
+        x[1, ::3] = 0
+        x[2] = 0
+        with kernels(kind):
+            found = ops().packed_linear(x, matrix)
+            narrow = ops().packed_linear(x.bfloat16(), matrix)
+            alike = ops().packed_linear(x.bfloat16().float(), matrix)
+        assert differ(found, rounded(x), dense.t()) < CLOSE, (rows, columns)
+        assert torch.equal(narrow, alike.bfloat16())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_products_of_neurons(name, kind):
+    """Their activations are rounded by the blocks whose scales neurons share."""
+    group = 16 if name == "q6_k" else 32
+    for hidden, width in shapes(name):
+        matrix, dense = packed(name, hidden, width, neurons=True)
+        u = drawn(2, width, seed=width) * (drawn(2, width, seed=1) > 0)
+        with kernels(kind):
+            found = ops().packed_down(u, matrix)
+        assert differ(found, rounded(u, group), dense.t()) < CLOSE, (hidden, width)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(("inner", "outer"), [("q4_1", "q8_0"), ("q5_1", "q6_k"), ("q4_k", "q4_0")])
+def test_ffn(inner, outer, gated, kind):
+    """Kept neurons alone, with biases, compensation and every activation; blocks of any mixture."""
+    hidden, width, rank = 256, 512, 3
+    up, dense_up = packed(inner, width, hidden)
+    gate, dense_gate = packed(inner, width, hidden, seed=1)
+    down, dense_down = packed(outer, hidden, width, neurons=True, seed=2)
+    x, biases, bias = drawn(2, hidden), drawn(2, width, seed=1), drawn(hidden, seed=2)
+    basis, adds = drawn(rank, hidden, seed=3), drawn(rank, hidden, seed=4)
+    ids = torch.tensor([0, 3, 4, 7, 20, 21, 22, 31, 32, 49, 255, 256, 300, 511])
+    for act, activate in ACTS.items():
+        gates = (gate, biases[0]) if gated else (None, None)
+        given = x, gates[0], up, down, gates[1], biases[1]
+        with kernels(kind):
+            found = ops().packed_ffn(*given, ids.int(), bias, basis, adds, None, act)
+            whole = ops().packed_ffn(*given, None, None, None, None, None, act)
+        near = rounded(x)
+        u = near @ dense_up.double().t() + biases[1]
+        u = activate(near @ dense_gate.double().t() + biases[0]) * u if gated else activate(u)
+        for keep, z in ((ids, found - bias - F.linear(x, basis) @ adds), (slice(None), whole)):
+            kept = torch.zeros_like(u)
+            kept[:, keep] = u[:, keep]
+            kept = rounded(kept, 16 if outer == "q6_k" else 32)
+            # a level may fall to the other side where an activation is near the middle
+            assert differ(z, kept, dense_down.t()) < 4e-3, act
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_number_gives_none(kind):
+    """In its own vector alone; the smallest numbers, whose inverse is infinite, do no harm."""
+    tiny = 2.0**-140
+    for name in BLOCKS:
+        rows, columns = 7, 256
+        matrix, dense = packed(name, rows, columns)
+        down, _ = packed(name, rows, columns, neurons=True)
+        for odd in (float("nan"), float("inf"), -float("inf")):
+            x = drawn(3, columns)
+            x[1, 37] = odd
+            with kernels(kind):
+                for found in (ops().packed_linear(x, matrix), ops().packed_down(x, down)):
+                    assert found[1].isnan().all() and found[::2].isfinite().all(), (name, odd)
+        x = drawn(2, columns)
+        x[:, :64] = tiny * torch.linspace(-1, 1, 64)
+        x[:, 64] = 1e36
+        with kernels(kind):
+            found = ops().packed_linear(x, matrix)
+            small = ops().packed_down(x[:, :64].repeat(1, 4), down)
+        assert differ(found, rounded(x)[:, 64:], dense[:, 64:].t()) < CLOSE
+        assert float(small.abs().max()) < 1e-30
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_rounding_is_that_of_gguf(name):
+    """Bit for bit, of sizes that weights have and have not; whatever dtype they come in."""
+    weights = drawn(40, 576) * 10.0 ** torch.linspace(-9, 4, 40)[:, None]
+    weights[3] = 0
+    weights[4, ::2] = 0
+    weights[5] = weights[5].abs()
+    weights[6] = 1.5
+    weights[7] = torch.arange(576) % 32 - 15.5
+    narrow = weights.bfloat16()
+    kind = Kind[name.upper()]
+    wanted = quants.dequantize(quants.quantize(weights.numpy(), kind), kind)
+    for neurons in (False, True):
+        found = pack(weights, name, neurons=neurons).dequantise()
+        assert torch.equal(found, torch.from_numpy(wanted))
+    parts = [pack(one, name).matrix.parts() for one in (narrow, narrow.float())]
+    assert all(map(torch.equal, *parts))
+    for odd in (float("nan"), float("inf")):
+        weights[20, 20] = odd
+        with pytest.raises(ConfigError, match="infinite or no numbers cannot be rounded"):
+            pack(weights, name)
+
+
+def test_the_number_of_threads_changes_no_bit():
+    """Work is divided alike, and the neurons of a block are rounded together."""
+    hidden, width = 96, 320
+    up, _ = packed("q4_0", width, hidden)
+    down, _ = packed("q4_0", hidden, width, neurons=True)
+    x, u, ids = drawn(3, hidden), drawn(3, width), torch.arange(0, width, 3)
+    kept = torch.zeros(3, width)
+    found = []
+    for threads in (1, 2, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        rows, whole = ops().packed_linear(x, up), ops().packed_down(u, down)
+        part = ops().packed_ffn(x, None, up, down, None, None, ids.int(), *[None] * 4, 3)
+        torch.set_num_threads(before)
+        found.append((rows, whole, part))
+        kept[:, ids] = rows[:, ids].relu()
+        torch.testing.assert_close(part, ops().packed_down(kept, down), rtol=1e-5, atol=1e-5)
+    assert all(
+        torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True)
+    )
+
+
+def test_bytes_are_those_of_the_blocks():
+    """Levels of 5 and 6 bits take a byte, factors of 6 too; nothing else grows, but for padding."""
+    grown = {"q5_0": 34 / 22, "q5_1": 36 / 24}
+    grown |= {"q4_k": 148 / 144, "q5_k": 276 / 176, "q6_k": 274 / 210}
+    for name in BLOCKS:
+        for neurons in (False, True):
+            matrix, _ = packed(name, 256, 512, neurons=neurons)
+            file = drawn_blocks(name, 256, 512)[0].nbytes * grown.get(name, 1)
+            assert file <= matrix.nbytes() <= 1.02 * file, name
+            assert matrix.nbytes() == sum(part.nbytes for part in matrix.parts())
+
+
+def test_what_does_not_fit_is_refused_and_not_read():
+    run = ops()
+    matrix, _ = packed("q4_0", 5, 64)
+    down, _ = packed("q4_0", 5, 64, neurons=True)
+    blocks, _ = drawn_blocks("q4_0", 5, 64)
+    rows, span, zeros, weights = (
+        run.packed_rows,
+        run.packed_span,
+        run.packed_zeros,
+        torch.zeros(4, 64),
+    )
+    cases = {
+        "180 bytes do not hold [5, 96] of q4_0": lambda: _from(blocks, "q4_0", 5, 96),
+        "180 bytes do not hold [6, 64] of q4_0": lambda: _from(blocks, "q4_0", 6, 64),
+        "180 bytes do not hold [5, 48] of q4_0": lambda: _from(blocks, "q4_0", 5, 48),
+        "180 bytes do not hold [-5, -64] of q4_0": lambda: _from(blocks, "q4_0", -5, -64),
+        "180 bytes do not hold [5, 64] of q8_0": lambda: _from(blocks, "q8_0", 5, 64),
+        "there are no blocks of type q2_k": lambda: _from(blocks, "q2_k", 5, 64),
+        "nothing rounds to q4_k": lambda: run.packed_round(
+            zeros("q4_k", 4, 256, False), 0, weights
+        ),
+        "nothing rounds to q5_0": lambda: run.packed_round(zeros("q5_0", 4, 64, False), 0, weights),
+        "rows of 48 weights of q4_0": lambda: zeros("q4_0", 4, 48, False),
+        "rows of 0 weights of q4_0": lambda: zeros("q4_0", 4, 0, False),
+        "row 5 is outside the 5": lambda: rows(matrix, torch.tensor([0, 5]), torch.float32),
+        "row -1 is outside the 5": lambda: rows(matrix, torch.tensor([-1]), torch.float32),
+        "no such rows": lambda: span(matrix, 3, 6, torch.float32),
+        "float32 or bfloat16": lambda: span(matrix, 0, 1, torch.float16),
+    }
+    wrong = [lambda: run.packed_linear(torch.zeros(1, 32), matrix)]
+    wrong += [lambda: run.packed_linear(torch.zeros(64), matrix)]
+    wrong += [lambda: run.packed_linear(torch.zeros(1, 5), down)]
+    wrong += [lambda: run.packed_down(torch.zeros(1, 64), matrix)]
+    wrong += [lambda: run.packed_down(torch.zeros(1, 32), down)]
+    wrong += [lambda: run.packed_round(matrix, 2, weights)]  # rows beyond the last
+    wrong += [lambda: run.packed_round(matrix, 0, weights[:, :32])]
+    for one in (matrix, down):
+        given = torch.zeros(1, one.shape()[1]), None, one, down, *[None] * 7, 0
+        wrong += [lambda given=given: run.packed_ffn(*given)]
+    for sentence, call in [*cases.items(), *(("shapes do not fit", one) for one in wrong)]:
+        with pytest.raises((RuntimeError, IndexError)) as caught:
+            call()
+        assert sentence in str(caught.value)
+    assert run.packed_linear(torch.zeros(0, 64), matrix).shape == (0, 5)
+    assert rows(matrix, torch.zeros(0, dtype=torch.int64), torch.float32).shape == (0, 64)
+
+
+def _from(blocks, *about):
+    return ops().packed_from_blocks(blocks, *about, False)
