@@ -175,13 +175,8 @@ def load_packed(
 
     ``names``: of the file's tensors -> of the model's parameters; ``arguments``: for the model.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
     architecture, stored = read_tensors(path)
-    with init_empty_weights(include_buffers=False):
-        make: Any = AutoModelForCausalLM.from_config
-        model: nn.Module = make(config, dtype=dtype, **arguments)
+    model = _empty(config, dtype, arguments)
     _tie(model, config)
     found = {names[name]: tensor for name, tensor in stored.items() if name in names}
     _check_fit(path.name, model, found)
@@ -194,6 +189,17 @@ def load_packed(
         setattr(module, attribute, nn.Parameter(weight, requires_grad=False))
     _tie(model, config)
     return model.eval()
+
+
+def _empty(config: Any, dtype: torch.dtype, arguments: Mapping[str, Any]) -> nn.Module:
+    """The model without its weights; its buffers are there."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        make: Any = AutoModelForCausalLM.from_config
+        model: nn.Module = make(config, dtype=dtype, **arguments)
+    return model
 
 
 def _tie(model: Any, config: Any) -> None:
@@ -310,12 +316,7 @@ def random_packed(config: Any, kind: str, dtype: torch.dtype, **arguments: Any) 
 
     ``arguments``: for the model.  Norms are 1, biases 0; draws from torch's global generator.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights(include_buffers=False):
-        make: Any = AutoModelForCausalLM.from_config
-        model: nn.Module = make(config, dtype=dtype, **arguments)
+    model = _empty(config, dtype, arguments)
     down = [block.down for block in _ffn_blocks(model)]
     for _, modules in _matrices(model):
         weight: Any = modules[0].weight

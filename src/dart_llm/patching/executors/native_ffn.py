@@ -225,7 +225,6 @@ class NativeFfn:
                 "executor compact or masked"
             )
         self.block, self.act = block, number
-        self._run: Any = ops().ffn.default
         gate, up, down = block.matrices()
         with torch.no_grad():
             self.down = layout.neuron_rows(down.t().detach(), _parameter(block.down)).detach()
@@ -233,6 +232,12 @@ class NativeFfn:
             if block.by_inputs:
                 self.up = layout.neuron_rows(self.up, _parameter(block.up)).detach()
         self.gate = None if gate is None else gate.detach()
+        matrices: list[Any] = [self.gate, self.up, self.down]
+        self._run: Any = ops().ffn.default
+        if isinstance(self.up, PackedTensor):
+            self._run = ops().packed_ffn.default
+            matrices = [None if one is None else one.matrix for one in matrices]
+        self._matrices = matrices
         self.gate_bias, self.up_bias, self.down_bias = block.biases()
         self.token: TokenFfn | None = None
         self.unload()
@@ -289,30 +294,9 @@ class NativeFfn:
 
     def _kernel(self, x: Tensor) -> Tensor:
         kept = self.kept
-        if isinstance(self.up, PackedTensor):
-            return self._packed(x)
         z: Tensor = self._run(
             x.detach().contiguous(),
-            self.gate,
-            self.up,
-            self.down,
-            self.gate_bias,
-            self.up_bias,
-            kept.ids,
-            kept.bias,
-            kept.basis,
-            kept.features,
-            kept.choice,
-            self.act,
-        )
-        return z
-
-    def _packed(self, x: Tensor) -> Tensor:
-        kept = self.kept
-        matrices: list[Any] = [self.gate, self.up, self.down]
-        z: Tensor = ops().packed_ffn(
-            x.detach().contiguous(),
-            *(None if one is None else one.matrix for one in matrices),
+            *self._matrices,
             self.gate_bias,
             self.up_bias,
             kept.ids,

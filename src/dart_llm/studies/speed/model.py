@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dart_llm.cache import hub_cache
 from dart_llm.data import texts
 from dart_llm.errors import ConfigError, LoadError
+from dart_llm.experiments.model_facts import configuration
 from dart_llm.experiments.study import load_model
 from dart_llm.hub import plain
 from dart_llm.models.checkpoint import Checkpoint, checkpoint_facts, remember
 from dart_llm.models.devices import parse_device
 from dart_llm.models.gguf import ROUNDED
-from dart_llm.models.loading import parse_dtype, resolve
+from dart_llm.models.loading import parse_dtype
 from dart_llm.models.packed_loading import random_packed
 from dart_llm.reporting.console import Ui
 from dart_llm.studies.speed.cases import Format
@@ -133,7 +133,8 @@ def prepare_model(settings: SpeedSettings, ui: Ui) -> tuple[Any, Any]:
 def _random(settings: SpeedSettings, ui: Ui) -> Any:
     from transformers import AutoModelForCausalLM
 
-    config = _shape_file(Path(settings.shape)) if settings.shape else _of_checkpoint(settings, ui)
+    shape = settings.shape
+    config = _shape_file(Path(shape)) if shape else configuration(settings, ui.say)
     dtype = parse_dtype(settings.dtype)
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or torch.bfloat16
@@ -162,27 +163,6 @@ def _shape_file(path: Path) -> Any:
         return AutoConfig.for_model(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise LoadError(f"{path} holds no model's configuration: {plain(error)}") from None
-
-
-def _of_checkpoint(settings: SpeedSettings, ui: Ui) -> Any:
-    from transformers import AutoConfig
-
-    found = resolve(
-        settings.model, revision=settings.revision, cache_dir=settings.cache_dir, say=ui.say
-    )
-    file = found.arguments.get("gguf_file")
-    try:
-        return AutoConfig.from_pretrained(
-            found.reference,
-            revision=settings.revision or "main",
-            cache_dir=hub_cache(settings.cache_dir),
-            trust_remote_code=settings.trust_remote_code,
-            **({"gguf_file": file} if file else {}),
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise LoadError(
-            f"the configuration of {settings.model} could not be read: {plain(error)}"
-        ) from None
 
 
 def prompt_ids(model: Any, tokenizer: Any, length: int, seed: int) -> Tensor:
