@@ -17,7 +17,7 @@ from pathlib import Path
 
 from common import save
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests/helpers"))
 
 from sanitized import COMPILER, FLAGS, driver, kernel_objects, random_steps
 

@@ -58,13 +58,18 @@ def test_what_a_token_costs(executor):
     assert f"at most {limit:.2f} x faster" in bytes_sentence(report.to_dict())
 
 
-def test_a_batch_runs_dense_and_could_read_each_rows_winners():
-    report = _report(rows=3)
-    assert report.ffn_bytes_share == pytest.approx(1 + BYTES)
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("executor", ["slim", "native", "compact"])
+def test_a_batch_reads_each_rows_winners_or_runs_dense(executor):
+    report = _report(rows=3, executor=executor)
+    share = 3 * K / I if executor == "slim" else 1
+    assert report.executor == executor
+    assert report.ffn_bytes_share == pytest.approx(share + BYTES)
     assert report.ffn_bytes_share_if_compact == pytest.approx(3 * K / I + BYTES)
     flops = K / I + FLOPS + SORT / (15 * DENSE_FLOPS)
     assert report.ffn_flops_share_if_compact == pytest.approx(flops)
-    assert _report(rows=5).ffn_bytes_share_if_compact == pytest.approx(1 + BYTES), "at most all"
+    most = _report(rows=5, executor=executor)
+    assert most.ffn_bytes_share_if_compact == pytest.approx(1 + BYTES), "at most all"
 
 
 def test_which_copies_are_read():

@@ -1,6 +1,7 @@
 """Packed matrices for tests: kinds of kernels, blocks of every type, and what kernels must give."""
 
 import contextlib
+import platform
 
 import gguf
 import numpy as np
@@ -12,7 +13,9 @@ from gguf import quants
 from dart_llm.models.gguf import BLOCKS
 from dart_llm.native import build
 
-KINDS = ("", "avx512bf16", "avx512", "avxvnni", "avx2", "portable")
+ARM = platform.machine() in ("aarch64", "arm64")
+OF_THIS_MACHINE = ("neon",) if ARM else ("avx512bf16", "avx512", "avxvnni", "avx2")
+KINDS = ("", *OF_THIS_MACHINE, "portable")
 SMALL = tuple(name for name in BLOCKS if not name.endswith("_k"))
 """Types whose blocks have 32 weights; those of the others have 256."""
 
@@ -40,10 +43,11 @@ def drawn_blocks(name, rows, columns, seed=0):
     return torch.from_numpy(blocks), torch.from_numpy(dense)
 
 
-def packed(name, rows, columns, *, neurons=False, seed=0):
+def packed(name, rows, columns, *, neurons=False, order="rows", seed=0):
     """A matrix of the native kernels, and its weights."""
     blocks, dense = drawn_blocks(name, rows, columns, seed)
-    return build.ops().packed_from_blocks(blocks, name, rows, columns, neurons), dense
+    order = "neurons" if neurons else order
+    return build.ops().packed_from_blocks(blocks, name, rows, columns, order), dense
 
 
 def rounded(x, group=32):

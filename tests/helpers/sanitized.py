@@ -1,41 +1,61 @@
-"""The drivers of tests/native, built with the kernels under ASan and UBSan, without torch."""
+"""The drivers of tests/native, built with the kernels under sanitizers, without torch."""
 
 import os
 import shutil
 import subprocess
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 SOURCES = Path(__file__).parents[1] / "native"
 KERNELS = Path(str(resources.files("dart_llm.native"))) / "csrc"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
-FLAGS = (
-    "-std=c++17 -O1 -g -Wall -Wextra -Werror -pthread "
-    "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
-)
+WARNINGS = "-std=c++17 -Wall -Wextra -Werror -pthread"
+SANITIZED = f"{WARNINGS} -O1 -g -fno-sanitize-recover=all -fno-omit-frame-pointer"
+FLAGS = f"{SANITIZED} -fsanitize=address,undefined"
 
 
-def compile_with(folder, *arguments):
-    assert COMPILER is not None
-    command = [COMPILER, *FLAGS.split(), "-I", str(KERNELS), *arguments]
-    subprocess.run(command, check=True, timeout=600, cwd=folder)
+@dataclass(frozen=True)
+class Tools:
+    """What builds a driver, and runs it."""
+
+    compiler: str | None = COMPILER
+    flags: str = FLAGS
+    libraries: str = ""
+    run: tuple[str, ...] = ()
+
+    def compile(self, folder, *arguments):
+        assert self.compiler is not None
+        command = [self.compiler, *self.flags.split(), "-I", str(KERNELS), *arguments]
+        subprocess.run(command, check=True, timeout=600, cwd=folder)
 
 
-def kernel_objects(folder):
+def kernel_objects(folder, tools=Tools()):
     """Everything native but the operators of torch, compiled into ``folder``."""
     files = [str(one) for one in sorted(KERNELS.glob("*.cpp")) if not one.match("*ops.cpp")]
-    compile_with(folder, "-c", *files)
+    tools.compile(folder, "-c", *files)
     return [str(one) for one in sorted(folder.glob("*.o"))]
 
 
-def driver(name, objects, folder):
-    compile_with(folder, str(SOURCES / f"{name}.cpp"), *objects, "-o", name)
-    return folder / name
+def driver(name, objects, folder, tools=Tools()):
+    """The command that runs a driver."""
+    source = str(SOURCES / f"{name}.cpp")
+    tools.compile(folder, source, *objects, "-o", name, *tools.libraries.split())
+    return [*tools.run, str(folder / name)]
+
+
+def kinds_that_agree(program):
+    """Names of the kinds that a driver compared; it says nothing else."""
+    done = subprocess.run(program, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert all(line[1:] == ["agrees"] for line in lines)
+    return [line[0] for line in lines]
 
 
 def random_steps(program, steps, seed, first=0):
     """Counts of what was decoded, by name; raises ``RuntimeError`` with what a sanitizer said."""
-    command = [str(program), str(seed), str(first), str(steps)]
+    command = [*program, str(seed), str(first), str(steps)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode or done.stderr:
         raise RuntimeError(f"rc {done.returncode}\n{done.stdout}\n{done.stderr}")

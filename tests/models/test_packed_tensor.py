@@ -156,7 +156,7 @@ def test_digests_tell_every_level_and_factor():
     blocks, _ = drawn_blocks("q4_1", 3, 64)
 
     def digest(blocks, name="q4_1", neurons=False, dtype=torch.float32):
-        matrix = ops().packed_from_blocks(blocks, name, 3, 64, neurons)
+        matrix = ops().packed_from_blocks(blocks, name, 3, 64, "neurons" if neurons else "rows")
         return digest_of(PackedTensor(matrix, dtype, neurons))
 
     first = digest(blocks)

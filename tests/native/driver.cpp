@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <thread>
 #include <vector>
 
@@ -78,6 +79,54 @@ void ffns(const Kernels& k, Dtype dtype, int64_t width, int64_t size, int64_t co
         wanted[m * size + d] += dot(&basis.wide[r * size], in, size) * adds.wide[r * size + d];
   }
   same(gated ? "gated FFN" : "plain FFN", sums, wanted);
+}
+
+// A query over n cached positions and a new one, against plain loops.
+void heads(const Kernels& k, Dtype dtype, int64_t size, int64_t n, float cap) {
+  const int64_t stride = size + 3;
+  Held keys = hold(dtype, drawn(n * stride)), values = hold(dtype, drawn(n * stride));
+  std::vector<float> query = drawn(size), key = drawn(size), value = drawn(size);
+  std::vector<float> scores(n + 1), found(size), wanted(size);
+  k.attend(dtype, query.data(), keys.bytes.data(), values.bytes.data(), n, stride, key.data(),
+           value.data(), size, 0.4f, cap, scores.data(), found.data());
+  std::vector<double> shares;
+  double total = 0;
+  for (int64_t t = 0; t <= n; ++t) {
+    double x = 0.4 * dot(query.data(), t < n ? &keys.wide[t * stride] : key.data(), size);
+    shares.push_back(std::exp(cap ? cap * std::tanh(x / cap) : x)), total += shares.back();
+  }
+  for (int64_t i = 0; i < size; ++i) {
+    double sum = 0;
+    for (int64_t t = 0; t <= n; ++t)
+      sum += shares[t] / total * (t < n ? values.wide[t * stride + i] : value[i]);
+    wanted[i] = float(sum);
+  }
+  same("attend", found, wanted);
+}
+
+// What rounds at most once: the same bits as of the plain kernels.
+void bits(const Kernels& k, Dtype dtype, int64_t n) {
+  const float odd[] = {NAN, -INFINITY, INFINITY, 3.4e38f, 1e-44f, -0.0f, 1.00390625f, 1.01171875f};
+  std::vector<float> values = drawn(n), wide(n), y = drawn(n), wanted = y;
+  Held bias = hold(dtype, drawn(n));
+  for (float& one : values)
+    if (generator() % 3 == 0) one = odd[generator() % 8];
+  Held held = hold(dtype, values);
+  std::vector<char> narrow(held.bytes.size());
+  k.round(dtype, values.data(), narrow.data(), n);
+  k.widen(dtype, narrow.data(), wide.data(), n);
+  std::vector<int32_t> ids(n);
+  for (int64_t i = 0; i < n; ++i) ids[i] = int32_t(n - 1 - i);
+  k.add(dtype, bias.bytes.data(), n / 3, n, y.data());
+  k.add_at(dtype, bias.bytes.data(), ids.data(), n, y.data());
+  for (int64_t i = 0; i < n; ++i) {
+    if (i >= n / 3) wanted[i] += bias.wide[i];
+    wanted[i] += bias.wide[n - 1 - i];
+  }
+  bool alike = narrow == held.bytes && !std::memcmp(wide.data(), held.wide.data(), size_t(n) * 4);
+  if (alike && y == wanted) return;
+  std::printf("%s: other bits\n", k.name);
+  std::exit(1);
 }
 
 // Rows times factors, against plain loops.
@@ -225,9 +274,9 @@ void odd_choices() {
   }
 }
 
-// A decoder of two layers: several threads against one, from an empty cache on.
+// A decoder of two layers, three rows: several threads against one, from an empty cache on.
 void decoder(const Kernels& k, Dtype dtype, int64_t threads) {
-  const int64_t D = 20, H = 4, K = 2, S = 6, I = 17, V = 33, capacity = 5;
+  const int64_t D = 20, H = 4, K = 2, S = 6, I = 17, V = 33, capacity = 5, M = 3;
   std::vector<Held> held;
   held.reserve(64);
   auto made = [&](int64_t n) {
@@ -252,11 +301,12 @@ void decoder(const Kernels& k, Dtype dtype, int64_t threads) {
   }
   std::vector<float> cosine(S, 0.8f), sine(S, 0.6f);
   auto run = [&](int64_t members) {
-    std::vector<std::vector<char>> memory(4, std::vector<char>(K * capacity * S * 4));
-    Cache cache{{{memory[0].data(), memory[1].data(), 0, capacity * S},
-                 {memory[2].data(), memory[3].data(), 0, capacity * S}},
-                0};
-    Scratch scratch(d, members, capacity + 1);
+    const int64_t head = capacity * S, row = K * head;
+    std::vector<std::vector<char>> memory(4, std::vector<char>(M * row * 4));
+    Cache cache{{{memory[0].data(), memory[1].data(), 0, head, row},
+                 {memory[2].data(), memory[3].data(), 0, head, row}},
+                0, M};
+    Scratch scratch(d, members, capacity + 1, M);
     scratch.observed = true;
     std::vector<float> logits;
     for (; cache.position < capacity; ++cache.position) {
@@ -264,7 +314,8 @@ void decoder(const Kernels& k, Dtype dtype, int64_t threads) {
       scratch.jobs.begin();
       std::vector<std::thread> others;
       auto work = [&](int64_t member) {
-        step(k, d, cache, 3 + cache.position, cosine.data(), sine.data(), scratch, member);
+        int64_t tokens[M] = {3 + cache.position, 4, 5 + 2 * cache.position};
+        step(k, d, cache, tokens, cosine.data(), sine.data(), scratch, member);
       };
       for (int64_t m = 1; m < members; ++m) others.emplace_back(work, m);
       work(0);
@@ -293,6 +344,9 @@ int main() {
         ffns(*found, dtype, 19, size, 1, true);
         ffns(*found, dtype, 9, size, 2, false);
       }
+      for (int64_t size : {1, 20, 64})
+        for (int64_t n : {0, 9}) heads(*found, dtype, size, n, n && size > 1 ? 2.5f : 0);
+      for (int64_t n : {1, 8, 61}) bits(*found, dtype, n);
       for (int64_t size : {2, 33, 100}) folds(*found, dtype, 12, size, 14);
       for (int64_t size : {64, 192}) choices(*found, dtype, 21, size, 4, 32, 2);
       for (int64_t size : {1, 31, 96, 100})

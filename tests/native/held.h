@@ -10,7 +10,7 @@ namespace {
 using namespace dart;
 
 std::mt19937 generator(7);
-const char* const KINDS[] = {"avx512bf16", "avx512", "avxvnni", "avx2", "portable"};
+const char* const KINDS[] = {"avx512bf16", "avx512", "avxvnni", "avx2", "neon", "portable"};
 
 std::vector<float> drawn(int64_t n, float scale = 1) {
   std::normal_distribution<float> normal(0, scale);

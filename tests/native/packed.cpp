@@ -50,28 +50,30 @@ struct Stored {
   std::vector<uint16_t> plain[2], supers[2];  // scales and offsets
   std::vector<int8_t> small[2];
 
-  Stored(const BlockType& of, const Parts& parts, int64_t rows, int64_t columns, bool neurons)
+  Stored(const BlockType& of, const Parts& parts, int64_t rows, int64_t columns, Order order)
       : type(of), dense(rows * columns) {
+    bool neurons = order == Order::neurons;
     Packed& p = packed;
     p.rows = neurons ? columns : rows, p.columns = neurons ? rows : columns;
     p.bits = type.bits, p.block = type.block, p.bias = type.bias;
-    p.order = neurons ? Order::neurons : Order::rows;
+    p.order = order;
     p.pitch = p.units() * UNIT * p.bits / 8;
-    levels.resize(p.rows * p.pitch + 64);  // as PackedMatrix leaves room
+    levels.resize(p.room() * p.pitch + 64);  // as PackedMatrix leaves room
     p.levels = levels.data();
     std::vector<uint8_t> line(p.columns);
     for (int64_t r = 0; r < p.rows; ++r) {
       for (int64_t c = 0; c < p.columns; ++c)
         line[c] = parts.levels[neurons ? c * columns + r : r * columns + c];
-      write_levels(line.data(), p.columns, p.bits, p.bias, p.order, &levels[r * p.pitch]);
+      write_levels(p, r, line.data(), levels.data());
     }
-    int64_t lines = neurons ? (columns + p.block - 1) / p.block : rows;
-    int64_t above = neurons ? (columns + SUPER - 1) / SUPER : rows;
+    int64_t lines = neurons ? (columns + p.block - 1) / p.block : p.room();
+    int64_t above = neurons ? (columns + SUPER - 1) / SUPER : p.room();
     auto lay = [&](const auto& from, int64_t each, int64_t room, int64_t count, auto& to) {
       to.resize(count * room + 64);
+      bool super = each == columns / SUPER;
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t i = 0; i < each; ++i)
-          to[neurons ? i * room + r : r * room + i] = from[r * each + i];
+          to[neurons ? i * room + r : super ? p.super_of(r, i) : p.factor_of(r, i)] = from[r * each + i];
     };
     for (int which = 0; which < 1 + type.offsets; ++which) {
       Factors& f = which ? p.offsets : p.scales;
@@ -97,12 +99,12 @@ struct Stored {
   }
   // Row and column as the kernels count them.
   float at(int64_t row, int64_t column) const {
-    return packed.order == Order::rows ? dense[row * packed.columns + column]
+    return packed.order != Order::neurons ? dense[row * packed.columns + column]
                                        : dense[column * packed.rows + row];
   }
 };
 
-Stored made(const char* name, int64_t rows, int64_t columns, bool neurons) {
+Stored made(const char* name, int64_t rows, int64_t columns, Order order) {
   const BlockType& type = *block_type(name);
   std::vector<uint8_t> blocks(rows * (columns / type.columns) * type.bytes);
   for (uint8_t& byte : blocks) byte = uint8_t(generator());
@@ -111,7 +113,7 @@ Stored made(const char* name, int64_t rows, int64_t columns, bool neurons) {
     for (int64_t at = first; at < first + (type.offsets ? 4 : 2); at += 2)
       blocks[i + size_t(at) + 1] = uint8_t((generator() & 0x80) | 0x18 | (generator() & 7));
   }
-  return Stored(type, take_apart(type, blocks.data(), rows, columns), rows, columns, neurons);
+  return Stored(type, take_apart(type, blocks.data(), rows, columns), rows, columns, order);
 }
 
 // Vectors rounded by the kernels, and in plain loops: `size` values of each.
@@ -183,6 +185,7 @@ void products(const Kernels& k, const Stored& m, int64_t count) {
   k.packed.matvec(p, x.view(), 0, middle, y.data(), p.rows);
   k.packed.matvec(p, x.view(), middle, p.rows, y.data(), p.rows);
   near("matvec", y, wanted, sizes);
+  if (p.order == Order::tiles) return;
   std::vector<int32_t> ids;
   for (int64_t i = int64_t(generator() % 2); i < p.rows; i += 1 + int64_t(generator() % 3))
     ids.push_back(int32_t(i));
@@ -220,10 +223,47 @@ void neurons(const Kernels& k, const Stored& m) {
   near("neurons", sums, wanted, sizes);
 }
 
+// Factors, levels and inputs of which no kernel has to round anything, the largest among them: every
+// kind gives the very numbers of plain loops, and so of every other kind.
+void exact(const Kernels& k, const char* name, int64_t rows, int64_t columns) {
+  const BlockType& type = *block_type(name);
+  auto any = [](int low, int high) { return low + int(generator() % unsigned(high - low + 1)); };
+  std::vector<uint8_t> blocks(rows * (columns / type.columns) * type.bytes);
+  Parts parts = take_apart(type, blocks.data(), rows, columns);
+  int most = type.bits == 4 ? 15 : type.bias == 128 ? 255 : type.block == 16 ? 63 : 31;
+  for (uint8_t& one : parts.levels) one = uint8_t(any(0, 1) ? any(0, most) : any(0, 1) * most);
+  const uint16_t halves[] = {0x3c00, 0xbc00, 0x4000};  // 1, -1 and 2
+  for (auto* factors : {&parts.scales, &parts.offsets, &parts.supers, &parts.offset_supers})
+    for (uint16_t& one : *factors) one = halves[any(0, 2)];
+  for (auto* factors : {&parts.small_scales, &parts.small_offsets})
+    for (int8_t& one : *factors) one = int8_t(any(-2, 2));
+  Values x(columns);  // rounded to steps of one
+  for (int64_t i = 0; i < columns; ++i)
+    x[i] = float(i % 16 && any(0, 1) ? any(-127, 127) : any(0, 1) ? 127 : -127);
+  Stored turned(type, parts, rows, columns, Order::neurons);
+  std::vector<double> wanted(rows);
+  for (int64_t i = 0; i < rows * columns; ++i)
+    wanted[i / columns] += double(turned.dense[i]) * x[i % columns];
+  Given given_x = given(k, x, columns);
+  Values y(rows), sums(turned.packed.units() * UNIT);
+  for (Order order : {Order::rows, Order::tiles}) {
+    Stored m(type, parts, rows, columns, order);
+    k.packed.matvec(m.packed, given_x.view(), 0, rows, y.data(), rows);
+    near("exact products", y, wanted, wanted, 0);
+  }
+  std::vector<int32_t> whole(sums.size());
+  for (int32_t first = 0; first < columns; first += type.block) {
+    std::vector<int32_t> ids(type.block);
+    for (int32_t i = 0; i < type.block; ++i) ids[i] = first + i;
+    k.packed.add_neurons(turned.packed, ids.data(), &x[first], type.block, sums.data(), whole.data());
+  }
+  near("exact neurons", sums, wanted, wanted, 0);
+}
+
 // A whole FFN of kept neurons; inputs that are no numbers, too.
 void ffns(const Kernels& k, const char* name, int64_t hidden, int64_t width, Act act, bool odd) {
-  Stored up = made(name, width, hidden, false), gate = made(name, width, hidden, false);
-  Stored down = made(name, hidden, width, true);
+  Stored up = made(name, width, hidden, Order::rows), gate = made(name, width, hidden, Order::rows);
+  Stored down = made(name, hidden, width, Order::neurons);
   Values given_x = drawn(hidden), x_wide = given_x;
   const float strange[] = {NAN, INFINITY, -INFINITY, 3e38f, 1e-44f, -0.0f};
   if (odd)
@@ -264,8 +304,8 @@ void ffns(const Kernels& k, const char* name, int64_t hidden, int64_t width, Act
   near("activations", u, wanted, sizes, 1e-5);
 }
 
-// Whole steps of a decoder whose matrices are packed: by threads as by one, and near those of the
-// same weights in float32.
+// Whole steps of a decoder whose matrices are packed: by threads as by one, of three rows as of one,
+// and near those of the same weights in float32.
 void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I) {
   const int64_t H = 4, K = 2, V = 33, capacity = 4;
   std::vector<std::unique_ptr<Stored>> stored;
@@ -277,8 +317,8 @@ void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I) 
   packed.eps = 1e-5f, packed.scale = 0.4f, packed.embedding_scale = 1;
   packed.norm = {norm.data(), nullptr, false};
   Decoder dense = packed;
-  auto both = [&](int64_t rows, int64_t columns, bool neurons) {
-    stored.push_back(std::make_unique<Stored>(made(name, rows, columns, neurons)));
+  auto both = [&](int64_t rows, int64_t columns, Order order) {
+    stored.push_back(std::make_unique<Stored>(made(name, rows, columns, order)));
     const Stored& one = *stored.back();
     plain.emplace_back(rows * columns);
     for (int64_t r = 0; r < one.packed.rows; ++r)
@@ -287,7 +327,7 @@ void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I) 
     return std::pair(static_cast<const void*>(plain.back().data()), &one.packed);
   };
   auto put = [&](Matrix& in_packed, Matrix& in_dense, int64_t rows, int64_t columns) {
-    auto [values, blocks] = both(rows, columns, false);
+    auto [values, blocks] = both(rows, columns, Order::tiles);
     in_packed.packed = blocks, in_dense.plain = values;
   };
   put(packed.embedding, dense.embedding, V, D), put(packed.head, dense.head, V, D);
@@ -296,19 +336,20 @@ void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I) 
     a.before_attention = b.before_attention = a.before_ffn = b.before_ffn = packed.norm;
     put(a.q, b.q, H * S, D), put(a.k, b.k, K * S, D), put(a.v, b.v, K * S, D), put(a.o, b.o, D, H * S);
     a.q_bias = b.q_bias = a.o_bias = b.o_bias = bias.data();
-    std::tie(b.ffn.gate, a.ffn.packed_gate) = both(I, D, false);
-    std::tie(b.ffn.up, a.ffn.packed_up) = both(I, D, false);
-    std::tie(b.ffn.down, a.ffn.packed_down) = both(D, I, true);
+    std::tie(b.ffn.gate, a.ffn.packed_gate) = both(I, D, Order::rows);
+    std::tie(b.ffn.up, a.ffn.packed_up) = both(I, D, Order::rows);
+    std::tie(b.ffn.down, a.ffn.packed_down) = both(D, I, Order::neurons);
     a.ffn.kept = b.ffn.kept = I;
     packed.layers.push_back(a), dense.layers.push_back(b);
   }
   std::vector<float> cosine(S, 0.8f), sine(S, 0.6f);
-  auto run = [&](const Decoder& d, int64_t members) {
-    std::vector<std::vector<char>> memory(4, std::vector<char>(K * capacity * S * 4));
-    Cache cache{{{memory[0].data(), memory[1].data(), 0, capacity * S},
-                 {memory[2].data(), memory[3].data(), 0, capacity * S}},
-                0};
-    Scratch scratch(d, members, capacity + 1);
+  auto run = [&](const Decoder& d, int64_t members, int64_t first, int64_t count) {
+    const int64_t head = capacity * S, row = K * head;
+    std::vector<std::vector<char>> memory(4, std::vector<char>(count * row * 4));
+    Cache cache{{{memory[0].data(), memory[1].data(), 0, head, row},
+                 {memory[2].data(), memory[3].data(), 0, head, row}},
+                0, count};
+    Scratch scratch(d, members, capacity + 1, count);
     scratch.observed = true;
     Values logits;
     for (; cache.position < capacity; ++cache.position) {
@@ -316,7 +357,8 @@ void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I) 
       scratch.jobs.begin();
       std::vector<std::thread> others;
       auto work = [&](int64_t member) {
-        step(k, d, cache, 3 + cache.position, cosine.data(), sine.data(), scratch, member);
+        const int64_t tokens[] = {3 + cache.position, 4, 5 + 2 * cache.position};
+        step(k, d, cache, tokens + first, cosine.data(), sine.data(), scratch, member);
       };
       for (int64_t m = 1; m < members; ++m) others.emplace_back(work, m);
       work(0);
@@ -325,8 +367,8 @@ void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I) 
     }
     return logits;
   };
-  Values alone = run(packed, 1), exact = run(dense, 1);
-  if (run(packed, 3) != alone) {
+  Values alone = run(packed, 1, 0, 3), exact = run(dense, 1, 0, 3);
+  if (run(packed, 3, 0, 3) != alone) {
     std::printf("%s: three threads give another result than one\n", about.c_str());
     std::exit(1);
   }
@@ -334,6 +376,12 @@ void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I) 
   for (float one : exact) most = std::max(most, std::fabs(one));
   std::vector<double> wanted(exact.begin(), exact.end()), sizes(exact.size(), most);
   near("steps", alone, wanted, sizes, 0.15);  // inputs of 8 bits, through two random layers
+  for (int64_t m = 0; m < 3; ++m) {
+    Values single = run(packed, 1, m, 1);
+    for (int64_t at = 0; at < capacity; ++at)
+      std::copy_n(&single[at * V], V, &wanted[(at * 3 + m) * V]);
+  }
+  near("rows", alone, wanted, sizes, 1e-5);
 }
 
 // Rounding to blocks: every weight within half a step, and what float16 cuts off the factors.
@@ -342,7 +390,7 @@ void rounding(const char* name) {
   Values from = drawn(3 * 96);
   std::fill(from.begin() + 32, from.begin() + 64, 0.0f);
   std::fill(from.begin() + 64, from.begin() + 96, -2.5f);
-  Stored m(type, round_to(type, from.data(), 3, 96), 3, 96, false);
+  Stored m(type, round_to(type, from.data(), 3, 96), 3, 96, Order::rows);
   for (size_t i = 0; i < from.size(); ++i) {
     float high = 0, low = 0, most = 0;
     for (size_t j = i / 32 * 32; j < i / 32 * 32 + 32; ++j)
@@ -368,10 +416,14 @@ int main() {
         for (int64_t blocks : {1, each == 32 ? 3 : 2, each == 32 ? 5 : 2}) {
           int64_t columns = blocks * each;
           about = std::string(kind) + " " + name + " " + std::to_string(rows) + " x " + std::to_string(columns);
-          Stored by_rows = made(name, rows, columns, false), turned = made(name, rows, columns, true);
-          weights(*k, by_rows), weights(*k, turned);
-          products(*k, by_rows, 1 + rows % 3), neurons(*k, turned);
+          Stored by_rows = made(name, rows, columns, Order::rows);
+          Stored tiles = made(name, rows, columns, Order::tiles);
+          Stored turned = made(name, rows, columns, Order::neurons);
+          weights(*k, by_rows), weights(*k, tiles), weights(*k, turned);
+          products(*k, by_rows, 1 + rows % 3), products(*k, tiles, 1 + rows % 6);
+          neurons(*k, turned);
         }
+      exact(*k, name, 101, each == 32 ? 160 : each);
       for (Act act : {Act::silu, Act::gelu, Act::gelu_tanh, Act::relu, Act::relu2})
         for (bool odd : {false, true}) ffns(*k, name, each == 32 ? 96 : each, each, act, odd);
     }

@@ -76,7 +76,7 @@ struct Case {
   const Kernels* kernels;
   Dtype dtype;
   Act act;
-  int64_t D, H, K, S, I, V, capacity, threads;
+  int64_t D, H, K, S, I, V, capacity, threads, rows;
   int64_t R, tables;
   bool gated, fused, by_heads, over_all, parallel, centred;
   bool wild = false;  // wild: values that no model should have
@@ -184,6 +184,7 @@ Case drawn_case() {
   c.fused = chance(0.3), c.by_heads = c.fused && chance(0.5), c.over_all = !c.by_heads && chance(0.2);
   if (c.by_heads) c.H = c.K;
   c.parallel = chance(0.2), c.centred = chance(0.3);
+  c.rows = chance(0.5) ? 1 : any(2, 6);
   c.I = any(1, 70), c.V = chance(0.05) ? any(600, 1200) : any(1, 90);  // many: several parts
   c.capacity = any(1, 12), c.scale = 1 / std::sqrt(float(c.S));
   c.embedding_scale = chance(0.3) ? 1.5f : 1, c.attention_cap = chance(0.3) ? 2.5f : 0;
@@ -465,8 +466,8 @@ std::map<std::string, int64_t> counts;
 struct Memory {
   std::vector<std::vector<char>> blocks;
   Cache cache;
-  explicit Memory(const Case& c) : blocks(2 * c.layers.size()), cache{{}, 0} {
-    for (std::vector<char>& one : blocks) one.resize(c.K * c.capacity * c.S * bytes(c));
+  Memory(const Case& c, int64_t rows) : blocks(2 * c.layers.size()), cache{{}, 0, rows} {
+    for (std::vector<char>& one : blocks) one.resize(rows * c.K * c.capacity * c.S * bytes(c));
     cache.layers.resize(c.layers.size());
   }
   static int64_t bytes(const Case& c) { return c.dtype == Dtype::f32 ? 4 : 2; }
@@ -478,16 +479,16 @@ struct Memory {
       int64_t seen = window ? std::min(position, window - 1) : position;
       int64_t before = (position - seen) * c.S * bytes(c);
       cache.layers[i] = {blocks[2 * i].data() + before, blocks[2 * i + 1].data() + before, seen,
-                         c.capacity * c.S};
+                         c.capacity * c.S, c.K * c.capacity * c.S};
     }
   }
 };
 
-void run(const Case& c, const Decoder& d, Memory& memory, Scratch& scratch, int64_t token,
+void run(const Case& c, const Decoder& d, Memory& memory, Scratch& scratch, const int64_t* tokens,
          const Plain& at, int64_t threads) {
   scratch.jobs.begin();
   auto work = [&](int64_t member) {
-    step(*c.kernels, d, memory.cache, token, at.cosine.data(), at.sine.data(), scratch, member);
+    step(*c.kernels, d, memory.cache, tokens, at.cosine.data(), at.sine.data(), scratch, member);
   };
   std::vector<std::thread> others;
   for (int64_t m = 1; m < threads; ++m) others.emplace_back(work, m);
@@ -498,7 +499,7 @@ void run(const Case& c, const Decoder& d, Memory& memory, Scratch& scratch, int6
 void count(const Case& c, const Scratch& scratch) {
   auto add = [&](const char* name, bool yes) { counts[name] += yes; };
   add("steps", true), add(c.dtype == Dtype::f32 ? "float32" : "bfloat16", true);
-  add("two_threads", c.threads == 2), add("observed", scratch.observed), add("odd_values", c.wild);
+  add("two_threads", c.threads == 2), add("several_rows", c.rows > 1), add("observed", scratch.observed), add("odd_values", c.wild);
   add("grouped_heads", c.H > c.K), add("plain_ffn", !c.gated), add("odd_lengths", c.D % 2 == 1);
   auto some = [&](auto what) { return std::any_of(c.layers.begin(), c.layers.end(), what); };
   add("token_choice", some([](const LayerCase& l) { return l.keep > 0; }));
@@ -516,60 +517,89 @@ void count(const Case& c, const Scratch& scratch) {
   add(c.kernels->name, true);
 }
 
-void check(const Case& c, const Plain& plain, const Scratch& scratch) {
-  close(c, "logits", scratch.logits, plain.logits);
+// Of row m.
+void check(const Case& c, const Plain& plain, const Scratch& scratch, int64_t m) {
+  auto part = [](const Values& from, int64_t begin, int64_t n) {
+    return Values(from.begin() + begin, from.begin() + begin + n);
+  };
+  close(c, "logits", part(scratch.logits, m * c.V, c.V), plain.logits);
   if (!scratch.observed) return;
-  close(c, "z", scratch.z, plain.z);
-  close(c, "h", scratch.h, plain.h);
-  close(c, "x", scratch.x, plain.x);
-  if (!c.layers[0].after_ffn.factor.empty()) {
-    auto first = [&](const Values& from) { return Values(from.begin(), from.begin() + c.D); };
-    close(c, "r", first(scratch.r), first(plain.r));
-  }
-  for (size_t index = 0; index < c.layers.size(); ++index) {
-    const LayerCase& l = c.layers[index];
-    int64_t begin = int64_t(index) * c.I;
+  int64_t layers = int64_t(c.layers.size());
+  auto own = [&](const Values& from) {
+    Values found;
+    for (int64_t index = 0; index < layers; ++index) {
+      Values one = part(from, (index * c.rows + m) * c.D, c.D);
+      found.insert(found.end(), one.begin(), one.end());
+    }
+    return found;
+  };
+  close(c, "z", own(scratch.z), plain.z);
+  close(c, "h", own(scratch.h), plain.h);
+  close(c, "x", own(scratch.x), plain.x);
+  if (!c.layers[0].after_ffn.factor.empty())
+    close(c, "r", part(scratch.r, m * c.D, c.D), part(plain.r, 0, c.D));
+  for (int64_t index = 0; index < layers; ++index) {
+    const LayerCase& l = c.layers[size_t(index)];
     int64_t kept = l.keep ? l.keep : l.all ? c.I : int64_t(l.ids.size());
-    auto part = [&](const Values& from) {
-      return Values(from.begin() + begin, from.begin() + begin + kept);
-    };
-    close(c, "u", part(scratch.u), part(plain.u));
+    close(c, "u", part(scratch.u, (index * c.rows + m) * c.I, kept), part(plain.u, index * c.I, kept));
+  }
+}
+
+void differ(const char* what) {
+  std::printf("%s\n", what);
+  fail();
+}
+
+// The number of threads changes no bit, nor do the other rows of a batch.
+void compare(const Case& c, const Decoder& d, const Scratch& scratch, const Memory& memory,
+             const std::vector<int64_t>& tokens, const Plain& at, Memory& alone, Scratch& single,
+             std::vector<Memory>& apart) {
+  auto same = [&](int64_t m, int64_t rows) {
+    return !std::memcmp(&scratch.logits[m * c.V], single.logits.data(), rows * c.V * 4);
+  };
+  if (c.threads > 1) {
+    run(c, d, alone, single, tokens.data(), at, 1);
+    if (!same(0, c.rows) || memory.blocks != alone.blocks)
+      differ("two threads give another result than one");
+  }
+  if (c.wild) return;  // which of two numbers that are none is handed on may differ
+  for (int64_t m = 0; c.rows > 1 && m < c.rows; ++m) {
+    run(c, d, apart[size_t(m)], single, &tokens[size_t(m)], at, 1);
+    if (!same(m, 1)) differ("a row of a batch is not what it is alone");
   }
 }
 
 void sequence() {
   Case c = drawn_case();
-  Memory memory(c), alone(c);
-  Plain plain{c, std::vector<std::vector<Values>>(c.layers.size()),
-              std::vector<std::vector<Values>>(c.layers.size())};
-  Scratch scratch(decoder_of(c), c.threads, c.capacity + 1);
-  Scratch single(decoder_of(c), 1, c.capacity + 1);
+  Memory memory(c, c.rows), alone(c, c.rows);
+  std::vector<Memory> apart;
+  for (int64_t m = 0; m < c.rows; ++m) apart.emplace_back(c, 1);
+  std::vector<std::vector<Values>> none(c.layers.size());
+  std::vector<Plain> plains(size_t(c.rows), Plain{c, none, none});
+  Scratch scratch(decoder_of(c), c.threads, c.capacity + 1, c.rows);
+  Scratch single(decoder_of(c), 1, c.capacity + 1, c.rows);
   for (int64_t length = 0; length < c.capacity; ++length) {
     if (chance(0.3)) mask(c, c.layers[size_t(any(0, int64_t(c.layers.size()) - 1))]);
     Decoder d = decoder_of(c);
-    plain.cosine = drawn(c.tables * c.R), plain.sine = drawn(c.tables * c.R);
-    for (int64_t i = 0; i < c.tables * c.R; ++i) {
-      float angle = plain.cosine[i];
-      plain.cosine[i] = std::cos(angle), plain.sine[i] = std::sin(angle);
+    Values cosine = drawn(c.tables * c.R), sine(cosine.size());
+    for (size_t i = 0; i < cosine.size(); ++i) {
+      float angle = cosine[i];
+      cosine[i] = std::cos(angle), sine[i] = std::sin(angle);
     }
+    for (Plain& one : plains) one.cosine = cosine, one.sine = sine;
     memory.show(c, length), alone.show(c, length);
+    for (Memory& one : apart) one.show(c, length);
     scratch.observed = single.observed = chance(0.4);
-    int64_t token = any(0, c.V - 1);
-    run(c, d, memory, scratch, token, plain, c.threads);
+    std::vector<int64_t> tokens(size_t(c.rows));
+    for (int64_t& token : tokens) token = any(0, c.V - 1);
+    run(c, d, memory, scratch, tokens.data(), plains[0], c.threads);
     count(c, scratch);
-    if (c.threads > 1) {  // the number of threads changes no bit
-      run(c, d, alone, single, token, plain, 1);
-      bool alike = !std::memcmp(scratch.logits.data(), single.logits.data(), c.V * 4);
-      alike = alike && memory.blocks == alone.blocks;
-      if (!alike) {
-        std::printf("two threads give another result than one\n");
-        fail();
-      }
-    }
+    compare(c, d, scratch, memory, tokens, plains[0], alone, single, apart);
     if (c.wild) continue;
-    plain.step(token, length);
-    if (!plain.sure) return;  // a choice by a hair may fall either way; what follows differs
-    check(c, plain, scratch);
+    for (int64_t m = 0; m < c.rows; ++m) plains[size_t(m)].step(tokens[size_t(m)], length);
+    // a choice by a hair may fall either way; what follows differs
+    if (!std::all_of(plains.begin(), plains.end(), [](const Plain& one) { return one.sure; })) return;
+    for (int64_t m = 0; m < c.rows; ++m) check(c, plains[size_t(m)], scratch, m);
     ++counts["compared"];
   }
 }

@@ -25,6 +25,7 @@ def loaded(monkeypatch, tmp_path):
     def load(name, files, build_directory, **settings):
         (Path(build_directory) / f"{name}.so").write_bytes(LIBRARY)
 
+    monkeypatch.setattr(build, "_registered", lambda: False)
     monkeypatch.setattr("torch.utils.cpp_extension.load", load)
     monkeypatch.setattr(
         "torch.ops.load_library", lambda path: found.append(Path(path).read_bytes())

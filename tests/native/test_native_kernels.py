@@ -1,7 +1,5 @@
 """The native kernels alone: products, FFNs and folds against torch."""
 
-import contextlib
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -9,26 +7,18 @@ from torch.nn import functional as F
 from dart_llm.native import build
 from dart_llm.patching.executors.native_ffn import ACTS, act_number
 from dart_llm.pruning.token_level import contribution_estimate, low_bit, winner_places
+from packed_cases import KINDS, kernels
 from steps import apart
 
 pytestmark = pytest.mark.usefixtures("native")
 
 DTYPES = (torch.float32, torch.bfloat16)
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 3e-2}
-KINDS = ("", "avx512bf16", "avx512", "avx2", "portable")
 
 
 def drawing(seed, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     return lambda *shape: torch.randn(shape, generator=generator).to(dtype)
-
-
-@contextlib.contextmanager
-def kernels(kind):
-    if not build.use_kernels(kind):
-        pytest.skip(f"this CPU has no {kind}")
-    yield
-    build.use_kernels("")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,5 +1,7 @@
 """Matrices in low-bit blocks: what gguf reads in them, and products with inputs of 8 bits."""
 
+import itertools
+
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
@@ -8,7 +10,7 @@ from torch.nn import functional as F
 
 from dart_llm.errors import ConfigError
 from dart_llm.models.gguf import BLOCKS, ROUNDED
-from dart_llm.models.packed import pack
+from dart_llm.models.packed import ORDERS, pack
 from dart_llm.native.build import ops
 from dart_llm.patching.executors.native_ffn import ACTS
 from packed_cases import KINDS, SMALL, differ, drawn_blocks, kernels, packed, rounded
@@ -34,8 +36,9 @@ def drawn(*shape, seed=0):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_weights_are_those_of_the_file(name, kind):
     for rows, columns in shapes(name):
-        for neurons in (False, True):
-            matrix, dense = packed(name, rows, columns, neurons=neurons)
+        for order in ORDERS:
+            neurons = order == "neurons"
+            matrix, dense = packed(name, rows, columns, order=order)
             wanted = dense.t() if neurons else dense
             assert matrix.shape() == list(wanted.shape) and matrix.by_neurons() == neurons
             with kernels(kind):
@@ -51,9 +54,9 @@ def test_weights_are_those_of_the_file(name, kind):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_products_of_rows(name, kind):
     """With rounded inputs; the dtype of the input is that of the result."""
-    for rows, columns in shapes(name):
-        matrix, dense = packed(name, rows, columns)
-        x = drawn(3, columns, seed=columns)
+    for (rows, columns), order in itertools.product(shapes(name), ("rows", "tiles")):
+        matrix, dense = packed(name, rows, columns, order=order)
+        x = drawn(7, columns, seed=columns)
         x[1, ::3] = 0
         x[2] = 0
         with kernels(kind):
@@ -142,8 +145,8 @@ def test_rounding_is_that_of_gguf(name):
     narrow = weights.bfloat16()
     kind = Kind[name.upper()]
     wanted = quants.dequantize(quants.quantize(weights.numpy(), kind), kind)
-    for neurons in (False, True):
-        found = pack(weights, name, neurons=neurons).dequantise()
+    for order in ORDERS:
+        found = pack(weights, name, order).dequantise()
         assert torch.equal(found, torch.from_numpy(wanted))
     parts = [pack(one, name).matrix.parts() for one in (narrow, narrow.float())]
     assert all(map(torch.equal, *parts))
@@ -180,8 +183,8 @@ def test_bytes_are_those_of_the_blocks():
     grown = {"q5_0": 34 / 22, "q5_1": 36 / 24}
     grown |= {"q4_k": 148 / 144, "q5_k": 276 / 176, "q6_k": 274 / 210}
     for name in BLOCKS:
-        for neurons in (False, True):
-            matrix, _ = packed(name, 256, 512, neurons=neurons)
+        for order in ORDERS:
+            matrix, _ = packed(name, 256, 512, order=order)
             file = drawn_blocks(name, 256, 512)[0].nbytes * grown.get(name, 1)
             assert file <= matrix.nbytes() <= 1.02 * file, name
             assert matrix.nbytes() == sum(part.nbytes for part in matrix.parts())
@@ -206,13 +209,16 @@ def test_what_does_not_fit_is_refused_and_not_read():
         "180 bytes do not hold [5, 64] of q8_0": lambda: _from(blocks, "q8_0", 5, 64),
         "there are no blocks of type q2_k": lambda: _from(blocks, "q2_k", 5, 64),
         "nothing rounds to q4_k": lambda: run.packed_round(
-            zeros("q4_k", 4, 256, False), 0, weights
+            zeros("q4_k", 4, 256, "rows"), 0, weights
         ),
-        "nothing rounds to q5_0": lambda: run.packed_round(zeros("q5_0", 4, 64, False), 0, weights),
-        "rows of 48 weights of q4_0": lambda: zeros("q4_0", 4, 48, False),
-        "rows of 0 weights of q4_0": lambda: zeros("q4_0", 4, 0, False),
+        "nothing rounds to q5_0": lambda: run.packed_round(
+            zeros("q5_0", 4, 64, "rows"), 0, weights
+        ),
+        "rows of 48 weights of q4_0": lambda: zeros("q4_0", 4, 48, "rows"),
+        "rows of 0 weights of q4_0": lambda: zeros("q4_0", 4, 0, "rows"),
         "row 5 is outside the 5": lambda: rows(matrix, torch.tensor([0, 5]), torch.float32),
         "row -1 is outside the 5": lambda: rows(matrix, torch.tensor([-1]), torch.float32),
+        "by rows, tiles or neurons, not by columns": lambda: zeros("q4_0", 4, 64, "columns"),
         "no such rows": lambda: span(matrix, 3, 6, torch.float32),
         "float32 or bfloat16": lambda: span(matrix, 0, 1, torch.float16),
     }
@@ -235,4 +241,4 @@ def test_what_does_not_fit_is_refused_and_not_read():
 
 
 def _from(blocks, *about):
-    return ops().packed_from_blocks(blocks, *about, False)
+    return ops().packed_from_blocks(blocks, *about, "tiles")

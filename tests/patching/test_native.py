@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dart_llm.errors import ConfigError
@@ -21,6 +21,7 @@ from dart_llm.pruning.config import PruneConfig
 from dart_llm.session.run import prune
 from products import SHAPES, cases
 from steps import (
+    EVIDENCE,
     Same,
     apart,
     decode,
@@ -28,7 +29,9 @@ from steps import (
     new_cache,
     picked,
     pruned,
+    same_masks,
     shared_model,
+    state_of,
     step,
     sums_of,
 )
@@ -51,6 +54,8 @@ PROMPT, DECODED = 66, 8
 IDS = tokens(1, PROMPT + DECODED, seed=3)
 PRIOR = {"sequences": 2, "length": 24, "opening": 0}
 REMASKS = {"drift": "interval 2", "prior": PRIOR, "sparsity": 0.5}
+OFTEN = {"rule": "interval 2", "min_distance": 0, "max_dense_share": None}
+BOTH = ("compact", "slim")
 
 
 def _logits(name, dtype, method, **settings):
@@ -128,8 +133,7 @@ def test_tokens_choose_natively(name, choice):
 @pytest.mark.parametrize("name", SLIM)
 def test_observed_tokens_and_new_masks(name):
     """Evidence of decoded tokens leads to compact's masks: of dart, of a published run's."""
-    often = {"rule": "interval 2", "min_distance": 0, "max_dense_share": None}
-    remasked = {**REMASKS, "drift": often, "remask": {"observe_tokens": 1}}
+    remasked = {**REMASKS, "drift": OFTEN, "remask": {"observe_tokens": 1}}
     late = {"masking_step": 3, "sparsity": 0.5, "drift": "interval 2"}
     for method, settings, count in (("dart", remasked, 3), ("published", late, 1)):
         _, wanted, logits = _logits(name, torch.float32, method, executor="compact", **settings)
@@ -139,6 +143,160 @@ def test_observed_tokens_and_new_masks(name):
         assert len(found) >= count
         for ours, theirs in zip(found, wanted, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(ours[2], theirs[2], strict=True))
+
+
+@pytest.mark.contract("masked equals compact")
+@pytest.mark.parametrize(
+    ("name", "rows", "dtype"),
+    [*product(SLIM, (3, 8), DTYPES[:1]), *product(SLIM[:1], (3, 8), DTYPES[1:])],
+    ids=str,
+)
+def test_rows_of_a_batch(name, rows, dtype):
+    """Whole steps of several rows: the model's own dense tokens, and compact's of one mask."""
+    model, ids = shared_model(name, dtype), tokens(rows, 40, seed=6)
+    dense, found = generate(model, ids, 8), {}
+    for executor, sparsity in (("compact", 0.6), ("slim", 0.0), ("slim", 0.6)):
+        with prune(model, "griffin", sparsity=sparsity, executor=executor) as run:
+            found[executor, sparsity] = generate(model, ids, 8)
+            assert run.patch.steps == (7 if executor == "slim" else 0)
+            if sparsity == 0 and dtype == torch.float32:
+                steps = [decode(model, part, 36)[:, 36:] for part in (ids, *ids.split(1))]
+                assert torch.equal(steps[0], torch.cat(steps[1:])), "whoever else is there"
+    pairs = [(found["slim", 0.0], dense), (found["slim", 0.6], found["compact", 0.6])]
+    for ours, theirs in pairs:
+        same = (ours.sequences == theirs.sequences).all(1)
+        if dtype == torch.float32:
+            assert same.all()
+        both = torch.stack(ours.logits)[:, same], torch.stack(theirs.logits)[:, same]
+        assert same.any() and apart(*both) < TOLERANCE[dtype]
+    assert apart(torch.stack(pairs[0][0].logits), torch.stack(pairs[1][0].logits)) > 1e-2
+
+
+@pytest.mark.contract("same report whatever the batch")
+@pytest.mark.parametrize("name", [name for name in KINDS if name in SLIM])
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("griffin", EVIDENCE),
+        ("dart", {**EVIDENCE, "prior": PRIOR}),
+        ("dart", {**REMASKS, "drift": OFTEN, "remask": {"observe_tokens": 1}}),
+    ],
+    ids=["activations", "streams", "drift"],
+)
+def test_observed_rows(name, method, settings):
+    """Evidence of the rows' decoded tokens, and the masks that it leads to."""
+    model, ids, sums = shared_model(name), tokens(3, 30, seed=6), []
+    whole = [pruned(model, ids, 20, method=method, executor=one, **settings) for one in BOTH]
+    for run, _, _ in whole:
+        sums.append([known.sums for known in state_of(run).evidence])
+    (_, wanted, logits), (run, masks, close) = whole
+    assert run.report().executor == "slim" and run.report().decoded_tokens == 30
+    assert apart(close, logits) < TOLERANCE[torch.float32]
+    assert len(masks) == len(wanted) >= (3 if "remask" in settings else 0)
+    for ours, theirs in zip(masks, wanted, strict=True):
+        assert ours[0] == theirs[0] and same_masks(ours[2], theirs[2])
+    for ours, theirs in zip(*sums, strict=True):
+        for kind, known in ours.items():
+            assert apart(known.total, theirs[kind].total) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_each_row_of_a_batch_chooses(name):
+    """Tokens of several rows choose their own neurons: what masking by torch gives."""
+    model, ids = shared_model(name), tokens(3, 40, seed=6)
+    for settings in CHOICES:
+        found = {}
+        for executor in ("masked", "slim"):
+            run = prune(model, "dart-token", executor=executor, prior=PRIOR, **settings)
+            with run:
+                found[executor] = decode(model, ids, 30)
+            assert run.report().executor == executor
+        assert apart(found["slim"], found["masked"]) < TOLERANCE[torch.float32]
+
+
+def test_batches_that_a_whole_step_leaves_to_the_model():
+    """Too many rows, and rows of other lengths; sizes that change go on with the room there is."""
+    model, mask = shared_model(), torch.ones(3, 30, dtype=torch.int64)
+    mask[1, :4] = 0
+    with prune(model, "griffin", sparsity=0.5, executor="slim") as run:
+        for rows, steps in ((8, 10), (1, 10), (9, 0), (3, 10)):
+            before, ids = run.patch.steps, tokens(rows, 30, seed=6)
+            decode(model, ids, 20)
+            assert run.patch.steps - before == steps
+        before = run.patch.steps
+        found = decode(model, tokens(3, 30, seed=6), 20, mask)
+        assert run.patch.steps == before
+    with prune(model, "griffin", sparsity=0.5, executor="compact"):
+        wanted = decode(model, tokens(3, 30, seed=6), 20, mask)
+    assert apart(found[[0, 2]], wanted[[0, 2]]) < TOLERANCE[torch.float32]
+
+
+def test_beams_and_rows_that_end():
+    """A cache that beams reorder, and rows that go on with padding."""
+    model, ids, found = shared_model(), tokens(2, 20, seed=6), []
+    ways = ({"num_beams": 3}, {"eos_token_id": 7, "pad_token_id": 0})
+    for executor in BOTH:
+        with prune(model, "griffin", sparsity=0.5, executor=executor) as run:
+            found.append([generate(model, ids, 24, **way) for way in ways])
+            assert (run.patch.steps > 40) == (executor == "slim")
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours.sequences, theirs.sequences)
+
+
+@pytest.mark.parametrize("name", [name for name in SLIM if "-" not in name])
+def test_a_static_cache(name):
+    """Written in place, by generate too; a window that is full is the model's own from there."""
+    model, found = shared_model(name), {}
+    for rows, executor in product((1, 3), BOTH):
+        ids = tokens(rows, 40, seed=6)
+        with prune(model, "griffin", sparsity=0.5, executor=executor) as run:
+            cache = StaticCache(config=model.config, max_cache_len=48)
+            logits = [step(model, ids[:, :16], cache)]
+            logits += [step(model, ids[:, at : at + 1], cache) for at in range(16, 40)]
+            taken = run.patch.steps
+            assert int(cache.get_seq_length()) == 40
+            done = generate(model, ids[:, :16], 12, cache_implementation="static")
+            steps = {"slim": (8, 16) if name in WINDOWS else (24, 35), "compact": (0, 0)}
+            assert (taken, run.patch.steps) == steps[executor]
+        found[rows, executor] = torch.cat(logits, 1), done
+    for rows in (1, 3):
+        (ours, done), (theirs, wanted) = (found[rows, executor] for executor in BOTH[::-1])
+        assert apart(ours, theirs) < TOLERANCE[torch.float32]
+        assert torch.equal(done.sequences, wanted.sequences)
+        assert apart(done.logits, wanted.logits) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_static_cache_that_others_change(mode):
+    """Cropped, continued by several tokens, full, and with masks that hide something."""
+    model, ids, found = shared_model(), tokens(2, 40, seed=6), []
+    for executor in ("compact", "slim", "graph"):
+        with prune(model, masks=picked(), executor=executor) as run, mode():
+            cache = StaticCache(config=model.config, max_cache_len=32)
+            logits = [step(model, ids[:, :16], cache)]
+            logits += [step(model, ids[:, at : at + 1], cache) for at in range(16, 24)]
+            cache.crop(-6)
+            logits += [step(model, ids[:, at : at + 1], cache) for at in range(18, 20)]
+            logits += [step(model, ids[:, 20:30], cache), step(model, ids[:, 30:31], cache)]
+            taken = run.patch.steps
+            for mask in (_seeing(slice(3, 32)), _seeing(slice(0, 40))):
+                logits.append(step(model, ids[:, 31:32], cache, mask[..., :32]))
+                cache.crop(-1)
+            hidden = run.patch.steps - taken
+            logits.append(step(model, ids[:, 31:32], cache, _seeing(slice(0, 32))))
+            assert int(cache.get_seq_length()) == 32
+            assert (taken, hidden) == ((11, 1) if executor == "slim" else (0, 0))
+            with pytest.raises((IndexError, RuntimeError)):
+                step(model, ids[:, 32:33], cache)
+        found.append(torch.cat(logits, 1))
+    assert all(apart(one, found[0]) < 1e-5 for one in found[1:])
+
+
+def _seeing(shown):
+    """A mask of two rows for a static cache of 32 positions."""
+    mask = torch.zeros(2, 1, 1, 32, dtype=torch.bool)
+    mask[..., shown] = True
+    return mask
 
 
 @pytest.mark.contract("sparsity 0 is bit-identical")
@@ -216,15 +374,18 @@ def test_packed_weights_of_every_family(name, monkeypatch):
     """Whole steps on blocks are the model's own products on them; fused matrices in parts too."""
     kind, settings = CONFIGS[name]
     monkeypatch.setitem(CONFIGS, "packed", (kind, {**settings, "intermediate_size": 64}))
-    model, found = tiny("packed"), []
+    model = tiny("packed")
     assert round_weights(model, "q8_0") == []
-    for executor in ("masked", "native", "slim"):
-        run = prune(model, "griffin", sparsity=0.5, executor=executor)
-        with run:
-            found.append(decode(model, IDS, PROMPT))
-        assert run.report().executor == executor
-    # inputs of products are rounded to 8 bits: rounding before decides between two levels
-    assert all(apart(one, found[0]) < 1e-2 for one in found[1:])
+    rows = tokens(3, 46, seed=6)
+    for ids, sparsity in ((IDS, 0.5), (rows, 0.5), (rows, 0.0)):
+        found = []
+        for executor in ("masked", "native", "slim"):
+            run = prune(model, "griffin", sparsity=sparsity, executor=executor)
+            with run:
+                found.append(decode(model, ids, ids.shape[1] - DECODED))
+            assert run.report().executor == executor
+        # inputs of products are rounded to 8 bits: rounding before decides between two levels
+        assert all(apart(one, found[0]) < 2e-2 for one in found[1:])
 
 
 def _cropped(cache):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dart_llm.errors import ConfigError
-from dart_llm.models.growing_cache import extendable
+from dart_llm.models.growing_cache import extendable, held, is_static
 from dart_llm.pruning.forward import ForwardCall, Kind
 
 GENERATE = "generate"
@@ -70,6 +70,27 @@ _SECOND_TEXT = {"guidance_scale": 1, "assistant_early_exit": None}
 """Settings with which ``generate`` calls its own model for another text, and their off values."""
 
 
+_OTHER_CALLS = (
+    "custom_generate",
+    "synced_gpus",
+    "assistant_model",
+    "assistant_tokenizer",
+    "tokenizer",
+)
+_OTHER_LOOPS = (
+    "constraints",
+    "force_words_ids",
+    "penalty_alpha",
+    "use_mtp",
+    "dola_layers",
+    "prompt_lookup_num_tokens",
+    "cache_implementation",
+)
+"""Arguments and settings of ``generate`` with which it runs another loop than its usual one, or
+does not hand them to one that is given (the tokenizer of stop strings).
+"""
+
+
 def read_generate(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Loop:
     """The loop of a call of ``generate``; ``ConfigError`` when it would run without a cache."""
     inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
@@ -96,7 +117,11 @@ def read_generate(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
                 "the steps cannot be told apart; leave it out"
             )
     prompt = 1 if inputs is None else int(inputs.shape[1])
-    return Loop(prompt, int(setting("num_beams", 1)))
+    loop = Loop(prompt, int(setting("num_beams", 1)))
+    asked = any(kwargs.get(name) is not None for name in _OTHER_CALLS)
+    others = any(setting(name, None) for name in _OTHER_LOOPS)
+    loop.plain = loop.beams == 1 and len(args) <= 2 and not asked and not others
+    return loop
 
 
 class Loop:
@@ -104,6 +129,8 @@ class Loop:
 
     def __init__(self, prompt_tokens: int, beams: int) -> None:
         self.prompt_tokens, self.beams = prompt_tokens, beams
+        self.plain = False
+        """Whether it is transformers' greedy or sampling loop."""
         self.in_prefill = False
         self.forwards = 0
         self.cache: Any = None
@@ -234,16 +261,18 @@ def read_call(
         return None
     if not extendable(cache, windows):
         return None
-    length = cache.get_seq_length()
-    if not length or len(cache.layers[0].keys) != rows:
+    length = int(cache.get_seq_length())
+    if not length:
         return None
-    first = cache.layers[0]
-    if first.keys.dtype != dtype or first.values.dtype != dtype:
+    keys, values = held(cache.layers[0])
+    if len(keys) != rows:
+        return None
+    if keys.dtype != dtype or values.dtype != dtype:
         return None  # filled under autocast: the model's own forward says what comes of it
+    given.pop("tokenizer", None)  # of stop strings: generate hands it on, and no model reads it
     mask, positions = given.pop("attention_mask", None), given.pop("position_ids", None)
-    if mask is not None and not (isinstance(mask, Tensor) and mask.shape == (rows, length + 1)):
-        return None  # a mask for every kind of layer, or of another shape
-    if mask is not None and not bool(mask.all()):
+    whole = is_static(cache) and all(window is None or window > length for window in windows)
+    if mask is not None and not _hides_nothing(mask, rows, length, whole):
         return None
     if positions is not None and not bool((positions[..., -1] == length).all()):
         return None
@@ -252,6 +281,27 @@ def read_call(
         for key, value in given.items()
     )
     return SlimCall(ids, cache) if neutral else None
+
+
+def _hides_nothing(mask: Any, rows: int, length: int, whole: bool) -> bool:
+    """Whether an attention mask shows a token the ``length`` positions before it and itself.
+
+    ``whole``: it may be [B, 1, 1, capacity] (floats: added to scores), or one for every kind of
+    layer, as ``generate`` makes them for a static cache.
+    """
+    if isinstance(mask, Mapping):
+        return whole and all(_hides_nothing(one, rows, length, whole) for one in mask.values())
+    if not isinstance(mask, Tensor):
+        return False
+    if not whole or mask.dim() == 2:
+        return mask.shape == (rows, length + 1) and bool(mask.all())
+    if mask.shape[:-1] not in ((rows, 1, 1), (1, 1, 1)) or mask.shape[-1] <= length:
+        return False
+    before, after = mask[..., : length + 1], mask[..., length + 1 :]
+    if mask.dtype == torch.bool:
+        return bool(before.all()) and not bool(after.any())
+    least = torch.finfo(mask.dtype).min if mask.is_floating_point() else 0
+    return least < 0 and not bool(before.any()) and bool((after <= least).all())
 
 
 def as_output(logits: Tensor, cache: Any) -> Any:

@@ -384,6 +384,8 @@ class _Builder:
         import torch
         from transformers import AutoModelForCausalLM
 
+        from dart_llm.native.memory import out_of_files
+
         if checkpoint.blocks is not None:
             return self._in_blocks(checkpoint)
         arguments = {**self.arguments, **checkpoint.arguments, **common}
@@ -404,6 +406,8 @@ class _Builder:
             from dart_llm.models.packed_loading import round_weights
 
             round_weights(model, self.weights)
+        else:
+            out_of_files(model)
         return model
 
     def _in_blocks(self, checkpoint: Checkpoint) -> PreTrainedModel:

@@ -20,6 +20,10 @@ from dart_llm.native.build import ops
 FEW = 16
 """Vectors up to which a product runs on the blocks; more are worth dequantised rows."""
 
+ORDERS = ("rows", "tiles", "neurons")
+"""How the rows of a matrix lie: each on its own, sixteen interleaved (the fastest to read as a
+whole), or each column of a down projection on its own."""
+
 CHUNK = 1 << 22
 """Weights that are dequantised at a time."""
 
@@ -122,6 +126,12 @@ class PackedTensor(Tensor):
     def nbytes(self) -> int:  # type: ignore[override]
         """Bytes as stored."""
         return int(self.matrix.nbytes())
+
+
+def memory_of(model: nn.Module) -> Iterator[Tensor]:
+    """Plain tensors on the memory that the weights of ``model`` take."""
+    for one in model.parameters():
+        yield from one.matrix.parts() if isinstance(one, PackedTensor) else (one.detach(),)
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
@@ -247,17 +257,17 @@ RULES: Mapping[Any, Callable[..., Any]] = {
 """What is done without dequantising the whole."""
 
 
-def pack(weight: Tensor, kind: str, *, neurons: bool = False) -> PackedTensor:
+def pack(weight: Tensor, kind: str, order: str = "rows") -> PackedTensor:
     """``weight`` [N, M] rounded to blocks of ``kind``, as llama.cpp rounds.
 
-    ``neurons``: it is a down projection, whose neurons are columns.  Raises ``ConfigError`` for a
-    kind that nothing is rounded to, rows that are no multiple of 32, and what is no finite number.
+    ``order``: how its rows lie, one of ``ORDERS``.  Raises ``ConfigError`` for a kind that nothing
+    is rounded to, rows that are no multiple of 32, and what is no finite number.
     """
-    return packed_from(lambda begin, end: weight[begin:end], weight, kind, neurons=neurons)
+    return packed_from(lambda begin, end: weight[begin:end], weight, kind, order)
 
 
 def packed_from(
-    rows: Callable[[int, int], Tensor], like: Tensor, kind: str, *, neurons: bool = False
+    rows: Callable[[int, int], Tensor], like: Tensor, kind: str, order: str = "rows"
 ) -> PackedTensor:
     """As ``pack``, of pieces ``rows(begin, end)``; shape and dtype are those of ``like``."""
     if kind not in ROUNDED:
@@ -265,11 +275,11 @@ def packed_from(
     height, width = like.shape
     if width % 32:
         raise ConfigError(f"rows of {width} weights are no multiple of {kind}'s 32")
-    matrix = ops().packed_zeros(kind, height, width, neurons)
-    step = height if neurons else max(1, CHUNK // width)
+    matrix = ops().packed_zeros(kind, height, width, order)
+    step = height if order == "neurons" else max(1, CHUNK // width)
     for begin in range(0, height, step):
         piece = rows(begin, min(begin + step, height)).detach()
         if not bool(piece.isfinite().all()):
             raise ConfigError("weights that are infinite or no numbers cannot be rounded")
         ops().packed_round(matrix, begin, piece)
-    return PackedTensor(matrix, like.dtype, neurons)
+    return PackedTensor(matrix, like.dtype, order == "neurons")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,12 +180,11 @@ def load_packed(
     _tie(model, config)
     found = {names[name]: tensor for name, tensor in stored.items() if name in names}
     _check_fit(path.name, model, found)
-    blocks = _ffn_blocks(model)
+    order = _orders(model)
     for target, tensor in found.items():
         module_name, _, attribute = target.rpartition(".")
         module = model.get_submodule(module_name)
-        neurons = any(module is block.down for block in blocks)
-        weight = _weight(tensor, architecture, config, dtype, neurons=neurons)
+        weight = _weight(tensor, architecture, config, dtype, order(module))
         setattr(module, attribute, nn.Parameter(weight, requires_grad=False))
     _tie(model, config)
     return model.eval()
@@ -221,19 +220,19 @@ def _check_fit(file: str, model: nn.Module, found: Mapping[str, StoredTensor]) -
 
 
 def _weight(
-    tensor: StoredTensor, architecture: str, config: Any, dtype: torch.dtype, *, neurons: bool
+    tensor: StoredTensor, architecture: str, config: Any, dtype: torch.dtype, order: str
 ) -> Tensor:
     if tensor.kind in BLOCKS and len(tensor.shape) == 2:
         rows, columns = tensor.shape
         blocks = tensor.bytes().reshape(rows, -1)
         blocks = _reordered(blocks, tensor.name, architecture, config)
-        matrix = ops().packed_from_blocks(blocks.contiguous(), tensor.kind, rows, columns, neurons)
+        matrix = ops().packed_from_blocks(blocks.contiguous(), tensor.kind, rows, columns, order)
         if not all(bool(part.isfinite().all()) for part in matrix.parts()):
             raise LoadError(
                 f"{tensor.path.name} is damaged: scales of {tensor.name} are no numbers; "
                 "fetch it again"
             )
-        return PackedTensor(matrix, dtype, neurons)
+        return PackedTensor(matrix, dtype, order == "neurons")
     values = _plain(tensor).reshape(tensor.shape)
     values = _reordered(values, tensor.name, architecture, config)
     if architecture in NORMS_LESS_ONE and tensor.name.endswith("norm.weight"):
@@ -269,13 +268,20 @@ def _ffn_blocks(model: nn.Module) -> tuple[FfnBlock, ...]:
         return ()
 
 
+def _orders(model: nn.Module) -> Callable[..., str]:
+    """How the rows of a matrix lie that these modules share: those of FFNs are read one by one."""
+    blocks = _ffn_blocks(model)
+    rows = {id(one): "rows" for block in blocks for one in block.projections}
+    known = rows | {id(block.down): "neurons" for block in blocks}
+    return lambda *modules: next((known[id(m)] for m in modules if id(m) in known), "tiles")
+
+
 def round_weights(model: nn.Module, kind: str) -> list[str]:
     """Round the matrices of ``model`` to blocks in place, one after the other; names of those kept.
 
     Rows that are no multiple of 32 stay as they are, and with them the other matrices of an FFN.
     """
-    blocks = _ffn_blocks(model)
-    down = [block.down for block in blocks]
+    blocks, order = _ffn_blocks(model), _orders(model)
     mixed = [one for block in blocks if _is_odd(*block.projections) for one in block.projections]
     kept = []
     for names, modules in _matrices(model):
@@ -283,7 +289,7 @@ def round_weights(model: nn.Module, kind: str) -> list[str]:
         if _is_odd(*modules) or any(module in mixed for module in modules):
             kept += names
             continue
-        made = pack(weight, kind, neurons=any(module in down for module in modules))
+        made = pack(weight, kind, order(*modules))
         parameter = nn.Parameter(made, requires_grad=False)
         for module in modules:
             module.weight = parameter
@@ -317,13 +323,11 @@ def random_packed(config: Any, kind: str, dtype: torch.dtype, **arguments: Any) 
     ``arguments``: for the model.  Norms are 1, biases 0; draws from torch's global generator.
     """
     model = _empty(config, dtype, arguments)
-    down = [block.down for block in _ffn_blocks(model)]
+    order = _orders(model)
     for _, modules in _matrices(model):
         weight: Any = modules[0].weight
-        neurons = any(module in down for module in modules)
-        made = packed_from(
-            functools.partial(_drawn, weight.shape[1]), weight, kind, neurons=neurons
-        )
+        drawn = functools.partial(_drawn, weight.shape[1])
+        made = packed_from(drawn, weight, kind, order(*modules))
         parameter = nn.Parameter(made, requires_grad=False)
         for module in modules:
             module.weight = parameter

@@ -91,6 +91,8 @@ def state(cache_dir: str | None = None) -> str:
 
 def _loads(library: Path) -> bool:
     """Load a library that is what was built; False, and it is gone, where this system cannot."""
+    if _registered():
+        return True
     try:
         torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except OSError as error:
@@ -98,6 +100,11 @@ def _loads(library: Path) -> bool:
         library.unlink(missing_ok=True)
         return False
     return True
+
+
+def _registered() -> bool:
+    """Whether this process has the operators already: to register them twice would end it."""
+    return hasattr(torch.ops.dart_llm, "cpu")
 
 
 def _reason(error: BaseException) -> str:
@@ -167,8 +174,9 @@ def ops() -> Any:
 
 
 def use_kernels(name: str) -> bool:
-    """Run kernels by name from now on: avx512bf16, avx512, avxvnni, avx2, portable; "": the best.
+    """Run kernels by name from now on; "": the best.
 
+    Names: avx512bf16, avx512, avxvnni, avx2 (x86-64), neon (64-bit Arm), portable (any CPU).
     False, and nothing changes, where this CPU has them not.
     """
     return bool(ops().use(name))

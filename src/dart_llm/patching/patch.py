@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 from dart_llm.errors import AttachError, ConfigError
 from dart_llm.models import calls, describe
-from dart_llm.models.agreement import NotCopied
+from dart_llm.models.agreement import NotCopied, Replacement
 from dart_llm.models.calls import Loop, OwnLoop, bare_call
+from dart_llm.models.packed import memory_of
+from dart_llm.models.token_loop import TokenLoop, can_stand_in
+from dart_llm.native.memory import into_huge_pages
 from dart_llm.patching.changes import Changes
 from dart_llm.patching.executors.graph_step import GraphDecoder
 from dart_llm.patching.executors.native_ffn import Layout, NativeFfn, native_linears
@@ -29,7 +32,7 @@ from dart_llm.patching.patched_ffn import PatchedFFN
 from dart_llm.patching.watch import Turn, Watch
 from dart_llm.pruning.config import TokenConfig
 from dart_llm.pruning.controller import PruningController
-from dart_llm.pruning.forward import ForwardPlan, Kind
+from dart_llm.pruning.forward import ForwardPlan, Kind, outside_inference
 from dart_llm.pruning.token_level import TokenMask
 
 _active: weakref.WeakSet[ModelPatch] = weakref.WeakSet()
@@ -59,6 +62,8 @@ class ModelPatch(NotCopied):
         self.forced_decode = 0
         self.forced_prompt = 0
         self._turn = Turn(model)
+        self._begun = False
+        """Whether the next forward of the model was read and planned already."""
         self.loop: Loop | OwnLoop | None = None
         self.proxy_errors: tuple[float, float] | None = None
         """Of low-bit copies and of Gaussian matrices on the same grid; None without copies."""
@@ -97,6 +102,7 @@ class ModelPatch(NotCopied):
         if self.executor in WITHOUT:
             self._replace_steps()
         if native:
+            into_huge_pages(memory_of(self.model))
             self._watch.remember_places()
         self._watch.look()
 
@@ -203,22 +209,62 @@ class ModelPatch(NotCopied):
         _active.discard(self)
 
     def _before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._begun:
+            self._begun = False
+            return
+        self._take_turn()
+        with outside_inference():
+            self._plan_forward(calls.read_forward(model, args, kwargs))
+
+    def _take_turn(self) -> None:
         if self._turn.take():  # the forward before was interrupted
             for layer in self.layers:
                 layer.forget()
-        with torch.inference_mode(False):  # what is kept must serve later forwards of any mode
-            seen = calls.read_forward(model, args, kwargs)
-            self.rows = seen.rows
-            call = self.loop.call(seen) if self.loop else bare_call(seen, self.forced_decode > 0)
-            if call.kind is Kind.PREFILL:  # not at every token: it takes as long as a layer
-                self._watch.look()
-                if self.controller.config.token and self._token:
-                    say_slower(self.controller.config.method, self.executor, self.rows)
-            if self.forced_prompt:
-                call = dataclasses.replace(call, kind=Kind.DECODE, observable=None)
-            self.plan = self.controller.before_forward(call)
+
+    def _plan_forward(self, seen: calls.ForwardArgs) -> None:
+        self.rows = seen.rows
+        call = self.loop.call(seen) if self.loop else bare_call(seen, self.forced_decode > 0)
+        if call.kind is Kind.PREFILL:  # not at every token: it takes as long as a layer
+            self._watch.look()
+            if self.controller.config.token and self._token:
+                say_slower(self.controller.config.method, self.executor, self.rows)
+        if self.forced_prompt:
+            call = dataclasses.replace(call, kind=Kind.DECODE, observable=None)
+        self.plan = self.controller.before_forward(call)
+
+    def _decode(self, ids: Tensor, cache: Any) -> Tensor | None:
+        """Logits [1, V] after ids [1, 1], by a whole step, without a call of the model.
+
+        None where only that will do: before the first step on a cache, and where somebody looks on.
+        """
+        slim = self.slim
+        if slim is None or not self._is_alone() or not slim.goes_on(cache):
+            return None
+        self._take_turn()
+        with outside_inference():
+            seen = calls.ForwardArgs(cache.get_seq_length(), 1, 1, ids, None, cache)
+            self._plan_forward(seen)
+        logits = slim.decode(ids, cache)
+        if logits is None:
+            self._begun = True
+        else:
+            self._end_forward()
+        return logits
+
+    def _is_alone(self) -> bool:
+        """Whether a call of the model comes to nothing but this patch."""
+        model = self.model
+        hooks = len(model._forward_pre_hooks), len(model._forward_hooks)
+        return hooks == (1, 1) and self._watch.steps and self._owns_forward()
+
+    def _owns_forward(self) -> bool:
+        held = self.model.__dict__.get("forward")
+        return isinstance(held, Replacement) and held.make == self._run_forward
 
     def _after(self, model: nn.Module, args: Any, output: Any) -> None:
+        self._end_forward()
+
+    def _end_forward(self) -> None:
         self._turn.end()
         self.controller.after_forward()
         self.plan = ForwardPlan(False, False, ())
@@ -242,10 +288,13 @@ class ModelPatch(NotCopied):
             )
         self.loop = loop
         self._turn.reserve()
+        if self.executor == "slim" and loop.plain and can_stand_in(self.model, original):
+            loop_method = TokenLoop(self._decode, kwargs.get("streamer"))
+            kwargs = {**kwargs, "custom_generate": loop_method}
         try:
             return original(*args, **kwargs)
         finally:
-            self.loop, self.plan = None, ForwardPlan(False, False, ())
+            self.loop, self.plan, self._begun = None, ForwardPlan(False, False, ()), False
             self._turn.free()
             if loop.cache is not None:
                 self.controller.end_generate(int(loop.cache.get_seq_length()))

@@ -23,8 +23,11 @@ from dart_llm.pruning.weights import FfnWeights
 IF_COMPACT = "if compact"
 """Stands for an executor that reads each forward's winners once, from where they lie."""
 
-READ_WINNERS = ("native", "slim")
-"""Executors that read a single token's winners alone; the others compute all neurons."""
+STEP_ROWS = 8
+"""Rows of the largest batch that a native step takes."""
+
+READ_WINNERS = {"native": 1, "slim": STEP_ROWS}
+"""Executors that read the winners of a token alone, and of how many rows; all else is dense."""
 
 NORM_BYTES = 4
 
@@ -84,23 +87,21 @@ class TokenCosts:
         return math.ceil(inputs * self.config.bits / 8) + SCALE_BYTES * groups
 
     def work(
-        self, kept: Sequence[int], tokens: float, alone: bool, executor: str
+        self, kept: Sequence[int], tokens: float, rows: int, executor: str
     ) -> tuple[Sequence[int], Sequence[int]]:
         """Neurons per layer of a span: computed per token, read per forward.
 
-        ``tokens``: per forward; ``alone``: of a single row.  The native kernels read the winners of
-        a forward of one token, where they lie; all else is dense.
+        ``tokens``: per forward.  The native kernels read the winners of a forward of one token per
+        row, where they lie; all else is dense.
         """
         widths = [layer.width for layer in self.layers]
         once = self.chosen_once(kept)
-        if executor == IF_COMPACT:
+        if executor == IF_COMPACT or tokens <= rows <= READ_WINNERS.get(executor, 0):
             read = [
                 k if one else min(width, math.ceil(k * tokens))
                 for k, one, width in zip(kept, once, widths, strict=True)
             ]
             return kept, read
-        if executor in READ_WINNERS and alone and tokens <= 1:
-            return kept, kept
         masked = executor == "masked"
         every = [width if masked else k or width for k, width in zip(once, widths, strict=True)]
         return every, every
@@ -331,8 +332,7 @@ def _shares(states: Sequence[SequenceState], costs: Costs, executor: str) -> _Sh
                 flops += fed * costs.flops(span.kept, skips)
                 moved += steps * costs.bytes(span.kept, skips)
                 continue
-            alone = state.rows == 1
-            computed, read = token.work(span.kept, fed / max(1, steps), alone, executor)
+            computed, read = token.work(span.kept, fed / max(1, steps), state.rows, executor)
             flops += fed * costs.flops(computed)
             moved += steps * costs.bytes(read)
             proxy_flops += fed * token.flops(span.kept)

@@ -31,9 +31,11 @@ from dart_llm.pruning.forward import (
     PendingForward,
     add_reference,
     evidence_weights,
+    outside_inference,
     prompt_counts,
     sinks_ahead,
     token_weights,
+    without_graph,
 )
 from dart_llm.pruning.masks import Masks
 from dart_llm.pruning.observations import (
@@ -80,10 +82,10 @@ class PruningController:
         """Unpadded length of each row before the forward in hand."""
         self._queue = Observations(weak_callback(self._update))
 
-    @torch.no_grad()
+    @without_graph
     def before_forward(self, call: ForwardCall) -> ForwardPlan:
         """Settle the forward before, then plan this one."""
-        self.settle(call.cached)
+        self._settle(call.cached)
         if call.cached == 0 or call.cached > self.length or not self.sequences:  # a fresh one
             self._new_sequence(call)
         else:
@@ -116,7 +118,7 @@ class PruningController:
     @torch.no_grad()
     def end_generate(self, cached: int) -> None:
         """A token loop ended and left ``cached`` tokens: the others were rolled back."""
-        self.settle(cached)
+        self._settle(cached)
         if cached:
             self._rewind(cached)
 
@@ -232,7 +234,7 @@ class PruningController:
         if self._pending is not None and self._pending.plan.signal:
             self._pending.signal = v.detach()
 
-    @torch.no_grad()
+    @without_graph
     def after_forward(self) -> None:
         """The forward ran: settle it, unless it must wait for the next one."""
         pending = self._pending
@@ -240,13 +242,16 @@ class PruningController:
             return
         pending.ended = True
         if pending.call.kind is Kind.PREFILL or pending.call.tokens == 1:
-            self.settle(pending.call.cached + pending.call.tokens)
+            self._settle(pending.call.cached + pending.call.tokens)
         else:
             self.length = pending.call.cached + pending.call.tokens
 
     @torch.no_grad()
     def settle(self, cached: int | None = None) -> None:
         """Account for the forward in hand; ``cached``: tokens that stayed (None: all of them)."""
+        self._settle(cached)
+
+    def _settle(self, cached: int | None) -> None:
         pending, self._pending = self._pending, None
         if pending is None or not pending.ended:
             return
@@ -262,7 +267,7 @@ class PruningController:
                 pending.observing,
                 ObservedForward.accepted(pending.layers, call.rows, accepted, weights, *sampled),
             )
-        with torch.inference_mode(False):
+        with outside_inference():
             if call.kind is Kind.PREFILL:
                 self._settle_prefill(pending)
             elif accepted:

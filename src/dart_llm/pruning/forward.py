@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -97,6 +99,34 @@ T = TypeVar("T", Tensor, Tensor | None)
 def bare(t: T) -> T:
     """``t`` outside any graph."""
     return t.detach() if t is not None and t.requires_grad else t
+
+
+# torch's own contexts take as long as the rest of a token's accounting, also where they change
+# nothing.
+
+_NOTHING = nullcontext()
+
+
+def outside_inference() -> AbstractContextManager[object]:
+    """What is made in it serves later forwards of any mode."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def without_graph(function: Callable[P, R]) -> Callable[P, R]:
+    """``torch.no_grad``, entered only where gradients are on."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run
 
 
 def token_weights(call: ForwardCall, end: int) -> Tensor | None:

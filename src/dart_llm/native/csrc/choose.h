@@ -1,4 +1,4 @@
-// The neurons of one token: the k strongest of those that it may choose.
+// The neurons of each token: the k strongest of those that it may choose.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -45,18 +45,22 @@ inline void strongest(const float* values, int64_t n, int64_t k, int32_t* places
   }
 }
 
-// From now on `ffn` keeps what one token chooses out of its neurons: estimates in parts, then one
-// choice for all.  Every member calls it, with its own `ffn`; strength, chosen: room for all.
+// From now on `ffn` keeps what the first token chooses out of its neurons, and token m those `kept`
+// ids further on: estimates in parts, then one choice for each token.  Every member calls it, with
+// its own `ffn`; strength, chosen: [M, kept].
 inline void choose(Worker& team, const Kernels& kernels, Dtype dtype, const Copies& copies,
                    const Input& x, Ffn& ffn, float* strength, int32_t* chosen) {
   team.in_parts(PARTS, [&](int64_t one, int64_t parts) {
     Span own = part(ffn.kept, one, parts);
-    kernels.estimate(dtype, copies, ffn, x, own.begin, own.end, strength);
+    for (int64_t m = 0; m < x.count; ++m)
+      kernels.estimate(dtype, copies, ffn, one_of(dtype, x, m), own.begin, own.end,
+                       strength + m * ffn.kept);
   });
   team.finish();
-  team.in_parts(1, [&](int64_t, int64_t) {
-    strongest(strength, ffn.kept, copies.keep, chosen);
-    for (int64_t i = 0; ffn.ids && i < copies.keep; ++i) chosen[i] = ffn.ids[chosen[i]];
+  team.in_parts(x.count, [&](int64_t m, int64_t) {
+    int32_t* own = chosen + m * ffn.kept;
+    strongest(strength + m * ffn.kept, ffn.kept, copies.keep, own);
+    for (int64_t i = 0; ffn.ids && i < copies.keep; ++i) own[i] = ffn.ids[own[i]];
   });
   team.finish();
   ffn.ids = chosen;

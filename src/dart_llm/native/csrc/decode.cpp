@@ -26,14 +26,15 @@ void* at(void* base, Dtype dtype, int64_t values) {
 
 float capped(float x, float cap) { return cap * std::tanh(x / cap); }
 
-// One member at work: the step's parts in order, with its own share of the scratch.
+// One member at work: the step's parts in order, with its own share of the scratch.  Vectors of the
+// M rows lie one after the other: [M, n].
 struct Member : Worker {
   const Kernels& kernels;
   const Decoder& decoder;
   const Cache& cache;
   const float *cosine, *sine;
   Scratch& scratch;
-  float *normed, *x, *scores;  // x [D]: what a part of a layer is given
+  float *normed, *x, *scores;  // x [M, D]: what a part of a layer is given
   uint16_t* narrow;
   int8_t* levels;
   float *scales, *group_sums;
@@ -41,14 +42,17 @@ struct Member : Worker {
 
   static int64_t parts_of(int64_t values) { return std::min(PARTS, 1 + values / LEAST); }
 
-  // `from` rounded to the weights' dtype, as the model's own modules hand it on.
+  // `from` [M, n] rounded to the weights' dtype, as the model's own modules hand it on.
   Input input(const float* from, int64_t n) {
-    kernels.packed.round(from, n, levels, scales, group_sums);
-    Rounded rounded{levels, scales, group_sums, 1, (n + UNIT - 1) / UNIT * UNIT};
-    if (decoder.dtype == Dtype::f32) return {from, from, 1, n, rounded};
-    kernels.round(decoder.dtype, from, narrow, n);
-    kernels.widen(decoder.dtype, narrow, normed, n);
-    return {narrow, normed, 1, n, rounded};
+    int64_t rows = cache.rows, each = 2 * Rounded::facts(padded(n));
+    for (int64_t m = 0; m < rows; ++m)
+      kernels.packed.round(from + m * n, n, levels + m * padded(n), scales + m * each,
+                           group_sums + m * each);
+    Rounded rounded{levels, scales, group_sums, rows, padded(n)};
+    if (decoder.dtype == Dtype::f32) return {from, from, rows, n, rounded};
+    kernels.round(decoder.dtype, from, narrow, rows * n);
+    kernels.widen(decoder.dtype, narrow, normed, rows * n);
+    return {narrow, normed, rows, n, rounded};
   }
 
   void norm(const Norm& by, const float* from, int64_t n, float* to) const {
@@ -64,6 +68,10 @@ struct Member : Worker {
       for (int64_t i = 0; i < n; ++i) to[i] += by.bias[i];
   }
 
+  void norm_rows(const Norm& by, const float* from, int64_t n, float* to) const {
+    for (int64_t m = 0; m < cache.rows; ++m) norm(by, from + m * n, n, to + m * n);
+  }
+
   template <class Value>
   static float sum(int64_t n, const Value& value) {
     float lanes[8] = {}, total = 0;
@@ -75,25 +83,30 @@ struct Member : Worker {
     return total;
   }
 
-  // y = rows x + bias, and then(begin, end) for the rows that are done.
+  // y[m] = weights x[m] + bias, `stride` values apart, and then(m, begin, end) for what is done.
   template <class Then>
-  void project(const Matrix& rows, const void* bias, const Input& in, int64_t count, float* y,
-               const Then& then) {
+  void project(const Matrix& weights, const void* bias, const Input& in, int64_t count, float* y,
+               int64_t stride, const Then& then) {
     in_parts(parts_of(count * in.size), [&](int64_t one, int64_t parts) {
-      Span own = part(count, one, parts);
-      if (rows.packed) {
-        kernels.packed.matvec(*rows.packed, in.rounded, own.begin, own.end, y, count);
-        if (bias) kernels.add(decoder.dtype, bias, own.begin, own.end, y);
-      } else {
-        kernels.matvec(decoder.dtype, rows.plain, bias, in, own.begin, own.end, y, count);
+      Span own = part(count, one, parts, weights.packed ? TILE : 4);
+      if (weights.packed)
+        kernels.packed.matvec(*weights.packed, in.rounded, own.begin, own.end, y, stride);
+      else
+        kernels.matvec(decoder.dtype, weights.plain, bias, in, own.begin, own.end, y, stride);
+      for (int64_t m = 0; m < in.count; ++m) {
+        if (weights.packed && bias)
+          kernels.add(decoder.dtype, bias, own.begin, own.end, y + m * stride);
+        then(m, own.begin, own.end);
       }
-      then(own.begin, own.end);
     });
   }
 
-  void project(const Matrix& rows, const void* bias, const Input& in, int64_t count, float* y) {
-    project(rows, bias, in, count, y, [](int64_t, int64_t) {});
+  void project(const Matrix& weights, const void* bias, const Input& in, int64_t count, float* y) {
+    project(weights, bias, in, count, y, in_qkv(), [](int64_t, int64_t, int64_t) {});
   }
+
+  // Values of the queries, keys and values of one row.
+  int64_t in_qkv() const { return (decoder.heads + 2 * decoder.kv_heads) * decoder.size; }
 
   void turn(float* head, const Norm& by, int64_t table) const {
     if (!decoder.over_all) norm(by, head, decoder.size, head);
@@ -107,122 +120,172 @@ struct Member : Worker {
     }
   }
 
-  // Where head number `one` of queries (0), keys (1) or values (2) stands in qkv.
-  float* head(int64_t kind, int64_t one) const {
+  // Where head number `one` of queries (0), keys (1) or values (2) of row m stands in qkv.
+  float* head(int64_t m, int64_t kind, int64_t one) const {
     int64_t before[] = {0, decoder.heads, decoder.heads + decoder.kv_heads};
     int64_t place = decoder.by_heads ? 3 * one + kind : before[kind] + one;
-    return scratch.qkv.data() + place * decoder.size;
+    return scratch.qkv.data() + m * in_qkv() + place * decoder.size;
   }
 
-  // All query heads of one key-value head, which also writes its new position.
-  void attend(int64_t index, int64_t kv) {
+  // Query head `one` of row m; the first of those that share keys and values also writes the new
+  // position to the cache.
+  void attend(int64_t index, int64_t m, int64_t one) {
     const Layer& layer = decoder.layers[index];
     const Cache::Part& held = cache.layers[index];
-    int64_t size = decoder.size, group = decoder.heads / decoder.kv_heads;
-    float *key = head(1, kv), *value = head(2, kv);
-    void* keys = at(held.keys, decoder.dtype, kv * held.pitch);
-    void* values = at(held.values, decoder.dtype, kv * held.pitch);
-    turn(key, layer.k_norm, layer.table);
-    kernels.round(decoder.dtype, key, at(keys, decoder.dtype, held.length * size), size);
-    kernels.round(decoder.dtype, value, at(values, decoder.dtype, held.length * size), size);
-    for (int64_t one = kv * group; one < (kv + 1) * group; ++one) {
-      float* query = head(0, one);
-      turn(query, layer.q_norm, layer.table);
-      kernels.attend(decoder.dtype, query, keys, values, held.length, size, key, value, size,
-                     decoder.scale, decoder.attention_cap, scores,
-                     scratch.attended.data() + one * size);
+    int64_t size = decoder.size, group = decoder.heads / decoder.kv_heads, kv = one / group;
+    float *query = head(m, 0, one), *value = head(m, 2, kv);
+    float* key = normed;  // one of its own, which is turned
+    std::copy_n(head(m, 1, kv), size, key);
+    void* keys = at(held.keys, decoder.dtype, m * held.row_pitch + kv * held.pitch);
+    void* values = at(held.values, decoder.dtype, m * held.row_pitch + kv * held.pitch);
+    turn(key, layer.k_norm, layer.table), turn(query, layer.q_norm, layer.table);
+    if (one % group == 0) {
+      kernels.round(decoder.dtype, key, at(keys, decoder.dtype, held.length * size), size);
+      kernels.round(decoder.dtype, value, at(values, decoder.dtype, held.length * size), size);
     }
+    kernels.attend(decoder.dtype, query, keys, values, held.length, size, key, value, size,
+                   decoder.scale, decoder.attention_cap, scores,
+                   scratch.attended.data() + (m * decoder.heads + one) * size);
+  }
+
+  // Values from the sums of one row to those of the next: packed matrices add to whole units.
+  int64_t sums_pitch(const Ffn& ffn) const {
+    return ffn.packed_down ? padded(decoder.hidden) : decoder.hidden;
+  }
+
+  // What a part of an FFN adds, [M, sums_pitch].
+  float* sums(const Ffn& ffn, int64_t one) const {
+    return scratch.parts.data() + one * padded(cache.rows * sums_pitch(ffn));
   }
 
   void ffn(int64_t index) {
     const Layer& layer = decoder.layers[index];
     int64_t hidden = decoder.hidden;
-    norm(layer.before_ffn, scratch.stream.data(), hidden, x);
+    norm_rows(layer.before_ffn, scratch.stream.data(), hidden, x);
     Input given = input(x, hidden);
     Ffn ffn = layer.ffn;
     if (layer.copies.keep)
       choose(*this, kernels, decoder.dtype, layer.copies, given, ffn, scratch.strength.data(),
              scratch.chosen.data());
-    float* u = scratch.observed ? scratch.u.data() + index * decoder.width : nullptr;
+    float* u = scratch.observed ? scratch.u.data() + index * cache.rows * decoder.width : nullptr;
     in_parts(PARTS, [&](int64_t one, int64_t parts) {
       if (one == 0 && scratch.observed) observe(index);
-      float* to = scratch.parts.data() + one * padded(hidden);
-      std::fill_n(to, padded(hidden), 0.0f);
+      float* to = sums(ffn, one);
+      std::fill_n(to, cache.rows * sums_pitch(ffn), 0.0f);
       Span own = part(ffn.kept, one, parts, ffn.packed_down ? GROUP : 4);
-      if (ffn.packed_down)
-        packed_ffn(kernels, decoder.dtype, ffn, given, own.begin, own.end, to, u, whole);
-      else
-        kernels.ffn(decoder.dtype, ffn, given, own.begin, own.end, to, u, decoder.width);
+      neurons(ffn, layer.copies.keep ? layer.ffn.kept : 0, given, own, to, u);
       own = part(ffn.rank, one, parts, 1);
-      kernels.low_rank(decoder.dtype, ffn, given, own.begin, own.end, to);
+      for (int64_t m = 0; m < cache.rows; ++m)
+        kernels.low_rank(decoder.dtype, ffn, one_of(decoder.dtype, given, m), own.begin, own.end,
+                         to + m * sums_pitch(ffn));
     });
   }
 
+  // to[m] += the output of kept neurons `own` for each row; `apart`: places from the ids that one
+  // row has chosen to those of the next, 0: all have the same.
+  void neurons(const Ffn& ffn, int64_t apart, const Input& given, Span own, float* to, float* u) {
+    if (!ffn.packed_down && (!apart || given.count == 1)) {
+      kernels.ffn(decoder.dtype, ffn, given, own.begin, own.end, to, u, decoder.width);
+      return;
+    }
+    // few at a time: what one row has read is in the core's cache for the next
+    int64_t step = given.count == 1 || apart ? std::max<int64_t>(1, own.end - own.begin) : GROUP;
+    for (int64_t begin = own.begin; begin < own.end; begin += step)
+      for (int64_t m = 0; m < given.count; ++m) {
+        Ffn mine = ffn;
+        if (apart) mine.ids += m * apart;
+        neurons_of(mine, one_of(decoder.dtype, given, m), {begin, std::min(begin + step, own.end)},
+                   to + m * sums_pitch(ffn), u ? u + m * decoder.width : nullptr);
+      }
+  }
+
+  void neurons_of(const Ffn& ffn, const Input& given, Span own, float* to, float* u) {
+    if (ffn.packed_down)
+      packed_ffn(kernels, decoder.dtype, ffn, given, own.begin, own.end, to, u, whole);
+    else
+      kernels.ffn(decoder.dtype, ffn, given, own.begin, own.end, to, u, decoder.width);
+  }
+
   void observe(int64_t index) {
-    int64_t hidden = decoder.hidden;
-    std::copy_n(scratch.stream.data(), hidden, scratch.x.data() + index * hidden);
-    std::copy_n(x, hidden, scratch.h.data() + index * hidden);
+    int64_t count = cache.rows * decoder.hidden;
+    std::copy_n(scratch.stream.data(), count, scratch.x.data() + index * count);
+    std::copy_n(x, count, scratch.h.data() + index * count);
   }
 
   // Adds what the parts of an FFN gave, and the attention's output where both read one stream.
   void add_sums(int64_t index) {
-    const Layer& layer = decoder.layers[index];
-    int64_t hidden = decoder.hidden, place = index * hidden;
-    bool last = layer.after_ffn.factor;  // a norm of the whole comes after
-    in_parts(last ? 1 : SUMS, [&](int64_t one, int64_t parts) {
-      Span own = part(hidden, one, parts);
-      for (int64_t i = own.begin; i < own.end; ++i) {
-        float total = layer.bias ? layer.bias[i] : 0.0f;
-        for (int64_t from = 0; from < PARTS; ++from) total += scratch.parts[from * padded(hidden) + i];
-        if (scratch.observed) scratch.z[place + i] = total;
-        x[i] = total;
-      }
-      norm(layer.after_ffn, x + own.begin, own.end - own.begin, x + own.begin);
-      if (last && scratch.observed) std::copy_n(x, hidden, scratch.r.data() + place);
-      for (int64_t i = own.begin; i < own.end; ++i)
-        scratch.stream[i] += decoder.parallel ? x[i] + scratch.qkv[i] : x[i];
+    int64_t hidden = decoder.hidden, rows = cache.rows;
+    bool last = decoder.layers[index].after_ffn.factor;  // a norm of the whole row comes after
+    in_parts(last ? rows : SUMS, [&](int64_t one, int64_t parts) {
+      Span own = last ? Span{0, hidden} : part(hidden, one, parts);
+      for (int64_t m = last ? one : 0; m < (last ? one + 1 : rows); ++m) add_sum(index, m, own);
     });
+  }
+
+  void add_sum(int64_t index, int64_t m, Span own) {
+    const Layer& layer = decoder.layers[index];
+    int64_t hidden = decoder.hidden, place = (index * cache.rows + m) * hidden;
+    int64_t pitch = sums(layer.ffn, 1) - sums(layer.ffn, 0);
+    const float *from = sums(layer.ffn, 0) + m * sums_pitch(layer.ffn);
+    const float *mixed = scratch.qkv.data() + m * hidden;
+    float *to = x + m * hidden, *stream = scratch.stream.data() + m * hidden;
+    for (int64_t i = own.begin; i < own.end; ++i) to[i] = layer.bias ? layer.bias[i] : 0.0f;
+    for (int64_t one = 0; one < PARTS; ++one)
+      for (int64_t i = own.begin; i < own.end; ++i) to[i] += from[one * pitch + i];
+    if (scratch.observed)
+      std::copy(to + own.begin, to + own.end, scratch.z.data() + place + own.begin);
+    if (layer.after_ffn.factor) {
+      norm(layer.after_ffn, to, hidden, to);
+      if (scratch.observed) std::copy_n(to, hidden, scratch.r.data() + place);
+    }
+    for (int64_t i = own.begin; i < own.end; ++i)
+      stream[i] += decoder.parallel ? to[i] + mixed[i] : to[i];
   }
 
   void attention(int64_t index) {
     const Layer& layer = decoder.layers[index];
-    int64_t hidden = decoder.hidden, q = decoder.heads * decoder.size;
+    int64_t hidden = decoder.hidden, q = decoder.heads * decoder.size, rows = cache.rows;
     int64_t kv = decoder.kv_heads * decoder.size;
-    norm(layer.before_attention, scratch.stream.data(), hidden, x);
+    norm_rows(layer.before_attention, scratch.stream.data(), hidden, x);
     Input given = input(x, hidden);
     float* qkv = scratch.qkv.data();
-    project(layer.q, layer.q_bias, given, decoder.fused ? q + 2 * kv : q, qkv);
+    project(layer.q, layer.q_bias, given, decoder.fused ? in_qkv() : q, qkv);
     if (!decoder.fused) {
       project(layer.k, layer.k_bias, given, kv, qkv + q);
       project(layer.v, layer.v_bias, given, kv, qkv + q + kv);
     }
     finish();
     if (decoder.over_all) {
-      in_parts(2, [&](int64_t one, int64_t) {
-        one ? norm(layer.k_norm, qkv + q, kv, qkv + q) : norm(layer.q_norm, qkv, q, qkv);
+      in_parts(2 * rows, [&](int64_t one, int64_t) {
+        float *queries = qkv + one / 2 * in_qkv(), *keys = queries + q;
+        one % 2 ? norm(layer.k_norm, keys, kv, keys) : norm(layer.q_norm, queries, q, queries);
       });
       finish();
     }
-    in_parts(decoder.kv_heads, [&](int64_t one, int64_t) { attend(index, one); });
+    in_parts(rows * decoder.heads, [&](int64_t one, int64_t) {
+      attend(index, one / decoder.heads, one % decoder.heads);
+    });
     finish();
     add_attention(layer);
   }
 
   void add_attention(const Layer& layer) {
     int64_t hidden = decoder.hidden;
-    float *y = scratch.qkv.data(), *stream = scratch.stream.data();
+    float *y = scratch.qkv.data(), *stream = scratch.stream.data();  // y [M, D]
     Input given = input(scratch.attended.data(), decoder.heads * decoder.size);
     bool last = !layer.after_attention.factor && !decoder.parallel;
-    project(layer.o, layer.o_bias, given, hidden, y, [&](int64_t begin, int64_t end) {
-      if (last)
-        for (int64_t i = begin; i < end; ++i) stream[i] += y[i];
-    });
+    project(layer.o, layer.o_bias, given, hidden, y, hidden,
+            [&](int64_t m, int64_t begin, int64_t end) {
+              if (last)
+                for (int64_t i = m * hidden + begin; i < m * hidden + end; ++i) stream[i] += y[i];
+            });
     if (decoder.parallel) return;
     finish();
     if (last) return;
-    in_parts(1, [&](int64_t, int64_t) {
-      norm(layer.after_attention, y, hidden, y);
-      for (int64_t i = 0; i < hidden; ++i) stream[i] += y[i];
+    in_parts(cache.rows, [&](int64_t m, int64_t) {
+      float *own = y + m * hidden, *to = stream + m * hidden;
+      norm(layer.after_attention, own, hidden, own);
+      for (int64_t i = 0; i < hidden; ++i) to[i] += own[i];
     });
     finish();
   }
@@ -236,8 +299,8 @@ struct Member : Worker {
       kernels.widen(decoder.dtype, at(rows.plain, decoder.dtype, index * hidden), to, hidden);
   }
 
-  void embed(int64_t token) {
-    float* to = scratch.stream.data();
+  void embed(int64_t m, int64_t token) {
+    float* to = scratch.stream.data() + m * decoder.hidden;
     row(decoder.embedding, token, to);
     for (int64_t i = 0; i < decoder.hidden; ++i) to[i] *= decoder.embedding_scale;
     if (!decoder.places) return;
@@ -245,9 +308,9 @@ struct Member : Worker {
     for (int64_t i = 0; i < decoder.hidden; ++i) to[i] += x[i];
   }
 
-  void run(int64_t token) {
-    int64_t hidden = decoder.hidden;
-    in_parts(1, [&](int64_t, int64_t) { embed(token); });
+  void run(const int64_t* tokens) {
+    int64_t hidden = decoder.hidden, rows = cache.rows;
+    in_parts(rows, [&](int64_t m, int64_t) { embed(m, tokens[m]); });
     finish();
     for (int64_t index = 0; index < int64_t(decoder.layers.size()); ++index) {
       attention(index);
@@ -256,14 +319,19 @@ struct Member : Worker {
       add_sums(index);
       finish();
     }
-    norm(decoder.norm, scratch.stream.data(), hidden, x);
+    norm_rows(decoder.norm, scratch.stream.data(), hidden, x);
     Input given = input(x, hidden);
-    in_parts(1, [&](int64_t, int64_t) { std::copy_n(given.wide, hidden, scratch.normed.data()); });
-    float* logits = scratch.logits.data();
-    project(decoder.head, nullptr, given, decoder.vocabulary, logits, [&](int64_t begin, int64_t end) {
-      if (decoder.logits_cap)
-        for (int64_t i = begin; i < end; ++i) logits[i] = capped(logits[i], decoder.logits_cap);
+    in_parts(1, [&](int64_t, int64_t) {
+      std::copy_n(given.wide, rows * hidden, scratch.normed.data());
     });
+    float* logits = scratch.logits.data();
+    int64_t words = decoder.vocabulary;
+    project(decoder.head, nullptr, given, words, logits, words,
+            [&](int64_t m, int64_t begin, int64_t end) {
+              if (!decoder.logits_cap) return;
+              for (int64_t i = m * words + begin; i < m * words + end; ++i)
+                logits[i] = capped(logits[i], decoder.logits_cap);
+            });
   }
 };
 
@@ -271,44 +339,47 @@ int64_t widest(const Decoder& d) { return std::max(d.hidden, d.heads * d.size); 
 
 }  // namespace
 
-Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_)
-    : jobs(int64_t(d.layers.size()) * JOBS + 3), threads(threads_), positions(positions_) {
-  int64_t layers = int64_t(d.layers.size());
-  stream.resize(d.hidden);
-  qkv.resize(std::max((d.heads + 2 * d.kv_heads) * d.size, d.hidden));
-  attended.resize(d.heads * d.size);
-  logits.resize(d.vocabulary);
-  inputs.resize(threads * d.hidden);
-  parts.resize(PARTS * padded(d.hidden));
-  normed.resize(d.hidden + threads * widest(d));
-  narrow.resize(threads * widest(d));
-  levels.resize(threads * padded(widest(d)));
-  scales.resize(threads * 2 * Rounded::facts(padded(widest(d))));
+Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_, int64_t rows_)
+    : jobs(int64_t(d.layers.size()) * JOBS + 3),
+      threads(threads_),
+      positions(positions_),
+      rows(rows_) {
+  int64_t all = int64_t(d.layers.size()) * rows, each = threads * rows;
+  stream.resize(rows * d.hidden);
+  qkv.resize(rows * std::max((d.heads + 2 * d.kv_heads) * d.size, d.hidden));
+  attended.resize(rows * d.heads * d.size);
+  logits.resize(rows * d.vocabulary);
+  inputs.resize(each * d.hidden);
+  parts.resize(PARTS * rows * padded(d.hidden));
+  normed.resize(rows * d.hidden + each * widest(d));
+  narrow.resize(each * widest(d));
+  levels.resize(each * padded(widest(d)));
+  scales.resize(each * 2 * Rounded::facts(padded(widest(d))));
   group_sums.resize(scales.size());
   whole.resize(threads * padded(d.hidden));
-  strength.resize(d.width);
-  chosen.resize(d.width);
+  strength.resize(rows * d.width);
+  chosen.resize(rows * d.width);
   scores.resize(threads * positions);
-  u.resize(layers * d.width);
-  x.resize(layers * d.hidden);
-  h.resize(layers * d.hidden);
-  z.resize(layers * d.hidden);
-  r.resize(layers * d.hidden);
+  u.resize(all * d.width);
+  x.resize(all * d.hidden);
+  h.resize(all * d.hidden);
+  z.resize(all * d.hidden);
+  r.resize(all * d.hidden);
 }
 
-void step(const Kernels& kernels, const Decoder& decoder, const Cache& cache, int64_t token,
+void step(const Kernels& kernels, const Decoder& decoder, const Cache& cache, const int64_t* tokens,
           const float* cosine, const float* sine, Scratch& scratch, int64_t member) {
-  int64_t wide = widest(decoder);
+  int64_t wide = widest(decoder), own = member * scratch.rows;
   Member one{Worker(scratch.jobs), kernels, decoder, cache, cosine, sine, scratch,
-             scratch.normed.data() + decoder.hidden + member * wide,
-             scratch.inputs.data() + member * decoder.hidden,
+             scratch.normed.data() + scratch.rows * decoder.hidden + own * wide,
+             scratch.inputs.data() + own * decoder.hidden,
              scratch.scores.data() + member * scratch.positions,
-             scratch.narrow.data() + member * wide,
-             scratch.levels.data() + member * padded(wide),
-             scratch.scales.data() + member * 2 * Rounded::facts(padded(wide)),
-             scratch.group_sums.data() + member * 2 * Rounded::facts(padded(wide)),
+             scratch.narrow.data() + own * wide,
+             scratch.levels.data() + own * padded(wide),
+             scratch.scales.data() + own * 2 * Rounded::facts(padded(wide)),
+             scratch.group_sums.data() + own * 2 * Rounded::facts(padded(wide)),
              scratch.whole.data() + member * padded(decoder.hidden)};
-  one.run(token);
+  one.run(tokens);
 }
 
 }  // namespace dart

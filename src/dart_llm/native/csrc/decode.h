@@ -1,4 +1,4 @@
-// One token through a decoder of norms, attention and FFNs, whole.
+// A token of each row through a decoder of norms, attention and FFNs, whole.
 #pragma once
 #include <vector>
 
@@ -49,39 +49,41 @@ struct Decoder {
   std::vector<Layer> layers;
 };
 
-// The caches of one sequence; what a layer no longer sees is not in its part.
+// The caches of M rows of one length; what a layer no longer sees is not in its part.
 struct Cache {
   struct Part {
-    void *keys, *values;  // [K, length + 1, S]: `length` positions are filled, the next is written
+    void *keys, *values;  // [M, K, length + 1, S]: `length` positions are filled, the next is written
     int64_t length;
-    int64_t pitch;  // values from one head to the next
+    int64_t pitch, row_pitch;  // values from one head to the next, and from one row
   };
   std::vector<Part> layers;
-  int64_t position;  // of the token in its text
+  int64_t position;  // of the tokens in their texts
+  int64_t rows;      // M
 };
 
-// What a step leaves behind; all float32.
+// What a step leaves behind; all float32.  Has room for `rows`; a step of fewer leaves the rest.
 struct Scratch {
-  Scratch(const Decoder&, int64_t threads, int64_t positions);
+  Scratch(const Decoder&, int64_t threads, int64_t positions, int64_t rows);
   Jobs jobs;  // begin() them before the members of a step begin
   std::vector<float> stream, qkv, attended, logits, inputs, normed, scores;
-  std::vector<float> parts;  // [PARTS, D]: what each part of an FFN adds
-  // Of every layer, where it is observed: activations [L, I], and [L, D] each the FFN's input, its
-  // output, the stream before it and, where that is normed, what is added to the stream.
+  std::vector<float> parts;  // [PARTS, M, D]: what each part of an FFN adds
+  // Of every layer, where it is observed: activations [L, M, I], and [L, M, D] each the FFN's input,
+  // its output, the stream before it and, where that is normed, what is added to the stream.
   std::vector<float> u, h, z, x, r;
   std::vector<uint16_t> narrow;
   std::vector<int8_t> levels;          // of inputs, rounded for packed matrices: by member
   std::vector<float> scales, group_sums;
   std::vector<int32_t> whole;          // [threads, D]: sums of a group of neurons
-  std::vector<float> strength;       // of a layer's neurons
-  std::vector<int32_t> chosen;       // the token's neurons
-  int64_t threads, positions;
+  std::vector<float> strength;       // of a layer's neurons: [M, I]
+  std::vector<int32_t> chosen;       // each token's neurons
+  int64_t threads, positions, rows;
   bool observed = false;
 };
 
-// Runs one member's share of the step that decodes after `token`; all members call it at once.
-// cosine, sine: [tables, R] of the position.  Leaves logits [V] and the normed last hidden state.
-void step(const Kernels&, const Decoder&, const Cache&, int64_t token, const float* cosine,
+// Runs one member's share of the step that decodes after `tokens` [M]; all members call it at once.
+// cosine, sine: [tables, R] of the position.  Leaves logits [M, V] and the normed last hidden states
+// [M, D].
+void step(const Kernels&, const Decoder&, const Cache&, const int64_t* tokens, const float* cosine,
           const float* sine, Scratch&, int64_t member);
 
 }  // namespace dart

@@ -5,6 +5,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace dart {
@@ -15,6 +17,16 @@ namespace {
 bool has_avxvnni() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
+}
+#elif defined(__aarch64__)
+bool has_dot_products() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif defined(__APPLE__)
+  return true;
+#else
+  return false;
+#endif
 }
 #endif
 
@@ -29,6 +41,8 @@ bool has(const char* name) {
   if (!std::strcmp(name, "avx512")) return avx512;
   if (!std::strcmp(name, "avxvnni")) return avx2 && has_avxvnni();
   if (!std::strcmp(name, "avx2")) return avx2;
+#elif defined(__aarch64__)
+  if (!std::strcmp(name, "neon")) return has_dot_products();
 #endif
   return !std::strcmp(name, "portable");
 }
@@ -36,6 +50,8 @@ bool has(const char* name) {
 const Kernels* const ALL[] = {
 #if defined(__x86_64__)
     &avx512bf16::table, &avx512::table, &avxvnni::table, &avx2::table,
+#elif defined(__aarch64__)
+    &neon::table,
 #endif
     &portable::table};
 

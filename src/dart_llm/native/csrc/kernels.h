@@ -18,6 +18,13 @@ struct Input {
   Rounded rounded{};  // the same for packed matrices
 };
 
+// Vector m of x alone.
+inline Input one_of(Dtype dtype, const Input& x, int64_t m) {
+  int64_t bytes = dtype == Dtype::f32 ? 4 : 2;
+  return {static_cast<const char*>(x.raw) + m * x.size * bytes, x.wide + m * x.size, 1, x.size,
+          x.rounded.at(m)};
+}
+
 // One FFN; neurons are rows of D values in every matrix, in `down` too.
 struct Ffn {
   const void* gate;  // null: a plain FFN
@@ -78,8 +85,8 @@ struct Kernels {
   PackedKernels packed;
 };
 
-// The best that this CPU has; `name` (avx512bf16, avx512, avxvnni, avx2, portable): that one, or null when
-// the CPU has it not.
+// The best that this CPU has; `name` (avx512bf16, avx512, avxvnni, avx2, neon, portable): that one, or
+// null when the CPU has it not.
 const Kernels* kernels();
 const Kernels* kernels(const char* name);
 
@@ -87,6 +94,7 @@ namespace avx512bf16 { extern const Kernels table; }
 namespace avx512 { extern const Kernels table; }
 namespace avxvnni { extern const Kernels table; }
 namespace avx2 { extern const Kernels table; }
+namespace neon { extern const Kernels table; }
 namespace portable { extern const Kernels table; }
 
 }  // namespace dart

@@ -23,68 +23,104 @@ inline void ask(const T* const* next, int64_t i) {
   for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + i, 0, 2);
 }
 
-template <int R>
-inline void dots(const float* const* rows, const void*, const float* x, int64_t n, float* out,
+// R rows times C vectors, which lie one after the other: out[c][r].  What is read of a row serves all
+// of them; the sums of each are those that it has alone.
+template <int R, int C>
+inline void dots(const float* const* rows, const void*, const float* x, int64_t n, float (*out)[R],
                  const float* const* next) {
-  typename S::V a[R];
-  for (int r = 0; r < R; ++r) a[r] = S::zero();
+  typename S::V a[C][R];
+  for (int c = 0; c < C; ++c)
+    for (int r = 0; r < R; ++r) a[c][r] = S::zero();
   int64_t i = 0;
   for (; i + S::N <= n; i += S::N) {
     ask<float, R>(next, i);
-    auto v = S::load(x + i);
-    for (int r = 0; r < R; ++r) a[r] = S::fma(S::load(rows[r] + i), v, a[r]);
+    typename S::V v[C];
+    for (int c = 0; c < C; ++c) v[c] = S::load(x + c * n + i);
+    for (int r = 0; r < R; ++r) {
+      auto row = S::load(rows[r] + i);
+      for (int c = 0; c < C; ++c) a[c][r] = S::fma(row, v[c], a[c][r]);
+    }
   }
-  for (int r = 0; r < R; ++r) out[r] = S::sum(a[r]);
+  for (int c = 0; c < C; ++c)
+    for (int r = 0; r < R; ++r) out[c][r] = S::sum(a[c][r]);
   for (; i < n; ++i)
-    for (int r = 0; r < R; ++r) out[r] += rows[r][i] * x[i];
+    for (int c = 0; c < C; ++c)
+      for (int r = 0; r < R; ++r) out[c][r] += rows[r][i] * x[c * n + i];
 }
 
-template <int R>
-inline void dots(const bf16* const* rows, const void* raw, const float* x, int64_t n, float* out,
-                 const bf16* const* next) {
-  typename S::V a[R];
-  for (int r = 0; r < R; ++r) a[r] = S::zero();
+template <int R, int C>
+inline void dots(const bf16* const* rows, const void* raw, const float* x, int64_t n,
+                 float (*out)[R], const bf16* const* next) {
+  typename S::V a[C][R];
+  for (int c = 0; c < C; ++c)
+    for (int r = 0; r < R; ++r) a[c][r] = S::zero();
   int64_t i = 0;
   if constexpr (S::PAIRS) {
     const bf16* narrow_x = static_cast<const bf16*>(raw);
     for (; i + 2 * S::N <= n; i += 2 * S::N) {
       ask<bf16, R>(next, i);
-      auto v = S::pairs(narrow_x + i);
-      for (int r = 0; r < R; ++r) a[r] = S::dot_bf16(a[r], S::pairs(rows[r] + i), v);
+      decltype(S::pairs(narrow_x)) v[C];
+      for (int c = 0; c < C; ++c) v[c] = S::pairs(narrow_x + c * n + i);
+      for (int r = 0; r < R; ++r) {
+        auto row = S::pairs(rows[r] + i);
+        for (int c = 0; c < C; ++c) a[c][r] = S::dot_bf16(a[c][r], row, v[c]);
+      }
     }
   }
   for (; i + S::N <= n; i += S::N) {
     ask<bf16, R>(next, i);
-    auto v = S::load(x + i);
-    for (int r = 0; r < R; ++r) a[r] = S::fma(S::load(rows[r] + i), v, a[r]);
+    typename S::V v[C];
+    for (int c = 0; c < C; ++c) v[c] = S::load(x + c * n + i);
+    for (int r = 0; r < R; ++r) {
+      auto row = S::load(rows[r] + i);
+      for (int c = 0; c < C; ++c) a[c][r] = S::fma(row, v[c], a[c][r]);
+    }
   }
-  for (int r = 0; r < R; ++r) out[r] = S::sum(a[r]);
+  for (int c = 0; c < C; ++c)
+    for (int r = 0; r < R; ++r) out[c][r] = S::sum(a[c][r]);
   for (; i < n; ++i)
-    for (int r = 0; r < R; ++r) out[r] += wide(rows[r][i]) * x[i];
+    for (int c = 0; c < C; ++c)
+      for (int r = 0; r < R; ++r) out[c][r] += wide(rows[r][i]) * x[c * n + i];
 }
 
-template <class T, int R>
-inline void dots_of(const T* const* rows, const Input& x, int64_t m, float* out,
+// The same with vectors m to m + C of `x`.
+template <class T, int R, int C>
+inline void dots_of(const T* const* rows, const Input& x, int64_t m, float (*out)[R],
                     const T* const* next = nullptr) {
   const T* raw = static_cast<const T*>(x.raw) + m * x.size;
-  dots<R>(rows, raw, x.wide + m * x.size, x.size, out, m ? nullptr : next);
+  dots<R, C>(rows, raw, x.wide + m * x.size, x.size, out, m ? nullptr : next);
 }
 
-// sums += u[0] rows[0] + ... + u[R-1] rows[R-1]
-template <class T, int R>
-inline void add_rows(const T* const* rows, const float* u, int64_t n, float* sums,
+// sums[c] += u[c][0] rows[0] + ... + u[c][R-1] rows[R-1], C vectors one after the other.
+template <class T, int R, int C>
+inline void add_rows(const T* const* rows, const float (*u)[R], int64_t n, float* sums,
                      const T* const* next = nullptr) {
-  typename S::V c[R];
-  for (int r = 0; r < R; ++r) c[r] = S::all(u[r]);
+  typename S::V by[C][R];
+  for (int c = 0; c < C; ++c)
+    for (int r = 0; r < R; ++r) by[c][r] = S::all(u[c][r]);
   int64_t i = 0;
   for (; i + S::N <= n; i += S::N) {
     if (i % (64 / int64_t(sizeof(T))) == 0) ask<T, R>(next, i);
-    auto v = S::load(sums + i);
-    for (int r = 0; r < R; ++r) v = S::fma(S::load(rows[r] + i), c[r], v);
-    S::store(sums + i, v);
+    typename S::V row[R];
+    for (int r = 0; r < R; ++r) row[r] = S::load(rows[r] + i);
+    for (int c = 0; c < C; ++c) {
+      auto v = S::load(sums + c * n + i);
+      for (int r = 0; r < R; ++r) v = S::fma(row[r], by[c][r], v);
+      S::store(sums + c * n + i, v);
+    }
   }
   for (; i < n; ++i)
-    for (int r = 0; r < R; ++r) sums[i] += u[r] * wide(rows[r][i]);
+    for (int c = 0; c < C; ++c)
+      for (int r = 0; r < R; ++r) sums[c * n + i] += u[c][r] * wide(rows[r][i]);
+}
+
+// Calls work(C, m) for vectors m to m + C until there were `count`: as many as the registers hold.
+template <class Work>
+inline void in_groups(int64_t count, const Work& work) {
+  constexpr int MOST = S::N == 16 ? 4 : 2;
+  int64_t m = 0;
+  for (; m + MOST <= count; m += MOST) work(std::integral_constant<int, MOST>(), m);
+  for (; m < count; ++m) work(std::integral_constant<int, 1>(), m);
 }
 
 inline float activate(Act act, float x) {
@@ -106,12 +142,14 @@ void matvec_block(const T* rows, const T* bias, const Input& x, int64_t row, int
     at[r] = rows + (row + r) * x.size;
     next[r] = row + R + r < end ? at[r] + R * x.size : at[r];
   }
-  for (int64_t m = 0; m < x.count; ++m) {
-    float found[R];
-    dots_of<T, R>(at, x, m, found, next);
-    for (int r = 0; r < R; ++r)
-      y[m * stride + row + r] = found[r] + (bias ? wide(bias[row + r]) : 0.0f);
-  }
+  in_groups(x.count, [&](auto group, int64_t m) {
+    constexpr int C = decltype(group)::value;
+    float found[C][R];
+    dots_of<T, R, C>(at, x, m, found, next);
+    for (int c = 0; c < C; ++c)
+      for (int r = 0; r < R; ++r)
+        y[(m + c) * stride + row + r] = found[c][r] + (bias ? wide(bias[row + r]) : 0.0f);
+  });
 }
 
 template <class T>
@@ -144,19 +182,22 @@ void ffn_block(const Ffn& f, const Input& x, const int64_t* ids, const int64_t* 
   const Rows<T, R> now(f, ids, x.size), next(f, later, x.size);
   const T* up_bias = static_cast<const T*>(f.up_bias);
   const T* gate_bias = static_cast<const T*>(f.gate_bias);
-  for (int64_t m = 0; m < x.count; ++m) {
-    float a[R] = {}, b[R], v[R];
-    dots_of<T, R>(now.up, x, m, b, next.up);
-    if (f.gate) dots_of<T, R>(now.gate, x, m, a, next.gate);
-    for (int r = 0; r < R; ++r) {
-      if (up_bias) b[r] += wide(up_bias[ids[r]]);
-      if (f.gate && gate_bias) a[r] += wide(gate_bias[ids[r]]);
-      v[r] = f.gate ? activate(f.act, a[r]) * b[r] : activate(f.act, b[r]);
-      if (u) u[m * u_stride + place + r] = v[r];
-      if (f.mean) v[r] -= f.mean[ids[r]];
-    }
-    add_rows<T, R>(now.down, v, x.size, sums + m * x.size, m ? nullptr : next.down);
-  }
+  in_groups(x.count, [&](auto group, int64_t m) {
+    constexpr int C = decltype(group)::value;
+    float gate[C][R] = {}, up[C][R], v[C][R];
+    dots_of<T, R, C>(now.up, x, m, up, next.up);
+    if (f.gate) dots_of<T, R, C>(now.gate, x, m, gate, next.gate);
+    for (int c = 0; c < C; ++c)
+      for (int r = 0; r < R; ++r) {
+        float a = gate[c][r], b = up[c][r];
+        if (up_bias) b += wide(up_bias[ids[r]]);
+        if (f.gate && gate_bias) a += wide(gate_bias[ids[r]]);
+        v[c][r] = f.gate ? activate(f.act, a) * b : activate(f.act, b);
+        if (u) u[(m + c) * u_stride + place + r] = v[c][r];
+        if (f.mean) v[c][r] -= f.mean[ids[r]];
+      }
+    add_rows<T, R, C>(now.down, v, x.size, sums + m * x.size, m ? nullptr : next.down);
+  });
 }
 
 template <class T>
@@ -184,9 +225,9 @@ void features_rows(const Ffn& f, const Input& x, int64_t begin, int64_t end, flo
     const T* basis = static_cast<const T*>(f.basis) + row * x.size;
     const T* adds = static_cast<const T*>(f.features) + row * x.size;
     for (int64_t m = 0; m < x.count; ++m) {
-      float found;
-      dots_of<T, 1>(&basis, x, m, &found);
-      add_rows<T, 1>(&adds, &found, x.size, sums + m * x.size);
+      float found[1][1];
+      dots_of<T, 1, 1>(&basis, x, m, found);
+      add_rows<T, 1, 1>(&adds, found, x.size, sums + m * x.size);
     }
   }
 }
@@ -232,9 +273,9 @@ inline float copied_any(const Copies& c, const uint8_t* levels, const uint16_t* 
       values[j - d] = float(c.bits == 8 ? int(int8_t(levels[j]))
                                         : (j < half ? levels[j] & 15 : levels[j - half] >> 4) - 8);
     const float* row = values;
-    float found;
-    dots<1>(&row, nullptr, x + d, end - d, &found, nullptr);
-    total += wide(bf16(scales[d / c.group])) * found;
+    float found[1][1];
+    dots<1, 1>(&row, nullptr, x + d, end - d, found, nullptr);
+    total += wide(bf16(scales[d / c.group])) * found[0][0];
   }
   return total;
 }
@@ -335,11 +376,11 @@ void attend_head(const float* query, const T* keys, const T* values, int64_t n, 
   for (int64_t i = 0; i < size; ++i) out[i] = 0;
   for (int64_t t = 0; t < n; ++t) {
     const T* row = values + t * stride;
-    float share = scores[t] / total;
-    add_rows<T, 1>(&row, &share, size, out);
+    const float share[1][1] = {{scores[t] / total}};
+    add_rows<T, 1, 1>(&row, share, size, out);
   }
-  float share = scores[n] / total;
-  add_rows<float, 1>(&new_value, &share, size, out);
+  const float share[1][1] = {{scores[n] / total}};
+  add_rows<float, 1, 1>(&new_value, share, size, out);
 }
 
 #define DART_BY_DTYPE(call) \

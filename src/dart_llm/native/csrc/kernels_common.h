@@ -24,4 +24,6 @@ static inline float half_to_float(uint16_t half) {
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif

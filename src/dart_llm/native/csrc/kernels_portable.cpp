@@ -69,7 +69,7 @@ struct S {
   template <int SIZE>
   static V spread(const float* p) {
     V r;
-    for (int i = 0; i < N; ++i) r.x[i] = p[i * 4 / SIZE];
+    for (int i = 0; i < N; ++i) r.x[i] = p[i % (UNIT / SIZE)];
     return r;
   }
   static V sub(V a, V b) { for (int i = 0; i < N; ++i) a.x[i] -= b.x[i]; return a; }

@@ -311,7 +311,7 @@ Tensor packed_ffn(const Tensor& x, const std::optional<Packs>& gate, const Packs
   return z.to(type);
 }
 
-// A decoder whose weights stay where they are; see decode.h.
+// A decoder whose weights stay where they are; see decode.h.  M: rows of a step.
 struct Decoder : torch::CustomClassHolder {
   dart::Decoder model;
   std::vector<Tensor> held;  // keeps what is pointed at alive
@@ -410,7 +410,8 @@ struct Decoder : torch::CustomClassHolder {
     int64_t place = (index - ends) % each;
     TORCH_CHECK(index >= 0 && index < ends + each * layers &&
                     (index < ends || place < 4 || (place >= 8 && place < 11)) &&
-                    (packed->order == dart::Order::neurons) == (index >= ends && place == 10),
+                    (packed->order == dart::Order::neurons) == (index >= ends && place == 10) &&
+                    (packed->order == dart::Order::rows || index < ends || place < 4 || place == 10),
                 "native: no packed matrix has this place");
     if (index < ends) {
       dart::Matrix* matrices[] = {&model.embedding, &model.head, &model.positions};
@@ -447,64 +448,111 @@ struct Decoder : torch::CustomClassHolder {
       if (t) masks[index].parts.push_back(*t);
   }
 
-  // Decodes `token`, which stands at `position` of its text; keys and values: per layer
-  // [1, K, n + 1, S], of which the last position is written.  cosine, sine: [tables, R] float32.
-  // Returns logits [V], hidden [D], in the weights' dtype.
-  std::vector<Tensor> step(int64_t token, const std::vector<Tensor>& keys,
-                           const std::vector<Tensor>& values, int64_t position, const Tensor& cosine,
-                           const Tensor& sine, bool observe) {
-    TORCH_CHECK(keys.size() == model.layers.size() && values.size() == keys.size(),
-                "native: caches are missing");
-    dart::Cache cache{{}, position};
-    int64_t room = 0;
-    for (size_t index = 0; index < keys.size(); ++index) {
-      cache.layers.push_back(part_of(keys[index], values[index]));
-      room = std::max(room, keys[index].size(2));
+  // The caches of the steps to come; keys and values: per layer [M, K, capacity, S], which the
+  // caller keeps alive.  ends: where the filled positions end; counts: how many they are; most:
+  // how many a step reads beside its own, -1: all.
+  void bind(const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
+            const std::vector<int64_t>& ends, const std::vector<int64_t>& counts,
+            const std::vector<int64_t>& most) {
+    size_t layers = model.layers.size();
+    for (size_t length : {keys.size(), values.size(), ends.size(), counts.size(), most.size()})
+      TORCH_CHECK(length == layers, "native: caches are missing");
+    std::vector<Buffers> found;
+    for (size_t index = 0; index < layers; ++index)
+      found.push_back(buffers_of(keys[index], values[index], ends[index], counts[index], most[index]));
+    bound = std::move(found);
+  }
+
+  struct Buffers {
+    char *keys, *values;
+    int64_t rows, capacity, pitch, row_pitch, bytes;  // bytes: of one position of a head
+    int64_t end, count, most;
+  };
+  std::vector<Buffers> bound;
+
+  Buffers buffers_of(const Tensor& keys, const Tensor& values, int64_t end, int64_t count,
+                     int64_t most) const {
+    for (const Tensor* t : {&keys, &values})
+      TORCH_CHECK(t->scalar_type() == type && t->dim() == 4 && t->size(0) == keys.size(0) &&
+                      t->size(1) == model.kv_heads && t->size(3) == model.size &&
+                      t->stride(3) == 1 && t->stride(2) == model.size &&
+                      t->stride(1) == keys.stride(1) && t->stride(0) == keys.stride(0) &&
+                      t->size(2) == keys.size(2),
+                  "native: the cache has another shape");
+    TORCH_CHECK(count >= 0 && count <= end && end <= keys.size(2), "native: the cache is too small");
+    return {static_cast<char*>(keys.data_ptr()), static_cast<char*>(values.data_ptr()),
+            keys.size(0), keys.size(2), keys.stride(1), keys.stride(0),
+            model.size * int64_t(keys.element_size()), end, count, most};
+  }
+
+  // What a step of so many rows reads and writes, `steps` after bind().
+  dart::Cache cache_after(int64_t steps, int64_t position, int64_t count) const {
+    TORCH_CHECK(bound.size() == model.layers.size(), "native: caches are missing");
+    dart::Cache cache{{}, position, count};
+    cache.layers.reserve(bound.size());
+    for (const Buffers& one : bound) {
+      TORCH_CHECK(one.rows == count, "native: the cache has other rows");
+      TORCH_CHECK(steps >= 0 && one.end + steps < one.capacity, "native: the cache is full");
+      int64_t length = one.count + steps;
+      if (one.most >= 0) length = std::min(length, one.most);
+      int64_t offset = (one.end + steps - length) * one.bytes;
+      cache.layers.push_back({one.keys + offset, one.values + offset, length, one.pitch, one.row_pitch});
     }
-    TORCH_CHECK_INDEX(token >= 0 && token < model.known, "token id ", token,
-                      " is outside the vocabulary of ", model.known,
-                      " tokens: encode the text with the tokenizer of this model");
+    return cache;
+  }
+
+  // Decodes `tokens` [M], which stand at `position` of their texts, `steps` after bind(): that many
+  // steps have written a position each.  cosine, sine: [positions, tables, R] float32.
+  // Returns logits [M, V], hidden [M, D], in the weights' dtype, whatever mode the caller is in.
+  std::vector<Tensor> step(const std::vector<int64_t>& tokens, int64_t steps, int64_t position,
+                           const Tensor& cosine, const Tensor& sine, bool observe) {
+    c10::InferenceMode mode(false);
+    at::NoGradGuard no_graph;
+    TORCH_CHECK(!tokens.empty(), "native: tokens are missing");
+    rows = int64_t(tokens.size());
+    dart::Cache cache = cache_after(steps, position, rows);
+    int64_t room = 0;
+    for (const dart::Cache::Part& part : cache.layers) room = std::max(room, part.length + 1);
+    for (int64_t token : tokens)
+      TORCH_CHECK_INDEX(token >= 0 && token < model.known, "token id ", token,
+                        " is outside the vocabulary of ", model.known,
+                        " tokens: encode the text with the tokenizer of this model");
     TORCH_CHECK_INDEX(!model.places || position < model.places, "the text is longer than the ",
                       model.places, " positions that this model knows");
+    TORCH_CHECK(cosine.dim() == 3 && cosine.sizes() == sine.sizes() && position < cosine.size(0),
+                "native: angles are missing");
+    int64_t each = cosine.size(1) * cosine.size(2);
     for (const dart::Layer& layer : model.layers)
-      TORCH_CHECK(cosine.numel() == sine.numel() && cosine.numel() >= (layer.table + 1) * model.turned,
-                  "native: angles are missing");
+      TORCH_CHECK(each >= (layer.table + 1) * model.turned, "native: angles are missing");
     int64_t threads = at::get_num_threads();
-    if (!scratch || scratch->threads < threads || scratch->positions < room)
-      scratch = std::make_unique<dart::Scratch>(model, threads, (room / 256 + 1) * 256);
+    int64_t known = scratch ? scratch->rows : 0;
+    if (known < rows || scratch->threads < threads || scratch->positions < room)
+      scratch = std::make_unique<dart::Scratch>(model, threads, (room / 256 + 1) * 256,
+                                                std::max(known, rows));
     scratch->observed = observe;
-    const float* cos = static_cast<const float*>(data(cosine, at::kFloat));
-    const float* sin = static_cast<const float*>(data(sine, at::kFloat));
+    const float* cos = static_cast<const float*>(data(cosine, at::kFloat)) + position * each;
+    const float* sin = static_cast<const float*>(data(sine, at::kFloat)) + position * each;
     const dart::Kernels& kernels = best();
     scratch->jobs.begin();
     together([&](int64_t member) {
-      dart::step(kernels, model, cache, token, cos, sin, *scratch, member);
+      dart::step(kernels, model, cache, tokens.data(), cos, sin, *scratch, member);
     });
-    return {copy(scratch->logits, {model.vocabulary}, type),
-            copy(scratch->normed, {model.hidden}, type)};
+    return {copy(scratch->logits, {rows, model.vocabulary}, type),
+            copy(scratch->normed, {rows, model.hidden}, type)};
   }
+  int64_t rows = 0;  // of the last step
 
-  dart::Cache::Part part_of(const Tensor& keys, const Tensor& values) const {
-    for (const Tensor* t : {&keys, &values})
-      TORCH_CHECK(t->scalar_type() == type && t->dim() == 4 && t->size(0) == 1 &&
-                      t->size(1) == model.kv_heads && t->size(2) > 0 && t->size(3) == model.size &&
-                      t->stride(3) == 1 && t->stride(2) == model.size &&
-                      t->stride(1) == keys.stride(1) && t->size(2) == keys.size(2),
-                  "native: the cache has another shape");
-    return {keys.data_ptr(), values.data_ptr(), keys.size(2) - 1, keys.stride(1)};
-  }
-
-  // Of the last step, which was observed: u [L, I], h [L, D] and, with `stream` (else [0, D]),
-  // z, x and r [L, D], in the weights' dtype; r is z where no norm comes between.
+  // Of the last step, which was observed: u [L, M, I], h [L, M, D] and, with `stream` (else
+  // [0, M, D]), z, x and r [L, M, D], in the weights' dtype; r is z where no norm comes between.
   std::vector<Tensor> observed(bool stream) {
     TORCH_CHECK(scratch && scratch->observed, "native: nothing was observed");
     int64_t layers = int64_t(model.layers.size()), read = stream ? layers : 0;
     bool normed = !model.layers.empty() && model.layers[0].after_ffn.factor;
-    return {copy(scratch->u, {layers, model.width}, type),
-            copy(scratch->h, {layers, model.hidden}, type),
-            copy(scratch->z, {read, model.hidden}, type),
-            copy(scratch->x, {read, model.hidden}, type),
-            copy(normed ? scratch->r : scratch->z, {read, model.hidden}, type)};
+    return {copy(scratch->u, {layers, rows, model.width}, type),
+            copy(scratch->h, {layers, rows, model.hidden}, type),
+            copy(scratch->z, {read, rows, model.hidden}, type),
+            copy(scratch->x, {read, rows, model.hidden}, type),
+            copy(normed ? scratch->r : scratch->z, {read, rows, model.hidden}, type)};
   }
 
   // Bytes of scratch memory beside the weights and the masks.
@@ -549,6 +597,7 @@ TORCH_LIBRARY(dart_llm, library) {
                        std::vector<Tensor>, std::vector<Tensor>, std::vector<int64_t>, int64_t>())
       .def("set_mask", &Decoder::set_mask)
       .def("set_packed", &Decoder::set_packed)
+      .def("bind", &Decoder::bind)
       .def("step", &Decoder::step)
       .def("nbytes", &Decoder::nbytes)
       .def("observed", &Decoder::observed);

@@ -1,21 +1,26 @@
 // Matrices whose weights stay in low-bit blocks, and the vectors that they are multiplied with.
 //
 // A weight is scale * (level - bias) + offset; a block of 16 or 32 weights shares scale and offset.
-// `Order::rows`: blocks lie along a row, and a product needs whole rows.  `Order::neurons`: rows are
-// neurons of a down projection, and the same column of 16 or 32 neurons shares them, so that a kept
-// neuron is one run of levels.
+// `Order::rows`: blocks lie along a row, and any rows can be read alone.  `Order::tiles`: the same,
+// but TILE rows lie interleaved, which is the fastest to read as a whole.  `Order::neurons`: rows are
+// neurons of a down projection, and the same column of 16 or 32 neurons shares scale and offset, so
+// that a kept neuron is one run of levels.
 //
 // A row holds its levels in units of 64 columns; columns beyond the last one are at `bias` or have
-// scale 0.  Of 8 bits: a byte each.  Of 4: byte j of a pair of units holds column j of the first one
-// in its low bits and of the second one in its high ones; a last unit without a second has 32 bytes,
-// of its columns 0..31 (low) and 32..63 (high).  In `Order::neurons` column 16 v + 4 l + e of a unit
-// stands at place 16 l + 4 v + e: four such rows interleave by plain unpack instructions.
+// scale 0.  Where a column stands in its unit, `place_of` says: in `Order::rows` every vector of
+// levels has the unit's blocks in turn, so that their factors are repeated and not spread; in
+// `Order::neurons` four rows interleave by plain unpack instructions.  Of 8 bits: a byte each.  Of 4:
+// byte j of a pair of units holds place j of the first one in its low bits and of the second one in
+// its high ones; a last unit without a second has 32 bytes, of its places 0..31 (low) and 32..63
+// (high).  In `Order::tiles` each unit is on its own, and four bytes of one row lie beside those of
+// the next.
 #pragma once
 #include <cstdint>
 
 namespace dart {
 
 constexpr int64_t UNIT = 64;     // columns that are laid out together
+constexpr int64_t TILE = 16;     // rows that are interleaved
 constexpr int64_t GROUP = 32;    // values of an input that share a scale
 constexpr int64_t SUPER = 256;   // weights that share what their blocks' scales are multiplied by
 
@@ -23,7 +28,21 @@ enum class Dtype : int { f32 = 0, bf16 = 1 };
 
 enum class Act : int { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3, relu2 = 4 };
 
-enum class Order : int { rows = 0, neurons = 1 };
+enum class Order : int { rows = 0, neurons = 1, tiles = 2 };
+
+// Where part `quarter` of a unit stands among its four: those of its first 32 columns at 0 and 2.
+constexpr int64_t turn_of(int64_t quarter) { return quarter == 1 || quarter == 2 ? 3 - quarter : quarter; }
+
+// Where four columns 4 k to 4 k + 3 of a unit stand among its sixteen fours, in a vector that is
+// rounded to levels.
+constexpr int64_t four_of(int64_t k) { return 4 * (k % 4) + turn_of(k / 4); }
+
+// Where column `c` of a unit stands in it.
+constexpr int64_t place_of(Order order, int64_t c) {
+  if (order == Order::tiles) return c;
+  return order == Order::rows ? 4 * four_of(c / 4) + c % 4 : c % 16 / 4 * 16 + c / 16 * 4 + c % 4;
+}
+
 
 // Factors of blocks: of 16 bits each, or 8 bits times one of 16 bits for each SUPER weights.
 struct Factors {
@@ -40,15 +59,28 @@ struct Packed {
   Order order;
 
   int64_t units() const { return (columns + UNIT - 1) / UNIT; }
+  // Rows that there is room for.
+  int64_t room() const { return order == Order::tiles ? (rows + TILE - 1) / TILE * TILE : rows; }
   // Blocks of a row, or columns of a group of neurons: what `own` holds for each of them.
-  int64_t each() const { return order == Order::rows ? units() * UNIT / block : units() * UNIT; }
+  int64_t each() const { return order == Order::neurons ? units() * UNIT : units() * UNIT / block; }
   int64_t supers_each() const {
-    return order == Order::rows ? (units() * UNIT + SUPER - 1) / SUPER : units() * UNIT;
+    return order == Order::neurons ? units() * UNIT : (units() * UNIT + SUPER - 1) / SUPER;
+  }
+  // Where the factor of block `b` of a row stands, and that of its block of SUPER weights; not
+  // Order::neurons.
+  int64_t factor_of(int64_t row, int64_t b) const {
+    if (order == Order::tiles) return (row / TILE * each() + b) * TILE + row % TILE;
+    return row * each() + (block == 16 ? b / 4 * 4 + turn_of(b % 4) : b);
+  }
+  int64_t super_of(int64_t row, int64_t s) const {
+    if (order == Order::tiles) return (row / TILE * supers_each() + s) * TILE + row % TILE;
+    return row * supers_each() + s;
   }
 };
 
-// Vectors rounded to 8 bits, groups of 32 values; room for whole units.  Scales, and scales times
-// the sum of the levels, for blocks of 32 and of 16 values: [2, facts()], what is missing is 0.
+// Vectors rounded to 8 bits, groups of 32 values; room for whole units, whose values stand as
+// `four_of` says.  Scales, and scales times the sum of the levels, for blocks of 32 and of 16 values
+// (the four of a unit as `turn_of` says): [2, facts()], what is missing is 0.
 struct Rounded {
   const int8_t* levels;  // [M, size]
   const float* scales;   // [M, 2, facts]
@@ -67,14 +99,16 @@ struct Rounded {
 
 // Kernels of one CPU kind for packed matrices.
 struct PackedKernels {
-  // y[m, row] = rows[row] . x[m] for begin <= row < end; y: M rows of `stride`.  Order::rows.
+  // y[m, row] = rows[row] . x[m] for begin <= row < end; y: M rows of `stride`.  Not Order::neurons;
+  // of Order::tiles whole tiles are quickest.
   void (*matvec)(const Packed&, const Rounded& x, int64_t begin, int64_t end, float* y,
                  int64_t stride);
-  // y[j] = rows[ids[j]] . x for n rows; ids null: rows first, first + 1, ...
+  // y[j] = rows[ids[j]] . x for n rows; ids null: rows first, first + 1, ...  Order::rows.
   void (*dots)(const Packed&, const Rounded& x, const int32_t* ids, int64_t first, int64_t n,
                float* y);
-  // sums[:] += u[0] down[ids[0]] + ... + u[n - 1] down[ids[n - 1]], all neurons of one block;
-  // Order::neurons.  sums: whole units; whole: as many int32 of scratch.
+  // sums[:] += u[0] down[ids[0]] + ... + u[n - 1] down[ids[n - 1]]; neurons of one block, which lie
+  // together, are rounded together.  Order::neurons.  sums: whole units; whole: as many int32 of
+  // scratch.
   void (*add_neurons)(const Packed& down, const int32_t* ids, const float* u, int64_t n, float* sums,
                       int32_t* whole);
   // Rounds [n] floats to a vector of whole units.

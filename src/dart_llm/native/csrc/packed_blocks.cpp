@@ -162,22 +162,34 @@ Parts round_to(const BlockType& type, const float* weights, int64_t rows, int64_
   return parts;
 }
 
-int64_t place_of(Order order, int64_t column) {
-  if (order == Order::rows) return column;
-  return column % 16 / 4 * 16 + column / 16 * 4 + column % 4;
+namespace {
+
+// Of one unit of a row of Order::tiles; `to`: where the tile's unit begins.
+void write_in_tile(const uint8_t* own, int bits, int64_t row, uint8_t* to) {
+  uint8_t bytes[UNIT];
+  std::memcpy(bytes, own, UNIT);
+  if (bits == 4)
+    for (int64_t c = 0; c < UNIT / 2; ++c) bytes[c] = uint8_t(own[c] | own[c + UNIT / 2] << 4);
+  for (int64_t four = 0; four < UNIT * bits / 32; ++four)
+    std::memcpy(to + (four * TILE + row % TILE) * 4, bytes + 4 * four, 4);
 }
 
-void write_levels(const uint8_t* levels, int64_t columns, int bits, int bias, Order order, uint8_t* to) {
-  int64_t units = (columns + UNIT - 1) / UNIT;
-  for (int64_t unit = 0; unit < units; ++unit) {
+}  // namespace
+
+void write_levels(const Packed& p, int64_t row, const uint8_t* levels, uint8_t* matrix) {
+  uint8_t* to = matrix + row * p.pitch;
+  for (int64_t unit = 0; unit < p.units(); ++unit) {
     uint8_t own[UNIT];
     for (int64_t c = 0; c < UNIT; ++c) {
       int64_t at = unit * UNIT + c;
-      own[place_of(order, c)] = at < columns ? levels[at] : uint8_t(bias);
+      own[place_of(p.order, c)] = at < p.columns ? levels[at] : uint8_t(p.bias);
     }
-    if (bits == 8) {
+    if (p.order == Order::tiles) {
+      int64_t bytes = TILE * UNIT * p.bits / 8;
+      write_in_tile(own, p.bits, row, matrix + row / TILE * TILE * p.pitch + unit * bytes);
+    } else if (p.bits == 8) {
       std::memcpy(to + unit * UNIT, own, UNIT);
-    } else if (unit % 2 == 0 && unit + 1 == units) {
+    } else if (unit % 2 == 0 && unit + 1 == p.units()) {
       for (int64_t j = 0; j < 32; ++j) to[unit * 32 + j] = uint8_t(own[j] | own[j + 32] << 4);
     } else {
       uint8_t* pair = to + unit / 2 * UNIT;

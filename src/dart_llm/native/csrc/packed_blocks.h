@@ -33,10 +33,7 @@ Parts take_apart(const BlockType&, const uint8_t* blocks, int64_t rows, int64_t 
 // Rounds as llama.cpp does: q8_0, q4_0 and q4_1 alone.
 Parts round_to(const BlockType&, const float* weights, int64_t rows, int64_t columns);
 
-// Where column `c` of a unit stands in it.
-int64_t place_of(Order, int64_t column);
-
-// Writes a row's levels (all units) as `bits` of an order ask for; missing columns are at `bias`.
-void write_levels(const uint8_t* levels, int64_t columns, int bits, int bias, Order, uint8_t* to);
+// Writes the levels [columns] of a row to those of a matrix; missing columns are at its bias.
+void write_levels(const Packed&, int64_t row, const uint8_t* levels, uint8_t* matrix);
 
 }  // namespace dart

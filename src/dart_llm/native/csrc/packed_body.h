@@ -3,8 +3,8 @@
 //
 // S: BYTES of a vector of bytes B; bytes; low and high four bits of each; W: whole numbers of N
 // lanes; whole(int), load_whole, store_whole; dot8 and dot4 add to each lane the products of four
-// bytes of levels (0..255, 0..15) with four of an input (-127..127); to_float; spread<block>: the
-// factors of the blocks of BYTES columns, by lanes; factors: n <= N of float16 or int8 as floats;
+// bytes of levels (0..255, 0..15) with four of an input (-127..127); to_float; spread<block>: a
+// unit's 2 or 4 factors, again and again; half, small: n <= N of float16 or int8 as floats;
 // interleave: see packed.h.
 
 template <int BITS>
@@ -13,7 +13,7 @@ inline S::W dot(S::W to, S::B levels, S::B x) {
   else return S::dot8(to, levels, x);
 }
 
-constexpr int64_t CHUNK = 512;  // columns whose factors are read at a time
+constexpr int64_t CHUNK = 1024;  // columns whose factors are read at a time
 
 // factors[i] = those of blocks first to first + n of a row; n even and at most CHUNK / SIZE.
 template <int SIZE>
@@ -82,13 +82,14 @@ struct RowDots {
     constexpr int64_t STEP = S::BYTES;
     auto add = [&](int r, typename S::B levels, typename S::B given, int64_t column) {
       auto found = S::to_float(dot<BITS>(S::whole(0), levels, given));
-      sum[r] = S::fma(found, S::template spread<SIZE>(scales[r] + column / SIZE), sum[r]);
+      auto by = S::template spread<SIZE>(scales[r] + column / UNIT * (UNIT / SIZE));
+      sum[r] = S::fma(found, by, sum[r]);
     };
     if constexpr (BITS == 8) {
       for (int64_t i = 0; i < left; i += STEP) {
         auto given = S::bytes(x + i);
         for (int r = 0; r < R; ++r) {
-          __builtin_prefetch(next[r] + i);
+          __builtin_prefetch(next[r] + i, 0, 2);
           add(r, S::bytes(at[r] + i), given, i);
         }
       }
@@ -100,7 +101,7 @@ struct RowDots {
           auto first = S::bytes(x + i + j), second = S::bytes(x + i + UNIT + j);
           for (int r = 0; r < R; ++r) {
             auto both = S::bytes(at[r] + i / 2 + j);
-            __builtin_prefetch(next[r] + i / 2 + j);
+            __builtin_prefetch(next[r] + i / 2 + j, 0, 2);
             add(r, S::low(both), first, i + j);
             add(r, S::high(both), second, i + UNIT + j);
           }
@@ -115,6 +116,8 @@ struct RowDots {
   }
 };
 
+constexpr int64_t ROWS_AHEAD = 4096;  // bytes of levels that are asked for before they are needed
+
 template <class Id>
 void packed_rows(const Packed& p, const Rounded& x, const Id& id, int64_t begin, int64_t end, float* y,
                  int64_t stride) {
@@ -123,8 +126,9 @@ void packed_rows(const Packed& p, const Rounded& x, const Id& id, int64_t begin,
     constexpr int R = 4;
     int64_t place = begin, rows[R], later[R];
     auto clamped = [&](int64_t at) { return id(at < end ? at : end - 1); };
+    int64_t ahead = std::max<int64_t>(1, ROWS_AHEAD / (R * p.pitch)) * R;
     for (; place + R <= end; place += R) {
-      for (int r = 0; r < R; ++r) rows[r] = id(place + r), later[r] = clamped(place + R + r);
+      for (int r = 0; r < R; ++r) rows[r] = id(place + r), later[r] = clamped(place + ahead + r);
       for (int64_t m = 0; m < x.count; ++m)
         Dots::template run<R>(p, x.at(m), rows, later, y + m * stride + place);
     }
@@ -140,8 +144,104 @@ void packed_rows(const Packed& p, const Rounded& x, const Id& id, int64_t begin,
   else go(RowDots<8, 16>());
 }
 
+constexpr int64_t TILES_AHEAD = 1024;  // bytes of levels that are asked for before they are needed
+
+// Rows of a tile times M vectors, N rows at a time.
+template <int BITS, int SIZE>
+struct TileDots {
+  static constexpr int BLOCKS = UNIT / SIZE;
+
+  template <int M>
+  static void run(const Packed& p, const Rounded& x, int64_t tile, int64_t part, float (*y)[TILE]) {
+    const uint8_t* levels = p.levels + tile * TILE * p.pitch + part * S::BYTES;
+    Rounded own[M];
+    typename S::V sum[M], bias = S::all(float(-p.bias)), above, above_offset;
+    for (int m = 0; m < M; ++m) own[m] = x.at(m), sum[m] = S::zero();
+    above = above_offset = S::zero();
+    for (int64_t unit = 0; unit < p.units(); ++unit, levels += TILE * UNIT * BITS / 8) {
+      typename S::W found[M][BLOCKS];
+      products<M>(levels, own, unit, part == 0, found);
+      if (p.scales.supers && unit % (SUPER / UNIT) == 0) {
+        int64_t at = (tile * p.supers_each() + unit * UNIT / SUPER) * TILE + part * S::N;
+        above = S::half(p.scales.supers + at, S::N);
+        if (p.offsets.own) above_offset = S::half(p.offsets.supers + at, S::N);
+      }
+      for (int b = 0; b < BLOCKS; ++b) {
+        int64_t at = (tile * p.each() + unit * BLOCKS + b) * TILE + part * S::N;
+        int64_t of_x = unit * BLOCKS + (SIZE == 16 ? turn_of(b) : b);
+        auto scale = factors(p.scales, at, above);
+        for (int m = 0; m < M; ++m) {
+          auto sums = S::all(own[m].sums_of(SIZE)[of_x]);
+          auto value = S::fma(S::to_float(found[m][b]), S::all(own[m].scales_of(SIZE)[of_x]),
+                              S::mul(bias, sums));
+          sum[m] = S::fma(scale, value, sum[m]);
+          if (p.offsets.own) sum[m] = S::fma(factors(p.offsets, at, above_offset), sums, sum[m]);
+        }
+      }
+    }
+    for (int m = 0; m < M; ++m) S::store(y[m] + part * S::N, sum[m]);
+  }
+
+  static typename S::V factors(const Factors& f, int64_t at, typename S::V above) {
+    if (!f.supers) return S::half(static_cast<const uint16_t*>(f.own) + at, S::N);
+    return S::mul(S::small(static_cast<const int8_t*>(f.own) + at, S::N), above);
+  }
+
+  // found[m][b] = of each row: the unit's levels of block b times those of x[m].
+  template <int M>
+  static void products(const uint8_t* levels, const Rounded* x, int64_t unit, bool ask,
+                       typename S::W (*found)[BLOCKS]) {
+    for (int m = 0; m < M; ++m)
+      for (int b = 0; b < BLOCKS; ++b) found[m][b] = S::whole(0);
+    auto add = [&](int64_t four, typename S::B of_four) {
+      for (int m = 0; m < M; ++m) {
+        uint32_t given;
+        std::memcpy(&given, x[m].levels + unit * UNIT + 4 * four_of(four), 4);
+        auto& to = found[m][4 * four / SIZE];
+        to = dot<BITS>(to, of_four, S::same(given));
+      }
+    };
+#pragma GCC unroll 16
+    for (int64_t four = 0; four < UNIT * BITS / 32; ++four) {
+      auto bytes = S::bytes(levels + 4 * TILE * four);
+      if (ask) __builtin_prefetch(levels + 4 * TILE * four + TILES_AHEAD, 0, 2);
+      if (BITS == 8) {
+        add(four, bytes);
+      } else {
+        add(four, S::low(bytes)), add(four + 8, S::high(bytes));
+      }
+    }
+  }
+};
+
+template <int BITS, int SIZE>
+void tiles_of(const Packed& p, const Rounded& x, int64_t begin, int64_t end, float* y, int64_t stride) {
+  constexpr int MOST = S::N == 16 ? 4 : 2;  // vectors whose sums fit into registers
+  float found[MOST][TILE];
+  for (int64_t tile = begin / TILE; tile * TILE < end; ++tile)
+    for (int64_t m = 0; m < x.count;) {
+      int64_t count = x.count - m < MOST ? 1 : MOST;
+      for (int64_t part = 0; part < TILE / S::N; ++part) {
+        if (count == 1) TileDots<BITS, SIZE>::template run<1>(p, x.at(m), tile, part, found);
+        else TileDots<BITS, SIZE>::template run<MOST>(p, x.at(m), tile, part, found);
+      }
+      int64_t first = std::max(begin, tile * TILE), last = std::min(end, (tile + 1) * TILE);
+      for (int64_t i = 0; i < count; ++i, ++m)
+        std::copy(found[i] + first % TILE, found[i] + (last - tile * TILE), y + m * stride + first);
+    }
+}
+
+void packed_tiles(const Packed& p, const Rounded& x, int64_t begin, int64_t end, float* y,
+                  int64_t stride) {
+  if (p.bits == 4 && p.block == 32) tiles_of<4, 32>(p, x, begin, end, y, stride);
+  else if (p.bits == 4) tiles_of<4, 16>(p, x, begin, end, y, stride);
+  else if (p.block == 32) tiles_of<8, 32>(p, x, begin, end, y, stride);
+  else tiles_of<8, 16>(p, x, begin, end, y, stride);
+}
+
 void packed_matvec(const Packed& p, const Rounded& x, int64_t begin, int64_t end, float* y,
                    int64_t stride) {
+  if (p.order == Order::tiles) return packed_tiles(p, x, begin, end, y, stride);
   packed_rows(p, x, [](int64_t row) { return row; }, begin, end, y, stride);
 }
 
@@ -174,7 +274,7 @@ void add_four(const Packed& p, const uint8_t* const* rows, const uint8_t* const*
     for (int64_t c = 0; c < columns; c += STEP) {
       for (int r = 0; r < 4; ++r) {
         own[r] = S::bytes(rows[r] + c);
-        __builtin_prefetch(next[r] + c);
+        __builtin_prefetch(next[r] + c, 0, 2);
       }
       add_unit<8>(own, u, whole + c / UNIT * UNIT, c % UNIT / STEP, first, begin);
     }
@@ -185,7 +285,7 @@ void add_four(const Packed& p, const uint8_t* const* rows, const uint8_t* const*
         typename S::B both[4];
         for (int r = 0; r < 4; ++r) {
           both[r] = S::bytes(rows[r] + c / 2 + j);
-          __builtin_prefetch(next[r] + c / 2 + j);
+          __builtin_prefetch(next[r] + c / 2 + j, 0, 2);
           own[r] = S::low(both[r]);
         }
         add_unit<4>(own, u, whole + c, j / STEP, first, begin);
@@ -237,8 +337,9 @@ inline float round_group(const float* from, int8_t* levels, int* halves) {
   return none ? std::nanf("") : largest / 127.0f;
 }
 
-void packed_add_neurons(const Packed& p, const int32_t* ids, const float* u, int64_t n, float* sums,
-                        int32_t* whole) {
+// Adds neurons 0 to n of one block; behind them, `left` in all, are those whose turn is next.
+void add_block(const Packed& p, const int32_t* ids, const float* u, int64_t n, int64_t left, float* sums,
+               int32_t* whole) {
   float values[GROUP] = {};
   std::copy(u, u + n, values);
   int8_t levels[GROUP];
@@ -246,17 +347,28 @@ void packed_add_neurons(const Packed& p, const int32_t* ids, const float* u, int
   float scale = round_group(values, levels, halves);
   if (scale == 0) return;
   int total = halves[0] + halves[1];
-  auto row = [&](int64_t i) { return p.levels + int64_t(ids[i < n ? i : n - 1]) * p.pitch; };
+  auto row = [&](int64_t i, int64_t end) {
+    return p.levels + int64_t(ids[i < end ? i : end - 1]) * p.pitch;
+  };
   for (int64_t i = 0; i < n; i += 4) {
     uint32_t four;
     std::memcpy(&four, levels + i, 4);
     const uint8_t *rows[4], *next[4];
-    for (int r = 0; r < 4; ++r) rows[r] = row(i + r), next[r] = row(i + 4 + r);
+    int64_t later = i + 4 < n ? i + 4 : n;
+    for (int r = 0; r < 4; ++r) rows[r] = row(i + r, n), next[r] = row(later + r, left);
     if (p.bits == 4) add_four<4>(p, rows, next, four, i == 0, -p.bias * total, whole);
     else add_four<8>(p, rows, next, four, i == 0, -p.bias * total, whole);
   }
   add_factors(p, p.scales, ids[0] / p.block, whole, scale, sums);
   if (p.offsets.own) add_factors(p, p.offsets, ids[0] / p.block, nullptr, scale * float(total), sums);
+}
+
+void packed_add_neurons(const Packed& p, const int32_t* ids, const float* u, int64_t n, float* sums,
+                        int32_t* whole) {
+  for (int64_t begin = 0, end; begin < n; begin = end) {
+    for (end = begin + 1; end < n && ids[end] / p.block == ids[begin] / p.block;) ++end;
+    add_block(p, ids + begin, u + begin, end - begin, n - begin, sums, whole);
+  }
 }
 
 void packed_round(const float* from, int64_t n, int8_t* levels, float* scales, float* sums) {
@@ -270,11 +382,16 @@ void packed_round(const float* from, int64_t n, int8_t* levels, float* scales, f
       own = last;
     }
     int halves[2];
-    float scale = scales[g] = round_group(own, levels + g * GROUP, halves);
+    int8_t found[GROUP];
+    float scale = scales[g] = round_group(own, found, halves);
+    int8_t* unit = levels + g / 2 * UNIT;
+    for (int64_t k = 0; k < GROUP / 4; ++k)
+      std::memcpy(unit + 4 * four_of(g % 2 * 8 + k), found + 4 * k, 4);
     sums[g] = scale * float(halves[0] + halves[1]);
     for (int half = 0; half < 2; ++half) {
-      small_scales[2 * g + half] = scale;
-      small_sums[2 * g + half] = scale * float(halves[half]);
+      int64_t at = g / 2 * 4 + turn_of(g % 2 * 2 + half);
+      small_scales[at] = scale;
+      small_sums[at] = scale * float(halves[half]);
     }
   }
   std::fill(scales + size / 32, small_scales, 0.0f), std::fill(sums + size / 32, small_sums, 0.0f);
@@ -314,26 +431,32 @@ void packed_activate(Act act, const float* gate, float* up, int64_t n) {
   }
 }
 
+// Levels of a unit of a row, by their places.
+inline void levels_by_place(const Packed& p, int64_t row, int64_t unit, uint8_t* to) {
+  const uint8_t* from = p.levels + row * p.pitch;
+  if (p.order == Order::tiles) {
+    from = p.levels + row / TILE * TILE * p.pitch + unit * TILE * UNIT * p.bits / 8 + row % TILE * 4;
+    for (int64_t c = 0; c < UNIT * p.bits / 8; ++c) {
+      uint8_t one = from[c / 4 * 4 * TILE + c % 4];
+      if (p.bits == 8) to[c] = one;
+      else to[c] = one & 15, to[c + 32] = one >> 4;
+    }
+  } else if (p.bits == 8) {
+    std::memcpy(to, from + unit * UNIT, UNIT);
+  } else if (unit % 2 == 0 && unit + 1 == p.units()) {
+    for (int64_t j = 0; j < 32; ++j) to[j] = from[unit * 32 + j] & 15;
+    for (int64_t j = 0; j < 32; ++j) to[j + 32] = from[unit * 32 + j] >> 4;
+  } else {
+    int shift = unit % 2 ? 4 : 0;
+    for (int64_t j = 0; j < UNIT; ++j) to[j] = from[unit / 2 * UNIT + j] >> shift & 15;
+  }
+}
+
 // Levels of a unit of a row, by columns.
 inline void unit_levels(const Packed& p, int64_t row, int64_t unit, uint8_t* to) {
-  const uint8_t* from = p.levels + row * p.pitch;
   uint8_t own[UNIT];
-  if (p.bits == 8) {
-    std::memcpy(own, from + unit * UNIT, UNIT);
-  } else if (unit % 2 == 0 && unit + 1 == p.units()) {
-    for (int64_t j = 0; j < 32; ++j) own[j] = from[unit * 32 + j] & 15;
-    for (int64_t j = 0; j < 32; ++j) own[j + 32] = from[unit * 32 + j] >> 4;
-  } else if (unit % 2) {
-    for (int64_t j = 0; j < UNIT; ++j) own[j] = from[unit / 2 * UNIT + j] >> 4;
-  } else {
-    for (int64_t j = 0; j < UNIT; ++j) own[j] = from[unit / 2 * UNIT + j] & 15;
-  }
-  if (p.order == Order::rows) {
-    std::memcpy(to, own, UNIT);
-    return;
-  }
-  for (int64_t v = 0; v < 4; ++v)
-    for (int64_t l = 0; l < 4; ++l) std::memcpy(to + 16 * v + 4 * l, own + 16 * l + 4 * v, 4);
+  levels_by_place(p, row, unit, own);
+  for (int64_t c = 0; c < UNIT; c += 4) std::memcpy(to + c, own + place_of(p.order, c), 4);
 }
 
 // to[0..UNIT) = factors of a unit's columns.
@@ -350,9 +473,9 @@ inline void unit_factors(const Packed& p, const Factors& f, int64_t row, int64_t
   }
   int64_t blocks = UNIT / p.block;
   for (int64_t b = 0; b < blocks; ++b) {
-    int64_t at = row * p.each() + unit * blocks + b;
-    float own = f.supers ? float(static_cast<const int8_t*>(f.own)[at]) *
-                               half_to_float(f.supers[row * p.supers_each() + unit * UNIT / SUPER])
+    int64_t at = p.factor_of(row, unit * blocks + b);
+    int64_t above = p.super_of(row, unit * UNIT / SUPER);
+    float own = f.supers ? float(static_cast<const int8_t*>(f.own)[at]) * half_to_float(f.supers[above])
                          : half_to_float(static_cast<const uint16_t*>(f.own)[at]);
     for (int64_t j = 0; j < p.block; ++j) to[b * p.block + j] = own;
   }

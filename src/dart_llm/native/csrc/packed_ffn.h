@@ -1,5 +1,7 @@
 // The kept neurons of a packed FFN, for one token.
 #pragma once
+#include <algorithm>
+
 #include "kernels.h"
 
 namespace dart {
@@ -16,13 +18,14 @@ inline void packed_ffn(const Kernels& kernels, Dtype dtype, const Ffn& f, const 
     return place;
   };
   begin = first_of_block(begin), end = first_of_block(end);
-  for (int64_t next; begin < end; begin = next) {
-    // neurons of one block of the down projection, whose scales they share
-    for (next = begin + 1; next < end && id(next) / block == id(begin) / block;) ++next;
-    int64_t n = next - begin;
-    int32_t ids[GROUP];
-    float gate[GROUP] = {}, up[GROUP] = {};
+  constexpr int64_t MOST = 4 * GROUP;
+  for (int64_t n; begin < end; begin += n) {
+    n = std::min(end, first_of_block(std::min(end, begin + MOST - GROUP + 1))) - begin;
+    int32_t ids[MOST];
+    float gate[MOST], up[MOST];
     for (int64_t i = 0; i < n; ++i) ids[i] = int32_t(id(begin + i));
+    std::fill(up + n, up + (n + GROUP - 1) / GROUP * GROUP, 0.0f);
+    std::fill(gate + n, gate + (n + GROUP - 1) / GROUP * GROUP, 0.0f);
     kernels.packed.dots(*f.packed_up, x.rounded, ids, 0, n, up);
     if (f.up_bias) kernels.add_at(dtype, f.up_bias, ids, n, up);
     if (f.packed_gate) {

@@ -13,16 +13,14 @@ namespace {
 using at::Tensor;
 using Maybe = std::optional<Tensor>;
 
-// Lays factors of `rows` rows, `each` of a row, out from row `first` on: `room` of a row, or by
-// neurons, which are the columns.
-template <class T>
-void lay_out(const std::vector<T>& from, int64_t first, int64_t rows, int64_t each, int64_t room,
-             bool neurons, const Tensor& to) {
+// Lays factors of `rows` rows, `each` of a row, out from row `first` on: where `place` says.
+template <class T, class Place>
+void lay_out(const std::vector<T>& from, int64_t first, int64_t rows, int64_t each, const Tensor& to,
+             const Place& place) {
   if (from.empty()) return;
   T* values = static_cast<T*>(to.mutable_data_ptr());
   for (int64_t row = 0; row < rows; ++row)
-    for (int64_t i = 0; i < each; ++i)
-      values[neurons ? i * room + first + row : (first + row) * room + i] = from[size_t(row * each + i)];
+    for (int64_t i = 0; i < each; ++i) values[place(first + row, i)] = from[size_t(row * each + i)];
 }
 
 Packed shape_of(const BlockType& type, int64_t rows, int64_t columns, Order order) {
@@ -33,6 +31,13 @@ Packed shape_of(const BlockType& type, int64_t rows, int64_t columns, Order orde
   return p;
 }
 
+Order order_of(const std::string& name) {
+  if (name == "rows") return Order::rows;
+  if (name == "tiles") return Order::tiles;
+  TORCH_CHECK(name == "neurons", "native: matrices lie by rows, tiles or neurons, not by ", name);
+  return Order::neurons;
+}
+
 const BlockType& known(const std::string& name) {
   const BlockType* type = block_type(name);
   TORCH_CHECK(type, "native: there are no blocks of type ", name);
@@ -41,18 +46,18 @@ const BlockType& known(const std::string& name) {
 
 }  // namespace
 
-PackedMatrix::PackedMatrix(const BlockType& type, int64_t rows, int64_t columns, bool neurons)
+PackedMatrix::PackedMatrix(const BlockType& type, int64_t rows, int64_t columns, Order order)
     : name(type.name), type(type), stored_rows(rows), stored_columns(columns) {
-  packed = neurons ? shape_of(type, columns, rows, Order::neurons)
-                   : shape_of(type, rows, columns, Order::rows);
+  bool neurons = order == Order::neurons;
+  packed = shape_of(type, neurons ? columns : rows, neurons ? rows : columns, order);
   // Whole vectors are read at the end of the last row.
   auto room = [&](int64_t count, at::ScalarType of) {
     held.push_back(at::zeros({count + 64}, of));
     return held.back().mutable_data_ptr();
   };
-  packed.levels = static_cast<uint8_t*>(room(packed.rows * packed.pitch, at::kByte));
-  int64_t lines = neurons ? (columns + type.block - 1) / type.block : rows;
-  int64_t above = neurons ? (columns + SUPER - 1) / SUPER : rows;
+  packed.levels = static_cast<uint8_t*>(room(packed.room() * packed.pitch, at::kByte));
+  int64_t lines = neurons ? (columns + type.block - 1) / type.block : packed.room();
+  int64_t above = neurons ? (columns + SUPER - 1) / SUPER : packed.room();
   auto factors = [&] {
     Factors f{room(lines * packed.each(), type.supers ? at::kChar : at::kHalf), nullptr};
     if (type.supers)
@@ -67,8 +72,7 @@ void PackedMatrix::fill(const Parts& parts, int64_t first, int64_t count) {
   bool neurons = packed.order == Order::neurons;
   auto* levels = held[0].mutable_data_ptr<uint8_t>();
   auto write = [&](const uint8_t* from, int64_t row) {
-    write_levels(from, packed.columns, packed.bits, packed.bias, packed.order,
-                 levels + row * packed.pitch);
+    write_levels(packed, row, from, levels);
   };
   if (neurons) {
     TORCH_CHECK(first == 0 && count == stored_rows, "native: neurons are laid out at once");
@@ -88,13 +92,19 @@ void PackedMatrix::fill(const Parts& parts, int64_t first, int64_t count) {
   }
   int64_t blocks = stored_columns / type.block, supers = stored_columns / SUPER;
   int64_t next = 1;
+  auto at = [&](int64_t row, int64_t i) {
+    return neurons ? i * packed.each() + row : packed.factor_of(row, i);
+  };
+  auto at_super = [&](int64_t row, int64_t i) {
+    return neurons ? i * packed.supers_each() + row : packed.super_of(row, i);
+  };
   auto lay = [&](const std::vector<uint16_t>& plain, const std::vector<int8_t>& small,
                  const std::vector<uint16_t>& by) {
     if (!type.supers) {
-      lay_out(plain, first, count, blocks, packed.each(), neurons, held[next++]);
+      lay_out(plain, first, count, blocks, held[next++], at);
     } else {
-      lay_out(small, first, count, blocks, packed.each(), neurons, held[next++]);
-      lay_out(by, first, count, supers, packed.supers_each(), neurons, held[next++]);
+      lay_out(small, first, count, blocks, held[next++], at);
+      lay_out(by, first, count, supers, held[next++], at_super);
     }
   };
   lay(parts.scales, parts.small_scales, parts.supers);
@@ -102,10 +112,12 @@ void PackedMatrix::fill(const Parts& parts, int64_t first, int64_t count) {
 }
 
 void PackedMatrix::cut(int64_t begin, int64_t end) {
+  packed.rows = stored_rows = end - begin;
+  int64_t rows = packed.room();
   size_t next = 0;
   auto part = [&](int64_t each) {  // with what is read behind the last row
     Tensor& t = held[next++];
-    t = t.narrow(0, begin * each, (end - begin) * each + 64);
+    t = t.narrow(0, begin * each, rows * each + 64);
     return t.mutable_data_ptr();
   };
   packed.levels = static_cast<uint8_t*>(part(packed.pitch));
@@ -114,7 +126,6 @@ void PackedMatrix::cut(int64_t begin, int64_t end) {
     factors->own = part(packed.each());
     if (factors->supers) factors->supers = static_cast<uint16_t*>(part(packed.supers_each()));
   }
-  packed.rows = stored_rows = end - begin;
 }
 
 int64_t PackedMatrix::nbytes() const {
@@ -148,15 +159,15 @@ void in_pieces(int64_t rows, int64_t columns, bool whole, const Work& work) {
 }
 
 c10::intrusive_ptr<PackedMatrix> from_blocks(const Tensor& blocks, const std::string& name, int64_t rows,
-                                             int64_t columns, bool neurons) {
+                                             int64_t columns, const std::string& order) {
   const BlockType& type = known(name);
   TORCH_CHECK(rows >= 0 && columns > 0 && columns % type.columns == 0 && blocks.is_contiguous() && blocks.scalar_type() == at::kByte &&
                   blocks.numel() == rows * (columns / type.columns) * type.bytes,
               "native: ", blocks.numel(), " bytes do not hold [", rows, ", ", columns, "] of ", name);
-  auto made = c10::make_intrusive<PackedMatrix>(type, rows, columns, neurons);
+  auto made = c10::make_intrusive<PackedMatrix>(type, rows, columns, order_of(order));
   const uint8_t* from = blocks.const_data_ptr<uint8_t>();
   int64_t pitch = columns / type.columns * type.bytes;
-  in_pieces(rows, columns, neurons, [&](int64_t first, int64_t count) {
+  in_pieces(rows, columns, order == "neurons", [&](int64_t first, int64_t count) {
     made->fill(take_apart(type, from + first * pitch, count, columns), first, count);
   });
   return made;
@@ -164,10 +175,10 @@ c10::intrusive_ptr<PackedMatrix> from_blocks(const Tensor& blocks, const std::st
 
 // A matrix of `rows` x `columns` weights as a file would hold them, all 0.
 c10::intrusive_ptr<PackedMatrix> packed_zeros(const std::string& name, int64_t rows, int64_t columns,
-                                              bool neurons) {
+                                              const std::string& order) {
   const BlockType& type = known(name);
   TORCH_CHECK(columns > 0 && columns % type.columns == 0 && rows >= 0, "native: rows of ", columns, " weights of ", name);
-  return c10::make_intrusive<PackedMatrix>(type, rows, columns, neurons);
+  return c10::make_intrusive<PackedMatrix>(type, rows, columns, order_of(order));
 }
 
 // Rounds weights [n, columns] to rows `begin` to `begin` + n of what a file would hold.
@@ -198,7 +209,7 @@ RoundedRows::RoundedRows(const Kernels& kernels, const float* x, int64_t count, 
 // x [M, D] times a matrix of rows: [M, N].
 Tensor packed_linear(const Tensor& x, const c10::intrusive_ptr<PackedMatrix>& matrix) {
   const Packed& p = matrix->packed;
-  TORCH_CHECK(x.dim() == 2 && x.size(1) == p.columns && p.order == Order::rows,
+  TORCH_CHECK(x.dim() == 2 && x.size(1) == p.columns && p.order != Order::neurons,
               "native: shapes do not fit");
   Tensor wide = x.to(at::kFloat).contiguous();
   const Kernels& kernels = best();
@@ -208,7 +219,7 @@ Tensor packed_linear(const Tensor& x, const c10::intrusive_ptr<PackedMatrix>& ma
   std::atomic<int64_t> taken{0};
   together([&](int64_t) {
     for (int64_t group; (group = taken++) < PARTS;) {
-      Span own = part(p.rows, group, PARTS);
+      Span own = part(p.rows, group, PARTS, TILE);
       kernels.packed.matvec(p, rounded.view(), own.begin, own.end, to, p.rows);
     }
   });
@@ -268,7 +279,8 @@ Tensor packed_span(const c10::intrusive_ptr<PackedMatrix>& matrix, int64_t begin
 c10::intrusive_ptr<PackedMatrix> packed_part(const c10::intrusive_ptr<PackedMatrix>& matrix,
                                              int64_t begin, int64_t end) {
   const Packed& p = matrix->packed;
-  TORCH_CHECK_INDEX(p.order == Order::rows && 0 <= begin && begin <= end && end <= p.rows,
+  TORCH_CHECK_INDEX(p.order != Order::neurons && 0 <= begin && begin <= end && end <= p.rows &&
+                        (p.order == Order::rows || begin % TILE == 0),
                     "native: no such rows");
   auto made = c10::make_intrusive<PackedMatrix>(*matrix);
   made->cut(begin, end);

@@ -14,12 +14,12 @@
 namespace dart {
 
 struct PackedMatrix : torch::CustomClassHolder {
-  // Of `rows` x `columns` weights as a file holds them, all of level 0 and scale 0; as `neurons` the
-  // columns become rows.
-  PackedMatrix(const BlockType&, int64_t rows, int64_t columns, bool neurons);
+  // Of `rows` x `columns` weights as a file holds them, all of level 0 and scale 0; in
+  // Order::neurons the columns become rows.
+  PackedMatrix(const BlockType&, int64_t rows, int64_t columns, Order);
   // Takes over `count` rows of the file from `first` on.
   void fill(const Parts&, int64_t first, int64_t count);
-  // Leaves rows `begin` to `end`, on the same memory; Order::rows.
+  // Leaves rows `begin` to `end`, on the same memory; not Order::neurons, and of whole tiles.
   void cut(int64_t begin, int64_t end);
   int64_t nbytes() const;
   // Rows id(0) to id(count - 1), [count, columns].

@@ -19,6 +19,8 @@ class Patience {
     if (++spins_ > 2000) std::this_thread::yield();
 #if defined(__x86_64__)
     else _mm_pause();
+#elif defined(__aarch64__)
+    else __asm__ __volatile__("yield");
 #endif
   }
 

@@ -59,8 +59,8 @@
   }
   template <int SIZE>
   static V spread(const float* p) {
-    if (SIZE == 32) return all(*p);
-    return _mm256_set_m128(_mm_set1_ps(p[1]), _mm_set1_ps(p[0]));
+    if (SIZE == 16) return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+    return _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(p)));
   }
   static void interleave(const B* r, B* to) {
     B a = _mm256_unpacklo_epi8(r[0], r[1]), b = _mm256_unpackhi_epi8(r[0], r[1]);

@@ -40,6 +40,7 @@
   static V to_float(W x) { return _mm512_cvtepi32_ps(x); }
   static __mmask16 first(int64_t n) { return __mmask16(n >= 16 ? 0xffff : (1u << n) - 1); }
   static V half(const uint16_t* p, int64_t n) {
+    if (n >= N) return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
   }
   static V small(const int8_t* p, int64_t n) {
@@ -47,11 +48,8 @@
   }
   template <int SIZE>
   static V spread(const float* p) {
-    const __m512i two = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-    const __m512i four = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    __m128 own = SIZE == 32 ? _mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(p)))
-                            : _mm_loadu_ps(p);
-    return _mm512_permutexvar_ps(SIZE == 32 ? two : four, _mm512_castps128_ps512(own));
+    if (SIZE == 16) return _mm512_broadcast_f32x4(_mm_loadu_ps(p));
+    return _mm512_castpd_ps(_mm512_set1_pd(*reinterpret_cast<const double*>(p)));
   }
   static void interleave(const B* r, B* to) {
     B a = _mm512_unpacklo_epi8(r[0], r[1]), b = _mm512_unpackhi_epi8(r[0], r[1]);

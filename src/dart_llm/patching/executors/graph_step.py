@@ -189,12 +189,13 @@ class GraphDecoder(StepDecoder):
     def step(self, call: SlimCall, observe: bool) -> tuple[Tensor, Tensor]:
         room = self.room(call.cache)
         with torch.inference_mode(False), torch.no_grad():  # leaving that mode turns gradients on
-            keys, values, length = room.buffers(call.cache)
+            room.prepare(call.cache)
+            keys, values = ([one.keys for one in room.rooms], [one.values for one in room.rooms])
             given = self._given(call.ids, keys, values)
             given.token.copy_(call.ids[:, 0])
-            given.position.fill_(length)
+            given.position.fill_(room.rooms[0].kept)
             output = self._step_of(given, observe)()
-            room.show(call.cache)
+            room.advance()
             self._observed = output.observed
             # the graph's own tensors are written again by the next step
             return output.logits.clone(), output.hidden.clone()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -17,6 +16,7 @@ from dart_llm.models.agreement import forward_of
 from dart_llm.models.ffn import FfnBlock
 from dart_llm.models.packed import PackedTensor
 from dart_llm.native.build import ops
+from dart_llm.native.memory import Span, private_maps
 from dart_llm.patching.executors.token_ffn import TokenFfn
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.token_level import TokenMask
@@ -29,13 +29,6 @@ from dart_llm.pruning.token_level import TokenMask
 #
 # Only memory of the parameter's own is written: what PyTorch allocated, or mapped for this process
 # alone, and nothing else of the model lies on.
-
-
-MAPS = Path("/proc/self/maps")
-"""What lies where in this process: one line per range of addresses."""
-
-Span = tuple[int, int]
-"""The first address of something, and the one after its last."""
 
 
 class Layout:
@@ -94,7 +87,7 @@ def not_in_place_reason(
         if len(on_it) > 1:
             return f"{' and '.join(on_it)} lie on the same memory"
         if not ops().allocated(weight):
-            private = list(_private_maps()) if private is None else private
+            private = list(private_maps()) if private is None else private
             if not any(low <= start and end <= high for low, high in private):
                 return f"{place} lies in memory that PyTorch did not allocate"
     return ""
@@ -122,24 +115,6 @@ def _span(tensor: Tensor) -> Span:
     reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     start = tensor.data_ptr()
     return start, start + (reach * tensor.element_size() if tensor.numel() else 0)
-
-
-def _private_maps() -> Iterator[Span]:
-    """Maps of files that this process alone writes to, as safetensors makes them; joined."""
-    start = end = 0
-    lines = MAPS.read_text("utf-8", "replace").splitlines() if MAPS.is_file() else []
-    for line in lines:
-        where, rights, _, _, inode, *_ = line.split(maxsplit=5)
-        if not rights.startswith("rw") or not rights.endswith("p") or inode == "0":
-            continue
-        low, high = (int(address, 16) for address in where.split("-"))
-        if low != end:
-            if end:
-                yield start, end
-            start = low
-        end = high
-    if end:
-        yield start, end
 
 
 FEW = 32

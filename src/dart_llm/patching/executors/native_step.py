@@ -1,4 +1,4 @@
-"""Decode steps with little overhead: one native call per token.
+"""Decode steps with little overhead: one native call per step.
 
 Norms, attention, FFN and head of a whole step run in C++ (native/decode.cpp) on the model's own
 weights, with the masks in force.  Whatever it cannot serve, the model's own forward does.
@@ -13,6 +13,13 @@ import torch
 from torch import Tensor
 
 from dart_llm.models.calls import SlimCall
+from dart_llm.models.growing_cache import (
+    PreallocatedKVCache,
+    Steps,
+    count_static,
+    is_static,
+    static_places,
+)
 from dart_llm.models.packed import PackedTensor
 from dart_llm.models.steps import (
     LayerParts,
@@ -26,6 +33,7 @@ from dart_llm.models.steps import (
 from dart_llm.native.build import ops
 from dart_llm.patching.executors.native_ffn import KernelMask, Layout, NativeFfn
 from dart_llm.patching.executors.whole_step import StepDecoder
+from dart_llm.pruning.accounting import STEP_ROWS
 from dart_llm.pruning.masks import LayerMask
 
 POSITIONS = 256
@@ -35,7 +43,8 @@ POSITIONS = 256
 class SlimDecoder(StepDecoder):
     """``ffns``: the model's blocks, laid out for the kernels."""
 
-    rows: int | None = 1
+    rows: int | None = STEP_ROWS
+    static_caches = True
     device = "cpu"
 
     def __init__(self, model: Any, ffns: Sequence[NativeFfn], layout: Layout) -> None:
@@ -51,6 +60,8 @@ class SlimDecoder(StepDecoder):
         self._everything = [ffn.everything() for ffn in ffns]
         self._masks: Sequence[LayerMask | None] | None = None
         self._loaded: list[KernelMask | None] = [None] * len(ffns)
+        self._bound: Steps | None = None
+        """Those of the buffers that the native object knows; it does not keep them alive."""
         self.dtype, self.windows = parts.head.dtype, parts.windows
 
     def nbytes(self) -> int:
@@ -78,26 +89,43 @@ class SlimDecoder(StepDecoder):
                 self._loaded[index] = kept
 
     def step(self, call: SlimCall, observe: bool) -> tuple[Tensor, Tensor]:
-        room = self.room(call.cache)
-        with torch.inference_mode(False), torch.no_grad():  # leaving that mode turns gradients on
-            position = call.cache.get_seq_length()
-            cosine, sine = self._angle(position)
-            token, caches = int(call.ids), room.views(call.cache)
-            logits, hidden = self._native.step(token, *caches, position, cosine, sine, observe)
-            room.show(call.cache)
-        return logits[None], hidden[None]
+        cache = call.cache
+        position, tokens = int(cache.get_seq_length()), call.ids.flatten().tolist()
+        turning = self._turning(position)
+        if is_static(cache):
+            self._bound = None  # where its tensors lie is its own business between two steps
+            self._native.bind(*static_places(cache, self.windows))
+            logits, hidden = self._native.step(tokens, 0, position, *turning, observe)
+            count_static(cache)
+            return logits, hidden
+        room = self.room(cache)
+        room.prepare(cache)
+        if room.steps is not self._bound:
+            self._bind(room)
+        logits, hidden = self._native.step(tokens, room.steps.done, position, *turning, observe)
+        room.advance()
+        return logits, hidden
+
+    def _bind(self, room: PreallocatedKVCache) -> None:
+        """Name the buffers once, not at every token: a step says how many came before it."""
+        rooms, self._bound = room.rooms, None
+        keys, values = [one.keys for one in rooms], [one.values for one in rooms]
+        ends, counts = [one.end for one in rooms], [one.count for one in rooms]
+        seen = [-1 if one.seen is None else one.seen for one in rooms]
+        self._native.bind(keys, values, ends, counts, seen)
+        self._bound = room.steps
 
     def observed(self, stream: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        u, h, z, x, r = (t[:, None] for t in self._native.observed(stream))
+        u, h, z, x, r = self._native.observed(stream)
         return u, h, z, x, r
 
-    def _angle(self, position: int) -> tuple[Tensor, Tensor]:
-        known = 0 if self._angles is None else len(self._angles[0])
-        if self._angles is None or position >= known:
+    def _turning(self, position: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of ``position`` and others."""
+        if self._angles is None or position >= len(self._angles[0]):
             count = (position // POSITIONS + 1) * POSITIONS
-            self._angles = angles(self._parts, count, self.dtype)
-        cosine, sine = self._angles
-        return cosine[position], sine[position]
+            with torch.inference_mode(False), torch.no_grad():
+                self._angles = angles(self._parts, count, self.dtype)
+        return self._angles
 
 
 NOTHING = torch.empty(0)

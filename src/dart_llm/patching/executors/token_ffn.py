@@ -12,7 +12,7 @@ from torch import Tensor
 from dart_llm.errors import ConfigError
 from dart_llm.models.ffn import FfnBlock
 from dart_llm.patching.executors.torch_ffn import Project, stacked
-from dart_llm.pruning.accounting import READ_WINNERS
+from dart_llm.pruning.accounting import READ_WINNERS, STEP_ROWS
 from dart_llm.pruning.config import TokenConfig
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.token_level import (
@@ -33,17 +33,18 @@ def say_slower(method: str, executor: str, rows: int) -> None:
     """Say once where tokens that choose their neurons take longer than all neurons would."""
     if executor not in READ_WINNERS:
         _say_slower(method, f"under executor {executor}")
-    elif rows > 1:
-        _say_slower(method, "in a batch of several rows")
+    elif rows > READ_WINNERS[executor]:
+        _say_slower(method, f"in a batch of several rows under executor {executor}")
 
 
 @functools.cache
 def _say_slower(method: str, where: str) -> None:
     logger.warning(
         "%s is slower than the unpruned model %s: all neurons are computed, and estimated first; "
-        "executors native and slim run the chosen ones alone, of one sequence at a time",
+        "executors native and slim run the chosen ones alone, of one row and of up to %d",
         method,
         where,
+        STEP_ROWS,
     )
 
 

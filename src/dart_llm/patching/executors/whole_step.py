@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
+from torch.utils.hooks import RemovableHandle
 
 from dart_llm.models.calls import SlimCall, as_output, read_call
-from dart_llm.models.growing_cache import PreallocatedKVCache
+from dart_llm.models.growing_cache import PreallocatedKVCache, is_static
 from dart_llm.pruning.controller import PruningController
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.observations import LayerObservation
@@ -37,13 +38,19 @@ class Hooks:
     def __init__(self, model: nn.Module) -> None:
         inner = [module for module in model.modules() if module is not model]
         self._held = [h for m in inner for h in (m._forward_hooks, m._forward_pre_hooks)]
-        self._known, self._foreign = 0, False
+        self._known, self._foreign = (0, 0), False
 
-    def foreign(self) -> bool:
-        """Whether any is neither dart_llm's nor transformers' own (which only collect outputs)."""
+    def foreign(self, again: bool = False) -> bool:
+        """Whether any is neither dart_llm's nor transformers' own (which only collect outputs).
+
+        ``again``: modules are only looked at when torch has registered a hook since the last time.
+        """
         if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
             return True
-        if (count := sum(map(len, self._held))) != self._known:
+        made = RemovableHandle.next_id
+        if again and made == self._known[0] and not self._foreign:
+            return False
+        if (count := (made, sum(map(len, self._held)))) != self._known:
             owners = {
                 getattr(one, "__module__", "") for held in self._held for one in held.values()
             }
@@ -55,11 +62,13 @@ class Hooks:
 class StepDecoder(ABC):
     """Whole decode steps of one attached model.
 
-    ``rows``: of the largest batch, None for any; ``device``: its type; ``dtype``: of weights and
-    cache; ``windows``: positions that a token of each layer sees, None for all.
+    ``rows``: of the largest batch, None for any; ``static_caches``: whether it serves these too;
+    ``device``: its type; ``dtype``: of weights and cache; ``windows``: positions that a token of
+    each layer sees, None for all.
     """
 
     rows: int | None = None
+    static_caches = False
     device: str
     dtype: torch.dtype
     windows: list[int | None]
@@ -83,6 +92,11 @@ class StepDecoder(ABC):
         if self._cache is None or self._cache.of() is not cache:
             self._cache = PreallocatedKVCache(cache, self.windows)
         return self._cache
+
+    def goes_on(self, cache: Any) -> bool:
+        """Whether ``cache`` is as the newest step left it."""
+        known = self._cache
+        return known is not None and known.of() is cache and known.ready(cache)
 
     def serves(self, masks: Sequence[LayerMask | None]) -> bool:
         """Whether it can run these masks."""
@@ -127,25 +141,44 @@ class WholeStepForward:
         if (call := self._call(args, kwargs)) is None:
             self._fresh = False
             return original(*args, **kwargs)
-        return self._step(call)
+        return as_output(self._step(call), call.cache)
+
+    def goes_on(self, cache: Any) -> bool:
+        """Whether the newest step was one on ``cache`` and nothing stands against another."""
+        return self.decoder.goes_on(cache) and not self._asks_for_more(again=True)
+
+    def decode(self, ids: Tensor, cache: Any) -> Tensor | None:
+        """Logits [1, V] after ids [1, 1]; None where the plan in force needs the model.
+
+        The model's forward in short, for a cache that ``goes_on``.
+        """
+        return self._step(SlimCall(ids, cache)) if self._take_plan() else None
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SlimCall | None:
         """The step that a call of the root's forward is, where one can serve it."""
-        controller = self.current()
-        plan = controller.plan
-        masks = plan.masks[0] if len(plan.masks) == 1 else None
-        watched = plan.signal and controller.config.drift.signal != "hidden"
-        if len(plan.masks) > 1 or watched or self._asks_for_more():
+        if self._asks_for_more():
             return None
         decoder = self.decoder
         call = read_call(kwargs, args, decoder.dtype, decoder.windows, decoder.rows)
-        if call is None or (masks and not decoder.serves(masks)):
+        if call is None or (is_static(call.cache) and not decoder.static_caches):
             return None
-        decoder.load(masks or ())
-        return call
+        return call if self._take_plan() else None
 
-    def _step(self, call: SlimCall) -> Any:
-        """What the model returns for a step."""
+    def _take_plan(self) -> bool:
+        """Load the masks of the plan in force; False where a step can not serve it."""
+        controller = self.current()
+        plan = controller.plan
+        watched = plan.signal and controller.config.drift.signal != "hidden"
+        if len(plan.masks) > 1 or watched:
+            return False
+        masks = plan.masks[0] if plan.masks else None
+        if masks and not self.decoder.serves(masks):
+            return False
+        self.decoder.load(masks or ())
+        return True
+
+    def _step(self, call: SlimCall) -> Tensor:
+        """Logits [B, V] of a step."""
         controller = self.current()
         plan = controller.plan
         if not self._fresh:
@@ -157,9 +190,9 @@ class WholeStepForward:
             self._observe(controller)
         if plan.signal:
             controller.observe_signal(hidden[:, None])
-        return as_output(logits, call.cache)
+        return logits
 
-    def _asks_for_more(self) -> bool:
+    def _asks_for_more(self, again: bool = False) -> bool:
         """Whether the model must run itself: dropout, gradients, autocast, outputs, hooks."""
         config = self._model.config
         return (
@@ -168,7 +201,7 @@ class WholeStepForward:
             or torch.is_autocast_enabled(self.decoder.device)
             or getattr(config, "output_hidden_states", False)
             or getattr(config, "output_attentions", False)
-            or self.hooks.foreign()
+            or self.hooks.foreign(again)
         )
 
     def _observe(self, controller: PruningController) -> None:

@@ -1,0 +1,263 @@
+"""transformers' token loop of one row, greedy or sampled, with less around each token.
+
+``generate`` prepares everything and calls a ``TokenLoop`` in place of its ``_sample``.  It does
+what that does, in the same order, so that tokens, random numbers and what is asked of processors,
+criteria and streamers are the same.  What it leaves out: arguments of a forward that a whole step
+does not need, and work that is known to have no effect.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dart_llm.models.growing_cache import CACHE
+
+Step = Callable[[Tensor, Any], Tensor | None]
+"""Logits [1, V] after ids [1, 1] and a cache; None where the model has to run itself."""
+
+Processor = Callable[[Tensor, Tensor], Tensor]
+"""Scores [1, V] float32 from ids [1, T] and scores."""
+
+Criterion = Callable[[Tensor, int], Any]
+"""Whether ids [1, T] end, whose last one is given as a number too."""
+
+OWN_METHODS = ("_sample", "_update_model_kwargs_for_generation")
+"""What a model must have of transformers' mixin as it is, beside ``generate``."""
+
+_GIVEN = {"cache", "use_cache", "attention_mask", "position_ids", "logits_to_keep"}
+"""Arguments of a model for which the loop knows what the next token gets."""
+
+_EXTRAS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+
+
+def can_stand_in(model: Any, generate: Any) -> bool:
+    """Whether ``generate``, a model's own, calls transformers' loop and nothing of the model's."""
+    from transformers import GenerationMixin
+
+    own = getattr(generate, "__func__", None) is GenerationMixin.generate
+    return own and all(
+        name not in model.__dict__ and getattr(type(model), name) is getattr(GenerationMixin, name)
+        for name in OWN_METHODS
+    )
+
+
+class TokenLoop:
+    """A decoding method; ``step``: what decodes a token; ``streamer``: of the call."""
+
+    def __init__(self, step: Step, streamer: Any = None) -> None:
+        self._step, self._streamer = step, streamer
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Any:
+        """What ``_sample`` returns; whatever this loop does not do, that does."""
+        if not _serves(input_ids, generation_config, model_kwargs):
+            return type(model)._sample(
+                model,
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                streamer=self._streamer,
+                **model_kwargs,
+            )
+        text = _Text(model, self._step, generation_config, model_kwargs)
+        ids = self._decode(text, input_ids, logits_processor, stopping_criteria)
+        if self._streamer is not None:
+            self._streamer.end()
+        if not generation_config.return_dict_in_generate:
+            return ids
+        from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+        made: Any = GenerateDecoderOnlyOutput
+        return made(sequences=ids, cache=text.cache)
+
+    def _decode(self, text: _Text, ids: Tensor, processors: Any, criteria: Any) -> Tensor:
+        process = _processors(processors)
+        ends, foreign = _criteria(criteria)
+        logits = text.prompt(ids)
+        while True:
+            scores = logits
+            for one in process:
+                scores = one(ids, scores)
+            token = _drawn(scores) if text.sampled else _likeliest(scores)
+            ids = torch.cat([ids, token[:, None]], dim=-1)
+            number = int(token)
+            over = any(criterion(ids, number) for criterion in ends)
+            if foreign is not None:
+                over |= bool(foreign(ids, None).all())
+            if self._streamer is not None:
+                self._streamer.put(token.cpu())
+            if over:
+                return ids
+            logits = text.next(ids)
+
+
+def _drawn(scores: Tensor) -> Tensor:
+    """One of scores [1, V] by its chance, [1]."""
+    chances = nn.functional.softmax(scores, dim=-1)
+    return torch.multinomial(chances, num_samples=1).squeeze(1)
+
+
+def _likeliest(scores: Tensor) -> Tensor:
+    """The first of the largest of scores [1, V], [1]: numpy is quicker than torch's threads."""
+    if scores.dtype != torch.float32 or scores.requires_grad:
+        return torch.argmax(scores, dim=-1)
+    return torch.from_numpy(scores.numpy().argmax(-1))
+
+
+class _Text:
+    """One text that a model goes on with: the logits after it, in float32 for processors to write.
+
+    ``cache``: the one of the newest forward.
+    """
+
+    def __init__(self, model: Any, step: Step, config: Any, given: dict[str, Any]) -> None:
+        self._model, self._step, self._config, self._given = model, step, config, given
+        self.cache = given["cache"]
+        self.sampled = bool(config.do_sample)
+        self._prompt = 0
+        self._steps = False
+
+    def prompt(self, ids: Tensor) -> Tensor:
+        """Logits [1, V] after the prompt [1, T]."""
+        self._prompt = ids.shape[1]
+        outputs = self._model._prefill(ids, self._config, self._given, is_first_iteration=True)
+        logits = self._read(outputs)
+        positions = self._given.get("position_ids")
+        end = self.cache.get_seq_length()
+        # where positions are not the cache's the model says what they are
+        self._steps = positions is None or bool((positions[..., -1] == end - 1).all())
+        return logits
+
+    def next(self, ids: Tensor) -> Tensor:
+        """Logits [1, V] after ids [1, T], of which all but the last are in the cache."""
+        if self._steps:
+            logits = self._step(ids[:, -1:], self.cache)
+            if logits is not None:
+                return logits.float()
+        given = {**self._given, "cache": self.cache}
+        positions = given.get("position_ids")
+        if positions is not None:
+            given["position_ids"] = positions[..., -1:] + (ids.shape[1] - self._prompt)
+        model = self._model
+        inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **given)
+        return self._read(model(**inputs, return_dict=True))
+
+    def _read(self, outputs: Any) -> Tensor:
+        """A copy, not to keep the logits of a whole prompt alive."""
+        self.cache = outputs.get("cache", self.cache)
+        logits: Tensor = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
+        return logits
+
+
+def _serves(ids: Tensor, config: Any, given: dict[str, Any]) -> bool:
+    """Whether the loop does what ``_sample`` would with this."""
+    asked = config.return_dict_in_generate and any(getattr(config, name) for name in _EXTRAS)
+    special = (
+        asked
+        or getattr(config, "is_assistant", False)
+        or config.prefill_chunk_size is not None
+        or config.compile_config is not None
+    )
+    known = {name for name, value in given.items() if value is not None} <= _GIVEN
+    return (
+        not special
+        and known
+        and ids.device.type == "cpu"
+        and ids.dim() == 2
+        and len(ids) == 1
+        and ids.shape[1] > 0
+        and bool(given.get("use_cache"))
+        and given.get("attention_mask") is None
+        and type(given.get("cache")).__name__ == CACHE
+    )
+
+
+def _processors(given: Any) -> list[Processor]:
+    """The processors of a list, which looks at their signatures at every token."""
+    from transformers import LogitsProcessorList
+
+    named = [len(inspect.signature(one.__call__).parameters) for one in given]
+    if type(given) is not LogitsProcessorList or any(count > 2 for count in named):
+        return [given]
+    found: list[Processor] = []
+    for one in given:
+        shortest = _without_ends(one)
+        if shortest is None:  # what it returns may be somebody else's too
+            return found + list(given)[len(found) :]
+        found.append(shortest)
+    return found
+
+
+def _without_ends(processor: Any) -> Processor | None:
+    """What a processor does that forbids the ends of a text, on scores that are the loop's own.
+
+    Those of transformers compare the whole vocabulary with the ends, also when all tokens are
+    allowed again.
+    """
+    from transformers import MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor
+
+    if type(processor) is MinLengthLogitsProcessor:
+        least = processor.min_length
+    elif type(processor) is MinNewTokensLengthLogitsProcessor:
+        least = processor.min_new_tokens + processor.prompt_length_to_skip
+    else:
+        return None
+
+    @functools.cache
+    def ends(size: int) -> Tensor:
+        found: Tensor = processor.eos_token_id.flatten()
+        return found[(found >= 0) & (found < size)]
+
+    def forbid_ends(ids: Tensor, scores: Tensor) -> Tensor:
+        if ids.shape[-1] < least:
+            scores.index_fill_(1, ends(scores.shape[-1]), -math.inf)
+        return scores
+
+    return forbid_ends
+
+
+def _criteria(given: Any) -> tuple[list[Criterion], Any]:
+    """Criteria whose answers are known from numbers, and a list of the others or None."""
+    from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+
+    if type(given) is not StoppingCriteriaList:
+        return [], given
+    known: list[Criterion] = []
+    others = StoppingCriteriaList()
+    for one in given:
+        if type(one) is EosTokenCriteria:
+            known.append(_is_in(set(one.eos_token_id.flatten().tolist())))
+        elif type(one) is MaxLengthCriteria and _never_warns(one):
+            known.append(_is_long(one.max_length))
+        else:
+            others.append(one)
+    return known, others or None
+
+
+def _is_in(ends: set[int]) -> Criterion:
+    return lambda ids, token: token in ends
+
+
+def _is_long(most: int) -> Criterion:
+    return lambda ids, token: ids.shape[1] >= most
+
+
+def _never_warns(criterion: Any) -> bool:
+    """Whether a text cannot grow longer than its model knows positions."""
+    places = criterion.max_position_embeddings
+    return places is None or criterion.max_length <= places + 1

@@ -1,0 +1,83 @@
+"""Where weights lie in the memory of this process, and better places for them.
+
+A decoded token reads every weight once.  In pages of 4 KB that is more addresses than a CPU keeps,
+and looking them up costs as much as the reading; docs/performance.md has what huge pages are worth.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+MAPS = Path("/proc/self/maps")
+"""What lies where in this process: one line per range of addresses."""
+
+Span = tuple[int, int]
+"""The first address of something, and the one after its last."""
+
+PAGE = 2 << 20
+"""Bytes of a huge page."""
+
+LEAST = 32 << 20
+"""Bytes of weights from which it is worth doing."""
+
+COLLAPSE = 25
+"""MADV_COLLAPSE of madvise(2): the memory stays where it is, and what it holds."""
+
+
+def private_maps() -> Iterator[Span]:
+    """Maps of files that this process alone writes to, as safetensors makes them; joined."""
+    start = end = 0
+    lines = MAPS.read_text("utf-8", "replace").splitlines() if MAPS.is_file() else []
+    for line in lines:
+        where, rights, _, _, inode, *_ = line.split(maxsplit=5)
+        if not rights.startswith("rw") or not rights.endswith("p") or inode == "0":
+            continue
+        low, high = (int(address, 16) for address in where.split("-"))
+        if low != end:
+            if end:
+                yield start, end
+            start = low
+        end = high
+    if end:
+        yield start, end
+
+
+def out_of_files(model: nn.Module) -> int:
+    """Copy CPU weights that lie in maps of files into memory that can have huge pages; the bytes.
+
+    Only where half of the free memory is enough; for a model that nobody else holds yet.
+    """
+    maps = list(private_maps())
+    found = [
+        one
+        for one in model.parameters()
+        if type(one) is nn.Parameter and any(low <= one.data_ptr() < high for low, high in maps)
+    ]
+    size = sum(one.nbytes for one in found)
+    if size < LEAST or size > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
+        return 0
+    with torch.no_grad():
+        for one in found:
+            one.data = one.data.clone()
+    return size
+
+
+def into_huge_pages(tensors: Iterable[Tensor]) -> int:
+    """Ask the system for huge pages under ``tensors`` on the CPU; the number that it gave.
+
+    Linux 6.1 and later.  Where it cannot (another system, memory of a file), the pages stay small.
+    """
+    spans = [(one.data_ptr(), one.nbytes) for one in tensors if one.device.type == "cpu"]
+    if sys.platform != "linux" or sum(size for _, size in spans) < LEAST:
+        return 0
+    pages = {n for at, size in spans for n in range(at // PAGE, (at + size - 1) // PAGE + 1)}
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return sum(advise(page * PAGE, PAGE, COLLAPSE) == 0 for page in sorted(pages))
