@@ -3,6 +3,7 @@
 import contextlib
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -61,6 +62,7 @@ class Terminal:
     def __init__(self, arguments, home):
         self.pid, self.file = pty.fork()
         if self.pid == 0:  # the child: nothing but the program
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # what runs in the background ignores it
             os.environ.update(TERM="dumb", HOME=str(home))
             os.execv(arguments[0], arguments)
         self.seen = ""

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -413,3 +414,45 @@ def test_a_hidden_layer_passes_for_itself(name):
         del cache  # a layer outlives it
         assert held.get_seq_length() == 35 and held.keys.shape[2] in (23, 35)
         assert isinstance(new_cache(model), DynamicCache)
+
+
+def test_another_thread_may_read_the_cache():
+    model, stop, seen = shared_model("gemma3"), threading.Event(), []
+    with prune(model, sparsity=0.0, executor="slim"):
+        wanted = generated(model)
+        for _ in range(4):
+            cache = new_cache(model)
+
+            def look(cache=cache):
+                while not stop.wait(0.0005):
+                    seen.append([layer.keys for layer in cache.layers if layer.is_initialized])
+
+            reader = threading.Thread(target=look)
+            reader.start()
+            try:
+                assert torch.equal(generated(model, cache=cache), wanted)
+            finally:
+                stop.set()
+                reader.join()
+                stop.clear()
+            assert {layer.get_seq_length() for layer in cache.layers} == {PROMPT.shape[1] + NEW - 1}
+            assert HIDDEN not in cache.layers[0].__dict__
+    assert seen
+
+
+def test_what_a_user_sets_on_the_model_or_around_it(monkeypatch, count):
+    """A method of the instance is called; a default device is none of a step's."""
+    model = shared_model()
+    own, calls = model.prepare_inputs_for_generation, []
+
+    def prepare(*args, **kwargs):
+        calls.append(args[0].shape[1])
+        return own(*args, **kwargs)
+
+    with prune(model, sparsity=0.0, executor="slim"):
+        with torch.device("meta"):
+            first = generated(model)
+        with monkeypatch.context() as change:
+            change.setattr(model, "prepare_inputs_for_generation", prepare)
+            assert torch.equal(generated(model), first)
+    assert len(calls) == NEW and count["loops"] == 1

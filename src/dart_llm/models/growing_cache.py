@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,6 +100,15 @@ class Room:
         begin = self.end + self.steps.done - count
         return self.keys.narrow(2, begin, count), self.values.narrow(2, begin, count)
 
+    def attributes(self, layer: Any) -> dict[str, Any]:
+        """What ``layer`` is given to hold now."""
+        with torch.inference_mode(False), torch.no_grad():
+            self.shown = keys, values = self.views()
+        found: dict[str, Any] = {"keys": keys, "values": values}
+        if type(layer).__name__ == SLIDING:
+            found["cumulative_length"] = self.length + self.steps.done
+        return found
+
     def moved(self, steps: Steps, grow: torch.dtype | None) -> Room:
         """The same positions before other steps; ``grow``: copied, of this dtype, with room."""
         count, done = self.kept, self.steps.done
@@ -118,6 +128,11 @@ class Room:
 # Every view of a buffer costs more than a microsecond, and there are two per layer and token.  So
 # between steps the layers of a cache are hidden: they lack the attributes that change, and have a
 # class that puts them back, and itself away, at the first look at one of them or the first change.
+
+
+# Another thread may look while a step is made: who hides, shows or counts holds LOCK.
+
+LOCK = threading.RLock()
 
 
 class _Hidden:
@@ -161,6 +176,7 @@ def _hidden(kind: type) -> type:
     """``kind`` under the same name; its only base, as an object can change to no other class."""
     names = ("__getattr__", "__setattr__", "__delattr__", "__reduce_ex__", "get_seq_length")
     members = {name: vars(_Hidden)[name] for name in names}
+    members |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind.__name__, (kind,), {**members, "_layer_type": None, SHOWN: kind})
 
 
@@ -174,17 +190,15 @@ def _hide(layer: Any, room: Room) -> None:
 
 
 def _show(layer: Any) -> None:
-    now = dict(layer.__dict__)
-    room: Room | None = now.pop(HIDDEN, None)
-    if room is not None:
-        room.steps.seen = True
-        with torch.inference_mode(False), torch.no_grad():
-            room.shown = views = room.views()
-        now["keys"], now["values"] = views
-        if type(layer).__name__ == SLIDING:
-            now["cumulative_length"] = room.length + room.steps.done
-        object.__setattr__(layer, "__dict__", now)
-    object.__setattr__(layer, "__class__", getattr(type(layer), SHOWN))
+    with LOCK:
+        now = dict(layer.__dict__)
+        room: Room | None = now.pop(HIDDEN, None)
+        if room is not None:
+            room.steps.seen = True
+            now |= room.attributes(layer)
+            object.__setattr__(layer, "__dict__", now)
+        if SHOWN in type(layer).__dict__:  # no other thread was quicker
+            object.__setattr__(layer, "__class__", getattr(type(layer), SHOWN))
 
 
 def held(layer: Any) -> tuple[Tensor, Tensor]:
@@ -222,12 +236,13 @@ class PreallocatedKVCache:
         """Let there be room for a position; ``rooms`` and ``steps`` are others where that helps."""
         if self.ready(cache):
             return
-        with torch.inference_mode(False), torch.no_grad():
-            self._make_rooms(cache)
-        self._layers = list(cache.layers)
-        for layer, room in zip(self._layers, self.rooms, strict=True):
-            _hide(layer, room)
-        self.steps.seen = False
+        with LOCK:
+            with torch.inference_mode(False), torch.no_grad():
+                self._make_rooms(cache)
+            self._layers = list(cache.layers)
+            for layer, room in zip(self._layers, self.rooms, strict=True):
+                _hide(layer, room)
+            self.steps.seen = False
 
     def _make_rooms(self, cache: Any) -> None:
         steps, rooms = Steps(), []
@@ -250,7 +265,19 @@ class PreallocatedKVCache:
 
     def advance(self) -> None:
         """A step has written the next position of all layers."""
-        self.steps.done += 1
+        with LOCK:
+            self.steps.done += 1
+            if self.steps.seen:  # by another thread, which got one position less
+                for index, layer in enumerate(self._layers):
+                    room = self._known(index, layer)
+                    if room is not None and HIDDEN not in layer.__dict__:
+                        layer.__dict__.update(room.attributes(layer))
+
+    def show(self) -> None:
+        """Let all layers be what they were, with the positions that they got."""
+        for layer in self._layers:
+            if HIDDEN in layer.__dict__:
+                _show(layer)
 
     def nbytes(self) -> int:
         """Bytes beside what the cache itself shows."""

@@ -440,7 +440,7 @@ def angles(
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines [count, tables, R] float32 of positions, rounded as the model rounds."""
     if parts.rotary is None:
-        return torch.empty(count, 0, 0), torch.empty(count, 0, 0)
+        return torch.empty(count, 0, 0, device=device), torch.empty(count, 0, 0, device=device)
     positions = torch.arange(count, device=device)[None]
     like = torch.empty(0, dtype=dtype, device=device)
     kinds = [(kind,) if kind else () for kind in parts.tables]

@@ -31,6 +31,9 @@ Criterion = Callable[[Tensor, int], Any]
 OWN_METHODS = ("_sample", "_update_model_kwargs_for_generation")
 """What a model must have of transformers' mixin as it is, beside ``generate``."""
 
+OWN_CLASS = ("prepare_inputs_for_generation", "_has_unfinished_sequences")
+"""What must be that of the model's class: the loop does not call them."""
+
 _GIVEN = {"cache", "use_cache", "attention_mask", "position_ids", "logits_to_keep"}
 """Arguments of a model for which the loop knows what the next token gets."""
 
@@ -42,6 +45,8 @@ def can_stand_in(model: Any, generate: Any) -> bool:
     from transformers import GenerationMixin
 
     own = getattr(generate, "__func__", None) is GenerationMixin.generate
+    if any(name in model.__dict__ for name in OWN_CLASS):
+        return False
     return own and all(
         name not in model.__dict__ and getattr(type(model), name) is getattr(GenerationMixin, name)
         for name in OWN_METHODS
@@ -114,8 +119,8 @@ def _drawn(scores: Tensor) -> Tensor:
 
 def _likeliest(scores: Tensor) -> Tensor:
     """The first of the largest of scores [1, V], [1]: numpy is quicker than torch's threads."""
-    if scores.dtype != torch.float32 or scores.requires_grad:
-        return torch.argmax(scores, dim=-1)
+    if scores.dtype != torch.float32 or scores.requires_grad or scores.dim() != 2:
+        return torch.argmax(scores, dim=-1).reshape(-1)
     return torch.from_numpy(scores.numpy().argmax(-1))
 
 

@@ -63,7 +63,7 @@ def out_of_files(model: nn.Module) -> int:
     size = sum(one.nbytes for one in found)
     if size < LEAST or size > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
         return 0
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         for one in found:
             one.data = one.data.clone()
     return size

@@ -296,6 +296,8 @@ class ModelPatch(NotCopied):
         finally:
             self.loop, self.plan, self._begun = None, ForwardPlan(False, False, ()), False
             self._turn.free()
+            if self.slim is not None:
+                self.slim.decoder.show_cache()
             if loop.cache is not None:
                 self.controller.end_generate(int(loop.cache.get_seq_length()))
 

@@ -124,11 +124,11 @@ class SlimDecoder(StepDecoder):
         if self._angles is None or position >= len(self._angles[0]):
             count = (position // POSITIONS + 1) * POSITIONS
             with torch.inference_mode(False), torch.no_grad():
-                self._angles = angles(self._parts, count, self.dtype)
+                self._angles = angles(self._parts, count, self.dtype, torch.device(self.device))
         return self._angles
 
 
-NOTHING = torch.empty(0)
+NOTHING = torch.empty(0, device="cpu")
 """In the place of a weight that a model has not."""
 
 
@@ -141,7 +141,7 @@ def _decoder(parts: StepParts, norms: list[Tensor], ffns: Sequence[NativeFfn]) -
         *(t for pair in zip(parts.layers, ffns, strict=True) for t in _weights(*pair)),
     ]
     packed = {i: t.matrix for i, t in enumerate(weights) if isinstance(t, PackedTensor)}
-    empty = torch.empty(0, dtype=dtype)
+    empty = torch.empty(0, dtype=dtype, device="cpu")
     plain = [empty if t is None or i in packed else t for i, t in enumerate(weights)]
     kind = {
         "fused": len(parts.family.qkv) == 1,

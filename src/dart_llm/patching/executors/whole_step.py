@@ -87,6 +87,11 @@ class StepDecoder(ABC):
         held = 0 if self._cache is None else self._cache.nbytes()
         return held + sum(t.nbytes for t in self._angles or ())
 
+    def show_cache(self) -> None:
+        """Leave the layers of a cache as whoever made them knows them."""
+        if self._cache is not None:
+            self._cache.show()
+
     def room(self, cache: Any) -> PreallocatedKVCache:
         """Of transformers' ``cache``: its tensors become views of larger buffers."""
         if self._cache is None or self._cache.of() is not cache:
