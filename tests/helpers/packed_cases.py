@@ -43,10 +43,9 @@ def drawn_blocks(name, rows, columns, seed=0):
     return torch.from_numpy(blocks), torch.from_numpy(dense)
 
 
-def packed(name, rows, columns, *, neurons=False, order="rows", seed=0):
+def packed(name, rows, columns, order="rows", *, seed=0):
     """A matrix of the native kernels, and its weights."""
     blocks, dense = drawn_blocks(name, rows, columns, seed)
-    order = "neurons" if neurons else order
     return build.ops().packed_from_blocks(blocks, name, rows, columns, order), dense
 
 

@@ -24,7 +24,7 @@ NEURONS = pytest.mark.parametrize(("name", "neurons"), CASES)
 
 def made(name="q4_1", neurons=False, dtype=torch.float32, rows=24, columns=256):
     """A weight [rows, columns] in blocks, as a parameter, and dense."""
-    matrix, dense = packed(name, rows, columns, neurons=neurons)
+    matrix, dense = packed(name, rows, columns, "neurons" if neurons else "rows")
     weight = nn.Parameter(PackedTensor(matrix, dtype, neurons), requires_grad=False)
     assert isinstance(weight, nn.Parameter) and weight.shape == dense.shape
     return weight, dense.to(dtype)

@@ -38,7 +38,7 @@ def test_weights_are_those_of_the_file(name, kind):
     for rows, columns in shapes(name):
         for order in ORDERS:
             neurons = order == "neurons"
-            matrix, dense = packed(name, rows, columns, order=order)
+            matrix, dense = packed(name, rows, columns, order)
             wanted = dense.t() if neurons else dense
             assert matrix.shape() == list(wanted.shape) and matrix.by_neurons() == neurons
             with kernels(kind):
@@ -55,7 +55,7 @@ def test_weights_are_those_of_the_file(name, kind):
 def test_products_of_rows(name, kind):
     """With rounded inputs; the dtype of the input is that of the result."""
     for (rows, columns), order in itertools.product(shapes(name), ("rows", "tiles")):
-        matrix, dense = packed(name, rows, columns, order=order)
+        matrix, dense = packed(name, rows, columns, order)
         x = drawn(7, columns, seed=columns)
         x[1, ::3] = 0
         x[2] = 0
@@ -73,7 +73,7 @@ def test_products_of_neurons(name, kind):
     """Their activations are rounded by the blocks whose scales neurons share."""
     group = 16 if name == "q6_k" else 32
     for hidden, width in shapes(name):
-        matrix, dense = packed(name, hidden, width, neurons=True)
+        matrix, dense = packed(name, hidden, width, "neurons")
         u = drawn(2, width, seed=width) * (drawn(2, width, seed=1) > 0)
         with kernels(kind):
             found = ops().packed_down(u, matrix)
@@ -88,7 +88,7 @@ def test_ffn(inner, outer, gated, kind):
     hidden, width, rank = 256, 512, 3
     up, dense_up = packed(inner, width, hidden)
     gate, dense_gate = packed(inner, width, hidden, seed=1)
-    down, dense_down = packed(outer, hidden, width, neurons=True, seed=2)
+    down, dense_down = packed(outer, hidden, width, "neurons", seed=2)
     x, biases, bias = drawn(2, hidden), drawn(2, width, seed=1), drawn(hidden, seed=2)
     basis, adds = drawn(rank, hidden, seed=3), drawn(rank, hidden, seed=4)
     ids = torch.tensor([0, 3, 4, 7, 20, 21, 22, 31, 32, 49, 255, 256, 300, 511])
@@ -116,7 +116,7 @@ def test_what_is_no_number_gives_none(kind):
     for name in BLOCKS:
         rows, columns = 7, 256
         matrix, dense = packed(name, rows, columns)
-        down, _ = packed(name, rows, columns, neurons=True)
+        down, _ = packed(name, rows, columns, "neurons")
         for odd in (float("nan"), float("inf"), -float("inf")):
             x = drawn(3, columns)
             x[1, 37] = odd
@@ -160,7 +160,7 @@ def test_the_number_of_threads_changes_no_bit():
     """Work is divided alike, and the neurons of a block are rounded together."""
     hidden, width = 96, 320
     up, _ = packed("q4_0", width, hidden)
-    down, _ = packed("q4_0", hidden, width, neurons=True)
+    down, _ = packed("q4_0", hidden, width, "neurons")
     x, u, ids = drawn(3, hidden), drawn(3, width), torch.arange(0, width, 3)
     kept = torch.zeros(3, width)
     found = []
@@ -184,7 +184,7 @@ def test_bytes_are_those_of_the_blocks():
     grown |= {"q4_k": 148 / 144, "q5_k": 276 / 176, "q6_k": 274 / 210}
     for name in BLOCKS:
         for order in ORDERS:
-            matrix, _ = packed(name, 256, 512, order=order)
+            matrix, _ = packed(name, 256, 512, order)
             file = drawn_blocks(name, 256, 512)[0].nbytes * grown.get(name, 1)
             assert file <= matrix.nbytes() <= 1.02 * file, name
             assert matrix.nbytes() == sum(part.nbytes for part in matrix.parts())
@@ -193,7 +193,7 @@ def test_bytes_are_those_of_the_blocks():
 def test_what_does_not_fit_is_refused_and_not_read():
     run = ops()
     matrix, _ = packed("q4_0", 5, 64)
-    down, _ = packed("q4_0", 5, 64, neurons=True)
+    down, _ = packed("q4_0", 5, 64, "neurons")
     blocks, _ = drawn_blocks("q4_0", 5, 64)
     rows, span, zeros, weights = (
         run.packed_rows,

@@ -19,7 +19,6 @@ CACHE, FULL, SLIDING = "DynamicCache", "DynamicLayer", "DynamicSlidingWindowLaye
 STATIC, STATIC_LAYERS = "StaticCache", ("StaticLayer", "StaticSlidingWindowLayer")
 """Classes of the caches that a step can extend, and of their layers."""
 
-
 HIDDEN, SHOWN = "_dart_room", "_dart_shown"
 """Where a layer that is hidden keeps its ``Room``, and its class the class that it had."""
 
@@ -129,10 +128,8 @@ class Room:
 # between steps the layers of a cache are hidden: they lack the attributes that change, and have a
 # class that puts them back, and itself away, at the first look at one of them or the first change.
 
-
-# Another thread may look while a step is made: who hides, shows or counts holds LOCK.
-
 LOCK = threading.RLock()
+"""Held by who hides, shows or counts: another thread may look while a step is made."""
 
 
 class _Hidden:

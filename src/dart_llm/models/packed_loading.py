@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -290,10 +290,15 @@ def round_weights(model: nn.Module, kind: str) -> list[str]:
             kept += names
             continue
         made = pack(weight, kind, order(*modules))
-        parameter = nn.Parameter(made, requires_grad=False)
-        for module in modules:
-            module.weight = parameter
+        _put(made, modules)
     return kept
+
+
+def _put(matrix: Tensor, modules: Sequence[Any]) -> None:
+    """Let ``modules`` share ``matrix`` as their weight."""
+    parameter = nn.Parameter(matrix, requires_grad=False)
+    for module in modules:
+        module.weight = parameter
 
 
 def _is_odd(*modules: nn.Module) -> bool:
@@ -328,9 +333,7 @@ def random_packed(config: Any, kind: str, dtype: torch.dtype, **arguments: Any) 
         weight: Any = modules[0].weight
         drawn = functools.partial(_drawn, weight.shape[1])
         made = packed_from(drawn, weight, kind, order(*modules))
-        parameter = nn.Parameter(made, requires_grad=False)
-        for module in modules:
-            module.weight = parameter
+        _put(made, modules)
     for name, one in list(model.named_parameters()):
         if one.is_meta:
             fill = torch.zeros if name.endswith("bias") else torch.ones
