@@ -72,7 +72,7 @@ def save(name: str, model: Any, data: dict[str, Any]) -> Path:
     facts.pop("path", None)
     arguments = [Path(a).name if "/" in a else a for a in sys.argv[1:]]
     document = {
-        "command": f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(arguments)}".strip(),
+        "command": f"python benchmarks/{Path(sys.argv[0]).name} {shlex.join(arguments)}".strip(),
         "date": now().isoformat(),
         "checkpoint": facts,
         "versions": versions(),

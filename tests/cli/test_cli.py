@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -163,6 +164,19 @@ def start(*arguments, **options):
     return subprocess.Popen(command, text=True, **{**pipes, **options})
 
 
+def wait_for(process, folder, name):
+    """Until the results hold a file."""
+    end = time.monotonic() + 60
+    while not list(folder.glob(f"results/*/*/{name}")) and time.monotonic() < end:
+        assert process.poll() is None, "it ended before it was told to"
+        time.sleep(0.005)
+
+
+def heed_interrupts():
+    """What is started by a program in the background ignores them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_the_help_loads_no_torch():
     script = (
         "import sys; from dart_llm.cli.app import app\n"
@@ -189,13 +203,27 @@ def test_errors_pipes_and_readers(gpt2):
     assert process.communicate(timeout=120)[1] == "" and process.returncode == 1
 
 
+def test_ctrl_c_while_a_text_is_written_keeps_the_one_before(gpt2, tmp_path):
+    asked = ["--model", gpt2, "--method", "griffin", "--prompt", "hello", "--generation", 1000]
+    process = start("run", *asked, preexec_fn=heed_interrupts)
+    wait_for(process, tmp_path, "generation.jsonl")  # the dense text is whole
+    process.send_signal(signal.SIGINT)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "what was finished is kept in" in told
+    (folder,) = tmp_path.glob("results/*/*/")
+    assert json.loads((folder / "config.json").read_text("utf-8"))["status"] == "interrupted"
+    (dense,) = map(json.loads, (folder / "generation.jsonl").read_text("utf-8").splitlines())
+    assert (dense["variant"], len(dense["token_ids"])) == ("dense", 1000)
+    again = start("run", *asked, "--json")
+    found = json.loads(again.communicate(timeout=120)[0])
+    assert again.returncode == 0 and Path(found["folder"]).resolve() == folder.resolve()
+    assert found["generation"][0] == dense and len(found["generation"][1]["token_ids"]) == 1000
+
+
 def test_a_polite_end_is_an_interruption(gpt2, tmp_path):
     asked = ["--model", gpt2, "--method", "griffin", "--data", "embedded"]
     process = start("perplexity", *asked, "--prompt-tokens", 8, "--scored-tokens", 8)
-    end = time.monotonic() + 60
-    while not list(tmp_path.glob("results/*/*/parts.jsonl")) and time.monotonic() < end:
-        assert process.poll() is None, "it ended before it was told to"
-        time.sleep(0.005)
+    wait_for(process, tmp_path, "parts.jsonl")
     process.terminate()
     told = process.communicate(timeout=60)[1]
     assert process.returncode == 130

@@ -23,8 +23,11 @@ from dart_llm.models.packed import PackedTensor
 from dart_llm.models.packed_loading import round_weights
 from dart_llm.models.quantised import quantise, weight_facts
 from dart_llm.models.steps import slim_unsupported_reason as why_not_slim
+from dart_llm.patching.executors import native_ffn
 from dart_llm.pruning.accounting import Costs
 from dart_llm.session.run import prune
+from packed_cases import packed as packed_matrix
+from packed_cases import rounded
 from steps import Same, apart, decode, generate, new_cache, pruned, same_masks, step
 from tiny import LAYERS, tiny, tokens
 
@@ -103,6 +106,67 @@ def test_nothing_to_remove_changes_no_bit(dtype):
         assert torch.equal(found, plain) and masks == [], executor
 
 
+@pytest.mark.contract("masked equals compact")
+@pytest.mark.parametrize("model", MODELS, ids=str)
+def test_without_memory_for_copies_neurons_are_read_where_they_lie(model, monkeypatch):
+    """The same logits, but for sums in another order; nothing is held then."""
+    packed, before = model_of(*model), fingerprint(model_of(*model))
+    found, held = [], []
+    for left in (1 << 40, native_ffn.RESERVE):
+        monkeypatch.setattr(native_ffn, "available", lambda left=left: left)
+        with prune(packed, method="griffin", sparsity=0.5, executor="slim") as run:
+            found.append(decode(packed, IDS, PROMPT))
+            assert fingerprint(packed) == before
+            held.append(run.report().extra_memory_bytes)
+    assert apart(*found) < 1e-3
+    ffn = [part.weight.nbytes for block in describe(packed).blocks for part in block.projections]
+    assert 0.45 * sum(ffn) < held[0] - held[1] < 0.6 * sum(ffn)
+
+
+@torch.no_grad()
+def _embedded(model):
+    """A step behind a prompt of embeddings, which the model's own modules run."""
+    cache, inputs = new_cache(model), model.get_input_embeddings()(IDS[:, :20]).detach()
+    model(inputs_embeds=inputs, use_cache=True, cache=cache)
+    return step(model, IDS[:, 20:21], cache)
+
+
+@pytest.mark.contract("masked equals compact")
+def test_masks_that_others_follow_and_precede_read_their_own_copies():
+    """Whole steps and layers share the memory of the copies, and masks come back."""
+    model, padded = model_of("llama", "q8_0"), tokens(2, 24, seed=2)
+    mask = torch.ones_like(padded)
+    mask[0, :5] = 0
+    with prune(model, method="griffin", sparsity=0.5, executor="slim") as run:
+        decode(model, IDS[:, :24], 20)
+        first = run.select()
+        decode(model, tokens(1, 30, seed=7), 20)
+        second = run.select()
+        run.hold(first)
+        wanted = _embedded(model)
+        run.hold(second)
+        decode(model, padded, 20, mask)
+        run.hold(first)
+        assert torch.equal(_embedded(model), wanted)
+
+
+@pytest.mark.contract("exact restore")
+def test_a_copied_model_is_not_touched_by_runs_on_the_first():
+    """Nor the first by runs on the copy, in whatever order these end."""
+    model = model_of("llama", "q8_0")
+    other = copy.deepcopy(model)
+    with prune(model, sparsity=0.5, method="dart-token", prior=PRIOR, executor="slim"):
+        wanted = decode(model, IDS, PROMPT)
+        run = prune(other, sparsity=0.5, method="griffin", executor="slim").attach()
+        pruned_copy = decode(other, IDS, PROMPT)
+        assert torch.equal(decode(model, IDS, PROMPT), wanted)
+    assert torch.equal(decode(other, IDS, PROMPT), pruned_copy)
+    run.detach()
+    orders = [{one.matrix.order() for one in _packed(each)} for each in (model, other)]
+    assert orders == [{"tiles", "neurons"}] * 2
+    assert torch.equal(decode(model, IDS, PROMPT), decode(other, IDS, PROMPT))
+
+
 @pytest.mark.contract("exact restore")
 @pytest.mark.parametrize("executor", ["compact", "masked", "native", "slim"])
 def test_the_model_is_what_it_was(executor):
@@ -143,6 +207,82 @@ def test_bytes_are_those_of_the_blocks(kind):
     report = run.report()
     assert report.ffn_share_of_bytes == pytest.approx(sum(ffn) / view.parameter_bytes)
     assert report.ffn_bytes_share == pytest.approx(0.5, abs=0.02)
+
+
+def mixed_model(name):
+    """FFNs as Q4_K_M mixes them: the down projection of another type; the rest in Q8_0."""
+    model = tiny(name, hidden_size=256, intermediate_size=256)
+    assert round_weights(model, "q8_0") == []
+    for seed, layer in enumerate(model.model.layers):
+        for part, kind in (("gate", "q4_k"), ("up", "q4_k"), ("down", "q6_k")):
+            order = "neurons" if part == "down" else "rows"
+            matrix, _ = packed_matrix(kind, 256, 256, order, seed=seed)
+            weight = PackedTensor(matrix, model.dtype, part == "down")
+            getattr(layer.mlp, f"{part}_proj").weight = nn.Parameter(weight, requires_grad=False)
+    return model
+
+
+@pytest.mark.contract("accounting equals a count by hooks")
+def test_bytes_of_a_layer_of_several_types():
+    """Each matrix counts the bytes that it takes: levels, and factors of 8 and of 16 bits."""
+    model = mixed_model("llama")
+    view, facts = describe(model), weight_facts(model)
+    bits = {"q4_k": 4 + 2 * 8 / 32 + 2 * 16 / 256, "q6_k": 8 + 8 / 16 + 16 / 256}
+    ffn = 0
+    for block in view.blocks:
+        weights = [one.weight for one in (block.gate, block.up, block.down)]
+        for weight, kind in zip(weights, ("q4_k", "q4_k", "q6_k"), strict=True):
+            parts = sum(part.nbytes for part in weight.matrix.parts())
+            assert weight.nbytes == parts == pytest.approx(256 * 256 * bits[kind] / 8, rel=0.02)
+            ffn += parts
+    total = sum(one.nbytes for one in model.parameters())
+    inputs = model.get_input_embeddings().weight.nbytes
+    assert facts["weight_bytes"] == total and facts["bytes_per_token"] == total - inputs
+    assert view.parameter_bytes == total - inputs
+    assert facts["ffn_bytes_share"] == pytest.approx(ffn / (LAYERS * 3 * 256 * 256 * 4))
+    run = prune(model, "griffin", sparsity=0.5)
+    costs = Costs(run.layers, view.parameter_bytes)
+    assert costs.bytes(None) == ffn and costs.bytes([64] * LAYERS) == ffn / 4
+    with run:
+        decode(model, IDS, PROMPT)
+    assert run.report().ffn_share_of_bytes == pytest.approx(ffn / view.parameter_bytes)
+
+
+def _rounded_input(group, _module, inputs):
+    """That of one token; a prompt is multiplied with dequantised rows."""
+    (x,) = inputs
+    return (rounded(x, group).to(x.dtype) if x.shape[-2] == 1 else x,)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_step_rounds_inputs_and_nothing_else(name):
+    """Beside the dense twin whose products are given inputs of 8 bits."""
+    model = mixed_model(name)
+    twin = dense_twin(model)
+    plain = decode(twin, IDS, PROMPT)[:, PROMPT:]
+    down = [layer.mlp.down_proj for layer in twin.model.layers]  # whose blocks have 16 neurons
+    for module in twin.modules():
+        if isinstance(module, nn.Linear):
+            group = 16 if any(module is one for one in down) else 32
+            module.register_forward_pre_hook(functools.partial(_rounded_input, group))
+    wanted = decode(twin, IDS, PROMPT)[:, PROMPT:]
+    with prune(model, "dense", executor="slim") as run:
+        found = decode(model, IDS, PROMPT)[:, PROMPT:]
+    assert run.report().executor == "slim"
+    assert apart(found, wanted) < 0.1 * apart(wanted, plain)
+
+
+@pytest.mark.parametrize("executor", ["compact", "masked", "native", "slim"])
+def test_bytes_as_executed(executor):
+    """``compact`` reads copies in the model's dtype, in whatever blocks the weights are."""
+    model = model_of("llama", "q4_0")
+    run, _, _ = pruned(model, IDS, PROMPT, sparsity=0.5, executor=executor, compensation=False)
+    report = run.report()
+    blocks, dtype = 4.5 / 8, 4
+    mask = 0.5 * (blocks + dtype) / DECODED  # read as it is stored, and written once
+    wanted = {"compact": 0.5 * dtype / blocks + mask / blocks, "masked": 1.0}
+    assert report.ffn_bytes_share == pytest.approx(wanted.get(executor, 0.5), rel=0.05)
+    assert report.ffn_bytes_share_if_compact == pytest.approx(0.5 + 1 / DECODED, rel=0.05)
 
 
 def test_a_layer_of_which_a_part_is_dense():

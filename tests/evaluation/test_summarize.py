@@ -228,3 +228,6 @@ def test_nothing_is_reused_where_the_value_would_differ(loaded, data, tmp_path, 
     for done, (found, documents, options) in enumerate(runs, 1):
         run(found, documents, options, parts)
         assert len(calls) == 4 * done
+    changed = run(candidate(loaded), data, OPTIONS, parts)  # the first run's were other summaries
+    assert [one["reference"] for one in changed.samples] == [row["summary"] for row in DOCUMENTS]
+    assert changed.items == run(candidate(loaded), data).items

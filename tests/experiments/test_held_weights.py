@@ -1,16 +1,22 @@
 """What is told of a checkpoint whose weights are held in blocks, and nothing of a dense one."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from checkpoints import write_folder, write_gguf
+from dart_llm.experiments import model_facts
+from dart_llm.experiments.cell import Cell
 from dart_llm.experiments.index import ResultsSummary, _model_words
-from dart_llm.experiments.rows import table
+from dart_llm.experiments.rows import checkpoint_of, table
 from dart_llm.experiments.store import checkpoint_line
+from dart_llm.models.bundled import MODEL_WHEEL_BYTES
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.loading import load
+from dart_llm.pruning.config import PruneConfig
 from dart_llm.reporting.words import dtype_text
+from dart_llm.session.prepare import prepare
 from dart_llm.studies.quality.report import _caption
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -32,6 +38,31 @@ def test_facts_say_how_weights_are_held(tmp_path):
         assert facts["dtype"] == "bfloat16" and facts["parameters"] > 0
         said = "bfloat16" if held is None else f"bfloat16, weights {held}"
         assert dtype_text(facts) == said
+
+
+def test_weights_that_a_method_rounds_are_told_once(tmp_path):
+    """They run dequantised, whatever blocks the loaded model holds."""
+    model, tokenizer = load(write_gguf(tmp_path / "tiny.gguf"), cache_dir=tmp_path / "cache")
+    facts = checkpoint_facts(model)
+    methods = {"dense": facts, "griffin": facts, "dense-8bit": {**facts, "weights": None}}
+    for method, wanted in methods.items():
+        config = None if method == "dense" else PruneConfig.build(method)
+        found = checkpoint_of(prepare(model, tokenizer, config), facts)
+        assert found == {
+            name: value for name, value in wanted.items() if value or name != "weights"
+        }
+
+
+@pytest.mark.parametrize(("weights", "held"), [(None, "-packed"), ("dense", "")])
+def test_what_must_be_fetched_is_what_will_be_held(weights, held, monkeypatch):
+    def is_there(folder, sha256, full):
+        return folder.name == f"gguf-{sha256}{held}"
+
+    monkeypatch.setattr(model_facts, "is_intact", is_there)
+    cell = Cell("smollm2-135m", "dense", "perplexity:embedded", weights=weights, device="cpu")
+    assert model_facts.download_size(cell) == 0
+    other = replace(cell, weights="dense" if weights is None else "file")
+    assert model_facts.download_size(other) == MODEL_WHEEL_BYTES
 
 
 def test_every_line_says_it():

@@ -156,6 +156,7 @@ def timing():
         "tokens_per_second": {"dense": 1 / 0.0542, "pruned": 1 / 0.0445},
         "speed_up": 0.0542 / 0.0445,
         "bytes_limit": 1 / (1 - FFN_SHARE * 0.4375),
+        "weight_bytes_per_token": {"dense": 96.6e6, "pruned": 96.6e6 * (1 - FFN_SHARE * 0.4375)},
         "total_s": 132.0,
         "peak_memory_bytes": 1_288_490_189,
     }

@@ -28,14 +28,17 @@ def kernels(kind):
     build.use_kernels("")
 
 
-def drawn_blocks(name, rows, columns, seed=0):
-    """Blocks [rows, bytes] of random levels and small scales, and the weights that they hold."""
+def drawn_blocks(name, rows, columns, seed=0, size=1.0):
+    """Blocks [rows, bytes] of random levels and small scales, and the weights that they hold.
+
+    ``size``: of the scales, in place of 0.001 to 0.011.
+    """
     draw, kind = np.random.default_rng(seed), Kind[name.upper()]
-    weights, size = gguf.GGML_QUANT_SIZES[kind]
-    blocks = draw.integers(0, 256, (rows, columns // weights, size), dtype=np.uint8)
+    weights, length = gguf.GGML_QUANT_SIZES[kind]
+    blocks = draw.integers(0, 256, (rows, columns // weights, length), dtype=np.uint8)
     halves = {"q6_k": [208], "q8_0": [0], "q4_0": [0], "q5_0": [0]}.get(name, [0, 2])
     for at in halves:
-        factors = (0.001 + 0.01 * draw.random(blocks.shape[:2])).astype(np.float16)
+        factors = (size * (0.001 + 0.01 * draw.random(blocks.shape[:2]))).astype(np.float16)
         factors *= draw.choice(np.array([-1, 1], np.float16), factors.shape)
         blocks[:, :, at : at + 2] = factors[..., None].view(np.uint8)
     blocks = blocks.reshape(rows, -1)

@@ -13,6 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fake_hub
 from checkpoints import write_folder
+from dart_llm import cache
+from dart_llm.errors import LoadError
+from dart_llm.hub import check_download
 from dart_llm.models.bundled import MODEL_HUB_ID as HUB_ID
 from fake_hub import ALWAYS, COMMIT, Repository, repository, serve
 
@@ -92,6 +95,25 @@ def test_a_cut_download_is_taken_up_again(outcome):
     assert outcome.answers["tiny/cut-once"]["logits"] == outcome.answers["tiny/llama"]["logits"]
     assert outcome.hub.downloads["tiny/cut-once/model.safetensors"] == 2
     assert 2 <= outcome.hub.downloads["tiny/cut-always/model.safetensors"] <= 10
+
+
+def test_a_full_disk_is_found_before_a_download(tmp_path, monkeypatch):
+    """What is in the cache already, or is not read, needs no room."""
+    sizes = {"config.json": 500, "model-00001-of-00002.safetensors": 3_000_000_000}
+    sizes |= {"model-00002-of-00002.safetensors": 2_000_000_000, "pytorch_model.bin": 9 * 10**9}
+    files = [SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()]
+    info = SimpleNamespace(siblings=files, sha=COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **more: info)
+    monkeypatch.setattr(cache, "free_bytes", lambda folder: 4_000_000_000)
+    needs = r"the download of a/model needs 5\.0 GB on disk and only 4\.0 GB are free in .*; free"
+    with pytest.raises(LoadError, match=needs):
+        check_download("a/model", None, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    kept = tmp_path / "models--a--model" / "snapshots" / COMMIT
+    kept.mkdir(parents=True)
+    (kept / "model-00001-of-00002.safetensors").touch()
+    assert check_download("a/model", None, tmp_path) == 2_000_000_000
 
 
 def test_the_token_is_sent_to_the_hub_and_shown_nowhere(outcome):

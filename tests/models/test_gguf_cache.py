@@ -14,13 +14,8 @@ from dart_llm.errors import LoadError
 from dart_llm.files import file_sha256
 from dart_llm.models import loading
 from dart_llm.models.checkpoint import checkpoint_facts
-from dart_llm.models.gguf import (
-    converted_folder,
-    file_type_name,
-    is_intact,
-    quantisation_name,
-    read_header,
-)
+from dart_llm.models.gguf import converted_folder, is_intact
+from dart_llm.models.gguf_file import file_type_name, quantisation_name, read_gguf
 
 load = functools.partial(loading.load, weights="dense")
 CONVERTING = "converting tiny.gguf to safetensors, once"
@@ -109,7 +104,7 @@ def test_files_and_folders_that_cannot_be_used(gguf, tmp_path, monkeypatch):
     with pytest.raises(LoadError, match=needs):
         load(gguf, cache_dir=tmp_path)
     os.truncate(gguf, gguf.stat().st_size // 2)
-    with pytest.raises(LoadError, match=r"tiny\.gguf is not a complete GGUF file; fetch it again"):
+    with pytest.raises(LoadError, match=r"tiny\.gguf is cut off: tensor blk[^;]*; fetch it again"):
         load(gguf, cache_dir=tmp_path)
 
 
@@ -127,6 +122,6 @@ def test_names_of_quantisations(tmp_path):
         counts = {name: 10 + place for place, name in enumerate(types.split())}
         assert quantisation_name(counts, named) == expected
     assert [file_type_name(n) for n in (1, 3, 15, 9999)] == ["F16", "Q4_1", "Q4_K_M", ""]
-    header = read_header(write_gguf(tmp_path / "mixed.gguf", ffn=GGMLQuantizationType.Q5_0))
+    header = read_gguf(write_gguf(tmp_path / "mixed.gguf", ffn=GGMLQuantizationType.Q5_0))
     assert header.types == {"Q8_0": 19_200, "Q4_1": 32_768, "Q5_0": 36_864, "F32": 320}
     assert header.float32_bytes == 4 * 89_152

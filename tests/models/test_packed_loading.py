@@ -13,16 +13,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from checkpoints import FFN_WIDTH, LAYERS, VOCABULARY, WIDTH, write_folder, write_gguf
-from dart_llm.errors import ConfigError, LoadError
+from dart_llm.errors import ConfigError, DartError, LoadError
 from dart_llm.files import file_sha256
 from dart_llm.models import packed_loading
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.fingerprint import fingerprint
 from dart_llm.models.gguf import converted_folder, is_intact
+from dart_llm.models.gguf_facts import ARCHITECTURES
+from dart_llm.models.gguf_file import StoredTensor, read_gguf
 from dart_llm.models.loading import load
 from dart_llm.models.packed import PackedTensor
-from dart_llm.models.packed_loading import read_tensors
+from dart_llm.models.packed_loading import random_packed
 from dart_llm.native import build
+from lm_cases import call
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -50,7 +53,7 @@ def nothing_made(monkeypatch):
         raise AssertionError("a weight was made")
 
     monkeypatch.setattr(packed_loading, "_weight", made)
-    monkeypatch.setattr(packed_loading.StoredTensor, "bytes", made)
+    monkeypatch.setattr(StoredTensor, "bytes", made)
 
 
 def kinds(model):
@@ -71,8 +74,9 @@ def sentence(call, error=LoadError):
 
 
 def test_tensors_are_those_that_gguf_reads(gguf):
-    architecture, found = read_tensors(gguf)
-    assert architecture == "llama" and len(found) == 9 * LAYERS + 2
+    file = read_gguf(gguf)
+    found = file.tensors
+    assert file.architecture == "llama" and len(found) == 9 * LAYERS + 2
     for one in GGUFReader(gguf).tensors:
         ours = found[one.name]
         assert ours.kind == one.tensor_type.name.lower()
@@ -91,7 +95,7 @@ def test_a_file_that_is_cut_off_anywhere(gguf, nothing_made):
         len(whole) - 40,
     ):
         gguf.write_bytes(whole[:size])
-        text = sentence(lambda: read_tensors(gguf))
+        text = sentence(lambda: read_gguf(gguf))
         known = (
             r"tiny.gguf is cut off: tensor [\w.]+ takes \d+ bytes, and the file holds \d+ of them; "
         )
@@ -148,6 +152,7 @@ def test_damage_in_the_table_of_tensors(gguf, nothing_made):
         (at, "I", 1 << 31, incomplete),
         (at + 12, "Q", 0, incomplete),
         (4, "I", 7, "tiny.gguf is a GGUF file of version 7, not of 2 or 3"),
+        (8, "Q", 0, incomplete),
         (8, "Q", 1 << 60, incomplete),
         (16, "Q", 1 << 60, incomplete),
     ]
@@ -155,7 +160,7 @@ def test_damage_in_the_table_of_tensors(gguf, nothing_made):
         data = bytearray(whole)
         _put(data, place, form, value)
         gguf.write_bytes(data)
-        assert sentence(lambda: read_tensors(gguf)).startswith(text)
+        assert sentence(lambda: read_gguf(gguf)).startswith(text)
         assert sentence(lambda: load(gguf)).startswith(text)
     drawn = torch.Generator().manual_seed(0)
     refused = 0
@@ -164,25 +169,72 @@ def test_damage_in_the_table_of_tensors(gguf, nothing_made):
         data[place] ^= 1 << int(torch.randint(8, (1,), generator=drawn))
         gguf.write_bytes(data)
         try:
-            read_tensors(gguf)
+            read_gguf(gguf)
         except LoadError as error:
             refused += "\n" not in str(error)
     assert refused > 10
 
 
-def test_tensors_that_are_not_the_models(gguf, tmp_path, nothing_made):
-    folder = converted_folder(tmp_path / "dart-llm", file_sha256(gguf), packed=True)
-    load_whole = lambda **settings: load(  # noqa: E731
-        write_gguf(tmp_path / "other.gguf", **settings), cache_dir=tmp_path
-    )
-    lacks = "other.gguf lacks 1 of the model's weights, such as model.layers.1.mlp.up_proj.weight"
-    assert sentence(lambda: load_whole(change={UP: None})) == lacks
+def wrong_files(folder):
+    """Files that are not read, whatever weights are asked for, and what is said of them."""
+    gguf = folder / "tiny.gguf"
     shape = {UP: (FFN_WIDTH, 2 * WIDTH, Kind.Q4_1)}
-    assert sentence(lambda: load_whole(change=shape)) == (
-        f"other.gguf: tensor {UP} is [96, 128], and the model's model.layers.1.mlp.up_proj.weight "
-        "is [96, 64]"
+    target = "model.layers.1.mlp.up_proj.weight"
+    yield (
+        write_gguf(gguf, architecture="olmo2"),
+        "is of architecture olmo2, whose GGUF files transformers does not read; give the model "
+        "itself, a folder or hub id",
     )
-    assert not folder.exists()
+    yield (
+        write_gguf(gguf, change={UP: None}),
+        f"lacks 1 of the model's weights, such as {target}",
+    )
+    yield (
+        write_gguf(gguf, change=shape),
+        f": tensor {UP} is [96, 128], and the model's {target} is [96, 64]",
+    )
+    whole = write_gguf(gguf).read_bytes()
+    gguf.write_bytes(whole[:-1000])
+    yield (
+        gguf,
+        "is cut off: tensor blk.1.ffn_down.weight takes 3840 bytes, and the file holds 3608 of "
+        "them; fetch it again and compare its size",
+    )
+    kind, columns = _entry(whole, UP) + 20, _entry(whole, UP) + 4
+    for place, form, value, text in (
+        (kind, "I", 99, f": tensor {UP} is of the unknown type 99"),
+        (
+            kind,
+            "I",
+            Kind.I8,
+            f": tensor {UP} is of type I8, in which no weights are read; give a file of another "
+            "quantisation",
+        ),
+        (
+            columns,
+            "Q",
+            48,
+            f": tensor {UP} has rows of 48 weights, no multiple of the 32 of a block of Q4_1",
+        ),
+    ):
+        data = bytearray(whole)
+        _put(data, place, form, value)
+        gguf.write_bytes(data)
+        yield gguf, text
+
+
+def test_files_that_are_not_read(tmp_path, nothing_made):
+    """By the function and by the command: one sentence, before anything is made, exit code 2."""
+    for gguf, text in wrong_files(tmp_path):
+        text = f"tiny.gguf{text if text.startswith(':') else ' ' + text}"
+        for weights in ("file", "auto", "dense"):
+            found = sentence(lambda w=weights, g=gguf: load(g, weights=w, cache_dir=tmp_path))
+            assert found == text, weights
+            where = ["--model", gguf, "--weights", weights, "--cache-dir", tmp_path]
+            done = call("run", "--prompt", "x", "--results-dir", tmp_path / "results", *where)
+            assert (done.code, done.out) == (2, ""), (weights, done.err)
+            assert done.err.splitlines()[-1] == f"LoadError: {text}"
+        assert not list(tmp_path.glob("dart-llm/gguf-*"))
 
 
 # load
@@ -266,7 +318,7 @@ def test_one_layer_may_hold_blocks_of_several_types(tmp_path):
     assert difference < 0.02 * dense(ids).logits.float().abs().max()
 
 
-@pytest.mark.parametrize("architecture", sorted(packed_loading.ARCHITECTURES))
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_every_architecture_is_what_transformers_reads(architecture, tmp_path):
     """Order of rows in q and k, norms with and without the one, biases."""
     file = write_gguf(tmp_path / "tiny.gguf", architecture=architecture)
@@ -301,6 +353,28 @@ def test_weights_are_rounded_where_asked(kind, tied, tmp_path):
             assert (model.get_parameter(name) - one).abs().max() < 0.13 * one.abs().max()
     assert model.dtype == torch.bfloat16
     assert checkpoint_facts(model)["parameters"] == checkpoint_facts(dense)["parameters"]
+
+
+def test_saving_is_refused_before_anything_is_written(gguf, tmp_path):
+    folder, where = write_folder(tmp_path / "copy"), {"cache_dir": tmp_path / "cache"}
+    for model, _ in (load(gguf, **where), load(folder, weights="q8_0")):
+        with pytest.raises(DartError, match='load the model with weights="dense" for that'):
+            model.save_pretrained(tmp_path / "saved")
+        assert not (tmp_path / "saved").exists()
+        before = fingerprint(model)  # by which is kept what a method learnt
+        del model.save_pretrained
+        assert fingerprint(model) == before
+    load(gguf, weights="dense", **where)[0].save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_random_weights_are_held_once(tied, tmp_path):
+    config = AutoConfig.from_pretrained(write_folder(tmp_path / "copy", tie_word_embeddings=tied))
+    config.intermediate_size = 64
+    model = random_packed(config, "q4_0", torch.bfloat16)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert kinds(model)["model.layers.0.self_attn.q_proj.weight"] == "q4_0"
 
 
 def test_when_auto_keeps_blocks(gguf, tmp_path, monkeypatch):

@@ -125,6 +125,8 @@ def test_it_is_read_and_never_written():
         lambda: weight.mul_(2),
         lambda: weight.data.copy_(ones),
         lambda: weight.__setitem__(torch.tensor([0]), 1.0),
+        lambda: weight.__setitem__(0, 1.0),
+        lambda: weight.__setitem__(slice(2, 4), ones[:2]),
         lambda: nn.init.zeros_(weight),
         lambda: torch.add(ones, 1, out=weight),
         lambda: layer.load_state_dict({"weight": ones}),
@@ -141,11 +143,14 @@ def test_it_is_read_and_never_written():
     assert torch.equal(weight.dequantise(), dense)
 
 
-def test_copies_share_the_blocks():
+def test_copies_hold_the_same_blocks():
+    """In memory of their own, as a run may lay rows out anew; what is no copy shares them."""
     layer = nn.Linear(256, 24)
     layer.weight = made()[0]
     copied = copy.deepcopy(layer)
-    assert copied.weight.matrix is layer.weight.matrix and copied.bias is not layer.bias
+    own, theirs = copied.weight.matrix.parts(), layer.weight.matrix.parts()
+    assert all(map(torch.equal, own, theirs)) and copied.bias is not layer.bias
+    assert not {one.data_ptr() for one in own} & {one.data_ptr() for one in theirs}
     assert isinstance(copied.weight, nn.Parameter) and not copied.weight.requires_grad
     for same in (layer.weight.detach(), layer.state_dict()["weight"], layer.weight.t().t()):
         assert isinstance(same, PackedTensor) and same.matrix is layer.weight.matrix

@@ -104,6 +104,27 @@ struct Stored {
   }
 };
 
+// Levels come back as they were written.
+void read_again(const Stored& m) {
+  const Packed& p = m.packed;
+  std::vector<uint8_t> once(p.columns), again(m.levels.size());
+  for (int64_t r = 0; r < p.rows; ++r) {
+    read_levels(p, r, once.data());
+    write_levels(p, r, once.data(), again.data());
+  }
+  Packed copy = p;
+  copy.levels = again.data();
+  std::vector<uint8_t> twice(p.columns);
+  for (int64_t r = 0; r < p.rows; ++r) {
+    read_levels(p, r, once.data()), read_levels(copy, r, twice.data());
+    for (int64_t c = 0; c < p.columns; ++c) {
+      int low = p.bits == 4 ? 15 : 255;
+      if (once[c] == twice[c] && once[c] <= low) continue;
+      std::printf("%s: level %d is %d and %d\n", about.c_str(), int(c), once[c], twice[c]), std::exit(1);
+    }
+  }
+}
+
 Stored made(const char* name, int64_t rows, int64_t columns, Order order) {
   const BlockType& type = *block_type(name);
   std::vector<uint8_t> blocks(rows * (columns / type.columns) * type.bytes);
@@ -154,14 +175,16 @@ Given given(const Kernels& k, const Values& x, int64_t size) {
 
 void weights(const Kernels& k, const Stored& m) {
   const Packed& p = m.packed;
-  for (int64_t row = 0; row < p.rows; ++row) {
-    Values found(p.columns);
-    std::vector<uint16_t> narrow(p.columns);
-    std::vector<double> wanted(p.columns), sizes(p.columns);
-    k.packed.dequantise(p, row, Dtype::f32, found.data());
-    k.packed.dequantise(p, row, Dtype::bf16, narrow.data());
-    for (int64_t c = 0; c < p.columns; ++c)
-      wanted[c] = m.at(row, c), sizes[c] = std::fabs(wanted[c]) + 0.1;
+  std::vector<std::pair<int64_t, int64_t>> spans = {{0, p.rows}};  // first row, rows
+  for (int64_t row = 0; row < p.rows; ++row) spans.push_back({row, 1});
+  for (auto [first, count] : spans) {
+    Values found(count * p.columns);
+    std::vector<uint16_t> narrow(found.size());
+    std::vector<double> wanted(found.size()), sizes(found.size());
+    k.packed.dequantise(p, first, count, Dtype::f32, found.data());
+    k.packed.dequantise(p, first, count, Dtype::bf16, narrow.data());
+    for (int64_t i = 0; i < count * p.columns; ++i)
+      wanted[i] = m.at(first + i / p.columns, i % p.columns), sizes[i] = std::fabs(wanted[i]) + 0.1;
     near("weights", found, wanted, sizes, 1e-6);
     Held as = hold(Dtype::bf16, found);
     if (std::equal(as.bytes.begin(), as.bytes.end(), reinterpret_cast<char*>(narrow.data()))) continue;
@@ -185,23 +208,48 @@ void products(const Kernels& k, const Stored& m, int64_t count) {
   k.packed.matvec(p, x.view(), 0, middle, y.data(), p.rows);
   k.packed.matvec(p, x.view(), middle, p.rows, y.data(), p.rows);
   near("matvec", y, wanted, sizes);
+  Values others(p.rows - middle);
+  k.packed.dots(p, x.view().at(0), nullptr, middle, p.rows - middle, others.data());
+  near("dots of a run", others, {wanted.begin() + middle, wanted.begin() + p.rows},
+       {sizes.begin() + middle, sizes.begin() + p.rows});
   if (p.order == Order::tiles) return;
   std::vector<int32_t> ids;
   for (int64_t i = int64_t(generator() % 2); i < p.rows; i += 1 + int64_t(generator() % 3))
     ids.push_back(int32_t(i));
-  Values some(ids.size()), others(p.rows - middle);
+  Values some(ids.size());
   std::vector<double> of_some, size_of_some;
   for (int32_t i : ids) of_some.push_back(wanted[i]), size_of_some.push_back(sizes[i]);
   k.packed.dots(p, x.view().at(0), ids.data(), 0, int64_t(ids.size()), some.data());
   near("dots of some", some, of_some, size_of_some);
-  k.packed.dots(p, x.view().at(0), nullptr, middle, p.rows - middle, others.data());
-  near("dots of a run", others, {wanted.begin() + middle, wanted.begin() + p.rows},
-       {sizes.begin() + middle, sizes.begin() + p.rows});
 }
 
-// Some of a down projection's neurons, block by block.
+// Copies the levels of kept neurons one after the other.
+Packed kept_alone(const Packed& p, const std::vector<int32_t>& ids, std::vector<uint8_t>& levels) {
+  levels.resize(ids.size() * p.pitch + 64);
+  for (size_t i = 0; i < ids.size(); ++i)
+    std::copy_n(p.levels + ids[i] * p.pitch, p.pitch, levels.data() + i * p.pitch);
+  Packed kept = p;
+  kept.kept = true, kept.levels = levels.data(), kept.rows = int64_t(ids.size());
+  return kept;
+}
+
+// Some of a down projection's neurons, block by block; of a copy of them alike, to the bit.
 void neurons(const Kernels& k, const Stored& m) {
   const Packed& p = m.packed;
+  std::vector<int32_t> all;
+  for (int64_t i = 0; i < p.rows; ++i)
+    if (generator() % 2) all.push_back(int32_t(i));
+  Values of_all = drawn(int64_t(all.size())), here(p.units() * UNIT), there(here.size());
+  std::vector<int32_t> scratch(here.size());
+  std::vector<uint8_t> levels;
+  Packed alone = kept_alone(p, all, levels);
+  int64_t cut = int64_t(all.size()) / 2, rest = int64_t(all.size()) - cut;
+  for (auto [matrix, sums] : {std::pair{&p, &here}, std::pair{(const Packed*)&alone, &there}}) {
+    k.packed.add_neurons(*matrix, all.data(), 0, of_all.data(), cut, sums->data(), scratch.data());
+    k.packed.add_neurons(*matrix, all.data() + cut, cut, of_all.data() + cut, rest, sums->data(),
+                         scratch.data());
+  }
+  if (here != there) std::printf("%s: copies of neurons differ\n", about.c_str()), std::exit(1);
   int64_t room = p.units() * UNIT;
   Values sums(room);
   std::vector<int32_t> whole(room);
@@ -213,7 +261,7 @@ void neurons(const Kernels& k, const Stored& m) {
     if (ids.empty()) continue;
     Values u = drawn(int64_t(ids.size()));
     std::vector<double> plain = rounded(u, 0, int64_t(u.size()), GROUP);
-    k.packed.add_neurons(p, ids.data(), u.data(), int64_t(u.size()), sums.data(), whole.data());
+    k.packed.add_neurons(p, ids.data(), 0, u.data(), int64_t(u.size()), sums.data(), whole.data());
     for (size_t j = 0; j < ids.size(); ++j)
       for (int64_t c = 0; c < p.columns; ++c) {
         double term = plain[j] * m.at(ids[j], c);
@@ -255,7 +303,7 @@ void exact(const Kernels& k, const char* name, int64_t rows, int64_t columns) {
   for (int32_t first = 0; first < columns; first += type.block) {
     std::vector<int32_t> ids(type.block);
     for (int32_t i = 0; i < type.block; ++i) ids[i] = first + i;
-    k.packed.add_neurons(turned.packed, ids.data(), &x[first], type.block, sums.data(), whole.data());
+    k.packed.add_neurons(turned.packed, ids.data(), 0, &x[first], type.block, sums.data(), whole.data());
   }
   near("exact neurons", sums, wanted, wanted, 0);
 }
@@ -282,8 +330,10 @@ void ffns(const Kernels& k, const char* name, int64_t hidden, int64_t width, Act
   int64_t room = down.packed.units() * UNIT, middle = f.kept / 2;
   Values sums(room), u(f.kept);
   std::vector<int32_t> whole(room);
-  packed_ffn(k, Dtype::bf16, f, input, 0, middle, sums.data(), u.data(), whole.data());
-  packed_ffn(k, Dtype::bf16, f, input, middle, f.kept, sums.data(), u.data(), whole.data());
+  packed_hidden(k, Dtype::bf16, f, input.rounded, 0, middle, u.data());
+  packed_hidden(k, Dtype::bf16, f, input.rounded, middle, f.kept, u.data());
+  packed_output(k, f, u.data(), 0, middle, sums.data(), whole.data());
+  packed_output(k, f, u.data(), middle, f.kept, sums.data(), whole.data());
   if (odd) return;
   std::vector<double> wanted(f.kept), sizes(f.kept);
   for (int64_t j = 0; j < f.kept; ++j) {
@@ -336,8 +386,9 @@ void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I) 
     a.before_attention = b.before_attention = a.before_ffn = b.before_ffn = packed.norm;
     put(a.q, b.q, H * S, D), put(a.k, b.k, K * S, D), put(a.v, b.v, K * S, D), put(a.o, b.o, D, H * S);
     a.q_bias = b.q_bias = a.o_bias = b.o_bias = bias.data();
-    std::tie(b.ffn.gate, a.ffn.packed_gate) = both(I, D, Order::rows);
-    std::tie(b.ffn.up, a.ffn.packed_up) = both(I, D, Order::rows);
+    Order order = index ? Order::rows : Order::tiles;
+    std::tie(b.ffn.gate, a.ffn.packed_gate) = both(I, D, order);
+    std::tie(b.ffn.up, a.ffn.packed_up) = both(I, D, order);
     std::tie(b.ffn.down, a.ffn.packed_down) = both(D, I, Order::neurons);
     a.ffn.kept = b.ffn.kept = I;
     packed.layers.push_back(a), dense.layers.push_back(b);
@@ -422,6 +473,7 @@ int main() {
           weights(*k, by_rows), weights(*k, tiles), weights(*k, turned);
           products(*k, by_rows, 1 + rows % 3), products(*k, tiles, 1 + rows % 6);
           neurons(*k, turned);
+          read_again(by_rows), read_again(tiles), read_again(turned);
         }
       exact(*k, name, 101, each == 32 ? 160 : each);
       for (Act act : {Act::silu, Act::gelu, Act::gelu_tanh, Act::relu, Act::relu2})

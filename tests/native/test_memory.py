@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dart_llm import prune
+from dart_llm.native import memory
 from dart_llm.native.memory import LEAST, PAGE, into_huge_pages
 
 SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -24,6 +25,21 @@ def test_values_and_addresses_stay():
     assert 0 <= given <= LEAST // PAGE + 1
     assert x.data_ptr() == before and torch.equal(x, wanted)
     assert into_huge_pages([x[:100]]) == 0  # too little to be worth it
+
+
+def test_memory_that_is_left(tmp_path, monkeypatch):
+    """The machine's, or what the limits of the control group leave."""
+    group, of_machine = tmp_path / "group", tmp_path / "meminfo"
+    monkeypatch.setattr(memory, "MEMORY", of_machine)
+    monkeypatch.setattr(memory, "GROUP", group)
+    assert memory.available() > 0  # of a system that has neither
+    of_machine.write_text("MemTotal: 900 kB\nMemAvailable:  700 kB\n")
+    assert memory.available() == 700 * 1024
+    group.mkdir()
+    (group / "memory.current").write_text("1000\n")
+    for limit, wanted in (("max\n", 700 * 1024), ("5000\n", 4000), ("9000000\n", 700 * 1024)):
+        (group / "memory.max").write_text(limit)
+        assert memory.available() == wanted
 
 
 @pytest.mark.skipif(

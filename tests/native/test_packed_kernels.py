@@ -80,6 +80,33 @@ def test_products_of_neurons(name, kind):
         assert differ(found, rounded(u, group), dense.t()) < CLOSE, (hidden, width)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("order", ORDERS)
+def test_products_with_dequantised_rows(order, dtype):
+    """In several pieces, from both sides: those of the dense weights, whose dtype x has."""
+    rows, columns = 2070, 576  # more weights than are dequantised at a time, and no whole tile
+    matrix, dense = packed("q4_1", rows, columns, order)
+    dense = (dense.t() if order == "neurons" else dense).to(dtype)
+    allowed = {torch.bfloat16: 8e-3, torch.float32: 1e-6, torch.float64: 1e-9}[dtype]
+    for turned, weights in ((True, dense.t()), (False, dense)):
+        x = drawn(20, len(weights)).to(dtype)
+        found = ops().packed_product(x, matrix, turned, 0)
+        assert found.dtype == dtype and differ(found, x, weights) < allowed
+        none = ops().packed_product(x[:0], matrix, turned, 0)
+        assert none.shape == (0, weights.shape[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("order", ORDERS)
+def test_rows_from_anywhere_in_a_tile(order, kind):
+    matrix, dense = packed("q5_1", 70, 96, order)
+    wanted = dense.t() if order == "neurons" else dense
+    with kernels(kind):
+        for begin, end in ((0, 0), (3, 5), (15, 33), (16, 48), (1, 70), (69, 70)):
+            found = ops().packed_span(matrix, begin, end, torch.float32)
+            torch.testing.assert_close(found, wanted[begin:end], rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(("inner", "outer"), [("q4_1", "q8_0"), ("q5_1", "q6_k"), ("q4_k", "q4_0")])
@@ -107,6 +134,56 @@ def test_ffn(inner, outer, gated, kind):
             kept = rounded(kept, 16 if outer == "q6_k" else 32)
             # a level may fall to the other side where an activation is near the middle
             assert differ(z, kept, dense_down.t()) < 4e-3, act
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_copy_of_kept_neurons_gives_what_they_give_where_they_lie(name, kind):
+    """Down to sums in another order; of every layout, in memory that is taken over, or new."""
+    hidden, width = (96, 352) if name in SMALL else (256, 512)
+    tiles = [packed(name, width, hidden, "tiles", seed=seed)[0] for seed in (0, 1)]
+    down, _ = packed(name, hidden, width, "neurons", seed=2)
+    rows = [ops().packed_turned(one, "rows", True) for one in tiles]
+    x, biases = drawn(3, hidden), drawn(2, width, seed=1)
+    old = (None,) * 3
+    for ids in (torch.arange(5, width, 3), torch.arange(0, width, 2), torch.tensor([width - 1])):
+        given = (biases[0], biases[1], ids.int(), drawn(hidden), None, None, None, 0)
+        places = [one.parts()[0].data_ptr() for one in old if one is not None]
+        whole = (*tiles, down)
+        copies = [ops().packed_kept(*two) for two in zip(whole, [ids.int()] * 3, old, strict=True)]
+        old, now = copies, [one.parts()[0].data_ptr() for one in copies]
+        # the second takes more room than the first, the third less than the second
+        assert (now == places) == (len(ids) == 1)
+        with kernels(kind):
+            found = ops().packed_ffn(x, *copies, *given)
+            wanted = ops().packed_ffn(x, *rows, down, *given)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+        for copy, whole in zip(copies, (*tiles, down), strict=True):
+            share = (len(ids) + 15) // 16 * 16 / width if len(ids) > 1 else 1 / 2
+            assert copy.nbytes() <= share * whole.nbytes() + 512
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_rows_turn_into_tiles_and_back(name):
+    """In their own memory, to the bit; a part of a matrix is copied, and the whole stays."""
+    for rows, columns in [*shapes(name), (33, 512)]:
+        matrix, dense = packed(name, rows, columns, "tiles")
+        before = [part.clone() for part in matrix.parts()]
+        places = [part.data_ptr() for part in matrix.parts()]
+        turned = ops().packed_turned(matrix, "rows", False)
+        assert matrix.order() == turned.order() == "rows"
+        assert [part.data_ptr() for part in turned.parts()] == places
+        by_rows, _ = packed(name, rows, columns, "rows")
+        found = ops().packed_span(matrix, 0, rows, torch.float32)
+        assert torch.equal(found, ops().packed_span(by_rows, 0, rows, torch.float32))
+        torch.testing.assert_close(found, dense, rtol=1e-6, atol=1e-8)
+        ops().packed_turned(matrix, "tiles", False)
+        assert all(map(torch.equal, matrix.parts(), before)) and matrix.order() == "tiles"
+    second = ops().packed_part(matrix, 16, 33)
+    apart = ops().packed_turned(second, "rows", False)
+    assert (matrix.order(), second.order(), apart.order()) == ("tiles", "tiles", "rows")
+    assert torch.equal(ops().packed_span(apart, 0, 17, torch.float32), found[16:])
+    assert all(map(torch.equal, matrix.parts(), before))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -194,6 +271,15 @@ def test_what_does_not_fit_is_refused_and_not_read():
     run = ops()
     matrix, _ = packed("q4_0", 5, 64)
     down, _ = packed("q4_0", 5, 64, "neurons")
+    tiles, _ = packed("q4_0", 64, 32, "tiles")
+    neurons, _ = packed("q4_0", 32, 64, "neurons")
+    some = torch.arange(3, dtype=torch.int32)
+    kept = [run.packed_kept(one, some, None) for one in (tiles, neurons)]
+    x, none = torch.zeros(1, 32), [None] * 4
+
+    def ffn(up, down, ids):
+        return run.packed_ffn(x, None, up, down, None, None, ids, *none, 0)
+
     blocks, _ = drawn_blocks("q4_0", 5, 64)
     rows, span, zeros, weights = (
         run.packed_rows,
@@ -221,12 +307,22 @@ def test_what_does_not_fit_is_refused_and_not_read():
         "by rows, tiles or neurons, not by columns": lambda: zeros("q4_0", 4, 64, "columns"),
         "no such rows": lambda: span(matrix, 3, 6, torch.float32),
         "float32 or bfloat16": lambda: span(matrix, 0, 1, torch.float16),
+        "read of rows alone": lambda: ffn(tiles, neurons, some),
+        "neurons here and there are": lambda: ffn(*kept, None),
+        "kept neurons are no matrix": lambda: rows(kept[0], torch.tensor([0]), torch.float32),
+        "these neurons cannot be copied": lambda: run.packed_kept(matrix, some, None),
+        "neurons cannot be copied": lambda: run.packed_kept(kept[1], some, None),
+        "be copied": lambda: run.packed_kept(tiles, some.long(), None),
+        "no such neurons": lambda: run.packed_kept(tiles, some + 62, None),
+        "such neurons": lambda: run.packed_kept(tiles, some.flip(0), None),
+        "this matrix has one order": lambda: run.packed_turned(down, "rows", False),
     }
     wrong = [lambda: run.packed_linear(torch.zeros(1, 32), matrix)]
     wrong += [lambda: run.packed_linear(torch.zeros(64), matrix)]
     wrong += [lambda: run.packed_linear(torch.zeros(1, 5), down)]
     wrong += [lambda: run.packed_down(torch.zeros(1, 64), matrix)]
     wrong += [lambda: run.packed_down(torch.zeros(1, 32), down)]
+    wrong += [lambda: ffn(kept[0], neurons, some), lambda: ffn(*kept, some[:2])]
     wrong += [lambda: run.packed_round(matrix, 2, weights)]  # rows beyond the last
     wrong += [lambda: run.packed_round(matrix, 0, weights[:, :32])]
     for one in (matrix, down):

@@ -373,7 +373,8 @@ def test_the_context_of_learned_positions_is_no_longer():
 def test_packed_weights_of_every_family(name, monkeypatch):
     """Whole steps on blocks are the model's own products on them; fused matrices in parts too."""
     kind, settings = CONFIGS[name]
-    monkeypatch.setitem(CONFIGS, "packed", (kind, {**settings, "intermediate_size": 64}))
+    width = "n_inner" if name == "gpt2" else "intermediate_size"
+    monkeypatch.setitem(CONFIGS, "packed", (kind, {**settings, width: 64}))
     model = tiny("packed")
     assert round_weights(model, "q8_0") == []
     rows = tokens(3, 46, seed=6)

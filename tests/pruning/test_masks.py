@@ -113,7 +113,9 @@ def test_compensation():
     assert half.dtype == torch.float32 and half.tolist() == [10, 0]
     drawn = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(3))
     known = evidence(list(drawn[0]), list(drawn[1]))
-    chosen = selector(compensation=True).select(known)
+    chosen, plain = selector(compensation=True).select(known), selector().select(known)
+    for with_bias, without in zip(chosen.masks, plain.masks, strict=True):  # it changes no choice
+        assert torch.equal(with_bias.ids, without.ids) and without.bias is None
     for layer, mask, mean in zip(make_layers(), chosen.masks, drawn[1], strict=True):
         masked = layer.down @ (mean * mask.dense(torch.float32)) + mask.bias
         assert masked.tolist() == pytest.approx((layer.down @ mean).tolist(), rel=1e-4, abs=1e-5)

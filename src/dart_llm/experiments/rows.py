@@ -55,10 +55,18 @@ def row(
             "cell": cell,
             "label": candidate.label,
             "measurement": found.to_dict(),
-            "checkpoint": checkpoint,
+            "checkpoint": checkpoint_of(candidate, checkpoint),
             "facts": dict(candidate.facts),
         }
     )
+
+
+def checkpoint_of(candidate: PreparedMethod, known: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of the checkpoint, without how its weights are held where a candidate's own,
+    which were rounded, run dequantised.
+    """
+    rounded = "weight_format" in candidate.facts
+    return {name: value for name, value in known.items() if not (rounded and name == "weights")}
 
 
 def document(rows: Sequence[Row]) -> dict[str, Any]:

@@ -27,9 +27,9 @@ from dart_llm.models.gguf import (
     converted_folder,
     is_intact,
     publish,
-    read_header,
     scratch_folder,
 )
+from dart_llm.models.gguf_file import read_gguf
 
 logger = logging.getLogger("dart_llm")
 
@@ -280,4 +280,4 @@ def default_folder(
         doing = "preparing" if packed else "converting"
         say(f"{doing} {MODEL_NAME}{'' if packed else ' to safetensors'}, once (about 20 seconds)")
         origin = {"package": MODEL_PACKAGE, "version": MODEL_VERSION, "file": gguf.name}
-        return convert(gguf, MODEL_SHA256, cache, origin, read_header(gguf), packed=packed)
+        return convert(gguf, MODEL_SHA256, cache, origin, read_gguf(gguf), packed=packed)

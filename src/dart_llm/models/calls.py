@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dart_llm.errors import ConfigError
-from dart_llm.models.growing_cache import extendable, held, is_static
+from dart_llm.models.growing_cache import extendable, held, is_cache, is_static
 from dart_llm.pruning.forward import ForwardCall, Kind
 
 GENERATE = "generate"
@@ -229,6 +229,20 @@ class SlimCall:
     cache: Any
 
 
+@dataclass(frozen=True)
+class PromptCall:
+    """A forward of whole texts ids [B, T] from their beginning, without padding.
+
+    ``cache``: transformers' own, which is empty, or None for one that ``cached`` asks for;
+    ``keep``: last tokens whose logits are asked for, 0 for all.
+    """
+
+    ids: Tensor
+    cache: Any
+    cached: bool
+    keep: int
+
+
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_cache": (True,),
     "return_dict": (True,),
@@ -283,6 +297,62 @@ def read_call(
     return SlimCall(ids, cache) if neutral else None
 
 
+def read_prompt(
+    kwargs: dict[str, Any], args: tuple[Any, ...], windows: Sequence[int | None], cached: bool
+) -> PromptCall | None:
+    """The call of a root forward where its token ids are all that it is about, from a text's start.
+
+    ``windows``: positions that each layer sees, None: all; no text may be longer.  ``cached``:
+    whether the model makes a cache where nothing says so.
+    """
+    given = {key: value for key, value in kwargs.items() if value is not None}
+    ids = given.pop("input_ids", args[0] if len(args) == 1 else None)
+    caches = [given.pop(name) for name in ("cache", "past_key_values") if name in given]
+    cache = caches[0] if caches else None
+    if len(args) > 1 or not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
+        return None
+    length = ids.shape[1]
+    if length < 2 or any(window is not None and window < length for window in windows):
+        return None
+    if cache is not None and not _is_empty(cache, windows):
+        return None
+    given.pop("tokenizer", None)
+    mask, positions = given.pop("attention_mask", None), given.pop("position_ids", None)
+    if mask is not None and not (
+        isinstance(mask, Tensor) and mask.shape == ids.shape and mask.all()
+    ):
+        return None
+    if positions is not None and not _count_up(positions, length):
+        return None
+    keep, cached = given.pop("logits_to_keep", 0), given.pop("use_cache", cached)
+    if not isinstance(keep, int) or keep < 0 or not isinstance(cached, bool):
+        return None
+    neutral = all(
+        not isinstance(value, Tensor) and value in _NEUTRAL.get(key, ())
+        for key, value in given.items()
+    )
+    return PromptCall(ids, cache, cached or cache is not None, keep) if neutral else None
+
+
+def _count_up(positions: Any, length: int) -> bool:
+    """Whether ``positions`` [., length] are those of texts that begin."""
+    fits = isinstance(positions, Tensor) and positions.shape[-1:] == (length,)
+    return fits and bool((positions == torch.arange(length)).all())
+
+
+def _is_empty(cache: Any, windows: Sequence[int | None]) -> bool:
+    """Whether ``cache`` is the one of transformers that grows, and holds nothing."""
+    known = is_cache(cache) and (not cache.layers or extendable(cache, windows))
+    return known and not cache.get_seq_length()
+
+
+def new_cache(model: Any) -> Any:
+    """The cache that ``model`` makes when it is given none."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config.get_text_config())
+
+
 def _hides_nothing(mask: Any, rows: int, length: int, whole: bool) -> bool:
     """Whether an attention mask shows a token the ``length`` positions before it and itself.
 
@@ -305,7 +375,8 @@ def _hides_nothing(mask: Any, rows: int, length: int, whole: bool) -> bool:
 
 
 def as_output(logits: Tensor, cache: Any) -> Any:
-    """What a causal language model returns.  logits: [B, V]."""
+    """What a causal language model returns.  logits: [B, V] or [B, T, V]."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    return CausalLMOutputWithPast(logits=logits[:, None], cache=cache)
+    shown = logits[:, None] if logits.dim() == 2 else logits
+    return CausalLMOutputWithPast(logits=shown, cache=cache)

@@ -55,6 +55,12 @@ def remember(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     _LOADED[model] = checkpoint
 
 
+def blocks_file(model: PreTrainedModel) -> Path | None:
+    """The GGUF file whose blocks ``model`` holds."""
+    known = _LOADED.get(model)
+    return None if known is None else known.blocks
+
+
 def checkpoint_facts(model: PreTrainedModel) -> dict[str, Any]:
     """Name, source, path, revision, file quantisation, sha256, dtype and parameters of ``model``.
 

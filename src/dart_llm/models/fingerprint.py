@@ -40,7 +40,10 @@ ASIDE = (
 )
 """Entries of a configuration that do not change what a causal model computes from its weights."""
 
-STATE = ("forward", "training", "gradient_checkpointing", "max_seq_len_cached", "config")
+STATE = (
+    *("forward", "training", "gradient_checkpointing", "max_seq_len_cached", "config"),
+    "save_pretrained",
+)
 """Attributes of modules that are told otherwise, or do not change what is computed in the end."""
 
 

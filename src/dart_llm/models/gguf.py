@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from dart_llm.errors import LoadError
 from dart_llm.files import file_sha256
 from dart_llm.hub import no_stray_bars, plain
 from dart_llm.models.devices import memory_failure
+from dart_llm.models.gguf_facts import ARCHITECTURES, Settings, check_facts, complete, left_out
+from dart_llm.models.gguf_file import GgufFile, read_gguf
 
 Progress = Callable[[str], None]
 BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
@@ -30,6 +31,9 @@ BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
 
 ROUNDED = ("q8_0", "q4_0", "q4_1")
 """Block types that weights of another dtype can be rounded to."""
+
+FILE_NAMES = {"mistral": "llama"}
+"""Model types whose tensors are named as another's, where transformers does not know it."""
 
 FORMAT = 1
 SOURCE = "source.json"
@@ -61,10 +65,17 @@ def read_source(folder: Path) -> dict[str, Any] | None:
     return record if whole else None
 
 
-def is_intact(folder: Path, sha256: str, *, full: bool = False) -> bool:
-    """Whether ``folder`` is complete: sizes always, checksums of all files if ``full``."""
+def is_intact(
+    folder: Path, sha256: str, *, full: bool = False, settings: Settings | None = None
+) -> bool:
+    """Whether ``folder`` is complete: sizes always, checksums of all files if ``full``.
+
+    ``settings``: those that its configuration must have beside what transformers reads.
+    """
     record = read_source(folder)
     if record is None or record["format"] != FORMAT or record["sha256"] != sha256:
+        return False
+    if settings is not None and record.get("settings", {}) != settings:
         return False
 
     def is_whole(path: Path, expected: Mapping[str, Any]) -> bool:
@@ -75,59 +86,19 @@ def is_intact(folder: Path, sha256: str, *, full: bool = False) -> bool:
     return all(is_whole(folder / name, expected) for name, expected in record["files"].items())
 
 
-@dataclass(frozen=True)
-class GgufHeader:
-    """What a GGUF file stores."""
+def check_architecture(gguf: Path) -> str:
+    """The architecture of a file; ``LoadError`` for one whose files transformers does not read."""
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
-    types: dict[str, int]
-    """Number of weights of each storage type, such as ``{"Q4_1": 106168320, "F32": 35136}``."""
-    quantisation: str
-    """The file's quantisation in words: ``Q4_1``, or ``Q4_K, Q6_K mix``."""
-    file_type: str = ""
-    """What the file calls itself, such as ``Q4_K_M``; empty where it does not say."""
-
-    @property
-    def float32_bytes(self) -> int:
-        """Size of the weights once they are dense."""
-        return 4 * sum(self.types.values())
-
-
-def read_header(gguf: Path) -> GgufHeader:
-    """Storage types of a GGUF file; raises ``LoadError`` when it is cut off or no GGUF file."""
-    from gguf import GGUFReader
-
-    types: Counter[str] = Counter()
-    try:
-        reader = GGUFReader(gguf)
-        for tensor in reader.tensors:
-            types[tensor.tensor_type.name] += int(tensor.n_elements)
-        field = reader.get_field("general.file_type")
-        named = file_type_name(int(field.contents())) if field else ""
-    except (OSError, ValueError, IndexError, KeyError) as error:
+    architecture = read_gguf(gguf).architecture
+    # transformers writes qwen2_moe for qwen2moe
+    known = {re.sub("[_-]", "", name) for name in GGUF_SUPPORTED_ARCHITECTURES}
+    if re.sub("[_-]", "", architecture) not in known:
         raise LoadError(
-            f"{gguf.name} is not a complete GGUF file; fetch it again and compare its size"
-        ) from error
-    return GgufHeader(dict(types), quantisation_name(types, named), named)
-
-
-def file_type_name(number: int) -> str:
-    """The name behind ``general.file_type``: ``Q4_1`` for 3; empty when it is not known."""
-    from gguf import LlamaFileType
-
-    try:
-        return LlamaFileType(number).name.removeprefix("MOSTLY_")
-    except ValueError:
-        return ""
-
-
-def quantisation_name(types: Mapping[str, int], named: str) -> str:
-    """The file type's name where a storage type has that name, else the storage types."""
-    low_bit = sorted(name for name in types if name not in ("F32", "F16", "BF16"))
-    if not low_bit:
-        return max(types, key=lambda name: types[name])
-    if named in low_bit or len(low_bit) == 1:
-        return named if named in low_bit else low_bit[0]
-    return f"{', '.join(low_bit)} mix"
+            f"{gguf.name} is of architecture {architecture}, whose GGUF files transformers does "
+            "not read; give the model itself, a folder or hub id"
+        )
+    return architecture
 
 
 def convert(
@@ -135,7 +106,7 @@ def convert(
     sha256: str,
     cache: Path,
     origin: Mapping[str, str],
-    header: GgufHeader,
+    header: GgufFile,
     *,
     packed: bool = False,
 ) -> Path:
@@ -147,6 +118,7 @@ def convert(
     disk or cache folder do not allow it.
     """
     sweep(make_folder(cache))
+    settings = left_out(read_gguf(gguf))
     space = PACKED_SPACE if packed else header.float32_bytes
     require_space(space, cache, f"the converted copy of {gguf.name}")
     with scratch_folder(cache) as scratch:
@@ -155,6 +127,8 @@ def convert(
         try:
             with no_stray_bars():
                 names = (_write_packed if packed else _write_dense)(gguf, fresh)
+        except LoadError:
+            raise
         except Exception as error:
             raise memory_failure(error, gguf.name, "float32") or LoadError(
                 f"{gguf.name} could not be converted: {plain(error)}"
@@ -166,11 +140,12 @@ def convert(
             "quantisation": header.quantisation,
             "tensor_types": header.types,
             **({"tensors": names} if names else {}),
+            **({"settings": settings} if settings else {}),
             "files": _inventory(fresh),
         }
         (fresh / SOURCE).write_text(json.dumps(record, indent=2) + "\n")
         folder = converted_folder(cache, sha256, packed=packed)
-        publish(fresh, folder, lambda found: is_intact(found, sha256, full=True))
+        publish(fresh, folder, lambda found: is_intact(found, sha256, full=True, settings=settings))
     return folder
 
 
@@ -178,7 +153,25 @@ def gguf_arguments(gguf: Path) -> dict[str, Any]:
     """Keyword arguments that make ``from_pretrained`` read ``gguf`` as a dense model."""
     from transformers import GgufConfig
 
-    return {"gguf_file": gguf.name, "quantization_config": GgufConfig(dequantize=True)}
+    known = {"config": _config(gguf)} if left_out(read_gguf(gguf)) else {}
+    return {
+        "gguf_file": gguf.name,
+        "quantization_config": GgufConfig(dequantize=True),
+        **known,
+    }
+
+
+def _config(gguf: Path) -> Any:
+    """The configuration of a GGUF file, with what transformers leaves out."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        return complete(config, left_out(read_gguf(gguf)))
+    except LoadError:
+        raise
+    except Exception as error:
+        raise LoadError(f"{gguf.name} could not be read: {plain(error)}") from error
 
 
 @contextmanager
@@ -193,9 +186,14 @@ def _write_dense(gguf: Path, folder: Path) -> dict[str, str]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        str(gguf.parent), dtype=torch.float32, **gguf_arguments(gguf)
+    if read_gguf(gguf).architecture in ARCHITECTURES:
+        _checked(gguf)  # whose sentences name the tensor
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        str(gguf.parent), dtype=torch.float32, output_loading_info=True, **gguf_arguments(gguf)
     )
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise LoadError(f"{gguf.name} lacks {len(missing)} of the model's weights: {missing[0]}")
     model.save_pretrained(folder)
     _write_rest(gguf, model.config, folder)
     return {}
@@ -203,22 +201,32 @@ def _write_dense(gguf: Path, folder: Path) -> dict[str, str]:
 
 def _write_packed(gguf: Path, folder: Path) -> dict[str, str]:
     """Names in the file -> names of the model's parameters."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
-
-    config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    with init_empty_weights():
-        make: Any = AutoModelForCausalLM.from_config
-        model = make(config)
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(folder)
+    model, names = _checked(gguf)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    _write_rest(gguf, config, folder)
+    _write_rest(gguf, model.config, folder)
     if gguf.parent.name.startswith(SCRATCH):
         gguf.rename(folder / gguf.name)
-    plain: Any = TensorProcessor
-    return dict(get_gguf_hf_weights_map(model, plain()))
+    return names
+
+
+def _checked(gguf: Path) -> tuple[Any, dict[str, str]]:
+    """The model of a file without its weights, and the names that the file has for them.
+
+    Raises ``LoadError`` where its facts and tensors do not fit.
+    """
+    from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
+
+    from dart_llm.models.packed_loading import check_fit, empty_model
+
+    check_facts(read_gguf(gguf), gguf.name)
+    config = _config(gguf)
+    model: Any = empty_model(config)
+    make: Any = TensorProcessor
+    names = dict(get_gguf_hf_weights_map(model, make(), FILE_NAMES.get(config.model_type)))
+    check_fit(gguf.name, model, read_gguf(gguf).of(names))
+    return model, names
 
 
 def _write_rest(gguf: Path, config: Any, folder: Path) -> None:

@@ -28,6 +28,11 @@ def is_static(cache: Any) -> bool:
     return type(cache).__name__ == STATIC
 
 
+def is_cache(cache: Any) -> bool:
+    """Whether ``cache`` is the one of transformers that grows."""
+    return type(cache).__name__ == CACHE
+
+
 def extendable(cache: Any, windows: Sequence[int | None]) -> bool:
     """Whether steps of a model whose layers see ``windows`` positions can extend ``cache``."""
     if type(cache).__name__ not in (CACHE, STATIC) or len(cache.layers) != len(windows):

@@ -40,13 +40,15 @@ from dart_llm.models.devices import memory_failure, placement
 from dart_llm.models.gguf import (
     ROUNDED,
     Progress,
+    check_architecture,
     convert,
     converted_folder,
     gguf_arguments,
     is_intact,
-    read_header,
     read_source,
 )
+from dart_llm.models.gguf_facts import ARCHITECTURES, left_out
+from dart_llm.models.gguf_file import read_gguf
 
 if TYPE_CHECKING:
     import torch
@@ -169,10 +171,11 @@ def _gguf(path: Path, cache: Path, *, verify: bool, packed: bool, say: Progress)
     source = "gguf file, as it is" if packed else "gguf file, dequantised"
     checkpoint = Checkpoint(path.stem, source, str(folder), path, sha256=sha256)
     checkpoint = replace(checkpoint, blocks=path) if packed else checkpoint
-    if is_intact(folder, sha256, full=verify):
+    if is_intact(folder, sha256, full=verify, settings=left_out(read_gguf(path))):
         kept = (read_source(folder) or {})["quantisation"]
         return replace(checkpoint, quantisation=kept)
-    header = read_header(path)
+    check_architecture(path)
+    header = read_gguf(path)
     checkpoint = replace(checkpoint, quantisation=header.quantisation)
     if header.float32_bytes > CONVERT_UP_TO and not packed:
         say(f"reading {path.name} without a converted copy, which would be large")
@@ -289,7 +292,6 @@ def held_as(model: str, weights: str | None, *, chosen: bool, away: bool) -> str
 
 def _no_blocks_reason(kind: str, model: str, is_file: bool, away: bool) -> str:
     """Why weights cannot be held in blocks: "", or what is wrong and what to do."""
-    from dart_llm.models.packed_loading import ARCHITECTURES, read_tensors
     from dart_llm.native.build import why_not
 
     if away:
@@ -302,7 +304,7 @@ def _no_blocks_reason(kind: str, model: str, is_file: bool, away: bool) -> str:
         return ""  # which has a sentence of its own
     if not is_file:
         return f"{model} is no GGUF file; write {', '.join(ROUNDED)} to round its weights"
-    architecture, _ = read_tensors(Path(model).expanduser())
+    architecture = check_architecture(Path(model).expanduser())
     if architecture not in ARCHITECTURES:
         return (
             f"files of architecture {architecture} are read dense alone; give weights dense, or "

@@ -25,7 +25,15 @@ ORDERS = ("rows", "tiles", "neurons")
 whole), or each column of a down projection on its own."""
 
 CHUNK = 1 << 22
-"""Weights that are dequantised at a time."""
+"""Weights that are rounded at a time."""
+
+
+READ_ONLY = "weights in blocks are read, never written"
+
+NOT_SAVED = (
+    "weights in blocks are neither saved, pickled nor turned into another dtype: load "
+    'the model with weights="dense" for that'
+)
 
 
 class PackedTensor(Tensor):
@@ -60,16 +68,15 @@ class PackedTensor(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func in _OF_STORAGE or (func == _SET and not isinstance(args[1], PackedTensor)):
-            raise DartError(
-                "weights in blocks are neither saved, pickled nor turned into another dtype: load "
-                'the model with weights="dense" for that'
-            )
+            raise DartError(NOT_SAVED)
+        if func == Tensor.__setitem__ and isinstance(args[0], PackedTensor):
+            raise DartError(READ_ONLY)  # it would write to a dequantised copy
         with torch._C.DisableTorchFunctionSubclass():
             return (_linear if func is F.linear else func)(*args, **(kwargs or {}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        """The same blocks, which nothing changes."""
-        again: Tensor = PackedTensor(self.matrix, self.dtype, self.neurons)
+        """The same blocks in memory of their own: a run may lay rows out anew."""
+        again: Tensor = PackedTensor(ops().packed_copy(self.matrix), self.dtype, self.neurons)
         if isinstance(self, nn.Parameter):
             again = nn.Parameter(again, self.requires_grad)
         memo[id(self)] = again
@@ -87,7 +94,7 @@ class PackedTensor(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if any(isinstance(one, PackedTensor) for one in _written(func, args, kwargs or {})):
-            raise DartError("weights in blocks are read, never written")
+            raise DartError(READ_ONLY)
         known = None if "out" in (kwargs or {}) else RULES.get(func.overloadpacket)
         found = NotImplemented if known is None else known(*args, **(kwargs or {}))
         if found is not NotImplemented:
@@ -115,7 +122,10 @@ class PackedTensor(Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """What it is made of, by name: for digests of weights."""
-        parts = {f"part{i}": part for i, part in enumerate(self.matrix.parts())}
+        known = self.matrix  # in one order, whatever a run has made of it
+        if known.order() == "rows":
+            known = ops().packed_turned(known, "tiles", True)
+        parts = {f"part{i}": part for i, part in enumerate(known.parts())}
         self.__dict__.update(parts)
         return list(parts), (self.matrix.type(), self.neurons)
 
@@ -132,6 +142,13 @@ def memory_of(model: nn.Module) -> Iterator[Tensor]:
     """Plain tensors on the memory that the weights of ``model`` take."""
     for one in model.parameters():
         yield from one.matrix.parts() if isinstance(one, PackedTensor) else (one.detach(),)
+
+
+def place_of(tensor: Any) -> tuple[Any, ...]:
+    """Where the values of a weight lie, and as what; equal while nobody moved them."""
+    if isinstance(tensor, PackedTensor):  # whose attributes of a tensor take a way through Python
+        return id(tensor.matrix), tensor.neurons
+    return tensor.data_ptr(), tensor.dtype, tensor.device
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
@@ -163,40 +180,25 @@ def _transposed(weight: PackedTensor, first: int, second: int) -> Any:
     return _turned(weight) if {first % 2, second % 2} == {0, 1} else NotImplemented
 
 
-def _product(x: Tensor, weight: Any) -> Any:
-    """x [n, N] times weight [N, M]."""
+def _product(x: Tensor, weight: Any, turned: bool = False) -> Any:
+    """x [n, N] times weight [N, M]; or, ``turned``, times the transpose of weight [M, N]."""
     if not isinstance(weight, PackedTensor) or isinstance(x, PackedTensor):
         return NotImplemented
-    few = len(x) <= FEW
-    if few and weight.neurons and not weight.matrix.by_neurons():
-        return ops().packed_linear(x, weight.matrix)
-    if few and not weight.neurons and weight.matrix.by_neurons():
-        return ops().packed_down(x, weight.matrix)
-    return _by_pieces(x, weight)
-
-
-def _by_pieces(x: Tensor, weight: PackedTensor) -> Tensor:
-    """The same on rows that are dequantised a piece at a time."""
-    rows, columns = weight.matrix.shape()
-    step = max(1, CHUNK // columns)
-    pieces = [(at, min(at + step, rows)) for at in range(0, rows, step)]
-    if len(pieces) == 1:
-        return x @ weight.dequantise()
-    if weight.neurons:  # rows of the stored matrix are columns of the result
-        return torch.cat([x @ weight.dequantise(*piece) for piece in pieces], -1)
-    parts = [x[:, begin:end] @ weight.dequantise(begin, end) for begin, end in pieces]
-    return sum(parts[1:], parts[0])
+    if x.dtype != weight.dtype:
+        return NotImplemented
+    return ops().packed_product(x, weight.matrix, weight.neurons != turned, FEW)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As torch's, by one product of rows: of three dimensions it would copy the whole weight."""
     rows = x.reshape(-1, x.shape[-1])
-    if isinstance(weight, PackedTensor) and not torch.is_grad_enabled():
-        y: Tensor = _product(rows, _turned(weight))
-    else:
+    y: Any = NotImplemented
+    if not torch.is_grad_enabled():
+        y = _product(rows, weight, turned=True)
+    if y is NotImplemented:
         y = torch.mm(rows, weight.t())
-    y = y.reshape(*x.shape[:-1], len(weight))
-    return y if bias is None else y + bias
+    found: Tensor = y.reshape(*x.shape[:-1], len(weight))
+    return found if bias is None else found + bias
 
 
 _OF_STORAGE = (Tensor.untyped_storage, Tensor.storage, Tensor.share_memory_)

@@ -380,24 +380,30 @@ def _layer(
     window = getattr(text, "sliding_window", None) if kind == "sliding_attention" else None
     turns = not family.positions and getattr(attention, "use_rope", True)
     table = tables.index(kind) if family.kinds else 0
-    norms = [
-        tuple(_norm(family, getattr(layer, name, None) if name else None) for name in both)
-        for both in (family.before, family.after)
-    ]
-    norms.append(
-        tuple(_norm(family, getattr(attention, name, None)) for name in ("q_norm", "k_norm"))
-    )
+    before, after, of_heads = _layer_norms(family, layer, attention)
     return LayerParts(
-        norms[0],  # type: ignore[arg-type]
-        norms[1],  # type: ignore[arg-type]
+        before,
+        after,
         tuple(matrix_of(one).detach() for one in qkv),
         tuple(None if one.bias is None else one.bias.detach() for one in qkv),
         matrix_of(out).detach(),
         None if out.bias is None else out.bias.detach(),
-        norms[2],  # type: ignore[arg-type]
+        of_heads,
         window,
         table if turns else None,
     )
+
+
+def _layer_norms(
+    family: Family, layer: Any, attention: Any
+) -> list[tuple[Norm | None, Norm | None]]:
+    """Those before and after attention and FFN, and of the heads."""
+
+    def of(module: Any, first: str, second: str) -> tuple[Norm | None, Norm | None]:
+        one, other = (getattr(module, name, None) if name else None for name in (first, second))
+        return _norm(family, one), _norm(family, other)
+
+    return [of(layer, *family.before), of(layer, *family.after), of(attention, "q_norm", "k_norm")]
 
 
 def _norm(family: Family, module: Any) -> Norm | None:
@@ -419,9 +425,26 @@ def norms_of(parts: StepParts) -> Iterator[Norm | None]:
     """The last one, and those of each layer: around its attention, around its FFN, of q and k."""
     yield parts.norm
     for layer in parts.layers:
-        for both in zip(layer.before, layer.after, strict=True):
-            yield from both
-        yield from layer.head_norms
+        yield from _in_turn(layer.before, layer.after, layer.head_norms)
+
+
+def norms_now(model: Any) -> Iterator[Norm | None]:
+    """As ``norms_of(step_parts(model))``, and nothing else is read."""
+    layers, names, text = decoder_layers(model)
+    family = FAMILIES[text.model_type]
+    yield _norm(family, getattr(decoder_of(model), family.last_norm))
+    for layer in layers:
+        attention = layer.get_submodule(names.attention_out.rpartition(".")[0])
+        yield from _in_turn(*_layer_norms(family, layer, attention))
+
+
+Pair = tuple[Norm | None, Norm | None]
+
+
+def _in_turn(before: Pair, after: Pair, of_heads: Pair) -> Iterator[Norm | None]:
+    for both in zip(before, after, strict=True):
+        yield from both
+    yield from of_heads
 
 
 def copy_again(kept: Iterable[Tensor], now: Iterable[Tensor]) -> None:

@@ -39,6 +39,8 @@ FLAGS = ("-O3", "-fopenmp")
 SWITCH = "DART_NATIVE"
 """Environment variable: ``0`` keeps the native kernels off."""
 
+ELSEWHERE = "the native kernels are built on Linux alone"
+
 
 def sources() -> dict[str, str]:
     """The C++ files by name."""
@@ -61,13 +63,20 @@ def _compiler() -> str:
     return os.environ.get("CXX", "c++")
 
 
+def _no_compiler() -> str:
+    """The sentence for a machine without one; "" where there is one."""
+    if shutil.which(shlex.split(_compiler())[0]) is not None:
+        return ""
+    return f"no C++ compiler {_compiler()} is here: install g++, or set CXX to one"
+
+
 @functools.cache
 def why_not() -> str:
     """Why the native kernels cannot run here: "", or a clause.  Builds them when it must."""
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH}=0 keeps the native kernels off"
     if sys.platform != "linux":
-        return "the native kernels are built on Linux alone"
+        return ELSEWHERE
     try:
         folder = cache_folder() / "native"
         library = cache.find(folder, built_name(), SUFFIX)
@@ -86,6 +95,8 @@ def state(cache_dir: str | None = None) -> str:
         return f"off ({SWITCH}=0)"
     if cache.find(cache_folder(cache_dir) / "native", built_name(), SUFFIX) is not None:
         return why_not() or f"built: {kernels_in_use()}"
+    if missing := ELSEWHERE if sys.platform != "linux" else _no_compiler():
+        return f"none: {missing}"
     return "not built yet: compiled when they are first needed"
 
 
@@ -131,8 +142,8 @@ def _silent_about_cuda() -> Iterator[None]:
 
 def _build(folder: Path) -> None:
     """Compile and load; whole, or not at all, and no process waits for another one's lock."""
-    if shutil.which(shlex.split(_compiler())[0]) is None:
-        raise LoadError(f"no C++ compiler {_compiler()} is here: install g++, or set CXX to one")
+    if missing := _no_compiler():
+        raise LoadError(missing)
     with _silent_about_cuda():
         from torch.utils import cpp_extension
 

@@ -18,6 +18,12 @@ from torch import Tensor, nn
 MAPS = Path("/proc/self/maps")
 """What lies where in this process: one line per range of addresses."""
 
+MEMORY = Path("/proc/meminfo")
+"""How much memory there is, and is left."""
+
+GROUP = Path("/sys/fs/cgroup")
+"""What the control group of this process may take, where it has limits."""
+
 Span = tuple[int, int]
 """The first address of something, and the one after its last."""
 
@@ -29,6 +35,25 @@ LEAST = 32 << 20
 
 COLLAPSE = 25
 """MADV_COLLAPSE of madvise(2): the memory stays where it is, and what it holds."""
+
+
+RESERVE = 1 << 30
+"""Bytes that copies made for speed leave to others."""
+
+
+def available() -> int:
+    """Bytes that this process can still take, of the machine's or of its control group's."""
+    found = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if MEMORY.is_file():
+        known = (line.split() for line in MEMORY.read_text("utf-8").splitlines())
+        found = next((int(n) * 1024 for name, n, *_ in known if name == "MemAvailable:"), found)
+    try:
+        limit, used = (
+            (GROUP / name).read_text("utf-8") for name in ("memory.max", "memory.current")
+        )
+    except OSError:
+        return found
+    return found if limit.strip() == "max" else min(found, int(limit) - int(used))
 
 
 def private_maps() -> Iterator[Span]:
@@ -52,7 +77,7 @@ def private_maps() -> Iterator[Span]:
 def out_of_files(model: nn.Module) -> int:
     """Copy CPU weights that lie in maps of files into memory that can have huge pages; the bytes.
 
-    Only where half of the free memory is enough; for a model that nobody else holds yet.
+    Only where half of the memory that is left is enough; for a model that nobody else holds yet.
     """
     maps = list(private_maps())
     found = [
@@ -61,7 +86,7 @@ def out_of_files(model: nn.Module) -> int:
         if type(one) is nn.Parameter and any(low <= one.data_ptr() < high for low, high in maps)
     ]
     size = sum(one.nbytes for one in found)
-    if size < LEAST or size > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
+    if size < LEAST or size > available() / 2:
         return 0
     with torch.inference_mode(False), torch.no_grad():
         for one in found:
@@ -69,13 +94,14 @@ def out_of_files(model: nn.Module) -> int:
     return size
 
 
-def into_huge_pages(tensors: Iterable[Tensor]) -> int:
+def into_huge_pages(tensors: Iterable[Tensor], least: int = LEAST) -> int:
     """Ask the system for huge pages under ``tensors`` on the CPU; the number that it gave.
 
-    Linux 6.1 and later.  Where it cannot (another system, memory of a file), the pages stay small.
+    Not for fewer than ``least`` bytes.  Linux 6.1 and later.  Where it cannot (another system,
+    memory of a file), the pages stay small.
     """
     spans = [(one.data_ptr(), one.nbytes) for one in tensors if one.device.type == "cpu"]
-    if sys.platform != "linux" or sum(size for _, size in spans) < LEAST:
+    if sys.platform != "linux" or sum(size for _, size in spans) < least:
         return 0
     pages = {n for at, size in spans for n in range(at // PAGE, (at + size - 1) // PAGE + 1)}
     advise = ctypes.CDLL(None).madvise

@@ -12,6 +12,7 @@ from torch import nn
 
 from dart_llm.errors import AttachError, ConfigError, UnsupportedModel
 from dart_llm.models.agreement import Replacement, check_ffns, weights_unsupported_reason
+from dart_llm.models.packed import PackedTensor, place_of
 from dart_llm.models.steps import step_numbers
 from dart_llm.patching.executors import no_steps_reason
 from dart_llm.patching.executors.step_agreement import model_signature
@@ -35,7 +36,7 @@ class Watch:
         self.steps = self._alike = True
         self._numbers: tuple[Any, ...] = ()
         self._model, self._layers, self._executor = model, layers, executor
-        self._places: list[tuple[int, tuple[int, ...]]] = []
+        self._places: list[tuple[Any, ...]] = []
         self._mark: tuple[Any, ...] = ()
 
     def remember_places(self) -> None:
@@ -79,8 +80,10 @@ class Watch:
             self._alike = not no_steps_reason(self._executor, self._model, mark)
         self._mark = mark
 
-    def _weight_places(self) -> list[tuple[int, tuple[int, ...]]]:
-        return [(one.data_ptr(), one.stride()) for one in self._model.parameters()]
+    def _weight_places(self) -> list[tuple[Any, ...]]:
+        weights = list(self._model.parameters())
+        strides = [() if isinstance(one, PackedTensor) else one.stride() for one in weights]
+        return list(zip(map(place_of, weights), strides, strict=True))
 
 
 class Turn:

@@ -127,15 +127,20 @@ class Costs:
         """Weights of one neuron: its input rows and its output column."""
         return layer.hidden * (2 if layer.gate is None else 3)
 
-    def bytes(self, kept: Sequence[int] | None, skips: bool = True) -> int:
+    def bytes(self, kept: Sequence[int] | None, skips: bool = True, *, copied: bool = False) -> int:
         """Under masks that keep ``kept`` neurons per layer (None: dense).
 
-        ``skips``: removed neurons are not read.
+        ``skips``: removed neurons are not read.  ``copied``: those of a mask are read from copies.
         """
-        each = self._work(kept, skips)
-        return round(
-            sum(n * layer.neuron_bytes + w * layer.down.element_size() for layer, n, w in each)
-        )
+        total = 0.0
+        for layer, count, linear in self._work(kept, skips):
+            each = self._copied(layer) if copied and count < layer.width else layer.neuron_bytes
+            total += count * each + linear * layer.down.element_size()
+        return round(total)
+
+    def _copied(self, layer: FfnWeights) -> int:
+        """Bytes of one neuron in a copy: in the model's dtype, in whatever blocks it is stored."""
+        return self.per_neuron(layer) * layer.down.element_size()
 
     def flops(self, kept: Sequence[int] | None, skips: bool = True) -> int:
         """As ``bytes``, at two FLOPs per weight."""
@@ -176,18 +181,21 @@ class Costs:
             (layer.width + self.rank(layer)) * self.rank(layer) for layer in self.layers
         )
 
-    def build_bytes(self, kept: Sequence[int], compact: bool, compensates: bool) -> int:
+    def build_bytes(
+        self, kept: Sequence[int], compact: bool, compensates: bool, *, copied: bool = False
+    ) -> int:
         """One mask: the copies that compact makes, the removed columns that compensation reads."""
-        copies = 0
+        copies = 0.0
         for count, layer in zip(kept, self.layers, strict=True):
             if compact and count < layer.width:  # read and written, compensation's map too
-                weights = count * self.per_neuron(layer) + self.rank(layer) * layer.hidden
-                copies += 2 * weights * layer.down.element_size()
+                written = self._copied(layer) if copied else layer.neuron_bytes
+                linear = 2 * self.rank(layer) * layer.hidden * layer.down.element_size()
+                copies += count * (layer.neuron_bytes + written) + linear
         removed = sum(
             (layer.width - count) * layer.down.nbytes / layer.width
             for count, layer in zip(kept, self.layers, strict=True)
         )
-        return copies + (round(removed) if compensates else 0)
+        return round(copies) + (round(removed) if compensates else 0)
 
     def build_flops(self, kept: Sequence[int], compensates: bool) -> int:
         """Sorting (width x log2 width comparisons), the regression, the compensation product."""
@@ -315,7 +323,8 @@ def _shares(states: Sequence[SequenceState], costs: Costs, executor: str) -> _Sh
     """``executor``: one of the executors, or ``IF_COMPACT``."""
     flops = moved = forwards = tokens = proxy_flops = proxy_bytes = 0.0
     skips = executor != "masked"
-    copies = executor in ("compact", "graph", IF_COMPACT)
+    copied = executor in ("compact", "graph")  # in the dtype; ``IF_COMPACT``: as they are stored
+    copies = copied or executor == IF_COMPACT
     for state in states:
         masks = state.given or ()
         held = any(mask is not None and mask.bias is not None for mask in masks)
@@ -330,7 +339,7 @@ def _shares(states: Sequence[SequenceState], costs: Costs, executor: str) -> _Sh
             moved += seen * costs.observe_bytes
             if token is None or span.kept is None:
                 flops += fed * costs.flops(span.kept, skips)
-                moved += steps * costs.bytes(span.kept, skips)
+                moved += steps * costs.bytes(span.kept, skips, copied=copied)
                 continue
             computed, read = token.work(span.kept, fed / max(1, steps), state.rows, executor)
             flops += fed * costs.flops(computed)
@@ -339,7 +348,7 @@ def _shares(states: Sequence[SequenceState], costs: Costs, executor: str) -> _Sh
             proxy_bytes += steps * token.bytes(span.kept)
         for remask in state.remasks:
             chosen = remask.kept if token is None else token.chosen_once(remask.kept)
-            moved += costs.build_bytes(chosen, copies, compensates)
+            moved += costs.build_bytes(chosen, copies, compensates, copied=copied)
             flops += costs.build_flops(chosen, compensates)
     if not forwards or not tokens:
         return _Shares()

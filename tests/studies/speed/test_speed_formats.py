@@ -2,35 +2,23 @@
 
 import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from checkpoints import write_gguf
 from dart_llm.errors import ConfigError, DartError, UnknownName
+from dart_llm.experiments.llama_bench import VARIABLE
 from dart_llm.reporting import figures
 from dart_llm.settings import merge
 from dart_llm.studies.speed import reference, summary
 from dart_llm.studies.speed.settings import SpeedSettings
+from llama_bench import write_bench
 from lm_cases import call
 from shells import ROOT
 from speed_cases import job, settings
 
 pytestmark = pytest.mark.usefixtures("native")
-
-FAKE = '''#!{python}
-import json, os, sys
-asked = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-with open({log!r}, "a") as log:
-    seen = sorted(name for name in os.environ if name.startswith(("OMP_", "KMP_")))
-    log.write(json.dumps([asked, seen]) + "\\n")
-rows = [(int(size), 0) for size in asked["-p"].split(",")] if asked["-n"] == "0" else [(0, 4)]
-print(json.dumps([
-    {{"n_prompt": p, "n_gen": n, "avg_ns": (p or n) * 2_000_000, "build_commit": "abc"}}
-    for p, n in rows
-]))
-'''  # fmt: skip
 
 PROMPT, TOKENS, PREFILL = 12, 4, 24
 
@@ -44,11 +32,7 @@ NORMS = 5 * 64
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     """A program that says 2 ms per token, and the log of what it was asked."""
-    root = tmp_path_factory.mktemp("bench")
-    program, log = root / "llama-bench", root / "log"
-    program.write_text(FAKE.format(python=sys.executable, log=str(log)), encoding="utf-8")
-    program.chmod(0o755)
-    return program, log
+    return write_bench(tmp_path_factory.mktemp("bench"))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +40,7 @@ def whole(native, bench, tmp_path_factory):
     root = tmp_path_factory.mktemp("formats")
     gguf = write_gguf(root / "tiny.gguf")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(reference.VARIABLE, str(bench[0]))
+        patch.setenv(VARIABLE, str(bench[0]))
         return job(root, **asked(gguf), weights="file,q8_0,dense", reference="llama.cpp")
 
 
@@ -212,21 +196,21 @@ def test_later_settings_do_not_change_what_resumes(tmp_path):
 
 
 def test_a_missing_llama_bench_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setenv(reference.VARIABLE, str(tmp_path / "none"))
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "none"))
     done = call("bench", "speed", "--reference", "llama.cpp", "--results-dir", tmp_path / "r")
     assert (done.code, done.out) == (2, "") and not (tmp_path / "r").exists()
     assert done.err == (
         "ConfigError: --reference llama.cpp needs llama.cpp's own benchmark, and LLAMA_BENCH="
         f"{tmp_path}/none is no program: build llama.cpp and name its llama-bench in LLAMA_BENCH\n"
     )
-    monkeypatch.delenv(reference.VARIABLE)
+    monkeypatch.delenv(VARIABLE)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="llama-bench is not on PATH"):
-        reference.find_bench()
+        reference.require_bench()
 
 
 def test_what_it_cannot_do_is_said(tmp_path, monkeypatch, bench):
-    monkeypatch.setenv(reference.VARIABLE, str(bench[0]))
+    monkeypatch.setenv(VARIABLE, str(bench[0]))
     with pytest.raises(ConfigError, match=r"llama is no GGUF file, which llama\.cpp reads: give"):
         job(tmp_path, reference="llama.cpp", executors="compact")
     broken = tmp_path / "broken"

@@ -9,8 +9,8 @@
 namespace dart {
 namespace {
 
-constexpr int64_t JOBS = 11;      // of a layer, at most: q, k, v, their norms, attention, o, its norm,
-                                  // the choice (2), FFN, its sum
+constexpr int64_t JOBS = 12;      // of a layer, at most: q, k, v, their norms, attention, o, its norm,
+                                  // the choice (2), activations, FFN, its sum
 constexpr int64_t SUMS = 4;       // parts of adding up what the parts of an FFN gave
 constexpr int64_t LEAST = 32768;  // weights that are worth a part of their own
 
@@ -25,6 +25,17 @@ void* at(void* base, Dtype dtype, int64_t values) {
 }
 
 float capped(float x, float cap) { return cap * std::tanh(x / cap); }
+
+template <class Value>
+float sum(int64_t n, const Value& value) {
+  float lanes[8] = {}, total = 0;
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int64_t j = 0; j < 8; ++j) lanes[j] += value(i + j);
+  for (; i < n; ++i) lanes[0] += value(i);
+  for (float lane : lanes) total += lane;
+  return total;
+}
 
 // One member at work: the step's parts in order, with its own share of the scratch.  Vectors of the
 // M rows lie one after the other: [M, n].
@@ -55,32 +66,8 @@ struct Member : Worker {
     return {narrow, normed, rows, n, rounded};
   }
 
-  void norm(const Norm& by, const float* from, int64_t n, float* to) const {
-    if (!by.factor) {
-      if (to != from) std::copy_n(from, n, to);
-      return;
-    }
-    float mean = by.centred ? sum(n, [&](int64_t i) { return from[i]; }) / float(n) : 0.0f;
-    float squares = sum(n, [&](int64_t i) { return (from[i] - mean) * (from[i] - mean); });
-    float factor = 1.0f / std::sqrt(squares / float(n) + decoder.eps);
-    for (int64_t i = 0; i < n; ++i) to[i] = (from[i] - mean) * factor * by.factor[i];
-    if (by.bias)
-      for (int64_t i = 0; i < n; ++i) to[i] += by.bias[i];
-  }
-
   void norm_rows(const Norm& by, const float* from, int64_t n, float* to) const {
-    for (int64_t m = 0; m < cache.rows; ++m) norm(by, from + m * n, n, to + m * n);
-  }
-
-  template <class Value>
-  static float sum(int64_t n, const Value& value) {
-    float lanes[8] = {}, total = 0;
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8)
-      for (int64_t j = 0; j < 8; ++j) lanes[j] += value(i + j);
-    for (; i < n; ++i) lanes[0] += value(i);
-    for (float lane : lanes) total += lane;
-    return total;
+    for (int64_t m = 0; m < cache.rows; ++m) decoder.norm_row(by, from + m * n, n, to + m * n);
   }
 
   // y[m] = weights x[m] + bias, `stride` values apart, and then(m, begin, end) for what is done.
@@ -105,26 +92,15 @@ struct Member : Worker {
     project(weights, bias, in, count, y, in_qkv(), [](int64_t, int64_t, int64_t) {});
   }
 
-  // Values of the queries, keys and values of one row.
-  int64_t in_qkv() const { return (decoder.heads + 2 * decoder.kv_heads) * decoder.size; }
+  int64_t in_qkv() const { return decoder.in_qkv(); }
 
   void turn(float* head, const Norm& by, int64_t table) const {
-    if (!decoder.over_all) norm(by, head, decoder.size, head);
-    if (table < 0) return;
-    int64_t half = decoder.turned / 2;
-    const float *cosines = cosine + table * decoder.turned, *sines = sine + table * decoder.turned;
-    for (int64_t i = 0; i < half; ++i) {
-      float a = head[i], b = head[i + half];
-      head[i] = a * cosines[i] - b * sines[i];
-      head[i + half] = b * cosines[i + half] + a * sines[i + half];
-    }
+    decoder.turn(head, by, table, cosine, sine);
   }
 
   // Where head number `one` of queries (0), keys (1) or values (2) of row m stands in qkv.
   float* head(int64_t m, int64_t kind, int64_t one) const {
-    int64_t before[] = {0, decoder.heads, decoder.heads + decoder.kv_heads};
-    int64_t place = decoder.by_heads ? 3 * one + kind : before[kind] + one;
-    return scratch.qkv.data() + m * in_qkv() + place * decoder.size;
+    return scratch.qkv.data() + m * in_qkv() + decoder.head_at(kind, one);
   }
 
   // Query head `one` of row m; the first of those that share keys and values also writes the new
@@ -167,13 +143,15 @@ struct Member : Worker {
     if (layer.copies.keep)
       choose(*this, kernels, decoder.dtype, layer.copies, given, ffn, scratch.strength.data(),
              scratch.chosen.data());
-    float* u = scratch.observed ? scratch.u.data() + index * cache.rows * decoder.width : nullptr;
+    float* u = scratch.u.data() + index * cache.rows * decoder.width;
+    int64_t apart = layer.copies.keep ? layer.ffn.kept : 0;  // places from one row's ids to the next's
+    if (ffn.packed_down) activations(ffn, apart, given, u);
     in_parts(PARTS, [&](int64_t one, int64_t parts) {
       if (one == 0 && scratch.observed) observe(index);
       float* to = sums(ffn, one);
       std::fill_n(to, cache.rows * sums_pitch(ffn), 0.0f);
       Span own = part(ffn.kept, one, parts, ffn.packed_down ? GROUP : 4);
-      neurons(ffn, layer.copies.keep ? layer.ffn.kept : 0, given, own, to, u);
+      neurons(ffn, apart, given, own, to, u);
       own = part(ffn.rank, one, parts, 1);
       for (int64_t m = 0; m < cache.rows; ++m)
         kernels.low_rank(decoder.dtype, ffn, one_of(decoder.dtype, given, m), own.begin, own.end,
@@ -181,29 +159,43 @@ struct Member : Worker {
     });
   }
 
+  // u [M, I] of packed matrices, for the part of the FFN that comes next.
+  void activations(const Ffn& ffn, int64_t apart, const Input& given, float* u) {
+    in_parts(PARTS, [&](int64_t one, int64_t parts) {
+      Span own = part(ffn.kept, one, parts, GROUP);
+      // few at a time: what one row has read is in the core's cache for the next
+      int64_t step = given.count == 1 ? std::max<int64_t>(1, own.end - own.begin) : GROUP;
+      for (int64_t begin = own.begin; begin < own.end; begin += step)
+        for (int64_t m = 0; m < given.count; ++m)
+          packed_hidden(kernels, decoder.dtype, of_row(ffn, apart, m), given.rounded.at(m), begin,
+                        std::min(begin + step, own.end), u + m * decoder.width);
+    });
+    finish();
+  }
+
+  static Ffn of_row(Ffn ffn, int64_t apart, int64_t m) {
+    if (apart) ffn.ids += m * apart;
+    return ffn;
+  }
+
   // to[m] += the output of kept neurons `own` for each row; `apart`: places from the ids that one
   // row has chosen to those of the next, 0: all have the same.
   void neurons(const Ffn& ffn, int64_t apart, const Input& given, Span own, float* to, float* u) {
+    float* seen = scratch.observed ? u : nullptr;
     if (!ffn.packed_down && (!apart || given.count == 1)) {
-      kernels.ffn(decoder.dtype, ffn, given, own.begin, own.end, to, u, decoder.width);
+      kernels.ffn(decoder.dtype, ffn, given, own.begin, own.end, to, seen, decoder.width);
       return;
     }
-    // few at a time: what one row has read is in the core's cache for the next
     int64_t step = given.count == 1 || apart ? std::max<int64_t>(1, own.end - own.begin) : GROUP;
     for (int64_t begin = own.begin; begin < own.end; begin += step)
       for (int64_t m = 0; m < given.count; ++m) {
-        Ffn mine = ffn;
-        if (apart) mine.ids += m * apart;
-        neurons_of(mine, one_of(decoder.dtype, given, m), {begin, std::min(begin + step, own.end)},
-                   to + m * sums_pitch(ffn), u ? u + m * decoder.width : nullptr);
+        Ffn mine = of_row(ffn, apart, m);
+        int64_t end = std::min(begin + step, own.end), width = decoder.width;
+        float* sum = to + m * sums_pitch(ffn);
+        if (ffn.packed_down) packed_output(kernels, mine, u + m * width, begin, end, sum, whole);
+        else kernels.ffn(decoder.dtype, mine, one_of(decoder.dtype, given, m), begin, end, sum,
+                         seen ? seen + m * width : nullptr, width);
       }
-  }
-
-  void neurons_of(const Ffn& ffn, const Input& given, Span own, float* to, float* u) {
-    if (ffn.packed_down)
-      packed_ffn(kernels, decoder.dtype, ffn, given, own.begin, own.end, to, u, whole);
-    else
-      kernels.ffn(decoder.dtype, ffn, given, own.begin, own.end, to, u, decoder.width);
   }
 
   void observe(int64_t index) {
@@ -235,7 +227,7 @@ struct Member : Worker {
     if (scratch.observed)
       std::copy(to + own.begin, to + own.end, scratch.z.data() + place + own.begin);
     if (layer.after_ffn.factor) {
-      norm(layer.after_ffn, to, hidden, to);
+      decoder.norm_row(layer.after_ffn, to, hidden, to);
       if (scratch.observed) std::copy_n(to, hidden, scratch.r.data() + place);
     }
     for (int64_t i = own.begin; i < own.end; ++i)
@@ -258,7 +250,7 @@ struct Member : Worker {
     if (decoder.over_all) {
       in_parts(2 * rows, [&](int64_t one, int64_t) {
         float *queries = qkv + one / 2 * in_qkv(), *keys = queries + q;
-        one % 2 ? norm(layer.k_norm, keys, kv, keys) : norm(layer.q_norm, queries, q, queries);
+        one % 2 ? decoder.norm_row(layer.k_norm, keys, kv, keys) : decoder.norm_row(layer.q_norm, queries, q, queries);
       });
       finish();
     }
@@ -284,27 +276,18 @@ struct Member : Worker {
     if (last) return;
     in_parts(cache.rows, [&](int64_t m, int64_t) {
       float *own = y + m * hidden, *to = stream + m * hidden;
-      norm(layer.after_attention, own, hidden, own);
+      decoder.norm_row(layer.after_attention, own, hidden, own);
       for (int64_t i = 0; i < hidden; ++i) to[i] += own[i];
     });
     finish();
   }
 
-  // A row of the embedding or of the positions.
-  void row(const Matrix& rows, int64_t index, float* to) const {
-    int64_t hidden = decoder.hidden;
-    if (rows.packed)
-      kernels.packed.dequantise(*rows.packed, index, Dtype::f32, to);
-    else
-      kernels.widen(decoder.dtype, at(rows.plain, decoder.dtype, index * hidden), to, hidden);
-  }
-
   void embed(int64_t m, int64_t token) {
     float* to = scratch.stream.data() + m * decoder.hidden;
-    row(decoder.embedding, token, to);
+    decoder.row(kernels, decoder.embedding, token, to);
     for (int64_t i = 0; i < decoder.hidden; ++i) to[i] *= decoder.embedding_scale;
     if (!decoder.places) return;
-    row(decoder.positions, cache.position, x);
+    decoder.row(kernels, decoder.positions, cache.position, x);
     for (int64_t i = 0; i < decoder.hidden; ++i) to[i] += x[i];
   }
 
@@ -338,6 +321,39 @@ struct Member : Worker {
 int64_t widest(const Decoder& d) { return std::max(d.hidden, d.heads * d.size); }
 
 }  // namespace
+
+void Decoder::norm_row(const Norm& by, const float* from, int64_t n, float* to) const {
+  if (!by.factor) {
+    if (to != from) std::copy_n(from, n, to);
+    return;
+  }
+  float mean = by.centred ? sum(n, [&](int64_t i) { return from[i]; }) / float(n) : 0.0f;
+  float squares = sum(n, [&](int64_t i) { return (from[i] - mean) * (from[i] - mean); });
+  float factor = 1.0f / std::sqrt(squares / float(n) + eps);
+  for (int64_t i = 0; i < n; ++i) to[i] = (from[i] - mean) * factor * by.factor[i];
+  if (by.bias)
+    for (int64_t i = 0; i < n; ++i) to[i] += by.bias[i];
+}
+
+void Decoder::turn(float* head, const Norm& by, int64_t table, const float* cosine,
+                   const float* sine) const {
+  if (!over_all) norm_row(by, head, size, head);
+  if (table < 0) return;
+  int64_t half = turned / 2;
+  const float *cosines = cosine + table * turned, *sines = sine + table * turned;
+  for (int64_t i = 0; i < half; ++i) {
+    float a = head[i], b = head[i + half];
+    head[i] = a * cosines[i] - b * sines[i];
+    head[i + half] = b * cosines[i + half] + a * sines[i + half];
+  }
+}
+
+void Decoder::row(const Kernels& kernels, const Matrix& rows, int64_t index, float* to) const {
+  if (rows.packed)
+    kernels.packed.dequantise(*rows.packed, index, 1, Dtype::f32, to);
+  else
+    kernels.widen(dtype, at(rows.plain, dtype, index * hidden), to, hidden);
+}
 
 Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_, int64_t rows_)
     : jobs(int64_t(d.layers.size()) * JOBS + 3),

@@ -47,6 +47,20 @@ struct Decoder {
   Matrix embedding, positions, head;  // [V, D], [places, D] or none, [V, D]
   Norm norm;                          // [D]
   std::vector<Layer> layers;
+
+  // Values of the queries, keys and values of one row.
+  int64_t in_qkv() const { return (heads + 2 * kv_heads) * size; }
+  // Where head `one` of queries (0), keys (1) or values (2) stands among them.
+  int64_t head_at(int64_t kind, int64_t one) const {
+    const int64_t before[] = {0, heads, heads + kv_heads};
+    return (by_heads ? 3 * one + kind : before[kind] + one) * size;
+  }
+  // to[n] = from[n], normed where there is a norm.
+  void norm_row(const Norm&, const float* from, int64_t n, float* to) const;
+  // A head's query or key, normed where heads have norms each, and turned by the angles of `table`.
+  void turn(float* head, const Norm&, int64_t table, const float* cosine, const float* sine) const;
+  // Row `index` of the embedding or of the positions.
+  void row(const Kernels&, const Matrix&, int64_t index, float* to) const;
 };
 
 // The caches of M rows of one length; what a layer no longer sees is not in its part.

@@ -18,6 +18,12 @@ struct S {
   static V fma(V a, V b, V c) { for (int i = 0; i < N; ++i) c.x[i] += a.x[i] * b.x[i]; return c; }
   static float sum(V a) { float s = 0; for (int i = 0; i < N; ++i) s += a.x[i]; return s; }
   static void store(float* p, V a) { for (int i = 0; i < N; ++i) p[i] = a.x[i]; }
+  static void store(bf16* p, V a) {
+    for (int i = 0; i < N; ++i) {
+      uint32_t bits = to_bits(a.x[i]);
+      p[i] = bf16((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+    }
+  }
   struct Levels { V low, high; };
   static Levels levels(const uint8_t* bytes) {
     Levels r;
@@ -56,6 +62,7 @@ struct S {
     return to;
   }
   static W dot4(W to, B levels, B x) { return dot8(to, levels, x); }
+  static V level(const uint8_t* p) { V r; for (int i = 0; i < N; ++i) r.x[i] = p[i]; return r; }
   static V half(const uint16_t* p, int64_t n) {
     V r;
     for (int i = 0; i < N; ++i) r.x[i] = i < n ? half_to_float(p[i]) : 0;

@@ -10,6 +10,7 @@
 #include "decode.h"
 #include "packed_ffn.h"
 #include "packed_ops.h"
+#include "prompt_ops.h"
 #include "together.h"
 
 namespace {
@@ -240,6 +241,22 @@ Tensor ffn(const Tensor& x, const MaybeTensor& gate, const Tensor& up, const Ten
 
 using Packs = c10::intrusive_ptr<dart::PackedMatrix>;
 
+// What packed_ffn reads: gate (null in a plain FFN) and up of `width` rows, down of as many neurons,
+// or copies of the neurons `ids`.
+void check_packed(const dart::Packed* gate, const dart::Packed& up, const dart::Packed& down,
+                  int64_t width, int64_t hidden, const MaybeTensor& ids, const MaybeChoice& choice) {
+  bool kept = down.kept, some = ids || choice;
+  int64_t count = kept && ids ? ids->numel() : width;
+  auto fits = [&](const dart::Packed& one, bool neurons) {
+    return (one.order == dart::Order::neurons) == neurons && one.rows == count &&
+           one.columns == hidden && one.kept == kept;
+  };
+  TORCH_CHECK(fits(up, false) && fits(down, true) && (!gate || (fits(*gate, false) && gate->order == up.order)),
+              "native: shapes do not fit");
+  TORCH_CHECK(kept ? ids.has_value() && !choice : !some || up.order == dart::Order::rows,
+              "native: neurons here and there are read of rows alone");
+}
+
 // As `ffn`, on packed matrices: gate (None in a plain FFN) and up of rows, down of neurons.
 Tensor packed_ffn(const Tensor& x, const std::optional<Packs>& gate, const Packs& up, const Packs& down,
                   const MaybeTensor& gate_bias, const MaybeTensor& up_bias, const MaybeTensor& ids,
@@ -249,15 +266,9 @@ Tensor packed_ffn(const Tensor& x, const std::optional<Packs>& gate, const Packs
   auto type = x.scalar_type();
   data(x, type);
   int64_t hidden = up->packed.columns, width = up->packed.rows, count = x.size(0);
-  auto are_rows = [&](const Packs& one) {
-    return one->packed.order == dart::Order::rows && one->packed.rows == width &&
-           one->packed.columns == hidden;
-  };
-  TORCH_CHECK(x.dim() == 2 && x.size(1) == hidden && down->packed.order == dart::Order::neurons &&
-                  down->packed.rows == width && down->packed.columns == hidden && are_rows(up) &&
-                  (!gate || are_rows(*gate)) &&
-                  basis.has_value() == features.has_value(),
+  TORCH_CHECK(x.dim() == 2 && x.size(1) == hidden && basis.has_value() == features.has_value(),
               "native: shapes do not fit");
+  check_packed(gate ? &(*gate)->packed : nullptr, up->packed, down->packed, width, hidden, ids, choice);
   dart::Ffn f{};
   f.packed_gate = gate ? &(*gate)->packed : nullptr;
   f.packed_up = &up->packed, f.packed_down = &down->packed;
@@ -279,12 +290,13 @@ Tensor packed_ffn(const Tensor& x, const std::optional<Packs>& gate, const Packs
   std::vector<float> strength(choice ? f.kept : 0);
   std::vector<int32_t> chosen(strength.size());
   dart::RoundedRows rounded(kernels, wide.const_data_ptr<float>(), count, hidden);
+  std::vector<float> u(size_t(count * f.kept));
   int64_t columns = down->packed.units() * dart::UNIT;
   Tensor parts = at::zeros({dart::PARTS, count, columns}, wide.options());
   Tensor scratch = at::empty({dart::PARTS, columns}, wide.options().dtype(at::kInt));
   Tensor low = at::zeros({dart::PARTS, count, f.rank ? hidden : 0}, wide.options());
   dart::Input given = input(x, wide);
-  dart::Jobs jobs(3);
+  dart::Jobs jobs(4);
   together([&](int64_t) {
     dart::Worker team(jobs);
     dart::Ffn own = f;
@@ -292,13 +304,17 @@ Tensor packed_ffn(const Tensor& x, const std::optional<Packs>& gate, const Packs
       dart::choose(team, kernels, dtype, copies, given, own, strength.data(), chosen.data());
     team.in_parts(dart::PARTS, [&](int64_t one, int64_t number) {
       dart::Span span = dart::part(own.kept, one, number, dart::GROUP);
-      for (int64_t m = 0; m < count; ++m) {
-        dart::Input token = given;
-        token.rounded = rounded.view().at(m);
-        dart::packed_ffn(kernels, dtype, own, token, span.begin, span.end,
-                         parts.mutable_data_ptr<float>() + (one * count + m) * columns, nullptr,
-                         scratch.mutable_data_ptr<int32_t>() + one * columns);
-      }
+      for (int64_t m = 0; m < count; ++m)
+        dart::packed_hidden(kernels, dtype, own, rounded.view().at(m), span.begin, span.end,
+                            u.data() + m * own.kept);
+    });
+    team.finish();
+    team.in_parts(dart::PARTS, [&](int64_t one, int64_t number) {
+      dart::Span span = dart::part(own.kept, one, number, dart::GROUP);
+      for (int64_t m = 0; m < count; ++m)
+        dart::packed_output(kernels, own, u.data() + m * own.kept, span.begin, span.end,
+                            parts.mutable_data_ptr<float>() + (one * count + m) * columns,
+                            scratch.mutable_data_ptr<int32_t>() + one * columns);
       span = dart::part(own.rank, one, number, 1);
       if (own.rank)
         kernels.low_rank(dtype, own, given, span.begin, span.end,
@@ -318,6 +334,7 @@ struct Decoder : torch::CustomClassHolder {
   struct Mask {
     MaybeChoice choice;
     std::vector<Tensor> parts;
+    std::vector<Packs> matrices;
   };
   std::vector<Mask> masks;
   std::unique_ptr<dart::Scratch> scratch;
@@ -410,8 +427,7 @@ struct Decoder : torch::CustomClassHolder {
     int64_t place = (index - ends) % each;
     TORCH_CHECK(index >= 0 && index < ends + each * layers &&
                     (index < ends || place < 4 || (place >= 8 && place < 11)) &&
-                    (packed->order == dart::Order::neurons) == (index >= ends && place == 10) &&
-                    (packed->order == dart::Order::rows || index < ends || place < 4 || place == 10),
+                    !packed->kept && (packed->order == dart::Order::neurons) == (index >= ends && place == 10),
                 "native: no packed matrix has this place");
     if (index < ends) {
       dart::Matrix* matrices[] = {&model.embedding, &model.head, &model.positions};
@@ -427,14 +443,18 @@ struct Decoder : torch::CustomClassHolder {
     }
     packs.push_back(matrix);
   }
-  std::vector<c10::intrusive_ptr<dart::PackedMatrix>> packs;
+  std::vector<Packs> packs;
   at::ScalarType type;  // of weights, biases and caches
 
   // What layer `index` runs from now on; ids: int32 [k] or None for all; with a choice every token
   // chooses out of these.
+  // matrices: of a packed FFN, gate (if it has one), up and down: all of them, or copies of the
+  // neurons `ids`; else [].
   void set_mask(int64_t index, const MaybeTensor& ids, const MaybeTensor& bias,
-                const MaybeTensor& basis, const MaybeTensor& features, const MaybeChoice& choice) {
+                const MaybeTensor& basis, const MaybeTensor& features, const MaybeChoice& choice,
+                const std::vector<Packs>& matrices) {
     dart::Layer& layer = model.layers.at(index);
+    if (layer.ffn.packed_up) set_matrices(layer.ffn, matrices, ids, choice);
     layer.ffn.ids = static_cast<const int32_t*>(data(ids, at::kInt));
     layer.ffn.kept = ids ? ids->size(0) : model.width;
     layer.ffn.basis = data(basis, type);
@@ -443,9 +463,18 @@ struct Decoder : torch::CustomClassHolder {
     layer.bias = static_cast<const float*>(data(bias, at::kFloat));
     layer.ffn.mean = choice ? (*choice)->mean : nullptr;
     layer.copies = choice ? (*choice)->of(layer.ffn, model.width, model.hidden) : dart::Copies{};
-    masks[index] = {choice, {}};
+    masks[index] = {choice, {}, matrices};
     for (const auto& t : {ids, bias, basis, features})
       if (t) masks[index].parts.push_back(*t);
+  }
+
+  void set_matrices(dart::Ffn& ffn, const std::vector<Packs>& matrices, const MaybeTensor& ids,
+                    const MaybeChoice& choice) const {
+    TORCH_CHECK(matrices.size() == (ffn.packed_gate ? 3u : 2u), "native: matrices are missing");
+    const dart::Packed* gate = ffn.packed_gate ? &matrices[0]->packed : nullptr;
+    const dart::Packed *up = &matrices[matrices.size() - 2]->packed, *down = &matrices.back()->packed;
+    check_packed(gate, *up, *down, model.width, model.hidden, ids, choice);
+    ffn.packed_gate = gate, ffn.packed_up = up, ffn.packed_down = down;
   }
 
   // The caches of the steps to come; keys and values: per layer [M, K, capacity, S], which the
@@ -513,17 +542,8 @@ struct Decoder : torch::CustomClassHolder {
     dart::Cache cache = cache_after(steps, position, rows);
     int64_t room = 0;
     for (const dart::Cache::Part& part : cache.layers) room = std::max(room, part.length + 1);
-    for (int64_t token : tokens)
-      TORCH_CHECK_INDEX(token >= 0 && token < model.known, "token id ", token,
-                        " is outside the vocabulary of ", model.known,
-                        " tokens: encode the text with the tokenizer of this model");
-    TORCH_CHECK_INDEX(!model.places || position < model.places, "the text is longer than the ",
-                      model.places, " positions that this model knows");
-    TORCH_CHECK(cosine.dim() == 3 && cosine.sizes() == sine.sizes() && position < cosine.size(0),
-                "native: angles are missing");
-    int64_t each = cosine.size(1) * cosine.size(2);
-    for (const dart::Layer& layer : model.layers)
-      TORCH_CHECK(each >= (layer.table + 1) * model.turned, "native: angles are missing");
+    check_tokens(tokens.data(), rows);
+    int64_t each = check_angles(position, cosine, sine);
     int64_t threads = at::get_num_threads();
     int64_t known = scratch ? scratch->rows : 0;
     if (known < rows || scratch->threads < threads || scratch->positions < room)
@@ -541,6 +561,68 @@ struct Decoder : torch::CustomClassHolder {
             copy(scratch->normed, {rows, model.hidden}, type)};
   }
   int64_t rows = 0;  // of the last step
+
+  void check_tokens(const int64_t* tokens, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i)
+      TORCH_CHECK_INDEX(tokens[i] >= 0 && tokens[i] < model.known, "token id ", tokens[i],
+                        " is outside the vocabulary of ", model.known,
+                        " tokens: encode the text with the tokenizer of this model");
+  }
+
+  // Values of all angles of a position.
+  int64_t check_angles(int64_t position, const Tensor& cosine, const Tensor& sine) const {
+    TORCH_CHECK_INDEX(!model.places || position < model.places, "the text is longer than the ",
+                      model.places, " positions that this model knows");
+    TORCH_CHECK(cosine.dim() == 3 && cosine.sizes() == sine.sizes() && position < cosine.size(0),
+                "native: angles are missing");
+    int64_t each = cosine.size(1) * cosine.size(2);
+    for (const dart::Layer& layer : model.layers)
+      TORCH_CHECK(each >= (layer.table + 1) * model.turned, "native: angles are missing");
+    return each;
+  }
+
+  // Whole prompts [B, T] without masks, of packed matrices: see prompt_ops.h.  few: vectors up to which a
+  // product runs on the blocks.
+  dart::Prompt prompt(int64_t texts, int64_t tokens, const Tensor& cosine, const Tensor& sine,
+                      int64_t few) const {
+    int64_t each = check_angles(tokens - 1, cosine, sine);
+    auto floats = [](const Tensor& t) { return static_cast<const float*>(data(t, at::kFloat)); };
+    return {model, type, few, texts, tokens, floats(cosine), floats(sine), each};
+  }
+
+  void check_prompt() const {
+    bool all = model.embedding.packed && model.head.packed && !model.attention_cap;
+    for (const dart::Layer& one : model.layers) {
+      all = all && one.q.packed && one.o.packed && (model.fused || (one.k.packed && one.v.packed));
+      all = all && one.ffn.packed_up && one.ffn.packed_down && (!one.ffn.gate || one.ffn.packed_gate);
+      all = all && !one.ffn.ids && !one.ffn.rank && !one.copies.keep;
+    }
+    TORCH_CHECK(all, "native: a prompt takes packed matrices and no masks");
+  }
+
+  std::vector<Tensor> prompt_begin(const Tensor& ids, const Tensor& cosine, const Tensor& sine) const {
+    c10::InferenceMode mode(false);
+    at::NoGradGuard no_graph;
+    check_prompt();
+    TORCH_CHECK(ids.dim() == 2 && ids.numel(), "native: tokens are missing");
+    Tensor tokens = ids.to(at::kLong).contiguous();
+    check_tokens(tokens.const_data_ptr<int64_t>(), tokens.numel());
+    return prompt(ids.size(0), ids.size(1), cosine, sine, 0).begin(tokens);
+  }
+
+  std::vector<Tensor> prompt_layer(int64_t index, const Tensor& stream, const Tensor& given, int64_t texts,
+                                   const Tensor& cosine, const Tensor& sine, int64_t few) const {
+    c10::InferenceMode mode(false);
+    at::NoGradGuard no_graph;
+    TORCH_CHECK(index >= 0 && index < int64_t(model.layers.size()), "native: no such layer");
+    return prompt(texts, given.size(0) / texts, cosine, sine, few).layer(index, stream, given);
+  }
+
+  std::vector<Tensor> prompt_end(const Tensor& given, int64_t texts, int64_t keep, int64_t few) const {
+    c10::InferenceMode mode(false);
+    at::NoGradGuard no_graph;
+    return dart::Prompt{model, type, few, texts, given.size(0) / texts, nullptr, nullptr, 0}.end(given, keep);
+  }
 
   // Of the last step, which was observed: u [L, M, I], h [L, M, D] and, with `stream` (else
   // [0, M, D]), z, x and r [L, M, D], in the weights' dtype; r is z where no norm comes between.
@@ -599,6 +681,9 @@ TORCH_LIBRARY(dart_llm, library) {
       .def("set_packed", &Decoder::set_packed)
       .def("bind", &Decoder::bind)
       .def("step", &Decoder::step)
+      .def("prompt_begin", &Decoder::prompt_begin)
+      .def("prompt_layer", &Decoder::prompt_layer)
+      .def("prompt_end", &Decoder::prompt_end)
       .def("nbytes", &Decoder::nbytes)
       .def("observed", &Decoder::observed);
 }

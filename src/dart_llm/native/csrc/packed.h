@@ -4,7 +4,8 @@
 // `Order::rows`: blocks lie along a row, and any rows can be read alone.  `Order::tiles`: the same,
 // but TILE rows lie interleaved, which is the fastest to read as a whole.  `Order::neurons`: rows are
 // neurons of a down projection, and the same column of 16 or 32 neurons shares scale and offset, so
-// that a kept neuron is one run of levels.
+// that a kept neuron is one run of levels.  A copy of kept neurons is read as quickly as all of them
+// are, byte for byte, which rows here and there are not.
 //
 // A row holds its levels in units of 64 columns; columns beyond the last one are at `bias` or have
 // scale 0.  Where a column stands in its unit, `place_of` says: in `Order::rows` every vector of
@@ -57,12 +58,13 @@ struct Packed {
   int64_t pitch;         // bytes of a row's levels
   int bits, block, bias;
   Order order;
+  bool kept;             // the levels are those of kept neurons alone, one after the other
 
   int64_t units() const { return (columns + UNIT - 1) / UNIT; }
   // Rows that there is room for.
-  int64_t room() const { return order == Order::tiles ? (rows + TILE - 1) / TILE * TILE : rows; }
+  int64_t room() const { return order == Order::neurons ? rows : (rows + TILE - 1) / TILE * TILE; }
   // Blocks of a row, or columns of a group of neurons: what `own` holds for each of them.
-  int64_t each() const { return order == Order::neurons ? units() * UNIT : units() * UNIT / block; }
+  int64_t each() const { return order == Order::neurons ? units() * UNIT : units() * (block == 16 ? 4 : 2); }
   int64_t supers_each() const {
     return order == Order::neurons ? units() * UNIT : (units() * UNIT + SUPER - 1) / SUPER;
   }
@@ -103,20 +105,21 @@ struct PackedKernels {
   // of Order::tiles whole tiles are quickest.
   void (*matvec)(const Packed&, const Rounded& x, int64_t begin, int64_t end, float* y,
                  int64_t stride);
-  // y[j] = rows[ids[j]] . x for n rows; ids null: rows first, first + 1, ...  Order::rows.
+  // y[j] = rows[ids[j]] . x for n rows; ids null: rows first, first + 1, ..., of tiles too.
   void (*dots)(const Packed&, const Rounded& x, const int32_t* ids, int64_t first, int64_t n,
                float* y);
   // sums[:] += u[0] down[ids[0]] + ... + u[n - 1] down[ids[n - 1]]; neurons of one block, which lie
-  // together, are rounded together.  Order::neurons.  sums: whole units; whole: as many int32 of
-  // scratch.
-  void (*add_neurons)(const Packed& down, const int32_t* ids, const float* u, int64_t n, float* sums,
-                      int32_t* whole);
+  // together, are rounded together.  Order::neurons.  place: of the first one where `down` holds
+  // kept neurons alone.  sums: whole units; whole: as many int32 of scratch.
+  void (*add_neurons)(const Packed& down, const int32_t* ids, int64_t place, const float* u, int64_t n,
+                      float* sums, int32_t* whole);
   // Rounds [n] floats to a vector of whole units.
   void (*round)(const float* from, int64_t n, int8_t* levels, float* scales, float* sums);
   // up[i] = act(gate[i]) up[i], or act(up[i]) where gate is null, of n values; room for 32.
   void (*activate)(Act, const float* gate, float* up, int64_t n);
-  // to[columns] = a row's weights, float32 or bfloat16.
-  void (*dequantise)(const Packed&, int64_t row, Dtype, void* to);
+  // to[count, columns] = weights of `count` rows from `row` on, float32 or bfloat16; of Order::tiles
+  // whole tiles are quickest.
+  void (*dequantise)(const Packed&, int64_t row, int64_t count, Dtype, void* to);
 };
 
 }  // namespace dart

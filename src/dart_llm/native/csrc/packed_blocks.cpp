@@ -199,4 +199,30 @@ void write_levels(const Packed& p, int64_t row, const uint8_t* levels, uint8_t* 
   }
 }
 
+void read_levels(const Packed& p, int64_t row, uint8_t* levels) {
+  for (int64_t unit = 0; unit < p.units(); ++unit) {
+    uint8_t own[UNIT];
+    if (p.order == Order::tiles) {
+      int64_t bytes = UNIT * p.bits / 8;
+      const uint8_t* from = p.levels + row / TILE * TILE * p.pitch + unit * TILE * bytes + row % TILE * 4;
+      for (int64_t c = 0; c < bytes; ++c) {
+        uint8_t both = from[c / 4 * 4 * TILE + c % 4];
+        if (p.bits == 8) own[c] = both;
+        else own[c] = both & 15, own[c + bytes] = both >> 4;
+      }
+    } else {
+      const uint8_t* from = p.levels + row * p.pitch + unit * UNIT;
+      bool alone = unit % 2 == 0 && unit + 1 == p.units();
+      if (p.bits == 4) from = p.levels + row * p.pitch + unit / 2 * UNIT;
+      for (int64_t j = 0; j < UNIT; ++j) {
+        if (p.bits == 8) own[j] = from[j];
+        else if (alone) own[j] = from[j % 32] >> (j < 32 ? 0 : 4) & 15;
+        else own[j] = from[j] >> (unit % 2 ? 4 : 0) & 15;
+      }
+    }
+    int64_t left = std::min(UNIT, p.columns - unit * UNIT);
+    for (int64_t c = 0; c < left; ++c) levels[unit * UNIT + c] = own[place_of(p.order, c)];
+  }
+}
+
 }  // namespace dart

@@ -35,5 +35,7 @@ Parts round_to(const BlockType&, const float* weights, int64_t rows, int64_t col
 
 // Writes the levels [columns] of a row to those of a matrix; missing columns are at its bias.
 void write_levels(const Packed&, int64_t row, const uint8_t* levels, uint8_t* matrix);
+// levels [columns] = those of a row.
+void read_levels(const Packed&, int64_t row, uint8_t* levels);
 
 }  // namespace dart

@@ -5,7 +5,7 @@
 // lanes; whole(int), load_whole, store_whole; dot8 and dot4 add to each lane the products of four
 // bytes of levels (0..255, 0..15) with four of an input (-127..127); to_float; spread<block>: a
 // unit's 2 or 4 factors, again and again; half, small: n <= N of float16 or int8 as floats;
-// interleave: see packed.h.
+// interleave: see packed.h; level: N levels as floats.
 
 template <int BITS>
 inline S::W dot(S::W to, S::B levels, S::B x) {
@@ -15,26 +15,24 @@ inline S::W dot(S::W to, S::B levels, S::B x) {
 
 constexpr int64_t CHUNK = 1024;  // columns whose factors are read at a time
 
-// factors[i] = those of blocks first to first + n of a row; n even and at most CHUNK / SIZE.
+// Asks for the factors of a row.
+inline void ask_factors(const Packed& p, const Factors& f, int64_t row) {
+  int64_t bytes = p.each() * (f.supers ? 1 : 2);
+  auto own = static_cast<const char*>(f.own) + row * bytes;
+  for (int64_t i = 0; i < bytes + 63; i += 64) __builtin_prefetch(own + i);
+}
+
+// N factors of a row's blocks from `first` on, 0 for those beyond `n`.
 template <int SIZE>
-inline void read_factors(const Factors& f, int64_t row, int64_t each, int64_t supers_each,
-                         int64_t first, int64_t n, float* factors) {
-  int64_t at = row * each + first;
-  if (!f.supers) {
-    auto own = static_cast<const uint16_t*>(f.own) + at;
-    for (int64_t i = 0; i < n; i += S::N) S::store(factors + i, S::half(own + i, n - i));
-    return;
-  }
+inline S::V row_factors(const Packed& p, const Factors& f, int64_t row, int64_t first, int64_t n) {
+  int64_t at = row * p.each() + first;
+  if (!f.supers) return S::half(static_cast<const uint16_t*>(f.own) + at, n);
   constexpr int64_t PER = SUPER / SIZE;
-  alignas(64) float by[CHUNK / SIZE];
-  for (int64_t super = 0; super < CHUNK / SUPER; ++super) {
-    int64_t there = first / PER + super;
-    float value = there < supers_each ? half_to_float(f.supers[row * supers_each + there]) : 0;
-    for (int64_t i = 0; i < PER; ++i) by[super * PER + i] = value;
-  }
-  auto own = static_cast<const int8_t*>(f.own) + at;
-  for (int64_t i = 0; i < n; i += S::N)
-    S::store(factors + i, S::mul(S::small(own + i, n - i), S::load(by + i)));
+  int64_t each = p.supers_each(), above = first / PER;
+  alignas(64) float supers[S::N], by[S::N];
+  S::store(supers, S::half(f.supers + row * each + above, std::min<int64_t>(each - above, S::N)));
+  for (int64_t i = 0; i < S::N; ++i) by[i] = supers[i / PER];
+  return S::mul(S::small(static_cast<const int8_t*>(f.own) + at, n), S::load(by));
 }
 
 template <int BITS, int SIZE>
@@ -45,35 +43,40 @@ struct RowDots {
                   float* y) {
     typename S::V sum[R], rest[R];
     for (int r = 0; r < R; ++r) sum[r] = rest[r] = S::zero();
-    const uint8_t *at[R], *next[R];
+    const uint8_t* at[R];
+    const uint8_t* next[R];
     for (int r = 0; r < R; ++r) {
       at[r] = p.levels + rows[r] * p.pitch;
       next[r] = p.levels + later[r] * p.pitch;
+      ask_factors(p, p.scales, later[r]);
+      if (p.offsets.own) ask_factors(p, p.offsets, later[r]);
     }
     int64_t columns = p.units() * UNIT;
     for (int64_t c = 0; c < columns; c += CHUNK) {
-      int64_t left = columns - c < CHUNK ? columns - c : CHUNK, blocks = left / SIZE;
+      int64_t left = columns - c < CHUNK ? columns - c : CHUNK;
       alignas(64) float scales[R][CHUNK / SIZE];
-      const float *x_scales = x.scales_of(SIZE) + c / SIZE, *x_sums = x.sums_of(SIZE) + c / SIZE;
-      for (int r = 0; r < R; ++r) {
-        float* own = scales[r];
-        read_factors<SIZE>(p.scales, rows[r], p.each(), p.supers_each(), c / SIZE, blocks, own);
-        auto bias = S::all(float(-p.bias));
-        if (p.offsets.own) {
-          alignas(64) float offsets[CHUNK / SIZE];
-          read_factors<SIZE>(p.offsets, rows[r], p.each(), p.supers_each(), c / SIZE, blocks, offsets);
-          for (int64_t b = 0; b < blocks; b += S::N)
-            rest[r] = S::fma(S::load(offsets + b), S::load(x_sums + b), rest[r]);
-        }
-        for (int64_t b = 0; b < blocks; b += S::N) {
-          auto by = S::load(own + b);
-          if (p.bias) rest[r] = S::fma(S::mul(by, bias), S::load(x_sums + b), rest[r]);
-          S::store(own + b, S::mul(by, S::load(x_scales + b)));
-        }
-      }
+      factors_of<R>(p, x, rows, c / SIZE, left / SIZE, scales, rest);
       levels_of<R>(at, next, x.levels + c, left, scales, sum);
     }
     for (int r = 0; r < R; ++r) y[r] = S::sum(S::add(sum[r], rest[r]));
+  }
+
+  // Scales of a block and of its input together, and what offset and bias add.
+  template <int R, class Scales>
+  static void factors_of(const Packed& p, const Rounded& x, const int64_t* rows, int64_t first, int64_t n,
+                         Scales& scales, typename S::V* rest) {
+    const float *of_x = x.scales_of(SIZE) + first, *x_sums = x.sums_of(SIZE) + first;
+    auto bias = S::all(float(-p.bias));
+    for (int64_t b = 0; b < n; b += S::N) {
+      auto by = S::load(of_x + b), sums = S::load(x_sums + b), biased = S::mul(bias, sums);
+      for (int r = 0; r < R; ++r) {
+        auto scale = row_factors<SIZE>(p, p.scales, rows[r], first + b, n - b);
+        S::store(scales[r] + b, S::mul(scale, by));
+        rest[r] = S::fma(scale, biased, rest[r]);
+        if (p.offsets.own)
+          rest[r] = S::fma(row_factors<SIZE>(p, p.offsets, rows[r], first + b, n - b), sums, rest[r]);
+      }
+    }
   }
 
   template <int R, class Scales>
@@ -89,7 +92,7 @@ struct RowDots {
       for (int64_t i = 0; i < left; i += STEP) {
         auto given = S::bytes(x + i);
         for (int r = 0; r < R; ++r) {
-          __builtin_prefetch(next[r] + i, 0, 2);
+          __builtin_prefetch(next[r] + i);
           add(r, S::bytes(at[r] + i), given, i);
         }
       }
@@ -101,7 +104,7 @@ struct RowDots {
           auto first = S::bytes(x + i + j), second = S::bytes(x + i + UNIT + j);
           for (int r = 0; r < R; ++r) {
             auto both = S::bytes(at[r] + i / 2 + j);
-            __builtin_prefetch(next[r] + i / 2 + j, 0, 2);
+            __builtin_prefetch(next[r] + i / 2 + j);
             add(r, S::low(both), first, i + j);
             add(r, S::high(both), second, i + UNIT + j);
           }
@@ -144,7 +147,7 @@ void packed_rows(const Packed& p, const Rounded& x, const Id& id, int64_t begin,
   else go(RowDots<8, 16>());
 }
 
-constexpr int64_t TILES_AHEAD = 1024;  // bytes of levels that are asked for before they are needed
+constexpr int64_t TILES_AHEAD = 2048;  // bytes of levels that are asked for before they are needed
 
 // Rows of a tile times M vectors, N rows at a time.
 template <int BITS, int SIZE>
@@ -152,30 +155,36 @@ struct TileDots {
   static constexpr int BLOCKS = UNIT / SIZE;
 
   template <int M>
-  static void run(const Packed& p, const Rounded& x, int64_t tile, int64_t part, float (*y)[TILE]) {
+  static void run(const Packed p, const Rounded& x, int64_t tile, int64_t part, float (*y)[TILE]) {
     const uint8_t* levels = p.levels + tile * TILE * p.pitch + part * S::BYTES;
-    Rounded own[M];
+    const int8_t* given[M];
+    const float *scales[M], *sums[M];
     typename S::V sum[M], bias = S::all(float(-p.bias)), above, above_offset;
-    for (int m = 0; m < M; ++m) own[m] = x.at(m), sum[m] = S::zero();
+    for (int m = 0; m < M; ++m) {
+      Rounded own = x.at(m);
+      given[m] = own.levels, scales[m] = own.scales_of(SIZE), sums[m] = own.sums_of(SIZE);
+      sum[m] = S::zero();
+    }
     above = above_offset = S::zero();
-    for (int64_t unit = 0; unit < p.units(); ++unit, levels += TILE * UNIT * BITS / 8) {
+    int64_t units = p.units(), place = tile * p.each() * TILE + part * S::N;
+    int64_t place_above = tile * p.supers_each() * TILE + part * S::N;
+    for (int64_t unit = 0; unit < units; ++unit, levels += TILE * UNIT * BITS / 8) {
       typename S::W found[M][BLOCKS];
-      products<M>(levels, own, unit, part == 0, found);
+      products<M>(levels, given, unit, part == 0, found);
       if (p.scales.supers && unit % (SUPER / UNIT) == 0) {
-        int64_t at = (tile * p.supers_each() + unit * UNIT / SUPER) * TILE + part * S::N;
+        int64_t at = place_above + unit * UNIT / SUPER * TILE;
         above = S::half(p.scales.supers + at, S::N);
         if (p.offsets.own) above_offset = S::half(p.offsets.supers + at, S::N);
       }
-      for (int b = 0; b < BLOCKS; ++b) {
-        int64_t at = (tile * p.each() + unit * BLOCKS + b) * TILE + part * S::N;
+#pragma GCC unroll 4
+      for (int b = 0; b < BLOCKS; ++b, place += TILE) {
         int64_t of_x = unit * BLOCKS + (SIZE == 16 ? turn_of(b) : b);
-        auto scale = factors(p.scales, at, above);
+        auto scale = factors(p.scales, place, above);
         for (int m = 0; m < M; ++m) {
-          auto sums = S::all(own[m].sums_of(SIZE)[of_x]);
-          auto value = S::fma(S::to_float(found[m][b]), S::all(own[m].scales_of(SIZE)[of_x]),
-                              S::mul(bias, sums));
+          auto of_levels = S::all(sums[m][of_x]);
+          auto value = S::fma(S::to_float(found[m][b]), S::all(scales[m][of_x]), S::mul(bias, of_levels));
           sum[m] = S::fma(scale, value, sum[m]);
-          if (p.offsets.own) sum[m] = S::fma(factors(p.offsets, at, above_offset), sums, sum[m]);
+          if (p.offsets.own) sum[m] = S::fma(factors(p.offsets, place, above_offset), of_levels, sum[m]);
         }
       }
     }
@@ -189,14 +198,14 @@ struct TileDots {
 
   // found[m][b] = of each row: the unit's levels of block b times those of x[m].
   template <int M>
-  static void products(const uint8_t* levels, const Rounded* x, int64_t unit, bool ask,
+  static void products(const uint8_t* levels, const int8_t* const* x, int64_t unit, bool ask,
                        typename S::W (*found)[BLOCKS]) {
     for (int m = 0; m < M; ++m)
       for (int b = 0; b < BLOCKS; ++b) found[m][b] = S::whole(0);
     auto add = [&](int64_t four, typename S::B of_four) {
       for (int m = 0; m < M; ++m) {
         uint32_t given;
-        std::memcpy(&given, x[m].levels + unit * UNIT + 4 * four_of(four), 4);
+        std::memcpy(&given, x[m] + unit * UNIT + 4 * four_of(four), 4);
         auto& to = found[m][4 * four / SIZE];
         to = dot<BITS>(to, of_four, S::same(given));
       }
@@ -204,7 +213,7 @@ struct TileDots {
 #pragma GCC unroll 16
     for (int64_t four = 0; four < UNIT * BITS / 32; ++four) {
       auto bytes = S::bytes(levels + 4 * TILE * four);
-      if (ask) __builtin_prefetch(levels + 4 * TILE * four + TILES_AHEAD, 0, 2);
+      if (ask) __builtin_prefetch(levels + 4 * TILE * four + TILES_AHEAD);
       if (BITS == 8) {
         add(four, bytes);
       } else {
@@ -247,71 +256,91 @@ void packed_matvec(const Packed& p, const Rounded& x, int64_t begin, int64_t end
 
 void packed_dots(const Packed& p, const Rounded& x, const int32_t* ids, int64_t first, int64_t n,
                  float* y) {
+  if (p.order == Order::tiles) return packed_tiles(p, x, first, first + n, y - first, 0);
   if (ids) packed_rows(p, x, [&](int64_t j) { return int64_t(ids[j]); }, 0, n, y, 0);
   else packed_rows(p, x, [&](int64_t j) { return first + j; }, 0, n, y, 0);
 }
 
-// whole[0..64) += four neurons' levels times four bytes `u`, of a unit.
-template <int BITS>
-inline void add_unit(const S::B* rows, S::B u, int32_t* whole, int64_t half, bool first, S::W start) {
-  typename S::B mixed[4];
-  S::interleave(rows, mixed);
+// `FOURS` times four neurons of a block: their rows, their inputs' levels of four a word, and the
+// rows that are needed next.
+template <int FOURS>
+struct Neurons {
+  const uint8_t* rows[4 * FOURS];
+  const uint8_t* next[4 * FOURS];
+  uint32_t inputs[FOURS];
+};
+
+// whole[0..64) += neurons' levels times their inputs, of a unit; first: whole[..] = start + ...
+template <int FOURS, class Levels>
+static inline void add_unit(const Levels& levels, const S::B* inputs, bool first, S::W start, int32_t* whole) {
   for (int v = 0; v < 4; ++v) {
-    int32_t* at = whole + 16 * v + half * S::N;
-    S::store_whole(at, dot<BITS>(first ? start : S::load_whole(at), mixed[v], u));
+    auto sum = first ? start : S::load_whole(whole + 16 * v);
+    for (int f = 0; f < FOURS; ++f) sum = levels(sum, f, v, inputs[f]);
+    S::store_whole(whole + 16 * v, sum);
   }
 }
 
-template <int BITS>
-void add_four(const Packed& p, const uint8_t* const* rows, const uint8_t* const* next, uint32_t four,
-              bool first, int start, int32_t* whole) {
+template <int BITS, int FOURS>
+static void add_some(const Packed& p, Neurons<FOURS>& n, bool first, int start, int32_t* whole) {
   constexpr int64_t STEP = S::BYTES;
-  auto u = S::same(four);
   auto begin = S::whole(start);
-  int64_t columns = p.units() * UNIT;
-  typename S::B own[4];
-  if constexpr (BITS == 8) {
-    for (int64_t c = 0; c < columns; c += STEP) {
+  int64_t columns = p.units() * UNIT, wide = BITS == 8 ? columns : columns / (2 * UNIT) * UNIT;
+  typename S::B inputs[FOURS], mixed[FOURS][4];
+  for (int f = 0; f < FOURS; ++f) inputs[f] = S::same(n.inputs[f]);
+  auto mix = [&](int64_t at, const auto& bytes) {
+    for (int f = 0; f < FOURS; ++f) {
+      typename S::B own[4];
       for (int r = 0; r < 4; ++r) {
-        own[r] = S::bytes(rows[r] + c);
-        __builtin_prefetch(next[r] + c, 0, 2);
+        own[r] = bytes(n.rows[4 * f + r]);
+        __builtin_prefetch(n.next[4 * f + r] + at);
       }
-      add_unit<8>(own, u, whole + c / UNIT * UNIT, c % UNIT / STEP, first, begin);
+      S::interleave(own, mixed[f]);
     }
-  } else {
-    int64_t c = 0;
-    for (; c + 2 * UNIT <= columns; c += 2 * UNIT)
-      for (int64_t j = 0; j < UNIT; j += STEP) {
-        typename S::B both[4];
-        for (int r = 0; r < 4; ++r) {
-          both[r] = S::bytes(rows[r] + c / 2 + j);
-          __builtin_prefetch(next[r] + c / 2 + j, 0, 2);
-          own[r] = S::low(both[r]);
-        }
-        add_unit<4>(own, u, whole + c, j / STEP, first, begin);
-        for (int r = 0; r < 4; ++r) own[r] = S::high(both[r]);
-        add_unit<4>(own, u, whole + c + UNIT, j / STEP, first, begin);
-      }
-    if (c < columns)
-      for (int64_t j = 0; j < UNIT; j += STEP) {
-        for (int r = 0; r < 4; ++r) own[r] = S::last(rows[r] + c / 2, j);
-        add_unit<4>(own, u, whole + c, j / STEP, first, begin);
-      }
+  };
+  auto whole_byte = [&](typename S::W sum, int f, int v, typename S::B u) { return S::dot8(sum, mixed[f][v], u); };
+  auto last = [&](typename S::W sum, int f, int v, typename S::B u) { return S::dot4(sum, mixed[f][v], u); };
+  auto low = [&](typename S::W sum, int f, int v, typename S::B u) { return S::dot4(sum, S::low(mixed[f][v]), u); };
+  auto high = [&](typename S::W sum, int f, int v, typename S::B u) { return S::dot4(sum, S::high(mixed[f][v]), u); };
+  for (int64_t at = 0; at < wide; at += STEP) {
+    mix(at, [&](const uint8_t* row) { return S::bytes(row + at); });
+    int64_t place = at % UNIT / STEP * S::N;
+    if (BITS == 8) {
+      add_unit<FOURS>(whole_byte, inputs, first, begin, whole + at / UNIT * UNIT + place);
+    } else {
+      int32_t* to = whole + at / UNIT * 2 * UNIT + place;
+      add_unit<FOURS>(low, inputs, first, begin, to);
+      add_unit<FOURS>(high, inputs, first, begin, to + UNIT);
+    }
   }
+  if (BITS == 4 && columns % (2 * UNIT))
+    for (int64_t j = 0; j < UNIT; j += STEP) {
+      mix(wide, [&](const uint8_t* row) { return S::last(row + wide, j); });
+      add_unit<FOURS>(last, inputs, first, begin, whole + 2 * wide + j / STEP * S::N);
+    }
 }
 
-// to[c] += factors of a group of neurons times by[c] (or `factor` where by is null).
-inline void add_factors(const Packed& p, const Factors& f, int64_t group, const int32_t* by,
-                        float factor, float* to) {
-  int64_t columns = p.units() * UNIT, super = group / (SUPER / p.block);
-  auto times = S::all(factor);
-  for (int64_t c = 0; c < columns; c += S::N) {
-    auto value = f.supers ? S::small(static_cast<const int8_t*>(f.own) + group * columns + c, S::N)
-                          : S::half(static_cast<const uint16_t*>(f.own) + group * columns + c, S::N);
-    if (f.supers) value = S::mul(value, S::half(f.supers + super * columns + c, S::N));
-    value = S::mul(value, times);
-    auto sum = S::load(to + c);
-    S::store(to + c, by ? S::fma(S::to_float(S::load_whole(by + c)), value, sum) : S::add(sum, value));
+// Factors of a group of neurons from column `c` on; asks for those of the next group.
+inline S::V factors_of(const Packed& p, const Factors& f, int64_t group, int64_t c) {
+  int64_t columns = p.units() * UNIT;
+  if (!f.supers) {
+    auto own = static_cast<const uint16_t*>(f.own) + group * columns + c;
+    __builtin_prefetch(own + columns);
+    return S::half(own, S::N);
+  }
+  auto own = static_cast<const int8_t*>(f.own) + group * columns + c;
+  __builtin_prefetch(own + columns);
+  return S::mul(S::small(own, S::N), S::half(f.supers + group / (p.block == 16 ? 16 : 8) * columns + c, S::N));
+}
+
+// to[c] += scale whole[c] times the scales of a group of neurons, and sum times their offsets.
+inline void add_factors(const Packed& p, int64_t group, const int32_t* whole, float scale, float sum,
+                        float* to) {
+  auto by = S::all(scale), offset = S::all(sum);
+  for (int64_t c = 0; c < p.units() * UNIT; c += S::N) {
+    auto value = S::mul(factors_of(p, p.scales, group, c), by);
+    auto found = S::fma(S::to_float(S::load_whole(whole + c)), value, S::load(to + c));
+    if (p.offsets.own) found = S::fma(factors_of(p, p.offsets, group, c), offset, found);
+    S::store(to + c, found);
   }
 }
 
@@ -337,37 +366,53 @@ inline float round_group(const float* from, int8_t* levels, int* halves) {
   return none ? std::nanf("") : largest / 127.0f;
 }
 
-// Adds neurons 0 to n of one block; behind them, `left` in all, are those whose turn is next.
-void add_block(const Packed& p, const int32_t* ids, const float* u, int64_t n, int64_t left, float* sums,
-               int32_t* whole) {
+// Neurons of a block, and those whose turn is next.
+struct Queue {
+  const Packed& p;
+  const int32_t* ids;
+  int64_t place;  // of the first one, in a copy of kept neurons
+
+  const uint8_t* row(int64_t i) const { return p.levels + (p.kept ? place + i : ids[i]) * p.pitch; }
+};
+
+// whole[:] = or += neurons `at` to `n` of a block, up to four times FOURS; `left` are in the queue.
+template <int FOURS>
+void add_next(const Queue& queue, const int8_t* levels, int64_t at, int64_t n, int64_t left, int start,
+              int32_t* whole) {
+  Neurons<FOURS> some;
+  std::memcpy(some.inputs, levels + at, 4 * FOURS);
+  int64_t later = std::min(at + 4 * FOURS, n);
+  for (int64_t r = 0; r < 4 * FOURS; ++r) {
+    some.rows[r] = queue.row(std::min(at + r, n - 1));
+    some.next[r] = queue.row(std::min(later + r, left - 1));
+  }
+  if (queue.p.bits == 4) add_some<4, FOURS>(queue.p, some, at == 0, start, whole);
+  else add_some<8, FOURS>(queue.p, some, at == 0, start, whole);
+}
+
+// Adds neurons 0 to n of a queue of `left`, which are of one block.
+void add_block(const Queue& queue, const float* u, int64_t n, int64_t left, float* sums, int32_t* whole) {
   float values[GROUP] = {};
   std::copy(u, u + n, values);
   int8_t levels[GROUP];
   int halves[2];
   float scale = round_group(values, levels, halves);
   if (scale == 0) return;
-  int total = halves[0] + halves[1];
-  auto row = [&](int64_t i, int64_t end) {
-    return p.levels + int64_t(ids[i < end ? i : end - 1]) * p.pitch;
-  };
-  for (int64_t i = 0; i < n; i += 4) {
-    uint32_t four;
-    std::memcpy(&four, levels + i, 4);
-    const uint8_t *rows[4], *next[4];
-    int64_t later = i + 4 < n ? i + 4 : n;
-    for (int r = 0; r < 4; ++r) rows[r] = row(i + r, n), next[r] = row(later + r, left);
-    if (p.bits == 4) add_four<4>(p, rows, next, four, i == 0, -p.bias * total, whole);
-    else add_four<8>(p, rows, next, four, i == 0, -p.bias * total, whole);
+  const Packed& p = queue.p;
+  int total = halves[0] + halves[1], start = -p.bias * total;
+  for (int64_t i = 0; i < n;) {
+    if (n - i > 4) add_next<2>(queue, levels, i, n, left, start, whole), i += 8;
+    else add_next<1>(queue, levels, i, n, left, start, whole), i += 4;
   }
-  add_factors(p, p.scales, ids[0] / p.block, whole, scale, sums);
-  if (p.offsets.own) add_factors(p, p.offsets, ids[0] / p.block, nullptr, scale * float(total), sums);
+  add_factors(p, queue.ids[0] / p.block, whole, scale, scale * float(total), sums);
 }
 
-void packed_add_neurons(const Packed& p, const int32_t* ids, const float* u, int64_t n, float* sums,
-                        int32_t* whole) {
+void packed_add_neurons(const Packed& p, const int32_t* ids, int64_t place, const float* u, int64_t n,
+                        float* sums, int32_t* whole) {
+  int shift = p.block == 16 ? 4 : 5;
   for (int64_t begin = 0, end; begin < n; begin = end) {
-    for (end = begin + 1; end < n && ids[end] / p.block == ids[begin] / p.block;) ++end;
-    add_block(p, ids + begin, u + begin, end - begin, n - begin, sums, whole);
+    for (end = begin + 1; end < n && ids[end] >> shift == ids[begin] >> shift;) ++end;
+    add_block({p, ids + begin, place + begin}, u + begin, end - begin, n - begin, sums, whole);
   }
 }
 
@@ -431,79 +476,154 @@ void packed_activate(Act act, const float* gate, float* up, int64_t n) {
   }
 }
 
+constexpr int64_t LEVELS_AHEAD = 2048;  // bytes that are asked for before they are dequantised
+
 // Levels of a unit of a row, by their places.
+template <int BITS>
 inline void levels_by_place(const Packed& p, int64_t row, int64_t unit, uint8_t* to) {
   const uint8_t* from = p.levels + row * p.pitch;
-  if (p.order == Order::tiles) {
-    from = p.levels + row / TILE * TILE * p.pitch + unit * TILE * UNIT * p.bits / 8 + row % TILE * 4;
-    for (int64_t c = 0; c < UNIT * p.bits / 8; ++c) {
-      uint8_t one = from[c / 4 * 4 * TILE + c % 4];
-      if (p.bits == 8) to[c] = one;
-      else to[c] = one & 15, to[c + 32] = one >> 4;
-    }
-  } else if (p.bits == 8) {
+  __builtin_prefetch(from + unit * UNIT * BITS / 8 + LEVELS_AHEAD, 0, 2);
+  if (BITS == 8) {
     std::memcpy(to, from + unit * UNIT, UNIT);
   } else if (unit % 2 == 0 && unit + 1 == p.units()) {
     for (int64_t j = 0; j < 32; ++j) to[j] = from[unit * 32 + j] & 15;
     for (int64_t j = 0; j < 32; ++j) to[j + 32] = from[unit * 32 + j] >> 4;
+  } else if (unit % 2) {
+    for (int64_t j = 0; j < UNIT; ++j) to[j] = from[unit / 2 * UNIT + j] >> 4;
   } else {
-    int shift = unit % 2 ? 4 : 0;
-    for (int64_t j = 0; j < UNIT; ++j) to[j] = from[unit / 2 * UNIT + j] >> shift & 15;
+    for (int64_t j = 0; j < UNIT; ++j) to[j] = from[unit / 2 * UNIT + j] & 15;
   }
 }
 
-// Levels of a unit of a row, by columns.
-inline void unit_levels(const Packed& p, int64_t row, int64_t unit, uint8_t* to) {
-  uint8_t own[UNIT];
-  levels_by_place(p, row, unit, own);
-  for (int64_t c = 0; c < UNIT; c += 4) std::memcpy(to + c, own + place_of(p.order, c), 4);
+// to[0..n) = scale * (level - bias) + offset, of scales and offset - scale * bias: a product of
+// levels or bias with a scale is exact.
+template <class T, class Scale, class Rest>
+inline void weigh(const uint8_t* levels, int64_t n, T* to, const Scale& scale, const Rest& rest) {
+  for (int64_t c = 0; c < n; c += S::N) S::store(to + c, S::fma(scale(c), S::level(levels + c), rest(c)));
 }
 
-// to[0..UNIT) = factors of a unit's columns.
-inline void unit_factors(const Packed& p, const Factors& f, int64_t row, int64_t unit, float* to) {
-  if (p.order == Order::neurons) {
-    int64_t at = row / p.block * p.each() + unit * UNIT, above = row / SUPER * p.each() + unit * UNIT;
-    for (int64_t c = 0; c < UNIT; c += S::N) {
-      if (!f.supers) S::store(to + c, S::half(static_cast<const uint16_t*>(f.own) + at + c, S::N));
-      else
-        S::store(to + c, S::mul(S::small(static_cast<const int8_t*>(f.own) + at + c, S::N),
-                                S::half(f.supers + above + c, S::N)));
+// N factors from place `at` on, and the places of what they are multiplied by.
+inline S::V factors_at(const Factors& f, int64_t at, int64_t above) {
+  if (!f.supers) return S::half(static_cast<const uint16_t*>(f.own) + at, S::N);
+  return S::mul(S::small(static_cast<const int8_t*>(f.own) + at, S::N), S::half(f.supers + above, S::N));
+}
+
+template <int BITS, class T>
+static void dequantise_neuron(const Packed& p, int64_t row, T* to) {
+  const Factors scales = p.scales, offsets = p.offsets;
+  const auto bias = S::all(float(-p.bias));
+  int64_t at = row / p.block * p.each(), above = row / SUPER * p.each();
+  for (int64_t unit = 0; unit < p.units(); ++unit, at += UNIT, above += UNIT) {
+    alignas(64) uint8_t places[UNIT], levels[UNIT];
+    levels_by_place<BITS>(p, row, unit, places);
+    transpose_fours(places, 16, levels, 16);
+    auto scale = [=](int64_t c) { return factors_at(scales, at + c, above + c); };
+    auto offset = [=](int64_t c) { return factors_at(offsets, at + c, above + c); };
+    int64_t n = std::min(UNIT, p.columns - unit * UNIT);
+    T last[UNIT], *own = n < UNIT ? last : to + unit * UNIT;
+    if (offsets.own) weigh(levels, UNIT, own, scale, offset);
+    else weigh(levels, UNIT, own, scale, [=](int64_t c) { return S::mul(scale(c), bias); });
+    if (n < UNIT) std::copy_n(last, n, to + unit * UNIT);
+  }
+}
+
+template <int BITS, int SIZE, class T>
+static void dequantise_row(const Packed& p, int64_t row, T* to) {
+  constexpr int64_t BLOCKS = UNIT / SIZE;
+  for (int64_t c = 0; c < p.columns; c += CHUNK) {
+    int64_t left = std::min(p.units() * UNIT - c, CHUNK);
+    alignas(64) float scales[CHUNK / SIZE], rests[CHUNK / SIZE];
+    for (int64_t b = 0, n = left / SIZE; b < n; b += S::N) {
+      auto scale = row_factors<SIZE>(p, p.scales, row, c / SIZE + b, n - b);
+      auto rest = p.offsets.own ? row_factors<SIZE>(p, p.offsets, row, c / SIZE + b, n - b)
+                                : S::mul(scale, S::all(float(-p.bias)));
+      S::store(scales + b, scale), S::store(rests + b, rest);
     }
-    return;
-  }
-  int64_t blocks = UNIT / p.block;
-  for (int64_t b = 0; b < blocks; ++b) {
-    int64_t at = p.factor_of(row, unit * blocks + b);
-    int64_t above = p.super_of(row, unit * UNIT / SUPER);
-    float own = f.supers ? float(static_cast<const int8_t*>(f.own)[at]) * half_to_float(f.supers[above])
-                         : half_to_float(static_cast<const uint16_t*>(f.own)[at]);
-    for (int64_t j = 0; j < p.block; ++j) to[b * p.block + j] = own;
+    for (int64_t unit = 0; unit < left / UNIT; ++unit) {
+      alignas(64) uint8_t places[UNIT], levels[UNIT];
+      levels_by_place<BITS>(p, row, c / UNIT + unit, places);
+      transpose_fours(places, 16, levels, 16);
+      int64_t first = c + unit * UNIT;
+      for (int64_t quarter = 0; quarter < 4 && first + 16 * quarter < p.columns; ++quarter) {
+        int64_t block = unit * BLOCKS + (SIZE == 16 ? turn_of(quarter) : quarter / 2);
+        auto scale = S::all(scales[block]), rest = S::all(rests[block]);
+        weigh(levels + 16 * turn_of(quarter), 16, to + first + 16 * quarter,
+              [&](int64_t) { return scale; }, [&](int64_t) { return rest; });
+      }
+    }
   }
 }
 
-inline uint16_t to_bf16(float x) {
-  uint32_t bits = to_bits(x);
-  return uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+// Levels of a unit of rows `begin` to `end` of a tile, and of others beside them: [TILE, UNIT].
+template <int BITS>
+inline void tile_levels(const Packed& p, int64_t tile, int64_t unit, int64_t begin, int64_t end,
+                        uint8_t* to) {
+  constexpr int64_t FOURS = UNIT / 4, EACH = 4 * TILE;  // bytes of a four of all rows
+  const uint8_t* from = p.levels + tile * TILE * p.pitch + unit * FOURS * EACH * BITS / 8;
+  alignas(64) uint8_t wide[FOURS * EACH];
+  for (int64_t i = 0; i < FOURS * EACH * BITS / 8; i += 64)
+    __builtin_prefetch(from + i + LEVELS_AHEAD, 0, 2);
+  if (BITS == 4) {
+    constexpr int64_t HALF = FOURS / 2 * EACH;
+    for (int64_t i = 0; i < HALF; ++i) wide[i] = from[i] & 15;
+    for (int64_t i = 0; i < HALF; ++i) wide[HALF + i] = from[i] >> 4;
+    from = wide;
+  }
+  for (int64_t row = begin / 4 * 4; row < end; row += 4)
+    for (int64_t four = 0; four < FOURS; four += 4)
+      transpose_fours(from + four * EACH + 4 * row, EACH, to + row * UNIT + 4 * four, UNIT);
 }
 
-void packed_dequantise(const Packed& p, int64_t row, Dtype dtype, void* to) {
-  float bias = float(p.bias);
+// Rows `begin` to `end` of a tile.
+template <int BITS, int SIZE, class T>
+static void dequantise_tile(const Packed& p, int64_t tile, int64_t begin, int64_t end, T* to) {
+  constexpr int64_t BLOCKS = UNIT / SIZE;
+  auto bias = S::all(float(-p.bias));
   for (int64_t unit = 0; unit < p.units(); ++unit) {
-    uint8_t levels[UNIT];
-    alignas(64) float scales[UNIT], offsets[UNIT] = {};
-    unit_levels(p, row, unit, levels);
-    unit_factors(p, p.scales, row, unit, scales);
-    if (p.offsets.own) unit_factors(p, p.offsets, row, unit, offsets);
-    for (int64_t j = 0; j < UNIT; ++j) scales[j] = scales[j] * (float(levels[j]) - bias) + offsets[j];
-    int64_t n = std::min<int64_t>(UNIT, p.columns - unit * UNIT);
-    if (dtype == Dtype::f32) {
-      std::memcpy(static_cast<float*>(to) + unit * UNIT, scales, size_t(n) * 4);
-    } else {
-      uint16_t narrow[UNIT];
-      for (int64_t j = 0; j < UNIT; ++j) narrow[j] = to_bf16(scales[j]);
-      std::memcpy(static_cast<uint16_t*>(to) + unit * UNIT, narrow, size_t(n) * 2);
+    alignas(64) uint8_t levels[TILE * UNIT];
+    alignas(64) float scales[BLOCKS][TILE], rests[BLOCKS][TILE];
+    tile_levels<BITS>(p, tile, unit, begin, end, levels);
+    for (int64_t b = 0; b < BLOCKS; ++b)
+      for (int64_t i = 0; i < TILE; i += S::N) {
+        int64_t at = (tile * p.each() + unit * BLOCKS + b) * TILE + i;
+        int64_t above = (tile * p.supers_each() + unit * UNIT / SUPER) * TILE + i;
+        auto scale = factors_at(p.scales, at, above);
+        S::store(scales[b] + i, scale);
+        S::store(rests[b] + i, p.offsets.own ? factors_at(p.offsets, at, above) : S::mul(scale, bias));
+      }
+    int64_t n = std::min(UNIT, p.columns - unit * UNIT);
+    for (int64_t row = begin; row < end; ++row)
+      weigh(levels + row * UNIT, n, to + (row - begin) * p.columns + unit * UNIT,
+            [&](int64_t c) { return S::all(scales[c / SIZE][row]); },
+            [&](int64_t c) { return S::all(rests[c / SIZE][row]); });
+  }
+}
+
+template <int BITS, int SIZE, class T>
+void dequantise_rows(const Packed& p, int64_t row, int64_t count, T* to) {
+  for (int64_t end = row + count, next; row < end; row = next, to += p.columns) {
+    next = row + 1;
+    if (p.order == Order::rows) dequantise_row<BITS, SIZE>(p, row, to);
+    else if (p.order == Order::neurons) dequantise_neuron<BITS>(p, row, to);
+    else {
+      int64_t first = row / TILE * TILE;
+      next = std::min(end, first + TILE);
+      dequantise_tile<BITS, SIZE>(p, row / TILE, row - first, next - first, to);
+      to += (next - row - 1) * p.columns;
     }
   }
+}
+
+template <class T>
+void dequantise_as(const Packed& p, int64_t row, int64_t count, T* to) {
+  if (p.bits == 4 && p.block == 32) dequantise_rows<4, 32>(p, row, count, to);
+  else if (p.bits == 4) dequantise_rows<4, 16>(p, row, count, to);
+  else if (p.block == 32) dequantise_rows<8, 32>(p, row, count, to);
+  else dequantise_rows<8, 16>(p, row, count, to);
+}
+
+void packed_dequantise(const Packed& p, int64_t row, int64_t count, Dtype dtype, void* to) {
+  DART_BY_DTYPE(dequantise_as(p, row, count, static_cast<T*>(to)))
 }
 
 const PackedKernels packed_table = {packed_matvec, packed_dots,     packed_add_neurons,

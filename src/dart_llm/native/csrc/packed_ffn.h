@@ -1,4 +1,4 @@
-// The kept neurons of a packed FFN, for one token.
+// The kept neurons of a packed FFN, for one token: their activations, then what they give.
 #pragma once
 #include <algorithm>
 
@@ -6,11 +6,39 @@
 
 namespace dart {
 
-// sums[:] += the output of kept neurons begin to end (whole units); u[begin..end) if not null;
-// whole: as many int32 of scratch as there are sums.  Neurons of one block are rounded together,
-// wherever work is divided: those at an end of the span belong to whoever has the block's first.
-inline void packed_ffn(const Kernels& kernels, Dtype dtype, const Ffn& f, const Input& x, int64_t begin,
-                       int64_t end, float* sums, float* u, int32_t* whole) {
+constexpr int64_t MOST = 32 * GROUP;  // neurons whose activations are worked on at a time
+
+// u[begin..end) = activations of kept neurons; all of them are there before packed_output runs.
+inline void packed_hidden(const Kernels& kernels, Dtype dtype, const Ffn& f, const Rounded& x,
+                          int64_t begin, int64_t end, float* u) {
+  for (int64_t n; begin < end; begin += n) {
+    n = std::min(end - begin, MOST);
+    float gate[MOST], up[MOST];
+    const int32_t* ids = f.ids ? f.ids + begin : nullptr;
+    const int32_t* rows = f.packed_down->kept ? nullptr : ids;  // of the matrices
+    auto add = [&](const void* bias, float* to) {
+      if (!bias) return;
+      if (ids) kernels.add_at(dtype, bias, ids, n, to);
+      else kernels.add(dtype, bias, begin, begin + n, to - begin);
+    };
+    kernels.packed.dots(*f.packed_up, x, rows, begin, n, up);
+    add(f.up_bias, up);
+    if (f.packed_gate) {
+      kernels.packed.dots(*f.packed_gate, x, rows, begin, n, gate);
+      add(f.gate_bias, gate);
+    }
+    int64_t whole = (n + GROUP - 1) / GROUP * GROUP;
+    std::fill(up + n, up + whole, 0.0f), std::fill(gate + n, gate + whole, 0.0f);
+    kernels.packed.activate(f.act, f.packed_gate ? gate : nullptr, up, n);
+    std::copy_n(up, n, u + begin);
+  }
+}
+
+// sums[:] += the output of kept neurons begin to end (whole units); whole: as many int32 of scratch
+// as there are sums.  Neurons of one block are rounded together, wherever work is divided: those at
+// an end of the span belong to whoever has the block's first.
+inline void packed_output(const Kernels& kernels, const Ffn& f, const float* u, int64_t begin,
+                          int64_t end, float* sums, int32_t* whole) {
   int64_t block = f.packed_down->block;
   auto id = [&](int64_t place) { return f.ids ? int64_t(f.ids[place]) : place; };
   auto first_of_block = [&](int64_t place) {
@@ -18,26 +46,15 @@ inline void packed_ffn(const Kernels& kernels, Dtype dtype, const Ffn& f, const 
     return place;
   };
   begin = first_of_block(begin), end = first_of_block(end);
-  constexpr int64_t MOST = 4 * GROUP;
   for (int64_t n; begin < end; begin += n) {
     n = std::min(end, first_of_block(std::min(end, begin + MOST - GROUP + 1))) - begin;
     int32_t ids[MOST];
-    float gate[MOST], up[MOST];
-    for (int64_t i = 0; i < n; ++i) ids[i] = int32_t(id(begin + i));
-    std::fill(up + n, up + (n + GROUP - 1) / GROUP * GROUP, 0.0f);
-    std::fill(gate + n, gate + (n + GROUP - 1) / GROUP * GROUP, 0.0f);
-    kernels.packed.dots(*f.packed_up, x.rounded, ids, 0, n, up);
-    if (f.up_bias) kernels.add_at(dtype, f.up_bias, ids, n, up);
-    if (f.packed_gate) {
-      kernels.packed.dots(*f.packed_gate, x.rounded, ids, 0, n, gate);
-      if (f.gate_bias) kernels.add_at(dtype, f.gate_bias, ids, n, gate);
-    }
-    kernels.packed.activate(f.act, f.packed_gate ? gate : nullptr, up, n);
+    float own[MOST];
     for (int64_t i = 0; i < n; ++i) {
-      if (u) u[begin + i] = up[i];
-      if (f.mean) up[i] -= f.mean[ids[i]];
+      ids[i] = int32_t(id(begin + i));
+      own[i] = f.mean ? u[begin + i] - f.mean[ids[i]] : u[begin + i];
     }
-    kernels.packed.add_neurons(*f.packed_down, ids, up, n, sums, whole);
+    kernels.packed.add_neurons(*f.packed_down, ids, begin, own, n, sums, whole);
   }
 }
 

@@ -113,6 +113,7 @@ void PackedMatrix::fill(const Parts& parts, int64_t first, int64_t count) {
 
 void PackedMatrix::cut(int64_t begin, int64_t end) {
   packed.rows = stored_rows = end - begin;
+  shared = true;
   int64_t rows = packed.room();
   size_t next = 0;
   auto part = [&](int64_t each) {  // with what is read behind the last row
@@ -131,21 +132,57 @@ void PackedMatrix::cut(int64_t begin, int64_t end) {
 int64_t PackedMatrix::nbytes() const {
   int64_t total = 0;
   for (const Tensor& t : held) total += int64_t(t.nbytes());
-  return total;
+  return packed.kept && packed.order == Order::neurons ? int64_t(held[0].nbytes()) : total;
+}
+
+Dtype dequantised(at::ScalarType as) {
+  TORCH_CHECK(as == at::kFloat || as == at::kBFloat16, "native: weights become float32 or bfloat16");
+  return as == at::kFloat ? Dtype::f32 : Dtype::bf16;
 }
 
 Tensor PackedMatrix::rows(const std::function<int64_t(int64_t)>& id, int64_t count,
                           at::ScalarType as) const {
-  TORCH_CHECK(as == at::kFloat || as == at::kBFloat16, "native: weights become float32 or bfloat16");
-  Dtype dtype = as == at::kFloat ? Dtype::f32 : Dtype::bf16;
+  TORCH_CHECK(!packed.kept, "native: kept neurons are no matrix of a model");
+  Dtype dtype = dequantised(as);
   Tensor found = at::empty({count, packed.columns}, as);
   auto* to = static_cast<uint8_t*>(found.mutable_data_ptr());
   int64_t bytes = packed.columns * int64_t(found.element_size());
   const Kernels& kernels = best();
   at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) kernels.packed.dequantise(packed, id(i), dtype, to + i * bytes);
+    for (int64_t i = begin; i < end; ++i)
+      kernels.packed.dequantise(packed, id(i), 1, dtype, to + i * bytes);
   });
   return found;
+}
+
+// Rows `begin` to `end` of a matrix.
+struct Rows {
+  const Packed* matrix;
+  int64_t begin, end;
+
+  int64_t first() const { return begin / TILE; }
+  int64_t tiles() const { return (end + TILE - 1) / TILE - first(); }
+};
+
+// to = rows one after the other, dequantised on torch's threads.
+void dequantise(const std::vector<Rows>& all, const Tensor& to) {
+  Dtype dtype = dequantised(to.scalar_type());
+  auto* start = static_cast<uint8_t*>(to.mutable_data_ptr());
+  int64_t bytes = int64_t(to.element_size()), tiles = 0;
+  for (const Rows& one : all) tiles += one.tiles();
+  const Kernels& kernels = best();
+  at::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
+    uint8_t* own = start;
+    int64_t before = 0;
+    for (const Rows& one : all) {
+      int64_t from = std::max(first - before, int64_t(0)), till = std::min(last - before, one.tiles());
+      int64_t row = std::max(one.begin, (one.first() + from) * TILE);
+      int64_t end = std::min(one.end, (one.first() + till) * TILE), each = one.matrix->columns * bytes;
+      if (from < till)
+        kernels.packed.dequantise(*one.matrix, row, end - row, dtype, own + (row - one.begin) * each);
+      own += (one.end - one.begin) * each, before += one.tiles();
+    }
+  });
 }
 
 // Calls work(first row, rows) for pieces of a matrix that are small beside it, on torch's threads.
@@ -207,8 +244,7 @@ RoundedRows::RoundedRows(const Kernels& kernels, const float* x, int64_t count, 
 }
 
 // x [M, D] times a matrix of rows: [M, N].
-Tensor packed_linear(const Tensor& x, const c10::intrusive_ptr<PackedMatrix>& matrix) {
-  const Packed& p = matrix->packed;
+Tensor times_few(const Tensor& x, const Packed& p) {
   TORCH_CHECK(x.dim() == 2 && x.size(1) == p.columns && p.order != Order::neurons,
               "native: shapes do not fit");
   Tensor wide = x.to(at::kFloat).contiguous();
@@ -226,9 +262,12 @@ Tensor packed_linear(const Tensor& x, const c10::intrusive_ptr<PackedMatrix>& ma
   return y.to(x.scalar_type());
 }
 
+Tensor packed_linear(const Tensor& x, const c10::intrusive_ptr<PackedMatrix>& matrix) {
+  return times_few(x, matrix->packed);
+}
+
 // u [M, I], activations of all neurons, through a down projection: [M, D].
-Tensor packed_down(const Tensor& u, const c10::intrusive_ptr<PackedMatrix>& matrix) {
-  const Packed& p = matrix->packed;
+Tensor add_neurons(const Tensor& u, const Packed& p) {
   TORCH_CHECK(p.order == Order::neurons && u.dim() == 2 && u.size(1) == p.rows,
               "native: shapes do not fit");
   Tensor wide = u.to(at::kFloat).contiguous();
@@ -248,12 +287,16 @@ Tensor packed_down(const Tensor& u, const c10::intrusive_ptr<PackedMatrix>& matr
         int64_t n = std::min<int64_t>(p.block, own.end - at);
         for (int64_t i = 0; i < n; ++i) ids[i] = int32_t(at + i);
         for (int64_t m = 0; m < count; ++m)
-          kernels.packed.add_neurons(p, ids, values + m * p.rows + at, n, sums + (one * count + m) * columns,
+          kernels.packed.add_neurons(p, ids, at, values + m * p.rows + at, n, sums + (one * count + m) * columns,
                                      whole + one * columns);
       }
     }
   });
-  return parts.sum(0).narrow(1, 0, p.columns).to(u.scalar_type());
+  return parts.sum(0).narrow(1, 0, p.columns).to(u.scalar_type()).contiguous();
+}
+
+Tensor packed_down(const Tensor& u, const c10::intrusive_ptr<PackedMatrix>& matrix) {
+  return add_neurons(u, matrix->packed);
 }
 
 // Rows `ids` [n] int64 of a matrix: [n, M] float32 or bfloat16.
@@ -272,7 +315,76 @@ Tensor packed_rows(const c10::intrusive_ptr<PackedMatrix>& matrix, const Tensor&
 Tensor packed_span(const c10::intrusive_ptr<PackedMatrix>& matrix, int64_t begin, int64_t end,
                    at::ScalarType as) {
   TORCH_CHECK_INDEX(0 <= begin && begin <= end && end <= matrix->packed.rows, "native: no such rows");
-  return matrix->rows([&](int64_t i) { return begin + i; }, end - begin, as);
+  dequantised(as);
+  Tensor found = at::empty({end - begin, matrix->packed.columns}, as);
+  dequantise({{&matrix->packed, begin, end}}, found);
+  return found;
+}
+
+// Room for `rows` dequantised rows that are soon read: the same at every call of a thread, for new
+// memory costs more than what is written to it.
+Tensor room_for(int64_t rows, int64_t columns, at::ScalarType as) {
+  thread_local Tensor kept[2];
+  Tensor& own = kept[as == at::kFloat];
+  if (!own.defined() || own.numel() < rows * columns) {
+    c10::InferenceMode mode(false);
+    own = at::empty({rows * columns}, as);
+  }
+  return own.narrow(0, 0, rows * columns).view({rows, columns});
+}
+
+constexpr int64_t PIECE = 1 << 20;  // weights that are dequantised at a time: they stay in the caches
+
+// Calls work(rows, their number) for pieces of at most PIECE weights.
+template <class Work>
+void by_pieces(const std::vector<const Packed*>& all, const Work& work) {
+  int64_t most = std::max<int64_t>(1, PIECE / all[0]->columns / TILE) * TILE, held = 0;
+  std::vector<Rows> piece;
+  for (const Packed* matrix : all)
+    for (int64_t begin = 0, count; begin < matrix->rows; begin += count, held += count) {
+      if (held + TILE > most) work(piece, held), piece.clear(), held = 0;
+      count = std::min((most - held) / TILE * TILE, matrix->rows - begin);
+      piece.push_back({matrix, begin, begin + count});
+    }
+  work(piece, held);
+}
+
+// The rows in a dtype, until the next call of a thread.
+Tensor dequantised(const std::vector<Rows>& rows, int64_t count, int64_t columns, at::ScalarType as) {
+  Tensor found = room_for(count, columns, as == at::kBFloat16 ? as : at::kFloat);
+  dequantise(rows, found);
+  return found.to(as);
+}
+
+Tensor times_rows(const Tensor& x, const std::vector<const Packed*>& all, int64_t few) {
+  for (const Packed* one : all)
+    TORCH_CHECK(x.dim() == 2 && x.size(1) == one->columns, "native: shapes do not fit");
+  std::vector<Tensor> found;
+  if (x.size(0) <= few && all[0]->order != Order::neurons) {
+    for (const Packed* one : all) found.push_back(times_few(x, *one));
+  } else {
+    by_pieces(all, [&](const std::vector<Rows>& rows, int64_t n) {
+      found.push_back(at::mm(x, dequantised(rows, n, x.size(1), x.scalar_type()).t()));
+    });
+  }
+  return found.size() == 1 ? found[0] : at::cat(found, 1);
+}
+
+Tensor times_stored(const Tensor& x, const Packed& p, int64_t few) {
+  TORCH_CHECK(x.dim() == 2 && x.size(1) == p.rows, "native: shapes do not fit");
+  if (x.size(0) <= few && p.order == Order::neurons) return add_neurons(x, p);
+  Tensor sum;
+  by_pieces({&p}, [&](const std::vector<Rows>& rows, int64_t n) {
+    Tensor own = rows.empty() ? x : x.narrow(1, rows[0].begin, n);
+    Tensor part = at::mm(own, dequantised(rows, n, p.columns, x.scalar_type()));
+    sum = sum.defined() ? sum.add_(part) : part;
+  });
+  return sum;
+}
+
+Tensor packed_product(const Tensor& x, const c10::intrusive_ptr<PackedMatrix>& matrix, bool turned,
+                      int64_t few) {
+  return turned ? times_rows(x, {&matrix->packed}, few) : times_stored(x, matrix->packed, few);
 }
 
 // The same rows, on the same memory.
@@ -287,6 +399,165 @@ c10::intrusive_ptr<PackedMatrix> packed_part(const c10::intrusive_ptr<PackedMatr
   return made;
 }
 
+// Calls with(tensor, number of its values for a row) for levels and factors of blocks along a row.
+template <class With>
+void each_held(const PackedMatrix& of, const With& with) {
+  size_t next = 0;
+  with(next++, of.packed.pitch);
+  for (const Factors* factors : {&of.packed.scales, &of.packed.offsets}) {
+    if (!factors->own) continue;
+    with(next++, of.packed.each());
+    if (factors->supers) with(next++, of.packed.supers_each());
+  }
+}
+
+// The pointers of a matrix that holds other tensors now.
+void point(PackedMatrix& to) {
+  size_t next = 0;
+  auto* p = &to.packed;
+  p->levels = static_cast<uint8_t*>(to.held[next++].mutable_data_ptr());
+  for (Factors* factors : {&p->scales, &p->offsets}) {
+    if (!factors->own) continue;
+    factors->own = to.held[next++].mutable_data_ptr();
+    if (factors->supers) factors->supers = static_cast<uint16_t*>(to.held[next++].mutable_data_ptr());
+  }
+}
+
+// to[tile] = rows ids[16 tile] to ids[16 tile + 15] of `from`, both in tiles; per_row: values of a row.
+template <class T>
+void gather_lanes(const T* from, T* to, const Tensor& ids, int64_t per_row) {
+  const int32_t* id = ids.const_data_ptr<int32_t>();
+  int64_t n = ids.numel();
+  at::parallel_for(0, (n + TILE - 1) / TILE, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const T* lanes[TILE];
+      for (int64_t r = 0; r < TILE; ++r) {
+        int64_t row = id[std::min(tile * TILE + r, n - 1)];
+        lanes[r] = from + row / TILE * TILE * per_row + row % TILE;
+      }
+      T* own = to + tile * TILE * per_row;
+      for (int64_t k = 0; k < per_row * TILE; k += TILE)
+        for (int64_t r = 0; r < TILE; ++r) own[k + r] = lanes[r][k];
+    }
+  });
+}
+
+void gather_tiles(const PackedMatrix& from, const Tensor& ids, PackedMatrix& to) {
+  each_held(from, [&](size_t which, int64_t per_row) {
+    const Tensor& source = from.held[which];
+    void* place = to.held[which].mutable_data_ptr();
+    if (which == 0)
+      gather_lanes(static_cast<const uint32_t*>(source.const_data_ptr()), static_cast<uint32_t*>(place),
+                   ids, per_row / 4);
+    else if (source.element_size() == 2)
+      gather_lanes(static_cast<const uint16_t*>(source.const_data_ptr()), static_cast<uint16_t*>(place),
+                   ids, per_row);
+    else
+      gather_lanes(static_cast<const uint8_t*>(source.const_data_ptr()), static_cast<uint8_t*>(place), ids,
+                   per_row);
+  });
+}
+
+void gather_neurons(const PackedMatrix& from, const Tensor& ids, PackedMatrix& to) {
+  const int32_t* id = ids.const_data_ptr<int32_t>();
+  auto* place = to.held[0].mutable_data_ptr<uint8_t>();
+  int64_t pitch = from.packed.pitch;
+  at::parallel_for(0, ids.numel(), 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) std::memcpy(place + i * pitch, from.packed.levels + id[i] * pitch, size_t(pitch));
+  });
+}
+
+// A copy of rows `ids` (int32, ascending) of a matrix in tiles, or by neurons: whose factors stay
+// where they are.  `old`: an earlier copy out of the same matrix, whose memory is taken over where it
+// is enough; nobody may use that one any more.
+c10::intrusive_ptr<PackedMatrix> packed_kept(const c10::intrusive_ptr<PackedMatrix>& matrix,
+                                             const Tensor& ids,
+                                             const std::optional<c10::intrusive_ptr<PackedMatrix>>& old) {
+  const Packed& p = matrix->packed;
+  TORCH_CHECK(p.order != Order::rows && !p.kept && ids.scalar_type() == at::kInt && ids.is_contiguous() &&
+                  ids.numel() > 0,
+              "native: these neurons cannot be copied");
+  const int32_t* id = ids.const_data_ptr<int32_t>();
+  for (int64_t i = 0; i < ids.numel(); ++i)
+    TORCH_CHECK_INDEX(id[i] >= (i ? id[i - 1] + 1 : 0) && id[i] < p.rows, "native: no such neurons");
+  auto made = c10::make_intrusive<PackedMatrix>(*matrix);
+  made->shared = false;
+  made->packed.kept = true;
+  made->packed.rows = ids.numel();
+  if (p.order != Order::neurons) made->stored_rows = ids.numel();
+  each_held(*matrix, [&](size_t which, int64_t per_row) {
+    if (which && p.order == Order::neurons) return;
+    int64_t needed = made->packed.room() * per_row + 64;
+    bool enough = old && (*old)->held.at(which).numel() >= needed;
+    made->held[which] = enough ? (*old)->held[which] : at::empty({needed}, matrix->held[which].options());
+  });
+  point(*made);
+  if (p.order == Order::neurons) gather_neurons(*matrix, ids, *made);
+  else gather_tiles(*matrix, ids, *made);
+  return made;
+}
+
+// Lays out the rows of a tile anew: `from` is on a copy of their memory.
+void turn_tile(const Packed& from, int64_t first, PackedMatrix& to) {
+  const Packed& p = to.packed;
+  std::vector<uint8_t> levels(size_t(p.columns));
+  auto factors = [&](const Factors& old, const Factors& now, int64_t row) {
+    auto move = [&](auto* type, const void* source, const void* place, int64_t at, int64_t where) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      const_cast<T*>(static_cast<const T*>(place))[where] = static_cast<const T*>(source)[at];
+    };
+    for (int64_t b = 0; old.own && b < p.each(); ++b) {
+      int64_t at = from.factor_of(row, b), where = p.factor_of(first + row, b);
+      if (old.supers) move(static_cast<uint8_t*>(nullptr), old.own, now.own, at, where);
+      else move(static_cast<uint16_t*>(nullptr), old.own, now.own, at, where);
+    }
+    for (int64_t b = 0; old.supers && b < p.supers_each(); ++b)
+      move(static_cast<uint16_t*>(nullptr), old.supers, now.supers, from.super_of(row, b),
+           p.super_of(first + row, b));
+  };
+  for (int64_t row = 0; row < TILE && first + row < p.rows; ++row) {
+    read_levels(from, row, levels.data());
+    write_levels(p, first + row, levels.data(), const_cast<uint8_t*>(p.levels));
+    factors(from.scales, p.scales, row), factors(from.offsets, p.offsets, row);
+  }
+}
+
+// A matrix of rows or tiles in the order asked for: in its own memory, or a copy, as must be of what
+// lies on another's.
+c10::intrusive_ptr<PackedMatrix> packed_turned(const c10::intrusive_ptr<PackedMatrix>& matrix,
+                                               const std::string& name, bool copied) {
+  Order order = order_of(name), before = matrix->packed.order;
+  if (order == before) return matrix;
+  TORCH_CHECK(order != Order::neurons && before != Order::neurons && !matrix->packed.kept,
+              "native: this matrix has one order");
+  auto to = matrix;
+  if (matrix->shared || copied)
+    to = c10::make_intrusive<PackedMatrix>(matrix->type, matrix->stored_rows, matrix->stored_columns, order);
+  to->packed.order = order;
+  at::parallel_for(0, to->packed.room() / TILE, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      PackedMatrix copy = *matrix;
+      copy.packed.order = before;
+      each_held(*matrix, [&](size_t which, int64_t per_row) {
+        copy.held[which] = matrix->held[which].narrow(0, tile * TILE * per_row, TILE * per_row).clone();
+        to->held[which].narrow(0, tile * TILE * per_row, TILE * per_row).zero_();  // rows that are none
+      });
+      point(copy);
+      turn_tile(copy.packed, tile * TILE, *to);
+    }
+  });
+  return to;
+}
+
+// The same in memory of its own.
+c10::intrusive_ptr<PackedMatrix> packed_copy(const c10::intrusive_ptr<PackedMatrix>& matrix) {
+  auto made = c10::make_intrusive<PackedMatrix>(*matrix);
+  for (Tensor& one : made->held) one = one.clone();
+  made->shared = false;
+  point(*made);
+  return made;
+}
+
 void register_packed(torch::Library& library) {
   library.class_<PackedMatrix>("PackedMatrix")
       .def("by_neurons", [](const c10::intrusive_ptr<PackedMatrix>& one) {
@@ -294,6 +565,11 @@ void register_packed(torch::Library& library) {
       })
       .def("nbytes", [](const c10::intrusive_ptr<PackedMatrix>& one) { return one->nbytes(); })
       .def("parts", [](const c10::intrusive_ptr<PackedMatrix>& one) { return one->held; })
+      .def("order", [](const c10::intrusive_ptr<PackedMatrix>& one) {
+        return std::string(one->packed.order == Order::rows    ? "rows"
+                           : one->packed.order == Order::tiles ? "tiles"
+                                                               : "neurons");
+      })
       .def("type", [](const c10::intrusive_ptr<PackedMatrix>& one) { return one->name; })
       .def("shape", [](const c10::intrusive_ptr<PackedMatrix>& one) {
         return std::vector<int64_t>{one->packed.rows, one->packed.columns};
@@ -306,6 +582,10 @@ void register_packed(torch::Library& library) {
   library.def("packed_rows", packed_rows);
   library.def("packed_span", packed_span);
   library.def("packed_part", packed_part);
+  library.def("packed_kept", packed_kept);
+  library.def("packed_turned", packed_turned);
+  library.def("packed_copy", packed_copy);
+  library.def("packed_product", packed_product);
 }
 
 }  // namespace dart

@@ -21,6 +21,7 @@ struct PackedMatrix : torch::CustomClassHolder {
   void fill(const Parts&, int64_t first, int64_t count);
   // Leaves rows `begin` to `end`, on the same memory; not Order::neurons, and of whole tiles.
   void cut(int64_t begin, int64_t end);
+  // Of memory of its own.
   int64_t nbytes() const;
   // Rows id(0) to id(count - 1), [count, columns].
   at::Tensor rows(const std::function<int64_t(int64_t)>& id, int64_t count, at::ScalarType) const;
@@ -30,6 +31,7 @@ struct PackedMatrix : torch::CustomClassHolder {
   int64_t stored_rows, stored_columns;
   Packed packed;
   std::vector<at::Tensor> held;  // keeps what is pointed at alive
+  bool shared = false;           // on the memory of another
 };
 
 struct RoundedRows {
@@ -40,6 +42,12 @@ struct RoundedRows {
   std::vector<int8_t> levels;
   std::vector<float> scales, sums;
 };
+
+// x [M, columns] times the rows of all matrices: [M, rows of all]; the rows are dequantised, a piece at
+// a time, or the product is one on the blocks where x has at most `few` vectors.
+at::Tensor times_rows(const at::Tensor& x, const std::vector<const Packed*>&, int64_t few);
+// x [M, rows] times the matrix as it is stored: [M, columns]; on the blocks of few neurons.
+at::Tensor times_stored(const at::Tensor& x, const Packed&, int64_t few);
 
 // Adds the class and its operators.
 void register_packed(torch::Library&);

@@ -91,3 +91,13 @@
   static V power_of_two(W a) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(a, _mm256_set1_epi32(127)), 23));
   }
+  static V level(const uint8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static void store(bf16* p, V a) {  // rounded to the nearest, ties to even
+    W bits = _mm256_castps_si256(a);
+    W odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), whole(1));
+    W up = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, whole(0x7fff))), 16);
+    __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(up), _mm256_extracti128_si256(up, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), words);
+  }

@@ -71,3 +71,12 @@
   static V power_of_two(W a) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(a, _mm512_set1_epi32(127)), 23));
   }
+  static V level(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static void store(bf16* p, V a) {  // rounded to the nearest, ties to even
+    W bits = _mm512_castps_si512(a);
+    W odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), whole(1));
+    W up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, whole(0x7fff)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
+  }

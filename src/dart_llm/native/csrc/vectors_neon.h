@@ -116,3 +116,13 @@
     return {vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(a.a, one), 23)),
             vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(a.b, one), 23))};
   }
+  static V level(const uint8_t* p) {
+    uint16x8_t words = vmovl_u8(vld1_u8(p));
+    return {vcvtq_f32_u32(vmovl_u16(vget_low_u16(words))), vcvtq_f32_u32(vmovl_high_u16(words))};
+  }
+  static uint16x4_t rounded(float32x4_t x) {  // to the nearest, ties to even
+    uint32x4_t bits = vreinterpretq_u32_f32(x);
+    uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    return vshrn_n_u32(vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff))), 16);
+  }
+  static void store(bf16* p, V a) { vst1q_u16(p, vcombine_u16(rounded(a.a), rounded(a.b))); }

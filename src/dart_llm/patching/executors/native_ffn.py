@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from dart_llm.errors import ConfigError
 from dart_llm.models.agreement import forward_of
-from dart_llm.models.ffn import FfnBlock
+from dart_llm.models.ffn import FfnBlock, matrix_of
 from dart_llm.models.packed import PackedTensor
 from dart_llm.native.build import ops
-from dart_llm.native.memory import Span, private_maps
+from dart_llm.native.memory import RESERVE, Span, available, into_huge_pages, private_maps
 from dart_llm.patching.executors.token_ffn import TokenFfn
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.token_level import TokenMask
@@ -32,10 +32,11 @@ from dart_llm.pruning.token_level import TokenMask
 
 
 class Layout:
-    """Parameters that were laid out transposed, and where they lie."""
+    """Parameters that were laid out transposed, and where they lie; packed matrices, and how."""
 
     def __init__(self) -> None:
         self._laid: list[tuple[nn.Parameter, int]] = []
+        self._turned: list[tuple[Any, str]] = []
 
     def neuron_rows(self, matrix: Tensor, parameter: nn.Parameter) -> Tensor:
         """``matrix`` [I, D], a view of ``parameter`` or of its transpose, as contiguous rows.
@@ -54,8 +55,17 @@ class Layout:
         ops().lay_out(parameter, True)
         return parameter.data.t()
 
+    def turned(self, matrix: Any, order: str) -> Any:
+        """A packed matrix of rows or tiles, in that order; a part of another as a copy."""
+        if matrix.order() != order:
+            self._turned.append((matrix, matrix.order()))  # first, as above
+        return ops().packed_turned(matrix, order, False)
+
     def restore(self) -> None:
         """Every parameter lies as it did; safe to call again, wherever it was interrupted."""
+        while self._turned:
+            ops().packed_turned(*self._turned[-1], False)
+            self._turned.pop()
         while self._laid:
             parameter, address = self._laid[-1]
             if not parameter.is_contiguous():
@@ -74,7 +84,8 @@ def not_in_place_reason(
     ``others``: beside those of the FFNs.  Needs the native kernels.
     """
     wanted = [found for block in blocks for found in _not_in_rows(block)]
-    wanted += [(_parameter(one), "a projection of the attention") for one in others]
+    attention = [one for one in others if not matrix_of(one).is_contiguous()]
+    wanted += [(_parameter(one), "a projection of the attention") for one in attention]
     held = list(_held(model)) if wanted else []
     private: list[Span] | None = None
     for weight, place in wanted:
@@ -138,7 +149,8 @@ class KernelMask:
     """What the kernels run for one mask.
 
     ``ids``: [k] int32, None for all; ``bias``: [D] float32; ``basis``, ``features``: [r, D];
-    ``choice``: by what each token chooses out of ``ids``, None where it runs them all.
+    ``choice``: by what each token chooses out of ``ids``, None where it runs them all;
+    ``matrices``: of packed weights, gate, up and down (all of them, or copies of ``ids``).
     """
 
     ids: Tensor | None = None
@@ -146,6 +158,7 @@ class KernelMask:
     basis: Tensor | None = None
     features: Tensor | None = None
     choice: Any = None
+    matrices: tuple[Any, ...] = ()
 
     def nbytes(self) -> int:
         held = (self.ids, self.bias, self.features)
@@ -199,7 +212,7 @@ class NativeFfn:
                 f"executor native cannot run layer {block.index}, which {reason}: use "
                 "executor compact or masked"
             )
-        self.block, self.act = block, number
+        self.block, self.act, self._layout = block, number, layout
         gate, up, down = block.matrices()
         with torch.no_grad():
             self.down = layout.neuron_rows(down.t().detach(), _parameter(block.down)).detach()
@@ -207,12 +220,13 @@ class NativeFfn:
             if block.by_inputs:
                 self.up = layout.neuron_rows(self.up, _parameter(block.up)).detach()
         self.gate = None if gate is None else gate.detach()
-        matrices: list[Any] = [self.gate, self.up, self.down]
+        matrices = (self.gate, self.up, self.down)
         self._run: Any = ops().ffn.default
+        self._packs: tuple[Any, ...] = ()
         if isinstance(self.up, PackedTensor):
             self._run = ops().packed_ffn.default
-            matrices = [None if one is None else one.matrix for one in matrices]
-        self._matrices = matrices
+            self._packs = tuple(one.matrix for one in matrices if isinstance(one, PackedTensor))
+        self._copies: tuple[Any, ...] = ()
         self.gate_bias, self.up_bias, self.down_bias = block.biases()
         self.token: TokenFfn | None = None
         self.unload()
@@ -220,18 +234,20 @@ class NativeFfn:
     def unload(self) -> None:
         """Hold no mask."""
         self.mask: LayerMask | None = None
-        self.kept = KernelMask()
+        self._copies = ()
+        self.kept = KernelMask(matrices=self._packs)
 
     def everything(self) -> KernelMask:
         """All neurons."""
         bias = self.down_bias
-        return KernelMask(bias=None if bias is None else bias.float())
+        return KernelMask(bias=None if bias is None else bias.float(), matrices=self._packs)
 
     @torch.no_grad()
     def load(self, mask: LayerMask) -> None:
         """Take over a mask; a no-op when it is in force already."""
         if mask is self.mask:
             return
+        self.mask = None  # its copies are written over, and that may be interrupted
         with torch.inference_mode(False):
             linear = mask.low_rank
             parts = [t.float() for t in (self.down_bias, mask.bias) if t is not None]
@@ -241,8 +257,35 @@ class NativeFfn:
             if linear is not None:
                 basis, features = linear.basis.contiguous(), linear.out.t().contiguous()
             choice = self._choice(mask) if isinstance(mask, TokenMask) else None
-            self.kept = KernelMask(ids, bias, basis, features, choice)
+            matrices = self._matrices(ids, choice is not None)
+            self.kept = KernelMask(ids, bias, basis, features, choice, matrices)
         self.mask = mask
+
+    def _matrices(self, ids: Tensor | None, chosen: bool) -> tuple[Any, ...]:
+        """The packed matrices that a mask reads.
+
+        Rows here and there take the machine more than their bytes, so that what a mask keeps for
+        many tokens is copied, where memory is left for it; what each token chooses is read where
+        it lies, row by row.
+        """
+        if not self._packs or (ids is None and not chosen):
+            self._copies = ()
+            return self._packs
+        copied = not chosen and ids is not None and (bool(self._copies) or self._fits(ids))
+        order, (*outer, down) = "tiles" if copied else "rows", self._packs
+        self._packs = (*(self._layout.turned(one, order) for one in outer), down)
+        if not copied:
+            self._copies = ()
+            return self._packs
+        old = self._copies or (None,) * len(self._packs)
+        self._copies = tuple(map(ops().packed_kept, self._packs, [ids] * len(old), old))
+        pairs = zip(self._copies, old, strict=True)
+        into_huge_pages((part for new, one in pairs for part in _new(new, one)), 0)
+        return self._copies
+
+    def _fits(self, ids: Tensor) -> bool:
+        size = sum(int(one.nbytes()) for one in self._packs) * len(ids) / self.block.down_width
+        return available() - size > RESERVE
 
     def _choice(self, mask: TokenMask) -> Any:
         """What the kernels read to choose ``mask.winners`` neurons by the low-bit copies."""
@@ -269,9 +312,11 @@ class NativeFfn:
 
     def _kernel(self, x: Tensor) -> Tensor:
         kept = self.kept
+        matrices = kept.matrices or (self.gate, self.up, self.down)
         z: Tensor = self._run(
             x.detach().contiguous(),
-            *self._matrices,
+            *((None,) * (3 - len(matrices))),
+            *matrices,
             self.gate_bias,
             self.up_bias,
             kept.ids,
@@ -301,7 +346,10 @@ class NativeFfn:
 
     def nbytes(self) -> int:
         """Bytes held for the mask in force, beside the mask itself."""
-        return self.kept.nbytes()
+        held = (self.gate, self.up, self.down)
+        known = {_address(one.matrix) for one in held if isinstance(one, PackedTensor)}
+        copies = (one for one in (*self._copies, *self._packs) if _address(one) not in known)
+        return self.kept.nbytes() + sum(int(one.nbytes()) for one in copies)
 
 
 @overload
@@ -314,6 +362,18 @@ def _rows(matrix: Tensor | None, ids: Tensor | None) -> Tensor | None: ...
 
 def _rows(matrix: Tensor | None, ids: Tensor | None) -> Tensor | None:
     return matrix if matrix is None or ids is None else matrix[ids]
+
+
+def _address(matrix: Any) -> int:
+    """Where a packed matrix lies."""
+    return int(matrix.parts()[0].data_ptr())
+
+
+def _new(copy: Any, old: Any) -> list[Tensor]:
+    """The memory of its own that a copy of kept neurons has and the one before it had not."""
+    known = {part.data_ptr() for part in old.parts()} if old is not None else set()
+    own = copy.parts()[:1] if copy.by_neurons() else copy.parts()
+    return [part for part in own if part.data_ptr() not in known]
 
 
 def _parameter(module: nn.Module) -> nn.Parameter:

@@ -6,13 +6,13 @@ weights, with the masks in force.  Whatever it cannot serve, the model's own for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dart_llm.models.calls import SlimCall
+from dart_llm.models.calls import PromptCall, SlimCall
 from dart_llm.models.growing_cache import (
     PreallocatedKVCache,
     Steps,
@@ -20,21 +20,24 @@ from dart_llm.models.growing_cache import (
     is_static,
     static_places,
 )
-from dart_llm.models.packed import PackedTensor
+from dart_llm.models.packed import FEW, PackedTensor
 from dart_llm.models.steps import (
     LayerParts,
+    Norm,
     StepParts,
     angles,
     attention_by_inputs,
     copy_again,
+    norms_now,
     norms_of,
     step_parts,
 )
 from dart_llm.native.build import ops
 from dart_llm.patching.executors.native_ffn import KernelMask, Layout, NativeFfn
-from dart_llm.patching.executors.whole_step import StepDecoder
+from dart_llm.patching.executors.whole_step import See, StepDecoder
 from dart_llm.pruning.accounting import STEP_ROWS
 from dart_llm.pruning.masks import LayerMask
+from dart_llm.pruning.observations import LayerObservation
 
 POSITIONS = 256
 """Positions whose angles are computed at a time."""
@@ -55,7 +58,7 @@ class SlimDecoder(StepDecoder):
             layout.neuron_rows(weight.detach().t(), weight)
         parts = step_parts(model)
         self._model, self._ffns, self._parts = model, list(ffns), parts
-        self._norms = _norm_floats(parts)
+        self._norms = _norm_floats(norms_of(parts))
         self._native = _decoder(parts, self._norms, ffns)
         self._everything = [ffn.everything() for ffn in ffns]
         self._masks: Sequence[LayerMask | None] | None = None
@@ -63,18 +66,23 @@ class SlimDecoder(StepDecoder):
         self._bound: Steps | None = None
         """Those of the buffers that the native object knows; it does not keep them alive."""
         self.dtype, self.windows = parts.head.dtype, parts.windows
+        self.prompts = not parts.attention_cap and all(
+            isinstance(one, PackedTensor) for one in _matrices(parts, ffns)
+        )
 
     def nbytes(self) -> int:
         norms = sum(t.nbytes for t in self._norms) if self.dtype != torch.float32 else 0
         return super().nbytes() + int(self._native.nbytes()) + norms  # scratch memory too
 
     def refresh(self) -> None:
-        copy_again(self._norms, _norm_floats(step_parts(self._model)))
+        copy_again(self._norms, _norm_floats(norms_now(self._model)))
 
     def load(self, masks: Sequence[LayerMask | None]) -> None:
-        if masks is self._masks:
+        if masks is self._masks and all(
+            mask is None or ffn.mask is mask for mask, ffn in zip(masks, self._ffns, strict=False)
+        ):
             return
-        self._masks = masks
+        self._masks = None  # an interrupt may come between two layers
         for index, ffn in enumerate(self._ffns):
             mask = masks[index] if masks else None
             if mask is None:
@@ -84,9 +92,16 @@ class SlimDecoder(StepDecoder):
                 kept = ffn.kept
             if kept is not self._loaded[index]:
                 self._native.set_mask(
-                    index, kept.ids, kept.bias, kept.basis, kept.features, kept.choice
+                    index,
+                    kept.ids,
+                    kept.bias,
+                    kept.basis,
+                    kept.features,
+                    kept.choice,
+                    kept.matrices,
                 )
                 self._loaded[index] = kept
+        self._masks = masks
 
     def step(self, call: SlimCall, observe: bool) -> tuple[Tensor, Tensor]:
         cache = call.cache
@@ -104,6 +119,21 @@ class SlimDecoder(StepDecoder):
             self._bind(room)
         logits, hidden = self._native.step(tokens, room.steps.done, position, *turning, observe)
         room.advance()
+        return logits, hidden
+
+    def prompt(self, call: PromptCall, cache: Any, see: See | None) -> tuple[Tensor, Tensor]:
+        texts, tokens = call.ids.shape
+        turning = self._turning(tokens - 1)
+        stream, given = self._native.prompt_begin(call.ids, *turning)
+        for index in range(len(self._ffns)):
+            keys, values, u, h, given = self._native.prompt_layer(
+                index, stream, given, texts, *turning, FEW
+            )
+            if cache is not None:
+                cache.update(keys, values, index)
+            if see is not None:
+                see(index, LayerObservation(u, h))
+        logits, hidden = self._native.prompt_end(given, texts, call.keep, FEW)
         return logits, hidden
 
     def _bind(self, room: PreallocatedKVCache) -> None:
@@ -126,6 +156,14 @@ class SlimDecoder(StepDecoder):
             with torch.inference_mode(False), torch.no_grad():
                 self._angles = angles(self._parts, count, self.dtype, torch.device(self.device))
         return self._angles
+
+
+def _matrices(parts: StepParts, ffns: Sequence[NativeFfn]) -> Iterator[Tensor]:
+    yield from (parts.embedding, parts.head)
+    for layer, ffn in zip(parts.layers, ffns, strict=True):
+        yield from (*layer.qkv, layer.out, ffn.up, ffn.down)
+        if ffn.gate is not None:
+            yield ffn.gate
 
 
 NOTHING = torch.empty(0, device="cpu")
@@ -171,9 +209,9 @@ def _weights(layer: LayerParts, ffn: NativeFfn) -> list[Tensor | None]:
     return [*attention, ffn.gate, ffn.up, ffn.down, ffn.gate_bias, ffn.up_bias]
 
 
-def _norm_floats(parts: StepParts) -> list[Tensor]:
+def _norm_floats(norms: Iterable[Norm | None]) -> list[Tensor]:
     """Factors and biases as the kernels read them."""
-    both = [(None, None) if one is None else (one.factor, one.bias) for one in norms_of(parts)]
+    both = [(None, None) if one is None else (one.factor, one.bias) for one in norms]
     with torch.inference_mode(False), torch.no_grad():
         pairs = [t for pair in both for t in pair]
         return [NOTHING if t is None else t.float().contiguous() for t in pairs]

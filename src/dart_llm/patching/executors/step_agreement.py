@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from dart_llm.models.agreement import Bare, parts_of, same, signature, unnoticed, weak
 from dart_llm.models.calls import forward_names
 from dart_llm.models.describe import decoder_layers, decoder_of
+from dart_llm.models.packed import place_of
 from dart_llm.models.steps import StepParts, angles, step_parts
 from dart_llm.patching.executors.native_ffn import act_number
 from dart_llm.patching.executors.step_formulas import (
@@ -44,7 +45,7 @@ def model_signature(model: nn.Module) -> tuple[Any, ...]:
     configs = {id(c): c for m in modules if (c := m.__dict__.get("config")) is not None}
     tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
     return (
-        [(id(t), t.data_ptr(), t.dtype, t.device) for t in tensors if t is not None],
+        [(id(t), *place_of(t)) for t in tensors if t is not None],
         signature(model),
         *map(_attention_function, configs.values()),
         *_functions({type(m).__module__ for m in modules}),

@@ -11,15 +11,26 @@ from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
 from torch.utils.hooks import RemovableHandle
 
-from dart_llm.models.calls import SlimCall, as_output, read_call
+from dart_llm.models.calls import (
+    PromptCall,
+    SlimCall,
+    as_output,
+    new_cache,
+    read_call,
+    read_prompt,
+)
 from dart_llm.models.growing_cache import PreallocatedKVCache, is_static
 from dart_llm.pruning.controller import PruningController
+from dart_llm.pruning.forward import ForwardPlan
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.observations import LayerObservation
 from dart_llm.pruning.sequence import SequenceState
 
 OWN = ("dart_llm.", "transformers.")
 """Packages whose hooks are known to change nothing."""
+
+PATCH = ("dart_llm.patching.", "transformers.")
+"""Those of them whose hooks want nothing of a prompt that the plan does not say."""
 
 WITHOUT = {"slim": "native", "graph": "compact"}
 """What runs where no whole step can."""
@@ -32,6 +43,10 @@ def effective_executor(executor: str, steps: int, states: Iterable[SequenceState
     return WITHOUT.get(executor, executor)
 
 
+See = Callable[[int, LayerObservation], None]
+"""Takes what a layer, by its number, saw of a prompt."""
+
+
 class Hooks:
     """Hooks inside a model, which a slim step would pass by."""
 
@@ -39,6 +54,8 @@ class Hooks:
         inner = [module for module in model.modules() if module is not model]
         self._held = [h for m in inner for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._known, self._foreign = (0, 0), False
+        self.watched = False
+        """Whether, when they were looked at last, any saw more than a prompt's plan says."""
 
     def foreign(self, again: bool = False) -> bool:
         """Whether any is neither dart_llm's nor transformers' own (which only collect outputs).
@@ -55,6 +72,7 @@ class Hooks:
                 getattr(one, "__module__", "") for held in self._held for one in held.values()
             }
             self._foreign = any(not owner.startswith(OWN) for owner in owners)
+            self.watched = any(not owner.startswith(PATCH) for owner in owners)
             self._known = count
         return self._foreign
 
@@ -63,12 +81,14 @@ class StepDecoder(ABC):
     """Whole decode steps of one attached model.
 
     ``rows``: of the largest batch, None for any; ``static_caches``: whether it serves these too;
+    ``prompts``: and whole prompts, by ``prompt``;
     ``device``: its type; ``dtype``: of weights and cache; ``windows``: positions that a token of
     each layer sees, None for all.
     """
 
     rows: int | None = None
     static_caches = False
+    prompts = False
     device: str
     dtype: torch.dtype
     windows: list[int | None]
@@ -119,6 +139,13 @@ class StepDecoder(ABC):
     def step(self, call: SlimCall, observe: bool) -> tuple[Tensor, Tensor]:
         """Decode one token of each row: logits [B, V] and the last hidden states [B, D]."""
 
+    def prompt(self, call: PromptCall, cache: Any, see: See | None) -> tuple[Tensor, Tensor]:
+        """Logits [B, n, V] of a prompt and its last hidden states [B, T, D]; fills ``cache``.
+
+        Hands what each layer saw to ``see`` as it goes.  No masks may be loaded.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def observed(self, stream: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Of the last step: u [L, B, I], the FFNs' inputs, their outputs, the stream before them,
@@ -143,10 +170,12 @@ class WholeStepForward:
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The root's forward."""
-        if (call := self._call(args, kwargs)) is None:
-            self._fresh = False
-            return original(*args, **kwargs)
-        return as_output(self._step(call), call.cache)
+        if (call := self._call(args, kwargs)) is not None:
+            return as_output(self._step(call), call.cache)
+        if (prompt := self._prompt_call(args, kwargs)) is not None:
+            return self._prompt(prompt)
+        self._fresh = False
+        return original(*args, **kwargs)
 
     def goes_on(self, cache: Any) -> bool:
         """Whether the newest step was one on ``cache`` and nothing stands against another."""
@@ -169,12 +198,42 @@ class WholeStepForward:
             return None
         return call if self._take_plan() else None
 
+    def _prompt_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PromptCall | None:
+        """The prompt that a call of the root's forward is, where the decoder can serve it."""
+        if not self.decoder.prompts or self._asks_for_more() or self.hooks.watched:
+            return None
+        plan = self.current().plan
+        if not plan.dense or plan.stream or self._signals_inside(plan):
+            return None
+        cached = bool(getattr(self._model.config, "use_cache", False))
+        return read_prompt(kwargs, args, self.decoder.windows, cached)
+
+    def _prompt(self, call: PromptCall) -> Any:
+        """What the model returns of a prompt."""
+        controller, decoder = self.current(), self.decoder
+        plan = controller.plan
+        decoder.load(())
+        decoder.refresh()  # at every prompt, as weights may have changed between two texts
+        self._fresh = True
+        cache = new_cache(self._model) if call.cache is None and call.cached else call.cache
+
+        def see(layer: int, seen: LayerObservation) -> None:
+            controller.observe(layer, seen if plan.inputs else LayerObservation(seen.u))
+
+        logits, hidden = decoder.prompt(call, cache, see if plan.observe else None)
+        if plan.signal:
+            controller.observe_signal(hidden)
+        return as_output(logits, cache)
+
+    def _signals_inside(self, plan: ForwardPlan) -> bool:
+        """Whether drift watches what a hook reads inside the model."""
+        return plan.signal and self.current().config.drift.signal != "hidden"
+
     def _take_plan(self) -> bool:
         """Load the masks of the plan in force; False where a step can not serve it."""
         controller = self.current()
         plan = controller.plan
-        watched = plan.signal and controller.config.drift.signal != "hidden"
-        if len(plan.masks) > 1 or watched:
+        if len(plan.masks) > 1 or self._signals_inside(plan):
             return False
         masks = plan.masks[0] if plan.masks else None
         if masks and not self.decoder.serves(masks):

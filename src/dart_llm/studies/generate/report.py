@@ -99,28 +99,39 @@ def perplexity(document: Record, strong: Record | None) -> PageTable:
     return Table("", plots.protocol(document), PERPLEXITY, rows, strong=marked).html()
 
 
+WEIGHTS_READ = "weights read per token, as stored"
+
+
 def timing(view: ResultsView) -> PageTable | None:
-    """Seconds and tokens per second, dense beside pruned, and the ratio the bytes allow."""
+    """Seconds, tokens per second and bytes, dense beside pruned, and the ratio the bytes allow.
+
+    A last column where llama.cpp was timed.
+    """
     kinds = (
         ("time to the first token (ms)", "time_to_first_token_s", 1000.0, False),
         ("time per decoded token, mean (ms)", "seconds_per_token", 1000.0, False),
         ("tokens per second", "tokens_per_second", 1.0, True),
+        (f"{WEIGHTS_READ} (MB)", "weight_bytes_per_token", 1e-6, False),
     )
+    own = ("dense", "pruned")
+    others = [n for n in mapping(view.timing.get("seconds_per_token")) if n not in own]
     rows = []
     for label, key, scale, inverse in kinds:
         each = mapping(view.timing.get(key))
-        dense, pruned = number(each.get("dense")), number(each.get("pruned"))
+        dense, pruned, *more = (number(each.get(name)) for name in (*own, *others))
         if dense is None and pruned is None:
             continue
         gain = (pruned / dense if inverse else dense / pruned) if dense and pruned else None
-        cells = [NOTHING if v is None else f"{scale * v:,.1f}" for v in (dense, pruned)]
-        rows.append((label, *cells, NOTHING if gain is None else f"{gain:.2f} x"))
+        cells = [NOTHING if v is None else f"{scale * v:,.1f}" for v in (dense, pruned, *more)]
+        cells.insert(len(own), NOTHING if gain is None else f"{gain:.2f} x")
+        rows.append((label, *cells))
     limit = number(view.timing.get("bytes_limit"))
     if rows and limit is not None:
-        rows.append(("most that the bytes read allow", NOTHING, NOTHING, f"{limit:.2f} x"))
+        cells = [NOTHING, NOTHING, f"{limit:.2f} x", *(NOTHING for _ in others)]
+        rows.append(("most that the bytes read allow", *cells))
     if not rows:
         return None
-    return PageTable("Times of one run", ("quantity", "dense", "pruned", "gain"), tuple(rows))
+    return PageTable("Times of one run", ("quantity", *own, "gain", *others), tuple(rows))
 
 
 REMASKS = (
@@ -300,6 +311,8 @@ def accounting_table(report: Record, timing: Mapping[str, Any]) -> Table:
     for variant, seconds in mapping(timing.get("seconds_per_token")).items():
         if seconds:
             rows.append((f"mean time per token, {variant}", f"{1000 * seconds:.1f} ms"))
+    for variant, size in mapping(timing.get("weight_bytes_per_token")).items():
+        rows.append((f"{WEIGHTS_READ}, {variant}", f"{size / 1e6:.1f} MB"))
     if "speed_up" in timing:
         speed = f"{timing['speed_up']:.2f} x ({timing['bytes_limit']:.2f} x)"
         rows.append(("speed-up (one run; bytes allow)", speed))

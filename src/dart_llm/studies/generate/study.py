@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dart_llm.data import documents
 from dart_llm.data.prompts import encode_prompt, mmlu_prompt, read_prompt_file, resolve_prompt
-from dart_llm.errors import ConfigError
+from dart_llm.errors import ConfigError, DartError
 from dart_llm.evaluation import perplexity
 from dart_llm.evaluation.measurement import Measurement, MeasureOptions
 from dart_llm.evaluation.tasks import (
@@ -36,13 +37,19 @@ from dart_llm.experiments.artifacts import (
     write_drift,
     write_masks,
 )
+from dart_llm.experiments.llama_bench import (
+    LLAMA_CPP,
+    ReferenceFile,
+    decode_row,
+    find_bench,
+)
 from dart_llm.experiments.provenance import Digests
 from dart_llm.experiments.stats import ratio_interval
 from dart_llm.experiments.store import read
 from dart_llm.experiments.study import Study, Unit, run_study
 from dart_llm.files import write_json, write_lines
-from dart_llm.models.checkpoint import checkpoint_facts
-from dart_llm.models.describe import context_length, widths
+from dart_llm.models.checkpoint import blocks_file, checkpoint_facts
+from dart_llm.models.describe import context_length, describe, widths
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.layer_table import write_table
 from dart_llm.reporting.console import Ui
@@ -168,14 +175,21 @@ def asked(settings: RunSettings) -> list[Evaluation]:
 class RunStudy(Study[RunSettings]):
     """Units: the dense and the pruned text, then every evaluation, dense beside pruned.
 
-    ``also``: further configurations that are evaluated.
+    ``also``: further configurations that are evaluated.  ``bench``: llama.cpp's ``llama-bench``, by
+    which the file is timed whose blocks the model holds.
     """
 
     kind = "run"
 
-    def __init__(self, settings: RunSettings, ui: Ui, also: Sequence[PruneConfig] = ()) -> None:
+    def __init__(
+        self,
+        settings: RunSettings,
+        ui: Ui,
+        also: Sequence[PruneConfig] = (),
+        bench: str | None = None,
+    ) -> None:
         super().__init__(settings, ui)
-        self.also = also
+        self.also, self.bench = also, bench
         self.texts = documents.names(settings.ppl_datasets) if settings.eval_perplexity else []
         self.asked_evaluations = asked(settings)
         self.prompt = source(settings)
@@ -185,6 +199,8 @@ class RunStudy(Study[RunSettings]):
         """Documents of perplexity.json, one per text."""
         self.evaluations: dict[str, list[dict[str, Any]]] = {}
         """Rows of mmlu.json, general_nlp.json and summarization.json, by name."""
+        self.reference: dict[str, Any] = {}
+        """What llama.cpp takes: ``name``, ``bytes`` and ``seconds`` per token."""
 
     def inputs(self) -> dict[str, Any]:
         """Digests of the checkpoint, of files that may change, and of the prompt."""
@@ -237,6 +253,9 @@ class RunStudy(Study[RunSettings]):
             self.saver.announce(len(variants), self.ui.say)
         for variant in variants:
             yield Unit(f"generation/{variant}", data=(variant, text, ids, own))
+        file = blocks_file(self.model)
+        if self.bench and file is not None:
+            yield Unit(LLAMA_CPP, data=(self.bench, file, ids.shape[1]))
 
     def finished(self, unit: Unit) -> Any:
         """A text whose files are there; evaluations find their finished pieces themselves."""
@@ -255,6 +274,8 @@ class RunStudy(Study[RunSettings]):
     def compute(self, unit: Unit) -> Any:
         if unit.key.startswith("generation/"):
             return self._generate(*unit.data)
+        if unit.key == LLAMA_CPP:
+            return self._time_reference(*unit.data)
         if unit.key.startswith("perplexity/"):
             return self._perplexity(*unit.data)
         evaluation, candidates = unit.data
@@ -266,6 +287,8 @@ class RunStudy(Study[RunSettings]):
         if unit.key.startswith("generation/"):
             self.generations[unit.data[0]] = value
             write_lines(self.path / "generation.jsonl", self.generations.values())
+        elif unit.key == LLAMA_CPP:
+            self.reference = value
         elif unit.key.startswith("perplexity/"):
             rows, document = value
             self.lines += rows
@@ -347,6 +370,19 @@ class RunStudy(Study[RunSettings]):
             for check in run.drift_checks:
                 self.ui.say(f"window {check.window}: {check.similarity:.3f} ({check.state})")
 
+    def _time_reference(self, bench: str, path: Path, depth: int) -> dict[str, Any]:
+        """llama.cpp's mean token behind a prompt of ``depth`` tokens; empty where it fails."""
+        tokens = max(1, self.settings.tokens - 1)  # the first comes from the prompt
+        try:
+            file = ReferenceFile.of(path)
+            with self.ui.status(f"timing {LLAMA_CPP}"):
+                row = decode_row(bench, path, torch.get_num_threads(), tokens, depth)
+        except DartError as error:
+            self.ui.say(f"note: {error}")
+            return {}
+        name, seconds = f"{LLAMA_CPP} {file.kind}", row["avg_ns"] / 1e9 / tokens
+        return {"name": name, "bytes": file.bytes, "seconds": seconds}
+
     # an evaluation
 
     def _measure(
@@ -388,8 +424,12 @@ class RunStudy(Study[RunSettings]):
     # what is made of them
 
     def summarise(self) -> dict[str, Any]:
-        self.timing.update(_times(self.generations))
         accounting = self.generations.get("pruned", {}).get("accounting")
+        if self.generations:
+            self.timing.update(_times(self.generations, self.reference))
+        if accounting:
+            dense = describe(self.model).parameter_bytes
+            self.timing["weight_bytes_per_token"] = _bytes(dense, accounting, self.reference)
         return {"accounting": accounting}
 
     def tables(self) -> list[Table]:
@@ -431,10 +471,19 @@ def _same_path(model: Any, own: PreparedMethod) -> Any:
     return Run(model, PruneConfig.build("dense", executor="slim"))
 
 
-def _times(generations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Times of the texts, for timing.json; nothing without a text."""
-    if not generations:
-        return {}
+def _bytes(
+    dense: int, accounting: Mapping[str, Any], reference: Mapping[str, Any]
+) -> dict[str, int]:
+    """Bytes of weights that a mean token reads, as they are stored."""
+    skips = accounting["executor"] != "masked"
+    found = {"dense": dense, "pruned": round(dense / (accounting["bytes_limit"] if skips else 1))}
+    return found | ({reference["name"]: reference["bytes"]} if reference else {})
+
+
+def _times(
+    generations: Mapping[str, Mapping[str, Any]], reference: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Times of the texts, and llama.cpp's, for timing.json."""
     made = {
         variant: Generation(
             record["token_ids"], record["tokens"], record["phases"], record["seconds"]
@@ -442,6 +491,8 @@ def _times(generations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         for variant, record in generations.items()
     }
     each = {variant: one.seconds_per_token for variant, one in made.items()}
+    if reference:
+        each[reference["name"]] = reference["seconds"]
     times: dict[str, Any] = {
         "time_to_first_token_s": {k: one.first_token_seconds for k, one in made.items()},
         "seconds_per_token": each,
@@ -455,10 +506,14 @@ def _times(generations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def run_job(
-    settings: RunSettings, ui: Ui, fresh: bool = False, also: Sequence[PruneConfig] = ()
+    settings: RunSettings,
+    ui: Ui,
+    fresh: bool = False,
+    also: Sequence[PruneConfig] = (),
+    bench: str | None = None,
 ) -> RunStudy:
     """Run everything that ``settings`` ask for; returns the finished study."""
-    return run_study(RunStudy(settings, ui, also), fresh)
+    return run_study(RunStudy(settings, ui, also, bench), fresh)
 
 
 # ``dart-llm demo``: what this project does, in a minute or two.
@@ -479,9 +534,10 @@ SETTINGS = {
 def run_demo(ui: Ui, **given: Any) -> RunStudy:
     """Generate and measure perplexity, dense beside 20 % and 50 % of the FFN neurons removed.
 
-    ``given``: settings of a run, such as model, device and results_dir; they win.
+    llama.cpp is timed on the same file where its ``llama-bench`` is at hand.  ``given``: settings
+    of a run, such as model, device and results_dir; they win.
     """
     low, high = SPARSITIES
     settings = RunSettings(**{**SETTINGS, "sparsity": high, **given})
     also = [PruneConfig.build(settings.method, sparsity=low)]
-    return run_job(settings, ui, also=also)
+    return run_job(settings, ui, also=also, bench=find_bench())

@@ -10,14 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.experiments.llama_bench import LLAMA_CPP
 from dart_llm.experiments.variants import Variant
 from dart_llm.models.gguf import ROUNDED
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.reporting.words import percent
 
 TRANSFORMERS = "transformers"
-
-LLAMA_CPP = "llama.cpp"
 
 OWN = ("dense, slim", "dense, native", "dense, graph")
 """Labels of our own dense path, the better first."""

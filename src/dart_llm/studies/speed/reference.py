@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dart_llm.cache import cache_folder
-from dart_llm.errors import ConfigError, DartError
+from dart_llm.errors import ConfigError
+from dart_llm.experiments import llama_bench
+from dart_llm.experiments.llama_bench import LLAMA_CPP, PROGRAM, VARIABLE, ReferenceFile
 from dart_llm.models.bundled import MEMBER, default_folder
-from dart_llm.models.gguf import read_header
 from dart_llm.models.loading import is_default
-from dart_llm.models.packed_loading import read_tensors
 from dart_llm.reporting.console import Ui
-from dart_llm.studies.speed.cases import LLAMA_CPP, Case
+from dart_llm.studies.speed.cases import Case
 from dart_llm.studies.speed.model import Held
 from dart_llm.studies.speed.settings import SpeedSettings
 from dart_llm.studies.speed.summary import WARM
 from dart_llm.studies.speed.timing import Sample
 
-PROGRAM, VARIABLE = "llama-bench", "LLAMA_BENCH"
-
 CACHE_BYTES = 2
 """Bytes of a number in llama.cpp's key-value cache, float16."""
 
-OURS = ("OMP_", "GOMP_", "KMP_")
-"""Variables that are set for PyTorch's threads: llama.cpp runs without, as its users run it."""
 
-
-def find_bench() -> str:
-    """The program: ``LLAMA_BENCH``, else on PATH; raises ``ConfigError`` where it is not."""
+def require_bench() -> str:
+    """llama.cpp's own benchmark; raises ``ConfigError`` where it is not at hand."""
     asked = os.environ.get(VARIABLE)
-    found = shutil.which(asked or PROGRAM)
+    found = llama_bench.find_bench()
     if found is None:
         where = f"{VARIABLE}={asked} is no program" if asked else f"{PROGRAM} is not on PATH"
         raise ConfigError(
@@ -44,24 +34,6 @@ def find_bench() -> str:
             f"llama.cpp and name its {PROGRAM} in {VARIABLE}"
         )
     return found
-
-
-@dataclass(frozen=True)
-class ReferenceFile:
-    """A GGUF file: ``kind``, such as Q4_K_M; ``bytes`` of the tensors that a token reads."""
-
-    path: Path
-    kind: str
-    bytes: int
-
-    @classmethod
-    def of(cls, path: Path) -> ReferenceFile:
-        """Raises ``LoadError`` for what is no GGUF file."""
-        _, tensors = read_tensors(path)
-        header = read_header(path)
-        held = {name: tensor.size for name, tensor in tensors.items()}
-        looked_up = held.get("token_embd.weight", 0) if "output.weight" in held else 0
-        return cls(path, header.file_type or header.quantisation, sum(held.values()) - looked_up)
 
 
 def own_file(settings: SpeedSettings, ui: Ui) -> Path | None:
@@ -111,12 +83,10 @@ def turn(bench: str, file: Path, threads: int, settings: SpeedSettings) -> Sampl
 
     It generates as many tokens after as many as our timed ones; ``build`` says what ran.
     """
-    prompts = dict.fromkeys(size for size in (settings.prompt_tokens, settings.prefill) if size)
-    read = _bench(bench, file, threads, "-p", ",".join(map(str, prompts)), "-n", "0")
+    sizes = dict.fromkeys(size for size in (settings.prompt_tokens, settings.prefill) if size)
+    read = llama_bench.prompt_rows(bench, file, threads, list(sizes))
     depth = settings.prompt_tokens + WARM
-    (generated,) = _bench(
-        bench, file, threads, "-p", "0", "-n", str(settings.tokens), "-d", str(depth)
-    )
+    generated = llama_bench.decode_row(bench, file, threads, settings.tokens, depth)
     seconds = {one["n_prompt"]: one["avg_ns"] / 1e9 for one in read}
     names = ("build_commit", "build_number", "backends", "model_type", "type_k", "n_threads")
     found = {
@@ -126,30 +96,6 @@ def turn(bench: str, file: Path, threads: int, settings: SpeedSettings) -> Sampl
         "build": {name: generated.get(name) for name in names},
     }
     return found | ({"prefill_s": seconds[settings.prefill]} if settings.prefill else {})
-
-
-def _bench(bench: str, file: Path, threads: int, *asked: str) -> list[dict[str, Any]]:
-    """Its report; raises ``DartError`` where it fails."""
-    command = [bench, "-m", str(file), "-t", str(threads), "-r", "1", "-o", "json", *asked]
-    environment = _environment(os.environ, bench)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    try:
-        found = json.loads(done.stdout) if done.returncode == 0 else None
-    except ValueError:
-        found = None
-    if not found or not all("avg_ns" in one and "n_prompt" in one for one in found):
-        told = " ".join((done.stderr.strip() or done.stdout.strip() or "it said nothing").split())
-        raise DartError(
-            f"{PROGRAM} failed on {file.name} (exit code {done.returncode}): {told[-300:]}"
-        )
-    return list(found)
-
-
-def _environment(given: Mapping[str, str], bench: str) -> dict[str, str]:
-    """Without what is set for PyTorch's threads; libraries may lie beside the program."""
-    kept = {name: value for name, value in given.items() if not name.startswith(OURS)}
-    places = [str(Path(bench).resolve().parent), kept.get("LD_LIBRARY_PATH", "")]
-    return {**kept, "LD_LIBRARY_PATH": os.pathsep.join(filter(None, places))}
 
 
 def same_weights(

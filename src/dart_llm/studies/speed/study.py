@@ -21,6 +21,7 @@ import torch
 from dart_llm.data.documents import check_disjoint
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.experiments.cell import Cell
+from dart_llm.experiments.llama_bench import ReferenceFile
 from dart_llm.experiments.provenance import Digests
 from dart_llm.experiments.study import Study, Unit
 from dart_llm.files import file_sha256
@@ -80,9 +81,9 @@ class SpeedStudy(Study[SpeedSettings]):
         if any(variant.config.calibration is not None for variant in self.variants):
             check_disjoint(settings.calibration, {})
         self.bandwidth_mib = bandwidth_mib
-        self.bench = reference.find_bench() if settings.reference else ""
+        self.bench = reference.require_bench() if settings.reference else ""
         """llama.cpp's own benchmark."""
-        self.files: dict[str, reference.ReferenceFile] = {}
+        self.files: dict[str, ReferenceFile] = {}
         """What it reads, by label."""
         self.held: dict[str, Held] = {}
         """The models, by the name of their format."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dart_llm.experiments.llama_bench import LLAMA_CPP
 from dart_llm.pruning.records import bytes_limit
 from dart_llm.reporting.figures import (
     DASHES,
@@ -23,7 +24,7 @@ from dart_llm.reporting.figures import (
 )
 from dart_llm.reporting.table import Column, Table, escaped
 from dart_llm.reporting.words import dtype_text, percent
-from dart_llm.studies.speed.cases import LLAMA_CPP, TRANSFORMERS, Case
+from dart_llm.studies.speed.cases import TRANSFORMERS, Case
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

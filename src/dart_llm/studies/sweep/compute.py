@@ -152,13 +152,18 @@ def document_files(
 ) -> dict[str, bytes]:
     """The files that do not depend on time or place.  ``held``: what was measured, if anything."""
     candidate = held.candidate if held is not None and measurement is not None else None
+    checkpoint = None
+    if held is not None and candidate is not None:
+        from dart_llm.experiments import rows as measure_rows  # which loads torch
+
+        checkpoint = measure_rows.checkpoint_of(candidate, held.checkpoint())
     document = {
         "key": cell.key,
         "label": cell.label,
         "status": DONE if error is None else FAILED,
         "error": error,
         "cell": {**cell.to_dict(), "protocol": cell.options.protocol},
-        "checkpoint": None if held is None or candidate is None else held.checkpoint(),
+        "checkpoint": checkpoint,
         "facts": {} if candidate is None else dict(candidate.facts),
         "measurement": None if measurement is None else measurement.to_dict(),
     }

@@ -1,0 +1,181 @@
+"""Prompts of packed models in native layers: the model's own numbers, cache and evidence."""
+
+import pytest
+import torch
+
+from dart_llm.models.packed import FEW
+from dart_llm.models.packed_loading import round_weights
+from dart_llm.patching.executors.native_step import SlimDecoder
+from dart_llm.session.run import prune
+from steps import CACHE, apart, generate, new_cache, pruned, same_masks, step
+from tiny import tiny, tokens
+
+pytestmark = pytest.mark.usefixtures("native")
+
+SIZES = {"hidden_size": 64, "intermediate_size": 160}
+WIDER = {"gemma3": {"sliding_window": 64}, "mistral": {"sliding_window": 64}}
+"""Windows that a prompt fits into."""
+FAMILIES = ("llama", "llama-bias", "qwen2", "qwen3", "smollm3", "phi3", "gemma", "olmo2", *WIDER)
+FAMILIES += ("gpt_neox", "gpt_neox-serial")
+PROMPT, DECODED = 40, 6
+IDS = tokens(2, PROMPT + DECODED, seed=5)
+CLOSE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
+"""Of the largest value; bfloat16 is rounded at other places than by torch's operators."""
+ROUNDED = 3e-2
+"""The same of products with inputs of 8 bits."""
+
+
+def packed_model(name, dtype=torch.float32, kind="q8_0", **sizes):
+    model = tiny(name, dtype=dtype, **{**SIZES, **WIDER.get(name, {}), **sizes})
+    round_weights(model, kind)
+    return model
+
+
+@pytest.fixture
+def prompts(monkeypatch):
+    """How many prompts ran natively."""
+    seen, run = [], SlimDecoder.prompt
+
+    def counted(self, call, cache, see):
+        seen.append(tuple(call.ids.shape))
+        return run(self, call, cache, see)
+
+    monkeypatch.setattr(SlimDecoder, "prompt", counted)
+    return seen
+
+
+@torch.no_grad()
+def after_prompt(model, ids, **options):
+    cache = new_cache(model)
+    return model(ids, use_cache=True, **{CACHE: cache}, **options).logits, cache
+
+
+@pytest.mark.parametrize("hidden", [64, 96])
+@pytest.mark.parametrize("shape", [(1, 2), (2, 8), (1, FEW + 1)], ids=str)
+def test_few_tokens_of_sizes_that_are_no_whole_units(hidden, shape, prompts):
+    model, ids = packed_model("llama", hidden_size=hidden), tokens(*shape, seed=2)
+    wanted, _ = after_prompt(model, ids)
+    with prune(model, "griffin", executor="slim"):
+        found, _ = after_prompt(model, ids)
+    assert prompts == [shape] and apart(found, wanted) < ROUNDED
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+def test_numbers_and_cache_are_the_models_own(name, dtype, prompts):
+    """Of two rows, more than what runs on the blocks; all logits, and the last ones alone."""
+    model, ids = packed_model(name, dtype), IDS[:, :PROMPT]
+    wanted, theirs = after_prompt(model, ids)
+    with prune(model, "griffin", executor="slim"):
+        found, ours = after_prompt(model, ids)
+        last, _ = after_prompt(model, ids, logits_to_keep=1)
+    assert prompts == [(2, PROMPT)] * 2
+    assert found.dtype == dtype and apart(found, wanted) < CLOSE[dtype]
+    assert last.shape == (2, 1, wanted.shape[-1])  # few rows: a product with inputs of 8 bits
+    assert apart(last, found[:, -1:]) < ROUNDED
+    assert ours.get_seq_length() == PROMPT
+    for a, b in zip(ours.layers, theirs.layers, strict=True):
+        for mine, own in ((a.keys, b.keys), (a.values, b.values)):
+            assert mine.dtype == dtype and apart(mine, own) < CLOSE[dtype]
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1"])
+@pytest.mark.parametrize("length", [2, 5, FEW + 1, 33])
+def test_lengths_and_kinds(kind, length, prompts):
+    """Up to FEW tokens run on the blocks, as in the model itself."""
+    model, ids = packed_model("qwen2", kind=kind), IDS[:1, :length]
+    wanted, _ = after_prompt(model, ids)
+    with prune(model, "griffin", executor="slim"):
+        found, _ = after_prompt(model, ids)
+    assert prompts == [(1, length)] and apart(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["griffin", "dart", "dart-token"])
+def test_masks_are_those_of_the_models_own_prompt(method, prompts):
+    """Evidence and the reference of drift: what the layers hand on is what hooks see."""
+    settings = {"sparsity": 0.5}
+    if method != "griffin":
+        settings["prior"] = {"sequences": 2, "length": 24, "opening": 0}
+    model, ids = packed_model("llama"), IDS[:1]
+    _, theirs, wanted = pruned(model, ids, PROMPT, method=method, executor="native", **settings)
+    assert prompts == []
+    _, ours, found = pruned(model, ids, PROMPT, method=method, executor="slim", **settings)
+    assert (1, PROMPT) in prompts and len(ours) == len(theirs) > 0
+    assert all(same_masks(a[2], b[2]) for a, b in zip(ours, theirs, strict=True))
+    assert apart(found, wanted) < 1e-3
+
+
+def test_generate_goes_on_after_it(prompts):
+    model, ids = packed_model("llama"), IDS[:1, :PROMPT]
+    with prune(model, "griffin", sparsity=0.5, executor="native"):
+        wanted = generate(model, ids, DECODED)
+    with prune(model, "griffin", sparsity=0.5, executor="slim") as run:
+        found = generate(model, ids, DECODED)
+        assert run.report().executor == "slim"
+    assert prompts == [(1, PROMPT)] and torch.equal(found.sequences, wanted.sequences)
+
+
+def test_what_it_does_not_serve_runs_in_the_model(prompts):
+    """And gives what the model gives."""
+    model, ids = packed_model("llama"), IDS[:, :PROMPT]
+    padded = torch.ones_like(ids)
+    padded[0, :5] = 0
+    embedded = model.get_input_embeddings()(ids).detach()
+    calls = {
+        "padding": lambda: model(ids, attention_mask=padded),
+        "embeddings": lambda: model(inputs_embeds=embedded),
+        "other positions": lambda: model(ids, position_ids=torch.arange(PROMPT)[None] + 1),
+        "hidden states": lambda: model(ids, output_hidden_states=True),
+        "one token": lambda: model(ids[:, :1]),
+        "labels": lambda: model(ids, labels=ids),
+        "chosen logits": lambda: model(ids, logits_to_keep=torch.tensor([3, 5])),
+    }
+    for what, call in calls.items():
+        with torch.no_grad():
+            wanted = call().logits
+            with prune(model, "griffin", executor="slim"):
+                assert torch.equal(call().logits, wanted), what
+    with prune(model, "griffin", executor="slim"):
+        assert model(ids).logits.requires_grad is False or prompts == []
+        with torch.no_grad():
+            _, cache = after_prompt(model, ids[:, :20])
+            del prompts[:]
+            step(model, ids[:, 20:], cache)
+    assert prompts == []
+    for other in (packed_model("gemma2"), tiny("llama", **SIZES)):  # a short window, dense weights
+        with prune(other, "griffin", executor="slim"):
+            after_prompt(other, ids)
+    assert prompts == []
+
+
+def test_a_hook_inside_the_model_sees_the_prompt(prompts):
+    model, seen = packed_model("llama"), []
+    layer = model.model.layers[1]
+    with prune(model, "griffin", executor="slim"):
+        handle = layer.register_forward_hook(lambda *_: seen.append(1))
+        after_prompt(model, IDS[:, :PROMPT])
+        handle.remove()
+        after_prompt(model, IDS[:, :PROMPT])
+    assert seen == [1] and prompts == [(2, PROMPT)]
+
+
+def test_changed_norms_are_noticed(prompts):
+    """Weights that were written between two prompts, also where autograd was not told."""
+    model, ids = packed_model("gemma"), IDS[:, :PROMPT]
+    with prune(model, "griffin", executor="slim"):
+        before, _ = after_prompt(model, ids)
+        model.model.layers[0].input_layernorm.weight.data.mul_(1.5)
+        model.model.norm.weight.data.add_(0.25)
+        found, _ = after_prompt(model, ids)
+    wanted, _ = after_prompt(model, ids)
+    assert len(prompts) == 2 and apart(found, wanted) < 1e-5 < 1e-2 < apart(before, wanted)
+
+
+def test_ids_beyond_the_vocabulary_are_refused(prompts):
+    model, ids = packed_model("llama"), IDS[:, :PROMPT].clone()
+    ids[1, 7] = 10_000
+    with (
+        prune(model, "griffin", executor="slim"),
+        pytest.raises(IndexError, match="token id 10000 is outside the vocabulary of 96 tokens"),
+    ):
+        after_prompt(model, ids)
