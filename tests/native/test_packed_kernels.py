@@ -40,7 +40,7 @@ def test_weights_are_those_of_the_file(name, kind):
             neurons = order == "neurons"
             matrix, dense = packed(name, rows, columns, order)
             wanted = dense.t() if neurons else dense
-            assert matrix.shape() == list(wanted.shape) and matrix.by_neurons() == neurons
+            assert matrix.shape() == list(wanted.shape) and matrix.order() == order
             with kernels(kind):
                 found = ops().packed_span(matrix, 0, len(wanted), torch.float32)
                 narrow = ops().packed_span(matrix, 0, len(wanted), torch.bfloat16)

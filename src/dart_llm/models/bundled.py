@@ -280,4 +280,4 @@ def default_folder(
         doing = "preparing" if packed else "converting"
         say(f"{doing} {MODEL_NAME}{'' if packed else ' to safetensors'}, once (about 20 seconds)")
         origin = {"package": MODEL_PACKAGE, "version": MODEL_VERSION, "file": gguf.name}
-        return convert(gguf, MODEL_SHA256, cache, origin, read_gguf(gguf), packed=packed)
+        return convert(read_gguf(gguf), MODEL_SHA256, cache, origin, packed=packed)

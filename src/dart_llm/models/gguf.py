@@ -23,7 +23,7 @@ from dart_llm.files import file_sha256
 from dart_llm.hub import no_stray_bars, plain
 from dart_llm.models.devices import memory_failure
 from dart_llm.models.gguf_facts import ARCHITECTURES, Settings, check_facts, complete, left_out
-from dart_llm.models.gguf_file import GgufFile, read_gguf
+from dart_llm.models.gguf_file import GgufFile
 
 Progress = Callable[[str], None]
 BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
@@ -86,31 +86,28 @@ def is_intact(
     return all(is_whole(folder / name, expected) for name, expected in record["files"].items())
 
 
-def check_architecture(gguf: Path) -> str:
-    """The architecture of a file; ``LoadError`` for one whose files transformers does not read."""
+def check_architecture(file: GgufFile) -> None:
+    """Raise ``LoadError`` for an architecture whose files transformers does not read."""
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
-    architecture = read_gguf(gguf).architecture
     # transformers writes qwen2_moe for qwen2moe
     known = {re.sub("[_-]", "", name) for name in GGUF_SUPPORTED_ARCHITECTURES}
-    if re.sub("[_-]", "", architecture) not in known:
+    if re.sub("[_-]", "", file.architecture) not in known:
         raise LoadError(
-            f"{gguf.name} is of architecture {architecture}, whose GGUF files transformers does "
-            "not read; give the model itself, a folder or hub id"
+            f"{file.path.name} is of architecture {file.architecture}, whose GGUF files "
+            "transformers does not read; give the model itself, a folder or hub id"
         )
-    return architecture
 
 
 def convert(
-    gguf: Path,
+    file: GgufFile,
     sha256: str,
     cache: Path,
     origin: Mapping[str, str],
-    header: GgufFile,
     *,
     packed: bool = False,
 ) -> Path:
-    """Write the dense copy of ``gguf``, or what its blocks need (``packed``), return its folder.
+    """Write the dense copy of ``file``, or what its blocks need (``packed``), return its folder.
 
     ``origin`` is added to ``source.json``.  A file in a scratch folder of ``cache`` is kept with
     what its blocks need.  Another process may do the same at the same time: the first one wins,
@@ -118,27 +115,27 @@ def convert(
     disk or cache folder do not allow it.
     """
     sweep(make_folder(cache))
-    settings = left_out(read_gguf(gguf))
-    space = PACKED_SPACE if packed else header.float32_bytes
-    require_space(space, cache, f"the converted copy of {gguf.name}")
+    settings, name = left_out(file), file.path.name
+    space = PACKED_SPACE if packed else file.float32_bytes
+    require_space(space, cache, f"the converted copy of {name}")
     with scratch_folder(cache) as scratch:
         fresh = scratch / "model"
         fresh.mkdir()
         try:
             with no_stray_bars():
-                names = (_write_packed if packed else _write_dense)(gguf, fresh)
+                names = (_write_packed if packed else _write_dense)(file, fresh)
         except LoadError:
             raise
         except Exception as error:
-            raise memory_failure(error, gguf.name, "float32") or LoadError(
-                f"{gguf.name} could not be converted: {plain(error)}"
+            raise memory_failure(error, name, "float32") or LoadError(
+                f"{name} could not be converted: {plain(error)}"
             ) from error
         record = {
             "format": FORMAT,
             **origin,
             "sha256": sha256,
-            "quantisation": header.quantisation,
-            "tensor_types": header.types,
+            "quantisation": file.quantisation,
+            "tensor_types": file.types,
             **({"tensors": names} if names else {}),
             **({"settings": settings} if settings else {}),
             "files": _inventory(fresh),
@@ -149,29 +146,29 @@ def convert(
     return folder
 
 
-def gguf_arguments(gguf: Path) -> dict[str, Any]:
-    """Keyword arguments that make ``from_pretrained`` read ``gguf`` as a dense model."""
+def gguf_arguments(file: GgufFile) -> dict[str, Any]:
+    """Keyword arguments that make ``from_pretrained`` read ``file`` as a dense model."""
     from transformers import GgufConfig
 
-    known = {"config": _config(gguf)} if left_out(read_gguf(gguf)) else {}
+    known = {"config": _config(file)} if left_out(file) else {}
     return {
-        "gguf_file": gguf.name,
+        "gguf_file": file.path.name,
         "quantization_config": GgufConfig(dequantize=True),
         **known,
     }
 
 
-def _config(gguf: Path) -> Any:
+def _config(file: GgufFile) -> Any:
     """The configuration of a GGUF file, with what transformers leaves out."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-        return complete(config, left_out(read_gguf(gguf)))
+        config = AutoConfig.from_pretrained(str(file.path.parent), gguf_file=file.path.name)
+        return complete(config, left_out(file))
     except LoadError:
         raise
     except Exception as error:
-        raise LoadError(f"{gguf.name} could not be read: {plain(error)}") from error
+        raise LoadError(f"{file.path.name} could not be read: {plain(error)}") from error
 
 
 @contextmanager
@@ -181,15 +178,16 @@ def scratch_folder(cache: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def _write_dense(gguf: Path, folder: Path) -> dict[str, str]:
+def _write_dense(file: GgufFile, folder: Path) -> dict[str, str]:
     """No names: the folder has transformers' own."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    if read_gguf(gguf).architecture in ARCHITECTURES:
-        _checked(gguf)  # whose sentences name the tensor
+    gguf = file.path
+    if file.architecture in ARCHITECTURES:
+        _checked(file)  # whose sentences name the tensor
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        str(gguf.parent), dtype=torch.float32, output_loading_info=True, **gguf_arguments(gguf)
+        str(gguf.parent), dtype=torch.float32, output_loading_info=True, **gguf_arguments(file)
     )
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
@@ -199,9 +197,9 @@ def _write_dense(gguf: Path, folder: Path) -> dict[str, str]:
     return {}
 
 
-def _write_packed(gguf: Path, folder: Path) -> dict[str, str]:
+def _write_packed(file: GgufFile, folder: Path) -> dict[str, str]:
     """Names in the file -> names of the model's parameters."""
-    model, names = _checked(gguf)
+    gguf, (model, names) = file.path, _checked(file)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
@@ -211,7 +209,7 @@ def _write_packed(gguf: Path, folder: Path) -> dict[str, str]:
     return names
 
 
-def _checked(gguf: Path) -> tuple[Any, dict[str, str]]:
+def _checked(file: GgufFile) -> tuple[Any, dict[str, str]]:
     """The model of a file without its weights, and the names that the file has for them.
 
     Raises ``LoadError`` where its facts and tensors do not fit.
@@ -220,12 +218,12 @@ def _checked(gguf: Path) -> tuple[Any, dict[str, str]]:
 
     from dart_llm.models.packed_loading import check_fit, empty_model
 
-    check_facts(read_gguf(gguf), gguf.name)
-    config = _config(gguf)
+    check_facts(file)
+    config = _config(file)
     model: Any = empty_model(config)
     make: Any = TensorProcessor
     names = dict(get_gguf_hf_weights_map(model, make(), FILE_NAMES.get(config.model_type)))
-    check_fit(gguf.name, model, read_gguf(gguf).of(names))
+    check_fit(file.path.name, model, file.of(names))
     return model, names
 
 

@@ -68,7 +68,7 @@ def is_mistral(file: GgufFile) -> bool:
     return file.architecture == "llama" and file.metadata.get("general.name") == "mistral"
 
 
-def check_facts(file: GgufFile, name: str) -> None:
+def check_facts(file: GgufFile) -> None:
     """Raise ``LoadError`` for facts that are larger than what the file holds.
 
     A model of these would be made, only to see that no weight fits.
@@ -83,8 +83,8 @@ def check_facts(file: GgufFile, name: str) -> None:
     for fact, (size, what) in most.items():
         if (stated := file.number(fact) or 0) > size:
             raise LoadError(
-                f"{name} is damaged: it states {fact} {stated}, more than the {size} of {what}; "
-                "fetch it again"
+                f"{file.path.name} is damaged: it states {fact} {stated}, more than the {size} of "
+                f"{what}; fetch it again"
             )
 
 

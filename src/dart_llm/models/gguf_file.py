@@ -85,6 +85,7 @@ class StoredTensor:
 class GgufFile:
     """``metadata``: single values alone, None for lists; ``tensors``: by their names."""
 
+    path: Path
     metadata: dict[str, Any]
     tensors: dict[str, StoredTensor]
 
@@ -207,7 +208,7 @@ def read_gguf(path: Path) -> GgufFile:
         ) from error
     start = (header.at + align - 1) // align * align
     stored = (_stored(path, start, len(data), *entry) for entry in entries)
-    return GgufFile(metadata, {one.name: one for one in stored})
+    return GgufFile(path, metadata, {one.name: one for one in stored})
 
 
 def _stored(

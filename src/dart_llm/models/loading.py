@@ -163,30 +163,27 @@ def _gguf(path: Path, cache: Path, *, verify: bool, packed: bool, say: Progress)
     Where its blocks are kept (``packed``), the file and what belongs to it.
     """
     path = path.resolve()
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise LoadError(f"{path} is not a GGUF file; give a folder, or a file that is one")
+    file = read_gguf(path)
     sha256 = file_sha256(path)
     folder = converted_folder(cache, sha256, packed=packed)
     source = "gguf file, as it is" if packed else "gguf file, dequantised"
     checkpoint = Checkpoint(path.stem, source, str(folder), path, sha256=sha256)
     checkpoint = replace(checkpoint, blocks=path) if packed else checkpoint
-    if is_intact(folder, sha256, full=verify, settings=left_out(read_gguf(path))):
+    if is_intact(folder, sha256, full=verify, settings=left_out(file)):
         kept = (read_source(folder) or {})["quantisation"]
         return replace(checkpoint, quantisation=kept)
-    check_architecture(path)
-    header = read_gguf(path)
-    checkpoint = replace(checkpoint, quantisation=header.quantisation)
-    if header.float32_bytes > CONVERT_UP_TO and not packed:
+    check_architecture(file)
+    checkpoint = replace(checkpoint, quantisation=file.quantisation)
+    if file.float32_bytes > CONVERT_UP_TO and not packed:
         say(f"reading {path.name} without a converted copy, which would be large")
-        return replace(checkpoint, reference=str(path.parent), arguments=gguf_arguments(path))
+        return replace(checkpoint, reference=str(path.parent), arguments=gguf_arguments(file))
     doing = (
         f"reading the tokenizer of {path.name}"
         if packed
         else f"converting {path.name} to safetensors"
     )
     say(f"{doing}, once")
-    convert(path, sha256, cache, {"file": path.name}, header, packed=packed)
+    convert(file, sha256, cache, {"file": path.name}, packed=packed)
     return checkpoint
 
 
@@ -304,11 +301,12 @@ def _no_blocks_reason(kind: str, model: str, is_file: bool, away: bool) -> str:
         return ""  # which has a sentence of its own
     if not is_file:
         return f"{model} is no GGUF file; write {', '.join(ROUNDED)} to round its weights"
-    architecture = check_architecture(Path(model).expanduser())
-    if architecture not in ARCHITECTURES:
+    file = read_gguf(Path(model).expanduser())
+    check_architecture(file)
+    if file.architecture not in ARCHITECTURES:
         return (
-            f"files of architecture {architecture} are read dense alone; give weights dense, or "
-            f"{', '.join(ROUNDED)} to round them again"
+            f"files of architecture {file.architecture} are read dense alone; give weights dense, "
+            f"or {', '.join(ROUNDED)} to round them again"
         )
     return ""
 

@@ -111,22 +111,37 @@ void PackedMatrix::fill(const Parts& parts, int64_t first, int64_t count) {
   if (type.offsets) lay(parts.offsets, parts.small_offsets, parts.offset_supers);
 }
 
+// Calls with(place in `held`, values of a row) for the levels, and the factors of blocks along a row.
+template <class With>
+void each_held(const PackedMatrix& of, const With& with) {
+  size_t next = 0;
+  with(next++, of.packed.pitch);
+  for (const Factors* factors : {&of.packed.scales, &of.packed.offsets}) {
+    if (!factors->own) continue;
+    with(next++, of.packed.each());
+    if (factors->supers) with(next++, of.packed.supers_each());
+  }
+}
+
+// The pointers of a matrix that holds other tensors now.
+void point(PackedMatrix& to) {
+  size_t next = 0;
+  auto* p = &to.packed;
+  p->levels = static_cast<uint8_t*>(to.held[next++].mutable_data_ptr());
+  for (Factors* factors : {&p->scales, &p->offsets}) {
+    if (!factors->own) continue;
+    factors->own = to.held[next++].mutable_data_ptr();
+    if (factors->supers) factors->supers = static_cast<uint16_t*>(to.held[next++].mutable_data_ptr());
+  }
+}
+
 void PackedMatrix::cut(int64_t begin, int64_t end) {
   packed.rows = stored_rows = end - begin;
   shared = true;
-  int64_t rows = packed.room();
-  size_t next = 0;
-  auto part = [&](int64_t each) {  // with what is read behind the last row
-    Tensor& t = held[next++];
-    t = t.narrow(0, begin * each, rows * each + 64);
-    return t.mutable_data_ptr();
-  };
-  packed.levels = static_cast<uint8_t*>(part(packed.pitch));
-  for (Factors* factors : {&packed.scales, &packed.offsets}) {
-    if (!factors->own) continue;
-    factors->own = part(packed.each());
-    if (factors->supers) factors->supers = static_cast<uint16_t*>(part(packed.supers_each()));
-  }
+  each_held(*this, [&](size_t which, int64_t per_row) {  // with what is read behind the last row
+    held[which] = held[which].narrow(0, begin * per_row, packed.room() * per_row + 64);
+  });
+  point(*this);
 }
 
 int64_t PackedMatrix::nbytes() const {
@@ -399,30 +414,6 @@ c10::intrusive_ptr<PackedMatrix> packed_part(const c10::intrusive_ptr<PackedMatr
   return made;
 }
 
-// Calls with(tensor, number of its values for a row) for levels and factors of blocks along a row.
-template <class With>
-void each_held(const PackedMatrix& of, const With& with) {
-  size_t next = 0;
-  with(next++, of.packed.pitch);
-  for (const Factors* factors : {&of.packed.scales, &of.packed.offsets}) {
-    if (!factors->own) continue;
-    with(next++, of.packed.each());
-    if (factors->supers) with(next++, of.packed.supers_each());
-  }
-}
-
-// The pointers of a matrix that holds other tensors now.
-void point(PackedMatrix& to) {
-  size_t next = 0;
-  auto* p = &to.packed;
-  p->levels = static_cast<uint8_t*>(to.held[next++].mutable_data_ptr());
-  for (Factors* factors : {&p->scales, &p->offsets}) {
-    if (!factors->own) continue;
-    factors->own = to.held[next++].mutable_data_ptr();
-    if (factors->supers) factors->supers = static_cast<uint16_t*>(to.held[next++].mutable_data_ptr());
-  }
-}
-
 // to[tile] = rows ids[16 tile] to ids[16 tile + 15] of `from`, both in tiles; per_row: values of a row.
 template <class T>
 void gather_lanes(const T* from, T* to, const Tensor& ids, int64_t per_row) {
@@ -560,9 +551,6 @@ c10::intrusive_ptr<PackedMatrix> packed_copy(const c10::intrusive_ptr<PackedMatr
 
 void register_packed(torch::Library& library) {
   library.class_<PackedMatrix>("PackedMatrix")
-      .def("by_neurons", [](const c10::intrusive_ptr<PackedMatrix>& one) {
-        return one->packed.order == Order::neurons;
-      })
       .def("nbytes", [](const c10::intrusive_ptr<PackedMatrix>& one) { return one->nbytes(); })
       .def("parts", [](const c10::intrusive_ptr<PackedMatrix>& one) { return one->held; })
       .def("order", [](const c10::intrusive_ptr<PackedMatrix>& one) {

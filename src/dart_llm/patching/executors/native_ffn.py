@@ -372,7 +372,7 @@ def _address(matrix: Any) -> int:
 def _new(copy: Any, old: Any) -> list[Tensor]:
     """The memory of its own that a copy of kept neurons has and the one before it had not."""
     known = {part.data_ptr() for part in old.parts()} if old is not None else set()
-    own = copy.parts()[:1] if copy.by_neurons() else copy.parts()
+    own = copy.parts()[:1] if copy.order() == "neurons" else copy.parts()
     return [part for part in own if part.data_ptr() not in known]
 
 
