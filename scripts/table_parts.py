@@ -292,9 +292,18 @@ def front_parts(files: Sequence[Row]) -> Iterator[Part]:
     }
 
 
+def graded_parts(data: Row) -> Iterator[Part]:
+    """A table for each model, on and off the grid that its file was dequantised from."""
+    for model, form in dict.fromkeys((row["model"], row["form"]) for row in data["rows"]):
+        rows = [r for r in data["rows"] if (r["model"], r["form"]) == (model, form)]
+        where = "off that grid (pairs of channels turned)" if form == "mixed" else "as it is"
+        caption = f"**{model}**, dequantised from {data['grids'][model]}, {where}"
+        yield {"caption": caption, "rows": rows}
+
+
 PARTS = {
     f.__name__: f
     for f in (evaluation_parts, harness_parts, signal_parts, quality_parts, speed_parts,
               accuracy_parts, rouge_parts, memory_parts, flops_parts, benchmark_parts, front_parts,
-              find, groups)
+              graded_parts, find, groups)
 }  # fmt: skip

@@ -301,6 +301,7 @@ class PruningOptions(Settings):
     knowledge_drift: bool | None = setting("Pruning", "Re-mask on drift by the preset's rule.")
     drift: str | None = setting("Pruning", 'Drift rule: never, published, paper, "interval 64".')
     compensation: bool | None = setting("Pruning", "Add the removed neurons' mean contribution.")
+    head: str | None = setting("Pruning", "Output head of decoded tokens: full, or screened.")
     executor: str | None = setting("Pruning", "auto, masked, compact, native, slim or graph.")
 
     @model_validator(mode="after")
@@ -355,6 +356,7 @@ class PruningOptions(Settings):
             },
             "budget": {"name": self.budget, "table": self._table()},
             "drift": {"rule": self._drift_rule()},
+            "head": {"kind": self.head},
         }
         for part, values in parts.items():
             given = {key: value for key, value in values.items() if value is not None}

@@ -37,6 +37,8 @@ METHODS = {
     # enough observed tokens for the detector to be armed when pruning begins
     "published": {"method": "published", "sparsity": 0.5, "masking_step": 21},
     "dart-token": {"method": "dart-token", **LEARNT},
+    **{name: {"method": name, "sparsity": 0.5} for name in ("teal-attention", "wina", "cats")},
+    **{name: {"method": name, "sparsity": 0.5} for name in ("countdown", "prox")},
 }
 FIRST, SECOND = tokens(1, LENGTH, seed=1), tokens(1, LENGTH, seed=1)
 SECOND[:, CHANGED:] = tokens(1, LENGTH - CHANGED, seed=2)
@@ -51,6 +53,8 @@ SECOND[:, CHANGED:] = tokens(1, LENGTH - CHANGED, seed=2)
         *product(SHAPES[:1], ["auto", "masked"], ["griffin", "published", "dart-token"]),
         ("llama", "masked", "dart"),
         *product(["gpt2", "opt"], ["auto"], ["griffin", "published", "dart-token"]),
+        *product(SHAPES, ["auto"], ["teal-attention"]),
+        *product(["llama", "phi3", "opt"], ["masked"], ["wina", "cats", "countdown", "prox"]),
     ],
 )
 def test_later_tokens_do_not_change_earlier_logits(name, executor, method):
@@ -73,13 +77,16 @@ def test_later_tokens_do_not_change_earlier_logits(name, executor, method):
 @pytest.mark.contract("causality")
 @pytest.mark.parametrize(
     ("name", "method"),
-    [*product(SHAPES, ["dart"]), *product(["llama", "opt"], ["griffin", "dart-token"])],
+    [
+        *product(SHAPES, ["dart"]),
+        *product(["llama", "opt"], ["griffin", "dart-token", "teal-attention", "cats"]),
+    ],
 )
 def test_teacher_forced_chunks(name, method):
     """run.decoding(): one forward of many tokens is causal, and equals token by token."""
     model, found = shared_model(name), []
     settings = {"method": method, "sparsity": 0.5, "min_evidence": 0, "drift": "never"}
-    settings |= {} if method == "griffin" else {"prior": SMALL}
+    settings |= {"prior": SMALL} if method.startswith("dart") else {}
     for ids in (FIRST, SECOND):
         with prune(model, **settings) as run:
             cache = new_cache(model)

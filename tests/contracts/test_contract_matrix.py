@@ -56,7 +56,9 @@ def _check_pair(name, dtype=torch.float32, **settings):
         _, same, compact = decoded(model, executor="compact", **settings)
         assert apart(compact[:, PROMPT:], masked[:, PROMPT:]) < TOLERANCE[dtype]
         assert not torch.equal(compact[:, PROMPT:], dense[:, PROMPT:])
-        assert ready(model, **{"method": "griffin", **settings}).executor == "compact"
+        token = METHODS.get(settings.get("method", "griffin")).token
+        auto = "compact" if token is None or token.native else "masked"  # which no kernel serves
+        assert ready(model, **{"method": "griffin", **settings}).executor == auto
     assert same_masks(same[0][2], masks[0][2])
 
 

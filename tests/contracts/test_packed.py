@@ -26,6 +26,7 @@ from dart_llm.models.steps import slim_unsupported_reason as why_not_slim
 from dart_llm.patching.executors import native_ffn
 from dart_llm.pruning.accounting import Costs
 from dart_llm.session.run import prune
+from maps import mapped
 from packed_cases import packed as packed_matrix
 from packed_cases import rounded
 from steps import Same, apart, decode, generate, new_cache, pruned, same_masks, step
@@ -121,6 +122,61 @@ def test_without_memory_for_copies_neurons_are_read_where_they_lie(model, monkey
     assert apart(*found) < 1e-3
     ffn = [part.weight.nbytes for block in describe(packed).blocks for part in block.projections]
     assert 0.45 * sum(ffn) < held[0] - held[1] < 0.6 * sum(ffn)
+
+
+def _places(run):
+    """Where the copies that the masks of a run made lie."""
+    copies = [copy for layer in run.patch.layers for copy in layer.kept._copies]
+    levels = [one.parts()[0] for one in copies]
+    return [one.data_ptr() for one in levels], sum(one.nbytes for one in levels)
+
+
+@pytest.mark.parametrize("executor", ["native", "slim"])
+def test_copies_lie_in_room_that_was_made_before_any_token(executor):
+    """Of all masks; it goes with the run, whoever holds that."""
+    model = model_of("llama", "q4_0")
+    with prune(model, method="griffin", sparsity=0.5, executor=executor) as run:
+        room = run.patch.layout.room
+        whole = room.left()
+        decode(model, IDS, PROMPT)
+        places, size = _places(run)
+        left = room.left()
+        assert len(places) == 3 * LAYERS and size < whole - left < 2 * size
+        first = [mask.ids for mask in run.select()]
+        decode(model, tokens(1, 90, seed=9), 80)
+        assert not same_masks(first, [mask.ids for mask in run.select()])
+        assert _places(run)[0] == places and room.left() == left
+        patch, slim = run.patch, run.patch.slim
+        del room
+    assert run.report() is not None and patch.layout.room is None
+    assert (slim is None) == (executor == "native")
+    assert not mapped(places[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"method": "griffin", "sparsity": 0.5}, 0.5),
+        ({"method": "griffin", "sparsity": 0.75}, 0.25),
+        ({"method": "griffin", "budget": {"table": "0:1,1-3:0.5"}}, 0.375),
+        ({"masks": dict.fromkeys(range(LAYERS), range(40))}, 0.25),
+        ({"method": "dart-token", "sparsity": 0.5, "prior": PRIOR}, 0),
+        ({"method": "griffin", "sparsity": 0}, 0),
+        ({"method": "griffin", "score": {"strategy": "auto"}}, 0),
+    ],
+    ids=str,
+)
+def test_how_much_room_is_made(settings, wanted, monkeypatch):
+    """What the masks will keep, up to whole tiles; none where that is not known."""
+    model, asked = model_of("llama", "q8_0"), []
+    monkeypatch.setattr(native_ffn.Layout, "make_room", lambda _, size: asked.append(size))
+    with prune(model, executor="slim", **settings):
+        pass
+    parts = [one for block in describe(model).blocks for one in block.projections]
+    all_of_them = sum(one.weight.nbytes for one in parts)
+    least, most = 0.97 * wanted * all_of_them, (wanted + 15 / WIDTH) * all_of_them
+    assert len(asked) == 1 and least <= asked[0] <= most + 192 * 5 * LAYERS
+    assert wanted or asked == [0]
 
 
 @torch.no_grad()
@@ -269,7 +325,9 @@ def test_a_step_rounds_inputs_and_nothing_else(name):
     with prune(model, "dense", executor="slim") as run:
         found = decode(model, IDS, PROMPT)[:, PROMPT:]
     assert run.report().executor == "slim"
-    assert apart(found, wanted) < 0.1 * apart(wanted, plain)
+    # in time a sum that differs in its last bit lets an input fall to another level
+    assert apart(found[:, :4], wanted[:, :4]) < 0.01 * apart(wanted, plain)
+    assert apart(found, wanted) < apart(wanted, plain)
 
 
 @pytest.mark.parametrize("executor", ["compact", "masked", "native", "slim"])

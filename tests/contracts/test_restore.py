@@ -17,7 +17,16 @@ from products import SHAPES, cases
 from steps import CACHE, HALF, Same, generate, new_cache, shared_model, state_of, written
 from tiny import NAMES, tiny, tokens
 
-METHODS = ("griffin", "dart", "dart-token", "published", "static", "dense")
+METHODS = (
+    "griffin",
+    "dart",
+    "dart-token",
+    "teal-attention",
+    "cats",
+    "published",
+    "static",
+    "dense",
+)
 
 
 @pytest.mark.contract("exact restore")

@@ -63,6 +63,8 @@ CONFIGS = {
     "griffin": half(),
     "published": half("published"),
     "dart-token": half("dart-token"),
+    "teal-attention": half("teal-attention"),
+    "cats": half("cats"),
     "static": half("static"),
     "late": half("griffin", masking_step=5, release_step=20),
     "none": half("griffin").replace({"sparsity": 0.0}),

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.models.fingerprint import digest_of
-from dart_llm.models.packed import FEW, PackedTensor, pack
+from dart_llm.models.packed import PackedTensor, few, pack
 from dart_llm.native.build import ops
 from packed_cases import differ, drawn_blocks, packed, rounded
 
@@ -41,14 +41,14 @@ def test_linear_layers(name, neurons, dtype):
     weight, dense = made(name, neurons, dtype)
     layer = nn.Linear(256, 24).to(dtype).requires_grad_(False)
     bias, layer.weight = layer.bias.double(), weight
-    group = 16 if neurons and name == "q6_k" else 32
+    alone = 16 if neurons and name == "q6_k" else 32  # values of one vector that share a scale
     allowed = 1e-6 if dtype == torch.float32 else 4e-3
     for shape in (
         (256,),
         (3, 256),
         (2, 3, 256),
-        (FEW, 256),
-        (FEW + 1, 256),
+        (few(), 256),
+        (few() + 1, 256),
         (2, 20, 256),
         (0, 256),
     ):
@@ -56,7 +56,7 @@ def test_linear_layers(name, neurons, dtype):
         found, flat = layer(x), x.reshape(-1, 256)
         assert found.shape == (*shape[:-1], 24) and found.dtype == dtype
         if len(flat):
-            near = rounded(flat, group) if len(flat) <= FEW else flat
+            near = rounded(flat, alone if len(flat) == 1 else 32) if len(flat) <= few() else flat
             y = found.reshape(-1, 24).double() - bias
             assert differ(y, near, dense.t()) < allowed, shape
     with pytest.raises(RuntimeError):

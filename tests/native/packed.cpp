@@ -15,6 +15,7 @@
 #include "held.h"
 #include "packed_blocks.h"
 #include "packed_ffn.h"
+#include "prompt.h"
 
 using namespace dart;
 
@@ -223,6 +224,37 @@ void products(const Kernels& k, const Stored& m, int64_t count) {
   near("dots of some", some, of_some, size_of_some);
 }
 
+// Products of many vectors, in parts of outputs and of inputs.
+void many(const Kernels& k, const Stored& m, int64_t count) {
+  const Packed& p = m.packed;
+  bool turned = p.order == Order::neurons;
+  int64_t inputs = turned ? p.rows : p.columns, outputs = turned ? p.columns : p.rows;
+  int64_t middle = turned ? ABREAST : 3 * TILE;
+  Values from = drawn(count * inputs);
+  RoundedLots x(k, count, inputs);
+  Values y(count * outputs), rest(count * outputs);
+  std::vector<double> wanted(y.size()), sizes(y.size());
+  for (int64_t c = 0; c < count; ++c) {
+    Values own(from.begin() + c * inputs, from.begin() + (c + 1) * inputs);  // its end is the memory's
+    k.packed.round_lot(own.data(), inputs, x.view, c);
+    std::vector<double> plain = rounded(from, c * inputs, inputs, GROUP);
+    for (int64_t o = 0; o < outputs; ++o)
+      for (int64_t i = 0; i < inputs; ++i) {
+        double term = plain[i] * (turned ? m.at(i, o) : m.at(o, i));
+        wanted[c * outputs + o] += term, sizes[c * outputs + o] += std::fabs(term);
+      }
+  }
+  int64_t units = x.view.size / UNIT, half = units / 8 * 4;
+  std::vector<std::pair<int64_t, int64_t>> spans = {{0, outputs}};
+  if (middle < outputs) spans = {{0, middle}, {middle, outputs}};
+  for (auto [begin, end] : spans) {
+    k.packed.lots(p, x.view, {begin, end, half, units}, y.data(), outputs);
+    if (half) k.packed.lots(p, x.view, {begin, end, 0, half}, rest.data(), outputs);
+  }
+  for (size_t i = 0; i < y.size(); ++i) y[i] += rest[i];
+  near("products of many", y, wanted, sizes);
+}
+
 // Copies the levels of kept neurons one after the other.
 Packed kept_alone(const Packed& p, const std::vector<int32_t>& ids, std::vector<uint8_t>& levels) {
   levels.resize(ids.size() * p.pitch + 64);
@@ -394,7 +426,9 @@ void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I) 
     packed.layers.push_back(a), dense.layers.push_back(b);
   }
   std::vector<float> cosine(S, 0.8f), sine(S, 0.6f);
+  Values hidden;  // of the last run: by positions, then rows
   auto run = [&](const Decoder& d, int64_t members, int64_t first, int64_t count) {
+    hidden.clear();
     const int64_t head = capacity * S, row = K * head;
     std::vector<std::vector<char>> memory(4, std::vector<char>(count * row * 4));
     Cache cache{{{memory[0].data(), memory[1].data(), 0, head, row},
@@ -415,6 +449,7 @@ void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I) 
       work(0);
       for (std::thread& one : others) one.join();
       logits.insert(logits.end(), scratch.logits.begin(), scratch.logits.end());
+      hidden.insert(hidden.end(), scratch.normed.begin(), scratch.normed.begin() + count * D);
     }
     return logits;
   };
@@ -433,6 +468,48 @@ void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I) 
       std::copy_n(&single[at * V], V, &wanted[(at * 3 + m) * V]);
   }
   near("rows", alone, wanted, sizes, 1e-5);
+
+  auto read = [&](int64_t members) {  // the same three texts as a prompt
+    std::vector<float> turns_cosine, turns_sine;
+    for (int64_t i = 0; i < capacity; ++i) {
+      turns_cosine.insert(turns_cosine.end(), cosine.begin(), cosine.end());
+      turns_sine.insert(turns_sine.end(), sine.begin(), sine.end());
+    }
+    Text text{3, capacity, turns_cosine.data(), turns_sine.data(), S};
+    PromptRoom room(k, packed, text, 2, members);
+    Values stream(3 * capacity * D), normed(stream.size()), keys(2 * 3 * K * capacity * S), values(keys.size());
+    Values u(2 * 3 * capacity * I), h(2 * stream.size());
+    for (int64_t m = 0; m < 3 * capacity; ++m) {
+      int64_t at = m % capacity;
+      const int64_t tokens[] = {3 + at, 4, 5 + 2 * at};
+      packed.row(k, packed.embedding, tokens[m / capacity], &stream[m * D]);
+      packed.norm_row(packed.layers[0].before_attention, &stream[m * D], D, &normed[m * D]);
+    }
+    std::vector<Left> left;
+    for (int64_t i = 0; i < 2; ++i)
+      left.push_back({&keys[i * 3 * K * capacity * S], &values[i * 3 * K * capacity * S], &u[i * 3 * capacity * I],
+                      &h[i * 3 * capacity * D]});
+    room.jobs.begin();
+    std::vector<std::thread> others;
+    auto work = [&](int64_t member) {
+      prompt_layers(k, packed, text, 0, 2, stream.data(), normed.data(), left.data(), room, member);
+    };
+    for (int64_t m = 1; m < members; ++m) others.emplace_back(work, m);
+    work(0);
+    for (std::thread& one : others) one.join();
+    for (const Values& some : {keys, values, u, h}) normed.insert(normed.end(), some.begin(), some.end());
+    return normed;
+  };
+  Values prompt = read(1);
+  if (read(3) != prompt) std::printf("%s: three threads read another prompt\n", about.c_str()), std::exit(1);
+  run(packed, 1, 0, 3);
+  wanted.assign(3 * capacity * D, 0), sizes.assign(wanted.size(), 0);
+  for (float one : hidden) most = std::max(most, std::fabs(one));
+  for (int64_t m = 0; m < 3 * capacity; ++m)
+    for (int64_t i = 0; i < D; ++i)
+      wanted[m * D + i] = hidden[(m % capacity * 3 + m / capacity) * D + i], sizes[m * D + i] = most;
+  prompt.resize(wanted.size());
+  near("prompts", prompt, wanted, sizes, 2e-2);  // a level may fall to the other side
 }
 
 // Rounding to blocks: every weight within half a step, and what float16 cuts off the factors.
@@ -473,8 +550,12 @@ int main() {
           weights(*k, by_rows), weights(*k, tiles), weights(*k, turned);
           products(*k, by_rows, 1 + rows % 3), products(*k, tiles, 1 + rows % 6);
           neurons(*k, turned);
+          for (const Stored* one : {&by_rows, &tiles, &turned}) many(*k, *one, 1 + (rows + blocks) % 7);
           read_again(by_rows), read_again(tiles), read_again(turned);
         }
+      about = std::string(kind) + " " + name + " of many inputs";  // more than are unpacked at a time
+      for (Order order : {Order::rows, Order::tiles, Order::neurons})
+        many(*k, made(name, 40, each == 32 ? 1120 : 1280, order), 5);
       exact(*k, name, 101, each == 32 ? 160 : each);
       for (Act act : {Act::silu, Act::gelu, Act::gelu_tanh, Act::relu, Act::relu2})
         for (bool odd : {false, true}) ffns(*k, name, each == 32 ? 96 : each, each, act, odd);

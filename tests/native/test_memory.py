@@ -1,6 +1,5 @@
 """Weights in huge pages: where they lie and what they hold stays; a loaded model left its file."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +8,7 @@ import torch
 from dart_llm import prune
 from dart_llm.native import memory
 from dart_llm.native.memory import LEAST, PAGE, into_huge_pages
-
-SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+from maps import HUGE
 
 
 def huge_kilobytes():
@@ -42,10 +40,7 @@ def test_memory_that_is_left(tmp_path, monkeypatch):
         assert memory.available() == wanted
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux" or not SWITCH.is_file() or "[never]" in SWITCH.read_text(),
-    reason="this system gives no huge pages",
-)
+@pytest.mark.skipif(not HUGE, reason="this system gives no huge pages")
 @pytest.mark.usefixtures("native")
 def test_weights_of_a_pruned_model_lie_in_them(smollm2):
     model, _ = smollm2

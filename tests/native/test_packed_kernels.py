@@ -80,6 +80,27 @@ def test_products_of_neurons(name, kind):
         assert differ(found, rounded(u, group), dense.t()) < CLOSE, (hidden, width)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_products_of_many_vectors(name, kind):
+    """On the blocks, in every order of the rows, against float64; more columns than are unpacked
+    at a time."""
+    long = (40, 1120 if name in SMALL else 1280)
+    for (rows, columns), order in itertools.product([*shapes(name), long], ORDERS):
+        matrix, dense = packed(name, rows, columns, order)
+        for count in (2, 3, 4, 5, 8, 17):
+            x = drawn(count, columns, seed=count)
+            x[1, ::3] = 0
+            x[-1] = 0
+            with kernels(kind):
+                found = ops().packed_product(x, matrix, order != "neurons", count)
+            assert differ(found, rounded(x), dense.t()) < CLOSE, (order, rows, columns, count)
+            if count > 2:
+                with kernels(kind):  # a vector's numbers are its own
+                    some = ops().packed_product(x[1:], matrix, order != "neurons", count)
+                assert torch.equal(some, found[1:])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("order", ORDERS)
 def test_products_with_dequantised_rows(order, dtype):
@@ -145,12 +166,11 @@ def test_a_copy_of_kept_neurons_gives_what_they_give_where_they_lie(name, kind):
     down, _ = packed(name, hidden, width, "neurons", seed=2)
     rows = [ops().packed_turned(one, "rows", True) for one in tiles]
     x, biases = drawn(3, hidden), drawn(2, width, seed=1)
-    old = (None,) * 3
+    old, room = [], torch.classes.dart_llm.HugeRoom(0)
     for ids in (torch.arange(5, width, 3), torch.arange(0, width, 2), torch.tensor([width - 1])):
         given = (biases[0], biases[1], ids.int(), drawn(hidden), None, None, None, 0)
-        places = [one.parts()[0].data_ptr() for one in old if one is not None]
-        whole = (*tiles, down)
-        copies = [ops().packed_kept(*two) for two in zip(whole, [ids.int()] * 3, old, strict=True)]
+        places = [one.parts()[0].data_ptr() for one in old]
+        copies = ops().packed_kept([*tiles, down], ids.int(), old, room)
         old, now = copies, [one.parts()[0].data_ptr() for one in copies]
         # the second takes more room than the first, the third less than the second
         assert (now == places) == (len(ids) == 1)
@@ -161,6 +181,32 @@ def test_a_copy_of_kept_neurons_gives_what_they_give_where_they_lie(name, kind):
         for copy, whole in zip(copies, (*tiles, down), strict=True):
             share = (len(ids) + 15) // 16 * 16 / width if len(ids) > 1 else 1 / 2
             assert copy.nbytes() <= share * whole.nbytes() + 512
+
+
+def test_many_tiles_are_copied_by_several_threads():
+    """Every row where its number among the kept says, to the bit; the last tile is not full."""
+    hidden, width = 256, 4096
+    ids = drawn(width).topk(1500).indices.sort().values
+    before = torch.get_num_threads()
+    for name in ("q4_0", "q6_k", "q8_0"):
+        tiles, _ = packed(name, width, hidden, "tiles")
+        down, _ = packed(name, hidden, width, "neurons")
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            room = torch.classes.dart_llm.HugeRoom(0)
+            copies = ops().packed_kept([tiles, down], ids.int(), [], room)
+            torch.set_num_threads(before)
+            for i, whole in enumerate(tiles.parts()):
+                found = _of_tiles(copies[0].parts()[i], len(ids), 1 if i else 4)
+                assert torch.equal(found, _of_tiles(whole, width, 1 if i else 4)[ids])
+            levels, kept = (one.parts()[0][:-64] for one in (down, copies[1]))
+            assert torch.equal(kept.view(len(ids), -1), levels.view(width, -1)[ids])
+
+
+def _of_tiles(part, rows, run):
+    """What of a matrix's part belongs to each row; ``run``: values of one that lie together."""
+    found = part[:-64].view(-(-rows // 16), -1, 16, run).transpose(1, 2)
+    return found.reshape(-1, found.shape[2] * run)[:rows]
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -198,7 +244,11 @@ def test_what_is_no_number_gives_none(kind):
             x = drawn(3, columns)
             x[1, 37] = odd
             with kernels(kind):
-                for found in (ops().packed_linear(x, matrix), ops().packed_down(x, down)):
+                every = [ops().packed_linear(x, matrix), ops().packed_down(x, down)]
+                for one in (matrix, down, packed(name, rows, columns, "tiles")[0]):
+                    turned = one.order() != "neurons"
+                    every.append(ops().packed_product(x, one, turned, len(x)))
+                for found in every:
                     assert found[1].isnan().all() and found[::2].isfinite().all(), (name, odd)
         x = drawn(2, columns)
         x[:, :64] = tiny * torch.linspace(-1, 1, 64)
@@ -246,8 +296,9 @@ def test_the_number_of_threads_changes_no_bit():
         torch.set_num_threads(threads)
         rows, whole = ops().packed_linear(x, up), ops().packed_down(u, down)
         part = ops().packed_ffn(x, None, up, down, None, None, ids.int(), *[None] * 4, 3)
+        many = [ops().packed_product(x, up, True, 3), ops().packed_product(u, down, False, 3)]
         torch.set_num_threads(before)
-        found.append((rows, whole, part))
+        found.append((rows, whole, part, *many))
         kept[:, ids] = rows[:, ids].relu()
         torch.testing.assert_close(part, ops().packed_down(kept, down), rtol=1e-5, atol=1e-5)
     assert all(
@@ -274,7 +325,13 @@ def test_what_does_not_fit_is_refused_and_not_read():
     tiles, _ = packed("q4_0", 64, 32, "tiles")
     neurons, _ = packed("q4_0", 32, 64, "neurons")
     some = torch.arange(3, dtype=torch.int32)
-    kept = [run.packed_kept(one, some, None) for one in (tiles, neurons)]
+    more, _ = packed("q4_0", 32, 96, "neurons")
+    room = torch.classes.dart_llm.HugeRoom(0)
+
+    def copied(matrices, ids, old=()):
+        return run.packed_kept(matrices, ids, list(old), room)
+
+    kept = copied([tiles, neurons], some)
     x, none = torch.zeros(1, 32), [None] * 4
 
     def ffn(up, down, ids):
@@ -310,11 +367,14 @@ def test_what_does_not_fit_is_refused_and_not_read():
         "read of rows alone": lambda: ffn(tiles, neurons, some),
         "neurons here and there are": lambda: ffn(*kept, None),
         "kept neurons are no matrix": lambda: rows(kept[0], torch.tensor([0]), torch.float32),
-        "these neurons cannot be copied": lambda: run.packed_kept(matrix, some, None),
-        "neurons cannot be copied": lambda: run.packed_kept(kept[1], some, None),
-        "be copied": lambda: run.packed_kept(tiles, some.long(), None),
-        "no such neurons": lambda: run.packed_kept(tiles, some + 62, None),
-        "such neurons": lambda: run.packed_kept(tiles, some.flip(0), None),
+        "these neurons cannot be copied": lambda: copied([matrix], some),
+        "neurons cannot be copied": lambda: copied([kept[1]], some),
+        "be copied": lambda: copied([tiles], some.long()),
+        "copied": lambda: copied([tiles], some[:0]),
+        "native: these neurons cannot": lambda: copied([tiles, neurons], some, kept[:1]),
+        "native: these neurons cannot be": lambda: copied([tiles, more], some),
+        "no such neurons": lambda: copied([tiles], some + 62),
+        "such neurons": lambda: copied([tiles], some.flip(0)),
         "this matrix has one order": lambda: run.packed_turned(down, "rows", False),
     }
     wrong = [lambda: run.packed_linear(torch.zeros(1, 32), matrix)]

@@ -40,7 +40,7 @@ from tiny import CONFIGS, NAMES, VOCAB, tiny, tokens
 pytestmark = pytest.mark.usefixtures("native")
 
 DTYPES = (torch.float32, torch.bfloat16)
-TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 CHOICES = (
     {"sparsity": 0.5},
     {"sparsity": 0.7, "token": {"bits": 8, "group": 12, "candidates": 0.6}},
@@ -386,7 +386,7 @@ def test_packed_weights_of_every_family(name, monkeypatch):
                 found.append(decode(model, ids, ids.shape[1] - DECODED))
             assert run.report().executor == executor
         # inputs of products are rounded to 8 bits: rounding before decides between two levels
-        assert all(apart(one, found[0]) < 2e-2 for one in found[1:])
+        assert max(apart(one, found[0]) for one in found[1:]) < 5e-2
 
 
 def _cropped(cache):

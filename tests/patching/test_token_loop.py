@@ -1,6 +1,7 @@
 """Executor slim's own token loop: what transformers' gives, by fewer calls around each step."""
 
 import copy
+import math
 import pickle
 import threading
 
@@ -12,10 +13,11 @@ from transformers import StoppingCriteriaList as Criteria
 from dart_llm.models.growing_cache import HIDDEN
 from dart_llm.models.token_loop import TokenLoop
 from dart_llm.patching import patch
+from dart_llm.patching.executors import native_step
 from dart_llm.session.run import prune
 from engine_cases import tokenizer
 from steps import new_cache, selections, shared_model, step
-from tiny import tokens
+from tiny import tiny, tokens
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -34,8 +36,8 @@ def count(monkeypatch):
         found["loops"] += 1
         return loop(self, *given)
 
-    def counted_step(self, ids, cache):
-        logits = decode(self, ids, cache)
+    def counted_step(self, ids, cache, forbidden):
+        logits = decode(self, ids, cache, forbidden)
         found["steps"] += logits is not None
         return logits
 
@@ -456,3 +458,80 @@ def test_what_a_user_sets_on_the_model_or_around_it(monkeypatch, count):
             change.setattr(model, "prepare_inputs_for_generation", prepare)
             assert torch.equal(generated(model), first)
     assert len(calls) == NEW and count["loops"] == 1
+
+
+class Twice:
+    """A native object, each of whose steps is taken for logits and for the likeliest tokens."""
+
+    def __init__(self, native):
+        self.native, self.chosen = native, []
+
+    def __getattr__(self, name):
+        return getattr(self.native, name)
+
+    def step(self, *given):
+        logits, _ = self.native.step(*given[:-1], None)
+        tokens, hidden = self.native.step(*given[:-1], [])
+        assert tokens.dtype == torch.int64 and tokens.shape == logits.shape[:1]
+        scores = logits.float().numpy()
+        assert tokens.tolist() == scores.argmax(-1).tolist()
+        others, _ = self.native.step(*given[:-1], [*tokens.tolist(), 9999])
+        scores[:, tokens] = -math.inf
+        assert others.tolist() == scores.argmax(-1).tolist()
+        self.chosen += tokens.tolist()
+        return (logits if given[-1] is None else tokens), hidden
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head", ["distinct", "equal", "no numbers"])
+def test_the_likeliest_token_of_a_step_is_the_first_of_its_largest_logits(
+    monkeypatch, head, dtype, name, rows
+):
+    """A vocabulary of several parts, whose second half may equal the first one; caps of logits."""
+    model = tiny(name, dtype=dtype, vocab_size=5003, tie_word_embeddings=False)
+    if head == "equal":
+        model.lm_head.weight.data[2501:5002] = model.lm_head.weight.data[:2501]
+    if head == "no numbers":
+        model.lm_head.weight.data[[4000, 2222, 3333]] = torch.nan
+    made, native = native_step._decoder, []
+
+    def twice(*given):
+        native.append(Twice(made(*given)))
+        return native[-1]
+
+    monkeypatch.setattr(native_step, "_decoder", twice)
+    with prune(model, sparsity=0.0, executor="slim"):
+        model.generate(tokens(rows, 24), max_new_tokens=12, **OFF)
+    (one,) = native
+    assert len(one.chosen) == 11 * rows
+    if head == "equal":
+        assert max(one.chosen) < 2501
+    if head == "no numbers":
+        assert set(one.chosen) == {2222}
+
+
+def test_scores_are_only_made_where_somebody_reads_them(monkeypatch, count):
+    asked, run = [], native_step.SlimDecoder.step
+
+    def noted(self, call, observe):
+        asked.append(call.forbidden)
+        return run(self, call, observe)
+
+    monkeypatch.setattr(native_step.SlimDecoder, "step", noted)
+    model = shared_model()
+
+    def greedy_steps(**how):
+        asked.clear()
+        with prune(model, sparsity=0.0, executor="slim"):
+            generated(model, **how)
+        assert len(asked) == NEW - 1
+        return [one for one in asked if one is not None]
+
+    ends = {"eos_token_id": [95, 1000], "min_new_tokens": 4}
+    known = NEW - 2  # the first step is a call of the model
+    assert greedy_steps() == [[]] * known
+    assert greedy_steps(**ends) == [[95, 1000]] * 2 + [[]] * (known - 2)  # three had come before
+    assert greedy_steps(logits_processor=LogitsProcessorList([Steered()])) == []
+    assert greedy_steps(**SAMPLED) == []

@@ -75,9 +75,8 @@ class Lesson:
     def find(self, names: Sequence[str]) -> dict[str, Part]:
         """The parts of ``names`` that are known already: those of the text that is known."""
         found = dict[str, Part]()
-        if self.text is None and any(name != REACH for name in names):
-            text = self._find(TEXT, [torch.device("cpu")], {})
-            self.text = None if text is None else text[0].sums["ids"].total
+        if any(name != REACH for name in names):
+            self._read_text()
         for name in names:
             if name == REACH or self.text is not None:
                 part = self._find(name, self.devices, found)
@@ -93,8 +92,7 @@ class Lesson:
             "model's own text, once"
         )
         if self.text is None:
-            self.text = self._written(prior)
-            self._keep(TEXT, [LayerStatistics({"ids": Sum(self.text, 1.0)})], {})
+            self._write_text()
             found = self.find(names)  # of this very text: it alone was lost
             known, names = known | found, [name for name in names if name not in found]
             if not names:
@@ -126,6 +124,33 @@ class Lesson:
                 self.say(f"reach towards the vocabulary: {number + 1} of {len(self.layers)} layers")
         self._keep(REACH, found, {})
         return found
+
+    def of_own_text(
+        self, name: str, device: torch.device, make: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """What ``make`` finds in the model's own text, ids [n, T]: kept under ``name``."""
+        self._read_text()
+        if self.text is None:
+            self.say("the model writes text to learn from, once")
+            self._write_text()
+        known = self._find(name, [device], {})
+        if known is None:
+            assert self.text is not None
+            known = [LayerStatistics({name: Sum(make(self.text), 1.0)})]
+            self._keep(name, known, {})
+        return known[0].sums[name].total
+
+    def _read_text(self) -> None:
+        """The text, if it is known already."""
+        if self.text is None:
+            text = self._find(TEXT, [torch.device("cpu")], {})
+            self.text = None if text is None else text[0].sums["ids"].total
+
+    def _write_text(self) -> None:
+        prior = self.config.prior
+        assert prior is not None
+        self.text = self._written(prior)
+        self._keep(TEXT, [LayerStatistics({"ids": Sum(self.text, 1.0)})], {})
 
     def _missing(self, names: Sequence[str]) -> Statistics:
         """The statistics of ``names`` alone."""

@@ -101,6 +101,8 @@ class PatchHost:
                 f'method "{config.method}" is another model, with weights of {config.weight_bits} '
                 "bits: it cannot be served beside this one"
             )
+        if config.screens:
+            raise ConfigError("served requests have the whole output head: leave head out")
         method = MethodOnModel.of(self.view, config)
         if method.selector.removes_nothing:
             return method
@@ -150,8 +152,13 @@ class PatchHost:
         return method.report(self.view, controller, self.executor_of(method.config), costs)
 
     def executor_of(self, config: PruneConfig) -> str:
-        """What runs the FFNs of a request: rows with masks of their own are multiplied by 0."""
-        return "masked" if config.batch == "per_row" else self.executor
+        """What runs the FFNs of a request.
+
+        Rows with masks of their own, and choices of tokens that no kernel knows, are multiplied by
+        0.
+        """
+        known = config.token is None or config.token.native
+        return self.executor if known and config.batch != "per_row" else "masked"
 
     def close(self) -> None:
         """Detach: the model is exactly what it was."""

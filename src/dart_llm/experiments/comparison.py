@@ -18,6 +18,7 @@ from dart_llm.evaluation.tasks import short
 from dart_llm.experiments import stats
 from dart_llm.experiments.stats import Interval, Sample, Value
 from dart_llm.experiments.store import mapping, number
+from dart_llm.pruning.accounting import TokenTraffic
 from dart_llm.reporting.table import grouped
 from dart_llm.reporting.words import percent, quantity
 
@@ -89,6 +90,8 @@ class StoredAccounting(Stored):
     executor: Text = None
     bytes_executed: Number = Field(None, alias="ffn_bytes_share")
     bytes_if_compact: Number = Field(None, alias="ffn_bytes_share_if_compact")
+    token_bytes_share: Number = None
+    mean_context: Number = None
     requested: Number = Field(None, alias="requested_sparsity", exclude=True)
 
 
@@ -245,6 +248,9 @@ class Row:
     bytes_if_compact: float | None = None
     bytes_share: float | None = None
     """The one of the two above that the comparison at equal bytes uses."""
+    token_bytes_share: float | None = None
+    """Bytes that a decoded token reads over those of the dense model at bfloat16."""
+    mean_context: float | None = None
     weight_bytes: float | None = None
     to_dense: Interval | None = None
     to_griffin: Interval | None = None
@@ -255,6 +261,8 @@ class Row:
     equal_bytes: Equal | None = None
     notes: tuple[str, ...] = ()
     checkpoint: Mapping[str, Any] = field(default_factory=dict)
+    traffic: TokenTraffic | None = field(default=None, repr=False, compare=False)
+    """What a token reads of a model that was not pruned."""
     scores: Scores = field(default=Scores({}, False), repr=False, compare=False)
 
     @property
@@ -348,6 +356,7 @@ def read_row(line: Mapping[str, Any]) -> Row:
         notes=tuple(map(str, measured.notes)),
         checkpoint=stored.checkpoint,
         scores=known,
+        traffic=read_traffic(facts),
         **counted.model_dump(),
     )
 
@@ -406,12 +415,35 @@ def _ordered(every: Sequence[Row]) -> list[Row]:
 
 
 def _with_bytes(members: Sequence[Row]) -> list[Row]:
-    """Bytes as executed where all skip work, else what compact would have read, for all alike."""
+    """Bytes as executed where all skip work, else what compact would have read, for all alike.
+
+    Of a token of an unpruned model: at the context that the tokens of pruned ones saw on average.
+    """
     executed = all(row.executor != "masked" for row in members)
+    known = [row.mean_context for row in members if row.mean_context is not None]
+    context = sum(known) / len(known) if known else 0.0
+
+    def of_token(row: Row) -> float | None:
+        unpruned = row.traffic is not None and row.token_bytes_share is None and row.done
+        return row.traffic.share(context) if unpruned and row.traffic else row.token_bytes_share
+
     return [
-        replace(row, bytes_share=row.bytes_executed if executed else row.bytes_if_compact)
+        replace(
+            row,
+            bytes_share=row.bytes_executed if executed else row.bytes_if_compact,
+            token_bytes_share=of_token(row),
+        )
         for row in members
     ]
+
+
+def read_traffic(facts: Mapping[str, Any]) -> TokenTraffic | None:
+    """What ``weight_facts`` knew of the bytes that a token reads; None where it did not."""
+    known = mapping(facts.get("token_traffic"))
+    if not known:
+        return None
+    cache = tuple((each, most) for each, most in known.get("cache", ()))
+    return TokenTraffic(**{**known, "cache": cache})
 
 
 def _compared(row: Row, group: Sequence[Row], seed: int) -> Row:

@@ -354,6 +354,7 @@ def _columns(rows: Sequence[Row]) -> tuple[Column, ...]:
         _column("at equal achieved sparsity", lambda row: _equal(row, row.equal_sparsity), False),
         _column("at equal FFN bytes", lambda row: _equal(row, row.equal_bytes), False),
         _column("FFN bytes", _bytes, False),
+        _column("bytes per token", _token_bytes, False),
         _column("weights", lambda row: bytes_text(row.weight_bytes), False),
     )
     return columns if len(_weights(rows)) > 1 else columns[:-1]
@@ -395,6 +396,10 @@ def _share(value: float | None) -> str | None:
 
 def _bytes(row: Row) -> str | None:
     return None if row.bytes_share is None else f"{row.bytes_share:.3f}"
+
+
+def _token_bytes(row: Row) -> str | None:
+    return None if row.token_bytes_share is None else f"{row.token_bytes_share:.3f}"
 
 
 def _marked(text: str | None, row: Row) -> str | None:
@@ -455,7 +460,7 @@ def to_dict(interval: Interval | None) -> dict[str, Any] | None:
 
 def record(row: Row) -> dict[str, Any]:
     """A row as JSON-able data, its intervals and comparisons nested."""
-    nested = ("scores", "checkpoint", "notes", *INTERVALS, *EQUALS)
+    nested = ("scores", "traffic", "checkpoint", "notes", *INTERVALS, *EQUALS)
     data = {f.name: getattr(row, f.name) for f in fields(Row) if f.name not in nested}
     data |= {key: to_dict(getattr(row, key)) for key in INTERVALS}
     for key in EQUALS:

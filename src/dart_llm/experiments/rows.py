@@ -123,16 +123,32 @@ def table(rows: Sequence[Row]) -> Table:
         Column("achieved", "achieved_sparsity", ".1%"),
         Column("dense tokens", "dense_token_share", ".1%"),
         Column("re-masks", "remasks"),
+        Column("bytes per token", "token_bytes_share", ".3f"),
     )
-    return Table("", title, columns, [line for one in rows for line in _lines(one)], left=3)
+    context = _contexts(rows)
+    lines = [line for one in rows for line in _lines(one, context)]
+    return Table("", title, columns, lines, left=3)
 
 
-def _lines(row: Row) -> Iterator[dict[str, Any]]:
-    measurement = row["measurement"]
+def _contexts(rows: Sequence[Row]) -> float:
+    """Positions of the cache that the tokens of pruned rows saw, on average; 0 without any."""
+    known = [(r["measurement"].get("accounting") or {}).get("mean_context") for r in rows]
+    seen = [one for one in known if one is not None]
+    return sum(seen) / len(seen) if seen else 0.0
+
+
+def _lines(row: Row, context: float) -> Iterator[dict[str, Any]]:
+    """``context``: positions of the cache, for rows that count none themselves."""
+    from dart_llm.experiments.comparison import read_traffic
+
+    measurement, traffic = row["measurement"], read_traffic(row.get("facts") or {})
+    accounting = measurement.get("accounting") or DENSE
+    if traffic is not None and not measurement.get("accounting"):
+        accounting = {**accounting, "token_bytes_share": traffic.share(context)}
     shown = {n: v for n, v in measurement["metrics"].items() if n not in COUNTS}
     for number, (name, value) in enumerate(shown.items()):
         yield {
-            **(measurement["accounting"] or DENSE),
+            **accounting,
             "task": "" if number else short(_task(row)),
             "method": "" if number else str(row["label"]),
             "metric": name,

@@ -272,14 +272,17 @@ def check_ffns(model: str, blocks: Sequence[FfnBlock]) -> None:
             )
 
 
-def weights_unsupported_reason(block: FfnBlock) -> str:
+def weights_unsupported_reason(block: FfnBlock, known: bool = False) -> str:
     """Why a block's weights cannot stand for its projections: "", or a clause.
 
-    ``masked`` runs the modules themselves; every other executor goes by their weights.
+    ``masked`` runs the modules themselves; every other executor goes by their weights.  ``known``:
+    they could before, and nothing but hooks has changed.
     """
     called = [*block.projections, *([block.act] if isinstance(block.act, nn.Module) else [])]
     if any(map(_has_hooks, called)):
         return "has hooks on its projections or its activation"
+    if known:
+        return ""
     if not all(forward_of(part)[0].__module__.startswith(HOMES) for part in block.projections):
         return "has a projection with a forward of its own"
     return "" if agreement(block).weights else "has projections that are no plain linear layers"

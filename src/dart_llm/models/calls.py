@@ -223,10 +223,15 @@ def _call(
 
 @dataclass(frozen=True)
 class SlimCall:
-    """A forward that decodes one token of each row, ids [B, 1], after transformers' own cache."""
+    """A forward that decodes one token of each row, ids [B, 1], after transformers' own cache.
+
+    ``forbidden``: token ids, where nothing is wanted but the likeliest next tokens other than
+    these; None: logits are.
+    """
 
     ids: Tensor
     cache: Any
+    forbidden: list[int] | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +12,8 @@ from torch import Tensor, nn
 from dart_llm.errors import UnsupportedModel
 from dart_llm.models.agreement import check_ffns
 from dart_llm.models.architectures import LAYER_NAMES, LayerNames
-from dart_llm.models.ffn import FfnBlock
+from dart_llm.models.ffn import FfnBlock, is_plain, matrix_of
+from dart_llm.pruning.accounting import BFLOAT16, TokenTraffic, stored_bytes
 from dart_llm.pruning.weights import FfnWeights
 
 
@@ -25,8 +28,12 @@ class ModelView:
     """The decoder without its head: its first output is the signal ``hidden``."""
     input_embedding: Tensor | None
     output_embedding: Tensor | None
+    attention: tuple[tuple[nn.Module, ...], ...]
+    """The projections of each layer's attention, the output projection last."""
     parameter_bytes: int
     """Bytes of the weights that one decoded token reads (embedding rows left out)."""
+    traffic: TokenTraffic
+    """The same by part, at bfloat16, and the cache."""
 
     def signal(self, name: str) -> nn.Module:
         """The module whose output a drift detector watches."""
@@ -58,13 +65,16 @@ def describe(model: nn.Module) -> ModelView:
     layers, names, text = decoder_layers(model)
     blocks = tuple(_block(index, layer, names, text) for index, layer in enumerate(layers))
     check_ffns(type(model).__name__, blocks)
+    attention = tuple(_attention(layer, names) for layer in layers)
     return ModelView(
         blocks,
         layers[-1].get_submodule(names.attention_out),
         decoder_of(model),
         _weight(model.get_input_embeddings()),  # type: ignore[operator]
         _weight(model.get_output_embeddings()),  # type: ignore[operator]
-        _bytes_read(model),
+        attention,
+        sum(one.nbytes for one in _read(model)),
+        token_traffic(model, blocks, attention),
     )
 
 
@@ -154,6 +164,13 @@ def _x_from(layer: nn.Module, names: LayerNames) -> nn.Module | None:
     return next((module for module in found if module is not None), None)
 
 
+def _attention(layer: nn.Module, names: LayerNames) -> tuple[nn.Module, ...]:
+    out = layer.get_submodule(names.attention_out)
+    whole = layer.get_submodule(names.attention_out.rpartition(".")[0])
+    inputs = (one for one in whole.modules() if is_plain(one) and one is not out)
+    return *inputs, out
+
+
 def _weight(module: nn.Module | None) -> Tensor | None:
     weight = getattr(module, "weight", None)
     return weight if isinstance(weight, Tensor) else None
@@ -165,11 +182,43 @@ def context_length(model: Any) -> int | None:
     return length
 
 
-def _bytes_read(model: nn.Module) -> int:
+def _read(model: nn.Module) -> list[nn.Parameter]:
     """All parameters once; an input embedding that is not also the head is only looked up."""
     inputs = _weight(model.get_input_embeddings())  # type: ignore[operator]
     head = _weight(model.get_output_embeddings())  # type: ignore[operator]
-    total = sum(p.nbytes for p in model.parameters())
-    if inputs is not None and inputs is not head and any(inputs is p for p in model.parameters()):
-        total -= inputs.nbytes
-    return total
+    return [p for p in model.parameters() if p is not inputs or p is head]
+
+
+def token_traffic(
+    model: nn.Module,
+    blocks: Sequence[FfnBlock],
+    attention: Sequence[Sequence[nn.Module]],
+    sizes: Mapping[int, float] | None = None,
+) -> TokenTraffic:
+    """What a token reads; ``sizes``: {id of a parameter: its bytes}, else as it is stored."""
+    ffn = {id(part.weight) for block in blocks for part in block.projections}
+    heads = {id(one.weight) for layer in attention for one in layer}
+    parts = dict.fromkeys(("ffn", "attention", "others"), 0.0)
+    read, known = _read(model), sizes or {}
+    output, head = _weight(model.get_output_embeddings()), 0.0  # type: ignore[operator]
+    for one in read:
+        part = "ffn" if id(one) in ffn else "attention" if id(one) in heads else "others"
+        size = known.get(id(one), stored_bytes(one, BFLOAT16))
+        parts[part] += size
+        head += size if one is output else 0
+    cache = Counter[int | None]()
+    text: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    for index, (*inputs, out) in enumerate(attention):
+        # what q, k and v make, less the queries, which are as many as the output projection takes
+        values = sum(len(matrix_of(one)) for one in inputs) - matrix_of(out).shape[1]
+        cache[_window(text, index)] += BFLOAT16 * values
+    dense = BFLOAT16 * sum(one.numel() for one in read)
+    caches = tuple((each, most) for most, each in cache.items())
+    return TokenTraffic(dense, **parts, cache=caches, head=head)
+
+
+def _window(text: Any, index: int) -> int | None:
+    """Positions that a layer's tokens see, None for all."""
+    kinds = getattr(text, "layer_types", None)
+    slides = kinds is None or kinds[index] == "sliding_attention"
+    return getattr(text, "sliding_window", None) if slides else None

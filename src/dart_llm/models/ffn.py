@@ -97,6 +97,23 @@ class FfnBlock:
             return self.act(self.gate(x)) * self.up(x)  # type: ignore[no-any-return]
         return self.act(self.up(x))
 
+    @property
+    def plain(self) -> bool:
+        """Whether there is no gate."""
+        return self.gate is None and not self.fused
+
+    def gate_of(self, x: Tensor) -> Tensor:
+        """The gate's projection of x, before the activation function; not of a plain FFN."""
+        if self.fused:
+            return self.up(x).chunk(2, dim=-1)[0]  # type: ignore[no-any-return]
+        assert self.gate is not None
+        return self.gate(x)  # type: ignore[no-any-return]
+
+    def up_of(self, x: Tensor) -> Tensor:
+        """The up projection of x."""
+        up: Tensor = self.up(x)
+        return up.chunk(2, dim=-1)[1] if self.fused else up
+
     def finish(self, z: Tensor, args: tuple[Any, ...]) -> Tensor:
         """What the FFN's forward returns for the down projection's output z."""
         if self.adds_residual:
@@ -128,6 +145,11 @@ class FfnBlock:
         return FfnWeights(
             self.index, depth, stored, gate, down, embedding, seed, by_inputs=self.by_inputs
         )
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is one of the linear layers whose weights are plain matrices."""
+    return type(module).__name__ in _PLAIN
 
 
 def is_by_inputs(module: nn.Module) -> bool:

@@ -17,9 +17,6 @@ from dart_llm.errors import ConfigError, DartError
 from dart_llm.models.gguf import ROUNDED
 from dart_llm.native.build import ops
 
-FEW = 16
-"""Vectors up to which a product runs on the blocks; more are worth dequantised rows."""
-
 ORDERS = ("rows", "tiles", "neurons")
 """How the rows of a matrix lie: each on its own, sixteen interleaved (the fastest to read as a
 whole), or each column of a down projection on its own."""
@@ -138,6 +135,19 @@ class PackedTensor(Tensor):
         return int(self.matrix.nbytes())
 
 
+FEW = 16
+"""Vectors that run on the blocks at most.
+
+Kernels are quicker so for up to ``packed_few`` of them, but products on the blocks round their
+inputs to 8 bits: what executors gather of a longer prompt, and so their masks, would differ.
+"""
+
+
+def few() -> int:
+    """Vectors up to which a product runs on the blocks; more are worth dequantised rows."""
+    return min(FEW, int(ops().packed_few()))
+
+
 def memory_of(model: nn.Module) -> Iterator[Tensor]:
     """Plain tensors on the memory that the weights of ``model`` take."""
     for one in model.parameters():
@@ -186,7 +196,7 @@ def _product(x: Tensor, weight: Any, turned: bool = False) -> Any:
         return NotImplemented
     if x.dtype != weight.dtype:
         return NotImplemented
-    return ops().packed_product(x, weight.matrix, weight.neurons != turned, FEW)
+    return ops().packed_product(x, weight.matrix, weight.neurons != turned, few())
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

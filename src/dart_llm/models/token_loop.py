@@ -8,10 +8,10 @@ does not need, and work that is known to have no effect.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +19,11 @@ from torch import Tensor, nn
 
 from dart_llm.models.growing_cache import CACHE
 
-Step = Callable[[Tensor, Any], Tensor | None]
-"""Logits [1, V] after ids [1, 1] and a cache; None where the model has to run itself."""
+Step = Callable[[Tensor, Any, list[int] | None], Tensor | None]
+"""Logits [1, V] after ids [1, 1] and a cache; None where the model has to run itself.
+
+With a list the likeliest token [1], int64, of all but those in it serves as well.
+"""
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 """Scores [1, V] float32 from ids [1, T] and scores."""
@@ -92,13 +95,14 @@ class TokenLoop:
 
     def _decode(self, text: _Text, ids: Tensor, processors: Any, criteria: Any) -> Tensor:
         process = _processors(processors)
+        scored = text.sampled or any(not isinstance(one, _NoEnds) for one in process)
         ends, foreign = _criteria(criteria)
-        logits = text.prompt(ids)
+        token = scores = text.prompt(ids)
         while True:
-            scores = logits
-            for one in process:
-                scores = one(ids, scores)
-            token = _drawn(scores) if text.sampled else _likeliest(scores)
+            if scores.is_floating_point():
+                for one in process:
+                    scores = one(ids, scores)
+                token = _drawn(scores) if text.sampled else _likeliest(scores)
             ids = torch.cat([ids, token[:, None]], dim=-1)
             number = int(token)
             over = any(criterion(ids, number) for criterion in ends)
@@ -108,7 +112,7 @@ class TokenLoop:
                 self._streamer.put(token.cpu())
             if over:
                 return ids
-            logits = text.next(ids)
+            token = scores = text.next(ids, None if scored else _forbidden(process, ids.shape[1]))
 
 
 def _drawn(scores: Tensor) -> Tensor:
@@ -148,12 +152,15 @@ class _Text:
         self._steps = positions is None or bool((positions[..., -1] == end - 1).all())
         return logits
 
-    def next(self, ids: Tensor) -> Tensor:
-        """Logits [1, V] after ids [1, T], of which all but the last are in the cache."""
+    def next(self, ids: Tensor, forbidden: list[int] | None) -> Tensor:
+        """Logits [1, V] after ids [1, T], of which all but the last are in the cache.
+
+        With ``forbidden``, the likeliest token [1] but for these, where a step knows it.
+        """
         if self._steps:
-            logits = self._step(ids[:, -1:], self.cache)
-            if logits is not None:
-                return logits.float()
+            found = self._step(ids[:, -1:], self.cache, forbidden)
+            if found is not None:
+                return found.float() if found.is_floating_point() else found
         given = {**self._given, "cache": self.cache}
         positions = given.get("position_ids")
         if positions is not None:
@@ -208,7 +215,21 @@ def _processors(given: Any) -> list[Processor]:
     return found
 
 
-def _without_ends(processor: Any) -> Processor | None:
+@dataclass(frozen=True)
+class _NoEnds:
+    """Forbids the ``ends`` of a text that has fewer than ``least`` tokens."""
+
+    least: int
+    ends: list[int]
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        if ids.shape[-1] < self.least:
+            known = [one for one in self.ends if one < scores.shape[-1]]
+            scores[:, known] = -math.inf
+        return scores
+
+
+def _without_ends(processor: Any) -> _NoEnds | None:
     """What a processor does that forbids the ends of a text, on scores that are the loop's own.
 
     Those of transformers compare the whole vocabulary with the ends, also when all tokens are
@@ -222,18 +243,13 @@ def _without_ends(processor: Any) -> Processor | None:
         least = processor.min_new_tokens + processor.prompt_length_to_skip
     else:
         return None
+    return _NoEnds(least, [one for one in processor.eos_token_id.flatten().tolist() if one >= 0])
 
-    @functools.cache
-    def ends(size: int) -> Tensor:
-        found: Tensor = processor.eos_token_id.flatten()
-        return found[(found >= 0) & (found < size)]
 
-    def forbid_ends(ids: Tensor, scores: Tensor) -> Tensor:
-        if ids.shape[-1] < least:
-            scores.index_fill_(1, ends(scores.shape[-1]), -math.inf)
-        return scores
-
-    return forbid_ends
+def _forbidden(process: Sequence[Processor], length: int) -> list[int]:
+    """What may not come after ``length`` tokens."""
+    known = [one for one in process if isinstance(one, _NoEnds) and length < one.least]
+    return list(dict.fromkeys(end for one in known for end in one.ends))
 
 
 def _criteria(given: Any) -> tuple[list[Criterion], Any]:

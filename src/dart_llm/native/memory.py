@@ -94,14 +94,14 @@ def out_of_files(model: nn.Module) -> int:
     return size
 
 
-def into_huge_pages(tensors: Iterable[Tensor], least: int = LEAST) -> int:
+def into_huge_pages(tensors: Iterable[Tensor]) -> int:
     """Ask the system for huge pages under ``tensors`` on the CPU; the number that it gave.
 
-    Not for fewer than ``least`` bytes.  Linux 6.1 and later.  Where it cannot (another system,
+    Not for fewer than ``LEAST`` bytes.  Linux 6.1 and later.  Where it cannot (another system,
     memory of a file), the pages stay small.
     """
     spans = [(one.data_ptr(), one.nbytes) for one in tensors if one.device.type == "cpu"]
-    if sys.platform != "linux" or sum(size for _, size in spans) < least:
+    if sys.platform != "linux" or sum(size for _, size in spans) < LEAST:
         return 0
     pages = {n for at, size in spans for n in range(at // PAGE, (at + size - 1) // PAGE + 1)}
     advise = ctypes.CDLL(None).madvise

@@ -19,13 +19,15 @@ from dart_llm.models import calls, describe
 from dart_llm.models.agreement import NotCopied, Replacement
 from dart_llm.models.calls import Loop, OwnLoop, bare_call
 from dart_llm.models.packed import memory_of
+from dart_llm.models.screen import Screen
 from dart_llm.models.token_loop import TokenLoop, can_stand_in
 from dart_llm.native.memory import into_huge_pages
 from dart_llm.patching.changes import Changes
 from dart_llm.patching.executors.graph_step import GraphDecoder
 from dart_llm.patching.executors.native_ffn import Layout, NativeFfn, native_linears
 from dart_llm.patching.executors.native_step import SlimDecoder
-from dart_llm.patching.executors.token_ffn import TokenFfn, errors, say_slower
+from dart_llm.patching.executors.screened_head import ScreenedHead
+from dart_llm.patching.executors.token_ffn import errors, say_slower, token_ffn
 from dart_llm.patching.executors.torch_ffn import CompactFfn
 from dart_llm.patching.executors.whole_step import WITHOUT, StepDecoder, WholeStepForward
 from dart_llm.patching.patched_ffn import PatchedFFN
@@ -43,6 +45,7 @@ class ModelPatch(NotCopied):
     """One controller on one model.
 
     ``many``: others will follow it (``serve``), so that everything is made ready at once.
+    ``screen``: of its output head, for decoded tokens; None: the head is whole.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class ModelPatch(NotCopied):
         controller: PruningController,
         executor: str,
         many: bool = False,
+        screen: Screen | None = None,
     ) -> None:
         self.model = model
         self.controller = controller
@@ -71,12 +75,19 @@ class ModelPatch(NotCopied):
         self.layout = Layout()
         self._native: list[NativeFfn] = []
         self.slim: WholeStepForward | None = None
+        self.head: ScreenedHead | None = None
+        if screen is not None:
+            self.head = ScreenedHead(model, screen)
         self._watch = Watch(model, self.layers, executor)
         self._changes = Changes()
         self._released = self._served = 0
         self._streams = False
         self._signals: set[str] = set()
         self._token: TokenConfig | None = None
+        self._attention = False
+        """Whether the projections of attention are hooked."""
+        self._decodes = False
+        """Whether the forward that runs is one of decoded tokens."""
 
     def install(self) -> None:
         """Attach; raises ``AttachError`` when the model already is, and leaves nothing behind."""
@@ -99,10 +110,13 @@ class ModelPatch(NotCopied):
             self._equip(self.controller)
         if native:
             self._lay_out_weights()
+        if self.head is not None:
+            self._screen_head(self.head, native)
         if self.executor in WITHOUT:
             self._replace_steps()
         if native:
             into_huge_pages(memory_of(self.model))
+            self._make_room(self.controller)
             self._watch.remember_places()
         self._watch.look()
 
@@ -130,6 +144,17 @@ class ModelPatch(NotCopied):
             self._changes.replace(linear.module, "forward", linear.run)
             self._watch.linears.append(linear.module)
 
+    def _screen_head(self, head: ScreenedHead, native: bool) -> None:
+        """Score decoded tokens by the screen, before anything reads how the head lies."""
+        if native:
+            head.go_native(self.layout)
+        self._changes.replace(head.module, "forward", self._run_head)
+
+    def _run_head(self, original: Callable[..., Any], hidden: Tensor) -> Any:
+        screened = self._decodes and not (torch.is_grad_enabled() and hidden.requires_grad)
+        assert self.head is not None
+        return self.head.run(original, hidden) if screened else original(hidden)
+
     def _replace_steps(self) -> None:
         """Take whole decode steps over."""
         decoder: StepDecoder
@@ -137,7 +162,7 @@ class ModelPatch(NotCopied):
             decoder = SlimDecoder(self.model, self._native, self.layout)
         else:
             decoder = GraphDecoder(self.model, self._view.blocks, self._copies)
-        self.slim = WholeStepForward(self.model, decoder, lambda: self.controller)
+        self.slim = WholeStepForward(self.model, decoder, lambda: self.controller, self.head)
         self._changes.replace(self.model, "forward", self._run_forward)
 
     def serve(self, controller: PruningController) -> None:
@@ -148,6 +173,7 @@ class ModelPatch(NotCopied):
             self.slim.decoder.unload()
             self._served = self.slim.steps
         self.plan = ForwardPlan(False, False, ())
+        self._make_room(controller)
         self._equip(controller)
         self.controller = controller
 
@@ -166,15 +192,28 @@ class ModelPatch(NotCopied):
             source = self._view.signal(signal)
             self._changes.hook(source, self._signal_hook(signal))
 
+    def _make_room(self, controller: PruningController) -> None:
+        """Memory for what masks of ``controller`` will keep of packed weights, where that is known.
+
+        Now, for the system takes longer to give it than the copying does.
+        """
+        counts = controller.expected_counts() if self._native else []
+        pairs = zip(self._native, counts, strict=True)
+        self.layout.make_room(sum(ffn.copied_bytes(count) for ffn, count in pairs))
+
     def _equip_tokens(self, controller: PruningController) -> None:
-        """Make the low-bit copies by which tokens choose their own neurons."""
+        """Make what tokens choose their own neurons by: low-bit copies, hooks on attention."""
         config, given = controller.config.token, controller.given
         wanted = given is None or any(isinstance(mask, TokenMask) for mask in given)
         if config is None or not wanted or config == self._token:
             return
-        made = [TokenFfn(layer.block, config) for layer in self.layers]
+        made = [token_ffn(layer.block, config) for layer in self.layers]
         for layer, token in zip(self.layers, made, strict=True):
             layer.choose_per_token(token, self._changes)
+        if config.attention and not self._attention:
+            self._attention = True
+            for layer, projections in zip(self.layers, self._view.attention, strict=True):
+                layer.hook_attention(projections, self._changes)
         self.proxy_errors, self._token = errors(made), config
 
     def _run_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -204,6 +243,8 @@ class ModelPatch(NotCopied):
         self._changes.end()
         self.layout.restore()  # while hooks on the model still hold what knows of it
         self._changes.undo()
+        if self.slim is not None and self._native:
+            self.slim.decoder.unload()  # whoever holds the run, for its report, holds no copies
         for layer in self.layers:
             layer.release()
         _active.discard(self)
@@ -227,13 +268,17 @@ class ModelPatch(NotCopied):
         if call.kind is Kind.PREFILL:  # not at every token: it takes as long as a layer
             self._watch.look()
             if self.controller.config.token and self._token:
-                say_slower(self.controller.config.method, self.executor, self.rows)
+                config = self.controller.config
+                say_slower(config.method, self._token, self.executor, self.rows)
         if self.forced_prompt:
             call = dataclasses.replace(call, kind=Kind.DECODE, observable=None)
+        self._decodes = call.kind is Kind.DECODE
         self.plan = self.controller.before_forward(call)
 
-    def _decode(self, ids: Tensor, cache: Any) -> Tensor | None:
+    def _decode(self, ids: Tensor, cache: Any, forbidden: list[int] | None) -> Tensor | None:
         """Logits [1, V] after ids [1, 1], by a whole step, without a call of the model.
+
+        ``forbidden``: as of ``SlimCall``.
 
         None where only that will do: before the first step on a cache, and where somebody looks on.
         """
@@ -244,12 +289,12 @@ class ModelPatch(NotCopied):
         with outside_inference():
             seen = calls.ForwardArgs(cache.get_seq_length(), 1, 1, ids, None, cache)
             self._plan_forward(seen)
-        logits = slim.decode(ids, cache)
-        if logits is None:
+        found = slim.decode(ids, cache, forbidden)
+        if found is None:
             self._begun = True
         else:
             self._end_forward()
-        return logits
+        return found
 
     def _is_alone(self) -> bool:
         """Whether a call of the model comes to nothing but this patch."""
@@ -315,6 +360,7 @@ class ModelPatch(NotCopied):
     def nbytes(self) -> int:
         """Bytes beside model, cache and states (after ``remove``: what they were)."""
         steps = 0 if self.slim is None else self.slim.decoder.nbytes()
+        steps += 0 if self.head is None else self.head.nbytes()
         return self._released or steps + sum(layer.nbytes() for layer in self.layers)
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dart_llm.models.ffn import FfnBlock
 from dart_llm.patching.changes import Changes
 from dart_llm.patching.executors.native_ffn import Layout, NativeFfn
-from dart_llm.patching.executors.token_ffn import TokenFfn
+from dart_llm.patching.executors.token_ffn import InputsFfn, TokenFfn, by_row
 from dart_llm.patching.executors.torch_ffn import CompactFfn, run_masked, stacked
 from dart_llm.pruning.compensation import LowRank
 from dart_llm.pruning.controller import PruningController
@@ -94,6 +94,18 @@ class PatchedFFN:
         if self.block.inline and first:
             changes.hook(self.block.up, self._take_fed, before=True)
 
+    def hook_attention(self, projections: Sequence[nn.Module], changes: Changes) -> None:
+        """Give each projection of the layer's attention its largest inputs, where tokens choose."""
+        for module in projections:
+            changes.hook(module, self._drop_inputs, before=True)
+
+    def _drop_inputs(self, module: nn.Module, args: Any) -> Any:
+        token, plan = self.token, self.context.plan
+        if not isinstance(token, InputsFfn) or not token.config.attention or plan.dense:
+            return None
+        masks = [None if layers is None else layers[self.block.index] for layers in plan.masks]
+        return by_row(lambda x, mask: token.at_largest(x, mask, module), args[0], masks), *args[1:]
+
     def forget(self) -> None:
         """Drop what an interrupted forward left behind."""
         self._captured = CapturedInputs()
@@ -163,8 +175,10 @@ class PatchedFFN:
         if self.context.executor == "masked" or not self.by_weights:
             return False
         several = x.numel() > x.shape[-1]  # tokens, which together would read most neurons
-        if isinstance(mask, TokenMask) and (several or not isinstance(self.kept, NativeFfn)):
-            return False
+        if isinstance(mask, TokenMask):
+            native = isinstance(self.kept, NativeFfn) and self.kept.chooses
+            if several or not native:
+                return False
         # the copies are not parameters: gradients must go through the weights themselves
         return not torch.is_grad_enabled() or not (
             x.requires_grad or any(p.requires_grad for p in self.block.ffn.parameters())
@@ -177,8 +191,8 @@ class PatchedFFN:
         if any(isinstance(mask, TokenMask) for mask in masks):
             assert self.token is not None
             fed = x if self._captured.fed is None else self._captured.fed
-            self._captured.fed = None
             u, z = self.token.run_dense(project, self._unfold(x), self._unfold(fed), masks)
+            self._captured.fed = None
         else:
             masked = any(mask is not None for mask in masks)
             mask, bias, linear = self._multipliers(masks, x) if masked else (None, None, None)

@@ -11,7 +11,12 @@ import torch
 from torch import nn
 
 from dart_llm.errors import AttachError, ConfigError, UnsupportedModel
-from dart_llm.models.agreement import Replacement, check_ffns, weights_unsupported_reason
+from dart_llm.models.agreement import (
+    Replacement,
+    check_ffns,
+    parts_of,
+    weights_unsupported_reason,
+)
 from dart_llm.models.packed import PackedTensor, place_of
 from dart_llm.models.steps import step_numbers
 from dart_llm.patching.executors import no_steps_reason
@@ -53,8 +58,11 @@ class Watch:
             return
         if self._places and self._places != self._weight_places():
             raise AttachError(f"weights were replaced or moved {LEAVE}")
+        mark = model_signature(self._model)
+        unchanged = mark == self._mark
         for layer in self._layers:
-            layer.by_weights = not weights_unsupported_reason(layer.block)
+            known = layer.by_weights and unchanged
+            layer.by_weights = not weights_unsupported_reason(layer.block, known)
         for host, name, forward in self.hosts:
             ours = isinstance(host.__dict__.get(name), Replacement)
             if not ours or type(host).forward is not forward:
@@ -62,14 +70,13 @@ class Watch:
         odd = next((type(one).__name__ for one in self.linears if type(one) is not nn.Linear), "")
         if odd:
             raise AttachError(f"a linear layer was made a {odd} {LEAVE}")
-        self._look_at_modules()
+        self._look_at_modules(mark)
         if self._executor in WITHOUT:
             numbers = step_numbers(self._model)
             self._numbers = self._numbers or numbers
             self.steps = self._alike and numbers == self._numbers
 
-    def _look_at_modules(self) -> None:
-        mark = model_signature(self._model)
+    def _look_at_modules(self, mark: tuple[Any, ...]) -> None:
         if mark == self._mark:
             return
         try:
@@ -81,7 +88,8 @@ class Watch:
         self._mark = mark
 
     def _weight_places(self) -> list[tuple[Any, ...]]:
-        weights = list(self._model.parameters())
+        held = (one for part in parts_of(self._model) for one in part._parameters.values())
+        weights = [one for one in held if one is not None]
         strides = [() if isinstance(one, PackedTensor) else one.stride() for one in weights]
         return list(zip(map(place_of, weights), strides, strict=True))
 

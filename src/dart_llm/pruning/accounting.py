@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from dart_llm.pruning.config import TokenConfig
-from dart_llm.pruning.records import LayerStat, RunReport, SequenceReport
+from dart_llm.pruning.records import HeadReport, LayerStat, RunReport, SequenceReport
 from dart_llm.pruning.sequence import SequenceState
-from dart_llm.pruning.token_level import SCALE_BYTES, TokenMask, candidate_count
+from dart_llm.pruning.token_level import SCALE_BYTES, TokenMask, candidate_count, input_count
 from dart_llm.pruning.weights import FfnWeights
 
 IF_COMPACT = "if compact"
@@ -37,11 +37,13 @@ STATISTIC_FLOPS = 8
 
 @dataclass(frozen=True)
 class TokenCosts:
-    """What token-level selection costs: the low-bit copies, the ranking, the winners' rows.
+    """What token-level selection costs beside the winners' rows (docs/method.md, "Token-level").
 
-    Per token and layer with C candidates (docs/method.md, "Token-level tracing"): the product with
-    the copies counts like one with the dense gate and up, and the ranking C log2 C; of bytes, the
-    copies' rows with their scales, and 4 per candidate for norm(w).
+    ``copies``: per token and layer with C candidates the product with the low-bit copies counts
+    like one with the dense gate and up, and the ranking C log2 C; of bytes, the copies' rows with
+    their scales, and 4 per candidate for norm(w).  Copies that are read at some of the inputs are
+    read with all of their scales.  ``gate``, ``up``: that projection of the neurons that lose.
+    ``inputs``: the ranking of each matrix's inputs, and 4 bytes for each norm that weighs.
     """
 
     config: TokenConfig
@@ -68,23 +70,65 @@ class TokenCosts:
         ranked = self._candidates(kept)
         return [0 if n else keep for n, keep in zip(ranked, kept, strict=True)]
 
-    def flops(self, kept: Sequence[int]) -> int:
-        """Of estimates and ranking, per token."""
-        return sum(
-            count * (2 * layer.hidden * _matrices(layer) + count.bit_length())
-            for count, layer in zip(self._candidates(kept), self.layers, strict=True)
-        )
+    def flops(self, kept: Sequence[int], computed: Sequence[int]) -> int:
+        """Of estimates and ranking, per token; ``computed``: neurons per layer."""
+        total = 0.0
+        for count, keep, done, layer in self._choosing(kept, computed):
+            ranking: float = count * count.bit_length()
+            if self.config.rule == "copies":
+                inputs = math.ceil(self.config.inputs * layer.hidden)
+                ranking = count * (2 * inputs * _matrices(layer) + count.bit_length())
+                if inputs < layer.hidden:
+                    ranking += layer.hidden * layer.hidden.bit_length()
+            elif self.config.rule == "inputs":
+                each = layer.hidden * layer.hidden.bit_length()
+                read = 2 * layer.width * self._more_inputs(layer, keep, done)
+                ranking += _matrices(layer) * (each + read)
+            else:
+                ranking += 2 * layer.hidden * (layer.width - done)
+            total += ranking
+        return round(total)
 
-    def bytes(self, kept: Sequence[int]) -> int:
-        """Of copies and norms, per forward."""
-        return sum(
-            count * (_matrices(layer) * self._row_bytes(layer.up.shape[1]) + NORM_BYTES)
-            for count, layer in zip(self._candidates(kept), self.layers, strict=True)
-        )
+    def bytes(self, kept: Sequence[int], read: Sequence[int], width: int | None = None) -> int:
+        """Of what chooses, per forward; ``read``: neurons per layer that are read anyway.
+
+        ``width``: bytes of a weight that is not in blocks; None: as it is stored.
+        """
+        total = 0.0
+        for count, keep, done, layer in self._choosing(kept, read):
+            if self.config.rule == "copies":
+                total += count * (_matrices(layer) * self._row_bytes(layer.hidden) + NORM_BYTES)
+            elif self.config.rule == "inputs":
+                norms = _matrices(layer) * layer.hidden + layer.width
+                total += NORM_BYTES * norms * self.config.weighted
+                column = stored_bytes(layer.stored_up, width) / layer.hidden
+                total += _matrices(layer) * column * self._more_inputs(layer, keep, done)
+            else:
+                gate = self.config.rule == "gate"
+                exact = layer.gate if gate and layer.gate is not None else layer.stored_up
+                total += stored_bytes(exact, width) * (1 - done / layer.width)
+        return round(total)
+
+    def _choosing(
+        self, kept: Sequence[int], done: Sequence[int]
+    ) -> Iterator[tuple[int, int, int, FfnWeights]]:
+        """Of each layer whose tokens choose: candidates, winners, neurons that are done anyway."""
+        ranked = self._candidates(kept)
+        for one in zip(ranked, kept, done, self.layers, strict=True):
+            if one[0]:
+                yield one
 
     def _row_bytes(self, inputs: int) -> int:
         groups = math.ceil(inputs / self.config.group)
-        return math.ceil(inputs * self.config.bits / 8) + SCALE_BYTES * groups
+        levels = math.ceil(math.ceil(self.config.inputs * inputs) * self.config.bits / 8)
+        return levels + SCALE_BYTES * groups
+
+    @staticmethod
+    def _more_inputs(layer: FfnWeights, keep: int, done: int) -> float:
+        """Inputs of a matrix that are read beyond the winners' share, which is rounded up."""
+        if done == layer.width:
+            return 0.0
+        return input_count(layer.hidden, keep, layer.width) - layer.hidden * keep / layer.width
 
     def work(
         self, kept: Sequence[int], tokens: float, rows: int, executor: str
@@ -96,7 +140,8 @@ class TokenCosts:
         """
         widths = [layer.width for layer in self.layers]
         once = self.chosen_once(kept)
-        if executor == IF_COMPACT or tokens <= rows <= READ_WINNERS.get(executor, 0):
+        most = READ_WINNERS.get(executor, 0) if self.config.native else 0
+        if executor == IF_COMPACT or tokens <= rows <= most:
             read = [
                 k if one else min(width, math.ceil(k * tokens))
                 for k, one, width in zip(kept, once, widths, strict=True)
@@ -107,9 +152,60 @@ class TokenCosts:
         return every, every
 
 
+def stored_bytes(matrix: Tensor, width: int | None = None) -> float:
+    """Bytes of a matrix as it is stored, or with ``width`` per weight where it is not in blocks."""
+    in_blocks = matrix.nbytes != matrix.numel() * matrix.element_size()
+    return matrix.nbytes if width is None or in_blocks else matrix.numel() * width
+
+
 def _matrices(layer: FfnWeights) -> int:
     """Matrices that are copied: gate and up, or fc."""
     return 1 if layer.gate is None else 2
+
+
+BFLOAT16 = 2
+"""Bytes of a weight, or of a value of the cache, in the unit that bytes per token are given in."""
+
+
+@dataclass(frozen=True)
+class TokenTraffic:
+    """What one decoded token reads, weights that are not in blocks and cache counted at bfloat16.
+
+    ``dense``: of all weights, if all were bfloat16.  ``ffn``, ``attention``, ``others`` (head,
+    norms, ...): bytes of the weights as they are, blocks as stored.  ``cache``: bytes of one
+    position, and how many positions are seen at most (None: all), of layers that are alike.
+    ``head``: of ``others`` those of the output head.
+    """
+
+    dense: float
+    ffn: float
+    attention: float
+    others: float
+    cache: tuple[tuple[float, int | None], ...] = ()
+    head: float = 0.0
+
+    def share(
+        self,
+        context: float,
+        ffn: float | None = None,
+        attention: float = 1.0,
+        head: float = 1.0,
+    ) -> float:
+        """Bytes that a token reads over those of the dense model at bfloat16.
+
+        ``context``: positions of the cache.  ``ffn``: bytes of FFNs and what chooses in them, None:
+        all; ``attention``, ``head``: shares of the bytes of attention's projections, of the head.
+        """
+        cache = sum(
+            each * (context if most is None else min(context, most)) for each, most in self.cache
+        )
+        own = self.ffn if ffn is None else ffn
+        others = self.others - (1 - head) * self.head
+        return (own + attention * self.attention + others + cache) / (self.dense + cache)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able data; ``TokenTraffic(**data)`` is this again."""
+        return {**asdict(self), "cache": [list(one) for one in self.cache]}
 
 
 @dataclass(frozen=True)
@@ -121,6 +217,19 @@ class Costs:
     """Bytes of all weights that one decoded token reads."""
     low_rank: bool = False
     """Whether masks come with low-rank compensation, where a layer has a basis for it."""
+    traffic: TokenTraffic | None = None
+    """Of a token, all its weights; None: bytes per token are not known."""
+    width: int | None = None
+    """Bytes of a weight that is not in blocks; None: as it is stored."""
+
+    def _neuron(self, layer: FfnWeights) -> float:
+        """Bytes of one neuron: its input rows and its output column."""
+        held = (layer.stored_up, layer.gate, layer.down)
+        return sum(stored_bytes(m, self.width) for m in held if m is not None) / layer.width
+
+    def _plain(self, layer: FfnWeights) -> int:
+        """Bytes of one weight that is not in blocks."""
+        return layer.down.element_size() if self.width is None else self.width
 
     @staticmethod
     def per_neuron(layer: FfnWeights) -> int:
@@ -134,13 +243,13 @@ class Costs:
         """
         total = 0.0
         for layer, count, linear in self._work(kept, skips):
-            each = self._copied(layer) if copied and count < layer.width else layer.neuron_bytes
-            total += count * each + linear * layer.down.element_size()
+            each = self._copied(layer) if copied and count < layer.width else self._neuron(layer)
+            total += count * each + linear * self._plain(layer)
         return round(total)
 
     def _copied(self, layer: FfnWeights) -> int:
         """Bytes of one neuron in a copy: in the model's dtype, in whatever blocks it is stored."""
-        return self.per_neuron(layer) * layer.down.element_size()
+        return self.per_neuron(layer) * self._plain(layer)
 
     def flops(self, kept: Sequence[int] | None, skips: bool = True) -> int:
         """As ``bytes``, at two FLOPs per weight."""
@@ -188,11 +297,11 @@ class Costs:
         copies = 0.0
         for count, layer in zip(kept, self.layers, strict=True):
             if compact and count < layer.width:  # read and written, compensation's map too
-                written = self._copied(layer) if copied else layer.neuron_bytes
-                linear = 2 * self.rank(layer) * layer.hidden * layer.down.element_size()
-                copies += count * (layer.neuron_bytes + written) + linear
+                written = self._copied(layer) if copied else self._neuron(layer)
+                linear = 2 * self.rank(layer) * layer.hidden * self._plain(layer)
+                copies += count * (self._neuron(layer) + written) + linear
         removed = sum(
-            (layer.width - count) * layer.down.nbytes / layer.width
+            (layer.width - count) * stored_bytes(layer.down, self.width) / layer.width
             for count, layer in zip(kept, self.layers, strict=True)
         )
         return round(copies) + (round(removed) if compensates else 0)
@@ -269,10 +378,12 @@ def run_report(
     method: str,
     asked: float | None,
     proxy_errors: tuple[float, float] | None = None,
+    head: HeadReport | None = None,
 ) -> RunReport:
     """Accounting of a run; ``copies``: bytes held beside the states (compact copies, a prior).
 
-    ``proxy_errors``: of the low-bit copies, and of Gaussian matrices on their grid.
+    ``proxy_errors``: of the low-bit copies, and of Gaussian matrices on their grid.  ``head``: of a
+    screened output head.
     """
     widths = tuple(layer.width for layer in costs.layers)
     decoded = _Decoded(states, widths)
@@ -300,14 +411,39 @@ def run_report(
         ffn_bytes_share=as_run.bytes,
         ffn_flops_share_if_compact=compact.flops,
         ffn_bytes_share_if_compact=compact.bytes,
-        proxy_flops_share=as_run.proxy_flops,
-        proxy_bytes_share=as_run.proxy_bytes,
+        proxy_flops_share=compact.proxy_flops,
+        proxy_bytes_share=compact.proxy_bytes,
         proxy_error=None if proxy_errors is None else proxy_errors[0],
         proxy_error_gaussian=None if proxy_errors is None else proxy_errors[1],
         ffn_share_of_bytes=costs.bytes(None) / max(1, costs.total_bytes),
         extra_memory_bytes=copies + sum(state.nbytes() for state in states),
         sequences=tuple(sequence_report(state) for state in states),
+        **_token_bytes(states, costs, decoded, head),
+        head=head,
     )
+
+
+def _token_bytes(
+    states: Sequence[SequenceState], costs: Costs, decoded: _Decoded, head: HeadReport | None
+) -> dict[str, float]:
+    """Bytes per token over dense at bfloat16, if run compactly, and at which context."""
+    traffic = costs.traffic
+    if traffic is None:
+        return {}
+    weights = [max(1e-9, sum(float(one.tokens) for one in state.mask_spans)) for state in states]
+    ends = (one.cached + one.prompt_tokens + (one.decoded + 1) / 2 for one in states)
+    positions = zip(weights, ends, strict=True)
+    context = sum(n * end for n, end in positions) / max(1e-9, sum(weights))
+    at_bfloat16 = replace(costs, width=BFLOAT16)
+    ffn = _shares(states, at_bfloat16, IF_COMPACT).bytes * traffic.ffn
+    reads = any(state.config.token is not None and state.config.token.attention for state in states)
+    return {
+        "mean_context": context,
+        "token_bytes_share": traffic.share(
+            context, ffn, 1 - decoded.sparsity() * reads, 1.0 if head is None else head.bytes_share
+        ),
+        "dense_token_bytes_share": traffic.share(context),
+    }
 
 
 class _Shares(NamedTuple):
@@ -344,8 +480,8 @@ def _shares(states: Sequence[SequenceState], costs: Costs, executor: str) -> _Sh
             computed, read = token.work(span.kept, fed / max(1, steps), state.rows, executor)
             flops += fed * costs.flops(computed)
             moved += steps * costs.bytes(read)
-            proxy_flops += fed * token.flops(span.kept)
-            proxy_bytes += steps * token.bytes(span.kept)
+            proxy_flops += fed * token.flops(span.kept, computed)
+            proxy_bytes += steps * token.bytes(span.kept, read, costs.width)
         for remask in state.remasks:
             chosen = remask.kept if token is None else token.chosen_once(remask.kept)
             moved += costs.build_bytes(chosen, copies, compensates, copied=copied)

@@ -186,16 +186,53 @@ class PriorConfig(Part):
 
 
 class TokenConfig(Part):
-    """Every token chooses its own neurons (docs/method.md, "Token-level tracing").
+    """Every token chooses what it reads (docs/method.md, "Token-level tracing").
 
-    ``bits`` (4 or 8) per weight and ``group`` inputs per scale of the copies that rank neurons;
-    ``candidates``: fraction of each layer's neurons, by the sequence's scores, out of which tokens
-    choose, (0, 1]; None: all.
+    ``rule``: what chooses.  ``copies``: low-bit copies of gate and up rank the neurons, ``bits`` (4
+    or 8) per weight and ``group`` inputs per scale, read at the share ``inputs`` of the inputs,
+    those with the largest magnitudes, (0, 1].  ``gate``, ``up``: that projection itself, read
+    whole.  ``inputs``: no neuron is ranked; each matrix is read at its own largest inputs, gate and
+    up at those of x, down at those of u.  ``candidates``: fraction of each layer's neurons, by the
+    sequence's scores, out of which copies choose, (0, 1]; None: all.  ``weighted``: with rule
+    ``inputs``, magnitudes count times the norm of the matrix's column.  ``attention``: with rule
+    ``inputs``, the projections of attention are read so too.
     """
 
+    rule: Literal["copies", "gate", "up", "inputs"] = "copies"
     bits: Literal[4, 8] = 4
     group: AtLeast1 = 32
+    inputs: Share = 1.0
     candidates: Share | None = None
+    weighted: bool = False
+    attention: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> TokenConfig:
+        if self.rule != "copies" and (self.inputs != 1 or self.candidates is not None):
+            raise ConfigError(f'token rule "{self.rule}" reads no copies: drop inputs, candidates')
+        if self.rule != "inputs" and (self.weighted or self.attention):
+            raise ConfigError(
+                f'token rule "{self.rule}" chooses neurons: weighted and attention belong to rule '
+                '"inputs"'
+            )
+        return self
+
+    @property
+    def native(self) -> bool:
+        """Whether native kernels run it; else it is there for its quality, not for its speed."""
+        return self.rule == "copies" and self.inputs == 1
+
+
+class HeadConfig(Part):
+    """How decoded tokens are scored (docs/method.md, "Screened head").
+
+    ``kind``: by the ``full`` output head, or ``screened``: rough scores of all words, exact ones of
+    those near the best.  ``bytes``: share of the head's bytes that a screened one reads, on average
+    over the model's own text, (0, 1].
+    """
+
+    kind: Literal["full", "screened"] = "full"
+    bytes: Share = 0.25
 
 
 SECRET = ("api_key",)
@@ -226,6 +263,7 @@ _SHORT = {
     "drift": "rule",
     "remask": "evidence",
     "calibration": "source",
+    "head": "kind",
 }
 
 _PARTS = frozenset({*_SHORT, "prior", "token"})
@@ -253,9 +291,9 @@ class PruneConfig(Part):
     when it is first pruned.  ``token``: every token chooses its own neurons; None: masks of the
     sequence.  ``compensation_rank``: features of the FFN's input from which compensation predicts
     the removed neurons' output; 0: their mean alone.  ``weight_bits``: the dense model with weights
-    of 8 or 4 bits.  ``batch``: one mask for all rows, or one each.  ``executor``: what runs pruned
-    FFNs (docs/performance.md, "Executors"); ``auto``: the fastest that can.  ``seed``: of whatever
-    is drawn by chance.
+    of 8 or 4 bits.  ``head``: how decoded tokens are scored.  ``batch``: one mask for all rows, or
+    one each.  ``executor``: what runs pruned FFNs (docs/performance.md, "Executors"); ``auto``: the
+    fastest that can.  ``seed``: of whatever is drawn by chance.
     """
 
     method: str = "dart"
@@ -268,6 +306,7 @@ class PruneConfig(Part):
     prior: PriorConfig | None = None
     token: TokenConfig | None = None
     weight_bits: Literal[4, 8] | None = None
+    head: HeadConfig = HeadConfig()
     masking_step: AtLeast0 = 0
     release_step: int | None = None
     min_evidence: AtLeast0 = 0
@@ -310,10 +349,17 @@ class PruneConfig(Part):
             raise ConfigError(
                 f"weight_bits {self.weight_bits} stands for the dense model: drop the sparsity"
             )
+        if self.weight_bits is not None and self.screens:
+            raise ConfigError("weight_bits is another model, run as it is: leave its head full")
         if self.token is not None and self.compensation_rank:
             raise ConfigError(
                 "tokens that choose their own neurons have no low-rank compensation: drop "
                 "compensation_rank"
+            )
+        if self.compensation and self.token is not None and self.token.rule != "copies":
+            raise ConfigError(
+                f'token rule "{self.token.rule}" knows no mean of what it leaves out: drop the '
+                "compensation"
             )
         # without a prior a prompt of sinks alone would leave nothing at all
         needs = f"compensation_rank {self.compensation_rank}" if self.compensation_rank else ""
@@ -352,6 +398,11 @@ class PruneConfig(Part):
         """The sparsity in force: what was asked for, or the default."""
         return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
 
+    @property
+    def screens(self) -> bool:
+        """Whether decoded tokens are scored by a screened head."""
+        return self.head.kind == "screened"
+
     def replace(self, changes: Mapping[str, Any]) -> PruneConfig:
         """A copy with ``changes``; a mapping for a part changes only the keys that it holds.
 
@@ -388,8 +439,12 @@ class PruneConfig(Part):
         return base.replace(given) if given else base
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able data; ``from_mapping`` reads it back."""
-        return self.model_dump(mode="json")
+        """Plain JSON-able data; ``from_mapping`` reads it back.
+
+        A full head is left out: what was kept before it could be another keeps its name.
+        """
+        left_out = {"head"} if self.head == HeadConfig() else set()
+        return self.model_dump(mode="json", exclude=left_out)
 
     def save(self, path: str | Path) -> None:
         """Write as YAML."""

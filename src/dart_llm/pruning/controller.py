@@ -50,6 +50,7 @@ from dart_llm.pruning.observations import (
 from dart_llm.pruning.records import DriftCheck, Remask
 from dart_llm.pruning.selection import MaskSelector, check_fits
 from dart_llm.pruning.sequence import Phase, SequenceState
+from dart_llm.pruning.token_level import TokenMask
 from dart_llm.pruning.weights import FfnWeights
 
 RemaskHook = Callable[[Remask, SequenceState], None]
@@ -81,6 +82,20 @@ class PruningController:
         self._lengths: list[float] = []
         """Unpadded length of each row before the forward in hand."""
         self._queue = Observations(weak_callback(self._update))
+
+    def expected_counts(self) -> list[int]:
+        """How many neurons of each layer masks will keep, as far as no text is needed to know it.
+
+        A budget divides their sum otherwise.  0: not known, or each token chooses its own.
+        """
+        if self.given is not None:
+            return [
+                0 if one is None or isinstance(one, TokenMask) else one.kept for one in self.given
+            ]
+        selector = self.selector
+        if self.config.token is not None or self.config.score.strategy == "auto":
+            return [0] * len(selector.layers)
+        return [round(selector.keeps(i) * one.width) for i, one in enumerate(selector.layers)]
 
     @without_graph
     def before_forward(self, call: ForwardCall) -> ForwardPlan:
@@ -141,7 +156,14 @@ class PruningController:
         alone: list[tuple[int | None, int]] = [(row, 1) for row in range(call.rows)]
         self.sequences = [
             SequenceState(
-                self.config, self.selector, self.rule, self.sequence_count, row, rows, self.given
+                self.config,
+                self.selector,
+                self.rule,
+                self.sequence_count,
+                row,
+                rows,
+                self.given,
+                call.cached,
             )
             for row, rows in (alone if per_row else [(None, call.rows)])
         ]

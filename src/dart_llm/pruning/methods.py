@@ -16,6 +16,36 @@ from dart_llm.pruning.config import (
 )
 from dart_llm.pruning.registry import BUDGETS, DRIFT_RULES, METHODS, SCORES, Registry
 
+
+def _by_token(method: str, **token: Any) -> PruneConfig:
+    """Tokens choose by ``token``: nothing is learnt, nothing of the prompt is read."""
+    return PruneConfig(
+        method=method,
+        score=ScoreConfig(name="weight"),  # asks for no evidence; no score ranks anything here
+        budget=BudgetConfig(name="uniform"),
+        drift=DriftConfig(rule="never"),
+        token=TokenConfig(**token),
+    )
+
+
+CATS = _by_token("cats", rule="gate")
+"""CATS (arXiv 2404.08763): the gate is computed whole, and its largest outputs say which neurons.
+
+``v = act(W_gate x)``; ``z = W_down[:, S] (v_S * (W_up[S] x))`` with S the k largest ``abs(v_i)``.
+The paper's threshold is a percentile over a calibration text; here every token keeps exactly k
+neurons, as for ``teal``.  In a plain FFN, which has no gate, v is u itself.  Bytes: the gate whole,
+up and down of k neurons.  Plain PyTorch: for quality at equal bytes, not for speed.
+"""
+
+COUNTDOWN = _by_token("countdown", rule="up")
+"""CountDown (arXiv 2505.17701), its variant M: up is computed whole and says which neurons.
+
+``s = W_up x``; ``z = W_down[:, S] (act(W_gate[S] x) * s_S)`` with S the k largest ``abs(s_i)``.
+Exactly k per token where the paper has a threshold.  The variant D of the paper trains a predictor,
+which nothing does here.  In a plain FFN s is u itself, as for ``cats``.  Bytes: up whole, gate and
+down of k neurons.  Plain PyTorch: for quality at equal bytes, not for speed.
+"""
+
 DART = PruneConfig(
     method="dart",
     score=ScoreConfig(name="fisher"),
@@ -140,6 +170,16 @@ Only the newly observed tokens count.  Another period N is ``--drift "interval N
 tokens lower the achieved sparsity, which the report gives.
 """
 
+PROX = _by_token("prox", rule="copies", bits=4, group=32, inputs=0.5)
+"""Prox (arXiv 2607.27591): low-bit estimates at the large inputs choose, winners are exact.
+
+``u~ = act(gate~ x~) * (up~ x~)``, where x~ keeps the half of x with the largest ``abs(x_j)``, and
+gate~, up~ are 4-bit copies; the k largest ``abs(u~_i) * ||w_i||_2`` are computed with the model's
+own weights.  No code of the paper was found: this is its idea on this project's copies.  Bytes:
+half of the copies with all of their scales, and k neurons.  Plain PyTorch: for quality at equal
+bytes, not for speed.
+"""
+
 PUBLISHED = PruneConfig(
     method="published",
     score=ScoreConfig(name="magnitude", proxy_embedding="input"),
@@ -177,6 +217,25 @@ STATIC = PruneConfig(
 The classical magnitude-pruning baseline, for whole neurons: uniform budget, no activations.
 """
 
+TEAL = _by_token("teal", rule="inputs")
+"""TEAL (arXiv 2408.14690) on the FFNs: each matrix is read at its largest inputs.
+
+``W x`` becomes ``W s(x)``, where s keeps the entries of largest ``abs(x_j)`` and sets the others to
+0: x of gate and up, u of down.  Sparsity is here the fraction of each matrix's inputs that is
+dropped; those of down are the neurons.  The paper sets a threshold per matrix by a calibration text
+and, in its best variant, a sparsity per matrix by a greedy search.  Here every token keeps exactly
+the same share everywhere: no text is needed, what was asked for is what is read, token by token,
+and no threshold of another text or of the prompt can go stale.  Plain PyTorch: for quality at equal
+bytes, not for speed.
+"""
+
+TEAL_ATTENTION = _by_token("teal-attention", rule="inputs", attention=True)
+"""TEAL (arXiv 2408.14690) as in the paper: the projections of attention too.
+
+As ``teal``, and q, k, v and the output projection keep the same share of their inputs.  Sparsity
+and the shares of FFN bytes count the FFNs alone; bytes per token count attention too.
+"""
+
 WANDA = PruneConfig(
     method="wanda",
     score=ScoreConfig(name="wanda"),
@@ -189,7 +248,24 @@ The paper's criterion, weight magnitude times activation norm, summed over the w
 output column: ``||w_i||_1 * ||u_i||_2`` over 128 x 256 tokens.  Uniform budget.
 """
 
+WINA = _by_token("wina", rule="inputs", weighted=True)
+"""WINA (arXiv 2505.19427) on the FFNs: as TEAL, inputs weighted by what they meet.
+
+The entries of largest ``abs(x_j) * ||W[:, j]||_2`` stay, by matrix; as many for every token, as in
+the paper.  The rotation of the weights that its error bound assumes is not made.  Sparsity is the
+fraction of each matrix's inputs that is dropped.  Plain PyTorch: for quality at equal bytes, not
+for speed.
+"""
+
 SUMMARIES = {
+    "cats": (
+        "CATS (arXiv 2404.08763): the gate is computed whole, and its largest outputs say which "
+        "neurons; reference speed."
+    ),
+    "countdown": (
+        "CountDown (arXiv 2505.17701), its variant M: up is computed whole and says which neurons; "
+        "reference speed."
+    ),
     "dart": "DART for LLMs: this project's default.",
     "dart-prompt": (
         "DART for LLMs from the prompt alone: nothing is learnt of the model beforehand."
@@ -206,6 +282,10 @@ SUMMARIES = {
     "griffin-refresh": (
         "GRIFFIN (arXiv 2404.01365), chosen anew every 64 pruned tokens from 16 dense ones."
     ),
+    "prox": (
+        "Prox (arXiv 2607.27591): low-bit estimates at the large inputs choose, winners are exact; "
+        "reference speed."
+    ),
     "published": (
         "DART as its scripts were published (arXiv 2601.22632), with their defects mended."
     ),
@@ -215,7 +295,19 @@ SUMMARIES = {
     "static": (
         "Static: neurons ranked by the norms of their weights; the same mask for every text."
     ),
+    "teal": (
+        "TEAL (arXiv 2408.14690) on the FFNs: each matrix is read at its largest inputs; sparsity "
+        "is of inputs; reference speed."
+    ),
+    "teal-attention": (
+        "TEAL (arXiv 2408.14690) as in the paper: the projections of attention too; sparsity is of "
+        "inputs; reference speed."
+    ),
     "wanda": ("Wanda (arXiv 2306.11695) for whole neurons: static masks from a calibration text."),
+    "wina": (
+        "WINA (arXiv 2505.19427) on the FFNs: as TEAL, inputs weighted by what they meet; sparsity "
+        "is of inputs; reference speed."
+    ),
 }
 """One line on each method."""
 
@@ -252,9 +344,21 @@ def _settings(config: PruneConfig) -> str:
         f"compensation {'on' if config.compensation else 'off'}",
     ]
     if config.token is not None:
-        copies = f"{config.token.bits}-bit copies in groups of {config.token.group}"
-        parts.append(f"winners of every token by {copies}")
+        parts.append(_choice(config.token))
     if config.calibration is not None:
         size = f"{config.calibration.sequences} x {config.calibration.length} tokens"
         parts.append(f"{config.calibration.purpose} from calibration on {size}")
     return ", ".join(parts)
+
+
+def _choice(token: TokenConfig) -> str:
+    """What every token chooses, in words."""
+    if token.rule == "inputs":
+        weighted = " times column norm" if token.weighted else ""
+        where = "FFN and attention" if token.attention else "FFN"
+        return f"every token's largest inputs{weighted} of each matrix of {where}"
+    if token.rule != "copies":
+        return f"winners of every token by the exact {token.rule}"
+    copies = f"{token.bits}-bit copies in groups of {token.group}"
+    at = "" if token.inputs == 1 else f", read at {token.inputs:.0%} of the inputs"
+    return f"winners of every token by {copies}{at}"

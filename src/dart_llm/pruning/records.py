@@ -93,6 +93,42 @@ def bytes_limit(ffn_share: float, sparsity: float, proxy_share: float = 0.0) -> 
 
 
 @dataclass(frozen=True)
+class HeadReport:
+    """What a screened head read and lost over the tokens that it scored."""
+
+    tokens: int
+    bytes_share: float
+    """Bytes of one token over the whole head's: rough scores, exact words, and the looks at it."""
+    sampled: int
+    """Tokens that the whole head scored too."""
+    same_share: float
+    """Share of these whose best word is the same."""
+    kl: float
+    """Mean KL of the whole head against the screened one over these, in nats."""
+
+    def __str__(self) -> str:
+        return (
+            f"head screened at {self.bytes_share:.2f} of its bytes (KL {self.kl:.4f}, best word "
+            f"kept in {self.same_share:.1%} of {self.sampled} tokens looked at)"
+        )
+
+
+def merge_heads(heads: Sequence[HeadReport | None]) -> HeadReport | None:
+    """One over the tokens of all; None where no head was screened."""
+    found = [one for one in heads if one is not None]
+    if not found:
+        return None
+    tokens, sampled = sum(h.tokens for h in found), sum(h.sampled for h in found)
+    return HeadReport(
+        tokens,
+        sum(h.bytes_share * h.tokens for h in found) / tokens,
+        sampled,
+        sum(h.same_share * h.sampled for h in found) / max(1, sampled),
+        sum(h.kl * h.sampled for h in found) / max(1, sampled),
+    )
+
+
+@dataclass(frozen=True)
 class RunReport:
     """Accounting of a run (docs/method.md, "Accounting")."""
 
@@ -123,13 +159,24 @@ class RunReport:
     """Held beside the model: evidence, detector, masks, compact and low-bit copies."""
     sequences: tuple[SequenceReport, ...]
     proxy_flops_share: float = 0.0
-    """Part of the FFN FLOPs over dense that estimating and ranking neurons per token takes."""
+    """Part of the FFN FLOPs over dense that estimating and ranking per token takes, likewise."""
     proxy_bytes_share: float = 0.0
-    """Part of the FFN bytes over dense that low-bit copies take; 0 unless tokens choose."""
+    """Part of the FFN bytes over dense that choosing per token takes, if run compactly: low-bit
+    copies, or the losers' rows of a projection that is read whole; 0 unless tokens choose."""
     proxy_error: float | None = None
     """Relative Frobenius error of the low-bit copies; None without them."""
     proxy_error_gaussian: float | None = None
     """The same of Gaussian matrices on the same grid: much more means a file that flatters it."""
+    token_bytes_share: float | None = None
+    """Bytes that a decoded token reads over those of the dense model at bfloat16, if run compactly:
+    FFN, attention, head and cache, what chooses as read, weights in blocks as stored, all else as
+    two bytes, whatever the dtype of the run."""
+    dense_token_bytes_share: float | None = None
+    """The same of the model with nothing removed: less than 1 where weights are in blocks."""
+    mean_context: float | None = None
+    """Positions of the cache that these tokens see, on average."""
+    head: HeadReport | None = None
+    """Of a screened output head; None where it is whole."""
 
     @property
     def bytes_limit(self) -> float:
@@ -137,15 +184,18 @@ class RunReport:
         return bytes_limit(self.ffn_share_of_bytes, self.achieved_sparsity, self.proxy_bytes_share)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able data."""
-        return {**asdict(self), "bytes_limit": self.bytes_limit}
+        """Plain JSON-able data; ``head`` only where it was screened."""
+        data = {**asdict(self), "bytes_limit": self.bytes_limit}
+        if self.head is None:
+            del data["head"]
+        return data
 
     def __str__(self) -> str:
         asked = copies = ""
         if self.requested_sparsity is not None:
             asked = f" of {self.requested_sparsity:.0%} asked"
         if self.proxy_bytes_share:
-            copies = f" ({self.proxy_bytes_share:.2f} of it low-bit copies)"
+            copies = f" ({self.proxy_bytes_share:.2f} to choose neurons)"
         remasks = f"{self.remasks} re-mask{'' if self.remasks == 1 else 's'}"
         return (
             f"{self.method}: {self.achieved_sparsity:.1%} of the FFN neurons removed{asked}, mean "
@@ -153,6 +203,7 @@ class RunReport:
             f"dense; {self.sparsity_while_pruned:.1%} while pruned), {remasks}, "
             f"{self.executor} executor, {self.ffn_bytes_share:.2f} of the dense FFN bytes{copies}, "
             f"{self.extra_memory_bytes / 2**20:.1f} MiB held"
+            f"{'' if self.head is None else f', {self.head}'}"
         )
 
 
@@ -169,6 +220,9 @@ _WEIGHTED = (
     "proxy_flops_share",
     "proxy_bytes_share",
 )
+
+_KNOWN_LATELY = ("token_bytes_share", "dense_token_bytes_share", "mean_context")
+"""As ``_WEIGHTED``, where all reports have them."""
 
 _NONE_WHEN_DENSE = ("achieved_sparsity", "proxy_flops_share", "proxy_bytes_share")
 
@@ -188,6 +242,9 @@ def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return float(sum(value * r["decoded_tokens"] for value, r in weighted) / max(1, total))
 
     merged.update({key: mean(report[key] for report in reports) for key in _WEIGHTED})
+    for key in _KNOWN_LATELY:
+        known = [report.get(key) for report in reports]
+        merged[key] = None if None in known else mean(one for one in known if one is not None)
     merged.update({key: sum(report[key] for report in reports) for key in _ADDED})
     pruned = 1 - merged["dense_token_share"]
     merged["sparsity_while_pruned"] = merged["achieved_sparsity"] / pruned if pruned else 0.0
@@ -205,6 +262,10 @@ def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for number, sequence in enumerate(s for r in reports for s in r["sequences"])
     ]
     merged["bytes_limit"] = _limit(merged)
+    heads = [report.get("head") for report in reports]
+    head = merge_heads([None if one is None else HeadReport(**one) for one in heads])
+    if head is not None:
+        merged["head"] = asdict(head)
     return merged
 
 
@@ -231,6 +292,8 @@ def add_dense(report: dict[str, Any], tokens: int) -> dict[str, Any]:
     merged = dict(report)
     for key in _WEIGHTED:
         merged[key] = mixed(report[key], 0.0 if key in _NONE_WHEN_DENSE else 1.0)
+    if (whole := report.get("dense_token_bytes_share")) is not None:
+        merged["token_bytes_share"] = mixed(report["token_bytes_share"], whole)
     merged["decoded_tokens"] = total
     merged["layers"] = [
         {**layer, "sparsity_decoded": mixed(layer["sparsity_decoded"], 0.0)}

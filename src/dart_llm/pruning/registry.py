@@ -87,7 +87,7 @@ METHODS: Registry[PruneConfig] = Registry(
     _table(
         "methods",
         "dense dense-8bit dense-4bit random static wanda flap griffin griffin-refresh glass "
-        "published dart dart-prompt dart-token",
+        "published dart dart-prompt dart-token teal teal-attention wina cats countdown prox",
         str.upper,
     ),
 )

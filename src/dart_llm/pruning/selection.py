@@ -75,9 +75,9 @@ class MaskSelector:
         if "lost" not in self.statistics.needs:
             return None
         worth = torch.stack([self.layers[layer].unit_worth for layer in layers])
-        return Choice(worth, tuple(self._keeps(layer) for layer in layers))
+        return Choice(worth, tuple(self.keeps(layer) for layer in layers))
 
-    def _keeps(self, layer: int) -> float:
+    def keeps(self, layer: int) -> float:
         """Share of a layer's neurons that is kept, before a budget is asked."""
         target = self.targets[layer]
         if isinstance(target, int):
@@ -88,7 +88,7 @@ class MaskSelector:
     def needs_evidence(self) -> bool:
         return self.statistics.per_token is not None or bool(self.statistics.needs)
 
-    @property
+    @cached_property  # asked at every token
     def removes_nothing(self) -> bool:
         """Whether no neuron can ever be removed (sparsity 0, or a table of ones)."""
         if self.config.score.strategy == "auto":

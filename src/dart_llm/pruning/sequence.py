@@ -61,6 +61,8 @@ class SequenceState:
     row: int | None
     rows: int
     given: Masks | None = None
+    cached: int = 0
+    """Positions that the cache held before the first token that was seen."""
     phase: Phase = Phase.PREFILL
     evidence: list[LayerStatistics] = field(default_factory=list)
     detector: Detector = field(init=False)

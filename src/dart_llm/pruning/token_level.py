@@ -214,6 +214,25 @@ def winner_places(strengths: Tensor, keep: int) -> Tensor:
     return order[..., :keep].sort(dim=-1).values
 
 
+def input_count(inputs: int, winners: int, width: int) -> int:
+    """How many of a matrix's ``inputs`` are read where ``winners`` of ``width`` neurons are."""
+    return -(-inputs * winners // width)
+
+
+def at_largest(x: Tensor, count: int, norms: Tensor | None = None) -> Tensor:
+    """x with all but the ``count`` largest ``abs(x_j) * norms_j`` of every token set to 0.
+
+    x: [..., M]; norms: [M], None for ones.  Of equal ones those at lower places stay.
+    """
+    if count >= x.shape[-1]:
+        return x
+    with torch.no_grad():
+        strengths = x.abs() if norms is None else x.abs() * norms
+        none = torch.zeros(x.shape, dtype=torch.bool, device=x.device)
+        keep = none.scatter_(-1, winner_places(strengths, count), True)
+    return torch.where(keep, x, torch.zeros_like(x))
+
+
 def sequence_masks(masks: Masks) -> Masks:
     """``masks`` without those of layers whose tokens choose for themselves."""
     if not any(isinstance(mask, TokenMask) for mask in masks):

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from dart_llm.calibration.calibrate import calibrate
+from dart_llm.calibration.head import learn_screen
 from dart_llm.calibration.learn import self_calibrate
 from dart_llm.models.describe import describe
 from dart_llm.models.quantised import quantise, weight_facts
@@ -130,7 +131,7 @@ def prepare(
     """
     if masks is not None:
         return PreparedMethod(model, tokenizer, config, masks)
-    if config is None or (config.method == "dense" and config.target == 0):
+    if config is None or (config.method == "dense" and config.target == 0 and not config.screens):
         return PreparedMethod(model, tokenizer, None, facts=weight_facts(model))
     if config.weight_bits is not None:
         say(f"rounding a copy of the weights to {config.weight_bits} bits")
@@ -139,6 +140,7 @@ def prepare(
             found.model, tokenizer, None, notes=found.notes, facts=found.facts, name=config.method
         )
     layers = describe(model).weights(config.score.proxy_embedding, config.seed)
+    learn_screen(model, config, layers, cache_dir, say, tokenizer)
     if check_fits(config, layers).removes_nothing:
         return PreparedMethod(model, tokenizer, config)
     if config.calibration is None:  # what attaching would learn, with news and the tokenizer

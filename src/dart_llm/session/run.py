@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dart_llm.calibration.head import learn_screen
 from dart_llm.calibration.learn import self_calibrate
 from dart_llm.errors import AttachError, ConfigError
 from dart_llm.models.describe import ModelView, describe
@@ -20,7 +21,7 @@ from dart_llm.pruning.accounting import Costs, known_bytes, run_report
 from dart_llm.pruning.config import PruneConfig, check_prepared
 from dart_llm.pruning.controller import PruningController, RemaskHook
 from dart_llm.pruning.masks import USER_MASKS, LayerMask, Masks, masks_on_devices
-from dart_llm.pruning.records import DriftCheck, Remask, RunReport
+from dart_llm.pruning.records import DriftCheck, HeadReport, Remask, RunReport
 from dart_llm.pruning.selection import MaskSelector, check_fits
 from dart_llm.pruning.sequence import SequenceState
 from dart_llm.pruning.token_level import plain_masks, sequence_masks
@@ -29,11 +30,15 @@ from dart_llm.pruning.weights import FfnWeights, with_prior
 
 @dataclass(frozen=True)
 class PatchCosts:
-    """What a patch holds and did: bytes beside the model, whole steps, errors of low-bit copies."""
+    """What a patch holds and did: bytes beside the model, whole steps, errors of low-bit copies.
+
+    ``head``: of a screened output head.
+    """
 
     nbytes: int = 0
     steps: int = 0
     proxy_errors: tuple[float, float] | None = None
+    head: HeadReport | None = None
 
 
 @dataclass(frozen=True)
@@ -101,12 +106,15 @@ class MethodOnModel:
         sequences = controller.all_sequences()
         return run_report(
             sequences,
-            Costs(self.layers, view.parameter_bytes, self.config.compensation),
+            Costs(
+                self.layers, view.parameter_bytes, self.config.compensation, traffic=view.traffic
+            ),
             effective_executor(executor, costs.steps, sequences),
             costs.nbytes + known_bytes(self.layers, self.prior),
             USER_MASKS if self.by_hand else self.config.method,
             self.asked,
             costs.proxy_errors,
+            costs.head,
         )
 
 
@@ -203,7 +211,8 @@ class Run:
         if not self.controller.sequence_count:  # the model may have moved since this run was made
             self._method = self._learnt()
             self.controller = self._method.controller(self._notify)
-        patch = ModelPatch(self.model, self._view, self.controller, self.executor)
+        screen = learn_screen(self.model, self.config, self._method.layers)
+        patch = ModelPatch(self.model, self._view, self.controller, self.executor, screen=screen)
         self.patch = patch  # first, so that ``detach`` knows of it however this ends
         patch.install()
         return self
@@ -371,7 +380,8 @@ class Run:
 
 
 def _costs_of(patch: ModelPatch) -> PatchCosts:
-    return PatchCosts(patch.nbytes(), patch.steps, patch.proxy_errors)
+    head = None if patch.head is None else patch.head.report()
+    return PatchCosts(patch.nbytes(), patch.steps, patch.proxy_errors, head)
 
 
 def prune(

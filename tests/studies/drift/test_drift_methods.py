@@ -65,8 +65,8 @@ def test_variants_differ_from_dart_in_re_masking_alone(name, drift, remask):
 
 
 NAMES = [
-    ("drat", r"unknown method 'drat'; did you mean dart\?"),
-    ("intervall:64", r"unknown method 'intervall:64'; did you mean interval:N\?"),
+    ("drat", r"unknown method 'drat'; did you mean dart or cats\?"),
+    ("intervall:64", r"unknown method 'intervall:64'; did you mean interval:N or teal\?"),
     ("interval", r'"interval" needs a whole number of tokens, 1 or more: write "interval:N"'),
     ("decay:x", r'"decay:x" needs a whole number'),
     ("never:3", r'"never:3" takes no number: write "never"'),

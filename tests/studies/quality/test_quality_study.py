@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 
 from dart_llm.errors import ConfigError
+from dart_llm.experiments.comparison import read_traffic
+from dart_llm.models.quantised import round_weights_to
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.reporting import figures
 from dart_llm.settings import merge
 from dart_llm.studies.quality.settings import QualitySettings
-from lm_cases import call, place
-from quality_cases import PROMPT, TOKENS, job, write_texts
+from dart_llm.studies.quality.slices import score_rounded
+from lm_cases import call, loaded, place
+from quality_cases import PROMPT, TOKENS, job, read_pairs, write_texts
 from shells import ROOT
 from written import lines, read
 
@@ -61,6 +64,34 @@ def test_griffin_is_measured_where_each_method_asks_for_it(whole):
             assert row[column]["griffin_gap"] == pytest.approx(griffin)
 
 
+def test_dense_weights_in_fewer_bits_stand_beside(tmp_path):
+    """Of each number of bits a row per cell, measured as a rounded copy is, at its bytes."""
+    done = job(tmp_path, roundings="4,3", sparsities="0.5", methods="griffin,teal", oracle="none")
+    rows = {(row["cell"], row["variant"]): row for row in done.summary["cells"]}
+    labels = ["griffin", "teal", "dense, FFN 4 bits", "dense, FFN 3 bits"]
+    assert [label for cell, label in rows if cell == "continuation"] == labels
+    model = loaded()[0]
+    pair = read_pairs(2)[1]
+    for bits in (4, 3):
+        row = rows["continuation", f"dense, FFN {bits} bits"]
+        assert (row["sparsity"], row["equal_sparsity"], row["achieved_sparsity"]) == (0, None, 0)
+        rounded = round_weights_to(model, bits, ffn=True)
+        loss = score_rounded(rounded, "continuation", pair)["loss"]
+        kept = [
+            line["loss"]
+            for line in lines(done.path / "results.jsonl")
+            if line["variant"] == row["variant"] and line["cell"] == "continuation"
+        ]
+        assert len(kept) == 4 and kept[1] == pytest.approx(loss)
+        traffic = read_traffic(rounded.facts)
+        assert row["token_bytes_share"] == pytest.approx(traffic.share(PROMPT - 1 + 41 / 2))
+        # half of this FFN has rows of another multiple than 32, and stays
+        assert row["ffn_bytes_share"] == pytest.approx((1 + (bits + 0.5) / 16) / 2)
+    shares = [rows["continuation", label]["token_bytes_share"] for label in labels]
+    assert 1 > shares[2] > shares[3] and shares[0] < 1
+    assert [plot.name for plot in done.figures()] == ["quality", "quality-bytes"]
+
+
 @pytest.mark.usefixtures("no_plots")
 def test_two_models_have_rows_of_their_own_and_common_ones(tmp_path):
     models = [str(place() / name) for name in ("model", "chatty")]
@@ -87,6 +118,7 @@ def test_the_command_speaks_json(tmp_path):
     fixed = ["bench", "quality", "--model", place() / "model", "--device", "cpu", "--json"]
     fixed += ["--results-dir", tmp_path / "results", "--dtype", "float32", "--text", text]
     fixed += ["--prompt-tokens", PROMPT, "--tokens", TOKENS, "--slices", 1, "--sparsities", "0.5"]
+    fixed += ["--roundings", "none"]
     done = call(*fixed, "--text", f"{rows}:text", "--cells", "continuation")
     assert (done.code, done.err, done.out.count("\n")) == (0, "", 1)
     found = done.json
@@ -127,6 +159,8 @@ def asked(given):
         ({"methods": "dense-8bit"}, "method dense-8bit removes nothing"),
         ({"oracle": "grifin"}, "unknown variant for --oracle 'grifin'"),
         ({"model": ["a/x", "b/x"]}, 'the model "x" was given twice'),
+        ({"roundings": "4,9"}, '--roundings "4,9" must be whole numbers of bits, 2 to 8, or none'),
+        ({"rounded": "attention"}, "unknown part for --rounded 'attention'"),
         ({"variants": "nowhere.yaml"}, "cannot read the settings file nowhere.yaml"),
     ],
 )

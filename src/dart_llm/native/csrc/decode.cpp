@@ -50,6 +50,7 @@ struct Member : Worker {
   int8_t* levels;
   float *scales, *group_sums;
   int32_t* whole;
+  Likeliest* likeliest;  // [M]
 
   static int64_t parts_of(int64_t values) { return std::min(PARTS, 1 + values / LEAST); }
 
@@ -307,13 +308,18 @@ struct Member : Worker {
     in_parts(1, [&](int64_t, int64_t) {
       std::copy_n(given.wide, rows * hidden, scratch.normed.data());
     });
+    if (decoder.headless) return;
     float* logits = scratch.logits.data();
     int64_t words = decoder.vocabulary;
     project(decoder.head, nullptr, given, words, logits, words,
             [&](int64_t m, int64_t begin, int64_t end) {
-              if (!decoder.logits_cap) return;
-              for (int64_t i = m * words + begin; i < m * words + end; ++i)
-                logits[i] = capped(logits[i], decoder.logits_cap);
+              float* own = logits + m * words;
+              if (decoder.logits_cap)
+                for (int64_t i = begin; i < end; ++i) own[i] = capped(own[i], decoder.logits_cap);
+              if (!scratch.greedy) return;
+              for (int64_t i : scratch.forbidden)
+                if (i >= begin && i < end) own[i] = -INFINITY;
+              likeliest[m].see(decoder.dtype, own, begin, end);
             });
   }
 };
@@ -373,6 +379,7 @@ Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_, int64_t
   scales.resize(each * 2 * Rounded::facts(padded(widest(d))));
   group_sums.resize(scales.size());
   whole.resize(threads * padded(d.hidden));
+  likeliest.resize(each);
   strength.resize(rows * d.width);
   chosen.resize(rows * d.width);
   scores.resize(threads * positions);
@@ -394,7 +401,8 @@ void step(const Kernels& kernels, const Decoder& decoder, const Cache& cache, co
              scratch.levels.data() + own * padded(wide),
              scratch.scales.data() + own * 2 * Rounded::facts(padded(wide)),
              scratch.group_sums.data() + own * 2 * Rounded::facts(padded(wide)),
-             scratch.whole.data() + member * padded(decoder.hidden)};
+             scratch.whole.data() + member * padded(decoder.hidden),
+             scratch.likeliest.data() + own};
   one.run(tokens);
 }
 

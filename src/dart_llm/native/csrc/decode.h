@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "likeliest.h"
 #include "team.h"
 
 namespace dart {
@@ -46,6 +47,7 @@ struct Decoder {
   float attention_cap, logits_cap;  // c tanh(x / c) of scores and of logits; 0: none
   Matrix embedding, positions, head;  // [V, D], [places, D] or none, [V, D]
   Norm norm;                          // [D]
+  bool headless = false;              // steps end with the normed last hidden states
   std::vector<Layer> layers;
 
   // Values of the queries, keys and values of one row.
@@ -90,8 +92,11 @@ struct Scratch {
   std::vector<int32_t> whole;          // [threads, D]: sums of a group of neurons
   std::vector<float> strength;       // of a layer's neurons: [M, I]
   std::vector<int32_t> chosen;       // each token's neurons
+  std::vector<Likeliest> likeliest;  // [threads, M]: of the words that each member saw; empty them first
   int64_t threads, positions, rows;
   bool observed = false;
+  bool greedy = false;  // whether `likeliest` is wanted, of all words but the `forbidden` ones
+  std::vector<int64_t> forbidden;
 };
 
 // Runs one member's share of the step that decodes after `tokens` [M]; all members call it at once.

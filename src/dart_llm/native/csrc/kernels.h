@@ -53,6 +53,27 @@ struct Copies {
   int64_t keep;  // neurons of one token; 0: no token chooses
 };
 
+constexpr int64_t QUERIES = 16;  // of a prompt that attend together, at most
+constexpr int64_t LANES = 16;    // floats of the widest vectors
+
+// Rounded up to whole vectors of any kind.
+inline int64_t whole_lanes(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+
+// Some queries of one head, each of which sees all positions up to its own.
+struct Queries {
+  const float* queries;  // [count, S], `pitch` apart
+  int64_t pitch;
+  int64_t first, count;  // position of the first one in its text; at most QUERIES
+  const float* keys;     // [S, keys_pitch] by positions, whole vectors of them
+  int64_t keys_pitch;
+  const float* values;   // [positions, whole_lanes(S)]
+  int64_t size;          // S
+  float scale;
+  float* scores;         // scratch: QUERIES (whole_lanes(first + count) + whole_lanes(S))
+  float* out;            // [count, S], `out_pitch` apart
+  int64_t out_pitch;
+};
+
 struct Kernels {
   const char* name;
   // y[m, row] = rows[row] . x[m] (+ bias[row]) for begin <= row < end; y: M rows of `stride`.
@@ -76,6 +97,8 @@ struct Kernels {
   void (*attend)(Dtype, const float* query, const void* keys, const void* values, int64_t n,
                  int64_t stride, const float* new_key, const float* new_value, int64_t size,
                  float scale, float cap, float* scores, float* out);
+  // out[i] = the values up to the position of query i, weighed by softmax(scale query . key).
+  void (*attend_some)(const Queries&);
   void (*round)(Dtype, const float* from, void* to, int64_t n);
   void (*widen)(Dtype, const void* from, float* to, int64_t n);
   // y[i] += bias[i] for begin <= i < end.

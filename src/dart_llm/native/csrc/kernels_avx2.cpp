@@ -13,6 +13,7 @@ namespace dart::avx2 {
 namespace {
 struct S {
 #include "vectors_avx2.h"
+  static constexpr int64_t FEW = 32;
   static W dot8(W to, B levels, B x) {
     B even = _mm256_and_si256(levels, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(levels, 8);
     B x_even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), x_odd = _mm256_srai_epi16(x, 8);

@@ -13,6 +13,7 @@ namespace dart::avx512 {
 namespace {
 struct S {
 #include "vectors_avx512.h"
+  static constexpr int64_t FEW = 32;
   static constexpr bool PAIRS = false;
   static V pairs(const bf16*) { return zero(); }
   static V dot_bf16(V a, V, V) { return a; }

@@ -13,6 +13,7 @@ namespace dart::avx512bf16 {
 namespace {
 struct S {
 #include "vectors_avx512.h"
+  static constexpr int64_t FEW = 256;
   static constexpr bool PAIRS = true;
   static __m512bh pairs(const bf16* p) {
     return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));

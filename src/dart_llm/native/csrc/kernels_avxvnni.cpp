@@ -13,6 +13,7 @@ namespace dart::avxvnni {
 namespace {
 struct S {
 #include "vectors_avx2.h"
+  static constexpr int64_t FEW = 256;
   static W dot8(W to, B levels, B x) { return _mm256_dpbusd_avx_epi32(to, levels, x); }
   static W dot4(W to, B levels, B x) { return _mm256_dpbusd_avx_epi32(to, levels, x); }
 };

@@ -352,35 +352,54 @@ void fold_rows(const T* rows, const int32_t* ids, int64_t n, int64_t size, const
     }
 }
 
+// found[r] = query . keys[r], R of them `stride` apart; several at once hide how long a sum takes.
+template <int R, class T>
+inline void key_dots(const float* query, const T* keys, int64_t stride, int64_t size, float* found) {
+  typename S::V sums[R];
+  for (int r = 0; r < R; ++r) sums[r] = S::zero();
+  int64_t i = 0;
+  for (; i + S::N <= size; i += S::N) {
+    auto part = S::load(query + i);
+    for (int r = 0; r < R; ++r) sums[r] = S::fma(S::load(keys + r * stride + i), part, sums[r]);
+  }
+  for (int r = 0; r < R; ++r) found[r] = S::sum(sums[r]);
+  for (; i < size; ++i)
+    for (int r = 0; r < R; ++r) found[r] += wide(keys[r * stride + i]) * query[i];
+}
+
+// out += shares[r] values[r].
+template <int R, class T>
+inline void add_values(const T* values, int64_t stride, const float* shares, int64_t size,
+                       float* out) {
+  const T* rows[R];
+  float by[1][R];
+  for (int r = 0; r < R; ++r) rows[r] = values + r * stride, by[0][r] = shares[r];
+  add_rows<T, R, 1>(rows, by, size, out);
+}
+
 template <class T>
 void attend_head(const float* query, const T* keys, const T* values, int64_t n, int64_t stride,
                  const float* new_key, const float* new_value, int64_t size, float scale, float cap,
                  float* scores, float* out) {
+  constexpr int AT_ONCE = S::N == 16 ? 8 : 4;
+  int64_t t = 0;
+  for (; t + AT_ONCE <= n; t += AT_ONCE)
+    key_dots<AT_ONCE>(query, keys + t * stride, stride, size, scores + t);
+  for (; t < n; ++t) key_dots<1>(query, keys + t * stride, stride, size, scores + t);
+  key_dots<1>(query, new_key, 0, size, scores + n);
   float most = -INFINITY, total = 0;
-  auto dot = [&](auto* row) {
-    auto sum = S::zero();
-    int64_t i = 0;
-    for (; i + S::N <= size; i += S::N) sum = S::fma(S::load(row + i), S::load(query + i), sum);
-    float found = S::sum(sum);
-    for (; i < size; ++i) found += wide(row[i]) * query[i];
-    found *= scale;
-    return cap ? cap * std::tanh(found / cap) : found;
-  };
-  for (int64_t t = 0; t < n; ++t) {
-    scores[t] = dot(keys + t * stride);
+  for (t = 0; t <= n; ++t) {
+    scores[t] *= scale;
+    if (cap) scores[t] = cap * std::tanh(scores[t] / cap);
     if (scores[t] > most) most = scores[t];
   }
-  scores[n] = dot(new_key);
-  if (scores[n] > most) most = scores[n];
-  for (int64_t t = 0; t <= n; ++t) total += scores[t] = std::exp(scores[t] - most);
-  for (int64_t i = 0; i < size; ++i) out[i] = 0;
-  for (int64_t t = 0; t < n; ++t) {
-    const T* row = values + t * stride;
-    const float share[1][1] = {{scores[t] / total}};
-    add_rows<T, 1, 1>(&row, share, size, out);
-  }
-  const float share[1][1] = {{scores[n] / total}};
-  add_rows<float, 1, 1>(&new_value, share, size, out);
+  for (t = 0; t <= n; ++t) total += scores[t] = std::exp(scores[t] - most);
+  for (t = 0; t <= n; ++t) scores[t] /= total;
+  std::fill_n(out, size, 0.0f);
+  for (t = 0; t + AT_ONCE <= n; t += AT_ONCE)
+    add_values<AT_ONCE>(values + t * stride, stride, scores + t, size, out);
+  for (; t < n; ++t) add_values<1>(values + t * stride, stride, scores + t, size, out);
+  add_values<1>(new_value, 0, scores + n, size, out);
 }
 
 #define DART_BY_DTYPE(call) \
@@ -436,5 +455,6 @@ void add_at(Dtype dtype, const void* bias, const int32_t* ids, int64_t n, float*
 }
 
 #include "packed_body.h"
+#include "prompt_body.h"
 
-const Kernels table = {NAME, matvec, ffn, low_rank, estimate, fold, attend, round, widen, add, add_at, packed_table};
+const Kernels table = {NAME, matvec, ffn, low_rank, estimate, fold, attend, attend_some, round, widen, add, add_at, packed_table};

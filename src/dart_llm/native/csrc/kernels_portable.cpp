@@ -4,6 +4,7 @@
 namespace dart::portable {
 namespace {
 struct S {
+  static constexpr int64_t FEW = 16;
   static constexpr int N = 8;
   static constexpr bool PAIRS = false;
   struct V { float x[N]; };

@@ -8,6 +8,7 @@
 
 #include "choose.h"
 #include "decode.h"
+#include "head_ops.h"
 #include "packed_ffn.h"
 #include "packed_ops.h"
 #include "prompt_ops.h"
@@ -338,6 +339,7 @@ struct Decoder : torch::CustomClassHolder {
   };
   std::vector<Mask> masks;
   std::unique_ptr<dart::Scratch> scratch;
+  std::unique_ptr<dart::PromptRoom> prompt_room;  // from the begin of a prompt to its end
 
   // sizes: D, H, K, S, I, V, R; kind: as set_kind reads it; numbers: eps, scale, of the embedding,
   // caps of scores and logits; weights: embedding, head, positions, then EACH per layer, [] for none:
@@ -532,9 +534,11 @@ struct Decoder : torch::CustomClassHolder {
 
   // Decodes `tokens` [M], which stand at `position` of their texts, `steps` after bind(): that many
   // steps have written a position each.  cosine, sine: [positions, tables, R] float32.
-  // Returns logits [M, V], hidden [M, D], in the weights' dtype, whatever mode the caller is in.
+  // Returns logits [M, V], hidden [M, D], in the weights' dtype, whatever mode the caller is in;
+  // with `forbidden`, in the place of logits the likeliest tokens [M] but for these, int64.
   std::vector<Tensor> step(const std::vector<int64_t>& tokens, int64_t steps, int64_t position,
-                           const Tensor& cosine, const Tensor& sine, bool observe) {
+                           const Tensor& cosine, const Tensor& sine, bool observe,
+                           const std::optional<std::vector<int64_t>>& forbidden) {
     c10::InferenceMode mode(false);
     at::NoGradGuard no_graph;
     TORCH_CHECK(!tokens.empty(), "native: tokens are missing");
@@ -549,7 +553,9 @@ struct Decoder : torch::CustomClassHolder {
     if (known < rows || scratch->threads < threads || scratch->positions < room)
       scratch = std::make_unique<dart::Scratch>(model, threads, (room / 256 + 1) * 256,
                                                 std::max(known, rows));
-    scratch->observed = observe;
+    scratch->observed = observe, scratch->greedy = forbidden.has_value();
+    scratch->forbidden = forbidden.value_or(std::vector<int64_t>{});
+    std::fill(scratch->likeliest.begin(), scratch->likeliest.end(), dart::Likeliest{});
     const float* cos = static_cast<const float*>(data(cosine, at::kFloat)) + position * each;
     const float* sin = static_cast<const float*>(data(sine, at::kFloat)) + position * each;
     const dart::Kernels& kernels = best();
@@ -557,10 +563,27 @@ struct Decoder : torch::CustomClassHolder {
     together([&](int64_t member) {
       dart::step(kernels, model, cache, tokens.data(), cos, sin, *scratch, member);
     });
-    return {copy(scratch->logits, {rows, model.vocabulary}, type),
+    Tensor found = forbidden && !model.headless
+                       ? likeliest()
+                       : copy(scratch->logits, {rows, model.headless ? 0 : model.vocabulary}, type);
+    return {found,
             copy(scratch->normed, {rows, model.hidden}, type)};
   }
+
+  Tensor likeliest() const {
+    Tensor tokens = at::empty({rows}, at::kLong);
+    for (int64_t m = 0; m < rows; ++m) {
+      dart::Likeliest best;
+      for (int64_t i = 0; i < scratch->threads; ++i)
+        best.see(scratch->likeliest[i * scratch->rows + m]);
+      tokens.data_ptr<int64_t>()[m] = best.index;
+    }
+    return tokens;
+  }
   int64_t rows = 0;  // of the last step
+
+  // Whether steps leave the head out, which somebody else runs: their logits are [M, 0].
+  void leave_head(bool left) { model.headless = left; }
 
   void check_tokens(const int64_t* tokens, int64_t count) const {
     for (int64_t i = 0; i < count; ++i)
@@ -600,14 +623,33 @@ struct Decoder : torch::CustomClassHolder {
     TORCH_CHECK(all, "native: a prompt takes packed matrices and no masks");
   }
 
-  std::vector<Tensor> prompt_begin(const Tensor& ids, const Tensor& cosine, const Tensor& sine) const {
+  // on_blocks: the layers run by prompt_layers, and not one by one.
+  std::vector<Tensor> prompt_begin(const Tensor& ids, const Tensor& cosine, const Tensor& sine, bool on_blocks) {
     c10::InferenceMode mode(false);
     at::NoGradGuard no_graph;
     check_prompt();
     TORCH_CHECK(ids.dim() == 2 && ids.numel(), "native: tokens are missing");
     Tensor tokens = ids.to(at::kLong).contiguous();
     check_tokens(tokens.const_data_ptr<int64_t>(), tokens.numel());
-    return prompt(ids.size(0), ids.size(1), cosine, sine, 0).begin(tokens);
+    dart::Prompt made = prompt(ids.size(0), ids.size(1), cosine, sine, 0);
+    if (on_blocks) {
+      made.type = at::kFloat;
+      prompt_room = std::make_unique<dart::PromptRoom>(best(), model, dart::Text{made.texts, made.tokens},
+                                                       int64_t(model.layers.size()), at::get_num_threads());
+    }
+    return made.begin(tokens);
+  }
+
+  // Layers `first` to `last` of a prompt that was begun so: see prompt_ops.h.
+  std::vector<Tensor> prompt_layers(int64_t first, int64_t last, const Tensor& stream, const Tensor& given,
+                                    int64_t texts, const Tensor& cosine, const Tensor& sine, bool observed) {
+    c10::InferenceMode mode(false);
+    at::NoGradGuard no_graph;
+    TORCH_CHECK(prompt_room && 0 <= first && first <= last && last <= int64_t(model.layers.size()) &&
+                    at::get_num_threads() <= prompt_room->threads,
+                "native: no such layers");
+    return prompt(texts, given.size(0) / texts, cosine, sine, 0)
+        .layers(first, last, stream, given, observed, *prompt_room);
   }
 
   std::vector<Tensor> prompt_layer(int64_t index, const Tensor& stream, const Tensor& given, int64_t texts,
@@ -618,10 +660,12 @@ struct Decoder : torch::CustomClassHolder {
     return prompt(texts, given.size(0) / texts, cosine, sine, few).layer(index, stream, given);
   }
 
-  std::vector<Tensor> prompt_end(const Tensor& given, int64_t texts, int64_t keep, int64_t few) const {
+  std::vector<Tensor> prompt_end(const Tensor& given, int64_t texts, int64_t keep, int64_t few) {
     c10::InferenceMode mode(false);
     at::NoGradGuard no_graph;
-    return dart::Prompt{model, type, few, texts, given.size(0) / texts, nullptr, nullptr, 0}.end(given, keep);
+    prompt_room.reset();
+    dart::Prompt made{model, type, few, texts, given.size(0) / texts, nullptr, nullptr, 0};
+    return made.end(given.to(type), keep);
   }
 
   // Of the last step, which was observed: u [L, M, I], h [L, M, D] and, with `stream` (else
@@ -663,6 +707,7 @@ const dart::Kernels& dart::best() {
 
 TORCH_LIBRARY(dart_llm, library) {
   dart::register_packed(library);
+  dart::register_head(library);
   library.class_<Choice>("Choice")
       .def(torch::init<const MaybeTensor&, const MaybeTensor&, const Tensor&, const Tensor&,
                        const Tensor&, const MaybeTensor&, std::vector<int64_t>>());
@@ -681,8 +726,10 @@ TORCH_LIBRARY(dart_llm, library) {
       .def("set_packed", &Decoder::set_packed)
       .def("bind", &Decoder::bind)
       .def("step", &Decoder::step)
+      .def("leave_head", &Decoder::leave_head)
       .def("prompt_begin", &Decoder::prompt_begin)
       .def("prompt_layer", &Decoder::prompt_layer)
+      .def("prompt_layers", &Decoder::prompt_layers)
       .def("prompt_end", &Decoder::prompt_end)
       .def("nbytes", &Decoder::nbytes)
       .def("observed", &Decoder::observed);

@@ -99,6 +99,26 @@ struct Rounded {
   const float* sums_of(int block) const { return sums + (block == 16 ? facts(size) : 0); }
 };
 
+// M vectors rounded to 8 bits, groups of 32 values, for products of many: `lot` of them side by side.
+// What every four values, every block of 32 and every block of 16 has of each vector of a lot lies
+// together; columns that are missing are 0.
+struct Lots {
+  int8_t* levels;       // [lots, size / 4, lot, 4]
+  float* scales;        // [lots, size / 32, lot]
+  int32_t* totals[2];   // of the levels of blocks of 32, and of 16
+  float* sums[2];       // the same times the scale
+  int64_t count, size;  // M; a multiple of UNIT
+  int64_t lot;          // see PackedKernels
+};
+
+// Outputs `begin` to `end` of a product, and the units of inputs that count.  `begin` is a multiple of
+// ABREAST; at `first` a block of SUPER weights begins.
+constexpr int64_t ABREAST = 2 * UNIT;
+struct Part {
+  int64_t begin, end;
+  int64_t first, last;
+};
+
 // Kernels of one CPU kind for packed matrices.
 struct PackedKernels {
   // y[m, row] = rows[row] . x[m] for begin <= row < end; y: M rows of `stride`.  Not Order::neurons;
@@ -120,6 +140,13 @@ struct PackedKernels {
   // to[count, columns] = weights of `count` rows from `row` on, float32 or bfloat16; of Order::tiles
   // whole tiles are quickest.
   void (*dequantise)(const Packed&, int64_t row, int64_t count, Dtype, void* to);
+  int64_t lot;  // vectors whose products are made together
+  int64_t few;  // vectors up to which products on the blocks are quicker than with dequantised rows
+  // Rounds [n] floats to vector m.
+  void (*round_lot)(const float* from, int64_t n, const Lots& to, int64_t m);
+  // y[m, i] of a part, M rows of `stride`: rows[i] . x[m] or, of Order::neurons, column i of down times
+  // x[m].  Never of what was copied of kept neurons.
+  void (*lots)(const Packed&, const Lots& x, const Part&, float* y, int64_t stride);
 };
 
 }  // namespace dart

@@ -626,5 +626,9 @@ void packed_dequantise(const Packed& p, int64_t row, int64_t count, Dtype dtype,
   DART_BY_DTYPE(dequantise_as(p, row, count, static_cast<T*>(to)))
 }
 
-const PackedKernels packed_table = {packed_matvec, packed_dots,     packed_add_neurons,
-                                    packed_round,  packed_activate, packed_dequantise};
+#include "packed_lots.h"
+
+const PackedKernels packed_table = {packed_matvec,   packed_dots,       packed_add_neurons,
+                                    packed_round,    packed_activate,   packed_dequantise,
+                                    LOT,             S::FEW,            packed_round_lot,
+                                    packed_lots};

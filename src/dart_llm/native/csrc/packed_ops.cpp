@@ -4,7 +4,9 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include "huge_room.h"
 #include "packed_ops.h"
+#include "prompt.h"
 #include "together.h"
 
 namespace dart {
@@ -258,6 +260,41 @@ RoundedRows::RoundedRows(const Kernels& kernels, const float* x, int64_t count, 
                          sums.data() + m * each);
 }
 
+// x [M, D] times the rows of matrices, or [M, I] times one by neurons as it is stored: [M, all outputs].
+Tensor times_lots(const Tensor& x, const std::vector<const Packed*>& all) {
+  const Kernels& kernels = best();
+  Tensor wide = x.to(at::kFloat).contiguous();
+  int64_t count = x.size(0), columns = x.size(1), outputs = 0, depths = 1;
+  std::vector<LotsProduct> products;
+  for (const Packed* one : all) {
+    products.emplace_back(*one);
+    outputs += products.back().outputs, depths = products.back().depths;
+  }
+  RoundedLots rounded(kernels, count, columns);
+  Tensor y = at::empty({depths, count, outputs}, wide.options());
+  const float* from = wide.const_data_ptr<float>();
+  float* to = y.mutable_data_ptr<float>();
+  Jobs jobs(int64_t(products.size()) + 1);
+  together([&](int64_t) {
+    Worker team(jobs);
+    team.in_parts(std::min(count, PARTS), [&](int64_t one, int64_t parts) {
+      Span own = part(count, one, parts, 1);
+      for (int64_t m = own.begin; m < own.end; ++m)
+        kernels.packed.round_lot(from + m * columns, columns, rounded.view, m);
+    });
+    team.finish();
+    int64_t column = 0;
+    for (const LotsProduct& one : products) {
+      team.in_parts(one.parts(), [&](int64_t index, int64_t) {
+        one.run(kernels, rounded.view, index, to + column, outputs, count * outputs);
+      });
+      column += one.outputs;
+    }
+    team.finish();
+  });
+  return (depths > 1 ? y.sum(0) : y[0]).to(x.scalar_type());
+}
+
 // x [M, D] times a matrix of rows: [M, N].
 Tensor times_few(const Tensor& x, const Packed& p) {
   TORCH_CHECK(x.dim() == 2 && x.size(1) == p.columns && p.order != Order::neurons,
@@ -375,7 +412,9 @@ Tensor times_rows(const Tensor& x, const std::vector<const Packed*>& all, int64_
   for (const Packed* one : all)
     TORCH_CHECK(x.dim() == 2 && x.size(1) == one->columns, "native: shapes do not fit");
   std::vector<Tensor> found;
-  if (x.size(0) <= few && all[0]->order != Order::neurons) {
+  bool by_rows = all[0]->order != Order::neurons;
+  if (by_rows && x.size(0) > 1 && x.size(0) <= few) return times_lots(x, all);
+  if (by_rows && x.size(0) <= few) {
     for (const Packed* one : all) found.push_back(times_few(x, *one));
   } else {
     by_pieces(all, [&](const std::vector<Rows>& rows, int64_t n) {
@@ -387,7 +426,7 @@ Tensor times_rows(const Tensor& x, const std::vector<const Packed*>& all, int64_
 
 Tensor times_stored(const Tensor& x, const Packed& p, int64_t few) {
   TORCH_CHECK(x.dim() == 2 && x.size(1) == p.rows, "native: shapes do not fit");
-  if (x.size(0) <= few && p.order == Order::neurons) return add_neurons(x, p);
+  if (x.size(0) <= few && p.order == Order::neurons) return x.size(0) > 1 ? times_lots(x, {&p}) : add_neurons(x, p);
   Tensor sum;
   by_pieces({&p}, [&](const std::vector<Rows>& rows, int64_t n) {
     Tensor own = rows.empty() ? x : x.narrow(1, rows[0].begin, n);
@@ -414,77 +453,94 @@ c10::intrusive_ptr<PackedMatrix> packed_part(const c10::intrusive_ptr<PackedMatr
   return made;
 }
 
-// to[tile] = rows ids[16 tile] to ids[16 tile + 15] of `from`, both in tiles; per_row: values of a row.
+// What is copied of kept rows: values of `size` bytes, `per_row` of them in a row; rows lie in tiles,
+// or each on its own.
+struct Kept {
+  const char* from;
+  char* to;
+  int64_t per_row, size;
+  bool tiles;
+};
+
+// to[tile] = rows ids[16 tile] to ids[16 tile + 15] of `from`, both in tiles.
 template <class T>
-void gather_lanes(const T* from, T* to, const Tensor& ids, int64_t per_row) {
-  const int32_t* id = ids.const_data_ptr<int32_t>();
-  int64_t n = ids.numel();
-  at::parallel_for(0, (n + TILE - 1) / TILE, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const T* lanes[TILE];
-      for (int64_t r = 0; r < TILE; ++r) {
-        int64_t row = id[std::min(tile * TILE + r, n - 1)];
-        lanes[r] = from + row / TILE * TILE * per_row + row % TILE;
-      }
-      T* own = to + tile * TILE * per_row;
-      for (int64_t k = 0; k < per_row * TILE; k += TILE)
-        for (int64_t r = 0; r < TILE; ++r) own[k + r] = lanes[r][k];
-    }
-  });
+void gather_tile(const Kept& kept, const int32_t* id, int64_t n, int64_t tile) {
+  const T* lanes[TILE];
+  for (int64_t r = 0; r < TILE; ++r) {
+    int64_t row = id[std::min(tile * TILE + r, n - 1)];
+    lanes[r] = reinterpret_cast<const T*>(kept.from) + row / TILE * TILE * kept.per_row + row % TILE;
+  }
+  T* own = reinterpret_cast<T*>(kept.to) + tile * TILE * kept.per_row;
+  for (int64_t k = 0; k < kept.per_row * TILE; k += TILE)
+    for (int64_t r = 0; r < TILE; ++r) own[k + r] = lanes[r][k];
 }
 
-void gather_tiles(const PackedMatrix& from, const Tensor& ids, PackedMatrix& to) {
-  each_held(from, [&](size_t which, int64_t per_row) {
-    const Tensor& source = from.held[which];
-    void* place = to.held[which].mutable_data_ptr();
-    if (which == 0)
-      gather_lanes(static_cast<const uint32_t*>(source.const_data_ptr()), static_cast<uint32_t*>(place),
-                   ids, per_row / 4);
-    else if (source.element_size() == 2)
-      gather_lanes(static_cast<const uint16_t*>(source.const_data_ptr()), static_cast<uint16_t*>(place),
-                   ids, per_row);
-    else
-      gather_lanes(static_cast<const uint8_t*>(source.const_data_ptr()), static_cast<uint8_t*>(place), ids,
-                   per_row);
-  });
+void gather(const Kept& kept, const int32_t* id, int64_t n, int64_t tile) {
+  if (kept.tiles) {
+    if (kept.size == 4) gather_tile<uint32_t>(kept, id, n, tile);
+    else if (kept.size == 2) gather_tile<uint16_t>(kept, id, n, tile);
+    else gather_tile<uint8_t>(kept, id, n, tile);
+  } else {
+    int64_t bytes = kept.per_row * kept.size;
+    for (int64_t i = tile * TILE; i < std::min(n, (tile + 1) * TILE); ++i)
+      std::memcpy(kept.to + i * bytes, kept.from + id[i] * bytes, size_t(bytes));
+  }
 }
 
-void gather_neurons(const PackedMatrix& from, const Tensor& ids, PackedMatrix& to) {
-  const int32_t* id = ids.const_data_ptr<int32_t>();
-  auto* place = to.held[0].mutable_data_ptr<uint8_t>();
-  int64_t pitch = from.packed.pitch;
-  at::parallel_for(0, ids.numel(), 64, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) std::memcpy(place + i * pitch, from.packed.levels + id[i] * pitch, size_t(pitch));
-  });
-}
+using Packs = c10::intrusive_ptr<PackedMatrix>;
 
-// A copy of rows `ids` (int32, ascending) of a matrix in tiles, or by neurons: whose factors stay
-// where they are.  `old`: an earlier copy out of the same matrix, whose memory is taken over where it
-// is enough; nobody may use that one any more.
-c10::intrusive_ptr<PackedMatrix> packed_kept(const c10::intrusive_ptr<PackedMatrix>& matrix,
-                                             const Tensor& ids,
-                                             const std::optional<c10::intrusive_ptr<PackedMatrix>>& old) {
-  const Packed& p = matrix->packed;
-  TORCH_CHECK(p.order != Order::rows && !p.kept && ids.scalar_type() == at::kInt && ids.is_contiguous() &&
-                  ids.numel() > 0,
-              "native: these neurons cannot be copied");
-  const int32_t* id = ids.const_data_ptr<int32_t>();
-  for (int64_t i = 0; i < ids.numel(); ++i)
-    TORCH_CHECK_INDEX(id[i] >= (i ? id[i - 1] + 1 : 0) && id[i] < p.rows, "native: no such neurons");
+// Memory for `n` rows of a matrix, that of `old` where it is enough; adds what is to be copied to it.
+Packs room_for_kept(const Packs& matrix, int64_t n, const PackedMatrix* old, HugeRoom& room,
+                    std::vector<Kept>& all) {
+  bool neurons = matrix->packed.order == Order::neurons;
   auto made = c10::make_intrusive<PackedMatrix>(*matrix);
   made->shared = false;
   made->packed.kept = true;
-  made->packed.rows = ids.numel();
-  if (p.order != Order::neurons) made->stored_rows = ids.numel();
+  made->packed.rows = n;
+  if (!neurons) made->stored_rows = n;
   each_held(*matrix, [&](size_t which, int64_t per_row) {
-    if (which && p.order == Order::neurons) return;
-    int64_t needed = made->packed.room() * per_row + 64;
-    bool enough = old && (*old)->held.at(which).numel() >= needed;
-    made->held[which] = enough ? (*old)->held[which] : at::empty({needed}, matrix->held[which].options());
+    if (which && neurons) return;
+    const Tensor& source = matrix->held[which];
+    int64_t needed = made->packed.room() * per_row + 64, size = which ? source.element_size() : 4;
+    bool enough = old && old->held.at(which).numel() >= needed;
+    made->held[which] = enough ? old->held[which] : room.take(needed, source.scalar_type());
+    all.push_back({static_cast<const char*>(source.const_data_ptr()),
+                   static_cast<char*>(made->held[which].mutable_data_ptr()), which ? per_row : per_row / 4,
+                   size, !neurons});
   });
   point(*made);
-  if (p.order == Order::neurons) gather_neurons(*matrix, ids, *made);
-  else gather_tiles(*matrix, ids, *made);
+  return made;
+}
+
+// Copies of rows `ids` (int32, ascending) of matrices in tiles, or by neurons: whose factors stay
+// where they are.  `old`: none, or earlier copies out of the same matrices, whose memory is taken over
+// where it is enough; nobody may use these any more.  Other memory is that of `room`.
+std::vector<Packs> packed_kept(const std::vector<Packs>& matrices, const Tensor& ids,
+                               const std::vector<Packs>& old, const c10::intrusive_ptr<HugeRoom>& room) {
+  TORCH_CHECK(ids.scalar_type() == at::kInt && ids.is_contiguous() && ids.numel() > 0 &&
+                  (old.empty() || old.size() == matrices.size()),
+              "native: these neurons cannot be copied");
+  const int32_t* id = ids.const_data_ptr<int32_t>();
+  int64_t n = ids.numel(), rows = matrices.empty() ? 0 : matrices[0]->packed.rows;
+  for (const Packs& one : matrices)
+    TORCH_CHECK(one->packed.order != Order::rows && !one->packed.kept && one->packed.rows == rows,
+                "native: these neurons cannot be copied");
+  for (int64_t i = 0; i < n; ++i)
+    TORCH_CHECK_INDEX(id[i] >= (i ? id[i - 1] + 1 : 0) && id[i] < rows, "native: no such neurons");
+  std::vector<Packs> made;
+  std::vector<Kept> all;
+  for (size_t i = 0; i < matrices.size(); ++i)
+    made.push_back(room_for_kept(matrices[i], n, old.empty() ? nullptr : old[i].get(), *room, all));
+  constexpr int64_t SOME = 8;  // tiles that a thread takes at a time
+  int64_t tiles = (n + TILE - 1) / TILE, steps = (tiles + SOME - 1) / SOME;
+  std::atomic<int64_t> taken{0};
+  together([&](int64_t) {
+    for (int64_t step; (step = taken++) < int64_t(all.size()) * steps;) {
+      int64_t first = step % steps * SOME;
+      for (int64_t tile = first; tile < std::min(first + SOME, tiles); ++tile)
+        gather(all[size_t(step / steps)], id, n, tile);
+    }
+  });
   return made;
 }
 
@@ -550,6 +606,7 @@ c10::intrusive_ptr<PackedMatrix> packed_copy(const c10::intrusive_ptr<PackedMatr
 }
 
 void register_packed(torch::Library& library) {
+  register_rooms(library);
   library.class_<PackedMatrix>("PackedMatrix")
       .def("nbytes", [](const c10::intrusive_ptr<PackedMatrix>& one) { return one->nbytes(); })
       .def("parts", [](const c10::intrusive_ptr<PackedMatrix>& one) { return one->held; })
@@ -574,6 +631,7 @@ void register_packed(torch::Library& library) {
   library.def("packed_turned", packed_turned);
   library.def("packed_copy", packed_copy);
   library.def("packed_product", packed_product);
+  library.def("packed_few", []() { return best().packed.few; });
 }
 
 }  // namespace dart

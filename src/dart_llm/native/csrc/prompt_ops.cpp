@@ -171,6 +171,32 @@ std::vector<Tensor> Prompt::layer(int64_t index, const Tensor& stream, const Ten
   return {heads.keys, heads.values, u.view({texts, tokens, -1}), h.view({texts, tokens, -1}), passed};
 }
 
+std::vector<Tensor> Prompt::layers(int64_t first, int64_t last, const Tensor& stream, const Tensor& given,
+                                   bool observed, PromptRoom& room) const {
+  const Decoder& d = decoder;
+  auto options = given.options().dtype(type);
+  std::vector<Tensor> found;
+  std::vector<Left> left;
+  auto place = [&](at::IntArrayRef sizes) {
+    found.push_back(at::empty(sizes, options));
+    return found.back().mutable_data_ptr();
+  };
+  for (int64_t index = first; index < last; ++index) {
+    Left own{};
+    own.keys = place({texts, d.kv_heads, tokens, d.size}), own.values = place({texts, d.kv_heads, tokens, d.size});
+    if (observed) own.u = place({texts, tokens, d.width}), own.h = place({texts, tokens, d.hidden});
+    left.push_back(own);
+  }
+  room.jobs.begin();
+  Text text{texts, tokens, cosine, sine, angles};
+  const Kernels& kernels = best();
+  together([&](int64_t member) {
+    prompt_layers(kernels, d, text, first, last, stream.mutable_data_ptr<float>(), given.mutable_data_ptr<float>(),
+                  left.data(), room, member);
+  });
+  return found;
+}
+
 std::vector<Tensor> Prompt::end(const Tensor& given, int64_t keep) const {
   Tensor hidden = given.view({texts, tokens, -1});
   int64_t count = keep ? std::min(keep, tokens) : tokens;

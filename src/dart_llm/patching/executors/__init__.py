@@ -39,7 +39,8 @@ _steps: weakref.WeakKeyDictionary[Any, dict[str, tuple[Any, str]]] = weakref.Wea
 def choose_executor(selector: MaskSelector, blocks: Sequence[FfnBlock], model: Any) -> str:
     """The fastest that can run: ``slim``, ``native``, ``compact``, ``masked``.
 
-    ``masked`` where the rows of a batch have a mask each or layers cannot be compacted; ``compact``
+    ``masked`` where the rows of a batch have a mask each, layers cannot be compacted, or tokens
+    choose in a way that no kernel knows; ``compact``
     also where nothing is pruned, for then nothing may differ by a bit.  Under ``compact`` a layer
     whose weights do not say what its projections compute is run as by ``masked``.
     """
@@ -48,8 +49,10 @@ def choose_executor(selector: MaskSelector, blocks: Sequence[FfnBlock], model: A
         return config.executor
     if config.batch == "per_row" or any(block.inline or block.offloaded for block in blocks):
         return "masked"
-    if selector.removes_nothing:
+    if selector.removes_nothing and not config.screens:
         return "compact"
+    if config.token is not None and not config.token.native:
+        return "masked"
     odd = [bool(weights_unsupported_reason(block)) for block in blocks]
     if any(odd):
         return "masked" if all(odd) else "compact"

@@ -16,7 +16,7 @@ from dart_llm.models.agreement import forward_of
 from dart_llm.models.ffn import FfnBlock, matrix_of
 from dart_llm.models.packed import PackedTensor
 from dart_llm.native.build import ops
-from dart_llm.native.memory import RESERVE, Span, available, into_huge_pages, private_maps
+from dart_llm.native.memory import RESERVE, Span, available, private_maps
 from dart_llm.patching.executors.token_ffn import TokenFfn
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.token_level import TokenMask
@@ -32,11 +32,34 @@ from dart_llm.pruning.token_level import TokenMask
 
 
 class Layout:
-    """Parameters that were laid out transposed, and where they lie; packed matrices, and how."""
+    """Parameters that were laid out transposed, and where they lie; packed matrices, and how.
+
+    ``room``: memory in which copies of kept neurons of all layers lie.
+    """
 
     def __init__(self) -> None:
         self._laid: list[tuple[nn.Parameter, int]] = []
         self._turned: list[tuple[Any, str]] = []
+        self.room: Any = None
+
+    def make_room(self, size: int) -> None:
+        """Memory for ``size`` bytes of copies, before any token waits for it; 0: none.
+
+        None either where it would leave less than ``RESERVE`` to others.
+        """
+        self.room = None  # first: what lay in it may be what is missing
+        if size and available() - size > RESERVE:
+            self.room = torch.classes.dart_llm.HugeRoom(size)
+
+    def has_room(self, size: int) -> bool:
+        """Whether ``room`` has ``size`` bytes for copies, or may grow by these."""
+        if self.room is not None and self.room.left() >= size:
+            return True
+        if available() - size <= RESERVE:
+            return False
+        if self.room is None:
+            self.room = torch.classes.dart_llm.HugeRoom(0)
+        return True
 
     def neuron_rows(self, matrix: Tensor, parameter: nn.Parameter) -> Tensor:
         """``matrix`` [I, D], a view of ``parameter`` or of its transpose, as contiguous rows.
@@ -57,8 +80,9 @@ class Layout:
 
     def turned(self, matrix: Any, order: str) -> Any:
         """A packed matrix of rows or tiles, in that order; a part of another as a copy."""
-        if matrix.order() != order:
-            self._turned.append((matrix, matrix.order()))  # first, as above
+        if matrix.order() == order:
+            return matrix
+        self._turned.append((matrix, matrix.order()))  # first, as above
         return ops().packed_turned(matrix, order, False)
 
     def restore(self) -> None:
@@ -74,6 +98,7 @@ class Layout:
                 else:  # replaced or moved meanwhile, strides and all
                     parameter.data = parameter.data.contiguous()
             self._laid.pop()
+        self.room = None
 
 
 def not_in_place_reason(
@@ -127,6 +152,12 @@ def _span(tensor: Tensor) -> Span:
     start = tensor.data_ptr()
     return start, start + (reach * tensor.element_size() if tensor.numel() else 0)
 
+
+TILE = 16
+"""Rows of a packed matrix that lie interleaved."""
+
+PADDING = 192
+"""Bytes that a part of a copy takes at most beside its rows."""
 
 FEW = 32
 """Vectors up to which the kernel is used; more are a matrix product on rows that are gathered."""
@@ -237,6 +268,11 @@ class NativeFfn:
         self._copies = ()
         self.kept = KernelMask(matrices=self._packs)
 
+    @property
+    def chooses(self) -> bool:
+        """Whether the kernels choose a token's neurons as its method does."""
+        return self.token is not None and self.token.config.native
+
     def everything(self) -> KernelMask:
         """All neurons."""
         bias = self.down_bias
@@ -277,15 +313,21 @@ class NativeFfn:
         if not copied:
             self._copies = ()
             return self._packs
-        old = self._copies or (None,) * len(self._packs)
-        self._copies = tuple(map(ops().packed_kept, self._packs, [ids] * len(old), old))
-        pairs = zip(self._copies, old, strict=True)
-        into_huge_pages((part for new, one in pairs for part in _new(new, one)), 0)
+        old, room = self._copies, self._layout.room
+        self._copies = tuple(ops().packed_kept(self._packs, ids, old, room))
         return self._copies
 
     def _fits(self, ids: Tensor) -> bool:
-        size = sum(int(one.nbytes()) for one in self._packs) * len(ids) / self.block.down_width
-        return available() - size > RESERVE
+        return self._layout.has_room(self.copied_bytes(len(ids)))
+
+    def copied_bytes(self, count: int) -> int:
+        """Bytes of the copies that a mask of ``count`` neurons has, at most; 0: it has none."""
+        if not self._packs or not 0 < count < self.block.down_width:
+            return 0
+        *outer, down = self._packs
+        parts = [part for one in outer for part in one.parts()] + [down.parts()[0]]
+        rows = count + TILE - 1  # they lie in whole tiles
+        return sum(one.nbytes * rows // self.block.down_width + PADDING for one in parts)
 
     def _choice(self, mask: TokenMask) -> Any:
         """What the kernels read to choose ``mask.winners`` neurons by the low-bit copies."""
@@ -367,13 +409,6 @@ def _rows(matrix: Tensor | None, ids: Tensor | None) -> Tensor | None:
 def _address(matrix: Any) -> int:
     """Where a packed matrix lies."""
     return int(matrix.parts()[0].data_ptr())
-
-
-def _new(copy: Any, old: Any) -> list[Tensor]:
-    """The memory of its own that a copy of kept neurons has and the one before it had not."""
-    known = {part.data_ptr() for part in old.parts()} if old is not None else set()
-    own = copy.parts()[:1] if copy.order() == "neurons" else copy.parts()
-    return [part for part in own if part.data_ptr() not in known]
 
 
 def _parameter(module: nn.Module) -> nn.Parameter:

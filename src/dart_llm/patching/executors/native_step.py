@@ -20,7 +20,7 @@ from dart_llm.models.growing_cache import (
     is_static,
     static_places,
 )
-from dart_llm.models.packed import FEW, PackedTensor
+from dart_llm.models.packed import PackedTensor, few
 from dart_llm.models.steps import (
     LayerParts,
     Norm,
@@ -38,6 +38,7 @@ from dart_llm.patching.executors.whole_step import See, StepDecoder
 from dart_llm.pruning.accounting import STEP_ROWS
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.observations import LayerObservation
+from dart_llm.pruning.token_level import TokenMask
 
 POSITIONS = 256
 """Positions whose angles are computed at a time."""
@@ -70,9 +71,20 @@ class SlimDecoder(StepDecoder):
             isinstance(one, PackedTensor) for one in _matrices(parts, ffns)
         )
 
+    def leave_head(self) -> None:
+        super().leave_head()
+        self._native.leave_head(True)
+
     def nbytes(self) -> int:
         norms = sum(t.nbytes for t in self._norms) if self.dtype != torch.float32 else 0
         return super().nbytes() + int(self._native.nbytes()) + norms  # scratch memory too
+
+    def serves(self, masks: Sequence[LayerMask | None]) -> bool:
+        return all(
+            ffn.chooses
+            for mask, ffn in zip(masks, self._ffns, strict=False)
+            if isinstance(mask, TokenMask)
+        )
 
     def refresh(self) -> None:
         copy_again(self._norms, _norm_floats(norms_now(self._model)))
@@ -110,30 +122,44 @@ class SlimDecoder(StepDecoder):
         if is_static(cache):
             self._bound = None  # where its tensors lie is its own business between two steps
             self._native.bind(*static_places(cache, self.windows))
-            logits, hidden = self._native.step(tokens, 0, position, *turning, observe)
+            found, hidden = self._native.step(
+                tokens, 0, position, *turning, observe, call.forbidden
+            )
             count_static(cache)
-            return logits, hidden
+            return found, hidden
         room = self.room(cache)
         room.prepare(cache)
         if room.steps is not self._bound:
             self._bind(room)
-        logits, hidden = self._native.step(tokens, room.steps.done, position, *turning, observe)
+        done = room.steps.done
+        found, hidden = self._native.step(tokens, done, position, *turning, observe, call.forbidden)
         room.advance()
-        return logits, hidden
+        return found, hidden
 
     def prompt(self, call: PromptCall, cache: Any, see: See | None) -> tuple[Tensor, Tensor]:
         texts, tokens = call.ids.shape
-        turning = self._turning(tokens - 1)
-        stream, given = self._native.prompt_begin(call.ids, *turning)
-        for index in range(len(self._ffns)):
-            keys, values, u, h, given = self._native.prompt_layer(
-                index, stream, given, texts, *turning, FEW
-            )
-            if cache is not None:
-                cache.update(keys, values, index)
-            if see is not None:
-                see(index, LayerObservation(u, h))
-        logits, hidden = self._native.prompt_end(given, texts, call.keep, FEW)
+        turning, most, count = self._turning(tokens - 1), few(), len(self._ffns)
+        on_blocks = texts * tokens <= most
+        stream, given = self._native.prompt_begin(call.ids, *turning, on_blocks)
+        step = count if on_blocks and see is None else 1
+        for first in range(0, count, step):
+            last = first + step
+            if on_blocks:
+                left = self._native.prompt_layers(
+                    first, last, stream, given, texts, *turning, see is not None
+                )
+            else:
+                *left, given = self._native.prompt_layer(
+                    first, stream, given, texts, *turning, most
+                )
+            each = len(left) // step
+            for index in range(first, last):
+                keys, values, *seen = left[(index - first) * each : (index - first + 1) * each]
+                if cache is not None:
+                    cache.update(keys, values, index)
+                if see is not None:
+                    see(index, LayerObservation(*seen))
+        logits, hidden = self._native.prompt_end(given, texts, call.keep, most)
         return logits, hidden
 
     def _bind(self, room: PreallocatedKVCache) -> None:

@@ -1,16 +1,21 @@
-"""One FFN block under token-level selection: low-bit copies rank, the model's weights compute."""
+"""One FFN block under token-level selection: each token chooses, the model's weights compute.
+
+``TokenFfn`` ranks neurons by low-bit copies; ``ExactFfn`` by a projection that is read whole;
+``InputsFfn`` ranks no neurons, but the inputs of each matrix.
+"""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dart_llm.errors import ConfigError
-from dart_llm.models.ffn import FfnBlock
+from dart_llm.models.ffn import FfnBlock, matrix_of
 from dart_llm.patching.executors.torch_ffn import Project, stacked
 from dart_llm.pruning.accounting import READ_WINNERS, STEP_ROWS
 from dart_llm.pruning.config import TokenConfig
@@ -18,8 +23,10 @@ from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.token_level import (
     QuantizedProxy,
     TokenMask,
+    at_largest,
     contribution_estimate,
     gaussian_error,
+    input_count,
     low_bit,
     squared_error,
     winner_places,
@@ -29,9 +36,11 @@ from dart_llm.pruning.weights import norms_of
 logger = logging.getLogger("dart_llm")
 
 
-def say_slower(method: str, executor: str, rows: int) -> None:
+def say_slower(method: str, token: TokenConfig, executor: str, rows: int) -> None:
     """Say once where tokens that choose their neurons take longer than all neurons would."""
-    if executor not in READ_WINNERS:
+    if not token.native:
+        _say_reference(method)
+    elif executor not in READ_WINNERS:
         _say_slower(method, f"under executor {executor}")
     elif rows > READ_WINNERS[executor]:
         _say_slower(method, f"in a batch of several rows under executor {executor}")
@@ -48,6 +57,15 @@ def _say_slower(method: str, where: str) -> None:
     )
 
 
+@functools.cache
+def _say_reference(method: str) -> None:
+    logger.warning(
+        "%s runs in plain PyTorch and is slower than the unpruned model: it is there to compare "
+        "quality at equal bytes; no kernel reads less for it",
+        method,
+    )
+
+
 class TokenFfn:
     """Copies of one block's gate and up (or fc), and what they choose.
 
@@ -60,20 +78,25 @@ class TokenFfn:
                 f"layer {block.index} is offloaded, so no low-bit copies of its weights can be "
                 "made: load the model without offloading, or use a method without token"
             )
-        self.block = block
+        self.block, self.config = block, config
+        self._prepare()
+
+    def _prepare(self) -> None:
+        config = self.config
         with torch.inference_mode(False):
-            parts = [part.detach() for part in block.matrices()[:2] if part is not None]
+            *inputs, down = self.block.matrices()
+            parts = [part.detach() for part in inputs if part is not None]
             self.copies: tuple[QuantizedProxy, ...] = tuple(
                 low_bit(part, config.bits, config.group) for part in parts
             )
-            down = block.matrices()[2].detach()
-            self.norms = norms_of(down, 0)
+            self.norms = norms_of(down.detach(), 0)
         self.error = [
             squared_error(part, copy) for part, copy in zip(parts, self.copies, strict=True)
         ]
 
     def estimate(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
         """u~ [..., n] float32 of the neurons ``ids`` (None: all), from the copies alone."""
+        x = at_largest(x, math.ceil(self.config.inputs * x.shape[-1]))
         made = [copy.product(x, ids) for copy in self.copies]
         for at, bias in enumerate(self.block.biases()[2 - len(made) : 2]):
             if bias is not None:
@@ -81,13 +104,18 @@ class TokenFfn:
         act = self.block.act
         return act(made[0]) if len(made) == 1 else act(made[0]) * made[1]
 
+    def strengths(self, x: Tensor, mask: TokenMask) -> Tensor:
+        """What each candidate is ranked by, [..., n].  x: [..., D]."""
+        ids = mask.candidates
+        worth = self.norms if mask.worth is None else mask.worth
+        worth = worth if ids is None else worth[ids]
+        return contribution_estimate(self.estimate(x, ids), worth)
+
     @torch.no_grad()
     def winners(self, x: Tensor, mask: TokenMask) -> Tensor:
         """Ids of the neurons that each token keeps, ascending, [..., k] int64.  x: [..., D]."""
         ids = mask.candidates
-        worth = self.norms if mask.worth is None else mask.worth
-        worth = worth if ids is None else worth[ids]
-        places = winner_places(contribution_estimate(self.estimate(x, ids), worth), mask.winners)
+        places = winner_places(self.strengths(x, mask), mask.winners)
         return places if ids is None else ids[places]
 
     def run_dense(
@@ -98,9 +126,7 @@ class TokenFfn:
         x: [B, T, .], what the host is given; fed: [B, T, D], what the input projections are given
         (the same, but for OPT).  ``masks``: one for all rows, or one per row.
         """
-        rows = [slice(None)] if len(masks) == 1 else [slice(b, b + 1) for b in range(len(masks))]
-        parts = [self._keep(fed[row], mask) for row, mask in zip(rows, masks, strict=True)]
-        keep = torch.cat([part.to(x.dtype) for part in parts])
+        keep = by_row(self._keep, fed, masks).to(x.dtype)
         mean = stacked([m.mean if isinstance(m, TokenMask) else None for m in masks])
         bias = stacked([None if m is None else m.bias for m in masks])
         u = self.block.hidden(x)
@@ -122,9 +148,99 @@ class TokenFfn:
         return norms + sum(copy.nbytes() for copy in self.copies)
 
 
-def errors(layers: Sequence[TokenFfn]) -> tuple[float, float]:
-    """Relative Frobenius error of all copies, and that of Gaussian matrices of their shapes."""
+class ExactFfn(TokenFfn):
+    """Gate or up, read whole, ranks the neurons (in a plain FFN: u itself)."""
+
+    def _prepare(self) -> None:
+        self.copies, self.error = (), []
+
+    def strengths(self, x: Tensor, mask: TokenMask) -> Tensor:
+        block = self.block
+        if block.plain:
+            return block.act(block.up_of(x)).abs()
+        return (block.up_of(x) if self.config.rule == "up" else block.act(block.gate_of(x))).abs()
+
+    def nbytes(self) -> int:
+        return 0
+
+
+GATE, UP, DOWN = range(3)
+"""Places in ``FfnBlock.matrices``."""
+
+
+class InputsFfn(TokenFfn):
+    """Every matrix is read at its own largest inputs; no neuron is ranked."""
+
+    def _prepare(self) -> None:
+        self.copies, self.error = (), []
+        self._norms: dict[int | nn.Module, Tensor] = {}
+
+    def run_dense(
+        self, project: Project, x: Tensor, fed: Tensor, masks: Sequence[LayerMask | None]
+    ) -> tuple[Tensor, Tensor]:
+        u = by_row(self._hidden, fed, masks)
+        bias = stacked([None if m is None else m.bias for m in masks])
+        z = project(u)
+        return u, (z if bias is None else z + bias[:, None].to(x))
+
+    def _hidden(self, x: Tensor, mask: LayerMask | None) -> Tensor:
+        """What the down projection is given of some rows, [B, T, I]."""
+        block, up = self.block, self.block.up_of(self.at_largest(x, mask, UP))
+        u = block.act(up) if block.plain else up
+        if not block.plain:
+            u = u * block.act(block.gate_of(self.at_largest(x, mask, GATE)))
+        if mask is None or isinstance(mask, TokenMask):
+            return self.at_largest(u, mask, DOWN)
+        return u * mask.dense(u.dtype).to(u.device)
+
+    def at_largest(self, x: Tensor, mask: LayerMask | None, matrix: int | nn.Module) -> Tensor:
+        """x [..., M] as a matrix reads it: all of it unless ``mask`` lets tokens choose.
+
+        ``matrix``: ``GATE``, ``UP``, ``DOWN``, or a projection of attention.
+        """
+        if not isinstance(mask, TokenMask):
+            return x
+        count = input_count(x.shape[-1], mask.winners, mask.width)
+        return at_largest(x, count, self._norms_of(matrix) if self.config.weighted else None)
+
+    def _norms_of(self, matrix: int | nn.Module) -> Tensor:
+        """Of its columns, known from the first time that they are asked for."""
+        if matrix not in self._norms:
+            own = self.block.matrices()[matrix] if isinstance(matrix, int) else matrix_of(matrix)
+            assert own is not None
+            with torch.inference_mode(False):
+                self._norms[matrix] = norms_of(own, 0)
+        return self._norms[matrix]
+
+    def nbytes(self) -> int:
+        return sum(norms.nbytes for norms in self._norms.values())
+
+
+KINDS: Mapping[str, type[TokenFfn]] = {"copies": TokenFfn, "inputs": InputsFfn}
+
+
+def token_ffn(block: FfnBlock, config: TokenConfig) -> TokenFfn:
+    """What the rule of ``config`` makes of one block; raises ``ConfigError``, see ``TokenFfn``."""
+    return KINDS.get(config.rule, ExactFfn)(block, config)
+
+
+def by_row(
+    run: Callable[[Tensor, LayerMask | None], Tensor], x: Tensor, masks: Sequence[LayerMask | None]
+) -> Tensor:
+    """``run`` of x [B, ...] and one mask for all rows, or of each row and its own."""
+    if len(masks) == 1:
+        return run(x, masks[0])
+    return torch.cat([run(x[b : b + 1], mask) for b, mask in enumerate(masks)])
+
+
+def errors(layers: Sequence[TokenFfn]) -> tuple[float, float] | None:
+    """Relative Frobenius error of all copies, and that of Gaussian matrices of their shapes.
+
+    None where there are no copies.
+    """
     pairs = [pair for layer in layers for pair in layer.error]
+    if not pairs:
+        return None
     copies = [copy for layer in layers for copy in layer.copies]
     sizes = [copy.shape[0] * copy.shape[1] for copy in copies]
     drawn = [gaussian_error(*copy.shape, copy.bits, copy.group) for copy in copies]

@@ -20,6 +20,7 @@ from dart_llm.models.calls import (
     read_prompt,
 )
 from dart_llm.models.growing_cache import PreallocatedKVCache, is_static
+from dart_llm.patching.executors.screened_head import ScreenedHead
 from dart_llm.pruning.controller import PruningController
 from dart_llm.pruning.forward import ForwardPlan
 from dart_llm.pruning.masks import LayerMask
@@ -96,6 +97,7 @@ class StepDecoder(ABC):
     def __init__(self) -> None:
         self._cache: PreallocatedKVCache | None = None
         self._angles: tuple[Tensor, Tensor] | None = None
+        self.headless = False
 
     def unload(self) -> None:
         """Run all neurons, and hold neither masks nor room for a cache."""
@@ -123,6 +125,10 @@ class StepDecoder(ABC):
         known = self._cache
         return known is not None and known.of() is cache and known.ready(cache)
 
+    def leave_head(self) -> None:
+        """Somebody else scores the tokens of steps: their logits need not be computed."""
+        self.headless = True
+
     def serves(self, masks: Sequence[LayerMask | None]) -> bool:
         """Whether it can run these masks."""
         return True
@@ -137,7 +143,10 @@ class StepDecoder(ABC):
 
     @abstractmethod
     def step(self, call: SlimCall, observe: bool) -> tuple[Tensor, Tensor]:
-        """Decode one token of each row: logits [B, V] and the last hidden states [B, D]."""
+        """Decode one token of each row: logits [B, V] and the last hidden states [B, D].
+
+        With ``call.forbidden``, the likeliest tokens [B], int64, may stand in the place of logits.
+        """
 
     def prompt(self, call: PromptCall, cache: Any, see: See | None) -> tuple[Tensor, Tensor]:
         """Logits [B, n, V] of a prompt and its last hidden states [B, T, D]; fills ``cache``.
@@ -156,12 +165,21 @@ class StepDecoder(ABC):
 
 
 class WholeStepForward:
-    """Takes decode steps over from the model; ``current``: the controller of the run."""
+    """Takes decode steps over from the model; ``current``: the controller of the run.
+
+    ``head``: what scores the tokens of steps in place of the model's own.
+    """
 
     def __init__(
-        self, model: nn.Module, decoder: StepDecoder, current: Callable[[], PruningController]
+        self,
+        model: nn.Module,
+        decoder: StepDecoder,
+        current: Callable[[], PruningController],
+        head: ScreenedHead | None = None,
     ):
-        self.decoder = decoder
+        self.decoder, self.head = decoder, head
+        if head is not None:
+            decoder.leave_head()
         self.current = current
         self.hooks = Hooks(model)
         self._model: Any = model
@@ -181,12 +199,13 @@ class WholeStepForward:
         """Whether the newest step was one on ``cache`` and nothing stands against another."""
         return self.decoder.goes_on(cache) and not self._asks_for_more(again=True)
 
-    def decode(self, ids: Tensor, cache: Any) -> Tensor | None:
+    def decode(self, ids: Tensor, cache: Any, forbidden: list[int] | None) -> Tensor | None:
         """Logits [1, V] after ids [1, 1]; None where the plan in force needs the model.
 
         The model's forward in short, for a cache that ``goes_on``.
+        ``forbidden``: as of ``SlimCall``.
         """
-        return self._step(SlimCall(ids, cache)) if self._take_plan() else None
+        return self._step(SlimCall(ids, cache, forbidden)) if self._take_plan() else None
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SlimCall | None:
         """The step that a call of the root's forward is, where one can serve it."""
@@ -242,7 +261,7 @@ class WholeStepForward:
         return True
 
     def _step(self, call: SlimCall) -> Tensor:
-        """Logits [B, V] of a step."""
+        """Logits [B, V] of a step, or what it gives with ``call.forbidden``."""
         controller = self.current()
         plan = controller.plan
         if not self._fresh:
@@ -254,7 +273,7 @@ class WholeStepForward:
             self._observe(controller)
         if plan.signal:
             controller.observe_signal(hidden[:, None])
-        return logits
+        return logits if self.head is None else self.head.step(hidden)
 
     def _asks_for_more(self, again: bool = False) -> bool:
         """Whether the model must run itself: dropout, gradients, autocast, outputs, hooks."""

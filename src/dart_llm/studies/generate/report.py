@@ -36,18 +36,39 @@ ACCOUNTING = (
     Column("FFN FLOPs over dense, if compact", "ffn_flops_share_if_compact", ".3f"),
     Column("FFN bytes over dense, as executed", "ffn_bytes_share", ".3f"),
     Column("FFN bytes over dense, if compact", "ffn_bytes_share_if_compact", ".3f"),
+    Column("bytes per token over dense at bfloat16", "token_bytes_share", ".3f"),
     Column("FFN share of all weight bytes read", "ffn_share_of_bytes", percent),
     Column("memory held beside the model", "extra_memory_bytes", bytes_text),
 )
 """Lines of the tables of accounting, whose columns are runs."""
 
 COPIES = (
-    Column("of the FLOPs, low-bit copies that rank neurons", "proxy_flops_share", ".3f"),
-    Column("of the bytes, low-bit copies", "proxy_bytes_share", ".3f"),
+    Column("of the FLOPs, to choose neurons", "proxy_flops_share", ".3f"),
+    Column("of the bytes, to choose neurons", "proxy_bytes_share", ".3f"),
     Column("relative error of the copies", "proxy_error", ".3f"),
     Column("the same of Gaussian weights", "proxy_error_gaussian", ".3f"),
 )
 """Shown where tokens chose their own neurons."""
+
+HEAD = (
+    Column("of the output head's bytes", lambda report: _of_head(report, "bytes_share", ".3f")),
+    Column("best word kept, of tokens looked at", lambda report: _of_head(report, "same_share")),
+    Column("KL against the whole head", lambda report: _of_head(report, "kl", ".4f")),
+)
+"""Shown where the output head was screened."""
+
+
+def _of_head(report: Record, key: str, form: str = ".1%") -> str:
+    """A number of the head's, "" where it was whole."""
+    head = mapping(report.get("head"))
+    return format(head[key], form) if head else ""
+
+
+def _more(reports: Sequence[Record]) -> tuple[Column, ...]:
+    """Lines for what only some runs do."""
+    copies = any(report.get("proxy_bytes_share") for report in reports)
+    screened = any(report.get("head") for report in reports)
+    return (*(COPIES if copies else ()), *(HEAD if screened else ()))
 
 
 def _asked_text(sparsity: float | None) -> str:
@@ -66,8 +87,7 @@ def accounting(view: ResultsView) -> PageTable | None:
                 columns.append((name, mapping(row["accounting"])))
     if not columns:
         return None
-    copies = any(record.get("proxy_bytes_share") for _, record in columns)
-    shown = (*ACCOUNTING, *(COPIES if copies else ()))
+    shown = (*ACCOUNTING, *_more([record for _, record in columns]))
     rows = tuple((line.head, *(line.cell(record) for _, record in columns)) for line in shown)
     head = ("quantity", *(name for name, _ in columns))
     return PageTable("Accounting of the decoded tokens", head, rows)
@@ -306,8 +326,7 @@ def render(view: ResultsView) -> str:
 
 def accounting_table(report: Record, timing: Mapping[str, Any]) -> Table:
     """Accounting of the pruned text, with its speed beside dense."""
-    copies = COPIES if report.get("proxy_bytes_share") else ()
-    rows = [(line.head, line.cell(report)) for line in (*ACCOUNTING, *copies)]
+    rows = [(line.head, line.cell(report)) for line in (*ACCOUNTING, *_more([report]))]
     for variant, seconds in mapping(timing.get("seconds_per_token")).items():
         if seconds:
             rows.append((f"mean time per token, {variant}", f"{1000 * seconds:.1f} ms"))

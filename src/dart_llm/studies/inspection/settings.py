@@ -35,7 +35,7 @@ class InspectSettings(ActivationSettings):
 
     UNUSED: ClassVar = (
         *("masks", "save_layer_topk", "masking_step", "release_step", "min_evidence"),
-        *("knowledge_drift", "drift", "compensation", "executor"),
+        *("knowledge_drift", "drift", "compensation", "head", "executor"),
     )
 
     prompt: str | None = setting(PANEL, "Text A, or a shipped prompt's name.")

@@ -94,6 +94,7 @@ def account(lines: Sequence[Line]) -> Row:
 
     achieved, dense = mean("achieved_sparsity"), mean("dense_token_share")
     remasks = sum(part["remasks"] for part in parts)
+    unknown = any(part.get("token_bytes_share") is None for part in parts)  # of older runs
     return {
         "achieved_sparsity": achieved,
         "sparsity_while_pruned": achieved / (1 - dense) if dense < 1 else 0.0,
@@ -102,6 +103,7 @@ def account(lines: Sequence[Line]) -> Row:
         "remasks_per_slice": remasks / len(parts),
         "ffn_bytes_share": mean("ffn_bytes_share_if_compact"),
         "ffn_flops_share": mean("ffn_flops_share_if_compact"),
+        "token_bytes_share": None if unknown else mean("token_bytes_share"),
         "extra_memory_bytes": max(part["extra_memory_bytes"] for part in parts),
     }
 
@@ -134,11 +136,21 @@ def cell_rows(
     ]
 
 
-def _row(group: Group, variant: str, sparsity: float, seed: int) -> Row:
+def rounded_rows(found: Sequence[Group], labels: Sequence[str], seed: int) -> list[Row]:
+    """One row per model, cell and dense model with fewer bits that was measured."""
+    return [
+        _row(group, label, 0.0, seed, compared=False)
+        for group in found
+        for label in labels
+        if group.has(label, 0.0)
+    ]
+
+
+def _row(group: Group, variant: str, sparsity: float, seed: int, compared: bool = True) -> Row:
     own, dense = group.at(variant, sparsity), group.at(DENSE, 0.0)
     gap = float(group.gaps(own).mean())
     columns = {
-        name: _column(group, own, equal, seed) if variant != GRIFFIN else None
+        name: _column(group, own, equal, seed) if compared and variant != GRIFFIN else None
         for name, equal in yardsticks(own).items()
     }
     return {
@@ -234,6 +246,9 @@ DEFINITIONS = {
     "gap": "mean loss minus the untouched model's on the same scored tokens, nats",
     "gap_closed": "1 - gap / griffin_gap; null where GRIFFIN loses nothing",
     "interval": "95 %, bootstrap over slices, the variant and GRIFFIN on the same ones",
+    "token_bytes_share": "bytes that a decoded token reads (FFN, attention, head, cache, what "
+    "chooses) over those of the dense model at bfloat16, if run compactly; weights in blocks as "
+    "stored",
     **YARDSTICKS,
     **CELLS,
 }
@@ -252,7 +267,10 @@ def summarise(lines: Iterable[Line], asked: Mapping[str, Any]) -> dict[str, Any]
     return {
         "schema": SCHEMA,
         **asked,
-        "cells": cell_rows(found, labels, asked["sparsities"], seed),
+        "cells": [
+            *cell_rows(found, labels, asked["sparsities"], seed),
+            *rounded_rows(found, asked.get("roundings", ()), seed),
+        ],
         "pooled": pooled_rows(found, labels, asked["pool"], seed),
         "notes": [] if asked["pool"] else [none],
         "definitions": DEFINITIONS,

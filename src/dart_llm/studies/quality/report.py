@@ -6,7 +6,19 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dart_llm.reporting.figures import INK, SOFT, Palette, Plot, key, panels, reference_line
+from dart_llm.reporting.figures import (
+    INK,
+    SOFT,
+    Look,
+    Palette,
+    Plot,
+    heights,
+    key,
+    log_scale,
+    looks_of,
+    panels,
+    reference_line,
+)
 from dart_llm.reporting.table import Column, Table, escaped, grouped, table_lines
 from dart_llm.reporting.words import count, dtype_text, figure, percent, times
 from dart_llm.studies.quality.gaps import ALL, EQUAL_BYTES, EQUAL_SPARSITY, YARDSTICKS
@@ -52,6 +64,7 @@ COLUMNS = (
     Column("re-masks per slice", "remasks_per_slice", ".1f"),
     Column("FFN bytes", "ffn_bytes_share", ".3f", terminal=False),
     Column("FFN FLOPs", "ffn_flops_share", ".3f", terminal=False),
+    Column("bytes per token", "token_bytes_share", ".3f"),
     Column("perplexity", "perplexity", figure),
     Column("x dense", "times_dense", times),
     Column("GRIFFIN at equal sparsity", _griffin(EQUAL_SPARSITY), terminal=False),
@@ -167,6 +180,11 @@ LOOKS: dict[str, tuple[str, int, str, float]] = {
 
 
 def make(document: Row) -> list[Plot]:
+    """What is closed of the gap, and what each price in bytes buys; where there is anything."""
+    return [*_gaps_plot(document), *_bytes_plot(document)]
+
+
+def _gaps_plot(document: Row) -> list[Plot]:
     """One plot with a panel per model and cell; none where nothing is compared with GRIFFIN."""
     drawn = [
         (table.caption.partition(":")[0], rows)
@@ -195,6 +213,64 @@ def make(document: Row) -> list[Plot]:
     alt = "Points with intervals per sparsity and variant. " + " ".join(sentences(document))
     wide = 0.9 + high * -(-len(drawn) // (1 if len(drawn) == 1 else 2))
     return [Plot("quality", title, alt, small, wide, draw, 0.9 + high * len(drawn))]
+
+
+ROUNDED = "dense, rounded"
+
+
+def _bytes_plot(document: Row) -> list[Plot]:
+    """Perplexity over dense by bytes per token: a curve per variant, and one of the roundings."""
+    rows = [row for row in document["cells"] if row.get("token_bytes_share") is not None]
+    drawn = grouped(rows, lambda row: (row["model"], row["cell"]))
+    roundings = document.get("roundings", ())
+    names = list(
+        dict.fromkeys(ROUNDED if _is_in(row, roundings) else row["variant"] for row in rows)
+    )
+    if not rows:
+        return []
+
+    def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
+        looks = looks_of(names, palette)
+        above, *places = panels(figure, len(drawn), narrow, 1 + len(names) // 3)
+        for axes, (model, cell) in zip(places, drawn, strict=True):
+            own = drawn[model, cell]
+            for name in names:
+                _draw_curve(axes, own, name, roundings, looks[name])
+            axes.set_title(f"{model}, {cell}", loc="left", fontsize=8.5, color=INK)
+            axes.set_xlabel("bytes per token over dense at bfloat16", fontsize=8, color=SOFT)
+            values = [row["times_dense"] for row in own]
+            axes.set_yscale("log")
+            log_scale(axes, 0.97 * min(1.0, *values), 1.05 * max(1.1, *values))
+            reference_line(axes, y=1.0, label="_dense")
+            axes.grid(axis="both")
+        key(above, places, 2 if narrow else 3)
+
+    cell = rows[0]
+    small = (
+        f"{count(cell['slices'], 'slice')} of {', '.join(cell['kinds'])}, set {document['set']}; "
+        "lower and further left is better"
+    )
+    alt = "Curves of perplexity over dense by bytes per token. " + " ".join(
+        f"{row['model']}, {row['cell']}, {row['variant']} {_asked(row)}: "
+        f"{row['token_bytes_share']:.3f} of the bytes, perplexity x {times(row['times_dense'])}."
+        for row in rows
+    )
+    title = "Perplexity over dense, by the bytes that a token reads"
+    wide, drawing, narrow = heights(len(drawn), draw, len(names))
+    return [Plot("quality-bytes", title, alt, small, wide, drawing, narrow)]
+
+
+def _is_in(row: Row, roundings: Sequence[str]) -> bool:
+    return row["variant"] in roundings
+
+
+def _draw_curve(
+    axes: Axes, rows: Sequence[Row], name: str, roundings: Sequence[str], look: Look
+) -> None:
+    own = [row for row in rows if (ROUNDED if _is_in(row, roundings) else row["variant"]) == name]
+    points = sorted((row["token_bytes_share"], row["times_dense"]) for row in own)
+    if points:
+        axes.plot(*zip(*points, strict=True), label=name, **look)
 
 
 def _draw(axes: Axes, rows: Sequence[Row], palette: Palette) -> None:

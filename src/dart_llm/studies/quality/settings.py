@@ -48,6 +48,24 @@ class Shape:
         return self.prompt + max(LEAD, self.scored)
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """The dense model with weights of ``bits`` bits: the FFNs' alone (``ffn``), or all."""
+
+    bits: int
+    ffn: bool
+
+    @property
+    def label(self) -> str:
+        """What it is called among the variants."""
+        return f"dense, {'FFN ' if self.ffn else ''}{self.bits} bits"
+
+
+BITS = range(2, 9)
+
+ROUNDED = ("ffn", "all")
+
+
 class QualitySettings(StudyOptions, ModelOptions):
     """What ``dart-llm bench quality`` is asked to do; None means "not given"."""
 
@@ -77,6 +95,14 @@ class QualitySettings(StudyOptions, ModelOptions):
     cells: str = setting(
         STUDY, "continuation, topic-shift, or both, comma-separated.", "continuation,topic-shift"
     )
+    roundings: str = setting(
+        STUDY,
+        "Bits of dense weights measured beside, 2 to 8, comma-separated, or none.",
+        "8,6,5,4,3",
+    )
+    rounded: str = setting(
+        STUDY, "What is rounded: ffn, the weights that methods leave out of, or all.", "ffn"
+    )
     text: list[str] = setting(
         STUDY,
         "A text file, JSONL (FILE:COLUMN names the column), or data name; repeat for several.",
@@ -102,8 +128,10 @@ class QualitySettings(StudyOptions, ModelOptions):
         check_name("set", self.set, SETS)
         if not self.model:
             raise ConfigError("no model is named: give --model one, or leave it out")
+        check_name("part for --rounded", self.rounded, ROUNDED)
         self.cell_list()
         self.pool_list()
+        self.rounding_list()
         self.variant_list()
         return self
 
@@ -129,6 +157,17 @@ class QualitySettings(StudyOptions, ModelOptions):
         """The measured sparsities whose gaps are pooled; may be empty."""
         pool, measured = read_sparsities("pool", self.pool), self.sparsity_list()
         return tuple(value for value in measured if value in pool)
+
+    def rounding_list(self) -> tuple[Rounding, ...]:
+        """Dense models with fewer bits; raises ``ConfigError`` for what is no number of bits."""
+        asked = [] if words(self.roundings) == ["none"] else words(self.roundings)
+        known = {str(bits): bits for bits in BITS}
+        for one in asked:
+            if one not in known:
+                raise ConfigError(
+                    f'--roundings "{self.roundings}" must be whole numbers of bits, 2 to 8, or none'
+                )
+        return tuple(Rounding(known[one], self.rounded == "ffn") for one in dict.fromkeys(asked))
 
     def variant_list(self) -> tuple[Variant, ...]:
         """What is compared, GRIFFIN first; raises ``ConfigError`` or ``UnknownName``."""

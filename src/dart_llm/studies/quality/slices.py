@@ -25,6 +25,8 @@ from dart_llm.errors import ConfigError
 from dart_llm.evaluation.forced_decoding import ScheduledRun
 from dart_llm.evaluation.perplexity import WindowLosses, score_window
 from dart_llm.evaluation.windows import Window
+from dart_llm.experiments.comparison import read_traffic
+from dart_llm.models.quantised import Quantised
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.masks import Masks
 from dart_llm.pruning.selection import check_fits
@@ -189,6 +191,8 @@ FACTS = (
     "ffn_flops_share_if_compact",
     "ffn_bytes_share_if_compact",
     "extra_memory_bytes",
+    "token_bytes_share",
+    "mean_context",
 )
 """What is kept of a run's report, over all decoded tokens of the slice."""
 
@@ -257,6 +261,29 @@ def score_single(candidate: PreparedMethod, run: Run | None, cell: str, pair: Pa
             "more --prompt-tokens or --tokens"
         )
     return part
+
+
+@torch.inference_mode()
+def score_rounded(rounded: Quantised, cell: str, pair: Pair) -> Part:
+    """The part of a dense model with fewer bits; its prompt is read with them too."""
+    began = time.perf_counter()
+    window = pair.window(cell)
+    found = score_window(rounded.model, None, window)
+    traffic = read_traffic(rounded.facts)
+    assert traffic is not None
+    decoded = len(found.losses)
+    context = window.first - 1 + (decoded + 1) / 2
+    share = rounded.facts["ffn_share_of_bfloat16"]
+    accounting = dict.fromkeys(FACTS, 0.0) | {
+        "decoded_tokens": decoded,
+        "dense_token_share": 1.0,
+        "ffn_flops_share_if_compact": 1.0,
+        "ffn_bytes_share_if_compact": share,
+        "token_bytes_share": traffic.share(context),
+        "mean_context": context,
+        "remask_steps": [],
+    }
+    return {**_part(found, None, pair, began), "accounting": accounting}
 
 
 def _part(found: WindowLosses, run: Run | None, pair: Pair, began: float) -> Part:

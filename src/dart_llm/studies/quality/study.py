@@ -1,7 +1,7 @@
 """`bench quality`: every slice through every method, on one model after the other.
 
 First the untouched model, GRIFFIN and all variants; then GRIFFIN at the sparsities that those
-achieved and at their shares of bytes, each distinct one once.
+achieved and at their shares of bytes, each distinct one once; last the dense model in fewer bits.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dart_llm.experiments.variants import DENSE, GRIFFIN, Variant
 from dart_llm.files import write_lines
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.describe import context_length
+from dart_llm.models.quantised import Quantised, round_weights_to
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
@@ -29,8 +30,15 @@ from dart_llm.session.run import Run
 from dart_llm.settings import LOADING
 from dart_llm.studies.quality import report
 from dart_llm.studies.quality.gaps import groups, summarise, yardsticks
-from dart_llm.studies.quality.settings import LEAD, SHIFT, QualitySettings
-from dart_llm.studies.quality.slices import Pair, Part, pairs, score_shared_prompt, score_single
+from dart_llm.studies.quality.settings import LEAD, SHIFT, QualitySettings, Rounding
+from dart_llm.studies.quality.slices import (
+    Pair,
+    Part,
+    pairs,
+    score_rounded,
+    score_shared_prompt,
+    score_single,
+)
 
 
 class QualityStudy(Study[QualitySettings]):
@@ -46,6 +54,9 @@ class QualityStudy(Study[QualitySettings]):
         super().__init__(settings, ui)
         self.variants = settings.variant_list()
         """GRIFFIN is the first of them."""
+        self.roundings = settings.rounding_list()
+        self.in_bits: Quantised | None = None
+        """The dense model in the bits that are being measured."""
         self.cells, self.sparsities = settings.cell_list(), settings.sparsity_list()
         if any(variant.config.calibration is not None for variant in self.variants):
             check_disjoint(settings.calibration, dict.fromkeys(settings.text))
@@ -110,6 +121,7 @@ class QualityStudy(Study[QualitySettings]):
             yield from self._pass(name, "methods", slices, asked, others=True)
             equal = self.equal_sparsities(name)
             yield from self._pass(name, "GRIFFIN at equal sparsity and bytes", slices, equal)
+            yield from self._rounded(name, slices)
 
     def _load(self, name: str, model: str) -> Sequence[Pair]:
         """The model's slices; raises ``ConfigError`` for slices longer than its context."""
@@ -173,8 +185,24 @@ class QualityStudy(Study[QualitySettings]):
                     yield unit
                     advance(1)
 
+    def _rounded(self, name: str, slices: Sequence[Pair]) -> Iterator[Unit]:
+        """The dense model rounded to each number of bits, one after the other."""
+        total = len(self.roundings) * len(self.cells) * len(slices)
+        with self.ui.progress(f"{name}, dense with fewer bits", total) as advance:
+            for rounding in self.roundings:
+                self.in_bits = None
+                for cell in self.cells:
+                    for pair in slices:
+                        yield _unit(name, cell, rounding, 0.0, pair)
+                        advance(1)
+            self.in_bits = None
+
     def compute(self, unit: Unit) -> Part:
         line, variant, pair = unit.data
+        if isinstance(variant, Rounding):
+            if self.in_bits is None:
+                self.in_bits = round_weights_to(self.model, variant.bits, variant.ffn)
+            return score_rounded(self.in_bits, line["cell"], pair)
         if variant is None:
             cell, sparsity, part = next(self.shared)
             assert (cell, sparsity) == (line["cell"], line["sparsity"])
@@ -215,6 +243,7 @@ class QualityStudy(Study[QualitySettings]):
                 for one in self.sources
             ],
             "variants": {one.label: one.config.to_dict() for one in self.variants},
+            "roundings": [one.label for one in self.roundings],
             "slices": self.slices,
             "checkpoints": self.checkpoints,
         }
@@ -237,7 +266,9 @@ class QualityStudy(Study[QualitySettings]):
         return {"folder": str(self.path), **self.summary, **known, "timing": self.timing}
 
 
-def _unit(model: str, cell: str, variant: Variant | None, sparsity: float, pair: Pair) -> Unit:
+def _unit(
+    model: str, cell: str, variant: Variant | Rounding | None, sparsity: float, pair: Pair
+) -> Unit:
     """One measurement: how its line begins, the variant and the pair.
 
     ``variant`` None: the untouched model (sparsity 0), or GRIFFIN.

@@ -133,11 +133,19 @@ class SpeedStudy(Study[SpeedSettings]):
 
     @property
     def notes(self) -> list[str]:
-        """One sentence per reason why rows are missing."""
-        return [
+        """One sentence per reason why rows are missing, and on rows that no kernel serves."""
+        tokens = [(case.label, case.config.token) for case in self.cases if case.config]
+        plain = [label for label, token in tokens if token is not None and not token.native]
+        found = [
             f"{'; '.join(labels)} {'is' if len(labels) == 1 else 'are'} left out: {reason}"
             for reason, labels in self.left_out.items()
         ]
+        if plain:
+            found.append(
+                f"{'; '.join(plain)}: plain PyTorch under any executor, all neurons computed; for "
+                "quality at equal bytes, not for speed"
+            )
+        return found
 
     def inputs(self) -> Mapping[str, Any]:
         settings = self.settings

@@ -1,4 +1,4 @@
-"""One timed repetition: attach, prompt, a bare greedy decode loop, with a clock beside it.
+"""One timed repetition: attach, then the model's own greedy ``generate``, with a clock beside it.
 
 And what the machine can do, measured in the same run: read bandwidth, and how far memory grew.
 """
@@ -10,11 +10,13 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
 from dart_llm.pruning.records import RunReport
 from dart_llm.session.run import Run
@@ -96,9 +98,9 @@ def repetition(model: Any, ids: Tensor, tokens: int, make: Make) -> Sample:
     """Times in seconds, counts and bytes of one repetition; ``make``: its run, not attached.
 
     ``first_token_s``: prompt ids [1, P] read and the first token chosen.  ``steps_s``: each of the
-    ``tokens`` timed decode steps, the choice of the next token in it; ``WARM`` steps before them
-    are ``warm_s``.  ``phases``: by step, ``built``: steps in which masks were built.  ``attach_s``
-    and what follows are absent of the untouched model.
+    ``tokens`` timed decode steps, with the choice of the next token and what else ``generate`` does
+    for it; ``WARM`` steps before them are ``warm_s``.  ``phases``: by step, ``built``: steps in
+    which masks were built.  ``attach_s`` and what follows are absent of the untouched model.
     """
     growth = Growth(torch.device(model.device))
     begin = time.perf_counter()
@@ -129,29 +131,55 @@ def greedy(model: Any, ids: Tensor, **given: Any) -> tuple[Any, Tensor]:
     return output.cache, token
 
 
-@torch.inference_mode()
-def _decode(model: Any, ids: Tensor, tokens: int, run: Run | None) -> Sample:
-    begin = time.perf_counter()
-    cache, token = greedy(model, ids, logits_to_keep=1)
-    found: Sample = {"first_token_s": time.perf_counter() - begin}
-    seconds: list[float] = []
-    phases: list[str] = []
-    built: list[int] = []
-    before: RunReport | None = None
-    if run is not None:
-        run.on_remask = lambda remask: built.append(len(seconds))
-    for step in range(tokens + WARM):
-        if step == WARM and run is not None:
-            before = run.report()
-        begin = time.perf_counter()
-        _, token = greedy(model, token, cache=cache)
-        seconds.append(time.perf_counter() - begin)
+class _Clock(BaseStreamer):
+    """Notes when ``generate`` hands over the prompt and each token, and what ``run`` is doing."""
+
+    def __init__(self, run: Run | None) -> None:
+        self.run = run
+        self.times: list[float] = []
+        self.phases: list[str] = []
+        self.built: list[int] = []
+        self.warm: RunReport | None = None
         if run is not None:
-            phases.append(run.phase)
-    found |= {"warm_s": seconds[:WARM], "steps_s": seconds[WARM:]}
-    if run is not None and before is not None:
-        found |= {"phases": phases[WARM:], "built": [at - WARM for at in built if at >= WARM]}
-        found |= _counted(before, run.report())
+            run.on_remask = lambda remask: self.built.append(self.steps)
+
+    @property
+    def steps(self) -> int:
+        """Decode steps that are over: the first token is the prompt's."""
+        return len(self.times) - 2
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+        if self.run is None or self.steps <= 0:
+            return
+        self.phases.append(self.run.phase)
+        if self.steps == WARM:
+            self.warm = self.run.report()
+            self.times[-1] = time.perf_counter()
+
+    def end(self) -> None:
+        return
+
+
+def _decode(model: Any, ids: Tensor, tokens: int, run: Run | None) -> Sample:
+    clock = _Clock(run)
+    model.generate(
+        ids,
+        max_new_tokens=1 + WARM + tokens,
+        do_sample=False,
+        eos_token_id=None,  # a text that ends is no measure
+        streamer=clock,
+    )
+    seconds = [after - before for before, after in pairwise(clock.times)]
+    found: Sample = {
+        "first_token_s": seconds[0],
+        "warm_s": seconds[1 : 1 + WARM],
+        "steps_s": seconds[1 + WARM :],
+    }
+    if run is not None and clock.warm is not None:
+        built = [at - WARM for at in clock.built if at >= WARM]
+        found |= {"phases": clock.phases[WARM:], "built": built}
+        found |= _counted(clock.warm, run.report())
     return found
 
 

@@ -1,0 +1,240 @@
+"""Baselines whose tokens choose: TEAL, WINA, CATS, CountDown and Prox, by hand and by hooks."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from torch import nn
+
+from dart_llm.errors import ConfigError
+from dart_llm.models.describe import describe
+from dart_llm.models.ffn import FfnBlock
+from dart_llm.patching.executors import token_ffn as ways
+from dart_llm.pruning.config import PruneConfig, TokenConfig
+from dart_llm.pruning.registry import METHODS
+from dart_llm.pruning.token_level import TokenMask, at_largest, input_count
+from dart_llm.session.run import prune
+from steps import decode, pruned, shared_model
+from tiny import tokens
+
+GATE = [[4.0, 0, 1], [1, 1, 0], [0, -1, 1]]
+UP = [[1.0, 1, 1], [0, -1, 2], [3, 0, -0.5]]
+DOWN = [[1.0, 0, 2], [0, 1, 1], [1, 1, 0]]
+X = [1.0, -3, 2]
+"""Dense: gate x = (6, -2, 5), up x = (0, 7, 2), u = (0, -14, 10), z = (20, -4, -14)."""
+
+BASELINES = ("teal", "teal-attention", "wina", "cats", "countdown", "prox")
+
+
+def linear(rows):
+    made = nn.Linear(len(rows[0]), len(rows), bias=False)
+    made.weight = nn.Parameter(torch.tensor(rows))
+    return made
+
+
+def three_neurons(plain=False):
+    """A block of three neurons with three inputs and no activation function."""
+    gate, up, down = None if plain else linear(GATE), linear(UP), linear(DOWN)
+    ffn = nn.Module()
+    return FfnBlock(0, ffn, up, gate, down, nn.Identity(), *(False,) * 3, *(None,) * 4)
+
+
+def run(method, winners=2, plain=False):
+    """z of the tiny block where every token keeps ``winners`` of three."""
+    block, config = three_neurons(plain), METHODS.get(method).token
+    mask = TokenMask(torch.arange(3), 3, winners=winners)
+    x = torch.tensor([[X]])
+    _, z = ways.token_ffn(block, config).run_dense(block.down, x, x, [mask])
+    return z.flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("method", "wanted"),
+    [
+        # gate (6, -2, 5): neurons 0 and 2, whose u is 0 and 10
+        ("cats", [20, 10, 0]),
+        # up (0, 7, 2): neurons 1 and 2, whose u is -14 and 10
+        ("countdown", [20, -4, -14]),
+        # x = (0, -3, 2): gate (2, -3, 5), up (-1, 7, -1), u = (-2, -21, -5), of which 0 goes
+        ("teal", [-10, -26, -21]),
+        # columns of gate (4.1, 1.4, 1.4): x = (1, -3, 0), gate (4, -2, 3); of up (3.2, 1.4, 2.3):
+        # x = (0, -3, 2), up (-1, 7, -1); u = (-4, -14, -3) times (1.4, 1.4, 2.2): 0 goes
+        ("wina", [-6, -17, -14]),
+        # estimates at x = (0, -3, 2): u~ = (-2.3, -22, -4.3), neurons 1 and 2, exactly computed
+        ("prox", [20, -4, -14]),
+    ],
+)
+def test_three_neurons_by_hand(method, wanted):
+    assert run(method) == wanted
+
+
+def test_estimates_at_the_large_inputs_by_hand():
+    """Rows of the 4-bit copies: 1 is 2/7 of 4, -1 is -4/7 of 2, -0.5 is -1/7 of 3."""
+    x = torch.tensor([[X]])
+    found = ways.token_ffn(three_neurons(), METHODS.get("prox").token).estimate(x)
+    gate = [8 / 7 * 2, -3, 5]
+    up = [-1, 8 / 7 * 3 + 4, -3 / 7 * 2]
+    wanted = [g * u for g, u in zip(gate, up, strict=True)]
+    assert found.flatten().tolist() == pytest.approx(wanted, rel=0.01)  # scales are bfloat16
+    whole = ways.token_ffn(three_neurons(), TokenConfig()).estimate(x)
+    assert whole.flatten().tolist()[0] == pytest.approx(0, abs=1e-6), "up x of neuron 0 is 0"
+
+
+@pytest.mark.parametrize("method", ["cats", "countdown"])
+def test_without_a_gate_what_is_read_whole_is_u(method):
+    assert run(method, winners=1, plain=True) == [0, 7, 7]  # u = up x = (0, 7, 2)
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_all_of_three_neurons_are_dense(method):
+    assert run(method, winners=3) == [20, -4, -14]
+
+
+values = st.lists(st.integers(-9, 9), min_size=1, max_size=12)
+
+
+@examples(deadline=None)
+@given(values, st.data())
+def test_the_largest_inputs_stay_as_they_are(xs, data):
+    count = data.draw(st.integers(1, len(xs)))
+    norms = data.draw(st.lists(st.integers(0, 5), min_size=len(xs), max_size=len(xs)))
+    x, weights = torch.tensor([xs, xs[::-1]]).float(), torch.tensor(norms).float()
+    for norm in (None, weights, torch.full_like(weights, 2.0)):
+        found = at_largest(x, count, norm)
+        strengths = x.abs() if norm is None else x.abs() * norm
+        for row, own, strong in zip(x, found, strengths, strict=True):
+            kept = sorted(range(len(xs)), key=lambda place: (-strong[place], place))[:count]
+            assert own.tolist() == [v if i in kept else 0 for i, v in enumerate(row.tolist())]
+        assert torch.equal(at_largest(found, count, norm), found)
+    assert torch.equal(at_largest(x, count, torch.full_like(weights, 2.0)), at_largest(x, count))
+
+
+@examples()
+@given(st.integers(1, 500), st.integers(1, 500), st.data())
+def test_as_large_a_share_of_inputs_as_of_neurons(inputs, width, data):
+    winners = data.draw(st.integers(1, width))
+    count = input_count(inputs, winners, width)
+    assert 0 <= count / inputs - winners / width < 1 / inputs + 1e-12
+    assert input_count(inputs, width, width) == inputs
+
+
+def _nonzeros(model, module, found):
+    def take(_, args):
+        if args[0].shape[-2] == 1:  # a decoded token
+            found.append(int((args[0] != 0).sum(-1).max()))
+
+    return module.register_forward_pre_hook(take)
+
+
+@pytest.mark.parametrize("name", ["llama-bias", "phi3", "gpt2", "falcon"])
+@pytest.mark.parametrize("method", ["teal", "teal-attention", "wina"])
+def test_every_matrix_is_given_its_share_of_inputs(name, method):
+    """What reaches the modules of a real forward; the hooks come after those of the run."""
+    model, view = shared_model(name), describe(shared_model(name))
+    block, attention = view.blocks[1], view.attention[1]
+    seen = {"up": [], "down": [], "attention": []}
+    with prune(model, method, sparsity=0.75) as run:
+        handles = [
+            _nonzeros(model, block.up, seen["up"]),
+            _nonzeros(model, block.down, seen["down"]),
+        ]
+        handles += [_nonzeros(model, one, seen["attention"]) for one in attention]
+        decode(model, tokens(1, 15), 12)
+        for handle in handles:
+            handle.remove()
+    hidden, width = block.matrices()[2].shape
+    assert set(seen["up"]) == {hidden // 4} and set(seen["down"]) <= {width // 4, width // 4 - 1}
+    inputs = hidden // 4 if method == "teal-attention" else hidden
+    assert len(seen["attention"]) == 3 * len(attention) and set(seen["attention"]) == {inputs}
+    report = run.report()
+    assert report.achieved_sparsity == 0.75 and report.executor == "masked"
+
+
+def test_the_projections_of_attention_end_with_the_output():
+    found = {name: [len(one) for one in describe(shared_model(name)).attention] for name in SHAPES}
+    assert found == {"llama-bias": [4] * 4, "phi3": [2] * 4, "gpt2": [2] * 4, "opt": [4] * 4}
+    view = describe(shared_model("llama-bias"))
+    assert view.attention[-1][-1] is view.attention_out
+
+
+SHAPES = ("llama-bias", "phi3", "gpt2", "opt")
+
+L, I, D, K = 4, 48, 32, 12  # noqa: E741 - the method's own names
+WEIGHTS = I * 3 * D
+
+
+def _report(method, sparsity=0.75, rows=1, **settings):
+    asked = {"method": method, "sparsity": sparsity, **settings}
+    return pruned(shared_model("llama-bias"), tokens(rows, 17), 12, **asked)[0].report()
+
+
+@pytest.mark.contract("accounting equals a count by hooks")
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("teal", 0),
+        ("teal-attention", 0),
+        ("wina", 4 * (2 * D + I)),
+        ("cats", (I - K) * D * 4),
+        ("countdown", (I - K) * D * 4),
+        # half of 32 inputs at 4 bits and one scale a row, of gate and up; norm(w)
+        ("prox", I * (2 * (8 + 2) + 4)),
+    ],
+)
+def test_bytes_by_hand(method, more):
+    """``more``: bytes of one layer beyond those of the winners' rows, in float32."""
+    report = _report(method)
+    assert report.proxy_bytes_share == pytest.approx(more / (4 * WEIGHTS))
+    assert report.ffn_bytes_share_if_compact == pytest.approx(K / I + more / (4 * WEIGHTS))
+    read = 0 if method in ("cats", "countdown") else more  # which masked has computed anyway
+    assert report.ffn_bytes_share == pytest.approx(1 + read / (4 * WEIGHTS))
+    assert report.proxy_error is None or method == "prox"
+
+
+def test_inputs_are_counted_whole():
+    """14 or 15 neurons of 48 stay, and 10 inputs of 32: shares of 9.33 and 10."""
+    report = _report("teal", 0.7)
+    kept = [layer.kept for layer in report.layers]
+    assert sorted(set(kept)) == [14, 15]
+    read = sum(2 * 10 * I + k * D for k in kept)
+    assert report.ffn_bytes_share_if_compact == pytest.approx(read / (L * WEIGHTS), rel=1e-3)
+    ranking, sort = L * (2 * D * 6 + I * 6), L * I * 6 / 5
+    flops = (2 * read + ranking + sort) / (2 * L * WEIGHTS)
+    assert report.ffn_flops_share_if_compact == pytest.approx(flops, rel=1e-3)
+
+
+@pytest.mark.parametrize("executor", ["native", "slim"])
+@pytest.mark.usefixtures("native")
+def test_no_kernel_is_said_to_have_read_less(executor):
+    report = _report("cats", executor=executor)
+    assert report.executor == "native" and report.ffn_bytes_share == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("token", "sentence"),
+    [
+        ({"rule": "gate", "inputs": 0.5}, 'token rule "gate" reads no copies'),
+        ({"rule": "inputs", "candidates": 0.5}, 'token rule "inputs" reads no copies'),
+        ({"rule": "up", "weighted": True}, 'token rule "up" chooses neurons'),
+        ({"attention": True}, 'token rule "copies" chooses neurons'),
+        ({"inputs": 0}, "inputs 0 must be more than 0"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(token, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        PruneConfig(token=token)
+
+
+def test_what_is_left_out_has_no_mean():
+    with pytest.raises(ConfigError, match='"inputs" knows no mean of what it leaves out'):
+        PruneConfig.build("teal", compensation=True)
+
+
+def test_one_sentence_says_that_no_kernel_serves_it(caplog):
+    ways._say_reference.cache_clear()
+    for executor in ("masked", "compact"):
+        with prune(shared_model(), "teal", sparsity=0.5, executor=executor):
+            decode(shared_model(), tokens(1, 14), 12)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("teal runs in plain PyTorch and is slower")
