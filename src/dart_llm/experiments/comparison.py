@@ -420,12 +420,12 @@ def _with_bytes(members: Sequence[Row]) -> list[Row]:
     Of a token of an unpruned model: at the context that the tokens of pruned ones saw on average.
     """
     executed = all(row.executor != "masked" for row in members)
-    known = [row.mean_context for row in members if row.mean_context is not None]
-    context = sum(known) / len(known) if known else 0.0
+    context = common_context(row.mean_context for row in members)
 
     def of_token(row: Row) -> float | None:
-        unpruned = row.traffic is not None and row.token_bytes_share is None and row.done
-        return row.traffic.share(context) if unpruned and row.traffic else row.token_bytes_share
+        if row.traffic is None or row.token_bytes_share is not None or not row.done:
+            return row.token_bytes_share
+        return row.traffic.share(context)
 
     return [
         replace(
@@ -435,6 +435,12 @@ def _with_bytes(members: Sequence[Row]) -> list[Row]:
         )
         for row in members
     ]
+
+
+def common_context(contexts: Iterable[float | None]) -> float:
+    """Positions of the cache that the tokens of pruned rows saw, on average; 0 without any."""
+    known = [one for one in contexts if one is not None]
+    return sum(known) / len(known) if known else 0.0
 
 
 def read_traffic(facts: Mapping[str, Any]) -> TokenTraffic | None:

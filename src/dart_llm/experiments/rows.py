@@ -107,6 +107,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 def table(rows: Sequence[Row]) -> Table:
     """Every metric with its interval beside what was really removed."""
+    from dart_llm.experiments.comparison import common_context
+
     protocols = sorted({str(r["measurement"]["protocol"]) for r in rows})
     first = rows[0]["checkpoint"]
     title = (
@@ -125,16 +127,10 @@ def table(rows: Sequence[Row]) -> Table:
         Column("re-masks", "remasks"),
         Column("bytes per token", "token_bytes_share", ".3f"),
     )
-    context = _contexts(rows)
+    counted = (row["measurement"].get("accounting") or {} for row in rows)
+    context = common_context(one.get("mean_context") for one in counted)
     lines = [line for one in rows for line in _lines(one, context)]
     return Table("", title, columns, lines, left=3)
-
-
-def _contexts(rows: Sequence[Row]) -> float:
-    """Positions of the cache that the tokens of pruned rows saw, on average; 0 without any."""
-    known = [(r["measurement"].get("accounting") or {}).get("mean_context") for r in rows]
-    seen = [one for one in known if one is not None]
-    return sum(seen) / len(seen) if seen else 0.0
 
 
 def _lines(row: Row, context: float) -> Iterator[dict[str, Any]]:

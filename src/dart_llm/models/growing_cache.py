@@ -35,7 +35,7 @@ def is_cache(cache: Any) -> bool:
 
 def extendable(cache: Any, windows: Sequence[int | None]) -> bool:
     """Whether steps of a model whose layers see ``windows`` positions can extend ``cache``."""
-    if type(cache).__name__ not in (CACHE, STATIC) or len(cache.layers) != len(windows):
+    if not (is_cache(cache) or is_static(cache)) or len(cache.layers) != len(windows):
         return False
     if is_static(cache):
         return all(map(_has_room, cache.layers))

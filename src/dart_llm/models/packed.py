@@ -24,6 +24,12 @@ whole), or each column of a down projection on its own."""
 CHUNK = 1 << 22
 """Weights that are rounded at a time."""
 
+FEW = 16
+"""Vectors that run on the blocks at most.
+
+Kernels are quicker so for up to ``packed_few`` of them, but products on the blocks round their
+inputs to 8 bits: what executors gather of a longer prompt, and so their masks, would differ.
+"""
 
 READ_ONLY = "weights in blocks are read, never written"
 
@@ -133,14 +139,6 @@ class PackedTensor(Tensor):
     def nbytes(self) -> int:  # type: ignore[override]
         """Bytes as stored."""
         return int(self.matrix.nbytes())
-
-
-FEW = 16
-"""Vectors that run on the blocks at most.
-
-Kernels are quicker so for up to ``packed_few`` of them, but products on the blocks round their
-inputs to 8 bits: what executors gather of a longer prompt, and so their masks, would differ.
-"""
 
 
 def few() -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dart_llm.models.growing_cache import CACHE
+from dart_llm.models.growing_cache import is_cache
 
 Step = Callable[[Tensor, Any, list[int] | None], Tensor | None]
 """Logits [1, V] after ids [1, 1] and a cache; None where the model has to run itself.
@@ -195,7 +195,7 @@ def _serves(ids: Tensor, config: Any, given: dict[str, Any]) -> bool:
         and ids.shape[1] > 0
         and bool(given.get("use_cache"))
         and given.get("attention_mask") is None
-        and type(given.get("cache")).__name__ == CACHE
+        and is_cache(given.get("cache"))
     )
 
 

@@ -72,7 +72,6 @@ class SlimDecoder(StepDecoder):
         )
 
     def leave_head(self) -> None:
-        super().leave_head()
         self._native.leave_head(True)
 
     def nbytes(self) -> int:

@@ -97,7 +97,6 @@ class StepDecoder(ABC):
     def __init__(self) -> None:
         self._cache: PreallocatedKVCache | None = None
         self._angles: tuple[Tensor, Tensor] | None = None
-        self.headless = False
 
     def unload(self) -> None:
         """Run all neurons, and hold neither masks nor room for a cache."""
@@ -125,9 +124,8 @@ class StepDecoder(ABC):
         known = self._cache
         return known is not None and known.of() is cache and known.ready(cache)
 
-    def leave_head(self) -> None:
+    def leave_head(self) -> None:  # noqa: B027 - who cannot leave it out computes it in vain
         """Somebody else scores the tokens of steps: their logits need not be computed."""
-        self.headless = True
 
     def serves(self, masks: Sequence[LayerMask | None]) -> bool:
         """Whether it can run these masks."""
