@@ -240,7 +240,7 @@ def _bytes_plot(document: Row) -> list[Plot]:
             axes.set_xlabel("bytes per token over dense at bfloat16", fontsize=8, color=SOFT)
             values = [row["times_dense"] for row in own]
             axes.set_yscale("log")
-            log_scale(axes, 0.97 * min(1.0, *values), 1.05 * max(1.1, *values))
+            log_scale(axes, 0.92 * min(1.0, *values), 1.08 * max(1.1, *values))
             reference_line(axes, y=1.0, label="_dense")
             axes.grid(axis="both")
         key(above, places, 2 if narrow else 3)
