@@ -113,6 +113,20 @@ def native() -> Iterator[None]:
     build.why_not.cache_clear()
 
 
+@pytest.fixture
+def dequantised_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of more than 16 tokens are multiplied with dequantised rows, tokens on the blocks.
+
+    For tests that hold masks or evidence of weights in blocks against those of others to the last
+    bit: on the blocks inputs have 8 bits, so that a neuron at the edge of a mask may change.
+    """
+    from dart_llm.models import packed
+    from dart_llm.patching.executors import native_step
+
+    for module in (packed, native_step):
+        monkeypatch.setattr(module, "few", lambda: 16)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The embedded default in float32, from the cache or fetched once; do not change it."""

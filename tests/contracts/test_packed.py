@@ -27,8 +27,7 @@ from dart_llm.patching.executors import native_ffn
 from dart_llm.pruning.accounting import Costs
 from dart_llm.session.run import prune
 from maps import mapped
-from packed_cases import packed as packed_matrix
-from packed_cases import rounded
+from packed_cases import mixed_model, rounded
 from steps import Same, apart, decode, generate, new_cache, pruned, same_masks, step
 from tiny import LAYERS, tiny, tokens
 
@@ -73,6 +72,7 @@ def executors(model):
     return ["compact", "masked", "native", *([] if why_not_slim(model) else ["slim"])]
 
 
+@pytest.mark.usefixtures("dequantised_prompts")
 @pytest.mark.contract("masked equals compact")
 @pytest.mark.parametrize(("model", "method"), [*product(MODELS, METHODS)], ids=str)
 def test_executors_agree(model, method):
@@ -265,19 +265,6 @@ def test_bytes_are_those_of_the_blocks(kind):
     assert report.ffn_bytes_share == pytest.approx(0.5, abs=0.02)
 
 
-def mixed_model(name):
-    """FFNs as Q4_K_M mixes them: the down projection of another type; the rest in Q8_0."""
-    model = tiny(name, hidden_size=256, intermediate_size=256)
-    assert round_weights(model, "q8_0") == []
-    for seed, layer in enumerate(model.model.layers):
-        for part, kind in (("gate", "q4_k"), ("up", "q4_k"), ("down", "q6_k")):
-            order = "neurons" if part == "down" else "rows"
-            matrix, _ = packed_matrix(kind, 256, 256, order, seed=seed)
-            weight = PackedTensor(matrix, model.dtype, part == "down")
-            getattr(layer.mlp, f"{part}_proj").weight = nn.Parameter(weight, requires_grad=False)
-    return model
-
-
 @pytest.mark.contract("accounting equals a count by hooks")
 def test_bytes_of_a_layer_of_several_types():
     """Each matrix counts the bytes that it takes: levels, and factors of 8 and of 16 bits."""
@@ -310,6 +297,7 @@ def _rounded_input(group, _module, inputs):
     return (rounded(x, group).to(x.dtype) if x.shape[-2] == 1 else x,)
 
 
+@pytest.mark.usefixtures("dequantised_prompts")
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_a_step_rounds_inputs_and_nothing_else(name):
     """Beside the dense twin whose products are given inputs of 8 bits."""
@@ -343,6 +331,7 @@ def test_bytes_as_executed(executor):
     assert report.ffn_bytes_share_if_compact == pytest.approx(0.5 + 1 / DECODED, rel=0.05)
 
 
+@pytest.mark.usefixtures("dequantised_prompts")
 def test_a_layer_of_which_a_part_is_dense():
     """The kernels leave such a layer to compact."""
     model = tiny("llama", hidden_size=64, intermediate_size=96)
@@ -359,6 +348,7 @@ def test_a_layer_of_which_a_part_is_dense():
             prune(model, "griffin", sparsity=0.5, executor=executor)
 
 
+@pytest.mark.usefixtures("dequantised_prompts")
 @pytest.mark.parametrize("method", ["static", "published", "griffin"])
 def test_other_methods_run(method):
     model = model_of("llama", "q8_0")

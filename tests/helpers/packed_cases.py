@@ -9,9 +9,13 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import quants
+from torch import nn
 
 from dart_llm.models.gguf import BLOCKS
+from dart_llm.models.packed import PackedTensor
+from dart_llm.models.packed_loading import round_weights
 from dart_llm.native import build
+from tiny import tiny
 
 ARM = platform.machine() in ("aarch64", "arm64")
 OF_THIS_MACHINE = ("neon",) if ARM else ("avx512bf16", "avx512", "avxvnni", "avx2")
@@ -67,3 +71,16 @@ def differ(found, x, weights):
     x, weights = x.double(), weights.double()
     size = (x.abs() @ weights.abs()).clamp(min=1e-30)
     return float(((found.double() - x @ weights).abs() / size).max())
+
+
+def mixed_model(name):
+    """FFNs as Q4_K_M mixes them: the down projection of another type; the rest in Q8_0."""
+    model = tiny(name, hidden_size=256, intermediate_size=256)
+    assert round_weights(model, "q8_0") == []
+    for seed, layer in enumerate(model.model.layers):
+        for part, kind in (("gate", "q4_k"), ("up", "q4_k"), ("down", "q6_k")):
+            order = "neurons" if part == "down" else "rows"
+            matrix, _ = packed(kind, 256, 256, order, seed=seed)
+            weight = PackedTensor(matrix, model.dtype, part == "down")
+            getattr(layer.mlp, f"{part}_proj").weight = nn.Parameter(weight, requires_grad=False)
+    return model

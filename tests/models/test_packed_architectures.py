@@ -17,7 +17,7 @@ from dart_llm.models.steps import slim_unsupported_reason
 from steps import apart, decode, pruned, same_masks
 from tiny import tiny, tokens
 
-pytestmark = pytest.mark.usefixtures("native")
+pytestmark = pytest.mark.usefixtures("native", "dequantised_prompts")  # numbers to the last bit
 
 EXACT, ROUNDING = 1e-4, 5e-2
 """Of the largest logit: without rounded inputs, and what inputs of 8 bits make of it."""

@@ -240,6 +240,7 @@ def test_files_that_are_not_read(tmp_path, nothing_made):
 # load
 
 
+@pytest.mark.usefixtures("dequantised_prompts")
 def test_a_gguf_keeps_its_blocks(gguf, tmp_path):
     """On a CPU, where no dtype is asked for; what belongs to it is made once."""
     said = []
@@ -301,6 +302,7 @@ def test_the_folder_of_what_belongs_to_a_file(gguf, tmp_path):
     assert AutoConfig.from_pretrained(folder).dtype == torch.bfloat16
 
 
+@pytest.mark.usefixtures("dequantised_prompts")
 def test_one_layer_may_hold_blocks_of_several_types(tmp_path):
     mixed = write_gguf(tmp_path / "mixed.gguf", change=MIXED)
     model, tokenizer = load(mixed, cache_dir=tmp_path)
@@ -318,6 +320,7 @@ def test_one_layer_may_hold_blocks_of_several_types(tmp_path):
     assert difference < 0.02 * dense(ids).logits.float().abs().max()
 
 
+@pytest.mark.usefixtures("dequantised_prompts")
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_every_architecture_is_what_transformers_reads(architecture, tmp_path):
     """Order of rows in q and k, norms with and without the one, biases."""

@@ -50,6 +50,7 @@ def test_linear_layers(name, neurons, dtype):
         (few(), 256),
         (few() + 1, 256),
         (2, 20, 256),
+        (2, few(), 256),
         (0, 256),
     ):
         x = drawn(*shape).to(dtype)
@@ -86,7 +87,7 @@ def test_whatever_else_sees_it_dequantised(name, neurons, dtype):
         "norms": lambda w: torch.linalg.vector_norm(w, dim=0, dtype=torch.float32),
         "a product from the left": lambda w: x @ w,
         "a product of several dimensions": lambda w: torch.matmul(
-            drawn(2, 20, 256).to(dtype), w.t()
+            drawn(2, few(), 256).to(dtype), w.t()
         ),
         "out": lambda w: torch.mm(drawn(30, 256).to(dtype), w.t(), out=out),
         "flat": lambda w: w.contiguous().flatten() + w.reshape(-1),

@@ -96,6 +96,9 @@ _HOOKS = (
 _OWN = frozenset(nn.Module().__dict__) | {"forward", "_old_forward", "_hf_hook", "layer_idx"}
 """Attributes that are no part of a signature: hooks are looked at where they matter."""
 
+_CHANGES = frozenset({"forward", "_old_forward", "_hf_hook", "_compiled_call_impl"})
+"""Attributes by which a module computes otherwise than its class."""
+
 Function = Callable[..., Any]
 
 
@@ -174,20 +177,33 @@ def unnoticed(device: torch.device) -> Iterator[None]:
         yield
 
 
-def signature(module: nn.Module) -> tuple[Any, ...]:
+def signature(module: nn.Module, parts: Sequence[nn.Module] | None = None) -> tuple[Any, ...]:
     """What decides what a module computes beside its weights and its input.
 
     Of it and its parts: classes, forwards, numbers and functions.  Nothing in it is kept alive.
+    ``parts``: ``parts_of(module)``, where they are known.
     """
     found: list[Any] = []
-    for one in parts_of(module):
-        found += (weakref.ref(type(one)), weak(forward_of(one)[0]), _is_compiled(one))
-        for value in [value for name, value in one.__dict__.items() if name not in _OWN]:
-            if isinstance(value, (int, float, str)):
+    classes: dict[type, tuple[Any, ...]] = {}
+    for one in parts_of(module) if parts is None else parts:
+        held, kind = one.__dict__, type(one)
+        if not _CHANGES.isdisjoint(held) or "_orig_mod" in one._modules:
+            found += _computes(one)
+        elif kind in classes:  # most parts of a model are of few classes
+            found += classes[kind]
+        else:
+            found += classes.setdefault(kind, _computes(one))
+        for value in [value for name, value in held.items() if name not in _OWN]:
+            # a configuration, asked by isinstance for its class, takes long to answer
+            if issubclass(type(value), (int, float, str)):
                 found.append(value)
             elif callable(value) and not isinstance(value, Replacement):
                 found.append(weak(value))
     return tuple(found)
+
+
+def _computes(module: nn.Module) -> tuple[Any, ...]:
+    return weakref.ref(type(module)), weak(forward_of(module)[0]), _is_compiled(module)
 
 
 def parts_of(module: nn.Module) -> list[nn.Module]:

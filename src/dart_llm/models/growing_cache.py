@@ -48,6 +48,19 @@ def extendable(cache: Any, windows: Sequence[int | None]) -> bool:
     return True
 
 
+def begin(cache: Any, keys: Tensor, values: Tensor, index: int) -> None:
+    """As ``cache.update`` with a prompt's, without a copy where layer ``index`` is empty and grows.
+
+    ``keys``, ``values``: [B, K, T, S], the cache's own from now on.
+    """
+    layer: Any = cache.layers[index] if is_cache(cache) and index < len(cache.layers) else None
+    if type(layer).__name__ != FULL or layer.is_initialized or getattr(cache, "offloading", False):
+        cache.update(keys, values, index)
+        return
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+
+
 def _has_room(layer: Any) -> bool:
     """Of a static layer: whether the next position has a place of its own.
 

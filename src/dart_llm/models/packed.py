@@ -24,13 +24,6 @@ whole), or each column of a down projection on its own."""
 CHUNK = 1 << 22
 """Weights that are rounded at a time."""
 
-FEW = 16
-"""Vectors that run on the blocks at most.
-
-Kernels are quicker so for up to ``packed_few`` of them, but products on the blocks round their
-inputs to 8 bits: what executors gather of a longer prompt, and so their masks, would differ.
-"""
-
 READ_ONLY = "weights in blocks are read, never written"
 
 NOT_SAVED = (
@@ -143,7 +136,7 @@ class PackedTensor(Tensor):
 
 def few() -> int:
     """Vectors up to which a product runs on the blocks; more are worth dequantised rows."""
-    return min(FEW, int(ops().packed_few()))
+    return int(ops().packed_few())
 
 
 def memory_of(model: nn.Module) -> Iterator[Tensor]:

@@ -400,7 +400,7 @@ def _layer_norms(
     """Those before and after attention and FFN, and of the heads."""
 
     def of(module: Any, first: str, second: str) -> tuple[Norm | None, Norm | None]:
-        one, other = (getattr(module, name, None) if name else None for name in (first, second))
+        one, other = (module._modules.get(name) for name in (first, second))
         return _norm(family, one), _norm(family, other)
 
     return [of(layer, *family.before), of(layer, *family.after), of(attention, "q_norm", "k_norm")]
@@ -409,7 +409,7 @@ def _layer_norms(
 def _norm(family: Family, module: Any) -> Norm | None:
     if module is None:
         return None
-    bias = getattr(module, "bias", None)
+    bias = module._parameters.get("bias")  # an attribute that is missing takes longer
     centred = isinstance(module, nn.LayerNorm)
     return Norm(
         family.factors(module), None if bias is None else bias.detach(), _eps(module), centred

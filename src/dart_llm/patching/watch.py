@@ -46,7 +46,7 @@ class Watch:
 
     def remember_places(self) -> None:
         """The native kernels go on reading the weights where they lie now."""
-        self._places = self._weight_places()
+        self._places = _weight_places(parts_of(self._model))
 
     def look(self) -> None:
         """Fall back where that is right; raise ``AttachError`` for what changed and cannot be.
@@ -56,9 +56,10 @@ class Watch:
         """
         if torch.compiler.is_compiling():  # torch cannot trace this, nor any native call
             return
-        if self._places and self._places != self._weight_places():
+        parts = parts_of(self._model)
+        if self._places and self._places != _weight_places(parts):
             raise AttachError(f"weights were replaced or moved {LEAVE}")
-        mark = model_signature(self._model)
+        mark = model_signature(self._model, parts)
         unchanged = mark == self._mark
         for layer in self._layers:
             known = layer.by_weights and unchanged
@@ -87,11 +88,12 @@ class Watch:
             self._alike = not no_steps_reason(self._executor, self._model, mark)
         self._mark = mark
 
-    def _weight_places(self) -> list[tuple[Any, ...]]:
-        held = (one for part in parts_of(self._model) for one in part._parameters.values())
-        weights = [one for one in held if one is not None]
-        strides = [() if isinstance(one, PackedTensor) else one.stride() for one in weights]
-        return list(zip(map(place_of, weights), strides, strict=True))
+
+def _weight_places(parts: Sequence[nn.Module]) -> list[tuple[Any, ...]]:
+    held = (one for part in parts for one in part._parameters.values())
+    weights = [one for one in held if one is not None]
+    strides = [() if isinstance(one, PackedTensor) else one.stride() for one in weights]
+    return list(zip(map(place_of, weights), strides, strict=True))
 
 
 class Turn:

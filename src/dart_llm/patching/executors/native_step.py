@@ -16,6 +16,7 @@ from dart_llm.models.calls import PromptCall, SlimCall
 from dart_llm.models.growing_cache import (
     PreallocatedKVCache,
     Steps,
+    begin,
     count_static,
     is_static,
     static_places,
@@ -86,7 +87,7 @@ class SlimDecoder(StepDecoder):
         )
 
     def refresh(self) -> None:
-        copy_again(self._norms, _norm_floats(norms_now(self._model)))
+        copy_again(self._norms, _norm_tensors(norms_now(self._model)))
 
     def load(self, masks: Sequence[LayerMask | None]) -> None:
         if masks is self._masks and all(
@@ -155,7 +156,7 @@ class SlimDecoder(StepDecoder):
             for index in range(first, last):
                 keys, values, *seen = left[(index - first) * each : (index - first + 1) * each]
                 if cache is not None:
-                    cache.update(keys, values, index)
+                    begin(cache, keys, values, index)
                 if see is not None:
                     see(index, LayerObservation(*seen))
         logits, hidden = self._native.prompt_end(given, texts, call.keep, most)
@@ -236,7 +237,12 @@ def _weights(layer: LayerParts, ffn: NativeFfn) -> list[Tensor | None]:
 
 def _norm_floats(norms: Iterable[Norm | None]) -> list[Tensor]:
     """Factors and biases as the kernels read them."""
-    both = [(None, None) if one is None else (one.factor, one.bias) for one in norms]
     with torch.inference_mode(False), torch.no_grad():
-        pairs = [t for pair in both for t in pair]
-        return [NOTHING if t is None else t.float().contiguous() for t in pairs]
+        return [t.float().contiguous() for t in _norm_tensors(norms)]
+
+
+def _norm_tensors(norms: Iterable[Norm | None]) -> Iterator[Tensor]:
+    """Factors and biases in turn, as the model holds them."""
+    for one in norms:
+        for t in (None, None) if one is None else (one.factor, one.bias):
+            yield NOTHING if t is None else t

@@ -7,7 +7,7 @@ slim and graph go by.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,17 +36,17 @@ WORDS = 256
 """Rows of the output head that are compared."""
 
 
-def model_signature(model: nn.Module) -> tuple[Any, ...]:
+def model_signature(model: nn.Module, parts: Sequence[nn.Module] | None = None) -> tuple[Any, ...]:
     """What decides what a model computes beside the values of its weights; equal while unchanged.
 
-    Hooks are no part of it.
+    Hooks are no part of it.  ``parts``: ``parts_of(model)``, where they are known.
     """
-    modules = parts_of(model)
+    modules = parts_of(model) if parts is None else parts
     configs = {id(c): c for m in modules if (c := m.__dict__.get("config")) is not None}
     tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
     return (
         [(id(t), *place_of(t)) for t in tensors if t is not None],
-        signature(model),
+        signature(model, modules),
         *map(_attention_function, configs.values()),
         *_functions({type(m).__module__ for m in modules}),
     )
