@@ -235,13 +235,13 @@ void choices(const Kernels& k, Dtype dtype, int64_t width, int64_t size, int64_t
 }
 
 // The k largest against a full sort, with ties.
-void largest(int64_t width) {
+void largest(const Kernels& k, int64_t width) {
   std::vector<float> found = drawn(width);
   for (float& one : found) one = std::fabs(one);
   found[width - 1] = found[0] = found[width / 2];
   std::vector<int32_t> places(width), order(width);
   for (int64_t keep : {int64_t(1), width / 3, width}) {
-    strongest(found.data(), width, keep, places.data());
+    k.strongest(found.data(), width, keep, places.data());
     for (int64_t i = 0; i < width; ++i) order[i] = int32_t(i);
     std::stable_sort(order.begin(), order.end(),
                      [&](int32_t a, int32_t b) { return found[a] > found[b]; });
@@ -254,14 +254,14 @@ void largest(int64_t width) {
 }
 
 // Values that no token should have: of any bits, not-a-number is the largest, and ties among its own.
-void odd_choices() {
+void odd_choices(const Kernels& k) {
   const float odd[] = {0.0f, -0.0f, 1.0f, 1e-44f, INFINITY, std::nanf("1"), -std::nanf("2")};
   std::vector<float> values(97);
   for (float& value : values) value = odd[generator() % 7];
   auto rank = [&](int32_t i) { return std::isnan(values[i]) ? 2 : std::isinf(values[i]) ? 1 : 0; };
   std::vector<int32_t> order(values.size()), places(values.size());
   for (int64_t keep = 0; keep <= int64_t(values.size()); ++keep) {
-    strongest(values.data(), int64_t(values.size()), keep, places.data());
+    k.strongest(values.data(), int64_t(values.size()), keep, places.data());
     for (size_t i = 0; i < order.size(); ++i) order[i] = int32_t(i);
     std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
       return rank(a) != rank(b) ? rank(a) > rank(b) : rank(a) == 0 && values[a] > values[b];
@@ -330,13 +330,13 @@ void decoder(const Kernels& k, Dtype dtype, int64_t threads) {
 }  // namespace
 
 int main() {
-  odd_choices();
-  largest(21);
   int kinds = 0;
   for (const char* kind : KINDS) {
     const Kernels* found = kernels(kind);
     if (!found) continue;
     ++kinds;
+    odd_choices(*found);
+    for (int64_t n : {1, 21, 300, 1537}) largest(*found, n);
     for (Dtype dtype : {Dtype::f32, Dtype::bf16}) {
       for (int64_t size : {1, 7, 16, 31, 64, 100}) {
         products(*found, dtype, 13, size, 1);

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "choose.h"
 #include "decode.h"
 #include "held.h"
 #include "packed_blocks.h"
@@ -386,13 +387,64 @@ void ffns(const Kernels& k, const char* name, int64_t hidden, int64_t width, Act
   near("activations", u, wanted, sizes, 1e-5);
 }
 
+// Two tokens that choose by their activations, out of all neurons or of some: the chosen against a
+// full sort, the output against that of a mask of them.
+void own_choices(const Kernels& k, const char* name, int64_t hidden, int64_t width, bool some) {
+  const int64_t M = 2;
+  Order order = some ? Order::rows : Order::tiles;
+  Stored up = made(name, width, hidden, order), gate = made(name, width, hidden, order);
+  Stored down = made(name, hidden, width, Order::neurons);
+  Given x = given(k, drawn(M * hidden), hidden);
+  Values mean = drawn(width, 0.1f), worth = drawn(width);
+  std::vector<int32_t> ids;
+  for (float& one : worth) one = std::fabs(one);
+  for (int64_t i = 0; i < width; i += 1 + int64_t(generator() % 2)) ids.push_back(int32_t(i));
+  Ffn f{};
+  f.packed_gate = &gate.packed, f.packed_up = &up.packed, f.packed_down = &down.packed;
+  f.ids = some ? ids.data() : nullptr, f.kept = some ? int64_t(ids.size()) : width, f.mean = mean.data();
+  Copies copies{};
+  copies.worth = worth.data(), copies.keep = (f.kept + 2) / 3;
+  Values u(M * f.kept), strength(u.size());
+  std::vector<int32_t> chosen(u.size());
+  for (int64_t m = 0; m < M; ++m)
+    packed_hidden(k, Dtype::f32, f, x.view().at(m), 0, f.kept, &u[m * f.kept]);
+  Values all = u;
+  Ffn of_chosen = f;
+  Jobs jobs(1);
+  Worker team(jobs);
+  choose_by_activations(team, k, copies, M, of_chosen, u.data(), f.kept, strength.data(), chosen.data());
+  int64_t room = down.packed.units() * UNIT;
+  std::vector<int32_t> whole(room), order_of(f.kept);
+  for (int64_t m = 0; m < M; ++m, of_chosen.ids += f.kept) {
+    const float* own = &all[m * f.kept];
+    auto id = [&](int32_t j) { return some ? ids[j] : j; };
+    auto by = [&](int32_t j) { return std::fabs(own[j]) * worth[id(j)]; };
+    for (int64_t j = 0; j < f.kept; ++j) order_of[j] = int32_t(j);
+    std::stable_sort(order_of.begin(), order_of.end(), [&](int32_t a, int32_t b) { return by(a) > by(b); });
+    std::sort(order_of.begin(), order_of.begin() + copies.keep);
+    std::vector<int32_t> wanted_ids;
+    Values wanted_u, sums(room), wanted(room);
+    for (int64_t j = 0; j < copies.keep; ++j) {
+      wanted_ids.push_back(id(order_of[j])), wanted_u.push_back(own[order_of[j]]);
+      if (of_chosen.ids[j] == wanted_ids[j] && u[m * f.kept + j] == wanted_u[j]) continue;
+      std::printf("%s: other neurons were chosen\n", about.c_str()), std::exit(1);
+    }
+    Ffn mask = f;
+    mask.ids = wanted_ids.data(), mask.kept = of_chosen.kept;
+    packed_output(k, of_chosen, &u[m * f.kept], 0, mask.kept, sums.data(), whole.data());
+    packed_output(k, mask, wanted_u.data(), 0, mask.kept, wanted.data(), whole.data());
+    if (sums != wanted) std::printf("%s: the chosen give something else\n", about.c_str()), std::exit(1);
+  }
+}
+
 // Whole steps of a decoder whose matrices are packed: by threads as by one, of three rows as of one,
 // and near those of the same weights in float32.
-void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I) {
+// With `chosen` tokens choose so many neurons of every layer by their activations.
+void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I, int64_t chosen = 0) {
   const int64_t H = 4, K = 2, V = 33, capacity = 4;
   std::vector<std::unique_ptr<Stored>> stored;
   std::vector<Values> plain;
-  std::vector<float> norm(D, 1.0f), bias = drawn(std::max(D, H * S), 0.1f);
+  std::vector<float> norm(D, 1.0f), bias = drawn(std::max(D, H * S), 0.1f), worth(I, 1.0f);
   Decoder packed{};
   packed.dtype = Dtype::f32, packed.hidden = D, packed.heads = H, packed.kv_heads = K;
   packed.size = packed.turned = S, packed.width = I, packed.vocabulary = packed.known = V;
@@ -423,6 +475,7 @@ void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I) 
     std::tie(b.ffn.up, a.ffn.packed_up) = both(I, D, order);
     std::tie(b.ffn.down, a.ffn.packed_down) = both(D, I, Order::neurons);
     a.ffn.kept = b.ffn.kept = I;
+    a.copies.worth = worth.data(), a.copies.keep = chosen;
     packed.layers.push_back(a), dense.layers.push_back(b);
   }
   std::vector<float> cosine(S, 0.8f), sine(S, 0.6f);
@@ -461,7 +514,8 @@ void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I) 
   float most = 0;
   for (float one : exact) most = std::max(most, std::fabs(one));
   std::vector<double> wanted(exact.begin(), exact.end()), sizes(exact.size(), most);
-  near("steps", alone, wanted, sizes, 0.15);  // inputs of 8 bits, through two random layers
+  if (!chosen || chosen == I)
+    near("steps", alone, wanted, sizes, 0.15);  // inputs of 8 bits, through two random layers
   for (int64_t m = 0; m < 3; ++m) {
     Values single = run(packed, 1, m, 1);
     for (int64_t at = 0; at < capacity; ++at)
@@ -469,6 +523,7 @@ void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I) 
   }
   near("rows", alone, wanted, sizes, 1e-5);
 
+  if (chosen) return;
   auto read = [&](int64_t members) {  // the same three texts as a prompt
     std::vector<float> turns_cosine, turns_sine;
     for (int64_t i = 0; i < capacity; ++i) {
@@ -559,10 +614,13 @@ int main() {
       exact(*k, name, 101, each == 32 ? 160 : each);
       for (Act act : {Act::silu, Act::gelu, Act::gelu_tanh, Act::relu, Act::relu2})
         for (bool odd : {false, true}) ffns(*k, name, each == 32 ? 96 : each, each, act, odd);
+      for (int64_t width : {each, 3 * each})
+        for (bool some : {false, true}) own_choices(*k, name, each == 32 ? 96 : each, width, some);
     }
     for (const char* name : {"q8_0", "q4_0", "q4_1", "q5_0", "q5_1"}) {
       about = std::string(kind) + " " + name + " steps";
       steps(*k, name, 96, 8, 160), steps(*k, name, 32, 24, 32);
+      for (int64_t chosen : {1, 40, 160}) steps(*k, name, 96, 8, 160, chosen);
     }
     about = std::string(kind) + " q4_k steps";
     steps(*k, "q4_k", 256, 64, 256);

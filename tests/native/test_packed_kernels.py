@@ -13,6 +13,7 @@ from dart_llm.models.gguf import BLOCKS, ROUNDED
 from dart_llm.models.packed import ORDERS, pack
 from dart_llm.native.build import ops
 from dart_llm.patching.executors.native_ffn import ACTS
+from dart_llm.pruning.token_level import contribution_estimate, winner_places
 from packed_cases import KINDS, SMALL, differ, drawn_blocks, kernels, packed, rounded
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -155,6 +156,40 @@ def test_ffn(inner, outer, gated, kind):
             kept = rounded(kept, 16 if outer == "q6_k" else 32)
             # a level may fall to the other side where an activation is near the middle
             assert differ(z, kept, dense_down.t()) < 4e-3, act
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("some", [True, False])
+@pytest.mark.parametrize("name", ["q8_0", "q4_1", "q5_0"])
+def test_tokens_choose_by_their_activations(name, some, gated, kind):
+    """Each row its own, out of all neurons or of candidates; the others stand at their mean."""
+    hidden, width = 96, 352
+    order = "rows" if some else "tiles"
+    (up, dense_up), (gate, dense_gate) = (
+        packed(name, width, hidden, order, seed=s) for s in (0, 1)
+    )
+    down, dense_down = packed(name, hidden, width, "neurons", seed=2)
+    x, biases, worth = drawn(3, hidden), drawn(2, width, seed=1), drawn(width, seed=3).abs()
+    candidates = torch.arange(3, width, 2) if some else torch.arange(width)
+    near = rounded(x)
+    u = near @ dense_up.double().t() + biases[1]
+    u = F.silu(near @ dense_gate.double().t() + biases[0]) * u if gated else F.silu(u)
+    for keep, mean in ((100, None), (1, drawn(width, seed=4) / 9), (len(candidates), None)):
+        numbers = [hidden, 4, 32, keep]
+        choice = torch.classes.dart_llm.Choice(None, None, None, None, worth, mean, numbers)
+        gates = (gate, biases[0]) if gated else (None, None)
+        ids = candidates.int() if some else None
+        given = gates[0], up, down, gates[1], biases[1], ids, None, None, None, choice, 0
+        with kernels(kind):
+            found = ops().packed_ffn(x, *given)
+            single = ops().packed_ffn(x[1:2], *given)
+        places = winner_places(contribution_estimate(u, worth)[:, candidates], keep)
+        kept = torch.zeros_like(u)
+        winners = candidates[places]
+        kept.scatter_(1, winners, (u if mean is None else u - mean).gather(1, winners))
+        assert differ(found, rounded(kept), dense_down.t()) < 4e-3  # a level beside the middle
+        assert torch.equal(found[1:2], single)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -216,6 +216,7 @@ def test_no_kernel_is_said_to_have_read_less(executor):
     [
         ({"rule": "gate", "inputs": 0.5}, 'token rule "gate" reads no copies'),
         ({"rule": "inputs", "candidates": 0.5}, 'token rule "inputs" reads no copies'),
+        ({"rule": "up", "proxy": "copies"}, 'token rule "up" reads no copies'),
         ({"rule": "up", "weighted": True}, 'token rule "up" chooses neurons'),
         ({"attention": True}, 'token rule "copies" chooses neurons'),
         ({"inputs": 0}, "inputs 0 must be more than 0"),

@@ -267,9 +267,9 @@ class ModelPatch(NotCopied):
         call = self.loop.call(seen) if self.loop else bare_call(seen, self.forced_decode > 0)
         if call.kind is Kind.PREFILL:  # not at every token: it takes as long as a layer
             self._watch.look()
-            if self.controller.config.token and self._token:
-                config = self.controller.config
-                say_slower(config.method, self._token, self.executor, self.rows)
+            token, config = self.layers[0].token, self.controller.config
+            if config.token and token is not None:
+                say_slower(config.method, token, self.executor, self.rows)
         if self.forced_prompt:
             call = dataclasses.replace(call, kind=Kind.DECODE, observable=None)
         self._decodes = call.kind is Kind.DECODE

@@ -15,6 +15,7 @@ from dart_llm.patching.changes import Changes
 from dart_llm.patching.executors.native_ffn import Layout, NativeFfn
 from dart_llm.patching.executors.token_ffn import InputsFfn, TokenFfn, by_row
 from dart_llm.patching.executors.torch_ffn import CompactFfn, run_masked, stacked
+from dart_llm.pruning.accounting import most_rows
 from dart_llm.pruning.compensation import LowRank
 from dart_llm.pruning.controller import PruningController
 from dart_llm.pruning.forward import ForwardPlan, bare
@@ -174,10 +175,13 @@ class PatchedFFN:
     def _compacts(self, x: Tensor, mask: LayerMask) -> bool:
         if self.context.executor == "masked" or not self.by_weights:
             return False
-        several = x.numel() > x.shape[-1]  # tokens, which together would read most neurons
         if isinstance(mask, TokenMask):
-            native = isinstance(self.kept, NativeFfn) and self.kept.chooses
-            if several or not native:
+            kept = self.kept
+            if not isinstance(kept, NativeFfn) or not kept.chooses:
+                return False
+            # several tokens together would read most neurons
+            most = min(self.context.rows, most_rows("native", kept.by_weights))
+            if x.numel() > most * x.shape[-1]:
                 return False
         # the copies are not parameters: gradients must go through the weights themselves
         return not torch.is_grad_enabled() or not (

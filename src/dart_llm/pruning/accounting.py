@@ -18,7 +18,7 @@ from dart_llm.pruning.config import TokenConfig
 from dart_llm.pruning.records import HeadReport, LayerStat, RunReport, SequenceReport
 from dart_llm.pruning.sequence import SequenceState
 from dart_llm.pruning.token_level import SCALE_BYTES, TokenMask, candidate_count, input_count
-from dart_llm.pruning.weights import FfnWeights
+from dart_llm.pruning.weights import FfnWeights, in_blocks
 
 IF_COMPACT = "if compact"
 """Stands for an executor that reads each forward's winners once, from where they lie."""
@@ -28,6 +28,13 @@ STEP_ROWS = 8
 
 READ_WINNERS = {"native": 1, "slim": STEP_ROWS}
 """Executors that read the winners of a token alone, and of how many rows; all else is dense."""
+
+
+def most_rows(executor: str, by_weights: bool) -> int:
+    """As ``READ_WINNERS``; ``by_weights``: weights in blocks stand for copies of themselves."""
+    known = READ_WINNERS.get(executor, 0)
+    return STEP_ROWS if known and by_weights else known
+
 
 NORM_BYTES = 4
 
@@ -42,7 +49,8 @@ class TokenCosts:
     ``copies``: per token and layer with C candidates the product with the low-bit copies counts
     like one with the dense gate and up, and the ranking C log2 C; of bytes, the copies' rows with
     their scales, and 4 per candidate for norm(w).  Copies that are read at some of the inputs are
-    read with all of their scales.  ``gate``, ``up``: that projection of the neurons that lose.
+    read with all of their scales; where weights in blocks rank themselves, gate and up of the
+    candidates that lose, and as many norms.  ``gate``, ``up``: that projection of the losers.
     ``inputs``: the ranking of each matrix's inputs, and 4 bytes for each norm that weighs.
     """
 
@@ -75,7 +83,9 @@ class TokenCosts:
         total = 0.0
         for count, keep, done, layer in self._choosing(kept, computed):
             ranking: float = count * count.bit_length()
-            if self.config.rule == "copies":
+            if self._by_weights(layer):
+                ranking += 2 * layer.hidden * _matrices(layer) * max(0, count - done)
+            elif self.config.rule == "copies":
                 inputs = math.ceil(self.config.inputs * layer.hidden)
                 ranking = count * (2 * inputs * _matrices(layer) + count.bit_length())
                 if inputs < layer.hidden:
@@ -96,7 +106,10 @@ class TokenCosts:
         """
         total = 0.0
         for count, keep, done, layer in self._choosing(kept, read):
-            if self.config.rule == "copies":
+            if self._by_weights(layer):
+                whole = sum(stored_bytes(m) for m in (layer.stored_up, layer.gate) if m is not None)
+                total += whole * max(0, count - done) / layer.width + NORM_BYTES * count
+            elif self.config.rule == "copies":
                 total += count * (_matrices(layer) * self._row_bytes(layer.hidden) + NORM_BYTES)
             elif self.config.rule == "inputs":
                 norms = _matrices(layer) * layer.hidden + layer.width
@@ -117,6 +130,9 @@ class TokenCosts:
         for one in zip(ranked, kept, done, self.layers, strict=True):
             if one[0]:
                 yield one
+
+    def _by_weights(self, layer: FfnWeights) -> bool:
+        return self.config.by_weights(in_blocks(layer.stored_up))
 
     def _row_bytes(self, inputs: int) -> int:
         groups = math.ceil(inputs / self.config.group)
@@ -140,7 +156,8 @@ class TokenCosts:
         """
         widths = [layer.width for layer in self.layers]
         once = self.chosen_once(kept)
-        most = READ_WINNERS.get(executor, 0) if self.config.native else 0
+        own = all(map(self._by_weights, self.layers))
+        most = most_rows(executor, own) if self.config.native else 0
         if executor == IF_COMPACT or tokens <= rows <= most:
             read = [
                 k if one else min(width, math.ceil(k * tokens))
@@ -154,8 +171,7 @@ class TokenCosts:
 
 def stored_bytes(matrix: Tensor, width: int | None = None) -> float:
     """Bytes of a matrix as it is stored, or with ``width`` per weight where it is not in blocks."""
-    in_blocks = matrix.nbytes != matrix.numel() * matrix.element_size()
-    return matrix.nbytes if width is None or in_blocks else matrix.numel() * width
+    return matrix.nbytes if width is None or in_blocks(matrix) else matrix.numel() * width
 
 
 def _matrices(layer: FfnWeights) -> int:

@@ -190,7 +190,9 @@ class TokenConfig(Part):
 
     ``rule``: what chooses.  ``copies``: low-bit copies of gate and up rank the neurons, ``bits`` (4
     or 8) per weight and ``group`` inputs per scale, read at the share ``inputs`` of the inputs,
-    those with the largest magnitudes, (0, 1].  ``gate``, ``up``: that projection itself, read
+    those with the largest magnitudes, (0, 1].  ``proxy``: ``auto`` makes no copies where gate and
+    up lie in low-bit blocks and all inputs count: these themselves rank the neurons, ``copies``
+    always makes them.  ``gate``, ``up``: that projection itself, read
     whole.  ``inputs``: no neuron is ranked; each matrix is read at its own largest inputs, gate and
     up at those of x, down at those of u.  ``candidates``: fraction of each layer's neurons, by the
     sequence's scores, out of which copies choose, (0, 1]; None: all.  ``weighted``: with rule
@@ -199,6 +201,7 @@ class TokenConfig(Part):
     """
 
     rule: Literal["copies", "gate", "up", "inputs"] = "copies"
+    proxy: Literal["auto", "copies"] = "auto"
     bits: Literal[4, 8] = 4
     group: AtLeast1 = 32
     inputs: Share = 1.0
@@ -208,14 +211,21 @@ class TokenConfig(Part):
 
     @model_validator(mode="after")
     def _check(self) -> TokenConfig:
-        if self.rule != "copies" and (self.inputs != 1 or self.candidates is not None):
-            raise ConfigError(f'token rule "{self.rule}" reads no copies: drop inputs, candidates')
+        copied = self.inputs != 1 or self.candidates is not None or self.proxy != "auto"
+        if self.rule != "copies" and copied:
+            raise ConfigError(
+                f'token rule "{self.rule}" reads no copies: drop inputs, candidates, proxy'
+            )
         if self.rule != "inputs" and (self.weighted or self.attention):
             raise ConfigError(
                 f'token rule "{self.rule}" chooses neurons: weighted and attention belong to rule '
                 '"inputs"'
             )
         return self
+
+    def by_weights(self, blocks: bool) -> bool:
+        """Whether weights, in ``blocks`` of low bits or not, stand for copies of themselves."""
+        return self.native and self.proxy == "auto" and blocks
 
     @property
     def native(self) -> bool:

@@ -360,5 +360,7 @@ def _choice(token: TokenConfig) -> str:
     if token.rule != "copies":
         return f"winners of every token by the exact {token.rule}"
     copies = f"{token.bits}-bit copies in groups of {token.group}"
+    if token.by_weights(blocks=True):
+        copies += ", or by weights that are in blocks themselves"
     at = "" if token.inputs == 1 else f", read at {token.inputs:.0%} of the inputs"
     return f"winners of every token by {copies}{at}"

@@ -129,6 +129,11 @@ def reach_of(down: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return high, total / len(rows)
 
 
+def in_blocks(matrix: Tensor) -> bool:
+    """Whether a matrix is stored in low-bit blocks, and not in its dtype."""
+    return int(matrix.nbytes) != matrix.numel() * matrix.element_size()
+
+
 def norms_of(matrix: Tensor, dim: int, order: float = 2) -> Tensor:
     """Norms of a matrix's columns (``dim`` 0) or rows (1), float32, from sums at least as wide."""
     wide = torch.promote_types(matrix.dtype, torch.float32)

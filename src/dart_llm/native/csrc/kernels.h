@@ -44,13 +44,15 @@ struct Ffn {
 
 // Low-bit copies of gate and up, by which a token chooses its neurons.  Of 4 bits: byte j of a row
 // holds level + 8 of input j in its low bits and of input j + (D + 1) / 2 in its high ones; of 8:
-// levels as int8.
+// levels as int8.  `up` null: there are none, and the activations themselves choose.
 struct Copies {
   const uint8_t *gate, *up;                 // [I, (D + 1) / 2 or D]; gate null: a plain FFN
   const uint16_t *gate_scales, *up_scales;  // bfloat16 [I, D / group, rounded up]
   const float* worth;                       // [I]: of a unit of activation
   int64_t bits, group;
   int64_t keep;  // neurons of one token; 0: no token chooses
+
+  bool own() const { return keep && !up; }
 };
 
 constexpr int64_t QUERIES = 16;  // of a prompt that attend together, at most
@@ -88,6 +90,9 @@ struct Kernels {
   // copies; x is one vector.
   void (*estimate)(Dtype, const Copies&, const Ffn&, const Input&, int64_t begin, int64_t end,
                    float* strength);
+  // The k largest of n values that are not negative, as ascending places: [k], with room for n.  Ties
+  // go to the lower place; not-a-number is the largest, as torch sorts.
+  void (*strongest)(const float* values, int64_t n, int64_t k, int32_t* places);
   // to[f, d] = sum over k of rows[ids[k], d] factors[k, f] for begin <= d < end; rows: [., size].
   void (*fold)(Dtype, const void* rows, const int32_t* ids, int64_t n, int64_t size,
                const float* factors, int64_t count, int64_t begin, int64_t end, float* to);

@@ -454,7 +454,51 @@ void add_at(Dtype dtype, const void* bias, const int32_t* ids, int64_t n, float*
   DART_BY_DTYPE(for (int64_t i = 0; i < n; ++i) y[i] += wide(static_cast<const T*>(bias)[ids[i]]))
 }
 
+// Floats that are not negative are ordered as their bits are.  One kind of not-a-number: they tie too.
+inline int32_t order_of(float value) {
+  return std::min(int32_t(to_bits(value) & 0x7fffffffu), 0x7f800001);
+}
+
+void strongest(const float* values, int64_t n, int64_t k, int32_t* places) {
+  // fewer than k, `above`, reach `high`; k at least, `below`, reach `low`
+  int32_t low = 0x7f800001, high = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    int32_t order = places[i] = order_of(values[i]);
+    low = std::min(low, order), high = std::max(high, order);
+  }
+  high += 1;
+  auto count = [&](int32_t least) {
+    int32_t found = 0;
+    for (int64_t i = 0; i < n; ++i) found += places[i] >= least;
+    return int64_t(found);
+  };
+  int64_t above = 0, below = n, width;
+  for (bool guess = true; above < k && (width = int64_t(high) - low) > 1; guess = !guess) {
+    // as if they lay evenly between the two; every other time the half, for they may not
+    int64_t step = guess ? width * (below - k) / (below - above) : width / 2;
+    int32_t middle = low + int32_t(std::min(std::max<int64_t>(step, 1), width - 1));
+    int64_t found = count(middle);
+    if (found > k) low = middle, below = found;
+    else high = middle, above = found;
+  }
+  int64_t rest = k - above, to = 0;  // of those that tie at `low`
+  if (rest == 0) {
+    for (int64_t i = 0; i < n; ++i) {
+      bool taken = places[i] >= high;  // without a branch: nobody could foretell it
+      places[to] = int32_t(i);
+      to += taken;
+    }
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    bool tied = places[i] == low && rest > 0, taken = tied || places[i] >= high;
+    rest -= tied;
+    places[to] = int32_t(i);
+    to += taken;
+  }
+}
+
 #include "packed_body.h"
 #include "prompt_body.h"
 
-const Kernels table = {NAME, matvec, ffn, low_rank, estimate, fold, attend, attend_some, round, widen, add, add_at, packed_table};
+const Kernels table = {NAME, matvec, ffn, low_rank, estimate, strongest, fold, attend, attend_some, round, widen, add, add_at, packed_table};

@@ -142,7 +142,8 @@ dart::Ffn read_ffn(const MaybeTensor& gate, const Tensor& up, const Tensor& down
   return f;
 }
 
-// By what the tokens of one FFN choose `keep` of its neurons: see Copies in kernels.h.
+// By what the tokens of one FFN choose `keep` of its neurons: see Copies in kernels.h.  Without `up`
+// by their activations, of packed matrices alone.
 struct Choice : torch::CustomClassHolder {
   dart::Copies copies{};
   const float* mean;  // [I], or null: what the others stand at
@@ -150,26 +151,24 @@ struct Choice : torch::CustomClassHolder {
   std::vector<Tensor> held;  // keeps what is pointed at alive
 
   // numbers: D, bits, group, keep; gate, gate_scales: None in a plain FFN.
-  Choice(const MaybeTensor& gate, const MaybeTensor& gate_scales, const Tensor& up,
-         const Tensor& up_scales, const Tensor& worth, const MaybeTensor& mean_,
+  Choice(const MaybeTensor& gate, const MaybeTensor& gate_scales, const MaybeTensor& up,
+         const MaybeTensor& up_scales, const Tensor& worth, const MaybeTensor& mean_,
          std::vector<int64_t> numbers)
       : mean(static_cast<const float*>(data(mean_, at::kFloat))),
-        width(up.size(0)),
+        width(worth.numel()),
         inputs(numbers.at(0)) {
     int64_t bits = numbers.at(1), group = numbers.at(2), keep = numbers.at(3);
     auto type = bits == 8 ? at::kChar : at::kByte;
+    auto fits = [&](const MaybeTensor& t, int64_t columns) {
+      return !t || (t->dim() == 2 && t->size(0) == width && t->size(1) == columns);
+    };
+    int64_t each = bits == 8 ? inputs : (inputs + 1) / 2, groups = group > 0 ? (inputs + group - 1) / group : 0;
     TORCH_CHECK((bits == 4 || bits == 8) && group > 0 && keep > 0 && keep <= width &&
-                    gate.has_value() == gate_scales.has_value() && worth.numel() == width &&
-                    (!mean_ || mean_->numel() == width),
+                    gate.has_value() == gate_scales.has_value() &&
+                    up.has_value() == up_scales.has_value() && (up || !gate) &&
+                    (!mean_ || mean_->numel() == width) && fits(gate, each) && fits(up, each) &&
+                    fits(gate_scales, groups) && fits(up_scales, groups),
                 "native: these copies have another shape");
-    for (const auto* levels : {gate ? &*gate : &up, &up})
-      TORCH_CHECK(levels->dim() == 2 && levels->size(0) == width &&
-                      levels->size(1) == (bits == 8 ? inputs : (inputs + 1) / 2),
-                  "native: these copies have another shape");
-    for (const auto* scales : {gate ? &*gate_scales : &up_scales, &up_scales})
-      TORCH_CHECK(scales->dim() == 2 && scales->size(0) == width &&
-                      scales->size(1) == (inputs + group - 1) / group,
-                  "native: these copies have another shape");
     copies = {static_cast<const uint8_t*>(data(gate, type)),
               static_cast<const uint8_t*>(data(up, type)),
               static_cast<const uint16_t*>(data(gate_scales, at::kBFloat16)),
@@ -178,15 +177,15 @@ struct Choice : torch::CustomClassHolder {
               bits,
               group,
               keep};
-    for (const auto& t : {gate, gate_scales, MaybeTensor(up), MaybeTensor(up_scales),
-                          MaybeTensor(worth), mean_})
+    for (const auto& t : {gate, gate_scales, up, up_scales, MaybeTensor(worth), mean_})
       if (t) held.push_back(*t);
   }
 
   // The copies of an FFN of I neurons of D inputs, whose tokens choose out of f.kept.
   const dart::Copies& of(const dart::Ffn& f, int64_t neurons, int64_t hidden) const {
     TORCH_CHECK(width == neurons && inputs == hidden && copies.keep <= f.kept &&
-                    (copies.gate == nullptr) == (!f.gate && !f.packed_gate),
+                    (copies.own() ? bool(f.packed_up)
+                                  : (copies.gate == nullptr) == (!f.gate && !f.packed_gate)),
                 "native: these copies are of another FFN");
     return copies;
   }
@@ -246,7 +245,7 @@ using Packs = c10::intrusive_ptr<dart::PackedMatrix>;
 // or copies of the neurons `ids`.
 void check_packed(const dart::Packed* gate, const dart::Packed& up, const dart::Packed& down,
                   int64_t width, int64_t hidden, const MaybeTensor& ids, const MaybeChoice& choice) {
-  bool kept = down.kept, some = ids || choice;
+  bool kept = down.kept, some = ids || (choice && !(*choice)->copies.own());
   int64_t count = kept && ids ? ids->numel() : width;
   auto fits = [&](const dart::Packed& one, bool neurons) {
     return (one.order == dart::Order::neurons) == neurons && one.rows == count &&
@@ -258,7 +257,8 @@ void check_packed(const dart::Packed* gate, const dart::Packed& up, const dart::
               "native: neurons here and there are read of rows alone");
 }
 
-// As `ffn`, on packed matrices: gate (None in a plain FFN) and up of rows, down of neurons.
+// As `ffn`, on packed matrices: gate (None in a plain FFN) and up of rows, down of neurons.  With a
+// choice by activations M may be any number.
 Tensor packed_ffn(const Tensor& x, const std::optional<Packs>& gate, const Packs& up, const Packs& down,
                   const MaybeTensor& gate_bias, const MaybeTensor& up_bias, const MaybeTensor& ids,
                   const MaybeTensor& bias, const MaybeTensor& basis, const MaybeTensor& features,
@@ -281,14 +281,14 @@ Tensor packed_ffn(const Tensor& x, const std::optional<Packs>& gate, const Packs
   f.act = dart::Act(act);
   dart::Copies copies{};
   if (choice) {
-    TORCH_CHECK(count == 1, "native: tokens choose one at a time");
     copies = (*choice)->of(f, width, hidden);
+    TORCH_CHECK(count == 1 || copies.own(), "native: tokens choose one at a time");
     f.mean = (*choice)->mean;
   }
   const float* add = static_cast<const float*>(data(bias, at::kFloat));
   Tensor wide = x.to(at::kFloat);
   const dart::Kernels& kernels = best();
-  std::vector<float> strength(choice ? f.kept : 0);
+  std::vector<float> strength(choice ? size_t(count * f.kept) : 0);
   std::vector<int32_t> chosen(strength.size());
   dart::RoundedRows rounded(kernels, wide.const_data_ptr<float>(), count, hidden);
   std::vector<float> u(size_t(count * f.kept));
@@ -301,19 +301,23 @@ Tensor packed_ffn(const Tensor& x, const std::optional<Packs>& gate, const Packs
   together([&](int64_t) {
     dart::Worker team(jobs);
     dart::Ffn own = f;
-    if (choice)
+    if (choice && !copies.own())
       dart::choose(team, kernels, dtype, copies, given, own, strength.data(), chosen.data());
     team.in_parts(dart::PARTS, [&](int64_t one, int64_t number) {
       dart::Span span = dart::part(own.kept, one, number, dart::GROUP);
       for (int64_t m = 0; m < count; ++m)
         dart::packed_hidden(kernels, dtype, own, rounded.view().at(m), span.begin, span.end,
-                            u.data() + m * own.kept);
+                            u.data() + m * f.kept);
     });
     team.finish();
+    if (copies.own())
+      dart::choose_by_activations(team, kernels, copies, count, own, u.data(), f.kept, strength.data(),
+                                  chosen.data());
     team.in_parts(dart::PARTS, [&](int64_t one, int64_t number) {
       dart::Span span = dart::part(own.kept, one, number, dart::GROUP);
-      for (int64_t m = 0; m < count; ++m)
-        dart::packed_output(kernels, own, u.data() + m * own.kept, span.begin, span.end,
+      dart::Ffn of_row = own;
+      for (int64_t m = 0; m < count; ++m, of_row.ids += copies.own() ? f.kept : 0)
+        dart::packed_output(kernels, of_row, u.data() + m * f.kept, span.begin, span.end,
                             parts.mutable_data_ptr<float>() + (one * count + m) * columns,
                             scratch.mutable_data_ptr<int32_t>() + one * columns);
       span = dart::part(own.rank, one, number, 1);
@@ -709,7 +713,7 @@ TORCH_LIBRARY(dart_llm, library) {
   dart::register_packed(library);
   dart::register_head(library);
   library.class_<Choice>("Choice")
-      .def(torch::init<const MaybeTensor&, const MaybeTensor&, const Tensor&, const Tensor&,
+      .def(torch::init<const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
                        const Tensor&, const MaybeTensor&, std::vector<int64_t>>());
   library.def("linear", linear);
   library.def("ffn", ffn);

@@ -15,7 +15,7 @@ inline void packed_hidden(const Kernels& kernels, Dtype dtype, const Ffn& f, con
     n = std::min(end - begin, MOST);
     float gate[MOST], up[MOST];
     const int32_t* ids = f.ids ? f.ids + begin : nullptr;
-    const int32_t* rows = f.packed_down->kept ? nullptr : ids;  // of the matrices
+    const int32_t* rows = f.packed_up->kept ? nullptr : ids;  // of the matrices
     auto add = [&](const void* bias, float* to) {
       if (!bias) return;
       if (ids) kernels.add_at(dtype, bias, ids, n, to);

@@ -17,7 +17,7 @@ from dart_llm.models.ffn import FfnBlock, matrix_of
 from dart_llm.models.packed import PackedTensor
 from dart_llm.native.build import ops
 from dart_llm.native.memory import RESERVE, Span, available, private_maps
-from dart_llm.patching.executors.token_ffn import TokenFfn
+from dart_llm.patching.executors.token_ffn import OwnFfn, TokenFfn
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.token_level import TokenMask
 
@@ -273,6 +273,11 @@ class NativeFfn:
         """Whether the kernels choose a token's neurons as its method does."""
         return self.token is not None and self.token.config.native
 
+    @property
+    def by_weights(self) -> bool:
+        """Whether they choose by the activations of all neurons, read as a whole."""
+        return isinstance(self.token, OwnFfn)
+
     def everything(self) -> KernelMask:
         """All neurons."""
         bias = self.down_bias
@@ -302,9 +307,9 @@ class NativeFfn:
 
         Rows here and there take the machine more than their bytes, so that what a mask keeps for
         many tokens is copied, where memory is left for it; what each token chooses is read where
-        it lies, row by row.
+        it lies, row by row: of the down projection alone where all activations choose.
         """
-        if not self._packs or (ids is None and not chosen):
+        if not self._packs or (ids is None and (not chosen or self.by_weights)):
             self._copies = ()
             return self._packs
         copied = not chosen and ids is not None and (bool(self._copies) or self._fits(ids))
@@ -330,19 +335,17 @@ class NativeFfn:
         return sum(one.nbytes * rows // self.block.down_width + PADDING for one in parts)
 
     def _choice(self, mask: TokenMask) -> Any:
-        """What the kernels read to choose ``mask.winners`` neurons by the low-bit copies."""
+        """What the kernels read to choose ``mask.winners`` neurons."""
         assert self.token is not None
-        copies, mean = self.token.copies, mask.mean
-        up, gate = copies[-1], copies[0] if len(copies) == 2 else None
+        copies, mean, config = self.token.copies, mask.mean, self.token.config
         worth = self.token.norms if mask.worth is None else mask.worth
+        parts = [part for copy in copies for part in (copy.levels, copy.scales)]
         return torch.classes.dart_llm.Choice(
-            None if gate is None else gate.levels,
-            None if gate is None else gate.scales,
-            up.levels,
-            up.scales,
+            *([None] * (4 - len(parts))),
+            *parts,
             worth.float().contiguous(),
             None if mean is None else mean.float().contiguous(),
-            [up.inputs, up.bits, up.group, mask.winners],
+            [self.up.shape[1], config.bits, config.group, mask.winners],
         )
 
     def run(self, x: Tensor) -> Tensor:

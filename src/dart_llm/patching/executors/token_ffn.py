@@ -1,7 +1,7 @@
 """One FFN block under token-level selection: each token chooses, the model's weights compute.
 
-``TokenFfn`` ranks neurons by low-bit copies; ``ExactFfn`` by a projection that is read whole;
-``InputsFfn`` ranks no neurons, but the inputs of each matrix.
+``TokenFfn`` ranks neurons by low-bit copies; ``OwnFfn`` by their activations; ``ExactFfn`` by a
+projection that is read whole; ``InputsFfn`` ranks no neurons, but the inputs of each matrix.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dart_llm.errors import ConfigError
 from dart_llm.models.ffn import FfnBlock, matrix_of
 from dart_llm.patching.executors.torch_ffn import Project, stacked
-from dart_llm.pruning.accounting import READ_WINNERS, STEP_ROWS
+from dart_llm.pruning.accounting import READ_WINNERS, STEP_ROWS, most_rows
 from dart_llm.pruning.config import TokenConfig
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.token_level import (
@@ -31,18 +31,18 @@ from dart_llm.pruning.token_level import (
     squared_error,
     winner_places,
 )
-from dart_llm.pruning.weights import norms_of
+from dart_llm.pruning.weights import in_blocks, norms_of
 
 logger = logging.getLogger("dart_llm")
 
 
-def say_slower(method: str, token: TokenConfig, executor: str, rows: int) -> None:
+def say_slower(method: str, token: TokenFfn, executor: str, rows: int) -> None:
     """Say once where tokens that choose their neurons take longer than all neurons would."""
-    if not token.native:
+    if not token.config.native:
         _say_reference(method)
     elif executor not in READ_WINNERS:
         _say_slower(method, f"under executor {executor}")
-    elif rows > READ_WINNERS[executor]:
+    elif rows > most_rows(executor, isinstance(token, OwnFfn)):
         _say_slower(method, f"in a batch of several rows under executor {executor}")
 
 
@@ -105,15 +105,22 @@ class TokenFfn:
         return act(made[0]) if len(made) == 1 else act(made[0]) * made[1]
 
     def strengths(self, x: Tensor, mask: TokenMask) -> Tensor:
-        """What each candidate is ranked by, [..., n].  x: [..., D]."""
+        """What each candidate is ranked by, [..., n].  x: what ``ranks`` says, [..., D or I]."""
         ids = mask.candidates
         worth = self.norms if mask.worth is None else mask.worth
         worth = worth if ids is None else worth[ids]
         return contribution_estimate(self.estimate(x, ids), worth)
 
+    def ranks(self, fed: Tensor, u: Tensor) -> Tensor:
+        """What the choice is made by: the input [..., D] or the activations u [..., I]."""
+        return fed
+
     @torch.no_grad()
     def winners(self, x: Tensor, mask: TokenMask) -> Tensor:
-        """Ids of the neurons that each token keeps, ascending, [..., k] int64.  x: [..., D]."""
+        """Ids of the neurons that each token keeps, ascending, [..., k] int64.
+
+        x: as of ``strengths``.
+        """
         ids = mask.candidates
         places = winner_places(self.strengths(x, mask), mask.winners)
         return places if ids is None else ids[places]
@@ -126,10 +133,10 @@ class TokenFfn:
         x: [B, T, .], what the host is given; fed: [B, T, D], what the input projections are given
         (the same, but for OPT).  ``masks``: one for all rows, or one per row.
         """
-        keep = by_row(self._keep, fed, masks).to(x.dtype)
         mean = stacked([m.mean if isinstance(m, TokenMask) else None for m in masks])
         bias = stacked([None if m is None else m.bias for m in masks])
         u = self.block.hidden(x)
+        keep = by_row(self._keep, self.ranks(fed, u), masks).to(x.dtype)
         z = project((u if mean is None else u - mean[:, None].to(x)) * keep)
         return u, (z if bias is None else z + bias[:, None].to(x))
 
@@ -146,6 +153,23 @@ class TokenFfn:
     def nbytes(self) -> int:
         norms: int = self.norms.numel() * self.norms.element_size()
         return norms + sum(copy.nbytes() for copy in self.copies)
+
+
+class OwnFfn(TokenFfn):
+    """Weights in low-bit blocks stand for copies of themselves: u itself ranks the neurons."""
+
+    def _prepare(self) -> None:
+        self.copies, self.error = (), []
+        with torch.inference_mode(False):
+            *_, down = self.block.matrices()
+            self.norms = norms_of(down.detach(), 0)
+
+    def estimate(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
+        """u [..., n] float32 of the neurons ``ids``; x: u of all of them."""
+        return (x if ids is None else x[..., ids]).float()
+
+    def ranks(self, fed: Tensor, u: Tensor) -> Tensor:
+        return u
 
 
 class ExactFfn(TokenFfn):
@@ -221,7 +245,9 @@ KINDS: Mapping[str, type[TokenFfn]] = {"copies": TokenFfn, "inputs": InputsFfn}
 
 def token_ffn(block: FfnBlock, config: TokenConfig) -> TokenFfn:
     """What the rule of ``config`` makes of one block; raises ``ConfigError``, see ``TokenFfn``."""
-    return KINDS.get(config.rule, ExactFfn)(block, config)
+    _, up, _ = block.matrices()
+    own = config.by_weights(in_blocks(up))
+    return (OwnFfn if own else KINDS.get(config.rule, ExactFfn))(block, config)
 
 
 def by_row(
