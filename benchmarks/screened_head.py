@@ -29,8 +29,7 @@ from dart_llm.data.passages import listed_prompts
 from dart_llm.data.prompts import encode_prompt
 from dart_llm.errors import ConfigError
 from dart_llm.models.loading import load
-from dart_llm.models.packed import PackedTensor
-from dart_llm.models.screen import Gaps, Screen, directions_of, divergence, rank_of
+from dart_llm.models.screen import Gaps, Screen, directions_of, divergence
 from dart_llm.pruning.config import PriorConfig, PruneConfig
 from dart_llm.session.run import Run
 
@@ -38,8 +37,6 @@ FORMATS = {"bfloat16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 """Bytes of one weight of a stored head."""
 
 SHARES = (0.10, 0.15, 0.20, 0.25, 0.30)
-GROUPS = 8
-"""Of directions, each with a norm of a row's error, in the bound of what screening can change."""
 
 
 def head_inputs(model: Any, ids: Tensor) -> Tensor:
@@ -207,33 +204,13 @@ def alternative_rows(
             yield row
 
 
-def error_norms(weight: Tensor, axes: Tensor, screen: Screen) -> Tensor:
-    """Norms [V, GROUPS] of what rough scores leave out of each row, by groups of directions."""
-    errors = F.linear(weight, axes)
-    errors[:, : screen.rows.shape[1]] -= plain(screen)
-    return torch.stack([part.norm(dim=1) for part in errors.chunk(GROUPS, 1)], 1)
-
-
-def provable(one: Seen, rough: Tensor, near: Tensor, norms: Tensor, axes: Tensor) -> float:
-    """Share of tokens whose best word no error of a rough score can have hidden.
-
-    |error of word i| <= sum over groups g of |its error's part in g| |h's part in g|.
-    """
-    parts = F.linear(one.states, axes).chunk(GROUPS, 1)
-    bound = rough + F.linear(torch.stack([part.norm(dim=1) for part in parts], 1), norms)
-    rest = bound.masked_fill_(near, -torch.inf).amax(-1)
-    best = one.full.masked_fill(~near, -torch.inf).amax(-1)
-    return float((best >= rest).float().mean())
-
-
 def greedy(
     weight: Tensor, screen: Screen, made: Sequence[Tensor], best: Sequence[tuple[Tensor, Tensor]]
 ) -> dict[str, float]:
     """Shares of whole answers and of tokens whose best word stays; and of rows read exactly."""
-    rows = plain(screen)
     same, count = [], 0.0
     for states, (score, word) in zip(made, best, strict=True):
-        rough = F.linear(F.linear(states, screen.basis), rows)
+        rough = screen.rough(states)
         near = screen.near(rough)
         rest = rough.masked_fill(near, -torch.inf).amax(-1)
         same.append(near.gather(1, word[:, None])[:, 0] & (rest < score))
@@ -247,7 +224,7 @@ def greedy(
 
 
 def shipped_rows(
-    weight: Tensor, own: Tensor, axes: Tensor, seen: dict[str, Seen], made: Sequence[Tensor]
+    weight: Tensor, own: Tensor, seen: dict[str, Seen], made: Sequence[Tensor]
 ) -> Iterator[dict[str, Any]]:
     """Of each stored format and share, where a screen fits."""
     words, hidden = weight.shape
@@ -255,32 +232,23 @@ def shipped_rows(
     best = [(one.values, one.indices) for one in best]
     for name, each in FORMATS.items():
         for share in SHARES:
+            stored = words * hidden * each
             try:
-                rank = rank_of(share, words, hidden, each * hidden)
+                screen = Screen.of(weight, own, share, stored)
             except ConfigError as error:
                 print(error)
                 continue
-            stored = words * hidden * each
-            screen = Screen.along(weight, axes[:rank], own, share, stored)
             fixed = screen.nbytes() / stored
             row: dict[str, Any] = {"kind": "shipped", "format": name, "share": share}
-            row |= {"rank": rank, "screen_bytes": fixed, "threshold": screen.threshold}
-            norms = error_norms(weight, axes, screen)
+            row |= {"rank": screen.keep, "screen_bytes": fixed, "threshold": screen.threshold}
             for text, one in seen.items():
-                rough = F.linear(F.linear(one.states, screen.basis), plain(screen))
+                rough = screen.rough(one.states)
                 near = screen.near(rough)
                 row[text] = one.losses(rough, near)
                 row[text]["bytes"] = fixed + float(near.float().mean())
-                row[text]["provable"] = provable(one, rough, near, norms, axes)
             row["greedy"] = greedy(weight, screen, made, best)
             row["greedy"]["bytes"] = fixed + row["greedy"].pop("rows")
             yield row
-
-
-def plain(screen: Screen) -> Tensor:
-    """Its rows [V, r], dequantised."""
-    rows = screen.rows
-    return rows.dequantise() if isinstance(rows, PackedTensor) else rows
 
 
 def line(row: dict[str, Any]) -> str:
@@ -291,7 +259,7 @@ def line(row: dict[str, Any]) -> str:
         one = row[text]
         cells.append(f"{text} {one['kl']:.5f} {one['same']:.4f}")
         if "bytes" in one:
-            cells.append(f"bytes {one['bytes']:.3f} provable {one['provable']:.3f}")
+            cells.append(f"bytes {one['bytes']:.3f}")
     if "greedy" in row:
         cells.append("greedy {texts:.2f} {tokens:.5f} bytes {bytes:.3f}".format(**row["greedy"]))
     return " | ".join(cells)
@@ -336,7 +304,7 @@ def main() -> None:
             for row in alternative_rows(weight, axes, seen, share):
                 rows.append(row)
                 print(line(row), flush=True)
-        for row in shipped_rows(weight, own, axes, seen, made):
+        for row in shipped_rows(weight, own, seen, made):
             rows.append(row)
             print(line(row), flush=True)
     counted = {"prompts": len(made), "greedy_tokens": sum(map(len, made)), "tokens": args.tokens}

@@ -108,7 +108,7 @@ def test_tokens_of_several_rows_choose_alike_everywhere(model, token):
     for executor in executors(packed):
         run, same, found = pruned(packed, ids, PROMPT, executor=executor, **settings)
         # where a choice hangs on rounding, as above, logits differ; those of most tokens do not
-        assert apart(found, masked) < 2 * ROUNDING, executor
+        assert apart(found, masked) < 4 * ROUNDING, executor
         most = (found - masked).abs().amax(-1).median() / masked.abs().max()
         assert most < 1e-3, executor
         assert all(same_masks(a[2], b[2]) for a, b in zip(masks, same, strict=True))

@@ -1,9 +1,12 @@
 """The native kernels alone: products, FFNs and folds against torch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from dart_llm.models.screen import Screen
 from dart_llm.native import build
 from dart_llm.patching.executors.native_ffn import ACTS, act_number
 from dart_llm.pruning.token_level import contribution_estimate, low_bit, winner_places
@@ -134,3 +137,35 @@ def test_fold(dtype, kind):
     with kernels(kind):
         found = build.ops().fold(rows, ids.int(), factors)
     assert apart(found.t(), rows[ids].double().t() @ factors.double()) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("words", "size", "keep"), [(5000, 72, 40), (4096, 64, 64), (9, 40, 33)])
+def test_a_screened_head(words, size, keep, dtype, kind):
+    """Rough scores by the largest directions, exact ones near the best; the likeliest of them."""
+    drawn = drawing(words, dtype)
+    weight, x, states = drawn(words, size), drawn(3, size), drawn(50, size)
+    screen = replace(Screen.of(weight, states, 1.0, 1e7), keep=keep, threshold=9.0)
+    rough = screen.rough(x)
+    near, full = screen.near(rough), F.linear(x, weight)
+    held = screen.basis, screen.levels, screen.by, keep
+    with kernels(kind):
+        found, exact = build.ops().screened_head(x, *held, weight, None, 9.0, None)
+        best, _ = build.ops().screened_head(x, *held, weight, None, 9.0, [0, 7])
+    # sums in another order may put a word on the other side of the threshold
+    assert all(abs(a - b) <= 2 for a, b in zip(exact, near.sum(1).tolist(), strict=True))
+    assert found.dtype == dtype
+    off = (found - torch.where(near, full, rough.to(dtype))).abs().float()
+    assert int((off > 2 * TOLERANCE[dtype] * float(full.abs().max())).sum()) <= 6
+    found[:, [0, 7]] = -torch.inf
+    assert best.tolist() == found.argmax(1).tolist()
+
+
+def test_a_screen_of_another_head_is_refused():
+    weight, x = torch.ones(100, 64), torch.ones(1, 64)
+    screen = Screen.of(torch.eye(64).repeat(2, 1), torch.eye(64), 4.0)
+    with pytest.raises(RuntimeError, match="this screen has another shape"):
+        build.ops().screened_head(
+            x, screen.basis, screen.levels[:, :32], screen.by, 64, weight, None, 1.0, None
+        )

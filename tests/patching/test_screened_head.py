@@ -14,9 +14,9 @@ from steps import apart, decode, generate
 from tiny import tiny, tokens
 
 PROMPT, IDS = 6, tokens(1, 14, seed=4)
-WORDS = 512
+WORDS = 2048
 OWN = {"sequences": 4, "length": 32, "opening": 0, "tokens": 0}
-SCREENED = {"sparsity": 0.0, "head": {"kind": "screened", "bytes": 0.6}, "prior": OWN}
+SCREENED = {"sparsity": 0.0, "head": {"kind": "screened", "bytes": 0.4}, "prior": OWN}
 
 
 def model_of(name="llama", dtype=torch.float32):
@@ -65,7 +65,8 @@ def test_kernels_compute_the_same(executor, dtype):
         assert run.patch.steps == (IDS.shape[1] - PROMPT if executor == "slim" else 0)
     # words at the threshold may be rough here and exact there, by the rounding of the inputs
     off = (found.float() - want.float()).abs() > (2e-2 if dtype == torch.float32 else 1e-1)
-    assert float(off.float().mean()) < 0.01
+    # and a direction may be read here and not there, by that of the states
+    assert float(off.float().mean()) < (0.01 if dtype == torch.float32 else 0.1)
     assert bool((found.argmax(-1) == want.argmax(-1)).all())
 
 
@@ -92,7 +93,7 @@ def test_a_packed_head_lies_by_rows_while_it_is_screened(rows):
         model,
         "griffin",
         executor="slim",
-        **{**SCREENED, "head": {"kind": "screened", "bytes": 0.95}},
+        **{**SCREENED, "head": {"kind": "screened", "bytes": 0.75}},
     ) as run:
         assert matrix.order() == "rows"
         found = decode(model, ids, PROMPT)
@@ -111,7 +112,7 @@ def test_texts_are_generated_and_the_report_says_what_they_cost():
     assert made.sequences.shape == (1, PROMPT + 40)
     assert head.tokens == 39 and head.sampled == 2  # the first and the 33rd
     looked = 2 / 39
-    assert 0.4 + looked < head.bytes_share < 0.9 + looked
+    assert 0.2 + looked < head.bytes_share < 0.7 + looked
     assert 0 <= head.same_share <= 1 and head.kl >= 0
     told = str(run.report())
     assert f"head screened at {head.bytes_share:.2f} of its bytes" in told
@@ -128,7 +129,8 @@ def test_every_32nd_token_is_looked_at():
         found = decode(model, IDS, PROMPT)
         decode(model, IDS, PROMPT)
         head = run.report().head
-        assert run.patch.head.nbytes() == run.patch.head.screen.nbytes()
+        screen = run.patch.head.screen
+        assert run.patch.head.nbytes() == 4 * 64 * 64 + 4096 * 64 // 2 + 4 * 4096 > screen.nbytes()
     assert len(states) == 8 and head.tokens == 16 and head.sampled == 1 < EVERY
     assert head.kl == pytest.approx(float(divergence(full, found)[0, PROMPT]), rel=1e-4)
 

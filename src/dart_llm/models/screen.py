@@ -1,8 +1,9 @@
 """A screened output head: rough scores of all words, exact ones for the few that can matter.
 
-The head's rows are written in the leading eigenvectors of E[h h'], where most of a hidden state h
-lies, and kept there in Q4_0.  Words whose rough score comes within a threshold of the best are
-scored again by the head itself; the others keep their rough scores.
+The head's rows are written in the eigenvectors of E[h h'], along which hidden states h lie, and
+kept there at 4 bits.  Every token reads only the directions in which its own state is large.  Words
+whose rough score comes within a threshold of the best are scored again by the head itself; the
+others keep their rough scores.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dart_llm.errors import ConfigError
-from dart_llm.models.packed import PackedTensor, pack
-from dart_llm.models.quantised import through
-from dart_llm.native.build import why_not
+from dart_llm.models.packed import PackedTensor
 
-BLOCK, BLOCK_BYTES = 32, 18
-"""Weights of a block of Q4_0, and its bytes."""
+RUN, UNIT, GROUP = 4096, 64, 32
+"""Words whose levels lie together; words of a unit; directions that are rounded together."""
+
+MIDDLE, LEVELS = 7.5, 16
+"""A weight is a scale times its level less ``MIDDLE``."""
+
+STEPS = (0.28, 0.335, 0.40)
+"""Distances of levels that a word tries, over its standard deviation; 0.335 suits a Gaussian."""
 
 SHARE_OF_SCREEN = 0.6
 """Of the bytes that may be read, those of the rough scores; the others are exact rows."""
@@ -33,23 +38,28 @@ SAMPLED, FEW = 256, 16
 """Hidden states that set a threshold; and how many are scored at a time."""
 
 CHUNK = 1 << 24
-"""Weights that are turned at a time."""
+"""Weights that are turned at a time, about."""
 
 
-def rank_of(share: float, words: int, hidden: int, row_bytes: float) -> int:
-    """Directions of the rough scores of a head [words, hidden] of which ``share`` is to be read.
+def fixed_bytes(words: int, hidden: int) -> int:
+    """What every token reads of a screen: the basis, float32, and a scale of each word."""
+    return 4 * (hidden * hidden + words)
 
-    ``row_bytes``: of one of its rows, as stored.  Raises ``ConfigError`` where no block fits.
+
+def keep_of(share: float, words: int, hidden: int, nbytes: float) -> int:
+    """Directions that a token reads, so that it reads ``share`` of the ``nbytes`` of a head.
+
+    Of a head [words, hidden]; a multiple of 8.  Raises ``ConfigError`` where fewer than ``GROUP``
+    fit, and for states that are no whole eights.
     """
-    room = SHARE_OF_SCREEN * share * row_bytes
-    each = BLOCK_BYTES + 4 * BLOCK * hidden / words  # a block of a word, and its part of the basis
-    rank = min(int(room / each), hidden // BLOCK) * BLOCK
-    if not rank:
+    room = SHARE_OF_SCREEN * share * nbytes - fixed_bytes(words, hidden)
+    keep = min(int(room / (words / 2)), hidden) // 8 * 8
+    if keep < min(GROUP, hidden) or hidden % 8:
         raise ConfigError(
             f"a head of {words} x {hidden} weights has no room for rough scores in {share:.0%} of "
             "its bytes: give a larger share, or leave it as it is"
         )
-    return rank
+    return keep
 
 
 def directions_of(states: Tensor) -> Tensor:
@@ -62,54 +72,72 @@ def directions_of(states: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Screen:
-    """Rough scores of V words.
+    """Rough scores of V words: ``by[v] * sum over i of (level[v, i] - 7.5) * (basis h)[i]``.
 
-    ``basis``: [r, D] float32.  ``rows``: [V, r] float32, in blocks where native kernels read them.
-    ``threshold``: words that come so near the best rough score are scored exactly.
+    ``basis``: [D, D] float32, eigenvectors times the size that rows have along them.  ``levels``:
+    [V / 4096, D, 2048] uint8, two a byte, see ``Directions`` of native/csrc/packed.h.  ``by``: [V]
+    float32 in whole runs.  ``words``: V.  ``keep``: directions that a token reads, those where
+    ``basis h`` is largest.  ``threshold``: words that come so near the best rough score are scored
+    exactly.
     """
 
     basis: Tensor
-    rows: Tensor
+    levels: Tensor
+    by: Tensor
+    words: int
+    keep: int
     threshold: float
 
     @classmethod
-    def of(cls, weight: Tensor, states: Tensor, share: float) -> Screen:
+    def of(
+        cls, weight: Tensor, states: Tensor, share: float, nbytes: float | None = None
+    ) -> Screen:
         """Of a head [V, D] of whose bytes ``share`` is to be read, basis and exact rows included.
 
-        ``states`` [n, D]: what the head gets to read; the share is the mean over them.  Raises
-        ``ConfigError`` where not even a block of directions fits.
+        ``states`` [n, D]: what the head gets to read; the share is the mean over them.  ``nbytes``:
+        of the head as it is stored, if not as ``weight`` is.  Raises ``ConfigError`` where hardly
+        any direction fits.
         """
+        nbytes = float(weight.nbytes) if nbytes is None else nbytes
         words, hidden = weight.shape
-        rank = rank_of(share, words, hidden, weight.nbytes / words)
-        return cls.along(weight, directions_of(states)[:rank], states, share, weight.nbytes)
-
-    @classmethod
-    def along(
-        cls, weight: Tensor, basis: Tensor, states: Tensor, share: float, nbytes: float
-    ) -> Screen:
-        """As ``of``, in the directions ``basis``; ``nbytes``: of the head as it is stored."""
-        device = weight.device
-        basis = basis.to(device)
-        made = cls(basis, turned(weight, basis), WIDEST)
+        keep = keep_of(share, words, hidden, nbytes)
+        axes = directions_of(states).to(weight.device)
+        made = cls(*_turned(weight, axes, states), words, keep, WIDEST)
         gaps = Gaps()
         some = states[:: max(1, len(states) // SAMPLED)]
         for few in torch.split(some, FEW):
-            gaps.add(made.rough(few.to(device)))
-        rows = (share - made.nbytes() / nbytes) * len(weight)
-        return cls(basis, made.rows, gaps.threshold(rows))
+            gaps.add(made.rough(few.to(weight.device)))
+        rows = (share - made.nbytes() / nbytes) * words
+        return cls(made.basis, made.levels, made.by, words, keep, gaps.threshold(rows))
 
     def rough(self, h: Tensor) -> Tensor:
         """Scores [n, V] float32 of hidden states h [n, D]."""
-        return F.linear(F.linear(h.float(), self.basis), self.rows)
+        along = self.along(F.linear(h.float(), self.basis))
+        parts = []
+        for at, levels in enumerate(self.levels):
+            values = _plain(levels).float() - MIDDLE
+            parts.append(F.linear(along, values) * self.by[at * RUN : (at + 1) * RUN])
+        return torch.cat(parts, 1)[:, : self.words]
+
+    def along(self, z: Tensor) -> Tensor:
+        """Of ``z`` [n, D] the ``keep`` largest, rounded to 8 bits in groups of 32; 0 elsewhere."""
+        ids = z.abs().topk(self.keep, -1).indices.sort(-1).values
+        found = F.pad(z.gather(1, ids), (0, -self.keep % GROUP)).reshape(len(z), -1, GROUP)
+        scales = found.abs().amax(-1, keepdim=True) / 127
+        levels = torch.where(scales > 0, found / scales, 0.0).round()
+        return torch.zeros_like(z).scatter(1, ids, (levels * scales).flatten(1)[:, : self.keep])
 
     def near(self, rough: Tensor) -> Tensor:
         """Which words [n, V] are scored exactly."""
         return rough >= rough.amax(-1, keepdim=True) - self.threshold
 
     def nbytes(self) -> int:
-        """Bytes that it holds, all of which a token reads."""
-        rows = self.rows.shape[0] * self.rows.shape[1] // BLOCK * BLOCK_BYTES
-        return int(self.basis.nbytes + rows)
+        """Bytes of it that a token reads."""
+        return fixed_bytes(self.words, len(self.basis)) + self.words * self.keep // 2
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it holds."""
+        return self.basis, self.levels, self.by
 
 
 class Gaps:
@@ -131,19 +159,67 @@ class Gaps:
         return int((within <= rows).sum()) * WIDEST / BINS
 
 
-def turned(weight: Tensor, basis: Tensor) -> Tensor:
-    """weight [V, D] in the directions ``basis`` [r, D], rounded to Q4_0: [V, r] float32.
+def _turned(weight: Tensor, axes: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``basis``, ``levels`` and ``by`` of a head [V, D] along ``axes`` [D, D], rows of unit length.
 
-    In blocks where native kernels read them; elsewhere the values that blocks hold.
+    One scale a word and one a direction: words differ along a direction as much as along another.
+    Errors count by what states [n, D] have along a direction.
     """
-    made = torch.cat([F.linear(piece.float(), basis) for piece in _pieces(weight)])
-    if weight.device.type == "cpu" and not why_not():
-        return pack(made, "q4_0", "tiles")
-    return through(made, "Q4_0")
+    squares = torch.zeros(len(axes), device=axes.device)
+    for piece in _pieces(weight):
+        squares += F.linear(piece.float(), axes).square().sum(0)
+    sizes = (squares / len(weight)).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    basis = axes * sizes[:, None]
+    strength = F.linear(states.float().to(axes.device), basis).square().mean(0)
+    levels, by = [], []
+    for piece in _pieces(weight):
+        found, scales = _rounded(F.linear(piece.float(), axes) / sizes, strength)
+        whole = (0, 0, 0, -len(found) % RUN)
+        levels += [_packed(run) for run in torch.split(F.pad(found, whole), RUN)]
+        by.append(F.pad(scales, whole[2:]))
+    return basis, torch.stack(levels), torch.cat(by)
+
+
+def _rounded(rows: Tensor, strength: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels [n, D] uint8 and scales [n] of ``rows`` [n, D]; ``strength`` [D]: of an error."""
+    spread = rows.square().mean(1, keepdim=True).sqrt()
+    spread = spread.clamp_min(torch.finfo(torch.float32).tiny)
+    best = torch.full_like(spread[:, 0], -torch.inf)
+    levels, scales = torch.zeros_like(rows), torch.zeros_like(best)
+    for step in STEPS:
+        tried = (rows / (spread * step) + MIDDLE).round_().clamp_(0, LEVELS - 1)
+        centred = tried - MIDDLE
+        fit, own = (rows * centred) @ strength, centred.square() @ strength
+        gained = fit.square() / own  # less is the error, by so much, with the scale fit / own
+        better = gained > best
+        levels = torch.where(better[:, None], tried, levels)
+        scales = torch.where(better, fit / own, scales)
+        best = torch.maximum(best, gained)
+    return levels.byte(), scales
+
+
+def _places() -> Tensor:
+    """Where each word of a unit stands in it, as the kernels read four directions at once."""
+    word = torch.arange(UNIT)
+    return word % 16 // 4 * 16 + word // 16 * 4 + word % 4
+
+
+def _packed(levels: Tensor) -> Tensor:
+    """Of a run of words: levels [RUN, D] uint8 as [D, RUN / 2], two a byte."""
+    units = levels.t().reshape(-1, RUN // (2 * UNIT), 2, UNIT)
+    units = units[..., _places().argsort().to(levels.device)]
+    return (units[:, :, 0] | units[:, :, 1] << 4).flatten(1).contiguous()
+
+
+def _plain(packed: Tensor) -> Tensor:
+    """Levels [RUN, D] uint8 of ``_packed`` ones."""
+    both = packed.reshape(len(packed), -1, 1, UNIT)
+    units = torch.cat([both & 15, both >> 4], 2)[..., _places().to(packed.device)]
+    return units.flatten(1).t()
 
 
 def _pieces(weight: Any) -> Iterator[Tensor]:
-    step = max(1, CHUNK // weight.shape[1])
+    step = max(1, CHUNK // weight.shape[1] // RUN) * RUN
     for at in range(0, len(weight), step):
         end = min(at + step, len(weight))
         packed = isinstance(weight, PackedTensor)

@@ -115,7 +115,8 @@ class ModelPatch(NotCopied):
         if self.executor in WITHOUT:
             self._replace_steps()
         if native:
-            into_huge_pages(memory_of(self.model))
+            screen = () if self.head is None else self.head.screen.tensors()
+            into_huge_pages([*memory_of(self.model), *screen])
             self._make_room(self.controller)
             self._watch.remember_places()
         self._watch.look()

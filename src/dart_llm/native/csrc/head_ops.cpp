@@ -1,12 +1,15 @@
 #include "head_ops.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <cmath>
 #include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "likeliest.h"
 #include "packed_ops.h"
 #include "together.h"
 
@@ -45,93 +48,154 @@ struct Rows {
 // One hidden state through a screen; members call its steps in turn.
 struct Pass {
   const Kernels& kernels;
-  const float* basis;  // [rank, D]
-  int64_t rank;
-  const Packed& rough;
+  const float* basis;  // [D, D]
+  const Directions& rough;
+  int64_t keep;        // directions that are read
   const Rows& rows;
   float threshold;
-  Input x;         // one vector
-  float *z, *y;    // [rank], [V]
-  float best[PARTS];
+  Input x;                             // one vector
+  float *z, *y;                        // [D], [V] in whole runs
+  const std::vector<int64_t>* banned;  // where the likeliest of all other words is wanted
+  std::vector<int32_t> ids;            // of the directions
+  std::vector<int8_t> levels;
+  std::vector<float> scales;
+  Along along{};
+  std::vector<float> best;  // of each run
+  std::array<Likeliest, SPANS> likeliest;
   std::atomic<int64_t> exact{0};
 
   void run(Worker& team) {
     Input wide{x.wide, x.wide, 1, x.size};
     team.in_parts(PARTS, [&](int64_t one, int64_t parts) {
-      Span own = part(rank, one, parts);
-      kernels.matvec(Dtype::f32, basis, nullptr, wide, own.begin, own.end, z, rank);
+      Span own = part(x.size, one, parts);
+      kernels.matvec(Dtype::f32, basis, nullptr, wide, own.begin, own.end, z, x.size);
     });
     team.finish();
-    RoundedRows turned(kernels, z, 1, rank);
-    team.in_parts(PARTS, [&](int64_t one, int64_t parts) {
-      Span own = part(rough.rows, one, parts, TILE);
-      kernels.packed.matvec(rough, turned.view(), own.begin, own.end, y, rough.rows);
-      float most = -std::numeric_limits<float>::infinity();  // not in `best`, whose line others write
-      for (int64_t i = own.begin; i < own.end; ++i) most = std::max(most, y[i]);
-      best[one] = most;
+    team.in_parts(1, [&](int64_t, int64_t) { choose_directions(); });
+    team.finish();
+    team.in_parts(rough.runs(), [&](int64_t one, int64_t) {
+      kernels.packed.scores(rough, along, one, y + one * RUN);
+      int64_t end = std::min(rough.words, (one + 1) * RUN);
+      best[size_t(one)] = *std::max_element(y + one * RUN, y + end);
     });
     team.finish();
-    float limit = *std::max_element(best, best + PARTS) - threshold;
-    std::vector<int32_t> near;
-    team.in_parts(SPANS, [&](int64_t one, int64_t parts) {
-      Span own = part(rough.rows, one, parts);
-      near.clear();
-      for (int64_t i = own.begin; i < own.end; ++i)
-        if (y[i] >= limit) near.push_back(int32_t(i));
-      rows.dots(kernels, x, near.data(), int64_t(near.size()), y);
-      exact.fetch_add(int64_t(near.size()), std::memory_order_relaxed);
-    });
+    float limit = *std::max_element(best.begin(), best.end()) - threshold;
+    team.in_parts(SPANS, [&](int64_t one, int64_t parts) { score(part(rough.words, one, parts), limit, one); });
     team.finish();
+  }
+
+  // The `keep` largest of z, rounded to 8 bits.
+  void choose_directions() {
+    int64_t whole = (keep + GROUP - 1) / GROUP * GROUP;
+    ids.resize(size_t(x.size)), levels.assign(size_t(whole), 0);
+    std::vector<float> sizes(size_t(x.size)), values(size_t(whole), 0.0f);
+    for (int64_t i = 0; i < x.size; ++i) sizes[size_t(i)] = std::fabs(z[i]);
+    kernels.strongest(sizes.data(), x.size, keep, ids.data());
+    for (int64_t i = 0; i < keep; ++i) values[size_t(i)] = z[ids[size_t(i)]];
+    along.sum = 0;
+    scales.clear();
+    for (int64_t at = 0; at < whole; at += GROUP) {
+      float largest = 0;
+      for (int64_t i = at; i < at + GROUP; ++i) largest = std::max(largest, std::fabs(values[size_t(i)]));
+      float scale = largest / 127, back = scale > 0 ? 1 / scale : 0;
+      int total = 0;
+      for (int64_t i = at; i < at + GROUP; ++i) {
+        levels[size_t(i)] = int8_t(std::lrint(values[size_t(i)] * back));
+        total += levels[size_t(i)];
+      }
+      scales.push_back(scale);
+      along.sum += scale * float(total);
+    }
+    while (keep % 8) ids[size_t(keep)] = ids[size_t(keep - 1)], ++keep;  // of level 0
+    along.ids = ids.data(), along.levels = levels.data(), along.scales = scales.data(), along.count = keep;
+  }
+
+  // Words of a span that come near the best get their own scores.
+  void score(Span own, float limit, int64_t one) {
+    thread_local std::vector<int32_t> near;
+    near.clear();
+    constexpr int64_t STEP = 16;
+    for (int64_t i = own.begin; i < own.end; i += STEP) {
+      int64_t end = std::min(own.end, i + STEP);
+      int any = 0;
+      for (int64_t j = i; j < end; ++j) any |= y[j] >= limit;
+      if (!any) continue;
+      for (int64_t j = i; j < end; ++j)
+        if (y[j] >= limit) near.push_back(int32_t(j));
+    }
+    rows.dots(kernels, x, near.data(), int64_t(near.size()), y);
+    exact.fetch_add(int64_t(near.size()), std::memory_order_relaxed);
+    if (!banned) return;
+    for (int64_t i : *banned)
+      if (i >= own.begin && i < own.end) y[i] = -std::numeric_limits<float>::infinity();
+    likeliest[size_t(one)].see(rows.dtype, y, own.begin, own.end);
   }
 };
 
-// x [M, D]; basis [r, D] float32; rough [V, r]; the head is `weight` [V, D], or `packed` in its place.
-// Returns scores [M, V] in the dtype of x, and how many words of each row are exact, [M] int64.
-std::tuple<Tensor, Tensor> screened_head(const Tensor& x, const Tensor& basis, const Matrix& rough,
-                                         const std::optional<Tensor>& weight,
-                                         const std::optional<Matrix>& packed, double threshold) {
+// x [M, D]; basis [D, D] float32; levels [V / RUN, D, RUN / 2] uint8 and by [V in whole runs] float32: see
+// Directions; `keep` of them are read.  The head is `weight` [V, D], or `packed` in its place.  Returns
+// scores [M, V] in the dtype of x, or with `forbidden` the likeliest words [M] but for these, int64; and
+// how many words of each row are exact, M numbers.
+std::tuple<Tensor, std::vector<int64_t>> screened_head(const Tensor& x, const Tensor& basis, const Tensor& levels,
+                                         const Tensor& by, int64_t keep, const std::optional<Tensor>& weight,
+                                         const std::optional<Matrix>& packed, double threshold,
+                                         const std::optional<std::vector<int64_t>>& forbidden) {
   c10::InferenceMode mode(false);
   at::NoGradGuard no_graph;
   auto type = x.scalar_type();
   bool known = type == at::kFloat || type == at::kBFloat16;
-  int64_t count = x.size(0), hidden = x.size(1), words = rough->packed.rows, rank = rough->packed.columns;
-  TORCH_CHECK(known && x.dim() == 2 && x.is_contiguous() && basis.is_contiguous() &&
-                  basis.scalar_type() == at::kFloat && basis.size(0) == rank && basis.size(1) == hidden,
-              "native: this screen has another shape");
+  TORCH_CHECK(known && x.dim() == 2 && x.is_contiguous() && levels.dim() == 3, "native: this screen has another shape");
   TORCH_CHECK(weight.has_value() != packed.has_value(), "native: a head is plain or packed");
+  int64_t count = x.size(0), hidden = x.size(1), words = weight ? weight->size(0) : (*packed)->packed.rows;
+  Directions rough{nullptr, nullptr, words, hidden};
+  int64_t room = rough.runs() * RUN;
+  TORCH_CHECK(basis.is_contiguous() && basis.scalar_type() == at::kFloat && basis.dim() == 2 && basis.size(0) == hidden &&
+                  basis.size(1) == hidden && levels.is_contiguous() && levels.scalar_type() == at::kByte &&
+                  levels.size(0) == rough.runs() && levels.size(1) == hidden && levels.size(2) == RUN / 2 &&
+                  by.is_contiguous() && by.scalar_type() == at::kFloat && by.numel() == room && keep > 0 &&
+                  keep <= hidden && hidden % 8 == 0,
+              "native: this screen has another shape");
+  rough.levels = levels.const_data_ptr<uint8_t>(), rough.by = by.const_data_ptr<float>();
   Dtype dtype = type == at::kFloat ? Dtype::f32 : Dtype::bf16;
   Rows rows{dtype, nullptr, nullptr, hidden * int64_t(x.element_size())};
   if (weight) {
-    TORCH_CHECK(weight->scalar_type() == type && weight->is_contiguous() && weight->size(0) == words &&
-                    weight->size(1) == hidden,
+    TORCH_CHECK(weight->scalar_type() == type && weight->is_contiguous() && weight->size(1) == hidden,
                 "native: this head has another shape");
     rows.plain = static_cast<const char*>(weight->const_data_ptr());
   } else {
     rows.packed = &(*packed)->packed;
-    TORCH_CHECK(rows.packed->order == Order::rows && rows.packed->rows == words &&
-                    rows.packed->columns == hidden,
+    TORCH_CHECK(rows.packed->order == Order::rows && rows.packed->columns == hidden,
                 "native: words here and there are read of rows alone");
   }
   const Kernels& kernels = best();
   Tensor wide = x.to(at::kFloat);
-  Tensor y = at::empty({count, words}, wide.options()), z = at::empty({count, rank}, wide.options());
-  Tensor exact = at::empty({count}, wide.options().dtype(at::kLong));
+  Tensor likeliest = at::empty({forbidden ? count : 0}, wide.options().dtype(at::kLong));
+  std::vector<int64_t> exact;
+  thread_local std::vector<float> y, z;  // new pages for every token would take longer than the scores
+  y.resize(size_t(count * room)), z.resize(size_t(hidden));
   RoundedRows rounded(kernels, wide.const_data_ptr<float>(), packed ? count : 0, hidden);
   for (int64_t m = 0; m < count; ++m) {
     Input given{static_cast<const char*>(x.const_data_ptr()) + m * rows.bytes,
                 wide.const_data_ptr<float>() + m * hidden, 1, hidden,
                 packed ? rounded.view().at(m) : Rounded{}};
-    Pass pass{kernels, basis.const_data_ptr<float>(), rank, rough->packed, rows, float(threshold), given,
-              z.mutable_data_ptr<float>() + m * rank, y.mutable_data_ptr<float>() + m * words, {}};
-    Jobs jobs(3);
+    Pass pass{kernels, basis.const_data_ptr<float>(), rough, keep, rows, float(threshold), given,
+              z.data(), y.data() + m * room,
+              forbidden ? &*forbidden : nullptr, {}, {}, {}, {}, std::vector<float>(size_t(rough.runs())), {}};
+    Jobs jobs(4);
     jobs.begin();
     together([&](int64_t) {
       Worker team(jobs);
       pass.run(team);
     });
-    exact.mutable_data_ptr<int64_t>()[m] = pass.exact.load();
+    exact.push_back(pass.exact.load());
+    if (!forbidden) continue;
+    Likeliest found;
+    for (const Likeliest& one : pass.likeliest) found.see(one);
+    likeliest.mutable_data_ptr<int64_t>()[m] = found.index;
   }
-  return {y.to(type), exact};
+  if (forbidden) return {likeliest, exact};
+  Tensor scores = at::from_blob(y.data(), {count, words}, {room, 1}, wide.options());
+  return {at::empty({count, words}, x.options()).copy_(scores), exact};
 }
 
 }  // namespace

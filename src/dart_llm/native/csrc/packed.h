@@ -119,6 +119,29 @@ struct Part {
   int64_t first, last;
 };
 
+// An output head [V, D] along D directions in which hidden states lie, at 4 bits: what word v gains from
+// z[i] of direction i is by[v] (level - MIDDLE) z[i].  Words lie in runs of RUN, [V / RUN, D, RUN / 2] bytes,
+// so that a direction can be read alone; two units to 64 bytes as in `Order::neurons`.
+constexpr int64_t RUN = 4096;
+constexpr float MIDDLE = 7.5f;
+struct Directions {
+  const uint8_t* levels;
+  const float* by;      // whole runs
+  int64_t words, size;  // V, D
+
+  int64_t runs() const { return (words + RUN - 1) / RUN; }
+};
+
+// The directions that a hidden state reads, ascending, in whole eights, and what it has along them:
+// levels of 8 bits, a scale for each GROUP of them.
+struct Along {
+  const int32_t* ids;
+  const int8_t* levels;
+  const float* scales;
+  float sum;  // of all that it has along them
+  int64_t count;
+};
+
 // Kernels of one CPU kind for packed matrices.
 struct PackedKernels {
   // y[m, row] = rows[row] . x[m] for begin <= row < end; y: M rows of `stride`.  Not Order::neurons;
@@ -147,6 +170,8 @@ struct PackedKernels {
   // y[m, i] of a part, M rows of `stride`: rows[i] . x[m] or, of Order::neurons, column i of down times
   // x[m].  Never of what was copied of kept neurons.
   void (*lots)(const Packed&, const Lots& x, const Part&, float* y, int64_t stride);
+  // y[RUN] = scores of a run of words.
+  void (*scores)(const Directions&, const Along&, int64_t run, float* y);
 };
 
 }  // namespace dart

@@ -626,9 +626,40 @@ void packed_dequantise(const Packed& p, int64_t row, int64_t count, Dtype dtype,
   DART_BY_DTYPE(dequantise_as(p, row, count, static_cast<T*>(to)))
 }
 
+// whole[RUN] = directions `begin` to `end` of a run, eights; those that come next are asked for.
+void add_directions(const Directions& d, const Along& z, int64_t run, int64_t begin, int64_t end, int32_t* whole) {
+  constexpr int64_t PITCH = RUN / 2;
+  Packed shape{};
+  shape.columns = RUN;
+  for (int64_t i = begin; i < end; i += 8) {
+    Neurons<2> some;
+    std::memcpy(some.inputs, z.levels + i, 8);
+    int64_t later = i + 8 < z.count ? i + 8 : 0, ahead = later || run + 1 == d.runs() ? run : run + 1;
+    for (int64_t r = 0; r < 8; ++r) {
+      some.rows[r] = d.levels + (run * d.size + z.ids[i + r]) * PITCH;
+      some.next[r] = d.levels + (ahead * d.size + z.ids[later + r]) * PITCH;
+    }
+    add_some<4, 2>(shape, some, i == begin, 0, whole);
+  }
+}
+
+void packed_scores(const Directions& d, const Along& z, int64_t run, float* y) {
+  alignas(64) int32_t whole[RUN];
+  const float* by = d.by + run * RUN;
+  for (int64_t i = 0; i < z.count; i += GROUP) {
+    add_directions(d, z, run, i, std::min(z.count, i + GROUP), whole);
+    auto scale = S::all(z.scales[i / GROUP]), rest = S::all(-MIDDLE * z.sum);
+    bool last = i + GROUP >= z.count;
+    for (int64_t at = 0; at < RUN; at += S::N) {
+      auto sum = S::fma(S::to_float(S::load_whole(whole + at)), scale, i ? S::load(y + at) : rest);
+      S::store(y + at, last ? S::mul(sum, S::load(by + at)) : sum);
+    }
+  }
+}
+
 #include "packed_lots.h"
 
 const PackedKernels packed_table = {packed_matvec,   packed_dots,       packed_add_neurons,
                                     packed_round,    packed_activate,   packed_dequantise,
                                     LOT,             S::FEW,            packed_round_lot,
-                                    packed_lots};
+                                    packed_lots,     packed_scores};

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,15 @@ EVERY = 32
 """Of so many screened tokens one is scored by the whole head too, to see what is lost."""
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The head's own rows for the kernels: a matrix of ``dtype`` as it is now, or a packed one."""
+
+    dtype: torch.dtype
+    plain: Callable[[], Tensor | None]
+    packed: Any
+
+
 class ScreenedHead:
     """``module``: the head of ``model``, a linear layer without bias."""
 
@@ -29,7 +39,7 @@ class ScreenedHead:
         self.module: nn.Module = model.get_output_embeddings()
         text = model.config.get_text_config()
         self._cap = float(getattr(text, "final_logit_softcapping", None) or 0)
-        self._native = False
+        self._native: Rows | None = None
         self._tokens = self._sampled = self._same = 0
         self._exact = 0.0
         self._divergence = 0.0
@@ -37,11 +47,13 @@ class ScreenedHead:
     def go_native(self, layout: Layout) -> None:
         """Run by the kernels; a packed head is laid out so that single rows can be read."""
         weight: Any = self._weight
-        if why_not() or not isinstance(self.screen.rows, PackedTensor):
+        if why_not() or weight.device.type != "cpu":
             return
         if isinstance(weight, PackedTensor):
             layout.turned(weight.matrix, "rows")
-        self._native = isinstance(weight, PackedTensor) or weight.is_contiguous()
+            self._native = Rows(weight.dtype, lambda: None, weight.matrix)
+        elif weight.is_contiguous():
+            self._native = Rows(weight.dtype, lambda: self._weight, None)
 
     @property
     def _weight(self) -> Tensor:
@@ -51,39 +63,50 @@ class ScreenedHead:
     def run(self, original: Callable[..., Any], hidden: Tensor) -> Tensor:
         """The module's forward for decoded tokens, [..., D] to [..., V]."""
         rows = hidden.reshape(-1, hidden.shape[-1])
-        scores = self._scores(rows, lambda one: original(one))
+        scores = self._scores(rows, lambda one: original(one), None)
         return scores.reshape(*hidden.shape[:-1], scores.shape[-1])
 
-    def step(self, hidden: Tensor) -> Tensor:
-        """Logits [B, V] of a whole step's last hidden states [B, D]."""
-        weight = self._weight
-        scores = self._scores(hidden, lambda rows: F.linear(rows, weight))
-        return capped(scores, self._cap)
+    def step(self, hidden: Tensor, forbidden: list[int] | None) -> Tensor:
+        """Logits [B, V] of a whole step's last hidden states [B, D].
+
+        With ``forbidden``, the likeliest words [B] but for these, int64, may stand in their place.
+        """
+        if self._cap:
+            return capped(self._scores(hidden, self._whole, None), self._cap)
+        return self._scores(hidden, self._whole, forbidden)
+
+    def _whole(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self._weight)
 
     @torch.no_grad()
-    def _scores(self, hidden: Tensor, whole: Callable[[Tensor], Tensor]) -> Tensor:
+    def _scores(
+        self, hidden: Tensor, whole: Callable[[Tensor], Tensor], forbidden: list[int] | None
+    ) -> Tensor:
+        looked = range(-self._tokens % EVERY, len(hidden), EVERY)
         few = 0 < len(hidden) <= STEP_ROWS
-        if self._native and few and hidden.dtype == self.module.weight.dtype:
-            scores = self._by_kernels(hidden)
+        native = self._native
+        if native is not None and few and hidden.dtype == native.dtype:
+            scores = self._by_kernels(native, hidden, None if looked else forbidden)
         else:
             scores = self._by_torch(hidden, whole)
-        self._look(hidden, scores, whole)
+        self._tokens += len(hidden)
+        self._look(hidden, scores, whole, looked)
         return scores
 
-    def _by_kernels(self, hidden: Tensor) -> Tensor:
-        weight, rough = self._weight, self.screen.rows
-        assert isinstance(rough, PackedTensor)
-        packed = weight.matrix if isinstance(weight, PackedTensor) else None
-        plain = weight if packed is None else None
+    def _by_kernels(self, rows: Rows, hidden: Tensor, forbidden: list[int] | None) -> Tensor:
+        screen = self.screen
         scores, exact = ops().screened_head(
             hidden.contiguous(),
-            self.screen.basis,
-            rough.matrix,
-            plain,
-            packed,
-            self.screen.threshold,
+            screen.basis,
+            screen.levels,
+            screen.by,
+            screen.keep,
+            rows.plain(),
+            rows.packed,
+            screen.threshold,
+            forbidden,
         )
-        self._exact += float(exact.sum())
+        self._exact += sum(exact)
         return scores  # type: ignore[no-any-return]
 
     def _by_torch(self, hidden: Tensor, whole: Callable[[Tensor], Tensor]) -> Tensor:
@@ -97,11 +120,11 @@ class ScreenedHead:
         exact = F.linear(hidden, self._weight.index_select(0, words))
         return rough.to(hidden.dtype).index_copy(1, words, exact)
 
-    def _look(self, hidden: Tensor, scores: Tensor, whole: Callable[[Tensor], Tensor]) -> None:
-        """Count tokens, and look at each ``EVERY``-th: the first one, then as they come."""
-        first = -self._tokens % EVERY
-        self._tokens += len(hidden)
-        for place in range(first, len(hidden), EVERY):
+    def _look(
+        self, hidden: Tensor, scores: Tensor, whole: Callable[[Tensor], Tensor], places: range
+    ) -> None:
+        """Score each ``EVERY``-th token by the whole head too: the first, then as they come."""
+        for place in places:
             full, found = (
                 whole(hidden[place : place + 1]).float(),
                 scores[place : place + 1].float(),
@@ -127,4 +150,4 @@ class ScreenedHead:
 
     def nbytes(self) -> int:
         """Bytes beside the model."""
-        return self.screen.nbytes()
+        return sum(one.nbytes for one in self.screen.tensors())

@@ -271,7 +271,7 @@ class WholeStepForward:
             self._observe(controller)
         if plan.signal:
             controller.observe_signal(hidden[:, None])
-        return logits if self.head is None else self.head.step(hidden)
+        return logits if self.head is None else self.head.step(hidden, call.forbidden)
 
     def _asks_for_more(self, again: bool = False) -> bool:
         """Whether the model must run itself: dropout, gradients, autocast, outputs, hooks."""
