@@ -98,6 +98,7 @@ def test_executors_agree(model, method):
 
 
 @pytest.mark.contract("masked equals compact")
+@pytest.mark.usefixtures("dequantised_prompts")
 @pytest.mark.parametrize("token", [{}, {"candidates": 0.8}, {"proxy": "copies"}], ids=str)
 @pytest.mark.parametrize("model", MODELS, ids=str)
 def test_tokens_of_several_rows_choose_alike_everywhere(model, token):
