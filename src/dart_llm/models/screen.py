@@ -9,7 +9,7 @@ others keep their rough scores.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -108,7 +108,7 @@ class Screen:
         for few in torch.split(some, FEW):
             gaps.add(made.rough(few.to(weight.device)))
         rows = (share - made.nbytes() / nbytes) * words
-        return cls(made.basis, made.levels, made.by, words, keep, gaps.threshold(rows))
+        return replace(made, threshold=gaps.threshold(rows))
 
     def rough(self, h: Tensor) -> Tensor:
         """Scores [n, V] float32 of hidden states h [n, D]."""

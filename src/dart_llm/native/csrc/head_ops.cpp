@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <cmath>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -57,8 +56,7 @@ struct Pass {
   float *z, *y;                        // [D], [V] in whole runs
   const std::vector<int64_t>* banned;  // where the likeliest of all other words is wanted
   std::vector<int32_t> ids;            // of the directions
-  std::vector<int8_t> levels;
-  std::vector<float> scales;
+  std::optional<RoundedRows> values;   // along these
   Along along{};
   std::vector<float> best;  // of each run
   std::array<Likeliest, SPANS> likeliest;
@@ -86,28 +84,14 @@ struct Pass {
 
   // The `keep` largest of z, rounded to 8 bits.
   void choose_directions() {
-    int64_t whole = (keep + GROUP - 1) / GROUP * GROUP;
-    ids.resize(size_t(x.size)), levels.assign(size_t(whole), 0);
-    std::vector<float> sizes(size_t(x.size)), values(size_t(whole), 0.0f);
-    for (int64_t i = 0; i < x.size; ++i) sizes[size_t(i)] = std::fabs(z[i]);
-    kernels.strongest(sizes.data(), x.size, keep, ids.data());
-    for (int64_t i = 0; i < keep; ++i) values[size_t(i)] = z[ids[size_t(i)]];
-    along.sum = 0;
-    scales.clear();
-    for (int64_t at = 0; at < whole; at += GROUP) {
-      float largest = 0;
-      for (int64_t i = at; i < at + GROUP; ++i) largest = std::max(largest, std::fabs(values[size_t(i)]));
-      float scale = largest / 127, back = scale > 0 ? 1 / scale : 0;
-      int total = 0;
-      for (int64_t i = at; i < at + GROUP; ++i) {
-        levels[size_t(i)] = int8_t(std::lrint(values[size_t(i)] * back));
-        total += levels[size_t(i)];
-      }
-      scales.push_back(scale);
-      along.sum += scale * float(total);
-    }
+    ids.resize(size_t(x.size));
+    kernels.strongest(z, x.size, keep, ids.data());
+    std::vector<float> chosen;
+    for (int64_t i = 0; i < keep; ++i) chosen.push_back(z[ids[size_t(i)]]);
+    values.emplace(kernels, chosen.data(), 1, keep);
     while (keep % 8) ids[size_t(keep)] = ids[size_t(keep - 1)], ++keep;  // of level 0
-    along.ids = ids.data(), along.levels = levels.data(), along.scales = scales.data(), along.count = keep;
+    along = {ids.data(), keep, values->view(), 0};
+    for (int64_t i = 0; i < keep; i += GROUP) along.sum += along.values.sums[i / GROUP];
   }
 
   // Words of a span that come near the best get their own scores.
@@ -180,7 +164,7 @@ std::tuple<Tensor, std::vector<int64_t>> screened_head(const Tensor& x, const Te
                 packed ? rounded.view().at(m) : Rounded{}};
     Pass pass{kernels, basis.const_data_ptr<float>(), rough, keep, rows, float(threshold), given,
               z.data(), y.data() + m * room,
-              forbidden ? &*forbidden : nullptr, {}, {}, {}, {}, std::vector<float>(size_t(rough.runs())), {}};
+              forbidden ? &*forbidden : nullptr, {}, {}, {}, std::vector<float>(size_t(rough.runs())), {}};
     Jobs jobs(4);
     jobs.begin();
     together([&](int64_t) {

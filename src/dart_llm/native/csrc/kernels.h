@@ -90,8 +90,8 @@ struct Kernels {
   // copies; x is one vector.
   void (*estimate)(Dtype, const Copies&, const Ffn&, const Input&, int64_t begin, int64_t end,
                    float* strength);
-  // The k largest of n values that are not negative, as ascending places: [k], with room for n.  Ties
-  // go to the lower place; not-a-number is the largest, as torch sorts.
+  // The k of n values that are largest, whatever their signs, as ascending places: [k], with room for n.
+  // Ties go to the lower place; not-a-number is the largest, as torch sorts.
   void (*strongest)(const float* values, int64_t n, int64_t k, int32_t* places);
   // to[f, d] = sum over k of rows[ids[k], d] factors[k, f] for begin <= d < end; rows: [., size].
   void (*fold)(Dtype, const void* rows, const int32_t* ids, int64_t n, int64_t size,

@@ -454,7 +454,7 @@ void add_at(Dtype dtype, const void* bias, const int32_t* ids, int64_t n, float*
   DART_BY_DTYPE(for (int64_t i = 0; i < n; ++i) y[i] += wide(static_cast<const T*>(bias)[ids[i]]))
 }
 
-// Floats that are not negative are ordered as their bits are.  One kind of not-a-number: they tie too.
+// Magnitudes are ordered as their bits are.  One kind of not-a-number: they tie too.
 inline int32_t order_of(float value) {
   return std::min(int32_t(to_bits(value) & 0x7fffffffu), 0x7f800001);
 }

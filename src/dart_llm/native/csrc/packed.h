@@ -132,14 +132,12 @@ struct Directions {
   int64_t runs() const { return (words + RUN - 1) / RUN; }
 };
 
-// The directions that a hidden state reads, ascending, in whole eights, and what it has along them:
-// levels of 8 bits, a scale for each GROUP of them.
+// The directions that a hidden state reads, ascending, in whole eights, and what it has along them.
 struct Along {
   const int32_t* ids;
-  const int8_t* levels;
-  const float* scales;
-  float sum;  // of all that it has along them
   int64_t count;
+  Rounded values;
+  float sum;  // of all values
 };
 
 // Kernels of one CPU kind for packed matrices.

@@ -633,7 +633,8 @@ void add_directions(const Directions& d, const Along& z, int64_t run, int64_t be
   shape.columns = RUN;
   for (int64_t i = begin; i < end; i += 8) {
     Neurons<2> some;
-    std::memcpy(some.inputs, z.levels + i, 8);
+    for (int64_t f = 0; f < 2; ++f)
+      std::memcpy(some.inputs + f, z.values.levels + i / UNIT * UNIT + 4 * four_of(i % UNIT / 4 + f), 4);
     int64_t later = i + 8 < z.count ? i + 8 : 0, ahead = later || run + 1 == d.runs() ? run : run + 1;
     for (int64_t r = 0; r < 8; ++r) {
       some.rows[r] = d.levels + (run * d.size + z.ids[i + r]) * PITCH;
@@ -648,7 +649,7 @@ void packed_scores(const Directions& d, const Along& z, int64_t run, float* y) {
   const float* by = d.by + run * RUN;
   for (int64_t i = 0; i < z.count; i += GROUP) {
     add_directions(d, z, run, i, std::min(z.count, i + GROUP), whole);
-    auto scale = S::all(z.scales[i / GROUP]), rest = S::all(-MIDDLE * z.sum);
+    auto scale = S::all(z.values.scales[i / GROUP]), rest = S::all(-MIDDLE * z.sum);
     bool last = i + GROUP >= z.count;
     for (int64_t at = 0; at < RUN; at += S::N) {
       auto sum = S::fma(S::to_float(S::load_whole(whole + at)), scale, i ? S::load(y + at) : rest);

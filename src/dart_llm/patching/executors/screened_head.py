@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,15 +21,6 @@ EVERY = 32
 """Of so many screened tokens one is scored by the whole head too, to see what is lost."""
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The head's own rows for the kernels: a matrix of ``dtype`` as it is now, or a packed one."""
-
-    dtype: torch.dtype
-    plain: Callable[[], Tensor | None]
-    packed: Any
-
-
 class ScreenedHead:
     """``module``: the head of ``model``, a linear layer without bias."""
 
@@ -39,7 +29,9 @@ class ScreenedHead:
         self.module: nn.Module = model.get_output_embeddings()
         text = model.config.get_text_config()
         self._cap = float(getattr(text, "final_logit_softcapping", None) or 0)
-        self._native: Rows | None = None
+        self._native: torch.dtype | None = None
+        """Of the hidden states that the kernels read; None: torch runs it all."""
+        self._packed: Any = None
         self._tokens = self._sampled = self._same = 0
         self._exact = 0.0
         self._divergence = 0.0
@@ -51,9 +43,9 @@ class ScreenedHead:
             return
         if isinstance(weight, PackedTensor):
             layout.turned(weight.matrix, "rows")
-            self._native = Rows(weight.dtype, lambda: None, weight.matrix)
-        elif weight.is_contiguous():
-            self._native = Rows(weight.dtype, lambda: self._weight, None)
+            self._packed = weight.matrix
+        if self._packed is not None or weight.is_contiguous():
+            self._native = weight.dtype
 
     @property
     def _weight(self) -> Tensor:
@@ -63,7 +55,7 @@ class ScreenedHead:
     def run(self, original: Callable[..., Any], hidden: Tensor) -> Tensor:
         """The module's forward for decoded tokens, [..., D] to [..., V]."""
         rows = hidden.reshape(-1, hidden.shape[-1])
-        scores = self._scores(rows, lambda one: original(one), None)
+        scores = self._scores(rows, original, None)
         return scores.reshape(*hidden.shape[:-1], scores.shape[-1])
 
     def step(self, hidden: Tensor, forbidden: list[int] | None) -> Tensor:
@@ -84,16 +76,15 @@ class ScreenedHead:
     ) -> Tensor:
         looked = range(-self._tokens % EVERY, len(hidden), EVERY)
         few = 0 < len(hidden) <= STEP_ROWS
-        native = self._native
-        if native is not None and few and hidden.dtype == native.dtype:
-            scores = self._by_kernels(native, hidden, None if looked else forbidden)
+        if few and hidden.dtype == self._native:
+            scores = self._by_kernels(hidden, None if looked else forbidden)
         else:
             scores = self._by_torch(hidden, whole)
         self._tokens += len(hidden)
         self._look(hidden, scores, whole, looked)
         return scores
 
-    def _by_kernels(self, rows: Rows, hidden: Tensor, forbidden: list[int] | None) -> Tensor:
+    def _by_kernels(self, hidden: Tensor, forbidden: list[int] | None) -> Tensor:
         screen = self.screen
         scores, exact = ops().screened_head(
             hidden.contiguous(),
@@ -101,8 +92,8 @@ class ScreenedHead:
             screen.levels,
             screen.by,
             screen.keep,
-            rows.plain(),
-            rows.packed,
+            self._weight if self._packed is None else None,
+            self._packed,
             screen.threshold,
             forbidden,
         )

@@ -84,8 +84,8 @@ class TokenFfn:
     def _prepare(self) -> None:
         config = self.config
         with torch.inference_mode(False):
-            *inputs, down = self.block.matrices()
-            parts = [part.detach() for part in inputs if part is not None]
+            *_, down = self.block.matrices()
+            parts = self._copied()
             self.copies: tuple[QuantizedProxy, ...] = tuple(
                 low_bit(part, config.bits, config.group) for part in parts
             )
@@ -93,6 +93,11 @@ class TokenFfn:
         self.error = [
             squared_error(part, copy) for part, copy in zip(parts, self.copies, strict=True)
         ]
+
+    def _copied(self) -> list[Tensor]:
+        """The matrices of which low-bit copies are made."""
+        *inputs, _ = self.block.matrices()
+        return [part.detach() for part in inputs if part is not None]
 
     def estimate(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
         """u~ [..., n] float32 of the neurons ``ids`` (None: all), from the copies alone."""
@@ -158,11 +163,8 @@ class TokenFfn:
 class OwnFfn(TokenFfn):
     """Weights in low-bit blocks stand for copies of themselves: u itself ranks the neurons."""
 
-    def _prepare(self) -> None:
-        self.copies, self.error = (), []
-        with torch.inference_mode(False):
-            *_, down = self.block.matrices()
-            self.norms = norms_of(down.detach(), 0)
+    def _copied(self) -> list[Tensor]:
+        return []
 
     def estimate(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
         """u [..., n] float32 of the neurons ``ids``; x: u of all of them."""
