@@ -301,7 +301,9 @@ class PruningOptions(Settings):
     knowledge_drift: bool | None = setting("Pruning", "Re-mask on drift by the preset's rule.")
     drift: str | None = setting("Pruning", 'Drift rule: never, published, paper, "interval 64".')
     compensation: bool | None = setting("Pruning", "Add the removed neurons' mean contribution.")
-    head: str | None = setting("Pruning", "Output head of decoded tokens: full, or screened.")
+    head: str | None = setting(
+        "Pruning", 'Output head of decoded tokens: full, or "screened 0.25" (of its bytes).'
+    )
     executor: str | None = setting("Pruning", "auto, masked, compact, native, slim or graph.")
 
     @model_validator(mode="after")

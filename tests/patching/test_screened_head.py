@@ -1,16 +1,27 @@
 """A screened head on models: exact rows, every executor, restoration, accounting, refusals."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dart_llm.errors import AttachError, ConfigError
+from dart_llm.models.calls import SlimCall
+from dart_llm.models.describe import describe
 from dart_llm.models.packed_loading import round_weights
-from dart_llm.models.screen import divergence
+from dart_llm.models.screen import WIDEST, divergence
 from dart_llm.patching.executors.screened_head import EVERY
-from dart_llm.pruning.config import PruneConfig
-from dart_llm.pruning.records import HeadReport, merge_heads
+from dart_llm.pruning.config import HeadConfig, PruneConfig
+from dart_llm.pruning.records import (
+    HeadReport,
+    add_dense,
+    bytes_limit,
+    merge_heads,
+    merge_reports,
+)
+from dart_llm.reporting.words import bytes_sentence
 from dart_llm.session.run import prune
-from steps import apart, decode, generate
+from steps import Same, apart, decode, generate, new_cache, step
 from tiny import tiny, tokens
 
 PROMPT, IDS = 6, tokens(1, 14, seed=4)
@@ -82,6 +93,107 @@ def test_kernels_score_near_words_as_the_head_does():
     assert 0.2 < float(same.float().mean()) < 0.9
 
 
+def read_all(run):
+    """From now on every word of a token is exact, and all of its directions are read."""
+    head = run.patch.head
+    head.screen = replace(head.screen, keep=64, threshold=WIDEST * 1e6)
+    run.patch.slim.decoder.take_screen(head.screen)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "q8_0"])
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_steps_that_read_everything_are_those_of_the_whole_head(name, rows, stored):
+    model = model_of(name, torch.float32 if stored == "float32" else torch.bfloat16)
+    if stored == "q8_0":
+        round_weights(model, stored)
+    ids = tokens(rows, PROMPT, seed=6)
+    with prune(model, "griffin", sparsity=0.0, executor="slim") as run:
+        plain = generate(model, ids, 12)
+        whole = model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+        assert run.patch.head is None
+    with prune(model, "griffin", executor="slim", **{**SCREENED, "head": "screened 0.8"}) as run:
+        read_all(run)
+        found = generate(model, ids, 12)
+        greedy = model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+        assert run.patch.steps == 2 * 11
+        head = run.report().head
+    assert torch.equal(found.sequences, plain.sequences) and torch.equal(greedy, whole)
+    assert apart(found.logits, plain.logits) < (1e-6 if stored == "float32" else 1e-2)
+    assert head.tokens == 2 * 11 * rows and head.sampled == -(-head.tokens // EVERY)
+    looked, weight = head.sampled / head.tokens, model.get_output_embeddings().weight
+    screen = 4 * (64 * 64 + WORDS) + WORDS * 64 // 2
+    assert head.bytes_share == pytest.approx(1 + screen / weight.nbytes + looked)
+    assert head.kl < 1e-3 and head.same_share == 1
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_scores_and_counts_as_the_head_by_itself_does(dtype, rows):
+    model, ids = model_of(dtype=dtype), tokens(rows, PROMPT + 1, seed=7)
+    cache = new_cache(model)
+    with prune(model, "griffin", executor="slim", **SCREENED) as run:
+        step(model, ids[:, :PROMPT], cache)
+        decoder, head = run.patch.slim.decoder, run.patch.head
+        logits, hidden = decoder.step(SlimCall(ids[:, PROMPT:], cache), False)
+        scores, exact = head._by_kernels(hidden)
+        assert torch.equal(logits, scores) and logits.shape == (rows, WORDS)
+        assert decoder.exact_words() == exact and rows <= exact < rows * WORDS
+
+
+@pytest.mark.usefixtures("native")
+def test_the_likeliest_word_is_that_of_the_scores_but_for_what_may_not_come():
+    model = model_of("gemma2", torch.bfloat16)
+    with prune(model, "griffin", executor="slim", **SCREENED) as run:
+        cache = new_cache(model)
+        step(model, IDS[:, :PROMPT], cache)
+        step(model, IDS[:, PROMPT : PROMPT + 1], cache)  # looked at
+        decoder, call = run.patch.slim.decoder, SlimCall(IDS[:, -1:], cache)
+        scores = decoder.step(call, False)[0]
+        cache.crop(-1)
+        best = scores[0].topk(3).indices.tolist()
+        for forbidden in ([], best[:1], best[:2]):
+            found = decoder.step(replace(call, forbidden=forbidden), False)[0]
+            cache.crop(-1)
+            kept = scores[0].clone()
+            kept[forbidden] = -torch.inf
+            assert found.tolist() == [int(kept.argmax())]
+
+
+@pytest.mark.usefixtures("native")
+def test_a_model_is_put_back_after_an_error_within_a_step():
+    model = model_of(dtype=torch.bfloat16)
+    round_weights(model, "q8_0")
+
+    def fail(ids, scores):
+        if ids.shape[1] == PROMPT + 4:
+            raise KeyError("stop")
+        return scores
+
+    settings = {**SCREENED, "head": "screened 0.75"}
+    with (
+        Same(model),
+        pytest.raises(KeyError),
+        prune(model, "griffin", executor="slim", **settings) as run,
+    ):
+        model.generate(IDS[:, :PROMPT], max_new_tokens=8, logits_processor=[fail])
+    assert run.report().head.tokens == 4
+    assert model.get_output_embeddings().weight.matrix.order() == "tiles"
+
+
+@pytest.mark.usefixtures("native")
+def test_a_full_head_by_name_changes_nothing():
+    model = model_of()
+    with prune(model, "griffin", sparsity=0.0, executor="slim"):
+        want = decode(model, IDS, PROMPT)
+    with prune(model, "griffin", sparsity=0.0, executor="slim", head="full") as run:
+        assert torch.equal(decode(model, IDS, PROMPT), want)
+        assert run.report().head is None
+    assert PruneConfig.build("dart", head="full").to_dict() == PruneConfig.build("dart").to_dict()
+
+
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_packed_head_lies_by_rows_while_it_is_screened(rows):
@@ -146,18 +258,52 @@ def test_masks_and_a_screened_head_go_together():
 
 
 def test_reports_are_added_up():
-    first, second = HeadReport(10, 0.2, 1, 1.0, 0.001), HeadReport(30, 0.4, 3, 0.5, 0.003)
+    first, second = HeadReport(10, 0.2, 1, 1.0, 0.001, 0.4), HeadReport(30, 0.4, 3, 0.5, 0.003, 0.4)
     assert merge_heads([None]) is None
     merged = merge_heads([first, None, second])
     assert (merged.tokens, merged.sampled) == (40, 4)
     assert merged.bytes_share == pytest.approx(0.35)
     assert merged.same_share == pytest.approx(0.625)
-    assert merged.kl == pytest.approx(0.0025)
+    assert merged.kl == pytest.approx(0.0025) and merged.share_of_bytes == pytest.approx(0.4)
+
+
+def test_bytes_that_are_not_read_raise_the_limit():
+    """Of a head of 0.4 of the bytes 0.3 are read, by 30 of 40 tokens: 0.21 of all are saved."""
+    head = HeadReport(30, 0.3, 1, 1.0, 0.0, 0.4)
+    assert head.read(40) == pytest.approx(0.475) and head.saved(40) == pytest.approx(0.21)
+    assert head.read(30) == head.read(0) == head.read(20) == pytest.approx(0.3)
+    assert bytes_limit(0.5, 0.5, 0.1, 0.21) == pytest.approx(1 / (1 - 0.2 - 0.21))
+    assert bytes_limit(0.5, 0.5) == pytest.approx(1 / 0.75)
+
+
+@pytest.mark.usefixtures("native")
+def test_a_report_counts_the_head_as_read():
+    model = model_of()
+    with prune(model, "griffin", executor="slim", **{**SCREENED, "sparsity": 0.5}) as run:
+        generate(model, IDS[:, :PROMPT], 20)
+        report = run.report()
+    head, view = report.head, describe(model)
+    assert head.share_of_bytes == pytest.approx(4 * WORDS * 64 / view.parameter_bytes)
+    assert head.tokens == report.decoded_tokens == 19
+    kept = 1 - report.ffn_share_of_bytes * report.achieved_sparsity
+    kept -= head.share_of_bytes * (1 - head.bytes_share)
+    assert report.bytes_limit == pytest.approx(1 / kept)
+    told = bytes_sentence(report.to_dict())
+    assert (
+        f"{head.bytes_share:.2f} of the output head read = {100 * (1 - kept):.0f} % fewer" in told
+    )
+    one = report.to_dict()
+    assert merge_reports([one, one])["bytes_limit"] == pytest.approx(1 / kept)
+    # as many dense tokens beside it, which read the whole head
+    more = add_dense(one, 19)
+    assert more["bytes_limit"] == pytest.approx(1 / (1 - (1 - kept) / 2))
 
 
 def test_a_name_is_enough():
     config = PruneConfig.build("dart", head="screened")
     assert config.screens and config.head.bytes == 0.25
+    assert config.replace({"head": "screened 0.2"}).head.bytes == 0.2
+    assert config.replace({"head": {"bytes": 0.3}}).head == HeadConfig(kind="screened", bytes=0.3)
     assert not PruneConfig.build("dart").screens
     assert PruneConfig.from_mapping(config.to_dict()) == config
 
@@ -165,15 +311,23 @@ def test_a_name_is_enough():
 @pytest.mark.parametrize(
     ("settings", "error", "text"),
     [
-        ({"head": "half"}, ConfigError, "^kind = 'half': input should be 'full' or 'screened'"),
-        ({"head": {"bytes": 0.0}}, ConfigError, "bytes 0.0 must be more than 0"),
         (
-            {"head": {"kind": "screened", "bytes": 0.01}},
+            {"head": "half"},
             ConfigError,
-            "has no room for rough scores",
+            "^head.kind = 'half': input should be 'full' or 'screened'",
+        ),
+        ({"head": {"bytes": 0.0}}, ConfigError, "^head.bytes 0.0 must be more than 0"),
+        ({"head": "screened 1.5"}, ConfigError, "^head.bytes 1.5 must be at most 1"),
+        ({"head": "screened much"}, ConfigError, "^head.bytes = 'much': input should be a valid"),
+        ({"head": "full 0.2"}, ConfigError, "^head.kind = 'full 0.2': input should be 'full'"),
+        ({"head": "screened 0.01"}, ConfigError, "for rough scores .* give a larger head.bytes"),
+        (
+            {"head": "screened", "executor": "graph"},
+            ConfigError,
+            'executor "graph" records steps with the whole head: leave head.kind at "full"',
         ),
     ],
-    ids=["kind", "bytes", "room"],
+    ids=["kind", "bytes", "share", "no number", "full", "room", "graph"],
 )
 def test_refusals(settings, error, text):
     model = model_of()
@@ -187,7 +341,9 @@ def test_refusals(settings, error, text):
 def test_a_head_with_a_bias_stays_whole():
     model = tiny("phi", vocab_size=WORDS, hidden_size=64)
     assert model.get_output_embeddings().bias is not None
-    with pytest.raises(ConfigError, match='no plain output head at hand: leave head at "full"'):
+    with pytest.raises(
+        ConfigError, match=r'no plain output head at hand: leave head\.kind at "full"'
+    ):
         prune(model, "griffin", **SCREENED).attach()
 
 

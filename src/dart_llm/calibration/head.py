@@ -71,7 +71,7 @@ def screenable(model: Any) -> Tensor:
     weight: Any = getattr(head, "weight", None)
     if weight is None or getattr(head, "bias", None) is not None or weight.is_meta:
         raise ConfigError(
-            f'{type(model).__name__} has no plain output head at hand: leave head at "full"'
+            f'{type(model).__name__} has no plain output head at hand: leave head.kind at "full"'
         )
     return weight.detach()  # type: ignore[no-any-return]
 

@@ -102,7 +102,9 @@ class PatchHost:
                 "bits: it cannot be served beside this one"
             )
         if config.screens:
-            raise ConfigError("served requests have the whole output head: leave head out")
+            raise ConfigError(
+                'served requests have the whole output head: leave head.kind at "full"'
+            )
         method = MethodOnModel.of(self.view, config)
         if method.selector.removes_nothing:
             return method

@@ -57,7 +57,7 @@ def keep_of(share: float, words: int, hidden: int, nbytes: float) -> int:
     if keep < min(GROUP, hidden) or hidden % 8:
         raise ConfigError(
             f"a head of {words} x {hidden} weights has no room for rough scores in {share:.0%} of "
-            "its bytes: give a larger share, or leave it as it is"
+            'its bytes: give a larger head.bytes, or leave head.kind at "full"'
         )
     return keep
 

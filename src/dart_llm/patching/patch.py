@@ -77,7 +77,7 @@ class ModelPatch(NotCopied):
         self.slim: WholeStepForward | None = None
         self.head: ScreenedHead | None = None
         if screen is not None:
-            self.head = ScreenedHead(model, screen)
+            self.head = ScreenedHead(model, screen, view.parameter_bytes)
         self._watch = Watch(model, self.layers, executor)
         self._changes = Changes()
         self._released = self._served = 0
@@ -154,7 +154,7 @@ class ModelPatch(NotCopied):
     def _run_head(self, original: Callable[..., Any], hidden: Tensor) -> Any:
         screened = self._decodes and not (torch.is_grad_enabled() and hidden.requires_grad)
         assert self.head is not None
-        return self.head.run(original, hidden) if screened else original(hidden)
+        return self.head.run(hidden) if screened else original(hidden)
 
     def _replace_steps(self) -> None:
         """Take whole decode steps over."""

@@ -456,7 +456,10 @@ def _token_bytes(
     return {
         "mean_context": context,
         "token_bytes_share": traffic.share(
-            context, ffn, 1 - decoded.sparsity() * reads, 1.0 if head is None else head.bytes_share
+            context,
+            ffn,
+            1 - decoded.sparsity() * reads,
+            1.0 if head is None else head.read(decoded.tokens),
         ),
         "dense_token_bytes_share": traffic.share(context),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,15 +21,19 @@ Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 
 class Part(BaseModel):
-    """A frozen group of settings; a bad value or an unknown key raises ``ConfigError``."""
+    """A frozen group of settings; a bad value or an unknown key raises ``ConfigError``.
+
+    ``called``: how messages name it, before its own settings; "": not at all.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    called: ClassVar[str] = ""
 
     def __init__(self, **data: Any) -> None:
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise ConfigError(first_problem(error)) from None
+            raise ConfigError(first_problem(error, self.called)) from None
 
     @model_validator(mode="before")
     @classmethod
@@ -238,11 +242,21 @@ class HeadConfig(Part):
 
     ``kind``: by the ``full`` output head, or ``screened``: rough scores of all words, exact ones of
     those near the best.  ``bytes``: share of the head's bytes that a screened one reads, on average
-    over the model's own text, (0, 1].
+    over the model's own text, (0, 1]; ``screened 0.2`` gives both.
     """
+
+    called: ClassVar[str] = "head"
 
     kind: Literal["full", "screened"] = "full"
     bytes: Share = 0.25
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        kind, _, share = str(data.get("kind", "")).partition(" ")
+        return {**data, "kind": kind, "bytes": share} if share and kind == "screened" else data
 
 
 SECRET = ("api_key",)
@@ -253,10 +267,10 @@ BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than
 """What pydantic calls the bounds of a field, in words."""
 
 
-def first_problem(error: ValidationError) -> str:
-    """The first validation problem as one sentence."""
+def first_problem(error: ValidationError, called: str = "") -> str:
+    """The first validation problem of the settings ``called`` so, as one sentence."""
     problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"])
+    where = ".".join(str(part) for part in (called, *problem["loc"]) if part != "")
     for bound, words in BOUNDS.items():
         if bound in problem.get("ctx", {}):
             return f"{where} {problem['input']} must be {words} {problem['ctx'][bound]:g}"
@@ -344,6 +358,11 @@ class PruneConfig(Part):
             )
         if self.executor not in ("auto", "masked") and self.batch == "per_row":
             raise ConfigError('batch "per_row" has a mask per row: use executor "masked" or "auto"')
+        if self.executor == "graph" and self.screens:
+            raise ConfigError(
+                'executor "graph" records steps with the whole head: leave head.kind at "full", or '
+                'use executor "auto"'
+            )
         self._check_calibration_and_prior()
         self._check_candidates()
         return self
@@ -360,7 +379,9 @@ class PruneConfig(Part):
                 f"weight_bits {self.weight_bits} stands for the dense model: drop the sparsity"
             )
         if self.weight_bits is not None and self.screens:
-            raise ConfigError("weight_bits is another model, run as it is: leave its head full")
+            raise ConfigError(
+                'weight_bits is another model, run as it is: leave head.kind at "full"'
+            )
         if self.token is not None and self.compensation_rank:
             raise ConfigError(
                 "tokens that choose their own neurons have no low-rank compensation: drop "

@@ -87,9 +87,14 @@ class SequenceReport:
     remasks: tuple[Remask, ...]
 
 
-def bytes_limit(ffn_share: float, sparsity: float, proxy_share: float = 0.0) -> float:
-    """Largest speed-up that the bytes read allow: low-bit copies are read on top."""
-    return 1.0 / max(1e-9, 1.0 - ffn_share * (sparsity - proxy_share))
+def bytes_limit(
+    ffn_share: float, sparsity: float, proxy_share: float = 0.0, head_saved: float = 0.0
+) -> float:
+    """Largest speed-up that the bytes read allow: low-bit copies are read on top.
+
+    ``head_saved``: of all bytes, those of the output head that a screened one leaves out.
+    """
+    return 1.0 / max(1e-9, 1.0 - ffn_share * (sparsity - proxy_share) - head_saved)
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,17 @@ class HeadReport:
     """Share of these whose best word is the same."""
     kl: float
     """Mean KL of the whole head against the screened one over these, in nats."""
+    share_of_bytes: float = 0.0
+    """The whole head's bytes over all weight bytes that one decoded token reads."""
+
+    def read(self, decoded: float) -> float:
+        """Bytes over the whole head's, on average over ``decoded`` tokens; others read it all."""
+        screened = min(1.0, self.tokens / decoded) if decoded else 1.0
+        return 1 - screened * (1 - self.bytes_share)
+
+    def saved(self, decoded: float) -> float:
+        """Of all weight bytes those that none of ``decoded`` tokens reads, on average."""
+        return self.share_of_bytes * (1 - self.read(decoded))
 
     def __str__(self) -> str:
         return (
@@ -125,6 +141,7 @@ def merge_heads(heads: Sequence[HeadReport | None]) -> HeadReport | None:
         sampled,
         sum(h.same_share * h.sampled for h in found) / max(1, sampled),
         sum(h.kl * h.sampled for h in found) / max(1, sampled),
+        sum(h.share_of_bytes * h.tokens for h in found) / tokens,
     )
 
 
@@ -181,7 +198,9 @@ class RunReport:
     @property
     def bytes_limit(self) -> float:
         """Largest speed-up that the bytes read allow at the achieved sparsity."""
-        return bytes_limit(self.ffn_share_of_bytes, self.achieved_sparsity, self.proxy_bytes_share)
+        saved = 0.0 if self.head is None else self.head.saved(self.decoded_tokens)
+        shares = self.ffn_share_of_bytes, self.achieved_sparsity, self.proxy_bytes_share
+        return bytes_limit(*shares, saved)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able data; ``head`` only where it was screened."""
@@ -261,17 +280,22 @@ def merge_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
         {**sequence, "sequence": number}
         for number, sequence in enumerate(s for r in reports for s in r["sequences"])
     ]
-    merged["bytes_limit"] = _limit(merged)
-    heads = [report.get("head") for report in reports]
-    head = merge_heads([None if one is None else HeadReport(**one) for one in heads])
+    head = merge_heads([_head(report) for report in reports])
     if head is not None:
         merged["head"] = asdict(head)
+    merged["bytes_limit"] = _limit(merged)
     return merged
 
 
+def _head(report: dict[str, Any]) -> HeadReport | None:
+    found = report.get("head")
+    return None if found is None else HeadReport(**found)
+
+
 def _limit(report: dict[str, Any]) -> float:
-    proxy = report["proxy_bytes_share"]
-    return bytes_limit(report["ffn_share_of_bytes"], report["achieved_sparsity"], proxy)
+    head, proxy = _head(report), report["proxy_bytes_share"]
+    saved = 0.0 if head is None else head.saved(report["decoded_tokens"])
+    return bytes_limit(report["ffn_share_of_bytes"], report["achieved_sparsity"], proxy, saved)
 
 
 def slim(report: dict[str, Any]) -> dict[str, Any]:

@@ -139,6 +139,9 @@ def _bytes(accounting: Row) -> str:
         )
     copies = accounting.get("proxy_bytes_share") or 0.0  # read on top, to rank the neurons
     saved = (accounting.get("ffn_share_of_bytes") or 0.0) * (achieved - copies)
+    if head := accounting.get("head"):
+        removed += f", {head['bytes_share']:.2f} of the output head read"
+        saved = 1 - 1 / accounting["bytes_limit"]
     if not 0 < saved < 1:
         return removed
     less = f"{percent(saved, 0)} fewer weight bytes read per token"

@@ -37,6 +37,10 @@ def test_formulas_by_hand():
     assert sizes.limit(0.5) == pytest.approx(1 / 0.7) and sizes.limit(0.0) == 1.0
     assert sizes.limit(0.5, proxy_share=0.25) == pytest.approx(1 / 0.85)
     assert sizes.read(1.0) == 1000 and sizes.read(0.5) == 700
+    # the head has 100 of the other 200, of which a screened one reads a quarter
+    screened = DecodeTraffic(ffn=600, weights=800, cache=200, head=100)
+    assert screened.limit(0.5, head_share=0.25) == pytest.approx(1 / (0.7 - 0.075))
+    assert screened.limit(0.5) == sizes.limit(0.5) and screened.read(0.5, 0.25) == 625
     # prompt of 10; two untimed tokens read 11 and 12 positions; the timed four 13, 14, 15, 16
     assert mean_context(10, 4) == 14.5
     # 0.4 over 10 tokens, of which the first two were dense: 4.0 / 8

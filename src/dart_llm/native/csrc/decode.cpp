@@ -311,19 +311,24 @@ struct Member : Worker {
     in_parts(1, [&](int64_t, int64_t) {
       std::copy_n(given.wide, rows * hidden, scratch.normed.data());
     });
-    if (decoder.headless) return;
     float* logits = scratch.logits.data();
-    int64_t words = decoder.vocabulary;
-    project(decoder.head, nullptr, given, words, logits, words,
-            [&](int64_t m, int64_t begin, int64_t end) {
-              float* own = logits + m * words;
-              if (decoder.logits_cap)
-                for (int64_t i = begin; i < end; ++i) own[i] = capped(own[i], decoder.logits_cap);
-              if (!scratch.greedy) return;
-              for (int64_t i : scratch.forbidden)
-                if (i >= begin && i < end) own[i] = -INFINITY;
-              likeliest[m].see(decoder.dtype, own, begin, end);
-            });
+    auto then = [&](int64_t m, int64_t begin, int64_t end) { scored(m, begin, end); };
+    if (decoder.screen)
+      score_by_screen(*this, kernels, decoder.dtype, *decoder.screen, decoder.head, given,
+                      scratch.screened, logits, then);
+    else
+      project(decoder.head, nullptr, given, decoder.vocabulary, logits, decoder.vocabulary, then);
+  }
+
+  // Words `begin` to `end` of row m have their scores.
+  void scored(int64_t m, int64_t begin, int64_t end) {
+    float* own = scratch.logits.data() + m * decoder.logits_pitch();
+    if (decoder.logits_cap)
+      for (int64_t i = begin; i < end; ++i) own[i] = capped(own[i], decoder.logits_cap);
+    if (!scratch.greedy) return;
+    for (int64_t i : scratch.forbidden)
+      if (i >= begin && i < end) own[i] = -INFINITY;
+    likeliest[m].see(decoder.dtype, own, begin, end);
   }
 };
 
@@ -365,7 +370,7 @@ void Decoder::row(const Kernels& kernels, const Matrix& rows, int64_t index, flo
 }
 
 Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_, int64_t rows_)
-    : jobs(int64_t(d.layers.size()) * JOBS + 3),
+    : jobs(int64_t(d.layers.size()) * JOBS + 2 + SCREEN_JOBS),
       threads(threads_),
       positions(positions_),
       rows(rows_) {
@@ -373,7 +378,8 @@ Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_, int64_t
   stream.resize(rows * d.hidden);
   qkv.resize(rows * std::max((d.heads + 2 * d.kv_heads) * d.size, d.hidden));
   attended.resize(rows * d.heads * d.size);
-  logits.resize(rows * d.vocabulary);
+  logits.resize(rows * d.logits_pitch());
+  if (d.screen) screened = ScreenRoom(*d.screen, rows);
   inputs.resize(each * d.hidden);
   parts.resize(PARTS * rows * padded(d.hidden));
   normed.resize(rows * d.hidden + each * widest(d));

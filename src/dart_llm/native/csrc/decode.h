@@ -1,18 +1,14 @@
 // A token of each row through a decoder of norms, attention and FFNs, whole.
 #pragma once
+#include <optional>
 #include <vector>
 
 #include "kernels.h"
 #include "likeliest.h"
+#include "screen.h"
 #include "team.h"
 
 namespace dart {
-
-// Rows of weights, in the decoder's dtype or packed.
-struct Matrix {
-  const void* plain;
-  const Packed* packed;
-};
 
 // An RMS norm, or one that takes the mean off first; factors [n] float32, null: no norm.
 struct Norm {
@@ -47,9 +43,11 @@ struct Decoder {
   float attention_cap, logits_cap;  // c tanh(x / c) of scores and of logits; 0: none
   Matrix embedding, positions, head;  // [V, D], [places, D] or none, [V, D]
   Norm norm;                          // [D]
-  bool headless = false;              // steps end with the normed last hidden states
+  std::optional<Screen> screen;       // of the head: what scores the tokens of steps
   std::vector<Layer> layers;
 
+  // Values from the logits of one row to those of the next.
+  int64_t logits_pitch() const { return screen ? screen->pitch() : vocabulary; }
   // Values of the queries, keys and values of one row.
   int64_t in_qkv() const { return (heads + 2 * kv_heads) * size; }
   // Where head `one` of queries (0), keys (1) or values (2) stands among them.
@@ -93,6 +91,7 @@ struct Scratch {
   std::vector<float> strength;       // of a layer's neurons: [M, I]
   std::vector<int32_t> chosen;       // each token's neurons
   std::vector<Likeliest> likeliest;  // [threads, M]: of the words that each member saw; empty them first
+  ScreenRoom screened;
   int64_t threads, positions, rows;
   bool observed = false;
   bool greedy = false;  // whether `likeliest` is wanted, of all words but the `forbidden` ones
@@ -100,8 +99,8 @@ struct Scratch {
 };
 
 // Runs one member's share of the step that decodes after `tokens` [M]; all members call it at once.
-// cosine, sine: [tables, R] of the position.  Leaves logits [M, V] and the normed last hidden states
-// [M, D].
+// cosine, sine: [tables, R] of the position.  Leaves logits [M, V], `logits_pitch` apart, and the
+// normed last hidden states [M, D].
 void step(const Kernels&, const Decoder&, const Cache&, const int64_t* tokens, const float* cosine,
           const float* sine, Scratch&, int64_t member);
 

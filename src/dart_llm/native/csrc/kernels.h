@@ -25,6 +25,12 @@ inline Input one_of(Dtype dtype, const Input& x, int64_t m) {
           x.rounded.at(m)};
 }
 
+// Rows of weights, in the dtype of a model or packed.
+struct Matrix {
+  const void* plain;
+  const Packed* packed;
+};
+
 // One FFN; neurons are rows of D values in every matrix, in `down` too.
 struct Ffn {
   const void* gate;  // null: a plain FFN

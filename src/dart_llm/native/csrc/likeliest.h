@@ -4,6 +4,20 @@
 
 namespace dart {
 
+// The largest of n values, more than none; a number that is none is larger than all others.
+inline float largest(const float* values, int64_t n) {
+  constexpr int64_t LANES = 64;
+  auto larger = [](float a, float b) { return b > a || b != b ? b : a; };
+  float lanes[LANES], top = values[0];
+  std::fill_n(lanes, LANES, top);
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES)
+    for (int64_t j = 0; j < LANES; ++j) lanes[j] = larger(lanes[j], values[i + j]);
+  for (; i < n; ++i) top = larger(top, values[i]);
+  for (float lane : lanes) top = larger(top, lane);
+  return top;
+}
+
 // As torch and numpy choose: a number that is none is larger than all others.
 struct Likeliest {
   float value = 0;
@@ -35,20 +49,6 @@ struct Likeliest {
     if (dtype == Dtype::f32 || std::isnan(x)) return x;
     uint32_t bits = to_bits(x);
     return from_bits((bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u);
-  }
-
-  static float larger(float a, float b) { return b > a || b != b ? b : a; }
-
-  static float largest(const float* values, int64_t n) {
-    constexpr int64_t LANES = 64;
-    float lanes[LANES], top = values[0];
-    std::fill_n(lanes, LANES, top);
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-      for (int64_t j = 0; j < LANES; ++j) lanes[j] = larger(lanes[j], values[i + j]);
-    for (; i < n; ++i) top = larger(top, values[i]);
-    for (float lane : lanes) top = larger(top, lane);
-    return top;
   }
 };
 

@@ -567,10 +567,11 @@ struct Decoder : torch::CustomClassHolder {
     together([&](int64_t member) {
       dart::step(kernels, model, cache, tokens.data(), cos, sin, *scratch, member);
     });
-    Tensor found = forbidden && !model.headless
-                       ? likeliest()
-                       : copy(scratch->logits, {rows, model.headless ? 0 : model.vocabulary}, type);
-    return {found,
+    int64_t pitch = model.logits_pitch();
+    auto logits = [&] {
+      return at::from_blob(scratch->logits.data(), {rows, model.vocabulary}, {pitch, 1}, at::kFloat);
+    };
+    return {forbidden ? likeliest() : logits().to(type, false, true),
             copy(scratch->normed, {rows, model.hidden}, type)};
   }
 
@@ -586,8 +587,23 @@ struct Decoder : torch::CustomClassHolder {
   }
   int64_t rows = 0;  // of the last step
 
-  // Whether steps leave the head out, which somebody else runs: their logits are [M, 0].
-  void leave_head(bool left) { model.headless = left; }
+  // Steps score words by a screen of the head from now on: see read_screen.
+  void set_screen(const Tensor& basis, const Tensor& levels, const Tensor& by, int64_t keep, double threshold) {
+    dart::Screen read = dart::read_screen(basis, levels, by, keep, threshold, model.vocabulary, model.hidden);
+    TORCH_CHECK(!model.head.packed || model.head.packed->order == dart::Order::rows,
+                "native: words here and there are read of rows alone");
+    scratch.reset();
+    model.screen = read;
+    held.insert(held.end(), {basis, levels, by});
+  }
+
+  // Of the last step, by a screen: words of each row that were scored exactly.
+  std::vector<int64_t> exact_words() const {
+    TORCH_CHECK(scratch && model.screen, "native: no words were screened");
+    std::vector<int64_t> found;
+    for (int64_t m = 0; m < rows; ++m) found.push_back(scratch->screened.exact_words(m));
+    return found;
+  }
 
   void check_tokens(const int64_t* tokens, int64_t count) const {
     for (int64_t i = 0; i < count; ++i)
@@ -691,7 +707,8 @@ struct Decoder : torch::CustomClassHolder {
     const dart::Scratch& s = *scratch;
     size_t numbers = 0;
     for (const auto* floats : {&s.stream, &s.qkv, &s.attended, &s.logits, &s.inputs, &s.normed,
-                               &s.scores, &s.parts, &s.u, &s.h, &s.z, &s.x, &s.r, &s.strength})
+                               &s.scores, &s.parts, &s.u, &s.h, &s.z, &s.x, &s.r, &s.strength,
+                               &s.screened.z, &s.screened.values})
       numbers += floats->size();
     return int64_t(4 * (numbers + s.chosen.size()) + 2 * s.narrow.size() +
                    8 * (s.jobs.taken.size() + s.jobs.done.size()));
@@ -730,7 +747,8 @@ TORCH_LIBRARY(dart_llm, library) {
       .def("set_packed", &Decoder::set_packed)
       .def("bind", &Decoder::bind)
       .def("step", &Decoder::step)
-      .def("leave_head", &Decoder::leave_head)
+      .def("set_screen", &Decoder::set_screen)
+      .def("exact_words", &Decoder::exact_words)
       .def("prompt_begin", &Decoder::prompt_begin)
       .def("prompt_layer", &Decoder::prompt_layer)
       .def("prompt_layers", &Decoder::prompt_layers)

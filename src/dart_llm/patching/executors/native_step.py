@@ -22,6 +22,7 @@ from dart_llm.models.growing_cache import (
     static_places,
 )
 from dart_llm.models.packed import PackedTensor, few
+from dart_llm.models.screen import Screen
 from dart_llm.models.steps import (
     LayerParts,
     Norm,
@@ -72,8 +73,11 @@ class SlimDecoder(StepDecoder):
             isinstance(one, PackedTensor) for one in _matrices(parts, ffns)
         )
 
-    def leave_head(self) -> None:
-        self._native.leave_head(True)
+    def take_screen(self, screen: Screen) -> None:
+        self._native.set_screen(*screen.tensors(), screen.keep, screen.threshold)
+
+    def exact_words(self) -> int:
+        return sum(self._native.exact_words())
 
     def nbytes(self) -> int:
         norms = sum(t.nbytes for t in self._norms) if self.dtype != torch.float32 else 0

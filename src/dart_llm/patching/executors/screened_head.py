@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dart_llm.models.calls import SlimCall
 from dart_llm.models.packed import PackedTensor
 from dart_llm.models.screen import Screen, divergence
 from dart_llm.native.build import ops, why_not
@@ -22,18 +23,20 @@ EVERY = 32
 
 
 class ScreenedHead:
-    """``module``: the head of ``model``, a linear layer without bias."""
+    """``module``: the head of ``model``, a linear layer without bias.
 
-    def __init__(self, model: Any, screen: Screen) -> None:
-        self.screen = screen
+    ``all_bytes``: of all weights that a decoded token reads.
+    """
+
+    def __init__(self, model: Any, screen: Screen, all_bytes: int) -> None:
+        self.screen, self._all_bytes = screen, all_bytes
         self.module: nn.Module = model.get_output_embeddings()
         text = model.config.get_text_config()
         self._cap = float(getattr(text, "final_logit_softcapping", None) or 0)
         self._native: torch.dtype | None = None
         """Of the hidden states that the kernels read; None: torch runs it all."""
         self._packed: Any = None
-        self._tokens = self._sampled = self._same = 0
-        self._exact = 0.0
+        self._tokens = self._sampled = self._same = self._exact = 0
         self._divergence = 0.0
 
     def go_native(self, layout: Layout) -> None:
@@ -52,77 +55,62 @@ class ScreenedHead:
         weight: Any = self.module.weight
         return weight.detach()  # type: ignore[no-any-return]
 
-    def run(self, original: Callable[..., Any], hidden: Tensor) -> Tensor:
+    def run(self, hidden: Tensor) -> Tensor:
         """The module's forward for decoded tokens, [..., D] to [..., V]."""
         rows = hidden.reshape(-1, hidden.shape[-1])
-        scores = self._scores(rows, original, None)
+        few = 0 < len(rows) <= STEP_ROWS
+        by_kernels = few and rows.dtype == self._native
+        with torch.no_grad():
+            scores, exact = self._by_kernels(rows) if by_kernels else self._by_torch(rows)
+        self.count(rows, capped(scores, self._cap), exact)  # the model itself caps them later
         return scores.reshape(*hidden.shape[:-1], scores.shape[-1])
 
-    def step(self, hidden: Tensor, forbidden: list[int] | None) -> Tensor:
-        """Logits [B, V] of a whole step's last hidden states [B, D].
-
-        With ``forbidden``, the likeliest words [B] but for these, int64, may stand in their place.
-        """
-        if self._cap:
-            return capped(self._scores(hidden, self._whole, None), self._cap)
-        return self._scores(hidden, self._whole, forbidden)
-
-    def _whole(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self._weight)
+    def ask(self, call: SlimCall) -> SlimCall:
+        """What a whole step is asked for: scores, where a token is looked at."""
+        return replace(call, forbidden=None) if self._looked(len(call.ids)) else call
 
     @torch.no_grad()
-    def _scores(
-        self, hidden: Tensor, whole: Callable[[Tensor], Tensor], forbidden: list[int] | None
-    ) -> Tensor:
-        looked = range(-self._tokens % EVERY, len(hidden), EVERY)
-        few = 0 < len(hidden) <= STEP_ROWS
-        if few and hidden.dtype == self._native:
-            scores = self._by_kernels(hidden, None if looked else forbidden)
-        else:
-            scores = self._by_torch(hidden, whole)
-        self._tokens += len(hidden)
-        self._look(hidden, scores, whole, looked)
-        return scores
+    def count(self, hidden: Tensor, logits: Tensor, exact: int) -> None:
+        """Tokens with last hidden states [n, D] were screened, and ``exact`` words were read.
 
-    def _by_kernels(self, hidden: Tensor, forbidden: list[int] | None) -> Tensor:
+        ``logits``: [n, V], as the model gives them, where one of the tokens is looked at.
+        """
+        for place in self._looked(len(hidden)):
+            own = slice(place, place + 1)
+            full = capped(F.linear(hidden[own], self._weight), self._cap).float()
+            self._sampled += 1
+            self._same += int(full.argmax() == logits[own].float().argmax())
+            self._divergence += float(divergence(full, logits[own]))
+        self._tokens += len(hidden)
+        self._exact += exact
+
+    def _looked(self, count: int) -> range:
+        """Which of the next tokens the whole head scores too: the first, then each 32nd."""
+        return range(-self._tokens % EVERY, count, EVERY)
+
+    def _by_kernels(self, hidden: Tensor) -> tuple[Tensor, int]:
         screen = self.screen
+        weight = self._weight if self._packed is None else None
         scores, exact = ops().screened_head(
             hidden.contiguous(),
-            screen.basis,
-            screen.levels,
-            screen.by,
+            *screen.tensors(),
             screen.keep,
-            self._weight if self._packed is None else None,
-            self._packed,
             screen.threshold,
-            forbidden,
+            weight,
+            self._packed,
         )
-        self._exact += sum(exact)
-        return scores  # type: ignore[no-any-return]
+        return scores, sum(exact)
 
-    def _by_torch(self, hidden: Tensor, whole: Callable[[Tensor], Tensor]) -> Tensor:
+    def _by_torch(self, hidden: Tensor) -> tuple[Tensor, int]:
         """The same by formulas: of one token its words alone, of several all of them."""
         rough = self.screen.rough(hidden)
         near = self.screen.near(rough)
-        self._exact += float(near.sum())
         if len(hidden) > 1 or isinstance(self._weight, PackedTensor):
-            return torch.where(near, whole(hidden), rough.to(hidden.dtype))
+            full = F.linear(hidden, self._weight)
+            return torch.where(near, full, rough.to(hidden.dtype)), int(near.sum())
         words = near[0].nonzero()[:, 0]
         exact = F.linear(hidden, self._weight.index_select(0, words))
-        return rough.to(hidden.dtype).index_copy(1, words, exact)
-
-    def _look(
-        self, hidden: Tensor, scores: Tensor, whole: Callable[[Tensor], Tensor], places: range
-    ) -> None:
-        """Score each ``EVERY``-th token by the whole head too: the first, then as they come."""
-        for place in places:
-            full, found = (
-                whole(hidden[place : place + 1]).float(),
-                scores[place : place + 1].float(),
-            )
-            self._sampled += 1
-            self._same += int(full.argmax() == found.argmax())
-            self._divergence += float(divergence(full, found))
+        return rough.to(hidden.dtype).index_copy(1, words, exact), len(words)
 
     def report(self) -> HeadReport | None:
         """What was read and lost so far; None before the first token."""
@@ -137,6 +125,7 @@ class ScreenedHead:
             sampled=self._sampled,
             same_share=self._same / self._sampled,
             kl=self._divergence / self._sampled,
+            share_of_bytes=weight.nbytes / self._all_bytes,
         )
 
     def nbytes(self) -> int:

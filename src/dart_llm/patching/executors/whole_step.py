@@ -20,6 +20,7 @@ from dart_llm.models.calls import (
     read_prompt,
 )
 from dart_llm.models.growing_cache import PreallocatedKVCache, is_static
+from dart_llm.models.screen import Screen
 from dart_llm.patching.executors.screened_head import ScreenedHead
 from dart_llm.pruning.controller import PruningController
 from dart_llm.pruning.forward import ForwardPlan
@@ -124,8 +125,13 @@ class StepDecoder(ABC):
         known = self._cache
         return known is not None and known.of() is cache and known.ready(cache)
 
-    def leave_head(self) -> None:  # noqa: B027 - who cannot leave it out computes it in vain
-        """Somebody else scores the tokens of steps: their logits need not be computed."""
+    def take_screen(self, screen: Screen) -> None:
+        """Score tokens by a screen of the head from now on."""
+        raise NotImplementedError
+
+    def exact_words(self) -> int:
+        """Words that the last step scored exactly, by a screen: the sum over its rows."""
+        raise NotImplementedError
 
     def serves(self, masks: Sequence[LayerMask | None]) -> bool:
         """Whether it can run these masks."""
@@ -165,7 +171,7 @@ class StepDecoder(ABC):
 class WholeStepForward:
     """Takes decode steps over from the model; ``current``: the controller of the run.
 
-    ``head``: what scores the tokens of steps in place of the model's own.
+    ``head``: what scores the tokens of steps by its screen, and counts what that reads.
     """
 
     def __init__(
@@ -177,7 +183,7 @@ class WholeStepForward:
     ):
         self.decoder, self.head = decoder, head
         if head is not None:
-            decoder.leave_head()
+            decoder.take_screen(head.screen)
         self.current = current
         self.hooks = Hooks(model)
         self._model: Any = model
@@ -265,13 +271,17 @@ class WholeStepForward:
         if not self._fresh:
             self.decoder.refresh()
             self._fresh = True
+        if self.head is not None:
+            call = self.head.ask(call)
         logits, hidden = self.decoder.step(call, plan.observe)
         self.steps += 1
         if plan.observe:
             self._observe(controller)
         if plan.signal:
             controller.observe_signal(hidden[:, None])
-        return logits if self.head is None else self.head.step(hidden, call.forbidden)
+        if self.head is not None:
+            self.head.count(hidden, logits, self.decoder.exact_words())
+        return logits
 
     def _asks_for_more(self, again: bool = False) -> bool:
         """Whether the model must run itself: dropout, gradients, autocast, outputs, hooks."""

@@ -327,11 +327,14 @@ class SpeedStudy(Study[SpeedSettings]):
     def _sizes(self, model: Any) -> dict[str, float]:
         share = Run(model, PruneConfig.build("dense")).report().ffn_share_of_bytes
         weights = describe(model).parameter_bytes
-        return {
+        found = {
             "ffn_bytes": share * weights,
             "weight_bytes": weights,
             "cache_bytes_per_position": cache_bytes(model, self.ids),
         }
+        if any(one.config.screens for one in self.variants):
+            found["head_bytes"] = model.get_output_embeddings().weight.nbytes
+        return found
 
     def _compared(self) -> dict[str, Any]:
         """What else is known where formats, or llama.cpp, are compared."""

@@ -49,11 +49,12 @@ def mean_context(prompt: int, tokens: int) -> float:
 
 @dataclass(frozen=True)
 class DecodeTraffic:
-    """What one dense token reads: ``ffn`` of ``weights`` bytes, and ``cache`` bytes."""
+    """What one dense token reads: bytes of ``weights``, their ``ffn`` and ``head``, and ``cache``."""
 
     ffn: float
     weights: float
     cache: float
+    head: float = 0.0
 
     @property
     def total(self) -> float:
@@ -64,13 +65,17 @@ class DecodeTraffic:
         """f: the FFN's share of all bytes that a token reads, the cache's among them."""
         return self.ffn / self.total
 
-    def limit(self, sparsity: float, proxy_share: float = 0.0) -> float:
-        """1 / (1 - f s); ``proxy_share``: low-bit copies over the FFN's bytes, read on top."""
-        return bytes_limit(self.share, sparsity, proxy_share)
+    def limit(self, sparsity: float, proxy_share: float = 0.0, head_share: float = 1.0) -> float:
+        """1 / (1 - f s); ``proxy_share``: low-bit copies over the FFN's bytes, read on top.
 
-    def read(self, ffn_share: float) -> float:
-        """Bytes of one token that touches the share ``ffn_share`` of the FFN's bytes."""
-        return self.total + self.ffn * (ffn_share - 1)
+        ``head_share``: of the head's bytes, what a screened one reads.
+        """
+        saved = self.head / self.total * (1 - head_share)
+        return bytes_limit(self.share, sparsity, proxy_share, saved)
+
+    def read(self, ffn_share: float, head_share: float = 1.0) -> float:
+        """Bytes of one token that touches these shares of the bytes of FFN and head."""
+        return self.total + self.ffn * (ffn_share - 1) + self.head * (head_share - 1)
 
 
 def timed_mean(end: float, tokens_end: int, warm: float, tokens_warm: int) -> float:
@@ -97,7 +102,8 @@ DEFINITIONS = {
     "x transformers": "ms of the untouched model over this row's",
     "x own dense": "ms of our own dense path over this row's",
     "limit": "1 / (1 - f s): s is what was achieved, f the FFN's share of the bytes that a token "
-    "reads, the key-value cache at the mean context length among them",
+    "reads, the key-value cache at the mean context length among them; what a screened head leaves "
+    "out is no longer read either",
     "of limit": "x own dense over the limit",
     "GB/s": "bytes of the weights and cache that a token reads, over its time",
     "of read": "GB/s over the read bandwidth of the same run",
@@ -129,8 +135,9 @@ COMPARED = ("weights", "bytes_per_token", "times_main", "bytes_allow", "prefill_
 def summarise(
     cases: Sequence[Case], own: str, repetitions: Sequence[Mapping[str, Any]], about: dict[str, Any]
 ) -> dict[str, Any]:
-    """speed.json.  ``about``: facts, with ``weights`` (ffn_bytes, weight_bytes, and the cache's
-    cache_bytes_per_position), ``prompt_tokens`` and ``tokens``; ``own``: our own dense path.
+    """speed.json.  ``about``: facts, with ``weights`` (ffn_bytes, weight_bytes, head_bytes where a
+    row screens it, and the cache's cache_bytes_per_position), ``prompt_tokens`` and ``tokens``;
+    ``own``: our own dense path.
 
     Where formats are compared, ``formats`` has by name how it is held, its own_dense and its
     weights, and ``reference`` by label what llama.cpp reads.
@@ -167,7 +174,8 @@ def summarise(
 
 def _traffic(weights: Row, context: float) -> DecodeTraffic:
     cache = context * weights["cache_bytes_per_position"]
-    return DecodeTraffic(weights["ffn_bytes"], weights["weight_bytes"], cache)
+    head = weights.get("head_bytes", 0.0)
+    return DecodeTraffic(weights["ffn_bytes"], weights["weight_bytes"], cache, head)
 
 
 def _compared(
@@ -261,8 +269,9 @@ def _row(
     steps = [1000 * step for one in samples for step in one["steps_s"]]
     low, middle, high = np.percentile(steps, (5, 50, 95)).tolist()
     removed = _mean(samples, "achieved_sparsity", 0.0)
-    limit = sizes.limit(removed, _mean(samples, "proxy_bytes_share", 0.0))
-    moved = sizes.read(_mean(samples, "ffn_bytes_share", 1.0))
+    head = _mean(samples, "head_bytes_share", 1.0)
+    limit = sizes.limit(removed, _mean(samples, "proxy_bytes_share", 0.0), head)
+    moved = sizes.read(_mean(samples, "ffn_bytes_share", 1.0), head)
     speed = moved / ms * 1000
     attach = _known(samples, "attach_s")
     return {

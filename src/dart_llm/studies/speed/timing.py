@@ -192,4 +192,7 @@ def _counted(warm: RunReport, end: RunReport) -> Sample:
         for name in names
     }
     remasks = end.remasks - warm.remasks
+    if end.head is not None and warm.head is not None:
+        read = end.head.read(counts[0]), warm.head.read(counts[1])
+        means["head_bytes_share"] = timed_mean(read[0], counts[0], read[1], counts[1])
     return {**means, "remasks": remasks, "extra_memory_bytes": end.extra_memory_bytes}
