@@ -49,7 +49,7 @@ def mean_context(prompt: int, tokens: int) -> float:
 
 @dataclass(frozen=True)
 class DecodeTraffic:
-    """What one dense token reads: bytes of ``weights``, their ``ffn`` and ``head``, and ``cache``."""
+    """What one dense token reads: bytes of weights, those of FFN and head in them, and of cache."""
 
     ffn: float
     weights: float
