@@ -1,10 +1,10 @@
 """Makes the clip at the top of README.md: 20 seconds of the window, from a recording.
 
-Usage: python benchmarks/make_clip.py [RECORDS.jsonl] [--out docs/window.webp] [--sparsity 0.1]
+Usage: python benchmarks/make_clip.py [RECORDS.jsonl] [--out docs/window.webp]
 
-Without RECORDS it records the first ready prompt with the default model.  The recording becomes the
-page of ``dart-llm replay``, Chromium shows it at one place after another, and Pillow joins the
-pictures.  Needs what the browser tests need: pip install '.[dev]', scripts/browser.sh.
+Without RECORDS it shows the recording that greets the window's visitors
+(benchmarks/make_greeting.py).  The recording becomes the page of ``dart-llm replay``, Chromium shows
+it at one place after another, and Pillow joins the pictures.  Needs what the browser tests need: pip install '.[dev]', scripts/browser.sh.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ WIDTH, HEIGHT = 1200, 850
 PER_SECOND = 12
 WRITING = 14.0
 """Seconds in which the answer is written; the rest shows what else there is to see."""
-TOKENS = 192
 LARGEST = 3_000_000
 """Bytes that the clip may have."""
 
@@ -56,11 +54,11 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "docs" / "window.webp", help="where the clip goes"
     )
-    parser.add_argument("--sparsity", type=float, default=0.1, help="fraction of neurons to remove")
     given = parser.parse_args()
-    from dart_llm.server.window import read_records
+    from dart_llm.server.window import GREETING, read_records, static_files
 
-    found = read_records(given.records) if given.records else record(given.sparsity)
+    greeting = json.loads(static_files()[GREETING][0])
+    found = read_records(given.records) if given.records else greeting
     with tempfile.TemporaryDirectory() as folder:
         pictures = list(shown(found, Path(folder)))
     join(pictures, given.out)
@@ -69,27 +67,6 @@ def main() -> None:
     print(f"{given.out}: {seconds:.1f} s, {len(pictures)} pictures, {size / 1e6:.2f} MB")
     if size > LARGEST:
         raise SystemExit(f"the clip is larger than {LARGEST / 1e6:g} MB: give fewer tokens")
-
-
-def record(sparsity: float) -> list[dict[str, Any]]:
-    """The records of the first ready prompt's answer by the default model."""
-    from dart_llm.data.prompts import encode_prompt
-    from dart_llm.engine.engine import Engine
-    from dart_llm.engine.requests import GenerationRequest as Ask
-    from dart_llm.engine.requests import Sampling
-    from dart_llm.models.loading import load
-    from dart_llm.pruning.config import PruneConfig
-
-    prompts = json.loads((files("dart_llm") / "static" / "prompts.json").read_text("utf-8"))
-    model, tokenizer = load("smollm2-135m")
-    ids = encode_prompt(tokenizer, prompts[0]["text"], chat=True)[0].tolist()
-    config = PruneConfig.build("dart", sparsity=sparsity)
-    found: list[dict[str, Any]] = []
-    with Engine(model, tokenizer) as engine:
-        engine.prepare(config)
-        ask = Ask(tuple(ids), Sampling(max_tokens=TOKENS, logprobs=4), config)
-        engine.run(ask, lambda one: found.append(one.to_dict()))
-    return found
 
 
 def shown(records: list[dict[str, Any]], folder: Path) -> Iterator[tuple[bytes, float]]:

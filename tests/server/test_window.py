@@ -51,7 +51,11 @@ def test_names_lead_somewhere():
                 assert name in exported and len(re.findall(rf"\b{name}\b", text)) > 1, name
         assert set(re.findall(r'byId\("([\w-]+)"\)', text)) <= {*IDS, "records"}, script
     served = set(static_files())
-    assert served == named | {"index.html", "prompts.json"} == {p.name for p in STATIC.iterdir()}
+    assert (
+        served
+        == named | {"index.html", "prompts.json", "greeting.json"}
+        == {p.name for p in STATIC.iterdir()}
+    )
     assert len(IDS) == len(set(IDS))
     for _, attributes in PAGE.seen:
         for name in ("for", "aria-labelledby", "aria-describedby"):

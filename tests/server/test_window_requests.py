@@ -9,14 +9,17 @@ import pytest
 
 from browser import need_browser, opened
 from dart_llm.server import window as server_window
-from dart_llm.server.window import page, read_records
+from dart_llm.server.window import GREETING, page, read_records
 from serve_cases import KEYS, FakeEngine, running, until
 from window_cases import QUESTION, READY, records
 
 ENDED = "document.getElementById('stop').hidden"
 TEXTS = "[...document.querySelectorAll('.answer .text')].map((t) => t.textContent)"
+HEADLINES = "[...document.querySelectorAll('.headline')].map((t) => t.textContent)"
 FEET = "[...document.querySelectorAll('.answer footer')].map((t) => t.textContent)"
 RETRY = "document.querySelector('.answer footer button:last-child')"
+PLAYER = "document.getElementById('player')"
+TIP = "document.getElementById('tip').checkVisibility()"
 READY_PAGE = "document.querySelectorAll('#prompts button').length === 3"
 
 
@@ -32,6 +35,7 @@ def start(tmp_path):
             window.driver.execute_cdp_cmd("Browser.setDownloadBehavior", allowed)
             window.wait("document.getElementById('ask-key').open" if server.service.settings.keys
                         else READY_PAGE)  # fmt: skip
+            window.js("document.getElementById('compare').click()")  # one answer, unless asked
             return server, window
 
         yield made
@@ -70,7 +74,10 @@ def test_settings_and_conversation_reach_the_engine(start, tmp_path):
     assert first.conversation == second.conversation != dense.conversation
     assert window.js("document.querySelectorAll('.question b').length") == 0
     feet = window.js(FEET)
-    assert "the same as the other for 3 tokens" in feet[2]
+    assert window.js(HEADLINES) == [
+        "10.0 % of the neurons skipped",
+        "40.0 % of the neurons skipped, 1.00 × dense speed, word for word the dense answer",
+    ]
     window.js("document.querySelector('.answer footer button').click()")  # its records are saved
     file = tmp_path / "answer-1.jsonl"
     until(lambda: file.exists() and file.stat().st_size)
@@ -79,6 +86,7 @@ def test_settings_and_conversation_reach_the_engine(start, tmp_path):
     assert found[-1]["texts"] == ["w0 w1 w2 "] and "fake-model" in page(found)
     window.driver.refresh()  # keeps the conversation
     window.wait(READY_PAGE)
+    window.click("compare")
     assert (window.js(TEXTS), window.js(FEET)) == (["w0 w1 w2 "] * 3, feet)
     send(window, "three", 4, tokens=1)
     assert server.engine.asked[3].conversation == first.conversation
@@ -124,7 +132,93 @@ def test_a_refusal_is_said_once_and_retry_asks_again(start):
     window.js(f"{RETRY}.click()")
     window.wait(f"{TEXTS}.join() === 'w0 w1 ' && {ENDED}")
     assert window.js("document.getElementById('message').value") == ""
-    assert len(server.engine.asked) == 1 and not window.js(f"{RETRY}.checkVisibility()")
+    assert len(server.engine.asked) == 1
+
+
+def test_a_question_is_edited_or_asked_again_as_if_it_had_never_been(start):
+    from selenium.webdriver.common.keys import Keys
+
+    server, window = start()
+    for number, text in enumerate(("one", "two", "three"), 1):
+        send(window, text, number, tokens=2)
+    edit = "document.querySelectorAll('.asked .edit')[1].click()"
+    window.js(edit)
+    assert window.js("document.getElementById('message').value") == "two"
+    assert "drops what came after" in window.text("hint")
+    window.keys(Keys.ESCAPE)  # left alone
+    assert window.js("document.getElementById('message').value") == ""
+    assert "Enter sends" in window.text("hint") and window.js(TEXTS) == ["w0 w1 "] * 3
+    window.js(edit)
+    send(window, " or three", 2)  # after what stands there
+    assert prompt(server, 3) == "<user>one<assistant>w0 w1 <user>two or three<assistant>"
+    assert server.engine.asked[3].conversation != server.engine.asked[0].conversation
+    window.js("document.querySelector('.answer footer button:last-child').click()")
+    window.wait(f"document.querySelectorAll('.answer').length === 1 && {ENDED}")
+    assert prompt(server, 4) == "<user>one<assistant>"
+
+
+def test_answers_have_addresses(start):
+    _, window = start()
+    for number in (1, 2):
+        send(window, "again", number, tokens=number)
+    look = "document.querySelector('.answer header a')"
+    shown = "document.getElementById('view-of').textContent.endsWith(': {}')"
+    window.wait(shown.format("2 tokens"))
+    window.js(f"{look}.click()")
+    window.wait(shown.format("1 token"))
+    assert window.js("location.hash") == "#answer/1" and not window.js(f"{look}.checkVisibility()")
+    window.driver.refresh()
+    window.wait(shown.format("1 token"))
+    window.js("(location.hash = '#answer/2')")
+    window.wait(shown.format("2 tokens"))
+
+
+def test_a_recording_is_played_until_the_visitor_asks(start):
+    """What greets is what the program recorded: its masks, its windows, its dense answer."""
+    _, window = start()
+    assert "A recording, until you ask: " in window.text("greeting-of")
+    count = "document.querySelectorAll('.text [data-token]').length"
+    first = window.wait(count)
+    window.wait(f"{count} > {first + 3}")
+    window.click("play")
+    assert window.text("play") == "Play"
+    found = json.loads((STATIC / GREETING).read_text("utf-8"))
+    seek(window, len(found))
+    done = [one for one in found if one["kind"] == "done"]
+    shown = "[...arguments[0].querySelectorAll('[data-token]')].map((s) => s.textContent).join('')"
+    texts = window.driver.find_elements("css selector", ".answer .text")
+    assert [window.js(shown, one) for one in texts] == [one["texts"][0] for one in done]
+    (said,) = window.js(HEADLINES)
+    speeds = [one["timings"]["predicted_per_second"] for one in done]
+    assert f"{done[0]['report']['achieved_sparsity']:.1%}".replace("%", " %") in said
+    assert f"{speeds[0] / speeds[1]:.2f} × dense speed" in said
+    assert violations(window) == []
+    send(window, "one", 1, tokens=1)
+    assert window.js(TEXTS) == ["w0 "] and not window.js(f"{PLAYER}.checkVisibility()")
+    window.click("anew")
+    window.wait(f"{PLAYER}.checkVisibility() && {count} > 3")
+    window.size(1280, 860, reduced=True)
+    window.driver.refresh()
+    window.wait(f"{PLAYER}.checkVisibility() && {count} > 0")
+    assert window.text("play") == "Play"  # nothing moves by itself
+    assert window.strangers() == []
+
+
+def test_six_terms_are_explained_on_focus(start):
+    from selenium.webdriver.common.keys import Keys
+
+    _, window = start()
+    terms = window.js(
+        "[...new Set([...document.querySelectorAll('.term')].map((t) => t.dataset.term))]"
+    )
+    assert sorted(terms) == ["dense", "drift", "mask", "neuron", "remask", "sparsity"]
+    for term in terms:
+        window.js("document.querySelector(`[data-term=${arguments[0]}]`).focus()", term)
+        assert len(window.text("tip")) > 40 and window.js(TIP)
+        assert window.js("document.activeElement.getAttribute('aria-describedby')") == "tip"
+    assert violations(window) == []
+    window.keys(Keys.ESCAPE)
+    assert not window.js(TIP)
 
 
 def test_a_key_is_asked_for_and_a_report_behind_it_is_saved(start, tmp_path):
@@ -195,6 +289,7 @@ def test_past_runs_open_at_the_newest_and_have_addresses(start, tmp_path, monkey
     assert window.js("self.origin") == "null"
 
 
+STATIC = Path(server_window.__file__).parent / "static"
 AXE = (Path(axe_core_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
 FOUND = (
     "const done = arguments[0]; axe.run({resultTypes: ['violations']}).then((all) =>"
@@ -206,9 +301,11 @@ def violations(window):
     """What axe calls a violation, of any severity, with everything unfolded."""
     assert window.complaints() == []
     window.js("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    window.js("document.getElementById('further')?.showPopover()")
     window.driver.execute_script(AXE)
     found = list(window.driver.execute_async_script(FOUND))
     window.complaints()  # of axe's own
+    window.js("document.getElementById('further').hidePopover()")
     return found
 
 
@@ -239,7 +336,8 @@ def test_runs_of_other_kinds_and_what_axe_says(start, tmp_path):
         drift_csv=checks.replace("key,", "").replace("a,", ""),
     )
     _, window = start(results_dir=str(tmp_path / "results"))
-    assert violations(window) == []  # the tour is open
+    window.click("show-tour")
+    assert violations(window) == []
     window.put("max-tokens", 3)
     window.click("compare")
     window.driver.find_element("css selector", "#prompts button").click()
@@ -292,13 +390,13 @@ def replay(played):
 
 
 def seek(window, position):
-    window.put("position", position)
-    window.js("document.getElementById('position').dispatchEvent(new Event('input'))")
+    """In one go: while it plays, the slider moves by itself."""
+    place = "document.getElementById('position')"
+    window.js(f"({place}.value = {position}, {place}.dispatchEvent(new Event('input')))")
 
 
 def test_a_recording_plays_and_pauses(replay):
-    assert replay.js(TOKENS) == [24, 24]  # it opens at its end
-    assert replay.js("document.querySelectorAll('#drift-plot .similarity-dot').length") == 3
+    replay.wait(f"{TOKENS}[0] > 4")  # it plays at once
     seek(replay, 0)
     assert (replay.js(TOKENS), replay.text("position-value")) == ([0, 0], "0 tokens")
     replay.put("speed", "2")
@@ -310,27 +408,107 @@ def test_a_recording_plays_and_pauses(replay):
     assert replay.js("document.querySelector('.question').textContent") == QUESTION
     assert replay.js("document.querySelectorAll('.question b, .text b').length") == 0
     assert not replay.js("document.getElementById('composer').checkVisibility()")
-    replay.wait("document.getElementById('view-of').textContent === 'Dense: 24 tokens'")
-    replay.js("document.querySelector('.answer header button').click()")
     pruned = "'dart, 50 % sparsity: 24 tokens'"
     replay.wait(f"document.getElementById('view-of').textContent === {pruned}")
     counts = {name: replay.text(f"count-{name}") for name in ("sparsity", "dense", "remasks")}
     # 19 of 23 decoded tokens at 50 %
     assert counts == {"sparsity": "41.3 %", "dense": "17 %", "remasks": "1"}
-    for width in (390, 1280):  # nothing sticks out, nor does axe find anything
+    said = "41.3 % of the neurons skipped, 1.00 × dense speed, word for word the dense answer"
+    assert replay.js(HEADLINES) == [said]
+    replay.js("(location.hash = '#answer/2')")
+    replay.wait("document.getElementById('view-of').textContent === 'Dense: 24 tokens'")
+    for width in (390, 1280, 1920):  # nothing sticks out, nor does axe find anything
         replay.size(width, 844, dark=width == 390)
         assert replay.js("document.documentElement.scrollWidth") == width
         assert violations(replay) == []
+
+
+LIT = "[...document.querySelectorAll('.text')][0].querySelectorAll('[data-lit=\"3\"]').length"
+NOTE = "document.getElementById('neurons-note').textContent"
+
+
+def end(window):
+    seek(window, len(records()))
+    window.wait(f"{TOKENS}.join() === '24,24'")
+
+
+def test_words_windows_and_cells_show_each_other(replay):
+    from selenium.webdriver.common.keys import Keys
+
+    end(replay)
+    replay.js("document.getElementById('drift-plot').focus()")
+    replay.keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)  # the second window: token 10
+    replay.wait(f"{LIT} === 1")
+    assert replay.text("drift-window").startswith(
+        "Tokens 10 to 10: similarity 0.50, threshold 0.70"
+    )
+    dots = "[...document.querySelectorAll('#drift-plot [data-check]')]"
+    assert replay.js(f"{dots}.map((d) => d.classList.contains('lit'))") == [False, True, False]
+    replay.js("document.querySelector('.text').focus()")
+    replay.keys(Keys.HOME, *[Keys.ARROW_RIGHT] * 5)  # token 5, which ends the first window
+    replay.wait(f"{dots}.map((d) => d.classList.contains('lit')).join() === 'true,false,false'")
+    replay.wait(f"{NOTE}.startsWith('Mask 1')")
+    assert replay.text("scrub-value") == "token 5, mask 1 of 2"
+    replay.js("document.getElementById('neurons').focus()")
+    replay.wait(f"{NOTE}.startsWith('Mask 2') && {LIT} === 0")  # the newest again
+    replay.keys(Keys.ARROW_RIGHT, Keys.ENTER)  # layer 0, group 0: kept by the second mask alone
+    replay.wait(f"{LIT} === 14")  # the prompt's token, 4 dense ones, 9 after the re-mask
+    assert replay.text("neurons-cell").endswith("0 % kept by mask 1, 100 % kept by mask 2")
+    replay.keys(Keys.ESCAPE)
+    replay.wait(f"{LIT} === 0")
+
+
+def test_the_mask_of_every_token_can_be_seen_in_ink(replay):
+    end(replay)
+    ink = (  # lightness of the first two groups of the first layer
+        "((c) => [0, 1].map((i) => { const p = c.getContext('2d').getImageData("
+        "30 + i * Math.round((c.clientWidth - 40) * .76 / 8), 6, 1, 1).data;"
+        " return p[0] + p[1] + p[2]; }))(document.getElementById('neurons'))"
+    )
+
+    def scrub(token):
+        replay.put("scrub", token)
+        replay.js("document.getElementById('scrub').dispatchEvent(new Event('input'))")
+
+    replay.wait("document.getElementById('changed').checkVisibility()")
+    replay.click("changes")  # what grew and what was dropped is painted unless asked otherwise
+    for token, number, alive in ((3, 1, 1), (12, 1, 1), (20, 2, 0)):
+        scrub(token)
+        replay.wait(f"{NOTE}.startsWith('Mask {number}')")
+        assert ("every neuron runs here" in replay.js(NOTE)) == (token == 12)  # no flash of all
+        first = replay.js(ink)
+        assert first[alive] < first[1 - alive] - 300  # dark on light paper
+        assert replay.text("scrub-value") == f"token {token}, mask {number} of 2"
+    replay.size(1280, 860, dark=True)
+    replay.wait(f"{ink}[0] > {ink}[1] + 300")  # light on dark paper
+    replay.size(1280, 860)
+    replay.click("changes")
+
+
+def test_the_first_word_that_differs_is_marked(tmp_path):
+    need_browser()
+    found = records()
+    tokens = [one for one in found if one["kind"] == "token"]
+    tokens[24 + 7]["id"] = 999  # of the dense answer
+    (tmp_path / "replay.html").write_text(page(found), encoding="utf-8")
+    with opened((tmp_path / "replay.html").as_uri(), tmp_path / "profile") as window:
+        window.wait("document.querySelectorAll('.answer').length === 2")
+        end(window)
+        parts = "[...document.querySelectorAll('.text .parts')].map((one) => one.textContent)"
+        assert window.js(parts) == [" <i>7</i>"] * 2
+        assert window.js(HEADLINES)[0].endswith("the same words for 7 tokens")
+        seek(window, 30)  # the dense answer is not there yet
+        assert window.js(parts) == [] and window.js(HEADLINES) == [""]
 
 
 def test_a_recording_jumps_to_any_place(replay):
     found = records()
     mask = [i for i, record in enumerate(found) if record["kind"] == "mask"][1]
     seek(replay, mask - 1)  # before the second mask: every neuron runs
-    replay.wait("document.getElementById('neurons-note').textContent.startsWith('Every neuron')")
+    replay.wait(f"{NOTE}.includes('every neuron runs here')")
     assert (replay.js(TOKENS), replay.text("count-remasks")) == ([READY + 1, 0], "0")
     seek(replay, mask + 2)
-    replay.wait("document.getElementById('neurons-note').textContent.startsWith('Mask 2')")
+    replay.wait(f"{NOTE}.startsWith('Mask 2')")
     assert replay.text("count-remasks") == "1"
     seek(replay, len(found) // 2)  # colours are told by more than colour
     style = "getComputedStyle(document.querySelector('.text {}')).{}"

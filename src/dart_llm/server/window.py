@@ -322,6 +322,8 @@ TYPES = {
 Site = dict[str, tuple[bytes, str]]
 
 PROMPTS = "prompts.json"
+GREETING = "greeting.json"
+"""Records of an answer that the page plays until its visitor asks (benchmarks/make_greeting.py)."""
 
 
 def ready_prompts(site: Site) -> dict[str, Any]:

@@ -50,16 +50,23 @@ function removedBy(mask, widths) {
   return 1 - mask.kept_share.reduce((sum, share, layer) => sum + share * widths[layer], 0) / total;
 }
 
-/** The newest mask in force at this token, or null. */
-function maskAt(answer, index) {
+/**
+ * The mask of the token `index`, of the newest token where that is null: the newest one that was in
+ * force by then.  While a text is observed for the next mask every neuron runs, and this is the last one.
+ */
+export function maskAt(answer, index = null) {
+  if (index === null) return answer.masks.at(-1) ?? null;
   return answer.masks.findLast((mask) => mask.token <= index) ?? null;
 }
 
-/** What is alive now: the mask in force, or null where every neuron runs. */
-export function alive(answer) {
-  const last = answer.tokens.at(-1);
-  if (last && last.phase !== "pruned" && last.index > 0) return null;
-  return answer.masks.at(-1) ?? null;
+/** The mask that another one took the place of, or null. */
+export const maskBefore = (answer, mask) => answer.masks[answer.masks.indexOf(mask) - 1] ?? null;
+
+/** The first and the last token of a detector's window: windows follow each other from the mask on. */
+export function spanOf(answer, check) {
+  const mask = maskAt(answer, check.step);
+  const tokens = Math.max(1, Math.round((check.step - (mask ? mask.token - 1 : 0)) / check.window));
+  return [check.step - tokens + 1, check.step];
 }
 
 /** Fraction removed, mean over decoded tokens; dense ones count 0.  null before the first. */
@@ -91,9 +98,10 @@ export function speed(answer) {
   return total > 0 ? seconds.length / total : null;
 }
 
-/** Index of the first token in which two answers differ, or null. */
+/** Index of the first token in which two answers differ, or null while they are the same. */
 export function parting(one, other) {
   const length = Math.min(one.tokens.length, other.tokens.length);
   for (let i = 0; i < length; i++) if (one.tokens[i].id !== other.tokens[i].id) return i;
-  return null;
+  const ended = (answer, rest) => finished(answer) && rest.tokens.length > length;
+  return ended(one, other) || ended(other, one) ? length : null;
 }

@@ -1,24 +1,29 @@
 // The conversation: sends requests one after the other and hands their records to the page.
 
 import { ask } from "./api.js";
-import { fold, finished, newAnswer, rebuilt, textOf } from "./answer.js";
+import { fold, finished, rebuilt, textOf } from "./answer.js";
 import { asDense, chosen, inLabels, nameOf } from "./controls.js";
 import { announce, byId, calm } from "./dom.js";
 import { counted } from "./format.js";
 import { forget, keep, kept } from "./kept.js";
-import { AnswerBox, sayParting, turnElement } from "./turn.js";
+import { Turn } from "./turn.js";
 
 const HINT = byId("detail").textContent; // how to get one token's numbers
 const nameNow = () => `window-${crypto.getRandomValues(new Uint32Array(2)).join("-")}`;
 
+const HINTS = { new: byId("hint").textContent, edit: "Sending asks it anew and drops what came after it; Escape leaves it" };
+
 export class Chat {
-  constructor(view, model) {
+  /** `on.asked()`: a question goes off; `on.empty()`: there is no conversation (any more). */
+  constructor(view, model, on) {
     this.view = view;
     this.model = model;
-    this.boxes = [];
+    this.on = on;
     this.stopper = null;
-    this.undrawn = null; // the box whose new records wait for the next frame
-    this.#clear();
+    this.undrawn = null; // the turn and box whose new records wait for the next frame
+    this.editing = null; // the turn whose question is being edited
+    this.turns = [];
+    this.conversation = nameNow();
     const before = kept();
     if (before) this.#restore(before);
   }
@@ -27,20 +32,22 @@ export class Chat {
     return this.stopper !== null;
   }
 
+  get boxes() {
+    return this.turns.flatMap((turn) => turn.boxes);
+  }
+
   /** Forget the conversation. */
   anew() {
     this.stopper?.abort();
     forget();
-    this.#clear();
-  }
-
-  #clear() {
-    this.view.show(newAnswer("Nothing has been answered yet"));
     this.turns = [];
     this.conversation = nameNow();
+    this.#edit(null);
+    this.view.clear();
     byId("turns").replaceChildren();
     byId("detail").textContent = HINT;
     byId("welcome").hidden = false;
+    this.on.empty();
   }
 
   /** Go on with a conversation that this tab kept. */
@@ -53,7 +60,7 @@ export class Chat {
         box.redraw();
         box.end();
       }
-      if (answers.length > 1 && !answers.some((answer) => answer.error)) sayParting(...turn.boxes);
+      turn.compare();
     }
     if (!this.turns.length) return;
     this.show(this.turns.at(-1).boxes[0]);
@@ -62,27 +69,60 @@ export class Chat {
 
   /** A new turn at the end of the page, with an empty box per label. */
   #turn(question, labels) {
-    const turn = { question };
-    turn.boxes = labels.map((label) => new AnswerBox(label, (box) => this.show(box), () => this.#retry(turn)));
-    turn.element = turnElement(question, turn.boxes);
+    if (!this.turns.length) byId("turns").replaceChildren();
+    const turn = new Turn(question, labels, {
+      token: (box, index) => this.view.read(box, index),
+      retry: (again) => this.#retry(again),
+      edit: (edited) => this.busy || this.#edit(edited),
+    });
     this.turns.push(turn);
+    for (const [i, box] of this.boxes.entries()) box.place = i + 1;
     byId("welcome").hidden = true;
     byId("turns").append(turn.element);
     return turn;
   }
 
-  /** Ask a failed turn's question once more, in its place. */
+  /** Ask a turn's question once more, by the settings of now; what came after it goes. */
   #retry(turn) {
     if (this.busy) return;
-    this.turns = this.turns.filter((other) => other !== turn);
-    turn.element.remove();
     if (byId("message").value === turn.question) byId("message").value = "";
+    this.#drop(turn);
     this.send(turn.question);
   }
 
+  /** Forget this turn and those after it; what is asked next is asked as if they had never been. */
+  #drop(turn) {
+    const at = this.turns.indexOf(turn);
+    for (const gone of this.turns.splice(at)) gone.element.remove();
+    this.conversation = nameNow();
+  }
+
+  /** Put a question back to where it was typed; null: leave the one that is there. */
+  #edit(turn) {
+    this.editing = turn;
+    byId("hint").textContent = turn ? HINTS.edit : HINTS.new;
+    if (!turn) return;
+    byId("message").value = turn.question;
+    byId("message").focus();
+  }
+
+  leaveEditing() {
+    if (!this.editing) return;
+    byId("message").value = "";
+    this.#edit(null);
+  }
+
   show(box) {
-    for (const turn of this.turns) for (const other of turn.boxes) other.shown(other === box);
-    this.view.show(box.answer);
+    for (const other of this.boxes) other.shown(other === box);
+    this.view.show(box);
+  }
+
+  /** Show the answer at this place, from 1, as its address asks. */
+  look(place) {
+    const box = this.boxes[place - 1];
+    if (!box) return;
+    this.show(box);
+    box.element.scrollIntoView({ block: "nearest" });
   }
 
   stop() {
@@ -92,18 +132,21 @@ export class Chat {
   /** Ask; with `compare` the dense answer is asked for after the pruned one. */
   async send(question) {
     const { dart, maxTokens, compare } = chosen();
-    const jobs = [{ ...dart, conversation: this.conversation }];
-    if (compare && nameOf(dart) !== "Dense") jobs.push(asDense({ conversation: `${this.conversation}-dense` }));
+    const jobs = [dart];
+    if (compare && nameOf(dart) !== "Dense") jobs.push(asDense());
+    if (this.editing) this.#drop(this.editing);
+    this.#edit(null);
+    jobs[0].conversation = this.conversation;
+    if (jobs[1]) jobs[1].conversation = `${this.conversation}-dense`;
+    this.on.asked();
     const turn = this.#turn(question, jobs.map(nameOf));
     const { boxes } = turn;
     keep(this.conversation, this.turns);
     this.show(boxes[0]);
     turn.element.scrollIntoView({ block: "start", behavior: calm() ? "auto" : "smooth" });
-    document.dispatchEvent(new Event("asked"));
     this.#working(new AbortController());
     try {
       for (const [side, job] of jobs.entries()) await this.#answer(turn, side, job, maxTokens);
-      if (boxes.length > 1 && boxes.every((box) => box.answer.done)) sayParting(boxes[0], boxes[1]);
     } finally {
       this.#working(null);
       if (this.turns.includes(turn)) keep(this.conversation, this.turns);
@@ -117,33 +160,37 @@ export class Chat {
     try {
       const body = { model: this.model(), messages: this.#messages(side), max_tokens: maxTokens, temperature: 0,
         stream: true, logprobs: true, top_logprobs: 4, dart };
-      await ask(body, (record) => this.#take(box, record), this.stopper.signal);
+      await ask(body, (record) => this.#take(turn, box, record), this.stopper.signal);
       if (!finished(box.answer)) throw new Error("the connection ended before the answer did");
       if (box.answer.error) throw new Error(box.answer.error);
     } catch (error) {
       if (this.stopper.signal.aborted) this.#stopped(box);
-      else this.#failed(box, error);
+      else this.#failed(turn, box, error);
     }
     this.#draw(); // no frame comes while the tab is in the background
+    turn.compare();
     return undefined;
   }
 
-  #take(box, record) {
+  #take(turn, box, record) {
     fold(box.answer, record);
     if (record.kind === "remask" && record.cause === rebuilt(box.answer).at(-1)?.cause) {
       announce(`Masks rebuilt at token ${record.step}.`);
     }
     if (record.kind === "done") announce(`${box.answer.label}: finished, ${counted(box.answer.tokens.length, "token")}.`);
     if (!this.undrawn) requestAnimationFrame(() => this.#draw());
-    this.undrawn = box;
+    this.undrawn = { turn, box };
   }
 
   /** Show everything that arrived since the last frame, at once. */
   #draw() {
-    const box = this.undrawn;
-    if (!box) return;
+    if (!this.undrawn) return;
+    const { turn, box } = this.undrawn;
     this.undrawn = null;
-    this.#follow(() => box.update());
+    this.#follow(() => {
+      box.update();
+      turn.compare();
+    });
     if (box.answer === this.view.answer) this.view.refresh();
   }
 
@@ -155,12 +202,12 @@ export class Chat {
   }
 
   /** Say why; the question goes back to where it was typed. */
-  #failed(box, error) {
+  #failed(turn, box, error) {
     const said = inLabels(error.message, error.param);
     box.fail(said);
     announce(said, true);
     const message = byId("message");
-    if (!message.value) message.value = this.turns.at(-1).question;
+    if (!message.value) message.value = turn.question;
   }
 
   /** The messages so far; where a side has no answer of its own, the other side's stands in. */

@@ -1,30 +1,37 @@
-// One sequential ramp, dark blue over green to pale rose: lightness rises all the way, so that it
-// reads the same for every kind of colour vision and in grey.
+// Colours of the map.  Ink is alive: the ramps run from the page's own paper to its ink, dark on
+// light or light on dark, and change in lightness alone, so that they read in grey and with every
+// kind of colour vision.
 
-const STOPS = [
-  [9, 24, 56], [14, 46, 86], [24, 72, 98], [52, 96, 93], [93, 113, 77],
-  [144, 129, 62], [199, 145, 74], [238, 163, 115], [251, 186, 160], [253, 217, 208],
-];
+const RAMPS = {
+  light: [[243, 240, 233], [214, 219, 218], [160, 181, 188], [92, 131, 150], [29, 78, 108], [9, 29, 51]],
+  dark: [[20, 27, 34], [33, 53, 68], [56, 88, 108], [98, 140, 160], [161, 197, 212], [235, 243, 246]],
+};
+/** Neurons that a re-mask brought to life, and those that it let go. */
+const CHANGES = {
+  light: { grown: [214, 104, 22], dropped: [74, 134, 214] },
+  dark: { grown: [214, 92, 12], dropped: [47, 110, 196] },
+};
 
-/** [red, green, blue] of a share from 0 to 1. */
-function ramp(share) {
-  const place = Math.min(1, Math.max(0, share)) * (STOPS.length - 1);
-  const low = Math.min(STOPS.length - 2, Math.floor(place));
-  return STOPS[low].map((value, i) => Math.round(value + (STOPS[low + 1][i] - value) * (place - low)));
+const theme = () => (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+const mixed = (one, other, part) => one.map((value, i) => Math.round(value + (other[i] - value) * part));
+
+/** [red, green, blue] of the share kept, from 0 to 1. */
+function ramp(stops, share) {
+  const place = Math.min(1, Math.max(0, share)) * (stops.length - 1);
+  const low = Math.min(stops.length - 2, Math.floor(place));
+  return mixed(stops[low], stops[low + 1], place - low);
 }
 
-const TABLE = Array.from({ length: 256 }, (_, value) => `rgb(${ramp(value / 255).join(" ")})`);
-
-/** CSS colour of a value from 0 to 255. */
-export const rampColour = (value) => TABLE[Math.min(255, Math.max(0, Math.round(value)))];
-
-const DIVERGING = { more: [214, 120, 60], less: [38, 92, 150] };
-
-/** CSS colour of a change of share from -1 to 1: blue went dark, orange came alive. */
-export function changeColour(change, paper) {
-  const [red, green, blue] = change > 0 ? DIVERGING.more : DIVERGING.less;
-  const alpha = Math.min(1, 4 * Math.abs(change));
-  return change ? `rgb(${red} ${green} ${blue} / ${alpha})` : paper;
+/**
+ * CSS colour of a group of neurons of which `share` is kept.  `change`: the share that the last
+ * re-mask brought to life, or let go where it is below 0.
+ */
+export function cellColour(share, change = 0) {
+  const now = theme();
+  const ink = ramp(RAMPS[now], share);
+  if (!change) return `rgb(${ink.join(" ")})`;
+  const part = Math.min(0.95, 0.3 + 2.5 * Math.abs(change));
+  return `rgb(${mixed(ink, CHANGES[now][change > 0 ? "grown" : "dropped"], part).join(" ")})`;
 }
 
 /** Phases of a token: its class, its word and what it means. */

@@ -26,9 +26,21 @@ export function fillControls(listing) {
   };
   byId("method").addEventListener("change", showOwn);
   showOwn();
+  for (const name of ["method", "drift", "max-tokens", "masking-step"]) byId(name).addEventListener("change", inOneLine);
   if (listing.limits?.max_tokens) atMost(byId("max-tokens"), listing.limits.max_tokens);
   slideTo(defaults.sparsity ?? 0.1);
   byId("sparsity").addEventListener("input", showSparsity);
+  inOneLine();
+}
+
+/** The further settings on their button, those that are the method's own left out. */
+function inOneLine() {
+  const { dart, maxTokens } = chosen();
+  const drift = dart.drift && `drift ${dart.drift}`;
+  const step = dart.masking_step == null ? "" : `${dart.masking_step} dense first`;
+  const said = [dart.method, drift, step, `${maxTokens} tokens at most`].filter(Boolean).join(" \u00b7 ");
+  byId("more").textContent = said;
+  byId("more").setAttribute("aria-label", `Method, drift rule, limits: ${said}`);
 }
 
 function atMost(field, limit) {
@@ -59,6 +71,7 @@ export function choose({ method, drift, sparsity }) {
   }
   byId("method").dispatchEvent(new Event("change"));
   slideTo(sparsity);
+  inOneLine();
 }
 
 const option = (value, text, settings) => el("option", { value, ...settings }, text);
@@ -98,7 +111,7 @@ export function inLabels(message, param) {
 }
 
 /** The same request, dense. */
-export const asDense = (dart) => ({ method: DENSE, sparsity: 0, conversation: dart.conversation });
+export const asDense = () => ({ method: DENSE, sparsity: 0 });
 
 /** A short name for an answer. */
 export function nameOf(dart) {

@@ -1,20 +1,24 @@
 // The drift detector's view: similarity of windows against the threshold, re-masks, dense stretches.
 
-import { rebuilt } from "./answer.js";
+import { rebuilt, spanOf } from "./answer.js";
 import { shape } from "./dom.js";
 import { counted } from "./format.js";
 
-const HEIGHT = 190;
+const HEIGHT = 168;
 const EDGE = { left: 38, right: 66, top: 24, bottom: 30 };
 
-/** Draw the checks of an answer into `box`; also works for those of a results folder. */
+/**
+ * Draw the checks of an answer into `box`; also works for those of a results folder.  The dot of
+ * check number N has `data-check="N"`.
+ */
 export function drawDrift(box, answer) {
   const width = Math.max(260, Math.round(box.clientWidth || 480));
   const series = bySeries(answer.checks);
   const scale = scales(width, answer, series);
   const id = `hatch-of-${box.id || "run"}`; // the page may show two
   const parts = [hatch(id), ...bands(answer, scale, id), ...axes(scale, width)];
-  for (const checks of series) parts.push(...lines(checks, answer, scale, series.length === 1));
+  const places = new Map(answer.checks.map((check, place) => [check, place]));
+  for (const checks of series) parts.push(...lines(checks, answer, scale, series.length === 1 ? places : null));
   parts.push(...marks(answer, scale));
   const plot = shape("svg", {
     viewBox: `0 0 ${width} ${HEIGHT}`, height: HEIGHT, role: "img", "aria-label": inWords(answer, series),
@@ -102,7 +106,7 @@ function ticks(bottom, top) {
 }
 
 /** One layer's similarities, cut where a new mask starts a new reference. */
-function lines(checks, answer, scale, only) {
+function lines(checks, answer, scale, places) {
   const { x, y } = scale;
   const runs = cut(checks);
   const path = (run, of) => run.map((c, i) => `${i ? "L" : "M"}${x(c.step)} ${y(of(c))}`).join("");
@@ -111,10 +115,10 @@ function lines(checks, answer, scale, only) {
     parts.push(shape("path", { d: path(run, (c) => c.similarity), class: "similarity" }));
     const armed = run.filter((c) => c.threshold != null);
     if (armed.length) parts.push(shape("path", { d: thresholdPath(armed, scale, until(run, runs, answer, scale)), class: "threshold" }));
-    if (only) parts.push(...run.map((c) => dot(c, x, y)));
+    if (places) parts.push(...run.map((c) => dot(c, x, y, places.get(c))));
   }
   const last = checks.at(-1);
-  if (only && last) parts.push(...endLabels(last, x, y));
+  if (places && last) parts.push(...endLabels(last, x, y));
   return parts;
 }
 
@@ -142,15 +146,30 @@ function thresholdPath(checks, { x, y }, end) {
   return `M${x(Math.max(0, first.step - 10))} ${y(first.threshold)}${steps}L${x(end)} ${y(last.threshold)}`;
 }
 
-function dot(check, x, y) {
-  const low = check.threshold != null && check.similarity < check.threshold;
-  const said = `token ${check.step}: similarity ${check.similarity.toFixed(3)}` +
-    (check.threshold == null ? ", detector not armed" : `, threshold ${check.threshold.toFixed(3)}`) +
-    (low ? `, low window number ${check.counter}` : "") + (check.state === "held" ? ", held back" : "");
-  return shape("circle", {
-    cx: x(check.step), cy: y(check.similarity), r: low ? 4 : 3, class: `similarity-dot${low ? " low" : ""}`,
-  }, shape("title", {}, said));
+const isLow = (check) => check.threshold != null && check.similarity < check.threshold;
+
+/** A window's dot, in a larger one that is easier to point at. */
+function dot(check, x, y, place) {
+  const at = { cx: x(check.step), cy: y(check.similarity) };
+  return shape("g", { "data-check": place },
+    shape("circle", { ...at, r: 9, class: "similarity-reach" }),
+    shape("circle", { ...at, r: isLow(check) ? 4 : 3, class: `similarity-dot${isLow(check) ? " low" : ""}` }));
 }
+
+/** A window of the detector in words. */
+export function windowInWords(answer, check) {
+  const [from, to] = spanOf(answer, check);
+  return `tokens ${from} to ${to}: similarity ${check.similarity.toFixed(2)}` +
+    (check.threshold == null ? ", detector not armed" : `, threshold ${check.threshold.toFixed(2)}`) +
+    (isLow(check) ? `, low window number ${check.counter}` : "") + (check.state === "held" ? ", held back" : "");
+}
+
+/** The number of the check whose window holds this token, or -1. */
+export const checkOf = (answer, index) => answer.checks.findIndex((check) => {
+  if (!usable(check)) return false;
+  const [from, to] = spanOf(answer, check);
+  return from <= index && index <= to;
+});
 
 function endLabels(last, x, y) {
   const place = x(last.step) + 8;

@@ -2,10 +2,11 @@
 
 import { get } from "./api.js";
 import { Chat } from "./chat.js";
-import { fillControls } from "./controls.js";
+import { choose, fillControls, nameOf } from "./controls.js";
 import { announce, byId, el } from "./dom.js";
 import { Player, recorded } from "./player.js";
 import { Runs } from "./runs.js";
+import { explainTerms } from "./terms.js";
 import { legend } from "./text.js";
 import { Tour } from "./tour.js";
 import { View } from "./view.js";
@@ -21,16 +22,8 @@ function paintBy() {
   show();
 }
 
-/** The further settings are open where there is room, and folded on a narrow screen. */
-function unfold() {
-  const wide = matchMedia("(min-width: 900px)");
-  const show = () => (byId("more").open = wide.matches);
-  wide.addEventListener("change", show);
-  show();
-}
-
-/** Every view has an address: #runs, #runs/NAME, and all others are the conversation. */
-function pages(runs) {
+/** Every view has an address: #runs, #runs/NAME, #answer/PLACE, and all others are the conversation. */
+function pages(runs, answers) {
   const open = () => {
     const [page, ...name] = location.hash.slice(1).split("/");
     const shown = page === "runs" ? "runs" : "chat";
@@ -40,6 +33,7 @@ function pages(runs) {
     }
     byId(`show-${shown}`).setAttribute("aria-current", "page");
     if (shown === "runs") runs.open(name.map(decoded).join("/"));
+    else if (page === "answer") answers.look(Number(name[0]));
   };
   const go = (name) => (location.hash === `#${name}` ? open() : (location.hash = name));
   addEventListener("hashchange", open);
@@ -66,6 +60,7 @@ function composer(chat) {
     chat.send(question);
   });
   message.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") chat.leaveEditing();
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
     byId("composer").requestSubmit();
@@ -78,31 +73,73 @@ function composer(chat) {
   });
 }
 
+/** A prompt that was measured brings its settings along. */
 function readyPrompts(prompts, chat) {
   const items = prompts.map((prompt, i) => {
-    const button = el("button", { type: "button" },
-      el("strong", {}, prompt.title), el("q", {}, prompt.text), el("small", {}, prompt.note ?? ""));
+    const button = el("button", { type: "button", title: prompt.note ?? "" }, el("strong", {}, prompt.title), el("q", {}, prompt.text));
     if (!i) button.dataset.tour = "1";
-    if (prompt.dart) button.dataset.dart = JSON.stringify(prompt.dart);
-    button.addEventListener("click", () => chat.busy || chat.send(prompt.text));
+    button.addEventListener("click", () => {
+      if (chat.busy) return;
+      if (prompt.dart) choose(prompt.dart);
+      chat.send(prompt.text);
+    });
     return el("li", {}, button);
   });
   byId("prompts").replaceChildren(...items);
 }
 
+/** Until the visitor asks, an answer that was recorded is played. */
+class Greeting {
+  constructor(view) {
+    this.player = new Player(view, true);
+    this.records = null;
+  }
+
+  async show() {
+    try {
+      this.records ??= await get("/static/greeting.json");
+    } catch {
+      return; // the page works without it
+    }
+    if (byId("welcome").hidden) return;
+    const { model } = this.records[0];
+    document.body.dataset.greeting = "shown";
+    byId("greeting-of").textContent = `A recording, until you ask: ${model}, ${nameOf(this.records[0])}`;
+    byId("speed").value = "0.25";
+    this.player.open(this.records);
+  }
+
+  hide() {
+    delete document.body.dataset.greeting;
+    this.player.close();
+  }
+
+  look(place) {
+    if (document.body.dataset.greeting) this.player.look(place);
+  }
+}
+
 function live() {
   let model = "";
-  const chat = new Chat(new View(), () => model);
+  const view = new View();
   const tour = new Tour();
-  pages(new Runs());
+  const greeting = new Greeting(view);
+  const chat = new Chat(view, () => model, {
+    asked: () => {
+      greeting.hide();
+      tour.asked();
+    },
+    empty: () => greeting.show(),
+  });
+  if (!chat.turns.length) greeting.show();
+  pages(new Runs(), { look: (place) => (chat.turns.length ? chat : greeting).look(place) });
   composer(chat);
-  unfold();
-  byId("reconnect").addEventListener("click", () => connect(chat, tour, (name) => (model = name)));
+  byId("reconnect").addEventListener("click", () => connect(chat, (name) => (model = name)));
   byId("reconnect").click();
 }
 
 /** Learn what the server has; where it does not answer, a button asks again. */
-async function connect(chat, tour, named) {
+async function connect(chat, named) {
   byId("reconnect").hidden = true;
   byId("model").textContent = "connecting";
   try {
@@ -110,7 +147,6 @@ async function connect(chat, tour, named) {
     named((byId("model").textContent = models.data[0].id));
     fillControls(listing);
     readyPrompts(ready.prompts, chat);
-    tour.offer();
   } catch (error) {
     byId("model").textContent = `no connection: ${error.message}`;
     byId("reconnect").hidden = false;
@@ -118,7 +154,17 @@ async function connect(chat, tour, named) {
   }
 }
 
+function replay(records) {
+  byId("model").textContent = records[0].model ?? "a recorded run";
+  const player = new Player(new View());
+  player.open(records);
+  const look = () => player.look(Number(/^#answer\/(\d+)$/.exec(location.hash)?.[1]));
+  addEventListener("hashchange", look);
+  look();
+}
+
 paintBy();
+explainTerms();
 const records = recorded();
-if (records) new Player(records, new View());
+if (records) replay(records);
 else live();

@@ -1,49 +1,54 @@
-// The raster of what is alive (layers x groups of neurons) with the kept share of each layer beside it.
+// The map of what is alive (layers x groups of neurons) with the kept share of each layer beside it.
 
-import { alive, isDense } from "./answer.js";
-import { changeColour, rampColour } from "./colour.js";
+import { isDense, maskBefore, maskAt } from "./answer.js";
+import { cellColour } from "./colour.js";
 import { byId, el } from "./dom.js";
 import { percent } from "./format.js";
 
 const LEFT = 26;
 const GAP = 14;
-const COLOURS = ["--sunken", "--soft", "--ink"];
+const EMPTY = 28; // rows before anything was answered
+const COLOURS = ["--sunken", "--soft", "--ink", "--mark"];
 const BARS = 0.24; // of the width, for the kept shares
 
-/** Draws answers on a canvas; arrow keys and the pointer read single cells. */
+/**
+ * Draws the mask of one token on a canvas; arrow keys and the pointer read single cells, a click or
+ * Enter holds one.  `onHold` gets the cell that is held, `{layer, bin}`, or null.
+ */
 export class NeuronView {
-  constructor(canvas, cell) {
+  constructor(canvas, cell, onHold = () => {}) {
     this.canvas = canvas;
     this.cell = cell;
-    this.at = null;
-    this.mask = null;
-    this.before = null;
+    this.onHold = onHold;
+    this.at = this.held = this.mask = this.before = null;
     this.layers = 0;
-    canvas.addEventListener("pointermove", (event) => this.#point(event));
-    canvas.addEventListener("pointerleave", () => this.#read(null));
-    canvas.addEventListener("blur", () => this.#read(null));
-    canvas.addEventListener("keydown", (event) => this.#step(event));
+    canvas.addEventListener("pointermove", (event) => this.#read(this.#under(event)));
+    canvas.addEventListener("pointerleave", () => this.#read(this.held));
+    canvas.addEventListener("blur", () => this.#read(this.held));
+    canvas.addEventListener("click", (event) => this.#hold(this.#under(event)));
+    canvas.addEventListener("keydown", (event) => this.#key(event));
   }
 
   /**
-   * Show what is alive in this answer now, or with `changes` what its last re-mask changed.
-   * Nothing is drawn where nothing is new, unless `anew`; returns whether it was.
+   * Show the mask of the token `index` (null: the newest one), with what its re-mask changed where
+   * `changes` is true.  Nothing is drawn where nothing is new, unless `anew`; returns whether it was.
    */
-  show(answer, changes = false, anew = true) {
-    const last = [this.answer, this.mask, this.before, this.layers];
+  show(answer, index = null, changes = false, anew = true) {
+    const last = [this.answer, this.mask, this.before, this.layers, this.everyone];
+    if (answer !== this.answer) this.at = this.held = null;
     this.answer = answer;
     this.layers = answer.start?.layers ?? 0;
     this.neurons = answer.start?.neurons ?? [];
-    this.mask = alive(answer);
-    this.before = changes && answer.masks.length > 1 ? answer.masks.at(-2) : null;
-    if (this.before) this.mask = answer.masks.at(-1);
-    const now = [this.answer, this.mask, this.before, this.layers];
+    this.mask = maskAt(answer, index);
+    this.before = changes ? maskBefore(answer, this.mask) : null;
+    this.everyone = this.layers > 0 && !this.mask && (isDense(answer) || answer.tokens.length > 1);
+    const now = [this.answer, this.mask, this.before, this.layers, this.everyone];
     if (!anew && now.every((value, i) => value === last[i])) return false;
     this.draw();
     return true;
   }
 
-  /** What screen readers are told of the raster. */
+  /** What screen readers are told of the map. */
   label(text) {
     const whole = `What is alive: ${text}`;
     if (this.canvas.getAttribute("aria-label") !== whole) this.canvas.setAttribute("aria-label", whole);
@@ -51,8 +56,8 @@ export class NeuronView {
 
   draw() {
     const width = this.canvas.clientWidth || 480;
-    const row = this.layers ? Math.max(3, Math.min(9, Math.floor(250 / this.layers))) : 9;
-    const height = Math.max(1, this.layers || 28) * row + 4;
+    const row = this.layers ? Math.max(3, Math.min(9, Math.floor(250 / this.layers))) : 8;
+    const height = Math.max(1, this.layers || EMPTY) * row + 4;
     const ratio = devicePixelRatio || 1;
     this.canvas.style.height = `${height}px`;
     this.canvas.width = Math.round(width * ratio);
@@ -63,19 +68,19 @@ export class NeuronView {
     const pen = this.canvas.getContext("2d");
     pen.scale(ratio, ratio);
     pen.clearRect(0, 0, width, height);
-    for (let layer = 0; layer < this.layers; layer++) this.#layer(pen, layer);
-    if (!this.layers) this.#empty(pen);
+    if (this.mask || this.everyone) for (let layer = 0; layer < this.layers; layer++) this.#layer(pen, layer);
+    else this.#empty(pen);
     this.#labels(pen);
     if (this.at) this.#cursor(pen);
   }
 
-  /** Rows without a value, before anything was answered. */
+  /** Rows without a value, before there is a mask. */
   #empty(pen) {
     const { row, raster, bars } = this.place;
     pen.fillStyle = this.colours["--sunken"];
-    for (let top = 2; top < 28 * row; top += row) {
-      pen.fillRect(LEFT, top, raster, row - 1);
-      pen.fillRect(LEFT + raster + GAP, top, bars, row - 1);
+    for (let layer = 0; layer < (this.layers || EMPTY); layer++) {
+      pen.fillRect(LEFT, layer * row + 2, raster, row - 1);
+      pen.fillRect(LEFT + raster + GAP, layer * row + 2, bars, row - 1);
     }
   }
 
@@ -84,8 +89,7 @@ export class NeuronView {
   }
 
   share(layer, bin) {
-    const row = this.mask?.raster?.[layer];
-    return row ? row[bin] / 255 : 1;
+    return shareIn(this.mask, layer, bin);
   }
 
   #layer(pen, layer) {
@@ -94,26 +98,21 @@ export class NeuronView {
     const drawn = !this.mask || this.mask.raster;
     for (let bin = 0; drawn && bin < this.bins; bin++) {
       const from = Math.floor((bin * raster) / this.bins);
-      pen.fillStyle = this.#colour(layer, bin);
+      pen.fillStyle = cellColour(this.share(layer, bin), this.change(layer, bin));
       pen.fillRect(LEFT + from, top, Math.ceil(((bin + 1) * raster) / this.bins) - from, thick);
     }
     const kept = this.mask ? this.mask.kept_share[layer] : 1;
     const left = drawn ? LEFT + raster + GAP : LEFT;
     const room = drawn ? bars : raster + GAP + bars;
-    pen.fillStyle = rampColour(0); // as in the raster: dark is removed, light is kept
+    pen.fillStyle = cellColour(0.12); // a trough, also where the paper is as pale as nothing kept
     pen.fillRect(left, top, room, thick);
-    pen.fillStyle = rampColour(255);
+    pen.fillStyle = cellColour(0.85);
     pen.fillRect(left, top, room * kept, thick);
-  }
-
-  #colour(layer, bin) {
-    if (!this.before) return rampColour(255 * this.share(layer, bin));
-    return changeColour(this.change(layer, bin), this.colours["--sunken"]);
   }
 
   /** Share of a group that the last re-mask brought to life; less than 0: that it let go. */
   change(layer, bin) {
-    return this.before ? this.share(layer, bin) - this.before.raster[layer][bin] / 255 : 0;
+    return this.before ? this.share(layer, bin) - shareIn(this.before, layer, bin) : 0;
   }
 
   #labels(pen) {
@@ -130,66 +129,91 @@ export class NeuronView {
   #cursor(pen) {
     const { row, raster } = this.place;
     const width = raster / this.bins;
-    pen.strokeStyle = this.colours["--ink"];
-    pen.lineWidth = 2;
-    pen.strokeRect(LEFT + this.at.bin * width - 1, this.at.layer * row + 1, width + 2, row + 1);
+    for (const [colour, line] of [["--sunken", 5], ["--mark", 2.5]]) { // seen on paper and on ink
+      pen.strokeStyle = this.colours[colour];
+      pen.lineWidth = line;
+      pen.strokeRect(LEFT + this.at.bin * width - 1, this.at.layer * row + 1, width + 2, row + 1);
+    }
   }
 
-  #point(event) {
+  #under(event) {
     const { row, raster } = this.place;
     const bin = Math.floor(((event.offsetX - LEFT) / raster) * this.bins);
     const layer = Math.floor((event.offsetY - 2) / row);
     const inside = bin >= 0 && bin < this.bins && layer >= 0 && layer < this.layers;
-    this.#read(inside ? { layer, bin } : null);
+    return inside ? { layer, bin } : null;
   }
 
-  #step(event) {
+  #key(event) {
+    if (event.key === "Escape") return this.#hold(null);
+    if (event.key === "Enter" || event.key === " ") {
+      event.preventDefault();
+      return this.#hold(this.at);
+    }
     const move = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] }[event.key];
-    if (!move || !this.layers) return;
+    if (!move || !this.layers) return undefined;
     event.preventDefault();
     const now = this.at ?? { layer: 0, bin: -move[1] };
     const within = (value, end) => Math.min(end - 1, Math.max(0, value));
-    this.#read({ layer: within(now.layer + move[0], this.layers), bin: within(now.bin + move[1], this.bins) });
+    return this.#read({ layer: within(now.layer + move[0], this.layers), bin: within(now.bin + move[1], this.bins) });
+  }
+
+  /** Hold this cell, or let go of the one that is held already. */
+  #hold(at) {
+    const same = at && this.held && at.layer === this.held.layer && at.bin === this.held.bin;
+    this.held = same ? null : at;
+    this.onHold(this.held);
+    this.#read(this.held);
   }
 
   #read(at) {
     this.at = at;
     this.draw();
-    this.cell.textContent = "";
-    if (!at) return;
+    this.cell.textContent = at ? this.#words(at) : "";
+  }
+
+  #words(at) {
     const width = this.neurons[at.layer] ?? 0;
     const [from, to] = [at.bin, at.bin + 1].map((edge) => Math.round((edge * width) / this.bins));
-    const kept = percent(this.mask ? this.mask.kept_share[at.layer] : 1, 0);
-    this.cell.textContent = `layer ${at.layer} (${kept} kept), neurons ${from} to ${Math.max(from, to - 1)}: ` +
-      `${percent(this.share(at.layer, at.bin), 0)} of them kept` +
-      (this.before ? `, ${percent(this.change(at.layer, at.bin), 0)} against the mask before` : "");
+    const neurons = `layer ${at.layer}, neurons ${from} to ${Math.max(from, to - 1)}`;
+    const masks = this.answer.masks.filter((mask) => mask.raster);
+    if (!masks.length) return `${neurons}: ${percent(this.share(at.layer, at.bin), 0)} kept`;
+    const kept = masks.map((mask) => `${percent(shareIn(mask, at.layer, at.bin), 0)} kept by mask ${mask.number}`);
+    return `${neurons}: ${kept.slice(-4).join(", ")}`;
   }
+}
+
+/** The share of a group of neurons that a mask keeps; 1 without a mask. */
+export function shareIn(mask, layer, bin) {
+  const row = mask?.raster?.[layer];
+  return row ? row[bin] / 255 : 1;
 }
 
 const colourOf = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-/** The raster in one sentence. */
-export function summary(answer, mask) {
-  if (!answer.start) return "layers from the input (top) to the output, groups of neighbouring neurons from left to right; beside them each layer\u2019s kept share; light is kept, dark removed.";
+/** The map at the token `index` (null: the newest one) in one sentence. */
+export function summary(answer, index = null) {
+  if (!answer.start) return "layers from the input (top) to the output, groups of neighbouring neurons from left to right; ink is alive.";
   if (isDense(answer)) return "a dense answer, every neuron runs.";
+  const mask = maskAt(answer, index);
+  const token = index === null ? answer.tokens.at(-1) : answer.tokens.find((one) => one.index === index);
   if (!mask) return answer.tokens.length > 1 ? "every neuron runs while the text is observed." : "every neuron reads the prompt.";
+  const old = token?.phase === "observe" ? "; every neuron runs here, the text is being observed for the next mask" : "";
   const shares = mask.kept_share;
   const [least, most] = [Math.min(...shares), Math.max(...shares)];
-  return `mask ${mask.number}, in force from token ${mask.token}; layer ${shares.indexOf(least)} keeps least ` +
+  return `mask ${mask.number}, in force from token ${mask.token}${old}; layer ${shares.indexOf(least)} keeps least ` +
     `(${percent(least, 0)}), layer ${shares.indexOf(most)} most (${percent(most, 0)}).`.replaceAll(" %", "\u00a0%");
 }
 
-/** The scale below the raster: shares, or changes of them. */
-export function drawRamp(changes) {
+/** The scale below the map. */
+export function drawRamp() {
   const canvas = byId("ramp");
   canvas.width = 256;
   const pen = canvas.getContext("2d");
   for (let x = 0; x < 256; x++) {
-    pen.fillStyle = changes ? changeColour((x - 128) / 256, colourOf("--sunken")) : rampColour(x);
+    pen.fillStyle = cellColour(x / 255);
     pen.fillRect(x, 0, 1, 8);
   }
-  byId("scale-low").textContent = changes ? "went dark" : "0 % kept";
-  byId("scale-high").textContent = changes ? "came alive" : "100 %";
 }
 
 /** The kept shares as a table, for those who want numbers. */

@@ -1,12 +1,13 @@
-// A recorded run, played on the same page without a model.
+// A recorded run, played on the same page without a model: a replay, and what greets a visitor.
 
 import { fold, newAnswer } from "./answer.js";
 import { nameOf } from "./controls.js";
-import { byId, el } from "./dom.js";
-import { AnswerBox, turnElement } from "./turn.js";
+import { byId, calm, el } from "./dom.js";
 import { question } from "./question.js";
+import { Turn } from "./turn.js";
 
 const LONGEST_WAIT = 1; // seconds, so that a slow prompt does not stop the show
+const AGAIN = 6; // seconds that a recording which is played again and again stands still at its end
 
 /** The records in the page, or null on a live page. */
 export function recorded() {
@@ -15,50 +16,77 @@ export function recorded() {
 }
 
 export class Player {
-  constructor(records, view) {
+  /** Plays at once, unless the reader asked for less motion.  `loop`: again and again. */
+  constructor(view, loop = false) {
     this.view = view;
-    this.records = records;
-    this.next = 0;
+    this.loop = loop;
+    this.records = [];
     this.timer = null;
-    byId("model").textContent = records.find((r) => r.kind === "start")?.model ?? "a recorded run";
-    byId("position").max = records.length;
     byId("player").addEventListener("submit", (event) => event.preventDefault());
     byId("play").addEventListener("click", () => (this.timer ? this.pause() : this.play()));
-    byId("position").addEventListener("input", () => this.jump(Number(byId("position").value)));
+    byId("position").addEventListener("input", () => {
+      this.pause();
+      this.jump(Number(byId("position").value));
+    });
     byId("speed").addEventListener("change", () => this.timer && this.play());
+  }
+
+  /** Lay out these records, show the first frame and play. */
+  open(records) {
+    this.records = records;
+    byId("position").max = records.length;
     this.#lay();
-    this.jump(records.length); // something to see before it plays
-    this.#show(this.boxes.values().next().value);
+    this.jump(this.#firstFrame());
+    if (!calm()) this.play();
+  }
+
+  /** Stop, for something else takes the place. */
+  close() {
+    this.pause();
+    this.records = [];
+  }
+
+  /** Show the answer at this place, from 1. */
+  look(place) {
+    const box = [...this.boxes.values()][place - 1];
+    if (box) this.#show(box);
   }
 
   /** Boxes for every answer; those to one question stand side by side. */
   #lay() {
-    this.boxes = new Map();
-    const turns = [];
-    for (const record of this.records.filter((r) => r.kind === "start")) {
-      const asked = record.prompt.map((token) => token.text).join("");
-      const box = new AnswerBox(nameOf(record), (shown) => this.#show(shown));
-      this.boxes.set(record, box);
-      const last = turns.at(-1);
-      if (last?.asked === asked && last.boxes.length < 2) last.boxes.push(box);
-      else turns.push({ asked, question: question(record.prompt), boxes: [box] });
+    const asked = [];
+    for (const start of this.records.filter((record) => record.kind === "start")) {
+      const text = start.prompt.map((token) => token.text).join("");
+      const last = asked.at(-1);
+      if (last?.text === text && last.starts.length < 2) last.starts.push(start);
+      else asked.push({ text, starts: [start] });
     }
-    byId("turns").replaceChildren(...turns.map(({ asked, question: said, boxes }) => {
-      const item = turnElement(said, boxes);
-      const whole = el("details", { className: "prompt-tokens" }, el("summary", {}, "The prompt as the model reads it"),
-        el("p", { tabIndex: 0, role: "region", "aria-label": "The prompt as the model reads it" }, asked));
-      item.firstChild.after(whole);
-      return item;
-    }));
+    this.boxes = new Map();
+    this.turns = asked.map(({ text, starts }) => {
+      const turn = new Turn(question(starts[0].prompt), starts.map(nameOf), { token: (box, index) => this.view.read(box, index) });
+      for (const [i, start] of starts.entries()) {
+        this.boxes.set(start, turn.boxes[i]);
+        turn.boxes[i].place = this.boxes.size;
+      }
+      turn.element.firstChild.after(el("details", { className: "prompt-tokens" }, el("summary", {}, "The prompt as the model reads it"),
+        el("p", { tabIndex: 0, role: "region", "aria-label": "The prompt as the model reads it" }, text)));
+      return turn;
+    });
+    byId("turns").replaceChildren(...this.turns.map((turn) => turn.element));
+  }
+
+  /** So many records that there is a mask to see. */
+  #firstFrame() {
+    return this.records.findIndex((record) => record.kind === "token" && record.index > 0) + 1 || this.records.length;
   }
 
   #show(box) {
     for (const other of this.boxes.values()) other.shown(other === box);
-    this.view.show(box.answer);
+    this.view.show(box);
   }
 
   play() {
-    if (this.next >= this.records.length) this.jump(0);
+    if (this.next >= this.records.length) this.jump(this.#firstFrame());
     this.#label("Pause");
     this.#later();
   }
@@ -86,32 +114,48 @@ export class Player {
     do record = this.#take();
     while (record && record.kind !== "token");
     this.#position();
-    if (this.next >= this.records.length) this.pause();
-    else this.#later();
+    if (this.next < this.records.length) this.#later();
+    else if (this.loop) this.timer = setTimeout(() => this.play(), 1000 * AGAIN);
+    else this.pause();
   }
 
   #take() {
     const record = this.records[this.next];
     if (!record) return undefined;
     this.next += 1;
-    if (record.kind === "start") this.#show((this.box = this.boxes.get(record)));
+    if (record.kind === "start") this.box = this.boxes.get(record);
+    if (record.kind === "start" && !this.#beside(this.box)) this.#show(this.box);
     fold(this.box.answer, record);
     this.box.update();
+    this.#turn(this.box).compare();
     this.view.refresh();
     return record;
+  }
+
+  #turn(box) {
+    return this.turns.find((turn) => turn.boxes.includes(box));
+  }
+
+  /** Whether this is the answer beside the one that is shown: the pruned one stays in view. */
+  #beside(box) {
+    return this.#turn(box).boxes.indexOf(box) > 0;
   }
 
   /** The state after the first `count` records. */
   jump(count) {
     for (const box of this.boxes.values()) box.answer = newAnswer(box.answer.label);
-    this.box = this.boxes.values().next().value;
+    let shown = (this.box = this.boxes.values().next().value);
     this.next = count;
     for (const record of this.records.slice(0, count)) {
-      if (record.kind === "start") this.box = this.boxes.get(record);
+      if (record.kind === "start") {
+        this.box = this.boxes.get(record);
+        if (!this.#beside(this.box)) shown = this.box;
+      }
       fold(this.box.answer, record);
     }
     for (const box of this.boxes.values()) box.redraw();
-    this.#show(this.box);
+    for (const turn of this.turns) turn.compare();
+    this.#show(shown);
     this.#position();
   }
 

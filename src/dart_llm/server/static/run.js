@@ -20,10 +20,10 @@ export function showRun(box, run) {
   }
   if (answer.masks.length) {
     const canvas = el("canvas", { role: "img" });
-    place(box, "Kept share per layer, last mask (light: kept, dark: removed)", el("div", { className: "plot" }, canvas));
+    place(box, "Kept share per layer, last mask (ink: kept)", el("div", { className: "plot" }, canvas));
     const neurons = new NeuronView(canvas, el("p"));
     neurons.show({ ...answer, tokens: [] }); // the last mask, whatever ran last
-    neurons.label(summary(answer, neurons.mask));
+    neurons.label(summary(answer));
   }
   box.scrollTop = 0;
 }

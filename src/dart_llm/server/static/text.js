@@ -8,17 +8,20 @@ const probability = (token) => (token.logprob == null ? null : Math.exp(token.lo
 
 /**
  * Shows tokens inside `box` and gives one token's numbers: the one pointed at, or the one that the
- * arrow keys lead to.  The box is one stop of the Tab key, and plain text for screen readers.
+ * arrow keys lead to; a click holds it.  The box is one stop of the Tab key, and plain text for
+ * screen readers.  `onToken` gets the index of the token that is read, or null.
  */
 export class TextView {
-  constructor(box) {
+  constructor(box, onToken = () => {}) {
     this.box = box;
+    this.onToken = onToken;
     this.show([]);
     box.tabIndex = 0;
-    box.addEventListener("pointerover", (event) => this.#pointed(event));
-    box.addEventListener("click", (event) => this.#pointed(event));
+    box.addEventListener("pointerover", (event) => this.#choose(under(event) ?? this.held));
+    box.addEventListener("pointerleave", () => this.#choose(this.held));
+    box.addEventListener("click", (event) => this.#hold(under(event)));
     box.addEventListener("keydown", (event) => this.#move(event));
-    box.addEventListener("blur", () => this.#choose(null));
+    box.addEventListener("blur", () => this.#hold(null));
   }
 
   /** Show these tokens; `marks` holds the token indexes at which masks were rebuilt. */
@@ -26,7 +29,7 @@ export class TextView {
     this.box.replaceChildren();
     this.tokens = [];
     this.spans = [];
-    this.at = null;
+    this.at = this.held = null;
     for (const token of tokens) this.add(token, marks.has(token.index));
   }
 
@@ -39,9 +42,28 @@ export class TextView {
     this.box.append(span);
   }
 
-  #pointed(event) {
-    const span = event.target.closest("[data-token]");
-    if (span) this.#choose(Number(span.dataset.token));
+  /** Light the words that `wanted` gives a strength from 0 to 3 for; null: none. */
+  light(wanted) {
+    for (const [i, span] of this.spans.entries()) {
+      const strength = wanted?.(this.tokens[i]) ?? 0;
+      if (strength) span.dataset.lit = strength;
+      else delete span.dataset.lit;
+    }
+  }
+
+  /** Mark the first word at or after the token `index`: there the answer parts from the one beside it. */
+  part(index) {
+    const at = index === null ? -1 : this.tokens.findIndex((token) => token.index >= index);
+    if (this.spans[at]?.classList.contains("parts")) return;
+    for (const span of this.spans.filter((one) => one.matches(".parts"))) span.classList.remove("parts");
+    if (at < 0) return;
+    this.spans[at].classList.add("parts");
+    this.spans[at].title = "the first word that differs";
+  }
+
+  /** Read the token `index` as if it was pointed at; null: none. */
+  point(index) {
+    this.#mark(index === null ? null : this.tokens.findLastIndex((token) => token.index <= index));
   }
 
   #move(event) {
@@ -50,17 +72,33 @@ export class TextView {
     const to = { ArrowRight: now + 1, ArrowLeft: now - 1, Home: 0, End: last }[event.key];
     if (to === undefined || last < 0) return;
     event.preventDefault();
-    this.#choose(Math.min(last, Math.max(0, to)));
+    this.#hold(Math.min(last, Math.max(0, to)));
     this.spans[this.at].scrollIntoView({ block: "nearest" });
   }
 
-  #choose(at) {
-    this.spans[this.at]?.classList.remove("current");
-    this.at = at;
-    if (at === null) return;
-    this.spans[at].classList.add("current");
-    detail(this.tokens[at]);
+  #hold(at) {
+    this.held = at;
+    this.#choose(at);
   }
+
+  #choose(at) {
+    if (at === this.at) return;
+    this.#mark(at);
+    this.onToken(this.at === null ? null : this.tokens[this.at].index);
+  }
+
+  #mark(at) {
+    this.spans[this.at]?.classList.remove("current");
+    this.at = at === -1 ? null : at;
+    if (this.at === null) return;
+    this.spans[this.at].classList.add("current");
+    detail(this.tokens[this.at]);
+  }
+}
+
+function under(event) {
+  const span = event.target.closest("[data-token]");
+  return span ? Number(span.dataset.token) : null;
 }
 
 function classes(token) {

@@ -1,16 +1,14 @@
 // A tour in three steps: ask, watch, remove more.
 
-import { choose } from "./controls.js";
 import { byId } from "./dom.js";
 
-const SEEN = "dart-llm tour seen";
 const STEPS = [
   ["1", "Ask something with two parts",
-    "The first ready prompt asks for two things. Next asks it at 10 % sparsity. Its text is coloured while it is written: pruned, or dense and observed."],
+    "The first ready prompt asks for two things. Next asks it, by the settings that it was measured with. Its text is coloured while it is written: pruned, or dense and observed."],
   ["2", "Watch the neurons",
-    "Each row is a layer. Once the recipe has begun, three windows of ten tokens fall below the threshold: they are unlike the beginning of the answer. All neurons run for 32 tokens, and new ones are chosen: a re-mask. Other models and settings may take another course."],
+    "Each row is a layer. Once the second topic has begun, windows of tokens fall below the threshold: they are unlike the beginning of the answer. All neurons run for 32 tokens, and new ones are chosen: a re-mask. Other models and settings may take another course."],
   ["3", "Remove more",
-    "Move the sparsity, and ask again with the dense answer beside it. Confidence as the colour shows where the model became unsure."],
+    "Move the sparsity and ask again: the headline says what it cost and what it gave. Point at words, dots and cells, each shows the others. Confidence as the colour shows where the model became unsure."],
 ];
 
 export class Tour {
@@ -23,23 +21,20 @@ export class Tour {
     });
     byId("show-tour").addEventListener("click", () => {
       byId("show-chat").click();
-      this.go(0, true);
+      this.go(0);
     });
-    document.addEventListener("asked", () => byId("tour").hidden || this.step || this.go(1, byId("tour").contains(document.activeElement)));
   }
 
-  /** Open the tour for those who have not seen it; their focus stays where it is. */
-  offer() {
-    if (!remembered()) this.go(0, false);
+  /** A question was asked: the first step is done. */
+  asked() {
+    if (!byId("tour").hidden && !this.step) this.go(1, byId("tour").contains(document.activeElement));
   }
 
-  /** From the first step Next asks the prompt that is pointed at, with the settings that it was measured with. */
+  /** From the first step Next asks the prompt that is pointed at. */
   #next() {
     const prompt = this.step ? null : document.querySelector('[data-tour="1"]');
-    if (prompt?.checkVisibility()) {
-      choose(JSON.parse(prompt.dataset.dart));
-      prompt.click();
-    } else this.go(this.step + 1);
+    if (prompt?.checkVisibility()) prompt.click();
+    else this.go(this.step + 1);
   }
 
   go(step, focus = true) {
@@ -64,27 +59,9 @@ export class Tour {
     const typing = document.activeElement !== document.body && !byId("tour").contains(document.activeElement);
     byId("tour").hidden = true;
     if (!typing) byId("show-tour").focus();
-    remember();
   }
 
   #unpoint() {
     document.querySelector(".pointed")?.classList.remove("pointed");
-  }
-}
-
-// A browser may refuse storage; the tour is then offered each time.
-function remembered() {
-  try {
-    return localStorage.getItem(SEEN) !== null;
-  } catch {
-    return false;
-  }
-}
-
-function remember() {
-  try {
-    localStorage.setItem(SEEN, "yes");
-  } catch {
-    // nothing to remember it in
   }
 }

@@ -1,33 +1,40 @@
-// One turn of the conversation: the question and one or two answers.
+// One turn of the conversation: the question, what is to be said of it, and one or two answers.
 
 import { finished, isDense, newAnswer, parting, rebuilt, achieved, speed } from "./answer.js";
 import { el } from "./dom.js";
 import { counted, percent, plain } from "./format.js";
 import { TextView } from "./text.js";
 
-let made = 0; // answers on this page so far: saved recordings are named after it
+const quiet = (text) => el("button", { type: "button", className: "quiet", hidden: true }, text);
 
-/** An answer on the page: its state, its text and its small print. */
+/**
+ * An answer on the page: its state, its text and its small print.  `on.token(box, index)`: a token of
+ * it is read; `on.retry(box)`: asked once more.
+ */
 export class AnswerBox {
-  constructor(label, onShow, onRetry = null) {
+  constructor(label, on = {}) {
     this.answer = newAnswer(label);
-    this.place = ++made;
     this.state = el("span", {}, "");
-    this.look = el("button", { type: "button", className: "quiet", hidden: true }, "Show its neurons");
-    this.look.addEventListener("click", () => onShow(this));
-    this.keep = el("button", { type: "button", className: "quiet", hidden: true }, "Save its records");
-    this.keep.addEventListener("click", () => download(this.answer, this.place));
-    this.again = el("button", { type: "button", className: "quiet", hidden: true }, "Retry");
-    this.again.addEventListener("click", () => onRetry());
-    this.canRetry = Boolean(onRetry);
+    this.look = el("a", { hidden: true, href: "" }, "Show its neurons");
+    this.keep = quiet("Save its records");
+    this.keep.addEventListener("click", () => download(this));
+    this.again = quiet("Retry");
+    this.again.addEventListener("click", () => on.retry());
+    this.canRetry = Boolean(on.retry);
     this.box = el("p", { className: "text", role: "group", "aria-label": `${label}: the answer; arrow keys give one token's numbers` });
-    this.text = new TextView(this.box);
+    this.text = new TextView(this.box, (index) => on.token?.(this, index));
     this.drawn = 0;
     this.print = el("span", {}, "");
     this.foot = el("footer", {}, this.print, " ", this.keep, " ", this.again);
     this.element = el("article", { className: "answer", "aria-label": label },
       el("header", {}, el("strong", {}, label), this.state, this.look), this.box, this.foot);
     this.wait("queued");
+  }
+
+  /** Its place among the answers of the page, from 1: its address is `#answer/PLACE`. */
+  set place(place) {
+    this.number = place;
+    this.look.href = `#answer/${place}`;
   }
 
   wait(word) {
@@ -67,6 +74,7 @@ export class AnswerBox {
     this.box.setAttribute("aria-busy", "false");
     this.look.hidden = this.element.dataset.shown === "true";
     this.keep.hidden = document.documentElement.dataset.mode !== "live" || !this.answer.records.length;
+    this.again.hidden = !this.canRetry;
     this.wait("");
     this.print.textContent = smallPrint(this.answer);
     if (this.answer.error) this.fail(this.answer.error);
@@ -88,10 +96,10 @@ export class AnswerBox {
 }
 
 /** Save the records as JSON lines: what `dart-llm replay` makes a page of. */
-function download(answer, place) {
+function download({ answer, number }) {
   const lines = answer.records.map((record) => `${JSON.stringify(record)}\n`);
   const url = URL.createObjectURL(new Blob(lines, { type: "application/jsonl" }));
-  el("a", { href: url, download: `answer-${place}.jsonl` }).click();
+  el("a", { href: url, download: `answer-${number}.jsonl` }).click();
   setTimeout(() => URL.revokeObjectURL(url), 10000);
 }
 
@@ -120,16 +128,38 @@ function smallPrint(answer) {
   return parts.join(" \u00b7 ");
 }
 
-/** The question with its answers side by side. */
-export function turnElement(question, boxes) {
-  const asked = el("p", { className: "question", "data-who": "You" }, question);
-  const side = el("div", { className: boxes.length > 1 ? "answers two" : "answers" }, ...boxes.map((b) => b.element));
-  return el("li", {}, asked, side);
+/** A question with its answers, and one sentence that says what pruning did to it. */
+export class Turn {
+  constructor(question, labels, on = {}) {
+    this.question = question;
+    this.boxes = labels.map((label) => new AnswerBox(label, { ...on, retry: on.retry && (() => on.retry(this)) }));
+    this.headline = el("p", { className: "headline", hidden: true });
+    this.asked = el("p", { className: "question", "data-who": "You" }, question);
+    const edit = el("button", { type: "button", className: "quiet edit" }, "Edit");
+    edit.addEventListener("click", () => on.edit(this));
+    const side = el("div", { className: labels.length > 1 ? "answers two" : "answers" }, ...this.boxes.map((box) => box.element));
+    this.element = el("li", {}, el("div", { className: "asked" }, this.asked, ...(on.edit ? [edit] : [])), this.headline, side);
+  }
+
+  /** Say what is known by now, and mark the first word in which the answers differ. */
+  compare() {
+    const [one, other] = this.boxes;
+    const said = isDense(one.answer) ? "" : headline(one.answer, other?.answer);
+    this.headline.hidden = !said;
+    if (this.headline.textContent !== said) this.headline.textContent = said;
+    const at = other ? parting(one.answer, other.answer) : null;
+    for (const box of this.boxes) box.text.part(at);
+  }
 }
 
-/** Say in the second answer where it parts from the first. */
-export function sayParting(first, second) {
-  const at = parting(first.answer, second.answer);
-  const same = at ?? Math.min(first.answer.tokens.length, second.answer.tokens.length);
-  second.print.textContent += ` \u00b7 the same as the other for ${counted(same, "token")}`;
+/** What pruning did to a finished answer, as far as the dense one beside it tells: all of it measured. */
+function headline(answer, dense) {
+  if (!answer.done || achieved(answer) === null) return "";
+  const parts = [`${percent(achieved(answer))} of the neurons skipped`];
+  if (dense?.done) {
+    if (speed(answer) && speed(dense)) parts.push(`${plain(speed(answer) / speed(dense), 2)} \u00d7 dense speed`);
+    const at = parting(answer, dense);
+    parts.push(at === null ? "word for word the dense answer" : at ? `the same words for ${counted(at, "token")}` : "other words from the first on");
+  }
+  return parts.join(", ");
 }

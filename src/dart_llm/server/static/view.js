@@ -1,17 +1,26 @@
 // The right half: counters, drift and neurons of one answer, drawn once per frame at most.
 
-import { achieved, alive, denseShare, finished, isDense, newAnswer, rebuilt, speed } from "./answer.js";
+import { achieved, denseShare, finished, isDense, maskAt, newAnswer, rebuilt, spanOf, speed } from "./answer.js";
 import { byId, el } from "./dom.js";
-import { drawDrift } from "./drift.js";
+import { checkOf, drawDrift, windowInWords } from "./drift.js";
 import { causeInWords, counted, exactly, percent, plain } from "./format.js";
-import { NeuronView, drawRamp, fillLayers, summary } from "./neurons.js";
+import { NeuronView, drawRamp, fillLayers, shareIn, summary } from "./neurons.js";
 
+/** What is shown where nothing has been answered: no text, and an answer without records. */
+const nothing = () => ({ answer: newAnswer("Nothing has been answered yet"), text: null });
+
+/**
+ * Shows the answer of a box, and ties its words to the plot and the map: `token` is the one that is
+ * read (null: the newest), `check` the detector's window, `cell` the group of neurons that is held.
+ */
 export class View {
   constructor() {
-    this.neurons = new NeuronView(byId("neurons"), byId("neurons-cell"));
-    this.answer = newAnswer("Nothing has been answered yet");
+    this.neurons = new NeuronView(byId("neurons"), byId("neurons-cell"), (cell) => this.#hold(cell));
     this.waiting = this.anew = false;
+    this.show(nothing());
     byId("changes").addEventListener("change", () => this.refresh());
+    byId("scrub").addEventListener("input", () => this.#scrub(Number(byId("scrub").value)));
+    this.#windows(byId("drift-plot"));
     new ResizeObserver(() => this.refresh(true)).observe(byId("drift-plot"));
     new IntersectionObserver(([seen]) => (byId("strip").dataset.there = seen.isIntersecting), {
       rootMargin: "0px 0px -40% 0px",
@@ -19,9 +28,59 @@ export class View {
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.refresh(true));
   }
 
-  /** Show this answer from now on. */
-  show(answer) {
-    this.answer = answer;
+  get answer() {
+    return this.box.answer;
+  }
+
+  /** Show the answer of this box from now on. */
+  show(box) {
+    this.box?.text?.light(null);
+    this.box = box;
+    this.token = this.cell = null;
+    this.check = -1;
+    this.refresh();
+  }
+
+  /** Show nothing. */
+  clear() {
+    this.show(nothing());
+  }
+
+  /** The reader reads this token of this box; null: none. */
+  read(box, token) {
+    if (box !== this.box) return;
+    this.token = token;
+    this.refresh();
+  }
+
+  /** The slider of tokens: its right end follows the newest one. */
+  #scrub(place) {
+    const last = this.answer.tokens.at(-1)?.index ?? 0;
+    this.token = place < last ? place : null;
+    this.box.text?.point(this.token);
+    this.refresh();
+  }
+
+  /** Dots of the plot light their words: by the pointer, and by the arrow keys. */
+  #windows(plot) {
+    const light = (check) => {
+      if (check === this.check) return;
+      this.check = check;
+      this.refresh();
+    };
+    plot.addEventListener("pointerover", (event) => light(Number(event.target.closest("[data-check]")?.dataset.check ?? -1)));
+    plot.addEventListener("pointerleave", () => light(-1));
+    plot.addEventListener("blur", () => light(-1));
+    plot.addEventListener("keydown", (event) => {
+      const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (!move || !this.answer.checks.length) return;
+      event.preventDefault();
+      light(Math.min(this.answer.checks.length - 1, Math.max(0, this.check + move)));
+    });
+  }
+
+  #hold(cell) {
+    this.cell = cell;
     this.refresh();
   }
 
@@ -31,25 +90,27 @@ export class View {
     if (this.waiting) return;
     this.waiting = true;
     requestAnimationFrame(() => {
-      draw(this.answer, this.neurons, this.anew);
+      draw(this);
       this.waiting = this.anew = false;
     });
   }
 }
 
-function draw(answer, neurons, anew) {
+function draw(view) {
+  const { answer, token } = view;
   byId("view-of").textContent = heading(answer);
   counters(answer);
-  if (anew || newInPlot(answer)) drawDrift(byId("drift-plot"), answer);
+  if (view.anew || newInPlot(answer)) drawDrift(byId("drift-plot"), answer);
   byId("drift-note").textContent = driftNote(answer);
-  const changes = showsChanges(answer);
-  const text = summary(answer, alive(answer));
-  neurons.label(text);
+  const text = summary(answer, token);
+  view.neurons.label(text);
   byId("neurons-note").textContent = sentence(text);
-  if (neurons.show(answer, changes, anew)) {
-    drawRamp(changes);
-    fillLayers(byId("layers"), alive(answer), answer.start?.layers ?? 0);
+  if (view.neurons.show(answer, token, showsChanges(answer), view.anew)) {
+    drawRamp();
+    fillLayers(byId("layers"), maskAt(answer, token), answer.start?.layers ?? 0);
   }
+  scrubber(view);
+  links(view);
   remasks(answer);
   strip(answer);
 }
@@ -67,7 +128,40 @@ function newInPlot(answer) {
 
 function showsChanges(answer) {
   byId("changes").disabled = answer.masks.length < 2;
-  return byId("changes").checked && answer.masks.length > 1;
+  byId("changed").hidden = answer.masks.length < 2;
+  return byId("changes").checked;
+}
+
+/** Where the map stands among the tokens. */
+function scrubber({ answer, token }) {
+  const last = answer.tokens.at(-1)?.index ?? 0;
+  const slider = byId("scrub");
+  const mask = maskAt(answer, token);
+  slider.disabled = !last;
+  slider.max = Math.max(1, last);
+  slider.value = token ?? slider.max;
+  const said = mask ? `token ${token ?? last}, mask ${mask.number} of ${answer.masks.length}` : last ? `token ${token ?? last}` : "";
+  byId("scrub-value").textContent = said;
+  slider.setAttribute("aria-valuetext", said);
+}
+
+/** The window that is read, or that of the token that is, in the plot; its words, or the cell's, in the text. */
+function links({ answer, box, token, check, cell }) {
+  const lit = check >= 0 ? check : token === null ? -1 : checkOf(answer, token);
+  for (const dot of byId("drift-plot").querySelectorAll("[data-check]")) dot.classList.toggle("lit", Number(dot.dataset.check) === lit);
+  const found = answer.checks[lit];
+  byId("drift-window").textContent = found ? sentence(windowInWords(answer, found)) : "";
+  box.text?.light(found && check >= 0 ? inside(answer, found) : cell ? needs(answer, cell) : null);
+}
+
+function inside(answer, check) {
+  const [from, to] = spanOf(answer, check);
+  return (token) => (from <= token.index && token.index <= to ? 3 : 0);
+}
+
+/** How much of a group of neurons each token ran with: 3 where all of it was kept, 0 where nothing was. */
+function needs(answer, { layer, bin }) {
+  return (token) => (token.phase === "pruned" ? Math.floor(3 * shareIn(maskAt(answer, token.index), layer, bin)) : 3);
 }
 
 /** The counters in one line, for screens too narrow to see both halves. */
@@ -82,7 +176,7 @@ const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
 function heading(answer) {
   if (!answer.start) return answer.label;
-  const state = finished(answer) ? "" : ", live";
+  const state = finished(answer) ? "" : ", being written";
   return `${answer.label || answer.start.method}${state}: ${counted(answer.tokens.length, "token")}`;
 }
 
