@@ -12,6 +12,6 @@ def show(remask: Remask) -> None:
 
 model, tokenizer = load("smollm2-135m")
 inputs = tokenizer("A short history of bicycles, and then of bread:", return_tensors="pt")
-with prune(model, sparsity=0.5, drift="interval 64", on_remask=show) as run:
+with prune(model, "dart", sparsity=0.5, drift="interval 64", on_remask=show) as run:
     model.generate(**inputs, max_new_tokens=150, min_new_tokens=150, do_sample=False)
 print(f"re-masks: {run.report().remasks}")

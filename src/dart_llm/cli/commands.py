@@ -21,6 +21,7 @@ from dart_llm.cli.chat_settings import ChatSettings
 from dart_llm.cli.options import Config, Fresh, Json, with_settings
 from dart_llm.errors import CellsFailed, ConfigError
 from dart_llm.files import finite
+from dart_llm.pruning.config import DEFAULT_METHOD
 from dart_llm.server.settings import ServeSettings
 from dart_llm.settings import Settings, merge
 from dart_llm.studies.detection.settings import DetectSettings
@@ -152,7 +153,7 @@ def demo(
     model: Annotated[
         str, typer.Option(help="Hub id, local folder, .gguf file, or smollm2-135m.")
     ] = "smollm2-135m",
-    method: Annotated[str, typer.Option("--method", "-m", help="Preset.")] = "dart",
+    method: Annotated[str, typer.Option("--method", "-m", help="Preset.")] = DEFAULT_METHOD,
     device: Annotated[
         str | None, typer.Option(help="0, 0,1, cuda:0, cpu or mps (default: GPU 0, else CPU).")
     ] = None,

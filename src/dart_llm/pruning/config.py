@@ -278,8 +278,14 @@ def first_problem(error: ValidationError, called: str = "") -> str:
     return f"{where}{shown}: {problem['msg'].lower()}"
 
 
+DEFAULT_METHOD = "dart-token"
+"""The method where none is named: the one whose texts stay within 2 % of dense (README)."""
+
 DEFAULT_SPARSITY = 0.1
-"""Fraction of FFN neurons that ``prune(model)`` removes when nothing is said (README: why)."""
+"""Fraction of FFN neurons that masks of a sequence remove when nothing is said."""
+
+TOKEN_SPARSITY = 0.5
+"""The same where every token chooses its own neurons: ``prune(model)`` alone (README: why)."""
 
 _SHORT = {
     "score": "name",
@@ -306,11 +312,12 @@ class PruneConfig(Part):
 
     A bad value, an unknown key or settings that contradict each other raise ``ConfigError``.
 
-    ``sparsity``: fraction of all FFN neurons to remove, [0, 1); None: ``DEFAULT_SPARSITY``, unless
-    a table or the ``auto`` strategy sets the counts.  ``masking_step``: dense decode tokens before
-    the first mask.  ``release_step``: decode step from which everything runs dense.
-    ``min_evidence``: tokens (prompt + observed) wanted before the first mask.  ``skip_sinks``: the
-    first tokens of a sequence, which draw attention whatever they say, leave no evidence.
+    ``sparsity``: fraction of all FFN neurons to remove, [0, 1); None: ``DEFAULT_SPARSITY``, or
+    ``TOKEN_SPARSITY`` where tokens choose, unless a table or the ``auto`` strategy sets the counts.
+    ``masking_step``: dense decode tokens before the first mask.  ``release_step``: decode step from
+    which everything runs dense.  ``min_evidence``: tokens (prompt + observed) wanted before the
+    first mask.  ``skip_sinks``: the first tokens of a sequence, which draw attention whatever they
+    say, leave no evidence.
     ``calibration``: what ``prepare`` does before a run.  ``prior``: what is learnt of the model
     when it is first pruned.  ``token``: every token chooses its own neurons; None: masks of the
     sequence.  ``compensation_rank``: features of the FFN's input from which compensation predicts
@@ -427,7 +434,9 @@ class PruneConfig(Part):
     @property
     def target(self) -> float:
         """The sparsity in force: what was asked for, or the default."""
-        return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+        if self.sparsity is not None:
+            return self.sparsity
+        return DEFAULT_SPARSITY if self.token is None else TOKEN_SPARSITY
 
     @property
     def screens(self) -> bool:
@@ -457,7 +466,7 @@ class PruneConfig(Part):
             raise ConfigError(first_problem(error)) from None
 
     @classmethod
-    def build(cls, method: str | PruneConfig = "dart", /, **changes: Any) -> PruneConfig:
+    def build(cls, method: str | PruneConfig = DEFAULT_METHOD, /, **changes: Any) -> PruneConfig:
         """A preset's configuration (or a given one) with ``changes`` on top of it.
 
         A change to None is none.  Raises ``UnknownName`` for a method that does not exist,

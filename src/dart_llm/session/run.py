@@ -18,7 +18,7 @@ from dart_llm.patching.executors import check_executor, choose_executor
 from dart_llm.patching.executors.whole_step import effective_executor
 from dart_llm.patching.patch import ModelPatch
 from dart_llm.pruning.accounting import Costs, known_bytes, run_report
-from dart_llm.pruning.config import PruneConfig, check_prepared
+from dart_llm.pruning.config import DEFAULT_METHOD, PruneConfig, check_prepared
 from dart_llm.pruning.controller import PruningController, RemaskHook
 from dart_llm.pruning.masks import USER_MASKS, LayerMask, Masks, masks_on_devices
 from dart_llm.pruning.records import DriftCheck, HeadReport, Remask, RunReport
@@ -386,7 +386,7 @@ def _costs_of(patch: ModelPatch) -> PatchCosts:
 
 def prune(
     model: nn.Module,
-    method: str | PruneConfig = "dart",
+    method: str | PruneConfig = DEFAULT_METHOD,
     *,
     sparsity: float | None = None,
     masks: Ids | None = None,

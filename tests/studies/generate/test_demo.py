@@ -8,6 +8,7 @@ import torch
 from checkpoints import write_folder, write_gguf
 from dart_llm.experiments.llama_bench import VARIABLE
 from dart_llm.reporting.console import Ui
+from dart_llm.studies.generate import report
 from dart_llm.studies.generate.study import RunStudy, run_demo
 from html_page import Page
 from llama_bench import write_bench
@@ -18,6 +19,8 @@ pytestmark = pytest.mark.usefixtures("native")
 FFN = 2 * 3 * 64 * 96 * 20 // 32
 REST = 2 * 4 * 64 * 64 * 20 // 32 + 300 * 64 * 34 // 32
 NORMS = 5 * 64
+
+OWN = ["dense", "pruned", "transformers bfloat16"]
 
 
 @pytest.fixture(autouse=True)
@@ -58,23 +61,32 @@ def test_bytes_per_token_and_llama_cpp(tmp_path, monkeypatch):
     wanted = {"-p": "0", "-n": "8", "-d": str(depth), "-t": str(torch.get_num_threads())}
     assert wanted.items() <= asked.items() and asked["-m"].endswith("tiny.gguf")
     assert found.identity == RunStudy(found.settings, Ui(quiet=True), found.also).identify()
-    table = {row["quantity"]: row["value"] for row in found.tables()[0].rows}
+    texts, pace, counted = found.tables()
+    table = {row["quantity"]: row["value"] for row in counted.rows}
     assert table["mean time per token, llama.cpp Q4_1"] == "2.0 ms"
+    # the same weights as transformers runs them, 2 bytes each
+    plain = "transformers bfloat16"
+    assert sizes[plain] == 2 * (2 * 3 * 64 * 96 + 2 * 4 * 64 * 64 + 300 * 64 + NORMS)
+    assert {row["name"] for row in pace.rows} == {"dense", "pruned", plain, "llama.cpp Q4_1"}
+    gains = {row["name"]: row["gain"] for row in pace.rows}
+    assert gains[plain] == 1 and gains["llama.cpp Q4_1"] == pytest.approx(seconds[plain] / 0.002)
+    assert [row["seconds"] for row in pace.rows] == sorted(seconds.values(), reverse=True)
+    assert texts.head == ("dense", "griffin 50 %")
     name = "weights read per token, as stored"
     assert table[f"{name}, pruned"] == f"{sizes['pruned'] / 1e6:.1f} MB"
     page = Page((found.path / "report.html").read_text(encoding="utf-8"))
-    assert page.row("time per decoded token, mean (ms)")[4] == "2.0"
+    assert page.row("time per decoded token, mean (ms)")[5] == "2.0"
     cells = [f"{sizes[key] / 1e6:.1f}" for key in ("dense", "pruned", "llama.cpp Q4_1")]
     row = page.row(f"{name} (MB)")
-    assert [row[1], row[2], row[4]] == cells and row[3] == f"{timing['bytes_limit']:.2f} x"
+    assert [row[1], row[2], row[5]] == cells and row[3] == f"{timing['bytes_limit']:.2f} x"
 
 
 def test_no_line_where_llama_cpp_is_not_at_hand(tmp_path, monkeypatch):
     program, log = write_bench(tmp_path)
     gguf = write_gguf(tmp_path / "tiny.gguf")
     found = demo(gguf, tmp_path)
-    assert list(found.timing["weight_bytes_per_token"]) == ["dense", "pruned"]
-    assert list(found.timing["seconds_per_token"]) == ["dense", "pruned"]
+    assert list(found.timing["weight_bytes_per_token"]) == OWN
+    assert list(found.timing["seconds_per_token"]) == OWN
     page = (found.path / "report.html").read_text(encoding="utf-8")
     assert "llama.cpp" not in "\n".join([*found.ui.log, page])
     # nor for weights that are in no file's blocks
@@ -83,8 +95,8 @@ def test_no_line_where_llama_cpp_is_not_at_hand(tmp_path, monkeypatch):
     weights = 2 * 3 * 64 * 96 + 2 * 4 * 64 * 64 + 300 * 64 + NORMS
     assert dense["weight_bytes_per_token"]["dense"] == 2 * weights
     plain = demo(write_folder(tmp_path / "folder"), tmp_path, dtype="float32").timing
-    for timing in (dense, plain):
-        assert list(timing["seconds_per_token"]) == ["dense", "pruned"]
+    assert list(dense["seconds_per_token"]) == OWN
+    assert list(plain["seconds_per_token"]) == ["dense", "pruned", "transformers float32"]
     assert not log.exists()
 
 
@@ -96,4 +108,25 @@ def test_a_llama_bench_that_fails_is_a_note(tmp_path, monkeypatch):
     found = demo(write_gguf(tmp_path / "tiny.gguf"), tmp_path)
     note = "note: llama-bench failed on tiny.gguf (exit code 3): no such model"
     assert note in found.ui.log and "speed_up" in found.timing
-    assert list(found.timing["seconds_per_token"]) == ["dense", "pruned"]
+    assert list(found.timing["seconds_per_token"]) == OWN
+
+
+@pytest.mark.parametrize(
+    ("dense", "pruned", "caption", "cells"),
+    [
+        (
+            "a b c d",
+            "a b x d e",
+            "The same for 2 words, then they part (»)",
+            ("a b »c d", "a b »x d e"),
+        ),
+        ("a b", "a\nb", "The same text, all 2 words", ("a b", "a b")),
+        ("a b", "a", "The same for 1 word, then they part (»)", ("a »b", "a »")),
+        ("b", "a", "The same for no words, then they part (»)", ("»b", "»a")),
+    ],
+)
+def test_texts_side_by_side(dense, pruned, caption, cells):
+    made = {"dense": {"text": dense}, "pruned": {"text": pruned, "method": "dart", "sparsity": 0.5}}
+    table = report.side_by_side(made)
+    assert table.caption == caption and table.cells() == (cells,)
+    assert table.head == ("dense", "dart 50 %")

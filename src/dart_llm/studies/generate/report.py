@@ -340,6 +340,52 @@ def accounting_table(report: Record, timing: Mapping[str, Any]) -> Table:
     return Table("", f"{report['method']}: accounting of the generated text", columns, records)
 
 
+PACE = (
+    Column("", "name"),
+    Column("ms per token", "seconds", lambda v: f"{1000 * v:.1f}"),
+    Column("tokens per second", "seconds", lambda v: f"{1 / v:.0f}"),
+    Column("x transformers", "gain", ".2f"),
+    Column("weights read per token (MB)", "bytes", lambda v: f"{v / 1e6:.1f}"),
+)
+
+
+def pace(timing: Mapping[str, Any]) -> Table:
+    """What a token takes here, dense and pruned, and elsewhere, the slowest first."""
+    sizes, each = timing["weight_bytes_per_token"], timing["seconds_per_token"]
+    known = sorted(((n, v) for n, v in each.items() if v), key=lambda one: -one[1])
+    plain = next((v for name, v in known if name.startswith("transformers")), None)
+    rows = [
+        {"name": n, "seconds": v, "gain": plain and plain / v, "bytes": sizes.get(n)}
+        for n, v in known
+    ]
+    return Table("", "Mean time per decoded token, one run", PACE, rows)
+
+
+MARK = "»"
+"""Stands before the first word that differs."""
+
+
+def side_by_side(generations: Mapping[str, Record]) -> Table:
+    """The dense and the pruned text, and the first word in which they differ."""
+    dense, pruned = generations["dense"], generations["pruned"]
+    texts = [str(one["text"]).split() for one in (dense, pruned)]
+    same = _shared(*texts)
+    if texts[0] == texts[1]:
+        told = f"The same text, all {words.count(same, 'word')}"
+    else:
+        told = f"The same for {words.count(same, 'word')}, then they part ({MARK})"
+        texts = [[*one[:same], MARK + " ".join(one[same:])] for one in texts]
+    row = {"dense": " ".join(texts[0]), "pruned": " ".join(texts[1])}
+    columns = (Column("dense", "dense"), Column(words.row_name(pruned), "pruned"))
+    return Table("", told, columns, [row], left=2)
+
+
+def _shared(one: Sequence[str], other: Sequence[str]) -> int:
+    """Words at the beginning that both have."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
 def conclusion(accounting: Record | None, documents: Sequence[Record]) -> list[str]:
     """One plain sentence per table."""
     told = [words.bytes_sentence(accounting)] if accounting else []

@@ -46,11 +46,11 @@ from dart_llm.experiments.llama_bench import (
 from dart_llm.experiments.provenance import Digests
 from dart_llm.experiments.stats import ratio_interval
 from dart_llm.experiments.store import read
-from dart_llm.experiments.study import Study, Unit, run_study
+from dart_llm.experiments.study import Study, Unit, load_model, run_study
 from dart_llm.files import write_json, write_lines
 from dart_llm.models.checkpoint import blocks_file, checkpoint_facts
 from dart_llm.models.describe import context_length, describe, widths
-from dart_llm.pruning.config import PruneConfig
+from dart_llm.pruning.config import DEFAULT_METHOD, PruneConfig
 from dart_llm.pruning.layer_table import write_table
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
@@ -65,6 +65,9 @@ from dart_llm.studies.generate.settings import RunSettings
 
 
 MMLU_DEFAULT_TOKENS = 1024
+
+TRANSFORMERS = "transformers"
+"""What the untouched model is called where it is timed."""
 
 
 def source(settings: RunSettings) -> str:
@@ -175,8 +178,9 @@ def asked(settings: RunSettings) -> list[Evaluation]:
 class RunStudy(Study[RunSettings]):
     """Units: the dense and the pruned text, then every evaluation, dense beside pruned.
 
-    ``also``: further configurations that are evaluated.  ``bench``: llama.cpp's ``llama-bench``, by
-    which the file is timed whose blocks the model holds.
+    ``also``: further configurations that are evaluated.  ``beside``: whether plain transformers is
+    timed too, and llama.cpp on the file whose blocks the model holds, where ``llama-bench`` is at
+    hand.
     """
 
     kind = "run"
@@ -186,10 +190,10 @@ class RunStudy(Study[RunSettings]):
         settings: RunSettings,
         ui: Ui,
         also: Sequence[PruneConfig] = (),
-        bench: str | None = None,
+        beside: bool = False,
     ) -> None:
         super().__init__(settings, ui)
-        self.also, self.bench = also, bench
+        self.also, self.beside = also, beside
         self.texts = documents.names(settings.ppl_datasets) if settings.eval_perplexity else []
         self.asked_evaluations = asked(settings)
         self.prompt = source(settings)
@@ -199,8 +203,8 @@ class RunStudy(Study[RunSettings]):
         """Documents of perplexity.json, one per text."""
         self.evaluations: dict[str, list[dict[str, Any]]] = {}
         """Rows of mmlu.json, general_nlp.json and summarization.json, by name."""
-        self.reference: dict[str, Any] = {}
-        """What llama.cpp takes: ``name``, ``bytes`` and ``seconds`` per token."""
+        self.references: list[dict[str, Any]] = []
+        """What others take: ``name``, ``bytes`` and ``seconds`` per token."""
 
     def inputs(self) -> dict[str, Any]:
         """Digests of the checkpoint, of files that may change, and of the prompt."""
@@ -253,9 +257,11 @@ class RunStudy(Study[RunSettings]):
             self.saver.announce(len(variants), self.ui.say)
         for variant in variants:
             yield Unit(f"generation/{variant}", data=(variant, text, ids, own))
-        file = blocks_file(self.model)
-        if self.bench and file is not None:
-            yield Unit(LLAMA_CPP, data=(self.bench, file, ids.shape[1]))
+        if self.beside:
+            yield Unit(TRANSFORMERS, data=(ids,))
+            file, bench = blocks_file(self.model), find_bench()
+            if bench and file is not None:
+                yield Unit(LLAMA_CPP, data=(bench, file, ids.shape[1]))
 
     def finished(self, unit: Unit) -> Any:
         """A text whose files are there; evaluations find their finished pieces themselves."""
@@ -274,6 +280,8 @@ class RunStudy(Study[RunSettings]):
     def compute(self, unit: Unit) -> Any:
         if unit.key.startswith("generation/"):
             return self._generate(*unit.data)
+        if unit.key == TRANSFORMERS:
+            return self._time_transformers(*unit.data)
         if unit.key == LLAMA_CPP:
             return self._time_reference(*unit.data)
         if unit.key.startswith("perplexity/"):
@@ -287,8 +295,8 @@ class RunStudy(Study[RunSettings]):
         if unit.key.startswith("generation/"):
             self.generations[unit.data[0]] = value
             write_lines(self.path / "generation.jsonl", self.generations.values())
-        elif unit.key == LLAMA_CPP:
-            self.reference = value
+        elif unit.key in (TRANSFORMERS, LLAMA_CPP):
+            self.references += [value] if value else []
         elif unit.key.startswith("perplexity/"):
             rows, document = value
             self.lines += rows
@@ -370,6 +378,20 @@ class RunStudy(Study[RunSettings]):
             for check in run.drift_checks:
                 self.ui.say(f"window {check.window}: {check.similarity:.3f} ({check.state})")
 
+    def _time_transformers(self, ids: Tensor) -> dict[str, Any]:
+        """The mean token of the model as transformers runs it; blocks are dequantised for it."""
+        model = self.model
+        if blocks_file(model) is not None:
+            settings = self.settings.model_copy(update={"weights": "dense"})
+            model, _, _ = load_model(settings, self.ui)
+        with self.ui.status(f"timing {TRANSFORMERS}"):
+            made = generate(model, self.tokenizer, ids, self.settings.tokens)
+        if made.seconds_per_token is None:
+            return {}
+        name = f"{TRANSFORMERS} {str(model.dtype).removeprefix('torch.')}"
+        size = describe(model).parameter_bytes
+        return {"name": name, "bytes": size, "seconds": made.seconds_per_token}
+
     def _time_reference(self, bench: str, path: Path, depth: int) -> dict[str, Any]:
         """llama.cpp's mean token behind a prompt of ``depth`` tokens; empty where it fails."""
         tokens = max(1, self.settings.tokens - 1)  # the first comes from the prompt
@@ -426,15 +448,17 @@ class RunStudy(Study[RunSettings]):
     def summarise(self) -> dict[str, Any]:
         accounting = self.generations.get("pruned", {}).get("accounting")
         if self.generations:
-            self.timing.update(_times(self.generations, self.reference))
+            self.timing.update(_times(self.generations, self.references))
         if accounting:
             dense = describe(self.model).parameter_bytes
-            self.timing["weight_bytes_per_token"] = _bytes(dense, accounting, self.reference)
+            self.timing["weight_bytes_per_token"] = _bytes(dense, accounting, self.references)
         return {"accounting": accounting}
 
     def tables(self) -> list[Table]:
         accounting = self.summary["accounting"]
         found = [report.accounting_table(accounting, self.timing)] if accounting else []
+        if self.beside and accounting:
+            found = [report.side_by_side(self.generations), report.pace(self.timing), *found]
         measured = [self.lines, *self.evaluations.values()]
         return [*found, *(measure_rows.table(rows) for rows in measured if rows)]
 
@@ -472,18 +496,18 @@ def _same_path(model: Any, own: PreparedMethod) -> Any:
 
 
 def _bytes(
-    dense: int, accounting: Mapping[str, Any], reference: Mapping[str, Any]
+    dense: int, accounting: Mapping[str, Any], references: Sequence[Mapping[str, Any]]
 ) -> dict[str, int]:
     """Bytes of weights that a mean token reads, as they are stored."""
     skips = accounting["executor"] != "masked"
     found = {"dense": dense, "pruned": round(dense / (accounting["bytes_limit"] if skips else 1))}
-    return found | ({reference["name"]: reference["bytes"]} if reference else {})
+    return found | {one["name"]: one["bytes"] for one in references}
 
 
 def _times(
-    generations: Mapping[str, Mapping[str, Any]], reference: Mapping[str, Any]
+    generations: Mapping[str, Mapping[str, Any]], references: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Times of the texts, and llama.cpp's, for timing.json."""
+    """Times of the texts, and those of others, for timing.json."""
     made = {
         variant: Generation(
             record["token_ids"], record["tokens"], record["phases"], record["seconds"]
@@ -491,8 +515,7 @@ def _times(
         for variant, record in generations.items()
     }
     each = {variant: one.seconds_per_token for variant, one in made.items()}
-    if reference:
-        each[reference["name"]] = reference["seconds"]
+    each |= {one["name"]: one["seconds"] for one in references}
     times: dict[str, Any] = {
         "time_to_first_token_s": {k: one.first_token_seconds for k, one in made.items()},
         "seconds_per_token": each,
@@ -510,16 +533,17 @@ def run_job(
     ui: Ui,
     fresh: bool = False,
     also: Sequence[PruneConfig] = (),
-    bench: str | None = None,
+    beside: bool = False,
 ) -> RunStudy:
     """Run everything that ``settings`` ask for; returns the finished study."""
-    return run_study(RunStudy(settings, ui, also, bench), fresh)
+    return run_study(RunStudy(settings, ui, also, beside), fresh)
 
 
 # ``dart-llm demo``: what this project does, in a minute or two.
 
 
-SPARSITIES = (0.2, 0.5)
+STUDIED = (("dart", 0.2), ("dart", 0.5))
+"""Masks of the sequence, whose perplexity is measured beside the default's."""
 
 SETTINGS = {
     "prompt": "sky",
@@ -532,12 +556,12 @@ SETTINGS = {
 
 
 def run_demo(ui: Ui, **given: Any) -> RunStudy:
-    """Generate and measure perplexity, dense beside 20 % and 50 % of the FFN neurons removed.
+    """Generate and measure perplexity: dense, the default setting, and masks of the sequence.
 
-    llama.cpp is timed on the same file where its ``llama-bench`` is at hand.  ``given``: settings
-    of a run, such as model, device and results_dir; they win.
+    Plain transformers is timed beside them, and llama.cpp on the same file where its
+    ``llama-bench`` is at hand.  ``given``: settings of a run, such as model, device and
+    results_dir; they win.
     """
-    low, high = SPARSITIES
-    settings = RunSettings(**{**SETTINGS, "sparsity": high, **given})
-    also = [PruneConfig.build(settings.method, sparsity=low)]
-    return run_job(settings, ui, also=also, bench=find_bench())
+    settings = RunSettings(**{**SETTINGS, "method": DEFAULT_METHOD, **given})
+    also = [PruneConfig.build(method, sparsity=sparsity) for method, sparsity in STUDIED]
+    return run_job(settings, ui, also=also, beside=True)
