@@ -38,6 +38,8 @@ GOLDEN = {
     "contribution": MAGNITUDE * torch.tensor([5, 1, 2]),
     "wanda": MAGNITUDE * torch.tensor([7, 1, 2]),  # L1 norms
     "fisher": torch.tensor([5 / 3, 21, 2]),  # mean squares 10/3, 7, 8/3
+    # the layer's sum 74/3 of it, by mean squares, whose sum is 13
+    "fisher-layer": torch.tensor([10 / 3, 7, 8 / 3]) * 74 / 39,
     # variances 10/3 - (4/3)^2, 21/3 - (1/3)^2, 8/3
     "flap": torch.tensor([25 * 14 / 9, 1 * 62 / 9, 4 * 8 / 3]),
     "max": MAGNITUDE * MAX,

@@ -98,7 +98,8 @@ SCORES: Registry[Score] = Registry(
     "dart_llm.scores",
     _table(
         "scores",
-        "magnitude normalized contribution fisher wanda flap weight random combined product",
+        "magnitude normalized contribution fisher fisher-layer wanda flap weight random combined "
+        "product",
     )
     | _table("scores", "max mean", "{}_proxy".format),
 )

@@ -129,6 +129,20 @@ def fisher(a: Tensor, weights: FfnWeights) -> Tensor:
     return a * weights.learnt.curvature
 
 
+@score(
+    squared,
+    "this project: the Fisher information of a layer, shared out by energy; docs/lab-notes.md",
+    average=True,
+    learns=True,
+)
+def fisher_layer(a: Tensor, weights: FfnWeights) -> Tensor:
+    """Mean squared activation times one gain per layer, which keeps the layer's ``fisher`` sum.
+
+    For models on which the gradients' order within a layer misleads.
+    """
+    return a * (fisher(a, weights).sum() / a.sum().clamp_min(EPS))
+
+
 @score(None, "static baseline: norms of the neuron's weights")
 def weight(a: Tensor, weights: FfnWeights) -> Tensor:
     """Product of the norms of the neuron's input rows and output column; no activations."""
