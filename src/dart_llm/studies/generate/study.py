@@ -52,6 +52,7 @@ from dart_llm.models.checkpoint import blocks_file, checkpoint_facts
 from dart_llm.models.describe import context_length, describe, widths
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.layer_table import write_table
+from dart_llm.pruning.registry import SETTING
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
@@ -321,7 +322,7 @@ class RunStudy(Study[RunSettings]):
         run = own.run() if variant == "pruned" else None
         around: Any = run
         if run is None:
-            around = _same_path(self.model, own)
+            around = _same_path(self.model, own, config)
         else:
             run.on_selection = recorder = MaskRecorder()
         recorded: Any = contextlib.nullcontext()
@@ -460,13 +461,14 @@ class RunStudy(Study[RunSettings]):
         }
 
 
-def _same_path(model: Any, own: PreparedMethod) -> Any:
-    """Dense decoding by whole native steps where the pruned text is decoded so.
+def _same_path(model: Any, own: PreparedMethod, asked: PruneConfig) -> Any:
+    """Dense decoding by whole native steps where the pruned text is decoded so, or where asked.
 
     Else the speed-up would be that of the kernels, not that of pruning.
     """
     run = own.run()
-    if run is None or run.executor != "slim":
+    executor = asked.executor if run is None else run.executor
+    if executor != "slim":
         return contextlib.nullcontext()
     return Run(model, PruneConfig.build("dense", executor="slim"))
 
@@ -538,6 +540,9 @@ def run_demo(ui: Ui, **given: Any) -> RunStudy:
     of a run, such as model, device and results_dir; they win.
     """
     low, high = SPARSITIES
+    if str(given.get("method", "")).startswith(SETTING):  # which has its own
+        settings = RunSettings(**{**SETTINGS, **given}).fitted()
+        return run_job(settings, ui, bench=find_bench())
     settings = RunSettings(**{**SETTINGS, "sparsity": high, **given})
     also = [PruneConfig.build(settings.method, sparsity=low)]
     return run_job(settings, ui, also=also, bench=find_bench())
