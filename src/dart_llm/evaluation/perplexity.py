@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from dart_llm.data import documents
 from dart_llm.errors import ConfigError, DartError
-from dart_llm.evaluation.forced_decoding import feed
+from dart_llm.evaluation.forced_decoding import CHUNK, feed
 from dart_llm.evaluation.likelihood import SHORT
 from dart_llm.evaluation.masks_seen import (
     Part,
@@ -124,10 +124,12 @@ def predict(
     take: Callable[[Tensor, Tensor], None],
     protocol: str = "decode",
     prompt: Any = None,
+    chunk: int = CHUNK,
 ) -> None:
     """Feed a window under ``protocol``; ``take`` gets logits [m, V] and the tokens [m] that come.
 
-    In order, and chunk by chunk.  The other arguments are those of ``score_window``.
+    In order, and chunk by chunk, ``chunk`` tokens at most.  The other arguments are those of
+    ``score_window``.
     """
     ids = window.ids[None].to(model.device)
     begin, cache = 0, None
@@ -143,7 +145,7 @@ def predict(
     def hand_on(start: int, logits: Tensor) -> None:
         take(logits[0], targets[start : start + logits.shape[1]])
 
-    feed(model, run, ids[:, begin:-1], cache, hand_on, first=first, cached=begin)
+    feed(model, run, ids[:, begin:-1], cache, hand_on, first=first, cached=begin, chunk=chunk)
 
 
 def _score(model: Any, run: Run | None, window: Window, protocol: str, prompt: Any) -> WindowLosses:

@@ -403,9 +403,9 @@ def prune(
     ``method``: a name (``dart-llm methods`` lists them), a ``PruneConfig``, or
     ``file:setting.yaml``, what ``tune`` kept: a warning says where that was found for another
     model.  ``sparsity``: fraction of all FFN neurons to remove, [0, 1).  ``masks``: {layer: neuron
-    ids to keep}, or ``remove``: {layer: ids to remove}, applies the given neurons.  ``on_remask`` is called with
-    every new mask's record.  ``settings``: any field of ``PruneConfig``.  Nothing is changed before
-    the block is entered, or ``attach`` is called.
+    ids to keep}, or ``remove``: {layer: ids to remove}, applies the given neurons.  ``on_remask``
+    is called with every new mask's record.  ``settings``: any field of ``PruneConfig``.  Nothing is
+    changed before the block is entered, or ``attach`` is called.
 
     Raises ``ConfigError`` for settings that do not fit (``UnknownName`` for names), and
     ``UnsupportedModel`` for a model that cannot be pruned.

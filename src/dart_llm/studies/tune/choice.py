@@ -26,7 +26,8 @@ Row = dict[str, Any]
 def quality_row(label: str, lines: Sequence[Line], seed: int) -> Row:
     """Loss by text, the worse one's with its interval, KL and accounting of a candidate."""
     own = [line for line in lines if line["candidate"] == label]
-    base = [line for line in lines if line["candidate"] == REFERENCE]
+    scored = {line["slice"] for line in own}
+    base = [one for one in lines if one["candidate"] == REFERENCE and one["slice"] in scored]
     texts = {
         text: _on_text(_of(own, text), _of(base, text), seed)
         for text in dict.fromkeys(line["text"] for line in base)
@@ -38,6 +39,7 @@ def quality_row(label: str, lines: Sequence[Line], seed: int) -> Row:
         "loss_interval": texts[worst]["loss_interval"],
         "kl": max(one["kl"] for one in texts.values()),
         "perplexity": texts[worst]["perplexity"],
+        "slices": len(own),
         **_accounting([line["accounting"] for line in own]),
         "texts": texts,
     }

@@ -68,7 +68,8 @@ def parameters(settings: TuneSettings) -> float | None:
             return read_gguf(path).float32_bytes / 4 / 1e9
         shape = configuration(settings).get_text_config(decoder=True)
         width, layers = shape.hidden_size, shape.num_hidden_layers
-        block = 4 * width**2 + 3 * width * shape.intermediate_size
+        inner = getattr(shape, "intermediate_size", None) or 4 * width
+        block = 4 * width**2 + 3 * width * inner
         return float(layers * block + width * shape.vocab_size) / 1e9
     except (DartError, AttributeError, OSError):
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from dart_llm.data import documents
 from dart_llm.errors import ConfigError
 from dart_llm.evaluation.divergence import compare_window
 from dart_llm.evaluation.windows import Window, slice_windows
-from dart_llm.pruning.config import PriorConfig
+from dart_llm.pruning.config import PriorConfig, PruneConfig
 from dart_llm.session.run import Run
 
 OWN_TEXT = "own"
@@ -56,9 +56,7 @@ class Slice:
         return self.window.ids[self.window.first :]
 
 
-def write_text(
-    model: Any, count: int, length: int, seed: int, say: Callable[[str], None]
-) -> list[list[int]]:
+def write_text(model: Any, count: int, length: int, seed: int) -> list[list[int]]:
     """``count`` texts of ``length`` tokens that ``model`` writes itself, as priors are learnt from.
 
     Raises ``ConfigError`` for a model without a head.
@@ -70,9 +68,8 @@ def write_text(
         begin = torch.randint(vocabulary, (count, 1), generator=generator)
         if start := own_start(model):
             begin[:] = start[0]
-    how = prior.temperature, prior.top_p
     found: list[list[int]] = sample_continuations(
-        model, begin, length, generator, say, *how
+        model, begin, length, generator, lambda text: None, prior.temperature, prior.top_p
     ).tolist()
     return found
 
@@ -98,14 +95,20 @@ def slices_of(
     return sorted([*first, *second], key=lambda one: one.window.number)
 
 
-def score(model: Any, run: Run, one: Slice, reference: Tensor) -> Part:
+def needs_prompt(config: PruneConfig) -> bool:
+    """Whether a run must see the prompt: what chooses by token, or removes nothing, need not."""
+    return config.target > 0 and (config.token is None or config.token.candidates is not None)
+
+
+def score(model: Any, run: Run, one: Slice, reference: Tensor, prompt: Any = None) -> Part:
     """One slice by ``run``, not attached; ``reference``: [C, V] logits of the dense model.
 
-    Raises ``ConfigError`` when all scored tokens ran dense though a sparsity was asked for.
+    ``prompt``: the cache of its prompt, which is used up, where the run need not see it.  Raises
+    ``ConfigError`` when all scored tokens ran dense though a sparsity was asked for.
     """
     run.reset()
     with run:
-        found = compare_window(model, run, one.window, reference)
+        found = compare_window(model, run, one.window, reference, prompt)
     report = run.report().to_dict()
     if report["dense_token_share"] == 1 and run.asks_for_pruning:
         raise ConfigError(

@@ -67,9 +67,9 @@ class TuneSettings(StudyOptions, ModelOptions):
         "Your text, beside what the model writes itself: a file, JSONL or data name.",
         documents.EMBEDDED,
     )
-    slices: int = setting(STUDY, "Slices of each of the two texts.", 12, ge=2)
-    prompt_tokens: int = setting(STUDY, "Prompt tokens, of a slice and when timed.", 128, ge=16)
-    tokens: int = setting(STUDY, "Scored tokens of a slice.", 128, ge=1)
+    slices: int = setting(STUDY, "Slices of each of the two texts.", 8, ge=2)
+    prompt_tokens: int = setting(STUDY, "Prompt tokens, of a slice.", 64, ge=16)
+    tokens: int = setting(STUDY, "Scored tokens of a slice.", 96, ge=1)
     timed_tokens: int = setting(STUDY, "Timed tokens of a repetition.", 64, ge=4)
     repeats: int = setting(STUDY, "Repetitions of what is timed, in shuffled order.", 5, ge=1)
     noise: float = setting(

@@ -6,6 +6,7 @@ A unit is a slice by a candidate, then a repetition of all that is timed, in an 
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from torch import Tensor
 from dart_llm import __version__
 from dart_llm.data.documents import check_disjoint
 from dart_llm.errors import ConfigError, DartError
-from dart_llm.evaluation.divergence import reference_logits
+from dart_llm.evaluation.divergence import read_prompt, reference_logits
 from dart_llm.experiments.cell import Cell
 from dart_llm.experiments.held import Held, own_file
 from dart_llm.experiments.llama_bench import LLAMA_CPP, PROGRAM, VARIABLE, ReferenceFile, find_bench
@@ -48,13 +49,17 @@ from dart_llm.session.prepare import prepare
 from dart_llm.session.run import Run
 from dart_llm.studies.tune import choice, report
 from dart_llm.studies.tune.candidates import REFERENCE, Candidate, Formats, candidates
-from dart_llm.studies.tune.quality import Part, Slice, score, slices_of, write_text
+from dart_llm.studies.tune.quality import Part, Slice, needs_prompt, score, slices_of, write_text
 from dart_llm.studies.tune.settings import OWN, TuneSettings
 
 WRITING = "own text"
 """The unit of the text that the model writes."""
 
 WARMUP_TOKENS = 4
+
+ENOUGH, FAR = 8, 2
+"""After so many slices a candidate whose loss is clearly over so many times what may be lost is
+scored no further."""
 
 SETTING_FILE = "setting.yaml"
 
@@ -96,6 +101,8 @@ class TuneStudy(Study[TuneSettings]):
             self.notes.append(
                 f"no row of {LLAMA_CPP}: its {PROGRAM} is not at hand (name it in {VARIABLE})"
             )
+        self._prompts: dict[str, tuple[str, Any]] = {}
+        """Caches of the newest slice's prompt, by format."""
         self._logits: tuple[str, Tensor] = ("", torch.empty(0))
         self.advance: Callable[[int], Any]
 
@@ -212,7 +219,8 @@ class TuneStudy(Study[TuneSettings]):
             for one in self.slices:
                 for candidate in (None, *ready):
                     label = choice.REFERENCE if candidate is None else candidate.label
-                    yield Unit(f"{one.id}/{label}", data=(one, candidate))
+                    if not self._hopeless(label):
+                        yield Unit(f"{one.id}/{label}", data=(one, candidate))
                     self.advance(1)
         self._choose_timed(ready)
         settings = self.settings
@@ -223,6 +231,14 @@ class TuneStudy(Study[TuneSettings]):
             for label in self.timed if fresh else ():
                 self._turn(label, WARMUP_TOKENS)
             yield from units
+
+    def _hopeless(self, label: str) -> bool:
+        """Whether the slices so far show that a candidate loses far too much."""
+        own = [line for line in self.lines if line["candidate"] == label]
+        if label in (choice.REFERENCE, self.base) or len(own) < ENOUGH:
+            return False
+        row = choice.quality_row(label, self.lines, self.settings.seed)
+        return choice.clearly_over(row, FAR * self.settings.max_loss)
 
     def _choose_timed(self, ready: Sequence[Candidate]) -> None:
         """What is not clearly over the loss; the model as it is loaded always."""
@@ -238,10 +254,8 @@ class TuneStudy(Study[TuneSettings]):
         settings = self.settings
         if unit.key == WRITING:
             length = settings.prompt_tokens + settings.tokens
-            with self.ui.status("the model writes a text to be judged by") as news:
-                return write_text(
-                    self.model, settings.slices, length, settings.seed, lambda text: None
-                )
+            with self.ui.status("the model writes a text to be judged by"):
+                return write_text(self.model, settings.slices, length, settings.seed)
         if not isinstance(unit.data, int):
             return self._score(*unit.data)
         samples = {}
@@ -258,12 +272,22 @@ class TuneStudy(Study[TuneSettings]):
             return {"loss": float(loss), "kl": 0.0, "tokens": len(logits), "accounting": None}
         run = self.makers[candidate.label]()
         assert run is not None
-        return score(self.held[candidate.form].model, run, one, logits)
+        model = self.held[candidate.form].model
+        shared = None if needs_prompt(candidate.config) else self._prompt(candidate.form, one)
+        return score(model, run, one, logits, shared)
+
+    def _prompt(self, form: str, one: Slice) -> Any:
+        """A copy of the cache of a slice's prompt, read once per format."""
+        if self._prompts.get(form, ("", None))[0] != one.id:
+            self._prompts[form] = one.id, read_prompt(self.held[form].model, one.window)
+        return copy.deepcopy(self._prompts[form][1])
 
     def _reference_logits(self, one: Slice) -> Tensor:
         """Of one slice at a time: they are large."""
         if self._logits[0] != one.id:
-            self._logits = one.id, reference_logits(self.reference.model, one.window)
+            form = self.reference.form.name
+            prompt = self._prompt(form, one)
+            self._logits = one.id, reference_logits(self.held[form].model, one.window, prompt)
         return self._logits[1]
 
     def _turn(self, label: str, tokens: int) -> Sample:
@@ -302,7 +326,7 @@ class TuneStudy(Study[TuneSettings]):
             "model": settings.name,
             "checkpoint": {k: v for k, v in checkpoint_facts(self.model).items() if k != "path"},
             "formats": {name: one.words for name, one in self.held.items()},
-            "kernels": build.kernels_in_use(),
+            "kernels": None if build.why_not() else build.kernels_in_use(),
             "machine": self.config["machine"],
             "versions": self.config["versions"],
             **{name: getattr(settings, name) for name in report.ASKED},
