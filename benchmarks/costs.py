@@ -19,15 +19,13 @@ import torch
 from common import load_model, parser, save
 from torch import Tensor
 
+from dart_llm.experiments.timed_cases import TRANSFORMERS, rebuilding
+from dart_llm.experiments.timing import WARM, Make, greedy, mad, prompt_ids, repetition
 from dart_llm.experiments.variants import NEVER
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.sequence import Phase
 from dart_llm.session.prepare import prepare
 from dart_llm.session.run import Run
-from dart_llm.studies.speed.cases import TRANSFORMERS, rebuilding
-from dart_llm.studies.speed.model import prompt_ids
-from dart_llm.studies.speed.summary import WARM, mad
-from dart_llm.studies.speed.timing import Make, greedy, repetition
 
 TURN = 32
 """Timed steps of a turn: observed tokens are added up that often at the latest."""

@@ -18,11 +18,11 @@ from common import parser, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from dart_llm.experiments.timing import read_bandwidth
 from dart_llm.models.describe import describe
 from dart_llm.native.build import kernels_in_use
 from dart_llm.patching.executors.native_ffn import Layout, NativeFfn
 from dart_llm.pruning.masks import LayerMask
-from dart_llm.studies.speed.timing import read_bandwidth
 
 SHAPES = {(576, 1536): 30, (1536, 8960): 8}
 """Hidden size and width; how many layers are used in turn."""

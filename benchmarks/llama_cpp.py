@@ -24,11 +24,11 @@ import torch
 from common import load_model, parser, save
 
 from dart_llm.data import texts
+from dart_llm.experiments.timing import Sample, read_bandwidth, repetition
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.records import bytes_limit
 from dart_llm.session.prepare import prepare
 from dart_llm.session.run import Run
-from dart_llm.studies.speed.timing import Sample, read_bandwidth, repetition
 
 METHODS = (("griffin", 0.5), ("griffin", 0.7), ("dart", 0.5), ("dart-token", 0.5))
 DENSE = "dart-llm dense"

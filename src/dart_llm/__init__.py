@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dart_llm.pruning.config import PruneConfig
     from dart_llm.pruning.records import DriftCheck, Remask, RunReport
     from dart_llm.session.run import Run, prune
+    from dart_llm.studies.tune.api import tune
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ _LAZY = {
     "load": "dart_llm.models.loading",
     "prune": "dart_llm.session.run",
     "restore": "dart_llm.patching.patch",
+    "tune": "dart_llm.studies.tune.api",
 }
 
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "load",
     "prune",
     "restore",
+    "tune",
 ]
 
 

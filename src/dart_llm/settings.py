@@ -34,7 +34,8 @@ from dart_llm.pruning.config import (
     unknown_key,
 )
 from dart_llm.pruning.layer_table import parse_layer_spec, read_table
-from dart_llm.pruning.registry import METHODS, SCORES
+from dart_llm.pruning.registry import METHODS, SCORES, SETTING
+from dart_llm.pruning.setting_file import KeptSetting, kept_setting, path_of
 
 
 class Settings(BaseModel):
@@ -275,7 +276,9 @@ def load_arguments(settings: Any) -> dict[str, Any]:
 class PruningOptions(Settings):
     """How the model is pruned."""
 
-    method: str = setting("Pruning", "Preset; dart-llm methods lists them.", "dart")
+    method: str = setting(
+        "Pruning", "Preset (dart-llm methods lists them), or file:SETTING.yaml of tune.", "dart"
+    )
     sparsity: float | None = setting("Pruning", "Fraction of FFN neurons to remove, e.g. 0.5.")
     total_prune_percent: float | None = setting(
         "Pruning", "Percent of FFN neurons to remove, 0 to 100."
@@ -363,7 +366,7 @@ class PruningOptions(Settings):
         for part, values in parts.items():
             given = {key: value for key, value in values.items() if value is not None}
             changes[part] = given or None
-        if self.method == "dense" and changes["sparsity"]:
+        if changes["sparsity"] and METHODS.get(self.method).method == "dense":
             raise ConfigError("method dense removes nothing: drop the sparsity")
         return PruneConfig.build(self.method, **changes)
 
@@ -426,17 +429,46 @@ class BaseSettings(StudyOptions, PruningOptions, ModelOptions):
         return super().read({k: v for k, v in data.items() if k not in every})
 
     @property
+    def kept(self) -> KeptSetting | None:
+        """The setting of a file that the method names."""
+        return kept_setting(self.method)
+
+    def fitted(self) -> Self:
+        """As of its base; weights are held as a kept setting wants them, or the log says so."""
+        settings, kept = super().fitted(), self.kept
+        if kept is None or kept.weights is None:
+            return settings
+        name = Path(str(path_of(self.method))).name
+        if "weights" not in self.model_fields_set:
+            note = f"{name} asks for --weights {kept.weights}: taken"
+            return settings.noted({"weights": kept.weights}, note)
+        if self.weights == kept.weights:
+            return settings
+        note = (
+            f"{name} was found with --weights {kept.weights}, not {self.weights}: neither its loss "
+            "nor its time is that of this run"
+        )
+        return settings.noted({}, note)
+
+    def served_config(self) -> PruneConfig:
+        """What prunes answers: the head of a kept setting is left out, for theirs is whole."""
+        config = self.prune_config()
+        own = self.kept is not None and self.head is None
+        return config.replace({"head": "full"}) if own else config
+
+    @property
     def experiment(self) -> str:
         """Name of the experiment's folder."""
         if self.experiment_name:
             return self.experiment_name
         config = self.prune_config()
+        method = config.method if self.method.startswith(SETTING) else self.method
         amount = f"{config.target:g}"
         if self.masks:
             amount = "masks"
         elif config.sparsity is None and (config.budget.table or config.score.strategy == "auto"):
             amount = "table"
-        return f"{Path(self.model.rstrip('/')).name.lower()}-{self.method}-{amount}"
+        return f"{Path(self.model.rstrip('/')).name.lower()}-{method}-{amount}"
 
 
 def given_of(settings: BaseModel) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class ChatSettings(BaseSettings):
 
     def served(self) -> PruneConfig | None:
         """What prunes the answers; None: nothing."""
-        config = self.prune_config()
+        config = self.served_config()
         return None if config.method == "dense" else config
 
     def changed(self, **changes: Any) -> ChatSettings:

@@ -32,6 +32,7 @@ from dart_llm.studies.inspection.settings import TEXTS, InspectSettings
 from dart_llm.studies.quality.settings import QualitySettings
 from dart_llm.studies.speed.settings import SpeedSettings
 from dart_llm.studies.sweep.grid import SweepFlags
+from dart_llm.studies.tune.settings import TuneSettings
 
 HELP: dict[str, Any] = yaml.safe_load(
     (files("dart_llm.cli") / "help.yaml").read_text(encoding="utf-8")
@@ -255,6 +256,30 @@ def bench_speed(
     _print_json(study.answer() if as_json else study.last_line())
 
 
+def tune(
+    flags: dict[str, Any],
+    config: Config = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", metavar="", help="Print what would be measured, and how long."),
+    ] = False,
+    fresh: Fresh = False,
+    as_json: Json = False,
+) -> None:
+    """``dart-llm tune``."""
+    from dart_llm.experiments.study import run_study
+    from dart_llm.reporting.console import Ui
+    from dart_llm.studies.tune.dry_run import plan
+    from dart_llm.studies.tune.study import TuneStudy
+
+    ui = Ui(quiet=as_json)
+    settings = merge(TuneSettings, flags, config)
+    if dry_run:
+        _tell(lambda: plan(settings, ui), as_json)
+    else:
+        _tell(lambda: run_study(TuneStudy(settings, ui), fresh).answer(), as_json)
+
+
 # chat, serve, replay, results
 
 
@@ -366,6 +391,7 @@ COMMANDS = (
     Command("inspect", inspect, InspectSettings),
     Command("bench quality", "quality.study:QualityStudy", QualitySettings),
     Command("bench speed", bench_speed, SpeedSettings),
+    Command("tune", tune, TuneSettings),
     Command("serve", serve, ServeSettings),
     Command("replay", replay),
     Command("results", results),

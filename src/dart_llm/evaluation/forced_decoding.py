@@ -29,17 +29,19 @@ def feed(
     first: int = 0,
     cached: int = 0,
     mask: Tensor | None = None,
+    chunk: int = CHUNK,
 ) -> None:
     """Feed ``ids`` ([B, n]) as decode tokens, in chunks within which no mask can change.
 
     ``cache``: their past, of ``cached`` tokens, or None.  ``mask``: attention mask
     [B, cached + n].  ``take(start, logits)`` gets what the tokens from ``first`` on predict, chunk
     by chunk: ``logits`` [B, m, V] are those of ``ids[:, start : start + m]``, and they are gone
-    before the next chunk.  ``run``: attached, or None for the untouched model.
+    before the next chunk.  ``chunk``: tokens of a forward at most; 1: each by a step of its own, as
+    ``generate`` decodes.  ``run``: attached, or None for the untouched model.
     """
     start = 0
     while start < ids.shape[1]:
-        size = min(CHUNK, ids.shape[1] - start)
+        size = min(chunk, ids.shape[1] - start)
         if run is not None:
             left = (run.config.release_step or 0) - start  # padded rows reach it at other times
             size = min(size, left) if left > 0 else size

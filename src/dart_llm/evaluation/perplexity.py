@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from dart_llm.data import documents
 from dart_llm.errors import ConfigError, DartError
-from dart_llm.evaluation.forced_decoding import feed
+from dart_llm.evaluation.forced_decoding import CHUNK, feed
 from dart_llm.evaluation.likelihood import SHORT
 from dart_llm.evaluation.masks_seen import (
     Part,
@@ -117,7 +117,20 @@ def score_window(
         raise DartError(f"{window.name}: {error}") from None
 
 
-def _score(model: Any, run: Run | None, window: Window, protocol: str, prompt: Any) -> WindowLosses:
+def predict(
+    model: Any,
+    run: Run | None,
+    window: Window,
+    take: Callable[[Tensor, Tensor], None],
+    protocol: str = "decode",
+    prompt: Any = None,
+    chunk: int = CHUNK,
+) -> None:
+    """Feed a window under ``protocol``; ``take`` gets logits [m, V] and the tokens [m] that come.
+
+    In order, and chunk by chunk, ``chunk`` tokens at most.  The other arguments are those of
+    ``score_window``.
+    """
     ids = window.ids[None].to(model.device)
     begin, cache = 0, None
     if protocol == "decode":
@@ -127,24 +140,35 @@ def _score(model: Any, run: Run | None, window: Window, protocol: str, prompt: A
     elif run is not None:
         _choose_masks(model, run, window, protocol)
     targets = ids[0, begin + 1 :]
+    first = window.first - 1 - begin
+
+    def hand_on(start: int, logits: Tensor) -> None:
+        take(logits[0], targets[start : start + logits.shape[1]])
+
+    feed(model, run, ids[:, begin:-1], cache, hand_on, first=first, cached=begin, chunk=chunk)
+
+
+def _score(model: Any, run: Run | None, window: Window, protocol: str, prompt: Any) -> WindowLosses:
     losses: list[Tensor] = []
     pruned: list[bool] = []
 
-    def take(start: int, logits: Tensor) -> None:
-        expected = targets[start : start + logits.shape[1]]
-        losses.append(F.cross_entropy(logits[0].float(), expected, reduction="none"))
+    def take(logits: Tensor, expected: Tensor) -> None:
+        losses.append(F.cross_entropy(logits.float(), expected, reduction="none"))
         pruned.extend([run is not None and run.phase == Phase.PRUNED] * len(expected))
 
-    first = window.first - 1 - begin
-    feed(model, run, ids[:, begin:-1], cache, take, first=first, cached=begin)
-    joined = torch.cat(losses)
-    bad = (~joined.isfinite()).nonzero().flatten().tolist()
+    predict(model, run, window, take, protocol, prompt)
+    return WindowLosses(tuple(finite_losses(torch.cat(losses), window)), tuple(pruned))
+
+
+def finite_losses(losses: Tensor, window: Window) -> list[float]:
+    """Those of the scored tokens of ``window``; raises ``DartError``, which names the token."""
+    bad = (~losses.isfinite()).nonzero().flatten().tolist()
     if bad:
         raise DartError(
             f"the loss of its token {window.first + bad[0]} is the first that is not finite "
-            f"({float(joined[bad[0]])}): the model overflows; try dtype float32"
+            f"({float(losses[bad[0]])}): the model overflows; try dtype float32"
         )
-    return WindowLosses(tuple(joined.tolist()), tuple(pruned))
+    return losses.tolist()
 
 
 def _choose_masks(model: Any, run: Run, window: Window, protocol: str) -> None:

@@ -26,6 +26,7 @@ from dart_llm.errors import ConfigError
 from dart_llm.evaluation.measurement import MeasureOptions
 from dart_llm.experiments.cell import Cell
 from dart_llm.files import file_sha256
+from dart_llm.pruning.setting_file import path_of
 from dart_llm.settings import LOADING
 
 TASK_FILES = (".yaml", ".yml", ".py")
@@ -58,6 +59,8 @@ class Digests:
             asked["data"] = data
         else:
             asked["tasks"] = cell.options.include_path or ""
+        if kept := path_of(cell.method):
+            asked["setting"] = str(kept)
         if kind == "mmlu" or (kind == "perplexity" and data in documents.MMLU):
             asked["mmlu"] = LOCAL_MMLU.as_posix()
         found = {
@@ -134,6 +137,8 @@ def _read(name: str, value: str) -> str | None:
         return hashlib.sha256(documents.read(value).encode()).hexdigest()
     if name == "data":
         documents.check(value)
+    if name == "setting":
+        return file_sha256(Path(value))
     path = documents.find_file(value)
     return None if path is None else file_sha256(path)
 

@@ -32,6 +32,7 @@ from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
 from dart_llm.reporting.words import dtype_text
+from dart_llm.session.kept import other_model
 from dart_llm.settings import ModelOptions, PruningOptions, StudyOptions, load_arguments
 
 S = TypeVar("S", bound=StudyOptions)
@@ -387,4 +388,6 @@ def load_model(settings: ModelOptions, ui: Ui) -> tuple[Any, Any, float]:
         f"{facts.get('name')}: file quantisation {facts.get('file_quantisation') or 'none'}, "
         f"dtype {dtype_text(facts)}, device {model.device}"
     )
+    if isinstance(settings, PruningOptions) and (said := other_model(settings.method, model)):
+        ui.say(said)
     return model, tokenizer, time.perf_counter() - begin

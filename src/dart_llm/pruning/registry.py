@@ -81,7 +81,35 @@ def _table(module: str, names: str, attribute: Callable[[str], str] = str) -> di
     }
 
 
-METHODS: Registry[PruneConfig] = Registry(
+SETTING = "file:"
+"""Begins the name of a setting that is kept in a file."""
+
+
+class MethodRegistry(Registry["PruneConfig"]):
+    """Methods by name, and settings that ``dart-llm tune`` kept, by ``file:`` and their path."""
+
+    def check(self, name: str) -> str:
+        if name.startswith(SETTING):
+            self.get(name)
+            return name
+        return super().check(name)
+
+    def get(self, name: str) -> PruneConfig:
+        """Of a file anew each time: it may have changed; raises ``ConfigError`` for a bad one."""
+        if not name.startswith(SETTING):
+            return super().get(name)
+        from dart_llm.pruning.setting_file import path_of, read_setting
+
+        path = path_of(name)
+        assert path is not None
+        return read_setting(path).config
+
+    def named(self, name: str) -> PruneConfig:
+        """Of a name alone: what comes over the network opens no file."""
+        return super().get(super().check(name))
+
+
+METHODS = MethodRegistry(
     "method",
     "dart_llm.methods",
     _table(

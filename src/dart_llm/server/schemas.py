@@ -315,7 +315,7 @@ class Asker:
         limits = (settings.max_prompt_tokens, context)
         self.longest = min((one for one in limits if one is not None), default=None)
         """Tokens of the longest prompt; None: not known."""
-        self._base = settings.prune_config()
+        self._base = settings.served_config()
 
     def asks(self, body: Common, request_id: str, client: str) -> tuple[GenerationRequest, ...]:
         """What the engine is asked, once per prompt; raises ``APIError`` for what cannot be."""
@@ -424,9 +424,10 @@ class Asker:
         try:
             wrong = "dart.method"
             if asked is not None and asked.method not in (None, base.method):
+                other = METHODS.named(str(asked.method))
                 if base.sparsity and "sparsity" not in changes and prunes(str(asked.method)):
                     changes["sparsity"] = base.sparsity
-                base = METHODS.get(str(asked.method))
+                base = other
             wrong = ""
             config = base.replace(changes)
         except ConfigError as error:

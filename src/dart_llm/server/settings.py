@@ -122,11 +122,12 @@ class ServeSettings(BaseSettings):
     @property
     def ready(self) -> tuple[str, ...]:
         """Methods that are made ready before the first request, the server's own first."""
-        return tuple(dict.fromkeys((self.method, *words(self.methods))))
+        own = self.method if self.kept is None else self.kept.config.method
+        return tuple(dict.fromkeys((own, *words(self.methods))))
 
     def configs(self) -> tuple[PruneConfig, ...]:
         """What the methods in ``ready`` run with when a request says nothing else."""
-        own = self.prune_config()
+        own = self.served_config()
         others = [
             PruneConfig.build(name, **({"sparsity": self.sparsity} if prunes(name) else {}))
             for name in self.ready[1:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,9 @@ from dart_llm.pruning.selection import MaskSelector, check_fits
 from dart_llm.pruning.sequence import SequenceState
 from dart_llm.pruning.token_level import plain_masks, sequence_masks
 from dart_llm.pruning.weights import FfnWeights, with_prior
+from dart_llm.session.kept import other_model
+
+logger = logging.getLogger("dart_llm")
 
 
 @dataclass(frozen=True)
@@ -396,11 +400,12 @@ def prune(
 ) -> Run:
     """Prune the FFN neurons of ``model`` while it decodes.
 
-    ``method``: a name (``dart-llm methods`` lists them) or a ``PruneConfig``.  ``sparsity``:
-    fraction of all FFN neurons to remove, [0, 1).  ``masks``: {layer: neuron ids to keep}, or
-    ``remove``: {layer: ids to remove}, applies the given neurons.  ``on_remask`` is called with
-    every new mask's record.  ``settings``: any field of ``PruneConfig``.  Nothing is changed before
-    the block is entered, or ``attach`` is called.
+    ``method``: a name (``dart-llm methods`` lists them), a ``PruneConfig``, or
+    ``file:setting.yaml``, what ``tune`` kept: a warning says where that was found for another
+    model.  ``sparsity``: fraction of all FFN neurons to remove, [0, 1).  ``masks``: {layer: neuron
+    ids to keep}, or ``remove``: {layer: ids to remove}, applies the given neurons.  ``on_remask``
+    is called with every new mask's record.  ``settings``: any field of ``PruneConfig``.  Nothing is
+    changed before the block is entered, or ``attach`` is called.
 
     Raises ``ConfigError`` for settings that do not fit (``UnknownName`` for names), and
     ``UnsupportedModel`` for a model that cannot be pruned.
@@ -412,4 +417,6 @@ def prune(
     if sparsity is not None and (masks is not None or remove is not None):
         raise ConfigError("masks= and remove= name the neurons themselves: drop the sparsity")
     config = PruneConfig.build(method, sparsity=sparsity, **settings)
+    if isinstance(method, str) and (said := other_model(method, model, held=True)):
+        logger.warning(said)
     return Run(model, config, masks, remove, on_remask)

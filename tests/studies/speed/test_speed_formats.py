@@ -9,6 +9,7 @@ import pytest
 from checkpoints import write_gguf
 from dart_llm.errors import ConfigError, DartError, UnknownName
 from dart_llm.experiments.llama_bench import VARIABLE
+from dart_llm.experiments.timing import WARM, reference_turn
 from dart_llm.reporting import figures
 from dart_llm.settings import merge
 from dart_llm.studies.speed import reference, summary
@@ -108,7 +109,7 @@ def test_it_is_asked_for_the_same_tokens(whole, bench):
     common = {"-t": threads, "-r": "1", "-o": "json"}
     read, generated = ({k: v for k, v in one.items() if k != "-m"} for one, _ in lines[:2])
     assert read == {**common, "-p": f"{PROMPT},{PREFILL}", "-n": "0"}
-    depth = str(PROMPT + summary.WARM)
+    depth = str(PROMPT + WARM)
     assert generated == {**common, "-p": "0", "-n": str(TOKENS), "-d": depth}
     # what is set for PyTorch's threads is not handed on
     assert all(seen == [] and Path(one["-m"]).name == "tiny.gguf" for one, seen in lines)
@@ -216,7 +217,6 @@ def test_what_it_cannot_do_is_said(tmp_path, monkeypatch, bench):
     broken = tmp_path / "broken"
     broken.write_text("#!/bin/sh\necho no such model >&2; exit 3\n", encoding="utf-8")
     broken.chmod(0o755)
-    asked = settings(tmp_path)
     sentence = r"llama-bench failed on x\.gguf \(exit code 3\): no such model"
     with pytest.raises(DartError, match=sentence):
-        reference.turn(str(broken), tmp_path / "x.gguf", 1, asked)
+        reference_turn(str(broken), tmp_path / "x.gguf", 1, PROMPT, TOKENS)

@@ -8,22 +8,27 @@ import torch
 
 from dart_llm.data import texts
 from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.experiments.timed_cases import Case, dense_cases, rebuilding
+from dart_llm.experiments.timing import (
+    Growth,
+    cache_bytes,
+    mad,
+    prompt_ids,
+    read_bandwidth,
+    shuffled,
+    timed_mean,
+)
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.reporting.console import Ui
 from dart_llm.settings import merge
-from dart_llm.studies.speed.cases import Case, dense_cases, rebuilding
-from dart_llm.studies.speed.model import cache_bytes, prepare_model, prompt_ids
+from dart_llm.studies.speed.model import prepare_model
 from dart_llm.studies.speed.settings import SpeedSettings
-from dart_llm.studies.speed.study import shuffled
 from dart_llm.studies.speed.summary import (
     DecodeTraffic,
-    mad,
     mean_context,
     number,
     summarise,
-    timed_mean,
 )
-from dart_llm.studies.speed.timing import Growth, read_bandwidth
 from lm_cases import loaded, place
 from shells import ROOT
 from speed_cases import sample, settings

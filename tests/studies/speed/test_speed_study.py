@@ -11,13 +11,14 @@ import torch
 from dart_llm.errors import ConfigError, LoadError
 from dart_llm.experiments.index import read_info
 from dart_llm.experiments.study import run_study
+from dart_llm.experiments.timing import shuffled
 from dart_llm.files import write_json
 from dart_llm.patching import executors
 from dart_llm.reporting import figures
 from dart_llm.reporting.console import Ui
 from dart_llm.studies.speed import summary
 from dart_llm.studies.speed.settings import EXECUTORS
-from dart_llm.studies.speed.study import SpeedStudy, shuffled
+from dart_llm.studies.speed.study import SpeedStudy
 from lm_cases import call
 from shells import ROOT
 from speed_cases import PROMPT, TOKENS, job, settings, shape

@@ -52,6 +52,7 @@ from dart_llm.models.checkpoint import blocks_file, checkpoint_facts
 from dart_llm.models.describe import context_length, describe, widths
 from dart_llm.pruning.config import DEFAULT_METHOD, PruneConfig
 from dart_llm.pruning.layer_table import write_table
+from dart_llm.pruning.registry import SETTING
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
@@ -329,7 +330,7 @@ class RunStudy(Study[RunSettings]):
         run = own.run() if variant == "pruned" else None
         around: Any = run
         if run is None:
-            around = _same_path(self.model, own)
+            around = _same_path(self.model, own, config)
         else:
             run.on_selection = recorder = MaskRecorder()
         recorded: Any = contextlib.nullcontext()
@@ -484,13 +485,14 @@ class RunStudy(Study[RunSettings]):
         }
 
 
-def _same_path(model: Any, own: PreparedMethod) -> Any:
-    """Dense decoding by whole native steps where the pruned text is decoded so.
+def _same_path(model: Any, own: PreparedMethod, asked: PruneConfig) -> Any:
+    """Dense decoding by whole native steps where the pruned text is decoded so, or where asked.
 
     Else the speed-up would be that of the kernels, not that of pruning.
     """
     run = own.run()
-    if run is None or run.executor != "slim":
+    executor = asked.executor if run is None else run.executor
+    if executor != "slim":
         return contextlib.nullcontext()
     return Run(model, PruneConfig.build("dense", executor="slim"))
 
@@ -562,6 +564,7 @@ def run_demo(ui: Ui, **given: Any) -> RunStudy:
     ``llama-bench`` is at hand.  ``given``: settings of a run, such as model, device and
     results_dir; they win.
     """
-    settings = RunSettings(**{**SETTINGS, "method": DEFAULT_METHOD, **given})
-    also = [PruneConfig.build(method, sparsity=sparsity) for method, sparsity in STUDIED]
+    settings = RunSettings(**{**SETTINGS, "method": DEFAULT_METHOD, **given}).fitted()
+    kept = settings.method.startswith(SETTING)  # measured already
+    also = [] if kept else [PruneConfig.build(name, sparsity=share) for name, share in STUDIED]
     return run_job(settings, ui, also=also, beside=True)

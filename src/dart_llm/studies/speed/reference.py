@@ -6,18 +6,13 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dart_llm.cache import cache_folder
 from dart_llm.errors import ConfigError
 from dart_llm.experiments import llama_bench
+from dart_llm.experiments.held import Held, own_file
 from dart_llm.experiments.llama_bench import LLAMA_CPP, PROGRAM, VARIABLE, ReferenceFile
-from dart_llm.models.bundled import MEMBER, default_folder
-from dart_llm.models.loading import is_default
+from dart_llm.experiments.timed_cases import Case
 from dart_llm.reporting.console import Ui
-from dart_llm.studies.speed.cases import Case
-from dart_llm.studies.speed.model import Held
 from dart_llm.studies.speed.settings import SpeedSettings
-from dart_llm.studies.speed.summary import WARM
-from dart_llm.studies.speed.timing import Sample
 
 CACHE_BYTES = 2
 """Bytes of a number in llama.cpp's key-value cache, float16."""
@@ -36,15 +31,10 @@ def require_bench() -> str:
     return found
 
 
-def own_file(settings: SpeedSettings, ui: Ui) -> Path | None:
-    """The model's own GGUF file, if it is one; the default's lies in the cache."""
+def _own_file(settings: SpeedSettings, ui: Ui) -> Path | None:
     if settings.is_random:
         return None
-    if is_default(settings.model):
-        cache = cache_folder(settings.cache_dir)
-        return default_folder(cache, packed=True, progress=ui.say) / Path(MEMBER).name
-    path = Path(settings.model).expanduser()
-    return path if path.is_file() else None
+    return own_file(settings.model, settings.cache_dir, ui.say)
 
 
 def reference_files(settings: SpeedSettings, ui: Ui) -> list[ReferenceFile]:
@@ -52,7 +42,7 @@ def reference_files(settings: SpeedSettings, ui: Ui) -> list[ReferenceFile]:
 
     Raises ``ConfigError`` where there is none, ``LoadError`` for what is no GGUF file.
     """
-    own = None if settings.reference_file else own_file(settings, ui)
+    own = None if settings.reference_file else _own_file(settings, ui)
     given = [Path(name).expanduser() for name in settings.reference_file or ()]
     formats = [one.file for one in settings.format_list()]
     asked: list[Path | None] = [*given] or [own, *formats]
@@ -78,31 +68,11 @@ def case_of(label: str, file: ReferenceFile) -> Case:
     return Case(label, file=file.path)
 
 
-def turn(bench: str, file: Path, threads: int, settings: SpeedSettings) -> Sample:
-    """One turn of llama-bench, as ``timing.repetition`` gives one: the mean step stands for all.
-
-    It generates as many tokens after as many as our timed ones; ``build`` says what ran.
-    """
-    sizes = dict.fromkeys(size for size in (settings.prompt_tokens, settings.prefill) if size)
-    read = llama_bench.prompt_rows(bench, file, threads, list(sizes))
-    depth = settings.prompt_tokens + WARM
-    generated = llama_bench.decode_row(bench, file, threads, settings.tokens, depth)
-    seconds = {one["n_prompt"]: one["avg_ns"] / 1e9 for one in read}
-    names = ("build_commit", "build_number", "backends", "model_type", "type_k", "n_threads")
-    found = {
-        "first_token_s": seconds[settings.prompt_tokens],
-        "warm_s": [],
-        "steps_s": [generated["avg_ns"] / 1e9 / settings.tokens],
-        "build": {name: generated.get(name) for name in names},
-    }
-    return found | ({"prefill_s": seconds[settings.prefill]} if settings.prefill else {})
-
-
 def same_weights(
     file: ReferenceFile, own: Mapping[str, Held], settings: SpeedSettings, ui: Ui
 ) -> str | None:
     """The format of ours that a file's row is compared with: that file, else one of its kind."""
-    model = own_file(settings, ui)
+    model = _own_file(settings, ui)
     for name, held in own.items():
         path = held.form.file or (model if name == "file" else None)
         if path is not None and path.resolve() == file.path.resolve():

@@ -10,9 +10,9 @@ from pydantic import Field, model_validator
 
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.experiments.llama_bench import LLAMA_CPP
+from dart_llm.experiments.timed_cases import Case, Format, method_cases, rebuilding
 from dart_llm.experiments.variants import Variant, parse
 from dart_llm.settings import ModelOptions, StudyOptions, read_sparsities, setting, words
-from dart_llm.studies.speed.cases import Case, Format, method_cases, rebuilding
 
 STUDY, MODEL = "Study", "Model"
 

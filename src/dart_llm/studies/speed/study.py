@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,31 +20,37 @@ import torch
 from dart_llm.data.documents import check_disjoint
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.experiments.cell import Cell
+from dart_llm.experiments.held import Held
 from dart_llm.experiments.llama_bench import ReferenceFile
 from dart_llm.experiments.provenance import Digests
 from dart_llm.experiments.study import Study, Unit
+from dart_llm.experiments.timed_cases import OWN, TRANSFORMERS, Case, dense_cases
+from dart_llm.experiments.timing import (
+    WARM,
+    Make,
+    Sample,
+    cache_bytes,
+    everything,
+    prefill,
+    prompt_ids,
+    read_bandwidth,
+    reference_turn,
+    repetition,
+    shuffled,
+)
 from dart_llm.files import file_sha256
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.describe import context_length, describe
 from dart_llm.native import build
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.pruning.masks import LayerMask
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
 from dart_llm.session.prepare import prepare
 from dart_llm.session.run import Run
 from dart_llm.studies.speed import reference, summary
-from dart_llm.studies.speed.cases import OWN, TRANSFORMERS, Case, dense_cases
-from dart_llm.studies.speed.model import (
-    Held,
-    cache_bytes,
-    plain_of,
-    prepare_all,
-    prompt_ids,
-)
+from dart_llm.studies.speed.model import plain_of, prepare_all
 from dart_llm.studies.speed.settings import SpeedSettings
-from dart_llm.studies.speed.timing import Make, Sample, prefill, read_bandwidth, repetition
 
 PREFILL = "--prefill-tokens"
 
@@ -187,7 +192,7 @@ class SpeedStudy(Study[SpeedSettings]):
         own = self.held[self.main]
         self.model, self.tokenizer = own.model, own.tokenizer
         self.timing["load_s"] = time.perf_counter() - began
-        generated = settings.prompt_tokens + settings.tokens + summary.WARM
+        generated = settings.prompt_tokens + settings.tokens + WARM
         wanted = max(generated, settings.prefill)
         longest = context_length(self.model)
         if longest is not None and wanted > longest:
@@ -292,7 +297,8 @@ class SpeedStudy(Study[SpeedSettings]):
     def _turn(self, case: Case, tokens: int) -> Sample:
         settings = self.settings
         if case.file is not None:
-            return reference.turn(self.bench, case.file, torch.get_num_threads(), settings)
+            sizes = settings.prompt_tokens, settings.tokens, settings.prefill
+            return reference_turn(self.bench, case.file, torch.get_num_threads(), *sizes)
         model, make = self.held[case.form].model, self.makers[case.label]
         found = repetition(model, self.ids, tokens, make)
         if settings.prefill and case.variant is None:
@@ -381,16 +387,3 @@ class SpeedStudy(Study[SpeedSettings]):
         names = (*BRIEF, *summary.COMPARED) if self.compares else BRIEF
         rows = [{name: row[name] for name in names} for row in self.summary["rows"]]
         return {"folder": str(self.path), "model": self.summary["model"], "rows": rows}
-
-
-def shuffled(labels: Sequence[str], seed: int, number: int) -> list[str]:
-    """The order of repetition ``number``: it follows from the seed and the number alone."""
-    return random.Random(f"{seed} {number}").sample(list(labels), len(labels))
-
-
-def everything(model: Any) -> tuple[LayerMask, ...]:
-    """Masks that keep every neuron."""
-    return tuple(
-        LayerMask(torch.arange(layer.width, device=layer.device), layer.width)
-        for layer in describe(model).weights("output", 0)
-    )

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dart_llm.experiments.llama_bench import LLAMA_CPP
+from dart_llm.experiments.timed_cases import TRANSFORMERS, Case
+from dart_llm.experiments.timing import WARM, mad, token_ms
 from dart_llm.pruning.records import bytes_limit
 from dart_llm.reporting.figures import (
     DASHES,
@@ -24,14 +26,10 @@ from dart_llm.reporting.figures import (
 )
 from dart_llm.reporting.table import Column, Table, escaped
 from dart_llm.reporting.words import dtype_text, percent
-from dart_llm.studies.speed.cases import TRANSFORMERS, Case
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-WARM = 2
-"""Tokens of a repetition that are not timed."""
 
 Sample = Mapping[str, Any]
 """One repetition of one row, see ``timing.repetition``."""
@@ -76,17 +74,6 @@ class DecodeTraffic:
     def read(self, ffn_share: float, head_share: float = 1.0) -> float:
         """Bytes of one token that touches these shares of the bytes of FFN and head."""
         return self.total + self.ffn * (ffn_share - 1) + self.head * (head_share - 1)
-
-
-def timed_mean(end: float, tokens_end: int, warm: float, tokens_warm: int) -> float:
-    """A mean over the timed tokens, from means over all tokens and over the untimed ones."""
-    timed = tokens_end - tokens_warm
-    return (end * tokens_end - warm * tokens_warm) / timed if timed else 0.0
-
-
-def mad(values: Sequence[float]) -> float:
-    """Median of the absolute distances to the median."""
-    return float(np.median(np.abs(np.array(values) - np.median(values))))
 
 
 DEFINITIONS = {
@@ -240,11 +227,6 @@ def _other_row(
         "bytes_per_second": speed,
         "share_of_read_bandwidth": speed / read,
     }
-
-
-def token_ms(samples: Sequence[Sample]) -> float:
-    """Median over repetitions of the mean time of a timed token, in ms."""
-    return statistics.median(1000 * statistics.fmean(one["steps_s"]) for one in samples)
 
 
 def all_ms(samples: Sequence[Sample]) -> float:

@@ -62,6 +62,7 @@ class LoadedModelCache:
         config = cell.config()
         wanted = json.dumps([config.to_dict(), cell.calibration, cell.inputs.get("calibration")])
         if self.candidate is None or self.prepared != wanted:
+            from dart_llm.session.kept import other_model  # which loads torch
             from dart_llm.session.prepare import prepare
 
             self.candidate = None
@@ -74,6 +75,8 @@ class LoadedModelCache:
                 say=ui.say,
             )
             self.prepared = wanted
+            if said := other_model(cell.method, self.model):
+                ui.say(said)
         return self.candidate
 
     def checkpoint(self) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from dart_llm.experiments.provenance import Digests
 from dart_llm.experiments.trackers import TRACKERS
 from dart_llm.pruning.config import check_sparsity, first_problem, unknown_key
 from dart_llm.pruning.layer_table import parse_layer_spec
-from dart_llm.pruning.registry import METHODS
+from dart_llm.pruning.registry import METHODS, SETTING
+from dart_llm.pruning.setting_file import kept_setting
 from dart_llm.settings import LOADING, Settings, check_seed, setting
 
 GRID, TASK, RUN, MODEL = "Grid", "Tasks", "Run", "Model"
@@ -239,7 +240,24 @@ def collect(*sources: Mapping[str, Any], defaults: Mapping[str, Any] | None = No
     usual = dict(defaults or {})
     if merged.get("layers"):
         usual.pop("sparsities", None)
-    return GridSpec.model_validate({**usual, **merged})
+    return _held_as_kept(GridSpec.model_validate({**usual, **merged}))
+
+
+def _held_as_kept(grid: GridSpec) -> GridSpec:
+    """The weights of the settings in files hold for all methods, or they could not be compared.
+
+    Raises ``ConfigError`` for files that want different ones.
+    """
+    kept = [one for name in grid.methods if (one := kept_setting(name)) and one.weights]
+    formats = list(dict.fromkeys(str(one.weights) for one in kept))
+    if grid.weights is not None or not formats:
+        return grid
+    if len(formats) > 1:
+        raise ConfigError(
+            f"the settings of these files hold weights as {' and '.join(formats)}: give --weights "
+            "one of them"
+        )
+    return grid.noted({"weights": formats[0]})
 
 
 def _with_full_names(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -301,6 +319,9 @@ def _methods(grid: GridSpec, base: Cell, groups: Sequence[str]) -> Iterator[Cell
 
 
 def _amounts(grid: GridSpec, cell: Cell, groups: Sequence[str]) -> Iterator[Cell]:
+    if not groups and cell.method.startswith(SETTING):  # which has its own
+        yield cell
+        return
     if not groups:
         for sparsity in grid.sparsities or (None,):
             yield replace(cell, sparsity=sparsity)

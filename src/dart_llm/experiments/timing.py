@@ -6,21 +6,29 @@ And what the machine can do, measured in the same run: read bandwidth, and how f
 from __future__ import annotations
 
 import contextlib
+import random
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from dart_llm.data import texts
+from dart_llm.experiments import llama_bench
+from dart_llm.models.describe import describe
+from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.records import RunReport
 from dart_llm.session.run import Run
-from dart_llm.studies.speed.summary import WARM, timed_mean
+
+WARM = 2
+"""Tokens of a repetition that are not timed."""
 
 STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -196,3 +204,79 @@ def _counted(warm: RunReport, end: RunReport) -> Sample:
         read = end.head.read(counts[0]), warm.head.read(counts[1])
         means["head_bytes_share"] = timed_mean(read[0], counts[0], read[1], counts[1])
     return {**means, "remasks": remasks, "extra_memory_bytes": end.extra_memory_bytes}
+
+
+def reference_turn(
+    bench: str, file: Path, threads: int, prompt: int, tokens: int, long: int = 0
+) -> Sample:
+    """One turn of llama-bench, as ``repetition`` gives one: the mean step stands for all.
+
+    It generates ``tokens`` after ``prompt`` others, as our timed ones; ``long``: tokens of a longer
+    prompt whose first token is timed too, 0: none.  ``build`` says what ran.
+    """
+    sizes = dict.fromkeys(size for size in (prompt, long) if size)
+    read = llama_bench.prompt_rows(bench, file, threads, list(sizes))
+    depth = prompt + WARM
+    generated = llama_bench.decode_row(bench, file, threads, tokens, depth)
+    seconds = {one["n_prompt"]: one["avg_ns"] / 1e9 for one in read}
+    names = ("build_commit", "build_number", "backends", "model_type", "type_k", "n_threads")
+    found = {
+        "first_token_s": seconds[prompt],
+        "warm_s": [],
+        "steps_s": [generated["avg_ns"] / 1e9 / tokens],
+        "build": {name: generated.get(name) for name in names},
+    }
+    return found | ({"prefill_s": seconds[long]} if long else {})
+
+
+def prompt_ids(model: Any, tokenizer: Any, length: int, seed: int) -> Tensor:
+    """[1, length] int64 on the model's device: shipped text, over and over, or random tokens."""
+    if tokenizer is None:
+        vocabulary = int(model.config.get_text_config().vocab_size)
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(vocabulary, (1, length), generator=generator)
+    else:
+        known = tokenizer(texts.all_text(), return_tensors="pt", verbose=False).input_ids
+        ids = known.repeat(1, -(-length // known.shape[1]))[:, :length]
+    return ids.to(model.device)
+
+
+@torch.inference_mode()
+def cache_bytes(model: Any, ids: Tensor) -> float:
+    """Bytes of keys and values of one position, all layers together, after ids [1, T]."""
+    cache = model(ids, use_cache=True, logits_to_keep=1).cache
+    length = int(cache.get_seq_length())
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor)) / length
+
+
+def everything(model: Any) -> tuple[LayerMask, ...]:
+    """Masks that keep every neuron."""
+    return tuple(
+        LayerMask(torch.arange(layer.width, device=layer.device), layer.width)
+        for layer in describe(model).weights("output", 0)
+    )
+
+
+# What is made of repetitions, and their order.
+
+
+def timed_mean(end: float, tokens_end: int, warm: float, tokens_warm: int) -> float:
+    """A mean over the timed tokens, from means over all tokens and over the untimed ones."""
+    timed = tokens_end - tokens_warm
+    return (end * tokens_end - warm * tokens_warm) / timed if timed else 0.0
+
+
+def mad(values: Sequence[float]) -> float:
+    """Median of the absolute distances to the median."""
+    return float(np.median(np.abs(np.array(values) - np.median(values))))
+
+
+def token_ms(samples: Sequence[Mapping[str, Any]]) -> float:
+    """Median over repetitions of the mean time of a timed token, in ms."""
+    return statistics.median(1000 * statistics.fmean(one["steps_s"]) for one in samples)
+
+
+def shuffled(labels: Sequence[str], seed: int, number: int) -> list[str]:
+    """The order of repetition ``number``: it follows from the seed and the number alone."""
+    return random.Random(f"{seed} {number}").sample(list(labels), len(labels))

@@ -1,0 +1,107 @@
+"""A setting that ``dart-llm tune`` found for a model, kept in a file: ``file:setting.yaml``.
+
+It stands wherever a method's name does.  The file holds what was measured, for people, and
+``setting``: ``weights`` (how ``load`` is to hold them), ``method``, and what else differs from the
+method's preset, as a variants file says it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dart_llm.errors import ConfigError
+from dart_llm.files import read_yaml
+from dart_llm.pruning.config import PruneConfig
+from dart_llm.pruning.registry import METHODS, SETTING
+
+HEAD = '# Found by dart-llm tune; use it by --method file:{name}, or prune(model, "file:{name}").\n'
+
+SECTIONS = ("found", "model", "measured", "setting")
+
+
+@dataclass(frozen=True)
+class KeptSetting:
+    """``weights``: as ``load`` takes it; None: as they come.
+
+    ``model``: the checkpoint for which it was found: name, sha256, parameters.  ``measured``: loss,
+    time and what they were measured on.  ``found``: date and version.
+    """
+
+    config: PruneConfig
+    weights: str | None = None
+    model: Mapping[str, Any] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    found: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> Path:
+        """Write as YAML; raises ``ConfigError`` where that cannot be."""
+        import yaml
+
+        path = Path(path)
+        setting = {"weights": self.weights, **changes_of(self.config)}
+        parts = {**{name: dict(getattr(self, name)) for name in SECTIONS[:-1]}, "setting": setting}
+        text = HEAD.format(name=path.name) + yaml.safe_dump(parts, sort_keys=False, width=100)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write the setting {path}: {error.strerror}") from None
+        return path
+
+
+def changes_of(config: PruneConfig) -> dict[str, Any]:
+    """``method``, and what differs from its preset; of parts only what differs in them."""
+    preset, found = METHODS.get(config.method).to_dict(), {"method": config.method}
+    for name, value in config.to_dict().items():
+        before = preset.get(name)
+        if value == before:
+            continue
+        if isinstance(value, Mapping):
+            usual = before if isinstance(before, Mapping) else {}
+            value = {key: one for key, one in value.items() if one != usual.get(key, ...)}
+        found[name] = value
+    return found
+
+
+def path_of(method: str) -> Path | None:
+    """The file behind ``file:...``; None for the name of a method."""
+    return Path(method[len(SETTING) :]).expanduser() if method.startswith(SETTING) else None
+
+
+def read_setting(path: Path) -> KeptSetting:
+    """Raises ``ConfigError``, one sentence, for a file that is missing or holds no setting."""
+    if not path.is_file():
+        raise ConfigError(
+            f"there is no setting file {path}: dart-llm tune --save {path} writes one"
+        )
+    data = read_yaml(path)
+    setting = data.get("setting")
+    if not isinstance(setting, Mapping) or "method" not in setting:
+        raise ConfigError(
+            f"{path} is no setting file, for it has no setting with a method: write one by "
+            f"dart-llm tune --save {path}"
+        )
+    own = {str(name): value for name, value in setting.items()}
+    method, weights = own.pop("method"), own.pop("weights", None)
+    sections = {name: data.get(name) or {} for name in SECTIONS[:-1]}
+    for name, value in sections.items():
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name} in {path} must hold names and values")
+    if not isinstance(method, str) or method.startswith(SETTING):
+        raise ConfigError(f"the setting in {path} names no method: write one of dart-llm methods")
+    if not (weights is None or isinstance(weights, str)):
+        raise ConfigError(f"weights in {path} must be a word as --weights takes it, not {weights}")
+    try:
+        config = PruneConfig.build(method, **own)
+    except ConfigError as error:
+        raise ConfigError(f"the setting in {path}: {error}") from None
+    return KeptSetting(config, weights, **sections)
+
+
+def kept_setting(method: str) -> KeptSetting | None:
+    """The setting behind ``file:...``; None for the name of a method."""
+    path = path_of(method)
+    return None if path is None else read_setting(path)

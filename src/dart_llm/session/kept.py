@@ -1,0 +1,56 @@
+"""Whether a setting that is kept in a file was found for the model at hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dart_llm.models.checkpoint import checkpoint_facts
+from dart_llm.models.fingerprint import fingerprint
+from dart_llm.pruning.setting_file import kept_setting, path_of
+
+SAME = ("name", "sha256", "file_quantisation", "parameters")
+"""What a setting's file says of its checkpoint."""
+
+
+def identity(model: Any) -> dict[str, Any]:
+    """What tells the checkpoint of ``model`` from others; a digest of the weights where no file's
+    is known, which holds for one way to hold them alone."""
+    facts = checkpoint_facts(model)
+    found = {name: facts.get(name) for name in SAME}
+    return found if found["sha256"] else {**found, "fingerprint": fingerprint(model)}
+
+
+def held_words(model: Any) -> str:
+    """How ``model`` holds its weights: in blocks, or in a dtype."""
+    facts = checkpoint_facts(model)
+    return str(facts.get("weights") or facts["dtype"])
+
+
+def other_model(method: str, model: Any, held: bool = False) -> str:
+    """A sentence where the setting ``file:...`` was found for another checkpoint, else "".
+
+    ``held``: also where the weights are held otherwise: who loads by the setting knows it.
+    """
+    kept, path = kept_setting(method), path_of(method)
+    if kept is None or path is None or not kept.model:
+        return ""
+    facts = checkpoint_facts(model)
+    digest = kept.model.get("sha256")
+    if digest and facts["sha256"]:
+        other = digest != facts["sha256"]
+    elif known := kept.model.get("fingerprint"):
+        other = known != fingerprint(model)
+    else:
+        other = kept.model.get("parameters") not in (None, facts["parameters"])
+    if other:
+        return (
+            f"{path.name} was found for {kept.model.get('name')}, not for {facts['name']}: measure "
+            "this model by dart-llm tune before you trust it"
+        )
+    was = kept.model.get("held")
+    if held and was and was != held_words(model):
+        return (
+            f"{path.name} was found on weights held as {was}, and this model's are "
+            f"{held_words(model)}: load it with weights={kept.weights!r}"
+        )
+    return ""

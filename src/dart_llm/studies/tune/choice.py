@@ -1,0 +1,135 @@
+"""Rows of ``dart-llm tune``: the loss of every candidate, its time, and which one is recommended.
+
+The loss of a candidate on a text is its perplexity over the reference's, minus 1, on the same
+tokens; the reference is the dense model in its own dtype.  Its loss is that of the worse text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dart_llm.evaluation.perplexity import perplexity
+from dart_llm.experiments import stats
+from dart_llm.experiments.timing import mad, token_ms
+
+REFERENCE = "reference"
+"""Variant of the lines that losses are counted from."""
+
+Line = Mapping[str, Any]
+"""One slice of one candidate: ``candidate``, ``text``, ``slice``, ``loss``, ``kl``, ``tokens``,
+``accounting``."""
+
+Row = dict[str, Any]
+
+
+def quality_row(label: str, lines: Sequence[Line], seed: int) -> Row:
+    """Loss by text, the worse one's with its interval, KL and accounting of a candidate."""
+    own = [line for line in lines if line["candidate"] == label]
+    scored = {line["slice"] for line in own}
+    base = [one for one in lines if one["candidate"] == REFERENCE and one["slice"] in scored]
+    texts = {
+        text: _on_text(_of(own, text), _of(base, text), seed)
+        for text in dict.fromkeys(line["text"] for line in base)
+    }
+    worst = max(texts, key=lambda text: texts[text]["loss"])
+    return {
+        "worse_text": worst,
+        "loss": texts[worst]["loss"],
+        "loss_interval": texts[worst]["loss_interval"],
+        "kl": max(one["kl"] for one in texts.values()),
+        "perplexity": texts[worst]["perplexity"],
+        "slices": len(own),
+        **_accounting([line["accounting"] for line in own]),
+        "texts": texts,
+    }
+
+
+def _of(lines: Sequence[Line], text: str) -> list[Line]:
+    return [line for line in lines if line["text"] == text]
+
+
+def _on_text(own: Sequence[Line], base: Sequence[Line], seed: int) -> Row:
+    losses, dense = ({one["slice"]: (one["loss"], one["tokens"]) for one in x} for x in (own, base))
+    found = stats.paired_interval(losses, dense, "ratio_of_exp_mean", seed)
+    total = sum(one["tokens"] for one in own)
+    means = [sum(one["loss"] * one["tokens"] for one in x) / total for x in (own, base)]
+    return {
+        "loss": perplexity(means[0] - means[1]) - 1,
+        "loss_interval": None if found is None else [found.low - 1, found.high - 1],
+        "kl": sum(one["kl"] * one["tokens"] for one in own) / total,
+        "perplexity": perplexity(means[0]),
+        "dense_perplexity": perplexity(means[1]),
+        "slices": len(own),
+    }
+
+
+def _accounting(parts: Sequence[Mapping[str, Any]]) -> Row:
+    """Over all slices, weighted by their decoded tokens."""
+    total = sum(part["decoded_tokens"] for part in parts)
+
+    def mean(name: str) -> float | None:
+        known = [part[name] for part in parts]
+        if None in known:
+            return None
+        weighted = zip(known, parts, strict=True)
+        return float(sum(value * part["decoded_tokens"] for value, part in weighted) / total)
+
+    return {
+        "achieved_sparsity": mean("achieved_sparsity"),
+        "dense_token_share": mean("dense_token_share"),
+        "remasks": sum(part["remasks"] for part in parts),
+        "bytes_share": mean("token_bytes_share"),
+        "extra_memory_bytes": max(part["extra_memory_bytes"] for part in parts),
+    }
+
+
+def clearly_over(row: Row, max_loss: float) -> bool:
+    """Whether the whole interval of the loss lies above what may be lost."""
+    low = row["loss"] if row["loss_interval"] is None else row["loss_interval"][0]
+    return bool(low > max_loss)
+
+
+def time_row(samples: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> Row:
+    """Milliseconds of a decoded token, and how many times as fast as ``base``."""
+    ms = token_ms(samples)
+    each = [1000 * sum(one["steps_s"]) / len(one["steps_s"]) for one in samples]
+    return {"ms": ms, "ms_spread": mad(each), "times_dense": token_ms(base) / ms}
+
+
+def recommend(rows: Sequence[Row], base: str, max_loss: float, noise: float) -> str:
+    """Label of the fastest row whose estimated loss is within ``max_loss``.
+
+    What leaves something out must beat the fastest dense row by more than ``noise``, and that one
+    the row ``base`` (the model as it is loaded): else the simpler one is taken.  Where nothing is
+    within, and ``base`` is not, it is ``base`` all the same.
+    """
+    fit = [row for row in rows if row["ms"] is not None and row["loss"] <= max_loss]
+    named = {row["row"]: row for row in rows}
+    plain = [row for row in fit if row["dense"]]
+    if not fit:
+        return base
+    best = min(fit, key=_ms)
+    for simpler in (min(plain, key=_ms, default=None), named[base] if named[base] in fit else None):
+        if simpler is not None and simpler["ms"] <= best["ms"] * (1 + noise):
+            best = simpler
+    return str(best["row"])
+
+
+def _ms(row: Row) -> float:
+    return float(row["ms"])
+
+
+def pareto(rows: Sequence[Row]) -> list[str]:
+    """Labels of the timed rows that no other one beats in loss and time alike."""
+    timed = [row for row in rows if row["ms"] is not None]
+    return [
+        row["row"]
+        for row in timed
+        if not any(
+            other["ms"] <= row["ms"]
+            and other["loss"] <= row["loss"]
+            and (other["ms"], other["loss"]) != (row["ms"], row["loss"])
+            for other in timed
+        )
+    ]

@@ -1,0 +1,75 @@
+"""``dart-llm tune --dry-run``: what would be measured, and roughly how long."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dart_llm.errors import DartError
+from dart_llm.experiments.model_facts import configuration
+from dart_llm.models.gguf_file import read_gguf
+from dart_llm.models.loading import is_default
+from dart_llm.reporting.console import Ui
+from dart_llm.reporting.words import count, duration
+from dart_llm.studies.tune.candidates import Formats, candidates
+from dart_llm.studies.tune.settings import TuneSettings
+
+DEFAULT_PARAMETERS = 135e6
+
+SCORED, TIMED, WRITTEN, LOADED = 3.0, 60.0, 20.0, 30.0
+"""Seconds of two CPU cores per billion parameters: of a slice's 256 tokens by one candidate, of a
+thousand timed tokens, of a thousand that the model writes, of what is loaded and learnt once."""
+
+
+def plan(settings: TuneSettings, ui: Ui) -> dict[str, Any]:
+    """Says it, and gives it as JSON-able data; ``seconds`` is None where the size is not known."""
+    formats = Formats.of(settings)
+    found = candidates(settings, formats)
+    seconds = rough_seconds(settings, len(found))
+    ui.say(f"{count(len(found), 'candidate')} on {settings.name}:")
+    for one in found:
+        ui.say(f"  {one.label}")
+    ui.say(
+        f"{count(settings.slices, 'slice')} of the model's own text and of {settings.text}; then "
+        f"{count(settings.repeats, 'repetition')} of what does not lose clearly more than "
+        f"{settings.max_loss:.1%}"
+    )
+    told = "not known" if seconds is None else duration(seconds)
+    ui.say(f"roughly, on two CPU cores: {told}; nothing was run")
+    return {
+        "model": settings.name,
+        "candidates": [one.label for one in found],
+        "formats": [one.name for one in formats.every],
+        "slices": 2 * settings.slices,
+        "repeats": settings.repeats,
+        "seconds": seconds,
+    }
+
+
+def rough_seconds(settings: TuneSettings, number: int) -> float | None:
+    """For ``number`` candidates, most of which are timed; None where the size is not known."""
+    billions = parameters(settings)
+    if billions is None:
+        return None
+    slices = 2 * settings.slices * (number + 1)
+    size = (settings.prompt_tokens + settings.tokens) / 256
+    timed = number * settings.repeats * settings.timed_tokens / 1000
+    written = (settings.prompt_tokens + settings.tokens) / 1000
+    return billions * (slices * size * SCORED + timed * TIMED + written * WRITTEN + LOADED)
+
+
+def parameters(settings: TuneSettings) -> float | None:
+    """Billions, as a file or a configuration says; nothing is fetched but a configuration."""
+    if is_default(settings.model):
+        return DEFAULT_PARAMETERS / 1e9
+    path = Path(settings.model).expanduser()
+    try:
+        if path.is_file():
+            return read_gguf(path).float32_bytes / 4 / 1e9
+        shape = configuration(settings).get_text_config(decoder=True)
+        width, layers = shape.hidden_size, shape.num_hidden_layers
+        inner = getattr(shape, "intermediate_size", None) or 4 * width
+        block = 4 * width**2 + 3 * width * inner
+        return float(layers * block + width * shape.vocab_size) / 1e9
+    except (DartError, AttributeError, OSError):
+        return None

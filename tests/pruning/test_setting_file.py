@@ -1,0 +1,179 @@
+"""A setting in a file: round trip, bad files, other checkpoints, and every place that takes one."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dart_llm import prune
+from dart_llm.cli.chat_settings import ChatSettings
+from dart_llm.errors import ConfigError, UnknownName
+from dart_llm.experiments.provenance import Digests
+from dart_llm.experiments.study import load_model
+from dart_llm.pruning.config import PruneConfig
+from dart_llm.pruning.registry import METHODS
+from dart_llm.pruning.setting_file import KeptSetting, changes_of, read_setting
+from dart_llm.reporting.console import Ui
+from dart_llm.server.settings import ServeSettings
+from dart_llm.session.kept import identity, other_model
+from dart_llm.settings import merge
+from dart_llm.studies.evaluate.settings import PerplexitySettings
+from dart_llm.studies.generate.settings import RunSettings
+from dart_llm.studies.sweep.grid import collect, expand
+from lm_cases import loaded, place
+
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
+
+
+def keep(path, method="griffin", weights="dense", model=None, **changes):
+    config = PruneConfig.build(method, **changes)
+    return KeptSetting(config, weights, model or {}).save(path)
+
+
+@given(
+    st.sampled_from(["griffin", "dart", "dart-token", "dense"]),
+    st.floats(0.01, 0.99).map(lambda x: round(x, 3)),
+    st.sampled_from(["full", "screened"]),
+    st.sampled_from([None, "file", "q8_0"]),
+)
+def test_what_is_saved_is_read_back(tmp_path_factory, method, sparsity, head, weights):
+    changes = {} if method == "dense" else {"sparsity": sparsity}
+    config = PruneConfig.build(method, head=head, **changes)
+    path = tmp_path_factory.mktemp("kept") / "deep" / "setting.yaml"
+    kept = KeptSetting(config, weights, {"name": "x"}, {"loss": 0.5}, {"date": "2026-01-02"})
+    assert read_setting(kept.save(path)) == kept
+    assert PruneConfig.build(f"file:{path}") == config == METHODS.get(f"file:{path}")
+
+
+def test_the_file_is_small_and_says_what_differs(tmp_path):
+    path = keep(tmp_path / "a.yaml", "dart", sparsity=0.3, drift={"min_distance": 9})
+    text = path.read_text()
+    assert text.startswith("# Found by dart-llm tune; use it by --method file:a.yaml")
+    wanted = {"method": "dart", "sparsity": 0.3, "drift": {"min_distance": 9}}
+    assert yaml.safe_load(text)["setting"] == {"weights": "dense", **wanted}
+    assert changes_of(PruneConfig.build("dense")) == {"method": "dense"}
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "there is no setting file .*: dart-llm tune --save .* writes one"),
+        ("sparsity: 0.5", "is no setting file, for it has no setting with a method"),
+        ("setting: 3", "is no setting file"),
+        ("setting: {method: griffin, sparsity: 50}", "the setting in .*: sparsity 50 must lie"),
+        ("setting: {method: grifin}", "did you mean"),
+        ("setting: {method: griffin, weight: file}", 'unknown setting "weight"'),
+        ("setting: {method: griffin, weights: [file]}", "must be a word as --weights takes it"),
+        ("setting: {method: 'file:x'}", "names no method"),
+        ("model: 3\nsetting: {method: griffin}", "model in .* must hold names and values"),
+        ("{", "cannot read the settings file"),
+        ("- a", "must hold names and values"),
+    ],
+)
+def test_bad_files_are_one_sentence(tmp_path, text, sentence):
+    path = tmp_path / "bad.yaml"
+    if text is not None:
+        path.write_text(text)
+    for build in (lambda: PruneConfig.build(f"file:{path}"), lambda: METHODS.check(f"file:{path}")):
+        with pytest.raises(ConfigError, match=sentence) as found:
+            build()
+        assert "\n" not in str(found.value)
+
+
+def test_prune_takes_it(tmp_path):
+    model, _ = loaded()
+    path = keep(tmp_path / "s.yaml", sparsity=0.5)
+    with prune(model, f"file:{path}") as run:
+        model.generate(IDS, max_new_tokens=6, do_sample=False)
+    assert run.report().achieved_sparsity == pytest.approx(0.5, abs=0.02)
+    with prune(model, f"file:{path}", sparsity=0.25) as run:
+        model.generate(IDS, max_new_tokens=6, do_sample=False)
+    assert run.report().requested_sparsity == 0.25
+
+
+def test_a_dense_setting_removes_nothing(tmp_path):
+    model, _ = loaded()
+    plain = model.generate(IDS, max_new_tokens=6, do_sample=False)
+    with prune(model, f"file:{keep(tmp_path / 's.yaml', 'dense')}") as run:
+        found = model.generate(IDS, max_new_tokens=6, do_sample=False)
+    assert torch.equal(found, plain) and run.report().achieved_sparsity == 0
+
+
+def test_another_checkpoint_is_said_in_one_sentence(tmp_path, caplog):
+    model, _ = loaded()
+    own = keep(tmp_path / "own.yaml", model=identity(model), sparsity=0.5)
+    assert other_model(f"file:{own}", model) == "" == other_model("griffin", model)
+    other = {**identity(model), "name": "elephant", "sha256": "0" * 64, "parameters": 5}
+    path = keep(tmp_path / "other.yaml", model=other, sparsity=0.5)
+    sentence = other_model(f"file:{path}", model)
+    assert sentence.startswith("other.yaml was found for elephant, not for")
+    with caplog.at_level(logging.WARNING):
+        prune(model, f"file:{path}")
+    assert caplog.messages == [sentence]
+    held = keep(tmp_path / "held.yaml", model={**identity(model), "held": "Q4_1 as in the file"})
+    assert "was found on weights held as Q4_1" in other_model(f"file:{held}", model, held=True)
+    assert other_model(f"file:{held}", model) == ""
+
+
+@pytest.mark.parametrize("kind", [RunSettings, PerplexitySettings, ChatSettings, ServeSettings])
+def test_commands_hold_the_weights_as_the_file_says(tmp_path, kind):
+    path = keep(tmp_path / "s.yaml", weights="q8_0", sparsity=0.5)
+    found = merge(kind, {"method": f"file:{path}"}, environment={})
+    assert found.weights == "q8_0" and found.notes == ("s.yaml asks for --weights q8_0: taken",)
+    assert found.prune_config().target == 0.5
+    given = merge(kind, {"method": f"file:{path}", "weights": "dense"}, environment={})
+    assert given.weights == "dense"
+    assert given.notes[0].startswith("s.yaml was found with --weights q8_0, not dense")
+    assert merge(kind, {"method": "griffin"}, environment={}).notes == ()
+
+
+def test_a_run_is_called_by_its_method_and_another_file_is_another_run(tmp_path):
+    path = keep(tmp_path / "s.yaml", weights=None, sparsity=0.5)
+    settings = merge(RunSettings, {"method": f"file:{path}"}, environment={})
+    assert settings.experiment == "smollm2-135m-griffin-0.5"
+    before = Digests().of_settings(settings)["setting"]
+    keep(path, weights=None, sparsity=0.25)
+    assert Digests().of_settings(settings)["setting"] != before
+
+
+def test_loading_says_where_the_setting_was_found_for_another_model(tmp_path):
+    other = {"name": "elephant", "sha256": None, "parameters": 5}
+    path = keep(tmp_path / "s.yaml", model=other, sparsity=0.5)
+    given = {"model": str(place() / "model"), "device": "cpu", "method": f"file:{path}"}
+    ui = Ui(quiet=True)
+    load_model(merge(RunSettings, given, environment={}), ui)
+    assert "s.yaml was found for elephant" in ui.log[-1]
+
+
+def test_a_comparison_holds_all_methods_as_the_file_says(tmp_path):
+    path = keep(tmp_path / "s.yaml", weights="dense", sparsity=0.4)
+    asked = {"methods": f"dense,griffin,file:{path}", "sparsities": "0.5", "tasks": "arc_easy"}
+    grid = collect(asked)
+    assert grid.weights == "dense"
+    cells = expand(grid)
+    assert [cell.config().target for cell in cells] == [0.0, 0.5, 0.4]
+    assert "setting" in cells[2].inputs and "setting" not in cells[1].inputs
+    second = keep(tmp_path / "t.yaml", weights="q8_0", sparsity=0.4)
+    with pytest.raises(ConfigError, match="hold weights as dense and q8_0: give --weights one"):
+        collect({**asked, "methods": f"file:{path},file:{second}"})
+
+
+def test_answers_have_the_whole_head(tmp_path):
+    path = keep(tmp_path / "s.yaml", sparsity=0.5, head="screened")
+    for kind in (ChatSettings, ServeSettings):
+        found = merge(kind, {"method": f"file:{path}"}, environment={})
+        assert not found.served_config().screens and found.prune_config().screens
+    settings = merge(ServeSettings, {"method": f"file:{path}"}, environment={})
+    assert settings.ready == ("griffin",) and settings.configs()[0].target == 0.5
+
+
+def test_what_comes_over_the_network_names_no_file(tmp_path):
+    path = keep(tmp_path / "s.yaml", sparsity=0.5)
+    with pytest.raises(UnknownName):
+        METHODS.named(f"file:{path}")
+    assert METHODS.named("griffin").method == "griffin"
+    assert Path(path).is_file()

@@ -1,0 +1,114 @@
+"""What is recommended, from rows and lines that are made by hand."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dart_llm.studies.tune.choice import (
+    REFERENCE,
+    clearly_over,
+    pareto,
+    quality_row,
+    recommend,
+    time_row,
+)
+
+FACTS = {"decoded_tokens": 10, "remasks": 1, "extra_memory_bytes": 5}
+
+
+def row(name, loss, ms, dense=False):
+    return {"row": name, "loss": loss, "ms": ms, "dense": dense, "loss_interval": None}
+
+
+def line(candidate, text, number, loss, kl=0.0, achieved=0.0, tokens=10):
+    shares = {"achieved_sparsity": achieved, "dense_token_share": 0.0, "token_bytes_share": None}
+    accounting = None if candidate == REFERENCE else {**FACTS, **shares}
+    own = {"loss": loss, "kl": kl, "tokens": tokens, "accounting": accounting}
+    return {"candidate": candidate, "text": text, "slice": f"{text}/{number}", **own}
+
+
+def lines(ratios):
+    """Losses such that perplexity is ``ratios[text]`` times dense, slice by slice."""
+    found = []
+    for text, own in ratios.items():
+        for number, ratio in enumerate(own):
+            found.append(line(REFERENCE, text, number, 1.0 + number))
+            loss = 1.0 + number + math.log(ratio)
+            found.append(line("dart", text, number, loss, kl=ratio - 1, achieved=0.5))
+    return found
+
+
+def test_the_loss_is_that_of_the_worse_text():
+    found = quality_row("dart", lines({"own": [1.01] * 4, "mine": [1.03, 1.05, 1.03, 1.05]}), 0)
+    assert found["worse_text"] == "mine"
+    assert found["loss"] == pytest.approx(math.sqrt(1.03 * 1.05) - 1)
+    low, high = found["loss_interval"]
+    assert 0.025 < low < found["loss"] < high < 0.055
+    assert found["texts"]["own"]["loss_interval"] == pytest.approx([0.01, 0.01])
+    assert found["kl"] == pytest.approx(0.04) and found["achieved_sparsity"] == 0.5
+    assert found["remasks"] == 8 and found["bytes_share"] is None
+    assert found["perplexity"] == pytest.approx(math.exp(2.5) * math.sqrt(1.03 * 1.05))
+    assert clearly_over(found, 0.02) and not clearly_over(found, 0.035)
+
+
+ROWS = [
+    row("dense", 0.0, 10.0, dense=True),
+    row("q8", 0.001, 6.0, dense=True),
+    row("token", 0.015, 5.0),
+    row("griffin", 0.3, 2.0),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({}, "token"),
+        ({"token": row("token", 0.021, 5.0)}, "q8"),  # loses too much
+        ({"token": row("token", 0.015, 5.9)}, "q8"),  # is no faster than the noise
+        ({"token": row("token", 0.015, None), "q8": row("q8", 0.001, 9.9, True)}, "dense"),
+        ({"token": row("token", 0.05, 5.0), "q8": row("q8", 0.04, 6.0, True)}, "dense"),
+    ],
+)
+def test_the_fastest_within_the_loss_that_beats_simpler_ones(change, wanted):
+    rows = [change.get(one["row"], one) for one in ROWS]
+    assert recommend(rows, "dense", 0.02, 0.03) == wanted
+
+
+def test_without_any_within_it_is_the_model_as_it_is_loaded():
+    rows = [row("file", 0.03, 3.0, True), row("token", 0.05, 2.0)]
+    assert recommend(rows, "file", 0.02, 0.03) == "file"
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 1), st.one_of(st.none(), st.floats(0.1, 100)), st.booleans()),
+        min_size=1,
+        max_size=8,
+    ),
+    st.floats(0.001, 0.5),
+    st.floats(0, 0.2),
+)
+def test_what_is_recommended_is_within_and_worth_it(found, most, noise):
+    rows = [row("base", 0.0, 10.0, True)]
+    rows += [row(str(n), *one) for n, one in enumerate(found)]
+    best = next(one for one in rows if one["row"] == recommend(rows, "base", most, noise))
+    assert best["loss"] <= most and best["ms"] is not None
+    if best["row"] != "base":
+        assert best["ms"] * (1 + noise) < 10.0
+    if not best["dense"]:
+        dense = [r["ms"] for r in rows if r["dense"] and r["ms"] and r["loss"] <= most]
+        assert best["ms"] * (1 + noise) < min(dense)
+
+
+def test_the_front_holds_what_nothing_beats():
+    assert pareto(ROWS) == ["dense", "q8", "token", "griffin"]
+    assert pareto([*ROWS, row("worse", 0.02, 5.5), row("not timed", 0.0, None)]) == pareto(ROWS)
+
+
+def test_times_are_medians_of_means():
+    samples = [{"steps_s": [0.002, 0.004]}, {"steps_s": [0.003] * 2}, {"steps_s": [0.009] * 2}]
+    base = [{"steps_s": [0.006]}]
+    found = time_row(samples, base)
+    assert found == pytest.approx({"ms": 3.0, "ms_spread": 0.0, "times_dense": 2.0})

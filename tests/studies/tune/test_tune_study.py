@@ -1,0 +1,217 @@
+"""The study on a tiny model: grid, folder, what is kept; and one small run of a real model."""
+
+import json
+import re
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import dart_llm
+from dart_llm.cli.app import app
+from dart_llm.errors import ConfigError, DartError
+from dart_llm.experiments.held import Held
+from dart_llm.experiments.timed_cases import Format
+from dart_llm.pruning.config import PruneConfig
+from dart_llm.reporting.console import Ui
+from dart_llm.settings import merge
+from dart_llm.studies.tune import study as tune_study
+from dart_llm.studies.tune.candidates import Formats, candidates
+from dart_llm.studies.tune.dry_run import plan
+from dart_llm.studies.tune.quality import slices_of, write_text
+from dart_llm.studies.tune.settings import TuneSettings
+from lm_cases import loaded
+from tune_cases import PROMPT, TOKENS, job, settings
+
+FORMS = tuple(Format(name, name) for name in ("file", "q8_0", "q4_0", "dense"))
+
+
+def asked(**given):
+    return merge(TuneSettings, given, environment={})
+
+
+@given(
+    st.lists(st.sampled_from(["dart", "griffin", "dart-token"]), min_size=1, unique=True),
+    st.lists(st.floats(0.01, 0.99).map(lambda x: round(x, 2)), min_size=1, max_size=4, unique=True),
+    st.lists(st.sampled_from(["full", "screened"]), min_size=1, unique=True),
+    st.lists(st.sampled_from(FORMS), min_size=1, unique=True),
+)
+def test_a_grid_that_is_given_is_the_whole_product(methods, sparsities, heads, forms):
+    given = asked(
+        methods=",".join(methods), sparsities=",".join(map(str, sparsities)), heads=",".join(heads)
+    )
+    found = candidates(given, Formats(tuple(forms), tuple(forms)))
+    pruned = len(methods) * len(sparsities) * len(heads)
+    screened = "screened" in heads
+    assert len(found) == len(forms) * (1 + screened + pruned)
+    assert len({one.label for one in found}) == len(found)
+    assert [one.form for one in found[: len(forms)]] == [form.name for form in forms]
+    assert all(one.dense for one in found[: len(forms)])
+    assert not any(one.dense for one in found[len(forms) :])
+    assert {one.config.target for one in found} == {0.0, *sparsities}
+    assert {one.config.head.kind for one in found} == {"full", *heads}
+
+
+def test_the_default_grid():
+    both = Formats((FORMS[0], FORMS[3]), FORMS[:1])
+    found = [one.label for one in candidates(asked(), both)]
+    assert found[:3] == [
+        "dense, weights file",
+        "dense, weights dense",
+        "dense, screened head, weights file",
+    ]
+    assert "dart-token 50 %, screened head, weights file" in found
+    assert "griffin 30 %, weights file" in found and len(found) == 13
+    one = candidates(asked(methods="none"), Formats(FORMS[:1], FORMS[:1]))
+    assert [each.label for each in one] == ["dense", "dense, screened head"]
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"methods": "dart-tokens"}, 'did you mean "?dart-token'),
+        ({"methods": "dense"}, "method dense removes nothing"),
+        ({"sparsities": "50"}, "must lie between 0 and 1"),
+        ({"heads": "half"}, "head"),
+        ({"weights": "q3_0"}, "weights"),
+        ({"weights": "auto"}, "tune measures formats of one model"),
+        ({"max_loss": 0}, "--max-loss 0 must be more than 0"),
+        ({"text": "no-such-text"}, 'there is no text "no-such-text"'),
+        ({"reference": "vllm"}, "llama.cpp"),
+        ({"slices": 1}, "--slices 1 must be at least 2"),
+    ],
+)
+def test_refusals_are_one_sentence(given, sentence):
+    with pytest.raises(DartError, match=sentence) as found:
+        asked(**given)
+    assert "\n" not in str(found.value)
+
+
+def test_slices_of_both_texts_come_in_turn(tmp_path):
+    model, tokenizer = loaded()
+    own = write_text(model, 3, PROMPT + TOKENS, 0)
+    assert own == write_text(model, 3, PROMPT + TOKENS, 0) != write_text(model, 3, 64, 1)
+    path = settings(tmp_path).text
+    found = slices_of(own, path, tokenizer, 3, PROMPT, TOKENS)
+    assert [one.id for one in found[:4]] == ["own/0", "bees/0", "own/1", "bees/1"]
+    assert all(len(one.scored) == TOKENS and len(one.window.ids) == 64 for one in found)
+    short = tmp_path / "short.txt"
+    short.write_text("a" * 100)
+    with pytest.raises(ConfigError, match="has 100 tokens, and two slices need 128"):
+        slices_of(own, str(short), tokenizer, 3, PROMPT, TOKENS)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return job(tmp_path_factory.mktemp("tune"), max_loss=50.0)
+
+
+def test_the_document_holds_every_candidate(whole):
+    rows = {row["row"]: row for row in whole.summary["rows"]}
+    assert list(rows) == ["dense", "griffin 30 %", "griffin 70 %"]
+    dense, some, most = rows.values()
+    assert dense["loss"] == pytest.approx(0, abs=1e-6) and dense["kl"] < 1e-9
+    assert dense["times_dense"] == 1.0 and dense["dense_token_share"] == 1.0
+    assert some["achieved_sparsity"] == pytest.approx(0.3, abs=0.03)
+    assert most["achieved_sparsity"] == pytest.approx(0.7, abs=0.03)
+    assert 0 < some["kl"] < most["kl"]
+    assert dense["bytes_share"] > some["bytes_share"] > most["bytes_share"]
+    assert all(row["ms"] > 0 for row in rows.values())
+    assert sum(row["recommended"] for row in rows.values()) == 1
+    assert len(whole.lines) == 4 * 4  # the reference and three candidates on four slices
+
+
+def test_the_folder_has_table_picture_page_and_setting(whole):
+    names = {path.name for path in whole.path.iterdir()}
+    wanted = {"tune.json", "tune.md", "tune.csv", "report.html", "setting.yaml"}
+    assert wanted <= names and list(whole.path.rglob("tune.png"))
+    document = json.loads((whole.path / "tune.json").read_text())
+    page = (whole.path / "report.html").read_text(encoding="utf-8")
+    assert "Which setting for" in page and document["recommended"] in page
+    assert re.search(r"\| griffin 70 % \| [\d.]+ % \[", (whole.path / "tune.md").read_text())
+
+
+def test_a_loss_that_is_clearly_too_much_is_not_timed(tmp_path, monkeypatch):
+    """And what is left, dense, is what is kept: nothing is worth it."""
+    monkeypatch.setattr(tune_study.choice, "clearly_over", lambda row, most: row["kl"] > 1e-6)
+    found = job(tmp_path, sparsities="0.7", max_loss=1e-7)
+    dense, pruned = found.summary["rows"]
+    assert pruned["ms"] is None and pruned["times_dense"] is None and dense["recommended"]
+    assert found.sentences()[0].startswith("Nothing is worth it")
+    kept = yaml.safe_load((found.path / "setting.yaml").read_text())
+    assert kept["setting"]["method"] == "dense" and kept["measured"]["loss"] == 0
+    assert "griffin 70 %" not in found.repetitions[0]["samples"]
+
+
+def test_what_cannot_run_is_left_out_with_its_reason(tmp_path):
+    """On the tiny GPT-2 without kernels weights lie in no blocks."""
+    variants = tmp_path / "variants.yaml"
+    variants.write_text("low rank: {method: griffin, compensation_rank: 4, prior: {}}\n")
+    text = {"variants": str(variants), "methods": "none", "sparsities": "0.3"}
+    found = job(tmp_path, **text)
+    assert list(found.left_out) == [] or "low rank" in next(iter(found.left_out))
+    assert found.summary["rows"][0]["row"] == "dense"
+
+
+def test_a_reference_that_is_not_at_hand_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLAMA_BENCH", str(tmp_path / "nothing"))
+    found = job(tmp_path, methods="none", reference="llama.cpp")
+    assert found.notes == [
+        "no row of llama.cpp: its llama-bench is not at hand (name it in LLAMA_BENCH)"
+    ]
+    assert found.summary["reference_rows"] == []
+
+
+def test_dry_run_says_what_and_how_long(tmp_path):
+    ui = Ui(quiet=True)
+    found = plan(settings(tmp_path), ui)
+    assert found["candidates"] == ["dense", "griffin 30 %", "griffin 70 %"]
+    assert found["slices"] == 4 and found["seconds"] > 0
+    assert "roughly" in ui.log[-1] and not (tmp_path / "results").exists()
+
+
+def test_from_python_on_a_loaded_model(tmp_path):
+    model, tokenizer = loaded()
+    given = {"text": settings(tmp_path).text, "slices": 2, "repeats": 1, "timed_tokens": 4}
+    given |= {"prompt_tokens": PROMPT, "tokens": TOKENS, "heads": "full", "methods": "griffin"}
+    found = dart_llm.tune(
+        model, tokenizer, 50.0, sparsities="0.5", results_dir=tmp_path, quiet=True, **given
+    )
+    assert [row["row"] for row in found.rows] == ["dense", "griffin 50 %"]
+    assert found.recommended in found.rows and found.folder.is_dir()
+    path = found.save(tmp_path / "mine.yaml")
+    with dart_llm.prune(model, f"file:{path}") as run:
+        model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=4, do_sample=False)
+    assert run.config == found.setting.config
+    with pytest.raises(AttributeError):
+        found.rows = ()
+
+
+def test_the_command_answers_in_json(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = settings(tmp_path)
+    flags = [f"--{n.replace('_', '-')}={getattr(asked, n)}" for n in asked.model_fields_set]
+    done = CliRunner().invoke(app, ["tune", *flags, "--save", "mine.yaml", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["setting"] == "mine.yaml" and len(found["rows"]) == 3
+    assert PruneConfig.build("file:mine.yaml").method in ("dense", "griffin")
+
+
+@pytest.mark.smollm2
+def test_a_small_run_of_the_default_model(tmp_path, smollm2):
+    model, tokenizer = smollm2
+    sizes = {"slices": 2, "repeats": 1, "timed_tokens": 8, "prompt_tokens": 32, "tokens": 32}
+    found = dart_llm.tune(
+        model, tokenizer, methods="griffin", sparsities="0.5", heads="full",
+        results_dir=tmp_path, quiet=True, **sizes,
+    )  # fmt: skip
+    dense, pruned = found.rows
+    assert abs(dense["loss"]) < 0.02 and pruned["loss"] > 0.1
+    assert found.recommended is dense and pruned["achieved_sparsity"] == pytest.approx(
+        0.5, abs=0.01
+    )
+    assert Held(Format("x"), model, tokenizer).dtype == found.setting.model["dtype"]
