@@ -1,4 +1,4 @@
-"""Makes the recording that greets a visitor of the window: the first ready prompt, pruned and dense.
+"""Makes the recording that greets a visitor of the window: one answer, pruned and dense.
 
 Usage: python benchmarks/make_greeting.py [--out src/dart_llm/server/static/greeting.json]
 
@@ -30,8 +30,9 @@ def main() -> None:
     """Record, thin out, write, and say what was recorded."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=STATIC / "greeting.json", help="where it goes")
+    parser.add_argument("--weights", default="file", help="how the model's weights are held")
     given = parser.parse_args()
-    records = [thin(one) for one in record()]
+    records = [thin(one) for one in record(given.weights)]
     text = json.dumps(records, ensure_ascii=False, separators=(",", ":"))
     if len(text.encode()) > LARGEST:
         raise SystemExit(f"the recording has {len(text.encode())} bytes, more than {LARGEST}")
@@ -43,7 +44,7 @@ def main() -> None:
             )
 
 
-def record() -> list[dict[str, Any]]:
+def record(weights: str) -> list[dict[str, Any]]:
     """The records of the first ready prompt's answers: pruned, then dense."""
     from dart_llm.data.prompts import chat_ids
     from dart_llm.engine.engine import Engine
@@ -56,7 +57,7 @@ def record() -> list[dict[str, Any]]:
     ready = json.loads((STATIC / PROMPTS).read_text("utf-8"))[0]
     asked = {name: value for name, value in ready["dart"].items() if value}
     config = PruneConfig.build(asked.pop("method"), **asked)
-    model, tokenizer = load("smollm2-135m", weights="dense")  # as `dart-llm serve` holds it
+    model, tokenizer = load("smollm2-135m", weights=weights)
     ids = chat_ids(tokenizer, [{"role": "user", "content": ready["text"]}])
     found: list[dict[str, Any]] = []
     with Engine(model, tokenizer) as engine:
