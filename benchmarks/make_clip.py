@@ -3,8 +3,9 @@
 Usage: python benchmarks/make_clip.py [RECORDS.jsonl] [--out docs/window.webp]
 
 Without RECORDS it shows the recording that greets the window's visitors
-(benchmarks/make_greeting.py).  The recording becomes the page of ``dart-llm replay``, Chromium shows
-it at one place after another, and Pillow joins the pictures.  Needs what the browser tests need: pip install '.[dev]', scripts/browser.sh.
+(benchmarks/make_greeting.py).  The recording becomes the page of ``dart-llm replay``, Chromium
+shows it at one place after another, and Pillow joins the pictures.  Needs what the browser tests
+need: pip install '.[dev]', scripts/browser.sh.
 """
 
 from __future__ import annotations

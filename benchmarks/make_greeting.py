@@ -1,4 +1,4 @@
-"""Makes the recording that greets a visitor of the window: the first ready prompt, pruned and dense.
+"""Makes the recording that greets a visitor of the window: one answer, pruned and dense.
 
 Usage: python benchmarks/make_greeting.py [--out src/dart_llm/server/static/greeting.json]
 
@@ -30,8 +30,11 @@ def main() -> None:
     """Record, thin out, write, and say what was recorded."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=STATIC / "greeting.json", help="where it goes")
+    parser.add_argument("--dtype", default="float32", help="of the dense weights")
+    parser.add_argument("--place", type=int, default=0, help="of the ready prompt, from 0")
+    parser.add_argument("--method", help="instead of the ready prompts' own")
     given = parser.parse_args()
-    records = [thin(one) for one in record()]
+    records = [thin(one) for one in record(given.dtype, given.place, given.method)]
     text = json.dumps(records, ensure_ascii=False, separators=(",", ":"))
     if len(text.encode()) > LARGEST:
         raise SystemExit(f"the recording has {len(text.encode())} bytes, more than {LARGEST}")
@@ -43,8 +46,8 @@ def main() -> None:
             )
 
 
-def record() -> list[dict[str, Any]]:
-    """The records of the first ready prompt's answers: pruned, then dense."""
+def record(dtype: str, place: int, method: str | None) -> list[dict[str, Any]]:
+    """The records of a ready prompt's answers: pruned by the first one's settings, then dense."""
     from dart_llm.data.prompts import chat_ids
     from dart_llm.engine.engine import Engine
     from dart_llm.engine.requests import GenerationRequest as Ask
@@ -53,11 +56,12 @@ def record() -> list[dict[str, Any]]:
     from dart_llm.pruning.config import PruneConfig
     from dart_llm.server.window import PROMPTS
 
-    ready = json.loads((STATIC / PROMPTS).read_text("utf-8"))[0]
-    asked = {name: value for name, value in ready["dart"].items() if value}
-    config = PruneConfig.build(asked.pop("method"), **asked)
-    model, tokenizer = load("smollm2-135m", weights="dense")  # as `dart-llm serve` holds it
-    ids = chat_ids(tokenizer, [{"role": "user", "content": ready["text"]}])
+    ready = json.loads((STATIC / PROMPTS).read_text("utf-8"))
+    asked = {name: value for name, value in ready[0]["dart"].items() if value}
+    own = asked.pop("method")
+    config = PruneConfig.build(method or own, **asked)
+    model, tokenizer = load("smollm2-135m", weights="dense", dtype=dtype)
+    ids = chat_ids(tokenizer, [{"role": "user", "content": ready[place]["text"]}])
     found: list[dict[str, Any]] = []
     with Engine(model, tokenizer) as engine:
         for one in (config, None):

@@ -175,6 +175,8 @@ def test_answers_have_addresses(start):
 
 def test_a_recording_is_played_until_the_visitor_asks(start):
     """What greets is what the program recorded: its masks, its windows, its dense answer."""
+    from selenium.webdriver.common.keys import Keys
+
     _, window = start()
     assert "A recording, until you ask: " in window.text("greeting-of")
     count = "document.querySelectorAll('.text [data-token]').length"
@@ -193,6 +195,11 @@ def test_a_recording_is_played_until_the_visitor_asks(start):
     assert f"{done[0]['report']['achieved_sparsity']:.1%}".replace("%", " %") in said
     assert f"{speeds[0] / speeds[1]:.2f} × dense speed" in said
     assert violations(window) == []
+    window.js("document.getElementById('drift-plot').focus()")
+    window.keys(Keys.ARROW_RIGHT)
+    window.wait(
+        "document.getElementById('drift-window').textContent.startsWith('Tokens 1 to 10: the first')"
+    )
     send(window, "one", 1, tokens=1)
     assert window.js(TEXTS) == ["w0 "] and not window.js(f"{PLAYER}.checkVisibility()")
     window.click("anew")

@@ -159,6 +159,7 @@ function dot(check, x, y, place) {
 /** A window of the detector in words. */
 export function windowInWords(answer, check) {
   const [from, to] = spanOf(answer, check);
+  if (check.similarity == null) return `tokens ${from} to ${to}: the first window, nothing to compare with yet`;
   return `tokens ${from} to ${to}: similarity ${check.similarity.toFixed(2)}` +
     (check.threshold == null ? ", detector not armed" : `, threshold ${check.threshold.toFixed(2)}`) +
     (isLow(check) ? `, low window number ${check.counter}` : "") + (check.state === "held" ? ", held back" : "");

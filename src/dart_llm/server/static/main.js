@@ -105,7 +105,6 @@ class Greeting {
     const { model } = this.records[0];
     document.body.dataset.greeting = "shown";
     byId("greeting-of").textContent = `A recording, until you ask: ${model}, ${nameOf(this.records[0])}`;
-    byId("speed").value = "0.25";
     this.player.open(this.records);
   }
 
