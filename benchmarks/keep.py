@@ -6,7 +6,8 @@
 The kind of the runs says what is kept: of ``sweep`` and ``compare`` the finished cells and the
 comparison made from them, of ``bench quality`` one document over all models, of ``bench speed`` the
 rows of every run, of ``tune`` its document, of ``drift`` and ``detect`` the summary.  NAME.json has
-it with command, versions and machine; NAME.jsonl what was measured on each item, with its id and never its text.
+it with command, versions and machine; NAME.jsonl what was measured on each item, with its id and
+never its text.
 """
 
 from __future__ import annotations
