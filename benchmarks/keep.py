@@ -5,8 +5,9 @@
 
 The kind of the runs says what is kept: of ``sweep`` and ``compare`` the finished cells and the
 comparison made from them, of ``bench quality`` one document over all models, of ``bench speed`` the
-rows of every run, of ``drift`` and ``detect`` the summary.  NAME.json has it with command, versions
-and machine; NAME.jsonl what was measured on each item, with its id and never its text.
+rows of every run, of ``tune`` its document, of ``drift`` and ``detect`` the summary.  NAME.json has
+it with command, versions and machine; NAME.jsonl what was measured on each item, with its id and
+never its text.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ def main() -> None:
         items = quality_items(lines(*folders))
     elif kind == "speed":
         data = gather_speed(folders)
+    elif kind == "tune":
+        data = gather_tune(folders[0])
     else:
         data = gather_drift(folders[0])
         if args.pair:
@@ -129,6 +132,12 @@ def gather_quality(folders: Sequence[Path]) -> dict[str, Any]:
     for facts in data["checkpoints"].values():
         facts.pop("path", None)
     return {"kind": "quality", "runs": runs, **data}
+
+
+def gather_tune(folder: Path) -> dict[str, Any]:
+    """The document of one run."""
+    head = {"kind": "tune", **about(folder, ["tune"]), "times": times(folder)}
+    return {**head, **read(folder / "tune.json")}
 
 
 def joined(documents: Sequence[Row]) -> dict[str, Any]:

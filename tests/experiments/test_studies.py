@@ -34,6 +34,7 @@ from dart_llm.studies.inspection.settings import InspectSettings
 from dart_llm.studies.inspection.study import InspectionStudy
 from dart_llm.studies.quality.study import QualityStudy
 from dart_llm.studies.speed.study import SpeedStudy
+from dart_llm.studies.tune.study import TuneStudy
 from detect_cases import folder as detect_model
 from detect_cases import passage
 from drift_cases import PROMPT, THREE, TWO, write_rows
@@ -45,6 +46,8 @@ from quality_cases import bees
 from quality_cases import settings as quality_settings
 from speed_cases import settings as speed_settings
 from tiny import CONFIGS
+from tune_cases import settings as tune_settings
+from tune_cases import write_text as tune_text
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,14 @@ def _run(ui):
     return RunStudy(RunSettings(**given), ui)
 
 
+def _tune_text(version):
+    tune_text(Path(), version)
+
+
+def _tune(ui):
+    return TuneStudy(tune_settings(Path(), text="bees.txt", sparsities="0.5", repeats=1), ui)
+
+
 CASES = (
     Case("detect", 3, _passages, _detection, ("detect", _detect)),
     Case("inspect", 3, _texts, _inspection, ("inspect layers weights space", _inspect)),
@@ -146,6 +157,7 @@ CASES = (
     Case("drift", 4, _drift_passages, _drift),
     Case("quality", 16, _quality_text, _quality),
     Case("speed", 3, _shape, _speed, timed=True),
+    Case("tune", 14, _tune_text, _tune, timed=True),
 )
 NEVER_EQUAL = {"timing.json", "config.json", "report.html"}
 """Files that hold times; the page shows them."""
@@ -162,7 +174,7 @@ def case(request, tmp_path, monkeypatch):
 def no_pictures(monkeypatch):
     """Drawing takes most of the time of so small a study."""
     monkeypatch.setattr(figures, "save", lambda folder, wanted: [])
-    for study in (InspectionStudy, MeasureStudy, DriftStudy, RunStudy):
+    for study in (InspectionStudy, MeasureStudy, DriftStudy, RunStudy, TuneStudy):
         monkeypatch.setattr(study, "write_page", lambda self: None)
         monkeypatch.setattr(study, "figures", lambda self: ())
 

@@ -21,7 +21,8 @@ def write_text(root, version=0):
 
 def settings(root, **more):
     given = {"model": str(place() / "model"), "device": "cpu", "dtype": "float32"}
-    given |= {"weights": "dense", "text": str(write_text(root)), "slices": 2, "repeats": 2}
+    given |= {"weights": "dense", "slices": 2, "repeats": 2}
+    given |= {} if "text" in more else {"text": str(write_text(root))}
     given |= {"results_dir": str(root / "results"), "prompt_tokens": PROMPT, "tokens": TOKENS}
     given |= {"methods": "griffin", "sparsities": "0.3,0.7", "heads": "full", "timed_tokens": 4}
     return merge(TuneSettings, {**given, **more}, environment={})

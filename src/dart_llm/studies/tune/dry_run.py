@@ -17,8 +17,9 @@ from dart_llm.studies.tune.settings import TuneSettings
 DEFAULT_PARAMETERS = 135e6
 
 SCORED, TIMED, WRITTEN, LOADED = 3.0, 60.0, 20.0, 30.0
-"""Seconds of two CPU cores per billion parameters: of a slice's 256 tokens by one candidate, of a
-thousand timed tokens, of a thousand that the model writes, of what is loaded and learnt once."""
+"""Guesses, which no table rests on: seconds of two CPU cores per billion parameters for 256 tokens
+of a slice by one candidate, for 1,000 timed tokens, for 1,000 that the model writes, for loading.
+"""
 
 
 def plan(settings: TuneSettings, ui: Ui) -> dict[str, Any]:

@@ -313,6 +313,10 @@ class TuneStudy(Study[TuneSettings]):
             label = choice.REFERENCE if candidate is None else candidate.label
             self.lines.append({"candidate": label, "text": one.text, "slice": one.id, **value})
 
+    @property
+    def has_results(self) -> bool:
+        return bool(self.slices)
+
     # what is made of them
 
     def summarise(self) -> dict[str, Any]:
