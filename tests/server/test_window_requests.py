@@ -197,9 +197,8 @@ def test_a_recording_is_played_until_the_visitor_asks(start):
     assert violations(window) == []
     window.js("document.getElementById('drift-plot').focus()")
     window.keys(Keys.ARROW_RIGHT)
-    window.wait(
-        "document.getElementById('drift-window').textContent.startsWith('Tokens 1 to 10: the first')"
-    )
+    said = "document.getElementById('drift-window').textContent"
+    window.wait(f"{said}.startsWith('Tokens 1 to 10: the first window')")
     send(window, "one", 1, tokens=1)
     assert window.js(TEXTS) == ["w0 "] and not window.js(f"{PLAYER}.checkVisibility()")
     window.click("anew")
