@@ -130,7 +130,7 @@ def collect_statistics(
     def take(layer: int, seen: LayerActivations, gradient: Tensor | None) -> None:
         with torch.no_grad():
             basis = bases[layer]
-            f = None if basis is None else F.linear(seen.h, basis)
+            f = None if basis is None else F.linear(seen.h, basis.to(seen.h.dtype))
             statistics.update(found[layer], seen.u, seen.z, seen.x, seen.r, None, f)
             if gradient is not None:
                 found[layer].add("curvature", gradient.flatten(0, 1).float().square(), None)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dart_llm.calibration.collect import evaluating
 from dart_llm.calibration.learn import Lesson, Say
 from dart_llm.errors import ConfigError, DartError
+from dart_llm.models import float32_copy
 from dart_llm.models.checkpoint import remember_tokenizer
 from dart_llm.models.describe import decoder_of
 from dart_llm.models.packed import place_of
@@ -79,6 +80,7 @@ def screenable(model: Any) -> Tensor:
 def hidden_states(model: Any, ids: Tensor) -> Tensor:
     """What the head reads of texts ids [n, T]: [n T, D] on the host, in the model's dtype."""
     seen: list[Tensor] = []
+    dtype, model = model.dtype, float32_copy.where_faster(model)
     head: Any = model.get_output_embeddings()
     width = head.weight.shape[1]
 
@@ -91,7 +93,7 @@ def hidden_states(model: Any, ids: Tensor) -> Tensor:
             model(part.to(model.device), use_cache=False, logits_to_keep=1)
     finally:
         handle.remove()
-    states = torch.cat(seen)
+    states = torch.cat(seen).to(dtype)
     if not bool(states.isfinite().all()):
         raise DartError("the model's last hidden states are not finite: try dtype float32")
     return states

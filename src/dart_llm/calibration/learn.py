@@ -19,6 +19,7 @@ from dart_llm.calibration import cache
 from dart_llm.calibration.collect import collect_statistics, evaluating, find_bases
 from dart_llm.calibration.self_text import opening_ids, own_start, sample_continuations
 from dart_llm.errors import ConfigError, LoadError
+from dart_llm.models import float32_copy
 from dart_llm.models.checkpoint import remember_tokenizer
 from dart_llm.models.fingerprint import digest_of, fingerprint
 from dart_llm.patching.patch import check_free
@@ -91,8 +92,9 @@ class Lesson:
             f"learning {_in_words(names)} from {prior.sequences} x {prior.length} tokens of the "
             "model's own text, once"
         )
+        model = float32_copy.where_faster(self.model)
         if self.text is None:
-            self._write_text()
+            self._write_text(model)
             found = self.find(names)  # of this very text: it alone was lost
             known, names = known | found, [name for name in names if name not in found]
             if not names:
@@ -103,9 +105,9 @@ class Lesson:
         if BASIS in known:
             bases = [basis_of(known, place, one) for place, one in enumerate(self.layers)]
         elif BASIS in names:
-            bases = find_bases(self.model, ids, self.config.compensation_rank, self.layers)
+            bases = find_bases(model, ids, self.config.compensation_rank, self.layers)
         evidence = collect_statistics(
-            self.model, ids, self._missing(names), bases, self.layers, self.say, CURVATURE in names
+            model, ids, self._missing(names), bases, self.layers, self.say, CURVATURE in names
         )
         made = {name: _part_of(evidence, name) for name in names}
         for name, part in made.items():
@@ -132,7 +134,7 @@ class Lesson:
         self._read_text()
         if self.text is None:
             self.say("the model writes text to learn from, once")
-            self._write_text()
+            self._write_text(self.model)
         known = self._find(name, [device], {})
         if known is None:
             assert self.text is not None
@@ -146,10 +148,10 @@ class Lesson:
             text = self._find(TEXT, [torch.device("cpu")], {})
             self.text = None if text is None else text[0].sums["ids"].total
 
-    def _write_text(self) -> None:
+    def _write_text(self, model: Any) -> None:
         prior = self.config.prior
         assert prior is not None
-        self.text = self._written(prior)
+        self.text = self._written(model, prior)
         self._keep(TEXT, [LayerStatistics({"ids": Sum(self.text, 1.0)})], {})
 
     def _missing(self, names: Sequence[str]) -> Statistics:
@@ -159,7 +161,7 @@ class Lesson:
             self.statistics, per_token=per_token, needs=frozenset(names) & SUMS.keys(), spread=False
         )
 
-    def _written(self, prior: PriorConfig) -> Tensor:
+    def _written(self, model: Any, prior: PriorConfig) -> Tensor:
         """What the model writes by itself, [n, T] int64 on the host."""
         generator, opening = torch.Generator().manual_seed(self.config.seed), self.opening
         if opening is None:
@@ -169,7 +171,7 @@ class Lesson:
             if self.start:
                 opening.fill_(self.start[0])
         written = sample_continuations(
-            self.model, opening, prior.length, generator, self.say, prior.temperature, prior.top_p
+            model, opening, prior.length, generator, self.say, prior.temperature, prior.top_p
         )
         return written.clone()
 
