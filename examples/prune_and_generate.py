@@ -4,7 +4,7 @@ from dart_llm import load, prune
 
 model, tokenizer = load("smollm2-135m")
 inputs = tokenizer("The sky is blue because", return_tensors="pt")
-with prune(model, sparsity=0.3) as run:
+with prune(model, "dart", sparsity=0.3) as run:
     ids = model.generate(**inputs, max_new_tokens=60, do_sample=False)
 print(tokenizer.decode(ids[0], skip_special_tokens=True))
 report = run.report()
