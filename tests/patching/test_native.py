@@ -310,7 +310,9 @@ def test_sparsity_zero(name, dtype):
     for executor in _executors(name):
         run, masks, logits = _logits(name, dtype, "griffin", sparsity=0.0, executor=executor)
         assert masks == [] and run.report().decoded_tokens == DECODED
-        assert torch.equal(logits[:, :PROMPT], dense[:, :PROMPT])
+        # windows are attended to in a cache that is laid out otherwise, whose sums may round so
+        if executor == "native" or name not in WINDOWS:
+            assert torch.equal(logits[:, :PROMPT], dense[:, :PROMPT])
         assert apart(logits, dense) <= (0 if executor == "native" else TOLERANCE[dtype])
 
 
