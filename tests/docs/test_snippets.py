@@ -42,4 +42,4 @@ def test_runs(block, small, monkeypatch, tmp_path):
     exec(compile(block, "a page", "exec"), names)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     if "run" in names:
-        assert names["run"].config.method in ("dart", "griffin")
+        assert names["run"].config.method in ("dart", "dart-token", "griffin", "dense")

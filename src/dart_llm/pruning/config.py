@@ -284,7 +284,7 @@ DEFAULT_METHOD = "dart-token"
 DEFAULT_SPARSITY = 0.1
 """Fraction of FFN neurons that masks of a sequence remove when nothing is said."""
 
-TOKEN_SPARSITY = 0.5
+TOKEN_SPARSITY = 0.3
 """The same where every token chooses its own neurons: ``prune(model)`` alone (README: why)."""
 
 _SHORT = {

@@ -96,8 +96,8 @@ def slices_of(
 
 
 def needs_prompt(config: PruneConfig) -> bool:
-    """Whether a run must see the prompt: what chooses by token, or removes nothing, need not."""
-    return config.target > 0 and (config.token is None or config.token.candidates is not None)
+    """Whether a run must see the prompt: what removes nothing need not."""
+    return config.target > 0
 
 
 def score(model: Any, run: Run, one: Slice, reference: Tensor, prompt: Any = None) -> Part:
