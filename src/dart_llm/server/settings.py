@@ -8,7 +8,7 @@ from typing import ClassVar
 from pydantic import model_validator
 
 from dart_llm.errors import ConfigError
-from dart_llm.pruning.config import DEFAULT_METHOD, PruneConfig
+from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import METHODS
 from dart_llm.settings import BaseSettings, setting, words
 
@@ -21,7 +21,6 @@ class ServeSettings(BaseSettings):
 
     UNUSED: ClassVar = ("masks", "save_layer_topk", "experiment_name")
 
-    method: str = setting("Pruning", "Preset; dart-llm methods lists them.", DEFAULT_METHOD)
     weights: str | None = setting(
         "Model", "auto, file (a GGUF's own blocks), dense, or rounded: q8_0, q4_0, q4_1.", "dense"
     )
