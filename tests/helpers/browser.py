@@ -83,8 +83,12 @@ class Window:
         return str(self.js("((e) => e.id || e.className || e.tagName)(document.activeElement)"))
 
     def complaints(self):
-        """Errors and warnings of the console so far, refusals of the policy among them."""
-        return [entry["message"] for entry in self.driver.get_log("browser")]
+        """Errors and warnings of the console so far, refusals of the policy among them.
+
+        Not those of pixels that are read: the tests alone read them.
+        """
+        said = [entry["message"] for entry in self.driver.get_log("browser")]
+        return [one for one in said if "willReadFrequently" not in one]
 
     def strangers(self):
         """Addresses asked for that are not the server's own."""
