@@ -31,8 +31,8 @@ def _no_pictures(monkeypatch):
 
 
 def demo(model, folder, **more):
-    given = {"model": str(model), "method": "griffin", "prompt": "hi there", "chat": False}
-    given |= {"generation": 9, "eval_perplexity": False, "device": "cpu"}
+    given = {"model": str(model), "method": "griffin", "sparsity": 0.5, "prompt": "hi there"}
+    given |= {"chat": False, "generation": 9, "eval_perplexity": False, "device": "cpu"}
     given |= {"results_dir": str(folder / "results"), "cache_dir": str(folder / "cache")}
     return run_demo(Ui(quiet=True), **given, **more)
 
