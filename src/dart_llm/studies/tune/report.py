@@ -185,9 +185,10 @@ def make(document: Row) -> list[Plot]:
             axes.set_xlabel(words, fontsize=8, color=SOFT)
             axes.set_ylabel("loss (%)", fontsize=8, color=SOFT)
             axes.set_yscale("symlog", linthresh=1)
+            axes.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
         for row in document["reference_rows"]:
             both[0].axvline(row["ms"], color=SOFT, linewidth=1.2, linestyle=":", label=row["row"])
-        key(above, both, 2 if narrow else 4)
+        key(above, both, 2 if narrow else 3)
 
     told = "; ".join(
         f"{row['row']} {loss_words(row)}" + ("" if row["ms"] is None else f" at {row['ms']:.2f} ms")
