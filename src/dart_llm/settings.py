@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from dart_llm.errors import ConfigError
+from dart_llm.errors import ConfigError, check_name
 from dart_llm.files import read_yaml
 from dart_llm.models.capture_spec import PANEL, Wanted, parse_layers, parse_tensors, parse_tokens
 from dart_llm.pruning.config import (
@@ -36,6 +36,7 @@ from dart_llm.pruning.config import (
 from dart_llm.pruning.layer_table import parse_layer_spec, read_table
 from dart_llm.pruning.registry import METHODS, SCORES, SETTING
 from dart_llm.pruning.setting_file import KeptSetting, kept_setting, path_of
+from dart_llm.reporting.figures import STYLES
 
 
 class Settings(BaseModel):
@@ -387,16 +388,21 @@ class PruningOptions(Settings):
         return "paper" if rule == "never" else rule
 
 
+STYLE = "Plots for the screen, or paper: also PDFs as wide as a column and a page."
+
+
 class StudyOptions(Settings):
     """Where results go, and the seed of what is random in them."""
 
     seed: int = setting("Results", "Seed of everything random.", 0)
     experiment_name: str | None = setting("Results", "Default: <model>-<method>-<sparsity>.")
     results_dir: str = setting("Results", "Folder for results.", "results")
+    style: str = setting("Results", STYLE, "screen")
 
     @model_validator(mode="after")
     def _check_seed(self) -> Self:
         check_seed(self.seed)
+        check_name("style", self.style, STYLES)
         return self
 
     @property

@@ -17,7 +17,7 @@ PANEL = "Chat"
 class ChatSettings(BaseSettings):
     """``dart-llm chat``: the model, how it is pruned, and how it answers."""
 
-    UNUSED: ClassVar = ("masks", "save_layer_topk", "experiment_name", "results_dir")
+    UNUSED: ClassVar = ("masks", "save_layer_topk", "experiment_name", "results_dir", "style")
 
     method: str = setting("Pruning", "Preset; dart-llm methods lists them.", DEFAULT_METHOD)
     system: str | None = setting(PANEL, "System message (default: the chat template's own).")

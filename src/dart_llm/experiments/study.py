@@ -208,6 +208,7 @@ def run_study(study: AnyStudy, fresh: bool = False) -> AnyStudy:
     """
     settings = study.settings
     study.identity = study.identify()
+    study.identity.pop("style", None)  # the same command in another style draws the same run
     study.folder = open_folder(
         Path(settings.results_dir), settings.experiment, study.identity, fresh
     )
@@ -353,7 +354,7 @@ def _write_figures(study: Study[Any]) -> None:
     from dart_llm.reporting import figures
 
     try:
-        for path in figures.save(study.path, study.figures()):
+        for path in figures.save(study.path, study.figures(), study.settings.style):
             study.ui.say(f"plot: {path}")
     except MissingExtra as error:
         study.ui.say(f"no plots: {error}")

@@ -283,6 +283,11 @@ def looks(labels: Sequence[str], palette: Palette) -> dict[str, Look]:
 WIDE, NARROW = 8.0, 4.1
 """Inches; 100 pixels each on the report page."""
 
+STYLES = ("screen", "paper")
+
+PRINTED = {"column": 3.35, "page": 6.9}
+"""Inches of a paper's column, which gets the narrow drawing, and of its page."""
+
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
@@ -302,19 +307,29 @@ STYLE: Any = {
     "hatch.linewidth": 0.8,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
+    "pdf.fonttype": 42,  # fonts that a publisher can search and edit
     "svg.fonttype": "path",
     "svg.hashsalt": "dart-llm",
     "figure.constrained_layout.use": True,
 }
 
 
-def save(folder: Path, wanted: Iterable[Plot]) -> list[Path]:
-    """Draw plots into ``plots/<name>.png``; raises as ``write_all``."""
+def save(folder: Path, wanted: Iterable[Plot], style: str = "screen") -> list[Path]:
+    """Draw plots into ``plots/<name>.png``; in the style ``paper`` also as PDF, for print.
+
+    ``<name>-column.pdf`` and ``<name>-page.pdf`` are as wide as a paper's column and page, in
+    vectors, without headline and small print, which the paper's caption has.  Raises as
+    ``write_all``.
+    """
     written = []
     for plot in wanted:
-        path = folder / "plots" / f"{plot.name}.png"
-        write_bytes(path, render(plot, "png"), make_folder=True)
-        written.append(path)
+        files = {f"{plot.name}.png": render(plot, "png")}
+        if style == "paper":
+            files |= {f"{plot.name}-{name}.pdf": printed(plot, name) for name in PRINTED}
+        for name, data in files.items():
+            path = folder / "plots" / name
+            write_bytes(path, data, make_folder=True)
+            written.append(path)
     return written
 
 
@@ -327,8 +342,7 @@ def render(plot: Plot, kind: str, narrow: bool = False) -> bytes:
         title = textwrap.wrap(plot.title.rstrip("."), round(width * 10))
         small = textwrap.wrap(plot.small, round(width * 15))
         extra = 0.2 * (len(title) + len(small) - 2) + (0.4 if narrow else 0.0)
-        height = plot.narrow_height if narrow and plot.narrow_height else plot.height
-        figure = Figure(figsize=(width, height + extra))
+        figure = Figure(figsize=(width, _height(plot, narrow) + extra))
         figure.suptitle("\n".join(title), x=0.012, ha="left", fontsize=10.5, fontweight="bold")
         figure.supxlabel("\n".join(small), x=0.012, ha="left", fontsize=7, color=SOFT)
         plot.draw(figure, palette, narrow)
@@ -336,6 +350,47 @@ def render(plot: Plot, kind: str, narrow: bool = False) -> bytes:
         metadata: dict[str, Any] = {"Creator": None, "Date": None} if kind == "svg" else {}
         figure.savefig(buffer, format=kind, dpi=200, metadata=metadata)
     return buffer.getvalue()
+
+
+def printed(plot: Plot, name: str) -> bytes:
+    """The plot as PDF, as wide as ``PRINTED[name]``: what is drawn shrinks with the width."""
+    narrow = name == "column"
+    with _style() as palette:
+        from matplotlib.figure import Figure
+
+        scale = PRINTED[name] / (NARROW if narrow else WIDE)
+        figure = Figure(figsize=(PRINTED[name], scale * (_height(plot, narrow) - HEADLINE)))
+        plot.draw(figure, palette, narrow)
+        _shrink(figure, scale)
+        buffer = io.BytesIO()
+        metadata = dict.fromkeys(("Creator", "Producer", "CreationDate"))
+        figure.savefig(buffer, format="pdf", metadata=metadata)
+    return buffer.getvalue()
+
+
+HEADLINE = 0.4
+"""Inches of a plot's height that headline and small print take."""
+
+
+def _height(plot: Plot, narrow: bool) -> float:
+    return plot.narrow_height if narrow and plot.narrow_height else plot.height
+
+
+def _shrink(figure: Figure, scale: float) -> None:
+    """Letters, lines and markers at ``scale``; ticks that are made later too."""
+    from matplotlib.lines import Line2D
+    from matplotlib.text import Text
+
+    each = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+    sizes = [[label.get_fontsize() for label in axis.get_ticklabels()] for axis in each]
+    for text in figure.findobj(Text):
+        text.set_fontsize(scale * text.get_fontsize())
+    for line in figure.findobj(Line2D):
+        line.set_linewidth(scale * line.get_linewidth())
+        line.set_markersize(scale * line.get_markersize())
+    for axis, found in zip(each, sizes, strict=True):
+        if found:
+            axis.set_tick_params(which="both", labelsize=scale * found[0])
 
 
 @contextmanager

@@ -19,7 +19,7 @@ SHORTEST_KEY = 8
 class ServeSettings(BaseSettings):
     """What ``dart-llm serve`` is asked to do; None means "not given"."""
 
-    UNUSED: ClassVar = ("masks", "save_layer_topk", "experiment_name")
+    UNUSED: ClassVar = ("masks", "save_layer_topk", "experiment_name", "style")
 
     weights: str | None = setting(
         "Model", "auto, file (a GGUF's own blocks), dense, or rounded: q8_0, q4_0, q4_1.", "dense"

@@ -14,7 +14,16 @@ from dart_llm import settings
 from dart_llm.errors import ConfigError, UnknownName, check_name
 from dart_llm.pruning.config import PruneConfig, check_sparsity
 from dart_llm.pruning.registry import METHODS
-from dart_llm.settings import BaseSettings, ModelOptions, given_of, merge, setting, words
+from dart_llm.reporting.figures import STYLES
+from dart_llm.settings import (
+    STYLE,
+    BaseSettings,
+    ModelOptions,
+    given_of,
+    merge,
+    setting,
+    words,
+)
 
 DENSE, NEVER, DART = "dense", "never", "dart"
 
@@ -218,6 +227,7 @@ class DriftSettings(ModelOptions):
     # results
     experiment_name: str | None = setting(RESULTS, "Default: drift-<mode>-<model>.")
     results_dir: str = setting(RESULTS, "Folder for results.", "results")
+    style: str = setting(RESULTS, STYLE, "screen")
     detection: str | None = setting(
         RESULTS, "A results folder of dart-llm detect that the report shows too."
     )
@@ -225,6 +235,7 @@ class DriftSettings(ModelOptions):
     @model_validator(mode="after")
     def _check(self) -> DriftSettings:
         check_name("mode", self.mode, MODES)
+        check_name("style", self.style, STYLES)
         self._check_sources()
         if self.detection is not None and not (Path(self.detection) / DETECTION).is_file():
             raise ConfigError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import model_validator
 
 from dart_llm.errors import ConfigError, check_name
@@ -15,6 +17,8 @@ PANEL = "Evaluation"
 
 class MeasureSettings(TaskOptions, BaseSettings):
     """What the three commands share."""
+
+    UNUSED: ClassVar = ("style",)  # they draw nothing
 
     protocol: str = setting(PANEL, "decode, full, or published (leaks answers).", "decode")
     dense: bool = setting(PANEL, "Measure the untouched model on the same items too.", False)

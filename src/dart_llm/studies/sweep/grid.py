@@ -26,14 +26,15 @@ from dart_llm.pruning.config import check_sparsity, first_problem, unknown_key
 from dart_llm.pruning.layer_table import parse_layer_spec
 from dart_llm.pruning.registry import METHODS, SETTING
 from dart_llm.pruning.setting_file import kept_setting
-from dart_llm.settings import LOADING, Settings, check_seed, setting
+from dart_llm.reporting.figures import STYLES
+from dart_llm.settings import LOADING, STYLE, Settings, check_seed, setting
 
 GRID, TASK, RUN, MODEL = "Grid", "Tasks", "Run", "Model"
 
 OPTIONS = tuple(one.name for one in fields(MeasureOptions) if one.name not in ("protocol", "seed"))
 """Fields that are options of the grid's tasks."""
 
-PLACE = ("experiment_name", "results_dir", "engine", "workers", "tracker")
+PLACE = ("experiment_name", "results_dir", "style", "engine", "workers", "tracker")
 """Fields that say where and how the cells run."""
 
 
@@ -78,6 +79,7 @@ class SweepFlags(Settings):
     cache_dir: str | None = setting(MODEL, "Where weights are kept.")
     experiment_name: str | None = setting(RUN, "Folder under --results-dir (default: the command).")
     results_dir: str = setting(RUN, "Folder for results.", "results")
+    style: str = setting(RUN, STYLE, "screen")
     engine: str = setting(RUN, "local, or ray: spread cells over a cluster.", "local")
     workers: int | None = setting(RUN, "Worker processes of the ray engine.")
     tracker: str | None = setting(RUN, "trackio, wandb, mlflow or tensorboard.")
@@ -85,6 +87,7 @@ class SweepFlags(Settings):
     @model_validator(mode="after")
     def _check_tracker(self) -> SweepFlags:
         check_name("tracker", self.tracker or None, TRACKERS)
+        check_name("style", self.style, STYLES)
         return self
 
     def grid_flags(self) -> dict[str, Any]:

@@ -273,7 +273,7 @@ def run(request: SweepRequest, ui: Ui) -> dict[str, Any]:
             flags.engine,
             flags.workers,
             track,
-            on_end=lambda result: document.update(_write_comparison(result, ui)),
+            on_end=lambda result: document.update(_write_comparison(result, ui, flags.style)),
         )
     document = {"folder": str(result.path), "computed": result.computed, **document}
     if result.failed:
@@ -286,7 +286,7 @@ def run(request: SweepRequest, ui: Ui) -> dict[str, Any]:
     return document
 
 
-def _write_comparison(result: SweepResult, ui: Ui) -> dict[str, Any]:
+def _write_comparison(result: SweepResult, ui: Ui, style: str) -> dict[str, Any]:
     """Tables, plots and the report of all cells; the comparison as data."""
     rows = comparison.rows(result.results)
     comparison_report.write_all(result.path, rows)
@@ -294,7 +294,7 @@ def _write_comparison(result: SweepResult, ui: Ui) -> dict[str, Any]:
         ui.table(table.rich())
     ui.say(comparison_report.summary(rows))
     try:
-        figures.save(result.path, comparison_plots.make(rows))
+        figures.save(result.path, comparison_plots.make(rows), style)
     except MissingExtra as error:
         ui.say(f"no plots: {error}")
     ui.say(f"report: {comparison_report.write(result.path, rows)}")

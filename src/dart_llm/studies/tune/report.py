@@ -11,7 +11,17 @@ from dart_llm.experiments.comparison_report import stacked
 from dart_llm.experiments.store import read
 from dart_llm.files import write_text
 from dart_llm.reporting import page
-from dart_llm.reporting.figures import INK, SOFT, Palette, Plot, key, mark, panels, reference_line
+from dart_llm.reporting.figures import (
+    INK,
+    SOFT,
+    Palette,
+    Plot,
+    key,
+    mark,
+    panels,
+    reference_line,
+    write_beside,
+)
 from dart_llm.reporting.figures import LOOKS as MARKS
 from dart_llm.reporting.table import Column, Table, escaped
 from dart_llm.reporting.words import count, dtype_text, figure, percent
@@ -169,23 +179,30 @@ def markdown(document: Row) -> str:
 def make(document: Row) -> list[Plot]:
     """Loss over time and over bytes, a panel each."""
     rows = [row for row in document["rows"] if row["loss"] > -1]
-    kinds = list(dict.fromkeys(_kind(row) for row in rows))
+    usual = document["rows"][0]["weights"]
+    kinds = list(dict.fromkeys(_kind(row, usual) for row in rows))
 
     def draw(image: Figure, palette: Palette, narrow: bool) -> None:
         above, *both = panels(image, 2, narrow, 2)
-        looks = {kind: mark(MARKS[n % len(MARKS)], palette) for n, kind in enumerate(kinds)}
+        looks = {
+            kind: {**mark(MARKS[n % len(MARKS)], palette), "linestyle": "none", "label": kind}
+            for n, kind in enumerate(kinds)
+        }
         for axes, name, words in zip(
             both,
             ("ms", "bytes_share"),
             ("ms per token", "bytes per token over bfloat16"),
             strict=True,
         ):
-            _draw(axes, rows, name, looks)
+            _draw(axes, rows, name, [looks[_kind(row, usual)] for row in rows])
             reference_line(axes, y=100 * document["max_loss"], label="loss that was allowed")
             axes.set_xlabel(words, fontsize=8, color=SOFT)
             axes.set_ylabel("loss (%)", fontsize=8, color=SOFT)
             axes.set_yscale("symlog", linthresh=1)
-            axes.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
+            low, high = axes.get_ylim()
+            ticks = [tick for tick in LOSSES if low <= tick <= high]
+            axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.set_yticks([], minor=True)
         for row in document["reference_rows"]:
             both[0].axvline(row["ms"], color=SOFT, linewidth=1.2, linestyle=":", label=row["row"])
         key(above, both, 2 if narrow else 3)
@@ -198,24 +215,29 @@ def make(document: Row) -> list[Plot]:
     return [Plot("tune", title, f"Points per setting: {told}.", caption(document), 4.1, draw, 6.6)]
 
 
-def _kind(row: Row) -> str:
+LOSSES = (-20, -10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50, 100)
+"""Per cent that the axis names: nearly even steps of its scale."""
+
+
+def _kind(row: Row, usual: str) -> str:
+    """What a mark stands for: the method, its head and weights where they are not the usual."""
     screened = ", screened" if row["head"] == "screened" else ""
-    return f"{row['method']}{screened}"
+    held = {usual: "", "dense": ", unpacked"}.get(row["weights"], f", {row['weights'].upper()}")
+    return f"{row['method']}{screened}{held}"
 
 
-def _draw(axes: Axes, rows: Sequence[Row], name: str, looks: Mapping[str, Any]) -> None:
-    """Points with their intervals; the recommended one has a ring."""
-    seen: set[str] = set()
-    for row in rows:
+def _draw(axes: Axes, rows: Sequence[Row], name: str, looks: Sequence[Mapping[str, Any]]) -> None:
+    """Points with their intervals and sparsities; the recommended one has a ring."""
+    for row, look in zip(rows, looks, strict=True):
         if row[name] is None:
             continue
-        kind, x, y = _kind(row), row[name], 100 * row["loss"]
-        look = {**looks[kind], "linestyle": "none"}
+        x, y = row[name], 100 * row["loss"]
         ends = row["loss_interval"]
         if ends is not None:
             axes.plot([x, x], [100 * end for end in ends], color=look["color"], linewidth=1)
-        axes.plot([x], [y], label=f"_{kind}" if kind in seen else kind, **look)
-        seen.add(kind)
+        axes.plot([x], [y], **look)
+        if row["asked"]:
+            write_beside(axes, percent(row["asked"]), x, y, 7)
         if row["recommended"]:
             axes.plot(
                 [x],
