@@ -408,6 +408,16 @@ Tensor dequantised(const std::vector<Rows>& rows, int64_t count, int64_t columns
   return found.to(as);
 }
 
+// The dtype in which many rows are multiplied: without bfloat16 arithmetic in the CPU torch's
+// products of it take six times as long as float32's.
+at::ScalarType product_dtype(const Tensor& x) {
+  static const bool fast = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("mkldnn::_is_mkldnn_bf16_supported", "")
+                               .typed<bool()>()
+                               .call();
+  return x.scalar_type() == at::kBFloat16 && !fast ? at::kFloat : x.scalar_type();
+}
+
 Tensor times_rows(const Tensor& x, const std::vector<const Packed*>& all, int64_t few) {
   for (const Packed* one : all)
     TORCH_CHECK(x.dim() == 2 && x.size(1) == one->columns, "native: shapes do not fit");
@@ -417,8 +427,10 @@ Tensor times_rows(const Tensor& x, const std::vector<const Packed*>& all, int64_
   if (by_rows && x.size(0) <= few) {
     for (const Packed* one : all) found.push_back(times_few(x, *one));
   } else {
+    Tensor own = x.to(product_dtype(x));
     by_pieces(all, [&](const std::vector<Rows>& rows, int64_t n) {
-      found.push_back(at::mm(x, dequantised(rows, n, x.size(1), x.scalar_type()).t()));
+      Tensor part = at::mm(own, dequantised(rows, n, x.size(1), own.scalar_type()).t());
+      found.push_back(part.to(x.scalar_type()));
     });
   }
   return found.size() == 1 ? found[0] : at::cat(found, 1);
@@ -427,13 +439,13 @@ Tensor times_rows(const Tensor& x, const std::vector<const Packed*>& all, int64_
 Tensor times_stored(const Tensor& x, const Packed& p, int64_t few) {
   TORCH_CHECK(x.dim() == 2 && x.size(1) == p.rows, "native: shapes do not fit");
   if (x.size(0) <= few && p.order == Order::neurons) return x.size(0) > 1 ? times_lots(x, {&p}) : add_neurons(x, p);
-  Tensor sum;
+  Tensor sum, whole = x.to(product_dtype(x));
   by_pieces({&p}, [&](const std::vector<Rows>& rows, int64_t n) {
-    Tensor own = rows.empty() ? x : x.narrow(1, rows[0].begin, n);
-    Tensor part = at::mm(own, dequantised(rows, n, p.columns, x.scalar_type()));
+    Tensor own = rows.empty() ? whole : whole.narrow(1, rows[0].begin, n);
+    Tensor part = at::mm(own, dequantised(rows, n, p.columns, own.scalar_type()));
     sum = sum.defined() ? sum.add_(part) : part;
   });
-  return sum;
+  return sum.to(x.scalar_type());
 }
 
 Tensor packed_product(const Tensor& x, const c10::intrusive_ptr<PackedMatrix>& matrix, bool turned,
