@@ -278,9 +278,13 @@ class PruningOptions(Settings):
     """How the model is pruned."""
 
     method: str = setting(
-        "Pruning", "Preset (dart-llm methods lists them), or file:SETTING.yaml of tune.", "dart"
+        "Pruning",
+        "Preset (dart-llm methods lists them; default: dart), or file:SETTING.yaml of tune.",
+        "dart",
     )
-    sparsity: float | None = setting("Pruning", "Fraction of FFN neurons to remove, e.g. 0.5.")
+    sparsity: float | None = setting(
+        "Pruning", "Fraction of FFN neurons to remove (default: 0.1; 0.3 where tokens choose)."
+    )
     total_prune_percent: float | None = setting(
         "Pruning", "Percent of FFN neurons to remove, 0 to 100."
     )

@@ -23,7 +23,7 @@ LIST = yaml.safe_load((ROOT / "tests/doc_commands.yaml").read_text(encoding="utf
 CASES = [(command, how) for commands in LIST.values() for command, how in commands.items()]
 SERVING = [(command, how) for command, how in CASES if how.get("serves")]
 RUNNING = [(command, how) for command, how in CASES if not how.get("serves")]
-NAMES = ("meta-llama/Llama-3.1-8B", "Qwen/Qwen2.5-0.5B-Instruct")
+NAMES = ("meta-llama/Llama-3.1-8B", "Qwen/Qwen2.5-0.5B-Instruct", "my-checkpoint")
 TASK = """
 task: my_task
 dataset_path: json

@@ -164,3 +164,17 @@ def test_entry_points_are_found_but_never_replace_a_built_in(monkeypatch):
     table = Registry("number", "tests.numbers", {"yours": "math:tau"})
     assert table.names() == ("mine", "yours")
     assert (table.get("mine"), table.get("yours")) == (math.pi, math.tau)
+
+
+def test_the_module_of_an_entry_point_may_register_its_object_too(monkeypatch, tmp_path):
+    point = EntryPoint("pi", "a_plug_in:PI", "tests.numbers")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    table = Registry("number", "tests.numbers", {})
+    monkeypatch.setattr(registry, "NUMBERS", table, raising=False)
+    (tmp_path / "a_plug_in.py").write_text(
+        "from dart_llm.pruning.registry import NUMBERS\nPI = 3\nNUMBERS.register('pi', PI)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "pi" in table and table.get("pi") == 3
+    with pytest.raises(ConfigError, match="'pi' is already registered: take another name"):
+        table.register("pi", 4)

@@ -63,6 +63,7 @@ WRONG = [
     ({"stop": ["a"] * 5}, "stop", "invalid_value", "list should have at most 4 items"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value", ""),
     ({"dart": {"sparsity": 1}}, "dart.sparsity", "invalid_value", ""),
+    ({"dart": {"sparsity": 50}}, "dart.sparsity", "invalid_value", "0.5 for 50 %"),
     ({"dart": {"sparcity": 0.5}}, "dart.sparcity", UNKNOWN, "field; did you mean sparsity?"),
     ({"dart": {"x" * 5000: 1}}, "dart." + "x" * 100, UNKNOWN, "is not a known field"),
     ({"max_token": 5}, "max_token", UNKNOWN, "supplied: max_token; did you mean max_tokens?"),

@@ -19,7 +19,11 @@ class ChatSettings(BaseSettings):
 
     UNUSED: ClassVar = ("masks", "save_layer_topk", "experiment_name", "results_dir", "style")
 
-    method: str = setting("Pruning", "Preset; dart-llm methods lists them.", DEFAULT_METHOD)
+    method: str = setting(
+        "Pruning",
+        "Preset (dart-llm methods lists them; default: dart-token), or file:SETTING.yaml of tune.",
+        DEFAULT_METHOD,
+    )
     system: str | None = setting(PANEL, "System message (default: the chat template's own).")
     max_tokens: int = setting(PANEL, "Tokens of an answer, at most.", 512)
     temperature: float = setting(PANEL, "Sample at this temperature; 0: the likeliest token.", 0.0)

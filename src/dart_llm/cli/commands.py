@@ -154,7 +154,9 @@ def demo(
     model: Annotated[
         str, typer.Option(help="Hub id, local folder, .gguf file, or smollm2-135m.")
     ] = "smollm2-135m",
-    method: Annotated[str, typer.Option("--method", "-m", help="Preset.")] = DEFAULT_METHOD,
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="Preset, or file:SETTING.yaml of tune.")
+    ] = DEFAULT_METHOD,
     device: Annotated[
         str | None, typer.Option(help="0, 0,1, cuda:0, cpu or mps (default: GPU 0, else CPU).")
     ] = None,

@@ -85,7 +85,10 @@ def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, LayerNames, Any]:
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
-        raise UnsupportedModel(f"{type(model).__name__} is not a transformers model")
+        raise UnsupportedModel(
+            f"{type(model).__name__} is not a transformers model: give the model itself, as load "
+            "or from_pretrained returns it"
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(
             f"{type(model).__name__} is an encoder-decoder; only causal language models are pruned"

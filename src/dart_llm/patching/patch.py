@@ -329,8 +329,8 @@ class ModelPatch(NotCopied):
             raise ConfigError('beam search reorders rows: use batch "shared"')
         if self.loop is not None:
             raise ConfigError(
-                "this model is generating already: a pruned model runs one generate at a time, "
-                "and cannot be its own assistant"
+                "this model is generating already: a pruned model runs one generate at a time, so "
+                "let threads wait for a lock, and take another model as the assistant"
             )
         self.loop = loop
         self._turn.reserve()

@@ -60,7 +60,7 @@ DART = PruneConfig(
     compensation=True,
     compensation_rank=32,
 )
-"""DART for LLMs: this project's default.
+"""DART for LLMs: one mask for a text, made anew on drift.
 
 Fisher scores (arXiv 2204.09656) ranked over all layers at once, with the activations of the prompt
 and gradients that are learnt once from the model's own text; low-rank compensation, after FLAP's
@@ -266,11 +266,17 @@ SUMMARIES = {
         "CountDown (arXiv 2505.17701), its variant M: up is computed whole and says which neurons; "
         "reference speed."
     ),
-    "dart": "DART for LLMs: this project's default.",
+    "dart": (
+        "DART for LLMs: one mask for a text, made anew on drift.  The default of run, serve, eval "
+        "and the studies."
+    ),
     "dart-prompt": (
         "DART for LLMs from the prompt alone: nothing is learnt of the model beforehand."
     ),
-    "dart-token": ("Token-level tracing: every token computes only its own strongest neurons."),
+    "dart-token": (
+        "Token-level tracing: every token computes only its own strongest neurons.  The default "
+        "of prune, demo and chat."
+    ),
     "dense": "Dense: nothing is removed.  The baseline of every comparison.",
     "dense-4bit": "Dense with 4-bit weights: what quantisation gives instead of pruning.",
     "dense-8bit": "Dense with 8-bit weights: what quantisation gives instead of pruning.",

@@ -32,14 +32,18 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, group: str, lazy: dict[str, str]) -> None:
         self.kind = kind
         self.group = group
+        self._own = frozenset(lazy)
         self._lazy = dict(lazy)
         self._objects: dict[str, T] = {}
         self._scanned = False
 
     def register(self, name: str, value: T) -> T:
-        """Add ``value`` under ``name``; a name that is taken raises ``ConfigError``."""
-        if name in self._lazy or name in self._objects:
-            raise ConfigError(f"{self.kind} {name!r} is already registered")
+        """Add ``value`` under ``name``; a name that is taken raises ``ConfigError``.
+
+        That of an entry point is free: the module behind it may register its object by hand too.
+        """
+        if name in self._own or name in self._objects:
+            raise ConfigError(f"{self.kind} {name!r} is already registered: take another name")
         self._objects[name] = value
         return value
 

@@ -100,7 +100,7 @@ class Ui:
         """A spinner while something runs; yields a function that changes its text."""
         if not self.live:
             self.say(text)
-            yield self.say
+            yield lambda news: self.say(news) if news != text else None
             return
         with self.err.status(Text(text)) as status:
             yield lambda news: status.update(Text(news))

@@ -53,6 +53,17 @@ TokensOrNone = Annotated[int, Field(ge=-1)]
 Tokens = Annotated[TokensOrNone, AfterValidator(_some)]
 """A number of tokens; -1 is what llama.cpp's clients call "as many as fit"."""
 
+
+def _no_per_cent(value: Any) -> Any:
+    if isinstance(value, int | float) and value >= 1:
+        raise PydanticCustomError(
+            "sparsity", "input should be less than 1: the fraction removed, 0.5 for 50 %"
+        )
+    return value
+
+
+Sparsity = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_no_per_cent)]
+
 IGNORED = (
     "metadata",
     "parallel_tool_calls",
@@ -95,7 +106,7 @@ class Dart(Body):
     """How this request is pruned; what is left out is the server's own setting."""
 
     method: Name | None = None
-    sparsity: Annotated[float, Field(ge=0, lt=1)] | None = None
+    sparsity: Sparsity | None = None
     masking_step: Annotated[int, Field(ge=0, le=100_000)] | None = None
     drift: Name | None = None
     conversation: Annotated[str, Field(min_length=1, max_length=128)] | None = None

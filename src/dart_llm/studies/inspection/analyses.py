@@ -39,11 +39,11 @@ FEWEST = 4 * BLOCK
 """Tokens that a text needs, so that half of it makes more than one block."""
 
 ARMS = {
-    "a_only": "A's own: among A's strongest, not among B's",
-    "b_only": "B's own: among B's strongest, not among A's",
-    "a_top": "A's strongest, B's or not",
+    "a_only": "A's own",
+    "b_only": "B's own",
+    "a_top": "A's strongest",
 }
-"""What is removed."""
+"""What is removed: A's own are among A's strongest and not among B's."""
 
 Ids = Mapping[int, Tensor]
 

@@ -150,7 +150,10 @@ def _ablation(data: Record) -> list[Table]:
         Column("over dense (95 %)", "over_dense", with_ends),
         Column("over random (95 %)", "over_random", with_ends),
     )
-    caption = "Loss (nats per token) with neurons removed, on the second half of each text"
+    caption = (
+        "Loss (nats per token) with neurons removed, on the second half of each text; A's own: "
+        "among A's strongest and not among B's"
+    )
     return [Table("ablation", caption, columns, rows)]
 
 

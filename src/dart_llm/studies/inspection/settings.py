@@ -38,6 +38,9 @@ class InspectSettings(ActivationSettings):
         *("knowledge_drift", "drift", "compensation", "head", "executor"),
     )
 
+    sparsity: float | None = setting(
+        "Pruning", f"Fraction of FFN neurons to remove (default: {SPARSITY})."
+    )
     prompt: str | None = setting(PANEL, "Text A, or a shipped prompt's name.")
     prompt_file: str | None = setting(PANEL, "Read text A from this file; - is stdin.")
     prompt_b: str | None = setting(PANEL, "Text B, or a shipped prompt's name.")

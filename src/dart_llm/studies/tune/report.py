@@ -143,7 +143,18 @@ def sentences(document: Row) -> list[str]:
         )
     else:
         first = f"Recommended for a loss of up to {most}: {told}."
-    return [first, *(f"{label} was left out: {why}" for label, why in document["left_out"].items())]
+    return [first, *_left_out(document["left_out"])]
+
+
+def _left_out(reasons: Mapping[str, str]) -> list[str]:
+    """One sentence per reason, with all candidates that it holds for."""
+    labels: dict[str, list[str]] = {}
+    for label, why in reasons.items():
+        labels.setdefault(why, []).append(label)
+    return [
+        f"{'; '.join(those)} {'was' if len(those) == 1 else 'were'} left out: {why}"
+        for why, those in labels.items()
+    ]
 
 
 def measured(document: Row, row: Row) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class TuneSettings(StudyOptions, ModelOptions):
         "Perplexity over dense that may be lost: 0.02 is 2 %.",
         0.02,
         gt=0,
+        le=1,  # 2 is meant as 2 % by who types it
         allow_inf_nan=False,
     )
     save: str | None = setting(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -404,7 +405,8 @@ class TuneStudy(Study[TuneSettings]):
             *notes,
             *report.sentences(self.summary),
             f"setting: {self.setting_file}",
-            f"use it: dart-llm run --model {self.settings.model} --method file:{self.setting_file}",
+            f"use it: dart-llm run --model {shlex.quote(self.settings.model)} --method "
+            f"{shlex.quote(f'file:{self.setting_file}')} --prompt 'The sky is blue because'",
         ]
 
     def markdown(self) -> str:
