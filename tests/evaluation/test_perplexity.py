@@ -26,7 +26,7 @@ from dart_llm.evaluation.windows import Window, choose, cut, shape, slice_window
 from dart_llm.experiments.stats import ratio_interval
 from dart_llm.models.describe import context_length
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.session.prepare import MemoryStore, PreparedMethod
+from dart_llm.session.prepare import MemoryStore, PreparedMethod, prepare
 from dart_llm.session.run import Run
 from summary_cases import Kept
 from tiny import VOCAB, tiny
@@ -374,3 +374,18 @@ def test_standard_on_a_real_model(smollm2):
     assert (pruned.metrics["tokens"], pruned.metrics["pruned_tokens"]) == (2 * 255, 255)
     assert 1.2 < pruned.metrics["perplexity"] / dense.metrics["perplexity"] < 6
     assert pruned.accounting["sparsity_while_pruned"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_dense_runs_by_the_executor_that_was_named():
+    """Without one it is the untouched model, to the bit; with one the losses are the same."""
+    model = tiny("llama")
+    windows = [Window(torch.arange(3, 73) % VOCAB, 40)]
+    found = {}
+    for executor in ("auto", "masked"):
+        own = prepare(model, None, PruneConfig.build("dense", executor=executor))
+        run = own.run()
+        assert (run is None) == (executor == "auto")
+        found[executor] = measure_windows(
+            own, "t", windows, "decode", MemoryStore(), lambda n: None
+        ).samples[0]["losses"]
+    assert found["masked"] == pytest.approx(found["auto"], abs=1e-5)

@@ -111,6 +111,11 @@ class PreparedMethod:
 logger = logging.getLogger("dart_llm")
 
 
+def _is_untouched(config: PruneConfig) -> bool:
+    plain = config.executor == "auto" and not config.screens
+    return config.method == "dense" and config.target == 0 and plain
+
+
 def prepare(
     model: Any,
     tokenizer: Any,
@@ -122,6 +127,8 @@ def prepare(
 ) -> PreparedMethod:
     """Make ``config`` ready to be measured; None and the method ``dense``: the untouched model.
 
+    ``dense`` under an executor that was named runs by it: whole steps of the kernels are faster.
+
     ``calibration``: the text that static methods learn from (data/documents.py; None: C4 from
     the hub).  ``cache_dir``: where calibrations and priors are kept.  ``masks``: the user's own,
     {layer: ids to keep}; nothing is calibrated then.  ``say`` is called with a line whenever there
@@ -131,7 +138,7 @@ def prepare(
     """
     if masks is not None:
         return PreparedMethod(model, tokenizer, config, masks)
-    if config is None or (config.method == "dense" and config.target == 0 and not config.screens):
+    if config is None or _is_untouched(config):
         return PreparedMethod(model, tokenizer, None, facts=weight_facts(model))
     if config.weight_bits is not None:
         say(f"rounding a copy of the weights to {config.weight_bits} bits")
