@@ -60,7 +60,7 @@ DART = PruneConfig(
     compensation=True,
     compensation_rank=32,
 )
-"""DART for LLMs: this project's default.
+"""DART for LLMs: masks of the sequence; the default of run, serve and the studies.
 
 Fisher scores (arXiv 2204.09656) ranked over all layers at once, with the activations of the prompt
 and gradients that are learnt once from the model's own text; low-rank compensation, after FLAP's
@@ -266,7 +266,7 @@ SUMMARIES = {
         "CountDown (arXiv 2505.17701), its variant M: up is computed whole and says which neurons; "
         "reference speed."
     ),
-    "dart": "DART for LLMs: this project's default.",
+    "dart": "DART for LLMs: masks of the sequence; the default of run, serve and the studies.",
     "dart-prompt": (
         "DART for LLMs from the prompt alone: nothing is learnt of the model beforehand."
     ),
