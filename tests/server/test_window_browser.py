@@ -56,7 +56,7 @@ def test_the_tours_prompt_re_masks_after_the_change_of_topic(window):
     window.click("tour-next")  # sets what it was measured with
     assert window.text("sparsity-value") == "10 %"
     window.wait("document.querySelectorAll('.text .pruned').length > 3")
-    window.wait("document.querySelectorAll('.text .observe').length > 3", 120)
+    window.wait("document.querySelectorAll('.text .observe').length > 3")
     assert "being written" in window.text("view-of") or window.js(ENDED)
     window.wait(ENDED)
     window.wait(f"{VIEW_OF} === 'dart, 10 % sparsity: 192 tokens'")
