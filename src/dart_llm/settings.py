@@ -307,7 +307,9 @@ class PruningOptions(Settings):
         "Pruning", 'Allocator over layers, e.g. uniform, "blend energy depth".'
     )
     knowledge_drift: bool | None = setting("Pruning", "Re-mask on drift by the preset's rule.")
-    drift: str | None = setting("Pruning", 'Drift rule: never, published, paper, "interval 64".')
+    drift: str | None = setting(
+        "Pruning", 'Drift rule: never, published, paper, dart, "interval 64", "windows 10 1 3".'
+    )
     compensation: bool | None = setting("Pruning", "Add the removed neurons' mean contribution.")
     head: str | None = setting(
         "Pruning", 'Output head of decoded tokens: full, or "screened 0.25" (of its bytes).'
@@ -461,8 +463,17 @@ class BaseSettings(StudyOptions, PruningOptions, ModelOptions):
         return settings.noted({}, note)
 
     def served_config(self) -> PruneConfig:
-        """What prunes answers: the head of a kept setting is left out, for theirs is whole."""
+        """What prunes answers: the head of a kept setting is left out, for theirs is whole.
+
+        Raises ``ConfigError`` for a drift rule where there is no mask that could grow stale.
+        """
         config = self.prune_config()
+        per_token = config.token is not None and config.token.candidates is None
+        if per_token and config.drift.rule != "never":
+            raise ConfigError(
+                f"every token chooses its own neurons with method {config.method}, so no mask "
+                "grows stale: leave the drift rule out, or name a method with masks, such as dart"
+            )
         own = self.kept is not None and self.head is None
         return config.replace({"head": "full"}) if own else config
 

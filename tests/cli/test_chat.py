@@ -224,3 +224,14 @@ def test_lines_end_between_words():
             text.add(piece)
         text.end()
         assert "".join(seen) == shown
+
+
+def test_a_drift_rule_needs_masks_that_grow_stale():
+    for given in ({"drift": "paper"}, {"knowledge_drift": True}):
+        with pytest.raises(ConfigError, match=r"dart-token, so no mask grows stale: leave the"):
+            ChatSettings(**given)
+        masks = ChatSettings(method="griffin", **given)
+        assert masks.served().drift.rule == "paper"
+        with pytest.raises(ConfigError, match="name a method with masks, such as dart"):
+            masks.changed(method="dart-token")
+    assert ChatSettings(drift="never").served().drift.rule == "never"

@@ -43,7 +43,7 @@ class Window:
     def js(self, script, *arguments):
         return self.driver.execute_script(f"return {script}", *arguments)
 
-    def wait(self, script, seconds=60.0):
+    def wait(self, script, seconds=180.0):
         """The value of an expression once it is true; time in which we stood still is free."""
         waited, last = 0.0, time.monotonic()
         while not (found := self.js(script)):

@@ -57,6 +57,8 @@ REFUSED = (
     *({"release_step": 0}, {"masking_step": 8, "release_step": 8}, {"score": {"ema_decay": 1}}),
     *({"budget": {"name": name}} for name in ("energy depth", "blend energy", "blend a b c")),
     *({"drift": f"interval{value}"} for value in ("", " 0", " -4", " 2.5")),
+    *({"drift": f"windows {value}"} for value in ("10 1", "10 1 2 3", "1 1 2", "10 0 2")),
+    *({"drift": f"windows {value}"} for value in ("10 1 -2", "10 1 nan", "10  1 2", "\u00b2 1 2")),
     *({"drift": "paper 5"}, {"drift": {"min_distanz": 4}}, {"prior": {"lenght": 3}}),
     *({"prior": {"length": 15}}, {"prior": {"opening": 128}}, {"token": {"bits": 5}}),
     # what excludes or needs something else

@@ -5,7 +5,10 @@ from statistics import NormalDist, stdev
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from dart_llm.pruning.config import DriftConfig
 from dart_llm.pruning.drift import MAX_WINDOWS, Detector, Rule, make_rule
 from synthetic import HIDDEN, Driver, Stream, config, make_layers
 
@@ -52,12 +55,22 @@ def test_the_rules():
         ("published", (5, 1, 0), [0.8, 0.7]),
         ("paper", (10, 3, 0), [0.65, -0.1]),
         ("dart", (10, 3, 0), [0.15, -2.1]),
+        ("windows 6 2 0.25", (6, 2, 0), [0.775, 0.4]),
     ):
         rule = make_rule(name)
         assert (rule.window, rule.count, rule.interval) == numbers and rule.threshold is not None
         assert rule.threshold(mu, sigma).tolist() == pytest.approx(thresholds)
     assert make_rule("interval 48") == Rule(0, None, 0, interval=48)
     assert make_rule("never") == Rule(0, None, 0)
+
+
+@given(st.integers(2, 999), st.integers(1, 99), st.decimals(0, 99, places=3))
+def test_windows_that_were_written_are_the_rule(size, low, k):
+    rule = make_rule(DriftConfig(rule=f"windows {size} {low} {k}").rule)
+    assert (rule.window, rule.count, rule.interval) == (size, low, 0)
+    assert float(rule.threshold(torch.tensor(0.5), torch.tensor(2.0))) == pytest.approx(
+        0.5 - 2 * float(k), abs=1e-4
+    )
 
 
 def test_windows_by_hand():

@@ -41,6 +41,7 @@ class ChatSettings(BaseSettings):
     def _check_chat(self) -> ChatSettings:
         if self.masks is not None:
             raise ConfigError("chat chooses its own masks: leave masks out")
+        self.served()
         self.sampling()
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -109,11 +110,23 @@ class BudgetConfig(Part):
         return tuple(BUDGETS.check(word) for word in words)
 
 
+RULE_NUMBERS = {
+    "interval": {"N": (r"[1-9]\d*", "a whole number of tokens >= 1")},
+    "windows": {
+        "W": (r"[2-9]|[1-9]\d+", "a whole number of tokens >= 2"),
+        "N": (r"[1-9]\d*", "a whole number of windows >= 1"),
+        "K": (r"\d+(\.\d+)?", "a number >= 0"),
+    },
+}
+"""The numbers that drift rules take: by their letter what they look like, and what they are."""
+
+
 class DriftConfig(Part):
     """When masks are rebuilt (docs/method.md, "Drift").
 
-    ``rule``: ``never``, ``published``, ``paper``, ``dart`` or ``interval N`` (tokens).  ``signal``:
-    what is watched, the last layer's ``attention`` output or the last ``hidden`` state.
+    ``rule``: ``never``, ``published``, ``paper``, ``dart``, ``interval N`` (tokens) or
+    ``windows W N K`` (N windows of W tokens below mu - K sigma).  ``signal``: what is watched, the
+    last layer's ``attention`` output or the last ``hidden`` state.
     ``min_distance``: tokens between two triggers.  ``max_dense_share``: at most this share of the
     decoded tokens is spent, dense, on re-masks, and ``allowance`` tokens beside it; None: no cap.
     """
@@ -126,15 +139,16 @@ class DriftConfig(Part):
 
     @model_validator(mode="after")
     def _check(self) -> DriftConfig:
-        name, _, argument = self.rule.partition(" ")
+        name, *numbers = self.rule.split(" ")
         DRIFT_RULES.check(name)
-        if (name == "interval") != bool(argument):
-            raise ConfigError(
-                f'drift rule "{self.rule}": write "interval N" with N tokens; no other rule takes '
-                "a number"
-            )
-        if argument and (not argument.isdigit() or int(argument) < 1):
-            raise ConfigError(f'drift rule "{self.rule}": N must be a whole number of tokens >= 1')
+        wanted = RULE_NUMBERS.get(name, {})
+        form = " ".join((name, *wanted))
+        if len(numbers) != len(wanted):
+            others = "" if wanted else '; "interval N" and "windows W N K" take numbers'
+            raise ConfigError(f'drift rule "{self.rule}": write "{form}"{others}')
+        for number, (letter, (pattern, what)) in zip(numbers, wanted.items(), strict=True):
+            if not re.fullmatch(pattern, number, re.ASCII):
+                raise ConfigError(f'drift rule "{self.rule}": {letter} of "{form}" must be {what}')
         return self
 
 

@@ -56,14 +56,19 @@ def published() -> Rule:
     return Rule(5, lambda mu, sigma: mu - (0.1 * sigma).clamp_min(0.1), 1)
 
 
+def windows(tokens: int, low: int, k: float) -> Rule:
+    """W tokens, N low windows, theta = mu - K sigma: "windows W N K"."""
+    return Rule(tokens, lambda mu, sigma: mu - k * sigma, low)
+
+
 def paper() -> Rule:
     """W = 10, theta = mu - 0.5 sigma, three low windows (a secondary account of the paper)."""
-    return Rule(10, lambda mu, sigma: mu - 0.5 * sigma, 3)
+    return windows(10, 3, 0.5)
 
 
 def dart() -> Rule:
     """W = 10, theta = mu - 1.5 sigma, three low windows (this project; docs/drift.md)."""
-    return Rule(10, lambda mu, sigma: mu - 1.5 * sigma, 3)
+    return windows(10, 3, 1.5)
 
 
 def interval(tokens: int = 64) -> Rule:
@@ -80,9 +85,8 @@ def make_rule(text: str) -> Rule:
     """The rule behind a validated ``drift.rule`` setting, e.g. ``paper`` or ``interval 64``."""
     from dart_llm.pruning.registry import DRIFT_RULES
 
-    name, _, argument = text.partition(" ")
-    factory = DRIFT_RULES.get(name)
-    return factory(int(argument)) if argument else factory()
+    name, *numbers = text.split()
+    return DRIFT_RULES.get(name)(*(int(n) if n.isdecimal() else float(n) for n in numbers))
 
 
 @dataclass

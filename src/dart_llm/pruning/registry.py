@@ -148,7 +148,7 @@ BUDGETS: Registry[Budget] = Registry(
 DRIFT_RULES: Registry[Callable[..., Rule]] = Registry(
     "drift rule",
     "dart_llm.drift_rules",
-    _table("drift", "published paper dart interval never"),
+    _table("drift", "published paper dart windows interval never"),
 )
 """Drift rules: functions that return a ``Rule``.  Entry-point group ``dart_llm.drift_rules``."""
 

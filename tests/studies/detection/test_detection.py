@@ -10,7 +10,6 @@ from dart_llm.studies.detection.replay import (
     make_watcher,
     replay,
     similarities,
-    sweep_rule,
 )
 from dart_llm.studies.detection.signals import Recorded, shannon
 from synthetic import HIDDEN, Driver, Stream, config, make_layers
@@ -111,15 +110,16 @@ def test_rules_and_methods_by_name():
         assert (watcher.observe, *guards) == (7, 0, None, 0)
     for name, error in (
         ("griffin", "never re-masks"),
-        ("interval", "N tokens"),
-        ("interval 0", "N must be"),
-        ("paper 3", "no other rule takes"),
+        ("interval", "interval N"),
+        ("interval 0", "must be a whole"),
+        ("paper 3", 'write "paper"'),
         ("papr", "did you mean paper"),
     ):
         with pytest.raises(ConfigError, match=error):
             make_watcher(name, 7)
-    rule = sweep_rule(10, 1.5, 2)
+    rule = make_watcher("windows:10:2:1.5", 7).rule
     mu, sigma = torch.tensor([0.9]), torch.tensor([0.1])
+    assert (rule.window, rule.count) == (10, 2)
     assert rule.threshold(mu, sigma).tolist() == pytest.approx([0.75])
 
 

@@ -4,6 +4,7 @@ import { byId, el } from "./dom.js";
 import { exactly } from "./format.js";
 
 const DENSE = "dense";
+const NUMBERED = { interval: "interval 64", windows: "windows 10 1 3" }; // one choice of a rule's numbers
 
 /** Fill the selects from /api/methods and show the server's defaults. */
 export function fillControls(listing) {
@@ -14,7 +15,7 @@ export function fillControls(listing) {
     title: method.ready === false ? `${method.summary} Not made ready: ${howReady(method.name)}` : method.summary })));
   const own = () => listing.methods.find((method) => method.name === byId("method").value) ?? {};
   const rules = listing.drift_rules.map((rule) => {
-    const value = rule.name === "interval" ? "interval 64" : rule.name;
+    const value = NUMBERED[rule.name] ?? rule.name;
     return option(value, value, { title: rule.summary });
   });
   const unready = methods.filter((method) => method.ready === false).map((method) => method.name);

@@ -69,11 +69,6 @@ def make_watcher(name: str, observe: int) -> Watcher:
     )
 
 
-def sweep_rule(window: int, k: float, count: int) -> Rule:
-    """theta = mu - k sigma, a trigger at ``count``."""
-    return Rule(window, lambda mu, sigma: mu - k * sigma, count)
-
-
 @dataclass
 class Replay:
     """What a watcher did on one text.

@@ -18,6 +18,7 @@ from dart_llm.models.capture import EAGER, layer_count
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.describe import context_length
 from dart_llm.pruning.config import PruneConfig
+from dart_llm.pruning.drift import windows
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
@@ -32,7 +33,6 @@ from dart_llm.studies.detection.replay import (
     rates,
     replay,
     similarities,
-    sweep_rule,
 )
 from dart_llm.studies.detection.settings import DetectSettings
 from dart_llm.studies.detection.signals import SCORES, SIGNALS, Recorded, layers_of, record
@@ -143,7 +143,7 @@ def _rules(signals: Mapping[str, Recorded], asked: DetectSettings) -> Iterator[d
 def _sweep(signals: Mapping[str, Recorded], asked: DetectSettings) -> Iterator[dict[str, Any]]:
     for name in asked.signal_names():
         for window, count, k in asked.sweep_list():
-            watcher = Watcher("sweep", sweep_rule(window, k, count), asked.observe_tokens)
+            watcher = Watcher("sweep", windows(window, count, k), asked.observe_tokens)
             triggers = replay(signals[name], asked.prompt_tokens, watcher).triggers
             yield {"signal": name, "window": window, "n0": count, "k": k, "triggers": triggers}
 
