@@ -47,7 +47,7 @@ from dart_llm.experiments.provenance import Digests
 from dart_llm.experiments.stats import ratio_interval
 from dart_llm.experiments.store import read
 from dart_llm.experiments.study import Study, Unit, load_model, run_study
-from dart_llm.files import size_text, write_json, write_lines
+from dart_llm.files import write_json, write_lines
 from dart_llm.models.checkpoint import blocks_file, checkpoint_facts
 from dart_llm.models.describe import context_length, describe, widths
 from dart_llm.pruning.config import DEFAULT_METHOD, PruneConfig
@@ -55,7 +55,7 @@ from dart_llm.pruning.layer_table import write_table
 from dart_llm.pruning.registry import SETTING
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
-from dart_llm.reporting.table import Table
+from dart_llm.reporting.table import Table, bytes_text
 from dart_llm.session.generation import Generation, generate
 from dart_llm.session.prepare import PreparedMethod, prepare
 from dart_llm.session.run import Run
@@ -369,7 +369,7 @@ class RunStudy(Study[RunSettings]):
             write_drift(self.path, run.drift_checks)
             self._tell_masks(run)
         if trace is not None:
-            size = size_text(trace.nbytes)
+            size = bytes_text(trace.nbytes)
             self.ui.say(f"trace of {trace.tokens} tokens: {settings.trace}, {size}")
         return {
             "id": "prompt-0",
