@@ -34,7 +34,9 @@ def clock() -> Clock:
     return time.perf_counter(), time.process_time()
 
 
-def timed(model: Any, run: Run, ids: torch.Tensor, args: Any, path: Path | None, kept: bool) -> Clock:
+def timed(
+    model: Any, run: Run, ids: torch.Tensor, args: Any, path: Path | None, kept: bool
+) -> Clock:
     """Milliseconds per token."""
     start = clock()
     if path is None:
@@ -42,7 +44,9 @@ def timed(model: Any, run: Run, ids: torch.Tensor, args: Any, path: Path | None,
     else:
         with run.trace(path, activations=kept):
             decode(model, ids, args.tokens)
-    wall, cpu = (1e3 * (end - begin) / args.tokens for begin, end in zip(start, clock(), strict=True))
+    wall, cpu = (
+        1e3 * (end - begin) / args.tokens for begin, end in zip(start, clock(), strict=True)
+    )
     return wall, cpu
 
 
@@ -52,7 +56,9 @@ def read_seconds(path: Path) -> float:
     return time.perf_counter() - start
 
 
-def row(model: Any, ids: torch.Tensor, args: Any, method: str, kept: bool, folder: Path) -> dict[str, Any]:
+def row(
+    model: Any, ids: torch.Tensor, args: Any, method: str, kept: bool, folder: Path
+) -> dict[str, Any]:
     """One method: medians over the pairs, and the median of the pairs' ratios."""
     path = folder / "trace.safetensors"
     settings = {"executor": "masked"} if kept else {}

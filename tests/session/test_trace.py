@@ -238,7 +238,11 @@ def test_what_cannot_be_traced(tmp_path):
         run.trace(path).__enter__()
     with run:
         for given, error, words in (
-            ((path, True), ConfigError, 'executor compact never computes .*: give executor="masked"'),
+            (
+                (path, True),
+                ConfigError,
+                'executor compact never computes .*: give executor="masked"',
+            ),
             ((tmp_path / "no" / "a",), ResultsError, "cannot write the trace .*: No such file or"),
         ):
             with pytest.raises(error, match=words):
@@ -353,7 +357,9 @@ def test_run_writes_one(tmp_path, monkeypatch):
     done = call(*asked, "--sparsity", 0.5, "--method", "griffin", "--trace", "a.safetensors")
     assert done.code == 0 and "trace of 31 tokens: a.safetensors, 2." in done.err, done.err
     (folder,) = (tmp_path / "results").glob("*/*")
-    pruned = [json.loads(line) for line in (folder / "generation.jsonl").read_text().splitlines()][1]
+    pruned = [json.loads(line) for line in (folder / "generation.jsonl").read_text().splitlines()][
+        1
+    ]
     trace = read_trace("a.safetensors")
     assert trace.arrays["token_id"][-11:].tolist() == pruned["token_ids"][:-1]
     masks = load_file(folder / "masks.safetensors")

@@ -112,7 +112,9 @@ def _of_layer(layers: Sequence[FfnWeights], number: int, values: Mapping[int, fl
         if not 0 <= neuron < layer.width:
             raise ConfigError(f"layer {number} has neurons 0-{layer.width - 1}; got id {neuron}")
         if not math.isfinite(value):
-            raise ConfigError(f"neuron {neuron} of layer {number} is clamped at {value}: not finite")
+            raise ConfigError(
+                f"neuron {neuron} of layer {number} is clamped at {value}: not finite"
+            )
     if len(values) == layer.width:
         raise ConfigError(f"layer {number} would keep no neuron that is not clamped: leave one")
     ids = torch.tensor(sorted(values), device=layer.device)

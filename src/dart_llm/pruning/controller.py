@@ -190,7 +190,9 @@ class PruningController:
         self, call: ForwardCall, observing: list[bool], counts: list[float]
     ) -> PendingForward:
         prefill = call.kind is Kind.PREFILL
-        masks = tuple(None if prefill else state.masks or self._unmasked for state in self.sequences)
+        masks = tuple(
+            None if prefill else state.masks or self._unmasked for state in self.sequences
+        )
         watched = any(observing) or any(state.phase is Phase.PRUNED for state in self.sequences)
         observe = any(observing) and self.selector.needs_evidence
         stream = observe and self.selector.statistics.needs_stream

@@ -98,9 +98,7 @@ class Trace:
             self._before[whose] = number
         self.remasks.append({**asdict(remask), "mask": number, "before": before})
 
-    def take(
-        self, pending: PendingForward, accepted: int, states: list[SequenceState]
-    ) -> None:
+    def take(self, pending: PendingForward, accepted: int, states: list[SequenceState]) -> None:
         """The first ``accepted`` tokens of a forward stayed."""
         call = pending.call
         live = None if call.live is None else call.live.tolist()
@@ -151,9 +149,7 @@ class Trace:
         self._count += 1
         return self._count - 1
 
-    def _keep_values(
-        self, row: int, place: int, bits: Array | None, masks: Masks | None
-    ) -> None:
+    def _keep_values(self, row: int, place: int, bits: Array | None, masks: Masks | None) -> None:
         for layer, width in enumerate(self._widths):
             seen, mask = self._u[layer][row, place].float(), masks[layer] if masks else None
             if isinstance(mask, TokenMask) and mask.mean is not None:
