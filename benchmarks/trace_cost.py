@@ -115,7 +115,7 @@ def main() -> None:
             for kept in (False, True) if args.activations else (False,):
                 rows.append(one := row(model, ids, args, method, kept, Path(folder)))
                 print(
-                    f"{method:12s} {one['executor']:8s} {'with' if kept else 'without'} activations: "
+                    f"{method}, {one['executor']}, {'with' if kept else 'without'} activations: "
                     f"{one['plain_ms']:.2f} ms, traced {one['traced_ms']:.2f} ms "
                     f"(x {one['ratio_ms']:.3f}; by CPU time x {one['ratio_cpu_ms']:.3f}), "
                     f"{one['file_bytes']:,} bytes, read in {one['read_frame_s']:.2f} s"

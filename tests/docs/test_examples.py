@@ -90,7 +90,7 @@ def test_a_first_look(capsys):
 
 @pytest.mark.smollm2
 def test_neurons_of_a_topic(capsys):
-    """The tides' own neurons write towards high, low and flow, and it is the tides that need them."""
+    """The tides' own neurons write towards high and flow, and it is the tides that need them."""
     _, tokens, changes, shape, best, words, needed, held = ran("topic_neurons.ipynb", capsys)
     lines = tokens.splitlines()
     assert lines[5].split()[2:] == ["pruned", "0", "768"]

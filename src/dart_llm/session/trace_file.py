@@ -273,8 +273,8 @@ class TraceFile:
             own = [rows[number] for number in mask]
             _fill(cells["neurons"][:, place], own)
             if self.has_activations:
-                for name, column in zip(names[1:], zip(*self._values(layer, own), strict=True)):
-                    _fill(cells[name][:, place], column)
+                for row, values in enumerate(self._values(layer, own)):
+                    cells["activation"][row, place], cells["contribution"][row, place] = values
         return found | {name: cell.ravel() for name, cell in cells.items()}
 
     def frame(self, layers: Sequence[int] | None = None) -> Any:

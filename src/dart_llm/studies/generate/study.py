@@ -256,8 +256,8 @@ class RunStudy(Study[RunSettings]):
         if self.settings.trace:
             if own.config is None:
                 raise ConfigError(
-                    f"--trace says which neurons a pruned text runs, and method {own.label} removes "
-                    "none: give a method and a sparsity"
+                    f"--trace says which neurons a pruned text runs, and method {own.label} "
+                    "removes none: give a method and a sparsity"
                 )
             check_traceable(own.config)
         fed = ids.shape[1] + self.settings.tokens - 1  # the last token is never fed
