@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+from itertools import product
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from dart_llm import read_trace
 from dart_llm.errors import AttachError, ConfigError, MissingExtra, ResultsError
 from dart_llm.models.describe import describe
+from dart_llm.models.packed_loading import round_weights
 from dart_llm.session import trace as writing
 from dart_llm.session.run import prune
 from dart_llm.session.trace_file import COLUMNS, PHASES, ColumnFile, hook_name, norm_name
@@ -20,7 +22,7 @@ from dart_llm.studies.generate.settings import RunSettings
 from lm_cases import call, place
 from observed_cases import Recorder
 from steps import Same, apart, decode, generate, new_cache, selections, shared_model, step
-from tiny import LAYERS, WIDTH, tokens
+from tiny import LAYERS, WIDTH, tiny, tokens
 from token_cases import LEARNT, PLAIN, before_down
 
 PROMPT = 10
@@ -74,6 +76,29 @@ def test_the_neurons_of_a_trace_are_those_that_ran(way, executor, tmp_path):
     kept = sum(len(ids) for ids, own in zip(columns["neurons"], decoded, strict=True) if own)
     share = kept / (report.decoded_tokens * LAYERS * WIDTH)
     assert 1 - share == pytest.approx(report.achieved_sparsity)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("executor", ["native", "slim"])
+def test_what_tokens_choose_of_weights_in_blocks(executor, tmp_path):
+    """By their activations, also two rows at a time, each of which chooses as it does alone."""
+    model = tiny(hidden_size=64, intermediate_size=96)
+    assert round_weights(model, "q8_0") == []
+    both = tokens(2, 26, seed=4)
+    settings = {**TOKENS, "executor": executor}
+    alone = [traced(tmp_path / f"{row}", model, both[row : row + 1], **settings) for row in (0, 1)]
+    together, run, _ = traced(tmp_path / "both", model, both, **settings)
+    assert run.report().executor == executor
+    assert together.arrays["row"].tolist()[-2:] == [0, 1]
+    for row, (trace, _, logits) in enumerate(alone):
+        assert apart(logits, dense_but_for(model, trace, both[row : row + 1])) < 0.03
+        mine = together.arrays["mask"][together.arrays["row"] == row]
+        pairs = zip(trace.arrays["mask"][PROMPT:], mine[PROMPT:], strict=True)
+        for (one, other), layer in product(pairs, range(LAYERS)):
+            first, second = trace.neurons(one, layer), together.neurons(other, layer)
+            assert len(first) == trace.remasks[0]["kept"][layer]
+            assert len(second) == together.remasks[0]["kept"][layer]
+            assert len({*first.tolist()} & {*second.tolist()}) >= len(first) - 3
 
 
 def test_masks_of_the_sequence_stand_once_per_remask(tmp_path):
