@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dart_llm.pruning.config import PruneConfig
     from dart_llm.pruning.records import DriftCheck, Remask, RunReport
     from dart_llm.session.run import Run, prune
+    from dart_llm.session.trace_file import TraceFile, read_trace
     from dart_llm.studies.tune.api import tune
 
 __version__ = "0.1.0"
@@ -39,8 +40,10 @@ _LAZY = {
     "Remask": "dart_llm.pruning.records",
     "Run": "dart_llm.session.run",
     "RunReport": "dart_llm.pruning.records",
+    "TraceFile": "dart_llm.session.trace_file",
     "load": "dart_llm.models.loading",
     "prune": "dart_llm.session.run",
+    "read_trace": "dart_llm.session.trace_file",
     "restore": "dart_llm.patching.patch",
     "tune": "dart_llm.studies.tune.api",
 }
@@ -57,10 +60,12 @@ __all__ = [
     "ResultsError",
     "Run",
     "RunReport",
+    "TraceFile",
     "UnknownName",
     "UnsupportedModel",
     "load",
     "prune",
+    "read_trace",
     "restore",
     "tune",
 ]

@@ -11,7 +11,7 @@ from dart_llm.pruning.registry import SCORES
 
 FOLDER = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py"))
-NOTEBOOK = FOLDER / "first_look.ipynb"
+NOTEBOOKS = ("first_look.ipynb", "topic_neurons.ipynb")
 LONGEST = 40
 
 
@@ -21,15 +21,27 @@ def _clean():
     SCORES.unregister("reach")
 
 
-def notebook():
-    return json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+def code_of(notebook):
+    """Its cells of code."""
+    cells = json.loads((FOLDER / notebook).read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
-def test_four_short_files_and_a_clean_notebook():
+def ran(notebook, capsys):
+    """What each cell printed."""
+    names, outputs = {}, []
+    for cell in code_of(notebook):
+        exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+        outputs.append(capsys.readouterr().out)
+    return outputs
+
+
+def test_four_short_files_and_clean_notebooks():
     assert SCRIPTS == ["batch.py", "own_score.py", "prune_and_generate.py", "watch_remasks.py"]
     for name in SCRIPTS:
         assert len((FOLDER / name).read_text(encoding="utf-8").splitlines()) < LONGEST
-    code = [cell for cell in notebook()["cells"] if cell["cell_type"] == "code"]
+    assert sorted(path.name for path in FOLDER.glob("*.ipynb")) == [*NOTEBOOKS]
+    code = [cell for notebook in NOTEBOOKS for cell in code_of(notebook)]
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
 
 
@@ -64,14 +76,8 @@ def test_what_an_example_prints(name, capsys):
 
 
 @pytest.mark.smollm2
-def test_notebook(capsys):
-    names = {}
-    outputs = []
-    for cell in notebook()["cells"]:
-        if cell["cell_type"] == "code":
-            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
-            outputs.append(capsys.readouterr().out)
-    dense, pruned, report, layers, same, perplexity = outputs
+def test_a_first_look(capsys):
+    dense, pruned, report, layers, same, perplexity = ran("first_look.ipynb", capsys)
     assert dense.startswith("The sky is blue because")
     assert pruned.startswith("The sky is blue because") and pruned != dense
     assert "50.0% while pruned" in report and "mean over 39 decoded tokens" in report
@@ -80,3 +86,25 @@ def test_notebook(capsys):
     values = {name: float(value) for name, value in re.findall(r"(\w+): ([\d.]+)", perplexity)}
     assert list(values) == ["dense", "griffin", "dart"]
     assert values["dense"] < values["dart"] < values["griffin"]
+
+
+@pytest.mark.smollm2
+def test_neurons_of_a_topic(capsys):
+    """The tides' own neurons write towards high and flow, and it is the tides that need them."""
+    _, tokens, changes, shape, best, words, needed, held = ran("topic_neurons.ipynb", capsys)
+    lines = tokens.splitlines()
+    assert lines[5].split()[2:] == ["pruned", "0", "768"]
+    assert {line.split()[-3] for line in lines[1:]} == {"prefill", "pruned", "observe"}
+    assert re.search(r"0 +0 +first +23040 +0 +23040\n1 +12 +interval +23040 +(\d+) +\1$", changes)
+    assert shape == "30 layers, 188 1536 tokens and neurons\n"
+    assert best.startswith("[(27, 296), (28, 831)") and words.splitlines()[0].startswith(
+        "27  296 0.91 [' high', ' higher',"
+    )
+    assert "' flow', ' stream'" in words and "' across', ' Across'" in words
+    found = dict(re.findall(r"(\w+): dense .* without ([-+.\d]+), random", needed))
+    assert float(found["tides"]) == pytest.approx(0.198, abs=0.02)
+    assert abs(float(found["bread"])) < 0.05
+    chance = [float(one) for one in re.findall(r"random ([-+.\d]+)", needed)]
+    assert max(chance) < 0.06
+    off, on, strong = held.splitlines()[:3]
+    assert "high" not in off and on.count(" high") == 2 and " high" in strong

@@ -148,6 +148,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "plots": ("matplotlib", "cmcrameri", "plotly"),
     "drift": ("sentence_transformers", "sacrebleu", "bert_score", "rouge_score"),
     "native": ("ninja",),
+    "trace": ("pandas",),
     "serve": ("fastapi", "prometheus_client", "uvicorn"),
     "cluster": ("ray",),
     "trackio": ("trackio",),

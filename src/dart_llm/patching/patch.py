@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,10 @@ from dart_llm.pruning.token_level import TokenMask
 
 _active: weakref.WeakSet[ModelPatch] = weakref.WeakSet()
 """Weak: an attached model that nobody holds any more is freed with its patch."""
+
+
+OnForward = Callable[[Tensor | None, bool], None]
+"""Takes the ids [B, T] of a forward that comes, and whether it decodes."""
 
 
 class ModelPatch(NotCopied):
@@ -80,6 +84,8 @@ class ModelPatch(NotCopied):
             self.head = ScreenedHead(model, screen, view.parameter_bytes)
         self._watch = Watch(model, self.layers, executor)
         self._changes = Changes()
+        self._on_forward: OnForward | None = None
+        self._steps_before = 0
         self._released = self._served = 0
         self._streams = False
         self._signals: set[str] = set()
@@ -275,6 +281,33 @@ class ModelPatch(NotCopied):
             call = dataclasses.replace(call, kind=Kind.DECODE, observable=None)
         self._decodes = call.kind is Kind.DECODE
         self.plan = self.controller.before_forward(call)
+        if self._on_forward is not None:
+            self._steps_before = self.slim.steps if self.slim else 0
+            self._forget_choices()
+            self._on_forward(seen.input_ids, self._decodes)
+
+    def watch(self, on_forward: OnForward | None) -> None:
+        """Call ``on_forward`` before each forward, and remember what its tokens choose; or stop."""
+        self._on_forward = on_forward
+        for layer in self.layers:
+            if layer.token is not None:
+                layer.token.watched = on_forward is not None
+        self._forget_choices()
+
+    def _forget_choices(self) -> None:
+        for layer in self.layers:
+            if layer.token is not None:
+                layer.token.marks = None
+
+    def chosen(self, layers: Sequence[int]) -> list[Tensor]:
+        """What the tokens of the newest forward chose in ``layers``, where they did, while watched.
+
+        As of ``PatchedFFN.chosen``.
+        """
+        if self.slim is not None and self.slim.steps > self._steps_before:
+            every = self.slim.decoder.chosen()
+            return [every[index] for index in layers]
+        return [self.layers[index].chosen() for index in layers]
 
     def _decode(self, ids: Tensor, cache: Any, forbidden: list[int] | None) -> Tensor | None:
         """Logits [1, V] after ids [1, 1], by a whole step, without a call of the model.

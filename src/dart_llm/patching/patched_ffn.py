@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -247,6 +248,17 @@ class PatchedFFN:
                 *(t if t is None else t.reshape(rows, -1, t.shape[-1]) for t in seen)
             )
         self.context.controller.observe(self.block.index, seen)
+
+    def chosen(self) -> Tensor:
+        """What the tokens of the newest forward, if they chose, chose in this layer.
+
+        uint8 [B T, I / 8 rounded up]: bit i % 8 of byte i / 8 is neuron i.
+        """
+        if self.token is not None and self.token.marks is not None:
+            marks = self.token.marks.flatten(0, -2).cpu().numpy()
+            return torch.from_numpy(np.packbits(marks, axis=1, bitorder="little"))
+        assert isinstance(self.kept, NativeFfn)
+        return self.kept.kept.choice.marks()  # type: ignore[no-any-return]
 
     def nbytes(self) -> int:
         """Bytes of the compact copies and of the multipliers, beside the masks themselves."""

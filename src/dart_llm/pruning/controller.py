@@ -21,6 +21,7 @@ from itertools import compress
 import torch
 from torch import Tensor
 
+from dart_llm.pruning.clamp import NO_CLAMP, Clamp
 from dart_llm.pruning.compensation import read_features
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.drift import make_rule
@@ -55,6 +56,9 @@ from dart_llm.pruning.weights import FfnWeights
 
 RemaskHook = Callable[[Remask, SequenceState], None]
 
+TokensHook = Callable[[PendingForward, int, list[SequenceState]], None]
+"""Takes a forward that was settled, how many of its tokens stayed, and their sequences."""
+
 
 class PruningController:
     """Drives the states of the sequences of one run."""
@@ -65,12 +69,16 @@ class PruningController:
         layers: tuple[FfnWeights, ...],
         given: Masks | None = None,
         on_remask: RemaskHook | None = None,
+        on_tokens: TokensHook | None = None,
+        clamp: Clamp = NO_CLAMP,
     ) -> None:
         self.config = config
-        self.selector: MaskSelector = check_fits(config, layers)
+        self.selector: MaskSelector = check_fits(config, layers, clamp)
         self.rule = make_rule("never" if given is not None else config.drift.rule)
         self.given = given
-        self.on_remask = on_remask
+        self.on_remask, self.on_tokens = on_remask, on_tokens
+        self._unmasked = clamp.of((None,) * len(layers)) if clamp.layers else None
+        """What tokens run that no mask has been made for."""
         self.sequences: list[SequenceState] = []
         self.finished: list[SequenceState] = []
         self.checks: list[DriftCheck] = []
@@ -182,7 +190,9 @@ class PruningController:
         self, call: ForwardCall, observing: list[bool], counts: list[float]
     ) -> PendingForward:
         prefill = call.kind is Kind.PREFILL
-        masks = tuple(None if prefill else state.masks for state in self.sequences)
+        masks = tuple(
+            None if prefill else state.masks or self._unmasked for state in self.sequences
+        )
         watched = any(observing) or any(state.phase is Phase.PRUNED for state in self.sequences)
         observe = any(observing) and self.selector.needs_evidence
         stream = observe and self.selector.statistics.needs_stream
@@ -290,6 +300,8 @@ class PruningController:
                 ObservedForward.accepted(pending.layers, call.rows, accepted, weights, *sampled),
             )
         with outside_inference():
+            if self.on_tokens is not None:  # first: what follows may change the sequences
+                self.on_tokens(pending, accepted, self.sequences)
             if call.kind is Kind.PREFILL:
                 self._settle_prefill(pending)
             elif accepted:

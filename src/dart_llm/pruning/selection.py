@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dart_llm.errors import AttachError, ConfigError, DartError
 from dart_llm.pruning.budgets import LayerView, align_counts, blend_counts
+from dart_llm.pruning.clamp import NO_CLAMP, Clamp
 from dart_llm.pruning.compensation import CompensationInputs, compensation, low_rank
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.layer_table import AUTO, parse_layer_spec
@@ -34,10 +35,14 @@ class MaskSelection:
 
 @dataclass(frozen=True)
 class MaskSelector:
-    """The policy of one configuration over the layers of one model; holds no run state."""
+    """The policy of one configuration over the layers of one model; holds no run state.
+
+    ``clamp``: neurons that masks never keep, whose activations are fixed.
+    """
 
     config: PruneConfig
     layers: tuple[FfnWeights, ...]
+    clamp: Clamp = NO_CLAMP
 
     def __post_init__(self) -> None:
         self.targets  # noqa: B018 - raises early when the table does not fit the model
@@ -122,8 +127,9 @@ class MaskSelector:
             scores = [mix_ranks(score, prior, weight) for score, prior in pairs]
         if counts is None:
             counts = self.counts(scores, evidence)
-        masks = self._masks(scores, evidence, counts)
-        return MaskSelection(masks, tuple(counts), tuple(scores))
+        counts = [self.clamp.most(index, count) for index, count in enumerate(counts)]
+        masks = self._masks(self.clamp.last(scores), evidence, counts)
+        return MaskSelection(self.clamp.of(masks), tuple(counts), tuple(scores))
 
     def scores(self, evidence: Sequence[LayerStatistics]) -> list[Tensor]:
         """What the neuron score says of each layer, [I]; raises ``DartError`` unless finite."""
@@ -207,10 +213,11 @@ class MaskSelector:
             basis = None if layer.learnt is None else layer.learnt.basis
             if count >= layer.width:
                 masks.append(None)
-            elif (mask := self._token_mask(layer, score, known, count)) is not None:
+            elif (mask := self._token_mask(index, score, known, count)) is not None:
                 masks.append(mask)
             else:
                 kept, removed = split(score, count)
+                removed = self.clamp.without(index, removed)
                 bias = None
                 if self.config.compensation and "features" in known.sums and basis is not None:
                     gone[index] = CompensationInputs(layer.down, known, basis, removed)
@@ -223,15 +230,18 @@ class MaskSelector:
         return tuple(masks)
 
     def _token_mask(
-        self, layer: FfnWeights, score: Tensor, evidence: LayerStatistics, count: int
+        self, index: int, score: Tensor, evidence: LayerStatistics, count: int
     ) -> LayerMask | None:
         """Candidates among which each token chooses; None where tokens choose nothing."""
         if (token := self.config.token) is None:
             return None
-        wide = candidate_count(token.candidates, layer.width, count)
+        layer = self.layers[index]
+        wide = self.clamp.most(index, candidate_count(token.candidates, layer.width, count))
         if wide <= count:
             return None
-        mean = evidence.mean_when_lost() if self.config.compensation else None
+        mean = None
+        if self.config.compensation:
+            mean = self.clamp.silent(index, evidence.mean_when_lost())
         worth = None if layer.learnt is None else layer.unit_worth
         return token_mask(score, wide, count, layer.down, mean, worth)
 
@@ -243,8 +253,10 @@ class MaskSelector:
         )
 
 
-def check_fits(config: PruneConfig, layers: Sequence[FfnWeights]) -> MaskSelector:
+def check_fits(
+    config: PruneConfig, layers: Sequence[FfnWeights], clamp: Clamp = NO_CLAMP
+) -> MaskSelector:
     """A ``MaskSelector``, or ``ConfigError`` when the configuration cannot work on this model."""
     if not layers:
         raise ConfigError("the model has no FFN layers")
-    return MaskSelector(config, tuple(layers))
+    return MaskSelector(config, tuple(layers), clamp)

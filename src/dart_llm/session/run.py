@@ -19,8 +19,10 @@ from dart_llm.patching.executors import check_executor, choose_executor
 from dart_llm.patching.executors.whole_step import effective_executor
 from dart_llm.patching.patch import ModelPatch
 from dart_llm.pruning.accounting import Costs, known_bytes, run_report
+from dart_llm.pruning.clamp import Given, make_clamp
 from dart_llm.pruning.config import DEFAULT_METHOD, PruneConfig, check_prepared
-from dart_llm.pruning.controller import PruningController, RemaskHook
+from dart_llm.pruning.controller import PruningController, RemaskHook, TokensHook
+from dart_llm.pruning.forward import PendingForward
 from dart_llm.pruning.masks import USER_MASKS, LayerMask, Masks, masks_on_devices
 from dart_llm.pruning.records import DriftCheck, HeadReport, Remask, RunReport
 from dart_llm.pruning.selection import MaskSelector, check_fits
@@ -28,6 +30,7 @@ from dart_llm.pruning.sequence import SequenceState
 from dart_llm.pruning.token_level import plain_masks, sequence_masks
 from dart_llm.pruning.weights import FfnWeights, with_prior
 from dart_llm.session.kept import other_model
+from dart_llm.session.trace import Trace, open_trace
 
 logger = logging.getLogger("dart_llm")
 
@@ -70,17 +73,19 @@ class MethodOnModel:
         prior: Sequence[Tensor] | None = None,
         layers: tuple[FfnWeights, ...] | None = None,
         by_hand: bool = False,
+        clamp: Given | None = None,
     ) -> MethodOnModel:
         """``layers``: what learning made of the weights; None: the weights as they are.
 
-        Raises ``ConfigError`` where the configuration does not fit the layers.
+        Raises ``ConfigError`` where the configuration or the clamp does not fit the layers.
         """
         if layers is None:
             layers = view.weights(config.score.proxy_embedding, config.seed)
         if prior is not None:
             layers = with_prior(layers, prior=prior)
         ranks = None if prior is None else tuple(prior)
-        return cls(config, layers, check_fits(config, layers), fixed_masks, ranks, by_hand)
+        selector = check_fits(config, layers, make_clamp(layers, clamp or {}))
+        return cls(config, layers, selector, fixed_masks, ranks, by_hand)
 
     @property
     def chooses(self) -> bool:
@@ -99,9 +104,13 @@ class MethodOnModel:
         """The sparsity asked for; None where it is not one of the whole model."""
         return self.config.target if self.selector.asks_total and not self.by_hand else None
 
-    def controller(self, on_remask: RemaskHook | None = None) -> PruningController:
+    def controller(
+        self, on_remask: RemaskHook | None = None, on_tokens: TokensHook | None = None
+    ) -> PruningController:
         """One that has seen nothing."""
-        return PruningController(self.config, self.layers, self.fixed_masks, on_remask)
+        clamp = self.selector.clamp
+        hooks = on_remask, on_tokens
+        return PruningController(self.config, self.layers, self.fixed_masks, *hooks, clamp)
 
     def report(
         self, view: ModelView, controller: PruningController, executor: str, costs: PatchCosts
@@ -159,6 +168,7 @@ class Run:
         on_remask: Callable[[Remask], None] | None = None,
         held: Masks | None = None,
         prior: Sequence[Tensor] | None = None,
+        clamp: Given | None = None,
     ) -> None:
         """As ``prune``; ``held``: masks chosen by calibration, ``prior``: [I] per layer.
 
@@ -169,14 +179,16 @@ class Run:
         self.on_remask = on_remask
         self.on_selection: Callable[[Remask, SequenceState], None] | None = None
         self.on_masks: Callable[[Masks], None] | None = None
-        self._view = describe(model)
+        self._view, self._clamp = describe(model), clamp
+        self.tracing: Trace | None = None
         by_hand = masks is not None or remove is not None
-        method = MethodOnModel.of(self._view, config, held, prior, by_hand=by_hand)
+        method = MethodOnModel.of(self._view, config, held, prior, by_hand=by_hand, clamp=clamp)
         if by_hand:
             method = replace(method, fixed_masks=masks_on_devices(method.layers, masks, remove))
+        method = _clamp_fixed(method)
         self._method = method
         self._first_masks = method.fixed_masks
-        self.controller = method.controller(self._notify)
+        self.controller = self._new_controller()
         self.patch: ModelPatch | None = None
         self._costs = PatchCosts()
         check_prepared(config, method.chooses, prior is not None)
@@ -199,6 +211,17 @@ class Run:
             self.on_selection(remask, state)
         if self.on_masks is not None and state.masks is not None:
             self.on_masks(sequence_masks(state.masks))
+        if self.tracing is not None:
+            self.tracing.remask(remask, state)
+
+    def _take_tokens(
+        self, pending: PendingForward, accepted: int, states: list[SequenceState]
+    ) -> None:
+        if self.tracing is not None:
+            self.tracing.take(pending, accepted, states)
+
+    def _new_controller(self) -> PruningController:
+        return self._method.controller(self._notify, self._take_tokens)
 
     @property
     def executor(self) -> str:
@@ -214,7 +237,7 @@ class Run:
             raise AttachError("this run is attached already")
         if not self.controller.sequence_count:  # the model may have moved since this run was made
             self._method = self._learnt()
-            self.controller = self._method.controller(self._notify)
+            self.controller = self._new_controller()
         screen = learn_screen(self.model, self.config, self._method.layers)
         patch = ModelPatch(self.model, self._view, self.controller, self.executor, screen=screen)
         self.patch = patch  # first, so that ``detach`` knows of it however this ends
@@ -225,13 +248,19 @@ class Run:
         """The method with what it wants to know of the model."""
         old = self._method
         method = MethodOnModel.of(
-            self._view, self.config, old.fixed_masks, old.prior, by_hand=old.by_hand
+            self._view,
+            self.config,
+            old.fixed_masks,
+            old.prior,
+            by_hand=old.by_hand,
+            clamp=self._clamp,
         )
         # masks that are held now may be let go later, those given from the start never
         if self._first_masks is not None or method.selector.removes_nothing:
             return method
         layers = self_calibrate(self.model, self.config, method.layers)
-        return MethodOnModel.of(self._view, self.config, old.fixed_masks, old.prior, layers)
+        known = old.fixed_masks, old.prior, layers
+        return MethodOnModel.of(self._view, self.config, *known, clamp=self._clamp)
 
     def detach(self) -> None:
         """Stop pruning; the model is exactly what it was.  Safe to call twice."""
@@ -259,7 +288,7 @@ class Run:
 
     def reset(self) -> None:
         """Forget all sequences, masks and records; the next forward starts anew."""
-        self.controller = self._method.controller(self._notify)
+        self.controller = self._new_controller()
         if self.patch is not None:
             self.patch.controller = self.controller
 
@@ -280,6 +309,21 @@ class Run:
         finally:
             patch.forced_decode -= 1
             patch.forced_prompt -= prompt
+
+    def trace(
+        self, path: str | Path, activations: bool = False
+    ) -> contextlib.AbstractContextManager[Trace]:
+        """A block whose tokens are written to ``path``: which neurons each layer ran for each.
+
+        ``activations``: and what these were, which needs executor ``masked``.  The file is there
+        when the block is left, also by an error; ``read_trace`` reads it, and docs/trace.md says
+        what it holds.  Memory holds some hundred tokens at a time, the rest lies beside ``path``.
+
+        Raises ``AttachError`` when detached, or traced already; ``ConfigError`` for activations
+        under another executor, and for methods whose tokens choose no neurons (``teal`` and others
+        of ``token.rule`` ``inputs``); ``ResultsError`` where nothing can be written.
+        """
+        return open_trace(self, Path(path), activations)
 
     def select(self) -> Masks:
         """The masks that the tokens observed so far give, compensation included; None: dense.
@@ -383,6 +427,14 @@ class Run:
         return export(self.model, self._view.blocks, masks, Path(folder))
 
 
+def _clamp_fixed(method: MethodOnModel) -> MethodOnModel:
+    """The same, whose masks are clamped; where nothing is chosen a clamp is a fixed mask itself."""
+    fixed, clamp = method.fixed_masks, method.selector.clamp
+    if not clamp.layers or method.chooses:
+        return method
+    return replace(method, fixed_masks=clamp.of(fixed or (None,) * len(method.layers)))
+
+
 def _costs_of(patch: ModelPatch) -> PatchCosts:
     head = None if patch.head is None else patch.head.report()
     return PatchCosts(patch.nbytes(), patch.steps, patch.proxy_errors, head)
@@ -395,6 +447,7 @@ def prune(
     sparsity: float | None = None,
     masks: Ids | None = None,
     remove: Ids | None = None,
+    clamp: Given | None = None,
     on_remask: Callable[[Remask], None] | None = None,
     **settings: Any,
 ) -> Run:
@@ -403,7 +456,9 @@ def prune(
     ``method``: a name (``dart-llm methods`` lists them), a ``PruneConfig``, or
     ``file:setting.yaml``, what ``tune`` kept: a warning says where that was found for another
     model.  ``sparsity``: fraction of all FFN neurons to remove, [0, 1).  ``masks``: {layer: neuron
-    ids to keep}, or ``remove``: {layer: ids to remove}, applies the given neurons.  ``on_remask``
+    ids to keep}, or ``remove``: {layer: ids to remove}, applies the given neurons.  ``clamp``:
+    {layer: {neuron id: activation}} fixes neurons of decoded tokens beside all that, whatever the
+    masks (0.0: as if removed; ``sparsity=0`` for nothing but the clamp).  ``on_remask``
     is called with every new mask's record.  ``settings``: any field of ``PruneConfig``.  Nothing is
     changed before the block is entered, or ``attach`` is called.
 
@@ -419,4 +474,4 @@ def prune(
     config = PruneConfig.build(method, sparsity=sparsity, **settings)
     if isinstance(method, str) and (said := other_model(method, model, held=True)):
         logger.warning(said)
-    return Run(model, config, masks, remove, on_remask)
+    return Run(model, config, masks, remove, on_remask, clamp=clamp)

@@ -58,4 +58,9 @@ inline void choose_by_activations(Worker& team, const Kernels& kernels, const Co
   ffn.kept = copies.keep;
 }
 
+// Sets bit i % 8 of byte i / 8 for each of the `count` ids, in bytes that are zero.
+inline void mark(const int32_t* ids, int64_t count, uint8_t* bits) {
+  for (int64_t i = 0; i < count; ++i) bits[ids[i] / 8] |= uint8_t(1 << (ids[i] % 8));
+}
+
 }  // namespace dart

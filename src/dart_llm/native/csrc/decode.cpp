@@ -141,15 +141,15 @@ struct Member : Worker {
     norm_rows(layer.before_ffn, scratch.stream.data(), hidden, x);
     Input given = input(x, hidden);
     Ffn ffn = layer.ffn;
+    int32_t* chosen = scratch.chosen.data() + index * cache.rows * decoder.width;
     if (layer.copies.keep && !layer.copies.own())
-      choose(*this, kernels, decoder.dtype, layer.copies, given, ffn, scratch.strength.data(),
-             scratch.chosen.data());
+      choose(*this, kernels, decoder.dtype, layer.copies, given, ffn, scratch.strength.data(), chosen);
     float* u = scratch.u.data() + index * cache.rows * decoder.width;
     int64_t apart = layer.copies.keep ? layer.ffn.kept : 0;  // places from one row's ids to the next's
     if (ffn.packed_down) activations(ffn, layer.copies.own() ? 0 : apart, given, u);
     if (layer.copies.own())
       choose_by_activations(*this, kernels, layer.copies, cache.rows, ffn, u, decoder.width,
-                            scratch.strength.data(), scratch.chosen.data());
+                            scratch.strength.data(), chosen);
     in_parts(PARTS, [&](int64_t one, int64_t parts) {
       if (one == 0 && scratch.observed) observe(index);
       float* to = sums(ffn, one);
@@ -390,7 +390,7 @@ Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_, int64_t
   whole.resize(threads * padded(d.hidden));
   likeliest.resize(each);
   strength.resize(rows * d.width);
-  chosen.resize(rows * d.width);
+  chosen.resize(all * d.width);
   scores.resize(threads * positions);
   u.resize(all * d.width);
   x.resize(all * d.hidden);

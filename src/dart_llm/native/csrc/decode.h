@@ -89,7 +89,7 @@ struct Scratch {
   std::vector<float> scales, group_sums;
   std::vector<int32_t> whole;          // [threads, D]: sums of a group of neurons
   std::vector<float> strength;       // of a layer's neurons: [M, I]
-  std::vector<int32_t> chosen;       // each token's neurons
+  std::vector<int32_t> chosen;       // each token's neurons: [L, M, those it may choose out of]
   std::vector<Likeliest> likeliest;  // [threads, M]: of the words that each member saw; empty them first
   ScreenRoom screened;
   int64_t threads, positions, rows;

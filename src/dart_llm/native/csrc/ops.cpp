@@ -189,6 +189,20 @@ struct Choice : torch::CustomClassHolder {
                 "native: these copies are of another FFN");
     return copies;
   }
+
+  // What the tokens of the newest call chose: ids [M, apart], of which each has `keep`.
+  void took(std::vector<int32_t>&& ids, int64_t apart_) { chosen = std::move(ids), apart = apart_; }
+  std::vector<int32_t> chosen;
+  int64_t apart = 1;
+
+  // The same as bits [M, I / 8 rounded up]: bit i % 8 of byte i / 8 is neuron i.
+  Tensor marks() const {
+    int64_t count = int64_t(chosen.size()) / apart, bytes = (width + 7) / 8;
+    Tensor found = at::zeros({count, bytes}, at::kByte);
+    for (int64_t m = 0; m < count; ++m)
+      dart::mark(chosen.data() + m * apart, copies.keep, found.mutable_data_ptr<uint8_t>() + m * bytes);
+    return found;
+  }
 };
 using MaybeChoice = std::optional<c10::intrusive_ptr<Choice>>;
 
@@ -236,6 +250,7 @@ Tensor ffn(const Tensor& x, const MaybeTensor& gate, const Tensor& up, const Ten
   for (int64_t i = 0; i < size; ++i) to[i] = add ? add[i % hidden] : 0.0f;
   for (int64_t group = 0; group < dart::PARTS; ++group)
     for (int64_t i = 0; i < size; ++i) to[i] += sums[group * size + i];
+  if (choice) (*choice)->took(std::move(chosen), f.kept);
   return z.to(type);
 }
 
@@ -326,6 +341,7 @@ Tensor packed_ffn(const Tensor& x, const std::optional<Packs>& gate, const Packs
                          low.mutable_data_ptr<float>() + one * count * hidden);
     });
   });
+  if (choice) (*choice)->took(std::move(chosen), f.kept);
   Tensor z = parts.sum(0).narrow(1, 0, hidden);
   if (f.rank) z = z + low.sum(0);
   if (add) z = z + *bias;
@@ -701,6 +717,21 @@ struct Decoder : torch::CustomClassHolder {
             copy(normed ? scratch->r : scratch->z, {read, rows, model.hidden}, type)};
   }
 
+  // Of the last step, where its tokens chose: their neurons as bits [L, M, I / 8 rounded up], as of
+  // Choice::marks; zeros in layers where they did not.
+  Tensor marks() const {
+    TORCH_CHECK(scratch, "native: no step was made");
+    int64_t bytes = (model.width + 7) / 8;
+    Tensor found = at::zeros({int64_t(model.layers.size()), rows, bytes}, at::kByte);
+    uint8_t* to = found.mutable_data_ptr<uint8_t>();
+    for (size_t index = 0; index < model.layers.size(); ++index) {
+      const dart::Layer& layer = model.layers[index];
+      const int32_t* ids = scratch->chosen.data() + int64_t(index) * rows * model.width;
+      for (int64_t m = 0; m < rows; ++m, to += bytes) dart::mark(ids + m * layer.ffn.kept, layer.copies.keep, to);
+    }
+    return found;
+  }
+
   // Bytes of scratch memory beside the weights and the masks.
   int64_t nbytes() const {
     if (!scratch) return 0;
@@ -731,7 +762,8 @@ TORCH_LIBRARY(dart_llm, library) {
   dart::register_head(library);
   library.class_<Choice>("Choice")
       .def(torch::init<const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-                       const Tensor&, const MaybeTensor&, std::vector<int64_t>>());
+                       const Tensor&, const MaybeTensor&, std::vector<int64_t>>())
+      .def("marks", &Choice::marks);
   library.def("linear", linear);
   library.def("ffn", ffn);
   library.def("packed_ffn", packed_ffn);
@@ -754,5 +786,6 @@ TORCH_LIBRARY(dart_llm, library) {
       .def("prompt_layers", &Decoder::prompt_layers)
       .def("prompt_end", &Decoder::prompt_end)
       .def("nbytes", &Decoder::nbytes)
-      .def("observed", &Decoder::observed);
+      .def("observed", &Decoder::observed)
+      .def("marks", &Decoder::marks);
 }

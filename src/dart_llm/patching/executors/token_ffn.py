@@ -79,6 +79,9 @@ class TokenFfn:
                 "made: load the model without offloading, or use a method without token"
             )
         self.block, self.config = block, config
+        self.watched = False
+        self.marks: Tensor | None = None
+        """What the tokens of the newest forward chose here, [B, T, I] bool, while ``watched``."""
         self._prepare()
 
     def _prepare(self) -> None:
@@ -141,7 +144,9 @@ class TokenFfn:
         mean = stacked([m.mean if isinstance(m, TokenMask) else None for m in masks])
         bias = stacked([None if m is None else m.bias for m in masks])
         u = self.block.hidden(x)
-        keep = by_row(self._keep, self.ranks(fed, u), masks).to(x.dtype)
+        marks = by_row(self._keep, self.ranks(fed, u), masks)
+        self.marks = marks if self.watched else None
+        keep = marks.to(x.dtype)
         z = project((u if mean is None else u - mean[:, None].to(x)) * keep)
         return u, (z if bias is None else z + bias[:, None].to(x))
 

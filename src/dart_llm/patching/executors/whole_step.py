@@ -159,6 +159,12 @@ class StepDecoder(ABC):
         """
         raise NotImplementedError
 
+    def chosen(self) -> Tensor:
+        """What the tokens of the last step chose, uint8 [L, B, I / 8 rounded up]: bits as of
+        ``PatchedFFN.chosen``; zeros in layers whose tokens chose nothing.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def observed(self, stream: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Of the last step: u [L, B, I], the FFNs' inputs, their outputs, the stream before them,
@@ -256,7 +262,7 @@ class WholeStepForward:
         """Load the masks of the plan in force; False where a step can not serve it."""
         controller = self.current()
         plan = controller.plan
-        if len(plan.masks) > 1 or self._signals_inside(plan):
+        if len(plan.masks) > 1 or self._signals_inside(plan) or (plan.observe and not plan.dense):
             return False
         masks = plan.masks[0] if plan.masks else None
         if masks and not self.decoder.serves(masks):

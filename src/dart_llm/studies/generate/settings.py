@@ -67,6 +67,12 @@ class RunSettings(ActivationSettings):
         "Evaluation", "Text for methods that calibrate (default: c4 of the hub)."
     )
     # results
+    trace: str | None = setting(
+        "Results", "Write which neurons ran for every token to this file (docs: Traces)."
+    )
+    trace_activations: bool = setting(
+        "Results", "Write their activations too (by executor masked).", False
+    )
     verbose: bool = setting("Results", "Log every mask and every drift window.", False)
 
     @model_validator(mode="after")
@@ -90,18 +96,26 @@ class RunSettings(ActivationSettings):
         return self
 
     def _check_recording(self) -> None:
-        if not self.save_activations:
-            return
-        if self.evaluates and not self.tokens:
+        asked = {"--save-activations": self.save_activations, "--trace": self.trace is not None}
+        if self.trace_activations and self.trace is None:
+            raise ConfigError("--trace-activations adds to a trace: give --trace FILE too")
+        for flag in (flag for flag, given in asked.items() if given):
+            if self.evaluates and not self.tokens:
+                raise ConfigError(
+                    f"{flag} keeps what the generated texts do, and nothing is generated: give a "
+                    "prompt and --generation N, or leave it off"
+                )
+        if self._records and self.executor in ("compact", "native", "slim", "graph"):
+            flag = "--save-activations" if self.save_activations else "--trace-activations"
             raise ConfigError(
-                "--save-activations keeps those of the generated texts, and nothing is generated: "
-                "give a prompt and --generation N, or leave it off"
+                f"{flag} cannot see the neurons that executor {self.executor} skips: give "
+                "--executor masked, or leave the executor out"
             )
-        if self.executor in ("compact", "native", "slim", "graph"):
-            raise ConfigError(
-                f"--save-activations cannot see the neurons that executor {self.executor} skips: "
-                "give --executor masked, or leave the executor out"
-            )
+
+    @property
+    def _records(self) -> bool:
+        """Whether activations are kept."""
+        return self.save_activations or self.trace_activations
 
     def fitted(self) -> RunSettings:
         changes, notes = settings.values_for(self)
@@ -110,7 +124,7 @@ class RunSettings(ActivationSettings):
     def prune_config(self) -> PruneConfig:
         """The preset with every setting on top of it; recorded runs use the masked executor."""
         config = super().prune_config()
-        return config.replace({"executor": "masked"}) if self.save_activations else config
+        return config.replace({"executor": "masked"}) if self._records else config
 
     @property
     def evaluates(self) -> bool:

@@ -55,10 +55,11 @@ from dart_llm.pruning.layer_table import write_table
 from dart_llm.pruning.registry import SETTING
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
-from dart_llm.reporting.table import Table
+from dart_llm.reporting.table import Table, bytes_text
 from dart_llm.session.generation import Generation, generate
 from dart_llm.session.prepare import PreparedMethod, prepare
 from dart_llm.session.run import Run
+from dart_llm.session.trace import check_traceable
 from dart_llm.studies.generate import plots, report
 from dart_llm.studies.generate.settings import RunSettings
 
@@ -252,6 +253,13 @@ class RunStudy(Study[RunSettings]):
     def _texts(self, own: PreparedMethod) -> Iterator[Unit]:
         text, ids = encode(self.settings, self.prompt, self.model, self.tokenizer)
         variants = ["dense"] if own.config is None else ["dense", "pruned"]
+        if self.settings.trace:
+            if own.config is None:
+                raise ConfigError(
+                    f"--trace says which neurons a pruned text runs, and method {own.label} "
+                    "removes none: give a method and a sparsity"
+                )
+            check_traceable(own.config)
         fed = ids.shape[1] + self.settings.tokens - 1  # the last token is never fed
         self.saver = saver(self.settings, self.model, self.path, fed)
         if self.saver is not None:
@@ -270,6 +278,8 @@ class RunStudy(Study[RunSettings]):
             return None
         variant = unit.data[0]
         files = [self.path / "masks.safetensors"] if variant == "pruned" else []
+        if variant == "pruned" and self.settings.trace:
+            files.append(Path(self.settings.trace))
         if self.saver is not None:
             files.append(self.saver.path(variant))
         return self.folder.part(unit.key) if all(path.exists() for path in files) else None
@@ -336,7 +346,10 @@ class RunStudy(Study[RunSettings]):
         recorded: Any = contextlib.nullcontext()
         if self.saver is not None:
             recorded = self.saver.recording(variant, text)
-        with around, recorded:
+        traced: Any = contextlib.nullcontext()
+        if settings.trace and run is not None:
+            traced = run.trace(settings.trace, settings.trace_activations)
+        with around, recorded, traced as trace:
             made = generate(
                 self.model,
                 self.tokenizer,
@@ -355,6 +368,9 @@ class RunStudy(Study[RunSettings]):
             write_masks(self.path, recorder, run, name)
             write_drift(self.path, run.drift_checks)
             self._tell_masks(run)
+        if trace is not None:
+            size = bytes_text(trace.nbytes)
+            self.ui.say(f"trace of {trace.tokens} tokens: {settings.trace}, {size}")
         return {
             "id": "prompt-0",
             "variant": variant,

@@ -1,0 +1,124 @@
+"""Clamps: neurons whose activation is fixed at a value while the model decodes.
+
+A neuron whose activation is v adds ``v W_down[:, i]``, whatever it would have said: so it is a
+neuron that is removed, and a constant beside it.  That is a mask with a bias, which every executor
+runs already.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dart_llm.errors import ConfigError
+from dart_llm.pruning.compensation import compensation
+from dart_llm.pruning.masks import LayerMask, Masks
+from dart_llm.pruning.weights import FfnWeights
+
+Given = Mapping[int, Mapping[int, float]]
+"""{layer: {neuron id: its activation}}."""
+
+
+@dataclass(frozen=True)
+class LayerClamp:
+    """Of one layer of ``width`` neurons: ``ids`` [n] int64, ascending, and ``bias`` [D] float32,
+    what these add to the FFN's output (None: nothing), both on the layer's device.
+    """
+
+    ids: Tensor
+    width: int
+    bias: Tensor | None
+
+    def of(self, mask: LayerMask | None) -> LayerMask:
+        """``mask`` (None: all neurons) without the clamped ones, and their constant.
+
+        Raises ``ConfigError`` where it keeps no other neuron.
+        """
+        if mask is None:
+            mask = LayerMask(torch.arange(self.width, device=self.ids.device), self.width)
+        kept = mask.ids[~torch.isin(mask.ids, self.ids)]
+        if not len(kept):
+            raise ConfigError(
+                "masks= leaves a layer no neuron that is not clamped: keep more, or clamp fewer"
+            )
+        parts = [part for part in (mask.bias, self.bias) if part is not None]
+        return replace(mask, ids=kept, bias=sum(parts[1:], parts[0]) if parts else None)
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """The clamped neurons of a model; ``layers``: of those that have any, by their number."""
+
+    layers: Mapping[int, LayerClamp]
+
+    def of(self, masks: Masks) -> Masks:
+        """``masks`` under the clamp."""
+        known = self.layers
+        return tuple(known[n].of(mask) if n in known else mask for n, mask in enumerate(masks))
+
+    # what a choice of masks asks, so that the clamped neurons are not chosen
+
+    def last(self, scores: Sequence[Tensor]) -> list[Tensor]:
+        """``scores``, [I] each, with the clamped neurons behind all others."""
+        known = self.layers
+        return [
+            score.index_fill(0, known[n].ids, -torch.inf) if n in known else score
+            for n, score in enumerate(scores)
+        ]
+
+    def most(self, layer: int, count: int) -> int:
+        """``count``, or as many neurons as the layer has that are not clamped."""
+        own = self.layers.get(layer)
+        return count if own is None else min(count, own.width - len(own.ids))
+
+    def without(self, layer: int, ids: Tensor) -> Tensor:
+        """Those of ``ids`` that are not clamped: nothing else stands for a clamped neuron."""
+        own = self.layers.get(layer)
+        return ids if own is None else ids[~torch.isin(ids, own.ids)]
+
+    def silent(self, layer: int, mean: Tensor) -> Tensor:
+        """``mean`` activations [I] with 0 for the clamped neurons, likewise."""
+        own = self.layers.get(layer)
+        return mean if own is None else mean.index_fill(0, own.ids, 0.0)
+
+
+NO_CLAMP = Clamp({})
+
+
+def make_clamp(layers: Sequence[FfnWeights], given: Given) -> Clamp:
+    """Of ``given`` activations.
+
+    Raises ``ConfigError`` for a layer, a neuron or a value that cannot be.
+    """
+    if not isinstance(given, Mapping) or not all(isinstance(v, Mapping) for v in given.values()):
+        raise ConfigError("clamp= takes {layer: {neuron id: activation}}")
+    return Clamp({n: _of_layer(layers, n, given[n]) for n in sorted(given) if given[n]})
+
+
+def _of_layer(layers: Sequence[FfnWeights], number: int, values: Mapping[int, float]) -> LayerClamp:
+    if not 0 <= number < len(layers):
+        raise ConfigError(f"layer {number} is out of range: this model has {len(layers)} layers")
+    layer = layers[number]
+    if layer.down.is_meta:
+        raise ConfigError(
+            f"layer {number} is offloaded, so its weights cannot be read between forwards: clamp "
+            "neurons of other layers, or load the model without offloading"
+        )
+    for neuron, value in values.items():
+        if not 0 <= neuron < layer.width:
+            raise ConfigError(f"layer {number} has neurons 0-{layer.width - 1}; got id {neuron}")
+        if not math.isfinite(value):
+            raise ConfigError(
+                f"neuron {neuron} of layer {number} is clamped at {value}: not finite"
+            )
+    if len(values) == layer.width:
+        raise ConfigError(f"layer {number} would keep no neuron that is not clamped: leave one")
+    ids = torch.tensor(sorted(values), device=layer.device)
+    constant = torch.zeros(layer.width, device=layer.device)
+    constant[ids] = torch.tensor([float(values[i]) for i in sorted(values)], device=layer.device)
+    bias = compensation(layer.down, constant, ids) if bool(constant.any()) else None
+    return LayerClamp(ids, layer.width, bias)

@@ -1,0 +1,329 @@
+"""A trace in a file: safetensors, a column per tensor.  Written by pieces; read without torch.
+
+docs/trace.md describes every column; ``COLUMNS`` is what all traces have.  pandas is asked for by
+``TraceFile.frame`` and ``.remasks`` alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dart_llm.errors import ConfigError, MissingExtra, ResultsError
+
+Array = NDArray[Any]
+
+FORMAT = "dart-llm trace 1"
+
+COLUMNS = ("sequence", "row", "position", "token_id", "phase", "mask")
+"""int32 [N], one number per token."""
+
+PHASES = ("prefill", "observe", "pruned", "released")
+"""What ``phase`` counts."""
+
+DENSE = -1
+"""In ``mask``: every neuron ran."""
+
+_KINDS = {"<f4": "F32", "<i4": "I32", "|u1": "U8"}
+
+
+def hook_name(layer: int) -> str:
+    """What TransformerLens calls the activations of a layer's neurons, [batch, pos, d_mlp]."""
+    return f"blocks.{layer}.mlp.hook_post"
+
+
+def norm_name(layer: int) -> str:
+    """The column of the norms of a layer's output weights."""
+    return f"blocks.{layer}.mlp.W_out.norm"
+
+
+@dataclass
+class _Column:
+    file: BinaryIO
+    dtype: np.dtype[Any]
+    row: tuple[int, ...]
+    rows: int = 0
+
+
+class ColumnFile:
+    """Columns of a safetensors file that grow by pieces; memory holds none of them.
+
+    They lie in a hidden folder beside ``path`` until ``finish`` joins them.  Raises
+    ``ResultsError`` where something cannot be written.
+    """
+
+    def __init__(self, path: Path, columns: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+        """``columns``: dtype and shape of a row, by name."""
+        self.path = path
+        self._columns: dict[str, _Column] = {}
+        try:
+            made = tempfile.mkdtemp(".part", f".{path.name}.", path.parent)
+            self._folder = Path(made)
+            for number, (name, (dtype, row)) in enumerate(columns.items()):
+                file = (self._folder / str(number)).open("w+b")
+                self._columns[name] = _Column(file, np.dtype(dtype), row)
+        except OSError as error:
+            raise self._cannot(error) from None
+
+    def _cannot(self, error: OSError) -> ResultsError:
+        return ResultsError(f"cannot write the trace {self.path}: {error.strerror or error}")
+
+    def append(self, name: str, rows: Array) -> None:
+        """Add ``rows`` [n, ...] to a column."""
+        column = self._columns[name]
+        data = np.ascontiguousarray(rows, column.dtype)
+        assert data.shape[1:] == column.row
+        try:
+            column.file.write(data.data)
+        except OSError as error:
+            raise self._cannot(error) from None
+        column.rows += len(data)
+
+    def finish(self, metadata: Mapping[str, str]) -> int:
+        """Join the columns at ``path``, whole or not at all; the bytes of the file."""
+        header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+        end = 0
+        for name, one in self._columns.items():
+            start, end = end, end + one.rows * int(np.prod(one.row, initial=one.dtype.itemsize))
+            shape = [one.rows, *one.row]
+            kind = _KINDS[one.dtype.str]
+            header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+        data = json.dumps(header, separators=(",", ":")).encode()
+        data = data.ljust(-(-len(data) // 8) * 8)
+        joined = self._folder / "joined"
+        try:
+            with joined.open("wb") as file:
+                file.write(len(data).to_bytes(8, "little") + data)
+                for one in self._columns.values():
+                    one.file.seek(0)
+                    shutil.copyfileobj(one.file, file)
+                    one.file.truncate(0)  # never twice on the disk, but for this one
+            joined.replace(self.path)
+        except OSError as error:
+            raise self._cannot(error) from None
+        return len(data) + 8 + end
+
+    def close(self) -> None:
+        """Leave nothing behind but what ``finish`` wrote."""
+        for one in self._columns.values():
+            one.file.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def read_trace(path: str | Path) -> TraceFile:
+    """The trace in a file that ``Run.trace`` or ``dart-llm run --trace`` wrote.
+
+    Raises ``ConfigError`` for a file that is missing, damaged, or no trace.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            facts = file.metadata() or {}
+            if facts.get("format") != FORMAT:
+                raise ConfigError(
+                    f"{path} is no trace that this version reads (its format is "
+                    f"{facts.get('format', 'not said')}, not {FORMAT}): give a file that "
+                    "run.trace or dart-llm run --trace wrote"
+                )
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        found = TraceFile(dict(facts), arrays)
+        found.check()
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ConfigError(
+            f"cannot read the trace {path}: {reason}; a run that was killed leaves none, so "
+            "trace it again"
+        ) from None
+    return found
+
+
+@dataclass(frozen=True)
+class TraceFile:
+    """A trace that was read.  N tokens, M masks, L layers.
+
+    ``facts``: the file's metadata, strings.  ``arrays``: its columns, numpy, by name.
+    """
+
+    facts: dict[str, str]
+    arrays: dict[str, Array]
+
+    @cached_property
+    def layers(self) -> list[dict[str, Any]]:
+        """Of each layer ``layer``, ``width`` (neurons), ``hook`` (TransformerLens' name of its
+        activations) and ``module`` (the model's own, as nnsight says it: its input are these).
+        """
+        found: list[dict[str, Any]] = json.loads(self.facts["layers"])
+        return found
+
+    @cached_property
+    def remasks(self) -> list[dict[str, Any]]:
+        """The records of all re-masks (``Remask``), with ``mask`` and ``before``: rows of the
+        column ``masks``, None where tokens choose, or where there was none before.
+        """
+        found: list[dict[str, Any]] = json.loads(self.facts["remasks"])
+        return found
+
+    @property
+    def has_activations(self) -> bool:
+        """Whether activations were kept."""
+        return hook_name(0) in self.arrays
+
+    def check(self) -> None:
+        """Raise ``ValueError`` or ``KeyError`` where columns do not fit each other."""
+        masks, bits = self.arrays["masks"], sum(-(-one["width"] // 8) for one in self.layers)
+        lengths = {len(self.arrays[name]) for name in COLUMNS}
+        if len(lengths) != 1 or masks.ndim != 2 or masks.shape[1] != bits or not self.layers:
+            raise ValueError("its columns have lengths that do not fit")
+        named = [one[key] for one in self.remasks for key in ("mask", "before")]
+        known = np.array([number for number in named if number is not None], np.int64)
+        numbers = np.concatenate([self.arrays["mask"], known])
+        if ((numbers < DENSE) | (numbers >= len(masks))).any():
+            raise ValueError("it names masks that it does not hold")
+        for layer in range(len(self.layers)) if self.has_activations else ():
+            kept = int(self._counts(layer)[self._has_values].sum())
+            if len(self.arrays[hook_name(layer)]) != kept:
+                raise ValueError(f"layer {layer} has not the activations of all tokens")
+
+    # which neurons
+
+    @cached_property
+    def _places(self) -> list[slice]:
+        """Where a layer's bytes lie in a row of ``masks``."""
+        ends = np.cumsum([-(-one["width"] // 8) for one in self.layers]).tolist()
+        return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+    def _marks(self, layer: int) -> Array:
+        """[M + 1, I] bool; the last row are all neurons, for ``DENSE``."""
+        width = self.layers[layer]["width"]
+        bits = self.arrays["masks"][:, self._places[layer]]
+        marks = np.unpackbits(bits, axis=1, count=width, bitorder="little").astype(bool)
+        return np.concatenate([marks, np.ones((1, width), bool)])
+
+    def _counts(self, layer: int) -> Array:
+        """How many neurons ran for each token, [N]."""
+        counts: Array = self._marks(layer).sum(1)[self.arrays["mask"]]
+        return counts
+
+    def neurons(self, mask: int, layer: int) -> Array:
+        """Ids of the neurons of ``layer`` that ran under row ``mask`` of ``masks`` (or ``DENSE``),
+        ascending, int64 [k].
+        """
+        width = self.layers[layer]["width"]
+        if mask == DENSE:
+            return np.arange(width)
+        bits = self.arrays["masks"][mask, self._places[layer]]
+        return np.flatnonzero(np.unpackbits(bits, count=width, bitorder="little"))
+
+    @cached_property
+    def stayed(self) -> Array:
+        """[N] bool: False where a later token of the sequence and row took a token's place."""
+        places = np.stack([self.arrays[name] for name in ("sequence", "row")])
+        found = np.ones(places.shape[1], bool)
+        for group in np.unique(places, axis=1).T:
+            mine = np.flatnonzero((places == group[:, None]).all(0))
+            at = self.arrays["position"][mine]
+            later = np.minimum.accumulate(at[::-1])[::-1]
+            found[mine[:-1]] = at[:-1] < later[1:]
+        return found
+
+    # tables: columns as numpy arrays and lists, and pandas frames of them
+
+    @property
+    def _has_values(self) -> Array:
+        own: Array = self.arrays["phase"] != PHASES.index("prefill")
+        return own
+
+    def _values(self, layer: int, neurons: Sequence[Array]) -> Iterator[tuple[Array, Array]]:
+        """Activations and contributions of each token; not-a-number for a prompt's."""
+        flat, norms = self.arrays[hook_name(layer)], self.arrays[norm_name(layer)]
+        none = np.full(len(norms), np.nan, np.float32)
+        start = 0
+        for ids, own in zip(neurons, self._has_values, strict=True):
+            if not own:
+                yield none[: len(ids)], none[: len(ids)]
+                continue
+            part = flat[start : start + len(ids)]
+            yield part, part * norms[ids]
+            start += len(ids)
+
+    def columns(self, layers: Sequence[int] | None = None) -> dict[str, Any]:
+        """The table of ``frame``, by column: numpy arrays, each with a number per row."""
+        chosen = list(range(len(self.layers))) if layers is None else list(layers)
+        count, mask = len(self.arrays["mask"]), self.arrays["mask"]
+        tokens = {name: self.arrays[name] for name in COLUMNS}
+        tokens |= {"phase": np.array(PHASES, object)[tokens["phase"]], "stayed": self.stayed}
+        found = {"token": np.arange(count), **tokens}
+        found = {name: np.repeat(column, len(chosen)) for name, column in found.items()}
+        found["layer"] = np.tile(np.array(chosen, np.int64), count)
+        found["hook"] = np.tile(np.array([hook_name(n) for n in chosen], object), count)
+        names = ("neurons", *(("activation", "contribution") if self.has_activations else ()))
+        cells = {name: np.empty((count, len(chosen)), object) for name in names}
+        for place, layer in enumerate(chosen):
+            rows = [np.flatnonzero(marks) for marks in self._marks(layer)]
+            own = [rows[number] for number in mask]
+            _fill(cells["neurons"][:, place], own)
+            if self.has_activations:
+                for row, values in enumerate(self._values(layer, own)):
+                    cells["activation"][row, place], cells["contribution"][row, place] = values
+        return found | {name: cell.ravel() for name, cell in cells.items()}
+
+    def frame(self, layers: Sequence[int] | None = None) -> Any:
+        """A pandas frame with a row per token and layer (of ``layers``, or all).
+
+        ``neurons``, and ``activation`` and ``contribution`` where they were kept, hold an array per
+        row, equally long: ``frame.explode([...])`` makes a row per neuron.  Raises
+        ``MissingExtra`` without pandas.
+        """
+        return _frame(self.columns(layers))
+
+    def remask_columns(self) -> dict[str, list[Any]]:
+        """The table of ``remask_frame``, by column."""
+        found: dict[str, list[Any]] = {}
+        for number, one in enumerate(self.remasks):
+            for layer, kept in enumerate(one["kept"]):
+                row = {"remask": number, **one, "layer": layer, "hook": hook_name(layer)}
+                row |= {"kept": kept, **self._changes(one, layer)}
+                for name, value in row.items():
+                    found.setdefault(name, []).append(value)
+        return found
+
+    def _changes(self, remask: Mapping[str, Any], layer: int) -> dict[str, Array | None]:
+        if remask["mask"] is None:
+            return {"grown": None, "dropped": None}
+        before = DENSE if remask["before"] is None else remask["before"]
+        old, new = (self.neurons(mask, layer) for mask in (before, remask["mask"]))
+        return {
+            "grown": np.setdiff1d(new, old, assume_unique=True),
+            "dropped": np.setdiff1d(old, new, assume_unique=True),
+        }
+
+    def remask_frame(self) -> Any:
+        """A pandas frame with a row per re-mask and layer: its record, and the ids ``grown`` (kept
+        now and not before) and ``dropped`` (the reverse), against the mask before it in its
+        sequence and row, or against all neurons; None where every token chooses.
+        """
+        return _frame(self.remask_columns())
+
+
+def _fill(cells: Array, values: Sequence[Array]) -> None:
+    """Put arrays into cells of objects, each as it is."""
+    for place, value in enumerate(values):
+        cells[place] = value
+
+
+def _frame(columns: Mapping[str, Any]) -> Any:
+    try:
+        import pandas
+    except ImportError:
+        raise MissingExtra("pandas", "trace") from None
+    return pandas.DataFrame(dict(columns))

@@ -1,0 +1,191 @@
+"""Clamped neurons: what a hook written by hand computes, beside every way to prune."""
+
+import contextlib
+from itertools import product
+
+import pytest
+import torch
+
+from dart_llm.errors import ConfigError
+from dart_llm.session.run import prune
+from steps import WIDTHS, Same, apart, decode, new_cache, picked, selections, shared_model, step
+from tiny import NAMES, WIDTH, tokens
+from token_cases import PLAIN, before_down
+
+PROMPT = 10
+IDS = tokens(1, 22, seed=4)
+CLAMP = {0: {3: 2.5, 17: -1.0}, 2: {5: 0.0}, 3: {40: 30.0}}
+OFTEN = {"drift": {"rule": "interval 4", "min_distance": 0, "max_dense_share": None}}
+OFTEN |= {"remask": {"observe_tokens": 2}, "compensation": False}
+
+
+def by_hand(model, kept_of, clamp=CLAMP, prompt=PROMPT):
+    """Logits of decoding IDS with hooks: u outside of ``kept_of(position, layer)`` is 0, then the
+    clamped neurons stand where they are clamped.  Prompts of ``prompt`` tokens run dense.
+    """
+    fed = dict.fromkeys(range(4), prompt)
+
+    def change(layer, _, u):
+        if (u.shape[-2] if u.dim() == 3 else len(u)) >= prompt:
+            return None
+        kept, u = kept_of(fed[layer], layer), u.clone()
+        fed[layer] += 1
+        if kept is not None:
+            u = u * torch.zeros(u.shape[-1]).index_fill(0, kept, 1)
+        for neuron, value in clamp.get(layer, {}).items():
+            u[..., neuron] = value
+        return u
+
+    with before_down(model, None, change):
+        return decode(model, IDS, prompt)
+
+
+def everything(position, layer):
+    return None
+
+
+def in_time(found):
+    """``kept_of`` for masks as ``selections`` gives them, tokens that are observed left out."""
+
+    def kept_of(position, layer):
+        decoded = position - PROMPT
+        mine = [(start, ids) for start, _, ids in found if start <= decoded]
+        if not mine or decoded >= mine[-1][0] + 4:  # an interval of four, then two are observed
+            return None
+        return mine[-1][1][layer]
+
+    return kept_of
+
+
+@pytest.mark.parametrize(
+    ("name", "executor"),
+    [*product(NAMES, ("auto",)), ("llama", "masked"), ("opt", "masked"), ("gpt2", "compact")],
+)
+def test_a_clamp_alone_is_a_hook_by_hand(name, executor):
+    """Decoded tokens alone; the prompt is what it was."""
+    model, clamp = shared_model(name), {k: v for k, v in CLAMP.items() if name != "bloom" or k < 3}
+    wanted = by_hand(model, everything, clamp)
+    with prune(model, sparsity=0, clamp=clamp, executor=executor) as run:
+        assert apart(decode(model, IDS, PROMPT), wanted) < 1e-5
+    assert apart(wanted, decode(model, IDS, PROMPT)) > 1e-3
+    gone = sum(map(len, clamp.values())) / (4 * WIDTHS.get(name, WIDTH))
+    assert run.report().achieved_sparsity == pytest.approx(gone)
+    kept = run.masks()
+    assert [*kept] == [*clamp] and not {3, 17} & {*kept[0].tolist()}
+
+
+def test_given_masks_and_a_clamp():
+    """Neurons that are kept, and that are not, stand where they are clamped."""
+    model, masks = shared_model(), {layer: ids for layer, ids in picked().items() if layer != 1}
+    wanted = by_hand(model, lambda _, layer: torch.tensor(masks.get(layer, [*range(WIDTH)])))
+    with prune(model, masks=masks, clamp=CLAMP) as run:
+        assert apart(decode(model, IDS, PROMPT), wanted) < 1e-5
+    assert run.masks()[0].tolist() == [i for i in masks[0] if i not in CLAMP[0]]
+
+
+@pytest.mark.parametrize("executor", ["masked", "compact"])
+def test_a_method_that_chooses_and_a_clamp(executor):
+    """Observed tokens are clamped too, and masks never keep what is clamped."""
+    model = shared_model()
+    with prune(model, "griffin", sparsity=0.5, clamp=CLAMP, executor=executor, **OFTEN) as run:
+        found = selections(run)
+        logits = decode(model, IDS, PROMPT)
+    assert [start for start, *_ in found] == [0, 6]
+    assert all(len(ids[0]) == WIDTH // 2 and not {3, 17} & {*ids[0].tolist()} for *_, ids in found)
+    assert apart(logits, by_hand(model, in_time(found))) < 1e-5
+    assert run.report().sparsity_while_pruned == 0.5
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("method", ["griffin", "token"])
+@pytest.mark.parametrize("executor", ["native", "slim"])
+def test_the_native_kernels_compute_the_same(executor, method):
+    model, settings = shared_model(), {"method": "griffin", "sparsity": 0.5, **OFTEN}
+    if method == "token":
+        settings = {"method": PLAIN, "sparsity": 0.5}
+    logits = []
+    for one in ("masked", executor):
+        with prune(model, clamp=CLAMP, executor=one, **settings) as run:
+            logits.append(decode(model, IDS, PROMPT))
+    assert apart(*logits) < 1e-5 and run.report().executor == executor
+
+
+def test_nothing_stands_for_a_clamped_neuron_but_its_value():
+    """The mean of what is removed, which compensates, leaves out what is clamped."""
+    model, constants = shared_model(), []
+    for clamp in ({}, {0: {3: 0.0, 17: 0.0}}, {0: {3: 2.0, 17: 0.0}}):
+        with prune(model, "griffin", sparsity=0.5, compensation=True, clamp=clamp) as run:
+            decode(model, IDS, PROMPT)
+            (state,) = run.controller.sequences
+            constants.append(state.selection.masks[0])
+    plain, silent, loud = constants
+    down = model.model.layers[0].mlp.down_proj.weight.detach()
+    assert torch.equal(silent.ids, loud.ids) and len(silent.ids) == len(plain.ids) == WIDTH // 2
+    torch.testing.assert_close(loud.bias - silent.bias, 2.0 * down[:, 3])
+    with prune(model, "griffin", sparsity=0.5, compensation=True) as run:
+        decode(model, IDS, PROMPT)
+        mean = run.controller.sequences[0].evidence[0].sums["signed"].mean
+    gone = sorted({*range(WIDTH)} - {*silent.ids.tolist()} - {3, 17})
+    torch.testing.assert_close(silent.bias, down[:, gone] @ mean[gone])
+
+
+def test_a_prompt_that_counts_as_decoded_is_clamped():
+    model = shared_model()
+    with prune(model, "dense", clamp=CLAMP) as run, run.decoding(prompt=True), torch.no_grad():
+        found = step(model, IDS, new_cache(model))
+    with before_down(model, None, lambda layer, _, u: _clamped(layer, u)), torch.no_grad():
+        wanted = step(model, IDS, new_cache(model))
+    assert apart(found, wanted) < 1e-5
+
+
+def _clamped(layer, u):
+    u = u.clone()
+    for neuron, value in CLAMP.get(layer, {}).items():
+        u[..., neuron] = value
+    return u
+
+
+@pytest.mark.contract("sparsity 0 is bit-identical")
+def test_no_clamp_changes_nothing_and_a_clamp_at_0_removes():
+    model = shared_model()
+    dense = decode(model, IDS, PROMPT)
+    for given in ({}, {0: {}}):
+        with prune(model, sparsity=0, clamp=given) as run:
+            assert torch.equal(decode(model, IDS, PROMPT), dense)
+        assert run.report().achieved_sparsity == 0
+    found = []
+    for given in (
+        {"clamp": {1: {4: 0.0, 9: 0}}, "method": "dense"},
+        {"remove": {1: [4, 9]}, "executor": "compact"},
+    ):
+        with prune(model, **given):
+            found.append(decode(model, IDS, PROMPT))
+    assert torch.equal(*found)
+
+
+@pytest.mark.contract("exact restore")
+def test_an_error_in_the_block():
+    model = shared_model()
+    with (
+        Same(model),
+        contextlib.suppress(ZeroDivisionError),
+        prune(model, "griffin", sparsity=0.5, clamp=CLAMP, **OFTEN),
+    ):
+        decode(model, IDS, PROMPT)
+        raise ZeroDivisionError
+
+
+def test_clamps_that_cannot_be():
+    every = dict.fromkeys(range(WIDTH), 0.0)
+    for given, message in (
+        ({4: {1: 0.0}}, "layer 4 is out of range: this model has 4 layers"),
+        ({0: {48: 0.0}}, "layer 0 has neurons 0-47; got id 48"),
+        ({0: {1: float("nan")}}, "neuron 1 of layer 0 is clamped at nan: not finite"),
+        ({1: every}, "layer 1 would keep no neuron that is not clamped: leave one"),
+        ({0: [1, 2]}, r"clamp= takes \{layer: \{neuron id: activation\}\}"),
+        ([0], r"clamp= takes \{layer: \{neuron id: activation\}\}"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            prune(shared_model(), sparsity=0, clamp=given)
+    with pytest.raises(ConfigError, match="no neuron that is not clamped: keep more, or clamp few"):
+        prune(shared_model(), masks={0: [1]}, clamp={0: {1: 0.0}})

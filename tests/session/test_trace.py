@@ -1,0 +1,399 @@
+"""Traces: what they say ran is what ran, and others can read them."""
+
+import contextlib
+import json
+import sys
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from dart_llm import read_trace
+from dart_llm.errors import AttachError, ConfigError, MissingExtra, ResultsError
+from dart_llm.models.describe import describe
+from dart_llm.models.packed_loading import round_weights
+from dart_llm.session import trace as writing
+from dart_llm.session.run import prune
+from dart_llm.session.trace_file import COLUMNS, PHASES, ColumnFile, hook_name, norm_name
+from dart_llm.studies.generate.settings import RunSettings
+from lm_cases import call, place
+from observed_cases import Recorder
+from steps import Same, apart, decode, generate, new_cache, selections, shared_model, step
+from tiny import LAYERS, WIDTH, tiny, tokens
+from token_cases import LEARNT, PLAIN, before_down
+
+PROMPT = 10
+IDS = tokens(1, 26, seed=4)
+HALF = {"method": "griffin", "sparsity": 0.5}
+OFTEN = {**HALF, "drift": {"rule": "interval 4", "min_distance": 0, "max_dense_share": None}}
+OFTEN |= {"remask": {"observe_tokens": 2}, "compensation": False}
+TOKENS = {"method": PLAIN, "sparsity": 0.6}
+WAYS = {"once": HALF, "re-masks": OFTEN, "tokens": TOKENS}
+
+
+def traced(path, model, ids=IDS, activations=False, **settings):
+    """Decode ids and read the trace; also the run and its logits."""
+    with prune(model, **settings) as run, run.trace(path, activations):
+        logits = decode(model, ids, PROMPT)
+    return read_trace(path), run, logits
+
+
+def dense_but_for(model, trace, ids=IDS):
+    """Logits of decoding ids where the neurons that the trace leaves out are 0, by hooks."""
+    fed, masks = dict.fromkeys(range(LAYERS), 0), trace.arrays["mask"].tolist()
+
+    def keep(layer, _, u):
+        rows = []
+        for one in u.reshape(-1, u.shape[-1]):
+            kept = torch.from_numpy(trace.neurons(masks[fed[layer]], layer))
+            rows.append(one * torch.zeros_like(one).index_fill(0, kept, 1))
+            fed[layer] += 1
+        return torch.stack(rows).reshape(u.shape)
+
+    with before_down(model, None, keep):
+        return decode(model, ids, PROMPT)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("executor", ["masked", "compact", "native", "slim"])
+@pytest.mark.parametrize("way", ["once", "re-masks", "tokens"])
+def test_the_neurons_of_a_trace_are_those_that_ran(way, executor, tmp_path):
+    """Zeroed by hand in the dense model, the others give the logits of the run."""
+    model = shared_model()
+    settings = {**WAYS[way], "executor": executor}
+    if way == "once":
+        settings["compensation"] = False
+    trace, run, logits = traced(tmp_path / "a", model, **settings)
+    assert run.report().executor == executor == trace.facts["executor"]
+    assert apart(logits, dense_but_for(model, trace)) < 1e-5
+    assert apart(logits, decode(model, IDS, PROMPT)) > 1e-3
+    report = run.report()
+    columns = trace.columns()
+    decoded = np.array([one != "prefill" for one in columns["phase"]])
+    kept = sum(len(ids) for ids, own in zip(columns["neurons"], decoded, strict=True) if own)
+    share = kept / (report.decoded_tokens * LAYERS * WIDTH)
+    assert 1 - share == pytest.approx(report.achieved_sparsity)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("executor", ["native", "slim"])
+def test_what_tokens_choose_of_weights_in_blocks(executor, tmp_path):
+    """By their activations, also two rows at a time, each of which chooses as it does alone."""
+    model = tiny(hidden_size=64, intermediate_size=96)
+    assert round_weights(model, "q8_0") == []
+    both = tokens(2, 26, seed=4)
+    settings = {**TOKENS, "executor": executor}
+    alone = [traced(tmp_path / f"{row}", model, both[row : row + 1], **settings) for row in (0, 1)]
+    together, run, _ = traced(tmp_path / "both", model, both, **settings)
+    assert run.report().executor == executor
+    assert together.arrays["row"].tolist()[-2:] == [0, 1]
+    for row, (trace, _, logits) in enumerate(alone):
+        assert apart(logits, dense_but_for(model, trace, both[row : row + 1])) < 0.03
+        mine = together.arrays["mask"][together.arrays["row"] == row]
+        pairs = zip(trace.arrays["mask"][PROMPT:], mine[PROMPT:], strict=True)
+        for (one, other), layer in product(pairs, range(LAYERS)):
+            first, second = trace.neurons(one, layer), together.neurons(other, layer)
+            assert len(first) == trace.remasks[0]["kept"][layer]
+            assert len(second) == together.remasks[0]["kept"][layer]
+            assert len({*first.tolist()} & {*second.tolist()}) >= len(first) - 3
+
+
+def test_masks_of_the_sequence_stand_once_per_remask(tmp_path):
+    """With what grew and was dropped, as sets say it."""
+    model = shared_model()
+    with prune(model, **OFTEN) as run, run.trace(tmp_path / "a"):
+        found = selections(run)
+        decode(model, IDS, PROMPT)
+    trace = read_trace(tmp_path / "a")
+    assert [one["step"] for one in trace.remasks] == [0, 6, 12] == [step for step, *_ in found]
+    assert trace.arrays["masks"].shape == (3, LAYERS * WIDTH // 8)
+    before = [{*range(WIDTH)}] * LAYERS
+    table = trace.remask_columns()
+    assert table["layer"] == [*range(LAYERS)] * 3 and table["remask"] == [0] * 4 + [1] * 4 + [2] * 4
+    for number, (_, _, masks) in enumerate(found):
+        for layer, ids in enumerate(masks):
+            now, place_ = {*ids.tolist()}, number * LAYERS + layer
+            assert trace.neurons(number, layer).tolist() == ids.tolist()
+            assert table["grown"][place_].tolist() == sorted(now - before[layer])
+            assert table["dropped"][place_].tolist() == sorted(before[layer] - now)
+            before[layer] = now
+    phases = [PHASES[one] for one in trace.arrays["phase"]]
+    assert phases == ["prefill"] * 10 + (["pruned"] * 4 + ["observe"] * 2) * 2 + ["pruned"] * 4
+    wanted = [-1] * 10 + [0] * 4 + [-1] * 2 + [1] * 4 + [-1] * 2 + [2] * 4
+    assert trace.arrays["mask"].tolist() == wanted
+    assert trace.arrays["token_id"].tolist() == IDS[0].tolist()
+    assert trace.arrays["position"].tolist() == [*range(26)]
+    assert run.report().remasks == 2
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("way", ["re-masks", "tokens", "compensated"])
+def test_activations_are_those_of_direct_hooks(way, name, tmp_path):
+    """And a contribution is an activation times the norm of the neuron's output column."""
+    model = shared_model(name)
+    settings = {**WAYS, "compensated": {"method": LEARNT, "sparsity": 0.6}}[way]
+    with prune(model, executor="masked", **settings) as run, Recorder(model) as outside:
+        with run.trace(tmp_path / "a", activations=True) as writing_now:
+            decode(model, IDS, PROMPT)
+        masks = run.controller.sequences[0].selection.masks
+    trace = read_trace(tmp_path / "a")
+    assert (tmp_path / "a").stat().st_size == writing_now.nbytes and trace.has_activations
+    columns = trace.columns()
+    for layer, block in enumerate(describe(model).blocks):
+        u, norms = outside.get(layer, "u"), block.matrices()[2].detach().norm(dim=0)
+        mean = getattr(masks[layer], "mean", None)
+        torch.testing.assert_close(torch.from_numpy(trace.arrays[norm_name(layer)]), norms)
+        for token in range(26):
+            row = token * LAYERS + layer
+            ids, activation = columns["neurons"][row], columns["activation"][row]
+            assert (columns["layer"][row], columns["token"][row]) == (layer, token)
+            if token < PROMPT:
+                assert len(ids) == WIDTH and np.isnan(activation).all()
+                assert np.isnan(columns["contribution"][row]).all()
+                continue
+            seen = u[token, ids]
+            if mean is not None and name != "opt":  # the projection is given u less its mean
+                seen = seen + mean[ids]
+            np.testing.assert_allclose(activation, seen, rtol=1e-6, atol=1e-6)
+            assert np.array_equal(columns["contribution"][row], activation * norms.numpy()[ids])
+
+
+def test_rows_of_a_batch_with_masks_each(tmp_path):
+    """Padding and what follows the end of a row are no tokens."""
+    model, ids = shared_model(), tokens(2, 12, seed=5)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with prune(model, batch="per_row", **HALF) as run, run.trace(tmp_path / "a"):
+        found = selections(run)
+        generate(model, ids, 6, attention_mask=mask)
+    trace = read_trace(tmp_path / "a")
+    rows = trace.arrays["row"]
+    assert [int((rows == row).sum()) for row in (0, 1)] == [9 + 5, 12 + 5]
+    kept = {row: masks for _, row, masks in found}
+    for row, number in zip(rows, trace.arrays["mask"], strict=True):
+        for layer in range(LAYERS if number >= 0 else 0):
+            assert trace.neurons(number, layer).tolist() == kept[row][layer].tolist()
+    assert {one["row"]: one["mask"] for one in trace.remasks} == {0: 0, 1: 1}
+    assert trace.stayed.all()
+
+
+@pytest.mark.parametrize("settings", [HALF, TOKENS], ids=["masks", "tokens"])
+def test_candidates_that_were_taken_back(settings, tmp_path):
+    """What stayed is the text, also where several tokens were decoded at once."""
+    model, ids = shared_model(), tokens(1, 12, seed=5).repeat(1, 2)
+    with prune(model, **settings) as run, run.trace(tmp_path / "a"):
+        made = generate(model, ids, 20, prompt_lookup_num_tokens=4).sequences[0]
+    trace = read_trace(tmp_path / "a")
+    fed = trace.arrays["token_id"][trace.stayed].tolist()
+    assert fed == made[: len(fed)].tolist() and len(fed) in (43, 44)
+    decoded = int((trace.arrays["phase"] != 0).sum())
+    assert decoded == run.report().decoded_tokens
+    with prune(model, **settings) as run, run.trace(tmp_path / "b"):
+        decode(model, ids, 20)
+        generate(model, ids[:, :15], 4)
+    assert set(read_trace(tmp_path / "b").arrays["sequence"].tolist()) == {0, 1}
+
+
+def test_a_cache_that_is_cut_back(tmp_path):
+    model, cache = shared_model(), new_cache(shared_model())
+    with prune(model, **HALF) as run, run.trace(tmp_path / "a"):
+        for part in (IDS[:, :9], IDS[:, 9:10], IDS[:, 10:11]):
+            step(model, part, cache)
+        cache.crop(-1)
+        step(model, IDS[:, 12:13], cache)
+    trace = read_trace(tmp_path / "a")
+    assert trace.arrays["position"].tolist() == [*range(11), 10]
+    assert trace.stayed.tolist() == [True] * 10 + [False, True]
+
+
+@pytest.mark.parametrize("way", ["re-masks", "tokens"])
+def test_memory_holds_a_chunk(way, tmp_path, monkeypatch):
+    """The file is the same, whatever is held."""
+    model, held = shared_model(), []
+    traced(tmp_path / "a", model, activations=True, executor="masked", **WAYS[way])
+    take = writing.Trace.take
+
+    def watched(self, *args):
+        take(self, *args)
+        held.append((len(self._rows), self._held))
+
+    monkeypatch.setattr(writing, "CHUNK_TOKENS", 3)
+    monkeypatch.setattr(writing.Trace, "take", watched)
+    traced(tmp_path / "b", model, activations=True, executor="masked", **WAYS[way])
+    assert max(rows for rows, _ in held) == 2 and len(held) == 17
+    one = LAYERS * (4 * WIDTH + WIDTH // 8)
+    assert max(size for _, size in held) <= 2 * one
+    monkeypatch.setattr(writing, "CHUNK_TOKENS", 1000)
+    monkeypatch.setattr(writing, "CHUNK_BYTES", one)
+    held.clear()
+    traced(tmp_path / "c", model, activations=True, executor="masked", **WAYS[way])
+    assert max(size for _, size in held) < one
+    files = {name: (tmp_path / name).read_bytes() for name in "abc"}
+    assert files["a"] == files["b"] == files["c"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
+@pytest.mark.contract("exact restore")
+def test_an_error_in_the_block_leaves_the_trace_and_the_model(tmp_path):
+    model = shared_model()
+    with (
+        Same(model),
+        contextlib.suppress(ZeroDivisionError),
+        prune(model, executor="masked", **HALF) as run,
+        run.trace(tmp_path / "a", activations=True),
+    ):
+        decode(model, IDS, PROMPT)
+        raise ZeroDivisionError
+    assert len(read_trace(tmp_path / "a").arrays["mask"]) == 26
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    with prune(model, **HALF) as run:
+        with run.trace(tmp_path / "b"):
+            pass
+        plain = decode(model, IDS, PROMPT)
+    assert torch.equal(plain, traced(tmp_path / "c", model, **HALF)[2])
+    assert len(read_trace(tmp_path / "b").columns()["token"]) == 0
+
+
+def test_what_cannot_be_traced(tmp_path):
+    model, path = shared_model(), tmp_path / "a"
+    run = prune(model, executor="compact", **HALF)
+    with pytest.raises(AttachError, match="needs an attached run: use it inside the with block"):
+        run.trace(path).__enter__()
+    with run:
+        for given, error, words in (
+            (
+                (path, True),
+                ConfigError,
+                'executor compact never computes .*: give executor="masked"',
+            ),
+            ((tmp_path / "no" / "a",), ResultsError, "cannot write the trace .*: No such file or"),
+        ):
+            with pytest.raises(error, match=words):
+                run.trace(*given).__enter__()
+        with run.trace(path), pytest.raises(AttachError, match="is being traced already: leave"):
+            run.trace(path).__enter__()
+    with (
+        prune(model, "teal", sparsity=0.5) as run,
+        pytest.raises(ConfigError, match="method teal chooses inputs of matrices, not neurons"),
+    ):
+        run.trace(path).__enter__()
+    for given, words in (
+        ({"trace_activations": True}, "adds to a trace: give --trace FILE too"),
+        ({"trace": "a", "eval_perplexity": True}, "--trace keeps what .* nothing is generated"),
+        ({"trace": "a", "trace_activations": True, "executor": "slim"}, "cannot see the neurons"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            RunSettings(**given)
+    asked = RunSettings(trace="a", trace_activations=True)
+    assert asked.prune_config().executor == "masked"
+    assert RunSettings(trace="a").prune_config().executor == "auto"
+
+
+def test_files_that_are_no_trace(tmp_path):
+    path = tmp_path / "a"
+    traced(path, shared_model(), activations=True, executor="masked", **HALF)
+    whole, arrays = path.read_bytes(), load_file(path)
+    with safe_open(path, "numpy") as file:
+        facts = file.metadata()
+    cases = [
+        (whole[:100], "cannot read the trace"),
+        (whole[:-1], "cannot read the trace"),
+        (b"", "cannot read the trace"),
+        (b"hello" * 99, "cannot read the trace"),
+    ]
+    for data, words in cases:
+        path.write_bytes(data)
+        with pytest.raises(ConfigError, match=f"{words} {path}: .*trace it again"):
+            read_trace(path)
+    short, wide = arrays[hook_name(1)][:-1], np.full_like(arrays["mask"], 7)
+    for change, facts_, words in (
+        ({}, {**facts, "format": "dart-llm trace 9"}, "its format is dart-llm trace 9, not dart-"),
+        ({}, None, "its format is not said, not dart-llm trace 1"),
+        ({"row": arrays["row"][1:]}, facts, "columns have lengths that do not fit"),
+        ({"masks": arrays["masks"][:, 1:]}, facts, "columns have lengths that do not fit"),
+        ({"mask": wide}, facts, "it names masks that it does not hold"),
+        ({hook_name(1): short}, facts, "layer 1 has not the activations of all tokens"),
+        ({}, {**facts, "layers": "[]"}, "columns have lengths that do not fit"),
+        ({}, {k: v for k, v in facts.items() if k != "layers"}, "it lacks 'layers'"),
+    ):
+        save_file({**arrays, **change}, path, facts_)
+        with pytest.raises(ConfigError, match=words):
+            read_trace(path)
+    save_file({k: v for k, v in arrays.items() if k != "phase"}, path, facts)
+    with pytest.raises(ConfigError, match="it lacks 'phase'"):
+        read_trace(path)
+    with pytest.raises(ConfigError, match="cannot read the trace nowhere: No such file"):
+        read_trace("nowhere")
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    file = ColumnFile(tmp_path / "a", {"mask": ("<i4", ())})
+
+    def full(data):
+        raise OSError(28, "No space left on device")
+
+    file._columns["mask"].file.close()
+    file._columns["mask"].file = type("Full", (), {"write": staticmethod(full), "close": print})
+    with pytest.raises(ResultsError, match=r"cannot write the trace .*/a: No space left on device"):
+        file.append("mask", np.zeros(3))
+    file._columns.clear()
+    file.close()
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_others_read_it(tmp_path, monkeypatch):
+    """With safetensors and numpy alone; names are those of the model and of TransformerLens."""
+    model, path = shared_model(), tmp_path / "a.safetensors"
+    trace, *_ = traced(path, model, activations=True, executor="masked", **OFTEN)
+    arrays = load_file(path)
+    with safe_open(path, "numpy") as file:
+        facts = file.metadata()
+    assert arrays.keys() == {*COLUMNS, "masks"} | {
+        name(layer) for layer in range(LAYERS) for name in (hook_name, norm_name)
+    }
+    assert {str(arrays[name].dtype) for name in COLUMNS} == {"int32"}
+    assert facts["method"] == "griffin" and facts["format"] == "dart-llm trace 1"
+    layers = json.loads(facts["layers"])
+    for one, block in zip(layers, describe(model).blocks, strict=True):
+        assert model.get_submodule(one["module"]) is block.down and one["width"] == WIDTH
+        assert one["hook"] == f"blocks.{block.index}.mlp.hook_post" in arrays
+    bits = np.unpackbits(arrays["masks"], axis=1, bitorder="little").reshape(-1, LAYERS, WIDTH)
+    assert bits[1, 2].nonzero()[0].tolist() == trace.neurons(1, 2).tolist()
+    frame, remasks = trace.frame(layers=[2, 0]), trace.remask_frame()
+    assert len(frame) == 26 * 2 and frame["layer"].tolist()[:3] == [2, 0, 2]
+    each = frame[frame.phase != "prefill"].explode(["neurons", "activation", "contribution"])
+    pruned = each[(each.token == 12) & (each.layer == 2)]
+    assert pruned["neurons"].tolist() == trace.neurons(0, 2).tolist()
+    assert len(remasks) == 3 * LAYERS and remasks["cause"].tolist()[:5] == ["first"] * 4 + [
+        "interval"
+    ]
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(MissingExtra, match=r"needs pandas, .* 'dart-llm\[trace\]'"):
+        trace.frame()
+    assert len(trace.columns()["neurons"]) == 26 * LAYERS
+
+
+def test_run_writes_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = ("--model", place() / "model", "--device", "cpu")
+    asked = ("run", *model, "--prompt", "the sea and the moon", "--generation", 12)
+    done = call(*asked, "--sparsity", 0.5, "--method", "griffin", "--trace", "a.safetensors")
+    assert done.code == 0 and "trace of 31 tokens: a.safetensors, 2." in done.err, done.err
+    (folder,) = (tmp_path / "results").glob("*/*")
+    pruned = [json.loads(line) for line in (folder / "generation.jsonl").read_text().splitlines()][
+        1
+    ]
+    trace = read_trace("a.safetensors")
+    assert trace.arrays["token_id"][-11:].tolist() == pruned["token_ids"][:-1]
+    masks = load_file(folder / "masks.safetensors")
+    for layer in range(LAYERS):
+        assert trace.neurons(0, layer).tolist() == masks[f"remask0.layer{layer}.ids"].tolist()
+    for extra, words in (
+        (("--method", "dense"), "method dense removes none: give a method and a sparsity"),
+        (("--method", "teal", "--sparsity", 0.5), "method teal chooses inputs of matrices"),
+    ):
+        done = call(*asked, *extra, "--trace", "b.safetensors")
+        assert done.code == 2 and words in done.err and not (tmp_path / "b.safetensors").exists()
