@@ -382,9 +382,9 @@ def _shrink(figure: Figure, scale: float) -> None:
     from matplotlib.text import Text
 
     each = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
-    sizes = [[label.get_fontsize() for label in axis.get_ticklabels()] for axis in each]
+    sizes = [[float(one.get_fontsize()) for one in axis.get_ticklabels()] for axis in each]
     for text in figure.findobj(Text):
-        text.set_fontsize(scale * text.get_fontsize())
+        text.set_fontsize(scale * float(text.get_fontsize()))
     for line in figure.findobj(Line2D):
         line.set_linewidth(scale * line.get_linewidth())
         line.set_markersize(scale * line.get_markersize())
