@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dart_llm.patching.patch import restore
     from dart_llm.pruning.config import PruneConfig
     from dart_llm.pruning.records import DriftCheck, Remask, RunReport
+    from dart_llm.session.gguf_export import export_gguf
     from dart_llm.session.run import Run, prune
     from dart_llm.studies.tune.api import tune
 
@@ -39,6 +40,7 @@ _LAZY = {
     "Remask": "dart_llm.pruning.records",
     "Run": "dart_llm.session.run",
     "RunReport": "dart_llm.pruning.records",
+    "export_gguf": "dart_llm.session.gguf_export",
     "load": "dart_llm.models.loading",
     "prune": "dart_llm.session.run",
     "restore": "dart_llm.patching.patch",
@@ -59,6 +61,7 @@ __all__ = [
     "RunReport",
     "UnknownName",
     "UnsupportedModel",
+    "export_gguf",
     "load",
     "prune",
     "restore",

@@ -1,0 +1,252 @@
+"""GGUF files of narrower FFNs, made of another file: what is not of the FFN keeps its bytes.
+
+llama.cpp loads them as they are.  Rows of gate and up are whole rows of blocks and are copied.  The
+columns of down lie within blocks, which are made anew of the kept ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dart_llm.errors import ConfigError, ResultsError
+from dart_llm.models.gguf_facts import ARCHITECTURES
+from dart_llm.models.gguf_file import PLAIN, GgufFile, StoredTensor
+
+UNEQUAL = {"llama": "deci"}
+"""The architecture that is the same computation with a width of its own in every layer."""
+
+BIASED = ("llama", "gpt2")
+"""Architectures of which llama.cpp reads a bias of the down projection."""
+
+WRITTEN = (*PLAIN, "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
+"""Types in which down projections stay."""
+
+INSTEAD = "q8_0"
+"""The type of the others, to which nothing here rounds."""
+
+FFN = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)(.*)")
+"""Tensors of neurons: layer, projection, the rest of the name."""
+
+DOWN, BIAS = "blk.{}.ffn_down.weight", "blk.{}.ffn_down.bias"
+
+ABOUT = "dart_llm.export"
+"""Metadata that says what was removed; llama.cpp passes it over."""
+
+
+@dataclass(frozen=True)
+class NarrowLayer:
+    """What is left of one layer's FFN.
+
+    ``ids``: [k] int64 on the host, the neurons that are kept; ``width``: how many are written, the
+    others without effect; ``bias``: [D] float32 for the output, or None.
+    """
+
+    ids: Tensor
+    width: int
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor to write: ``shape`` in torch's order, and what makes its bytes [..., n]."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
+def layer_widths(file: GgufFile) -> list[int]:
+    """Neurons of every layer; raises ``ConfigError`` for a file whose FFNs cannot be exported."""
+    name = file.path.name
+    if file.architecture not in ARCHITECTURES:
+        raise ConfigError(
+            f"{name} is of architecture {file.architecture}, which is not exported; "
+            f"{', '.join(sorted(ARCHITECTURES))} are"
+        )
+    for tensor in file.tensors:
+        if (part := FFN.fullmatch(tensor)) and part[3] not in (".weight", ".bias"):
+            raise ConfigError(
+                f"{name} holds {tensor}: plain feed-forward layers are exported, and no mixture "
+                "of experts"
+            )
+    layers = int(file.number("block_count") or 0)
+    downs = [file.tensors.get(DOWN.format(layer)) for layer in range(layers)]
+    widths = [down.shape[1] for down in downs if down is not None]
+    if not widths or len(widths) < layers:
+        raise ConfigError(f"{name} lacks the down projection of some layer: nothing is exported")
+    return widths
+
+
+def written_kind(kind: str) -> str:
+    """The type in which a down projection of ``kind`` is written."""
+    return kind if kind in WRITTEN else INSTEAD
+
+
+def block_of(file: GgufFile) -> int:
+    """Of what every layer's width must be a multiple, so that rows of down are whole blocks."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    downs = [file.tensors[DOWN.format(layer)] for layer in range(len(layer_widths(file)))]
+    kinds = {GGMLQuantizationType[written_kind(down.kind).upper()] for down in downs}
+    return max(int(GGML_QUANT_SIZES[kind][0]) for kind in kinds)
+
+
+def written_architecture(file: GgufFile, layers: Sequence[NarrowLayer | None]) -> str:
+    """The architecture that holds these layers; raises ``ConfigError`` where llama.cpp has none."""
+    name, own = file.path.name, file.architecture
+    if own not in BIASED and any(one is not None and one.bias is not None for one in layers):
+        raise ConfigError(
+            f"{name} is of architecture {own}, of which llama.cpp reads no bias that could carry "
+            "the compensation; use compensation=False (--no-compensation) to export"
+        )
+    widths = _widths(file, layers)
+    if len(set(widths)) == 1:
+        return own
+    if own not in UNEQUAL:
+        raise ConfigError(
+            f"the layers keep {min(widths)} to {max(widths)} neurons, and llama.cpp knows no "
+            f'architecture like {own} with a width for every layer; use budget "uniform"'
+        )
+    return UNEQUAL[own]
+
+
+def write_narrow(
+    file: GgufFile, layers: Sequence[NarrowLayer | None], path: Path, about: str
+) -> None:
+    """Write ``file`` with narrower FFNs to ``path``, whole or not at all.
+
+    ``layers``: one each, None: as it is.  ``about``: what is said of it under ``ABOUT``.  Raises
+    what ``written_architecture`` raises, and ``ResultsError`` where ``path`` cannot be written.
+    """
+    architecture = written_architecture(file, layers)
+    if path.exists() and path.samefile(file.path):
+        raise ConfigError(f"{path} is the file that is read: give another name")
+    entries = list(_entries(file, layers))
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        _write(file, architecture, _widths(file, layers), entries, partial, about)
+        partial.replace(path)
+    except OSError as error:
+        raise ResultsError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _widths(file: GgufFile, layers: Sequence[NarrowLayer | None]) -> list[int]:
+    pairs = zip(layer_widths(file), layers, strict=True)
+    return [width if layer is None else layer.width for width, layer in pairs]
+
+
+def _entries(file: GgufFile, layers: Sequence[NarrowLayer | None]) -> Iterator[_Entry]:
+    for name, tensor in file.tensors.items():
+        part = FFN.fullmatch(name)
+        layer = layers[int(part[1])] if part else None
+        if part is None or layer is None:
+            yield _Entry(name, tensor.kind, tensor.shape, lambda one=tensor: _bytes(one))
+        elif part[2] != "down":
+            yield _rows(tensor, layer, file.tensors[DOWN.format(part[1])].shape[1])
+        elif part[3] == ".weight":
+            yield _columns(tensor, layer)
+            bias = BIAS.format(part[1])
+            if layer.bias is not None and bias not in file.tensors:
+                yield _vector(bias, layer.bias)
+        else:
+            values = tensor.values().float()
+            yield _vector(name, values if layer.bias is None else values + layer.bias.cpu())
+
+
+def _bytes(tensor: StoredTensor) -> Tensor:
+    return tensor.bytes().reshape(*tensor.shape[:-1], -1)
+
+
+def _vector(name: str, values: Tensor) -> _Entry:
+    data = values.float().cpu().contiguous()
+    return _Entry(name, "f32", tuple(data.shape), lambda: data.view(torch.uint8))
+
+
+def _rows(tensor: StoredTensor, layer: NarrowLayer, width: int) -> _Entry:
+    """Of gate and up, the kept rows as they are stored; fused, those of both halves."""
+    spare = layer.ids[:1].expand(layer.width - len(layer.ids))  # whose columns of down are 0
+    ids = torch.cat([layer.ids, spare])
+    if tensor.shape[0] == 2 * width:
+        ids = torch.cat([ids, ids + width])
+
+    def make() -> Tensor:
+        data = tensor.bytes().reshape(tensor.shape[0], -1)[ids]
+        return data if len(tensor.shape) > 1 else data.flatten()
+
+    return _Entry(tensor.name, tensor.kind, (len(ids), *tensor.shape[1:]), make)
+
+
+def _columns(tensor: StoredTensor, layer: NarrowLayer) -> _Entry:
+    """Of down, the kept columns, rounded anew."""
+    kind = written_kind(tensor.kind)
+
+    def make() -> Tensor:
+        from gguf import GGMLQuantizationType
+        from gguf.quants import quantize
+
+        kept = tensor.values().float()[:, layer.ids]
+        kept = torch.nn.functional.pad(kept, (0, layer.width - len(layer.ids)))
+        data = quantize(kept.contiguous().numpy(), GGMLQuantizationType[kind.upper()])
+        return torch.from_numpy(data).view(torch.uint8)
+
+    return _Entry(tensor.name, kind, (tensor.shape[0], layer.width), make)
+
+
+def _write(
+    file: GgufFile,
+    architecture: str,
+    widths: Sequence[int],
+    entries: Sequence[_Entry],
+    path: Path,
+    about: str,
+) -> None:
+    """The file itself, one tensor in memory after the other."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
+
+    writer = GGUFWriter(path, architecture)
+    _copy_metadata(file, writer, architecture)
+    writer.add_string(ABOUT, about)
+    equal = len(set(widths)) == 1
+    writer.add_feed_forward_length(widths[0] if equal else list(widths))
+    for one in entries:
+        kind = GGMLQuantizationType[one.kind.upper()]
+        weights, size = GGML_QUANT_SIZES[kind]
+        shape = (*one.shape[:-1], one.shape[-1] // weights * size)
+        count = torch.Size(shape).numel()
+        writer.add_tensor_info(one.name, shape, np.dtype(np.uint8), count, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for one in entries:
+        writer.write_tensor_data(one.make().numpy())
+    writer.close()
+
+
+def _copy_metadata(file: GgufFile, writer: Any, architecture: str) -> None:
+    """All but the widths, under the names of ``architecture``."""
+    from gguf import GGUFReader, GGUFValueType
+
+    own = f"{file.architecture}."
+    left = {"general.architecture", "general.alignment", f"{own}feed_forward_length", ABOUT}
+    for name, field in GGUFReader(file.path).fields.items():
+        value = field.contents()
+        if name in left or name.startswith("GGUF.") or value == []:  # which it does not write
+            continue
+        if name.startswith(own):
+            name = f"{architecture}.{name.removeprefix(own)}"
+        kind, *_, inner = (*field.types, field.types[-1])
+        sub = inner if kind is GGUFValueType.ARRAY else None
+        writer.add_key_value(name, value, kind, sub)
