@@ -102,7 +102,16 @@ def facts(found: GgufExport) -> dict[str, Any]:
     """What the table says of a file, without where it lies."""
     kept = found.to_dict()
     counts = {key: kept[key] for key in ("asked", "written")}
-    rest = ("architecture", "method", "compensated", "rounded", "bytes", "bytes_before", "block")
+    rest = (
+        "architecture",
+        "method",
+        "compensated",
+        "kinds",
+        "rounded",
+        "bytes",
+        "bytes_before",
+        "block",
+    )
     return {**{key: kept[key] for key in rest}, "achieved_sparsity": found.achieved_sparsity} | {
         f"{key}_{end.__name__}": end(values) for key, values in counts.items() for end in (min, max)
     }

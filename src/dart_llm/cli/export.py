@@ -145,14 +145,14 @@ def _span(row: Any) -> str:
 def sentences(found: GgufExport) -> list[str]:
     """What was written, and what was not kept as it was."""
     after, before = size_text(found.bytes), size_text(found.bytes_before)
-    rounded = ", ".join(
-        f"from {old} to {new}" if old != new else f"to {new} again"
-        for old, new in found.rounded.items()
+    kinds = ", ".join(
+        old if old == new else f"{new} (before: {old})" for old, new in found.kinds.items()
     )
     told = [
         f"{found.path}: {after} (before: {before}), achieved sparsity "
         f"{found.achieved_sparsity:.1%}, architecture {found.architecture}",
-        f"rounded {rounded}: the down projections; everything else keeps its bytes",
+        f"down projections are {kinds}: {found.rounded:.0%} of their columns were rounded; "
+        "everything else is as it was stored",
     ]
     if found.block > 1:
         told.append(f"widths are whole blocks of {found.block} neurons")

@@ -1,7 +1,8 @@
 """GGUF files of narrower FFNs, made of another file: what is not of the FFN keeps its bytes.
 
 llama.cpp loads them as they are.  Rows of gate and up are whole rows of blocks and are copied.  The
-columns of down lie within blocks, which are made anew of the kept ones.
+columns of down lie within blocks; the order of neurons is free, so that most of them stay in theirs
+(``gguf_levels``).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from dart_llm.errors import ConfigError, ResultsError
 from dart_llm.models.gguf_facts import ARCHITECTURES
 from dart_llm.models.gguf_file import PLAIN, GgufFile, StoredTensor
+from dart_llm.models.gguf_levels import BLOCK, LEVELS, homes, moved_columns
 
 UNEQUAL = {"llama": "deci"}
 """The architecture that is the same computation with a width of its own in every layer."""
@@ -27,7 +29,7 @@ UNEQUAL = {"llama": "deci"}
 BIASED = ("llama", "gpt2")
 """Architectures of which llama.cpp reads a bias of the down projection."""
 
-WRITTEN = (*PLAIN, "q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
+WRITTEN = (*PLAIN, *LEVELS)
 """Types in which down projections stay."""
 
 INSTEAD = "q8_0"
@@ -90,6 +92,15 @@ def layer_widths(file: GgufFile) -> list[int]:
 def written_kind(kind: str) -> str:
     """The type in which a down projection of ``kind`` is written."""
     return kind if kind in WRITTEN else INSTEAD
+
+
+def rounded_columns(kind: str, layer: NarrowLayer) -> int:
+    """How many columns of a down projection of ``kind`` are rounded as they are written."""
+    if kind not in LEVELS:
+        return 0 if kind in PLAIN else len(layer.ids)
+    slots, stay = _slots(layer)
+    away = slots.reshape(-1, BLOCK) // BLOCK != stay[:, None]
+    return int((away.flatten() & (slots >= 0)).sum())
 
 
 def block_of(file: GgufFile) -> int:
@@ -175,32 +186,43 @@ def _vector(name: str, values: Tensor) -> _Entry:
     return _Entry(name, "f32", tuple(data.shape), lambda: data.view(torch.uint8))
 
 
+def _slots(layer: NarrowLayer) -> tuple[Tensor, Tensor]:
+    """The order in which neurons are written, -1: one without effect; and the blocks that stay."""
+    if layer.width % BLOCK == 0:
+        return homes(layer.ids, layer.width)
+    spare = torch.full((layer.width - len(layer.ids),), -1)
+    return torch.cat([layer.ids, spare]), torch.empty(0)
+
+
 def _rows(tensor: StoredTensor, layer: NarrowLayer, width: int) -> _Entry:
     """Of gate and up, the kept rows as they are stored; fused, those of both halves."""
-    spare = layer.ids[:1].expand(layer.width - len(layer.ids))  # whose columns of down are 0
-    ids = torch.cat([layer.ids, spare])
+    slots, _ = _slots(layer)
     if tensor.shape[0] == 2 * width:
-        ids = torch.cat([ids, ids + width])
+        slots = torch.cat([slots, torch.where(slots < 0, -1, slots + width)])
 
     def make() -> Tensor:
-        data = tensor.bytes().reshape(tensor.shape[0], -1)[ids]
+        data = tensor.bytes().reshape(tensor.shape[0], -1)[slots.clamp_min(0)]
+        data[slots < 0] = 0  # which are zeros in every type
         return data if len(tensor.shape) > 1 else data.flatten()
 
-    return _Entry(tensor.name, tensor.kind, (len(ids), *tensor.shape[1:]), make)
+    return _Entry(tensor.name, tensor.kind, (len(slots), *tensor.shape[1:]), make)
 
 
 def _columns(tensor: StoredTensor, layer: NarrowLayer) -> _Entry:
-    """Of down, the kept columns, rounded anew."""
-    kind = written_kind(tensor.kind)
+    """Of down, the kept columns."""
+    kind, (slots, stay) = written_kind(tensor.kind), _slots(layer)
 
     def make() -> Tensor:
         from gguf import GGMLQuantizationType
         from gguf.quants import quantize
 
-        kept = tensor.values().float()[:, layer.ids]
-        kept = torch.nn.functional.pad(kept, (0, layer.width - len(layer.ids)))
-        data = quantize(kept.contiguous().numpy(), GGMLQuantizationType[kind.upper()])
-        return torch.from_numpy(data).view(torch.uint8)
+        values = tensor.values().float()
+        if tensor.kind in LEVELS:
+            data = tensor.bytes().reshape(len(values), tensor.shape[1] // BLOCK, -1)
+            return moved_columns(data, values, kind, slots, stay)
+        kept = values[:, slots.clamp_min(0)] * (slots >= 0)
+        found = quantize(kept.contiguous().numpy(), GGMLQuantizationType[kind.upper()])
+        return torch.from_numpy(found).view(torch.uint8)
 
     return _Entry(tensor.name, kind, (tensor.shape[0], layer.width), make)
 

@@ -23,6 +23,7 @@ from dart_llm.models.gguf_write import (
     NarrowLayer,
     block_of,
     layer_widths,
+    rounded_columns,
     write_narrow,
     written_architecture,
     written_kind,
@@ -45,8 +46,9 @@ class GgufExport:
     """What was written.
 
     Per layer: ``neurons`` of the model, how many the method ``asked`` to keep, and how many are
-    ``written``: a multiple of ``block``.  ``rounded``: types of the down projections, and those
-    that they are written in.  Bytes are those of the files.
+    ``written``: a multiple of ``block``.  ``kinds``: types of the down projections, and those that
+    they are written in; ``rounded``: fraction of their columns whose values are rounded for that.
+    Bytes are those of the files.
     """
 
     path: Path
@@ -58,7 +60,8 @@ class GgufExport:
     written: tuple[int, ...]
     block: int
     compensated: bool
-    rounded: Mapping[str, str]
+    kinds: Mapping[str, str]
+    rounded: float
     bytes_before: int
     bytes: int
 
@@ -200,7 +203,9 @@ def write_masks(
     pairs = list(zip(neurons, layers, strict=True))
     written = tuple(width if one is None else one.width for width, one in pairs)
     kept = tuple(width if one is None else len(one.ids) for width, one in pairs)
-    kinds = {file.tensors[DOWN.format(layer)].kind for layer, (_, one) in enumerate(pairs) if one}
+    downs = [file.tensors[DOWN.format(layer)].kind for layer in range(len(layers))]
+    narrow = [(kind, one) for kind, one in zip(downs, layers, strict=True) if one is not None]
+    rounded = sum(rounded_columns(kind, one) for kind, one in narrow)
     facts = {"method": label, "kept": sum(kept), "of": sum(neurons)}
     write_narrow(file, layers, path, json.dumps({**facts, "source": file_sha256(file.path)}))
     return GgufExport(
@@ -213,7 +218,8 @@ def write_masks(
         written=written,
         block=block,
         compensated=any(one is not None and one.bias is not None for one in layers),
-        rounded={kind.upper(): written_kind(kind).upper() for kind in sorted(kinds)},
+        kinds={kind.upper(): written_kind(kind).upper() for kind, _ in narrow},
+        rounded=rounded / max(1, sum(len(one.ids) for _, one in narrow)),
         bytes_before=file.path.stat().st_size,
         bytes=path.stat().st_size,
     )
