@@ -205,6 +205,10 @@ def write_masks(
     kept = tuple(width if one is None else len(one.ids) for width, one in pairs)
     downs = [file.tensors[DOWN.format(layer)].kind for layer in range(len(layers))]
     narrow = [(kind, one) for kind, one in zip(downs, layers, strict=True) if one is not None]
+    if written == tuple(neurons):
+        raise ConfigError(
+            f"in whole blocks of {block} neurons no layer loses any: give a higher sparsity"
+        )
     rounded = sum(rounded_columns(kind, one) for kind, one in narrow)
     facts = {"method": label, "kept": sum(kept), "of": sum(neurons)}
     write_narrow(file, layers, path, json.dumps({**facts, "source": file_sha256(file.path)}))
