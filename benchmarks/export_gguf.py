@@ -143,7 +143,7 @@ def main() -> None:
     options.add_argument("--build", default="", help="which llama.cpp this is, for the table")
     options.add_argument("--threads", type=int, default=torch.get_num_threads())
     options.add_argument("--folder", type=Path, help="keep the files there (default: nowhere)")
-    options.add_argument("--no-times", action="store_true", help="agreement alone; writes nothing")
+    options.add_argument("--no-times", action="store_true", help="agreement alone")
     args = options.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         measure(args, args.folder or Path(scratch))
@@ -177,9 +177,7 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
             narrow, _ = load(found.path, weights="dense", dtype="float32")
             ours = our_log_probabilities(narrow, ids)
             rows.append(agreement(f"{found.method}, the file", theirs, ours, ids))
-    if args.no_times:
-        return
-    timed = times(args.bin, files, args.threads)
+    timed = [] if args.no_times else times(args.bin, files, args.threads)
     data = {"build": args.build, "threads": args.threads, "tokens": TOKENS, "turns": TURNS}
     data |= {"files": written, "agreement": rows, "rows": timed}
     print(save(args.out or "export-gguf", model, data))

@@ -1,9 +1,12 @@
 """``model.generate(..., custom_generate="examples/transformers", trust_remote_code=True)``."""
 
 from dart_llm import prune
+from dart_llm.pruning.config import DEFAULT_METHOD
 
 
-def generate(model, *args, method="dart", sparsity=None, dart=None, on_report=None, **kwargs):
+def generate(
+    model, *args, method=DEFAULT_METHOD, sparsity=None, dart=None, on_report=None, **kwargs
+):
     """Generate as ``model.generate`` does, pruned by ``prune(model, method, sparsity=sparsity)``.
 
     ``dart``: further settings of the method, by name.  ``on_report`` is called with the accounting.
