@@ -104,18 +104,17 @@ def _written(settings: ExportSettings, ui: Any) -> GgufExport:
     model, tokenizer = load(**load_arguments(settings), progress=ui.say)
     if settings.masks:
         check_masks(settings.masks, widths(model))
-    where = {"calibration": settings.calibration, "cache_dir": settings.cache_dir}
-    method = settings.prune_config()
     return export_gguf(
         model,
         tokenizer,
         settings.gguf,
         texts,
-        method,
+        settings.prune_config(),
         masks=masks,
         source=source,
+        calibration=settings.calibration,
+        cache_dir=settings.cache_dir,
         say=ui.say,
-        **where,
     )
 
 

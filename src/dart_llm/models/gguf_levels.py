@@ -56,7 +56,7 @@ class Levels:
         if self.bits == 4:
             return torch.cat([head, low], -1)
         places = torch.arange(8, dtype=torch.uint8)
-        fifth = ((whole >> 4).unflatten(-1, (4, 8)) << places).sum(-1, dtype=torch.uint8)
+        fifth = ((whole >> 4).reshape(*whole.shape[:-1], 4, 8) << places).sum(-1, dtype=torch.uint8)
         return torch.cat([head, fifth, low], -1)
 
     @property

@@ -11,6 +11,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ def _entries(file: GgufFile, layers: Sequence[NarrowLayer | None]) -> Iterator[_
         part = FFN.fullmatch(name)
         layer = layers[int(part[1])] if part else None
         if part is None or layer is None:
-            yield _Entry(name, tensor.kind, tensor.shape, lambda one=tensor: _bytes(one))
+            yield _Entry(name, tensor.kind, tensor.shape, partial(_bytes, tensor))
         elif part[2] != "down":
             yield _rows(tensor, layer, file.tensors[DOWN.format(part[1])].shape[1])
         elif part[3] == ".weight":
