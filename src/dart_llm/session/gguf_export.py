@@ -47,7 +47,8 @@ class GgufExport:
 
     Per layer: ``neurons`` of the model, how many the method ``asked`` to keep, and how many are
     ``written``: a multiple of ``block``.  ``kinds``: types of the down projections, and those that
-    they are written in; ``rounded``: fraction of their columns whose values are rounded for that.
+    they are written in; ``rounded``: fraction of their columns that lie in another block than
+    before, and are rounded for that.
     Bytes are those of the files.
     """
 
