@@ -177,10 +177,12 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
             narrow, _ = load(found.path, weights="dense", dtype="float32")
             ours = our_log_probabilities(narrow, ids)
             rows.append(agreement(f"{found.method}, the file", theirs, ours, ids))
-    timed = [] if args.no_times else times(args.bin, files, args.threads)
     data = {"build": args.build, "threads": args.threads, "tokens": TOKENS, "turns": TURNS}
-    data |= {"files": written, "agreement": rows, "rows": timed}
+    data |= {"files": written, "agreement": rows, "rows": []}
     print(save(args.out or "export-gguf", model, data))
+    if not args.no_times:
+        timed = times(args.bin, files, args.threads)
+        print(save(args.out or "export-gguf", model, {**data, "rows": timed}))
 
 
 if __name__ == "__main__":
