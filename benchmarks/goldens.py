@@ -69,8 +69,15 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 }
 HELP = (
     *("", "run", "chat", "eval", "perplexity", "summarize", "compare", "sweep", "drift", "detect"),
-    *("inspect", "serve", "replay", "results", "demo", "methods", "doctor", "bench quality"),
-    *("bench speed", "prompts", "prompts generate", "prompts list", "prompts show"),
+    *("inspect", "export", "serve", "replay", "results", "demo", "methods", "doctor"),
+    *(
+        "bench quality",
+        "bench speed",
+        "prompts",
+        "prompts generate",
+        "prompts list",
+        "prompts show",
+    ),
 )
 TEXT = (".json", ".jsonl", ".csv", ".md", ".txt", ".html", ".yaml", ".log")
 TIMED = re.compile(

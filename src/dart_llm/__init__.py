@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dart_llm.patching.patch import restore
     from dart_llm.pruning.config import PruneConfig
     from dart_llm.pruning.records import DriftCheck, Remask, RunReport
+    from dart_llm.session.gguf_export import export_gguf
     from dart_llm.session.run import Run, prune
     from dart_llm.session.trace_file import TraceFile, read_trace
     from dart_llm.studies.tune.api import tune
@@ -41,6 +42,7 @@ _LAZY = {
     "Run": "dart_llm.session.run",
     "RunReport": "dart_llm.pruning.records",
     "TraceFile": "dart_llm.session.trace_file",
+    "export_gguf": "dart_llm.session.gguf_export",
     "load": "dart_llm.models.loading",
     "prune": "dart_llm.session.run",
     "read_trace": "dart_llm.session.trace_file",
@@ -63,6 +65,7 @@ __all__ = [
     "TraceFile",
     "UnknownName",
     "UnsupportedModel",
+    "export_gguf",
     "load",
     "prune",
     "read_trace",

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from checkpoints import write_gguf
 from dart_llm.cache import cache_folder
 from dart_llm.cli.app import app
 from dart_llm.data import texts
@@ -72,6 +73,7 @@ def place(tmp_path_factory, native):
     (root / "qwen2.5-1.5b").mkdir()
     (root / "qwen2.5-1.5b/config.json").write_text(configuration().to_json_string())
     write(root / "records.jsonl", records())
+    write_gguf(root / "tiny.gguf")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setenv("DART_CACHE", str(cache))

@@ -36,8 +36,9 @@ def ran(notebook, capsys):
     return outputs
 
 
-def test_four_short_files_and_clean_notebooks():
-    assert SCRIPTS == ["batch.py", "own_score.py", "prune_and_generate.py", "watch_remasks.py"]
+def test_five_short_files_and_clean_notebooks():
+    generating = ["pipeline.py", "prune_and_generate.py", "watch_remasks.py"]
+    assert ["batch.py", "own_score.py", *generating] == SCRIPTS
     for name in SCRIPTS:
         assert len((FOLDER / name).read_text(encoding="utf-8").splitlines()) < LONGEST
     assert sorted(path.name for path in FOLDER.glob("*.ipynb")) == [*NOTEBOOKS]
@@ -50,6 +51,7 @@ PRINTED = {
 asked for: 30% of the FFN neurons removed
 while pruned: 30[.]0%
 over all 59 decoded tokens: 24[.]4%""",  # the first 11 ran dense
+    "pipeline.py": r"The sky .*\n[23]\d% of the neurons were removed",
     "own_score.py": r"normalized: perplexity (\d+[.]\d)\nreach: perplexity (\d+[.]\d)",
     "batch.py": r"""shared: 1 masks.*
   row None: 30% removed.*

@@ -6,7 +6,7 @@ model writes by itself (docs/method.md, "Calibration").
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from dart_llm.pruning.controller import PruningController
 from dart_llm.pruning.masks import Masks
 from dart_llm.pruning.registry import SCORES
 from dart_llm.pruning.selection import MaskSelector, check_fits
-from dart_llm.pruning.statistics import LayerStatistics, Sum
+from dart_llm.pruning.statistics import LayerStatistics, summed
 from dart_llm.pruning.weights import FfnWeights
 
 Say = Callable[[str], None]
@@ -124,32 +124,20 @@ def observe(
     layers = _layers(model, config)
     controller = PruningController(observing(config), layers)
     patch = ModelPatch(model, describe(model), controller, "masked")
-    totals: list[dict[str, tuple[Tensor, float]]] = [{} for _ in layers]
     batches = torch.split(ids, BATCH)
-    patch.install()
-    try:
+
+    def observed() -> Iterator[Sequence[LayerStatistics]]:
         for number, batch in enumerate(batches):
             model(batch.to(model.device), use_cache=False, logits_to_keep=1)
-            for total, found in zip(totals, controller.sequences[0].evidence, strict=True):
-                _add(total, found)
+            yield controller.sequences[0].evidence
             if (number + 1) % 4 == 0:
                 say(f"calibrating {config.method}: {number + 1} of {len(batches)} batches")
+
+    patch.install()
+    try:
+        return summed(observed(), [layer.device for layer in layers])
     finally:
         patch.remove()
-    return [
-        LayerStatistics(
-            {name: Sum(t.float().to(layer.device), w) for name, (t, w) in total.items()}
-        )
-        for total, layer in zip(totals, layers, strict=True)
-    ]
-
-
-def _add(total: dict[str, tuple[Tensor, float]], found: LayerStatistics) -> None:
-    """Add the sums of one batch, in float64 on the host: thousands of tokens come together."""
-    for name, known in found.sums.items():
-        part, weight = known.total.cpu().double(), float(known.weight)
-        old = total.get(name)
-        total[name] = (part, weight) if old is None else (old[0] + part, old[1] + weight)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ import yaml
 
 from dart_llm.cli import info
 from dart_llm.cli.chat_settings import ChatSettings
+from dart_llm.cli.export import ExportSettings, export
 from dart_llm.cli.options import Config, Fresh, Json, with_settings
 from dart_llm.errors import CellsFailed, ConfigError
 from dart_llm.files import finite
@@ -394,6 +395,7 @@ COMMANDS = (
     Command("bench quality", "quality.study:QualityStudy", QualitySettings),
     Command("bench speed", bench_speed, SpeedSettings),
     Command("tune", tune, TuneSettings),
+    Command("export", export, ExportSettings),
     Command("serve", serve, ServeSettings),
     Command("replay", replay),
     Command("results", results),

@@ -221,6 +221,16 @@ def _read(source: TextSource, subjects: str | None = None) -> str:
     return BLANK_LINE.join(rows)
 
 
+def whole_texts(name: str) -> list[str]:
+    """The texts behind ``name``, each to be read on its own: the embedded ones, rows of a JSONL
+    file, or one.  Raises what ``read`` raises.
+    """
+    source = resolve(name)
+    if source.name == EMBEDDED:
+        return [texts.read(subject) for subject in texts.subjects()]
+    return list(_row_texts(source)) if source.has_rows else [_read(source)]
+
+
 def names(settings: str) -> list[str]:
     """Comma-separated names, each once, checked before a model is loaded."""
     given = list(dict.fromkeys(part.strip() for part in settings.split(",") if part.strip()))

@@ -57,7 +57,7 @@ def decode_row(bench: str, file: Path, threads: int, tokens: int, depth: int) ->
 def _run(bench: str, file: Path, threads: int, *asked: str) -> list[dict[str, Any]]:
     """Its report; raises ``DartError`` where it fails."""
     command = [bench, "-m", str(file), "-t", str(threads), "-r", "1", "-o", "json", *asked]
-    environment = _environment(os.environ, bench)
+    environment = program_environment(os.environ, bench)
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", env=environment
@@ -79,7 +79,7 @@ def _run(bench: str, file: Path, threads: int, *asked: str) -> list[dict[str, An
     return rows
 
 
-def _environment(given: Mapping[str, str], bench: str) -> dict[str, str]:
+def program_environment(given: Mapping[str, str], bench: str) -> dict[str, str]:
     """Without what is set for PyTorch's threads; libraries may lie beside the program."""
     kept = {name: value for name, value in given.items() if not name.startswith(OURS)}
     places = [str(Path(bench).resolve().parent), kept.get("LD_LIBRARY_PATH", "")]

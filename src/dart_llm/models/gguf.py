@@ -223,6 +223,11 @@ def _checked(file: GgufFile) -> tuple[Any, dict[str, str]]:
     model: Any = empty_model(config)
     make: Any = TensorProcessor
     names = dict(get_gguf_hf_weights_map(model, make(), FILE_NAMES.get(config.model_type)))
+    if stray := [name for name in file.tensors if name.endswith(".bias") and name not in names]:
+        raise LoadError(
+            f"{file.path.name} holds {stray[0]}, for which transformers' {type(model).__name__} "
+            "has no place: it would be another model without it"
+        )
     check_fit(file.path.name, model, file.of(names))
     return model, names
 

@@ -96,8 +96,8 @@ def left_out(file: GgufFile) -> Settings:
     window = file.number("attention.sliding_window")
     if window and (is_mistral(file) or file.architecture == "phi3"):
         found["sliding_window"] = window
-    if file.architecture == "gpt2" and (length := file.number("context_length")):
-        found["n_positions"] = length
+    if file.architecture == "gpt2":
+        found |= _gpt2(file)
     if rope := {**_turned_part(file), **_scaling(file), **_factors(file)}:
         found[ROPE] = rope
     return found
@@ -119,6 +119,17 @@ def complete(config: Any, found: Settings) -> Any:
         known["original_max_position_embeddings"] = original
     known |= {**found, **({ROPE: after} if rope else {})}
     return type(config).from_dict(known)
+
+
+def _gpt2(file: GgufFile) -> Settings:
+    """Its context, and neurons where they are not four times the hidden size."""
+    length, width = file.number("context_length"), file.number("embedding_length")
+    neurons = file.number("feed_forward_length")
+    narrow = neurons and width and neurons != 4 * width
+    return {
+        **({"n_positions": length} if length else {}),
+        **({"n_inner": neurons} if narrow else {}),
+    }
 
 
 def _turned_part(file: GgufFile) -> Settings:

@@ -7,7 +7,7 @@ row and 0 for padding and finished rows.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -132,6 +132,24 @@ def add_parts(evidence: Layers, name: str, parts: Tensor, weight: Tensor | float
     """Add sums over tokens [L, ...] of some layers, and the tokens' weight."""
     for one, part in zip(evidence, parts.unbind(0), strict=True):
         one.more(name, part, weight)
+
+
+def summed(parts: Iterable[Layers], devices: Sequence[torch.device]) -> list[LayerStatistics]:
+    """The evidence of several texts, layer by layer, on ``devices``.
+
+    Added up in float64 on the host, for thousands of tokens come together.
+    """
+    totals: list[dict[str, tuple[Tensor, float]]] = [{} for _ in devices]
+    for evidence in parts:
+        for total, found in zip(totals, evidence, strict=True):
+            for name, known in found.sums.items():
+                part, weight = known.total.cpu().double(), float(known.weight)
+                old = total.get(name)
+                total[name] = (part, weight) if old is None else (old[0] + part, old[1] + weight)
+    return [
+        LayerStatistics({name: Sum(t.float().to(device), w) for name, (t, w) in total.items()})
+        for total, device in zip(totals, devices, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

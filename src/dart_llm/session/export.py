@@ -24,11 +24,7 @@ def export(
     architecture's width is fixed, when a bias is needed that the architecture lacks, or when the
     masks come with low-rank compensation, which no plain checkpoint can carry.
     """
-    if any(mask is not None and mask.low_rank is not None for mask in masks):
-        raise ConfigError(
-            "low-rank compensation has no place in a plain checkpoint: use compensation_rank=0 to "
-            "export"
-        )
+    check_plain(masks)
     kept = {
         block.down_width if mask is None else mask.kept
         for block, mask in zip(blocks, masks, strict=True)
@@ -58,6 +54,15 @@ def export(
     narrow.generation_config = model.generation_config
     narrow.save_pretrained(folder)
     return folder
+
+
+def check_plain(masks: Sequence[LayerMask | None]) -> None:
+    """Raise ``ConfigError`` for low-rank compensation."""
+    if any(mask is not None and mask.low_rank is not None for mask in masks):
+        raise ConfigError(
+            "low-rank compensation has no place in a plain checkpoint: use compensation_rank=0 to "
+            "export"
+        )
 
 
 def _needs_bias(blocks: Sequence[FfnBlock], masks: Sequence[LayerMask | None]) -> bool:

@@ -418,12 +418,20 @@ class Run:
     def export(self, folder: str | Path) -> Path:
         """Write the newest mask as a dense, narrower checkpoint that ``from_pretrained`` loads.
 
-        Raises ``ConfigError`` unless every layer keeps the same number of neurons, and for low-rank
-        compensation, which has no place there; ``AttachError`` before the first mask.
+        ``folder``: where to; a name that ends in ``.gguf`` is a file for llama.cpp, made of the
+        one whose blocks the model holds (``dart_llm.export_gguf`` chooses masks for many texts).
+
+        Raises ``ConfigError`` unless every layer keeps the same number of neurons (a GGUF of
+        Llama's architecture may hold any), and for low-rank compensation, which has no place
+        there; ``AttachError`` before the first mask.
         """
         from dart_llm.session.export import export
 
         masks = plain_masks(self._newest_masks())
+        if Path(folder).suffix == ".gguf":
+            from dart_llm.session.gguf_export import source_file, write_masks
+
+            return write_masks(source_file(self.model), masks, folder).path
         return export(self.model, self._view.blocks, masks, Path(folder))
 
 

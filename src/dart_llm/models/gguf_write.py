@@ -1,0 +1,275 @@
+"""GGUF files of narrower FFNs, made of another file: what is not of the FFN keeps its bytes.
+
+llama.cpp loads them as they are.  Rows of gate and up are whole rows of blocks and are copied.  The
+columns of down lie within blocks; the order of neurons is free, so that most of them stay in theirs
+(``gguf_levels``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dart_llm.errors import ConfigError, ResultsError
+from dart_llm.models.gguf_facts import ARCHITECTURES
+from dart_llm.models.gguf_file import PLAIN, GgufFile, StoredTensor
+from dart_llm.models.gguf_levels import BLOCK, LEVELS, homes, moved_columns
+
+UNEQUAL = {"llama": "deci"}
+"""The architecture that is the same computation with a width of its own in every layer."""
+
+BIASED = ("llama", "gpt2")
+"""Architectures of which llama.cpp reads a bias of the down projection."""
+
+WRITTEN = (*PLAIN, *LEVELS)
+"""Types in which down projections stay."""
+
+INSTEAD = "q8_0"
+"""The type of the others, to which nothing here rounds."""
+
+FFN = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)(.*)")
+"""Tensors of neurons: layer, projection, the rest of the name."""
+
+DOWN, BIAS = "blk.{}.ffn_down.weight", "blk.{}.ffn_down.bias"
+
+ABOUT = "dart_llm.export"
+"""Metadata that says what was removed; llama.cpp passes it over."""
+
+
+@dataclass(frozen=True)
+class NarrowLayer:
+    """What is left of one layer's FFN.
+
+    ``ids``: [k] int64 on the host, the neurons that are kept; ``width``: how many are written, the
+    others without effect; ``bias``: [D] float32 for the output, or None.
+    """
+
+    ids: Tensor
+    width: int
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor to write: ``shape`` in torch's order, and what makes its bytes [..., n]."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
+def layer_widths(file: GgufFile) -> list[int]:
+    """Neurons of every layer; raises ``ConfigError`` for a file whose FFNs cannot be exported."""
+    name = file.path.name
+    if file.architecture not in ARCHITECTURES:
+        raise ConfigError(
+            f"{name} is of architecture {file.architecture}, which is not exported; "
+            f"{', '.join(sorted(ARCHITECTURES))} are"
+        )
+    for tensor in file.tensors:
+        if (part := FFN.fullmatch(tensor)) and part[3] not in (".weight", ".bias"):
+            raise ConfigError(
+                f"{name} holds {tensor}: plain feed-forward layers are exported, and no mixture "
+                "of experts"
+            )
+    layers = int(file.number("block_count") or 0)
+    downs = [file.tensors.get(DOWN.format(layer)) for layer in range(layers)]
+    widths = [down.shape[1] for down in downs if down is not None]
+    if not widths or len(widths) < layers:
+        raise ConfigError(f"{name} lacks the down projection of some layer: nothing is exported")
+    return widths
+
+
+def written_kind(kind: str) -> str:
+    """The type in which a down projection of ``kind`` is written."""
+    return kind if kind in WRITTEN else INSTEAD
+
+
+def rounded_columns(kind: str, layer: NarrowLayer) -> int:
+    """How many columns of a down projection of ``kind`` are rounded as they are written."""
+    if kind not in LEVELS:
+        return 0 if kind in PLAIN else len(layer.ids)
+    slots, stay = _slots(layer)
+    away = slots.reshape(-1, BLOCK) // BLOCK != stay[:, None]
+    return int((away.flatten() & (slots >= 0)).sum())
+
+
+def block_of(file: GgufFile) -> int:
+    """Of what every layer's width must be a multiple, so that rows of down are whole blocks."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    downs = [file.tensors[DOWN.format(layer)] for layer in range(len(layer_widths(file)))]
+    kinds = {GGMLQuantizationType[written_kind(down.kind).upper()] for down in downs}
+    return max(int(GGML_QUANT_SIZES[kind][0]) for kind in kinds)
+
+
+def written_architecture(file: GgufFile, layers: Sequence[NarrowLayer | None]) -> str:
+    """The architecture that holds these layers; raises ``ConfigError`` where llama.cpp has none."""
+    name, own = file.path.name, file.architecture
+    if own not in BIASED and any(one is not None and one.bias is not None for one in layers):
+        raise ConfigError(
+            f"{name} is of architecture {own}, of which llama.cpp reads no bias that could carry "
+            "the compensation; use compensation=False (--no-compensation) to export"
+        )
+    widths = _widths(file, layers)
+    if len(set(widths)) == 1:
+        return own
+    if own not in UNEQUAL:
+        raise ConfigError(
+            f"the layers keep {min(widths)} to {max(widths)} neurons, and llama.cpp knows no "
+            f'architecture like {own} with a width for every layer; use budget "uniform"'
+        )
+    return UNEQUAL[own]
+
+
+def write_narrow(
+    file: GgufFile, layers: Sequence[NarrowLayer | None], path: Path, about: str
+) -> None:
+    """Write ``file`` with narrower FFNs to ``path``, whole or not at all.
+
+    ``layers``: one each, None: as it is.  ``about``: what is said of it under ``ABOUT``.  Raises
+    what ``written_architecture`` raises, and ``ResultsError`` where ``path`` cannot be written.
+    """
+    architecture = written_architecture(file, layers)
+    if path.exists() and path.samefile(file.path):
+        raise ConfigError(f"{path} is the file that is read: give another name")
+    entries = list(_entries(file, layers))
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        _write(file, architecture, _widths(file, layers), entries, partial, about)
+        partial.replace(path)
+    except OSError as error:
+        raise ResultsError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _widths(file: GgufFile, layers: Sequence[NarrowLayer | None]) -> list[int]:
+    pairs = zip(layer_widths(file), layers, strict=True)
+    return [width if layer is None else layer.width for width, layer in pairs]
+
+
+def _entries(file: GgufFile, layers: Sequence[NarrowLayer | None]) -> Iterator[_Entry]:
+    for name, tensor in file.tensors.items():
+        part = FFN.fullmatch(name)
+        layer = layers[int(part[1])] if part else None
+        if part is None or layer is None:
+            yield _Entry(name, tensor.kind, tensor.shape, partial(_bytes, tensor))
+        elif part[2] != "down":
+            yield _rows(tensor, layer, file.tensors[DOWN.format(part[1])].shape[1])
+        elif part[3] == ".weight":
+            yield _columns(tensor, layer)
+            bias = BIAS.format(part[1])
+            if layer.bias is not None and bias not in file.tensors:
+                yield _vector(bias, layer.bias)
+        else:
+            values = tensor.values().float()
+            yield _vector(name, values if layer.bias is None else values + layer.bias.cpu())
+
+
+def _bytes(tensor: StoredTensor) -> Tensor:
+    return tensor.bytes().reshape(*tensor.shape[:-1], -1)
+
+
+def _vector(name: str, values: Tensor) -> _Entry:
+    data = values.float().cpu().contiguous()
+    return _Entry(name, "f32", tuple(data.shape), lambda: data.view(torch.uint8))
+
+
+def _slots(layer: NarrowLayer) -> tuple[Tensor, Tensor]:
+    """The order in which neurons are written, -1: one without effect; and the blocks that stay."""
+    if layer.width % BLOCK == 0:
+        return homes(layer.ids, layer.width)
+    spare = torch.full((layer.width - len(layer.ids),), -1)
+    return torch.cat([layer.ids, spare]), torch.empty(0)
+
+
+def _rows(tensor: StoredTensor, layer: NarrowLayer, width: int) -> _Entry:
+    """Of gate and up, the kept rows as they are stored; fused, those of both halves."""
+    slots, _ = _slots(layer)
+    if tensor.shape[0] == 2 * width:
+        slots = torch.cat([slots, torch.where(slots < 0, -1, slots + width)])
+
+    def make() -> Tensor:
+        data = tensor.bytes().reshape(tensor.shape[0], -1)[slots.clamp_min(0)]
+        data[slots < 0] = 0  # which are zeros in every type
+        return data if len(tensor.shape) > 1 else data.flatten()
+
+    return _Entry(tensor.name, tensor.kind, (len(slots), *tensor.shape[1:]), make)
+
+
+def _columns(tensor: StoredTensor, layer: NarrowLayer) -> _Entry:
+    """Of down, the kept columns."""
+    kind, (slots, stay) = written_kind(tensor.kind), _slots(layer)
+
+    def make() -> Tensor:
+        from gguf import GGMLQuantizationType
+        from gguf.quants import quantize
+
+        values = tensor.values().float()
+        if tensor.kind in LEVELS:
+            data = tensor.bytes().reshape(len(values), tensor.shape[1] // BLOCK, -1)
+            return moved_columns(data, values, kind, slots, stay)
+        kept = values[:, slots.clamp_min(0)] * (slots >= 0)
+        found = quantize(kept.contiguous().numpy(), GGMLQuantizationType[kind.upper()])
+        return torch.from_numpy(found).view(torch.uint8)
+
+    return _Entry(tensor.name, kind, (tensor.shape[0], layer.width), make)
+
+
+def _write(
+    file: GgufFile,
+    architecture: str,
+    widths: Sequence[int],
+    entries: Sequence[_Entry],
+    path: Path,
+    about: str,
+) -> None:
+    """The file itself, one tensor in memory after the other."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
+
+    writer = GGUFWriter(path, architecture)
+    _copy_metadata(file, writer, architecture)
+    writer.add_string(ABOUT, about)
+    equal = len(set(widths)) == 1
+    writer.add_feed_forward_length(widths[0] if equal else list(widths))
+    for one in entries:
+        kind = GGMLQuantizationType[one.kind.upper()]
+        weights, size = GGML_QUANT_SIZES[kind]
+        shape = (*one.shape[:-1], one.shape[-1] // weights * size)
+        count = torch.Size(shape).numel()
+        writer.add_tensor_info(one.name, shape, np.dtype(np.uint8), count, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for one in entries:
+        writer.write_tensor_data(one.make().numpy())
+    writer.close()
+
+
+def _copy_metadata(file: GgufFile, writer: Any, architecture: str) -> None:
+    """All but the widths, under the names of ``architecture``."""
+    from gguf import GGUFReader, GGUFValueType
+
+    own = f"{file.architecture}."
+    left = {"general.architecture", "general.alignment", f"{own}feed_forward_length", ABOUT}
+    for name, field in GGUFReader(file.path).fields.items():
+        value = field.contents()
+        if name in left or name.startswith("GGUF.") or value == []:  # which it does not write
+            continue
+        if name.startswith(own):
+            name = f"{architecture}.{name.removeprefix(own)}"
+        kind, *_, inner = (*field.types, field.types[-1])
+        sub = inner if kind is GGUFValueType.ARRAY else None
+        writer.add_key_value(name, value, kind, sub)

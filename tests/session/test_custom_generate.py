@@ -1,0 +1,67 @@
+"""``model.generate(custom_generate=FOLDER)`` and a pipeline: transformers' ways to generate."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import dynamic_module_utils
+
+from dart_llm.errors import ConfigError
+from dart_llm.session.run import prune
+from tiny import tiny, tokens
+from tiny_gpt2 import write_gpt2
+
+FOLDER = str(Path(__file__).parents[2] / "examples" / "transformers")
+IDS = tokens(1, 24)
+ASKED = {"max_new_tokens": 12, "do_sample": False}
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """Arguments that name the folder, whose copy goes elsewhere than the user's cache."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    return {"custom_generate": FOLDER, "trust_remote_code": True}
+
+
+def test_the_folder_generates_what_prune_does(recipe):
+    model, told = tiny(), []
+    dense = model.generate(IDS, **ASKED)
+    for settings in ({"method": "griffin", "sparsity": 0.5}, {"method": "dart-prompt"}):
+        more = {"min_evidence": 4} if settings["method"] == "dart-prompt" else {}
+        with prune(model, **settings, **more) as run:
+            wanted = model.generate(IDS, **ASKED)
+        found = model.generate(IDS, **ASKED, **recipe, **settings, dart=more, on_report=told.append)
+        assert torch.equal(found, wanted) and not torch.equal(found, dense)
+        assert told[-1].to_dict() == run.report().to_dict()
+    assert torch.equal(model.generate(IDS, **ASKED), dense)  # nothing stays on the model
+
+
+def test_what_transformers_gives_and_takes_goes_through(recipe):
+    model = tiny()
+    mask = torch.ones_like(IDS)
+    asked = {**ASKED, "attention_mask": mask, "return_dict_in_generate": True}
+    asked["output_scores"] = True
+    with prune(model, "griffin", sparsity=0.5):
+        wanted = model.generate(input_ids=IDS, **asked)
+    found = model.generate(input_ids=IDS, **asked, **recipe, method="griffin", sparsity=0.5)
+    assert torch.equal(found.sequences, wanted.sequences) and len(found.scores) == 12
+    assert all(torch.equal(a, b) for a, b in zip(found.scores, wanted.scores, strict=True))
+    with pytest.raises(ConfigError, match="sparsity"):
+        model.generate(IDS, **ASKED, **recipe, sparsity=50)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        model.generate(IDS, **ASKED, custom_generate=FOLDER, trust_remote_code=False)
+
+
+def test_a_pipeline_is_pruned_both_ways(recipe, tmp_path):
+    folder = write_gpt2(tmp_path / "gpt2")
+    write = transformers.pipeline("text-generation", model=str(folder))
+    text = "the quick brown fox " * 4
+    dense = write(text, **ASKED)
+    with prune(write.model, "griffin", sparsity=0.5) as run:
+        wanted = write(text, **ASKED)
+    assert run.report().achieved_sparsity == pytest.approx(0.5)
+    found = write(text, **ASKED, **recipe, method="griffin", sparsity=0.5)
+    assert found == wanted != dense

@@ -1,0 +1,284 @@
+"""Masks as GGUF files: read back, they are the masked model; what none can hold is refused."""
+
+import re
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFReader
+
+from checkpoints import FFN_WIDTH, LAYERS, write_gguf
+from dart_llm.errors import ConfigError, LoadError
+from dart_llm.models.describe import describe
+from dart_llm.models.gguf_facts import ARCHITECTURES
+from dart_llm.models.gguf_file import read_gguf
+from dart_llm.models.gguf_levels import homes
+from dart_llm.models.gguf_write import ABOUT, write_narrow
+from dart_llm.models.loading import load
+from dart_llm.session import gguf_export
+from dart_llm.session.gguf_export import export_gguf, source_file
+from dart_llm.session.run import prune
+from lm_cases import call
+from steps import apart
+from tiny import tiny, tokens
+
+IDS = tokens(1, 20)
+TEXTS = ("the quick brown fox", "jumps over the lazy dog and runs")
+PLAIN = {"ffn": Kind.F32, "attention": Kind.F32}
+SIZES = "0.1 MB (before: 0.1 MB)"
+KEPT = torch.arange(0, FFN_WIDTH, 3)
+"""Every third neuron: 32 of the 96."""
+
+
+def loaded(file, folder):
+    """The model in float32, dequantised."""
+    return load(file, cache_dir=folder, dtype="float32", weights="dense")
+
+
+def masked(model, masks):
+    """Logits with the masks at all positions."""
+    handles = []
+    for layer, block in enumerate(describe(model).blocks):
+        ones = torch.zeros(block.down_width)
+        ones[masks.get(layer, torch.arange(block.down_width))] = 1
+        handles.append(block.down.register_forward_pre_hook(lambda m, a, o=ones: (a[0] * o,)))
+    try:
+        with torch.no_grad():
+            return model(IDS).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.fixture
+def exported(tmp_path):
+    def export(masks=None, texts=(), asked=None, **file):
+        source = write_gguf(tmp_path / "tiny.gguf", **file)
+        model, tokenizer = loaded(source, tmp_path)
+        arguments = {"masks": masks, "source": source, **(asked or {})}
+        found = export_gguf(model, tokenizer, tmp_path / "narrow.gguf", texts, **arguments)
+        return model, read_gguf(source), found
+
+    return export
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_read_back_it_is_the_masked_model(architecture, exported, tmp_path):
+    """Its own architecture and a smaller width; fused projections lose rows of both halves."""
+    masks = dict.fromkeys(range(LAYERS), KEPT)
+    model, source, found = exported(masks, architecture=architecture, **PLAIN)
+    assert found.architecture == architecture and found.written == (32,) * LAYERS
+    wide = source.tensors["blk.0.ffn_down.weight"].shape[1]
+    assert found.achieved_sparsity == pytest.approx(1 - 32 / wide)
+    narrow, _ = loaded(found.path, tmp_path)
+    assert {block.down_width for block in describe(narrow).blocks} == {32}
+    with torch.no_grad():
+        assert apart(narrow(IDS).logits, masked(model, masks)) < 1e-5
+    said = GGUFReader(found.path).fields
+    assert f'"kept": {32 * LAYERS}' in said[ABOUT].contents()
+    before = GGUFReader(source.path).fields
+    changed = {name for name in before if said[name].contents() != before[name].contents()}
+    counts = {"GGUF.kv_count", f"{architecture}.feed_forward_length"}
+    assert changed == counts and set(said) == {*before, ABOUT}
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q4_0", "Q8_0", "Q5_0", "Q5_1", "F16", "BF16"])
+def test_rows_keep_their_bytes_and_columns_move(kind, exported, tmp_path):
+    """Columns of the block that keeps most stay as they are; the others are rounded to its ends."""
+    masks = dict.fromkeys(range(LAYERS), KEPT)
+    model, source, found = exported(masks, ffn=Kind[kind])
+    plain = "F16" in kind
+    slots, stay = homes(KEPT, 32)
+    assert sorted(slots.tolist()) == KEPT.tolist() and stay.tolist() == [0]
+    old, new = source.tensors, read_gguf(found.path).tensors
+    assert list(new) == list(old) and found.kinds == {kind: kind}
+    assert found.rounded == (0 if plain else 21 / 32)  # 11 neurons of the first block stay
+    for name, tensor in new.items():
+        stored = old[name].bytes()
+        if ".ffn_" not in name or "norm" in name:
+            assert torch.equal(tensor.bytes(), stored), name
+        elif "down" not in name:
+            rows = stored.reshape(FFN_WIDTH, -1)[slots]
+            assert torch.equal(tensor.bytes(), rows.flatten()), name
+        else:
+            got, wanted = tensor.values().float(), old[name].values().float()[:, slots]
+            step = 0.0 if plain else float(wanted.abs().max()) * 2 / 2 ** (int(kind[1]) - 1)
+            assert float((got - wanted).abs().max()) <= step, name
+    with torch.no_grad():
+        differ = apart(loaded(found.path, tmp_path)[0](IDS).logits, masked(model, masks))
+    assert differ < (1e-5 if plain else 0.15 if "Q4" in kind else 0.05)
+    assert found.bytes < found.bytes_before == source.path.stat().st_size
+
+
+def test_types_to_which_nothing_rounds_become_8_bits(exported):
+    masks = dict.fromkeys(range(LAYERS), range(60))
+    _, source, found = exported(masks, width=256, ffn=Kind.Q4_K, down=Kind.Q6_K)
+    assert found.kinds == {"Q6_K": "Q8_0"} and found.written == (64,) * LAYERS
+    assert found.rounded == 1
+    new = read_gguf(found.path).tensors["blk.1.ffn_down.weight"]
+    old = source.tensors["blk.1.ffn_down.weight"].values()[:, :60]
+    assert apart(new.values()[:, :60], old) < 0.01
+
+
+def test_held_masks_are_filled_up_without_effect(exported):
+    """Rows of zeros in gate and up: whatever down holds for them, nothing comes of it."""
+    masks = {0: KEPT[:20], 1: range(40)}
+    _, source, found = exported(masks, ffn=Kind.Q4_1, down=Kind.Q8_0)
+    assert (found.asked, found.written, found.block) == ((20, 40), (32, 64), 32)
+    new, old = read_gguf(found.path).tensors, source.tensors
+    for layer, width, ids in ((0, 32, KEPT[:20]), (1, 64, torch.arange(40))):
+        slots, _ = homes(ids, width)
+        assert slots[slots >= 0].sort().values.tolist() == ids.tolist() and len(slots) == width
+        assert new[f"blk.{layer}.ffn_down.weight"].shape[1] == width
+        for part in ("gate", "up"):
+            name = f"blk.{layer}.ffn_{part}.weight"
+            rows, stored = new[name].values(), old[name].values()
+            assert torch.equal(rows[slots >= 0], stored[slots[slots >= 0]])
+            assert not rows[slots < 0].any()
+
+
+def test_unequal_layers_are_an_architecture_with_a_list_of_widths(exported):
+    _, source, found = exported({1: KEPT}, **PLAIN)
+    assert found.architecture == "deci" and found.written == (FFN_WIDTH, 32)
+    fields = GGUFReader(found.path).fields
+    assert fields["general.architecture"].contents() == "deci"
+    assert fields["deci.feed_forward_length"].contents() == [FFN_WIDTH, 32]
+    renamed = {name.replace("llama.", "deci.") for name in GGUFReader(source.path).fields}
+    assert set(fields) == renamed | {ABOUT}
+    assert fields["deci.context_length"].contents() == 128
+
+
+def test_texts_are_read_one_by_one_and_added_up(exported):
+    """GRIFFIN's score of both texts; the count is rounded up, and the next best fill it."""
+    model, source, found = exported(texts=TEXTS, asked={"sparsity": 0.5}, ffn=Kind.Q8_0)
+    assert (found.method, found.asked, found.written) == ("griffin@0.5", (48, 48), (64, 64))
+    assert found.achieved_sparsity == pytest.approx(1 / 3)
+    new = read_gguf(found.path).tensors
+    _, tokenizer = loaded(source.path, source.path.parent)
+    sums = torch.zeros(FFN_WIDTH)
+    for text in TEXTS:
+        seen = []
+        block = describe(model).blocks[1]
+        handle = block.down.register_forward_pre_hook(lambda m, a, s=seen: s.append(a[0][0]))
+        with torch.no_grad():
+            model(tokenizer(text, return_tensors="pt").input_ids)
+        handle.remove()
+        sums += (seen[0] / seen[0].norm(dim=-1, keepdim=True)).square().sum(0)
+    wanted = sums.topk(64).indices.sort().values
+    rows = source.tensors["blk.1.ffn_gate.weight"].values()[homes(wanted, 64)[0]]
+    assert torch.equal(new["blk.1.ffn_gate.weight"].values(), rows)
+
+
+def test_compensation_is_the_bias_of_the_down_projection(exported, tmp_path):
+    asked = {"sparsity": 0.5, "compensation": True}
+    model, source, found = exported(texts=TEXTS[:1], asked=asked, ffn=Kind.F32)
+    assert found.compensated
+    _, tokenizer = loaded(source.path, tmp_path)
+    with prune(model, "griffin", **asked) as run, torch.no_grad():
+        model(tokenizer(TEXTS[0], return_tensors="pt").input_ids)
+        masks = run.select()
+    new = read_gguf(found.path).tensors
+    for layer, mask in enumerate(masks):
+        bias = new[f"blk.{layer}.ffn_down.bias"]
+        assert bias.kind == "f32" and float(mask.bias.norm()) > 0
+        torch.testing.assert_close(bias.values(), mask.bias, rtol=1e-4, atol=1e-6)
+    with pytest.raises(LoadError, match=r"holds blk.0.ffn_down.bias, .* LlamaForCausalLM has no"):
+        loaded(found.path, tmp_path)
+
+
+def test_a_run_writes_its_newest_mask(exported, tmp_path, monkeypatch):
+    """What it keeps, filled up to whole blocks; low-rank compensation is refused."""
+    model, source, _ = exported(texts=TEXTS[:1], asked={"sparsity": 0.5}, ffn=Kind.F32)
+    narrow = tmp_path / "again.gguf"
+    with pytest.raises(ConfigError, match=r"only such a file is narrowed: load one with weights="):
+        prune(model, masks={0: KEPT}).export(narrow)
+    monkeypatch.setattr(gguf_export, "blocks_file", lambda model: source.path)
+    with prune(model, "griffin", sparsity=0.5) as run:
+        model.generate(IDS, max_new_tokens=2)
+    assert run.export(narrow) == narrow
+    new = read_gguf(narrow).tensors
+    for layer, ids in run.masks().items():
+        up = describe(model).blocks[layer].up.weight[ids]
+        assert torch.equal(new[f"blk.{layer}.ffn_up.weight"].values(), up)
+    narrow.unlink()
+    settings = {"sparsity": 0.5, "min_evidence": 0, "prior": {"tokens": 1}}
+    with prune(model, "dart", **settings) as run:
+        model.generate(IDS, max_new_tokens=2)
+    with pytest.raises(ConfigError, match="no place in a plain checkpoint: use compensation_rank"):
+        run.export(narrow)
+    assert not narrow.exists()
+
+
+REFUSED = [
+    ({"architecture": "qwen2"}, {"masks": {1: KEPT}}, "knows no architecture like qwen2"),
+    (
+        {"architecture": "qwen3"},
+        {"sparsity": 0.5, "compensation": True},
+        "architecture qwen3, of which llama.cpp reads no bias",
+    ),
+    ({}, {"method": "dart-token"}, "chooses neurons for every token, and a file holds one mask"),
+    ({}, {"method": "dense"}, "removes nothing"),
+    ({}, {"method": "dense-4bit"}, "removes nothing"),
+    ({}, {"sparsity": 0.5, "texts": ()}, "chooses neurons by what it reads: give --prompt"),
+    ({}, {"masks": {0: range(96), 1: range(96)}}, "removes nothing"),
+    ({"down": Kind.Q8_0}, {"sparsity": 0.3}, "in whole blocks of 32 neurons no layer loses any"),
+]
+
+
+def test_what_no_file_can_hold_is_refused(tmp_path):
+    for number, (file, asked, sentence) in enumerate(REFUSED):
+        source = write_gguf(tmp_path / f"{number}.gguf", **PLAIN, **file)
+        model, tokenizer = loaded(source, tmp_path)
+        arguments = {"texts": TEXTS, "source": source, **asked}
+        with pytest.raises(ConfigError, match=re.escape(sentence)):
+            export_gguf(model, tokenizer, tmp_path / "x.gguf", **arguments)
+        assert not (tmp_path / "x.gguf").exists(), sentence
+    with pytest.raises(ConfigError, match="LlamaForCausalLM was not loaded from the blocks"):
+        source_file(tiny())
+
+
+def test_files_of_other_shapes_are_refused(tmp_path):
+    experts = write_gguf(tmp_path / "moe.gguf", tensors={"blk.0.ffn_gate_inp.weight": [[1.0] * 32]})
+    other = write_gguf(tmp_path / "other.gguf")
+    model, tokenizer = loaded(other, tmp_path)
+    with pytest.raises(ConfigError, match=r"holds blk.0.ffn_gate_inp.weight: .*no mixture"):
+        export_gguf(model, tokenizer, tmp_path / "x.gguf", TEXTS, source=experts)
+    wide = write_gguf(tmp_path / "wide.gguf", width=256)
+    with pytest.raises(
+        ConfigError, match=r"wide\.gguf has 2 layers of 512 neurons, and these masks"
+    ):
+        export_gguf(model, tokenizer, tmp_path / "x.gguf", masks={0: KEPT}, source=wide)
+    with pytest.raises(ConfigError, match="is the file that is read: give another name"):
+        write_narrow(read_gguf(other), [None] * LAYERS, other, "")
+    assert sorted(path.suffix for path in tmp_path.iterdir() if path.is_file()) == [".gguf"] * 3
+
+
+def test_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = write_gguf(tmp_path / "tiny.gguf")
+    (tmp_path / "a.jsonl").write_text('{"text": "the quick"}\n{"text": "brown fox"}\n', "utf-8")
+    asked = ["export", "--model", str(source), "--cache-dir", str(tmp_path), "--gguf", "new.gguf"]
+    done = call(*asked, "--text", "a.jsonl", "--prompt", "jumps", "--sparsity", "0.5", "--json")
+    assert done.code == 0, done.err
+    assert done.json["asked"] == [48, 48] and done.json["written"] == [64, 64]
+    assert done.json["kinds"] == {"Q4_1": "Q4_1"} and done.json["architecture"] == "llama"
+    assert done.json["bytes"] == (tmp_path / "new.gguf").stat().st_size
+    done = call(*asked, "--prompt", "jumps", "--sparsity", "0.3", "--method", "dart-prompt")
+    rows = [re.findall(r"[\d.%-]+", line) for line in done.out.splitlines() if "│" in line]
+    assert rows[0] == ["0", "96", "80", "96", "0.0%"] and rows[1][:2] == ["1", "96"]
+    assert f"new.gguf: {SIZES}, achieved sparsity 16.7%, architecture deci\n" in done.out
+    assert re.search(r"down projections are Q4_1: \d\d% of their columns lie in another", done.out)
+    for told in (
+        "widths are whole blocks of 32 neurons",
+        "biases of the down projections carry the mean of what was removed",
+    ):
+        assert f"{told}\n" in done.out
+    for given, sentence in (
+        ([], "ConfigError: method griffin chooses neurons by what it reads: give --prompt or"),
+        (["--gguf", "x.bin"], '--gguf x.bin must end in ".gguf"'),
+        (["--masks", "m.safetensors", "--prompt", "x"], "drop the prompt and the texts"),
+        (["--model", "owner/name", "--prompt", "x"], "owner/name is no GGUF file"),
+    ):
+        done = call(*asked, *given)
+        assert (done.code, done.out) == (2, "") and sentence in done.err, done.err
+    assert "give --gguf FILE.gguf" in call("export", "--prompt", "x").err
