@@ -447,7 +447,7 @@ def test_the_default_model_in_its_own_blocks(smollm2):
     for part, theirs in ((found[0], wanted[:, :96]), (torch.cat(found[1:], 1), wanted[:, 96:])):
         ours = part.float().log_softmax(-1)
         assert float((theirs.exp() * (theirs - ours)).sum(-1).mean()) < 0.01
-        assert float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()) > 0.95
+        assert float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()) > 0.93
     with prune(model, "dense", executor="slim") as run:
         slim = decode(model, ids, 96)
     assert run.report().executor == "slim"

@@ -173,7 +173,7 @@ def case(request, tmp_path, monkeypatch):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Drawing takes most of the time of so small a study."""
-    monkeypatch.setattr(figures, "save", lambda folder, wanted: [])
+    monkeypatch.setattr(figures, "save", lambda folder, wanted, style: [])
     for study in (InspectionStudy, MeasureStudy, DriftStudy, RunStudy, TuneStudy):
         monkeypatch.setattr(study, "write_page", lambda self: None)
         monkeypatch.setattr(study, "figures", lambda self: ())

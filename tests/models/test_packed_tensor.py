@@ -97,7 +97,10 @@ def test_whatever_else_sees_it_dequantised(name, neurons, dtype):
     for what, ask in asked.items():
         found, wanted = ask(weight), ask(dense)
         assert type(found) is torch.Tensor, what
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5, msg=what)
+        near = 1e-5
+        if what.startswith("a product") and dtype == torch.bfloat16:  # in float32 on some CPUs
+            near = 2.0**-7 * float(wanted.abs().max())
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=near, msg=what)
     for beyond in (24, -25):
         with pytest.raises(IndexError):
             F.embedding(torch.tensor([beyond]), weight)

@@ -27,7 +27,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def no_plots(monkeypatch):
-    monkeypatch.setattr(figures, "save", lambda folder, wanted: [])
+    monkeypatch.setattr(figures, "save", lambda folder, wanted, style: [])
 
 
 def test_every_measurement_is_one_line_and_made_once(whole):

@@ -142,7 +142,7 @@ def test_words_and_pictures(whole, monkeypatch):
 
 
 def test_plain_transformers_runs_dense_beside_packed_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "save", lambda folder, wanted: [])
+    monkeypatch.setattr(figures, "save", lambda folder, wanted, style: [])
     gguf = write_gguf(tmp_path / "tiny.gguf")
     found = job(tmp_path, **asked(gguf) | {"prefill_tokens": None}).summary
     rows = {row["row"]: row for row in found["rows"]}
@@ -155,7 +155,7 @@ def test_plain_transformers_runs_dense_beside_packed_rows(tmp_path, monkeypatch)
 
 
 def test_random_weights_are_rounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "save", lambda folder, wanted: [])
+    monkeypatch.setattr(figures, "save", lambda folder, wanted, style: [])
     file = tmp_path / "config.json"
     sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128}

@@ -42,7 +42,7 @@ def whole(native, tmp_path_factory):
 
 @pytest.fixture
 def no_plots(monkeypatch):
-    monkeypatch.setattr(figures, "save", lambda folder, wanted: [])
+    monkeypatch.setattr(figures, "save", lambda folder, wanted, style: [])
 
 
 def test_rows_say_what_ran(whole):

@@ -84,7 +84,8 @@ class DetectSettings(StudyOptions, ModelOptions):
 
         if self.rules is not None:
             return _list("rules", self.rules, str)
-        plain = (name for name in DRIFT_RULES.names() if name not in ("interval", "never"))
+        others = ("interval", "never", "windows")  # need numbers, or never trigger
+        plain = (name for name in DRIFT_RULES.names() if name not in others)
         return (*plain, "interval 64", "dart-prompt")
 
     def window_list(self) -> tuple[int, ...]:
