@@ -71,6 +71,8 @@ class Study(Generic[S]):
     """Key of timing.json that holds the seconds of each unit that was computed."""
     longest: ClassVar[int | None] = None
     """Rows that a table may have on the terminal."""
+    shown: ClassVar[frozenset[str]] = frozenset({"style"})
+    """Settings that say how results are shown, and change no number."""
 
     folder: ResultsFolder
 
@@ -102,7 +104,7 @@ class Study(Generic[S]):
 
     def asked(self) -> dict[str, Any]:
         """The settings that decide what is computed."""
-        return self.settings.model_dump(mode="json")
+        return self.settings.model_dump(mode="json", exclude=set(self.shown))
 
     def identify(self) -> dict[str, Any]:
         """What makes two runs the same run."""
@@ -208,7 +210,6 @@ def run_study(study: AnyStudy, fresh: bool = False) -> AnyStudy:
     """
     settings = study.settings
     study.identity = study.identify()
-    study.identity.pop("style", None)  # the same command in another style draws the same run
     study.folder = open_folder(
         Path(settings.results_dir), settings.experiment, study.identity, fresh
     )

@@ -116,6 +116,7 @@ class DriftStudy(Study[Any]):
     kind = "drift"
     document = "summary.json"
     on_error = "record"
+    shown = Study.shown | {"detection"}
 
     settings: DriftSettings
 
@@ -137,9 +138,6 @@ class DriftStudy(Study[Any]):
         model, calibration = self.settings.model, self.settings.calibration
         weights = Digests().of(Cell(model, DENSE, "drift", calibration=calibration))
         return {**weights, "sources": digest(self.sources)}
-
-    def asked(self) -> dict[str, Any]:
-        return self.settings.model_dump(mode="json", exclude={"detection"})  # of the report alone
 
     def identify(self) -> dict[str, Any]:
         configs = {m.label: None if m.config is None else m.config.to_dict() for m in self.methods}

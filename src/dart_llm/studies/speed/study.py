@@ -167,7 +167,8 @@ class SpeedStudy(Study[SpeedSettings]):
 
     def asked(self) -> dict[str, Any]:
         left_out = {name for name in self.settings.LATER if getattr(self.settings, name) is None}
-        return self.settings.model_dump(mode="json", exclude={*self.settings.UNUSED, *left_out})
+        left_out |= {*self.shown, *self.settings.UNUSED}
+        return self.settings.model_dump(mode="json", exclude=left_out)
 
     def identify(self) -> dict[str, Any]:
         presets = {variant.label: variant.config.to_dict() for variant in self.variants}

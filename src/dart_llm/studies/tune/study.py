@@ -131,7 +131,8 @@ class TuneStudy(Study[TuneSettings]):
         return {**found, **digests.of_model(settings.model_copy(update={"weights": "dense"}))}
 
     def asked(self) -> dict[str, Any]:
-        return self.settings.model_dump(mode="json", exclude={*self.settings.UNUSED, "save"})
+        left_out = {*self.shown, *self.settings.UNUSED, "save"}
+        return self.settings.model_dump(mode="json", exclude=left_out)
 
     def identify(self) -> dict[str, Any]:
         tried = {one.label: one.config.to_dict() for one in self.candidates}
