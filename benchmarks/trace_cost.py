@@ -1,7 +1,7 @@
 """What a trace costs: the same text decoded with and without one, in turns, and its file.
 
 Per method: a prompt and ``--tokens`` decoded tokens, ``--repeats`` pairs in random order within the
-pair.  The time of a traced text holds the opening and the joining of its file.  With
+pair.  Writing the report and joining the file, once at the end, is a time of its own.  With
 ``--activations`` also by executor masked, with activations, beside masked without a trace.
 """
 
@@ -36,18 +36,19 @@ def clock() -> Clock:
 
 def timed(
     model: Any, run: Run, ids: torch.Tensor, args: Any, path: Path | None, kept: bool
-) -> Clock:
-    """Milliseconds per token."""
+) -> tuple[Clock, float]:
+    """Milliseconds per token, and seconds that closing the trace took."""
     start = clock()
     if path is None:
         decode(model, ids, args.tokens)
+        end = clock()
     else:
         with run.trace(path, activations=kept):
             decode(model, ids, args.tokens)
-    wall, cpu = (
-        1e3 * (end - begin) / args.tokens for begin, end in zip(start, clock(), strict=True)
-    )
-    return wall, cpu
+            end = clock()
+    closing = time.perf_counter() - end[0]
+    wall, cpu = (1e3 * (b - a) / args.tokens for a, b in zip(start, end, strict=True))
+    return (wall, cpu), closing
 
 
 def read_seconds(path: Path) -> float:
@@ -63,12 +64,15 @@ def row(
     path = folder / "trace.safetensors"
     settings = {"executor": "masked"} if kept else {}
     times: dict[bool, list[Clock]] = {False: [], True: []}
+    closings = []
     with prune(model, method, sparsity=args.sparsity, **settings) as run:
         decode(model, ids, 32)
         for _ in range(args.repeats):
             for traced in random.sample([False, True], 2):
                 given = path if traced else None
-                times[traced].append(timed(model, run, ids, args, given, kept))
+                per_token, closing = timed(model, run, ids, args, given, kept)
+                times[traced].append(per_token)
+                closings += [closing] if traced else []
         executor, remasks = run.report().executor, len(run.remasks)
     found = read_trace(path)
     return {
@@ -78,6 +82,7 @@ def row(
         "masks_built": remasks / (1 + 2 * args.repeats),
         **compared("ms", times, 0),
         **compared("cpu_ms", times, 1),
+        "closing_s": statistics.median(closings),
         "file_bytes": path.stat().st_size,
         "masks_bytes": found.arrays["masks"].nbytes,
         "read_frame_s": statistics.median(read_seconds(path) for _ in range(3)),
