@@ -385,7 +385,23 @@ def test_dense_runs_by_the_executor_that_was_named():
         own = prepare(model, None, PruneConfig.build("dense", executor=executor))
         run = own.run()
         assert (run is None) == (executor == "auto")
+        assert own.label == ("dense" if run is None else "dense, masked")
         found[executor] = measure_windows(
             own, "t", windows, "decode", MemoryStore(), lambda n: None
         ).samples[0]["losses"]
     assert found["masked"] == pytest.approx(found["auto"], abs=1e-5)
+
+
+def test_a_screened_head_is_what_is_measured():
+    """In steps of one token, under a name of its own; a whole forward would score every word."""
+    model = tiny("llama", vocab_size=2048, hidden_size=64)
+    widths = []
+    model.lm_head.register_forward_hook(lambda head, args, y: widths.append(args[0].shape[1]))
+    learnt = {"sequences": 2, "length": 32, "opening": 0}
+    config = PruneConfig.build("dense", head="screened 0.4", executor="compact", prior=learnt)
+    own = prepare(model, None, config)
+    widths.clear()
+    windows = [Window(torch.arange(3, 73) % VOCAB, 40)]
+    found = measure_windows(own, "t", windows, "decode", MemoryStore(), lambda n: None)
+    assert own.label == "dense, screened head" and len(found.samples[0]["losses"]) == 30
+    assert widths == [1] * len(widths)

@@ -39,6 +39,8 @@ def feed(
     before the next chunk.  ``chunk``: tokens of a forward at most; 1: each by a step of its own, as
     ``generate`` decodes.  ``run``: attached, or None for the untouched model.
     """
+    if run is not None and run.config.screens:
+        chunk = 1  # a head is screened in steps, and scores a forward of many tokens whole
     start = 0
     while start < ids.shape[1]:
         size = min(chunk, ids.shape[1] - start)

@@ -149,7 +149,9 @@ def prepare(
     layers = describe(model).weights(config.score.proxy_embedding, config.seed)
     learn_screen(model, config, layers, cache_dir, say, tokenizer)
     if check_fits(config, layers).removes_nothing:
-        return PreparedMethod(model, tokenizer, config)
+        how = "screened head" if config.screens else config.executor
+        name = f"dense, {how}" if config.method == "dense" else ""
+        return PreparedMethod(model, tokenizer, config, name=name)
     if config.calibration is None:  # what attaching would learn, with news and the tokenizer
         self_calibrate(model, config, layers, cache_dir, say, tokenizer)
         return PreparedMethod(model, tokenizer, config)

@@ -61,9 +61,8 @@ class MeasureStudy(Study[MeasureSettings]):
         settings, own = self.settings, self.settings.prune_config()
         if settings.masks:
             check_masks(settings.masks, widths(self.model))
-        config = None if own.method == "dense" else own
         where = (settings.calibration, settings.cache_dir, self.ui.say)
-        candidate = prepare(self.model, self.tokenizer, config, *where, masks=self.masks)
+        candidate = prepare(self.model, self.tokenizer, own, *where, masks=self.masks)
         if candidate.config is None or not settings.dense:
             return [candidate]
         return [prepare(self.model, self.tokenizer, None), candidate]
