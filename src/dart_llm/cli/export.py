@@ -29,7 +29,8 @@ class ExportSettings(BaseSettings):
     UNUSED: ClassVar = (
         *("save_layer_topk", "masking_step", "release_step", "min_evidence", "ema_decay"),
         *("knowledge_drift", "drift", "head", "executor"),
-        *("experiment_name", "results_dir", "device_map", "dtype", "attn_implementation"),
+        *("experiment_name", "results_dir", "style", "device_map", "dtype"),
+        "attn_implementation",
     )
 
     method: str = setting("Pruning", "Preset; dart-llm methods lists them.", "griffin")
