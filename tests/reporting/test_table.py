@@ -1,5 +1,6 @@
 """One definition of a table: terminal, Markdown, CSV and page."""
 
+import pytest
 from rich.console import Console
 
 from dart_llm.reporting.table import Column, Table, bytes_text, number
@@ -35,6 +36,37 @@ def test_people_see_words():
         console.print(TABLE.rich())
     text = capture.get()  # which has no room for some columns
     assert "A | caption" in text and "50% [25%, 75%]" in text and "how many" not in text
+
+
+HEADS = ("task", "method", "value", "95 %", "dense tokens", "re-masks", "bytes per token")
+SHARED = ("16.1", "[15.1, 17.2]", "100.0%", "0", "1.000")
+WIDE = [
+    dict(zip(HEADS, ("perplexity:embedded", method, *SHARED), strict=True))
+    for method in ("dense", "dart-token@0.5", "dart@0.5")
+]
+
+
+def at(width, rows, left=2, **more):
+    columns = [Column(head, head, needed=head == "95 %") for head in HEADS]
+    console = Console(width=width, no_color=True, markup=False)
+    with console.capture() as capture:
+        console.print(Table("", "Caption", tuple(columns), rows, left=left, **more).rich())
+    return capture.get()
+
+
+@pytest.mark.parametrize("width", [45, 60, 80, 110])
+def test_no_word_is_broken_on_the_terminal(width):
+    text = at(width, WIDE)
+    assert max(map(len, text.splitlines())) <= width
+    words = text.replace("│", " ").split()
+    joined = " ".join(words)
+    assert ("task perplexity:embedded" in joined) == (width <= 80)
+    assert ("no room for re-masks, bytes per token" in joined) == (width < 50)
+    kept = HEADS[:5] if width < 50 else HEADS
+    shown = {word for row in WIDE for key in kept for word in row[key].split()}
+    assert shown <= {word.rstrip(";") for word in words}
+    assert words.count("17.2]") == len(WIDE)  # what is needed stays
+    assert ("[15.1, 17.2]" in text) == (width >= 80)  # heads get more lines first
 
 
 def test_csv_holds_raw_values_and_both_ends_of_an_interval(tmp_path):

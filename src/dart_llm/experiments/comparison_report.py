@@ -7,12 +7,9 @@ counted where both removed the same share of neurons, to a point.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
-
-from rich.box import SIMPLE_HEAD
-from rich.table import Table as RichTable
 
 from dart_llm.evaluation.measurement import LEAK
 from dart_llm.experiments import comparison, comparison_plots, run_facts
@@ -21,7 +18,15 @@ from dart_llm.experiments.stats import MIN_DISCORDANT, Interval
 from dart_llm.experiments.store import Files, ResultsView, read
 from dart_llm.files import write_csv, write_json, write_text
 from dart_llm.reporting import page
-from dart_llm.reporting.table import Column, PageTable, Table, bytes_text, escaped, grouped
+from dart_llm.reporting.table import (
+    Column,
+    PageTable,
+    Table,
+    TerminalColumn,
+    bytes_text,
+    escaped,
+    grouped,
+)
 from dart_llm.reporting.words import count, dtype_text, percent, quantity, times
 
 SCHEMA = 1
@@ -297,19 +302,20 @@ def failures(rows: Sequence[Row]) -> list[str]:
 class ComparisonTable(Table):
     """On the terminal, heads are short and intervals stand under their numbers."""
 
-    def rich(self) -> RichTable:
-        table = RichTable(
-            title=self.caption, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-        )
-        columns = [column for column in self.columns if column.terminal]
-        for place, column in enumerate(columns):
-            head = column.head.partition(" (")[0].partition(",")[0].removesuffix(" tokens")
-            table.add_column(head, justify="right" if place else "left", no_wrap=place > 0)
-        for row in self.rows:
-            cells = (stacked(column.cell(row)) for column in columns)
-            lines = [(f"{value} {said}".rstrip(), ends) for value, ends, said in cells]
-            table.add_row(*("\n".join(filter(None, line)) for line in lines))
-        return table
+    def shown(self) -> list[TerminalColumn]:
+        return [
+            replace(
+                one,
+                head=one.head.partition(" (")[0].partition(",")[0].removesuffix(" tokens"),
+                cells=tuple(map(_in_lines, one.cells)),
+            )
+            for one in super().shown()
+        ]
+
+
+def _in_lines(cell: str) -> str:
+    value, ends, said = stacked(cell)
+    return "\n".join(filter(None, (f"{value} {said}".rstrip(), ends)))
 
 
 def stacked(cell: str) -> tuple[str, str, str]:
@@ -324,7 +330,7 @@ def tables(rows: Sequence[Row]) -> list[ComparisonTable]:
     whole = {row.group for row in rows if row.layers is None and row.method != DENSE}
     found = grouped(rows, lambda row: (*row.group, row.layers is not None and row.group in whole))
     return [
-        ComparisonTable("", caption(own), _columns(own), [{"row": row} for row in own])
+        ComparisonTable("", caption(own), _columns(own), [{"row": row} for row in own], tight=True)
         for own in found.values()
     ]
 

@@ -11,9 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from dart_llm.reporting.words import duration
@@ -62,7 +61,7 @@ class Ui:
         self.log.append(text)
         self.err.print(text, style="dim", highlight=False, soft_wrap=True)
 
-    def table(self, table: Table) -> None:
+    def table(self, table: RenderableType) -> None:
         """Print a table; kept for the log as plain text."""
         plain = Console(width=100, no_color=True, markup=False)
         with plain.capture() as capture:
@@ -70,7 +69,7 @@ class Ui:
         self.log.append(capture.get().rstrip())
         self.err.print(table)
 
-    def result(self, what: Table | str) -> None:
+    def result(self, what: RenderableType) -> None:
         """What a command was asked for, on stdout."""
         if not self.quiet:
             self.out.print(what, highlight=False, soft_wrap=isinstance(what, str))

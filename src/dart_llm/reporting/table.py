@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import gt
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions
 from rich.table import Table as RichTable
 
 from dart_llm.files import write_csv
@@ -31,7 +34,8 @@ class Column:
 
     ``value``: a key of the records, or what makes the value of one.  ``text``: how a value is
     written, a function or a format such as ".1%".  ``interval``: key of the ends that follow in
-    brackets, written likewise.  ``terminal``: whether 80 characters have room for it.
+    brackets, written likewise.  ``terminal``: whether 80 characters have room for it; ``needed``:
+    whether it stays there while others go.
     """
 
     head: str
@@ -40,6 +44,7 @@ class Column:
     interval: str = ""
     terminal: bool = True
     wrap: bool = True
+    needed: bool = False
 
     def raw(self, row: Record) -> Any:
         """The value of a record; None where there is none."""
@@ -92,23 +97,23 @@ class Table:
         """What the templates' ``table`` takes."""
         return PageTable(self.caption, self.head, self.cells(), strong=self.strong)
 
-    def rich(self) -> RichTable:
+    def rich(self) -> TerminalTable:
         """For the terminal."""
-        shown = [(n, column) for n, column in enumerate(self.columns) if column.terminal]
-        table = RichTable(title=self.caption, title_justify="left")
-        if self.tight:
-            table.box, table.padding = SIMPLE_HEAD, (0, 1, 0, 0)
-        for place, column in shown:
-            table.add_column(
+        return TerminalTable(self.caption, self.shown(), len(self.rows), self.tight)
+
+    def shown(self) -> list[TerminalColumn]:
+        """The columns that the terminal is to show, in words."""
+        return [
+            TerminalColumn(
                 column.head,
-                justify="left" if place < self.left else "right",
-                no_wrap=not column.wrap,
-                overflow="fold",
-                min_width=None if self.tight else 4,
+                tuple(column.cell(row, self.nothing) for row in self.rows),
+                left=place < self.left,
+                wrap=column.wrap,
+                needed=column.needed or place == 0,
             )
-        for row in self.rows:
-            table.add_row(*(column.cell(row, self.nothing) for _, column in shown))
-        return table
+            for place, column in enumerate(self.columns)
+            if column.terminal
+        ]
 
     def lines(self) -> list[str]:
         """A pipe table."""
@@ -139,6 +144,125 @@ class Table:
             return list(self.fields)
         nested = {key for row in self.rows for key, v in row.items() if isinstance(v, Mapping)}
         return [key for key in (self.rows[0] if self.rows else ()) if key not in nested]
+
+
+LONGEST_WORD, NARROWEST = 60, 4
+"""Characters of a word that is never broken, and of a column between lines, at least."""
+
+
+@dataclass(frozen=True)
+class TerminalColumn:
+    """``left``: whether it holds words; ``needed``: whether it stays while others go."""
+
+    head: str
+    cells: tuple[str, ...]
+    left: bool = False
+    wrap: bool = True
+    needed: bool = False
+
+    @property
+    def most(self) -> int:
+        """Characters of its longest line."""
+        return _longest(self._texts)
+
+    @property
+    def body(self) -> int:
+        """The same without the head."""
+        return _longest(self.cells)
+
+    @property
+    def least(self) -> int:
+        """Characters of its longest word: with fewer, words would break."""
+        if not self.wrap:
+            return self.most
+        words = (cell_len(word) for text in self._texts for word in text.split())
+        return min(max(words, default=0), LONGEST_WORD)
+
+    @property
+    def _texts(self) -> tuple[str, ...]:
+        return (self.head, *self.cells)
+
+    @property
+    def same(self) -> str:
+        """What all of its cells say, where they do."""
+        return self.cells[0] if len(set(self.cells)) == 1 else ""
+
+
+@dataclass(frozen=True)
+class TerminalTable:
+    """As wide as the terminal has room for: lines end between words.
+
+    Where there is too little room, what all rows share goes into the caption, then the lines
+    between columns go, then the last columns, and the caption says which.
+    """
+
+    caption: str
+    columns: Sequence[TerminalColumn]
+    rows: int
+    tight: bool = False
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RichTable]:
+        yield self._fitted(options.max_width)
+
+    def _fitted(self, room: int) -> RichTable:
+        columns, told, gone, tight = list(self.columns), [self.caption], [], self.tight
+        widths = _widths(columns, room, tight)
+        if widths is None and self.rows > 1:
+            shared = [one for one in columns if one.left and one.same]
+            columns = [one for one in columns if one not in shared]
+            told += [f"{one.head} {one.same}" for one in shared]
+            widths = _widths(columns, room, tight)
+        if widths is None:
+            tight = True
+            widths = _widths(columns, room, tight)
+        while widths is None and (free := [one for one in columns if not one.needed]):
+            columns.remove(free[-1])
+            gone.insert(0, free[-1].head)
+            widths = _widths(columns, room, tight)
+        if gone:
+            told.append(f"no room for {', '.join(gone)}")
+        return self._drawn("; ".join(filter(None, told)), columns, widths, tight)
+
+    def _drawn(
+        self,
+        caption: str,
+        columns: Sequence[TerminalColumn],
+        widths: Sequence[int] | None,
+        tight: bool,
+    ) -> RichTable:
+        table = RichTable(title=caption, title_justify="left")
+        if tight:
+            table.box, table.padding = SIMPLE_HEAD, (0, 1, 0, 0)
+        for place, one in enumerate(columns):
+            table.add_column(
+                one.head,
+                justify="left" if one.left else "right",
+                overflow="fold",
+                width=None if widths is None else widths[place],
+            )
+        for row in range(self.rows):
+            table.add_row(*(one.cells[row] for one in columns))
+        return table
+
+
+def _widths(columns: Sequence[TerminalColumn], room: int, tight: bool) -> list[int] | None:
+    """Of each column, in ``room`` characters; None: some word would have to break."""
+    room -= (2 if tight else 3) * len(columns) + 1  # lines between columns, and blanks beside them
+    narrowest = 0 if tight else NARROWEST
+    least = [max(one.least, narrowest) for one in columns]
+    widths = [max(one.most, narrowest) for one in columns]
+    if sum(least) > room:
+        return None
+    bodies = [max(one.body, few) for one, few in zip(columns, least, strict=True)]
+    while sum(widths) > room:  # first heads get more lines, the longest ones, then cells
+        over = bodies if any(map(gt, widths, bodies)) else least
+        widest = max((n for n, few in enumerate(over) if widths[n] > few), key=widths.__getitem__)
+        widths[widest] -= 1
+    return widths
+
+
+def _longest(texts: Iterable[str]) -> int:
+    return max((cell_len(line) for text in texts for line in text.splitlines()), default=0)
 
 
 def _names(key: str) -> tuple[str, ...]:
