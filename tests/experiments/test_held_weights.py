@@ -71,10 +71,12 @@ def test_every_line_says_it():
     start = "m · file quantisation Q4_1 · bfloat16"
     assert checkpoint_line("m", facts) == f"{start} · sha256 {12 * '0'}"
     assert checkpoint_line("m", held).startswith(f"{start}, weights Q4_1 as in the file · sha")
+    plain = {**facts, "file_quantisation": "none"}  # as results keep it
+    assert checkpoint_line("m", plain) == f"m · unquantised · bfloat16 · sha256 {12 * '0'}"
     measured = {"protocol": "decode", "metrics": {}}
     row = {"measurement": measured, "checkpoint": held}
     assert table([row]).caption == (
-        "m (file Q4_1, bfloat16, weights Q4_1 as in the file), protocol decode"
+        "m (file quantisation Q4_1, bfloat16, weights Q4_1 as in the file), protocol decode"
     )
     run = ResultsSummary(
         Path(), "e", "t", None, "complete", "run", ("m",), ("Q4_1",), ("bfloat16",)

@@ -11,7 +11,7 @@ from dart_llm.evaluation.tasks import short
 from dart_llm.files import finite
 from dart_llm.pruning.records import merge_reports
 from dart_llm.reporting.table import Column, Table
-from dart_llm.reporting.words import dtype_text
+from dart_llm.reporting.words import dtype_text, file_text
 from dart_llm.session.prepare import PreparedMethod
 from dart_llm.settings import BaseSettings
 
@@ -111,10 +111,8 @@ def table(rows: Sequence[Row]) -> Table:
 
     protocols = sorted({str(r["measurement"]["protocol"]) for r in rows})
     first = rows[0]["checkpoint"]
-    title = (
-        f"{first.get('name')} (file {first.get('file_quantisation') or 'not quantised'}, "
-        f"{dtype_text(first)}), protocol {', '.join(protocols)}"
-    )
+    held = f"{file_text(first)}, {dtype_text(first)}"
+    title = f"{first.get('name')} ({held}), protocol {', '.join(protocols)}"
     columns = (
         Column("task", "task"),
         Column("method", "method"),

@@ -28,7 +28,7 @@ from dart_llm.errors import ResultsError
 from dart_llm.experiments.folder_lock import LOCK, FolderLock, is_taken, take
 from dart_llm.files import append_row, finite, whole_rows
 from dart_llm.pruning.records import DriftCheck
-from dart_llm.reporting.words import dtype_text
+from dart_llm.reporting.words import dtype_text, file_text
 
 PARTS = "parts.jsonl"
 
@@ -301,7 +301,7 @@ def checkpoint_line(name: str, facts: Mapping[str, Any]) -> str:
     """A checkpoint in one line: name, file quantisation, dtype, start of the checksum."""
     parts = [name]
     if facts.get("file_quantisation"):
-        parts.append(f"file quantisation {facts['file_quantisation']}")
+        parts.append(file_text(facts))
     if facts.get("dtype"):
         parts.append(dtype_text(facts))
     if facts.get("sha256"):

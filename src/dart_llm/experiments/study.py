@@ -31,7 +31,7 @@ from dart_llm.models.loading import load
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
-from dart_llm.reporting.words import dtype_text
+from dart_llm.reporting.words import dtype_text, file_text
 from dart_llm.session.kept import other_model
 from dart_llm.settings import ModelOptions, PruningOptions, StudyOptions, load_arguments
 
@@ -387,8 +387,7 @@ def load_model(settings: ModelOptions, ui: Ui) -> tuple[Any, Any, float]:
         model, tokenizer = load(**load_arguments(settings), progress=news)
     facts = checkpoint_facts(model)
     ui.say(
-        f"{facts.get('name')}: file quantisation {facts.get('file_quantisation') or 'none'}, "
-        f"dtype {dtype_text(facts)}, device {model.device}"
+        f"{facts.get('name')}: {file_text(facts)}, dtype {dtype_text(facts)}, device {model.device}"
     )
     if isinstance(settings, PruningOptions) and (said := other_model(settings.method, model)):
         ui.say(said)

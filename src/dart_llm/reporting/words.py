@@ -15,6 +15,9 @@ from typing import Any
 CLOSE = 1.1
 """A perplexity below this multiple of dense counts as close to dense."""
 
+TRANSFORMERS, SAME_STEPS = "transformers", "the same steps"
+"""What decodes a dense text: the untouched model, or whole steps of ours, as the pruned one's."""
+
 Row = Mapping[str, Any]
 
 
@@ -31,6 +34,12 @@ def dtype_text(facts: Mapping[str, Any]) -> str:
     """A checkpoint's dtype, and how its weights are held where that is in blocks."""
     held = facts.get("weights")
     return f"{facts.get('dtype')}{f', weights {held}' if held else ''}"
+
+
+def file_text(facts: Mapping[str, Any]) -> str:
+    """ "file quantisation Q4_1", or "unquantised": of the file that a checkpoint came from."""
+    known = facts.get("file_quantisation") or "none"
+    return "unquantised" if known == "none" else f"file quantisation {known}"
 
 
 def figure(value: float | None) -> str:
@@ -118,10 +127,10 @@ def bytes_sentence(accounting: Row) -> str:
     return _bytes(accounting) + "."
 
 
-def perplexity_sentence(document: Row) -> str:
-    """What the largest sparsity of a perplexity document costs, and where to start."""
+def perplexity_sentence(document: Row, method: str | None = None) -> str:
+    """What the largest sparsity of ``method``, or of all, costs, and where to start."""
     rows = document.get("rows") or []
-    row = headline(rows)
+    row = headline(rows, method)
     if row is None:
         return f"Only dense was measured on {document.get('text', 'this text')}."
     quality = "; ".join(_quality(row, rows))
@@ -160,14 +169,16 @@ def _quality(row: Row, rows: Sequence[Row]) -> list[str]:
 
 
 def advice(rows: Sequence[Row], method: str | None = None) -> str:
-    """Where to start, from the measured rows of ``method`` that stay close to dense."""
+    """Where to start, from the measured rows that stay close to dense, of ``method`` first."""
     own = [row for row in measured(rows) if row.get("method") == method] if method else []
     tried = own or [row for row in measured(rows) if row.get("method") != "dense"]
     near = {_removed(row) for row in tried if (ratio(row, rows) or CLOSE) < CLOSE}
-    close = sorted(near - {0.0})
+    close, limit = sorted(near - {0.0}), f"within {percent(CLOSE - 1, 0)} of dense"
     if not close:
-        limit = percent(CLOSE - 1, 0)
-        return f"try lower sparsities: nothing measured here stays within {limit} of dense"
+        others = [r for r in measured(rows) if _removed(r) and (ratio(r, rows) or CLOSE) < CLOSE]
+        if best := max(others, key=_removed, default=None):
+            return f"of what was measured {row_name(best)} stays {limit}"
+        return f"try lower sparsities: nothing measured here stays {limit}"
     if len(close) == 1:
         return f"for this model start at up to {percent(close[0])}"
     return f"for this model start at {percent(close[0])[:-2]} to {percent(close[-1])}"
@@ -179,8 +190,22 @@ def timing_sentence(timing: Mapping[str, Any]) -> str:
     if not dense or not pruned:
         known = dense or pruned
         return f"{1000 * known:.1f} ms per token." if known else "No time was measured."
-    words = f"Pruned {1000 * pruned:.1f} ms per token, dense {1000 * dense:.1f}"
+    words = f"Pruned {1000 * pruned:.1f} ms per token, dense {1000 * dense:.1f}{dense_by(timing)}"
     return f"{words}: {_pace(dense / pruned, timing)}."
+
+
+def dense_by(timing: Mapping[str, Any]) -> str:
+    """What decoded the dense text: " by the same steps", " by transformers", or "" if not known."""
+    known = timing.get("dense_by")
+    return f" by {known}" if known else ""
+
+
+def allowed(timing: Mapping[str, Any]) -> str:
+    """The speed-up that the bytes allow; what is beyond it where dense ran by transformers."""
+    beyond = timing["speed_up"] > timing["bytes_limit"] and timing.get("dense_by") == TRANSFORMERS
+    return (
+        f"{timing['bytes_limit']:.2f} x{', the rest does not come from pruning' if beyond else ''}"
+    )
 
 
 def _seconds(timing: Mapping[str, Any]) -> tuple[float | None, float | None]:
@@ -189,11 +214,12 @@ def _seconds(timing: Mapping[str, Any]) -> tuple[float | None, float | None]:
 
 
 def _pace(speed_up: float, timing: Mapping[str, Any]) -> str:
-    limit = timing.get("bytes_limit")
-    allowed = f"; the bytes read allow {limit:.2f} x" if limit else ""
+    limit = ""
+    if timing.get("bytes_limit"):
+        limit = f"; the bytes read allow {allowed({**timing, 'speed_up': speed_up})}"
     if speed_up >= 1:
-        return f"{times(speed_up)} x as fast as dense{allowed}"
-    return f"{times(1 / speed_up)} x slower than dense{allowed}"
+        return f"{times(speed_up)} x as fast as dense{limit}"
+    return f"{times(1 / speed_up)} x slower than dense{limit}"
 
 
 def count(number: int, noun: str) -> str:

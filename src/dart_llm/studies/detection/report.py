@@ -22,7 +22,7 @@ from dart_llm.reporting.figures import (
     panels,
 )
 from dart_llm.reporting.table import Column, Table
-from dart_llm.reporting.words import count, dtype_text
+from dart_llm.reporting.words import count, dtype_text, file_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -182,7 +182,7 @@ def _plot(document: Row, window: int, first: bool) -> Plot:
 
 def _checkpoint(document: Row) -> str:
     known = mapping(document["checkpoint"])
-    parts = [f"file quantisation {known.get('file_quantisation') or 'none'}"]
+    parts = [file_text(known)]
     parts += [dtype_text(known)] if known.get("dtype") else []
     if known.get("sha256"):
         parts.append(f"sha256 {str(known['sha256'])[:12]}")

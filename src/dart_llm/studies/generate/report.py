@@ -305,7 +305,7 @@ def render(view: ResultsView) -> str:
         "perplexity": [
             (
                 perplexity(document, words.headline(document["rows"], view.method)),
-                words.perplexity_sentence(document),
+                words.perplexity_sentence(document, view.method),
             )
             for document in view.perplexity
         ],
@@ -333,8 +333,8 @@ def accounting_table(report: Record, timing: Mapping[str, Any]) -> Table:
     for variant, size in mapping(timing.get("weight_bytes_per_token")).items():
         rows.append((f"{WEIGHTS_READ}, {variant}", f"{size / 1e6:.1f} MB"))
     if "speed_up" in timing:
-        speed = f"{timing['speed_up']:.2f} x ({timing['bytes_limit']:.2f} x)"
-        rows.append(("speed-up (one run; bytes allow)", speed))
+        speed = f"{timing['speed_up']:.2f} x ({words.allowed(timing)})"
+        rows.append((f"speed-up over dense{words.dense_by(timing)} (bytes allow)", speed))
     columns = (Column("quantity", "quantity"), Column("value", "value"))
     records = [{"quantity": label, "value": text} for label, text in rows]
     return Table("", f"{report['method']}: accounting of the generated text", columns, records)
@@ -387,6 +387,7 @@ def _shared(one: Sequence[str], other: Sequence[str]) -> int:
 
 
 def conclusion(accounting: Record | None, documents: Sequence[Record]) -> list[str]:
-    """One plain sentence per table."""
+    """One plain sentence per table, of the run's own method where it was measured."""
     told = [words.bytes_sentence(accounting)] if accounting else []
-    return [*told, *(words.perplexity_sentence(document) for document in documents)]
+    method = accounting["method"] if accounting else None
+    return [*told, *(words.perplexity_sentence(document, method) for document in documents)]

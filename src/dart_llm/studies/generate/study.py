@@ -56,6 +56,7 @@ from dart_llm.pruning.registry import SETTING
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table, bytes_text
+from dart_llm.reporting.words import SAME_STEPS, TRANSFORMERS
 from dart_llm.session.generation import Generation, generate
 from dart_llm.session.prepare import PreparedMethod, prepare
 from dart_llm.session.run import Run
@@ -67,9 +68,6 @@ from dart_llm.studies.generate.settings import RunSettings
 
 
 MMLU_DEFAULT_TOKENS = 1024
-
-TRANSFORMERS = "transformers"
-"""What the untouched model is called where it is timed."""
 
 
 def source(settings: RunSettings) -> str:
@@ -253,6 +251,7 @@ class RunStudy(Study[RunSettings]):
     def _texts(self, own: PreparedMethod) -> Iterator[Unit]:
         text, ids = encode(self.settings, self.prompt, self.model, self.tokenizer)
         variants = ["dense"] if own.config is None else ["dense", "pruned"]
+        self.timing["dense_by"] = SAME_STEPS if _in_steps(own, self.settings) else TRANSFORMERS
         if self.settings.trace:
             if own.config is None:
                 raise ConfigError(
@@ -340,7 +339,9 @@ class RunStudy(Study[RunSettings]):
         run = own.run() if variant == "pruned" else None
         around: Any = run
         if run is None:
-            around = _same_path(self.model, own, config)
+            around = contextlib.nullcontext()
+            if _in_steps(own, settings):
+                around = Run(self.model, PruneConfig.build("dense", executor="slim"))
         else:
             run.on_selection = recorder = MaskRecorder()
         recorded: Any = contextlib.nullcontext()
@@ -501,16 +502,14 @@ class RunStudy(Study[RunSettings]):
         }
 
 
-def _same_path(model: Any, own: PreparedMethod, asked: PruneConfig) -> Any:
-    """Dense decoding by whole native steps where the pruned text is decoded so, or where asked.
+def _in_steps(own: PreparedMethod, settings: RunSettings) -> bool:
+    """Whether the dense text runs by whole native steps: as the pruned one does, or where asked.
 
     Else the speed-up would be that of the kernels, not that of pruning.
     """
     run = own.run()
-    executor = asked.executor if run is None else run.executor
-    if executor != "slim":
-        return contextlib.nullcontext()
-    return Run(model, PruneConfig.build("dense", executor="slim"))
+    executor = settings.prune_config().executor if run is None else run.executor
+    return executor == "slim"
 
 
 def _bytes(

@@ -20,7 +20,7 @@ from dart_llm.reporting.figures import (
     reference_line,
 )
 from dart_llm.reporting.table import Column, Table, escaped, grouped, table_lines
-from dart_llm.reporting.words import count, dtype_text, figure, percent, times
+from dart_llm.reporting.words import count, dtype_text, figure, file_text, percent, times
 from dart_llm.studies.quality.gaps import ALL, EQUAL_BYTES, EQUAL_SPARSITY, YARDSTICKS
 from dart_llm.studies.quality.settings import SHIFT
 
@@ -96,7 +96,7 @@ def _caption(document: Row, first: Row) -> str:
     if first["model"] == ALL:
         return f"{ALL}, {first['cell']}"
     facts = document["checkpoints"].get(first["model"], {})
-    about = f"file quantisation {facts.get('file_quantisation') or 'none'}, {dtype_text(facts)}"
+    about = f"{file_text(facts)}, {dtype_text(facts)}"
     lead = document["lead_tokens"]
     scored = f"{document['prompt_tokens']} prompt"
     scored += f" + {lead} of the first topic" if first["cell"] == SHIFT else ""

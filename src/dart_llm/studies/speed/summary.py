@@ -25,7 +25,7 @@ from dart_llm.reporting.figures import (
     write_beside,
 )
 from dart_llm.reporting.table import Column, Table, escaped
-from dart_llm.reporting.words import dtype_text, percent
+from dart_llm.reporting.words import dtype_text, file_text, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -382,7 +382,7 @@ def caption(document: Row) -> str:
     read = document["read_bandwidth"]["bytes_per_second"] / 1e9
     sittings = document["sittings"]
     return (
-        f"{facts['name']} (file quantisation {facts['file_quantisation'] or 'none'}, "
+        f"{facts['name']} ({file_text(facts)}, "
         f"{dtype_text(facts)}): {document['prompt_tokens']} prompt + {document['tokens']} timed "
         f"tokens, {document['repeats']} repetitions in shuffled order"
         f"{f', in {sittings} sittings' if sittings > 1 else ''}; {machine['processor']}, "

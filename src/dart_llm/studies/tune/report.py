@@ -24,7 +24,7 @@ from dart_llm.reporting.figures import (
 )
 from dart_llm.reporting.figures import LOOKS as MARKS
 from dart_llm.reporting.table import Column, Table, escaped
-from dart_llm.reporting.words import count, dtype_text, figure, percent
+from dart_llm.reporting.words import count, dtype_text, figure, file_text, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,7 +83,7 @@ def table(document: Row) -> Table:
         Column("re-masks", "remasks", terminal=False),
         Column("worse text", "worse_text", terminal=False),
         Column("perplexity", "perplexity", figure, terminal=False),
-        Column("", said),
+        Column("", said, needed=True),
     )
     rows = [*document["rows"], *document["reference_rows"]]
     fields = [name for name in rows[0] if name not in ("texts", "config")]
@@ -96,8 +96,8 @@ def caption(document: Row) -> str:
     facts, machine = document["checkpoint"], document["machine"]
     formats = ", ".join(f"{name}: {words}" for name, words in document["formats"].items())
     return (
-        f"{facts['name']} (file quantisation {facts['file_quantisation'] or 'none'}, "
-        f"{dtype_text(facts)}; {formats}): {count(document['slices'], 'slice')} of "
+        f"{facts['name']} ({file_text(facts)}, {dtype_text(facts)}; {formats}): "
+        f"{count(document['slices'], 'slice')} of "
         f"{document['prompt_tokens']} prompt + {document['tokens']} scored tokens of the model's "
         f"own text and of {document['text']}; {document['prompt_tokens']} prompt + "
         f"{document['timed_tokens']} timed tokens, {count(document['repeats'], 'repetition')} in "
