@@ -462,21 +462,6 @@ class BaseSettings(StudyOptions, PruningOptions, ModelOptions):
         )
         return settings.noted({}, note)
 
-    def served_config(self) -> PruneConfig:
-        """What prunes answers: the head of a kept setting is left out, for theirs is whole.
-
-        Raises ``ConfigError`` for a drift rule where there is no mask that could grow stale.
-        """
-        config = self.prune_config()
-        per_token = config.token is not None and config.token.candidates is None
-        if per_token and config.drift.rule != "never":
-            raise ConfigError(
-                f"every token chooses its own neurons with method {config.method}, so no mask "
-                "grows stale: leave the drift rule out, or name a method with masks, such as dart"
-            )
-        own = self.kept is not None and self.head is None
-        return config.replace({"head": "full"}) if own else config
-
     @property
     def experiment(self) -> str:
         """Name of the experiment's folder."""

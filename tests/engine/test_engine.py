@@ -261,7 +261,6 @@ LONG = tuple(tokens(1, 513)[0].tolist())
 UNSERVED = [
     (half(executor="masked"), 'served by executor "compact"'),
     (PruneConfig.build("dense-4bit"), "weights of 4 bits"),
-    (PruneConfig.build("dart", head="screened"), "served requests have the whole output head"),
     (PruneConfig.build("griffin", budget={"table": "31:0.5"}), "layer 31 is out of range"),
 ]
 REFUSED = [

@@ -73,6 +73,7 @@ REFUSED = (
     {"compensation_rank": 8, "compensation": True},
     {"compensation_rank": 8, "prior": {}, "token": {}},
     {"token": {"candidates": 0.2}, "sparsity": 0.7},
+    {"token": {}, "drift": "paper"},
     # names
     *({"sparsty": 0.5}, {"compensate": True}, {"score": {"ema": 0.5, "ema_decays": 0.5}}),
     *({"score": "normalised"}, {"budget": "energie"}, {"budget": "blend energy dept"}),

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dart_llm import prune
+from dart_llm.cli.chat import settings_line
 from dart_llm.cli.chat_settings import ChatSettings
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.experiments.provenance import Digests
@@ -18,6 +19,7 @@ from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import METHODS
 from dart_llm.pruning.setting_file import KeptSetting, changes_of, read_setting
 from dart_llm.reporting.console import Ui
+from dart_llm.server.schemas import Asker, Dart
 from dart_llm.server.settings import ServeSettings
 from dart_llm.session.kept import identity, other_model
 from dart_llm.settings import merge
@@ -162,13 +164,18 @@ def test_a_comparison_holds_all_methods_as_the_file_says(tmp_path):
         collect({**asked, "methods": f"file:{path},file:{second}"})
 
 
-def test_answers_have_the_whole_head(tmp_path):
+def test_answers_have_the_head_that_the_file_says(tmp_path):
     path = keep(tmp_path / "s.yaml", sparsity=0.5, head="screened")
-    for kind in (ChatSettings, ServeSettings):
-        found = merge(kind, {"method": f"file:{path}"}, environment={})
-        assert not found.served_config().screens and found.prune_config().screens
+    assert merge(ChatSettings, {"method": f"file:{path}"}, environment={}).served().screens
     settings = merge(ServeSettings, {"method": f"file:{path}"}, environment={})
-    assert settings.ready == ("griffin",) and settings.configs()[0].target == 0.5
+    (config,) = settings.configs()
+    assert settings.ready == ("griffin",) and config.target == 0.5 and config.screens
+    dense = ChatSettings(method="dense", head="screened 0.3")
+    assert dense.served().head.bytes == 0.3 and ChatSettings(method="dense").served() is None
+    assert settings_line(dense) == "dense: no neuron is removed, output head screened"
+    asker = Asker(None, ServeSettings(method="dense", head="screened"), (), None, 10)
+    assert asker.config(None).screens and asker.config(Dart(method="dense")).screens
+    assert asker.config(Dart(sparsity=0.0)) is None  # the model as it is
 
 
 def test_what_comes_over_the_network_names_no_file(tmp_path):

@@ -141,6 +141,7 @@ def test_every_field_reaches_the_engine(server):
     assert name("a") == name("a", sparsity=0.5)
 
 
+IDLE = {"method": "dart-token", "drift": "paper"}
 LONG, WRONG, METHOD = "context_length_exceeded", "invalid_value", "dart.method"
 NOT_READY = "method_not_ready"
 REFUSED = [
@@ -150,6 +151,7 @@ REFUSED = [
     (CHAT_URL, {**CHAT, "dart": {"method": "nix"}}, "unknown method 'nix'", METHOD, WRONG),
     (CHAT_URL, {**CHAT, "dart": {"method": "glass"}}, "griffin,dart,glass", METHOD, NOT_READY),
     (CHAT_URL, {**CHAT, "dart": {"method": "dense-8bit"}}, "needs a copy", METHOD, WRONG),
+    (CHAT_URL, {**CHAT, "dart": IDLE}, "so no mask grows stale: leave", "dart.drift", WRONG),
     (CHAT_URL, {**CHAT, "n": 2, "dart": {"conversation": "c"}}, "ask for n 1", None, WRONG),
     (TEXT_URL, {"prompt": ["a"] * 65}, "65 prompts are too many: at most 64", "prompt", WRONG),
     (TEXT_URL, {"prompt": ["a", ""]}, "the prompt is empty", "prompt", WRONG),

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.cells import cell_len
-from rich.table import Table
 
 from dart_llm.cli.chat_settings import ChatSettings
 from dart_llm.data.prompts import chat_ids
@@ -29,6 +28,7 @@ from dart_llm.experiments.study import load_model
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import METHODS
 from dart_llm.reporting.console import Ui
+from dart_llm.reporting.table import TerminalTable
 from dart_llm.studies.generate.report import accounting_table
 
 # the conversation: its messages, its settings, its answers
@@ -256,11 +256,14 @@ def settings_line(settings: ChatSettings) -> str:
     config = settings.served()
     if config is None:
         return "dense: nothing is removed"
+    head = ", output head screened" if config.screens else ""
+    if config.method == "dense":
+        return f"dense: no neuron is removed{head}"
     fixed = config.budget.table is not None or config.score.strategy == "auto"
     amount = "as many FFN neurons removed as the method says"
     if not (fixed and config.sparsity is None):
         amount = f"{config.target:.0%} of the FFN neurons removed"
-    return f"{config.method}: {amount}, drift rule {config.drift.rule}"
+    return f"{config.method}: {amount}, drift rule {config.drift.rule}{head}"
 
 
 def turn_line(turn: Exchange, max_tokens: int) -> str:
@@ -311,7 +314,7 @@ def loops(tokens: Sequence[int]) -> bool:
     )
 
 
-def last_table(turns: Sequence[Exchange]) -> Table:
+def last_table(turns: Sequence[Exchange]) -> TerminalTable:
     """The last answer's accounting."""
     last = turns[-1].result
     each = last.timings.to_dict()["predicted_per_token_ms"]

@@ -51,8 +51,8 @@ class ChatSettings(BaseSettings):
 
     def served(self) -> PruneConfig | None:
         """What prunes the answers; None: nothing."""
-        config = self.served_config()
-        return None if config.method == "dense" else config
+        config = self.prune_config()
+        return config if config.method != "dense" or config.screens else None
 
     def changed(self, **changes: Any) -> ChatSettings:
         """A copy with ``changes``, checked as a whole; raises ``ConfigError``."""

@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dart_llm.calibration.head import learn_screen
 from dart_llm.calibration.learn import cached_calibration, self_calibrate
 from dart_llm.errors import AttachError, ConfigError
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.describe import context_length, describe
+from dart_llm.models.screen import Screen
 from dart_llm.patching.executors import check_executor, choose_executor
 from dart_llm.patching.patch import ModelPatch
-from dart_llm.pruning.config import PruneConfig
+from dart_llm.pruning.config import HeadConfig, PruneConfig
 from dart_llm.pruning.controller import PruningController
 from dart_llm.pruning.records import RunReport
 from dart_llm.session.prepare import prepare
@@ -58,12 +60,15 @@ class PatchHost:
         self.context = context_length(model)
         self.name = str(checkpoint_facts(model).get("name") or type(model).__name__)
         self._ready: OrderedDict[str, MethodOnModel] = OrderedDict()
+        self._head = HeadConfig()
+        self._screen: Screen | None = None
+        """Of the newest screened head that was asked for: one at a time."""
         self.idle = self._make(DENSE)
         self._attach()
 
     def _attach(self) -> None:
         self.patch = ModelPatch(
-            self.model, self.view, self.idle.controller(), self.executor, many=True
+            self.model, self.view, self.idle.controller(), self.executor, True, self._screen
         )
         self.patch.install()
 
@@ -88,7 +93,16 @@ class PatchHost:
         self._ready[key] = known
         while len(self._ready) > KNOWN:
             self._ready.popitem(last=False)
+        if config.screens and config.head != self._head:
+            self._learn_screen(known)
         return known
+
+    def _learn_screen(self, method: MethodOnModel) -> None:
+        """Make the head ready that ``method`` has decoded tokens scored by."""
+        given = self.model, method.config, method.layers
+        with self._detached():
+            self._screen = learn_screen(*given, self.cache_dir, self.say, self.tokenizer)
+        self._head = method.config.head
 
     def _make(self, config: PruneConfig) -> MethodOnModel:
         if config.executor not in ("auto", self.executor):
@@ -101,9 +115,10 @@ class PatchHost:
                 f'method "{config.method}" is another model, with weights of {config.weight_bits} '
                 "bits: it cannot be served beside this one"
             )
-        if config.screens:
+        if config.screens and self.executor == "graph":
             raise ConfigError(
-                'served requests have the whole output head: leave head.kind at "full"'
+                'this model is served by executor "graph", which records steps with the whole '
+                'head: leave head.kind at "full"'
             )
         method = MethodOnModel.of(self.view, config)
         if method.selector.removes_nothing:
@@ -145,12 +160,17 @@ class PatchHost:
         """Accounting of what ``controller`` counted; while it is served."""
         controller.flush()
         patch, held = self.patch, self.patch.nbytes()
+        head = None
+        if patch.head is not None and method.config.screens:
+            head = patch.head.report()
+        elif patch.head is not None:
+            held -= patch.head.nbytes()
         by_token = method.config.token is not None
         if not by_token:  # the low-bit copies are those of other requests
             copies = (layer.token for layer in patch.layers)
             held -= sum(copy.nbytes() for copy in copies if copy is not None)
         errors = patch.proxy_errors if by_token else None
-        costs = PatchCosts(held, patch.steps, errors)
+        costs = PatchCosts(held, patch.steps, errors, head)
         return method.report(self.view, controller, self.executor_of(method.config), costs)
 
     def executor_of(self, config: PruneConfig) -> str:

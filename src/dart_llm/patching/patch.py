@@ -49,7 +49,8 @@ class ModelPatch(NotCopied):
     """One controller on one model.
 
     ``many``: others will follow it (``serve``), so that everything is made ready at once.
-    ``screen``: of its output head, for decoded tokens; None: the head is whole.
+    ``screen``: of its output head, for decoded tokens; None: the head is whole.  With ``many`` it
+    serves the controllers whose configuration asks for it.
     """
 
     def __init__(
@@ -158,9 +159,14 @@ class ModelPatch(NotCopied):
         self._changes.replace(head.module, "forward", self._run_head)
 
     def _run_head(self, original: Callable[..., Any], hidden: Tensor) -> Any:
-        screened = self._decodes and not (torch.is_grad_enabled() and hidden.requires_grad)
-        assert self.head is not None
-        return self.head.run(hidden) if screened else original(hidden)
+        head = self._head_of(self.controller)
+        if head is None or not self._decodes or (torch.is_grad_enabled() and hidden.requires_grad):
+            return original(hidden)
+        return head.run(hidden)
+
+    def _head_of(self, controller: PruningController) -> ScreenedHead | None:
+        """The screened head, where ``controller`` has its tokens scored by it."""
+        return self.head if controller.config.screens else None
 
     def _replace_steps(self) -> None:
         """Take whole decode steps over."""
@@ -169,7 +175,8 @@ class ModelPatch(NotCopied):
             decoder = SlimDecoder(self.model, self._native, self.layout)
         else:
             decoder = GraphDecoder(self.model, self._view.blocks, self._copies)
-        self.slim = WholeStepForward(self.model, decoder, lambda: self.controller, self.head)
+        self.slim = WholeStepForward(self.model, decoder, lambda: self.controller)
+        self.slim.take_head(self._head_of(self.controller))
         self._changes.replace(self.model, "forward", self._run_forward)
 
     def serve(self, controller: PruningController) -> None:
@@ -179,6 +186,9 @@ class ModelPatch(NotCopied):
         if self.slim is not None:
             self.slim.decoder.unload()
             self._served = self.slim.steps
+            self.slim.take_head(self._head_of(controller))
+        if self.head is not None:
+            self.head.forget()
         self.plan = ForwardPlan(False, False, ())
         self._make_room(controller)
         self._equip(controller)
@@ -299,14 +309,14 @@ class ModelPatch(NotCopied):
             if layer.token is not None:
                 layer.token.marks = None
 
-    def chosen(self, layers: Sequence[int]) -> list[Tensor]:
+    def chosen(self, layers: Sequence[int]) -> Tensor | list[Tensor]:
         """What the tokens of the newest forward chose in ``layers``, where they did, while watched.
 
-        As of ``PatchedFFN.chosen``.
+        As of ``PatchedFFN.chosen``; after a whole step one tensor of all these layers.
         """
         if self.slim is not None and self.slim.steps > self._steps_before:
             every = self.slim.decoder.chosen()
-            return [every[index] for index in layers]
+            return every if len(layers) == len(every) else every[list(layers)]
         return [self.layers[index].chosen() for index in layers]
 
     def _decode(self, ids: Tensor, cache: Any, forbidden: list[int] | None) -> Tensor | None:

@@ -384,6 +384,12 @@ class PruneConfig(Part):
                 'executor "graph" records steps with the whole head: leave head.kind at "full", or '
                 'use executor "auto"'
             )
+        per_token = self.token is not None and self.token.candidates is None
+        if per_token and self.drift.rule != "never":
+            raise ConfigError(
+                f"every token chooses its own neurons with method {self.method}, so no mask grows "
+                "stale: leave the drift rule out, or name a method with masks, such as dart"
+            )
         self._check_calibration_and_prior()
         self._check_candidates()
         return self

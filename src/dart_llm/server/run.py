@@ -151,7 +151,9 @@ def serve(settings: ServeSettings, ui: Ui) -> None:
             say=ui.say,
         )
         try:
-            configs = [config for config in settings.configs() if config.target > 0]
+            configs = [
+                config for config in settings.configs() if config.target > 0 or config.screens
+            ]
             for config in configs:
                 ui.say(f"making {config.method} ready")
                 engine.prepare(config)

@@ -326,7 +326,7 @@ class Asker:
         limits = (settings.max_prompt_tokens, context)
         self.longest = min((one for one in limits if one is not None), default=None)
         """Tokens of the longest prompt; None: not known."""
-        self._base = settings.served_config()
+        self._base = settings.prune_config()
 
     def asks(self, body: Common, request_id: str, client: str) -> tuple[GenerationRequest, ...]:
         """What the engine is asked, once per prompt; raises ``APIError`` for what cannot be."""
@@ -426,7 +426,7 @@ class Asker:
         return room if asked in (None, -1) else min(room, asked)
 
     def config(self, asked: Dart | None) -> PruneConfig | None:
-        """The configuration of a request; None: dense.
+        """The configuration of a request; None: the model as it is, which sparsity 0 asks for.
 
         Raises ``APIError`` for values that do not fit, and for a method that would make this
         request wait until something is learnt.
@@ -449,7 +449,8 @@ class Asker:
         if config.weight_bits is not None:
             said = f"method {config.method} needs a copy of the model, which this server has not"
             raise APIError(400, said, "dart.method")
-        if config.target == 0:
+        plain = asked is not None and asked.sparsity == 0
+        if config.target == 0 and (plain or not config.screens):
             return None
         learns = config.prior is not None or config.calibration is not None
         if learns and config.method not in self.settings.ready:

@@ -126,7 +126,7 @@ class ServeSettings(BaseSettings):
 
     def configs(self) -> tuple[PruneConfig, ...]:
         """What the methods in ``ready`` run with when a request says nothing else."""
-        own = self.served_config()
+        own = self.prune_config()
         others = [
             PruneConfig.build(name, **({"sparsity": self.sparsity} if prunes(name) else {}))
             for name in self.ready[1:]

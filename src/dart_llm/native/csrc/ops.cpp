@@ -613,6 +613,12 @@ struct Decoder : torch::CustomClassHolder {
     held.insert(held.end(), {basis, levels, by});
   }
 
+  // Steps score words by the whole head again.
+  void drop_screen() {
+    scratch.reset();
+    model.screen.reset();
+  }
+
   // Of the last step, by a screen: words of each row that were scored exactly.
   std::vector<int64_t> exact_words() const {
     TORCH_CHECK(scratch && model.screen, "native: no words were screened");
@@ -780,6 +786,7 @@ TORCH_LIBRARY(dart_llm, library) {
       .def("bind", &Decoder::bind)
       .def("step", &Decoder::step)
       .def("set_screen", &Decoder::set_screen)
+      .def("drop_screen", &Decoder::drop_screen)
       .def("exact_words", &Decoder::exact_words)
       .def("prompt_begin", &Decoder::prompt_begin)
       .def("prompt_layer", &Decoder::prompt_layer)

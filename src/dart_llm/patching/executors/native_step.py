@@ -73,8 +73,11 @@ class SlimDecoder(StepDecoder):
             isinstance(one, PackedTensor) for one in _matrices(parts, ffns)
         )
 
-    def take_screen(self, screen: Screen) -> None:
-        self._native.set_screen(*screen.tensors(), screen.keep, screen.threshold)
+    def take_screen(self, screen: Screen | None) -> None:
+        if screen is None:
+            self._native.drop_screen()
+        else:
+            self._native.set_screen(*screen.tensors(), screen.keep, screen.threshold)
 
     def exact_words(self) -> int:
         return sum(self._native.exact_words())

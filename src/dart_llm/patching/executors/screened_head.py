@@ -36,8 +36,7 @@ class ScreenedHead:
         self._native: torch.dtype | None = None
         """Of the hidden states that the kernels read; None: torch runs it all."""
         self._packed: Any = None
-        self._tokens = self._sampled = self._same = self._exact = 0
-        self._divergence = 0.0
+        self.forget()
 
     def go_native(self, layout: Layout) -> None:
         """Run by the kernels; a packed head is laid out so that single rows can be read."""
@@ -49,6 +48,11 @@ class ScreenedHead:
             self._packed = weight.matrix
         if self._packed is not None or weight.is_contiguous():
             self._native = weight.dtype
+
+    def forget(self) -> None:
+        """Count anew: another request begins."""
+        self._tokens = self._sampled = self._same = self._exact = 0
+        self._divergence = 0.0
 
     @property
     def _weight(self) -> Tensor:

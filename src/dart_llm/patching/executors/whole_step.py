@@ -125,8 +125,8 @@ class StepDecoder(ABC):
         known = self._cache
         return known is not None and known.of() is cache and known.ready(cache)
 
-    def take_screen(self, screen: Screen) -> None:
-        """Score tokens by a screen of the head from now on."""
+    def take_screen(self, screen: Screen | None) -> None:
+        """Score tokens by a screen of the head from now on; None: by the whole head again."""
         raise NotImplementedError
 
     def exact_words(self) -> int:
@@ -175,26 +175,27 @@ class StepDecoder(ABC):
 
 
 class WholeStepForward:
-    """Takes decode steps over from the model; ``current``: the controller of the run.
-
-    ``head``: what scores the tokens of steps by its screen, and counts what that reads.
-    """
+    """Takes decode steps over from the model; ``current``: the controller of the run."""
 
     def __init__(
         self,
         model: nn.Module,
         decoder: StepDecoder,
         current: Callable[[], PruningController],
-        head: ScreenedHead | None = None,
     ):
-        self.decoder, self.head = decoder, head
-        if head is not None:
-            decoder.take_screen(head.screen)
+        self.decoder = decoder
+        self.head: ScreenedHead | None = None
         self.current = current
         self.hooks = Hooks(model)
         self._model: Any = model
         self.steps = 0
         self._fresh = True
+
+    def take_head(self, head: ScreenedHead | None) -> None:
+        """What scores the tokens of steps from now on, and counts that; None: the whole head."""
+        if head is not self.head:
+            self.decoder.take_screen(None if head is None else head.screen)
+            self.head = head
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The root's forward."""
