@@ -19,9 +19,10 @@ import yaml
 from dart_llm.cli import info
 from dart_llm.cli.chat_settings import ChatSettings
 from dart_llm.cli.export import ExportSettings, export
-from dart_llm.cli.options import Config, Fresh, Json, with_settings
+from dart_llm.cli.options import Config, Fresh, Json, Plugin, with_settings
 from dart_llm.errors import CellsFailed, ConfigError
 from dart_llm.files import finite
+from dart_llm.pruning import plugins
 from dart_llm.pruning.config import DEFAULT_METHOD
 from dart_llm.server.settings import ServeSettings
 from dart_llm.settings import Settings, merge
@@ -166,9 +167,12 @@ def demo(
     ] = None,
     cache_dir: Annotated[str | None, typer.Option(help="Where the model is kept.")] = None,
     results_dir: Annotated[str, typer.Option(help="Folder for results.")] = "results",
+    plugin: Plugin = None,
     as_json: Json = False,
 ) -> None:
     """``dart-llm demo``."""
+    if plugin is not None:
+        plugins.use(plugin)
     from dart_llm.reporting.console import Ui
     from dart_llm.studies.generate.study import run_demo
 

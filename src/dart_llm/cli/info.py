@@ -17,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dart_llm.cli.options import Json
+from dart_llm.cli.options import Json, Plugin
 from dart_llm.errors import ConfigError
+from dart_llm.pruning import plugins
 
 if TYPE_CHECKING:
     from dart_llm.data.passages import Passage
@@ -330,8 +331,10 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def show_methods(as_json: Json = False) -> None:
+def show_methods(plugin: Plugin = None, as_json: Json = False) -> None:
     """``dart-llm methods``."""
+    if plugin is not None:
+        plugins.use(plugin)
     from dart_llm.pruning.methods import listing
 
     if as_json:

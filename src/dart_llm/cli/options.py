@@ -11,6 +11,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import typer
 
 from dart_llm.errors import ConfigError
+from dart_llm.pruning import plugins
 from dart_llm.settings import Settings
 
 Config = Annotated[
@@ -18,6 +19,11 @@ Config = Annotated[
 ]
 
 Fresh = Annotated[bool, typer.Option("--fresh", metavar="", help="Start anew, do not resume.")]
+
+Plugin = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Python file that registers scores or methods of yours."),
+]
 
 Json = Annotated[bool, typer.Option("--json", metavar="", help="One JSON document on stdout only.")]
 
@@ -101,7 +107,9 @@ def with_settings(function: Callable[..., None], settings: type[Settings]) -> Ca
         if p.name != "flags"
     ]
 
-    def command(**values: Any) -> None:
+    def command(plugin: Plugin = None, **values: Any) -> None:
+        if plugin is not None:
+            plugins.use(plugin)
         names = settings.model_fields
         flags = {k: None if v == [] else v for k, v in values.items() if k in names}
         rest = {key: value for key, value in values.items() if key not in names}
@@ -109,7 +117,10 @@ def with_settings(function: Callable[..., None], settings: type[Settings]) -> Ca
 
     command.__doc__ = function.__doc__
     command.__name__ = function.__name__
-    every = [*parameters(settings), *own]
+    added = inspect.Parameter(
+        "plugin", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Plugin
+    )
+    every = [*parameters(settings), added, *own]
     command.__signature__ = signature.replace(parameters=every)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in every}
     return command

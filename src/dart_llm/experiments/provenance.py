@@ -26,6 +26,8 @@ from dart_llm.errors import ConfigError
 from dart_llm.evaluation.measurement import MeasureOptions
 from dart_llm.experiments.cell import Cell
 from dart_llm.files import file_sha256
+from dart_llm.pruning import plugins
+from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.setting_file import path_of
 from dart_llm.settings import LOADING
 
@@ -46,9 +48,10 @@ class Digests:
         self._known: dict[tuple[str, str], str | None] = {}
         self._models: dict[str, dict[str, str]] = {}
 
-    def of(self, cell: Cell) -> dict[str, str]:
+    def of(self, cell: Cell, config: PruneConfig | None = None) -> dict[str, str]:
         """By name of the input; what is no local file has no entry.
 
+        ``config``: by which alone the cell is pruned; None: plug-ins count whatever they add.
         Raises ``ConfigError`` when a file cannot be read.
         """
         kind, _, data = cell.task.partition(":")
@@ -68,7 +71,8 @@ class Digests:
             for name, value in asked.items()
             if value or name in _NAMED
         }
-        return {**self.of_model(cell), **{k: digest for k, digest in found.items() if digest}}
+        read = {name: digest for name, digest in found.items() if digest}
+        return {**self.of_model(cell), **read, **plugins.digest(config)}
 
     def of_model(self, given: Any) -> dict[str, str]:
         """``model``, the weights of a local one, ``model_files``, what else is loaded.

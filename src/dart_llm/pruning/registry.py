@@ -1,7 +1,8 @@
 """The one place that lists everything that can be chosen by name.
 
 A built-in is one line in a table below, imported only when it is asked for.  Outsiders register
-with ``SCORES.register("name")`` or through the entry-point group that the registry names.
+with ``SCORES.register("name", score)``, in a file of their own (``plugins``) too, or through the
+entry-point group that the registry names.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from dart_llm.errors import ConfigError, check_name
+from dart_llm.pruning import plugins
 
 if TYPE_CHECKING:
     from dart_llm.pruning.budgets import Budget
@@ -45,6 +47,7 @@ class Registry(Generic[T]):
         if name in self._own or name in self._objects:
             raise ConfigError(f"{self.kind} {name!r} is already registered: take another name")
         self._objects[name] = value
+        plugins.registered(self.kind, name)
         return value
 
     def unregister(self, name: str) -> None:
@@ -53,6 +56,7 @@ class Registry(Generic[T]):
 
     def names(self) -> tuple[str, ...]:
         """All known names, sorted."""
+        plugins.load()
         if not self._scanned:
             self._scanned = True
             for point in entry_points(group=self.group):

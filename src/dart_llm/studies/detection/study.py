@@ -17,6 +17,7 @@ from dart_llm.experiments.study import Study, Unit
 from dart_llm.models.capture import EAGER, layer_count
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.describe import context_length
+from dart_llm.pruning import plugins
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.drift import windows
 from dart_llm.reporting.console import Ui
@@ -67,7 +68,7 @@ class DetectionStudy(Study[DetectSettings]):
 
     def inputs(self) -> Mapping[str, Any]:
         passages = inputs.digest(self.passages)
-        return {"passages": passages, **Digests().of_model(self.settings)}
+        return {"passages": passages, **Digests().of_model(self.settings), **plugins.digest()}
 
     def prune_document(self) -> dict[str, Any]:
         return PruneConfig.build("dense", seed=self.settings.seed).to_dict()

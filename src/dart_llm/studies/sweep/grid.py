@@ -302,7 +302,7 @@ def expand(grid: GridSpec) -> tuple[Cell, ...]:
                 here = replace(options, protocol=protocol, seed=seed)
                 one = replace(base, task=task, seed=seed, options=here)
                 for cell in _methods(grid, one, groups):
-                    complete = replace(cell, inputs=digests.of(cell))
+                    complete = replace(cell, inputs=digests.of(cell, cell.config()))
                     found.setdefault(complete.key, complete)
     return tuple(found.values())
 

@@ -1,0 +1,89 @@
+"""One Python file of scores, budgets, drift rules and methods, named by ``--plugin`` or a variable.
+
+The variable is how processes that a study starts know the file too.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dart_llm.errors import ConfigError
+from dart_llm.files import file_sha256
+
+if TYPE_CHECKING:
+    from dart_llm.pruning.config import PruneConfig
+
+VARIABLE = "DART_PLUGIN"
+
+_digests: dict[str, str] = {}
+"""Of the files that were loaded, or are being loaded, by their path."""
+
+_owned: dict[tuple[str, str], str] = {}
+"""Path of the file that registered a name of a kind."""
+
+_loading: list[str] = []
+
+
+def use(path: Path) -> None:
+    """Load ``path``, here and in processes that are started from here.
+
+    Raises ``ConfigError`` for a file that is missing, fails or registers nothing.
+    """
+    os.environ[VARIABLE] = str(path.expanduser().resolve())
+    load()
+
+
+def load() -> None:
+    """Load the file that the variable names, once; raises as ``use``."""
+    path = os.environ.get(VARIABLE, "")
+    if not path or path in _digests:
+        return
+    try:
+        _digests[path] = file_sha256(Path(path))
+    except OSError as error:
+        raise ConfigError(f"cannot read the plug-in {path}: {error.strerror}") from None
+    _loading.append(path)
+    try:
+        _run(path)
+    except Exception as error:
+        del _digests[path]
+        what = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"the plug-in {path} cannot be loaded: {what}") from error
+    finally:
+        _loading.remove(path)
+    if path not in _owned.values():
+        raise ConfigError(
+            f'the plug-in {path} registers nothing: call SCORES.register("my-score", my_score), or '
+            "the same of METHODS, BUDGETS or DRIFT_RULES"
+        )
+
+
+def _run(path: str) -> None:
+    name = f"dart_llm_plugin_{Path(path).stem}"
+    spec = spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError("its name must end in .py")
+    module = sys.modules[name] = module_from_spec(spec)  # classes of it can be pickled
+    spec.loader.exec_module(module)
+
+
+def registered(kind: str, name: str) -> None:
+    """``name`` was registered, as a ``kind``: by the file that is being loaded, if one is."""
+    if _loading:
+        _owned[kind, name] = _loading[-1]
+
+
+def digest(config: PruneConfig | None = None) -> dict[str, str]:
+    """``plugin``: sha256 of the file that ``config`` takes a part from; None: of any loaded."""
+    load()
+    paths = set(_digests)
+    if config is not None:
+        named = [("method", config.method), ("score", config.score.name)]
+        named += [("budget", word) for word in config.budget.name.split()]
+        named += [("drift rule", config.drift.rule.split()[0])]
+        paths = {_owned[one] for one in named if one in _owned}
+    return {"plugin": " ".join(_digests[path] for path in sorted(paths))} if paths else {}

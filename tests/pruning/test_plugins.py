@@ -1,0 +1,94 @@
+"""One file of a user's own: what it registers, what it keys, how it fails."""
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dart_llm.cli.app import app
+from dart_llm.errors import ConfigError
+from dart_llm.files import file_sha256
+from dart_llm.pruning import plugins
+from dart_llm.pruning.config import PruneConfig
+from dart_llm.pruning.registry import METHODS, SCORES
+from dart_llm.session.run import prune
+from dart_llm.studies.sweep.grid import collect, expand
+from lm_cases import place
+from steps import decode
+from tiny import tiny, tokens
+
+TEXT = """
+from dart_llm.extend import METHODS, SCORES, score
+from dart_llm.pruning.scores import squared
+
+@score(squared, "a test")
+def loudest(a, weights):
+    \"\"\"The sum's root.\"\"\"
+    return a
+
+SCORES.register("loudest", loudest)
+METHODS.register("griffin-loudest", METHODS.get("griffin").replace(
+    {"method": "griffin-loudest", "score": "loudest"}))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch):
+    """Nothing is loaded before, nor afterwards."""
+    monkeypatch.setenv(plugins.VARIABLE, "")
+    for name in ("_digests", "_owned"):
+        monkeypatch.setattr(plugins, name, {})
+    yield
+    METHODS.unregister("griffin-loudest")
+    SCORES.unregister("loudest")
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "my_score.py"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def test_a_file_adds_to_the_names_and_keys_what_it_adds(file):
+    assert "griffin-loudest" not in METHODS and plugins.digest() == {}
+    plugins.use(file)
+    own = {"plugin": file_sha256(file)}
+    assert "griffin-loudest" in METHODS and plugins.digest() == own
+    assert plugins.digest(PruneConfig.build("griffin-loudest")) == own
+    assert plugins.digest(PruneConfig.build("dart", score="loudest")) == own
+    assert plugins.digest(PruneConfig.build("griffin")) == {}
+    asked = {"models": str(place() / "model"), "methods": "dense,griffin,griffin-loudest"}
+    cells = expand(collect({**asked, "sparsities": "0.5", "tasks": "arc_easy"}))
+    assert ["plugin" in cell.inputs for cell in cells] == [False, False, True]
+    model, ids = tiny(), tokens(1, 12)
+    with prune(model, "griffin-loudest", sparsity=0.5), torch.no_grad():
+        found = decode(model, ids, 6)
+    with prune(model, "griffin", score="loudest", sparsity=0.5), torch.no_grad():
+        assert torch.equal(decode(model, ids, 6), found)
+
+
+def test_a_variable_names_it_for_processes_and_commands_have_a_flag(file, monkeypatch):
+    found = CliRunner().invoke(app, ["methods", "--plugin", str(file), "--json"])
+    assert found.exit_code == 0 and "griffin-loudest" in found.stdout
+    METHODS.unregister("griffin-loudest")
+    SCORES.unregister("loudest")
+    monkeypatch.setattr(plugins, "_digests", {})  # as in a process that such a command starts
+    assert "loudest" in SCORES
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "cannot read the plug-in .*: No such file or directory"),
+        ("x = 1", "registers nothing: call SCORES.register"),
+        ("1 / 0", "cannot be loaded: ZeroDivisionError: division by zero"),
+        (TEXT.replace("griffin-loudest", "griffin"), "method 'griffin' is already registered"),
+    ],
+)
+def test_what_cannot_be_used_is_one_sentence(tmp_path, text, said):
+    path = tmp_path / "own.py"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=said) as caught:
+        plugins.use(path)
+    assert "\n" not in str(caught.value)
