@@ -58,8 +58,8 @@ class Trace:
         self._decodes = False
         self._u: dict[int, Tensor] = {}
         """Of the newest forward that decodes, [B, T, I] by layer."""
-        self._masks: dict[int | None, tuple[Masks, int, Array]] = {}
-        """By batch row: the newest masks, their number, and their bits."""
+        self._masks: dict[int | None, tuple[Masks, int, Array, list[int]]] = {}
+        """By batch row: the newest masks, their number, their bits, layers whose tokens choose."""
         self._before: dict[int | None, tuple[int, int]] = {}
         """By batch row: the newest sequence with a mask, and the mask's number."""
         self.remasks: list[dict[str, Any]] = []
@@ -119,28 +119,38 @@ class Trace:
         """Gives number and bits of what each token ran, by its place in [B T] of the forward."""
         if masks is None:
             return lambda token: (DENSE, None)
-        number, bits = self._number(row, masks)
+        number, bits, layers = self._number(row, masks)
         if number != DENSE:
             return lambda token: (number, bits)
-        layers = _choosing(masks)
-        chosen = [part.numpy() for part in self._patch.chosen(layers)]
+        chosen = self._patch.chosen(layers)
+        every_layer = len(layers) == len(self._widths)
+        if every_layer and isinstance(chosen, Tensor) and chosen[:, 0].numel() == len(bits):
+            every = chosen.numpy()  # layers are equally wide, so nothing is done for each
+
+            def of_step(token: int) -> tuple[int, Array]:
+                own = every[:, token].ravel()
+                return self._add(own), own
+
+            return of_step
+        parts = [part.numpy() for part in chosen]
 
         def choice(token: int) -> tuple[int, Array]:
             own = bits.copy()
-            for layer, part in zip(layers, chosen, strict=True):
+            for layer, part in zip(layers, parts, strict=True):
                 own[self._places[layer]] = part[token]
             return self._add(own), own
 
         return choice
 
-    def _number(self, row: int | None, masks: Masks) -> tuple[int, Array]:
-        """The number of ``masks`` and their bits; ``DENSE`` where tokens choose the others."""
+    def _number(self, row: int | None, masks: Masks) -> tuple[int, Array, list[int]]:
+        """The number of ``masks``, their bits, and layers whose tokens choose: then ``DENSE``."""
         known = self._masks.get(row)
         if known is None or known[0] is not masks:
             bits = np.concatenate([_bits(*one) for one in zip(masks, self._widths, strict=True)])
-            number = DENSE if _choosing(masks) else self._add(bits)
-            self._masks[row] = known = (masks, number, bits)
-        return known[1], known[2]
+            layers = _choosing(masks)
+            number = DENSE if layers else self._add(bits)
+            self._masks[row] = known = (masks, number, bits, layers)
+        return known[1:]
 
     def _add(self, bits: Array) -> int:
         self._bits.append(bits)
