@@ -138,8 +138,8 @@ def cards(view: ResultsView) -> list[tuple[str, str, str]]:
     speed, limit = number(view.timing.get("speed_up")), number(view.timing.get("bytes_limit"))
     if speed is not None:
         note = "one run" if limit is None else f"one run; the bytes read allow {limit:.2f} x"
-        over = f"speed of decoding over dense{sentences.dense_by(view.timing)}"
-        found.append((f"{speed:.2f} x", over, note))
+        what = f"speed of decoding over dense{sentences.dense_by(view.timing)}"
+        found.append((f"{speed:.2f} x", what, note))
     if dense is not None:
         count = sentences.count(int(counted.get("remasks") or 0), "re-mask")
         found.append((sentences.percent(dense), "of the decoded tokens ran dense", count))

@@ -205,7 +205,8 @@ class TerminalTable:
         yield self._fitted(options.max_width)
 
     def _fitted(self, room: int) -> RichTable:
-        columns, told, gone, tight = list(self.columns), [self.caption], [], self.tight
+        columns, told, tight = list(self.columns), [self.caption], self.tight
+        gone: list[str] = []
         widths = _widths(columns, room, tight)
         if widths is None and self.rows > 1:
             shared = [one for one in columns if one.left and one.same]
