@@ -502,6 +502,10 @@ def test_the_first_word_that_differs_is_marked(tmp_path):
         end(window)
         parts = "[...document.querySelectorAll('.text .parts')].map((one) => one.textContent)"
         assert window.js(parts) == [" <i>7</i>"] * 2
+        boxes = parts.replace("textContent", "getClientRects().length")
+        for width in range(300, 420, 10):  # a box of its own also where a line begins with it
+            window.size(width, 800)
+            assert window.js(boxes) == [1, 1], width
         assert window.js(HEADLINES)[0].endswith("the same words for 7 tokens")
         seek(window, 30)  # the dense answer is not there yet
         assert window.js(parts) == [] and window.js(HEADLINES) == [""]
