@@ -273,10 +273,11 @@ def main() -> None:
     options.add_argument("--chunks", type=int, default=8, help="of the text")
     options.add_argument("--tokens", type=int, default=128, help="of each text, for KL")
     options.add_argument("--states", type=Path, help="keep the hidden states here, or read them")
+    options.set_defaults(dtype="bfloat16")
     options.add_argument("--alternatives", default="0.25", help="shares, with commas")
     args: argparse.Namespace = options.parse_args()
     text, about = read_text(args.text)
-    model, tokenizer = load(args.model, dtype="bfloat16", weights="dense", device="cpu")
+    model, tokenizer = load(args.model, dtype=args.dtype, weights="dense", device="cpu")
     if args.states and args.states.exists():
         known = torch.load(args.states)
     else:
@@ -289,7 +290,7 @@ def main() -> None:
             torch.save(known, args.states)
     made, own, other = known["answers"], known["own"].float(), known["text"].float()
     made = [states.float() for states in made]
-    weight = model.get_output_embeddings().weight.detach().float()
+    weight = model.get_output_embeddings().weight.detach().bfloat16().float()
     axes = directions_of(own)
     seen = {
         name: Seen(states, F.linear(states, weight))

@@ -354,3 +354,13 @@ def test_nothing_is_learnt_of_a_model_that_is_being_pruned():
         pytest.raises(AttachError, match="already being pruned"),
     ):
         prune(model, "griffin", **SCREENED).attach()
+
+
+def test_methods_share_the_screen_of_a_model():
+    model, found = model_of(), []
+    asked = SCREENED["head"]
+    for more in ({}, {"prior": {**OWN, "tokens": 32}}, {"head": {**asked, "bytes": 0.3}}):
+        with prune(model, "griffin", **{**SCREENED, **more}) as run:
+            found.append(run.patch.head.screen)
+    assert found[0] is found[1]
+    assert found[2].threshold < found[0].threshold

@@ -102,10 +102,12 @@ def draw_whisker(axes: Axes, low: float, high: float, place: float) -> None:
         axes.plot([low, high], [place, place], **look)
 
 
-def write_beside(axes: Axes, text: str, x: float, place: float, size: float = 9.0) -> None:
-    """A number to the right of a horizontal bar, for which the axes must have room."""
-    where: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
-    axes.annotate(text, (x, place), fontsize=size, color=INK, in_layout=False, **where)
+def write_beside(
+    axes: Axes, text: str, x: float, place: float, size: float = 9.0, gap: float = 5.0
+) -> None:
+    """A number ``gap`` points to the right of a bar or mark, for which the axes must have room."""
+    where: dict[str, Any] = {"xytext": (gap, 0), "textcoords": "offset points", "va": "center"}
+    axes.annotate(text, (x, place), fontsize=size, color=INK, in_layout=False, zorder=5, **where)
 
 
 def name_bars(axes: Axes, names: Sequence[str]) -> None:

@@ -69,6 +69,13 @@ def test_the_default_grid():
     assert [each.label for each in one] == ["dense", "dense, screened head"]
 
 
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_a_dtype_leaves_the_blocks_of_a_gguf_file_to_be_tried(native, dtype):
+    found = Formats.of(asked(model="smollm2-135m", dtype=dtype, device="cpu"))
+    assert [one.name for one in found.every] == ["file", "q4_0", "dense"]
+    assert [one.name for one in found.pruned] == ["file"]
+
+
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [

@@ -44,14 +44,14 @@ class Formats:
     def of(cls, settings: TuneSettings) -> Formats:
         """Those that were asked for, methods on each; else what suits the model and this machine.
 
-        A GGUF file: as it is, where methods are tried too, in 4 bits, and dense.  A checkpoint:
-        dense, and in 8 bits, where methods are tried too, and in 4.  Where no kernels can read
-        blocks: dense alone.  Raises ``ConfigError`` or ``LoadError``.
+        A GGUF file, in whatever dtype: as it is, where methods are tried too, in 4 bits, and dense.
+        A checkpoint: dense, and in 8 bits, where methods are tried too, and in 4.  Where no kernels
+        can read blocks: dense alone.  Raises ``ConfigError`` or ``LoadError``.
         """
         asked = settings.format_list()
         if asked:
             return cls(asked, asked)
-        own = held_weights(settings)
+        own = held_weights(settings.model_copy(update={"dtype": None}))
         if own == "file":
             return cls(
                 (Format("file", "file"), Format("q4_0", "q4_0"), REFERENCE),

@@ -248,7 +248,7 @@ def _draw(axes: Axes, rows: Sequence[Row], name: str, looks: Sequence[Mapping[st
             axes.plot([x, x], [100 * end for end in ends], color=look["color"], linewidth=1)
         axes.plot([x], [y], **look)
         if row["asked"]:
-            write_beside(axes, percent(row["asked"]), x, y, 7)
+            write_beside(axes, percent(row["asked"]), x, y, 7, 9 if row["recommended"] else 5)
         if row["recommended"]:
             axes.plot(
                 [x],
