@@ -53,7 +53,9 @@ def main(words: Sequence[str] | None = None) -> None:
     args = options().parse_args(words)
     if args.device != "cpu" and not torch.cuda.is_available():
         raise SystemExit(
-            "this measures a CUDA GPU, and PyTorch finds none: run it where `nvidia-smi` shows one"
+            "this measures a CUDA GPU, and PyTorch finds none: run it where `nvidia-smi` shows "
+            "one; if this environment holds PyTorch's CPU build, "
+            "make gpu-evidence VENV=build/gpu-venv makes another"
         )
     began = time.monotonic()
     tests = {} if args.no_tests else run_tests()
