@@ -115,8 +115,7 @@ class TritonFfn:
         self.winners, self.mean = mask.winners, _held(self.mean, mask.mean)
 
     def _read_weights(self) -> None:
-        modules = self.block.projections
-        versions = [(one.weight.data_ptr(), _version(one.weight)) for one in modules]
+        versions = [(one.data_ptr(), _version(one)) for one in _weights(self.block)]
         if versions == self._versions:
             return
         gate, up, down = self.block.matrices()
@@ -187,11 +186,16 @@ class TritonFfn:
 
     def nbytes(self) -> int:
         """Bytes of the copies and of what a mask needs here, beside the mask itself."""
-        own = {_memory(one.weight) for one in self.block.projections}
+        own = set(map(_memory, _weights(self.block)))
         out = None if self.linear is None else self.linear.out
         held = (*self.matrices, self.ids, self.bias, self.mean, self.worth, out)
         copies = (t for t in held if t is not None and _memory(t) not in own)
         return sum(t.numel() * t.element_size() for t in copies)
+
+
+def _weights(block: FfnBlock) -> list[Tensor]:
+    held = (part.weight for part in block.projections)
+    return [weight for weight in held if isinstance(weight, Tensor)]
 
 
 def _memory(tensor: Tensor) -> int:
