@@ -139,7 +139,7 @@ def _step(ids: Tensor) -> int:
 
 def _block(size: int) -> int:
     """Inputs that a program reads at once."""
-    return min(256 if size < 2048 else 512, triton.next_power_of_2(size))
+    return min(256 if size < 2048 else 512, int(triton.next_power_of_2(size)))
 
 
 def rows(x: Tensor, matrices: tuple[Tensor, ...], ids: Tensor) -> Tensor:
@@ -195,5 +195,5 @@ def largest(strengths: Tensor, ids: Tensor, k: int) -> Tensor:
 
 def _launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, **sizes: Any) -> None:
     """On the device where x lies."""
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         kernel[grid](x, *args, **sizes)
