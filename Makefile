@@ -11,7 +11,7 @@ KEEP ?=
 SETUP = PYTHON='$(PYTHON)' VENV='$(VENV)' scripts/setup.sh
 IN = OMP_WAIT_POLICY=PASSIVE '$(VENV)/bin/python' -m
 
-.PHONY: help setup setup-dev demo window reproduce browser test test-online lint format-check style types docs build clean
+.PHONY: help setup setup-dev demo window reproduce gpu-evidence browser test test-online lint format-check style types docs build clean
 
 help:
 	@echo "make demo    set up, fetch the default model (93 MB), prune it, show the result"
@@ -23,6 +23,8 @@ help:
 	@echo "make build   make a wheel and an sdist in build/dist, and try them in a clean environment"
 	@echo "make reproduce TABLE=name  make a published table again and compare; without TABLE: list all."
 	@echo "             TEXTS=folder or hub, DRY=1, SHORT=1, KEEP=1: docs/measurements.md"
+	@echo "make gpu-evidence  on a machine with a CUDA GPU: contract tests and decode speed there, into"
+	@echo "             benchmarks/results/gpu-CARD.json and .md; ARGS='--models smollm2-135m' for less"
 	@echo "make test-online  run the tests that need the hub: data sets and a model (about 1 GB)"
 	@echo "make setup   create the environment in $(VENV) and install dart-llm with its extras"
 	@echo "make lint    check format, style and types"
@@ -40,12 +42,16 @@ demo: setup
 	@echo "next: . $(VENV)/bin/activate"
 
 window: setup
-	@'$(VENV)/bin/dart-llm' serve --port 0 $(ARGS)
+	@'$(VENV)/bin/dart-llm' serve --port 0 --dtype float32 $(ARGS)
 
 reproduce: setup
 	@OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=2000 '$(VENV)/bin/python' benchmarks/reproduce.py $(TABLE) \
 	  $(if $(TEXTS),--texts '$(TEXTS)') $(if $(DRY),--dry-run) $(if $(SHORT),--short) \
 	  $(if $(KEEP),--keep)
+
+gpu-evidence:
+	@$(SETUP) gpu
+	@OMP_WAIT_POLICY=PASSIVE '$(VENV)/bin/python' benchmarks/gpu_evidence.py $(ARGS)
 
 browser:
 	@scripts/browser.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the environment and installs this project into it; does nothing when that is done already.
-# Usage: [PYTHON=python3.12] [VENV=.venv] scripts/setup.sh [all|dev]
+# Usage: [PYTHON=python3.12] [VENV=.venv] scripts/setup.sh [all|dev|gpu]
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 

@@ -6,8 +6,9 @@ from transformers import CompileConfig
 
 from dart_llm.errors import ConfigError
 from dart_llm.patching.executors import graph_step as graph_decoder
-from dart_llm.patching.executors.graph_step import GRAPHS, Recorded
+from dart_llm.patching.executors.graph_step import GRAPHS
 from dart_llm.session.run import prune
+from replays import Replay
 from steps import apart, decode, generate, selections, shared_model
 from tiny import tiny, tokens
 
@@ -39,29 +40,6 @@ def test_transformers_own_compiling_of_a_static_cache_stays_correct():
     assert torch.equal(found[0], found[1])
 
 
-class Replay(Recorded):
-    """What a GPU does: the work runs once, and replays write into the tensors of that time."""
-
-    made = 0
-
-    def __init__(self, work, device):
-        super().__init__(work, device)
-        type(self).made += 1
-        for _ in range(graph_decoder.WARM_UPS):
-            work()
-        self._output = work()
-
-    def __call__(self):
-        new = self._work()
-        for old, fresh in zip(_tensors(self._output), _tensors(new), strict=True):
-            old.copy_(fresh)
-        return self._output
-
-
-def _tensors(output):
-    return [output.logits, output.hidden, *(t for layer in output.observed for t in layer)]
-
-
 def test_a_replay_may_write_again_what_was_returned(monkeypatch):
     """Logits, states and observed activations of a step outlast the next one; few recordings."""
     monkeypatch.setattr(graph_decoder, "Recorded", Replay)
@@ -87,6 +65,7 @@ def test_other_families_are_refused_and_auto_never_takes_it():
     assert prune(shared_model("llama"), "griffin", sparsity=0.5).executor != "graph"
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="recording a graph needs a GPU")
 def test_recorded_on_a_gpu():
     model = tiny("llama").to("cuda")

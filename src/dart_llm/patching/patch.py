@@ -23,12 +23,12 @@ from dart_llm.models.screen import Screen
 from dart_llm.models.token_loop import TokenLoop, can_stand_in
 from dart_llm.native.memory import into_huge_pages
 from dart_llm.patching.changes import Changes
-from dart_llm.patching.executors.graph_step import GraphDecoder
+from dart_llm.patching.executors import no_steps_reason
+from dart_llm.patching.executors.graph_step import GraphDecoder, Kept
 from dart_llm.patching.executors.native_ffn import Layout, NativeFfn, native_linears
 from dart_llm.patching.executors.native_step import SlimDecoder
 from dart_llm.patching.executors.screened_head import ScreenedHead
 from dart_llm.patching.executors.token_ffn import errors, say_slower, token_ffn
-from dart_llm.patching.executors.torch_ffn import CompactFfn
 from dart_llm.patching.executors.whole_step import WITHOUT, StepDecoder, WholeStepForward
 from dart_llm.patching.patched_ffn import PatchedFFN
 from dart_llm.patching.watch import Turn, Watch
@@ -114,12 +114,15 @@ class ModelPatch(NotCopied):
         self._wrap_generate()
         if prunes:
             self._replace_ffns()
+            if self.executor == "triton":
+                for layer in self.layers:
+                    layer.go_triton()
             self._equip(self.controller)
         if native:
             self._lay_out_weights()
         if self.head is not None:
             self._screen_head(self.head, native)
-        if self.executor in WITHOUT:
+        if self.executor in WITHOUT and not self._steps_are_its_own():
             self._replace_steps()
         if native:
             screen = () if self.head is None else self.head.screen.tensors()
@@ -168,13 +171,17 @@ class ModelPatch(NotCopied):
         """The screened head, where ``controller`` has its tokens scored by it."""
         return self.head if controller.config.screens else None
 
+    def _steps_are_its_own(self) -> bool:
+        """Whether an executor that can do without whole steps has to."""
+        return self.executor == "triton" and bool(no_steps_reason("triton", self.model))
+
     def _replace_steps(self) -> None:
         """Take whole decode steps over."""
         decoder: StepDecoder
         if self.executor == "slim":
             decoder = SlimDecoder(self.model, self._native, self.layout)
         else:
-            decoder = GraphDecoder(self.model, self._view.blocks, self._copies)
+            decoder = GraphDecoder(self.model, self._view.blocks, self._kept)
         self.slim = WholeStepForward(self.model, decoder, lambda: self.controller)
         self.slim.take_head(self._head_of(self.controller))
         self._changes.replace(self.model, "forward", self._run_forward)
@@ -239,9 +246,9 @@ class ModelPatch(NotCopied):
             return original(*args, **kwargs)
         return self.slim.forward(original, *args, **kwargs)
 
-    def _copies(self, index: int) -> CompactFfn:
+    def _kept(self, index: int) -> Kept:
         kept = self.layers[index].kept
-        assert isinstance(kept, CompactFfn)
+        assert isinstance(kept, Kept)
         return kept
 
     def remove(self) -> None:

@@ -16,7 +16,7 @@ from dart_llm.patching.changes import Changes
 from dart_llm.patching.executors.native_ffn import Layout, NativeFfn
 from dart_llm.patching.executors.token_ffn import InputsFfn, TokenFfn, by_row
 from dart_llm.patching.executors.torch_ffn import CompactFfn, run_masked, stacked
-from dart_llm.pruning.accounting import most_rows
+from dart_llm.patching.executors.triton_ffn import TritonFfn
 from dart_llm.pruning.compensation import LowRank
 from dart_llm.pruning.controller import PruningController
 from dart_llm.pruning.forward import ForwardPlan, bare
@@ -67,7 +67,7 @@ class PatchedFFN:
     def __init__(self, block: FfnBlock, context: PatchContext) -> None:
         self.block = block
         self.context = context
-        self.kept: CompactFfn | NativeFfn = CompactFfn(block)
+        self.kept: CompactFfn | NativeFfn | TritonFfn = CompactFfn(block)
         self.token: TokenFfn | None = None
         self.by_weights = True
         """Whether its weights may stand for its projections: else it runs as by ``masked``."""
@@ -87,10 +87,14 @@ class PatchedFFN:
         made.token = self.token
         return made
 
+    def go_triton(self) -> None:
+        """Run masks by Triton's kernels."""
+        self.kept = TritonFfn(self.block)
+
     def choose_per_token(self, token: TokenFfn, changes: Changes) -> None:
         """Tokens choose their own neurons by ``token`` where the plan says so."""
         first, self.token = self.token is None, token
-        if isinstance(self.kept, NativeFfn):
+        if not isinstance(self.kept, CompactFfn):
             self.kept.token = token
         # what the down projection is given ranks nothing: read fc1's input
         if self.block.inline and first:
@@ -177,11 +181,7 @@ class PatchedFFN:
         if self.context.executor == "masked" or not self.by_weights:
             return False
         if isinstance(mask, TokenMask):
-            kept = self.kept
-            if not isinstance(kept, NativeFfn) or not kept.chooses:
-                return False
-            # several tokens together would read most neurons
-            most = min(self.context.rows, most_rows("native", kept.by_weights))
+            most = min(self.context.rows, self.kept.token_rows)
             if x.numel() > most * x.shape[-1]:
                 return False
         # the copies are not parameters: gradients must go through the weights themselves

@@ -24,9 +24,9 @@ IF_COMPACT = "if compact"
 """Stands for an executor that reads each forward's winners once, from where they lie."""
 
 STEP_ROWS = 8
-"""Rows of the largest batch that a native step takes."""
+"""Rows of the largest batch that a native step, or Triton's kernels, take."""
 
-READ_WINNERS = {"native": 1, "slim": STEP_ROWS}
+READ_WINNERS = {"native": 1, "slim": STEP_ROWS, "triton": STEP_ROWS}
 """Executors that read the winners of a token alone, and of how many rows; all else is dense."""
 
 

@@ -359,7 +359,7 @@ class PruneConfig(Part):
     compensation: bool = False
     compensation_rank: AtLeast0 = 0
     batch: Literal["shared", "per_row"] = "shared"
-    executor: Literal["auto", "masked", "compact", "native", "slim", "graph"] = "auto"
+    executor: Literal["auto", "masked", "compact", "native", "slim", "graph", "triton"] = "auto"
     seed: int = 0
 
     @model_validator(mode="before")
@@ -379,10 +379,10 @@ class PruneConfig(Part):
             )
         if self.executor not in ("auto", "masked") and self.batch == "per_row":
             raise ConfigError('batch "per_row" has a mask per row: use executor "masked" or "auto"')
-        if self.executor == "graph" and self.screens:
+        if self.executor in ("graph", "triton") and self.screens:
             raise ConfigError(
-                'executor "graph" records steps with the whole head: leave head.kind at "full", or '
-                'use executor "auto"'
+                f'executor "{self.executor}" records steps with the whole head: leave head.kind at '
+                '"full", or use executor "auto"'
             )
         per_token = self.token is not None and self.token.candidates is None
         if per_token and self.drift.rule != "never":

@@ -23,13 +23,14 @@ from dart_llm.patching.executors.native_ffn import (
     not_in_place_reason,
 )
 from dart_llm.patching.executors.step_agreement import disagreement_reason, model_signature
+from dart_llm.patching.executors.triton_ffn import triton_unsupported_reason
 from dart_llm.pruning.registry import SCORES
 from dart_llm.pruning.selection import MaskSelector
 
 NATIVE = ("native", "slim")
 """Executors that run the native CPU kernels."""
 
-BY_WEIGHTS = (*NATIVE, "graph", "compact")
+BY_WEIGHTS = (*NATIVE, "graph", "compact", "triton")
 """Executors that run the weights of FFNs, not their modules."""
 
 _steps: weakref.WeakKeyDictionary[Any, dict[str, tuple[Any, str]]] = weakref.WeakKeyDictionary()
@@ -66,7 +67,7 @@ def choose_executor(selector: MaskSelector, blocks: Sequence[FfnBlock], model: A
 
 
 def no_steps_reason(executor: str, model: Any, mark: tuple[Any, ...] = ()) -> str:
-    """Why ``slim`` or ``graph`` cannot decode ``model`` by whole steps: "", or a clause.
+    """Why ``slim``, or those by graphs, cannot decode ``model`` by whole steps: "", or a clause.
 
     ``mark``: the model's signature, where it is known.  What was found holds until it changes.
     """
@@ -125,6 +126,12 @@ def _objections(executor: str, blocks: Sequence[FfnBlock], model: Any) -> Iterat
             yield f"{cannot}: {reason}; {compact}"
     if executor == "graph" and (reason := no_steps_reason("graph", model)):
         yield f'{cannot}, which {reason}; use "compact"'
+    if executor == "triton":
+        if is_compiled(model):
+            yield f"{cannot}, which was compiled by torch; {compact}"
+        for block in blocks:
+            if reason := triton_unsupported_reason(block):
+                yield f"{cannot}: layer {block.index} {reason}; {compact}"
     if executor == "compact":
         for found, reason in (("offloaded", "is offloaded"), ("inline", NO_MODULE)):
             for block in blocks:

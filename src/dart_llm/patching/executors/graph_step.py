@@ -33,9 +33,13 @@ from dart_llm.patching.executors.step_formulas import (
     normed,
 )
 from dart_llm.patching.executors.torch_ffn import CompactFfn
+from dart_llm.patching.executors.triton_ffn import FEW, TritonFfn
 from dart_llm.patching.executors.whole_step import StepDecoder
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.token_level import TokenMask
+
+Kept = CompactFfn | TritonFfn
+"""Runs the kept neurons of a layer within a step."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class StepOutput:
 
 def run_step(
     parts: StepParts,
-    ffns: Sequence[FfnBlock | CompactFfn],
+    ffns: Sequence[FfnBlock | Kept],
     given: StepInput,
     observe: bool,
 ) -> StepOutput:
@@ -144,25 +148,28 @@ class Recorded:
 
 
 class GraphDecoder(StepDecoder):
-    """``kept``: its layers' compact copies, refilled in place."""
+    """``kept``: what runs a layer's mask on buffers that are refilled in place."""
 
-    def __init__(
-        self, model: Any, blocks: Sequence[FfnBlock], kept: Callable[[int], CompactFfn]
-    ) -> None:
+    def __init__(self, model: Any, blocks: Sequence[FfnBlock], kept: Callable[[int], Kept]) -> None:
         super().__init__()
         self._model, self._parts = model, step_parts(model)
         self.windows = self._parts.windows
         self.device, self.dtype = self._parts.head.device.type, self._parts.head.dtype
         self._blocks, self._kept = list(blocks), kept
-        self._ffns: list[FfnBlock | CompactFfn] = list(blocks)
+        if any(isinstance(kept(index), TritonFfn) for index in range(len(blocks))):
+            self.rows = FEW  # more take the kernels longer than whole matrix products
+        self._ffns: list[FfnBlock | Kept] = list(blocks)
         self._masks: Sequence[LayerMask | None] = ()
         self._input: StepInput | None = None
         self._recorded: dict[Any, Recorded] = {}
         self._observed: tuple[tuple[Tensor, ...], ...] = ()
 
     def serves(self, masks: Sequence[LayerMask | None]) -> bool:
-        # neurons that are chosen per token would change a step's shapes
-        return not any(isinstance(mask, TokenMask) for mask in masks)
+        # where the kept neurons are copied, those of a token would change a step's shapes
+        return all(
+            not isinstance(mask, TokenMask) or self._kept(index).token_rows
+            for index, mask in enumerate(masks)
+        )
 
     def unload(self) -> None:
         super().unload()
@@ -225,7 +232,8 @@ class GraphDecoder(StepDecoder):
 
     def _step_of(self, given: StepInput, observe: bool) -> Recorded:
         """The step for the tensors that it would read now."""
-        key = (observe, *(_places(ffn) for ffn in self._ffns))
+        places = (() if isinstance(ffn, FfnBlock) else ffn.places() for ffn in self._ffns)
+        key = (observe, *places)
         known = self._recorded.get(key)
         if known is None:
             while len(self._recorded) >= GRAPHS:
@@ -235,12 +243,3 @@ class GraphDecoder(StepDecoder):
             known = Recorded(lambda: run_step(self._parts, ffns, given, observe), device)
             self._recorded[key] = known
         return known
-
-
-def _places(ffn: FfnBlock | CompactFfn) -> tuple[int, ...]:
-    """What a recorded step would read of one layer: shapes and addresses."""
-    if isinstance(ffn, FfnBlock):
-        return ()
-    out = None if ffn.linear is None else ffn.linear.out
-    held = (ffn.rows, ffn.columns, ffn.row_bias, ffn.bias, out)
-    return tuple(part for t in held if t is not None for part in (t.data_ptr(), len(t)))

@@ -18,6 +18,7 @@ from dart_llm.models.packed import PackedTensor
 from dart_llm.native.build import ops
 from dart_llm.native.memory import RESERVE, Span, available, private_maps
 from dart_llm.patching.executors.token_ffn import OwnFfn, TokenFfn
+from dart_llm.pruning.accounting import most_rows
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.token_level import TokenMask
 
@@ -272,6 +273,14 @@ class NativeFfn:
     def chooses(self) -> bool:
         """Whether the kernels choose a token's neurons as its method does."""
         return self.token is not None and self.token.config.native
+
+    @property
+    def token_rows(self) -> int:
+        """Rows of the largest batch whose tokens choose here, beside whole steps; 0: none do.
+
+        Several tokens together would read most neurons.
+        """
+        return most_rows("native", self.by_weights) if self.chooses else 0
 
     @property
     def by_weights(self) -> bool:

@@ -40,6 +40,9 @@ class CompactFfn:
     ``rows``: [k or 2k, D], gate above up; ``columns``: [D, k].
     """
 
+    token_rows = 0
+    """Rows of the largest batch whose tokens choose here: none do."""
+
     def __init__(self, block: FfnBlock) -> None:
         self.block = block
         self.unload()
@@ -60,8 +63,8 @@ class CompactFfn:
         parts = [up] if gate is None else [gate, up]
         k, hidden = mask.kept, down.shape[0]
         with torch.inference_mode(False):
-            self.rows = _buffer(self.rows, (len(parts) * k, up.shape[1]), up)
-            self.columns = _buffer(self.columns, (hidden, k), down)
+            self.rows = buffer(self.rows, (len(parts) * k, up.shape[1]), up)
+            self.columns = buffer(self.columns, (hidden, k), down)
             for index, part in enumerate(parts):
                 torch.index_select(
                     part.detach(), 0, mask.ids, out=self.rows[index * k : (index + 1) * k]
@@ -77,7 +80,7 @@ class CompactFfn:
             self.linear = None
             return
         old = None if self.linear is None else self.linear.out
-        out = _buffer(old, tuple(new.out.shape), new.out).copy_(new.out)
+        out = buffer(old, tuple(new.out.shape), new.out).copy_(new.out)
         self.linear = LowRank(new.basis, out)
 
     def _load_biases(self, mask: LayerMask) -> None:
@@ -87,14 +90,14 @@ class CompactFfn:
         if some is not None:
             none = torch.zeros_like(some)
             rows = torch.cat([(none if bias is None else bias)[mask.ids] for bias in inputs])
-            self.row_bias = _buffer(self.row_bias, tuple(rows.shape), rows).copy_(rows)
+            self.row_bias = buffer(self.row_bias, tuple(rows.shape), rows).copy_(rows)
         if mask.bias is None:
             self.bias, self.own_bias = down, False
             return
         assert self.columns is not None
         total = mask.bias if down is None else down.float() + mask.bias
         known = self.bias if self.own_bias else None
-        self.bias = _buffer(known, tuple(total.shape), self.columns).copy_(total)
+        self.bias = buffer(known, tuple(total.shape), self.columns).copy_(total)
         self.own_bias = True
 
     def run(self, x: Tensor) -> Tensor:
@@ -108,6 +111,12 @@ class CompactFfn:
             u = self.block.act(hidden)
         z = F.linear(u, self.columns, self.bias)
         return z if self.linear is None else z + self.linear(x)
+
+    def places(self) -> tuple[int, ...]:
+        """What a recorded step would read: shapes and addresses."""
+        out = None if self.linear is None else self.linear.out
+        held = (self.rows, self.columns, self.row_bias, self.bias, out)
+        return tuple(part for t in held if t is not None for part in (t.data_ptr(), len(t)))
 
     def nbytes(self) -> int:
         out = None if self.linear is None else self.linear.out
@@ -123,7 +132,8 @@ def stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
     return torch.stack([torch.zeros_like(some) if part is None else part for part in parts])
 
 
-def _buffer(old: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+def buffer(old: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """``old`` where it has this shape and the dtype of ``like``, else a new tensor."""
     if old is not None and old.shape == shape and old.dtype == like.dtype:
         return old
     return torch.empty(shape, dtype=like.dtype, device=like.device)

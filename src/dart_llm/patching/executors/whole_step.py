@@ -34,7 +34,7 @@ OWN = ("dart_llm.", "transformers.")
 PATCH = ("dart_llm.patching.", "transformers.")
 """Those of them whose hooks want nothing of a prompt that the plan does not say."""
 
-WITHOUT = {"slim": "native", "graph": "compact"}
+WITHOUT = {"slim": "native", "graph": "compact", "triton": "triton"}
 """What runs where no whole step can."""
 
 

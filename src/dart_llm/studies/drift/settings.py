@@ -214,7 +214,7 @@ class DriftSettings(ModelOptions):
     prune_strategy: str | None = setting(PRUNING, "dart's: topk, or auto.")
     budget: str | None = setting(PRUNING, "dart's allocator over layers.")
     compensation: bool | None = setting(PRUNING, "dart with or without compensation.")
-    executor: str | None = setting(PRUNING, "auto, masked, compact, native, slim or graph.")
+    executor: str | None = setting(PRUNING, "auto, masked, compact, native, slim, graph or triton.")
     calibration: str | None = setting(PRUNING, "Text for presets that calibrate.")
     # metrics of free texts
     metrics: bool = setting(METRICS, "Compare every free text with the dense one.", True)

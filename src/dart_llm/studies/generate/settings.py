@@ -105,7 +105,7 @@ class RunSettings(ActivationSettings):
                     f"{flag} keeps what the generated texts do, and nothing is generated: give a "
                     "prompt and --generation N, or leave it off"
                 )
-        if self._records and self.executor in ("compact", "native", "slim", "graph"):
+        if self._records and self.executor in ("compact", "native", "slim", "graph", "triton"):
             flag = "--save-activations" if self.save_activations else "--trace-activations"
             raise ConfigError(
                 f"{flag} cannot see the neurons that executor {self.executor} skips: give "

@@ -98,7 +98,8 @@ def _random(settings: SpeedSettings, ui: Ui) -> Any:
             if device != "cpu":
                 raise ConfigError("weights in blocks lie on a CPU alone: give --device cpu")
             make = functools.partial(random_packed, kind=settings.weights)
-        model = make(config, dtype=dtype, **chosen)
+        with torch.device(device):  # billions of weights are drawn there at once
+            model = make(config, dtype=dtype, **chosen)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise LoadError(f"no model can be made of {settings.name}: {plain(error)}") from None
     model = model.eval().to(device)

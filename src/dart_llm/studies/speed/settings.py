@@ -16,7 +16,7 @@ from dart_llm.settings import ModelOptions, StudyOptions, read_sparsities, setti
 
 STUDY, MODEL = "Study", "Model"
 
-EXECUTORS = ("masked", "compact", "native", "slim", "graph")
+EXECUTORS = ("masked", "compact", "native", "slim", "graph", "triton")
 
 
 class SpeedSettings(StudyOptions, ModelOptions):
@@ -49,7 +49,7 @@ class SpeedSettings(StudyOptions, ModelOptions):
         STUDY, "Fractions of FFN neurons to remove, comma-separated.", "0.5,0.7"
     )
     executors: str = setting(
-        STUDY, "Of masked, compact, native, slim, graph; comma-separated.", "compact,native,slim"
+        STUDY, "Of masked, compact, native, slim, graph, triton.", "compact,native,slim"
     )
     rebuild_every: int | None = setting(
         STUDY,

@@ -464,6 +464,7 @@ LOOKS: dict[str | None, tuple[int, str]] = {
     "native": (3, "^"),
     "slim": (0, "o"),
     "graph": (2, "D"),
+    "triton": (6, "P"),
 }
 """Colour and marker by executor; None is plain transformers."""
 
