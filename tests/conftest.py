@@ -15,6 +15,7 @@ os.environ.setdefault("DART_NATIVE", "0")  # auto is compact, but in the tests o
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
@@ -101,14 +102,16 @@ def own_calibrations(
 
 
 @pytest.fixture(scope="module")
-def native() -> Iterator[None]:
+def native(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The native kernels are on, and are there."""
     from dart_llm.native import build
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(build.SWITCH, "1")
         build.why_not.cache_clear()
-        assert build.why_not() == ""
+        # xdist's workers begin with files that want them: one compiles, the others wait for it
+        with FileLock(tmp_path_factory.getbasetemp().parent / "native.lock"):
+            assert build.why_not() == ""
         yield
     build.why_not.cache_clear()
 
