@@ -25,6 +25,21 @@ LISTED = (HERE / "contracts/README.md").read_text("utf-8")
 CONTRACTS = re.findall(r"^\* \*\*(.+?)\*\*", LISTED, re.M)
 """The promises of contracts/README.md: none may be without a test."""
 
+LONGEST = (
+    "native/test_native_sanitized.py",
+    "native/test_packed_kernels.py",  # compiles the kernels meanwhile
+    "contracts/test_smollm2.py",
+    "docs/test_commands.py",
+    "docs/test_examples.py",
+    "studies/sweep/test_sweep_ray.py",
+    "studies/drift/test_drift_job.py",
+    "server/test_window_story.py",
+    "server/test_window_browser.py",
+    "cli/test_cli.py",
+    "cli/test_chat_terminal.py",
+)
+"""Files of few tests that take long: begun last, one would keep one worker, and the other idle."""
+
 COUNTED = pytest.StashKey[Counter[str]]()
 """How many tests of each promise ran."""
 
@@ -35,6 +50,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The whole products run with ``-m full`` alone; reports carry the promises, xdist's too."""
+    places = {HERE / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
     if not config.option.markexpr:
         whole = [item for item in items if item.get_closest_marker("full")]
         config.hook.pytest_deselected(items=whole)
