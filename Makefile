@@ -57,7 +57,7 @@ browser:
 	@scripts/browser.sh
 
 test: setup-dev
-	@OMP_NUM_THREADS=1 $(IN) pytest -n 2 --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(IN) pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-online: setup-dev
 	@DART_TEST_ONLINE=1 HF_HUB_OFFLINE=0 HF_DATASETS_OFFLINE=0 $(IN) pytest tests/models/test_online.py $(ARGS)

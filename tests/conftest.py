@@ -16,6 +16,7 @@ os.environ.setdefault("TRITON_INTERPRET", str(int(not Path("/dev/nvidiactl").exi
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
@@ -24,6 +25,21 @@ HERE = Path(__file__).parent
 LISTED = (HERE / "contracts/README.md").read_text("utf-8")
 CONTRACTS = re.findall(r"^\* \*\*(.+?)\*\*", LISTED, re.M)
 """The promises of contracts/README.md: none may be without a test."""
+
+LONGEST = (
+    "native/test_native_sanitized.py",
+    "native/test_packed_kernels.py",  # compiles the kernels meanwhile
+    "contracts/test_smollm2.py",
+    "docs/test_commands.py",
+    "docs/test_examples.py",
+    "studies/sweep/test_sweep_ray.py",
+    "studies/drift/test_drift_job.py",
+    "server/test_window_story.py",
+    "server/test_window_browser.py",
+    "cli/test_cli.py",
+    "cli/test_chat_terminal.py",
+)
+"""Files of few tests that take long: begun last, one would keep one worker, and the other idle."""
 
 COUNTED = pytest.StashKey[Counter[str]]()
 """How many tests of each promise ran."""
@@ -35,6 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The whole products run with ``-m full`` alone; reports carry the promises, xdist's too."""
+    places = {HERE / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
     if not config.option.markexpr:
         whole = [item for item in items if item.get_closest_marker("full")]
         config.hook.pytest_deselected(items=whole)
@@ -102,14 +120,16 @@ def own_calibrations(
 
 
 @pytest.fixture(scope="module")
-def native() -> Iterator[None]:
+def native(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The native kernels are on, and are there."""
     from dart_llm.native import build
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(build.SWITCH, "1")
         build.why_not.cache_clear()
-        assert build.why_not() == ""
+        # xdist's workers begin with files that want them: one compiles, the others wait for it
+        with FileLock(tmp_path_factory.getbasetemp().parent / "native.lock"):
+            assert build.why_not() == ""
         yield
     build.why_not.cache_clear()
 

@@ -15,6 +15,7 @@ from checkpoints import write_gguf
 from dart_llm.cache import cache_folder
 from dart_llm.cli.app import app
 from dart_llm.data import texts
+from dart_llm.models.loading import load
 from serve_cases import serving
 from shells import ROOT
 from stand_in import configuration, stand_in, write_model
@@ -78,6 +79,9 @@ def place(tmp_path_factory, native):
         patch.chdir(root)
         patch.setenv("DART_CACHE", str(cache))
         patch.setenv("HF_DATASETS_CACHE", str(root / "datasets"))
+        patch.setenv("PIP_NO_INDEX", "1")  # what the cache lacked would be fetched
+        found, _ = load("smollm2-135m")
+        assert found.num_parameters() < 1e6, "commands would run on the default model itself"
         yield root
 
 

@@ -19,7 +19,7 @@ from tiny import tiny
 
 ARM = platform.machine() in ("aarch64", "arm64")
 OF_THIS_MACHINE = ("neon",) if ARM else ("avx512bf16", "avx512", "avxvnni", "avx2")
-KINDS = ("", *OF_THIS_MACHINE, "portable")
+KINDS = (*OF_THIS_MACHINE, "portable")
 SMALL = tuple(name for name in BLOCKS if not name.endswith("_k"))
 """Types whose blocks have 32 weights; those of the others have 256."""
 

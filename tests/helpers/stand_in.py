@@ -1,15 +1,19 @@
 """A small random model in the place of the default one, and under names that the docs use."""
 
 import json
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from checkpoints import write_gguf
 from dart_llm.data import texts
 from dart_llm.files import file_sha256
+from dart_llm.models.bundled import MEMBER
 from dart_llm.models.bundled import MODEL_SHA256 as SHA256
-from dart_llm.models.gguf import FORMAT, SOURCE, converted_folder
+from dart_llm.models.gguf import FORMAT, SOURCE, convert, converted_folder, scratch_folder
+from dart_llm.models.gguf_file import read_gguf
 
 VOCABULARY, WIDTH, FFN_WIDTH, LAYERS, CONTEXT = 512, 32, 64, 4, 8192
 CHAT = (
@@ -48,7 +52,11 @@ def write_model(folder):
 
 
 def stand_in(cache, model):
-    """Make ``model`` what a ``DART_CACHE`` of ``cache`` holds as the default model."""
+    """Make ``model`` what a ``DART_CACHE`` of ``cache`` holds as the default model.
+
+    As its dense copy; in the place of the file with blocks stands another model, a letter of whose
+    texts is a token.
+    """
     folder = converted_folder(cache / "dart-llm", SHA256)
     folder.parent.mkdir(parents=True)
     model.rename(folder)
@@ -59,3 +67,6 @@ def stand_in(cache, model):
     record = {"format": FORMAT, "sha256": SHA256, "quantisation": "Q4_1", "files": files}
     (folder / SOURCE).write_text(json.dumps(record), encoding="utf-8")
     model.symlink_to(folder, target_is_directory=True)
+    with scratch_folder(folder.parent) as scratch:
+        file = read_gguf(write_gguf(scratch / Path(MEMBER).name, context=4 * CONTEXT))
+        convert(file, SHA256, folder.parent, {}, packed=True)

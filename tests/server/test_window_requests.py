@@ -286,8 +286,7 @@ def test_past_runs_open_at_the_newest_and_have_addresses(start, tmp_path, monkey
     window.driver.back()
     window.wait("document.getElementById('page-chat').checkVisibility()")
     window.driver.forward()
-    window.wait("document.querySelector('#run a')")
-    link = window.js("document.querySelector('#run a').href")
+    link = window.wait("document.querySelector('#run a')?.href")  # in one go: it is read anew
     assert link.endswith("/api/runs/tides/20260102-030406/report.html")
     assert window.complaints() == []
     window.driver.get(link)  # a page of no origin

@@ -42,7 +42,9 @@ def told(model, place, executor):
     return found
 
 
-@pytest.mark.parametrize("executor", ["slim", "native", "compact"])
+@pytest.mark.parametrize(
+    "executor", ["slim", pytest.param("native", marks=pytest.mark.full), "compact"]
+)
 def test_the_re_mask_follows_the_change(model, executor):
     """Executors round in other ways, so these are three texts; the story of each is the same."""
     found = told(model, 0, executor)
