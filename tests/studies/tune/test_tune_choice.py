@@ -36,7 +36,7 @@ def lines(ratios):
         for number, ratio in enumerate(own):
             found.append(line(REFERENCE, text, number, 1.0 + number))
             loss = 1.0 + number + math.log(ratio)
-            found.append(line("dart", text, number, loss, kl=ratio - 1, achieved=0.5))
+            found.append(line("dart", text, number, loss, kl=(ratio - 1) / 2, achieved=0.5))
     return found
 
 
@@ -47,10 +47,22 @@ def test_the_loss_is_that_of_the_worse_text():
     low, high = found["loss_interval"]
     assert 0.025 < low < found["loss"] < high < 0.055
     assert found["texts"]["own"]["loss_interval"] == pytest.approx([0.01, 0.01])
-    assert found["kl"] == pytest.approx(0.04) and found["achieved_sparsity"] == 0.5
+    assert found["kl"] == pytest.approx(0.02) and found["achieved_sparsity"] == 0.5
     assert found["remasks"] == 8 and found["bytes_share"] is None
     assert found["perplexity"] == pytest.approx(math.exp(2.5) * math.sqrt(1.03 * 1.05))
     assert clearly_over(found, 0.02) and not clearly_over(found, 0.035)
+
+
+def test_the_loss_is_no_less_than_what_the_divergence_says():
+    """Tokens that happen to be likelier do not hide that the model is another one."""
+    own = [line(REFERENCE, "own", n, 1.0) for n in range(4)]
+    kls = 0.02, 0.03, 0.02, 0.03
+    own += [line("dart", "own", n, 0.99, kl=kl, achieved=0.5) for n, kl in enumerate(kls)]
+    found = quality_row("dart", own, 0)
+    assert found["loss"] == pytest.approx(math.expm1(0.025))
+    low, high = found["loss_interval"]
+    assert math.expm1(0.02) <= low < found["loss"] < high <= math.expm1(0.03)
+    assert found["perplexity"] == pytest.approx(math.exp(0.99))
 
 
 ROWS = [

@@ -1,11 +1,14 @@
 """Rows of ``dart-llm tune``: the loss of every candidate, its time, and which one is recommended.
 
 The loss of a candidate on a text is its perplexity over the reference's, minus 1, on the same
-tokens; the reference is the dense model in its own dtype.  Its loss is that of the worse text.
+tokens; the reference is the dense model in its own dtype.  A few tokens can flatter a candidate, so
+it is no less than the exponential of the mean KL, minus 1: what the loss would be on all that the
+reference may write there.  Its loss is that of the worse text.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,10 +57,15 @@ def _on_text(own: Sequence[Line], base: Sequence[Line], seed: int) -> Row:
     found = stats.paired_interval(losses, dense, "ratio_of_exp_mean", seed)
     total = sum(one["tokens"] for one in own)
     means = [sum(one["loss"] * one["tokens"] for one in x) / total for x in (own, base)]
+    kl, spread = sum(one["kl"] * one["tokens"] for one in own) / total, [one["kl"] for one in own]
+    around = stats.interval(spread, seed=seed)
+    by_tokens = perplexity(means[0] - means[1]) - 1, found and [found.low - 1, found.high - 1]
+    by_kl = math.expm1(kl), around and [math.expm1(around.low), math.expm1(around.high)]
+    loss, ends = max(by_tokens, by_kl, key=lambda one: one[0])
     return {
-        "loss": perplexity(means[0] - means[1]) - 1,
-        "loss_interval": None if found is None else [found.low - 1, found.high - 1],
-        "kl": sum(one["kl"] * one["tokens"] for one in own) / total,
+        "loss": loss,
+        "loss_interval": ends,
+        "kl": kl,
         "perplexity": perplexity(means[0]),
         "dense_perplexity": perplexity(means[1]),
         "slices": len(own),
