@@ -40,8 +40,8 @@ Row = Mapping[str, Any]
 
 DEFINITIONS = {
     "loss": "perplexity over that of the dense model in its own dtype, minus 1, on the same tokens "
-    "of the worse of the two texts, and no less than exp(KL) - 1; with its 95 % interval, bootstrap "
-    "over slices",
+    "of the worse of the two texts, and no less than exp(KL) - 1; 95 % intervals by bootstrap over "
+    "slices",
     "KL": "of the dense model against this one, nats per token, the worse text's mean",
     "ms": "mean time of a timed token, its choice included; median over repetitions",
     "+-": "median absolute distance of the repetitions to their median",
