@@ -68,7 +68,7 @@ COLUMNS = (
     Column("perplexity", "perplexity", figure),
     Column("x dense", "times_dense", times),
     Column("GRIFFIN at equal sparsity", _griffin(EQUAL_SPARSITY), terminal=False),
-    Column("gap closed", _closed(EQUAL_SPARSITY)),
+    Column("gap closed", _closed(EQUAL_SPARSITY), needed=True),
     Column("GRIFFIN at equal bytes", _griffin(EQUAL_BYTES), terminal=False),
     Column("gap closed, equal bytes", _closed(EQUAL_BYTES)),
 )
