@@ -92,3 +92,16 @@ def test_what_cannot_be_used_is_one_sentence(tmp_path, text, said):
     with pytest.raises(ConfigError, match=said) as caught:
         plugins.use(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_score_that_is_not_one_number_per_neuron_is_refused(file):
+    file.write_text(TEXT.replace("return a\n", "return a[:-1]\n"), encoding="utf-8")
+    plugins.use(file)
+    said = r"^score 'loudest' gave \[47\] numbers for \[48\] neurons: it must return one number"
+    model, ids = tiny(), tokens(1, 12)
+    with (
+        prune(model, "griffin-loudest", sparsity=0.5),
+        torch.no_grad(),
+        pytest.raises(ConfigError, match=said),
+    ):
+        decode(model, ids, 6)

@@ -132,12 +132,21 @@ class MaskSelector:
         return MaskSelection(self.clamp.of(masks), tuple(counts), tuple(scores))
 
     def scores(self, evidence: Sequence[LayerStatistics]) -> list[Tensor]:
-        """What the neuron score says of each layer, [I]; raises ``DartError`` unless finite."""
+        """What the neuron score says of each layer, [I].
+
+        Raises ``ConfigError`` unless there is one number per neuron, ``DartError`` unless finite.
+        """
         rule = SCORES.get(self.config.score.name)
         scores = [
             rule(self.statistics.score_input(known, layer.width, layer.device), layer)
             for known, layer in zip(evidence, self.layers, strict=True)
         ]
+        for score, layer in zip(scores, self.layers, strict=True):
+            if score.shape != (layer.width,):  # a short one cuts neurons unasked
+                raise ConfigError(
+                    f"score {self.config.score.name!r} gave {list(score.shape)} numbers for "
+                    f"[{layer.width}] neurons: it must return one number per neuron"
+                )
         sums = torch.stack([score.sum().to(scores[0].device) for score in scores])
         if bad := (~sums.isfinite()).nonzero().flatten().tolist():
             raise self._overflow(bad[0], "scores")

@@ -171,7 +171,9 @@ class GridSpec(Settings):
     def _check(self) -> GridSpec:
         for name in ("models", "methods", "tasks", "seeds", "protocols"):
             if not getattr(self, name):
-                raise ConfigError(f"the sweep names no {name}: give at least one")
+                raise ConfigError(
+                    f"no {name} are named: give at least one ({name} in the file, or --{name})"
+                )
         for method in self.methods:
             METHODS.check(method)
         for protocol in self.protocols:
