@@ -121,7 +121,7 @@ def test_the_document_holds_every_candidate(whole):
     rows = {row["row"]: row for row in whole.summary["rows"]}
     assert list(rows) == ["dense", "griffin 30 %", "griffin 70 %"]
     dense, some, most = rows.values()
-    assert dense["loss"] == pytest.approx(0, abs=1e-6) and dense["kl"] < 1e-9
+    assert dense["loss"] == pytest.approx(0, abs=1e-6) and dense["kl"] < 1e-6
     assert dense["times_dense"] == 1.0 and dense["dense_token_share"] == 1.0
     assert some["achieved_sparsity"] == pytest.approx(0.3, abs=0.03)
     assert most["achieved_sparsity"] == pytest.approx(0.7, abs=0.03)
