@@ -117,7 +117,7 @@ def table(rows: Sequence[Row]) -> Table:
         Column("task", "task"),
         Column("method", "method"),
         Column("metric", "metric"),
-        Column("value", "value"),
+        Column("value", "value", needed=True),
         Column("95 %", "interval"),
         Column("n", "items"),
         Column("achieved", "achieved_sparsity", ".1%"),

@@ -23,6 +23,9 @@ from dart_llm.files import write_csv
 NOTHING = "–"
 """A cell that was not measured."""
 
+ACCOUNTING = ("achieved", "dense tokens", "re-masks")
+"""Heads of columns without which no number is shown."""
+
 Record = Mapping[str, Any]
 K = TypeVar("K")
 T = TypeVar("T")
@@ -109,7 +112,7 @@ class Table:
                 tuple(column.cell(row, self.nothing) for row in self.rows),
                 left=place < self.left,
                 wrap=column.wrap,
-                needed=column.needed or place == 0,
+                needed=column.needed or place == 0 or column.head in ACCOUNTING,
             )
             for place, column in enumerate(self.columns)
             if column.terminal
