@@ -54,10 +54,9 @@ def learn_screen(
     if tokenizer is not None:
         remember_tokenizer(model, tokenizer)
     plain = config if config.prior is not None else config.replace({"prior": {"tokens": 0}})
-    own = plain.prior and plain.prior.model_dump(exclude={"tokens"})  # what decides the text
     with torch.inference_mode(False), torch.no_grad(), evaluating(model):
         lesson = Lesson(model, plain, tuple(layers), cache_dir, say)
-        mark = lesson.digest, place_of(weight), config.head.bytes, own, config.seed
+        mark = lesson.text_key, place_of(weight), config.head.bytes
         known = _made.get(model)
         if known is not None and known[0] == mark:
             return known[1]

@@ -190,6 +190,11 @@ class Lesson:
                 self.say(f"what was learnt is not kept for the next time: {error}")
             self.unkept = True
 
+    @property
+    def text_key(self) -> str:
+        """Of the model and of what decides which text it writes."""
+        return self._key(TEXT, {})
+
     def _key(self, name: str, known: dict[str, Part]) -> str:
         return cache.part_key(self.digest, VERSION, name, *self._decides(name, known))
 

@@ -74,10 +74,10 @@ class Watch:
         self._look_at_modules(mark)
         if self._executor in WITHOUT:
             self.steps = self._alike
-        if self._executor in WITHOUT and self._alike:
-            numbers = step_numbers(self._model)
-            self._numbers = self._numbers or numbers
-            self.steps = numbers == self._numbers
+            if self._alike:
+                numbers = step_numbers(self._model)
+                self._numbers = self._numbers or numbers
+                self.steps = numbers == self._numbers
 
     def _look_at_modules(self, mark: tuple[Any, ...]) -> None:
         if mark == self._mark:

@@ -19,12 +19,12 @@ from dart_llm.models.packed import PackedTensor
 from dart_llm.patching.executors.native_ffn import NO_MODULE
 from dart_llm.patching.executors.token_ffn import TokenFfn
 from dart_llm.patching.executors.torch_ffn import buffer
-from dart_llm.pruning.accounting import most_rows
+from dart_llm.pruning.accounting import STEP_ROWS, most_rows
 from dart_llm.pruning.compensation import LowRank
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.token_level import TokenMask, contribution_estimate
 
-FEW = 8
+FEW = STEP_ROWS
 """Vectors up to which the kernels are used; more are a matrix product on rows that are gathered."""
 
 
