@@ -471,9 +471,9 @@ def test_the_mask_of_every_token_can_be_seen_in_ink(replay):
         " return p[0] + p[1] + p[2]; }))(document.getElementById('neurons'))"
     )
 
-    def scrub(token):
-        replay.put("scrub", token)
-        replay.js("document.getElementById('scrub').dispatchEvent(new Event('input'))")
+    def scrub(token):  # in one go: what is drawn between two calls puts the slider back
+        slider = "document.getElementById('scrub')"
+        replay.js(f"({slider}.value = {token}, {slider}.dispatchEvent(new Event('input')))")
 
     replay.wait("document.getElementById('changed').checkVisibility()")
     replay.click("changes")  # what grew and what was dropped is painted unless asked otherwise
