@@ -110,15 +110,13 @@ def test_add_an_architecture():
 def test_a_score_becomes_a_method():
     """The file by itself, and what a package says of it."""
     text = SECTIONS["Measure it beside GRIFFIN"]
-    (module,) = re.findall(r"^```py\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     (project,) = re.findall(r"^```toml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     points = tomllib.loads(project)["project"]["entry-points"]
     assert set(points) == {SCORES.group, METHODS.group} == {"dart_llm.scores", "dart_llm.methods"}
     assert points[SCORES.group] == {"reach": "my_scores:reach"}
     assert points[METHODS.group] == {"griffin-reach": "my_scores:GRIFFIN_REACH"}
-    _run_block("Add a score", SCORES)
-    names = {}
-    exec(module, names)
+    exec(_block("Add a score"), names := {})
+    assert SCORES.get("reach") is names["reach"]
     assert METHODS.get("griffin-reach") == names["GRIFFIN_REACH"]
     run, _ = _prune(tiny("llama"), 3, "griffin-reach", sparsity=0.5)
     assert (run.config.method, run.config.score.name) == ("griffin-reach", "reach")

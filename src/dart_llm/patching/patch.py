@@ -299,8 +299,10 @@ class ModelPatch(NotCopied):
         self._decodes = call.kind is Kind.DECODE
         self.plan = self.controller.before_forward(call)
         if self._on_forward is not None:
-            self._steps_before = self.slim.steps if self.slim else 0
-            self._forget_choices()
+            steps = self.slim.steps if self.slim else 0
+            if steps == self._steps_before:  # the layers ran by themselves since
+                self._forget_choices()
+            self._steps_before = steps
             self._on_forward(seen.input_ids, self._decodes)
 
     def watch(self, on_forward: OnForward | None) -> None:
@@ -309,6 +311,8 @@ class ModelPatch(NotCopied):
         for layer in self.layers:
             if layer.token is not None:
                 layer.token.watched = on_forward is not None
+        if self.slim is not None:
+            self.slim.decoder.watch(on_forward is not None)
         self._forget_choices()
 
     def _forget_choices(self) -> None:

@@ -71,6 +71,11 @@ def _run(path: str) -> None:
     spec.loader.exec_module(module)
 
 
+def hint() -> str:
+    """What to do about a name that is not known, where no file was named: a clause, or ""."""
+    return "" if os.environ.get(VARIABLE) else "one of your own needs --plugin FILE"
+
+
 def registered(kind: str, name: str) -> None:
     """``name`` was registered, as a ``kind``: by the file that is being loaded, if one is."""
     if _loading:

@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from dart_llm.errors import ConfigError, check_name
+from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.pruning import plugins
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ class Registry(Generic[T]):
     def check(self, name: str) -> str:
         """Return ``name`` when it is known; raise ``UnknownName`` with the near names otherwise."""
         known = self.names()
-        check_name(self.kind, name, known)
+        if name not in known:
+            raise UnknownName(self.kind, name, known, plugins.hint())
         return name
 
     def get(self, name: str) -> T:

@@ -216,8 +216,14 @@ class TraceFile:
 
     def neurons(self, mask: int, layer: int) -> Array:
         """Ids of the neurons of ``layer`` that ran under row ``mask`` of ``masks`` (or ``DENSE``),
-        ascending, int64 [k].
+        ascending, int64 [k].  Raises ``ConfigError`` for a mask or a layer that is not there.
         """
+        count, layers = len(self.arrays["masks"]), len(self.layers)
+        if not (DENSE <= mask < count and 0 <= layer < layers):
+            raise ConfigError(
+                f"this trace has no mask {mask} of layer {layer}: masks go from {DENSE} (all "
+                f"neurons) to {count - 1}, layers from 0 to {layers - 1}"
+            )
         width = self.layers[layer]["width"]
         if mask == DENSE:
             return np.arange(width)

@@ -152,6 +152,7 @@ struct Member : Worker {
                             scratch.strength.data(), chosen);
     in_parts(PARTS, [&](int64_t one, int64_t parts) {
       if (one == 0 && scratch.observed) observe(index);
+      if (one == 0 && scratch.watched) mark_chosen(index, chosen, apart);
       float* to = sums(ffn, one);
       std::fill_n(to, cache.rows * sums_pitch(ffn), 0.0f);
       Span own = part(ffn.kept, one, parts, ffn.packed_down ? GROUP : 4);
@@ -161,6 +162,15 @@ struct Member : Worker {
         kernels.low_rank(decoder.dtype, ffn, one_of(decoder.dtype, given, m), own.begin, own.end,
                          to + m * sums_pitch(ffn));
     });
+  }
+
+  // Bits of what each row chose, while the ids are in the core's cache; zeros where rows do not choose.
+  void mark_chosen(int64_t index, const int32_t* chosen, int64_t apart) {
+    int64_t bytes = marked_bytes(decoder.width);
+    uint8_t* to = scratch.marks.data() + index * cache.rows * bytes;
+    std::fill_n(to, cache.rows * bytes, uint8_t(0));
+    for (int64_t m = 0; m < cache.rows; ++m)
+      mark(chosen + m * apart, decoder.layers[index].copies.keep, to + m * bytes);
   }
 
   // u [M, I] of packed matrices, for the part of the FFN that comes next.
@@ -391,6 +401,7 @@ Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_, int64_t
   likeliest.resize(each);
   strength.resize(rows * d.width);
   chosen.resize(all * d.width);
+  marks.resize(all * marked_bytes(d.width));
   scores.resize(threads * positions);
   u.resize(all * d.width);
   x.resize(all * d.hidden);

@@ -90,10 +90,11 @@ struct Scratch {
   std::vector<int32_t> whole;          // [threads, D]: sums of a group of neurons
   std::vector<float> strength;       // of a layer's neurons: [M, I]
   std::vector<int32_t> chosen;       // each token's neurons: [L, M, those it may choose out of]
+  std::vector<uint8_t> marks;        // the same as bits, where it is watched: [L, M, I / 8 rounded up]
   std::vector<Likeliest> likeliest;  // [threads, M]: of the words that each member saw; empty them first
   ScreenRoom screened;
   int64_t threads, positions, rows;
-  bool observed = false;
+  bool observed = false, watched = false;
   bool greedy = false;  // whether `likeliest` is wanted, of all words but the `forbidden` ones
   std::vector<int64_t> forbidden;
 };

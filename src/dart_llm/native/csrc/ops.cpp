@@ -197,7 +197,7 @@ struct Choice : torch::CustomClassHolder {
 
   // The same as bits [M, I / 8 rounded up]: bit i % 8 of byte i / 8 is neuron i.
   Tensor marks() const {
-    int64_t count = int64_t(chosen.size()) / apart, bytes = (width + 7) / 8;
+    int64_t count = int64_t(chosen.size()) / apart, bytes = dart::marked_bytes(width);
     Tensor found = at::zeros({count, bytes}, at::kByte);
     for (int64_t m = 0; m < count; ++m)
       dart::mark(chosen.data() + m * apart, copies.keep, found.mutable_data_ptr<uint8_t>() + m * bytes);
@@ -359,6 +359,7 @@ struct Decoder : torch::CustomClassHolder {
   };
   std::vector<Mask> masks;
   std::unique_ptr<dart::Scratch> scratch;
+  bool watched = false;  // see watch()
   std::unique_ptr<dart::PromptRoom> prompt_room;  // from the begin of a prompt to its end
 
   // sizes: D, H, K, S, I, V, R; kind: as set_kind reads it; numbers: eps, scale, of the embedding,
@@ -573,7 +574,7 @@ struct Decoder : torch::CustomClassHolder {
     if (known < rows || scratch->threads < threads || scratch->positions < room)
       scratch = std::make_unique<dart::Scratch>(model, threads, (room / 256 + 1) * 256,
                                                 std::max(known, rows));
-    scratch->observed = observe, scratch->greedy = forbidden.has_value();
+    scratch->observed = observe, scratch->watched = watched, scratch->greedy = forbidden.has_value();
     scratch->forbidden = forbidden.value_or(std::vector<int64_t>{});
     std::fill(scratch->likeliest.begin(), scratch->likeliest.end(), dart::Likeliest{});
     const float* cos = static_cast<const float*>(data(cosine, at::kFloat)) + position * each;
@@ -723,18 +724,16 @@ struct Decoder : torch::CustomClassHolder {
             copy(normed ? scratch->r : scratch->z, {read, rows, model.hidden}, type)};
   }
 
-  // Of the last step, where its tokens chose: their neurons as bits [L, M, I / 8 rounded up], as of
-  // Choice::marks; zeros in layers where they did not.
+  // Whether steps remember what their tokens choose, from the next one on.
+  void watch(bool choices) { watched = choices; }
+
+  // Of the last step, watched: what its tokens chose, as bits [L, M, I / 8 rounded up], as of
+  // Choice::marks; zeros in layers where they chose nothing.
   Tensor marks() const {
-    TORCH_CHECK(scratch, "native: no step was made");
-    int64_t bytes = (model.width + 7) / 8;
-    Tensor found = at::zeros({int64_t(model.layers.size()), rows, bytes}, at::kByte);
-    uint8_t* to = found.mutable_data_ptr<uint8_t>();
-    for (size_t index = 0; index < model.layers.size(); ++index) {
-      const dart::Layer& layer = model.layers[index];
-      const int32_t* ids = scratch->chosen.data() + int64_t(index) * rows * model.width;
-      for (int64_t m = 0; m < rows; ++m, to += bytes) dart::mark(ids + m * layer.ffn.kept, layer.copies.keep, to);
-    }
+    TORCH_CHECK(scratch && scratch->watched, "native: nobody watched the last step");
+    int64_t layers = int64_t(model.layers.size()), bytes = dart::marked_bytes(model.width);
+    Tensor found = at::empty({layers, rows, bytes}, at::kByte);
+    std::copy_n(scratch->marks.data(), found.numel(), found.mutable_data_ptr<uint8_t>());
     return found;
   }
 
@@ -747,7 +746,7 @@ struct Decoder : torch::CustomClassHolder {
                                &s.scores, &s.parts, &s.u, &s.h, &s.z, &s.x, &s.r, &s.strength,
                                &s.screened.z, &s.screened.values})
       numbers += floats->size();
-    return int64_t(4 * (numbers + s.chosen.size()) + 2 * s.narrow.size() +
+    return int64_t(4 * (numbers + s.chosen.size()) + 2 * s.narrow.size() + s.marks.size() +
                    8 * (s.jobs.taken.size() + s.jobs.done.size()));
   }
 
@@ -794,5 +793,6 @@ TORCH_LIBRARY(dart_llm, library) {
       .def("prompt_end", &Decoder::prompt_end)
       .def("nbytes", &Decoder::nbytes)
       .def("observed", &Decoder::observed)
+      .def("watch", &Decoder::watch)
       .def("marks", &Decoder::marks);
 }

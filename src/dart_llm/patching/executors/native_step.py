@@ -86,6 +86,9 @@ class SlimDecoder(StepDecoder):
         norms = sum(t.nbytes for t in self._norms) if self.dtype != torch.float32 else 0
         return super().nbytes() + int(self._native.nbytes()) + norms  # scratch memory too
 
+    def watch(self, choices: bool) -> None:
+        self._native.watch(choices)
+
     def chosen(self) -> Tensor:
         return self._native.marks()  # type: ignore[no-any-return]
 

@@ -159,9 +159,12 @@ class StepDecoder(ABC):
         """
         raise NotImplementedError
 
+    def watch(self, choices: bool) -> None:  # noqa: B027  most have nothing to remember
+        """From the next step on remember what its tokens choose, or stop."""
+
     def chosen(self) -> Tensor:
-        """What the tokens of the last step chose, uint8 [L, B, I / 8 rounded up]: bits as of
-        ``PatchedFFN.chosen``; zeros in layers whose tokens chose nothing.
+        """What the tokens of the last step chose, if it was watched, uint8 [L, B, I / 8 rounded
+        up]: bits as of ``PatchedFFN.chosen``; zeros in layers whose tokens chose nothing.
         """
         raise NotImplementedError
 

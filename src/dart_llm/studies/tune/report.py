@@ -102,7 +102,7 @@ def caption(document: Row) -> str:
         f"{document['prompt_tokens']} prompt + {document['tokens']} scored tokens of the model's "
         f"own text and of {document['text']}; {document['prompt_tokens']} prompt + "
         f"{document['timed_tokens']} timed tokens, {count(document['repeats'], 'repetition')} in "
-        f"shuffled order; x dense is over {document['base']}; {machine['processor']}, "
+        f"shuffled order, after the slices' prompts in turn; x dense is over {document['base']}; {machine['processor']}, "
         f"{machine['threads']} threads, device {machine['device']}, torch "
         f"{document['versions']['torch']}, kernels {document['kernels'] or 'none'}"
     )

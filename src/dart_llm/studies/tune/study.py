@@ -31,7 +31,6 @@ from dart_llm.experiments.timing import (
     WARM,
     Make,
     Sample,
-    prompt_ids,
     reference_turn,
     repetition,
     shuffled,
@@ -231,7 +230,7 @@ class TuneStudy(Study[TuneSettings]):
         fresh = any(self.finished(unit) is None for unit in units)
         with self.ui.progress("decoding", len(turns) * settings.repeats) as self.advance:
             for label in self.timed if fresh else ():
-                self._turn(label, WARMUP_TOKENS)
+                self._turn(label, WARMUP_TOKENS, 0)
             yield from units
 
     def _hopeless(self, label: str) -> bool:
@@ -263,7 +262,7 @@ class TuneStudy(Study[TuneSettings]):
         samples = {}
         order = shuffled([*self.timed, *self.files], settings.seed, unit.data)
         for label in order:
-            samples[label] = self._turn(label, settings.timed_tokens)
+            samples[label] = self._turn(label, settings.timed_tokens, unit.data)
             self.advance(1)
         return {"order": order, "samples": samples, "process": os.getpid()}
 
@@ -292,7 +291,8 @@ class TuneStudy(Study[TuneSettings]):
             self._logits = one.id, reference_logits(self.held[form].model, one.window, prompt)
         return self._logits[1]
 
-    def _turn(self, label: str, tokens: int) -> Sample:
+    def _turn(self, label: str, tokens: int, number: int) -> Sample:
+        """After the prompts of both texts in turn: what a screened head reads hangs on the text."""
         settings = self.settings
         if label in self.files:
             assert self.bench is not None
@@ -300,7 +300,8 @@ class TuneStudy(Study[TuneSettings]):
             return reference_turn(self.bench, path, threads, settings.prompt_tokens, tokens)
         candidate = next(one for one in self.candidates if one.label == label)
         held = self.held[candidate.form]
-        ids = prompt_ids(held.model, held.tokenizer, settings.prompt_tokens, settings.seed)
+        window = self.slices[number % len(self.slices)].window
+        ids = window.ids[None, : window.first].to(held.model.device)
         return repetition(held.model, ids, tokens, self.makers[label])
 
     def take(self, unit: Unit, value: Any) -> None:
