@@ -64,7 +64,8 @@ def parameters(settings: type[Settings]) -> list[inspect.Parameter]:
         default = field.default
         if default not in (None, False):
             shown = ",".join(map(str, default)) if isinstance(default, list) else default
-            text += f" [default: {shown}]"
+            # in brackets it would be read as markup, and vanish
+            text = f"{text.removesuffix('.')} (default: {shown})."
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         option = typer.Option(
             *names,

@@ -20,6 +20,9 @@ from dart_llm.reporting.words import duration
 QUIET_S = 20.0
 """How long a log stays without a word about work that goes on."""
 
+FEW = 3
+"""Of parts that are done, fewer say nothing of how long the rest takes."""
+
 
 class _Lines:
     """Says now and then how much is done, and how long the rest will take."""
@@ -35,7 +38,9 @@ class _Lines:
         if now - self.told >= QUIET_S and 0 < self.done < self.total:
             self.told = now
             left = duration((now - self.began) / self.done * (self.total - self.done))
-            self.say(f"{self.text}: {self.done} of {self.total}, about {left} left")
+            known = self.done >= FEW or 2 * self.done >= self.total
+            about = f", about {left} left" if known else ""
+            self.say(f"{self.text}: {self.done} of {self.total}{about}")
 
 
 class Ui:

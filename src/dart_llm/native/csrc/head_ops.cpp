@@ -1,5 +1,8 @@
 #include "head_ops.h"
 
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+
 #include <optional>
 #include <tuple>
 #include <vector>

@@ -1,6 +1,6 @@
 // The scores of a screened head as an operator; inside a step the decoder gives them.
 #pragma once
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include "screen.h"

@@ -1,6 +1,8 @@
 // Room for copies, out of large maps that ask for huge pages.
 #include "huge_room.h"
 
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <sys/mman.h>
 
 #include <algorithm>

@@ -1,6 +1,6 @@
 // Memory in huge pages, for what is copied so that every token reads it quickly.
 #pragma once
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 

@@ -1,5 +1,8 @@
 // The kernels as torch operators, on torch's threads.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
@@ -343,8 +346,8 @@ Tensor packed_ffn(const Tensor& x, const std::optional<Packs>& gate, const Packs
   });
   if (choice) (*choice)->took(std::move(chosen), f.kept);
   Tensor z = parts.sum(0).narrow(1, 0, hidden);
-  if (f.rank) z = z + low.sum(0);
-  if (add) z = z + *bias;
+  if (f.rank) z = z.add(low.sum(0));
+  if (add) z = z.add(*bias);
   return z.to(type);
 }
 

@@ -1,6 +1,6 @@
 // A packed matrix that torch holds, and inputs rounded for it.
 #pragma once
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 

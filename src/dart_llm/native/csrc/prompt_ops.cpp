@@ -1,6 +1,8 @@
 #include "prompt_ops.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/scaled_dot_product_attention.h>
 
 #include <algorithm>
 #include <cmath>
@@ -202,7 +204,7 @@ std::vector<Tensor> Prompt::end(const Tensor& given, int64_t keep) const {
   int64_t count = keep ? std::min(keep, tokens) : tokens;
   Tensor last = hidden.narrow(1, tokens - count, count).reshape({texts * count, -1});
   Tensor logits = times_rows(last, {decoder.head.packed}, few);
-  if (decoder.logits_cap) logits = at::tanh(logits / decoder.logits_cap) * decoder.logits_cap;
+  if (decoder.logits_cap) logits = logits.div(decoder.logits_cap).tanh().mul(decoder.logits_cap);
   return {logits.view({texts, count, -1}), hidden};
 }
 

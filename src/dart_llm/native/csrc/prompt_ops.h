@@ -1,6 +1,6 @@
 // Many tokens at once through a decoder whose matrices are all packed, a layer at a time.
 #pragma once
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <vector>
 

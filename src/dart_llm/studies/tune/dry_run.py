@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ from dart_llm.models.gguf_file import read_gguf
 from dart_llm.models.loading import is_default
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.words import count, duration
-from dart_llm.studies.tune.candidates import Formats, candidates
+from dart_llm.studies.tune.candidates import Candidate, Formats, candidates
 from dart_llm.studies.tune.settings import TuneSettings
 
 DEFAULT_PARAMETERS = 135e6
 
-SCORED, TIMED, WRITTEN, LOADED = 3.0, 60.0, 20.0, 30.0
+SCORED, TIMED, WRITTEN, LOADED, LEARNT = 20.0, 200.0, 20.0, 60.0, 300.0
 """Guesses, which no table rests on: seconds of two CPU cores per billion parameters for 256 tokens
-of a slice by one candidate, for 1,000 timed tokens, for 1,000 that the model writes, for loading.
+of a slice by one candidate, for 1,000 timed tokens, for 1,000 that the model writes, for loading,
+for what is learnt of a model.
 """
 
 
@@ -36,7 +38,8 @@ def plan(settings: TuneSettings, ui: Ui) -> dict[str, Any]:
         f"{settings.max_loss:.1%}"
     )
     told = "not known" if seconds is None else duration(seconds)
-    ui.say(f"roughly, on two CPU cores: {told}; nothing was run")
+    ui.say(f"roughly, on two CPU cores: {told}{_learning(found, parameters(settings))}")
+    ui.say("nothing was run")
     return {
         "model": settings.name,
         "candidates": [one.label for one in found],
@@ -45,6 +48,13 @@ def plan(settings: TuneSettings, ui: Ui) -> dict[str, Any]:
         "repeats": settings.repeats,
         "seconds": seconds,
     }
+
+
+def _learning(found: Sequence[Candidate], billions: float | None) -> str:
+    """What comes on top where a candidate needs what is learnt of a model."""
+    if billions is None or all(one.dense for one in found):
+        return ""
+    return f", and {duration(billions * LEARNT)} to learn the model once, if that was not done yet"
 
 
 def rough_seconds(settings: TuneSettings, number: int) -> float | None:

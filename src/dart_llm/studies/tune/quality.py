@@ -77,22 +77,23 @@ def write_text(model: Any, count: int, length: int, seed: int) -> list[list[int]
 def slices_of(
     own: Sequence[Sequence[int]], text: str, tokenizer: Any, count: int, prompt: int, scored: int
 ) -> list[Slice]:
-    """Slices of the model's own texts and of the user's in turn.
+    """Slices of the model's own texts, ``own``, and of the user's in turn; raises as ``users``."""
+    second = users(text, tokenizer, count, prompt, scored)
+    first = [Slice(OWN_TEXT, Window(torch.tensor(one), prompt, n)) for n, one in enumerate(own)]
+    return sorted([*first, *second], key=lambda one: one.window.number)
 
-    Raises ``ConfigError`` where the user's text has no two.
-    """
+
+def users(text: str, tokenizer: Any, count: int, prompt: int, scored: int) -> list[Slice]:
+    """Slices of the user's text; raises ``ConfigError`` where it has no two."""
     ids: Tensor = tokenizer(documents.read(text), return_tensors="pt", verbose=False).input_ids[0]
-    windows = slice_windows(ids, count, prompt, scored)
-    if len(windows) < 2:
+    if len(ids) < 2 * (prompt + scored):
         raise ConfigError(
             f'the text "{text}" has {len(ids)} tokens, and two slices need '
             f"{2 * (prompt + scored)}: give a longer text, or a smaller --prompt-tokens or --tokens"
         )
     label = documents.resolve(text).label
     label = f"{label}, given" if label == OWN_TEXT else label
-    first = [Slice(OWN_TEXT, Window(torch.tensor(one), prompt, n)) for n, one in enumerate(own)]
-    second = [Slice(label, one) for one in windows]
-    return sorted([*first, *second], key=lambda one: one.window.number)
+    return [Slice(label, one) for one in slice_windows(ids, count, prompt, scored)]
 
 
 def needs_prompt(config: PruneConfig) -> bool:

@@ -102,8 +102,8 @@ def caption(document: Row) -> str:
         f"{document['prompt_tokens']} prompt + {document['tokens']} scored tokens of the model's "
         f"own text and of {document['text']}; {document['prompt_tokens']} prompt + "
         f"{document['timed_tokens']} timed tokens, {count(document['repeats'], 'repetition')} in "
-        f"shuffled order, after the slices' prompts in turn; x dense is over {document['base']}; {machine['processor']}, "
-        f"{machine['threads']} threads, device {machine['device']}, torch "
+        f"shuffled order, after the slices' prompts in turn; x dense is over {document['base']}; "
+        f"{machine['processor']}, {machine['threads']} threads, device {machine['device']}, torch "
         f"{document['versions']['torch']}, kernels {document['kernels'] or 'none'}"
     )
 
@@ -209,7 +209,7 @@ def make(document: Row) -> list[Plot]:
             _draw(axes, rows, name, [looks[_kind(row, usual)] for row in rows])
             reference_line(axes, y=100 * document["max_loss"], label="loss that was allowed")
             axes.set_xlabel(words, fontsize=8, color=SOFT)
-            axes.set_ylabel("loss (%)", fontsize=8, color=SOFT)
+            axes.set_ylabel("loss (%), compressed above 1", fontsize=8, color=SOFT)
             axes.set_yscale("symlog", linthresh=1)
             low, high = axes.get_ylim()
             ticks = [tick for tick in LOSSES if low <= tick <= high]

@@ -52,7 +52,7 @@ class TuneSettings(StudyOptions, ModelOptions):
         STUDY, "Write the recommended setting here too (setting.yaml lies in the results folder)."
     )
     methods: str | None = setting(
-        STUDY, f"Methods, comma-separated, or none; dense always runs [default: {METHODS}]."
+        STUDY, f"Methods, comma-separated, or none; dense always runs (default: {METHODS})."
     )
     variants: str | None = setting(
         STUDY, "YAML file: LABEL: {SETTING: VALUE}, changes of method (default: dart)."

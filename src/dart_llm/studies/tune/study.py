@@ -49,7 +49,15 @@ from dart_llm.session.prepare import prepare
 from dart_llm.session.run import Run
 from dart_llm.studies.tune import choice, report
 from dart_llm.studies.tune.candidates import REFERENCE, Candidate, Formats, candidates
-from dart_llm.studies.tune.quality import Part, Slice, needs_prompt, score, slices_of, write_text
+from dart_llm.studies.tune.quality import (
+    Part,
+    Slice,
+    needs_prompt,
+    score,
+    slices_of,
+    users,
+    write_text,
+)
 from dart_llm.studies.tune.settings import OWN, TuneSettings
 
 WRITING = "own text"
@@ -153,9 +161,11 @@ class TuneStudy(Study[TuneSettings]):
             self.held = {OWN: Held(Format(OWN), *self.given)}
         else:
             wanted = {one.name: one for one in (*self.formats.every, REFERENCE)}
+            sizes = settings.slices, settings.prompt_tokens, settings.tokens
             for name, form in wanted.items():
                 one = settings.model_copy(update={"weights": form.weights})
-                self.held[name] = Held(form, *load_model(one, self.ui)[:2])
+                self.held[name] = held = Held(form, *load_model(one, self.ui)[:2])
+                users(settings.text, held.tokenizer, *sizes)  # long enough, before all are loaded
         own = self.held[self.formats.every[0].name]
         self.model, self.tokenizer = own.model, own.tokenizer
         self.timing["load_s"] = time.perf_counter() - began
