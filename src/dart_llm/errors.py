@@ -37,7 +37,7 @@ class UnknownName(ConfigError):
     """More names than these are not listed."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str], more: str = "") -> None:
-        """``more``: what else may help, a clause."""
+        """``more``: what else may help, in a few words."""
         names = sorted(known)
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
         hint = f"known: {', '.join(names)}" if names else "there is none: leave it out"
@@ -45,7 +45,7 @@ class UnknownName(ConfigError):
             hint = f"did you mean {' or '.join(near)}?"
         elif len(names) > self.LISTED:
             hint = f"none of the {len(names)} known ones is like it: correct the name"
-        super().__init__("; ".join(filter(None, (f"unknown {kind} {name!r}", hint, more))))
+        super().__init__(f"unknown {kind} {name!r}; {hint}{more and f' ({more})'}")
 
 
 def check_name(kind: str, name: str | None, known: Collection[str]) -> None:

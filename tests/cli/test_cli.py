@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from rich.table import Table
+from typer.testing import CliRunner
 
+from dart_llm.cli.app import app
 from dart_llm.reporting import console
 from dart_llm.reporting.console import Ui
 from drift_cases import TWO, draw_nothing, write_rows
@@ -185,6 +187,13 @@ def test_the_help_loads_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_help_tells_defaults(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    said = CliRunner().invoke(app, ["tune", "--help"]).output
+    assert "Slices of each of the two texts (default: 8)." in said
+    assert "Methods, comma-separated, or none; dense always runs (default: " in said
 
 
 def test_errors_pipes_and_readers(gpt2):

@@ -38,7 +38,7 @@ def test_runs(block, small, monkeypatch, tmp_path):
 
     model, tokenizer = small
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("dart_llm.models.loading.load", lambda name: small)
+    monkeypatch.setattr("dart_llm.models.loading.load", lambda *given: small)
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.setenv(name, "PASSIVE")  # put back after a block that sets it
     inputs = tokenizer("The sky is blue because " * 10, return_tensors="pt")

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dart_llm.errors import ConfigError
 from dart_llm.models.describe import describe
+from dart_llm.models.loading import load
 from dart_llm.session.run import prune
+from stand_in import write_model
 from steps import apart, decode, generate, picked, shared_model, state_of
 from tiny import NAMES, tiny, tokens
 
@@ -92,6 +94,14 @@ def test_export_refuses_what_it_cannot_write(tmp_path):
     with pytest.raises(ConfigError, match="keeps 24 to 48"):
         prune(shared_model(), masks={0: range(24)}).export(tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_the_tokenizer_is_exported_where_it_is_known(tmp_path):
+    source = write_model(tmp_path / "source")
+    model, tokenizer = load(str(source))
+    prune(model, masks={layer: range(8) for layer in range(4)}).export(tmp_path / "narrow")
+    known = AutoTokenizer.from_pretrained(tmp_path / "narrow")
+    assert known("The sky").input_ids == tokenizer("The sky").input_ids
 
 
 def test_export_of_given_masks_needs_no_text_and_changes_nothing(tmp_path):

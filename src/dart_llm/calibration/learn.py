@@ -29,6 +29,8 @@ from dart_llm.pruning.selection import MaskSelector
 from dart_llm.pruning.statistics import LayerPrior, LayerStatistics, Statistics, Sum
 from dart_llm.pruning.weights import FfnWeights, reach_of, with_prior
 
+logger = logging.getLogger("dart_llm")
+
 Say = Callable[[str], None]
 
 VERSION = 3
@@ -88,10 +90,13 @@ class Lesson:
         """The parts of ``names``, made from the model's own text; ``known``: those that are."""
         prior = self.config.prior
         assert prior is not None
-        self.say(
+        news = (
             f"learning {_in_words(names)} from {prior.sequences} x {prior.length} tokens of the "
             "model's own text, once"
         )
+        self.say(news)
+        if self.say == logger.info:  # nobody may hear it, and on a CPU it takes minutes
+            logger.warning("%s: it takes a while (logging at level INFO says how far it is)", news)
         model = float32_copy.where_faster(self.model)
         if self.text is None:
             self._write_text(model)
@@ -248,9 +253,6 @@ def basis_of(found: dict[str, Part], place: int, layer: FfnWeights) -> Tensor | 
 #
 # A configuration learns the parts that it reads, once, and finds those that another one has
 # learnt.
-
-
-logger = logging.getLogger("dart_llm")
 
 
 def self_calibrate(

@@ -87,7 +87,7 @@ def facts(view: ResultsView) -> list[tuple[str, str, bool]]:
     achieved = number(_accounting(view).get("achieved_sparsity"))
     shares = [None if s is None else sentences.percent(s) for s in (view.asked, achieved)]
     found: list[tuple[str, Any, bool]] = [
-        ("method", view.method, False),
+        ("method", None if view.method == "unknown" else view.method, False),
         ("sparsity asked for", shares[0], False),
         ("achieved sparsity", shares[1] and f"{shares[1]} ({where})", False),
         ("checkpoint", known.get("name"), False),

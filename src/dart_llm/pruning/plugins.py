@@ -72,8 +72,8 @@ def _run(path: str) -> None:
 
 
 def hint() -> str:
-    """What to do about a name that is not known, where no file was named: a clause, or ""."""
-    return "" if os.environ.get(VARIABLE) else "one of your own needs --plugin FILE"
+    """What a name that is not known may lack, where no file was named; else ""."""
+    return "" if os.environ.get(VARIABLE) else "one of your own: --plugin FILE"
 
 
 def registered(kind: str, name: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dart_llm.calibration.head import learn_screen
 from dart_llm.calibration.learn import self_calibrate
 from dart_llm.errors import AttachError, ConfigError
+from dart_llm.models.checkpoint import tokenizer_of
 from dart_llm.models.describe import ModelView, describe
 from dart_llm.patching.executors import check_executor, choose_executor
 from dart_llm.patching.executors.whole_step import effective_executor
@@ -418,6 +419,7 @@ class Run:
     def export(self, folder: str | Path) -> Path:
         """Write the newest mask as a dense, narrower checkpoint that ``from_pretrained`` loads.
 
+        The tokenizer too, where it is known.
         ``folder``: where to; a name that ends in ``.gguf`` is a file for llama.cpp, made of the
         one whose blocks the model holds (``dart_llm.export_gguf`` chooses masks for many texts).
 
@@ -432,7 +434,10 @@ class Run:
             from dart_llm.session.gguf_export import source_file, write_masks
 
             return write_masks(source_file(self.model), masks, folder).path
-        return export(self.model, self._view.blocks, masks, Path(folder))
+        written = export(self.model, self._view.blocks, masks, Path(folder))
+        if (tokenizer := tokenizer_of(self.model)) is not None:
+            tokenizer.save_pretrained(written)
+        return written
 
 
 def _clamp_fixed(method: MethodOnModel) -> MethodOnModel:

@@ -181,6 +181,9 @@ def test_dry_run_says_what_and_how_long(tmp_path):
     assert found["candidates"] == ["dense", "griffin 30 %", "griffin 70 %"]
     assert found["slices"] == 4 and found["seconds"] > 0
     assert "roughly" in ui.log[-1] and not (tmp_path / "results").exists()
+    assert "to learn" not in ui.log[-1]
+    plan(settings(tmp_path, methods="dart"), ui)
+    assert "to learn the model once" in ui.log[-1]
 
 
 def test_from_python_on_a_loaded_model(tmp_path):

@@ -362,6 +362,8 @@ class RunStudy(Study[RunSettings]):
                 run=run,
             )
         self.ui.end_text(made.text)
+        if not made.text:
+            self.ui.say("the model ended its text at once; a model that answers needs --chat")
         accounting = None
         if run is not None:
             accounting = run.report().to_dict()

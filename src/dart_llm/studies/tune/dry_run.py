@@ -38,8 +38,8 @@ def plan(settings: TuneSettings, ui: Ui) -> dict[str, Any]:
         f"{settings.max_loss:.1%}"
     )
     told = "not known" if seconds is None else duration(seconds)
-    ui.say(f"roughly, on two CPU cores: {told}{_learning(found, parameters(settings))}")
-    ui.say("nothing was run")
+    told += _learning(found, parameters(settings))
+    ui.say(f"roughly, on two CPU cores: {told}; nothing was run")
     return {
         "model": settings.name,
         "candidates": [one.label for one in found],
@@ -52,7 +52,8 @@ def plan(settings: TuneSettings, ui: Ui) -> dict[str, Any]:
 
 def _learning(found: Sequence[Candidate], billions: float | None) -> str:
     """What comes on top where a candidate needs what is learnt of a model."""
-    if billions is None or all(one.dense for one in found):
+    learns = any(one.config.prior is not None or one.config.screens for one in found)
+    if billions is None or not learns:
         return ""
     return f", and {duration(billions * LEARNT)} to learn the model once, if that was not done yet"
 
