@@ -32,7 +32,7 @@ def export(
     if len(kept) != 1:
         raise ConfigError(
             f"export needs the same number of neurons in every layer, this mask keeps {min(kept)} "
-            f'to {max(kept)}; use budget "uniform"'
+            f'to {max(kept)}; use budget "uniform" and a sparsity that comes out even, such as 0.25'
         )
     key = blocks[0].width_key
     if key is None:
