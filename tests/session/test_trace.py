@@ -397,3 +397,14 @@ def test_run_writes_one(tmp_path, monkeypatch):
     ):
         done = call(*asked, *extra, "--trace", "b.safetensors")
         assert done.code == 2 and words in done.err and not (tmp_path / "b.safetensors").exists()
+
+
+def test_a_trace_goes_to_a_file_and_stays_with_its_patch(tmp_path):
+    with prune(shared_model(), **OFTEN) as run:
+        with pytest.raises(ConfigError, match="is a folder: give the name of a file"):
+            run.trace(tmp_path).__enter__()
+        with run.trace(tmp_path / "a"):
+            run.detach()
+            with pytest.raises(AttachError, match="is being traced: leave that block"):
+                run.attach()
+        run.attach()

@@ -7,9 +7,9 @@ runs already.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -94,9 +94,19 @@ def make_clamp(layers: Sequence[FfnWeights], given: Given) -> Clamp:
 
     Raises ``ConfigError`` for a layer, a neuron or a value that cannot be.
     """
-    if not isinstance(given, Mapping) or not all(isinstance(v, Mapping) for v in given.values()):
-        raise ConfigError("clamp= takes {layer: {neuron id: activation}}")
+    layered = isinstance(given, Mapping) and all(isinstance(v, Mapping) for v in given.values())
+    ids = [*given, *(neuron for own in given.values() for neuron in own)] if layered else [None]
+    if not all(isinstance(one, Integral) and not isinstance(one, bool) for one in ids):
+        raise ConfigError("clamp= takes {layer: {neuron id: activation}}, numbers all of them")
     return Clamp({n: _of_layer(layers, n, given[n]) for n in sorted(given) if given[n]})
+
+
+def _fits(value: float) -> bool:
+    """Whether it is a number that float32 holds."""
+    try:
+        return abs(float(value)) <= torch.finfo(torch.float32).max
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return False
 
 
 def _of_layer(layers: Sequence[FfnWeights], number: int, values: Mapping[int, float]) -> LayerClamp:
@@ -111,9 +121,9 @@ def _of_layer(layers: Sequence[FfnWeights], number: int, values: Mapping[int, fl
     for neuron, value in values.items():
         if not 0 <= neuron < layer.width:
             raise ConfigError(f"layer {number} has neurons 0-{layer.width - 1}; got id {neuron}")
-        if not math.isfinite(value):
+        if not _fits(value):
             raise ConfigError(
-                f"neuron {neuron} of layer {number} is clamped at {value}: not finite"
+                f"neuron {neuron} of layer {number} is clamped at {value}: not a finite float32"
             )
     if len(values) == layer.width:
         raise ConfigError(f"layer {number} would keep no neuron that is not clamped: leave one")

@@ -236,6 +236,8 @@ class Run:
         """
         if self.patch is not None and self.patch.installed:
             raise AttachError("this run is attached already")
+        if self.tracing is not None:
+            raise AttachError("this run is being traced: leave that block before it attaches anew")
         if not self.controller.sequence_count:  # the model may have moved since this run was made
             self._method = self._learnt()
             self.controller = self._new_controller()
@@ -434,6 +436,8 @@ class Run:
             from dart_llm.session.gguf_export import source_file, write_masks
 
             return write_masks(source_file(self.model), masks, folder).path
+        if Path(folder).is_file():
+            raise ConfigError(f"export writes a folder, and {folder} is a file: give another name")
         written = export(self.model, self._view.blocks, masks, Path(folder))
         if (tokenizer := tokenizer_of(self.model)) is not None:
             tokenizer.save_pretrained(written)

@@ -263,6 +263,8 @@ def open_trace(run: Run, path: Path, activations: bool) -> Iterator[Trace]:
     if run.tracing is not None:
         raise AttachError("this run is being traced already: leave that block first")
     check_traceable(run.config)
+    if path.is_dir():
+        raise ConfigError(f"the trace {path} is a folder: give the name of a file")
     if activations and run.executor != "masked":
         raise ConfigError(
             f"executor {run.executor} never computes the activations of what it skips, nor shows "
