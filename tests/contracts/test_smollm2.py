@@ -10,8 +10,8 @@ from steps import generate
 
 pytestmark = pytest.mark.smollm2
 
-SLICES, DENSE_PERPLEXITY = 2, 20.537
-"""Embedded text, the first 2 of 4 slices of 256 prompt + 256 scored tokens."""
+DENSE_PERPLEXITY = 20.717
+"""Embedded text, 4 slices of 256 prompt + 256 scored tokens; recorded when the text was written."""
 
 PROMPT, FIRST, SECOND = 256, 320, 640
 
@@ -22,7 +22,7 @@ def ids_of(tokenizer, text):
 
 @pytest.fixture(scope="module")
 def windows(smollm2):
-    return slices(ids_of(smollm2[1], texts.all_text()), 4, 256, 256)[:SLICES]
+    return slices(ids_of(smollm2[1], texts.all_text()), 4, 256, 256)
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +42,14 @@ def test_methods_at_half_sparsity(smollm2, windows, dense):
     """What it costs in perplexity, and of one slice in which no token of theirs decodes dense."""
     found = {}
     for method, best, worst in (
-        ("published", 6.0, 12.0),  # its one-token re-masks cost it dearly
+        ("published", 4.5, 8.5),  # its one-token re-masks cost it dearly
         ("dart", 1.5, 2.3),
     ):
         with prune(smollm2[0], method, sparsity=0.5) as run:
             scored = score(smollm2[0], run, windows, 256)
         report = run.report()
         assert report.sparsity_while_pruned == pytest.approx(0.5, abs=1e-3)
-        assert report.decoded_tokens == SLICES * 256
+        assert report.decoded_tokens == 4 * 256
         removed = sum(layer.width - layer.kept for layer in report.layers)
         assert abs(removed - 0.5 * sum(layer.width for layer in report.layers)) <= 1
         assert best < scored.perplexity / dense.perplexity < worst

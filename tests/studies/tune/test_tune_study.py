@@ -21,7 +21,7 @@ from dart_llm.settings import merge
 from dart_llm.studies.tune import study as tune_study
 from dart_llm.studies.tune.candidates import Formats, candidates
 from dart_llm.studies.tune.dry_run import plan
-from dart_llm.studies.tune.quality import slices_of, write_text
+from dart_llm.studies.tune.quality import slices_of, users, write_text
 from dart_llm.studies.tune.settings import TuneSettings
 from lm_cases import loaded
 from tune_cases import PROMPT, TOKENS, job, settings
@@ -103,13 +103,13 @@ def test_slices_of_both_texts_come_in_turn(tmp_path):
     own = write_text(model, 3, PROMPT + TOKENS, 0)
     assert own == write_text(model, 3, PROMPT + TOKENS, 0) != write_text(model, 3, 64, 1)
     path = settings(tmp_path).text
-    found = slices_of(own, path, tokenizer, 3, PROMPT, TOKENS)
+    found = slices_of(own, users(path, tokenizer, 3, PROMPT, TOKENS), PROMPT)
     assert [one.id for one in found[:4]] == ["own/0", "bees/0", "own/1", "bees/1"]
     assert all(len(one.scored) == TOKENS and len(one.window.ids) == 64 for one in found)
     short = tmp_path / "short.txt"
     short.write_text("a" * 100)
     with pytest.raises(ConfigError, match="has 100 tokens, and two slices need 128"):
-        slices_of(own, str(short), tokenizer, 3, PROMPT, TOKENS)
+        users(str(short), tokenizer, 3, PROMPT, TOKENS)
 
 
 @pytest.fixture(scope="module")

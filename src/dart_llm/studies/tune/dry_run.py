@@ -28,7 +28,8 @@ def plan(settings: TuneSettings, ui: Ui) -> dict[str, Any]:
     """Says it, and gives it as JSON-able data; ``seconds`` is None where the size is not known."""
     formats = Formats.of(settings)
     found = candidates(settings, formats)
-    seconds = rough_seconds(settings, len(found))
+    billions = parameters(settings)
+    seconds = None if billions is None else rough_seconds(settings, len(found), billions)
     ui.say(f"{count(len(found), 'candidate')} on {settings.name}:")
     for one in found:
         ui.say(f"  {one.label}")
@@ -38,7 +39,7 @@ def plan(settings: TuneSettings, ui: Ui) -> dict[str, Any]:
         f"{settings.max_loss:.1%}"
     )
     told = "not known" if seconds is None else duration(seconds)
-    told += _learning(found, parameters(settings))
+    told += _learning(found, billions)
     ui.say(f"roughly, on two CPU cores: {told}; nothing was run")
     return {
         "model": settings.name,
@@ -58,11 +59,8 @@ def _learning(found: Sequence[Candidate], billions: float | None) -> str:
     return f", and {duration(billions * LEARNT)} to learn the model once, if that was not done yet"
 
 
-def rough_seconds(settings: TuneSettings, number: int) -> float | None:
-    """For ``number`` candidates, most of which are timed; None where the size is not known."""
-    billions = parameters(settings)
-    if billions is None:
-        return None
+def rough_seconds(settings: TuneSettings, number: int, billions: float) -> float:
+    """For ``number`` candidates, most of which are timed."""
     slices = 2 * settings.slices * (number + 1)
     size = (settings.prompt_tokens + settings.tokens) / 256
     timed = number * settings.repeats * settings.timed_tokens / 1000

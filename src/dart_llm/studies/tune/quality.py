@@ -74,11 +74,8 @@ def write_text(model: Any, count: int, length: int, seed: int) -> list[list[int]
     return found
 
 
-def slices_of(
-    own: Sequence[Sequence[int]], text: str, tokenizer: Any, count: int, prompt: int, scored: int
-) -> list[Slice]:
-    """Slices of the model's own texts, ``own``, and of the user's in turn; raises as ``users``."""
-    second = users(text, tokenizer, count, prompt, scored)
+def slices_of(own: Sequence[Sequence[int]], second: Sequence[Slice], prompt: int) -> list[Slice]:
+    """Slices of the model's own texts, ``own``, and those of the user's, ``second``, in turn."""
     first = [Slice(OWN_TEXT, Window(torch.tensor(one), prompt, n)) for n, one in enumerate(own)]
     return sorted([*first, *second], key=lambda one: one.window.number)
 

@@ -100,6 +100,7 @@ class TuneStudy(Study[TuneSettings]):
         """Why candidates cannot run, by label."""
         self.notes: list[str] = []
         self.slices: list[Slice] = []
+        self.users: list[Slice] = []
         self.timed: list[str] = []
         self.repetitions: list[dict[str, Any]] = []
         self.files: dict[str, ReferenceFile] = {}
@@ -161,11 +162,11 @@ class TuneStudy(Study[TuneSettings]):
             self.held = {OWN: Held(Format(OWN), *self.given)}
         else:
             wanted = {one.name: one for one in (*self.formats.every, REFERENCE)}
-            sizes = settings.slices, settings.prompt_tokens, settings.tokens
             for name, form in wanted.items():
                 one = settings.model_copy(update={"weights": form.weights})
-                self.held[name] = held = Held(form, *load_model(one, self.ui)[:2])
-                users(settings.text, held.tokenizer, *sizes)  # long enough, before all are loaded
+                self.held[name] = Held(form, *load_model(one, self.ui)[:2])
+                self._read_text()  # refused, if it is, before the others are loaded
+        self._read_text()
         own = self.held[self.formats.every[0].name]
         self.model, self.tokenizer = own.model, own.tokenizer
         self.timing["load_s"] = time.perf_counter() - began
@@ -178,6 +179,13 @@ class TuneStudy(Study[TuneSettings]):
             )
         if self.bench:
             self._find_reference()
+
+    def _read_text(self) -> None:
+        """The slices of the user's text, once a tokenizer is there."""
+        if not self.users:
+            settings, tokenizer = self.settings, next(iter(self.held.values())).tokenizer
+            sizes = settings.slices, settings.prompt_tokens, settings.tokens
+            self.users = users(settings.text, tokenizer, *sizes)
 
     def _find_reference(self) -> None:
         settings = self.settings
@@ -317,8 +325,7 @@ class TuneStudy(Study[TuneSettings]):
     def take(self, unit: Unit, value: Any) -> None:
         settings = self.settings
         if unit.key == WRITING:
-            sizes = settings.slices, settings.prompt_tokens, settings.tokens
-            self.slices = slices_of(value, settings.text, self.tokenizer, *sizes)
+            self.slices = slices_of(value, self.users, settings.prompt_tokens)
         elif isinstance(unit.data, int):
             self.repetitions.append(value)
         else:
