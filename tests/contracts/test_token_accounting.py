@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dart_llm.data import texts
 from dart_llm.errors import ConfigError
@@ -121,6 +122,10 @@ def test_files_and_drift_studies_hold_counts_and_say_why_no_masks(tmp_path):
     assert "no sequence mask" in found["note"]
     with pytest.raises(ConfigError, match="chooses for every token leaves none"):
         read_masks(str(tmp_path / "masks.safetensors"))
+    other = tmp_path / "other.safetensors"
+    save_file({"blk.0.ids": torch.zeros(1), "remask0.layer0": torch.zeros(1)}, other)
+    with pytest.raises(ConfigError, match=r"holds no masks; expected keys like remask0\.layer3"):
+        read_masks(str(other))
     found = record(run, drift, [I] * L)["remasks"]
     assert [(one["kept"], one["jaccard"]) for one in found] == [([K] * L, None)]
 

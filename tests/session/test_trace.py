@@ -407,4 +407,10 @@ def test_a_trace_goes_to_a_file_and_stays_with_its_patch(tmp_path):
             run.detach()
             with pytest.raises(AttachError, match="is being traced: leave that block"):
                 run.attach()
+            with pytest.raises(AttachError, match="leave that block before it is reset"):
+                run.reset()
         run.attach()
+        run.reset()
+    found = read_trace(tmp_path / "a")
+    with pytest.raises(ConfigError, match="this trace has no layer 99: layers go to "):
+        found.frame([0, 99])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -160,9 +161,8 @@ def write_masks(folder: Path, recorder: MaskRecorder, run: Run, checkpoint: str)
 def _entries(file: Any, kind: str) -> Iterator[tuple[int, int, str]]:
     """Mask, layer and key of the tensors of one kind, ``ids`` or ``scores``."""
     for key in file.keys():  # noqa: SIM118 - not a mapping
-        remask, layer, own = key.split(".")
-        if own == kind:
-            yield int(remask.removeprefix("remask")), int(layer.removeprefix("layer")), key
+        if found := re.fullmatch(rf"remask(\d+)\.layer(\d+)\.{kind}", key):
+            yield int(found[1]), int(found[2]), key
 
 
 def read_masks(path: str) -> dict[int, Tensor]:

@@ -290,7 +290,12 @@ class Run:
         self.detach()
 
     def reset(self) -> None:
-        """Forget all sequences, masks and records; the next forward starts anew."""
+        """Forget all sequences, masks and records; the next forward starts anew.
+
+        Raises ``AttachError`` while it is traced: sequences would be numbered anew in one file.
+        """
+        if self.tracing is not None:
+            raise AttachError("this run is being traced: leave that block before it is reset")
         self.controller = self._new_controller()
         if self.patch is not None:
             self.patch.controller = self.controller

@@ -264,7 +264,10 @@ class TraceFile:
 
     def columns(self, layers: Sequence[int] | None = None) -> dict[str, Any]:
         """The table of ``frame``, by column: numpy arrays, each with a number per row."""
-        chosen = list(range(len(self.layers))) if layers is None else list(layers)
+        every = range(len(self.layers))
+        chosen = list(every if layers is None else layers)
+        if missing := [n for n in chosen if n not in every]:
+            raise ConfigError(f"this trace has no layer {missing[0]}: layers go to {every[-1]}")
         count, mask = len(self.arrays["mask"]), self.arrays["mask"]
         tokens = {name: self.arrays[name] for name in COLUMNS}
         tokens |= {"phase": np.array(PHASES, object)[tokens["phase"]], "stayed": self.stayed}
@@ -288,7 +291,7 @@ class TraceFile:
 
         ``neurons``, and ``activation`` and ``contribution`` where they were kept, hold an array per
         row, equally long: ``frame.explode([...])`` makes a row per neuron.  Raises
-        ``MissingExtra`` without pandas.
+        ``ConfigError`` for a layer that is not there, ``MissingExtra`` without pandas.
         """
         return _frame(self.columns(layers))
 
