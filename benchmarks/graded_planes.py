@@ -52,6 +52,8 @@ from dart_llm.reporting.figures import COLOURS, Plot, legend, render
 
 LENGTH, SCORED = 512, 256
 MATMUL: Any = torch.backends.mkldnn.matmul
+IN_BFLOAT16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+"""Whether the CPU multiplies bfloat16 numbers; others would do the work twice for nothing."""
 OWN = (16, 256)
 """Texts that the model writes to learn from, and their tokens."""
 DAMPING = 0.01
@@ -368,7 +370,7 @@ class Ggml:
     """The quantisers of llama.cpp's libggml-base."""
 
     def __init__(self, path: Path | None) -> None:
-        self.library = None if path is None else ctypes.CDLL(str(path))
+        self.library = None if path is None else ctypes.CDLL(str(path.absolute()))
 
     def __call__(self, weight: Tensor, kind: str, importance: Tensor | None) -> tuple[Tensor, int]:
         """Values of [R, C] rounded, and the bytes that they take; ``importance``: [C]."""
@@ -624,8 +626,11 @@ def top(score: Tensor, share: float) -> Tensor:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W' in float32 for weights that are bfloat16 numbers; inputs keep 16 bits.
 
-    Two products of bfloat16 numbers with float32 sums, which matrix units are fast at.
+    Two products of bfloat16 numbers with float32 sums, which matrix units are fast at; elsewhere
+    one of float32 numbers.
     """
+    if not IN_BFLOAT16:
+        return F.linear(x, weight, bias)
     high = x.bfloat16().float()
     before = MATMUL.fp32_precision
     MATMUL.fp32_precision = "bf16"
@@ -685,6 +690,13 @@ class Runner:
         self.layers: list[Layer] = []
 
     def run(self, setting: Setting, most: int) -> dict[str, Any]:
+        with self.running(setting) as read_by_a_token:
+            losses, divergences = measure(self.study, most)
+            return {**read_by_a_token(), "losses": losses, "kls": divergences}
+
+    @contextlib.contextmanager
+    def running(self, setting: Setting) -> Iterator[Callable[[], dict[str, Any]]]:
+        """The model in planes; the function says what its tokens have read until then."""
         study = self.study
         if setting.planes != self.how:
             self.layers = []
@@ -698,19 +710,17 @@ class Runner:
             for block, layer in zip(study.blocks, layers, strict=True)
         ]
         blocks = study.blocks if setting != DENSE else []  # the model itself
-        with replaced(blocks, forwards), attention(study, setting) as attended:
-            losses, divergences = measure(study, most)
-        seen = sum(one.seen for one in forwards)
-        share = sum(one.refined for one in forwards) / seen if seen else 0.0
         width = layers[0].base[0].shape[1]
         bits = sum(layer.bits for layer in self.layers) / len(self.layers)
-        return {
-            "share": share,
-            "bytes": read(setting, bits, share, width),
-            "attention_bits": attended,
-            "losses": losses,
-            "kls": divergences,
-        }
+
+        def found(attended: float | None) -> dict[str, Any]:
+            seen = sum(one.seen for one in forwards)
+            share = sum(one.refined for one in forwards) / seen if seen else 0.0
+            read_share = read(setting, bits, share, width)
+            return {"share": share, "bytes": read_share, "attention_bits": attended}
+
+        with replaced(blocks, forwards), attention(study, setting) as attended:
+            yield functools.partial(found, attended)
 
     def _exact(self, layer: Layer, index: int) -> Layer:
         """With what the base lacks of the weights themselves as its refinement."""
@@ -896,12 +906,29 @@ def spread(count: int) -> list[int]:
     return sorted(range(count), key=lambda n: f"{n:016b}"[::-1])
 
 
-def prepare(args: argparse.Namespace, console: Ui) -> tuple[Study, dict[str, Any]]:
-    """The model in float32, what is learnt of it, and its dense outputs; kept in ``--work``."""
+def whole(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
+    """The model in float32, its tokenizer, and what identifies it."""
     model, tokenizer = load(args.model, dtype="bfloat16", weights="dense", device="cpu")
     checkpoint = {k: v for k, v in checkpoint_facts(model).items() if k != "path"}
-    facts = {"checkpoint": checkpoint, "grid": args.grid}
-    model = model.float()
+    return model.float(), tokenizer, {"checkpoint": checkpoint, "grid": args.grid}
+
+
+def unlearnt(model: Any, args: argparse.Namespace) -> Study:
+    """A study without texts, for settings that learn nothing of the model."""
+
+    def nothing() -> list[Learnt]:
+        raise SystemExit(
+            "this setting learns from the model's own text: only graded_planes.py does"
+        )
+
+    files = {path.stem: path for path in args.gguf}
+    blocks = list(describe(model).blocks)
+    return Study(model, blocks, nothing, [], [], args.form == "mixed", Ggml(args.ggml), files)
+
+
+def prepare(args: argparse.Namespace, console: Ui) -> tuple[Study, dict[str, Any]]:
+    """A study whose dense outputs, and what is learnt of the model, are kept in ``--work``."""
+    model, tokenizer, facts = whole(args)
     text, facts["text"] = read_text(args.text)
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     cut = slices(ids, args.slices, LENGTH - SCORED, SCORED)
@@ -925,9 +952,8 @@ def prepare(args: argparse.Namespace, console: Ui) -> tuple[Study, dict[str, Any
         )
         for n, w in enumerate(windows)
     ]
-    files = {path.stem: path for path in args.gguf}
-    is_mixed = args.form == "mixed"
-    return Study(model, blocks, learnt, windows, dense, is_mixed, Ggml(args.ggml), files), facts
+    study = unlearnt(model, args)
+    return replace(study, learn=learnt, windows=windows, dense=dense), facts
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:
@@ -1144,19 +1170,25 @@ def picture(rows: list[dict[str, Any]]) -> Plot:
     )
 
 
-def main() -> None:
-    options = parser(__doc__)
-    options.add_argument("text", help="a text file")
+def options_of(doc: str) -> argparse.ArgumentParser:
+    """Which model, which settings, and where rows are kept."""
+    options = parser(doc)
     options.add_argument("--name", default="SmolLM2-135M", help="of the model, in the table")
     options.add_argument("--grid", default="Q4_1", help="types the checkpoint was dequantised from")
     options.add_argument("--form", default="own", choices=("own", "mixed"))
     options.add_argument("--sets", default="core", help=", ".join(SETS))
     options.add_argument("--only", default="", help="labels that hold one of these, by semicolons")
-    options.add_argument("--slices", type=int, default=8, help="of the text")
-    options.add_argument("--most", type=int, default=8, help="of these that are scored")
     options.add_argument("--ggml", type=Path, help="libggml-base.so")
     options.add_argument("--gguf", type=Path, action="append", default=[], help="a file's FFN")
     options.add_argument("--work", type=Path, required=True, help="folder of finished rows")
+    return options
+
+
+def main() -> None:
+    options = options_of(__doc__)
+    options.add_argument("text", help="a text file")
+    options.add_argument("--slices", type=int, default=8, help="of the text")
+    options.add_argument("--most", type=int, default=8, help="of these that are scored")
     options.add_argument("--seconds", type=float, default=math.inf, help="75 is returned then")
     options.add_argument("--plot", type=Path, help="an SVG file to draw")
     args = options.parse_args()

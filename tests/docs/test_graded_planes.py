@@ -1,8 +1,14 @@
 """The simulation of graded planes: its grids, what it counts, and the curves that it compares."""
 
+from argparse import Namespace
+
+import graded_answers
 import graded_planes as planes
 import pytest
 import torch
+
+from steps import shared_model
+from tiny import tokens
 
 WEIGHT = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
 
@@ -64,3 +70,31 @@ def test_roundings_between_two_are_mixes_of_them():
 
 def test_mixing_channels_undoes_itself():
     assert torch.allclose(planes.mixed(planes.mixed(WEIGHT)), WEIGHT, atol=1e-6)
+
+
+def test_a_model_generates_in_planes_and_is_itself_again():
+    model, ids = shared_model(), tokens(2, 12)
+    runner = planes.Runner(planes.unlearnt(model, Namespace(form="own", ggml=None, gguf=[])))
+    whole = model(ids).logits
+    halves = planes.Setting(planes.Planes(bits=8, extra=2), 0.5)
+    with runner.running(halves) as read_by_a_token:
+        model.generate(ids, max_new_tokens=4, do_sample=False)
+        error = (model(ids).logits - whole).std() / whole.std()
+    assert 0.001 < error < 0.02  # of planes in bfloat16
+    found = read_by_a_token()
+    width = runner.layers[0].base[0].shape[1]
+    assert found["share"] == 0.5
+    assert found["bytes"] == pytest.approx((8.5 + 2 * 0.5 + 16 / (3 * width)) / 16)
+    assert torch.equal(model(ids).logits, whole)
+
+
+def test_answers_stand_beside_the_dense_ones():
+    def row(*answers):
+        said = [{"id": str(n), "exact": e, "text": t, "tokens": 4} for n, (e, t) in answers]
+        return {**dict.fromkeys(("label", "setting", "share", "bytes", "seconds")), "answers": said}
+
+    dense = row(*enumerate([(1.0, "a"), (1.0, "b"), (0.0, "c"), (0.0, "d")]))
+    other = row(*enumerate([(1.0, "a"), (0.0, "x"), (0.0, "y"), (0.0, "d")]))
+    found = graded_answers.facts_of(other, dense)
+    assert (found["exact"], found["same_text"], found["right"]) == (0.25, 0.5, ["0"])
+    assert (found["to_dense"]["estimate"], found["to_dense"]["differing"]) == (-0.25, 1)
