@@ -107,7 +107,7 @@ def main() -> None:
     options.add_argument("--task", default="gsm8k_local", help="task of lm-eval")
     options.add_argument("--include-path", required=True, help="folder of the task files")
     options.add_argument("--limit", type=int, default=100, help="questions")
-    options.add_argument("--batch", type=int, default=10, help="questions at a time")
+    options.add_argument("--batch", type=int, default=50, help="questions at a time")
     args = options.parse_args()
     run(args, Ui())
     finish(args)
