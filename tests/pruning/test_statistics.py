@@ -98,6 +98,9 @@ def test_losers_by_hand(cuts):
     two_thirds = [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
     for keep, losers in ((1 / 3, third), (0.0, third), (2 / 3, two_thirds), (1.0, [[0] * 3] * 3)):
         assert pruned_indicator(U[0], WORTH, keep).tolist() == losers
+    idle = torch.tensor([[0.0, 0.0, 0.0, -2.0], [1.0, 0.0, 3.0, 2.0]])
+    # neurons that do nothing are all left out, however few a token must leave out
+    assert pruned_indicator(idle, torch.ones(4), 0.5).tolist() == [[1, 1, 1, 0], [1, 1, 0, 0]]
     both = Choice(WORTH.expand(2, -1), (1 / 3, 2 / 3))
     assert both.losers(U.expand(2, -1, -1)).tolist() == [third, two_thirds]
     needs = frozenset({"lost"})

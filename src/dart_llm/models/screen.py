@@ -121,7 +121,7 @@ class Screen:
 
     def along(self, z: Tensor) -> Tensor:
         """Of ``z`` [n, D] the ``keep`` largest, rounded to 8 bits in groups of 32; 0 elsewhere."""
-        ids = z.abs().topk(self.keep, -1).indices.sort(-1).values
+        ids = z.abs().topk(self.keep, -1, sorted=False).indices.sort(-1).values
         found = F.pad(z.gather(1, ids), (0, -self.keep % GROUP)).reshape(len(z), -1, GROUP)
         scales = found.abs().amax(-1, keepdim=True) / 127
         levels = torch.where(scales > 0, found / scales, 0.0).round()

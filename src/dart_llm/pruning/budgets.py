@@ -182,7 +182,7 @@ def _smallest(values: Sequence[Tensor], keep: int) -> list[int]:
         return round_counts([keep * width / sum(widths) for width in widths], widths, keep)
     flat = torch.cat(
         [
-            value.index_fill(0, value.topk(floor, largest=False).indices, -torch.inf)
+            value.index_fill(0, value.topk(floor, largest=False, sorted=False).indices, -torch.inf)
             for value, floor in zip(values, floors, strict=True)
         ]
     )
