@@ -355,7 +355,8 @@ class Statistics:
 def pruned_indicator(u: Tensor, worth: Tensor, keep: float) -> Tensor:
     """1 where a token would leave a neuron out, else 0: u [T, I] float32; worth [I].
 
-    A token keeps the share ``keep`` of the neurons, those of the largest ``abs(u_i) * worth_i``.
+    A token keeps the share ``keep`` of the neurons, those of the largest ``abs(u_i) * worth_i``;
+    of equals at the border it leaves out all.
     """
     lost = u.shape[-1] - max(1, round(keep * u.shape[-1]))
     if not lost:
