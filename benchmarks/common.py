@@ -41,6 +41,26 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     return load(args.model, dtype=args.dtype, device="auto")
 
 
+def plain_lm_eval(
+    model: Any, tokenizer: Any, args: argparse.Namespace, batch: int, chat: bool = False
+) -> list[dict[str, Any]]:
+    """Samples of ``args.task`` by lm-eval's own Hugging Face model; the first ``args.limit``."""
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    results = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch),
+        tasks=[args.task],
+        limit=args.limit,
+        bootstrap_iters=0,
+        apply_chat_template=chat,
+        task_manager=TaskManager(include_path=args.include_path),
+    )
+    found: list[dict[str, Any]] = results["samples"][args.task]
+    return found
+
+
 def read_text(path: str) -> tuple[str, dict[str, str]]:
     """A text file and what identifies it."""
     data = Path(path).read_bytes()

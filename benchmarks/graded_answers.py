@@ -6,8 +6,8 @@
 The simulation of graded_planes.py while the model generates: questions and answers run in planes,
 each token refines its own best neurons.  lm-eval's own Hugging Face model asks and compares,
 greedy, a batch of questions at a time; batches of another size may round otherwise.  A finished
-setting is kept in ``--work`` and not run again.  Writes benchmarks/results/NAME.json from all rows
-of the folder.
+setting is kept in ``--work`` and not run again.  Writes benchmarks/results/NAME.json from the
+rows of this model there.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import graded_planes as planes
-from common import save
+from common import plain_lm_eval, save
 
 from dart_llm.experiments.stats import interval, paired_interval
 from dart_llm.files import append_row, whole_rows
@@ -27,18 +28,7 @@ from dart_llm.reporting.console import Ui
 
 def answers(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Of every question: its number, whether the answer was right, and the text."""
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    results = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch),
-        tasks=[args.task],
-        limit=args.limit,
-        bootstrap_iters=0,
-        apply_chat_template=bool(tokenizer.chat_template),
-        task_manager=TaskManager(include_path=args.include_path),
-    )
+    chat = bool(tokenizer.chat_template)
     return [
         {
             "id": str(one["doc_id"]),
@@ -46,13 +36,19 @@ def answers(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[dict[s
             "tokens": len(tokenizer(one["resps"][0][0]).input_ids),
             "text": one["resps"][0][0],
         }
-        for one in results["samples"][args.task]
+        for one in plain_lm_eval(model, tokenizer, args, args.batch, chat)
     ]
+
+
+def rows_file(args: argparse.Namespace) -> Path:
+    """Rows of one model in one form."""
+    found: Path = args.work / f"answers-{args.name}-{args.form}.jsonl"
+    return found
 
 
 def run(args: argparse.Namespace, console: Ui) -> None:
     """Make the rows that are lacking."""
-    path = args.work / "answers.jsonl"
+    path = rows_file(args)
     args.work.mkdir(parents=True, exist_ok=True)
     done = {row["label"] for row in whole_rows(path) if len(row["answers"]) >= args.limit}
     settings = [planes.DENSE, *planes.wanted(args)]
@@ -93,7 +89,7 @@ def facts_of(row: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
 
 def finish(args: argparse.Namespace) -> None:
     """The results file of all finished rows."""
-    latest = {row["label"]: row for row in whole_rows(args.work / "answers.jsonl")}
+    latest = {row["label"]: row for row in whole_rows(rows_file(args))}
     dense = latest[planes.label(planes.DENSE)]
     rows = sorted((facts_of(row, dense) for row in latest.values()), key=lambda row: -row["bytes"])
     facts = {"checkpoints": {args.name: dense["checkpoint"]}, "grids": {args.name: dense["grid"]}}

@@ -713,14 +713,15 @@ class Runner:
         width = layers[0].base[0].shape[1]
         bits = sum(layer.bits for layer in self.layers) / len(self.layers)
 
-        def found(attended: float | None) -> dict[str, Any]:
-            seen = sum(one.seen for one in forwards)
-            share = sum(one.refined for one in forwards) / seen if seen else 0.0
-            read_share = read(setting, bits, share, width)
-            return {"share": share, "bytes": read_share, "attention_bits": attended}
-
         with replaced(blocks, forwards), attention(study, setting) as attended:
-            yield functools.partial(found, attended)
+
+            def read_by_a_token() -> dict[str, Any]:
+                seen = sum(one.seen for one in forwards)
+                share = sum(one.refined for one in forwards) / seen if seen else 0.0
+                of_dense = read(setting, bits, share, width)
+                return {"share": share, "bytes": of_dense, "attention_bits": attended}
+
+            yield read_by_a_token
 
     def _exact(self, layer: Layer, index: int) -> Layer:
         """With what the base lacks of the weights themselves as its refinement."""
@@ -933,7 +934,7 @@ def prepare(args: argparse.Namespace, console: Ui) -> tuple[Study, dict[str, Any
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     cut = slices(ids, args.slices, LENGTH - SCORED, SCORED)
     windows = [cut[n] for n in spread(len(cut))[: args.most]]
-    blocks = list(describe(model).blocks)
+    study = unlearnt(model, args)
     folder = args.work / args.name
     folder.mkdir(parents=True, exist_ok=True)
     multiply_fast(model)
@@ -943,7 +944,7 @@ def prepare(args: argparse.Namespace, console: Ui) -> tuple[Study, dict[str, Any
             return sample_sequences(model, own_start(model), *OWN, seed=0, say=console.say)
 
         own = kept(folder / "own.pt", written)
-        return kept(folder / "learnt.pt", lambda: learn(model, blocks, own, console.say))
+        return kept(folder / "learnt.pt", lambda: learn(model, study.blocks, own, console.say))
 
     dense = [
         kept(
@@ -952,7 +953,6 @@ def prepare(args: argparse.Namespace, console: Ui) -> tuple[Study, dict[str, Any
         )
         for n, w in enumerate(windows)
     ]
-    study = unlearnt(model, args)
     return replace(study, learn=learnt, windows=windows, dense=dense), facts
 
 

@@ -11,7 +11,7 @@ import time
 from statistics import median
 from typing import Any
 
-from common import load_model, parser, save
+from common import load_model, parser, plain_lm_eval, save
 
 from dart_llm.evaluation import lm_eval as harness
 from dart_llm.evaluation.measurement import MeasureOptions
@@ -24,20 +24,9 @@ CASES = (("griffin", 0.0), ("griffin", 0.5), ("dart-prompt", 0.5))
 
 def plain(model: Any, tokenizer: Any, args: Any) -> dict[str, dict[str, float]]:
     """Items of lm-eval's own model at batch 8."""
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    results = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),
-        tasks=[args.task],
-        limit=args.limit,
-        bootstrap_iters=0,
-        task_manager=TaskManager(include_path=args.include_path),
-    )
     return {
         f"{args.task}/{s['doc_id']}": {m: float(s[m]) for m in s["metrics"]}
-        for s in results["samples"][args.task]
+        for s in plain_lm_eval(model, tokenizer, args, batch=8)
     }
 
 

@@ -362,10 +362,10 @@ def pruned_indicator(u: Tensor, worth: Tensor, keep: float) -> Tensor:
     if not lost:
         return torch.zeros_like(u)
     score = u.abs() * worth
-    return (score <= _smallest(score, lost)).to(u.dtype)
+    return (score <= _nth_smallest(score, lost)).to(u.dtype)
 
 
-def _smallest(values: Tensor, number: int) -> Tensor:
+def _nth_smallest(values: Tensor, number: int) -> Tensor:
     """The ``number``-th smallest of each row, [T, 1]; values [T, I]."""
     if values.device.type != "cpu":
         return values.kthvalue(number, -1, keepdim=True).values
