@@ -73,7 +73,7 @@ types: setup-dev
 	@$(IN) mypy
 
 docs: setup-dev
-	@'$(VENV)/bin/python' benchmarks/readme.py --check
+	@'$(VENV)/bin/python' benchmarks/tables.py --check
 	@NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true '$(VENV)/bin/mkdocs' $(or $(ARGS),build) --strict
 
 build: setup-dev

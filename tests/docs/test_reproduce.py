@@ -3,13 +3,13 @@
 import hashlib
 import json
 
-import docs_hooks
+import rendering
 import reproduce
 from reproduce import Job, look, sha256
 from reproduce_compare import compare
 
-KNOWN = docs_hooks.registry()
-RESULTS = docs_hooks.RESULTS
+KNOWN = rendering.registry()
+RESULTS = rendering.RESULTS
 TIMED = ("serve-", "interrupts", "kills", "sanitized", "agreement", "revisions")
 
 
@@ -81,7 +81,7 @@ def test_every_name_can_be_shown_and_all_scripts_exist(capsys, tmp_path):
         assert f"\n{name}: " in f"\n{shown}"
         for run in [*facts["run"], facts.get("keep", "dart-llm")]:
             script = run.split()[1] if run.startswith("python") else "README.md"
-            assert (docs_hooks.ROOT / script).is_file()
+            assert (rendering.ROOT / script).is_file()
     assert reproduce.main(["budgets-smollm2", "--texts", str(tmp_path)]) == 2
     assert reproduce.main(["quality-tokn"]) == 2
     assert "did you mean quality-token?" in capsys.readouterr().err

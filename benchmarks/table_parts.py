@@ -1,7 +1,7 @@
 """Rows of those published tables that are not simply the rows of one results file.
 
 A part is a table: ``rows``, and before it a ``caption``; ``columns`` names another set of columns
-of the view.  Used by docs_hooks.py, by name from benchmarks/tables.yaml.
+of the view.  Used by rendering.py, by name from benchmarks/tables.yaml.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STATIC = ("static", "flap")
 TEN = {"boolq": 0, "rte": 0, "hellaswag": 0, "winogrande": 0, "arc_easy": 0, "arc_challenge": 0,
        "openbookqa": 0, "mmlu": 5, "gpqa": 5, "medmcqa": 5}  # fmt: skip
 """The published scripts' benchmarks, and the examples before each question."""
-FRONT = ("griffin", "published", "dart", "dart-token")
+COMPARED = ("griffin", "published", "dart", "dart-token")
 FEW_ALARMS = 2.0
 """False alarms per 1,000 tokens that a best point may have."""
 
@@ -261,12 +261,49 @@ def benchmark_parts(files: Sequence[Row]) -> list[Part]:
 
 
 def front_parts(files: Sequence[Row]) -> Iterator[Part]:
+    """Dense, per-token selection and one mask per text, each over the dense row of its own run."""
+    tuned, (run, *_), quality = files[0], files[1]["runs"], files[2]
+    theirs = tuned["reference_rows"][0]["ms"]
+    base = next(row for row in tuned["rows"] if row["row"] == tuned["base"])
+    chosen = {
+        base["row"]: "dense, the file's blocks",
+        "dart-token 30 %, weights file": "every token selects: `dart-token`, 30 %",
+    }
+    rows: list[Part] = [
+        {
+            **row,
+            "label": chosen[row["row"]],
+            "llama_cpp": row["times_dense"] * theirs / base["ms"],
+            "bytes": row["bytes_share"] / base["bytes_share"],
+            "perplexity": 1 + row["loss"],
+        }
+        for row in tuned["rows"]
+        if row["row"] in chosen
+    ]
+    timed = {row["row"]: row for row in run["rows"]}
+    masked, dense = timed["griffin 50 %, slim, file"], timed["dense, slim, file"]
+    scored = next(row for row in _done(quality, "perplexity") if row["label"] == "griffin@0.5")
+    ratio = min(masked["times_own_dense"], masked["limit"])
+    rows.append(
+        {
+            **masked,
+            "label": "one mask for the text: `griffin`, 50 %",
+            "times_dense": ratio,
+            "llama_cpp": ratio * timed["llama.cpp Q4_1"]["tg_ms"] / dense["tg_ms"],
+            "bytes": masked["bytes_per_token"] / dense["bytes_per_token"],
+            "perplexity": scored["to_dense"]["estimate"],
+        }
+    )
+    yield {"rows": rows}
+
+
+def methods_parts(files: Sequence[Row]) -> Iterator[Part]:
     """Perplexity and time of the methods side by side, and what a reader needs beside them."""
     quality, (run, *_) = files[0], files[1]["runs"]
     scored = [row for row in _done(quality) if row["task"].startswith("perplexity")]
     timed = {row["row"]: row for row in run["rows"]}
     keys = [("dense", 0.0), ("dense-8bit", 0.0)]
-    keys += [(name, sparsity) for name in FRONT for sparsity in (0.3, 0.5, 0.7)]
+    keys += [(name, sparsity) for name in COMPARED for sparsity in (0.3, 0.5, 0.7)]
     rows = []
     for name, asked in keys:
         row = next(r for r in scored if (r["method"], r["asked"] or 0.0) == (name, asked))
@@ -275,21 +312,6 @@ def front_parts(files: Sequence[Row]) -> Iterator[Part]:
         time = None if name == "dense-8bit" else timed[case]
         rows.append({**row, "label": label, "timed": time})
     yield {"rows": rows}
-    plain, own = (timed[name]["tg_ms"] for name in ("transformers", run["own_dense"]))
-    machine = run["machine"]
-    yield {
-        "caption": (
-            f"Perplexity: {rows[0]['items']} slices of 256 prompt + 256 scored tokens of the "
-            "validation split of WikiText-2, half of them those on which dart's default was "
-            "chosen; *x dense* with its 95 % interval over slices. Time: "
-            f"{run['prompt_tokens']} prompt + {run['tokens']} timed tokens, median of "
-            f"{run['repeats']}, {machine['threads']} threads of {machine['processor']}; *x plain* "
-            f"is over plain transformers, {plain:.1f} ms per token, *x own dense* over this "
-            f"project's own dense path, {own:.2f} ms, *bytes allow* what reading fewer bytes can "
-            "give at most over that. dense-8bit rounds the weights and does not pack them, so it "
-            "has no time."
-        )
-    }
 
 
 def graded_parts(data: Row) -> Iterator[Part]:
@@ -305,5 +327,5 @@ PARTS = {
     f.__name__: f
     for f in (evaluation_parts, harness_parts, signal_parts, quality_parts, speed_parts,
               accuracy_parts, rouge_parts, memory_parts, flops_parts, benchmark_parts, front_parts,
-              graded_parts, find, groups)
+              methods_parts, graded_parts, find, groups)
 }  # fmt: skip

@@ -1,0 +1,143 @@
+"""Lists of the documentation that the program itself knows: commands, variables, data, models.
+
+Written into pages by tables.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rendering import RESULTS, ROOT, markdown_table, recorded_checkpoints, result
+
+
+def commands() -> str:
+    """Every command with its flags, from the application."""
+    from typer.main import get_command
+
+    from dart_llm.cli.app import app
+
+    return "\n\n".join(_command("dart-llm", get_command(app)))
+
+
+def _command(name: str, command: Any) -> Iterator[str]:
+    yield f"## {name}"
+    flags = [p for p in command.params if p.param_type_name == "option" and not p.hidden]
+    places = [p.metavar or p.name.upper() for p in command.params if p not in flags]
+    inner = getattr(command, "commands", {})
+    words = [name, *places, *(["COMMAND"] if inner else []), *(["[OPTIONS]"] if flags else [])]
+    yield f"```text\n{' '.join(words)}\n```"
+    text, _, examples = _plain(command.help).partition("\n\nExamples:\n\n")
+    yield text
+    if examples:
+        lines = examples.replace("\n\n", "\n")
+        yield f"```sh\n{lines}\n```"
+    for panel in dict.fromkeys(p.rich_help_panel for p in flags):
+        rows = [[_flag(p), _cell(p.help or "")] for p in flags if p.rich_help_panel == panel]
+        yield markdown_table([panel or "flag", "meaning"], rows, left=2)
+    if epilog := getattr(command, "epilog", None):
+        yield f"```text\n{_plain(epilog)}\n```"
+    for own, below in inner.items():
+        yield from _command(f"{name} {own}", below)
+
+
+def _plain(text: str | None) -> str:
+    """A help text without the marks by which typer keeps its lines."""
+    return re.sub(r"[\b\f]\n?", "", text or "").strip()
+
+
+def _flag(option: Any) -> str:
+    words = ", ".join(f"`{word}`" for word in [*option.opts, *option.secondary_opts])
+    return words if option.is_flag else f"{words} {option.metavar or ''}".strip()
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"\s+", " ", text).replace("|", r"\|").replace("<", "&lt;")
+
+
+SCRIPTS = ("run_experiment.sh", "run_knowledge_drift.sh")
+
+
+def variables() -> str:
+    """The variables of the two scripts, with the defaults that these have."""
+    from dart_llm.studies.generate.settings import RunSettings
+
+    pattern = re.compile(r'^: "\$\{([A-Z_]+):=(.*)\}"', re.MULTILINE)
+    first, second = (dict(pattern.findall((ROOT / name).read_text("utf-8"))) for name in SCRIPTS)
+    rows = []
+    for name, default in first.items():
+        meaning = RunSettings.model_fields[name.lower()].description or ""
+        if default:  # the script's, which may be another one than the flag's
+            meaning = re.sub(r" \(default: [^)]*\)", "", meaning)
+        values = [f"`{value}`" if value else "not given" for value in (default, second[name])]
+        shown = values[0] if len({*values}) == 1 else f"{values[0]}; {values[1]} in `{SCRIPTS[1]}`"
+        flag = f"`--{name.lower().replace('_', '-')}`"
+        rows.append([f"`{name}`", flag, _cell(shown), _cell(meaning)])
+    return markdown_table(["variable", "flag", "default", "meaning"], rows, left=4)
+
+
+def data_sets() -> str:
+    """The catalogue of data sets."""
+    from dart_llm.data.datasets import DATA_SETS, LAST_RUN, get
+
+    rows = []
+    for data in map(get, DATA_SETS):
+        where = [f"`{data.hub_id}`", *([f"`{data.config}`"] if data.config else [])]
+        revision = f" ({data.revision})" if data.revision else ""
+        columns = ", ".join(f"`{name}`" for names in data.columns.values() for name in names)
+        page = data.licence_page
+        licence = f"[{data.licence}]({page})" if page else data.licence
+        uses = ", ".join([*data.uses, *(f"`{task}`" for task in data.tasks[:1])])
+        place = ", ".join(where) + revision + (", gated" if data.gated else "")
+        rows.append([f"`{data.name}`", place, data.split, columns, uses, licence])
+    heads = ["name", "on the hub", "split", "columns", "used for", "licence"]
+    table = markdown_table(heads, rows, left=len(heads))
+    return f"{table}\n\n`make test-online` last passed: {LAST_RUN}."
+
+
+def checkpoints() -> str:
+    """Every checkpoint with a checksum in benchmarks/results, and the files that it is in."""
+    facts: dict[str, dict[str, Any]] = {}
+    dtypes: dict[str, set[str]] = {}
+    files: dict[str, set[str]] = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        for found in recorded_checkpoints(result(path.stem)):
+            if key := found.get("sha256"):
+                known = {k: v for k, v in found.items() if v is not None}
+                facts.setdefault(key, {}).update(known)
+                dtypes.setdefault(key, set()).add(str(found["dtype"]))
+                files.setdefault(key, set()).add(path.stem)
+    parts = []
+    for key, found in sorted(facts.items(), key=lambda pair: str(pair[1]["name"]).lower()):
+        links = ", ".join(f"[{n}](benchmarks/results/{n}.json)" for n in sorted(files[key]))
+        parts.append(
+            f"**{found['name']}**: {found['source']}; file quantisation "
+            f"{found['file_quantisation']}; {found['parameters']:,} parameters as loaded; run in "
+            f"{' and '.join(sorted(dtypes[key]))}; sha256 `{key}`. Files: {links}."
+        )
+    return "\n\n".join(parts)
+
+
+def model_types() -> str:
+    """The model types of the package, with the tiny models of the tests that stand for them."""
+    from dart_llm.models.architectures import LAYER_NAMES
+
+    written = (ROOT / "tests/helpers/tiny.py").read_text(encoding="utf-8")
+    tested: dict[str, list[str]] = {}
+    for name, kind in re.findall(r'^    "([\w-]+)": \("(\w+)"', written, re.MULTILINE):
+        tested.setdefault(kind, []).append(name)
+    rows = [
+        [f"`{kind}`", ", ".join(f"`{name}`" for name in tested.get(kind, [])) or "**not tested**"]
+        for kind in sorted(LAYER_NAMES)
+    ]
+    return markdown_table(["model type", "tested as"], rows, left=2)
+
+
+LISTS: dict[str, Callable[[], str]] = {
+    "commands": commands,
+    "variables": variables,
+    "data-sets": data_sets,
+    "checkpoints": checkpoints,
+    "model-types": model_types,
+}
