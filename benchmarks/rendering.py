@@ -35,31 +35,16 @@ def span(shares: Iterable[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def figure(value: float) -> str:
-    """A score or a perplexity to about three digits: 0.512, 17.6, 1234, 7.0e6."""
-    if value >= 1e5:
-        mantissa, _, power = f"{value:.1e}".partition("e")
-        return f"{mantissa}e{int(power)}"
-    return f"{value:.3f}" if value < 1 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
-
-
 def number(value: float | None) -> str:
-    """A time or a rate to three digits or so: 0.042, 1.23, 17.6, 1234; "" for None."""
+    """About three digits: 0.042, 1.23, 17.6, 1234, 7.0e6; "" for None."""
     if value is None:
         return ""
     size = abs(value)
+    if size >= 1e5:
+        mantissa, _, power = f"{value:.1e}".partition("e")
+        return f"{mantissa}e{int(power)}"
     digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
     return f"{value:.{digits}f}"
-
-
-def ratio(value: float | None) -> str:
-    """Two decimals; "" for None."""
-    return "" if value is None else f"{value:.2f}"
-
-
-def times(ratio: float) -> str:
-    """A ratio: 1.08, 12.4, 145."""
-    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}" if ratio < 100 else f"{ratio:.0f}"
 
 
 def interval(found: Row | None, form: str = ".3f", scale: float = 1) -> str:
@@ -85,22 +70,15 @@ def against(found: Row | None, row: Row) -> str:
         return "–"
     ratio = row["metric"].endswith("perplexity")
     values = [found["estimate"], found["low"], found["high"]]
-    middle, low, high = (
-        f"{x:+.3f}" if not ratio else f"{x:.2f}" if x < 100 else f"{x:.0f}" for x in values
-    )
+    middle, low, high = (number(x) if ratio else f"{x:+.3f}" for x in values)
     told = verdict(found, row["higher_is_better"], 1 if ratio else 0)
     return f"{'x ' if ratio else ''}{middle} ({low} to {high}){told}"
-
-
-def perplexity(value: float) -> str:
-    """To about three digits: 1.23, 17.6, 1,234."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def yardstick(row: Row, name: str) -> str:
     """GRIFFIN's perplexity, and the sparsity at which it has it."""
     found = row[name] if row["cell_row"] else None
-    return f"{perplexity(found['perplexity'])} ({percent(found['sparsity'])})" if found else ""
+    return f"{number(found['perplexity'])} ({percent(found['sparsity'])})" if found else ""
 
 
 def closed(found: Row | None) -> str:
@@ -178,9 +156,8 @@ def source(names: Sequence[str]) -> str:
 
 HELPERS: dict[str, Callable[..., Any]] = PARTS | {
     f.__name__: f
-    for f in (percent, span, figure, number, ratio, times, interval, verdict, against, perplexity,
-              yardstick, closed, today, dict)
-}  # fmt: skip
+    for f in (percent, span, number, interval, verdict, against, yardstick, closed, today, dict)
+}
 _LANGUAGE = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
 _LANGUAGE.filters["form"] = format
 
