@@ -134,10 +134,20 @@ def model_types() -> str:
     return markdown_table(["model type", "tested as"], rows, left=2)
 
 
+def names() -> str:
+    """What ``import dart_llm`` offers, with the first line of each docstring."""
+    import dart_llm
+
+    known = {name: getattr(dart_llm, name).__doc__ or "" for name in dart_llm.__all__}
+    rows = [[f"`{name}`", _cell(text.partition("\n")[0])] for name, text in known.items()]
+    return markdown_table(["name", "what"], rows, left=2)
+
+
 LISTS: dict[str, Callable[[], str]] = {
     "commands": commands,
     "variables": variables,
     "data-sets": data_sets,
     "checkpoints": checkpoints,
     "model-types": model_types,
+    "names": names,
 }

@@ -131,7 +131,7 @@ def described(data: Row) -> str:
         checksum = f", sha256 {str(facts['sha256'])[:12]}" if facts["sha256"] else ""
         kind = facts["file_quantisation"] or "none"
         words.append(f"{facts['name']} (file quantisation {kind}, {facts['dtype']}{checksum})")
-    return "; ".join(words) or "no checkpoint, shapes alone"
+    return "; ".join(words) or "Without a checkpoint"
 
 
 def source(names: Sequence[str]) -> str:
@@ -242,4 +242,5 @@ def shown(block: str) -> str:
     facts = dict.fromkeys(described(result(name)) for name in sources(block))
     said = "" if "checkpoint" in _view(block) else f"{'; '.join(facts)}. "
     origin = f"{said}[Command and file](benchmarks/results/{block}.md)."
-    return "\n\n".join([*_pieces(block), origin])
+    *tables, last = _pieces(block)
+    return "\n\n".join([*tables, last + (" " if "note" in _view(block) else "\n\n") + origin])

@@ -41,11 +41,13 @@ GRID = "{models: [smollm2-135m], methods: [dense, griffin], tasks: ['perplexity:
 
 
 def shell_lines(page):
-    """The lines of a page's shell blocks, without comments."""
+    """The lines of a page's shell blocks, without comments, and commands in its tables."""
     text = (ROOT / page).read_text(encoding="utf-8")
     blocks = re.findall(r"^```(?:sh|bash)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     lines = [line.partition("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line]
+    return [line for line in lines if line] + re.findall(
+        r"^\|.*`(dart-llm .*?)`", text, re.MULTILINE
+    )
 
 
 def test_every_command_of_the_readme_is_listed_and_listed_ones_stand_on_their_page():
