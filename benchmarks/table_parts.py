@@ -15,9 +15,6 @@ Part = dict[str, Any]
 CLAIMED_SPARSITY = 0.7
 STATIC = ("static", "flap")
 """Methods whose neurons are the same for every prompt."""
-TEN = {"boolq": 0, "rte": 0, "hellaswag": 0, "winogrande": 0, "arc_easy": 0, "arc_challenge": 0,
-       "openbookqa": 0, "mmlu": 5, "gpqa": 5, "medmcqa": 5}  # fmt: skip
-"""The published scripts' benchmarks, and the examples before each question."""
 COMPARED = ("griffin", "published", "dart", "dart-token")
 FEW_ALARMS = 2.0
 """False alarms per 1,000 tokens that a best point may have."""
@@ -246,20 +243,6 @@ def flops_parts(files: Sequence[Row]) -> list[Part]:
     return [{"rows": rows}]
 
 
-def benchmark_parts(files: Sequence[Row]) -> list[Part]:
-    """Which of the ten benchmarks were measured, on how many items."""
-    found: dict[str, list[str]] = {}
-    for data in files:
-        items = {r["task"].removesuffix("_local"): r["items"] for r in _done(data, "acc")}
-        for task, count in items.items():
-            found.setdefault(task, []).append(f"{count} items with {_model(data)}")
-    rows = [
-        {"name": name, "shots": shots, "measured": ", ".join(found.get(name, ["no"]))}
-        for name, shots in TEN.items()
-    ]
-    return [{"rows": rows}]
-
-
 def front_parts(files: Sequence[Row]) -> Iterator[Part]:
     """Dense, per-token selection and one mask per text, each over the dense row of its own run."""
     tuned, (run, *_), quality = files[0], files[1]["runs"], files[2]
@@ -326,6 +309,6 @@ def graded_parts(data: Row) -> Iterator[Part]:
 PARTS = {
     f.__name__: f
     for f in (evaluation_parts, harness_parts, signal_parts, quality_parts, speed_parts,
-              accuracy_parts, rouge_parts, memory_parts, flops_parts, benchmark_parts, front_parts,
+              accuracy_parts, rouge_parts, memory_parts, flops_parts, front_parts,
               methods_parts, graded_parts, find, groups)
 }  # fmt: skip
