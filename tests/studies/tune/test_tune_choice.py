@@ -13,13 +13,17 @@ from dart_llm.studies.tune.choice import (
     quality_row,
     recommend,
     time_row,
+    undecided,
 )
 
 FACTS = {"decoded_tokens": 10, "remasks": 1, "extra_memory_bytes": 5}
 
 
-def row(name, loss, ms, dense=False):
-    return {"row": name, "loss": loss, "ms": ms, "dense": dense, "loss_interval": None}
+def row(name, loss, ms, dense=False, **more):
+    found = {"row": name, "loss": loss, "ms": ms, "dense": dense, "loss_interval": None}
+    times = None if ms is None else 10.0 / ms
+    found |= {"loss_range": [loss, loss], "times_dense": times, "scatter": 0.0, "disturbed": None}
+    return {**found, **more}
 
 
 def line(candidate, text, number, loss, kl=0.0, achieved=0.0, tokens=10):
@@ -121,6 +125,37 @@ def test_the_front_holds_what_nothing_beats():
 
 def test_times_are_medians_of_means():
     samples = [{"steps_s": [0.002, 0.004]}, {"steps_s": [0.003] * 2}, {"steps_s": [0.009] * 2}]
-    base = [{"steps_s": [0.006]}]
+    base = [{"steps_s": [0.006]}] * 2 + [{"steps_s": [0.018]}]
     found = time_row(samples, base)
-    assert found == pytest.approx({"ms": 3.0, "ms_spread": 0.0, "times_dense": 2.0})
+    assert found["ms"] == pytest.approx(3.0) and found["ms_spread"] == pytest.approx(0.0)
+    assert found["times_dense"] == pytest.approx(2.0) and found["disturbed"] is None
+    held = time_row(samples, base, 1.5)  # more than the bytes allow is no result
+    assert held["times_dense"] is None and held["disturbed"].startswith("disturbed")
+    assert held["bytes_limit"] == 1.5
+
+
+DENSE = row("dense", 0.0, 10.0, True)
+
+
+@pytest.mark.parametrize(
+    ("other", "recommended", "left"),
+    [
+        (row("token", 0.005, 8.0, loss_range=[0.004, 0.006]), "token", []),  # clearly good
+        (row("token", 0.005, 8.0, scatter=0.2), "token", ["token"]),  # may be as slow as dense
+        (row("token", 0.015, 8.0, loss_range=[0.01, 0.03]), "token", ["token"]),  # may lose more
+        (row("token", 0.05, 8.0, loss_range=[0.04, 0.06]), "dense", []),  # loses too much
+        (row("token", 0.005, 9.9), "dense", []),  # is no faster
+        (row("token", 0.005, 9.8, scatter=0.1), "dense", ["token"]),
+        (row("token", 0.3, None), "dense", []),
+        (row("token", 0.005, 8.0, times_dense=None, disturbed="disturbed"), "dense", ["token"]),
+    ],
+)
+def test_few_slices_decide_only_what_is_clear(other, recommended, left):
+    rows = [DENSE, other]
+    assert recommend(rows, "dense", 0.02, 0.03) == recommended
+    assert undecided(rows, "dense", recommended, 0.02, 0.03) == left
+
+
+def test_of_too_few_slices_the_least_loss_says_what_is_clearly_over():
+    assert not clearly_over(row("token", 0.03, None, loss_range=[0.015, 0.05]), 0.02)
+    assert clearly_over(row("token", 0.03, None, loss_range=[0.025, 0.05]), 0.02)
