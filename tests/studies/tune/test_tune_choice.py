@@ -45,28 +45,36 @@ def lines(ratios):
 
 
 def test_the_loss_is_that_of_the_worse_text():
-    found = quality_row("dart", lines({"own": [1.01] * 4, "mine": [1.03, 1.05, 1.03, 1.05]}), 0)
+    found = quality_row("dart", lines({"own": [1.01] * 6, "mine": [1.03, 1.05] * 3}), 0)
     assert found["worse_text"] == "mine"
     assert found["loss"] == pytest.approx(math.sqrt(1.03 * 1.05) - 1)
     low, high = found["loss_interval"]
     assert 0.025 < low < found["loss"] < high < 0.055
     assert found["texts"]["own"]["loss_interval"] == pytest.approx([0.01, 0.01])
     assert found["kl"] == pytest.approx(0.02) and found["achieved_sparsity"] == 0.5
-    assert found["remasks"] == 8 and found["bytes_share"] is None
-    assert found["perplexity"] == pytest.approx(math.exp(2.5) * math.sqrt(1.03 * 1.05))
+    assert found["remasks"] == 12 and found["bytes_share"] is None
+    assert found["perplexity"] == pytest.approx(math.exp(3.5) * math.sqrt(1.03 * 1.05))
     assert clearly_over(found, 0.02) and not clearly_over(found, 0.035)
 
 
 def test_the_loss_is_no_less_than_what_the_divergence_says():
     """Tokens that happen to be likelier do not hide that the model is another one."""
-    own = [line(REFERENCE, "own", n, 1.0) for n in range(4)]
-    kls = 0.02, 0.03, 0.02, 0.03
+    own = [line(REFERENCE, "own", n, 1.0) for n in range(6)]
+    kls = [0.02, 0.03] * 3
     own += [line("dart", "own", n, 0.99, kl=kl, achieved=0.5) for n, kl in enumerate(kls)]
     found = quality_row("dart", own, 0)
     assert found["loss"] == pytest.approx(math.expm1(0.025))
     low, high = found["loss_interval"]
     assert math.expm1(0.02) <= low < found["loss"] < high <= math.expm1(0.03)
     assert found["perplexity"] == pytest.approx(math.exp(0.99))
+
+
+def test_of_few_slices_the_divergence_alone_counts():
+    own = [line(REFERENCE, "own", n, 1.0) for n in range(2)]
+    own += [line("dart", "own", n, 1.3, kl=0.02 + n / 100, achieved=0.5) for n in range(2)]
+    found = quality_row("dart", own, 0)
+    assert found["loss"] == pytest.approx(math.expm1(0.025))
+    assert found["loss_range"] == pytest.approx([math.expm1(0.02), math.expm1(0.03)])
 
 
 ROWS = [

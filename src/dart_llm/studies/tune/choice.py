@@ -3,7 +3,8 @@
 The loss of a candidate on a text is its perplexity over the reference's, minus 1, on the same
 tokens; the reference is the dense model in its own dtype.  A few tokens can flatter a candidate, so
 it is no less than the exponential of the mean KL, minus 1: what the loss would be on all that the
-reference may write there.  Its loss is that of the worse text.
+reference may write there.  Of fewer slices than an interval needs it is that alone: their tokens
+say nothing, KL varies little.  Its loss is that of the worse text.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def _on_text(own: Sequence[Line], base: Sequence[Line], seed: int) -> Row:
     around = stats.interval(spread, seed=seed)
     by_tokens = perplexity(means[0] - means[1]) - 1, found and [found.low - 1, found.high - 1]
     by_kl = math.expm1(kl), around and [math.expm1(around.low), math.expm1(around.high)]
-    loss, ends = max(by_tokens, by_kl, key=lambda one: one[0])
+    enough = len(own) >= stats.MIN_DISCORDANT
+    loss, ends = max(by_tokens, by_kl, key=lambda one: one[0]) if enough else by_kl
     return {
         "loss": loss,
         "loss_interval": ends,

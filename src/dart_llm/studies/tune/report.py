@@ -40,8 +40,8 @@ Row = Mapping[str, Any]
 
 DEFINITIONS = {
     "loss": "perplexity over that of the dense model in its own dtype, minus 1, on the same tokens "
-    "of the worse of the two texts, and no less than exp(KL) - 1; 95 % intervals by bootstrap over "
-    "slices",
+    "of the worse of the two texts, and no less than exp(KL) - 1, which alone counts where there "
+    "are fewer than six slices; 95 % intervals by bootstrap over slices",
     "KL": "of the dense model against this one, nats per token, the worse text's mean",
     "ms": "mean time of a timed token, its choice included; median over repetitions",
     "+-": "median absolute distance of the repetitions to their median",
@@ -59,7 +59,7 @@ DEFINITIONS = {
 def verdict(document: Row, row: Row) -> str:
     """What became of a row, in a word or two."""
     if row["recommended"]:
-        return "recommended"
+        return "stay with it for now" if document["undecided"] else "recommended"
     if row["ms"] is None:
         return "loses too much: not timed"
     if row["disturbed"]:
@@ -162,7 +162,10 @@ def _quick(document: Row) -> str:
     further = f"The same command without --quick measures {more} and continues from here."
     if document["undecided"]:
         open_rows = "; ".join(_told(document, _row(document, n)) for n in document["undecided"])
-        return f"Undecided after so few slices and repetitions: {open_rows}. {further}"
+        return (
+            f"Undecided after so few slices and repetitions; dense takes {base['ms']:.2f} ms per "
+            f"token. {open_rows}. {further}"
+        )
     if best is base:
         return (
             f"First answer: use it dense ({base['row']}, {base['ms']:.2f} ms per token). Nothing "

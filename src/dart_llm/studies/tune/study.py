@@ -369,6 +369,8 @@ class TuneStudy(Study[TuneSettings]):
         rows = [self._row(one) for one in self.tried if one.label in self.makers]
         allowed = settings.max_loss, settings.noise
         best = choice.recommend(rows, self.base, *allowed)
+        left = choice.undecided(rows, self.base, best, *allowed) if settings.quick else []
+        best = self.base if left else best
         beaten = choice.pareto(rows)
         for row in rows:
             row["recommended"], row["pareto"] = row["row"] == best, row["row"] in beaten
@@ -386,9 +388,7 @@ class TuneStudy(Study[TuneSettings]):
             "further": len(self.candidates) - len(self.tried),
             "base": self.base,
             "recommended": best,
-            "undecided": choice.undecided(rows, self.base, best, *allowed)
-            if settings.quick
-            else [],
+            "undecided": left,
             "rows": rows,
             "reference_rows": [self._reference_row(label) for label in self.files],
             "left_out": self.left_out,
