@@ -48,7 +48,7 @@ def plan(settings: TuneSettings, ui: Ui) -> dict[str, Any]:
         f"each candidate that may lose {percent(settings.max_loss)} or less is timed "
         f"{settings.repeats} times"
     )
-    ui.say(f"{estimate(settings, found)}; nothing was run")
+    ui.say(f"{estimate(settings, found, billions)}; nothing was run")
     return {
         "model": settings.name,
         "candidates": [one.label for one in found],
@@ -59,9 +59,8 @@ def plan(settings: TuneSettings, ui: Ui) -> dict[str, Any]:
     }
 
 
-def estimate(settings: TuneSettings, found: Sequence[Candidate]) -> str:
-    """How long it takes and how much memory, in words."""
-    billions = parameters(settings)
+def estimate(settings: TuneSettings, found: Sequence[Candidate], billions: float | None) -> str:
+    """How long it takes and how much memory, in words; ``billions`` of parameters."""
     if billions is None:
         return "how long it takes is not known: the size of the model is not"
     told = f"roughly {duration(rough_seconds(settings, len(found), billions))} on two CPU cores"

@@ -50,7 +50,7 @@ from dart_llm.session.prepare import prepare
 from dart_llm.session.run import Run
 from dart_llm.studies.tune import choice, report
 from dart_llm.studies.tune.candidates import Candidate, Formats, candidates, quick_candidates
-from dart_llm.studies.tune.dry_run import estimate
+from dart_llm.studies.tune.dry_run import estimate, parameters
 from dart_llm.studies.tune.quality import (
     OWN_TEXT,
     Part,
@@ -173,7 +173,7 @@ class TuneStudy(Study[TuneSettings]):
     def load(self) -> None:
         """The formats and the reference; raises ``ConfigError`` for slices that are too long."""
         settings, began = self.settings, time.perf_counter()
-        self.ui.say(f"{count(len(self.tried), 'candidate')}: {estimate(settings, self.tried)}")
+        self._announce()
         if self.given is not None:
             self.held = {OWN: Held(Format(OWN), *self.given)}
         else:
@@ -196,6 +196,15 @@ class TuneStudy(Study[TuneSettings]):
             )
         if self.bench:
             self._find_reference()
+
+    def _announce(self) -> None:
+        """How long it takes and how much memory, before it starts."""
+        if self.given is None:
+            size = parameters(self.settings)
+        else:
+            size = checkpoint_facts(self.given[0])["parameters"] / 1e9
+        told = estimate(self.settings, self.tried, size)
+        self.ui.say(f"{count(len(self.tried), 'candidate')}: {told}")
 
     def _read_text(self) -> None:
         """The slices of the user's text, once a tokenizer is there."""
