@@ -202,7 +202,7 @@ class TuneStudy(Study[TuneSettings]):
         if self.given is None:
             size = parameters(self.settings)
         else:
-            size = checkpoint_facts(self.given[0])["parameters"] / 1e9
+            size = sum(one.numel() for one in self.given[0].parameters()) / 1e9
         told = estimate(self.settings, self.tried, size)
         self.ui.say(f"{count(len(self.tried), 'candidate')}: {told}")
 
