@@ -49,6 +49,17 @@ def continued(model, first, rows, length, **how):
     return sample_continuations(model, ids, length, generator, lambda text: None, **how)
 
 
+@pytest.mark.parametrize("sharpness", [0.1, 3.0, 8.0])  # flat rows need more than NUCLEUS
+def test_likeliest_keeps_what_a_whole_sort_keeps(sharpness):
+    generator = torch.Generator().manual_seed(3)
+    chances = (sharpness * torch.randn(4, 5000, generator=generator)).softmax(-1)
+    ordered, tokens = chances.sort(descending=True)
+    ordered[ordered.cumsum(-1) - ordered > 0.95] = 0
+    assert torch.equal(
+        likeliest(chances, 0.95), torch.zeros_like(chances).scatter(1, tokens, ordered)
+    )
+
+
 def test_likeliest_by_hand():
     chances = torch.tensor([[0.1, 0.5, 0.25, 0.15], [0.25, 0.25, 0.25, 0.25]])
     assert torch.equal(likeliest(chances, 1.0), chances)
@@ -77,6 +88,7 @@ def test_tokens_come_with_their_chances():
 
 
 def test_no_global_random_number_is_drawn():
+    shared_model()  # making it draws some
     state, news = torch.get_rng_state(), []
     sequences = sample_sequences(shared_model(), [], 3, 8, 5)
     assert torch.equal(torch.get_rng_state(), state)

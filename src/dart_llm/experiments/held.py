@@ -45,6 +45,11 @@ class Held:
         return str(checkpoint_facts(self.model)["dtype"])
 
     @property
+    def width(self) -> float:
+        """Bytes of a weight that is not in blocks over those of bfloat16, as accounting has it."""
+        return 1.0 if self.blocks else self.model.dtype.itemsize / 2
+
+    @property
     def suffix(self) -> str:
         """What labels call it."""
         return self.form.name if self.blocks else self.words

@@ -170,6 +170,11 @@ class Study(Generic[S]):
         """Whether there is anything that is worth resuming."""
         return bool(self.lines)
 
+    @property
+    def partial(self) -> bool:
+        """Whether a later run, of equal settings, continues what this one has finished."""
+        return False
+
     # what is made of them
 
     def summarise(self) -> dict[str, Any]:
@@ -345,7 +350,7 @@ def _finish(study: Study[Any]) -> None:
     _write_config(study, "failed" if study.failed else "complete")
     _write_page(study)  # it is made from the finished files
     _write_logs(study)
-    if not study.failed:  # else the same command tries the failed units again
+    if not study.failed and not study.partial:  # else a later run continues with what is missing
         study.folder.finish()
     study.ui.say(f"results: {study.path}")
 

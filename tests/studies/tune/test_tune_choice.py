@@ -13,13 +13,17 @@ from dart_llm.studies.tune.choice import (
     quality_row,
     recommend,
     time_row,
+    undecided,
 )
 
 FACTS = {"decoded_tokens": 10, "remasks": 1, "extra_memory_bytes": 5}
 
 
-def row(name, loss, ms, dense=False):
-    return {"row": name, "loss": loss, "ms": ms, "dense": dense, "loss_interval": None}
+def row(name, loss, ms, dense=False, **more):
+    found = {"row": name, "loss": loss, "ms": ms, "dense": dense, "loss_interval": None}
+    times = None if ms is None else 10.0 / ms
+    found |= {"loss_range": [loss, loss], "times_dense": times, "scatter": 0.0, "disturbed": None}
+    return {**found, **more}
 
 
 def line(candidate, text, number, loss, kl=0.0, achieved=0.0, tokens=10):
@@ -41,28 +45,36 @@ def lines(ratios):
 
 
 def test_the_loss_is_that_of_the_worse_text():
-    found = quality_row("dart", lines({"own": [1.01] * 4, "mine": [1.03, 1.05, 1.03, 1.05]}), 0)
+    found = quality_row("dart", lines({"own": [1.01] * 6, "mine": [1.03, 1.05] * 3}), 0)
     assert found["worse_text"] == "mine"
     assert found["loss"] == pytest.approx(math.sqrt(1.03 * 1.05) - 1)
     low, high = found["loss_interval"]
     assert 0.025 < low < found["loss"] < high < 0.055
     assert found["texts"]["own"]["loss_interval"] == pytest.approx([0.01, 0.01])
     assert found["kl"] == pytest.approx(0.02) and found["achieved_sparsity"] == 0.5
-    assert found["remasks"] == 8 and found["bytes_share"] is None
-    assert found["perplexity"] == pytest.approx(math.exp(2.5) * math.sqrt(1.03 * 1.05))
+    assert found["remasks"] == 12 and found["bytes_share"] is None
+    assert found["perplexity"] == pytest.approx(math.exp(3.5) * math.sqrt(1.03 * 1.05))
     assert clearly_over(found, 0.02) and not clearly_over(found, 0.035)
 
 
 def test_the_loss_is_no_less_than_what_the_divergence_says():
     """Tokens that happen to be likelier do not hide that the model is another one."""
-    own = [line(REFERENCE, "own", n, 1.0) for n in range(4)]
-    kls = 0.02, 0.03, 0.02, 0.03
+    own = [line(REFERENCE, "own", n, 1.0) for n in range(6)]
+    kls = [0.02, 0.03] * 3
     own += [line("dart", "own", n, 0.99, kl=kl, achieved=0.5) for n, kl in enumerate(kls)]
     found = quality_row("dart", own, 0)
     assert found["loss"] == pytest.approx(math.expm1(0.025))
     low, high = found["loss_interval"]
     assert math.expm1(0.02) <= low < found["loss"] < high <= math.expm1(0.03)
     assert found["perplexity"] == pytest.approx(math.exp(0.99))
+
+
+def test_of_few_slices_the_divergence_alone_counts():
+    own = [line(REFERENCE, "own", n, 1.0) for n in range(2)]
+    own += [line("dart", "own", n, 1.3, kl=0.02 + n / 100, achieved=0.5) for n in range(2)]
+    found = quality_row("dart", own, 0)
+    assert found["loss"] == pytest.approx(math.expm1(0.025))
+    assert found["loss_range"] == pytest.approx([math.expm1(0.02), math.expm1(0.03)])
 
 
 ROWS = [
@@ -121,6 +133,37 @@ def test_the_front_holds_what_nothing_beats():
 
 def test_times_are_medians_of_means():
     samples = [{"steps_s": [0.002, 0.004]}, {"steps_s": [0.003] * 2}, {"steps_s": [0.009] * 2}]
-    base = [{"steps_s": [0.006]}]
+    base = [{"steps_s": [0.006]}] * 2 + [{"steps_s": [0.018]}]
     found = time_row(samples, base)
-    assert found == pytest.approx({"ms": 3.0, "ms_spread": 0.0, "times_dense": 2.0})
+    assert found["ms"] == pytest.approx(3.0) and found["ms_spread"] == pytest.approx(0.0)
+    assert found["times_dense"] == pytest.approx(2.0) and found["disturbed"] is None
+    held = time_row(samples, base, 1.5)  # more than the bytes allow is no result
+    assert held["times_dense"] is None and held["disturbed"].startswith("disturbed")
+    assert held["bytes_limit"] == 1.5
+
+
+DENSE = row("dense", 0.0, 10.0, True)
+
+
+@pytest.mark.parametrize(
+    ("other", "recommended", "left"),
+    [
+        (row("token", 0.005, 8.0, loss_range=[0.004, 0.006]), "token", []),  # clearly good
+        (row("token", 0.005, 8.0, scatter=0.2), "token", ["token"]),  # may be as slow as dense
+        (row("token", 0.015, 8.0, loss_range=[0.01, 0.03]), "token", ["token"]),  # may lose more
+        (row("token", 0.05, 8.0, loss_range=[0.04, 0.06]), "dense", []),  # loses too much
+        (row("token", 0.005, 9.9), "dense", []),  # is no faster
+        (row("token", 0.005, 9.8, scatter=0.1), "dense", ["token"]),
+        (row("token", 0.3, None), "dense", []),
+        (row("token", 0.005, 8.0, times_dense=None, disturbed="disturbed"), "dense", ["token"]),
+    ],
+)
+def test_few_slices_decide_only_what_is_clear(other, recommended, left):
+    rows = [DENSE, other]
+    assert recommend(rows, "dense", 0.02, 0.03) == recommended
+    assert undecided(rows, "dense", recommended, 0.02, 0.03) == left
+
+
+def test_of_too_few_slices_the_least_loss_says_what_is_clearly_over():
+    assert not clearly_over(row("token", 0.03, None, loss_range=[0.015, 0.05]), 0.02)
+    assert clearly_over(row("token", 0.03, None, loss_range=[0.025, 0.05]), 0.02)

@@ -19,7 +19,7 @@ from dart_llm.pruning.config import PruneConfig
 from dart_llm.reporting.console import Ui
 from dart_llm.settings import merge
 from dart_llm.studies.tune import study as tune_study
-from dart_llm.studies.tune.candidates import Formats, candidates
+from dart_llm.studies.tune.candidates import Formats, candidates, quick_candidates
 from dart_llm.studies.tune.dry_run import plan
 from dart_llm.studies.tune.quality import slices_of, users, write_text
 from dart_llm.studies.tune.settings import TuneSettings
@@ -72,8 +72,10 @@ def test_the_default_grid():
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_a_dtype_leaves_the_blocks_of_a_gguf_file_to_be_tried(native, dtype):
     found = Formats.of(asked(model="smollm2-135m", dtype=dtype, device="cpu"))
-    assert [one.name for one in found.every] == ["file", "q4_0", "dense"]
+    assert [one.name for one in found.every] == ["file", "q4_0"]
     assert [one.name for one in found.pruned] == ["file"]
+    assert found.reference.name == "file"
+    assert Formats(FORMS[1:3], FORMS[1:2]).reference.name == "dense"
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,7 @@ def test_slices_of_both_texts_come_in_turn(tmp_path):
     own = write_text(model, 3, PROMPT + TOKENS, 0)
     assert own == write_text(model, 3, PROMPT + TOKENS, 0) != write_text(model, 3, 64, 1)
     path = settings(tmp_path).text
-    found = slices_of(own, users(path, tokenizer, 3, PROMPT, TOKENS), PROMPT)
+    found = slices_of(dict(enumerate(own)), users(path, tokenizer, 3, PROMPT, TOKENS), PROMPT)
     assert [one.id for one in found[:4]] == ["own/0", "bees/0", "own/1", "bees/1"]
     assert all(len(one.scored) == TOKENS and len(one.window.ids) == 64 for one in found)
     short = tmp_path / "short.txt"
@@ -149,7 +151,7 @@ def test_a_loss_that_is_clearly_too_much_is_not_timed(tmp_path, monkeypatch):
     found = job(tmp_path, sparsities="0.7", max_loss=1e-7)
     dense, pruned = found.summary["rows"]
     assert pruned["ms"] is None and pruned["times_dense"] is None and dense["recommended"]
-    assert found.sentences()[0].startswith("Nothing is worth it")
+    assert found.sentences()[0].startswith("No setting within the loss of 0 % is more than 3 %")
     assert found.sentences()[-1].endswith("setting.yaml --prompt 'The sky is blue because'")
     kept = yaml.safe_load((found.path / "setting.yaml").read_text())
     assert kept["setting"]["method"] == "dense" and kept["measured"]["loss"] == 0
@@ -181,9 +183,54 @@ def test_dry_run_says_what_and_how_long(tmp_path):
     assert found["candidates"] == ["dense", "griffin 30 %", "griffin 70 %"]
     assert found["slices"] == 4 and found["seconds"] > 0
     assert "roughly" in ui.log[-1] and not (tmp_path / "results").exists()
-    assert "to learn" not in ui.log[-1]
+    assert "to learn" not in ui.log[-1] and " of memory; nothing was run" in ui.log[-1]
     plan(settings(tmp_path, methods="dart"), ui)
-    assert "to learn the model once" in ui.log[-1]
+    assert "to learn from the model's own text, once" in ui.log[-1]
+    quick = plan(settings(tmp_path, quick=True, slices=8), ui)
+    assert quick["candidates"] == ["dense", "griffin 30 %"]
+    assert quick["slices"] == 4 and quick["seconds"] < found["seconds"]
+
+
+def test_the_quick_grid():
+    both = Formats((FORMS[0], FORMS[2]), FORMS[:1])
+    given = asked(quick=True)
+    found = quick_candidates(candidates(given, both), given, both)
+    assert [one.label for one in found] == [
+        "dense, weights file",
+        "dense, screened head, weights file",
+        "dart-token 30 %, weights file",
+    ]
+    rounded = Formats((FORMS[3], FORMS[1], FORMS[2]), FORMS[1:2])
+    given = asked(quick=True, methods="griffin,dart", sparsities="0.4,0.2", heads="full")
+    found = quick_candidates(candidates(given, rounded), given, rounded)
+    assert [one.label for one in found] == [
+        "dense, weights dense",
+        "dense, weights q8_0",
+        "griffin 20 %, weights q8_0",
+        "dart 20 %, weights q8_0",
+    ]
+
+
+def test_a_quick_run_answers_and_the_whole_one_continues_from_it(tmp_path):
+    first = job(tmp_path, quick=True, slices=4, max_loss=1.0)
+    rows = [row["row"] for row in first.summary["rows"]]
+    assert rows == ["dense", "griffin 30 %"]
+    assert first.summary["slices"] == 2 and len(first.lines) == 4 * 3
+    assert re.match("First answer|Undecided", first.sentences()[0])
+    assert "measures 1 further setting and continues from here" in first.sentences()[0]
+    kept = yaml.safe_load((first.path / "setting.yaml").read_text())
+    assert kept["measured"]["quick"] is True
+    assert json.loads((first.path / "config.json").read_text())["status"] == "complete"
+
+    again = job(tmp_path, quick=True, slices=4, max_loss=1.0)
+    assert again.path == first.path and again.computed == 0
+
+    whole = job(tmp_path, slices=4, max_loss=1.0)
+    assert whole.path == first.path and not whole.summary["quick"]
+    texts = 1  # what the model writes for the other slices; the first ones are there
+    assert whole.computed == texts + 8 * 4 - len(first.lines) + 2
+    assert [line for line in first.lines if line not in whole.lines] == []
+    assert not (whole.path / "parts.jsonl").exists()
 
 
 def test_from_python_on_a_loaded_model(tmp_path):

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from dart_llm.errors import ConfigError
 from dart_llm.experiments.model_facts import held_weights
 from dart_llm.experiments.timed_cases import Format
-from dart_llm.experiments.variants import DENSE
+from dart_llm.experiments.variants import DENSE, Variant
+from dart_llm.models.gguf import ROUNDED
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.reporting.words import percent
 from dart_llm.studies.tune.settings import BY_TOKEN, OTHERWISE, TuneSettings
@@ -16,7 +17,7 @@ from dart_llm.studies.tune.settings import BY_TOKEN, OTHERWISE, TuneSettings
 SCREENED = "screened"
 
 REFERENCE = Format(DENSE, DENSE)
-"""What losses are counted from: the weights as they are, in the model's own dtype."""
+"""What losses are counted from where every format rounds: the weights in the model's dtype."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Formats:
     def of(cls, settings: TuneSettings) -> Formats:
         """Those that were asked for, methods on each; else what suits the model and this machine.
 
-        A GGUF file, in whatever dtype: as it is, where methods are tried too, in 4 bits, and dense.
-        A checkpoint: dense, and in 8 bits, where methods are tried too, and in 4.  Where no kernels
+        A GGUF file, in whatever dtype: as it is, where methods are tried too, and in 4 bits.  A
+        checkpoint: dense, and in 8 bits, where methods are tried too, and in 4.  Where no kernels
         can read blocks: dense alone.  Raises ``ConfigError`` or ``LoadError``.
         """
         asked = settings.format_list()
@@ -53,12 +54,18 @@ class Formats:
             return cls(asked, asked)
         own = held_weights(settings.model_copy(update={"dtype": None}))
         if own == "file":
-            return cls(
-                (Format("file", "file"), Format("q4_0", "q4_0"), REFERENCE),
-                (Format("file", "file"),),
-            )
+            file = Format("file", "file")
+            return cls((file, Format("q4_0", "q4_0")), (file,))
         blocks = tuple(Format(word, word) for word in ("q8_0", "q4_0") if _can(settings, word))
         return cls((REFERENCE, *blocks), blocks[:1] or (REFERENCE,))
+
+    @property
+    def reference(self) -> Format:
+        """The format whose dense model losses are counted from: the first that rounds nothing.
+
+        The blocks of a file are exact in forwards of many tokens, which dequantise them.
+        """
+        return next((one for one in self.every if one.weights not in ROUNDED), REFERENCE)
 
 
 def _can(settings: TuneSettings, weights: str) -> bool:
@@ -90,10 +97,36 @@ def candidates(settings: TuneSettings, formats: Formats) -> tuple[Candidate, ...
     return tuple(found)
 
 
+def quick_candidates(
+    every: Sequence[Candidate], settings: TuneSettings, formats: Formats
+) -> tuple[Candidate, ...]:
+    """Those of ``every`` that ``--quick`` measures: a first answer, in minutes.
+
+    Dense as the model is loaded and in the first format that methods are tried on; in that format
+    dense with a screened head, and the first method (each one, where some were named) at the
+    lowest of its sparsities.
+    """
+    own, tried = formats.every[0], formats.pruned[0]
+    named = settings.methods is not None or settings.variants is not None
+    first = [
+        f"{variant.label} {percent(min(_sparsities(settings, variant)), 0)}"
+        for variant in settings.variant_list()[: None if named else 1]
+    ]
+    several = len(formats.pruned) > 1 or len(formats.every) > 1
+    labels = {_label(DENSE, "full", own, several), _label(DENSE, "full", tried, several)}
+    labels |= {_label(DENSE, SCREENED, tried, several)}
+    labels |= {_label(name, "full", tried, several) for name in first}
+    return tuple(one for one in every if one.label in labels)
+
+
+def _sparsities(settings: TuneSettings, variant: Variant) -> Sequence[float]:
+    usual = OTHERWISE if variant.config.token is None else BY_TOKEN
+    return settings.sparsity_list() or usual
+
+
 def _methods(settings: TuneSettings) -> Iterator[tuple[str, PruneConfig]]:
     for variant in settings.variant_list():
-        usual = OTHERWISE if variant.config.token is None else BY_TOKEN
-        for sparsity in settings.sparsity_list() or usual:
+        for sparsity in _sparsities(settings, variant):
             yield f"{variant.label} {percent(sparsity, 0)}", variant.at(sparsity)
 
 

@@ -1,4 +1,4 @@
-"""``dart-llm tune --dry-run``: what would be measured, and roughly how long."""
+"""What ``dart-llm tune`` takes, roughly, before it starts; ``--dry-run``."""
 
 from __future__ import annotations
 
@@ -8,62 +8,80 @@ from typing import Any
 
 from dart_llm.errors import DartError
 from dart_llm.experiments.model_facts import configuration
+from dart_llm.files import size_text
 from dart_llm.models.gguf_file import read_gguf
 from dart_llm.models.loading import is_default
 from dart_llm.reporting.console import Ui
-from dart_llm.reporting.words import count, duration
-from dart_llm.studies.tune.candidates import Candidate, Formats, candidates
-from dart_llm.studies.tune.settings import TuneSettings
+from dart_llm.reporting.words import count, duration, percent
+from dart_llm.studies.tune.candidates import Candidate, Formats, candidates, quick_candidates
+from dart_llm.studies.tune.quality import first_of
+from dart_llm.studies.tune.settings import QUICK_TOKENS, TuneSettings
 
 DEFAULT_PARAMETERS = 135e6
 
-SCORED, TIMED, WRITTEN, LOADED, LEARNT = 20.0, 200.0, 20.0, 60.0, 300.0
+SCORED, TIMED, WRITTEN, LOADED, LEARNED = 20.0, 200.0, 60.0, 60.0, 500.0
 """Guesses, which no table rests on: seconds of two CPU cores per billion parameters for 256 tokens
 of a slice by one candidate, for 1,000 timed tokens, for 1,000 that the model writes, for loading,
-for what is learnt of a model.
+for what is learned of a model.
 """
+
+WEIGHT_BYTES = {"dense": 2.0, "own": 2.0, "file": 0.8, "q8_0": 1.1, "q4_0": 0.6, "q4_1": 0.7}
+"""Of a format, roughly."""
+
+OTHER_BYTES = 0.7e9
+"""PyTorch, caches and logits, roughly."""
 
 
 def plan(settings: TuneSettings, ui: Ui) -> dict[str, Any]:
     """Says it, and gives it as JSON-able data; ``seconds`` is None where the size is not known."""
     formats = Formats.of(settings)
     found = candidates(settings, formats)
+    if settings.quick:
+        found = quick_candidates(found, settings, formats)
     billions = parameters(settings)
     seconds = None if billions is None else rough_seconds(settings, len(found), billions)
     ui.say(f"{count(len(found), 'candidate')} on {settings.name}:")
     for one in found:
         ui.say(f"  {one.label}")
     ui.say(
-        f"{count(settings.slices, 'slice')} of the model's own text and of {settings.text}; then "
-        f"{count(settings.repeats, 'repetition')} of what does not lose clearly more than "
-        f"{settings.max_loss:.1%}"
+        f"{count(_slices(settings), 'slice')} of the model's own text and of {settings.text}; then "
+        f"each candidate that may lose {percent(settings.max_loss)} or less is timed "
+        f"{settings.repeats} times"
     )
-    told = "not known" if seconds is None else duration(seconds)
-    told += _learning(found, billions)
-    ui.say(f"roughly, on two CPU cores: {told}; nothing was run")
+    ui.say(f"{estimate(settings, found, billions)}; nothing was run")
     return {
         "model": settings.name,
         "candidates": [one.label for one in found],
-        "formats": [one.name for one in formats.every],
-        "slices": 2 * settings.slices,
+        "formats": list(dict.fromkeys(one.form for one in found)),
+        "slices": 2 * _slices(settings),
         "repeats": settings.repeats,
         "seconds": seconds,
     }
 
 
-def _learning(found: Sequence[Candidate], billions: float | None) -> str:
-    """What comes on top where a candidate needs what is learnt of a model."""
-    learns = any(one.config.prior is not None or one.config.screens for one in found)
-    if billions is None or not learns:
-        return ""
-    return f", and {duration(billions * LEARNT)} to learn the model once, if that was not done yet"
+def estimate(settings: TuneSettings, found: Sequence[Candidate], billions: float | None) -> str:
+    """How long it takes and how much memory, in words; ``billions`` of parameters."""
+    if billions is None:
+        return "how long it takes is not known: the size of the model is not"
+    told = f"roughly {duration(rough_seconds(settings, len(found), billions))} on two CPU cores"
+    size = sum(WEIGHT_BYTES[form] for form in dict.fromkeys(one.form for one in found))
+    if learns := any(one.config.prior is not None or one.config.screens for one in found):
+        told += f", and {duration(billions * LEARNED)} to learn from the model's own text, once"
+    size += 4.0 * learns  # a copy of the model in float32
+    return f"{told}; about {size_text(int(size * billions * 1e9 + OTHER_BYTES))} of memory"
+
+
+def _slices(settings: TuneSettings) -> int:
+    """Slices of each text."""
+    return len(first_of(settings.slices)) if settings.quick else settings.slices
 
 
 def rough_seconds(settings: TuneSettings, number: int, billions: float) -> float:
     """For ``number`` candidates, most of which are timed."""
-    slices = 2 * settings.slices * (number + 1)
+    slices = 2 * _slices(settings) * (number + 1)
     size = (settings.prompt_tokens + settings.tokens) / 256
-    timed = number * settings.repeats * settings.timed_tokens / 1000
+    tokens = min(settings.timed_tokens, QUICK_TOKENS) if settings.quick else settings.timed_tokens
+    timed = number * settings.repeats * tokens / 1000
     written = (settings.prompt_tokens + settings.tokens) / 1000
     return billions * (slices * size * SCORED + timed * TIMED + written * WRITTEN + LOADED)
 

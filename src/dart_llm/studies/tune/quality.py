@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,14 +56,22 @@ class Slice:
         return self.window.ids[self.window.first :]
 
 
-def write_text(model: Any, count: int, length: int, seed: int) -> list[list[int]]:
-    """``count`` texts of ``length`` tokens that ``model`` writes itself, as priors are learnt from.
+def first_of(count: int) -> tuple[int, ...]:
+    """Places of the slices, of ``count``, that ``--quick`` scores: the first and a middle one."""
+    return tuple(dict.fromkeys((0, count // 2)))
 
-    Raises ``ConfigError`` for a model without a head.
+
+def write_text(model: Any, count: int, length: int, seed: int, skip: int = 0) -> list[list[int]]:
+    """``count`` texts of ``length`` tokens that ``model`` writes, as priors are learned from.
+
+    ``skip``: texts that were written before: these are others.  Raises ``ConfigError`` for a model
+    without a head.
     """
-    prior, generator = PriorConfig(), torch.Generator().manual_seed(seed + STEPS_AHEAD)
-    begin = opening_ids(model, count, min(prior.opening, length - 1))
-    if begin is None:
+    prior, generator = PriorConfig(), torch.Generator().manual_seed(seed + STEPS_AHEAD + skip)
+    begin = opening_ids(model, skip + count, min(prior.opening, length - 1))
+    if begin is not None:
+        begin = begin[skip:]
+    else:
         vocabulary = int(model.config.get_text_config().vocab_size)
         begin = torch.randint(vocabulary, (count, 1), generator=generator)
         if start := own_start(model):
@@ -74,9 +82,11 @@ def write_text(model: Any, count: int, length: int, seed: int) -> list[list[int]
     return found
 
 
-def slices_of(own: Sequence[Sequence[int]], second: Sequence[Slice], prompt: int) -> list[Slice]:
-    """Slices of the model's own texts, ``own``, and those of the user's, ``second``, in turn."""
-    first = [Slice(OWN_TEXT, Window(torch.tensor(one), prompt, n)) for n, one in enumerate(own)]
+def slices_of(
+    own: Mapping[int, Sequence[int]], second: Sequence[Slice], prompt: int
+) -> list[Slice]:
+    """Slices of the model's own texts, by number, and those of the user's, ``second``, in turn."""
+    first = [Slice(OWN_TEXT, Window(torch.tensor(one), prompt, n)) for n, one in own.items()]
     return sorted([*first, *second], key=lambda one: one.window.number)
 
 

@@ -40,12 +40,14 @@ Row = Mapping[str, Any]
 
 DEFINITIONS = {
     "loss": "perplexity over that of the dense model in its own dtype, minus 1, on the same tokens "
-    "of the worse of the two texts, and no less than exp(KL) - 1; 95 % intervals by bootstrap over "
-    "slices",
+    "of the worse of the two texts, and no less than exp(KL) - 1, which alone counts where there "
+    "are fewer than six slices; 95 % intervals by bootstrap over slices",
     "KL": "of the dense model against this one, nats per token, the worse text's mean",
     "ms": "mean time of a timed token, its choice included; median over repetitions",
     "+-": "median absolute distance of the repetitions to their median",
-    "x dense": "ms of the row that base names over this row's",
+    "x dense": "ms of the row that base names over this row's, repetition by repetition, their "
+    "median; empty where the timing was disturbed",
+    "bandwidth limit": "bytes of the row that base names over this row's: no timing is faster",
     "bytes": "bytes that a token reads over those of the dense model at bfloat16, if run compactly",
     "achieved": "fraction of FFN neurons removed, mean over the scored tokens, dense ones count 0",
     "dense tokens": "share of the scored tokens that ran dense",
@@ -57,9 +59,13 @@ DEFINITIONS = {
 def verdict(document: Row, row: Row) -> str:
     """What became of a row, in a word or two."""
     if row["recommended"]:
-        return "recommended"
+        return "stay with it for now" if document["undecided"] else "recommended"
     if row["ms"] is None:
         return "loses too much: not timed"
+    if row["disturbed"]:
+        return "disturbed: repeat it"
+    if row["row"] in document["undecided"]:
+        return "undecided"
     if row["loss"] > document["max_loss"]:
         return "loses too much"
     return "on the front" if row["pareto"] else ""
@@ -78,6 +84,7 @@ def table(document: Row) -> Table:
         Column("ms", "ms", ".2f"),
         Column("+-", "ms_spread", ".2f", terminal=False),
         Column("x dense", "times_dense", ".2f"),
+        Column("bandwidth limit", "bytes_limit", ".2f", terminal=False),
         Column("bytes", "bytes_share", ".2f"),
         Column("achieved", "achieved_sparsity", percent),
         Column("dense tokens", "dense_token_share", percent, terminal=False),
@@ -121,30 +128,69 @@ def loss_words(row: Row) -> str:
 
 
 def sentences(document: Row) -> list[str]:
-    """What is recommended and why; what could not run."""
-    best, base = _row(document, document["recommended"]), _row(document, document["base"])
-    most = percent(document["max_loss"])
-    told = (
-        f"{best['row']}: loses {loss_words(best)}, {best['ms']:.2f} ms per token, "
-        f"{best['times_dense']:.2f} x as fast as {base['row']}"
+    """What is recommended and why; what could not be judged or could not run."""
+    first = _quick(document) if document["quick"] else _whole(document)
+    disturbed = [row["row"] for row in document["rows"] if row["disturbed"]]
+    more = _left_out(document["left_out"])
+    if disturbed and not document["quick"]:
+        more.insert(
+            0,
+            f"The timing of {'; '.join(disturbed)} was disturbed by other work on this machine and "
+            "decides nothing: repeat it on a quiet machine with --fresh.",
+        )
+    return [first, *more]
+
+
+def _told(document: Row, row: Row) -> str:
+    """What a row loses and how fast it is."""
+    loss = f"{row['row']}: loses {loss_words(row)}"
+    if row["disturbed"]:
+        return f"{loss}; its timing was disturbed by other work on this machine"
+    limit = row["bytes_limit"]
+    at_most = "" if limit is None or limit <= 1 else f" (bandwidth limit {limit:.2f} x)"
+    return (
+        f"{loss}, {row['ms']:.2f} ms per token, {row['times_dense']:.2f} x as fast as "
+        f"{document['base']}{at_most}"
     )
-    noise = percent(document["noise"])
+
+
+def _quick(document: Row) -> str:
+    """The first answer, or that there is none yet."""
+    best, base = _row(document, document["recommended"]), _row(document, document["base"])
+    most, noise = percent(document["max_loss"]), percent(document["noise"])
+    more = count(document["further"], "further setting")
+    further = f"The same command without --quick measures {more} and continues from here."
+    if document["undecided"]:
+        open_rows = "; ".join(_told(document, _row(document, n)) for n in document["undecided"])
+        return (
+            f"Undecided after so few slices and repetitions; dense takes {base['ms']:.2f} ms per "
+            f"token. {open_rows}. {further}"
+        )
+    if best is base:
+        return (
+            f"First answer: use it dense ({base['row']}, {base['ms']:.2f} ms per token). Nothing "
+            f"that was tried loses {most} or less and is more than {noise} faster. {further}"
+        )
+    return f"First answer, for a loss of up to {most}: {_told(document, best)}. {further}"
+
+
+def _whole(document: Row) -> str:
+    best, base = _row(document, document["recommended"]), _row(document, document["base"])
+    most, noise = percent(document["max_loss"]), percent(document["noise"])
     if best is base and best["loss"] > document["max_loss"]:
-        first = f"Nothing loses less than {most}, not even {told}; give another --max-loss."
-    elif best is base:
-        first = (
-            f"Nothing is worth it: no setting that loses up to {most} is more than {noise} faster "
-            f"than {base['row']} ({base['ms']:.2f} ms per token, loss {loss_words(base)}). Stay "
-            "with it."
+        return (
+            f"Nothing loses less than {most}, not even {_told(document, best)}; give another "
+            "--max-loss."
         )
-    elif best["dense"]:
-        first = (
-            f"Recommended for a loss of up to {most}: {told}. Leaving anything out is worth "
-            f"nothing here: no such setting is more than {noise} faster."
+    if best is base:
+        return (
+            f"No setting within the loss of {most} is more than {noise} faster than {base['row']} "
+            f"({base['ms']:.2f} ms per token, loss {loss_words(base)}): keep the dense model."
         )
-    else:
-        first = f"Recommended for a loss of up to {most}: {told}."
-    return [first, *_left_out(document["left_out"])]
+    first = f"Recommended for a loss of up to {most}: {_told(document, best)}."
+    if best["dense"]:
+        return f"{first} Pruning gains nothing here: no such setting is more than {noise} faster."
+    return first
 
 
 def _left_out(reasons: Mapping[str, str]) -> list[str]:
@@ -165,9 +211,10 @@ def measured(document: Row, row: Row) -> dict[str, Any]:
         "loss": round(row["loss"], 5),
         "loss_interval": None if ends is None else [round(end, 5) for end in ends],
         "max_loss": document["max_loss"],
+        "quick": document["quick"],
         "kl": round(row["kl"], 5),
         "ms_per_token": round(row["ms"], 3),
-        "times_dense": round(row["times_dense"], 3),
+        "times_dense": row["times_dense"] and round(row["times_dense"], 3),
         "dense": document["base"],
         "bytes_share": None if row["bytes_share"] is None else round(row["bytes_share"], 4),
         "achieved_sparsity": round(row["achieved_sparsity"], 4),

@@ -24,6 +24,9 @@ BY_TOKEN, OTHERWISE = (0.3, 0.5, 0.7), (0.2, 0.3)
 
 HEADS = ("full", "screened")
 
+QUICK_TOKENS = 24
+"""Timed tokens of a repetition of ``--quick``."""
+
 OWN = "own"
 """The format of a model that was loaded already."""
 
@@ -50,6 +53,12 @@ class TuneSettings(StudyOptions, ModelOptions):
     )
     save: str | None = setting(
         STUDY, "Write the recommended setting here too (setting.yaml lies in the results folder)."
+    )
+    quick: bool = setting(
+        STUDY,
+        "Answer in minutes: dense, a screened head, dart-token at 30 %, on two slices of each "
+        "text; the same command without it continues from there.",
+        False,
     )
     methods: str | None = setting(
         STUDY, f"Methods, comma-separated, or none; dense always runs (default: {METHODS})."

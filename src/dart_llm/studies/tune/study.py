@@ -44,24 +44,28 @@ from dart_llm.pruning.setting_file import KeptSetting
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
+from dart_llm.reporting.words import count
 from dart_llm.session.kept import held_words, identity
 from dart_llm.session.prepare import prepare
 from dart_llm.session.run import Run
 from dart_llm.studies.tune import choice, report
-from dart_llm.studies.tune.candidates import REFERENCE, Candidate, Formats, candidates
+from dart_llm.studies.tune.candidates import Candidate, Formats, candidates, quick_candidates
+from dart_llm.studies.tune.dry_run import estimate, parameters
 from dart_llm.studies.tune.quality import (
+    OWN_TEXT,
     Part,
     Slice,
+    first_of,
     needs_prompt,
     score,
     slices_of,
     users,
     write_text,
 )
-from dart_llm.studies.tune.settings import OWN, TuneSettings
+from dart_llm.studies.tune.settings import OWN, QUICK_TOKENS, TuneSettings
 
-WRITING = "own text"
-"""The unit of the text that the model writes."""
+WRITING, FURTHER = "own text", "further own text"
+"""The units of the text that the model writes: of the slices of ``--quick``, and of the others."""
 
 WARMUP_TOKENS = 4
 
@@ -80,6 +84,7 @@ class TuneStudy(Study[TuneSettings]):
 
     kind = "tune"
     document = "tune.json"
+    shown = Study.shown | {"quick"}
 
     def __init__(
         self, settings: TuneSettings, ui: Ui, given: tuple[Any, Any] | None = None
@@ -89,6 +94,10 @@ class TuneStudy(Study[TuneSettings]):
         own = (Format(OWN),)
         self.formats = Formats.of(settings) if given is None else Formats(own, own)
         self.candidates = candidates(settings, self.formats)
+        """All that the whole study measures: what makes two runs the same."""
+        self.tried = self.candidates
+        if settings.quick:
+            self.tried = quick_candidates(self.candidates, settings, self.formats)
         if any(one.config.calibration is not None for one in self.candidates):
             check_disjoint(settings.calibration, {settings.text: None})
         self.held: dict[str, Held] = {}
@@ -99,6 +108,8 @@ class TuneStudy(Study[TuneSettings]):
         self.left_out: dict[str, str] = {}
         """Why candidates cannot run, by label."""
         self.notes: list[str] = []
+        self.own: dict[int, list[int]] = {}
+        """What the model wrote, ids by number of the slice."""
         self.slices: list[Slice] = []
         self.users: list[Slice] = []
         self.timed: list[str] = []
@@ -120,6 +131,10 @@ class TuneStudy(Study[TuneSettings]):
         return self.settings.name
 
     @property
+    def partial(self) -> bool:
+        return self.settings.quick
+
+    @property
     def base(self) -> str:
         """Label of the dense model as it is loaded: what times are compared with."""
         return self.candidates[0].label
@@ -127,7 +142,7 @@ class TuneStudy(Study[TuneSettings]):
     @property
     def reference(self) -> Held:
         """The dense model in its own dtype, from which losses are counted."""
-        return self.held[OWN if self.given else REFERENCE.name]
+        return self.held[self.formats.reference.name]
 
     def inputs(self) -> Mapping[str, Any]:
         settings = self.settings
@@ -156,13 +171,15 @@ class TuneStudy(Study[TuneSettings]):
     # models
 
     def load(self) -> None:
-        """Every format, and the reference; raises ``ConfigError`` for slices that are too long."""
+        """The formats and the reference; raises ``ConfigError`` for slices that are too long."""
         settings, began = self.settings, time.perf_counter()
+        self._announce()
         if self.given is not None:
             self.held = {OWN: Held(Format(OWN), *self.given)}
         else:
-            wanted = {one.name: one for one in (*self.formats.every, REFERENCE)}
-            for name, form in wanted.items():
+            every = dict.fromkeys((*self.formats.every, self.formats.reference))
+            tried = {self.formats.reference.name, *(one.form for one in self.tried)}
+            for name, form in ((one.name, one) for one in every if one.name in tried):
                 one = settings.model_copy(update={"weights": form.weights})
                 self.held[name] = Held(form, *load_model(one, self.ui)[:2])
                 self._read_text()  # refused, if it is, before the others are loaded
@@ -179,6 +196,15 @@ class TuneStudy(Study[TuneSettings]):
             )
         if self.bench:
             self._find_reference()
+
+    def _announce(self) -> None:
+        """How long it takes and how much memory, before it starts."""
+        if self.given is None:
+            size = parameters(self.settings)
+        else:
+            size = sum(one.numel() for one in self.given[0].parameters()) / 1e9
+        told = estimate(self.settings, self.tried, size)
+        self.ui.say(f"{count(len(self.tried), 'candidate')}: {told}")
 
     def _read_text(self) -> None:
         """The slices of the user's text, once a tokenizer is there."""
@@ -208,7 +234,7 @@ class TuneStudy(Study[TuneSettings]):
 
     def _make_ready(self) -> None:
         """What makes each candidate's run; what cannot run is left out, and why is kept."""
-        for one in self.candidates:
+        for one in self.tried:
             try:
                 self.makers[one.label] = self._maker(one)
             except DartError as error:
@@ -230,9 +256,17 @@ class TuneStudy(Study[TuneSettings]):
     # units
 
     def units(self) -> Iterator[Unit]:
-        yield Unit(WRITING)
+        settings = self.settings
+        first = first_of(settings.slices)
+        yield Unit(WRITING, data=first)
+        if not settings.quick and len(first) < settings.slices:
+            yield Unit(FURTHER, data=[n for n in range(settings.slices) if n not in first])
+        users = self.users
+        if settings.quick:
+            users = [users[place] for place in first_of(len(users))]
+        self.slices = slices_of(self.own, users, settings.prompt_tokens)
         self._make_ready()
-        ready = [one for one in self.candidates if one.label in self.makers]
+        ready = [one for one in self.tried if one.label in self.makers]
         total = len(self.slices) * (1 + len(ready))
         with self.ui.progress("slices by candidates", total) as self.advance:
             for one in self.slices:
@@ -242,8 +276,8 @@ class TuneStudy(Study[TuneSettings]):
                         yield Unit(f"{one.id}/{label}", data=(one, candidate))
                     self.advance(1)
         self._choose_timed(ready)
-        settings = self.settings
-        units = [Unit(f"repetition {n}", data=n) for n in range(settings.repeats)]
+        kind = "quick repetition" if settings.quick else "repetition"
+        units = [Unit(f"{kind} {n}", data=n) for n in range(settings.repeats)]
         turns = [*self.timed, *self.files]
         fresh = any(self.finished(unit) is None for unit in units)
         with self.ui.progress("decoding", len(turns) * settings.repeats) as self.advance:
@@ -271,16 +305,17 @@ class TuneStudy(Study[TuneSettings]):
 
     def compute(self, unit: Unit) -> Any:
         settings = self.settings
-        if unit.key == WRITING:
+        if unit.key in (WRITING, FURTHER):
             length = settings.prompt_tokens + settings.tokens
+            skip = 0 if unit.key == WRITING else len(first_of(settings.slices))
             with self.ui.status("the model writes a text to be judged by"):
-                return write_text(self.model, settings.slices, length, settings.seed)
+                return write_text(self.model, len(unit.data), length, settings.seed, skip)
         if not isinstance(unit.data, int):
             return self._score(*unit.data)
         samples = {}
         order = shuffled([*self.timed, *self.files], settings.seed, unit.data)
         for label in order:
-            samples[label] = self._turn(label, settings.timed_tokens, unit.data)
+            samples[label] = self._turn(label, self.timed_tokens, unit.data)
             self.advance(1)
         return {"order": order, "samples": samples, "process": os.getpid()}
 
@@ -323,9 +358,8 @@ class TuneStudy(Study[TuneSettings]):
         return repetition(held.model, ids, tokens, self.makers[label])
 
     def take(self, unit: Unit, value: Any) -> None:
-        settings = self.settings
-        if unit.key == WRITING:
-            self.slices = slices_of(value, self.users, settings.prompt_tokens)
+        if unit.key in (WRITING, FURTHER):
+            self.own |= dict(zip(unit.data, value, strict=True))
         elif isinstance(unit.data, int):
             self.repetitions.append(value)
         else:
@@ -335,14 +369,17 @@ class TuneStudy(Study[TuneSettings]):
 
     @property
     def has_results(self) -> bool:
-        return bool(self.slices)
+        return bool(self.own)
 
     # what is made of them
 
     def summarise(self) -> dict[str, Any]:
         settings = self.settings
-        rows = [self._row(one) for one in self.candidates if one.label in self.makers]
-        best = choice.recommend(rows, self.base, settings.max_loss, settings.noise)
+        rows = [self._row(one) for one in self.tried if one.label in self.makers]
+        allowed = settings.max_loss, settings.noise
+        best = choice.recommend(rows, self.base, *allowed)
+        left = choice.undecided(rows, self.base, best, *allowed) if settings.quick else []
+        best = self.base if left else best
         beaten = choice.pareto(rows)
         for row in rows:
             row["recommended"], row["pareto"] = row["row"] == best, row["row"] in beaten
@@ -354,8 +391,13 @@ class TuneStudy(Study[TuneSettings]):
             "machine": self.config["machine"],
             "versions": self.config["versions"],
             **{name: getattr(settings, name) for name in report.ASKED},
+            "timed_tokens": self.timed_tokens,
+            "slices": sum(one.text == OWN_TEXT for one in self.slices),
+            "quick": settings.quick,
+            "further": len(self.candidates) - len(self.tried),
             "base": self.base,
             "recommended": best,
+            "undecided": left,
             "rows": rows,
             "reference_rows": [self._reference_row(label) for label in self.files],
             "left_out": self.left_out,
@@ -365,6 +407,12 @@ class TuneStudy(Study[TuneSettings]):
         self._save(about)
         return about
 
+    @property
+    def timed_tokens(self) -> int:
+        """Timed tokens of a repetition."""
+        asked = self.settings.timed_tokens
+        return min(asked, QUICK_TOKENS) if self.settings.quick else asked
+
     def _samples(self, label: str) -> list[Sample]:
         return [one["samples"][label] for one in self.repetitions]
 
@@ -372,8 +420,9 @@ class TuneStudy(Study[TuneSettings]):
         row = choice.quality_row(one.label, self.lines, self.settings.seed)
         timed = one.label in self.timed
         base = self._samples(self.base)
-        nothing = dict.fromkeys(("ms", "ms_spread", "times_dense"))
-        times = choice.time_row(self._samples(one.label), base) if timed else nothing
+        times: choice.Row = dict.fromkeys(choice.TIMES)
+        if timed:
+            times = choice.time_row(self._samples(one.label), base, self._limit(one, row))
         return {
             "row": one.label,
             "method": one.config.method,
@@ -386,6 +435,18 @@ class TuneStudy(Study[TuneSettings]):
             "config": self.configs[one.label].to_dict(),
             "texts": row["texts"],
         }
+
+    def _limit(self, one: Candidate, row: choice.Row) -> float | None:
+        """Bytes that a token of the base reads over those of ``one``."""
+        base = choice.quality_row(self.base, self.lines, self.settings.seed)
+        sizes = [
+            None if share is None else share * self.held[form].width
+            for share, form in (
+                (base["bytes_share"], self.candidates[0].form),
+                (row["bytes_share"], one.form),
+            )
+        ]
+        return None if None in sizes else float(sizes[0] / sizes[1])
 
     def _reference_row(self, label: str) -> choice.Row:
         file = self.files[label]
