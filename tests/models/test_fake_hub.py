@@ -77,10 +77,10 @@ def test_a_hub_model_loads_as_from_pretrained_does(outcome):
     known = {"name": "tiny/llama", "source": "hub", "revision": COMMIT}
     known["sha256"] = hashlib.sha256(weights).hexdigest()
     assert good["facts"].items() >= known.items()
-    loading = "loading tiny/llama"
-    assert good["said"] == [f"downloading tiny/llama: {len(weights) / 1e6:.1f} MB", loading]
+    size, loading = f"{len(weights) / 1e6:.1f} MB", "loading tiny/llama"
+    assert good["said"] == [f"downloading tiny/llama: {size}", loading]
     # the second time from the cache; the default from the hub where pip has nothing, and says so
-    assert again["said"] == [loading]
+    assert again["said"] == [f"{loading}: {size} in bfloat16"]
     assert outcome.hub.downloads["tiny/llama/model.safetensors"] == 1
     assert default["facts"]["name"] == HUB_ID
     assert f"smollm2-135m: loaded the hub's original {HUB_ID} instead" in outcome.everything

@@ -35,7 +35,8 @@ def test_the_dense_copy(gguf, tmp_path):
     said = []
     exact, tokenizer = load(gguf, dtype="float32", cache_dir=tmp_path, progress=said.append)
     model, _ = load(gguf, cache_dir=tmp_path, progress=said.append)
-    assert said == [CONVERTING, "loading tiny", "loading tiny"] and not exact.training
+    sizes = "loading tiny: 0.4 MB in float32", "loading tiny: 0.2 MB in bfloat16"
+    assert said == [CONVERTING, *sizes] and not exact.training
     stored = {tensor.name: tensor for tensor in GGUFReader(gguf).tensors}
     state, rounded = exact.state_dict(), model.state_dict()
     names = {"model.embed_tokens.weight": "token_embd.weight"}

@@ -35,7 +35,7 @@ def test_a_folder_loads_in_its_own_dtype_and_in_others(folder, caplog):
     assert dart_llm.load is load  # the function, not a module
     with caplog.at_level(logging.INFO, logger="dart_llm"):
         model, tokenizer = load(folder)
-    assert caplog.messages == [f"loading {folder.name}"]
+    assert caplog.messages == [f"loading {folder.name}: 0.1 MB in bfloat16"]
     assert model.dtype == torch.bfloat16 and not model.training
     ids = tokenizer("hi", return_tensors="pt")["input_ids"]
     reference = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)

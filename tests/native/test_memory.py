@@ -38,6 +38,9 @@ def test_memory_that_is_left(tmp_path, monkeypatch):
     for limit, wanted in (("max\n", 700 * 1024), ("5000\n", 4000), ("9000000\n", 700 * 1024)):
         (group / "memory.max").write_text(limit)
         assert memory.available() == wanted
+    (group / "memory.max").write_text("5000\n")
+    (group / "memory.stat").write_text("anon 600\ninactive_file 300\nactive_file 50\n")
+    assert memory.available() == 4350  # files that lie in memory are dropped when it is needed
 
 
 @pytest.mark.skipif(not HUGE, reason="this system gives no huge pages")

@@ -552,6 +552,7 @@ def talk(chat: Chat, ui: Ui, read: ReadLine, person: bool = False) -> None:
             with unseen():
                 _answer(chat, ui, commands, message)
         except DartError as error:
+            ui.end_line()
             ui.say(f"{type(error).__name__}: {error}")
         except KeyboardInterrupt:  # while something was learnt
             if not person:
@@ -567,14 +568,14 @@ def _answer(chat: Chat, ui: Ui, commands: Commands, message: str) -> None:
     if not message.strip():
         return
 
-    text = Wrapped(_write, _columns)
+    text = Wrapped(ui.token, _columns)
 
     def show(record: Record) -> None:
         if isinstance(record, Token) and record.text:
             text.add(record.text)
 
     try:
-        with interruptible() as stopped:
+        with ui.working("reading what was said"), interruptible() as stopped:
             turn = chat.ask(message, show, stopped)
     finally:
         text.end()
@@ -582,11 +583,6 @@ def _answer(chat: Chat, ui: Ui, commands: Commands, message: str) -> None:
     ui.aside(turn_line(turn, chat.settings.max_tokens))
     if hint := loop_line(turn):
         ui.aside(hint)
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def _columns() -> int:

@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.resources import files
 from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -35,6 +35,9 @@ from dart_llm.studies.quality.settings import QualitySettings
 from dart_llm.studies.speed.settings import SpeedSettings
 from dart_llm.studies.sweep.grid import SweepFlags
 from dart_llm.studies.tune.settings import TuneSettings
+
+if TYPE_CHECKING:
+    from dart_llm.reporting.console import Ui
 
 HELP: dict[str, Any] = yaml.safe_load(
     (files("dart_llm.cli") / "help.yaml").read_text(encoding="utf-8")
@@ -87,18 +90,26 @@ class Command:
         assert self.settings is not None
         settings = merge(self.settings, flags, config)
         module, _, name = str(self.function).partition(":")
-        from dart_llm.experiments.study import run_study
-        from dart_llm.reporting.console import Ui
 
-        package = import_module(f"dart_llm.studies.{module}")
-        study = getattr(package, name)(settings, Ui(quiet=as_json))
-        _tell(lambda: run_study(study, fresh).answer(), as_json)
+        def compute(ui: Ui) -> Any:
+            from dart_llm.experiments.study import run_study
+
+            package = import_module(f"dart_llm.studies.{module}")
+            return run_study(getattr(package, name)(settings, ui), fresh).answer()
+
+        _tell(compute, as_json)
 
 
-def _tell(compute: Callable[[], Any], as_json: bool) -> None:
-    """Print what a study answers; what was measured also where some was not."""
+def _tell(compute: Callable[[Ui], Any], as_json: bool) -> None:
+    """Print what a study answers; what was measured also where some was not.
+
+    ``compute`` imports what it needs: the terminal is there first.
+    """
+    from dart_llm.reporting.console import Ui
+
     try:
-        document = compute()
+        with Ui.started(as_json) as ui:
+            document = compute(ui)
     except CellsFailed as failed:
         if as_json:
             _print_json(failed.document)
@@ -139,10 +150,13 @@ def run(
             "--eval-mmlu, --eval-general-nlp, --eval-summarization (in the scripts GENERATION=N or "
             "EVAL_PERPLEXITY, EVAL_MMLU, EVAL_GENERAL_NLP, EVAL_SUMMARIZATION=true)"
         )
-    from dart_llm.reporting.console import Ui
-    from dart_llm.studies.generate.study import run_job
 
-    _tell(lambda: run_job(settings, Ui(quiet=as_json), fresh).answer(), as_json)
+    def compute(ui: Ui) -> Any:
+        from dart_llm.studies.generate.study import run_job
+
+        return run_job(settings, ui, fresh).answer()
+
+    _tell(compute, as_json)
 
 
 def _write(path: Path, text: str, kind: str = "") -> None:
@@ -173,12 +187,15 @@ def demo(
     """``dart-llm demo``."""
     if plugin is not None:
         plugins.use(plugin)
-    from dart_llm.reporting.console import Ui
-    from dart_llm.studies.generate.study import run_demo
-
     given = {"model": model, "method": method, "device": device, "dtype": dtype}
     given |= {"cache_dir": cache_dir, "results_dir": results_dir}
-    _tell(lambda: run_demo(Ui(quiet=as_json), **given).answer(), as_json)
+
+    def compute(ui: Ui) -> Any:
+        from dart_llm.studies.generate.study import run_demo
+
+        return run_demo(ui, **given).answer()
+
+    _tell(compute, as_json)
 
 
 # compare and sweep
@@ -210,15 +227,13 @@ def _grid_command(kind: str, **defaults: str) -> Callable[..., None]:
         fresh: FreshCells = False,
         as_json: Json = False,
     ) -> None:
-        from dart_llm.reporting.console import Ui
-        from dart_llm.studies.sweep import study
+        def compute(ui: Ui) -> Any:
+            from dart_llm.studies.sweep import study
 
-        request = study.SweepRequest.collect(kind, flags, file, defaults, fresh)
-        ui = Ui(quiet=as_json)
-        if dry_run:
-            _tell(lambda: study.dry_run(request, ui).to_dict(), as_json)
-        else:
-            _tell(lambda: study.run(request, ui), as_json)
+            request = study.SweepRequest.collect(kind, flags, file, defaults, fresh)
+            return study.dry_run(request, ui).to_dict() if dry_run else study.run(request, ui)
+
+        _tell(compute, as_json)
 
     return measure_grid
 
@@ -242,24 +257,29 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """``dart-llm inspect``: a study that is told what to look at."""
-    from dart_llm.experiments.study import run_study
-    from dart_llm.reporting.console import Ui
-    from dart_llm.studies.inspection.study import InspectionStudy
-
     settings = merge(InspectSettings, flags, config)
-    study = InspectionStudy(settings, what or (), Ui(quiet=as_json))
-    _tell(lambda: run_study(study, fresh).answer(), as_json)
+
+    def compute(ui: Ui) -> Any:
+        from dart_llm.experiments.study import run_study
+        from dart_llm.studies.inspection.study import InspectionStudy
+
+        return run_study(InspectionStudy(settings, what or (), ui), fresh).answer()
+
+    _tell(compute, as_json)
 
 
 def bench_speed(
     flags: dict[str, Any], config: Config = None, fresh: Fresh = False, as_json: Json = False
 ) -> None:
     """``dart-llm bench speed``: its last line is JSON whatever was asked."""
-    from dart_llm.experiments.study import run_study
     from dart_llm.reporting.console import Ui
-    from dart_llm.studies.speed.study import SpeedStudy
 
-    study = run_study(SpeedStudy(merge(SpeedSettings, flags, config), Ui(quiet=as_json)), fresh)
+    settings = merge(SpeedSettings, flags, config)
+    with Ui.started(as_json) as ui:
+        from dart_llm.experiments.study import run_study
+        from dart_llm.studies.speed.study import SpeedStudy
+
+        study = run_study(SpeedStudy(settings, ui), fresh)
     _print_json(study.answer() if as_json else study.last_line())
 
 
@@ -274,17 +294,16 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """``dart-llm tune``."""
-    from dart_llm.experiments.study import run_study
-    from dart_llm.reporting.console import Ui
-    from dart_llm.studies.tune.dry_run import plan
-    from dart_llm.studies.tune.study import TuneStudy
-
-    ui = Ui(quiet=as_json)
     settings = merge(TuneSettings, flags, config)
-    if dry_run:
-        _tell(lambda: plan(settings, ui), as_json)
-    else:
-        _tell(lambda: run_study(TuneStudy(settings, ui), fresh).answer(), as_json)
+
+    def compute(ui: Ui) -> Any:
+        from dart_llm.experiments.study import run_study
+        from dart_llm.studies.tune.dry_run import plan
+        from dart_llm.studies.tune.study import TuneStudy
+
+        return plan(settings, ui) if dry_run else run_study(TuneStudy(settings, ui), fresh).answer()
+
+    _tell(compute, as_json)
 
 
 # chat, serve, replay, results
@@ -292,21 +311,25 @@ def tune(
 
 def chat(flags: dict[str, Any], config: Config = None) -> None:
     """``dart-llm chat``."""
-    from dart_llm.cli.chat import run_chat
     from dart_llm.reporting.console import Ui
 
-    run_chat(merge(ChatSettings, flags, config), Ui())
+    settings = merge(ChatSettings, flags, config)
+    with Ui.started() as ui:
+        from dart_llm.cli.chat import run_chat
+    run_chat(settings, ui)
 
 
 def serve(flags: dict[str, Any], config: Config = None) -> None:
     """``dart-llm serve``."""
     settings = merge(ServeSettings, flags, config)
     from dart_llm.reporting.console import Ui
-    from dart_llm.server.run import serve as serve_model
+
+    with Ui.started() as ui:
+        from dart_llm.server.run import serve as serve_model
 
     if settings.verbose:
         logging.getLogger("dart_llm.serve").setLevel(logging.INFO)
-    serve_model(settings, Ui())
+    serve_model(settings, ui)
 
 
 def replay(

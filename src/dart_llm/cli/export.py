@@ -69,10 +69,10 @@ def export(flags: dict[str, Any], config: Config = None, as_json: Json = False) 
     settings = merge(ExportSettings, flags, config)
     from dart_llm.reporting.console import Ui
 
-    ui = Ui(quiet=as_json)
-    for note in settings.notes:
-        ui.say(note)
-    found = _written(settings, ui)
+    with Ui.started(as_json) as ui:
+        for note in settings.notes:
+            ui.say(note)
+        found = _written(settings, ui)
     if as_json:
         typer.echo(json.dumps(finite(found.to_dict())))
         return
@@ -102,21 +102,23 @@ def _written(settings: ExportSettings, ui: Any) -> GgufExport:
             f"{settings.model} is no GGUF file, and only such a file is narrowed: make one of it "
             "with llama.cpp's convert_hf_to_gguf.py and give that as --model"
         )
-    model, tokenizer = load(**load_arguments(settings), progress=ui.say)
+    with ui.status(f"loading {settings.model}") as news:
+        model, tokenizer = load(**load_arguments(settings), progress=news)
     if settings.masks:
         check_masks(settings.masks, widths(model))
-    return export_gguf(
-        model,
-        tokenizer,
-        settings.gguf,
-        texts,
-        settings.prune_config(),
-        masks=masks,
-        source=source,
-        calibration=settings.calibration,
-        cache_dir=settings.cache_dir,
-        say=ui.say,
-    )
+    with ui.status(f"choosing neurons and writing {settings.gguf}"):
+        return export_gguf(
+            model,
+            tokenizer,
+            settings.gguf,
+            texts,
+            settings.prune_config(),
+            masks=masks,
+            source=source,
+            calibration=settings.calibration,
+            cache_dir=settings.cache_dir,
+            say=ui.say,
+        )
 
 
 def table(found: GgufExport) -> Table:

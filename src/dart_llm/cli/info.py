@@ -356,7 +356,10 @@ def show_installation(
     as_json: Json = False,
 ) -> None:
     """``dart-llm doctor``."""
-    found = examine(cache_dir)
+    from dart_llm.reporting.console import Ui
+
+    with Ui.started(as_json):
+        found = examine(cache_dir)
     if as_json:
         typer.echo(json.dumps(found))
     else:

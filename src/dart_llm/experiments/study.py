@@ -22,12 +22,13 @@ from dart_llm.errors import (
     UnknownName,
     failure_text,
 )
-from dart_llm.experiments.provenance import origin, peak_memory_bytes
+from dart_llm.experiments.provenance import origin
 from dart_llm.experiments.store import SCHEMA, ResultsFolder, now, open_folder, timing_text
 from dart_llm.files import finite, write_json, write_lines, write_text
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.devices import memory_failure
 from dart_llm.models.loading import load
+from dart_llm.native.memory import peak
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
@@ -67,6 +68,8 @@ class Study(Generic[S]):
     """``record``: a unit that fails is noted, and the others go on."""
     progress: ClassVar[str] = ""
     """What the progress bar counts; "": the study shows its own progress."""
+    noun: ClassVar[str] = "cell"
+    """What lines of progress call a unit, where all are known before: "cell 2 of 3"."""
     unit_times: ClassVar[str] = ""
     """Key of timing.json that holds the seconds of each unit that was computed."""
     longest: ClassVar[int | None] = None
@@ -218,7 +221,7 @@ def run_study(study: AnyStudy, fresh: bool = False) -> AnyStudy:
     study.folder = open_folder(
         Path(settings.results_dir), settings.experiment, study.identity, fresh
     )
-    with _resumable(study):
+    with _resumable(study), study.ui.working("preparing"):
         began = time.perf_counter()
         _write_config(study, "running")
         with study.around():
@@ -226,8 +229,9 @@ def run_study(study: AnyStudy, fresh: bool = False) -> AnyStudy:
             _write_config(study, "running")
             _compute_units(study)
         study.timing["total_s"] = time.perf_counter() - began
-        study.timing["peak_memory_bytes"] = peak_memory_bytes()
-        _finish(study)
+        study.timing["peak_memory_bytes"] = peak()
+        with study.ui.working("tables and figures"):
+            _finish(study)
     if study.failed:
         key, sentence = next(iter(study.failed.items()))
         raise CellsFailed(
@@ -276,16 +280,19 @@ def _memory_failure(study: Study[Any], error: BaseException) -> LoadError | None
 
 
 def _compute_units(study: Study[Any]) -> None:
-    """One after the other; they are counted before only where there is a bar."""
-    if not study.progress:
-        for unit in study.units():
-            _compute(study, unit)
+    """One after the other; they are counted before where there is a bar, or a list of them."""
+    units, ui = study.units(), study.ui
+    if study.progress:
+        units = list(units)
+        with ui.progress(study.progress, len(units)) as advance:
+            for unit in units:
+                _compute(study, unit)
+                advance(1)
         return
-    units = list(study.units())
-    with study.ui.progress(study.progress, len(units)) as advance:
-        for unit in units:
+    total = len(units) if isinstance(units, Sequence) else 0
+    for number, unit in enumerate(units, 1):
+        with ui.working(unit.label or unit.key, number if total else 0, total, study.noun):
             _compute(study, unit)
-            advance(1)
 
 
 def _compute(study: Study[Any], unit: Unit) -> None:

@@ -49,6 +49,8 @@ from dart_llm.models.gguf import (
 )
 from dart_llm.models.gguf_facts import ARCHITECTURES, left_out
 from dart_llm.models.gguf_file import read_gguf
+from dart_llm.models.room import Size, check_room, stored_size, weights_size
+from dart_llm.reporting.heartbeat import logged
 
 if TYPE_CHECKING:
     import torch
@@ -182,6 +184,9 @@ def _gguf(path: Path, cache: Path, *, verify: bool, packed: bool, say: Progress)
         if packed
         else f"converting {path.name} to safetensors"
     )
+    if not packed:
+        others = {"--weights file": path.stat().st_size}
+        check_room(path.name, Size(file.float32_bytes, "in float32 to be converted", others))
     say(f"{doing}, once")
     convert(file, sha256, cache, {"file": path.name}, packed=packed)
     return checkpoint
@@ -225,33 +230,33 @@ def load(
     ``ConfigError`` for arguments that mean nothing.
     """
     name = str(model)
-    say = progress or logger.info
-    arguments: dict[str, Any] = {"dtype": parse_dtype(dtype), **placement(device, device_map)}
-    if attn_implementation:
-        arguments["attn_implementation"] = attn_implementation
-    held = held_as(name, weights, chosen=dtype is not None, away="device_map" in arguments)
-    builder = _Builder(
-        arguments, trust_remote_code, hub_cache(cache_dir), say, bars_shown=progress is None
-    )
-    builder.weights = held
-    try:
-        with bars(shown=progress is None):
-            checkpoint = resolve(
-                name,
-                revision=revision,
-                cache_dir=cache_dir,
-                verify=verify,
-                packed=held == "file",
-                say=say,
-            )
-    except LoadError as error:
-        if not is_default(name):
-            raise
-        if held == "file" and weights is None and (kept := _dense_default(cache_dir)):
-            say(f"{error}; loading the dense copy that is in the cache")
-            return builder.build(kept)
-        return _default_from_hub(builder, error)
-    return builder.build(checkpoint)
+    with nullcontext(progress) if progress else logged(logger, f"loading {name}") as say:
+        arguments: dict[str, Any] = {"dtype": parse_dtype(dtype), **placement(device, device_map)}
+        if attn_implementation:
+            arguments["attn_implementation"] = attn_implementation
+        held = held_as(name, weights, chosen=dtype is not None, away="device_map" in arguments)
+        builder = _Builder(
+            arguments, trust_remote_code, hub_cache(cache_dir), say, bars_shown=progress is None
+        )
+        builder.weights = held
+        try:
+            with bars(shown=progress is None):
+                checkpoint = resolve(
+                    name,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    verify=verify,
+                    packed=held == "file",
+                    say=say,
+                )
+        except LoadError as error:
+            if not is_default(name):
+                raise
+            if held == "file" and weights is None and (kept := _dense_default(cache_dir)):
+                say(f"{error}; loading the dense copy that is in the cache")
+                return builder.build(kept)
+            return _default_from_hub(builder, error)
+        return builder.build(checkpoint)
 
 
 def parse_dtype(value: str | torch.dtype | None) -> torch.dtype | str:
@@ -333,7 +338,10 @@ class _Builder:
         common: dict[str, Any] = {"trust_remote_code": self.trust}
         if on_hub:
             common |= self._from_hub(checkpoint)
-        self.say(f"loading {checkpoint.name}")
+        place = self._located(checkpoint) if on_hub else checkpoint
+        size = weights_size(place, self.arguments["dtype"], self.weights)
+        self._check_room(checkpoint, size)
+        self.say(f"loading {checkpoint.name}{f': {size}' if size else ''}")
         from_gguf = "gguf_file" in checkpoint.arguments
         with (
             bars(shown=on_hub or self.bars_shown),
@@ -355,12 +363,19 @@ class _Builder:
         needed = check_download(checkpoint.reference, checkpoint.revision, self.cache)
         self.cache_only = needed is None
         if needed:
+            if self.arguments["dtype"] == "auto" and self.weights == "dense":
+                self._check_room(checkpoint, stored_size(needed))
             self.say(f"downloading {checkpoint.name}: {size_text(needed)}")
         return {
             "revision": checkpoint.revision or "main",
             "cache_dir": self.cache,
             "local_files_only": self.cache_only,
         }
+
+    def _check_room(self, checkpoint: Checkpoint, size: Size | None) -> None:
+        """Of models on the CPU, whose memory the system's is."""
+        if size is not None and "device_map" not in self.arguments:
+            check_room(checkpoint.name, size)
 
     def _tokenizer(self, checkpoint: Checkpoint, common: dict[str, Any]) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer

@@ -24,6 +24,9 @@ MEMORY = Path("/proc/meminfo")
 GROUP = Path("/sys/fs/cgroup")
 """What the control group of this process may take, where it has limits."""
 
+CACHED = ("active_file", "inactive_file")
+"""What the kernel keeps of files in memory, as memory.stat names it."""
+
 Span = tuple[int, int]
 """The first address of something, and the one after its last."""
 
@@ -43,7 +46,8 @@ RESERVE = 1 << 30
 
 def available() -> int:
     """Bytes that this process can still take, of the machine's or of its control group's."""
-    found = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    found = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
     if MEMORY.is_file():
         known = (line.split() for line in MEMORY.read_text("utf-8").splitlines())
         found = next((int(n) * 1024 for name, n, *_ in known if name == "MemAvailable:"), found)
@@ -53,7 +57,30 @@ def available() -> int:
         )
     except OSError:
         return found
-    return found if limit.strip() == "max" else min(found, int(limit) - int(used))
+    if limit.strip() == "max":
+        return found
+    return min(found, int(limit) - int(used) + _cached_files())
+
+
+def _cached_files() -> int:
+    """Bytes of files that count as the group's memory, and are dropped when it is needed."""
+    try:
+        lines = (GROUP / "memory.stat").read_text("utf-8").splitlines()
+    except OSError:
+        return 0
+    return sum(int(n) for name, n in map(str.split, lines) if name in CACHED)
+
+
+def peak() -> int | None:
+    """Largest resident size of this process so far, or of the GPU's allocator when one is used."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return int(torch.cuda.max_memory_allocated())
+    try:
+        import resource
+    except ImportError:
+        return None
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(size if sys.platform == "darwin" else size * 1024)
 
 
 def private_maps() -> Iterator[Span]:

@@ -7,44 +7,35 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
+from dart_llm.files import size_text
+from dart_llm.reporting.heartbeat import FIRST_S, SILENT_S, Heartbeat, Pace, Work, clock
 from dart_llm.reporting.words import duration
 
-QUIET_S = 20.0
-"""How long a log stays without a word about work that goes on."""
 
-FEW = 3
-"""Of parts that are done, fewer say nothing of how long the rest takes."""
+class _Left(ProgressColumn):
+    """The time left of a bar."""
 
+    def __init__(self, work: Work) -> None:
+        super().__init__()
+        self.work = work
 
-class _Lines:
-    """Says now and then how much is done, and how long the rest will take."""
-
-    def __init__(self, say: Callable[[str], None], text: str, total: int) -> None:
-        self.say, self.text, self.total = say, text, total
-        self.done = 0
-        self.began = self.told = time.monotonic()
-
-    def advance(self, count: int) -> None:
-        self.done += count
-        now = time.monotonic()
-        if now - self.told >= QUIET_S and 0 < self.done < self.total:
-            self.told = now
-            left = duration((now - self.began) / self.done * (self.total - self.done))
-            known = self.done >= FEW or 2 * self.done >= self.total
-            about = f", about {left} left" if known else ""
-            self.say(f"{self.text}: {self.done} of {self.total}{about}")
+    def render(self, task: Task) -> Text:
+        return Text(self.work.progress().removeprefix(self.work.text + ": "))
 
 
 class Ui:
-    """Terminal output of a job.  ``quiet``: nothing but errors (``--json``)."""
+    """Terminal output of a job.  ``quiet``: nothing but errors (``--json``).
+
+    While a block of ``working``, ``status`` or ``progress`` is open, nobody waits longer than
+    ``SILENT_S`` for a line, or sees something move.
+    """
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -55,16 +46,43 @@ class Ui:
         self.log: list[str] = []
         self.live = sys.stderr.isatty() and not quiet
         self._streaming = False
+        self.heartbeat = Heartbeat(self.remark, muted=lambda: self._streaming)
+        self._estimated = False
+
+    @classmethod
+    @contextlib.contextmanager
+    def started(cls, quiet: bool = False) -> Iterator[Ui]:
+        """The terminal of a command that computes: says at once that it begins.
+
+        To be entered before PyTorch is imported, which takes seconds.
+        """
+        ui = cls(quiet)
+        with ui.working("starting"):
+            if "torch" not in sys.modules:
+                ui.remark("starting (loading PyTorch)")
+            yield ui
+
+    @contextlib.contextmanager
+    def _printing(self) -> Iterator[None]:
+        with self.heartbeat.lock:
+            self.heartbeat.spoke = clock()
+            yield
+
+    def remark(self, text: str) -> None:
+        """One line that says only that work continues, which the log does not keep."""
+        with self._printing():
+            self.err.print(text, highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         """One line for people; kept for the log."""
         self.log.append(text)
-        self.err.print(text, highlight=False, soft_wrap=True)
+        self.remark(text)
 
     def aside(self, text: str) -> None:
         """One line that matters less than the others."""
         self.log.append(text)
-        self.err.print(text, style="dim", highlight=False, soft_wrap=True)
+        with self._printing():
+            self.err.print(text, style="dim", highlight=False, soft_wrap=True)
 
     def table(self, table: RenderableType) -> None:
         """Print a table; kept for the log as plain text."""
@@ -72,19 +90,22 @@ class Ui:
         with plain.capture() as capture:
             plain.print(table)
         self.log.append(capture.get().rstrip())
-        self.err.print(table)
+        with self._printing():
+            self.err.print(table)
 
     def result(self, what: RenderableType) -> None:
         """What a command was asked for, on stdout."""
         if not self.quiet:
-            self.out.print(what, highlight=False, soft_wrap=isinstance(what, str))
+            with self._printing():
+                self.out.print(what, highlight=False, soft_wrap=isinstance(what, str))
 
     def token(self, text: str) -> None:
         """Stream one token to stdout."""
         if not self.quiet:
-            self._streaming = True
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            with self._printing():
+                self._streaming = True
+                sys.stdout.write(text)
+                sys.stdout.flush()
 
     def end_text(self, text: str) -> None:
         """A streamed text is complete."""
@@ -99,31 +120,81 @@ class Ui:
             sys.stdout.write("\n")
             sys.stdout.flush()
 
+    def _block(self, work: Work) -> contextlib.AbstractContextManager[Work]:
+        return contextlib.nullcontext(work) if self.quiet else self.heartbeat.block(work)
+
+    def working(
+        self, text: str, number: int = 0, of: int = 0, noun: str = "cell"
+    ) -> contextlib.AbstractContextManager[Work]:
+        """Name what runs, for the lines of a long silence; says nothing now.
+
+        ``number``, ``of``: its place among like parts, called ``noun``.
+        """
+        return self._block(Work(text, number=number, of=of, noun=noun))
+
     @contextlib.contextmanager
     def status(self, text: str) -> Iterator[Callable[[str], None]]:
         """A spinner while something runs; yields a function that changes its text."""
-        if not self.live:
+        with self._block(Work(text, loud=True, moving=self.live)) as work:
+            if self.live:
+                with self.err.status(Text(text)) as status:
+                    yield lambda news: status.update(Text(news))
+                return
+
+            def renew(news: str) -> None:
+                if news != work.text:
+                    work.text = news
+                    self.say(news)
+
             self.say(text)
-            yield lambda news: self.say(news) if news != text else None
-            return
-        with self.err.status(Text(text)) as status:
-            yield lambda news: status.update(Text(news))
+            yield renew
 
     @contextlib.contextmanager
     def progress(self, text: str, total: int) -> Iterator[Callable[[int], Any]]:
         """A progress bar with an estimate of the time left; yields ``advance(n)``.
 
-        Where there is no terminal, a line every ``QUIET_S`` seconds.
+        Where there is no terminal, lines now and then.
         """
-        if not self.live:
-            yield _Lines(self.say, text, total).advance
-            return
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self.err, transient=True) as bar:
-            task = bar.add_task(text, total=total)
-            yield lambda count: bar.advance(task, count)
+        work = Work(text, pace=Pace(total), loud=True, moving=self.live)
+        with self._block(work):
+            if not self.live:
+                yield lambda count: self._advance(work, count)
+                return
+            columns = TextColumn("{task.description}", markup=False), BarColumn(), _Left(work)
+            with Progress(*columns, console=self.err, transient=True) as bar:
+                task = bar.add_task(text, total=total)
+
+                def advance(count: int) -> None:
+                    bar.advance(task, count)
+                    self._advance(work, count)
+
+                yield advance
+
+    def _advance(self, work: Work, count: int) -> None:
+        """Report ``work`` where nothing was for a while; once, how long all will take."""
+        pace, now = work.pace, clock()
+        assert pace is not None
+        with self.heartbeat.lock:
+            pace.advance(count)
+            if self.quiet or pace.done >= pace.total:
+                return
+            quiet_for = now - self.heartbeat.spoke
+            outlook = "" if now - pace.began < FIRST_S else self._outlook(pace)
+            if outlook or (quiet_for >= SILENT_S and not work.moving):
+                work.reported = True
+                self.remark(self.heartbeat.place(work) + work.progress() + outlook)
+
+    def _outlook(self, pace: Pace) -> str:
+        """Once, where it is long: the time of all parts, and the memory."""
+        left, part, found = pace.left(), self.heartbeat.part(), ""
+        if self._estimated or left is None or pace.each is None:
+            return ""
+        if part is not None and part.number < part.of:
+            left += (part.of - part.number) * pace.total * pace.each
+            found = f"; about {duration(left)} for all {part.of} {part.noun}s"
+        if left < SILENT_S:
+            return ""
+        from dart_llm.native.memory import peak  # PyTorch is there by now
+
+        self._estimated, memory = True, peak()
+        return f"{found}; peak memory so far {size_text(memory)}" if memory else found

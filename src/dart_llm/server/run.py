@@ -155,8 +155,8 @@ def serve(settings: ServeSettings, ui: Ui) -> None:
                 config for config in settings.configs() if config.target > 0 or config.screens
             ]
             for config in configs:
-                ui.say(f"making {config.method} ready")
-                engine.prepare(config)
+                with ui.status(f"making {config.method} ready"):
+                    engine.prepare(config)
             service = Service(engine, tokenizer, ModelFacts.of(model, settings.model), settings)
             service.worker.start(lambda: warm(engine, tokenizer, configs, service.facts.context))
             page = link(settings, listening)

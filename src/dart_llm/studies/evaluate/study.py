@@ -52,10 +52,12 @@ class MeasureStudy(Study[MeasureSettings]):
                 self.ui.say(self.tracker.where)
             yield
 
-    def units(self) -> Iterator[Unit]:
-        for candidate in self._candidates():
-            for task in self.tasks:
-                yield Unit(f"{task}: {candidate.label}", data=(candidate, task))
+    def units(self) -> Sequence[Unit]:
+        return [
+            Unit(f"{task}: {candidate.label}", data=(candidate, task))
+            for candidate in self._candidates()
+            for task in self.tasks
+        ]
 
     def _candidates(self) -> list[PreparedMethod]:
         settings, own = self.settings, self.settings.prune_config()

@@ -50,6 +50,7 @@ class InspectionStudy(Study[InspectSettings]):
     document = "inspect.json"
     unit_times = "inspect_s"
     longest = 40
+    noun = "section"
 
     def __init__(self, settings: InspectSettings, what: Sequence[str], ui: Ui) -> None:
         super().__init__(settings, ui)

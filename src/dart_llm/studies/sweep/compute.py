@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from dart_llm.errors import DartError, failure_text
 from dart_llm.experiments.cell import Cell
-from dart_llm.experiments.provenance import machine, peak_memory_bytes, versions
+from dart_llm.experiments.provenance import machine, versions
 from dart_llm.experiments.store import now
 from dart_llm.files import finite
 from dart_llm.reporting.console import Ui
@@ -123,6 +123,8 @@ def compute(
     ``held``: the model of the cell before; afterwards that of this one.  ``ui``: shows progress.
     An error becomes a failed cell, never an exception; only an interrupt is passed on.
     """
+    from dart_llm.native.memory import peak  # which loads torch
+
     cell = Cell.from_dict(data)
     began, started = time.perf_counter(), now()
     measurement: Measurement | None = None
@@ -140,7 +142,7 @@ def compute(
         "load_s": held.loading_time(),
         "device": None if device is None else str(device),
         "process": os.getpid(),
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": peak(),
         "machine": machine(None if device is None else str(device)),
         "versions": versions(),
     }

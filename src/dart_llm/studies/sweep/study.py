@@ -34,7 +34,8 @@ from dart_llm.experiments.trackers import open_tracker
 from dart_llm.files import size_text
 from dart_llm.reporting import figures
 from dart_llm.reporting.console import Ui
-from dart_llm.reporting.words import duration
+from dart_llm.reporting.heartbeat import Pace
+from dart_llm.reporting.words import count, duration
 from dart_llm.settings import merge, read_file
 from dart_llm.studies.sweep.cells import (
     CELLS,
@@ -102,7 +103,10 @@ def run_sweep(
         _greet(sweep, ui, place.fresh)
         todo = execution_order(sweep.todo)
         sweep.write_tables()
-        with contextlib.closing(_results(todo, held, ui, engine, workers, compute)) as results:
+        with (
+            ui.working(f"{count(len(todo), 'cell')} to compute"),
+            contextlib.closing(_results(todo, held, ui, engine, workers, compute)) as results,
+        ):
             _collect(sweep, results, len(todo), ui, on_cell)
         seconds = time.perf_counter() - began
         result = SweepResult(sweep.path, tuple(sweep.rows()), len(todo), seconds)
@@ -113,7 +117,8 @@ def run_sweep(
         ui.say(f"results: {sweep.path}")
         sweep.finished = now().isoformat()
         sweep.write_config("running", engine)  # a page tells of device and time
-        on_end(result)
+        with ui.working("tables and figures"):
+            on_end(result)
         sweep.write_log(ui.log)
         sweep.write_config("failed" if result.failed else "complete", engine)  # the last file
     except BaseException as error:
@@ -170,8 +175,10 @@ def _results(
 
         yield from ray_backend.results(todo, compute, workers, ui.say)
         return
-    for cell in todo:
-        yield cell, compute(cell.to_dict(), held, ui)
+    for number, cell in enumerate(todo, 1):
+        with ui.working(f"{cell.label} on {cell.short_task}", number, len(todo)):
+            files = compute(cell.to_dict(), held, ui)
+        yield cell, files
 
 
 def _collect(
@@ -183,7 +190,7 @@ def _collect(
 ) -> None:
     """Keep each cell as it comes, and say what it measured and how long the others will take."""
     said = set[str]()
-    began = time.perf_counter()
+    pace = Pace(total)
     for done, (cell, files) in enumerate(results, 1):
         document = sweep.save(cell, files)
         if document["status"] == DONE:
@@ -195,8 +202,9 @@ def _collect(
             error = str(document["error"])
             told = "failed for the same reason" if error in said else f"failed: {error}"
             said.add(error)
-        left = (time.perf_counter() - began) / done * (total - done)
-        rest = f"; about {duration(left)} left" if done < total else ""
+        pace.advance(1)
+        left = pace.left()
+        rest = f"; about {duration(left)} left" if left else ""
         ui.say(f"{done}/{total} {cell.label} on {cell.short_task}: {told}{rest}")
         on_cell(document)
 
