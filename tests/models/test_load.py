@@ -15,8 +15,10 @@ from dart_llm.cache import cache_folder, hub_cache
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.files import size_text
 from dart_llm.hub import plain, redact, weight_files
-from dart_llm.models.checkpoint import checkpoint_facts, weights_sha256
+from dart_llm.models.checkpoint import Checkpoint, checkpoint_facts, weights_sha256
 from dart_llm.models.loading import load, parse_dtype
+from dart_llm.models.room import weights_size
+from dart_llm.native import memory
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +139,56 @@ def test_what_is_said_of_the_hub(monkeypatch):
     assert weight_files(both) == shards
     assert weight_files(["pytorch_model.bin", "tf_model.h5"]) == ["pytorch_model.bin"]
     assert weight_files(["model.gguf"]) == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "free", "told"),
+    [
+        (None, 1.5, "in bfloat16, and 0.1 MB are free: give --weights q8_0 (0."),
+        (None, 0.7, "in bfloat16, and 0.0 MB are free: give --weights q4_1 (0."),
+        (None, 0.5, "in bfloat16, and 0.0 MB are free: give a smaller model"),
+        ("float32", 3.0, "in float32, and 0.1 MB are free: give --dtype bfloat16 (0."),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_a_weight_is_read(
+    dtype, free, told, folder, monkeypatch
+):
+    """``free``: bytes per weight."""
+    monkeypatch.setattr(memory, "available", lambda: int(free * parameters(folder)))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    said = sentence(folder, dtype=dtype)
+    assert said.startswith(f"{folder.name} needs 0.") and f" of memory {told}" in said
+    assert said.endswith(", or end what takes the rest")
+
+
+def parameters(folder):
+    return sum(one.numel() for one in load_file(folder / "model.safetensors").values())
+
+
+def test_the_size_of_weights(folder, tmp_path):
+    """In memory, by the headers of the files: in the dtype of the configuration or in another."""
+    checkpoint = Checkpoint("tiny", "folder", str(folder), folder)
+    weights = parameters(folder)
+    sizes = {
+        ("auto", "dense"): 2 * weights,
+        (torch.float32, "dense"): 4 * weights,
+        ("auto", "q8_0"): int(34 / 32 * weights),
+        (torch.float32, "q8_0"): 4 * weights,  # they change their dtype before they are rounded
+    }
+    assert {key: weights_size(checkpoint, *key).bytes for key in sizes} == sizes
+    gguf = write_gguf(tmp_path / "tiny.gguf")
+    assert weights_size(Checkpoint("tiny", "gguf", "", gguf, blocks=gguf), "auto", "file").bytes > 0
+    empty = Checkpoint("tiny", "folder", str(tmp_path), tmp_path)
+    assert weights_size(empty, "auto", "dense") is None
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    assert weights_size(empty, "auto", "dense") is None
+    assert weights_size(Checkpoint("o/x", "hub", "o/x"), "auto", "dense") is None
+
+
+def test_a_conversion_that_does_not_fit_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda: 200_000)
+    told = sentence(write_gguf(tmp_path / "tiny.gguf"), weights="dense", cache_dir=tmp_path)
+    assert told.startswith(
+        "tiny.gguf needs 0.4 MB of memory in float32 to be converted, and 0.2 MB are free: give "
+        "--weights file (0."
+    )

@@ -90,8 +90,8 @@ def check_room(name: str, size: Size) -> None:
     fitting = [f"{flag} ({size_text(n)})" for flag, n in size.others.items() if n <= free]
     way = f"give {fitting[0]}" if fitting else "give a smaller model"
     raise LoadError(
-        f"{name} needs {size} of memory, and {size_text(max(0, free))} are free: {way}, or end "
-        "what takes the rest"
+        f"{name} needs {size_text(size.bytes)} of memory {size.words}, and "
+        f"{size_text(max(0, free))} are free: {way}, or end what takes the rest"
     )
 
 

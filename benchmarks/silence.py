@@ -1,0 +1,241 @@
+"""How long is each command silent at most?  Every command, with short settings, on each model.
+
+    python benchmarks/silence.py --model smollm2-135m --model mine.gguf
+
+Stdout and stderr of a command go to one pipe, as to a terminal that is a log; a silence is the
+time between two pieces of output, from the start to the first and from the last to the end
+included.  Finished rows stay in the results file: the same command resumes.  ``serve`` is
+measured until its link is printed, answers one request, and is ended.
+
+Writes NAME.json and NAME.md, the table.  ``--empty-cache``: in a cache of its own, so that the
+first command of a model also converts and learns what is kept afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+import goldens
+
+BOUND_S = 15.0
+"""No command may be silent for longer."""
+
+LINK = re.compile(r"at (http://127\.0\.0\.1:\d+)/ \(Ctrl-C")
+QUESTIONS = "Why is the sky blue?\n/stats\n"
+REQUEST = {"model": "", "prompt": "The sky is blue because", "max_tokens": 8}
+FEW = ("--methods", "griffin", "--sparsities", "0.3")
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "run": ("run", "--prompt", "sky", "--generation", "24"),
+    "chat": ("chat", "--max-tokens", "16"),
+    "eval": ("eval", "--tasks", "TASK", "--include-path", "FOLDER", "--limit", "4"),
+    "perplexity": ("perplexity", "--limit", "2"),
+    "summarize": ("summarize", "--data", "DOCUMENTS", "--max-output", "16"),
+    "compare": ("compare", *FEW, "--tasks", "perplexity:embedded", "--limit", "2"),
+    "sweep": ("sweep", *FEW, "--tasks", "perplexity:embedded", "--limit", "2"),
+    "drift": ("drift", "--prompts", "shipped", "--limit", "1", "--generation", "32"),
+    "detect": ("detect", "--limit", "1"),
+    "inspect": ("inspect", "--passage", "01"),
+    "bench quality": ("bench", "quality", *FEW, "--slices", "2"),
+    "bench speed": ("bench", "speed", *FEW, "--repeats", "1", "--tokens", "16", "--no-costs"),
+    "tune": ("tune", "QUICK"),
+    "export": ("export", "--gguf", "FOLDER/narrow.gguf", "--sparsity", "0.3", "--prompt", "sky"),
+    "serve": ("serve", "--port", "0"),
+    "demo": ("demo",),
+    "doctor": ("doctor",),
+    "methods": ("methods",),
+}
+OF_NO_MODEL = ("doctor", "methods")
+WITHOUT_FOLDER = (*OF_NO_MODEL, "chat", "export", "serve")
+"""Commands without ``--results-dir``."""
+SLOW = (*FEW, "--heads", "full", "--slices", "2", "--repeats", "1")
+"""What ``tune`` gets where it has no ``--quick``."""
+
+
+@dataclass
+class Watched:
+    """What a command printed, and when: seconds since its start."""
+
+    began: float
+    times: list[float]
+    texts: list[str]
+
+    def silences(self, ended: float) -> Iterator[tuple[float, str]]:
+        """Lengths, and the last line before each."""
+        last, line = 0.0, ""
+        for at, text in zip(self.times, self.texts, strict=True):
+            yield at - last, line
+            last, line = at, (text.strip().splitlines() or [line])[-1]
+        yield ended - last, line
+
+    def read(self, process: subprocess.Popen[bytes], limit: float, until: re.Pattern[str]) -> None:
+        """Until the command ends, a line fits ``until``, or ``limit`` seconds have passed."""
+        assert process.stdout is not None
+        while (left := self.began + limit - time.monotonic()) > 0:
+            if not select.select([process.stdout], [], [], left)[0]:
+                return
+            data = os.read(process.stdout.fileno(), 65536)
+            if not data:
+                return
+            self.times.append(time.monotonic() - self.began)
+            self.texts.append(data.decode("utf-8", "replace"))
+            if until.search("".join(self.texts[-3:])):
+                return
+
+
+def measure(
+    label: str, command: Sequence[str], environment: Mapping[str, str], limit: float
+) -> Any:
+    """One command as a row; it is ended after ``limit`` seconds."""
+    watched = Watched(time.monotonic(), [], [])
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=dict(environment),
+    )
+    assert process.stdin is not None and process.stdout is not None
+    request_s = None
+    with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
+        stdin.write(QUESTIONS.encode() if label == "chat" else b"")
+    try:
+        watched.read(process, limit, LINK if label == "serve" else re.compile(r"(?!)"))
+        ended = time.monotonic() - watched.began
+        if label == "serve" and (link := LINK.search("".join(watched.texts))):
+            request_s = ask(link[1], limit)
+    finally:
+        stopped = process.poll() is None and label != "serve" and ended >= limit
+        code = end(process)
+    silence, before = max(watched.silences(ended))
+    return {
+        "seconds": ended,
+        "first_s": watched.times[0] if watched.times else None,
+        "first": next(iter("".join(watched.texts).strip().splitlines()), ""),
+        "silence_s": silence,
+        "silent_after": before,
+        "lines": "".join(watched.texts).count("\n"),
+        "request_s": request_s,
+        "code": None if stopped else code,
+        "last": ("".join(watched.texts).strip().splitlines() or [""])[-1][:200],
+    }
+
+
+def end(process: subprocess.Popen[bytes]) -> int:
+    """Its exit code: of its own where it has ended, else after SIGTERM."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(1)
+    process.terminate()
+    try:
+        return process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def ask(link: str, limit: float) -> float:
+    """Seconds until a server answered one request."""
+    with urllib.request.urlopen(f"{link}/v1/models", timeout=limit) as answer:
+        name = json.loads(answer.read())["data"][0]["id"]
+    body = json.dumps({**REQUEST, "model": name}).encode()
+    headers = {"Content-Type": "application/json"}
+    began = time.monotonic()
+    request = urllib.request.Request(f"{link}/v1/completions", body, headers)
+    with urllib.request.urlopen(request, timeout=limit) as answer:
+        answer.read()
+    return time.monotonic() - began
+
+
+def quick() -> Sequence[str]:
+    """Options of a short ``tune``."""
+    command = [sys.executable, "-m", "dart_llm", "tune", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return ["--quick"] if "--quick" in text else SLOW
+
+
+def command_of(label: str, model: str, folder: Path, words: Mapping[str, str]) -> list[str]:
+    """The whole command line of a label."""
+    made = [sys.executable, "-m", "dart_llm"]
+    for word in COMMANDS[label]:
+        word = re.sub("^FOLDER", str(folder), words.get(word, word))
+        made += quick() if word == "QUICK" else [word]
+    if label not in OF_NO_MODEL:
+        made += ["--model", model]
+    if label not in WITHOUT_FOLDER:
+        made += ["--results-dir", str(folder / "results")]
+    return made
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| command | model | seconds | first word, s | longest silence, s | after | code |",
+        "| --- | --- | ---: | ---: | ---: | --- | ---: |",
+    ]
+    for row in rows:
+        first = "" if row["first_s"] is None else f"{row['first_s']:.1f}"
+        after = row["silent_after"].replace("|", "/")[:70] or "(start)"
+        code = "ended at the limit" if row["code"] is None else row["code"]
+        lines.append(
+            f"| `{row['command']}` | {row['model']} | {row['seconds']:.0f} | {first} | "
+            f"{row['silence_s']:.1f} | {after} | {code} |"
+        )
+    over = sum(row["silence_s"] > BOUND_S for row in rows)
+    return "\n".join([*lines, "", f"{over} of {len(rows)} were silent for over {BOUND_S:.0f} s."])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", action="append", help="as in dart-llm run; may be repeated")
+    parser.add_argument("--only", default="", help="commands, comma-separated (default: all)")
+    parser.add_argument("--limit", type=float, default=900.0, help="seconds of a command at most")
+    parser.add_argument("--fresh", action="store_true", help="measure finished rows again")
+    parser.add_argument("--empty-cache", action="store_true", help="begin with empty caches")
+    parser.add_argument("--out", default="silence", help="name of the JSON file, without suffix")
+    args = parser.parse_args()
+    models = args.model or ["smollm2-135m"]
+    wanted = [one.strip() for one in args.only.split(",") if one.strip()] or list(COMMANDS)
+    if unknown := sorted(set(wanted) - set(COMMANDS)):
+        parser.error(f"unknown command {unknown[0]}: choose of {', '.join(COMMANDS)}")
+    kept = common.RESULTS / f"{args.out}.json"
+    rows = common.read(kept)["rows"] if kept.exists() and not args.fresh else []
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        words = goldens.inputs(folder)
+        for model in models:
+            name = Path(model).name
+            environment = {**os.environ, "COLUMNS": "110", "NO_COLOR": "1"}
+            if args.empty_cache:
+                environment["DART_CACHE"] = str(folder / "cache" / name)
+            for label in wanted:
+                of = "" if label in OF_NO_MODEL else name
+                if any((row["command"], row["model"]) == (label, of) for row in rows):
+                    continue
+                command = command_of(label, model, folder, words)
+                found = measure(label, command, environment, args.limit)
+                asked = " ".join(COMMANDS[label])
+                rows.append({"command": label, "asked": asked, "model": of, **found})
+                print(f"{label} {of}: silent for {found['silence_s']:.1f} s", flush=True)
+                path = common.save(args.out, None, {"empty_cache": args.empty_cache, "rows": rows})
+                path.with_suffix(".md").write_text(table(rows) + "\n", "utf-8")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
