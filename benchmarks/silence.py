@@ -7,7 +7,7 @@ time between two pieces of output, from the start to the first and from the last
 included.  Finished rows stay in the results file: the same command resumes.  ``serve`` is
 measured until its link is printed, answers one request, and is ended.
 
-Writes NAME.json and NAME.md, the table.  ``--empty-cache``: in a cache of its own, so that the
+``--empty-cache``: in a cache of its own, so that the
 first command of a model also converts and learns what is kept afterwards.
 """
 
@@ -180,22 +180,13 @@ def command_of(label: str, model: str, folder: Path, words: Mapping[str, str]) -
     return made
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as Markdown."""
-    lines = [
-        "| command | model | seconds | first word, s | longest silence, s | after | code |",
-        "| --- | --- | ---: | ---: | ---: | --- | ---: |",
-    ]
-    for row in rows:
-        first = "" if row["first_s"] is None else f"{row['first_s']:.1f}"
-        after = row["silent_after"].replace("|", "/")[:70] or "(start)"
-        code = "ended at the limit" if row["code"] is None else row["code"]
-        lines.append(
-            f"| `{row['command']}` | {row['model']} | {row['seconds']:.0f} | {first} | "
-            f"{row['silence_s']:.1f} | {after} | {code} |"
-        )
-    over = sum(row["silence_s"] > BOUND_S for row in rows)
-    return "\n".join([*lines, "", f"{over} of {len(rows)} were silent for over {BOUND_S:.0f} s."])
+def told(row: Mapping[str, Any]) -> str:
+    """A row as a line."""
+    end = "ended at the limit" if row["code"] is None else f"code {row['code']}"
+    return (
+        f"{row['command']} {row['model']}: {row['seconds']:.0f} s, {end}; silent for "
+        f"{row['silence_s']:.1f} s at most, after: {row['silent_after'][:80] or '(start)'}"
+    )
 
 
 def main() -> None:
@@ -231,10 +222,10 @@ def main() -> None:
                 found = measure(label, command, environment, args.limit)
                 asked = " ".join(COMMANDS[label])
                 rows.append({"command": label, "asked": asked, "model": of, **found})
-                print(f"{label} {of}: silent for {found['silence_s']:.1f} s", flush=True)
-                path = common.save(args.out, None, {"empty_cache": args.empty_cache, "rows": rows})
-                path.with_suffix(".md").write_text(table(rows) + "\n", "utf-8")
-    print(table(rows))
+                common.save(args.out, None, {"empty_cache": args.empty_cache, "rows": rows})
+                print(told(rows[-1]), flush=True)
+    over = sum(row["silence_s"] > BOUND_S for row in rows)
+    print(f"{over} of {len(rows)} were silent for longer than {BOUND_S:.0f} s")
 
 
 if __name__ == "__main__":

@@ -157,8 +157,11 @@ def serve(settings: ServeSettings, ui: Ui) -> None:
             for config in configs:
                 with ui.status(f"making {config.method} ready"):
                     engine.prepare(config)
-            service = Service(engine, tokenizer, ModelFacts.of(model, settings.model), settings)
-            service.worker.start(lambda: warm(engine, tokenizer, configs, service.facts.context))
+            with ui.status("generating the first tokens"):
+                facts = ModelFacts.of(model, settings.model)
+                service = Service(engine, tokenizer, facts, settings)
+                context = service.facts.context
+                service.worker.start(lambda: warm(engine, tokenizer, configs, context))
             page = link(settings, listening)
             ui.say(f"serving {service.facts.name} at {page} (Ctrl-C ends)")
             if settings.open:  # some browsers return only when they are closed
