@@ -16,6 +16,7 @@ from torch import Tensor
 from dart_llm.calibration import cache
 from dart_llm.calibration.progress import (
     INSTEAD,
+    ONE_BY_ONE,
     READING,
     WRITING,
     Advance,
@@ -105,7 +106,7 @@ def _work(model: Any, part: CalibrationConfig, ids: Tensor | None) -> dict[str, 
     """Multiply-adds of each stage of a calibration; ids None: the model writes its text."""
     tokens = part.sequences * part.length if ids is None else ids.numel()
     each = float(weights_of(model) * tokens)
-    return ({WRITING: each} if ids is None else {}) | {READING: each}
+    return ({WRITING: ONE_BY_ONE * each} if ids is None else {}) | {READING: each}
 
 
 def _memory(model: Any, part: CalibrationConfig, ids: Tensor | None) -> int:

@@ -189,10 +189,11 @@ def find_bases(
     with torch.inference_mode(False), capture_activations(model, take):
         parts = torch.split(ids[:rows].clone(), 4)
         for number, part in enumerate(parts):
-            with layer_ticks(model, part_of(advance, number, len(parts))):
+            with layer_ticks(model, part_of(advance, number, 2 * len(parts))):
                 model(part.to(model.device), use_cache=False, logits_to_keep=1)
     bases: list[Tensor | None] = []
-    for layer in layers:
+    for number, layer in enumerate(layers):
+        advance(0.5 + 0.5 * number / len(layers))
         if layer.index in inline:
             bases.append(None)
             continue

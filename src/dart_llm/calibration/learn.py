@@ -26,6 +26,7 @@ from dart_llm.calibration.collect import (
 )
 from dart_llm.calibration.progress import (
     INSTEAD,
+    ONE_BY_ONE,
     READING,
     WRITING,
     Advance,
@@ -185,9 +186,10 @@ class Lesson:
         assert prior is not None
         tokens = prior.sequences * prior.length
         if self.text is None:
-            found[WRITING] = float(weights * tokens)
+            found[WRITING] = float(ONE_BY_ONE * weights * tokens)
         if BASIS in names:
-            found[BASES] = float(weights * min(tokens, BASIS_TOKENS))
+            forward = weights * min(tokens, BASIS_TOKENS)
+            found[BASES] = 2.0 * forward  # the eigenvectors take as long again
         found[READING] = weights * tokens * (BACKWARD if CURVATURE in names else 1.0)
         return found
 

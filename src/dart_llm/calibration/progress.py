@@ -49,8 +49,11 @@ LARGE = 100_000_000
 ROWS = 64
 """Vectors of the product by which the speed is measured."""
 
-IN_MODEL = 0.5
-"""Of that product's speed, what a whole model reaches: attention and norms take time too."""
+ONE_BY_ONE = 3
+"""Tokens that are read in the time in which one is written: all weights for a few rows."""
+
+SURE = 0.02
+"""Share of the work, or of a stage, from which its own speed says how long the rest takes."""
 
 FLOATS = 16
 """Numbers of width D that the graph of one layer keeps for each token, about; and of width I, a
@@ -112,8 +115,9 @@ class Progress:
         here = self._stages.get(self._stage, 0.0)
         later = sum(self._stages.values()) - here
         done = self._done + self._share * here
-        speed = done / max(1e-6, now - self._began) if done else self._speed
-        if self._share < 0.02:
+        sure = done > SURE * (self._done + here + later) and now > self._began
+        speed = done / (now - self._began) if sure else self._speed
+        if self._share < SURE:
             return (here + later - self._share * here) / speed
         return (now - self._stage_began) * (1 / self._share - 1) + later / speed
 
@@ -181,7 +185,7 @@ def speed_of(model: Any) -> float:
         begin = time.perf_counter()
         F.linear(x, weight)[-1, -1].item()  # which waits for a GPU
         best = min(best, time.perf_counter() - begin)
-    return IN_MODEL * ROWS * weight.numel() / max(best, 1e-7)
+    return ROWS * weight.numel() / max(best, 1e-7)
 
 
 def graph_bytes(model: Any, tokens: int, backward: bool) -> int:
