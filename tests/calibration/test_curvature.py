@@ -1,5 +1,7 @@
 """Gradients by the neurons, against leaves of our own and finite differences."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ def found_by(model, ids):
     def take(layer, seen, gradient):
         parts.setdefault(layer, []).append((seen.u, gradient))
 
-    gradients(model, ids, take, lambda text: None)
+    gradients(model, ids, take)
     return {layer: list(map(torch.cat, zip(*some, strict=True))) for layer, some in parts.items()}
 
 
@@ -72,4 +74,5 @@ def test_rows_go_through_in_parts(monkeypatch):
         torch.testing.assert_close(gradient, wanted[layer][1], rtol=1e-4, atol=1e-5)
     gradients(model, ids, lambda layer, s, g: sizes.append(len(g)), news.append)
     assert sizes == [2] * 4 * LAYERS + [1] * LAYERS
-    assert len(news) == 2
+    assert news == sorted(news) and news[-1] == pytest.approx(1), "forward, backward, by layers"
+    assert len(news) == 5 * 2 * LAYERS and max(b - a for a, b in pairwise([0, *news])) < 0.06

@@ -85,8 +85,7 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path):
     blocked.write_text("")
     learnt(model, blocked, news=news)
     assert news[:2] == [
-        "learning gradients, features of compensation and mean activations from 2 x 24 tokens of "
-        "the model's own text, once",
+        "learning from the model's own text, once per model: a few seconds",
         "no tokenizer is at hand: the model's own text begins with its start token",
     ]
     assert len(news) == 3

@@ -95,7 +95,10 @@ def test_no_global_random_number_is_drawn():
     torch.manual_seed(1)
     assert torch.equal(sample_sequences(shared_model(), [], 3, 8, 5), sequences)
     sample_sequences(Fixed(*UNEVEN), [3], 1, 66, 0, news.append)
-    assert news == [f"the model writes text to learn from: {n} of 66 tokens" for n in (32, 64)]
+    assert news == [n / 65 for n in range(1, 66)], "after every token, which share is written"
+    news.clear()
+    sample_sequences(Fixed(*UNEVEN), [3], 65, 3, 0, news.append)
+    assert news == [0.25, 0.5, 0.75, 1], "in two lots of rows"
 
 
 def test_where_a_text_starts():

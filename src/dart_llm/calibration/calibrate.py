@@ -6,7 +6,7 @@ model writes by itself (docs/method.md, "Calibration").
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,26 @@ import torch
 from torch import Tensor
 
 from dart_llm.calibration import cache
-from dart_llm.calibration.self_text import sample_sequences
+from dart_llm.calibration.progress import (
+    INSTEAD,
+    ONE_BY_ONE,
+    READING,
+    WRITING,
+    Advance,
+    Say,
+    graph_bytes,
+    layer_ticks,
+    learning,
+    nothing,
+    part_of,
+    text_bytes,
+    weights_of,
+)
+from dart_llm.calibration.self_text import WRITTEN, sample_sequences
 from dart_llm.data import documents
 from dart_llm.errors import ConfigError, LoadError
 from dart_llm.models.describe import describe
-from dart_llm.patching.patch import ModelPatch
+from dart_llm.patching.patch import ModelPatch, check_free
 from dart_llm.pruning.config import BudgetConfig, CalibrationConfig, PruneConfig
 from dart_llm.pruning.controller import PruningController
 from dart_llm.pruning.masks import Masks
@@ -26,8 +41,6 @@ from dart_llm.pruning.registry import SCORES
 from dart_llm.pruning.selection import MaskSelector, check_fits
 from dart_llm.pruning.statistics import LayerStatistics, summed
 from dart_llm.pruning.weights import FfnWeights
-
-Say = Callable[[str], None]
 
 BATCH = 8
 """Sequences of one observed forward."""
@@ -70,16 +83,39 @@ def calibrate(
     evidence = cache.find(model, key, cache_dir, devices)
     note = _note(part, source, part.sequences if ids is None else len(ids))
     if evidence is None:
-        say(f"calibrating {config.method} ({note}); the result is kept in the cache")
-        if ids is None:
-            ids = sample_sequences(model, start, part.sequences, part.length, config.seed, say)
-        evidence = observe(model, config, ids, say)
+        check_free(model)
+        what = f"calibrating {config.method}, once per model ({note})"
+        work = _work(model, part, ids)
+        memory = _memory(model, part, ids)
+        with learning(model, say, what, work, memory, INSTEAD) as (faster, progress):
+            if ids is None:
+                write = progress.stage(WRITING)
+                ids = sample_sequences(
+                    faster, start, part.sequences, part.length, config.seed, write
+                )
+            evidence = observe(faster, config, ids, progress.stage(READING))
         try:
             cache.keep(model, key, cache_dir, evidence, {"note": note})
         except LoadError as error:
             say(f"the calibration is not kept for the next time: {error}")
     held, prior = choose(model, config, evidence)
     return Calibrated(held, prior, note)
+
+
+def _work(model: Any, part: CalibrationConfig, ids: Tensor | None) -> dict[str, float]:
+    """Multiply-adds of each stage of a calibration; ids None: the model writes its text."""
+    tokens = part.sequences * part.length if ids is None else ids.numel()
+    each = float(weights_of(model) * tokens)
+    return ({WRITING: ONE_BY_ONE * each} if ids is None else {}) | {READING: each}
+
+
+def _memory(model: Any, part: CalibrationConfig, ids: Tensor | None) -> int:
+    """Bytes that a calibration takes beside the model, about."""
+    rows = part.sequences if ids is None else len(ids)
+    seen = graph_bytes(model, min(BATCH, rows) * part.length, backward=False)
+    return (
+        seen if ids is not None else max(seen, text_bytes(model, min(WRITTEN, rows), part.length))
+    )
 
 
 def _note(part: CalibrationConfig, source: str | None, found: int) -> str:
@@ -115,7 +151,7 @@ def observing(config: PruneConfig) -> PruneConfig:
 
 @torch.no_grad()
 def observe(
-    model: Any, config: PruneConfig, ids: Tensor, say: Say = lambda text: None
+    model: Any, config: PruneConfig, ids: Tensor, advance: Advance = nothing
 ) -> list[LayerStatistics]:
     """Run ids [n, T] through the dense model; the evidence of every layer over all tokens.
 
@@ -128,10 +164,9 @@ def observe(
 
     def observed() -> Iterator[Sequence[LayerStatistics]]:
         for number, batch in enumerate(batches):
-            model(batch.to(model.device), use_cache=False, logits_to_keep=1)
+            with layer_ticks(model, part_of(advance, number, len(batches))):
+                model(batch.to(model.device), use_cache=False, logits_to_keep=1)
             yield controller.sequences[0].evidence
-            if (number + 1) % 4 == 0:
-                say(f"calibrating {config.method}: {number + 1} of {len(batches)} batches")
 
     patch.install()
     try:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dart_llm.calibration.progress import Advance, layer_ticks, nothing, part_of
 from dart_llm.errors import DartError
 from dart_llm.models.capture import LayerActivations, capture_activations
 from dart_llm.models.describe import describe
@@ -23,14 +24,23 @@ from dart_llm.pruning.drift import SINKS
 from dart_llm.pruning.statistics import LayerStatistics, Statistics, Sum
 from dart_llm.pruning.weights import FfnWeights
 
-LOGITS = 1 << 26
+LOGITS = 1 << 24
 """Elements of the logits of one backward pass at most."""
+
+BACKWARD = 3
+"""Work of a forward and its backward pass, in forwards."""
 
 Take = Callable[[int, LayerActivations, Tensor | None], None]
 
 
+def rows_at_once(model: Any, length: int) -> int:
+    """Sequences of ``length`` tokens that go forward and backward together."""
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    return max(1, LOGITS // (length * vocabulary))
+
+
 def gradients(
-    model: Any, ids: Tensor, take: Take, say: Callable[[str], None], backward: bool = True
+    model: Any, ids: Tensor, take: Take, advance: Advance = nothing, backward: bool = True
 ) -> None:
     """Run ids [n, T] forward and backward through the dense model, some rows at a time.
 
@@ -40,21 +50,20 @@ def gradients(
     token, and g = dL/du, [B, T', I]; L: the summed loss of the next tokens.  Parameters get no
     gradients, and every flag is what it was afterwards.
     """
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    rows = max(1, LOGITS // (ids.shape[1] * vocabulary))
-    parts = torch.split(ids, rows)
+    parts = torch.split(ids, rows_at_once(model, ids.shape[1]))
     with torch.inference_mode(False), torch.set_grad_enabled(backward), evaluating(model):
         for number, part in enumerate(parts):
-            _pass(model, part.clone().to(model.device), take, backward)
-            if (number + 1) % max(2, len(parts) // 8) == 0:
-                say(f"learning from the model's own text: {number + 1} of {len(parts)} parts")
+            here = part_of(advance, number, len(parts))
+            _pass(model, part.clone().to(model.device), take, here, backward)
 
 
-def _pass(model: Any, ids: Tensor, take: Take, backward: bool) -> None:
+def _pass(model: Any, ids: Tensor, take: Take, advance: Advance, backward: bool) -> None:
     """One forward of ids [B, T], and one backward; ``take`` gets what the layers saw."""
     held: dict[int, LayerActivations] = {}
     reaching = _reaching(model.get_input_embeddings()) if backward else contextlib.nullcontext()
-    with capture_activations(model, held.__setitem__, graph=True), reaching:
+    forward = (lambda share: advance(share / BACKWARD)) if backward else advance
+    ticks = layer_ticks(model, forward)
+    with capture_activations(model, held.__setitem__, graph=True), reaching, ticks:
         last = {} if backward else {"logits_to_keep": 1}
         output = model(ids, use_cache=False, **last)
     layers = sorted(held)
@@ -66,11 +75,19 @@ def _pass(model: Any, ids: Tensor, take: Take, backward: bool) -> None:
             ids[:, 1:].flatten().to(logits.device),
             reduction="sum",
         )
+        for layer in layers:
+            u: Any = held[layer].u
+            u.register_hook(_tick(advance, 1 - layer / len(layers)))
         gradients = torch.autograd.grad(loss, [held[layer].u for layer in layers])
     for layer, gradient in zip(layers, gradients, strict=True):
         seen = (held[layer].u, held[layer].x, held[layer].z, held[layer].r, held[layer].h)
         own = LayerActivations(*(_kept(t, ids) for t in seen))
         take(layer, own, None if gradient is None else _kept(gradient, ids))
+
+
+def _tick(advance: Advance, share: float) -> Callable[[Tensor], None]:
+    """A hook on a gradient that says which share of the backward pass is done."""
+    return lambda gradient: advance((1 + (BACKWARD - 1) * share) / BACKWARD)
 
 
 def _kept(t: Tensor, ids: Tensor) -> Tensor:
@@ -114,7 +131,7 @@ def collect_statistics(
     statistics: Statistics,
     bases: Sequence[Tensor | None],
     layers: Sequence[FfnWeights],
-    say: Callable[[str], None] = lambda text: None,
+    advance: Advance = nothing,
     backward: bool = True,
 ) -> list[LayerStatistics]:
     """The sums over ids [n, T] of every layer, and in them ``basis`` [r, D] where it has one.
@@ -135,7 +152,7 @@ def collect_statistics(
             if gradient is not None:
                 found[layer].add("curvature", gradient.flatten(0, 1).float().square(), None)
 
-    gradients(model, ids, take, say, backward)
+    gradients(model, ids, take, advance, backward)
     for evidence in found if backward else ():
         if not bool(evidence.sums["curvature"].total.isfinite().all()):
             raise DartError(
@@ -149,7 +166,11 @@ def collect_statistics(
 
 @torch.no_grad()
 def find_bases(
-    model: Any, ids: Tensor, rank: int, layers: Sequence[FfnWeights]
+    model: Any,
+    ids: Tensor,
+    rank: int,
+    layers: Sequence[FfnWeights],
+    advance: Advance = nothing,
 ) -> list[Tensor | None]:
     """Per layer the basis [r, D] of its FFN's input over ids [n, T], in the model's dtype.
 
@@ -166,10 +187,13 @@ def find_bases(
         held.setdefault(layer, []).append(seen.h[:, SINKS:].flatten(0, 1))
 
     with torch.inference_mode(False), capture_activations(model, take):
-        for part in torch.split(ids[:rows].clone(), 4):
-            model(part.to(model.device), use_cache=False, logits_to_keep=1)
+        parts = torch.split(ids[:rows].clone(), 4)
+        for number, part in enumerate(parts):
+            with layer_ticks(model, part_of(advance, number, 2 * len(parts))):
+                model(part.to(model.device), use_cache=False, logits_to_keep=1)
     bases: list[Tensor | None] = []
-    for layer in layers:
+    for number, layer in enumerate(layers):
+        advance(0.5 + 0.5 * number / len(layers))
         if layer.index in inline:
             bases.append(None)
             continue

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dart_llm.calibration.collect import evaluating
-from dart_llm.calibration.learn import Lesson, Say
+from dart_llm.calibration.learn import STATES, Lesson
+from dart_llm.calibration.progress import Advance, Say, layer_ticks, nothing, part_of
 from dart_llm.errors import ConfigError, DartError
-from dart_llm.models import float32_copy
 from dart_llm.models.checkpoint import remember_tokenizer
 from dart_llm.models.describe import decoder_of
 from dart_llm.models.packed import place_of
@@ -24,8 +24,7 @@ from dart_llm.pruning.weights import FfnWeights
 
 logger = logging.getLogger("dart_llm")
 
-STATES = "states"
-"""The part under which hidden states are kept."""
+LEARNING = "learning what the screened head reads from the model's own text, once per model"
 
 AT_ONCE = 4
 """Sequences of a forward."""
@@ -60,7 +59,11 @@ def learn_screen(
         known = _made.get(model)
         if known is not None and known[0] == mark:
             return known[1]
-        found = lesson.of_own_text(STATES, weight.device, lambda ids: hidden_states(model, ids))
+
+        def states(faster: Any, ids: Tensor, advance: Advance) -> Tensor:
+            return hidden_states(faster, ids, advance).to(model.dtype)
+
+        found = lesson.of_own_text(STATES, weight.device, states, LEARNING)
         screen = Screen.of(weight, found, config.head.bytes)
     _made[model] = mark, screen
     return screen
@@ -77,10 +80,9 @@ def screenable(model: Any) -> Tensor:
     return weight.detach()  # type: ignore[no-any-return]
 
 
-def hidden_states(model: Any, ids: Tensor) -> Tensor:
+def hidden_states(model: Any, ids: Tensor, advance: Advance = nothing) -> Tensor:
     """What the head reads of texts ids [n, T]: [n T, D] on the host, in the model's dtype."""
     seen: list[Tensor] = []
-    dtype, model = model.dtype, float32_copy.where_faster(model)
     head: Any = model.get_output_embeddings()
     width = head.weight.shape[1]
 
@@ -89,11 +91,13 @@ def hidden_states(model: Any, ids: Tensor) -> Tensor:
 
     handle = decoder_of(model).register_forward_hook(take)
     try:
-        for part in torch.split(ids, AT_ONCE):
-            model(part.to(model.device), use_cache=False, logits_to_keep=1)
+        parts = torch.split(ids, AT_ONCE)
+        for number, part in enumerate(parts):
+            with layer_ticks(model, part_of(advance, number, len(parts))):
+                model(part.to(model.device), use_cache=False, logits_to_keep=1)
     finally:
         handle.remove()
-    states = torch.cat(seen).to(dtype)
+    states = torch.cat(seen)
     if not bool(states.isfinite().all()):
         raise DartError("the model's last hidden states are not finite: try dtype float32")
     return states

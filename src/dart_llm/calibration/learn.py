@@ -16,10 +16,34 @@ import torch
 from torch import Tensor, nn
 
 from dart_llm.calibration import cache
-from dart_llm.calibration.collect import collect_statistics, evaluating, find_bases
-from dart_llm.calibration.self_text import opening_ids, own_start, sample_continuations
+from dart_llm.calibration.collect import (
+    BACKWARD,
+    BASIS_TOKENS,
+    collect_statistics,
+    evaluating,
+    find_bases,
+    rows_at_once,
+)
+from dart_llm.calibration.progress import (
+    INSTEAD,
+    ONE_BY_ONE,
+    READING,
+    WRITING,
+    Advance,
+    Progress,
+    Say,
+    graph_bytes,
+    learning,
+    text_bytes,
+    weights_of,
+)
+from dart_llm.calibration.self_text import (
+    WRITTEN,
+    opening_ids,
+    own_start,
+    sample_continuations,
+)
 from dart_llm.errors import ConfigError, LoadError
-from dart_llm.models import float32_copy
 from dart_llm.models.checkpoint import remember_tokenizer
 from dart_llm.models.fingerprint import digest_of, fingerprint
 from dart_llm.patching.patch import check_free
@@ -31,10 +55,14 @@ from dart_llm.pruning.weights import FfnWeights, reach_of, with_prior
 
 logger = logging.getLogger("dart_llm")
 
-Say = Callable[[str], None]
-
 VERSION = 3
-"""Of what is learnt and how: another one finds nothing of the old in the cache."""
+"""Of what is learnt and how: another one finds nothing of the old in the cache.
+
+In which dtype it is computed does not enter: that is rounding.
+"""
+
+STATES = "states"
+"""The part that a screened head is made from: hidden states."""
 
 TEXT, REACH, CURVATURE, BASIS, SCORE = "text", "reach", "curvature", "basis", "score"
 """Parts that are no sums over tokens under a name of their own (``SUMS``), and a score's sum.
@@ -52,6 +80,14 @@ SUMS = {
 """Parts that are sums: what a configuration needs (``Statistics.needs``), and its sums' names."""
 
 Part = list[LayerStatistics]
+
+MakePart = Callable[[Any, Tensor, Advance], Tensor]
+"""Makes a part with a model from texts ids [n, T]."""
+
+BASES, WEIGHTS = "features of compensation", "reach of weights"
+"""Stages of learning beside ``WRITING`` and ``READING``, in words."""
+
+LEARNING = "learning from the model's own text, once per model"
 
 
 @dataclass
@@ -87,65 +123,110 @@ class Lesson:
         return found
 
     def learn(self, names: Sequence[str], known: dict[str, Part]) -> dict[str, Part]:
-        """The parts of ``names``, made from the model's own text; ``known``: those that are."""
-        prior = self.config.prior
-        assert prior is not None
-        news = (
-            f"learning {_in_words(names)} from {prior.sequences} x {prior.length} tokens of the "
-            "model's own text, once"
-        )
-        self.say(news)
-        if self.say == logger.info:  # nobody may hear it, and on a CPU it takes minutes
-            logger.warning("%s: it takes a while (logging at level INFO says how far it is)", news)
-        model = float32_copy.where_faster(self.model)
-        if self.text is None:
-            self._write_text(model)
-            found = self.find(names)  # of this very text: it alone was lost
-            known, names = known | found, [name for name in names if name not in found]
-            if not names:
-                return known
+        """The parts of ``names``, made from the weights and the model's own text.
+
+        ``known``: those that are.
+        """
+        of_text = [name for name in names if name != REACH]
+        work = self._work(names)
+        memory = self._memory(CURVATURE in names) if of_text else 0
+        with learning(self.model, self.say, LEARNING, work, memory, INSTEAD) as (model, progress):
+            if REACH in names:
+                known = known | {REACH: self._reach(progress.stage(WEIGHTS))}
+            if of_text and self.text is None:
+                self._write_text(model, progress)
+                known = known | self.find(of_text)  # of this very text: it alone was lost
+            missing = [name for name in of_text if name not in known]
+            return known | (self._read(model, missing, known, progress) if missing else {})
+
+    def _read(
+        self, model: Any, names: Sequence[str], known: dict[str, Part], progress: Progress
+    ) -> dict[str, Part]:
+        """The parts of ``names`` that the model's own text gives."""
         ids = self.text
         assert ids is not None
         bases: list[Tensor | None] = [None] * len(self.layers)
         if BASIS in known:
             bases = [basis_of(known, place, one) for place, one in enumerate(self.layers)]
         elif BASIS in names:
-            bases = find_bases(model, ids, self.config.compensation_rank, self.layers)
+            rank = self.config.compensation_rank
+            bases = find_bases(model, ids, rank, self.layers, progress.stage(BASES))
+        advance = progress.stage(READING)
         evidence = collect_statistics(
-            model, ids, self._missing(names), bases, self.layers, self.say, CURVATURE in names
+            model, ids, self._missing(names), bases, self.layers, advance, CURVATURE in names
         )
         made = {name: _part_of(evidence, name) for name in names}
         for name, part in made.items():
             self._keep(name, part, known | made)
-        return known | made
+        return made
 
-    def reach(self) -> Part:
+    def _reach(self, advance: Advance) -> Part:
         """``FfnWeights.reach`` of every layer."""
-        self.say("computing once how far every neuron reaches towards the vocabulary")
         found = []
         for number, layer in enumerate(self.layers):
             assert layer.embedding is not None
             high, mean = reach_of(layer.down.detach(), layer.embedding.detach())
             found.append(LayerStatistics({"max": Sum(high, 1.0), "mean": Sum(mean, 1.0)}))
-            if (number + 1) % max(2, len(self.layers) // 4) == 0:
-                self.say(f"reach towards the vocabulary: {number + 1} of {len(self.layers)} layers")
+            advance((number + 1) / len(self.layers))
         self._keep(REACH, found, {})
         return found
 
-    def of_own_text(
-        self, name: str, device: torch.device, make: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """What ``make`` finds in the model's own text, ids [n, T]: kept under ``name``."""
-        self._read_text()
+    def _work(self, names: Sequence[str]) -> dict[str, float]:
+        """Multiply-adds of each stage that makes the parts of ``names``."""
+        found: dict[str, float] = {}
+        if REACH in names:
+            rows = (len(one.embedding) for one in self.layers if one.embedding is not None)
+            found[WEIGHTS] = sum(
+                n * one.down.numel() for n, one in zip(rows, self.layers, strict=True)
+            )
+        of_text = [name for name in names if name != REACH]
+        if not of_text:
+            return found
+        prior, weights = self.config.prior, weights_of(self.model)
+        assert prior is not None
+        tokens = prior.sequences * prior.length
         if self.text is None:
-            self.say("the model writes text to learn from, once")
-            self._write_text(self.model)
-        known = self._find(name, [device], {})
+            found[WRITING] = float(ONE_BY_ONE * weights * tokens)
+        if BASIS in names:
+            forward = weights * min(tokens, BASIS_TOKENS)
+            found[BASES] = 2.0 * forward  # the eigenvectors take as long again
+        found[READING] = weights * tokens * (BACKWARD if CURVATURE in names else 1.0)
+        return found
+
+    def _memory(self, backward: bool) -> int:
+        """Bytes that writing and reading the text take beside the model, about."""
+        prior = self.config.prior
+        assert prior is not None
+        rows = rows_at_once(self.model, prior.length)
+        tokens = min(rows, prior.sequences) * prior.length
+        return max(
+            text_bytes(self.model, min(WRITTEN, prior.sequences), prior.length),
+            graph_bytes(self.model, tokens, backward),
+        )
+
+    def of_own_text(self, name: str, device: torch.device, make: MakePart, what: str) -> Tensor:
+        """What ``make`` learns from the model's own text, kept under ``name``.
+
+        ``what``: is learnt, for people.
+        """
+        self._read_text()
+        known = None if self.text is None else self._find(name, [device], {})
         if known is None:
-            assert self.text is not None
-            known = [LayerStatistics({name: Sum(make(self.text), 1.0)})]
-            self._keep(name, known, {})
+            known = self._of_text(name, device, make, what)
         return known[0].sums[name].total
+
+    def _of_text(self, name: str, device: torch.device, make: MakePart, what: str) -> Part:
+        work = self._work([name])
+        with learning(self.model, self.say, what, work, self._memory(False)) as (model, progress):
+            if self.text is None:
+                self._write_text(model, progress)
+            known = self._find(name, [device], {})
+            if known is None:
+                assert self.text is not None
+                found = make(model, self.text, progress.stage(READING))
+                known = [LayerStatistics({name: Sum(found, 1.0)})]
+                self._keep(name, known, {})
+        return known
 
     def _read_text(self) -> None:
         """The text, if it is known already."""
@@ -153,10 +234,10 @@ class Lesson:
             text = self._find(TEXT, [torch.device("cpu")], {})
             self.text = None if text is None else text[0].sums["ids"].total
 
-    def _write_text(self, model: Any) -> None:
+    def _write_text(self, model: Any, progress: Progress) -> None:
         prior = self.config.prior
         assert prior is not None
-        self.text = self._written(model, prior)
+        self.text = self._written(model, prior, progress.stage(WRITING))
         self._keep(TEXT, [LayerStatistics({"ids": Sum(self.text, 1.0)})], {})
 
     def _missing(self, names: Sequence[str]) -> Statistics:
@@ -166,7 +247,7 @@ class Lesson:
             self.statistics, per_token=per_token, needs=frozenset(names) & SUMS.keys(), spread=False
         )
 
-    def _written(self, model: Any, prior: PriorConfig) -> Tensor:
+    def _written(self, model: Any, prior: PriorConfig, advance: Advance) -> Tensor:
         """What the model writes by itself, [n, T] int64 on the host."""
         generator, opening = torch.Generator().manual_seed(self.config.seed), self.opening
         if opening is None:
@@ -176,7 +257,7 @@ class Lesson:
             if self.start:
                 opening.fill_(self.start[0])
         written = sample_continuations(
-            model, opening, prior.length, generator, self.say, prior.temperature, prior.top_p
+            model, opening, prior.length, generator, advance, prior.temperature, prior.top_p
         )
         return written.clone()
 
@@ -228,13 +309,6 @@ class Lesson:
         return [text]
 
 
-def _in_words(names: Sequence[str]) -> str:
-    """What parts are to people: ``gradients, features of compensation and mean activations``."""
-    words = {CURVATURE: "gradients", BASIS: "features of compensation"}
-    told = list(dict.fromkeys(words.get(name, "mean activations") for name in names))
-    return " and ".join([", ".join(told[:-1]), told[-1]]) if len(told) > 1 else told[0]
-
-
 def _part_of(evidence: Sequence[LayerStatistics], name: str) -> Part:
     wanted = SUMS.get(name, (name,))
     return [
@@ -281,10 +355,8 @@ def self_calibrate(
     with torch.inference_mode(False), evaluating(model):
         lesson = Lesson(model, config, tuple(layers), cache_dir, say)
         found = lesson.find(names)
-        if REACH in names and REACH not in found:
-            found[REACH] = lesson.reach()
         if missing := [name for name in names if name not in found]:
-            found |= lesson.learn(missing, found)
+            found = lesson.learn(missing, found)
     return _knowing(config, layers, found)
 
 

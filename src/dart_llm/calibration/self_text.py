@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dart_llm.calibration.progress import Advance, nothing, part_of
 from dart_llm.data import texts
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.models.checkpoint import tokenizer_of
@@ -53,7 +54,7 @@ def sample_sequences(
     count: int,
     length: int,
     seed: int,
-    say: Callable[[str], None] = lambda text: None,
+    advance: Advance = nothing,
 ) -> Tensor:
     """``count`` sequences of ``length`` tokens, sampled from the dense model at temperature 1.
 
@@ -64,11 +65,13 @@ def sample_sequences(
     generator = torch.Generator().manual_seed(seed)
     vocabulary = int(model.config.get_text_config().vocab_size)
     rows = []
-    for done in range(0, count, WRITTEN):
-        size = min(WRITTEN, count - done)
+    times = -(-count // WRITTEN)
+    for number in range(times):
+        size = min(WRITTEN, count - number * WRITTEN)
         first = torch.randint(vocabulary, (size, 1), generator=generator)
         ids = torch.full_like(first, start[0]) if start else first
-        rows.append(sample_continuations(model, ids, length, generator, say))
+        here = part_of(advance, number, times)
+        rows.append(sample_continuations(model, ids, length, generator, here))
     return torch.cat(rows).clone()
 
 
@@ -78,7 +81,7 @@ def sample_continuations(
     ids: Tensor,
     length: int,
     generator: torch.Generator,
-    say: Callable[[str], None],
+    advance: Advance,
     temperature: float = 1.0,
     top_p: float = 1.0,
 ) -> Tensor:
@@ -86,7 +89,7 @@ def sample_continuations(
 
     ``temperature`` and ``top_p`` choose as in ``generate``.  Returns [B, length] int64.
     """
-    cache = None
+    cache, opening = None, ids.shape[1]
     while ids.shape[1] < length:
         given: dict[str, Any] = {} if cache is None else {"cache": cache}
         new = ids if cache is None else ids[:, -1:]
@@ -95,8 +98,7 @@ def sample_continuations(
         logits = _last_logits(model, output) / temperature
         chances = likeliest(logits.softmax(-1), top_p)
         ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], 1)
-        if ids.shape[1] % 32 == 0:
-            say(f"the model writes text to learn from: {ids.shape[1]} of {length} tokens")
+        advance((ids.shape[1] - opening) / (length - opening))
     return ids
 
 

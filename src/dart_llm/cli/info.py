@@ -169,6 +169,7 @@ def examine(cache_dir: str | None = None) -> dict[str, Any]:
 
     from dart_llm.cache import cache_folder
     from dart_llm.experiments.provenance import machine, versions
+    from dart_llm.models.float32_products import emulates
     from dart_llm.native.build import state as native_state
 
     cache = cache_folder(cache_dir)
@@ -177,7 +178,8 @@ def examine(cache_dir: str | None = None) -> dict[str, Any]:
         "versions": versions(),
         "machine": machine(),
         "devices": _devices(torch),
-        "dtypes": _dtypes(torch),
+        "dtypes": (dtypes := _dtypes(torch)),
+        "dtypes_emulated": [name for name in dtypes if emulates(getattr(torch, name))],
         "compiler": shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"),
         "native_kernels": native_state(cache_dir),
         "default_model_weights": _held(native_state(cache_dir), torch.cuda.is_available()),
@@ -224,6 +226,14 @@ def _dtypes(torch: Any) -> list[str]:
     return found
 
 
+def _dtypes_text(dtypes: Sequence[str], emulated: Sequence[str]) -> str:
+    """Which are native and which emulated, and what follows from that."""
+    text = ", ".join(name for name in dtypes if name not in emulated)
+    if not emulated:
+        return text
+    return f"{text}; emulated: {', '.join(emulated)} (prompts are computed in float32 instead)"
+
+
 def _lacking(extra: str) -> list[str]:
     return [
         name
@@ -239,7 +249,7 @@ def print_report(found: dict[str, Any]) -> None:
         "system": f"{machine['system']}, {machine['processor']}",
         "cores, memory": f"{machine['cores']}, {machine['memory_gib']} GiB",
         "devices": ", ".join(found["devices"]),
-        "dtypes on the CPU": ", ".join(found["dtypes"]),
+        "dtypes on the CPU": _dtypes_text(found["dtypes"], found["dtypes_emulated"]),
         "C++ compiler": Path(compiler).name if compiler else NO_COMPILER,
         "native CPU kernels": found["native_kernels"],
         "default model's weights": found["default_model_weights"],

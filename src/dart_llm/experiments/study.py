@@ -27,6 +27,7 @@ from dart_llm.experiments.store import SCHEMA, ResultsFolder, now, open_folder, 
 from dart_llm.files import finite, write_json, write_lines, write_text
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.devices import memory_failure
+from dart_llm.models.float32_products import float32_note
 from dart_llm.models.loading import load
 from dart_llm.native.memory import peak
 from dart_llm.reporting.console import Ui
@@ -401,6 +402,8 @@ def load_model(settings: ModelOptions, ui: Ui) -> tuple[Any, Any, float]:
     ui.say(
         f"{facts.get('name')}: {file_text(facts)}, dtype {dtype_text(facts)}, device {model.device}"
     )
+    if note := float32_note(model):
+        ui.say(note)
     if isinstance(settings, PruningOptions) and (said := other_model(settings.method, model)):
         ui.say(said)
     return model, tokenizer, time.perf_counter() - begin

@@ -217,11 +217,13 @@ def load(
 
     ``model``: a hub id (``owner/name``), a folder, a ``.gguf`` file (made dense once, in the
     cache), or ``smollm2-135m``.  ``dtype``: the checkpoint's unless given; bfloat16 for what was a
-    GGUF.  ``weights``: ``file`` keeps the blocks of a GGUF file on a CPU, and every executor reads
-    them so; ``q8_0``, ``q4_0``, ``q4_1`` round a checkpoint to such blocks; ``dense`` holds every
-    weight in ``dtype``; ``auto``: ``file`` for a GGUF on a CPU where no dtype is given, else
-    ``dense``.  ``device``: ``cpu``, ``cuda:0``, ``0``, ``0,1``, ``mps``, or ``auto`` for GPU 0 if
-    there is one; not given, the model stays on the CPU or goes where ``device_map`` says.
+    GGUF.  Where none is given and the CPU emulates products in the checkpoint's, many tokens at a
+    time are computed in float32, and one in its dtype.  ``weights``: ``file`` keeps the blocks of a
+    GGUF file on a CPU, and every executor reads them so; ``q8_0``, ``q4_0``, ``q4_1`` round a
+    checkpoint to such blocks; ``dense`` holds every weight in ``dtype``; ``auto``: ``file`` for a
+    GGUF on a CPU where no dtype is given, else ``dense``. ``device``: ``cpu``, ``cuda:0``, ``0``,
+    ``0,1``, ``mps``, or ``auto`` for GPU 0 if there is one; not given, the model stays on the CPU
+    or goes where ``device_map`` says.
     ``cache_dir`` (else ``DART_CACHE``) moves fetched and converted models and the hub's cache.
     ``verify`` compares the checksums of cached conversions, not only their sizes.  ``progress``
     is called with a line of text whenever there is news.
@@ -354,6 +356,10 @@ class _Builder:
                 raise
             except Exception as error:
                 raise self._failure(error, checkpoint) from error
+        if self.arguments["dtype"] == "auto" and "device_map" not in self.arguments:
+            from dart_llm.models.float32_products import compute_prompts_in_float32
+
+            compute_prompts_in_float32(model)
         remember(model, self._located(checkpoint) if on_hub else checkpoint)
         remember_tokenizer(model, tokenizer)
         return model, tokenizer

@@ -16,6 +16,7 @@ from dart_llm.calibration.learn import self_calibrate
 from dart_llm.errors import AttachError, ConfigError
 from dart_llm.models.checkpoint import tokenizer_of
 from dart_llm.models.describe import ModelView, describe
+from dart_llm.models.float32_products import note_slow_prompts
 from dart_llm.patching.executors import check_executor, choose_executor
 from dart_llm.patching.executors.whole_step import effective_executor
 from dart_llm.patching.patch import ModelPatch
@@ -238,6 +239,7 @@ class Run:
             raise AttachError("this run is attached already")
         if self.tracing is not None:
             raise AttachError("this run is being traced: leave that block before it attaches anew")
+        note_slow_prompts(self.model, logger.warning)
         if not self.controller.sequence_count:  # the model may have moved since this run was made
             self._method = self._learnt()
             self.controller = self._new_controller()

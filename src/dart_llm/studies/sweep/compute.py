@@ -94,6 +94,7 @@ class LoadedModelCache:
     def _load(self, cell: Cell, ui: Ui) -> None:
         import torch
 
+        from dart_llm.models.float32_products import float32_note
         from dart_llm.models.loading import load
 
         arguments = cell.load_arguments
@@ -113,6 +114,8 @@ class LoadedModelCache:
             self.broken[name] = error
             raise
         self.name, self.seconds = name, time.perf_counter() - began
+        if note := float32_note(self.model):
+            ui.say(note)
 
 
 def compute(

@@ -1,0 +1,259 @@
+"""Matrix products of many tokens in float32, on CPUs that emulate them in 16 bits.
+
+torch multiplies bfloat16 and float16 matrices on an x86 CPU without AVX-512 by a loop that takes 5
+to 20 times as long as float32's product.  One token is faster in 16 bits all the same: it reads
+half the bytes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from dart_llm.models.agreement import Replacement
+
+FEW = 4
+"""Rows up to which a product stays in 16 bits: widening the weights would take longer."""
+
+CHUNK = 1 << 20
+"""Weights that are widened at a time: they stay in the CPU's cache until they are multiplied."""
+
+LEAST_ROWS = 256
+"""Rows of a weight that are widened at a time, at least."""
+
+LARGE = 1 << 24
+"""Parameters from which the time of a prompt is worth a line in the log."""
+
+_CHECKS = {
+    torch.bfloat16: "_is_mkldnn_bf16_supported",
+    torch.float16: "_is_mkldnn_fp16_supported",
+}
+"""torch's own answers to which 16-bit matrices this CPU multiplies."""
+
+_noted: set[torch.dtype] = set()
+
+
+def emulates(dtype: torch.dtype) -> bool:
+    """Whether torch emulates products of matrices of ``dtype`` on this CPU."""
+    check = getattr(torch.ops.mkldnn, _CHECKS[dtype], None) if dtype in _CHECKS else None
+    return check is not None and not check()
+
+
+class Float32Products(TorchFunctionMode):
+    """Inside, products of more than ``FEW`` rows of 16-bit CPU matrices run in float32.
+
+    Results and gradients have the dtype that they would have had, and nothing of a weight but a
+    chunk is ever widened.  Low-bit blocks are left to themselves.
+    """
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        run = _PRODUCTS.get(func)
+        found = None if run is None else run(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {})) if found is None else found
+
+
+def _is_slow(x: Any) -> bool:
+    """Whether products of the rows of x [..., n, K] are worth float32."""
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and x.dim() > 1
+        and x.device.type == "cpu"
+        and x.shape[-2] > FEW
+        and emulates(x.dtype)
+    )
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """``F.linear``, whose rows are those of all sequences together."""
+    rows = input.reshape(-1, input.shape[-1]) if input.dim() > 2 else input
+    if type(weight) not in (Tensor, nn.Parameter) or not _is_slow(rows) or weight.dim() != 2:
+        return None
+    if weight.dtype != input.dtype or (bias is not None and bias.dtype != input.dtype):
+        return None  # which torch refuses
+    times: Any = _Product.apply if torch.is_grad_enabled() else _times
+    product = times(rows, weight)
+    found: Tensor = product if bias is None else product + bias.float()
+    return found.to(input.dtype).reshape(*input.shape[:-1], len(weight))
+
+
+def _addmm(
+    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Tensor | None:
+    """``torch.addmm``, by which a Conv1D multiplies."""
+    return _linear(mat1, mat2.t(), input) if beta == alpha == 1 and input.dim() == 1 else None
+
+
+def _times(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows [n, K] times the transpose of weight [N, K]: [n, N] float32."""
+    wide, step = rows.float(), max(LEAST_ROWS, CHUNK // weight.shape[1])
+    if len(weight) <= step:
+        return F.linear(wide, weight.float())
+    found = wide.new_empty(len(rows), len(weight))
+    for begin in range(0, len(weight), step):
+        found[:, begin : begin + step] = F.linear(wide, weight[begin : begin + step].float())
+    return found
+
+
+class _Product(torch.autograd.Function):
+    """``_times``, whose graph holds the weight in its 16 bits."""
+
+    @staticmethod
+    def forward(rows: Tensor, weight: Tensor) -> Tensor:
+        return _times(rows, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        for_rows, for_weight = ctx.needs_input_grad
+        return (
+            _back(gradient, weight).to(rows.dtype) if for_rows else None,
+            (gradient.t() @ rows.float()).to(weight.dtype) if for_weight else None,
+        )
+
+
+def _back(gradient: Tensor, weight: Tensor) -> Tensor:
+    """gradient [n, N] times weight [N, K]: [n, K] float32."""
+    step = max(LEAST_ROWS, CHUNK // weight.shape[1])
+    found = gradient.new_zeros(len(gradient), weight.shape[1])
+    for begin in range(0, len(weight), step):
+        part = slice(begin, begin + step)
+        found = torch.addmm(found, gradient[:, part], weight[part].float())
+    return found
+
+
+def _in_float32(func: Any) -> Callable[..., Tensor | None]:
+    """``func`` of activations alone: all of them are widened."""
+
+    def run(*args: Any, **kwargs: Any) -> Tensor | None:
+        first = next((one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)), None)
+        if first is None or not _is_slow(first) or kwargs.get("out") is not None:
+            return None
+        wide = torch.utils._pytree.tree_map_only(Tensor, _widened, (args, kwargs))
+        found: Tensor = func(*wide[0], **wide[1])
+        return found.to(first.dtype)
+
+    return run
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in _CHECKS else tensor
+
+
+_PRODUCTS: Mapping[Any, Callable[..., Tensor | None]] = {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    **{
+        func: _in_float32(func)
+        for func in (
+            F.scaled_dot_product_attention,
+            torch.matmul,
+            torch.bmm,
+            torch.baddbmm,
+            Tensor.matmul,
+            Tensor.__matmul__,
+            Tensor.bmm,
+        )
+    },
+}
+"""What runs otherwise, by the function that is called; None of it: as torch runs it."""
+
+
+class WidePrompts(Replacement):
+    """The forward of a model that multiplies many tokens in float32; its copies keep it."""
+
+    def __init__(self, original: Callable[..., Any]) -> None:
+        super().__init__(original, _wide_prompt)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return WidePrompts(copy.deepcopy(self.original, memo))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return WidePrompts, (self.original,)
+
+
+def _wide_prompt(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A forward of the model; one of few tokens is not even looked at."""
+    if torch.compiler.is_compiling() or _tokens(args, kwargs) <= FEW:
+        return original(*args, **kwargs)
+    if torch.is_autocast_enabled("cpu"):  # which would narrow what is widened
+        return original(*args, **kwargs)
+    with Float32Products():
+        return original(*args, **kwargs)
+
+
+def _tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """How many tokens a forward is given, in all its rows."""
+    ids = args[0] if args else kwargs.get("input_ids")
+    if isinstance(ids, Tensor):
+        return ids.numel()
+    embeddings = kwargs.get("inputs_embeds")
+    return embeddings[..., 0].numel() if isinstance(embeddings, Tensor) else 0
+
+
+def compute_prompts_in_float32(model: Any) -> bool:
+    """Let ``model`` multiply many tokens in float32 from now on; False where nothing is gained.
+
+    Its weights stay as they are, and a single token is decoded in their dtype.
+    """
+    if not is_emulated(model) or _is_wide(model):
+        return False
+    model.forward = WidePrompts(model.forward)
+    return True
+
+
+def float32_note(model: Any) -> str:
+    """What a reader of ``model``'s dtype must know of its prompts: "", or a sentence."""
+    if not _is_wide(model) or not is_emulated(model):
+        return ""
+    name = _name(model.dtype)
+    return (
+        f"this CPU has no {name} arithmetic: prompts are computed in float32, decoding stays "
+        f"{name}; --dtype overrides"
+    )
+
+
+def note_slow_prompts(model: Any, warn: Callable[[str], None]) -> None:
+    """Call ``warn`` once for models that emulate their prompts, as somebody else loaded them."""
+    if model.dtype in _noted or _is_wide(model) or not is_emulated(model):
+        return
+    if sum(one.numel() for one in model.parameters()) < LARGE:
+        return
+    _noted.add(model.dtype)
+    name = _name(model.dtype)
+    warn(
+        f"this CPU has no {name} arithmetic, and this model computes prompts in it: "
+        "dart_llm.load(...) without a dtype, or model.float(), reads them about 5 times as fast"
+    )
+
+
+def is_emulated(model: Any) -> bool:
+    """Whether products of many tokens of ``model`` are emulated on this CPU."""
+    return model.device.type == "cpu" and emulates(model.dtype)
+
+
+def _is_wide(model: nn.Module) -> bool:
+    """Whether its prompts are float32; also while it is being pruned."""
+    held = model.__dict__.get("forward")
+    while isinstance(held, Replacement) and not isinstance(held, WidePrompts):
+        held = held.original
+    return isinstance(held, WidePrompts)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,281 @@
+"""Many tokens are multiplied in float32 where the CPU emulates 16 bits; nothing else changes."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dart_llm.models import float32_products
+from dart_llm.models.fingerprint import fingerprint
+from dart_llm.models.float32_products import (
+    FEW,
+    LARGE,
+    Float32Products,
+    compute_prompts_in_float32,
+    float32_note,
+    note_slow_prompts,
+)
+from dart_llm.models.loading import load
+from dart_llm.models.packed import pack
+from dart_llm.models.steps import step_unsupported_reason
+from dart_llm.session.run import prune
+from steps import Same, apart, decode, generate
+from tiny import tiny, tokens
+
+BFLOAT16, HALF = torch.bfloat16, torch.float16
+PROMPT, IDS = 20, tokens(1, 24, seed=3)
+
+
+@pytest.fixture(autouse=True)
+def slow(monkeypatch):
+    """Both 16-bit dtypes are emulated, whatever the CPU."""
+    monkeypatch.setattr(float32_products, "emulates", lambda dtype: dtype in (BFLOAT16, HALF))
+
+
+class Narrow(TorchDispatchMode):
+    """Counts products in 16 bits, of more than ``FEW`` rows, below whatever called them."""
+
+    PRODUCTS = (  # torch's; our kernels compute in float32 anyway
+        "mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "_scaled_dot_product",
+        "linear",
+        "matmul",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        first = next((one for one in args if isinstance(one, torch.Tensor) and one.dim() > 1), None)
+        name = func.overloadpacket.__name__ if func.namespace == "aten" else ""
+        if first is not None and name.startswith(self.PRODUCTS) and first.shape[-2] > FEW:
+            self.found += [name] if first.dtype in (BFLOAT16, HALF) else []
+        return func(*args, **(kwargs or {}))
+
+
+def wide(name="llama", dtype=BFLOAT16, **sizes):
+    model = tiny(name, dtype=dtype, **sizes)
+    assert compute_prompts_in_float32(model)
+    return model
+
+
+def close(found, exact, dtype):
+    assert found.dtype == dtype
+    return apart(found.detach(), exact.detach()) < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, HALF], ids=str)
+def test_products_and_their_gradients(dtype, monkeypatch):
+    """Against float64: results are rounded once; weights of several chunks give the same."""
+    monkeypatch.setattr(float32_products, "CHUNK", 64)
+    monkeypatch.setattr(float32_products, "LEAST_ROWS", 5)
+    generator = torch.Generator().manual_seed(0)
+    x, w, b, g = (
+        torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+        for shape in ((2, 3, 24), (17, 24), (17,), (2, 3, 17))
+    )
+    q = torch.randn(2, 4, 9, 8, generator=generator).to(dtype)
+    for operation, given in (
+        (F.linear, (x, w, b)),
+        (F.linear, (x, w)),
+        (lambda x, w, b: torch.addmm(b, x.flatten(0, 1), w.t()), (x, w, b)),
+    ):
+        exact = operation(*(one.double() for one in given))
+        with Float32Products(), Narrow() as narrow:
+            found = operation(*given)
+            grads = torch.autograd.grad(found, given, g.reshape(found.shape))
+        assert narrow.found == [] and close(found, exact, dtype)
+        with torch.no_grad(), Float32Products():
+            assert torch.equal(operation(*given), found)
+        wanted = torch.autograd.grad(exact, given, g.reshape(found.shape).double())
+        assert all(close(a, e, dtype) for a, e in zip(grads, wanted, strict=True))
+    for operation in (
+        lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True),
+        lambda q: q @ q.mT,
+        lambda q: torch.matmul(q, q.mT),
+        lambda q: torch.bmm(q[0], q[1].mT),
+    ):
+        with Float32Products(), Narrow() as narrow:
+            found = operation(q)
+        assert narrow.found == [] and close(found, operation(q.double()), dtype)
+
+
+@pytest.mark.usefixtures("native")
+def test_what_stays_as_torch_has_it():
+    few, many, w = (torch.randn(n, 32).to(BFLOAT16) for n in (FEW, FEW + 1, 64))
+    packed = pack(w, "q8_0")
+    for x, weight in ((few, w), (many.float(), w.float()), (many, packed)):
+        wanted = F.linear(x, weight)
+        with Float32Products():
+            assert torch.equal(F.linear(x, weight), wanted)
+    with Float32Products(), pytest.raises(RuntimeError, match="dtype"):
+        F.linear(many, w.float())
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        ("llama", "sdpa"),
+        ("llama", "eager"),
+        ("gpt2", "sdpa"),
+        ("gemma2", "eager"),
+        ("bloom", "eager"),
+    ],
+)
+def test_a_prompt_runs_in_float32_and_a_token_as_ever(name, attention):
+    plain, model = tiny(name, dtype=BFLOAT16), wide(name)
+    for one in (plain, model):
+        one.set_attn_implementation(attention)
+    with torch.no_grad():
+        with Narrow() as narrow:
+            plain(IDS)
+        assert narrow.found, "what this is about"
+        with Narrow() as narrow:
+            found = model(IDS)
+        assert narrow.found == [] and found.logits.dtype == BFLOAT16
+        exact = copy.deepcopy(plain).float()(IDS).logits
+        assert apart(found.logits, exact) < 1.2 * apart(plain(IDS).logits, exact) + 1e-2
+        few = IDS[:, :FEW]
+        assert torch.equal(model(few).logits, plain(few).logits)
+        assert torch.equal(model(input_ids=few).logits, plain(few).logits)
+        embedded = model.get_input_embeddings()(IDS)
+        with Narrow() as narrow:
+            model(inputs_embeds=embedded)
+        assert narrow.found == []
+
+
+def test_the_model_is_the_same_in_every_other_way(tmp_path):
+    plain, model = tiny(dtype=BFLOAT16), wide()
+    assert fingerprint(model) == fingerprint(plain)
+    assert step_unsupported_reason(model) == step_unsupported_reason(plain) == ""
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert not compute_prompts_in_float32(model), "once"
+    with torch.no_grad():
+        wanted = model(IDS).logits
+        for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(again(IDS).logits, wanted)
+            again.lm_head.weight.zero_()
+            assert not again(IDS).logits.any(), "it runs its own weights"
+            assert torch.equal(model(IDS).logits, wanted)
+        model.save_pretrained(tmp_path)
+        again = type(model).from_pretrained(tmp_path)
+        assert "forward" not in again.__dict__
+        for (name, one), other in zip(plain.named_parameters(), again.parameters(), strict=True):
+            assert torch.equal(one, other), name
+        assert torch.equal(copy.deepcopy(model).float()(IDS).logits, plain.float()(IDS).logits)
+    with torch.autocast("cpu", dtype=BFLOAT16), Narrow() as narrow:
+        model(IDS)
+    assert narrow.found, "autocast has its own dtype"
+
+
+def test_gradients_of_weights():
+    plain, model = tiny(dtype=BFLOAT16).float(), wide()
+    for one in (plain, model):
+        one(IDS, labels=IDS).loss.backward()
+    for (name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert one.grad.dtype == BFLOAT16
+        assert float((one.grad.float() - other.grad).norm() / other.grad.norm()) < 0.05, name
+
+
+@pytest.mark.contract("exact restore")
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("executor", ["masked", "compact", "native", "slim"])
+def test_a_pruned_model_keeps_it(executor):
+    """Prompts and scored texts run in float32 by every executor; afterwards the forward is back."""
+    model = wide()
+    forward = model.__dict__["forward"]
+    with Same(model), prune(model, "griffin", sparsity=0.5, executor=executor) as run:
+        assert run.executor == executor and float32_note(model)
+        with Narrow() as narrow, torch.inference_mode():
+            generate(model, IDS, 4)
+            model(IDS)
+        assert narrow.found == []
+    assert model.__dict__["forward"] is forward
+
+
+@pytest.mark.contract("sparsity 0 is bit-identical")
+@pytest.mark.parametrize("method", ["griffin", "dart-token"])
+def test_sparsity_zero(method):
+    model = wide()
+    dense = decode(model, IDS, PROMPT)
+    with prune(model, method, sparsity=0.0):
+        assert torch.equal(decode(model, IDS, PROMPT), dense)
+
+
+@pytest.mark.contract("masked equals compact")
+@pytest.mark.usefixtures("native")
+def test_executors_agree():
+    model = wide()
+    found = {}
+    for executor in ("masked", "compact", "native", "slim"):
+        with prune(model, "griffin", sparsity=0.5, executor=executor):
+            found[executor] = decode(model, IDS, PROMPT)
+    for executor, logits in found.items():
+        assert apart(logits[:, PROMPT:], found["masked"][:, PROMPT:]) < 3e-2, executor
+
+
+class Other(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_of_others_and_errors_leave_nothing_behind():
+    model = wide()
+    with Other(), torch.no_grad(), Narrow() as narrow:
+        model(IDS)
+    assert narrow.found == []
+    with pytest.raises(IndexError):
+        model(IDS + 1000)
+    assert torch.overrides._len_torch_function_stack() == 0
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_load_does_it_where_no_dtype_is_given(tmp_path, dtype, caplog):
+    from tiny_gpt2 import write_gpt2
+
+    folder = write_gpt2(tmp_path / "model")
+    model, _ = load(str(folder), dtype="bfloat16")
+    model.save_pretrained(folder)
+    model, _ = load(str(folder), dtype=dtype)
+    assert model.dtype == BFLOAT16
+    with torch.no_grad(), Narrow() as narrow:
+        model(IDS)
+    assert bool(narrow.found) == bool(dtype)
+    assert float32_note(model) == (
+        ""
+        if dtype
+        else "this CPU has no bfloat16 arithmetic: prompts are computed in float32, decoding stays "
+        "bfloat16; --dtype overrides"
+    )
+
+
+def test_a_cpu_that_has_the_arithmetic_is_left_alone(monkeypatch):
+    monkeypatch.setattr(float32_products, "emulates", lambda dtype: False)
+    model = tiny(dtype=BFLOAT16)
+    assert not compute_prompts_in_float32(model) and "forward" not in model.__dict__
+    with Narrow() as narrow, torch.no_grad():
+        model(IDS)
+    assert narrow.found
+
+
+def test_models_of_others_are_noted_once(monkeypatch):
+    news, model = [], tiny(dtype=BFLOAT16)
+    monkeypatch.setattr(float32_products, "_noted", set())
+    note_slow_prompts(model, news.append)
+    assert news == [] and LARGE > 1e7, "a prompt takes no time there"
+    monkeypatch.setattr(float32_products, "LARGE", 1)
+    for one in (tiny(), wide(), model, model, tiny(dtype=BFLOAT16)):
+        note_slow_prompts(one, news.append)
+    assert news == [
+        "this CPU has no bfloat16 arithmetic, and this model computes prompts in it: "
+        "dart_llm.load(...) without a dtype, or model.float(), reads them about 5 times as fast"
+    ]
+    assert "forward" not in model.__dict__
