@@ -56,7 +56,7 @@ def test_differences_are_the_items_means_and_perplexities_ratios(rows):
     row, dense = find(rows, "dart@0.5", PPL), find(rows, "dense", PPL)
     assert row.to_dense.estimate == pytest.approx(row.value / dense.value)
     assert row.verdict(row.to_dense) == "worse" and row.verdict(row.to_griffin) == "better"
-    assert row.to_griffin.low < row.to_griffin.high < 1
+    assert row.to_griffin.ends[0] < row.to_griffin.ends[1] < 1
 
 
 def test_equal_sparsity_is_the_nearest_griffin_within_a_point(rows):
@@ -182,6 +182,18 @@ def test_conclusions(snapshot):
         [cell("dense", 0.0, measured(PPL, "dense", 0.0))],
     ]
     assert [conclusion(comparison.rows(one)) for one in cells] == snapshot
+
+
+def test_what_is_alike_and_what_ran_dense_is_said_where_it_stands():
+    cells = [one("dense", 0.0, 20), one("griffin", 0.3, 20, 0.132)]
+    rows = comparison.rows(cells)
+    table = tables(rows)[0]
+    assert [row[0] for row in table.cells()] == ["dense", "griffin@0.3, 56 % of tokens dense"]
+    assert table.cells()[1][6] == "40 of 40 alike"
+    assert conclusion(rows) == (
+        "griffin at 30 % beats dense on 0 of 1 task; 40 of 40 answers alike on arc_easy_local; "
+        "on arc_easy_local, 56 % of tokens dense."
+    )
 
 
 WON = "dart at 50 % beats griffin on 1 of 1 task"
