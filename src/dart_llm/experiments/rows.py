@@ -133,33 +133,28 @@ def table(rows: Sequence[Row], compared: Sequence[comparison.Row] | None = None)
     )
     counted = (row["measurement"].get("accounting") or {} for row in rows)
     context = comparison.common_context(one.get("mean_context") for one in counted)
-    lines = [
-        line
-        for one in rows
-        for line in _lines(
-            one,
-            context,
-            paired.get((one["label"], _task(one))) or paired.get((one["label"], short(_task(one)))),
-        )
-    ]
+    lines = [line for one in rows for line in _lines(one, context, paired)]
     return Table("", title, columns, lines, left=3)
 
 
-def _lines(row: Row, context: float, paired: comparison.Row | None) -> Iterator[dict[str, Any]]:
+def _lines(
+    row: Row, context: float, paired: Mapping[tuple[str, str], comparison.Row]
+) -> Iterator[dict[str, Any]]:
     """``context``: positions of the cache, for rows that count none themselves."""
     measurement = row["measurement"]
     traffic = comparison.read_traffic(row.get("facts") or {})
-    name = f"{row['label']}{mostly_dense(measurement.get('accounting'))}"
     accounting = measurement.get("accounting") or DENSE
     if traffic is not None and not measurement.get("accounting"):
         accounting = {**accounting, "token_bytes_share": traffic.share(context)}
     shown = {n: v for n, v in measurement["metrics"].items() if n not in COUNTS}
     for number, (metric, value) in enumerate(shown.items()):
-        own = paired if metric == measurement["metric"] else None
+        task, label = short(_task(row)), str(row["label"])
+        own = paired.get((label, _task(row))) or paired.get((label, task))
+        own = own if metric == measurement["metric"] else None
         yield {
             **accounting,
-            "task": "" if number else short(_task(row)),
-            "method": "" if number else name,
+            "task": "" if number else task,
+            "method": "" if number else label + mostly_dense(measurement.get("accounting")),
             "metric": metric,
             "value": "not finite" if value is None else f"{value:.4g}",
             "interval": None if own else _interval(measurement, metric),
