@@ -79,7 +79,7 @@ def facts_of(row: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
     return {
         **{k: row[k] for k in ("label", "setting", "share", "bytes", "seconds")},
         "exact": sum(exact.values()) / len(exact),
-        "interval": own and (own.low, own.high),
+        "interval": own and own.ends,
         "to_dense": to_dense and to_dense.to_dict(),
         "same_text": sum(texts[n] == dense_texts[n] for n in texts) / len(texts),
         "tokens": sum(a["tokens"] for a in row["answers"]) / len(exact),

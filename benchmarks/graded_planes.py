@@ -1028,9 +1028,9 @@ def facts_of(row: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
         "slices": len(over),
         "loss": sum(over) / len(over),
         "ratio": math.exp(sum(over) / len(over)),
-        "interval": ratio and (ratio.low, ratio.high),
+        "interval": ratio and ratio.ends,
         "kl": sum(row["kls"]) / len(row["kls"]),
-        "kl_interval": divergence and (divergence.low, divergence.high),
+        "kl_interval": divergence and divergence.ends,
     }
 
 

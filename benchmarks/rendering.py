@@ -52,6 +52,8 @@ def interval(found: Row | None, form: str = ".3f", scale: float = 1) -> str:
     if not found:
         return "–"
     middle = found["mean"] if "mean" in found else found["estimate"]
+    if found["low"] is None:
+        return f"{middle * scale:{form}} {found['no_interval']}"
     values = (middle, found["low"], found["high"])
     return "{} ({} to {})".format(*(format(scale * value, form) for value in values))
 
@@ -69,6 +71,8 @@ def against(found: Row | None, row: Row) -> str:
     if found is None:
         return "–"
     ratio = row["metric"].endswith("perplexity")
+    if found["low"] is None:
+        return f"{found['estimate']:.2f} {found['no_interval']}"
     values = [found["estimate"], found["low"], found["high"]]
     middle, low, high = (number(x) if ratio else f"{x:+.3f}" for x in values)
     told = verdict(found, row["higher_is_better"], 1 if ratio else 0)

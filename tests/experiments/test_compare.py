@@ -8,6 +8,7 @@ from rich.console import Console
 
 from dart_llm.evaluation.measurement import LEAK
 from dart_llm.experiments import comparison, comparison_report
+from dart_llm.experiments import rows as measure_rows
 from dart_llm.experiments.comparison_report import conclusion, conclusions, footnotes, tables
 from fake_cells import (
     ACC,
@@ -56,7 +57,7 @@ def test_differences_are_the_items_means_and_perplexities_ratios(rows):
     row, dense = find(rows, "dart@0.5", PPL), find(rows, "dense", PPL)
     assert row.to_dense.estimate == pytest.approx(row.value / dense.value)
     assert row.verdict(row.to_dense) == "worse" and row.verdict(row.to_griffin) == "better"
-    assert row.to_griffin.low < row.to_griffin.high < 1
+    assert row.to_griffin.ends[0] < row.to_griffin.ends[1] < 1
 
 
 def test_equal_sparsity_is_the_nearest_griffin_within_a_point(rows):
@@ -182,6 +183,41 @@ def test_conclusions(snapshot):
         [cell("dense", 0.0, measured(PPL, "dense", 0.0))],
     ]
     assert [conclusion(comparison.rows(one)) for one in cells] == snapshot
+
+
+def test_what_is_alike_and_what_ran_dense_is_said_where_it_stands():
+    cells = [one("dense", 0.0, 20), one("griffin", 0.3, 20, 0.132)]
+    rows = comparison.rows(cells)
+    table = tables(rows)[0]
+    assert [row[0] for row in table.cells()] == ["dense", "griffin@0.3, 56 % of tokens dense"]
+    assert table.cells()[1][6] == "40 of 40 alike"
+    assert conclusion(rows) == (
+        "griffin at 30 % beats dense on 0 of 1 task; 40 of 40 answers alike on arc_easy_local; "
+        "on arc_easy_local, 56 % of tokens dense."
+    )
+
+
+def test_the_table_of_scores_has_each_interval_once():
+    """That of the score itself, or, beside dense, the paired one, as pictures have it."""
+    cells = grid(tasks=(PPL,), methods=("griffin",), sparsities=(0.5,))
+    known = comparison.rows(cells)
+    table = measure_rows.table(cells)
+    found = [dict(zip(table.head, row, strict=True)) for row in table.cells()]
+    assert [row["n"] for row in found] == ["16", "16"]
+    ends = "-".join(f"{end:.3g}" for end in known[0].interval.ends)
+    assert [row["95 % of the value"] for row in found] == [ends, "–"]
+    told = known[1].change(known[1].to_dense)
+    assert [row["against dense (95 %, paired)"] for row in found] == ["–", told]
+    assert "against dense (95 %, paired)" not in measure_rows.table(cells[:1]).head
+    few = [one("dense", 0.0, 20), one("griffin", 0.3, 20, 0.132)]
+    for cut in few:
+        cut["measurement"]["items"] = cut["measurement"]["items"][:2]
+        cut["measurement"]["metrics"]["acc"] = 1.0
+    table = measure_rows.table(few)
+    found = [dict(zip(table.head, row, strict=True)) for row in table.cells()]
+    assert [row["method"] for row in found] == ["dense", "griffin@0.3, 56 % of tokens dense"]
+    assert [row["95 % of the value"] for row in found] == ["too few (n = 2)", "–"]
+    assert [row["against dense (95 %, paired)"] for row in found] == ["–", "2 of 2 alike"]
 
 
 WON = "dart at 50 % beats griffin on 1 of 1 task"

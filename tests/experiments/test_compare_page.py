@@ -8,7 +8,7 @@ import pytest
 from dart_llm.experiments import comparison, comparison_plots, comparison_report
 from dart_llm.experiments.comparison_report import LEAK_NOTE
 from dart_llm.reporting import figures
-from fake_cells import ACC, METHODS, PPL, ROUGE, failed, grid, layer_curve, write_comparison
+from fake_cells import ACC, METHODS, PPL, ROUGE, failed, grid, layer_curve, one, write_comparison
 from html_page import Page, check_alone
 from written import axes_of
 
@@ -40,6 +40,51 @@ def test_one_panel_per_task_and_one_line_per_method():
     assert drawn[2].get_ylim()[1] < 1000  # what lies far beyond is named at the edge
 
 
+def whiskers(axes):
+    """The whiskers of the first panel, in its units."""
+    drawn = [
+        segment for one in axes.containers for line in one[2] for segment in line.get_segments()
+    ]
+    return [segment[:, 1].tolist() for segment in drawn if len(segment)]
+
+
+def test_equal_sparsities_have_a_place_each_and_the_tables_intervals():
+    rows = comparison.rows(grid(tasks=(ACC,), methods=("griffin", "dart"), sparsities=(0.5,)))
+    (plot,) = comparison_plots.make(rows)
+    axes = axes_of(plot)[1]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["griffin", "dart"]
+    assert axes.get_xlabel() == "each with 50 % achieved sparsity"
+    assert [list(lines(axes)[name].get_xdata()) for name in ("griffin", "dart")] == [[0], [1]]
+    assert "against" not in plot.title and "sideways" not in plot.small
+    assert "whiskers: 95 % bootstrap intervals of the difference to dense, paired" in plot.small
+    dense, *own = rows
+    drawn = [[dense.value + end for end in row.to_dense.ends] for row in own]
+    assert whiskers(axes) == [pytest.approx(ends) for ends in drawn]
+    head = comparison_report.tables(rows)[0].head
+    assert (
+        "against dense (95 %, paired)" in head and "acc (higher is better; 95 % of itself)" in head
+    )
+    cells = [row[5:7] for row in comparison_report.tables(rows)[0].cells()]
+    told = [f"({' to '.join(f'{end:+.3f}' for end in row.to_dense.ends)})" for row in own]
+    assert " (" in cells[0][0]  # only dense has an interval of its own
+    assert [cell[0] for cell in cells[1:]] == [row.quantity for row in own]
+    assert all(ends in cell[1] for ends, cell in zip(told, cells[1:], strict=True))
+
+
+def test_few_items_have_no_whiskers_and_say_so():
+    made = [one("dense", 0.0, 1), one("griffin", 0.5, 0), one("dart", 0.5, 1)]
+    for cut in made:
+        cut["measurement"]["items"] = cut["measurement"]["items"][:2]
+    rows = comparison.rows(made)
+    (plot,) = comparison_plots.make(rows)
+    assert whiskers(axes_of(plot)[1]) == [] and "no whiskers: too few (n = 2)" in plot.small
+    cells = comparison_report.tables(rows)[0].cells()
+    assert [row[5] for row in cells] == ["0.025 (too few: n = 2) §", "0.000", "0.025 §"]
+    assert [row[6] for row in cells] == ["–", "-0.500 (too few: n = 2)", "2 of 2 alike"]
+    told = "beats griffin on 0 of 1 task; no interval on arc_easy_local (too few: n = 2)."
+    assert comparison_report.conclusion(rows) == f"dart at 50 % {told}"
+
+
 def test_methods_differ_without_colours():
     palette = [str(place) for place in range(100)]
     looks = figures.looks_of([*figures.METHODS, "griffin-refresh", "own-1", "own-2"], palette)
@@ -64,7 +109,8 @@ def test_the_page(tmp_path, monkeypatch):
     cells = [row for row in page.rows if row and row[0] == "dart@0.5"]
     known = next(row for row in rows if (row.label, row.task) == ("dart@0.5", ROUGE))
     assert cells[2][1:6] == ["50 %", "43.8 % †", "12.5 %", "0", f"{known.value:.3f}"]
-    assert f"{known.value:.3f}{known.interval.low:.3f} to {known.interval.high:.3f}" in page.text
+    low, high = known.to_dense.ends  # the table has the interval that the picture draws
+    assert f"{known.to_dense.estimate:+.3f} worse{low:+.3f} to {high:+.3f}" in page.text
     # hostile text is escaped, and nothing is fetched
     check_alone(html)
     assert "<script" not in html and "no &lt;b&gt;calibration&lt;/b&gt; text" in html

@@ -61,13 +61,28 @@ def test_no_word_is_broken_on_the_terminal(width):
     words = text.replace("│", " ").split()
     joined = " ".join(words)
     assert ("task perplexity:embedded" in joined) == (width <= 80)
-    assert ("no room for 95 %, bytes per token" in joined) == (width < 50)
+    assert ("widen the terminal to see: 95 %, bytes per token" in joined) == (width < 50)
     gone = ("95 %", "bytes per token") if width < 50 else ()  # the accounting stays
     kept = [head for head in HEADS if head not in gone]
     shown = {word for row in WIDE for key in kept for word in row[key].split()}
     assert shown <= {word.rstrip(";") for word in words}
     assert words.count("16.1") == len(WIDE)  # what is needed stays
     assert ("[15.1, 17.2]" in text) == (width >= 80)  # heads get more lines first
+
+
+def test_the_number_of_items_is_never_what_gives_way():
+    rows = [
+        {"method": name, "task": task, "value": "16.1", "words": "many words here", "n": "6"}
+        for name, task in (("dense", "perplexity:embedded"), ("", ""))
+    ]
+    columns = tuple(Column(head, head) for head in ("method", "task", "value", "words", "n"))
+    console = Console(width=14, no_color=True, markup=False)
+    with console.capture() as capture:
+        console.print(Table("", "Caption", columns, rows, left=2).rich())
+    text = " ".join(capture.get().split())
+    assert "widen the terminal to see: words" in text
+    assert "method dense; task perplexity: embedded;" in text  # what stands above holds for both
+    assert text.endswith("16.1 6 16.1 6") and "many" not in text
 
 
 def test_csv_holds_raw_values_and_both_ends_of_an_interval(tmp_path):

@@ -37,6 +37,7 @@ from dart_llm.evaluation.windows import STANDARD, Window, cut, slice_windows
 from dart_llm.models.describe import context_length
 from dart_llm.pruning.records import RunReport, slim
 from dart_llm.pruning.sequence import Phase
+from dart_llm.reporting.words import too_few
 from dart_llm.session.prepare import PreparedMethod, UnitStore
 from dart_llm.session.run import Run
 
@@ -415,6 +416,7 @@ def _row(
         "mean_loss": scored.mean_loss,
         "ratio_to_dense": scored.perplexity / base.perplexity,
         "interval": None if measured is dense else interval(scored.losses, base.losses),
+        "no_interval": too_few(len(scored.losses)),
         "tokens": measured.metrics["tokens"],
         "pruned_tokens": measured.metrics["pruned_tokens"],
         "perplexity_pruned_tokens": measured.metrics.get("perplexity_pruned_tokens"),

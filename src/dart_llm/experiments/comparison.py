@@ -20,7 +20,7 @@ from dart_llm.experiments.stats import Interval, Sample, Value
 from dart_llm.experiments.store import mapping, number
 from dart_llm.pruning.accounting import TokenTraffic
 from dart_llm.reporting.table import grouped
-from dart_llm.reporting.words import percent, quantity
+from dart_llm.reporting.words import mostly_dense, percent, quantity, times
 
 DENSE, GRIFFIN = "dense", "griffin"
 
@@ -299,6 +299,17 @@ class Row:
         """The metric's value in words."""
         return quantity(self.value, self.perplexity)
 
+    @property
+    def mostly_dense(self) -> str:
+        """What stands behind the row's name where most of its tokens ran dense, or ""."""
+        return mostly_dense({"dense_token_share": self.dense_share}) if self.pruned else ""
+
+    def change(self, interval: Interval | None) -> str | None:
+        """A difference or a ratio with its interval and its verdict; None where there is none."""
+        if interval is None:
+            return None
+        return f"{amount(interval, self.perplexity)} {self.verdict(interval)}".rstrip()
+
     def verdict(self, interval: Interval | None) -> str:
         """``better``, ``worse``, ``few differ`` where the interval excludes "no difference" but
         rests on too few unequal items, or nothing."""
@@ -306,6 +317,21 @@ class Row:
             return TOO_FEW
         sign = 0 if interval is None else interval.sign
         return "" if not sign else "better" if (sign > 0) == self.higher_is_better else "worse"
+
+
+def amount(interval: Interval, perplexity: bool) -> str:
+    """A difference or a ratio with its interval: "-0.040 (-0.080 to -0.010)", "8 of 8 alike"."""
+    if interval.alike:
+        return f"{interval.n} of {interval.n} alike"
+    digits = 3 if abs(interval.estimate) < 10 else 1
+
+    def write(value: float) -> str:
+        if perplexity:
+            return f"{value:.2f}" if value < 10 else times(value)
+        return f"{value:+.{digits}f}" if round(value, digits) else f"{0:.{digits}f}"
+
+    sign = "x " if perplexity else ""
+    return f"{sign}{write(interval.estimate)} ({interval.words(write)})"
 
 
 def read_row(line: Mapping[str, Any]) -> Row:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dart_llm.experiments import comparison
-from dart_llm.experiments.comparison import DENSE, LayerCurve, Row
+from dart_llm.experiments.comparison import DENSE, TOLERANCE, LayerCurve, Row
 from dart_llm.experiments.store import checkpoint_line
 from dart_llm.reporting.figures import (
     DASHES,
@@ -23,9 +23,10 @@ from dart_llm.reporting.figures import (
     looks_of,
     mark,
     panels,
+    whisker_lengths,
 )
 from dart_llm.reporting.table import grouped
-from dart_llm.reporting.words import percent, quantity
+from dart_llm.reporting.words import percent, quantity, too_few
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,6 +39,8 @@ MOST_PANELS = 6
 
 SIDEWAYS = 0.006
 """Sparsity by which the marks of two methods at one place are moved apart."""
+
+MOVED = "; marks at one place are moved sideways by up to 2 points"
 
 FAR = 30.0
 """Perplexities over this multiple of dense are named at the edge: the rest stays legible."""
@@ -93,9 +96,6 @@ def _plot(
     first = rows[0]
     leak = " (LEAK: the masks have seen the answers)" if first.protocol == "published" else ""
     title = f"{title}: {first.model}, protocol {first.protocol or 'not known'}{leak}"
-    bars = "bars: 95 % bootstrap intervals over items, paired with dense where it was measured"
-    if all(row.to_dense is not None for row in rows):
-        bars = "bars: 95 % bootstrap intervals of the difference to dense, paired by item"
     facts = {**first.checkpoint, "dtype": first.dtype}
 
     def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
@@ -105,8 +105,23 @@ def _plot(
             draw_task(axes, task, looks(palette))
         key(above, drawn, wide)
 
-    small = f"{checkpoint_line(first.model, facts)} · {bars}{footnote}"
+    small = f"{checkpoint_line(first.model, facts)} · {_whiskers(rows)}{footnote}"
     return Plot(name, title, alt, small, *heights(len(tasks), draw, len(names)))
+
+
+def _whiskers(rows: Sequence[Row]) -> str:
+    """What the whiskers are intervals of, or why there are none."""
+    drawn = [row for row in rows if _ends(row, row) is not None]
+    if not drawn:
+        return f"no whiskers: {too_few(min(row.items for row in rows)) or 'no items'}"
+    if all(row.to_dense is not None for row in drawn):
+        return "whiskers: 95 % bootstrap intervals of the difference to dense, paired by item"
+    if not any(row.to_dense is not None for row in drawn):
+        return "whiskers: 95 % bootstrap intervals of the score itself, over items"
+    return (
+        "whiskers: 95 % bootstrap intervals of the difference to dense, paired by item, or of the "
+        "score itself where dense was not measured"
+    )
 
 
 def _draw_curve(
@@ -114,25 +129,23 @@ def _draw_curve(
 ) -> None:
     """Points with their intervals, joined by a line."""
     values = [row.value or 0.0 for row in rows]
-    ends: list[list[float]] = [[], []]
-    for row, value in zip(rows, values, strict=True):
-        low, high = _ends(row, value, dense)
-        ends[0].append(max(0.0, value - low))
-        ends[1].append(max(0.0, high - value))
+    ends = whisker_lengths(values, [_ends(row, dense) for row in rows])
     axes.errorbar(x, values, yerr=ends, capsize=1.8, elinewidth=0.9, capthick=0.9, **look)
 
 
-def _ends(row: Row, value: float, dense: Row | None) -> tuple[float, float]:
+def _ends(row: Row, dense: Row | None) -> tuple[float, float] | None:
     """Of the paired difference to dense, where there is one, else of the metric itself.
 
-    Pairing takes out what all methods share, the difficulty of the items.
+    Pairing takes out what all methods share, the difficulty of the items.  None with too few.
     """
-    if row.to_dense is not None and dense is not None and dense.value is not None:
-        low, high = row.to_dense.low, row.to_dense.high
-        if row.perplexity:
-            return low * dense.value, high * dense.value
-        return dense.value + low, dense.value + high
-    return (row.interval.low, row.interval.high) if row.interval else (value, value)
+    if row.to_dense is None or dense is None or dense.value is None:
+        return None if row.interval is None else row.interval.ends
+    if row.to_dense.ends is None:
+        return None
+    low, high = row.to_dense.ends
+    if row.perplexity:
+        return low * dense.value, high * dense.value
+    return dense.value + low, dense.value + high
 
 
 def _dense_line(axes: Axes, dense: Row | None) -> None:
@@ -165,8 +178,16 @@ def _placed(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.method != DENSE and row.achieved is not None]
 
 
+def _equal(rows: Sequence[Row]) -> bool:
+    """Whether all removed the same share, to a point: then an axis of shares says nothing."""
+    shares = [row.achieved or 0.0 for row in rows]
+    return max(shares) - min(shares) <= TOLERANCE
+
+
 def _comparison_plot(name: str, tasks: Sequence[Sequence[Row]]) -> Plot:
     placed = [row for own in tasks for row in _placed(own)]
+    curved = [own for own in tasks if not _equal(_placed(own))]
+    what = "against achieved sparsity" if curved else "at equal achieved sparsity"
     methods = list(dict.fromkeys(row.method for row in placed))
     told = []
     for own in tasks:
@@ -176,21 +197,25 @@ def _comparison_plot(name: str, tasks: Sequence[Sequence[Row]]) -> Plot:
         told.append(f"{own[0].task} ({own[0].metric}): {', '.join([*line, *points])}")
     return _plot(
         name,
-        "Quality against achieved sparsity",
-        f"Lines: quality against achieved sparsity, by method. {'. '.join(told)}.",
+        f"Quality {what}",
+        f"Points: quality {what}, by method. {'. '.join(told)}.",
         placed,
         tasks,
         lambda palette: looks_of(methods, palette),
         methods,
         (3, 6),
         _draw_comparison,
-        "; marks at one place are moved sideways by up to 2 points" if len(methods) > 1 else "",
+        MOVED if len(methods) > 1 and curved else "",
     )
 
 
 def _draw_comparison(axes: Axes, rows: Sequence[Row], looks: dict[str, Look]) -> None:
     placed = _placed(rows)
     dense = _dense(rows)
+    if _equal(placed):
+        _draw_categories(axes, placed, dense, looks)
+        _metric_axis(axes, rows)
+        return
     methods = list(dict.fromkeys(row.method for row in placed))
     spots: list[tuple[Row, float]] = []
     for place, method in enumerate(methods):
@@ -205,6 +230,28 @@ def _draw_comparison(axes: Axes, rows: Sequence[Row], looks: dict[str, Look]) ->
     _metric_axis(axes, rows)
     _name_far_points(axes, spots, dense)
     axes.set_xlabel("achieved sparsity (%)")
+
+
+def _draw_categories(
+    axes: Axes, placed: Sequence[Row], dense: Row | None, looks: dict[str, Look]
+) -> None:
+    """A place for each row, named below; several seeds share one."""
+    labels = list(dict.fromkeys(row.label for row in placed))
+    methods = set[str]()
+    for row in placed:
+        label = "_" if row.method in methods else row.method
+        look = {**looks[row.method], "linestyle": "none", "label": label}
+        _draw_curve(axes, [row], [labels.index(row.label)], dense, look)
+        methods.add(row.method)
+    _dense_line(axes, dense)
+    if len(methods) == len(labels):
+        labels = [label.partition("@")[0] for label in labels]
+    names = [textwrap.fill(label.replace("@", " @"), 12) for label in labels]
+    axes.set_xticks(range(len(labels)), names, fontsize=8.5 if len(labels) < 5 else 7)
+    axes.set_xlim(-0.6, len(labels) - 0.4)
+    shares = [row.achieved or 0.0 for row in placed]
+    ends = list(dict.fromkeys(percent(share) for share in (min(shares), max(shares))))
+    axes.set_xlabel(f"each with {' to '.join(ends)} achieved sparsity")
 
 
 def _dense(rows: Sequence[Row]) -> Row | None:

@@ -13,8 +13,8 @@ from typing import Any
 
 from dart_llm.evaluation.measurement import LEAK
 from dart_llm.experiments import comparison, comparison_plots, run_facts
-from dart_llm.experiments.comparison import DENSE, GRIFFIN, TOO_FEW, Equal, Row
-from dart_llm.experiments.stats import MIN_DISCORDANT, Interval
+from dart_llm.experiments.comparison import DENSE, GRIFFIN, TOO_FEW, Equal, Row, amount
+from dart_llm.experiments.stats import Interval
 from dart_llm.experiments.store import Files, ResultsView, read
 from dart_llm.files import write_csv, write_json, write_text
 from dart_llm.reporting import page
@@ -23,11 +23,12 @@ from dart_llm.reporting.table import (
     PageTable,
     Table,
     TerminalColumn,
+    TerminalTable,
     bytes_text,
     escaped,
     grouped,
 )
-from dart_llm.reporting.words import count, dtype_text, percent, quantity, times
+from dart_llm.reporting.words import FEWEST_ITEMS, count, dtype_text, percent, quantity
 
 SCHEMA = 1
 
@@ -44,21 +45,6 @@ USUAL = 0.5
 
 LONG, MANY = 24, 4
 """On the page, a table of more rows and a list of more sentences are folded."""
-
-
-def amount(interval: Interval | None, perplexity: bool) -> str:
-    """A difference or a ratio with its interval: "-0.040 (-0.080 to -0.010)"."""
-    if interval is None:
-        return ""
-    digits = 3 if abs(interval.estimate) < 10 else 1
-
-    def write(value: float) -> str:
-        if perplexity:
-            return f"{value:.2f}" if value < 10 else times(value)
-        return f"{value:+.{digits}f}" if round(value, digits) else f"{0:.{digits}f}"
-
-    sign = "x " if perplexity else ""
-    return f"{sign}{write(interval.estimate)} ({write(interval.low)} to {write(interval.high)})"
 
 
 # The conclusion: verdicts counted by task, then one sentence for all of them.
@@ -133,7 +119,7 @@ def _statement(rows: Sequence[Row]) -> str:
     if any(row.to_dense is not None for row in rows):
         return _verdicts(rows, subject, DENSE, lambda row: row.to_dense)
     values = ", ".join(f"{row.metric} {row.quantity} on {row.task}" for row in rows)
-    why = "nothing to compare it with, or one item alone" if first.pruned else "no pruned model"
+    why = "nothing to compare it with" if first.pruned else "no pruned model"
     return f"{subject} has {values}; {why}"
 
 
@@ -148,27 +134,40 @@ def _verdicts(
     rows: Sequence[Row], subject: str, other: str, against: Callable[[Row], Interval | None]
 ) -> str:
     """ "dart at 50 % beats griffin on 2 of 3 tasks; within noise on mmlu (-0.010 to 0.020)"."""
-    tasks: dict[str, list[str]] = {}
+    told: dict[str, list[str]] = {}
     seeds = len({row.seed for row in rows}) > 1
+    dense = [f"on {row.task}{row.mostly_dense}" for row in rows if row.mostly_dense]
     for row in rows:
         interval = against(row)
-        verdict = "unknown" if interval is None else row.verdict(interval)
         name = f"{row.task} (seed {row.seed})" if seeds else row.task
-        if interval is not None and verdict in ("", TOO_FEW):
-            name += f" {amount(interval, row.perplexity).partition(' (')[2].join('()')[:-1]}"
-        tasks.setdefault(verdict, []).append(name)
-    parts = [
-        f"{subject} beats {other} on {len(tasks.get('better', ()))} of {count(len(rows), 'task')}"
-    ]
-    for verdict, words in (
-        ("worse", "loses on"),
-        ("", "within noise on"),
-        (TOO_FEW, "too few items differ on"),
-        ("unknown", "no comparison at equal sparsity on"),
-    ):
-        if tasks.get(verdict):
-            parts.append(f"{words} {', '.join(tasks[verdict])}")
-    return "; ".join(parts)
+        words = _words(row, interval)
+        if interval is not None and words in (NOISE, DIFFER_TOO_FEW, TOO_FEW_ITEMS):
+            name += f" ({amount(interval, row.perplexity).partition(' (')[2]}"
+        told.setdefault(words, []).append(name)
+    won = len(told.pop("", ()))
+    parts = [f"{subject} beats {other} on {won} of {count(len(rows), 'task')}"]
+    order = ("loses on", NOISE, DIFFER_TOO_FEW, TOO_FEW_ITEMS)
+    listed = sorted(told, key=lambda words: order.index(words) if words in order else len(order))
+    return "; ".join([*parts, *(f"{words} {', '.join(told[words])}" for words in listed), *dense])
+
+
+NOISE, DIFFER_TOO_FEW = "within noise on", "too few items differ on"
+
+TOO_FEW_ITEMS = "no interval on"
+
+
+def _words(row: Row, interval: Interval | None) -> str:
+    """How a row's comparison came out, before the name of its task; "" where it is better."""
+    if interval is None:
+        return "no comparison at equal sparsity on"
+    if interval.alike:
+        kinds = {"acc": "answers", "perplexity": "slices"}
+        kind = next((noun for metric, noun in kinds.items() if metric in row.metric), "items")
+        return f"{interval.n} of {interval.n} {kind} alike on"
+    if interval.ends is None:
+        return TOO_FEW_ITEMS
+    words = {"better": "", "worse": "loses on", TOO_FEW: DIFFER_TOO_FEW}
+    return words.get(row.verdict(interval), NOISE)
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -193,10 +192,11 @@ class Leak:
     def sentence(self) -> str:
         """How much better the protocol that has seen the answers looks."""
         row = self.published
-        change = amount(self.interval, row.perplexity) or "not known: no shared items"
+        if self.interval is None:
+            return f"{row.label} on {row.task}: not known: no shared items."
+        change, verdict = amount(self.interval, row.perplexity), row.verdict(self.interval)
         told = {"better": "flattered by the leak", "": "within noise"}
-        verdict = row.verdict(self.interval)
-        known = f", {told.get(verdict, verdict)}" if self.interval else ""
+        known = f", {told.get(verdict, verdict)}" if self.interval.ends else ""
         return f"{row.label} on {row.task}: published against full {change}{known}."
 
 
@@ -225,9 +225,11 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
         (any(row.leaks for row in rows), LEAK_NOTE),
         (
             True,
-            "Intervals are 95 % bootstrap intervals over items; differences are paired by item. "
+            "Intervals are 95 % bootstrap intervals over items: beside a score of the score "
+            "itself, beside a difference paired by item, as in the pictures. "
             '"better" and "worse" stand where the interval excludes no difference and at least '
-            f'{MIN_DISCORDANT} items differ, "{TOO_FEW}" where fewer do.',
+            f'{FEWEST_ITEMS} items differ, "{TOO_FEW}" where fewer do. Fewer than {FEWEST_ITEMS} '
+            "items have no interval.",
         ),
         (
             pairs,
@@ -298,9 +300,14 @@ def failures(rows: Sequence[Row]) -> list[str]:
 
 # The tables: columns once, for the terminal, Markdown and the page.
 
+NAMED = "95 % intervals under a score are of the score itself, under a difference paired by item"
+
 
 class ComparisonTable(Table):
     """On the terminal, heads are short and intervals stand under their numbers."""
+
+    def rich(self) -> TerminalTable:
+        return replace(super().rich(), caption=f"{self.caption}; {NAMED}")
 
     def shown(self) -> list[TerminalColumn]:
         return [
@@ -346,7 +353,7 @@ def _columns(rows: Sequence[Row]) -> tuple[Column, ...]:
     seeds = len({row.seed for row in rows}) > 1
 
     def griffin(row: Row) -> str | None:
-        return _marked(_change(row, row.to_griffin), row)
+        return _marked(row.change(row.to_griffin), row)
 
     columns = (
         _column("method", lambda row: name(row, seeds)),
@@ -354,9 +361,9 @@ def _columns(rows: Sequence[Row]) -> tuple[Column, ...]:
         _column("achieved", lambda row: _marked(_share(row.achieved), row)),
         _column("dense tokens", lambda row: _share(row.dense_share)),
         _column("re-masks", lambda row: None if row.remasks is None else f"{row.remasks:,}"),
-        _column(f"{metric} ({better} is better)", _metric),
-        _column("against dense", lambda row: _change(row, row.to_dense)),
-        _column("against GRIFFIN, same asked sparsity", griffin),
+        _column(f"{metric} ({better} is better; 95 % of itself)", _metric),
+        _column("against dense (95 %, paired)", lambda row: row.change(row.to_dense)),
+        _column("against GRIFFIN, same asked sparsity (95 %, paired)", griffin),
         _column("at equal achieved sparsity", lambda row: _equal(row, row.equal_sparsity), False),
         _column("at equal FFN bytes", lambda row: _equal(row, row.equal_bytes), False),
         _column("FFN bytes", _bytes, False),
@@ -393,7 +400,8 @@ def name(row: Row, seeds: bool = False) -> str:
     if row.layers is not None:
         keep = "" if row.keep is None else f", keep {percent(row.keep)}"
         text = f"{row.method}, layer {row.layers}{keep}"
-    return f"{text}, seed {'?' if row.seed is None else row.seed}" if seeds else text
+    seed = f", seed {'?' if row.seed is None else row.seed}" if seeds else ""
+    return f"{text}{seed}{row.mostly_dense}"
 
 
 def _share(value: float | None) -> str | None:
@@ -416,20 +424,13 @@ def _metric(row: Row) -> str:
     if not row.done:
         return "failed"
     text = row.quantity
-    if row.interval is not None:
-        ends = (row.interval.low, row.interval.high)
-        text += f" ({' to '.join(quantity(end, row.perplexity) for end in ends)})"
+    if row.interval is not None and row.to_dense is None:  # else the paired one, as in the plots
+        text += f" ({row.interval.words(lambda end: quantity(end, row.perplexity))})"
     return f"{text} {OTHER_MEAN}" if differs(row) else text
 
 
-def _change(row: Row, interval: Interval | None) -> str | None:
-    if interval is None:
-        return None
-    return f"{amount(interval, row.perplexity)} {row.verdict(interval)}".rstrip()
-
-
 def _equal(row: Row, equal: Equal | None) -> str | None:
-    return None if equal is None else _change(row, equal.interval)
+    return None if equal is None else row.change(equal.interval)
 
 
 # The files: ``compare.md``, ``compare.csv``, ``compare.json`` and ``report.html``.
@@ -454,7 +455,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 INTERVALS, EQUALS = ("interval", "to_dense", "to_griffin"), ("equal_sparsity", "equal_bytes")
 
-ENDS = ("low", "high", "estimate", "n")
+ENDS = ("low", "high", "estimate", "n", "no_interval")
 
 PAIRED = (*ENDS, "differing", "significant")
 

@@ -50,6 +50,9 @@ def _place(check: DriftCheck, shared: bool) -> tuple[int, int, int]:
     return check.sequence, -1 if shared else check.row, check.step
 
 
+FEWEST_WINDOWS = 8
+"""Windows of one text below which a line over time says nothing."""
+
 MAX_NAMED = 14
 """Masks in one panel above which they are thin lines without names."""
 
@@ -57,8 +60,15 @@ Masks = Sequence[Mapping[str, Any]]
 
 
 def make(view: ResultsView) -> Plot | None:
-    """One panel per sequence and row; those with triggers first, in order, at most four."""
-    groups = grouped(view.drift, lambda check: (check.sequence, check.row))
+    """One panel per sequence and row; those with triggers first, in order, at most four.
+
+    None of texts with few windows, and of detectors that never armed.
+    """
+    groups = {
+        key: checks
+        for key, checks in grouped(view.drift, lambda check: (check.sequence, check.row)).items()
+        if worth_drawing(checks)
+    }
     if not groups:
         return None
     ranked = sorted(groups, key=lambda key: (-sum(c.trigger for c in groups[key]), key))
@@ -81,6 +91,12 @@ def make(view: ResultsView) -> Plot | None:
 
     alt = f"Marks: similarity of the attention output to its reference, over decode steps. {words}"
     return Plot("similarity", words, alt, small + view.small_print, 2.2 + 1.5 * len(shown), draw)
+
+
+def worth_drawing(checks: Sequence[DriftCheck]) -> bool:
+    """Whether there are enough windows, and one of them had a threshold."""
+    armed = any(check.threshold is not None for check in checks)
+    return armed and len(checks) >= FEWEST_WINDOWS
 
 
 def _window(checks: Sequence[DriftCheck]) -> int | None:

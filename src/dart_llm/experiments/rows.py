@@ -8,10 +8,11 @@ from typing import Any
 
 from dart_llm.evaluation.measurement import Measurement
 from dart_llm.evaluation.tasks import short
+from dart_llm.experiments import comparison, stats
 from dart_llm.files import finite
 from dart_llm.pruning.records import merge_reports
 from dart_llm.reporting.table import Column, Table
-from dart_llm.reporting.words import dtype_text, file_text
+from dart_llm.reporting.words import dtype_text, file_text, mostly_dense, too_few
 from dart_llm.session.prepare import PreparedMethod
 from dart_llm.settings import BaseSettings
 
@@ -105,10 +106,14 @@ def notes(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """Every metric with its interval beside what was really removed."""
-    from dart_llm.experiments.comparison import common_context
+def table(rows: Sequence[Row], compared: Sequence[comparison.Row] | None = None) -> Table:
+    """Every metric with its interval beside what was really removed.
 
+    A score that is paired with dense has the interval of that comparison instead of its own, as in
+    the pictures.  ``compared``: what ``comparison.rows`` gave (default: computed here).
+    """
+    beside = comparison.rows(rows) if compared is None else compared
+    paired = {(one.label, one.task): one for one in beside if one.to_dense is not None}
     protocols = sorted({str(r["measurement"]["protocol"]) for r in rows})
     first = rows[0]["checkpoint"]
     held = f"{file_text(first)}, {dtype_text(first)}"
@@ -118,44 +123,48 @@ def table(rows: Sequence[Row]) -> Table:
         Column("method", "method"),
         Column("metric", "metric"),
         Column("value", "value", needed=True),
-        Column("95 %", "interval"),
+        Column("95 % of the value", "interval"),
         Column("n", "items"),
+        *((Column("against dense (95 %, paired)", "change", needed=True),) if paired else ()),
         Column("achieved", "achieved_sparsity", ".1%"),
         Column("dense tokens", "dense_token_share", ".1%"),
         Column("re-masks", "remasks"),
         Column("bytes per token", "token_bytes_share", ".3f"),
     )
     counted = (row["measurement"].get("accounting") or {} for row in rows)
-    context = common_context(one.get("mean_context") for one in counted)
-    lines = [line for one in rows for line in _lines(one, context)]
+    context = comparison.common_context(one.get("mean_context") for one in counted)
+    lines = [line for one in rows for line in _lines(one, context, paired)]
     return Table("", title, columns, lines, left=3)
 
 
-def _lines(row: Row, context: float) -> Iterator[dict[str, Any]]:
+def _lines(
+    row: Row, context: float, paired: Mapping[tuple[str, str], comparison.Row]
+) -> Iterator[dict[str, Any]]:
     """``context``: positions of the cache, for rows that count none themselves."""
-    from dart_llm.experiments.comparison import read_traffic
-
-    measurement, traffic = row["measurement"], read_traffic(row.get("facts") or {})
+    measurement = row["measurement"]
+    traffic = comparison.read_traffic(row.get("facts") or {})
     accounting = measurement.get("accounting") or DENSE
     if traffic is not None and not measurement.get("accounting"):
         accounting = {**accounting, "token_bytes_share": traffic.share(context)}
     shown = {n: v for n, v in measurement["metrics"].items() if n not in COUNTS}
-    for number, (name, value) in enumerate(shown.items()):
+    for number, (metric, value) in enumerate(shown.items()):
+        task, label = short(_task(row)), str(row["label"])
+        own = paired.get((label, _task(row))) or paired.get((label, task))
+        own = own if metric == measurement["metric"] else None
         yield {
             **accounting,
-            "task": "" if number else short(_task(row)),
-            "method": "" if number else str(row["label"]),
-            "metric": name,
+            "task": "" if number else task,
+            "method": "" if number else label + mostly_dense(measurement.get("accounting")),
+            "metric": metric,
             "value": "not finite" if value is None else f"{value:.4g}",
-            "interval": _interval(measurement, name),
+            "interval": None if own else _interval(measurement, metric),
             "items": len(measurement["items"]),
+            "change": own and own.change(own.to_dense),
         }
 
 
-def _interval(measurement: Mapping[str, Any], name: str) -> str:
-    """95 % interval over items; nothing with one item, or where the metric is not their mean."""
-    from dart_llm.experiments import comparison, stats
-
+def _interval(measurement: Mapping[str, Any], name: str) -> str | None:
+    """95 % interval over items; None where the metric is not their mean."""
     if name == measurement["metric"]:
         found = comparison.scores(measurement).interval(0)
     else:
@@ -163,5 +172,7 @@ def _interval(measurement: Mapping[str, Any], name: str) -> str:
         found = stats.interval({i["id"]: i[name] for i in items if i.get(name) is not None})
         value = measurement["metrics"][name]
         if found and (value is None or not math.isclose(found.estimate, value, rel_tol=1e-6)):
-            return ""
-    return f"{found.low:.3g}-{found.high:.3g}" if found else ""
+            return None
+    if found is None:
+        return None
+    return too_few(found.n) or (f"{found.ends[0]:.3g}-{found.ends[1]:.3g}" if found.ends else None)

@@ -19,6 +19,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from dart_llm.reporting.words import FEWEST_ITEMS, too_few
+
 LEVEL = 0.95
 
 RESAMPLES = 5000
@@ -29,9 +31,6 @@ MANY_ITEMS, MANY_RESAMPLES = 4000, 2000
 BATCH = 2_000_000
 """Numbers that one batch of resamples holds."""
 
-MIN_DISCORDANT = 6
-"""Items that must differ before a difference can be called significant: with five even a sign test
-in which all agree has a two-sided probability of 1/16."""
 
 LARGEST = 700.0
 """Exponents are cut here: exp does not overflow."""
@@ -53,12 +52,12 @@ Array = NDArray[np.float64]
 class Interval:
     """A 95 % interval around an estimate over ``n`` items.
 
-    ``null``: the value that means "no difference" (0, or 1 for ratios); None for a single mean.
-    ``differing``: pairs that are not equal.
+    ``ends``: its two ends; None with fewer than ``FEWEST_ITEMS`` items.  ``null``: the value that
+    means "no difference" (0, or 1 for ratios); None for a single mean.  ``differing``: pairs that
+    are not equal.
     """
 
-    low: float
-    high: float
+    ends: tuple[float, float] | None
     estimate: float
     n: int
     null: float | None = None
@@ -66,20 +65,27 @@ class Interval:
 
     @property
     def _excludes(self) -> bool:
-        return self.null is not None and not self.low <= self.null <= self.high
+        if self.null is None or self.ends is None:
+            return False
+        return not self.ends[0] <= self.null <= self.ends[1]
 
     @property
     def significant(self) -> bool:
-        """Whether the interval excludes "no difference", with ``MIN_DISCORDANT`` unequal pairs.
+        """Whether the interval excludes "no difference", with ``FEWEST_ITEMS`` unequal pairs.
 
         Read the module's warning about many comparisons before you count these.
         """
-        return self._excludes and self.differing >= MIN_DISCORDANT
+        return self._excludes and self.differing >= FEWEST_ITEMS
 
     @property
     def few(self) -> bool:
         """Whether only the number of unequal pairs keeps the difference from being significant."""
-        return self._excludes and self.differing < MIN_DISCORDANT
+        return self._excludes and self.differing < FEWEST_ITEMS
+
+    @property
+    def alike(self) -> bool:
+        """Whether no pair differs."""
+        return self.null is not None and not self.differing
 
     @property
     def sign(self) -> int:
@@ -88,9 +94,21 @@ class Interval:
             return 0
         return 1 if self.estimate > self.null else -1
 
+    def words(self, write: Callable[[float], str]) -> str:
+        """ "0.3 to 0.5", or that there are too few items."""
+        if self.ends is None:
+            return f"too few: n = {self.n}"
+        return " to ".join(map(write, self.ends))
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able data; ``significant`` only where there is a difference to speak of."""
-        data = {name: getattr(self, name) for name in ("low", "high", "estimate", "n")}
+        """JSON-able data; ``significant`` only where there is a difference to speak of.
+
+        ``low`` and ``high`` are null with too few items, and ``no_interval`` says so.
+        """
+        low, high = self.ends or (None, None)
+        data: dict[str, Any] = {"low": low, "high": high, "estimate": self.estimate, "n": self.n}
+        if self.ends is None:
+            data["no_interval"] = too_few(self.n)
         if self.null is None:
             return data
         return {**data, "differing": self.differing, "significant": self.significant}
@@ -102,7 +120,7 @@ def interval(
     """95 % interval of the weighted mean of ``values``, or of its exponential (perplexity).
 
     All equal: ``[x, x]``, which says that these items do not vary, not that others would not.
-    None with fewer than two items.
+    Without ends below ``FEWEST_ITEMS`` items; None of nothing.
     """
     if not isinstance(values, Mapping):
         values = {f"{place:09d}": value for place, value in enumerate(values)}
@@ -115,8 +133,9 @@ def paired_interval(
 ) -> Interval | None:
     """95 % interval of mean(a) - mean(b), or of exp(mean(a) - mean(b)), over shared ids.
 
-    Pairs are drawn together.  All differences equal: ``[x, x]``.  None with fewer than two pairs.
-    The same arguments give the same interval, whatever the order of the items.
+    Pairs are drawn together.  All differences equal: ``[x, x]``.  Without ends below
+    ``FEWEST_ITEMS`` pairs; None of nothing.  The same arguments give the same interval, whatever
+    the order of the items.
     """
     shared = sorted(a.keys() & b.keys())
     data = np.concatenate([_columns(a, shared), _columns(b, shared)])
@@ -137,11 +156,15 @@ def gap_closed_interval(groups: Sequence[tuple[Array, Array]], seed: int = 0) ->
     """95 % interval of ``closed``; the items of a group are drawn together, groups for themselves.
 
     A draw in which there is no gap to close counts as the worst.  None where ``closed`` is None,
-    with fewer than two items in a group, and where so many draws are of that kind that an end has
-    no value.
+    with fewer than ``FEWEST_ITEMS`` items in a group, and where so many draws are of that kind that
+    an end has no value.
     """
     estimate, n = gap_closed(groups), min(len(a) for a, _ in groups)
-    if estimate is None or n < 2 or not all(np.isfinite(group).all() for group in groups):
+    if (
+        estimate is None
+        or n < FEWEST_ITEMS
+        or not all(np.isfinite(group).all() for group in groups)
+    ):
         return None
 
     def statistic(*drawn: Array, axis: int) -> Array:
@@ -157,7 +180,7 @@ def gap_closed_interval(groups: Sequence[tuple[Array, Array]], seed: int = 0) ->
     ids = tuple(np.arange(len(a)) for a, _ in groups)
     differing = sum(int(np.count_nonzero(np.abs(a - b) > 1e-12)) for a, b in groups)
     ends = _bootstrap(ids, statistic, seed, n, paired=len(groups) == 1)[0]
-    return None if ends is None else Interval(*ends, estimate, n, 0.0, differing)
+    return None if ends is None else Interval(ends, estimate, n, 0.0, differing)
 
 
 def ratio_interval(
@@ -165,14 +188,14 @@ def ratio_interval(
 ) -> tuple[float, float] | None:
     """95 % interval of a ratio of perplexities, from the losses of every slice's tokens.
 
-    Slices count by their tokens.  None with fewer than two, which say nothing of the spread.
+    Slices count by their tokens.  None with fewer than ``FEWEST_ITEMS``.
     """
 
     def sample(slices: Sequence[Sequence[float]]) -> Sample:
         return {f"{n:09d}": (math.fsum(one) / len(one), len(one)) for n, one in enumerate(slices)}
 
     found = paired_interval(sample(losses), sample(base), "ratio_of_exp_mean", seed)
-    return None if found is None else (found.low, found.high)
+    return None if found is None else found.ends
 
 
 def text_intervals(
@@ -181,9 +204,9 @@ def text_intervals(
     """95 % intervals of named statistics of ``n`` texts, all from the same draws.
 
     ``statistics`` takes [B, n], how often each text was drawn, and gives [B] by name.  Draws in
-    which one is nan are left out of its interval.  Empty with fewer than two texts.
+    which one is nan are left out of its interval.  Empty with fewer than ``FEWEST_ITEMS`` texts.
     """
-    if n < 2:
+    if n < FEWEST_ITEMS:
         return {}
 
     def statistic(ids: Array, axis: int) -> Array:
@@ -232,18 +255,20 @@ def _exp(values: Array) -> Array:
 def _mean_interval(
     data: Array, exponential: bool, seed: int, null: float | None
 ) -> Interval | None:
-    """data: [2 or 4, n]; None where they are not finite or have no weight."""
+    """data: [2 or 4, n]; None of nothing, and where they are not finite or have no weight."""
     n = data.shape[1]
-    if n < 2 or not np.isfinite(data).all() or not (data[1::2] > 0).all():
+    if not n or not np.isfinite(data).all() or not (data[1::2] > 0).all():
         return None
     each = data[0] / data[1] - (data[2] / data[3] if len(data) == 4 else 0.0)
     differing = int(np.count_nonzero(np.abs(each) > 1e-12)) if null is not None else 0
     estimate = float(_statistic(*data, exponential=exponential))
+    if n < FEWEST_ITEMS:
+        return Interval(None, estimate, n, null, differing)
     level = _exp(each) if exponential else each
     together = bool((data[1::2] == data[1]).all())
     if together and np.ptp(each) <= 1e-12 * max(1.0, float(np.abs(each).max())):
         same = float(level[0])
-        return Interval(same, same, same, n, null, differing)
+        return Interval((same, same), same, n, null, differing)
     if together:
         data = np.stack([each * data[1], data[1]])  # one column of differences: half the work
 
@@ -251,7 +276,7 @@ def _mean_interval(
         return _statistic(*columns, axis=axis, exponential=exponential)
 
     ends = _bootstrap(tuple(data), statistic, seed, n)[0]
-    return None if ends is None else Interval(*ends, estimate, n, null, differing)
+    return None if ends is None else Interval(ends, estimate, n, null, differing)
 
 
 def _bootstrap(

@@ -102,6 +102,18 @@ def draw_whisker(axes: Axes, low: float, high: float, place: float) -> None:
         axes.plot([low, high], [place, place], **look)
 
 
+def whisker_lengths(
+    values: Sequence[float], ends: Sequence[tuple[float, float] | None]
+) -> list[list[float]]:
+    """Below and beyond each value, as ``errorbar`` takes them; None: nan, which draws nothing."""
+    nothing = (math.nan, math.nan)
+    found = [(v - e[0], e[1] - v) if e else nothing for v, e in zip(values, ends, strict=True)]
+    return [
+        [length if math.isnan(length) else max(0.0, length) for length in each]
+        for each in zip(*found, strict=True)
+    ]
+
+
 def write_beside(
     axes: Axes, text: str, x: float, place: float, size: float = 9.0, gap: float = 5.0
 ) -> None:
@@ -122,7 +134,11 @@ HATCHES = ("", "///", "...", "\\\\\\", "xx", "++")
 
 COLOURS = (3, 4, 2, 0, 1, 8)
 
-GREY = "#c9cdd2"
+GREY = "#868e98"
+"""What is dense, or stands back."""
+
+CONTRAST = 3.0
+"""Of a mark against white, at least, as WCAG 2 asks of graphics."""
 
 
 def _log_ticks(low: float, high: float, most: int) -> list[float]:
@@ -408,7 +424,20 @@ def _style() -> Iterator[Palette]:
         raise MissingExtra("cmcrameri", "plots") from None
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        yield list(cm.batlowS.colors)
+        yield [readable(colour) for colour in cm.batlowS.colors]
+
+
+def readable(colour: Sequence[float]) -> tuple[float, ...]:
+    """An RGB colour, darkened until it has ``CONTRAST`` against white."""
+    while 1.05 / (luminance(colour) + 0.05) < CONTRAST:
+        colour = [0.97 * part for part in colour]
+    return tuple(colour)
+
+
+def luminance(colour: Sequence[float]) -> float:
+    """Relative luminance of an RGB colour from 0 to 1, as WCAG 2 defines it."""
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in colour]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 # Interactive figures.  A page holds one copy of plotly's script and every figure as JSON, drawn

@@ -23,7 +23,7 @@ from dart_llm.files import write_csv
 NOTHING = "–"
 """A cell that was not measured."""
 
-ACCOUNTING = ("achieved", "dense tokens", "re-masks")
+ACCOUNTING = ("n", "achieved", "dense tokens", "re-masks")
 """Heads of columns without which no number is shown."""
 
 Record = Mapping[str, Any]
@@ -187,8 +187,8 @@ class TerminalColumn:
 
     @property
     def same(self) -> str:
-        """What all of its cells say, where they do."""
-        return self.cells[0] if len(set(self.cells)) == 1 else ""
+        """What all of its cells say, where they do; an empty one repeats what stands above it."""
+        return self.cells[0] if set(self.cells) <= {self.cells[0], ""} else ""
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ class TerminalTable:
             gone.insert(0, free[-1].head)
             widths = _widths(columns, room, tight)
         if gone:
-            told.append(f"no room for {', '.join(gone)}")
+            told.append(f"widen the terminal to see: {', '.join(gone)}")
         return self._drawn("; ".join(filter(None, told)), columns, widths, tight)
 
     def _drawn(

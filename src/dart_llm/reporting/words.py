@@ -18,7 +18,32 @@ CLOSE = 1.1
 TRANSFORMERS, SAME_STEPS = "transformers", "the same steps"
 """What decodes a dense text: the untouched model, or whole steps of ours, as the pruned one's."""
 
+FEWEST_ITEMS = 6
+"""Items that an interval needs, and that must differ before a difference can be called significant:
+with five even a sign test in which all agree has a two-sided probability of 1/16."""
+
 Row = Mapping[str, Any]
+
+
+def too_few(n: int | None) -> str | None:
+    """Why ``n`` items have no interval: "too few (n = 2)"; None where they have one."""
+    return None if n is None or n >= FEWEST_ITEMS else f"too few (n = {n})"
+
+
+def intervals_over(marks: str, n: int, items: str) -> str:
+    """ "whiskers: 95 % bootstrap intervals over 8 passages", or why a picture has none."""
+    few = too_few(n)
+    return (
+        f"no {marks}: {items} {few}"
+        if few
+        else f"{marks}: 95 % bootstrap intervals over {n} {items}"
+    )
+
+
+def mostly_dense(accounting: Row | None) -> str:
+    """ ", 56 % of tokens dense" behind the name of a pruned row of which that is true, or ""."""
+    share = (accounting or {}).get("dense_token_share")
+    return f", {percent(share, 0)} of tokens dense" if share is not None and share > 0.5 else ""
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -61,12 +86,16 @@ def times(ratio: float) -> str:
 
 
 def row_name(row: Row) -> str:
-    """ "dense", "dart 50 %", or "dart, own counts" where no sparsity was asked for."""
+    """ "dense", "dart 50 %", or "dart, own counts" where no sparsity was asked for.
+
+    Behind it that most of its tokens ran dense, where they did.
+    """
     method = str(row.get("method", "unknown"))
     if method == "dense":
         return "dense"
     asked = row.get("sparsity")
-    return f"{method}, own counts" if asked is None else f"{method} {percent(asked)}"
+    name = f"{method}, own counts" if asked is None else f"{method} {percent(asked)}"
+    return f"{name}{mostly_dense(row.get('accounting'))}"
 
 
 def measured(rows: Sequence[Row]) -> list[Row]:

@@ -47,17 +47,21 @@ def test_reach_ends_with_the_topic_and_with_the_text():
 def test_pooled_rates_by_hand():
     one = Outcome((128, 128), (30, None), 2, 1, 4, 1000, 1500)
     two = Outcome((128,), (50,), 1, 0, 2, 500, 500)
-    found = rates([one, two])
+    assert rates([one, two])["no_interval"] == "too few (n = 2)"
+    found = rates([one, two] * 3)
     wanted = {"changes": 3, "detected": 2, "rate": 2 / 3, "gain": 2 / 3 - 0.384}
     wanted |= {"delay_median": 40, "delay_with_misses": (30 + 128 + 50) / 3, "late": 1}
     wanted |= {"false_alarms": 3, "false_alarms_per_1000": 2.0, "tokens": 1500, "decoded": 2000}
     wanted |= {"alarms": 6, "alarms_per_1000": 3.0, "blind_rate": 128 * 0.003}
+    counts = ("changes", "detected", "late", "false_alarms", "tokens", "decoded", "alarms")
+    wanted |= {name: 3 * wanted[name] for name in counts}
     own = {name: value for name, value in found.items() if "interval" not in name}
-    assert own == pytest.approx(wanted)
+    assert own == pytest.approx(wanted) and found["no_interval"] is None
     for name in ("fa_interval", "gain_interval"):
         assert found[name][0] <= found[name][1]
-    assert found["rate_interval"] == [0.5, 1.0]
-    assert found == rates([one, two])  # the same seed, the same intervals
+    low, high = found["rate_interval"]
+    assert 0.5 <= low < 2 / 3 < high <= 1.0
+    assert found == rates([one, two] * 3)  # the same seed, the same intervals
 
 
 def test_nothing_detected_and_one_text_have_defined_values():
@@ -65,8 +69,11 @@ def test_nothing_detected_and_one_text_have_defined_values():
     found = rates([silent])
     names = "rate delay_median delay_with_misses false_alarms_per_1000 blind_rate gain"
     assert [found[name] for name in names.split()] == [0.0, None, 128.0, 0.0, 0.0, 0.0]
-    assert {found[name] for name in found if "interval" in name} == {None}
-    both = rates([silent, silent])
+    assert {found[name] for name in found if name.endswith("_interval")} == {
+        None,
+        "too few (n = 1)",
+    }
+    both = rates([silent] * 6)
     assert (both["rate_interval"], both["delay_interval"]) == ([0.0, 0.0], None)
     always = rates([outcome(list(range(101, 601)), [250], 100, 600, 128) for _ in range(3)])
     assert (always["rate"], always["blind_rate"], always["gain"]) == (1.0, 1.0, 0.0)

@@ -3,6 +3,7 @@
 import re
 import shutil
 import sys
+from copy import deepcopy
 from itertools import pairwise
 from statistics import fmean
 
@@ -188,8 +189,16 @@ def test_bars_and_curves_hold_the_summary(view):
     means = [estimate["mean"] for estimate in estimates]
     assert [bar.get_width() for bar in quality.patches] == pytest.approx(means)
     assert len({bar.get_hatch() for bar in quality.patches}) == 5  # legible without colours
+    assert not [line for line in quality.lines if line.get_marker() == "|"]
+    assert f"no whiskers: passages too few (n = {estimates[0]['n']})" in methods.small
+    known = deepcopy(view)
+    for line in known.lines:
+        line["loss"]["after_minus_dense"] |= {"low": -0.5, "high": 0.5, "n": 6}
+    methods = next(next(kind).plot for _, kind in report.kinds(known))
+    quality, _ = axes_of(methods)
     whiskers = [list(line.get_xdata()) for line in quality.lines if line.get_marker() == "|"]
-    assert whiskers[::2] == [[one["low"], one["high"]] for one in estimates]
+    assert whiskers[::2] == [[-0.5, 0.5]] * len(estimates)
+    assert "whiskers: 95 % bootstrap intervals over 6 passages" in methods.small
     panels = [axes for axes in axes_of(loss, narrow=True) if axes.lines]
     curve = next(line for line in panels[2].lines if line.get_marker() != "None")
     points = drift_view.around(view)["dart@0.3"]

@@ -1,6 +1,7 @@
 """Pictures and page of a run: the folder's numbers, escaped, in one file that asks nobody."""
 
 import json
+import math
 import re
 import sys
 from importlib import resources
@@ -10,8 +11,9 @@ import pytest
 from dart_llm.errors import MissingExtra
 from dart_llm.experiments.store import read
 from dart_llm.reporting import figures
+from dart_llm.reporting.speed_up import DISTURBED
 from dart_llm.studies.generate import plots, report
-from fake_results import PROMPT, perplexity, write_results
+from fake_results import PROMPT, perplexity, timing, write_results
 from html_page import Page
 from written import axes_of
 
@@ -92,23 +94,107 @@ def test_a_missing_package_is_one_sentence(folder, monkeypatch, package):
     assert page.row("dart", "50 %")[5] == "37.00"
 
 
-def test_perplexity_bars_and_times(view):
+def test_perplexity_dots_and_times(view):
     axes = drawn(view, "perplexity")
-    ends = [bar.get_x() + bar.get_width() for bar in axes.patches]
-    assert ends == pytest.approx([17.62, 17.62 * 1.08, 17.62 * 2.1, 17.62 * 2.52])
-    assert axes.get_xscale() == "log"
-    assert words(axes) == ["17.6", "19.0  (x 1.08)", "37.0  (x 2.10)", "44.4  (x 2.52)"]
+    dots = [line for line in axes.lines if len(line.get_xdata()) == 1]
+    values = [float(dot.get_xdata()[0]) for dot in dots]
+    assert values == pytest.approx([17.62, 17.62 * 1.08, 17.62 * 2.1, 17.62 * 2.52])
+    assert axes.get_xscale() == "log" and not axes.patches  # no bar is cut
+    assert words(axes) == [
+        "17.6",
+        "19.0  x 1.08 (1.02 to 1.16)",
+        "37.0  x 2.10 (1.98 to 2.25)",
+        "44.4  x 2.52 (2.38 to 2.70)",
+    ]
+    dense = [list(line.get_xdata()) for line in axes.lines if line.get_label() == "dense"]
+    assert dense == [[17.62, 17.62]]
     names = [t.get_text() for t in axes.get_yticklabels()]
     assert names == ["dense", "dart 20 %", "dart 50 %", "griffin 50 %"]
     whiskers = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "|"]
     interval = view.perplexity[0]["rows"][2]["interval"]
     assert whiskers[2] == pytest.approx([17.62 * end for end in interval])
-    hatches = [bar.get_hatch() for bar in axes.patches]
-    assert hatches[1] == hatches[2] != hatches[3]  # methods differ without colours
+    marks = [dot.get_marker() for dot in dots]
+    assert marks[1] == marks[2] != marks[3]  # methods differ without colours
+    (plot,) = [plot for plot in plots.available(view) if plot.name == "perplexity"]
+    assert "whiskers: 95 % intervals of the ratio to dense (x), paired by slice" in plot.small
     axes = drawn(view, "time_per_token")
     assert [bar.get_width() for bar in axes.patches] == pytest.approx([54.2, 44.5])
     assert axes.get_legend_handles_labels()[1] == ["least that the bytes read allow: 40.2 ms"]
     assert words(axes) == ["54.2 ms", "44.5 ms"]
+
+
+def test_no_text_is_cut_beside_a_dot():
+    for narrow in (False, True):
+        ends = [(17.0, 19.0, "19.0\nx 1.08 (1.02 to 1.16)"), (40.0, 48.0, "x" * 24)]
+        points = 185 if narrow else 466
+        low, high = plots._limits(ends, points)
+        for _, end, text in ends:
+            right = points * math.log(end / low) / math.log(high / low)
+            assert right + 4.9 * max(map(len, text.split("\n"))) <= points
+
+
+def test_two_slices_have_no_whiskers_and_say_so(tmp_path):
+    folder, document = write_results(tmp_path / "run"), perplexity()
+    document["slices"] = 2
+    for row in document["rows"]:
+        row |= {"interval": None, "no_interval": "too few (n = 2)"}
+    (folder / "perplexity.json").write_text(json.dumps(document), encoding="utf-8")
+    (plot,) = [one for one in plots.available(read(folder)) if one.name == "perplexity"]
+    axes = axes_of(plot)[0]
+    assert words(axes)[1] == "19.0  x 1.08"
+    assert not [line for line in axes.lines if line.get_marker() == "|"]
+    assert plot.small.startswith("no whiskers: slices too few (n = 2)")
+
+
+def timed(folder, **changes):
+    known = json.loads((folder / "timing.json").read_text(encoding="utf-8"))
+    (folder / "timing.json").write_text(json.dumps({**known, **changes}), encoding="utf-8")
+    found = [one for one in plots.available(read(folder)) if one.name == "time_per_token"]
+    return found[0], axes_of(found[0])[0]
+
+
+def test_times_above_the_limit_are_disturbed_and_have_no_limit_line(tmp_path):
+    """1,494.8 ms dense and 260.5 ms pruned, of which the bytes allow 1.24 times."""
+    folder, each = write_results(tmp_path / "run"), {"dense": 1.4948, "pruned": 0.2605}
+    for changes in ({}, {"disturbed": DISTURBED, "speed_up": None}):  # judged now, or by the run
+        plot, axes = timed(folder, seconds_per_token=each, bytes_limit=1.24, **changes)
+        assert plot.title == f"Milliseconds per decoded token ({DISTURBED})"
+        assert words(axes) == ["1494.8 ms", "260.5 ms (disturbed)"]
+        assert axes.get_legend_handles_labels()[1] == []
+    (folder / "timing.json").write_text(json.dumps(timing()), encoding="utf-8")
+    plot, axes = timed(folder, dense_by="transformers")  # other kernels: their bytes are no limit
+    assert axes.get_legend_handles_labels()[1] == [] and "disturbed" not in plot.title
+
+
+def test_turns_are_dots_beside_their_mean(tmp_path):
+    turns = {"dense": [0.053, 0.0542, 0.056], "pruned": [0.044, 0.0445, 0.045]}
+    plot, axes = timed(write_results(tmp_path / "run"), turns=turns, disturbed=None)
+    dots = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "o"]
+    assert dots == [pytest.approx([1000 * one for one in own]) for own in turns.values()]
+    assert plot.small.startswith("dots: turns, one way after the other · ")
+    each = {"dense": 0.05, "dart@0.3": 0.04, "griffin@0.5": 0.01}
+    one = {"speed_up": 1.25, "bytes_limit": 1.3, "disturbed": None}
+    judged = {"dart@0.3": one, "griffin@0.5": {**one, "disturbed": DISTURBED}}
+    plot, axes = timed(tmp_path / "run", turns={}, seconds_per_token=each, speed_ups=judged)
+    assert words(axes) == ["50.0 ms", "40.0 ms", "10.0 ms (disturbed)"]
+    assert axes.get_legend_handles_labels()[1] == ["least that the bytes read allow: 38.5 ms"]
+    assert len({bar.get_hatch() for bar in axes.patches}) == 3
+
+
+def test_pictures_that_say_nothing_are_left_out(tmp_path):
+    folder = write_results(tmp_path / "run")
+    masks = json.loads((folder / "masks.json").read_text(encoding="utf-8"))
+    for mask in masks["remasks"]:
+        mask["kept"] = [768 + layer % 2 for layer in range(30)]
+    assert not plots.uniform(read(folder))
+    (folder / "masks.json").write_text(json.dumps(masks), encoding="utf-8")
+    assert plots.uniform(read(folder))
+    head, *windows = (folder / "drift.csv").read_text(encoding="utf-8").splitlines()
+    for kept, shown in ((windows[:8], True), (windows[:7], False), (windows[:4] * 2, False)):
+        (folder / "drift.csv").write_text("\n".join([head, *kept]), encoding="utf-8")
+        names = [plot.name for plot in plots.available(read(folder))]
+        assert names == ["similarity"] * shown + ["perplexity", "time_per_token"]
+    assert "Kept neurons per layer" not in Page(report.render(read(folder))).text
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +269,14 @@ def luminance(colour):
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_every_colour_of_a_mark_reads_on_white():
+    with figures._style() as palette:
+        shades = ["#" + bytes(round(255 * part) for part in one).hex() for one in palette]
+    assert len(set(shades)) == len(shades) >= 20
+    for shade in (*shades, figures.GREY, figures.INK, figures.SOFT):
+        assert 1.05 / (luminance(shade) + 0.05) >= 2.98, shade
 
 
 @pytest.mark.parametrize("theme", [0, 1])

@@ -141,22 +141,22 @@ def test_an_interval_is_that_of_the_resampled_ratio():
         found = stats.gap_closed_interval(own, seed=3)
         assert found is not None and found.estimate == stats.gap_closed(own)
         plain = np.quantile(drawn, [0.025, 0.975])
-        assert [found.low, found.high] == pytest.approx(plain, abs=0.01)
+        assert [found.ends[0], found.ends[1]] == pytest.approx(plain, abs=0.01)
         assert found == stats.gap_closed_interval(own, seed=3)
     paired, unpaired = (stats.gap_closed_interval([(a, x)], 3) for x in (b, b[::-1].copy()))
     assert paired is not None and unpaired is not None  # the pairing makes the interval narrow
-    assert unpaired.high - unpaired.low > 1.3 * (paired.high - paired.low)
+    assert unpaired.ends[1] - unpaired.ends[0] > 1.3 * (paired.ends[1] - paired.ends[0])
 
 
 def test_where_there_is_no_interval():
-    a, b = np.array([0.5, 0.2, 0.4]), np.array([1.0, -0.9, 0.4])
+    a, b = np.array([0.5, 0.2, 0.4] * 2), np.array([1.0, -0.9, 0.4] * 2)
     assert stats.gap_closed([(a, b)]) == pytest.approx(1 - 1.1 / 0.5)
     assert stats.gap_closed([(a, -np.abs(b))]) is None
-    # GRIFFIN loses nothing in too many draws; or in all; or there is one item
-    for own in ((a, b), (a, -np.abs(b)), (a[:1], b[:1])):
+    # GRIFFIN loses nothing in too many draws; or in all; or there are too few items
+    for own in ((a, b), (a, -np.abs(b)), (a[:5], np.abs(b[:5]))):
         assert stats.gap_closed_interval([own]) is None
     same = stats.gap_closed_interval([(a, a)])
-    assert same is not None and (same.low, same.high) == (0.0, 0.0)
+    assert same is not None and (same.ends[0], same.ends[1]) == (0.0, 0.0)
 
 
 HEAD = {"set": "report", "seed": 0, "prompt_tokens": 8, "tokens": 5, "lead_tokens": 64}

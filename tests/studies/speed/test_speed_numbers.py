@@ -1,6 +1,7 @@
 """The arithmetic of ``dart-llm bench speed``, its settings and its clock, by hand."""
 
 import importlib
+import json
 from mmap import mmap
 
 import pytest
@@ -21,9 +22,11 @@ from dart_llm.experiments.timing import (
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.reporting.console import Ui
 from dart_llm.settings import merge
+from dart_llm.studies.speed import summary
 from dart_llm.studies.speed.model import prepare_model
 from dart_llm.studies.speed.settings import SpeedSettings
 from dart_llm.studies.speed.summary import (
+    DISTURBED,
     DecodeTraffic,
     mean_context,
     number,
@@ -33,6 +36,7 @@ from lm_cases import loaded, place
 from shells import ROOT
 from speed_cases import sample, settings
 from tiny import tiny, tokens
+from written import axes_of
 
 
 def test_formulas_by_hand():
@@ -67,7 +71,7 @@ def test_rows_by_hand():
     samples = [  # in the third repetition something else ran on the machine
         {"transformers": sample(plain), "dense, slim": sample([21, 21]),
          "griffin 50 %, slim": sample(own, **counted)}
-        for plain, own in (([40, 40], [14, 16]), ([44, 44], [15, 15]), ([90, 90], [15, 15]))
+        for plain, own in (([40, 40], [14, 16]), ([44, 44], [15, 15]), ([60, 60], [15, 15]))
     ]  # fmt: skip
     repetitions = [
         {"order": list(one), "sitting": "one", "read_bandwidth": speed, "samples": one}
@@ -80,7 +84,7 @@ def test_rows_by_hand():
     assert found["read_bandwidth"]["bytes_per_second"] == 55000
     plain, own, row = found["rows"]
     steps = [plain[f"token_ms_{at}"] for at in ("p5", "median", "p95")]
-    assert steps == pytest.approx([40, 44, 90])
+    assert steps == pytest.approx([40, 44, 60])
     assert (plain["tg_ms"], plain["tg_spread_ms"]) == (pytest.approx(44), pytest.approx(4))
     assert (plain["attach_ms"], plain["peak_growth_bytes"]) == (None, None)
     assert own["limit"] == 1.0 and own["share_of_limit"] is None
@@ -93,6 +97,105 @@ def test_rows_by_hand():
     wanted |= {"all_ms": 162, "all_times_transformers": (132 + 88) / 162}
     wanted |= {"all_times_own_dense": (132 + 42) / 162, "extra_memory_bytes": 3 * 2**20}
     assert {key: row[key] for key in wanted} == pytest.approx(wanted)
+    assert (row["disturbed"], row["scatter"]) == (None, 0.0)
+
+
+GRIFFIN = PruneConfig.build("griffin", sparsity=0.5)
+CASES = [
+    Case("transformers"),
+    Case("dense, slim", GRIFFIN.replace({"sparsity": 0.0, "executor": "slim"})),
+    *(
+        Case(f"griffin {share}, slim", GRIFFIN.replace({"executor": "slim"}), variant="griffin")
+        for share in (50, 70)
+    ),
+]
+
+
+def timed(transformers, dense, half, less):
+    """The rows of a model whose FFN has 600 of 1000 bytes; ms per token by repetition."""
+    repetitions = []
+    for plain, base, *own in zip(transformers, dense, half, less, strict=True):
+        counted = [
+            {"achieved_sparsity": share, "dense_token_share": 0.0, "ffn_bytes_share": 1 - share}
+            for share in (0.5, 0.7)
+        ]
+        found = [sample([ms], **one) for ms, one in zip(own, counted, strict=True)]
+        samples = dict(
+            zip((c.label for c in CASES), [sample([plain]), sample([base]), *found], strict=True)
+        )
+        one = {"order": list(samples), "sitting": "one", "read_bandwidth": 5e4, "samples": samples}
+        repetitions.append(one)
+    sizes = {"ffn_bytes": 600.0, "weight_bytes": 800, "cache_bytes_per_position": 10}
+    about = {"weights": sizes, "prompt_tokens": 16, "tokens": 3}
+    found = summarise(CASES, "dense, slim", repetitions, about)
+    return {row["row"]: row for row in found["rows"]}
+
+
+@pytest.mark.parametrize(
+    ("dense", "half", "less", "ratios"),
+    [
+        ([21] * 3, [15] * 3, [13] * 3, [1.4, 21 / 13]),
+        ([40] * 3, [15] * 3, [13] * 3, [None, None]),  # the dense row met other work
+        ([21] * 3, [15] * 3, [9] * 3, [1.4, None]),
+        ([16] * 3, [15] * 3, [9.5] * 3, [None, None]),  # within the limit, but not beside 50 %
+        ([21, 21, 24], [15, 15, 15], [13] * 3, [1.4, 21 / 13]),
+        ([24, 20, 22], [15, 15, 15], [14] * 3, [1 / 0.7, 22 / 14]),  # no more than the bytes allow
+        ([21, 40, 60], [15, 15, 15], [13, 25, 37], [None, 21 / 13]),
+    ],
+)
+def test_what_the_bytes_do_not_allow_is_disturbed(dense, half, less, ratios):
+    rows = timed([2 * ms for ms in dense], dense, half, less)
+    own = [rows[f"griffin {share}, slim"] for share in (50, 70)]
+    for row, ratio in zip(own, ratios, strict=True):
+        wanted = None if ratio is None else pytest.approx(ratio)
+        assert row["times_own_dense"] == wanted, row
+        share = ratio and pytest.approx(ratio / row["limit"])
+        assert row["share_of_limit"] == share
+        assert row["disturbed"] == (None if ratio else DISTURBED)
+    assert rows["dense, slim"]["times_own_dense"] == 1.0
+
+
+def test_what_scatters_is_disturbed_beside_transformers_alone():
+    row = timed([40, 44, 90], [21] * 3, [15] * 3, [13] * 3)["griffin 50, slim"]
+    assert (row["times_transformers"], row["all_times_transformers"]) == (None, None)
+    assert row["times_own_dense"] == pytest.approx(1.4) and row["disturbed"] == DISTURBED
+
+
+def test_a_disturbed_row_shows_no_ratio_anywhere():
+    """An older file, which was never judged, and the same with a row that was."""
+    path = ROOT / "benchmarks/results/speed-smollm2-methods.json"
+    (document,) = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    name = "griffin 70 %, slim"
+    rows = [dict(row) for row in document["rows"]]
+    row = next(row for row in rows if row["row"] == name)
+    ratio = f"{row['times_own_dense']:.2f}"
+    texts = summary.markdown(document), summary.make(document)[0].alt
+    assert (
+        all(ratio in text for text in texts) and "not drawn" not in summary.make(document)[0].small
+    )
+    none = dict.fromkeys(("times_own_dense", "share_of_limit", "all_times_own_dense"))
+    row |= {**none, "disturbed": DISTURBED}
+    judged = {**document, "rows": rows}
+    (plot,) = summary.make(judged)
+    line = next(line for line in summary.markdown(judged).splitlines() if f"| {name} |" in line)
+    assert line.count(" disturbed ") == 2
+    assert f"{name} at 70 % removed: {DISTURBED}" in summary.sentences(judged)
+    assert "repeat it on a quiet machine" in DISTURBED
+    assert plot.small.startswith(f"disturbed, not drawn: {name} · ")
+    drawn, judged_axes = (axes_of(summary.make(one)[0])[1] for one in (document, judged))
+    assert len(drawn.lines) == len(judged_axes.lines) + 1 and not judged_axes.texts
+
+
+def test_methods_have_their_own_marks_and_no_labels_that_overlap():
+    path = ROOT / "benchmarks/results/speed-smollm2-methods.json"
+    (document,) = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    axes = axes_of(summary.make(document)[0])[1]
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    methods = ["griffin", "published", "dart", "dart-token"]
+    assert list(handles)[1:] == ["transformers", "dense", *methods]
+    assert len({handles[name].get_marker() for name in methods}) == 4
+    assert len({handles[name].get_color() for name in methods}) == 4
+    assert not axes.texts and len(axes.lines) == 1 + len(document["rows"])
 
 
 def test_the_order_follows_from_the_seed():

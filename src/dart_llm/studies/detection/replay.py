@@ -22,6 +22,7 @@ from dart_llm.experiments.stats import text_intervals
 from dart_llm.pruning.config import DriftConfig
 from dart_llm.pruning.drift import Check, Detector, Rule, guards_allow, make_rule
 from dart_llm.pruning.registry import DRIFT_RULES, METHODS
+from dart_llm.reporting.words import too_few
 from dart_llm.studies.detection.signals import Recorded
 
 # As the controller of a run would run the detector.  Nothing is pruned here: the signals are those
@@ -192,7 +193,7 @@ def rates(outcomes: Sequence[Outcome], seed: int = 0, intervals: bool = True) ->
     counting as its whole reach.  ``alarms_per_1000``: of all decoded tokens.  ``blind_rate``: what
     a rule that fires at equal distances, as often, detects: where a change lies between two alarms
     is left to chance, so an alarm falls within its reach with min(1, reach x alarms per token).
-    Intervals: 95 %, by resampling whole texts, None below two.
+    Intervals: 95 %, by resampling whole texts; None of too few, as ``no_interval`` says.
     """
     once = _statistics(outcomes, np.ones((1, len(outcomes))))
     point = {name: float(values[0]) for name, values in once.items()}
@@ -221,6 +222,7 @@ def rates(outcomes: Sequence[Outcome], seed: int = 0, intervals: bool = True) ->
         "blind_rate": point["blind"],
         "gain": point["gain"],
         "gain_interval": ends.get("gain"),
+        "no_interval": too_few(len(outcomes)),
     }
 
 

@@ -22,7 +22,7 @@ from dart_llm.reporting.figures import (
     panels,
 )
 from dart_llm.reporting.table import Column, Table
-from dart_llm.reporting.words import count, dtype_text, file_text
+from dart_llm.reporting.words import count, dtype_text, file_text, intervals_over
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -243,7 +243,8 @@ def make_drawings(document: Row) -> Iterator[Drawing]:
 def _rates(document: Row) -> Plot:
     rows = document["rows"]
     signals = list(dict.fromkeys(str(row["signal"]) for row in rows))
-    small = f"whiskers: 95 % intervals over passages · {table_title(document)}"
+    drawn = intervals_over("whiskers", len(document["passages"]), "passages")
+    small = f"{drawn} · {table_title(document)}"
 
     def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
         styles = looks(signals, palette)

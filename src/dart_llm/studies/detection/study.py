@@ -23,6 +23,7 @@ from dart_llm.pruning.drift import windows
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table
+from dart_llm.reporting.words import too_few
 from dart_llm.settings import ModelOptions
 from dart_llm.studies.detection import report
 from dart_llm.studies.detection.replay import (
@@ -273,7 +274,8 @@ def _signals(lines: Lines, layers: int, seed: int) -> list[dict[str, Any]]:
                 "layers": list(layers_of(name, layers)),
                 "window": window,
                 "auc": fmean(values) if values else None,
-                "auc_interval": None if interval is None else [interval.low, interval.high],
+                "auc_interval": list(interval.ends) if interval and interval.ends else None,
+                "no_interval": too_few(len(values)),
             }
         )
     return rows

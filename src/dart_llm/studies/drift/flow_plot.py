@@ -27,7 +27,7 @@ KINDS = ("kept", "left", "joined", "out")
 
 WORDS = {"kept": "kept", "left": "left", "joined": "joined", "out": "pruned in both"}
 
-COLOURS = {"kept": "#114260", "left": "#f19d6b", "joined": "#818232", "out": "#d5d8dc"}
+COLOURS = {"kept": "#114260", "left": "#c98259", "joined": "#818232", "out": "#d5d8dc"}
 """batlow, apart in lightness too: dark, light, middle, pale."""
 
 WEB_COLOURS = {**COLOURS, "kept": "#7d97a6"}

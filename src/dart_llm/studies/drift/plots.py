@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dart_llm.evaluation.text_metrics import NUMBERS
-from dart_llm.experiments.drift_plot import draw_checks, stretches, window_kind
+from dart_llm.experiments.drift_plot import draw_checks, stretches, window_kind, worth_drawing
 from dart_llm.pruning.records import DriftCheck
 from dart_llm.reporting.figures import (
     GREY,
@@ -36,7 +36,7 @@ from dart_llm.reporting.figures import (
     write_beside,
 )
 from dart_llm.reporting.table import grouped
-from dart_llm.reporting.words import percent
+from dart_llm.reporting.words import intervals_over, percent
 from dart_llm.studies.drift.record import BIN
 from dart_llm.studies.drift.view import (
     MODES,
@@ -186,7 +186,7 @@ def make_loss(view: DriftView) -> Drawing | None:
     if not curves:
         return None
     most = max(point.n for points in curves.values() for point in points)
-    small = f"means of {BIN}-token bins over {most} passages; bands: 95 % bootstrap intervals"
+    small = f"means of {BIN}-token bins; {intervals_over('bands', most, 'passages')}"
 
     def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
         columns = min(len(curves), 1 if narrow else 3)
@@ -213,8 +213,10 @@ def _loss_panel(axes: Axes, label: str, curves: Curves, look: Mapping[str, Any])
         if other == label:
             axes.plot(x, y, zorder=3, **{**look, "markersize": 4})
         else:
-            axes.plot(x, y, color="#c3c8ce", linewidth=0.9, zorder=1)
-    bounded = [(p.middle, p.interval.low, p.interval.high) for p in curves[label] if p.interval]
+            axes.plot(x, y, color=GREY, linewidth=0.9, zorder=1)
+    bounded = [
+        (p.middle, *p.interval.ends) for p in curves[label] if p.interval and p.interval.ends
+    ]
     if bounded:
         middles, low, high = zip(*bounded, strict=True)
         axes.fill_between(
@@ -267,7 +269,7 @@ def make_methods(view: DriftView) -> Drawing | None:
         f"{line['label']} {estimate['mean']:.3f} with {accounted(line)}" for line, estimate in first
     )
     title = "Quality of each method, beside what it removed"
-    small = f"whiskers: 95 % bootstrap intervals over {first[0][1]['n']} {MODES[view.mode]}s"
+    small = intervals_over("whiskers", first[0][1]["n"], f"{MODES[view.mode]}s")
     height = 0.7 + sum(0.75 + 0.36 * count for count in counts)
     alt = f"Bars: {axis}. {listed}."
     return Drawing(Plot("methods", title, alt, view.noted(small), height, draw))
@@ -422,8 +424,11 @@ Cells = Sequence[DriftCell]
 
 
 def make_timeline(view: DriftView) -> Iterator[Drawing]:
-    """One per source, those with most triggers first; a panel per method with a detector."""
-    checked = (cell for cell in view.done if cell.checks)
+    """One per source, those with most triggers first; a panel per method with a detector.
+
+    Texts with few windows, and detectors that never armed, are left out.
+    """
+    checked = (cell for cell in view.done if worth_drawing(cell.checks))
     groups = grouped(checked, lambda cell: (cell.source, cell.seed))
 
     def rank(cells: Cells) -> tuple[int, int]:

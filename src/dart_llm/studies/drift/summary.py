@@ -19,7 +19,7 @@ from dart_llm.experiments.stats import Interval, Sample, Value
 from dart_llm.experiments.store import flat
 from dart_llm.pruning.records import merge_reports
 from dart_llm.reporting.table import Column, Table, keys_of
-from dart_llm.reporting.words import count
+from dart_llm.reporting.words import count, too_few
 from dart_llm.studies.drift.record import DONE
 from dart_llm.studies.drift.settings import DENSE, FORCED, NEVER
 
@@ -139,7 +139,7 @@ def _mean(values: Sample) -> dict[str, Any] | None:
     """``mean`` with its interval over ``n`` sources; None of nothing."""
     if not values:
         return None
-    return {"mean": stats.mean(values), **_ends(stats.interval(values)), "n": len(values)}
+    return {"mean": stats.mean(values), **_ends(stats.interval(values), len(values))}
 
 
 def _paired(own: Sample, other: Sample) -> dict[str, Any] | None:
@@ -150,13 +150,13 @@ def _paired(own: Sample, other: Sample) -> dict[str, Any] | None:
     if one is None or two is None:
         return None
     found = stats.paired_interval(first, second)
-    significant = None if found is None else found.significant
-    return {"mean": one - two, **_ends(found), "n": len(shared), "significant": significant}
+    significant = found.significant if found and found.ends else None
+    return {"mean": one - two, **_ends(found, len(shared)), "significant": significant}
 
 
-def _ends(found: Interval | None) -> dict[str, float | None]:
-    low, high = (None, None) if found is None else (found.low, found.high)
-    return {"low": low, "high": high}
+def _ends(found: Interval | None, n: int) -> dict[str, Any]:
+    low, high = (found and found.ends) or (None, None)
+    return {"low": low, "high": high, "n": n, "no_interval": too_few(n)}
 
 
 Line = Mapping[str, Any]
@@ -227,8 +227,11 @@ def _estimate(head: str, group: str, name: str, brief: bool = False) -> Column:
 
     def text(estimate: Mapping[str, Any]) -> str:
         mean, low, high = (estimate[key] for key in ("mean", "low", "high"))
-        ends = "" if low is None or brief else f" ({low:{form}} to {high:{form}})"
-        return f"{mean:{form}}{ends}"
+        if brief:
+            return f"{mean:{form}}"
+        if low is None:
+            return f"{mean:{form}} {too_few(estimate['n']) or ''}".rstrip()
+        return f"{mean:{form}} ({low:{form}} to {high:{form}})"
 
     return Column(head, value, text)
 
@@ -302,5 +305,6 @@ def _against_never(line: Line) -> str:
     gap = line["loss"]["after_minus_never"]
     if gap is None or line["method"] == NEVER:
         return ""
-    sure = {True: "", False: " (within noise)", None: " (no interval)"}[gap["significant"]]
+    why = too_few(gap.get("n")) or "no interval"
+    sure = {True: "", False: " (within noise)", None: f", {why}"}[gap["significant"]]
     return f", {gap['mean']:+.3f} against never re-masking{sure}"

@@ -98,7 +98,7 @@ class MeasureStudy(Study[MeasureSettings]):
         return measure_rows.document(self.lines)
 
     def tables(self) -> Sequence[Table]:
-        return [measure_rows.table(self.lines), *comparison_report.tables(self.compared)]
+        return [measure_rows.table(self.lines, self.compared)]
 
     def sentences(self) -> Sequence[str]:
         told = [comparison_report.summary(self.compared)] if self.compared else []

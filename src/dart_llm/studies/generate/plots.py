@@ -5,6 +5,7 @@ Drift over time is drawn by ``experiments/drift_plot.py``.
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,16 +20,21 @@ from dart_llm.reporting.figures import (
     HATCHES,
     INK,
     MAX_PANELS,
+    NARROW,
+    WIDE,
     Palette,
     Plot,
     _log_ticks,
     draw_whisker,
     legend,
+    looks_of,
+    mark,
     name_bars,
     reference_line,
     save,
     write_beside,
 )
+from dart_llm.reporting.speed_up import DISTURBED, judge
 from dart_llm.reporting.words import percent, times
 
 if TYPE_CHECKING:
@@ -39,16 +45,16 @@ Row = Mapping[str, Any]
 
 
 def perplexity(view: ResultsView) -> Plot | None:
-    """A bar per row on a log axis, dense as a line; one panel per text."""
+    """A dot per row on a log axis, dense as a line; one panel per text."""
     texts = [(document, words.measured(document["rows"])) for document in view.perplexity]
     shown = [(document, rows) for document, rows in texts if rows][:MAX_PANELS]
     if not shown:
         return None
-    bars = [len(rows) for _, rows in shown]
+    counts = [len(rows) for _, rows in shown]
 
     def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
         panels = figure.subplots(
-            len(shown), 1, squeeze=False, gridspec_kw={"height_ratios": [n + 1 for n in bars]}
+            len(shown), 1, squeeze=False, gridspec_kw={"height_ratios": [n + 1 for n in counts]}
         )[:, 0]
         for axes, (document, rows) in zip(panels, shown, strict=True):
             _draw_perplexity(axes, palette, rows, narrow)
@@ -58,10 +64,19 @@ def perplexity(view: ResultsView) -> Plot | None:
         panels[-1].set_xlabel(f"{scored} (log axis; lower is better)")
 
     listed = ", ".join(f"{words.row_name(r)} {words.figure(r['perplexity'])}" for r in shown[0][1])
-    alt = f"Bars: perplexity on a log axis. {listed}."
-    height = 1.25 + sum(0.55 + 0.34 * number for number in bars)
+    alt = f"Dots: perplexity on a log axis. {listed}."
+    height = 1.25 + sum(0.55 + 0.34 * number for number in counts)
     title = "Perplexity, dense beside pruned"
-    return Plot("perplexity", title, alt, view.small_print, height, draw)
+    small = f"{_whiskers([row for _, rows in shown for row in rows])} · {view.small_print}"
+    return Plot("perplexity", title, alt, small, height, draw)
+
+
+def _whiskers(rows: Sequence[Row]) -> str:
+    """What the whiskers are intervals of, or why there are none."""
+    if any(row.get("interval") for row in rows):
+        return "whiskers: 95 % intervals of the ratio to dense (x), paired by slice"
+    reason = next((row["no_interval"] for row in rows if row.get("no_interval")), "not computed")
+    return f"no whiskers: slices {reason}"
 
 
 def protocol(document: Row) -> str:
@@ -76,80 +91,140 @@ def protocol(document: Row) -> str:
 
 def _draw_perplexity(axes: Axes, palette: Palette, rows: Sequence[Row], narrow: bool) -> None:
     dense = words.dense_row(rows)
-    methods = [m for m in dict.fromkeys(str(row.get("method")) for row in rows) if m != "dense"]
-    floor = min(float(row["perplexity"]) for row in rows) / 1.25
-    top = floor
+    looks = looks_of(list(dict.fromkeys(str(row.get("method")) for row in rows)), palette)
+    looks["dense"] = {**mark((0, "o", "-"), palette), "color": INK}
+    ends: list[tuple[float, float, str]] = []
     for place, row in enumerate(rows):
-        method = str(row.get("method"))
-        look: dict[str, Any] = {"color": GREY}
-        if method in methods:
-            index = methods.index(method) % len(HATCHES)
-            look = {"color": palette[COLOURS[index]], "hatch": HATCHES[index]}
-        end = float(row["perplexity"])
-        axes.barh(place, end - floor, 0.66, left=floor, edgecolor="white", linewidth=0, **look)
+        low = high = float(row["perplexity"])
+        look = {**looks[str(row.get("method"))], "markersize": 7.5, "zorder": 4}
+        axes.plot([low], [place], **look)
         if dense is not None and row.get("interval"):  # of the ratio to dense
             low, high = (bound * dense["perplexity"] for bound in row["interval"])
             draw_whisker(axes, low, high, place)
-            end = max(end, high)
-        write_beside(axes, _bar_text(row, rows), end, place)
-        top = max(top, end)
+        text = _dot_text(row, rows, "\n" if narrow else "  ")
+        ends.append((min(low, row["perplexity"]), max(high, row["perplexity"]), text))
+        write_beside(axes, text, ends[-1][1], place, gap=8)
     if dense is not None:
         reference_line(axes, x=dense["perplexity"], label="dense")
-    ceiling = top * (top / floor) ** (0.8 if narrow else 0.25)  # room for the numbers
+    low, high = _limits(ends, 72 * (NARROW if narrow else WIDE) - 110)
     axes.set_xscale("log")
-    axes.set_xlim(floor, ceiling)
-    ticks = _log_ticks(floor, ceiling, 5 if narrow else 8)
+    axes.set_xlim(low, high)
+    ticks = _log_ticks(low, high, 5 if narrow else 8)
     labels = [f"{tick:,g}" if tick < 1e5 else words.figure(tick) for tick in ticks]
     axes.set_xticks(ticks, labels)
     axes.set_xticks([], minor=True)
     name_bars(axes, [words.row_name(row) for row in rows])
 
 
-def _bar_text(row: Row, rows: Sequence[Row]) -> str:
+def _limits(ends: Sequence[tuple[float, float, str]], points: float) -> tuple[float, float]:
+    """Limits of a log axis of that many points, with room for what stands right of each whisker.
+
+    ``ends``: of every row its whisker's, and the text beside it.
+    """
+    least, most = min(low for low, _, _ in ends), max(high for _, high, _ in ends)
+    low = least / max(1.02, (most / least) ** 0.08)
+    spans = [
+        math.log(high / low) / (1 - (12 + 4.9 * max(map(len, text.split("\n")))) / points)
+        for _, high, text in ends
+    ]
+    return low, low * math.exp(max(spans))
+
+
+def _dot_text(row: Row, rows: Sequence[Row], between: str) -> str:
+    """The number, and over dense with its interval, as the table has them."""
     text, ratio = words.figure(row["perplexity"]), words.ratio(row, rows)
     if row.get("method") == "dense" or ratio is None:
         return text
-    return f"{text}  (x {ratio:.2f})" if ratio < 10 else f"{text}  (x {times(ratio)})"
+    over = f"{ratio:.2f}" if ratio < 10 else times(ratio)
+    if not row.get("interval"):
+        return f"{text}{between}x {over}"
+    return f"{text}{between}x {over} ({' to '.join(f'{end:.2f}' for end in row['interval'])})"
 
 
 def time_per_token(view: ResultsView) -> Plot | None:
-    """Bars for dense and pruned, a line for the least time that the bytes read allow."""
+    """A bar for each way of decoding, a dot for each of its turns, a line for its bytes' limit.
+
+    Where timings were disturbed, bar and title say so, and there is no limit.
+    """
     each = mapping(view.timing.get("seconds_per_token"))
-    found = {name: number(each.get(name)) for name in ("dense", "pruned")}
-    times_ms = {name: 1000 * value for name, value in found.items() if value}
+    known = {name: number(value) for name, value in each.items()}
+    times_ms = {name: 1000 * value for name, value in known.items() if value}
     if not times_ms:
         return None
-    limit = number(view.timing.get("bytes_limit"))
+    measured = mapping(view.timing.get("turns"))
+    turns = {name: [1000 * float(one) for one in measured.get(name, ())] for name in times_ms}
+    judged = {name: one for name, one in _judged(view.timing).items() if name in times_ms}
+    disturbed = {name for name, one in judged.items() if one.get("disturbed")}
+    limits = {
+        name: times_ms["dense"] / limit
+        for name, one in judged.items()
+        if name not in disturbed and "dense" in times_ms and (limit := number(one["bytes_limit"]))
+    }
 
     def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
         axes = figure.subplots()
-        looks = {"dense": (GREY, ""), "pruned": (palette[3], "///")}
+        looks = zip(COLOURS, HATCHES[1:], strict=False)
+        ends = {name: max([value, *turns[name]]) for name, value in times_ms.items()}
         for place, (name, value) in enumerate(times_ms.items()):
-            colour, hatch = looks[name]
-            axes.barh(place, value, 0.62, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
-            write_beside(axes, f"{value:.1f} ms", value, place)
-        if limit and "dense" in times_ms:
-            least = times_ms["dense"] / limit
-            label = f"least that the bytes read allow: {least:.1f} ms"
-            reference_line(axes, x=least, label=label)
-        axes.set_xlim(0, (1.3 if narrow else 1.14) * max(times_ms.values()))
+            colour, hatch = (
+                (None, "") if name.startswith("dense") else next(looks, (COLOURS[0], ""))
+            )
+            look: dict[str, Any] = {"color": GREY if colour is None else palette[colour]}
+            axes.barh(place, value, 0.62, hatch=hatch, edgecolor="white", linewidth=0, **look)
+            dots: dict[str, Any] = {"color": "white", "markeredgecolor": INK, "markersize": 4}
+            axes.plot(turns[name], [place] * len(turns[name]), "o", zorder=4, **dots)
+            text = f"{value:.1f} ms{' (disturbed)' if name in disturbed else ''}"
+            write_beside(axes, text, ends[name], place)
+            if name in limits:
+                _draw_least(axes, limits[name], place, named=name == next(iter(limits)))
+        room = (0.3 if narrow else 0.14) * (2 if disturbed else 1)
+        axes.set_xlim(0, (1 + room) * max(ends.values()))
         axes.set_xlabel("milliseconds per decoded token (lower is better)")
         name_bars(axes, list(times_ms))
         legend(axes, 1)
 
+    title = "Milliseconds per decoded token" + (f" ({DISTURBED})" if disturbed else "")
     alt = f"Bars: milliseconds per decoded token. {words.timing_sentence(view.timing)}"
-    small = f"means of one run · {view.small_print}"
-    return Plot("time_per_token", "Milliseconds per decoded token", alt, small, 2.3, draw)
+    how = "dots: turns, one way after the other" if any(turns.values()) else "one run"
+    height = 1.5 + 0.4 * len(times_ms)
+    return Plot("time_per_token", title, alt, f"{how} · {view.small_print}", height, draw)
+
+
+def _judged(timing: Row) -> dict[str, Row]:
+    """``SpeedUp.to_dict`` by the name of what is pruned; judged here in files that have none.
+
+    Nothing where the dense text ran by other kernels, so that its bytes are no limit.
+    """
+    known = mapping(timing.get("speed_ups")) or {"pruned": timing}
+    each = mapping(timing.get("seconds_per_token"))
+    found: dict[str, Row] = {}
+    for name, one in known.items():
+        dense, own, limit = map(number, (each.get("dense"), each.get(name), one.get("bytes_limit")))
+        if "disturbed" in one:
+            found[name] = one
+        elif dense and own and limit and timing.get("dense_by") != words.TRANSFORMERS:
+            found[name] = judge([dense], [own], limit).to_dict()
+    return found
+
+
+def _draw_least(axes: Axes, least: float, place: int, *, named: bool) -> None:
+    label = f"{'' if named else '_'}least that the bytes read allow: {least:.1f} ms"
+    for colour, width, name in (("white", 3.4, "_"), (INK, 1.7, label)):
+        axes.plot(
+            [least] * 2, [place - 0.42, place + 0.42], color=colour, linewidth=width, label=name
+        )
 
 
 # Plot: the share of its FFN neurons that each layer keeps.
 
 
 def make(view: ResultsView) -> Plot | None:
-    """Bars for the first mask, steps for the last where it differs, a line for an even spread."""
-    widths = [int(layer.get("width") or 0) for layer in view.layers]
-    masks = [mask for mask in view.remasks if len(mask.get("kept") or ()) == len(widths)]
-    if not widths or not all(widths) or not masks:
+    """Bars for the first mask, steps for the last where it differs, a line for an even spread.
+
+    None where all layers keep the same share.
+    """
+    widths, masks = _widths(view), _masks(view)
+    if not widths or not all(widths) or not masks or uniform(view):
         return None
 
     def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
@@ -160,6 +235,26 @@ def make(view: ResultsView) -> Plot | None:
     title = "FFN neurons kept in each layer"
     alt = f"Bars: share of the FFN neurons kept in each of {len(widths)} layers."
     return Plot("kept_neurons", title, alt, view.small_print, 3.4, draw)
+
+
+def _widths(view: ResultsView) -> list[int]:
+    return [int(layer.get("width") or 0) for layer in view.layers]
+
+
+def _masks(view: ResultsView) -> list[Row]:
+    return [mask for mask in view.remasks if len(mask.get("kept") or ()) == len(view.layers)]
+
+
+def uniform(view: ResultsView) -> bool:
+    """Whether every mask keeps the same share of each layer, so that a line per layer says nothing.
+
+    Shares that differ by less than half a point are rounding.
+    """
+    widths = _widths(view)
+    if not all(widths):
+        return False
+    shares = [_shares(mask["kept"], widths) for mask in _masks(view)]
+    return bool(shares) and all(max(own) - min(own) < 0.5 for own in shares)
 
 
 def _draw(

@@ -300,7 +300,7 @@ def render(view: ResultsView) -> str:
         "pictures": {picture.name: picture for picture in pictures},
         "missing": missing,
         "remasks": remasks(view),
-        "layers": layers(view),
+        "layers": None if plots.uniform(view) else layers(view),
         "accounting": accounting(view),
         "perplexity": [
             (

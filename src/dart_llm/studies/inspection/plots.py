@@ -16,6 +16,7 @@ from dart_llm.reporting.figures import (
     legend,
     mark,
     reference_line,
+    whisker_lengths,
 )
 
 if TYPE_CHECKING:
@@ -234,11 +235,12 @@ def _ablation(data: Record, small: str) -> list[Plot]:
 def _draw_bars(axes: Axes, palette: Palette, rows: Sequence[Record]) -> None:
     """Beside each arm's rise as many random neurons', and every draw of these."""
     x, rises = range(len(rows)), [row["loss"] - row["dense_loss"] for row in rows]
-    pairs = [(rise, row["over_dense"]) for rise, row in zip(rises, rows, strict=True)]
-    below = [max(0.0, rise - ends["low"]) if ends else 0.0 for rise, ends in pairs]
-    beyond = [max(0.0, ends["high"] - rise) if ends else 0.0 for rise, ends in pairs]
+    known = [row["over_dense"] or {"low": None} for row in rows]
+    ends = [None if one["low"] is None else (one["low"], one["high"]) for one in known]
     own: dict[str, Any] = {"color": palette[3], "label": "these neurons", "capsize": 3}
-    axes.bar([at - 0.2 for at in x], rises, 0.38, yerr=[below, beyond], edgecolor=INK, **own)
+    axes.bar(
+        [at - 0.2 for at in x], rises, 0.38, yerr=whisker_lengths(rises, ends), edgecolor=INK, **own
+    )
     random = [row["random_loss"] - row["dense_loss"] for row in rows]
     other: dict[str, Any] = {"color": "white", "hatch": HATCHES[1], "label": "random ones"}
     axes.bar([at + 0.2 for at in x], random, 0.38, edgecolor=INK, **other)

@@ -11,7 +11,7 @@ from dart_llm.experiments.store import read
 from dart_llm.files import write_text
 from dart_llm.reporting import page
 from dart_llm.reporting.table import Column, Record, Table, number, value_columns
-from dart_llm.reporting.words import percent
+from dart_llm.reporting.words import percent, too_few
 from dart_llm.studies.inspection import plots
 from dart_llm.studies.inspection.analyses import ARMS
 
@@ -123,7 +123,9 @@ def _overlap(data: Record) -> list[Table]:
 
 
 def with_ends(found: Record) -> str:
-    """ "+0.123 (+0.100 to +0.150)"."""
+    """ "+0.123 (+0.100 to +0.150)", or why there is no interval."""
+    if found["low"] is None:
+        return f"{found['estimate']:+.3f} {too_few(found['n'])}"
     return f"{found['estimate']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
 
 

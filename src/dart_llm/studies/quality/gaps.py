@@ -19,6 +19,7 @@ from dart_llm.evaluation.perplexity import perplexity
 from dart_llm.experiments import stats
 from dart_llm.experiments.store import SCHEMA
 from dart_llm.experiments.variants import DENSE, GRIFFIN
+from dart_llm.reporting.words import too_few
 from dart_llm.studies.quality.settings import CELLS
 
 Line = Mapping[str, Any]
@@ -187,7 +188,7 @@ def compare(pairs: Sequence[tuple[Array, Array]], seed: int) -> Row:
     """``gap`` and ``griffin_gap``, summed over pairs of [slices], what is closed, its interval.
 
     ``gap_closed`` is None where GRIFFIN's gap is not positive; ``interval`` is None there and with
-    fewer than two slices.
+    too few slices, as ``no_interval`` says.
     """
     found = stats.gap_closed_interval(pairs, seed)
     gap, griffin = (sum(float(one.mean()) for one in parts) for parts in zip(*pairs, strict=True))
@@ -195,7 +196,8 @@ def compare(pairs: Sequence[tuple[Array, Array]], seed: int) -> Row:
         "gap": gap,
         "griffin_gap": griffin,
         "gap_closed": stats.gap_closed(pairs),
-        "interval": None if found is None else [found.low, found.high],
+        "interval": list(found.ends) if found and found.ends else None,
+        "no_interval": too_few(min(len(gaps) for gaps, _ in pairs)),
     }
 
 

@@ -18,9 +18,18 @@ from dart_llm.reporting.figures import (
     looks_of,
     panels,
     reference_line,
+    whisker_lengths,
 )
 from dart_llm.reporting.table import Column, Table, escaped, grouped, table_lines
-from dart_llm.reporting.words import count, dtype_text, figure, file_text, percent, times
+from dart_llm.reporting.words import (
+    count,
+    dtype_text,
+    figure,
+    file_text,
+    intervals_over,
+    percent,
+    times,
+)
 from dart_llm.studies.quality.gaps import ALL, EQUAL_BYTES, EQUAL_SPARSITY, YARDSTICKS
 from dart_llm.studies.quality.settings import SHIFT
 
@@ -78,9 +87,10 @@ def closed(found: Mapping[str, Any]) -> str:
     """ "27.1 % (20 % to 33.2 %)", or n/a."""
     if found["gap_closed"] is None:
         return NONE
-    ends = found["interval"]
-    value = percent(found["gap_closed"])
-    return value if ends is None else f"{value} ({percent(ends[0])} to {percent(ends[1])})"
+    ends, value = found["interval"], percent(found["gap_closed"])
+    if ends is None:
+        return f"{value} {found.get('no_interval') or ''}".rstrip()
+    return f"{value} ({percent(ends[0])} to {percent(ends[1])})"
 
 
 def tables(document: Row) -> list[Table]:
@@ -206,8 +216,8 @@ def _gaps_plot(document: Row) -> list[Plot]:
     cell = document["cells"][0]
     small = (
         f"{count(cell['slices'], 'slice')} of {', '.join(cell['kinds'])}, set {document['set']}, "
-        f"{document['prompt_tokens']} prompt + {document['tokens']} scored tokens · bars: 95 % "
-        "intervals, paired over slices"
+        f"{document['prompt_tokens']} prompt + {document['tokens']} scored tokens · "
+        f"{intervals_over('whiskers', cell['slices'], 'slices')}, paired with GRIFFIN"
     )
     title = "Share of GRIFFIN's log-perplexity gap to dense that is closed"
     alt = "Points with intervals per sparsity and variant. " + " ".join(sentences(document))
@@ -277,13 +287,12 @@ def _draw(axes: Axes, rows: Sequence[Row], palette: Palette) -> None:
     for column, (words, colour, marker, aside) in LOOKS.items():
         known = [(at, row[column]) for at, row in enumerate(rows) if _known(row[column])]
         x = [100 * found["gap_closed"] for _, found in known]
-        ends = [found["interval"] or [found["gap_closed"]] * 2 for _, found in known]
-        below = [max(0.0, value - 100 * low) for value, (low, _) in zip(x, ends, strict=True)]
-        beyond = [max(0.0, 100 * high - value) for value, (_, high) in zip(x, ends, strict=True)]
+        intervals = [found["interval"] for _, found in known]
+        ends = [one and (100 * one[0], 100 * one[1]) for one in intervals]
         axes.errorbar(
             x,
             [at - aside for at, _ in known],
-            xerr=[below, beyond],
+            xerr=whisker_lengths(x, ends) if x else None,
             label=words,
             color=palette[colour],
             marker=marker,

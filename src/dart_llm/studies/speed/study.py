@@ -64,6 +64,7 @@ BRIEF = (
     "achieved_sparsity",
     "times_transformers",
     "times_own_dense",
+    "disturbed",
     "limit",
     "share_of_limit",
 )

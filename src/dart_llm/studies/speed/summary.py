@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +16,18 @@ from dart_llm.pruning.records import bytes_limit
 from dart_llm.reporting.figures import (
     DASHES,
     INK,
+    LOOKS,
     SOFT,
     Palette,
     Plot,
     key,
+    looks_of,
     name_bars,
     panels,
     write_beside,
 )
-from dart_llm.reporting.table import Column, Table, escaped
+from dart_llm.reporting.speed_up import contradicting, judge
+from dart_llm.reporting.table import Column, Table, escaped, grouped
 from dart_llm.reporting.words import dtype_text, file_text, percent
 
 if TYPE_CHECKING:
@@ -76,6 +79,9 @@ class DecodeTraffic:
         return self.total + self.ffn * (ffn_share - 1) + self.head * (head_share - 1)
 
 
+DISTURBED = "disturbed: other work ran; repeat it on a quiet machine"
+"""Stands in place of a ratio that the bytes do not allow, or whose repetitions scatter too far."""
+
 DEFINITIONS = {
     "pp tokens/s": "prompt tokens over the time to the first token; the prompt is always dense",
     "first token ms": "the prompt read and the first token chosen, attaching left out; median",
@@ -86,8 +92,10 @@ DEFINITIONS = {
     "achieved": "fraction of FFN neurons removed, mean over the timed tokens, dense ones count 0",
     "dense tokens": "share of the timed tokens that ran dense",
     "re-masks": "masks built per repetition after the first",
-    "x transformers": "ms of the untouched model over this row's",
-    "x own dense": "ms of our own dense path over this row's",
+    "x transformers": "ms of the untouched model over this row's, median of the repetitions",
+    "x own dense": "ms of our own dense path over this row's, median of the repetitions; "
+    "'disturbed' where it lies above the limit by more than it scatters, scatters by more than a "
+    "quarter, or contradicts the same method at another sparsity: repeat the measurement",
     "limit": "1 / (1 - f s): s is what was achieved, f the FFN's share of the bytes that a token "
     "reads, the key-value cache at the mean context length among them; what a screened head leaves "
     "out is no longer read either",
@@ -143,6 +151,7 @@ def summarise(
         return _row(case, samples[case.label], base, traffic, about["prompt_tokens"], read)
 
     rows = [row(case) for case in cases if case.file is None]
+    _mark_contradictions(rows, cases, samples)
     if formats:
         rows = _compared(rows, cases, samples, own, about, sizes.total, context, read)
     return {
@@ -157,6 +166,27 @@ def summarise(
         "orders": [one["order"] for one in repetitions],
         "definitions": DEFINITIONS | (COMPARED_DEFINITIONS if formats else {}),
     }
+
+
+def _means(samples: Sequence[Sample]) -> list[float]:
+    """Seconds of a timed token, by repetition."""
+    return [statistics.fmean(one["steps_s"]) for one in samples]
+
+
+def _mark_contradictions(
+    rows: Sequence[dict[str, Any]], cases: Sequence[Case], samples: Mapping[str, Sequence[Sample]]
+) -> None:
+    """Of one method by the same kernels on the same weights, what reads less is faster by no more
+    than it reads less; other methods choose neurons in other ways, which takes time of its own."""
+    forms = {case.label: case.form for case in cases}
+    known = [row for row in rows if row["times_own_dense"] is not None]
+    kinds = grouped(known, lambda row: (row["variant"], row["executor"], forms[row["row"]]))
+    for own in kinds.values():
+        sizes = {row["row"]: row["bytes_per_token"] for row in own}
+        wrong = contradicting({label: _means(samples[label]) for label in sizes}, sizes)
+        for row in own:
+            if row["row"] in wrong:
+                row |= {"times_own_dense": None, "share_of_limit": None, "disturbed": DISTURBED}
 
 
 def _traffic(weights: Row, context: float) -> DecodeTraffic:
@@ -188,16 +218,18 @@ def _compared(
         moved = facts["bytes"] + context * facts["cache_bytes_per_position"]
         other = _other_row(label, samples[label], bases, moved, about["prompt_tokens"], read)
         found.append({**dict.fromkeys(rows[0]), **other})
-    main = token_ms(samples[own])
+    main = _means(samples[own])
     for row in found:
         file = about.get("reference", {}).get(row["row"])
         long = _known(samples[row["row"]], "prefill_s")
         row |= {
             "weights": file["kind"] if file else named[row["row"]].form,
-            "times_main": main / row["tg_ms"],
+            "times_main": judge(main, _means(samples[row["row"]])).ratio,
             "bytes_allow": total / row["bytes_per_token"],
             "prefill_ms": 1000 * statistics.median(long) if long else None,
         }
+        if row["disturbed"]:
+            row["times_main"] = None
     return found
 
 
@@ -209,8 +241,14 @@ def _other_row(
     prompt: int,
     read: float,
 ) -> dict[str, Any]:
-    """A row of llama.cpp, of which means over tokens are known; ``bases``: as of ``_row``."""
+    """A row of llama.cpp, of which means over tokens are known; ``bases``: as of ``_row``.
+
+    Its kernels are others: what it reads is no limit for ours.
+    """
     ms, (plain, same) = token_ms(samples), bases
+    over_plain = judge(_means(plain), _means(samples))
+    over_same = None if same is None else judge(_means(same), _means(samples))
+    disturbed = over_plain.disturbed or (over_same is not None and over_same.disturbed)
     first = statistics.median(one["first_token_s"] for one in samples)
     speed = moved / ms * 1000
     return {
@@ -221,8 +259,9 @@ def _other_row(
         "tg_ms": ms,
         "tg_spread_ms": mad([1000 * statistics.fmean(one["steps_s"]) for one in samples]),
         "tg_tokens_per_second": 1000 / ms,
-        "times_transformers": token_ms(plain) / ms,
-        "times_own_dense": None if same is None else token_ms(same) / ms,
+        "times_transformers": over_plain.ratio,
+        "times_own_dense": over_same and over_same.ratio,
+        "disturbed": DISTURBED if disturbed else None,
         "bytes_per_token": moved,
         "bytes_per_second": speed,
         "share_of_read_bandwidth": speed / read,
@@ -245,7 +284,7 @@ def _row(
     read: float,
 ) -> dict[str, Any]:
     """``bases``: the untouched model and our own dense path; ``read``: bytes per second."""
-    ms, (plain, dense) = token_ms(samples), map(token_ms, bases)
+    ms, (plain, dense) = token_ms(samples), bases
     whole, (whole_plain, whole_dense) = all_ms(samples), map(all_ms, bases)
     first = statistics.median(one["first_token_s"] for one in samples)
     steps = [1000 * step for one in samples for step in one["steps_s"]]
@@ -253,6 +292,10 @@ def _row(
     removed = _mean(samples, "achieved_sparsity", 0.0)
     head = _mean(samples, "head_bytes_share", 1.0)
     limit = sizes.limit(removed, _mean(samples, "proxy_bytes_share", 0.0), head)
+    over_plain = judge(_means(plain), _means(samples))
+    untouched = case.config is None  # whose kernels are others
+    over_dense = judge(_means(dense), _means(samples), None if untouched else limit)
+    disturbed = over_plain.disturbed or over_dense.disturbed
     moved = sizes.read(_mean(samples, "ffn_bytes_share", 1.0), head)
     speed = moved / ms * 1000
     attach = _known(samples, "attach_s")
@@ -272,10 +315,12 @@ def _row(
         "achieved_sparsity": removed,
         "dense_token_share": _mean(samples, "dense_token_share", 0.0) if case.config else 1.0,
         "remasks": _mean(samples, "remasks", 0.0),
-        "times_transformers": plain / ms,
-        "times_own_dense": dense / ms,
+        "times_transformers": over_plain.ratio,
+        "times_own_dense": over_dense.ratio,
+        "disturbed": DISTURBED if disturbed else None,
+        "scatter": over_dense.scatter,
         "limit": limit,
-        "share_of_limit": None if case.variant is None else dense / ms / limit,
+        "share_of_limit": over_dense.ratio / limit if over_dense.ratio and case.variant else None,
         "bytes_per_token": moved,
         "bytes_per_second": speed,
         "share_of_read_bandwidth": speed / read,
@@ -283,8 +328,8 @@ def _row(
         "extra_memory_bytes": max(_known(samples, "extra_memory_bytes"), default=None),
         "peak_growth_bytes": max(_known(samples, "peak_growth_bytes"), default=None),
         "all_ms": whole,
-        "all_times_transformers": whole_plain / whole,
-        "all_times_own_dense": whole_dense / whole,
+        "all_times_transformers": whole_plain / whole if over_plain.ratio else None,
+        "all_times_own_dense": whole_dense / whole if over_dense.ratio else None,
     }
 
 
@@ -309,6 +354,17 @@ def _percentiles(row: Row) -> str | None:
     return None if None in found else "/".join(map(number, found))
 
 
+def _ratio(name: str) -> Callable[[Row], str | None]:
+    """A ratio of times, or that it was disturbed."""
+
+    def text(row: Row) -> str | None:
+        if row.get(name) is None:
+            return "disturbed" if row.get("disturbed") else None
+        return f"{row[name]:.2f}"
+
+    return text
+
+
 def _mib(value: float) -> str:
     return number(value / 2**20)
 
@@ -328,8 +384,8 @@ COLUMNS = (
     Column("achieved", "achieved_sparsity", percent),
     Column("dense tokens", "dense_token_share", percent, terminal=False),
     Column("re-masks", "remasks", ".1f", terminal=False),
-    Column("x transformers", "times_transformers", ".2f"),
-    Column("x own dense", "times_own_dense", ".2f"),
+    Column("x transformers", _ratio("times_transformers")),
+    Column("x own dense", _ratio("times_own_dense")),
     Column("limit", "limit", ".2f"),
     Column("of limit", "share_of_limit", percent),
     Column("GB/s", "bytes_per_second", lambda value: f"{value / 1e9:.1f}"),
@@ -338,15 +394,15 @@ COLUMNS = (
     Column("extra MiB", "extra_memory_bytes", _mib, terminal=False),
     Column("peak MiB", "peak_growth_bytes", _mib, terminal=False),
     Column("all ms", "all_ms", number, terminal=False),
-    Column("all x transformers", "all_times_transformers", ".2f", terminal=False),
-    Column("all x own dense", "all_times_own_dense", ".2f", terminal=False),
+    Column("all x transformers", _ratio("all_times_transformers"), terminal=False),
+    Column("all x own dense", _ratio("all_times_own_dense"), terminal=False),
 )
 
 
 COMPARED_COLUMNS = {
     "weights": Column("weights", "weights", terminal=False),
     "MB/token": Column("MB/token", "bytes_per_token", lambda value: number(value / 1e6)),
-    "x main": Column("x main", "times_main", ".2f"),
+    "x main": Column("x main", _ratio("times_main")),
     "bytes allow": Column("bytes allow", "bytes_allow", ".2f"),
     "long first ms": Column("long first ms", "prefill_ms", number),
 }
@@ -413,14 +469,21 @@ def sentences(document: Row) -> list[str]:
         for label, facts in document.get("reference", {}).items()
         if (own := document["formats"].get(facts["form"], {}).get("own_dense"))
     ]
-    return beside + [
-        f"{row['row']}: {row['times_transformers']:.2f} x as fast as transformers, "
-        f"{row['times_own_dense']:.2f} x as fast as {_own_of(document, row)}, "
-        f"{percent(row['share_of_limit'])} of the {row['limit']:.2f} x that the bytes allow at "
-        f"{percent(row['achieved_sparsity'])} removed"
-        for row in document["rows"]
-        if row["variant"] is not None
-    ]
+    return beside + [_sentence(document, row) for row in document["rows"] if row["variant"]]
+
+
+def _sentence(document: Row, row: Row) -> str:
+    removed = f"at {percent(row['achieved_sparsity'])} removed"
+    if row["times_own_dense"] is None:
+        return f"{row['row']} {removed}: {row['disturbed']}"
+    plain = "disturbed beside transformers"
+    if row["times_transformers"] is not None:
+        plain = f"{row['times_transformers']:.2f} x as fast as transformers"
+    return (
+        f"{row['row']}: {plain}, {row['times_own_dense']:.2f} x as fast as "
+        f"{_own_of(document, row)}, {percent(row['share_of_limit'])} of the {row['limit']:.2f} x "
+        f"that the bytes allow {removed}"
+    )
 
 
 def _own_of(document: Row, row: Row) -> str:
@@ -431,6 +494,8 @@ def _own_of(document: Row, row: Row) -> str:
 
 def beside_reference(own: Row, other: Row) -> str:
     """Ours on the same weights: times, bytes, first tokens."""
+    if other["times_own_dense"] is None and other.get("disturbed"):
+        return f"{own['row']} beside {other['row']}: {other['disturbed']}"
     ratio = other["tg_ms"] / own["tg_ms"]
     first = other["prefill_ms"] or other["first_token_ms"]
     ours = own["prefill_ms"] or own["first_token_ms"]
@@ -457,16 +522,17 @@ def markdown(document: Row) -> str:
 # The plot of speed.json: speed-up against achieved sparsity, with the byte limit as a line.
 
 
-LOOKS: dict[str | None, tuple[int, str]] = {
-    None: (5, "x"),
-    "masked": (8, "v"),
-    "compact": (4, "s"),
-    "native": (3, "^"),
-    "slim": (0, "o"),
-    "graph": (2, "D"),
-    "triton": (6, "P"),
+COLOURS: dict[str | None, int] = {
+    None: 5,
+    LLAMA_CPP: 1,
+    "masked": 8,
+    "compact": 4,
+    "native": 3,
+    "slim": 0,
+    "graph": 2,
+    "triton": 6,
 }
-"""Colour and marker by executor; None is plain transformers."""
+"""By executor; None is plain transformers."""
 
 
 def make(document: Row) -> list[Plot]:
@@ -476,20 +542,26 @@ def make(document: Row) -> list[Plot]:
 
 
 def _times(document: Row) -> Plot:
-    """A bar per row, and a line where its bytes would be read at the machine's bandwidth."""
+    """A bar per row, and a line where its bytes would be read at the machine's bandwidth.
+
+    No line where a cache was faster than that.
+    """
     rows = sorted(document["rows"], key=lambda row: row["tg_ms"], reverse=True)
     read = document["read_bandwidth"]["bytes_per_second"]
 
     def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
         axes = figure.add_subplot()
         for place, row in enumerate(rows):
-            colour = palette[1 if row["executor"] == LLAMA_CPP else LOOKS[row["executor"]][0]]
-            axes.barh(place, row["tg_ms"], 0.62, color=colour)
-            write_beside(axes, number(row["tg_ms"]), row["tg_ms"], place, 7.5)
+            axes.barh(place, row["tg_ms"], 0.62, color=palette[COLOURS[row["executor"]]])
+            text = f"{number(row['tg_ms'])}{' (disturbed)' if row.get('disturbed') else ''}"
+            write_beside(axes, text, row["tg_ms"], place, 7.5)
             fastest = 1000 * row["bytes_per_token"] / read
-            axes.plot([fastest] * 2, [place - 0.4, place + 0.4], color=INK, linewidth=1.5)
+            if fastest <= row["tg_ms"]:
+                for colour, width in (("white", 3.2), (INK, 1.5)):
+                    ends = [place - 0.4, place + 0.4]
+                    axes.plot([fastest] * 2, ends, color=colour, linewidth=width)
         name_bars(axes, [row["row"] for row in rows])
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.12 * max(row["tg_ms"] for row in rows))
         axes.set_xlabel("ms per token", fontsize=8, color=SOFT)
 
     title = "Time per token, and what reading its bytes would take (lines)"
@@ -500,64 +572,83 @@ def _times(document: Row) -> Plot:
 
 def _speed_up(document: Row) -> Plot:
     rows = [row for row in document["rows"] if row["executor"] != LLAMA_CPP]
-    shares = [document["ffn_share_of_bytes_read"]]
+    shares = {"": document["ffn_share_of_bytes_read"]}
     base = document["own_dense"]
     if "formats" in document:
-        found = [one for one in document["formats"].values() if one["own_dense"]]
-        shares = [_traffic(one["weights"], document["mean_context"]).share for one in found]
-        base = "our own dense path on the same weights" if len(found) > 1 else base
+        shares = {
+            name: _traffic(one["weights"], document["mean_context"]).share
+            for name, one in document["formats"].items()
+            if one["own_dense"]
+        }
+        base = "our own dense path on the same weights" if len(shares) > 1 else base
+
+    named = dict.fromkeys(_names(rows))
+    left_out = [row["row"] for row in rows if row["times_own_dense"] is None]
 
     def draw(figure: Figure, palette: Palette, narrow: bool) -> None:
-        above, axes = panels(figure, 1, narrow, 2)
-        for number, share in enumerate({round(one, 2): one for one in shares}.values()):
-            _draw_limit(axes, share, rows, named=number == 0)
-        _draw_rows(axes, rows, palette)
+        columns = 2 if narrow else 4
+        above, axes = panels(figure, 1, narrow, 1 + len(named) // columns)
+        for place, share in enumerate(shares.values()):
+            colour = palette[LOOKS[place % len(LOOKS)][0]] if len(shares) > 1 else INK
+            _draw_limit(axes, share, rows, colour, named=not place)
+        _draw_rows(axes, rows, palette, list(shares))
         axes.set_ylim(bottom=0)
         axes.set_xlabel("achieved sparsity (%)", fontsize=8, color=SOFT)
         axes.set_ylabel(f"times as fast as {base}", fontsize=8, color=SOFT)
         axes.grid(axis="y")
-        key(above, [axes], 2 if narrow else 4)
+        key(above, [axes], columns)
 
     title = f"Speed-up over our own dense path ({base}), and what the bytes allow"
     if base != document["own_dense"]:
         title = f"Speed-up over {base}, and what the bytes allow"
     told = " ".join(f"{line}." for line in sentences(document))
     alt = f"Points per row over a line that rises with the sparsity. {told}"
-    return Plot("speed", title, alt, caption(document), 3.9, draw)
+    small = f"disturbed, not drawn: {', '.join(left_out)} · " if left_out else ""
+    height = 3.5 + 0.2 * (1 + len(named) // 4)
+    return Plot("speed", title, alt, small + caption(document), height, draw)
 
 
-def _draw_limit(axes: Axes, share: float, rows: Sequence[Row], *, named: bool) -> None:
+def _draw_limit(axes: Axes, share: float, rows: Sequence[Row], colour: Any, *, named: bool) -> None:
     last = min(0.95, max(row["achieved_sparsity"] for row in rows) + 0.1)
     x = np.linspace(0, last, 61)
     limits = [bytes_limit(share, value) for value in x]
-    look: dict[str, Any] = {"color": INK, "linewidth": 1.5, "linestyle": DASHES}
+    look: dict[str, Any] = {"color": colour, "linewidth": 1.5, "linestyle": DASHES}
     axes.plot(100 * x, limits, label=f"{'' if named else '_'}byte limit 1 / (1 - f s)", **look)
 
 
-def _draw_rows(axes: Axes, rows: Sequence[Row], palette: Palette) -> None:
-    """A point per row, named where there are several methods or formats."""
-    named: set[str | None] = set()
-    several = len({(row["variant"], row.get("weights")) for row in rows if row["variant"]}) > 1
-    formats = len({row.get("weights") for row in rows if row["variant"]}) > 1
-    for row in rows:
-        executor = row["executor"]
-        colour, marker = LOOKS[executor]
-        words, place = (
-            executor or TRANSFORMERS,
-            (100 * row["achieved_sparsity"], row["times_own_dense"]),
-        )
-        axes.plot(
-            *([value] for value in place),
-            label=f"_{words}" if executor in named else words,
-            color=palette[colour],
-            marker=marker,
-            markersize=6,
-            markeredgecolor=INK if marker != "x" else palette[colour],
-            markeredgewidth=0.6 if marker != "x" else 1.8,
-            linestyle="none",
-        )
-        named.add(executor)
-        if several and row["variant"]:
-            beside: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points"}
-            text = f"{row['variant']}, {row['weights']}" if formats else row["variant"]
-            axes.annotate(text, place, fontsize=7, color=SOFT, va="center", **beside)
+def _names(rows: Sequence[Row]) -> list[str]:
+    """What the legend calls each row: a method by executor and weights only where they differ."""
+    pruned = [row for row in rows if row["variant"]]
+    varied = [key for key in ("executor", "weights") if len({row.get(key) for row in pruned}) > 1]
+    return [
+        ", ".join([row["variant"], *(str(row[key]) for key in varied)])
+        if row["variant"]
+        else ("dense" if row["executor"] else TRANSFORMERS)
+        for row in rows
+    ]
+
+
+def _draw_rows(axes: Axes, rows: Sequence[Row], palette: Palette, forms: Sequence[str]) -> None:
+    """A point per row: a mark for each method, a colour for each format, else for each executor,
+    or for each method where there is one executor."""
+    methods = dict.fromkeys(row["variant"] for row in rows if row["variant"])
+    executors = {row["executor"] for row in rows if row["variant"]}
+    looks = looks_of(list(methods), palette)
+    named = set[str]()
+    for row, name in zip(rows, _names(rows), strict=True):
+        if row["times_own_dense"] is None:
+            continue
+        look = {"color": palette[COLOURS[row["executor"]]], "marker": "x", "markeredgewidth": 1.8}
+        if row["executor"]:
+            look = {"color": "white", "marker": "o", "markeredgecolor": INK, "markeredgewidth": 1.2}
+        if row["variant"]:
+            colour = palette[COLOURS[row["executor"]]]
+            if len(forms) > 1:
+                colour = palette[LOOKS[forms.index(row["weights"]) % len(LOOKS)][0]]
+            elif len(executors) == 1:
+                colour = looks[row["variant"]]["color"]
+            look = {**looks[row["variant"]], "color": colour}
+        place = [100 * row["achieved_sparsity"]], [row["times_own_dense"]]
+        label = f"_{name}" if name in named else name
+        axes.plot(*place, label=label, **{**look, "markersize": 6.5, "linestyle": "none"})
+        named.add(name)

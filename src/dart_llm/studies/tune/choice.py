@@ -18,6 +18,7 @@ from dart_llm.evaluation.perplexity import perplexity
 from dart_llm.experiments import stats
 from dart_llm.experiments.timing import mad, token_ms
 from dart_llm.reporting.speed_up import judge
+from dart_llm.reporting.words import FEWEST_ITEMS
 
 REFERENCE = "reference"
 """Variant of the lines that losses are counted from."""
@@ -63,9 +64,10 @@ def _on_text(own: Sequence[Line], base: Sequence[Line], seed: int) -> Row:
     means = [sum(one["loss"] * one["tokens"] for one in x) / total for x in (own, base)]
     kl, spread = sum(one["kl"] * one["tokens"] for one in own) / total, [one["kl"] for one in own]
     around = stats.interval(spread, seed=seed)
-    by_tokens = perplexity(means[0] - means[1]) - 1, found and [found.low - 1, found.high - 1]
-    by_kl = math.expm1(kl), around and [math.expm1(around.low), math.expm1(around.high)]
-    enough = len(own) >= stats.MIN_DISCORDANT
+    over = found and found.ends and [end - 1 for end in found.ends]
+    by_tokens = perplexity(means[0] - means[1]) - 1, over
+    by_kl = math.expm1(kl), around and around.ends and [*map(math.expm1, around.ends)]
+    enough = len(own) >= FEWEST_ITEMS
     loss, ends = max(by_tokens, by_kl, key=lambda one: one[0]) if enough else by_kl
     return {
         "loss": loss,
