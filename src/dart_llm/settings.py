@@ -295,8 +295,7 @@ class PruningOptions(Settings):
 
     method: str = setting(
         "Pruning",
-        f"Preset (dart-llm methods lists them; default: {DEFAULT_METHOD}), or file:SETTING.yaml of "
-        "tune.",
+        "Preset (dart-llm methods lists them), or file:SETTING.yaml of tune.",
         DEFAULT_METHOD,
     )
     sparsity: float | None = setting(

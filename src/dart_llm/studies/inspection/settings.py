@@ -37,7 +37,7 @@ class InspectSettings(ActivationSettings):
 
     method: str = setting(
         "Pruning",
-        f"Preset with masks, which are compared; dart-llm methods lists them (default: {MASKED}).",
+        "Preset whose masks are compared; dart-llm methods lists them.",
         MASKED,
     )
     prompt: str | None = setting(PANEL, "Text A, or a shipped prompt's name.")

@@ -51,8 +51,7 @@ class SpeedSettings(StudyOptions, ModelOptions):
     experiment_name: str | None = setting("Results", "Default: speed-<model>.")
     methods: str = setting(
         STUDY,
-        "Methods, comma-separated; dense always runs (default: "
-        f"{DEFAULT_METHOD}; {MASKED} with --rebuild-every).",
+        f"Methods, comma-separated; dense always runs (with --rebuild-every: {MASKED}).",
         DEFAULT_METHOD,
     )
     variants: str | None = setting(
