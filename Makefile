@@ -42,7 +42,7 @@ demo: setup
 	@echo "next: . $(VENV)/bin/activate"
 
 window: setup
-	@'$(VENV)/bin/dart-llm' serve --port 0 --dtype float32 $(ARGS)
+	@'$(VENV)/bin/dart-llm' serve --port 0 --method dart --sparsity 0.1 $(ARGS)
 
 reproduce: setup
 	@OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=2000 '$(VENV)/bin/python' benchmarks/reproduce.py $(TABLE) \

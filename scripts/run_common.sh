@@ -104,9 +104,16 @@ find_dart_llm() {
   exit 127
 }
 
+# The scripts' own default; a decay is left to dart-llm, for dart's score cannot honour one.
+set_default_method() { # ARGUMENTS...
+  [[ -n ${METHOD+set} && -z $METHOD && -z ${EMA_DECAY-} ]] || return 0
+  has_flag --ema-decay "$@" || METHOD=dart
+}
+
 run_dart_llm() { # ARGUMENTS...
   local name
   arguments=()
+  set_default_method "$@"
   drop_default_total "$@"
   for name in "${text_variables[@]}"; do add_text "$name"; done
   for name in "${switch_variables[@]}"; do add_switch "$name"; done

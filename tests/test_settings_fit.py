@@ -4,17 +4,30 @@ import shlex
 
 import pytest
 
+from dart_llm.cli.chat_settings import ChatSettings
+from dart_llm.cli.commands import COMPARED, HELP
 from dart_llm.errors import ConfigError
+from dart_llm.pruning.config import DEFAULT_METHOD, DEFAULT_SPARSITY, PruneConfig
+from dart_llm.pruning.methods import SUMMARIES
+from dart_llm.server.settings import ServeSettings
 from dart_llm.settings import merge
 from dart_llm.studies.drift.settings import collect as collect_study
-from dart_llm.studies.evaluate.settings import EvalSettings
-from dart_llm.studies.generate.settings import collect
+from dart_llm.studies.evaluate.settings import EvalSettings, PerplexitySettings, SummarizeSettings
+from dart_llm.studies.generate.settings import RunSettings, collect
+from dart_llm.studies.inspection.settings import InspectSettings
+from dart_llm.studies.quality.settings import QualitySettings
+from dart_llm.studies.speed.settings import SpeedSettings
+from dart_llm.studies.sweep import grid
 from shells import DRIFT, EXPERIMENT, VARIABLES, make_desk
 
 DECAY = (
-    "--ema-decay is honoured by method dart-prompt with score normalized: taken instead of dart, "
-    'whose score "fisher" is a mean over all tokens alike'
+    "--ema-decay: method dart-prompt is used instead of dart-token, because "
+    'score "fisher" is a mean over all tokens alike'
 )
+
+
+PER_TOKEN = "with method dart-token every token selects its own neurons"
+MASKS = f"--{{}}: method dart is used instead of dart-token, because {PER_TOKEN}"
 
 
 def told(**flags):
@@ -29,15 +42,15 @@ def test_a_decay_takes_a_method_that_averages_where_none_was_named():
     taken = (found.method, config.score.name, config.score.ema_decay, config.sparsity)
     assert taken == ("dart-prompt", "normalized", 0.9, 0.5)
     assert found.experiment == "smollm2-135m-dart-prompt-0.5"
-    for score in ("magnitude", "max"):  # the default can
+    for score in ("magnitude", "max"):
         found, notes = told(ema_decay=0.9, ranking_method=score)
-        assert (found.method, notes) == ("dart", [])
+        assert (found.method, notes) == ("dart", [MASKS.format("ranking-method")])
     given = {"tasks": "perplexity:embedded"}
     other = merge(EvalSettings, given, None, {"DART_EMA_DECAY": "0.9"})
     assert (other.method, other.notes) == ("dart-prompt", (DECAY,))
     with pytest.raises(ConfigError, match=r"drop the ema_decay, or give another --ranking-method"):
         collect_study({"ema_decay": 0.9, "passages": "shipped"}, environment={})
-    can = ": drop the ema_decay, or leave the method out: dart-prompt can"
+    can = ": drop --ema-decay, or leave the method out: dart-prompt can"
     for flags, sentence in (
         ({"method": "dart"}, f'score "fisher" is a mean over all tokens alike{can}'),
         ({"method": "static"}, f'score "weight" reads no activations{can}'),
@@ -45,6 +58,63 @@ def test_a_decay_takes_a_method_that_averages_where_none_was_named():
         with pytest.raises(ConfigError) as caught:
             told(ema_decay=0.9, **flags)
         assert str(caught.value) == sentence
+
+
+def test_settings_of_masks_take_a_method_with_masks_where_none_was_named():
+    for name, value in (
+        *(("drift", "paper"), ("drift", "interval 64"), ("knowledge_drift", True)),
+        *(("ranking_method", "magnitude"), ("masks", "masks.safetensors")),
+    ):
+        found, notes = told(**{name: value})
+        flag = name.replace("_", "-")
+        assert (found.method, notes) == ("dart", [MASKS.format(flag)]), name
+        with pytest.raises(ConfigError) as caught:
+            told(method="dart-token", **{name: value})
+        can = f"drop --{flag}, or leave the method out: dart can"
+        assert str(caught.value) == f"{PER_TOKEN}: {can}"
+    assert told(drift="paper")[0].prune_config().drift.rule == "paper"
+    with pytest.raises(ConfigError, match="with method teal every token"):
+        told(method="teal", drift="paper")
+    for honoured in (
+        *({"drift": "never"}, {"knowledge_drift": False}, {"ranking_method": "fisher"}),
+        *({"masking_step": 3}, {"release_step": 9}, {"min_evidence": 8}, {"budget": "depth"}),
+        *({"layer_topk": "0:0.5"}, {"prune_strategy": "auto"}, {"compensation": False}),
+        {"head": "screened"},
+    ):
+        found, notes = told(**honoured)
+        assert (found.method, notes) == ("dart-token", []), honoured
+    chat = merge(ChatSettings, {"drift": "paper"}, None, {})
+    assert (chat.method, chat.notes) == ("dart", (MASKS.format("drift"),))
+    with pytest.raises(ConfigError):  # no method takes two amounts
+        told(drift="paper", sparsity=0.5, layer_topk="0:0.5")
+
+
+def test_one_method_and_one_sparsity_are_the_default_of_every_command():
+    for kind in (RunSettings, ChatSettings, EvalSettings, PerplexitySettings, SummarizeSettings):
+        given = {"tasks": "perplexity:embedded"} if kind is EvalSettings else {}
+        config = merge(kind, given, None, {}).prune_config()
+        assert (config.method, config.target) == (DEFAULT_METHOD, DEFAULT_SPARSITY), kind
+        dart = merge(kind, {**given, "method": "dart"}, None, {}).prune_config()
+        assert (dart.method, dart.target) == ("dart", DEFAULT_SPARSITY), kind
+    (served,) = merge(ServeSettings, {}, None, {}).configs()
+    assert served.replace({"sparsity": None}) == PruneConfig.build()
+    assert (PruneConfig.build().method, PruneConfig.build().target) == ("dart-token", 0.3)
+    looked_at = merge(InspectSettings, {}, None, {}).prune_config()  # at masks
+    assert (looked_at.method, looked_at.target) == ("dart", DEFAULT_SPARSITY)
+    speed = merge(SpeedSettings, {}, None, {})
+    assert [one.label for one in speed.variant_list()] == [DEFAULT_METHOD]
+    assert speed.sparsity_list() == (DEFAULT_SPARSITY,)
+    rebuilt = merge(SpeedSettings, {"rebuild_every": 64}, None, {})
+    assert [one.label for one in rebuilt.variant_list()] == ["dart"]
+    assert QualitySettings().variant_list()[1].label == DEFAULT_METHOD
+    cell = grid.collect({"tasks": "perplexity:embedded"}, defaults=COMPARED)
+    assert (cell.methods, cell.sparsities) == (("dense", "griffin", "dart-token"), (0.3,))
+    assert grid.collect({"tasks": "a"}).methods == ("dense", DEFAULT_METHOD)
+    drifting = grid.collect({"tasks": "a", "overrides": {"drift": "paper"}}, defaults=COMPARED)
+    assert drifting.methods == ("dense", "griffin", "dart") and len(drifting.notes) == 1
+    assert "dense, griffin and dart-token at sparsity 0.3" in HELP["compare"]["help"]
+    (told,) = [name for name, text in SUMMARIES.items() if "default" in text]
+    assert told == DEFAULT_METHOD
 
 
 NO_EFFECT = "{} has no effect without {}"

@@ -7,9 +7,8 @@ in the reversed order of the bases, as pydantic collects them.
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -28,6 +27,8 @@ from dart_llm.files import read_yaml
 from dart_llm.models.capture_spec import PANEL, Wanted, parse_layers, parse_tensors, parse_tokens
 from dart_llm.pruning.config import (
     BOUNDS,
+    DEFAULT_METHOD,
+    DEFAULT_SPARSITY,
     PruneConfig,
     check_sparsity,
     first_problem,
@@ -149,8 +150,14 @@ def read_sparsities(name: str, text: str) -> tuple[float, ...]:
 # named is never replaced: then a setting that does not fit is an error.
 
 
-FITTING_METHODS = ("dart", "dart-prompt", "griffin", "published")
+MASKED = "dart"
+"""The method of commands that look at sequence masks, such as ``inspect`` and ``drift``."""
+
+FITTING_METHODS = (MASKED, "dart-prompt", "griffin", "published")
 """In the order in which they are tried."""
+
+MASK_SETTINGS = ("masks", "knowledge_drift", "drift", "ranking_method")
+"""Settings of sequence masks, which methods with per-token selection do not have."""
 
 IMPLIED: Mapping[str, tuple[str, str]] = {
     "ppl_subjects": ("ppl_datasets", "mmlu"),
@@ -167,21 +174,33 @@ SWITCHES: Mapping[str, str] = {
 """What names begin with that have no effect unless a switch is on."""
 
 
-def problem(config: PruneConfig) -> str:
-    """Why a configuration cannot honour its ema_decay; "" when it can.
-
-    Everything else that is set overrides its part of any method.
-    """
+def decay_problem(config: PruneConfig) -> str:
+    """Why a configuration cannot honour its ema_decay; "" when it can."""
     if config.score.ema_decay is None or config.target == 0:
         return ""
     why = SCORES.get(config.score.name).undecayed
-    return f'score "{config.score.name}" {why}: drop the ema_decay' if why else ""
+    return f'score "{config.score.name}" {why}' if why else ""
 
 
 def check(config: PruneConfig) -> None:
     """Raise ``ConfigError`` for a configuration that asks for what it cannot honour."""
-    if sentence := problem(config):
-        raise ConfigError(f"{sentence}, or give another --ranking-method")
+    if sentence := decay_problem(config):
+        raise ConfigError(f"{sentence}: drop the ema_decay, or give another --ranking-method")
+
+
+def misfit(settings: PruningOptions) -> tuple[str, str]:
+    """The first setting that the method cannot honour, and why; two empty texts: it honours all.
+
+    Everything else that is set overrides its part of any method.  Raises ``ConfigError`` for
+    settings that do not fit each other.
+    """
+    method = METHODS.get(settings.method)
+    if method.selects_per_token:
+        for name in MASK_SETTINGS:
+            if getattr(settings, name) not in (None, False, "", "never", method.score.name):
+                return name, f"with method {settings.method} every token selects its own neurons"
+    why = decay_problem(settings.prune_config())
+    return ("ema_decay", why) if why else ("", "")
 
 
 def method_for(settings: PruningOptions) -> tuple[str, str]:
@@ -189,25 +208,22 @@ def method_for(settings: PruningOptions) -> tuple[str, str]:
 
     Raises ``ConfigError`` where the one that was named, or every one, cannot.
     """
-    own = settings.prune_config()
-    sentence = problem(own)
-    if not sentence:
+    name, why = misfit(settings)
+    if not why:
         return settings.method, ""
-    able = next((config for config in _candidates(settings) if not problem(config)), None)
+    able = next((method for method in FITTING_METHODS if _honours(settings, method)), None)
     if able is None:
-        raise ConfigError(sentence)
+        raise ConfigError(f"{why}: drop {_flag(name)}")
     if "method" in settings.model_fields_set:
-        raise ConfigError(f"{sentence}, or leave the method out: {able.method} can")
-    return able.method, (
-        f"--ema-decay is honoured by method {able.method} with score {able.score.name}: taken "
-        f"instead of {own.method}, whose {sentence.partition(':')[0]}"
-    )
+        raise ConfigError(f"{why}: drop {_flag(name)}, or leave the method out: {able} can")
+    return able, f"{_flag(name)}: method {able} is used instead of {settings.method}, because {why}"
 
 
-def _candidates(settings: PruningOptions) -> Iterator[PruneConfig]:
-    for method in FITTING_METHODS:
-        with contextlib.suppress(ConfigError):  # other settings do not fit this one
-            yield settings.model_copy(update={"method": method}).prune_config()
+def _honours(settings: PruningOptions, method: str) -> bool:
+    try:
+        return not misfit(settings.model_copy(update={"method": method}))[1]
+    except ConfigError:  # other settings do not fit this one
+        return False
 
 
 def values_for(settings: Any) -> tuple[dict[str, Any], list[str]]:
@@ -279,11 +295,11 @@ class PruningOptions(Settings):
 
     method: str = setting(
         "Pruning",
-        "Preset (dart-llm methods lists them; default: dart), or file:SETTING.yaml of tune.",
-        "dart",
+        "Preset (dart-llm methods lists them), or file:SETTING.yaml of tune.",
+        DEFAULT_METHOD,
     )
     sparsity: float | None = setting(
-        "Pruning", "Fraction of FFN neurons to remove (default: 0.1; 0.3 where tokens choose)."
+        "Pruning", f"Fraction of FFN neurons to remove (default: {DEFAULT_SPARSITY})."
     )
     total_prune_percent: float | None = setting(
         "Pruning", "Percent of FFN neurons to remove, 0 to 100."
@@ -327,7 +343,7 @@ class PruningOptions(Settings):
             raise ConfigError("--masks names the neurons themselves: drop the sparsity")
         if self.knowledge_drift is not None and self.drift is not None:
             raise ConfigError("give --knowledge-drift or --drift, not both")
-        self.prune_config()
+        self.model_copy(update={"method": method_for(self)[0]}).prune_config()
         return self
 
     def fitted(self) -> Self:

@@ -11,9 +11,11 @@ from dart_llm.cli.chat import (
     HELP,
     Chat,
     Wrapped,
+    check_chats,
     interruptible,
     loop_line,
     read_message,
+    run_chat,
     settings_line,
     talk,
     turn_line,
@@ -27,6 +29,7 @@ from dart_llm.reporting.console import Ui
 from dart_llm.settings import merge
 from engine_cases import ask, half, own_model, tokenizer
 from steps import Same
+from tiny_gpt2 import write_gpt2
 
 
 def settings(**changes):
@@ -134,11 +137,18 @@ def test_what_cannot_be_done_is_one_sentence(chat):
     say(chat, b"caf\xc3\xa9 \xff?".decode("ascii", "surrogateescape"))  # what a locale cannot read
     assert [turn.question for turn in chat.turns] == ["caf\u00e9 \ufffd?"]
     bare = tokenizer().__class__(tokenizer_object=tokenizer().backend_tokenizer)
-    with pytest.raises(ConfigError, match="no chat template"):
-        chat_ids(bare, [])
+    with pytest.raises(ConfigError, match="no chat template: use dart-llm run --prompt"):
+        check_chats(bare, None)
     bare.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ConfigError, match="refuses these messages: roles must alternate"):
-        Chat(chat.engine, bare, settings())
+        check_chats(bare, None)
+
+
+def test_a_model_without_a_template_is_refused_before_its_weights_are_read(tmp_path):
+    write_gpt2(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ConfigError, match="has no chat template"):
+        run_chat(settings(model=str(tmp_path)), Ui())
 
 
 def test_interrupted(chat):
@@ -228,10 +238,10 @@ def test_lines_end_between_words():
 
 def test_a_drift_rule_needs_masks_that_grow_stale():
     for given in ({"drift": "paper"}, {"knowledge_drift": True}):
-        with pytest.raises(ConfigError, match=r"dart-token, so no mask grows stale: leave the"):
-            ChatSettings(**given)
         masks = ChatSettings(method="griffin", **given)
         assert masks.served().drift.rule == "paper"
-        with pytest.raises(ConfigError, match="name a method with masks, such as dart"):
+        with pytest.raises(
+            ConfigError, match="dart-token every token selects its own neurons: drop --"
+        ):
             masks.changed(method="dart-token")
     assert ChatSettings(drift="never").served().drift.rule == "never"

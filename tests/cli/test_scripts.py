@@ -105,7 +105,12 @@ def test_defaults(desk, script, tokens, drift):
     done = desk.run(script)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     expected = {"total_prune_percent": 50.0, "layer_topk": "all:auto", "masking_step": 0}
-    expected |= {"prune_strategy": "topk", "generation": tokens, "knowledge_drift": drift}
+    expected |= {
+        "method": "dart",
+        "prune_strategy": "topk",
+        "generation": tokens,
+        "knowledge_drift": drift,
+    }
     assert desk.settings() == RunSettings.model_validate(expected)
     before = desk.recorded()
     assert desk.run(script, **dict.fromkeys(VARIABLES, "")).returncode == 0

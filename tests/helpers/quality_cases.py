@@ -46,7 +46,7 @@ def settings(root, **more):
     given = {"model": [str(place() / "model")], "device": "cpu", "dtype": "float32", "slices": 2}
     given |= {"text": [str(path) for path in write_texts(root)], "sparsities": "0.5,0.7"}
     given |= {"results_dir": str(root / "results"), "prompt_tokens": PROMPT, "tokens": TOKENS}
-    given |= {"oracle": "dart", "roundings": "none"}
+    given |= {"methods": "dart", "oracle": "dart", "roundings": "none"}
     return merge(QualitySettings, {**given, **more}, environment={})
 
 

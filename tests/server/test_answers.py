@@ -144,12 +144,13 @@ def test_every_field_reaches_the_engine(server):
 IDLE = {"method": "dart-token", "drift": "paper"}
 LONG, WRONG, METHOD = "context_length_exceeded", "invalid_value", "dart.method"
 NOT_READY = "method_not_ready"
+UNREADY = "--methods griffin,dart,glass, or ask for method griffin or dart (GET /api/methods"
 REFUSED = [
     (CHAT_URL, {**CHAT, "model": "gpt"}, "'gpt' is not served here", "model", "model_not_found"),
     (CHAT_URL, {**CHAT, "n": 5}, "n 5 is too large: at most 4", "n", WRONG),
     (CHAT_URL, {**CHAT, "top_logprobs": 1}, "goes with logprobs", "top_logprobs", WRONG),
     (CHAT_URL, {**CHAT, "dart": {"method": "nix"}}, "unknown method 'nix'", METHOD, WRONG),
-    (CHAT_URL, {**CHAT, "dart": {"method": "glass"}}, "griffin,dart,glass", METHOD, NOT_READY),
+    (CHAT_URL, {**CHAT, "dart": {"method": "glass"}}, UNREADY, METHOD, NOT_READY),
     (CHAT_URL, {**CHAT, "dart": {"method": "dense-8bit"}}, "needs a copy", METHOD, WRONG),
     (CHAT_URL, {**CHAT, "dart": IDLE}, "so no mask grows stale: leave", "dart.drift", WRONG),
     (CHAT_URL, {**CHAT, "n": 2, "dart": {"conversation": "c"}}, "ask for n 1", None, WRONG),
@@ -198,12 +199,20 @@ def test_other_routes(server):
     ready = {one["name"]: one["ready"] for one in methods["methods"]}
     assert ready["griffin"] and ready["dart"] and not ready["glass"]
     assert (methods["defaults"]["sparsity"], methods["limits"]["max_tokens"]) == (0.25, 50)
-    assert {"title", "text", "note"} <= set(prompts[0])
+    assert {"title", "text", "note"} <= set(prompts[0]) and "dart" in prompts[0]
     found = re.findall(r"^dart_llm_(\S+) (\S+)$", text, re.MULTILINE)
     values = {name: float(value) for name, value in found}
     assert values['requests_total{route="/v1/chat/completions",status="200"}'] >= 1
     assert values['generated_tokens_total{phase="pruned"}'] >= 3
     assert values["prompt_tokens_total"] % 2**20 > 0  # every digit is kept
+
+
+def test_ready_prompts_do_not_promise_masks_that_this_server_has_not():
+    with running(method="griffin", methods=None) as server, server.client() as client:
+        prompts = client.get("/api/prompts").json()["prompts"]
+    assert [prompt["title"] for prompt in prompts][:2] == ["Words, then code", "Words alone"]
+    assert not any("dart" in prompt for prompt in prompts)
+    assert all("start the server with --methods dart" in prompt["note"] for prompt in prompts)
 
 
 def test_several_prompts_are_answered_as_each_alone():

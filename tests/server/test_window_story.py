@@ -1,5 +1,6 @@
 """What the window's first ready prompt and its tour say happens, on the real default model."""
 
+import functools
 import json
 
 import pytest
@@ -21,19 +22,24 @@ LONGEST = 192
 """Tokens of the page's longest answer, unless its reader wants another."""
 
 
-@pytest.fixture(scope="module")
-def model():
-    return load("smollm2-135m", dtype="float32")
+BLOCKS, FLOAT32 = {"weights": "file"}, {"dtype": "float32"}
+"""What ``make window`` serves, and what a ``--dtype`` makes of it."""
 
 
-def told(model, place, executor):
+@functools.cache
+def model(**held):
+    return load("smollm2-135m", **held)
+
+
+def told(held, place, executor):
     """The records of a ready prompt's answer at its settings, by kind."""
     text, asked = READY[place]["text"], READY[place]["dart"]
     asked = {name: value for name, value in asked.items() if value}
     config = PruneConfig.build(asked.pop("method"), **asked)
-    ids = chat_ids(model[1], [{"role": "user", "content": text}])
+    loaded = model(**held)
+    ids = chat_ids(loaded[1], [{"role": "user", "content": text}])
     records = []
-    with Engine(*model, executor=executor) as engine:
+    with Engine(*loaded, executor=executor) as engine:
         engine.run(Ask(ids, Sampling(max_tokens=LONGEST), config), records.append)
     found = {"token": [one for one in records if isinstance(one, Token)]}
     for kind in ("check", "remask"):
@@ -43,11 +49,17 @@ def told(model, place, executor):
 
 
 @pytest.mark.parametrize(
-    "executor", ["slim", pytest.param("native", marks=pytest.mark.full), "compact"]
+    ("held", "executor"),
+    [
+        (BLOCKS, "slim"),
+        pytest.param(BLOCKS, "native", marks=pytest.mark.full),
+        pytest.param(FLOAT32, "slim", marks=pytest.mark.full),
+        pytest.param(FLOAT32, "compact", marks=pytest.mark.full),
+    ],
 )
-def test_the_re_mask_follows_the_change(model, executor):
-    """Executors round in other ways, so these are three texts; the story of each is the same."""
-    found = told(model, 0, executor)
+def test_the_re_mask_follows_the_change(held, executor):
+    """Each rounds in its own way, so these are four texts; the story of each is the same."""
+    found = told(held, 0, executor)
     tokens = found["token"]
     ends = [sum(len(token.text) for token in tokens[: i + 1]) for i in range(len(tokens))]
     text = "".join(token.text for token in tokens)
@@ -66,7 +78,8 @@ def test_the_re_mask_follows_the_change(model, executor):
     assert not loops(tuple(token.id for token in tokens))
 
 
+@pytest.mark.parametrize("held", [BLOCKS, pytest.param(FLOAT32, marks=pytest.mark.full)])
 @pytest.mark.parametrize("place", [1, 2])
-def test_without_a_change_there_is_no_re_mask(model, place):
-    found = told(model, place, "slim")
+def test_without_a_change_there_is_no_re_mask(held, place):
+    found = told(held, place, "slim")
     assert [one["cause"] for one in found["remask"]] == ["first"] and found["check"]

@@ -19,7 +19,7 @@ from typing import Any
 from rich.cells import cell_len
 
 from dart_llm.cli.chat_settings import ChatSettings
-from dart_llm.data.prompts import chat_ids
+from dart_llm.data.prompts import chat_ids, chat_text
 from dart_llm.engine.engine import Engine
 from dart_llm.engine.events import Record, Token
 from dart_llm.engine.requests import GenerationRequest, GenerationResult
@@ -74,7 +74,6 @@ class Chat:
         self._tokenizer = tokenizer
         self.prepared = {settings.method}
         """Methods that have learnt what they need."""
-        self._ids([{"role": "user", "content": "?"}])  # no template is said now, not later
         engine.prepare(settings.served())
 
     @property
@@ -506,9 +505,15 @@ class Wrapped:
 TERMINATED = 143
 
 
+def check_chats(tokenizer: Any, config: Any) -> None:
+    """Raise ``ConfigError`` where no conversation can be written, before weights are read."""
+    instead = 'use dart-llm run --prompt "...", or a model that was tuned for chats'
+    chat_text(tokenizer, [{"role": "user", "content": "?"}], instead)
+
+
 def run_chat(settings: ChatSettings, ui: Ui) -> None:
     """Load the model and talk until ``/quit`` or the end of the input."""
-    model, tokenizer, _ = load_model(settings, ui)
+    model, tokenizer, _ = load_model(settings, ui, check_chats)
     with Engine(
         model,
         tokenizer,

@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from dart_llm.engine.requests import Sampling
 from dart_llm.errors import ConfigError
-from dart_llm.pruning.config import DEFAULT_METHOD, PruneConfig
+from dart_llm.pruning.config import PruneConfig
 from dart_llm.settings import BaseSettings, setting
 
 PANEL = "Chat"
@@ -19,11 +19,6 @@ class ChatSettings(BaseSettings):
 
     UNUSED: ClassVar = ("masks", "save_layer_topk", "experiment_name", "results_dir", "style")
 
-    method: str = setting(
-        "Pruning",
-        "Preset (dart-llm methods lists them; default: dart-token), or file:SETTING.yaml of tune.",
-        DEFAULT_METHOD,
-    )
     system: str | None = setting(PANEL, "System message (default: the chat template's own).")
     max_tokens: int = setting(PANEL, "Tokens of an answer, at most.", 512)
     temperature: float = setting(PANEL, "Sample at this temperature; 0: the likeliest token.", 0.0)
@@ -41,7 +36,6 @@ class ChatSettings(BaseSettings):
     def _check_chat(self) -> ChatSettings:
         if self.masks is not None:
             raise ConfigError("chat chooses its own masks: leave masks out")
-        self.served()
         self.sampling()
         return self
 

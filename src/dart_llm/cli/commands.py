@@ -23,7 +23,7 @@ from dart_llm.cli.options import Config, Fresh, Json, Plugin, with_settings
 from dart_llm.errors import CellsFailed, ConfigError
 from dart_llm.files import finite
 from dart_llm.pruning import plugins
-from dart_llm.pruning.config import DEFAULT_METHOD
+from dart_llm.pruning.config import DEFAULT_METHOD, DEFAULT_SPARSITY
 from dart_llm.server.settings import ServeSettings
 from dart_llm.settings import Settings, merge
 from dart_llm.studies.detection.settings import DetectSettings
@@ -213,7 +213,7 @@ DryRun = Annotated[
 FreshCells = Annotated[bool, typer.Option("--fresh", metavar="", help="Compute every cell anew.")]
 
 
-COMPARED = {"methods": "dense,griffin,dart", "sparsities": "0.5"}
+COMPARED = {"methods": f"dense,griffin,{DEFAULT_METHOD}", "sparsities": str(DEFAULT_SPARSITY)}
 """What ``compare`` measures when nothing is said of it."""
 
 

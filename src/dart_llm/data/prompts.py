@@ -63,7 +63,12 @@ def encode_prompt(tokenizer: Any, text: str, chat: bool) -> Tensor:
     if chat:
         messages = [{"role": "user", "content": text}]
         text = chat_text(tokenizer, messages, "leave --chat off")
-    ids: Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).input_ids
+    ids: Tensor = tokenizer(
+        text,
+        return_tensors="pt",
+        add_special_tokens=not chat,
+        verbose=False,  # what is too long is refused in our words
+    ).input_ids
     return ids
 
 

@@ -28,7 +28,7 @@ from dart_llm.files import finite, write_json, write_lines, write_text
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.devices import memory_failure
 from dart_llm.models.float32_products import float32_note
-from dart_llm.models.loading import load
+from dart_llm.models.loading import Check, load
 from dart_llm.native.memory import peak
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
@@ -391,13 +391,15 @@ def _write_logs(study: Study[Any]) -> None:
     write_text(study.path / f"timing_{stamp}.log", timing_text(study.timing))
 
 
-def load_model(settings: ModelOptions, ui: Ui) -> tuple[Any, Any, float]:
-    """Model, tokenizer and the seconds it took."""
+def load_model(
+    settings: ModelOptions, ui: Ui, check: Check | None = None
+) -> tuple[Any, Any, float]:
+    """Model, tokenizer and the seconds it took; ``check`` as of ``load``."""
     for note in settings.notes:
         ui.say(note)
     begin = time.perf_counter()
     with ui.status(f"loading {settings.model}") as news:
-        model, tokenizer = load(**load_arguments(settings), progress=news)
+        model, tokenizer = load(**load_arguments(settings), progress=news, check=check)
     facts = checkpoint_facts(model)
     ui.say(
         f"{facts.get('name')}: {file_text(facts)}, dtype {dtype_text(facts)}, device {model.device}"

@@ -19,7 +19,7 @@ from dart_llm.errors import ConfigError, check_name
 from dart_llm.files import read_yaml
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import METHODS
-from dart_llm.settings import words
+from dart_llm.settings import MASKED, words
 
 DENSE, GRIFFIN = "dense", "griffin"
 
@@ -97,7 +97,7 @@ def read_variants(path: Path, flags: Mapping[str, str]) -> dict[str, dict[str, A
 
 
 def _build(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> PruneConfig:
-    method = str(settings.get("method", "dart"))
+    method = str(settings.get("method", MASKED))
     preset = METHODS.get(method)
     if preset.sparsity == 0:
         raise ConfigError(f"method {method} removes nothing, and dense runs anyway: leave it out")

@@ -181,7 +181,12 @@ def _weight(module: nn.Module | None) -> Tensor | None:
 
 def context_length(model: Any) -> int | None:
     """Tokens that the model's context holds, or None when its configuration does not say."""
-    length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return configured_context(model.config)
+
+
+def configured_context(config: Any) -> int | None:
+    """The same by a model's configuration."""
+    length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return length
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dart_llm.cache import cache_folder, hub_cache
-from dart_llm.errors import ConfigError, LoadError, UnknownName
+from dart_llm.errors import ConfigError, DartError, LoadError, UnknownName
 from dart_llm.files import file_sha256, size_text
 from dart_llm.hub import (
     INSTEAD,
@@ -88,6 +89,9 @@ WEIGHTS = ("auto", "file", "dense", *ROUNDED)
 """How weights are held: as ``load`` says."""
 
 SUFFIX = ".gguf"
+
+TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
+"""What transformers calls its warning of a text that is longer than the context."""
 
 
 def resolve(
@@ -212,6 +216,7 @@ def load(
     cache_dir: str | Path | None = None,
     verify: bool = False,
     progress: Progress | None = None,
+    check: Check | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model, ready for inference, and its tokenizer.
 
@@ -226,7 +231,8 @@ def load(
     or goes where ``device_map`` says.
     ``cache_dir`` (else ``DART_CACHE``) moves fetched and converted models and the hub's cache.
     ``verify`` compares the checksums of cached conversions, not only their sizes.  ``progress``
-    is called with a line of text whenever there is news.
+    is called with a line of text whenever there is news.  ``check`` is called with the tokenizer
+    and the configuration before weights are read, and may raise what is wrong with them.
 
     Raises ``LoadError`` when the checkpoint cannot be had or does not fit, ``UnknownName`` and
     ``ConfigError`` for arguments that mean nothing.
@@ -240,7 +246,7 @@ def load(
         builder = _Builder(
             arguments, trust_remote_code, hub_cache(cache_dir), say, bars_shown=progress is None
         )
-        builder.weights = held
+        builder.weights, builder.check = held, check
         try:
             with bars(shown=progress is None):
                 checkpoint = resolve(
@@ -318,6 +324,15 @@ def _no_blocks_reason(kind: str, model: str, is_file: bool, away: bool) -> str:
     return ""
 
 
+Check = Callable[[Any, Any], None]
+"""Raises what is wrong with a tokenizer and a configuration."""
+
+
+def _of_file(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The file that ``from_pretrained`` reads in place of a folder's, if one is given."""
+    return {key: value for key, value in arguments.items() if key == "gguf_file"}
+
+
 @dataclass
 class _Builder:
     """Everything about a load but the checkpoint."""
@@ -333,6 +348,7 @@ class _Builder:
     """The hub cannot be asked."""
     weights: str = "dense"
     """What ``held_as`` says."""
+    check: Check | None = None
 
     def build(self, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Read tokenizer and weights; whatever goes wrong becomes one ``LoadError``."""
@@ -351,8 +367,10 @@ class _Builder:
         ):
             try:
                 tokenizer = self._tokenizer(checkpoint, common)
+                if self.check is not None:
+                    self.check(tokenizer, self._config(checkpoint, common))
                 model = self._model(checkpoint, common)
-            except LoadError:
+            except DartError:
                 raise
             except Exception as error:
                 raise self._failure(error, checkpoint) from error
@@ -386,8 +404,7 @@ class _Builder:
     def _tokenizer(self, checkpoint: Checkpoint, common: dict[str, Any]) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
-        file = checkpoint.arguments.get("gguf_file")
-        extra = {"gguf_file": file} if file else {}
+        extra = _of_file(checkpoint.arguments)
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 checkpoint.reference, **common, **extra
@@ -399,7 +416,15 @@ class _Builder:
                 f"{checkpoint.path} holds no tokenizer that can be read; copy the tokenizer files "
                 "of the original model into it"
             ) from error
+        tokenizer.deprecation_warnings[TOO_LONG] = True  # what is too long, dart-llm refuses itself
         return tokenizer
+
+    def _config(self, checkpoint: Checkpoint, common: dict[str, Any]) -> Any:
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(
+            checkpoint.reference, **common, **_of_file(checkpoint.arguments)
+        )
 
     def _model(self, checkpoint: Checkpoint, common: dict[str, Any]) -> PreTrainedModel:
         import torch

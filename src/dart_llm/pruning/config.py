@@ -293,13 +293,12 @@ def first_problem(error: ValidationError, called: str = "") -> str:
 
 
 DEFAULT_METHOD = "dart-token"
-"""The method where none is named: the one whose texts stay within 2 % of dense (README)."""
+"""The method of every command and of ``prune`` where none is named: its texts stay within 2 % of
+the dense model's (README).
+"""
 
-DEFAULT_SPARSITY = 0.1
-"""Fraction of FFN neurons that masks of a sequence remove when nothing is said."""
-
-TOKEN_SPARSITY = 0.3
-"""The same where every token chooses its own neurons: ``prune(model)`` alone (README: why)."""
+DEFAULT_SPARSITY = 0.3
+"""The fraction of FFN neurons that every command and ``prune`` remove where none is given."""
 
 _SHORT = {
     "score": "name",
@@ -326,8 +325,8 @@ class PruneConfig(Part):
 
     A bad value, an unknown key or settings that contradict each other raise ``ConfigError``.
 
-    ``sparsity``: fraction of all FFN neurons to remove, [0, 1); None: ``DEFAULT_SPARSITY``, or
-    ``TOKEN_SPARSITY`` where tokens choose, unless a table or the ``auto`` strategy sets the counts.
+    ``sparsity``: fraction of all FFN neurons to remove, [0, 1); None: ``DEFAULT_SPARSITY``, unless
+    a table or the ``auto`` strategy sets the counts.
     ``masking_step``: dense decode tokens before the first mask.  ``release_step``: decode step from
     which everything runs dense.  ``min_evidence``: tokens (prompt + observed) wanted before the
     first mask.  ``skip_sinks``: the first tokens of a sequence, which draw attention whatever they
@@ -384,8 +383,7 @@ class PruneConfig(Part):
                 f'executor "{self.executor}" records steps with the whole head: leave head.kind at '
                 '"full", or use executor "auto"'
             )
-        per_token = self.token is not None and self.token.candidates is None
-        if per_token and self.drift.rule != "never":
+        if self.selects_per_token and self.drift.rule != "never":
             raise ConfigError(
                 f"every token chooses its own neurons with method {self.method}, so no mask grows "
                 "stale: leave the drift rule out, or name a method with masks, such as dart"
@@ -454,9 +452,12 @@ class PruneConfig(Part):
     @property
     def target(self) -> float:
         """The sparsity in force: what was asked for, or the default."""
-        if self.sparsity is not None:
-            return self.sparsity
-        return DEFAULT_SPARSITY if self.token is None else TOKEN_SPARSITY
+        return DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+
+    @property
+    def selects_per_token(self) -> bool:
+        """Whether every token selects among all neurons, so that there is no sequence mask."""
+        return self.token is not None and self.token.candidates is None
 
     @property
     def screens(self) -> bool:

@@ -266,16 +266,13 @@ SUMMARIES = {
         "CountDown (arXiv 2505.17701), its variant M: up is computed whole and says which neurons; "
         "reference speed."
     ),
-    "dart": (
-        "DART for LLMs: one mask for a text, made anew on drift.  The default of run, serve, eval "
-        "and the studies."
-    ),
+    "dart": "DART for LLMs: one mask for a text, made anew on drift.",
     "dart-prompt": (
         "DART for LLMs from the prompt alone: nothing is learnt of the model beforehand."
     ),
     "dart-token": (
         "Token-level tracing: every token computes only its own strongest neurons.  The default "
-        "of prune, demo and chat."
+        "of every command and of prune."
     ),
     "dense": "Dense: nothing is removed.  The baseline of every comparison.",
     "dense-4bit": "Dense with 4-bit weights: what quantisation gives instead of pruning.",

@@ -22,7 +22,7 @@ from dart_llm.server.responses import (
     json_bytes,
     sse,
 )
-from dart_llm.server.schemas import ChatBody, Common, CompletionBody, read
+from dart_llm.server.schemas import ChatBody, Common, CompletionBody, is_ready, read
 from dart_llm.server.security import Asgi, Guard, Receive, Scope, Send, parse
 from dart_llm.server.service import Service, logger
 from dart_llm.server.worker import END_OF_STREAM, QueuedRequest
@@ -294,9 +294,10 @@ async def methods(service: Serving) -> Response:
 
 
 @router.get("/api/prompts", **_described(JSON))
-async def prompts(request: Request) -> Response:
+async def prompts(request: Request, service: Serving) -> Response:
     """The ready prompts."""
-    return _json(window.ready_prompts(request.app.state.site))
+    settings = service.settings
+    return _json(window.ready_prompts(request.app.state.site, lambda one: is_ready(one, settings)))
 
 
 @router.get("/api/runs", **_described(JSON))

@@ -133,6 +133,15 @@ def link(settings: ServeSettings, listening: socket.socket) -> str:
     return f"http://{host}:{port}/"
 
 
+def note_chats(ui: Ui, tokenizer: Any, config: Any) -> None:
+    """Say, before weights are read, that a model cannot answer conversations."""
+    if not getattr(tokenizer, "chat_template", None):
+        ui.say(
+            "note: this model has no chat template, so the page and /v1/chat/completions cannot "
+            'answer; use /v1/completions, or dart-llm run --prompt "..."'
+        )
+
+
 def serve(settings: ServeSettings, ui: Ui) -> None:
     """Serve until SIGINT or SIGTERM; the model is detached at the end."""
     from dart_llm.engine.engine import Engine
@@ -140,7 +149,7 @@ def serve(settings: ServeSettings, ui: Ui) -> None:
 
     listening = bind(settings.host, settings.port)
     try:
-        model, tokenizer, _ = load_model(settings, ui)
+        model, tokenizer, _ = load_model(settings, ui, lambda *given: note_chats(ui, *given))
         engine = Engine(
             model,
             tokenizer,

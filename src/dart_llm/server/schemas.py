@@ -452,12 +452,28 @@ class Asker:
         plain = asked is not None and asked.sparsity == 0
         if config.target == 0 and (plain or not config.screens):
             return None
-        learns = config.prior is not None or config.calibration is not None
-        if learns and config.method not in self.settings.ready:
-            ready = ",".join((*self.settings.ready, config.method))
-            said = f"method {config.method} was not made ready: start the server with --methods "
-            raise APIError(400, said + ready, "dart.method", "method_not_ready")
+        if not is_ready(config.method, self.settings):
+            raise APIError(400, _not_ready(config, self.settings), "dart.method", NOT_READY)
         return config
+
+
+NOT_READY = "method_not_ready"
+
+
+def is_ready(method: str, settings: ServeSettings) -> bool:
+    """Whether no request by ``method`` waits until something is learned."""
+    config = METHODS.get(method)
+    learns = config.prior is not None or config.calibration is not None
+    return config.weight_bits is None and (not learns or method in settings.ready)
+
+
+def _not_ready(config: PruneConfig, settings: ServeSettings) -> str:
+    """Both ways out: a server with this method, or a method of this server."""
+    more, others = ",".join((*settings.ready, config.method)), " or ".join(settings.ready)
+    return (
+        f"method {config.method} was not made ready when the server started: start the server with "
+        f"--methods {more}, or ask for method {others} (GET /api/methods lists all that are ready)"
+    )
 
 
 def _too_long(limit: int | None, found: str) -> APIError:

@@ -21,7 +21,7 @@ from dart_llm.models.describe import context_length
 from dart_llm.pruning.methods import listing
 from dart_llm.pruning.registry import METHODS
 from dart_llm.server.responses import APIError, sse
-from dart_llm.server.schemas import Asker
+from dart_llm.server.schemas import Asker, is_ready
 from dart_llm.server.settings import ServeSettings
 from dart_llm.server.worker import (
     END_OF_STREAM,
@@ -272,9 +272,8 @@ class Service:
 
     def _method(self, name: str) -> dict[str, Any]:
         config = METHODS.get(name)
-        learns = config.prior is not None or config.calibration is not None
         return {
-            "ready": config.weight_bits is None and (not learns or name in self.settings.ready),
+            "ready": is_ready(name, self.settings),
             "sparsity": config.target,
             "masking_step": config.masking_step,
             "drift": config.drift.rule,

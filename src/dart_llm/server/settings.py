@@ -21,9 +21,6 @@ class ServeSettings(BaseSettings):
 
     UNUSED: ClassVar = ("masks", "save_layer_topk", "experiment_name", "style")
 
-    weights: str | None = setting(
-        "Model", "auto, file (a GGUF's own blocks), dense, or rounded: q8_0, q4_0, q4_1.", "dense"
-    )
     host: str = setting(SERVER, "Address to listen at; a key must guard any other.", "127.0.0.1")
     port: int = setting(SERVER, "Port; 0 takes a free one.", 8000, ge=0, le=65535)
     api_key: str | None = setting(

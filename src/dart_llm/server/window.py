@@ -13,7 +13,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -326,10 +326,25 @@ GREETING = "greeting.json"
 """Records of an answer that the page plays until its visitor asks (benchmarks/make_greeting.py)."""
 
 
-def ready_prompts(site: Site) -> dict[str, Any]:
-    """``prompts``: those that the page opens with; ``shipped``: those of ``--prompt NAME``."""
+def ready_prompts(site: Site, is_ready: Callable[[str], bool]) -> dict[str, Any]:
+    """``prompts``: those that the page opens with; ``shipped``: those of ``--prompt NAME``.
+
+    A prompt whose method ``is_ready`` does not know is asked by the server's own settings.
+    """
     shipped = [{"title": name, "text": read_prompt(name), "note": ""} for name in prompt_names()]
-    return {"prompts": json.loads(site[PROMPTS][0]), "shipped": shipped}
+    found = json.loads(site[PROMPTS][0])
+    return {"prompts": [_askable(prompt, is_ready) for prompt in found], "shipped": shipped}
+
+
+def _askable(prompt: Mapping[str, Any], is_ready: Callable[[str], bool]) -> Mapping[str, Any]:
+    method = prompt["dart"]["method"]
+    if is_ready(method):
+        return prompt
+    return {
+        "title": prompt["title"].partition(":")[0],
+        "text": prompt["text"],
+        "note": f"By this server's settings. Its masks: start the server with --methods {method}.",
+    }
 
 
 def static_files() -> Site:

@@ -11,7 +11,7 @@ DART = PruneConfig.build("dart", sparsity=0.5)
 
 
 def parse(text, moment=64, **base):
-    found = parse_methods(text, BaseSettings(**{"sparsity": 0.5, **base}), moment)
+    found = parse_methods(text, BaseSettings(**{"method": "dart", "sparsity": 0.5, **base}), moment)
     return {method.label: method for method in found}
 
 

@@ -123,7 +123,7 @@ def test_the_command_speaks_json(tmp_path):
     assert (done.code, done.err, done.out.count("\n")) == (0, "", 1)
     found = done.json
     assert [one["label"] for one in found["texts"]] == ["bees", "loans:text"]
-    assert [row["variant"] for row in found["cells"]] == ["griffin", "dart"]
+    assert [row["variant"] for row in found["cells"]] == ["griffin", "dart-token"]
     assert found["versions"]["torch"] and found["checkpoints"]["model"]["sha256"]
     kept = read(Path(found["folder"], "quality.json"))
     assert {name: found[name] for name in kept} == kept and found["timing"]["total_s"] > 0
@@ -195,7 +195,7 @@ def test_variants_change_their_presets(tmp_path):
     file = tmp_path / "v.yaml"
     text = "uniform: {budget: uniform}\nbare:\ng+c: {method: griffin, compensation: true}\n"
     file.write_text(text, encoding="utf-8")
-    found = asked({"variants": str(file), "seed": 5}).variant_list()
+    found = asked({"methods": "dart", "variants": str(file), "seed": 5}).variant_list()
     labels = ["griffin", "dart", "uniform", "bare", "g+c"]
     told = [f"{name} (oracle)" for name in ("dart", "uniform", "bare")]
     assert [one.label for one in found] == [*labels, *told]
@@ -205,11 +205,14 @@ def test_variants_change_their_presets(tmp_path):
     assert configs["g+c"] == PruneConfig.build("griffin", seed=5, compensation=True)
     assert configs["dart (oracle)"] == dart.replace({"drift": {"rule": "never"}})
     assert found[1].at(0.3).sparsity == 0.3
-    assert [one.label for one in asked({"oracle": "none"}).variant_list()] == ["griffin", "dart"]
+    alone = asked({"methods": "dart", "oracle": "none"}).variant_list()
+    assert [one.label for one in alone] == ["griffin", "dart"]
 
 
 def test_lists_come_with_commas_or_from_a_file(tmp_path):
     usual = asked({})
     assert (usual.sparsity_list(), usual.pool_list()) == ((0.3, 0.5, 0.7), (0.5, 0.7))
     assert usual.experiment == "quality-report-smollm2-135m"
-    assert [one.label for one in usual.variant_list()] == ["griffin", "dart", "dart (oracle)"]
+    assert [one.label for one in usual.variant_list()] == ["griffin", "dart-token"]
+    told = asked({"methods": "dart"}).variant_list()
+    assert [one.label for one in told] == ["griffin", "dart", "dart (oracle)"]

@@ -29,7 +29,7 @@ export function fillControls(listing) {
   showOwn();
   for (const name of ["method", "drift", "max-tokens", "masking-step"]) byId(name).addEventListener("change", inOneLine);
   if (listing.limits?.max_tokens) atMost(byId("max-tokens"), listing.limits.max_tokens);
-  slideTo(defaults.sparsity ?? 0.1);
+  slideTo(defaults.sparsity ?? 0);
   byId("sparsity").addEventListener("input", showSparsity);
   inOneLine();
 }

@@ -157,7 +157,6 @@ function headline(answer, dense) {
   if (!answer.done || achieved(answer) === null) return "";
   const parts = [`${percent(achieved(answer))} of the neurons skipped`];
   if (dense?.done) {
-    if (speed(answer) && speed(dense)) parts.push(`${plain(speed(answer) / speed(dense), 2)} \u00d7 dense speed`);
     const at = parting(answer, dense);
     parts.push(at === null ? "word for word the dense answer" : at ? `the same words for ${counted(at, "token")}` : "other words from the first on");
   }

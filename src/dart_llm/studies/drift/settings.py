@@ -16,6 +16,7 @@ from dart_llm.pruning.config import PruneConfig, check_sparsity
 from dart_llm.pruning.registry import METHODS
 from dart_llm.reporting.figures import STYLES
 from dart_llm.settings import (
+    MASKED,
     STYLE,
     BaseSettings,
     ModelOptions,
@@ -25,7 +26,10 @@ from dart_llm.settings import (
     words,
 )
 
-DENSE, NEVER, DART = "dense", "never", "dart"
+DENSE, NEVER, DART = "dense", "never", MASKED
+
+SPARSITY = 0.5
+"""Where a method names none: at half of the neurons a mask that went stale shows in the loss."""
 
 UNGUARDED = {"min_distance": 0, "max_dense_share": None, "allowance": 0}
 
@@ -132,7 +136,9 @@ def _preset(name: str, base: BaseSettings, sparsity: float | None) -> PruneConfi
             raise ConfigError(f"method {name} removes nothing: drop the @{sparsity:g}")
         return None if name == DENSE else preset
     asked = base.target_sparsity() if sparsity is None else sparsity
-    return PruneConfig.build(name, sparsity=0.5 if asked is None else asked, executor=base.executor)
+    return PruneConfig.build(
+        name, sparsity=SPARSITY if asked is None else asked, executor=base.executor
+    )
 
 
 def _sparsity(word: str, amount: str) -> float:
@@ -202,7 +208,8 @@ class DriftSettings(ModelOptions):
     chat: bool | None = setting(STUDY, "Use the model's chat template (default: if it has one).")
     # pruning: of dart and of its variants; other presets stay as they are
     sparsity: float | None = setting(
-        PRUNING, "Fraction of FFN neurons to remove, where a method names none (default: 0.5)."
+        PRUNING,
+        f"Fraction of FFN neurons to remove, where a method names none (default: {SPARSITY}).",
     )
     total_prune_percent: float | None = setting(PRUNING, "The same in percent, 0 to 100.")
     layer_topk: str | None = setting(PRUNING, "dart's keep ratios per layer: all:auto, 3:#512.")
@@ -310,8 +317,8 @@ class DriftSettings(ModelOptions):
         """What dart and its variants start from, and how the model is loaded."""
         given = given_of(self)
         if self.sparsity is None and self.total_prune_percent is None and not self._fixed:
-            given["sparsity"] = 0.5
-        return BaseSettings.model_validate(given)
+            given["sparsity"] = SPARSITY
+        return BaseSettings.model_validate(given).model_copy(update={"method": DART})
 
     @property
     def _fixed(self) -> bool:

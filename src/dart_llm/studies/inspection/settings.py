@@ -14,8 +14,8 @@ from dart_llm.data.prompts import given_prompt, read_prompt_file
 from dart_llm.data.texts import prompt_names
 from dart_llm.errors import ConfigError, check_name
 from dart_llm.experiments.store import read
-from dart_llm.pruning.config import PruneConfig
-from dart_llm.settings import ActivationSettings, setting
+from dart_llm.pruning.config import DEFAULT_SPARSITY, PruneConfig
+from dart_llm.settings import MASKED, ActivationSettings, setting
 
 PANEL = "Texts"
 
@@ -26,9 +26,6 @@ TEXTS = {"layers": 1, "weights": 0, "neurons": 0, "overlap": 2, "ablation": 2, "
 
 PROXIES = ("combined", "max", "mean", "product")
 
-SPARSITY = 0.5
-"""Fraction removed by the masks that are compared, unless given."""
-
 
 class InspectSettings(ActivationSettings):
     """What is looked at, and on which texts; None means "not given"."""
@@ -38,8 +35,10 @@ class InspectSettings(ActivationSettings):
         *("knowledge_drift", "drift", "compensation", "head", "executor"),
     )
 
-    sparsity: float | None = setting(
-        "Pruning", f"Fraction of FFN neurons to remove (default: {SPARSITY})."
+    method: str = setting(
+        "Pruning",
+        "Preset whose masks are compared; dart-llm methods lists them.",
+        MASKED,
     )
     prompt: str | None = setting(PANEL, "Text A, or a shipped prompt's name.")
     prompt_file: str | None = setting(PANEL, "Read text A from this file; - is stdin.")
@@ -106,7 +105,8 @@ class InspectSettings(ActivationSettings):
         config = super().prune_config()
         free = config.sparsity is None and config.budget.table is None
         if free and config.score.strategy == "topk" and config.weight_bits is None:
-            config = config.replace({"sparsity": SPARSITY}) if config.method != "dense" else config
+            whole = config.method == "dense"
+            config = config if whole else config.replace({"sparsity": DEFAULT_SPARSITY})
         return config.replace({"compensation": False}) if config.compensation else config
 
     @property

@@ -12,6 +12,7 @@ from pydantic import model_validator
 from dart_llm.data.documents import SETS
 from dart_llm.errors import ConfigError, check_name
 from dart_llm.experiments.variants import GRIFFIN, Variant, oracles, parse
+from dart_llm.pruning.config import DEFAULT_METHOD
 from dart_llm.settings import ModelOptions, StudyOptions, read_sparsities, setting, words
 
 STUDY = "Study"
@@ -79,7 +80,7 @@ class QualitySettings(StudyOptions, ModelOptions):
     seed: int = setting("Results", "Seed of everything random, the intervals among it.", 0)
     experiment_name: str | None = setting("Results", "Default: quality-<set>-<model>.")
     methods: str = setting(
-        STUDY, "Methods, comma-separated; griffin, the yardstick, always runs.", "griffin,dart"
+        STUDY, "Methods, comma-separated; griffin, the yardstick, always runs.", DEFAULT_METHOD
     )
     variants: str | None = setting(
         STUDY, "YAML file: LABEL: {SETTING: VALUE}, changes of method (default: dart)."

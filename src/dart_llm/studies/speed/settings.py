@@ -12,7 +12,15 @@ from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.experiments.llama_bench import LLAMA_CPP
 from dart_llm.experiments.timed_cases import Case, Format, method_cases, rebuilding
 from dart_llm.experiments.variants import Variant, parse
-from dart_llm.settings import ModelOptions, StudyOptions, read_sparsities, setting, words
+from dart_llm.pruning.config import DEFAULT_METHOD, DEFAULT_SPARSITY
+from dart_llm.settings import (
+    MASKED,
+    ModelOptions,
+    StudyOptions,
+    read_sparsities,
+    setting,
+    words,
+)
 
 STUDY, MODEL = "Study", "Model"
 
@@ -41,12 +49,16 @@ class SpeedSettings(StudyOptions, ModelOptions):
     )
     seed: int = setting("Results", "Seed of the order, and of random weights.", 0)
     experiment_name: str | None = setting("Results", "Default: speed-<model>.")
-    methods: str = setting(STUDY, "Methods, comma-separated; dense always runs.", "dart")
+    methods: str = setting(
+        STUDY,
+        f"Methods, comma-separated; dense always runs (with --rebuild-every: {MASKED}).",
+        DEFAULT_METHOD,
+    )
     variants: str | None = setting(
         STUDY, "YAML file: LABEL: {SETTING: VALUE}, changes of method (default: dart)."
     )
     sparsities: str = setting(
-        STUDY, "Fractions of FFN neurons to remove, comma-separated.", "0.5,0.7"
+        STUDY, "Fractions of FFN neurons to remove, comma-separated.", str(DEFAULT_SPARSITY)
     )
     executors: str = setting(
         STUDY, "Of masked, compact, native, slim, graph, triton.", "compact,native,slim"
@@ -128,10 +140,12 @@ class SpeedSettings(StudyOptions, ModelOptions):
     def variant_list(self) -> tuple[Variant, ...]:
         """Methods, then variants; raises ``ConfigError`` or ``UnknownName``."""
         flags = {"executor": "--executors"}
-        variants = parse(words(self.methods), self.variants, {"seed": self.seed}, flags)
+        every = self.rebuild_every
+        usual = every is not None and "methods" not in self.model_fields_set
+        methods = [MASKED] if usual else words(self.methods)
+        variants = parse(methods, self.variants, {"seed": self.seed}, flags)
         if not variants:
             raise ConfigError("--methods is empty: give at least one, e.g. dart")
-        every = self.rebuild_every
         if every is not None:
             variants = [replace(one, config=rebuilding(one.config, every)) for one in variants]
         return tuple(variants)

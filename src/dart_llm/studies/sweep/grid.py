@@ -22,12 +22,13 @@ from dart_llm.evaluation.tasks import SHORTCUTS, protocols
 from dart_llm.experiments.cell import Cell, removes_nothing
 from dart_llm.experiments.provenance import Digests
 from dart_llm.experiments.trackers import TRACKERS
-from dart_llm.pruning.config import check_sparsity, first_problem, unknown_key
+from dart_llm.experiments.variants import NEVER
+from dart_llm.pruning.config import DEFAULT_METHOD, check_sparsity, first_problem, unknown_key
 from dart_llm.pruning.layer_table import parse_layer_spec
 from dart_llm.pruning.registry import METHODS, SETTING
 from dart_llm.pruning.setting_file import kept_setting
 from dart_llm.reporting.figures import STYLES
-from dart_llm.settings import LOADING, STYLE, Settings, check_seed, setting
+from dart_llm.settings import LOADING, MASKED, STYLE, Settings, check_seed, setting
 
 GRID, TASK, RUN, MODEL = "Grid", "Tasks", "Run", "Model"
 
@@ -132,7 +133,7 @@ class GridSpec(Settings):
     """
 
     models: tuple[str, ...] = ("smollm2-135m",)
-    methods: tuple[str, ...] = ("dense", "dart")
+    methods: tuple[str, ...] = ("dense", DEFAULT_METHOD)
     sparsities: tuple[float, ...] = ()
     tasks: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
@@ -245,7 +246,12 @@ def collect(*sources: Mapping[str, Any], defaults: Mapping[str, Any] | None = No
     usual = dict(defaults or {})
     if merged.get("layers"):
         usual.pop("sparsities", None)
-    return _held_as_kept(GridSpec.model_validate({**usual, **merged}))
+    grid = GridSpec.model_validate({**usual, **merged})
+    if "methods" not in merged and grid.overrides.get("drift") not in (None, NEVER):
+        methods = [MASKED if name == DEFAULT_METHOD else name for name in grid.methods]
+        note = f"--drift: method {MASKED} is used instead of {DEFAULT_METHOD}, which has no masks"
+        grid = grid.noted({"methods": tuple(methods)}, note)
+    return _held_as_kept(grid)
 
 
 def _held_as_kept(grid: GridSpec) -> GridSpec:

@@ -264,6 +264,8 @@ def run(request: SweepRequest, ui: Ui) -> dict[str, Any]:
     Raises ``CellsFailed`` after everything is written when a cell failed.
     """
     cells, flags, place = request.cells(), request.flags, request.place
+    for note in request.grid.notes:
+        ui.say(note)
     config = request.grid.model_dump(mode="json")
     document: dict[str, Any] = {}
     with open_tracker(flags.tracker, "dart-llm", place.experiment, config, place.root) as tracker:
