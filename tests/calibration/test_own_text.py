@@ -26,7 +26,10 @@ class Fixed:
 
     device = torch.device("cpu")
 
-    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=4))
+    config = SimpleNamespace(
+        get_text_config=lambda: SimpleNamespace(vocab_size=4),
+        is_encoder_decoder=True,  # no layers that could say how far they are
+    )
 
     def __init__(self, *chances, step=0):
         self.logits, self.step = torch.tensor(chances).log(), step

@@ -99,7 +99,7 @@ def test_learning_speaks_between_layers(tmp_path, monkeypatch):
     now, news = [0.0], []
 
     def tick():
-        now[0] += 4.0
+        now[0] += 2.0
         return now[0]
 
     monkeypatch.setattr(module.time, "monotonic", tick)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -210,7 +210,9 @@ def text_bytes(model: Any, sequences: int, length: int) -> int:
 @contextlib.contextmanager
 def layer_ticks(model: Any, advance: Advance) -> Iterator[None]:
     """Inside, every forward of ``model`` says after each layer which share of it is done."""
-    layers = decoder_layers(model)[0]
+    layers: Sequence[nn.Module] = ()
+    with contextlib.suppress(UnsupportedModel):  # nothing is known of what is inside
+        layers = list(decoder_layers(model)[0])
 
     def tick(share: float) -> Callable[..., None]:
         return lambda *_: advance(share)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dart_llm.calibration.progress import Advance, nothing, part_of
+from dart_llm.calibration.progress import Advance, layer_ticks, nothing, part_of
 from dart_llm.data import texts
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.models.checkpoint import tokenizer_of
@@ -93,12 +93,14 @@ def sample_continuations(
     while ids.shape[1] < length:
         given: dict[str, Any] = {} if cache is None else {"cache": cache}
         new = ids if cache is None else ids[:, -1:]
-        output = model(new.to(model.device), use_cache=True, logits_to_keep=1, **given)
+        done = part_of(advance, ids.shape[1] - opening, length - opening)
+        with layer_ticks(model, done):
+            output = model(new.to(model.device), use_cache=True, logits_to_keep=1, **given)
         cache = output.cache
         logits = _last_logits(model, output) / temperature
         chances = likeliest(logits.softmax(-1), top_p)
         ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], 1)
-        advance((ids.shape[1] - opening) / (length - opening))
+        done(1.0)
     return ids
 
 
