@@ -11,11 +11,12 @@ KEEP ?=
 SETUP = PYTHON='$(PYTHON)' VENV='$(VENV)' scripts/setup.sh
 IN = OMP_WAIT_POLICY=PASSIVE '$(VENV)/bin/python' -m
 
-.PHONY: help setup setup-dev demo window reproduce gpu-evidence browser test test-online lint format-check style types docs build clean
+.PHONY: help setup setup-dev setup-demo demo window reproduce gpu-evidence browser test test-online lint format-check style types docs build clean
 
 help:
-	@echo "make demo    set up, fetch the default model (93 MB), prune it, show the result"
-	@echo "make window  set up, serve the default model on a free port and print the page's link;"
+	@echo "make demo    install what it needs (about a minute), fetch the default model (93 MB), prune"
+	@echo "             it, show the result"
+	@echo "make window  install the same, serve the default model on a free port, print the page's link;"
 	@echo "             ARGS='--open --sparsity 0.5' passes flags of dart-llm serve"
 	@echo "make test    set up and run the tests, two at a time; ARGS='-k name' chooses, ARGS='-m full'"
 	@echo "             runs the whole product of methods, shapes and dtypes"
@@ -26,7 +27,7 @@ help:
 	@echo "make gpu-evidence  on a machine with a CUDA GPU: contract tests and decode speed there, into"
 	@echo "             benchmarks/results/gpu-CARD.json and .md; ARGS='--models smollm2-135m' for less"
 	@echo "make test-online  run the tests that need the hub: data sets and a model (about 1 GB)"
-	@echo "make setup   create the environment in $(VENV) and install dart-llm with its extras"
+	@echo "make setup   create the environment in $(VENV) and install dart-llm with all its extras"
 	@echo "make lint    check format, style and types"
 	@echo "make clean   remove the environment and caches; results stay"
 	@echo "Variables: PYTHON=python3.12 (default: python3), VENV=path (default: .venv)"
@@ -37,11 +38,14 @@ setup:
 setup-dev:
 	@$(SETUP) dev
 
-demo: setup
+setup-demo:
+	@$(SETUP) demo
+
+demo: setup-demo
 	@'$(VENV)/bin/dart-llm' demo
 	@echo "next: . $(VENV)/bin/activate"
 
-window: setup
+window: setup-demo
 	@'$(VENV)/bin/dart-llm' serve --port 0 --method dart --sparsity 0.1 $(ARGS)
 
 reproduce: setup

@@ -1,12 +1,20 @@
 #!/usr/bin/env bash
 # Makes the environment and installs this project into it; does nothing when that is done already.
-# Usage: [PYTHON=python3.12] [VENV=.venv] scripts/setup.sh [all|dev|gpu]
+# The native kernels, about a minute of compiling, are made while pip fetches and unpacks the rest.
+# Usage: [PYTHON=python3.12] [VENV=.venv] scripts/setup.sh [demo|all|dev|gpu]
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 extra="${1:-all}"
 python="${PYTHON:-python3}"
 venv="${VENV:-.venv}"
+# Packages, roughly, and how long they take; the extras that bring these packages too.
+case "$extra" in
+  demo) count=60 long="about a minute" within="all dev" ;;
+  all) count=115 long="about two minutes" within="dev" ;;
+  dev) count=190 long="about three minutes" within="" ;;
+  *) count=50 long="about a minute" within="" ;;
+esac
 
 fail() {
   printf '%s\n' "$1" >&2
@@ -52,19 +60,6 @@ make_environment() {
   : >"$venv/.dart-llm-created" # make clean removes only what was created here
 }
 
-announce_torch() {
-  if [[ "$(uname -sm)" == "Linux x86_64" ]]; then
-    cat <<EOF
-PyTorch is not installed yet.  Its default build for this system has CUDA inside: about 3 GB to
-download.  Without an NVIDIA GPU stop here (Ctrl-C), install the CPU build, about 0.2 GB, with
-$venv/bin/pip as https://pytorch.org/get-started/locally says, and repeat the command: a PyTorch
-that is there is kept.
-EOF
-  else
-    echo "PyTorch is not installed yet: about 0.1 to 0.2 GB to download on most systems."
-  fi
-}
-
 if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
   make_environment
 elif [[ -n ${PYTHON:-} && "$(version_of "$python")" != "$(version_of "$venv/bin/python")" ]]; then
@@ -73,10 +68,63 @@ or choose another place with VENV=path"
 fi
 
 # What an installation depends on: it is repeated when this changes, or when a folder was moved.
-stamp="$venv/.dart-llm-$extra"
 state="$(cksum <pyproject.toml) $PWD $(cd -- "$venv" && pwd)"
-[[ -f $stamp && "$(<"$stamp")" == "$state" ]] && exit 0
-has_torch "$venv/bin/python" || announce_torch
-"$venv/bin/python" -m pip install --disable-pip-version-check --no-input -e ".[$extra]" ||
-  fail "the installation failed for the reason that pip gives above: mend it and repeat the command"
-printf '%s\n' "$state" >"$stamp"
+for one in $extra $within; do
+  stamp="$venv/.dart-llm-$one"
+  [[ -f $stamp && "$(<"$stamp")" == "$state" ]] && exit 0
+done
+
+log="$venv/pip.log" kernels_log="$venv/kernels.log"
+set -m # each background job is a group of its own, which the next line ends as a whole
+trap 'for job in $(jobs -p); do kill -- "-$job"; done 2>/dev/null || true' EXIT
+
+# Waits for the job $1; every 15 seconds a line of what $2 prints.
+wait_for() {
+  local job="$1" next=$((SECONDS + 15))
+  while kill -0 "$job" 2>/dev/null; do
+    sleep 0.1
+    ((SECONDS < next)) || { "$2" && next=$((SECONDS + 15)); }
+  done
+  wait "$job"
+}
+
+packages_so_far() {
+  local fetched placed
+  fetched="$(grep -c '^Collecting ' "$log")"
+  placed="$(find "$venv"/lib/python*/site-packages -maxdepth 1 -name '*.dist-info' | wc -l)"
+  echo "still installing: $fetched of about $count packages fetched, $((placed)) in place"
+}
+
+kernels_so_far() { echo "still compiling the CPU kernels"; }
+
+install() {
+  "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off "$@" \
+    >>"$log" 2>&1 </dev/null &
+  wait_for $! packages_so_far || {
+    tail -n 15 "$log" >&2
+    fail "the installation failed for the reason that pip gives above (everything it said: $log): \
+mend it and repeat the command"
+  }
+}
+
+torch=()
+if ! has_torch "$venv/bin/python"; then
+  torch=(torch)
+  if [[ "$(uname -sm)" == "Linux x86_64" && ! -e /dev/nvidiactl ]]; then
+    echo "PyTorch from PyPI has CUDA inside, 3 GB: without a GPU you can stop here (Ctrl-C), install its CPU
+build (0.2 GB) into $venv as https://pytorch.org/get-started/locally says, and repeat the command"
+  fi
+fi
+echo "installing about $count packages, $long"
+SECONDS=0
+: >"$log"
+install ninja 'setuptools>=77' ${torch[@]+"${torch[@]}"} # what compiling needs; and pip needs no other
+PYTHONPATH=src nice "$venv/bin/python" -m dart_llm.native.build >"$kernels_log" 2>&1 </dev/null &
+kernels=$!
+install --no-build-isolation -e ".[$extra]"
+echo "installed in $SECONDS s"
+if kill -0 "$kernels" 2>/dev/null; then
+  echo "compiling the CPU kernels, about half a minute more"
+fi
+wait_for "$kernels" kernels_so_far || tail -n 1 "$kernels_log" # why there are none
+printf '%s\n' "$state" >"$venv/.dart-llm-$extra"

@@ -17,11 +17,17 @@ case "$*" in
   *"print("*) echo "${OLD:-3.12}" ;;
   *find_spec*) [ -n "$HAS_TORCH" ] ;;
   "-m venv"*) printf '%s\\n' "$*" >>"$LOG"; for last; do :; done
-    mkdir -p "$last/bin"; cp "$0" "$last/bin/python" ;;
-  "-m pip install"*) printf '%s\\n' "$*" >>"$LOG"; [ -z "$PIP_FAILS" ] ;;
+    mkdir -p "$last/bin" "$last/lib/python3/site-packages/one.dist-info"
+    cp "$0" "$last/bin/python" ;;
+  "-m pip install"*) printf '%s\\n' "$*" >>"$LOG"; sleep "${PIP_TAKES:-0}"
+    echo "Collecting one"; echo "ERROR: pip's reason"; [ -z "$PIP_FAILS" ] ;;
+  "-m dart_llm.native.build") printf '%s\\n' "$PYTHONPATH $*" >>"$LOG"
+    [ -z "$NO_KERNELS" ] || { echo "no compiler is here"; exit 1; } ;;
 esac
 """
-INSTALL = "-m pip install --disable-pip-version-check --no-input -e .[all]"
+PIP = "-m pip install --disable-pip-version-check --no-input --progress-bar off"
+TOOLS, INSTALL = f"{PIP} ninja setuptools>=77", f"{PIP} --no-build-isolation -e .[all]"
+KERNELS = "src -m dart_llm.native.build"
 
 
 def program(path, text):
@@ -56,11 +62,14 @@ class Project:
         return subprocess.run(command, cwd=self.root, env=kept, capture_output=True, text=True)
 
     def set_up(self, *arguments, **variables):
-        """What a set-up that works installs."""
+        """What a set-up that works does: all but the compiling, which may be last or second."""
         done = self.call("scripts/setup.sh", *arguments, **variables)
-        assert done.returncode == 0, done.stderr
-        assert ("PyTorch is not installed yet" in done.stdout) == ("HAS_TORCH" not in variables)
-        return self.logged()
+        assert (done.returncode, done.stderr) == (0, "")
+        assert ("PyTorch from PyPI" in done.stdout) <= ("HAS_TORCH" not in variables)
+        assert done.stdout.count("\n") <= 7 and "\ninstalled in " in done.stdout
+        lines = self.logged()
+        lines.remove(KERNELS)
+        return lines
 
 
 @pytest.fixture
@@ -82,23 +91,50 @@ def test_what_stops_a_set_up_is_one_sentence(project):
         assert project.logged() == []
     done = project.call("scripts/setup.sh", PIP_FAILS="1")
     assert done.returncode == 1
-    assert done.stderr.startswith("the installation failed for the reason that pip gives above")
+    assert done.stderr == (
+        "Collecting one\nERROR: pip's reason\n"
+        "the installation failed for the reason that pip gives above (everything it said: "
+        ".venv/pip.log): mend it and repeat the command\n"
+    )
     project.logged()
-    assert project.set_up() == [INSTALL]  # it is repeated
+    assert project.set_up() == [f"{TOOLS} torch", INSTALL]  # it is repeated
 
 
 def test_installs_once_until_the_project_changes(project):
-    assert project.set_up() == ["-m venv .venv", INSTALL]
+    both = [f"{TOOLS} torch", INSTALL]
+    assert project.set_up() == ["-m venv .venv", *both]
     second = project.call("scripts/setup.sh")
     assert (second.returncode, second.stdout, project.logged()) == (0, "", [])
     with (project.root / "pyproject.toml").open("a") as file:
         file.write("# changed\n")
-    assert project.set_up() == [INSTALL]
-    assert project.set_up("dev") == [INSTALL.replace("[all]", "[dev]")]
+    assert project.set_up() == both
+    assert project.set_up("dev") == [both[0], INSTALL.replace("[all]", "[dev]")]
     project.root = project.root.rename(project.root.parent / "moved")
-    assert project.set_up() == [INSTALL]
+    assert project.set_up() == both
     given = project.set_up(HAS_TORCH="1", VENV="some where")  # a torch that is there is kept
-    assert given[0] == "-m venv --system-site-packages some where"
+    assert given == ["-m venv --system-site-packages some where", TOOLS, INSTALL]
+
+
+def test_less_is_there_once_more_is(project):
+    assert project.set_up("demo")[-1] == INSTALL.replace("[all]", "[demo]")
+    assert project.set_up("all")[-1] == INSTALL
+    for extra in ("demo", "all"):
+        done = project.call("scripts/setup.sh", extra)
+        assert (done.returncode, done.stdout, project.logged()) == (0, "", [])
+    assert project.set_up("gpu")[-1] == INSTALL.replace("[all]", "[gpu]")
+
+
+def test_a_slow_set_up_is_never_silent(project):
+    """A line every 15 seconds, here of a shorter clock; and why there are no kernels."""
+    script = project.root / "scripts/setup.sh"
+    script.write_text(script.read_text().replace("SECONDS + 15", "SECONDS + 1"))
+    done = project.call("scripts/setup.sh", "demo", PIP_TAKES="1.5", NO_KERNELS="1")
+    assert done.returncode == 0 and done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert "installing about 60 packages, about a minute" in lines
+    assert "still installing: 0 of about 60 packages fetched, 1 in place" in lines
+    assert "still installing: 1 of about 60 packages fetched, 1 in place" in lines
+    assert lines[-2].startswith("installed in ") and lines[-1] == "no compiler is here"
 
 
 def test_make(project):
@@ -106,7 +142,7 @@ def test_make(project):
     (project.root / "other").mkdir()
     assert project.call("make", "clean", "VENV=other").returncode == 0
     assert (project.root / "other").is_dir()
-    project.set_up()
+    project.set_up("demo")
     program(project.root / ".venv/bin/dart-llm", '#!/bin/sh\necho "ran: $*"\n')
     done = project.call("make", "demo")
     assert (done.returncode, done.stderr) == (0, "")

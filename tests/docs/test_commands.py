@@ -62,7 +62,7 @@ def place(tmp_path_factory, native):
     for name in ("benchmarks", "recipes"):
         (root / name).symlink_to(ROOT / name)
     model, cache = write_model(root / "model"), root / "cache"
-    stand_in(cache, model)
+    stand_in(cache)
     for name in NAMES:
         shutil.copytree(model, root / name)
     (cache / "dart-llm/native").symlink_to(cache_folder() / "native")

@@ -1,6 +1,5 @@
 """What is told of a checkpoint whose weights are held in blocks, and nothing of a dense one."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,16 +52,16 @@ def test_weights_that_a_method_rounds_are_told_once(tmp_path):
         }
 
 
-@pytest.mark.parametrize(("weights", "held"), [(None, "-packed"), ("dense", "")])
-def test_what_must_be_fetched_is_what_will_be_held(weights, held, monkeypatch):
+@pytest.mark.parametrize("weights", [None, "file", "dense"])
+def test_one_file_is_fetched_however_weights_are_held(weights, monkeypatch):
     def is_there(folder, sha256, full):
-        return folder.name == f"gguf-{sha256}{held}"
+        return folder.name == f"gguf-{sha256}-packed"
 
-    monkeypatch.setattr(model_facts, "is_intact", is_there)
     cell = Cell("smollm2-135m", "dense", "perplexity:embedded", weights=weights, device="cpu")
+    monkeypatch.setattr(model_facts, "is_intact", lambda *_, **__: False)
+    assert model_facts.download_size(cell) == MODEL_WHEEL_BYTES
+    monkeypatch.setattr(model_facts, "is_intact", is_there)
     assert model_facts.download_size(cell) == 0
-    other = replace(cell, weights="dense" if weights is None else "file")
-    assert model_facts.download_size(other) == MODEL_WHEEL_BYTES
 
 
 def test_every_line_says_it():

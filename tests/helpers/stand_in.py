@@ -1,6 +1,5 @@
-"""A small random model in the place of the default one, and under names that the docs use."""
+"""A small random model in the place of the default one, and one under names that the docs use."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -9,10 +8,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from checkpoints import write_gguf
 from dart_llm.data import texts
-from dart_llm.files import file_sha256
 from dart_llm.models.bundled import MEMBER
 from dart_llm.models.bundled import MODEL_SHA256 as SHA256
-from dart_llm.models.gguf import FORMAT, SOURCE, convert, converted_folder, scratch_folder
+from dart_llm.models.gguf import convert, scratch_folder
 from dart_llm.models.gguf_file import read_gguf
 
 VOCABULARY, WIDTH, FFN_WIDTH, LAYERS, CONTEXT = 512, 32, 64, 4, 8192
@@ -51,22 +49,13 @@ def write_model(folder):
     return folder
 
 
-def stand_in(cache, model):
-    """Make ``model`` what a ``DART_CACHE`` of ``cache`` holds as the default model.
+def stand_in(cache):
+    """Make a random file what a ``DART_CACHE`` of ``cache`` holds as the default model.
 
-    As its dense copy; in the place of the file with blocks stands another model, a letter of whose
-    texts is a token.
+    A letter of its texts is a token.
     """
-    folder = converted_folder(cache / "dart-llm", SHA256)
-    folder.parent.mkdir(parents=True)
-    model.rename(folder)
-    files = {
-        path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in folder.iterdir()
-    }
-    record = {"format": FORMAT, "sha256": SHA256, "quantisation": "Q4_1", "files": files}
-    (folder / SOURCE).write_text(json.dumps(record), encoding="utf-8")
-    model.symlink_to(folder, target_is_directory=True)
-    with scratch_folder(folder.parent) as scratch:
+    folder = cache / "dart-llm"
+    folder.mkdir(parents=True)
+    with scratch_folder(folder) as scratch:
         file = read_gguf(write_gguf(scratch / Path(MEMBER).name, context=4 * CONTEXT))
-        convert(file, SHA256, folder.parent, {}, packed=True)
+        convert(file, SHA256, folder, {}, packed=True)

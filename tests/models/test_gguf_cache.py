@@ -1,12 +1,14 @@
-"""GGUF files: exact dequantised weights, one conversion, damage found and mended."""
+"""GGUF files: exact dequantised weights, copies where they are needed, damage found and mended."""
 
 import functools
 import json
 import os
 
+import gguf as gguf_package
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, quants
+from transformers import AutoConfig
 
 from checkpoints import VOCABULARY, facts, write_gguf
 from dart_llm import cache
@@ -15,10 +17,12 @@ from dart_llm.files import file_sha256
 from dart_llm.models import loading
 from dart_llm.models.checkpoint import checkpoint_facts
 from dart_llm.models.gguf import converted_folder, is_intact
-from dart_llm.models.gguf_file import file_type_name, quantisation_name, read_gguf
+from dart_llm.models.gguf_facts import ARCHITECTURES
+from dart_llm.models.gguf_file import LONG, file_type_name, quantisation_name, quick_gguf, read_gguf
 
 load = functools.partial(loading.load, weights="dense")
-CONVERTING = "converting tiny.gguf to safetensors, once"
+READING = "reading the tokenizer of tiny.gguf, once (a few seconds)"
+CONVERTING = "converting tiny.gguf to safetensors, once (about 5 seconds)"
 
 
 @pytest.fixture
@@ -26,17 +30,23 @@ def gguf(tmp_path):
     return write_gguf(tmp_path / "tiny.gguf")
 
 
+@pytest.fixture
+def unknown(monkeypatch):
+    """As if Llama's files were not read in blocks."""
+    monkeypatch.delitem(ARCHITECTURES, "llama")
+
+
 def folder_of(gguf, cache_dir):
     return converted_folder(cache_dir / "dart-llm", file_sha256(gguf))
 
 
-def test_the_dense_copy(gguf, tmp_path):
-    """Made once, with a record; exact as float32, bfloat16 unless asked."""
+def test_dense_weights(gguf, tmp_path):
+    """Read from the file, with no copy of them; exact as float32, bfloat16 unless asked."""
     said = []
     exact, tokenizer = load(gguf, dtype="float32", cache_dir=tmp_path, progress=said.append)
     model, _ = load(gguf, cache_dir=tmp_path, progress=said.append)
     sizes = "loading tiny: 0.4 MB in float32", "loading tiny: 0.2 MB in bfloat16"
-    assert said == [CONVERTING, *sizes] and not exact.training
+    assert said == [READING, *sizes] and not exact.training
     stored = {tensor.name: tensor for tensor in GGUFReader(gguf).tensors}
     state, rounded = exact.state_dict(), model.state_dict()
     names = {"model.embed_tokens.weight": "token_embd.weight"}
@@ -52,6 +62,22 @@ def test_the_dense_copy(gguf, tmp_path):
     known = {"name": "tiny", "source": "gguf file, dequantised", "path": str(gguf)}
     known |= {"file_quantisation": "Q4_1", "sha256": file_sha256(gguf), "parameters": 89_152}
     assert checkpoint_facts(model) == facts(**known)
+    folder = converted_folder(tmp_path / "dart-llm", file_sha256(gguf), packed=True)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert not list(folder.glob("*.safetensors"))
+
+
+@pytest.mark.usefixtures("unknown")
+def test_the_dense_copy(gguf, tmp_path):
+    """Of a file that transformers alone reads: made once, with a record."""
+    said = []
+    exact, _ = load(gguf, dtype="float32", cache_dir=tmp_path, progress=said.append)
+    model, _ = load(gguf, cache_dir=tmp_path, progress=said.append)
+    assert said == [CONVERTING, "loading tiny", "loading tiny"]
+    rounded = model.state_dict()
+    assert all(
+        torch.equal(rounded[name], one.bfloat16()) for name, one in exact.state_dict().items()
+    )
     folder = folder_of(gguf, tmp_path)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     record, weights = json.loads((folder / "source.json").read_text()), folder / "model.safetensors"
@@ -60,6 +86,35 @@ def test_the_dense_copy(gguf, tmp_path):
     assert record["files"]["model.safetensors"] == found
 
 
+def test_a_copy_is_what_is_read_without_one(gguf, tmp_path, request):
+    """Transformers' reading of a whole file and ours, to the last bit, in dtypes and devices."""
+    ours = [load(gguf, cache_dir=tmp_path, dtype=d)[0] for d in ("float32", "bfloat16")]
+    placed, _ = load(gguf, cache_dir=tmp_path, dtype="float32", device_map={"": "cpu"})
+    request.getfixturevalue("unknown")
+    theirs = [load(gguf, cache_dir=tmp_path, dtype=d)[0] for d in ("float32", "bfloat16")]
+    for one, other in zip([*ours, placed], [*theirs, theirs[0]], strict=True):
+        assert type(one) is type(other) and one.dtype == other.dtype
+        assert one.generation_config.to_dict() == other.generation_config.to_dict()
+        for (name, value), (same, wanted) in zip(
+            one.state_dict().items(), other.state_dict().items(), strict=True
+        ):
+            assert name == same and torch.equal(value, wanted)
+        assert one.lm_head.weight is one.model.embed_tokens.weight
+
+
+def test_a_configuration_is_the_same_without_long_lists(gguf, tmp_path):
+    """The vocabulary's size is its length where the file does not state it."""
+    data = gguf.read_bytes()
+    assert VOCABULARY > LONG and data.count(b"llama.vocab_size") == 1
+    gguf.write_bytes(data.replace(b"llama.vocab_size", b"llama.other_size"))
+    read = functools.partial(AutoConfig.from_pretrained, str(tmp_path), gguf_file=gguf.name)
+    whole = read().to_dict()
+    with quick_gguf():
+        assert gguf_package.GGUFReader is not GGUFReader and read().to_dict() == whole
+    assert gguf_package.GGUFReader is GGUFReader and whole["vocab_size"] == VOCABULARY
+
+
+@pytest.mark.usefixtures("unknown")
 def test_a_damaged_copy_is_made_again(gguf, tmp_path):
     """Cut off, without its record, without a file; of the same size only where that is asked."""
     load(gguf, cache_dir=tmp_path)
@@ -82,6 +137,7 @@ def test_a_damaged_copy_is_made_again(gguf, tmp_path):
         assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
+@pytest.mark.usefixtures("unknown")
 def test_a_large_file_is_read_directly(gguf, tmp_path, monkeypatch):
     converted, _ = load(gguf, cache_dir=tmp_path / "a")
     monkeypatch.setattr(loading, "CONVERT_UP_TO", 1000)
@@ -101,9 +157,13 @@ def test_files_and_folders_that_cannot_be_used(gguf, tmp_path, monkeypatch):
     with pytest.raises(LoadError, match="cannot be written; choose another one with --cache-dir"):
         load(gguf, cache_dir=other)
     monkeypatch.setattr(cache, "free_bytes", lambda _folder: 100_000)
-    needs = r"copy of tiny\.gguf needs 0\.4 MB on disk and only 0\.1 MB are free in .*/dart-llm;"
-    with pytest.raises(LoadError, match=needs):
+    needs = r"{} tiny\.gguf needs {} MB on disk and only 0\.1 MB are free in .*/dart-llm;"
+    with pytest.raises(LoadError, match=needs.format("what belongs to", 50)):
         load(gguf, cache_dir=tmp_path)
+    with monkeypatch.context() as change:
+        change.delitem(ARCHITECTURES, "llama")
+        with pytest.raises(LoadError, match=needs.format("the converted copy of", r"0\.4")):
+            load(gguf, cache_dir=tmp_path)
     os.truncate(gguf, gguf.stat().st_size // 2)
     with pytest.raises(LoadError, match=r"tiny\.gguf is cut off: tensor blk[^;]*; fetch it again"):
         load(gguf, cache_dir=tmp_path)

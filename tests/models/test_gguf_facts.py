@@ -173,14 +173,12 @@ def test_mistral_keeps_its_window(tmp_path):
 
 def test_a_copy_of_an_earlier_version_is_made_again(tmp_path):
     """Its configuration lacks what the file states."""
-    for weights in ("file", "dense"):
-        file = write_gguf(tmp_path / "tiny.gguf", facts=LINEAR)
-        load(file, cache_dir=tmp_path, weights=weights)
-        folder = tmp_path / "dart-llm"
-        record = converted_folder(folder, file_sha256(file), packed=weights == "file")
-        record /= "source.json"
-        about = json.loads(record.read_text())
-        assert about.pop("settings")["rope_parameters"]["factor"] == 8
-        record.write_text(json.dumps(about))
-        load(file, cache_dir=tmp_path, weights=weights)
-        assert "settings" in json.loads(record.read_text())
+    file = write_gguf(tmp_path / "tiny.gguf", facts=LINEAR)
+    load(file, cache_dir=tmp_path, weights="dense")
+    folder = converted_folder(tmp_path / "dart-llm", file_sha256(file), packed=True)
+    record = folder / "source.json"
+    about = json.loads(record.read_text())
+    assert about.pop("settings")["rope_parameters"]["factor"] == 8
+    record.write_text(json.dumps(about))
+    load(file, cache_dir=tmp_path, weights="dense")
+    assert "settings" in json.loads(record.read_text())

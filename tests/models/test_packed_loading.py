@@ -29,7 +29,7 @@ from lm_cases import call
 
 pytestmark = pytest.mark.usefixtures("native")
 
-READING = "reading the tokenizer of tiny.gguf, once"
+READING = "reading the tokenizer of tiny.gguf, once (a few seconds)"
 UP, DOWN = "blk.1.ffn_up.weight", "blk.0.ffn_down.weight"
 MIXED = {
     "blk.0.ffn_gate.weight": (FFN_WIDTH, WIDTH, Kind.Q8_0),

@@ -146,8 +146,8 @@ def show_prompt(
 
 EXTRAS: dict[str, tuple[str, ...]] = {
     "eval": ("datasets", "lm_eval", "rouge_score"),
-    "plots": ("matplotlib", "cmcrameri", "plotly"),
-    "drift": ("sentence_transformers", "sacrebleu", "bert_score", "rouge_score"),
+    "plots": ("matplotlib", "cmcrameri"),
+    "drift": ("sentence_transformers", "sacrebleu", "bert_score", "rouge_score", "plotly"),
     "native": ("ninja",),
     "trace": ("pandas",),
     "serve": ("fastapi", "prometheus_client", "uvicorn"),

@@ -77,6 +77,6 @@ def own_file(model: str, cache_dir: str | None, say: Callable[[str], None]) -> P
     """The model's own GGUF file, if it is one; the default's lies in the cache."""
     if is_default(model):
         cache = cache_folder(cache_dir)
-        return default_folder(cache, packed=True, progress=say) / Path(MEMBER).name
+        return default_folder(cache, progress=say) / Path(MEMBER).name
     path = Path(model).expanduser()
     return path if path.is_file() else None

@@ -78,8 +78,7 @@ def download_size(cell: Cell) -> int | None:
     Raises ``LoadError`` for a model that does not exist or that the disk has no room for.
     """
     if is_default(cell.model):
-        packed = held_weights(cell) == "file"
-        folder = converted_folder(cache_folder(cell.cache_dir), MODEL_SHA256, packed=packed)
+        folder = converted_folder(cache_folder(cell.cache_dir), MODEL_SHA256, packed=True)
         return 0 if is_intact(folder, MODEL_SHA256, full=False) else MODEL_WHEEL_BYTES
     place: Any = {"revision": cell.revision, "cache_dir": cell.cache_dir}
     local = Path(cell.model).expanduser().is_file()

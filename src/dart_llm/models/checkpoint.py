@@ -43,8 +43,10 @@ class Checkpoint:
     revision: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments for the model's ``from_pretrained``."""
+    file: Path | None = None
+    """The GGUF file whose tensors are read at every load; ``reference`` has what belongs to it."""
     blocks: Path | None = None
-    """The GGUF file whose blocks are kept."""
+    """The same file, where its blocks are kept."""
 
 
 _LOADED: WeakKeyDictionary[PreTrainedModel, Checkpoint] = WeakKeyDictionary()

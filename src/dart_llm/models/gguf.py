@@ -1,9 +1,14 @@
-"""GGUF files turned once into dense safetensors folders, kept by the checksum of the GGUF.
+"""What belongs to a GGUF file, made once and kept by the file's checksum.
 
-A folder ``gguf-<sha256>`` is complete or absent: it is written beside its place and renamed.
-``source.json``, written last, names where the file came from, its quantisation and every file of
-the folder with size and sha256.  Weights are stored as float32, the exact dequantised values; the
-configuration says bfloat16, so that the default load is bfloat16 and float32 is exact.
+Of an architecture that is read in blocks a folder ``gguf-<sha256>-packed`` has configuration and
+tokenizer; its weights are read from the file at every load, also where they are dequantised.  Of
+any other a folder ``gguf-<sha256>`` has them beside a dense copy, in float32, as transformers
+reads it.  The configuration says bfloat16, so that the default load is bfloat16 and float32 is
+exact.
+
+A folder is complete or absent: it is written beside its place and renamed.  ``source.json``,
+written last, names where the file came from, its quantisation and every file of the folder with
+size and sha256.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from dart_llm.files import file_sha256
 from dart_llm.hub import no_stray_bars, plain
 from dart_llm.models.devices import memory_failure
 from dart_llm.models.gguf_facts import ARCHITECTURES, Settings, check_facts, complete, left_out
-from dart_llm.models.gguf_file import GgufFile
+from dart_llm.models.gguf_file import GgufFile, quick_gguf
 
 Progress = Callable[[str], None]
 BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
@@ -117,12 +122,13 @@ def convert(
     sweep(make_folder(cache))
     settings, name = left_out(file), file.path.name
     space = PACKED_SPACE if packed else file.float32_bytes
-    require_space(space, cache, f"the converted copy of {name}")
+    what = "what belongs to" if packed else "the converted copy of"
+    require_space(space, cache, f"{what} {name}")
     with scratch_folder(cache) as scratch:
         fresh = scratch / "model"
         fresh.mkdir()
         try:
-            with no_stray_bars():
+            with no_stray_bars(), quick_gguf():
                 names = (_write_packed if packed else _write_dense)(file, fresh)
         except LoadError:
             raise

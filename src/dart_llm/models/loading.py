@@ -32,7 +32,6 @@ from dart_llm.models.bundled import (
     MODEL_HUB_ID,
     MODEL_NAME,
     MODEL_PACKAGE,
-    MODEL_SHA256,
     MODEL_VERSION,
     default_folder,
 )
@@ -49,7 +48,7 @@ from dart_llm.models.gguf import (
     read_source,
 )
 from dart_llm.models.gguf_facts import ARCHITECTURES, left_out
-from dart_llm.models.gguf_file import read_gguf
+from dart_llm.models.gguf_file import quick_gguf, read_gguf
 from dart_llm.models.room import Size, check_room, stored_size, weights_size
 from dart_llm.reporting.heartbeat import logged
 
@@ -70,7 +69,13 @@ LEGACY_HUB_NAMES = ("distilgpt2", "gpt2", "gpt2-large", "gpt2-medium", "gpt2-xl"
 ONLY_HUB = "applies to hub models only"
 
 CONVERT_UP_TO = 8_000_000_000
-"""Bytes of the float32 copy above which a GGUF is read directly, slowly, at every load."""
+"""Bytes of the float32 copy above which a GGUF is read directly, slowly, at every load.
+
+It is for architectures that are not read in blocks: of the others no copy is made.
+"""
+
+CONVERTED_PER_SECOND = 30_000_000
+"""Bytes of such a copy, roughly."""
 
 
 def is_default(model: str) -> bool:
@@ -105,20 +110,20 @@ def resolve(
 ) -> Checkpoint:
     """The checkpoint that ``model`` names.
 
-    A ``.gguf`` file is converted here, unless its blocks are kept (``packed``); the default comes
-    from the cache or through pip.  Raises
-    ``LoadError`` for a path that holds no checkpoint and a default that cannot be had,
-    ``UnknownName`` for a name that is neither path nor hub id, ``ConfigError`` for a revision of
-    something that has none.
+    What belongs to a ``.gguf`` file is made here; ``packed``: its blocks are kept.  The default
+    comes from the cache or through pip.  Raises ``LoadError`` for a path that holds no checkpoint
+    and a default that cannot be had, ``UnknownName`` for a name that is neither path nor hub id,
+    ``ConfigError`` for a revision of something that has none.
     """
     cache = cache_folder(cache_dir)
     if is_default(model):
         if revision:
             raise ConfigError(f"revision {revision!r} {ONLY_HUB}; {DEFAULT} is pinned")
-        folder = default_folder(cache, packed=packed, verify=verify, progress=say)
-        held = "as in the file" if packed else "dequantised"
-        found = _in_folder(folder, MODEL_NAME, _default_source(held))
-        return replace(found, blocks=folder / Path(MEMBER).name) if packed else found
+        folder = default_folder(cache, verify=verify, progress=say)
+        held, file = "as in the file" if packed else "dequantised", Path(MEMBER).name
+        source = f"{file} of the pip package {MODEL_PACKAGE} {MODEL_VERSION}, {held}"
+        found = replace(_in_folder(folder, MODEL_NAME, source), file=folder / file)
+        return replace(found, blocks=found.file) if packed else found
     path = Path(model).expanduser()
     if path.exists() and revision:
         raise ConfigError(f"revision {revision!r} {ONLY_HUB}; {model} is a path")
@@ -164,35 +169,33 @@ def _folder(path: Path) -> Checkpoint:
 
 
 def _gguf(path: Path, cache: Path, *, verify: bool, packed: bool, say: Progress) -> Checkpoint:
-    """The dense copy of a GGUF file, made if there is none, or the file itself if it is large.
+    """A GGUF file and what belongs to it, made if it is not there.
 
-    Where its blocks are kept (``packed``), the file and what belongs to it.
+    Of an architecture that is not read in blocks a dense copy, or the file itself if it is large.
     """
     path = path.resolve()
     file = read_gguf(path)
-    sha256 = file_sha256(path)
-    folder = converted_folder(cache, sha256, packed=packed)
+    sha256, known = file_sha256(path), file.architecture in ARCHITECTURES
+    folder = converted_folder(cache, sha256, packed=known)
     source = "gguf file, as it is" if packed else "gguf file, dequantised"
     checkpoint = Checkpoint(path.stem, source, str(folder), path, sha256=sha256)
-    checkpoint = replace(checkpoint, blocks=path) if packed else checkpoint
+    checkpoint = replace(checkpoint, file=path if known else None, blocks=path if packed else None)
     if is_intact(folder, sha256, full=verify, settings=left_out(file)):
         kept = (read_source(folder) or {})["quantisation"]
         return replace(checkpoint, quantisation=kept)
     check_architecture(file)
     checkpoint = replace(checkpoint, quantisation=file.quantisation)
-    if file.float32_bytes > CONVERT_UP_TO and not packed:
+    if file.float32_bytes > CONVERT_UP_TO and not known:
         say(f"reading {path.name} without a converted copy, which would be large")
         return replace(checkpoint, reference=str(path.parent), arguments=gguf_arguments(file))
-    doing = (
-        f"reading the tokenizer of {path.name}"
-        if packed
-        else f"converting {path.name} to safetensors"
-    )
-    if not packed:
+    if known:
+        say(f"reading the tokenizer of {path.name}, once (a few seconds)")
+    else:
         others = {"--weights file": path.stat().st_size}
         check_room(path.name, Size(file.float32_bytes, "in float32 to be converted", others))
-    say(f"{doing}, once")
-    convert(file, sha256, cache, {"file": path.name}, packed=packed)
+        seconds = 5 + file.float32_bytes // CONVERTED_PER_SECOND
+        say(f"converting {path.name} to safetensors, once (about {seconds} seconds)")
+    convert(file, sha256, cache, {"file": path.name}, packed=known)
     return checkpoint
 
 
@@ -220,15 +223,14 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model, ready for inference, and its tokenizer.
 
-    ``model``: a hub id (``owner/name``), a folder, a ``.gguf`` file (made dense once, in the
-    cache), or ``smollm2-135m``.  ``dtype``: the checkpoint's unless given; bfloat16 for what was a
-    GGUF.  Where none is given and the CPU emulates products in the checkpoint's, many tokens at a
-    time are computed in float32, and one in its dtype.  ``weights``: ``file`` keeps the blocks of a
-    GGUF file on a CPU, and every executor reads them so; ``q8_0``, ``q4_0``, ``q4_1`` round a
-    checkpoint to such blocks; ``dense`` holds every weight in ``dtype``; ``auto``: ``file`` for a
-    GGUF on a CPU where no dtype is given, else ``dense``. ``device``: ``cpu``, ``cuda:0``, ``0``,
-    ``0,1``, ``mps``, or ``auto`` for GPU 0 if there is one; not given, the model stays on the CPU
-    or goes where ``device_map`` says.
+    ``model``: a hub id (``owner/name``), a folder, a ``.gguf`` file, or ``smollm2-135m``.
+    ``dtype``: the checkpoint's unless given; bfloat16 for a GGUF.  Where none is given and the CPU
+    emulates products in the checkpoint's, many tokens at a time are computed in float32, and one in
+    its dtype.  ``weights``: ``file`` keeps the blocks of a GGUF file on a CPU, and every executor
+    reads them so; ``q8_0``, ``q4_0``, ``q4_1`` round a checkpoint to such blocks; ``dense`` holds
+    every weight in ``dtype``; ``auto``: ``file`` for a GGUF on a CPU where no dtype is given, else
+    ``dense``.  ``device``: ``cpu``, ``cuda:0``, ``0``, ``0,1``, ``mps``, or ``auto`` for GPU 0 if
+    there is one; not given, the model stays on the CPU or goes where ``device_map`` says.
     ``cache_dir`` (else ``DART_CACHE``) moves fetched and converted models and the hub's cache.
     ``verify`` compares the checksums of cached conversions, not only their sizes.  ``progress``
     is called with a line of text whenever there is news.  ``check`` is called with the tokenizer
@@ -260,9 +262,6 @@ def load(
         except LoadError as error:
             if not is_default(name):
                 raise
-            if held == "file" and weights is None and (kept := _dense_default(cache_dir)):
-                say(f"{error}; loading the dense copy that is in the cache")
-                return builder.build(kept)
             return _default_from_hub(builder, error)
         return builder.build(checkpoint)
 
@@ -364,6 +363,7 @@ class _Builder:
         with (
             bars(shown=on_hub or self.bars_shown),
             no_stray_bars() if from_gguf else nullcontext(),
+            quick_gguf() if from_gguf else nullcontext(),
         ):
             try:
                 tokenizer = self._tokenizer(checkpoint, common)
@@ -427,13 +427,26 @@ class _Builder:
         )
 
     def _model(self, checkpoint: Checkpoint, common: dict[str, Any]) -> PreTrainedModel:
+        from dart_llm.native.memory import out_of_files
+
+        read = self._pretrained if checkpoint.file is None else self._of_file
+        model = read(checkpoint, common)
+        if checkpoint.blocks is not None:
+            return model
+        model.train(False)
+        if self.weights in ROUNDED:
+            from dart_llm.models.packed_loading import round_weights
+
+            round_weights(model, self.weights)
+        else:
+            out_of_files(model)
+        return model
+
+    def _pretrained(self, checkpoint: Checkpoint, common: dict[str, Any]) -> PreTrainedModel:
+        """The model of a folder, a hub id, or a GGUF file that transformers reads."""
         import torch
         from transformers import AutoModelForCausalLM
 
-        from dart_llm.native.memory import out_of_files
-
-        if checkpoint.blocks is not None:
-            return self._in_blocks(checkpoint)
         arguments = {**self.arguments, **checkpoint.arguments, **common}
         if "gguf_file" in checkpoint.arguments and arguments["dtype"] == "auto":
             arguments["dtype"] = torch.bfloat16
@@ -447,33 +460,27 @@ class _Builder:
                 f"{checkpoint.name} lacks {len(missing)} of the model's weights, such as "
                 f"{missing[0]}; it is incomplete, or not a causal language model"
             )
-        model.train(False)
-        if self.weights in ROUNDED:
-            from dart_llm.models.packed_loading import round_weights
-
-            round_weights(model, self.weights)
-        else:
-            out_of_files(model)
         return model
 
-    def _in_blocks(self, checkpoint: Checkpoint) -> PreTrainedModel:
-        """The model of a GGUF file whose blocks are kept."""
+    def _of_file(self, checkpoint: Checkpoint, _common: dict[str, Any]) -> PreTrainedModel:
+        """The model of a GGUF file, its blocks kept or dequantised."""
         import torch
         from transformers import AutoConfig, GenerationConfig
 
-        from dart_llm.models.packed_loading import load_packed
+        from dart_llm.models.packed_loading import load_dense, load_packed
 
-        assert checkpoint.blocks is not None
+        assert checkpoint.file is not None
         folder = checkpoint.reference
         names = (read_source(Path(folder)) or {}).get("tensors", {})
-        dtype: Any = self.arguments["dtype"]
-        attention = self.arguments.get("attn_implementation")
-        model: Any = load_packed(
-            checkpoint.blocks,
+        arguments = dict(self.arguments)
+        dtype: Any = arguments.pop("dtype")
+        read = load_dense if checkpoint.blocks is None else load_packed
+        model: Any = read(
+            checkpoint.file,
             AutoConfig.from_pretrained(folder),
             torch.bfloat16 if dtype == "auto" else dtype,
             names,
-            **({"attn_implementation": attention} if attention else {}),
+            **arguments,
         )
         model.generation_config = GenerationConfig.from_pretrained(folder)
         return model  # type: ignore[no-any-return]
@@ -506,18 +513,6 @@ class _Builder:
             return checkpoint
         folder = Path(found).parent
         return replace(checkpoint, path=folder, revision=folder.name)
-
-
-def _dense_default(cache_dir: str | Path | None) -> Checkpoint | None:
-    """The default as earlier versions kept it, if it is in the cache."""
-    folder = converted_folder(cache_folder(cache_dir), MODEL_SHA256)
-    if not is_intact(folder, MODEL_SHA256):
-        return None
-    return _in_folder(folder, MODEL_NAME, _default_source("dequantised"))
-
-
-def _default_source(held: str) -> str:
-    return f"{Path(MEMBER).name} of the pip package {MODEL_PACKAGE} {MODEL_VERSION}, {held}"
 
 
 def _default_from_hub(

@@ -1,9 +1,10 @@
-"""A GGUF file as a model whose matrices stay in the file's blocks: mapped, and repacked."""
+"""A GGUF file as a model: its matrices repacked from the file's blocks, or dequantised."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,32 @@ def load_packed(
     _tie(model, config)
     _refuse_saving(model)
     return model.eval()
+
+
+def load_dense(
+    path: Path, config: Any, dtype: torch.dtype, names: Mapping[str, str], **arguments: Any
+) -> nn.Module:
+    """The model of a GGUF file with every weight dequantised, then rounded to ``dtype``.
+
+    ``names``: as in ``load_packed``; ``arguments``: for ``from_pretrained``, such as where it lies.
+    """
+    file = read_gguf(path)
+    stored, model = ARCHITECTURES[file.architecture], empty_model(config)
+    found = file.of(names)
+    check_fit(path.name, model, found)
+
+    def weight(target: str) -> Tensor:
+        by_inputs = is_by_inputs(model.get_submodule(target.rpartition(".")[0]))
+        return _dense(found[target], stored, config, dtype, by_inputs=by_inputs)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        weights = dict(zip(found, pool.map(weight, found), strict=True))
+    kind: Any = type(model)
+    loaded: Any = kind.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, **arguments
+    )
+    loaded.name_or_path = loaded.config.name_or_path = config.name_or_path
+    return loaded  # type: ignore[no-any-return]
 
 
 def _refuse_saving(model: Any) -> None:
@@ -104,7 +131,6 @@ def _weight(
     by_inputs: bool,
 ) -> Tensor:
     """``by_inputs``: transformers holds the matrix [in, out], and the file [out, in]."""
-    by_inputs = by_inputs and len(tensor.shape) == 2
     if tensor.kind in BLOCKS and len(tensor.shape) == 2:
         rows, columns = tensor.shape
         blocks = tensor.bytes().reshape(rows, -1)
@@ -117,12 +143,19 @@ def _weight(
                 "fetch it again"
             )
         return PackedTensor(matrix, dtype, (order == "neurons") != by_inputs)
+    return _dense(tensor, stored, config, dtype, by_inputs=by_inputs)
+
+
+def _dense(
+    tensor: StoredTensor, stored: Stored, config: Any, dtype: torch.dtype, *, by_inputs: bool
+) -> Tensor:
     values = tensor.values()
     if stored.pairs:
         values = _by_halves(values, tensor.name, config)
     if stored.plus_one and tensor.name.endswith("norm.weight"):
         values = values.float() - 1
-    return (values.t() if by_inputs else values).to(dtype).contiguous()
+    turned = by_inputs and values.dim() == 2  # of a bias there is one order
+    return (values.t() if turned else values).to(dtype).contiguous()
 
 
 def _by_halves(rows: Tensor, name: str, config: Any) -> Tensor:

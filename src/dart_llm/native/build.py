@@ -36,6 +36,15 @@ SUFFIX = ".so"
 
 FLAGS = ("-O3", "-fopenmp")
 
+WITHOUT = {
+    "avx512_bf16": "-DDART_WITHOUT_AVX512BF16",
+    "avx512f": "-DDART_WITHOUT_AVX512",
+    "avx_vnni": "-DDART_WITHOUT_AVXVNNI",
+}
+"""What leaves out the kernels of a CPU that has not this: each takes a fifth of the whole time."""
+
+CPU = Path("/proc/cpuinfo")
+
 SWITCH = "DART_NATIVE"
 """Environment variable: ``0`` keeps the native kernels off."""
 
@@ -54,9 +63,16 @@ def built_name() -> str:
     found = hashlib.sha256()
     for name, text in sources().items():
         found.update(f"{name}\n{text}\n".encode())
-    about = (torch.__version__, platform.machine(), sys.platform, FLAGS, _compiler())
+    about = (torch.__version__, platform.machine(), sys.platform, _flags(), _compiler())
     found.update(repr(about).encode())
     return found.hexdigest()[:24]
+
+
+def _flags() -> tuple[str, ...]:
+    """The compiler's options: without the kernels that this CPU cannot run, where that is known."""
+    lines = CPU.read_text("utf-8", "replace").splitlines() if CPU.is_file() else []
+    has = next((line.split() for line in lines if line.startswith("flags")), list(WITHOUT))
+    return (*FLAGS, *(flag for name, flag in WITHOUT.items() if name not in has))
 
 
 def _compiler() -> str:
@@ -147,7 +163,7 @@ def _build(folder: Path) -> None:
     with _silent_about_cuda():
         from torch.utils import cpp_extension
 
-    logger.info("compiling the native CPU kernels, once (some ten seconds)")
+    logger.info("compiling the native CPU kernels, once (about a minute on two cores)")
     make_folder(folder)
     with (
         tempfile.TemporaryDirectory(dir=folder, prefix=cache.SCRATCH) as own,
@@ -158,7 +174,7 @@ def _build(folder: Path) -> None:
         cpp_extension.load(
             NAME,
             [str(Path(own) / name) for name in sources() if name.endswith(".cpp")],
-            extra_cflags=list(FLAGS),
+            extra_cflags=list(_flags()),
             extra_ldflags=["-fopenmp"],
             build_directory=own,
             is_python_module=False,
@@ -196,3 +212,7 @@ def use_kernels(name: str) -> bool:
 def kernels_in_use() -> str:
     """Name of the kernels that run."""
     return str(ops().cpu())
+
+
+if __name__ == "__main__":  # before anything asks for them, as scripts/setup.sh does
+    sys.exit(why_not() or None)

@@ -498,7 +498,7 @@ def kit() -> Kit:
         import plotly.graph_objects as go
         from plotly.subplots import make_subplots
     except ImportError:
-        raise MissingExtra("plotly", "plots") from None
+        raise MissingExtra("plotly", "drift") from None
     with _style() as palette:
         colours = tuple(
             "#" + "".join(f"{round(255 * float(part)):02x}" for part in colour)
@@ -546,7 +546,7 @@ def script() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise MissingExtra("plotly", "plots") from None
+        raise MissingExtra("plotly", "drift") from None
     own = resources.files("dart_llm.reporting") / "templates" / "drift.js"
     text = f"{get_plotlyjs()}\n{own.read_text(encoding='utf-8')}".replace("\r\n", "\n")
     if "</script" in text.lower():

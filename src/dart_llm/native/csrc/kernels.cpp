@@ -49,7 +49,16 @@ bool has(const char* name) {
 
 const Kernels* const ALL[] = {
 #if defined(__x86_64__)
-    &avx512bf16::table, &avx512::table, &avxvnni::table, &avx2::table,
+#if !defined(DART_WITHOUT_AVX512BF16)
+    &avx512bf16::table,
+#endif
+#if !defined(DART_WITHOUT_AVX512)
+    &avx512::table,
+#endif
+#if !defined(DART_WITHOUT_AVXVNNI)
+    &avxvnni::table,
+#endif
+    &avx2::table,
 #elif defined(__aarch64__)
     &neon::table,
 #endif

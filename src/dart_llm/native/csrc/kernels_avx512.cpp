@@ -1,7 +1,7 @@
 // Kernels for CPUs with avx512.
 #include "kernels_common.h"
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(DART_WITHOUT_AVX512)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
 #else

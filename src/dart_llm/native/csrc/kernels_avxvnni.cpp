@@ -1,7 +1,7 @@
 // Kernels for CPUs with avx2 and avxvnni.
 #include "kernels_common.h"
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(DART_WITHOUT_AVXVNNI)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avxvnni"))), apply_to = function)
 #else
