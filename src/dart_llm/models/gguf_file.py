@@ -7,6 +7,7 @@ import struct
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,7 +183,7 @@ def read_gguf(path: Path) -> GgufFile:
     """What a file says of itself, none of its tensors read yet.
 
     Raises ``LoadError``, before anything is allocated, for a file that is cut off, a type that
-    is not known, and rows that do not divide into blocks; it names the tensor.
+    is not known, rows that do not divide into blocks, and tensors that overlap; it names them.
     """
     import numpy as np
 
@@ -207,7 +208,14 @@ def read_gguf(path: Path) -> GgufFile:
             f"{path.name} is not a complete GGUF file; fetch it again and compare its size"
         ) from error
     start = (header.at + align - 1) // align * align
-    stored = (_stored(path, start, len(data), *entry) for entry in entries)
+    stored = [_stored(path, start, len(data), *entry) for entry in entries]
+    by_place = sorted(stored, key=lambda one: one.begin)
+    for one, after in pairwise(by_place):
+        if after.begin < one.begin + one.size:
+            raise LoadError(
+                f"{path.name} is damaged: tensors {one.name} and {after.name} overlap; fetch it "
+                "again"
+            )
     return GgufFile(path, metadata, {one.name: one for one in stored})
 
 
