@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -29,18 +31,59 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+MOST_VALUES = 100_000
+"""In a YAML file, those of an alias counted wherever it stands."""
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; raises ``ConfigError`` when there is none."""
-    import yaml
-
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"cannot read the settings file {path}: {reason}") from None
+        data = parse_yaml(path.read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the settings file {path}: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"the settings file {path} must hold names and values")
     return data
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text says, None if nothing.
+
+    Raises ``ValueError``, one line, for what is not YAML, for more than ``MOST_VALUES`` values, and
+    for a name that is given twice, where YAML would keep the last.
+    """
+    import yaml
+
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count_values(node, {})
+        return loader.construct_document(node)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def _count_values(node: Any, counts: dict[int, int]) -> int:
+    """Values in a YAML node; ``counts``: of nodes, by identity, those that hold themselves too."""
+    if isinstance(node.value, str):
+        return 1
+    if id(node) not in counts:
+        counts[id(node)] = MOST_VALUES + 1
+        names = set[str]()
+        parts = [part for one in node.value for part in (one if type(one) is tuple else (one,))]
+        for key in parts[::2] if node.id == "mapping" else ():
+            if isinstance(key.value, str) and key.value in names:
+                where = f"line {key.start_mark.line + 1}"
+                raise ValueError(f'the name "{key.value[:80]}" is given twice: drop one, {where}')
+            names.update([key.value] if isinstance(key.value, str) else [])
+        counts[id(node)] = 1 + sum(_count_values(part, counts) for part in parts)
+    if counts[id(node)] > MOST_VALUES:
+        raise ValueError(f"it holds more than {MOST_VALUES} values")
+    return counts[id(node)]
 
 
 BLOCK = 2**16
@@ -137,21 +180,50 @@ def finite(value: Any) -> Any:
     return value
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` whole; raises ``ResultsError`` when the disk is full or read-only."""
-    write_bytes(path, text.encode("utf-8"))
+@contextlib.contextmanager
+def replacing(path: Path, mode: int = 0o666) -> Iterator[Path]:
+    """An empty file beside ``path`` that takes its place, whole, when the block ends.
 
-
-def write_bytes(path: Path, data: bytes, make_folder: bool = False) -> None:
-    """The same for data; ``make_folder``: also the folder that it lies in."""
-    partial = path.with_name(f".{path.name}.part")
+    Its name belongs to this call alone, so that writers of one path never mix; nothing of it stays
+    after an error.  ``mode``: permissions of a new file, before the umask; one that is replaced
+    keeps its own.  What is not a regular file (a pipe, a terminal) is yielded itself.  Raises
+    ``ResultsError`` for any ``OSError``, also one of the block.
+    """
+    target = Path(os.path.realpath(path))  # a link stays, and what it names is replaced
+    partial = target.with_name(f".{target.name[:50]}.{secrets.token_hex(8)}.part")
     try:
-        if make_folder:
-            path.parent.mkdir(exist_ok=True)
-        partial.write_bytes(data)
-        partial.replace(path)
+        if path.exists() and not path.is_file():
+            yield path
+            return
+        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
+        if target.exists():
+            partial.chmod(target.stat().st_mode & 0o7777)
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(target)
     except OSError as error:
         raise ResultsError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, mode: int = 0o666) -> None:
+    """Replace ``path`` whole; raises ``ResultsError`` when the disk is full or read-only.
+
+    ``mode``: permissions of a new file.
+    """
+    write_bytes(path, text.encode("utf-8"), mode=mode)
+
+
+def write_bytes(path: Path, data: bytes, make_folder: bool = False, mode: int = 0o666) -> None:
+    """The same for data; ``make_folder``: also the folder that it lies in."""
+    if make_folder:
+        with contextlib.suppress(OSError):  # the next step says what is wrong with it
+            path.parent.mkdir(exist_ok=True)
+    with replacing(path, mode) as partial:
+        partial.write_bytes(data)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -189,18 +261,16 @@ def write_tensors(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    partial = path.with_name(f".{path.name}.part")
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(exist_ok=True)
-        partial.unlink(missing_ok=True)
-        partial.touch()
+    with replacing(path) as partial:
         mode = partial.stat().st_mode & 0o777  # safetensors writes 0600
-        save_file(dict(tensors), partial, None if metadata is None else dict(metadata))
+        try:
+            save_file(dict(tensors), partial, None if metadata is None else dict(metadata))
+        except SafetensorError as error:
+            raise OSError(error) from None
         partial.chmod(mode)
         _sort_header(partial)
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise ResultsError(f"cannot write {path}: {error}") from None
 
 
 def _sort_header(path: Path) -> None:

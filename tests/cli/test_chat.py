@@ -123,7 +123,7 @@ WRONG = [
     ("/method dense-4bit", "ConfigError", "weights of 4 bits"),
     ("/stats", "ConfigError", "there is no answer yet"),
     ("/save", "ConfigError", "name a file"),
-    ("/save /nowhere/at/all.md", "ConfigError", "cannot write /nowhere/at/all.md: No such"),
+    ("/save /nowhere/at/all.md", "ResultsError", "cannot write /nowhere/at/all.md: No such"),
     ("Why?" * 200, "ConfigError", "the prompt has 8"),
 ]
 

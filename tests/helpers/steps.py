@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor
 
+from dart_llm.models.packed import place_of
 from dart_llm.session.run import prune
 from tiny import LAYERS, WIDTH, tiny, tokens
 
@@ -178,7 +179,7 @@ def snapshot(model):
             for name, module in modules.items()
         },
         "state": {
-            name: (value.data_ptr(), value.stride(), hash(_bytes(value)))
+            name: (place_of(value), value.stride(), hash(_bytes(value)))
             for name, value in model.state_dict().items()
         },
     }

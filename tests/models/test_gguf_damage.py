@@ -1,6 +1,8 @@
 """GGUF files of which bytes were changed: a model, or one of our sentences, and soon."""
 
 import random
+import re
+import struct
 
 import pytest
 import torch
@@ -111,3 +113,50 @@ def test_facts_that_the_tensors_do_not_bear_out(architecture, fact, most, tmp_pa
             assert str(caught.value) == (
                 f"tiny.gguf is damaged: it states {fact} {stated}, more than {most}; fetch it again"
             )
+
+
+def sentence(file, folder):
+    """What is said in its place, by both ways to load a file."""
+    said = set()
+    for weights in ("file", "dense"):
+        with pytest.raises(LoadError) as caught:
+            load(file, cache_dir=folder, weights=weights)
+        said.add(str(caught.value))
+    (found,) = said
+    return found
+
+
+def test_a_file_of_fewer_layers_than_it_holds(tmp_path):
+    file = write_gguf(tmp_path / "tiny.gguf")
+    whole, key = file.read_bytes(), b"llama.block_count"
+    at = whole.index(key) + len(key) + 4
+    file.write_bytes(whole[:at] + (1).to_bytes(4, "little") + whole[at + 4 :])
+    assert sentence(file, tmp_path) == (
+        "tiny.gguf is damaged: it states block_count 1 and holds 2 layers; fetch it again"
+    )
+
+
+@pytest.mark.parametrize("change", ["type", "place"])
+def test_tensors_that_overlap(change, tmp_path):
+    file = write_gguf(tmp_path / "tiny.gguf")
+    whole, key = bytearray(file.read_bytes()), b"blk.1.attn_q.weight"
+    at = whole.index(key) + len(key) + 4 + 16
+    if change == "type":  # F16 takes more than the Q4_1 of before
+        whole[at : at + 4] = (1).to_bytes(4, "little")
+    else:
+        whole[at + 4 : at + 12] = (0).to_bytes(8, "little")
+    file.write_bytes(whole)
+    said = sentence(file, tmp_path)
+    assert re.fullmatch(r"tiny.gguf is damaged: tensors \S+ and \S+ overlap; fetch it again", said)
+    assert "blk.1.attn_q.weight" in said
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_norms_that_are_no_numbers(value, tmp_path):
+    file = write_gguf(tmp_path / "tiny.gguf")
+    place = read_gguf(file).tensors["output_norm.weight"].begin
+    whole = bytearray(file.read_bytes())
+    whole[place : place + 4] = struct.pack("<f", float(value))
+    file.write_bytes(whole)
+    with pytest.raises(LoadError, match=r"weights of output_norm\.weight are no numbers; fetch it"):
+        load(file, cache_dir=tmp_path, weights="file")

@@ -97,6 +97,18 @@ def test_whole_steps_say_it_too(architecture, mix, files):
             assert all(same_masks(a[2], b[2]) for a, b in zip(masks, same, strict=True))
 
 
+@pytest.mark.parametrize(("name", "positions"), [("gpt2", "wpe"), ("opt", "embed_positions")])
+def test_embeddings_of_positions_are_not_rounded(name, positions):
+    """llama.cpp keeps them in float32."""
+    model = tiny(name)
+    before = copy.deepcopy(model)
+    round_weights(model, "q4_0")
+    kept = {key: one for key, one in model.named_parameters() if positions in key}
+    assert len(kept) == 1 and isinstance(model.get_input_embeddings().weight, PackedTensor)
+    for key, one in kept.items():
+        assert type(one) is torch.nn.Parameter and torch.equal(one, before.get_parameter(key))
+
+
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
 def test_matrices_that_are_stored_by_inputs_are_rounded(kind):
     """GPT-2's, beside the same model dequantised."""
@@ -104,7 +116,7 @@ def test_matrices_that_are_stored_by_inputs_are_rounded(kind):
     model = copy.deepcopy(dense)
     assert round_weights(model, kind) == []
     for name, one in model.named_parameters():
-        assert isinstance(one, PackedTensor) == (one.dim() == 2), name
+        assert isinstance(one, PackedTensor) == (one.dim() == 2 and "wpe" not in name), name
         wanted, held = dense.get_parameter(name), (one + 0).detach()
         assert apart(held, wanted.detach()) < 0.13
         wanted.data = held.contiguous()
@@ -116,4 +128,5 @@ def test_matrices_that_are_stored_by_inputs_are_rounded(kind):
             assert all(same_masks(a[2], b[2]) for a, b in zip(masks, same, strict=True))
     drawn = random_packed(model.config, kind, torch.float32)
     assert drawn.transformer.h[0].mlp.c_proj.weight.shape == (160, 64)
+    assert 0.01 < drawn.transformer.wpe.weight.std() < 0.03
     assert decode(drawn, IDS, PROMPT).isfinite().all()

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.usefixtures("native")
 
 READING = "reading the tokenizer of tiny.gguf, once (a few seconds)"
 UP, DOWN = "blk.1.ffn_up.weight", "blk.0.ffn_down.weight"
+NORM = "blk.1.attn_norm.weight"
 MIXED = {
     "blk.0.ffn_gate.weight": (FFN_WIDTH, WIDTH, Kind.Q8_0),
     "blk.0.ffn_up.weight": (FFN_WIDTH, WIDTH, Kind.Q5_0),
@@ -204,10 +205,10 @@ def wrong_files(folder):
     for place, form, value, text in (
         (kind, "I", 99, f": tensor {UP} is of the unknown type 99"),
         (
-            kind,
+            _entry(whole, NORM) + 12,
             "I",
-            Kind.I8,
-            f": tensor {UP} is of type I8, in which no weights are read; give a file of another "
+            Kind.I32,
+            f": tensor {NORM} is of type I32, in which no weights are read; give a file of another "
             "quantisation",
         ),
         (

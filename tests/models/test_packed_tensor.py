@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.models.fingerprint import digest_of
-from dart_llm.models.packed import PackedTensor, few, pack
+from dart_llm.models.packed import PackedTensor, PackedView, few, pack
 from dart_llm.native.build import ops
 from packed_cases import differ, drawn_blocks, packed, rounded
 
@@ -96,7 +97,8 @@ def test_whatever_else_sees_it_dequantised(name, neurons, dtype):
     }
     for what, ask in asked.items():
         found, wanted = ask(weight), ask(dense)
-        assert type(found) is torch.Tensor, what
+        is_view = what in ("one row", "a slice", "a slice of columns")
+        assert type(found) is (PackedView if is_view else torch.Tensor), what
         near = 1e-5
         if what.startswith("a product") and dtype == torch.bfloat16:  # in float32 on some CPUs
             near = 2.0**-7 * float(wanted.abs().max())
@@ -145,6 +147,89 @@ def test_it_is_read_and_never_written():
         with pytest.raises(DartError, match='load the model with weights="dense"'):
             away()
     assert torch.equal(weight.dequantise(), dense)
+
+
+VIEWS = {
+    "row": lambda w: w[0],
+    "rows": lambda w: w[:4],
+    "columns": lambda w: w[:, 3],
+    "data": lambda w: w.data[3:5],
+    "transposed": lambda w: w.T[0],
+    "flat": lambda w: w.view(-1)[:9],
+    "narrow": lambda w: w.narrow(0, 1, 2),
+    "select": lambda w: w.select(0, 1),
+    "split": lambda w: w.split(8)[0],
+    "chunk": lambda w: w.chunk(2)[1],
+    "unbind": lambda w: w.unbind(0)[2],
+    "unsqueeze": lambda w: w.unsqueeze(0),
+    "reshape": lambda w: w.reshape(2, -1),
+    "flatten": lambda w: w.flatten(),
+    "a view of a view": lambda w: w[2:9].detach().T[1],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_views_are_read_and_never_written(view, mode):
+    """A write would go to a dequantised copy, and be lost without a word."""
+    weight, dense = made()
+    writes = [
+        lambda one: one.zero_(),
+        lambda one: one.mul_(2),
+        lambda one: one.__setitem__(0, 1.0),
+        lambda one: one.copy_(torch.ones_like(one)),
+        lambda one: one.masked_fill_(torch.ones(one.shape, dtype=torch.bool), 0.0),
+        nn.init.zeros_,
+        lambda one: torch.add(torch.ones(one.shape), 1, out=one),
+        lambda one: torch._foreach_mul_([torch.ones(1), one], 2.0),
+        lambda one: F.relu(one, inplace=True),
+    ]
+    with mode():
+        assert torch.equal(view(weight) + 0, view(dense)) and type(view(weight) * 1) is torch.Tensor
+        assert view(weight).tolist() == view(dense).tolist()
+        for write in writes:
+            with pytest.raises(DartError, match="weights in blocks are read, never written"):
+                write(view(weight))
+    assert torch.equal(weight.dequantise(), dense)
+
+
+def test_what_would_change_many_weights_at_once_is_refused():
+    weight, dense = made()
+    match = 'read, never written: load the model with weights="dense" to change or train them'
+    for write in (
+        lambda: torch._foreach_mul_([weight], 2.0),
+        lambda: torch._foreach_zero_([torch.ones(2), weight]),
+        lambda: weight.requires_grad_(),
+        lambda: weight.requires_grad_(True),
+        lambda: setattr(weight, "requires_grad", True),
+        lambda: nn.Parameter(weight.data),
+    ):
+        with pytest.raises(DartError, match=match):
+            write()
+    assert not weight.requires_grad_(False).requires_grad
+    assert torch.equal(weight.dequantise(), dense)
+
+
+def test_memory_that_is_none_is_handed_to_nobody():
+    weight, _ = made()
+    for ask in (
+        lambda: torch.from_dlpack(weight),
+        lambda: np.from_dlpack(weight.data),
+        weight.data_ptr,
+    ):
+        with pytest.raises(DartError, match='load the model with weights="dense"'):
+            ask()
+    with pytest.raises(RuntimeError, match="Cannot access data pointer"):  # C asks C
+        torch.utils.dlpack.to_dlpack(weight)
+
+
+def test_rows_from_the_end():
+    weight, dense = made()
+    for ids in ([-1], [-24, 3, -2], [5, -5]):
+        assert torch.equal(weight[torch.tensor(ids)], dense[ids])
+    for beyond in (24, -25):
+        with pytest.raises(IndexError):
+            weight[[beyond]]
 
 
 def test_copies_hold_the_same_blocks():

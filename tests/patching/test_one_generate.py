@@ -1,10 +1,15 @@
 """A run belongs to one ``generate`` at a time."""
 
+import contextlib
+import threading
+
 import pytest
 import torch
 
 from dart_llm import prune
-from dart_llm.errors import ConfigError
+from dart_llm.errors import AttachError, ConfigError, DartError
+from dart_llm.models.agreement import signature
+from steps import Same, generate
 from tiny import tiny
 
 
@@ -21,3 +26,106 @@ def test_a_second_generate_is_refused_and_the_run_goes_on():
         model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
     assert len(said) == 1
     assert run.report().decoded_tokens == 5
+
+
+class Halt:
+    """Takes a text's tokens as a streamer does; halts after the first that was generated."""
+
+    def __init__(self, first=2):
+        self.begun, self.goes_on, self.left = threading.Event(), threading.Event(), first
+
+    def put(self, *_):
+        self.left -= 1
+        if self.left == 0:
+            self.begun.set()
+            assert self.goes_on.wait(60)
+
+    def end(self):
+        pass
+
+
+@contextlib.contextmanager
+def halted(model, ids, halt):
+    """Another thread is in the middle of a text; a list that gets it, or the error, in the end."""
+    found = []
+
+    def write():
+        try:
+            found.append(generate(model, ids, 6, streamer=halt).sequences)
+        except DartError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    assert halt.begun.wait(60)
+    try:
+        yield found
+    finally:
+        halt.goes_on.set()
+        thread.join()
+
+
+IDS = torch.tensor([[5, 6, 7, 8]])
+EXECUTORS = pytest.mark.parametrize("executor", ["slim", "native", "compact", "masked"])
+
+
+@pytest.mark.usefixtures("native")
+@EXECUTORS
+def test_a_run_does_not_attach_in_the_middle_of_another_threads_text(executor):
+    model = tiny("llama")
+    dense = generate(model, IDS, 6).sequences
+    with Same(model):
+        with halted(model, IDS, Halt()) as found:
+            match = "another thread is generating with this model: attach when it has finished"
+            with pytest.raises(AttachError, match=match):
+                prune(model, "griffin", sparsity=0.5, executor=executor).attach()
+        assert torch.equal(found[0], dense)
+        with prune(model, "griffin", sparsity=0.5, executor=executor):
+            generate(model, IDS, 6)
+
+
+@pytest.mark.usefixtures("native")
+@EXECUTORS
+def test_a_text_in_the_middle_of_which_the_run_is_left_is_an_error(executor):
+    model = tiny("llama")
+    halt = Halt()
+    with Same(model), contextlib.ExitStack() as after:
+        with prune(model, "griffin", sparsity=0.5, executor=executor):
+            found = after.enter_context(halted(model, IDS, halt))
+        after.close()
+        (error,) = found
+        assert isinstance(error, AttachError) and "the run was left while another" in str(error)
+
+
+@pytest.mark.usefixtures("native")
+@EXECUTORS
+def test_a_forward_of_another_thread_ends_before_the_run_is_left(executor):
+    """It reads copies and blocks that leaving frees."""
+    model, halt, left = tiny("llama"), Halt(first=1), []
+    model.model.norm.register_forward_hook(halt.put)
+    run = prune(model, "griffin", sparsity=0.5, executor=executor).attach()
+    forward = threading.Thread(target=lambda: model(IDS, use_cache=True))
+    forward.start()
+    assert halt.begun.wait(60)
+    leave = threading.Thread(target=lambda: left.append(run.detach()))
+    leave.start()
+    leave.join(0.3)
+    assert leave.is_alive() and not left
+    halt.goes_on.set()
+    for thread in (forward, leave):
+        thread.join(60)
+    assert len(left) == 1
+
+
+def test_attributes_that_change_while_they_are_read():
+    """As where another thread attaches: a module's attributes are read, and one more is there."""
+    module = tiny("llama").model.norm
+    held = module.__dict__
+
+    class Name(str):
+        def __hash__(self):
+            held[f"other {len(held)}"] = 1
+            return 5
+
+    held[Name("one")] = 1
+    assert signature(module)

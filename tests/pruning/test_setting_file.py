@@ -60,6 +60,22 @@ def test_the_file_is_small_and_says_what_differs(tmp_path):
     assert changes_of(PruneConfig.build("dense")) == {"method": "dense"}
 
 
+def test_a_file_that_was_cut_is_refused_and_never_another_setting(tmp_path):
+    config = PruneConfig.build("dart-token", sparsity=0.3, head="screened 0.3", seed=3)
+    kept = KeptSetting(config, "q8_0", {"name": "x"}, {"loss": 0.01}, {"date": "2026-01-02"})
+    path = kept.save(tmp_path / "a.yaml")
+    whole = path.read_bytes()
+    for end in range(len(whole) - 1):  # all but the last line break
+        path.write_bytes(whole[:end])
+        with pytest.raises(ConfigError, match=r"a\.yaml"):
+            read_setting(path)
+    path.write_bytes(whole[:-1])
+    assert read_setting(path) == kept
+    path.write_bytes(whole.replace(b"complete: true", b""))
+    with pytest.raises(ConfigError, match="is cut off, for its last line, complete: true, is"):
+        read_setting(path)
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

@@ -270,6 +270,7 @@ def test_what_cannot_be_traced(tmp_path):
                 'executor compact never computes .*: give executor="masked"',
             ),
             ((tmp_path / "no" / "a",), ResultsError, "cannot write the trace .*: No such file or"),
+            ((tmp_path / ("a" * 300),), ResultsError, "cannot write the trace .*: File name too l"),
         ):
             with pytest.raises(error, match=words):
                 run.trace(*given).__enter__()
@@ -290,6 +291,30 @@ def test_what_cannot_be_traced(tmp_path):
     asked = RunSettings(trace="a", trace_activations=True)
     assert asked.prune_config().executor == "masked"
     assert RunSettings(trace="a").prune_config().executor == "auto"
+
+
+def test_it_is_one_line_for_people(tmp_path):
+    trace, _, _ = traced(tmp_path / ("a" * 250), shared_model(), **HALF)
+    assert str(trace) == f"trace of 26 tokens, {LAYERS} layers, 1 mask"
+
+
+def wrong_facts(facts):
+    """Metadata that no run writes, and what is said of it."""
+    layers, (remask, *_) = json.loads(facts["layers"]), json.loads(facts["remasks"])
+    for width in ("96", 96.0, layers[0]["width"] - 1, 0, None, 10**12):
+        yield {"layers": json.dumps([{**one, "width": width} for one in layers])}, "its layers have"
+    for wrong in ("[]", "5", "{", '{"a": 1}', "[" * 20_000):
+        yield {"layers": wrong}, "cannot read the trace"
+    for change in (
+        {"kept": 5},
+        {"kept": ["a"] * len(layers)},
+        {"kept": remask["kept"] * 3},
+        {"mask": "0"},
+        {"mask": 1e400},
+        {"before": 7},
+    ):
+        yield {"remasks": json.dumps([{**remask, **change}])}, "cannot read the trace"
+    yield {"remasks": json.dumps([{"kept": remask["kept"]}])}, "it lacks 'mask'"
 
 
 def test_files_that_are_no_trace(tmp_path):
@@ -316,8 +341,11 @@ def test_files_that_are_no_trace(tmp_path):
         ({"masks": arrays["masks"][:, 1:]}, facts, "columns have lengths that do not fit"),
         ({"mask": wide}, facts, "it names masks that it does not hold"),
         ({hook_name(1): short}, facts, "layer 1 has not the activations of all tokens"),
-        ({}, {**facts, "layers": "[]"}, "columns have lengths that do not fit"),
         ({}, {k: v for k, v in facts.items() if k != "layers"}, "it lacks 'layers'"),
+        *(({"phase": np.full_like(wide, n)}, facts, "names phases") for n in (-5, -1, 4, 99)),
+        ({"mask": arrays["mask"].astype(np.float32)}, facts, "lengths that do not fit"),
+        ({norm_name(1): arrays[norm_name(1)][:-1]}, facts, "layer 1 has not the activations"),
+        *(({}, {**facts, **change}, words) for change, words in wrong_facts(facts)),
     ):
         save_file({**arrays, **change}, path, facts_)
         with pytest.raises(ConfigError, match=words):

@@ -25,6 +25,7 @@ from dart_llm.engine.events import Record, Token
 from dart_llm.engine.requests import GenerationRequest, GenerationResult
 from dart_llm.errors import ConfigError, DartError, UnknownName
 from dart_llm.experiments.study import load_model
+from dart_llm.files import write_text
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import METHODS
 from dart_llm.reporting.console import Ui
@@ -420,18 +421,10 @@ class Commands:
         as_json = path.suffix.lower() == ".json"
         text = json.dumps(self.chat.to_dict(), indent=1) + "\n" if as_json else self.chat.to_text()
         try:
-            with open(path, "w", encoding="utf-8", opener=_own) as file:
-                file.write(text)
-        except OSError as error:
-            raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
+            write_text(path, text, mode=0o600)  # for its owner alone: it may be private
         except ValueError as error:  # a character that no file's name can have
             raise ConfigError(f"cannot write {value!r}: {error}") from None
         self.ui.say(f"saved {len(self.chat.turns)} answers to {path}")
-
-
-def _own(path: str, flags: int) -> int:
-    """Opens a new file for its owner alone: what was said may be private."""
-    return os.open(path, flags, 0o600)
 
 
 def _fraction(text: str) -> float:

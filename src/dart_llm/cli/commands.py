@@ -21,7 +21,7 @@ from dart_llm.cli.chat_settings import ChatSettings
 from dart_llm.cli.export import ExportSettings, export
 from dart_llm.cli.options import Config, Fresh, Json, Plugin, with_settings
 from dart_llm.errors import CellsFailed, ConfigError
-from dart_llm.files import finite
+from dart_llm.files import finite, write_text
 from dart_llm.pruning import plugins
 from dart_llm.pruning.config import DEFAULT_METHOD, DEFAULT_SPARSITY
 from dart_llm.server.settings import ServeSettings
@@ -143,7 +143,7 @@ def run(
         idle = False
     if save_config is not None:
         written = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
-        _write(save_config, written, "the settings file ")
+        write_text(save_config, written)
     if idle:
         raise ConfigError(
             "nothing to do: give --prompt TEXT and --generation N, or an evaluation: --perplexity, "
@@ -157,13 +157,6 @@ def run(
         return run_job(settings, ui, fresh).answer()
 
     _tell(compute, as_json)
-
-
-def _write(path: Path, text: str, kind: str = "") -> None:
-    try:
-        path.write_text(text, "utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {kind}{path}: {error.strerror or error}") from None
 
 
 def demo(
@@ -349,7 +342,7 @@ def replay(
     place = Path(records).with_suffix(".html") if out is None else out
     if place.resolve() == Path(records).resolve():
         raise ConfigError(f"{place} is the recording itself: give --out FILE")
-    _write(place, page(read_records(records)))
+    write_text(place, page(read_records(records)))
     typer.echo(str(place))
 
 

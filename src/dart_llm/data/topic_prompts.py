@@ -38,7 +38,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from dart_llm.errors import ConfigError, UnknownName
-from dart_llm.files import read_rows
+from dart_llm.files import parse_yaml, read_rows
 
 T = TypeVar("T")
 
@@ -233,23 +233,10 @@ def _data() -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     """A YAML mapping; a name that is given twice is an error, where YAML would keep the last."""
-    import yaml
-
-    class UniqueKeyLoader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            names = set[str]()
-            for key, _ in node.value:
-                if key.value in names:
-                    problem = f'the name "{key.value}" is given twice: drop one'
-                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-                names.update([key.value] if isinstance(key.value, str) else [])
-            return super().construct_mapping(node, deep)
-
     try:
-        data = yaml.load(path.read_text(encoding="utf-8-sig"), UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"cannot read the ontology file {path}: {reason}") from None
+        data = parse_yaml(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the ontology file {path}: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f'the ontology file {path} needs "domains:" with names and values below')
     return data

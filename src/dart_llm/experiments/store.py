@@ -47,10 +47,9 @@ _CHECK = TypeAdapter(DriftCheck)
 
 _STAMP = re.compile(r"\d{8}-\d{6}(-\d+)?")
 
-_CONFIG_PART = ".config.json.part"
-
-_FIRST = {LOCK, _CONFIG_PART}
-"""All that a run writes before its folder says what it is."""
+_CONFIG_PART = ".config.json.*.part"
+"""An unfinished ``config.json``: it and the lock are all that a run writes before its folder says
+what it is."""
 
 MIN_FREE_BYTES = 50 * 2**20
 
@@ -168,18 +167,19 @@ def _remove_empty(base: Path) -> None:
     """Remove folders of runs that were killed before they wrote their first file."""
     for folder in base.iterdir():
         with contextlib.suppress(OSError):  # a run that begins in one meanwhile keeps it
-            if not _STAMP.fullmatch(folder.name) or not _names(folder) <= _FIRST:
+            if not _STAMP.fullmatch(folder.name) or not _is_empty(folder):
                 continue
             lock = None if is_taken(folder) else take(folder)
             if lock is not None:
-                if _names(folder) <= _FIRST:
-                    (folder / _CONFIG_PART).unlink(missing_ok=True)
+                if _is_empty(folder):
+                    for part in folder.glob(_CONFIG_PART):
+                        part.unlink(missing_ok=True)
                 lock.release()
                 folder.rmdir()
 
 
-def _names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+def _is_empty(folder: Path) -> bool:
+    return all(path.name == LOCK or path.match(_CONFIG_PART) for path in folder.iterdir())
 
 
 def _new_folder(base: Path) -> tuple[Path, FolderLock | None]:

@@ -186,7 +186,7 @@ def signature(module: nn.Module, parts: Sequence[nn.Module] | None = None) -> tu
     found: list[Any] = []
     classes: dict[type, tuple[Any, ...]] = {}
     for one in parts_of(module) if parts is None else parts:
-        held, kind = one.__dict__, type(one)
+        held, kind = one.__dict__.copy(), type(one)  # another thread may attach meanwhile
         if not _CHANGES.isdisjoint(held) or "_orig_mod" in one._modules:
             found += _computes(one)
         elif kind in classes:  # most parts of a model are of few classes

@@ -69,9 +69,9 @@ def is_mistral(file: GgufFile) -> bool:
 
 
 def check_facts(file: GgufFile) -> None:
-    """Raise ``LoadError`` for facts that are larger than what the file holds.
+    """Raise ``LoadError`` for facts that are larger than what the file holds, or fewer layers.
 
-    A model of these would be made, only to see that no weight fits.
+    A model of these would be made, only to see that no weight fits; one of fewer layers would run.
     """
     layers = [re.match(r"blk\.(\d+)\.", tensor) for tensor in file.tensors]
     count = 1 + max((int(one[1]) for one in layers if one), default=-1)
@@ -80,6 +80,11 @@ def check_facts(file: GgufFile) -> None:
         found = file.tensors.get(tensor)
         if found is not None and len(found.shape) == 2:
             most[fact] = (found.shape[dimension], tensor)
+    if (stated := file.number("block_count")) and stated < count:
+        raise LoadError(
+            f"{file.path.name} is damaged: it states block_count {stated} and holds {count} "
+            "layers; fetch it again"
+        )
     for fact, (size, what) in most.items():
         if (stated := file.number(fact) or 0) > size:
             raise LoadError(

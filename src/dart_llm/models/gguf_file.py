@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,7 +224,7 @@ def read_gguf(path: Path) -> GgufFile:
     """What a file says of itself, none of its tensors read yet.
 
     Raises ``LoadError``, before anything is allocated, for a file that is cut off, a type that
-    is not known, and rows that do not divide into blocks; it names the tensor.
+    is not known, rows that do not divide into blocks, and tensors that overlap; it names them.
     """
     import numpy as np
 
@@ -248,7 +249,14 @@ def read_gguf(path: Path) -> GgufFile:
             f"{path.name} is not a complete GGUF file; fetch it again and compare its size"
         ) from error
     start = (header.at + align - 1) // align * align
-    stored = (_stored(path, start, len(data), *entry) for entry in entries)
+    stored = [_stored(path, start, len(data), *entry) for entry in entries]
+    by_place = sorted(stored, key=lambda one: one.begin)
+    for one, after in pairwise(by_place):
+        if after.begin < one.begin + one.size:
+            raise LoadError(
+                f"{path.name} is damaged: tensors {one.name} and {after.name} overlap; fetch it "
+                "again"
+            )
     return GgufFile(path, metadata, {one.name: one for one in stored})
 
 

@@ -7,7 +7,6 @@ columns of down lie within blocks; the order of neurons is free, so that most of
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dart_llm.errors import ConfigError, ResultsError
+from dart_llm.errors import ConfigError
+from dart_llm.files import replacing
 from dart_llm.models.gguf_facts import ARCHITECTURES
 from dart_llm.models.gguf_file import PLAIN, GgufFile, StoredTensor
 from dart_llm.models.gguf_levels import BLOCK, LEVELS, homes, moved_columns
@@ -141,18 +141,11 @@ def write_narrow(
     what ``written_architecture`` raises, and ``ResultsError`` where ``path`` cannot be written.
     """
     architecture = written_architecture(file, layers)
-    if path.exists() and path.samefile(file.path):
-        raise ConfigError(f"{path} is the file that is read: give another name")
     entries = list(_entries(file, layers))
-    partial = path.with_name(f".{path.name}.part")
-    try:
+    with replacing(path) as partial:
+        if path.exists() and path.samefile(file.path):
+            raise ConfigError(f"{path} is the file that is read: give another name")
         _write(file, architecture, _widths(file, layers), entries, partial, about)
-        partial.replace(path)
-    except OSError as error:
-        raise ResultsError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def _widths(file: GgufFile, layers: Sequence[NarrowLayer | None]) -> list[int]:

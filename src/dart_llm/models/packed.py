@@ -24,7 +24,10 @@ whole), or each column of a down projection on its own."""
 CHUNK = 1 << 22
 """Weights that are rounded at a time."""
 
-READ_ONLY = "weights in blocks are read, never written"
+READ_ONLY = (
+    "weights in blocks are read, never written: load the model with "
+    'weights="dense" to change or train them'
+)
 
 NOT_SAVED = (
     "weights in blocks are neither saved, pickled nor turned into another dtype: load "
@@ -52,6 +55,7 @@ class PackedTensor(Tensor):
             made: PackedTensor = Tensor._make_wrapper_subclass(
                 cls, shape, strides=strides, dtype=dtype
             )
+        torch._C._set_throw_on_mutable_data_ptr(made)  # it has none that C code could follow
         made.matrix, made.neurons = matrix, neurons
         return made
 
@@ -67,6 +71,8 @@ class PackedTensor(Tensor):
             raise DartError(NOT_SAVED)
         if func == Tensor.__setitem__ and isinstance(args[0], PackedTensor):
             raise DartError(READ_ONLY)  # it would write to a dequantised copy
+        if func in _OF_GRADIENTS and all([*args[1:], *(kwargs or {}).values()]):
+            raise DartError(READ_ONLY)
         with torch._C.DisableTorchFunctionSubclass():
             return (_linear if func is F.linear else func)(*args, **(kwargs or {}))
 
@@ -89,16 +95,14 @@ class PackedTensor(Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if any(isinstance(one, PackedTensor) for one in _written(func, args, kwargs or {})):
+        written = _written(func, args, kwargs or {})
+        if any(isinstance(one, PackedTensor | PackedView) for one in written):
             raise DartError(READ_ONLY)
-        known = None if "out" in (kwargs or {}) else RULES.get(func.overloadpacket)
-        found = NotImplemented if known is None else known(*args, **(kwargs or {}))
-        if found is not NotImplemented:
-            return found
-        plain = torch.utils._pytree.tree_map_only(
-            PackedTensor, PackedTensor.dequantise, (args, kwargs or {})
-        )
-        return func(*plain[0], **plain[1])
+        if not func.is_view:
+            return _computed(func, args, kwargs or {})
+        with torch.inference_mode(False):  # as for the weight itself
+            found = _computed(func, args, kwargs or {})
+        return torch.utils._pytree.tree_map_only(Tensor, PackedView.of, found)
 
     def dequantise(self, begin: int = 0, end: int | None = None) -> Tensor:
         """Rows ``begin`` to ``end`` of the stored matrix, turned as this one is."""
@@ -134,6 +138,39 @@ class PackedTensor(Tensor):
         return int(self.matrix.nbytes())
 
 
+class PackedView(Tensor):
+    """What torch gives for a view of packed weights: dequantised, and read-only as they are.
+
+    It lies in memory of its own, so that what is written to it would be lost.
+    """
+
+    @staticmethod
+    def of(found: Tensor) -> Tensor:
+        return found.as_subclass(PackedView) if type(found) is Tensor else found
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        views = [one for one in leaves if isinstance(one, PackedView)]
+        with torch._C.DisableTorchFunctionSubclass():
+            before = [one._version for one in views]
+            found = func(*args, **(kwargs or {}))
+            if before != [one._version for one in views]:
+                raise DartError(READ_ONLY)
+            own = {one.untyped_storage().data_ptr() for one in views}
+
+            def kept(one: Tensor) -> Tensor:
+                return cls.of(one) if one.untyped_storage().data_ptr() in own else one
+
+            return torch.utils._pytree.tree_map_only(Tensor, kept, found)
+
+
 def few() -> int:
     """Vectors up to which a product runs on the blocks; more are worth dequantised rows."""
     return int(ops().packed_few())
@@ -157,7 +194,18 @@ def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Itera
     if func._schema.is_mutable:
         for place, one in enumerate(func._schema.arguments):
             if one.alias_info is not None and one.alias_info.is_write:
-                yield args[place] if place < len(args) else kwargs.get(one.name)
+                found = args[place] if place < len(args) else kwargs.get(one.name)
+                yield from found if isinstance(found, list | tuple) else (found,)
+
+
+def _computed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """By the rule for ``func``, or on dequantised weights."""
+    known = None if "out" in kwargs else RULES.get(func.overloadpacket)
+    found = NotImplemented if known is None else known(*args, **kwargs)
+    if found is not NotImplemented:
+        return found
+    plain = torch.utils._pytree.tree_map_only(PackedTensor, PackedTensor.dequantise, (args, kwargs))
+    return func(*plain[0], **plain[1])
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -185,24 +233,31 @@ def _product(x: Tensor, weight: Any, turned: bool = False) -> Any:
     """x [n, N] times weight [N, M]; or, ``turned``, times the transpose of weight [M, N]."""
     if not isinstance(weight, PackedTensor) or isinstance(x, PackedTensor):
         return NotImplemented
-    if x.dtype != weight.dtype:
+    if x.dtype != weight.dtype or _has_gradients(x):
         return NotImplemented
     return ops().packed_product(x, weight.matrix, weight.neurons != turned, few())
+
+
+def _has_gradients(x: Tensor) -> bool:
+    """Whether ``x`` is part of a gradient: inputs that are rounded to 8 bits would blur it."""
+    return (x.requires_grad and torch.is_grad_enabled()) or torch._C._current_graph_task_id() >= 0
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As torch's, by one product of rows: of three dimensions it would copy the whole weight."""
     rows = x.reshape(-1, x.shape[-1])
-    y: Any = NotImplemented
-    if not torch.is_grad_enabled():
-        y = _product(rows, weight, turned=True)
+    y: Any = _product(rows, weight, turned=True)
     if y is NotImplemented:
         y = torch.mm(rows, weight.t())
     found: Tensor = y.reshape(*x.shape[:-1], len(weight))
     return found if bias is None else found + bias
 
 
-_OF_STORAGE = (Tensor.untyped_storage, Tensor.storage, Tensor.share_memory_)
+_OF_STORAGE = (
+    *(Tensor.untyped_storage, Tensor.storage, Tensor.share_memory_),
+    *(Tensor.data_ptr, Tensor.__dlpack__),
+)
+_OF_GRADIENTS = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 _SET = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
@@ -228,9 +283,9 @@ def _selected(weight: Any, dim: int, ids: Tensor) -> Any:
 
 def _indexed(weight: Any, ids: Sequence[Tensor | None]) -> Any:
     first = ids[0] if len(ids) == 1 else None
-    if first is None or first.dim() != 1 or first.dtype == torch.bool:
+    if first is None or first.dim() != 1 or not first.dtype.is_signed:
         return NotImplemented
-    return _selected(weight, 0, first)
+    return _selected(weight, 0, torch.where(first < 0, first + len(weight), first))
 
 
 def _sliced(

@@ -137,11 +137,7 @@ def _weight(
         if stored.pairs:
             blocks = _by_halves(blocks, tensor.name, config)
         matrix = ops().packed_from_blocks(blocks.contiguous(), tensor.kind, rows, columns, order)
-        if not all(bool(part.isfinite().all()) for part in matrix.parts()):
-            raise LoadError(
-                f"{tensor.path.name} is damaged: scales of {tensor.name} are no numbers; "
-                "fetch it again"
-            )
+        _check_finite(tensor, "scales", *matrix.parts())
         return PackedTensor(matrix, dtype, (order == "neurons") != by_inputs)
     return _dense(tensor, stored, config, dtype, by_inputs=by_inputs)
 
@@ -150,12 +146,20 @@ def _dense(
     tensor: StoredTensor, stored: Stored, config: Any, dtype: torch.dtype, *, by_inputs: bool
 ) -> Tensor:
     values = tensor.values()
+    _check_finite(tensor, "weights", values)
     if stored.pairs:
         values = _by_halves(values, tensor.name, config)
     if stored.plus_one and tensor.name.endswith("norm.weight"):
         values = values.float() - 1
     turned = by_inputs and values.dim() == 2  # of a bias there is one order
     return (values.t() if turned else values).to(dtype).contiguous()
+
+
+def _check_finite(tensor: StoredTensor, what: str, *values: Tensor) -> None:
+    if not all(bool(one.isfinite().all()) for one in values):
+        raise LoadError(
+            f"{tensor.path.name} is damaged: {what} of {tensor.name} are no numbers; fetch it again"
+        )
 
 
 def _by_halves(rows: Tensor, name: str, config: Any) -> Tensor:
@@ -215,10 +219,11 @@ def _is_odd(*modules: nn.Module) -> bool:
 
 
 def _matrices(model: nn.Module) -> list[tuple[list[str], list[nn.Module]]]:
-    """The modules that hold each matrix, and their names."""
+    """The modules that hold each matrix, and their names; not embeddings of positions."""
     found: dict[int, tuple[list[str], list[nn.Module]]] = {}
+    words = model.get_input_embeddings()  # type: ignore[operator]
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding) or is_by_inputs(module):
+        if isinstance(module, nn.Linear) or module is words or is_by_inputs(module):
             names, modules = found.setdefault(id(module.weight), ([], []))
             names.append(name)
             modules.append(module)
@@ -232,7 +237,8 @@ def _drawn(width: int, begin: int, end: int) -> Tensor:
 def random_packed(config: Any, kind: str, dtype: torch.dtype, **arguments: Any) -> nn.Module:
     """A model of random weights in blocks of ``kind``, made matrix by matrix.
 
-    ``arguments``: for the model.  Norms are 1, biases 0; draws from torch's global generator.
+    ``arguments``: for the model.  Norms are 1, biases 0, embeddings of positions random and dense;
+    draws from torch's global generator.
     """
     model = empty_model(config, dtype=dtype, **arguments)
     order = _orders(model)
@@ -243,8 +249,11 @@ def random_packed(config: Any, kind: str, dtype: torch.dtype, **arguments: Any) 
         _put(made, modules)
     for name, one in list(model.named_parameters()):
         if one.is_meta:
-            fill = torch.zeros if name.endswith("bias") else torch.ones
             module_name, _, attribute = name.rpartition(".")
-            plain = nn.Parameter(fill(one.shape, dtype=dtype), requires_grad=False)
+            if one.dim() > 1:
+                values = _drawn(one.shape[1], 0, len(one))
+            else:
+                values = torch.full(one.shape, float(not name.endswith("bias")))
+            plain = nn.Parameter(values.to(dtype), requires_grad=False)
             setattr(model.get_submodule(module_name), attribute, plain)
     return model.eval()

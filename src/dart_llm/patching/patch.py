@@ -70,7 +70,7 @@ class ModelPatch(NotCopied):
         self.rows = 1
         self.forced_decode = 0
         self.forced_prompt = 0
-        self._turn = Turn(model)
+        self._turn = Turn(model, self)
         self._begun = False
         """Whether the next forward of the model was read and planned already."""
         self.loop: Loop | OwnLoop | None = None
@@ -101,7 +101,9 @@ class ModelPatch(NotCopied):
         check_free(self.model)
         _active.add(self)
         try:
+            self._turn.reserve()
             self._install()
+            self._turn.free()
         except BaseException:
             self.remove()
             raise
@@ -112,6 +114,7 @@ class ModelPatch(NotCopied):
         native = self.executor == "slim" or (self.executor == "native" and prunes)
         self._hook_root()
         self._wrap_generate()
+        self._turn.begin()
         if prunes:
             self._replace_ffns()
             if self.executor == "triton":
@@ -265,6 +268,7 @@ class ModelPatch(NotCopied):
     def _remove(self) -> None:
         self._released = self.nbytes()
         self._changes.end()
+        self._turn.close()
         self.layout.restore()  # while hooks on the model still hold what knows of it
         self._changes.undo()
         if self.slim is not None and self._native:
@@ -338,6 +342,7 @@ class ModelPatch(NotCopied):
         None where only that will do: before the first step on a cache, and where somebody looks on.
         """
         slim = self.slim
+        self._turn.check()
         if slim is None or not self._is_alone() or not slim.goes_on(cache):
             return None
         self._take_turn()
@@ -392,7 +397,9 @@ class ModelPatch(NotCopied):
             loop_method = TokenLoop(self._decode, kwargs.get("streamer"))
             kwargs = {**kwargs, "custom_generate": loop_method}
         try:
-            return original(*args, **kwargs)
+            found = original(*args, **kwargs)
+            self._turn.check()  # else some of its tokens are dense
+            return found
         finally:
             self.loop, self.plan, self._begun = None, ForwardPlan(False, False, ()), False
             self._turn.free()

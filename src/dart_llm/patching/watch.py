@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,26 +99,43 @@ def _weight_places(parts: Sequence[nn.Module]) -> list[tuple[Any, ...]]:
     return list(zip(map(place_of, weights), strides, strict=True))
 
 
-class Turn:
-    """Which thread runs an attached model: what its hooks see must be one text."""
+RUNS, GENERATES = ("_call_impl", "_decode"), ("_call_impl", "generate")
+"""Names of the functions in which a thread is while a forward, or any text, is under way."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+
+class Turn:
+    """Which thread runs an attached model: what its hooks see must be one text.
+
+    ``owners``: the model, and the patch that may take steps without a call of it.
+    """
+
+    def __init__(self, *owners: object) -> None:
+        self._owners = owners
         self._runs = self._generates = 0
+        self.is_over = False
 
     def take(self) -> bool:
         """A forward begins: whether the one before it was left unfinished.
 
-        Raises ``ConfigError`` while another thread runs the model.
+        Raises ``ConfigError`` while another thread runs the model, ``AttachError`` after ``close``.
         """
         own, before = threading.get_ident(), self._runs
-        others = {self._generates, before if self._is_inside(before) else 0} - {0, own}
+        others = {self._generates, before if self._is_inside(before, RUNS) else 0} - {0, own}
         if others:
             raise ConfigError(
                 "another thread is running this model: a pruned model runs one forward at a time"
             )
         self._runs = own
+        self.check()
         return before != 0
+
+    def check(self) -> None:
+        """Raise ``AttachError`` after ``close``."""
+        if self.is_over:
+            raise AttachError(
+                "the run was left while another thread was generating in it: let it wait for that "
+                "thread, or let both take turns by a lock"
+            )
 
     def end(self) -> None:
         """The forward is done."""
@@ -131,12 +149,27 @@ class Turn:
         """``generate`` is done."""
         self._generates = 0
 
-    def _is_inside(self, thread: int) -> bool:
-        """Whether ``thread`` is in a call of the model now; an interrupted call has been left."""
+    def begin(self) -> None:
+        """Raise ``AttachError`` where another thread is in the middle of a text."""
+        own = threading.get_ident()
+        if any(self._is_inside(one, GENERATES) for one in sys._current_frames() if one != own):
+            raise AttachError(
+                "another thread is generating with this model: attach when it has finished, or "
+                "let both take turns by a lock"
+            )
+
+    def close(self) -> None:
+        """No forward begins any more, and none of another thread goes on after this."""
+        self.is_over = True
+        while self._runs != threading.get_ident() and self._is_inside(self._runs, RUNS):
+            time.sleep(0.001)  # it reads what is freed next
+
+    def _is_inside(self, thread: int, names: Sequence[str]) -> bool:
+        """Whether ``thread`` is in one of these functions now; an interrupted one has been left."""
         frame = sys._current_frames().get(thread) if thread else None
         while frame is not None:
-            called = frame.f_code is nn.Module._call_impl.__code__
-            if called and frame.f_locals["self"] is self._model:
+            called = frame.f_code.co_name in names and frame.f_locals.get("self")
+            if any(called is one for one in self._owners):
                 return True
             frame = frame.f_back
         return False

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dart_llm.errors import ConfigError
-from dart_llm.files import read_yaml
+from dart_llm.files import read_yaml, write_text
 from dart_llm.pruning.layer_table import parse_layer_spec
 from dart_llm.pruning.registry import BUDGETS, DRIFT_RULES, METHODS, SCORES
 
@@ -288,7 +288,9 @@ def first_problem(error: ValidationError, called: str = "") -> str:
     for bound, words in BOUNDS.items():
         if bound in problem.get("ctx", {}):
             return f"{where} {problem['input']} must be {words} {problem['ctx'][bound]:g}"
-    shown = "" if where in SECRET else f" = {problem['input']!r}"
+    value = repr(problem["input"])
+    value = value if len(value) <= 200 else f"{value[:200]}..."
+    shown = "" if where in SECRET else f" = {value}"
     return f"{where}{shown}: {problem['msg'].lower()}"
 
 
@@ -508,10 +510,10 @@ class PruneConfig(Part):
         return self.model_dump(mode="json", exclude=left_out)
 
     def save(self, path: str | Path) -> None:
-        """Write as YAML."""
+        """Write as YAML, whole; raises ``ResultsError`` where that cannot be."""
         import yaml
 
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        write_text(Path(path), yaml.safe_dump(self.to_dict(), sort_keys=False))
 
     @classmethod
     def load(cls, path: str | Path) -> PruneConfig:

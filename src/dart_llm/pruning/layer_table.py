@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dart_llm.errors import ConfigError
+from dart_llm.files import write_text
 
 AUTO = "auto"
 
@@ -140,12 +141,7 @@ def write_table(path: Path, counts: Sequence[int], note: str) -> None:
     """Write keep counts as a table file that ``read_table`` reads; ``note`` becomes a comment."""
     lines = [f"# {line}" for line in note.splitlines()]
     lines += [f"{layer}:#{count}" for layer, count in enumerate(counts)]
-    try:
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write the layer table {path}: {error.strerror or error}"
-        ) from None
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def read_table(path: Path) -> str:

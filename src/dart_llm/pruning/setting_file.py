@@ -7,19 +7,23 @@ method's preset, as a variants file says it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dart_llm.errors import ConfigError
-from dart_llm.files import read_yaml
+from dart_llm.files import read_yaml, write_text
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.pruning.registry import METHODS, SETTING
 
 HEAD = '# Found by dart-llm tune; use it by --method file:{name}, or prune(model, "file:{name}").\n'
 
 SECTIONS = ("found", "model", "measured", "setting")
+
+LAST = "complete"
+"""The last key of a file that ``save`` wrote: one that was cut off would be another setting."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +41,16 @@ class KeptSetting:
     found: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> Path:
-        """Write as YAML; raises ``ConfigError`` where that cannot be."""
+        """Write as YAML, whole; raises ``ResultsError`` where that cannot be."""
         import yaml
 
         path = Path(path)
         setting = {"weights": self.weights, **changes_of(self.config)}
         parts = {**{name: dict(getattr(self, name)) for name in SECTIONS[:-1]}, "setting": setting}
-        text = HEAD.format(name=path.name) + yaml.safe_dump(parts, sort_keys=False, width=100)
-        try:
+        text = yaml.safe_dump({**parts, LAST: True}, sort_keys=False, width=100)
+        with contextlib.suppress(OSError):  # the next step says what is wrong with it
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot write the setting {path}: {error.strerror}") from None
+        write_text(path, HEAD.format(name=path.name) + text)
         return path
 
 
@@ -82,6 +84,11 @@ def read_setting(path: Path) -> KeptSetting:
     if not isinstance(setting, Mapping) or "method" not in setting:
         raise ConfigError(
             f"{path} is no setting file, for it has no setting with a method: write one by "
+            f"dart-llm tune --save {path}"
+        )
+    if SECTIONS[0] in data and data.get(LAST) is not True:
+        raise ConfigError(
+            f"{path} is cut off, for its last line, {LAST}: true, is missing: write it again by "
             f"dart-llm tune --save {path}"
         )
     own = {str(name): value for name, value in setting.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -209,6 +210,7 @@ class Trace:
             "achieved_sparsity": f"{report.achieved_sparsity:.6f}",
             "phases": ",".join(PHASES),
             "layers": json.dumps(layers),
+            "neurons": str(sum(self._widths)),
             "remasks": json.dumps(self.remasks),
         }
         self.nbytes = self._file.finish(told)
@@ -263,7 +265,7 @@ def open_trace(run: Run, path: Path, activations: bool) -> Iterator[Trace]:
     if run.tracing is not None:
         raise AttachError("this run is being traced already: leave that block first")
     check_traceable(run.config)
-    if path.is_dir():
+    if os.path.isdir(path):  # which takes any name
         raise ConfigError(f"the trace {path} is a folder: give the name of a file")
     if activations and run.executor != "masked":
         raise ConfigError(

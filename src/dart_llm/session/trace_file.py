@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dart_llm.errors import ConfigError, MissingExtra, ResultsError
+from dart_llm.reporting import words
 
 Array = NDArray[Any]
 
@@ -66,7 +67,8 @@ class ColumnFile:
         self.path = path
         self._columns: dict[str, _Column] = {}
         try:
-            made = tempfile.mkdtemp(".part", f".{path.name}.", path.parent)
+            path.exists()  # an error where the name is too long
+            made = tempfile.mkdtemp(".part", f".{path.name[:50]}.", path.parent)
             self._folder = Path(made)
             for number, (name, (dtype, row)) in enumerate(columns.items()):
                 file = (self._folder / str(number)).open("w+b")
@@ -138,7 +140,10 @@ def read_trace(path: str | Path) -> TraceFile:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         found = TraceFile(dict(facts), arrays)
         found.check()
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (
+        *(OSError, SafetensorError, ValueError, KeyError, TypeError),
+        *(OverflowError, RecursionError),
+    ) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ConfigError(
             f"cannot read the trace {path}: {reason}; a run that was killed leaves none, so "
@@ -179,20 +184,37 @@ class TraceFile:
         return hook_name(0) in self.arrays
 
     def check(self) -> None:
-        """Raise ``ValueError`` or ``KeyError`` where columns do not fit each other."""
-        masks, bits = self.arrays["masks"], sum(-(-one["width"] // 8) for one in self.layers)
-        lengths = {len(self.arrays[name]) for name in COLUMNS}
-        if len(lengths) != 1 or masks.ndim != 2 or masks.shape[1] != bits or not self.layers:
+        """Raise ``ValueError``, ``TypeError`` or ``KeyError`` where parts do not fit each other."""
+        masks, phases = self.arrays["masks"], self.arrays["phase"]
+        widths = [one["width"] for one in self.layers]
+        if not _whole(widths) or min(widths, default=0) < 1:
+            raise ValueError("its layers have widths that are none")
+        if str(sum(widths)) != self.facts["neurons"]:
+            raise ValueError("its layers have not the number of neurons that it states")
+        shapes = {(self.arrays[name].shape, self.arrays[name].dtype.str) for name in COLUMNS}
+        bits = sum(-(-width // 8) for width in widths)
+        if shapes != {((len(phases),), "<i4")} or masks.shape[1:] != (bits,):
             raise ValueError("its columns have lengths that do not fit")
+        if ((phases < 0) | (phases >= len(PHASES))).any():
+            raise ValueError("it names phases that there are not")
         named = [one[key] for one in self.remasks for key in ("mask", "before")]
-        known = np.array([number for number in named if number is not None], np.int64)
-        numbers = np.concatenate([self.arrays["mask"], known])
+        known = [number for number in named if number is not None]
+        kept = [one["kept"] for one in self.remasks]
+        if not _whole(known) or any(len(of) != len(widths) or not _whole(of) for of in kept):
+            raise ValueError("its re-masks hold something else than a number per layer")
+        numbers = np.concatenate([self.arrays["mask"], np.array(known, np.int64)])
         if ((numbers < DENSE) | (numbers >= len(masks))).any():
             raise ValueError("it names masks that it does not hold")
         for layer in range(len(self.layers)) if self.has_activations else ():
-            kept = int(self._counts(layer)[self._has_values].sum())
-            if len(self.arrays[hook_name(layer)]) != kept:
+            ran = int(self._counts(layer)[self._has_values].sum())
+            values, norms = self.arrays[hook_name(layer)], self.arrays[norm_name(layer)]
+            if values.shape != (ran,) or norms.shape != (widths[layer],):
                 raise ValueError(f"layer {layer} has not the activations of all tokens")
+
+    def __repr__(self) -> str:
+        tokens, masks = len(self.arrays["mask"]), len(self.arrays["masks"])
+        counts = {"token": tokens, "layer": len(self.layers), "mask": masks}
+        return "trace of " + ", ".join(words.count(number, noun) for noun, number in counts.items())
 
     # which neurons
 
@@ -322,6 +344,10 @@ class TraceFile:
         sequence and row, or against all neurons; None where every token chooses.
         """
         return _frame(self.remask_columns())
+
+
+def _whole(numbers: Sequence[Any]) -> bool:
+    return all(type(one) is int for one in numbers)
 
 
 def _fill(cells: Array, values: Sequence[Array]) -> None:

@@ -127,7 +127,7 @@ def test_what_a_kill_left_empty_goes_with_the_next_run(tmp_path, monkeypatch):
     empty, begun, held, kept = (base / f"20260101-00000{n}" for n in range(4))
     for folder in (empty, begun, held, kept, base / "notes"):
         folder.mkdir(parents=True)
-    for name in (".lock", ".config.json.part"):
+    for name in (".lock", ".config.json.0123abcd.part"):
         (begun / name).touch()
     (kept / "notes.txt").touch()
     with held_elsewhere(held):
