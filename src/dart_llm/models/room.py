@@ -53,8 +53,8 @@ def weights_size(checkpoint: Checkpoint, dtype: Any, weights: str) -> Size | Non
     if checkpoint.file is not None:
         known = read_gguf(checkpoint.file)
         name = str(dtype).removeprefix("torch.").replace("auto", "bfloat16")
-        others = {"--weights file": sum(one.size for one in known.tensors.values())}
-        return Size(WIDTHS.get(name, 4) * known.float32_bytes // 4, f"in {name}", others)
+        packed = {"--weights file": sum(one.size for one in known.tensors.values())}
+        return Size(WIDTHS.get(name, 4) * known.float32_bytes // 4, f"in {name}", packed)
     if file := checkpoint.arguments.get("gguf_file"):
         size = read_gguf(Path(checkpoint.reference) / file).float32_bytes
         return Size(size, "in float32", {})

@@ -439,14 +439,11 @@ class TuneStudy(Study[TuneSettings]):
     def _limit(self, one: Candidate, row: choice.Row) -> float | None:
         """Bytes that a token of the base reads over those of ``one``."""
         base = choice.quality_row(self.base, self.lines, self.settings.seed)
-        sizes = [
-            None if share is None else share * self.held[form].width
-            for share, form in (
-                (base["bytes_share"], self.candidates[0].form),
-                (row["bytes_share"], one.form),
-            )
-        ]
-        return None if None in sizes else float(sizes[0] / sizes[1])
+        shares = base["bytes_share"], row["bytes_share"]
+        if None in shares:
+            return None
+        forms = self.held[self.candidates[0].form], self.held[one.form]
+        return float(shares[0] * forms[0].width / (shares[1] * forms[1].width))
 
     def _reference_row(self, label: str) -> choice.Row:
         file = self.files[label]
