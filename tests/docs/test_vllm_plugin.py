@@ -202,7 +202,7 @@ def vllm(monkeypatch):
     """Stand-ins for the modules that the plug-in imports, and what was registered."""
     registered = {}
     registry = SimpleNamespace(register_model=registered.__setitem__)
-    llama = type("LlamaForCausalLM", (), {})
+    llama = type("LlamaForCausalLM", (), {"forward": lambda self, ids: f"logits of {ids}"})
     held = {
         "vllm": {"ModelRegistry": registry},
         "vllm.model_executor.models.llama": {"LlamaForCausalLM": llama},
@@ -273,6 +273,21 @@ def test_the_state_tells_the_masks_what_vllm_tells_it(vllm):
     state.prepare_inputs(batch(["a"], [0, 1], [False]), None)
     assert state.masks.ids(0) is None
     assert state.calls == [("add", 3), ("remove", "a")]
+
+
+def test_a_runner_that_makes_no_state_is_refused(vllm):
+    """Model runner V1 calls the model and never asks for its state: all would be dense."""
+    model = importlib.import_module("dart_vllm.model")
+    whole = model.PrunedLlamaForCausalLM()
+    whole.model = SimpleNamespace(layers=[])
+    with pytest.raises(
+        RuntimeError, match=r"no request would be pruned: .* or uninstall dart-vllm"
+    ):
+        whole.forward("ids")
+    whole.get_model_state_cls()(config(), whole, None, "cpu")
+    assert whole.forward("ids") == "logits of ids"
+    with pytest.raises(RuntimeError):  # another model of the same process
+        model.PrunedLlamaForCausalLM().forward("ids")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A prototype of a plug-in for vLLM.  It was never run in vLLM: docs/integrations.md says more.
+"""A prototype of a plug-in for vLLM.  It was never run on a GPU: docs/integrations.md says more.
 
 ``masks`` and ``ffn`` need no vLLM and are tested; ``model`` is the thin part that touches it.
 """

@@ -1,4 +1,4 @@
-"""The part that touches vLLM.  Never run there: written after the sources of vLLM 0.32.
+"""The part that touches vLLM, written after the sources of vLLM 0.32.
 
 Model runner V2, its default, asks a model for the class of its ``ModelState``, and tells that of
 requests that begin and end and of every batch before the forward.
@@ -6,6 +6,7 @@ requests that begin and end and of every batch before the forward.
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 from vllm.model_executor.models.llama import LlamaForCausalLM
@@ -22,6 +23,7 @@ class PrunedState(DefaultModelState):
         super().__init__(vllm_config, model, encoder_cache, device)
         _check(vllm_config)
         self.masks = RequestMasks()
+        model.has_masks = True
         for number, layer in enumerate(model.model.layers):
             layer.mlp.forward = PrunedFfn(layer.mlp, number, self.masks)
 
@@ -59,7 +61,23 @@ def _check(config: Any) -> None:
 
 
 class PrunedLlamaForCausalLM(LlamaForCausalLM):
-    """vLLM's own model; its state replaces the FFNs' forwards when the weights are there."""
+    """vLLM's own model; its state replaces the FFNs' forwards when the weights are there.
+
+    Without that state every answer would be dense, whatever a request asks for: the first forward,
+    which vLLM makes before it serves anything, raises ``RuntimeError``.
+    """
+
+    has_masks = False
+
+    @wraps(LlamaForCausalLM.forward)  # of which vLLM asks what it takes
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.has_masks:
+            raise RuntimeError(
+                "dart_vllm: vLLM did not ask the model for its state, as model runner V2 does, so "
+                "that no request would be pruned: leave VLLM_USE_V2_MODEL_RUNNER alone and run "
+                "on a GPU, or uninstall dart-vllm (on a CPU vLLM takes model runner V1)"
+            )
+        return super().forward(*args, **kwargs)
 
     @staticmethod
     def get_model_state_cls() -> type[PrunedState]:
