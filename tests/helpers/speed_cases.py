@@ -3,6 +3,7 @@
 import json
 
 from dart_llm.experiments.study import run_study
+from dart_llm.experiments.timing import repetition
 from dart_llm.reporting.console import Ui
 from dart_llm.settings import merge
 from dart_llm.studies.speed.settings import SpeedSettings
@@ -32,6 +33,13 @@ def job(root, name="llama", ui=None, **more):
     return run_study(
         SpeedStudy(settings(root, name, **more), ui or Ui(quiet=True), bandwidth_mib=1)
     )
+
+
+def steady(model, ids, tokens, make):
+    """``repetition`` whose tokens always take the same time: nothing that it times is disturbed."""
+    found = repetition(model, ids, tokens, make)
+    ms = 2.0 - 0.4 * found["achieved_sparsity"] if "achieved_sparsity" in found else 4.0
+    return {**found, "steps_s": [ms / 1000] * len(found["steps_s"])}
 
 
 def sample(steps_ms, phases="", built=(), **more):

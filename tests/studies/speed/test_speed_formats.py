@@ -12,12 +12,12 @@ from dart_llm.experiments.llama_bench import VARIABLE
 from dart_llm.experiments.timing import WARM, reference_turn
 from dart_llm.reporting import figures
 from dart_llm.settings import merge
-from dart_llm.studies.speed import reference, summary
+from dart_llm.studies.speed import reference, study, summary
 from dart_llm.studies.speed.settings import SpeedSettings
 from llama_bench import write_bench
 from lm_cases import call
 from shells import ROOT
-from speed_cases import job, settings
+from speed_cases import job, settings, steady
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -42,6 +42,7 @@ def whole(native, bench, tmp_path_factory):
     gguf = write_gguf(root / "tiny.gguf")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, str(bench[0]))
+        patch.setattr(study, "repetition", steady)
         return job(root, **asked(gguf), weights="file,q8_0,dense", reference="llama.cpp")
 
 

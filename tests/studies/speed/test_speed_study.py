@@ -16,12 +16,12 @@ from dart_llm.files import write_json
 from dart_llm.patching import executors
 from dart_llm.reporting import figures
 from dart_llm.reporting.console import Ui
-from dart_llm.studies.speed import summary
+from dart_llm.studies.speed import study, summary
 from dart_llm.studies.speed.settings import EXECUTORS
 from dart_llm.studies.speed.study import SpeedStudy
 from lm_cases import call
 from shells import ROOT
-from speed_cases import PROMPT, TOKENS, job, settings, shape
+from speed_cases import PROMPT, TOKENS, job, settings, shape, steady
 from stopping import Stopping
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -37,7 +37,9 @@ def lines(folder):
 
 @pytest.fixture(scope="module")
 def whole(native, tmp_path_factory):
-    return job(tmp_path_factory.mktemp("whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "repetition", steady)
+        return job(tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture
@@ -107,8 +109,8 @@ def test_the_plot_has_the_limit_as_a_line(whole):
     x, y = (list(map(float, values)) for values in line.get_data())
     assert y == pytest.approx([1 / (1 - share * value / 100) for value in x])
     heights = [float(point.get_ydata()[0]) for point in points]
-    ratios = [row["times_own_dense"] for row in whole.summary["rows"]]
-    assert heights == pytest.approx([one for one in ratios if one is not None])
+    assert heights == pytest.approx([0.5, 1.0, *[2 / 1.8] * 3])  # of what ``steady`` takes
+    assert heights == pytest.approx([row["times_own_dense"] for row in whole.summary["rows"]])
     dense = [row for row in whole.summary["rows"] if not row["variant"]]
     assert summary.make({**whole.summary, "rows": dense}) == []
     assert set(summary.COLOURS) == {None, "llama.cpp", *EXECUTORS}
