@@ -82,7 +82,7 @@ drop_default_total() { # ARGUMENTS...
   [[ ${TOTAL_PRUNE_PERCENT-} == "$default_total" ]] || return 0
   local argument why=''
   for argument in "$@"; do
-    case "$argument" in --sparsity | --sparsity=*) why="$argument sets the amount" ;; esac
+    case "$argument" in --sparsity | --sparsity=* | --sparsities | --sparsities=*) why="$argument sets the amount" ;; esac
   done
   if [[ ${METHOD-} == dense* ]]; then
     why="METHOD=$METHOD removes nothing"

@@ -49,6 +49,9 @@ class Settings(BaseModel):
     UNUSED: ClassVar[tuple[str, ...]] = ()
     """Fields of a base class that the command has no use for: they are no flags of it."""
 
+    RIVALS: ClassVar[tuple[set[str], ...]] = ()
+    """What is rivals in this command alone, as of ``RIVALS`` below."""
+
     _notes: tuple[str, ...] = PrivateAttr(())
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -80,6 +83,12 @@ class Settings(BaseModel):
         copy = self.model_copy(update=dict(changes))
         copy._notes = (*self._notes, *notes)
         return copy
+
+    @property
+    def given(self) -> list[str]:
+        """Names of the settings that differ from their default."""
+        fields = type(self).model_fields
+        return [name for name in fields if getattr(self, name) != fields[name].default]
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -231,8 +240,7 @@ def values_for(settings: Any) -> tuple[dict[str, Any], list[str]]:
 
     A setting counts as given where it differs from its default: the scripts hand on every default.
     """
-    fields = type(settings).model_fields
-    given = [name for name in fields if getattr(settings, name) != fields[name].default]
+    given = settings.given
     changes: dict[str, Any] = {}
     notes = []
     for name in given:
@@ -254,7 +262,7 @@ def _flag(name: str) -> str:
 
 
 RIVALS = (
-    {"sparsity", "total_prune_percent"},
+    {"sparsity", "total_prune_percent", "sparsities"},
     {"knowledge_drift", "drift"},
     {"prompt", "prompt_file", "custom_prompt_text"},
 )
@@ -524,9 +532,10 @@ def merge(
     named = {field: known.get(f"DART_{field.upper()}", "") for field in kind.model_fields}
     variables = {field: value for field, value in named.items() if value}
     merged: dict[str, Any] = {}
+    rivals = (*RIVALS, *getattr(kind, "RIVALS", ()))
     for source in (read_file(file) if file else {}, variables, flags):
         given = {key: value for key, value in source.items() if value is not None}
-        beaten = {name for group in RIVALS if given.keys() & group for name in group}
+        beaten = {name for group in rivals if given.keys() & group for name in group}
         merged = {key: value for key, value in merged.items() if key not in beaten} | given
     settings = kind.model_validate(merged)
     name = getattr(settings, "experiment_name", None)

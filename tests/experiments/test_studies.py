@@ -153,7 +153,7 @@ CASES = (
     Case("detect", 3, _passages, _detection, ("detect", _detect)),
     Case("inspect", 3, _texts, _inspection, ("inspect layers weights space", _inspect)),
     Case("perplexity", 4, _texts, _perplexity, finer=True),
-    Case("run", 3, _texts, _run, timed=True, finer=True),
+    Case("run", 4, _texts, _run, timed=True, finer=True),
     Case("drift", 4, _drift_passages, _drift),
     Case("quality", 16, _quality_text, _quality),
     Case("speed", 3, _shape, _speed, timed=True),

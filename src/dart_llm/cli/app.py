@@ -17,9 +17,6 @@ from dart_llm.errors import DartError
 
 INTERRUPTED = 130
 
-RESUMING = {command.name.split()[0] for command in COMMANDS if command.resumes}
-"""Commands that keep what is finished in a results folder and go on there."""
-
 
 def _version(value: bool) -> None:
     if value:
@@ -75,8 +72,7 @@ def run() -> None:
         app()
     except SystemExit as error:
         if error.code == INTERRUPTED:  # typer turns Ctrl-C into this exit code
-            resumes = next(iter(sys.argv[1:]), "") in RESUMING
-            sys.stderr.write(f"interrupted{'; the same command resumes' if resumes else ''}\n")
+            sys.stderr.write("interrupted\n")
         raise
     except DartError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
@@ -84,5 +80,5 @@ def run() -> None:
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
-    """A scheduler's polite end is an interruption: what is finished is kept, and said."""
+    """A scheduler's polite end is an interruption: what is finished is kept."""
     raise KeyboardInterrupt

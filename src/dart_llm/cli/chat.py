@@ -318,12 +318,9 @@ def last_table(turns: Sequence[Exchange]) -> TerminalTable:
     """The last answer's accounting."""
     last = turns[-1].result
     each = last.timings.to_dict()["predicted_per_token_ms"]
-    timing: dict[str, Any] = {}
-    if each:
-        name = "dense" if last.report.method == "dense" else "pruned"
-        timing["seconds_per_token"] = {name: each / 1e3}
+    timing = {"seconds_per_token": {"answer": each / 1e3}} if each else {}
     report = replace(last.report, sequences=())
-    return accounting_table(report.to_dict(), timing).rich()
+    return accounting_table({"answer": report.to_dict()}, timing).rich()
 
 
 HELP = {

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.resources import files
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,13 +66,6 @@ class Command:
         one = len(self.examples) == 1
         told = [f"Example: {self.examples[0]}"] if one else ["Examples:", *self.examples]
         return "\n\n".join((HELP[self.name]["help"], *told))
-
-    @property
-    def resumes(self) -> bool:
-        """Whether it keeps what is finished and goes on there: what can be told to start anew."""
-        return isinstance(self.function, str) or (
-            self.name == "demo" or "fresh" in signature(self.function).parameters
-        )
 
     def callback(self) -> Callable[..., None]:
         """The function with its options in its signature."""

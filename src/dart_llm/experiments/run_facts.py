@@ -12,9 +12,10 @@ from typing import Any
 from dart_llm.experiments.store import ResultsView, flat, mapping, number
 from dart_llm.reporting import page
 from dart_llm.reporting import words as sentences
+from dart_llm.reporting.speed_up import ADVICE
 from dart_llm.reporting.table import PageTable, bytes_text
 
-SETTINGS = {"settings": "Settings of the run", "prune": "Configuration of the masks"}
+SETTINGS = {"settings": "Settings that were given"}
 
 PROVENANCE = {
     "versions": "Versions",
@@ -40,16 +41,20 @@ def render(
 
 
 def _tables(view: ResultsView, captions: Mapping[str, str], head: str) -> list[PageTable]:
-    """Entries of config.json as tables of names and values."""
-    found = []
+    """Entries of config.json as tables of names and values; settings that were given alone."""
+    found, given = [], view.config.get("given")
     for key, caption in captions.items():
         entries = flat(mapping(view.config.get(key)))
+        if key == "settings" and isinstance(given, list):
+            entries = {name: value for name, value in entries.items() if name in given}
         rows = tuple((name, _plain(value)) for name, value in entries.items())
         found += [PageTable(caption, (head, "value"), rows, numeric=False)] if rows else []
     return found
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -58,13 +63,22 @@ def _plain(value: Any) -> str:
 
 
 def title(view: ResultsView) -> str:
+    if len(view.accountings) > 1:
+        return f"{_settings(view)} on {view.name}"
     if view.method == "dense":
         return f"Dense on {view.name}"
     amount = "" if view.asked is None else f" at {sentences.percent(view.asked)}"
     return f"{view.method}{amount} on {view.name}"
 
 
+def _settings(view: ResultsView) -> str:
+    """The settings of a run of several, in words."""
+    return named(map(sentences.label_text, view.accountings))
+
+
 def conclusion(view: ResultsView) -> str:
+    if len(view.accountings) > 1:
+        return f"One prompt, dense and under {len(view.accountings)} settings."
     rows = view.perplexity[0]["rows"] if view.perplexity else []
     return sentences.conclusion(rows, accounting=view.generated, method=view.method)
 
@@ -86,8 +100,11 @@ def facts(view: ResultsView) -> list[tuple[str, str, bool]]:
     where = "generated text" if view.generated else "perplexity slices"
     achieved = number(_accounting(view).get("achieved_sparsity"))
     shares = [None if s is None else sentences.percent(s) for s in (view.asked, achieved)]
+    method: str | None = None if view.method == "unknown" else view.method
+    if len(view.accountings) > 1:
+        shares, method = [None, None], _settings(view)
     found: list[tuple[str, Any, bool]] = [
-        ("method", None if view.method == "unknown" else view.method, False),
+        ("method" if len(view.accountings) < 2 else "settings", method, False),
         ("sparsity asked for", shares[0], False),
         ("achieved sparsity", shares[1] and f"{shares[1]} ({where})", False),
         ("checkpoint", known.get("name"), False),
@@ -121,7 +138,12 @@ def _command(command: Any) -> str | None:
 
 
 def cards(view: ResultsView) -> list[tuple[str, str, str]]:
-    """The figures that head the page: value, what it is, and a note."""
+    """The figures that head the page: value, what it is, and a note.
+
+    Of several settings none: the tables compare them.
+    """
+    if len(view.accountings) > 1:
+        return []
     found, counted = [], _accounting(view)
     achieved = number(counted.get("achieved_sparsity"))
     dense = number(counted.get("dense_token_share"))
@@ -135,15 +157,22 @@ def cards(view: ResultsView) -> list[tuple[str, str, str]]:
     if row is not None and over is not None:
         note = f"{sentences.row_name(row)}, text {view.perplexity[0].get('text', 'not known')}"
         found.append((f"x {sentences.times(over)}", "perplexity over dense", note))
-    speed, limit = number(view.timing.get("speed_up")), number(view.timing.get("bytes_limit"))
-    if speed is not None:
-        note = "one run" if limit is None else f"one run; the bytes read allow {limit:.2f} x"
-        what = f"speed of decoding over dense{sentences.dense_by(view.timing)}"
-        found.append((f"{speed:.2f} x", what, note))
+    found += _speed_card(view.timing)
     if dense is not None:
         count = sentences.count(int(counted.get("remasks") or 0), "re-mask")
         found.append((sentences.percent(dense), "of the decoded tokens ran dense", count))
     return found
+
+
+def _speed_card(timing: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    what = f"speed of decoding over dense{sentences.dense_by(timing)}"
+    if timing.get("disturbed"):
+        return [("disturbed", what, ADVICE)]
+    speed, limit = number(timing.get("speed_up")), number(timing.get("bytes_limit"))
+    if speed is None:
+        return []
+    note = "" if limit is None else f"bandwidth limit {limit:.2f} x"
+    return [(f"{speed:.2f} x", what, note)]
 
 
 def other_times(timing: Mapping[str, Any]) -> str:

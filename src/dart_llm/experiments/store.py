@@ -225,9 +225,13 @@ def timing_text(timing: dict[str, Any]) -> str:
     """timing_<time>.log: the numbers of timing.json for people."""
     lines = []
     for key, value in timing.items():
+        if value is None:
+            continue
         if isinstance(value, dict):
-            known = {name: number for name, number in value.items() if number is not None}
-            value = ", ".join(f"{name} {number:.4g}" for name, number in known.items())
+            known = {name: one for name in value if (one := number(value[name])) is not None}
+            if value and not known:
+                continue  # lists and documents, which the JSON file alone has
+            value = ", ".join(f"{name} {one:.4g}" for name, one in known.items())
         lines.append(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
     return "\n".join(lines) + "\n"
 
@@ -262,11 +266,15 @@ class ResultsView:
         return mapping(self.config.get("checkpoint"))
 
     @property
+    def accountings(self) -> dict[str, dict[str, Any]]:
+        """Accounting of every pruned text, by the name of its variant."""
+        known = {str(one.get("variant")): one.get("accounting") for one in self.generations}
+        return {name: mapping(one) for name, one in known.items() if one and name != "dense"}
+
+    @property
     def generated(self) -> dict[str, Any] | None:
-        """Accounting of the pruned generation, if there is one."""
-        pruned = [one for one in self.generations if one.get("variant") != "dense"]
-        known = (mapping(one["accounting"]) for one in pruned if one.get("accounting"))
-        return next(known, None)
+        """Accounting of the pruned generation, the first of several, if there is one."""
+        return next(iter(self.accountings.values()), None)
 
     @property
     def method(self) -> str:

@@ -19,7 +19,6 @@ from dart_llm.errors import (
     LoadError,
     MissingExtra,
     ResultsError,
-    UnknownName,
     failure_text,
 )
 from dart_llm.experiments.provenance import origin
@@ -136,7 +135,12 @@ class Study(Generic[S]):
 
     def load(self) -> None:
         """Load what the units need; by default the model and its tokenizer."""
-        self.model, self.tokenizer, self.timing["load_s"] = load_model(self.load_settings, self.ui)
+        self.model, self.tokenizer, self.timing["load_s"] = load_model(
+            self.load_settings, self.ui, self.check
+        )
+
+    def check(self, tokenizer: Any, config: Any) -> None:
+        """Raise what is wrong with the settings for this model, before its weights are read."""
 
     def around(self) -> contextlib.AbstractContextManager[Any]:
         """Entered while the study loads and computes, e.g. a tracker."""
@@ -247,7 +251,7 @@ def run_study(study: AnyStudy, fresh: bool = False) -> AnyStudy:
 def _resumable(study: Study[Any]) -> Iterator[None]:
     """The work of a study: when it breaks off, what there is is left in order.
 
-    A new folder goes away again where the model could not be loaded.  Raises what stopped the work,
+    A new folder goes away again where the model was not loaded.  Raises what stopped the work,
     and ``LoadError`` with next steps where memory ran out.
     """
     folder, ui = study.folder, study.ui
@@ -257,14 +261,14 @@ def _resumable(study: Study[Any]) -> Iterator[None]:
         yield
     except BaseException as error:
         ui.end_line()
-        unloaded = study.model is None and isinstance(error, UnknownName | LoadError)
+        unloaded = study.model is None and isinstance(error, DartError)
         if unloaded and not folder.resumed and not folder.parts:
             folder.discard()
         else:
             with contextlib.suppress(ResultsError):  # a full disk must not hide the first error
                 stopped = isinstance(error, KeyboardInterrupt)
                 _write_config(study, "interrupted" if stopped else "failed")
-                if study.has_results:
+                if study.has_results or folder.parts:
                     kept = f"what was finished is kept in {study.path}"
                     ui.say(f"{kept}; the same command resumes")
                 _write_logs(study)
@@ -328,6 +332,7 @@ def _write_config(study: Study[Any], status: str) -> None:
         "kind": study.kind,
         "status": status,
         "settings": dict(study.identity),
+        "given": study.settings.given,
         "prune": study.prune_document(),
         **origin(None if model is None else str(model.device)),
         "checkpoint": None if model is None else dict(checkpoint_facts(model)),

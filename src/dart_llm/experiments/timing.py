@@ -111,16 +111,18 @@ def repetition(model: Any, ids: Tensor, tokens: int, make: Make) -> Sample:
     which masks were built.  ``attach_s`` and what follows are absent of the untouched model.
     """
     growth = Growth(torch.device(model.device))
+    return {**decode(model, ids, tokens, make), "peak_growth_bytes": growth.bytes}
+
+
+def decode(model: Any, ids: Tensor, tokens: int, make: Make) -> Sample:
+    """As ``repetition``, without the memory."""
     begin = time.perf_counter()
     run = make()
     if run is None:
-        found = _decode(model, ids, tokens, None)
-    else:
-        with run:
-            attach = time.perf_counter() - begin
-            found = _decode(model, ids, tokens, run)
-            found["attach_s"] = attach
-    return {**found, "peak_growth_bytes": growth.bytes}
+        return _generate(model, ids, tokens, None)
+    with run:
+        attach = time.perf_counter() - begin
+        return {**_generate(model, ids, tokens, run), "attach_s": attach}
 
 
 def prefill(model: Any, ids: Tensor, make: Make) -> float:
@@ -169,7 +171,7 @@ class _Clock(BaseStreamer):
         return
 
 
-def _decode(model: Any, ids: Tensor, tokens: int, run: Run | None) -> Sample:
+def _generate(model: Any, ids: Tensor, tokens: int, run: Run | None) -> Sample:
     clock = _Clock(run)
     model.generate(
         ids,

@@ -15,8 +15,11 @@ from typing import Any
 CLOSE = 1.1
 """A perplexity below this multiple of dense counts as close to dense."""
 
-TRANSFORMERS, SAME_STEPS = "transformers", "the same steps"
-"""What decodes a dense text: the untouched model, or whole steps of ours, as the pruned one's."""
+TRANSFORMERS, OUR_KERNELS = "transformers", "our kernels"
+"""What decodes a dense text: the untouched model, or the kernels that the pruned one runs by."""
+
+WORTH = 0.1
+"""A gain in speed below this is not worth a loss."""
 
 FEWEST_ITEMS = 6
 """Items that an interval needs, and that must differ before a difference can be called significant:
@@ -96,6 +99,15 @@ def row_name(row: Row) -> str:
     asked = row.get("sparsity")
     name = f"{method}, own counts" if asked is None else f"{method} {percent(asked)}"
     return f"{name}{mostly_dense(row.get('accounting'))}"
+
+
+def label_text(label: str) -> str:
+    """ "dart@0.5" -> "dart 50 %"; other labels as they are."""
+    method, _, amount = label.partition("@")
+    try:
+        return f"{method} {percent(float(amount))}"
+    except ValueError:
+        return label
 
 
 def measured(rows: Sequence[Row]) -> list[Row]:
@@ -198,57 +210,65 @@ def _quality(row: Row, rows: Sequence[Row]) -> list[str]:
 
 
 def advice(rows: Sequence[Row], method: str | None = None) -> str:
-    """Where to start, from the measured rows that stay close to dense, of ``method`` first."""
+    """What the largest sparsity close to dense costs and gains, of ``method`` first."""
     own = [row for row in measured(rows) if row.get("method") == method] if method else []
     tried = own or [row for row in measured(rows) if row.get("method") != "dense"]
-    near = {_removed(row) for row in tried if (ratio(row, rows) or CLOSE) < CLOSE}
-    close, limit = sorted(near - {0.0}), f"within {percent(CLOSE - 1, 0)} of dense"
-    if not close:
-        others = [r for r in measured(rows) if _removed(r) and (ratio(r, rows) or CLOSE) < CLOSE]
-        if best := max(others, key=_removed, default=None):
+    close, limit = _close(tried, rows), f"within {percent(CLOSE - 1, 0)} of dense"
+    if close is None:
+        if best := _close(measured(rows), rows):
             return f"of what was measured {row_name(best)} stays {limit}"
         return f"try lower sparsities: nothing measured here stays {limit}"
-    if len(close) == 1:
-        return f"for this model start at up to {percent(close[0])}"
-    return f"for this model start at {percent(close[0])[:-2]} to {percent(close[-1])}"
+    amount, low = percent(_removed(close)), (close.get("interval") or (math.inf,))[0]
+    cost = "costs this model nothing measurable" if low <= 1 else f"stays {limit}"
+    return f"up to {amount} {cost}{_gain(close.get('accounting') or {})}"
+
+
+def _close(tried: Sequence[Row], rows: Sequence[Row]) -> Row | None:
+    """The largest sparsity of ``tried`` that stays close to dense."""
+    near = [row for row in tried if _removed(row) and (ratio(row, rows) or CLOSE) < CLOSE]
+    return max(near, key=_removed, default=None)
+
+
+def _gain(accounting: Row) -> str:
+    """What reading fewer bytes gains at most, where that is little."""
+    gain = (accounting.get("bytes_limit") or math.inf) - 1
+    return f"; it also gains only {percent(gain, 0)} at most" if gain < WORTH else ""
 
 
 def timing_sentence(timing: Mapping[str, Any]) -> str:
-    """Milliseconds per token, dense and pruned, beside what the bytes allow."""
-    dense, pruned = _seconds(timing)
+    """Milliseconds per token, dense and pruned, and the speed-up beside what the bytes allow."""
+    each = timing.get("seconds_per_token") or {}
+    dense = each.get("dense")
+    judged = timing.get("speed_ups") or {"pruned": timing}
+    pruned = {name: one for name, one in judged.items() if each.get(name)}
     if not dense or not pruned:
-        known = dense or pruned
+        known = dense or next((each[name] for name in pruned), None)
         return f"{1000 * known:.1f} ms per token." if known else "No time was measured."
-    words = f"Pruned {1000 * pruned:.1f} ms per token, dense {1000 * dense:.1f}{dense_by(timing)}"
-    return f"{words}: {_pace(dense / pruned, timing)}."
+    parts = [f"Dense {1000 * dense:.1f} ms per token{dense_by(timing)}"]
+    for name, one in pruned.items():
+        parts.append(f"{label_text(name)} {1000 * each[name]:.1f}{pace(one)}")
+    return f"{'; '.join(parts)}."
 
 
 def dense_by(timing: Mapping[str, Any]) -> str:
-    """What decoded the dense text: " by the same steps", " by transformers", or "" if not known."""
+    """What decoded the dense text: " by our kernels", " by transformers", or "" if not known."""
     known = timing.get("dense_by")
     return f" by {known}" if known else ""
 
 
-def allowed(timing: Mapping[str, Any]) -> str:
-    """The speed-up that the bytes allow; what is beyond it where dense ran by transformers."""
-    beyond = timing["speed_up"] > timing["bytes_limit"] and timing.get("dense_by") == TRANSFORMERS
-    return (
-        f"{timing['bytes_limit']:.2f} x{', the rest does not come from pruning' if beyond else ''}"
-    )
+def pace(judged: Mapping[str, Any], short: bool = False) -> str:
+    """A speed-up as ``SpeedUp.to_dict`` has it: ": 1.21 x as fast (bandwidth limit 1.30 x)".
 
-
-def _seconds(timing: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    each = timing.get("seconds_per_token") or {}
-    return each.get("dense"), each.get("pruned")
-
-
-def _pace(speed_up: float, timing: Mapping[str, Any]) -> str:
-    limit = ""
-    if timing.get("bytes_limit"):
-        limit = f"; the bytes read allow {allowed({**timing, 'speed_up': speed_up})}"
-    if speed_up >= 1:
-        return f"{times(speed_up)} x as fast as dense{limit}"
-    return f"{times(1 / speed_up)} x slower than dense{limit}"
+    ``short``: without the limit, and without what to do about a disturbance.
+    """
+    speed_up, limit = judged.get("speed_up"), judged.get("bytes_limit")
+    at_most = f" (bandwidth limit {limit:.2f} x)" if limit and not short else ""
+    if speed_up is not None:
+        how = f"{speed_up:.2f} x as fast" if speed_up >= 1 else f"{1 / speed_up:.2f} x slower"
+        return f": {how}{at_most}"
+    if not judged.get("disturbed"):
+        return ""
+    return ": disturbed" if short else f": {judged['disturbed']}{at_most}"
 
 
 def count(number: int, noun: str) -> str:

@@ -91,19 +91,6 @@ class Generation:
     def text(self) -> str:
         return "".join(self.tokens)
 
-    @property
-    def first_token_seconds(self) -> float | None:
-        return self.seconds[0] if self.seconds else None
-
-    @property
-    def seconds_per_token(self) -> float | None:
-        """Mean over the decoded tokens (the first token comes from the prompt).
-
-        The mean, for the sparsity of a text is a mean too: dense tokens and masks are in it.
-        """
-        rest = self.seconds[1:]
-        return sum(rest) / len(rest) if rest else None
-
 
 HALF = "\ufffd"
 """What a decoder gives for part of a character."""

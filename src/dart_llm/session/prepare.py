@@ -111,7 +111,8 @@ class PreparedMethod:
 logger = logging.getLogger("dart_llm")
 
 
-def _is_untouched(config: PruneConfig) -> bool:
+def is_untouched(config: PruneConfig) -> bool:
+    """Whether ``config`` leaves the model as it is, modules and executor too."""
     plain = config.executor == "auto" and not config.screens
     return config.method == "dense" and config.target == 0 and plain
 
@@ -138,7 +139,7 @@ def prepare(
     """
     if masks is not None:
         return PreparedMethod(model, tokenizer, config, masks)
-    if config is None or _is_untouched(config):
+    if config is None or is_untouched(config):
         return PreparedMethod(model, tokenizer, None, facts=weight_facts(model))
     if config.weight_bits is not None:
         say(f"rounding a copy of the weights to {config.weight_bits} bits")

@@ -3,6 +3,8 @@
 from dart_llm.experiments.drift_plot import drift_sentence
 from dart_llm.pruning.records import DriftCheck
 from dart_llm.reporting import words
+from dart_llm.reporting.speed_up import SpeedUp
+from dart_llm.studies.generate import report
 from fake_results import accounting, drift_checks, kept_counts, perplexity, remasks
 
 
@@ -17,23 +19,65 @@ DENSE = row("dense", 0.0, 1.0)
 def test_advice_comes_from_the_measured_rows():
     lower = "try lower sparsities: nothing measured here stays within 10 % of dense"
     for ratios, advice in (
-        ({0.1: 1.03, 0.2: 1.09, 0.5: 2.1}, "for this model start at 10 to 20 %"),
-        ({0.2: 1.0999, 0.5: 2.1}, "for this model start at up to 20 %"),
+        ({0.1: 1.03, 0.2: 1.09, 0.5: 2.1}, "up to 20 % stays within 10 % of dense"),
+        ({0.2: 1.0999, 0.5: 2.1}, "up to 20 % stays within 10 % of dense"),
         ({0.2: 1.1, 0.5: 2.1}, lower),
-        ({0.1: 1.03, 0.125: 1.04, 0.3: 1.2}, "for this model start at 10 to 12.5 %"),
+        ({0.1: 1.03, 0.125: 1.04, 0.3: 1.2}, "up to 12.5 % stays within 10 % of dense"),
     ):
         rows = [DENSE, *(row("dart", sparsity, ratio) for sparsity, ratio in ratios.items())]
         assert words.advice(rows, "dart") == advice
     rows = [DENSE, row("griffin", 0.3, 1.01), row("dart", 0.5, 2.0), row("dart", 0.0, 1.0)]
     other = "of what was measured griffin 30 % stays within 10 % of dense"
     assert words.advice(rows, "dart") == other  # else of another method's, of pruned ones
-    assert words.advice(rows, "griffin") == "for this model start at up to 30 %"
+    assert words.advice(rows, "griffin") == "up to 30 % stays within 10 % of dense"
+
+
+def test_advice_says_what_a_loss_that_cannot_be_measured_gains():
+    """Nothing lost is said where the interval holds 1; a gain below a tenth is said too."""
+    free = "up to 30 % costs this model nothing measurable"
+    for interval, limit, advice in (
+        ([0.98, 1.01], 1.052, f"{free}; it also gains only 5 % at most"),
+        ([0.98, 1.01], 1.2, free),
+        ([1.01, 1.02], 1.2, "up to 30 % stays within 10 % of dense"),
+    ):
+        own = row("dart-token", 0.3, 1.0, interval=interval, accounting={"bytes_limit": limit})
+        assert words.advice([DENSE, own], "dart-token") == advice
+
+
+def test_the_verdict_of_a_demo():
+    counted = {**accounting("griffin", 0.5, 0.5, 0.0), "bytes_limit": 1.42}
+    perplexities = {"text": "embedded", "rows": [DENSE, row("griffin", 0.5, 2.1)]}
+    tune = "dart-llm tune --quick."
+    for speed_up, limit, sentence in (
+        (1.04, 1.05, "On this model pruning gains 4 %: use it dense; on yours run "),
+        (None, 1.05, "On this model pruning gains 5 % at most: use it dense; on yours run "),
+        (0.9, 1.05, "On this model pruning is not faster: use it dense; on yours run "),
+        (
+            1.31,
+            1.42,
+            "On this model griffin 50 % gains 31 % and multiplies perplexity by 2.1; on yours run ",
+        ),
+        (
+            None,
+            1.42,
+            "On this model griffin 50 % gains 42 % at most and multiplies perplexity by 2.1; "
+            "on yours run ",
+        ),
+    ):
+        own = {**counted, "bytes_limit": limit}
+        found = report.verdict({"speed_up": speed_up}, [perplexities], own, is_default=True)
+        assert found == sentence + tune
+    found = report.verdict({"speed_up": 1.04}, [], counted, is_default=False)
+    other = "other settings are measured by dart-llm tune --quick."
+    assert found == f"On this model pruning gains 4 %: use it dense; {other}"
 
 
 def test_conclusions_of_what_was_measured(snapshot):
     rows = [DENSE, row("dart", 0.3, 1.5), row("griffin", 0.7, 9.0)]
     half, each = accounting("dart", 0.5, 0.5, 0.0), "seconds_per_token"
-    fast = {each: {"dense": 0.05, "pruned": 0.025}, "bytes_limit": 1.42}
+    fast = {each: {"dense": 0.05, "pruned": 0.04}, **SpeedUp(1.25, 1.42, 0.01).to_dict()}
+    several = {"dart@0.3": SpeedUp(1.25, 1.42).to_dict(), "dart@0.5": SpeedUp(None, 2).to_dict()}
+    times = {"dense": 0.05, "dart@0.3": 0.04, "dart@0.5": 0.01}
     demo = [DENSE, row("dart", 0.5, 2.0), row("dart", 0.2, 1.15), row("dart-token", 0.5, 1.03)]
     own = {**accounting("x", 0.4, 0.4, 0.0), "requested_sparsity": None}
     assert [
@@ -50,10 +94,11 @@ def test_conclusions_of_what_was_measured(snapshot):
         words.perplexity_sentence({"text": "embedded", "rows": demo}, "dart-token"),
         words.perplexity_sentence({"text": "embedded", "rows": demo}, "dart"),
         words.perplexity_sentence({"text": "wikitext2", "rows": [DENSE]}),
-        words.timing_sentence({each: {"dense": 0.05, "pruned": 0.04}, "bytes_limit": 1.42}),
-        words.timing_sentence({each: {"dense": 0.04, "pruned": 0.05}}),
-        words.timing_sentence({**fast, "dense_by": "transformers"}),
-        words.timing_sentence({**fast, "dense_by": "the same steps"}),
+        words.timing_sentence(fast),
+        words.timing_sentence({**fast, **SpeedUp(0.8, 1.42).to_dict()}),
+        words.timing_sentence({**fast, "dense_by": "our kernels"}),
+        words.timing_sentence({**fast, **SpeedUp(None, 1.42).to_dict()}),
+        words.timing_sentence({each: times, "speed_ups": several}),
         words.timing_sentence({each: {"dense": 0.04}}),
     ] == snapshot
 

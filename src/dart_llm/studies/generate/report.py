@@ -13,73 +13,45 @@ from dart_llm.experiments import run_facts
 from dart_llm.experiments.store import ResultsView, mapping, number, read
 from dart_llm.files import write_text
 from dart_llm.reporting import page, words
+from dart_llm.reporting.speed_up import ADVICE
 from dart_llm.reporting.table import NOTHING, Column, PageTable, Record, Table, bytes_text, grouped
 from dart_llm.reporting.words import percent
 from dart_llm.studies.generate import plots
 
 ACCOUNTING = (
-    Column("sparsity asked for", lambda r: _asked_text(r.get("requested_sparsity"))),
-    Column("achieved sparsity (dense tokens count 0)", "achieved_sparsity", percent),
-    Column("sparsity while pruned", "sparsity_while_pruned", percent),
+    Column("FFN neurons removed (asked)", lambda r: f"{_achieved(r)} ({_asked(r)})"),
     Column("decoded tokens that ran dense", "dense_token_share", percent),
-    Column("decoded tokens", "decoded_tokens", ","),
-    Column("prompt tokens", "prompt_tokens", ","),
     Column("re-masks", "remasks", ","),
-    Column(
-        "masks built, by cause",
-        lambda r: (
-            ", ".join(f"{k} {n}" for k, n in mapping(r.get("remask_causes")).items()) or "none"
-        ),
-    ),
-    Column("executor", "executor"),
-    Column("FFN FLOPs over dense, as executed", "ffn_flops_share", ".3f"),
-    Column("FFN FLOPs over dense, if compact", "ffn_flops_share_if_compact", ".3f"),
-    Column("FFN bytes over dense, as executed", "ffn_bytes_share", ".3f"),
-    Column("FFN bytes over dense, if compact", "ffn_bytes_share_if_compact", ".3f"),
-    Column("bytes per token over dense at bfloat16", "token_bytes_share", ".3f"),
-    Column("FFN share of all weight bytes read", "ffn_share_of_bytes", percent),
-    Column("memory held beside the model", "extra_memory_bytes", bytes_text),
+    Column("weight bytes over dense (bandwidth limit)", lambda r: _bytes_read(r)),
+    Column("extra memory", "extra_memory_bytes", bytes_text),
 )
-"""Lines of the tables of accounting, whose columns are runs."""
-
-COPIES = (
-    Column("of the FLOPs, to choose neurons", "proxy_flops_share", ".3f"),
-    Column("of the bytes, to choose neurons", "proxy_bytes_share", ".3f"),
-    Column("relative error of the copies", "proxy_error", ".3f"),
-    Column("the same of Gaussian weights", "proxy_error_gaussian", ".3f"),
-)
-"""Shown where tokens chose their own neurons."""
-
-HEAD = (
-    Column("of the output head's bytes", lambda report: _of_head(report, "bytes_share", ".3f")),
-    Column("best word kept, of tokens looked at", lambda report: _of_head(report, "same_share")),
-    Column("KL against the whole head", lambda report: _of_head(report, "kl", ".4f")),
-)
-"""Shown where the output head was screened."""
+"""Lines of the tables of accounting, whose columns are runs; generation.jsonl has all numbers."""
 
 
-def _of_head(report: Record, key: str, form: str = ".1%") -> str:
-    """A number of the head's, "" where it was whole."""
-    head = mapping(report.get("head"))
-    return format(head[key], form) if head else ""
+def _achieved(report: Record) -> str:
+    return percent(report.get("achieved_sparsity"))
 
 
-def _more(reports: Sequence[Record]) -> tuple[Column, ...]:
-    """Lines for what only some runs do."""
-    copies = any(report.get("proxy_bytes_share") for report in reports)
-    screened = any(report.get("head") for report in reports)
-    return (*(COPIES if copies else ()), *(HEAD if screened else ()))
+def _asked(report: Record) -> str:
+    return _asked_text(report.get("requested_sparsity"))
 
 
 def _asked_text(sparsity: float | None) -> str:
     return "set by the method" if sparsity is None else percent(sparsity)
 
 
+def _bytes_read(report: Record) -> str | None:
+    limit = report.get("bytes_limit")
+    if limit is None:
+        return None
+    if report.get("executor") == "masked":
+        return "1.00 (masking skips no work)"
+    return f"{1 / limit:.2f} ({limit:.2f} x)"
+
+
 def accounting(view: ResultsView) -> PageTable | None:
-    """One column per pruned run: the generated text, then the rows of the perplexity tables."""
-    columns: list[tuple[str, Record]] = []
-    if view.generated:
-        columns.append(("generated text", view.generated))
+    """One column per pruned text, then the rows of the perplexity tables."""
+    columns = list(_named(view.accountings).items())
     for document in view.perplexity:
         for row in document["rows"]:
             if row.get("accounting"):
@@ -87,10 +59,15 @@ def accounting(view: ResultsView) -> PageTable | None:
                 columns.append((name, mapping(row["accounting"])))
     if not columns:
         return None
-    shown = (*ACCOUNTING, *_more([record for _, record in columns]))
-    rows = tuple((line.head, *(line.cell(record) for _, record in columns)) for line in shown)
+    rows = tuple((line.head, *(line.cell(record) for _, record in columns)) for line in ACCOUNTING)
     head = ("quantity", *(name for name, _ in columns))
     return PageTable("Accounting of the decoded tokens", head, rows)
+
+
+def _named(accountings: Mapping[str, Record]) -> dict[str, Record]:
+    """Accountings of generated texts under the heads of their columns."""
+    single = len(accountings) == 1
+    return {"generated text" if single else _setting(one): one for one in accountings.values()}
 
 
 PERPLEXITY = (
@@ -99,15 +76,26 @@ PERPLEXITY = (
     Column("achieved", "achieved_sparsity", percent),
     Column("dense tokens", "dense_token_share", percent),
     Column("re-masks", "remasks"),
-    Column("perplexity", "perplexity", lambda v: f"{v:,.2f}" if v < 1e5 else words.figure(v)),
-    Column("x dense", "over_dense", ",.2f"),
-    Column("95 % interval", "interval", lambda ends: f"{ends[0]:,.2f} to {ends[1]:,.2f}"),
-    Column("mean loss (nats)", "mean_loss", ".3f"),
+    Column(
+        "perplexity",
+        "perplexity",
+        lambda v: f"{v:,.2f}" if v < 1e5 else words.figure(v),
+        needed=True,
+    ),
+    Column("x dense", "over_dense", ",.2f", needed=True),
+    Column("x dense, 95 % interval", "interval", lambda ends: f"{ends[0]:,.2f} to {ends[1]:,.2f}"),
+    Column("mean loss (nats)", "mean_loss", ".3f", terminal=False),
 )
 
 
 def perplexity(document: Record, strong: Record | None) -> PageTable:
     """Achieved sparsity, dense share and re-masks beside every number."""
+    marked = next((place for place, row in enumerate(document["rows"]) if row == strong), None)
+    return replace(perplexity_table(document), strong=marked).html()
+
+
+def perplexity_table(document: Record) -> Table:
+    """The same for the terminal."""
     rows = []
     for row in document["rows"]:
         counted = mapping(row.get("accounting"))
@@ -115,43 +103,60 @@ def perplexity(document: Record, strong: Record | None) -> PageTable:
             counted = {"achieved_sparsity": 0.0, "dense_token_share": 1.0, "remasks": 0}
         over = None if row.get("perplexity") is None else words.ratio(row, document["rows"])
         rows.append({**counted, **row, "over_dense": over})
-    marked = next((place for place, row in enumerate(document["rows"]) if row == strong), None)
-    return Table("", plots.protocol(document), PERPLEXITY, rows, strong=marked).html()
+    return Table("", plots.protocol(document), PERPLEXITY, rows)
 
 
-WEIGHTS_READ = "weights read per token, as stored"
+PACE = (
+    Column("decoding", "name", words.label_text),
+    Column("ms to the first token", "first", lambda v: f"{1000 * v:,.0f}", terminal=False),
+    Column("ms per token", "seconds", lambda v: f"{1000 * v:,.1f}", needed=True),
+    Column("tokens per second", "seconds", lambda v: f"{1 / v:,.1f}"),
+    Column("x transformers", "over_transformers"),
+    Column("x dense", "over_dense", needed=True),
+    Column("bandwidth limit", "limit", lambda v: f"{v:.2f} x", terminal=False),
+    Column("MB read per token", "bytes", lambda v: f"{v / 1e6:,.1f}"),
+)
+
+
+def pace(timing: Mapping[str, Any]) -> Table:
+    """What a token takes here, dense and pruned, and elsewhere, the slowest first."""
+    firsts, sizes = (
+        mapping(timing.get(key)) for key in ("time_to_first_token_s", "weight_bytes_per_token")
+    )
+    over = mapping(timing.get("over_transformers"))
+    judged = mapping(timing.get("speed_ups")) or {"pruned": timing}
+    each = {n: v for n, v in mapping(timing.get("seconds_per_token")).items() if number(v)}
+    rows = [
+        {
+            "name": name,
+            "first": firsts.get(name),
+            "seconds": seconds,
+            "over_transformers": _ratio(mapping(over.get(name))),
+            "over_dense": _ratio(mapping(judged.get(name))),
+            "limit": mapping(judged.get(name)).get("bytes_limit"),
+            "bytes": sizes.get(name),
+        }
+        for name, seconds in sorted(each.items(), key=lambda one: -one[1])
+    ]
+    columns = tuple(one for one in PACE if over or one.value != "over_transformers")
+    turns = max((len(one) for one in mapping(timing.get("turns")).values()), default=0)
+    caption = f"Time per decoded token, median of {turns} interleaved turns"
+    return Table("", caption if turns else "Time per decoded token", columns, rows)
+
+
+def _ratio(judged: Mapping[str, Any]) -> str | None:
+    """A ratio as ``SpeedUp.to_dict`` has it, in words."""
+    if judged.get("disturbed"):
+        return "disturbed"
+    ratio = number(judged.get("speed_up"))
+    return None if ratio is None else f"{ratio:.2f}"
 
 
 def timing(view: ResultsView) -> PageTable | None:
-    """Seconds, tokens per second and bytes, dense beside pruned, and the ratio the bytes allow.
-
-    A last column where llama.cpp was timed.
-    """
-    kinds = (
-        ("time to the first token (ms)", "time_to_first_token_s", 1000.0, False),
-        ("time per decoded token, mean (ms)", "seconds_per_token", 1000.0, False),
-        ("tokens per second", "tokens_per_second", 1.0, True),
-        (f"{WEIGHTS_READ} (MB)", "weight_bytes_per_token", 1e-6, False),
-    )
-    own = ("dense", "pruned")
-    others = [n for n in mapping(view.timing.get("seconds_per_token")) if n not in own]
-    rows = []
-    for label, key, scale, inverse in kinds:
-        each = mapping(view.timing.get(key))
-        dense, pruned, *more = (number(each.get(name)) for name in (*own, *others))
-        if dense is None and pruned is None:
-            continue
-        gain = (pruned / dense if inverse else dense / pruned) if dense and pruned else None
-        cells = [NOTHING if v is None else f"{scale * v:,.1f}" for v in (dense, pruned, *more)]
-        cells.insert(len(own), NOTHING if gain is None else f"{gain:.2f} x")
-        rows.append((label, *cells))
-    limit = number(view.timing.get("bytes_limit"))
-    if rows and limit is not None:
-        cells = [NOTHING, NOTHING, f"{limit:.2f} x", *(NOTHING for _ in others)]
-        rows.append(("most that the bytes read allow", *cells))
-    if not rows:
-        return None
-    return PageTable("Times of one run", ("quantity", *own, "gain", *others), tuple(rows))
+    """The same for the page."""
+    table = pace(view.timing)
+    shown = [one for one in table.columns if any(one.raw(row) is not None for row in table.rows)]
+    return replace(table, columns=tuple(shown)).html() if table.rows else None
 
 
 REMASKS = (
@@ -324,60 +329,73 @@ def render(view: ResultsView) -> str:
 # What ends a run on the terminal.
 
 
-def accounting_table(report: Record, timing: Mapping[str, Any]) -> Table:
-    """Accounting of the pruned text, with its speed beside dense."""
-    rows = [(line.head, line.cell(report)) for line in (*ACCOUNTING, *_more([report]))]
-    for variant, seconds in mapping(timing.get("seconds_per_token")).items():
-        if seconds:
-            rows.append((f"mean time per token, {variant}", f"{1000 * seconds:.1f} ms"))
-    for variant, size in mapping(timing.get("weight_bytes_per_token")).items():
-        rows.append((f"{WEIGHTS_READ}, {variant}", f"{size / 1e6:.1f} MB"))
-    if "speed_up" in timing:
-        speed = f"{timing['speed_up']:.2f} x ({words.allowed(timing)})"
-        rows.append((f"speed-up over dense{words.dense_by(timing)} (bytes allow)", speed))
-    columns = (Column("quantity", "quantity"), Column("value", "value"))
-    records = [{"quantity": label, "value": text} for label, text in rows]
-    return Table("", f"{report['method']}: accounting of the generated text", columns, records)
+def accounting_table(accountings: Mapping[str, Record], timing: Mapping[str, Any]) -> Table:
+    """Accounting of pruned texts, a column each, with their speed beside dense.
 
-
-PACE = (
-    Column("", "name"),
-    Column("ms per token", "seconds", lambda v: f"{1000 * v:.1f}"),
-    Column("tokens per second", "seconds", lambda v: f"{1 / v:.0f}"),
-    Column("x transformers", "gain", ".2f"),
-    Column("weights read per token (MB)", "bytes", lambda v: f"{v / 1e6:.1f}"),
-)
-
-
-def pace(timing: Mapping[str, Any]) -> Table:
-    """What a token takes here, dense and pruned, and elsewhere, the slowest first."""
-    sizes, each = timing["weight_bytes_per_token"], timing["seconds_per_token"]
-    known = sorted(((n, v) for n, v in each.items() if v), key=lambda one: -one[1])
-    plain = next((v for name, v in known if name.startswith("transformers")), None)
+    ``accountings``: by the name under which ``timing`` has the text.
+    """
+    each, judged = (mapping(timing.get(key)) for key in ("seconds_per_token", "speed_ups"))
+    several = len(accountings) > 1
     rows = [
-        {"name": n, "seconds": v, "gain": plain and plain / v, "bytes": sizes.get(n)}
-        for n, v in known
+        {"quantity": line.head, **{name: line.cell(one) for name, one in accountings.items()}}
+        for line in ACCOUNTING
     ]
-    return Table("", "Mean time per decoded token, one run", PACE, rows)
+    if any(each.get(name) for name in accountings):
+        dense = each.get("dense")
+        beside = f" (dense{words.dense_by(timing)} {1000 * dense:.1f} ms)" if dense else ""
+        took = {
+            name: f"{1000 * each[name]:.1f} ms{words.pace(mapping(judged.get(name)), several)}"
+            for name in accountings
+            if each.get(name)
+        }
+        rows.append({"quantity": f"time per token{beside}", **took})
+    heads = {name: _setting(one) if several else "value" for name, one in accountings.items()}
+    columns = [Column(head, name) for name, head in heads.items()]
+    method = "" if several else f"{next(iter(accountings.values()))['method']}: "
+    caption = f"{method}accounting of the generated text{'s' if several else ''}"
+    return Table("", caption, (Column("quantity", "quantity"), *columns), rows)
+
+
+def _setting(accounting: Record) -> str:
+    """Method and sparsity of an accounting."""
+    row = {"method": accounting["method"], "sparsity": accounting["requested_sparsity"]}
+    return words.row_name(row)
 
 
 MARK = "»"
 """Stands before the first word that differs."""
 
 
-def side_by_side(generations: Mapping[str, Record]) -> Table:
-    """The dense and the pruned text, and the first word in which they differ."""
-    dense, pruned = generations["dense"], generations["pruned"]
-    texts = [str(one["text"]).split() for one in (dense, pruned)]
-    same = _shared(*texts)
-    if texts[0] == texts[1]:
-        told = f"The same text, all {words.count(same, 'word')}"
-    else:
-        told = f"The same for {words.count(same, 'word')}, then they part ({MARK})"
-        texts = [[*one[:same], MARK + " ".join(one[same:])] for one in texts]
-    row = {"dense": " ".join(texts[0]), "pruned": " ".join(texts[1])}
-    columns = (Column("dense", "dense"), Column(words.row_name(pruned), "pruned"))
-    return Table("", told, columns, [row], left=2)
+NARROWEST = 24
+"""Characters of a column of text, at least."""
+
+
+def side_by_side(generations: Mapping[str, Record], room: int) -> list[Table]:
+    """The dense and the pruned texts, and the first word in which a pruned one differs.
+
+    Nothing where ``room`` characters are too few for a column each.
+    """
+    if room < NARROWEST * len(generations):
+        return []
+    texts = {name: str(one["text"]).split() for name, one in generations.items()}
+    dense, row, told = texts["dense"], dict[str, str](), list[str]()
+    for name, text in texts.items():
+        same = _shared(dense, text)
+        whole = name == "dense" or text == dense
+        row[name] = " ".join(text if whole else [*text[:same], MARK + " ".join(text[same:])])
+        if name != "dense":
+            told.append(
+                f"the same text, all {words.count(same, 'word')}"
+                if whole
+                else f"the same for {words.count(same, 'word')}, then different ({MARK})"
+            )
+    heads = {name: words.row_name(one) for name, one in generations.items()}
+    if len(told) > 1:
+        names = list(heads.values())[1:]
+        told = [f"{name}: {text}" for name, text in zip(names, told, strict=True)]
+    columns = tuple(Column(head, name) for name, head in heads.items())
+    caption = "; ".join(told) if len(told) > 1 else told[0][0].upper() + told[0][1:]
+    return [Table("", caption, columns, [row], left=len(columns))]
 
 
 def _shared(one: Sequence[str], other: Sequence[str]) -> int:
@@ -386,8 +404,35 @@ def _shared(one: Sequence[str], other: Sequence[str]) -> int:
     return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def conclusion(accounting: Record | None, documents: Sequence[Record]) -> list[str]:
+def conclusion(
+    accountings: Mapping[str, Record], documents: Sequence[Record], timing: Mapping[str, Any]
+) -> list[str]:
     """One plain sentence per table, of the run's own method where it was measured."""
-    told = [words.bytes_sentence(accounting)] if accounting else []
-    method = accounting["method"] if accounting else None
+    told, method = list[str](), None
+    if len(accountings) == 1:
+        (accounting,) = accountings.values()
+        told, method = [words.bytes_sentence(accounting)], accounting["method"]
+    elif any(mapping(one).get("disturbed") for one in mapping(timing.get("speed_ups")).values()):
+        told = [f"Disturbed: something else used the machine; {ADVICE}."]
     return [*told, *(words.perplexity_sentence(document, method) for document in documents)]
+
+
+def verdict(
+    timing: Mapping[str, Any], documents: Sequence[Record], accounting: Record, is_default: bool
+) -> str:
+    """Whether to prune this model so, and what answers for others: one sentence."""
+    limit = float(accounting["bytes_limit"])
+    speed_up = number(timing.get("speed_up"))
+    gain = (limit if speed_up is None else speed_up) - 1
+    most = " at most" if speed_up is None else ""
+    rows = documents[0]["rows"] if documents else []
+    row = words.headline(rows, accounting["method"])
+    cost = None if row is None else words.ratio(row, rows)
+    elsewhere = "on yours run" if is_default else "other settings are measured by"
+    if gain < words.WORTH:
+        gained = f"gains {percent(gain, 0)}{most}" if gain >= 0.005 else "is not faster"
+        told = f"On this model pruning {gained}: use it dense"
+    else:
+        told = f"On this model {_setting(accounting)} gains {percent(gain, 0)}{most}"
+        told += f" and multiplies perplexity by {words.times(cost)}" if cost else ""
+    return f"{told}; {elsewhere} dart-llm tune --quick."

@@ -6,6 +6,7 @@ Every field is also an upper-case variable of the two shell scripts.
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 from pydantic import model_validator
 
@@ -13,12 +14,23 @@ from dart_llm import settings
 from dart_llm.data.prompts import is_text
 from dart_llm.errors import ConfigError
 from dart_llm.pruning.config import PruneConfig
-from dart_llm.settings import ActivationSettings, merge, setting
+from dart_llm.settings import ActivationSettings, merge, read_sparsities, setting, words
 
 
 class RunSettings(ActivationSettings):
     """What one run is asked to do; None means "not given"."""
 
+    COMMAS = ("methods", "sparsities")
+
+    RIVALS = ({"method", "methods"},)
+
+    # several settings of one prompt
+    methods: str | None = setting(
+        "Pruning", "Several methods, comma-separated: their texts side by side."
+    )
+    sparsities: str | None = setting(
+        "Pruning", "Several sparsities, comma-separated, for each of the methods."
+    )
     # prompt and generation
     prompt: str | None = setting("Prompt", "The prompt, or a shipped prompt's name.")
     prompt_file: str | None = setting("Prompt", "Read the prompt from this file; - is stdin.")
@@ -78,6 +90,7 @@ class RunSettings(ActivationSettings):
     @model_validator(mode="after")
     def _check(self) -> RunSettings:
         self._check_recording()
+        self._check_several()
         if self.prompt_type not in ("custom", "mmlu"):
             raise ConfigError(f'prompt type "{self.prompt_type}": write custom or mmlu')
         if self.prompt_type == "mmlu" and not self.prompt_subject:
@@ -94,6 +107,17 @@ class RunSettings(ActivationSettings):
                     "give --prompt-file"
                 )
         return self
+
+    def _check_several(self) -> None:
+        given = self.model_fields_set
+        if self.methods and "method" in given:
+            raise ConfigError("give --method or --methods, not both")
+        if self.sparsities and self.target_sparsity() is not None:
+            flag = "--sparsity" if self.sparsity is not None else "--total-prune-percent"
+            raise ConfigError(f"give {flag} or --sparsities, not both")
+        if self.several and self.masks:
+            raise ConfigError("--masks names the neurons themselves: drop --methods, --sparsities")
+        self.prune_configs()
 
     def _check_recording(self) -> None:
         asked = {"--save-activations": self.save_activations, "--trace": self.trace is not None}
@@ -119,12 +143,48 @@ class RunSettings(ActivationSettings):
 
     def fitted(self) -> RunSettings:
         changes, notes = settings.values_for(self)
-        return super().fitted().noted(changes, *notes)
+        whole = self if self.methods else super().fitted()
+        for config in whole.prune_configs():
+            settings.check(config)
+        return whole.noted(changes, *notes)
 
     def prune_config(self) -> PruneConfig:
         """The preset with every setting on top of it; recorded runs use the masked executor."""
         config = super().prune_config()
         return config.replace({"executor": "masked"}) if self._records else config
+
+    @property
+    def several(self) -> bool:
+        """Whether methods or sparsities are listed."""
+        return self.methods is not None or self.sparsities is not None
+
+    def prune_configs(self) -> list[PruneConfig]:
+        """Each listed method at each listed sparsity, but ``dense``, which always runs; or the one
+        configuration that is set.
+        """
+        if not self.several:
+            return [self.prune_config()]
+        methods = words(self.methods) or [self.method]
+        sparsities = read_sparsities("sparsities", self.sparsities) if self.sparsities else ()
+        listed = [
+            {"method": method, **({} if sparsity is None else {"sparsity": sparsity})}
+            for method in dict.fromkeys(methods)
+            for sparsity in (sparsities or (None,))
+            if method != "dense"
+        ]
+        return [self.model_copy(update=changes).prune_config() for changes in listed] or [
+            PruneConfig.build("dense")
+        ]
+
+    @property
+    def experiment(self) -> str:
+        """Of several settings: the model, the methods and the sparsities."""
+        if self.experiment_name or not self.several:
+            return super().experiment
+        configs = self.prune_configs()
+        methods = dict.fromkeys(config.method for config in configs)
+        amounts = dict.fromkeys(f"{config.target:g}" for config in configs)
+        return "-".join([Path(self.model.rstrip("/")).name.lower(), *methods, *amounts])
 
     @property
     def evaluates(self) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,21 +48,24 @@ from dart_llm.experiments.provenance import Digests
 from dart_llm.experiments.stats import ratio_interval
 from dart_llm.experiments.store import read
 from dart_llm.experiments.study import Study, Unit, load_model, run_study
+from dart_llm.experiments.timing import WARM
 from dart_llm.files import write_json, write_lines
 from dart_llm.models.checkpoint import blocks_file, checkpoint_facts
-from dart_llm.models.describe import context_length, describe, widths
+from dart_llm.models.describe import configured_context, context_length, describe, widths
+from dart_llm.models.loading import is_default
 from dart_llm.pruning.config import DEFAULT_METHOD, PruneConfig
 from dart_llm.pruning.layer_table import write_table
 from dart_llm.pruning.registry import SETTING
+from dart_llm.reporting import words
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.figures import Plot
 from dart_llm.reporting.table import Table, bytes_text
-from dart_llm.reporting.words import SAME_STEPS, TRANSFORMERS
-from dart_llm.session.generation import Generation, generate
-from dart_llm.session.prepare import PreparedMethod, prepare
+from dart_llm.reporting.words import OUR_KERNELS, TRANSFORMERS
+from dart_llm.session.generation import generate
+from dart_llm.session.prepare import PreparedMethod, is_untouched, prepare
 from dart_llm.session.run import Run
 from dart_llm.session.trace import check_traceable
-from dart_llm.studies.generate import plots, report
+from dart_llm.studies.generate import pace, plots, report
 from dart_llm.studies.generate.settings import RunSettings
 
 # Where the prompt of a job comes from, and how it becomes tokens.
@@ -100,9 +104,12 @@ def _read(settings: RunSettings) -> str | None:
     return (read_prompt_file("-") or None) if piped else None
 
 
-def encode(settings: RunSettings, prompt: str, model: Any, tokenizer: Any) -> tuple[str, Tensor]:
-    """The final text and its ids [1, T]; ``ConfigError`` when it does not fit the context."""
-    limit = context_length(model)
+def encode(settings: RunSettings, prompt: str, config: Any, tokenizer: Any) -> tuple[str, Tensor]:
+    """The final text and its ids [1, T]; ``ConfigError`` when it does not fit the context.
+
+    ``config``: the model's.
+    """
+    limit = configured_context(config)
     if settings.prompt_type == "mmlu":
         subjects = [part.strip() for part in str(settings.prompt_subject).split(",")]
         length = settings.prompt_length or min(limit or MMLU_DEFAULT_TOKENS, MMLU_DEFAULT_TOKENS)
@@ -169,14 +176,22 @@ def asked(settings: RunSettings) -> list[Evaluation]:
     if not settings.masks:
         texts = settings.ppl_datasets.split(",") if settings.eval_perplexity else []
         measured = tuple(f"perplexity:{text.strip()}" for text in texts)
-        config, calibration = settings.prune_config(), settings.calibration
         for evaluation in (Evaluation("perplexity", measured, MeasureOptions()), *found):
-            check_calibration(config, calibration, list(evaluation.tasks), evaluation.options)
+            tasks, options = list(evaluation.tasks), evaluation.options
+            for config in settings.prune_configs():
+                check_calibration(config, settings.calibration, tasks, options)
     return found
 
 
+OWN_KERNELS = ("slim", "native", "graph", "triton")
+"""Executors whose kernels are not those of the untouched model."""
+
+PRUNED = "pruned"
+"""The pruned text of a run of one setting; several are called by method and sparsity."""
+
+
 class RunStudy(Study[RunSettings]):
-    """Units: the dense and the pruned text, then every evaluation, dense beside pruned.
+    """Units: the dense and the pruned texts, their times, then every evaluation.
 
     ``also``: further configurations that are evaluated.  ``beside``: whether plain transformers is
     timed too, and llama.cpp on the file whose blocks the model holds, where ``llama-bench`` is at
@@ -194,17 +209,31 @@ class RunStudy(Study[RunSettings]):
     ) -> None:
         super().__init__(settings, ui)
         self.also, self.beside = also, beside
+        self.configs = settings.prune_configs()
         self.texts = documents.names(settings.ppl_datasets) if settings.eval_perplexity else []
         self.asked_evaluations = asked(settings)
         self.prompt = source(settings)
         self.masks = read_masks(settings.masks) if settings.masks else None
+        self.encoded: tuple[str, Tensor] | None = None
+        """The text of the prompt and its ids [1, T]."""
         self.generations: dict[str, dict[str, Any]] = {}
         self.perplexity: list[dict[str, Any]] = []
         """Documents of perplexity.json, one per text."""
         self.evaluations: dict[str, list[dict[str, Any]]] = {}
         """Rows of mmlu.json, general_nlp.json and summarization.json, by name."""
-        self.references: list[dict[str, Any]] = []
-        """What others take: ``name``, ``bytes`` and ``seconds`` per token."""
+        self._prepared: dict[str, PreparedMethod] = {}
+        if settings.trace:
+            self._check_trace()
+
+    def _check_trace(self) -> None:
+        pruned = self._pruned_texts()
+        if not pruned:
+            raise ConfigError(
+                "--trace says which neurons a pruned text runs, and method "
+                f"{self.configs[0].method} removes none: give a method and a sparsity"
+            )
+        for config in pruned.values():
+            check_traceable(config)
 
     def inputs(self) -> dict[str, Any]:
         """Digests of the checkpoint, of files that may change, and of the prompt."""
@@ -222,66 +251,105 @@ class RunStudy(Study[RunSettings]):
             identity["also"] = [config.to_dict() for config in self.also]
         return identity
 
-    def units(self) -> Iterator[Unit]:
-        own = self._prepare()
+    def prune_document(self) -> dict[str, Any]:
+        """The configuration; of several settings the list of them, under ``settings``."""
+        if not self.settings.several:
+            return super().prune_document()
+        return {"settings": [config.to_dict() for config in self.configs]}
+
+    def check(self, tokenizer: Any, config: Any) -> None:
         if self.settings.tokens:
-            yield from self._texts(own)
-        dense = prepare(self.model, self.tokenizer, None)
-        others = [PreparedMethod(self.model, self.tokenizer, config) for config in self.also]
-        candidates = [dense, *others, *([own] if own.label != "dense" else [])]
-        for text in self.texts:
-            yield Unit(f"perplexity/{text}", data=(text, candidates))
-        for evaluation in self.asked_evaluations:
-            yield Unit(evaluation.name, data=(evaluation, candidates))
+            self.encoded = encode(self.settings, self.prompt, config, tokenizer)
 
-    def _prepare(self) -> PreparedMethod:
-        settings = self.settings
-        if settings.masks:
-            check_masks(settings.masks, widths(self.model))
-        return prepare(
-            self.model,
-            self.tokenizer,
-            settings.prune_config(),
-            settings.calibration,
-            settings.cache_dir,
-            self.ui.say,
-            masks=self.masks,
-        )
+    def units(self) -> Iterator[Unit]:
+        if self.settings.masks:
+            check_masks(self.settings.masks, widths(self.model))
+        if self.settings.tokens:
+            yield from self._text_units()
+        yield from (Unit(f"perplexity/{text}", data=text) for text in self.texts)
+        yield from (Unit(one.name, data=one) for one in self.asked_evaluations)
 
-    def _texts(self, own: PreparedMethod) -> Iterator[Unit]:
-        text, ids = encode(self.settings, self.prompt, self.model, self.tokenizer)
-        variants = ["dense"] if own.config is None else ["dense", "pruned"]
-        self.timing["dense_by"] = SAME_STEPS if _in_steps(own, self.settings) else TRANSFORMERS
-        if self.settings.trace:
-            if own.config is None:
-                raise ConfigError(
-                    f"--trace says which neurons a pruned text runs, and method {own.label} "
-                    "removes none: give a method and a sparsity"
-                )
-            check_traceable(own.config)
-        fed = ids.shape[1] + self.settings.tokens - 1  # the last token is never fed
+    def _candidates(self) -> list[PreparedMethod]:
+        """Dense, what else is evaluated, and the settings of this run."""
+        found = [prepare(self.model, self.tokenizer, None)]
+        found += [self._ready(config) for config in (*self.also, *self.configs)]
+        return list({one.label: one for one in found}.values())
+
+    def _ready(self, config: PruneConfig) -> PreparedMethod:
+        """A configuration with what it learns of the model, which is learnt once."""
+        key = config.model_dump_json()
+        if key not in self._prepared:
+            settings = self.settings
+            self._prepared[key] = prepare(
+                self.model,
+                self.tokenizer,
+                config,
+                settings.calibration,
+                settings.cache_dir,
+                self.ui.say,
+                masks=self.masks,
+            )
+        return self._prepared[key]
+
+    def _pruned_texts(self) -> dict[str, PruneConfig]:
+        """The configuration of every pruned text, by the name of its variant."""
+        pruned = [
+            config
+            for config in self.configs
+            if self.masks is not None or not (config.weight_bits or is_untouched(config))
+        ]
+        several = self.settings.several
+        return {f"{one.method}@{one.target:g}" if several else PRUNED: one for one in pruned}
+
+    def _text_units(self) -> Iterator[Unit]:
+        pruned = self._pruned_texts()
+        assert self.encoded is not None
+        fed = self.encoded[1].shape[1] + self.settings.tokens - 1  # the last token is never fed
         self.saver = saver(self.settings, self.model, self.path, fed)
         if self.saver is not None:
-            self.saver.announce(len(variants), self.ui.say)
-        for variant in variants:
-            yield Unit(f"generation/{variant}", data=(variant, text, ids, own))
-        if self.beside:
-            yield Unit(TRANSFORMERS, data=(ids,))
-            file, bench = blocks_file(self.model), find_bench()
-            if bench and file is not None:
-                yield Unit(LLAMA_CPP, data=(bench, file, ids.shape[1]))
+            self.saver.announce(1 + len(pruned), self.ui.say)
+        self.timing["dense_by"] = OUR_KERNELS if self._kernels_of_texts() else TRANSFORMERS
+        for variant, config in {"dense": None, **pruned}.items():
+            yield Unit(f"generation/{variant}", data=(variant, config))
+        if self.settings.tokens > 1:
+            yield Unit("times")
+
+    def _kernels(self, config: PruneConfig | None) -> str | None:
+        """The executor by which dense runs too, so that a speed-up is pruning's alone.
+
+        None: the untouched model, whose kernels are those of the others.
+        """
+        if config is None:  # nothing is pruned: dense runs as it was asked to
+            executor: str = self.configs[0].executor
+        else:
+            own = PreparedMethod(self.model, self.tokenizer, config, self.masks)
+            run = (own if config.calibration is None else self._ready(config)).run()
+            assert run is not None
+            executor = run.executor
+        return executor if executor in OWN_KERNELS else None
 
     def finished(self, unit: Unit) -> Any:
         """A text whose files are there; evaluations find their finished pieces themselves."""
         if not unit.key.startswith("generation/"):
             return None
-        variant = unit.data[0]
-        files = [self.path / "masks.safetensors"] if variant == "pruned" else []
-        if variant == "pruned" and self.settings.trace:
-            files.append(Path(self.settings.trace))
+        variant, config = unit.data
+        files = [] if config is None else [self._folder(variant) / "masks.safetensors"]
+        if config is not None and self.settings.trace:
+            files.append(self._beside(self.settings.trace, variant))
         if self.saver is not None:
             files.append(self.saver.path(variant))
         return self.folder.part(unit.key) if all(path.exists() for path in files) else None
+
+    def _folder(self, variant: str) -> Path:
+        """Where the masks of a text go: of several, each has a folder."""
+        return self.path if variant == PRUNED else self.path / variant.replace("@", "-")
+
+    def _beside(self, path: str, variant: str) -> Path:
+        """A file that was named for the text: of several, each has the setting in its name."""
+        file = Path(path)
+        if variant == PRUNED:
+            return file
+        return file.with_name(f"{file.stem}-{variant.replace('@', '-')}{file.suffix}")
 
     def save(self, unit: Unit, value: Any) -> None:
         if unit.key.startswith("generation/"):
@@ -290,13 +358,12 @@ class RunStudy(Study[RunSettings]):
     def compute(self, unit: Unit) -> Any:
         if unit.key.startswith("generation/"):
             return self._generate(*unit.data)
-        if unit.key == TRANSFORMERS:
-            return self._time_transformers(*unit.data)
-        if unit.key == LLAMA_CPP:
-            return self._time_reference(*unit.data)
+        if unit.key == "times":
+            return self._time()
+        candidates = self._candidates()
         if unit.key.startswith("perplexity/"):
-            return self._perplexity(*unit.data)
-        evaluation, candidates = unit.data
+            return self._perplexity(unit.data, candidates)
+        evaluation = unit.data
         tasks = [(candidate, task) for candidate in candidates for task in evaluation.tasks]
         return [self._measure(*one, evaluation.options) for one in tasks]
 
@@ -305,8 +372,8 @@ class RunStudy(Study[RunSettings]):
         if unit.key.startswith("generation/"):
             self.generations[unit.data[0]] = value
             write_lines(self.path / "generation.jsonl", self.generations.values())
-        elif unit.key in (TRANSFORMERS, LLAMA_CPP):
-            self.references += [value] if value else []
+        elif unit.key == "times":
+            self.timing |= value
         elif unit.key.startswith("perplexity/"):
             rows, document = value
             self.lines += rows
@@ -331,25 +398,22 @@ class RunStudy(Study[RunSettings]):
 
     # a text
 
-    def _generate(
-        self, variant: str, text: str, ids: Tensor, own: PreparedMethod
-    ) -> dict[str, Any]:
-        settings, config = self.settings, self.settings.prune_config()
-        self.ui.say(f"--- {variant if variant == 'dense' else config.method} ---")
-        run = own.run() if variant == "pruned" else None
-        around: Any = run
-        if run is None:
-            around = contextlib.nullcontext()
-            if _in_steps(own, settings):
-                around = Run(self.model, PruneConfig.build("dense", executor="slim"))
-        else:
-            run.on_selection = recorder = MaskRecorder()
+    def _generate(self, variant: str, config: PruneConfig | None) -> dict[str, Any]:
+        assert self.encoded is not None
+        settings, (text, ids) = self.settings, self.encoded
+        own = None if config is None else self._ready(config)
+        self.ui.say(f"--- {variant if own is None else words.row_name(_named(own))} ---")
+        run, recorder = (None if own is None else own.run()), MaskRecorder()
+        if run is not None:
+            run.on_selection = recorder
+        around: Any = run or self._dense(self._kernels_of_texts()) or contextlib.nullcontext()
         recorded: Any = contextlib.nullcontext()
         if self.saver is not None:
             recorded = self.saver.recording(variant, text)
         traced: Any = contextlib.nullcontext()
         if settings.trace and run is not None:
-            traced = run.trace(settings.trace, settings.trace_activations)
+            path = str(self._beside(settings.trace, variant))
+            traced = run.trace(path, settings.trace_activations)
         with around, recorded, traced as trace:
             made = generate(
                 self.model,
@@ -364,16 +428,10 @@ class RunStudy(Study[RunSettings]):
         self.ui.end_text(made.text)
         if not made.text:
             self.ui.say("the model ended its text at once; a model that answers needs --chat")
-        accounting = None
-        if run is not None:
-            accounting = run.report().to_dict()
-            name = str(checkpoint_facts(self.model).get("name"))
-            write_masks(self.path, recorder, run, name)
-            write_drift(self.path, run.drift_checks)
-            self._tell_masks(run)
         if trace is not None:
             size = bytes_text(trace.nbytes)
-            self.ui.say(f"trace of {trace.tokens} tokens: {settings.trace}, {size}")
+            self.ui.say(f"trace of {trace.tokens} tokens: {path}, {size}")
+        accounting = None if run is None else self._keep(variant, run, recorder)
         return {
             "id": "prompt-0",
             "variant": variant,
@@ -385,45 +443,97 @@ class RunStudy(Study[RunSettings]):
             "accounting": accounting,
         }
 
-    def _tell_masks(self, run: Run) -> None:
-        settings = self.settings
+    def _keep(self, variant: str, run: Run, recorder: MaskRecorder) -> dict[str, Any]:
+        """Write the files of a pruned text; returns its accounting."""
+        settings, folder = self.settings, self._folder(variant)
+        folder.mkdir(exist_ok=True)
+        write_masks(folder, recorder, run, str(checkpoint_facts(self.model).get("name")))
+        write_drift(folder, run.drift_checks)
         if settings.save_layer_topk:
             counts = [layer.kept for layer in run.report().layers]
             note = f"neurons kept per layer; {settings.experiment}"
-            write_table(Path(settings.save_layer_topk), counts, note)
+            write_table(self._beside(settings.save_layer_topk, variant), counts, note)
         if settings.verbose:
             for remask in run.remasks:
                 told = f"mask at step {remask.step} ({remask.cause}): keeps {list(remask.kept)}"
                 self.ui.say(told)
             for check in run.drift_checks:
                 self.ui.say(f"window {check.window}: {check.similarity:.3f} ({check.state})")
+        return run.report().to_dict()
 
-    def _time_transformers(self, ids: Tensor) -> dict[str, Any]:
-        """The mean token of the model as transformers runs it; blocks are dequantised for it."""
-        model = self.model
-        if blocks_file(model) is not None:
-            settings = self.settings.model_copy(update={"weights": "dense"})
-            model, _, _ = load_model(settings, self.ui)
-        with self.ui.status(f"timing {TRANSFORMERS}"):
-            made = generate(model, self.tokenizer, ids, self.settings.tokens)
-        if made.seconds_per_token is None:
-            return {}
-        name = f"{TRANSFORMERS} {str(model.dtype).removeprefix('torch.')}"
-        size = describe(model).parameter_bytes
-        return {"name": name, "bytes": size, "seconds": made.seconds_per_token}
+    # its time
 
-    def _time_reference(self, bench: str, path: Path, depth: int) -> dict[str, Any]:
-        """llama.cpp's mean token behind a prompt of ``depth`` tokens; empty where it fails."""
-        tokens = max(1, self.settings.tokens - 1)  # the first comes from the prompt
+    def _kernels_of_texts(self) -> str | None:
+        return self._kernels(next(iter(self._pruned_texts().values()), None))
+
+    def _dense(self, executor: str | None) -> Run | None:
+        """What runs the model dense by ``executor``; None: nothing, it runs as it is."""
+        if executor is None:
+            return None
+        return Run(self.model, PruneConfig.build("dense", executor=executor))
+
+    def _ways(self) -> dict[str, pace.Way]:
+        """Dense and every pruned text, each beside dense by the same kernels."""
+        first = self._kernels_of_texts()
+        bases: dict[str | None, str] = {first: "dense"}
+        ways = {"dense": pace.Way(self.model, lambda: self._dense(first))}
+        for variant, config in self._pruned_texts().items():
+            own, executor = self._ready(config), self._kernels(config)
+            if executor not in bases:
+                name = bases[executor] = f"dense by {executor or TRANSFORMERS}"
+                ways[name] = pace.Way(self.model, partial(self._dense, executor))
+            make = partial(own.run, likelihood=True)  # masks at once: what is timed is pruned
+            ways[variant] = pace.Way(self.model, make, bases[executor])
+        return ways
+
+    def _time(self) -> dict[str, Any]:
+        """Keys of timing.json: every way to decode, timed in turns on the end of the dense text."""
+        assert self.encoded is not None
+        tokens = min(pace.STEPS, self.settings.tokens - 1)
+        made = self.generations["dense"]["token_ids"]
+        ids = pace.text_end(self.encoded[1], made, tokens, context_length(self.model))
+        ways, sizes, reference = self._ways(), dict[str, int](), None
+        clocks: dict[str, Callable[[], float]] = {
+            name: partial(way.seconds, ids, tokens) for name, way in ways.items()
+        }
+        with self.ui.status(f"timing {', '.join(ways)} in turns"):
+            if self.beside:
+                plain = self._transformers(ids)
+                reference = f"{TRANSFORMERS} {str(plain.dtype).removeprefix('torch.')}"
+                clocks[reference] = partial(pace.Way(plain).seconds, ids, tokens)
+                sizes[reference] = describe(plain).parameter_bytes
+                for name, size, clock in self._llama_cpp(ids.shape[1], tokens):
+                    clocks[name], sizes[name] = clock, size
+            found = pace.document(pace.interleave(clocks), ways, reference)
+        dense = describe(self.model).parameter_bytes
+        sizes |= {name: dense for name, way in ways.items() if way.base is None}
+        return {**found, "weight_bytes_per_token": sizes}
+
+    def _transformers(self, ids: Tensor) -> Any:
+        """The model as transformers holds it, in the dtype in which it decodes fastest here."""
+        settings = self.settings.model_copy(update={"weights": "dense"})
+        in_blocks = blocks_file(self.model) is not None
+        models = pace.untouched(self.model, in_blocks, lambda: load_model(settings, self.ui)[0])
+        return pace.fastest(models, ids)
+
+    def _llama_cpp(self, depth: int, tokens: int) -> Iterator[tuple[str, int, Callable[[], float]]]:
+        """Name, bytes and clock of llama.cpp on the model's file, where it is at hand and runs."""
+        path, bench = blocks_file(self.model), find_bench()
+        if path is None or bench is None:
+            return
+        threads = torch.get_num_threads()
+
+        def clock() -> float:
+            row = decode_row(bench, path, threads, tokens, depth + WARM)
+            return float(row["avg_ns"]) / 1e9 / tokens
+
         try:
             file = ReferenceFile.of(path)
-            with self.ui.status(f"timing {LLAMA_CPP}"):
-                row = decode_row(bench, path, torch.get_num_threads(), tokens, depth)
+            clock()
         except DartError as error:
             self.ui.say(f"note: {error}")
-            return {}
-        name, seconds = f"{LLAMA_CPP} {file.kind}", row["avg_ns"] / 1e9 / tokens
-        return {"name": name, "bytes": file.bytes, "seconds": seconds}
+        else:
+            yield f"{LLAMA_CPP} {file.kind}", file.bytes, clock
 
     # an evaluation
 
@@ -465,30 +575,46 @@ class RunStudy(Study[RunSettings]):
 
     # what is made of them
 
+    @property
+    def accountings(self) -> dict[str, dict[str, Any]]:
+        """Accounting of every pruned text, by the name of its variant."""
+        found = {name: one["accounting"] for name, one in self.generations.items()}
+        return {name: one for name, one in found.items() if one}
+
     def summarise(self) -> dict[str, Any]:
-        accounting = self.generations.get("pruned", {}).get("accounting")
-        if self.generations:
-            self.timing.update(_times(self.generations, self.references))
-        if accounting:
-            dense = describe(self.model).parameter_bytes
-            self.timing["weight_bytes_per_token"] = _bytes(dense, accounting, self.references)
-        return {"accounting": accounting}
+        self.timing["time_to_first_token_s"] = {
+            name: next(iter(one["seconds"]), None) for name, one in self.generations.items()
+        }
+        if sizes := self.timing.get("weight_bytes_per_token"):
+            sizes |= {
+                name: _bytes_read(sizes["dense"], one) for name, one in self.accountings.items()
+            }
+        return {"accounting": next(iter(self.accountings.values()), None)}
 
     def tables(self) -> list[Table]:
-        accounting = self.summary["accounting"]
-        found = [report.accounting_table(accounting, self.timing)] if accounting else []
-        if self.beside and accounting:
-            found = [report.side_by_side(self.generations), report.pace(self.timing), *found]
-        measured = [self.lines, *self.evaluations.values()]
-        return [*found, *(measure_rows.table(rows) for rows in measured if rows)]
+        accountings = self.accountings
+        found = list[Table]()
+        if accountings and self.ui.live and (self.beside or self.settings.several):
+            found += report.side_by_side(self.generations, self.ui.err.width)
+        if accountings:
+            counted = report.accounting_table(accountings, self.timing)
+            found.append(report.pace(self.timing) if self.beside else counted)
+        found += [report.perplexity_table(document) for document in self.perplexity]
+        return [*found, *(measure_rows.table(rows) for rows in self.evaluations.values() if rows)]
 
     def sentences(self) -> list[str]:
         rows = [row for own in (self.lines, *self.evaluations.values()) for row in own]
         notes = [f"note: {note}" for note in measure_rows.notes(rows)]
-        return [*notes, *report.conclusion(self.summary["accounting"], self.perplexity)]
+        found = [*notes, *report.conclusion(self.accountings, self.perplexity, self.timing)]
+        accounting = self.summary["accounting"]
+        if self.beside and accounting:
+            default = is_default(self.settings.model)
+            found.append(report.verdict(self.timing, self.perplexity, accounting, default))
+        return found
 
     def figures(self) -> Iterable[Plot]:
-        return plots.available(read(self.path))
+        drawn = plots.available(read(self.path))
+        return [one for one in drawn if one.name == "perplexity"] if self.beside else drawn
 
     def write_page(self) -> Path:
         return report.write(self.path)
@@ -504,47 +630,15 @@ class RunStudy(Study[RunSettings]):
         }
 
 
-def _in_steps(own: PreparedMethod, settings: RunSettings) -> bool:
-    """Whether the dense text runs by whole native steps: as the pruned one does, or where asked.
-
-    Else the speed-up would be that of the kernels, not that of pruning.
-    """
-    run = own.run()
-    executor = settings.prune_config().executor if run is None else run.executor
-    return executor == "slim"
+def _named(own: PreparedMethod) -> dict[str, Any]:
+    """Method and sparsity, as rows have them."""
+    return {"method": own.method, "sparsity": own.asked}
 
 
-def _bytes(
-    dense: int, accounting: Mapping[str, Any], references: Sequence[Mapping[str, Any]]
-) -> dict[str, int]:
+def _bytes_read(dense: int, accounting: Mapping[str, Any]) -> int:
     """Bytes of weights that a mean token reads, as they are stored."""
     skips = accounting["executor"] != "masked"
-    found = {"dense": dense, "pruned": round(dense / (accounting["bytes_limit"] if skips else 1))}
-    return found | {one["name"]: one["bytes"] for one in references}
-
-
-def _times(
-    generations: Mapping[str, Mapping[str, Any]], references: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Times of the texts, and those of others, for timing.json."""
-    made = {
-        variant: Generation(
-            record["token_ids"], record["tokens"], record["phases"], record["seconds"]
-        )
-        for variant, record in generations.items()
-    }
-    each = {variant: one.seconds_per_token for variant, one in made.items()}
-    each |= {one["name"]: one["seconds"] for one in references}
-    times: dict[str, Any] = {
-        "time_to_first_token_s": {k: one.first_token_seconds for k, one in made.items()},
-        "seconds_per_token": each,
-        "tokens_per_second": {k: 1 / v if v else None for k, v in each.items()},
-    }
-    accounting = generations.get("pruned", {}).get("accounting")
-    dense, pruned = each.get("dense"), each.get("pruned")
-    if accounting and dense and pruned:
-        times |= {"speed_up": dense / pruned, "bytes_limit": accounting["bytes_limit"]}
-    return times
+    return round(dense / (accounting["bytes_limit"] if skips else 1))
 
 
 def run_job(
@@ -570,6 +664,8 @@ SETTINGS = {
     "generation": 96,
     "eval_perplexity": True,
     "ppl_max_samples": 6,
+    "ppl_prompt_tokens": 128,
+    "ppl_scored_tokens": 128,
     "experiment_name": "demo",
 }
 
