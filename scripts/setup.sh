@@ -10,7 +10,7 @@ python="${PYTHON:-python3}"
 venv="${VENV:-.venv}"
 # Packages, roughly, and how long they take; the extras that bring these packages too.
 case "$extra" in
-  demo) count=60 long="about a minute" within="all dev" ;;
+  demo) count=62 long="about a minute" within="all dev" ;;
   all) count=115 long="about two minutes" within="dev" ;;
   dev) count=190 long="about three minutes" within="" ;;
   *) count=50 long="about a minute" within="" ;;

@@ -158,5 +158,6 @@ def test_norms_that_are_no_numbers(value, tmp_path):
     whole = bytearray(file.read_bytes())
     whole[place : place + 4] = struct.pack("<f", float(value))
     file.write_bytes(whole)
+    assert sentence(file, tmp_path)
     with pytest.raises(LoadError, match=r"weights of output_norm\.weight are no numbers; fetch it"):
         load(file, cache_dir=tmp_path, weights="file")

@@ -38,9 +38,12 @@ IDS = tokens(1, PROMPT + 8, seed=3)
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("files")
 
+
+@pytest.fixture(scope="module")
+def files(folder):
     @functools.cache
     def both(architecture, mix):
         """The model in its blocks, and as transformers reads the same file."""
@@ -80,6 +83,22 @@ def test_modules_say_what_transformers_says(architecture, mix, files):
     found, wanted = decode(packed, IDS, PROMPT), decode(theirs, IDS, PROMPT)
     assert apart(found[:, :PROMPT], wanted[:, :PROMPT]) < EXACT
     assert EXACT < apart(found[:, PROMPT:], wanted[:, PROMPT:]) < ROUNDING
+
+
+@CASES
+@OF_MIXES
+def test_dense_weights_are_what_transformers_reads(architecture, mix, files, folder):
+    """To the last bit, and the same configuration."""
+    _, theirs = files(architecture, mix)
+    file = folder / f"{architecture}-{mix}.gguf"
+    ours, _ = load(file, cache_dir=folder, dtype="float32", weights="dense")
+    assert type(ours) is type(theirs) and facts(ours) == facts(theirs)
+    wanted = theirs.state_dict()
+    assert list(ours.state_dict()) == list(wanted)
+    for name, one in ours.state_dict().items():
+        assert torch.equal(one, wanted[name]), name
+    half, _ = load(file, cache_dir=folder, weights="dense")
+    assert torch.equal(half.state_dict()[name], one.bfloat16())
 
 
 @CASES
