@@ -64,7 +64,8 @@ def test_eval_tells_results_and_accounting():
         assert found["accounting"][key] == pytest.approx(0.5)
     assert (found["accounting"]["dense_token_share"], found["accounting"]["remasks"]) == (0.0, 0)
     assert 0 < found["accounting"]["ffn_bytes_share"] <= 1.0 and found["notes"] == []
-    done = call(*eval_command("--tasks", "tiny_short", "--sparsity", "0.5", "--dense"))
+    masks = ("--method", "dart", "--sparsity", "0.5")
+    done = call(*eval_command("--tasks", "tiny_short", *masks, "--dense"))
     assert (done.code, done.out) == (0, "")
     for word in ("tiny_short", "dart@0.5", "dense", "acc_norm", "35.0%", "protocol decode"):
         assert word in done.err
@@ -99,10 +100,10 @@ def on_grid(command, *flags, results="results"):
 
 
 def test_compare_sweep_and_results(tmp_path):
-    done = call(*on_grid("compare", "--json", results=tmp_path))
+    done = call(*on_grid("compare", "--sparsities", "0.5", "--json", results=tmp_path))
     assert (done.code, done.err, done.out.count("\n")) == (0, "", 1)
     rows = {row["label"]: row for row in done.json["rows"]}
-    assert list(rows) == ["dense", "griffin@0.5", "dart@0.5"]  # without flags
+    assert list(rows) == ["dense", "griffin@0.5", "dart-token@0.5"]  # without --methods
     single = call(
         *("perplexity", "--model", place() / "model", "--device", "cpu", "--data", "text.txt"),
         *(*SMALL, *GRIFFIN, "--json", "--results-dir", tmp_path),
@@ -113,7 +114,7 @@ def test_compare_sweep_and_results(tmp_path):
     assert (row["achieved"], row["items"], row["decoded"]) == (0.5, 4, 4 * 24)
     ratio = row["value"] / rows["dense"]["value"]
     assert row["to_dense"]["estimate"] == pytest.approx(ratio, rel=1e-6)
-    again = call(*on_grid("compare", "--json", results=tmp_path)).json
+    again = call(*on_grid("compare", "--sparsities", "0.5", "--json", results=tmp_path)).json
     assert (done.json["computed"], again["computed"]) == (3, 0)
     assert again["rows"] == done.json["rows"]
     fresh = call(*on_grid("compare", "--methods", "static", "--json", "--fresh", results=tmp_path))

@@ -15,7 +15,7 @@ VIEW_OF = "document.getElementById('view-of').textContent"
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
+def browser(tmp_path_factory, native):
     need_browser()
     with (
         serving("--method", "dart", "--sparsity", 0.1) as server,  # as make window does
