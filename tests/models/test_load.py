@@ -16,6 +16,7 @@ from dart_llm.errors import ConfigError, DartError
 from dart_llm.files import size_text
 from dart_llm.hub import plain, redact, weight_files
 from dart_llm.models.checkpoint import Checkpoint, checkpoint_facts, weights_sha256
+from dart_llm.models.gguf_facts import ARCHITECTURES
 from dart_llm.models.loading import load, parse_dtype
 from dart_llm.models.room import weights_size
 from dart_llm.native import memory
@@ -186,9 +187,14 @@ def test_the_size_of_weights(folder, tmp_path):
 
 
 def test_a_conversion_that_does_not_fit_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "available", lambda: 200_000)
-    told = sentence(write_gguf(tmp_path / "tiny.gguf"), weights="dense", cache_dir=tmp_path)
+    monkeypatch.setattr(memory, "available", lambda: 140_000)
+    gguf = write_gguf(tmp_path / "tiny.gguf")
+    told = sentence(gguf, weights="dense", cache_dir=tmp_path)
+    assert told.startswith("tiny needs 0.2 MB of memory in bfloat16, and 0.1 MB are free: give ")
+    assert "give --weights file (0.1 MB)" in told
+    monkeypatch.delitem(ARCHITECTURES, "llama")  # as one that transformers alone reads
+    told = sentence(gguf, weights="dense", cache_dir=tmp_path / "other")
     assert told.startswith(
-        "tiny.gguf needs 0.4 MB of memory in float32 to be converted, and 0.2 MB are free: give "
-        "--weights file (0."
+        "tiny.gguf needs 0.4 MB of memory in float32 to be converted, and 0.1 MB are free: give a "
+        "smaller model"
     )

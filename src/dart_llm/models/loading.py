@@ -191,8 +191,7 @@ def _gguf(path: Path, cache: Path, *, verify: bool, packed: bool, say: Progress)
     if known:
         say(f"reading the tokenizer of {path.name}, once (a few seconds)")
     else:
-        others = {"--weights file": path.stat().st_size}
-        check_room(path.name, Size(file.float32_bytes, "in float32 to be converted", others))
+        check_room(path.name, Size(file.float32_bytes, "in float32 to be converted", {}))
         seconds = 5 + file.float32_bytes // CONVERTED_PER_SECOND
         say(f"converting {path.name} to safetensors, once (about {seconds} seconds)")
     convert(file, sha256, cache, {"file": path.name}, packed=known)
