@@ -170,9 +170,9 @@ def test_the_default_total_steps_back_where_another_setting_says_the_amount(desk
         assert not any(part.startswith("--total-prune-percent") for part in desk.recorded())
     done = desk.run(EXPERIMENT, "--sparsity", "0.3")
     assert "TOTAL_PRUNE_PERCENT=50 is left out: --sparsity sets the amount" in done.stderr
+    assert desk.settings().prune_config().sparsity == 0.3
     done = desk.run(EXPERIMENT, "--sparsities=0.3,0.5")
     assert "50 is left out: --sparsities=0.3,0.5 sets the amount" in done.stderr
-    assert desk.settings().prune_config().sparsity == 0.3
     for variables in (
         {"LAYER_TOPK": "all:auto,0:0.9"},
         {"LAYER_TOPK": "all:0.5", "TOTAL_PRUNE_PERCENT": "40"},  # dart-llm refuses the two

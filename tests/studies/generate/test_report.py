@@ -11,7 +11,7 @@ import pytest
 from dart_llm.errors import MissingExtra
 from dart_llm.experiments.store import read
 from dart_llm.reporting import figures
-from dart_llm.reporting.speed_up import DISTURBED
+from dart_llm.reporting.speed_up import DISTURBED, judge
 from dart_llm.studies.generate import plots, report
 from fake_results import PROMPT, perplexity, timing, write_results
 from html_page import Page
@@ -141,6 +141,8 @@ def test_two_slices_have_no_whiskers_and_say_so(tmp_path):
     (folder / "perplexity.json").write_text(json.dumps(document), encoding="utf-8")
     (plot,) = [one for one in plots.available(read(folder)) if one.name == "perplexity"]
     axes = axes_of(plot)[0]
+    page = Page(report.render(read(folder)))
+    assert page.row("dart", "50 %")[6:8] == ["2.10", "too few (n = 2)"]
     assert words(axes)[1] == "19.0  x 1.08"
     assert not [line for line in axes.lines if line.get_marker() == "|"]
     assert plot.small.startswith("no whiskers: slices too few (n = 2)")
@@ -156,14 +158,11 @@ def timed(folder, **changes):
 def test_times_above_the_limit_are_disturbed_and_have_no_limit_line(tmp_path):
     """1,494.8 ms dense and 260.5 ms pruned, of which the bytes allow 1.24 times."""
     folder, each = write_results(tmp_path / "run"), {"dense": 1.4948, "pruned": 0.2605}
-    for changes in ({}, {"disturbed": DISTURBED, "speed_up": None}):  # judged now, or by the run
-        plot, axes = timed(folder, seconds_per_token=each, bytes_limit=1.24, **changes)
-        assert plot.title == f"Milliseconds per decoded token ({DISTURBED})"
-        assert words(axes) == ["1494.8 ms", "260.5 ms (disturbed)"]
-        assert axes.get_legend_handles_labels()[1] == []
-    (folder / "timing.json").write_text(json.dumps(timing()), encoding="utf-8")
-    plot, axes = timed(folder, dense_by="transformers")  # other kernels: their bytes are no limit
-    assert axes.get_legend_handles_labels()[1] == [] and "disturbed" not in plot.title
+    judged = judge([each["dense"]], [each["pruned"]], 1.24).to_dict()
+    plot, axes = timed(folder, seconds_per_token=each, speed_ups={"pruned": judged})
+    assert plot.title == f"Milliseconds per decoded token ({DISTURBED})"
+    assert words(axes) == ["1494.8 ms", "260.5 ms (disturbed)"]
+    assert axes.get_legend_handles_labels()[1] == []
 
 
 def test_turns_are_dots_beside_their_mean(tmp_path):

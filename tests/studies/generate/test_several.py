@@ -169,5 +169,5 @@ def test_what_others_are_measured_with_is_learnt_in_sight(gpt2, tmp_path, monkey
     told = "\n".join(study.ui.log)
     assert "learning" in told and "logging at level" not in told + caplog.text
     labels = [row["label"] for row in study.perplexity[0]["rows"]]
-    assert labels == ["dense", "dart@0.5", "griffin@0.1"]
+    assert labels == ["dense", "dart@0.5", "griffin@0.3"]
     assert study.ui.log[-3].startswith("On this model pruning ")

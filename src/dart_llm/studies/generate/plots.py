@@ -34,7 +34,7 @@ from dart_llm.reporting.figures import (
     save,
     write_beside,
 )
-from dart_llm.reporting.speed_up import DISTURBED, judge
+from dart_llm.reporting.speed_up import DISTURBED
 from dart_llm.reporting.words import percent, times
 
 if TYPE_CHECKING:
@@ -153,7 +153,8 @@ def time_per_token(view: ResultsView) -> Plot | None:
         return None
     measured = mapping(view.timing.get("turns"))
     turns = {name: [1000 * float(one) for one in measured.get(name, ())] for name in times_ms}
-    judged = {name: one for name, one in _judged(view.timing).items() if name in times_ms}
+    speed_ups = mapping(view.timing.get("speed_ups"))
+    judged = {name: one for name, one in speed_ups.items() if name in times_ms}
     disturbed = {name for name, one in judged.items() if one.get("disturbed")}
     limits = {
         name: times_ms["dense"] / limit
@@ -188,23 +189,6 @@ def time_per_token(view: ResultsView) -> Plot | None:
     how = "dots: turns, one way after the other" if any(turns.values()) else "one run"
     height = 1.5 + 0.4 * len(times_ms)
     return Plot("time_per_token", title, alt, f"{how} · {view.small_print}", height, draw)
-
-
-def _judged(timing: Row) -> dict[str, Row]:
-    """``SpeedUp.to_dict`` by the name of what is pruned; judged here in files that have none.
-
-    Nothing where the dense text ran by other kernels, so that its bytes are no limit.
-    """
-    known = mapping(timing.get("speed_ups")) or {"pruned": timing}
-    each = mapping(timing.get("seconds_per_token"))
-    found: dict[str, Row] = {}
-    for name, one in known.items():
-        dense, own, limit = map(number, (each.get("dense"), each.get(name), one.get("bytes_limit")))
-        if "disturbed" in one:
-            found[name] = one
-        elif dense and own and limit and timing.get("dense_by") != words.TRANSFORMERS:
-            found[name] = judge([dense], [own], limit).to_dict()
-    return found
 
 
 def _draw_least(axes: Axes, least: float, place: int, *, named: bool) -> None:

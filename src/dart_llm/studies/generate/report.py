@@ -71,7 +71,10 @@ def _named(accountings: Mapping[str, Record]) -> dict[str, Record]:
 
 
 PERPLEXITY = (
-    Column("method", lambda row: row.get("method", "unknown")),
+    Column(
+        "method",
+        lambda row: f"{row.get('method', 'unknown')}{words.mostly_dense(row.get('accounting'))}",
+    ),
     Column("asked", lambda row: _asked_text(row.get("sparsity"))),
     Column("achieved", "achieved_sparsity", percent),
     Column("dense tokens", "dense_token_share", percent),
@@ -83,9 +86,16 @@ PERPLEXITY = (
         needed=True,
     ),
     Column("x dense", "over_dense", ",.2f", needed=True),
-    Column("x dense, 95 % interval", "interval", lambda ends: f"{ends[0]:,.2f} to {ends[1]:,.2f}"),
+    Column("x dense, 95 % (paired)", lambda row: _interval(row), needed=True),
     Column("mean loss (nats)", "mean_loss", ".3f", terminal=False),
 )
+
+
+def _interval(row: Record) -> str | None:
+    """Of the ratio to dense; why there is none, where that is known."""
+    if ends := row.get("interval"):
+        return f"{ends[0]:,.2f} to {ends[1]:,.2f}"
+    return None if row.get("method") == "dense" else row.get("no_interval")
 
 
 def perplexity(document: Record, strong: Record | None) -> PageTable:

@@ -117,7 +117,10 @@ class RunSettings(ActivationSettings):
             raise ConfigError(f"give {flag} or --sparsities, not both")
         if self.several and self.masks:
             raise ConfigError("--masks names the neurons themselves: drop --methods, --sparsities")
-        self.prune_configs()
+        if self.methods:  # else the method may still give way to one that honours the settings
+            self.prune_configs()
+        if self.sparsities:
+            read_sparsities("sparsities", self.sparsities)
 
     def _check_recording(self) -> None:
         asked = {"--save-activations": self.save_activations, "--trace": self.trace is not None}
