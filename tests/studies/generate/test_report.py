@@ -13,7 +13,7 @@ from dart_llm.experiments.store import read
 from dart_llm.reporting import figures
 from dart_llm.reporting.speed_up import DISTURBED, judge
 from dart_llm.studies.generate import plots, report
-from fake_results import PROMPT, perplexity, timing, write_results
+from fake_results import PROMPT, perplexity, write_results
 from html_page import Page
 from written import axes_of
 
