@@ -87,6 +87,7 @@ def test_a_file_that_was_cut_is_refused_and_never_another_setting(tmp_path):
         ("setting: {method: griffin, weight: file}", 'unknown setting "weight"'),
         ("setting: {method: griffin, weights: [file]}", "must be a word as --weights takes it"),
         ("setting: {method: 'file:x'}", "names no method"),
+        ("setting: {method: griffin, seed: 99999999999999999999}", "seed .* must be less than 9"),
         ("model: 3\nsetting: {method: griffin}", "model in .* must hold names and values"),
         ("{", "cannot read the settings file"),
         ("- a", "must hold names and values"),
@@ -100,6 +101,11 @@ def test_bad_files_are_one_sentence(tmp_path, text, sentence):
         with pytest.raises(ConfigError, match=sentence) as found:
             build()
         assert "\n" not in str(found.value)
+
+
+def test_the_home_of_nobody_is_a_file_that_is_missing():
+    with pytest.raises(ConfigError, match=r"there is no setting file ~nobody-here/x\.yaml"):
+        PruneConfig.build("file:~nobody-here/x.yaml")
 
 
 def test_prune_takes_it(tmp_path):

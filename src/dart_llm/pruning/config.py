@@ -361,7 +361,7 @@ class PruneConfig(Part):
     compensation_rank: AtLeast0 = 0
     batch: Literal["shared", "per_row"] = "shared"
     executor: Literal["auto", "masked", "compact", "native", "slim", "graph", "triton"] = "auto"
-    seed: int = 0
+    seed: int = Field(default=0, lt=2**63)
 
     @model_validator(mode="before")
     @classmethod

@@ -8,6 +8,7 @@ method's preset, as a variants file says it.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +71,9 @@ def changes_of(config: PruneConfig) -> dict[str, Any]:
 
 def path_of(method: str) -> Path | None:
     """The file behind ``file:...``; None for the name of a method."""
-    return Path(method[len(SETTING) :]).expanduser() if method.startswith(SETTING) else None
+    if not method.startswith(SETTING):
+        return None
+    return Path(os.path.expanduser(method[len(SETTING) :]))  # any name, also of a user unknown
 
 
 def read_setting(path: Path) -> KeptSetting:
