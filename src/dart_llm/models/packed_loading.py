@@ -152,7 +152,9 @@ def _dense(
     if stored.plus_one and tensor.name.endswith("norm.weight"):
         values = values.float() - 1
     turned = by_inputs and values.dim() == 2  # of a bias there is one order
-    return (values.t() if turned else values).to(dtype).contiguous()
+    found = (values.t() if turned else values).to(dtype)
+    # never the file's or numpy's memory, which cannot have huge pages
+    return found.clone(memory_format=torch.contiguous_format)
 
 
 def _check_finite(tensor: StoredTensor, what: str, *values: Tensor) -> None:
