@@ -200,6 +200,9 @@ def test_the_quick_grid():
         "dense, screened head, weights file",
         "dart-token 30 %, weights file",
     ]
+    dense, screened, token = (one.config.prior for one in found)
+    assert dense is None and screened.sequences == token.sequences == 8  # a quarter of the text
+    assert (screened.tokens, token.tokens) == (0, 32)
     rounded = Formats((FORMS[3], FORMS[1], FORMS[2]), FORMS[1:2])
     given = asked(quick=True, methods="griffin,dart", sparsities="0.4,0.2", heads="full")
     found = quick_candidates(candidates(given, rounded), given, rounded)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dart_llm.errors import ConfigError
 from dart_llm.experiments.model_facts import held_weights
@@ -15,6 +15,9 @@ from dart_llm.reporting.words import percent
 from dart_llm.studies.tune.settings import BY_TOKEN, OTHERWISE, TuneSettings
 
 SCREENED = "screened"
+
+QUICK_SEQUENCES = 8
+"""Sequences of self-generated text that ``--quick`` learns from."""
 
 REFERENCE = Format(DENSE, DENSE)
 """What losses are counted from where every format rounds: the weights in the model's dtype."""
@@ -104,7 +107,7 @@ def quick_candidates(
 
     Dense as the model is loaded and in the first format that methods are tried on; in that format
     dense with a screened head, and the first method (each one, where some were named) at the
-    lowest of its sparsities.
+    lowest of its sparsities.  What learns does so from a quarter of the usual text.
     """
     own, tried = formats.every[0], formats.pruned[0]
     named = settings.methods is not None or settings.variants is not None
@@ -116,7 +119,14 @@ def quick_candidates(
     labels = {_label(DENSE, "full", own, several), _label(DENSE, "full", tried, several)}
     labels |= {_label(DENSE, SCREENED, tried, several)}
     labels |= {_label(name, "full", tried, several) for name in first}
-    return tuple(one for one in every if one.label in labels)
+    return tuple(_learning_less(one) for one in every if one.label in labels)
+
+
+def _learning_less(one: Candidate) -> Candidate:
+    if one.config.prior is None and not one.config.screens:
+        return one
+    prior = {"sequences": QUICK_SEQUENCES} | ({} if one.config.prior else {"tokens": 0})
+    return replace(one, config=one.config.replace({"prior": prior}))
 
 
 def _sparsities(settings: TuneSettings, variant: Variant) -> Sequence[float]:

@@ -11,9 +11,16 @@ from dart_llm.experiments.model_facts import configuration
 from dart_llm.files import size_text
 from dart_llm.models.gguf_file import read_gguf
 from dart_llm.models.loading import is_default
+from dart_llm.pruning.config import PriorConfig
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.words import count, duration, percent
-from dart_llm.studies.tune.candidates import Candidate, Formats, candidates, quick_candidates
+from dart_llm.studies.tune.candidates import (
+    QUICK_SEQUENCES,
+    Candidate,
+    Formats,
+    candidates,
+    quick_candidates,
+)
 from dart_llm.studies.tune.quality import first_of
 from dart_llm.studies.tune.settings import QUICK_TOKENS, TuneSettings
 
@@ -66,7 +73,9 @@ def estimate(settings: TuneSettings, found: Sequence[Candidate], billions: float
     told = f"roughly {duration(rough_seconds(settings, len(found), billions))} on two CPU cores"
     size = sum(WEIGHT_BYTES[form] for form in dict.fromkeys(one.form for one in found))
     if learns := any(one.config.prior is not None or one.config.screens for one in found):
-        told += f", and {duration(billions * LEARNED)} to learn from the model's own text, once"
+        share = QUICK_SEQUENCES / PriorConfig().sequences if settings.quick else 1.0
+        took = duration(share * billions * LEARNED)
+        told += f", and {took} to learn from the model's own text, once"
     size += 4.0 * learns  # a copy of the model in float32
     return f"{told}; about {size_text(int(size * billions * 1e9 + OTHER_BYTES))} of memory"
 

@@ -273,7 +273,7 @@ class TuneStudy(Study[TuneSettings]):
                 for candidate in (None, *ready):
                     label = choice.REFERENCE if candidate is None else candidate.label
                     if not self._hopeless(label):
-                        yield Unit(f"{one.id}/{label}", data=(one, candidate))
+                        yield Unit(f"{one.id}/{self._key(label, candidate)}", data=(one, candidate))
                     self.advance(1)
         self._choose_timed(ready)
         kind = "quick repetition" if settings.quick else "repetition"
@@ -284,6 +284,10 @@ class TuneStudy(Study[TuneSettings]):
             for label in self.timed if fresh else ():
                 self._turn(label, WARMUP_TOKENS, 0)
             yield from units
+
+    def _key(self, label: str, candidate: Candidate | None) -> str:
+        """Of what learned less than the whole study lets it, a key of its own."""
+        return label if candidate is None or candidate in self.candidates else f"{label}, quick"
 
     def _hopeless(self, label: str) -> bool:
         """Whether the slices so far show that a candidate loses far too much."""
