@@ -41,7 +41,7 @@ WITHOUT = {
     "avx512f": "-DDART_WITHOUT_AVX512",
     "avx_vnni": "-DDART_WITHOUT_AVXVNNI",
 }
-"""What leaves out the kernels of a CPU that has not this: each takes a fifth of the whole time."""
+"""What leaves out the kernels of a CPU that has not this."""
 
 CPU = Path("/proc/cpuinfo")
 
