@@ -280,6 +280,16 @@ def test_models_that_cannot_be_learnt_from(cache, make, config, error, said):
     assert said in str(caught.value) and files(cache) == []
 
 
+def test_what_was_learned_into_another_folder_serves_attaching(cache, tmp_path):
+    model = tiny()
+    learnt(model, tmp_path / "elsewhere")
+    run = prune(model, CONFIG)
+    assert forward_lengths(model, run.attach) == []
+    run.detach()
+    assert len(files(tmp_path / "elsewhere")) == PARTS
+    assert files(cache) == []
+
+
 def test_nothing_is_learnt_inside_another_run_nor_from_a_calibration(cache):
     model = tiny()
     with prune(model, "griffin", sparsity=0.5):

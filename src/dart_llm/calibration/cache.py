@@ -57,11 +57,10 @@ def find(
     key: str,
     cache_dir: str | None,
     devices: Sequence[torch.device],
-    hold: bool = True,
 ) -> list[LayerStatistics] | None:
     """The evidence under ``key``, one per layer and on its device; None when there is none.
 
-    ``hold``: in memory too, as long as the model is there.
+    It stays in memory as long as the model is there, whatever folder it came from.
     """
     known = _known(model, key)
     if key not in known:
@@ -69,8 +68,6 @@ def find(
         found = None if data is None else _unpacked(data, devices)
         if found is None:
             return None
-        if not hold:
-            return found
         known[key] = found
     return known[key]
 
@@ -81,9 +78,8 @@ def keep(
     cache_dir: str | None,
     evidence: list[LayerStatistics],
     about: Mapping[str, str],
-    hold: bool = True,
 ) -> None:
-    """Keep evidence; ``about``: words for whoever looks into the file; ``hold``: as of ``find``.
+    """Keep evidence; ``about``: words for whoever looks into the file.
 
     Raises ``LoadError`` when the disk does not take it; it is in memory then.
     """
@@ -92,8 +88,6 @@ def keep(
     if not any(parameter.is_meta for parameter in model.parameters()):
         folder = cache_folder(cache_dir) / "calibration"
         cache.write(folder, key, SUFFIX, _packed(evidence, about))
-        if not hold:
-            del known[key]
 
 
 def _known(model: nn.Module, key: str) -> dict[str, list[LayerStatistics]]:

@@ -65,10 +65,7 @@ STATES = "states"
 """The part that a screened head is made from: hidden states."""
 
 TEXT, REACH, CURVATURE, BASIS, SCORE = "text", "reach", "curvature", "basis", "score"
-"""Parts that are no sums over tokens under a name of their own (``SUMS``), and a score's sum.
-
-The text is read from the disk where it is needed, and not held.
-"""
+"""Parts that are no sums over tokens under a name of their own (``SUMS``), and a score's sum."""
 
 SUMS = {
     "signed": ("signed",),
@@ -265,12 +262,12 @@ class Lesson:
         self, name: str, devices: Sequence[torch.device], known: dict[str, Part]
     ) -> Part | None:
         key = self._key(name, known)
-        return cache.find(self.model, key, self.cache_dir, devices, name != TEXT)
+        return cache.find(self.model, key, self.cache_dir, devices)
 
     def _keep(self, name: str, part: Part, known: dict[str, Part]) -> None:
         about, key = {"note": f"what dart_llm learnt of a model: {name}"}, self._key(name, known)
         try:
-            cache.keep(self.model, key, self.cache_dir, part, about, name != TEXT)
+            cache.keep(self.model, key, self.cache_dir, part, about)
         except LoadError as error:
             if not self.unkept:  # one sentence is enough for all parts
                 self.say(f"what was learnt is not kept for the next time: {error}")
