@@ -310,9 +310,9 @@ class RunStudy(Study[RunSettings]):
             self.saver.announce(1 + len(pruned), self.ui.say)
         self.timing["dense_by"] = OUR_KERNELS if self._kernels_of_texts() else TRANSFORMERS
         for variant, config in {"dense": None, **pruned}.items():
-            yield Unit(f"generation/{variant}", data=(variant, config))
+            yield Unit(f"generation/{variant}", f"the {variant} text", (variant, config))
         if self.settings.tokens > 1:
-            yield Unit("times")
+            yield Unit("times", "timing")
 
     def _kernels(self, config: PruneConfig | None) -> str | None:
         """The executor by which dense runs too, so that a speed-up is pruning's alone.
