@@ -78,12 +78,14 @@ log="$venv/pip.log" kernels_log="$venv/kernels.log"
 set -m # each background job is a group of its own, which the next line ends as a whole
 trap 'for job in $(jobs -p); do kill -- "-$job"; done 2>/dev/null || true' EXIT
 
-# Waits for the job $1; every 15 seconds a line of what $2 prints.
+told=0 # seconds at the newest line
+
+# Waits for the job $1; every 12 seconds a line of what $2 prints.
 wait_for() {
-  local job="$1" next=$((SECONDS + 15))
+  local job="$1"
   while kill -0 "$job" 2>/dev/null; do
     sleep 0.1
-    ((SECONDS < next)) || { "$2" && next=$((SECONDS + 15)); }
+    ((SECONDS - told < 12)) || { "$2" && told=$SECONDS; }
   done
   wait "$job"
 }
@@ -111,8 +113,7 @@ torch=()
 if ! has_torch "$venv/bin/python"; then
   torch=(torch)
   if [[ "$(uname -sm)" == "Linux x86_64" && ! -e /dev/nvidiactl ]]; then
-    echo "PyTorch from PyPI has CUDA inside, 3 GB: without a GPU you can stop here (Ctrl-C), install its CPU
-build (0.2 GB) into $venv as https://pytorch.org/get-started/locally says, and repeat the command"
+    echo "PyTorch comes with CUDA (3 GB): without a GPU stop (Ctrl-C) and install its CPU build into $venv first"
   fi
 fi
 echo "installing about $count packages, $long"
@@ -123,6 +124,7 @@ PYTHONPATH=src nice "$venv/bin/python" -m dart_llm.native.build >"$kernels_log" 
 kernels=$!
 install --no-build-isolation -e ".[$extra]"
 echo "installed in $SECONDS s"
+told=$SECONDS
 if kill -0 "$kernels" 2>/dev/null; then
   echo "compiling the CPU kernels, about half a minute more"
 fi

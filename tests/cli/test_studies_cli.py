@@ -119,7 +119,7 @@ def test_compare_sweep_and_results(tmp_path):
     assert again["rows"] == done.json["rows"]
     fresh = call(*on_grid("compare", "--methods", "static", "--json", "--fresh", results=tmp_path))
     assert fresh.json["computed"] == 2  # what it compares against is always measured
-    assert [row["label"] for row in fresh.json["rows"]] == ["dense", "static@0.5"]
+    assert [row["label"] for row in fresh.json["rows"]] == ["dense", "static@0.3"]
     (tmp_path / "grid.yaml").write_text(
         f"model: {place() / 'model'}\nmethods: [dense, griffin]\nsparsities: [0.25, 0.5]\n"
         f"tasks: [{TASK}]\noptions: {{limit: 2, prompt_tokens: 48, scored_tokens: 24}}\n",

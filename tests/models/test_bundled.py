@@ -22,7 +22,8 @@ from dart_llm.models.packed import PackedTensor
 ENCODER = {WEIGHTS: b"weights" * 100, "modules.json": b"[]", "1_Pooling/config.json": b"{}"}
 SUMS = {name: hashlib.sha256(content).hexdigest() for name, content in ENCODER.items()}
 MODULE = FOLDER.partition("/")[0]
-LOADING = "loading SmolLM2-135M-Instruct"
+LOADING = "loading SmolLM2-135M-Instruct: 0.2 MB in bfloat16"
+IN_BLOCKS = "loading SmolLM2-135M-Instruct: 0.1 MB in the file's blocks"
 READING = "reading the tokenizer of SmolLM2-135M-Instruct, once (a few seconds)"
 
 
@@ -101,7 +102,7 @@ def test_the_model_keeps_the_blocks_of_its_file(native, index, tmp_path):
     """Fetched once, the file beside what belongs to it; dense weights need nothing more."""
     said, place = [], tmp_path / "cache"
     model, _ = load(cache_dir=place, progress=said.append)
-    assert said[-2:] == [READING, LOADING]
+    assert said[-2:] == [READING, IN_BLOCKS]
     folder = place / "dart-llm" / f"gguf-{index.sha256}-packed"
     file = folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert list(folder.parent.iterdir()) == [folder] and file_sha256(file) == index.sha256
@@ -112,7 +113,7 @@ def test_the_model_keeps_the_blocks_of_its_file(native, index, tmp_path):
     os.truncate(file, 1000)
     said.clear()
     load(cache_dir=place, progress=said.append)
-    assert said[-2:] == [READING, LOADING] and file_sha256(file) == index.sha256
+    assert said[-2:] == [READING, IN_BLOCKS] and file_sha256(file) == index.sha256
     index.withdraw()
     said.clear()
     dense, _ = load(cache_dir=place, weights="dense", progress=said.append)

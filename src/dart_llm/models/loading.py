@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dart_llm.cache import cache_folder, hub_cache
-from dart_llm.errors import ConfigError, DartError, LoadError, UnknownName
+from dart_llm.errors import ConfigError, LoadError, UnknownName
 from dart_llm.files import file_sha256, size_text
 from dart_llm.hub import (
     INSTEAD,
@@ -364,15 +364,13 @@ class _Builder:
             no_stray_bars() if from_gguf else nullcontext(),
             quick_gguf() if from_gguf else nullcontext(),
         ):
-            try:
+            with self._one_error(checkpoint):
                 tokenizer = self._tokenizer(checkpoint, common)
-                if self.check is not None:
-                    self.check(tokenizer, self._config(checkpoint, common))
+                config = None if self.check is None else self._config(checkpoint, common)
+            if self.check is not None:
+                self.check(tokenizer, config)
+            with self._one_error(checkpoint):
                 model = self._model(checkpoint, common)
-            except DartError:
-                raise
-            except Exception as error:
-                raise self._failure(error, checkpoint) from error
         if self.arguments["dtype"] == "auto" and "device_map" not in self.arguments:
             from dart_llm.models.float32_products import compute_prompts_in_float32
 
@@ -380,6 +378,16 @@ class _Builder:
         remember(model, self._located(checkpoint) if on_hub else checkpoint)
         remember_tokenizer(model, tokenizer)
         return model, tokenizer
+
+    @contextmanager
+    def _one_error(self, checkpoint: Checkpoint) -> Iterator[None]:
+        """Whatever goes wrong inside becomes one ``LoadError``."""
+        try:
+            yield
+        except LoadError:
+            raise
+        except Exception as error:
+            raise self._failure(error, checkpoint) from error
 
     def _from_hub(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """What ``from_pretrained`` needs for a hub model; checks the room for it first."""

@@ -235,11 +235,11 @@ def test_free_texts_stand_side_by_side(view):
 
 
 def test_without_plotly_the_pictures_are_images(view, monkeypatch):
-    for package in ("plotly", "matplotlib", "cmcrameri"):
+    for package, extra in (("plotly", "drift"), ("matplotlib", "plots"), ("cmcrameri", "plots")):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
             patch.setitem(sys.modules, f"{package}.graph_objects", None)
-            with pytest.raises(MissingExtra, match=rf"needs {package}.*'dart-llm\[plots\]'"):
+            with pytest.raises(MissingExtra, match=rf"needs {package}.*'dart-llm\[{extra}\]'"):
                 figures.kit()
             if package == "plotly":
                 patch.setattr(figures, "render", lambda plot, kind, narrow=False: b"drawn")

@@ -142,7 +142,7 @@ def test_the_folder_has_table_picture_page_and_setting(whole):
     document = json.loads((whole.path / "tune.json").read_text())
     page = (whole.path / "report.html").read_text(encoding="utf-8")
     assert "Which setting for" in page and document["recommended"] in page
-    assert re.search(r"\| griffin 70 % \| [\d.]+ % \[", (whole.path / "tune.md").read_text())
+    assert re.search(r"\| griffin 70 % \| [\d.]+ % ", (whole.path / "tune.md").read_text())
 
 
 def test_a_loss_that_is_clearly_too_much_is_not_timed(tmp_path, monkeypatch):

@@ -110,11 +110,28 @@ def document(
     if judged:
         found |= {"speed_ups": judged, **next(iter(judged.values()))}
     if reference is not None:
-        others = {name: seconds for name, seconds in turns.items() if name != reference}
         found["over_transformers"] = {
-            name: judge(turns[reference], seconds).to_dict() for name, seconds in others.items()
+            name: _over(turns, name, reference, ways.get(name), judged.get(name))
+            for name in turns
+            if name != reference
         }
     return found
+
+
+def _over(
+    turns: Mapping[str, Sequence[float]],
+    name: str,
+    reference: str,
+    way: Way | None,
+    judged: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """``name`` over ``reference``; of a pruned text by way of its dense one, so that both agree."""
+    if way is None or way.base is None or judged is None:
+        return judge(turns[reference], turns[name]).to_dict()
+    base = judge(turns[reference], turns[way.base]).to_dict()
+    if base["disturbed"] or judged["disturbed"]:
+        return {**base, "speed_up": None, "disturbed": base["disturbed"] or judged["disturbed"]}
+    return {**base, "speed_up": base["speed_up"] * judged["speed_up"]}
 
 
 QUICK = 4

@@ -53,7 +53,7 @@ from dart_llm.files import write_json, write_lines
 from dart_llm.models.checkpoint import blocks_file, checkpoint_facts
 from dart_llm.models.describe import configured_context, context_length, describe, widths
 from dart_llm.models.loading import is_default
-from dart_llm.pruning.config import DEFAULT_METHOD, PruneConfig
+from dart_llm.pruning.config import DEFAULT_METHOD, DEFAULT_SPARSITY, PruneConfig
 from dart_llm.pruning.layer_table import write_table
 from dart_llm.pruning.registry import SETTING
 from dart_llm.reporting import words
@@ -605,12 +605,13 @@ class RunStudy(Study[RunSettings]):
     def sentences(self) -> list[str]:
         rows = [row for own in (self.lines, *self.evaluations.values()) for row in own]
         notes = [f"note: {note}" for note in measure_rows.notes(rows)]
-        found = [*notes, *report.conclusion(self.accountings, self.perplexity, self.timing)]
+        found = report.conclusion(self.accountings, self.perplexity, self.timing)
         accounting = self.summary["accounting"]
         if self.beside and accounting:
             default = is_default(self.settings.model)
-            found.append(report.verdict(self.timing, self.perplexity, accounting, default))
-        return found
+            told = report.verdict(self.timing, self.perplexity, accounting, default)
+            found = [*found[1:], told]  # which says what the first sentence does
+        return [*notes, *found]
 
     def figures(self) -> Iterable[Plot]:
         drawn = plots.available(read(self.path))
@@ -655,7 +656,7 @@ def run_job(
 # ``dart-llm demo``: what this project does, in a minute or two.
 
 
-STUDIED = (("dart", 0.2), ("dart", 0.5))
+STUDIED = (("dart", DEFAULT_SPARSITY),)
 """Masks of the sequence, whose perplexity is measured beside the default's."""
 
 SETTINGS = {
