@@ -125,13 +125,12 @@ def measure(
     return {
         "seconds": ended,
         "first_s": watched.times[0] if watched.times else None,
-        "first": next(iter("".join(watched.texts).strip().splitlines()), ""),
+        "first": next(iter("".join(watched.texts).strip().splitlines()), "")[:120],
         "silence_s": silence,
-        "silent_after": before,
+        "silent_after": re.sub(r"/\S+/", "", before)[:120],
         "lines": "".join(watched.texts).count("\n"),
         "request_s": request_s,
         "code": None if stopped else code,
-        "last": ("".join(watched.texts).strip().splitlines() or [""])[-1][:200],
     }
 
 

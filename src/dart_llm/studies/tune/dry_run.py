@@ -76,7 +76,7 @@ def estimate(settings: TuneSettings, found: Sequence[Candidate], billions: float
         share = QUICK_SEQUENCES / PriorConfig().sequences if settings.quick else 1.0
         took = duration(share * billions * LEARNED)
         told += f", and {took} to learn from the model's own text, once"
-    size += 4.0 * learns  # a copy of the model in float32
+    size += 12.0 * learns  # a copy of the model in float32, and what a backward pass holds
     return f"{told}; about {size_text(int(size * billions * 1e9 + OTHER_BYTES))} of memory"
 
 
