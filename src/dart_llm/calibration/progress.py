@@ -37,7 +37,7 @@ WRITING, READING = "the model writes text", "the model reads it"
 INSTEAD = "griffin and dart-prompt learn nothing"
 """What to do where it takes too long."""
 
-EVERY_S = 12.0
+EVERY_S = 10.0
 """Between two lines; with what runs between two chances to say one they are 15 apart at most."""
 
 QUICK_S = 5.0

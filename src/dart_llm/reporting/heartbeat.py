@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 from dart_llm.reporting.words import duration
 
-SILENT_S = 12.0
+SILENT_S = 10.0
 """Seconds without output after which a line says that work continues."""
 
 FIRST_S = 3.0

@@ -662,7 +662,7 @@ STUDIED = (("dart", DEFAULT_SPARSITY),)
 SETTINGS = {
     "prompt": "sky",
     "chat": None,
-    "generation": 96,
+    "generation": 64,
     "eval_perplexity": True,
     "ppl_max_samples": 6,
     "ppl_prompt_tokens": 128,
