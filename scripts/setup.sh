@@ -80,12 +80,12 @@ trap 'for job in $(jobs -p); do kill -- "-$job"; done 2>/dev/null || true' EXIT
 
 told=0 # seconds at the newest line
 
-# Waits for the job $1; every 12 seconds a line of what $2 prints.
+# Waits for the job $1; every 14 seconds a line of what $2 prints.
 wait_for() {
   local job="$1"
   while kill -0 "$job" 2>/dev/null; do
     sleep 0.1
-    ((SECONDS - told < 12)) || { "$2" && told=$SECONDS; }
+    ((SECONDS - told < 14)) || { "$2" && told=$SECONDS; }
   done
   wait "$job"
 }
@@ -97,7 +97,7 @@ packages_so_far() {
   echo "still installing: $fetched of about $count packages fetched, $((placed)) in place"
 }
 
-kernels_so_far() { echo "still compiling the CPU kernels"; }
+kernels_so_far() { echo "still compiling the CPU kernels (about half a minute in all)"; }
 
 install() {
   "$venv/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off "$@" \
@@ -125,8 +125,5 @@ kernels=$!
 install --no-build-isolation -e ".[$extra]"
 echo "installed in $SECONDS s"
 told=$SECONDS
-if kill -0 "$kernels" 2>/dev/null; then
-  echo "compiling the CPU kernels, about half a minute more"
-fi
 wait_for "$kernels" kernels_so_far || tail -n 1 "$kernels_log" # why there are none
 printf '%s\n' "$state" >"$venv/.dart-llm-$extra"
