@@ -21,11 +21,10 @@ from dart_llm.calibration.progress import (
     WRITING,
     Advance,
     Say,
+    forwards,
     graph_bytes,
-    layer_ticks,
     learning,
     nothing,
-    part_of,
     text_bytes,
     weights_of,
 )
@@ -163,9 +162,7 @@ def observe(
     batches = torch.split(ids, BATCH)
 
     def observed() -> Iterator[Sequence[LayerStatistics]]:
-        for number, batch in enumerate(batches):
-            with layer_ticks(model, part_of(advance, number, len(batches))):
-                model(batch.to(model.device), use_cache=False, logits_to_keep=1)
+        for _ in forwards(model, batches, advance):
             yield controller.sequences[0].evidence
 
     patch.install()

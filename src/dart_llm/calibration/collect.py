@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dart_llm.calibration.progress import Advance, layer_ticks, nothing, part_of
+from dart_llm.calibration.progress import Advance, forwards, layer_ticks, nothing, part_of
 from dart_llm.errors import DartError
 from dart_llm.models.capture import LayerActivations, capture_activations
 from dart_llm.models.describe import describe
@@ -188,9 +188,8 @@ def find_bases(
 
     with torch.inference_mode(False), capture_activations(model, take):
         parts = torch.split(ids[:rows].clone(), 4)
-        for number, part in enumerate(parts):
-            with layer_ticks(model, part_of(advance, number, 2 * len(parts))):
-                model(part.to(model.device), use_cache=False, logits_to_keep=1)
+        for _ in forwards(model, parts, part_of(advance, 0, 2)):
+            pass
     bases: list[Tensor | None] = []
     for number, layer in enumerate(layers):
         advance(0.5 + 0.5 * number / len(layers))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dart_llm.calibration.collect import evaluating
 from dart_llm.calibration.learn import STATES, Lesson
-from dart_llm.calibration.progress import Advance, Say, layer_ticks, nothing, part_of
+from dart_llm.calibration.progress import Advance, Say, forwards, nothing
 from dart_llm.errors import ConfigError, DartError
 from dart_llm.models.checkpoint import remember_tokenizer
 from dart_llm.models.describe import decoder_of
@@ -91,10 +91,8 @@ def hidden_states(model: Any, ids: Tensor, advance: Advance = nothing) -> Tensor
 
     handle = decoder_of(model).register_forward_hook(take)
     try:
-        parts = torch.split(ids, AT_ONCE)
-        for number, part in enumerate(parts):
-            with layer_ticks(model, part_of(advance, number, len(parts))):
-                model(part.to(model.device), use_cache=False, logits_to_keep=1)
+        for _ in forwards(model, torch.split(ids, AT_ONCE), advance):
+            pass
     finally:
         handle.remove()
     states = torch.cat(seen)

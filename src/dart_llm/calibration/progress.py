@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dart_llm.errors import ConfigError, UnsupportedModel
@@ -221,6 +221,14 @@ def layer_ticks(model: Any, advance: Advance) -> Iterator[None]:
         for number, layer in enumerate(layers):
             hook = tick((number + 1) / len(layers))
             stack.callback(layer.register_forward_hook(hook).remove)
+        yield
+
+
+def forwards(model: Any, parts: Sequence[Tensor], advance: Advance) -> Iterator[None]:
+    """Run parts of ids [B, T] through ``model``, one after the other; what reads them is hooked."""
+    for number, part in enumerate(parts):
+        with layer_ticks(model, part_of(advance, number, len(parts))):
+            model(part.to(model.device), use_cache=False, logits_to_keep=1)
         yield
 
 

@@ -95,9 +95,14 @@ def _addmm(
     return _linear(mat1, mat2.t(), input) if beta == alpha == 1 and input.dim() == 1 else None
 
 
+def _rows_at_once(weight: Tensor) -> int:
+    """Rows of ``weight`` that are widened at a time."""
+    return max(LEAST_ROWS, CHUNK // weight.shape[1])
+
+
 def _times(rows: Tensor, weight: Tensor) -> Tensor:
     """rows [n, K] times the transpose of weight [N, K]: [n, N] float32."""
-    wide, step = rows.float(), max(LEAST_ROWS, CHUNK // weight.shape[1])
+    wide, step = rows.float(), _rows_at_once(weight)
     if len(weight) <= step:
         return F.linear(wide, weight.float())
     found = wide.new_empty(len(rows), len(weight))
@@ -129,7 +134,7 @@ class _Product(torch.autograd.Function):
 
 def _back(gradient: Tensor, weight: Tensor) -> Tensor:
     """gradient [n, N] times weight [N, K]: [n, K] float32."""
-    step = max(LEAST_ROWS, CHUNK // weight.shape[1])
+    step = _rows_at_once(weight)
     found = gradient.new_zeros(len(gradient), weight.shape[1])
     for begin in range(0, len(weight), step):
         part = slice(begin, begin + step)

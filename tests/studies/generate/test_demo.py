@@ -30,8 +30,7 @@ def names(times):
 
 
 @pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    monkeypatch.setattr(RunStudy, "figures", lambda study: [])
+def _alone(no_pictures, monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
 

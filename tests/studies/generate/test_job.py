@@ -12,17 +12,8 @@ from dart_llm.reporting.console import Ui
 from dart_llm.session.prepare import MemoryStore, prepare
 from dart_llm.studies.generate.settings import RunSettings
 from dart_llm.studies.generate.study import RunStudy, run_job
-from tiny_gpt2 import write_gpt2
 
-
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory):
-    return write_gpt2(tmp_path_factory.mktemp("gpt2"))
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    monkeypatch.setattr(RunStudy, "figures", lambda study: [])
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def settings(gpt2, folder, **more):

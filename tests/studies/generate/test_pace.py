@@ -12,6 +12,7 @@ from dart_llm.cli.commands import _print_json
 from dart_llm.experiments import run_facts, timing
 from dart_llm.experiments.store import read
 from dart_llm.experiments.study import load_model
+from dart_llm.models import float32_copy
 from dart_llm.reporting.console import Ui
 from dart_llm.reporting.speed_up import DISTURBED
 from dart_llm.studies.generate import pace
@@ -20,19 +21,10 @@ from dart_llm.studies.generate.study import RunStudy, run_job
 from html_page import Page
 from steps import shared_model
 from tiny import tokens
-from tiny_gpt2 import write_gpt2
 
 BUSY = "while True: pass"
 
-
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory):
-    return write_gpt2(tmp_path_factory.mktemp("gpt2"))
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    monkeypatch.setattr(RunStudy, "figures", lambda study: [])
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def settings(gpt2, folder, **more):
@@ -106,7 +98,7 @@ def test_the_dtype_in_which_transformers_decodes_fastest(monkeypatch):
         assert pace.fastest(iter(plain), tokens()).dtype == torch.float32
         took[torch.float32] = 0.03
         assert pace.fastest(iter(plain), tokens()) is model
-        monkeypatch.setattr(pace, "available", lambda: 0)
+        monkeypatch.setattr(float32_copy, "available", lambda: 0)
         assert list(pace.untouched(model, False, pytest.fail)) == [model]
         assert list(pace.untouched(model, True, lambda: "dequantised")) == ["dequantised"]
     finally:

@@ -13,17 +13,9 @@ from dart_llm.studies.generate import study as generate_study
 from dart_llm.studies.generate.settings import RunSettings, collect
 from dart_llm.studies.generate.study import RunStudy, run_job
 from html_page import Page
-from tiny_gpt2 import CONTEXT, write_gpt2
+from tiny_gpt2 import CONTEXT
 
-
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory):
-    return write_gpt2(tmp_path_factory.mktemp("gpt2"))
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    monkeypatch.setattr(RunStudy, "figures", lambda study: [])
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def settings(gpt2, folder, **more):

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from dart_llm.experiments.timing import WARM, Make, decode
-from dart_llm.models.float32_copy import WORTH, float32_copy
-from dart_llm.native.memory import available
+from dart_llm.models.float32_copy import can_copy, float32_copy
 from dart_llm.pruning.records import RunReport
 from dart_llm.reporting.speed_up import judge
 from dart_llm.session.run import Run
@@ -159,9 +158,8 @@ def untouched(model: Any, in_blocks: bool, load: Callable[[], Any]) -> Iterator[
     ``in_blocks``: its weights are in a file's blocks, which transformers does not know; ``load``
     gives it dequantised, where there is no room for a copy in float32.
     """
-    size = 4 * sum(one.numel() for one in model.parameters())
     on_cpu = torch.device(model.device).type == "cpu"
-    wide = float32_copy(model) if on_cpu and available() >= WORTH * size else None
+    wide = float32_copy(model) if on_cpu and can_copy(model) else None
     if wide is not None:
         for weight in wide.parameters():
             weight.data = weight.data.contiguous()  # blocks may have been held transposed
