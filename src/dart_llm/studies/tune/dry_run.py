@@ -22,7 +22,7 @@ from dart_llm.studies.tune.candidates import (
     quick_candidates,
 )
 from dart_llm.studies.tune.quality import first_of
-from dart_llm.studies.tune.settings import QUICK_TOKENS, TuneSettings
+from dart_llm.studies.tune.settings import TuneSettings
 
 DEFAULT_PARAMETERS = 135e6
 
@@ -89,8 +89,7 @@ def rough_seconds(settings: TuneSettings, number: int, billions: float) -> float
     """For ``number`` candidates, most of which are timed."""
     slices = 2 * _slices(settings) * (number + 1)
     size = (settings.prompt_tokens + settings.tokens) / 256
-    tokens = min(settings.timed_tokens, QUICK_TOKENS) if settings.quick else settings.timed_tokens
-    timed = number * settings.repeats * tokens / 1000
+    timed = number * settings.repeats * settings.turn_tokens / 1000
     written = (settings.prompt_tokens + settings.tokens) / 1000
     return billions * (slices * size * SCORED + timed * TIMED + written * WRITTEN + LOADED)
 

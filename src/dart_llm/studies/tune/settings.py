@@ -143,6 +143,11 @@ class TuneSettings(StudyOptions, ModelOptions):
         return found
 
     @property
+    def turn_tokens(self) -> int:
+        """Timed tokens of a repetition."""
+        return min(self.timed_tokens, QUICK_TOKENS) if self.quick else self.timed_tokens
+
+    @property
     def experiment(self) -> str:
         """Name of the experiment's folder."""
         return self.experiment_name or f"tune-{self.name}"

@@ -62,7 +62,7 @@ from dart_llm.studies.tune.quality import (
     users,
     write_text,
 )
-from dart_llm.studies.tune.settings import OWN, QUICK_TOKENS, TuneSettings
+from dart_llm.studies.tune.settings import OWN, TuneSettings
 
 WRITING, FURTHER = "own text", "further own text"
 """The units of the text that the model writes: of the slices of ``--quick``, and of the others."""
@@ -319,7 +319,7 @@ class TuneStudy(Study[TuneSettings]):
         samples = {}
         order = shuffled([*self.timed, *self.files], settings.seed, unit.data)
         for label in order:
-            samples[label] = self._turn(label, self.timed_tokens, unit.data)
+            samples[label] = self._turn(label, settings.turn_tokens, unit.data)
             self.advance(1)
         return {"order": order, "samples": samples, "process": os.getpid()}
 
@@ -379,7 +379,12 @@ class TuneStudy(Study[TuneSettings]):
 
     def summarise(self) -> dict[str, Any]:
         settings = self.settings
-        rows = [self._row(one) for one in self.tried if one.label in self.makers]
+        quality = {
+            one.label: choice.quality_row(one.label, self.lines, settings.seed)
+            for one in self.tried
+            if one.label in self.makers
+        }
+        rows = [self._row(one, quality) for one in self.tried if one.label in quality]
         allowed = settings.max_loss, settings.noise
         best = choice.recommend(rows, self.base, *allowed)
         left = choice.undecided(rows, self.base, best, *allowed) if settings.quick else []
@@ -395,7 +400,7 @@ class TuneStudy(Study[TuneSettings]):
             "machine": self.config["machine"],
             "versions": self.config["versions"],
             **{name: getattr(settings, name) for name in report.ASKED},
-            "timed_tokens": self.timed_tokens,
+            "timed_tokens": settings.turn_tokens,
             "slices": sum(one.text == OWN_TEXT for one in self.slices),
             "quick": settings.quick,
             "further": len(self.candidates) - len(self.tried),
@@ -411,22 +416,16 @@ class TuneStudy(Study[TuneSettings]):
         self._save(about)
         return about
 
-    @property
-    def timed_tokens(self) -> int:
-        """Timed tokens of a repetition."""
-        asked = self.settings.timed_tokens
-        return min(asked, QUICK_TOKENS) if self.settings.quick else asked
-
     def _samples(self, label: str) -> list[Sample]:
         return [one["samples"][label] for one in self.repetitions]
 
-    def _row(self, one: Candidate) -> choice.Row:
-        row = choice.quality_row(one.label, self.lines, self.settings.seed)
+    def _row(self, one: Candidate, quality: Mapping[str, choice.Row]) -> choice.Row:
+        row = quality[one.label]
         timed = one.label in self.timed
         base = self._samples(self.base)
         times: choice.Row = dict.fromkeys(choice.TIMES)
         if timed:
-            times = choice.time_row(self._samples(one.label), base, self._limit(one, row))
+            times = choice.time_row(self._samples(one.label), base, self._limit(one, quality))
         return {
             "row": one.label,
             "method": one.config.method,
@@ -440,10 +439,9 @@ class TuneStudy(Study[TuneSettings]):
             "texts": row["texts"],
         }
 
-    def _limit(self, one: Candidate, row: choice.Row) -> float | None:
+    def _limit(self, one: Candidate, quality: Mapping[str, choice.Row]) -> float | None:
         """Bytes that a token of the base reads over those of ``one``."""
-        base = choice.quality_row(self.base, self.lines, self.settings.seed)
-        shares = base["bytes_share"], row["bytes_share"]
+        shares = quality[self.base]["bytes_share"], quality[one.label]["bytes_share"]
         if None in shares:
             return None
         forms = self.held[self.candidates[0].form], self.held[one.form]
