@@ -13,19 +13,14 @@ import jinja2
 import yaml
 from table_parts import PARTS  # beside this file
 
+from dart_llm.reporting.words import percent
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 Row = Mapping[str, Any]
 
 
 # Numbers as words.
-
-
-def percent(share: float, digits: int = 1) -> str:
-    """0.4375 -> "43.8 %", 0.5 -> "50 %"."""
-    text = f"{100 * share:.{digits}f}"
-    text = text.rstrip("0").rstrip(".") if "." in text else text
-    return f"{'0' if text == '-0' else text} %"
 
 
 def span(shares: Iterable[float]) -> str:

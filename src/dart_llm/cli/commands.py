@@ -80,16 +80,17 @@ class Command:
         as_json: Json = False,
     ) -> None:
         assert self.settings is not None
-        settings = merge(self.settings, flags, config)
-        module, _, name = str(self.function).partition(":")
+        settings, name = merge(self.settings, flags, config), str(self.function)
+        _tell(lambda ui: _finished(name, fresh, settings, ui).answer(), as_json)
 
-        def compute(ui: Ui) -> Any:
-            from dart_llm.experiments.study import run_study
 
-            package = import_module(f"dart_llm.studies.{module}")
-            return run_study(getattr(package, name)(settings, ui), fresh).answer()
+def _finished(name: str, fresh: bool, *arguments: Any) -> Any:
+    """The study ``name``, as of ``Command.function``, after its work."""
+    from dart_llm.experiments.study import run_study
 
-        _tell(compute, as_json)
+    module, _, kind = name.partition(":")
+    study = getattr(import_module(f"dart_llm.studies.{module}"), kind)
+    return run_study(study(*arguments), fresh)
 
 
 def _tell(compute: Callable[[Ui], Any], as_json: bool) -> None:
@@ -242,15 +243,8 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """``dart-llm inspect``: a study that is told what to look at."""
-    settings = merge(InspectSettings, flags, config)
-
-    def compute(ui: Ui) -> Any:
-        from dart_llm.experiments.study import run_study
-        from dart_llm.studies.inspection.study import InspectionStudy
-
-        return run_study(InspectionStudy(settings, what or (), ui), fresh).answer()
-
-    _tell(compute, as_json)
+    settings, name = merge(InspectSettings, flags, config), "inspection.study:InspectionStudy"
+    _tell(lambda ui: _finished(name, fresh, settings, what or (), ui).answer(), as_json)
 
 
 def bench_speed(
@@ -261,10 +255,7 @@ def bench_speed(
 
     settings = merge(SpeedSettings, flags, config)
     with Ui.started(as_json) as ui:
-        from dart_llm.experiments.study import run_study
-        from dart_llm.studies.speed.study import SpeedStudy
-
-        study = run_study(SpeedStudy(settings, ui), fresh)
+        study = _finished("speed.study:SpeedStudy", fresh, settings, ui)
     _print_json(study.answer() if as_json else study.last_line())
 
 
@@ -282,11 +273,11 @@ def tune(
     settings = merge(TuneSettings, flags, config)
 
     def compute(ui: Ui) -> Any:
-        from dart_llm.experiments.study import run_study
+        if not dry_run:
+            return _finished("tune.study:TuneStudy", fresh, settings, ui).answer()
         from dart_llm.studies.tune.dry_run import plan
-        from dart_llm.studies.tune.study import TuneStudy
 
-        return plan(settings, ui) if dry_run else run_study(TuneStudy(settings, ui), fresh).answer()
+        return plan(settings, ui)
 
     _tell(compute, as_json)
 

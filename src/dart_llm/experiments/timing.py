@@ -274,9 +274,14 @@ def mad(values: Sequence[float]) -> float:
     return float(np.median(np.abs(np.array(values) - np.median(values))))
 
 
+def token_seconds(samples: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Mean time of a timed token, by repetition, in seconds."""
+    return [statistics.fmean(one["steps_s"]) for one in samples]
+
+
 def token_ms(samples: Sequence[Mapping[str, Any]]) -> float:
     """Median over repetitions of the mean time of a timed token, in ms."""
-    return statistics.median(1000 * statistics.fmean(one["steps_s"]) for one in samples)
+    return statistics.median(1000 * one for one in token_seconds(samples))
 
 
 def shuffled(labels: Sequence[str], seed: int, number: int) -> list[str]:

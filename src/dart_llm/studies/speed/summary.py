@@ -11,7 +11,7 @@ import numpy as np
 
 from dart_llm.experiments.llama_bench import LLAMA_CPP
 from dart_llm.experiments.timed_cases import TRANSFORMERS, Case
-from dart_llm.experiments.timing import WARM, mad, token_ms
+from dart_llm.experiments.timing import WARM, mad, token_ms, token_seconds
 from dart_llm.pruning.records import bytes_limit
 from dart_llm.reporting.figures import (
     DASHES,
@@ -168,11 +168,6 @@ def summarise(
     }
 
 
-def _means(samples: Sequence[Sample]) -> list[float]:
-    """Seconds of a timed token, by repetition."""
-    return [statistics.fmean(one["steps_s"]) for one in samples]
-
-
 def _mark_contradictions(
     rows: Sequence[dict[str, Any]], cases: Sequence[Case], samples: Mapping[str, Sequence[Sample]]
 ) -> None:
@@ -183,7 +178,7 @@ def _mark_contradictions(
     kinds = grouped(known, lambda row: (row["variant"], row["executor"], forms[row["row"]]))
     for own in kinds.values():
         sizes = {row["row"]: row["bytes_per_token"] for row in own}
-        wrong = contradicting({label: _means(samples[label]) for label in sizes}, sizes)
+        wrong = contradicting({label: token_seconds(samples[label]) for label in sizes}, sizes)
         for row in own:
             if row["row"] in wrong:
                 row |= {"times_own_dense": None, "share_of_limit": None, "disturbed": DISTURBED}
@@ -218,13 +213,13 @@ def _compared(
         moved = facts["bytes"] + context * facts["cache_bytes_per_position"]
         other = _other_row(label, samples[label], bases, moved, about["prompt_tokens"], read)
         found.append({**dict.fromkeys(rows[0]), **other})
-    main = _means(samples[own])
+    main = token_seconds(samples[own])
     for row in found:
         file = about.get("reference", {}).get(row["row"])
         long = _known(samples[row["row"]], "prefill_s")
         row |= {
             "weights": file["kind"] if file else named[row["row"]].form,
-            "times_main": judge(main, _means(samples[row["row"]])).ratio,
+            "times_main": judge(main, token_seconds(samples[row["row"]])).ratio,
             "bytes_allow": total / row["bytes_per_token"],
             "prefill_ms": 1000 * statistics.median(long) if long else None,
         }
@@ -246,8 +241,8 @@ def _other_row(
     Its kernels are others: what it reads is no limit for ours.
     """
     ms, (plain, same) = token_ms(samples), bases
-    over_plain = judge(_means(plain), _means(samples))
-    over_same = None if same is None else judge(_means(same), _means(samples))
+    over_plain = judge(token_seconds(plain), token_seconds(samples))
+    over_same = None if same is None else judge(token_seconds(same), token_seconds(samples))
     disturbed = over_plain.disturbed or (over_same is not None and over_same.disturbed)
     first = statistics.median(one["first_token_s"] for one in samples)
     speed = moved / ms * 1000
@@ -257,7 +252,7 @@ def _other_row(
         "pp_tokens_per_second": prompt / first,
         "first_token_ms": 1000 * first,
         "tg_ms": ms,
-        "tg_spread_ms": mad([1000 * statistics.fmean(one["steps_s"]) for one in samples]),
+        "tg_spread_ms": mad([1000 * one for one in token_seconds(samples)]),
         "tg_tokens_per_second": 1000 / ms,
         "times_transformers": over_plain.ratio,
         "times_own_dense": over_same and over_same.ratio,
@@ -292,9 +287,9 @@ def _row(
     removed = _mean(samples, "achieved_sparsity", 0.0)
     head = _mean(samples, "head_bytes_share", 1.0)
     limit = sizes.limit(removed, _mean(samples, "proxy_bytes_share", 0.0), head)
-    over_plain = judge(_means(plain), _means(samples))
+    over_plain = judge(token_seconds(plain), token_seconds(samples))
     untouched = case.config is None  # whose kernels are others
-    over_dense = judge(_means(dense), _means(samples), None if untouched else limit)
+    over_dense = judge(token_seconds(dense), token_seconds(samples), None if untouched else limit)
     disturbed = over_plain.disturbed or over_dense.disturbed
     moved = sizes.read(_mean(samples, "ffn_bytes_share", 1.0), head)
     speed = moved / ms * 1000
@@ -307,7 +302,7 @@ def _row(
         "pp_tokens_per_second": prompt / first,
         "first_token_ms": 1000 * first,
         "tg_ms": ms,
-        "tg_spread_ms": mad([1000 * statistics.fmean(one["steps_s"]) for one in samples]),
+        "tg_spread_ms": mad([1000 * one for one in token_seconds(samples)]),
         "token_ms_p5": low,
         "token_ms_median": middle,
         "token_ms_p95": high,

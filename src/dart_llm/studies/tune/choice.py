@@ -10,13 +10,12 @@ say nothing, KL varies little.  Its loss is that of the worse text.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dart_llm.evaluation.perplexity import perplexity
 from dart_llm.experiments import stats
-from dart_llm.experiments.timing import mad, token_ms
+from dart_llm.experiments.timing import mad, token_ms, token_seconds
 from dart_llm.reporting.speed_up import judge
 from dart_llm.reporting.words import FEWEST_ITEMS
 
@@ -123,8 +122,8 @@ def time_row(
     ``limit``: bytes of ``base`` over bytes of this, which no ratio exceeds; a timing that says so
     is ``disturbed``, and has no ratio.
     """
-    each, others = ([statistics.fmean(one["steps_s"]) for one in x] for x in (samples, base))
-    found = judge(others, each, limit)
+    each = token_seconds(samples)
+    found = judge(token_seconds(base), each, limit)
     return {
         "ms": token_ms(samples),
         "ms_spread": mad([1000 * one for one in each]),
