@@ -426,14 +426,13 @@ STYLE = "Plots for the screen, or paper: also PDFs as wide as a column and a pag
 class StudyOptions(Settings):
     """Where results go, and the seed of what is random in them."""
 
-    seed: int = setting("Results", "Seed of everything random.", 0)
+    seed: int = setting("Results", "Seed of everything random.", 0, ge=0, lt=2**63)
     experiment_name: str | None = setting("Results", "Default: <model>-<method>-<sparsity>.")
     results_dir: str = setting("Results", "Folder for results.", "results")
     style: str = setting("Results", STYLE, "screen")
 
     @model_validator(mode="after")
-    def _check_seed(self) -> Self:
-        check_seed(self.seed)
+    def _check_style(self) -> Self:
         check_name("style", self.style, STYLES)
         return self
 

@@ -159,6 +159,8 @@ def test_extra_memory_is_what_is_held(name, method, executor):
         decode(model, ids, 70)
         held = sum(size for place, size in storages().items() if place not in before)
         said = run.report().extra_memory_bytes
+    if "prior" in settings:  # the text that it learned from belongs to no run
+        held -= SMALL["sequences"] * SMALL["length"] * torch.int64.itemsize
     assert held == pytest.approx(said, rel=0.02)
     assert said > 1000
 
