@@ -64,12 +64,13 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         *("bench", "speed", "--methods", "griffin", "--sparsities", "0.5", "--repeats", "1"),
         *("--tokens", "8", "--executors", "compact", "--no-costs", *SMALL[:2]),
     ),
+    "tune-quick": ("tune", "--quick", "--json"),
     "results": ("results",),
     "refused": ("run", "--sparsity", "2"),
 }
 HELP = (
     *("", "run", "chat", "eval", "perplexity", "summarize", "compare", "sweep", "drift", "detect"),
-    *("inspect", "export", "serve", "replay", "results", "demo", "methods", "doctor"),
+    *("inspect", "export", "serve", "replay", "results", "demo", "methods", "doctor", "tune"),
     *(
         "bench quality",
         "bench speed",

@@ -22,6 +22,7 @@ from dart_llm.errors import (
     failure_text,
 )
 from dart_llm.experiments.provenance import origin
+from dart_llm.experiments.result_line import ROWS, ResultLine
 from dart_llm.experiments.store import SCHEMA, ResultsFolder, now, open_folder, timing_text
 from dart_llm.files import finite, write_json, write_lines, write_text
 from dart_llm.models.checkpoint import checkpoint_facts
@@ -189,6 +190,10 @@ class Study(Generic[S]):
         """The study's document, from its lines."""
         return {}
 
+    def result_lines(self) -> Sequence[ResultLine]:
+        """The measured numbers of ``summary``, for ``rows.jsonl``."""
+        return ()
+
     def tables(self) -> Sequence[Table]:
         """The tables of ``summary``: CSV files, and the terminal."""
         return ()
@@ -349,6 +354,7 @@ def _finish(study: Study[Any]) -> None:
     if study.document:
         write_json(study.path / study.document, study.summary)
     write_json(study.path / "timing.json", study.timing)
+    write_lines(study.path / ROWS, [line.model_dump() for line in study.result_lines()])
     for table in study.tables():
         table.write_csv(study.path)
         if table.terminal and study.longest is not None and len(table.rows) > study.longest:
