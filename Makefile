@@ -6,8 +6,6 @@ ARGS ?=
 TABLE ?=
 TEXTS ?=
 DRY ?=
-SHORT ?=
-KEEP ?=
 SETUP = PYTHON='$(PYTHON)' VENV='$(VENV)' scripts/setup.sh
 IN = OMP_WAIT_POLICY=PASSIVE '$(VENV)/bin/python' -m
 
@@ -22,8 +20,8 @@ help:
 	@echo "             runs the whole product of methods, shapes and dtypes"
 	@echo "make docs    build the site into build/site, strictly; ARGS=serve shows it while you write"
 	@echo "make build   make a wheel and an sdist in build/dist, and try them in a clean environment"
-	@echo "make reproduce TABLE=name  make a published table again and compare; without TABLE: list all."
-	@echo "             TEXTS=folder or hub, DRY=1, SHORT=1, KEEP=1: docs/measurements.md"
+	@echo "make reproduce TABLE=name  run a published table's commands again; without TABLE: list all."
+	@echo "             TEXTS=folder or hub, DRY=1: docs/measurements.md"
 	@echo "make gpu-evidence  on a machine with a CUDA GPU: contract tests and decode speed there, into"
 	@echo "             benchmarks/results/gpu-CARD.json and .md; ARGS='--models smollm2-135m' for less"
 	@echo "make test-online  run the tests that need the hub: data sets and a model (about 1 GB)"
@@ -50,8 +48,7 @@ window: setup-demo
 
 reproduce: setup
 	@OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=2000 '$(VENV)/bin/python' benchmarks/reproduce.py $(TABLE) \
-	  $(if $(TEXTS),--texts '$(TEXTS)') $(if $(DRY),--dry-run) $(if $(SHORT),--short) \
-	  $(if $(KEEP),--keep)
+	  $(if $(TEXTS),--texts '$(TEXTS)') $(if $(DRY),--dry-run)
 
 gpu-evidence:
 	@$(SETUP) gpu

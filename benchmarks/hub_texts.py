@@ -67,7 +67,7 @@ FORMS = {"summary": summary, "choice": choice}
 
 
 def fetch(name: str, hub: Mapping[str, Any], root: Path, folder: Path, load: Load) -> None:
-    """Write the input ``name`` below ``folder``; ``hub`` is its entry in tables.yaml."""
+    """Write the input ``name`` below ``folder``; ``hub`` is its entry in inputs.yaml."""
     form = hub["form"]
     if form == "mmlu":
         for subject in hub["configs"]:

@@ -1,55 +1,33 @@
-"""Lists of the documentation that the program itself knows: commands, variables, data, models.
+"""Lists of the documentation that the program itself knows: variables, data, models.
 
 Written into pages by tables.py.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from rendering import RESULTS, ROOT, markdown_table, recorded_checkpoints, result
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results"
 
 
-def commands() -> str:
-    """Every command with its flags, from the application."""
-    from typer.main import get_command
-
-    from dart_llm.cli.app import app
-
-    return "\n\n".join(_command("dart-llm", get_command(app)))
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of Markdown, all columns to the left."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _command(name: str, command: Any) -> Iterator[str]:
-    yield f"## {name}"
-    flags = [p for p in command.params if p.param_type_name == "option" and not p.hidden]
-    places = [p.metavar or p.name.upper() for p in command.params if p not in flags]
-    inner = getattr(command, "commands", {})
-    words = [name, *places, *(["COMMAND"] if inner else []), *(["[OPTIONS]"] if flags else [])]
-    yield f"```text\n{' '.join(words)}\n```"
-    text, _, examples = _plain(command.help).partition("\n\nExamples:\n\n")
-    yield text
-    if examples:
-        lines = examples.replace("\n\n", "\n")
-        yield f"```sh\n{lines}\n```"
-    for panel in dict.fromkeys(p.rich_help_panel for p in flags):
-        rows = [[_flag(p), _cell(p.help or "")] for p in flags if p.rich_help_panel == panel]
-        yield markdown_table([panel or "flag", "meaning"], rows, left=2)
-    if epilog := getattr(command, "epilog", None):
-        yield f"```text\n{_plain(epilog)}\n```"
-    for own, below in inner.items():
-        yield from _command(f"{name} {own}", below)
-
-
-def _plain(text: str | None) -> str:
-    """A help text without the marks by which typer keeps its lines."""
-    return re.sub(r"[\b\f]\n?", "", text or "").strip()
-
-
-def _flag(option: Any) -> str:
-    words = ", ".join(f"`{word}`" for word in [*option.opts, *option.secondary_opts])
-    return words if option.is_flag else f"{words} {option.metavar or ''}".strip()
+def recorded_checkpoints(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Every checkpoint of a results file."""
+    if "checkpoints" in data:
+        return list(data["checkpoints"].values())
+    recorded = [run.get("checkpoint") for run in data.get("runs", ())]
+    recorded += [data.get("checkpoint_of_the_cells") or data.get("checkpoint")]
+    return list({facts["name"]: facts for facts in recorded if facts}.values())
 
 
 def _cell(text: str) -> str:
@@ -74,7 +52,7 @@ def variables() -> str:
         shown = values[0] if len({*values}) == 1 else f"{values[0]}; {values[1]} in `{SCRIPTS[1]}`"
         flag = f"`--{name.lower().replace('_', '-')}`"
         rows.append([f"`{name}`", flag, _cell(shown), _cell(meaning)])
-    return markdown_table(["variable", "flag", "default", "meaning"], rows, left=4)
+    return markdown_table(["variable", "flag", "default", "meaning"], rows)
 
 
 def data_sets() -> str:
@@ -92,7 +70,7 @@ def data_sets() -> str:
         place = ", ".join(where) + revision + (", gated" if data.gated else "")
         rows.append([f"`{data.name}`", place, data.split, columns, uses, licence])
     heads = ["name", "on the hub", "split", "columns", "used for", "licence"]
-    table = markdown_table(heads, rows, left=len(heads))
+    table = markdown_table(heads, rows)
     return f"{table}\n\n`make test-online` last passed: {LAST_RUN}."
 
 
@@ -102,7 +80,7 @@ def checkpoints() -> str:
     dtypes: dict[str, set[str]] = {}
     files: dict[str, set[str]] = {}
     for path in sorted(RESULTS.glob("*.json")):
-        for found in recorded_checkpoints(result(path.stem)):
+        for found in recorded_checkpoints(json.loads(path.read_text("utf-8"))):
             if key := found.get("sha256"):
                 known = {k: v for k, v in found.items() if v is not None}
                 facts.setdefault(key, {}).update(known)
@@ -131,7 +109,7 @@ def model_types() -> str:
         [f"`{kind}`", ", ".join(f"`{name}`" for name in tested.get(kind, [])) or "**not tested**"]
         for kind in sorted(LAYER_NAMES)
     ]
-    return markdown_table(["model type", "tested as"], rows, left=2)
+    return markdown_table(["model type", "tested as"], rows)
 
 
 def names() -> str:
@@ -140,11 +118,10 @@ def names() -> str:
 
     known = {name: getattr(dart_llm, name).__doc__ or "" for name in dart_llm.__all__}
     rows = [[f"`{name}`", _cell(text.partition("\n")[0])] for name, text in known.items()]
-    return markdown_table(["name", "what"], rows, left=2)
+    return markdown_table(["name", "what"], rows)
 
 
 LISTS: dict[str, Callable[[], str]] = {
-    "commands": commands,
     "variables": variables,
     "data-sets": data_sets,
     "checkpoints": checkpoints,

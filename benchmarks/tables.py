@@ -1,12 +1,10 @@
-"""Tables and lists of the documentation: written from results files and from the program itself.
+"""Tables and lists of the documentation: copied from results files, written from the program.
 
 Usage: python benchmarks/tables.py [--check]
 
-A view of benchmarks/tables.yaml holds the columns of a table, benchmarks/results the numbers.
-Every table is written to benchmarks/results/NAME.md, with its commands, beside the JSON that it is
-made of.  A page shows one between ``<!-- table: NAME -->`` and ``<!-- end of table -->``, or a
-list of lists.py between ``<!-- list: NAME -->`` and ``<!-- end of list -->``.  ``--check`` writes
-nothing and exits with 1 where a file is stale.
+A page shows the table of benchmarks/results/NAME.md between ``<!-- table: NAME -->`` and ``<!-- end
+of table -->``, or a list of lists.py between ``<!-- list: NAME -->`` and ``<!-- end of list -->``.
+``--check`` writes nothing and exits with 1 where a page is stale.
 """
 
 from __future__ import annotations
@@ -16,10 +14,10 @@ import re
 import sys
 from pathlib import Path
 
-from lists import LISTS  # beside this file
-from rendering import RESULTS, ROOT, registry, shown, whole
+from lists import LISTS, RESULTS, ROOT  # beside this file
 
 MARKED = re.compile(r"(<!-- (table|list): ([\w.-]+) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
+LINK = re.compile(r"\]\(((?!https?:)[^)/]+)\)")
 
 
 def pages() -> list[Path]:
@@ -28,10 +26,20 @@ def pages() -> list[Path]:
     return [*named, *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def linked(text: str, folder: Path) -> str:
-    """Links from the root of the repository as links from ``folder``."""
+def sections(name: str) -> tuple[str, str, str]:
+    """Commands, provenance and tables of benchmarks/results/NAME.md."""
+    text = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
+    head, rest = text.split("\n```\n\n", 1)
+    provenance, tables = rest.split("\n\n", 1)
+    return head.split("```sh\n", 1)[1], provenance, tables.strip()
+
+
+def table(name: str, folder: Path) -> str:
+    """The tables of a results file with their provenance, linked from a page in ``folder``."""
+    _, provenance, tables = sections(name)
     up = os.path.relpath(RESULTS, folder)
-    return text.replace("](benchmarks/results/", f"]({'' if up == '.' else up + '/'}")
+    provenance = LINK.sub(rf"]({up}/\1)", provenance)
+    return f"{tables}\n\n{provenance} [Commands]({up}/{name}.md)."
 
 
 def filled(page: str, folder: Path) -> str:
@@ -39,36 +47,24 @@ def filled(page: str, folder: Path) -> str:
 
     def block(match: re.Match[str]) -> str:
         begin, kind, name, end = match.groups()
-        made = shown(name) if kind == "table" else LISTS[name]()
-        return f"{begin}\n{linked(made, folder)}\n\n{end}"
+        text = table(name, folder) if kind == "table" else LISTS[name]()
+        return f"{begin}\n{text}\n\n{end}"
 
     return MARKED.sub(block, page)
 
 
-def written() -> dict[Path, str]:
-    """Every file that this script writes, with its content."""
-    found = {}
-    for view in registry()["views"]:
-        for block in view["blocks"]:
-            text = f"# {block}\n\n<!-- Written by benchmarks/tables.py. -->\n\n{whole(block)}\n"
-            found[RESULTS / f"{block}.md"] = linked(text, RESULTS)
-    for path in pages():
-        found[path] = filled(path.read_text(encoding="utf-8"), path.parent)
-    return found
-
-
 def main(arguments: list[str]) -> int:
-    """0 where every table and list is that of its results files, or was written."""
-    stale = [
-        (path, text)
-        for path, text in written().items()
-        if not path.is_file() or path.read_text(encoding="utf-8") != text
-    ]
+    """Write stale pages, or name them and return 1."""
+    stale = {}
+    for path in pages():
+        text = path.read_text(encoding="utf-8")
+        if (new := filled(text, path.parent)) != text:
+            stale[path] = new
     if arguments != ["--check"]:
-        for path, text in stale:
+        for path, text in stale.items():
             path.write_text(text, encoding="utf-8")
         return 0
-    for path, _ in stale:
+    for path in stale:
         print(f"{path.relative_to(ROOT)} is stale: run python benchmarks/tables.py")
     return int(bool(stale))
 

@@ -1,39 +1,34 @@
-"""Published tables and lists: every one is made of its results files, and no page is stale."""
+"""Published tables and lists: no page is stale, commands exist, nothing of a data set is shown."""
 
-import json
+import hashlib
 import re
+import shlex
 
+import keep
 import lists
 import pytest
-import rendering
+import reproduce
 import tables
 
+from dart_llm.files import write_json
 from dart_llm.studies.generate.settings import RunSettings
 from shells import ROOT
 
 PAGES = {path: path.read_text(encoding="utf-8") for path in tables.pages()}
-KNOWN = rendering.registry()
-BLOCKS = [block for view in KNOWN["views"] for block in view["blocks"]]
+NAMES = sorted(path.stem for path in tables.RESULTS.glob("*.md"))
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_every_table_is_made(block):
-    made = rendering.whole(block)
-    lines = [line for line in made.splitlines() if line.startswith("| ")]
-    assert len({line.count("|") for line in lines if "Conv1D" not in line}) <= 2
-    assert "None" not in "".join(lines) and "{" not in "".join(lines)
-
-
-def test_every_table_stands_on_a_page_or_is_linked_and_every_file_is_in_a_table():
-    text = "".join(PAGES.values())
-    named = {*re.findall(r"<!-- table: ([\w.-]+) -->\n", text)}
-    named |= {*re.findall(r"results/([\w.-]+)\.md\)", text)}
-    assert named == set(BLOCKS)
-    files = {path.stem for path in rendering.RESULTS.glob("*.json")}
-    assert files == set(KNOWN["results"])
-    beside = {path.stem for path in rendering.RESULTS.glob("*.md")}
-    assert {name for name in beside if not name.startswith("gpu-")} == set(BLOCKS)
-    assert {name for names in KNOWN["blocks"].values() for name in names} <= files
+def test_every_kept_table_names_its_commands_files_and_commit():
+    assert len(NAMES) > 60
+    for name in NAMES:
+        commands, provenance, body = tables.sections(name)
+        for command in commands.splitlines():
+            assert shlex.split(command)[0] in ("dart-llm", "python"), name
+        files = re.findall(r"\]\(([\w.-]+\.json)\)", provenance)
+        assert files and all((tables.RESULTS / file).is_file() for file in files), name
+        assert re.search(r"commit [0-9a-f]{7} \(\d{4}-\d\d-\d\d\)", provenance), name
+        widths = {line.count("|") for line in body.splitlines() if line.startswith("| ")}
+        assert len(widths) <= 12 and "None" not in body and "{" not in body, name
 
 
 def test_no_table_or_list_is_stale(capsys):
@@ -44,60 +39,72 @@ def test_a_stale_page_is_named_and_written_again(tmp_path, monkeypatch, capsys):
     page = tmp_path / "page.md"
     page.write_text("Before.\n\n<!-- table: kills -->\nold\n<!-- end of table -->\n\nAfter.\n")
     monkeypatch.setattr(tables, "ROOT", tmp_path)
-    monkeypatch.setattr(tables, "written", lambda: {page: tables.filled(page.read_text(), ROOT)})
+    monkeypatch.setattr(tables, "pages", lambda: [page])
     assert tables.main(["--check"]) == 1
     assert capsys.readouterr().out == "page.md is stale: run python benchmarks/tables.py\n"
     assert tables.main([]) == 0 == tables.main(["--check"])
     text = page.read_text()
     assert text.startswith("Before.\n\n<!-- table: kills -->\n\n| command | SIGKILLs |")
-    assert "(benchmarks/results/kills.md)" in text and "old" not in text
+    assert "benchmarks/results/kills.json)" in text and "old" not in text
     assert text.endswith("\n\n<!-- end of table -->\n\nAfter.\n")
 
 
-def test_a_page_of_prose_shows_two_tables_at_most():
+def test_a_page_of_prose_shows_two_tables_at_most_and_no_placeholder():
     for path, text in PAGES.items():
         assert len(re.findall("<!-- table: .* -->\n", text)) <= 2, path.name
-
-
-def test_no_placeholder_is_left_in_markdown_of_the_repository():
-    """Whoever reads a page without building the site sees what the site shows."""
-    folders = (
-        ROOT / name for name in ("docs", "benchmarks", "examples", "recipes", "tests", "src")
-    )
-    found = [*ROOT.glob("*.md"), *(path for folder in folders for path in folder.rglob("*.md"))]
-    assert len(found) > 80
-    for path in found:
-        prose = re.sub(r"^```.*?^```$", "", path.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+        prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
         assert "{{" not in re.sub(r"`[^`]+`", "", prose), path
 
 
-def test_cells_are_the_files_numbers():
-    data = json.loads((rendering.RESULTS / "evaluation-smollm2.json").read_text("utf-8"))
-    row = next(r for r in data["rows"] if r["label"] == "dart@0.5" and "arc_easy" in r["task"])
-    (line,) = [
-        line
-        for part in rendering.whole("evaluation-smollm2").split("**arc_easy")[1:]
-        for line in part.split("**")[1].splitlines()
-        if line.startswith("| dart@0.5 |")
-    ]
-    assert f"| {row['achieved']:.1%} | {row['value']:.3f} (" in line
-    assert line.endswith(f"| {row['dense_share']:.1%} | {row['remasks']:,} |")
-    data = {"renamed": {"dart": "dart-prompt"}}
-    assert rendering.today("dart@0.5", data) == "dart-prompt@0.5"
-    assert rendering.today("dart-token", data) == "dart-token"
+def test_a_finished_run_is_kept_in_the_layout_that_pages_read(tmp_path, monkeypatch, capsys):
+    facts = {"name": "m", "file_quantisation": "Q4_1", "dtype": "float32", "path": "/x/m"}
+    config = {"kind": "speed", "command": ["dart-llm", "bench", "speed", "--results-dir", "/x"]}
+    config |= {"status": "complete", "checkpoint": facts, "finished": "2026-01-02T03:04:05"}
+    config |= {"machine": {"threads": 2, "processor": "CPU"}, "git": {"commit": "abcdef0123"}}
+    write_json(tmp_path / "config.json", config)
+    write_json(tmp_path / "speed.json", {"rows": [1]})
+    (tmp_path / "speed.md").write_text("| a |\n| --- |\n")
+    monkeypatch.setattr(keep, "RESULTS", tmp_path / "kept")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "kept")
+    (tmp_path / "kept").mkdir()
+    monkeypatch.setattr("sys.argv", ["keep.py", "mine", str(tmp_path)])
+    keep.main()
+    commands, provenance, body = tables.sections("mine")
+    assert (commands, body) == ("dart-llm bench speed", "| a |\n| --- |")
+    assert provenance == (
+        "m (file quantisation Q4_1, float32), 2 threads of CPU; commit abcdef0 (2026-01-02). "
+        "File: [mine.json](mine.json)."
+    )
+    assert "/x" not in (tmp_path / "kept/mine.json").read_text()
+    write_json(tmp_path / "config.json", config | {"status": "failed"})
+    with pytest.raises(SystemExit, match="is failed: finish the run first"):
+        keep.main()
 
 
-def test_the_first_numbers_of_the_readme_are_the_files():
-    """No speed-up above what the bytes allow, though one was timed."""
-    tuned, packed = (rendering.result(n) for n in ("tune-smollm2", "speed-packed-smollm2"))
-    dense, token, mask = rendering.shown("front").splitlines()[2:5]
-    ms = {row["row"]: row["ms"] for row in tuned["rows"] + tuned["reference_rows"]}
-    assert f"| 1.00 x | {ms['llama.cpp Q4_1'] / ms['dense, weights file']:.2f} x |" in dense
-    over = ms["dense, weights file"] / ms["dart-token 30 %, weights file"]
-    assert f"| {over:.2f} x |" in token
-    row = next(r for r in packed["runs"][0]["rows"] if r["row"] == "griffin 50 %, slim, file")
-    assert row["times_own_dense"] > 1.02 * row["limit"]
-    assert f"| {row['limit']:.2f} x |" in mask and f"{row['times_own_dense']:.2f}" not in mask
+def test_inputs_are_recognised_by_their_checksum(tmp_path, monkeypatch, capsys):
+    sums = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("one", "two")}
+    monkeypatch.setattr(reproduce, "INPUTS", {"a.txt": {"sha256": sums["one"], "get": "the hub"}})
+    wanted = f"Expected: sha256 {sums['one']}. Where to get it: the hub."
+    assert reproduce.problem("a.txt", None).startswith(f"a.txt is missing. {wanted}")
+    file = tmp_path / "a.txt"
+    file.write_text("two")
+    assert reproduce.problem("a.txt", file) == f"{file} has sha256 {sums['two']}. {wanted}"
+    file.write_text("one")
+    assert reproduce.problem("a.txt", file) is None
+    listing = "".join(f"{hashlib.sha256(n.encode()).hexdigest()}  {n}\n" for n in ("a.txt",))
+    file.write_text("a.txt")
+    assert reproduce.sha256(tmp_path) == hashlib.sha256(listing.encode()).hexdigest()
+
+
+def test_a_table_is_shown_before_it_is_made(capsys, tmp_path):
+    dry = ["evaluation-smollm2", "--dry-run", "--texts", str(tmp_path)]
+    assert reproduce.main(dry) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "$ dart-llm sweep benchmarks/evaluation_smollm2.yaml\n"
+    assert "xsum.jsonl is missing. Expected: sha256 e1f145" in shown.err
+    assert reproduce.main(["quality-tokn"]) == 2
+    assert "did you mean quality-token?" in capsys.readouterr().err
+    assert reproduce.main([]) == 0 and capsys.readouterr().out.split() == NAMES
 
 
 def test_every_variable_of_the_scripts_is_explained():
@@ -106,21 +113,12 @@ def test_every_variable_of_the_scripts_is_explained():
     names = re.findall(r'^: "\$\{([A-Z_]+):=', script, re.MULTILINE)
     assert len(names) > 30
     assert [name for name in names if f"| `{name}` |" not in table] == []
-    page = PAGES[ROOT / "docs/scripts.md"].replace(table, "")
-    assert [name for name in names if not re.search(rf"\b{name}\b", page)] == []
     assert {name.lower() for name in names} <= set(RunSettings.model_fields)
-
-
-def test_every_command_is_on_the_page_of_commands():
-    page = PAGES[ROOT / "docs/cli.md"]
-    for name in ("run", "compare", "bench quality", "prompts generate", "serve"):
-        assert f"\n## dart-llm {name}\n" in page
-    assert "| `--total-prune-percent`" in page and "\b" not in page
 
 
 @pytest.mark.contract("no data set's text in the repository")
 def test_results_hold_no_text_of_a_data_set():
     phrases = ("Homarus gammarus", "Prison Link Cymru", "Boarden", "type-Ia")
-    for path in rendering.RESULTS.iterdir():
+    for path in tables.RESULTS.iterdir():
         text = path.read_text(encoding="utf-8")
         assert [phrase for phrase in phrases if phrase in text] == [], path.name

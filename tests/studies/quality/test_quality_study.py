@@ -1,7 +1,5 @@
 """``dart-llm bench quality``: settings, variants, files, resuming, the command."""
 
-import importlib
-import json
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,6 @@ from dart_llm.studies.quality.settings import QualitySettings
 from dart_llm.studies.quality.slices import score_rounded
 from lm_cases import call, loaded, place
 from quality_cases import PROMPT, TOKENS, job, read_pairs, write_texts
-from shells import ROOT
 from written import lines, read
 
 
@@ -130,19 +127,6 @@ def test_the_command_speaks_json(tmp_path):
     bad = call(*fixed, "--slices", 90)
     assert (bad.code, bad.out, bad.err.count("\n")) == (2, "", 1)
     assert bad.err.startswith('ConfigError: the text "bees" has 8 slices of 134 tokens in its set')
-
-
-def test_a_run_is_kept(whole, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    keeper = importlib.import_module("keep")
-    kept = keeper.gather_quality([whole.path])
-    assert kept["cells"] == read(whole.path / "quality.json")["cells"]
-    text = json.dumps(kept)
-    assert "path" not in kept["checkpoints"]["model"] and str(whole.path.parents[2]) not in text
-    items = keeper.quality_items(keeper.lines(whole.path))
-    assert all(set(one) == {"model", "cell", "variant", "sparsity", "losses"} for one in items)
-    with pytest.raises(SystemExit, match="the runs share a model"):
-        keeper.gather_quality([whole.path, whole.path])
 
 
 def asked(given):

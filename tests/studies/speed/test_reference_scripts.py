@@ -1,26 +1,18 @@
-"""benchmarks/packed_quality.py, packed_memory.py, random_gguf.py, gpu_evidence.py, by hand."""
+"""benchmarks/packed_quality.py and random_gguf.py, by hand."""
 
 import importlib
 import json
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from checkpoints import write_gguf
-from dart_llm.cli.app import app
-from dart_llm.errors import MissingExtra
 from dart_llm.experiments.llama_bench import ReferenceFile
 from dart_llm.models.gguf_file import read_gguf
-from dart_llm.patching.executors import triton_ffn
-from dart_llm.settings import merge
-from dart_llm.studies.speed.settings import SpeedSettings
 from lm_cases import loaded
 from shells import ROOT
-from speed_cases import shape
 from tiny import tiny, tokens
 
 
@@ -128,101 +120,3 @@ def test_what_llama_perplexity_says(script, tmp_path):
     tool.write_text("#!/bin/sh\necho no >&2; exit 1\n", encoding="utf-8")
     with pytest.raises(SystemExit, match="tool failed: no"):
         quality.theirs(str(tool), file, args, None)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_memory_of_a_shape(script, tmp_path, monkeypatch, native):
-    memory, common = script("packed_memory"), script("common")
-    sizes = {"model_type": "llama", "vocab_size": 32_000, "hidden_size": 256}
-    sizes |= {"intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
-    (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny" / "config.json").write_text(json.dumps(sizes), encoding="utf-8")
-    monkeypatch.setattr(memory, "SHAPES", tmp_path)
-    monkeypatch.setattr(common, "RESULTS", tmp_path / "kept")
-    monkeypatch.setattr(sys, "argv", ["packed_memory.py", "--tokens", "4"])
-    monkeypatch.setattr(memory, "BARS", {"tiny": 2_000_000_000})
-    memory.main()
-    found = json.loads((tmp_path / "kept" / "packed-memory.json").read_text("utf-8"))
-    (shape,) = found["shapes"]
-    matrices = 2 * 32_000 * 256 + 2 * (4 * 256 * 256 + 3 * 256 * 512)
-    assert shape["parameters"] == matrices + 5 * 256 and found["passed"] is shape["passed"] is True
-    assert shape["weight_bytes"] == pytest.approx(matrices * 18 / 32, rel=0.05)
-    assert shape["made"]["now"] - shape["start"]["now"] > shape["weight_bytes"]
-    rows = {(row["method"], row["asked"]): row for row in shape["rows"]}
-    assert list(rows) == [("dense", 0), ("griffin", 0.5), ("griffin", 0.7)]
-    for (method, asked), row in rows.items():
-        assert row["tokens"] == 4 and row["achieved_sparsity"] == pytest.approx(asked, abs=0.01)
-        assert row["dense_token_share"] == (method == "dense")
-        assert shape["start"]["now"] < row["now"] <= row["most"]
-        if method == "dense":
-            assert row["most"] == shape["most"]
-    monkeypatch.setattr(memory, "BARS", {"tiny": shape["weight_bytes"]})
-    with pytest.raises(SystemExit, match="more memory than its bar"):
-        memory.main()
-    monkeypatch.setattr(sys, "argv", ["packed_memory.py", "--weights", "q9"])
-    with pytest.raises(SystemExit, match="tiny failed with exit code 1"):
-        memory.main()
-
-
-def test_the_gpu_kit_goes_through_its_steps_without_a_card(script, tmp_path, monkeypatch, capsys):
-    """Commands of ``bench speed`` on the CPU, one of which fails, become one file and tables."""
-    kit, common = script("gpu_evidence"), script("common")
-    monkeypatch.setattr(common, "RESULTS", tmp_path / "kept")
-    asked = []
-
-    def bench(words):
-        asked.append(words)
-        if "--variants" in words:
-            return "CUDA out of memory"
-        done = CliRunner().invoke(app, list(words))
-        return done.output if done.exit_code else ""
-
-    monkeypatch.setattr(kit, "bench", bench)
-    small = ["--prompt-tokens", "8", "--tokens", "4", "--repeats", "1", "--sparsities", "0.5"]
-    model = ["--models", str(shape(tmp_path)), "--executors", "compact,triton"]
-    monkeypatch.setattr(triton_ffn, "kernels", _no_triton)
-    kit.main(["--device", "cpu", "--no-tests", *model, *small])
-    (path,) = (tmp_path / "kept").glob("*.json")
-    assert path.name == "gpu-none.json" and str(path) in capsys.readouterr().out
-    found = json.loads(path.read_text(encoding="utf-8"))
-    (run,) = found["runs"]
-    assert [row["row"] for row in run["rows"]][-1] == "griffin 50 %, compact"
-    assert run["rows"][-1]["limit"] > 1 and run["model"] == "llama"
-    assert any("pip install 'dart-llm[gpu]'" in note for note in run["notes"])
-    assert found["failed"] == {f"{shape(tmp_path)}, tokens that choose": "CUDA out of memory"}
-    text = path.with_suffix(".md").read_text(encoding="utf-8")
-    assert "| griffin 50 %, compact |" in text and "CUDA out of memory" in text
-    (masks, tokens_choose) = asked
-    assert "bfloat16" in masks and masks[masks.index("--executors") + 1] == "compact,triton"
-    assert tokens_choose[tokens_choose.index("--methods") + 1] == ""
-
-
-def _no_triton():
-    raise MissingExtra("triton", "gpu")
-
-
-def test_the_gpu_kit_asks_for_a_gpu_and_for_tokens_that_choose(script, tmp_path, monkeypatch):
-    kit = script("gpu_evidence")
-    if not torch.cuda.is_available():
-        with pytest.raises(SystemExit, match="PyTorch finds none"):
-            kit.main([])
-    words = [words for about, words in kit.commands(kit.options().parse_args([]), tmp_path)]
-    assert len(words) == 2 * len(kit.MODELS) == 6
-    for one in words:
-        if "--model-config" in one:
-            assert json.loads(Path(one[one.index("--model-config") + 1]).read_text())["vocab_size"]
-    given = dict(zip(words[1][2::2], words[1][3::2], strict=True))
-    asked = merge(SpeedSettings, {k[2:].replace("-", "_"): v for k, v in given.items()}, {})
-    cases = asked.case_list()
-    assert [case.label for case in cases] == ["each token 50 %, triton", "each token 70 %, triton"]
-    assert cases[0].config.token.bits == 4 and cases[0].config.prior is None
-
-
-def test_the_gpu_kit_reads_what_pytest_says(script):
-    kit = script("gpu_evidence")
-    said = "FAILED tests/a.py::b - E\n1 failed, 12 passed, 2 skipped, 3 deselected in 4s\n"
-    wanted = {"failed": 1, "passed": 12, "skipped": 2, "not_passed": ["tests/a.py::b"]}
-    assert (
-        kit.tests_of(said) == wanted
-        and kit.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
-    )

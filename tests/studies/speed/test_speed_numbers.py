@@ -1,6 +1,5 @@
 """The arithmetic of ``dart-llm bench speed``, its settings and its clock, by hand."""
 
-import importlib
 import json
 from mmap import mmap
 
@@ -35,7 +34,6 @@ from dart_llm.studies.speed.summary import (
 from lm_cases import loaded, place
 from shells import ROOT
 from speed_cases import sample, settings
-from tiny import tiny, tokens
 from written import axes_of
 
 
@@ -285,41 +283,3 @@ def test_growth_sees_what_was_allocated_and_freed():
     assert growth.bytes is not None and 60 * 2**20 < growth.bytes < 128 * 2**20
     assert (Growth(torch.device("cpu")).bytes or 0) < 32 * 2**20  # the peak starts anew
     assert 1e7 < read_bandwidth(torch.device("cpu"), mib=4, reads=3) < 1e13
-
-
-# benchmarks/costs.py: two rows in turns, neither disturbs the other
-
-
-@pytest.fixture
-def costs(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("costs")
-
-
-def test_costs_by_hand(costs):
-    def turns(*pairs, phases="o"):
-        return [{"own": sample(own, phases * len(own)), "base": sample(base, phases * len(base))}
-                for own, base in pairs]  # fmt: skip
-
-    attached = turns(([41, 41, 90], [40, 40, 40]), ([46, 46], [44, 44]))
-    assert costs.differences("attaching", attached) == pytest.approx([1, 2])  # medians
-    observed = turns(([11.0, 13.0], [10.0, 10.0]))
-    assert costs.differences("observing", observed) == pytest.approx([2])  # rare steps count
-    # a method whose masks are made beforehand observes nothing
-    assert costs.differences("observing", turns(([11.0], [10.0]), phases="p")) == []
-    own, base = sample([8.0, 8.9, 30.0, 40.0], "pppo", built=(2,)), sample([8.0] * 3, "ppp")
-    checked = costs.differences("drift checks", [{"own": own, "base": base}])
-    assert checked == pytest.approx([0.45])
-    built = costs.builds(sample([10, 10, 10, 20, 14, 10], "pppopp", built=(4,)))
-    assert built == [pytest.approx(4)] and costs.builds(sample([10], "o")) == []
-
-
-def test_every_cost_of_a_method_is_measured(costs):
-    kinds = ["attaching", "observing", "drift checks", "a re-mask"]
-    assert [case.kind for case in costs.cases("dart", 0.5, "compact", 12)] == kinds
-    cases, model = costs.cases("griffin", 0.5, "compact", 12), tiny("llama")
-    rows = costs.measure(model, None, tokens(1, 8, seed=3), cases, 12, 1)
-    assert [row["cost"] for row in rows] == ["attaching", "observing", "a re-mask"]
-    assert rows[2]["values"] == 4  # two pruned tokens, one observed, a mask, and so on
-    assert all(row["share_of_token"] is not None and row["what"] for row in rows)
-    assert not any("forward" in vars(part) for part in model.modules())

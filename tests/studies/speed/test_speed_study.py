@@ -1,7 +1,6 @@
 """``dart-llm bench speed`` on tiny models: files, order, sittings, what cannot run, the command."""
 
 import csv
-import importlib
 import json
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from dart_llm.errors import ConfigError, LoadError
 from dart_llm.experiments.index import read_info
 from dart_llm.experiments.study import run_study
 from dart_llm.experiments.timing import shuffled
-from dart_llm.files import write_json
 from dart_llm.patching import executors
 from dart_llm.reporting import figures
 from dart_llm.reporting.console import Ui
@@ -20,7 +18,6 @@ from dart_llm.studies.speed import study, summary
 from dart_llm.studies.speed.settings import EXECUTORS
 from dart_llm.studies.speed.study import SpeedStudy
 from lm_cases import call
-from shells import ROOT
 from speed_cases import PROMPT, TOKENS, job, settings, shape, steady
 from stopping import Stopping
 
@@ -86,15 +83,6 @@ def test_tables_plot_and_what_is_kept(whole, monkeypatch):
     assert [line["row"] for line in table] == [row["row"] for row in found["rows"]]
     assert float(table[1]["tg_ms"]) == pytest.approx(found["rows"][1]["tg_ms"])
     assert table[0]["attach_ms"] == ""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    keeper = importlib.import_module("keep")
-    kept = keeper.gather_speed([whole.path])
-    assert kept["runs"][0]["rows"] == found["rows"]
-    assert str(whole.path.parents[2]) not in json.dumps(kept)
-    (whole.path / "unfinished").mkdir()
-    write_json(whole.path / "unfinished/config.json", {"kind": "speed", "status": "failed"})
-    with pytest.raises(SystemExit, match="is no finished run"):
-        keeper.gather_speed([whole.path / "unfinished"])
 
 
 def test_the_plot_has_the_limit_as_a_line(whole):
