@@ -65,6 +65,7 @@ test-online: setup-dev
 
 format-check: setup-dev
 	@$(IN) ruff format --check .
+	@'$(VENV)/bin/clang-format' --dry-run --Werror src/dart_llm/native/csrc/* tests/native/*.cpp tests/native/*.h
 
 style: setup-dev
 	@$(IN) ruff check .

@@ -13,6 +13,7 @@ COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 WARNINGS = "-std=c++17 -Wall -Wextra -Werror -pthread"
 SANITIZED = f"{WARNINGS} -O1 -g1 -fno-sanitize-recover=all -fno-omit-frame-pointer"
 FLAGS = f"{SANITIZED} -fsanitize=address,undefined"
+THREADS = f"{SANITIZED} -fsanitize=thread"
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,12 @@ def never_run():
 def kernel_objects(folder, tools=Tools()):
     """Everything native but the operators of torch, compiled into ``folder``."""
     torch = {*KERNELS.glob("*ops.cpp"), KERNELS / "huge_room.cpp"}
-    watched = tools.flags == FLAGS
+    watched = tools.flags in (FLAGS, THREADS)
     idle = never_run() if watched else set()
     slow = {KERNELS / "kernels_portable.cpp"} if watched else set()  # to be optimised: 40 seconds
     tools.compile(folder, "-c", *sorted({*KERNELS.glob("*.cpp")} - torch - idle - slow))
     if slow:
-        Tools(flags=FLAGS.replace("-O1", "-O0")).compile(folder, "-c", *sorted(slow))
+        Tools(flags=tools.flags.replace("-O1", "-O0")).compile(folder, "-c", *sorted(slow))
     found = sorted(folder.glob("*.o"))
     if idle:  # last in the list, for a linker takes the first of equal inline functions
         (folder / "idle").mkdir()

@@ -8,7 +8,7 @@
 #include <thread>
 #include <vector>
 
-#include "choose.h"
+#include "select.h"
 #include "decode.h"
 #include "held.h"
 
@@ -40,8 +40,7 @@ void products(const Kernels& k, Dtype dtype, int64_t rows, int64_t size, int64_t
   k.matvec(dtype, w.bytes.data(), bias.bytes.data(), given, middle, rows, y.data(), rows);
   for (int64_t m = 0; m < count; ++m)
     for (int64_t r = 0; r < rows; ++r)
-      wanted[m * rows + r] =
-          dot(&w.wide[r * size], &x.wide[m * size], size) + bias.wide[r];
+      wanted[m * rows + r] = dot(&w.wide[r * size], &x.wide[m * size], size) + bias.wide[r];
   same("matvec", y, wanted);
 }
 
@@ -87,8 +86,8 @@ void heads(const Kernels& k, Dtype dtype, int64_t size, int64_t n, float cap) {
   Held keys = hold(dtype, drawn(n * stride)), values = hold(dtype, drawn(n * stride));
   std::vector<float> query = drawn(size), key = drawn(size), value = drawn(size);
   std::vector<float> scores(n + 1), found(size), wanted(size);
-  k.attend(dtype, query.data(), keys.bytes.data(), values.bytes.data(), n, stride, key.data(),
-           value.data(), size, 0.4f, cap, scores.data(), found.data());
+  k.attend(dtype, query.data(), keys.bytes.data(), values.bytes.data(), n, stride, key.data(), value.data(),
+           size, 0.4f, cap, scores.data(), found.data());
   std::vector<double> shares;
   double total = 0;
   for (int64_t t = 0; t <= n; ++t) {
@@ -117,7 +116,7 @@ void bits(const Kernels& k, Dtype dtype, int64_t n) {
   k.widen(dtype, narrow.data(), wide.data(), n);
   std::vector<int32_t> ids(n);
   for (int64_t i = 0; i < n; ++i) ids[i] = int32_t(n - 1 - i);
-  k.add(dtype, bias.bytes.data(), n / 3, n, y.data());
+  k.add(dtype, bias.bytes.data(), n / 3, n, y.data() + n / 3);
   k.add_at(dtype, bias.bytes.data(), ids.data(), n, y.data());
   for (int64_t i = 0; i < n; ++i) {
     if (i >= n / 3) wanted[i] += bias.wide[i];
@@ -138,8 +137,8 @@ void folds(const Kernels& k, Dtype dtype, int64_t rows, int64_t size, int64_t co
   std::vector<float> factors = drawn(n * count), found(count * size), wanted(count * size);
   int64_t middle = size / 2;
   for (int64_t begin : {int64_t(0), middle})
-    k.fold(dtype, held.bytes.data(), ids.data(), n, size, factors.data(), count, begin,
-           begin ? size : middle, found.data());
+    k.fold(dtype, held.bytes.data(), ids.data(), n, size, factors.data(), count, begin, begin ? size : middle,
+           found.data());
   for (int64_t f = 0; f < count; ++f)
     for (int64_t d = 0; d < size; ++d)
       for (int64_t i = 0; i < n; ++i)
@@ -147,7 +146,7 @@ void folds(const Kernels& k, Dtype dtype, int64_t rows, int64_t size, int64_t co
   same("fold", found, wanted);
 }
 
-// A low-bit copy [width, size] as `Copies` has it, and the values that it stands for.
+// A low-bit copy [width, size] as `Proxies` has it, and the values that it stands for.
 struct Copy {
   std::vector<uint8_t> levels;
   Held scales;
@@ -171,19 +170,25 @@ Copy copied(int64_t width, int64_t size, int64_t bits, int64_t group) {
 }
 
 // A token that chooses out of some neurons of a gated FFN, by several threads: estimates against
-// plain loops, the choice against a full sort, the output against that of the chosen.
-void choices(const Kernels& k, Dtype dtype, int64_t width, int64_t size, int64_t bits,
-             int64_t group, int64_t threads) {
+// plain loops, the choice against a full sort, the output against that of the selected.
+void choices(const Kernels& k, Dtype dtype, int64_t width, int64_t size, int64_t bits, int64_t group,
+             int64_t threads) {
   Copy up_copy = copied(width, size, bits, group), gate_copy = copied(width, size, bits, group);
   Held x = hold(dtype, drawn(size)), up = hold(dtype, drawn(width * size, 0.2f));
   Held down = hold(dtype, drawn(width * size)), bias = hold(dtype, drawn(width));
-  std::vector<float> worth = drawn(width), mean = drawn(width);
+  std::vector<float> saliency = drawn(width), mean = drawn(width);
   std::vector<int32_t> ids;
-  for (float& one : worth) one = std::fabs(one);
+  for (float& one : saliency) one = std::fabs(one);
   for (int64_t i = 0; i < width; i += 1 + int64_t(generator() % 2)) ids.push_back(int32_t(i));
   int64_t count = int64_t(ids.size()), keep = (count + 2) / 3;
-  Copies c{gate_copy.levels.data(), up_copy.levels.data(), gate_copy.by(), up_copy.by(),
-           worth.data(), bits, group, keep};
+  Proxies c{gate_copy.levels.data(),
+            up_copy.levels.data(),
+            gate_copy.by(),
+            up_copy.by(),
+            saliency.data(),
+            bits,
+            group,
+            keep};
   Ffn f{};
   f.gate = f.up = up.bytes.data(), f.down = down.bytes.data(), f.mean = mean.data();
   f.gate_bias = bias.bytes.data(), f.up_bias = bias.bytes.data();
@@ -195,7 +200,8 @@ void choices(const Kernels& k, Dtype dtype, int64_t width, int64_t size, int64_t
   auto member = [&] {
     Worker team(jobs);
     Ffn own = f;
-    choose(team, k, dtype, c, given, own, strength.data(), places.data());
+    auto token = [&]() -> const Input& { return given; };
+    select(team, k, dtype, c, token, 1, own, strength.data(), places.data());
     team.in_parts(PARTS, [&](int64_t one, int64_t parts) {
       Span span = part(own.kept, one, parts);
       k.ffn(dtype, own, given, span.begin, span.end, sums.data() + one * size, nullptr, 0);
@@ -205,14 +211,11 @@ void choices(const Kernels& k, Dtype dtype, int64_t width, int64_t size, int64_t
   for (int64_t m = 1; m < threads; ++m) others.emplace_back(member);
   member();
   for (std::thread& one : others) one.join();
-  auto act = [](float v) {
-    return 0.5f * v * (1 + std::tanh(0.79788456f * (v + 0.044715f * v * v * v)));
-  };
+  auto act = [](float v) { return 0.5f * v * (1 + std::tanh(0.79788456f * (v + 0.044715f * v * v * v))); };
   for (int64_t j = 0; j < count; ++j) {
     int64_t at = ids[j] * size;
     float b = bias.wide[ids[j]], first = dot(&gate_copy.wide[at], x.wide.data(), size) + b;
-    wanted[j] = std::fabs(act(first) * (dot(&up_copy.wide[at], x.wide.data(), size) + b)) *
-                worth[ids[j]];
+    wanted[j] = std::fabs(act(first) * (dot(&up_copy.wide[at], x.wide.data(), size) + b)) * saliency[ids[j]];
     order[j] = int32_t(j);
   }
   same("estimate", strength, wanted);
@@ -222,7 +225,7 @@ void choices(const Kernels& k, Dtype dtype, int64_t width, int64_t size, int64_t
   for (int64_t j = 0; j < keep; ++j) {
     int64_t i = ids[order[j]];
     if (places[j] != i) {
-      std::printf("choose: other neurons\n");
+      std::printf("select: other neurons\n");
       std::exit(1);
     }
     float u = dot(&up.wide[i * size], x.wide.data(), size) + bias.wide[i];
@@ -231,7 +234,7 @@ void choices(const Kernels& k, Dtype dtype, int64_t width, int64_t size, int64_t
   }
   for (int64_t one = 0; one < PARTS; ++one)
     for (int64_t d = 0; d < size; ++d) z[d] += sums[one * size + d];
-  same("chosen FFN", z, plain);
+  same("selected FFN", z, plain);
 }
 
 // The k largest against a full sort, with ties.
@@ -241,13 +244,12 @@ void largest(const Kernels& k, int64_t width) {
   found[width - 1] = found[0] = found[width / 2];
   std::vector<int32_t> places(width), order(width);
   for (int64_t keep : {int64_t(1), width / 3, width}) {
-    k.strongest(found.data(), width, keep, places.data());
+    k.top_k(found.data(), width, keep, places.data());
     for (int64_t i = 0; i < width; ++i) order[i] = int32_t(i);
-    std::stable_sort(order.begin(), order.end(),
-                     [&](int32_t a, int32_t b) { return found[a] > found[b]; });
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return found[a] > found[b]; });
     std::sort(order.begin(), order.begin() + keep);
     if (!std::equal(order.begin(), order.begin() + keep, places.begin())) {
-      std::printf("strongest: other places\n");
+      std::printf("top_k: other places\n");
       std::exit(1);
     }
   }
@@ -261,14 +263,14 @@ void odd_choices(const Kernels& k) {
   auto rank = [&](int32_t i) { return std::isnan(values[i]) ? 2 : std::isinf(values[i]) ? 1 : 0; };
   std::vector<int32_t> order(values.size()), places(values.size());
   for (int64_t keep = 0; keep <= int64_t(values.size()); ++keep) {
-    k.strongest(values.data(), int64_t(values.size()), keep, places.data());
+    k.top_k(values.data(), int64_t(values.size()), keep, places.data());
     for (size_t i = 0; i < order.size(); ++i) order[i] = int32_t(i);
     std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
       return rank(a) != rank(b) ? rank(a) > rank(b) : rank(a) == 0 && values[a] > values[b];
     });
     std::sort(order.begin(), order.begin() + keep);
     if (!std::equal(order.begin(), order.begin() + keep, places.begin())) {
-      std::printf("strongest: other places of odd values\n");
+      std::printf("top_k: other places of odd values\n");
       std::exit(1);
     }
   }
@@ -285,7 +287,7 @@ void decoder(const Kernels& k, Dtype dtype, int64_t threads) {
   };
   std::vector<float> ones(D, 1.0f), factors = drawn(S);
   Decoder d{};
-  d.dtype = dtype, d.hidden = D, d.heads = H, d.kv_heads = K, d.size = d.turned = S, d.width = I;
+  d.dtype = dtype, d.hidden = D, d.heads = H, d.kv_heads = K, d.size = d.rotary = S, d.width = I;
   d.vocabulary = d.known = V, d.eps = 1e-5f, d.scale = 0.4f, d.embedding_scale = 1;
   d.embedding.plain = made(V * D), d.head.plain = made(V * D);
   d.norm = {ones.data(), nullptr, false};
@@ -305,7 +307,8 @@ void decoder(const Kernels& k, Dtype dtype, int64_t threads) {
     std::vector<std::vector<char>> memory(4, std::vector<char>(M * row * 4));
     Cache cache{{{memory[0].data(), memory[1].data(), 0, head, row},
                  {memory[2].data(), memory[3].data(), 0, head, row}},
-                0, M};
+                0,
+                M};
     Scratch scratch(d, members, capacity + 1, M);
     scratch.observed = true;
     std::vector<float> logits;

@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "choose.h"
+#include "select.h"
 #include "decode.h"
 #include "held.h"
 #include "packed_blocks.h"
@@ -31,8 +31,7 @@ void near(const char* what, const Values& found, const std::vector<double>& want
           const std::vector<double>& sizes, double allowed = 2e-6) {
   for (size_t i = 0; i < wanted.size(); ++i) {
     if (std::fabs(double(found[i]) - wanted[i]) <= allowed * sizes[i] + 1e-9) continue;
-    std::printf("%s, %s: place %zu is %g, not %g\n", about.c_str(), what, i, double(found[i]),
-                wanted[i]);
+    std::printf("%s, %s: place %zu is %g, not %g\n", about.c_str(), what, i, double(found[i]), wanted[i]);
     std::exit(1);
   }
 }
@@ -102,7 +101,7 @@ struct Stored {
   // Row and column as the kernels count them.
   float at(int64_t row, int64_t column) const {
     return packed.order != Order::neurons ? dense[row * packed.columns + column]
-                                       : dense[column * packed.rows + row];
+                                          : dense[column * packed.rows + row];
   }
 };
 
@@ -165,8 +164,8 @@ std::vector<double> rounded(const Values& x, int64_t begin, int64_t size, int64_
 Given given(const Kernels& k, const Values& x, int64_t size) {
   int64_t room = (size + UNIT - 1) / UNIT * UNIT, each = 2 * Rounded::facts(room);
   int64_t count = int64_t(x.size()) / size;
-  Given g{size, room, std::vector<int8_t>(count * room), Values(count * each, NAN),
-          Values(count * each, NAN), {}};
+  Given g{size, room, std::vector<int8_t>(count * room), Values(count * each, NAN), Values(count * each, NAN),
+          {}};
   for (int64_t m = 0; m < count; ++m) {
     Values own(x.begin() + m * size, x.begin() + (m + 1) * size);  // its end is the memory's
     k.packed.round(own.data(), size, &g.levels[m * room], &g.scales[m * each], &g.sums[m * each]);
@@ -228,9 +227,9 @@ void products(const Kernels& k, const Stored& m, int64_t count) {
 // Products of many vectors, in parts of outputs and of inputs.
 void many(const Kernels& k, const Stored& m, int64_t count) {
   const Packed& p = m.packed;
-  bool turned = p.order == Order::neurons;
-  int64_t inputs = turned ? p.rows : p.columns, outputs = turned ? p.columns : p.rows;
-  int64_t middle = turned ? ABREAST : 3 * TILE;
+  bool rotary = p.order == Order::neurons;
+  int64_t inputs = rotary ? p.rows : p.columns, outputs = rotary ? p.columns : p.rows;
+  int64_t middle = rotary ? ABREAST : 3 * TILE;
   Values from = drawn(count * inputs);
   RoundedLots x(k, count, inputs);
   Values y(count * outputs), rest(count * outputs);
@@ -241,7 +240,7 @@ void many(const Kernels& k, const Stored& m, int64_t count) {
     std::vector<double> plain = rounded(from, c * inputs, inputs, GROUP);
     for (int64_t o = 0; o < outputs; ++o)
       for (int64_t i = 0; i < inputs; ++i) {
-        double term = plain[i] * (turned ? m.at(i, o) : m.at(o, i));
+        double term = plain[i] * (rotary ? m.at(i, o) : m.at(o, i));
         wanted[c * outputs + o] += term, sizes[c * outputs + o] += std::fabs(term);
       }
   }
@@ -256,7 +255,7 @@ void many(const Kernels& k, const Stored& m, int64_t count) {
   near("products of many", y, wanted, sizes);
 }
 
-// Copies the levels of kept neurons one after the other.
+// Proxies the levels of kept neurons one after the other.
 Packed kept_alone(const Packed& p, const std::vector<int32_t>& ids, std::vector<uint8_t>& levels) {
   levels.resize(ids.size() * p.pitch + 64);
   for (size_t i = 0; i < ids.size(); ++i)
@@ -282,7 +281,7 @@ void neurons(const Kernels& k, const Stored& m) {
     k.packed.add_neurons(*matrix, all.data() + cut, cut, of_all.data() + cut, rest, sums->data(),
                          scratch.data());
   }
-  if (here != there) std::printf("%s: copies of neurons differ\n", about.c_str()), std::exit(1);
+  if (here != there) std::printf("%s: proxies of neurons differ\n", about.c_str()), std::exit(1);
   int64_t room = p.units() * UNIT;
   Values sums(room);
   std::vector<int32_t> whole(room);
@@ -321,12 +320,12 @@ void exact(const Kernels& k, const char* name, int64_t rows, int64_t columns) {
   Values x(columns);  // rounded to steps of one
   for (int64_t i = 0; i < columns; ++i)
     x[i] = float(i % 16 && any(0, 1) ? any(-127, 127) : any(0, 1) ? 127 : -127);
-  Stored turned(type, parts, rows, columns, Order::neurons);
+  Stored rotary(type, parts, rows, columns, Order::neurons);
   std::vector<double> wanted(rows);
   for (int64_t i = 0; i < rows * columns; ++i)
-    wanted[i / columns] += double(turned.dense[i]) * x[i % columns];
+    wanted[i / columns] += double(rotary.dense[i]) * x[i % columns];
   Given given_x = given(k, x, columns);
-  Values y(rows), sums(turned.packed.units() * UNIT);
+  Values y(rows), sums(rotary.packed.units() * UNIT);
   for (Order order : {Order::rows, Order::tiles}) {
     Stored m(type, parts, rows, columns, order);
     k.packed.matvec(m.packed, given_x.view(), 0, rows, y.data(), rows);
@@ -336,7 +335,7 @@ void exact(const Kernels& k, const char* name, int64_t rows, int64_t columns) {
   for (int32_t first = 0; first < columns; first += type.block) {
     std::vector<int32_t> ids(type.block);
     for (int32_t i = 0; i < type.block; ++i) ids[i] = first + i;
-    k.packed.add_neurons(turned.packed, ids.data(), 0, &x[first], type.block, sums.data(), whole.data());
+    k.packed.add_neurons(rotary.packed, ids.data(), 0, &x[first], type.block, sums.data(), whole.data());
   }
   near("exact neurons", sums, wanted, wanted, 0);
 }
@@ -387,7 +386,7 @@ void ffns(const Kernels& k, const char* name, int64_t hidden, int64_t width, Act
   near("activations", u, wanted, sizes, 1e-5);
 }
 
-// Two tokens that choose by their activations, out of all neurons or of some: the chosen against a
+// Two tokens that select by their activations, out of all neurons or of some: the selected against a
 // full sort, the output against that of a mask of them.
 void own_choices(const Kernels& k, const char* name, int64_t hidden, int64_t width, bool some) {
   const int64_t M = 2;
@@ -395,59 +394,58 @@ void own_choices(const Kernels& k, const char* name, int64_t hidden, int64_t wid
   Stored up = made(name, width, hidden, order), gate = made(name, width, hidden, order);
   Stored down = made(name, hidden, width, Order::neurons);
   Given x = given(k, drawn(M * hidden), hidden);
-  Values mean = drawn(width, 0.1f), worth = drawn(width);
+  Values mean = drawn(width, 0.1f), saliency = drawn(width);
   std::vector<int32_t> ids;
-  for (float& one : worth) one = std::fabs(one);
+  for (float& one : saliency) one = std::fabs(one);
   for (int64_t i = 0; i < width; i += 1 + int64_t(generator() % 2)) ids.push_back(int32_t(i));
   Ffn f{};
   f.packed_gate = &gate.packed, f.packed_up = &up.packed, f.packed_down = &down.packed;
   f.ids = some ? ids.data() : nullptr, f.kept = some ? int64_t(ids.size()) : width, f.mean = mean.data();
-  Copies copies{};
-  copies.worth = worth.data(), copies.keep = (f.kept + 2) / 3;
+  Proxies proxies{};
+  proxies.saliency = saliency.data(), proxies.keep = (f.kept + 2) / 3;
   Values u(M * f.kept), strength(u.size());
-  std::vector<int32_t> chosen(u.size());
-  for (int64_t m = 0; m < M; ++m)
-    packed_hidden(k, Dtype::f32, f, x.view().at(m), 0, f.kept, &u[m * f.kept]);
+  std::vector<int32_t> selected(u.size());
+  for (int64_t m = 0; m < M; ++m) packed_hidden(k, Dtype::f32, f, x.view().at(m), 0, f.kept, &u[m * f.kept]);
   Values all = u;
   Ffn of_chosen = f;
   Jobs jobs(1);
   Worker team(jobs);
-  choose_by_activations(team, k, copies, M, of_chosen, u.data(), f.kept, strength.data(), chosen.data());
+  select_by_activations(team, k, proxies, M, of_chosen, u.data(), f.kept, strength.data(), selected.data());
   int64_t room = down.packed.units() * UNIT;
   std::vector<int32_t> whole(room), order_of(f.kept);
   for (int64_t m = 0; m < M; ++m, of_chosen.ids += f.kept) {
     const float* own = &all[m * f.kept];
     auto id = [&](int32_t j) { return some ? ids[j] : j; };
-    auto by = [&](int32_t j) { return std::fabs(own[j]) * worth[id(j)]; };
+    auto by = [&](int32_t j) { return std::fabs(own[j]) * saliency[id(j)]; };
     for (int64_t j = 0; j < f.kept; ++j) order_of[j] = int32_t(j);
     std::stable_sort(order_of.begin(), order_of.end(), [&](int32_t a, int32_t b) { return by(a) > by(b); });
-    std::sort(order_of.begin(), order_of.begin() + copies.keep);
+    std::sort(order_of.begin(), order_of.begin() + proxies.keep);
     std::vector<int32_t> wanted_ids;
     Values wanted_u, sums(room), wanted(room);
-    for (int64_t j = 0; j < copies.keep; ++j) {
+    for (int64_t j = 0; j < proxies.keep; ++j) {
       wanted_ids.push_back(id(order_of[j])), wanted_u.push_back(own[order_of[j]]);
       if (of_chosen.ids[j] == wanted_ids[j] && u[m * f.kept + j] == wanted_u[j]) continue;
-      std::printf("%s: other neurons were chosen\n", about.c_str()), std::exit(1);
+      std::printf("%s: other neurons were selected\n", about.c_str()), std::exit(1);
     }
     Ffn mask = f;
     mask.ids = wanted_ids.data(), mask.kept = of_chosen.kept;
     packed_output(k, of_chosen, &u[m * f.kept], 0, mask.kept, sums.data(), whole.data());
     packed_output(k, mask, wanted_u.data(), 0, mask.kept, wanted.data(), whole.data());
-    if (sums != wanted) std::printf("%s: the chosen give something else\n", about.c_str()), std::exit(1);
+    if (sums != wanted) std::printf("%s: the selected give something else\n", about.c_str()), std::exit(1);
   }
 }
 
 // Whole steps of a decoder whose matrices are packed: by threads as by one, of three rows as of one,
 // and near those of the same weights in float32.
-// With `chosen` tokens choose so many neurons of every layer by their activations.
-void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I, int64_t chosen = 0) {
+// With `selected` tokens select so many neurons of every layer by their activations.
+void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I, int64_t selected = 0) {
   const int64_t H = 4, K = 2, V = 33, capacity = 4;
   std::vector<std::unique_ptr<Stored>> stored;
   std::vector<Values> plain;
-  std::vector<float> norm(D, 1.0f), bias = drawn(std::max(D, H * S), 0.1f), worth(I, 1.0f);
+  std::vector<float> norm(D, 1.0f), bias = drawn(std::max(D, H * S), 0.1f), saliency(I, 1.0f);
   Decoder packed{};
   packed.dtype = Dtype::f32, packed.hidden = D, packed.heads = H, packed.kv_heads = K;
-  packed.size = packed.turned = S, packed.width = I, packed.vocabulary = packed.known = V;
+  packed.size = packed.rotary = S, packed.width = I, packed.vocabulary = packed.known = V;
   packed.eps = 1e-5f, packed.scale = 0.4f, packed.embedding_scale = 1;
   packed.norm = {norm.data(), nullptr, false};
   Decoder dense = packed;
@@ -475,7 +473,7 @@ void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I, 
     std::tie(b.ffn.up, a.ffn.packed_up) = both(I, D, order);
     std::tie(b.ffn.down, a.ffn.packed_down) = both(D, I, Order::neurons);
     a.ffn.kept = b.ffn.kept = I;
-    a.copies.worth = worth.data(), a.copies.keep = chosen;
+    a.proxies.saliency = saliency.data(), a.proxies.keep = selected;
     packed.layers.push_back(a), dense.layers.push_back(b);
   }
   std::vector<float> cosine(S, 0.8f), sine(S, 0.6f);
@@ -486,7 +484,8 @@ void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I, 
     std::vector<std::vector<char>> memory(4, std::vector<char>(count * row * 4));
     Cache cache{{{memory[0].data(), memory[1].data(), 0, head, row},
                  {memory[2].data(), memory[3].data(), 0, head, row}},
-                0, count};
+                0,
+                count};
     Scratch scratch(d, members, capacity + 1, count);
     scratch.observed = true;
     Values logits;
@@ -514,16 +513,15 @@ void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I, 
   float most = 0;
   for (float one : exact) most = std::max(most, std::fabs(one));
   std::vector<double> wanted(exact.begin(), exact.end()), sizes(exact.size(), most);
-  if (!chosen || chosen == I)
+  if (!selected || selected == I)
     near("steps", alone, wanted, sizes, 0.15);  // inputs of 8 bits, through two random layers
   for (int64_t m = 0; m < 3; ++m) {
     Values single = run(packed, 1, m, 1);
-    for (int64_t at = 0; at < capacity; ++at)
-      std::copy_n(&single[at * V], V, &wanted[(at * 3 + m) * V]);
+    for (int64_t at = 0; at < capacity; ++at) std::copy_n(&single[at * V], V, &wanted[(at * 3 + m) * V]);
   }
   near("rows", alone, wanted, sizes, 1e-5);
 
-  if (chosen) return;
+  if (selected) return;
   auto read = [&](int64_t members) {  // the same three texts as a prompt
     std::vector<float> turns_cosine, turns_sine;
     for (int64_t i = 0; i < capacity; ++i) {
@@ -532,7 +530,8 @@ void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I, 
     }
     Text text{3, capacity, turns_cosine.data(), turns_sine.data(), S};
     PromptRoom room(k, packed, text, 2, members);
-    Values stream(3 * capacity * D), normed(stream.size()), keys(2 * 3 * K * capacity * S), values(keys.size());
+    Values stream(3 * capacity * D), normed(stream.size()), keys(2 * 3 * K * capacity * S),
+        values(keys.size());
     Values u(2 * 3 * capacity * I), h(2 * stream.size());
     for (int64_t m = 0; m < 3 * capacity; ++m) {
       int64_t at = m % capacity;
@@ -542,8 +541,8 @@ void steps(const Kernels& k, const char* name, int64_t D, int64_t S, int64_t I, 
     }
     std::vector<Left> left;
     for (int64_t i = 0; i < 2; ++i)
-      left.push_back({&keys[i * 3 * K * capacity * S], &values[i * 3 * K * capacity * S], &u[i * 3 * capacity * I],
-                      &h[i * 3 * capacity * D]});
+      left.push_back({&keys[i * 3 * K * capacity * S], &values[i * 3 * K * capacity * S],
+                      &u[i * 3 * capacity * I], &h[i * 3 * capacity * D]});
     room.jobs.begin();
     std::vector<std::thread> others;
     auto work = [&](int64_t member) {
@@ -580,7 +579,9 @@ void rounding(const char* name) {
       most = std::max(most, std::fabs(from[j])), high = std::max(high, from[j]), low = std::min(low, from[j]);
     float step = type.bits == 8 ? most / 127 : type.offsets ? (high - low) / 15 : most / 8;
     // the far end of a symmetric grid of 16 levels is a whole step away
-    if (std::fabs(m.dense[i] - from[i]) <= step * (name[3] == '0' && type.bits == 4 ? 1.01f : 0.51f) + 2e-3f * most) continue;
+    if (std::fabs(m.dense[i] - from[i]) <=
+        step * (name[3] == '0' && type.bits == 4 ? 1.01f : 0.51f) + 2e-3f * most)
+      continue;
     std::printf("%s: %g became %g\n", name, double(from[i]), double(m.dense[i]));
     std::exit(1);
   }
@@ -598,15 +599,16 @@ int main() {
       for (int64_t rows : {1, 7, 101, 130})
         for (int64_t blocks : {1, each == 32 ? 3 : 2, each == 32 ? 5 : 2}) {
           int64_t columns = blocks * each;
-          about = std::string(kind) + " " + name + " " + std::to_string(rows) + " x " + std::to_string(columns);
+          about =
+              std::string(kind) + " " + name + " " + std::to_string(rows) + " x " + std::to_string(columns);
           Stored by_rows = made(name, rows, columns, Order::rows);
           Stored tiles = made(name, rows, columns, Order::tiles);
-          Stored turned = made(name, rows, columns, Order::neurons);
-          weights(*k, by_rows), weights(*k, tiles), weights(*k, turned);
+          Stored rotary = made(name, rows, columns, Order::neurons);
+          weights(*k, by_rows), weights(*k, tiles), weights(*k, rotary);
           products(*k, by_rows, 1 + rows % 3), products(*k, tiles, 1 + rows % 6);
-          neurons(*k, turned);
-          for (const Stored* one : {&by_rows, &tiles, &turned}) many(*k, *one, 1 + (rows + blocks) % 7);
-          read_again(by_rows), read_again(tiles), read_again(turned);
+          neurons(*k, rotary);
+          for (const Stored* one : {&by_rows, &tiles, &rotary}) many(*k, *one, 1 + (rows + blocks) % 7);
+          read_again(by_rows), read_again(tiles), read_again(rotary);
         }
       about = std::string(kind) + " " + name + " of many inputs";  // more than are unpacked at a time
       for (Order order : {Order::rows, Order::tiles, Order::neurons})
@@ -620,7 +622,7 @@ int main() {
     for (const char* name : {"q8_0", "q4_0", "q4_1", "q5_0", "q5_1"}) {
       about = std::string(kind) + " " + name + " steps";
       steps(*k, name, 96, 8, 160), steps(*k, name, 32, 24, 32);
-      for (int64_t chosen : {1, 40, 160}) steps(*k, name, 96, 8, 160, chosen);
+      for (int64_t selected : {1, 40, 160}) steps(*k, name, 96, 8, 160, selected);
     }
     about = std::string(kind) + " q4_k steps";
     steps(*k, "q4_k", 256, 64, 256);

@@ -43,7 +43,7 @@ Weights made(Dtype dtype, int64_t n, float scale) {
   return w;
 }
 
-// 4-bit copies of one matrix.
+// 4-bit proxies of one matrix.
 struct Levels {
   std::vector<uint8_t> bytes;
   Weights scales;
@@ -66,7 +66,7 @@ struct LayerCase {
   int64_t table, window;  // -1: turns nothing; 0: sees all
   Weights gate, up, down, gate_bias, up_bias, basis, features;
   Levels gate_copy, up_copy;
-  Values bias, mean, worth;
+  Values bias, mean, saliency;
   std::vector<int32_t> ids;
   bool all = true;  // no mask
   int64_t rank = 0, keep = 0;
@@ -95,12 +95,11 @@ void spoil(Dtype dtype, Weights& w) {
   Values values = w.held.wide;
   for (float& x : values)
     if (chance(0.01)) x = odd[any(0, 5)];
-  kernels("portable")->round(dtype, values.data(), w.held.bytes.data() + w.before,
-                             int64_t(values.size()));
+  kernels("portable")->round(dtype, values.data(), w.held.bytes.data() + w.before, int64_t(values.size()));
   w.held.wide = values;
 }
 
-constexpr int64_t BITS = 4, GROUP = 32;  // of the copies by which tokens choose
+constexpr int64_t BITS = 4, GROUP = 32;  // of the proxies by which tokens select
 
 Levels levels(int64_t rows, int64_t size) {
   Levels made_of{std::vector<uint8_t>(rows * size / 2),
@@ -139,7 +138,7 @@ LayerCase layer_case(const Case& c) {
   return l;
 }
 
-// What may change between two steps: mask, compensation, or that tokens choose.
+// What may change between two steps: mask, compensation, or that tokens select.
 void mask(const Case& c, LayerCase& l) {
   l.rank = l.keep = 0;
   l.all = chance(0.2);
@@ -149,8 +148,8 @@ void mask(const Case& c, LayerCase& l) {
     l.all = true, l.keep = any(1, c.I);
     l.up_copy = levels(c.I, c.D);
     if (c.gated) l.gate_copy = levels(c.I, c.D);
-    l.worth = drawn(c.I);
-    for (float& x : l.worth) x = std::fabs(x);
+    l.saliency = drawn(c.I);
+    for (float& x : l.saliency) x = std::fabs(x);
     if (chance(0.5)) l.mean = drawn(c.I, 0.3f);
     return;
   }
@@ -204,7 +203,7 @@ Case drawn_case() {
 
 Decoder decoder_of(const Case& c) {
   Decoder d{};
-  d.dtype = c.dtype, d.hidden = c.D, d.heads = c.H, d.kv_heads = c.K, d.size = c.S, d.turned = c.R;
+  d.dtype = c.dtype, d.hidden = c.D, d.heads = c.H, d.kv_heads = c.K, d.size = c.S, d.rotary = c.R;
   d.width = c.I, d.vocabulary = d.known = c.V, d.places = c.positions.data() ? c.capacity : 0;
   d.fused = c.fused, d.by_heads = c.by_heads, d.over_all = c.over_all, d.parallel = c.parallel;
   d.eps = EPS, d.scale = c.scale, d.embedding_scale = c.embedding_scale;
@@ -229,9 +228,14 @@ Decoder decoder_of(const Case& c) {
     f.mean = l.mean.empty() ? nullptr : l.mean.data();
     made_of.bias = l.bias.empty() ? nullptr : l.bias.data();
     if (l.keep)
-      made_of.copies = {c.gated ? l.gate_copy.bytes.data() : nullptr, l.up_copy.bytes.data(),
-                        c.gated ? l.gate_copy.at() : nullptr, l.up_copy.at(), l.worth.data(),
-                        BITS, GROUP, l.keep};
+      made_of.proxies = {c.gated ? l.gate_copy.bytes.data() : nullptr,
+                         l.up_copy.bytes.data(),
+                         c.gated ? l.gate_copy.at() : nullptr,
+                         l.up_copy.at(),
+                         l.saliency.data(),
+                         BITS,
+                         GROUP,
+                         l.keep};
     d.layers.push_back(made_of);
   }
   return d;
@@ -294,8 +298,7 @@ struct Plain {
   std::vector<Values> projected(const LayerCase& l, const Values& in) const {
     int64_t q = c.H * c.S, kv = c.K * c.S;
     if (!c.fused)
-      return {product(l.q, l.q_bias, in, q), product(l.k, l.k_bias, in, kv),
-              product(l.v, l.v_bias, in, kv)};
+      return {product(l.q, l.q_bias, in, q), product(l.k, l.k_bias, in, kv), product(l.v, l.v_bias, in, kv)};
     Values all = product(l.q, l.q_bias, in, q + 2 * kv);
     std::vector<Values> found;
     for (int64_t kind = 0, place = 0; kind < 3; ++kind) {
@@ -331,8 +334,7 @@ struct Plain {
       float most = *std::max_element(shares.begin(), shares.end()), total = 0;
       for (float& one : shares) total += one = std::exp(one - most);
       for (size_t t = 0; t < shares.size(); ++t)
-        for (int64_t i = 0; i < c.S; ++i)
-          out[head * c.S + i] += shares[t] / total * all_values[t][at + i];
+        for (int64_t i = 0; i < c.S; ++i) out[head * c.S + i] += shares[t] / total * all_values[t][at + i];
     }
     keys[index].push_back(rounded(k)), values[index].push_back(rounded(v));
     return product(l.o, l.o_bias, rounded(out), c.D);
@@ -340,11 +342,16 @@ struct Plain {
 
   static float activated(Act act, float v) {
     switch (act) {
-      case Act::silu: return v / (1 + std::exp(-v));
-      case Act::gelu: return 0.5f * v * std::erfc(-v * 0.70710678f);
-      case Act::gelu_tanh: return 0.5f * v * (1 + std::tanh(0.79788456f * (v + 0.044715f * v * v * v)));
-      case Act::relu: return std::fmax(v, 0.0f);
-      default: return std::fmax(v, 0.0f) * std::fmax(v, 0.0f);
+      case Act::silu:
+        return v / (1 + std::exp(-v));
+      case Act::gelu:
+        return 0.5f * v * std::erfc(-v * 0.70710678f);
+      case Act::gelu_tanh:
+        return 0.5f * v * (1 + std::tanh(0.79788456f * (v + 0.044715f * v * v * v)));
+      case Act::relu:
+        return std::fmax(v, 0.0f);
+      default:
+        return std::fmax(v, 0.0f) * std::fmax(v, 0.0f);
     }
   }
 
@@ -373,10 +380,9 @@ struct Plain {
     Values strength(c.I);
     for (int64_t i = 0; i < c.I; ++i) {
       float gate = c.gated ? copied(l.gate_copy, i, in) : 0.0f;
-      strength[i] = std::fabs(activation(l, i, gate, copied(l.up_copy, i, in))) * l.worth[i];
+      strength[i] = std::fabs(activation(l, i, gate, copied(l.up_copy, i, in))) * l.saliency[i];
     }
-    std::stable_sort(ids.begin(), ids.end(),
-                     [&](int32_t a, int32_t b) { return strength[a] > strength[b]; });
+    std::stable_sort(ids.begin(), ids.end(), [&](int32_t a, int32_t b) { return strength[a] > strength[b]; });
     float last = strength[ids[l.keep - 1]], next = strength[ids[l.keep]];
     sure = sure && (last - next > 0.02f * (last + 0.05f) || (last == 0 && next == 0));
     ids.resize(l.keep);
@@ -499,7 +505,8 @@ void run(const Case& c, const Decoder& d, Memory& memory, Scratch& scratch, cons
 void count(const Case& c, const Scratch& scratch) {
   auto add = [&](const char* name, bool yes) { counts[name] += yes; };
   add("steps", true), add(c.dtype == Dtype::f32 ? "float32" : "bfloat16", true);
-  add("two_threads", c.threads == 2), add("several_rows", c.rows > 1), add("observed", scratch.observed), add("odd_values", c.wild);
+  add("two_threads", c.threads == 2), add("several_rows", c.rows > 1), add("observed", scratch.observed),
+      add("odd_values", c.wild);
   add("grouped_heads", c.H > c.K), add("plain_ffn", !c.gated), add("odd_lengths", c.D % 2 == 1);
   auto some = [&](auto what) { return std::any_of(c.layers.begin(), c.layers.end(), what); };
   add("token_choice", some([](const LayerCase& l) { return l.keep > 0; }));
@@ -559,8 +566,7 @@ void compare(const Case& c, const Decoder& d, const Scratch& scratch, const Memo
   };
   if (c.threads > 1) {
     run(c, d, alone, single, tokens.data(), at, 1);
-    if (!same(0, c.rows) || memory.blocks != alone.blocks)
-      differ("two threads give another result than one");
+    if (!same(0, c.rows) || memory.blocks != alone.blocks) differ("two threads give another result than one");
   }
   if (c.wild) return;  // which of two numbers that are none is handed on may differ
   for (int64_t m = 0; c.rows > 1 && m < c.rows; ++m) {
@@ -617,6 +623,5 @@ int main(int argc, char** argv) {
     sequence();
     ++counts["sequences"];
   }
-  for (const auto& [name, n] : counts)
-    std::printf("%s %lld\n", name.c_str(), static_cast<long long>(n));
+  for (const auto& [name, n] : counts) std::printf("%s %lld\n", name.c_str(), static_cast<long long>(n));
 }

@@ -1,10 +1,18 @@
-"""The native kernels under ASan and UBSan, without torch."""
+"""The native kernels under ASan, UBSan and TSan, without torch."""
 
 import os
 
 import pytest
 
-from sanitized import COMPILER, driver, kernel_objects, kinds_that_agree, random_steps
+from sanitized import (
+    COMPILER,
+    THREADS,
+    Tools,
+    driver,
+    kernel_objects,
+    kinds_that_agree,
+    random_steps,
+)
 
 pytestmark = pytest.mark.skipif(
     COMPILER is None and "CI" not in os.environ, reason="no C++ compiler is here"
@@ -27,3 +35,12 @@ def test_random_decode_steps(objects, tmp_path):
     assert counts["steps"] >= 400 and counts["compared"] >= 200
     assert counts["portable"] >= 10 and min(counts.values()) >= 3
     assert counts["float32"] + counts["bfloat16"] == counts["steps"]
+
+
+def test_threads_of_a_step_do_not_race(tmp_path):
+    """Two and three threads in the same step, under ThreadSanitizer."""
+    tools = Tools(flags=THREADS)
+    objects = kernel_objects(tmp_path, tools)
+    counts = random_steps(driver("steps", objects, tmp_path, tools), steps=200, seed=1)
+    assert counts["two_threads"] >= 50
+    assert kinds_that_agree(driver("driver", objects, tmp_path, tools))[-1] == "portable"

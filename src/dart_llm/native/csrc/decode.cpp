@@ -1,5 +1,5 @@
 #include "decode.h"
-#include "choose.h"
+#include "select.h"
 #include "packed_blocks.h"
 #include "packed_ffn.h"
 
@@ -58,8 +58,7 @@ struct Member : Worker {
   Input input(const float* from, int64_t n) {
     int64_t rows = cache.rows, each = 2 * Rounded::facts(padded(n));
     for (int64_t m = 0; m < rows; ++m)
-      kernels.packed.round(from + m * n, n, levels + m * padded(n), scales + m * each,
-                           group_sums + m * each);
+      kernels.packed.round(from + m * n, n, levels + m * padded(n), scales + m * each, group_sums + m * each);
     Rounded rounded{levels, scales, group_sums, rows, padded(n)};
     if (decoder.dtype == Dtype::f32) return {from, from, rows, n, rounded};
     kernels.round(decoder.dtype, from, narrow, rows * n);
@@ -71,32 +70,33 @@ struct Member : Worker {
     for (int64_t m = 0; m < cache.rows; ++m) decoder.norm_row(by, from + m * n, n, to + m * n);
   }
 
-  // y[m] = weights x[m] + bias, `stride` values apart, and then(m, begin, end) for what is done.
-  template <class Then>
-  void project(const Matrix& weights, const void* bias, const Input& in, int64_t count, float* y,
-               int64_t stride, const Then& then) {
-    in_parts(parts_of(count * in.size), [&](int64_t one, int64_t parts) {
+  // y[m] = weights x[m] + bias, `stride` values apart, and then(m, begin, end) for what is done;
+  // given(): the vectors x of `size` values.
+  template <class MakeInput, class Then>
+  void project(const Matrix& weights, const void* bias, MakeInput& given, int64_t size, int64_t count,
+               float* y, int64_t stride, const Then& then) {
+    in_parts(parts_of(count * size), [&](int64_t one, int64_t parts) {
       Span own = part(count, one, parts, weights.packed ? TILE : 4);
-      if (weights.packed)
-        kernels.packed.matvec(*weights.packed, in.rounded, own.begin, own.end, y, stride);
-      else
-        kernels.matvec(decoder.dtype, weights.plain, bias, in, own.begin, own.end, y, stride);
+      const Input& in = given();
+      if (weights.packed) kernels.packed.matvec(*weights.packed, in.rounded, own.begin, own.end, y, stride);
+      else kernels.matvec(decoder.dtype, weights.plain, bias, in, own.begin, own.end, y, stride);
       for (int64_t m = 0; m < in.count; ++m) {
         if (weights.packed && bias)
-          kernels.add(decoder.dtype, bias, own.begin, own.end, y + m * stride);
+          kernels.add(decoder.dtype, bias, own.begin, own.end, y + m * stride + own.begin);
         then(m, own.begin, own.end);
       }
     });
   }
 
-  void project(const Matrix& weights, const void* bias, const Input& in, int64_t count, float* y) {
-    project(weights, bias, in, count, y, in_qkv(), [](int64_t, int64_t, int64_t) {});
+  template <class MakeInput>
+  void project(const Matrix& weights, const void* bias, MakeInput& given, int64_t count, float* y) {
+    project(weights, bias, given, decoder.hidden, count, y, in_qkv(), [](int64_t, int64_t, int64_t) {});
   }
 
   int64_t in_qkv() const { return decoder.in_qkv(); }
 
-  void turn(float* head, const Norm& by, int64_t table) const {
-    decoder.turn(head, by, table, cosine, sine);
+  void rotate(float* head, const Norm& by, int64_t table) const {
+    decoder.rotate(head, by, table, cosine, sine);
   }
 
   // Where head number `one` of queries (0), keys (1) or values (2) of row m stands in qkv.
@@ -111,18 +111,17 @@ struct Member : Worker {
     const Cache::Part& held = cache.layers[index];
     int64_t size = decoder.size, group = decoder.heads / decoder.kv_heads, kv = one / group;
     float *query = head(m, 0, one), *value = head(m, 2, kv);
-    float* key = normed;  // one of its own, which is turned
+    float* key = normed;  // a copy, which is rotated
     std::copy_n(head(m, 1, kv), size, key);
     void* keys = at(held.keys, decoder.dtype, m * held.row_pitch + kv * held.pitch);
     void* values = at(held.values, decoder.dtype, m * held.row_pitch + kv * held.pitch);
-    turn(key, layer.k_norm, layer.table), turn(query, layer.q_norm, layer.table);
+    rotate(key, layer.k_norm, layer.table), rotate(query, layer.q_norm, layer.table);
     if (one % group == 0) {
       kernels.round(decoder.dtype, key, at(keys, decoder.dtype, held.length * size), size);
       kernels.round(decoder.dtype, value, at(values, decoder.dtype, held.length * size), size);
     }
-    kernels.attend(decoder.dtype, query, keys, values, held.length, size, key, value, size,
-                   decoder.scale, decoder.attention_cap, scores,
-                   scratch.attended.data() + (m * decoder.heads + one) * size);
+    kernels.attend(decoder.dtype, query, keys, values, held.length, size, key, value, size, decoder.scale,
+                   decoder.attention_cap, scores, scratch.attended.data() + (m * decoder.heads + one) * size);
   }
 
   // Values from the sums of one row to those of the next: packed matrices add to whole units.
@@ -138,44 +137,50 @@ struct Member : Worker {
   void ffn(int64_t index) {
     const Layer& layer = decoder.layers[index];
     int64_t hidden = decoder.hidden;
-    norm_rows(layer.before_ffn, scratch.stream.data(), hidden, x);
-    Input given = input(x, hidden);
+    Once given([&] {
+      norm_rows(layer.before_ffn, scratch.stream.data(), hidden, x);
+      return input(x, hidden);
+    });
     Ffn ffn = layer.ffn;
-    int32_t* chosen = scratch.chosen.data() + index * cache.rows * decoder.width;
-    if (layer.copies.keep && !layer.copies.own())
-      choose(*this, kernels, decoder.dtype, layer.copies, given, ffn, scratch.strength.data(), chosen);
+    int32_t* selected = scratch.selected.data() + index * cache.rows * decoder.width;
+    if (layer.proxies.keep && !layer.proxies.own())
+      select(*this, kernels, decoder.dtype, layer.proxies, given, cache.rows, ffn, scratch.strength.data(),
+             selected);
     float* u = scratch.u.data() + index * cache.rows * decoder.width;
-    int64_t apart = layer.copies.keep ? layer.ffn.kept : 0;  // places from one row's ids to the next's
-    if (ffn.packed_down) activations(ffn, layer.copies.own() ? 0 : apart, given, u);
-    if (layer.copies.own())
-      choose_by_activations(*this, kernels, layer.copies, cache.rows, ffn, u, decoder.width,
-                            scratch.strength.data(), chosen);
+    int64_t apart = layer.proxies.keep ? layer.ffn.kept : 0;  // places from one row's ids to the next's
+    if (ffn.packed_down) activations(ffn, layer.proxies.own() ? 0 : apart, given, u);
+    if (layer.proxies.own())
+      select_by_activations(*this, kernels, layer.proxies, cache.rows, ffn, u, decoder.width,
+                            scratch.strength.data(), selected);
     in_parts(PARTS, [&](int64_t one, int64_t parts) {
+      const Input& in = given();
       if (one == 0 && scratch.observed) observe(index);
-      if (one == 0 && scratch.watched) mark_chosen(index, chosen, apart);
+      if (one == 0 && scratch.watched) mark_selected(index, selected, apart);
       float* to = sums(ffn, one);
       std::fill_n(to, cache.rows * sums_pitch(ffn), 0.0f);
       Span own = part(ffn.kept, one, parts, ffn.packed_down ? GROUP : 4);
-      neurons(ffn, apart, given, own, to, u);
+      neurons(ffn, apart, in, own, to, u);
       own = part(ffn.rank, one, parts, 1);
       for (int64_t m = 0; m < cache.rows; ++m)
-        kernels.low_rank(decoder.dtype, ffn, one_of(decoder.dtype, given, m), own.begin, own.end,
+        kernels.low_rank(decoder.dtype, ffn, one_of(decoder.dtype, in, m), own.begin, own.end,
                          to + m * sums_pitch(ffn));
     });
   }
 
-  // Bits of what each row chose, while the ids are in the core's cache; zeros where rows do not choose.
-  void mark_chosen(int64_t index, const int32_t* chosen, int64_t apart) {
+  // Bits of what each row selected, while the ids are in the core's cache; zeros without selection.
+  void mark_selected(int64_t index, const int32_t* selected, int64_t apart) {
     int64_t bytes = marked_bytes(decoder.width);
     uint8_t* to = scratch.marks.data() + index * cache.rows * bytes;
     std::fill_n(to, cache.rows * bytes, uint8_t(0));
     for (int64_t m = 0; m < cache.rows; ++m)
-      mark(chosen + m * apart, decoder.layers[index].copies.keep, to + m * bytes);
+      mark(selected + m * apart, decoder.layers[index].proxies.keep, to + m * bytes);
   }
 
   // u [M, I] of packed matrices, for the part of the FFN that comes next.
-  void activations(const Ffn& ffn, int64_t apart, const Input& given, float* u) {
+  template <class MakeInput>
+  void activations(const Ffn& ffn, int64_t apart, MakeInput& make_input, float* u) {
     in_parts(PARTS, [&](int64_t one, int64_t parts) {
+      const Input& given = make_input();
       Span own = part(ffn.kept, one, parts, GROUP);
       // few at a time: what one row has read is in the core's cache for the next
       int64_t step = given.count == 1 ? std::max<int64_t>(1, own.end - own.begin) : GROUP;
@@ -193,7 +198,7 @@ struct Member : Worker {
   }
 
   // to[m] += the output of kept neurons `own` for each row; `apart`: places from the ids that one
-  // row has chosen to those of the next, 0: all have the same.
+  // row has selected to those of the next, 0: all have the same.
   void neurons(const Ffn& ffn, int64_t apart, const Input& given, Span own, float* to, float* u) {
     float* seen = scratch.observed ? u : nullptr;
     if (!ffn.packed_down && (!apart || given.count == 1)) {
@@ -207,8 +212,9 @@ struct Member : Worker {
         int64_t end = std::min(begin + step, own.end), width = decoder.width;
         float* sum = to + m * sums_pitch(ffn);
         if (ffn.packed_down) packed_output(kernels, mine, u + m * width, begin, end, sum, whole);
-        else kernels.ffn(decoder.dtype, mine, one_of(decoder.dtype, given, m), begin, end, sum,
-                         seen ? seen + m * width : nullptr, width);
+        else
+          kernels.ffn(decoder.dtype, mine, one_of(decoder.dtype, given, m), begin, end, sum,
+                      seen ? seen + m * width : nullptr, width);
       }
   }
 
@@ -232,28 +238,28 @@ struct Member : Worker {
     const Layer& layer = decoder.layers[index];
     int64_t hidden = decoder.hidden, place = (index * cache.rows + m) * hidden;
     int64_t pitch = sums(layer.ffn, 1) - sums(layer.ffn, 0);
-    const float *from = sums(layer.ffn, 0) + m * sums_pitch(layer.ffn);
-    const float *mixed = scratch.qkv.data() + m * hidden;
+    const float* from = sums(layer.ffn, 0) + m * sums_pitch(layer.ffn);
+    const float* mixed = scratch.qkv.data() + m * hidden;
     float *to = x + m * hidden, *stream = scratch.stream.data() + m * hidden;
     for (int64_t i = own.begin; i < own.end; ++i) to[i] = layer.bias ? layer.bias[i] : 0.0f;
     for (int64_t one = 0; one < PARTS; ++one)
       for (int64_t i = own.begin; i < own.end; ++i) to[i] += from[one * pitch + i];
-    if (scratch.observed)
-      std::copy(to + own.begin, to + own.end, scratch.z.data() + place + own.begin);
+    if (scratch.observed) std::copy(to + own.begin, to + own.end, scratch.z.data() + place + own.begin);
     if (layer.after_ffn.factor) {
       decoder.norm_row(layer.after_ffn, to, hidden, to);
       if (scratch.observed) std::copy_n(to, hidden, scratch.r.data() + place);
     }
-    for (int64_t i = own.begin; i < own.end; ++i)
-      stream[i] += decoder.parallel ? to[i] + mixed[i] : to[i];
+    for (int64_t i = own.begin; i < own.end; ++i) stream[i] += decoder.parallel ? to[i] + mixed[i] : to[i];
   }
 
   void attention(int64_t index) {
     const Layer& layer = decoder.layers[index];
     int64_t hidden = decoder.hidden, q = decoder.heads * decoder.size, rows = cache.rows;
     int64_t kv = decoder.kv_heads * decoder.size;
-    norm_rows(layer.before_attention, scratch.stream.data(), hidden, x);
-    Input given = input(x, hidden);
+    Once given([&] {
+      norm_rows(layer.before_attention, scratch.stream.data(), hidden, x);
+      return input(x, hidden);
+    });
     float* qkv = scratch.qkv.data();
     project(layer.q, layer.q_bias, given, decoder.fused ? in_qkv() : q, qkv);
     if (!decoder.fused) {
@@ -264,13 +270,13 @@ struct Member : Worker {
     if (decoder.over_all) {
       in_parts(2 * rows, [&](int64_t one, int64_t) {
         float *queries = qkv + one / 2 * in_qkv(), *keys = queries + q;
-        one % 2 ? decoder.norm_row(layer.k_norm, keys, kv, keys) : decoder.norm_row(layer.q_norm, queries, q, queries);
+        one % 2 ? decoder.norm_row(layer.k_norm, keys, kv, keys)
+                : decoder.norm_row(layer.q_norm, queries, q, queries);
       });
       finish();
     }
-    in_parts(rows * decoder.heads, [&](int64_t one, int64_t) {
-      attend(index, one / decoder.heads, one % decoder.heads);
-    });
+    in_parts(rows * decoder.heads,
+             [&](int64_t one, int64_t) { attend(index, one / decoder.heads, one % decoder.heads); });
     finish();
     add_attention(layer);
   }
@@ -278,9 +284,10 @@ struct Member : Worker {
   void add_attention(const Layer& layer) {
     int64_t hidden = decoder.hidden;
     float *y = scratch.qkv.data(), *stream = scratch.stream.data();  // y [M, D]
-    Input given = input(scratch.attended.data(), decoder.heads * decoder.size);
+    int64_t size = decoder.heads * decoder.size;
+    Once given([&] { return input(scratch.attended.data(), size); });
     bool last = !layer.after_attention.factor && !decoder.parallel;
-    project(layer.o, layer.o_bias, given, hidden, y, hidden,
+    project(layer.o, layer.o_bias, given, size, hidden, y, hidden,
             [&](int64_t m, int64_t begin, int64_t end) {
               if (last)
                 for (int64_t i = m * hidden + begin; i < m * hidden + end; ++i) stream[i] += y[i];
@@ -316,18 +323,17 @@ struct Member : Worker {
       add_sums(index);
       finish();
     }
-    norm_rows(decoder.norm, scratch.stream.data(), hidden, x);
-    Input given = input(x, hidden);
-    in_parts(1, [&](int64_t, int64_t) {
-      std::copy_n(given.wide, rows * hidden, scratch.normed.data());
+    Once given([&] {
+      norm_rows(decoder.norm, scratch.stream.data(), hidden, x);
+      return input(x, hidden);
     });
+    in_parts(1, [&](int64_t, int64_t) { std::copy_n(given().wide, rows * hidden, scratch.normed.data()); });
     float* logits = scratch.logits.data();
     auto then = [&](int64_t m, int64_t begin, int64_t end) { scored(m, begin, end); };
     if (decoder.screen)
-      score_by_screen(*this, kernels, decoder.dtype, *decoder.screen, decoder.head, given,
+      score_by_screen(*this, kernels, decoder.dtype, *decoder.screen, decoder.head, given, rows,
                       scratch.screened, logits, then);
-    else
-      project(decoder.head, nullptr, given, decoder.vocabulary, logits, decoder.vocabulary, then);
+    else project(decoder.head, nullptr, given, hidden, decoder.vocabulary, logits, decoder.vocabulary, then);
   }
 
   // Words `begin` to `end` of row m have their scores.
@@ -359,12 +365,12 @@ void Decoder::norm_row(const Norm& by, const float* from, int64_t n, float* to) 
     for (int64_t i = 0; i < n; ++i) to[i] += by.bias[i];
 }
 
-void Decoder::turn(float* head, const Norm& by, int64_t table, const float* cosine,
-                   const float* sine) const {
+void Decoder::rotate(float* head, const Norm& by, int64_t table, const float* cosine,
+                     const float* sine) const {
   if (!over_all) norm_row(by, head, size, head);
   if (table < 0) return;
-  int64_t half = turned / 2;
-  const float *cosines = cosine + table * turned, *sines = sine + table * turned;
+  int64_t half = rotary / 2;
+  const float *cosines = cosine + table * rotary, *sines = sine + table * rotary;
   for (int64_t i = 0; i < half; ++i) {
     float a = head[i], b = head[i + half];
     head[i] = a * cosines[i] - b * sines[i];
@@ -373,10 +379,8 @@ void Decoder::turn(float* head, const Norm& by, int64_t table, const float* cosi
 }
 
 void Decoder::row(const Kernels& kernels, const Matrix& rows, int64_t index, float* to) const {
-  if (rows.packed)
-    kernels.packed.dequantise(*rows.packed, index, 1, Dtype::f32, to);
-  else
-    kernels.widen(dtype, at(rows.plain, dtype, index * hidden), to, hidden);
+  if (rows.packed) kernels.packed.dequantise(*rows.packed, index, 1, Dtype::f32, to);
+  else kernels.widen(dtype, at(rows.plain, dtype, index * hidden), to, hidden);
 }
 
 Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_, int64_t rows_)
@@ -400,7 +404,7 @@ Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_, int64_t
   whole.resize(threads * padded(d.hidden));
   likeliest.resize(each);
   strength.resize(rows * d.width);
-  chosen.resize(all * d.width);
+  selected.resize(all * d.width);
   marks.resize(all * marked_bytes(d.width));
   scores.resize(threads * positions);
   u.resize(all * d.width);
@@ -413,7 +417,13 @@ Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t positions_, int64_t
 void step(const Kernels& kernels, const Decoder& decoder, const Cache& cache, const int64_t* tokens,
           const float* cosine, const float* sine, Scratch& scratch, int64_t member) {
   int64_t wide = widest(decoder), own = member * scratch.rows;
-  Member one{Worker(scratch.jobs), kernels, decoder, cache, cosine, sine, scratch,
+  Member one{Worker(scratch.jobs),
+             kernels,
+             decoder,
+             cache,
+             cosine,
+             sine,
+             scratch,
              scratch.normed.data() + scratch.rows * decoder.hidden + own * wide,
              scratch.inputs.data() + own * decoder.hidden,
              scratch.scores.data() + member * scratch.positions,

@@ -21,17 +21,17 @@ struct Layer {
   Norm after_attention, after_ffn;    // [D]: of what is added to it
   Matrix q, k, v, o;  // [H S, D], [K S, D], [K S, D], [D, H S]; fused: q [(H + 2 K) S, D], no k and v
   const void *q_bias, *k_bias, *v_bias, *o_bias;  // or null
-  Norm q_norm, k_norm;  // [S], or [H S] and [K S] where they are `over_all` heads
-  int64_t table;        // whose angles turn its heads; -1: none
+  Norm q_norm, k_norm;                            // [S], or [H S] and [K S] where they are `over_all` heads
+  int64_t table;                                  // whose angles turn its heads; -1: none
   Ffn ffn;
-  Copies copies;
+  Proxies proxies;
   const float* bias;  // [D] float32: what is added to the FFN's output, or null
 };
 
 struct Decoder {
   Dtype dtype;
   int64_t hidden, heads, kv_heads, size, width, vocabulary;  // D, H, K, S, I, V
-  int64_t turned;  // R: of a head's S values, those that rotary angles turn
+  int64_t rotary;  // R: of a head's S values, those that rotary embedding rotates
   int64_t known;   // rows of the embedding
   int64_t places;  // rows of the learned positions
   bool fused;      // one matrix for q, k and v ...
@@ -39,8 +39,8 @@ struct Decoder {
   bool over_all;   // the norms of q and k are those of all heads together
   bool parallel;   // the FFN reads the stream that the attention read
   float eps, scale;
-  float embedding_scale;            // of the embedding's rows
-  float attention_cap, logits_cap;  // c tanh(x / c) of scores and of logits; 0: none
+  float embedding_scale;              // of the embedding's rows
+  float attention_cap, logits_cap;    // c tanh(x / c) of scores and of logits; 0: none
   Matrix embedding, positions, head;  // [V, D], [places, D] or none, [V, D]
   Norm norm;                          // [D]
   std::optional<Screen> screen;       // of the head: what scores the tokens of steps
@@ -57,8 +57,8 @@ struct Decoder {
   }
   // to[n] = from[n], normed where there is a norm.
   void norm_row(const Norm&, const float* from, int64_t n, float* to) const;
-  // A head's query or key, normed where heads have norms each, and turned by the angles of `table`.
-  void turn(float* head, const Norm&, int64_t table, const float* cosine, const float* sine) const;
+  // A head's query or key, normed where heads have norms each, and rotated by the angles of `table`.
+  void rotate(float* head, const Norm&, int64_t table, const float* cosine, const float* sine) const;
   // Row `index` of the embedding or of the positions.
   void row(const Kernels&, const Matrix&, int64_t index, float* to) const;
 };
@@ -85,11 +85,11 @@ struct Scratch {
   // its output, the stream before it and, where that is normed, what is added to the stream.
   std::vector<float> u, h, z, x, r;
   std::vector<uint16_t> narrow;
-  std::vector<int8_t> levels;          // of inputs, rounded for packed matrices: by member
+  std::vector<int8_t> levels;  // of inputs, rounded for packed matrices: by member
   std::vector<float> scales, group_sums;
-  std::vector<int32_t> whole;          // [threads, D]: sums of a group of neurons
+  std::vector<int32_t> whole;        // [threads, D]: sums of a group of neurons
   std::vector<float> strength;       // of a layer's neurons: [M, I]
-  std::vector<int32_t> chosen;       // each token's neurons: [L, M, those it may choose out of]
+  std::vector<int32_t> selected;     // each token's neurons: [L, M, candidates]
   std::vector<uint8_t> marks;        // the same as bits, where it is watched: [L, M, I / 8 rounded up]
   std::vector<Likeliest> likeliest;  // [threads, M]: of the words that each member saw; empty them first
   ScreenRoom screened;

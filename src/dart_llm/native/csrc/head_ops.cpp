@@ -8,19 +8,20 @@
 #include <vector>
 
 #include "packed_ops.h"
-#include "together.h"
+#include "threads.h"
 
 namespace dart {
 
 using at::Tensor;
 
-Screen read_screen(const Tensor& basis, const Tensor& levels, const Tensor& by, int64_t keep, double threshold,
-                   int64_t words, int64_t hidden) {
+Screen read_screen(const Tensor& basis, const Tensor& levels, const Tensor& by, int64_t keep,
+                   double threshold, int64_t words, int64_t hidden) {
   Directions rough{nullptr, nullptr, words, hidden};
   auto is = [](const Tensor& t, at::ScalarType type, std::vector<int64_t> sizes) {
     return t.is_contiguous() && t.scalar_type() == type && t.sizes() == at::IntArrayRef(sizes);
   };
-  TORCH_CHECK(is(basis, at::kFloat, {hidden, hidden}) && is(levels, at::kByte, {rough.runs(), hidden, RUN / 2}) &&
+  TORCH_CHECK(is(basis, at::kFloat, {hidden, hidden}) &&
+                  is(levels, at::kByte, {rough.runs(), hidden, RUN / 2}) &&
                   is(by, at::kFloat, {rough.runs() * RUN}) && keep > 0 && keep <= hidden && hidden % 8 == 0,
               "native: this screen has another shape");
   rough.levels = levels.const_data_ptr<uint8_t>(), rough.by = by.const_data_ptr<float>();
@@ -31,10 +32,10 @@ namespace {
 
 // x [M, D]; the screen as read_screen takes it.  The head is `weight` [V, D], or `packed` in its place.
 // Returns scores [M, V] in the dtype of x, and how many words of each row are exact, M numbers.
-std::tuple<Tensor, std::vector<int64_t>> screened_head(const Tensor& x, const Tensor& basis, const Tensor& levels,
-                                                       const Tensor& by, int64_t keep, double threshold,
-                                                       const std::optional<Tensor>& weight,
-                                                       const std::optional<c10::intrusive_ptr<PackedMatrix>>& packed) {
+std::tuple<Tensor, std::vector<int64_t>> screened_head(
+    const Tensor& x, const Tensor& basis, const Tensor& levels, const Tensor& by, int64_t keep,
+    double threshold, const std::optional<Tensor>& weight,
+    const std::optional<c10::intrusive_ptr<PackedMatrix>>& packed) {
   c10::InferenceMode mode(false);
   at::NoGradGuard no_graph;
   auto type = x.scalar_type();
@@ -64,9 +65,11 @@ std::tuple<Tensor, std::vector<int64_t>> screened_head(const Tensor& x, const Te
   y.resize(size_t(count * screen.pitch()));
   float* to = y.data();
   Jobs jobs(SCREEN_JOBS);
-  together([&](int64_t) {
+  run_on_threads([&](int64_t) {
     Worker team(jobs);
-    score_by_screen(team, kernels, dtype, screen, head, given, room, to, [](int64_t, int64_t, int64_t) {});
+    auto tokens = [&]() -> const Input& { return given; };
+    score_by_screen(team, kernels, dtype, screen, head, tokens, count, room, to,
+                    [](int64_t, int64_t, int64_t) {});
   });
   std::vector<int64_t> exact;
   for (int64_t m = 0; m < count; ++m) exact.push_back(room.exact_words(m));

@@ -1,4 +1,4 @@
-// Room for copies, out of large maps that ask for huge pages.
+// Memory for compact weights, from large maps that ask for huge pages.
 #include "huge_room.h"
 
 #include <ATen/ops/empty.h>
@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <atomic>
 
-#include "together.h"
+#include "threads.h"
 
 namespace dart {
 namespace {
@@ -33,7 +33,8 @@ HugeRoom::~HugeRoom() {
 
 bool HugeRoom::add_map(size_t bytes) {
   size_t mapped = bytes + PAGE;
-  void* got = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* got =
+      mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (got == MAP_FAILED) return false;
   char* base = static_cast<char*>(got);
   char* start = base + (up(size_t(base), PAGE) - size_t(base));
@@ -50,7 +51,7 @@ void HugeRoom::make(Map& map, size_t end, size_t ahead) {
   if (end <= map.made) return;
   size_t last = std::min(up(std::max(end, map.made + ahead), PAGE), map.size) / PAGE;
   std::atomic<size_t> next{map.made / PAGE};
-  together([&](int64_t) {
+  run_on_threads([&](int64_t) {
     for (size_t page; (page = next++) < last;) *static_cast<volatile char*>(map.start + page * PAGE) = 0;
   });
   map.made = last * PAGE;

@@ -32,11 +32,11 @@ bool has_dot_products() {
 
 bool has(const char* name) {
 #if defined(__x86_64__)
-  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-              __builtin_cpu_supports("f16c");
+  bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (!std::strcmp(name, "avx512bf16")) 
+  if (!std::strcmp(name, "avx512bf16"))
     return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   if (!std::strcmp(name, "avx512")) return avx512;
   if (!std::strcmp(name, "avxvnni")) return avx2 && has_avxvnni();

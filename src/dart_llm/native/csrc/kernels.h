@@ -37,7 +37,7 @@ struct Ffn {
   const void* up;
   const void* down;
   const Packed *packed_gate, *packed_up, *packed_down;  // in place of these three, or null
-  const void* gate_bias;  // [I] in the weights' dtype, or null
+  const void* gate_bias;                                // [I] in the weights' dtype, or null
   const void* up_bias;
   const void* basis;     // [r, D], or null: features of the input ...
   const void* features;  // [r, D]: ... and what each adds to the output
@@ -48,15 +48,15 @@ struct Ffn {
   Act act;
 };
 
-// Low-bit copies of gate and up, by which a token chooses its neurons.  Of 4 bits: byte j of a row
+// Low-bit proxies of gate and up, by which a token selects its neurons.  Of 4 bits: byte j of a row
 // holds level + 8 of input j in its low bits and of input j + (D + 1) / 2 in its high ones; of 8:
-// levels as int8.  `up` null: there are none, and the activations themselves choose.
-struct Copies {
+// levels as int8.  `up` null: there are none, and the exact activations decide.
+struct Proxies {
   const uint8_t *gate, *up;                 // [I, (D + 1) / 2 or D]; gate null: a plain FFN
   const uint16_t *gate_scales, *up_scales;  // bfloat16 [I, D / group, rounded up]
-  const float* worth;                       // [I]: of a unit of activation
+  const float* saliency;                    // [I]: of a unit of each activation
   int64_t bits, group;
-  int64_t keep;  // neurons of one token; 0: no token chooses
+  int64_t keep;  // neurons of one token; 0: no selection
 
   bool own() const { return keep && !up; }
 };
@@ -74,45 +74,45 @@ struct Queries {
   int64_t first, count;  // position of the first one in its text; at most QUERIES
   const float* keys;     // [S, keys_pitch] by positions, whole vectors of them
   int64_t keys_pitch;
-  const float* values;   // [positions, whole_lanes(S)]
-  int64_t size;          // S
+  const float* values;  // [positions, whole_lanes(S)]
+  int64_t size;         // S
   float scale;
-  float* scores;         // scratch: QUERIES (whole_lanes(first + count) + whole_lanes(S))
-  float* out;            // [count, S], `out_pitch` apart
+  float* scores;  // scratch: QUERIES (whole_lanes(first + count) + whole_lanes(S))
+  float* out;     // [count, S], `out_pitch` apart
   int64_t out_pitch;
 };
 
 struct Kernels {
   const char* name;
   // y[m, row] = rows[row] . x[m] (+ bias[row]) for begin <= row < end; y: M rows of `stride`.
-  void (*matvec)(Dtype, const void* rows, const void* bias, const Input&, int64_t begin,
-                 int64_t end, float* y, int64_t stride);
+  void (*matvec)(Dtype, const void* rows, const void* bias, const Input&, int64_t begin, int64_t end,
+                 float* y, int64_t stride);
   // sums[m, :] += the output of kept neurons begin to end; u[m, begin..end) if not null.
   void (*ffn)(Dtype, const Ffn&, const Input&, int64_t begin, int64_t end, float* sums, float* u,
               int64_t u_stride);
   // sums[m, :] += features begin to end of the low-rank part.
   void (*low_rank)(Dtype, const Ffn&, const Input&, int64_t begin, int64_t end, float* sums);
-  // strength[j] = abs(u~_i) worth_i of kept neurons i, the j-th for begin <= j < end, u~ from the
-  // copies; x is one vector.
-  void (*estimate)(Dtype, const Copies&, const Ffn&, const Input&, int64_t begin, int64_t end,
+  // strength[j] = abs(u~_i) saliency_i of kept neurons i, the j-th for begin <= j < end, u~ from the
+  // proxies; x is one vector.
+  void (*estimate)(Dtype, const Proxies&, const Ffn&, const Input&, int64_t begin, int64_t end,
                    float* strength);
   // The k of n values that are largest, whatever their signs, as ascending places: [k], with room for n.
   // Ties go to the lower place; not-a-number is the largest, as torch sorts.
-  void (*strongest)(const float* values, int64_t n, int64_t k, int32_t* places);
+  void (*top_k)(const float* values, int64_t n, int64_t k, int32_t* places);
   // to[f, d] = sum over k of rows[ids[k], d] factors[k, f] for begin <= d < end; rows: [., size].
-  void (*fold)(Dtype, const void* rows, const int32_t* ids, int64_t n, int64_t size,
-               const float* factors, int64_t count, int64_t begin, int64_t end, float* to);
+  void (*fold)(Dtype, const void* rows, const int32_t* ids, int64_t n, int64_t size, const float* factors,
+               int64_t count, int64_t begin, int64_t end, float* to);
   // One query head over n cached positions and the new one; out: [size] float32.
   // keys, values: n rows, `stride` values apart, in the weights' dtype; scores: n + 1 of scratch;
   // cap: c tanh(x / c) of every score, 0: none.
-  void (*attend)(Dtype, const float* query, const void* keys, const void* values, int64_t n,
-                 int64_t stride, const float* new_key, const float* new_value, int64_t size,
-                 float scale, float cap, float* scores, float* out);
+  void (*attend)(Dtype, const float* query, const void* keys, const void* values, int64_t n, int64_t stride,
+                 const float* new_key, const float* new_value, int64_t size, float scale, float cap,
+                 float* scores, float* out);
   // out[i] = the values up to the position of query i, weighed by softmax(scale query . key).
   void (*attend_some)(const Queries&);
   void (*round)(Dtype, const float* from, void* to, int64_t n);
   void (*widen)(Dtype, const void* from, float* to, int64_t n);
-  // y[i] += bias[i] for begin <= i < end.
+  // y[i - begin] += bias[i] for begin <= i < end.
   void (*add)(Dtype, const void* bias, int64_t begin, int64_t end, float* y);
   // y[i] += bias[ids[i]] of n values.
   void (*add_at)(Dtype, const void* bias, const int32_t* ids, int64_t n, float* y);
@@ -124,11 +124,23 @@ struct Kernels {
 const Kernels* kernels();
 const Kernels* kernels(const char* name);
 
-namespace avx512bf16 { extern const Kernels table; }
-namespace avx512 { extern const Kernels table; }
-namespace avxvnni { extern const Kernels table; }
-namespace avx2 { extern const Kernels table; }
-namespace neon { extern const Kernels table; }
-namespace portable { extern const Kernels table; }
+namespace avx512bf16 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
+namespace avxvnni {
+extern const Kernels table;
+}
+namespace avx2 {
+extern const Kernels table;
+}
+namespace neon {
+extern const Kernels table;
+}
+namespace portable {
+extern const Kernels table;
+}
 
 }  // namespace dart

@@ -12,7 +12,10 @@ inline float wide(bf16 x) { return from_bits(uint32_t(x) << 16); }
 inline void narrow(float x, float* to) { *to = x; }
 inline void narrow(float x, bf16* to) {
   uint32_t b = to_bits(x);
-  if ((b & 0x7fffffffu) > 0x7f800000u) { *to = bf16((b >> 16) | 0x40); return; }
+  if ((b & 0x7fffffffu) > 0x7f800000u) {
+    *to = bf16((b >> 16) | 0x40);
+    return;
+  }
   *to = bf16((b + 0x7fffu + ((b >> 16) & 1)) >> 16);
 }
 
@@ -49,8 +52,8 @@ inline void dots(const float* const* rows, const void*, const float* x, int64_t 
 }
 
 template <int R, int C>
-inline void dots(const bf16* const* rows, const void* raw, const float* x, int64_t n,
-                 float (*out)[R], const bf16* const* next) {
+inline void dots(const bf16* const* rows, const void* raw, const float* x, int64_t n, float (*out)[R],
+                 const bf16* const* next) {
   typename S::V a[C][R];
   for (int c = 0; c < C; ++c)
     for (int r = 0; r < R; ++r) a[c][r] = S::zero();
@@ -125,12 +128,18 @@ inline void in_groups(int64_t count, const Work& work) {
 
 inline float activate(Act act, float x) {
   switch (act) {
-    case Act::silu: return x / (1.0f + std::exp(-x));
-    case Act::gelu: return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f));
+    case Act::silu:
+      return x / (1.0f + std::exp(-x));
+    case Act::gelu:
+      return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f));
     case Act::gelu_tanh:
       return 0.5f * x * (1.0f + std::tanh(0.79788456080286536f * (x + 0.044715f * x * x * x)));
-    case Act::relu: return x < 0 ? 0 : x;  // not-a-number stays what it is
-    default: { float y = x < 0 ? 0 : x; return y * y; }
+    case Act::relu:
+      return x < 0 ? 0 : x;  // not-a-number stays what it is
+    default: {
+      float y = x < 0 ? 0 : x;
+      return y * y;
+    }
   }
 }
 
@@ -156,8 +165,7 @@ template <class T>
 void matvec_rows(const T* rows, const T* bias, const Input& x, int64_t begin, int64_t end, float* y,
                  int64_t stride) {
   int64_t row = begin;
-  for (; row + BLOCK <= end; row += BLOCK)
-    matvec_block<T, BLOCK>(rows, bias, x, row, end, y, stride);
+  for (; row + BLOCK <= end; row += BLOCK) matvec_block<T, BLOCK>(rows, bias, x, row, end, y, stride);
   for (; row < end; ++row) matvec_block<T, 1>(rows, bias, x, row, end, y, stride);
 }
 
@@ -177,8 +185,8 @@ struct Rows {
 
 // R neurons at once; the rows of those at `later` are asked for meanwhile.
 template <class T, int R>
-void ffn_block(const Ffn& f, const Input& x, const int64_t* ids, const int64_t* later,
-               int64_t place, float* sums, float* u, int64_t u_stride) {
+void ffn_block(const Ffn& f, const Input& x, const int64_t* ids, const int64_t* later, int64_t place,
+               float* sums, float* u, int64_t u_stride) {
   const Rows<T, R> now(f, ids, x.size), next(f, later, x.size);
   const T* up_bias = static_cast<const T*>(f.up_bias);
   const T* gate_bias = static_cast<const T*>(f.gate_bias);
@@ -232,12 +240,11 @@ void features_rows(const Ffn& f, const Input& x, int64_t begin, int64_t end, flo
   }
 }
 
-constexpr int64_t GROUP = 32;  // of the 4-bit copies that have a way of their own
+constexpr int64_t GROUP = 32;  // of the 4-bit proxies that have a way of their own
 
 // One row of a 4-bit copy in such groups times x; D is a multiple of 2 GROUP.
 template <class T, class Set = S>
-float copied(const uint8_t* levels, const uint16_t* scales, const T* raw, const float* x,
-             int64_t size) {
+float copied(const uint8_t* levels, const uint16_t* scales, const T* raw, const float* x, int64_t size) {
   int64_t half = size / 2, groups = half / GROUP;
   auto total = S::zero();
   for (int64_t g = 0; g < groups; ++g) {
@@ -262,8 +269,8 @@ float copied(const uint8_t* levels, const uint16_t* scales, const T* raw, const 
 }
 
 // One row of any copy times x.
-inline float copied_any(const Copies& c, const uint8_t* levels, const uint16_t* scales,
-                        const float* x, int64_t size) {
+inline float copied_any(const Proxies& c, const uint8_t* levels, const uint16_t* scales, const float* x,
+                        int64_t size) {
   constexpr int64_t MOST = 64;  // values at a time
   int64_t half = (size + 1) / 2;
   float total = 0, values[MOST];
@@ -281,7 +288,7 @@ inline float copied_any(const Copies& c, const uint8_t* levels, const uint16_t* 
 }
 
 template <class T>
-void estimate_rows(const Copies& c, const Ffn& f, const Input& x, int64_t begin, int64_t end,
+void estimate_rows(const Proxies& c, const Ffn& f, const Input& x, int64_t begin, int64_t end,
                    float* strength) {
   const T* raw = static_cast<const T*>(x.raw);
   const T* up_bias = static_cast<const T*>(f.up_bias);
@@ -298,9 +305,9 @@ void estimate_rows(const Copies& c, const Ffn& f, const Input& x, int64_t begin,
   for (int64_t place = begin; place < end; ++place) {
     int64_t i = f.ids ? f.ids[place] : place;
     float up = product(c.up, c.up_scales, i, up_bias);
-    float u = c.gate ? activate(f.act, product(c.gate, c.gate_scales, i, gate_bias)) * up
-                     : activate(f.act, up);
-    strength[place] = std::fabs(u) * c.worth[i];
+    float u =
+        c.gate ? activate(f.act, product(c.gate, c.gate_scales, i, gate_bias)) * up : activate(f.act, up);
+    strength[place] = std::fabs(u) * c.saliency[i];
   }
 }
 
@@ -308,8 +315,8 @@ constexpr int64_t AHEAD = 12;  // rows that are asked for before their turn
 
 // C factors of W vectors of values, held in registers while the rows go by.
 template <class T, int C, int W>
-inline void fold_tile(const T* rows, const int32_t* ids, int64_t n, int64_t size,
-                      const float* factors, int64_t count, int64_t at, float* to) {
+inline void fold_tile(const T* rows, const int32_t* ids, int64_t n, int64_t size, const float* factors,
+                      int64_t count, int64_t at, float* to) {
   typename S::V a[C][W];
   for (int c = 0; c < C; ++c)
     for (int w = 0; w < W; ++w) a[c][w] = S::zero();
@@ -369,8 +376,7 @@ inline void key_dots(const float* query, const T* keys, int64_t stride, int64_t 
 
 // out += shares[r] values[r].
 template <int R, class T>
-inline void add_values(const T* values, int64_t stride, const float* shares, int64_t size,
-                       float* out) {
+inline void add_values(const T* values, int64_t stride, const float* shares, int64_t size, float* out) {
   const T* rows[R];
   float by[1][R];
   for (int r = 0; r < R; ++r) rows[r] = values + r * stride, by[0][r] = shares[r];
@@ -402,17 +408,23 @@ void attend_head(const float* query, const T* keys, const T* values, int64_t n, 
   add_values<1>(new_value, 0, scores + n, size, out);
 }
 
-#define DART_BY_DTYPE(call) \
-  if (dtype == Dtype::f32) { using T = float; call; } else { using T = bf16; call; }
+#define DART_BY_DTYPE(call)  \
+  if (dtype == Dtype::f32) { \
+    using T = float;         \
+    call;                    \
+  } else {                   \
+    using T = bf16;          \
+    call;                    \
+  }
 
-void matvec(Dtype dtype, const void* rows, const void* bias, const Input& x, int64_t begin,
-            int64_t end, float* y, int64_t stride) {
-  DART_BY_DTYPE(matvec_rows<T>(static_cast<const T*>(rows), static_cast<const T*>(bias), x, begin,
-                               end, y, stride))
+void matvec(Dtype dtype, const void* rows, const void* bias, const Input& x, int64_t begin, int64_t end,
+            float* y, int64_t stride) {
+  DART_BY_DTYPE(
+      matvec_rows<T>(static_cast<const T*>(rows), static_cast<const T*>(bias), x, begin, end, y, stride))
 }
 
-void ffn(Dtype dtype, const Ffn& f, const Input& x, int64_t begin, int64_t end, float* sums,
-         float* u, int64_t u_stride) {
+void ffn(Dtype dtype, const Ffn& f, const Input& x, int64_t begin, int64_t end, float* sums, float* u,
+         int64_t u_stride) {
   DART_BY_DTYPE(ffn_rows<T>(f, x, begin, end, sums, u, u_stride))
 }
 
@@ -420,22 +432,21 @@ void low_rank(Dtype dtype, const Ffn& f, const Input& x, int64_t begin, int64_t 
   DART_BY_DTYPE(features_rows<T>(f, x, begin, end, sums))
 }
 
-void estimate(Dtype dtype, const Copies& c, const Ffn& f, const Input& x, int64_t begin,
-              int64_t end, float* strength) {
+void estimate(Dtype dtype, const Proxies& c, const Ffn& f, const Input& x, int64_t begin, int64_t end,
+              float* strength) {
   DART_BY_DTYPE(estimate_rows<T>(c, f, x, begin, end, strength))
 }
 
-void fold(Dtype dtype, const void* rows, const int32_t* ids, int64_t n, int64_t size,
-          const float* factors, int64_t count, int64_t begin, int64_t end, float* to) {
-  DART_BY_DTYPE(fold_rows<T>(static_cast<const T*>(rows), ids, n, size, factors, count, begin, end,
-                             to))
+void fold(Dtype dtype, const void* rows, const int32_t* ids, int64_t n, int64_t size, const float* factors,
+          int64_t count, int64_t begin, int64_t end, float* to) {
+  DART_BY_DTYPE(fold_rows<T>(static_cast<const T*>(rows), ids, n, size, factors, count, begin, end, to))
 }
 
-void attend(Dtype dtype, const float* query, const void* keys, const void* values, int64_t n,
-            int64_t stride, const float* new_key, const float* new_value, int64_t size, float scale,
-            float cap, float* scores, float* out) {
-  DART_BY_DTYPE(attend_head<T>(query, static_cast<const T*>(keys), static_cast<const T*>(values), n,
-                               stride, new_key, new_value, size, scale, cap, scores, out))
+void attend(Dtype dtype, const float* query, const void* keys, const void* values, int64_t n, int64_t stride,
+            const float* new_key, const float* new_value, int64_t size, float scale, float cap, float* scores,
+            float* out) {
+  DART_BY_DTYPE(attend_head<T>(query, static_cast<const T*>(keys), static_cast<const T*>(values), n, stride,
+                               new_key, new_value, size, scale, cap, scores, out))
 }
 
 void round(Dtype dtype, const float* from, void* to, int64_t n) {
@@ -447,7 +458,7 @@ void widen(Dtype dtype, const void* from, float* to, int64_t n) {
 }
 
 void add(Dtype dtype, const void* bias, int64_t begin, int64_t end, float* y) {
-  DART_BY_DTYPE(for (int64_t i = begin; i < end; ++i) y[i] += wide(static_cast<const T*>(bias)[i]))
+  DART_BY_DTYPE(for (int64_t i = begin; i < end; ++i) y[i - begin] += wide(static_cast<const T*>(bias)[i]))
 }
 
 void add_at(Dtype dtype, const void* bias, const int32_t* ids, int64_t n, float* y) {
@@ -455,11 +466,9 @@ void add_at(Dtype dtype, const void* bias, const int32_t* ids, int64_t n, float*
 }
 
 // Magnitudes are ordered as their bits are.  One kind of not-a-number: they tie too.
-inline int32_t order_of(float value) {
-  return std::min(int32_t(to_bits(value) & 0x7fffffffu), 0x7f800001);
-}
+inline int32_t order_of(float value) { return std::min(int32_t(to_bits(value) & 0x7fffffffu), 0x7f800001); }
 
-void strongest(const float* values, int64_t n, int64_t k, int32_t* places) {
+void top_k(const float* values, int64_t n, int64_t k, int32_t* places) {
   // fewer than k, `above`, reach `high`; k at least, `below`, reach `low`
   int32_t low = 0x7f800001, high = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -501,4 +510,5 @@ void strongest(const float* values, int64_t n, int64_t k, int32_t* places) {
 #include "packed_body.h"
 #include "prompt_body.h"
 
-const Kernels table = {NAME, matvec, ffn, low_rank, estimate, strongest, fold, attend, attend_some, round, widen, add, add_at, packed_table};
+const Kernels table = {NAME,   matvec,      ffn,   low_rank, estimate, top_k,  fold,
+                       attend, attend_some, round, widen,    add,      add_at, packed_table};

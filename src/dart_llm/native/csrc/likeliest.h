@@ -18,7 +18,7 @@ inline float largest(const float* values, int64_t n) {
   return top;
 }
 
-// As torch and numpy choose: a number that is none is larger than all others.
+// As in torch and numpy, NaN is larger than all other numbers.
 struct Likeliest {
   float value = 0;
   int64_t index = -1;  // -1: nothing seen yet

@@ -7,21 +7,22 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 
-#include "choose.h"
+#include "select.h"
 #include "decode.h"
 #include "head_ops.h"
 #include "packed_ffn.h"
 #include "packed_ops.h"
 #include "prompt_ops.h"
-#include "together.h"
+#include "threads.h"
 
 namespace {
 
 using at::Tensor;
 using dart::best;
-using dart::together;
+using dart::run_on_threads;
 using MaybeTensor = std::optional<Tensor>;
 
 dart::Dtype dtype_of(const Tensor& t) {
@@ -36,16 +37,15 @@ const void* data(const Tensor& t, at::ScalarType type) {
   return t.const_data_ptr();
 }
 
-const void* data(const MaybeTensor& t, at::ScalarType type) {
-  return t ? data(*t, type) : nullptr;
-}
+const void* data(const MaybeTensor& t, at::ScalarType type) { return t ? data(*t, type) : nullptr; }
 
-std::string chosen;
+std::atomic<const dart::Kernels*> in_use{nullptr};  // null: not looked for yet
 
+// From now on the kernels of that name, "": the best; false where this CPU lacks them.
 bool use(const std::string& name) {
-  if (!name.empty() && !dart::kernels(name.c_str())) return false;
-  chosen = name;
-  return true;
+  const dart::Kernels* found = name.empty() ? dart::kernels() : dart::kernels(name.c_str());
+  if (found) in_use = found;
+  return found;
 }
 
 std::string cpu() { return best().name; }
@@ -90,7 +90,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   const dart::Kernels& kernels = best();
   float* to = y.mutable_data_ptr<float>();
   std::atomic<int64_t> taken{0};
-  together([&](int64_t) {
+  run_on_threads([&](int64_t) {
     for (int64_t group; (group = taken++) < dart::PARTS;) {
       dart::Span own = dart::part(weight.size(0), group, dart::PARTS);
       kernels.matvec(dtype, rows, add, given, own.begin, own.end, to, weight.size(0));
@@ -111,7 +111,7 @@ Tensor fold(const Tensor& rows, const Tensor& ids, const Tensor& factors) {
   float* to = found.mutable_data_ptr<float>();
   const dart::Kernels& kernels = best();
   std::atomic<int64_t> taken{0};
-  together([&](int64_t) {
+  run_on_threads([&](int64_t) {
     for (int64_t group; (group = taken++) < dart::PARTS;) {
       dart::Span own = dart::part(size, group, dart::PARTS, 32);
       kernels.fold(dtype, from, which, n, size, by, count, own.begin, own.end, to);
@@ -145,72 +145,73 @@ dart::Ffn read_ffn(const MaybeTensor& gate, const Tensor& up, const Tensor& down
   return f;
 }
 
-// By what the tokens of one FFN choose `keep` of its neurons: see Copies in kernels.h.  Without `up`
+// By what the tokens of one FFN select `keep` of its neurons: see Proxies in kernels.h.  Without `up`
 // by their activations, of packed matrices alone.
 struct Choice : torch::CustomClassHolder {
-  dart::Copies copies{};
+  dart::Proxies proxies{};
   const float* mean;  // [I], or null: what the others stand at
   int64_t width, inputs;
   std::vector<Tensor> held;  // keeps what is pointed at alive
 
   // numbers: D, bits, group, keep; gate, gate_scales: None in a plain FFN.
   Choice(const MaybeTensor& gate, const MaybeTensor& gate_scales, const MaybeTensor& up,
-         const MaybeTensor& up_scales, const Tensor& worth, const MaybeTensor& mean_,
+         const MaybeTensor& up_scales, const Tensor& saliency, const MaybeTensor& mean_,
          std::vector<int64_t> numbers)
       : mean(static_cast<const float*>(data(mean_, at::kFloat))),
-        width(worth.numel()),
+        width(saliency.numel()),
         inputs(numbers.at(0)) {
     int64_t bits = numbers.at(1), group = numbers.at(2), keep = numbers.at(3);
     auto type = bits == 8 ? at::kChar : at::kByte;
     auto fits = [&](const MaybeTensor& t, int64_t columns) {
       return !t || (t->dim() == 2 && t->size(0) == width && t->size(1) == columns);
     };
-    int64_t each = bits == 8 ? inputs : (inputs + 1) / 2, groups = group > 0 ? (inputs + group - 1) / group : 0;
+    int64_t each = bits == 8 ? inputs : (inputs + 1) / 2,
+            groups = group > 0 ? (inputs + group - 1) / group : 0;
     TORCH_CHECK((bits == 4 || bits == 8) && group > 0 && keep > 0 && keep <= width &&
-                    gate.has_value() == gate_scales.has_value() &&
-                    up.has_value() == up_scales.has_value() && (up || !gate) &&
-                    (!mean_ || mean_->numel() == width) && fits(gate, each) && fits(up, each) &&
-                    fits(gate_scales, groups) && fits(up_scales, groups),
-                "native: these copies have another shape");
-    copies = {static_cast<const uint8_t*>(data(gate, type)),
-              static_cast<const uint8_t*>(data(up, type)),
-              static_cast<const uint16_t*>(data(gate_scales, at::kBFloat16)),
-              static_cast<const uint16_t*>(data(up_scales, at::kBFloat16)),
-              static_cast<const float*>(data(worth, at::kFloat)),
-              bits,
-              group,
-              keep};
-    for (const auto& t : {gate, gate_scales, up, up_scales, MaybeTensor(worth), mean_})
+                    gate.has_value() == gate_scales.has_value() && up.has_value() == up_scales.has_value() &&
+                    (up || !gate) && (!mean_ || mean_->numel() == width) && fits(gate, each) &&
+                    fits(up, each) && fits(gate_scales, groups) && fits(up_scales, groups),
+                "native: these proxies have another shape");
+    proxies = {static_cast<const uint8_t*>(data(gate, type)),
+               static_cast<const uint8_t*>(data(up, type)),
+               static_cast<const uint16_t*>(data(gate_scales, at::kBFloat16)),
+               static_cast<const uint16_t*>(data(up_scales, at::kBFloat16)),
+               static_cast<const float*>(data(saliency, at::kFloat)),
+               bits,
+               group,
+               keep};
+    for (const auto& t : {gate, gate_scales, up, up_scales, MaybeTensor(saliency), mean_})
       if (t) held.push_back(*t);
   }
 
-  // The copies of an FFN of I neurons of D inputs, whose tokens choose out of f.kept.
-  const dart::Copies& of(const dart::Ffn& f, int64_t neurons, int64_t hidden) const {
-    TORCH_CHECK(width == neurons && inputs == hidden && copies.keep <= f.kept &&
-                    (copies.own() ? bool(f.packed_up)
-                                  : (copies.gate == nullptr) == (!f.gate && !f.packed_gate)),
-                "native: these copies are of another FFN");
-    return copies;
+  // The proxies of an FFN of I neurons of D inputs, with f.kept candidates for a token.
+  const dart::Proxies& of(const dart::Ffn& f, int64_t neurons, int64_t hidden) const {
+    TORCH_CHECK(
+        width == neurons && inputs == hidden && proxies.keep <= f.kept &&
+            (proxies.own() ? bool(f.packed_up) : (proxies.gate == nullptr) == (!f.gate && !f.packed_gate)),
+        "native: these proxies are of another FFN");
+    return proxies;
   }
 
-  // What the tokens of the newest call chose: ids [M, apart], of which each has `keep`.
-  void took(std::vector<int32_t>&& ids, int64_t apart_) { chosen = std::move(ids), apart = apart_; }
-  std::vector<int32_t> chosen;
+  // What the tokens of the newest call selected: ids [M, apart], of which each has `keep`.  Not
+  // synchronised: an FFN runs in one thread at a time.
+  void took(std::vector<int32_t>&& ids, int64_t apart_) { selected = std::move(ids), apart = apart_; }
+  std::vector<int32_t> selected;
   int64_t apart = 1;
 
   // The same as bits [M, I / 8 rounded up]: bit i % 8 of byte i / 8 is neuron i.
   Tensor marks() const {
-    int64_t count = int64_t(chosen.size()) / apart, bytes = dart::marked_bytes(width);
+    int64_t count = int64_t(selected.size()) / apart, bytes = dart::marked_bytes(width);
     Tensor found = at::zeros({count, bytes}, at::kByte);
     for (int64_t m = 0; m < count; ++m)
-      dart::mark(chosen.data() + m * apart, copies.keep, found.mutable_data_ptr<uint8_t>() + m * bytes);
+      dart::mark(selected.data() + m * apart, proxies.keep, found.mutable_data_ptr<uint8_t>() + m * bytes);
     return found;
   }
 };
 using MaybeChoice = std::optional<c10::intrusive_ptr<Choice>>;
 
 // x [M, D] through the kept neurons: z [M, D].  Matrices [I, D], down too; bias [D] float32.
-// With a choice M is 1, and the token chooses out of the kept neurons.
+// With a choice M is 1, and the token selects out of the kept neurons.
 Tensor ffn(const Tensor& x, const MaybeTensor& gate, const Tensor& up, const Tensor& down,
            const MaybeTensor& gate_bias, const MaybeTensor& up_bias, const MaybeTensor& ids,
            const MaybeTensor& bias, const MaybeTensor& basis, const MaybeTensor& features,
@@ -221,27 +222,28 @@ Tensor ffn(const Tensor& x, const MaybeTensor& gate, const Tensor& up, const Ten
   TORCH_CHECK(x.dim() == 2 && up.size(1) == x.size(1) && up.scalar_type() == type,
               "native: shapes do not fit");
   dart::Ffn f = read_ffn(gate, up, down, gate_bias, up_bias, ids, basis, features, act);
-  dart::Copies copies{};
+  dart::Proxies proxies{};
   if (choice) {
-    TORCH_CHECK(x.size(0) == 1, "native: tokens choose one at a time");
-    copies = (*choice)->of(f, up.size(0), x.size(1));
+    TORCH_CHECK(x.size(0) == 1, "native: tokens select one at a time");
+    proxies = (*choice)->of(f, up.size(0), x.size(1));
     f.mean = (*choice)->mean;
   }
   const float* add = static_cast<const float*>(data(bias, at::kFloat));
   Tensor wide = x.to(at::kFloat);
   dart::Input given = input(x, wide);
-  int64_t size = x.numel(), hidden = x.size(1);
+  int64_t size = x.numel(), count = x.size(0), hidden = x.size(1);
   std::vector<float> sums(size * dart::PARTS), strength(choice ? f.kept : 0);
-  std::vector<int32_t> chosen(strength.size());
+  std::vector<int32_t> selected(strength.size());
   Tensor z = at::empty(x.sizes(), wide.options());
   float* to = z.mutable_data_ptr<float>();
   const dart::Kernels& kernels = best();
   dart::Jobs jobs(3);
-  together([&](int64_t) {
+  run_on_threads([&](int64_t) {
     dart::Worker team(jobs);
     dart::Ffn own = f;
+    auto tokens = [&]() -> const dart::Input& { return given; };
     if (choice)
-      dart::choose(team, kernels, dtype, copies, given, own, strength.data(), chosen.data());
+      dart::select(team, kernels, dtype, proxies, tokens, count, own, strength.data(), selected.data());
     team.in_parts(dart::PARTS, [&](int64_t one, int64_t parts) {
       float* sum = sums.data() + one * size;
       dart::Span span = dart::part(own.kept, one, parts);
@@ -253,24 +255,25 @@ Tensor ffn(const Tensor& x, const MaybeTensor& gate, const Tensor& up, const Ten
   for (int64_t i = 0; i < size; ++i) to[i] = add ? add[i % hidden] : 0.0f;
   for (int64_t group = 0; group < dart::PARTS; ++group)
     for (int64_t i = 0; i < size; ++i) to[i] += sums[group * size + i];
-  if (choice) (*choice)->took(std::move(chosen), f.kept);
+  if (choice) (*choice)->took(std::move(selected), f.kept);
   return z.to(type);
 }
 
 using Packs = c10::intrusive_ptr<dart::PackedMatrix>;
 
 // What packed_ffn reads: gate (null in a plain FFN) and up of `width` rows, down of as many neurons,
-// or copies of the neurons `ids`.
-void check_packed(const dart::Packed* gate, const dart::Packed& up, const dart::Packed& down,
-                  int64_t width, int64_t hidden, const MaybeTensor& ids, const MaybeChoice& choice) {
-  bool kept = down.kept, some = ids || (choice && !(*choice)->copies.own());
+// or compact weights of the neurons `ids`.
+void check_packed(const dart::Packed* gate, const dart::Packed& up, const dart::Packed& down, int64_t width,
+                  int64_t hidden, const MaybeTensor& ids, const MaybeChoice& choice) {
+  bool kept = down.kept, some = ids || (choice && !(*choice)->proxies.own());
   int64_t count = kept && ids ? ids->numel() : width;
   auto fits = [&](const dart::Packed& one, bool neurons) {
-    return (one.order == dart::Order::neurons) == neurons && one.rows == count &&
-           one.columns == hidden && one.kept == kept;
+    return (one.order == dart::Order::neurons) == neurons && one.rows == count && one.columns == hidden &&
+           one.kept == kept;
   };
-  TORCH_CHECK(fits(up, false) && fits(down, true) && (!gate || (fits(*gate, false) && gate->order == up.order)),
-              "native: shapes do not fit");
+  TORCH_CHECK(
+      fits(up, false) && fits(down, true) && (!gate || (fits(*gate, false) && gate->order == up.order)),
+      "native: shapes do not fit");
   TORCH_CHECK(kept ? ids.has_value() && !choice : !some || up.order == dart::Order::rows,
               "native: neurons here and there are read of rows alone");
 }
@@ -297,17 +300,17 @@ Tensor packed_ffn(const Tensor& x, const std::optional<Packs>& gate, const Packs
   f.kept = ids ? ids->size(0) : width;
   f.rank = basis ? basis->size(0) : 0;
   f.act = dart::Act(act);
-  dart::Copies copies{};
+  dart::Proxies proxies{};
   if (choice) {
-    copies = (*choice)->of(f, width, hidden);
-    TORCH_CHECK(count == 1 || copies.own(), "native: tokens choose one at a time");
+    proxies = (*choice)->of(f, width, hidden);
+    TORCH_CHECK(count == 1 || proxies.own(), "native: tokens select one at a time");
     f.mean = (*choice)->mean;
   }
   const float* add = static_cast<const float*>(data(bias, at::kFloat));
   Tensor wide = x.to(at::kFloat);
   const dart::Kernels& kernels = best();
   std::vector<float> strength(choice ? size_t(count * f.kept) : 0);
-  std::vector<int32_t> chosen(strength.size());
+  std::vector<int32_t> selected(strength.size());
   dart::RoundedRows rounded(kernels, wide.const_data_ptr<float>(), count, hidden);
   std::vector<float> u(size_t(count * f.kept));
   int64_t columns = down->packed.units() * dart::UNIT;
@@ -316,11 +319,12 @@ Tensor packed_ffn(const Tensor& x, const std::optional<Packs>& gate, const Packs
   Tensor low = at::zeros({dart::PARTS, count, f.rank ? hidden : 0}, wide.options());
   dart::Input given = input(x, wide);
   dart::Jobs jobs(4);
-  together([&](int64_t) {
+  run_on_threads([&](int64_t) {
     dart::Worker team(jobs);
     dart::Ffn own = f;
-    if (choice && !copies.own())
-      dart::choose(team, kernels, dtype, copies, given, own, strength.data(), chosen.data());
+    auto tokens = [&]() -> const dart::Input& { return given; };
+    if (choice && !proxies.own())
+      dart::select(team, kernels, dtype, proxies, tokens, count, own, strength.data(), selected.data());
     team.in_parts(dart::PARTS, [&](int64_t one, int64_t number) {
       dart::Span span = dart::part(own.kept, one, number, dart::GROUP);
       for (int64_t m = 0; m < count; ++m)
@@ -328,13 +332,13 @@ Tensor packed_ffn(const Tensor& x, const std::optional<Packs>& gate, const Packs
                             u.data() + m * f.kept);
     });
     team.finish();
-    if (copies.own())
-      dart::choose_by_activations(team, kernels, copies, count, own, u.data(), f.kept, strength.data(),
-                                  chosen.data());
+    if (proxies.own())
+      dart::select_by_activations(team, kernels, proxies, count, own, u.data(), f.kept, strength.data(),
+                                  selected.data());
     team.in_parts(dart::PARTS, [&](int64_t one, int64_t number) {
       dart::Span span = dart::part(own.kept, one, number, dart::GROUP);
       dart::Ffn of_row = own;
-      for (int64_t m = 0; m < count; ++m, of_row.ids += copies.own() ? f.kept : 0)
+      for (int64_t m = 0; m < count; ++m, of_row.ids += proxies.own() ? f.kept : 0)
         dart::packed_output(kernels, of_row, u.data() + m * f.kept, span.begin, span.end,
                             parts.mutable_data_ptr<float>() + (one * count + m) * columns,
                             scratch.mutable_data_ptr<int32_t>() + one * columns);
@@ -344,7 +348,7 @@ Tensor packed_ffn(const Tensor& x, const std::optional<Packs>& gate, const Packs
                          low.mutable_data_ptr<float>() + one * count * hidden);
     });
   });
-  if (choice) (*choice)->took(std::move(chosen), f.kept);
+  if (choice) (*choice)->took(std::move(selected), f.kept);
   Tensor z = parts.sum(0).narrow(1, 0, hidden);
   if (f.rank) z = z.add(low.sum(0));
   if (add) z = z.add(*bias);
@@ -362,7 +366,7 @@ struct Decoder : torch::CustomClassHolder {
   };
   std::vector<Mask> masks;
   std::unique_ptr<dart::Scratch> scratch;
-  bool watched = false;  // see watch()
+  bool watched = false;                           // see watch()
   std::unique_ptr<dart::PromptRoom> prompt_room;  // from the begin of a prompt to its end
 
   // sizes: D, H, K, S, I, V, R; kind: as set_kind reads it; numbers: eps, scale, of the embedding,
@@ -370,13 +374,12 @@ struct Decoder : torch::CustomClassHolder {
   // q k v o, their biases, gate up down, biases of gate and up; norms: the last one, then NORMS per
   // layer: factor and bias [n] float32 each; tables: per layer.
   Decoder(std::vector<int64_t> sizes, std::vector<std::string> kind, std::vector<double> numbers,
-          std::vector<Tensor> weights, std::vector<Tensor> norms, std::vector<int64_t> tables,
-          int64_t act) {
+          std::vector<Tensor> weights, std::vector<Tensor> norms, std::vector<int64_t> tables, int64_t act) {
     model.dtype = dtype_of(weights.at(0));
     type = weights[0].scalar_type();
     model.hidden = sizes.at(0), model.heads = sizes.at(1), model.kv_heads = sizes.at(2);
     model.size = sizes.at(3), model.width = sizes.at(4), model.vocabulary = sizes.at(5);
-    model.turned = sizes.at(6);
+    model.rotary = sizes.at(6);
     model.eps = float(numbers.at(0)), model.scale = float(numbers.at(1));
     model.embedding_scale = float(numbers.at(2));
     model.attention_cap = float(numbers.at(3)), model.logits_cap = float(numbers.at(4));
@@ -415,10 +418,9 @@ struct Decoder : torch::CustomClassHolder {
     for (dart::Matrix* end : {&model.embedding, &model.head, &model.positions}) *end = {next(), nullptr};
     for (size_t index = 0; index < layers; ++index) {
       dart::Layer layer{};
-      for (const void** slot : {&layer.q.plain, &layer.k.plain, &layer.v.plain, &layer.o.plain,
-                                &layer.q_bias, &layer.k_bias, &layer.v_bias, &layer.o_bias,
-                                &layer.ffn.gate, &layer.ffn.up, &layer.ffn.down,
-                                &layer.ffn.gate_bias, &layer.ffn.up_bias})
+      for (const void** slot : {&layer.q.plain, &layer.k.plain, &layer.v.plain, &layer.o.plain, &layer.q_bias,
+                                &layer.k_bias, &layer.v_bias, &layer.o_bias, &layer.ffn.gate, &layer.ffn.up,
+                                &layer.ffn.down, &layer.ffn.gate_bias, &layer.ffn.up_bias})
         *slot = next();
       model.layers.push_back(layer);
     }
@@ -439,8 +441,8 @@ struct Decoder : torch::CustomClassHolder {
     if (model.over_all) q *= model.heads, k *= model.kv_heads;
     model.norm = next(model.hidden, true);
     for (dart::Layer& layer : model.layers) {
-      for (dart::Norm* one : {&layer.before_attention, &layer.after_attention, &layer.before_ffn,
-                              &layer.after_ffn})
+      for (dart::Norm* one :
+           {&layer.before_attention, &layer.after_attention, &layer.before_ffn, &layer.after_ffn})
         *one = next(model.hidden, true);
       layer.q_norm = next(q, false), layer.k_norm = next(k, false);
     }
@@ -452,8 +454,8 @@ struct Decoder : torch::CustomClassHolder {
     int64_t layers = int64_t(model.layers.size()), ends = int64_t(ENDS), each = int64_t(EACH);
     int64_t place = (index - ends) % each;
     TORCH_CHECK(index >= 0 && index < ends + each * layers &&
-                    (index < ends || place < 4 || (place >= 8 && place < 11)) &&
-                    !packed->kept && (packed->order == dart::Order::neurons) == (index >= ends && place == 10),
+                    (index < ends || place < 4 || (place >= 8 && place < 11)) && !packed->kept &&
+                    (packed->order == dart::Order::neurons) == (index >= ends && place == 10),
                 "native: no packed matrix has this place");
     if (index < ends) {
       dart::Matrix* matrices[] = {&model.embedding, &model.head, &model.positions};
@@ -462,8 +464,7 @@ struct Decoder : torch::CustomClassHolder {
     } else {
       dart::Layer& layer = model.layers[size_t((index - ends) / each)];
       dart::Matrix* outer[] = {&layer.q, &layer.k, &layer.v, &layer.o};
-      const dart::Packed** inner[] = {&layer.ffn.packed_gate, &layer.ffn.packed_up,
-                                      &layer.ffn.packed_down};
+      const dart::Packed** inner[] = {&layer.ffn.packed_gate, &layer.ffn.packed_up, &layer.ffn.packed_down};
       if (place < 4) outer[place]->packed = packed;
       else *inner[place - 8] = packed;
     }
@@ -473,12 +474,11 @@ struct Decoder : torch::CustomClassHolder {
   at::ScalarType type;  // of weights, biases and caches
 
   // What layer `index` runs from now on; ids: int32 [k] or None for all; with a choice every token
-  // chooses out of these.
-  // matrices: of a packed FFN, gate (if it has one), up and down: all of them, or copies of the
+  // selects out of these.
+  // matrices: of a packed FFN, gate (if it has one), up and down: all of them, or compact weights of the
   // neurons `ids`; else [].
-  void set_mask(int64_t index, const MaybeTensor& ids, const MaybeTensor& bias,
-                const MaybeTensor& basis, const MaybeTensor& features, const MaybeChoice& choice,
-                const std::vector<Packs>& matrices) {
+  void set_mask(int64_t index, const MaybeTensor& ids, const MaybeTensor& bias, const MaybeTensor& basis,
+                const MaybeTensor& features, const MaybeChoice& choice, const std::vector<Packs>& matrices) {
     dart::Layer& layer = model.layers.at(index);
     if (layer.ffn.packed_up) set_matrices(layer.ffn, matrices, ids, choice);
     layer.ffn.ids = static_cast<const int32_t*>(data(ids, at::kInt));
@@ -488,7 +488,7 @@ struct Decoder : torch::CustomClassHolder {
     layer.ffn.rank = basis ? basis->size(0) : 0;
     layer.bias = static_cast<const float*>(data(bias, at::kFloat));
     layer.ffn.mean = choice ? (*choice)->mean : nullptr;
-    layer.copies = choice ? (*choice)->of(layer.ffn, model.width, model.hidden) : dart::Copies{};
+    layer.proxies = choice ? (*choice)->of(layer.ffn, model.width, model.hidden) : dart::Proxies{};
     masks[index] = {choice, {}, matrices};
     for (const auto& t : {ids, bias, basis, features})
       if (t) masks[index].parts.push_back(*t);
@@ -529,15 +529,21 @@ struct Decoder : torch::CustomClassHolder {
                      int64_t most) const {
     for (const Tensor* t : {&keys, &values})
       TORCH_CHECK(t->scalar_type() == type && t->dim() == 4 && t->size(0) == keys.size(0) &&
-                      t->size(1) == model.kv_heads && t->size(3) == model.size &&
-                      t->stride(3) == 1 && t->stride(2) == model.size &&
-                      t->stride(1) == keys.stride(1) && t->stride(0) == keys.stride(0) &&
-                      t->size(2) == keys.size(2),
+                      t->size(1) == model.kv_heads && t->size(3) == model.size && t->stride(3) == 1 &&
+                      t->stride(2) == model.size && t->stride(1) == keys.stride(1) &&
+                      t->stride(0) == keys.stride(0) && t->size(2) == keys.size(2),
                   "native: the cache has another shape");
     TORCH_CHECK(count >= 0 && count <= end && end <= keys.size(2), "native: the cache is too small");
-    return {static_cast<char*>(keys.data_ptr()), static_cast<char*>(values.data_ptr()),
-            keys.size(0), keys.size(2), keys.stride(1), keys.stride(0),
-            model.size * int64_t(keys.element_size()), end, count, most};
+    return {static_cast<char*>(keys.data_ptr()),
+            static_cast<char*>(values.data_ptr()),
+            keys.size(0),
+            keys.size(2),
+            keys.stride(1),
+            keys.stride(0),
+            model.size * int64_t(keys.element_size()),
+            end,
+            count,
+            most};
   }
 
   // What a step of so many rows reads and writes, `steps` after bind().
@@ -575,8 +581,8 @@ struct Decoder : torch::CustomClassHolder {
     int64_t threads = at::get_num_threads();
     int64_t known = scratch ? scratch->rows : 0;
     if (known < rows || scratch->threads < threads || scratch->positions < room)
-      scratch = std::make_unique<dart::Scratch>(model, threads, (room / 256 + 1) * 256,
-                                                std::max(known, rows));
+      scratch =
+          std::make_unique<dart::Scratch>(model, threads, (room / 256 + 1) * 256, std::max(known, rows));
     scratch->observed = observe, scratch->watched = watched, scratch->greedy = forbidden.has_value();
     scratch->forbidden = forbidden.value_or(std::vector<int64_t>{});
     std::fill(scratch->likeliest.begin(), scratch->likeliest.end(), dart::Likeliest{});
@@ -584,7 +590,7 @@ struct Decoder : torch::CustomClassHolder {
     const float* sin = static_cast<const float*>(data(sine, at::kFloat)) + position * each;
     const dart::Kernels& kernels = best();
     scratch->jobs.begin();
-    together([&](int64_t member) {
+    run_on_threads([&](int64_t member) {
       dart::step(kernels, model, cache, tokens.data(), cos, sin, *scratch, member);
     });
     int64_t pitch = model.logits_pitch();
@@ -599,8 +605,7 @@ struct Decoder : torch::CustomClassHolder {
     Tensor tokens = at::empty({rows}, at::kLong);
     for (int64_t m = 0; m < rows; ++m) {
       dart::Likeliest best;
-      for (int64_t i = 0; i < scratch->threads; ++i)
-        best.see(scratch->likeliest[i * scratch->rows + m]);
+      for (int64_t i = 0; i < scratch->threads; ++i) best.see(scratch->likeliest[i * scratch->rows + m]);
       tokens.data_ptr<int64_t>()[m] = best.index;
     }
     return tokens;
@@ -608,7 +613,8 @@ struct Decoder : torch::CustomClassHolder {
   int64_t rows = 0;  // of the last step
 
   // Steps score words by a screen of the head from now on: see read_screen.
-  void set_screen(const Tensor& basis, const Tensor& levels, const Tensor& by, int64_t keep, double threshold) {
+  void set_screen(const Tensor& basis, const Tensor& levels, const Tensor& by, int64_t keep,
+                  double threshold) {
     dart::Screen read = dart::read_screen(basis, levels, by, keep, threshold, model.vocabulary, model.hidden);
     TORCH_CHECK(!model.head.packed || model.head.packed->order == dart::Order::rows,
                 "native: words here and there are read of rows alone");
@@ -640,13 +646,13 @@ struct Decoder : torch::CustomClassHolder {
 
   // Values of all angles of a position.
   int64_t check_angles(int64_t position, const Tensor& cosine, const Tensor& sine) const {
-    TORCH_CHECK_INDEX(!model.places || position < model.places, "the text is longer than the ",
-                      model.places, " positions that this model knows");
+    TORCH_CHECK_INDEX(!model.places || position < model.places, "the text is longer than the ", model.places,
+                      " positions that this model knows");
     TORCH_CHECK(cosine.dim() == 3 && cosine.sizes() == sine.sizes() && position < cosine.size(0),
                 "native: angles are missing");
     int64_t each = cosine.size(1) * cosine.size(2);
     for (const dart::Layer& layer : model.layers)
-      TORCH_CHECK(each >= (layer.table + 1) * model.turned, "native: angles are missing");
+      TORCH_CHECK(each >= (layer.table + 1) * model.rotary, "native: angles are missing");
     return each;
   }
 
@@ -664,13 +670,14 @@ struct Decoder : torch::CustomClassHolder {
     for (const dart::Layer& one : model.layers) {
       all = all && one.q.packed && one.o.packed && (model.fused || (one.k.packed && one.v.packed));
       all = all && one.ffn.packed_up && one.ffn.packed_down && (!one.ffn.gate || one.ffn.packed_gate);
-      all = all && !one.ffn.ids && !one.ffn.rank && !one.copies.keep;
+      all = all && !one.ffn.ids && !one.ffn.rank && !one.proxies.keep;
     }
     TORCH_CHECK(all, "native: a prompt takes packed matrices and no masks");
   }
 
   // on_blocks: the layers run by prompt_layers, and not one by one.
-  std::vector<Tensor> prompt_begin(const Tensor& ids, const Tensor& cosine, const Tensor& sine, bool on_blocks) {
+  std::vector<Tensor> prompt_begin(const Tensor& ids, const Tensor& cosine, const Tensor& sine,
+                                   bool on_blocks) {
     c10::InferenceMode mode(false);
     at::NoGradGuard no_graph;
     check_prompt();
@@ -727,11 +734,11 @@ struct Decoder : torch::CustomClassHolder {
             copy(normed ? scratch->r : scratch->z, {read, rows, model.hidden}, type)};
   }
 
-  // Whether steps remember what their tokens choose, from the next one on.
+  // Whether steps record what their tokens select, from the next one on.
   void watch(bool choices) { watched = choices; }
 
-  // Of the last step, watched: what its tokens chose, as bits [L, M, I / 8 rounded up], as of
-  // Choice::marks; zeros in layers where they chose nothing.
+  // Of the last step, watched: what its tokens selected, as bits [L, M, I / 8 rounded up], as of
+  // Choice::marks; zeros in layers without selection.
   Tensor marks() const {
     TORCH_CHECK(scratch && scratch->watched, "native: nobody watched the last step");
     int64_t layers = int64_t(model.layers.size()), bytes = dart::marked_bytes(model.width);
@@ -745,11 +752,11 @@ struct Decoder : torch::CustomClassHolder {
     if (!scratch) return 0;
     const dart::Scratch& s = *scratch;
     size_t numbers = 0;
-    for (const auto* floats : {&s.stream, &s.qkv, &s.attended, &s.logits, &s.inputs, &s.normed,
-                               &s.scores, &s.parts, &s.u, &s.h, &s.z, &s.x, &s.r, &s.strength,
-                               &s.screened.z, &s.screened.values})
+    for (const auto* floats :
+         {&s.stream, &s.qkv, &s.attended, &s.logits, &s.inputs, &s.normed, &s.scores, &s.parts, &s.u, &s.h,
+          &s.z, &s.x, &s.r, &s.strength, &s.screened.z, &s.screened.values})
       numbers += floats->size();
-    return int64_t(4 * (numbers + s.chosen.size()) + 2 * s.narrow.size() + s.marks.size() +
+    return int64_t(4 * (numbers + s.selected.size()) + 2 * s.narrow.size() + s.marks.size() +
                    8 * (s.jobs.taken.size() + s.jobs.done.size()));
   }
 
@@ -761,7 +768,8 @@ struct Decoder : torch::CustomClassHolder {
 }  // namespace
 
 const dart::Kernels& dart::best() {
-  const Kernels* found = chosen.empty() ? kernels() : kernels(chosen.c_str());
+  const Kernels* found = in_use.load(std::memory_order_relaxed);
+  if (!found) in_use = found = kernels();
   return *found;
 }
 

@@ -8,22 +8,30 @@
 // are, byte for byte, which rows here and there are not.
 //
 // A row holds its levels in units of 64 columns; columns beyond the last one are at `bias` or have
-// scale 0.  Where a column stands in its unit, `place_of` says: in `Order::rows` every vector of
-// levels has the unit's blocks in turn, so that their factors are repeated and not spread; in
-// `Order::neurons` four rows interleave by plain unpack instructions.  Of 8 bits: a byte each.  Of 4:
-// byte j of a pair of units holds place j of the first one in its low bits and of the second one in
-// its high ones; a last unit without a second has 32 bytes, of its places 0..31 (low) and 32..63
-// (high).  In `Order::tiles` each unit is on its own, and four bytes of one row lie beside those of
-// the next.
+// scale 0.  Where the columns of a unit stand, four neighbouring ones to an entry (named by the first):
+//
+//                   Order::rows       Order::neurons    Order::tiles (16 rows together)
+//   bytes  0..15     0 32 16 48        0 16 32 48       row 0:  0 | row 1:  0 | ... row 15:  0   (64 bytes)
+//   bytes 16..31     4 36 20 52        4 20 36 52       row 0:  4 | row 1:  4 | ... row 15:  4
+//   bytes 32..47     8 40 24 56        8 24 40 56       ...
+//   bytes 48..63    12 44 28 60       12 28 44 60       row 0: 60 | row 1: 60 | ... row 15: 60
+//
+// In `rows` every 16 bytes have one four of each quarter of the unit (of each block), so that factors
+// are repeated, not spread; in `neurons` four rows interleave by plain unpack instructions; in `tiles`
+// four bytes of one row lie beside those of the next, 64 bytes of 16 rows for each four.
+//
+//   8 bits: a byte each.          4 bits: byte j of a pair of units  | high: place j of unit 1 |
+//                                                                     | low:  place j of unit 0 |
+//   a last unit without a second has 32 bytes: places 0..31 (low) and 32..63 (high).
 #pragma once
 #include <cstdint>
 
 namespace dart {
 
-constexpr int64_t UNIT = 64;     // columns that are laid out together
-constexpr int64_t TILE = 16;     // rows that are interleaved
-constexpr int64_t GROUP = 32;    // values of an input that share a scale
-constexpr int64_t SUPER = 256;   // weights that share what their blocks' scales are multiplied by
+constexpr int64_t UNIT = 64;    // columns that are laid out together
+constexpr int64_t TILE = 16;    // rows that are interleaved
+constexpr int64_t GROUP = 32;   // values of an input that share a scale
+constexpr int64_t SUPER = 256;  // weights that share what their blocks' scales are multiplied by
 
 enum class Dtype : int { f32 = 0, bf16 = 1 };
 
@@ -31,19 +39,20 @@ enum class Act : int { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3, relu2 = 4 };
 
 enum class Order : int { rows = 0, neurons = 1, tiles = 2 };
 
-// Where part `quarter` of a unit stands among its four: those of its first 32 columns at 0 and 2.
-constexpr int64_t turn_of(int64_t quarter) { return quarter == 1 || quarter == 2 ? 3 - quarter : quarter; }
+// Where quarter q (16 columns) of a unit stands among its four: 0, 2, 1, 3.
+constexpr int64_t quarter_place(int64_t quarter) {
+  return quarter == 1 || quarter == 2 ? 3 - quarter : quarter;
+}
 
 // Where four columns 4 k to 4 k + 3 of a unit stand among its sixteen fours, in a vector that is
 // rounded to levels.
-constexpr int64_t four_of(int64_t k) { return 4 * (k % 4) + turn_of(k / 4); }
+constexpr int64_t four_of(int64_t k) { return 4 * (k % 4) + quarter_place(k / 4); }
 
 // Where column `c` of a unit stands in it.
 constexpr int64_t place_of(Order order, int64_t c) {
   if (order == Order::tiles) return c;
   return order == Order::rows ? 4 * four_of(c / 4) + c % 4 : c % 16 / 4 * 16 + c / 16 * 4 + c % 4;
 }
-
 
 // Factors of blocks: of 16 bits each, or 8 bits times one of 16 bits for each SUPER weights.
 struct Factors {
@@ -55,10 +64,10 @@ struct Packed {
   const uint8_t* levels;
   Factors scales, offsets;
   int64_t rows, columns;
-  int64_t pitch;         // bytes of a row's levels
+  int64_t pitch;  // bytes of a row's levels
   int bits, block, bias;
   Order order;
-  bool kept;             // the levels are those of kept neurons alone, one after the other
+  bool kept;  // the levels are those of kept neurons alone, one after the other
 
   int64_t units() const { return (columns + UNIT - 1) / UNIT; }
   // Rows that there is room for.
@@ -72,7 +81,7 @@ struct Packed {
   // Order::neurons.
   int64_t factor_of(int64_t row, int64_t b) const {
     if (order == Order::tiles) return (row / TILE * each() + b) * TILE + row % TILE;
-    return row * each() + (block == 16 ? b / 4 * 4 + turn_of(b % 4) : b);
+    return row * each() + (block == 16 ? b / 4 * 4 + quarter_place(b % 4) : b);
   }
   int64_t super_of(int64_t row, int64_t s) const {
     if (order == Order::tiles) return (row / TILE * supers_each() + s) * TILE + row % TILE;
@@ -82,7 +91,7 @@ struct Packed {
 
 // Vectors rounded to 8 bits, groups of 32 values; room for whole units, whose values stand as
 // `four_of` says.  Scales, and scales times the sum of the levels, for blocks of 32 and of 16 values
-// (the four of a unit as `turn_of` says): [2, facts()], what is missing is 0.
+// (the four of a unit as `quarter_place` says): [2, facts()], what is missing is 0.
 struct Rounded {
   const int8_t* levels;  // [M, size]
   const float* scales;   // [M, 2, facts]
@@ -144,11 +153,9 @@ struct Along {
 struct PackedKernels {
   // y[m, row] = rows[row] . x[m] for begin <= row < end; y: M rows of `stride`.  Not Order::neurons;
   // of Order::tiles whole tiles are quickest.
-  void (*matvec)(const Packed&, const Rounded& x, int64_t begin, int64_t end, float* y,
-                 int64_t stride);
+  void (*matvec)(const Packed&, const Rounded& x, int64_t begin, int64_t end, float* y, int64_t stride);
   // y[j] = rows[ids[j]] . x for n rows; ids null: rows first, first + 1, ..., of tiles too.
-  void (*dots)(const Packed&, const Rounded& x, const int32_t* ids, int64_t first, int64_t n,
-               float* y);
+  void (*dots)(const Packed&, const Rounded& x, const int32_t* ids, int64_t first, int64_t n, float* y);
   // sums[:] += u[0] down[ids[0]] + ... + u[n - 1] down[ids[n - 1]]; neurons of one block, which lie
   // together, are rounded together.  Order::neurons.  place: of the first one where `down` holds
   // kept neurons alone.  sums: whole units; whole: as many int32 of scratch.

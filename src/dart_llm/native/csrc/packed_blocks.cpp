@@ -27,8 +27,7 @@ uint16_t to_half(float x) {
   uint32_t bits = to_bits(x), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
   if (rest > 0x7f800000u) return uint16_t(sign | 0x7e00u);
   if (rest >= 0x477ff000u) return uint16_t(sign | 0x7c00u);
-  if (rest < 0x38800000u)
-    return uint16_t(sign | uint32_t(std::lrint(from_bits(rest) * 0x1p24f)));
+  if (rest < 0x38800000u) return uint16_t(sign | uint32_t(std::lrint(from_bits(rest) * 0x1p24f)));
   uint32_t odd = rest >> 13 & 1;
   return uint16_t(sign | ((rest + 0xfffu + odd - (112u << 23)) >> 13));
 }
@@ -119,8 +118,7 @@ Parts room(const BlockType& type, int64_t rows, int64_t columns) {
   return parts;
 }
 
-void round_block(const BlockType& type, const float* x, uint16_t* scale, uint16_t* offset,
-                 uint8_t* levels) {
+void round_block(const BlockType& type, const float* x, uint16_t* scale, uint16_t* offset, uint8_t* levels) {
   float most = 0, signed_most = 0, low = x[0], high = x[0];
   for (int j = 0; j < 32; ++j) {
     if (std::fabs(x[j]) > most) most = std::fabs(x[j]), signed_most = x[j];
@@ -193,8 +191,7 @@ void write_levels(const Packed& p, int64_t row, const uint8_t* levels, uint8_t* 
       for (int64_t j = 0; j < 32; ++j) to[unit * 32 + j] = uint8_t(own[j] | own[j + 32] << 4);
     } else {
       uint8_t* pair = to + unit / 2 * UNIT;
-      for (int64_t j = 0; j < UNIT; ++j)
-        pair[j] = unit % 2 ? uint8_t(pair[j] | own[j] << 4) : own[j];
+      for (int64_t j = 0; j < UNIT; ++j) pair[j] = unit % 2 ? uint8_t(pair[j] | own[j] << 4) : own[j];
     }
   }
 }

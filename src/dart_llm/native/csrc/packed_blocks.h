@@ -21,10 +21,10 @@ const BlockType* block_type(const std::string& name);
 
 // Rows of blocks taken apart; [rows, .] each.  Levels in the order of columns.
 struct Parts {
-  std::vector<uint8_t> levels;                    // [rows, columns]
-  std::vector<uint16_t> scales, offsets;          // float16 [rows, blocks], without supers
+  std::vector<uint8_t> levels;                      // [rows, columns]
+  std::vector<uint16_t> scales, offsets;            // float16 [rows, blocks], without supers
   std::vector<int8_t> small_scales, small_offsets;  // [rows, blocks], with supers
-  std::vector<uint16_t> supers, offset_supers;    // float16 [rows, SUPER blocks]
+  std::vector<uint16_t> supers, offset_supers;      // float16 [rows, SUPER blocks]
 };
 
 // columns: a multiple of the type's.

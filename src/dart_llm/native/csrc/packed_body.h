@@ -39,8 +39,7 @@ template <int BITS, int SIZE>
 struct RowDots {
   // R rows at once: their loads of x are shared.
   template <int R>
-  static void run(const Packed& p, const Rounded& x, const int64_t* rows, const int64_t* later,
-                  float* y) {
+  static void run(const Packed& p, const Rounded& x, const int64_t* rows, const int64_t* later, float* y) {
     typename S::V sum[R], rest[R];
     for (int r = 0; r < R; ++r) sum[r] = rest[r] = S::zero();
     const uint8_t* at[R];
@@ -178,7 +177,7 @@ struct TileDots {
       }
 #pragma GCC unroll 4
       for (int b = 0; b < BLOCKS; ++b, place += TILE) {
-        int64_t of_x = unit * BLOCKS + (SIZE == 16 ? turn_of(b) : b);
+        int64_t of_x = unit * BLOCKS + (SIZE == 16 ? quarter_place(b) : b);
         auto scale = factors(p.scales, place, above);
         for (int m = 0; m < M; ++m) {
           auto of_levels = S::all(sums[m][of_x]);
@@ -224,7 +223,8 @@ struct TileDots {
 };
 
 template <int BITS, int SIZE>
-void tiles_of(const Packed& p, const Rounded& x, int64_t begin, int64_t end, float* y, int64_t stride) {
+void tiles_of(const Packed& p, const Rounded& x, int64_t begin, int64_t end, float* y, int64_t stride,
+              int64_t origin) {
   constexpr int MOST = S::N == 16 ? 4 : 2;  // vectors whose sums fit into registers
   float found[MOST][TILE];
   for (int64_t tile = begin / TILE; tile * TILE < end; ++tile)
@@ -236,27 +236,27 @@ void tiles_of(const Packed& p, const Rounded& x, int64_t begin, int64_t end, flo
       }
       int64_t first = std::max(begin, tile * TILE), last = std::min(end, (tile + 1) * TILE);
       for (int64_t i = 0; i < count; ++i, ++m)
-        std::copy(found[i] + first % TILE, found[i] + (last - tile * TILE), y + m * stride + first);
+        std::copy(found[i] + first % TILE, found[i] + (last - tile * TILE),
+                  y + m * stride + (first - origin));
     }
 }
 
-void packed_tiles(const Packed& p, const Rounded& x, int64_t begin, int64_t end, float* y,
-                  int64_t stride) {
-  if (p.bits == 4 && p.block == 32) tiles_of<4, 32>(p, x, begin, end, y, stride);
-  else if (p.bits == 4) tiles_of<4, 16>(p, x, begin, end, y, stride);
-  else if (p.block == 32) tiles_of<8, 32>(p, x, begin, end, y, stride);
-  else tiles_of<8, 16>(p, x, begin, end, y, stride);
+// y[m * stride + row - origin] = rows[row] . x[m] for begin <= row < end.
+void packed_tiles(const Packed& p, const Rounded& x, int64_t begin, int64_t end, float* y, int64_t stride,
+                  int64_t origin) {
+  if (p.bits == 4 && p.block == 32) tiles_of<4, 32>(p, x, begin, end, y, stride, origin);
+  else if (p.bits == 4) tiles_of<4, 16>(p, x, begin, end, y, stride, origin);
+  else if (p.block == 32) tiles_of<8, 32>(p, x, begin, end, y, stride, origin);
+  else tiles_of<8, 16>(p, x, begin, end, y, stride, origin);
 }
 
-void packed_matvec(const Packed& p, const Rounded& x, int64_t begin, int64_t end, float* y,
-                   int64_t stride) {
-  if (p.order == Order::tiles) return packed_tiles(p, x, begin, end, y, stride);
+void packed_matvec(const Packed& p, const Rounded& x, int64_t begin, int64_t end, float* y, int64_t stride) {
+  if (p.order == Order::tiles) return packed_tiles(p, x, begin, end, y, stride, 0);
   packed_rows(p, x, [](int64_t row) { return row; }, begin, end, y, stride);
 }
 
-void packed_dots(const Packed& p, const Rounded& x, const int32_t* ids, int64_t first, int64_t n,
-                 float* y) {
-  if (p.order == Order::tiles) return packed_tiles(p, x, first, first + n, y - first, 0);
+void packed_dots(const Packed& p, const Rounded& x, const int32_t* ids, int64_t first, int64_t n, float* y) {
+  if (p.order == Order::tiles) return packed_tiles(p, x, first, first + n, y, 0, first);
   if (ids) packed_rows(p, x, [&](int64_t j) { return int64_t(ids[j]); }, 0, n, y, 0);
   else packed_rows(p, x, [&](int64_t j) { return first + j; }, 0, n, y, 0);
 }
@@ -272,7 +272,8 @@ struct Neurons {
 
 // whole[0..64) += neurons' levels times their inputs, of a unit; first: whole[..] = start + ...
 template <int FOURS, class Levels>
-static inline void add_unit(const Levels& levels, const S::B* inputs, bool first, S::W start, int32_t* whole) {
+static inline void add_unit(const Levels& levels, const S::B* inputs, bool first, S::W start,
+                            int32_t* whole) {
   for (int v = 0; v < 4; ++v) {
     auto sum = first ? start : S::load_whole(whole + 16 * v);
     for (int f = 0; f < FOURS; ++f) sum = levels(sum, f, v, inputs[f]);
@@ -297,10 +298,16 @@ static void add_some(const Packed& p, Neurons<FOURS>& n, bool first, int start, 
       S::interleave(own, mixed[f]);
     }
   };
-  auto whole_byte = [&](typename S::W sum, int f, int v, typename S::B u) { return S::dot8(sum, mixed[f][v], u); };
+  auto whole_byte = [&](typename S::W sum, int f, int v, typename S::B u) {
+    return S::dot8(sum, mixed[f][v], u);
+  };
   auto last = [&](typename S::W sum, int f, int v, typename S::B u) { return S::dot4(sum, mixed[f][v], u); };
-  auto low = [&](typename S::W sum, int f, int v, typename S::B u) { return S::dot4(sum, S::low(mixed[f][v]), u); };
-  auto high = [&](typename S::W sum, int f, int v, typename S::B u) { return S::dot4(sum, S::high(mixed[f][v]), u); };
+  auto low = [&](typename S::W sum, int f, int v, typename S::B u) {
+    return S::dot4(sum, S::low(mixed[f][v]), u);
+  };
+  auto high = [&](typename S::W sum, int f, int v, typename S::B u) {
+    return S::dot4(sum, S::high(mixed[f][v]), u);
+  };
   for (int64_t at = 0; at < wide; at += STEP) {
     mix(at, [&](const uint8_t* row) { return S::bytes(row + at); });
     int64_t place = at % UNIT / STEP * S::N;
@@ -329,7 +336,8 @@ inline S::V factors_of(const Packed& p, const Factors& f, int64_t group, int64_t
   }
   auto own = static_cast<const int8_t*>(f.own) + group * columns + c;
   __builtin_prefetch(own + columns);
-  return S::mul(S::small(own, S::N), S::half(f.supers + group / (p.block == 16 ? 16 : 8) * columns + c, S::N));
+  return S::mul(S::small(own, S::N),
+                S::half(f.supers + group / (p.block == 16 ? 16 : 8) * columns + c, S::N));
 }
 
 // to[c] += scale whole[c] times the scales of a group of neurons, and sum times their offsets.
@@ -351,7 +359,7 @@ inline float round_group(const float* from, int8_t* levels, int* halves) {
   typename S::V x[COUNT], most = S::zero(), odd = S::zero();
   for (int i = 0; i < COUNT; ++i) {
     x[i] = S::load(from + i * S::N);
-    most = S::most(most, S::magnitude(x[i]));
+    most = S::max(most, S::magnitude(x[i]));
     odd = S::add(odd, S::sub(x[i], x[i]));
   }
   float largest = S::largest(most);
@@ -430,11 +438,10 @@ void packed_round(const float* from, int64_t n, int8_t* levels, float* scales, f
     int8_t found[GROUP];
     float scale = scales[g] = round_group(own, found, halves);
     int8_t* unit = levels + g / 2 * UNIT;
-    for (int64_t k = 0; k < GROUP / 4; ++k)
-      std::memcpy(unit + 4 * four_of(g % 2 * 8 + k), found + 4 * k, 4);
+    for (int64_t k = 0; k < GROUP / 4; ++k) std::memcpy(unit + 4 * four_of(g % 2 * 8 + k), found + 4 * k, 4);
     sums[g] = scale * float(halves[0] + halves[1]);
     for (int half = 0; half < 2; ++half) {
-      int64_t at = g / 2 * 4 + turn_of(g % 2 * 2 + half);
+      int64_t at = g / 2 * 4 + quarter_place(g % 2 * 2 + half);
       small_scales[at] = scale;
       small_sums[at] = scale * float(halves[half]);
     }
@@ -446,7 +453,7 @@ void packed_round(const float* from, int64_t n, int8_t* levels, float* scales, f
 
 // e to the x, to about one part in 10^7; x is cut off where the result would leave float32.
 inline S::V exponential(S::V x) {
-  x = S::most(S::least(x, S::all(88.0f)), S::all(-87.0f));
+  x = S::max(S::min(x, S::all(88.0f)), S::all(-87.0f));
   auto whole = S::nearest(S::mul(x, S::all(1.44269504f)));
   auto n = S::to_float(whole);
   auto rest = S::fma(n, S::all(-0.693359375f), x);
@@ -545,10 +552,11 @@ static void dequantise_row(const Packed& p, int64_t row, T* to) {
       transpose_fours(places, 16, levels, 16);
       int64_t first = c + unit * UNIT;
       for (int64_t quarter = 0; quarter < 4 && first + 16 * quarter < p.columns; ++quarter) {
-        int64_t block = unit * BLOCKS + (SIZE == 16 ? turn_of(quarter) : quarter / 2);
+        int64_t block = unit * BLOCKS + (SIZE == 16 ? quarter_place(quarter) : quarter / 2);
         auto scale = S::all(scales[block]), rest = S::all(rests[block]);
-        weigh(levels + 16 * turn_of(quarter), 16, to + first + 16 * quarter,
-              [&](int64_t) { return scale; }, [&](int64_t) { return rest; });
+        weigh(
+            levels + 16 * quarter_place(quarter), 16, to + first + 16 * quarter,
+            [&](int64_t) { return scale; }, [&](int64_t) { return rest; });
       }
     }
   }
@@ -561,8 +569,7 @@ inline void tile_levels(const Packed& p, int64_t tile, int64_t unit, int64_t beg
   constexpr int64_t FOURS = UNIT / 4, EACH = 4 * TILE;  // bytes of a four of all rows
   const uint8_t* from = p.levels + tile * TILE * p.pitch + unit * FOURS * EACH * BITS / 8;
   alignas(64) uint8_t wide[FOURS * EACH];
-  for (int64_t i = 0; i < FOURS * EACH * BITS / 8; i += 64)
-    __builtin_prefetch(from + i + LEVELS_AHEAD, 0, 2);
+  for (int64_t i = 0; i < FOURS * EACH * BITS / 8; i += 64) __builtin_prefetch(from + i + LEVELS_AHEAD, 0, 2);
   if (BITS == 4) {
     constexpr int64_t HALF = FOURS / 2 * EACH;
     for (int64_t i = 0; i < HALF; ++i) wide[i] = from[i] & 15;
@@ -593,9 +600,10 @@ static void dequantise_tile(const Packed& p, int64_t tile, int64_t begin, int64_
       }
     int64_t n = std::min(UNIT, p.columns - unit * UNIT);
     for (int64_t row = begin; row < end; ++row)
-      weigh(levels + row * UNIT, n, to + (row - begin) * p.columns + unit * UNIT,
-            [&](int64_t c) { return S::all(scales[c / SIZE][row]); },
-            [&](int64_t c) { return S::all(rests[c / SIZE][row]); });
+      weigh(
+          levels + row * UNIT, n, to + (row - begin) * p.columns + unit * UNIT,
+          [&](int64_t c) { return S::all(scales[c / SIZE][row]); },
+          [&](int64_t c) { return S::all(rests[c / SIZE][row]); });
   }
 }
 
@@ -627,7 +635,8 @@ void packed_dequantise(const Packed& p, int64_t row, int64_t count, Dtype dtype,
 }
 
 // whole[RUN] = directions `begin` to `end` of a run, eights; those that come next are asked for.
-void add_directions(const Directions& d, const Along& z, int64_t run, int64_t begin, int64_t end, int32_t* whole) {
+void add_directions(const Directions& d, const Along& z, int64_t run, int64_t begin, int64_t end,
+                    int32_t* whole) {
   constexpr int64_t PITCH = RUN / 2;
   Packed shape{};
   shape.columns = RUN;
@@ -660,7 +669,6 @@ void packed_scores(const Directions& d, const Along& z, int64_t run, float* y) {
 
 #include "packed_lots.h"
 
-const PackedKernels packed_table = {packed_matvec,   packed_dots,       packed_add_neurons,
-                                    packed_round,    packed_activate,   packed_dequantise,
-                                    LOT,             S::FEW,            packed_round_lot,
-                                    packed_lots,     packed_scores};
+const PackedKernels packed_table = {
+    packed_matvec, packed_dots, packed_add_neurons, packed_round, packed_activate, packed_dequantise,
+    LOT,           S::FEW,      packed_round_lot,   packed_lots,  packed_scores};

@@ -9,8 +9,8 @@ namespace dart {
 constexpr int64_t MOST = 32 * GROUP;  // neurons whose activations are worked on at a time
 
 // u[begin..end) = activations of kept neurons; all of them are there before packed_output runs.
-inline void packed_hidden(const Kernels& kernels, Dtype dtype, const Ffn& f, const Rounded& x,
-                          int64_t begin, int64_t end, float* u) {
+inline void packed_hidden(const Kernels& kernels, Dtype dtype, const Ffn& f, const Rounded& x, int64_t begin,
+                          int64_t end, float* u) {
   for (int64_t n; begin < end; begin += n) {
     n = std::min(end - begin, MOST);
     float gate[MOST], up[MOST];
@@ -19,7 +19,7 @@ inline void packed_hidden(const Kernels& kernels, Dtype dtype, const Ffn& f, con
     auto add = [&](const void* bias, float* to) {
       if (!bias) return;
       if (ids) kernels.add_at(dtype, bias, ids, n, to);
-      else kernels.add(dtype, bias, begin, begin + n, to - begin);
+      else kernels.add(dtype, bias, begin, begin + n, to);
     };
     kernels.packed.dots(*f.packed_up, x, rows, begin, n, up);
     add(f.up_bias, up);
@@ -37,8 +37,8 @@ inline void packed_hidden(const Kernels& kernels, Dtype dtype, const Ffn& f, con
 // sums[:] += the output of kept neurons begin to end (whole units); whole: as many int32 of scratch
 // as there are sums.  Neurons of one block are rounded together, wherever work is divided: those at
 // an end of the span belong to whoever has the block's first.
-inline void packed_output(const Kernels& kernels, const Ffn& f, const float* u, int64_t begin,
-                          int64_t end, float* sums, int32_t* whole) {
+inline void packed_output(const Kernels& kernels, const Ffn& f, const float* u, int64_t begin, int64_t end,
+                          float* sums, int32_t* whole) {
   int64_t block = f.packed_down->block;
   auto id = [&](int64_t place) { return f.ids ? int64_t(f.ids[place]) : place; };
   auto first_of_block = [&](int64_t place) {

@@ -7,9 +7,9 @@
 
 constexpr int LOT = S::N == 16 ? 4 : 2;  // vectors whose sums, of WIDE vectors of outputs, fit into registers
 constexpr int WIDE = 2;
-constexpr int64_t BESIDE = WIDE * S::N;        // outputs at a time
-constexpr int64_t SOME = 1024;                 // inputs of a panel, at most: it stays near
-constexpr int64_t NEURONS = 512;               // the same of ABREAST columns of neurons
+constexpr int64_t BESIDE = WIDE * S::N;  // outputs at a time
+constexpr int64_t SOME = 1024;           // inputs of a panel, at most: it stays near
+constexpr int64_t NEURONS = 512;         // the same of ABREAST columns of neurons
 
 // Rounds n floats to vector m.
 void packed_round_lot(const float* from, int64_t n, const Lots& to, int64_t m) {
@@ -108,7 +108,9 @@ void add_panel(const Packed& p, const Panel& panel, const Lots& x, const Part& p
   int64_t blocks = (part.last - part.first) * BLOCKS, n = part.end - part.begin, which = SIZE == 16;
   for (int64_t first = 0; first < x.count; first += LOT) {
     // where the lot's fours, groups or blocks of some size begin
-    auto at = [&](int64_t size) { return (first / LOT * (x.size / size) + part.first * (UNIT / size)) * LOT; };
+    auto at = [&](int64_t size) {
+      return (first / LOT * (x.size / size) + part.first * (UNIT / size)) * LOT;
+    };
     const int32_t* totals = x.totals[which] + at(SIZE);
     for (int64_t i = 0; i < blocks * LOT; ++i) starts[i] = -p.bias * totals[i];
     Given given{x.levels + 4 * at(4), x.scales + at(GROUP), x.sums[which] + at(SIZE), starts};
@@ -172,14 +174,14 @@ struct Panels {
     }
     for (int64_t u = 0; u < units; ++u)
       for (int64_t r = 0; r < TILE; r += 4) {
-        uint8_t places[4][UNIT], turned[4][16];
+        uint8_t places[4][UNIT], rotary[4][16];
         for (int64_t i = 0; i < 4; ++i)
           levels_by_place<BITS>(p, std::min(row + r + i, p.rows - 1), unit + u, places[i]);
         for (int64_t k = 0; k < 4; ++k) {
-          transpose_fours(places[0] + 16 * k, UNIT, turned[0], 16);
+          transpose_fours(places[0] + 16 * k, UNIT, rotary[0], 16);
           for (int64_t i = 0; i < 4; ++i) {
-            int64_t four = u * UNIT / 4 + 4 * turn_of(i) + k;  // whose place is 4 k + i: see four_of
-            std::memcpy(levels[one] + (four * TILE + r) * 4, turned[i], 16);
+            int64_t four = u * UNIT / 4 + 4 * quarter_place(i) + k;  // whose place is 4 k + i: see four_of
+            std::memcpy(levels[one] + (four * TILE + r) * 4, rotary[i], 16);
           }
         }
       }
@@ -192,7 +194,7 @@ struct Panels {
       float some[S::N];
       S::store(some, row_factors<SIZE>(p, f, row, first + b, count - b));
       for (int64_t i = 0; i < S::N && b + i < count; ++i) {
-        int64_t block = SIZE == 16 ? (b + i) / 4 * 4 + turn_of((b + i) % 4) : b + i;
+        int64_t block = SIZE == 16 ? (b + i) / 4 * 4 + quarter_place((b + i) % 4) : b + i;
         to[block * TILE] = some[i];
       }
     }
@@ -205,8 +207,9 @@ struct Panels {
     for (int64_t one = 0; one < left / TILE; ++one)
       for (int64_t b = 0; b < units * BLOCKS; ++b) {
         int64_t neuron = std::min((unit * BLOCKS + b) * SIZE, p.rows - 1), at = column + one * TILE;
-        read_factors(p, one, b, [=](int64_t i) { return neuron / SIZE * p.each() + at + i; },
-                     [=](int64_t i) { return neuron / SUPER * p.each() + at + i; });
+        read_factors(
+            p, one, b, [=](int64_t i) { return neuron / SIZE * p.each() + at + i; },
+            [=](int64_t i) { return neuron / SUPER * p.each() + at + i; });
       }
     for (int64_t four = 0; four < units * UNIT / 4; ++four) {
       const uint8_t* rows[4];
@@ -218,7 +221,7 @@ struct Panels {
 
   // Part j of a row's units, of four neurons.
   void mix(const uint8_t* const* rows, int64_t column, int64_t left, int64_t j, int64_t four) {
-    auto turned = [&](const auto& bytes, int64_t first, const auto& put) {
+    auto rotary = [&](const auto& bytes, int64_t first, const auto& put) {
       typename S::B own[4], mixed[4];
       for (int r = 0; r < 4; ++r) own[r] = bytes(rows[r]);
       S::interleave(own, mixed);
@@ -231,11 +234,11 @@ struct Panels {
     };
     if (BITS == 8) {
       for (int64_t at = 0; at < left; at += UNIT)
-        turned([=](const uint8_t* row) { return S::bytes(row + column + at + j); }, at / TILE, whole);
+        rotary([=](const uint8_t* row) { return S::bytes(row + column + at + j); }, at / TILE, whole);
     } else if (left == ABREAST) {
-      turned([=](const uint8_t* row) { return S::bytes(row + column / 2 + j); }, 0, both);
+      rotary([=](const uint8_t* row) { return S::bytes(row + column / 2 + j); }, 0, both);
     } else {
-      turned([=](const uint8_t* row) { return S::last(row + column / 2, j); }, 0, whole);
+      rotary([=](const uint8_t* row) { return S::last(row + column / 2, j); }, 0, whole);
     }
   }
 

@@ -11,7 +11,7 @@
 #include "huge_room.h"
 #include "packed_ops.h"
 #include "prompt.h"
-#include "together.h"
+#include "threads.h"
 
 namespace dart {
 namespace {
@@ -66,8 +66,7 @@ PackedMatrix::PackedMatrix(const BlockType& type, int64_t rows, int64_t columns,
   int64_t above = neurons ? (columns + SUPER - 1) / SUPER : packed.room();
   auto factors = [&] {
     Factors f{room(lines * packed.each(), type.supers ? at::kChar : at::kHalf), nullptr};
-    if (type.supers)
-      f.supers = static_cast<uint16_t*>(room(above * packed.supers_each(), at::kHalf));
+    if (type.supers) f.supers = static_cast<uint16_t*>(room(above * packed.supers_each(), at::kHalf));
     return f;
   };
   packed.scales = factors();
@@ -77,24 +76,21 @@ PackedMatrix::PackedMatrix(const BlockType& type, int64_t rows, int64_t columns,
 void PackedMatrix::fill(const Parts& parts, int64_t first, int64_t count) {
   bool neurons = packed.order == Order::neurons;
   auto* levels = held[0].mutable_data_ptr<uint8_t>();
-  auto write = [&](const uint8_t* from, int64_t row) {
-    write_levels(packed, row, from, levels);
-  };
+  auto write = [&](const uint8_t* from, int64_t row) { write_levels(packed, row, from, levels); };
   if (neurons) {
     TORCH_CHECK(first == 0 && count == stored_rows, "native: neurons are laid out at once");
     at::parallel_for(0, (packed.rows + 63) / 64, 1, [&](int64_t begin, int64_t end) {
-      std::vector<uint8_t> turned(size_t(64 * count));
+      std::vector<uint8_t> rotary(size_t(64 * count));
       for (int64_t some = begin * 64; some < std::min(end * 64, packed.rows); some += 64) {
         int64_t n = std::min<int64_t>(64, packed.rows - some);
         for (int64_t i = 0; i < count; ++i)
           for (int64_t j = 0; j < n; ++j)
-            turned[size_t(j * count + i)] = parts.levels[size_t(i * stored_columns + some + j)];
-        for (int64_t j = 0; j < n; ++j) write(turned.data() + j * count, some + j);
+            rotary[size_t(j * count + i)] = parts.levels[size_t(i * stored_columns + some + j)];
+        for (int64_t j = 0; j < n; ++j) write(rotary.data() + j * count, some + j);
       }
     });
   } else {
-    for (int64_t row = 0; row < count; ++row)
-      write(parts.levels.data() + row * stored_columns, first + row);
+    for (int64_t row = 0; row < count; ++row) write(parts.levels.data() + row * stored_columns, first + row);
   }
   int64_t blocks = stored_columns / type.block, supers = stored_columns / SUPER;
   int64_t next = 1;
@@ -161,8 +157,7 @@ Dtype dequantised(at::ScalarType as) {
   return as == at::kFloat ? Dtype::f32 : Dtype::bf16;
 }
 
-Tensor PackedMatrix::rows(const std::function<int64_t(int64_t)>& id, int64_t count,
-                          at::ScalarType as) const {
+Tensor PackedMatrix::rows(const std::function<int64_t(int64_t)>& id, int64_t count, at::ScalarType as) const {
   TORCH_CHECK(!packed.kept, "native: kept neurons are no matrix of a model");
   Dtype dtype = dequantised(as);
   Tensor found = at::empty({count, packed.columns}, as);
@@ -170,8 +165,7 @@ Tensor PackedMatrix::rows(const std::function<int64_t(int64_t)>& id, int64_t cou
   int64_t bytes = packed.columns * int64_t(found.element_size());
   const Kernels& kernels = best();
   at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      kernels.packed.dequantise(packed, id(i), 1, dtype, to + i * bytes);
+    for (int64_t i = begin; i < end; ++i) kernels.packed.dequantise(packed, id(i), 1, dtype, to + i * bytes);
   });
   return found;
 }
@@ -219,7 +213,8 @@ void in_pieces(int64_t rows, int64_t columns, bool whole, const Work& work) {
 c10::intrusive_ptr<PackedMatrix> from_blocks(const Tensor& blocks, const std::string& name, int64_t rows,
                                              int64_t columns, const std::string& order) {
   const BlockType& type = known(name);
-  TORCH_CHECK(rows >= 0 && columns > 0 && columns % type.columns == 0 && blocks.is_contiguous() && blocks.scalar_type() == at::kByte &&
+  TORCH_CHECK(rows >= 0 && columns > 0 && columns % type.columns == 0 && blocks.is_contiguous() &&
+                  blocks.scalar_type() == at::kByte &&
                   blocks.numel() == rows * (columns / type.columns) * type.bytes,
               "native: ", blocks.numel(), " bytes do not hold [", rows, ", ", columns, "] of ", name);
   auto made = c10::make_intrusive<PackedMatrix>(type, rows, columns, order_of(order));
@@ -235,7 +230,8 @@ c10::intrusive_ptr<PackedMatrix> from_blocks(const Tensor& blocks, const std::st
 c10::intrusive_ptr<PackedMatrix> packed_zeros(const std::string& name, int64_t rows, int64_t columns,
                                               const std::string& order) {
   const BlockType& type = known(name);
-  TORCH_CHECK(columns > 0 && columns % type.columns == 0 && rows >= 0, "native: rows of ", columns, " weights of ", name);
+  TORCH_CHECK(columns > 0 && columns % type.columns == 0 && rows >= 0, "native: rows of ", columns,
+              " weights of ", name);
   return c10::make_intrusive<PackedMatrix>(type, rows, columns, order_of(order));
 }
 
@@ -244,9 +240,9 @@ void packed_round(const c10::intrusive_ptr<PackedMatrix>& matrix, int64_t begin,
   const BlockType& type = matrix->type;
   int64_t columns = matrix->stored_columns, rows = weights.size(0);
   TORCH_CHECK(!type.supers && (type.bits == 4 || type.bias == 128), "native: nothing rounds to ", type.name);
-  TORCH_CHECK(weights.dim() == 2 && weights.size(1) == columns && begin >= 0 &&
-                  begin + rows <= matrix->stored_rows,
-              "native: shapes do not fit");
+  TORCH_CHECK(
+      weights.dim() == 2 && weights.size(1) == columns && begin >= 0 && begin + rows <= matrix->stored_rows,
+      "native: shapes do not fit");
   bool neurons = matrix->packed.order == Order::neurons;
   in_pieces(rows, columns, neurons, [&](int64_t first, int64_t count) {
     Tensor wide = weights.narrow(0, first, count).to(at::kFloat).contiguous();
@@ -279,7 +275,7 @@ Tensor times_lots(const Tensor& x, const std::vector<const Packed*>& all) {
   const float* from = wide.const_data_ptr<float>();
   float* to = y.mutable_data_ptr<float>();
   Jobs jobs(int64_t(products.size()) + 1);
-  together([&](int64_t) {
+  run_on_threads([&](int64_t) {
     Worker team(jobs);
     team.in_parts(std::min(count, PARTS), [&](int64_t one, int64_t parts) {
       Span own = part(count, one, parts, 1);
@@ -309,7 +305,7 @@ Tensor times_few(const Tensor& x, const Packed& p) {
   Tensor y = at::empty({x.size(0), p.rows}, wide.options());
   float* to = y.mutable_data_ptr<float>();
   std::atomic<int64_t> taken{0};
-  together([&](int64_t) {
+  run_on_threads([&](int64_t) {
     for (int64_t group; (group = taken++) < PARTS;) {
       Span own = part(p.rows, group, PARTS, TILE);
       kernels.packed.matvec(p, rounded.view(), own.begin, own.end, to, p.rows);
@@ -324,8 +320,7 @@ Tensor packed_linear(const Tensor& x, const c10::intrusive_ptr<PackedMatrix>& ma
 
 // u [M, I], activations of all neurons, through a down projection: [M, D].
 Tensor add_neurons(const Tensor& u, const Packed& p) {
-  TORCH_CHECK(p.order == Order::neurons && u.dim() == 2 && u.size(1) == p.rows,
-              "native: shapes do not fit");
+  TORCH_CHECK(p.order == Order::neurons && u.dim() == 2 && u.size(1) == p.rows, "native: shapes do not fit");
   Tensor wide = u.to(at::kFloat).contiguous();
   int64_t columns = p.units() * UNIT, count = wide.size(0);
   Tensor parts = at::zeros({PARTS, count, columns}, wide.options());
@@ -335,7 +330,7 @@ Tensor add_neurons(const Tensor& u, const Packed& p) {
   int32_t* whole = scratch.mutable_data_ptr<int32_t>();
   const Kernels& kernels = best();
   std::atomic<int64_t> taken{0};
-  together([&](int64_t) {
+  run_on_threads([&](int64_t) {
     for (int64_t one; (one = taken++) < PARTS;) {
       Span own = part(p.rows, one, PARTS, GROUP);
       int32_t ids[GROUP];
@@ -343,8 +338,8 @@ Tensor add_neurons(const Tensor& u, const Packed& p) {
         int64_t n = std::min<int64_t>(p.block, own.end - at);
         for (int64_t i = 0; i < n; ++i) ids[i] = int32_t(at + i);
         for (int64_t m = 0; m < count; ++m)
-          kernels.packed.add_neurons(p, ids, at, values + m * p.rows + at, n, sums + (one * count + m) * columns,
-                                     whole + one * columns);
+          kernels.packed.add_neurons(p, ids, at, values + m * p.rows + at, n,
+                                     sums + (one * count + m) * columns, whole + one * columns);
       }
     }
   });
@@ -356,8 +351,7 @@ Tensor packed_down(const Tensor& u, const c10::intrusive_ptr<PackedMatrix>& matr
 }
 
 // Rows `ids` [n] int64 of a matrix: [n, M] float32 or bfloat16.
-Tensor packed_rows(const c10::intrusive_ptr<PackedMatrix>& matrix, const Tensor& ids,
-                   at::ScalarType as) {
+Tensor packed_rows(const c10::intrusive_ptr<PackedMatrix>& matrix, const Tensor& ids, at::ScalarType as) {
   const Packed& p = matrix->packed;
   Tensor which = ids.to(at::kLong).contiguous();
   const int64_t* row = which.const_data_ptr<int64_t>();
@@ -442,7 +436,8 @@ Tensor times_rows(const Tensor& x, const std::vector<const Packed*>& all, int64_
 
 Tensor times_stored(const Tensor& x, const Packed& p, int64_t few) {
   TORCH_CHECK(x.dim() == 2 && x.size(1) == p.rows, "native: shapes do not fit");
-  if (x.size(0) <= few && p.order == Order::neurons) return x.size(0) > 1 ? times_lots(x, {&p}) : add_neurons(x, p);
+  if (x.size(0) <= few && p.order == Order::neurons)
+    return x.size(0) > 1 ? times_lots(x, {&p}) : add_neurons(x, p);
   Tensor sum, whole = x.to(product_dtype(x));
   by_pieces({&p}, [&](const std::vector<Rows>& rows, int64_t n) {
     Tensor own = rows.empty() ? whole : whole.narrow(1, rows[0].begin, n);
@@ -452,14 +447,14 @@ Tensor times_stored(const Tensor& x, const Packed& p, int64_t few) {
   return sum.to(x.scalar_type());
 }
 
-Tensor packed_product(const Tensor& x, const c10::intrusive_ptr<PackedMatrix>& matrix, bool turned,
+Tensor packed_product(const Tensor& x, const c10::intrusive_ptr<PackedMatrix>& matrix, bool rotary,
                       int64_t few) {
-  return turned ? times_rows(x, {&matrix->packed}, few) : times_stored(x, matrix->packed, few);
+  return rotary ? times_rows(x, {&matrix->packed}, few) : times_stored(x, matrix->packed, few);
 }
 
 // The same rows, on the same memory.
-c10::intrusive_ptr<PackedMatrix> packed_part(const c10::intrusive_ptr<PackedMatrix>& matrix,
-                                             int64_t begin, int64_t end) {
+c10::intrusive_ptr<PackedMatrix> packed_part(const c10::intrusive_ptr<PackedMatrix>& matrix, int64_t begin,
+                                             int64_t end) {
   const Packed& p = matrix->packed;
   TORCH_CHECK_INDEX(p.order != Order::neurons && 0 <= begin && begin <= end && end <= p.rows &&
                         (p.order == Order::rows || begin % TILE == 0),
@@ -528,9 +523,9 @@ Packs room_for_kept(const Packs& matrix, int64_t n, const PackedMatrix* old, Hug
   return made;
 }
 
-// Copies of rows `ids` (int32, ascending) of matrices in tiles, or by neurons: whose factors stay
-// where they are.  `old`: none, or earlier copies out of the same matrices, whose memory is taken over
-// where it is enough; nobody may use these any more.  Other memory is that of `room`.
+// Proxies of rows `ids` (int32, ascending) of matrices in tiles, or by neurons: whose factors stay
+// where they are.  `old`: none, or earlier compact weights out of the same matrices, whose memory is taken
+// over where it is enough; nobody may use these any more.  Other memory is that of `room`.
 std::vector<Packs> packed_kept(const std::vector<Packs>& matrices, const Tensor& ids,
                                const std::vector<Packs>& old, const c10::intrusive_ptr<HugeRoom>& room) {
   TORCH_CHECK(ids.scalar_type() == at::kInt && ids.is_contiguous() && ids.numel() > 0 &&
@@ -550,7 +545,7 @@ std::vector<Packs> packed_kept(const std::vector<Packs>& matrices, const Tensor&
   constexpr int64_t SOME = 8;  // tiles that a thread takes at a time
   int64_t tiles = (n + TILE - 1) / TILE, steps = (tiles + SOME - 1) / SOME;
   std::atomic<int64_t> taken{0};
-  together([&](int64_t) {
+  run_on_threads([&](int64_t) {
     for (int64_t step; (step = taken++) < int64_t(all.size()) * steps;) {
       int64_t first = step % steps * SOME;
       for (int64_t tile = first; tile < std::min(first + SOME, tiles); ++tile)
@@ -626,11 +621,12 @@ void register_packed(torch::Library& library) {
   library.class_<PackedMatrix>("PackedMatrix")
       .def("nbytes", [](const c10::intrusive_ptr<PackedMatrix>& one) { return one->nbytes(); })
       .def("parts", [](const c10::intrusive_ptr<PackedMatrix>& one) { return one->held; })
-      .def("order", [](const c10::intrusive_ptr<PackedMatrix>& one) {
-        return std::string(one->packed.order == Order::rows    ? "rows"
-                           : one->packed.order == Order::tiles ? "tiles"
-                                                               : "neurons");
-      })
+      .def("order",
+           [](const c10::intrusive_ptr<PackedMatrix>& one) {
+             return std::string(one->packed.order == Order::rows    ? "rows"
+                                : one->packed.order == Order::tiles ? "tiles"
+                                                                    : "neurons");
+           })
       .def("type", [](const c10::intrusive_ptr<PackedMatrix>& one) { return one->name; })
       .def("shape", [](const c10::intrusive_ptr<PackedMatrix>& one) {
         return std::vector<int64_t>{one->packed.rows, one->packed.columns};

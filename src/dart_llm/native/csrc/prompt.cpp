@@ -5,10 +5,10 @@
 namespace dart {
 namespace {
 
-constexpr int64_t JOBS = 13;       // of a layer, at most
-constexpr int64_t DEPTH = 8;      // units of inputs of a part of a down projection, at least
-constexpr int64_t DEPTHS = 4;      // such parts, at most
-constexpr int64_t TOKENS = 16;     // rows of a part: their values share no line of the cache
+constexpr int64_t JOBS = 13;    // of a layer, at most
+constexpr int64_t DEPTH = 8;    // units of inputs of a part of a down projection, at least
+constexpr int64_t DEPTHS = 4;   // such parts, at most
+constexpr int64_t TOKENS = 16;  // rows of a part: their values share no line of the cache
 
 int64_t units_of(int64_t n) { return (n + UNIT - 1) / UNIT; }
 int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -50,11 +50,12 @@ struct Reader : Worker {
     if (bias) kernels.add(decoder.dtype, bias, 0, n, to);
   }
 
-  // Keys and values of row m, and its queries in place: with biases, normed and turned.
+  // Keys and values of row m, and its queries in place: with biases, normed and rotated.
   void heads(const Layer& layer, const Left& left, int64_t m) {
     const Decoder& d = decoder;
     float* own = room.qkv.data() + m * room.qkv_pitch;
-    int64_t q = d.heads * d.size, kv = d.kv_heads * d.size, token = m % text.tokens, size = whole_lanes(d.size);
+    int64_t q = d.heads * d.size, kv = d.kv_heads * d.size, token = m % text.tokens,
+            size = whole_lanes(d.size);
     int64_t positions = whole_lanes(text.tokens), each = token * text.angles;
     add_bias(layer.q_bias, d.fused ? d.in_qkv() : q, own);
     add_bias(layer.k_bias, kv, own + q), add_bias(layer.v_bias, kv, own + q + kv);
@@ -63,7 +64,8 @@ struct Reader : Worker {
       for (int64_t one = 0; one < (kind ? d.kv_heads : d.heads); ++one) {
         float* head = own + d.head_at(kind, one);
         if (kind < 2)
-          d.turn(head, kind ? layer.k_norm : layer.q_norm, layer.table, text.cosine + each, text.sine + each);
+          d.rotate(head, kind ? layer.k_norm : layer.q_norm, layer.table, text.cosine + each,
+                   text.sine + each);
         if (!kind) continue;
         int64_t place = m / text.tokens * d.kv_heads + one;
         void* to = kind == 1 ? left.keys : left.values;
@@ -77,21 +79,24 @@ struct Reader : Worker {
 
   void attend() {
     const Decoder& d = decoder;
-    int64_t blocks = pieces(text.tokens, QUERIES), positions = whole_lanes(text.tokens), size = whole_lanes(d.size);
+    int64_t blocks = pieces(text.tokens, QUERIES), positions = whole_lanes(text.tokens),
+            size = whole_lanes(d.size);
     in_parts(text.texts * d.heads * blocks, [&](int64_t index, int64_t parts) {
       int64_t task = parts - 1 - index;  // the last of a text take longest
       int64_t block = task / (text.texts * d.heads), rest = task % (text.texts * d.heads);
       int64_t one = rest % d.heads, of = rest / d.heads, first = block * QUERIES;
       int64_t place = of * d.kv_heads + one / (d.heads / d.kv_heads), row = of * text.tokens + first;
       kernels.attend_some({room.qkv.data() + row * room.qkv_pitch + d.head_at(0, one), room.qkv_pitch, first,
-                           std::min(QUERIES, text.tokens - first), room.keys.data() + place * d.size * positions,
-                           positions, room.values.data() + place * positions * size, d.size, d.scale, scores,
+                           std::min(QUERIES, text.tokens - first),
+                           room.keys.data() + place * d.size * positions, positions,
+                           room.values.data() + place * positions * size, d.size, d.scale, scores,
                            room.attended.data() + (row * d.heads + one) * d.size, d.heads * d.size});
     });
   }
 
   // The stream's row m += y [M, D] with a bias, normed by `after`.
-  void add(const float* y, int64_t count, const float* wide_bias, const void* bias, const Norm& after, int64_t m) {
+  void add(const float* y, int64_t count, const float* wide_bias, const void* bias, const Norm& after,
+           int64_t m) {
     int64_t hidden = decoder.hidden, pitch = text.rows() * hidden;
     const float* from = y + m * hidden;
     for (int64_t i = 0; i < hidden; ++i) line[i] = from[i] + (wide_bias ? wide_bias[i] : 0.0f);
@@ -168,8 +173,9 @@ RoundedLots::RoundedLots(const Kernels& kernels, int64_t count, int64_t columns)
   int64_t values = pieces(count, lot) * lot * size, blocks = values / GROUP;
   levels.resize(size_t(values)), factors.resize(size_t(4 * blocks)), totals.resize(size_t(3 * blocks));
   float* own = factors.data();
-  view = {levels.data(), own, {totals.data(), totals.data() + blocks}, {own + blocks, own + 2 * blocks},
-          count, size, lot};
+  view = {
+      levels.data(), own, {totals.data(), totals.data() + blocks}, {own + blocks, own + 2 * blocks}, count,
+      size,          lot};
 }
 
 LotsProduct::LotsProduct(const Packed& p) : matrix(&p), depths(1) {
@@ -187,7 +193,8 @@ void LotsProduct::run(const Kernels& kernels, const Lots& x, int64_t index, floa
   kernels.packed.lots(*matrix, x, {own.begin, own.end, deep.begin, deep.end}, y + depth * pitch, stride);
 }
 
-PromptRoom::PromptRoom(const Kernels& kernels, const Decoder& d, const Text& text, int64_t layers, int64_t threads_)
+PromptRoom::PromptRoom(const Kernels& kernels, const Decoder& d, const Text& text, int64_t layers,
+                       int64_t threads_)
     : jobs(layers * JOBS + 1),
       qkv_pitch(d.in_qkv()),
       width(whole_lanes(d.width) + GROUP),
@@ -206,10 +213,18 @@ PromptRoom::PromptRoom(const Kernels& kernels, const Decoder& d, const Text& tex
   line = whole_lanes(d.hidden), lines.resize(threads * line);
 }
 
-void prompt_layers(const Kernels& kernels, const Decoder& decoder, const Text& text, int64_t first, int64_t last,
-                   float* stream, float* normed, const Left* left, PromptRoom& room, int64_t member) {
-  Reader one{Worker(room.jobs), kernels, decoder, text, room, stream, normed,
-             room.lines.data() + member * room.line, room.scores.data() + member * room.score};
+void prompt_layers(const Kernels& kernels, const Decoder& decoder, const Text& text, int64_t first,
+                   int64_t last, float* stream, float* normed, const Left* left, PromptRoom& room,
+                   int64_t member) {
+  Reader one{Worker(room.jobs),
+             kernels,
+             decoder,
+             text,
+             room,
+             stream,
+             normed,
+             room.lines.data() + member * room.line,
+             room.scores.data() + member * room.score};
   one.by_rows([&](int64_t m) { one.round(normed + m * decoder.hidden, decoder.hidden, room.given, m); });
   one.finish();
   for (int64_t index = first; index < last; ++index) {

@@ -47,17 +47,17 @@ struct Left {
 struct PromptRoom {
   PromptRoom(const Kernels&, const Decoder&, const Text&, int64_t layers, int64_t threads);
 
-  Jobs jobs;                           // begin() them before the members begin
-  int64_t qkv_pitch, width;            // values from one row to the next
-  int64_t depths;                      // parts of the down projections' inputs, at most
-  RoundedLots given, mixed, active;    // what projections, the output projection and `down` are given
-  std::vector<float> qkv, attended;    // [M, qkv_pitch], [M, H S]
-  std::vector<float> keys, values;     // [B K, S, T], [B K, T, S], of whole lanes
-  std::vector<float> scores;           // by member
-  std::vector<float> gate, up;         // [M, width]
-  std::vector<float> sums;             // [depths, M, D]
-  std::vector<float> h;                // [M, D]: the FFN's input where it reads what attention read
-  std::vector<float> lines;            // by member: a row
+  Jobs jobs;                         // begin() them before the members begin
+  int64_t qkv_pitch, width;          // values from one row to the next
+  int64_t depths;                    // parts of the down projections' inputs, at most
+  RoundedLots given, mixed, active;  // what projections, the output projection and `down` are given
+  std::vector<float> qkv, attended;  // [M, qkv_pitch], [M, H S]
+  std::vector<float> keys, values;   // [B K, S, T], [B K, T, S], of whole lanes
+  std::vector<float> scores;         // by member
+  std::vector<float> gate, up;       // [M, width]
+  std::vector<float> sums;           // [depths, M, D]
+  std::vector<float> h;              // [M, D]: the FFN's input where it reads what attention read
+  std::vector<float> lines;          // by member: a row
   int64_t line, score, threads;
 };
 

@@ -3,8 +3,8 @@
 
 // c[i, j] = a[i, 0] b[0, j] + ... + a[i, k - 1] b[k - 1, j] of R rows and C vectors of j.
 template <int R, int C>
-inline void product_block(const float* a, int64_t a_pitch, const float* b, int64_t b_pitch, int64_t k, float* c,
-                          int64_t c_pitch) {
+inline void product_block(const float* a, int64_t a_pitch, const float* b, int64_t b_pitch, int64_t k,
+                          float* c, int64_t c_pitch) {
   typename S::V sum[R][C];
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < C; ++j) sum[r][j] = S::zero();
@@ -21,12 +21,11 @@ inline void product_block(const float* a, int64_t a_pitch, const float* b, int64
 }
 
 template <int R>
-inline void product_rows(const float* a, int64_t a_pitch, const float* b, int64_t b_pitch, int64_t k, int64_t n,
-                         float* c, int64_t c_pitch) {
+inline void product_rows(const float* a, int64_t a_pitch, const float* b, int64_t b_pitch, int64_t k,
+                         int64_t n, float* c, int64_t c_pitch) {
   constexpr int C = S::N == 16 ? 4 : 2;
   int64_t j = 0;
-  for (; j + C * S::N <= n; j += C * S::N)
-    product_block<R, C>(a, a_pitch, b + j, b_pitch, k, c + j, c_pitch);
+  for (; j + C * S::N <= n; j += C * S::N) product_block<R, C>(a, a_pitch, b + j, b_pitch, k, c + j, c_pitch);
   for (; j < n; j += S::N) product_block<R, 1>(a, a_pitch, b + j, b_pitch, k, c + j, c_pitch);
 }
 
@@ -45,7 +44,7 @@ inline float soften(float* scores, int64_t n, int64_t room, float scale) {
   auto most = S::all(-INFINITY), total = S::zero(), by = S::all(scale);
   for (int64_t i = 0; i < room; i += S::N) {
     auto own = S::mul(S::load(scores + i), by);
-    S::store(scores + i, own), most = S::most(most, own);
+    S::store(scores + i, own), most = S::max(most, own);
   }
   auto largest = S::all(S::largest(most));
   for (int64_t i = 0; i < room; i += S::N) {

@@ -8,7 +8,7 @@
 #include <cmath>
 
 #include "packed_ops.h"
-#include "together.h"
+#include "threads.h"
 
 namespace dart {
 namespace {
@@ -29,8 +29,10 @@ void by_rows(int64_t count, int64_t width, const Work& work) {
 // Rows of a matrix [M, n] of weights' dtype, read and written as float32.
 struct Narrow {
   explicit Narrow(const Tensor& t)
-      : kernels(best()), dtype(t.scalar_type() == at::kFloat ? Dtype::f32 : Dtype::bf16),
-        base(static_cast<char*>(t.mutable_data_ptr())), bytes(int64_t(t.element_size())),
+      : kernels(best()),
+        dtype(t.scalar_type() == at::kFloat ? Dtype::f32 : Dtype::bf16),
+        base(static_cast<char*>(t.mutable_data_ptr())),
+        bytes(int64_t(t.element_size())),
         pitch(t.size(-1)) {}
 
   void read(int64_t m, int64_t first, int64_t n, float* to) const {
@@ -82,7 +84,7 @@ struct Heads {
   Tensor queries, keys, values;  // [B, H, T, S], [B, K, T, S] twice
 };
 
-// Of projected rows [M, in_qkv]: with biases, normed and turned.
+// Of projected rows [M, in_qkv]: with biases, normed and rotated.
 Heads heads_of(const Prompt& p, const Layer& layer, const Tensor& qkv) {
   const Decoder& d = p.decoder;
   auto room = [&](int64_t heads) { return at::empty({p.texts, heads, p.tokens, d.size}, qkv.options()); };
@@ -102,7 +104,7 @@ Heads heads_of(const Prompt& p, const Layer& layer, const Tensor& qkv) {
       for (int64_t one = 0, n = kind ? d.kv_heads : d.heads; one < n; ++one) {
         float* head = own + d.head_at(kind, one);
         if (kind < 2)
-          d.turn(head, kind ? layer.k_norm : layer.q_norm, layer.table, p.cosine + each, p.sine + each);
+          d.rotate(head, kind ? layer.k_norm : layer.q_norm, layer.table, p.cosine + each, p.sine + each);
         to[kind].write((text * n + one) * p.tokens + token, head, d.size);
       }
   });
@@ -185,16 +187,17 @@ std::vector<Tensor> Prompt::layers(int64_t first, int64_t last, const Tensor& st
   };
   for (int64_t index = first; index < last; ++index) {
     Left own{};
-    own.keys = place({texts, d.kv_heads, tokens, d.size}), own.values = place({texts, d.kv_heads, tokens, d.size});
+    own.keys = place({texts, d.kv_heads, tokens, d.size}),
+    own.values = place({texts, d.kv_heads, tokens, d.size});
     if (observed) own.u = place({texts, tokens, d.width}), own.h = place({texts, tokens, d.hidden});
     left.push_back(own);
   }
   room.jobs.begin();
   Text text{texts, tokens, cosine, sine, angles};
   const Kernels& kernels = best();
-  together([&](int64_t member) {
-    prompt_layers(kernels, d, text, first, last, stream.mutable_data_ptr<float>(), given.mutable_data_ptr<float>(),
-                  left.data(), room, member);
+  run_on_threads([&](int64_t member) {
+    prompt_layers(kernels, d, text, first, last, stream.mutable_data_ptr<float>(),
+                  given.mutable_data_ptr<float>(), left.data(), room, member);
   });
   return found;
 }

@@ -18,8 +18,8 @@ constexpr int64_t LINE = 64;        // bytes
 struct Screen {
   const float* basis;  // [D, D]
   Directions rough;
-  int64_t keep;        // directions that a hidden state reads
-  float threshold;     // words that come so near the best rough score are scored exactly
+  int64_t keep;     // directions that a hidden state reads
+  float threshold;  // words that come so near the best rough score are scored exactly
 
   // Values from the scores of one hidden state to those of the next: whole runs of words.
   int64_t pitch() const { return rough.runs() * RUN; }
@@ -50,14 +50,14 @@ struct ScreenRoom {
   }
 
   // Chooses the directions of hidden state m, the `keep` largest of z, rounded to 8 bits.
-  void choose(const Kernels& kernels, int64_t m, int64_t keep) {
+  void select(const Kernels& kernels, int64_t m, int64_t keep) {
     int32_t* own = ids.data() + m * size;
-    float *from = z.data() + m * size, *chosen = values.data() + m * size;
-    kernels.strongest(from, size, keep, own);
-    for (int64_t i = 0; i < keep; ++i) chosen[i] = from[own[i]];
+    float *from = z.data() + m * size, *selected = values.data() + m * size;
+    kernels.top_k(from, size, keep, own);
+    for (int64_t i = 0; i < keep; ++i) selected[i] = from[own[i]];
     int64_t room = 2 * Rounded::facts(padded), whole = (keep + UNIT - 1) / UNIT * UNIT;
     Rounded to{levels.data() + m * padded, scales.data() + m * room, sums.data() + m * room, 1, whole};
-    kernels.packed.round(chosen, keep, levels.data() + m * padded, scales.data() + m * room,
+    kernels.packed.round(selected, keep, levels.data() + m * padded, scales.data() + m * room,
                          sums.data() + m * room);
     while (keep % 8) own[keep] = own[keep - 1], ++keep;  // of level 0
     float sum = 0;
@@ -100,18 +100,20 @@ inline void find_near(const float* y, Span own, float limit, std::vector<int32_t
 }
 
 // y[m] = scores of hidden state m of x, screen.pitch() apart, and then(m, begin, end) for what is done.
-// Every member calls it; the rows of a packed head lie in Order::rows.
-template <class Then>
-void score_by_screen(Worker& team, const Kernels& kernels, Dtype dtype, const Screen& screen, const Matrix& head,
-                     const Input& x, ScreenRoom& room, float* y, const Then& then) {
-  int64_t count = x.count, pitch = screen.pitch(), words = screen.rough.words;
-  Input wide{x.wide, x.wide, count, x.size};
+// Every member calls it; input(): the `count` hidden states; the rows of a packed head lie in Order::rows.
+template <class MakeInput, class Then>
+void score_by_screen(Worker& team, const Kernels& kernels, Dtype dtype, const Screen& screen,
+                     const Matrix& head, MakeInput& input, int64_t count, ScreenRoom& room, float* y,
+                     const Then& then) {
+  int64_t pitch = screen.pitch(), words = screen.rough.words;
   team.in_parts(PARTS, [&](int64_t one, int64_t parts) {
+    const Input& x = input();
+    Input wide{x.wide, x.wide, count, x.size};
     Span own = part(x.size, one, parts);
     kernels.matvec(Dtype::f32, screen.basis, nullptr, wide, own.begin, own.end, room.z.data(), x.size);
   });
   team.finish();
-  team.in_parts(count, [&](int64_t m, int64_t) { room.choose(kernels, m, screen.keep); });
+  team.in_parts(count, [&](int64_t m, int64_t) { room.select(kernels, m, screen.keep); });
   team.finish();
   team.in_parts(room.runs, [&](int64_t one, int64_t) {
     int64_t begin = one * RUN, end = std::min(words, begin + RUN);
@@ -125,6 +127,7 @@ void score_by_screen(Worker& team, const Kernels& kernels, Dtype dtype, const Sc
   team.in_parts(SPANS, [&](int64_t one, int64_t parts) {
     thread_local std::vector<int32_t> near;
     Span own = part(words, one, parts);
+    const Input& x = input();
     for (int64_t m = 0; m < count; ++m) {
       float* scores = y + m * pitch;
       float limit = largest(room.best.data() + m * room.runs, room.runs) - screen.threshold;

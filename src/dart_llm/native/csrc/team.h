@@ -1,8 +1,11 @@
 // Work in parts for threads that run at the same time, and waiting for it.
 #pragma once
 #include <atomic>
+#include <cassert>
 #include <cstdint>
+#include <optional>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -11,9 +14,9 @@
 
 namespace dart {
 
-// Waiting that takes microseconds if all goes well: spins first, then gives the core away, for
-// whoever is waited for may not be running at all.
-class Patience {
+// Waits that take microseconds if all goes well: spins first, then yields the core, because the
+// thread that is waited for may not be running at all.
+class SpinWait {
  public:
   void wait() {
     if (++spins_ > 2000) std::this_thread::yield();
@@ -39,7 +42,10 @@ struct Span {
 // The part of 0..n of one member, in steps of `step`.
 inline Span part(int64_t n, int64_t member, int64_t size, int64_t step = 4) {
   int64_t blocks = (n + step - 1) / step;
-  auto at = [&](int64_t m) { int64_t x = blocks * m / size * step; return x < n ? x : n; };
+  auto at = [&](int64_t m) {
+    int64_t x = blocks * m / size * step;
+    return x < n ? x : n;
+  };
   return {at(member), at(member + 1)};
 }
 
@@ -62,15 +68,17 @@ class Worker {
   explicit Worker(Jobs& jobs) : jobs_(jobs) {}
 
   // Calls work(part, number of parts) for the parts of a job that fall to this member; every member
-  // calls it.  A member that comes late finds nothing left, and whatever it prepared for the job
-  // from vectors that have changed since is never used.
+  // calls it.  A member that comes late finds nothing left.  What a job reads may change as soon as
+  // all its parts are done: a member reads it only while it works on a part (see `Once`).
   template <class Work>
   void in_parts(int64_t parts, const Work& work) {
+    assert(begun_ < int64_t(jobs_.taken.size()));
     std::atomic<int64_t>& taken = jobs_.taken[begun_];
     for (int64_t one; (one = taken.fetch_add(1, std::memory_order_relaxed)) < parts;) {
       work(one, parts);
       jobs_.done[begun_].fetch_add(1, std::memory_order_release);
     }
+    assert(begun_ - seen_ < MOST);
     open_[begun_++ - seen_] = parts;
   }
 
@@ -78,8 +86,8 @@ class Worker {
   // not running, and has taken nothing, holds nobody up.
   void finish() {
     for (int64_t job = seen_; job < begun_; ++job) {
-      Patience patience;
-      while (jobs_.done[job].load(std::memory_order_acquire) < open_[job - seen_]) patience.wait();
+      SpinWait spin;
+      while (jobs_.done[job].load(std::memory_order_acquire) < open_[job - seen_]) spin.wait();
     }
     seen_ = begun_;
   }
@@ -88,6 +96,21 @@ class Worker {
   Jobs& jobs_;
   int64_t begun_ = 0, seen_ = 0;  // jobs: begun, and seen to be finished; `begun_` is alike for all
   int64_t open_[MOST] = {};       // parts of the jobs between the two
+};
+
+// What a member makes when it first works on a part, and keeps for the others.
+template <class Make>
+class Once {
+ public:
+  explicit Once(Make make) : make_(std::move(make)) {}
+  const auto& operator()() {
+    if (!made_) made_.emplace(make_());
+    return *made_;
+  }
+
+ private:
+  Make make_;
+  std::optional<decltype(std::declval<Make&>()())> made_;
 };
 
 }  // namespace dart
