@@ -9,7 +9,7 @@ from gguf import quants
 from torch.nn import functional as F
 
 from dart_llm.errors import ConfigError
-from dart_llm.models.gguf import BLOCKS, ROUNDED
+from dart_llm.models.block_types import BLOCKS, ROUNDED
 from dart_llm.models.packed import ORDERS, pack
 from dart_llm.native.build import ops
 from dart_llm.patching.executors.native_ffn import ACTS

@@ -9,9 +9,9 @@ from typing import Any
 
 from dart_llm.cache import cache_folder
 from dart_llm.experiments.timed_cases import Format
+from dart_llm.models.block_types import ROUNDED
 from dart_llm.models.bundled import MEMBER, default_folder
 from dart_llm.models.checkpoint import checkpoint_facts
-from dart_llm.models.gguf import ROUNDED
 from dart_llm.models.loading import is_default
 
 KINDS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}

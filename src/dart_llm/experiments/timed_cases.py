@@ -12,7 +12,7 @@ from pathlib import Path
 from dart_llm.errors import ConfigError, UnknownName
 from dart_llm.experiments.llama_bench import LLAMA_CPP
 from dart_llm.experiments.variants import Variant
-from dart_llm.models.gguf import ROUNDED
+from dart_llm.models.block_types import ROUNDED
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.reporting.words import percent
 

@@ -29,14 +29,9 @@ from dart_llm.hub import no_stray_bars, plain
 from dart_llm.models.devices import memory_failure
 from dart_llm.models.gguf_facts import ARCHITECTURES, Settings, check_facts, complete, left_out
 from dart_llm.models.gguf_file import GgufFile, quick_gguf
+from dart_llm.models.skeleton import check_fit, empty_model
 
 Progress = Callable[[str], None]
-BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
-"""GGUF's block types that the native kernels read."""
-
-ROUNDED = ("q8_0", "q4_0", "q4_1")
-"""Block types that weights of another dtype can be rounded to."""
-
 FILE_NAMES = {"mistral": "llama"}
 """Model types whose tensors are named as another's, where transformers does not know it."""
 
@@ -221,8 +216,6 @@ def _checked(file: GgufFile) -> tuple[Any, dict[str, str]]:
     Raises ``LoadError`` where its facts and tensors do not fit.
     """
     from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
-
-    from dart_llm.models.packed_loading import check_fit, empty_model
 
     check_facts(file)
     config = _config(file)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dart_llm.errors import ConfigError, DartError
-from dart_llm.models.gguf import ROUNDED
+from dart_llm.models.block_types import ROUNDED
 from dart_llm.native.build import ops
 
 ORDERS = ("rows", "tiles", "neurons")

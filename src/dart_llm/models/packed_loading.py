@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from dart_llm.errors import DartError, LoadError, UnsupportedModel
+from dart_llm.models.block_types import BLOCKS
 from dart_llm.models.describe import describe
 from dart_llm.models.ffn import FfnBlock, is_by_inputs, matrix_of
-from dart_llm.models.gguf import BLOCKS
 from dart_llm.models.gguf_facts import ARCHITECTURES, Stored
 from dart_llm.models.gguf_file import StoredTensor, read_gguf
 from dart_llm.models.packed import NOT_SAVED, PackedTensor, pack, packed_from
+from dart_llm.models.skeleton import check_fit, empty_model, tie_embeddings
 from dart_llm.native.build import ops
 
 SPREAD = 0.02
@@ -43,7 +44,7 @@ def load_packed(
         turned = is_by_inputs(module)
         weight = _weight(tensor, stored, config, dtype, order(module), by_inputs=turned)
         setattr(module, attribute, nn.Parameter(weight, requires_grad=False))
-    _tie(model, config)
+    tie_embeddings(model, config)
     _refuse_saving(model)
     return model.eval()
 
@@ -82,43 +83,6 @@ def _refuse_saving(model: Any) -> None:
 
 def _not_saved(*_: Any, **__: Any) -> None:
     raise DartError(NOT_SAVED)
-
-
-def empty_model(config: Any, **arguments: Any) -> nn.Module:
-    """The model without its weights; its buffers are there, and what it ties is tied."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights(include_buffers=False):
-        make: Any = AutoModelForCausalLM.from_config
-        model: nn.Module = make(config, **arguments)
-    _tie(model, config)
-    return model
-
-
-def _tie(model: Any, config: Any) -> None:
-    if config.get_text_config().tie_word_embeddings:
-        model.get_output_embeddings().weight = model.get_input_embeddings().weight
-
-
-def check_fit(file: str, model: nn.Module, found: Mapping[str, StoredTensor]) -> None:
-    """Raise ``LoadError`` where the tensors are not the model's, before any is read."""
-    for target, tensor in found.items():
-        wanted = tuple(model.get_parameter(target).shape)
-        if len(wanted) == 2 and is_by_inputs(model.get_submodule(target.rpartition(".")[0])):
-            wanted = wanted[::-1]
-        if tensor.shape != wanted:
-            raise LoadError(
-                f"{file}: tensor {tensor.name} is {list(tensor.shape)}, and the model's {target} "
-                f"is {list(wanted)}"
-            )
-        if not tensor.is_known:
-            raise LoadError(
-                f"{file}: tensor {tensor.name} is of type {tensor.kind.upper()}, in which no "
-                "weights are read; give a file of another quantisation"
-            )
-    if missing := [name for name, _ in model.named_parameters() if name not in found]:
-        raise LoadError(f"{file} lacks {len(missing)} of the model's weights, such as {missing[0]}")
 
 
 def _weight(

@@ -22,9 +22,9 @@ from dart_llm.experiments.model_facts import configuration
 from dart_llm.experiments.study import load_model
 from dart_llm.experiments.timed_cases import Format
 from dart_llm.hub import plain
+from dart_llm.models.block_types import ROUNDED
 from dart_llm.models.checkpoint import Checkpoint, remember
 from dart_llm.models.devices import parse_device
-from dart_llm.models.gguf import ROUNDED
 from dart_llm.models.loading import parse_dtype
 from dart_llm.models.packed_loading import random_packed
 from dart_llm.reporting.console import Ui

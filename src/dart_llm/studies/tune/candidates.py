@@ -9,7 +9,7 @@ from dart_llm.errors import ConfigError
 from dart_llm.experiments.model_facts import held_weights
 from dart_llm.experiments.timed_cases import Format
 from dart_llm.experiments.variants import DENSE, Variant
-from dart_llm.models.gguf import ROUNDED
+from dart_llm.models.block_types import ROUNDED
 from dart_llm.pruning.config import PruneConfig
 from dart_llm.reporting.words import percent
 from dart_llm.studies.tune.settings import BY_TOKEN, OTHERWISE, TuneSettings
